@@ -1,0 +1,1 @@
+"""Folders on disk: atomic files, activations and their shuffled reading, the ring buffer."""
