@@ -1,0 +1,68 @@
+# make demo    the main job on an embedded default        make check   everything CI runs
+# make test    the tests                                  make bench   the two benchmarks, beside the peers
+# Each makes the environment it needs by itself, once. `make test TL=3.9.0` and `make check TL=3.9.0` use another
+# transformer-lens, in an environment of its own; PYTHON=python3.12 another interpreter.
+
+PYTHON ?= python3
+TL ?=
+VENV := .venv$(addprefix -tl-,$(TL))
+BENCH := .venv-bench
+BIN := $(VENV)/bin
+SOURCES := $(shell find saelab tests scripts conftest.py README.md -name '*.py' -o -name 'README.md' 2>/dev/null)
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+
+# $(1) environment, $(2) extra, $(3) transformer-lens version, if not the one in constraints.txt
+define install
+	$(PYTHON) -m venv $(1)
+	sed -e '$(if $(3),s/^transformer-lens==.*/transformer-lens==$(3)/)' constraints.txt > $(1)/constraints.txt
+	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
+endef
+
+.PHONY: demo install test check lint types notebooks format bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/saelab demo
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,$(VENV),dev,$(TL))
+	@touch $@
+
+test: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -q
+	@touch $(VENV)/.tested
+
+# `make check` runs the tests (units, doctests, floors, README blocks) unless they passed since the last change.
+$(VENV)/.tested: $(VENV)/.installed $(SOURCES)
+	$(MAKE) test
+
+check: lint types $(VENV)/.tested notebooks
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+notebooks: $(VENV)/.installed
+	$(if $(NOTEBOOKS),HF_HUB_OFFLINE=1 SAELAB_FAST=1 $(BIN)/pytest -q --nbmake --nbmake-timeout=300 $(NOTEBOOKS))
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The peers hold transformer-lens below 4. dictionary-learning also drags in torchvision, which nothing here uses and
+# whose PyPI build fails to load, and transformers with it, beside a torch built for the CPU.
+$(BENCH)/.installed: pyproject.toml constraints.txt
+	$(call install,$(BENCH),bench,3.9.0)
+	$(BENCH)/bin/pip uninstall -q -y torchvision
+	@touch $@
+
+bench: $(BENCH)/.installed
+	$(BENCH)/bin/python benchmarks/train_step.py
+	$(BENCH)/bin/python benchmarks/collect.py
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
