@@ -1,0 +1,140 @@
+"""The floors, the doors and the order inside a package, read from the syntax tree (see CONTRIBUTING.md)."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "saelab"
+FLOORS = {
+    "functional": 0,
+    "stores": 1,
+    "lm": 2,
+    "training": 3,
+    "sae": 4,
+    "collecting": 5,
+    "evaluation": 5,
+    "pictures": 6,
+    "cli": 7,
+}
+DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "pictures"}
+HEAVY = {"transformer_lens", "transformers", "datasets", "scipy", "sklearn", "plotly", "pandas", "pyarrow", "wandb"}
+
+
+def modules(package: Path) -> dict[str, ast.Module]:
+    """Every module of the package by its dotted name, parsed."""
+    found = {}
+    for file in sorted(package.rglob("*.py")):
+        parts = file.relative_to(package.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = ast.parse(file.read_text())
+    return found
+
+
+def targets(node: ast.AST, known: dict[str, ast.Module]) -> list[str]:
+    """What one statement imports; `from a import b` names `a.b` where that is a module, `a` where it is not."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = "." * node.level + (node.module or "")
+        return [name if (name := f"{base}.{alias.name}") in known else base for alias in node.names]
+    return []
+
+
+def imports(tree: ast.AST, known: dict[str, ast.Module]) -> list[str]:
+    return [target for node in ast.walk(tree) for target in targets(node, known)]
+
+
+def at_import_time(tree: ast.AST, known: dict[str, ast.Module]) -> list[str]:
+    """What is imported when the module is, not when one of its functions is called."""
+    found = targets(tree, known)
+    for child in ast.iter_child_nodes(tree):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            found += at_import_time(child, known)
+    return found
+
+
+def floor_fault(name: str, target: str) -> str | None:
+    """Why `name` may not import `target`, or None where it may."""
+    room = name.split(".")[1]
+    outside = target.split(".")[0]
+    if target.startswith("."):
+        return "imports relatively; write the full name"
+    if outside in DOORS and room != DOORS[outside]:
+        return f"only saelab.{DOORS[outside]} may import {outside}"
+    if outside != "saelab" or target.startswith(f"saelab.{room}.") or target == f"saelab.{room}":
+        return None
+    there = target.split(".")[1] if "." in target else None
+    if there not in FLOORS or FLOORS[there] >= FLOORS[room]:
+        return f"floor {FLOORS[room]} may import only from the floors below"
+    return None
+
+
+def cycle(known: dict[str, ast.Module]) -> list[str]:
+    graph = {name: {t for t in imports(tree, known) if t in known and t != name} for name, tree in known.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return [f"import cycle: {' -> '.join(reversed(error.args[1]))}"]
+    return []
+
+
+def faults(package: Path) -> list[str]:
+    known = modules(package)
+    found = cycle(known)
+    for name, tree in known.items():
+        if name == "saelab":
+            continue  # the list of public names stands above all floors
+        if name.split(".")[1] not in FLOORS:
+            found.append(f"{name} has no floor: add its package to FLOORS")
+            continue
+        late = [(t, why) for t in imports(tree, known) if (why := floor_fault(name, t))]
+        found += [f"{name} -> {target}: {why}" for target, why in late]
+        heavy = {t for t in at_import_time(tree, known) if t.split(".")[0] in HEAVY}
+        found += [f"{name} -> {target}: import it inside the function that uses it" for target in sorted(heavy)]
+    return found
+
+
+def test_every_import_goes_down() -> None:
+    assert not faults(PACKAGE), "\n".join(faults(PACKAGE))
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "complaint"),
+    [
+        ("functional/sums.py", "from saelab.stores import files", "floor 0 may import only"),
+        ("functional/sums.py", "def f():\n    import saelab.sae.module", "floor 0 may import only"),
+        ("evaluation/scores.py", "from saelab.collecting.collect import collect", "floor 5 may import only"),
+        ("sae/module.py", "from saelab import evaluate", "floor 4 may import only"),
+        ("sae/module.py", "from .config import SAEConfig", "imports relatively"),
+        ("sae/module.py", "def f():\n    from transformers import AutoModel", "only saelab.lm may import"),
+        ("cli/app.py", "def f():\n    import transformer_lens.model_bridge", "only saelab.lm may import"),
+        ("evaluation/scores.py", "def f():\n    import plotly.graph_objects", "only saelab.pictures may import"),
+        ("lm/models.py", "from transformers import AutoModel", "import it inside the function"),
+        ("lm/models.py", "if True:\n    import transformer_lens", "import it inside the function"),
+        ("functional/sums.py", "class A:\n    from scipy import sparse", "import it inside the function"),
+        ("attic/old.py", "", "has no floor"),
+        ("sae/module.py", "from saelab.sae import config\n", "import cycle"),
+    ],
+)
+def test_a_planted_fault_is_found(tmp_path: Path, path: str, source: str, complaint: str) -> None:
+    plant(tmp_path, "sae/config.py", "from saelab.sae.module import SAE\n" if "cycle" in complaint else "")
+    plant(tmp_path, "stores/files.py", "import json\n")
+    plant(tmp_path, "__init__.py", "from saelab.sae.config import SAEConfig\n")
+    assert not [fault for fault in faults(tmp_path / "saelab") if "cycle" not in fault]
+    plant(tmp_path, path, source)
+    assert any(complaint in fault for fault in faults(tmp_path / "saelab")), faults(tmp_path / "saelab")
+
+
+def plant(root: Path, path: str, source: str) -> None:
+    file = root / "saelab" / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(source)
+
+
+def test_an_import_downwards_is_allowed(tmp_path: Path) -> None:
+    plant(tmp_path, "functional/sums.py", "import torch\n")
+    plant(tmp_path, "sae/config.py", "from saelab.functional.sums import total\nfrom saelab.functional import sums\n")
+    plant(tmp_path, "sae/module.py", "from saelab.sae.config import SAEConfig\n")
+    plant(tmp_path, "lm/models.py", "def load():\n    from transformers import AutoModel\n")
+    assert not faults(tmp_path / "saelab")

@@ -1,0 +1,73 @@
+"""The README's blocks, run in order in one empty folder: `python` in one namespace, `sh` as saelab's own commands."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+class Block(NamedTuple):
+    """One fenced block: its info string, the line it starts on, its text."""
+
+    kind: str
+    line: int
+    text: str
+
+
+def blocks(markdown: str) -> list[Block]:
+    fence = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    found = fence.finditer(markdown)
+    return [Block(m[1], markdown.count("\n", 0, m.start()) + 1, m[2]) for m in found]
+
+
+def run_python(block: Block, namespace: dict[str, Any]) -> None:
+    padded = "\n" * block.line + block.text  # a traceback shows the README's own line number
+    exec(compile(padded, str(README), "exec"), namespace)
+
+
+def run_shell(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run each command through the installed entry point, in this process: importing torch four times takes longer."""
+    from saelab.cli.app import main
+
+    for command in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(command, comments=True)
+        if not words:
+            continue
+        assert words[0] == "saelab", f"README line {block.line}: a `sh` block holds saelab commands; mark others `text`"
+        monkeypatch.setattr(sys, "argv", words)
+        try:
+            code = main()
+        except SystemExit as stop:
+            code = stop.code
+        assert not code, f"README line {block.line}: `{command}` exits with {code}"
+
+
+def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    namespace: dict[str, Any] = {"__name__": "readme"}
+    for block in blocks(README.read_text()):
+        if block.kind == "python":
+            run_python(block, namespace)
+        elif block.kind == "sh":
+            run_shell(block, monkeypatch)
+
+
+def test_every_block_says_what_it_is() -> None:
+    assert {block.kind for block in blocks(README.read_text())} <= {"python", "sh", "text"}
+
+
+def test_blocks_are_found_with_their_lines() -> None:
+    found = blocks("a\n```python\nx = 1\n```\n\n```sh\nsaelab info\n```\n")
+    assert found == [Block("python", 2, "x = 1\n"), Block("sh", 6, "saelab info\n")]
+
+
+def test_a_wrong_block_fails_on_its_own_line() -> None:
+    with pytest.raises(ZeroDivisionError) as error:
+        run_python(Block("python", 41, "x = 1\nx / 0\n"), {})
+    assert error.traceback[-1].lineno + 1 == 43
