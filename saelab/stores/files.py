@@ -76,9 +76,7 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} must hold JSON, got something else ({error}). Was it edited or cut off?") from None
 
 
-def save_tensors(
-    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> str:
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file atomically and return the sha256 of its bytes.
 
     The same tensors give the same bytes, and no tensor on the CPU is copied on the way.

@@ -1,0 +1,1 @@
+"""From tokens to activations: a folder of shards, memory, or a stream."""

@@ -1,0 +1,221 @@
+"""`Activations`: the rows of one hook point, in memory or memory-mapped from a folder of shards."""
+
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, Int32
+from torch import Tensor
+
+from saelab.stores.batches import BUFFER_TOKENS, ShuffledBatches
+from saelab.stores.files import map_tensor
+from saelab.stores.manifest import INT_COLUMNS, Manifest
+from saelab.stores.provenance import Provenance
+
+
+@runtime_checkable
+class _Rows(Protocol):
+    """Columns of equal length, read piecewise."""
+
+    n_tokens: int
+    columns: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+    def copy_slice(self, column: str, start: int, out: Tensor) -> None: ...
+
+    def copy_rows(self, column: str, index: Tensor, out: Tensor) -> None: ...
+
+
+class Activations:
+    """Rows of activations at one hook point, each with its token id, document and position.
+
+    Row i is one token that the mask kept, in the order of the text. A folder is read piecewise through memory maps:
+    opening one is instant whatever its size, and only the rows asked for are held.
+
+    >>> acts = Activations.from_tensor(torch.arange(6.0).view(3, 2))
+    >>> acts[1:].tolist(), acts.d_in, len(acts)
+    ([[2.0, 3.0], [4.0, 5.0]], 2, 3)
+    """
+
+    def __init__(
+        self, rows: _Rows, hook_point: str, provenance: Provenance | None, span: tuple[int, int] | None = None
+    ) -> None:
+        self._rows = rows
+        self._span = span or (0, rows.n_tokens)
+        self.hook_point = hook_point
+        self.provenance = provenance
+
+    @classmethod
+    def load(cls, folder: str | Path, hook_point: str | None = None, *, verify: bool = False) -> "Activations":
+        """Open a folder written by `collect`; `hook_point` is needed when it holds several.
+
+        Sizes, shapes and dtypes of every shard are checked against the manifest; `verify=True` hashes them too.
+        Raises FileNotFoundError or ValueError for a missing, truncated or edited file and for an unfinished folder.
+        """
+        manifest = Manifest.load(folder)
+        if not manifest.complete:
+            raise ValueError(
+                f"{folder} must be complete to be read; collecting stopped after {manifest.n_tokens} tokens. "
+                "Run the same `collect` again: it goes on where it stopped."
+            )
+        name = _choose(manifest, folder, hook_point)
+        provenance = Provenance.from_dict(manifest.provenance).at(name)
+        return cls(_FolderRows(Path(folder), manifest, verify), name, provenance)
+
+    @classmethod
+    def from_tensor(
+        cls,
+        x: Float[Tensor, "n_tokens d_in"],
+        provenance: Provenance | None = None,
+        **columns: Int32[Tensor, " n_tokens"],
+    ) -> "Activations":
+        """Wrap a tensor without copying it; `token_ids`, `doc_ids` and `positions` may come along (int32)."""
+        if unknown := sorted(set(columns) - set(INT_COLUMNS)):
+            raise ValueError(f"Columns must be among {INT_COLUMNS}, got {unknown[:5]}. Remove them.")
+        hook_point = provenance.hook_point if provenance else ""
+        return cls(_MemoryRows({hook_point: x} | columns), hook_point, provenance)
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self._rows.columns[self.hook_point][1][0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored."""
+        return self._rows.columns[self.hook_point][0]
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of rows; equal to `len`."""
+        return self._span[1] - self._span[0]
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    def __repr__(self) -> str:
+        place = f" at {self.hook_point}" if self.hook_point else ""
+        return f"Activations({self.n_tokens} tokens, d_in {self.d_in}, {self.dtype}{place})"
+
+    @property
+    def token_ids(self) -> Int32[Tensor, " n_tokens"] | None:
+        """Token id of each row."""
+        return self._column("token_ids")
+
+    @property
+    def doc_ids(self) -> Int32[Tensor, " n_tokens"] | None:
+        """Number of the document each row comes from."""
+        return self._column("doc_ids")
+
+    @property
+    def positions(self) -> Int32[Tensor, " n_tokens"] | None:
+        """Position of each row in its sequence, from 0."""
+        return self._column("positions")
+
+    def __getitem__(self, index: int | slice | Int[Tensor, " n"]) -> Float[Tensor, "*n d_in"]:
+        """Copy of one row, a slice of rows, or the rows named by an integer tensor, in the stored dtype."""
+        if isinstance(index, int):
+            return self[_checked(torch.tensor([index]), len(self))][0]
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                out = torch.empty(max(stop - start, 0), self.d_in, dtype=self.dtype)
+                self.copy_slice(start, out)
+                return out
+            index = torch.arange(start, stop, step)
+        index = _checked(index, len(self))
+        out = torch.empty(len(index), self.d_in, dtype=self.dtype)
+        self._rows.copy_rows(self.hook_point, index + self._span[0], out)
+        return out
+
+    def copy_slice(self, start: int, out: Float[Tensor, "n d_in"]) -> None:
+        """Fill `out` with the rows from `start` on."""
+        self._rows.copy_slice(self.hook_point, self._span[0] + start, out)
+
+    def rows(self, start: int, stop: int) -> "Activations":
+        """The rows start..stop as a view that reads lazily, such as a held-out part."""
+        if not 0 <= start < stop <= len(self):
+            raise ValueError(f"`start` and `stop` must satisfy 0 <= start < stop <= {len(self)}, got {start}, {stop}.")
+        span = (self._span[0] + start, self._span[0] + stop)
+        return Activations(self._rows, self.hook_point, self.provenance, span)
+
+    def batches(
+        self,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        buffer_tokens: int = BUFFER_TOKENS,
+        drop_last: bool = True,
+        epochs: int | None = None,
+    ) -> ShuffledBatches:
+        """Shuffled batches: the same for the same seed, whatever the shard sizes; see `ShuffledBatches`."""
+        return ShuffledBatches(self, batch_size, seed, buffer_tokens=buffer_tokens, drop_last=drop_last, epochs=epochs)
+
+    def _column(self, name: str) -> Int32[Tensor, " n_tokens"] | None:
+        if name not in self._rows.columns:
+            return None
+        out = torch.empty(len(self), dtype=torch.int32)
+        self._rows.copy_slice(name, self._span[0], out)
+        return out
+
+
+class _MemoryRows:
+    """Columns held as tensors."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.n_tokens = len(next(iter(tensors.values())))
+        self.columns = {name: (t.dtype, tuple(t.shape[1:])) for name, t in tensors.items()}
+
+    def copy_slice(self, column: str, start: int, out: Tensor) -> None:
+        out.copy_(self.tensors[column][start : start + len(out)])
+
+    def copy_rows(self, column: str, index: Tensor, out: Tensor) -> None:
+        out.copy_(self.tensors[column][index.to(self.tensors[column].device)])
+
+
+class _FolderRows:
+    """Columns in safetensors shards, mapped anew for each read: a thousand shards cost no file descriptors."""
+
+    def __init__(self, folder: Path, manifest: Manifest, verify: bool) -> None:
+        self.specs = manifest.check_shards(folder, verify)
+        self.paths = [folder / shard.file for shard in manifest.shards]
+        self.starts = [0, *accumulate(shard.n_tokens for shard in manifest.shards)]
+        self.n_tokens = self.starts[-1]
+        self.columns: dict[str, Any] = dict.fromkeys(INT_COLUMNS, (torch.int32, ()))
+        self.columns |= {name: (getattr(torch, manifest.dtype), (d_in,)) for name, d_in in manifest.d_in.items()}
+
+    def copy_slice(self, column: str, start: int, out: Tensor) -> None:
+        done = 0
+        while done < len(out):
+            shard = bisect_right(self.starts, start + done) - 1
+            first = start + done - self.starts[shard]
+            piece = self._map(shard, column)[first : first + len(out) - done]
+            out[done : done + len(piece)] = piece
+            done += len(piece)
+
+    def copy_rows(self, column: str, index: Tensor, out: Tensor) -> None:
+        shards = torch.bucketize(index, torch.tensor(self.starts), right=True) - 1
+        for shard in shards.unique().tolist():
+            here = (shards == shard).nonzero().squeeze(1)
+            out[here] = self._map(shard, column)[index[here] - self.starts[shard]]
+
+    def _map(self, shard: int, column: str) -> Tensor:
+        return map_tensor(self.paths[shard], self.specs[shard][column])
+
+
+def _checked(index: Tensor, n: int) -> Tensor:
+    index = torch.where(index < 0, index + n, index).long().cpu()
+    if len(index) and (int(index.min()) < 0 or int(index.max()) >= n):
+        raise IndexError(f"Row numbers must be in -{n}..{n - 1}, got one outside.")
+    return index
+
+
+def _choose(manifest: Manifest, folder: str | Path, hook_point: str | None) -> str:
+    held = list(manifest.d_in)
+    if hook_point is None and len(held) == 1:
+        return held[0]
+    if hook_point not in held:
+        raise ValueError(f"`hook_point` must be one of those in {folder}, got {hook_point!r}. Choose from {held[:5]}.")
+    return str(hook_point)

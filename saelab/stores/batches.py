@@ -1,0 +1,154 @@
+"""`ShuffledBatches`: an endless, seeded, restorable stream of shuffled rows in bounded memory."""
+
+import hashlib
+from bisect import bisect_right
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BUFFER_TOKENS = 1 << 17
+BLOCK_TOKENS = 128
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Rows that can be copied out by slices."""
+
+    @property
+    def d_in(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __len__(self) -> int: ...
+
+    def copy_slice(self, start: int, out: Float[Tensor, "n d_in"]) -> None: ...
+
+
+class ShuffledBatches:
+    """Iterator over shuffled batches (batch_size, d_in) of `rows`, in the stored dtype.
+
+    The rows are cut into blocks of 128. Each epoch puts the blocks into a new random order and reads them, a window of
+    `buffer_tokens` rows at a time, into one preallocated tensor; the rows of a window are served in random order. What
+    comes depends on the rows, `seed` and `buffer_tokens` alone: not on shards, and not on the batches served before.
+    Every epoch serves each row at most once; with `drop_last` its last short batch is left out.
+
+    >>> from saelab.stores.activations import Activations
+    >>> batches = Activations.from_tensor(torch.arange(6.0).view(6, 1)).batches(3, seed=0, epochs=1)
+    >>> sorted(torch.cat(list(batches)).flatten().tolist())
+    [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        buffer_tokens: int = BUFFER_TOKENS,
+        drop_last: bool = True,
+        epochs: int | None = None,
+    ) -> None:
+        if not 1 <= batch_size <= len(rows):
+            raise ValueError(f"`batch_size` must be in 1..n_tokens ({len(rows)}), got {batch_size}.")
+        if buffer_tokens < batch_size:
+            raise ValueError(f"`buffer_tokens` must be at least batch_size ({batch_size}), got {buffer_tokens}.")
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"`epochs` must be at least 1, or None for no end, got {epochs}.")
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        self.buffer_tokens, self.drop_last, self.epochs = buffer_tokens, drop_last, epochs
+        self._blocks_per_window = max(1, min(buffer_tokens, len(rows)) // BLOCK_TOKENS)
+        self._buffer: Tensor | None = None
+        self._start(epoch=0, position=0)
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.rows.d_in
+
+    def __iter__(self) -> "ShuffledBatches":
+        return self
+
+    def __next__(self) -> Float[Tensor, "batch d_in"]:
+        left = len(self.rows) - self._position
+        if left == 0 or (self.drop_last and left < self.batch_size):
+            self._start(self._epoch + 1, position=0)
+            left = len(self.rows)
+        if self.epochs is not None and self._epoch >= self.epochs:
+            raise StopIteration
+        return self._take(min(self.batch_size, left))
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the reading stands; a few integers."""
+        return {
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "position": self._position,
+            "n_tokens": len(self.rows),
+            "buffer_tokens": self.buffer_tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on, bit for bit, where `state` was taken; ValueError when it belongs to other rows or another buffer."""
+        for key in ("n_tokens", "buffer_tokens"):
+            if state[key] != self.state_dict()[key]:
+                raise ValueError(
+                    f"`{key}` must be what it was when the state was saved ({state[key]}), "
+                    f"got {self.state_dict()[key]}. Use the same activations and buffer, or start anew."
+                )
+        self.seed = state["seed"]
+        self._start(state["epoch"], state["position"])
+
+    def _start(self, epoch: int, position: int) -> None:
+        n_blocks = -(-len(self.rows) // BLOCK_TOKENS)
+        self._epoch, self._position = epoch, position
+        self._blocks = torch.randperm(n_blocks, generator=self._generator("blocks", epoch))
+        sizes = torch.full((n_blocks,), BLOCK_TOKENS)
+        sizes[self._blocks == n_blocks - 1] = len(self.rows) - (n_blocks - 1) * BLOCK_TOKENS
+        ends = sizes.cumsum(0)[self._blocks_per_window - 1 :: self._blocks_per_window].tolist()
+        if not ends or ends[-1] < len(self.rows):
+            ends.append(len(self.rows))
+        self._window_bounds = [0, *ends]
+        self._window = -1
+
+    def _take(self, n: int) -> Tensor:
+        out = torch.empty(n, self.d_in, dtype=self.rows.dtype)
+        done = 0
+        while done < n:
+            window, served = self._enter_window()
+            take = self._order[served : served + n - done]
+            torch.index_select(window, 0, take, out=out[done : done + len(take)])
+            done += len(take)
+            self._position += len(take)
+        return out
+
+    def _enter_window(self) -> tuple[Tensor, int]:
+        """The window that holds the current position, filled, and how many of its rows are served."""
+        bounds = self._window_bounds
+        number = bisect_right(bounds, self._position) - 1
+        if number != self._window:
+            self._fill(number)
+        n_rows = bounds[number + 1] - bounds[number]
+        assert self._buffer is not None
+        return self._buffer[:n_rows], self._position - bounds[number]
+
+    def _fill(self, number: int) -> None:
+        if self._buffer is None:
+            shape = (self._blocks_per_window * BLOCK_TOKENS, self.d_in)
+            self._buffer = torch.empty(shape, dtype=self.rows.dtype)
+        per_window = self._blocks_per_window
+        done = 0
+        for block in self._blocks[number * per_window : (number + 1) * per_window].tolist():
+            start = block * BLOCK_TOKENS
+            size = min(BLOCK_TOKENS, len(self.rows) - start)
+            self.rows.copy_slice(start, self._buffer[done : done + size])
+            done += size
+        self._order = torch.randperm(done, generator=self._generator("rows", self._epoch, number))
+        self._window = number
+
+    def _generator(self, *key: str | int) -> torch.Generator:
+        # Drawn from the key, not from a running generator: any window of any epoch can be rebuilt from a few integers.
+        digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
