@@ -18,7 +18,7 @@ define install
 	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
 endef
 
-.PHONY: demo install test check lint types notebooks format bench clean
+.PHONY: demo install test check lint types notebooks format bench
 
 demo: $(VENV)/.installed
 	$(BIN)/saelab demo
@@ -63,6 +63,3 @@ $(BENCH)/.installed: pyproject.toml constraints.txt
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/train_step.py
 	$(BENCH)/bin/python benchmarks/collect.py
-
-clean:
-	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

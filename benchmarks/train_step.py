@@ -1,0 +1,167 @@
+"""Seconds and memory of one full training step, in saelab and in its peers, on the same data with the same threads.
+
+    .venv-bench/bin/python benchmarks/train_step.py --activations topk,abstopk --json runs/train_step.json
+
+Every (library, activation) runs in a process of its own, so that its peak memory is its own too. `make bench` makes
+the environment.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from peers import PEERS, Library, Sizes
+
+LIBRARIES = {**PEERS}
+N_BATCHES = 4
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=4096, help="tokens in a step (default 4096)")
+    parser.add_argument("--d-in", type=int, default=768, help="width of the activations (default 768)")
+    parser.add_argument("--d-sae", type=int, default=24576, help="units of the SAE (default 24576)")
+    parser.add_argument("--k", type=int, default=32, help="units kept for a token (default 32)")
+    parser.add_argument("--activations", default="topk,abstopk,batchtopk,matryoshka", help="also: relu, jumprelu")
+    parser.add_argument("--libraries", default=",".join(LIBRARIES), help="default: all of %(default)s")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before timing starts (default 2)")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps, of which the median counts (default 5)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all processors)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data (default 0)")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--one", nargs=2, metavar=("LIBRARY", "ACTIVATION"), help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def sizes_of(args: argparse.Namespace) -> Sizes:
+    return Sizes(args.n, args.d_in, args.d_sae, args.k)
+
+
+def measure(library: Library, activation: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Time one subject in this process and read the process's peak memory."""
+    import torch
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)  # some peers draw their weights from the global generator
+    data = torch.Generator().manual_seed(args.seed)
+    batches = [torch.randn(args.n, args.d_in, generator=data) for _ in range(N_BATCHES)]
+    subject = library.build(activation, sizes_of(args))
+    seconds = median_seconds(subject.step, batches, args)
+    row = {"seconds": seconds, "peak_gib": peak_gib(), "product_frac": None}
+    if subject.product is not None:
+        row["product_frac"] = median_seconds(subject.product, batches, args) / seconds
+    return row
+
+
+def median_seconds(run: Callable[[Any], object], batches: list[Any], args: argparse.Namespace) -> float:
+    times = []
+    for i in range(args.warmup + args.repeats):
+        start = time.perf_counter()
+        run(batches[i % len(batches)])
+        times.append(time.perf_counter() - start)
+    return median(times[args.warmup :])
+
+
+def peak_gib() -> float:
+    """The most memory this process has held; Linux counts KiB, macOS bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (30 if platform.system() == "Darwin" else 20)
+
+
+def in_a_process(name: str, activation: str) -> dict[str, Any]:
+    """Measure in a fresh process. This one never imports torch: a child's peak starts at its parent's."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", name, activation]
+    run = subprocess.run(command, capture_output=True, text=True)
+    row = {"library": name, "activation": activation}
+    if run.returncode:
+        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", run.stderr, re.MULTILINE)
+        return {**row, "error": errors[-1][:200] if errors else f"exit code {run.returncode}"}
+    return {**row, **json.loads(run.stdout.splitlines()[-1])}
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add each row's time and memory as a multiple of saelab's for the same activation (None where there is none)."""
+    ours = {row["activation"]: row for row in rows if row["library"] == "saelab" and "error" not in row}
+    for row in rows:
+        own = ours.get(row["activation"])
+        for key, of in (("times_saelab", "seconds"), ("memory_times_saelab", "peak_gib")):
+            row[key] = row[of] / own[of] if own and of in row else None
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    names = ("s/step", "x saelab", "peak GiB", "x saelab", "product")
+    head = f"{'activation':<11} {'library':<20} " + " ".join(
+        f"{n:>{w}}" for n, w in zip(names, (8, 9, 9, 9, 8), strict=True)
+    )
+    lines = [head, "-" * len(head)]
+    for row in rows:
+        start = f"{row['activation']:<11} {row['library']:<20} "
+        if "error" in row:
+            lines.append(f"{start}failed: {row['error']}")
+            continue
+        cells = [
+            f"{row['seconds']:8.3f}",
+            cell(row["times_saelab"], "9.2f"),
+            f"{row['peak_gib']:9.2f}",
+            cell(row["memory_times_saelab"], "9.2f"),
+            cell(row["product_frac"], "8.0%"),
+        ]
+        lines.append(start + " ".join(cells))
+    return "\n".join(lines)
+
+
+def cell(value: float | None, spec: str) -> str:
+    return f"{value:{spec}}" if value is not None else "-".rjust(int(spec.split(".")[0]))
+
+
+def chosen(text: str, known: tuple[str, ...], what: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"{what} must be among {', '.join(known)}; got {', '.join(unknown)}.")
+    return names
+
+
+def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
+    known = tuple(dict.fromkeys(a for library in LIBRARIES.values() for a in library.activations))
+    activations = chosen(args.activations, known, "--activations")
+    rows = []
+    for name in chosen(args.libraries, tuple(LIBRARIES), "--libraries"):
+        library = LIBRARIES[name]
+        if not library.installed:
+            print(f"{name} is not installed here; `make bench` makes an environment with it ({library.package}).")
+            continue
+        for activation in (a for a in activations if a in library.activations):
+            print(f"{name}, {activation} ...", file=sys.stderr, flush=True)
+            rows.append(in_a_process(name, activation))
+    return with_ratios(sorted(rows, key=lambda row: activations.index(row["activation"])))
+
+
+def main() -> None:
+    args = parse()
+    if args.one:
+        name, activation = args.one
+        print(json.dumps(measure(LIBRARIES[name], activation, args)))
+        return
+    rows = benchmark(args)
+    print(f"N={args.n} d_in={args.d_in} d_sae={args.d_sae} k={args.k} threads={args.threads} repeats={args.repeats}")
+    print(table(rows))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        settings = {**asdict(sizes_of(args)), "threads": args.threads, "repeats": args.repeats, "seed": args.seed}
+        args.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
