@@ -1,0 +1,169 @@
+"""What saelab knows of one bridge: its hook points, and where each can be read fastest and still truthfully."""
+
+import difflib
+import logging
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from saelab.lm.models import Model
+from saelab.lm.plain import Site, attach, is_ours, run, set_attention, strip
+
+logger = logging.getLogger(__name__)
+
+
+class Door:
+    """One bridge's hook points by name, its plain twin, and which hook points agree on both (measured, not assumed)."""
+
+    def __init__(self, model: Model) -> None:
+        from transformer_lens.hook_points import HookPoint
+
+        self.points: dict[str, Any] = dict(model.hook_dict)
+        paths = {name.rpartition(".")[0] for name in self.points}
+        self.components: dict[str, Any] = {path: _walk(model, path) for path in paths}
+        for path, holder in self.components.items():
+            aliases = {name: value for name, value in vars(holder).items() if isinstance(value, HookPoint)}
+            self.points.update({f"{path}.{name}".lstrip("."): value for name, value in aliases.items()})
+        self.components.pop("", None)  # the bridge itself, which would keep its own entry alive
+        self.bridged: nn.Module = model.original_model
+        self.n_spliced = 0  # edits that are on the plain twin as well as on the bridge
+        self.probe = torch.randint(0, model.cfg.d_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
+        self.probe = self.probe.to(next(self.bridged.parameters()).device)
+        self.agrees: dict[str, bool] = {}
+        self.attention = "eager"
+        self.plain, self.twins = self._find_plain()
+        self.modules = list(self.bridged.modules())
+        self.n_foreign = self._count_foreign()
+        self.stamp = _stamp(model, self.modules)
+
+    def _find_plain(self) -> tuple[nn.Module | None, dict[nn.Module, nn.Module]]:
+        """The plain twin with the fastest attention that gives the bridge's logits, if any does."""
+        expected = run(self.bridged, self.probe)
+        try:
+            plain, twins = strip(self.bridged)
+            for implementation in ("sdpa", "eager"):
+                set_attention(plain, implementation)
+                if _close(run(plain, self.probe), expected):
+                    self.attention = implementation
+                    return plain, twins
+            reason = "plain Hugging Face modules give other logits than the bridge"
+        except (TypeError, ValueError) as error:
+            reason = str(error)
+        logger.info("This model runs through its bridge, at about half the speed: %s", reason)
+        return None, {}
+
+    def _count_foreign(self) -> int:
+        """Forward hooks in the wrapped model that are not saelab's."""
+        books = [book for m in self.modules for book in (m._forward_hooks, m._forward_pre_hooks) if book]
+        return sum(not is_ours(hook) for book in books for hook in book.values())
+
+    def find(self, name: str) -> Any:
+        """The HookPoint called `name`, in the old or the canonical spelling; ValueError with at most five near names."""
+        if name not in self.points:
+            near = difflib.get_close_matches(name, self.points, n=5, cutoff=0.4)
+            hint = f"Did you mean one of {near}?" if near else "Names look like 'blocks.0.hook_resid_post'."
+            raise ValueError(f"`hook_point` must be a hook point of this model, got '{name}'. {hint}")
+        return self.points[name]
+
+    def bridge_site(self, name: str) -> Site:
+        """Where the bridge fires a hook point."""
+        return self.find(name), "hook_out"
+
+    def plain_site(self, name: str) -> Site | None:
+        """The plain module and side that should carry the same tensor, where there is one."""
+        path, _, side = str(self.find(name).name).rpartition(".")
+        twin = self.twins.get(self.components[path]) if path in self.components else None
+        return (twin, side) if twin is not None and side in ("hook_in", "hook_out") else None
+
+    def check(self, name: str) -> bool:
+        """Whether the plain twin has the bridge's tensor at a hook point, and answers a test edit there alike.
+
+        Measured once per hook point, in at most four short forwards. RuntimeError unless the bridge fires it exactly once.
+        """
+        if name not in self.agrees:
+            seen = self._read(self.bridged, self.bridge_site(name))
+            require_once(name, len(seen))
+            site = self.plain_site(name)
+            self.agrees[name] = self.plain is not None and site is not None and self._agree(name, site, seen[0])
+        return self.agrees[name]
+
+    def _agree(self, name: str, site: Site, value: Tensor) -> bool:
+        """Same tensor, and same logits when it is halved."""
+        assert self.plain is not None
+        seen = self._read(self.plain, site)
+        if len(seen) != 1 or not _close(seen[0], value):
+            return False
+        return _close(self._halved(self.plain, site), self._halved(self.bridged, self.bridge_site(name)))
+
+    def _read(self, model: nn.Module, site: Site) -> list[Tensor]:
+        seen: list[Tensor] = []
+        with attach(site, lambda x: seen.append(x.clone())):
+            run(model, self.probe)
+        return seen
+
+    def _halved(self, model: nn.Module, site: Site) -> Tensor:
+        with attach(site, lambda x: x / 2 if x.is_floating_point() else None):
+            return run(model, self.probe)
+
+    def trusts(self, name: str) -> bool:
+        """`check`, but inside a splice nothing new is probed: that would call the user's edit behind his back."""
+        return self.agrees.get(name, False) if self._count_ours() else self.check(name)
+
+    def route(self, names: list[str]) -> tuple[nn.Module, list[Site]]:
+        """The fastest model that serves these hook points truthfully, and where they are on it.
+
+        That is the bridge itself where somebody else has hooks on it, or a hook point exists only there.
+        """
+        plain_sees_all = self._count_ours() == self.n_spliced and self._count_foreign() == self.n_foreign
+        trusted = [self.trusts(name) for name in names]  # all of them, so that a wrong name is always reported
+        if self.plain is not None and plain_sees_all and all(trusted):
+            return self.plain, [site for name in names if (site := self.plain_site(name)) is not None]
+        return self.bridged, [self.bridge_site(name) for name in names]
+
+    def _count_ours(self) -> int:
+        """Edits of saelab's now on the bridge's hook points."""
+        points = {id(point): point for point in self.points.values()}.values()
+        return sum(is_ours(hook) for point in points for hook in point._forward_hooks.values())
+
+
+def require_once(name: str, n_fired: int) -> None:
+    """RuntimeError naming the hook and its count, unless it fired exactly once in a forward."""
+    if n_fired != 1:
+        raise RuntimeError(
+            f"A hook point must fire exactly once in a forward; '{name}' fired {n_fired} times. "
+            "Choose another hook point; some fire only with an option of the bridge switched on."
+        )
+
+
+def _walk(model: Any, path: str) -> Any:
+    for part in path.split(".") if path else []:
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    """Equal up to what another order of rounding explains: 0.1 % in float32, 5 % in half precision (relative norm)."""
+    if x.shape != y.shape:
+        return False
+    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.05
+    return float((x.double() - y.double()).norm()) <= tolerance * float(y.double().norm())
+
+
+def _stamp(model: Any, modules: list[nn.Module]) -> tuple:
+    """Changes when a weight is edited in place or replaced, or the bridge processes its weights."""
+    books = [book for m in modules for book in (m._parameters, m._buffers) if book]
+    weights = [(id(w), w._version) for book in books for w in book.values() if w is not None]
+    return (model.compatibility_mode, *weights)
+
+
+_doors: WeakKeyDictionary[nn.Module, Door] = WeakKeyDictionary()
+
+
+def door(model: Model) -> Door:
+    """The `Door` of a model, made anew when its weights changed since."""
+    known = _doors.get(model)
+    if known is None or known.stamp != _stamp(model, known.modules):
+        known = _doors[model] = Door(model)
+    return known

@@ -1,0 +1,170 @@
+"""Reading and replacing activations of a language model at TransformerLens hook points."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saelab.lm.door import Door, door, require_once
+from saelab.lm.models import Model
+from saelab.lm.plain import Site, Tap, attach, run
+
+
+class _Stop(Exception):
+    """Ends a forward once everything asked for has been seen."""
+
+
+def find_hook_point(model: Model, name: str) -> str:
+    """`name` itself, when the model has a hook point of that name.
+
+    Both the old spellings ("blocks.2.hook_resid_post") and the canonical ones ("blocks.2.hook_out") are known.
+    ValueError otherwise, with at most five near names.
+
+    >>> sl.find_hook_point(sl.tiny_model(), "blocks.0.hook_resid_post")
+    'blocks.0.hook_resid_post'
+    """
+    door(model).find(name)
+    return name
+
+
+def capture(
+    model: Model,
+    ids: Int[Tensor, "batch ctx_len"],
+    hook_points: Sequence[str],
+    *,
+    stop: bool = True,
+) -> dict[str, Float[Tensor, "batch ctx_len _"]]:
+    """Activations at the named hook points in one forward, each (batch, ctx_len, d) in the model's dtype.
+
+    The forward ends after the last hook point needed (`stop=False` runs it to the end). No gradient. Rows are padded on
+    the right. Leaves no hook behind, also after an error. ValueError for a wrong name or a hook point without one
+    vector per token; RuntimeError for one that does not fire exactly once.
+
+    >>> model = sl.tiny_model()
+    >>> x = sl.capture(model, torch.ones(2, 5, dtype=torch.long), ["blocks.1.hook_resid_post"])
+    >>> x["blocks.1.hook_resid_post"].shape
+    torch.Size([2, 5, 32])
+    """
+    names = list(dict.fromkeys(hook_points))
+    plain_or_bridge, sites = door(model).route(names)
+    return read_sites(plain_or_bridge, dict(zip(names, sites, strict=True)), to_model(model, ids), stop=stop)
+
+
+def read_sites(model: nn.Module, sites: dict[str, Site], ids: Tensor, *, stop: bool) -> dict[str, Tensor]:
+    """`capture` on the bridge or its plain twin, at sites already found."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in sites}
+    with ExitStack() as stack:
+        for name, site in sites.items():
+            stack.enter_context(attach(site, _keep(seen, name, stop)))
+        with suppress(_Stop):
+            run(model, ids)
+    for name, values in seen.items():
+        require_once(name, len(values))
+        _require_rows(name, values[0], ids)
+    return {name: values[0] for name, values in seen.items()}
+
+
+def _keep(seen: dict[str, list[Tensor]], name: str, stop: bool) -> Tap:
+    """A tap that stores what passes and ends the forward when nothing is missing any more."""
+
+    def tap(x: Tensor) -> None:
+        done = stop and all(values or other == name for other, values in seen.items())
+        # Cloned when the forward goes on: some models add to the residual stream in place.
+        seen[name].append(x.detach() if done else x.detach().clone())
+        if done:
+            raise _Stop
+
+    return tap
+
+
+def _require_rows(name: str, x: Tensor, ids: Tensor) -> None:
+    if x.ndim != 3 or x.shape[:2] != ids.shape:
+        raise ValueError(
+            f"A hook point must carry one vector per token, (batch, ctx_len, d); '{name}' has shape {tuple(x.shape)} "
+            f"for ids {tuple(ids.shape)}. Choose a residual, attention or MLP output."
+        )
+
+
+def to_model(model: Model, ids: Tensor) -> Tensor:
+    """Ids as the model takes them: int64, on its device."""
+    return ids.to(device=next(model.original_model.parameters()).device, dtype=torch.long)
+
+
+@contextmanager
+def splice(
+    model: Model, edits: dict[str, Callable[[Tensor], Tensor]]
+) -> Iterator[Model]:
+    """Inside the block, what flows on from each hook point is `edits[hook_point](x)`, in any forward of the model.
+
+    The function gets (batch, ctx_len, d) in the model's dtype (a copy, free to be changed) and returns the same shape;
+    its dtype and device are brought back to the model's. Blocks nest; edits of one hook point run in order of entry.
+    Nothing stays behind, also after an error. ValueError for a wrong name or shape, RuntimeError for a hook point that
+    does not fire exactly once in a forward.
+
+    >>> model, ids = sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)
+    >>> with sl.splice(model, {"blocks.0.hook_resid_post": torch.zeros_like}):
+    ...     x = sl.capture(model, ids, ["blocks.0.hook_out"])["blocks.0.hook_out"]
+    >>> float(x.abs().max())
+    0.0
+    """
+    home = door(model)
+    with ExitStack() as stack:
+        for name, edit in edits.items():
+            stack.enter_context(_edited(home, name, _replace(name, edit)))
+        yield model
+
+
+@contextmanager
+def _edited(home: Door, name: str, tap: Tap) -> Iterator[None]:
+    """The tap on the bridge's hook point, and on the plain twin where that is the same place."""
+    site = home.plain_site(name) if home.trusts(name) else None
+    with ExitStack() as stack:
+        stack.enter_context(attach(home.bridge_site(name), tap))
+        if site is not None:
+            stack.enter_context(attach(site, tap))
+            home.n_spliced += 1
+            stack.callback(setattr, home, "n_spliced", home.n_spliced - 1)
+        yield
+
+
+def _replace(name: str, edit: Callable[[Tensor], Tensor]) -> Tap:
+    """A tap that applies an edit to a copy and checks what comes back."""
+
+    def tap(x: Tensor) -> Tensor:
+        new = edit(x.clone())
+        if not isinstance(new, Tensor) or new.shape != x.shape:
+            got = tuple(new.shape) if isinstance(new, Tensor) else type(new).__name__
+            raise ValueError(
+                f"An edit must return the shape it was given, {tuple(x.shape)}; the one at '{name}' returned {got}."
+            )
+        return new.to(x)
+
+    return tap
+
+
+def logits(model: Model, ids: Int[Tensor, "batch ctx_len"]) -> Float[Tensor, "batch ctx_len d_vocab"]:
+    """The model's logits for right-padded rows of ids, in its dtype; no gradient. Edits of `splice` apply.
+
+    >>> sl.logits(sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)).shape
+    torch.Size([1, 4, 259])
+    """
+    plain_or_bridge, _ = door(model).route([])
+    return run(plain_or_bridge, to_model(model, ids))
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch ctx_len d_vocab"], ids: Int[Tensor, "batch ctx_len"]
+) -> Float[Tensor, "batch ctx_len-1"]:
+    """Cross-entropy of each next token: -log softmax(logits[:, t])[ids[:, t + 1]], in nats, float32; lower is better.
+
+    Entry t belongs to the prediction made at position t; nothing is masked or averaged here.
+
+    >>> loss = sl.next_token_loss(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))
+    >>> [round(float(x), 4) for x in loss[0]]
+    [2.0794, 2.0794]
+    """
+    flat = logits[:, :-1].float().flatten(0, 1)
+    targets = ids[:, 1:].to(device=flat.device, dtype=torch.long).flatten()
+    return torch.nn.functional.cross_entropy(flat, targets, reduction="none").unflatten(0, (len(ids), -1))

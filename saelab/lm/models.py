@@ -1,0 +1,217 @@
+"""Loading a language model: from the Hub, from a folder, from an object, or a tiny one built on the spot."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+
+from saelab.lm.plain import strip
+
+logger = logging.getLogger(__name__)
+
+Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]  # noqa: F821
+"""A language model as saelab knows it. A string, because importing the class takes seconds."""
+
+
+def load_model(
+    name_or_path: str | Path | nn.Module,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    tokenizer: Any = None,
+) -> Model:
+    """A causal language model behind a `TransformerBridge`, with raw Hugging Face weights, in evaluation mode.
+
+    `name_or_path` is a Hub id, a local folder (nothing touches the network), a Hugging Face model object (it stays as it
+    is; the bridge shares its weights), or a bridge (returned as it is). `device` defaults to the best one present, `dtype`
+    to float32; objects keep their own. `tokenizer` replaces the model's; an object without one is looked up in the
+    folder it came from. FileNotFoundError for a missing folder, ValueError for a wrong id, a folder that
+    holds no model, or a device or dtype beside an object.
+
+    >>> model = sl.load_model(sl.tiny_model())
+    >>> model.cfg.n_layers
+    3
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if isinstance(name_or_path, nn.Module):
+        if device is not None or dtype is not None:
+            raise ValueError(
+                f"`device` and `dtype` go with a name or a folder, got them with a {type(name_or_path).__name__}. "
+                "Move or cast the object first."
+            )
+        if isinstance(name_or_path, TransformerBridge):
+            return name_or_path
+        return _wrap(name_or_path, tokenizer)
+    name = str(name_or_path)
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        name = str(folder)
+        _require_config(folder)
+    elif isinstance(name_or_path, Path) or not _could_be_id(name):
+        raise FileNotFoundError(f"`name_or_path` must be an existing folder or a Hub id, got '{name}': no such folder.")
+    return _boot(name, local=folder.is_dir(), device=device, dtype=dtype or torch.float32, tokenizer=tokenizer)
+
+
+def _require_config(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"A model folder must hold config.json, got '{folder}' without one. Give the folder that "
+            "`model.save_pretrained` wrote."
+        )
+
+
+def _could_be_id(name: str) -> bool:
+    """Hub ids are "name" or "owner/name"."""
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def _boot(name: str, *, local: bool, **options: Any) -> Model:
+    """Load through the bridge; `local` keeps huggingface_hub off the network."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    options = {key: value for key, value in options.items() if value is not None}
+    try:
+        with _offline() if local else _as_is():
+            model = TransformerBridge.boot_transformers(name, **options)
+    except OSError as error:
+        where = "a model folder" if local else "a Hub id that can be reached, or a folder"
+        raise ValueError(f"`name_or_path` must be {where}, got '{name}': {str(error).splitlines()[0]}") from error
+    model.eval()
+    return model
+
+
+@contextmanager
+def _as_is() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """huggingface_hub and transformers stay off the network inside."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _wrap(hf_model: nn.Module, tokenizer: Any, name: str | None = None) -> Model:
+    """Put a bridge around a copy of the module tree, so that the caller's object keeps its own modules."""
+    twin, _ = strip(hf_model)
+    config: Any = twin.config
+    name = name or getattr(config, "_name_or_path", "") or type(hf_model).__name__
+    set_attention: Any = twin.set_attn_implementation
+    set_attention("eager")  # hooks on attention scores need it; older bridges leave the choice to the model
+    device = next(hf_model.parameters()).device
+    dtype = next(hf_model.parameters()).dtype
+    if tokenizer is None and not Path(name).is_dir():
+        raise ValueError(
+            f"A model object needs its tokenizer, got none and '{name}' is no folder. "
+            "Pass `tokenizer=AutoTokenizer.from_pretrained(...)`."
+        )
+    if tokenizer is not None:
+        tokenizer = copy.deepcopy(tokenizer)  # the bridge sets missing special tokens on it
+        # Says "BOS is taken care of": else the bridge would load the tokenizer anew, by name. saelab adds BOS itself.
+        tokenizer.init_kwargs = {"name_or_path": name, **tokenizer.init_kwargs, "add_bos_token": True}
+    return _boot(name, local=True, hf_model=twin, tokenizer=tokenizer, device=device, dtype=dtype)
+
+
+def tiny_model(
+    *,
+    architecture: Literal["llama", "gpt2"] = "llama",
+    d_model: int = 32,
+    n_layers: int = 3,
+    ctx_len: int = 256,
+    seed: int = 0,
+) -> Model:
+    """A small random causal model with a byte-level tokenizer, built on the spot: for tests, examples and the demo.
+
+    Nothing is downloaded. Its tokenizer knows the 256 bytes and the special tokens `<s>`, `</s>` and `<pad>` ("llama"),
+    or one `<|endoftext|>` for all three parts ("gpt2"). It has learned nothing: its loss is about ln(vocabulary).
+    The same seed gives the same weights; global random state is left alone.
+
+    >>> model = sl.tiny_model(n_layers=2, seed=1)
+    >>> model.tokenizer.decode(model.tokenizer("a tin can", add_special_tokens=False)["input_ids"])
+    'a tin can'
+    """
+    tokenizer = _byte_tokenizer(("<|endoftext|>",) * 3 if architecture == "gpt2" else ("<s>", "</s>", "<pad>"))
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {"vocab_size": len(tokenizer), "initializer_range": 0.1, **special}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hf_model = _random_hf_model(architecture, d_model, n_layers, ctx_len, sizes)
+    return _wrap(hf_model.eval(), tokenizer, name=f"tiny-{architecture}-{d_model}x{n_layers}-seed{seed}")
+
+
+def _random_hf_model(architecture: str, d_model: int, n_layers: int, ctx_len: int, sizes: dict[str, Any]) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    if architecture == "gpt2":
+        config = GPT2Config(n_embd=d_model, n_layer=n_layers, n_head=4, n_positions=ctx_len, **sizes)
+        return GPT2LMHeadModel(config)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=d_model,
+            num_hidden_layers=n_layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=2 * d_model,
+            max_position_embeddings=ctx_len,
+            tie_word_embeddings=True,
+            **sizes,
+        )
+    )
+
+
+def _byte_tokenizer(special: tuple[str, str, str]) -> Any:
+    """Every byte is a token; texts begin with the first special token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    bos, eos, pad = special
+    words = [*dict.fromkeys(special), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, words.index(bos))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
+
+
+class ModelDescription(NamedTuple):
+    """What activations owe to their model: its name, how its weights were processed, and the versions in use."""
+
+    name: str
+    weight_processing: Literal["none", "folded"]
+    versions: dict[str, str]
+
+
+def describe_model(model: Model) -> ModelDescription:
+    """The model's name, weight processing and library versions, as kept in the provenance of activations.
+
+    "none" means raw Hugging Face weights; "folded" means that the bridge's compatibility mode folded and centred them,
+    so that activations differ from the raw ones.
+
+    >>> sl.describe_model(sl.tiny_model()).weight_processing
+    'none'
+    """
+    processed = bool(getattr(model, "_weights_processed", False))
+    versions = {name: _version(name) for name in ("saelab", "torch", "transformer-lens", "transformers")}
+    return ModelDescription(str(model.cfg.model_name), "folded" if processed else "none", versions)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

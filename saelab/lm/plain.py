@@ -1,0 +1,135 @@
+"""A bridge's Hugging Face model without its wrappers: the same weights, run at Hugging Face's own speed.
+
+`TransformerBridge` computes attention and norms itself so that every intermediate value has a hook; that takes about
+twice the time of the model it wraps. Most hook points are the input or the output of a Hugging Face module, so the same
+tensor can be read from plain modules that share the bridge's parameters.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_HOOK_BOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+)
+_INPUTS = ("hidden_states", "input", "input_ids", "x", "inputs_embeds")
+
+Tap = Callable[[Tensor], Tensor | None]
+"""What runs at a hook point: gets the activation, returns its replacement or None."""
+Site = tuple[nn.Module, str]
+"""A module and its side, "hook_in" or "hook_out"."""
+
+
+def strip(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
+    """A copy of a module tree without bridge wrappers and hooks, sharing every parameter, and the map from old to new.
+
+    Only the tree is copied, not the weights, and the copy is in evaluation mode. Raises TypeError for a module whose
+    `forward` was replaced on the instance (offloaded or patched models): its copy would still run the original.
+    """
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    twins: dict[nn.Module, nn.Module] = {}
+    configs: dict[int, Any] = {}
+
+    def twin(wrapper: nn.Module) -> nn.Module:
+        module = wrapper
+        while isinstance(module, GeneralizedComponent) and module.original_component is not None:
+            module = module.original_component
+        if module not in twins:
+            twins[module] = _copy_shell(module, configs)
+            children = {name: child if child is None else twin(child) for name, child in module._modules.items()}
+            twins[module].__dict__["_modules"] = children
+        twins[wrapper] = twins[module]
+        return twins[module]
+
+    return twin(model).eval(), twins
+
+
+def _copy_shell(module: nn.Module, configs: dict[int, Any]) -> nn.Module:
+    """One module with books of its own (hooks, config, names of weights) and the same Parameter objects."""
+    if "forward" in vars(module):
+        raise TypeError(f"`forward` of {type(module).__name__} is patched on the instance, so it cannot be copied.")
+    new: nn.Module = object.__new__(type(module))
+    books = {name: type(vars(module)[name])() for name in _HOOK_BOOKS}
+    weights = {name: dict(vars(module)[name]) for name in ("_parameters", "_buffers")}
+    new.__dict__.update({**vars(module), **books, **weights})
+    # Hugging Face marks models whose recording hooks are installed; the copy starts without them.
+    new.__dict__.pop("_output_capturing_hooks_installed", None)
+    if (config := vars(module).get("config")) is not None:
+        new.__dict__["config"] = configs.setdefault(id(config), copy.deepcopy(config))
+    return new
+
+
+def set_attention(model: nn.Module, implementation: str) -> None:
+    """Choose a plain model's attention kernel, "sdpa" or "eager"; the bridge asks for eager and for attention maps."""
+    config: Any = model.config
+    config.output_attentions = False
+    # Fused attention ignores soft-capped scores (Gemma 2), so such models stay with eager.
+    if implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        return
+    set_implementation: Any = model.set_attn_implementation
+    set_implementation(implementation)
+
+
+@torch.no_grad()
+def run(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of a plain or wrapped Hugging Face model, in evaluation mode and without a cache.
+
+    Rows are padded on the right, where a causal model cannot look, so no attention mask is needed and positions count
+    from 0 in every row.
+    """
+    training = [module for module in model.modules() if module.training] if model.training else []
+    for module in training:
+        module.training = False
+    try:
+        logits: Tensor = model(ids, use_cache=False).logits
+        return logits
+    finally:
+        for module in training:
+            module.training = True
+
+
+class TapHook:
+    """A `Tap` as a PyTorch hook; its type tells saelab's hooks from the user's."""
+
+    def __init__(self, tap: Tap) -> None:
+        self.tap = tap
+
+    def at_input(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Tap the first tensor that goes into a module."""
+        if args and isinstance(args[0], Tensor):
+            new = self.tap(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        name = next(name for name in _INPUTS if name in kwargs)
+        new = self.tap(kwargs[name])
+        return None if new is None else (args, {**kwargs, name: new})
+
+    def at_output(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
+        """Tap the first tensor that comes out of a module."""
+        several = isinstance(output, tuple)
+        new = self.tap(output[0] if several else output)
+        return (new, *output[1:]) if several and new is not None else new
+
+
+def attach(site: Site, tap: Tap) -> RemovableHandle:
+    """Register `tap` at a site; the handle removes it."""
+    module, side = site
+    hook = TapHook(tap)
+    if side == "hook_in":
+        return module.register_forward_pre_hook(hook.at_input, with_kwargs=True)
+    return module.register_forward_hook(hook.at_output)
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a registered PyTorch hook is one of saelab's."""
+    return isinstance(getattr(hook, "__self__", None), TapHook)
