@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -65,6 +66,24 @@ def test_every_block_says_what_it_is() -> None:
 def test_blocks_are_found_with_their_lines() -> None:
     found = blocks("a\n```python\nx = 1\n```\n\n```sh\nsaelab info\n```\n")
     assert found == [Block("python", 2, "x = 1\n"), Block("sh", 6, "saelab info\n")]
+
+
+def test_a_shell_block_runs_the_commands_and_stops_at_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+
+    def main() -> None:
+        seen.append(sys.argv[1:])
+        raise SystemExit(2 if "bad" in sys.argv else 0)
+
+    monkeypatch.setitem(sys.modules, "saelab.cli", ModuleType("saelab.cli"))
+    monkeypatch.setitem(sys.modules, "saelab.cli.app", ModuleType("saelab.cli.app"))
+    monkeypatch.setattr(sys.modules["saelab.cli.app"], "main", main, raising=False)
+    run_shell(Block("sh", 1, "saelab info a \\\n  --json 'b c'  # why\n\nsaelab info d\n"), monkeypatch)
+    assert seen == [["info", "a", "--json", "b c"], ["info", "d"]]
+    with pytest.raises(AssertionError, match="exits with 2"):
+        run_shell(Block("sh", 1, "saelab bad\n"), monkeypatch)
+    with pytest.raises(AssertionError, match="holds saelab commands"):
+        run_shell(Block("sh", 1, "rm x\n"), monkeypatch)
 
 
 def test_a_wrong_block_fails_on_its_own_line() -> None:
