@@ -60,7 +60,7 @@ class Activations:
                 "Run the same `collect` again: it goes on where it stopped."
             )
         name = _choose(manifest, folder, hook_point)
-        provenance = Provenance.from_dict(manifest.provenance).at(name)
+        provenance = Provenance.from_dict(manifest.provenance).at(name, (manifest.median_norms or {}).get(name))
         return cls(_FolderRows(Path(folder), manifest, verify), name, provenance)
 
     @classmethod

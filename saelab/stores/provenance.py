@@ -1,6 +1,6 @@
 """Where activations came from; it travels with everything made from them."""
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -36,6 +36,10 @@ class Provenance:
     "Of the order of sequences, where it was drawn."
     versions: dict[str, str]
     "Of saelab, torch, transformer-lens and transformers."
+    removed: dict[str, int] = field(default_factory=dict)
+    "Tokens removed by each rule of the mask."
+    median_norm: float | None = None
+    "What the mask's norm rule is relative to."
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON."""
@@ -44,14 +48,15 @@ class Provenance:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Provenance":
         """Build from `to_dict`'s output; ValueError on an unknown or missing field."""
-        wanted = {field.name for field in fields(cls)}
-        if wrong := sorted(wanted ^ set(data)):
+        try:
+            return cls(**data)
+        except TypeError as error:
+            names = [f.name for f in fields(cls)]
             raise ValueError(
-                f"A provenance must have exactly the fields {sorted(wanted)}, got a difference in {wrong[:5]}. "
+                f"A provenance must have the fields {names}, got others ({error}). "
                 "Was the file edited, or written by another version?"
-            )
-        return cls(**data)
+            ) from None
 
-    def at(self, hook_point: str) -> "Provenance":
-        """The same origin at another hook point."""
-        return replace(self, hook_point=hook_point)
+    def at(self, hook_point: str, median_norm: float | None = None) -> "Provenance":
+        """The same origin at another hook point, whose median norm is its own."""
+        return replace(self, hook_point=hook_point, median_norm=median_norm)

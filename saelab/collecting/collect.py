@@ -1,0 +1,117 @@
+"""`collect`: the activations of a text at some hook points, in memory or in a folder that can be resumed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from saelab.collecting.reader import DEFAULT_MASK, Reader, forward_size
+from saelab.collecting.writers import (
+    FolderWriter,
+    MemoryWriter,
+    Writer,
+    clear_folder,
+    load_all,
+    resume_folder,
+)
+from saelab.lm.masks import TokenMask
+from saelab.lm.models import Model
+from saelab.lm.tokens import Tokens
+from saelab.stores.activations import Activations
+from saelab.stores.manifest import Manifest, dtype_name
+
+SHARD_TOKENS = 32768
+
+
+def collect(
+    model: Model,
+    tokens: Tokens,
+    hook_points: str | Sequence[str],
+    out: str | Path | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    mask: TokenMask = DEFAULT_MASK,
+    batch_size: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: bool = True,
+    resume: bool = True,
+) -> Activations | dict[str, Activations]:
+    """Activations at one hook point, or at several by name, from one forward for all of them.
+
+    With `out` they go to a folder, shard by shard of `shard_tokens` rows, each written whole or not at all. An
+    interrupted call goes on where it stopped when it is made again, and ends with the same bytes; a finished one is
+    opened at once. Without `out` they stay in memory. `dtype` is that of the stored rows (default: the model's),
+    `batch_size` the number of sequences in a forward (default: about 4096 tokens). One mask serves all hook points: a
+    token whose norm is an outlier at one is dropped at all. What each rule removed is in `provenance.removed`.
+
+    Raises ValueError for a wrong hook point, for NaN or infinity, for a mask that keeps nothing, and for a folder begun
+    with other arguments (`resume=False` deletes it and begins anew); OSError when the disk is full or not writable.
+
+    >>> model = sl.tiny_model()
+    >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
+    >>> acts = sl.collect(model, tokens, "blocks.1.hook_resid_post", progress=False)
+    >>> acts.d_in
+    32
+    """
+    names = [hook_points] if isinstance(hook_points, str) else list(hook_points)
+    if shard_tokens < 1:
+        raise ValueError(f"`shard_tokens` must be at least 1, got {shard_tokens}.")
+    reader = Reader.make(model, tokens, names, mask, dtype)
+    n_seq = forward_size(tokens, batch_size)
+    if out is None:
+        reader = reader.calibrated(tokens, n_seq)
+        memory = MemoryWriter(reader.count_rows(tokens), reader.widths(tokens), reader.dtype)
+        acts = _run(reader, tokens, memory, n_seq, progress)
+    else:
+        acts = _collect_to_folder(reader, tokens, Path(out), n_seq, shard_tokens, progress, resume)
+    return acts[hook_points] if isinstance(hook_points, str) else acts
+
+
+def _collect_to_folder(
+    reader: Reader, tokens: Tokens, folder: Path, n_seq: int, shard_tokens: int, progress: bool, resume: bool
+) -> dict[str, Activations]:
+    request = reader.request(tokens) | {"batch_size": n_seq, "shard_tokens": shard_tokens}
+    if not resume:
+        clear_folder(folder)
+    manifest = resume_folder(folder, request)
+    if manifest is not None and manifest.complete:
+        return load_all(folder, list(reader.hook_points))
+    if manifest is None:
+        reader = reader.calibrated(tokens, n_seq)
+        manifest = Manifest(
+            d_in=reader.widths(tokens),
+            dtype=dtype_name(reader.dtype),
+            request=request,
+            provenance=reader.origins(tokens, 0, {})[reader.hook_points[0]].to_dict(),
+            median_norms=reader.median_norms,
+        )
+        manifest.save(folder)  # claims the folder, and finds out before the work whether it can be written
+    reader = replace(reader, median_norms=manifest.median_norms)
+    writer = FolderWriter(folder, manifest, shard_tokens)
+    with _telling_where(writer):
+        return _run(reader, tokens, writer, n_seq, progress)
+
+
+def _run(reader: Reader, tokens: Tokens, writer: Writer, n_seq: int, progress: bool) -> dict[str, Activations]:
+    from tqdm.auto import tqdm
+
+    first = writer.next_seq
+    done = tokens[:first].n_tokens if first else 0
+    with tqdm(total=tokens.n_tokens, initial=done, unit=" tokens", unit_scale=True, disable=not progress) as bar:
+        for start in range(first, len(tokens), n_seq):
+            batch = tokens[start : start + n_seq]
+            writer.add(reader.read(batch), len(batch))
+            bar.update(batch.n_tokens)
+    return writer.finish(reader.origins(tokens, writer.n_tokens, dict(writer.removed)))
+
+
+@contextmanager
+def _telling_where(writer: FolderWriter) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"Stopped. {writer.manifest.n_tokens} tokens are saved in {writer.folder}. Make the same call to go on."
+        ) from None

@@ -1,0 +1,191 @@
+"""`Reader`: one forward in, the rows that the mask keeps out."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.lm.hooks import capture, find_hook_point
+from saelab.lm.masks import TokenMask
+from saelab.lm.models import Model, describe_model
+from saelab.lm.tokens import Tokens
+from saelab.stores.manifest import dtype_name
+from saelab.stores.provenance import Provenance
+
+FORWARD_TOKENS = 4096
+CALIBRATION_TOKENS = 16384
+DEFAULT_MASK = TokenMask()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The kept rows of one batch of sequences."""
+
+    acts: dict[str, Tensor]
+    "By hook point, (n, d_in), finite, on the model's device."
+    columns: dict[str, Tensor]
+    "token_ids, doc_ids and positions of the rows, int32."
+    removed: dict[str, int]
+    "Tokens removed by each rule of the mask."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """Reads activations at some hook points under one mask; what is not kept is counted by rule."""
+
+    model: Model
+    hook_points: tuple[str, ...]
+    mask: TokenMask
+    dtype: torch.dtype
+    median_norms: dict[str, float] | None = None
+
+    @classmethod
+    def make(
+        cls, model: Model, tokens: Tokens, hook_points: Sequence[str], mask: TokenMask, dtype: torch.dtype | None
+    ) -> "Reader":
+        """A reader whose arguments are checked; `dtype` defaults to the model's."""
+        names = tuple(find_hook_point(model, name) for name in hook_points)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"`hook_points` must be at least one and all different, got {list(names)}.")
+        dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
+        if not dtype.is_floating_point:
+            raise ValueError(f"`dtype` must be a floating dtype such as torch.bfloat16, got {dtype}.")
+        reader = cls(model=model, hook_points=names, mask=mask, dtype=dtype)
+        if reader.count_rows(tokens) == 0:
+            raise ValueError(f"`mask` must keep at least one token, got none: {mask}.")
+        return reader
+
+    def count_rows(self, tokens: Tokens) -> int:
+        """Rows that the mask keeps before its norm rule, which is known only with the activations."""
+        return int(replace(self.mask, max_norm_ratio=None).apply(tokens).keep.sum())
+
+    def widths(self, tokens: Tokens) -> dict[str, int]:
+        """d_in by hook point, from a forward of one sequence."""
+        return {name: x.shape[-1] for name, x in self._capture(tokens[:1]).items()}
+
+    def calibrated(self, tokens: Tokens, n_seq: int) -> "Reader":
+        """The same reader with the median norms that the mask's norm rule is relative to, where it has that rule.
+
+        The medians are taken over the kept tokens among the first 16384 of `tokens`.
+        """
+        if self.mask.max_norm_ratio is None or self.median_norms is not None:
+            return self
+        others = replace(self.mask, max_norm_ratio=None)
+        norms: dict[str, list[Tensor]] = {name: [] for name in self.hook_points}
+        for batch in batches_of(tokens[: max(1, CALIBRATION_TOKENS // tokens.ctx_len)], n_seq):
+            keep = others.apply(batch).keep
+            for name, x in self._capture(batch).items():
+                norms[name].append(_norms(x)[keep])
+        return replace(self, median_norms={name: float(torch.cat(pieces).median()) for name, pieces in norms.items()})
+
+    def read(self, batch: Tokens) -> Reading:
+        """One forward. ValueError naming the hook point where a kept row is not finite in the stored dtype."""
+        acts = self._capture(batch)
+        kept = self.mask.apply(batch, **self._outliers(acts))
+        index = kept.keep.flatten().nonzero().squeeze(1)
+        positions = torch.arange(batch.ctx_len, dtype=torch.int32).expand_as(batch.ids)
+        columns = {"token_ids": batch.ids, "doc_ids": batch.doc_ids, "positions": positions}
+        rows = {name: _select(x.flatten(0, 1), index).to(self.dtype) for name, x in acts.items()}
+        for name, x in rows.items():
+            _require_finite(name, x)
+        return Reading(rows, {name: column.flatten()[index] for name, column in columns.items()}, kept.removed)
+
+    def request(self, tokens: Tokens) -> dict[str, Any]:
+        """The arguments that decide what is read, ready for JSON."""
+        model = describe_model(self.model)
+        return {
+            "model": model.name,
+            "weight_processing": model.weight_processing,
+            "weights": fingerprint(self.model),
+            "hook_points": list(self.hook_points),
+            "tokens_sha256": tokens.sha256,
+            "mask": _plain(self.mask.to_dict()),
+            "dtype": dtype_name(self.dtype),
+        }
+
+    def origins(
+        self, tokens: Tokens, n_tokens: int, removed: dict[str, int], seed: int | None = None
+    ) -> dict[str, Provenance]:
+        """Where what was read comes from, by hook point."""
+        medians = self.median_norms or {}
+        first = self._provenance(tokens, n_tokens, removed, seed)
+        return {name: first.at(name, medians.get(name)) for name in self.hook_points}
+
+    def _provenance(self, tokens: Tokens, n_tokens: int, removed: dict[str, int], seed: int | None) -> Provenance:
+        model = describe_model(self.model)
+        return Provenance(
+            model=model.name,
+            weight_processing=model.weight_processing,
+            hook_point=self.hook_points[0],
+            text=tokens.source,
+            tokens_sha256=tokens.sha256,
+            mask=_plain(self.mask.to_dict()),
+            dtype=dtype_name(self.dtype),
+            ctx_len=tokens.ctx_len,
+            n_tokens=n_tokens,
+            seed=seed,
+            versions=dict(model.versions),
+            removed=removed,
+        )
+
+    def _capture(self, batch: Tokens) -> dict[str, Tensor]:
+        return capture(self.model, batch.ids, self.hook_points)
+
+    def _outliers(self, acts: dict[str, Tensor]) -> dict[str, Any]:
+        """Norms relative to the median, the largest over the hook points: an outlier at one is dropped at all.
+
+        A row that is not finite counts as ordinary here, or the rule would hide what must be refused.
+        """
+        if self.median_norms is None:
+            return {}
+        ratios = [_norms(x) / self.median_norms[name] for name, x in acts.items()]
+        return {"norms": torch.stack(ratios).nan_to_num(0.0, 0.0).amax(0), "median": 1.0}
+
+
+def batches_of(tokens: Tokens, n_seq: int) -> list[Tokens]:
+    """The sequences in order, `n_seq` at a time."""
+    return [tokens[start : start + n_seq] for start in range(0, len(tokens), n_seq)]
+
+
+def forward_size(tokens: Tokens, n_seq: int | None) -> int:
+    """Sequences in a forward: `n_seq`, or about 4096 tokens' worth."""
+    if n_seq is not None and n_seq < 1:
+        raise ValueError(f"The number of sequences in a forward must be at least 1, got {n_seq}.")
+    return n_seq or max(1, FORWARD_TOKENS // tokens.ctx_len)
+
+
+def fingerprint(model: Model) -> str:
+    """A hash of the weights' shapes and of up to 64 evenly spaced values of each; it tells a model from its fine-tune."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        values = weight.detach().flatten()
+        values = values[:: max(1, len(values) // 64)].contiguous().cpu()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    # As JSON would give it back, so that a stored mask equals a new one.
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.float().norm(dim=-1).cpu()
+
+
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    return x if len(index) == len(x) else x.index_select(0, index.to(x.device))
+
+
+def _require_finite(name: str, x: Tensor) -> None:
+    finite = torch.isfinite(x)
+    if not finite.all():
+        n_bad = int((~finite.all(1)).sum())
+        raise ValueError(
+            f"Activations must be finite in {x.dtype}; '{name}' has NaN or infinity in {n_bad} of {len(x)} rows of a "
+            "batch. Collect in bfloat16 or float32 where float16 overflows, or check the model's weights and dtype."
+        )

@@ -1,0 +1,145 @@
+"""`stream`: activations straight from the model to training, mixed in memory, with a state that can be saved."""
+
+import hashlib
+import json
+from collections import Counter
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.collecting.reader import DEFAULT_MASK, Reader, forward_size
+from saelab.lm.masks import TokenMask
+from saelab.lm.models import Model
+from saelab.lm.tokens import Tokens
+from saelab.stores.provenance import Provenance
+from saelab.stores.ring import RingBuffer
+
+BUFFER_TOKENS = 1 << 16
+
+
+class ActivationStream:
+    """Iterator over batches (batch_size, d_in) of fresh activations, on the model's device; see `stream`."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        tokens: Tokens,
+        ring: RingBuffer,
+        batch_size: int,
+        n_seq: int,
+        seed: int,
+        epochs: int | None,
+    ) -> None:
+        self.d_in = ring.d_in
+        self.batch_size = batch_size
+        self.removed: Counter[str] = Counter()
+        "Tokens removed so far by each rule of the mask."
+        self._reader, self._tokens, self._ring = reader, tokens, ring
+        self._n_seq, self._seed, self._epochs = n_seq, seed, epochs
+        self._n_tokens = 0
+        self._start(epoch=0, next_seq=0)
+
+    @property
+    def provenance(self) -> Provenance:
+        """The origin of the activations, with the number of rows read so far."""
+        origins = self._reader.origins(self._tokens, self._n_tokens, dict(self.removed), self._seed)
+        return origins[self._reader.hook_points[0]]
+
+    def __iter__(self) -> "ActivationStream":
+        return self
+
+    def __next__(self) -> Float[Tensor, "batch d_in"]:
+        if self._ring.half_empty:
+            self._refill()
+        if self._ring.n_unread < self.batch_size:
+            raise StopIteration
+        return self._ring.sample(self.batch_size)
+
+    def state_dict(self) -> dict[str, Tensor | int | str]:
+        """Everything needed to go on: the place in the tokens, the unread rows, the generator."""
+        ring = {f"ring.{name}": value for name, value in self._ring.state_dict().items()}
+        counts = {"epoch": self._epoch, "next_seq": self._next_seq, "n_tokens": self._n_tokens}
+        return ring | counts | self._settings() | {"removed": json.dumps(self.removed)}
+
+    def load_state_dict(self, state: dict[str, Tensor | int | str]) -> None:
+        """Go on, bit for bit, where `state` was taken; ValueError when it belongs to another stream."""
+        for key, value in self._settings().items():
+            if state[key] != value:
+                raise ValueError(
+                    f"`{key}` must be what it was when the state was saved ({state[key]}), got {value}. "
+                    "Build the stream with the same arguments, or start anew."
+                )
+        rings = {name.removeprefix("ring."): x for name, x in state.items() if isinstance(x, Tensor)}
+        self._ring.load_state_dict(rings)
+        self.removed = Counter(json.loads(str(state["removed"])))
+        self._n_tokens = int(state["n_tokens"])
+        self._start(int(state["epoch"]), int(state["next_seq"]))
+
+    def _settings(self) -> dict[str, Tensor | int | str]:
+        return {
+            "seed": self._seed,
+            "n_seq": self._n_seq,
+            "buffer_tokens": self._ring.capacity,
+            "tokens_sha256": self._tokens.sha256,
+            "hook_point": self._reader.hook_points[0],
+            "mask": json.dumps(self._reader.request(self._tokens)["mask"]),
+        }
+
+    def _start(self, epoch: int, next_seq: int) -> None:
+        digest = hashlib.sha256(repr((self._seed, "sequences", epoch)).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self._epoch, self._next_seq = epoch, next_seq
+        self._order = torch.randperm(len(self._tokens), generator=generator)
+
+    def _refill(self) -> None:
+        while self._ring.n_free >= self._n_seq * self._tokens.ctx_len:
+            if self._next_seq >= len(self._tokens):
+                self._start(self._epoch + 1, next_seq=0)
+            if self._epochs is not None and self._epoch >= self._epochs:
+                return
+            chosen = self._order[self._next_seq : self._next_seq + self._n_seq]
+            reading = self._reader.read(self._tokens[chosen])
+            self._ring.add(reading.acts[self._reader.hook_points[0]])
+            self._next_seq += len(chosen)
+            self._n_tokens += len(reading.columns["token_ids"])
+            self.removed.update(reading.removed)
+
+
+def stream(
+    model: Model,
+    tokens: Tokens,
+    hook_point: str,
+    *,
+    batch_size: int = 4096,
+    buffer_tokens: int = BUFFER_TOKENS,
+    seed: int = 0,
+    mask: TokenMask = DEFAULT_MASK,
+    dtype: torch.dtype | None = None,
+    n_seq: int | None = None,
+    epochs: int | None = None,
+) -> ActivationStream:
+    """Shuffled batches of activations at one hook point, made while they are used; nothing is written to disk.
+
+    Each epoch takes the sequences in a new seeded order, `n_seq` in a forward (default: about 4096 tokens). Their rows
+    go through a ring buffer of `buffer_tokens` rows that is filled again whenever half of it is served.
+    With `epochs=None` the tokens are gone through again and again; otherwise StopIteration comes when the rows left
+    do not fill a batch. Raises ValueError for a wrong hook point, NaN or infinity, and a buffer that is too small.
+
+    >>> model = sl.tiny_model()
+    >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
+    >>> batches = sl.stream(model, tokens, "blocks.1.hook_resid_post", batch_size=32, buffer_tokens=128, n_seq=2)
+    >>> next(batches).shape
+    torch.Size([32, 32])
+    """
+    n_seq = min(forward_size(tokens, n_seq), len(tokens))
+    smallest = 2 * max(batch_size, n_seq * tokens.ctx_len)
+    if batch_size < 1 or buffer_tokens < smallest:
+        raise ValueError(
+            f"`buffer_tokens` must be at least twice the batch ({batch_size}) and twice a forward of n_seq={n_seq} "
+            f"sequences, {smallest} in all, got {buffer_tokens}. Enlarge it, or take a smaller n_seq or batch_size."
+        )
+    reader = Reader.make(model, tokens, [hook_point], mask, dtype).calibrated(tokens, n_seq)
+    first = reader.read(tokens[:1]).acts[hook_point]
+    ring = RingBuffer(buffer_tokens, first.shape[1], dtype=reader.dtype, seed=seed, device=first.device)
+    return ActivationStream(reader, tokens, ring, batch_size, n_seq, seed, epochs)
