@@ -116,6 +116,7 @@ def sparsify(activation: str, sizes: Sizes, optimizer: str = "signum") -> Subjec
     from sparsify import SparseCoder, SparseCoderConfig
 
     assert activation == "topk"
+    torch.set_float32_matmul_precision("high")  # as `Trainer.fit` does
     sae = SparseCoder(sizes.d_in, SparseCoderConfig(num_latents=sizes.d_sae, k=sizes.k), dtype=torch.float32)
     opt = sparsify_optimizer(sae, optimizer)
     since_fired = torch.zeros(sizes.d_sae, dtype=torch.long)
