@@ -1,4 +1,4 @@
-"""Do the hooks read what Hugging Face computes? The model's residual stream, layer by layer, against `hidden_states`."""
+"""Do the hooks read what Hugging Face computes? The residual stream, layer by layer, against `hidden_states`."""
 
 import html
 from dataclasses import asdict, dataclass

@@ -60,7 +60,7 @@ class Door:
         return sum(not is_ours(hook) for book in books for hook in book.values())
 
     def find(self, name: str) -> Any:
-        """The HookPoint called `name`, in the old or the canonical spelling; ValueError with at most five near names."""
+        """The HookPoint called `name`, in the old or the canonical spelling; else ValueError with near names."""
         if name not in self.points:
             near = difflib.get_close_matches(name, self.points, n=5, cutoff=0.4)
             hint = f"Did you mean one of {near}?" if near else "Names look like 'blocks.0.hook_resid_post'."
@@ -80,7 +80,7 @@ class Door:
     def check(self, name: str) -> bool:
         """Whether the plain twin has the bridge's tensor at a hook point, and answers a test edit there alike.
 
-        Measured once per hook point, in at most four short forwards. RuntimeError unless the bridge fires it exactly once.
+        Measured once per hook point, in at most four short forwards. RuntimeError unless the bridge fires it once.
         """
         if name not in self.agrees:
             seen = self._read(self.bridged, self.bridge_site(name))

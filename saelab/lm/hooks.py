@@ -93,9 +93,7 @@ def to_model(model: Model, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def splice(
-    model: Model, edits: dict[str, Callable[[Tensor], Tensor]]
-) -> Iterator[Model]:
+def splice(model: Model, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[Model]:
     """Inside the block, what flows on from each hook point is `edits[hook_point](x)`, in any forward of the model.
 
     The function gets (batch, ctx_len, d) in the model's dtype (a copy, free to be changed) and returns the same shape;

@@ -1,7 +1,6 @@
 """Loading a language model: from the Hub, from a folder, from an object, or a tiny one built on the spot."""
 
 import copy
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -13,9 +12,7 @@ from torch import nn
 
 from saelab.lm.plain import strip
 
-logger = logging.getLogger(__name__)
-
-Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]  # noqa: F821
+Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]
 """A language model as saelab knows it. A string, because importing the class takes seconds."""
 
 
@@ -28,10 +25,10 @@ def load_model(
 ) -> Model:
     """A causal language model behind a `TransformerBridge`, with raw Hugging Face weights, in evaluation mode.
 
-    `name_or_path` is a Hub id, a local folder (nothing touches the network), a Hugging Face model object (it stays as it
-    is; the bridge shares its weights), or a bridge (returned as it is). `device` defaults to the best one present, `dtype`
-    to float32; objects keep their own. `tokenizer` replaces the model's; an object without one is looked up in the
-    folder it came from. FileNotFoundError for a missing folder, ValueError for a wrong id, a folder that
+    `name_or_path` is a Hub id, a local folder (nothing touches the network), a Hugging Face model object (it stays as
+    it is; the bridge shares its weights), or a bridge (returned as it is). `device` defaults to the best one present,
+    `dtype` to float32; objects keep their own. `tokenizer` replaces the model's; for an object it may be left out where
+    the folder it came from has one. FileNotFoundError for a missing folder, ValueError for a wrong id, a folder that
     holds no model, or a device or dtype beside an object.
 
     >>> model = sl.load_model(sl.tiny_model())

@@ -1,0 +1,44 @@
+"""Fixtures and doctest names for the whole repository."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import saelab as sl
+
+torch.set_num_threads(1)  # many small products: more threads only get in each other's way
+
+SHARED_DATA = Path(__file__).parent / ".." / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace: dict[str, Any]) -> None:
+    doctest_namespace.update(sl=sl, torch=torch)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Any:
+    """A tiny random llama-like model: d_model 32, 3 layers, byte-level tokenizer."""
+    from saelab.lm.models import tiny_model
+
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokens(tiny: Any) -> Any:
+    """64 packed rows of 32 tokens of made-up text."""
+    from saelab.lm.tokens import tokenize
+
+    animals, verbs = ("cat", "dog", "owl", "fox"), ("sees", "hears", "likes", "finds")
+    texts = [f"The {a} {v} the {b}." for a in animals for v in verbs for b in animals if a != b]
+    return tokenize(tiny, texts * 2, ctx_len=32, n_tokens=2048)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real model and text for tests; they are not part of the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real data at {SHARED_DATA}")
+    return SHARED_DATA.resolve()

@@ -1,0 +1,116 @@
+"""Which tokens count: one rule for collecting, training, evaluation and everything after."""
+
+import html
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.lm.tokens import Tokens
+from saelab.stores.files import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskResult:
+    """The tokens a mask keeps, and how many each rule removed.
+
+    A token is counted for the first rule that removes it, so `n_kept` and the counts add up to every place in the rows.
+    """
+
+    keep: Bool[Tensor, "n_seq ctx_len"]
+    removed: dict[str, int]
+
+    @property
+    def n_kept(self) -> int:
+        """Number of tokens kept."""
+        return int(self.keep.sum())
+
+    def __str__(self) -> str:
+        total = max(self.keep.numel(), 1)
+        rows = [*self.removed.items(), ("kept", self.n_kept)]
+        return "\n".join(f"{name:<10} {n:>12,} {n / total:>8.2%}" for name, n in rows)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts only, ready for JSON: `removed` by rule and `n_kept`."""
+        return {"removed": dict(self.removed), "n_kept": self.n_kept}
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON."""
+        write_json(path, self.to_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMask:
+    """Rules for leaving tokens out, applied in this order: padding (always), special, positions, norm.
+
+    Padding goes by document id -1 and never by token id, so a model whose padding is also its EOS or BOS loses
+    nothing by it. Special tokens go by id, wherever they stand.
+
+    >>> tokens = sl.tokenize(sl.tiny_model(), ["one", "two"], ctx_len=6)
+    >>> sl.TokenMask(positions=(1, None)).apply(tokens).removed
+    {'padding': 4, 'special': 2, 'positions': 1, 'norm': 0}
+    """
+
+    special: bool = True
+    """Leave out BOS, EOS and the like (`Tokens.special_ids`)."""
+    positions: tuple[int, int | None] = (0, None)
+    """Keep positions start <= position < stop in a row; None is the row's end."""
+    max_norm_ratio: float | None = None
+    """Leave out activations whose norm exceeds this many times the median norm, such as attention sinks; None: keep."""
+
+    def __post_init__(self) -> None:
+        start, stop = self.positions
+        if start < 0 or (stop is not None and stop <= start):
+            raise ValueError(f"`positions` must be (start, stop) with 0 <= start < stop, got {self.positions}.")
+        if self.max_norm_ratio is not None and not self.max_norm_ratio > 0:
+            raise ValueError(f"`max_norm_ratio` must be positive or None, got {self.max_norm_ratio}.")
+
+    def apply(
+        self,
+        tokens: Tokens,
+        norms: Float[Tensor, "n_seq ctx_len"] | None = None,
+        median: float | None = None,
+    ) -> MaskResult:
+        """The tokens to keep and how many each rule removed.
+
+        `norms` are the activations' Euclidean norms, needed with `max_norm_ratio`; `median` is the norm they are
+        compared with, by default the median over the tokens that the other rules keep. ValueError without norms.
+        """
+        if self.max_norm_ratio is not None and norms is None:
+            raise ValueError(f"`max_norm_ratio={self.max_norm_ratio}` needs the activations' norms, got none.")
+        keep = torch.ones_like(tokens.doc_ids, dtype=torch.bool)
+        removed: dict[str, int] = {}
+        for rule, passed in self._rules(tokens):
+            removed[rule] = int((keep & ~passed).sum())
+            keep = keep & passed
+        norm_ok = self._norm_rule(keep, norms, median)
+        removed["norm"] = int((keep & ~norm_ok).sum())
+        return MaskResult(keep=keep & norm_ok, removed=removed)
+
+    def _rules(self, tokens: Tokens) -> list[tuple[str, Tensor]]:
+        """Name of each rule that needs no activations, and which tokens pass it."""
+        everything = torch.ones_like(tokens.doc_ids, dtype=torch.bool)
+        special = torch.tensor(tokens.special_ids, dtype=tokens.ids.dtype)
+        ordinary = ~torch.isin(tokens.ids, special) if self.special else everything
+        position = torch.arange(tokens.ctx_len)
+        start, stop = self.positions
+        inside = (position >= start) & (position < (tokens.ctx_len if stop is None else stop))
+        return [("padding", tokens.attention_mask), ("special", ordinary), ("positions", inside & everything)]
+
+    def _norm_rule(self, keep: Tensor, norms: Tensor | None, median: float | None) -> Tensor:
+        if self.max_norm_ratio is None or norms is None:
+            return torch.ones_like(keep)
+        norms = norms.to(device=keep.device, dtype=torch.float32)
+        if median is None:
+            median = float(norms[keep].median()) if bool(keep.any()) else 0.0
+        return norms <= self.max_norm_ratio * median
+
+    def to_dict(self) -> dict[str, Any]:
+        """All rules, ready for JSON and provenance."""
+        return asdict(self)

@@ -1,0 +1,203 @@
+"""Text as rows of token ids: packed, or one document a row; every token knows its document."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int32
+from torch import Tensor
+
+from saelab.lm.models import Model
+from saelab.lm.text import describe_source, read_documents
+
+PADDING = -1
+"""The document id of padding."""
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Tokens:
+    """Rows of token ids for a model, padded on the right, and where they came from.
+
+    `len(tokens)` is the number of rows; `tokens[i]`, `tokens[i:j]` and `tokens[list_of_rows]` are Tokens again.
+    """
+
+    ids: Int32[Tensor, "n_seq ctx_len"]
+    """Token ids; at padding some id the model knows."""
+    doc_ids: Int32[Tensor, "n_seq ctx_len"]
+    """Which document each token belongs to, counted from 0; -1 is padding, whatever the id there."""
+    special_ids: tuple[int, ...] = ()
+    """Ids of BOS, EOS, padding and the like (not of unknown words), in increasing order."""
+    source: str = "unknown"
+    """Where the text came from."""
+    bos: bool = False
+    """Whether every document begins with BOS."""
+    packed: bool = True
+    """Documents one after another, or one document a row."""
+    n_truncated: int = 0
+    """Documents that lost their end because they were longer than a row (never when packed)."""
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.doc_ids.shape or self.ids.ndim != 2:
+            raise ValueError(
+                "`ids` and `doc_ids` must have one shape (n_seq, ctx_len), "
+                f"got {tuple(self.ids.shape)} and {tuple(self.doc_ids.shape)}."
+            )
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, rows: int | slice | list[int] | Tensor) -> "Tokens":
+        if isinstance(rows, int):
+            if not -len(self) <= rows < len(self):
+                raise IndexError(f"Row must be in -{len(self)}..{len(self) - 1}, got {rows}.")
+            rows = [rows]
+        return replace(self, ids=self.ids[rows], doc_ids=self.doc_ids[rows])
+
+    def __repr__(self) -> str:
+        return f"Tokens(n_seq={len(self)}, ctx_len={self.ctx_len}, n_tokens={self.n_tokens}, source={self.source!r})"
+
+    @property
+    def ctx_len(self) -> int:
+        """Length of a row."""
+        return self.ids.shape[1]
+
+    @property
+    def attention_mask(self) -> Bool[Tensor, "n_seq ctx_len"]:
+        """True at tokens, False at padding."""
+        return self.doc_ids != PADDING
+
+    @cached_property
+    def n_tokens(self) -> int:
+        """Number of tokens, padding not counted."""
+        return int(self.attention_mask.sum())
+
+    @cached_property
+    def sha256(self) -> str:
+        """Fingerprint of ids, document ids and shape."""
+        digest = hashlib.sha256(str(tuple(self.ids.shape)).encode())
+        for part in (self.ids, self.doc_ids):
+            digest.update(part.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def tokenize(
+    model: Model,
+    texts: str | Path | Iterable[Any],
+    ctx_len: int = 128,
+    *,
+    packed: bool = True,
+    bos: bool | None = True,
+    n_tokens: int | None = None,
+    separator: str | None = "<|endoftext|>",
+    field: str = "text",
+) -> Tokens:
+    """Token ids of documents in rows of `ctx_len`, with the model's own tokenizer.
+
+    `texts`, `separator` and `field` are as in `read_documents`: a list, a text, JSONL or parquet file, or a data set.
+    Packed rows join all documents and only the last row has padding; a row may begin inside a document, and the model
+    looks across the borders. Otherwise each document has a row of its own and loses what does not fit
+    (`Tokens.n_truncated` counts them). `bos`: True puts BOS before every document, False before none, None does as the
+    tokenizer by itself. `n_tokens` stops after exactly that many (fewer if the text ends), BOS included.
+    ValueError for empty text, a row longer than the model's context, or a missing BOS token.
+
+    >>> tokens = sl.tokenize(sl.tiny_model(), ["one", "two"], ctx_len=6)
+    >>> tokens.doc_ids.tolist()
+    [[0, 0, 0, 0, 1, 1], [1, 1, -1, -1, -1, -1]]
+    """
+    _require_sizes(model, ctx_len, n_tokens)
+    first = _bos_ids(model, bos)
+    documents = _encode(model.tokenizer, read_documents(texts, separator=separator, field=field), first)
+    pieces, n_truncated = _take(documents, None if packed else ctx_len, n_tokens)
+    if not pieces:
+        raise ValueError("`texts` must hold at least one document that is not blank, got none. Check file and `field`.")
+    ids, doc_ids = _lay_out(pieces, ctx_len, packed, fill=_fill_id(model))
+    return Tokens(
+        ids=torch.from_numpy(ids),
+        doc_ids=torch.from_numpy(doc_ids),
+        special_ids=find_special_ids(model),
+        source=describe_source(texts),
+        bos=bool(first),
+        packed=packed,
+        n_truncated=n_truncated,
+    )
+
+
+def find_special_ids(model: Model) -> tuple[int, ...]:
+    """Ids of the tokenizer's special tokens, except the one for unknown words: it stands for ordinary text."""
+    tokenizer: Any = model.tokenizer
+    tokens = [v for key, value in tokenizer.special_tokens_map.items() if key != "unk_token" for v in _as_list(value)]
+    ids = {int(tokenizer.convert_tokens_to_ids(str(token))) for token in tokens}
+    return tuple(sorted(i for i in ids if i < model.cfg.d_vocab))
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _require_sizes(model: Model, ctx_len: int, n_tokens: int | None) -> None:
+    if model.tokenizer is None:
+        raise ValueError("`tokenize` needs a model with a tokenizer, got one without. Load it with its tokenizer.")
+    if not 1 <= ctx_len <= model.cfg.n_ctx:
+        raise ValueError(f"`ctx_len` must be in 1..{model.cfg.n_ctx} (the model's context), got {ctx_len}.")
+    if n_tokens is not None and n_tokens < 1:
+        raise ValueError(f"`n_tokens` must be at least 1 or None for all, got {n_tokens}.")
+
+
+def _bos_ids(model: Model, bos: bool | None) -> list[int]:
+    """What goes before every document: [BOS] or nothing."""
+    tokenizer: Any = model.tokenizer
+    bos_id = tokenizer.bos_token_id
+    if bos is None:
+        bos = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
+    if bos and (bos_id is None or bos_id >= model.cfg.d_vocab):
+        raise ValueError("`bos=True` needs a tokenizer with a BOS token, got one without. Use bos=False.")
+    return [bos_id] if bos else []
+
+
+def _fill_id(model: Model) -> int:
+    pad_id = getattr(model.tokenizer, "pad_token_id", None)
+    return pad_id if pad_id is not None and pad_id < model.cfg.d_vocab else 0
+
+
+def _encode(tokenizer: Any, documents: Iterator[str], first: list[int]) -> Iterator[np.ndarray]:
+    """Ids of each document, tokenized 256 at a time and only as they are asked for."""
+    while block := list(islice(documents, 256)):
+        encoded = tokenizer(
+            block, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False
+        )
+        for ids in encoded["input_ids"]:
+            yield np.array(first + ids, dtype=np.int32)
+
+
+def _take(documents: Iterator[np.ndarray], longest: int | None, n_tokens: int | None) -> tuple[list[np.ndarray], int]:
+    """Documents cut to `longest` until `n_tokens` are reached, and how many were cut."""
+    pieces, room, n_truncated = [], n_tokens, 0
+    for ids in documents:
+        n_truncated += longest is not None and len(ids) > longest
+        pieces.append(ids[:longest][:room])
+        if room is not None:
+            room -= len(pieces[-1])
+            if room == 0:
+                break
+    return pieces, n_truncated
+
+
+def _lay_out(pieces: list[np.ndarray], ctx_len: int, packed: bool, fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of ids and of document ids."""
+    lengths = np.array([len(piece) for piece in pieces])
+    n_seq = -(-int(lengths.sum()) // ctx_len) if packed else len(pieces)
+    if packed:
+        used = np.arange(n_seq * ctx_len).reshape(n_seq, ctx_len) < lengths.sum()
+    else:
+        used = np.arange(ctx_len) < lengths[:, None]
+    ids = np.full((n_seq, ctx_len), fill, dtype=np.int32)
+    doc_ids = np.full((n_seq, ctx_len), PADDING, dtype=np.int32)
+    ids[used] = np.concatenate(pieces)
+    doc_ids[used] = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+    return ids, doc_ids
