@@ -1,0 +1,105 @@
+"""Proximal operators of sparse coding: dense pre-activations u in, sparse codes z out, differentiable.
+
+Each is the proximal map of a sparsity penalty (arXiv:2510.00404): ReLU of l1 on z >= 0, JumpReLU of l0 on z >= 0, TopK and AbsTopK
+of the k-sparse set with and without z >= 0. The batch operators share k * n_rows places between the rows (arXiv:2412.06410).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def keep_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
+    """Keep the k largest of every row: by |u| where `signed`, else the positive ones among the k largest; the rest is 0.
+
+    >>> keep_topk(torch.tensor([3.0, -5.0, 1.0]), k=2, signed=True)
+    tensor([ 3., -5.,  0.])
+    """
+    places = (u.abs() if signed else u).topk(k, dim=-1).indices
+    kept = u.gather(-1, places)
+    return torch.zeros_like(u).scatter(-1, places, kept if signed else kept.relu())
+
+
+def keep_batch_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
+    """Keep the k * n_rows largest of the whole batch: by |u| where `signed`, else the positive ones among them.
+
+    >>> keep_batch_topk(torch.tensor([[3.0, 4.0], [1.0, 2.0]]), k=1, signed=False)
+    tensor([[3., 4.],
+            [0., 0.]])
+    """
+    n_rows = u[..., 0].numel()
+    return keep_topk(u.reshape(-1), k * n_rows, signed).view_as(u)
+
+
+def keep_above(
+    u: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, "..."], signed: bool
+) -> Float[Tensor, "*batch d_sae"]:
+    """Keep what exceeds a threshold: |u| > threshold where `signed`, else u > threshold and u > 0.
+
+    >>> keep_above(torch.tensor([3.0, -5.0, 1.0]), torch.tensor(2.0), signed=True)
+    tensor([ 3., -5.,  0.])
+    """
+    return u * (u.abs() > threshold) if signed else u.relu() * (u > threshold)
+
+
+class _JumpReLU(torch.autograd.Function):
+    """u where u > threshold; the threshold's gradient is a kernel estimate at the jump."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(u, threshold)
+        ctx.bandwidth = bandwidth
+        return u * (u > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        u, threshold = ctx.saved_tensors
+        near = (u - threshold).abs() < ctx.bandwidth / 2
+        grad_threshold = (grad * near).flatten(0, -2).sum(0) * (-threshold / ctx.bandwidth)
+        return grad * (u > threshold), grad_threshold, None
+
+
+class _CountAbove(torch.autograd.Function):
+    """How many pre-activations of each row exceed their threshold; the kernel estimate looks at u, before the jump."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(u, threshold)
+        ctx.bandwidth = bandwidth
+        return (u > threshold).sum(-1).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+        u, threshold = ctx.saved_tensors
+        near = (u - threshold).abs() < ctx.bandwidth / 2
+        return None, (grad.unsqueeze(-1) * near).flatten(0, -2).sum(0) / -ctx.bandwidth, None
+
+
+def jumprelu(
+    u: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, "d_sae"], bandwidth: float
+) -> Float[Tensor, "*batch d_sae"]:
+    """`u` where `u > threshold`, else 0, with a straight-through gradient for the threshold (arXiv:2407.14435, eq. 11).
+
+    d out / d threshold is estimated as `-(threshold / bandwidth) * [|u - threshold| < bandwidth / 2]`.
+
+    >>> jumprelu(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
+    tensor([[0., 2.]])
+    """
+    return _JumpReLU.apply(u, threshold, bandwidth)
+
+
+def count_above(
+    u: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, "d_sae"], bandwidth: float
+) -> Float[Tensor, "*batch"]:
+    """L0 of the jump, `#{i: u_i > threshold_i}`, with a straight-through gradient for the threshold (arXiv:2407.14435, eq. 12).
+
+    The estimate uses the pre-activation on both sides of the jump: a kernel on the code after the jump would see its upper half only.
+
+    >>> count_above(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
+    tensor([1.])
+    """
+    return _CountAbove.apply(u, threshold, bandwidth)

@@ -1,0 +1,170 @@
+"""Approximate sizes of every pre-activation, cheaply: the screen in front of an exact search.
+
+The encoder's product is the one dense product of a training step. Done in int8 or bfloat16 it costs a fraction of float32, and
+its error is small beside the gaps between the winners and the rest; the search (`search.py`) measures that error on the
+candidates it re-scores in float32 and repeats in float32 whatever the screen cannot vouch for.
+
+The screen looks at blocks of 16 latents first: a block whose maximum loses holds no winner. Int8 gives every latent a step of its
+own; latents of like step share a block, so that whole blocks are compared as integers and only their maxima are scaled.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int, Int8
+from torch import Tensor
+
+Precision = Literal["float32", "bfloat16", "int8"]
+
+PRODUCT_ROWS = 512  # tokens a product call: enough for the matrix kernels, few enough to bound the memory
+SCAN_ROWS = 256  # tokens scanned at a time: their block maxima stay in the processor's cache
+BLOCK = 16  # latents a block
+
+
+class Screen:
+    """Approximate sizes of `u = x W^T + bias`, as |u| where `signed`, chunk by chunk of rows and block by block of latents.
+
+    The bias travels as one more input dimension, so that it costs nothing beside the product.
+    """
+
+    def __init__(
+        self,
+        W: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, "d_sae"],
+        precision: Precision,
+        signed: bool,
+    ) -> None:
+        self.signed, self.precision = signed, precision
+        self.width = BLOCK if W.shape[0] % BLOCK == 0 else 1
+        self.n_blocks = W.shape[0] // self.width
+        self.latents = torch.arange(W.shape[0], device=W.device)
+        self.step = W.new_ones(W.shape[0])
+        # the input dimension that carries the bias is as large as leaves the weights' range unchanged
+        self.one = float((bias.abs().amax() / torch.maximum(W.amax(), -W.amin()).clamp(min=1e-30)).clamp(min=1e-6))
+        carried = bias.unsqueeze(1) / self.one
+        if precision == "int8":
+            self._quantise(W, carried)
+        else:
+            dtype = torch.bfloat16 if precision == "bfloat16" else W.dtype
+            self.W = torch.cat([W.to(dtype), carried.to(dtype)], dim=1)
+        self.block_step = self.step.view(self.width, self.n_blocks).amax(0)
+
+    def _quantise(self, W: Tensor, carried: Tensor) -> None:
+        """Bring W to int8, latents of like step side by side in a block (latent at place p is in block p % n_blocks)."""
+        self.W, step = quantise_rows(W, carried)
+        by_step = step.squeeze(1).argsort()
+        self.latents = by_step.view(self.n_blocks, self.width).T.flatten()
+        self.W, self.step = self.W[self.latents], step[self.latents, 0]
+
+    def chunks(self, x: Float[Tensor, "n_rows d_in"]) -> Iterator[ScreenedRows]:
+        """Yield the screened rows of x in order; each chunk is gone when the next is asked for."""
+        scale, ones = x.new_ones(x.shape[0], 1), x.new_full((x.shape[0], 1), self.one)
+        buffer = None
+        if self.precision != "int8":
+            x = torch.cat([x, ones], dim=1)
+        else:
+            x, scale = quantise_rows(x, ones)
+            buffer = torch.empty(min(PRODUCT_ROWS, len(x)), len(self.W), dtype=torch.int32, device=x.device)
+        for start in range(0, len(x), PRODUCT_ROWS):
+            part = x[start : start + PRODUCT_ROWS]
+            if buffer is not None:
+                raw = torch._int_mm(part, self.W.T, out=buffer[: len(part)])
+            else:
+                raw = part.to(self.W.dtype) @ self.W.T
+            for first in range(0, len(part), SCAN_ROWS):
+                rows = slice(start + first, min(start + first + SCAN_ROWS, start + len(part)))
+                sizes = raw[first : first + SCAN_ROWS]
+                yield ScreenedRows(self, rows, sizes.abs_() if self.signed else sizes, scale[rows])
+
+
+class ScreenedRows:
+    """One chunk of screened rows: `rows` of the batch, raw `sizes` by place, and the `scale` that makes them sizes of u."""
+
+    def __init__(self, screen: Screen, rows: slice, sizes: Tensor, scale: Float[Tensor, "chunk 1"]) -> None:
+        self.screen, self.rows, self.sizes, self.scale = screen, rows, sizes, scale
+        blocks = sizes.view(-1, screen.width, screen.n_blocks)
+        self.bounds = blocks.amax(1) * screen.block_step  # an upper bound of every size in the block, times scale
+
+    def top(self, n: int) -> tuple[Float[Tensor, "chunk n"], Int[Tensor, "chunk n"], Float[Tensor, "chunk"]]:
+        """Sizes and latents of each row's n largest, unsorted, and a bound that every other size keeps below."""
+        if n > self.screen.n_blocks:
+            places = torch.arange(self.sizes.shape[1], device=self.sizes.device).expand(len(self.sizes), -1)
+            unseen = self.bounds.new_full((len(self.sizes),), -torch.inf)
+        else:
+            blocks = self.bounds.topk(n, dim=1, sorted=False)
+            inside = torch.arange(0, self.sizes.shape[1], self.screen.n_blocks, device=self.sizes.device)
+            places = (blocks.indices.unsqueeze(1) + inside.view(1, -1, 1)).flatten(1)
+            unseen = blocks.values.amin(1)
+        best = (self.sizes.gather(1, places) * self.screen.step[places]).topk(n, dim=1, sorted=False)
+        unseen = torch.maximum(unseen, best.values.amin(1)) * self.scale.squeeze(1)
+        return best.values * self.scale, self.screen.latents[places.gather(1, best.indices)], unseen
+
+    def above(self, floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the batch, latents and sizes of the entries at or above `floor`, row by row."""
+        limit = floor / self.scale
+        row, block = (self.bounds >= limit).nonzero(as_tuple=True)
+        blocks = self.sizes.view(-1, self.screen.width, self.screen.n_blocks)
+        inside = torch.arange(self.screen.width, device=row.device) * self.screen.n_blocks + block.unsqueeze(1)
+        sizes = blocks[row, :, block] * self.screen.step[inside]
+        hit, place = (sizes >= limit[row]).nonzero(as_tuple=True)
+        row = row[hit]
+        latents = self.screen.latents[inside[hit, place]]
+        return row + self.rows.start, latents, sizes[hit, place] * self.scale[row, 0]
+
+
+def quantise_rows(
+    x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"]
+) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
+    """Round each row of `[x, last]` to int8, `~ q * step` with `step = max|.| / 127`; an all-zero row has step 1.
+
+    >>> quantise_rows(torch.tensor([[1.0, -2.54]]), torch.tensor([[0.5]]))
+    (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]))
+    """
+    largest = torch.maximum(torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)), last.abs())
+    step = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    inverse = step.reciprocal()
+    q = torch.empty(x.shape[0], x.shape[1] + 1, dtype=torch.int8, device=x.device)
+    q[:, -1:] = (last * inverse).round_()
+    for start in range(0, x.shape[0], 256):  # by pieces that fit the cache
+        rows = slice(start, start + 256)
+        q[rows, :-1] = (x[rows] * inverse[rows]).round_()
+    return q, step
+
+
+def choose_precision(d_in: int, d_sae: int, device: torch.device) -> Precision:
+    """Pick the cheapest screening precision on this device, by a short measurement on CPU.
+
+    Small products stay in float32, where a screen saves nothing. The choice changes the speed only, never the result.
+    """
+    if d_in * d_sae < 2**22:
+        return "float32"
+    if device.type == "cuda":
+        return "bfloat16"
+    return _fastest_on_cpu(torch.get_num_threads()) if device.type == "cpu" else "float32"
+
+
+@functools.lru_cache
+def _fastest_on_cpu(n_threads: int) -> Precision:
+    """Time one product in each precision (0.1 s, once a process and thread count); a screen must win by a third."""
+    x, W = torch.ones(256, 768), torch.ones(4096, 768)
+    low_x, low_W, int_x, int_W = x.bfloat16(), W.bfloat16(), x.to(torch.int8), W.to(torch.int8)
+    seconds: dict[Precision, float] = {
+        "float32": _time(lambda: x @ W.T) / 1.5,
+        "bfloat16": _time(lambda: low_x @ low_W.T) * 1.1,
+        "int8": _time(lambda: torch._int_mm(int_x, int_W.T)),
+    }
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def _time(call: Callable[[], Tensor]) -> float:
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -1,0 +1,106 @@
+"""Exact search for the largest pre-activations, without ever holding all of them.
+
+Both searches screen in low precision, keep more candidates than asked for, re-score those in float32 and select again. The
+candidates' own errors say how far the screen can be wrong; rows where an unseen latent might still have won are searched again
+in float32. The result is the exact top-k of the float32 scores, whatever the screen.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.functional.codes import SparseCodes
+from saelab.functional.kernels import sampled_dot
+from saelab.functional.screening import Precision, Screen, choose_precision
+
+ERROR_MARGIN = 1.5  # an unseen latent may be wrong by this many times the largest error seen on the candidates
+
+
+def search_topk(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    k: int,
+    signed: bool,
+    precision: Precision | None = None,
+) -> SparseCodes:
+    """The k largest `u = x W^T + bias` of every row: by |u| where `signed`, else the positive ones among the k largest.
+
+    >>> search_topk(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), k=1, signed=True).values
+    tensor([-3.])
+    """
+    n_rows, d_sae = x.shape[0], W.shape[0]
+    screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed)
+    n_candidates = min(d_sae, 2 * k if screen.precision == "int8" else k + k // 4 + 8)
+    approximate, candidates, unseen = (torch.cat(p) for p in zip(*(c.top(n_candidates) for c in screen.chunks(x)), strict=True))
+    rows = torch.arange(n_rows, device=x.device)
+    exact = _rescore(x, W, bias, rows.repeat_interleave(n_candidates), candidates.flatten()).view(candidates.shape)
+    size = exact.abs() if signed else exact
+    best = size.topk(k, dim=1)
+    indices, values = candidates.gather(1, best.indices), exact.gather(1, best.indices)
+    if n_candidates < d_sae:
+        error = (size - approximate).abs().max() * ERROR_MARGIN
+        unsure = (unseen + error > best.values[:, -1].clamp(min=0)).nonzero().squeeze(1)
+        _search_again(x, W, bias, signed, unsure, indices, values)
+    keep = (values != 0) if signed else (values > 0)
+    row, place = keep.nonzero(as_tuple=True)
+    return SparseCodes.from_rows(indices[row, place], values[row, place], row, (n_rows, d_sae))
+
+
+def _search_again(
+    x: Tensor, W: Tensor, bias: Tensor, signed: bool, rows: Tensor, indices: Tensor, values: Tensor
+) -> None:
+    """Search some rows in float32 and write what is found into `indices` and `values`."""
+    for some in rows.split(1024):
+        dense = x[some] @ W.T + bias
+        k = indices.shape[1]
+        indices[some] = (dense.abs() if signed else dense).topk(k, dim=1).indices
+        values[some] = _rescore(x, W, bias, some.repeat_interleave(k), indices[some].flatten()).view(-1, k)
+
+
+def _rescore(x: Tensor, W: Tensor, bias: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
+    return sampled_dot(rows, indices, x, W) + bias[indices]
+
+
+def search_batch_topk(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    k: int,
+    signed: bool,
+    precision: Precision | None = None,
+) -> SparseCodes:
+    """The k * n_rows largest `u = x W^T + bias` of the whole batch: by |u| where `signed`, else the positive ones among them.
+
+    >>> search_batch_topk(torch.tensor([[9.0, 8.0], [1.0, 2.0]]), torch.eye(2), torch.zeros(2), k=1, signed=False).rows
+    tensor([0, 0])
+    """
+    n_rows, d_sae = x.shape[0], W.shape[0]
+    screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed)
+    n_kept = k * n_rows
+    surplus = 1.6 if screen.precision == "int8" else 1.25
+    while True:
+        floor = _estimate_floor(screen, x, k * surplus)
+        rows, indices, approximate = (torch.cat(p) for p in zip(*(c.above(floor) for c in screen.chunks(x)), strict=True))
+        exact = _rescore(x, W, bias, rows, indices)
+        size = exact.abs() if signed else exact
+        error = (size - approximate).abs().max() * ERROR_MARGIN if len(size) else size.new_zeros(())
+        worst = size.topk(n_kept, sorted=False).values.amin() if len(size) >= n_kept else -error
+        if floor + error <= worst.clamp(min=-torch.inf if signed else 0) or floor == -torch.inf:
+            break
+        surplus *= 4  # the floor was too high to be sure: screen again with a lower one
+    keep = size.topk(min(n_kept, len(size)), sorted=False).indices.sort().values
+    keep = keep[size[keep] > 0]
+    return SparseCodes.from_rows(indices[keep], exact[keep], rows[keep], (n_rows, d_sae))
+
+
+def _estimate_floor(screen: Screen, x: Tensor, k: float) -> Float[Tensor, ""]:
+    """The size that about k entries a row exceed, from an even sample of the rows; -inf where k is most of the latents."""
+    n = min(int(4 * k) + 1, len(screen.latents))
+    if 2 * k >= len(screen.latents):
+        return x.new_full((), -torch.inf)
+    sample = x[:: max(1, x.shape[0] // 256)]
+    sizes = torch.cat([chunk.top(n)[0] for chunk in screen.chunks(sample)]).flatten()
+    return sizes.topk(int(k * len(sample)) + 1).values[-1]

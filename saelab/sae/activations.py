@@ -1,0 +1,204 @@
+"""The activation axis: which pre-activations become codes. Each choice is a small frozen object, found by name in a registry.
+
+A variant of your own is one class; training, saving, loading and every analysis then know it:
+
+    @register_activation("soft_topk")
+    @dataclass(frozen=True)
+    class SoftTopK(Activation):
+        k: int = 32
+
+        def __call__(self, u, threshold=None, training=False):
+            return (u - u.topk(self.k + 1, dim=-1).values[..., -1:]).relu()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.functional.codes import SparseCodes
+from saelab.functional.proximal import count_above, jumprelu, keep_above, keep_batch_topk, keep_topk
+from saelab.functional.search import search_batch_topk, search_topk
+
+ACTIVATIONS: dict[str, type[Activation]] = {}
+
+A = TypeVar("A", bound="type[Activation]")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Maps pre-activations u to codes z. Subclass it as a frozen dataclass and register it; only `__call__` is required."""
+
+    name: ClassVar[str]
+    signed: ClassVar[bool] = False
+    """codes of both signs; latents are ranked by |u|"""
+    threshold: ClassVar[Literal["none", "running", "learned"]] = "none"
+    """what `threshold` holds: nothing, a running scalar kept by training, or one learned value a latent"""
+
+    def __call__(
+        self, u: Float[Tensor, "*batch d_sae"], threshold: Tensor | None = None, training: bool = False
+    ) -> Float[Tensor, "*batch d_sae"]:
+        """The codes of dense pre-activations, differentiable."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(u, threshold=None, training=False).")
+
+    def search(
+        self, x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], bias: Tensor, training: bool
+    ) -> SparseCodes | None:
+        """The codes of `x W^T + bias` found without holding all pre-activations, or None where dense is the only way."""
+        return None
+
+    def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Float[Tensor, ""] | None:
+        """A sparsity loss, per token, for activations that need one; None where sparsity is structural."""
+        return None
+
+    def initial_threshold(self, d_sae: int) -> Tensor | None:
+        """The threshold to start from: NaN means that training has not set it yet."""
+        return torch.tensor(torch.nan) if self.threshold == "running" else None
+
+    def check(self, d_sae: int) -> None:
+        """Refuse settings that do not fit the width; raises ValueError."""
+        k = getattr(self, "k", None)
+        if k is not None and not 1 <= k <= d_sae:
+            raise ValueError(f"`k` must be in 1..d_sae ({d_sae}), got {k}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and settings, as they stand in config.json."""
+        return {"name": self.name, **asdict(self)}
+
+
+def register_activation(name: str) -> Callable[[A], A]:
+    """Make an activation known under a name, for config files and the command line; a taken name is refused (ValueError)."""
+
+    def register(cls: A) -> A:
+        taken = ACTIVATIONS.get(name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise ValueError(f"An activation's name must be free, '{name}' is {taken.__name__}; choose another.")
+        cls.name = name
+        ACTIVATIONS[name] = cls
+        return cls
+
+    return register
+
+
+def make_activation(name: str, **settings: Any) -> Activation:
+    """Build a registered activation; an unknown name or setting raises ValueError with near ones.
+
+    >>> make_activation("abstopk", k=16)
+    AbsTopK(k=16)
+    """
+    if name not in ACTIVATIONS:
+        near = get_close_matches(name, ACTIVATIONS, n=5) or sorted(ACTIVATIONS)[:5]
+        raise ValueError(f"`activation` must be a registered name, got '{name}'. Did you mean one of {near}?")
+    known = {field.name for field in fields(ACTIVATIONS[name])}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"Activation '{name}' takes {sorted(known)}, got {unknown}; remove or rename them.")
+    return ACTIVATIONS[name](**settings)
+
+
+@register_activation("topk")
+@dataclass(frozen=True)
+class TopK(Activation):
+    """The positive ones among each token's k largest pre-activations (arXiv:2406.04093)."""
+
+    k: int = 32
+    """latents kept a token"""
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        return keep_topk(u, self.k, self.signed)
+
+    def search(self, x: Tensor, W: Tensor, bias: Tensor, training: bool) -> SparseCodes | None:
+        return search_topk(x, W, bias, self.k, self.signed)
+
+
+@register_activation("abstopk")
+@dataclass(frozen=True)
+class AbsTopK(TopK):
+    """Each token's k largest pre-activations by magnitude, with their signs (arXiv:2510.00404)."""
+
+    signed: ClassVar[bool] = True
+
+
+@register_activation("batchtopk")
+@dataclass(frozen=True)
+class BatchTopK(Activation):
+    """The k * n_tokens largest of a training batch; a fixed threshold afterwards (arXiv:2412.06410).
+
+    The threshold is the running mean of the smallest kept magnitude, so that a token's codes never depend on its batch.
+    """
+
+    threshold: ClassVar[Literal["none", "running", "learned"]] = "running"
+
+    k: int = 32
+    """latents kept a token, on average"""
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        if training or threshold is None or bool(threshold.isnan()):
+            return keep_batch_topk(u, self.k, self.signed)
+        return keep_above(u, threshold, self.signed)
+
+    def search(self, x: Tensor, W: Tensor, bias: Tensor, training: bool) -> SparseCodes | None:
+        return search_batch_topk(x, W, bias, self.k, self.signed) if training else None
+
+
+@register_activation("batchabstopk")
+@dataclass(frozen=True)
+class BatchAbsTopK(BatchTopK):
+    """BatchTopK by magnitude, with signs: |u| competes over the batch, |u| > threshold afterwards."""
+
+    signed: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class _Penalised(Activation):
+    """An activation whose sparsity is paid for; the weight is fixed, or steered to a target L0."""
+
+    target_l0: float = 32.0
+    """mean latents a token the penalty's weight is steered to, where `coefficient` is None"""
+    coefficient: float | None = None
+    """fixed weight of the penalty; None steers it to `target_l0`"""
+
+    def check(self, d_sae: int) -> None:
+        if not 0 < self.target_l0 <= d_sae:
+            raise ValueError(f"`target_l0` must be in (0, d_sae ({d_sae})], got {self.target_l0}.")
+
+
+@register_activation("relu")
+@dataclass(frozen=True)
+class ReLU(_Penalised):
+    """max(u, 0) with an L1 penalty, sum_i |z_i|."""
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        return u.relu()
+
+    def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
+        return z.sum(-1).mean()
+
+
+@register_activation("jumprelu")
+@dataclass(frozen=True)
+class JumpReLU(_Penalised):
+    """u where u exceeds a learned threshold, else 0, with an L0 penalty and straight-through gradients (arXiv:2407.14435)."""
+
+    threshold: ClassVar[Literal["none", "running", "learned"]] = "learned"
+
+    bandwidth: float = 0.1
+    """width of the gradient's window around the threshold, in units of u"""
+    start: float = 0.1
+    """threshold at the start of training, in units of u"""
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        assert threshold is not None
+        return jumprelu(u, threshold, self.bandwidth)
+
+    def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
+        assert threshold is not None
+        return count_above(u, threshold, self.bandwidth).mean()
+
+    def initial_threshold(self, d_sae: int) -> Tensor:
+        return torch.full((d_sae,), self.start)

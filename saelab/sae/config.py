@@ -1,0 +1,137 @@
+"""`SAEConfig`: a point in the space of sparse autoencoders, one choice on each axis."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, get_args
+
+from saelab.sae.activations import Activation, TopK, make_activation
+from saelab.sae.normaliser import KINDS, Kind
+
+Dictionary = Literal["unit", "free", "frozen"]
+Init = Literal["tied", "data"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomPrefixes:
+    """Prefixes drawn anew each training step: sizes log-uniform in [`smallest`, d_sae), and d_sae itself (arXiv:2503.17547)."""
+
+    n: int = 5
+    """prefixes a step, the whole dictionary included"""
+    smallest: int = 16
+    """smallest prefix drawn"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxK:
+    """The loss that brings dead latents back (arXiv:2406.04093, A.2): they reconstruct the residual of the others.
+
+    Its value is normalised by the residual's variance, the reconstruction loss by the activations' variance, so `coefficient` weighs
+    two numbers of the same kind. Dead latents are ranked by |u| where codes are signed; the residual is detached, b_dec left out.
+    """
+
+    coefficient: float = 1 / 32
+    """weight of the loss"""
+    k: int | None = None
+    """dead latents used a token; None is d_in / 2"""
+    dead_after_tokens: int | None = None
+    """tokens without firing after which a latent is dead; None is 10 million, or 5 % of a shorter run"""
+    token_frac: float = 0.125
+    """share of each batch's tokens the loss is taken on; its gradient stays unbiased, its cost small"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.token_frac <= 1:
+            raise ValueError(f"`token_frac` must be in (0, 1], got {self.token_frac}.")
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"`k` of AuxK must be at least 1, got {self.k}; use aux=None to switch it off.")
+        if self.dead_after_tokens is not None and self.dead_after_tokens < 1:
+            raise ValueError(f"`dead_after_tokens` must be at least 1, got {self.dead_after_tokens}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """What an SAE is: widths and one choice on each axis. Training has its own `TrainConfig`.
+
+    >>> SAEConfig(d_in=64, d_sae=1024, activation=TopK(k=16), prefixes=(64, 256, 1024)).prefixes
+    (64, 256, 1024)
+    """
+
+    d_in: int
+    """width of the activations"""
+    d_sae: int
+    """number of latents"""
+    activation: Activation = TopK()
+    """which pre-activations become codes"""
+    prefixes: tuple[int, ...] | RandomPrefixes | None = None
+    """Matryoshka: dictionary sizes that must each reconstruct on their own; fixed ones increase and end at d_sae"""
+    dictionary: Dictionary = "unit"
+    """rows of W_dec: of unit norm, free, or frozen at their initial values (a baseline)"""
+    normaliser: Kind = "scale"
+    """none; scale: mean-centred, E||x||^2 = d_in; whiten: principal components of unit variance"""
+    init: Init = "tied"
+    """rows of W_dec at the start: random directions, or activations; W_enc is tied to them"""
+    aux: AuxK | None = AuxK()
+    """the loss on dead latents, or None"""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prefixes, list):
+            object.__setattr__(self, "prefixes", tuple(self.prefixes))
+        for name in ("d_in", "d_sae"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        _check_choice("dictionary", self.dictionary, get_args(Dictionary))
+        _check_choice("normaliser", self.normaliser, KINDS)
+        _check_choice("init", self.init, get_args(Init))
+        self.activation.check(self.d_sae)
+        self._check_prefixes()
+
+    def _check_prefixes(self) -> None:
+        if isinstance(self.prefixes, RandomPrefixes):
+            if not (self.prefixes.n >= 2 and 1 <= self.prefixes.smallest < self.d_sae):
+                raise ValueError(
+                    f"Random prefixes need n >= 2 and smallest in 1..d_sae - 1 ({self.d_sae - 1}), got {self.prefixes}."
+                )
+        elif self.prefixes is not None:
+            sizes = self.prefixes
+            if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+                raise ValueError(f"`prefixes` must increase from at least 1, got {sizes}.")
+            if sizes[-1] != self.d_sae:
+                raise ValueError(f"`prefixes` must end at d_sae ({self.d_sae}), got {sizes}; append d_sae.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, the inverse of `from_dict`."""
+        plain = asdict(self)
+        plain["activation"] = self.activation.to_dict()
+        if self.prefixes is not None and not isinstance(self.prefixes, RandomPrefixes):
+            plain["prefixes"] = list(self.prefixes)
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> SAEConfig:
+        """Build from `to_dict`'s form; an unknown key raises ValueError with near ones."""
+        values = dict(plain)
+        values["activation"] = make_activation(**values["activation"])
+        if isinstance(values.get("prefixes"), dict):
+            values["prefixes"] = read_fields(RandomPrefixes, values["prefixes"])
+        elif values.get("prefixes") is not None:
+            values["prefixes"] = tuple(values["prefixes"])
+        if values.get("aux") is not None:
+            values["aux"] = read_fields(AuxK, values["aux"])
+        return read_fields(cls, values)
+
+
+def read_fields(cls: type[T], plain: dict[str, Any]) -> T:
+    """Build a config dataclass from a dictionary, refusing keys it does not have (ValueError, with near ones)."""
+    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    for key in plain:
+        if key not in known:
+            near = get_close_matches(key, known, n=5) or known[:5]
+            raise ValueError(f"{cls.__name__} has no key '{key}'. Did you mean one of {near}?")
+    return cls(**plain)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, got '{value}'.")

@@ -1,0 +1,204 @@
+"""`Trainee`: an SAE in training. Its losses, its constraints, and what is counted along the way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.functional.codes import SparseCodes
+from saelab.functional.kernels import attach_encoder, sparse_decode
+from saelab.functional.losses import nested_error, normalised_error
+from saelab.sae.activations import _Penalised
+from saelab.sae.coder import Coder
+from saelab.sae.config import RandomPrefixes
+from saelab.training.config import TrainConfig
+
+THRESHOLD_RATE = 0.01  # of the running threshold's average
+STEER_RATE = 0.03  # of the sparsity coefficient, per step, at an L0 wrong by a factor e
+STEER_LIMIT = 2.0  # largest log-ratio of L0 to its target that the steering acts on
+MIN_THRESHOLD = 1e-4  # a learned threshold stays positive
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """One batch's losses, weighted, and what `observe` needs to know of the codes."""
+
+    terms: dict[str, Float[Tensor, ""]]
+    fired: Bool[Tensor, "d_sae"]
+    l0: Float[Tensor, ""]
+    smallest: Float[Tensor, ""]
+    n_tokens: int
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """The loss that is differentiated."""
+        return torch.stack(list(self.terms.values())).sum()
+
+
+class Trainee:
+    """Wraps an SAE for the training loop; everything it keeps beside the weights is in `state`, saved in checkpoints."""
+
+    def __init__(self, sae: Coder, cfg: TrainConfig) -> None:
+        self.sae, self.cfg = sae, cfg
+        activation = sae.cfg.activation
+        steered = isinstance(activation, _Penalised) and activation.coefficient is None
+        coefficient = activation.coefficient if isinstance(activation, _Penalised) else None
+        self.state: dict[str, Tensor] = {
+            "n_steps": torch.zeros((), dtype=torch.int64),
+            "tokens_since_fired": torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device),
+            "variance": torch.tensor(float(sae.cfg.d_in), device=sae.device),
+            "coefficient": torch.tensor(1e-3 if coefficient is None else coefficient, device=sae.device),
+        }
+        self.steered = steered
+
+    @torch.no_grad()
+    def prepare(self, sample: Float[Tensor, "n_tokens d_in"]) -> None:
+        """Fit the normaliser, place b_dec and the dictionary, and match the encoder's scale to the data."""
+        sae, sample = self.sae, sample.to(self.sae.W_enc)
+        sae.normaliser.fit(sample)
+        x = sae.normaliser.normalise(sample)
+        sae.b_dec.copy_(x.mean(0))
+        centred = x - sae.b_dec
+        variance = centred.square().sum(1).mean()
+        self.state["variance"].copy_(variance if variance > 0 else torch.ones_like(variance))
+        if sae.cfg.init == "data":
+            self._start_from(centred)
+        self._match_scale(x[:1024])
+
+    def _start_from(self, centred: Tensor) -> None:
+        generator = torch.Generator().manual_seed(self.cfg.seed)
+        rows = centred[centred.norm(dim=1) > 0]
+        chosen = rows[torch.randint(len(rows), (self.sae.cfg.d_sae,), generator=generator)]
+        # a little of the random direction keeps repeated rows apart
+        directions = chosen / chosen.norm(dim=1, keepdim=True) + 0.1 * self.sae.W_dec
+        directions /= directions.norm(dim=1, keepdim=True)
+        self.sae.W_dec.copy_(directions)
+        self.sae.W_enc.copy_(directions.T)
+
+    def _match_scale(self, x: Tensor) -> None:
+        """Scale W_enc by the c that minimises ||centred - c x_hat||^2: tied random weights overshoot many times over."""
+        sae, centred = self.sae, x - self.sae.b_dec
+        x_hat = sae.cfg.activation(centred @ sae.W_enc, sae.threshold, training=True) @ sae.W_dec
+        energy = x_hat.square().sum()
+        if energy > 0 and (scale := (centred * x_hat).sum() / energy) > 0:
+            sae.W_enc.mul_(scale.clamp(0.05, 1.0))
+
+    def objective(self, x: Float[Tensor, "n_tokens d_in"]) -> Objective:
+        """The losses of one batch. Pure: counters and thresholds move in `observe`, weights in the optimiser."""
+        sae = self.sae
+        x = sae.normaliser.normalise(x.to(sae.W_enc))
+        with torch.no_grad():
+            found = sae.cfg.activation.search(x - sae.b_dec, sae.W_enc.T, sae.b_enc, training=True)
+        parts, penalty, seen = self._dense_parts(x) if found is None else self._sparse_parts(x, found)
+        errors, residual = nested_error(x - sae.b_dec, parts)
+        terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
+        if penalty is not None:
+            terms["sparsity"] = self.state["coefficient"] * penalty
+        if (aux := self._aux(x, residual)) is not None:
+            terms["aux"] = aux
+        return Objective(terms, *seen, n_tokens=len(x))
+
+    def _sparse_parts(self, x: Tensor, found: SparseCodes) -> tuple[Tensor, None, tuple[Tensor, Tensor, Tensor]]:
+        """Each prefix group's contribution (n_groups, n_rows, d_in), from the codes found."""
+        sae, n = self.sae, len(x)
+        indices, rows, offsets = found.indices, found.rows, found.offsets
+        values = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, sae.b_dec, (indices, rows, offsets))
+        ends = self._prefixes()
+        if len(ends) > 1:  # one virtual row a token and group, group after group
+            group = torch.bucketize(indices, torch.tensor(ends, device=indices.device), right=True)
+            rows, order = (group * n + rows).sort(stable=True)
+            indices, values = indices[order], values.index_select(0, order)
+            offsets = torch.searchsorted(rows, torch.arange(n * len(ends) + 1, device=rows.device))
+        parts = sparse_decode(values, sae.W_dec, indices, rows, offsets).view(len(ends), n, -1)
+        fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
+        fired[found.indices] = True
+        size = found.values.abs()
+        smallest = size.min() if len(size) else size.new_tensor(torch.nan)
+        return parts, None, (fired, size.new_tensor(len(size) / n), smallest)
+
+    def _dense_parts(self, x: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+        """The same for any activation, through dense codes."""
+        sae = self.sae
+        u = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        z = sae.cfg.activation(u, sae.threshold, training=True)
+        ends = self._prefixes()
+        groups = zip([0, *ends], ends, strict=False)
+        parts = torch.stack([z[:, start:end] @ sae.W_dec[start:end] for start, end in groups])
+        size = z.detach().abs()
+        fires = size > 0
+        smallest = size[fires].min() if fires.any() else size.new_tensor(torch.nan)
+        l0 = fires.sum() / len(x)
+        return parts, sae.cfg.activation.penalty(u, z, sae.threshold), (fires.any(0), l0, smallest)
+
+    def _prefixes(self) -> list[int]:
+        """Where the prefixes of this step end."""
+        d_sae, prefixes = self.sae.cfg.d_sae, self.sae.cfg.prefixes
+        if not isinstance(prefixes, RandomPrefixes):
+            return list(prefixes or (d_sae,))
+        # a generator keyed by the step needs no state of its own
+        generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + int(self.state["n_steps"]))
+        drawn = torch.rand(prefixes.n - 1, generator=generator) * math.log(d_sae / prefixes.smallest)
+        return sorted({min(d_sae, int(prefixes.smallest * math.exp(t))) for t in drawn.tolist()} | {d_sae})
+
+    @property
+    def dead_after_tokens(self) -> int:
+        """Tokens without firing after which a latent counts as dead."""
+        aux = self.sae.cfg.aux
+        given = aux.dead_after_tokens if aux is not None else None
+        return given or (10_000_000 if self.cfg.n_tokens >= 100_000_000 else max(1, self.cfg.n_tokens // 20))
+
+    def _aux(self, x: Tensor, residual: Tensor) -> Tensor | None:
+        """AuxK: the dead latents' reconstruction of the (detached) residual, on the first share of the batch."""
+        sae, aux = self.sae, self.sae.cfg.aux
+        dead = (self.state["tokens_since_fired"] >= self.dead_after_tokens).nonzero().squeeze(1)
+        if aux is None or len(dead) == 0:
+            return None
+        n = math.ceil(aux.token_frac * len(x))
+        W_enc = sae.W_enc.T.index_select(0, dead)
+        u = (x[:n] - sae.b_dec) @ W_enc.T + sae.b_enc[dead]
+        # raw u, not relu(u): a dead latent whose u is negative everywhere would never hear of it
+        k = min(aux.k or max(1, sae.cfg.d_in // 2), len(dead))
+        places = (u.abs() if sae.cfg.activation.signed else u).topk(k, dim=1).indices
+        z = torch.zeros_like(u).scatter(1, places, u.gather(1, places))
+        return aux.coefficient * normalised_error(z @ sae.W_dec.index_select(0, dead), residual[:n].detach())
+
+    @torch.no_grad()
+    def observe(self, seen: Objective) -> None:
+        """Count firings, follow the running threshold, steer the sparsity coefficient: once a step, logging or not."""
+        sae, state = self.sae, self.state
+        state["n_steps"] += 1
+        state["tokens_since_fired"] = (state["tokens_since_fired"] + seen.n_tokens).masked_fill_(seen.fired, 0)
+        if sae.cfg.activation.threshold == "running" and sae.threshold is not None:
+            moved = torch.lerp(sae.threshold, seen.smallest, THRESHOLD_RATE)
+            sae.threshold.copy_(torch.where(sae.threshold.isnan(), seen.smallest, moved.nan_to_num(sae.threshold)))
+        if self.steered:
+            assert isinstance(sae.cfg.activation, _Penalised)
+            off = (seen.l0.clamp(min=1e-3) / sae.cfg.activation.target_l0).log().clamp(-STEER_LIMIT, STEER_LIMIT)
+            state["coefficient"] *= (STEER_RATE * off).exp()
+
+    @torch.no_grad()
+    def constrain_gradients(self) -> None:
+        """Remove the part of each dictionary row's gradient that only changes its length."""
+        grad = self.sae.W_dec.grad
+        if self.sae.cfg.dictionary != "unit" or grad is None:
+            return
+        for g, w in zip(grad.split(256), self.sae.W_dec.split(256), strict=True):  # by pieces that fit the cache
+            g.addcmul_(torch.linalg.vecdot(g, w).unsqueeze(1), w, value=-1)
+
+    @torch.no_grad()
+    def constrain_weights(self) -> None:
+        """Bring dictionary rows back to unit norm and keep learned thresholds positive."""
+        if self.sae.cfg.dictionary == "unit":
+            for w in self.sae.W_dec.split(256):
+                w /= torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp(min=1e-12)
+        if self.sae.cfg.activation.threshold == "learned" and self.sae.threshold is not None:
+            self.sae.threshold.clamp_(min=MIN_THRESHOLD)
+
+    @torch.no_grad()
+    def default_lr(self) -> float:
+        """The peak rate used where none is given, from width and length of the run (see LOG.md for the sweeps)."""
+        return 3e-3
