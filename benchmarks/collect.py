@@ -145,7 +145,7 @@ def serve(kind: str, args: argparse.Namespace) -> dict[str, float]:
     before = resident("VmRSS")
     batches = make(args.buffer_rows, args.batch_size, chunk)
     next(batches)
-    n_batches = 4 * args.buffer_rows // args.batch_size
+    n_batches = 2 * args.buffer_rows // args.batch_size
     start = time.perf_counter()
     for _ in range(n_batches):
         next(batches)

@@ -158,7 +158,7 @@ def forward_size(tokens: Tokens, n_seq: int | None) -> int:
 
 
 def fingerprint(model: Model) -> str:
-    """A hash of the weights' shapes and of up to 64 evenly spaced values of each; it tells a model from its fine-tune."""
+    """A hash of the weights' shapes and of some 64 evenly spaced values of each; tells a model from its fine-tune."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

@@ -112,8 +112,9 @@ class FolderWriter:
         self._save(shards=(*self.manifest.shards, shard), next_seq=self.next_seq, skip_rows=skip_rows)
 
     def _save(self, **changes: Any) -> None:
-        self.manifest = replace(self.manifest, removed=dict(self.removed), **changes)
-        self.manifest.save(self.folder)
+        manifest = replace(self.manifest, removed=dict(self.removed), **changes)
+        manifest.save(self.folder)
+        self.manifest = manifest  # only now, so that after Ctrl-C it does not promise more than is on disk
 
 
 def load_all(folder: Path, hook_points: list[str]) -> dict[str, Activations]:
