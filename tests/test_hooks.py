@@ -140,10 +140,11 @@ def test_an_identity_edit_changes_nothing(model: Any) -> None:
 
 
 def test_edits_may_work_in_place(model: Any) -> None:
-    ids = some_ids()
-    with splice(model, {POST: lambda x: x * 0.5}):
+    ids, shift = some_ids(), torch.arange(32.0)
+    name = "blocks.1.ln2.hook_in"  # the same tensor also goes around the MLP, where the edit must not show
+    with splice(model, {name: lambda x: x + shift}):
         expected = logits(model, ids)
-    with splice(model, {POST: lambda x: x.mul_(0.5)}):
+    with splice(model, {name: lambda x: x.add_(shift)}):
         assert torch.equal(logits(model, ids), expected)
 
 
@@ -211,12 +212,26 @@ def test_hooks_of_the_user_are_seen(model: Any) -> None:
     assert torch.equal(capture(model, ids, [POST])[POST], clean)
 
 
+def test_the_fast_way_is_found_again(model: Any) -> None:
+    """Neither hooks that are gone, nor those that the libraries leave behind, may slow the model down for good."""
+    ids = some_ids()
+    model.add_hook("blocks.0.hook_out", lambda x, hook: x + 1)
+    slow = capture(model, ids, [POST, "blocks.1.hook_mlp_out"])
+    assert door(model).route([POST])[0] is model.original_model
+    model.reset_hooks()
+    model.run_with_cache(ids)
+    fast = capture(model, ids, [POST])
+    assert door(model).route([POST, "blocks.1.hook_mlp_out"])[0] is door(model).plain
+    assert not torch.allclose(fast[POST], slow[POST], atol=1e-3)
+
+
 @torch.no_grad()
-def test_edited_weights_are_seen(model: Any) -> None:
+@pytest.mark.parametrize(("part", "factor"), [("", 0.5), ("attn.q", 4)])  # GPT-2's bridge has query weights of its own
+def test_edited_weights_are_seen(model: Any, part: str, factor: float) -> None:
     ids = some_ids()
     clean = capture(model, ids, [POST])[POST]
-    for parameter in model.blocks[1].parameters():
-        parameter.mul_(0.5)
+    for parameter in model.blocks[1].get_submodule(part).parameters():
+        parameter.mul_(factor)
     _, cache = model.run_with_cache(ids)
     edited = capture(model, ids, [POST])[POST]
     assert not torch.allclose(edited, clean, atol=1e-3)

@@ -35,8 +35,8 @@ class Door:
         self.attention = "eager"
         self.plain, self.twins = self._find_plain()
         self.modules = list(self.bridged.modules())
-        self.n_foreign = self._count_foreign()
-        self.stamp = _stamp(model, self.modules)
+        # With somebody's hooks on the bridge nothing could be compared, so such a door is made anew next time.
+        self.stamp = () if self._is_hooked() else _stamp(model, self.modules)
 
     def _find_plain(self) -> tuple[nn.Module | None, dict[nn.Module, nn.Module]]:
         """The plain twin with the fastest attention that gives the bridge's logits, if any does."""
@@ -54,10 +54,10 @@ class Door:
         logger.info("This model runs through its bridge, at about half the speed: %s", reason)
         return None, {}
 
-    def _count_foreign(self) -> int:
-        """Forward hooks in the wrapped model that are not saelab's."""
+    def _is_hooked(self) -> bool:
+        """Whether somebody has forward hooks on the wrapped model: neither saelab nor the libraries themselves."""
         books = [book for m in self.modules for book in (m._forward_hooks, m._forward_pre_hooks) if book]
-        return sum(not is_ours(hook) for book in books for hook in book.values())
+        return any(not is_ours(hook) and not _is_inner(hook) for book in books for hook in book.values())
 
     def find(self, name: str) -> Any:
         """The HookPoint called `name`, in the old or the canonical spelling; else ValueError with near names."""
@@ -108,15 +108,15 @@ class Door:
             return run(model, self.probe)
 
     def trusts(self, name: str) -> bool:
-        """`check`, but inside a splice nothing new is probed: that would call the user's edit behind his back."""
-        return self.agrees.get(name, False) if self._count_ours() else self.check(name)
+        """`check`, but with hooks or edits in place nothing new is probed: a probe would run them behind one's back."""
+        return self.agrees.get(name, False) if self._count_ours() or self._is_hooked() else self.check(name)
 
     def route(self, names: list[str]) -> tuple[nn.Module, list[Site]]:
         """The fastest model that serves these hook points truthfully, and where they are on it.
 
         That is the bridge itself where somebody else has hooks on it, or a hook point exists only there.
         """
-        plain_sees_all = self._count_ours() == self.n_spliced and self._count_foreign() == self.n_foreign
+        plain_sees_all = self._count_ours() == self.n_spliced and not self._is_hooked()
         trusted = [self.trusts(name) for name in names]  # all of them, so that a wrong name is always reported
         if self.plain is not None and plain_sees_all and all(trusted):
             return self.plain, [site for name in names if (site := self.plain_site(name)) is not None]
@@ -135,6 +135,11 @@ def require_once(name: str, n_fired: int) -> None:
             f"A hook point must fire exactly once in a forward; '{name}' fired {n_fired} times. "
             "Choose another hook point; some fire only with an option of the bridge switched on."
         )
+
+
+def _is_inner(hook: Any) -> bool:
+    """Hooks by which the two libraries do their own work; what users add through a HookPoint is not among them."""
+    return str(getattr(hook, "__module__", "")).startswith(("transformers.", "transformer_lens.model_bridge."))
 
 
 def _walk(model: Any, path: str) -> Any:

@@ -106,6 +106,7 @@ def _wrap(hf_model: nn.Module, tokenizer: Any, name: str | None = None) -> Model
     twin, _ = strip(hf_model)
     config: Any = twin.config
     name = name or getattr(config, "_name_or_path", "") or type(hf_model).__name__
+    config.architectures = config.architectures or [type(hf_model).__name__]  # what the bridge goes by
     set_attention: Any = twin.set_attn_implementation
     set_attention("eager")  # hooks on attention scores need it; older bridges leave the choice to the model
     device = next(hf_model.parameters()).device
