@@ -92,16 +92,14 @@ class ScreenedRows:
 
     def top(self, n: int) -> tuple[Float[Tensor, "chunk n"], Int[Tensor, "chunk n"], Float[Tensor, "chunk"]]:
         """Sizes and latents of each row's n largest, unsorted, and a bound that every other size keeps below."""
-        if n > self.screen.n_blocks:
-            places = torch.arange(self.sizes.shape[1], device=self.sizes.device).expand(len(self.sizes), -1)
-            unseen = self.bounds.new_full((len(self.sizes),), -torch.inf)
-        else:
-            blocks = self.bounds.topk(n, dim=1, sorted=False)
-            inside = torch.arange(0, self.sizes.shape[1], self.screen.n_blocks, device=self.sizes.device)
-            places = (blocks.indices.unsqueeze(1) + inside.view(1, -1, 1)).flatten(1)
-            unseen = blocks.values.amin(1)
+        if 4 * n > self.screen.n_blocks:  # blocks would narrow nothing down
+            best = (self.sizes * self.screen.step).topk(n, dim=1, sorted=False)
+            return best.values * self.scale, self.screen.latents[best.indices], best.values.amin(1) * self.scale[:, 0]
+        blocks = self.bounds.topk(n, dim=1, sorted=False)
+        inside = torch.arange(0, self.sizes.shape[1], self.screen.n_blocks, device=self.sizes.device)
+        places = (blocks.indices.unsqueeze(1) + inside.view(1, -1, 1)).flatten(1)
         best = (self.sizes.gather(1, places) * self.screen.step[places]).topk(n, dim=1, sorted=False)
-        unseen = torch.maximum(unseen, best.values.amin(1)) * self.scale.squeeze(1)
+        unseen = torch.maximum(blocks.values.amin(1), best.values.amin(1)) * self.scale[:, 0]
         return best.values * self.scale, self.screen.latents[places.gather(1, best.indices)], unseen
 
     def above(self, floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor]:

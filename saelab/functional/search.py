@@ -15,6 +15,7 @@ from saelab.functional.codes import SparseCodes
 from saelab.functional.kernels import sampled_dot
 from saelab.functional.screening import Precision, Screen, choose_precision
 
+DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
 ERROR_MARGIN = 1.5  # an unseen latent may be wrong by this many times the largest error seen on the candidates
 
 
@@ -32,6 +33,8 @@ def search_topk(
     tensor([-3.])
     """
     n_rows, d_sae = x.shape[0], W.shape[0]
+    if precision is None and d_sae < DENSE_WIDTH:
+        return _keep_firing(*_dense_topk(x, W, bias, k, signed), signed, d_sae)
     screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed)
     n_candidates = min(d_sae, 2 * k if screen.precision == "int8" else k + k // 4 + 8)
     approximate, candidates, unseen = (torch.cat(p) for p in zip(*(c.top(n_candidates) for c in screen.chunks(x)), strict=True))
@@ -43,21 +46,26 @@ def search_topk(
     if n_candidates < d_sae:
         error = (size - approximate).abs().max() * ERROR_MARGIN
         unsure = (unseen + error > best.values[:, -1].clamp(min=0)).nonzero().squeeze(1)
-        _search_again(x, W, bias, signed, unsure, indices, values)
-    keep = (values != 0) if signed else (values > 0)
-    row, place = keep.nonzero(as_tuple=True)
-    return SparseCodes.from_rows(indices[row, place], values[row, place], row, (n_rows, d_sae))
+        indices[unsure], _ = _dense_topk(x[unsure], W, bias, k, signed)
+        values[unsure] = _rescore(x, W, bias, unsure.repeat_interleave(k), indices[unsure].flatten()).view(-1, k)
+    return _keep_firing(indices, values, signed, d_sae)
 
 
-def _search_again(
-    x: Tensor, W: Tensor, bias: Tensor, signed: bool, rows: Tensor, indices: Tensor, values: Tensor
-) -> None:
-    """Search some rows in float32 and write what is found into `indices` and `values`."""
-    for some in rows.split(1024):
-        dense = x[some] @ W.T + bias
-        k = indices.shape[1]
-        indices[some] = (dense.abs() if signed else dense).topk(k, dim=1).indices
-        values[some] = _rescore(x, W, bias, some.repeat_interleave(k), indices[some].flatten()).view(-1, k)
+def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """Latents and values of each row's k largest, from the whole product, a part of the rows at a time."""
+    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    values = x.new_empty(len(x), k)
+    for rows in torch.arange(len(x), device=x.device).split(256):
+        u = torch.addmm(bias, x[rows], W.T)
+        indices[rows] = (u.abs() if signed else u).topk(k, dim=1).indices
+        values[rows] = u.gather(1, indices[rows])
+    return indices, values
+
+
+def _keep_firing(indices: Tensor, values: Tensor, signed: bool, d_sae: int) -> SparseCodes:
+    """Compress (n_rows, k) codes, dropping zeros and, unless signed, what is below zero."""
+    rows, place = ((values != 0) if signed else (values > 0)).nonzero(as_tuple=True)
+    return SparseCodes.from_rows(indices[rows, place], values[rows, place], rows, (len(values), d_sae))
 
 
 def _rescore(x: Tensor, W: Tensor, bias: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
@@ -78,8 +86,14 @@ def search_batch_topk(
     tensor([0, 0])
     """
     n_rows, d_sae = x.shape[0], W.shape[0]
-    screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed)
     n_kept = k * n_rows
+    if precision is None and d_sae < DENSE_WIDTH:
+        u = torch.addmm(bias, x, W.T)
+        kept = _largest(u.abs() if signed else u, n_kept)
+        values = u.flatten()[kept]
+        kept, values = (part[(values != 0) if signed else (values > 0)] for part in (kept, values))
+        return SparseCodes.from_rows(kept % d_sae, values, kept // d_sae, (n_rows, d_sae))
+    screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed)
     surplus = 1.6 if screen.precision == "int8" else 1.25
     while True:
         floor = _estimate_floor(screen, x, k * surplus)
@@ -94,6 +108,16 @@ def search_batch_topk(
     keep = size.topk(min(n_kept, len(size)), sorted=False).indices.sort().values
     keep = keep[size[keep] > 0]
     return SparseCodes.from_rows(indices[keep], exact[keep], rows[keep], (n_rows, d_sae))
+
+
+def _largest(size: Float[Tensor, "n_rows d_sae"], n: int) -> Int[Tensor, "n"]:
+    """Places of the n largest in the flattened tensor, ascending; a floor read off some rows leaves few to compare."""
+    sample, flat = size[::16].flatten(), size.flatten()
+    floor = sample.topk(min(len(sample), int(1.3 * n * len(sample) / len(flat)) + 1), sorted=False).values.amin()
+    above = (flat >= floor).nonzero().squeeze(1)
+    if len(above) < n:
+        above = torch.arange(len(flat), device=size.device)
+    return above[flat[above].topk(n, sorted=False).indices].sort().values
 
 
 def _estimate_floor(screen: Screen, x: Tensor, k: float) -> Float[Tensor, ""]:

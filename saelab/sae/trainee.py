@@ -12,6 +12,7 @@ from torch import Tensor
 from saelab.functional.codes import SparseCodes
 from saelab.functional.kernels import attach_encoder, sparse_decode
 from saelab.functional.losses import nested_error, normalised_error
+from saelab.functional.metrics import ReconstructionSums
 from saelab.sae.activations import _Penalised
 from saelab.sae.coder import Coder
 from saelab.sae.config import RandomPrefixes
@@ -54,6 +55,11 @@ class Trainee:
             "coefficient": torch.tensor(1e-3 if coefficient is None else coefficient, device=sae.device),
         }
         self.steered = steered
+
+    @property
+    def module(self) -> Coder:
+        """What the optimiser moves."""
+        return self.sae
 
     @torch.no_grad()
     def prepare(self, sample: Float[Tensor, "n_tokens d_in"]) -> None:
@@ -197,6 +203,14 @@ class Trainee:
                 w /= torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp(min=1e-12)
         if self.sae.cfg.activation.threshold == "learned" and self.sae.threshold is not None:
             self.sae.threshold.clamp_(min=MIN_THRESHOLD)
+
+    @torch.no_grad()
+    def held_out_fvu(self, x: Float[Tensor, "n_tokens d_in"]) -> float:
+        """FVU on activations that training does not see, with the codes of inference."""
+        sums = ReconstructionSums(self.sae.cfg.d_in)
+        for part in x.split(4096):
+            sums.add(part, self.sae(part))
+        return sums.fvu
 
     @torch.no_grad()
     def default_lr(self) -> float:

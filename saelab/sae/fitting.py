@@ -1,0 +1,75 @@
+"""`fit_all`: train one SAE, or several on the same batches in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.sae.coder import Coder
+from saelab.sae.trainee import Trainee
+from saelab.stores.activations import Activations
+from saelab.stores.provenance import Provenance
+from saelab.training.config import TrainConfig
+from saelab.training.loop import TrainingRun, train
+from saelab.training.protocols import Batches
+from saelab.training.sinks import Sink
+
+
+def fit_all(
+    saes: Sequence[Coder],
+    acts: Activations | Batches | Float[Tensor, "n_tokens d_in"],
+    cfg: TrainConfig,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    held_out: Float[Tensor, "n d_in"] | None = None,
+    sinks: Sequence[Sink] = (),
+    progress: bool = True,
+) -> TrainingRun:
+    """Train SAEs in place on one stream of activations, as if each had been trained alone with the same seed.
+
+    `acts` is collected activations, a plain tensor, or a stream. Of the first two the last tokens are held out to measure FVU; a stream
+    brings none, so give `held_out`. With `out`, history and checkpoints are written there. Raises ValueError for widths that differ,
+    data that ends early or is not finite.
+    """
+    if isinstance(acts, Tensor):
+        acts = Activations.from_tensor(acts)
+    for sae in saes:
+        if sae.cfg.d_in != acts.d_in:
+            raise ValueError(f"`d_in` of the SAE must be the activations' ({acts.d_in}), got {sae.cfg.d_in}.")
+    batches: Batches
+    if isinstance(acts, Activations):
+        n_held = 0 if held_out is not None else min(cfg.n_held_out, acts.n_tokens // 10)
+        rest = acts.rows(0, acts.n_tokens - n_held)
+        if rest.n_tokens < cfg.batch_size:
+            raise ValueError(
+                f"`batch_size` must be at most the {rest.n_tokens} tokens to train on, got {cfg.batch_size}; "
+                "lower it or collect more."
+            )
+        batches = rest.batches(cfg.batch_size, seed=cfg.seed)
+        held_out = acts[rest.n_tokens :] if n_held else held_out
+    else:
+        batches = acts
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    run = TrainingRun([Trainee(sae, cfg) for sae in saes], batches, cfg, held_out, folder)
+    return train(run, resume=resume, sinks=sinks, progress=progress)
+
+
+def describe_training(run: TrainingRun, i: int) -> dict[str, Any]:
+    """What config.json says of the training: its settings and its last entry of the history."""
+    last: dict[str, Any] = run.history[-1] if run.history else {}
+    prefix = f"{i}/"
+    mine = {key.removeprefix(prefix): value for key, value in last.items() if "/" not in key or key.startswith(prefix)}
+    return {**run.cfg.to_dict(), "lr": run.lrs[i], "n_tokens_seen": run.step * run.cfg.batch_size, "last": mine}
+
+
+def origin_of(acts: Any) -> Provenance | None:
+    """Where activations come from, if they say."""
+    origin = getattr(acts, "provenance", None)
+    return origin if isinstance(origin, Provenance) else None

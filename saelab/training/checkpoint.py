@@ -1,0 +1,76 @@
+"""Checkpoints of a training run: one folder, replaced as a whole, from which the run goes on bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.stores.files import load_tensors, read_json, replace_folder, save_tensors, write_json
+from saelab.training.protocols import Batches, Trainable
+
+SCHEMA_VERSION = 1
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Mapping[str, Any],
+    trainables: Sequence[Trainable],
+    optimisers: Sequence[torch.optim.Optimizer],
+    batches: Batches,
+) -> None:
+    """Write weights, counters, optimiser state, place in the data and history; the old checkpoint stands until this one is whole."""
+    plain, tensors = _divide(batches.state_dict())
+    with replace_folder(folder) as temp:
+        for i, (trainable, optimiser) in enumerate(zip(trainables, optimisers, strict=True)):
+            save_tensors(temp / f"weights_{i}.safetensors", trainable.module.state_dict())
+            save_tensors(temp / f"counters_{i}.safetensors", trainable.state)
+            save_tensors(temp / f"optimiser_{i}.safetensors", _optimiser_tensors(trainable, optimiser))
+        save_tensors(temp / "batches.safetensors", tensors)
+        write_json(temp / "progress.json", {"schema_version": SCHEMA_VERSION, "batches": plain, **progress})
+
+
+def load_checkpoint(
+    folder: Path, trainables: Sequence[Trainable], optimisers: Sequence[torch.optim.Optimizer], batches: Batches
+) -> dict[str, Any]:
+    """Restore what `save_checkpoint` wrote and return its progress; ValueError where it belongs to another version."""
+    progress: dict[str, Any] = read_json(folder / "progress.json")
+    if progress["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"A checkpoint must have schema_version {SCHEMA_VERSION}, got {progress['schema_version']} in {folder}; "
+            "train with the version of saelab that wrote it."
+        )
+    for i, (trainable, optimiser) in enumerate(zip(trainables, optimisers, strict=True)):
+        trainable.module.load_state_dict(load_tensors(folder / f"weights_{i}.safetensors"))
+        counters = load_tensors(folder / f"counters_{i}.safetensors")
+        trainable.state = {name: value.to(trainable.state[name].device) for name, value in counters.items()}
+        _restore_optimiser(trainable, optimiser, load_tensors(folder / f"optimiser_{i}.safetensors"))
+    batches.load_state_dict({**progress["batches"], **load_tensors(folder / "batches.safetensors")})
+    return progress
+
+
+def _divide(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value for key, value in state.items() if key not in tensors}, tensors
+
+
+def _optimiser_tensors(trainable: Trainable, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value
+        for name, parameter in trainable.module.named_parameters()
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def _restore_optimiser(trainable: Trainable, optimiser: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
+    for name, parameter in trainable.module.named_parameters():
+        mine = {key[len(name) + 1 :]: value for key, value in saved.items() if key.startswith(f"{name}.")}
+        if mine:
+            # moments keep the parameter's memory order, on which the fused kernel relies
+            optimiser.state[parameter] = {
+                key: torch.empty_like(parameter, requires_grad=False).copy_(value) if value.ndim else value
+                for key, value in mine.items()
+            }

@@ -1,0 +1,199 @@
+"""The one optimisation loop: several trainables, one stream of batches, one pass."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelab.training.checkpoint import load_checkpoint, save_checkpoint
+from saelab.training.config import TrainConfig
+from saelab.training.interrupt import DeferredInterrupt
+from saelab.training.protocols import Batches, Trainable
+from saelab.training.sinks import Entry, FileSink, Sink
+
+SAMPLE_TOKENS = 16_384  # what normalisers and initialisations look at
+
+
+class TrainingRun:
+    """A run of training: its optimisers, its place, its history; made by `train`, driven step by step."""
+
+    def __init__(
+        self, trainables: Sequence[Trainable], batches: Batches, cfg: TrainConfig, held_out: Tensor | None, out: Path | None
+    ) -> None:
+        self.trainables, self.batches, self.cfg = list(trainables), batches, cfg
+        self.held_out, self.out = held_out, out
+        self.lrs = [cfg.lr or trainable.default_lr() for trainable in trainables]
+        self.optimisers = [
+            torch.optim.Adam([p for p in t.module.parameters() if p.requires_grad], lr=lr, betas=cfg.betas, fused=_fuses(t))
+            for t, lr in zip(self.trainables, self.lrs, strict=True)
+        ]
+        self.step = 0
+        self.history: list[Entry] = []
+        self._sums: dict[str, Tensor] = {}
+        self._since_log = 0
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where the checkpoint is kept, if anywhere."""
+        return None if self.out is None else self.out / "checkpoint"
+
+    def resume(self) -> bool:
+        """Go on from the checkpoint, if there is one; ValueError where it belongs to other settings."""
+        if self.checkpoint is None or not (self.checkpoint / "progress.json").exists():
+            return False
+        progress = load_checkpoint(self.checkpoint, self.trainables, self.optimisers, self.batches)
+        for key, value in self.cfg.to_dict().items():
+            if progress["config"].get(key) != value:
+                raise ValueError(
+                    f"A resumed run must keep `{key}` ({progress['config'].get(key)}), got {value}; "
+                    "give the same settings, or another folder."
+                )
+        self.step, self.history = progress["step"], progress["history"]
+        self._since_log = progress["since_log"]
+        self._sums = {key: torch.tensor(value, dtype=torch.float64) for key, value in progress["sums"].items()}
+        return True
+
+    def save(self) -> None:
+        """Write the checkpoint, if the run has a folder."""
+        if self.checkpoint is None:
+            return
+        progress = {
+            "config": self.cfg.to_dict(),
+            "step": self.step,
+            "history": self.history,
+            "since_log": self._since_log,
+            "sums": {key: float(value) for key, value in self._sums.items()},
+        }
+        save_checkpoint(self.checkpoint, progress, self.trainables, self.optimisers, self.batches)
+
+    def prepare(self) -> Iterator[Tensor]:
+        """Let the trainables see a first sample; its batches are trained on like the others."""
+        first = list(itertools.islice(self._checked(), max(1, SAMPLE_TOKENS // self.cfg.batch_size)))
+        sample = torch.cat(first)
+        for trainable in self.trainables:
+            trainable.prepare(sample.float())
+        return iter(first)
+
+    def _checked(self) -> Iterator[Tensor]:
+        """The batches, refused where they are not finite."""
+        while True:
+            try:
+                batch = next(self.batches)
+            except StopIteration:
+                raise ValueError(
+                    f"The data must last for {self.cfg.n_tokens} tokens, it ended at step {self.step} of {self.cfg.n_steps}; "
+                    "give more data or a smaller `n_tokens`."
+                ) from None
+            if not bool(batch.sum(dtype=torch.float32).isfinite()) and not bool(batch.isfinite().all()):
+                wrong = int((~batch.isfinite()).any(1).sum())
+                raise ValueError(
+                    f"Activations must be finite, {wrong} of {len(batch)} tokens after step {self.step} hold NaN or inf; "
+                    "mask those tokens or collect again in a wider dtype."
+                )
+            yield batch
+
+    def train_on(self, batch: Tensor) -> None:
+        """One optimiser step of every trainable."""
+        for i, (trainable, optimiser, lr) in enumerate(zip(self.trainables, self.optimisers, self.lrs, strict=True)):
+            optimiser.param_groups[0]["lr"] = lr * self.cfg.lr_scale(self.step)
+            objective = trainable.objective(batch)
+            objective.total.backward()
+            trainable.constrain_gradients()
+            clip_gradients(trainable.module, self.cfg.clip_norm)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            trainable.constrain_weights()
+            trainable.observe(objective)
+            self._add(i, {**objective.terms, "l0": objective.l0})
+        self.step += 1
+        self._since_log += 1
+
+    def _add(self, i: int, values: dict[str, Tensor]) -> None:
+        """Sum up on the device; nothing is read back before an entry is due."""
+        for key, value in values.items():
+            name = self._name(i, key)
+            self._sums[name] = self._sums.get(name, 0) + value.detach().double()
+
+    def _name(self, i: int, key: str) -> str:
+        return key if len(self.trainables) == 1 else f"{i}/{key}"
+
+    def entry(self) -> Entry:
+        """The history's next entry: means since the last one, the rate, dead shares and, where due, the held-out FVU."""
+        entry: Entry = {"step": self.step, "n_tokens": self.step * self.cfg.batch_size}
+        for i, trainable in enumerate(self.trainables):
+            for key in [key for key in self._sums if len(self.trainables) == 1 or key.startswith(f"{i}/")]:
+                entry[key] = float(self._sums[key]) / self._since_log
+            dead = trainable.state["tokens_since_fired"] >= trainable.dead_after_tokens
+            entry[self._name(i, "dead_frac")] = float(dead.double().mean())
+            entry[self._name(i, "lr")] = self.lrs[i] * self.cfg.lr_scale(self.step - 1)
+            due = self.step % self.cfg.save_every_steps == 0 or self.step == self.cfg.n_steps
+            fvu = trainable.held_out_fvu(self.held_out) if due and self.held_out is not None else None
+            entry[self._name(i, "held_out_fvu")] = fvu
+        self._sums, self._since_log = {}, 0
+        self.history.append(entry)
+        return entry
+
+
+def train(run: TrainingRun, *, resume: bool = False, sinks: Sequence[Sink] = (), progress: bool = True) -> TrainingRun:
+    """Drive a run to its end, logging and saving on the way.
+
+    With `resume` it goes on from its folder's checkpoint. Ctrl-C and faulty data end it after a whole step, saved, with a message that
+    says where; a killed process loses what came after the last checkpoint.
+    """
+    resumed = resume and run.resume()
+    ready = iter(()) if resumed else run.prepare()
+    if run.out is not None:
+        sinks = [FileSink(run.out, run.history), *sinks]
+    source = itertools.chain(ready, run._checked())
+    with DeferredInterrupt() as interrupt, _progress_bar(run, progress) as bar:
+        try:
+            _drive(run, source, sinks, bar, interrupt)
+        except ValueError:
+            if run.step:
+                run.save()
+            raise
+    return run
+
+
+def _drive(run: TrainingRun, source: Iterator[Tensor], sinks: Sequence[Sink], bar: Any, interrupt: DeferredInterrupt) -> None:
+    cfg = run.cfg
+    while run.step < cfg.n_steps:
+        run.train_on(next(source))
+        bar.update(cfg.batch_size)
+        save_due = run.step % cfg.save_every_steps == 0 or run.step == cfg.n_steps
+        if save_due or run.step % cfg.log_every_steps == 0:
+            entry = run.entry()
+            bar.set_postfix({key: f"{entry[key]:.4g}" for key in ("reconstruction", "l0", "dead_frac") if key in entry})
+            for sink in sinks:
+                sink(entry)
+        if save_due or interrupt.requested:
+            run.save()
+        if interrupt.requested and run.step < cfg.n_steps:
+            where = f"saved to {run.checkpoint}; go on with resume=True" if run.checkpoint else "not saved: no folder given"
+            raise KeyboardInterrupt(f"Training stopped after {run.step} of {cfg.n_steps} steps, {where}.")
+
+
+def _progress_bar(run: TrainingRun, show: bool) -> Any:
+    done, total = run.step * run.cfg.batch_size, run.cfg.n_steps * run.cfg.batch_size
+    return tqdm(desc="train", unit="tok", unit_scale=True, initial=done, total=total, disable=not show)
+
+
+def clip_gradients(module: torch.nn.Module, limit: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+    scale = (limit / (norm + 1e-12)).clamp(max=1.0)
+    if grads[0].device.type != "cpu" or scale < 1:
+        for grad in grads:
+            grad.mul_(scale)
+    return norm
+
+
+def _fuses(trainable: Trainable) -> bool:
+    return next(trainable.module.parameters()).device.type in ("cpu", "cuda")

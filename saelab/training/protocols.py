@@ -1,0 +1,61 @@
+"""What the loop needs of the data and of what it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """An iterator of batches (batch, d_in) whose place can be saved."""
+
+    @property
+    def d_in(self) -> int: ...
+
+    def __next__(self) -> Tensor: ...
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class Losses(Protocol):
+    """One batch's losses: `total` is differentiated, `terms` are logged."""
+
+    @property
+    def terms(self) -> dict[str, Tensor]: ...
+
+    @property
+    def total(self) -> Tensor: ...
+
+    @property
+    def l0(self) -> Tensor: ...
+
+
+class Trainable(Protocol):
+    """Something with a module, losses and constraints; `state` is everything beside the weights that a checkpoint must hold."""
+
+    state: dict[str, Tensor]
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def dead_after_tokens(self) -> int: ...
+
+    def prepare(self, sample: Tensor) -> None: ...
+
+    def objective(self, x: Tensor) -> Any: ...
+
+    def observe(self, seen: Any) -> None: ...
+
+    def constrain_gradients(self) -> None: ...
+
+    def constrain_weights(self) -> None: ...
+
+    def default_lr(self) -> float: ...
+
+    def held_out_fvu(self, x: Tensor) -> float: ...

@@ -1,0 +1,75 @@
+"""Where a run's history goes: JSONL and CSV files beside the checkpoints, TensorBoard or Weights & Biases if asked for.
+
+A sink is any callable that takes one entry, a flat dictionary of numbers; it sees the history and cannot change the run. Entries hold
+no clock times, so that a resumed run leaves the same bytes as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from saelab.stores.files import write_atomic
+
+Entry = dict[str, Any]
+Sink = Callable[[Entry], None]
+
+
+class FileSink:
+    """Writes the history as `history.jsonl` and `history.csv` in a folder; starts from the entries a checkpoint holds."""
+
+    def __init__(self, folder: Path, history: list[Entry]) -> None:
+        self.jsonl, self.csv = folder / "history.jsonl", folder / "history.csv"
+        write_atomic(self.jsonl, "".join(_as_json(entry) for entry in history).encode())
+        write_atomic(self.csv, "".join([_header(history), *(_as_csv(entry) for entry in history)]).encode())
+
+    def __call__(self, entry: Entry) -> None:
+        with self.jsonl.open("a", encoding="utf-8") as file:
+            file.write(_as_json(entry))
+        text = _as_csv(entry) if self.csv.stat().st_size else _header([entry]) + _as_csv(entry)
+        with self.csv.open("a", encoding="utf-8", newline="") as file:
+            file.write(text)
+
+
+def _as_json(entry: Entry) -> str:
+    return json.dumps({key: None if value != value else value for key, value in entry.items()}) + "\n"
+
+
+def _header(history: list[Entry]) -> str:
+    return _row(list(history[0])) if history else ""
+
+
+def _as_csv(entry: Entry) -> str:
+    return _row([value for value in entry.values()])
+
+
+def _row(values: list[Any]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue()
+
+
+def tensorboard_sink(folder: str | Path) -> Sink:
+    """A sink that writes TensorBoard scalars, with tokens as the step; needs the extra `[tensorboard]` (ImportError)."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("TensorBoard must be installed for this sink: pip install 'saelab[tensorboard]'.") from error
+    writer = SummaryWriter(str(folder))
+
+    def write(entry: Entry) -> None:
+        for key, value in entry.items():
+            if isinstance(value, int | float) and key != "n_tokens":
+                writer.add_scalar(key, value, entry["n_tokens"])
+        writer.flush()
+
+    return write
+
+
+def wandb_sink(run: Any) -> Sink:
+    """A sink that logs to a Weights & Biases run (`wandb.init(...)`, extra `[wandb]`), with tokens as the step."""
+    return lambda entry: run.log(entry, step=entry["n_tokens"])
