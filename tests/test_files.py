@@ -10,7 +10,7 @@ import torch
 
 from saelab.stores import files
 from saelab.stores.files import (
-    hash_file,
+    checksum,
     load_tensors,
     map_tensor,
     read_header,
@@ -34,8 +34,8 @@ TENSORS = {
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_other_readers_agree(tmp_path, order):
-    digest = save_tensors(tmp_path / "a.safetensors", dict(list(TENSORS.items())[::order]), {"by": "us"})
-    assert digest == hash_file(tmp_path / "a.safetensors")
+    crc = save_tensors(tmp_path / "a.safetensors", dict(list(TENSORS.items())[::order]), {"by": "us"})
+    assert crc == checksum(tmp_path / "a.safetensors")
     theirs, ours = safetensors.torch.load_file(tmp_path / "a.safetensors"), load_tensors(tmp_path / "a.safetensors")
     for name, tensor in TENSORS.items():
         assert torch.equal(theirs[name], tensor) and torch.equal(ours[name], tensor), name

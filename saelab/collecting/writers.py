@@ -106,8 +106,8 @@ class FolderWriter:
     def _flush(self, skip_rows: int) -> None:
         file = f"shard-{len(self.manifest.shards):05d}.safetensors"
         tensors = {name: column[: self._n_buffered] for name, column in self._buffer.items()}
-        digest = save_tensors(self.folder / file, tensors)
-        shard = Shard(file=file, n_tokens=self._n_buffered, sha256=digest)
+        crc32 = save_tensors(self.folder / file, tensors)
+        shard = Shard(file=file, n_tokens=self._n_buffered, crc32=crc32)
         self._n_buffered = 0
         self._save(shards=(*self.manifest.shards, shard), next_seq=self.next_seq, skip_rows=skip_rows)
 

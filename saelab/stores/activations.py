@@ -50,7 +50,7 @@ class Activations:
     def load(cls, folder: str | Path, hook_point: str | None = None, *, verify: bool = False) -> "Activations":
         """Open a folder written by `collect`; `hook_point` is needed when it holds several.
 
-        Sizes, shapes and dtypes of every shard are checked against the manifest; `verify=True` hashes them too.
+        Sizes, shapes and dtypes of every shard are checked against the manifest; `verify=True` reads them too.
         Raises FileNotFoundError or ValueError for a missing, truncated or edited file and for an unfinished folder.
         """
         manifest = Manifest.load(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from saelab.stores.files import TensorSpec, hash_file, read_header, read_json, write_json
+from saelab.stores.files import TensorSpec, checksum, read_header, read_json, write_json
 
 SCHEMA_VERSION = 1
 INT_COLUMNS = ("token_ids", "doc_ids", "positions")
@@ -19,7 +19,7 @@ class Shard:
 
     file: str
     n_tokens: int
-    sha256: str
+    crc32: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Manifest:
         return manifest
 
     def check_shards(self, folder: str | Path, verify: bool = False) -> list[dict[str, TensorSpec]]:
-        """Compare every shard's header and size (with `verify` its sha256 too) with the manifest.
+        """Compare every shard's header and size (with `verify` its checksum too) with the manifest.
 
         Returns where each tensor lies, by shard. Raises FileNotFoundError or ValueError naming the shard.
         """
@@ -85,8 +85,8 @@ class Manifest:
             path = Path(folder) / shard.file
             specs, _ = read_header(path)
             self._check_specs(path, specs, shard.n_tokens)
-            if verify and hash_file(path) != shard.sha256:
-                raise ValueError(f"{path} must have the sha256 in the manifest, got another. Collect it again.")
+            if verify and checksum(path) != shard.crc32:
+                raise ValueError(f"{path} must have the checksum in the manifest, got another. Collect it again.")
             found.append(specs)
         return found
 
