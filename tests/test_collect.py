@@ -233,6 +233,14 @@ def test_nan_at_a_masked_token_does_no_harm(model, tokens, monkeypatch):
     assert collect(model, tokens, HOOK, mask=TokenMask(positions=(1, None)), **SIZES)[:].isfinite().all()
 
 
+def test_a_batch_may_keep_nothing(model, tmp_path):
+    tokens = tokenize(model, ["one", "a longer text"] + ["two"] * 8 + ["another longer text"], ctx_len=16, packed=False)
+    mask = TokenMask(positions=(8, None))
+    acts = collect(model, tokens, HOOK, tmp_path, mask=mask, **SIZES | {"batch_size": 2})
+    assert acts.doc_ids.unique().tolist() == [1, 10]
+    assert sum(acts.provenance.removed.values()) + len(acts) == tokens.ids.numel()
+
+
 def test_overflow_of_float16_is_refused(model, tokens, monkeypatch):
     monkeypatch.setattr(
         reader, "capture", lambda m, ids, names: {n: x * 1e6 for n, x in capture(m, ids, names).items()}
