@@ -22,6 +22,7 @@ class Batches(Protocol):
     def load_state_dict(self, state: Any) -> None: ...
 
 
+@runtime_checkable
 class Losses(Protocol):
     """One batch's losses: `total` is differentiated, `terms` are logged."""
 
@@ -35,6 +36,7 @@ class Losses(Protocol):
     def l0(self) -> Tensor: ...
 
 
+@runtime_checkable
 class Trainable(Protocol):
     """Something with a module, losses and constraints; `state` is everything beside the weights that a checkpoint must hold."""
 
