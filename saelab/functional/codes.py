@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.functional.kernels import gather_sum
+from saelab.functional.kernels import sparse_decode
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,8 +60,9 @@ class SparseCodes:
         return dense.index_put((self.rows, self.indices), self.values).view(*self.batch_shape, self.d_sae)
 
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """`z W_dec`, at the cost of the non-zero entries."""
-        return gather_sum(self.indices, self.values, self.offsets, W_dec).view(*self.batch_shape, -1)
+        """`z W_dec`, differentiable, at the cost of the non-zero entries."""
+        flat = sparse_decode(self.values, W_dec, self.indices, self.rows, self.offsets)
+        return flat.view(*self.batch_shape, W_dec.shape[1])
 
     def prefix(self, n_latents: int) -> SparseCodes:
         """The codes of the first `n_latents` latents only."""

@@ -9,6 +9,8 @@ each row starts. Two products are enough for everything a sparse autoencoder doe
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -72,24 +74,93 @@ def transpose_entries(
     return order, starts
 
 
+Entries = tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "n_rows_1"]]
+"""indices, rows and offsets of a batch's entries"""
+
+Spare = list[Tensor]
+"""memory for one weight gradient (d_sae, d_in), used once; fresh memory of that size costs more than the product itself"""
+
+
+def weight_gradient(
+    entries: Entries,
+    values: Float[Tensor, "nnz"],
+    left: Float[Tensor, "n_rows d_in"],
+    d_sae: int,
+    spare: Spare | None = None,
+) -> Float[Tensor, "d_sae d_in"]:
+    """`Z^T left`, for the sparse Z of the entries and their values: the gradient of W_dec, and of W_enc transposed.
+
+    >>> entries = (torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
+    >>> weight_gradient(entries, torch.tensor([2.0]), torch.ones(1, 3), d_sae=2)
+    tensor([[0., 0., 0.],
+            [2., 2., 2.]])
+    """
+    indices, rows, _ = entries
+    order, starts = transpose_entries(indices, d_sae)
+    if not spare or left.device.type != "cpu":
+        return gather_sum(rows[order], values[order], starts, left)
+    _acknowledge_beta()
+    out = spare.pop()
+    shape = (d_sae, left.shape[0])
+    transposed = torch.sparse_csr_tensor(starts, rows[order], values[order], shape, check_invariants=False)
+    return torch.addmm(out, transposed, left, beta=0, out=out)
+
+
+@functools.cache
+def _acknowledge_beta() -> None:
+    """Torch warns once a process that compressed tensors are young; the tests hold what is used of them to the naive result."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1), check_invariants=False)
+
+
 class _Decode(torch.autograd.Function):
     """z W_dec from compressed rows; the gradients touch the entries only."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, indices: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(values, W_dec, indices, rows)
-        return gather_sum(indices, values, offsets, W_dec)
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, entries: Entries) -> Tensor:
+        ctx.save_for_backward(values, W_dec, *entries)
+        return gather_sum(entries[0], values, entries[2], W_dec)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        values, W_dec, indices, rows = ctx.saved_tensors
+        values, W_dec, *entries = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_values = sampled_dot(rows, indices, grad, W_dec) if ctx.needs_input_grad[0] else None
-        grad_W = None
-        if ctx.needs_input_grad[1]:
-            order, starts = transpose_entries(indices, W_dec.shape[0])
-            grad_W = gather_sum(rows[order], values[order], starts, grad)
-        return grad_values, grad_W, None, None, None
+        grad_values = sampled_dot(entries[1], entries[0], grad, W_dec)
+        grad_W = weight_gradient(tuple(entries), values, grad, len(W_dec)) if ctx.needs_input_grad[1] else None
+        return grad_values, grad_W, None
+
+
+class _NestedDecode(torch.autograd.Function):
+    """Squared errors of cumulative reconstructions; one buffer holds the parts, then the residuals."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, W_dec: Tensor, x: Tensor, b_dec: Tensor, entries: Entries, n_groups: int, spare: Spare
+    ) -> tuple[Tensor, Tensor]:
+        indices, _, offsets = entries
+        residuals = gather_sum(indices, values, offsets, W_dec).view(n_groups, *x.shape)
+        above = x - b_dec
+        for residual in residuals:
+            torch.sub(above, residual, out=residual)
+            above = residual
+        ctx.save_for_backward(values, W_dec, residuals, *entries)
+        ctx.spare = spare
+        last = residuals[-1]
+        ctx.mark_non_differentiable(last)
+        return torch.linalg.vector_norm(residuals.flatten(1), dim=1).square(), last
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        values, W_dec, residuals, *entries = ctx.saved_tensors
+        grad_parts = residuals * (-2 * grad).view(-1, 1, 1)
+        for g in range(len(residuals) - 2, -1, -1):  # part g enters every reconstruction from g on
+            grad_parts[g] += grad_parts[g + 1]
+        flat = grad_parts.view(-1, W_dec.shape[1])
+        grad_values = sampled_dot(entries[1], entries[0], flat, W_dec)
+        grad_W = weight_gradient(tuple(entries), values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
+        grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
+        return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None
 
 
 class _Encode(torch.autograd.Function):
@@ -97,21 +168,22 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, values: Tensor, entries: tuple[Tensor, ...]
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, values: Tensor, entries: Entries, spare: Spare
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc, b_dec, *entries)
+        ctx.spare = spare
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, W_enc, b_dec, indices, rows, offsets = ctx.saved_tensors
-        order, starts = transpose_entries(indices, W_enc.shape[1])
+        x, W_enc, b_dec, *entries = ctx.saved_tensors
+        indices, _, offsets = entries
         # index_add_ adds in the order of the entries, so one seed gives one result
         grad_b = torch.zeros_like(W_enc[0]).index_add_(0, indices, grad)
-        grad_W = gather_sum(rows[order], grad[order], starts, x - b_dec).T if ctx.needs_input_grad[1] else None
+        grad_W = weight_gradient(tuple(entries), grad, x - b_dec, W_enc.shape[1], ctx.spare).T
         grad_x = gather_sum(indices, grad, offsets, W_enc.T) if ctx.needs_input_grad[0] else None
         # every token shares b_dec, so its gradient is one matrix-vector product
-        return grad_x, grad_W, grad_b, -(W_enc @ grad_b), None, None
+        return grad_x, grad_W, grad_b, -(W_enc @ grad_b), None, None, None
 
 
 def sparse_decode(
@@ -127,7 +199,29 @@ def sparse_decode(
     >>> sparse_decode(one, torch.eye(2), torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     tensor([[0., 1.]])
     """
-    return _Decode.apply(values, W_dec, indices, rows, offsets)
+    return _Decode.apply(values, W_dec, (indices, rows, offsets))
+
+
+def nested_decode_error(
+    values: Float[Tensor, "nnz"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    x: Float[Tensor, "n_rows d_in"],
+    b_dec: Float[Tensor, "d_in"],
+    entries: Entries,
+    n_groups: int = 1,
+    spare: Spare | None = None,
+) -> tuple[Float[Tensor, "n_groups"], Float[Tensor, "n_rows d_in"]]:
+    """Squared error of every prefix, `||x - b_dec - sum_{h <= g} z_h W_dec||^2`, and the last one's residual, detached.
+
+    The entries' rows are those of n_groups stacked batches: row `g * n_rows + r` holds what group g of the latents gives to token r.
+    Differentiable in values, W_dec, x and b_dec, at the cost of the non-zero entries; all prefixes cost one decode. Source: the
+    Matryoshka loss of arXiv:2503.17547.
+
+    >>> entries = (torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
+    >>> nested_decode_error(torch.ones(1), torch.eye(2), torch.ones(1, 2), torch.zeros(2), entries)
+    (tensor([1.]), tensor([[1., 0.]]))
+    """
+    return _NestedDecode.apply(values, W_dec, x, b_dec, entries, n_groups, spare if spare is not None else [])
 
 
 def attach_encoder(
@@ -136,11 +230,12 @@ def attach_encoder(
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, "d_sae"],
     b_dec: Float[Tensor, "d_in"],
-    entries: tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "n_rows_1"]],
+    entries: Entries,
+    spare: Spare | None = None,
 ) -> Float[Tensor, "nnz"]:
     """Give pre-activations found by a search without gradients their gradients back, at the entries kept.
 
-    `values[e]` must equal `((x - b_dec) W_enc + b_enc)[rows[e], indices[e]]`; `entries` is (indices, rows, offsets). The result has
-    the same values, and its gradient reaches x, W_enc, b_enc and b_dec as if the dense product had been differentiated.
+    `values[e]` must equal `((x - b_dec) W_enc + b_enc)[rows[e], indices[e]]`. The result has the same values, and its gradient
+    reaches x, W_enc, b_enc and b_dec as if the dense product had been differentiated.
     """
-    return _Encode.apply(x, W_enc, b_enc, b_dec, values, entries)
+    return _Encode.apply(x, W_enc, b_enc, b_dec, values, entries, spare if spare is not None else [])

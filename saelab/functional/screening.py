@@ -21,8 +21,8 @@ from torch import Tensor
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
-PRODUCT_ROWS = 512  # tokens a product call: enough for the matrix kernels, few enough to bound the memory
-SCAN_ROWS = 256  # tokens scanned at a time: their block maxima stay in the processor's cache
+PRODUCT_ROWS = 320  # tokens a product call: enough for the matrix kernels, few enough to bound the memory
+SCAN_ROWS = 320  # tokens scanned at a time: their block maxima stay in the processor's cache
 BLOCK = 16  # latents a block
 
 
@@ -52,7 +52,8 @@ class Screen:
         else:
             dtype = torch.bfloat16 if precision == "bfloat16" else W.dtype
             self.W = torch.cat([W.to(dtype), carried.to(dtype)], dim=1)
-        self.block_step = self.step.view(self.width, self.n_blocks).amax(0)
+        by_block = self.step.view(self.width, self.n_blocks)
+        self.largest_step, self.smallest_step = by_block.amax(0), by_block.amin(0)
 
     def _quantise(self, W: Tensor, carried: Tensor) -> None:
         """Bring W to int8, latents of like step side by side in a block (latent at place p is in block p % n_blocks)."""
@@ -87,8 +88,9 @@ class ScreenedRows:
 
     def __init__(self, screen: Screen, rows: slice, sizes: Tensor, scale: Float[Tensor, "chunk 1"]) -> None:
         self.screen, self.rows, self.sizes, self.scale = screen, rows, sizes, scale
-        blocks = sizes.view(-1, screen.width, screen.n_blocks)
-        self.bounds = blocks.amax(1) * screen.block_step  # an upper bound of every size in the block, times scale
+        largest = sizes.view(-1, screen.width, screen.n_blocks).amax(1)
+        # upper bounds of every size in the block, up to the scale
+        self.bounds = largest * torch.where(largest > 0, screen.largest_step, screen.smallest_step)
 
     def top(self, n: int) -> tuple[Float[Tensor, "chunk n"], Int[Tensor, "chunk n"], Float[Tensor, "chunk"]]:
         """Sizes and latents of each row's n largest, unsorted, and a bound that every other size keeps below."""

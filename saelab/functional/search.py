@@ -16,7 +16,7 @@ from saelab.functional.kernels import sampled_dot
 from saelab.functional.screening import Precision, Screen, choose_precision
 
 DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
-ERROR_MARGIN = 1.5  # an unseen latent may be wrong by this many times the largest error seen on the candidates
+ERROR_MARGIN = 1.25  # an unseen latent may be wrong by this many times the largest error seen on the candidates
 
 
 def search_topk(
@@ -33,10 +33,10 @@ def search_topk(
     tensor([-3.])
     """
     n_rows, d_sae = x.shape[0], W.shape[0]
-    if precision is None and d_sae < DENSE_WIDTH:
+    if n_rows == 0 or (precision is None and d_sae < DENSE_WIDTH):
         return _keep_firing(*_dense_topk(x, W, bias, k, signed), signed, d_sae)
     screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed)
-    n_candidates = min(d_sae, 2 * k if screen.precision == "int8" else k + k // 4 + 8)
+    n_candidates = min(d_sae, 2 * k - k // 4 + 4 if screen.precision == "int8" else k + k // 4 + 8)
     approximate, candidates, unseen = (torch.cat(p) for p in zip(*(c.top(n_candidates) for c in screen.chunks(x)), strict=True))
     rows = torch.arange(n_rows, device=x.device)
     exact = _rescore(x, W, bias, rows.repeat_interleave(n_candidates), candidates.flatten()).view(candidates.shape)
@@ -87,6 +87,8 @@ def search_batch_topk(
     """
     n_rows, d_sae = x.shape[0], W.shape[0]
     n_kept = k * n_rows
+    if n_rows == 0:
+        return search_topk(x, W, bias, k, signed)
     if precision is None and d_sae < DENSE_WIDTH:
         u = torch.addmm(bias, x, W.T)
         kept = _largest(u.abs() if signed else u, n_kept)

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
-from saelab.functional.kernels import attach_encoder, sparse_decode
+from saelab.functional.kernels import attach_encoder, nested_decode_error
 from saelab.functional.losses import nested_error, normalised_error
 from saelab.functional.metrics import ReconstructionSums
 from saelab.sae.activations import _Penalised
@@ -40,6 +40,10 @@ class Objective:
         return torch.stack(list(self.terms.values())).sum()
 
 
+_Step = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]
+"""errors of the prefixes, residual, sparsity penalty, and (fired, l0, smallest) of the codes"""
+
+
 class Trainee:
     """Wraps an SAE for the training loop; everything it keeps beside the weights is in `state`, saved in checkpoints."""
 
@@ -55,6 +59,7 @@ class Trainee:
             "coefficient": torch.tensor(1e-3 if coefficient is None else coefficient, device=sae.device),
         }
         self.steered = steered
+        self.spare: dict[str, Tensor] = {}
 
     @property
     def module(self) -> Coder:
@@ -99,8 +104,8 @@ class Trainee:
         x = sae.normaliser.normalise(x.to(sae.W_enc))
         with torch.no_grad():
             found = sae.cfg.activation.search(x - sae.b_dec, sae.W_enc.T, sae.b_enc, training=True)
-        parts, penalty, seen = self._dense_parts(x) if found is None else self._sparse_parts(x, found)
-        errors, residual = nested_error(x - sae.b_dec, parts)
+        step = self._dense_step(x) if found is None else self._sparse_step(x, found)
+        errors, residual, penalty, seen = step
         terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
         if penalty is not None:
             terms["sparsity"] = self.state["coefficient"] * penalty
@@ -108,25 +113,29 @@ class Trainee:
             terms["aux"] = aux
         return Objective(terms, *seen, n_tokens=len(x))
 
-    def _sparse_parts(self, x: Tensor, found: SparseCodes) -> tuple[Tensor, None, tuple[Tensor, Tensor, Tensor]]:
-        """Each prefix group's contribution (n_groups, n_rows, d_in), from the codes found."""
+    def _sparse_step(self, x: Tensor, found: SparseCodes) -> _Step:
+        """The prefixes' errors from the codes found, at the cost of their entries."""
         sae, n = self.sae, len(x)
         indices, rows, offsets = found.indices, found.rows, found.offsets
-        values = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, sae.b_dec, (indices, rows, offsets))
+        weights = (sae.W_enc, sae.b_enc, sae.b_dec)
+        values = attach_encoder(found.values, x, *weights, (indices, rows, offsets), self._spare("W_enc"))
         ends = self._prefixes()
         if len(ends) > 1:  # one virtual row a token and group, group after group
             group = torch.bucketize(indices, torch.tensor(ends, device=indices.device), right=True)
             rows, order = (group * n + rows).sort(stable=True)
             indices, values = indices[order], values.index_select(0, order)
             offsets = torch.searchsorted(rows, torch.arange(n * len(ends) + 1, device=rows.device))
-        parts = sparse_decode(values, sae.W_dec, indices, rows, offsets).view(len(ends), n, -1)
+        entries = (indices, rows, offsets)
+        errors, residual = nested_decode_error(
+            values, sae.W_dec, x, sae.b_dec, entries, len(ends), self._spare("W_dec")
+        )
         fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
         fired[found.indices] = True
         size = found.values.abs()
         smallest = size.min() if len(size) else size.new_tensor(torch.nan)
-        return parts, None, (fired, size.new_tensor(len(size) / n), smallest)
+        return errors, residual, None, (fired, size.new_tensor(len(size) / n), smallest)
 
-    def _dense_parts(self, x: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]:
+    def _dense_step(self, x: Tensor) -> _Step:
         """The same for any activation, through dense codes."""
         sae = self.sae
         u = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
@@ -134,11 +143,25 @@ class Trainee:
         ends = self._prefixes()
         groups = zip([0, *ends], ends, strict=False)
         parts = torch.stack([z[:, start:end] @ sae.W_dec[start:end] for start, end in groups])
+        errors, residual = nested_error(x - sae.b_dec, parts)
         size = z.detach().abs()
         fires = size > 0
         smallest = size[fires].min() if fires.any() else size.new_tensor(torch.nan)
-        l0 = fires.sum() / len(x)
-        return parts, sae.cfg.activation.penalty(u, z, sae.threshold), (fires.any(0), l0, smallest)
+        penalty = sae.cfg.activation.penalty(u, z, sae.threshold)
+        return errors, residual, penalty, (fires.any(0), fires.sum() / len(x), smallest)
+
+    def _spare(self, name: str) -> list[Tensor]:
+        """Memory of the last step's gradient of a weight, to be written over."""
+        return [self.spare.pop(name)] if name in self.spare else []
+
+    def recycle_gradients(self) -> None:
+        """Drop the gradients, keeping the memory of the two large ones for the next step."""
+        sae = self.sae
+        if sae.W_enc.grad is not None:
+            self.spare["W_enc"] = sae.W_enc.grad.T
+        if sae.W_dec.grad is not None:
+            self.spare["W_dec"] = sae.W_dec.grad
+        sae.zero_grad(set_to_none=True)
 
     def _prefixes(self) -> list[int]:
         """Where the prefixes of this step end."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from saelab.stores.files import load_tensors, read_json, replace_folder, save_tensors, write_json
+from saelab.training.optimiser import name_optimised
 from saelab.training.protocols import Batches, Trainable
 
 SCHEMA_VERSION = 1
@@ -60,17 +61,15 @@ def _divide(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
 def _optimiser_tensors(trainable: Trainable, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": value
-        for name, parameter in trainable.module.named_parameters()
+        for name, parameter in name_optimised(trainable.module, optimiser).items()
         for key, value in optimiser.state.get(parameter, {}).items()
     }
 
 
 def _restore_optimiser(trainable: Trainable, optimiser: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    for name, parameter in trainable.module.named_parameters():
+    for name, parameter in name_optimised(trainable.module, optimiser).items():
         mine = {key[len(name) + 1 :]: value for key, value in saved.items() if key.startswith(f"{name}.")}
         if mine:
-            # moments keep the parameter's memory order, on which the fused kernel relies
             optimiser.state[parameter] = {
-                key: torch.empty_like(parameter, requires_grad=False).copy_(value) if value.ndim else value
-                for key, value in mine.items()
+                key: value.to(parameter.device) if value.ndim else value for key, value in mine.items()
             }

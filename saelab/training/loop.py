@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from saelab.training.checkpoint import load_checkpoint, save_checkpoint
 from saelab.training.config import TrainConfig
 from saelab.training.interrupt import DeferredInterrupt
+from saelab.training.optimiser import clip_gradients, make_adam, step_adam
 from saelab.training.protocols import Batches, Trainable
 from saelab.training.sinks import Entry, FileSink, Sink
 
@@ -29,10 +30,7 @@ class TrainingRun:
         self.trainables, self.batches, self.cfg = list(trainables), batches, cfg
         self.held_out, self.out = held_out, out
         self.lrs = [cfg.lr or trainable.default_lr() for trainable in trainables]
-        self.optimisers = [
-            torch.optim.Adam([p for p in t.module.parameters() if p.requires_grad], lr=lr, betas=cfg.betas, fused=_fuses(t))
-            for t, lr in zip(self.trainables, self.lrs, strict=True)
-        ]
+        self.optimisers = [make_adam(t.module, lr, cfg) for t, lr in zip(self.trainables, self.lrs, strict=True)]
         self.step = 0
         self.history: list[Entry] = []
         self._sums: dict[str, Tensor] = {}
@@ -106,8 +104,8 @@ class TrainingRun:
             objective.total.backward()
             trainable.constrain_gradients()
             clip_gradients(trainable.module, self.cfg.clip_norm)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            step_adam(trainable.module, optimiser)
+            trainable.recycle_gradients()
             trainable.constrain_weights()
             trainable.observe(objective)
             self._add(i, {**objective.terms, "l0": objective.l0})
@@ -182,18 +180,3 @@ def _drive(run: TrainingRun, source: Iterator[Tensor], sinks: Sequence[Sink], ba
 def _progress_bar(run: TrainingRun, show: bool) -> Any:
     done, total = run.step * run.cfg.batch_size, run.cfg.n_steps * run.cfg.batch_size
     return tqdm(desc="train", unit="tok", unit_scale=True, initial=done, total=total, disable=not show)
-
-
-def clip_gradients(module: torch.nn.Module, limit: float) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
-    scale = (limit / (norm + 1e-12)).clamp(max=1.0)
-    if grads[0].device.type != "cpu" or scale < 1:
-        for grad in grads:
-            grad.mul_(scale)
-    return norm
-
-
-def _fuses(trainable: Trainable) -> bool:
-    return next(trainable.module.parameters()).device.type in ("cpu", "cuda")

@@ -1,0 +1,53 @@
+"""Adam and clipping, on weights whatever their order in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from saelab.training.config import TrainConfig
+
+
+def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Adam:
+    """A fused Adam (arXiv:1412.6980) over the trained parameters; weights and both moments are float32.
+
+    Weights stored transposed are given to it as their contiguous transpose: the same memory, without a copy a step.
+    """
+    trained = [_in_memory_order(p) for p in module.parameters() if p.requires_grad]
+    fused = trained[0].device.type in ("cpu", "cuda")
+    return torch.optim.Adam(trained, lr=lr, betas=cfg.betas, fused=fused)
+
+
+def step_adam(module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    """One update from the gradients on the module's own parameters."""
+    for mine, parameter in zip(optimiser.param_groups[0]["params"], _trained(module), strict=True):
+        grad = parameter.grad
+        mine.grad = grad if grad is None or parameter.is_contiguous() else grad.T
+    optimiser.step()
+    for mine, parameter in zip(optimiser.param_groups[0]["params"], _trained(module), strict=True):
+        mine.grad = mine.grad if mine is parameter else None  # hold on to no gradient but the module's own
+
+
+def name_optimised(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The optimiser's parameters by their names in the module."""
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return dict(zip(names, optimiser.param_groups[0]["params"], strict=True))
+
+
+def clip_gradients(module: nn.Module, limit: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
+    scale = (limit / (norm + 1e-12)).clamp(max=1.0)
+    if grads[0].device.type != "cpu" or scale < 1:
+        for grad in grads:
+            grad.mul_(scale)
+    return norm
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _in_memory_order(parameter: nn.Parameter) -> nn.Parameter:
+    return parameter if parameter.is_contiguous() else nn.Parameter(parameter.detach().T)
