@@ -25,11 +25,11 @@ def load_model(
 ) -> Model:
     """A causal language model behind a `TransformerBridge`, with raw Hugging Face weights, in evaluation mode.
 
-    `name_or_path` is a Hub id, a local folder (nothing touches the network), a Hugging Face model object (it stays as
-    it is; the bridge shares its weights), or a bridge (returned as it is). `device` defaults to the best one present,
-    `dtype` to float32; objects keep their own. `tokenizer` replaces the model's; for an object it may be left out where
-    the folder it came from has one. FileNotFoundError for a missing folder, ValueError for a wrong id, a folder that
-    holds no model, or a device or dtype beside an object.
+    `name_or_path` is a Hub id, a local folder (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face
+    model object (it stays as it is; the bridge shares its weights), or a bridge (returned as it is). `device` defaults
+    to the best one present ("tiny" stays on the CPU), `dtype` to float32; objects keep their own. `tokenizer` replaces
+    the model's; for an object it may be left out where the folder it came from has one. FileNotFoundError for a missing
+    folder, ValueError for a wrong id, a folder that holds no model, or a device or dtype beside an object.
 
     >>> model = sl.load_model(sl.tiny_model())
     >>> model.cfg.n_layers
@@ -48,6 +48,8 @@ def load_model(
         return _wrap(name_or_path, tokenizer)
     name = str(name_or_path)
     folder = Path(name_or_path).expanduser()
+    if name == "tiny" and not folder.is_dir():
+        return tiny_model().to(device=device or "cpu", dtype=dtype or torch.float32)
     if folder.is_dir():
         name = str(folder)
         _require_config(folder)

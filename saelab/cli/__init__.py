@@ -1,0 +1,1 @@
+"""The shell: `saelab collect | train | evaluate | info | demo`."""

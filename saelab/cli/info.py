@@ -1,0 +1,110 @@
+"""`saelab info`: what a folder holds and where it came from."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Argument
+
+from saelab.sae.checkpoint import CONFIG, read_sae
+from saelab.sae.config import RandomPrefixes, SAEConfig
+from saelab.stores.files import read_json
+from saelab.stores.manifest import Manifest
+from saelab.stores.provenance import Provenance
+
+Rows = list[tuple[str, str]]
+
+
+def show_info(
+    path: Annotated[
+        Path, Argument(metavar="PATH", help="Folder of an SAE, of activations, or of an unfinished training run.")
+    ],
+) -> None:
+    """Say what an SAE or a folder of activations is and where it came from."""
+    typer.echo(describe_folder(path))
+
+
+def describe_folder(path: Path) -> str:
+    """What lies in a folder, as a table; FileNotFoundError or ValueError where it is nothing of ours."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"PATH must be a folder, got '{path}', where there is none.")
+    if (path / CONFIG).is_file():
+        return describe_sae(path)
+    if (path / "manifest.json").is_file():
+        return describe_activations(path)
+    if (path / "checkpoint" / "progress.json").is_file():
+        return describe_unfinished(path)
+    raise ValueError(f"PATH must hold an SAE ({CONFIG}) or activations (manifest.json), got '{path}' with neither.")
+
+
+def describe_sae(path: Path) -> str:
+    """An SAE's configuration, training and origin."""
+    described, _ = read_sae(path)
+    cfg, training = SAEConfig.from_dict(described["config"]), described["training"]
+    rows = [
+        ("activation", str(cfg.activation)),
+        ("widths", f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}"),
+        ("prefixes", _prefixes(cfg)),
+        ("dictionary", f"{cfg.dictionary} (start: {cfg.init}), normaliser {cfg.normaliser}, {_aux(cfg)}"),
+        *(_training_rows(training) if training else [("training", "none")]),
+    ]
+    origin = described["provenance"]
+    return _table(f"{path}: a sparse autoencoder", rows + (_origin_rows(origin) if origin else [("origin", "unknown")]))
+
+
+def describe_activations(path: Path) -> str:
+    """What a folder of activations holds, and its origin."""
+    manifest = Manifest.load(path)
+    state = "" if manifest.complete else ", UNFINISHED: give the same command again to go on"
+    rows = [
+        ("hook points", ", ".join(f"{name} (d_in {d_in})" for name, d_in in manifest.d_in.items())),
+        ("tokens", f"{manifest.n_tokens:,} in {len(manifest.shards)} files of {manifest.dtype}{state}"),
+    ]
+    origin = {**manifest.provenance, "removed": manifest.removed}
+    return _table(f"{path}: activations", rows + _origin_rows(origin, hook_point=False))
+
+
+def describe_unfinished(path: Path) -> str:
+    """How far a training run has come."""
+    progress = read_json(path / "checkpoint" / "progress.json")
+    n_tokens = progress["config"]["n_tokens"]
+    seen = progress["step"] * progress["config"]["batch_size"]
+    rows = [("tokens seen", f"{seen:,} of {n_tokens:,}"), ("go on", "saelab train with the same flags and --resume")]
+    return _table(f"{path}: an unfinished training run", rows)
+
+
+def _training_rows(training: dict[str, Any]) -> Rows:
+    settings = f"batch {training['batch_size']:,}, lr {training['lr']:.3g}, seed {training['seed']}"
+    names = {"held_out_fvu": "held-out FVU", "l0": "L0", "dead_frac": "dead"}
+    last = training["last"]
+    values = [f"{name} {last[key]:.4g}" for key, name in names.items() if last.get(key) is not None]
+    return [("trained on", f"{training['n_tokens_seen']:,} tokens ({settings})"), ("at the end", ", ".join(values))]
+
+
+def _origin_rows(origin: dict[str, Any], hook_point: bool = True) -> Rows:
+    come = Provenance.from_dict(origin)
+    removed = ", ".join(f"{name} {n:,}" for name, n in come.removed.items() if n)
+    rows = [
+        ("model", f"{come.model} (weight processing: {come.weight_processing})"),
+        ("hook point", come.hook_point),
+        ("text", f"{come.text}, rows of {come.ctx_len}, sha256 {come.tokens_sha256[:12]}"),
+        ("activations", f"{come.n_tokens:,} tokens of {come.dtype}"),
+        ("left out", removed or "nothing"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in come.versions.items())),
+    ]
+    return rows if hook_point else [row for row in rows if row[0] not in ("hook point", "activations")]
+
+
+def _prefixes(cfg: SAEConfig) -> str:
+    if isinstance(cfg.prefixes, RandomPrefixes):
+        return f"{cfg.prefixes.n} random ones a step, from {cfg.prefixes.smallest}"
+    return ", ".join(f"{size:,}" for size in cfg.prefixes or ()) or "none"
+
+
+def _aux(cfg: SAEConfig) -> str:
+    return "no AuxK" if cfg.aux is None else f"AuxK {cfg.aux.coefficient:.3g}"
+
+
+def _table(title: str, rows: Rows) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])

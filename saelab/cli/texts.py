@@ -1,0 +1,57 @@
+"""Which documents a command reads: collecting from the start of a text, evaluating from its end."""
+
+import re
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from saelab.lm.models import Model
+from saelab.lm.text import read_documents
+from saelab.lm.tokens import Tokens, tokenize
+
+
+def read_head(
+    model: Model, path: Path, n_tokens: int | None, ctx_len: int, bos: bool, separator: str, field: str
+) -> Tokens:
+    """The first `n_tokens` of a text; the source names the documents as a slice, such as `stories.txt[:120]`."""
+    tokens = tokenize(model, path, ctx_len, n_tokens=n_tokens, bos=bos, separator=separator or None, field=field)
+    return replace(tokens, source=f"{tokens.source}[:{_count_documents(tokens)}]")
+
+
+def read_tail(
+    model: Model, path: Path, n_tokens: int, ctx_len: int, bos: bool, separator: str, field: str
+) -> tuple[Tokens, int]:
+    """`n_tokens` from the last documents of a text, the last document first; and how many documents the text has.
+
+    The source is a slice from the end, such as `stories.txt[-120:]`.
+    """
+    if n_tokens < 1:
+        raise ValueError(f"`--n-tokens` must be at least 1, got {n_tokens}.")
+    n_documents = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal n_documents
+        for document in read_documents(path, separator=separator or None, field=field):
+            n_documents += 1
+            yield document
+
+    last = deque(counted(), maxlen=n_tokens)  # a document holds at least one token, so more are never needed
+    tokens = tokenize(model, reversed(last), ctx_len, n_tokens=n_tokens, bos=bos)
+    return replace(tokens, source=f"{path.name}[-{_count_documents(tokens)}:]"), n_documents
+
+
+def count_overlap(evaluated: Tokens, n_documents: int, trained_text: str) -> int:
+    """How many evaluated documents the SAE was also trained on, as far as the names of the two texts tell.
+
+    `trained_text` is the source in the SAE's provenance; 0 where it does not name a slice of the same file.
+    """
+    match = re.fullmatch(r"(.*)\[:(\d+)\]", trained_text)
+    if match is None or match[1] != evaluated.source.rpartition("[")[0]:
+        return 0
+    n_evaluated = _count_documents(evaluated)
+    return min(n_evaluated, max(0, int(match[2]) + n_evaluated - n_documents))
+
+
+def _count_documents(tokens: Tokens) -> int:
+    return int(tokens.doc_ids.max()) + 1
