@@ -55,6 +55,52 @@ class Library:
         return find_spec(self.module) is not None
 
 
+def saelab(activation: str, sizes: Sizes) -> Subject:
+    """saelab: one step of its training loop, the finiteness check on the batch included."""
+    from saelab import SAE, SAEConfig, TrainConfig
+    from saelab.sae.activations import make_activation
+    from saelab.sae.trainee import Trainee
+    from saelab.stores.activations import Activations
+    from saelab.training.loop import TrainingRun
+
+    matryoshka = activation == "matryoshka"
+    settings = {"target_l0": float(sizes.k)} if activation in ("relu", "jumprelu") else {"k": sizes.k}
+    chosen = make_activation("batchtopk" if matryoshka else activation, **settings)
+    prefixes = sizes.prefixes if matryoshka else None
+    sae = SAE(SAEConfig(d_in=sizes.d_in, d_sae=sizes.d_sae, activation=chosen, prefixes=prefixes))
+    cfg = TrainConfig(n_tokens=N_STEPS * sizes.n, batch_size=sizes.n)
+    trainee = Trainee(sae, cfg)
+    run: TrainingRun | None = None
+
+    def step(x: Tensor) -> None:
+        nonlocal run
+        if run is None:
+            trainee.prepare(x)
+            run = TrainingRun([trainee], Activations.from_tensor(x).batches(len(x)), cfg, None, None)
+        run.check_finite(x)
+        run.train_on(x)
+
+    return Subject(step, product=saelab_product(sae))
+
+
+def saelab_product(sae: Any) -> Callable[[Tensor], object]:
+    """The encoder's product alone, in the precision that saelab screens in."""
+    import torch
+
+    from saelab.functional.screening import PRODUCT_ROWS, Screen, choose_precision, quantise_rows
+
+    precision = choose_precision(sae.cfg.d_in, sae.cfg.d_sae, sae.device)
+    W = Screen(sae.W_enc.detach().T, sae.b_enc.detach(), precision, signed=False).W
+
+    def product(x: Tensor) -> None:
+        one = x.new_ones(len(x), 1)
+        low = quantise_rows(x, one)[0] if precision == "int8" else torch.cat([x, one], dim=1).to(W.dtype)
+        for part in low.split(PRODUCT_ROWS):
+            torch._int_mm(part, W.T) if precision == "int8" else part @ W.T
+
+    return product
+
+
 def saelens(activation: str, sizes: Sizes, **options: Any) -> Subject:
     """SAELens: one call of `SAETrainer.step`, clipping and Adam included."""
     import sae_lens
@@ -158,6 +204,7 @@ def sparsify_adam(activation: str, sizes: Sizes) -> Subject:
 
 
 TOPKS = ("topk", "abstopk", "batchtopk", "matryoshka")
+SAELAB = Library("saelab.sae", "saelab", (*TOPKS, "relu", "jumprelu"), saelab)
 PEERS = {
     "SAELens": Library("sae_lens", "sae-lens", (*TOPKS, "relu", "jumprelu"), saelens),
     "SAELens (sparse)": Library("sae_lens", "sae-lens", ("abstopk",), saelens_sparse),

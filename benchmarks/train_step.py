@@ -21,9 +21,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peers import PEERS, Library, Sizes
+from peers import PEERS, SAELAB, Library, Sizes
 
-LIBRARIES = {**PEERS}
+LIBRARIES = {"saelab": SAELAB, **PEERS}
 N_BATCHES = 4
 
 
@@ -157,6 +157,9 @@ def main() -> None:
     rows = benchmark(args)
     print(f"N={args.n} d_in={args.d_in} d_sae={args.d_sae} k={args.k} threads={args.threads} repeats={args.repeats}")
     print(table(rows))
+    seconds = {row["activation"]: row.get("seconds") for row in rows if row["library"] == "saelab"}
+    if seconds.get("matryoshka") and seconds.get("topk"):
+        print(f"saelab: a Matryoshka step takes {seconds['matryoshka'] / seconds['topk']:.2f} TopK steps")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         settings = {**asdict(sizes_of(args)), "threads": args.threads, "repeats": args.repeats, "seed": args.seed}

@@ -88,13 +88,19 @@ class TrainingRun:
                     f"The data must last for {self.cfg.n_tokens} tokens, it ended at step {self.step} of {self.cfg.n_steps}; "
                     "give more data or a smaller `n_tokens`."
                 ) from None
-            if not bool(batch.sum(dtype=torch.float32).isfinite()) and not bool(batch.isfinite().all()):
-                wrong = int((~batch.isfinite()).any(1).sum())
-                raise ValueError(
-                    f"Activations must be finite, {wrong} of {len(batch)} tokens after step {self.step} hold NaN or inf; "
-                    "mask those tokens or collect again in a wider dtype."
-                )
+            self.check_finite(batch)
             yield batch
+
+    def check_finite(self, batch: Tensor) -> None:
+        """Refuse a batch that holds NaN or inf (ValueError)."""
+        # the sum is finite unless an entry is not, or the sum itself overflows
+        if bool(batch.sum(dtype=torch.float32).isfinite()) or bool(batch.isfinite().all()):
+            return
+        wrong = int((~batch.isfinite()).any(1).sum())
+        raise ValueError(
+            f"Activations must be finite, {wrong} of {len(batch)} tokens after step {self.step} hold NaN or inf; "
+            "mask those tokens or collect again in a wider dtype."
+        )
 
     def train_on(self, batch: Tensor) -> None:
         """One optimiser step of every trainable."""
