@@ -59,29 +59,29 @@ class _JumpReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         u, threshold = ctx.saved_tensors
         near = (u - threshold).abs() < ctx.bandwidth / 2
-        grad_threshold = (grad * near).flatten(0, -2).sum(0) * (-threshold / ctx.bandwidth)
+        grad_threshold = (grad * near * (-threshold / ctx.bandwidth)).sum_to_size(threshold.shape)
         return grad * (u > threshold), grad_threshold, None
 
 
-class _CountAbove(torch.autograd.Function):
-    """How many pre-activations of each row exceed their threshold; the kernel estimate looks at u, before the jump."""
+class _Step(torch.autograd.Function):
+    """1 where u > threshold; the kernel estimate looks at u, before the jump, so that it sees both sides of it."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(u, threshold)
         ctx.bandwidth = bandwidth
-        return (u > threshold).sum(-1).to(u.dtype)
+        return (u > threshold).to(u.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
         u, threshold = ctx.saved_tensors
         near = (u - threshold).abs() < ctx.bandwidth / 2
-        return None, (grad.unsqueeze(-1) * near).flatten(0, -2).sum(0) / -ctx.bandwidth, None
+        return None, (grad * near / -ctx.bandwidth).sum_to_size(threshold.shape), None
 
 
 def jumprelu(
-    u: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, "d_sae"], bandwidth: float
-) -> Float[Tensor, "*batch d_sae"]:
+    u: Float[Tensor, "*batch n"], threshold: Float[Tensor, "*batch_or_none n"], bandwidth: float
+) -> Float[Tensor, "*batch n"]:
     """`u` where `u > threshold`, else 0, with a straight-through gradient for the threshold (arXiv:2407.14435, eq. 11).
 
     d out / d threshold is estimated as `-(threshold / bandwidth) * [|u - threshold| < bandwidth / 2]`.
@@ -92,14 +92,14 @@ def jumprelu(
     return _JumpReLU.apply(u, threshold, bandwidth)
 
 
-def count_above(
-    u: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, "d_sae"], bandwidth: float
-) -> Float[Tensor, "*batch"]:
-    """L0 of the jump, `#{i: u_i > threshold_i}`, with a straight-through gradient for the threshold (arXiv:2407.14435, eq. 12).
+def step_above(
+    u: Float[Tensor, "*batch n"], threshold: Float[Tensor, "*batch_or_none n"], bandwidth: float
+) -> Float[Tensor, "*batch n"]:
+    """1 where `u > threshold`, else 0, with a straight-through gradient for the threshold (arXiv:2407.14435, eq. 12).
 
-    The estimate uses the pre-activation on both sides of the jump: a kernel on the code after the jump would see its upper half only.
+    Its sum over latents is L0. The gradient is estimated on the pre-activation as `-[|u - threshold| < bandwidth / 2] / bandwidth`.
 
-    >>> count_above(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
-    tensor([1.])
+    >>> step_above(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
+    tensor([[0., 1.]])
     """
-    return _CountAbove.apply(u, threshold, bandwidth)
+    return _Step.apply(u, threshold, bandwidth)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
 from saelab.functional.kernels import sampled_dot
-from saelab.functional.screening import Precision, Screen, choose_precision
+from saelab.functional.screening import SCAN_ROWS, Precision, Screen, choose_precision
 
 DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
 ERROR_MARGIN = 1.25  # an unseen latent may be wrong by this many times the largest error seen on the candidates
@@ -130,3 +130,31 @@ def _estimate_floor(screen: Screen, x: Tensor, k: float) -> Float[Tensor, ""]:
     sample = x[:: max(1, x.shape[0] // 256)]
     sizes = torch.cat([chunk.top(n)[0] for chunk in screen.chunks(sample)]).flatten()
     return sizes.topk(int(k * len(sample)) + 1).values[-1]
+
+
+def search_above(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    floor: Float[Tensor, "..."],
+    signed: bool,
+    max_frac: float = 1.0,
+) -> SparseCodes | None:
+    """All `u = x W^T + bias` above a floor (one, or one a latent): |u| where `signed`; None where they are more than `max_frac` of all.
+
+    >>> search_above(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), torch.tensor(2.0), signed=True).values
+    tensor([-3.])
+    """
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    n_left = int(max_frac * len(x) * len(W))
+    for start in range(0, len(x), SCAN_ROWS):
+        u = torch.addmm(bias, x[start : start + SCAN_ROWS], W.T)
+        rows, indices = ((u.abs() if signed else u) > floor).nonzero(as_tuple=True)
+        n_left -= len(rows)
+        if n_left < 0:
+            return None
+        found.append((indices, u[rows, indices], rows + start))
+    if not found:
+        return search_topk(x, W, bias, 1, signed)
+    indices, values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return SparseCodes.from_rows(indices, values, rows, (len(x), len(W)))

@@ -23,12 +23,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
-from saelab.functional.proximal import count_above, jumprelu, keep_above, keep_batch_topk, keep_topk
-from saelab.functional.search import search_batch_topk, search_topk
+from saelab.functional.proximal import jumprelu, keep_above, keep_batch_topk, keep_topk, step_above
+from saelab.functional.search import search_above, search_batch_topk, search_topk
 
 ACTIVATIONS: dict[str, type[Activation]] = {}
 
 A = TypeVar("A", bound="type[Activation]")
+
+SPARSE_FRAC = 0.05  # of the pre-activations: with more than this in use a training step is cheaper done densely
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,25 @@ class Activation:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(u, threshold=None, training=False).")
 
     def search(
-        self, x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], bias: Tensor, training: bool
+        self,
+        x: Float[Tensor, "n_rows d_in"],
+        W: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, "d_sae"],
+        threshold: Tensor | None,
+        training: bool,
     ) -> SparseCodes | None:
-        """The codes of `x W^T + bias` found without holding all pre-activations, or None where dense is the only way."""
+        """The pre-activations that may fire (or, in training, carry a gradient) of `x W^T + bias`, without holding all of them.
+
+        None where dense is the only way, or the cheaper one. `fire` makes codes of what is found.
+        """
         return None
 
-    def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Float[Tensor, ""] | None:
-        """A sparsity loss, per token, for activations that need one; None where sparsity is structural."""
+    def fire(self, u: Float[Tensor, "nnz"], threshold: Tensor | None) -> Float[Tensor, "nnz"]:
+        """The codes of pre-activations that `search` found; `threshold` is one number, or one for each."""
+        return u
+
+    def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor | None:
+        """A sparsity loss of each pre-activation, summed over latents and averaged over tokens; None where sparsity is structural."""
         return None
 
     def initial_threshold(self, d_sae: int) -> Tensor | None:
@@ -112,7 +126,9 @@ class TopK(Activation):
     def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         return keep_topk(u, self.k, self.signed)
 
-    def search(self, x: Tensor, W: Tensor, bias: Tensor, training: bool) -> SparseCodes | None:
+    def search(
+        self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
+    ) -> SparseCodes | None:
         return search_topk(x, W, bias, self.k, self.signed)
 
 
@@ -142,8 +158,12 @@ class BatchTopK(Activation):
             return keep_batch_topk(u, self.k, self.signed)
         return keep_above(u, threshold, self.signed)
 
-    def search(self, x: Tensor, W: Tensor, bias: Tensor, training: bool) -> SparseCodes | None:
-        return search_batch_topk(x, W, bias, self.k, self.signed) if training else None
+    def search(
+        self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
+    ) -> SparseCodes | None:
+        if training or threshold is None or bool(threshold.isnan()):
+            return search_batch_topk(x, W, bias, self.k, self.signed)
+        return search_above(x, W, bias, threshold, self.signed)
 
 
 @register_activation("batchabstopk")
@@ -176,8 +196,13 @@ class ReLU(_Penalised):
     def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         return u.relu()
 
+    def search(
+        self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
+    ) -> SparseCodes | None:
+        return search_above(x, W, bias, bias.new_zeros(()), False, SPARSE_FRAC if training else 1.0)
+
     def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
-        return z.sum(-1).mean()
+        return z
 
 
 @register_activation("jumprelu")
@@ -196,9 +221,22 @@ class JumpReLU(_Penalised):
         assert threshold is not None
         return jumprelu(u, threshold, self.bandwidth)
 
+    def search(
+        self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
+    ) -> SparseCodes | None:
+        assert threshold is not None
+        if not training:
+            return search_above(x, W, bias, threshold, False)
+        # just below its threshold a pre-activation is no code, but it still moves the threshold
+        return search_above(x, W, bias, threshold - self.bandwidth / 2, False, SPARSE_FRAC)
+
+    def fire(self, u: Tensor, threshold: Tensor | None) -> Tensor:
+        assert threshold is not None
+        return jumprelu(u, threshold, self.bandwidth)
+
     def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
         assert threshold is not None
-        return count_above(u, threshold, self.bandwidth).mean()
+        return step_above(u, threshold, self.bandwidth)
 
     def initial_threshold(self, d_sae: int) -> Tensor:
         return torch.full((d_sae,), self.start)

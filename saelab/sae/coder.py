@@ -71,21 +71,19 @@ class Coder(nn.Module):
         self._check_width(x)
         flat = x.reshape(-1, self.cfg.d_in)
         centred = self.normaliser.normalise(flat.to(self.W_enc)) - self.b_dec
-        codes = self.cfg.activation.search(centred, self.W_enc.T, self.b_enc, training=False)
+        codes = self.cfg.activation.search(centred, self.W_enc.T, self.b_enc, self.threshold, training=False)
         if codes is None:
             codes = self._encode_by_parts(flat)
         return replace(codes, batch_shape=tuple(x.shape[:-1]))
 
     def _encode_by_parts(self, x: Tensor) -> SparseCodes:
-        # a batch activation that has no threshold yet must see its batch whole
-        unset = self.cfg.activation.threshold == "running" and self.threshold is not None and self.threshold.isnan()
-        size = len(x) if unset else max(1, DENSE_NUMBERS // self.cfg.d_sae)
-        parts = [SparseCodes.from_dense(self.encode(part)) for part in x.split(max(1, size))]
-        firsts = [i * size for i in range(len(parts))]
+        size = max(1, DENSE_NUMBERS // self.cfg.d_sae)
+        parts = [SparseCodes.from_dense(self.encode(part)) for part in x.split(size)]
+        rows = [part.rows + i * size for i, part in enumerate(parts)]
         return SparseCodes.from_rows(
             torch.cat([part.indices for part in parts]),
             torch.cat([part.values for part in parts]),
-            torch.cat([part.rows + first for part, first in zip(parts, firsts, strict=True)]),
+            torch.cat(rows),
             (len(x), self.cfg.d_sae),
         )
 

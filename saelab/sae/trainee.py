@@ -44,6 +44,12 @@ _Step = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]
 """errors of the prefixes, residual, sparsity penalty, and (fired, l0, smallest) of the codes"""
 
 
+def _smallest(size: Tensor) -> Tensor:
+    """The smallest size above 0, NaN where there is none."""
+    smallest = size.masked_fill(size == 0, torch.inf).amin() if size.numel() else size.new_tensor(torch.inf)
+    return torch.where(smallest.isinf(), torch.nan, smallest)
+
+
 class Trainee:
     """Wraps an SAE for the training loop; everything it keeps beside the weights is in `state`, saved in checkpoints."""
 
@@ -103,12 +109,12 @@ class Trainee:
         sae = self.sae
         x = sae.normaliser.normalise(x.to(sae.W_enc))
         with torch.no_grad():
-            found = sae.cfg.activation.search(x - sae.b_dec, sae.W_enc.T, sae.b_enc, training=True)
+            found = sae.cfg.activation.search(x - sae.b_dec, sae.W_enc.T, sae.b_enc, sae.threshold, training=True)
         step = self._dense_step(x) if found is None else self._sparse_step(x, found)
         errors, residual, penalty, seen = step
         terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
         if penalty is not None:
-            terms["sparsity"] = self.state["coefficient"] * penalty
+            terms["sparsity"] = self.state["coefficient"] * penalty.sum() / len(x)
         if (aux := self._aux(x, residual)) is not None:
             terms["aux"] = aux
         return Objective(terms, *seen, n_tokens=len(x))
@@ -118,7 +124,16 @@ class Trainee:
         sae, n = self.sae, len(x)
         indices, rows, offsets = found.indices, found.rows, found.offsets
         weights = (sae.W_enc, sae.b_enc, sae.b_dec)
-        values = attach_encoder(found.values, x, *weights, (indices, rows, offsets), self._spare("W_enc"))
+        u = attach_encoder(found.values, x, *weights, (indices, rows, offsets), self._spare("W_enc"))
+        threshold = sae.threshold
+        if threshold is not None and threshold.ndim:
+            threshold = threshold.index_select(0, indices)
+        values = sae.cfg.activation.fire(u, threshold)
+        penalty = sae.cfg.activation.penalty(u, values, threshold)
+        size = values.detach().abs()
+        fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
+        fired[indices[size > 0]] = True
+        seen = (fired, (size > 0).sum() / n, _smallest(size))
         ends = self._prefixes()
         if len(ends) > 1:  # one virtual row a token and group, group after group
             group = torch.bucketize(indices, torch.tensor(ends, device=indices.device), right=True)
@@ -129,11 +144,7 @@ class Trainee:
         errors, residual = nested_decode_error(
             values, sae.W_dec, x, sae.b_dec, entries, len(ends), self._spare("W_dec")
         )
-        fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
-        fired[found.indices] = True
-        size = found.values.abs()
-        smallest = size.min() if len(size) else size.new_tensor(torch.nan)
-        return errors, residual, None, (fired, size.new_tensor(len(size) / n), smallest)
+        return errors, residual, penalty, seen
 
     def _dense_step(self, x: Tensor) -> _Step:
         """The same for any activation, through dense codes."""
@@ -146,9 +157,8 @@ class Trainee:
         errors, residual = nested_error(x - sae.b_dec, parts)
         size = z.detach().abs()
         fires = size > 0
-        smallest = size[fires].min() if fires.any() else size.new_tensor(torch.nan)
         penalty = sae.cfg.activation.penalty(u, z, sae.threshold)
-        return errors, residual, penalty, (fires.any(0), fires.sum() / len(x), smallest)
+        return errors, residual, penalty, (fires.any(0), fires.sum() / len(x), _smallest(size))
 
     def _spare(self, name: str) -> list[Tensor]:
         """Memory of the last step's gradient of a weight, to be written over."""
