@@ -39,7 +39,7 @@ def nested_error(
 
     Source: the Matryoshka loss of arXiv:2503.17547, groups accumulated so that all prefixes cost one decode.
 
-    >>> nested_error(torch.ones(1, 2), torch.ones(2, 1, 2))[0]
+    >>> nested_error(torch.ones(1, 2), torch.ones(2, 1, 2))[0].round()
     tensor([0., 2.])
     """
     return _NestedError.apply(target, parts)

@@ -5,7 +5,9 @@ its error is small beside the gaps between the winners and the rest; the search 
 candidates it re-scores in float32 and repeats in float32 whatever the screen cannot vouch for.
 
 The screen looks at blocks of 16 latents first: a block whose maximum loses holds no winner. Int8 gives every latent a step of its
-own; latents of like step share a block, so that whole blocks are compared as integers and only their maxima are scaled.
+own; latents of like step share a block, so that whole blocks are compared as integers and only their maxima are scaled. A few
+dimensions of large activations would leave the others no resolution: int8 first moves half of each dimension's size over to the
+weights, which leaves the product as it is (arXiv:2211.10438).
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ BLOCK = 16  # latents a block
 class Screen:
     """Approximate sizes of `u = x W^T + bias`, as |u| where `signed`, chunk by chunk of rows and block by block of latents.
 
-    The bias travels as one more input dimension, so that it costs nothing beside the product.
+    The bias travels as one more input dimension, so that it costs nothing beside the product. `like` are rows such as those to be
+    screened; int8 reads the sizes of the dimensions off them.
     """
 
     def __init__(
@@ -38,14 +41,18 @@ class Screen:
         bias: Float[Tensor, "d_sae"],
         precision: Precision,
         signed: bool,
+        like: Float[Tensor, "n_rows d_in"] | None = None,
     ) -> None:
         self.signed, self.precision = signed, precision
         self.width = BLOCK if W.shape[0] % BLOCK == 0 else 1
         self.n_blocks = W.shape[0] // self.width
         self.latents = torch.arange(W.shape[0], device=W.device)
         self.step = W.new_ones(W.shape[0])
+        self.balance = _balance_dimensions(like, W) if precision == "int8" and like is not None else None
         # the input dimension that carries the bias is as large as leaves the weights' range unchanged
-        self.one = float((bias.abs().amax() / torch.maximum(W.amax(), -W.amin()).clamp(min=1e-30)).clamp(min=1e-6))
+        sample = W[::BLOCK] if self.balance is None else W[::BLOCK] * self.balance
+        largest = torch.maximum(sample.amax(), -sample.amin()).clamp(min=1e-30)
+        self.one = float((bias.abs().amax() / largest).clamp(min=1e-6))
         carried = bias.unsqueeze(1) / self.one
         if precision == "int8":
             self._quantise(W, carried)
@@ -57,7 +64,7 @@ class Screen:
 
     def _quantise(self, W: Tensor, carried: Tensor) -> None:
         """Bring W to int8, latents of like step side by side in a block (latent at place p is in block p % n_blocks)."""
-        self.W, step = quantise_rows(W, carried)
+        self.W, step = quantise_rows(W, carried, self.balance)
         by_step = step.squeeze(1).argsort()
         self.latents = by_step.view(self.n_blocks, self.width).T.flatten()
         self.W, self.step = self.W[self.latents], step[self.latents, 0]
@@ -69,7 +76,7 @@ class Screen:
         if self.precision != "int8":
             x = torch.cat([x, ones], dim=1)
         else:
-            x, scale = quantise_rows(x, ones)
+            x, scale = quantise_rows(x, ones, None if self.balance is None else self.balance.reciprocal())
             buffer = torch.empty(min(PRODUCT_ROWS, len(x)), len(self.W), dtype=torch.int32, device=x.device)
         for start in range(0, len(x), PRODUCT_ROWS):
             part = x[start : start + PRODUCT_ROWS]
@@ -117,22 +124,32 @@ class ScreenedRows:
         return row + self.rows.start, latents, sizes[hit, place] * self.scale[row, 0]
 
 
+def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Float[Tensor, "d"]:
+    """The factor that W's dimensions are multiplied by, and x's divided by, to make both of like size; from an even sample."""
+    of_x = torch.linalg.vector_norm(x[:: max(1, len(x) // 256)], dim=0)
+    of_W = torch.linalg.vector_norm(W[:: max(1, len(W) // 1024)], dim=0)
+    ratio = of_x / of_W
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio.sqrt(), torch.ones_like(ratio))
+
+
 def quantise_rows(
-    x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"]
+    x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"], scale: Float[Tensor, "d"] | None = None
 ) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
-    """Round each row of `[x, last]` to int8, `~ q * step` with `step = max|.| / 127`; an all-zero row has step 1.
+    """Round each row of `[x * scale, last]` to int8, `~ q * step` with `step = max|.| / 127`; an all-zero row has step 1.
 
     >>> quantise_rows(torch.tensor([[1.0, -2.54]]), torch.tensor([[0.5]]))
     (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]))
     """
-    largest = torch.maximum(torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True)), last.abs())
-    step = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
-    inverse = step.reciprocal()
     q = torch.empty(x.shape[0], x.shape[1] + 1, dtype=torch.int8, device=x.device)
-    q[:, -1:] = (last * inverse).round_()
+    step = last.abs()
     for start in range(0, x.shape[0], 256):  # by pieces that fit the cache
         rows = slice(start, start + 256)
-        q[rows, :-1] = (x[rows] * inverse[rows]).round_()
+        part = x[rows] if scale is None else x[rows] * scale
+        largest = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
+        largest = torch.maximum(largest, step[rows])
+        step[rows] = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        q[rows, :-1] = (part * step[rows].reciprocal()).round_()
+    q[:, -1:] = (last / step).round_()
     return q, step
 
 

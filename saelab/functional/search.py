@@ -35,7 +35,7 @@ def search_topk(
     n_rows, d_sae = x.shape[0], W.shape[0]
     if n_rows == 0 or (precision is None and d_sae < DENSE_WIDTH):
         return _keep_firing(*_dense_topk(x, W, bias, k, signed), signed, d_sae)
-    screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed)
+    screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed, like=x)
     n_candidates = min(d_sae, 2 * k - k // 4 + 4 if screen.precision == "int8" else k + k // 4 + 8)
     approximate, candidates, unseen = (torch.cat(p) for p in zip(*(c.top(n_candidates) for c in screen.chunks(x)), strict=True))
     rows = torch.arange(n_rows, device=x.device)
@@ -95,7 +95,7 @@ def search_batch_topk(
         values = u.flatten()[kept]
         kept, values = (part[(values != 0) if signed else (values > 0)] for part in (kept, values))
         return SparseCodes.from_rows(kept % d_sae, values, kept // d_sae, (n_rows, d_sae))
-    screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed)
+    screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed, like=x)
     surplus = 1.6 if screen.precision == "int8" else 1.25
     while True:
         floor = _estimate_floor(screen, x, k * surplus)
