@@ -209,11 +209,10 @@ def test_without_the_fallback_this_file_would_notice(monkeypatch):
 @pytest.mark.xfail(strict=True, reason="the error's bound is read off the candidates: no proof where only others round")
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 def test_winners_whose_error_no_candidate_shows(precision):
-    """100 latents round to themselves; 5 that score more round down in every coordinate. Made by hand, not by training."""
-    x, W = torch.zeros(8, 130), torch.zeros(1024, 130)
-    x[:, 0], x[:, 1] = 128.0, 0.25
-    W[:100, :2] = 1.0
-    x[:, 2:], W[-5:, 2:] = (1.0, 1.0039) if precision == "bfloat16" else (0.499, 3.0)
+    """100 latents round to themselves; 5 that score more round down in every coordinate. Built by hand."""
+    x, W = torch.zeros(8, 131), torch.zeros(1024, 131)
+    x[:, 0], W[:100, 0] = 130.0, 1.0
+    x[:, 1:], W[-5:, 1:] = (1.0, 1.0039) if precision == "bfloat16" else (0.499, 3.0)
     u = dense(x, W, torch.zeros(1024))
     assert (u[:, -5:] > u[:, :100].amax()).all()
     assert_exact(search_topk(x, W, torch.zeros(1024), 5, False, precision), u, False, n_kept_by_row=5)
