@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from saelab.cli.commands import dispatch
 from saelab.cli.options import SEPARATOR, Progress
 from saelab.lm.models import tiny_model
 from saelab.lm.teach import make_stories, save_model, teach
@@ -20,7 +21,6 @@ and now on made-up stories. It shows the way from text to an evaluated SAE; its 
 
 
 def run_demo(
-    context: typer.Context,
     out: Annotated[
         Path, Option(help="Folder for all that is made; an older demo there is replaced.", metavar="FOLDER")
     ] = Path("runs/demo"),
@@ -47,7 +47,7 @@ def run_demo(
         f"--batch-size 1024 --seed 0 --out {sae} --overwrite",
         f"evaluate {sae} {model} {text} --n-tokens 20000 --json {scores}",
     ):
-        _run(context, command, progress)
+        _run(command, progress)
 
 
 def make_stand_in(out: Path, n_steps: int, progress: bool) -> float:
@@ -61,9 +61,8 @@ def make_stand_in(out: Path, n_steps: int, progress: bool) -> float:
     return loss
 
 
-def _run(context: typer.Context, command: str, progress: bool) -> None:
+def _run(command: str, progress: bool) -> None:
     typer.echo(f"\n$ saelab {command}")
     words = shlex.split(command) + ([] if progress else ["--no-progress"])
-    code = context.find_root().command.main(words, prog_name="saelab", standalone_mode=False)
-    if code:
+    if code := dispatch(words):
         raise typer.Exit(code)

@@ -73,7 +73,7 @@ def evaluate_sae(
     else:
         tokens, n_documents = read_tail(lm, text, n_tokens, length, bos, separator, field)
         n_both = count_overlap(tokens, n_documents, origin.text) if origin else 0
-        if n_both:
+        if origin and n_both:
             _note(f"warning: the SAE was trained on {n_both:,} of these documents ({origin.text}).")
     _note(f"Evaluating on {tokens.n_tokens:,} tokens of {tokens.source}.")
     result = evaluate(

@@ -31,7 +31,7 @@ def train_sae(
     k: Annotated[
         int,
         Option(
-            help="Latents that fire for a token: kept (topk, abstopk), on average (batch...), target L0 (relu, jumprelu)."
+            help="Latents that fire for a token: kept (topk, abstopk), mean (batch...), target L0 (relu, jumprelu)."
         ),
     ] = TopK.k,
     prefixes: Annotated[

@@ -49,7 +49,7 @@ def load_model(
     name = str(name_or_path)
     folder = Path(name_or_path).expanduser()
     if name == "tiny" and not folder.is_dir():
-        return tiny_model().to(device=device or "cpu", dtype=dtype or torch.float32)
+        return tiny_model().to(device or "cpu", dtype or torch.float32, print_details=False)
     if folder.is_dir():
         name = str(folder)
         _require_config(folder)

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -83,5 +84,6 @@ def teach(
 def save_model(model: Model, folder: str | Path) -> None:
     """Write a model and its tokenizer as a Hugging Face folder, which `load_model` reads."""
     plain, _ = strip(model.original_model)
-    plain.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
+    for part in (plain, model.tokenizer):
+        save: Any = part.save_pretrained
+        save(folder)

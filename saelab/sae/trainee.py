@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -71,6 +72,11 @@ class Trainee:
     def module(self) -> Coder:
         """What the optimiser moves."""
         return self.sae
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must find unchanged."""
+        return self.sae.cfg.to_dict()
 
     @torch.no_grad()
     def prepare(self, sample: Float[Tensor, "n_tokens d_in"]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelab.stores.files import read_json
 from saelab.training.checkpoint import load_checkpoint, save_checkpoint
 from saelab.training.config import TrainConfig
 from saelab.training.interrupt import DeferredInterrupt
@@ -41,17 +42,24 @@ class TrainingRun:
         """Where the checkpoint is kept, if anywhere."""
         return None if self.out is None else self.out / "checkpoint"
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must stay the same when the run is resumed: its own settings and those of what it trains."""
+        trained = [(self._name(i, key), value) for i, t in enumerate(self.trainables) for key, value in t.settings.items()]
+        return {**self.cfg.to_dict(), **dict(trained)}
+
     def resume(self) -> bool:
         """Go on from the checkpoint, if there is one; ValueError where it belongs to other settings."""
         if self.checkpoint is None or not (self.checkpoint / "progress.json").exists():
             return False
-        progress = load_checkpoint(self.checkpoint, self.trainables, self.optimisers, self.batches)
-        for key, value in self.cfg.to_dict().items():
-            if progress["config"].get(key) != value:
+        before = read_json(self.checkpoint / "progress.json")["config"]
+        for key, value in self.settings.items():
+            if before.get(key) != value:
                 raise ValueError(
-                    f"A resumed run must keep `{key}` ({progress['config'].get(key)}), got {value}; "
+                    f"A resumed run must keep `{key}` ({before.get(key)}), got {value}; "
                     "give the same settings, or another folder."
                 )
+        progress = load_checkpoint(self.checkpoint, self.trainables, self.optimisers, self.batches)
         self.step, self.history = progress["step"], progress["history"]
         self._since_log = progress["since_log"]
         self._sums = {key: torch.tensor(value, dtype=torch.float64) for key, value in progress["sums"].items()}
@@ -62,7 +70,7 @@ class TrainingRun:
         if self.checkpoint is None:
             return
         progress = {
-            "config": self.cfg.to_dict(),
+            "config": self.settings,
             "step": self.step,
             "history": self.history,
             "since_log": self._since_log,
@@ -70,13 +78,13 @@ class TrainingRun:
         }
         save_checkpoint(self.checkpoint, progress, self.trainables, self.optimisers, self.batches)
 
-    def prepare(self) -> Iterator[Tensor]:
-        """Let the trainables see a first sample; its batches are trained on like the others."""
-        first = list(itertools.islice(self._checked(), max(1, SAMPLE_TOKENS // self.cfg.batch_size)))
-        sample = torch.cat(first)
+    def prepare(self) -> None:
+        """Let the trainables see the first batches, and go back to the start of the data."""
+        start = self.batches.state_dict()
+        sample = torch.cat(list(itertools.islice(self._checked(), max(1, SAMPLE_TOKENS // self.cfg.batch_size))))
+        self.batches.load_state_dict(start)
         for trainable in self.trainables:
             trainable.prepare(sample.float())
-        return iter(first)
 
     def _checked(self) -> Iterator[Tensor]:
         """The batches, refused where they are not finite."""
@@ -150,14 +158,13 @@ def train(run: TrainingRun, *, resume: bool = False, sinks: Sequence[Sink] = (),
     With `resume` it goes on from its folder's checkpoint. Ctrl-C and faulty data end it after a whole step, saved, with a message that
     says where; a killed process loses what came after the last checkpoint.
     """
-    resumed = resume and run.resume()
-    ready = iter(()) if resumed else run.prepare()
+    if not (resume and run.resume()):
+        run.prepare()
     if run.out is not None:
         sinks = [FileSink(run.out, run.history), *sinks]
-    source = itertools.chain(ready, run._checked())
     with DeferredInterrupt() as interrupt, _progress_bar(run, progress) as bar:
         try:
-            _drive(run, source, sinks, bar, interrupt)
+            _drive(run, run._checked(), sinks, bar, interrupt)
         except ValueError:
             if run.step:
                 run.save()

@@ -1,0 +1,88 @@
+"""The four commands, and how errors become one line and an exit code."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Annotated
+
+import typer
+
+from saelab.cli.collecting import collect_text
+from saelab.cli.evaluating import evaluate_sae
+from saelab.cli.info import show_info
+from saelab.cli.training import train_sae
+
+DONE, FAILED, WRONG_USE = 0, 1, 2
+SPELLINGS = {"resume=False": "--overwrite", "resume=True": "--resume", "allow_mismatch=True": "--allow-mismatch"}
+"""how the library's advice reads in the shell"""
+
+app = typer.Typer(
+    name="saelab",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed or interrupted, 2 wrong use.",
+)
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of typer's own copy of click
+
+
+@app.callback()
+def start(
+    debug: Annotated[bool, typer.Option("--debug", envvar="SAELAB_DEBUG", help="Show tracebacks.")] = False,
+) -> None:
+    """Sparse autoencoders for language models: collect activations, train, evaluate."""
+
+
+def dispatch(words: Sequence[str]) -> int:
+    """Run one command line, without the program's name; returns the exit code."""
+    try:
+        code = app(list(words), prog_name="saelab", standalone_mode=False)
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        place = context.command_path if context is not None else "saelab"
+        return _complain(f"{place}: {error.format_message()} (see {place} --help)", WRONG_USE)  # type: ignore[attr-defined]
+    return code if isinstance(code, int) else DONE
+
+
+def guard(verb: Callable[..., None]) -> Callable[..., None]:
+    """The command with errors turned into one line on stderr; with --debug they pass through."""
+
+    @wraps(verb)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            verb(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt as stop:
+            raise typer.Exit(_complain(_spell(stop) or "Interrupted.", FAILED)) from None
+        except Exception as error:
+            if "--debug" in sys.argv or os.environ.get("SAELAB_DEBUG"):
+                raise
+            raise typer.Exit(_report(error)) from None
+
+    return run
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong in one line; returns the exit code."""
+    if isinstance(error, ValueError | TypeError | FileNotFoundError):
+        return _complain(f"error: {_spell(error)}", WRONG_USE)
+    return _complain(f"failed: {type(error).__name__}: {_spell(error)} (saelab --debug shows where)", FAILED)
+
+
+def _spell(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    for python, shell in SPELLINGS.items():
+        text = text.replace(python, shell)
+    return text
+
+
+def _complain(line: str, code: int) -> int:
+    typer.echo(line, err=True)
+    return code
+
+
+for _name, _verb in (("collect", collect_text), ("train", train_sae), ("evaluate", evaluate_sae), ("info", show_info)):
+    app.command(_name)(guard(_verb))
