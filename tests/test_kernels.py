@@ -66,7 +66,9 @@ def test_transposed_entries_are_sorted_stably_by_column():
 
 def test_no_entries_at_all():
     none = torch.zeros(0, dtype=torch.int64)
-    assert torch.equal(gather_sum(none, torch.zeros(0), torch.zeros(4, dtype=torch.int64), torch.ones(5, 2)), torch.zeros(3, 2))
+    assert torch.equal(
+        gather_sum(none, torch.zeros(0), torch.zeros(4, dtype=torch.int64), torch.ones(5, 2)), torch.zeros(3, 2)
+    )
     assert sampled_dot(none, none, torch.ones(3, 2), torch.ones(5, 2)).shape == (0,)
     order, starts = transpose_entries(none, 3)
     assert order.shape == (0,) and starts.tolist() == [0, 0, 0, 0]
