@@ -58,7 +58,7 @@ def describe_activations(path: Path) -> str:
     state = "" if manifest.complete else ", UNFINISHED: give the same command again to go on"
     rows = [
         ("hook points", ", ".join(f"{name} (d_in {d_in})" for name, d_in in manifest.d_in.items())),
-        ("tokens", f"{manifest.n_tokens:,} in {len(manifest.shards)} files of {manifest.dtype}{state}"),
+        ("tokens", f"{manifest.n_tokens:,} of {manifest.dtype}, shards: {len(manifest.shards)}{state}"),
     ]
     origin = {**manifest.provenance, "removed": manifest.removed}
     return _table(f"{path}: activations", rows + _origin_rows(origin, hook_point=False))
