@@ -1,19 +1,24 @@
 """Metrics: one definition each, in streamed float64 sums, so that any amount of data fits in the memory of one batch.
 
-With x the activations, x_hat their reconstructions, z the codes, sums over all tokens and mean(x) the mean of every dimension:
+With x the activations, x_hat their reconstructions, z the codes, sums over all tokens, mean(x) that of every dimension:
 
-    fvu        sum ||x - x_hat||^2 / sum ||x - mean(x)||^2      [0, inf), lower is better; 0 perfect, 1 the mean predictor
+    fvu        sum ||x - x_hat||^2 / sum ||x - mean(x)||^2      [0, inf), lower is better; 1 is the mean predictor
     explained_variance   1 - fvu                                (-inf, 1], higher is better
     cosine     mean <x, x_hat> / (||x|| ||x_hat||)              [-1, 1], higher is better
     bias       sum ||x_hat||^2 / sum <x, x_hat>                 1 is none; < 1 shrinkage (arXiv:2404.16014, eq. 10)
     l0         mean #{i: z_i != 0}                              latents a token; signed codes count on both sides
     density_i  #{tokens: z_i != 0} / #tokens                    [0, 1]
     dead_frac  share of latents that never fired in the tokens seen; it means nothing without their number
+
+Spliced into a language model, with ce the mean cross-entropy of the next token, p its predicted distribution, in nats:
+
+    loss_recovered   (ce_ablated - ce) / (ce_ablated - ce_clean)    1 is perfect, 0 no better than the ablation
+    kl               mean KL(p_clean || p)                          [0, inf), lower is better
+    kl_score         1 - kl / kl_zero                               1 is perfect, 0 no better than zero ablation
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -92,8 +97,8 @@ class FiringSums:
 
     def __init__(self, d_sae: int) -> None:
         self.n_tokens = 0
-        self.positive: Int[Tensor, "d_sae"] = torch.zeros(d_sae, dtype=torch.int64)
-        self.negative: Int[Tensor, "d_sae"] = torch.zeros(d_sae, dtype=torch.int64)
+        self.positive = torch.zeros(d_sae, dtype=torch.int64)
+        self.negative = torch.zeros(d_sae, dtype=torch.int64)
 
     def add(self, codes: SparseCodes) -> None:
         """Count a batch of codes."""
@@ -122,5 +127,92 @@ class FiringSums:
         return float((self.firings == 0).double().mean())
 
 
-def _ratio(part: float, whole: float) -> float:
+def token_terms(
+    x: Float[Tensor, "n_tokens d_in"], x_hat: Float[Tensor, "n_tokens d_in"]
+) -> dict[str, Float[Tensor, "n_tokens"]]:
+    """Each token's terms in the sums that `read_scores` divides, in float64.
+
+    >>> token_terms(torch.ones(1, 2), torch.zeros(1, 2))["error"]
+    tensor([2.], dtype=torch.float64)
+    """
+    x, x_hat = exact(x), exact(x_hat)
+    inner = (x * x_hat).sum(-1)
+    return {
+        "error": (x - x_hat).square().sum(-1),
+        "hat_squares": x_hat.square().sum(-1),
+        "inner": inner,
+        "cosine": inner / (x.norm(dim=-1) * x_hat.norm(dim=-1)).clamp(min=1e-300),
+    }
+
+
+def read_scores(sums: Mapping[str, Float[Tensor, "*draws"]]) -> dict[str, Float[Tensor, "*draws"]]:
+    """The metrics that are ratios of sums over tokens, for one set of sums or for many bootstrap draws of them at once.
+
+    `sums` holds those of `token_terms`, of `variance`, `n_tokens`, `firings`, and over predictions of `n_predictions`,
+    `ce`, `ce_clean`, `ce_zero`, `ce_mean`, `kl`, `kl_zero`. A metric whose denominator is 0 is NaN, and so is a loss
+    recovered where ablation does not hurt.
+    """
+    n_tokens, n_predictions = sums["n_tokens"], sums["n_predictions"]
+    fvu = ratio(sums["error"], sums["variance"])
+    return {
+        "fvu": fvu,
+        "explained_variance": 1 - fvu,
+        "cosine": ratio(sums["cosine"], n_tokens),
+        "bias": ratio(sums["hat_squares"], sums["inner"]),
+        "l0": ratio(sums["firings"], n_tokens),
+        "ce": ratio(sums["ce"], n_predictions),
+        "loss_recovered": loss_recovered(sums["ce"], sums["ce_clean"], sums["ce_zero"]),
+        "loss_recovered_mean": loss_recovered(sums["ce"], sums["ce_clean"], sums["ce_mean"]),
+        "kl": ratio(sums["kl"], n_predictions),
+        "kl_score": 1 - ratio(sums["kl"], sums["kl_zero"]),
+    }
+
+
+def loss_recovered(
+    ce: Float[Tensor, "*draws"], ce_clean: Float[Tensor, "*draws"], ce_ablated: Float[Tensor, "*draws"]
+) -> Float[Tensor, "*draws"]:
+    """`(ce_ablated - ce) / (ce_ablated - ce_clean)`; NaN where ablation does not hurt: there is nothing to recover.
+
+    >>> loss_recovered(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 5.0]), torch.tensor([5.0, 4.0]))
+    tensor([0.7500,    nan])
+    """
+    gap = ce_ablated - ce_clean
+    return torch.where(gap > 0, ratio(ce_ablated - ce, gap), torch.nan)
+
+
+def kl_divergence(logits: Float[Tensor, "n d_vocab"], other: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n"]:
+    """`KL(p || q) = sum_v p_v (log p_v - log q_v)` of p = softmax(logits), q = softmax(other), in nats; 0 when equal.
+
+    >>> kl_divergence(torch.tensor([[0.0, 200.0]]), torch.tensor([[200.0, 0.0]]))
+    tensor([200.])
+    """
+    log_p, log_q = (x.float().log_softmax(-1) for x in (logits, other))
+    p = log_p.exp()
+    return (p * (log_p - log_q)).masked_fill_(p == 0, 0).sum(-1)  # a logit of -inf in both gives 0, not NaN
+
+
+def log_histogram(density: Float[Tensor, "d_sae"], n_tokens: int) -> tuple[list[float], list[int]]:
+    """Edges in log10, half a decade apart from 1 / n_tokens to 1, and the number of latents between; dead ones in none.
+
+    >>> log_histogram(torch.tensor([0.0, 0.01, 0.5, 1.0]), n_tokens=100)
+    ([-2.0, -1.5, -1.0, -0.5, 0.0], [1, 0, 0, 2])
+    """
+    n_bins = max(1, math.ceil(2 * math.log10(max(1, n_tokens)) - 1e-9))
+    edges = [-n_bins / 2 + i / 2 for i in range(n_bins + 1)]
+    values = density[density > 0].double().log10().clamp(min=edges[0]).cpu()
+    counts = torch.histogram(values, torch.tensor(edges, dtype=torch.float64)).hist
+    return edges, [int(count) for count in counts]
+
+
+def exact(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The same numbers in float64; on the CPU where the device has no float64."""
+    return x.detach().cpu().double() if x.device.type == "mps" else x.detach().double()
+
+
+def ratio(part: Float[Tensor, "*draws"], whole: Float[Tensor, "*draws"]) -> Float[Tensor, "*draws"]:
+    """`part / whole`, NaN where the whole is 0."""
+    return torch.where(whole == 0, torch.nan, part / whole)
+
+
+def _ratio(part: float, whole: float | int) -> float:
     return part / whole if whole else math.nan

@@ -1,0 +1,64 @@
+"""Sums by document, and what they would be with other documents: the bootstrap behind every interval."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_NUMBERS = 2**22  # draws times documents held at a time
+LEVEL = 0.95
+
+
+class DocumentSums:
+    """Sums of per-token terms for every document, in float64: tokens of one depend on each other, documents do not.
+
+    >>> sums = DocumentSums(torch.tensor([[0, 0, 7, -1]]))
+    >>> sums.add(torch.tensor([0, 0, 7]), {"n_tokens": torch.ones(3)})
+    >>> sums.columns["n_tokens"].tolist(), float(sums.total()["n_tokens"])
+    ([2.0, 1.0], 3.0)
+    """
+
+    def __init__(self, doc_ids: Int[Tensor, "*shape"]) -> None:
+        self.documents = doc_ids[doc_ids >= 0].unique()
+        self.columns: dict[str, Tensor] = {}
+
+    def add(self, doc_ids: Int[Tensor, "n"], terms: dict[str, Float[Tensor, "n"]]) -> None:
+        """Add terms of tokens to the sums of their documents."""
+        places = torch.searchsorted(self.documents, doc_ids)
+        for name, values in terms.items():
+            if name not in self.columns:
+                self.columns[name] = torch.zeros(len(self.documents), dtype=torch.float64)
+            self.columns[name].index_add_(0, places, values.cpu().double())
+
+    @property
+    def n_documents(self) -> int:
+        """Documents of which at least one token counted."""
+        return int((self.columns["n_tokens"] > 0).sum())
+
+    def total(self) -> dict[str, Float[Tensor, ""]]:
+        """Every sum over all documents."""
+        return {name: column.sum() for name, column in self.columns.items()}
+
+    def resample(self, n_draws: int, seed: int) -> dict[str, Float[Tensor, "n_draws"]]:
+        """Every sum over as many documents drawn with replacement, `n_draws` times; the same draws for every sum."""
+        counted = self.columns["n_tokens"] > 0
+        table = torch.stack([column[counted] for column in self.columns.values()], dim=1)
+        n, generator = len(table), torch.Generator().manual_seed(seed)
+        size = max(1, CHUNK_NUMBERS // n)
+        chunks = []
+        for start in range(0, n_draws, size):
+            drawn = torch.randint(n, (min(size, n_draws - start), n), generator=generator)
+            places = drawn + n * torch.arange(len(drawn))[:, None]
+            counts = torch.bincount(places.flatten(), minlength=drawn.numel()).view(-1, n)
+            chunks.append(counts.double() @ table)
+        return dict(zip(self.columns, torch.cat(chunks).unbind(1), strict=True))
+
+
+def find_interval(draws: Float[Tensor, "n_draws"]) -> tuple[float, float]:
+    """The middle 95 % of bootstrap draws; draws that are NaN are left out.
+
+    >>> [round(end, 6) for end in find_interval(torch.arange(1001.0))]
+    [25.0, 975.0]
+    """
+    tail = (1 - LEVEL) / 2
+    low, high = draws.double().nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,0 +1,85 @@
+"""`evaluate`: an SAE measured, and spliced into its language model, beside ablations and baselines."""
+
+from dataclasses import replace
+
+import torch
+
+from saelab.evaluation.baselines import make_baselines, make_constant
+from saelab.evaluation.matching import require_threshold, set_stage
+from saelab.evaluation.measuring import measure, prefixes_of, survey
+from saelab.evaluation.results import Evaluation
+from saelab.evaluation.scoring import score
+from saelab.evaluation.splicing import calibrate, forward_size
+from saelab.functional.metrics import log_histogram
+from saelab.lm.masks import TokenMask
+from saelab.lm.models import Model, describe_model
+from saelab.lm.tokens import Tokens
+from saelab.sae.sae import SAE
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SAE,
+    model: Model,
+    tokens: Tokens,
+    *,
+    hook_point: str | None = None,
+    mask: TokenMask | None = None,
+    batch_size: int | None = None,
+    n_bootstrap: int = 1000,
+    baselines: bool = True,
+    seed: int = 0,
+    allow_mismatch: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure an SAE on tokens of its language model; the numbers are explained in `Evaluation`.
+
+    Hook point and mask default to those the SAE was trained with. Tokens that the mask leaves out are neither measured
+    nor replaced, and the same predictions count in every run. `batch_size` is the number of sequences in a forward;
+    results do not depend on it. `n_bootstrap` draws of documents give the intervals; `seed` draws them and the
+    baselines. Neither the SAE nor the model is changed.
+
+    Raises ValueError where the SAE was trained on another model, weight processing or hook point (`allow_mismatch=True`
+    goes ahead), for an SAE that has no hook point or threshold yet, and for activations that are not finite.
+
+    >>> model = sl.tiny_model()
+    >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
+    >>> sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
+    >>> evaluate(sae, model, tokens, hook_point="blocks.1.hook_resid_post", progress=False).n_documents
+    8
+    """
+    stage = set_stage(sae, model, hook_point, mask, allow_mismatch)
+    require_threshold(sae)
+    if n_bootstrap < 0:
+        raise ValueError(f"`n_bootstrap` must be at least 0, got {n_bootstrap}; use 0 for no intervals.")
+    n_seq = forward_size(model, tokens, batch_size)
+    if stage.median_norm is None:
+        stage = replace(stage, median_norm=calibrate(stage, tokens, n_seq))
+    found = survey(sae, stage, tokens, n_seq, progress)
+    rivals = make_baselines(sae.cfg, found.firings.l0, found.sample.to(sae.device), seed) if baselines else {}
+    ablations = {"zero": make_constant(torch.zeros_like(found.mean)), "mean": make_constant(found.mean)}
+    sums = measure(sae, stage, tokens, n_seq, found.mean, ablations | rivals, progress)
+    scores = score(sums, rivals, prefixes_of(sae), n_bootstrap, seed)
+    edges, counts = log_histogram(found.firings.density, found.firings.n_tokens)
+    described = describe_model(model)
+    return Evaluation(
+        **scores.sae,
+        dead_frac=found.firings.dead_frac,
+        n_tokens=found.firings.n_tokens,
+        n_predictions=int(sums.total()["n_predictions"]),
+        n_documents=sums.n_documents,
+        removed=found.removed,
+        density_edges=edges,
+        density_counts=counts,
+        prefixes=scores.prefixes,
+        intervals=scores.intervals,
+        baselines=scores.rivals,
+        reasons=scores.reasons,
+        sae=repr(sae),
+        hook_point=stage.hook_point,
+        model=described.name,
+        text=tokens.source,
+        mask=stage.mask.to_dict(),
+        provenance=sae.provenance.to_dict() if sae.provenance else None,
+        versions=described.versions,
+    )

@@ -1,0 +1,63 @@
+"""Is this the model, and the place in it, that the SAE was trained on?"""
+
+from pathlib import Path
+from typing import Any
+
+from saelab.evaluation.splicing import Stage
+from saelab.lm.door import door
+from saelab.lm.masks import TokenMask
+from saelab.lm.models import Model, describe_model
+from saelab.sae.sae import SAE
+from saelab.stores.provenance import Provenance
+
+
+def set_stage(sae: SAE, model: Model, hook_point: str | None, mask: TokenMask | None, allow_mismatch: bool) -> Stage:
+    """The hook point and mask given, or those of the SAE's provenance; ValueError where it disagrees with the model."""
+    origin = sae.provenance
+    name = hook_point or (origin.hook_point if origin else None)
+    if name is None:
+        raise ValueError(
+            "`hook_point` must be given for an SAE without provenance, got none; name where it was trained."
+        )
+    door(model).find(name)
+    if origin and not allow_mismatch and (differing := find_mismatches(origin, model, name)):
+        raise ValueError(
+            f"An SAE must be evaluated where it was trained, got another {'; '.join(differing)}. "
+            "Load that model the same way, or pass allow_mismatch=True."
+        )
+    recorded = mask_of(origin) if origin else TokenMask()
+    median = origin.median_norm if origin and mask in (None, recorded) and not allow_mismatch else None
+    return Stage(model=model, hook_point=name, mask=mask or recorded, median_norm=median)
+
+
+def find_mismatches(origin: Provenance, model: Model, hook_point: str) -> list[str]:
+    """What differs between an SAE's origin and where it is about to be used, in words.
+
+    Of the model's name only the last part counts: one model has several folders and, on the Hub, owners.
+    """
+    here, known = describe_model(model), door(model).points
+    pairs = [
+        ("model", Path(origin.model).name, Path(here.name).name),
+        ("weight processing", origin.weight_processing, here.weight_processing),
+    ]
+    found = [f"{what} (trained: {there!r}, now: {now!r})" for what, there, now in pairs if there != now]
+    if origin.hook_point not in known or known[origin.hook_point] is not known[hook_point]:
+        found.append(f"hook point (trained: {origin.hook_point!r}, now: {hook_point!r})")
+    return found
+
+
+def mask_of(origin: Provenance) -> TokenMask:
+    """The token mask that activations were collected with."""
+    rules: dict[str, Any] = dict(origin.mask)
+    if "positions" in rules:
+        rules["positions"] = tuple(rules["positions"])  # JSON made it a list
+    return TokenMask(**rules)
+
+
+def require_threshold(sae: SAE) -> None:
+    """ValueError for an SAE whose codes would depend on the batch, because training has set no threshold yet."""
+    if sae.cfg.activation.threshold == "running" and (sae.threshold is None or bool(sae.threshold.isnan())):
+        raise ValueError(
+            f"{type(sae.cfg.activation).__name__} must have its inference threshold to be evaluated, got none; "
+            "train the SAE first."
+        )

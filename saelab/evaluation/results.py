@@ -1,0 +1,129 @@
+"""`Evaluation`: the numbers, their intervals and their baselines; prints itself, draws in Jupyter, saves as JSON."""
+
+import html
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from saelab.stores.files import write_json
+
+ROWS = (
+    "fvu", "explained_variance", "cosine", "bias", "l0", "dead_frac", "ce_clean", "ce_sae", "ce_zero", "ce_mean",
+    "loss_recovered", "loss_recovered_mean", "kl", "kl_zero", "kl_score",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """How well an SAE reconstructs activations, and what its model makes of the reconstructions.
+
+    Means are over the tokens that the mask keeps; cross-entropies (`ce_*`) and `kl*` are in nats a prediction. A number
+    that cannot be told is NaN, and `reasons` says why. The formulas are in `saelab.functional.metrics`.
+    """
+
+    fvu: float
+    """fraction of variance unexplained; [0, inf), lower is better, 1 is the mean predictor"""
+    explained_variance: float
+    """1 - fvu"""
+    cosine: float
+    """mean cosine of activation and reconstruction; higher is better"""
+    bias: float
+    """relative reconstruction bias; 1 is none, below 1 shrinkage"""
+    l0: float
+    """latents that fire on a token, of either sign"""
+    dead_frac: float
+    """share of latents that fired on none of the `n_tokens` tokens"""
+    ce_clean: float
+    """cross-entropy of the untouched model"""
+    ce_sae: float
+    """with the SAE's reconstructions spliced in"""
+    ce_zero: float
+    """with zeros spliced in"""
+    ce_mean: float
+    """with the mean activation spliced in"""
+    loss_recovered: float
+    """(ce_zero - ce_sae) / (ce_zero - ce_clean); 1 is perfect, 0 no better than zeros"""
+    loss_recovered_mean: float
+    """the same against mean ablation, the harder reference"""
+    kl: float
+    """KL(clean || with the SAE); lower is better"""
+    kl_zero: float
+    """KL(clean || with zeros)"""
+    kl_score: float
+    """1 - kl / kl_zero; 1 is perfect"""
+    n_tokens: int
+    """tokens measured and spliced"""
+    n_predictions: int
+    """next-token predictions that `ce_*` and `kl*` are means over"""
+    n_documents: int
+    """documents the tokens are of; the intervals draw them anew"""
+    removed: dict[str, int]
+    """tokens left out, by rule of the mask"""
+    density_edges: list[float]
+    """bins of the latents' firing density, in log10"""
+    density_counts: list[int]
+    """latents in each bin; those that never fired are in none"""
+    prefixes: dict[int, float]
+    """FVU by prefix, for an SAE that has prefixes"""
+    intervals: dict[str, tuple[float, float]]
+    """95 % intervals of the numbers above, from the document bootstrap"""
+    baselines: dict[str, dict[str, float]]
+    """the same numbers for the untrained SAE, a random dictionary and PCA; `ce` is what `ce_sae` is for the SAE"""
+    reasons: dict[str, str]
+    """why a number is NaN"""
+    sae: str
+    """the SAE in one line"""
+    hook_point: str
+    model: str
+    text: str
+    mask: dict[str, Any]
+    provenance: dict[str, Any] | None
+    """where the activations came from that the SAE was trained on"""
+    versions: dict[str, str]
+
+    def __str__(self) -> str:
+        removed = ", ".join(f"{rule} {n:,}" for rule, n in self.removed.items() if n)
+        lines = [
+            self.sae,
+            f"Evaluated at {self.hook_point} of {self.model}.",
+            f"{self.n_tokens:,} tokens, {self.n_documents:,} documents of {self.text} (left out: {removed or 'none'})",
+            "",
+            _line(["", "SAE", "95 % interval", *self.baselines]),
+            *(_line(self._row(name)) for name in ROWS),
+        ]
+        lines += [_line([f"fvu, first {n}", _number(fvu)]) for n, fvu in self.prefixes.items()]
+        bins = zip(self.density_edges, self.density_counts, strict=False)
+        lines += ["", "latents by log10 density: " + "  ".join(f"{edge:g}:{n}" for edge, n in bins)]
+        lines += [f"{name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+    def _row(self, name: str) -> list[str]:
+        interval = self.intervals.get(name)
+        shown = f"{_number(interval[0])} .. {_number(interval[1])}" if interval else ""
+        key = "ce" if name == "ce_sae" else name
+        others = [_number(scores[key]) if key in scores else "" for scores in self.baselines.values()]
+        return [name, _number(getattr(self, name)), shown, *others]
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for JSON."""
+        return asdict(self) | {
+            "prefixes": {str(n): fvu for n, fvu in self.prefixes.items()},
+            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON, NaN as null."""
+        write_json(path, self.to_dict())
+
+
+def _number(x: float) -> str:
+    return f"{x:.4g}"
+
+
+def _line(cells: list[str]) -> str:
+    name, *numbers = cells
+    widths = (9, 20, *(11 for _ in numbers[2:]))
+    return f"{name:<20}" + "".join(f"{cell:>{width}}" for cell, width in zip(numbers, widths, strict=False))
