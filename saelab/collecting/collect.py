@@ -90,7 +90,7 @@ def _collect_to_folder(
         manifest.save(folder)  # claims the folder, and finds out before the work whether it can be written
     reader = replace(reader, median_norms=manifest.median_norms)
     writer = FolderWriter(folder, manifest, shard_tokens)
-    with _telling_where(writer):
+    with _telling_where(writer), writer:
         return _run(reader, tokens, writer, n_seq, progress)
 
 

@@ -1,6 +1,7 @@
 """Where collected rows go: into memory, or into a folder of shards that can be resumed."""
 
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,10 +21,8 @@ class Writer(Protocol):
     """Takes the readings of successive batches of sequences."""
 
     next_seq: int
+    n_tokens: int
     removed: Counter[str]
-
-    @property
-    def n_tokens(self) -> int: ...
 
     def add(self, reading: Reading, n_seq: int) -> None: ...
 
@@ -58,7 +57,8 @@ class FolderWriter:
     """Rows in shards of exactly `shard_tokens` (the last may be shorter), whose bytes do not depend on interruptions.
 
     The manifest is rewritten after each shard and says where to go on: the first sequence with rows outside the shards,
-    and how many rows of its batch are in them already.
+    and how many rows of its batch are in them already. One shard is written in the background while the next is filled;
+    leaving the `with` block waits for it.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int) -> None:
@@ -66,13 +66,20 @@ class FolderWriter:
         self.next_seq = manifest.next_seq
         self.removed = Counter(manifest.removed)
         self._to_skip = manifest.skip_rows
+        self.n_tokens = manifest.n_tokens
         self._n_buffered = 0
-        self._buffer = _allocate(shard_tokens, manifest.d_in, getattr(torch, manifest.dtype))
+        self._shard_tokens = shard_tokens
+        self._buffer, self._spare = (
+            _allocate(shard_tokens, manifest.d_in, getattr(torch, manifest.dtype)) for _ in range(2)
+        )
+        self._background = ThreadPoolExecutor(max_workers=1)
+        self._pending: Future[None] | None = None
 
-    @property
-    def n_tokens(self) -> int:
-        """Rows in shards and in the buffer."""
-        return self.manifest.n_tokens + self._n_buffered
+    def __enter__(self) -> "FolderWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._background.shutdown(wait=True)
 
     def add(self, reading: Reading, n_seq: int) -> None:
         """Append the rows that are not in the shards yet; write each shard that becomes full."""
@@ -84,6 +91,7 @@ class FolderWriter:
             for name, column in columns.items():
                 self._buffer[name][self._n_buffered : self._n_buffered + take] = column[done : done + take]
             self._n_buffered += take
+            self.n_tokens += take
             done += take
             if self._n_buffered == self._shard_tokens and done < n_rows:
                 self._flush(skip_rows=done)
@@ -96,23 +104,31 @@ class FolderWriter:
         """Write what is left and open the folder."""
         if self._n_buffered:
             self._flush(skip_rows=0)
-        self._save(complete=True, provenance=next(iter(origins.values())).to_dict())
+        self._wait()
+        self._save(complete=True, removed=dict(self.removed), provenance=next(iter(origins.values())).to_dict())
         return load_all(self.folder, list(origins))
 
-    @property
-    def _shard_tokens(self) -> int:
-        return len(self._buffer["token_ids"])
-
     def _flush(self, skip_rows: int) -> None:
-        file = f"shard-{len(self.manifest.shards):05d}.safetensors"
+        """Hand the buffer over to be written, once the one before is."""
+        self._wait()
         tensors = {name: column[: self._n_buffered] for name, column in self._buffer.items()}
-        crc32 = save_tensors(self.folder / file, tensors)
-        shard = Shard(file=file, n_tokens=self._n_buffered, crc32=crc32)
+        place = {"next_seq": self.next_seq, "skip_rows": skip_rows, "removed": dict(self.removed)}
+        self._pending = self._background.submit(self._write, tensors, place)
+        self._buffer, self._spare = self._spare, self._buffer
         self._n_buffered = 0
-        self._save(shards=(*self.manifest.shards, shard), next_seq=self.next_seq, skip_rows=skip_rows)
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()  # raises what writing raised
+
+    def _write(self, tensors: dict[str, Tensor], place: dict[str, Any]) -> None:
+        file = f"shard-{len(self.manifest.shards):05d}.safetensors"
+        crc32 = save_tensors(self.folder / file, tensors)
+        shard = Shard(file=file, n_tokens=len(tensors["token_ids"]), crc32=crc32)
+        self._save(shards=(*self.manifest.shards, shard), **place)
 
     def _save(self, **changes: Any) -> None:
-        manifest = replace(self.manifest, removed=dict(self.removed), **changes)
+        manifest = replace(self.manifest, **changes)
         manifest.save(self.folder)
         self.manifest = manifest  # only now, so that after Ctrl-C it does not promise more than is on disk
 
