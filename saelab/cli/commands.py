@@ -42,7 +42,8 @@ def dispatch(words: Sequence[str]) -> int:
     except UsageError as error:
         context = getattr(error, "ctx", None)
         place = context.command_path if context is not None else "saelab"
-        return _complain(f"{place}: {error.format_message()} (see {place} --help)", WRONG_USE)  # type: ignore[attr-defined]
+        text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        return _complain(f"{place}: {text} (see {place} --help)", WRONG_USE)
     return code if isinstance(code, int) else DONE
 
 

@@ -69,12 +69,11 @@ def evaluate_sae(
     length = ctx_len or (origin.ctx_len if origin else None) or CTX_LEN
     lm = load_model(model, device=choose_device(device))
     if from_start:
-        tokens = read_head(lm, text, n_tokens, length, bos, separator, field)
+        tokens, n_before = read_head(lm, text, n_tokens, length, bos, separator, field), 0
     else:
-        tokens, n_documents = read_tail(lm, text, n_tokens, length, bos, separator, field)
-        n_both = count_overlap(tokens, n_documents, origin.text) if origin else 0
-        if origin and n_both:
-            _note(f"warning: the SAE was trained on {n_both:,} of these documents ({origin.text}).")
+        tokens, n_before = read_tail(lm, text, n_tokens, length, bos, separator, field)
+    if origin and (n_both := count_overlap(tokens, n_before, origin.text)):
+        _note(f"warning: the SAE was trained on {n_both:,} of these documents ({origin.text}).")
     _note(f"Evaluating on {tokens.n_tokens:,} tokens of {tokens.source}.")
     result = evaluate(
         coder,

@@ -22,7 +22,7 @@ def read_head(
 def read_tail(
     model: Model, path: Path, n_tokens: int, ctx_len: int, bos: bool, separator: str, field: str
 ) -> tuple[Tokens, int]:
-    """`n_tokens` from the last documents of a text, the last document first; and how many documents the text has.
+    """`n_tokens` from the last documents of a text, the last document first; and how many documents lie before those.
 
     The source is a slice from the end, such as `stories.txt[-120:]`.
     """
@@ -38,19 +38,20 @@ def read_tail(
 
     last = deque(counted(), maxlen=n_tokens)  # a document holds at least one token, so more are never needed
     tokens = tokenize(model, reversed(last), ctx_len, n_tokens=n_tokens, bos=bos)
-    return replace(tokens, source=f"{path.name}[-{_count_documents(tokens)}:]"), n_documents
+    n_read = _count_documents(tokens)
+    return replace(tokens, source=f"{path.name}[-{n_read}:]"), n_documents - n_read
 
 
-def count_overlap(evaluated: Tokens, n_documents: int, trained_text: str) -> int:
+def count_overlap(evaluated: Tokens, n_before: int, trained_text: str) -> int:
     """How many evaluated documents the SAE was also trained on, as far as the names of the two texts tell.
 
-    `trained_text` is the source in the SAE's provenance; 0 where it does not name a slice of the same file.
+    `n_before` documents of the text lie before the evaluated ones; `trained_text` is the source in the SAE's
+    provenance. 0 where that does not name a slice of the same file.
     """
     match = re.fullmatch(r"(.*)\[:(\d+)\]", trained_text)
     if match is None or match[1] != evaluated.source.rpartition("[")[0]:
         return 0
-    n_evaluated = _count_documents(evaluated)
-    return min(n_evaluated, max(0, int(match[2]) + n_evaluated - n_documents))
+    return min(_count_documents(evaluated), max(0, int(match[2]) - n_before))
 
 
 def _count_documents(tokens: Tokens) -> int:
