@@ -97,10 +97,11 @@ def weight_gradient(
     """
     indices, rows, _ = entries
     order, starts = transpose_entries(indices, d_sae)
-    if not spare or left.device.type != "cpu":
+    if left.device.type != "cpu":
         return gather_sum(rows[order], values[order], starts, left)
     _acknowledge_beta()
-    out = spare.pop()
+    # spare memory or not, the sum must be made in the same order: a resumed run begins without
+    out = spare.pop() if spare else left.new_empty(d_sae, left.shape[1])
     shape = (d_sae, left.shape[0])
     transposed = torch.sparse_csr_tensor(starts, rows[order], values[order], shape, check_invariants=False)
     return torch.addmm(out, transposed, left, beta=0, out=out)
