@@ -16,7 +16,7 @@ from saelab.functional.losses import nested_error, normalised_error
 from saelab.functional.metrics import ReconstructionSums
 from saelab.sae.activations import _Penalised
 from saelab.sae.coder import Coder
-from saelab.sae.config import RandomPrefixes
+from saelab.sae.config import AuxK, RandomPrefixes
 from saelab.training.config import TrainConfig
 
 THRESHOLD_RATE = 0.01  # of the running threshold's average
@@ -95,6 +95,8 @@ class Trainee:
     def _start_from(self, centred: Tensor) -> None:
         generator = torch.Generator().manual_seed(self.cfg.seed)
         rows = centred[centred.norm(dim=1) > 0]
+        if len(rows) == 0:  # constant activations show no direction: the random ones stay
+            return
         chosen = rows[torch.randint(len(rows), (self.sae.cfg.d_sae,), generator=generator)]
         # a little of the random direction keeps repeated rows apart
         directions = chosen / chosen.norm(dim=1, keepdim=True) + 0.1 * self.sae.W_dec
@@ -121,8 +123,8 @@ class Trainee:
         terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
         if penalty is not None:
             terms["sparsity"] = self.state["coefficient"] * penalty.sum() / len(x)
-        if (aux := self._aux(x, residual)) is not None:
-            terms["aux"] = aux
+        if sae.cfg.aux is not None:  # dead latents or not, so that every entry of a history has the same columns
+            terms["aux"] = self._aux(x, residual, sae.cfg.aux)
         return Objective(terms, *seen, n_tokens=len(x))
 
     def _sparse_step(self, x: Tensor, found: SparseCodes) -> _Step:
@@ -196,12 +198,12 @@ class Trainee:
         given = aux.dead_after_tokens if aux is not None else None
         return given or (10_000_000 if self.cfg.n_tokens >= 100_000_000 else max(1, self.cfg.n_tokens // 20))
 
-    def _aux(self, x: Tensor, residual: Tensor) -> Tensor | None:
-        """AuxK: the dead latents' reconstruction of the (detached) residual, on the first share of the batch."""
-        sae, aux = self.sae, self.sae.cfg.aux
+    def _aux(self, x: Tensor, residual: Tensor, aux: AuxK) -> Tensor:
+        """AuxK, on the first share of the batch: the dead latents' reconstruction of the (detached) residual; 0 if none is."""
+        sae = self.sae
         dead = (self.state["tokens_since_fired"] >= self.dead_after_tokens).nonzero().squeeze(1)
-        if aux is None or len(dead) == 0:
-            return None
+        if len(dead) == 0:
+            return x.new_zeros(())
         n = math.ceil(aux.token_frac * len(x))
         W_enc = sae.W_enc.T.index_select(0, dead)
         u = (x[:n] - sae.b_dec) @ W_enc.T + sae.b_enc[dead]

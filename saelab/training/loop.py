@@ -81,7 +81,8 @@ class TrainingRun:
     def prepare(self) -> None:
         """Let the trainables see the first batches, and go back to the start of the data."""
         start = self.batches.state_dict()
-        sample = torch.cat(list(itertools.islice(self._checked(), max(1, SAMPLE_TOKENS // self.cfg.batch_size))))
+        n_batches = min(self.cfg.n_steps, max(1, SAMPLE_TOKENS // self.cfg.batch_size))
+        sample = torch.cat(list(itertools.islice(self._checked(), n_batches)))
         self.batches.load_state_dict(start)
         for trainable in self.trainables:
             trainable.prepare(sample.float())
