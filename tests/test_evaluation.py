@@ -128,7 +128,7 @@ def test_renaming_latents_changes_nothing(tiny, own_words, activation) -> None:
 
 
 def test_the_batch_size_does_not_matter(tiny, own_words) -> None:
-    tokens = own_words[:40]
+    tokens = own_words[:16]
     results = [run(some_sae(prefixes=(8, 96)), tiny, tokens, batch_size=size) for size in (1, 7, 64)]
     first, *others = [flat(result.to_dict()) for result in results]
     for other in others:
@@ -204,7 +204,7 @@ def test_no_loss_is_recovered_where_ablation_does_not_hurt(tiny) -> None:
 
 def test_damage_within_noise_is_no_damage(tiny, own_words) -> None:
     """Two documents, one of which gains: the sign of the mean is luck."""
-    found = [run(some_sae(), tiny, own_words[[i, i + 1]], baselines=False) for i in range(0, 64, 2)]
+    found = [run(some_sae(), tiny, own_words[[i, i + 1]], baselines=False) for i in range(0, 64, 4)]
     damages = [f.ce_mean - f.ce_clean for f in found]
     assert any(damage > 0 and math.isnan(f.loss_recovered_mean) for damage, f in zip(damages, found, strict=True))
     noisy = next(f for d, f in zip(damages, found, strict=True) if d > 0 and math.isnan(f.loss_recovered_mean))
