@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from typer import Option
 
@@ -33,6 +34,7 @@ def run_demo(
     Each command is printed before it runs, so that it can be given again with other flags.
     """
     typer.echo(INTRODUCTION)
+    torch.set_num_threads(1)  # everything here is tiny: more threads only get in each other's way
     loss = make_stand_in(out, n_steps, progress)
     typer.echo(
         f"\nIts loss is {loss:.2f} nats a letter now (5.6 before). Saved to {out / 'model'}, the stories beside it."

@@ -11,9 +11,9 @@ from saelab.lm.models import Model
 from saelab.lm.plain import strip
 from saelab.lm.tokens import Tokens
 
-_HEROES = [("fox", "she"), ("hen", "she"), ("cow", "she"), ("owl", "he"), ("cat", "he"), ("dog", "he")]
+_HEROES = [("fox", "she"), ("hen", "she"), ("cow", "she"), ("pig", "he"), ("cat", "he"), ("dog", "he")]
 _PLACES = ["farm", "forest", "river", "market", "garden", "school"]
-_THINGS = {"ball": "red", "apple": "green", "book": "old", "boat": "blue", "cake": "sweet", "lamp": "bright"}
+_THINGS = {"ball": "red", "apple": "green", "book": "new", "boat": "blue", "cake": "sweet", "lamp": "bright"}
 _OPENINGS = ["Once there was a {hero} at the {place}.", "One day a {hero} went to the {place}."]
 _FINDS = ["{He} saw a {thing}. The {thing} was {look}.", "{He} found a {look} {thing} at the {place}."]
 _ENDINGS = [
