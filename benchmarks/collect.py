@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saelab.collecting.collect import collect
+from saelab.collecting.collection import collect
 from saelab.lm.models import load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.stores.ring import RingBuffer

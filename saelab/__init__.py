@@ -1,11 +1,14 @@
 """saelab finds, names, compares and moves the features of a language model, with sparse autoencoders."""
 
-from saelab.collecting.collect import collect
-from saelab.collecting.stream import stream
+from saelab.collecting.collection import collect
+from saelab.collecting.streaming import ActivationStream, stream
+from saelab.evaluation.evaluation import evaluate
+from saelab.evaluation.results import Evaluation
 from saelab.functional.codes import SparseCodes
-from saelab.lm.hooks import capture, splice
-from saelab.lm.masks import TokenMask
-from saelab.lm.models import load_model, tiny_model
+from saelab.lm.agreement import HookAgreement, verify_hooks
+from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss, splice
+from saelab.lm.masks import MaskResult, TokenMask
+from saelab.lm.models import describe_model, load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.sae.activations import (
     AbsTopK,
@@ -22,21 +25,26 @@ from saelab.sae.sae import SAE, fit
 from saelab.stores.activations import Activations
 from saelab.stores.provenance import Provenance
 from saelab.training.config import TrainConfig
+from saelab.training.sinks import tensorboard_sink, wandb_sink
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "SAE",
+__all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "AbsTopK",
     "Activation",
+    "ActivationStream",
     "Activations",
     "AuxK",
     "BatchAbsTopK",
     "BatchTopK",
+    "Evaluation",
+    "HookAgreement",
     "JumpReLU",
+    "MaskResult",
     "Provenance",
     "RandomPrefixes",
     "ReLU",
+    "SAE",
     "SAEConfig",
     "SparseCodes",
     "TokenMask",
@@ -45,11 +53,19 @@ __all__ = [
     "TrainConfig",
     "capture",
     "collect",
+    "describe_model",
+    "evaluate",
+    "find_hook_point",
     "fit",
     "load_model",
+    "logits",
+    "next_token_loss",
     "register_activation",
     "splice",
     "stream",
+    "tensorboard_sink",
     "tiny_model",
     "tokenize",
+    "verify_hooks",
+    "wandb_sink",
 ]

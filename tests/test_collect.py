@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from saelab.collecting import reader, writers
-from saelab.collecting.collect import collect
+from saelab.collecting.collection import collect
 from saelab.lm.hooks import capture
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import tiny_model
@@ -321,7 +321,7 @@ SCRIPT = """
 import sys, time, types
 import torch
 from saelab.collecting import reader
-from saelab.collecting.collect import collect
+from saelab.collecting.collection import collect
 from saelab.lm.tokens import Tokens
 
 torch.set_num_threads(1)

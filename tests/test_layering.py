@@ -104,7 +104,7 @@ def test_every_import_goes_down() -> None:
     [
         ("functional/sums.py", "from saelab.stores import files", "floor 0 may import only"),
         ("functional/sums.py", "def f():\n    import saelab.sae.module", "floor 0 may import only"),
-        ("evaluation/scores.py", "from saelab.collecting.collect import collect", "floor 5 may import only"),
+        ("evaluation/scores.py", "from saelab.collecting.collection import collect", "floor 5 may import only"),
         ("sae/module.py", "from saelab import evaluate", "floor 4 may import only"),
         ("sae/module.py", "from .config import SAEConfig", "imports relatively"),
         ("sae/module.py", "def f():\n    from transformers import AutoModel", "only saelab.lm may import"),

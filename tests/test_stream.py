@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from saelab.collecting.collect import collect
-from saelab.collecting.stream import stream
+from saelab.collecting.collection import collect
+from saelab.collecting.streaming import stream
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import tiny_model
 from saelab.lm.tokens import tokenize

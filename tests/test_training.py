@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.collecting.stream import stream
+from saelab.collecting.streaming import stream
 from saelab.sae.fitting import fit_all
 from saelab.stores import files
 from saelab.training.optimiser import clip_gradients

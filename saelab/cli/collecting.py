@@ -22,7 +22,7 @@ from saelab.cli.options import (
     choose_device,
 )
 from saelab.cli.texts import read_head
-from saelab.collecting.collect import SHARD_TOKENS, collect
+from saelab.collecting.collection import SHARD_TOKENS, collect
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import load_model
 

@@ -1,7 +1,5 @@
 """Sparse codes in compressed rows: what an encoder gives, what a decoder takes, and what lies on disk."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,8 +13,8 @@ from saelab.functional.kernels import sparse_decode
 class SparseCodes:
     """The non-zero codes of a batch, row after row.
 
-    Entry e is `values[e]` of latent `indices[e]` in row `rows[e]`; row r owns the entries `offsets[r]` to `offsets[r + 1]`. Rows are the
-    batch axes flattened; `batch_shape` keeps them.
+    Entry e is `values[e]` of latent `indices[e]` in row `rows[e]`; row r owns the entries `offsets[r]` to `offsets[r
+    + 1]`. Rows are the batch axes flattened; `batch_shape` keeps them.
     """
 
     indices: Int[Tensor, "nnz"]
@@ -33,7 +31,7 @@ class SparseCodes:
         values: Float[Tensor, "nnz"],
         rows: Int[Tensor, "nnz"],
         shape: tuple[int, int],
-    ) -> SparseCodes:
+    ) -> "SparseCodes":
         """Compress entries sorted by row; `shape` is (n_rows, d_sae).
 
         >>> SparseCodes.from_rows(torch.tensor([3, 1]), torch.ones(2), torch.tensor([0, 2]), (3, 4)).offsets
@@ -43,7 +41,7 @@ class SparseCodes:
         return cls(indices, values, rows, offsets, shape[1], (shape[0],))
 
     @classmethod
-    def from_dense(cls, z: Float[Tensor, "*batch d_sae"]) -> SparseCodes:
+    def from_dense(cls, z: Float[Tensor, "*batch d_sae"]) -> "SparseCodes":
         """Keep the non-zero entries of dense codes, signed ones too.
 
         >>> SparseCodes.from_dense(torch.tensor([[0.0, -2.0], [1.0, 0.0]])).values
@@ -64,7 +62,7 @@ class SparseCodes:
         flat = sparse_decode(self.values, W_dec, self.indices, self.rows, self.offsets)
         return flat.view(*self.batch_shape, W_dec.shape[1])
 
-    def prefix(self, n_latents: int) -> SparseCodes:
+    def prefix(self, n_latents: int) -> "SparseCodes":
         """The codes of the first `n_latents` latents only."""
         keep = self.indices < n_latents
         part = self.from_rows(

@@ -1,13 +1,13 @@
 """Products that touch only the non-zero codes: the sparse half of a training step.
 
-A batch of codes is held in compressed rows: `indices` and `values` of its entries, row after row, and `offsets` saying where
-each row starts. Two products are enough for everything a sparse autoencoder does with it, forward and backward:
+A batch of codes is held in compressed rows: `indices` and `values` of its entries, row after row, and `offsets`
+saying where each row starts. Two products are enough for everything a sparse autoencoder does with it, forward and
+backward:
 
     gather_sum    out[r] = sum over entries e of row r:  values[e] * table[indices[e]]       (sparse x dense)
-    sampled_dot   out[e] = < left[rows[e]], table[indices[e]] >                              (dense x dense, at the entries)
+    sampled_dot   out[e] = < left[rows[e]], table[indices[e]] >                              (dense x dense, at the
+    entries)
 """
-
-from __future__ import annotations
 
 import functools
 import warnings
@@ -33,9 +33,7 @@ def gather_sum(
     """
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
-    return embedding_bag(
-        indices, table, offsets, per_sample_weights=values, mode="sum", include_last_offset=True
-    )
+    return embedding_bag(indices, table, offsets, per_sample_weights=values, mode="sum", include_last_offset=True)
 
 
 def sampled_dot(
@@ -46,8 +44,8 @@ def sampled_dot(
 ) -> Float[Tensor, "nnz"]:
     """Inner products at the entries only: `out[e] = <left[rows[e]], table[indices[e]]>`.
 
-    On CPU and CUDA this is the kernel behind the gradient of `embedding_bag`'s weights, which reads each row in place; gathering
-    the rows first (what other devices do here) moves several times the memory.
+    On CPU and CUDA this is the kernel behind the gradient of `embedding_bag`'s weights, which reads each row in
+    place; gathering the rows first (what other devices do here) moves several times the memory.
 
     >>> sampled_dot(torch.tensor([0, 1]), torch.tensor([2, 0]), torch.eye(2, 3), torch.ones(3, 3))
     tensor([1., 1.])
@@ -78,7 +76,9 @@ Entries = tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "n_rows_1"]]
 """indices, rows and offsets of a batch's entries"""
 
 Spare = list[Tensor]
-"""memory for one weight gradient (d_sae, d_in), used once; fresh memory of that size costs more than the product itself"""
+"""memory for one weight gradient (d_sae, d_in), used once; fresh memory of that size costs more than the product
+itself
+"""
 
 
 def weight_gradient(
@@ -109,7 +109,9 @@ def weight_gradient(
 
 @functools.cache
 def _acknowledge_beta() -> None:
-    """Torch warns once a process that compressed tensors are young; the tests hold what is used of them to the naive result."""
+    """Torch warns once a process that compressed tensors are young; the tests hold what is used of them to the naive
+    result.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1), check_invariants=False)
@@ -124,7 +126,7 @@ class _Decode(torch.autograd.Function):
         return gather_sum(entries[0], values, entries[2], W_dec)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec, *entries = ctx.saved_tensors
         grad = grad.contiguous()
         grad_values = sampled_dot(entries[1], entries[0], grad, W_dec)
@@ -152,14 +154,16 @@ class _NestedDecode(torch.autograd.Function):
         return torch.linalg.vector_norm(residuals.flatten(1), dim=1).square(), last
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec, residuals, *entries = ctx.saved_tensors
         grad_parts = residuals * (-2 * grad).view(-1, 1, 1)
         for g in range(len(residuals) - 2, -1, -1):  # part g enters every reconstruction from g on
             grad_parts[g] += grad_parts[g + 1]
         flat = grad_parts.view(-1, W_dec.shape[1])
         grad_values = sampled_dot(entries[1], entries[0], flat, W_dec)
-        grad_W = weight_gradient(tuple(entries), values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
+        grad_W = (
+            weight_gradient(tuple(entries), values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
+        )
         grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
         return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None
 
@@ -176,7 +180,7 @@ class _Encode(torch.autograd.Function):
         return values.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, b_dec, *entries = ctx.saved_tensors
         indices, _, offsets = entries
         # index_add_ adds in the order of the entries, so one seed gives one result
@@ -194,7 +198,8 @@ def sparse_decode(
     rows: Int[Tensor, "nnz"],
     offsets: Int[Tensor, "n_rows_1"],
 ) -> Float[Tensor, "n_rows d_in"]:
-    """Decode compressed codes: `z W_dec`, differentiable in the values and in W_dec, at the cost of the non-zero entries.
+    """Decode compressed codes: `z W_dec`, differentiable in the values and in W_dec, at the cost of the non-zero
+    entries.
 
     >>> one = torch.ones(1)
     >>> sparse_decode(one, torch.eye(2), torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
@@ -214,9 +219,9 @@ def nested_decode_error(
 ) -> tuple[Float[Tensor, "n_groups"], Float[Tensor, "n_rows d_in"]]:
     """Squared error of every prefix, `||x - b_dec - sum_{h <= g} z_h W_dec||^2`, and the last one's residual, detached.
 
-    The entries' rows are those of n_groups stacked batches: row `g * n_rows + r` holds what group g of the latents gives to token r.
-    Differentiable in values, W_dec, x and b_dec, at the cost of the non-zero entries; all prefixes cost one decode. Source: the
-    Matryoshka loss of arXiv:2503.17547.
+    The entries' rows are those of n_groups stacked batches: row `g * n_rows + r` holds what group g of the latents
+    gives to token r. Differentiable in values, W_dec, x and b_dec, at the cost of the non-zero entries; all prefixes
+    cost one decode. Source: the Matryoshka loss of arXiv:2503.17547.
 
     >>> entries = (torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     >>> nested_decode_error(torch.ones(1), torch.eye(2), torch.ones(1, 2), torch.zeros(2), entries)
@@ -236,7 +241,7 @@ def attach_encoder(
 ) -> Float[Tensor, "nnz"]:
     """Give pre-activations found by a search without gradients their gradients back, at the entries kept.
 
-    `values[e]` must equal `((x - b_dec) W_enc + b_enc)[rows[e], indices[e]]`. The result has the same values, and its gradient
-    reaches x, W_enc, b_enc and b_dec as if the dense product had been differentiated.
+    `values[e]` must equal `((x - b_dec) W_enc + b_enc)[rows[e], indices[e]]`. The result has the same values, and its
+    gradient reaches x, W_enc, b_enc and b_dec as if the dense product had been differentiated.
     """
     return _Encode.apply(x, W_enc, b_enc, b_dec, values, entries, spare if spare is not None else [])

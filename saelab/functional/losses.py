@@ -1,7 +1,5 @@
 """Training losses that a composed SAE adds up; each is unitless and about 1 for a dictionary that explains nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ class _NestedError(torch.autograd.Function):
         return torch.linalg.vector_norm(residuals.flatten(1), dim=1).square(), last
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         (residuals,) = ctx.saved_tensors
         grad_parts = residuals * (-2 * grad).view(-1, 1, 1)
         for g in range(len(residuals) - 2, -1, -1):  # part g enters every reconstruction from g on
@@ -45,9 +43,7 @@ def nested_error(
     return _NestedError.apply(target, parts)
 
 
-def normalised_error(
-    estimate: Float[Tensor, "n_rows d_in"], target: Float[Tensor, "n_rows d_in"]
-) -> Float[Tensor, ""]:
+def normalised_error(estimate: Float[Tensor, "n_rows d_in"], target: Float[Tensor, "n_rows d_in"]) -> Float[Tensor, ""]:
     """`sum ||estimate - target||^2 / sum ||target - mean(target)||^2`, 0 where the target does not vary.
 
     In [0, inf), lower is better. The scale of the AuxK loss (arXiv:2406.04093, A.2); the caller detaches the target.

@@ -1,10 +1,9 @@
 """Proximal operators of sparse coding: dense pre-activations u in, sparse codes z out, differentiable.
 
-Each is the proximal map of a sparsity penalty (arXiv:2510.00404): ReLU of l1 on z >= 0, JumpReLU of l0 on z >= 0, TopK and AbsTopK
-of the k-sparse set with and without z >= 0. The batch operators share k * n_rows places between the rows (arXiv:2412.06410).
+Each is the proximal map of a sparsity penalty (arXiv:2510.00404): ReLU of l1 on z >= 0, JumpReLU of l0 on z >= 0,
+TopK and AbsTopK of the k-sparse set with and without z >= 0. The batch operators share k * n_rows places between the
+rows (arXiv:2412.06410).
 """
-
-from __future__ import annotations
 
 from typing import Any
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 
 def keep_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
-    """Keep the k largest of every row: by |u| where `signed`, else the positive ones among the k largest; the rest is 0.
+    """Keep the k largest of every row: by |u| where `signed`, else the positive ones among the k largest; the rest is
+    0.
 
     >>> keep_topk(torch.tensor([3.0, -5.0, 1.0]), k=2, signed=True)
     tensor([ 3., -5.,  0.])
@@ -56,7 +56,7 @@ class _JumpReLU(torch.autograd.Function):
         return u * (u > threshold)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         u, threshold = ctx.saved_tensors
         near = (u - threshold).abs() < ctx.bandwidth / 2
         grad_threshold = (grad * near * (-threshold / ctx.bandwidth)).sum_to_size(threshold.shape)
@@ -73,7 +73,7 @@ class _Step(torch.autograd.Function):
         return (u > threshold).to(u.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
         u, threshold = ctx.saved_tensors
         near = (u - threshold).abs() < ctx.bandwidth / 2
         return None, (grad * near / -ctx.bandwidth).sum_to_size(threshold.shape), None
@@ -97,7 +97,8 @@ def step_above(
 ) -> Float[Tensor, "*batch n"]:
     """1 where `u > threshold`, else 0, with a straight-through gradient for the threshold (arXiv:2407.14435, eq. 12).
 
-    Its sum over latents is L0. The gradient is estimated on the pre-activation as `-[|u - threshold| < bandwidth / 2] / bandwidth`.
+    Its sum over latents is L0. The gradient is estimated on the pre-activation as `-[|u - threshold| < bandwidth / 2]
+    / bandwidth`.
 
     >>> step_above(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
     tensor([[0., 1.]])

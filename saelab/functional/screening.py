@@ -1,16 +1,14 @@
 """Approximate sizes of every pre-activation, cheaply: the screen in front of an exact search.
 
-The encoder's product is the one dense product of a training step. Done in int8 or bfloat16 it costs a fraction of float32, and
-its error is small beside the gaps between the winners and the rest; the search (`search.py`) measures that error on the
-candidates it re-scores in float32 and repeats in float32 whatever the screen cannot vouch for.
+The encoder's product is the one dense product of a training step. Done in int8 or bfloat16 it costs a fraction of
+float32, and its error is small beside the gaps between the winners and the rest; the search (`search.py`) measures
+that error on the candidates it re-scores in float32 and repeats in float32 whatever the screen cannot vouch for.
 
-The screen looks at blocks of 16 latents first: a block whose maximum loses holds no winner. Int8 gives every latent a step of its
-own; latents of like step share a block, so that whole blocks are compared as integers and only their maxima are scaled. A few
-dimensions of large activations would leave the others no resolution: int8 first moves half of each dimension's size over to the
-weights, which leaves the product as it is (arXiv:2211.10438).
+The screen looks at blocks of 16 latents first: a block whose maximum loses holds no winner. Int8 gives every latent a
+step of its own; latents of like step share a block, so that whole blocks are compared as integers and only their
+maxima are scaled. A few dimensions of large activations would leave the others no resolution: int8 first moves half
+of each dimension's size over to the weights, which leaves the product as it is (arXiv:2211.10438).
 """
-
-from __future__ import annotations
 
 import functools
 import time
@@ -29,10 +27,11 @@ BLOCK = 16  # latents a block
 
 
 class Screen:
-    """Approximate sizes of `u = x W^T + bias`, as |u| where `signed`, chunk by chunk of rows and block by block of latents.
+    """Approximate sizes of `u = x W^T + bias`, as |u| where `signed`, chunk by chunk of rows and block by block of
+    latents.
 
-    The bias travels as one more input dimension, so that it costs nothing beside the product. `like` are rows such as those to be
-    screened; int8 reads the sizes of the dimensions off them.
+    The bias travels as one more input dimension, so that it costs nothing beside the product. `like` are rows such as
+    those to be screened; int8 reads the sizes of the dimensions off them.
     """
 
     def __init__(
@@ -63,13 +62,13 @@ class Screen:
         self.largest_step, self.smallest_step = by_block.amax(0), by_block.amin(0)
 
     def _quantise(self, W: Tensor, carried: Tensor) -> None:
-        """Bring W to int8, latents of like step side by side in a block (latent at place p is in block p % n_blocks)."""
+        """Bring W to int8, latents of like step in one block; the latent at place p is in block p % n_blocks."""
         self.W, step = quantise_rows(W, carried, self.balance)
         by_step = step.squeeze(1).argsort()
         self.latents = by_step.view(self.n_blocks, self.width).T.flatten()
         self.W, self.step = self.W[self.latents], step[self.latents, 0]
 
-    def chunks(self, x: Float[Tensor, "n_rows d_in"]) -> Iterator[ScreenedRows]:
+    def chunks(self, x: Float[Tensor, "n_rows d_in"]) -> Iterator["ScreenedRows"]:
         """Yield the screened rows of x in order; each chunk is gone when the next is asked for."""
         scale, ones = x.new_ones(x.shape[0], 1), x.new_full((x.shape[0], 1), self.one)
         buffer = None
@@ -91,7 +90,9 @@ class Screen:
 
 
 class ScreenedRows:
-    """One chunk of screened rows: `rows` of the batch, raw `sizes` by place, and the `scale` that makes them sizes of u."""
+    """One chunk of screened rows: `rows` of the batch, raw `sizes` by place, and the `scale` that makes them sizes of
+    u.
+    """
 
     def __init__(self, screen: Screen, rows: slice, sizes: Tensor, scale: Float[Tensor, "chunk 1"]) -> None:
         self.screen, self.rows, self.sizes, self.scale = screen, rows, sizes, scale
@@ -125,7 +126,9 @@ class ScreenedRows:
 
 
 def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Float[Tensor, "d"]:
-    """The factor that W's dimensions are multiplied by, and x's divided by, to make both of like size; from an even sample."""
+    """The factor that W's dimensions are multiplied by, and x's divided by, to make both of like size; from an even
+    sample.
+    """
     of_x = torch.linalg.vector_norm(x[:: max(1, len(x) // 256)], dim=0)
     of_W = torch.linalg.vector_norm(W[:: max(1, len(W) // 1024)], dim=0)
     ratio = of_x / of_W
@@ -135,7 +138,8 @@ def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Flo
 def quantise_rows(
     x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"], scale: Float[Tensor, "d"] | None = None
 ) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
-    """Round each row of `[x * scale, last]` to int8, `~ q * step` with `step = max|.| / 127`; an all-zero row has step 1.
+    """Round each row of `[x * scale, last]` to int8, `~ q * step` with `step = max|.| / 127`; an all-zero row has
+    step 1.
 
     >>> quantise_rows(torch.tensor([[1.0, -2.54]]), torch.tensor([[0.5]]))
     (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]))

@@ -1,1 +1,3 @@
-"""The sparse autoencoder: one module, composed of an activation, prefixes, a dictionary, a normaliser and an initialisation."""
+"""The sparse autoencoder: one module, composed of an activation, prefixes, a dictionary, a normaliser and an
+initialisation.
+"""

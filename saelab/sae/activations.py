@@ -1,4 +1,5 @@
-"""The activation axis: which pre-activations become codes. Each choice is a small frozen object, found by name in a registry.
+"""The activation axis: which pre-activations become codes. Each choice is a small frozen object, found by name in a
+registry.
 
 A variant of your own is one class; training, saving, loading and every analysis then know it:
 
@@ -10,8 +11,6 @@ A variant of your own is one class; training, saving, loading and every analysis
         def __call__(self, u, threshold=None, training=False):
             return (u - u.topk(self.k + 1, dim=-1).values[..., -1:]).relu()
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -26,7 +25,7 @@ from saelab.functional.codes import SparseCodes
 from saelab.functional.proximal import jumprelu, keep_above, keep_batch_topk, keep_topk, step_above
 from saelab.functional.search import search_above, search_batch_topk, search_topk
 
-ACTIVATIONS: dict[str, type[Activation]] = {}
+ACTIVATIONS: dict[str, "type[Activation]"] = {}
 
 A = TypeVar("A", bound="type[Activation]")
 
@@ -35,7 +34,9 @@ SPARSE_FRAC = 0.05  # of the pre-activations: with more than this in use a train
 
 @dataclass(frozen=True)
 class Activation:
-    """Maps pre-activations u to codes z. Subclass it as a frozen dataclass and register it; only `__call__` is required."""
+    """Maps pre-activations u to codes z. Subclass it as a frozen dataclass and register it; only `__call__` is
+    required.
+    """
 
     name: ClassVar[str]
     signed: ClassVar[bool] = False
@@ -57,7 +58,8 @@ class Activation:
         threshold: Tensor | None,
         training: bool,
     ) -> SparseCodes | None:
-        """The pre-activations that may fire (or, in training, carry a gradient) of `x W^T + bias`, without holding all of them.
+        """The pre-activations that may fire (or, in training, carry a gradient) of `x W^T + bias`, without holding
+        all of them.
 
         None where dense is the only way, or the cheaper one. `fire` makes codes of what is found.
         """
@@ -68,7 +70,9 @@ class Activation:
         return u
 
     def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor | None:
-        """A sparsity loss of each pre-activation, summed over latents and averaged over tokens; None where sparsity is structural."""
+        """A sparsity loss of each pre-activation, summed over latents and averaged over tokens; None where sparsity
+        is structural.
+        """
         return None
 
     def initial_threshold(self, d_sae: int) -> Tensor | None:
@@ -87,7 +91,9 @@ class Activation:
 
 
 def register_activation(name: str) -> Callable[[A], A]:
-    """Make an activation known under a name, for config files and the command line; a taken name is refused (ValueError)."""
+    """Make an activation known under a name, for config files and the command line; a taken name is refused
+    (ValueError).
+    """
 
     def register(cls: A) -> A:
         taken = ACTIVATIONS.get(name)
@@ -208,7 +214,9 @@ class ReLU(_Penalised):
 @register_activation("jumprelu")
 @dataclass(frozen=True)
 class JumpReLU(_Penalised):
-    """u where u exceeds a learned threshold, else 0, with an L0 penalty and straight-through gradients (arXiv:2407.14435)."""
+    """u where u exceeds a learned threshold, else 0, with an L0 penalty and straight-through gradients
+    (arXiv:2407.14435).
+    """
 
     threshold: ClassVar[Literal["none", "running", "learned"]] = "learned"
 

@@ -1,7 +1,5 @@
 """The SAE's folder: `config.json` and `model.safetensors`, Hugging Face style."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,11 @@ def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read config.json and the weights; FileNotFoundError, or ValueError for what is not an SAE of this version."""
     described = read_json(folder / CONFIG)
     if not isinstance(described, dict) or described.get("kind") != "sae":
-        raise ValueError(f"{folder / CONFIG} must describe an SAE ('kind': 'sae'); give a folder written by save_pretrained.")
+        raise ValueError(f"{folder / CONFIG} must describe an SAE ('kind': 'sae'); give what save_pretrained wrote.")
     if described["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
-            f"An SAE must have schema_version {SCHEMA_VERSION}, got {described['schema_version']} in {folder}; upgrade saelab."
+            f"An SAE must have schema_version {SCHEMA_VERSION}, got "
+            f"{described['schema_version']} in {folder}; upgrade saelab."
         )
     if unknown := sorted(set(described) - set(KEYS)):
         raise ValueError(f"{folder / CONFIG} must hold only {list(KEYS)}, got {unknown}; remove them.")
@@ -36,7 +35,9 @@ def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of an SAE: as given, or downloaded from the Hub where no such folder exists and the name is a Hub id."""
+    """The local folder of an SAE: as given, or downloaded from the Hub where no such folder exists and the name is a
+    Hub id.
+    """
     if Path(source).is_dir():
         return Path(source)
     parts = str(source).split("/")

@@ -1,7 +1,5 @@
 """`Coder`: the map from activations to sparse codes and back."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 
@@ -22,8 +20,9 @@ class Coder(nn.Module):
         z     = activation( (normalise(x) - b_dec) W_enc + b_enc )
         x_hat = unnormalise( z W_dec + b_dec )
 
-    Weights are float32 and drawn from `seed` on CPU. What is random is the dictionary: rows of W_dec are random directions, W_enc is
-    their transpose, and is stored latent by latent, so that reading a few latents touches a few rows of memory.
+    Weights are float32 and drawn from `seed` on CPU. What is random is the dictionary: rows of W_dec are random
+    directions, W_enc is their transpose, and is stored latent by latent, so that reading a few latents touches a few
+    rows of memory.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -60,7 +59,9 @@ class Coder(nn.Module):
         return self.W_dec.dtype
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Dense codes z of activations, differentiable; signed for signed activations, so a latent fires where `z != 0`."""
+        """Dense codes z of activations, differentiable; signed for signed activations, so a latent fires where `z !=
+        0`.
+        """
         self._check_width(x)
         centred = self.normaliser.normalise(x.to(self.W_enc)) - self.b_dec
         return self.cfg.activation(centred @ self.W_enc + self.b_enc, self.threshold)
@@ -106,11 +107,11 @@ class Coder(nn.Module):
         return self.decode(codes).to(x)
 
     @torch.no_grad()
-    def fold(self) -> Coder:
+    def fold(self) -> "Coder":
         """An equal SAE without a normaliser: the same codes and reconstructions from W_enc, W_dec and b_dec alone.
 
-        With `normalise(x) = (x - mean) M`: W_enc <- M W_enc, W_dec <- W_dec M^-1, b_dec <- b_dec M^-1 + mean; b_enc and threshold stay.
-        The rows of W_dec are then no longer of unit norm.
+        With `normalise(x) = (x - mean) M`: W_enc <- M W_enc, W_dec <- W_dec M^-1, b_dec <- b_dec M^-1 + mean; b_enc
+        and threshold stay. The rows of W_dec are then no longer of unit norm.
         """
         folded = copy.deepcopy(self)
         if self.cfg.normaliser == "none":

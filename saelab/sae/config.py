@@ -1,7 +1,6 @@
 """`SAEConfig`: a point in the space of sparse autoencoders, one choice on each axis."""
 
-from __future__ import annotations
-
+import itertools
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_args
@@ -16,7 +15,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPrefixes:
-    """Prefixes drawn anew each training step: sizes log-uniform in [`smallest`, d_sae), and d_sae itself (arXiv:2503.17547)."""
+    """Prefixes drawn anew each training step: sizes log-uniform in [`smallest`, d_sae), and d_sae itself
+    (arXiv:2503.17547).
+    """
 
     n: int = 5
     """prefixes a step, the whole dictionary included"""
@@ -28,8 +29,9 @@ class RandomPrefixes:
 class AuxK:
     """The loss that brings dead latents back (arXiv:2406.04093, A.2): they reconstruct the residual of the others.
 
-    Its value is normalised by the residual's variance, the reconstruction loss by the activations' variance, so `coefficient` weighs
-    two numbers of the same kind. Dead latents are ranked by |u| where codes are signed; the residual is detached, b_dec left out.
+    Its value is normalised by the residual's variance, the reconstruction loss by the activations' variance, so
+    `coefficient` weighs two numbers of the same kind. Dead latents are ranked by |u| where codes are signed; the
+    residual is detached, b_dec left out.
     """
 
     coefficient: float = 1 / 32
@@ -62,7 +64,7 @@ class SAEConfig:
     """width of the activations"""
     d_sae: int
     """number of latents"""
-    activation: Activation = TopK()
+    activation: Activation = TopK()  # noqa: RUF009 - frozen, so it can be shared
     """which pre-activations become codes"""
     prefixes: tuple[int, ...] | RandomPrefixes | None = None
     """Matryoshka: dictionary sizes that must each reconstruct on their own; fixed ones increase and end at d_sae"""
@@ -95,7 +97,7 @@ class SAEConfig:
                 )
         elif self.prefixes is not None:
             sizes = self.prefixes
-            if not sizes or sizes[0] < 1 or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
+            if not sizes or sizes[0] < 1 or any(a >= b for a, b in itertools.pairwise(sizes)):
                 raise ValueError(f"`prefixes` must increase from at least 1, got {sizes}.")
             if sizes[-1] != self.d_sae:
                 raise ValueError(f"`prefixes` must end at d_sae ({self.d_sae}), got {sizes}; append d_sae.")
@@ -109,7 +111,7 @@ class SAEConfig:
         return plain
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> SAEConfig:
+    def from_dict(cls, plain: dict[str, Any]) -> "SAEConfig":
         """Build from `to_dict`'s form; an unknown key raises ValueError with near ones."""
         values = dict(plain)
         values["activation"] = make_activation(**values["activation"])

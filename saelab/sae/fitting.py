@@ -1,7 +1,5 @@
 """`fit_all`: train one SAE, or several on the same batches in one pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,9 @@ def fit_all(
 ) -> TrainingRun:
     """Train SAEs in place on one stream of activations, as if each had been trained alone with the same seed.
 
-    `acts` is collected activations, a plain tensor, or a stream. Of the first two the last tokens are held out to measure FVU; a stream
-    brings none, so give `held_out`. With `out`, history and checkpoints are written there. Raises ValueError for widths that differ,
-    data that ends early or is not finite.
+    `acts` is collected activations, a plain tensor, or a stream. Of the first two the last tokens are held out to
+    measure FVU; a stream brings none, so give `held_out`. With `out`, history and checkpoints are written there.
+    Raises ValueError for widths that differ, data that ends early or is not finite.
     """
     if isinstance(acts, Tensor):
         acts = Activations.from_tensor(acts)

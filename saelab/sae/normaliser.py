@@ -1,7 +1,5 @@
 """The normaliser axis: an invertible affine map between activations and what the dictionary sees."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch
@@ -18,8 +16,9 @@ RIDGE = 1e-6  # of the largest variance: directions with less than this are not 
 class Normaliser(nn.Module):
     """`normalise(x) = (x - mean) M` and its inverse; saved with the weights.
 
-    `none`: the identity. `scale`: M is one number, so that E||(x - mean) M||^2 = d_in. `whiten`: M maps principal components to
-    unit variance (arXiv:2412.16247), those of almost no variance kept small. Learned by `fit`; the identity until then.
+    `none`: the identity. `scale`: M is one number, so that E||(x - mean) M||^2 = d_in. `whiten`: M maps principal
+    components to unit variance (arXiv:2412.16247), those of almost no variance kept small. Learned by `fit`; the
+    identity until then.
     """
 
     mean: Float[Tensor, "d_in"]

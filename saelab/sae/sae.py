@@ -1,7 +1,5 @@
 """`SAE`: the coder with its life: made, trained, saved, loaded, shared."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +21,8 @@ from saelab.training.sinks import Entry, Sink
 
 
 class SAE(Coder):
-    """A sparse autoencoder: `x_hat = unnormalise(z W_dec + b_dec)`, `z = activation((normalise(x) - b_dec) W_enc + b_enc)`.
+    """A sparse autoencoder: `x_hat = unnormalise(z W_dec + b_dec)`, `z = activation((normalise(x) - b_dec) W_enc +
+    b_enc)`.
 
     Every variant is this class with another `SAEConfig`. Weights are float32, drawn from `seed`.
 
@@ -48,11 +47,11 @@ class SAE(Coder):
         held_out: Float[Tensor, "n d_in"] | None = None,
         sinks: Sequence[Sink] = (),
         progress: bool = True,
-    ) -> SAE:
+    ) -> "SAE":
         """Train on activations and return self; the losses are in `history_`, the settings in `training_`.
 
-        `acts` is what `collect` or `stream` give, or a plain tensor. With `out`, history and checkpoints are written there, and
-        `resume=True` goes on from the last one, bit for bit on CPU. Ctrl-C saves and says where.
+        `acts` is what `collect` or `stream` give, or a plain tensor. With `out`, history and checkpoints are written
+        there, and `resume=True` goes on from the last one, bit for bit on CPU. Ctrl-C saves and says where.
         """
         fit([self], acts, cfg, out=out, resume=resume, held_out=held_out, sinks=sinks, progress=progress)
         return self
@@ -67,10 +66,13 @@ class SAE(Coder):
         write_sae(Path(folder), described, self.state_dict())
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, device: str | torch.device | None = None, revision: str | None = None) -> SAE:
+    def from_pretrained(
+        cls, source: str | Path, *, device: str | torch.device | None = None, revision: str | None = None
+    ) -> "SAE":
         """Load an SAE from a folder written by `save_pretrained`, or from the Hub by id `owner/name`.
 
-        Raises FileNotFoundError where there is none, ValueError for unknown keys and for weights that do not fit the config.
+        Raises FileNotFoundError where there is none, ValueError for unknown keys and for weights that do not fit the
+        config.
         """
         folder = find_folder(source, revision)
         described, tensors = read_sae(folder)
@@ -93,8 +95,10 @@ class SAE(Coder):
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload SAE"))
 
-    def fold(self) -> SAE:
-        """An equal SAE without a normaliser: same codes, same reconstructions; its dictionary rows are no longer unit."""
+    def fold(self) -> "SAE":
+        """An equal SAE without a normaliser: same codes, same reconstructions; its dictionary rows are no longer
+        unit.
+        """
         folded = super().fold()
         assert isinstance(folded, SAE)
         return folded

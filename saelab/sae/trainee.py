@@ -1,7 +1,5 @@
 """`Trainee`: an SAE in training. Its losses, its constraints, and what is counted along the way."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +50,7 @@ def _smallest(size: Tensor) -> Tensor:
 
 
 class Trainee:
-    """Wraps an SAE for the training loop; everything it keeps beside the weights is in `state`, saved in checkpoints."""
+    """Wraps an SAE for the training loop; all it keeps beside the weights is in `state`, saved in checkpoints."""
 
     def __init__(self, sae: Coder, cfg: TrainConfig) -> None:
         self.sae, self.cfg = sae, cfg
@@ -105,7 +103,7 @@ class Trainee:
         self.sae.W_enc.copy_(directions.T)
 
     def _match_scale(self, x: Tensor) -> None:
-        """Scale W_enc by the c that minimises ||centred - c x_hat||^2: tied random weights overshoot many times over."""
+        """Scale W_enc by the c that minimises ||centred - c x_hat||^2: tied random weights overshoot many times."""
         sae, centred = self.sae, x - self.sae.b_dec
         x_hat = sae.cfg.activation(centred @ sae.W_enc, sae.threshold, training=True) @ sae.W_dec
         energy = x_hat.square().sum()
@@ -199,7 +197,9 @@ class Trainee:
         return given or (10_000_000 if self.cfg.n_tokens >= 100_000_000 else max(1, self.cfg.n_tokens // 20))
 
     def _aux(self, x: Tensor, residual: Tensor, aux: AuxK) -> Tensor:
-        """AuxK, on the first share of the batch: the dead latents' reconstruction of the (detached) residual; 0 if none is."""
+        """AuxK, on the first share of the batch: the dead latents' reconstruction of the (detached) residual; 0 if
+        none is.
+        """
         sae = self.sae
         dead = (self.state["tokens_since_fired"] >= self.dead_after_tokens).nonzero().squeeze(1)
         if len(dead) == 0:
@@ -220,8 +220,9 @@ class Trainee:
         state["n_steps"] += 1
         state["tokens_since_fired"] = (state["tokens_since_fired"] + seen.n_tokens).masked_fill_(seen.fired, 0)
         if sae.cfg.activation.threshold == "running" and sae.threshold is not None:
-            moved = torch.lerp(sae.threshold, seen.smallest, THRESHOLD_RATE)
-            sae.threshold.copy_(torch.where(sae.threshold.isnan(), seen.smallest, moved.nan_to_num(sae.threshold)))
+            before = torch.where(sae.threshold.isnan(), seen.smallest, sae.threshold)
+            moved = torch.lerp(before, seen.smallest, THRESHOLD_RATE)
+            sae.threshold.copy_(torch.where(moved.isnan(), sae.threshold, moved))  # no code at all in this batch
         if self.steered:
             assert isinstance(sae.cfg.activation, _Penalised)
             off = (seen.l0.clamp(min=1e-3) / sae.cfg.activation.target_l0).log().clamp(-STEER_LIMIT, STEER_LIMIT)

@@ -1,7 +1,5 @@
 """Checkpoints of a training run: one folder, replaced as a whole, from which the run goes on bit for bit."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,9 @@ def save_checkpoint(
     optimisers: Sequence[torch.optim.Optimizer],
     batches: Batches,
 ) -> None:
-    """Write weights, counters, optimiser state, place in the data and history; the old checkpoint stands until this one is whole."""
+    """Write weights, counters, optimiser state, place in the data and history; the old checkpoint stands until this
+    one is whole.
+    """
     plain, tensors = _divide(batches.state_dict())
     with replace_folder(folder) as temp:
         for i, (trainable, optimiser) in enumerate(zip(trainables, optimisers, strict=True)):

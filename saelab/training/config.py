@@ -1,7 +1,5 @@
 """`TrainConfig`: how long, how fast and how often; and the learning-rate schedule it implies."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -43,13 +41,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.n_tokens < self.batch_size or self.batch_size < 1:
             raise ValueError(
-                f"`n_tokens` must hold at least one batch of {self.batch_size}, got {self.n_tokens}; lower `batch_size`."
+                f"`n_tokens` must hold a batch of {self.batch_size}, got {self.n_tokens}; lower `batch_size`."
             )
         if self.lr is not None and not self.lr > 0:
             raise ValueError(f"`lr` must be positive, got {self.lr}; use None for the default.")
-        if not (0 <= self.warmup_frac and 0 <= self.decay_frac and self.warmup_frac + self.decay_frac <= 1):
+        if not (self.warmup_frac >= 0 and self.decay_frac >= 0 and self.warmup_frac + self.decay_frac <= 1):
             raise ValueError(
-                f"`warmup_frac` and `decay_frac` must be shares of one run, got {self.warmup_frac} and {self.decay_frac}."
+                f"`warmup_frac` and `decay_frac` must share one run, got {self.warmup_frac} and {self.decay_frac}."
             )
         if not self.clip_norm > 0:
             raise ValueError(f"`clip_norm` must be positive, got {self.clip_norm}; use math.inf for no clipping.")

@@ -1,25 +1,27 @@
 """Ctrl-C that waits for the end of a step, so that what is saved is whole."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from types import FrameType, TracebackType
 
 
 class DeferredInterrupt:
-    """Within the block the first Ctrl-C only sets `requested`; a second one interrupts at once. Outside the main thread it does nothing."""
+    """Within the block the first Ctrl-C only sets `requested`; a second one interrupts at once. Outside the main
+    thread it does nothing.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._in_main = threading.current_thread() is threading.main_thread()
 
-    def __enter__(self) -> DeferredInterrupt:
+    def __enter__(self) -> "DeferredInterrupt":
         if self._in_main:
             self._before = signal.signal(signal.SIGINT, self._handle)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._in_main:
             signal.signal(signal.SIGINT, self._before)
 

@@ -1,7 +1,5 @@
 """The one optimisation loop: several trainables, one stream of batches, one pass."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +24,12 @@ class TrainingRun:
     """A run of training: its optimisers, its place, its history; made by `train`, driven step by step."""
 
     def __init__(
-        self, trainables: Sequence[Trainable], batches: Batches, cfg: TrainConfig, held_out: Tensor | None, out: Path | None
+        self,
+        trainables: Sequence[Trainable],
+        batches: Batches,
+        cfg: TrainConfig,
+        held_out: Tensor | None,
+        out: Path | None,
     ) -> None:
         self.trainables, self.batches, self.cfg = list(trainables), batches, cfg
         self.held_out, self.out = held_out, out
@@ -45,7 +48,9 @@ class TrainingRun:
     @property
     def settings(self) -> dict[str, Any]:
         """What must stay the same when the run is resumed: its own settings and those of what it trains."""
-        trained = [(self._name(i, key), value) for i, t in enumerate(self.trainables) for key, value in t.settings.items()]
+        trained = [
+            (self._name(i, key), value) for i, t in enumerate(self.trainables) for key, value in t.settings.items()
+        ]
         return {**self.cfg.to_dict(), **dict(trained)}
 
     def resume(self) -> bool:
@@ -94,8 +99,8 @@ class TrainingRun:
                 batch = next(self.batches)
             except StopIteration:
                 raise ValueError(
-                    f"The data must last for {self.cfg.n_tokens} tokens, it ended at step {self.step} of {self.cfg.n_steps}; "
-                    "give more data or a smaller `n_tokens`."
+                    f"The data must last for {self.cfg.n_tokens} tokens, it ended at step {self.step} of "
+                    f"{self.cfg.n_steps}; give more data or a smaller `n_tokens`."
                 ) from None
             self.check_finite(batch)
             yield batch
@@ -137,7 +142,7 @@ class TrainingRun:
         return key if len(self.trainables) == 1 else f"{i}/{key}"
 
     def entry(self) -> Entry:
-        """The history's next entry: means since the last one, the rate, dead shares and, where due, the held-out FVU."""
+        """The history's next entry: means since the last one, rate, dead share and, where due, held-out FVU."""
         entry: Entry = {"step": self.step, "n_tokens": self.step * self.cfg.batch_size}
         for i, trainable in enumerate(self.trainables):
             for key in [key for key in self._sums if len(self.trainables) == 1 or key.startswith(f"{i}/")]:
@@ -156,8 +161,8 @@ class TrainingRun:
 def train(run: TrainingRun, *, resume: bool = False, sinks: Sequence[Sink] = (), progress: bool = True) -> TrainingRun:
     """Drive a run to its end, logging and saving on the way.
 
-    With `resume` it goes on from its folder's checkpoint. Ctrl-C and faulty data end it after a whole step, saved, with a message that
-    says where; a killed process loses what came after the last checkpoint.
+    With `resume` it goes on from its folder's checkpoint. Ctrl-C and faulty data end it after a whole step, saved,
+    with a message that says where; a killed process loses what came after the last checkpoint.
     """
     if not (resume and run.resume()):
         run.prepare()
@@ -173,7 +178,9 @@ def train(run: TrainingRun, *, resume: bool = False, sinks: Sequence[Sink] = (),
     return run
 
 
-def _drive(run: TrainingRun, source: Iterator[Tensor], sinks: Sequence[Sink], bar: Any, interrupt: DeferredInterrupt) -> None:
+def _drive(
+    run: TrainingRun, source: Iterator[Tensor], sinks: Sequence[Sink], bar: Any, interrupt: DeferredInterrupt
+) -> None:
     cfg = run.cfg
     while run.step < cfg.n_steps:
         run.train_on(next(source))
@@ -187,7 +194,9 @@ def _drive(run: TrainingRun, source: Iterator[Tensor], sinks: Sequence[Sink], ba
         if save_due or interrupt.requested:
             run.save()
         if interrupt.requested and run.step < cfg.n_steps:
-            where = f"saved to {run.checkpoint}; go on with resume=True" if run.checkpoint else "not saved: no folder given"
+            where = (
+                f"saved to {run.checkpoint}; go on with resume=True" if run.checkpoint else "not saved: no folder given"
+            )
             raise KeyboardInterrupt(f"Training stopped after {run.step} of {cfg.n_steps} steps, {where}.")
 
 

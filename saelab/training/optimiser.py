@@ -1,7 +1,5 @@
 """Adam and clipping, on weights whatever their order in memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

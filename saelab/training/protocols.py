@@ -1,7 +1,5 @@
 """What the loop needs of the data and of what it trains."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,7 +36,9 @@ class Losses(Protocol):
 
 @runtime_checkable
 class Trainable(Protocol):
-    """Something with a module, losses and constraints; `state` is everything beside the weights that a checkpoint must hold."""
+    """Something with a module, losses and constraints; `state` is everything beside the weights that a checkpoint
+    must hold.
+    """
 
     state: dict[str, Tensor]
 

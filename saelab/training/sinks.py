@@ -1,10 +1,8 @@
 """Where a run's history goes: JSONL and CSV files beside the checkpoints, TensorBoard or Weights & Biases if asked for.
 
-A sink is any callable that takes one entry, a flat dictionary of numbers; it sees the history and cannot change the run. Entries hold
-no clock times, so that a resumed run leaves the same bytes as an uninterrupted one.
+A sink is any callable that takes one entry, a flat dictionary of numbers; it sees the history and cannot change the
+run. Entries hold no clock times, so that a resumed run leaves the same bytes as an uninterrupted one.
 """
-
-from __future__ import annotations
 
 import csv
 import io
@@ -20,7 +18,9 @@ Sink = Callable[[Entry], None]
 
 
 class FileSink:
-    """Writes the history as `history.jsonl` and `history.csv` in a folder; starts from the entries a checkpoint holds."""
+    """Writes the history as `history.jsonl` and `history.csv` in a folder; starts from the entries a checkpoint
+    holds.
+    """
 
     def __init__(self, folder: Path, history: list[Entry]) -> None:
         self.jsonl, self.csv = folder / "history.jsonl", folder / "history.csv"
@@ -44,7 +44,7 @@ def _header(history: list[Entry]) -> str:
 
 
 def _as_csv(entry: Entry) -> str:
-    return _row([value for value in entry.values()])
+    return _row(list(entry.values()))
 
 
 def _row(values: list[Any]) -> str:
@@ -54,7 +54,7 @@ def _row(values: list[Any]) -> str:
 
 
 def tensorboard_sink(folder: str | Path) -> Sink:
-    """A sink that writes TensorBoard scalars, with tokens as the step; needs the extra `[tensorboard]` (ImportError)."""
+    """A sink that writes TensorBoard scalars, tokens as the step; needs the extra `[tensorboard]` (ImportError)."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
