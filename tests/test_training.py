@@ -371,7 +371,7 @@ def test_too_few_tokens_are_named():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"n_tokens": 39}, "must hold at least one batch of 40, got 39"),
+        ({"n_tokens": 39}, "must hold a batch of 40, got 39"),
         ({"batch_size": 0}, "must hold at least one batch"),
         ({"lr": 0.0}, "`lr` must be positive"),
         ({"lr": -1e-3}, "`lr` must be positive"),
