@@ -87,16 +87,17 @@ def saelab_product(sae: Any) -> Callable[[Tensor], object]:
     """The encoder's product alone, in the precision that saelab screens in."""
     import torch
 
-    from saelab.functional.screening import PRODUCT_ROWS, Screen, choose_precision, quantise_rows
+    from saelab.functional.screening import SCAN_ROWS, Screen, choose_precision, quantise_rows
 
     precision = choose_precision(sae.cfg.d_in, sae.cfg.d_sae, sae.device)
-    W = Screen(sae.W_enc.detach().T, sae.b_enc.detach(), precision, signed=False).W
+    screen = Screen(sae.W_enc.detach().T, sae.b_enc.detach(), precision, signed=False)
+    dtype = torch.int32 if precision == "int8" else screen.W.dtype
+    out = torch.empty(SCAN_ROWS, sae.cfg.d_sae, dtype=dtype)
 
     def product(x: Tensor) -> None:
-        one = x.new_ones(len(x), 1)
-        low = quantise_rows(x, one)[0] if precision == "int8" else torch.cat([x, one], dim=1).to(W.dtype)
-        for part in low.split(PRODUCT_ROWS):
-            torch._int_mm(part, W.T) if precision == "int8" else part @ W.T
+        low = quantise_rows(x, x.new_ones(len(x), 1))[0] if precision == "int8" else x
+        for part in low.split(SCAN_ROWS):
+            screen.multiply(part, out[: len(part)])
 
     return product
 

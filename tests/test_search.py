@@ -207,7 +207,7 @@ def test_without_the_fallback_this_file_would_notice(monkeypatch):
 
 
 @pytest.mark.xfail(strict=True, reason="the error's bound is read off the candidates: no proof where only others round")
-@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@pytest.mark.parametrize("precision", ["bfloat16"])  # int8 balances the dimensions, and finds them
 def test_winners_whose_error_no_candidate_shows(precision):
     """100 latents round to themselves; 5 that score more round down in every coordinate. Built by hand."""
     x, W = torch.zeros(8, 131), torch.zeros(1024, 131)

@@ -21,17 +21,14 @@ from torch import Tensor
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
-PRODUCT_ROWS = 320  # tokens a product call: enough for the matrix kernels, few enough to bound the memory
-SCAN_ROWS = 320  # tokens scanned at a time: their block maxima stay in the processor's cache
+SCAN_ROWS = 320  # tokens at a time: enough for the matrix kernels, few enough for the cache and to reuse the memory
 BLOCK = 16  # latents a block
 
 
 class Screen:
-    """Approximate sizes of `u = x W^T + bias`, as |u| where `signed`, chunk by chunk of rows and block by block of
-    latents.
+    """Approximate sizes of `u = x W^T + bias`, or of |u|, chunk by chunk of rows and block by block of latents.
 
-    The bias travels as one more input dimension, so that it costs nothing beside the product. `like` are rows such as
-    those to be screened; int8 reads the sizes of the dimensions off them.
+    `signed` asks for |u|. `like` are rows such as those to be screened; int8 reads the dimensions' sizes off them.
     """
 
     def __init__(
@@ -47,46 +44,47 @@ class Screen:
         self.n_blocks = W.shape[0] // self.width
         self.latents = torch.arange(W.shape[0], device=W.device)
         self.step = W.new_ones(W.shape[0])
-        self.balance = _balance_dimensions(like, W) if precision == "int8" and like is not None else None
-        # the input dimension that carries the bias is as large as leaves the weights' range unchanged
-        sample = W[::BLOCK] if self.balance is None else W[::BLOCK] * self.balance
-        largest = torch.maximum(sample.amax(), -sample.amin()).clamp(min=1e-30)
-        self.one = float((bias.abs().amax() / largest).clamp(min=1e-6))
-        carried = bias.unsqueeze(1) / self.one
+        self.balance: Tensor | None = None
         if precision == "int8":
-            self._quantise(W, carried)
+            self.balance = None if like is None else _balance_dimensions(like, W)
+            self._quantise(W, bias)
         else:
             dtype = torch.bfloat16 if precision == "bfloat16" else W.dtype
-            self.W = torch.cat([W.to(dtype), carried.to(dtype)], dim=1)
+            self.W, self.bias = W.to(dtype), bias.to(dtype)
         by_block = self.step.view(self.width, self.n_blocks)
         self.largest_step, self.smallest_step = by_block.amax(0), by_block.amin(0)
 
-    def _quantise(self, W: Tensor, carried: Tensor) -> None:
-        """Bring W to int8, latents of like step in one block; the latent at place p is in block p % n_blocks."""
-        self.W, step = quantise_rows(W, carried, self.balance)
+    def _quantise(self, W: Tensor, bias: Tensor) -> None:
+        """Bring W to int8, latents of like step in one block; the latent at place p is in block p % n_blocks.
+
+        The bias becomes one more input dimension, as large as leaves the weights' range unchanged.
+        """
+        sample = W[::BLOCK] if self.balance is None else W[::BLOCK] * self.balance
+        largest = torch.maximum(sample.amax(), -sample.amin()).clamp(min=1e-30)
+        self.one = float((bias.abs().amax() / largest).clamp(min=1e-6))
+        quantised, step = quantise_rows(W, bias.unsqueeze(1) / self.one, self.balance)
         by_step = step.squeeze(1).argsort()
         self.latents = by_step.view(self.n_blocks, self.width).T.flatten()
-        self.W, self.step = self.W[self.latents], step[self.latents, 0]
+        self.W, self.step = quantised[self.latents], step[self.latents, 0]
 
     def chunks(self, x: Float[Tensor, "n_rows d_in"]) -> Iterator["ScreenedRows"]:
         """Yield the screened rows of x in order; each chunk is gone when the next is asked for."""
-        scale, ones = x.new_ones(x.shape[0], 1), x.new_full((x.shape[0], 1), self.one)
-        buffer = None
-        if self.precision != "int8":
-            x = torch.cat([x, ones], dim=1)
-        else:
+        scale = x.new_ones(x.shape[0], 1)
+        if self.precision == "int8":
+            ones = x.new_full((x.shape[0], 1), self.one)
             x, scale = quantise_rows(x, ones, None if self.balance is None else self.balance.reciprocal())
-            buffer = torch.empty(min(PRODUCT_ROWS, len(x)), len(self.W), dtype=torch.int32, device=x.device)
-        for start in range(0, len(x), PRODUCT_ROWS):
-            part = x[start : start + PRODUCT_ROWS]
-            if buffer is not None:
-                raw = torch._int_mm(part, self.W.T, out=buffer[: len(part)])
-            else:
-                raw = part.to(self.W.dtype) @ self.W.T
-            for first in range(0, len(part), SCAN_ROWS):
-                rows = slice(start + first, min(start + first + SCAN_ROWS, start + len(part)))
-                sizes = raw[first : first + SCAN_ROWS]
-                yield ScreenedRows(self, rows, sizes.abs_() if self.signed else sizes, scale[rows])
+        dtype = torch.int32 if self.precision == "int8" else self.W.dtype
+        buffer = torch.empty(min(SCAN_ROWS, len(x)), len(self.W), dtype=dtype, device=x.device)
+        for start in range(0, len(x), SCAN_ROWS):
+            rows = slice(start, min(start + SCAN_ROWS, len(x)))
+            sizes = self.multiply(x[rows], buffer[: rows.stop - start])
+            yield ScreenedRows(self, rows, sizes.abs_() if self.signed else sizes, scale[rows])
+
+    def multiply(self, x: Tensor, out: Tensor) -> Tensor:
+        """The product itself, in low precision."""
+        if self.precision == "int8":
+            return torch._int_mm(x, self.W.T, out=out)
+        return torch.addmm(self.bias, x.to(self.W.dtype), self.W.T, out=out)
 
 
 class ScreenedRows:
