@@ -5,7 +5,6 @@ Numbers of defects refer to the list of peers' defects that the project keeps.
 
 import csv
 import errno
-import itertools
 import json
 import math
 import os
@@ -26,7 +25,7 @@ from saelab.stores import files
 from saelab.training.optimiser import clip_gradients
 
 D_IN, D_SAE = 8, 24
-RUN = sl.TrainConfig(n_tokens=20 * 40, batch_size=40, log_every_tokens=80, save_every_tokens=160, n_held_out=50)
+RUN = sl.TrainConfig(n_tokens=12 * 40, batch_size=40, log_every_tokens=80, save_every_tokens=160, n_held_out=50)
 
 # also run by the subprocesses below
 SETUP = """
@@ -39,7 +38,7 @@ x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0)).cumsum(1)
 aux = sl.AuxK(dead_after_tokens=120, k=3)
 prefixes = sl.RandomPrefixes(n=3, smallest=4)
 cfg = sl.SAEConfig(d_in=8, d_sae=24, activation=sl.BatchAbsTopK(k=3), prefixes=prefixes, aux=aux)
-run = sl.TrainConfig(n_tokens=20 * 40, batch_size=40, log_every_tokens=80, save_every_tokens=160, n_held_out=50)
+run = sl.TrainConfig(n_tokens=12 * 40, batch_size=40, log_every_tokens=80, save_every_tokens=160, n_held_out=50)
 """
 
 
@@ -59,6 +58,7 @@ KINDS = {
     "relu": config(sl.ReLU(target_l0=0.5), dictionary="free", init="data"),
 }
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
+few_kinds = pytest.mark.parametrize("kind", ["batchabstopk", "jumprelu"])
 
 
 def fit(cfg, x=None, run=RUN, seed=0, **arguments):
@@ -103,7 +103,6 @@ def stop_at(step):
 def test_same_seed_same_bits_and_other_seeds_other_bits(kind):
     before = torch.get_rng_state()
     first = bits(fit(KINDS[kind]))
-    assert same(first, bits(fit(KINDS[kind])))
     assert torch.equal(before, torch.get_rng_state())
     torch.manual_seed(1234)  # nothing is drawn from the global state
     assert same(first, bits(fit(KINDS[kind])))
@@ -131,7 +130,7 @@ def test_training_together_is_training_alone():
 # --- resuming: peers' defects 6 and 7
 
 
-@pytest.mark.parametrize("stop", [2, 6, 14, 18])
+@pytest.mark.parametrize("stop", [2, 10])
 @each_kind
 def test_a_crashed_run_goes_on_bit_for_bit(kind, stop, tmp_path):
     whole, crashed = tmp_path / "whole", tmp_path / "crashed"
@@ -151,12 +150,12 @@ def test_several_saes_go_on_bit_for_bit(tmp_path):
 
     train("whole")
     with pytest.raises(StopError):
-        train("crashed", sinks=[stop_at(10)])
+        train("crashed", sinks=[stop_at(6)])
     train("crashed", resume=True)
     assert_same_folders(tmp_path / "whole", tmp_path / "crashed")
 
 
-@pytest.mark.parametrize("stop", [4, 10])
+@pytest.mark.parametrize("stop", [7])
 def test_a_streamed_run_goes_on_bit_for_bit(tiny, tiny_tokens, stop, tmp_path):
     cfg = sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4))
     run = sl.TrainConfig(n_tokens=12 * 64, batch_size=64, save_every_tokens=192, log_every_tokens=64)
@@ -182,7 +181,7 @@ def test_resuming_what_is_finished_or_never_began(tmp_path):
 def test_resuming_writes_no_checkpoints_that_are_not_due(tmp_path, monkeypatch):
     """Defect 7: one spurious checkpoint a step after resuming."""
     with pytest.raises(StopError):
-        fit(KINDS["topk"], out=tmp_path, sinks=[stop_at(10)])
+        fit(KINDS["topk"], out=tmp_path, sinks=[stop_at(6)])
     saved = []
     from saelab.training import loop
 
@@ -191,15 +190,15 @@ def test_resuming_writes_no_checkpoints_that_are_not_due(tmp_path, monkeypatch):
         loop, "save_checkpoint", lambda f, progress, *a: saved.append(progress["step"]) or write(f, progress, *a)
     )
     fit(KINDS["topk"], out=tmp_path, resume=True)
-    assert saved == [12, 16, 20]
+    assert saved == [8, 12]
 
 
 @pytest.mark.parametrize(
-    "change", [{"lr": 1e-4}, {"seed": 3}, {"n_tokens": 40 * 40}, {"batch_size": 20}, {"betas": (0.5, 0.9)}]
+    "change", [{"lr": 1e-4}, {"seed": 3}, {"n_tokens": 24 * 40}, {"batch_size": 20}, {"betas": (0.5, 0.9)}]
 )
 def test_changed_settings_are_refused_on_resume(change, tmp_path):
     with pytest.raises(StopError):
-        fit(KINDS["topk"], out=tmp_path, sinks=[stop_at(10)])
+        fit(KINDS["topk"], out=tmp_path, sinks=[stop_at(6)])
     before = contents(tmp_path / "checkpoint")
     with pytest.raises(ValueError, match=next(iter(change))):
         fit(KINDS["topk"], run=replace(RUN, **change), out=tmp_path, resume=True)
@@ -219,14 +218,14 @@ def test_changed_settings_are_refused_on_resume(change, tmp_path):
 def test_another_sae_is_refused_on_resume(other, tmp_path):
     """All of these have weights of the same shapes, so only the config tells them apart."""
     with pytest.raises(StopError):
-        fit(KINDS["topk"], out=tmp_path, sinks=[stop_at(10)])
+        fit(KINDS["topk"], out=tmp_path, sinks=[stop_at(6)])
     with pytest.raises(ValueError, match="resumed run must keep"):
         fit(other, out=tmp_path, resume=True)
 
 
 def test_other_data_is_refused_on_resume(tmp_path):
     with pytest.raises(StopError):
-        fit(KINDS["topk"], out=tmp_path, sinks=[stop_at(10)])
+        fit(KINDS["topk"], out=tmp_path, sinks=[stop_at(6)])
     with pytest.raises(ValueError, match="`n_tokens` must be what it was"):
         fit(KINDS["topk"], x=data(900), out=tmp_path, resume=True)
 
@@ -260,16 +259,16 @@ def test_a_stopped_process_goes_on_to_the_same_bytes(sent, tmp_path):
     fit(KINDS["batchabstopk"], out=tmp_path / "whole")
     slow = "sl.SAE(cfg).fit(x, run, out=sys.argv[1], progress=False, sinks=[lambda entry: time.sleep(0.15)])"
     process = start(slow, tmp_path / "stopped")
-    wait_for_step(tmp_path / "stopped", process, 10)
+    wait_for_step(tmp_path / "stopped", process, 6)
     process.send_signal(sent)
     _, text = process.communicate(timeout=60)
     saved = json.loads((tmp_path / "stopped/checkpoint/progress.json").read_text())["step"]
     if sent == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL and saved in (8, 12, 16)
+        assert process.returncode == -signal.SIGKILL and saved in (4, 8)
     else:
-        assert process.returncode != 0 and 10 <= saved < 20
+        assert process.returncode != 0 and 6 <= saved < 12
         assert (
-            f"KeyboardInterrupt: Training stopped after {saved} of 20 steps, saved to" in text and "resume=True" in text
+            f"KeyboardInterrupt: Training stopped after {saved} of 12 steps, saved to" in text and "resume=True" in text
         )
     fit(KINDS["batchabstopk"], out=tmp_path / "stopped", resume=True)
     assert_same_folders(tmp_path / "whole", tmp_path / "stopped")
@@ -290,7 +289,7 @@ def test_a_second_interrupt_stops_at_once_and_handlers_come_back(tmp_path):
 
 
 def test_an_interrupt_without_a_folder_says_that_nothing_is_saved():
-    with pytest.raises(KeyboardInterrupt, match=r"after 2 of 20 steps, not saved: no folder given"):
+    with pytest.raises(KeyboardInterrupt, match=r"after 2 of 12 steps, not saved: no folder given"):
         fit(KINDS["topk"], sinks=[lambda entry: os.kill(os.getpid(), signal.SIGINT)])
 
 
@@ -332,7 +331,7 @@ class Faulty:
 
 
 @pytest.mark.parametrize(
-    ("batches", "match"), [(Faulty(13), "Activations must be finite"), (Faulty(99, 13), "data must last")]
+    ("batches", "match"), [(Faulty(9), "Activations must be finite"), (Faulty(99, 9), "data must last")]
 )
 def test_data_that_goes_wrong_late_loses_nothing(batches, match, tmp_path, monkeypatch):
     monkeypatch.setattr("saelab.training.loop.SAMPLE_TOKENS", 160)
@@ -340,12 +339,12 @@ def test_data_that_goes_wrong_late_loses_nothing(batches, match, tmp_path, monke
     sae = sl.SAE(KINDS["topk"])
     with pytest.raises(ValueError, match=match) as raised:
         sae.fit(batches, RUN, out=tmp_path, progress=False)
-    assert "13" in str(raised.value) and json.loads((tmp_path / "checkpoint/progress.json").read_text())["step"] == 13
+    assert "9" in str(raised.value) and json.loads((tmp_path / "checkpoint/progress.json").read_text())["step"] == 9
     assert all(tensor.isfinite().all() for tensor in sae.state_dict().values())
     # once there is more data the run goes on as if nothing had been; a faulty batch is left out
     resumed = sl.SAE(KINDS["topk"]).fit(Faulty(99), RUN, out=tmp_path, resume=True, progress=False)
-    assert resumed.training_["n_tokens_seen"] == 800
-    assert same(bits(whole), bits(resumed)) == (batches.end == 13)
+    assert resumed.training_["n_tokens_seen"] == 480
+    assert same(bits(whole), bits(resumed)) == (batches.end == 9)
 
 
 def test_data_that_lasts_just_long_enough(tiny, tiny_tokens):
@@ -355,7 +354,7 @@ def test_data_that_lasts_just_long_enough(tiny, tiny_tokens):
 
 
 def test_data_shorter_than_the_run_is_passed_over_again():
-    assert fit(KINDS["topk"], x=data(100)).training_["n_tokens_seen"] == 800
+    assert fit(KINDS["topk"], x=data(100)).training_["n_tokens_seen"] == 480
 
 
 def test_widths_that_differ_are_named():
@@ -371,12 +370,12 @@ def test_too_few_tokens_are_named():
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"n_tokens": 39}, "must hold a batch of 40, got 39"),
-        ({"batch_size": 0}, "must hold at least one batch"),
+        ({"n_tokens": 39}, "must hold .*batch"),
+        ({"batch_size": 0}, "must hold .*batch"),
         ({"lr": 0.0}, "`lr` must be positive"),
         ({"lr": -1e-3}, "`lr` must be positive"),
-        ({"warmup_frac": 0.9, "decay_frac": 0.2}, "must be shares of one run"),
-        ({"decay_frac": -0.1}, "must be shares of one run"),
+        ({"warmup_frac": 0.9, "decay_frac": 0.2}, "must share one run"),
+        ({"decay_frac": -0.1}, "must share one run"),
         ({"clip_norm": 0.0}, "`clip_norm` must be positive"),
         ({"log_every_tokens": 0}, "`log_every_tokens` must be at least 1"),
         ({"save_every_tokens": 0}, "`save_every_tokens` must be at least 1"),
@@ -416,7 +415,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="full"):
             fit(KINDS["topk"], out=tmp_path / "full")
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["checkpoint", "history.csv", "history.jsonl"]
-    assert json.loads((tmp_path / "full/checkpoint/progress.json").read_text())["step"] in (4, 8, 12)
+    assert json.loads((tmp_path / "full/checkpoint/progress.json").read_text())["step"] in (4, 8)
     assert same(bits(whole), bits(fit(KINDS["topk"], out=tmp_path / "full", resume=True)))
     assert_same_folders(tmp_path / "whole", tmp_path / "full")
 
@@ -433,20 +432,20 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path):
 # --- history: peers' defects 14 and 27
 
 
-@each_kind
+@few_kinds
 def test_logging_and_saving_do_not_change_training(kind, tmp_path):
     often = replace(RUN, log_every_tokens=40, save_every_tokens=40)
     never = replace(RUN, log_every_tokens=10**6, save_every_tokens=10**6, n_held_out=50)
     assert same(bits(fit(KINDS[kind], run=often, out=tmp_path)), bits(fit(KINDS[kind], run=never)))
 
 
-@each_kind
+@few_kinds
 def test_history_files_say_the_same_in_every_row(kind, tmp_path):
     sae = fit(KINDS[kind], out=tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     with (tmp_path / "history.csv").open(newline="") as file:
         rows = list(csv.reader(file))
-    assert lines == sae.history_ and [entry["step"] for entry in lines] == list(range(2, 21, 2))
+    assert lines == sae.history_ and [entry["step"] for entry in lines] == list(range(2, 13, 2))
     for entry, row in zip(lines, rows[1:], strict=True):
         assert len(row) == len(rows[0]) and list(entry) == rows[0]
         assert [float(cell) if cell else None for cell in row] == list(entry.values())
@@ -480,7 +479,7 @@ def test_held_out_fvu_is_that_of_the_sae():
 
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize("decay", [0.0, 0.2, 0.5, 1.0])
-@pytest.mark.parametrize("n_steps", [1, 2, 7, 100, 30_000])
+@pytest.mark.parametrize("n_steps", [1, 2, 7, 100])
 def test_rate_rises_stays_and_falls(warmup, decay, n_steps):
     """No warm-up and no decay divide by nothing (defect 24)."""
     if warmup + decay > 1:
@@ -491,9 +490,13 @@ def test_rate_rises_stays_and_falls(warmup, decay, n_steps):
     peak = scales.index(max(scales))
     assert scales[:peak] == sorted(scales[:peak]) and scales[peak:] == sorted(scales[peak:], reverse=True)
     assert n_steps < 7 or max(scales) == 1.0
-    assert sum(a < b for a, b in itertools.pairwise(scales)) <= 1000  # the warm-up's limit
     if decay and n_steps >= 7:
         assert scales[-1] == pytest.approx(1 / math.ceil(decay * n_steps))
+
+
+def test_warm_up_is_at_most_a_thousand_steps():
+    cfg = sl.TrainConfig(n_tokens=10**6, batch_size=10, warmup_frac=0.5)
+    assert cfg.lr_scale(998) < cfg.lr_scale(999) == cfg.lr_scale(1000) == 1.0
 
 
 def test_the_history_holds_the_rate_used():
@@ -560,7 +563,7 @@ def test_fit_returns_the_sae_and_leaves_its_arguments_alone():
     sae = sl.SAE(KINDS["topk"])
     assert sae.fit(x, RUN, progress=False, held_out=held_out) is sae
     assert torch.equal(x, kept) and torch.equal(held_out, kept_held_out)
-    assert sae.training_["n_tokens_seen"] == 800 and sae.training_["seed"] == 0 and sae.training_["lr"] > 0
+    assert sae.training_["n_tokens_seen"] == 480 and sae.training_["seed"] == 0 and sae.training_["lr"] > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -582,4 +585,4 @@ def test_progress_is_shown_only_where_asked(capfd):
     assert capfd.readouterr() == ("", "")
     run = fit_all([sl.SAE(KINDS["topk"])], data(), RUN, progress=True)
     shown = capfd.readouterr()
-    assert run.step == 20 and shown.out == "" and "800/800" in shown.err and "tok/s" in shown.err
+    assert run.step == 12 and shown.out == "" and "480/480" in shown.err and "tok/s" in shown.err
