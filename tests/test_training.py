@@ -96,6 +96,30 @@ def stop_at(step):
     return sink
 
 
+class Faulty:
+    """Batches that go wrong at some step."""
+
+    d_in = D_IN
+
+    def __init__(self, bad_from, end=10**9):
+        self.step, self.bad_from, self.end = 0, bad_from, end
+
+    def __next__(self):
+        if self.step == self.end:
+            raise StopIteration
+        self.step += 1
+        batch = data(40, seed=self.step)
+        if self.step > self.bad_from:
+            batch[5] = torch.nan
+        return batch
+
+    def state_dict(self):
+        return {"step": self.step}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+
+
 # --- seeds: peers' defects 5 and 16 (a seed that does nothing)
 
 
@@ -288,6 +312,26 @@ def test_a_second_interrupt_stops_at_once_and_handlers_come_back(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+class Interrupting(Faulty):
+    """Ctrl-C comes while the batch of one step is read."""
+
+    def __next__(self):
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().__next__()
+
+
+def test_an_interrupt_between_two_entries_loses_no_sum(tmp_path, monkeypatch):
+    """The run stops after step 7, where neither an entry nor a checkpoint is due."""
+    run = replace(RUN, log_every_tokens=120)
+    monkeypatch.setattr("saelab.training.loop.SAMPLE_TOKENS", 160)
+    sl.SAE(KINDS["topk"]).fit(Faulty(99), run, out=tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt, match="after 7 of 12 steps"):
+        sl.SAE(KINDS["topk"]).fit(Interrupting(99), run, out=tmp_path / "stopped", progress=False)
+    sl.SAE(KINDS["topk"]).fit(Faulty(99), run, out=tmp_path / "stopped", resume=True, progress=False)
+    assert_same_folders(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_an_interrupt_without_a_folder_says_that_nothing_is_saved():
     with pytest.raises(KeyboardInterrupt, match=r"after 2 of 12 steps, not saved: no folder given"):
         fit(KINDS["topk"], sinks=[lambda entry: os.kill(os.getpid(), signal.SIGINT)])
@@ -304,30 +348,6 @@ def test_activations_that_are_not_finite_are_refused_at_once(bad, tmp_path):
     with pytest.raises(ValueError, match=r"Activations must be finite, 1 of 40 tokens"):
         sae.fit(x, RUN, out=tmp_path, progress=False)
     assert all(tensor.isfinite().all() for tensor in sae.state_dict().values())
-
-
-class Faulty:
-    """Batches that go wrong at some step."""
-
-    d_in = D_IN
-
-    def __init__(self, bad_from, end=10**9):
-        self.step, self.bad_from, self.end = 0, bad_from, end
-
-    def __next__(self):
-        if self.step == self.end:
-            raise StopIteration
-        self.step += 1
-        batch = data(40, seed=self.step)
-        if self.step > self.bad_from:
-            batch[5] = torch.nan
-        return batch
-
-    def state_dict(self):
-        return {"step": self.step}
-
-    def load_state_dict(self, state):
-        self.step = state["step"]
 
 
 @pytest.mark.parametrize(
