@@ -19,6 +19,7 @@ from saelab.training.config import TrainConfig
 
 THRESHOLD_RATE = 0.01  # of the running threshold's average
 STEER_RATE = 0.03  # of the sparsity coefficient, per step, at an L0 wrong by a factor e
+STEER_DAMPING = 1.0  # how much of a change in L0 the coefficient follows at once, so that it does not overshoot
 STEER_LIMIT = 2.0  # largest log-ratio of L0 to its target that the steering acts on
 MIN_THRESHOLD = 1e-4  # a learned threshold stays positive
 
@@ -61,6 +62,7 @@ class Trainee:
             "n_steps": torch.zeros((), dtype=torch.int64),
             "tokens_since_fired": torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device),
             "variance": torch.tensor(float(sae.cfg.d_in), device=sae.device),
+            "off_target": torch.zeros((), device=sae.device),
             "coefficient": torch.tensor(1e-3 if coefficient is None else coefficient, device=sae.device),
         }
         self.steered = steered
@@ -226,7 +228,9 @@ class Trainee:
         if self.steered:
             assert isinstance(sae.cfg.activation, _Penalised)
             off = (seen.l0.clamp(min=1e-3) / sae.cfg.activation.target_l0).log().clamp(-STEER_LIMIT, STEER_LIMIT)
-            state["coefficient"] *= (STEER_RATE * off).exp()
+            moved = off - state["off_target"] if state["n_steps"] > 1 else 0.0
+            state["coefficient"] *= (STEER_RATE * off + STEER_DAMPING * moved).exp()
+            state["off_target"] = off
 
     @torch.no_grad()
     def constrain_gradients(self) -> None:
