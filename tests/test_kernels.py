@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saelab.functional.codes import SparseCodes
-from saelab.functional.kernels import attach_encoder, gather_sum, sampled_dot, sparse_decode, transpose_entries
+from saelab.functional.kernels import Entries, attach_encoder, gather_sum, sampled_dot, sparse_decode, transpose_entries
 
 SHAPES = [(5, 7, 3), (1, 1, 1), (40, 9, 16), (3, 50, 4)]  # n_rows, d_sae, d_in
 
@@ -116,7 +116,7 @@ def test_attached_encoder_has_the_gradients_of_the_dense_product(n_rows, d_sae, 
         tensors[1] = tensors[1].detach().T.contiguous().T.requires_grad_()
     copies = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     found = dense_entries(*[t.detach() for t in tensors], sparse)
-    values = attach_encoder(found, *tensors, (sparse.indices, sparse.rows, sparse.offsets))
+    values = attach_encoder(found, *tensors, Entries(sparse.indices, sparse.rows, sparse.offsets))
     weight = draw(len(found), seed=9)
     (values.square() * weight).sum().backward()
     (dense_entries(*copies, sparse).square() * weight).sum().backward()
@@ -131,7 +131,7 @@ def test_attached_encoder_where_one_input_needs_no_gradient(frozen):
     tensors = encoder_tensors(6, 5, 3)
     tensors[frozen].requires_grad_(False)
     found = dense_entries(*[t.detach() for t in tensors], sparse)
-    attach_encoder(found, *tensors, (sparse.indices, sparse.rows, sparse.offsets)).sum().backward()
+    attach_encoder(found, *tensors, Entries(sparse.indices, sparse.rows, sparse.offsets)).sum().backward()
     assert [tensor.grad is None for tensor in tensors] == [i == frozen for i in range(4)]
 
 
@@ -140,7 +140,7 @@ def test_encoding_and_decoding_without_entries():
     W_dec = draw(5, 4).requires_grad_()
     none = torch.zeros(0, dtype=torch.int64)
     offsets = torch.zeros(4, dtype=torch.int64)
-    values = attach_encoder(torch.zeros(0, dtype=torch.float64), *tensors, (none, none, offsets))
+    values = attach_encoder(torch.zeros(0, dtype=torch.float64), *tensors, Entries(none, none, offsets))
     x_hat = sparse_decode(values, W_dec, none, none, offsets)
     x_hat.sum().backward()
     assert torch.equal(x_hat, torch.zeros(3, 4, dtype=torch.float64))

@@ -11,7 +11,7 @@ backward:
 
 import functools
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -72,8 +72,20 @@ def transpose_entries(
     return order, starts
 
 
-Entries = tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Int[Tensor, "n_rows_1"]]
-"""indices, rows and offsets of a batch's entries"""
+class Entries(NamedTuple):
+    """Where a batch's entries are: latent `indices`, `rows`, and `offsets`; `columns` is their `transpose_entries`,
+    if known.
+    """
+
+    indices: Int[Tensor, "nnz"]
+    rows: Int[Tensor, "nnz"]
+    offsets: Int[Tensor, "n_rows_1"]
+    columns: tuple[Int[Tensor, "nnz"], Int[Tensor, "n_columns_1"]] | None = None
+
+    def with_columns(self, n_columns: int) -> "Entries":
+        """The same entries, their order by column worked out once for every product that needs it."""
+        return self._replace(columns=transpose_entries(self.indices, n_columns))
+
 
 Spare = list[Tensor]
 """memory for one weight gradient (d_sae, d_in), used once; fresh memory of that size costs more than the product
@@ -90,13 +102,13 @@ def weight_gradient(
 ) -> Float[Tensor, "d_sae d_in"]:
     """`Z^T left`, for the sparse Z of the entries and their values: the gradient of W_dec, and of W_enc transposed.
 
-    >>> entries = (torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
+    >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     >>> weight_gradient(entries, torch.tensor([2.0]), torch.ones(1, 3), d_sae=2)
     tensor([[0., 0., 0.],
             [2., 2., 2.]])
     """
-    indices, rows, _ = entries
-    order, starts = transpose_entries(indices, d_sae)
+    indices, rows = entries[0], entries[1]
+    order, starts = entries.columns or transpose_entries(indices, d_sae)
     if left.device.type != "cpu":
         return gather_sum(rows[order], values[order], starts, left)
     _acknowledge_beta()
@@ -122,15 +134,17 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, entries: Entries) -> Tensor:
-        ctx.save_for_backward(values, W_dec, *entries)
+        ctx.save_for_backward(values, W_dec)
+        ctx.entries = entries
         return gather_sum(entries[0], values, entries[2], W_dec)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, W_dec, *entries = ctx.saved_tensors
+        values, W_dec = ctx.saved_tensors
+        entries = ctx.entries
         grad = grad.contiguous()
         grad_values = sampled_dot(entries[1], entries[0], grad, W_dec)
-        grad_W = weight_gradient(tuple(entries), values, grad, len(W_dec)) if ctx.needs_input_grad[1] else None
+        grad_W = weight_gradient(entries, values, grad, len(W_dec)) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W, None
 
 
@@ -141,13 +155,14 @@ class _NestedDecode(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, W_dec: Tensor, x: Tensor, b_dec: Tensor, entries: Entries, n_groups: int, spare: Spare
     ) -> tuple[Tensor, Tensor]:
-        indices, _, offsets = entries
+        indices, offsets = entries.indices, entries.offsets
         residuals = gather_sum(indices, values, offsets, W_dec).view(n_groups, *x.shape)
         above = x - b_dec
         for residual in residuals:
             torch.sub(above, residual, out=residual)
             above = residual
-        ctx.save_for_backward(values, W_dec, residuals, *entries)
+        ctx.save_for_backward(values, W_dec, residuals)
+        ctx.entries = entries
         ctx.spare = spare
         last = residuals[-1]
         ctx.mark_non_differentiable(last)
@@ -155,15 +170,14 @@ class _NestedDecode(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        values, W_dec, residuals, *entries = ctx.saved_tensors
+        values, W_dec, residuals = ctx.saved_tensors
+        entries: Entries = ctx.entries
         grad_parts = residuals * (-2 * grad).view(-1, 1, 1)
         for g in range(len(residuals) - 2, -1, -1):  # part g enters every reconstruction from g on
             grad_parts[g] += grad_parts[g + 1]
         flat = grad_parts.view(-1, W_dec.shape[1])
         grad_values = sampled_dot(entries[1], entries[0], flat, W_dec)
-        grad_W = (
-            weight_gradient(tuple(entries), values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
-        )
+        grad_W = weight_gradient(entries, values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
         grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
         return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None
 
@@ -175,17 +189,19 @@ class _Encode(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, values: Tensor, entries: Entries, spare: Spare
     ) -> Tensor:
-        ctx.save_for_backward(x, W_enc, b_dec, *entries)
+        ctx.save_for_backward(x, W_enc, b_dec)
+        ctx.entries = entries
         ctx.spare = spare
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, b_dec, *entries = ctx.saved_tensors
-        indices, _, offsets = entries
+        x, W_enc, b_dec = ctx.saved_tensors
+        entries: Entries = ctx.entries
+        indices, offsets = entries.indices, entries.offsets
         # index_add_ adds in the order of the entries, so one seed gives one result
         grad_b = torch.zeros_like(W_enc[0]).index_add_(0, indices, grad)
-        grad_W = weight_gradient(tuple(entries), grad, x - b_dec, W_enc.shape[1], ctx.spare).T
+        grad_W = weight_gradient(entries, grad, x - b_dec, W_enc.shape[1], ctx.spare).T
         grad_x = gather_sum(indices, grad, offsets, W_enc.T) if ctx.needs_input_grad[0] else None
         # every token shares b_dec, so its gradient is one matrix-vector product
         return grad_x, grad_W, grad_b, -(W_enc @ grad_b), None, None, None
@@ -205,7 +221,7 @@ def sparse_decode(
     >>> sparse_decode(one, torch.eye(2), torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     tensor([[0., 1.]])
     """
-    return _Decode.apply(values, W_dec, (indices, rows, offsets))
+    return _Decode.apply(values, W_dec, Entries(indices, rows, offsets))
 
 
 def nested_decode_error(
@@ -223,7 +239,7 @@ def nested_decode_error(
     gives to token r. Differentiable in values, W_dec, x and b_dec, at the cost of the non-zero entries; all prefixes
     cost one decode. Source: the Matryoshka loss of arXiv:2503.17547.
 
-    >>> entries = (torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
+    >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     >>> nested_decode_error(torch.ones(1), torch.eye(2), torch.ones(1, 2), torch.zeros(2), entries)
     (tensor([1.]), tensor([[1., 0.]]))
     """

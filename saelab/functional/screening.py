@@ -18,6 +18,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float, Int, Int8
 from torch import Tensor
+from torch.nn.functional import embedding
+
+from saelab.functional.scratch import scratch
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
@@ -53,6 +56,7 @@ class Screen:
             self.W, self.bias = W.to(dtype), bias.to(dtype)
         by_block = self.step.view(self.width, self.n_blocks)
         self.largest_step, self.smallest_step = by_block.amax(0), by_block.amin(0)
+        self.step_by_block = by_block.T.contiguous()
 
     def _quantise(self, W: Tensor, bias: Tensor) -> None:
         """Bring W to int8, latents of like step in one block; the latent at place p is in block p % n_blocks.
@@ -65,7 +69,9 @@ class Screen:
         quantised, step = quantise_rows(W, bias.unsqueeze(1) / self.one, self.balance)
         by_step = step.squeeze(1).argsort()
         self.latents = by_step.view(self.n_blocks, self.width).T.flatten()
-        self.W, self.step = quantised[self.latents], step[self.latents, 0]
+        self.step = step[self.latents, 0]
+        self.W = scratch("weights", tuple(quantised.shape), torch.int8, W.device)
+        torch.index_select(quantised, 0, self.latents, out=self.W)
 
     def chunks(self, x: Float[Tensor, "n_rows d_in"]) -> Iterator["ScreenedRows"]:
         """Yield the screened rows of x in order; each chunk is gone when the next is asked for."""
@@ -74,7 +80,7 @@ class Screen:
             ones = x.new_full((x.shape[0], 1), self.one)
             x, scale = quantise_rows(x, ones, None if self.balance is None else self.balance.reciprocal())
         dtype = torch.int32 if self.precision == "int8" else self.W.dtype
-        buffer = torch.empty(min(SCAN_ROWS, len(x)), len(self.W), dtype=dtype, device=x.device)
+        buffer = scratch("product", (min(SCAN_ROWS, len(x)), len(self.W)), dtype, x.device)
         for start in range(0, len(x), SCAN_ROWS):
             rows = slice(start, min(start + SCAN_ROWS, len(x)))
             sizes = self.multiply(x[rows], buffer[: rows.stop - start])
@@ -103,12 +109,16 @@ class ScreenedRows:
         if 4 * n > self.screen.n_blocks:  # blocks would narrow nothing down
             best = (self.sizes * self.screen.step).topk(n, dim=1, sorted=False)
             return best.values * self.scale, self.screen.latents[best.indices], best.values.amin(1) * self.scale[:, 0]
+        screen = self.screen
         blocks = self.bounds.topk(n, dim=1, sorted=False)
-        inside = torch.arange(0, self.sizes.shape[1], self.screen.n_blocks, device=self.sizes.device)
-        places = (blocks.indices.unsqueeze(1) + inside.view(1, -1, 1)).flatten(1)
-        best = (self.sizes.gather(1, places) * self.screen.step[places]).topk(n, dim=1, sorted=False)
+        inside = self.sizes.view(-1, screen.width, screen.n_blocks)
+        inside = inside.gather(2, blocks.indices.unsqueeze(1).expand(-1, screen.width, -1)).transpose(1, 2)
+        sizes = (inside * embedding(blocks.indices, screen.step_by_block)).flatten(1)
+        best = sizes.topk(n, dim=1, sorted=False)
+        block = blocks.indices.gather(1, best.indices // screen.width)
+        places = best.indices % screen.width * screen.n_blocks + block
         unseen = torch.maximum(blocks.values.amin(1), best.values.amin(1)) * self.scale[:, 0]
-        return best.values * self.scale, self.screen.latents[places.gather(1, best.indices)], unseen
+        return best.values * self.scale, screen.latents[places], unseen
 
     def above(self, floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the batch, latents and sizes of the entries at or above `floor`, row by row."""
@@ -136,20 +146,18 @@ def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Flo
 def quantise_rows(
     x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"], scale: Float[Tensor, "d"] | None = None
 ) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
-    """Round each row of `[x * scale, last]` to int8, `~ q * step` with `step = max|.| / 127`; an all-zero row has
-    step 1.
+    """Round each row of `[x * scale, last]` to int8, `~ q * step` with `step = max|.| / 127`; q is scratch memory.
 
     >>> quantise_rows(torch.tensor([[1.0, -2.54]]), torch.tensor([[0.5]]))
     (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]))
     """
-    q = torch.empty(x.shape[0], x.shape[1] + 1, dtype=torch.int8, device=x.device)
+    q = scratch("quantised", (x.shape[0], x.shape[1] + 1), torch.int8, x.device)
     step = last.abs()
-    for start in range(0, x.shape[0], 256):  # by pieces that fit the cache
-        rows = slice(start, start + 256)
+    for start in range(0, x.shape[0], 128):  # by pieces that fit the cache
+        rows = slice(start, start + 128)
         part = x[rows] if scale is None else x[rows] * scale
         largest = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
-        largest = torch.maximum(largest, step[rows])
-        step[rows] = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        step[rows] = torch.maximum(largest, step[rows]).clamp(min=1e-30) / 127
         q[rows, :-1] = (part * step[rows].reciprocal()).round_()
     q[:, -1:] = (last / step).round_()
     return q, step

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
-from saelab.functional.kernels import attach_encoder, nested_decode_error
+from saelab.functional.kernels import Entries, attach_encoder, nested_decode_error
 from saelab.functional.losses import nested_error, normalised_error
 from saelab.functional.metrics import ReconstructionSums
 from saelab.sae.activations import _Penalised
@@ -17,7 +17,7 @@ from saelab.sae.coder import Coder
 from saelab.sae.config import AuxK, RandomPrefixes
 from saelab.training.config import TrainConfig
 
-THRESHOLD_RATE = 0.01  # of the running threshold's average
+THRESHOLD_RATE = 0.01  # of the running threshold's average, once as many steps are behind it as that needs
 STEER_RATE = 0.03  # of the sparsity coefficient, per step, at an L0 wrong by a factor e
 STEER_DAMPING = 1.0  # how much of a change in L0 the coefficient follows at once, so that it does not overshoot
 STEER_LIMIT = 2.0  # largest log-ratio of L0 to its target that the steering acts on
@@ -132,7 +132,8 @@ class Trainee:
         sae, n = self.sae, len(x)
         indices, rows, offsets = found.indices, found.rows, found.offsets
         weights = (sae.W_enc, sae.b_enc, sae.b_dec)
-        u = attach_encoder(found.values, x, *weights, (indices, rows, offsets), self._spare("W_enc"))
+        entries = Entries(indices, rows, offsets).with_columns(sae.cfg.d_sae)
+        u = attach_encoder(found.values, x, *weights, entries, self._spare("W_enc"))
         threshold = sae.threshold
         if threshold is not None and threshold.ndim:
             threshold = threshold.index_select(0, indices)
@@ -148,7 +149,7 @@ class Trainee:
             rows, order = (group * n + rows).sort(stable=True)
             indices, values = indices[order], values.index_select(0, order)
             offsets = torch.searchsorted(rows, torch.arange(n * len(ends) + 1, device=rows.device))
-        entries = (indices, rows, offsets)
+            entries = Entries(indices, rows, offsets)
         errors, residual = nested_decode_error(
             values, sae.W_dec, x, sae.b_dec, entries, len(ends), self._spare("W_dec")
         )
@@ -223,12 +224,13 @@ class Trainee:
         state["tokens_since_fired"] = (state["tokens_since_fired"] + seen.n_tokens).masked_fill_(seen.fired, 0)
         if sae.cfg.activation.threshold == "running" and sae.threshold is not None:
             before = torch.where(sae.threshold.isnan(), seen.smallest, sae.threshold)
-            moved = torch.lerp(before, seen.smallest, THRESHOLD_RATE)
+            rate = (1 / state["n_steps"]).clamp(min=THRESHOLD_RATE).clamp(max=1.0)
+            moved = before + rate * (seen.smallest - before)
             sae.threshold.copy_(torch.where(moved.isnan(), sae.threshold, moved))  # no code at all in this batch
         if self.steered:
             assert isinstance(sae.cfg.activation, _Penalised)
             off = (seen.l0.clamp(min=1e-3) / sae.cfg.activation.target_l0).log().clamp(-STEER_LIMIT, STEER_LIMIT)
-            moved = off - state["off_target"] if state["n_steps"] > 1 else 0.0
+            moved = (off - state["off_target"]) * (state["n_steps"] > 1)
             state["coefficient"] *= (STEER_RATE * off + STEER_DAMPING * moved).exp()
             state["off_target"] = off
 
