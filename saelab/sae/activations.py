@@ -44,6 +44,11 @@ class Activation:
     threshold: ClassVar[Literal["none", "running", "learned"]] = "none"
     """what `threshold` holds: nothing, a running scalar kept by training, or one learned value a latent"""
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "__call__" in vars(cls) and "search" not in vars(cls):  # an inherited search would find other codes
+            cls.search = Activation.search  # type: ignore[method-assign]
+
     def __call__(
         self, u: Float[Tensor, "*batch d_sae"], threshold: Tensor | None = None, training: bool = False
     ) -> Float[Tensor, "*batch d_sae"]:

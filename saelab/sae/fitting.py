@@ -55,7 +55,14 @@ def fit_all(
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    run = TrainingRun([Trainee(sae, cfg) for sae in saes], batches, cfg, held_out, folder)
+    elif resume:
+        raise ValueError("`resume` needs the folder of the run, got out=None; give `out`.")
+    # an SAE that was trained before goes on from its weights
+    trained = [getattr(sae, "training_", None) is not None for sae in saes]
+    trainees = [Trainee(sae, cfg, before) for sae, before in zip(saes, trained, strict=True)]
+    run = TrainingRun(trainees, batches, cfg, held_out, folder)
+    if run.has_checkpoint and not resume:
+        raise ValueError(f"`out` must not hold another run, got {folder}; go on with resume=True, or choose another.")
     return train(run, resume=resume, sinks=sinks, progress=progress)
 
 

@@ -53,8 +53,8 @@ def _smallest(size: Tensor) -> Tensor:
 class Trainee:
     """Wraps an SAE for the training loop; all it keeps beside the weights is in `state`, saved in checkpoints."""
 
-    def __init__(self, sae: Coder, cfg: TrainConfig) -> None:
-        self.sae, self.cfg = sae, cfg
+    def __init__(self, sae: Coder, cfg: TrainConfig, trained: bool = False) -> None:
+        self.sae, self.cfg, self.trained = sae, cfg, trained
         activation = sae.cfg.activation
         steered = isinstance(activation, _Penalised) and activation.coefficient is None
         coefficient = activation.coefficient if isinstance(activation, _Penalised) else None
@@ -82,12 +82,15 @@ class Trainee:
     def prepare(self, sample: Float[Tensor, "n_tokens d_in"]) -> None:
         """Fit the normaliser, place b_dec and the dictionary, and match the encoder's scale to the data."""
         sae, sample = self.sae, sample.to(self.sae.W_enc)
-        sae.normaliser.fit(sample)
+        if not self.trained:
+            sae.normaliser.fit(sample)
         x = sae.normaliser.normalise(sample)
-        sae.b_dec.copy_(x.mean(0))
-        centred = x - sae.b_dec
+        centred = x - x.mean(0)
         variance = centred.square().sum(1).mean()
         self.state["variance"].copy_(variance if variance > 0 else torch.ones_like(variance))
+        if self.trained:  # training goes on from the weights as they are
+            return
+        sae.b_dec.copy_(x.mean(0))
         if sae.cfg.init == "data":
             self._start_from(centred)
         self._match_scale(x[:1024])
@@ -260,7 +263,12 @@ class Trainee:
             sums.add(part, self.sae(part))
         return sums.fvu
 
-    @torch.no_grad()
     def default_lr(self) -> float:
-        """The peak rate used where none is given, from width and length of the run (see LOG.md for the sweeps)."""
-        return 3e-3
+        """The peak rate used where none is given: it follows widths, batch and length of the run.
+
+        `0.54 / (d_in^1/2 d_sae^1/4) * (batch_size / 4096)^1/2 * min(1, (500 / n_steps)^1/4)`, fitted to the sweeps of
+        LOG.md: unit rows have entries of size d_in^-1/2; wider dictionaries and longer runs want smaller steps.
+        """
+        cfg = self.sae.cfg
+        rate = 0.54 / (cfg.d_in**0.5 * cfg.d_sae**0.25) * (self.cfg.batch_size / 4096) ** 0.5
+        return float(rate * min(1.0, (500 / self.cfg.n_steps) ** 0.25))

@@ -39,7 +39,9 @@ class TrainConfig:
     """tokens between checkpoints; None is a tenth of the run"""
 
     def __post_init__(self) -> None:
-        if self.n_tokens < self.batch_size or self.batch_size < 1:
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1 token, got {self.batch_size}.")
+        if self.n_tokens < self.batch_size:
             raise ValueError(
                 f"`n_tokens` must hold a batch of {self.batch_size}, got {self.n_tokens}; lower `batch_size`."
             )

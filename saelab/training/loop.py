@@ -53,9 +53,14 @@ class TrainingRun:
         ]
         return {**self.cfg.to_dict(), **dict(trained)}
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the folder holds a checkpoint to go on from."""
+        return self.checkpoint is not None and (self.checkpoint / "progress.json").exists()
+
     def resume(self) -> bool:
         """Go on from the checkpoint, if there is one; ValueError where it belongs to other settings."""
-        if self.checkpoint is None or not (self.checkpoint / "progress.json").exists():
+        if self.checkpoint is None or not self.has_checkpoint:
             return False
         before = read_json(self.checkpoint / "progress.json")["config"]
         for key, value in self.settings.items():

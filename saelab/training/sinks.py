@@ -7,6 +7,7 @@ run. Entries hold no clock times, so that a resumed run leaves the same bytes as
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class FileSink:
 
 
 def _as_json(entry: Entry) -> str:
-    return json.dumps({key: None if value != value else value for key, value in entry.items()}) + "\n"
+    return json.dumps(_finite(entry)) + "\n"
 
 
 def _header(history: list[Entry]) -> str:
@@ -44,7 +45,12 @@ def _header(history: list[Entry]) -> str:
 
 
 def _as_csv(entry: Entry) -> str:
-    return _row(list(entry.values()))
+    return _row(list(_finite(entry).values()))
+
+
+def _finite(entry: Entry) -> Entry:
+    """NaN and infinities as None: JSON has neither."""
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
 
 
 def _row(values: list[Any]) -> str:
