@@ -47,7 +47,7 @@ class ReconstructionSums:
         """Count a batch of activations and their reconstructions."""
         if len(x) == 0:
             return
-        x, x_hat = x.detach().double(), x_hat.detach().double()
+        x, x_hat = exact(x), exact(x_hat)
         if self._shift is None:
             self._shift = x.mean(0)
         centred = x - self._shift

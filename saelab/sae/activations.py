@@ -43,6 +43,8 @@ class Activation:
     """codes of both signs; latents are ranked by |u|"""
     threshold: ClassVar[Literal["none", "running", "learned"]] = "none"
     """what `threshold` holds: nothing, a running scalar kept by training, or one learned value a latent"""
+    lr_scale: ClassVar[float] = 1.0
+    """what the default learning rate is multiplied by"""
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -203,6 +205,8 @@ class _Penalised(Activation):
 @dataclass(frozen=True)
 class ReLU(_Penalised):
     """max(u, 0) with an L1 penalty, sum_i |z_i|."""
+
+    lr_scale: ClassVar[float] = 2.0
 
     def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         return u.relu()

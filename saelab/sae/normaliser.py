@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saelab.functional.metrics import exact
+
 Kind = Literal["none", "scale", "whiten"]
 
 KINDS: tuple[Kind, ...] = ("none", "scale", "whiten")
@@ -40,7 +42,7 @@ class Normaliser(nn.Module):
         """Learn mean and M from a sample of activations, in float64."""
         if self.kind == "none":
             return
-        x = x.double()
+        x = exact(x)
         mean = x.mean(0)
         centred = x - mean
         self.mean.copy_(mean)

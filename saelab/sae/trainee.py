@@ -267,8 +267,9 @@ class Trainee:
         """The peak rate used where none is given: it follows widths, batch and length of the run.
 
         `0.54 / (d_in^1/2 d_sae^1/4) * (batch_size / 4096)^1/2 * min(1, (500 / n_steps)^1/4)`, fitted to the sweeps of
-        LOG.md: unit rows have entries of size d_in^-1/2; wider dictionaries and longer runs want smaller steps.
+        LOG.md: unit rows have entries of size d_in^-1/2; wider dictionaries and longer runs want smaller steps. An
+        activation's `lr_scale` multiplies it.
         """
         cfg = self.sae.cfg
         rate = 0.54 / (cfg.d_in**0.5 * cfg.d_sae**0.25) * (self.cfg.batch_size / 4096) ** 0.5
-        return float(rate * min(1.0, (500 / self.cfg.n_steps) ** 0.25))
+        return float(cfg.activation.lr_scale * rate * min(1.0, (500 / self.cfg.n_steps) ** 0.25))

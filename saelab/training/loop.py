@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelab.functional.metrics import exact
 from saelab.stores.files import read_json
 from saelab.training.checkpoint import load_checkpoint, save_checkpoint
 from saelab.training.config import TrainConfig
@@ -141,7 +142,7 @@ class TrainingRun:
         """Sum up on the device; nothing is read back before an entry is due."""
         for key, value in values.items():
             name = self._name(i, key)
-            self._sums[name] = self._sums.get(name, 0) + value.detach().double()
+            self._sums[name] = self._sums.get(name, 0) + exact(value)
 
     def _name(self, i: int, key: str) -> str:
         return key if len(self.trainables) == 1 else f"{i}/{key}"
@@ -153,7 +154,7 @@ class TrainingRun:
             for key in [key for key in self._sums if len(self.trainables) == 1 or key.startswith(f"{i}/")]:
                 entry[key] = float(self._sums[key]) / self._since_log
             dead = trainable.state["tokens_since_fired"] >= trainable.dead_after_tokens
-            entry[self._name(i, "dead_frac")] = float(dead.double().mean())
+            entry[self._name(i, "dead_frac")] = float(dead.float().mean())
             entry[self._name(i, "lr")] = self.lrs[i] * self.cfg.lr_scale(self.step - 1)
             due = self.step % self.cfg.save_every_steps == 0 or self.step == self.cfg.n_steps
             fvu = trainable.held_out_fvu(self.held_out) if due and self.held_out is not None else None
