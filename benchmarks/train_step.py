@@ -2,8 +2,8 @@
 
     .venv-bench/bin/python benchmarks/train_step.py --activations topk,abstopk --json runs/train_step.json
 
-Every (library, activation) runs in a process of its own, so that its peak memory is its own too. `make bench` makes
-the environment.
+Every (library, activation) runs in a process of its own, so that its peak memory is its own too; the libraries take
+their steps in turns. `make bench` makes the environment.
 """
 
 import argparse
@@ -14,8 +14,8 @@ import re
 import resource
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -25,6 +25,7 @@ from peers import PEERS, SAELAB, Library, Sizes
 
 LIBRARIES = {"saelab": SAELAB, **PEERS}
 N_BATCHES = 4
+MARK = "measured: "
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,8 +49,8 @@ def sizes_of(args: argparse.Namespace) -> Sizes:
     return Sizes(args.n, args.d_in, args.d_sae, args.k)
 
 
-def measure(library: Library, activation: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Time one subject in this process and read the process's peak memory."""
+def serve(library: Library, activation: str, args: argparse.Namespace) -> None:
+    """Build one subject in this process, then time one call for each name read: `step`, or the encoder's `product`."""
     import torch
 
     torch.set_num_threads(args.threads)
@@ -57,20 +58,13 @@ def measure(library: Library, activation: str, args: argparse.Namespace) -> dict
     data = torch.Generator().manual_seed(args.seed)
     batches = [torch.randn(args.n, args.d_in, generator=data) for _ in range(N_BATCHES)]
     subject = library.build(activation, sizes_of(args))
-    seconds = median_seconds(subject.step, batches, args)
-    row = {"seconds": seconds, "peak_gib": peak_gib(), "product_frac": None}
-    if subject.product is not None:
-        row["product_frac"] = median_seconds(subject.product, batches, args) / seconds
-    return row
-
-
-def median_seconds(run: Callable[[Any], object], batches: list[Any], args: argparse.Namespace) -> float:
-    times = []
-    for i in range(args.warmup + args.repeats):
+    for i, line in enumerate(sys.stdin):
+        run = subject.product if line.strip() == "product" else subject.step
         start = time.perf_counter()
-        run(batches[i % len(batches)])
-        times.append(time.perf_counter() - start)
-    return median(times[args.warmup :])
+        if run is not None:
+            run(batches[i % len(batches)])
+        seconds = time.perf_counter() - start if run is not None else None
+        print(MARK + json.dumps({"seconds": seconds, "peak_gib": peak_gib()}), flush=True)
 
 
 def peak_gib() -> float:
@@ -79,15 +73,58 @@ def peak_gib() -> float:
     return peak / 2 ** (30 if platform.system() == "Darwin" else 20)
 
 
-def in_a_process(name: str, activation: str) -> dict[str, Any]:
-    """Measure in a fresh process. This one never imports torch: a child's peak starts at its parent's."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", name, activation]
-    run = subprocess.run(command, capture_output=True, text=True)
-    row = {"library": name, "activation": activation}
-    if run.returncode:
-        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", run.stderr, re.MULTILINE)
-        return {**row, "error": errors[-1][:200] if errors else f"exit code {run.returncode}"}
-    return {**row, **json.loads(run.stdout.splitlines()[-1])}
+class Server:
+    """One library at work on one activation in a process of its own, asked for one call at a time.
+
+    This process never imports torch: a child's peak starts at its parent's.
+    """
+
+    def __init__(self, name: str, activation: str) -> None:
+        self.row: dict[str, Any] = {"library": name, "activation": activation}
+        self.times: dict[str, list[float]] = {"step": [], "product": []}
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process
+        command = [sys.executable, __file__, *sys.argv[1:], "--one", name, activation]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=self.errors)
+
+    def time(self, what: str) -> None:
+        """Have one call made and its seconds written down; a process that has died stays silent."""
+        if "error" in self.row:
+            return
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(what + "\n")
+            self.process.stdin.flush()
+            line = next(line for line in self.process.stdout if line.startswith(MARK))
+        except (StopIteration, BrokenPipeError):
+            self.errors.seek(0)
+            found = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", self.errors.read(), re.MULTILINE)
+            self.row["error"] = found[-1][:200] if found else f"exit code {self.process.wait()}"
+            return
+        answer = json.loads(line.removeprefix(MARK))
+        self.row["peak_gib"] = answer["peak_gib"]
+        if answer["seconds"] is not None:
+            self.times[what].append(answer["seconds"])
+
+    def finish(self, warmup: int) -> dict[str, Any]:
+        """End the process; the medians of what it was asked for after the warm-up."""
+        self.process.communicate()
+        if "error" not in self.row:
+            self.row["seconds"] = median(self.times["step"][warmup:])
+            product = self.times["product"][warmup:]
+            self.row["product_frac"] = median(product) / self.row["seconds"] if product else None
+        return self.row
+
+
+def compare(names: list[str], activation: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the libraries in turns, step by step, so that a machine that speeds up or slows down does so for all."""
+    servers = [Server(name, activation) for name in names]
+    for what in ("step", "product"):
+        for _ in range(args.warmup + args.repeats):
+            for server in servers:
+                if what == "step" or server.row["library"] == "saelab":
+                    server.time(what)
+    return [server.finish(args.warmup) for server in servers]
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,23 +173,24 @@ def chosen(text: str, known: tuple[str, ...], what: str) -> list[str]:
 def benchmark(args: argparse.Namespace) -> list[dict[str, Any]]:
     known = tuple(dict.fromkeys(a for library in LIBRARIES.values() for a in library.activations))
     activations = chosen(args.activations, known, "--activations")
+    names = chosen(args.libraries, tuple(LIBRARIES), "--libraries")
+    for name in names:
+        if not LIBRARIES[name].installed:
+            package = LIBRARIES[name].package
+            print(f"{name} is not installed here; `make bench` makes an environment with it ({package}).")
     rows = []
-    for name in chosen(args.libraries, tuple(LIBRARIES), "--libraries"):
-        library = LIBRARIES[name]
-        if not library.installed:
-            print(f"{name} is not installed here; `make bench` makes an environment with it ({library.package}).")
-            continue
-        for activation in (a for a in activations if a in library.activations):
-            print(f"{name}, {activation} ...", file=sys.stderr, flush=True)
-            rows.append(in_a_process(name, activation))
-    return with_ratios(sorted(rows, key=lambda row: activations.index(row["activation"])))
+    for activation in activations:
+        able = [n for n in names if LIBRARIES[n].installed and activation in LIBRARIES[n].activations]
+        print(f"{activation}: {', '.join(able)} ...", file=sys.stderr, flush=True)
+        rows += compare(able, activation, args)
+    return with_ratios(rows)
 
 
 def main() -> None:
     args = parse()
     if args.one:
         name, activation = args.one
-        print(json.dumps(measure(LIBRARIES[name], activation, args)))
+        serve(LIBRARIES[name], activation, args)
         return
     rows = benchmark(args)
     print(f"N={args.n} d_in={args.d_in} d_sae={args.d_sae} k={args.k} threads={args.threads} repeats={args.repeats}")
