@@ -3,8 +3,8 @@
 Both searches screen in low precision, keep more candidates than asked for, re-score those in float32 and select again.
 The candidates' own errors say how far the screen can be wrong; rows where an unseen latent might still have won are
 searched again in float32. The result is the top-k of the float32 scores unless the screen errs on an unseen winner by
-more than `ERROR_MARGIN` times its largest error on all candidates: possible for scores built to that end, and not met
-in any trial on real or random data.
+more than `ERROR_MARGIN` times its largest error on all candidates. That is a check, not a proof: scores can be built to
+pass it and lose a member (tests/test_search.py keeps one); no random data tried did.
 """
 
 import torch
