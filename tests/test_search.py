@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from saelab.functional import search
+from saelab.functional.ranking import largest_places
 from saelab.functional.screening import Screen, choose_precision, quantise_rows
 from saelab.functional.search import search_batch_topk, search_topk
 
@@ -182,7 +183,7 @@ def crowded(n_rows=40):
 def screened_topk(x, W, bias, n, precision, signed):
     """What the screen alone would take for the n largest."""
     chunks = [chunk.top(n) for chunk in Screen(W, bias, precision, signed).chunks(x)]
-    return torch.cat([latents for _, latents, _ in chunks])
+    return torch.cat([latents for _, latents, _, _ in chunks])
 
 
 def lost(candidates, u, k, signed):
@@ -211,13 +212,29 @@ def test_without_the_fallback_this_file_would_notice(monkeypatch):
 @pytest.mark.xfail(strict=True, reason="the error's bound is read off the candidates: no proof where only others round")
 @pytest.mark.parametrize("precision", ["bfloat16"])  # int8 balances the dimensions, and finds them
 def test_winners_whose_error_no_candidate_shows(precision):
-    """100 latents round to themselves; 5 that score more round down in every coordinate. Built by hand."""
-    x, W = torch.zeros(8, 131), torch.zeros(1024, 131)
-    x[:, 0], W[:100, 0] = 130.0, 1.0
-    x[:, 1:], W[-5:, 1:] = (1.0, 1.0039) if precision == "bfloat16" else (0.499, 3.0)
+    """100 latents round to themselves; 5 that score more lose half of it, rounding alike where they cancel."""
+    x, W = torch.ones(8, 131), torch.zeros(1024, 131)
+    W[:100, 0] = 0.49 + torch.arange(100) / 256
+    W[:100] = W[:100].bfloat16().float()
+    W[-5:, 1:66], W[-5:, 66:] = 1.0194, -1.0040
     u = dense(x, W, torch.zeros(1024))
     assert (u[:, -5:] > u[:, :100].amax()).all()
     assert_exact(search_topk(x, W, torch.zeros(1024), 5, False, precision), u, False, n_kept_by_row=5)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_rows_of_uneven_norm_are_not_searched_again(precision, signed, monkeypatch):
+    """Errors grow with a row's norm: a beginning-of-text token must not send all the others to float32."""
+    x, W = draw(640, 128), draw(2048, 128, seed=1)
+    x[::64] *= 100
+    x[1::64] *= 0.01
+    again, dense_topk = [], search._dense_topk
+    monkeypatch.setattr(search, "_dense_topk", lambda x, *rest: again.append(len(x)) or dense_topk(x, *rest))
+    u = dense(x, W, torch.zeros(2048))
+    assert_exact(search_topk(x, W, torch.zeros(2048), 16, signed, precision), u, signed, n_kept_by_row=16)
+    assert sum(again) < 0.05 * len(x)
+    assert_exact(search_batch_topk(x, W, torch.zeros(2048), 4, signed, precision), u, signed, n_kept=4 * len(x))
 
 
 @pytest.mark.parametrize("signed", [False, True])
@@ -262,7 +279,8 @@ def test_a_search_leaves_its_arguments_alone():
 def test_quantised_rows_are_within_half_a_step():
     x, _, _ = heavy_tailed()
     x[4] = 0
-    q, step = quantise_rows(x, torch.zeros(len(x), 1))
+    q, step, norm = quantise_rows(x, torch.zeros(len(x), 1))
+    torch.testing.assert_close(norm, x.norm(dim=1))
     assert q.dtype == torch.int8 and ((q[:, :-1] * step - x).abs() <= 0.5001 * step).all()
     assert not q[4].any()
 
@@ -276,7 +294,7 @@ def test_bounds_of_a_screen_hold(signed):
             sizes = chunk.sizes.float() * chunk.screen.step
             blocks = sizes.view(-1, chunk.screen.width, chunk.screen.n_blocks)
             assert (blocks.amax(1) <= chunk.bounds + 1e-6 * chunk.bounds.abs()).all(), make.__name__
-            _, latents, unseen = chunk.top(3)
+            _, latents, unseen, _ = chunk.top(3)
             place = torch.empty_like(chunk.screen.latents)
             place[chunk.screen.latents] = torch.arange(len(place))
             rest = (sizes * chunk.scale).scatter(1, place[latents], -torch.inf)
@@ -286,3 +304,21 @@ def test_bounds_of_a_screen_hold(signed):
 
 def test_small_products_are_not_screened():
     assert choose_precision(64, 1024, torch.device("cpu")) == "float32"
+
+
+@pytest.mark.parametrize("make", [lambda: draw(50, 1536), lambda: -draw(50, 300).abs(), lambda: torch.zeros(3, 40)])
+@pytest.mark.parametrize("k", [1, 7, 40])
+def test_largest_places(make, k):
+    """Whatever is left out keeps below the bound, and the bound is no further above it than the keys' resolution."""
+    sizes = make()
+    places, bound = largest_places(sizes, k)
+    assert places.shape == (len(sizes), k) and all(len(set(row.tolist())) == k for row in places)
+    rest = sizes.scatter(1, places, -torch.inf).amax(1)
+    assert (rest <= bound).all()
+    smallest_kept = sizes.gather(1, places).amin(1)
+    assert (smallest_kept >= bound - 1e-4 * sizes.abs().amax() - 1e-20).all()
+
+
+def test_largest_places_of_infinite_sizes():
+    places, bound = largest_places(torch.tensor([[1.0, torch.inf, 2.0]]), 1)
+    assert places.tolist() == [[1]] and bound.isinf()

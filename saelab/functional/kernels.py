@@ -41,11 +41,13 @@ def sampled_dot(
     indices: Int[Tensor, "nnz"],
     left: Float[Tensor, "n_rows d"],
     table: Float[Tensor, "n d"],
+    order: Int[Tensor, "nnz"] | None = None,
 ) -> Float[Tensor, "nnz"]:
     """Inner products at the entries only: `out[e] = <left[rows[e]], table[indices[e]]>`.
 
     On CPU and CUDA this is the kernel behind the gradient of `embedding_bag`'s weights, which reads each row in
-    place; gathering the rows first (what other devices do here) moves several times the memory.
+    place; gathering the rows first (what other devices do here) moves several times the memory. The entries are
+    visited by column (in `order`, if that is known): a batch of rows fits the cache, the table does not.
 
     >>> sampled_dot(torch.tensor([0, 1]), torch.tensor([2, 0]), torch.eye(2, 3), torch.ones(3, 3))
     tensor([1., 1.])
@@ -53,9 +55,11 @@ def sampled_dot(
     if indices.numel() == 0:
         return table.new_zeros(0)
     if table.device.type in ("cpu", "cuda"):
+        order = indices.argsort() if order is None else order
         bags = torch.zeros(1, dtype=indices.dtype, device=indices.device)
         kernel = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        return kernel(left.contiguous(), table, indices, bags, rows, 0)
+        products = kernel(left.contiguous(), table, indices[order], bags, rows[order], 0)
+        return torch.empty_like(products).index_copy_(0, order, products)
     return (left[rows] * table[indices]).sum(-1)
 
 
@@ -84,7 +88,12 @@ class Entries(NamedTuple):
 
     def with_columns(self, n_columns: int) -> "Entries":
         """The same entries, their order by column worked out once for every product that needs it."""
-        return self._replace(columns=transpose_entries(self.indices, n_columns))
+        return self if self.columns else self._replace(columns=transpose_entries(self.indices, n_columns))
+
+    @property
+    def order(self) -> Int[Tensor, "nnz"] | None:
+        """The entries by column, if known."""
+        return self.columns[0] if self.columns else None
 
 
 Spare = list[Tensor]
@@ -141,9 +150,9 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
-        entries = ctx.entries
+        entries: Entries = ctx.entries.with_columns(len(W_dec))
         grad = grad.contiguous()
-        grad_values = sampled_dot(entries[1], entries[0], grad, W_dec)
+        grad_values = sampled_dot(entries.rows, entries.indices, grad, W_dec, entries.order)
         grad_W = weight_gradient(entries, values, grad, len(W_dec)) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W, None
 
@@ -171,12 +180,12 @@ class _NestedDecode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec, residuals = ctx.saved_tensors
-        entries: Entries = ctx.entries
+        entries: Entries = ctx.entries.with_columns(len(W_dec))
         grad_parts = residuals * (-2 * grad).view(-1, 1, 1)
         for g in range(len(residuals) - 2, -1, -1):  # part g enters every reconstruction from g on
             grad_parts[g] += grad_parts[g + 1]
         flat = grad_parts.view(-1, W_dec.shape[1])
-        grad_values = sampled_dot(entries[1], entries[0], flat, W_dec)
+        grad_values = sampled_dot(entries.rows, entries.indices, flat, W_dec, entries.order)
         grad_W = weight_gradient(entries, values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
         grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
         return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None

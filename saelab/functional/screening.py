@@ -20,12 +20,15 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from saelab.functional.ranking import largest_places
 from saelab.functional.scratch import scratch
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
 SCAN_ROWS = 320  # tokens at a time: enough for the matrix kernels, few enough for the cache and to reuse the memory
 BLOCK = 16  # latents a block
+ROUNDS = 12  # of timing the precisions
+INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 class Screen:
@@ -47,6 +50,7 @@ class Screen:
         self.n_blocks = W.shape[0] // self.width
         self.latents = torch.arange(W.shape[0], device=W.device)
         self.step = W.new_ones(W.shape[0])
+        self.typical_norm = W.new_ones(())
         self.balance: Tensor | None = None
         if precision == "int8":
             self.balance = None if like is None else _balance_dimensions(like, W)
@@ -64,9 +68,10 @@ class Screen:
         The bias becomes one more input dimension, as large as leaves the weights' range unchanged.
         """
         sample = W[::BLOCK] if self.balance is None else W[::BLOCK] * self.balance
+        self.typical_norm = torch.linalg.vector_norm(sample, dim=1).square().mean().sqrt()
         largest = torch.maximum(sample.amax(), -sample.amin()).clamp(min=1e-30)
         self.one = float((bias.abs().amax() / largest).clamp(min=1e-6))
-        quantised, step = quantise_rows(W, bias.unsqueeze(1) / self.one, self.balance)
+        quantised, step, _ = quantise_rows(W, bias.unsqueeze(1) / self.one, self.balance)
         by_step = step.squeeze(1).argsort()
         self.latents = by_step.view(self.n_blocks, self.width).T.flatten()
         self.step = step[self.latents, 0]
@@ -75,16 +80,19 @@ class Screen:
 
     def chunks(self, x: Float[Tensor, "n_rows d_in"]) -> Iterator["ScreenedRows"]:
         """Yield the screened rows of x in order; each chunk is gone when the next is asked for."""
-        scale = x.new_ones(x.shape[0], 1)
         if self.precision == "int8":
             ones = x.new_full((x.shape[0], 1), self.one)
-            x, scale = quantise_rows(x, ones, None if self.balance is None else self.balance.reciprocal())
+            x, scale, norm = quantise_rows(x, ones, None if self.balance is None else self.balance.reciprocal())
+            # both factors are off by up to half a step in each dimension
+            noise = torch.hypot(scale[:, 0] * self.typical_norm, norm * self.step.square().mean().sqrt()) / 12**0.5
+        else:
+            scale, noise = x.new_ones(x.shape[0], 1), torch.linalg.vector_norm(x, dim=1)
         dtype = torch.int32 if self.precision == "int8" else self.W.dtype
         buffer = scratch("product", (min(SCAN_ROWS, len(x)), len(self.W)), dtype, x.device)
         for start in range(0, len(x), SCAN_ROWS):
             rows = slice(start, min(start + SCAN_ROWS, len(x)))
             sizes = self.multiply(x[rows], buffer[: rows.stop - start])
-            yield ScreenedRows(self, rows, sizes.abs_() if self.signed else sizes, scale[rows])
+            yield ScreenedRows(self, rows, sizes.abs_() if self.signed else sizes, scale[rows], noise[rows])
 
     def multiply(self, x: Tensor, out: Tensor) -> Tensor:
         """The product itself, in low precision."""
@@ -96,32 +104,42 @@ class Screen:
 class ScreenedRows:
     """One chunk of screened rows: `rows` of the batch, raw `sizes` by place, and the `scale` that makes them sizes of
     u.
+
+    A row's `noise` is what its errors are in proportion to: a token a hundred times as large is screened with errors a
+    hundred times as large.
     """
 
-    def __init__(self, screen: Screen, rows: slice, sizes: Tensor, scale: Float[Tensor, "chunk 1"]) -> None:
-        self.screen, self.rows, self.sizes, self.scale = screen, rows, sizes, scale
+    def __init__(
+        self,
+        screen: Screen,
+        rows: slice,
+        sizes: Tensor,
+        scale: Float[Tensor, "chunk 1"],
+        noise: Float[Tensor, "chunk"],
+    ) -> None:
+        self.screen, self.rows, self.sizes, self.scale, self.noise = screen, rows, sizes, scale, noise
         largest = sizes.view(-1, screen.width, screen.n_blocks).amax(1)
         # upper bounds of every size in the block, up to the scale
         self.bounds = largest * torch.where(largest > 0, screen.largest_step, screen.smallest_step)
 
-    def top(self, n: int) -> tuple[Float[Tensor, "chunk n"], Int[Tensor, "chunk n"], Float[Tensor, "chunk"]]:
-        """Sizes and latents of each row's n largest, unsorted, and a bound that every other size keeps below."""
-        if 4 * n > self.screen.n_blocks:  # blocks would narrow nothing down
-            best = (self.sizes * self.screen.step).topk(n, dim=1, sorted=False)
-            return best.values * self.scale, self.screen.latents[best.indices], best.values.amin(1) * self.scale[:, 0]
+    def top(self, n: int) -> tuple[Float[Tensor, "chunk n"], Int[Tensor, "chunk n"], Float[Tensor, "chunk"], Tensor]:
+        """Sizes and latents of each row's n largest, unsorted, a bound that every other size keeps below, the noise."""
         screen = self.screen
-        blocks = self.bounds.topk(n, dim=1, sorted=False)
+        if 4 * n > screen.n_blocks:  # blocks would narrow nothing down
+            sizes = self.sizes * screen.step
+            places, unseen = largest_places(sizes, n)
+            return sizes.gather(1, places) * self.scale, screen.latents[places], unseen * self.scale[:, 0], self.noise
+        blocks, unseen_blocks = largest_places(self.bounds, n)
         inside = self.sizes.view(-1, screen.width, screen.n_blocks)
-        inside = inside.gather(2, blocks.indices.unsqueeze(1).expand(-1, screen.width, -1)).transpose(1, 2)
-        sizes = (inside * embedding(blocks.indices, screen.step_by_block)).flatten(1)
-        best = sizes.topk(n, dim=1, sorted=False)
-        block = blocks.indices.gather(1, best.indices // screen.width)
-        places = best.indices % screen.width * screen.n_blocks + block
-        unseen = torch.maximum(blocks.values.amin(1), best.values.amin(1)) * self.scale[:, 0]
-        return best.values * self.scale, screen.latents[places], unseen
+        inside = inside.gather(2, blocks.unsqueeze(1).expand(-1, screen.width, -1)).transpose(1, 2)
+        sizes = (inside * embedding(blocks, screen.step_by_block)).flatten(1)
+        best, unseen = largest_places(sizes, n)
+        places = best % screen.width * screen.n_blocks + blocks.gather(1, best // screen.width)
+        unseen = torch.maximum(unseen_blocks, unseen) * self.scale[:, 0]
+        return sizes.gather(1, best) * self.scale, screen.latents[places], unseen, self.noise
 
-    def above(self, floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the batch, latents and sizes of the entries at or above `floor`, row by row."""
+    def above(self, floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows of the batch, latents and sizes of the entries at or above `floor`, row by row; the rows' noise."""
         limit = floor / self.scale
         row, block = (self.bounds >= limit).nonzero(as_tuple=True)
         blocks = self.sizes.view(-1, self.screen.width, self.screen.n_blocks)
@@ -130,7 +148,7 @@ class ScreenedRows:
         hit, place = (sizes >= limit[row]).nonzero(as_tuple=True)
         row = row[hit]
         latents = self.screen.latents[inside[hit, place]]
-        return row + self.rows.start, latents, sizes[hit, place] * self.scale[row, 0]
+        return row + self.rows.start, latents, sizes[hit, place] * self.scale[row, 0], self.noise
 
 
 def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Float[Tensor, "d"]:
@@ -145,26 +163,29 @@ def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Flo
 
 def quantise_rows(
     x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"], scale: Float[Tensor, "d"] | None = None
-) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
+) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"], Float[Tensor, "n"]]:
     """Round each row of `[x * scale, last]` to int8, `~ q * step` with `step = max|.| / 127`; q is scratch memory.
 
+    Also the norms of the rows of `x * scale`.
+
     >>> quantise_rows(torch.tensor([[1.0, -2.54]]), torch.tensor([[0.5]]))
-    (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]))
+    (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]), tensor([2.7298]))
     """
     q = scratch("quantised", (x.shape[0], x.shape[1] + 1), torch.int8, x.device)
-    step = last.abs()
+    step, norm = last.abs(), x.new_empty(x.shape[0])
     for start in range(0, x.shape[0], 128):  # by pieces that fit the cache
         rows = slice(start, start + 128)
         part = x[rows] if scale is None else x[rows] * scale
         largest = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
         step[rows] = torch.maximum(largest, step[rows]).clamp(min=1e-30) / 127
+        norm[rows] = torch.linalg.vector_norm(part, dim=1)
         q[rows, :-1] = (part * step[rows].reciprocal()).round_()
     q[:, -1:] = (last / step).round_()
-    return q, step
+    return q, step, norm
 
 
 def choose_precision(d_in: int, d_sae: int, device: torch.device) -> Precision:
-    """Pick the cheapest screening precision on this device, by a short measurement on CPU.
+    """Pick the cheapest screening precision on this device, by what its processor can do or a short measurement.
 
     Small products stay in float32, where a screen saves nothing. The choice changes the speed only, never the result.
     """
@@ -177,21 +198,34 @@ def choose_precision(d_in: int, d_sae: int, device: torch.device) -> Precision:
 
 @functools.lru_cache
 def _fastest_on_cpu(n_threads: int) -> Precision:
-    """Time one product in each precision (0.1 s, once a process and thread count); a screen must win by a third."""
+    """Int8 where the processor has instructions for it; elsewhere the fastest measured."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return "int8" if any(able.get(name) for name in INT8_INSTRUCTIONS) else _measure_precisions()
+
+
+def _measure_precisions() -> Precision:
+    """Time one product in each precision, best of many rounds (0.3 s); a screen must win by a third.
+
+    Beside other work even that can be wrong, and the wrong choice costs a run dear: where the processor can be asked,
+    it is.
+    """
     x, W = torch.ones(256, 768), torch.ones(4096, 768)
     low_x, low_W, int_x, int_W = x.bfloat16(), W.bfloat16(), x.to(torch.int8), W.to(torch.int8)
-    seconds: dict[Precision, float] = {
-        "float32": _time(lambda: x @ W.T) / 1.5,
-        "bfloat16": _time(lambda: low_x @ low_W.T) * 1.1,
-        "int8": _time(lambda: torch._int_mm(int_x, int_W.T)),
+    products: dict[Precision, Callable[[], Tensor]] = {
+        "float32": lambda: x @ W.T,
+        "bfloat16": lambda: low_x @ low_W.T,
+        "int8": lambda: torch._int_mm(int_x, int_W.T),
     }
-    return min(seconds, key=lambda name: seconds[name])
+    handicap = {"float32": 1 / 1.5, "bfloat16": 1.1, "int8": 1.0}
+    seconds = dict.fromkeys(products, float("inf"))
+    for i in range(ROUNDS):
+        for name, product in products.items():
+            if i < 2 or seconds[name] < 4 * min(seconds.values()):  # what is hopeless need not be timed well
+                seconds[name] = min(seconds[name], _time(product))
+    return min(seconds, key=lambda name: seconds[name] * handicap[name])
 
 
 def _time(call: Callable[[], Tensor]) -> float:
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

@@ -1,10 +1,11 @@
 """Search for the largest pre-activations, without ever holding all of them.
 
 Both searches screen in low precision, keep more candidates than asked for, re-score those in float32 and select again.
-The candidates' own errors say how far the screen can be wrong; rows where an unseen latent might still have won are
-searched again in float32. The result is the top-k of the float32 scores unless the screen errs on an unseen winner by
-more than `ERROR_MARGIN` times its largest error on all candidates. That is a check, not a proof: scores can be built to
-pass it and lose a member (tests/test_search.py keeps one); no random data tried did.
+The candidates' own errors, in proportion to what each row's should be, say how far the screen can be wrong; rows where
+an unseen latent might still have won are searched again in float32. The result is the top-k of the float32 scores
+unless the screen errs on an unseen winner by more than `ERROR_MARGIN` times its largest such error on all candidates.
+That is a check, not a proof: scores can be built to pass it and lose a member (tests/test_search.py keeps one); no
+random data tried did.
 """
 
 import torch
@@ -17,6 +18,7 @@ from saelab.functional.screening import SCAN_ROWS, Precision, Screen, choose_pre
 
 DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
 ERROR_MARGIN = 1.25  # an unseen latent may be wrong by this many times the largest error seen on the candidates
+MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
 
 
 def search_topk(
@@ -37,16 +39,15 @@ def search_topk(
         return _keep_firing(*_dense_topk(x, W, bias, k, signed), signed, d_sae)
     screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed, like=x)
     n_candidates = min(d_sae, 2 * k - k // 4 + 4 if screen.precision == "int8" else k + k // 4 + 8)
-    approximate, candidates, unseen = (
-        torch.cat(p) for p in zip(*(c.top(n_candidates) for c in screen.chunks(x)), strict=True)
-    )
+    parts = zip(*(c.top(n_candidates) for c in screen.chunks(x)), strict=True)
+    approximate, candidates, unseen, noise = (torch.cat(part) for part in parts)
     rows = torch.arange(n_rows, device=x.device)
     exact = _rescore(x, W, bias, rows.repeat_interleave(n_candidates), candidates.flatten()).view(candidates.shape)
     size = exact.abs() if signed else exact
     best = size.topk(k, dim=1)
     indices, values = candidates.gather(1, best.indices), exact.gather(1, best.indices)
     if n_candidates < d_sae:
-        error = (size - approximate).abs().max() * ERROR_MARGIN
+        error = _bound_error((size - approximate).abs().amax(1) / noise, noise)
         unsure = (unseen + error > best.values[:, -1].clamp(min=0)).nonzero().squeeze(1)
         indices[unsure], _ = _dense_topk(x[unsure], W, bias, k, signed)
         values[unsure] = _rescore(x, W, bias, unsure.repeat_interleave(k), indices[unsure].flatten()).view(-1, k)
@@ -99,22 +100,56 @@ def search_batch_topk(
         kept, values = (part[(values != 0) if signed else (values > 0)] for part in (kept, values))
         return SparseCodes.from_rows(kept % d_sae, values, kept // d_sae, (n_rows, d_sae))
     screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed, like=x)
-    surplus = 1.6 if screen.precision == "int8" else 1.25
-    while True:
-        floor = _estimate_floor(screen, x, k * surplus)
-        rows, indices, approximate = (
-            torch.cat(p) for p in zip(*(c.above(floor) for c in screen.chunks(x)), strict=True)
-        )
-        exact = _rescore(x, W, bias, rows, indices)
-        size = exact.abs() if signed else exact
-        error = (size - approximate).abs().max() * ERROR_MARGIN if len(size) else size.new_zeros(())
-        worst = size.topk(n_kept, sorted=False).values.amin() if len(size) >= n_kept else -error
-        if floor + error <= worst.clamp(min=-torch.inf if signed else 0) or floor == -torch.inf:
-            break
-        surplus *= 4  # the floor was too high to be sure: screen again with a lower one
+    rows, indices, exact = _screen_batch(screen, x, W, bias, n_kept)
+    size = exact.abs() if signed else exact
     keep = size.topk(min(n_kept, len(size)), sorted=False).indices.sort().values
     keep = keep[size[keep] > 0]
     return SparseCodes.from_rows(indices[keep], exact[keep], rows[keep], (n_rows, d_sae))
+
+
+def _screen_batch(
+    screen: Screen, x: Tensor, W: Tensor, bias: Tensor, n_kept: int
+) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Float[Tensor, "nnz"]]:
+    """Rows, latents and exact u of a superset of the batch's n_kept largest, row by row."""
+    surplus = 1.6 if screen.precision == "int8" else 1.25
+    while True:
+        floor = _estimate_floor(screen, x, n_kept / len(x) * surplus)
+        parts = zip(*(c.above(floor) for c in screen.chunks(x)), strict=True)
+        rows, indices, approximate, noise = (torch.cat(part) for part in parts)
+        exact = _rescore(x, W, bias, rows, indices)
+        size = exact.abs() if screen.signed else exact
+        if len(size) >= n_kept:
+            worst = size.topk(n_kept, sorted=False).values.amin().clamp(min=0)
+            error = _bound_error((size - approximate).abs() / noise[rows], noise)
+            unsure = floor + error > worst
+            if unsure.sum() <= MAX_UNSURE * len(x):
+                return _search_again(unsure, (rows, indices, exact), x, W, bias, worst, screen.signed)
+        if floor == -torch.inf:
+            return rows, indices, exact
+        surplus *= 4  # the floor was too high to be sure: screen again with a lower one
+
+
+def _search_again(
+    unsure: Tensor, found: tuple[Tensor, ...], x: Tensor, W: Tensor, bias: Tensor, worst: Tensor, signed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace what was found in the unsure rows by all that float32 finds there, down to `worst`."""
+    if not unsure.any():
+        return found[0], found[1], found[2]
+    lost = unsure.nonzero().squeeze(1)
+    codes = search_above(x[lost], W, bias, worst.nextafter(worst.new_tensor(-1.0)), signed)
+    assert codes is not None
+    sure = ~unsure[found[0]]
+    rows = torch.cat([found[0][sure], lost[codes.rows]])
+    indices = torch.cat([found[1][sure], codes.indices])
+    exact = torch.cat([found[2][sure], _rescore(x, W, bias, lost[codes.rows], codes.indices)])
+    order = rows.argsort(stable=True)
+    return rows[order], indices[order], exact[order]
+
+
+def _bound_error(relative: Float[Tensor, "..."], noise: Float[Tensor, "n_rows"]) -> Float[Tensor, "n_rows"]:
+    """How wrong an unseen size may be in each row, from the candidates' errors relative to their row's noise."""
+    worst = relative.nan_to_num().amax() if relative.numel() else noise.new_zeros(())
+    return worst * noise * ERROR_MARGIN
 
 
 def _largest(size: Float[Tensor, "n_rows d_sae"], n: int) -> Int[Tensor, "n"]:
