@@ -279,8 +279,7 @@ def test_a_search_leaves_its_arguments_alone():
 def test_quantised_rows_are_within_half_a_step():
     x, _, _ = heavy_tailed()
     x[4] = 0
-    q, step, norm = quantise_rows(x, torch.zeros(len(x), 1))
-    torch.testing.assert_close(norm, x.norm(dim=1))
+    q, step = quantise_rows(x, torch.zeros(len(x), 1))
     assert q.dtype == torch.int8 and ((q[:, :-1] * step - x).abs() <= 0.5001 * step).all()
     assert not q[4].any()
 

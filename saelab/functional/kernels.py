@@ -162,11 +162,19 @@ class _NestedDecode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, W_dec: Tensor, x: Tensor, b_dec: Tensor, entries: Entries, n_groups: int, spare: Spare
+        ctx: Any,
+        values: Tensor,
+        W_dec: Tensor,
+        x: Tensor,
+        b_dec: Tensor,
+        entries: Entries,
+        n_groups: int,
+        spare: Spare,
+        centred: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         indices, offsets = entries.indices, entries.offsets
         residuals = gather_sum(indices, values, offsets, W_dec).view(n_groups, *x.shape)
-        above = x - b_dec
+        above = x - b_dec if centred is None else centred
         for residual in residuals:
             torch.sub(above, residual, out=residual)
             above = residual
@@ -188,7 +196,7 @@ class _NestedDecode(torch.autograd.Function):
         grad_values = sampled_dot(entries.rows, entries.indices, flat, W_dec, entries.order)
         grad_W = weight_gradient(entries, values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
         grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
-        return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None
+        return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None, None
 
 
 class _Encode(torch.autograd.Function):
@@ -196,24 +204,32 @@ class _Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, values: Tensor, entries: Entries, spare: Spare
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        values: Tensor,
+        entries: Entries,
+        spare: Spare,
+        centred: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, W_enc, b_dec)
+        ctx.save_for_backward(x - b_dec if centred is None else centred, W_enc)
         ctx.entries = entries
         ctx.spare = spare
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W_enc, b_dec = ctx.saved_tensors
+        centred, W_enc = ctx.saved_tensors
         entries: Entries = ctx.entries
         indices, offsets = entries.indices, entries.offsets
         # index_add_ adds in the order of the entries, so one seed gives one result
         grad_b = torch.zeros_like(W_enc[0]).index_add_(0, indices, grad)
-        grad_W = weight_gradient(entries, grad, x - b_dec, W_enc.shape[1], ctx.spare).T
+        grad_W = weight_gradient(entries, grad, centred, W_enc.shape[1], ctx.spare).T
         grad_x = gather_sum(indices, grad, offsets, W_enc.T) if ctx.needs_input_grad[0] else None
         # every token shares b_dec, so its gradient is one matrix-vector product
-        return grad_x, grad_W, grad_b, -(W_enc @ grad_b), None, None, None
+        return grad_x, grad_W, grad_b, -(W_enc @ grad_b), None, None, None, None
 
 
 def sparse_decode(
@@ -241,18 +257,19 @@ def nested_decode_error(
     entries: Entries,
     n_groups: int = 1,
     spare: Spare | None = None,
+    centred: Float[Tensor, "n_rows d_in"] | None = None,
 ) -> tuple[Float[Tensor, "n_groups"], Float[Tensor, "n_rows d_in"]]:
     """Squared error of every prefix, `||x - b_dec - sum_{h <= g} z_h W_dec||^2`, and the last one's residual, detached.
 
     The entries' rows are those of n_groups stacked batches: row `g * n_rows + r` holds what group g of the latents
     gives to token r. Differentiable in values, W_dec, x and b_dec, at the cost of the non-zero entries; all prefixes
-    cost one decode. Source: the Matryoshka loss of arXiv:2503.17547.
+    cost one decode. `centred` is x - b_dec, if known. Source: the Matryoshka loss of arXiv:2503.17547.
 
     >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     >>> nested_decode_error(torch.ones(1), torch.eye(2), torch.ones(1, 2), torch.zeros(2), entries)
     (tensor([1.]), tensor([[1., 0.]]))
     """
-    return _NestedDecode.apply(values, W_dec, x, b_dec, entries, n_groups, spare if spare is not None else [])
+    return _NestedDecode.apply(values, W_dec, x, b_dec, entries, n_groups, spare or [], centred)
 
 
 def attach_encoder(
@@ -263,10 +280,12 @@ def attach_encoder(
     b_dec: Float[Tensor, "d_in"],
     entries: Entries,
     spare: Spare | None = None,
+    centred: Float[Tensor, "n_rows d_in"] | None = None,
 ) -> Float[Tensor, "nnz"]:
     """Give pre-activations found by a search without gradients their gradients back, at the entries kept.
 
     `values[e]` must equal `((x - b_dec) W_enc + b_enc)[rows[e], indices[e]]`. The result has the same values, and its
-    gradient reaches x, W_enc, b_enc and b_dec as if the dense product had been differentiated.
+    gradient reaches x, W_enc, b_enc and b_dec as if the dense product had been differentiated. `centred` is x - b_dec, if
+    known.
     """
-    return _Encode.apply(x, W_enc, b_enc, b_dec, values, entries, spare if spare is not None else [])
+    return _Encode.apply(x, W_enc, b_enc, b_dec, values, entries, spare or [], centred)

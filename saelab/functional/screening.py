@@ -71,7 +71,7 @@ class Screen:
         self.typical_norm = torch.linalg.vector_norm(sample, dim=1).square().mean().sqrt()
         largest = torch.maximum(sample.amax(), -sample.amin()).clamp(min=1e-30)
         self.one = float((bias.abs().amax() / largest).clamp(min=1e-6))
-        quantised, step, _ = quantise_rows(W, bias.unsqueeze(1) / self.one, self.balance)
+        quantised, step = quantise_rows(W, bias.unsqueeze(1) / self.one, self.balance)
         by_step = step.squeeze(1).argsort()
         self.latents = by_step.view(self.n_blocks, self.width).T.flatten()
         self.step = step[self.latents, 0]
@@ -82,7 +82,9 @@ class Screen:
         """Yield the screened rows of x in order; each chunk is gone when the next is asked for."""
         if self.precision == "int8":
             ones = x.new_full((x.shape[0], 1), self.one)
-            x, scale, norm = quantise_rows(x, ones, None if self.balance is None else self.balance.reciprocal())
+            x = x if self.balance is None else x / self.balance
+            norm = torch.linalg.vector_norm(x, dim=1)
+            x, scale = quantise_rows(x, ones)
             # both factors are off by up to half a step in each dimension
             noise = torch.hypot(scale[:, 0] * self.typical_norm, norm * self.step.square().mean().sqrt()) / 12**0.5
         else:
@@ -119,8 +121,9 @@ class ScreenedRows:
     ) -> None:
         self.screen, self.rows, self.sizes, self.scale, self.noise = screen, rows, sizes, scale, noise
         largest = sizes.view(-1, screen.width, screen.n_blocks).amax(1)
-        # upper bounds of every size in the block, up to the scale
-        self.bounds = largest * torch.where(largest > 0, screen.largest_step, screen.smallest_step)
+        # upper bounds of every size in the block, up to the scale; with |u| none is negative
+        step = screen.largest_step
+        self.bounds = largest * (step if screen.signed else torch.where(largest > 0, step, screen.smallest_step))
 
     def top(self, n: int) -> tuple[Float[Tensor, "chunk n"], Int[Tensor, "chunk n"], Float[Tensor, "chunk"], Tensor]:
         """Sizes and latents of each row's n largest, unsorted, a bound that every other size keeps below, the noise."""
@@ -163,25 +166,22 @@ def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Flo
 
 def quantise_rows(
     x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"], scale: Float[Tensor, "d"] | None = None
-) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"], Float[Tensor, "n"]]:
+) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
     """Round each row of `[x * scale, last]` to int8, `~ q * step` with `step = max|.| / 127`; q is scratch memory.
 
-    Also the norms of the rows of `x * scale`.
-
     >>> quantise_rows(torch.tensor([[1.0, -2.54]]), torch.tensor([[0.5]]))
-    (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]), tensor([2.7298]))
+    (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]))
     """
     q = scratch("quantised", (x.shape[0], x.shape[1] + 1), torch.int8, x.device)
-    step, norm = last.abs(), x.new_empty(x.shape[0])
+    step = last.abs()
     for start in range(0, x.shape[0], 128):  # by pieces that fit the cache
         rows = slice(start, start + 128)
         part = x[rows] if scale is None else x[rows] * scale
         largest = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
         step[rows] = torch.maximum(largest, step[rows]).clamp(min=1e-30) / 127
-        norm[rows] = torch.linalg.vector_norm(part, dim=1)
         q[rows, :-1] = (part * step[rows].reciprocal()).round_()
     q[:, -1:] = (last / step).round_()
-    return q, step, norm
+    return q, step
 
 
 def choose_precision(d_in: int, d_sae: int, device: torch.device) -> Precision:

@@ -120,8 +120,9 @@ class Trainee:
         sae = self.sae
         x = sae.normaliser.normalise(x.to(sae.W_enc))
         with torch.no_grad():
-            found = sae.cfg.activation.search(x - sae.b_dec, sae.W_enc.T, sae.b_enc, sae.threshold, training=True)
-        step = self._dense_step(x) if found is None else self._sparse_step(x, found)
+            centred = x - sae.b_dec
+            found = sae.cfg.activation.search(centred, sae.W_enc.T, sae.b_enc, sae.threshold, training=True)
+        step = self._dense_step(x) if found is None else self._sparse_step(x, centred, found)
         errors, residual, penalty, seen = step
         terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
         if penalty is not None:
@@ -130,13 +131,13 @@ class Trainee:
             terms["aux"] = self._aux(x, residual, sae.cfg.aux)
         return Objective(terms, *seen, n_tokens=len(x))
 
-    def _sparse_step(self, x: Tensor, found: SparseCodes) -> _Step:
+    def _sparse_step(self, x: Tensor, centred: Tensor, found: SparseCodes) -> _Step:
         """The prefixes' errors from the codes found, at the cost of their entries."""
         sae, n = self.sae, len(x)
         indices, rows, offsets = found.indices, found.rows, found.offsets
         weights = (sae.W_enc, sae.b_enc, sae.b_dec)
         entries = Entries(indices, rows, offsets).with_columns(sae.cfg.d_sae)
-        u = attach_encoder(found.values, x, *weights, entries, self._spare("W_enc"))
+        u = attach_encoder(found.values, x, *weights, entries, self._spare("W_enc"), centred)
         threshold = sae.threshold
         if threshold is not None and threshold.ndim:
             threshold = threshold.index_select(0, indices)
@@ -154,7 +155,7 @@ class Trainee:
             offsets = torch.searchsorted(rows, torch.arange(n * len(ends) + 1, device=rows.device))
             entries = Entries(indices, rows, offsets)
         errors, residual = nested_decode_error(
-            values, sae.W_dec, x, sae.b_dec, entries, len(ends), self._spare("W_dec")
+            values, sae.W_dec, x, sae.b_dec, entries, len(ends), self._spare("W_dec"), centred
         )
         return errors, residual, penalty, seen
 
