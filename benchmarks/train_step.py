@@ -2,8 +2,9 @@
 
     .venv-bench/bin/python benchmarks/train_step.py --activations topk,abstopk --json runs/train_step.json
 
-Every (library, activation) runs in a process of its own, so that its peak memory is its own too; the libraries take
-their steps in turns. `make bench` makes the environment.
+Every (library, activation) runs in a process of its own, so that its peak memory is its own too. The libraries take
+turns of a few steps each: a machine that slows down does so for all, and a step follows a step, as it does in training.
+`make bench` makes the environment.
 """
 
 import argparse
@@ -36,8 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=32, help="units kept for a token (default 32)")
     parser.add_argument("--activations", default="topk,abstopk,batchtopk,matryoshka", help="also: relu, jumprelu")
     parser.add_argument("--libraries", default=",".join(LIBRARIES), help="default: all of %(default)s")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before timing starts (default 2)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps, of which the median counts (default 5)")
+    parser.add_argument("--turn", type=int, default=3, help="steps a library takes in a turn (default 3)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns, after one that is not (default 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all processors)")
     parser.add_argument("--seed", type=int, default=0, help="of the data (default 0)")
     parser.add_argument("--json", type=Path, help="write the rows here too")
@@ -107,7 +108,7 @@ class Server:
             self.times[what].append(answer["seconds"])
 
     def finish(self, warmup: int) -> dict[str, Any]:
-        """End the process; the medians of what it was asked for after the warm-up."""
+        """End the process; the medians of what it was asked for after the first `warmup` calls."""
         self.process.communicate()
         if "error" not in self.row:
             self.row["seconds"] = median(self.times["step"][warmup:])
@@ -117,14 +118,15 @@ class Server:
 
 
 def compare(names: list[str], activation: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time the libraries in turns, step by step, so that a machine that speeds up or slows down does so for all."""
+    """Time the libraries in turns of a few steps."""
     servers = [Server(name, activation) for name in names]
     for what in ("step", "product"):
-        for _ in range(args.warmup + args.repeats):
+        for _ in range(1 + args.repeats):
             for server in servers:
                 if what == "step" or server.row["library"] == "saelab":
-                    server.time(what)
-    return [server.finish(args.warmup) for server in servers]
+                    for _ in range(args.turn):
+                        server.time(what)
+    return [server.finish(args.turn) for server in servers]
 
 
 def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The largest of each row, unsorted: selection among sizes that are approximate anyway."""
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -28,7 +27,8 @@ def largest_places(
         return best.indices, best.values.amin(1)
     levels = (2 ** (30 - place_bits) - 1) / largest.clamp(min=1e-30)
     keys = torch.add(torch.arange(n, dtype=torch.int32), (sizes * levels).int(), alpha=2**place_bits)
-    kept = torch.from_numpy(np.partition(keys.numpy(), n - k, axis=1)[:, n - k :])
+    keys.numpy().partition(n - k, axis=1)  # in place
+    kept = keys[:, n - k :]
     return (kept & (2**place_bits - 1)).long(), ((kept[:, 0] >> place_bits) + 1) / levels
 
 

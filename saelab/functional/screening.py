@@ -25,7 +25,7 @@ from saelab.functional.scratch import scratch
 
 Precision = Literal["float32", "bfloat16", "int8"]
 
-SCAN_ROWS = 320  # tokens at a time: enough for the matrix kernels, few enough for the cache and to reuse the memory
+SCAN_ROWS = 512  # tokens at a time: enough for the matrix kernels, few enough for the cache and to reuse the memory
 BLOCK = 16  # latents a block
 ROUNDS = 12  # of timing the precisions
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
@@ -137,7 +137,8 @@ class ScreenedRows:
         inside = inside.gather(2, blocks.unsqueeze(1).expand(-1, screen.width, -1)).transpose(1, 2)
         sizes = (inside * embedding(blocks, screen.step_by_block)).flatten(1)
         best, unseen = largest_places(sizes, n)
-        places = best % screen.width * screen.n_blocks + blocks.gather(1, best // screen.width)
+        within, block = best & (screen.width - 1), best >> (screen.width.bit_length() - 1)  # widths are powers of two
+        places = within * screen.n_blocks + blocks.gather(1, block)
         unseen = torch.maximum(unseen_blocks, unseen) * self.scale[:, 0]
         return sizes.gather(1, best) * self.scale, screen.latents[places], unseen, self.noise
 
@@ -174,8 +175,8 @@ def quantise_rows(
     """
     q = scratch("quantised", (x.shape[0], x.shape[1] + 1), torch.int8, x.device)
     step = last.abs()
-    for start in range(0, x.shape[0], 128):  # by pieces that fit the cache
-        rows = slice(start, start + 128)
+    for start in range(0, x.shape[0], 256):  # by pieces that fit the cache
+        rows = slice(start, start + 256)
         part = x[rows] if scale is None else x[rows] * scale
         largest = torch.maximum(part.amax(1, keepdim=True), -part.amin(1, keepdim=True))
         step[rows] = torch.maximum(largest, step[rows]).clamp(min=1e-30) / 127
