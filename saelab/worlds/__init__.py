@@ -1,0 +1,1 @@
+"""Worlds whose concepts are known token by token."""

@@ -1,0 +1,125 @@
+"""Train the language models of tales from nothing, and measure them on stories they have not seen.
+
+    python scripts/train_tales.py tales        # about 1 million parameters, half an hour on one core
+    python scripts/train_tales.py tales-b
+
+Writes `saelab/worlds/models/<name>/` (config.json, 16-bit safetensors, tokenizer) and prints the curve.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from saelab.worlds.tales import CTX_LEN, Stories, tell
+from saelab.worlds.vocabulary import BOS, EOS, PAD, VOCABULARY, save_tokenizer
+
+SHAPES = {
+    "tales": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "seed": 0},
+    "tales-b": {"hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 5, "seed": 1},
+}
+STORY_SEED = 0
+HELD_OUT = 10_000_000  # number of the first story that training never sees
+GROUP = 512  # stories told at a time, batches of like length cut from them
+PAD_ID = VOCABULARY.index(PAD)
+
+
+def make_model(name: str) -> torch.nn.Module:
+    """A Llama of the name's shape, drawn from its seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(SHAPES[name])
+    torch.manual_seed(shape.pop("seed"))
+    cfg = LlamaConfig(
+        vocab_size=len(VOCABULARY),
+        max_position_embeddings=CTX_LEN,
+        tie_word_embeddings=True,
+        bos_token_id=VOCABULARY.index(BOS),
+        eos_token_id=VOCABULARY.index(EOS),
+        pad_token_id=PAD_ID,
+        initializer_range=0.04,
+        **shape,
+    )
+    return LlamaForCausalLM(cfg)
+
+
+def rows_of(stories: Stories) -> list[Tensor]:
+    return [torch.from_numpy(part).long() for part in np.split(stories.token_ids, stories.offsets[1:-1])]
+
+
+def batches(batch_size: int) -> Iterator[Tensor]:
+    """Padded batches of new stories for ever; stories of like length share a batch, batches come in any order."""
+    first = 0
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        rows = sorted(rows_of(tell(GROUP, STORY_SEED, first)), key=len)
+        first += GROUP
+        for i in torch.randperm(GROUP // batch_size, generator=generator).tolist():
+            part = rows[i * batch_size : (i + 1) * batch_size]
+            yield torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=PAD_ID)
+
+
+def loss_of(model: torch.nn.Module, ids: Tensor, reduction: str = "mean") -> Tensor:
+    logits = model(ids).logits[:, :-1]
+    return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD_ID, reduction=reduction)
+
+
+@torch.no_grad()
+def held_out_loss(model: torch.nn.Module, n_stories: int = 200) -> tuple[float, float]:
+    """Loss in nats a token on unseen stories, and the oracle's on the same."""
+    stories = tell(n_stories, STORY_SEED, HELD_OUT)
+    total = sum(float(loss_of(model, row[None], "sum")) for row in rows_of(stories))
+    return total / (len(stories.token_ids) - len(stories)), stories.oracle_loss
+
+
+def train(name: str, steps: int, batch_size: int, peak_lr: float) -> torch.nn.Module:
+    model = make_model(name)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    start, n_tokens = time.time(), 0
+    for step, ids in zip(range(steps), batches(batch_size), strict=False):
+        scale = min(1.0, (step + 1) / 100, (steps - step) / (0.5 * steps))
+        for group in optimiser.param_groups:
+            group["lr"] = peak_lr * scale
+        loss = loss_of(model, ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        n_tokens += int((ids != PAD_ID).sum())
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            held, oracle = held_out_loss(model)
+            row = {"step": step + 1, "n_tokens": n_tokens, "loss": round(loss.item(), 4), "held_out": round(held, 4)}
+            print(json.dumps({**row, "oracle": round(oracle, 4), "seconds": round(time.time() - start)}), flush=True)
+    return model
+
+
+def save(model: torch.nn.Module, folder: Path) -> None:
+    model.half().save_pretrained(folder)
+    save_tokenizer(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(SHAPES))
+    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--batch-size", type=int, default=32, help="stories a step")
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="default: saelab/worlds/models/<name>")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = train(args.name, args.steps, args.batch_size, args.lr)
+    save(model, args.out or Path(__file__).parents[1] / "saelab" / "worlds" / "models" / args.name)
+
+
+if __name__ == "__main__":
+    main()
