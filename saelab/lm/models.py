@@ -16,6 +16,10 @@ Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ig
 """A language model as saelab knows it. A string, because importing the class takes seconds."""
 
 
+BUILT_IN = ("tales", "tales-b")
+WORLD_MODELS = Path(__file__).parents[1] / "worlds" / "models"
+
+
 def load_model(
     name_or_path: str | Path | nn.Module,
     device: str | torch.device | None = None,
@@ -25,8 +29,8 @@ def load_model(
 ) -> Model:
     """A causal language model behind a `TransformerBridge`, with raw Hugging Face weights, in evaluation mode.
 
-    `name_or_path` is a Hub id, a local folder (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face
-    model object (it stays as it is; the bridge shares its weights), or a bridge (returned as it is). `device` defaults
+    `name_or_path` is "tales" or "tales-b" (the models of `saelab.worlds`, part of the package), a Hub id, a local folder
+    (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face model object (it stays as it is; the bridge shares its weights), or a bridge (returned as it is). `device` defaults
     to the best one present ("tiny" stays on the CPU), `dtype` to float32; objects keep their own. `tokenizer` replaces
     the model's; for an object it may be left out where the folder it came from has one. FileNotFoundError for a missing
     folder, ValueError for a wrong id, a folder that holds no model, or a device or dtype beside an object.
@@ -48,6 +52,8 @@ def load_model(
         return _wrap(name_or_path, tokenizer)
     name = str(name_or_path)
     folder = Path(name_or_path).expanduser()
+    if name in BUILT_IN and not folder.is_dir():
+        folder, device = WORLD_MODELS / name, device or "cpu"
     if name == "tiny" and not folder.is_dir():
         return tiny_model().to(device or "cpu", dtype or torch.float32, print_details=False)
     if folder.is_dir():
