@@ -1,14 +1,17 @@
-"""Arguments that several commands share, and the defaults that they take from the library."""
+"""What the commands take: arguments and options with their help, and defaults that come from the library."""
 
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import torch
 from typer import Argument, Option
 
 from saelab.lm.tokens import tokenize
+from saelab.sae.activations import ACTIVATIONS
+from saelab.sae.config import Dictionary, Init
+from saelab.sae.normaliser import KINDS
 
 
 def default_of(function: Callable[..., Any], name: str) -> Any:
@@ -20,6 +23,7 @@ CTX_LEN: int = default_of(tokenize, "ctx_len")
 SEPARATOR: str = default_of(tokenize, "separator")
 FIELD: str = default_of(tokenize, "field")
 
+# several commands
 ModelName = Annotated[
     str,
     Argument(
@@ -41,6 +45,52 @@ Device = Annotated[
     ),
 ]
 Progress = Annotated[bool, Option("--progress/--no-progress", help="Show progress on stderr, or not.")]
+
+# `saelab train`
+ActsFolder = Annotated[Path, Argument(metavar="ACTS", help="Folder of activations written by `saelab collect`.")]
+Width = Annotated[int, Option(help="Latents in the dictionary.")]
+OutSAE = Annotated[Path, Option(help="Folder for the SAE, its history and its checkpoint.", metavar="FOLDER")]
+ActivationName = Annotated[str, Option(help=f"Which latents fire: {', '.join(ACTIVATIONS)}.", metavar="NAME")]
+K = Annotated[
+    int,
+    Option(help="Latents that fire for a token: kept (topk, abstopk), mean (batch...), target L0 (relu, jumprelu)."),
+]
+Prefixes = Annotated[
+    str | None,
+    Option(
+        help="Matryoshka: sizes that end at d_sae, such as 64,256,1024, or `random`.",
+        metavar="SIZES",
+        show_default="none",
+    ),
+]
+DictionaryName = Annotated[
+    str, Option(help=f"Rows of the dictionary: {', '.join(get_args(Dictionary))}.", metavar="NAME")
+]
+NormaliserName = Annotated[
+    str, Option(help=f"What is done to the activations first: {', '.join(KINDS)}.", metavar="NAME")
+]
+InitName = Annotated[str, Option(help=f"What the dictionary starts from: {', '.join(get_args(Init))}.", metavar="NAME")]
+Aux = Annotated[bool, Option("--aux/--no-aux", help="Bring dead latents back by the AuxK loss, or not.")]
+DeadAfter = Annotated[
+    int | None,
+    Option(
+        help="Tokens without firing after which a latent counts as dead.",
+        show_default="10 million, or 5 % of a shorter run",
+    ),
+]
+TrainTokens = Annotated[int, Option(help="Tokens to train on; fewer activations are passed over again.")]
+BatchSize = Annotated[int, Option(help="Tokens in a step.")]
+LR = Annotated[
+    float | None, Option(help="Peak learning rate.", show_default="follows width, batch and length of the run")
+]
+TrainSeed = Annotated[int, Option(help="Of the first weights and the order of the data.")]
+SaveEvery = Annotated[int | None, Option(help="Tokens between checkpoints.", show_default="a tenth of the run")]
+HookPoint = Annotated[
+    str | None,
+    Option(help="Which one, where the folder holds several.", metavar="NAME", show_default="the only one"),
+]
+Resume = Annotated[bool, Option("--resume", help="Go on from the checkpoint in the folder, if there is one.")]
+OverwriteSAE = Annotated[bool, Option("--overwrite", help="Delete the SAE in the folder and begin anew.")]
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -3,17 +3,14 @@
 import shutil
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, get_args
 
 import typer
-from typer import Option
 
+from saelab.cli import options
 from saelab.cli.info import describe_sae
-from saelab.cli.options import Device, Progress, choose_device
 from saelab.sae.activations import ACTIVATIONS, Activation, TopK, make_activation
 from saelab.sae.checkpoint import CONFIG, WEIGHTS
-from saelab.sae.config import AuxK, Dictionary, Init, RandomPrefixes, SAEConfig
-from saelab.sae.normaliser import KINDS
+from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.training.config import TrainConfig
@@ -22,64 +19,27 @@ WRITTEN = (CONFIG, WEIGHTS, "history.jsonl", "history.csv")
 
 
 def train_sae(
-    acts: Annotated[Path, typer.Argument(metavar="ACTS", help="Folder of activations written by `saelab collect`.")],
-    d_sae: Annotated[int, Option(help="Latents in the dictionary.")],
-    out: Annotated[Path, Option(help="Folder for the SAE, its history and its checkpoint.", metavar="FOLDER")],
-    activation: Annotated[
-        str, Option(help=f"Which latents fire: {', '.join(ACTIVATIONS)}.", metavar="NAME")
-    ] = TopK.name,
-    k: Annotated[
-        int,
-        Option(
-            help="Latents that fire for a token: kept (topk, abstopk), mean (batch...), target L0 (relu, jumprelu)."
-        ),
-    ] = TopK.k,
-    prefixes: Annotated[
-        str | None,
-        Option(
-            help="Matryoshka: sizes that end at d_sae, such as 64,256,1024, or `random`.",
-            metavar="SIZES",
-            show_default="none",
-        ),
-    ] = None,
-    dictionary: Annotated[
-        str, Option(help=f"Rows of the dictionary: {', '.join(get_args(Dictionary))}.", metavar="NAME")
-    ] = SAEConfig.dictionary,
-    normaliser: Annotated[
-        str, Option(help=f"What is done to the activations first: {', '.join(KINDS)}.", metavar="NAME")
-    ] = SAEConfig.normaliser,
-    init: Annotated[
-        str, Option(help=f"What the dictionary starts from: {', '.join(get_args(Init))}.", metavar="NAME")
-    ] = SAEConfig.init,
-    aux: Annotated[bool, Option("--aux/--no-aux", help="Bring dead latents back by the AuxK loss, or not.")] = True,
-    dead_after_tokens: Annotated[
-        int | None,
-        Option(
-            help="Tokens without firing after which a latent counts as dead.",
-            show_default="10 million, or 5 % of a shorter run",
-        ),
-    ] = AuxK.dead_after_tokens,
-    n_tokens: Annotated[
-        int, Option(help="Tokens to train on; fewer activations are passed over again.")
-    ] = TrainConfig.n_tokens,
-    batch_size: Annotated[int, Option(help="Tokens in a step.")] = TrainConfig.batch_size,
-    lr: Annotated[
-        float | None, Option(help="Peak learning rate.", show_default="follows width, batch and length of the run")
-    ] = TrainConfig.lr,
-    seed: Annotated[int, Option(help="Of the first weights and the order of the data.")] = TrainConfig.seed,
-    save_every_tokens: Annotated[
-        int | None, Option(help="Tokens between checkpoints.", show_default="a tenth of the run")
-    ] = TrainConfig.save_every_tokens,
-    hook_point: Annotated[
-        str | None,
-        Option(help="Which one, where the folder holds several.", metavar="NAME", show_default="the only one"),
-    ] = None,
-    device: Device = None,
-    resume: Annotated[
-        bool, Option("--resume", help="Go on from the checkpoint in the folder, if there is one.")
-    ] = False,
-    overwrite: Annotated[bool, Option("--overwrite", help="Delete the SAE in the folder and begin anew.")] = False,
-    progress: Progress = True,
+    acts: options.ActsFolder,
+    d_sae: options.Width,
+    out: options.OutSAE,
+    activation: options.ActivationName = TopK.name,
+    k: options.K = TopK.k,
+    prefixes: options.Prefixes = None,
+    dictionary: options.DictionaryName = SAEConfig.dictionary,
+    normaliser: options.NormaliserName = SAEConfig.normaliser,
+    init: options.InitName = SAEConfig.init,
+    aux: options.Aux = True,
+    dead_after_tokens: options.DeadAfter = AuxK.dead_after_tokens,
+    n_tokens: options.TrainTokens = TrainConfig.n_tokens,
+    batch_size: options.BatchSize = TrainConfig.batch_size,
+    lr: options.LR = TrainConfig.lr,
+    seed: options.TrainSeed = TrainConfig.seed,
+    save_every_tokens: options.SaveEvery = TrainConfig.save_every_tokens,
+    hook_point: options.HookPoint = None,
+    device: options.Device = None,
+    resume: options.Resume = False,
+    overwrite: options.OverwriteSAE = False,
+    progress: options.Progress = True,
 ) -> None:
     """Train a sparse autoencoder on collected activations.
 
@@ -100,8 +60,13 @@ def train_sae(
     budget = TrainConfig(
         n_tokens=n_tokens, batch_size=batch_size, lr=lr, seed=seed, save_every_tokens=save_every_tokens
     )
-    sae = SAE(cfg, seed=seed).to(choose_device(device))
+    sae = SAE(cfg, seed=seed).to(options.choose_device(device))
     claim_folder(out, resume, overwrite)
+    _train_into(out, sae, rows, budget, resume, progress)
+
+
+def _train_into(out: Path, sae: SAE, rows: Activations, budget: TrainConfig, resume: bool, progress: bool) -> None:
+    """Train, save, and say what came of it."""
     finished = (out / CONFIG).is_file()
     sae.fit(rows, budget, out=out, resume=resume, progress=progress)
     sae.save_pretrained(out)
