@@ -22,6 +22,8 @@ def default_of(function: Callable[..., Any], name: str) -> Any:
 CTX_LEN: int = default_of(tokenize, "ctx_len")
 SEPARATOR: str = default_of(tokenize, "separator")
 FIELD: str = default_of(tokenize, "field")
+CTX_HELP = "Tokens in a sequence."
+DTYPES = ("float32", "bfloat16", "float16")
 
 # several commands
 ModelName = Annotated[
@@ -45,6 +47,27 @@ Device = Annotated[
     ),
 ]
 Progress = Annotated[bool, Option("--progress/--no-progress", help="Show progress on stderr, or not.")]
+
+# `saelab collect`
+HookPoints = Annotated[
+    list[str],
+    Option(
+        help="Place in the model, such as blocks.2.hook_resid_post; several by giving the flag again.", metavar="NAME"
+    ),
+]
+OutActs = Annotated[Path, Option(help="Folder for the activations.", metavar="FOLDER")]
+HeadTokens = Annotated[
+    int | None, Option(help="Tokens to read from the start of the text, BOS included.", show_default="all")
+]
+CtxLen = Annotated[int, Option(help=CTX_HELP)]
+DType = Annotated[str, Option(help=f"What the activations are stored as: {', '.join(DTYPES)}.", metavar="NAME")]
+MaxNormRatio = Annotated[
+    float | None,
+    Option(help="Leave out tokens whose norm exceeds this many times the median norm.", show_default="keep all"),
+]
+ForwardSize = Annotated[int | None, Option(help="Sequences in a forward.", show_default="about 4096 tokens")]
+ShardTokens = Annotated[int, Option(help="Tokens in a file of the folder.")]
+OverwriteActs = Annotated[bool, Option("--overwrite", help="Delete activations in the folder and begin anew.")]
 
 # `saelab train`
 ActsFolder = Annotated[Path, Argument(metavar="ACTS", help="Folder of activations written by `saelab collect`.")]
@@ -91,6 +114,24 @@ HookPoint = Annotated[
 ]
 Resume = Annotated[bool, Option("--resume", help="Go on from the checkpoint in the folder, if there is one.")]
 OverwriteSAE = Annotated[bool, Option("--overwrite", help="Delete the SAE in the folder and begin anew.")]
+
+# `saelab evaluate`
+SAEName = Annotated[str, Argument(metavar="SAE", help="Folder of an SAE, or a Hub id.")]
+EvalTokens = Annotated[int, Option(help="Tokens to evaluate on, BOS included.")]
+EvalCtxLen = Annotated[int | None, Option(help=CTX_HELP, show_default=f"the SAE's, else {CTX_LEN}")]
+FromStart = Annotated[
+    bool, Option("--from-start", help="Read the text from its start, where `collect` reads too, not from its end.")
+]
+JSONFile = Annotated[Path | None, Option(help="File for the numbers.", metavar="FILE", show_default="none is written")]
+Baselines = Annotated[
+    bool,
+    Option("--baselines/--no-baselines", help="Measure an untrained SAE, a random dictionary and PCA too, or not."),
+]
+Draws = Annotated[int, Option(help="Draws of documents behind the 95 % intervals.")]
+EvalSeed = Annotated[int, Option(help="Of the baselines and the draws.")]
+AllowMismatch = Annotated[
+    bool, Option("--allow-mismatch", help="Go ahead with another model than the SAE was trained on.")
+]
 
 
 def choose_device(name: str | None) -> torch.device:
