@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from saelab.collecting.reader import DEFAULT_MASK, Reader, forward_size
+from saelab.collecting.reader import DEFAULT_MASK, Reader
 from saelab.collecting.writers import (
     FolderWriter,
     MemoryWriter,
@@ -16,6 +16,7 @@ from saelab.collecting.writers import (
     load_all,
     resume_folder,
 )
+from saelab.lm.forwards import forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens

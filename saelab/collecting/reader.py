@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saelab.lm.forwards import find_median_norms, norms_of, require_finite
 from saelab.lm.hooks import capture, find_hook_point
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model, describe_model
@@ -15,8 +16,6 @@ from saelab.lm.tokens import Tokens
 from saelab.stores.manifest import dtype_name
 from saelab.stores.provenance import Provenance
 
-FORWARD_TOKENS = 4096
-CALIBRATION_TOKENS = 16384
 DEFAULT_MASK = TokenMask()
 
 
@@ -73,13 +72,7 @@ class Reader:
         """
         if self.mask.max_norm_ratio is None or self.median_norms is not None:
             return self
-        others = replace(self.mask, max_norm_ratio=None)
-        norms: dict[str, list[Tensor]] = {name: [] for name in self.hook_points}
-        for batch in batches_of(tokens[: max(1, CALIBRATION_TOKENS // tokens.ctx_len)], n_seq):
-            keep = others.apply(batch).keep
-            for name, x in self._capture(batch).items():
-                norms[name].append(_norms(x)[keep])
-        return replace(self, median_norms={name: float(torch.cat(pieces).median()) for name, pieces in norms.items()})
+        return replace(self, median_norms=find_median_norms(self._capture, tokens, self.mask, n_seq))
 
     def read(self, batch: Tokens) -> Reading:
         """One forward. ValueError naming the hook point where a kept row is not finite in the stored dtype."""
@@ -90,7 +83,7 @@ class Reader:
         columns = {"token_ids": batch.ids, "doc_ids": batch.doc_ids, "positions": positions}
         rows = {name: _select(x.flatten(0, 1), index).to(self.dtype) for name, x in acts.items()}
         for name, x in rows.items():
-            _require_finite(name, x)
+            require_finite(name, x)
         return Reading(rows, {name: column.flatten()[index] for name, column in columns.items()}, kept.removed)
 
     def request(self, tokens: Tokens) -> dict[str, Any]:
@@ -141,20 +134,8 @@ class Reader:
         """
         if self.median_norms is None:
             return {}
-        ratios = [_norms(x) / self.median_norms[name] for name, x in acts.items()]
+        ratios = [norms_of(x) / self.median_norms[name] for name, x in acts.items()]
         return {"norms": torch.stack(ratios).nan_to_num(0.0, 0.0).amax(0), "median": 1.0}
-
-
-def batches_of(tokens: Tokens, n_seq: int) -> list[Tokens]:
-    """The sequences in order, `n_seq` at a time."""
-    return [tokens[start : start + n_seq] for start in range(0, len(tokens), n_seq)]
-
-
-def forward_size(tokens: Tokens, n_seq: int | None) -> int:
-    """Sequences in a forward: `n_seq`, or about 4096 tokens' worth."""
-    if n_seq is not None and n_seq < 1:
-        raise ValueError(f"The number of sequences in a forward must be at least 1, got {n_seq}.")
-    return n_seq or max(1, FORWARD_TOKENS // tokens.ctx_len)
 
 
 def fingerprint(model: Model) -> str:
@@ -173,19 +154,5 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
-def _norms(x: Tensor) -> Tensor:
-    return x.float().norm(dim=-1).cpu()
-
-
 def _select(x: Tensor, index: Tensor) -> Tensor:
     return x if len(index) == len(x) else x.index_select(0, index.to(x.device))
-
-
-def _require_finite(name: str, x: Tensor) -> None:
-    # One pass and no copy, unlike isfinite: NaN comes through both, an infinity through one.
-    if len(x) and not torch.stack(torch.aminmax(x)).isfinite().all():
-        n_bad = int((~x.isfinite().all(1)).sum())
-        raise ValueError(
-            f"Activations must be finite in {x.dtype}; '{name}' has NaN or infinity in {n_bad} of {len(x)} rows of a "
-            "batch. Collect in bfloat16 or float32 where float16 overflows, or check the model's weights and dtype."
-        )

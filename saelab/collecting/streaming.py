@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.collecting.reader import DEFAULT_MASK, Reader, forward_size
+from saelab.collecting.reader import DEFAULT_MASK, Reader
+from saelab.lm.forwards import forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens

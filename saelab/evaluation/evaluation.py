@@ -1,7 +1,5 @@
 """`evaluate`: an SAE measured, and spliced into its language model, beside ablations and baselines."""
 
-from dataclasses import replace
-
 import torch
 
 from saelab.evaluation.baselines import make_baselines, make_constant
@@ -9,12 +7,14 @@ from saelab.evaluation.matching import require_threshold, set_stage
 from saelab.evaluation.measuring import measure, prefixes_of, survey
 from saelab.evaluation.results import Evaluation
 from saelab.evaluation.scoring import score
-from saelab.evaluation.splicing import calibrate, forward_size
 from saelab.functional.metrics import log_histogram
+from saelab.lm.forwards import forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model, describe_model
 from saelab.lm.tokens import Tokens
 from saelab.sae.sae import SAE
+
+FORWARD_LOGITS = 2**25  # in a forward at most: several such tensors are held at once
 
 
 @torch.no_grad()
@@ -52,9 +52,8 @@ def evaluate(
     require_threshold(sae)
     if n_bootstrap < 0:
         raise ValueError(f"`n_bootstrap` must be at least 0, got {n_bootstrap}; use 0 for no intervals.")
-    n_seq = forward_size(model, tokens, batch_size)
-    if stage.median_norm is None:
-        stage = replace(stage, median_norm=calibrate(stage, tokens, n_seq))
+    n_seq = forward_size(tokens, batch_size, FORWARD_LOGITS // model.cfg.d_vocab)
+    stage = stage.calibrated(tokens, n_seq)
     found = survey(sae, stage, tokens, n_seq, progress)
     rivals = make_baselines(sae.cfg, found.firings.l0, found.sample.to(sae.device), seed) if baselines else {}
     ablations = {"zero": make_constant(torch.zeros_like(found.mean)), "mean": make_constant(found.mean)}

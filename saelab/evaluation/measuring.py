@@ -11,8 +11,9 @@ from torch import Tensor
 
 from saelab.evaluation.baselines import Reconstruction, reconstruct_by
 from saelab.evaluation.bootstrap import DocumentSums
-from saelab.evaluation.splicing import Stage, batches_of
+from saelab.evaluation.splicing import Stage
 from saelab.functional.metrics import FiringSums, exact, token_terms
+from saelab.lm.forwards import batches_of
 from saelab.lm.tokens import Tokens
 from saelab.sae.config import RandomPrefixes
 from saelab.sae.sae import SAE
