@@ -20,7 +20,6 @@ import torch
 
 import saelab as sl
 from saelab.collecting.streaming import stream
-from saelab.sae.fitting import fit_all
 from saelab.stores import files
 from saelab.training.optimiser import clip_gradients
 
@@ -603,6 +602,6 @@ def test_saving_a_trained_sae_keeps_its_training(tmp_path):
 def test_progress_is_shown_only_where_asked(capfd):
     fit(KINDS["topk"])
     assert capfd.readouterr() == ("", "")
-    run = fit_all([sl.SAE(KINDS["topk"])], data(), RUN, progress=True)
+    sae = sl.SAE(KINDS["topk"]).fit(data(), RUN, progress=True)
     shown = capfd.readouterr()
-    assert run.step == 12 and shown.out == "" and "480/480" in shown.err and "tok/s" in shown.err
+    assert sae.history_[-1]["step"] == 12 and shown.out == "" and "480/480" in shown.err and "tok/s" in shown.err

@@ -1,4 +1,4 @@
-"""`fit_all`: train one SAE, or several on the same batches in one pass."""
+"""What `fit` does around training: a run made of SAEs and their data, and what is kept of it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,58 +12,59 @@ from saelab.sae.trainee import Trainee
 from saelab.stores.activations import Activations
 from saelab.stores.provenance import Provenance
 from saelab.training.config import TrainConfig
-from saelab.training.loop import TrainingRun, train
+from saelab.training.loop import TrainingRun
 from saelab.training.protocols import Batches
-from saelab.training.sinks import Sink
 
 
-def fit_all(
+def make_run(
     saes: Sequence[Coder],
     acts: Activations | Batches | Float[Tensor, "n_tokens d_in"],
     cfg: TrainConfig,
-    *,
-    out: str | Path | None = None,
-    resume: bool = False,
-    held_out: Float[Tensor, "n d_in"] | None = None,
-    sinks: Sequence[Sink] = (),
-    progress: bool = True,
+    held_out: Float[Tensor, "n d_in"] | None,
+    out: str | Path | None,
+    resume: bool,
 ) -> TrainingRun:
-    """Train SAEs in place on one stream of activations, as if each had been trained alone with the same seed.
+    """A run, ready for `train`, of SAEs on one stream of activations, as if each were trained alone with its seed.
 
     `acts` is collected activations, a plain tensor, or a stream. Of the first two the last tokens are held out to
     measure FVU; a stream brings none, so give `held_out`. With `out`, history and checkpoints are written there.
-    Raises ValueError for widths that differ, data that ends early or is not finite.
+    Raises ValueError for widths that differ, too little data, and a folder that does not go with `resume`.
     """
     if isinstance(acts, Tensor):
         acts = Activations.from_tensor(acts)
     for sae in saes:
         if sae.cfg.d_in != acts.d_in:
             raise ValueError(f"`d_in` of the SAE must be the activations' ({acts.d_in}), got {sae.cfg.d_in}.")
-    batches: Batches
-    if isinstance(acts, Activations):
-        n_held = 0 if held_out is not None else min(cfg.n_held_out, acts.n_tokens // 10)
-        rest = acts.rows(0, acts.n_tokens - n_held)
-        if rest.n_tokens < cfg.batch_size:
-            raise ValueError(
-                f"`batch_size` must be at most the {rest.n_tokens} tokens to train on, got {cfg.batch_size}; "
-                "lower it or collect more."
-            )
-        batches = rest.batches(cfg.batch_size, seed=cfg.seed)
-        held_out = acts[rest.n_tokens :] if n_held else held_out
-    else:
-        batches = acts
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    elif resume:
-        raise ValueError("`resume` needs the folder of the run, got out=None; give `out`.")
+    batches, held_out = _hold_out(acts, cfg, held_out) if isinstance(acts, Activations) else (acts, held_out)
+    folder = _make_folder(out, resume)
     # an SAE that was trained before goes on from its weights
     trained = [getattr(sae, "training_", None) is not None for sae in saes]
     trainees = [Trainee(sae, cfg, before) for sae, before in zip(saes, trained, strict=True)]
     run = TrainingRun(trainees, batches, cfg, held_out, folder)
     if run.has_checkpoint and not resume:
         raise ValueError(f"`out` must not hold another run, got {folder}; go on with resume=True, or choose another.")
-    return train(run, resume=resume, sinks=sinks, progress=progress)
+    return run
+
+
+def _hold_out(acts: Activations, cfg: TrainConfig, held_out: Tensor | None) -> tuple[Batches, Tensor | None]:
+    """Batches to train on, and the last tokens, left out of them to measure FVU unless others are given for that."""
+    n_held = 0 if held_out is not None else min(cfg.n_held_out, acts.n_tokens // 10)
+    rest = acts.rows(0, acts.n_tokens - n_held)
+    if rest.n_tokens < cfg.batch_size:
+        raise ValueError(
+            f"`batch_size` must be at most the {rest.n_tokens} tokens to train on, got {cfg.batch_size}; "
+            "lower it or collect more."
+        )
+    return rest.batches(cfg.batch_size, seed=cfg.seed), acts[rest.n_tokens :] if n_held else held_out
+
+
+def _make_folder(out: str | Path | None, resume: bool) -> Path | None:
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        return Path(out)
+    if resume:
+        raise ValueError("`resume` needs the folder of the run, got out=None; give `out`.")
+    return None
 
 
 def describe_training(run: TrainingRun, i: int) -> dict[str, Any]:

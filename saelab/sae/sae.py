@@ -12,10 +12,11 @@ from torch import Tensor
 from saelab.sae.checkpoint import find_folder, read_sae, write_sae
 from saelab.sae.coder import Coder
 from saelab.sae.config import SAEConfig
-from saelab.sae.fitting import describe_training, fit_all, origin_of
+from saelab.sae.fitting import describe_training, make_run, origin_of
 from saelab.stores.activations import Activations
 from saelab.stores.provenance import Provenance
 from saelab.training.config import TrainConfig
+from saelab.training.loop import train
 from saelab.training.protocols import Batches
 from saelab.training.sinks import Entry, Sink
 
@@ -125,8 +126,8 @@ def fit(
 
     Arguments are those of `SAE.fit`; in the history, entries of the i-th SAE start with `i/`.
     """
-    cfg = cfg or TrainConfig()
-    run = fit_all(saes, acts, cfg, out=out, resume=resume, held_out=held_out, sinks=sinks, progress=progress)
+    run = make_run(saes, acts, cfg or TrainConfig(), held_out, out, resume)
+    train(run, resume=resume, sinks=sinks, progress=progress)
     for i, sae in enumerate(saes):
         sae.provenance, sae.training_, sae.history_ = origin_of(acts), describe_training(run, i), run.history
     return list(saes)
