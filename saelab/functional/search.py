@@ -34,14 +34,14 @@ def search_topk(
     >>> search_topk(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), k=1, signed=True).values
     tensor([-3.])
     """
-    n_rows, d_sae = x.shape[0], W.shape[0]
-    if n_rows == 0 or (precision is None and d_sae < DENSE_WIDTH):
+    d_sae = len(W)
+    screen = _make_screen(x, W, bias, signed, precision)
+    if screen is None:
         return _keep_firing(*_dense_topk(x, W, bias, k, signed), signed, d_sae)
-    screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed, like=x)
     n_candidates = min(d_sae, 2 * k - k // 4 + 4 if screen.precision == "int8" else k + k // 4 + 8)
     parts = zip(*(c.top(n_candidates) for c in screen.chunks(x)), strict=True)
     approximate, candidates, unseen, noise = (torch.cat(part) for part in parts)
-    rows = torch.arange(n_rows, device=x.device)
+    rows = torch.arange(len(x), device=x.device)
     exact = _rescore(x, W, bias, rows.repeat_interleave(n_candidates), candidates.flatten()).view(candidates.shape)
     size = exact.abs() if signed else exact
     best = size.topk(k, dim=1)
@@ -52,6 +52,13 @@ def search_topk(
         indices[unsure], _ = _dense_topk(x[unsure], W, bias, k, signed)
         values[unsure] = _rescore(x, W, bias, unsure.repeat_interleave(k), indices[unsure].flatten()).view(-1, k)
     return _keep_firing(indices, values, signed, d_sae)
+
+
+def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Precision | None) -> Screen | None:
+    """The screen for a search among these rows; None where a dense product costs less."""
+    if len(x) == 0 or (precision is None and len(W) < DENSE_WIDTH):
+        return None
+    return Screen(W, bias, precision or choose_precision(x.shape[1], len(W), x.device), signed, like=x)
 
 
 def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
@@ -91,15 +98,13 @@ def search_batch_topk(
     """
     n_rows, d_sae = x.shape[0], W.shape[0]
     n_kept = k * n_rows
-    if n_rows == 0:
-        return search_topk(x, W, bias, k, signed)
-    if precision is None and d_sae < DENSE_WIDTH:
+    screen = _make_screen(x, W, bias, signed, precision)
+    if screen is None:
         u = torch.addmm(bias, x, W.T)
         kept = _largest(u.abs() if signed else u, n_kept)
         values = u.flatten()[kept]
         kept, values = (part[(values != 0) if signed else (values > 0)] for part in (kept, values))
         return SparseCodes.from_rows(kept % d_sae, values, kept // d_sae, (n_rows, d_sae))
-    screen = Screen(W, bias, precision or choose_precision(x.shape[1], d_sae, x.device), signed, like=x)
     rows, indices, exact = _screen_batch(screen, x, W, bias, n_kept)
     size = exact.abs() if signed else exact
     keep = size.topk(min(n_kept, len(size)), sorted=False).indices.sort().values
@@ -155,6 +160,8 @@ def _bound_error(relative: Float[Tensor, "..."], noise: Float[Tensor, "n_rows"])
 def _largest(size: Float[Tensor, "n_rows d_sae"], n: int) -> Int[Tensor, "n"]:
     """Places of the n largest in the flattened tensor, ascending; a floor read off some rows leaves few to compare."""
     sample, flat = size[::16].flatten(), size.flatten()
+    if n == len(flat):
+        return torch.arange(n, device=size.device)
     floor = sample.topk(min(len(sample), int(1.3 * n * len(sample) / len(flat)) + 1), sorted=False).values.amin()
     above = (flat >= floor).nonzero().squeeze(1)
     if len(above) < n:
