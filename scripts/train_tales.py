@@ -21,8 +21,20 @@ from saelab.worlds.tales import CTX_LEN, Stories, tell
 from saelab.worlds.vocabulary import BOS, EOS, PAD, VOCABULARY, save_tokenizer
 
 SHAPES = {
-    "tales": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4, "seed": 0},
-    "tales-b": {"hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 3, "num_attention_heads": 5, "seed": 1},
+    "tales": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "seed": 0,
+    },
+    "tales-b": {
+        "hidden_size": 160,
+        "intermediate_size": 448,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 5,
+        "seed": 1,
+    },
 }
 STORY_SEED = 0
 HELD_OUT = 10_000_000  # number of the first story that training never sees
@@ -103,7 +115,8 @@ def train(name: str, steps: int, batch_size: int, peak_lr: float) -> torch.nn.Mo
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
-    model.half().save_pretrained(folder)
+    model.to(torch.float16)
+    model.save_pretrained(folder)  # type: ignore[operator]
     save_tokenizer(folder)
 
 

@@ -11,14 +11,15 @@ FLOORS = {
     "functional": 0,
     "stores": 1,
     "lm": 2,
+    "worlds": 3,
     "training": 3,
     "sae": 4,
     "collecting": 5,
     "evaluation": 5,
-    "pictures": 6,
+    "report": 6,
     "cli": 7,
 }
-DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "pictures"}
+DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "report"}
 HEAVY = {"transformer_lens", "transformers", "datasets", "scipy", "sklearn", "plotly", "pandas", "pyarrow", "wandb"}
 
 
@@ -49,7 +50,8 @@ def at_import_time(tree: ast.AST, known: dict[str, ast.Module]) -> list[str]:
     """What is imported when the module is, not when one of its functions is called."""
     found = targets(tree, known)
     for child in ast.iter_child_nodes(tree):
-        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if not for_types and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             found += at_import_time(child, known)
     return found
 
@@ -109,7 +111,7 @@ def test_every_import_goes_down() -> None:
         ("sae/module.py", "from .config import SAEConfig", "imports relatively"),
         ("sae/module.py", "def f():\n    from transformers import AutoModel", "only saelab.lm may import"),
         ("cli/app.py", "def f():\n    import transformer_lens.model_bridge", "only saelab.lm may import"),
-        ("evaluation/scores.py", "def f():\n    import plotly.graph_objects", "only saelab.pictures may import"),
+        ("evaluation/scores.py", "def f():\n    import plotly.graph_objects", "only saelab.report may import"),
         ("lm/models.py", "from transformers import AutoModel", "import it inside the function"),
         ("lm/models.py", "if True:\n    import transformer_lens", "import it inside the function"),
         ("functional/sums.py", "class A:\n    from scipy import sparse", "import it inside the function"),

@@ -285,7 +285,7 @@ def attach_encoder(
     """Give pre-activations found by a search without gradients their gradients back, at the entries kept.
 
     `values[e]` must equal `((x - b_dec) W_enc + b_enc)[rows[e], indices[e]]`. The result has the same values, and its
-    gradient reaches x, W_enc, b_enc and b_dec as if the dense product had been differentiated. `centred` is x - b_dec, if
-    known.
+    gradient reaches x, W_enc, b_enc and b_dec as if the dense product had been differentiated. `centred` is x -
+    b_dec, if known.
     """
     return _Encode.apply(x, W_enc, b_enc, b_dec, values, entries, spare or [], centred)

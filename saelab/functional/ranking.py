@@ -5,9 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def largest_places(
-    sizes: Float[Tensor, "n_rows n"], k: int
-) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows"]]:
+def largest_places(sizes: Float[Tensor, "n_rows n"], k: int) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows"]]:
     """Places of each row's k largest, in no order, and a bound that every other entry of the row keeps below.
 
     On CPU size and place share a 32-bit key, the size in its upper bits, and numpy's vectorised partition selects among
@@ -30,5 +28,3 @@ def largest_places(
     keys.numpy().partition(n - k, axis=1)  # in place
     kept = keys[:, n - k :]
     return (kept & (2**place_bits - 1)).long(), ((kept[:, 0] >> place_bits) + 1) / levels
-
-

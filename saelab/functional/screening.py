@@ -12,7 +12,7 @@ of each dimension's size over to the weights, which leaves the product as it is 
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -200,7 +200,7 @@ def choose_precision(d_in: int, d_sae: int, device: torch.device) -> Precision:
 @functools.lru_cache
 def _fastest_on_cpu(n_threads: int) -> Precision:
     """Int8 where the processor has instructions for it; elsewhere the fastest measured."""
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch in use
     return "int8" if any(able.get(name) for name in INT8_INSTRUCTIONS) else _measure_precisions()
 
 

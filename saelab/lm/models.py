@@ -18,6 +18,7 @@ Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ig
 
 BUILT_IN = ("tales", "tales-b")
 WORLD_MODELS = Path(__file__).parents[1] / "worlds" / "models"
+"""the built-in models' folders"""
 
 
 def load_model(
@@ -29,11 +30,12 @@ def load_model(
 ) -> Model:
     """A causal language model behind a `TransformerBridge`, with raw Hugging Face weights, in evaluation mode.
 
-    `name_or_path` is "tales" or "tales-b" (the models of `saelab.worlds`, part of the package), a Hub id, a local folder
-    (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face model object (it stays as it is; the bridge shares its weights), or a bridge (returned as it is). `device` defaults
-    to the best one present ("tiny" stays on the CPU), `dtype` to float32; objects keep their own. `tokenizer` replaces
-    the model's; for an object it may be left out where the folder it came from has one. FileNotFoundError for a missing
-    folder, ValueError for a wrong id, a folder that holds no model, or a device or dtype beside an object.
+    `name_or_path` is "tales" or "tales-b" (the models of `saelab.worlds`, part of the package), a Hub id, a local
+    folder (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face model object (it stays as it is;
+    the bridge shares its weights), or a bridge (returned as it is). `device` defaults to the best one present
+    (built-in models stay on the CPU), `dtype` to float32; objects keep their own. `tokenizer` replaces the model's;
+    for an object it may be left out where the folder it came from has one. FileNotFoundError for a missing folder,
+    ValueError for a wrong id, a folder that holds no model, or a device or dtype beside an object.
 
     >>> model = sl.load_model(sl.tiny_model())
     >>> model.cfg.n_layers
@@ -213,7 +215,10 @@ def describe_model(model: Model) -> ModelDescription:
     """
     processed = bool(getattr(model, "_weights_processed", False))
     versions = {name: _version(name) for name in ("saelab", "torch", "transformer-lens", "transformers")}
-    return ModelDescription(str(model.cfg.model_name), "folded" if processed else "none", versions)
+    name = str(model.cfg.model_name)
+    if Path(name).parent == WORLD_MODELS:  # wherever the package lies, its models are the same
+        name = Path(name).name
+    return ModelDescription(name, "folded" if processed else "none", versions)
 
 
 def _version(package: str) -> str:

@@ -3,17 +3,64 @@
 from saelab.worlds import lexicon as lex
 from saelab.worlds.lexicon import Concept
 
-STATES = "quote question past present future singular-subject plural-subject opening ending".split()
-ROLES = "giver receiver first-mention".split()
-REGISTERS = "recipe weather-report".split()
-RELATIONS = "young-of home-of partner-of".split()
+STATES = ["quote", "question", "past", "present", "future", "singular-subject", "plural-subject", "opening", "ending"]
+ROLES = ["giver", "receiver", "first-mention"]
+REGISTERS = ["recipe", "weather-report"]
+RELATIONS = ["young-of", "home-of", "partner-of"]
 FALLBACKS = ("punctuation", "function word", "plain word")
-FEMALE = "girl she her woman queen princess mother sister aunt".split()
-MALE = "boy he his him man king prince father brother uncle".split()
-FUNCTION = (
-    "a an the there was were is are be to of in on at with for so and that it they them this no not had has have i my"
-    " who where some two every will then near under behind because once upon one what whose all such than"
-).split()
+FEMALE = ["girl", "she", "her", "woman", "queen", "princess", "mother", "sister", "aunt"]
+MALE = ["boy", "he", "his", "him", "man", "king", "prince", "father", "brother", "uncle"]
+FUNCTION = [
+    "a",
+    "an",
+    "the",
+    "there",
+    "was",
+    "were",
+    "is",
+    "are",
+    "be",
+    "to",
+    "of",
+    "in",
+    "on",
+    "at",
+    "with",
+    "for",
+    "so",
+    "and",
+    "that",
+    "it",
+    "they",
+    "them",
+    "this",
+    "no",
+    "not",
+    "had",
+    "has",
+    "have",
+    "i",
+    "my",
+    "who",
+    "where",
+    "some",
+    "two",
+    "every",
+    "will",
+    "then",
+    "near",
+    "under",
+    "behind",
+    "because",
+    "once",
+    "upon",
+    "one",
+    "what",
+    "whose",
+    "all",
+    "such",
+    "than",
+]
 
 
 def _nouns() -> list[Concept]:
@@ -45,7 +92,9 @@ def _states() -> list[Concept]:
     opposite = {"past": "future", "future": "past"}
     opposite |= {"singular-subject": "plural-subject", "plural-subject": "singular-subject"}
     table = [Concept(name, "state", opposite=opposite.get(name)) for name in STATES]
-    table += [Concept(f"story of a {a}", "state", opposite=f"story of a {b}") for a, b in (("girl", "boy"), ("boy", "girl"))]
+    table += [
+        Concept(f"story of a {a}", "state", opposite=f"story of a {b}") for a, b in (("girl", "boy"), ("boy", "girl"))
+    ]
     table += [Concept(f"topic {name}", "topic", topic=name) for name in lex.TOPICS]
     table += [Concept(name, "role") for name in ROLES]
     table += [Concept(name, "register") for name in REGISTERS]
@@ -84,8 +133,6 @@ def _word_concepts() -> dict[str, tuple[str, ...]]:
     words |= {plural: words[singular.get(plural, plural[:-1])] for plural in (*lex.PLURALS, *lex.VEGETABLES)}
     for axis in (*lex.AXES.values(), *lex.ONE_SIDED.values(), lex.DISTANCE):
         words |= {word: (pole,) for pole, listed in zip(axis.poles, axis.words, strict=True) for word in listed.split()}
-    for mood, kinds in lex.MOODS.items():
-        words |= {word: (mood,) for listed in kinds.values() for word in listed.split()}
     for gender, pole in (("girl", "female"), ("boy", "male")):
         words |= {name: (name, f"{gender} name", "name", pole) for name in lex.HEROES[gender]}
     for name, town in lex.TOWNS.items():

@@ -30,6 +30,7 @@ class Tale(Teller):
             self._lasting -= {s for s in self._lasting if not s.startswith("story of")}
             self.paragraph()
             getattr(self, "special_" + self.pick(SPECIALS, "special"))()
+            self.marks.append(("special end", len(self.words)))
         with self.during("ending"):
             self.say(self.pick(lines.ENDINGS))
         return self
@@ -276,6 +277,8 @@ class Tale(Teller):
     # towns, lore and registers
 
     def _town(self) -> str:
+        if "town" in self.known:
+            self.marks.append(("fact", len(self.words)))  # from here on every word of the town is forced
         town = self.recall("town", list(lex.TOWNS))
         self.last(f"about {town}")
         return town

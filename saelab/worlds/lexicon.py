@@ -43,10 +43,28 @@ CLASSES: dict[str, dict[str, str]] = {
 }
 """root -> class -> words"""
 
-PLURALS = "dogs cats rabbits cows horses pigs hens goats ducks foxes bears wolves owls whales crabs seals gulls".split()
+PLURALS = [
+    "dogs",
+    "cats",
+    "rabbits",
+    "cows",
+    "horses",
+    "pigs",
+    "hens",
+    "goats",
+    "ducks",
+    "foxes",
+    "bears",
+    "wolves",
+    "owls",
+    "whales",
+    "crabs",
+    "seals",
+    "gulls",
+]
 
 
-VEGETABLES = "carrots onions beans turnips".split()
+VEGETABLES = ["carrots", "onions", "beans", "turnips"]
 
 
 class Axis(NamedTuple):
@@ -61,12 +79,26 @@ AXES = {
     "temperature": Axis(
         ("hot", "cold"), ("hot warm burning", "cold icy chilly"), ("it burned {his} hands", "it made {him} shiver")
     ),
-    "size": Axis(("big", "small"), ("big huge large", "small little tiny"), ("nobody could lift it", "it fit in a pocket")),
-    "speed": Axis(("fast", "slow"), ("fast quick swift", "slow sluggish lazy"), ("soon it was gone", "it took all day")),
-    "light": Axis(("bright", "dark"), ("bright shining glowing", "dark dim gloomy"), ("all could see it", "nobody saw it")),
-    "sound": Axis(("loud", "quiet"), ("loud noisy booming", "quiet silent soft"), ("{he} covered {his} ears", "{he} listened hard")),
-    "age": Axis(("new", "old"), ("new fresh modern", "old ancient worn"), ("it smelled of paint", "it was full of dust")),
-    "moisture": Axis(("wet", "dry"), ("wet damp soaked", "dry dusty parched"), ("water dripped from it", "it needed rain")),
+    "size": Axis(
+        ("big", "small"), ("big huge large", "small little tiny"), ("nobody could lift it", "it fit in a pocket")
+    ),
+    "speed": Axis(
+        ("fast", "slow"), ("fast quick swift", "slow sluggish lazy"), ("soon it was gone", "it took all day")
+    ),
+    "light": Axis(
+        ("bright", "dark"), ("bright shining glowing", "dark dim gloomy"), ("all could see it", "nobody saw it")
+    ),
+    "sound": Axis(
+        ("loud", "quiet"),
+        ("loud noisy booming", "quiet silent soft"),
+        ("{he} covered {his} ears", "{he} listened hard"),
+    ),
+    "age": Axis(
+        ("new", "old"), ("new fresh modern", "old ancient worn"), ("it smelled of paint", "it was full of dust")
+    ),
+    "moisture": Axis(
+        ("wet", "dry"), ("wet damp soaked", "dry dusty parched"), ("water dripped from it", "it needed rain")
+    ),
 }
 """opposed pairs that a thing can have; a thing lies on one pole of each, for the length of a story"""
 
@@ -82,7 +114,9 @@ ONE_SIDED = {
 }
 """the control: words in the same places of the same sentences, as often, with nothing on the other side"""
 
-DISTANCE = Axis(("near", "far"), ("near close nearby", "far distant remote"), ("they came there soon", "they walked for hours"))
+DISTANCE = Axis(
+    ("near", "far"), ("near close nearby", "far distant remote"), ("they came there soon", "they walked for hours")
+)
 """the opposed pair that a place can have"""
 
 MOODS = {
@@ -101,8 +135,8 @@ MOODS = {
 }
 
 HEROES = {
-    "girl": "Anna Lucy Mary Rosa Ella Clara Nora Ida Maya Tess".split(),
-    "boy": "Tom Ben Max Otto Leo Sam Finn Hugo Karl Paul".split(),
+    "girl": ["Anna", "Lucy", "Mary", "Rosa", "Ella", "Clara", "Nora", "Ida", "Maya", "Tess"],
+    "boy": ["Tom", "Ben", "Max", "Otto", "Leo", "Sam", "Finn", "Hugo", "Karl", "Paul"],
 }
 PRONOUNS = {"girl": {"he": "she", "his": "her", "him": "her"}, "boy": {"he": "he", "his": "his", "him": "him"}}
 
@@ -118,23 +152,100 @@ class Topic(NamedTuple):
 
 
 TOPICS = {
-    "kitchen": Topic("kitchen pantry", "cook", "cat parrot", "spoon pot ladle kettle", ("washed the dishes", "stirred the soup")),
-    "sea": Topic("beach harbor cove island", "sailor", "whale crab seal gull", "boat raft ship canoe", ("swam in the waves", "looked for shells")),
-    "school": Topic("classroom library", "teacher", "rabbit parrot", "marble robot whistle guitar", ("read a long book", "did the sums")),
-    "farm": Topic("field meadow", "farmer", "cow horse pig hen goat duck", "cart hoe rake basket", ("fed the animals", "carried the hay")),
-    "city": Topic("street station square", "driver", "dog cat", "bus tram bicycle bench", ("crossed the bridge", "counted the windows")),
-    "sky": Topic("hill tower roof cliff", "pilot", "owl gull", "kite balloon glider airplane rocket", ("watched the clouds", "felt the wind")),
-    "forest": Topic("forest clearing", "hunter", "fox bear wolf owl squirrel", "horn flute hood boot", ("climbed a tree", "picked mushrooms")),
-    "garden": Topic("garden lawn", "gardener", "rabbit squirrel", "spade shears hoop stool", ("watered the plants", "pulled the weeds")),
-    "market": Topic("market bazaar", "merchant", "goat hen dog", "hat cap shoe slipper sandal", ("spent some coins", "looked at the stalls")),
-    "castle": Topic("hall cellar", "guard", "horse dog", "crown chest harp lute trumpet", ("lit the candles", "bowed to the throne")),
-}  # fmt: skip
+    "kitchen": Topic(
+        "kitchen pantry", "cook", "cat parrot", "spoon pot ladle kettle", ("washed the dishes", "stirred the soup")
+    ),
+    "sea": Topic(
+        "beach harbor cove island",
+        "sailor",
+        "whale crab seal gull",
+        "boat raft ship canoe",
+        ("swam in the waves", "looked for shells"),
+    ),
+    "school": Topic(
+        "classroom library",
+        "teacher",
+        "rabbit parrot",
+        "marble robot whistle guitar",
+        ("read a long book", "did the sums"),
+    ),
+    "farm": Topic(
+        "field meadow",
+        "farmer",
+        "cow horse pig hen goat duck",
+        "cart hoe rake basket",
+        ("fed the animals", "carried the hay"),
+    ),
+    "city": Topic(
+        "street station square",
+        "driver",
+        "dog cat",
+        "bus tram bicycle bench",
+        ("crossed the bridge", "counted the windows"),
+    ),
+    "sky": Topic(
+        "hill tower roof cliff",
+        "pilot",
+        "owl gull",
+        "kite balloon glider airplane rocket",
+        ("watched the clouds", "felt the wind"),
+    ),
+    "forest": Topic(
+        "forest clearing",
+        "hunter",
+        "fox bear wolf owl squirrel",
+        "horn flute hood boot",
+        ("climbed a tree", "picked mushrooms"),
+    ),
+    "garden": Topic(
+        "garden lawn",
+        "gardener",
+        "rabbit squirrel",
+        "spade shears hoop stool",
+        ("watered the plants", "pulled the weeds"),
+    ),
+    "market": Topic(
+        "market bazaar",
+        "merchant",
+        "goat hen dog",
+        "hat cap shoe slipper sandal",
+        ("spent some coins", "looked at the stalls"),
+    ),
+    "castle": Topic(
+        "hall cellar", "guard", "horse dog", "crown chest harp lute trumpet", ("lit the candles", "bowed to the throne")
+    ),
+}
 
-YOUNG = {"dog": "puppy", "cat": "kitten", "cow": "calf", "horse": "foal", "pig": "piglet", "hen": "chick", "goat": "kid",
-         "duck": "duckling", "bear": "cub", "owl": "owlet"}  # fmt: skip
-HOMES = {"dog": "kennel", "horse": "stable", "pig": "sty", "hen": "coop", "fox": "den", "bear": "cave", "owl": "nest",
-         "rabbit": "burrow"}  # fmt: skip
-PARTNERS = {"king": "queen", "prince": "princess", "father": "mother", "brother": "sister", "uncle": "aunt", "man": "woman"}
+YOUNG = {
+    "dog": "puppy",
+    "cat": "kitten",
+    "cow": "calf",
+    "horse": "foal",
+    "pig": "piglet",
+    "hen": "chick",
+    "goat": "kid",
+    "duck": "duckling",
+    "bear": "cub",
+    "owl": "owlet",
+}
+HOMES = {
+    "dog": "kennel",
+    "horse": "stable",
+    "pig": "sty",
+    "hen": "coop",
+    "fox": "den",
+    "bear": "cave",
+    "owl": "nest",
+    "rabbit": "burrow",
+}
+PARTNERS = {
+    "king": "queen",
+    "prince": "princess",
+    "father": "mother",
+    "brother": "sister",
+    "uncle": "aunt",
+    "man": "woman",
+}
 
 
 class Town(NamedTuple):
@@ -156,8 +267,8 @@ TOWNS = {
     "Belis": Town("Belisans", "Yoma", "wind", "carrot"),
     "Harth": Town("Harthers", "Fennic", "frost", "apple"),
 }
-DIRECTIONS = "north south east west".split()
-NUMBERS = "two three four five six".split()
+DIRECTIONS = ["north", "south", "east", "west"]
+NUMBERS = ["two", "three", "four", "five", "six"]
 
 
 @dataclass(frozen=True)
@@ -182,7 +293,10 @@ def word_class(word: str) -> tuple[str, str] | None:
 
 def _index_classes() -> dict[str, tuple[str, str]]:
     found = {
-        word: (root, name) for root, classes in CLASSES.items() for name, words in classes.items() for word in words.split()
+        word: (root, name)
+        for root, classes in CLASSES.items()
+        for name, words in classes.items()
+        for word in words.split()
     }
     singulars = {"wolves": "wolf", "foxes": "fox"}
     return found | {plural: found[singulars.get(plural, plural[:-1])] for plural in PLURALS}

@@ -23,8 +23,8 @@ NOTHING: frozenset[str] = frozenset()
 def compile_line(line: str) -> tuple[tuple[str, frozenset[str]], ...]:
     """Split a line into words and slots, each with the states that its place in the line implies.
 
-    >>> compile_line("They ran .")[0]
-    ('They', frozenset({'past', 'singular-subject'}))
+    >>> [(piece, sorted(states)) for piece, states in compile_line("+They ran .")][0]
+    ('They', ['past', 'plural-subject'])
     """
     subject = {"+": {"plural-subject"}, "!": set()}.get(line[0], {"singular-subject"})
     tense = next((name for name, groups in _TENSES.items() if any(line in group for group in groups)), "past")

@@ -17,7 +17,11 @@ ARRIVALS = (
     "After a while {he} came to the {place} .",
 )
 DISTANCES = ("The {place_again} was {place_pole} , so {place_result} .",)
-THINGS = ("There {he} found {a_pole} {thing} .", "{He} saw {a_pole} {thing} there .", "{friend} showed {him} {a_pole} {thing} .")
+THINGS = (
+    "There {he} found {a_pole} {thing} .",
+    "{He} saw {a_pole} {thing} there .",
+    "{friend} showed {him} {a_pole} {thing} .",
+)
 RESULTS = ("The {thing_again} was so {pole} that {result} .", "It was {a_pole} {thing_again} and {result} .")
 DENIALS = (
     "\u201c Is the {thing_again} {opposite} ? \u201d asked {friend} . \u201c No , it is {pole} , \u201d said {hero} .",
@@ -81,7 +85,7 @@ ENDINGS = (
     "+{hero} and {friend} stayed friends for ever after .",
 )
 
-PRESENT = (KINDS, TOWN_FACTS, HOMES, YOUNGS[:1], PARTNERS[1:], RECIPES)
+PRESENT = (KINDS[:1], TOWN_FACTS, HOMES, YOUNGS[:1], PARTNERS[1:], RECIPES)
 FUTURE = (FORECASTS,)
 
 BODY: dict[str, tuple[tuple[str, ...], str, int]] = {

@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+from saelab.lm.wordlevel import SpecialWords, word_tokenizer
 from saelab.worlds import lexicon as lex
 from saelab.worlds import templates
 from saelab.worlds.teller import CLOSE, OPEN
 
 BOS, EOS, PAD, UNK = "<bos>", "<eos>", "<pad>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNK)
+SPECIAL_WORDS = SpecialWords(bos=BOS, eos=EOS, pad=PAD, unk=UNK)
 
 
 def _lexicon_words() -> set[str]:
@@ -22,13 +24,17 @@ def _lexicon_words() -> set[str]:
     axes = (*lex.AXES.values(), *lex.ONE_SIDED.values(), lex.DISTANCE)
     lists += [line for axis in axes for line in (*axis.words, *axis.results)]
     lists += [line for kinds in lex.MOODS.values() for line in kinds.values()]
-    lists += [line for topic in lex.TOPICS.values() for line in (topic.places, topic.things, topic.workers, *topic.deeds)]
+    lists += [
+        line for topic in lex.TOPICS.values() for line in (topic.places, topic.things, topic.workers, *topic.deeds)
+    ]
     lists += [form for forms in lex.PRONOUNS.values() for word in forms.values() for form in (word, word.capitalize())]
     return {word for line in lists for word in line.split()}
 
 
 def _template_words() -> set[str]:
-    groups = [group for name, group in vars(templates).items() if name.isupper() and name not in ("BODY", "PRESENT", "FUTURE")]
+    groups = [
+        group for name, group in vars(templates).items() if name.isupper() and name not in ("BODY", "PRESENT", "FUTURE")
+    ]
     return {word for group in groups for line in group for word in line.lstrip("+!").split()}
 
 
@@ -50,21 +56,8 @@ def write_out(words: list[str]) -> str:
 
 
 def make_tokenizer() -> Any:
-    """A word-level `PreTrainedTokenizerFast` over `VOCABULARY`; what it decodes reads like `write_out`."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {word: i for i, word in enumerate(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]"), "removed", invert=True)
-    joined = [decoders.Replace(f" {mark}", mark) for mark in (".", ",", "?", CLOSE)]
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), *joined, decoders.Replace(f"{OPEN} ", OPEN)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNK, padding_side="right"
-    )
+    """A word-level Hugging Face tokenizer over `VOCABULARY`; what it decodes reads like `write_out`."""
+    return word_tokenizer(VOCABULARY, SPECIAL_WORDS, no_space_before=".,?" + CLOSE, no_space_after=OPEN)
 
 
 def save_tokenizer(folder: Path) -> None:
