@@ -1,0 +1,273 @@
+"""`ConceptScores`: what a dictionary knows of a world's concepts; prints itself, draws in Jupyter, saves as JSON."""
+
+import html
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saelab.stores.files import write_json
+
+SUMMARY = {
+    "coverage": "coverage: mean F1",
+    "coverage_always": "  of saying yes always",
+    "auroc": "mean AUROC",
+    "reconstruction": "reconstruction: pooled F1",
+    "reconstruction_macro": "reconstruction: F1 a token",
+    "n_split": "features a concept is split into",
+    "parent_recall": "parent recall given the child",
+    "parent_recall_overall": "  recall of those parents",
+    "parent_f1": "  F1 of those parents",
+}
+
+
+class Best(NamedTuple):
+    """The feature that tells a concept best: it says yes where `side * z > threshold`."""
+
+    feature: int | None
+    side: int
+    threshold: float
+    f1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptScore:
+    """One concept and the feature chosen for it on training stories; the scores are of held-out stories."""
+
+    name: str
+    kind: str
+    feature: int | None = None
+    """None where there is none: not scored, or no feature ever fires with the concept in training stories"""
+    side: int = 1
+    """1 or -1: the sign of the codes that count"""
+    threshold: float = math.nan
+    """a token counts where `side * z > threshold`"""
+    fraction: float = math.nan
+    """the threshold as a fraction of the side's largest value in training stories"""
+    f1: float = math.nan
+    precision: float = math.nan
+    """NaN where the feature does not fire"""
+    recall: float = math.nan
+    auroc: float = math.nan
+    """of max(side z, 0), ties counted half"""
+    f1_train: float = math.nan
+    f1_always: float
+    """F1 of saying yes always, which is high for what is true of many tokens"""
+    n_split: int | None = None
+    """features whose union tells the concept better, each by more than 0.03 F1 in training stories; 1 is no split"""
+    n_train: int
+    """training tokens of the concept"""
+    n_tokens: int
+    """held-out tokens of the concept"""
+    n_fires: int
+    """held-out tokens on which the feature says yes"""
+    reason: str = ""
+    """why the scores are NaN"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentScore:
+    """How often the parent's feature fires where a child is true, and so the parent is; absorption makes it fail
+    there.
+    """
+
+    parent: str
+    child: str
+    recall: float
+    """of the parent's feature among the child's held-out tokens"""
+    parent_recall: float
+    """the same among all tokens of the parent"""
+    parent_f1: float
+    """low where the parent has no feature worth the name"""
+    n_tokens: int
+    """held-out tokens of the child"""
+    n_parent: int
+    """held-out tokens of the parent"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScore:
+    """Whether one feature holds two concepts, one on each side: the feature with the highest lesser kappa in training
+    stories.
+    """
+
+    a: str
+    b: str
+    opposed: bool
+    """False for a control pair"""
+    feature: int | None = None
+    side_of_a: int = 1
+    f1_a: float = math.nan
+    f1_b: float = math.nan
+    kappa_a: float = math.nan
+    """F1 above chance (Cohen's kappa): what is true of half the tokens has F1 0.5 by chance, kappa 0"""
+    kappa_b: float = math.nan
+    best_f1_a: float = math.nan
+    """of the best feature for a alone"""
+    best_f1_b: float = math.nan
+    on_two_sides: bool = False
+    """both kappa exceed 0.3, and so both F1; and both F1 half of the best for their concept"""
+    n_a: int
+    """held-out tokens of a"""
+    n_b: int
+    reason: str = ""
+    """why the scores are NaN"""
+
+    @property
+    def f1(self) -> float:
+        """The lesser F1 of the two sides."""
+        return min(self.f1_a, self.f1_b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptScores:
+    """A dictionary against the truth, and its baselines against the same; all scores are in [0, 1], higher is better.
+
+    Features, sides and thresholds are chosen on training stories; every score but `f1_train` is of held-out ones.
+    """
+
+    concepts: tuple[ConceptScore, ...]
+    parents: tuple[ParentScore, ...]
+    pairs: tuple[PairScore, ...]
+    """opposed and control pairs"""
+    reconstruction: float
+    """F1 over all (token, concept) pairs: a concept is predicted where any feature fires that had precision 0.95 for it
+    and 10 firings in training stories"""
+    reconstruction_macro: float
+    """the same by token, averaged over tokens that have a true or a predicted concept"""
+    reconstruction_fraction: float
+    """the threshold used there, chosen on training stories"""
+    n_precise: int
+    """feature sides that predict some concept there"""
+    n_features: int
+    l0: float
+    """values that are not zero per token"""
+    n_train: int
+    """training tokens"""
+    n_tokens: int
+    """held-out tokens"""
+    n_train_stories: int
+    n_stories: int
+    """held-out stories"""
+    min_count: int
+    baselines: "dict[str, ConceptScores]"
+
+    @property
+    def scored(self) -> tuple[ConceptScore, ...]:
+        """The concepts with enough tokens."""
+        return tuple(row for row in self.concepts if not row.reason)
+
+    @property
+    def coverage(self) -> float:
+        """Mean F1 of the best features over scored concepts."""
+        return _mean(row.f1 for row in self.scored)
+
+    @property
+    def coverage_always(self) -> float:
+        """Mean F1 of saying yes always, over the same concepts: the floor under `coverage`."""
+        return _mean(row.f1_always for row in self.scored)
+
+    @property
+    def auroc(self) -> float:
+        """Mean AUROC of the best features over scored concepts."""
+        return _mean(row.auroc for row in self.scored)
+
+    @property
+    def n_split(self) -> float:
+        """Mean number of features a scored concept is split into."""
+        return _mean(float(row.n_split) for row in self.scored if row.n_split is not None)
+
+    @property
+    def parent_recall(self) -> float:
+        """Mean recall of a parent's feature where a child is true; read it beside `parent_f1`."""
+        return _mean(pair.recall for pair in self.parents)
+
+    @property
+    def parent_recall_overall(self) -> float:
+        """Mean recall of the same parents on all their tokens."""
+        return _mean(pair.parent_recall for pair in self.parents)
+
+    @property
+    def parent_f1(self) -> float:
+        """Mean F1 of the same parents."""
+        return _mean(pair.parent_f1 for pair in self.parents)
+
+    @property
+    def opposed_pairs(self) -> tuple[PairScore, ...]:
+        """Opposed pairs with enough tokens."""
+        return tuple(pair for pair in self.pairs if pair.opposed and not pair.reason)
+
+    @property
+    def control_pairs(self) -> tuple[PairScore, ...]:
+        """Control pairs with enough tokens."""
+        return tuple(pair for pair in self.pairs if not pair.opposed and not pair.reason)
+
+    @property
+    def n_opposed_on_two_sides(self) -> int:
+        """Opposed pairs that sit on the two sides of one feature."""
+        return sum(pair.on_two_sides for pair in self.opposed_pairs)
+
+    @property
+    def n_control_on_two_sides(self) -> int:
+        """Control pairs that do: what chance and frequency give."""
+        return sum(pair.on_two_sides for pair in self.control_pairs)
+
+    def best(self, name: str) -> Best:
+        """The feature chosen for a concept, its side and threshold, and its held-out F1; KeyError for no concept."""
+        for row in self.concepts:
+            if row.name == name:
+                return Best(row.feature, row.side, row.threshold, row.f1)
+        raise KeyError(f"`name` must be a concept of the world, got '{name}'; `scores.concepts` lists them.")
+
+    def __str__(self) -> str:
+        columns = {"codes": self, **self.baselines}
+        n_child = sum(pair.n_tokens for pair in self.parents)
+        over = {
+            "coverage": f"{len(self.scored)} concepts",
+            "reconstruction": f"{self.n_tokens:,} tokens",
+            "parent_recall": f"{len(self.parents)} pairs, {n_child:,} tokens",
+        }
+        lines = [
+            f"{len(self.scored)} of {len(self.concepts)} concepts scored on {self.n_tokens:,} tokens"
+            f" of {self.n_stories:,} stories; features chosen on {self.n_train:,} of {self.n_train_stories:,} others",
+            "",
+            _line(["", "over", *columns]),
+            _line(["features", "", *(f"{scores.n_features:,}" for scores in columns.values())]),
+            _line(["l0", "", *(f"{scores.l0:.4g}" for scores in columns.values())]),
+        ]
+        for name, title in SUMMARY.items():
+            numbers = [f"{getattr(scores, name):.3f}" for scores in columns.values()]
+            lines.append(_line([title, over.get(name, ""), *numbers]))
+        for kind, pairs in (("opposed", self.opposed_pairs), ("control", self.control_pairs)):
+            numbers = [str(getattr(scores, f"n_{kind}_on_two_sides")) for scores in columns.values()]
+            lines.append(_line([f"{kind} pairs on two sides", f"{len(pairs)} pairs", *numbers]))
+        reasons = Counter(row.reason for row in self.concepts if row.reason)
+        if reasons:
+            lines += ["", *(f"not scored, {n} concepts: {reason}" for reason, n in reasons.items())]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name and the summary's numbers, ready for JSON."""
+        names = (*SUMMARY, "n_opposed_on_two_sides", "n_control_on_two_sides")
+        summary = {name: getattr(self, name) for name in names}
+        baselines = {name: scores.to_dict() for name, scores in self.baselines.items()}
+        return asdict(self) | summary | {"baselines": baselines}
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON, NaN as null."""
+        write_json(path, self.to_dict())
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _line(cells: list[str]) -> str:
+    name, over, *numbers = cells
+    return f"{name:<34}{over:>24}" + "".join(f"{cell:>11}" for cell in numbers)

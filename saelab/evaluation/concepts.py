@@ -1,0 +1,280 @@
+"""`score_concepts`: a dictionary against a world whose concepts are known token by token."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from saelab.evaluation.concept_scores import ConceptScore, ConceptScores, PairScore, ParentScore
+from saelab.evaluation.levels import (
+    FRACTIONS,
+    N_LEVELS,
+    NOTHING,
+    Codes,
+    Levels,
+    count_units,
+    find_peaks,
+    grade,
+    read_values,
+    select_rows,
+)
+from saelab.evaluation.reconstruction import reconstruct_truth
+from saelab.evaluation.units import Ranks, UnitCounts, best_pair, best_unit, ratio, split_units
+from saelab.worlds.lexicon import Concept
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+PAIR_KAPPA, PAIR_SHARE = 0.3, 0.5
+UNITS_AT_ONCE = 16  # rows of a product with the truth
+
+
+def score_concepts(
+    codes: Codes,
+    truth: Any,
+    table: Sequence[Concept],
+    story_ids: Shaped[Any, "n_tokens"],
+    *,
+    train_frac: float = 0.5,
+    min_count: int = 20,
+    seed: int = 0,
+    control_pairs: Sequence[tuple[str, str]] | None = None,
+    baselines: Mapping[str, Codes] | None = None,
+) -> ConceptScores:
+    """Score codes against the concepts of a world: features chosen on training stories, scored on held-out ones.
+
+    For each concept the best of all (feature, side, threshold) by F1, with thresholds t f_max, t in {0, 0.1, ..., 0.9},
+    f_max the side's largest value in training stories; coverage and reconstruction as in arXiv:2408.00113. `codes` are
+    sparse or dense, (n_tokens, d_sae); signed codes fire where z != 0 and each sign is a side of its own. `truth` is
+    (n_tokens, n_concepts), scipy sparse or an array, columns as in `table`; stories are split by `seed`. Concepts with
+    fewer than `min_count` tokens on either side of the split are NaN, with the reason.
+
+    Opposed pairs are those of `table`; `control_pairs` are held against them (default: its one-sided concepts, each
+    with the next). Unsigned codes have one side, so none of their features can hold a pair. `baselines` are other codes
+    of the same tokens, see `concept_baselines`. Raises ValueError where sizes disagree or stories cannot be split.
+    """
+    is_train = split_stories(story_ids, train_frac, seed)
+    if min_count < 1:
+        raise ValueError(f"`min_count` must be at least 1, got {min_count}.")
+    if tuple(truth.shape) != (len(is_train), len(table)):
+        raise ValueError(
+            f"`truth` must be (n_tokens, n_concepts), {(len(is_train), len(table))} by `story_ids` and `table`,"
+            f" got {tuple(truth.shape)}."
+        )
+    train, held = _split_truth(truth, is_train)
+    stories = np.asarray(story_ids)
+    n_stories = len(np.unique(stories[is_train])), len(np.unique(stories[~is_train]))
+    world = _World(table, _pairs_of(table, control_pairs), is_train, train, held, n_stories, min_count)
+    others = {name: _score(values, world, {}) for name, values in (baselines or {}).items()}
+    return _score(codes, world, others)
+
+
+def split_stories(
+    story_ids: Shaped[Any, "n_tokens"], train_frac: float = 0.5, seed: int = 0
+) -> Bool[np.ndarray, "n_tokens"]:
+    """Which tokens are of training stories: `train_frac` of the stories, drawn by `seed`; at least one on each side."""
+    stories, places = np.unique(np.asarray(story_ids), return_inverse=True)
+    n_train = round(train_frac * len(stories))
+    if not 0 < n_train < len(stories):
+        raise ValueError(
+            f"`train_frac` must leave a story on each side, got {train_frac} of {len(stories)}; give more stories."
+        )
+    chosen = np.zeros(len(stories), bool)
+    chosen[np.random.default_rng(seed).permutation(len(stories))[:n_train]] = True
+    return chosen[places]
+
+
+@dataclass(frozen=True, eq=False)
+class _World:
+    """The truth on the two sides of the split, and what is asked of it."""
+
+    table: Sequence[Concept]
+    pairs: list[tuple[str, str, bool]]
+    """a, b, whether they are opposed"""
+    is_train: Bool[np.ndarray, "n_tokens"]
+    train: "csr_matrix"
+    held: "csr_matrix"
+    n_stories: tuple[int, int]
+    min_count: int
+
+    @cached_property
+    def n_train(self) -> Int[np.ndarray, "n_concepts"]:
+        return np.asarray(self.train.sum(0)).ravel()
+
+    @cached_property
+    def n_held(self) -> Int[np.ndarray, "n_concepts"]:
+        return np.asarray(self.held.sum(0)).ravel()
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        return {concept.name: c for c, concept in enumerate(self.table)}
+
+    @property
+    def scored(self) -> Bool[np.ndarray, "n_concepts"]:
+        return np.minimum(self.n_train, self.n_held) >= self.min_count
+
+    def reason(self, c: int) -> str:
+        """Why a concept cannot be scored; empty where it can."""
+        sides = {"training": self.n_train[c], "held-out": self.n_held[c]}
+        few = " and ".join(side for side, n in sides.items() if n < self.min_count)
+        return f"fewer than {self.min_count} tokens in {few} stories" if few else ""
+
+
+def _split_truth(truth: Any, is_train: np.ndarray) -> "tuple[csr_matrix, csr_matrix]":
+    from scipy.sparse import csr_matrix
+
+    whole = csr_matrix(truth).astype(bool).astype(np.int32)  # sums of booleans would stop at true
+    whole.eliminate_zeros()
+    return whole[is_train], whole[~is_train]
+
+
+def _score(codes: Codes, world: _World, baselines: dict[str, ConceptScores]) -> ConceptScores:
+    """Everything about one dictionary: choose on training tokens, then test what was chosen on the others."""
+    values, is_train = read_values(codes), world.is_train
+    if len(is_train) != values.shape[0]:
+        raise ValueError(f"`codes` must have a row for each of the {len(is_train)} tokens, got {values.shape[0]}.")
+    seen, unseen = select_rows(values, is_train), select_rows(values, ~is_train)
+    peaks = find_peaks(seen)
+    levels, held = grade(seen, peaks), grade(unseen, peaks)
+    counts = UnitCounts(*count_units(levels, world.train), world.n_train, int(is_train.sum()))
+    best = [best_unit(counts, c) if ok else NOTHING for c, ok in enumerate(world.scored)]
+    both = [best_pair(counts, world.places[a], world.places[b]) for a, b, _ in world.pairs]
+    tested = _test(held, world, [*best, *itertools.chain(*both)])
+    return ConceptScores(
+        concepts=_concept_rows(world, levels, counts, best, tested, Ranks(unseen), peaks),
+        parents=_parent_rows(world, tested),
+        pairs=_pair_rows(world, both, tested),
+        **reconstruct_truth(levels, held, counts, world.train, world.held, world.scored),
+        n_features=levels.n_features,
+        l0=np.count_nonzero(unseen if isinstance(unseen, np.ndarray) else unseen.data) / unseen.shape[0],
+        n_train=counts.n_tokens,
+        n_tokens=tested.n_tokens,
+        n_train_stories=world.n_stories[0],
+        n_stories=world.n_stories[1],
+        min_count=world.min_count,
+        baselines=baselines,
+    )
+
+
+def _test(held: Levels, world: _World, units: Sequence[int]) -> UnitCounts:
+    """How often chosen units fire in held-out stories."""
+    from scipy.sparse import csc_matrix
+
+    hits = np.zeros((len(world.table), len(units)), np.int64)
+    fires = np.zeros(len(units), np.int64)
+    for start in range(0, len(units), UNITS_AT_ONCE):
+        part = slice(start, start + UNITS_AT_ONCE)
+        tokens = [held.tokens(unit) for unit in units[part]]
+        fires[part] = [len(where) for where in tokens]
+        rows, ends = np.concatenate(tokens), np.cumsum([0, *fires[part]])
+        fired = csc_matrix((np.ones(len(rows), np.int32), rows, ends), shape=(world.held.shape[0], len(tokens)))
+        hits[:, part] = (fired.T @ world.held).toarray().T
+    return UnitCounts(hits, fires, world.n_held, world.held.shape[0])
+
+
+def _concept_rows(
+    world: _World,
+    levels: Levels,
+    counts: UnitCounts,
+    best: list[int],
+    tested: UnitCounts,
+    ranks: Ranks,
+    peaks: Float[np.ndarray, "n_features 2"],
+) -> tuple[ConceptScore, ...]:
+    """One row a concept; its unit is in its own place among those tested."""
+    train, held = world.train.tocsc(), world.held.tocsc()
+    rows = []
+    for c, (concept, unit) in enumerate(zip(world.table, best, strict=True)):
+        scores: dict[str, Any] = {}
+        if world.scored[c]:
+            scores |= {"f1": float(tested.f1(c)[c]), "recall": ratio(tested.hits[c, c], world.n_held[c])}
+            scores |= {"f1_train": 0.0, "auroc": 0.5}
+        if unit != NOTHING:
+            column, level = divmod(unit, N_LEVELS)
+            scores |= {"feature": column // 2, "side": -1 if column % 2 else 1, "fraction": float(FRACTIONS[level])}
+            scores["threshold"] = scores["fraction"] * float(peaks[column // 2, column % 2])
+            scores["precision"] = ratio(tested.hits[c, c], tested.fires[c])
+            scores["auroc"] = ranks.auroc(column, held[:, [c]].indices)
+            scores["f1_train"] = float(counts.f1(c)[unit])
+            scores["n_split"] = len(split_units(levels, counts, c, unit, train[:, [c]].indices))
+        rows.append(
+            ConceptScore(
+                name=concept.name,
+                kind=concept.kind,
+                **scores,
+                f1_always=ratio(2 * world.n_held[c], world.n_held[c] + tested.n_tokens),
+                n_train=int(world.n_train[c]),
+                n_tokens=int(world.n_held[c]),
+                n_fires=int(tested.fires[c]),
+                reason=world.reason(c),
+            )
+        )
+    return tuple(rows)
+
+
+def _parent_rows(world: _World, tested: UnitCounts) -> tuple[ParentScore, ...]:
+    """One row a concept with a parent, where both are scored; the parent's unit is in the parent's place."""
+    rows = []
+    for c, concept in enumerate(world.table):
+        p = world.places.get(concept.parent or "")
+        if p is None or not (world.scored[c] and world.scored[p]):
+            continue
+        rows.append(
+            ParentScore(
+                parent=world.table[p].name,
+                child=concept.name,
+                recall=ratio(tested.hits[c, p], world.n_held[c]),
+                parent_recall=ratio(tested.hits[p, p], world.n_held[p]),
+                parent_f1=float(tested.f1(p)[p]),
+                n_tokens=int(world.n_held[c]),
+                n_parent=int(world.n_held[p]),
+            )
+        )
+    return tuple(rows)
+
+
+def _pair_rows(world: _World, both: list[tuple[int, int]], tested: UnitCounts) -> tuple[PairScore, ...]:
+    """One row a pair; its two units follow those of the concepts, in the pairs' order."""
+    rows = []
+    for i, ((a, b, opposed), (unit, _)) in enumerate(zip(world.pairs, both, strict=True)):
+        at, place = (world.places[a], world.places[b]), len(world.table) + 2 * i
+        reasons = [f"{name}: {why}" for name, c in zip((a, b), at, strict=True) if (why := world.reason(c))]
+        scores: dict[str, Any] = {}
+        if not reasons:
+            (scores["f1_a"], scores["f1_b"]) = f1 = [float(tested.f1(c)[place + j]) for j, c in enumerate(at)]
+            (scores["kappa_a"], scores["kappa_b"]) = kappa = [
+                float(tested.kappa(c)[place + j]) for j, c in enumerate(at)
+            ]
+            (scores["best_f1_a"], scores["best_f1_b"]) = best = [float(tested.f1(c)[c]) for c in at]
+            shares = [mine > PAIR_SHARE * top for mine, top in zip(f1, best, strict=True)]
+            scores["on_two_sides"] = min(kappa) > PAIR_KAPPA and all(shares)
+            scores["feature"] = unit // (2 * N_LEVELS) if unit != NOTHING else None
+            scores["side_of_a"] = -1 if unit != NOTHING and (unit // N_LEVELS) % 2 else 1
+        sizes = [int(world.n_held[c]) for c in at]
+        rows.append(
+            PairScore(a=a, b=b, opposed=opposed, **scores, n_a=sizes[0], n_b=sizes[1], reason="; ".join(reasons))
+        )
+    return tuple(rows)
+
+
+def _pairs_of(table: Sequence[Concept], control: Sequence[tuple[str, str]] | None) -> list[tuple[str, str, bool]]:
+    """Each opposed pair once, the first of the table first, then the control pairs."""
+    places = {concept.name: c for c, concept in enumerate(table)}
+    opposed = [
+        (concept.name, concept.opposite, True)
+        for c, concept in enumerate(table)
+        if concept.opposite is not None and c < places.get(concept.opposite, -1)
+    ]
+    if control is None:
+        names = [concept.name for concept in table if concept.kind == "one-sided"]
+        control = list(zip(names, names[1:] + names[:1], strict=True)) if len(names) > 1 else []
+    for name in itertools.chain(*control):
+        if name not in places:
+            near = get_close_matches(name, places, n=5)
+            raise ValueError(f"`control_pairs` must name concepts of `table`, got '{name}'; near it are {near}.")
+    return opposed + [(a, b, False) for a, b in control]
