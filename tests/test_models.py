@@ -129,3 +129,26 @@ def test_the_real_model_loads(shared_data: Path, no_network: list[Any]) -> None:
     model = load_model(str(shared_data / "stories260k"), device="cpu")
     assert (model.cfg.n_layers, model.cfg.d_model) == (5, 64)
     assert no_network == []
+
+
+@pytest.mark.parametrize(("shown", "hub_shown"), [(True, True), (True, False), (False, True), (False, False)])
+def test_bars_are_hidden_only_while_loading(
+    shown: bool, hub_shown: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import utils as hub
+    from transformers.utils import logging
+
+    hf_tiny().save_pretrained(tmp_path)
+    tiny_model().tokenizer.save_pretrained(tmp_path)
+    try:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        (hub.enable_progress_bars if hub_shown else hub.disable_progress_bars)()
+        capfd.readouterr()
+        load_model(tmp_path, device="cpu", progress=False)
+        with pytest.raises(ValueError, match="a model folder"):
+            (tmp_path / "model.safetensors").unlink()
+            load_model(tmp_path, device="cpu", progress=False)
+        assert capfd.readouterr() == ("", "")
+        assert (logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()) == (shown, hub_shown)
+    finally:
+        logging.enable_progress_bar()

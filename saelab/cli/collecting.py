@@ -36,7 +36,7 @@ def collect_text(
     """
     if dtype not in options.DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(options.DTYPES)}, got '{dtype}'.")
-    lm = load_model(model, device=options.choose_device(device))
+    lm = load_model(model, device=options.choose_device(device), progress=progress)
     tokens = read_head(lm, text, n_tokens, ctx_len, bos, separator, field)
     if n_tokens is not None and tokens.n_tokens < n_tokens:
         typer.echo(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from saelab.lm.bars import hidden_bars
 from saelab.lm.plain import strip
 
 Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]
@@ -27,6 +28,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     *,
     tokenizer: Any = None,
+    progress: bool = True,
 ) -> Model:
     """A causal language model behind a `TransformerBridge`, with raw Hugging Face weights, in evaluation mode.
 
@@ -63,7 +65,8 @@ def load_model(
         _require_config(folder)
     elif isinstance(name_or_path, Path) or not _could_be_id(name):
         raise FileNotFoundError(f"`name_or_path` must be an existing folder or a Hub id, got '{name}': no such folder.")
-    return _boot(name, local=folder.is_dir(), device=device, dtype=dtype or torch.float32, tokenizer=tokenizer)
+    with _as_is() if progress else hidden_bars():
+        return _boot(name, local=folder.is_dir(), device=device, dtype=dtype or torch.float32, tokenizer=tokenizer)
 
 
 def _require_config(folder: Path) -> None:
