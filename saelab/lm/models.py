@@ -36,8 +36,9 @@ def load_model(
     folder (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face model object (it stays as it is;
     the bridge shares its weights), or a bridge (returned as it is). `device` defaults to the best one present
     (built-in models stay on the CPU), `dtype` to float32; objects keep their own. `tokenizer` replaces the model's;
-    for an object it may be left out where the folder it came from has one. FileNotFoundError for a missing folder,
-    ValueError for a wrong id, a folder that holds no model, or a device or dtype beside an object.
+    for an object it may be left out where the folder it came from has one. `progress=False` hides the bars of
+    downloading and loading. FileNotFoundError for a missing folder, ValueError for a wrong id, a folder that holds no
+    model, or a device or dtype beside an object.
 
     >>> model = sl.load_model(sl.tiny_model())
     >>> model.cfg.n_layers
