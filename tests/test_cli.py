@@ -1,7 +1,6 @@
 """The command line: its four commands, its help, its exit codes, and runs that are cut off."""
 
 import inspect
-import json
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import typer
 
 from saelab.cli.app import main
@@ -22,6 +22,8 @@ from saelab.lm.tokens import tokenize
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.stores.files import read_json
 from saelab.training.config import TrainConfig
+from saelab.worlds.tales import CTX_LEN
+from saelab.worlds.vocabulary import VOCABULARY, save_tokenizer
 
 HOOK_POINT = "blocks.1.hook_resid_post"
 SMALL = ["--k", "4", "--d-sae", "64", "--n-tokens", "8192", "--batch-size", "512", "--no-progress"]
@@ -340,10 +342,30 @@ def test_prefixes_are_read() -> None:
     assert read_prefixes(None) is None
 
 
-def test_demo_says_what_it_is(shell: Shell, tmp_path: Path) -> None:
-    run = shell("demo", "--out", tmp_path, "--n-steps", "2", "--n-tokens", "4096", "--no-progress")
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small random model over the vocabulary of tales."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("untrained")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(VOCABULARY), max_position_embeddings=CTX_LEN, **shape))
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_demo_writes_a_report(shell: Shell, untrained: Path, tmp_path: Path) -> None:
+    small = ["--n-stories", "30", "--n-tokens", "4096", "--d-sae", "64", "--k", "4", "--hook-point", HOOK_POINT]
+    run = shell("demo", "--model", untrained, "--out", tmp_path / "demo", *small, "--no-progress")
     assert run.code == 0, run.err
-    assert "embedded stand-in" in run.out
-    for command in ("$ saelab collect", "$ saelab train", "$ saelab evaluate"):
-        assert command in run.out
-    assert json.loads((tmp_path / "eval.json").read_text())["n_tokens"] > 10_000
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert run.out.splitlines()[-1].startswith(f"Open {tmp_path / 'demo' / 'report.html'}")
+    for name in ("TopK", "AbsTopK", "Matryoshka", "pca", "probe"):
+        assert name in run.out and name in page
+        assert name in ("pca", "probe") or "4,096 tokens" in shell("info", tmp_path / "demo" / name.lower()).out
+    for fact in ("30 stories", "15 stories", "special", "What failed", "topic sea", "plotly.js v"):
+        assert fact in page
+    assert read_json(tmp_path / "demo" / "topk" / "concepts.json")["n_stories"] > 0

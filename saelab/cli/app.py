@@ -1,4 +1,4 @@
-"""The entry point `saelab`: the four commands, and the demo that runs them."""
+"""The entry point `saelab`: the four commands, and the demo."""
 
 import sys
 

@@ -1,70 +1,213 @@
-"""`saelab demo`: the whole way in about a minute, offline, on a language model that saelab builds itself."""
+"""`saelab demo`: dictionaries trained on a model whose concepts are known, scored against the truth; offline."""
 
+import math
 import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
-import torch
 import typer
-from typer import Option
 
-from saelab.cli.commands import dispatch
-from saelab.cli.options import SEPARATOR, Progress
-from saelab.lm.models import tiny_model
-from saelab.lm.teach import make_stories, save_model, teach
-from saelab.lm.tokens import tokenize
+from saelab.cli import options
+from saelab.collecting.collection import collect
+from saelab.evaluation.concept_scores import ConceptScores
+from saelab.evaluation.concepts import score_concepts, split_stories
+from saelab.evaluation.rivals import concept_baselines, read_codes
+from saelab.lm.masks import TokenMask
+from saelab.lm.models import Model, describe_model, load_model
+from saelab.report.concepts import Trial, show_comparison, show_failures, show_features, tabulate
+from saelab.report.corpus import Corpus
+from saelab.report.page import facts, make_page, section
+from saelab.sae.activations import AbsTopK, BatchTopK, TopK
+from saelab.sae.config import SAEConfig
+from saelab.sae.sae import SAE, fit
+from saelab.stores.activations import Activations
+from saelab.stores.files import write_atomic
+from saelab.training.config import TrainConfig
+from saelab.worlds.tales import Stories, tell
+from saelab.worlds.vocabulary import VOCABULARY
 
-CTX_LEN = 64
-HOOK_POINT = "blocks.1.hook_resid_post"
-INTRODUCTION = """\
-saelab's demo. The language model is an embedded stand-in: 36 thousand weights that spell single letters, taught here
-and now on made-up stories. It shows the way from text to an evaluated SAE; its numbers say nothing of real models."""
+STORY_SEED = 0
+FIRST = 20_000_000  # number of the first story: the models of tales were trained and measured on earlier ones
+BATCH_SIZE = 2048
+SHOWN = (
+    "topic sea", "glad", "sad", "pet", "animal", "girl name", "receiver", "quote", "question", "past", "recipe",
+    "about Velm", "magic",
+)  # fmt: skip
+TITLE = "Sparse dictionaries against known concepts"
+LEAD = (
+    "A small language model was trained on stories made by a grammar, so that it is known of every token what is "
+    "true of it. Three sparse dictionaries were trained on its activations without that knowledge. This page "
+    "holds them against the truth."
+)
+
+
+@dataclass
+class Clock:
+    """Seconds of each stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Say what begins, and note how long it took."""
+        typer.echo(f"{name.capitalize()} ...")
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values())
+        return f"{total:.0f} s: " + ", ".join(f"{name} {s:.0f}" for name, s in self.seconds.items())
 
 
 def run_demo(
-    out: Annotated[
-        Path, Option(help="Folder for all that is made; an older demo there is replaced.", metavar="FOLDER")
-    ] = Path("runs/demo"),
-    n_steps: Annotated[int, Option(help="Steps that the stand-in is taught for.")] = 400,
-    n_tokens: Annotated[int, Option(help="Tokens that the SAE is trained on.")] = 1_000_000,
-    progress: Progress = True,
+    out: options.OutDemo = Path("demo"),
+    model: options.TalesModel = "tales",
+    hook_point: options.DemoHookPoint = "blocks.2.hook_resid_post",
+    n_stories: options.NStories = 4000,
+    n_tokens: options.DemoTokens = 2_000_000,
+    d_sae: options.DemoWidth = 1024,
+    k: options.DemoK = 16,
+    seed: options.DemoSeed = 0,
+    progress: options.Progress = True,
 ) -> None:
-    """Go the whole way on a built-in stand-in: teach, collect, train, evaluate; offline, in about a minute.
+    """Train three dictionaries on a built-in model whose concepts are known, score them, and write a report.
 
-    Each command is printed before it runs, so that it can be given again with other flags.
+    Needs no network, and three minutes at most on two cores. The page stands alone: open it from the disk, or send it.
     """
-    typer.echo(INTRODUCTION)
-    torch.set_num_threads(1)  # everything here is tiny: more threads only get in each other's way
-    loss = make_stand_in(out, n_steps, progress)
+    clock = Clock()
+    with clock.stage("telling stories"):
+        lm, half = load_model(model, progress=progress), max(2, n_stories // 2)
+        seen, unseen = tell(n_stories, STORY_SEED, FIRST), tell(half, STORY_SEED, FIRST + n_stories)
+    with clock.stage("collecting activations"):
+        acts, others = (collect_stories(lm, stories, hook_point, progress) for stories in (seen, unseen))
+    with clock.stage("training three dictionaries in one pass"):
+        saes = train_all(acts, d_sae, k, n_tokens, seed, progress)
+    with clock.stage("scoring them and their baselines"):
+        trials, baselines = score_all(saes, others, unseen, seed, progress)
+    ran = {
+        "Model": f"{model}, at {hook_point} (d_in {acts.d_in})",
+        "Trained on": describe(seen, acts) + f"; {n_tokens:,} tokens seen",
+        "Scored on": describe(unseen, others) + "; features chosen on one half of the stories, scored on the other",
+        "Dictionaries": f"{d_sae:,} latents; k = {k} for all, so that their L0 is matched; seed {seed}",
+        "Time": str(clock),
+        "Versions": ", ".join(f"{name} {version}" for name, version in describe_model(lm).versions.items()),
+    }
+    save_all(out, saes, trials, lay_out(ran, trials, baselines, read_corpus(others, unseen, seed)))
+    typer.echo(f"\n{write_rows(*tabulate(trials, baselines))}\n\n{clock}.")
     typer.echo(
-        f"\nIts loss is {loss:.2f} nats a letter now (5.6 before). Saved to {out / 'model'}, the stories beside it."
+        f"Open {out / 'report.html'} in a browser; then try `saelab info {shlex.quote(str(out / 'abstopk'))}`, or "
+        f"`saelab demo --k {max(1, k // 2)} --out {shlex.quote(str(out) + '-sparser')}`."
     )
-    model, text, acts, sae, scores = (
-        shlex.quote(str(out / name)) for name in ("model", "stories.txt", "acts", "sae", "eval.json")
+
+
+def choose_configs(d_in: int, d_sae: int, k: int) -> dict[str, SAEConfig]:
+    """TopK, AbsTopK and Matryoshka, the last with the sizes d_sae / 16, d_sae / 4 and d_sae."""
+    plain = SAEConfig(d_in=d_in, d_sae=d_sae, activation=TopK(k=k))
+    sizes = tuple(sorted({max(1, d_sae // part) for part in (16, 4, 1)}))
+    return {
+        "TopK": plain,
+        "AbsTopK": replace(plain, activation=AbsTopK(k=k)),
+        "Matryoshka": replace(plain, activation=BatchTopK(k=k), prefixes=sizes),
+    }
+
+
+def train_all(acts: Activations, d_sae: int, k: int, n_tokens: int, seed: int, progress: bool) -> dict[str, SAE]:
+    """The three dictionaries by name, trained on the same batches."""
+    cfgs = choose_configs(acts.d_in, d_sae, k)
+    budget = TrainConfig(n_tokens=n_tokens, batch_size=min(BATCH_SIZE, n_tokens, len(acts) // 2), seed=seed)
+    saes = fit([SAE(cfg, seed) for cfg in cfgs.values()], acts, budget, progress=progress)
+    return dict(zip(cfgs, saes, strict=True))
+
+
+def collect_stories(lm: Model, stories: Stories, hook_point: str, progress: bool) -> Activations:
+    """The activations of stories, without the tokens at their ends and the padding."""
+    acts = collect(lm, stories.tokens(), hook_point, mask=TokenMask(special=True), progress=progress)
+    assert isinstance(acts, Activations)
+    return acts
+
+
+def score_all(
+    saes: dict[str, SAE], acts: Activations, stories: Stories, seed: int, progress: bool
+) -> tuple[list[Trial], dict[str, ConceptScores]]:
+    """The dictionaries and their baselines against the truth of the stories."""
+    from tqdm.auto import tqdm
+
+    truth, story_ids, x = read_truth(acts, stories), acts.doc_ids, acts[:]
+    codes: dict[str, Any] = {name: read_codes(sae, x) for name, sae in saes.items()}
+    cfg = next(iter(saes.values())).cfg
+    rivals = concept_baselines(x, cfg, truth, story_ids, seed=seed)
+    scores = {}
+    for name, values in tqdm({**codes, **rivals}.items(), unit=" dictionaries", disable=not progress):
+        scores[name] = score_concepts(values, truth, stories.table, story_ids, seed=seed)
+    trials = [
+        Trial(name, codes[name], scores[name], held_out_fvu(sae), sae.cfg.activation.signed)
+        for name, sae in saes.items()
+    ]
+    return trials, {name: scores[name] for name in rivals}
+
+
+def read_truth(acts: Activations, stories: Stories) -> Any:
+    """What is true of each row of the activations: (n_tokens, n_concepts), scipy sparse."""
+    assert acts.doc_ids is not None and acts.positions is not None
+    return stories.concepts_at(acts.doc_ids, acts.positions)
+
+
+def held_out_fvu(sae: SAE) -> float:
+    """As measured at the end of training."""
+    last = (sae.training_ or {}).get("last", {}).get("held_out_fvu")
+    return math.nan if last is None else float(last)
+
+
+def read_corpus(acts: Activations, stories: Stories, seed: int) -> Corpus:
+    """The activations' tokens as words, with the truth; sentences are shown of the stories nothing was fitted to."""
+    assert acts.doc_ids is not None and acts.token_ids is not None
+    story_ids = acts.doc_ids.numpy()
+    return Corpus(
+        words=[VOCABULARY[i] for i in acts.token_ids.tolist()],
+        story_ids=story_ids,
+        truth=read_truth(acts, stories),
+        table=stories.table,
+        shown=~split_stories(story_ids, seed=seed),
     )
-    for command in (
-        f"collect {model} {text} --hook-point {HOOK_POINT} --n-tokens 200000 --ctx-len {CTX_LEN} "
-        f"--out {acts} --overwrite",
-        f"train {acts} --activation abstopk --k 8 --d-sae 128 --prefixes 16,48,128 --n-tokens {n_tokens} "
-        f"--batch-size 1024 --seed 0 --out {sae} --overwrite",
-        f"evaluate {sae} {model} {text} --n-tokens 20000 --json {scores}",
-    ):
-        _run(command, progress)
 
 
-def make_stand_in(out: Path, n_steps: int, progress: bool) -> float:
-    """Write stories and a tiny model that was taught on most of them; returns its loss in nats a letter."""
-    out.mkdir(parents=True, exist_ok=True)
-    stories = make_stories(6000)
-    (out / "stories.txt").write_text(f"\n{SEPARATOR}\n".join(stories), encoding="utf-8")
-    model = tiny_model()
-    loss = teach(model, tokenize(model, stories[:5000], CTX_LEN)[:-1], n_steps=n_steps, progress=progress)
-    save_model(model, out / "model")
-    return loss
+def describe(stories: Stories, acts: Activations) -> str:
+    """How many stories and tokens, and what was left out."""
+    assert acts.provenance is not None
+    removed = ", ".join(f"{name} {n:,}" for name, n in acts.provenance.removed.items() if n)
+    return f"{len(stories):,} stories, {len(acts):,} tokens (left out: {removed})"
 
 
-def _run(command: str, progress: bool) -> None:
-    typer.echo(f"\n$ saelab {command}")
-    words = shlex.split(command) + ([] if progress else ["--no-progress"])
-    if code := dispatch(words):
-        raise typer.Exit(code)
+def lay_out(ran: dict[str, str], trials: list[Trial], baselines: dict[str, ConceptScores], corpus: Corpus) -> str:
+    """The whole page."""
+    sections = [
+        section("What was run", facts(ran)),
+        show_comparison(trials, baselines),
+        show_features(corpus, trials, SHOWN),
+        show_failures(trials, baselines),
+    ]
+    return make_page(TITLE, LEAD, sections)
+
+
+def save_all(out: Path, saes: dict[str, SAE], trials: list[Trial], page: str) -> None:
+    """The report, and a folder for each dictionary with its scores."""
+    for trial in trials:
+        folder = out / trial.name.lower()
+        saes[trial.name].save_pretrained(folder)
+        trial.scores.save(folder / "concepts.json")
+    write_atomic(out / "report.html", page.encode())
+
+
+def write_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for the terminal."""
+    lines = [header, *rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

@@ -133,6 +133,18 @@ AllowMismatch = Annotated[
     bool, Option("--allow-mismatch", help="Go ahead with another model than the SAE was trained on.")
 ]
 
+# `saelab demo`
+OutDemo = Annotated[
+    Path, Option(help="Folder for the report and the dictionaries; an older demo is replaced.", metavar="FOLDER")
+]
+TalesModel = Annotated[str, Option(help="A model of tales: its name, or a folder that holds one.", metavar="NAME")]
+DemoHookPoint = Annotated[str, Option(help="Whose activations are taken apart.", metavar="NAME")]
+NStories = Annotated[int, Option(help="Stories to train on; half as many others to score on.")]
+DemoTokens = Annotated[int, Option(help="Tokens that each dictionary is trained on.")]
+DemoWidth = Annotated[int, Option(help="Latents in each dictionary.")]
+DemoK = Annotated[int, Option(help="Latents that fire for a token: kept, or their mean.")]
+DemoSeed = Annotated[int, Option(help="Of the dictionaries, the order of the data and the split of the stories.")]
+
 
 def choose_device(name: str | None) -> torch.device:
     """The named device, or the accelerator where there is one; ValueError for one that this machine does not have."""

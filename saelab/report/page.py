@@ -1,0 +1,101 @@
+"""One HTML page that needs nothing else: its style, its sections, its tables; all text escaped."""
+
+import html
+from collections.abc import Sequence
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --card: #f4f6f8; --ink: #19212b; --soft: #5b6673; --line: #d5dbe1;
+  --own: #1f6f78; --other: #a9b3bd; --plus: 222 110 24; --minus: 38 112 214; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #12171d; --card: #1b222a; --ink: #e4e9ee; --soft: #9aa6b2; --line: #323c47;
+    --own: #4fb3bd; --other: #5e6975; --plus: 226 122 44; --minus: 74 138 232; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.01em; text-wrap: balance; }
+h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; margin: 0; overflow-wrap: anywhere; }
+p { margin: .5rem 0; max-width: 46rem; }
+.soft, figcaption, dt, th, .note { color: var(--soft); }
+.small, figcaption, .note { font-size: .86rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 1rem 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-variant-numeric: tabular-nums;
+  font-size: .92rem; }
+th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 500; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: var(--paper); }
+tr.own td:first-child { font-weight: 600; color: var(--own); }
+figure { margin: 1rem 0; }
+.card { background: var(--card); border-radius: 8px; padding: 1rem 1.15rem; margin: 1rem 0; }
+.head { display: flex; flex-wrap: wrap; gap: .1rem .8rem; align-items: baseline; }
+.card ol { list-style: none; margin: .6rem 0 0; padding: 0; }
+.card li { margin: .5rem 0; }
+.tokens { font: 1.05rem/1.75 ui-serif, Georgia, "Noto Serif", "Times New Roman", serif; }
+.t { border-radius: 3px; padding: .08em .12em; box-decoration-break: clone; }
+.plus { background: rgb(var(--plus) / var(--a)); }
+.minus { background: rgb(var(--minus) / var(--a)); }
+.true { text-decoration: underline; text-decoration-thickness: 2px; text-underline-offset: .28em; }
+.note { display: block; line-height: 1.3; }
+.side { margin: .8rem 0 0; font-weight: 600; font-size: .92rem; }
+@media (max-width: 32rem) { main { padding: 1.5rem .9rem 3rem; } dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .5rem; } .card { padding: .8rem .85rem; } }
+"""
+
+
+def escape(text: object) -> str:
+    """Text made safe for elements and for attributes in double quotes.
+
+    >>> escape('<b title="x">')
+    '&lt;b title=&quot;x&quot;&gt;'
+    """
+    return html.escape(str(text), quote=True)
+
+
+def make_page(title: str, lead: str, sections: Sequence[str]) -> str:
+    """A whole page from its title and lead (plain text) and its sections (HTML)."""
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
+            f"<h1>{escape(title)}</h1>\n<p>{escape(lead)}</p>",
+            *sections,
+            "</main>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    """A heading (plain text) and what stands under it (HTML)."""
+    return "\n".join([f"<section>\n<h2>{escape(title)}</h2>", *parts, "</section>"])
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """Plain text as a paragraph of a style class."""
+    return f'<p class="{escape(kind)}">{escape(text)}</p>'
+
+
+def facts(rows: dict[str, str]) -> str:
+    """Names and what belongs to them, as plain text."""
+    return (
+        "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows.items()) + "</dl>"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], own: frozenset[str] = frozenset()) -> str:
+    """Plain text in cells; rows whose first cell is in `own` stand out."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = []
+    for row in rows:
+        kind = ' class="own"' if row[0] in own else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def decimal(x: float, digits: int = 2) -> str:
+    """A number with fixed digits; a dash where there is none."""
+    return "-" if x != x else f"{x:.{digits}f}"
