@@ -151,7 +151,7 @@ def _score(codes: Codes, world: _World, baselines: dict[str, ConceptScores]) -> 
         pairs=_pair_rows(world, both, tested),
         **reconstruct_truth(levels, held, counts, world.train, world.held, world.scored),
         n_features=levels.n_features,
-        l0=np.count_nonzero(unseen if isinstance(unseen, np.ndarray) else unseen.data) / unseen.shape[0],
+        l0=int(np.count_nonzero(unseen if isinstance(unseen, np.ndarray) else unseen.data)) / tested.n_tokens,
         n_train=counts.n_tokens,
         n_tokens=tested.n_tokens,
         n_train_stories=world.n_stories[0],

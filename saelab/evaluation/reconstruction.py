@@ -1,6 +1,7 @@
 """Truth told from codes: a concept is predicted where a feature fires that was precise about it before."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,10 +36,10 @@ def reconstruct_truth(
     held_truth.eliminate_zeros()
     precise = (counts.fires >= MIN_FIRES) & (counts.hits >= PRECISION * counts.fires) & scored[:, None]
     by_level: np.ndarray = precise.reshape(len(scored), -1, N_LEVELS)
-    trained = [_pooled_f1(_predict(levels, by_level[..., i], i), truth) for i in range(N_LEVELS)]
+    trained = [_pooled_f1(predicted, truth) for predicted in _predict(levels, by_level, range(N_LEVELS))]
     known = [i for i, f1 in enumerate(trained) if not math.isnan(f1)]
     best = max(known, key=lambda i: trained[i], default=0)
-    predicted = _predict(held, by_level[..., best], best)
+    predicted = _predict(held, by_level, [best])[0]
     return {
         "reconstruction": _pooled_f1(predicted, held_truth),
         "reconstruction_macro": _mean_f1(predicted, held_truth),
@@ -47,20 +48,24 @@ def reconstruct_truth(
     }
 
 
-def _predict(levels: Levels, precise: Bool[np.ndarray, "n_concepts n_sides"], level: int) -> "csr_matrix":
-    """Tokens by concepts: 1 where a side fires above the level that is precise about the concept."""
+def _predict(
+    levels: Levels, precise: Bool[np.ndarray, "n_concepts n_sides n_levels"], chosen: Sequence[int]
+) -> "list[csr_matrix]":
+    """For each of the levels chosen, tokens by concepts: 1 where a side fires above it that is precise there."""
     from scipy.sparse import csr_matrix
 
     n_tokens, useful = levels.table.shape[0], np.any(precise, axis=0)
-    predicted = csr_matrix((n_tokens, len(precise)), dtype=np.int32)
+    predicted = [csr_matrix((n_tokens, len(precise)), dtype=np.int32) for _ in chosen]
     for part, tokens, units in levels.blocks():
         sides, passed = np.divmod(units, N_LEVELS)
         mine = slice(2 * part.start, 2 * part.stop)
-        there = np.logical_and(passed >= level, useful[mine][sides])
-        shape = (n_tokens, mine.stop - mine.start)
-        fired = csr_matrix((np.ones(int(there.sum()), np.int32), (tokens[there], sides[there])), shape=shape)
-        predicted = predicted + fired @ csr_matrix(precise[:, mine].T.astype(np.int32))
-    predicted.data[:] = 1
+        for i, level in enumerate(chosen):
+            there = np.flatnonzero((passed >= level) & useful[mine, level][sides])
+            ones, shape = np.ones(len(there), np.int32), (n_tokens, mine.stop - mine.start)
+            fired = csr_matrix((ones, (tokens[there], sides[there])), shape=shape)
+            predicted[i] = predicted[i] + fired @ csr_matrix(precise[:, mine, level].T.astype(np.int32))
+    for matrix in predicted:
+        matrix.data[:] = 1
     return predicted
 
 

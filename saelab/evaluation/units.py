@@ -111,8 +111,6 @@ class Ranks:
         return ratio(total - n_true * (n_true + 1) / 2, n_true * (n - n_true))
 
     def _rank(self, column: int) -> tuple[np.ndarray, np.ndarray]:
-        from scipy.stats import rankdata
-
         feature, negative = divmod(column, 2)
         if isinstance(self.values, np.ndarray):
             z, tokens = self.values[:, feature], np.arange(len(self.values))
@@ -120,7 +118,8 @@ class Ranks:
             part = slice(*self.values.indptr[feature : feature + 2])
             z, tokens = self.values.data[part], self.values.indices[part]
         there = z < 0 if negative else z > 0
-        return tokens[there], rankdata(np.abs(z[there]))
+        _, places, counts = np.unique(np.abs(z[there]), return_inverse=True, return_counts=True)
+        return tokens[there], (counts.cumsum() - (counts - 1) / 2)[places]  # equal values share their mean rank
 
 
 def ratio(part: float | np.number, whole: int | np.number) -> float:
