@@ -2,6 +2,8 @@
 
 from saelab.collecting.collection import collect
 from saelab.collecting.streaming import ActivationStream, stream
+from saelab.evaluation.concept_scores import ConceptScores
+from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.evaluation import evaluate
 from saelab.evaluation.results import Evaluation
 from saelab.functional.codes import SparseCodes
@@ -37,6 +39,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "AuxK",
     "BatchAbsTopK",
     "BatchTopK",
+    "ConceptScores",
     "Evaluation",
     "HookAgreement",
     "JumpReLU",
@@ -61,6 +64,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "logits",
     "next_token_loss",
     "register_activation",
+    "score_concepts",
     "splice",
     "stream",
     "tensorboard_sink",
