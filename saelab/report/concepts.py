@@ -82,7 +82,7 @@ def find(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> list[s
         _rank(trials, baselines),
         f"Of {len(first.opposed_pairs)} opposed pairs on the two sides of one feature: {pairs}. "
         f"Of {len(first.control_pairs)} control pairs: {control}.",
-        f"Recall of the parent where a child is named: {parents}. One seed: small differences are chance.",
+        f"Recall of the parent where a child is named: {parents}. One seed: small differences may be chance.",
     ]
 
 

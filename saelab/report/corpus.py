@@ -74,8 +74,8 @@ def examples(
     z, true = np.where(corpus.shown, side * column, 0), corpus.holds(name)
     firing = np.flatnonzero(z > 0)
     firing = firing[np.argsort(-z[firing], kind="stable")].tolist()
-    strong = [(token, "among the strongest firings") for token in firing]
-    median = [(token, "fires as on the median token") for token in firing[len(firing) // 2 :]]
+    strong = [(token, "fires among the most strongly") for token in firing]
+    median = [(token, "fires as on its median token") for token in firing[len(firing) // 2 :]]
     silent = [(token, "the concept holds here; the feature never fires") for token in true.tolist() if not firing]
     wanted = [(strong, 2), (median, 1), (_mistakes(z, true, threshold) if firing else [], 1), (strong, n), (silent, n)]
     chosen: dict[int, Sentence] = {}  # by story
@@ -85,7 +85,7 @@ def examples(
             if len(chosen) == limit:
                 break
             if (story := int(corpus.story_ids[token])) not in chosen:
-                chosen[story] = corpus.sentence(token, column, note)
+                chosen[story] = corpus.sentence(token, column, f"{corpus.words[token]}: {note}")
     return list(chosen.values())
 
 
@@ -95,6 +95,6 @@ def _mistakes(z: Float[np.ndarray, "n_tokens"], true: Int[np.ndarray, "n"], thre
     false_alarms, misses = np.setdiff1d(says, true), np.setdiff1d(true, says)
     if len(false_alarms) > len(misses):
         strongest = false_alarms[np.argsort(-z[false_alarms], kind="stable")].tolist()
-        return [(token, "a false alarm: it fires where the concept does not hold") for token in strongest]
+        return [(token, "a false alarm: it fires, the concept does not hold") for token in strongest]
     order = np.roll(misses, -(len(misses) // 2)).tolist()
     return [(token, "a miss: the concept holds, it does not fire") for token in order]

@@ -53,6 +53,7 @@ def draw_comparison(bars: Sequence[Bar]) -> str:
         x=_plain([bar.control for bar in bars]),
         y=names,
         mode="markers",
+        cliponaxis=False,
         meta=meta,
         marker={"symbol": "line-ns-open", "size": 11, "line": {"width": 2}},
         hovertemplate="%{y}: control pairs %{x:.2f}<extra></extra>",

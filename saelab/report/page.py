@@ -35,7 +35,7 @@ figure { margin: 1rem 0; }
 .card ol { list-style: none; margin: .6rem 0 0; padding: 0; }
 .card li { margin: .5rem 0; }
 .tokens { font: 1.05rem/1.75 ui-serif, Georgia, "Noto Serif", "Times New Roman", serif; }
-.t { border-radius: 3px; padding: .08em .12em; box-decoration-break: clone; }
+.t { border-radius: 3px; padding: .08em .05em; box-decoration-break: clone; }
 .plus { background: rgb(var(--plus) / var(--a)); }
 .minus { background: rgb(var(--minus) / var(--a)); }
 .true { text-decoration: underline; text-decoration-thickness: 2px; text-underline-offset: .28em; }
