@@ -95,6 +95,6 @@ def _mistakes(z: Float[np.ndarray, "n_tokens"], true: Int[np.ndarray, "n"], thre
     false_alarms, misses = np.setdiff1d(says, true), np.setdiff1d(true, says)
     if len(false_alarms) > len(misses):
         strongest = false_alarms[np.argsort(-z[false_alarms], kind="stable")].tolist()
-        return [(token, "a false alarm: it fires, the concept does not hold") for token in strongest]
+        return [(token, "a false alarm: above its threshold, but the concept does not hold") for token in strongest]
     order = np.roll(misses, -(len(misses) // 2)).tolist()
-    return [(token, "a miss: the concept holds, it does not fire") for token in order]
+    return [(token, "a miss: the concept holds, but it stays below its threshold") for token in order]
