@@ -199,14 +199,20 @@ def test_fact_pairs_differ_in_the_town_alone():
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_models_know_the_world(name):
-    """Loss near the oracle's on unseen stories, forced names right: loosely, for the figures are in LOG.md."""
-    model = load_model(name)
-    stories = tell(24, seed=0, first=20_000_000)
+def test_the_models_lose_little_to_the_oracle(name):
+    """Loosely: the figures are in LOG.md."""
+    model, stories = load_model(name), tell(24, seed=0, first=20_000_000)
     tokens = stories.tokens()
     losses = next_token_loss(logits(model, tokens.ids), tokens.ids)
     loss = float(losses[tokens.attention_mask[:, 1:]].mean())
-    assert stories.oracle_loss - 0.05 < loss < stories.oracle_loss + 0.2
-    pairs = counterfactuals("names", 20, seed=5)
+    assert stories.oracle_loss - 0.05 < loss < stories.oracle_loss + 0.1
+
+
+SHORT = pytest.mark.xfail(strict=True, reason="tales-b names the two people at random: trained too short, see LOG.md")
+
+
+@pytest.mark.parametrize("name", ["tales", pytest.param("tales-b", marks=SHORT)])
+def test_the_models_track_names(name):
+    model, pairs = load_model(name), counterfactuals("names", 20, seed=5)
     right = [int(logits(model, pair.prompt[None])[0, -1].argmax()) == pair.answer for pair in pairs]
     assert sum(right) >= 17
