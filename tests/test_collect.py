@@ -365,7 +365,7 @@ def test_killed_twice_ends_with_the_same_bytes(tmp_path, start_collecting):
     whole = start_collecting(tmp_path / "whole", 0)
     cut = tmp_path / "cut"
     for number, signum in enumerate((signal.SIGINT, signal.SIGKILL)):
-        process = start_collecting(cut, 0.02)
+        process = start_collecting(cut, 0.08)
         wait_for(cut / f"shard-{5 + 10 * number:05d}.safetensors", process)
         process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
