@@ -1,5 +1,6 @@
 """Fixtures and doctest names for the whole repository."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 import saelab as sl
 
 torch.set_num_threads(1)  # many small products: more threads only get in each other's way
+
+# A suite started with `&` by a script inherits an ignored Ctrl-C, and so would the processes that its tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).parent / ".." / "shared" / "data"
 

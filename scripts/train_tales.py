@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from saelab.worlds.tales import CTX_LEN, Stories, tell
+from saelab.worlds.tasks import counterfactuals
 from saelab.worlds.vocabulary import BOS, EOS, PAD, VOCABULARY, save_tokenizer
 
 SHAPES = {
@@ -29,10 +30,10 @@ SHAPES = {
         "seed": 0,
     },
     "tales-b": {
-        "hidden_size": 160,
-        "intermediate_size": 448,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 5,
+        "hidden_size": 112,
+        "intermediate_size": 336,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
         "seed": 1,
     },
 }
@@ -90,6 +91,14 @@ def held_out_loss(model: torch.nn.Module, n_stories: int = 200) -> tuple[float, 
     return total / (len(stories.token_ids) - len(stories)), stories.oracle_loss
 
 
+@torch.no_grad()
+def names_right(model: torch.nn.Module, n: int = 50) -> float:
+    """Share of forced names that are the likeliest word; 0.5 is chance."""
+    pairs = counterfactuals("names", n)
+    prompts = [(p.prompt, p.answer) for p in pairs] + [(p.other_prompt, p.other_answer) for p in pairs]
+    return sum(int(model(ids[None].long()).logits[0, -1].argmax()) == answer for ids, answer in prompts) / (2 * n)
+
+
 def train(name: str, steps: int, batch_size: int, peak_lr: float) -> torch.nn.Module:
     model = make_model(name)
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -109,8 +118,14 @@ def train(name: str, steps: int, batch_size: int, peak_lr: float) -> torch.nn.Mo
         n_tokens += int((ids != PAD_ID).sum())
         if (step + 1) % 100 == 0 or step + 1 == steps:
             held, oracle = held_out_loss(model)
-            row = {"step": step + 1, "n_tokens": n_tokens, "loss": round(loss.item(), 4), "held_out": round(held, 4)}
-            print(json.dumps({**row, "oracle": round(oracle, 4), "seconds": round(time.time() - start)}), flush=True)
+            row: dict[str, float] = {
+                "step": step + 1,
+                "n_tokens": n_tokens,
+                "loss": round(loss.item(), 4),
+                "held_out": round(held, 4),
+            }
+            row |= {"oracle": round(oracle, 4), "names": names_right(model), "seconds": round(time.time() - start)}
+            print(json.dumps(row), flush=True)
     return model
 
 

@@ -276,6 +276,18 @@ def test_hook_point_and_mask_come_from_the_provenance(tiny, own_words, trained) 
     assert other_spelling.fvu == found.fvu
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_broken_row_is_refused_and_not_taken_for_an_outlier(tiny, own_words, trained, monkeypatch, bad) -> None:
+    def planted(model, ids, names):
+        acts = sl.capture(model, ids, names)
+        acts[HOOK][0, 3, 5] = bad
+        return acts
+
+    monkeypatch.setattr("saelab.evaluation.splicing.capture", planted)
+    with pytest.raises(ValueError, match="NaN or infinity in 1 of"):
+        evaluate(trained, tiny, own_words[:4], n_bootstrap=0, baselines=False, progress=False)
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "complaint"),
     [

@@ -16,10 +16,10 @@ FLOORS = {
     "sae": 4,
     "collecting": 5,
     "evaluation": 5,
-    "report": 6,
+    "pictures": 6,
     "cli": 7,
 }
-DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "report"}
+DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "pictures"}
 HEAVY = {"transformer_lens", "transformers", "datasets", "scipy", "sklearn", "plotly", "pandas", "pyarrow", "wandb"}
 
 
@@ -111,7 +111,7 @@ def test_every_import_goes_down() -> None:
         ("sae/module.py", "from .config import SAEConfig", "imports relatively"),
         ("sae/module.py", "def f():\n    from transformers import AutoModel", "only saelab.lm may import"),
         ("cli/app.py", "def f():\n    import transformer_lens.model_bridge", "only saelab.lm may import"),
-        ("evaluation/scores.py", "def f():\n    import plotly.graph_objects", "only saelab.report may import"),
+        ("evaluation/scores.py", "def f():\n    import plotly.graph_objects", "only saelab.pictures may import"),
         ("lm/models.py", "from transformers import AutoModel", "import it inside the function"),
         ("lm/models.py", "if True:\n    import transformer_lens", "import it inside the function"),
         ("functional/sums.py", "class A:\n    from scipy import sparse", "import it inside the function"),

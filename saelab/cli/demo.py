@@ -18,9 +18,9 @@ from saelab.evaluation.concepts import score_concepts, split_stories
 from saelab.evaluation.rivals import concept_baselines, read_codes
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model, describe_model, load_model
-from saelab.report.concepts import Trial, show_comparison, show_failures, show_features, tabulate
-from saelab.report.corpus import Corpus
-from saelab.report.page import facts, make_page, section
+from saelab.pictures.concepts import Trial, show_comparison, show_failures, show_features, tabulate
+from saelab.pictures.corpus import Corpus
+from saelab.pictures.page import facts, make_page, section
 from saelab.sae.activations import AbsTopK, BatchTopK, TopK
 from saelab.sae.config import SAEConfig
 from saelab.sae.sae import SAE, fit

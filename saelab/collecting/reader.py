@@ -135,7 +135,7 @@ class Reader:
         if self.median_norms is None:
             return {}
         ratios = [norms_of(x) / self.median_norms[name] for name, x in acts.items()]
-        return {"norms": torch.stack(ratios).nan_to_num(0.0, 0.0).amax(0), "median": 1.0}
+        return {"norms": torch.stack(ratios).amax(0), "median": 1.0}
 
 
 def fingerprint(model: Model) -> str:

@@ -28,7 +28,7 @@ class Stage:
         """Activations of the tokens kept, from a forward that stops at the hook point."""
         x = self._capture(batch)[self.hook_point]
         kept = self._select(batch, x)
-        return self._rows(x, kept), kept
+        return self.rows_of(x, kept.keep), kept
 
     def run(self, batch: Tokens) -> "CleanRun":
         """The untouched model's activations and predictions, from one forward."""
@@ -60,8 +60,9 @@ class Stage:
             return self.mask.apply(batch)
         return self.mask.apply(batch, norms_of(x), self.median_norm)
 
-    def _rows(self, x: Tensor, kept: MaskResult) -> Tensor:
-        rows = x[kept.keep.to(x.device)]
+    def rows_of(self, x: Float[Tensor, "n_seq ctx_len d_in"], keep: Bool[Tensor, "n_seq ctx_len"]) -> Tensor:
+        """Activations of the tokens kept; ValueError where one is not finite."""
+        rows = x[keep.to(x.device)]
         require_finite(self.hook_point, rows)
         return rows
 
@@ -82,7 +83,7 @@ class CleanRun:
     @property
     def rows(self) -> Float[Tensor, "n_kept d_in"]:
         """Activations of the tokens kept."""
-        return self.x[self.keep.to(self.x.device)]
+        return self.stage.rows_of(self.x, self.keep)
 
     def losses(self, logits: Float[Tensor, "n_seq ctx_len d_vocab"]) -> Float[Tensor, "n_predictions"]:
         """Cross-entropy of each prediction that counts, in nats."""

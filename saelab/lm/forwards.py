@@ -29,8 +29,11 @@ def batches_of(tokens: Tokens, n_seq: int) -> Iterator[Tokens]:
 
 
 def norms_of(x: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
-    """Euclidean norms in float32, on the CPU where the masks are."""
-    return x.float().norm(dim=-1).cpu()
+    """Euclidean norms in float32, on the CPU where the masks are; 0 where not finite.
+
+    A mask's norm rule would drop a broken row as an outlier: so it stays, and is refused.
+    """
+    return x.float().norm(dim=-1).nan_to_num(0.0, 0.0).cpu()
 
 
 def find_median_norms(

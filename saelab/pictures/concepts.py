@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from saelab.evaluation.concept_scores import ConceptScore, ConceptScores, PairScore
-from saelab.report.corpus import Corpus, examples
-from saelab.report.figures import Bar, draw_comparison
-from saelab.report.page import decimal, escape, paragraph, section, table
-from saelab.report.tokens import colour
+from saelab.pictures.corpus import Corpus, examples
+from saelab.pictures.figures import Bar, draw_comparison
+from saelab.pictures.page import decimal, escape, paragraph, section, table
+from saelab.pictures.tokens import colour
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from saelab.report.tokens import Sentence
+from saelab.pictures.tokens import Sentence
 from saelab.worlds.lexicon import Concept
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from saelab.report.page import escape
+from saelab.pictures.page import escape
 
 CLOSING = frozenset(".,?!;:)\u201d\u2019")
 OPENING = frozenset("(\u201c\u2018")

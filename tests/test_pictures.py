@@ -9,10 +9,10 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from saelab.evaluation.concepts import score_concepts
-from saelab.report.concepts import Trial, show_comparison, show_failures, show_features
-from saelab.report.corpus import Corpus, examples
-from saelab.report.page import facts, make_page, paragraph, section, table
-from saelab.report.tokens import Sentence, colour
+from saelab.pictures.concepts import Trial, show_comparison, show_failures, show_features
+from saelab.pictures.corpus import Corpus, examples
+from saelab.pictures.page import facts, make_page, paragraph, section, table
+from saelab.pictures.tokens import Sentence, colour
 from saelab.worlds.lexicon import Concept
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=alert(1)>&"
