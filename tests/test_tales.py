@@ -120,6 +120,17 @@ def test_moods_last(truth):
     assert any("glad" in states for states in tale.states)
 
 
+def test_a_topic_is_of_its_paragraph_and_of_nothing_special(words, truth):
+    """A topic holds from its place on; recipes, forecasts, gifts and lore after the paragraph have none."""
+    topics = np.stack([truth(concept.name) for concept in CONCEPTS if concept.kind == "topic"])
+    assert topics.sum(0).max() == 1
+    special = [truth(c.name) for c in CONCEPTS if c.kind in ("register", "relation") or c.name in ("giver", "receiver")]
+    assert not (topics.any(0) & np.any(special, axis=0)).any()
+    for name, topic in lex.TOPICS.items():
+        at_place = topics.any(0) & np.array([word in topic.places.split() for word in words])
+        assert (truth(f"topic {name}") & at_place).any()
+
+
 def test_one_sided_traits_are_as_frequent_as_poles(stories, words):
     count = Counter(words)
     poles = [sum(count[w] for w in line.split()) for axis in lex.AXES.values() for line in axis.words]

@@ -29,6 +29,7 @@ class Tale(Teller):
             self.forget("topic", "place", "thing", "trait", "animal", "mood", "distance")
             self._lasting -= {s for s in self._lasting if not s.startswith("story of")}
             self.paragraph()
+            self._lasting -= {s for s in self._lasting if s.startswith("topic ")}  # what is special has no topic
             getattr(self, "special_" + self.pick(SPECIALS, "special"))()
             self.marks.append(("special end", len(self.words)))
         with self.during("ending"):
