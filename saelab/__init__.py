@@ -1,6 +1,7 @@
 """saelab finds, names, compares and moves the features of a language model, with sparse autoencoders."""
 
 from saelab.collecting.collection import collect
+from saelab.collecting.harvesting import harvest
 from saelab.collecting.streaming import ActivationStream, stream
 from saelab.evaluation.concept_scores import ConceptScores
 from saelab.evaluation.concepts import score_concepts
@@ -25,6 +26,7 @@ from saelab.sae.activations import (
 from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
 from saelab.sae.sae import SAE, fit
 from saelab.stores.activations import Activations
+from saelab.stores.features import FeatureStore
 from saelab.stores.provenance import Provenance
 from saelab.training.config import TrainConfig
 from saelab.training.sinks import tensorboard_sink, wandb_sink
@@ -41,6 +43,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "BatchTopK",
     "ConceptScores",
     "Evaluation",
+    "FeatureStore",
     "HookAgreement",
     "JumpReLU",
     "MaskResult",
@@ -60,6 +63,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "evaluate",
     "find_hook_point",
     "fit",
+    "harvest",
     "load_model",
     "logits",
     "next_token_loss",

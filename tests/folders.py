@@ -3,7 +3,7 @@
 import torch
 
 from saelab.stores.files import save_tensors
-from saelab.stores.manifest import Manifest, Shard, dtype_name
+from saelab.stores.manifest import ActivationsManifest, Shard, dtype_name
 from saelab.stores.provenance import Provenance
 
 HOOK = "blocks.0.hook_resid_post"
@@ -23,7 +23,7 @@ def write_folder(folder, x, shard_tokens, hook_points=(HOOK,), complete=True):
         file = f"shard-{number:05d}.safetensors"
         crc32 = save_tensors(folder / file, tensors | {"token_ids": ids, "doc_ids": ids // 10, "positions": ids % 4})
         shards.append(Shard(file=file, n_tokens=len(piece), crc32=crc32))
-    manifest = Manifest(
+    manifest = ActivationsManifest(
         d_in=dict.fromkeys(hook_points, x.shape[1]), dtype=dtype_name(x.dtype), request={}, shards=tuple(shards),
         provenance=ORIGIN.to_dict(), complete=complete,
     )  # fmt: skip

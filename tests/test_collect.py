@@ -111,7 +111,7 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(model, tokens, tmp_path, 
 def test_killed_between_shard_and_manifest(model, tokens, tmp_path, monkeypatch):
     collect(model, tokens, HOOK, tmp_path / "whole", **SIZES)
     with monkeypatch.context() as patch:
-        fail_after(patch, writers.Manifest, "save", 3, RuntimeError("the power went"))
+        fail_after(patch, writers.ActivationsManifest, "save", 3, RuntimeError("the power went"))
         with pytest.raises(RuntimeError):
             collect(model, tokens, HOOK, tmp_path / "cut", **SIZES)
     (tmp_path / "cut" / ".shard-00007.safetensors.0123abcd.tmp").write_text("what a killed process leaves")
@@ -190,7 +190,7 @@ def test_beginning_anew(model, tokens, tmp_path):
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_folder_of_something_else_is_left_alone(model, tokens, tmp_path, resume):
     (tmp_path / "shard-00000.safetensors").write_text("thesis")
-    with pytest.raises(ValueError, match="`out` must be empty or hold collected activations"):
+    with pytest.raises(ValueError, match="`out` must be empty or hold what `collect` wrote"):
         collect(model, tokens, HOOK, tmp_path, resume=resume, **SIZES)
     assert contents(tmp_path) == {"shard-00000.safetensors": b"thesis"}
 

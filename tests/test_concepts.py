@@ -12,15 +12,16 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import f1_score, roc_auc_score
 
 import saelab as sl
-from saelab.evaluation.concepts import score_concepts, split_stories
+from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.rivals import concept_baselines, read_codes
+from saelab.stores.corpus import split_documents
 from saelab.worlds.lexicon import Concept
 from saelab.worlds.tales import tell
 
 N_STORIES, STORY = 60, 40
 STORY_IDS = np.repeat(np.arange(N_STORIES), STORY)
 N_TOKENS = len(STORY_IDS)
-TRAIN = split_stories(STORY_IDS)
+TRAIN = split_documents(STORY_IDS)
 FRACTIONS = np.arange(10) / 10
 TABLE = (
     Concept("animal", "root"),
@@ -211,7 +212,7 @@ def test_held_out_is_held_out(truth) -> None:
 def test_a_split_depends_on_stories_and_seed_alone() -> None:
     assert not (set(STORY_IDS[TRAIN]) & set(STORY_IDS[~TRAIN])) and len(set(STORY_IDS[TRAIN])) == N_STORIES // 2
     state = np.random.get_state()[1].copy()  # noqa: NPY002 - that it is left alone is the point
-    assert (split_stories(STORY_IDS) == TRAIN).all() and (split_stories(STORY_IDS, seed=1) != TRAIN).any()
+    assert (split_documents(STORY_IDS) == TRAIN).all() and (split_documents(STORY_IDS, seed=1) != TRAIN).any()
     assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
 
 
@@ -313,7 +314,7 @@ def test_what_does_not_fit_is_refused(truth) -> None:
         score(z, truth[:, 1:])
     with pytest.raises(ValueError, match="finite"):
         score(np.where(z > 0, np.nan, z), truth)
-    with pytest.raises(ValueError, match="a story on each side"):
+    with pytest.raises(ValueError, match="a document on each side"):
         score(z, truth, train_frac=0.001)
     with pytest.raises(ValueError, match="`min_count` must be at least 1"):
         score(z, truth, min_count=0)
@@ -342,7 +343,7 @@ def test_baselines_of_tales() -> None:
     assert scores.baselines["probe"].coverage > 0.9 > max(*others, scores.coverage)
     assert scores.baselines["probe"].auroc > 0.95
     # nothing of the held-out stories goes into them
-    train = torch.from_numpy(split_stories(stories.story_ids))
+    train = torch.from_numpy(split_documents(stories.story_ids))
     noise = torch.where(train[:, None], acts, torch.randn(acts.shape, generator=torch.Generator().manual_seed(0)))
     changed = concept_baselines(noise, cfg, truth, stories.story_ids)
     for name in ("pca", "probe"):

@@ -14,7 +14,7 @@ import typer
 from saelab.cli import options
 from saelab.collecting.collection import collect
 from saelab.evaluation.concept_scores import ConceptScores
-from saelab.evaluation.concepts import score_concepts, split_stories
+from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.rivals import concept_baselines, read_codes
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model, describe_model, load_model
@@ -25,6 +25,7 @@ from saelab.sae.activations import AbsTopK, BatchTopK, TopK
 from saelab.sae.config import SAEConfig
 from saelab.sae.sae import SAE, fit
 from saelab.stores.activations import Activations
+from saelab.stores.corpus import split_documents
 from saelab.stores.files import write_atomic
 from saelab.training.config import TrainConfig
 from saelab.worlds.tales import Stories, tell
@@ -172,7 +173,7 @@ def read_corpus(acts: Activations, stories: Stories, seed: int) -> Corpus:
         story_ids=story_ids,
         truth=read_truth(acts, stories),
         table=stories.table,
-        shown=~split_stories(story_ids, seed=seed),
+        shown=~split_documents(story_ids, seed=seed),
     )
 
 

@@ -9,7 +9,7 @@ from typer import Argument
 from saelab.sae.checkpoint import CONFIG, read_sae
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.stores.files import read_json
-from saelab.stores.manifest import Manifest
+from saelab.stores.manifest import ActivationsManifest
 from saelab.stores.provenance import Provenance
 
 Rows = list[tuple[str, str]]
@@ -54,7 +54,7 @@ def describe_sae(path: Path) -> str:
 
 def describe_activations(path: Path) -> str:
     """What a folder of activations holds, and its origin."""
-    manifest = Manifest.load(path)
+    manifest = ActivationsManifest.load(path)
     state = "" if manifest.complete else ", UNFINISHED: give the same command again to go on"
     rows = [
         ("hook points", ", ".join(f"{name} (d_in {d_in})" for name, d_in in manifest.d_in.items())),

@@ -1,7 +1,6 @@
 """`collect`: the activations of a text at some hook points, in memory or in a folder that can be resumed."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens
 from saelab.stores.activations import Activations
-from saelab.stores.manifest import Manifest, dtype_name
+from saelab.stores.manifest import ActivationsManifest, dtype_name
 
 SHARD_TOKENS = 32768
 
@@ -75,13 +74,13 @@ def _collect_to_folder(
 ) -> dict[str, Activations]:
     request = reader.request(tokens) | {"batch_size": n_seq, "shard_tokens": shard_tokens}
     if not resume:
-        clear_folder(folder)
-    manifest = resume_folder(folder, request)
+        clear_folder(folder, ActivationsManifest)
+    manifest = resume_folder(folder, request, ActivationsManifest)
     if manifest is not None and manifest.complete:
         return load_all(folder, list(reader.hook_points))
     if manifest is None:
         reader = reader.calibrated(tokens, n_seq)
-        manifest = Manifest(
+        manifest = ActivationsManifest(
             d_in=reader.widths(tokens),
             dtype=dtype_name(reader.dtype),
             request=request,
@@ -91,7 +90,7 @@ def _collect_to_folder(
         manifest.save(folder)  # claims the folder, and finds out before the work whether it can be written
     reader = replace(reader, median_norms=manifest.median_norms)
     writer = FolderWriter(folder, manifest, shard_tokens)
-    with _telling_where(writer), writer:
+    with writer:
         return _run(reader, tokens, writer, n_seq, progress)
 
 
@@ -103,16 +102,6 @@ def _run(reader: Reader, tokens: Tokens, writer: Writer, n_seq: int, progress: b
     with tqdm(total=tokens.n_tokens, initial=done, unit=" tokens", unit_scale=True, disable=not progress) as bar:
         for start in range(first, len(tokens), n_seq):
             batch = tokens[start : start + n_seq]
-            writer.add(reader.read(batch), len(batch))
+            writer.add_reading(reader.read(batch), len(batch))
             bar.update(batch.n_tokens)
-    return writer.finish(reader.origins(tokens, writer.n_tokens, dict(writer.removed)))
-
-
-@contextmanager
-def _telling_where(writer: FolderWriter) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"Stopped. {writer.manifest.n_tokens} tokens are saved in {writer.folder}. Make the same call to go on."
-        ) from None
+    return writer.open(reader.origins(tokens, writer.n_tokens, dict(writer.removed)))

@@ -1,7 +1,7 @@
 """`Reader`: one forward in, the rows that the mask keeps out."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,8 @@ class Reading:
     "By hook point, (n, d_in), finite, on the model's device."
     columns: dict[str, Tensor]
     "token_ids, doc_ids and positions of the rows, int32."
+    index: Tensor
+    "Where each row stands in the batch, row of sequences after row."
     removed: dict[str, int]
     "Tokens removed by each rule of the mask."
 
@@ -84,7 +86,7 @@ class Reader:
         rows = {name: _select(x.flatten(0, 1), index).to(self.dtype) for name, x in acts.items()}
         for name, x in rows.items():
             require_finite(name, x)
-        return Reading(rows, {name: column.flatten()[index] for name, column in columns.items()}, kept.removed)
+        return Reading(rows, {name: column.flatten()[index] for name, column in columns.items()}, index, kept.removed)
 
     def request(self, tokens: Tokens) -> dict[str, Any]:
         """The arguments that decide what is read, ready for JSON."""
@@ -92,7 +94,7 @@ class Reader:
         return {
             "model": model.name,
             "weight_processing": model.weight_processing,
-            "weights": fingerprint(self.model),
+            "weights": fingerprint(dict(self.model.named_parameters())),
             "hook_points": list(self.hook_points),
             "tokens_sha256": tokens.sha256,
             "mask": _plain(self.mask.to_dict()),
@@ -138,10 +140,10 @@ class Reader:
         return {"norms": torch.stack(ratios).amax(0), "median": 1.0}
 
 
-def fingerprint(model: Model) -> str:
+def fingerprint(weights: Mapping[str, Tensor]) -> str:
     """A hash of the weights' shapes and of some 64 evenly spaced values of each; tells a model from its fine-tune."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in sorted(weights.items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         values = weight.detach().flatten()
         values = values[:: max(1, len(values) // 64)].contiguous().cpu()

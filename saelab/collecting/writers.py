@@ -12,7 +12,7 @@ from torch import Tensor
 from saelab.collecting.reader import Reading
 from saelab.stores.activations import Activations
 from saelab.stores.files import read_json, remove_leftovers, save_tensors
-from saelab.stores.manifest import INT_COLUMNS, Manifest, Shard
+from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest, AnyManifest, Manifest, Shard
 from saelab.stores.provenance import Provenance
 
 
@@ -24,36 +24,65 @@ class Writer(Protocol):
     n_tokens: int
     removed: Counter[str]
 
-    def add(self, reading: Reading, n_seq: int) -> None: ...
+    def add_reading(self, reading: Reading, n_seq: int) -> None: ...
 
-    def finish(self, origins: dict[str, Provenance]) -> dict[str, Activations]: ...
+    def open(self, origins: dict[str, Provenance]) -> dict[str, Activations]: ...
 
 
 class MemoryWriter:
-    """Rows in preallocated tensors."""
+    """Rows that stay in memory."""
 
     def __init__(self, n_rows: int, widths: dict[str, int], dtype: torch.dtype) -> None:
         self.next_seq = 0
         self.n_tokens = 0
         self.removed: Counter[str] = Counter()
-        self._columns = _allocate(n_rows, widths, dtype)
+        self._buffer = RowBuffer(n_rows, widths, dtype)
 
-    def add(self, reading: Reading, n_seq: int) -> None:
+    def add_reading(self, reading: Reading, n_seq: int) -> None:
         """Append a reading."""
-        for name, column in (reading.acts | reading.columns).items():
-            self._columns[name][self.n_tokens : self.n_tokens + len(column)] = column
-        self.n_tokens += len(reading.columns["token_ids"])
+        n_rows = len(reading.columns["token_ids"])
+        self._buffer.add(reading, 0, n_rows)
+        self.n_tokens += n_rows
         self.removed.update(reading.removed)
         self.next_seq += n_seq
 
-    def finish(self, origins: dict[str, Provenance]) -> dict[str, Activations]:
+    def open(self, origins: dict[str, Provenance]) -> dict[str, Activations]:
         """The activations by hook point."""
-        columns = {name: column[: self.n_tokens] for name, column in self._columns.items()}
+        columns = self._buffer.take()
         ints = {name: columns[name] for name in INT_COLUMNS}
         return {name: Activations.from_tensor(columns[name], origin, **ints) for name, origin in origins.items()}
 
 
-class FolderWriter:
+@runtime_checkable
+class Buffer(Protocol):
+    """Rows that wait to become a shard."""
+
+    def add(self, reading: Any, start: int, stop: int) -> None: ...
+
+    def take(self) -> dict[str, Tensor]:
+        """All rows as a shard's tensors; called in the background, before rows are added again."""
+
+
+class RowBuffer:
+    """Dense rows, in preallocated tensors."""
+
+    def __init__(self, n_rows: int, widths: dict[str, int], dtype: torch.dtype) -> None:
+        self._columns = _allocate(n_rows, widths, dtype)
+        self._n = 0
+
+    def add(self, reading: Reading, start: int, stop: int) -> None:
+        """Append rows start..stop of a reading."""
+        for name, column in (reading.acts | reading.columns).items():
+            self._columns[name][self._n : self._n + stop - start] = column[start:stop]
+        self._n += stop - start
+
+    def take(self) -> dict[str, Tensor]:
+        """The rows added since the last time, as views."""
+        n, self._n = self._n, 0
+        return {name: column[:n] for name, column in self._columns.items()}
+
+
+class ShardWriter:
     """Rows in shards of exactly `shard_tokens` (the last may be shorter), whose bytes do not depend on interruptions.
 
     The manifest is rewritten after each shard and says where to go on: the first sequence with rows outside the shards,
@@ -61,7 +90,7 @@ class FolderWriter:
     leaving the `with` block waits for it.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int, buffers: tuple[Buffer, Buffer]) -> None:
         self.folder, self.manifest = folder, manifest
         self.next_seq = manifest.next_seq
         self.removed = Counter(manifest.removed)
@@ -69,51 +98,53 @@ class FolderWriter:
         self.n_tokens = manifest.n_tokens
         self._n_buffered = 0
         self._shard_tokens = shard_tokens
-        self._buffer, self._spare = (
-            _allocate(shard_tokens, manifest.d_in, getattr(torch, manifest.dtype)) for _ in range(2)
-        )
+        self._buffer, self._spare = buffers
         self._background = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
 
-    def __enter__(self) -> "FolderWriter":
+    def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._background.shutdown(wait=True)
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"Stopped. {self.manifest.n_tokens} tokens are saved in {self.folder}. Make the same call to go on."
+            ) from None
 
-    def add(self, reading: Reading, n_seq: int) -> None:
-        """Append the rows that are not in the shards yet; write each shard that becomes full."""
-        columns = reading.acts | reading.columns
-        n_rows = len(reading.columns["token_ids"])
+    def add(self, reading: Any, n_rows: int, n_seq: int, removed: dict[str, int]) -> None:
+        """Append the rows of a batch that are not in the shards yet; write each shard that becomes full."""
         done, self._to_skip = self._to_skip, 0
         while done < n_rows:
             take = min(n_rows - done, self._shard_tokens - self._n_buffered)
-            for name, column in columns.items():
-                self._buffer[name][self._n_buffered : self._n_buffered + take] = column[done : done + take]
+            self._buffer.add(reading, done, done + take)
             self._n_buffered += take
             self.n_tokens += take
             done += take
             if self._n_buffered == self._shard_tokens and done < n_rows:
                 self._flush(skip_rows=done)
         self.next_seq += n_seq
-        self.removed.update(reading.removed)
+        self.removed.update(removed)
         if self._n_buffered == self._shard_tokens:
             self._flush(skip_rows=0)
 
-    def finish(self, origins: dict[str, Provenance]) -> dict[str, Activations]:
-        """Write what is left and open the folder."""
+    def finish(self, provenance: Provenance, **changes: Any) -> None:
+        """Write what is left, and in the manifest that nothing is missing, with other `changes` of its fields."""
+        self.flush()
+        changes |= {"complete": True, "removed": dict(self.removed), "provenance": provenance.to_dict()}
+        self._save(replace(self.manifest, **changes))
+
+    def flush(self) -> None:
+        """Write what is left, and wait until it is written."""
         if self._n_buffered:
             self._flush(skip_rows=0)
         self._wait()
-        self._save(complete=True, removed=dict(self.removed), provenance=next(iter(origins.values())).to_dict())
-        return load_all(self.folder, list(origins))
 
     def _flush(self, skip_rows: int) -> None:
         """Hand the buffer over to be written, once the one before is."""
         self._wait()
-        tensors = {name: column[: self._n_buffered] for name, column in self._buffer.items()}
         place = {"next_seq": self.next_seq, "skip_rows": skip_rows, "removed": dict(self.removed)}
-        self._pending = self._background.submit(self._write, tensors, place)
+        self._pending = self._background.submit(self._write, self._buffer, self._n_buffered, place)
         self._buffer, self._spare = self._spare, self._buffer
         self._n_buffered = 0
 
@@ -121,16 +152,32 @@ class FolderWriter:
         if self._pending is not None:
             self._pending.result()  # raises what writing raised
 
-    def _write(self, tensors: dict[str, Tensor], place: dict[str, Any]) -> None:
-        file = f"shard-{len(self.manifest.shards):05d}.safetensors"
+    def _write(self, buffer: Buffer, n_tokens: int, place: dict[str, Any]) -> None:
+        file, tensors = f"shard-{len(self.manifest.shards):05d}.safetensors", buffer.take()
         crc32 = save_tensors(self.folder / file, tensors)
-        shard = Shard(file=file, n_tokens=len(tensors["token_ids"]), crc32=crc32)
-        self._save(shards=(*self.manifest.shards, shard), **place)
+        shard = Shard(file=file, n_tokens=n_tokens, crc32=crc32)
+        self._save(replace(self.manifest.with_shard(shard, tensors), **place))
 
-    def _save(self, **changes: Any) -> None:
-        manifest = replace(self.manifest, **changes)
+    def _save(self, manifest: Manifest) -> None:
         manifest.save(self.folder)
         self.manifest = manifest  # only now, so that after Ctrl-C it does not promise more than is on disk
+
+
+class FolderWriter(ShardWriter):
+    """Activations, for `collect`."""
+
+    def __init__(self, folder: Path, manifest: ActivationsManifest, shard_tokens: int) -> None:
+        first, second = (RowBuffer(shard_tokens, manifest.d_in, getattr(torch, manifest.dtype)) for _ in range(2))
+        super().__init__(folder, manifest, shard_tokens, (first, second))
+
+    def add_reading(self, reading: Reading, n_seq: int) -> None:
+        """Append a reading."""
+        self.add(reading, len(reading.columns["token_ids"]), n_seq, reading.removed)
+
+    def open(self, origins: dict[str, Provenance]) -> dict[str, Activations]:
+        """Write what is left and open the folder."""
+        self.finish(next(iter(origins.values())))
+        return load_all(self.folder, list(origins))
 
 
 def load_all(folder: Path, hook_points: list[str]) -> dict[str, Activations]:
@@ -138,15 +185,17 @@ def load_all(folder: Path, hook_points: list[str]) -> dict[str, Activations]:
     return {name: Activations.load(folder, name) for name in hook_points}
 
 
-def resume_folder(folder: Path, request: dict[str, Any]) -> Manifest | None:
+def resume_folder(folder: Path, request: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest | None:
     """The manifest in `folder`, or None where nothing is; ValueError when it holds something else than asked for."""
     if folder.is_dir():
         remove_leftovers(folder)
     if not (folder / "manifest.json").is_file():
         if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"`out` must be empty or hold collected activations, got {folder}. Choose another folder.")
+            raise ValueError(
+                f"`out` must be empty or hold what `{kind.verb}` wrote, got {folder}. Choose another folder."
+            )
         return None
-    manifest = Manifest.load(folder)
+    manifest = kind.load(folder)
     if differing := [key for key, value in request.items() if manifest.request.get(key) != value]:
         what = "; ".join(f"{key}: there {manifest.request.get(key)!r}, now {request[key]!r}" for key in differing)
         raise ValueError(
@@ -157,13 +206,16 @@ def resume_folder(folder: Path, request: dict[str, Any]) -> Manifest | None:
     return manifest
 
 
-def clear_folder(folder: Path) -> None:
-    """Remove collected activations, the manifest first, so that no half of them passes for a whole; nothing else."""
+def clear_folder(folder: Path, kind: type[Manifest]) -> None:
+    """Remove what a folder holds of a kind, the manifest first, so that no half of it passes for a whole; nothing
+    else.
+    """
     path = folder / "manifest.json"
-    if path.is_file() and read_json(path).get("kind") == "activations":
+    if path.is_file() and read_json(path).get("kind") == kind.kind:
         path.unlink()
-        for shard in folder.glob("shard-*.safetensors"):
-            shard.unlink()
+        for pattern in kind.files_of_kind:
+            for file in folder.glob(pattern):
+                file.unlink()
 
 
 def _allocate(n_rows: int, widths: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:

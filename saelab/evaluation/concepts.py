@@ -25,6 +25,7 @@ from saelab.evaluation.levels import (
 )
 from saelab.evaluation.reconstruction import reconstruct_truth
 from saelab.evaluation.units import Ranks, UnitCounts, best_pair, best_unit, ratio, split_units
+from saelab.stores.corpus import split_documents
 from saelab.worlds.lexicon import Concept
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def score_concepts(
     with the next). Unsigned codes have one side, so none of their features can hold a pair. `baselines` are other codes
     of the same tokens, see `concept_baselines`. Raises ValueError where sizes disagree or stories cannot be split.
     """
-    is_train = split_stories(story_ids, train_frac, seed)
+    is_train = split_documents(story_ids, train_frac, seed)
     if min_count < 1:
         raise ValueError(f"`min_count` must be at least 1, got {min_count}.")
     if tuple(truth.shape) != (len(is_train), len(table)):
@@ -72,21 +73,6 @@ def score_concepts(
     world = _World(table, _pairs_of(table, control_pairs), is_train, train, held, n_stories, min_count)
     others = {name: _score(values, world, {}) for name, values in (baselines or {}).items()}
     return _score(codes, world, others)
-
-
-def split_stories(
-    story_ids: Shaped[Any, "n_tokens"], train_frac: float = 0.5, seed: int = 0
-) -> Bool[np.ndarray, "n_tokens"]:
-    """Which tokens are of training stories: `train_frac` of the stories, drawn by `seed`; at least one on each side."""
-    stories, places = np.unique(np.asarray(story_ids), return_inverse=True)
-    n_train = round(train_frac * len(stories))
-    if not 0 < n_train < len(stories):
-        raise ValueError(
-            f"`train_frac` must leave a story on each side, got {train_frac} of {len(stories)}; give more stories."
-        )
-    chosen = np.zeros(len(stories), bool)
-    chosen[np.random.default_rng(seed).permutation(len(stories))[:n_train]] = True
-    return chosen[places]
 
 
 @dataclass(frozen=True, eq=False)

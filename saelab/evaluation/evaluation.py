@@ -3,15 +3,16 @@
 import torch
 
 from saelab.evaluation.baselines import make_baselines, make_constant
-from saelab.evaluation.matching import require_threshold, set_stage
 from saelab.evaluation.measuring import measure, prefixes_of, survey
 from saelab.evaluation.results import Evaluation
 from saelab.evaluation.scoring import score
+from saelab.evaluation.splicing import Stage
 from saelab.functional.metrics import log_histogram
 from saelab.lm.forwards import forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model, describe_model
 from saelab.lm.tokens import Tokens
+from saelab.sae.matching import match_model, require_threshold
 from saelab.sae.sae import SAE
 
 FORWARD_LOGITS = 2**25  # in a forward at most: several such tensors are held at once
@@ -48,7 +49,8 @@ def evaluate(
     >>> evaluate(sae, model, tokens, hook_point="blocks.1.hook_resid_post", progress=False).n_documents
     8
     """
-    stage = set_stage(sae, model, hook_point, mask, allow_mismatch)
+    place = match_model(sae, model, hook_point, mask, allow_mismatch)
+    stage = Stage(model=model, hook_point=place.hook_point, mask=place.mask, median_norm=place.median_norm)
     require_threshold(sae)
     if n_bootstrap < 0:
         raise ValueError(f"`n_bootstrap` must be at least 0, got {n_bootstrap}; use 0 for no intervals.")

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from saelab.evaluation.baselines import prepare
-from saelab.evaluation.concepts import split_stories
 from saelab.evaluation.levels import Codes
 from saelab.functional.metrics import exact
 from saelab.sae.config import SAEConfig
 from saelab.sae.sae import SAE
+from saelab.stores.corpus import split_documents
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -40,7 +40,7 @@ def concept_baselines(
     one column a concept: the ceiling for what is read off a line. Each is fitted to at most 40,000 tokens of the
     training stories that `score_concepts` draws with the same `train_frac` and `seed`.
     """
-    train = torch.from_numpy(split_stories(story_ids, train_frac, seed)).nonzero().squeeze(1)
+    train = torch.from_numpy(split_documents(story_ids, train_frac, seed)).nonzero().squeeze(1)
     generator = torch.Generator().manual_seed(seed)
     rows = train[torch.randperm(len(train), generator=generator)[:SAMPLE_TOKENS]].sort().values
     sample = acts[rows].float()

@@ -59,12 +59,12 @@ class SAE(Coder):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder."""
-        described = {
-            "config": self.cfg.to_dict(),
-            "provenance": self.provenance.to_dict() if self.provenance else None,
-            "training": self.training_,
-        }
-        write_sae(Path(folder), described, self.state_dict())
+        write_sae(Path(folder), self.describe(), self.state_dict())
+
+    def describe(self) -> dict[str, Any]:
+        """Config, origin of the activations and training, ready for JSON."""
+        origin = self.provenance.to_dict() if self.provenance else None
+        return {"config": self.cfg.to_dict(), "provenance": origin, "training": self.training_}
 
     @classmethod
     def from_pretrained(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saelab.stores.batches import BUFFER_TOKENS, ShuffledBatches
 from saelab.stores.files import map_tensor
-from saelab.stores.manifest import INT_COLUMNS, Manifest
+from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest
 from saelab.stores.provenance import Provenance
 
 
@@ -53,7 +53,7 @@ class Activations:
         Sizes, shapes and dtypes of every shard are checked against the manifest; `verify=True` reads them too.
         Raises FileNotFoundError or ValueError for a missing, truncated or edited file and for an unfinished folder.
         """
-        manifest = Manifest.load(folder)
+        manifest = ActivationsManifest.load(folder)
         if not manifest.complete:
             raise ValueError(
                 f"{folder} must be complete to be read; collecting stopped after {manifest.n_tokens} tokens. "
@@ -178,7 +178,7 @@ class _MemoryRows:
 class _FolderRows:
     """Columns in safetensors shards, mapped anew for each read: a thousand shards cost no file descriptors."""
 
-    def __init__(self, folder: Path, manifest: Manifest, verify: bool) -> None:
+    def __init__(self, folder: Path, manifest: ActivationsManifest, verify: bool) -> None:
         self.specs = manifest.check_shards(folder, verify)
         self.paths = [folder / shard.file for shard in manifest.shards]
         self.starts = [0, *accumulate(shard.n_tokens for shard in manifest.shards)]
@@ -212,7 +212,7 @@ def _checked(index: Tensor, n: int) -> Tensor:
     return index
 
 
-def _choose(manifest: Manifest, folder: str | Path, hook_point: str | None) -> str:
+def _choose(manifest: ActivationsManifest, folder: str | Path, hook_point: str | None) -> str:
     held = list(manifest.d_in)
     if hook_point is None and len(held) == 1:
         return held[0]

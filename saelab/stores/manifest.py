@@ -1,21 +1,25 @@
-"""The manifest of an activations folder: what lies in it, checked against the files before anything is read."""
+"""The manifest of a folder of shards: what lies in it, checked against the files before anything is read."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from saelab.stores.files import TensorSpec, checksum, read_header, read_json, write_json
+from saelab.stores.packing import smallest_int
 
 SCHEMA_VERSION = 1
 INT_COLUMNS = ("token_ids", "doc_ids", "positions")
+AnyManifest = TypeVar("AnyManifest", bound="Manifest")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """One safetensors file of an activations folder."""
+    """One safetensors file of a folder."""
 
     file: str
     n_tokens: int
@@ -23,13 +27,15 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What an activations folder holds and how far its collecting has come."""
+class Manifest(ABC):
+    """What a folder of shards holds and how far its writing has come; one subclass a kind of folder."""
 
-    d_in: dict[str, int]
-    "Width by hook point, in the order asked for."
-    dtype: str
-    "Of the activations; token ids, document ids and positions are int32."
+    kind: ClassVar[str]
+    verb: ClassVar[str]
+    "The function that writes such folders."
+    files_of_kind: ClassVar[tuple[str, ...]] = ("shard-*.safetensors",)
+    "Patterns of the files beside the manifest."
+
     request: dict[str, Any]
     "The arguments that decide the bytes; resuming with others is refused."
     provenance: dict[str, Any]
@@ -41,8 +47,6 @@ class Manifest:
     "Rows of the batch starting there that are in the shards already."
     removed: dict[str, int] = field(default_factory=dict)
     "Tokens removed by each rule of the mask before that sequence."
-    median_norms: dict[str, float] | None = None
-    "By hook point, where the mask has a norm rule."
     complete: bool = False
 
     @property
@@ -50,29 +54,42 @@ class Manifest:
         """Rows in all shards."""
         return sum(shard.n_tokens for shard in self.shards)
 
+    @abstractmethod
+    def counts(self) -> dict[str, Any]:
+        """What is written beside the fields, and must agree with them when read."""
+
+    @abstractmethod
+    def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of each tensor of a shard of `n_tokens` rows whose header is `specs`."""
+
+    def with_shard(self: AnyManifest, shard: Shard, tensors: Mapping[str, Tensor]) -> AnyManifest:
+        """The same with one more shard, which holds `tensors`."""
+        return replace(self, shards=(*self.shards, shard))
+
     def save(self, folder: str | Path) -> None:
         """Write `manifest.json` into `folder`, atomically."""
-        counts = {"hook_points": list(self.d_in), "n_tokens": self.n_tokens}
-        head = {"schema_version": SCHEMA_VERSION, "kind": "activations"}
-        write_json(Path(folder) / "manifest.json", head | counts | asdict(self))
+        head = {"schema_version": SCHEMA_VERSION, "kind": self.kind}
+        write_json(Path(folder) / "manifest.json", head | self.counts() | asdict(self))
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Manifest":
+    def load(cls: type[AnyManifest], folder: str | Path) -> AnyManifest:
         """Read `manifest.json`; FileNotFoundError when missing, ValueError when it is not one of ours or was edited."""
         path = Path(folder) / "manifest.json"
         data = read_json(path)
-        if not isinstance(data, dict) or data.get("kind") != "activations":
-            raise ValueError(f"{path} must be of kind 'activations'. Give a folder that `collect` wrote.")
+        if not isinstance(data, dict) or data.get("kind") != cls.kind:
+            raise ValueError(f"{path} must be of kind '{cls.kind}'. Give a folder that `{cls.verb}` wrote.")
         if (version := data.get("schema_version")) != SCHEMA_VERSION:
-            raise ValueError(f"{path} must have schema_version {SCHEMA_VERSION}, got {version}. Collect it again.")
+            raise ValueError(
+                f"{path} must have schema_version {SCHEMA_VERSION}, got {version}. Run `{cls.verb}` again."
+            )
         try:
             shards = tuple(Shard(**shard) for shard in data["shards"])
             manifest = cls(**{f.name: data[f.name] for f in fields(cls)} | {"shards": shards})
-            agrees = manifest.n_tokens == data["n_tokens"] and list(manifest.d_in) == data["hook_points"]
+            differing = [name for name, value in manifest.counts().items() if data[name] != value]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} must have every field of a manifest ({error}). Was it edited?") from None
-        if not agrees:
-            raise ValueError(f"{path}: n_tokens and hook_points must agree with shards and d_in. Was it edited?")
+        if differing:
+            raise ValueError(f"{path}: {' and '.join(differing)} must agree with its other fields. Was it edited?")
         return manifest
 
     def check_shards(self, folder: str | Path, verify: bool = False) -> list[dict[str, TensorSpec]]:
@@ -86,13 +103,14 @@ class Manifest:
             specs, _ = read_header(path)
             self._check_specs(path, specs, shard.n_tokens)
             if verify and checksum(path) != shard.crc32:
-                raise ValueError(f"{path} must have the checksum in the manifest, got another. Collect it again.")
+                raise ValueError(
+                    f"{path} must have the checksum in the manifest, got another. Run `{self.verb}` again."
+                )
             found.append(specs)
         return found
 
     def _check_specs(self, path: Path, specs: Mapping[str, TensorSpec], n_tokens: int) -> None:
-        wanted: dict[str, Any] = {name: (self.dtype, (n_tokens, d_in)) for name, d_in in self.d_in.items()}
-        wanted |= dict.fromkeys(INT_COLUMNS, ("int32", (n_tokens,)))
+        wanted = self.expect(n_tokens, specs)
         got = {name: (dtype_name(spec.dtype), spec.shape) for name, spec in specs.items()}
         if got != wanted:
             names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
@@ -100,6 +118,70 @@ class Manifest:
                 f"{path} must agree with manifest.json; {names[0]!r} should be {wanted.get(names[0])}, "
                 f"got {got.get(names[0])}. Was one of them edited or replaced?"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationsManifest(Manifest):
+    """Of a folder that `collect` writes."""
+
+    kind = "activations"
+    verb = "collect"
+
+    d_in: dict[str, int]
+    "Width by hook point, in the order asked for."
+    dtype: str
+    "Of the activations; token ids, document ids and positions are int32."
+    median_norms: dict[str, float] | None = None
+    "By hook point, where the mask has a norm rule."
+
+    def counts(self) -> dict[str, Any]:
+        """Hook points and rows."""
+        return {"hook_points": list(self.d_in), "n_tokens": self.n_tokens}
+
+    def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """One matrix a hook point, and the columns."""
+        wanted: dict[str, Any] = {name: (self.dtype, (n_tokens, d_in)) for name, d_in in self.d_in.items()}
+        return wanted | dict.fromkeys(INT_COLUMNS, ("int32", (n_tokens,)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureManifest(Manifest):
+    """Of a feature store, which `harvest` writes."""
+
+    kind = "features"
+    verb = "harvest"
+    files_of_kind = ("shard-*.safetensors", "tokens.safetensors", "strings.json", "statistics.safetensors")
+
+    d_sae: int
+    dtype: str
+    "Of the codes' values, float16 or float32."
+    sae: dict[str, Any]
+    "The SAE's config."
+    source: str = ""
+    "The SAE in words."
+    n_entries: int = 0
+    "Codes that are not zero, in all shards."
+    files: dict[str, str] = field(default_factory=dict)
+    "Checksums of the files beside the shards."
+
+    def counts(self) -> dict[str, Any]:
+        """Rows."""
+        return {"n_tokens": self.n_tokens}
+
+    def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Both orders of the codes, and where each row stands in the text."""
+        shape = specs["latents"].shape if "latents" in specs else (0,)
+        latents, tokens = (str(smallest_int(size - 1)) for size in (self.d_sae, n_tokens))
+        wanted: dict[str, Any] = {
+            "offsets": ("int32", (n_tokens + 1,)),
+            "feature_offsets": ("int32", (self.d_sae + 1,)),
+        }
+        wanted |= {"latents": (latents, shape), "feature_tokens": (tokens, shape), "places": ("int32", (n_tokens,))}
+        return wanted | dict.fromkeys(("values", "feature_values"), (self.dtype, shape))
+
+    def with_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> "FeatureManifest":
+        """The same with one more shard, and its codes counted."""
+        return replace(super().with_shard(shard, tensors), n_entries=self.n_entries + len(tensors["latents"]))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,9 +1,9 @@
 """Is this the model, and the place in it, that the SAE was trained on?"""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from saelab.evaluation.splicing import Stage
 from saelab.lm.door import door
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model, describe_model
@@ -11,7 +11,17 @@ from saelab.sae.sae import SAE
 from saelab.stores.provenance import Provenance
 
 
-def set_stage(sae: SAE, model: Model, hook_point: str | None, mask: TokenMask | None, allow_mismatch: bool) -> Stage:
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """Where an SAE is used: a hook point of a model, and the tokens that count there."""
+
+    hook_point: str
+    mask: TokenMask
+    median_norm: float | None = None
+    """what the mask's norm rule is relative to, where training has measured it"""
+
+
+def match_model(sae: SAE, model: Model, hook_point: str | None, mask: TokenMask | None, allow_mismatch: bool) -> Match:
     """The hook point and mask given, or those of the SAE's provenance; ValueError where it disagrees with the model."""
     origin = sae.provenance
     name = hook_point or (origin.hook_point if origin else None)
@@ -22,12 +32,12 @@ def set_stage(sae: SAE, model: Model, hook_point: str | None, mask: TokenMask | 
     door(model).find(name)
     if origin and not allow_mismatch and (differing := find_mismatches(origin, model, name)):
         raise ValueError(
-            f"An SAE must be evaluated where it was trained, got another {'; '.join(differing)}. "
+            f"An SAE must be used where it was trained, got another {'; '.join(differing)}. "
             "Load that model the same way, or pass allow_mismatch=True."
         )
     recorded = mask_of(origin) if origin else TokenMask()
     median = origin.median_norm if origin and mask in (None, recorded) and not allow_mismatch else None
-    return Stage(model=model, hook_point=name, mask=mask or recorded, median_norm=median)
+    return Match(hook_point=name, mask=mask or recorded, median_norm=median)
 
 
 def find_mismatches(origin: Provenance, model: Model, hook_point: str) -> list[str]:
@@ -58,6 +68,6 @@ def require_threshold(sae: SAE) -> None:
     """ValueError for an SAE whose codes would depend on the batch, because training has set no threshold yet."""
     if sae.cfg.activation.threshold == "running" and (sae.threshold is None or bool(sae.threshold.isnan())):
         raise ValueError(
-            f"{type(sae.cfg.activation).__name__} must have its inference threshold to be evaluated, got none; "
+            f"{type(sae.cfg.activation).__name__} must have its inference threshold to be used, got none; "
             "train the SAE first."
         )

@@ -1,0 +1,232 @@
+"""`harvest`: a corpus encoded once into sparse codes on disk."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from saelab.collecting.reader import Reader, fingerprint
+from saelab.collecting.sources import ActivationsSource, Batch, Source, TextSource
+from saelab.collecting.writers import ShardWriter, clear_folder, resume_folder
+from saelab.functional.codes import SparseCodes
+from saelab.lm.forwards import FORWARD_TOKENS, forward_size
+from saelab.lm.masks import TokenMask
+from saelab.lm.models import Model
+from saelab.lm.tokens import Tokens
+from saelab.sae.matching import Match, match_model, require_threshold
+from saelab.sae.sae import SAE
+from saelab.stores.activations import Activations
+from saelab.stores.features import FeatureStore, save_statistics
+from saelab.stores.manifest import FeatureManifest
+from saelab.stores.packing import pack_codes, round_values, smallest_int
+from saelab.stores.statistics import measure
+
+SHARD_TOKENS = 65536  # a token's number in its shard fits 16 bits
+
+ValueDtype = Literal["float16", "float32"]
+
+
+@torch.no_grad()
+def harvest(
+    saes: SAE | Mapping[str, SAE],
+    model: "Model | None",
+    tokens: Tokens | Activations,
+    out: str | Path,
+    *,
+    hook_point: str | None = None,
+    mask: TokenMask | None = None,
+    dtype: ValueDtype = "float16",
+    batch_size: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
+    allow_mismatch: bool = False,
+    progress: bool = True,
+    resume: bool = True,
+) -> FeatureStore | dict[str, FeatureStore]:
+    """Encode a corpus into a feature store: the codes by token and by feature, the tokens, and running statistics.
+
+    Several SAEs by name share one forward and get a folder each, `out`/name. `tokens` may be activations collected
+    before; the model, which may then be None, only tells how their tokens read. Hook point and mask default to those
+    the SAE was trained with. Values are stored in `dtype`: float16 errs by at most 2^-11 of a value (2^-24 below
+    2^-14), and no code becomes 0. An interrupted call goes on where it stopped when it is made again, and ends with the
+    same bytes; a finished one is opened at once. Memory stays within a shard of `shard_tokens` rows.
+
+    Raises ValueError where an SAE was trained on something else (`allow_mismatch=True` goes ahead) or has no threshold
+    yet, for masks that differ between SAEs, for activations that are not finite, for values beyond float16's 65504, and
+    for a folder begun with other arguments (`resume=False` deletes it); OSError when the disk is full or not writable.
+
+    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4)))
+    >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
+    >>> import tempfile
+    >>> harvest(sae, model, tokens, tempfile.mkdtemp(), hook_point="blocks.1.hook_out", progress=False).l0
+    4.0
+    """
+    named = {"": saes} if isinstance(saes, SAE) else dict(saes)
+    if not named or shard_tokens < 1:
+        raise ValueError(f"`saes` and `shard_tokens` must be at least one, got {len(named)} and {shard_tokens}.")
+    for sae in named.values():
+        require_threshold(sae)
+    if isinstance(tokens, Activations):
+        source: Source = ActivationsSource(tokens, model, batch_size or FORWARD_TOKENS)
+        at = dict.fromkeys(named, tokens.hook_point)
+    else:
+        source, at = _read_text(named, model, tokens, hook_point, mask, batch_size, allow_mismatch)
+    jobs = [
+        _Job.start(sae, at[name], source, Path(out) / name, dtype, shard_tokens, resume) for name, sae in named.items()
+    ]
+    _run([job for job in jobs if not job.done], source, progress)
+    stores = {name: FeatureStore.load(job.folder) for name, job in zip(named, jobs, strict=True)}
+    return stores[""] if isinstance(saes, SAE) else stores
+
+
+def _read_text(
+    saes: Mapping[str, SAE],
+    model: "Model | None",
+    tokens: Tokens,
+    hook_point: str | None,
+    mask: TokenMask | None,
+    batch_size: int | None,
+    allow_mismatch: bool,
+) -> tuple[TextSource, dict[str, str]]:
+    """A source that reads all the SAEs' hook points in one forward, and the hook point of each."""
+    if model is None:
+        raise ValueError("`model` must be given to harvest from tokens, got None; only activations need none.")
+    places = {name: match_model(sae, model, hook_point, mask, allow_mismatch) for name, sae in saes.items()}
+    shared = _common_mask(places)
+    hook_points = list(dict.fromkeys(place.hook_point for place in places.values()))
+    reader = Reader.make(model, tokens, hook_points, shared, torch.float32)
+    at = dict(zip(hook_points, reader.hook_points, strict=True))
+    medians = {at[place.hook_point]: place.median_norm for place in places.values() if place.median_norm is not None}
+    if len(medians) == len(reader.hook_points):
+        reader = replace(reader, median_norms=medians)
+    n_seq = forward_size(tokens, batch_size)
+    source = TextSource(reader.calibrated(tokens, n_seq), tokens, n_seq)
+    return source, {name: at[place.hook_point] for name, place in places.items()}
+
+
+def _common_mask(places: Mapping[str, Match]) -> TokenMask:
+    masks = {place.mask for place in places.values()}
+    if len(masks) > 1:
+        raise ValueError(f"SAEs harvested together must share one mask, got {sorted(map(str, masks))}; give `mask`.")
+    return masks.pop()
+
+
+@dataclass(eq=False)
+class _Job:
+    """One SAE and the folder that its codes go to."""
+
+    sae: SAE
+    hook_point: str
+    folder: Path
+    manifest: FeatureManifest
+    dtype: str
+    shard_tokens: int
+
+    @classmethod
+    def start(
+        cls, sae: SAE, hook_point: str, source: Source, folder: Path, dtype: str, shard_tokens: int, resume: bool
+    ) -> "_Job":
+        """Claim the folder, or take up what lies there."""
+        described = sae.describe()
+        request = source.request() | {"sae": fingerprint(sae.state_dict()), "hook_point": hook_point}
+        request |= {"values": dtype, "shard_tokens": shard_tokens}
+        if not resume:
+            clear_folder(folder, FeatureManifest)
+        manifest = resume_folder(folder, request, FeatureManifest)
+        if manifest is None:
+            manifest = FeatureManifest(
+                d_sae=sae.cfg.d_sae,
+                dtype=dtype,
+                sae=described,
+                source=repr(sae),
+                request=request,
+                provenance=source.origin(hook_point, 0, {}).to_dict(),
+            )
+            manifest.save(folder)  # finds out before the work whether it can be written
+        return cls(sae, hook_point, folder, manifest, dtype, shard_tokens)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.manifest.complete
+
+    def writer(self) -> ShardWriter:
+        """Writes this job's shards."""
+        first, second = (_CodesBuffer(self.sae.cfg.d_sae, self.dtype) for _ in range(2))
+        return ShardWriter(self.folder, self.manifest, self.shard_tokens, (first, second))
+
+    def encode(self, batch: Batch) -> "_Codes":
+        """The codes of a batch."""
+        codes = self.sae.encode_sparse(batch.acts[self.hook_point].to(self.sae.device))
+        return _Codes(codes, batch.places)
+
+    def finish(self, writer: ShardWriter, source: Source) -> None:
+        """Write what is left, the text and the statistics."""
+        writer.flush()
+        manifest = writer.manifest
+        assert isinstance(manifest, FeatureManifest)
+        store = FeatureStore(self.folder, manifest, manifest.check_shards(self.folder))
+        orders = ((arrays["feature_offsets"], arrays["feature_values"]) for _, arrays in store.shards())
+        files = save_statistics(self.folder, measure(manifest.d_sae, orders)) | source.text().save(self.folder)
+        origin = source.origin(self.hook_point, writer.n_tokens, dict(writer.removed))
+        writer.finish(origin, files=files)
+
+
+def _run(jobs: list[_Job], source: Source, progress: bool) -> None:
+    from tqdm.auto import tqdm
+
+    with ExitStack() as stack:
+        writers = [stack.enter_context(job.writer()) for job in jobs]
+        first = min((writer.next_seq for writer in writers), default=source.n_units)
+        bar = tqdm(total=source.n_units, initial=first, unit=" rows", unit_scale=True, disable=not progress)
+        stack.enter_context(bar)
+        for start in range(first, source.n_units, source.size):
+            batch = source.read(start)
+            n_units = min(source.size, source.n_units - start)
+            for job, writer in zip(jobs, writers, strict=True):
+                if start >= writer.next_seq:
+                    writer.add(job.encode(batch), len(batch.places), n_units, batch.removed)
+            bar.update(n_units)
+        for job, writer in zip(jobs, writers, strict=True):
+            job.finish(writer, source)
+
+
+@dataclass(frozen=True, eq=False)
+class _Codes:
+    """The codes of a batch and where its rows stand."""
+
+    codes: SparseCodes
+    places: Int64[Tensor, "n"]
+
+
+class _CodesBuffer:
+    """Codes that wait to become a shard, in the types of the shard."""
+
+    def __init__(self, d_sae: int, dtype: str) -> None:
+        self._d_sae, self._dtype = d_sae, dtype
+        self._parts: list[dict[str, np.ndarray]] = []
+
+    def add(self, reading: _Codes, start: int, stop: int) -> None:
+        """Append the codes of rows start..stop."""
+        codes, offsets = reading.codes, reading.codes.offsets[start : stop + 1].cpu()
+        part = slice(int(offsets[0]), int(offsets[-1]))
+        latents = codes.indices[part].cpu().numpy().astype(smallest_int(self._d_sae - 1))
+        values = round_values(codes.values[part].float().cpu().numpy(), self._dtype)
+        places = reading.places[start:stop].numpy().astype(np.int32)
+        counts = offsets.diff().numpy()
+        self._parts.append({"latents": latents, "values": values, "places": places, "counts": counts})
+
+    def take(self) -> dict[str, Tensor]:
+        """The shard of the rows added since the last time."""
+        parts, self._parts = self._parts, []
+        whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        offsets = np.concatenate([[0], np.cumsum(whole["counts"])]).astype(np.int32)
+        packed = pack_codes(offsets, whole["latents"], whole["values"], self._d_sae)
+        return {name: torch.from_numpy(array) for name, array in packed.items()} | {
+            "places": torch.from_numpy(whole["places"])
+        }

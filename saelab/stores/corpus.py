@@ -1,0 +1,110 @@
+"""The text that a feature store was made from: every token once, kept by the mask or not."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Integer, Shaped
+
+from saelab.stores.files import checksum, map_tensor, read_header, read_json, save_tensors, write_json
+from saelab.stores.packing import smallest_int
+
+TOKENS, STRINGS = "tokens.safetensors", "strings.json"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StoredText:
+    """All tokens in the order of the text, without padding; columns may be memory-mapped."""
+
+    token_ids: Integer[np.ndarray, "n_places"]
+    doc_ids: Integer[np.ndarray, "n_places"]
+    positions: Integer[np.ndarray, "n_places"]
+    """in the sequence, from 0"""
+    strings: Mapping[int, str]
+    """how each token reads, spaces included; ids that are missing here read as <id>"""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def window(self, place: int, before: int, after: int) -> tuple[int, int]:
+        """First token and end of what surrounds a token in its document and sequence, at most so many on each side."""
+        start, stop = max(0, place - before), min(len(self), place + after + 1)
+        joined = self._follows(start, stop)
+        breaks = np.flatnonzero(~joined) + start + 1
+        start = int(breaks[breaks <= place].max(initial=start))
+        return start, int(breaks[breaks > place].min(initial=stop))
+
+    def _follows(self, start: int, stop: int) -> Bool[np.ndarray, "n"]:
+        """Whether each token but the first goes on where the one before it ended."""
+        docs, positions = self.doc_ids[start:stop], self.positions[start:stop].astype(np.int64)
+        return (docs[1:] == docs[:-1]) & (positions[1:] > positions[:-1])
+
+    def words(self, start: int, stop: int) -> list[str]:
+        """Tokens start..stop as they read."""
+        return [self.strings.get(i, f"<{i}>") for i in self.token_ids[start:stop].tolist()]
+
+    def save(self, folder: Path) -> dict[str, str]:
+        """Write the columns, in the smallest integers that fit, and the strings; returns checksums by file."""
+        columns = {"token_ids": self.token_ids, "doc_ids": self.doc_ids, "positions": self.positions}
+        tensors = {name: torch.from_numpy(_shrink(column)) for name, column in columns.items()}
+        crc32 = save_tensors(folder / TOKENS, tensors)
+        write_json(folder / STRINGS, {str(i): text for i, text in sorted(self.strings.items())})
+        return {TOKENS: crc32, STRINGS: checksum(folder / STRINGS)}
+
+    @classmethod
+    def load(cls, folder: Path) -> "StoredText":
+        """Map what `save` wrote."""
+        return cls(**map_arrays(folder / TOKENS), strings=_Strings(folder / STRINGS))
+
+
+class _Strings(Mapping[int, str]):
+    """Read when first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def _known(self) -> dict[int, str]:
+        return {int(i): text for i, text in read_json(self._path).items()}
+
+    def __getitem__(self, token_id: int) -> str:
+        return self._known[token_id]
+
+    def __iter__(self) -> Any:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+def split_documents(
+    doc_ids: Shaped[Any, "n_tokens"], train_frac: float = 0.5, seed: int = 0
+) -> Bool[np.ndarray, "n_tokens"]:
+    """Which tokens are of training documents: `train_frac` of the documents, drawn by `seed`.
+
+    >>> split_documents(np.array([0, 0, 7, 7])).sum()
+    np.int64(2)
+    """
+    documents, places = np.unique(np.asarray(doc_ids), return_inverse=True)
+    n_train = round(train_frac * len(documents))
+    if not 0 < n_train < len(documents):
+        raise ValueError(
+            f"`train_frac` must leave a document on each side, got {train_frac} of {len(documents)}; give more text."
+        )
+    chosen = np.zeros(len(documents), bool)
+    chosen[np.random.default_rng(seed).permutation(len(documents))[:n_train]] = True
+    return chosen[places]
+
+
+def map_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a safetensors file as a memory-mapped array."""
+    specs, _ = read_header(path)
+    return {name: map_tensor(path, spec).numpy() for name, spec in specs.items()}
+
+
+def _shrink(column: np.ndarray) -> np.ndarray:
+    return column.astype(smallest_int(int(column.max(initial=0))))

@@ -1,0 +1,221 @@
+"""`FeatureStore`: a corpus encoded once, read by token or by feature through memory maps."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Integer
+
+from saelab.stores.corpus import StoredText, split_documents
+from saelab.stores.files import TensorSpec, checksum, load_tensors, map_tensor, save_tensors
+from saelab.stores.manifest import FeatureManifest
+from saelab.stores.packing import as_csr
+from saelab.stores.provenance import Provenance
+from saelab.stores.statistics import FeatureStatistics
+
+if TYPE_CHECKING:
+    from scipy.sparse import csc_matrix, csr_matrix
+
+STATISTICS = "statistics.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Firings:
+    """Where a feature fires, or what fires at a token: places in increasing order, and the codes there."""
+
+    indices: Integer[np.ndarray, "n"]
+    """tokens of a feature, or features of a token"""
+    values: Float32[np.ndarray, "n"]
+    """the codes, never 0"""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class FeatureStore:
+    """The sparse codes of a corpus on disk, by token and by feature; what `harvest` writes and analyses read.
+
+    Row i is one token that the mask kept, in the order of the text. Opening is instant whatever the size: shards are
+    mapped when they are read, and only what is asked for is held.
+    """
+
+    def __init__(self, folder: Path, manifest: FeatureManifest, specs: Sequence[dict[str, TensorSpec]]) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._specs = specs
+        self._starts = [0, *accumulate(shard.n_tokens for shard in manifest.shards)]
+        self._maps: dict[int, dict[str, np.ndarray]] = {}
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "FeatureStore":
+        """Open a folder that `harvest` wrote; sizes, shapes and dtypes of its files are checked.
+
+        Raises FileNotFoundError or ValueError for a missing, truncated or edited file and for an unfinished store.
+        """
+        manifest = FeatureManifest.load(folder)
+        if not manifest.complete:
+            raise ValueError(
+                f"{folder} must be complete to be read; harvesting stopped after {manifest.n_tokens} tokens. "
+                "Run the same `harvest` again: it goes on where it stopped."
+            )
+        return cls(Path(folder), manifest, manifest.check_shards(folder))
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum with the manifest; ValueError naming the first that is damaged."""
+        self.manifest.check_shards(self.folder, verify=True)
+        for file, crc32 in self.manifest.files.items():
+            if checksum(self.folder / file) != crc32:
+                raise ValueError(
+                    f"{self.folder / file} must have the checksum in the manifest, got another. Harvest again."
+                )
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.manifest.d_sae
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of rows; equal to `len`."""
+        return self._starts[-1]
+
+    def __len__(self) -> int:
+        return self.n_tokens
+
+    @property
+    def n_entries(self) -> int:
+        """Codes that are not zero."""
+        return self.manifest.n_entries
+
+    @property
+    def l0(self) -> float:
+        """Codes that are not zero per token."""
+        return self.n_entries / self.n_tokens
+
+    @property
+    def signed(self) -> bool:
+        """Whether any code is negative."""
+        return bool(self.statistics.fires[:, 1].any())
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the activations came from that were encoded."""
+        return Provenance.from_dict(self.manifest.provenance)
+
+    def __repr__(self) -> str:
+        size = f"{self.n_tokens:,} tokens, {self.d_sae:,} features, l0 {self.l0:.4g}"
+        return f"FeatureStore({size}, of {self.manifest.source})"
+
+    @cached_property
+    def text(self) -> StoredText:
+        """All tokens of the corpus."""
+        return StoredText.load(self.folder)
+
+    @cached_property
+    def statistics(self) -> FeatureStatistics:
+        """Firings, sums, extremes and histogram of every feature, by sign."""
+        tensors = load_tensors(self.folder / STATISTICS)
+        return FeatureStatistics(**{name: tensor.numpy() for name, tensor in tensors.items()})
+
+    @cached_property
+    def places(self) -> Integer[np.ndarray, "n_tokens"]:
+        """Where in `text` each row stands."""
+        return np.concatenate([self._map(i)["places"] for i in range(len(self._specs))])
+
+    @cached_property
+    def doc_ids(self) -> Integer[np.ndarray, "n_tokens"]:
+        """The document of each row."""
+        return self.text.doc_ids[self.places]
+
+    @cached_property
+    def token_ids(self) -> Integer[np.ndarray, "n_tokens"]:
+        """The token id of each row."""
+        return self.text.token_ids[self.places]
+
+    def split(self, train_frac: float = 0.5, seed: int = 0) -> Bool[np.ndarray, "n_tokens"]:
+        """Which rows are of training documents; whole documents are on one side."""
+        return split_documents(self.doc_ids, train_frac, seed)
+
+    def token(self, i: int) -> Firings:
+        """The features that fire at a token."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"Token must be in -{len(self)}..{len(self) - 1}, got {i}.")
+        i %= len(self)
+        shard = bisect_right(self._starts, i) - 1
+        arrays, row = self._map(shard), i - self._starts[shard]
+        part = slice(*arrays["offsets"][row : row + 2])
+        return Firings(arrays["latents"][part].astype(np.int64), arrays["values"][part].astype(np.float32))
+
+    def feature(self, j: int) -> Firings:
+        """The tokens at which a feature fires."""
+        if not -self.d_sae <= j < self.d_sae:
+            raise IndexError(f"Feature must be in -{self.d_sae}..{self.d_sae - 1}, got {j}.")
+        tokens, values = [], []
+        for start, arrays in self.shards():
+            part = slice(*arrays["feature_offsets"][j % self.d_sae : j % self.d_sae + 2])
+            tokens.append(arrays["feature_tokens"][part].astype(np.int64) + start)
+            values.append(arrays["feature_values"][part].astype(np.float32))
+        return Firings(np.concatenate(tokens), np.concatenate(values))
+
+    def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
+        """The codes of tokens start..stop as scipy rows, (n, d_sae), float32; all of them by default."""
+        from scipy.sparse import csr_matrix, vstack
+
+        start, stop, _ = slice(start, stop).indices(len(self))
+        pieces = [csr_matrix((0, self.d_sae), dtype=np.float32)]
+        for shard in range(len(self._specs)):
+            first, end = max(start, self._starts[shard]), min(stop, self._starts[shard + 1])
+            if first < end:
+                pieces.append(self._rows(shard, first - self._starts[shard], end - self._starts[shard]))
+        return vstack(pieces, format="csr")
+
+    def columns(self, start: int = 0, stop: int | None = None) -> "csc_matrix":
+        """The codes of features start..stop as scipy columns, (n_tokens, n), float32; all of them by default."""
+        from scipy.sparse import csc_matrix
+
+        start, stop, _ = slice(start, stop).indices(self.d_sae)
+        parts = [_slice(arrays, start, stop) for _, arrays in self.shards()]
+        counts = np.stack([np.diff(offsets) for offsets, _, _ in parts]) if parts else np.zeros((1, stop - start))
+        # Entry e of a shard goes behind those of the same feature in the shards before it.
+        ends = np.concatenate([[0], np.cumsum(counts.sum(0))]).astype(np.int64)
+        places = ends[:-1] + np.cumsum(counts, axis=0) - counts
+        tokens, values = np.empty(ends[-1], np.int32), np.empty(ends[-1], np.float32)
+        for shard, (offsets, where, codes) in enumerate(parts):
+            into = np.arange(len(where)) + np.repeat(places[shard] - offsets[:-1], counts[shard])
+            tokens[into], values[into] = where.astype(np.int32) + self._starts[shard], codes
+        return csc_matrix((values, tokens, ends), shape=(len(self), stop - start))
+
+    def shards(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """First row and mapped arrays of each shard: the way through everything in bounded memory."""
+        return ((start, self._map(i)) for i, start in enumerate(self._starts[:-1]))
+
+    def _rows(self, shard: int, first: int, end: int) -> "csr_matrix":
+        arrays = self._map(shard)
+        offsets = arrays["offsets"][first : end + 1]
+        part = slice(offsets[0], offsets[-1])
+        values = arrays["values"][part].astype(np.float32)
+        return as_csr(values, arrays["latents"][part], offsets - offsets[0], (end - first, self.d_sae))
+
+    def _map(self, shard: int) -> dict[str, np.ndarray]:
+        if shard not in self._maps:
+            path = self.folder / self.manifest.shards[shard].file
+            self._maps[shard] = {name: map_tensor(path, spec).numpy() for name, spec in self._specs[shard].items()}
+        return self._maps[shard]
+
+
+def _slice(arrays: dict[str, np.ndarray], start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Offsets from 0, tokens and values of some features in one shard."""
+    offsets = arrays["feature_offsets"][start : stop + 1].astype(np.int64)
+    part = slice(int(offsets[0]), int(offsets[-1]))
+    return offsets - offsets[0], arrays["feature_tokens"][part], arrays["feature_values"][part]
+
+
+def save_statistics(folder: Path, statistics: FeatureStatistics) -> dict[str, str]:
+    """Write the statistics of a store; returns the checksum by file."""
+    tensors = {name: torch.from_numpy(array) for name, array in statistics.to_arrays().items()}
+    return {STATISTICS: save_tensors(folder / STATISTICS, tensors)}

@@ -1,0 +1,71 @@
+"""What is counted of every feature once, when a store is made: firings, sums, extremes, a histogram, by sign."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import numpy as np
+from jaxtyping import Float, Int
+
+N_BINS = 48
+LOWEST = -24
+"""Bin b counts magnitudes from 2^(b - 24) to below 2^(b - 23); the outer bins take what is beyond them."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStatistics:
+    """Sums over the tokens of a store, by feature and sign: column 0 is positive codes, column 1 negative ones."""
+
+    fires: Int[np.ndarray, "d_sae 2"]
+    """tokens on which the feature fires"""
+    sums: Float[np.ndarray, "d_sae 2"]
+    """of |z|"""
+    squares: Float[np.ndarray, "d_sae 2"]
+    """of z^2"""
+    peaks: Float[np.ndarray, "d_sae 2"]
+    """the largest |z|; 0 where there is none"""
+    histogram: Int[np.ndarray, "d_sae 2 n_bins"]
+    """firings by the magnitude's octave"""
+
+    @classmethod
+    def zeros(cls, d_sae: int) -> "FeatureStatistics":
+        """Of no tokens at all."""
+        counts, floats = np.zeros((d_sae, 2), np.int64), np.zeros((d_sae, 2))
+        histogram = np.zeros((d_sae, 2, N_BINS), np.int64)
+        return cls(counts, floats, floats.copy(), floats.copy(), histogram)
+
+    def add(self, offsets: Int[np.ndarray, "d_sae_1"], values: Float[np.ndarray, "nnz"]) -> None:
+        """Add a shard's codes in the order of features; feature j owns offsets[j] to offsets[j + 1]."""
+        fired = np.flatnonzero(np.diff(offsets))
+        if len(fired) == 0:
+            return
+        starts, values = offsets[:-1][fired], values.astype(np.float32)
+        for side, part in enumerate((np.maximum(values, 0), np.maximum(-values, 0))):
+            self.fires[fired, side] += np.add.reduceat(part > 0, starts, dtype=np.int64)
+            self.sums[fired, side] += np.add.reduceat(part, starts, dtype=np.float64)
+            self.squares[fired, side] += np.add.reduceat(np.square(part, dtype=np.float64), starts)
+            self.peaks[fired, side] = np.maximum(self.peaks[fired, side], np.maximum.reduceat(part, starts))
+        self._count_octaves(np.diff(offsets), values)
+
+    def _count_octaves(self, counts: np.ndarray, values: np.ndarray) -> None:
+        bits = values.view(np.int32)
+        octaves = np.clip(((bits >> 23) & 255) - 127 - LOWEST, 0, N_BINS - 1)
+        sides = 2 * np.repeat(np.arange(len(counts), dtype=np.int32), counts) + (bits < 0)
+        cells = np.bincount(sides * N_BINS + octaves, minlength=self.histogram.size)
+        np.add(self.histogram, cells.reshape(self.histogram.shape), out=self.histogram)
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """The fields by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def measure(d_sae: int, shards: Iterable[tuple[np.ndarray, np.ndarray]]) -> FeatureStatistics:
+    """Statistics of all features from the (offsets, values) of each shard in the order of features.
+
+    >>> found = measure(2, [(np.array([0, 1, 3]), np.array([0.5, 2.0, -1.0], np.float16))])
+    >>> found.fires.tolist(), found.peaks.tolist()
+    ([[1, 0], [1, 1]], [[0.5, 0.0], [2.0, 1.0]])
+    """
+    found = FeatureStatistics.zeros(d_sae)
+    for offsets, values in shards:
+        found.add(offsets, values)
+    return found
