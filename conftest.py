@@ -1,15 +1,20 @@
 """Fixtures and doctest names for the whole repository."""
 
+import os
 import signal
 from pathlib import Path
 from typing import Any
+
+# Many small products: more threads only get in each other's way, and those of numpy spin while another process works.
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
 
 import pytest
 import torch
 
 import saelab as sl
 
-torch.set_num_threads(1)  # many small products: more threads only get in each other's way
+torch.set_num_threads(1)
 
 # A suite started with `&` by a script inherits an ignored Ctrl-C, and so would the processes that its tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
