@@ -1,5 +1,6 @@
 """saelab finds, names, compares and moves the features of a language model, with sparse autoencoders."""
 
+from saelab.analyses.dead import DeadUnits, dead_units, drift
 from saelab.collecting.collection import collect
 from saelab.collecting.harvesting import harvest
 from saelab.collecting.streaming import ActivationStream, stream
@@ -7,6 +8,7 @@ from saelab.evaluation.concept_scores import ConceptScores
 from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.evaluation import evaluate
 from saelab.evaluation.results import Evaluation
+from saelab.evaluation.rivals import concept_baselines, read_codes
 from saelab.functional.codes import SparseCodes
 from saelab.lm.agreement import HookAgreement, verify_hooks
 from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss, splice
@@ -42,6 +44,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "BatchAbsTopK",
     "BatchTopK",
     "ConceptScores",
+    "DeadUnits",
     "Evaluation",
     "FeatureStore",
     "HookAgreement",
@@ -59,7 +62,10 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "TrainConfig",
     "capture",
     "collect",
+    "concept_baselines",
+    "dead_units",
     "describe_model",
+    "drift",
     "evaluate",
     "find_hook_point",
     "fit",
@@ -67,6 +73,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "load_model",
     "logits",
     "next_token_loss",
+    "read_codes",
     "register_activation",
     "score_concepts",
     "splice",

@@ -16,8 +16,9 @@ FLOORS = {
     "sae": 4,
     "collecting": 5,
     "evaluation": 5,
-    "pictures": 6,
-    "cli": 7,
+    "analyses": 6,
+    "pictures": 7,
+    "cli": 8,
 }
 DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "pictures"}
 HEAVY = {"transformer_lens", "transformers", "datasets", "scipy", "sklearn", "plotly", "pandas", "pyarrow", "wandb"}

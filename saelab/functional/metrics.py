@@ -204,6 +204,17 @@ def log_histogram(density: Float[Tensor, "d_sae"], n_tokens: int) -> tuple[list[
     return edges, [int(count) for count in counts]
 
 
+def effective_rank(spectrum: Float[Tensor, "n"]) -> float:
+    """How many directions share a spectrum: `exp(-sum p log p)`, p the spectrum over its sum; 1 to n, n when flat.
+
+    >>> effective_rank(torch.tensor([2.0, 2.0, 0.0]))
+    2.0
+    """
+    shares = spectrum.double().clamp(min=0)
+    shares = shares / shares.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return round(float(torch.special.entr(shares).sum().exp()), 9)
+
+
 def exact(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The same numbers in float64; on the CPU where the device has no float64."""
     return x.detach().cpu().double() if x.device.type == "mps" else x.detach().double()

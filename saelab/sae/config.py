@@ -9,7 +9,7 @@ from saelab.sae.activations import Activation, TopK, make_activation
 from saelab.sae.normaliser import KINDS, Kind
 
 Dictionary = Literal["unit", "free", "frozen"]
-Init = Literal["tied", "data"]
+Init = Literal["tied", "data", "subspace"]
 T = TypeVar("T")
 
 
@@ -73,7 +73,8 @@ class SAEConfig:
     normaliser: Kind = "scale"
     """none; scale: mean-centred, E||x||^2 = d_in; whiten: principal components of unit variance"""
     init: Init = "tied"
-    """rows of W_dec at the start: random directions, or activations; W_enc is tied to them"""
+    """rows of W_dec at the start: random directions, activations, or random directions in the subspace that activations
+    fill; W_enc is tied to them"""
     aux: AuxK | None = AuxK()
     """the loss on dead latents, or None"""
 

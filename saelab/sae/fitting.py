@@ -72,7 +72,10 @@ def describe_training(run: TrainingRun, i: int) -> dict[str, Any]:
     last: dict[str, Any] = run.history[-1] if run.history else {}
     prefix = f"{i}/"
     mine = {key.removeprefix(prefix): value for key, value in last.items() if "/" not in key or key.startswith(prefix)}
-    return {**run.cfg.to_dict(), "lr": run.lrs[i], "n_tokens_seen": run.step * run.cfg.batch_size, "last": mine}
+    trainee = run.trainables[i]
+    dead = (trainee.state["tokens_since_fired"] >= trainee.dead_after_tokens).nonzero().squeeze(1).tolist()
+    seen = {"lr": run.lrs[i], "n_tokens_seen": run.step * run.cfg.batch_size}
+    return {**run.cfg.to_dict(), **seen, "dead": dead, "last": mine}
 
 
 def origin_of(acts: Any) -> Provenance | None:

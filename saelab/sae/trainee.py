@@ -11,7 +11,7 @@ from torch import Tensor
 from saelab.functional.codes import SparseCodes
 from saelab.functional.kernels import Entries, attach_encoder, nested_decode_error
 from saelab.functional.losses import nested_error, normalised_error
-from saelab.functional.metrics import ReconstructionSums
+from saelab.functional.metrics import ReconstructionSums, effective_rank, exact
 from saelab.sae.activations import _Penalised
 from saelab.sae.coder import Coder
 from saelab.sae.config import AuxK, RandomPrefixes
@@ -93,6 +93,8 @@ class Trainee:
         sae.b_dec.copy_(x.mean(0))
         if sae.cfg.init == "data":
             self._start_from(centred)
+        elif sae.cfg.init == "subspace":
+            self._start_inside(centred)
         self._match_scale(x[:1024])
 
     def _start_from(self, centred: Tensor) -> None:
@@ -106,6 +108,20 @@ class Trainee:
         directions /= directions.norm(dim=1, keepdim=True)
         self.sae.W_dec.copy_(directions)
         self.sae.W_enc.copy_(directions.T)
+
+    def _start_inside(self, centred: Tensor) -> None:
+        """Random directions in the subspace that activations fill (arXiv:2508.16929): elsewhere a latent never fires.
+
+        Its dimension is the effective rank of the singular values, which no few large directions can pull down to a
+        handful, as they pull down the number of components that hold 99 % of the variance.
+        """
+        moments = exact(centred).T @ exact(centred)
+        variances, directions = torch.linalg.eigh(moments)
+        n = max(1, math.ceil(effective_rank(variances.clamp(min=0).sqrt())))
+        rows = self.sae.W_dec[:, :n] @ directions[:, -n:].T.to(self.sae.W_dec)
+        rows /= rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        self.sae.W_dec.copy_(rows)
+        self.sae.W_enc.copy_(rows.T)
 
     def _match_scale(self, x: Tensor) -> None:
         """Scale W_enc by the c that minimises ||centred - c x_hat||^2: tied random weights overshoot many times."""

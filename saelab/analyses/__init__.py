@@ -1,0 +1,1 @@
+"""What feature stores and dictionaries tell: one verb a file, each returning a frozen result."""

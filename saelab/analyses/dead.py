@@ -1,0 +1,204 @@
+"""`dead_units`: which units fire too seldom or too often, how sure that is, and why it may be."""
+
+import html
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from saelab.analyses.causes import find_causes
+from saelab.sae.sae import SAE
+from saelab.stores.features import FeatureStore
+from saelab.stores.files import write_json
+
+KINDS = ("dead", "near-dead", "live", "dense", "outlier")
+OUTLIER = 5.0
+"""Robust standard deviations of the logarithm of a norm."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeadUnits:
+    """What every unit is, from how often it fires (z != 0, either sign) in the tokens of a store."""
+
+    n_tokens: int
+    kinds: tuple[str, ...]
+    """by unit: dead, near-dead, live, dense, or outlier (live, with a norm far from the others')"""
+    fires: Integer[np.ndarray, "d_sae"]
+    """tokens on which each unit fires"""
+    low: Float[np.ndarray, "d_sae"]
+    """lower end of the firing rate's Clopper-Pearson interval"""
+    high: Float[np.ndarray, "d_sae"]
+    """upper end; for no firing in N tokens the one-sided limit, just below 3 / N"""
+    confidence: float
+    near_dead_rate: float
+    dense_rate: float
+    groups: dict[str, dict[str, int]]
+    """units of each kind by prefix group; one group where there are no prefixes"""
+    causes: dict[int, tuple[str, ...]]
+    """of dead and near-dead units, where the SAE was given"""
+    training: dict[str, int] | None
+    """units dead at the end of training and here: both, training only, store only; None where training kept no count"""
+
+    def units(self, kind: str) -> list[int]:
+        """The units of a kind; ValueError for another word."""
+        if kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {list(KINDS)}, got '{kind}'.")
+        return [i for i, mine in enumerate(self.kinds) if mine == kind]
+
+    @property
+    def rates(self) -> Float[np.ndarray, "d_sae"]:
+        """Share of tokens on which each unit fires."""
+        return self.fires / self.n_tokens
+
+    def share(self, kind: str) -> float:
+        """Share of the units that are of a kind."""
+        return len(self.units(kind)) / len(self.kinds)
+
+    def __str__(self) -> str:
+        limit = _no_firing_limit(self.n_tokens, self.confidence)
+        lines = [f"{len(self.kinds):,} units on {self.n_tokens:,} tokens; no firing means a rate below {limit:.2g}"]
+        lines.append(f"near-dead: below {self.near_dead_rate:g}; dense: above {self.dense_rate:g}")
+        lines += ["", f"{'units':<16}" + "".join(f"{kind:>11}" for kind in KINDS)]
+        for name, counts in self.groups.items():
+            lines.append(f"{name:<16}" + "".join(f"{counts.get(kind, 0):>11,}" for kind in KINDS))
+        why = Counter(cause for causes in self.causes.values() for cause in causes)
+        lines += ["", *(f"{n:>6,} {cause}" for cause, n in why.most_common())] if why else []
+        if self.training is not None:
+            agreement = ", ".join(f"{n} {where}" for where, n in self.training.items())
+            lines += ["", f"dead at the end of training and here: {agreement}"]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for JSON."""
+        arrays = {name: getattr(self, name).tolist() for name in ("fires", "low", "high")}
+        names = ("n_tokens", "kinds", "confidence", "near_dead_rate", "dense_rate", "groups", "training")
+        causes = {str(i): list(why) for i, why in self.causes.items()}
+        return {name: getattr(self, name) for name in names} | arrays | {"causes": causes}
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON."""
+        write_json(path, self.to_dict())
+
+
+def dead_units(
+    store: FeatureStore,
+    sae: SAE | None = None,
+    acts: Float[Tensor, "n d_in"] | None = None,
+    *,
+    near_dead_rate: float = 1e-5,
+    dense_rate: float = 0.1,
+    confidence: float = 0.95,
+) -> DeadUnits:
+    """Tell every unit's kind from its firing rate r = #(z != 0) / N over the store's N tokens, both signs counted.
+
+    dead: r = 0. near-dead: r < `near_dead_rate`. dense: r > `dense_rate`. outlier: otherwise live, with log-norms of
+    W_enc or W_dec more than 5 robust standard deviations from the median. live: the rest. Intervals are Clopper and
+    Pearson's. With the `sae`, likely causes of dead and near-dead units are looked for in its weights, and with some of
+    its activations `acts`, in how near they come to firing. Training's own count is held against the store's.
+
+    Raises ValueError where rates are not in order or the SAE has another width.
+    """
+    if not 0 <= near_dead_rate < dense_rate <= 1 or not 0 < confidence < 1:
+        raise ValueError(
+            "Rates must satisfy 0 <= near_dead_rate < dense_rate <= 1 and confidence lie in (0, 1), got "
+            f"{near_dead_rate}, {dense_rate} and {confidence}."
+        )
+    if sae is not None and sae.cfg.d_sae != store.d_sae:
+        raise ValueError(f"`sae` must have the store's {store.d_sae} units, got {sae.cfg.d_sae}; give that one.")
+    fires = store.statistics.fires.sum(1)
+    outlier = find_outliers(sae) if sae is not None else np.zeros(store.d_sae, bool)
+    kinds = _tell_kinds(fires / len(store), near_dead_rate, dense_rate, outlier)
+    low, high = clopper_pearson(fires, len(store), confidence)
+    silent = [i for i, kind in enumerate(kinds) if kind in KINDS[:2]]
+    return DeadUnits(
+        n_tokens=len(store),
+        kinds=kinds,
+        fires=fires,
+        low=low,
+        high=high,
+        confidence=confidence,
+        near_dead_rate=near_dead_rate,
+        dense_rate=dense_rate,
+        groups=_by_group(kinds, store.manifest.sae["config"].get("prefixes")),
+        causes=find_causes(sae, store, silent, acts) if sae is not None else {},
+        training=_compare_with_training(store, kinds),
+    )
+
+
+def drift(results: Sequence[DeadUnits]) -> list[dict[str, int]]:
+    """From each result to the next (checkpoints of one SAE on one text): units that died, revived, and stayed dead."""
+    found = []
+    for before, after in pairwise(results):
+        if len(before.kinds) != len(after.kinds):
+            raise ValueError(f"Checkpoints must be of one width, got {len(before.kinds)} and {len(after.kinds)} units.")
+        then, now = set(before.units("dead")), set(after.units("dead"))
+        found.append({"died": len(now - then), "revived": len(then - now), "stayed dead": len(now & then)})
+    return found
+
+
+def clopper_pearson(
+    fires: Integer[np.ndarray, "n"], n_tokens: int, confidence: float
+) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """Exact limits of a rate from `fires` successes in `n_tokens` independent trials.
+
+    Where there was no success the upper limit is one-sided, `1 - (1 - confidence)^(1 / N)`, just below 3 / N at 0.95.
+    Tokens of a document depend on one another, so that real intervals are wider.
+
+    >>> low, high = clopper_pearson(np.array([0, 5]), 100, 0.95)
+    >>> [round(float(x), 4) for x in (*low, *high)]
+    [0.0, 0.0164, 0.0295, 0.1128]
+    """
+    from scipy.stats import beta
+
+    tail = (1 - confidence) / 2
+    low = np.where(fires > 0, beta.ppf(tail, np.maximum(fires, 1), n_tokens - fires + 1), 0.0)
+    high = np.where(fires < n_tokens, beta.ppf(1 - tail, fires + 1, np.maximum(n_tokens - fires, 1)), 1.0)
+    return low, np.where(fires == 0, _no_firing_limit(n_tokens, confidence), high)
+
+
+def find_outliers(sae: SAE) -> Bool[np.ndarray, "d_sae"]:
+    """Units whose W_enc or W_dec has a norm far from the others': by more than 5 robust deviations of its logarithm."""
+    found = np.zeros(sae.cfg.d_sae, bool)
+    for norms in (sae.W_enc.norm(dim=0), sae.W_dec.norm(dim=1)):
+        logs = norms.detach().clamp(min=1e-12).log().cpu().double().numpy()
+        off = np.abs(logs - np.median(logs))
+        found |= off > OUTLIER * max(1.4826 * float(np.median(off)), 1e-3)  # unit rows differ by rounding alone
+    return found
+
+
+def _no_firing_limit(n_tokens: int, confidence: float) -> float:
+    return -math.expm1(math.log1p(-confidence) / n_tokens)
+
+
+def _tell_kinds(rates: np.ndarray, near_dead: float, dense: float, outlier: np.ndarray) -> tuple[str, ...]:
+    kinds = np.full(len(rates), "live", dtype=object)
+    kinds[outlier] = "outlier"
+    kinds[rates > dense] = "dense"
+    kinds[rates < near_dead] = "near-dead"
+    kinds[rates == 0] = "dead"
+    return tuple(kinds.tolist())
+
+
+def _by_group(kinds: Sequence[str], prefixes: Any) -> dict[str, dict[str, int]]:
+    ends = prefixes if isinstance(prefixes, list) else [len(kinds)]
+    spans = list(zip([0, *ends], ends, strict=False))
+    groups = {f"{start:,} to {end - 1:,}": dict(Counter(kinds[start:end])) for start, end in spans}
+    return groups if len(spans) == 1 else groups | {"all": dict(Counter(kinds))}
+
+
+def _compare_with_training(store: FeatureStore, kinds: Sequence[str]) -> dict[str, int] | None:
+    training: Mapping[str, Any] = store.manifest.sae.get("training") or {}
+    if "dead" not in training:
+        return None
+    then, now = set(training["dead"]), {i for i, kind in enumerate(kinds) if kind == "dead"}
+    return {"both": len(then & now), "training only": len(then - now), "store only": len(now - then)}
