@@ -1,0 +1,223 @@
+"""`examples`: windows of text in which a feature fires, from its strongest firings to those it just misses."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer
+
+from saelab.stores.features import FeatureStore, Firings
+
+CANDIDATES = 8
+"""Windows looked at for each one shown: the others repeat one that is shown already."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A window of text with one feature's codes."""
+
+    words: tuple[str, ...]
+    """as they read, spaces included"""
+    values: tuple[float, ...]
+    """codes, 0 where the feature does not fire or the mask left the token out"""
+    center: int
+    """which word the window was chosen for"""
+    token: int
+    """the store's row of that word"""
+    doc_id: int
+
+    @property
+    def value(self) -> float:
+        """The code at the center."""
+        return self.values[self.center]
+
+    @property
+    def text(self) -> str:
+        """The words joined."""
+        return "".join(self.words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleGroup:
+    """Windows chosen alike."""
+
+    name: str
+    """top, quantile i of n (from the weakest), near miss, random"""
+    side: int
+    """1 or -1, the sign of the codes; 0 where the feature does not fire at the centers"""
+    low: float
+    """the smallest and the largest |z| that the group was chosen from"""
+    high: float
+    n_firings: int
+    """firings it was chosen from"""
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureExamples:
+    """Where one feature fires, both signs apart."""
+
+    feature: int
+    n_tokens: int
+    """tokens looked at"""
+    groups: tuple[ExampleGroup, ...]
+
+    def group(self, name: str, side: int = 1) -> ExampleGroup:
+        """The group of a name and side; KeyError where there is none."""
+        for group in self.groups:
+            if (group.name, group.side) == (name, side):
+                return group
+        have = [(group.name, group.side) for group in self.groups]
+        raise KeyError(f"There must be a group ({name!r}, {side}), got only {have}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"feature {self.feature} on {self.n_tokens:,} tokens"]
+        for group in self.groups:
+            sign = {1: "+", -1: "-", 0: " "}[group.side]
+            lines.append(f"{sign} {group.name}: {group.n_firings:,} firings, |z| {group.low:.3g} to {group.high:.3g}")
+            lines += [f"    {example.value:+8.3f}  {_mark(example)}" for example in group.examples]
+        return "\n".join(lines)
+
+
+def examples(
+    store: FeatureStore,
+    feature: int,
+    *,
+    n_top: int = 10,
+    n_quantiles: int = 5,
+    n_each: int = 4,
+    n_near: int = 4,
+    n_random: int = 4,
+    before: int = 16,
+    after: int = 8,
+    rows: Bool[np.ndarray, "n_tokens"] | None = None,
+    seed: int = 0,
+) -> FeatureExamples:
+    """Windows of `before` and `after` tokens around a feature's firings, inside one document, none shown twice.
+
+    For each sign of the codes: the `n_top` largest |z|, and `n_each` drawn from each of `n_quantiles` groups of equally
+    many firings, weakest first. For both together: `n_near` near misses, where a token of the top windows' centers
+    stands and the feature does not fire, and `n_random` tokens drawn from all. `rows` limits what is looked at, to one
+    side of `store.split()` for instance. `seed` draws. A group with nothing in it is left out.
+    """
+    rng = np.random.default_rng((seed, feature))
+    view = _View(store, store.feature(feature), rows, before, after)
+    groups: list[ExampleGroup] = []
+    for side in (1, -1):
+        at = view.firings(side)
+        if len(at) == 0:
+            continue
+        order = at.indices[np.argsort(-np.abs(at.values), kind="stable")]
+        groups.append(view.choose("top", side, order, at, n_top))
+        ranks = np.argsort(np.abs(at.values), kind="stable")
+        for i, part in enumerate(np.array_split(ranks, n_quantiles)) if n_quantiles else ():
+            chosen = rng.permutation(at.indices[part])
+            name = f"quantile {i + 1} of {n_quantiles}"
+            groups.append(view.choose(name, side, chosen, Firings(at.indices[part], at.values[part]), n_each))
+    groups.append(view.choose("near miss", 0, _near_misses(view, groups, rng), None, n_near))
+    groups.append(view.choose("random", 0, rng.permutation(view.all_rows())[: CANDIDATES * n_random], None, n_random))
+    return FeatureExamples(
+        feature=feature, n_tokens=view.n_tokens, groups=tuple(group for group in groups if group.examples)
+    )
+
+
+class _View:
+    """One feature in the rows that are looked at."""
+
+    def __init__(self, store: FeatureStore, column: Firings, rows: np.ndarray | None, before: int, after: int) -> None:
+        if rows is not None and len(rows) != len(store):
+            raise ValueError(
+                f"`rows` must say of each of the {len(store)} tokens whether to look at it, got {len(rows)}."
+            )
+        self.store, self.column, self.rows = store, column, rows
+        self.before, self.after = before, after
+        self.n_tokens = len(store) if rows is None else int(rows.sum())
+
+    def firings(self, side: int) -> Firings:
+        """Of one sign, in the rows looked at."""
+        kept = self.column.values * side > 0
+        if self.rows is not None:
+            kept &= self.rows[self.column.indices]
+        return Firings(self.column.indices[kept], self.column.values[kept])
+
+    def all_rows(self) -> Integer[np.ndarray, "n"]:
+        """The rows looked at."""
+        return np.arange(len(self.store)) if self.rows is None else np.flatnonzero(self.rows)
+
+    def choose(
+        self, name: str, side: int, candidates: Integer[np.ndarray, "n"], pool: Firings | None, n: int
+    ) -> ExampleGroup:
+        """The first `n` candidates whose windows differ."""
+        sizes = np.abs(pool.values) if pool is not None else np.zeros(1)
+        return ExampleGroup(
+            name=name,
+            side=side,
+            low=float(sizes.min()),
+            high=float(sizes.max()),
+            n_firings=len(pool) if pool is not None else 0,
+            examples=tuple(self._unlike(candidates[: CANDIDATES * n].tolist(), n)),
+        )
+
+    def _unlike(self, tokens: Iterable[int], n: int) -> Iterator[Example]:
+        """Windows whose words were not seen and that no earlier window's center lies in."""
+        seen: set[tuple[str, ...]] = set()
+        spans: list[tuple[int, int]] = []
+        for token in tokens:
+            if len(spans) == n:
+                return
+            place = int(self.store.places[token])
+            start, stop = self.store.text.window(place, self.before, self.after)
+            words = tuple(self.store.text.words(start, stop))
+            if words in seen or any(a <= place < b for a, b in spans):
+                continue
+            seen.add(words)
+            spans.append((start, stop))
+            yield self._example(token, place, start, stop, words)
+
+    def _example(self, token: int, place: int, start: int, stop: int, words: tuple[str, ...]) -> Example:
+        first, end = np.searchsorted(self.store.places, (start, stop))  # the rows of the window
+        values = np.zeros(stop - start, np.float32)
+        a, b = np.searchsorted(self.column.indices, (first, end))
+        values[self.store.places[self.column.indices[a:b]] - start] = self.column.values[a:b]
+        doc_id = int(self.store.text.doc_ids[place])
+        return Example(words=words, values=tuple(values.tolist()), center=place - start, token=token, doc_id=doc_id)
+
+
+def _near_misses(view: _View, groups: list[ExampleGroup], rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
+    """Rows, in random order, whose token stands at a top window's center but where the feature does not fire."""
+    tops = [example.token for group in groups if group.name == "top" for example in group.examples]
+    alike = np.isin(view.store.token_ids, view.store.token_ids[tops])
+    alike[view.column.indices] = False
+    if view.rows is not None:
+        alike &= view.rows
+    return rng.permutation(np.flatnonzero(alike))
+
+
+def _mark(example: Example) -> str:
+    """The text with the center in brackets, on one line."""
+    words = list(example.words)
+    words[example.center] = f"[{words[example.center]}]"
+    return "".join(words).replace("\n", " ")
+
+
+def top_words(store: FeatureStore, firings: Firings, n: int = 10) -> list[tuple[str, float]]:
+    """The tokens that carry most of a feature's firings, and their share of them."""
+    if len(firings) == 0:
+        return []
+    ids, counts = np.unique(store.token_ids[firings.indices], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:n]
+    return [
+        (store.text.strings.get(int(i), f"<{i}>"), float(c) / len(firings))
+        for i, c in zip(ids[order], counts[order], strict=True)
+    ]
+
+
+def sign_balance(fires: Float[np.ndarray, "2"] | Integer[np.ndarray, "2"]) -> float:
+    """The lesser sign's share of the firings: 0 for one-sided, 0.5 for balanced; NaN without firings."""
+    total = float(fires.sum())
+    return float(fires.min()) / total if total else float("nan")
