@@ -1,6 +1,9 @@
 """saelab finds, names, compares and moves the features of a language model, with sparse autoencoders."""
 
+from saelab.analyses.contexts import FeatureExamples, examples
 from saelab.analyses.dead import DeadUnits, dead_units, drift
+from saelab.analyses.lens import LogitLens, logit_lens
+from saelab.analyses.likeness import Neighbours, neighbours
 from saelab.collecting.collection import collect
 from saelab.collecting.harvesting import harvest
 from saelab.collecting.streaming import ActivationStream, stream
@@ -26,6 +29,7 @@ from saelab.sae.activations import (
     register_activation,
 )
 from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
+from saelab.sae.reviving import revive
 from saelab.sae.sae import SAE, fit
 from saelab.stores.activations import Activations
 from saelab.stores.features import FeatureStore
@@ -46,10 +50,13 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "ConceptScores",
     "DeadUnits",
     "Evaluation",
+    "FeatureExamples",
     "FeatureStore",
     "HookAgreement",
     "JumpReLU",
+    "LogitLens",
     "MaskResult",
+    "Neighbours",
     "Provenance",
     "RandomPrefixes",
     "ReLU",
@@ -67,14 +74,18 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "describe_model",
     "drift",
     "evaluate",
+    "examples",
     "find_hook_point",
     "fit",
     "harvest",
     "load_model",
+    "logit_lens",
     "logits",
+    "neighbours",
     "next_token_loss",
     "read_codes",
     "register_activation",
+    "revive",
     "score_concepts",
     "splice",
     "stream",

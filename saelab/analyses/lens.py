@@ -67,14 +67,14 @@ class LogitLens:
 
 @torch.no_grad()
 def logit_lens(sae: SAE, model: Model, features: Sequence[int] | None = None, *, n: int = 10) -> LogitLens:
-    """The tokens that each feature's direction promotes and suppresses most, through the final norm and the unembedding.
+    """The tokens that each feature's direction promotes and suppresses most, through final norm and unembedding.
 
     `effect = (norm'(d)) W_U`, d the row of W_dec in the activations' own units, the norm linear at unit scale: adding
     z d to a residual stream of scale s adds `z effect / s` to the logits. Effects are centred over the vocabulary,
     which the probabilities do not see. All features by default. ValueError for an SAE whose activations are not of the
     residual stream's width, and for features that do not exist.
 
-    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=8))
+    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> len(logit_lens(sae, model, [3], n=5)[3].promoted)
     5
     """

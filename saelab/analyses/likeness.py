@@ -1,0 +1,115 @@
+"""`neighbours`: for every feature those most like it, by direction, by activation, or by firing together."""
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from saelab.sae.sae import SAE
+from saelab.stores.features import FeatureStore
+from saelab.stores.files import write_json
+
+By = Literal["correlation", "phi", "cosine"]
+BLOCK = 512
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Neighbours:
+    """The `m` most similar others of each feature, largest first by size; the sign says whether they go together."""
+
+    by: str
+    n_tokens: int | None
+    """tokens the similarity rests on; None for directions"""
+    indices: Int[np.ndarray, "d_sae m"]
+    """-1 where a feature has fewer neighbours"""
+    values: Float[np.ndarray, "d_sae m"]
+    """similarity in -1 to 1; NaN where there is none"""
+
+    def of(self, feature: int) -> list[tuple[int, float]]:
+        """A feature's neighbours and their similarity."""
+        known = self.indices[feature] >= 0
+        return list(zip(self.indices[feature][known].tolist(), self.values[feature][known].tolist(), strict=True))
+
+    def __str__(self) -> str:
+        best = np.argsort(-np.nan_to_num(np.abs(self.values[:, 0]), nan=-1.0))[:10].tolist()
+        over = "" if self.n_tokens is None else f" over {self.n_tokens:,} tokens"
+        lines = [f"{len(self.indices):,} features, nearest by {self.by}{over}; the closest:"]
+        lines += [f"{j:>8} {i:>8}  {value:+.3f}" for j in best for i, value in self.of(j)[:1]]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for JSON; NaN where there is no neighbour."""
+        lists = {"indices": self.indices.tolist(), "values": self.values.tolist()}
+        return {"by": self.by, "n_tokens": self.n_tokens} | lists
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON, NaN as null."""
+        write_json(path, self.to_dict())
+
+
+def neighbours(source: FeatureStore | SAE, by: By | None = None, *, m: int = 10) -> Neighbours:
+    """The `m` features most similar to each, over all features, by size of similarity.
+
+    correlation (default for a store): Pearson's r of the codes over all tokens, zeros too; phi: the same of firing at
+    all, whatever the sign; cosine (default for an SAE): of the rows of W_dec. A feature that never fires, or always
+    with one value, has no correlation with any other. ValueError for a similarity that the source cannot give.
+
+    >>> sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=40))
+    >>> neighbours(sae, m=2).indices.shape
+    (40, 2)
+    """
+    by = by or ("cosine" if isinstance(source, SAE) else "correlation")
+    allowed = ("cosine",) if isinstance(source, SAE) else tuple(set(get_args(By)) - {"cosine"})
+    if by not in allowed or m < 1:
+        what = "an SAE" if isinstance(source, SAE) else "a store"
+        raise ValueError(f"`by` must be one of {sorted(allowed)} for {what} and `m` at least 1, got {by!r} and {m}.")
+    blocks = _cosines(source) if isinstance(source, SAE) else _correlations(source, firing=by == "phi")
+    width = source.cfg.d_sae if isinstance(source, SAE) else source.d_sae
+    found = [_nearest(start, block, min(m, width - 1)) for start, block in blocks]
+    indices, values = (np.concatenate(part) for part in zip(*found, strict=True))
+    n_tokens = None if isinstance(source, SAE) else len(source)
+    return Neighbours(by=by, n_tokens=n_tokens, indices=indices, values=values)
+
+
+def _cosines(sae: SAE) -> Iterator[tuple[int, np.ndarray]]:
+    rows = sae.W_dec.detach().float().cpu()
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    for start in range(0, len(rows), BLOCK):
+        yield start, (rows[start : start + BLOCK] @ rows.T).numpy()
+
+
+def _correlations(store: FeatureStore, firing: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """`(sum xy / N - mean x mean y) / (std x std y)` in blocks of rows, the sums from the entries that are not zero."""
+    codes = store.matrix()
+    if firing:
+        codes.data = np.ones_like(codes.data)
+    n = len(store)
+    mean = np.asarray(codes.sum(0, dtype=np.float64)).ravel() / n
+    squares = np.asarray(codes.multiply(codes).sum(0, dtype=np.float64)).ravel() / n
+    spread = np.sqrt(np.maximum(squares - mean**2, 0))
+    spread[spread < 1e-6 * np.sqrt(squares)] = 0
+    scale = np.divide(1, spread, out=np.full_like(spread, np.nan), where=spread > 0)
+    columns = codes.tocsc()
+    for start in range(0, store.d_sae, BLOCK):
+        part = slice(start, start + BLOCK)
+        sums = (columns[:, part].T.tocsr() @ codes).toarray()
+        yield start, ((sums / n - mean[part, None] * mean) * scale[part, None] * scale).astype(np.float32)
+
+
+def _nearest(start: int, block: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """The m largest by size in each row, not counting the feature itself."""
+    size = torch.from_numpy(np.nan_to_num(np.abs(block), nan=-1.0))
+    size[torch.arange(len(block)), torch.arange(start, start + len(block))] = -2.0
+    top = size.topk(m, dim=1)
+    values = np.take_along_axis(block, top.indices.numpy(), 1)
+    missing = top.values.numpy() <= 0
+    indices = np.where(missing, -1, top.indices.numpy())
+    return indices, np.where(missing, np.nan, values)

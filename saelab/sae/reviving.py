@@ -1,0 +1,81 @@
+"""`revive`: dead units begun again where the dictionary reconstructs worst."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.sae.coder import Coder
+from saelab.training.optimiser import name_optimised
+
+ENCODER_SHARE = 0.2
+"""Norm of a revived unit's encoder, as a share of the others' mean: it must win tokens, not take over."""
+PART = 4096
+
+
+@torch.no_grad()
+def revive(
+    sae: Coder,
+    acts: Float[Tensor, "n_tokens d_in"],
+    units: Sequence[int],
+    *,
+    optimiser: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """Begin units again from badly reconstructed tokens, in place; returns the token that each took.
+
+    Tokens are drawn without repetition with probability in proportion to their squared error ||x - x_hat||^4, as in
+    Anthropic's resampling (transformer-circuits.pub/2023/monosemantic-features). A unit's row of W_dec becomes the
+    direction of its token's residual, W_enc the same with a fifth of the other units' mean norm, b_enc 0, a learned
+    threshold the others' median. Adam's moments of all these are set to zero, where the optimiser is given. ValueError
+    for units that do not exist or repeat, and for fewer tokens with an error than units.
+    """
+    chosen = torch.tensor(list(units), dtype=torch.long)
+    if len(chosen) == 0:
+        return []
+    if len(chosen.unique()) < len(chosen) or int(chosen.min()) < 0 or int(chosen.max()) >= sae.cfg.d_sae:
+        raise ValueError(f"`units` must be different and in 0..{sae.cfg.d_sae - 1}, got {list(units)[:5]}.")
+    tokens, residual = _draw(sae, acts, len(chosen), seed)
+    directions = residual / residual.norm(dim=1, keepdim=True)
+    others = torch.ones(sae.cfg.d_sae, dtype=torch.bool)
+    others[chosen] = False
+    norms = sae.W_enc.norm(dim=0)[others] if others.any() else torch.ones(1)
+    chosen = chosen.to(sae.device)
+    sae.W_dec[chosen] = directions
+    sae.W_enc[:, chosen] = ENCODER_SHARE * norms.mean() * directions.T
+    sae.b_enc[chosen] = 0.0
+    if sae.cfg.activation.threshold == "learned" and sae.threshold is not None and others.any():
+        sae.threshold[chosen] = sae.threshold[others.to(sae.device)].median()
+    if optimiser is not None:
+        _forget(sae, chosen, optimiser)
+    return tokens
+
+
+def _draw(sae: Coder, acts: Tensor, n: int, seed: int) -> tuple[list[int], Tensor]:
+    """Tokens in proportion to their error squared, and their residuals in normalised units."""
+    rows = []
+    for x in acts.split(PART):
+        x = x.to(sae.W_enc)
+        rows.append(sae.normaliser.normalise(x) - sae.normaliser.normalise(sae.decode(sae.encode_sparse(x))))
+    residual = torch.cat(rows)
+    weights = residual.square().sum(1).cpu().double().square()
+    if int((weights > 0).sum()) < n:
+        raise ValueError(
+            f"`acts` must hold a badly reconstructed token for each of {n} units, got {int((weights > 0).sum())}."
+        )
+    # Gumbel's trick: the largest of log w plus Gumbel noise are a draw without repetition, of any number of tokens
+    noise = torch.rand(len(weights), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    keys = weights.log() - (-noise.clamp(min=1e-300).log()).log()
+    tokens = keys.topk(n).indices
+    return tokens.tolist(), residual[tokens.to(residual.device)]
+
+
+def _forget(sae: Coder, units: Tensor, optimiser: torch.optim.Optimizer) -> None:
+    """Zero the optimiser's moments of some units; W_enc is stored unit by unit there, as every weight but b_dec."""
+    for name, parameter in name_optimised(sae, optimiser).items():
+        if name == "b_dec" or (name == "threshold" and parameter.ndim == 0):
+            continue
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in optimiser.state[parameter]:
+                optimiser.state[parameter][moment][units] = 0.0
