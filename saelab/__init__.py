@@ -4,6 +4,7 @@ from saelab.analyses.contexts import FeatureExamples, examples
 from saelab.analyses.dead import DeadUnits, dead_units, drift
 from saelab.analyses.lens import LogitLens, logit_lens
 from saelab.analyses.likeness import Neighbours, neighbours
+from saelab.analyses.listing import FeatureTable, list_features
 from saelab.collecting.collection import collect
 from saelab.collecting.harvesting import harvest
 from saelab.collecting.streaming import ActivationStream, stream
@@ -52,6 +53,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "Evaluation",
     "FeatureExamples",
     "FeatureStore",
+    "FeatureTable",
     "HookAgreement",
     "JumpReLU",
     "LogitLens",
@@ -78,6 +80,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "find_hook_point",
     "fit",
     "harvest",
+    "list_features",
     "load_model",
     "logit_lens",
     "logits",

@@ -1,6 +1,7 @@
-"""The command line: its four commands, its help, its exit codes, and runs that are cut off."""
+"""The command line: its commands, its help, its exit codes, and runs that are cut off."""
 
 import inspect
+import json
 import signal
 import subprocess
 import sys
@@ -369,3 +370,36 @@ def test_demo_writes_a_report(shell: Shell, untrained: Path, tmp_path: Path) -> 
     for fact in ("30 stories", "15 stories", "special", "What failed", "topic sea", "plotly.js v"):
         assert fact in page
     assert read_json(tmp_path / "demo" / "topk" / "concepts.json")["n_stories"] > 0
+
+
+def test_a_store_is_harvested_listed_and_counted(acts: Path, folder: Path, shell: Shell, tmp_path: Path) -> None:
+    assert shell("train", acts, *SMALL, "--activation", "abstopk", "--out", tmp_path / "sae").code == 0
+    command = ["harvest", tmp_path / "sae", "tiny", folder / "text.txt", "--n-tokens", "1500", "--no-progress"]
+    made = shell(*command, "--out", tmp_path / "store")
+    assert made.code == 0, made.err
+    assert "64 of SAE(AbsTopK(k=4)" in made.out and "l0 4" in made.out
+    assert shell("info", tmp_path / "store").out == made.out
+    assert shell(*command, "--out", tmp_path / "store").out == made.out
+    listed = shell("features", tmp_path / "store", "--sort", "peak", "--top", "5")
+    assert listed.code == 0 and len(listed.out.splitlines()) == 7
+    rows = json.loads(shell("features", tmp_path / "store", "--top", "64", "--json").out)["rows"]
+    densities = [row["density"] for row in rows]
+    assert densities == sorted(densities, reverse=True) and len(rows) == 64
+    assert sum(densities) == pytest.approx(4)
+    found = json.loads(shell("dead", tmp_path / "store", "--sae", tmp_path / "sae", "--json").out)
+    assert len(found["kinds"]) == 64 and found["n_tokens"] > 1000
+    assert "near-dead" in shell("dead", tmp_path / "store").out
+
+
+def test_stores_refuse_what_makes_no_sense(acts: Path, folder: Path, shell: Shell, tmp_path: Path) -> None:
+    wrong = shell("features", acts)
+    assert wrong.code == 2 and "features" in wrong.err and "harvest" in wrong.err
+    assert shell("dead", tmp_path / "nothing").code == 2
+    assert shell("train", acts, *SMALL, "--out", tmp_path / "sae").code == 0
+    command = ["harvest", tmp_path / "sae", "tiny", folder / "text.txt", "--out", tmp_path / "store", "--no-progress"]
+    assert "float16 or float32" in shell(*command, "--values", "int8").err
+    assert shell(*command, "--n-tokens", "300").code == 0
+    refused = shell(*command, "--n-tokens", "400")
+    assert refused.code == 2 and "--overwrite" in refused.err
+    near = shell("features", tmp_path / "store", "--sort", "densty")
+    assert near.code == 2 and "density" in near.err

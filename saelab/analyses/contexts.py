@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Integer
 
 from saelab.stores.features import FeatureStore, Firings
 
@@ -215,9 +215,3 @@ def top_words(store: FeatureStore, firings: Firings, n: int = 10) -> list[tuple[
         (store.text.strings.get(int(i), f"<{i}>"), float(c) / len(firings))
         for i, c in zip(ids[order], counts[order], strict=True)
     ]
-
-
-def sign_balance(fires: Float[np.ndarray, "2"] | Integer[np.ndarray, "2"]) -> float:
-    """The lesser sign's share of the firings: 0 for one-sided, 0.5 for balanced; NaN without firings."""
-    total = float(fires.sum())
-    return float(fires.min()) / total if total else float("nan")

@@ -1,4 +1,4 @@
-"""The entry point `saelab`: the four commands, and the demo."""
+"""The entry point `saelab`: the commands, and the demo."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The four commands, and how errors become one line and an exit code."""
+"""The commands, and how errors become one line and an exit code."""
 
 import os
 import sys
@@ -10,6 +10,7 @@ import typer
 
 from saelab.cli.collecting import collect_text
 from saelab.cli.evaluating import evaluate_sae
+from saelab.cli.features import harvest_text, show_dead, show_features
 from saelab.cli.info import show_info
 from saelab.cli.training import train_sae
 
@@ -32,7 +33,7 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that 
 def start(
     debug: Annotated[bool, typer.Option("--debug", envvar="SAELAB_DEBUG", help="Show tracebacks.")] = False,
 ) -> None:
-    """Sparse autoencoders for language models: collect activations, train, evaluate."""
+    """Sparse autoencoders for language models: collect activations, train, evaluate, harvest features."""
 
 
 def dispatch(words: Sequence[str]) -> int:
@@ -85,5 +86,14 @@ def _complain(line: str, code: int) -> int:
     return code
 
 
-for _name, _verb in (("collect", collect_text), ("train", train_sae), ("evaluate", evaluate_sae), ("info", show_info)):
+VERBS: dict[str, Callable[..., None]] = {
+    "collect": collect_text,
+    "train": train_sae,
+    "evaluate": evaluate_sae,
+    "harvest": harvest_text,
+    "features": show_features,
+    "dead": show_dead,
+    "info": show_info,
+}
+for _name, _verb in VERBS.items():
     app.command(_name)(guard(_verb))

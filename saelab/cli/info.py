@@ -9,7 +9,7 @@ from typer import Argument
 from saelab.sae.checkpoint import CONFIG, read_sae
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.stores.files import read_json
-from saelab.stores.manifest import ActivationsManifest
+from saelab.stores.manifest import ActivationsManifest, FeatureManifest
 from saelab.stores.provenance import Provenance
 
 Rows = list[tuple[str, str]]
@@ -17,10 +17,10 @@ Rows = list[tuple[str, str]]
 
 def show_info(
     path: Annotated[
-        Path, Argument(metavar="PATH", help="Folder of an SAE, of activations, or of an unfinished training run.")
+        Path, Argument(metavar="PATH", help="Folder of an SAE, of activations, of features, or of an unfinished run.")
     ],
 ) -> None:
-    """Say what an SAE or a folder of activations is and where it came from."""
+    """Say what an SAE or a folder of activations or features is and where it came from."""
     typer.echo(describe_folder(path))
 
 
@@ -31,10 +31,13 @@ def describe_folder(path: Path) -> str:
     if (path / CONFIG).is_file():
         return describe_sae(path)
     if (path / "manifest.json").is_file():
-        return describe_activations(path)
+        kind = read_json(path / "manifest.json").get("kind")
+        return describe_store(path) if kind == FeatureManifest.kind else describe_activations(path)
     if (path / "checkpoint" / "progress.json").is_file():
         return describe_unfinished(path)
-    raise ValueError(f"PATH must hold an SAE ({CONFIG}) or activations (manifest.json), got '{path}' with neither.")
+    raise ValueError(
+        f"PATH must hold an SAE ({CONFIG}) or activations or features (manifest.json), got '{path}' with neither."
+    )
 
 
 def describe_sae(path: Path) -> str:
@@ -62,6 +65,20 @@ def describe_activations(path: Path) -> str:
     ]
     origin = {**manifest.provenance, "removed": manifest.removed}
     return _table(f"{path}: activations", rows + _origin_rows(origin, hook_point=False))
+
+
+def describe_store(path: Path) -> str:
+    """What a feature store holds, and its origin."""
+    manifest = FeatureManifest.load(path)
+    state = "" if manifest.complete else ", UNFINISHED: give the same command again to go on"
+    l0 = manifest.n_entries / max(1, manifest.n_tokens)
+    rows = [
+        ("features", f"{manifest.d_sae:,} of {manifest.source}"),
+        ("tokens", f"{manifest.n_tokens:,}, shards: {len(manifest.shards)}{state}"),
+        ("codes", f"{manifest.n_entries:,} of {manifest.dtype}, l0 {l0:.4g}"),
+    ]
+    origin = {**manifest.provenance, "removed": manifest.removed}
+    return _table(f"{path}: a feature store", rows + _origin_rows(origin))
 
 
 def describe_unfinished(path: Path) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 import torch
 from typer import Argument, Option
 
+from saelab.analyses.listing import COLUMNS
 from saelab.lm.tokens import tokenize
 from saelab.sae.activations import ACTIVATIONS
 from saelab.sae.config import Dictionary, Init
@@ -157,3 +158,17 @@ def choose_device(name: str | None) -> torch.device:
         raise ValueError(
             f"`--device` must be one that this machine has, got '{name}' ({str(error).splitlines()[0]})"
         ) from error
+
+
+# `saelab harvest`, `features`, `dead`
+OutStore = Annotated[Path, Option(help="Folder for the feature store.", metavar="FOLDER")]
+OverwriteStore = Annotated[bool, Option("--overwrite", help="Delete the store in the folder and begin anew.")]
+ValueType = Annotated[str, Option(help="Type of the stored codes: float16 or float32.", metavar="NAME")]
+StoreFolder = Annotated[Path, Argument(metavar="STORE", help="Folder written by `saelab harvest`.")]
+SortColumn = Annotated[str, Option(help=f"Column to sort by: {', '.join(COLUMNS)}.", metavar="NAME")]
+TopRows = Annotated[int, Option(help="Rows to show.")]
+Ascending = Annotated[bool, Option("--ascending", help="Smallest first.")]
+AsJSON = Annotated[bool, Option("--json", help="Print JSON.")]
+StoreSAE = Annotated[str | None, Option(help="The SAE that was harvested.", metavar="SAE", show_default="no causes")]
+NearDead = Annotated[float, Option(help="Share of tokens below which a feature is near-dead.")]
+Dense = Annotated[float, Option(help="Share of tokens above which a feature is dense.")]

@@ -63,8 +63,16 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 
 def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as indented JSON, atomically; NaN and infinities become null (JSON has neither)."""
-    text = json.dumps(_finite(obj), indent=2, allow_nan=False)
-    write_atomic(path, (text + "\n").encode())
+    write_atomic(path, (to_json(obj) + "\n").encode())
+
+
+def to_json(obj: Any) -> str:
+    """`obj` as indented JSON; NaN and infinities become null.
+
+    >>> to_json(float("nan"))
+    'null'
+    """
+    return json.dumps(_finite(obj), indent=2, allow_nan=False)
 
 
 def read_json(path: str | Path) -> Any:
