@@ -5,6 +5,7 @@ from saelab.analyses.dead import DeadUnits, dead_units, drift
 from saelab.analyses.lens import LogitLens, logit_lens
 from saelab.analyses.likeness import Neighbours, neighbours
 from saelab.analyses.listing import FeatureTable, list_features
+from saelab.analyses.pruning import Progressive, progressive
 from saelab.collecting.collection import collect
 from saelab.collecting.harvesting import harvest
 from saelab.collecting.streaming import ActivationStream, stream
@@ -59,6 +60,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "LogitLens",
     "MaskResult",
     "Neighbours",
+    "Progressive",
     "Provenance",
     "RandomPrefixes",
     "ReLU",
@@ -86,6 +88,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "logits",
     "neighbours",
     "next_token_loss",
+    "progressive",
     "read_codes",
     "register_activation",
     "revive",

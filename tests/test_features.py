@@ -211,3 +211,22 @@ def test_the_subspace_start_lies_where_activations_are():
         dead[init] = int((~sae.encode(x).ne(0).any(0)).sum())
     assert inside["tied"] < 0.6 and inside["subspace"] > 0.9
     assert dead["subspace"] < dead["tied"]
+
+
+def test_progressive_keeps_what_matters(tiny, tokens):
+    acts = sl.collect(tiny, tokens, HOOK, progress=False)
+    cfg = sl.SAEConfig(d_in=32, d_sae=96, activation=sl.AbsTopK(k=6), prefixes=(12, 48, 96))
+    sae = sl.SAE(cfg).fit(acts, sl.TrainConfig(n_tokens=20_000, batch_size=256), progress=False)
+    found = sl.progressive(sae, tiny, tokens)
+    whole = sl.evaluate(sae, tiny, tokens[len(tokens) // 2 :], baselines=False, n_bootstrap=0, progress=False)
+    for order in ("energy", "frequency", "random", "prefix"):
+        row = found.get(order, 96)
+        assert row.fvu == pytest.approx(whole.fvu) and row.ce == pytest.approx(whole.ce_sae)
+        assert row.l0 == pytest.approx(whole.l0)
+    for size in (12, 48):
+        assert found.get("prefix", size).fvu == pytest.approx(whole.prefixes[size])
+        assert found.get("energy", size).fvu < found.get("random", size).fvu
+        assert found.get("energy", size).l0 < found.get("energy", 96).l0
+    assert found.n_tokens == whole.n_tokens and str(found)
+    with pytest.raises(ValueError, match="`sizes`"):
+        sl.progressive(sae, tiny, tokens, (97,))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.functional.kernels import sparse_decode
@@ -64,7 +64,13 @@ class SparseCodes:
 
     def prefix(self, n_latents: int) -> "SparseCodes":
         """The codes of the first `n_latents` latents only."""
-        keep = self.indices < n_latents
+        return self._keep(self.indices < n_latents)
+
+    def select(self, latents: Bool[Tensor, "d_sae"]) -> "SparseCodes":
+        """The codes of some latents only, those that are true."""
+        return self._keep(latents[self.indices])
+
+    def _keep(self, keep: Bool[Tensor, "nnz"]) -> "SparseCodes":
         part = self.from_rows(
             self.indices[keep], self.values[keep], self.rows[keep], (len(self.offsets) - 1, self.d_sae)
         )

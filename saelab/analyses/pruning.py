@@ -1,0 +1,228 @@
+"""`progressive`: how much of a dictionary is needed, when its units are taken in order of importance."""
+
+import html
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelab.evaluation.splicing import CleanRun, Stage
+from saelab.functional.metrics import ReconstructionSums
+from saelab.lm.forwards import batches_of, forward_size
+from saelab.lm.masks import TokenMask
+from saelab.lm.models import Model
+from saelab.lm.tokens import Tokens
+from saelab.sae.matching import match_model, require_threshold
+from saelab.sae.sae import SAE
+from saelab.stores.files import write_json
+
+WINDOW = (0.02, 0.5)
+"""Ranks that the power law is fitted to, as shares of the units that ever fire."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Granularity:
+    """The dictionary cut down to its first units in some order, everything else of it as it was."""
+
+    order: str
+    """energy: by E[z^2] ||d||^2; frequency: by firing rate; random; prefix: as they stand, for Matryoshka sizes"""
+    size: int
+    fvu: float
+    """fraction of variance unexplained; lower is better"""
+    l0: float
+    """codes left per token: pruning takes away some that were selected"""
+    ce: float
+    """the model's loss with this in place of the activations, nats a token; lower is better"""
+    loss_recovered: float
+    """(ce_zero - ce) / (ce_zero - ce_clean); NaN where zero ablation does no harm"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progressive:
+    """Quality by dictionary size, importance measured on other documents than quality."""
+
+    rows: tuple[Granularity, ...]
+    exponent: float
+    """a of importance ~ rank^-a"""
+    r2: float
+    """of that fit in logarithms, over ranks 2 % to 50 % of the units that fire"""
+    ce_clean: float
+    ce_zero: float
+    n_tokens: int
+    """that quality rests on"""
+    n_tokens_ranked: int
+    """that importance rests on"""
+
+    def get(self, order: str, size: int) -> Granularity:
+        """One row; KeyError where there is none."""
+        for row in self.rows:
+            if (row.order, row.size) == (order, size):
+                return row
+        raise KeyError(f"There must be a row ({order!r}, {size}), got only {[(r.order, r.size) for r in self.rows]}.")
+
+    def __str__(self) -> str:
+        lines = [
+            f"importance ~ rank^-{self.exponent:.2f} (R^2 {self.r2:.3f}) on {self.n_tokens_ranked:,} tokens;"
+            f" quality on {self.n_tokens:,} others, loss {self.ce_clean:.3f}, with zeros {self.ce_zero:.3f}",
+            f"{'order':<11}{'size':>8}{'FVU':>9}{'L0':>8}{'loss':>8}{'recovered':>11}",
+        ]
+        for row in self.rows:
+            end = f"{row.ce:>8.3f}{row.loss_recovered:>11.4f}"
+            lines.append(f"{row.order:<11}{row.size:>8,}{row.fvu:>9.4f}{row.l0:>8.2f}{end}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for JSON."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON, NaN as null."""
+        write_json(path, self.to_dict())
+
+
+@torch.no_grad()
+def progressive(
+    sae: SAE,
+    model: Model,
+    tokens: Tokens,
+    sizes: tuple[int, ...] | None = None,
+    *,
+    hook_point: str | None = None,
+    mask: TokenMask | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    allow_mismatch: bool = False,
+) -> Progressive:
+    """Encode once, keep the codes of the `sizes` most important units, and see what is lost (arXiv:2505.00190).
+
+    Importance is E[z_i^2] ||d_i||^2, measured on the first half of the rows; quality on the other half. Beside it the
+    same cut by firing rate, in random order (drawn by `seed`), and, for fixed Matryoshka prefixes, as the units stand.
+    Sizes default to the prefixes, or to d_sae divided by 16, 8, 4, 2 and 1. ValueError as in `evaluate`, for sizes
+    outside 1..d_sae, and for fewer than two rows.
+    """
+    require_threshold(sae)
+    sizes = sizes or _default_sizes(sae)
+    if len(tokens) < 2 or not all(1 <= size <= sae.cfg.d_sae for size in sizes):
+        raise ValueError(
+            f"`sizes` must be in 1..{sae.cfg.d_sae} and `tokens` two rows or more, got {sizes} and {len(tokens)} rows."
+        )
+    place = match_model(sae, model, hook_point, mask, allow_mismatch)
+    stage = Stage(model=model, hook_point=place.hook_point, mask=place.mask, median_norm=place.median_norm)
+    n_seq = forward_size(tokens, batch_size)
+    stage, half = stage.calibrated(tokens, n_seq), len(tokens) // 2
+    energy, fires, n_ranked = _rank(sae, stage, tokens[:half], n_seq)
+    orders = _orders(sae, energy, fires, seed)
+    return _measure(sae, stage, tokens[half:], n_seq, list(_cuts(orders, sizes)), *fit_power_law(energy), n_ranked)
+
+
+def fit_power_law(importance: Float[Tensor, "d_sae"]) -> tuple[float, float]:
+    """Exponent a and R^2 of `log I = c - a log rank`, over ranks 2 % to 50 % of what is above 0; NaN for too few.
+
+    >>> a, r2 = fit_power_law(torch.arange(1, 1001).double() ** -1.5)
+    >>> round(a, 6), round(r2, 6)
+    (1.5, 1.0)
+    """
+    values = importance[importance > 0].double().sort(descending=True).values
+    first, last = (math.ceil(share * len(values)) for share in WINDOW)
+    if last - first < 3:
+        return math.nan, math.nan
+    x = torch.arange(first, last, dtype=torch.float64).add(1).log()
+    y = values[first:last].log()
+    x, y = x - x.mean(), y - y.mean()
+    slope = (x * y).sum() / x.square().sum()
+    residual = (y - slope * x).square().sum()
+    return float(-slope), float(1 - residual / y.square().sum()) if y.square().sum() > 0 else math.nan
+
+
+def _default_sizes(sae: SAE) -> tuple[int, ...]:
+    if isinstance(sae.cfg.prefixes, tuple):
+        return sae.cfg.prefixes
+    return tuple(sorted({max(1, sae.cfg.d_sae // part) for part in (16, 8, 4, 2, 1)}))
+
+
+def _rank(sae: SAE, stage: Stage, tokens: Tokens, n_seq: int) -> tuple[Tensor, Tensor, int]:
+    """Energy and firings of every unit."""
+    energy, fires = (torch.zeros(sae.cfg.d_sae, dtype=torch.float64) for _ in range(2))
+    n_tokens = 0
+    for batch in batches_of(tokens, n_seq):
+        x, _ = stage.read(batch)
+        codes = sae.encode_sparse(x.to(sae.device))
+        indices, values = codes.indices.cpu(), codes.values.cpu().double()
+        energy.index_add_(0, indices, values.square())
+        fires += torch.bincount(indices, minlength=sae.cfg.d_sae)
+        n_tokens += len(x)
+    return energy * sae.W_dec.square().sum(1).cpu().double() / max(1, n_tokens), fires, n_tokens
+
+
+def _orders(sae: SAE, energy: Tensor, fires: Tensor, seed: int) -> dict[str, Int[Tensor, "d_sae"]]:
+    """The units by each order, most important first."""
+    drawn = torch.randperm(sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
+    orders = {"energy": energy.argsort(descending=True, stable=True)}
+    orders |= {"frequency": fires.argsort(descending=True, stable=True), "random": drawn}
+    if sae.cfg.prefixes is not None:
+        orders["prefix"] = torch.arange(sae.cfg.d_sae)
+    return orders
+
+
+def _cuts(orders: dict[str, Tensor], sizes: tuple[int, ...]) -> Iterator[tuple[str, int, Bool[Tensor, "d_sae"]]]:
+    for order, units in orders.items():
+        for size in sizes:
+            kept = torch.zeros(len(units), dtype=torch.bool)
+            kept[units[:size]] = True
+            yield order, size, kept
+
+
+def _measure(
+    sae: SAE,
+    stage: Stage,
+    tokens: Tokens,
+    n_seq: int,
+    cuts: list[tuple[str, int, Tensor]],
+    exponent: float,
+    r2: float,
+    n_ranked: int,
+) -> Progressive:
+    sums = [ReconstructionSums(sae.cfg.d_in) for _ in cuts]
+    losses: dict[Any, list[Tensor]] = defaultdict(list)
+    n_codes = [0] * len(cuts)
+    for batch in batches_of(tokens, n_seq):
+        clean = stage.run(batch)
+        x = clean.rows
+        codes = sae.encode_sparse(x.to(sae.device))
+        losses["clean"].append(clean.losses(clean.logits))
+        losses["zero"].append(_loss(clean, torch.zeros_like(x)))
+        for i, (_, _, kept) in enumerate(cuts):
+            part = codes.select(kept.to(sae.device))
+            x_hat = sae.decode(part).to(x)
+            sums[i].add(x, x_hat)
+            n_codes[i] += part.indices.numel()
+            losses[i].append(_loss(clean, x_hat))
+    ce = {name: float(torch.cat(parts).double().mean()) for name, parts in losses.items()}
+    harm, n = ce["zero"] - ce["clean"], sums[0].n_tokens
+    rows = []
+    for i, (order, size, _) in enumerate(cuts):
+        recovered = (ce["zero"] - ce[i]) / harm if harm > 0 else math.nan
+        l0 = n_codes[i] / max(1, n)
+        rows.append(Granularity(order=order, size=size, fvu=sums[i].fvu, l0=l0, ce=ce[i], loss_recovered=recovered))
+    return Progressive(
+        rows=tuple(rows),
+        exponent=exponent,
+        r2=r2,
+        ce_clean=ce["clean"],
+        ce_zero=ce["zero"],
+        n_tokens=n,
+        n_tokens_ranked=n_ranked,
+    )
+
+
+def _loss(clean: CleanRun, x_hat: Tensor) -> Tensor:
+    return clean.splice(x_hat)["ce"]
