@@ -96,6 +96,14 @@ def test_near_misses_share_the_word_and_rows_limit_the_view(store, busy):
         sl.examples(store, busy, rows=train[:5])
 
 
+def test_a_feature_that_fires_less_often_than_there_are_groups(store):
+    fires = store.statistics.fires
+    rare = int(np.where(fires.sum(1) > 0, fires.sum(1), 10**9).argmin())
+    found = sl.examples(store, rare, n_quantiles=500)
+    groups = [group for group in found.groups if group.name.startswith("quantile")]
+    assert sum(group.n_firings for group in groups) == fires[rare].sum() and all(g.n_firings == 1 for g in groups)
+
+
 def test_a_dead_feature_has_only_random_windows(tiny, tokens, tmp_path):
     silent = sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.ReLU(target_l0=4.0)), seed=0)
     silent.b_enc.data[3] = -1e6

@@ -11,6 +11,8 @@ from saelab.stores.features import FeatureStore, Firings
 
 CANDIDATES = 8
 """Windows looked at for each one shown: the others repeat one that is shown already."""
+MANY = 2048
+"""Rows of one word that near misses are drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +118,13 @@ def examples(
         groups.append(view.choose("top", side, order, at, n_top))
         ranks = np.argsort(np.abs(at.values), kind="stable")
         for i, part in enumerate(np.array_split(ranks, n_quantiles)) if n_quantiles else ():
+            if len(part) == 0:  # fewer firings than groups
+                continue
             chosen = rng.permutation(at.indices[part])
             name = f"quantile {i + 1} of {n_quantiles}"
             groups.append(view.choose(name, side, chosen, Firings(at.indices[part], at.values[part]), n_each))
     groups.append(view.choose("near miss", 0, _near_misses(view, groups, rng), None, n_near))
-    groups.append(view.choose("random", 0, rng.permutation(view.all_rows())[: CANDIDATES * n_random], None, n_random))
+    groups.append(view.choose("random", 0, view.draw(CANDIDATES * n_random, rng), None, n_random))
     return FeatureExamples(
         feature=feature, n_tokens=view.n_tokens, groups=tuple(group for group in groups if group.examples)
     )
@@ -145,9 +149,11 @@ class _View:
             kept &= self.rows[self.column.indices]
         return Firings(self.column.indices[kept], self.column.values[kept])
 
-    def all_rows(self) -> Integer[np.ndarray, "n"]:
-        """The rows looked at."""
-        return np.arange(len(self.store)) if self.rows is None else np.flatnonzero(self.rows)
+    def draw(self, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
+        """Rows among those looked at, at random; one may come twice."""
+        if self.rows is None:
+            return rng.integers(len(self.store), size=n)
+        return rng.choice(np.flatnonzero(self.rows), size=n)
 
     def choose(
         self, name: str, side: int, candidates: Integer[np.ndarray, "n"], pool: Firings | None, n: int
@@ -180,10 +186,12 @@ class _View:
             yield self._example(token, place, start, stop, words)
 
     def _example(self, token: int, place: int, start: int, stop: int, words: tuple[str, ...]) -> Example:
-        first, end = np.searchsorted(self.store.places, (start, stop))  # the rows of the window
+        places = self.store.places
+        ends = np.array((start, stop), places.dtype)  # of another type, the search would convert every place first
+        first, end = np.searchsorted(places, ends)
         values = np.zeros(stop - start, np.float32)
         a, b = np.searchsorted(self.column.indices, (first, end))
-        values[self.store.places[self.column.indices[a:b]] - start] = self.column.values[a:b]
+        values[places[self.column.indices[a:b]] - start] = self.column.values[a:b]
         doc_id = int(self.store.text.doc_ids[place])
         return Example(words=words, values=tuple(values.tolist()), center=place - start, token=token, doc_id=doc_id)
 
@@ -191,11 +199,17 @@ class _View:
 def _near_misses(view: _View, groups: list[ExampleGroup], rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
     """Rows, in random order, whose token stands at a top window's center but where the feature does not fire."""
     tops = [example.token for group in groups if group.name == "top" for example in group.examples]
-    alike = np.isin(view.store.token_ids, view.store.token_ids[tops])
-    alike[view.column.indices] = False
+    found = [np.empty(0, np.int64)]
+    for token_id in np.unique(view.store.token_ids[tops]).tolist():
+        alike = view.store.rows_of_token(token_id)
+        found.append(alike if len(alike) <= MANY else rng.choice(alike, MANY, replace=False))
+    rows = np.concatenate(found)
+    fires = view.column.indices
+    places = np.minimum(np.searchsorted(fires, rows), max(len(fires) - 1, 0))
+    silent = fires[places] != rows if len(fires) else np.ones(len(rows), bool)
     if view.rows is not None:
-        alike &= view.rows
-    return rng.permutation(np.flatnonzero(alike))
+        silent &= view.rows[rows]
+    return rng.permutation(rows[silent])
 
 
 def _mark(example: Example) -> str:

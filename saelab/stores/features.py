@@ -137,6 +137,17 @@ class FeatureStore:
         """The token id of each row."""
         return self.text.token_ids[self.places]
 
+    def rows_of_token(self, token_id: int) -> Integer[np.ndarray, "n"]:
+        """The rows at which a token stands, in increasing order."""
+        order, ids = self._sorted_tokens
+        first, end = (np.searchsorted(ids, ids.dtype.type(token_id), side) for side in ("left", "right"))
+        return order[first:end]
+
+    @cached_property
+    def _sorted_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self.token_ids, kind="stable")
+        return order, self.token_ids[order]
+
     def split(self, train_frac: float = 0.5, seed: int = 0) -> Bool[np.ndarray, "n_tokens"]:
         """Which rows are of training documents; whole documents are on one side."""
         return split_documents(self.doc_ids, train_frac, seed)
