@@ -26,6 +26,7 @@ class Door:
         for path, holder in self.components.items():
             aliases = {name: value for name, value in vars(holder).items() if isinstance(value, HookPoint)}
             self.points.update({f"{path}.{name}".lstrip("."): value for name, value in aliases.items()})
+        self.distinct = list({id(point): point for point in self.points.values()}.values())  # several names a point
         self.components.pop("", None)  # the bridge itself, which would keep its own entry alive
         self.bridged: nn.Module = model.original_model
         self.n_spliced = 0  # edits that are on the plain twin as well as on the bridge
@@ -109,7 +110,9 @@ class Door:
 
     def trusts(self, name: str) -> bool:
         """`check`, but with hooks or edits in place nothing new is probed: a probe would run them behind one's back."""
-        return self.agrees.get(name, False) if self._count_ours() or self._is_hooked() else self.check(name)
+        if name in self.agrees:  # known, hooks or not
+            return self.agrees[name]
+        return not self._count_ours() and not self._is_hooked() and self.check(name)
 
     def route(self, names: list[str]) -> tuple[nn.Module, list[Site]]:
         """The fastest model that serves these hook points truthfully, and where they are on it.
@@ -124,8 +127,7 @@ class Door:
 
     def _count_ours(self) -> int:
         """Edits of saelab's now on the bridge's hook points."""
-        points = {id(point): point for point in self.points.values()}.values()
-        return sum(is_ours(hook) for point in points for hook in point._forward_hooks.values())
+        return sum(is_ours(hook) for point in self.distinct for hook in point._forward_hooks.values())
 
 
 def require_once(name: str, n_fired: int) -> None:
