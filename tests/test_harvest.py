@@ -135,6 +135,13 @@ def test_collected_activations_give_the_same_codes(tiny, tokens, store, acts, tm
     assert unread.text.words(0, 1) == [f"<{int(acts.token_ids[0])}>"]
     with pytest.raises(ValueError, match="must know their tokens"):
         sl.harvest(make_sae(), None, sl.Activations.from_tensor(acts[:]), tmp_path / "no", progress=False)
+    with pytest.raises(ValueError, match="`hook_point` and `mask`"):
+        sl.harvest(make_sae(), tiny, acts, tmp_path / "no", **SMALL)
+    elsewhere = make_sae()
+    elsewhere.provenance = acts.provenance.at("blocks.0.hook_resid_post")
+    with pytest.raises(ValueError, match="hook point"):
+        sl.harvest(elsewhere, tiny, acts, tmp_path / "no", progress=False)
+    sl.harvest(elsewhere, tiny, acts, tmp_path / "yes", progress=False, allow_mismatch=True)
     with pytest.raises(ValueError, match="`model` must be given"):
         sl.harvest(make_sae(), None, tokens, tmp_path / "no", **SMALL)
 

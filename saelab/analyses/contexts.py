@@ -1,13 +1,13 @@
 """`examples`: windows of text in which a feature fires, from its strongest firings to those it just misses."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Integer
 
 from saelab.stores.features import FeatureStore, Firings
+from saelab.stores.results import Result
 
 CANDIDATES = 8
 """Windows looked at for each one shown: the others repeat one that is shown already."""
@@ -57,7 +57,7 @@ class ExampleGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureExamples:
+class FeatureExamples(Result):
     """Where one feature fires, both signs apart."""
 
     feature: int
@@ -72,10 +72,6 @@ class FeatureExamples:
                 return group
         have = [(group.name, group.side) for group in self.groups]
         raise KeyError(f"There must be a group ({name!r}, {side}), got only {have}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ready for JSON."""
-        return asdict(self)
 
     def __str__(self) -> str:
         lines = [f"feature {self.feature} on {self.n_tokens:,} tokens"]

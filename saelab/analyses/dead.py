@@ -1,12 +1,10 @@
 """`dead_units`: which units fire too seldom or too often, how sure that is, and why it may be."""
 
-import html
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ from torch import Tensor
 from saelab.analyses.causes import find_causes
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
-from saelab.stores.files import write_json
+from saelab.stores.results import Result
 
 KINDS = ("dead", "near-dead", "live", "dense", "outlier")
 OUTLIER = 5.0
@@ -24,7 +22,7 @@ OUTLIER = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DeadUnits:
+class DeadUnits(Result):
     """What every unit is, from how often it fires (z != 0, either sign) in the tokens of a store."""
 
     n_tokens: int
@@ -74,20 +72,6 @@ class DeadUnits:
             agreement = ", ".join(f"{n} {where}" for where, n in self.training.items())
             lines += ["", f"dead at the end of training and here: {agreement}"]
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ready for JSON."""
-        arrays = {name: getattr(self, name).tolist() for name in ("fires", "low", "high")}
-        names = ("n_tokens", "kinds", "confidence", "near_dead_rate", "dense_rate", "groups", "training")
-        causes = {str(i): list(why) for i, why in self.causes.items()}
-        return {name: getattr(self, name) for name in names} | arrays | {"causes": causes}
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON."""
-        write_json(path, self.to_dict())
 
 
 def dead_units(

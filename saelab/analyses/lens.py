@@ -1,21 +1,18 @@
 """`logit_lens`: what features push the model to say, and not to say."""
 
-import html
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.lm.lens import read_out
 from saelab.lm.models import Model
 from saelab.lm.strings import token_strings
 from saelab.sae.sae import SAE
-from saelab.stores.files import write_json
+from saelab.stores.results import Result
 
 BLOCK = 256
 
@@ -36,33 +33,25 @@ class Promoted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogitLens:
+class LogitLens(Result):
     """Direct effects of features on the logits, at a residual stream of unit scale; a code of -1 has the opposite."""
 
     features: tuple[Promoted, ...]
     d_vocab: int
 
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {row.feature: i for i, row in enumerate(self.features)}
+
     def __getitem__(self, feature: int) -> Promoted:
-        for row in self.features:
-            if row.feature == feature:
-                return row
-        raise KeyError(f"Feature must be one of those asked for, got {feature}.")
+        if feature not in self._places:
+            raise KeyError(f"Feature must be one of those asked for, got {feature}.")
+        return self.features[self._places[feature]]
 
     def __str__(self) -> str:
         return "\n".join(
             f"{row.feature:>7}  + {_list(row.promoted)}\n{'':>7}  - {_list(row.suppressed)}" for row in self.features
         )
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ready for JSON."""
-        return asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON."""
-        write_json(path, self.to_dict())
 
 
 @torch.no_grad()
@@ -81,29 +70,52 @@ def logit_lens(sae: SAE, model: Model, features: Sequence[int] | None = None, *,
     wanted = list(range(sae.cfg.d_sae) if features is None else features)
     if bad := [j for j in wanted if not 0 <= j < sae.cfg.d_sae]:
         raise ValueError(f"`features` must be in 0..{sae.cfg.d_sae - 1}, got {bad[:5]}.")
-    rows = sae.fold().W_dec[wanted]
-    found: list[tuple[int, Float[Tensor, d_vocab]]] = []
+    directions = sae.directions()
+    found: list[_Tops] = []
     for i in range(0, len(wanted), BLOCK):
-        found += zip(wanted[i : i + BLOCK], read_out(model, rows[i : i + BLOCK]), strict=True)
-    return _collect(found, model, n)
+        block = wanted[i : i + BLOCK]
+        found.append(_Tops.find(block, read_out(model, directions[block]), min(n, model.cfg.d_vocab)))
+    return LogitLens(features=tuple(_describe(found, model)), d_vocab=model.cfg.d_vocab)
 
 
-def _collect(found: list[tuple[int, Tensor]], model: Model, n: int) -> LogitLens:
-    effects = {j: effect - effect.mean() for j, effect in found}
-    tops = {j: (effect.topk(n), (-effect).topk(n)) for j, effect in effects.items()}
-    ids = {int(i) for pair in tops.values() for top in pair for i in top.indices}
+@dataclass(frozen=True, eq=False)
+class _Tops:
+    """What is kept of a block of features' effects on the whole vocabulary."""
+
+    features: list[int]
+    sides: tuple[tuple[Int[Tensor, "n_features n"], Float[Tensor, "n_features n"]], ...]
+    """tokens and effects, of the largest and of the most negative"""
+    spread: Float[Tensor, "n_features"]
+    kurtosis: Float[Tensor, "n_features"]
+
+    @classmethod
+    def find(cls, features: list[int], effects: Float[Tensor, "n_features d_vocab"], n: int) -> "_Tops":
+        effects = effects - effects.mean(1, keepdim=True)
+        largest, smallest = effects.topk(n, dim=1), effects.topk(n, dim=1, largest=False)
+        spread = effects.std(1)
+        kurtosis = (effects / spread.clamp(min=1e-12)[:, None]).double().pow(4).mean(1) - 3
+        sides = tuple((top.indices.cpu(), top.values.cpu()) for top in (largest, smallest))
+        return cls(features, sides, spread.cpu(), kurtosis.cpu())
+
+
+def _describe(found: list[_Tops], model: Model) -> Iterator[Promoted]:
+    ids = {i for tops in found for tokens, _ in tops.sides for i in tokens.unique().tolist()}
     strings = token_strings(model.tokenizer, ids) if model.tokenizer is not None else {i: f"<{i}>" for i in ids}
-    rows = []
-    for j, effect in effects.items():
-        plus, minus = (
-            tuple((strings[int(i)], sign * float(v)) for i, v in zip(top.indices, top.values, strict=True))
-            for sign, top in zip((1, -1), tops[j], strict=True)
-        )
-        z = (effect / effect.std().clamp(min=1e-12)).double().cpu().numpy()
-        kurtosis = float(np.mean(z**4) - 3)
-        spread = float(effect.std())
-        rows.append(Promoted(feature=j, promoted=plus, suppressed=minus, spread=spread, kurtosis=kurtosis))
-    return LogitLens(features=tuple(rows), d_vocab=model.cfg.d_vocab)
+    for tops in found:
+        for row, feature in enumerate(tops.features):
+            plus, minus = (
+                tuple(
+                    (strings[i], effect) for i, effect in zip(tokens[row].tolist(), values[row].tolist(), strict=True)
+                )
+                for tokens, values in tops.sides
+            )
+            yield Promoted(
+                feature=feature,
+                promoted=plus,
+                suppressed=minus,
+                spread=float(tops.spread[row]),
+                kurtosis=float(tops.kurtosis[row]),
+            )
 
 
 def _list(tokens: tuple[tuple[str, float], ...]) -> str:

@@ -1,10 +1,8 @@
 """`neighbours`: for every feature those most like it, by direction, by activation, or by firing together."""
 
-import html
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -12,14 +10,14 @@ from jaxtyping import Float, Int
 
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
-from saelab.stores.files import write_json
+from saelab.stores.results import Result
 
 By = Literal["correlation", "phi", "cosine"]
 BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Neighbours:
+class Neighbours(Result):
     """The `m` most similar others of each feature, largest first by size; the sign says whether they go together."""
 
     by: str
@@ -41,18 +39,6 @@ class Neighbours:
         lines = [f"{len(self.indices):,} features, nearest by {self.by}{over}; the closest:"]
         lines += [f"{j:>8} {i:>8}  {value:+.3f}" for j in best for i, value in self.of(j)[:1]]
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ready for JSON; NaN where there is no neighbour."""
-        lists = {"indices": self.indices.tolist(), "values": self.values.tolist()}
-        return {"by": self.by, "n_tokens": self.n_tokens} | lists
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON, NaN as null."""
-        write_json(path, self.to_dict())
 
 
 def neighbours(source: FeatureStore | SAE, by: By | None = None, *, m: int = 10) -> Neighbours:
@@ -87,20 +73,22 @@ def _cosines(sae: SAE) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _correlations(store: FeatureStore, firing: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """`(sum xy / N - mean x mean y) / (std x std y)` in blocks of rows, the sums from the entries that are not zero."""
-    codes = store.matrix()
+    """`(sum xy / N - mean x mean y) / (std x std y)` in blocks of rows, summed over shards of which one is held."""
+    n, seen = len(store), store.statistics
     if firing:
-        codes.data = np.ones_like(codes.data)
-    n = len(store)
-    mean = np.asarray(codes.sum(0, dtype=np.float64)).ravel() / n
-    squares = np.asarray(codes.multiply(codes).sum(0, dtype=np.float64)).ravel() / n
+        mean = squares = seen.fires.sum(1) / n
+    else:
+        mean, squares = (seen.sums[:, 0] - seen.sums[:, 1]) / n, seen.squares.sum(1) / n
     spread = np.sqrt(np.maximum(squares - mean**2, 0))
     spread[spread < 1e-6 * np.sqrt(squares)] = 0
     scale = np.divide(1, spread, out=np.full_like(spread, np.nan), where=spread > 0)
-    columns = codes.tocsc()
     for start in range(0, store.d_sae, BLOCK):
-        part = slice(start, start + BLOCK)
-        sums = (columns[:, part].T.tocsr() @ codes).toarray()
+        part = slice(start, min(start + BLOCK, store.d_sae))
+        sums = np.zeros((part.stop - start, store.d_sae))
+        for rows, columns in store.shard_matrices(start, part.stop):
+            if firing:
+                rows.data, columns.data = np.ones_like(rows.data), np.ones_like(columns.data)
+            sums += (columns.T.tocsr() @ rows).toarray()
         yield start, ((sums / n - mean[part, None] * mean) * scale[part, None] * scale).astype(np.float32)
 
 

@@ -1,22 +1,20 @@
 """`list_features`: the features of a store as a table: how often, how strongly, with which sign and on which words."""
 
-import html
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saelab.analyses.contexts import top_words
 from saelab.stores.features import FeatureStore
-from saelab.stores.files import write_json
+from saelab.stores.results import Result
 
 COLUMNS = ("feature", "density", "n_positive", "n_negative", "balance", "mean", "peak")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureTable:
+class FeatureTable(Result):
     """Rows of features, with how many tokens they rest on; `pandas.DataFrame(table.rows)` takes it as it is."""
 
     n_tokens: int
@@ -36,17 +34,6 @@ class FeatureTable:
             words = "  ".join(repr(word) for word in row["words"])
             lines.append(f"{row['feature']:>8}{row['density']:>10.2e}{counts}{sizes}  {words}")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ready for JSON."""
-        return {"n_tokens": self.n_tokens, "d_sae": self.d_sae, "sort": self.sort, "rows": list(self.rows)}
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON, NaN as null."""
-        write_json(path, self.to_dict())
 
 
 def list_features(

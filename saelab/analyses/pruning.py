@@ -1,18 +1,16 @@
 """`progressive`: how much of a dictionary is needed, when its units are taken in order of importance."""
 
-import html
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.evaluation.splicing import CleanRun, Stage
+from saelab.evaluation.splicing import Stage
 from saelab.functional.metrics import ReconstructionSums
 from saelab.lm.forwards import batches_of, forward_size
 from saelab.lm.masks import TokenMask
@@ -20,7 +18,7 @@ from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens
 from saelab.sae.matching import match_model, require_threshold
 from saelab.sae.sae import SAE
-from saelab.stores.files import write_json
+from saelab.stores.results import Result
 
 WINDOW = (0.02, 0.5)
 """Ranks that the power law is fitted to, as shares of the units that ever fire."""
@@ -44,7 +42,7 @@ class Granularity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progressive:
+class Progressive(Result):
     """Quality by dictionary size, importance measured on other documents than quality."""
 
     rows: tuple[Granularity, ...]
@@ -76,17 +74,6 @@ class Progressive:
             end = f"{row.ce:>8.3f}{row.loss_recovered:>11.4f}"
             lines.append(f"{row.order:<11}{row.size:>8,}{row.fvu:>9.4f}{row.l0:>8.2f}{end}")
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ready for JSON."""
-        return asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON, NaN as null."""
-        write_json(path, self.to_dict())
 
 
 @torch.no_grad()
@@ -192,21 +179,23 @@ def _measure(
     n_ranked: int,
 ) -> Progressive:
     sums = [ReconstructionSums(sae.cfg.d_in) for _ in cuts]
-    losses: dict[Any, list[Tensor]] = defaultdict(list)
+    losses: dict[Any, float] = defaultdict(float)  # summed over predictions
+    n_predictions = 0
     n_codes = [0] * len(cuts)
     for batch in batches_of(tokens, n_seq):
         clean = stage.run(batch)
         x = clean.rows
         codes = sae.encode_sparse(x.to(sae.device))
-        losses["clean"].append(clean.losses(clean.logits))
-        losses["zero"].append(_loss(clean, torch.zeros_like(x)))
+        losses["clean"] += _sum(clean.losses(clean.logits))
+        losses["zero"] += _sum(clean.splice(torch.zeros_like(x))["ce"])
+        n_predictions += int(clean.predicts.sum())
         for i, (_, _, kept) in enumerate(cuts):
             part = codes.select(kept.to(sae.device))
             x_hat = sae.decode(part).to(x)
             sums[i].add(x, x_hat)
             n_codes[i] += part.indices.numel()
-            losses[i].append(_loss(clean, x_hat))
-    ce = {name: float(torch.cat(parts).double().mean()) for name, parts in losses.items()}
+            losses[i] += _sum(clean.splice(x_hat)["ce"])
+    ce = {name: total / n_predictions if n_predictions else math.nan for name, total in losses.items()}
     harm, n = ce["zero"] - ce["clean"], sums[0].n_tokens
     rows = []
     for i, (order, size, _) in enumerate(cuts):
@@ -224,5 +213,5 @@ def _measure(
     )
 
 
-def _loss(clean: CleanRun, x_hat: Tensor) -> Tensor:
-    return clean.splice(x_hat)["ce"]
+def _sum(losses: Tensor) -> float:
+    return float(losses.double().sum())

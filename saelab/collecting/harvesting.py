@@ -19,7 +19,7 @@ from saelab.lm.forwards import FORWARD_TOKENS, forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens
-from saelab.sae.matching import Match, match_model, require_threshold
+from saelab.sae.matching import Match, match_activations, match_model, require_threshold
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.features import FeatureStore, save_statistics
@@ -72,6 +72,12 @@ def harvest(
     for sae in named.values():
         require_threshold(sae)
     if isinstance(tokens, Activations):
+        if hook_point is not None or mask is not None:
+            raise ValueError(
+                "`hook_point` and `mask` are those of the activations already; give them with tokens only."
+            )
+        for sae in named.values():
+            match_activations(sae, tokens, allow_mismatch)
         source: Source = ActivationsSource(tokens, model, batch_size or FORWARD_TOKENS)
         at = dict.fromkeys(named, tokens.hook_point)
     else:
@@ -183,7 +189,8 @@ def _run(jobs: list[_Job], source: Source, progress: bool) -> None:
     with ExitStack() as stack:
         writers = [stack.enter_context(job.writer()) for job in jobs]
         first = min((writer.next_seq for writer in writers), default=source.n_units)
-        bar = tqdm(total=source.n_units, initial=first, unit=" rows", unit_scale=True, disable=not progress)
+        whole, done = source.count(0, source.n_units), source.count(0, first)
+        bar = tqdm(total=whole, initial=done, unit=" tokens", unit_scale=True, disable=not progress)
         stack.enter_context(bar)
         for start in range(first, source.n_units, source.size):
             batch = source.read(start)
@@ -191,7 +198,7 @@ def _run(jobs: list[_Job], source: Source, progress: bool) -> None:
             for job, writer in zip(jobs, writers, strict=True):
                 if start >= writer.next_seq:
                     writer.add(job.encode(batch), len(batch.places), n_units, batch.removed)
-            bar.update(n_units)
+            bar.update(source.count(start, start + n_units))
         for job, writer in zip(jobs, writers, strict=True):
             job.finish(writer, source)
 

@@ -40,6 +40,8 @@ class Source(Protocol):
 
     def read(self, start: int) -> Batch: ...
 
+    def count(self, start: int, stop: int) -> int: ...
+
     def text(self) -> StoredText: ...
 
     def request(self) -> dict[str, Any]: ...
@@ -59,6 +61,10 @@ class TextSource:
         reading = self.reader.read(self.tokens[start : start + self.size])
         places = self._places[start * self.tokens.ctx_len + reading.index]
         return Batch(reading.acts, places, reading.removed)
+
+    def count(self, start: int, stop: int) -> int:
+        """Tokens in some sequences."""
+        return self.tokens[start:stop].n_tokens
 
     @cached_property
     def _places(self) -> Tensor:
@@ -97,6 +103,10 @@ class ActivationsSource:
         """Some rows."""
         x = self.acts[start : start + self.size]
         return Batch({self.acts.hook_point: x.float()}, torch.arange(start, start + len(x)), {})
+
+    def count(self, start: int, stop: int) -> int:
+        """Rows."""
+        return stop - start
 
     def text(self) -> StoredText:
         """The rows' tokens."""

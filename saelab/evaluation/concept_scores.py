@@ -1,14 +1,12 @@
 """`ConceptScores`: what a dictionary knows of a world's concepts; prints itself, draws in Jupyter, saves as JSON."""
 
-import html
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from saelab.stores.files import write_json
+from saelab.stores.results import Result
 
 SUMMARY = {
     "coverage": "coverage: mean F1",
@@ -122,7 +120,7 @@ class PairScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConceptScores:
+class ConceptScores(Result):
     """A dictionary against the truth, and its baselines against the same; all scores are in [0, 1], higher is better.
 
     Features, sides and thresholds are chosen on training stories; every score but `f1_train` is of held-out ones.
@@ -248,19 +246,12 @@ class ConceptScores:
             lines += ["", *(f"not scored, {n} concepts: {reason}" for reason, n in reasons.items())]
         return "\n".join(lines)
 
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
     def to_dict(self) -> dict[str, Any]:
         """Every field by name and the summary's numbers, ready for JSON."""
         names = (*SUMMARY, "n_opposed_on_two_sides", "n_control_on_two_sides")
         summary = {name: getattr(self, name) for name in names}
         baselines = {name: scores.to_dict() for name, scores in self.baselines.items()}
-        return asdict(self) | summary | {"baselines": baselines}
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON, NaN as null."""
-        write_json(path, self.to_dict())
+        return super().to_dict() | summary | {"baselines": baselines}
 
 
 def _mean(values: Iterable[float]) -> float:

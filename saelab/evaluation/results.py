@@ -1,11 +1,9 @@
 """`Evaluation`: the numbers, their intervals and their baselines; prints itself, draws in Jupyter, saves as JSON."""
 
-import html
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from saelab.stores.files import write_json
+from saelab.stores.results import Result
 
 ROWS = (
     "fvu", "explained_variance", "cosine", "bias", "l0", "dead_frac", "ce_clean", "ce_sae", "ce_zero", "ce_mean",
@@ -14,7 +12,7 @@ ROWS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Result):
     """How well an SAE reconstructs activations, and what its model makes of the reconstructions.
 
     Means are over the tokens that the mask keeps; cross-entropies (`ce_*`) and `kl*` are in nats a prediction. A number
@@ -103,20 +101,6 @@ class Evaluation:
         key = "ce" if name == "ce_sae" else name
         others = [_number(scores[key]) if key in scores else "" for scores in self.baselines.values()]
         return [name, _number(getattr(self, name)), shown, *others]
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ready for JSON."""
-        return asdict(self) | {
-            "prefixes": {str(n): fvu for n, fvu in self.prefixes.items()},
-            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
-        }
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON, NaN as null."""
-        write_json(path, self.to_dict())
 
 
 def _number(x: float) -> str:

@@ -1,8 +1,6 @@
 """Do the hooks read what Hugging Face computes? The residual stream, layer by layer, against `hidden_states`."""
 
-import html
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +11,11 @@ from saelab.lm.door import Door, door
 from saelab.lm.hooks import capture, read_sites, to_model
 from saelab.lm.models import Model
 from saelab.lm.plain import set_attention, strip
-from saelab.stores.files import write_json
+from saelab.stores.results import Result
 
 
 @dataclass(frozen=True, kw_only=True)
-class HookAgreement:
+class HookAgreement(Result):
     """Relative distance |x - h| / |h| between hooked activations x and Hugging Face's hidden states h, per hook point.
 
     In [0, inf), lower is better, 0 is bit-equal. `captured` is what `capture` returns, `bridge` what flows through the
@@ -44,16 +42,9 @@ class HookAgreement:
             [head, *lines, f"Hooks and Hugging Face {verdict} (tolerance {self.tolerance:g}, {self.n_tokens} tokens)."]
         )
 
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
     def to_dict(self) -> dict[str, Any]:
         """All fields and `ok`, ready for JSON."""
-        return {**asdict(self), "ok": self.ok}
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON."""
-        write_json(path, self.to_dict())
+        return super().to_dict() | {"ok": self.ok}
 
 
 def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) -> HookAgreement:

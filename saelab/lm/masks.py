@@ -1,8 +1,6 @@
 """Which tokens count: one rule for collecting, training, evaluation and everything after."""
 
-import html
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +8,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.lm.tokens import Tokens
-from saelab.stores.files import write_json
+from saelab.stores.results import Result
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskResult:
+class MaskResult(Result):
     """The tokens a mask keeps, and how many each rule removed.
 
     A token is counted for the first rule that removes it, so `n_kept` and the counts add up to every place in the rows.
@@ -33,16 +31,9 @@ class MaskResult:
         rows = [*self.removed.items(), ("kept", self.n_kept)]
         return "\n".join(f"{name:<10} {n:>12,} {n / total:>8.2%}" for name, n in rows)
 
-    def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
-
     def to_dict(self) -> dict[str, Any]:
         """Counts only, ready for JSON: `removed` by rule and `n_kept`."""
         return {"removed": dict(self.removed), "n_kept": self.n_kept}
-
-    def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON."""
-        write_json(path, self.to_dict())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,12 @@ class Coder(nn.Module):
         return self.decode(codes).to(x)
 
     @torch.no_grad()
+    def directions(self) -> Float[Tensor, "d_sae d_in"]:
+        """What a code of 1 adds to the reconstruction, by latent: rows of W_dec in the activations' own units."""
+        rows = self.W_dec.detach()
+        return rows if self.normaliser.kind == "none" else self.normaliser.apply_matrix(rows, self.normaliser.inverse)
+
+    @torch.no_grad()
     def fold(self) -> "Coder":
         """An equal SAE without a normaliser: the same codes and reconstructions from W_enc, W_dec and b_dec alone.
 
@@ -116,9 +122,9 @@ class Coder(nn.Module):
         folded = copy.deepcopy(self)
         if self.cfg.normaliser == "none":
             return folded
-        matrix, inverse = self.normaliser.matrix, self.normaliser.inverse
+        matrix = self.normaliser.matrix
         folded.W_enc.copy_(matrix @ self.W_enc if matrix.ndim else matrix * self.W_enc)
-        folded.W_dec.copy_(self.normaliser.apply_matrix(self.W_dec, inverse))
+        folded.W_dec.copy_(self.directions())
         folded.b_dec.copy_(self.normaliser.unnormalise(self.b_dec))
         folded.cfg = replace(self.cfg, normaliser="none", dictionary="free")
         folded.normaliser = Normaliser("none", self.cfg.d_in)

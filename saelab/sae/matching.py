@@ -8,6 +8,7 @@ from saelab.lm.door import door
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model, describe_model
 from saelab.sae.sae import SAE
+from saelab.stores.activations import Activations
 from saelab.stores.provenance import Provenance
 
 
@@ -30,14 +31,19 @@ def match_model(sae: SAE, model: Model, hook_point: str | None, mask: TokenMask 
             "`hook_point` must be given for an SAE without provenance, got none; name where it was trained."
         )
     door(model).find(name)
-    if origin and not allow_mismatch and (differing := find_mismatches(origin, model, name)):
-        raise ValueError(
-            f"An SAE must be used where it was trained, got another {'; '.join(differing)}. "
-            "Load that model the same way, or pass allow_mismatch=True."
-        )
+    if origin and not allow_mismatch:
+        _refuse(find_mismatches(origin, model, name))
     recorded = mask_of(origin) if origin else TokenMask()
     median = origin.median_norm if origin and mask in (None, recorded) and not allow_mismatch else None
     return Match(hook_point=name, mask=mask or recorded, median_norm=median)
+
+
+def match_activations(sae: SAE, acts: Activations, allow_mismatch: bool) -> None:
+    """ValueError where activations come from another model, weight processing or hook point than the SAE's."""
+    trained, here = sae.provenance, acts.provenance
+    if trained and here and not allow_mismatch:
+        hook_points = [("hook point", trained.hook_point, here.hook_point)]
+        _refuse(_differ([*_model_of(trained, here.model, here.weight_processing), *hook_points]))
 
 
 def find_mismatches(origin: Provenance, model: Model, hook_point: str) -> list[str]:
@@ -46,14 +52,29 @@ def find_mismatches(origin: Provenance, model: Model, hook_point: str) -> list[s
     Of the model's name only the last part counts: one model has several folders and, on the Hub, owners.
     """
     here, known = describe_model(model), door(model).points
-    pairs = [
-        ("model", Path(origin.model).name, Path(here.name).name),
-        ("weight processing", origin.weight_processing, here.weight_processing),
-    ]
-    found = [f"{what} (trained: {there!r}, now: {now!r})" for what, there, now in pairs if there != now]
+    pairs = _model_of(origin, here.name, here.weight_processing)
     if origin.hook_point not in known or known[origin.hook_point] is not known[hook_point]:
-        found.append(f"hook point (trained: {origin.hook_point!r}, now: {hook_point!r})")
-    return found
+        pairs.append(("hook point", origin.hook_point, hook_point))
+    return _differ(pairs)
+
+
+def _model_of(origin: Provenance, name: str, weight_processing: str) -> list[tuple[str, str, str]]:
+    return [
+        ("model", Path(origin.model).name, Path(name).name),
+        ("weight processing", origin.weight_processing, weight_processing),
+    ]
+
+
+def _differ(pairs: list[tuple[str, str, str]]) -> list[str]:
+    return [f"{what} (trained: {there!r}, now: {now!r})" for what, there, now in pairs if there != now]
+
+
+def _refuse(differing: list[str]) -> None:
+    if differing:
+        raise ValueError(
+            f"An SAE must be used where it was trained, got another {'; '.join(differing)}. "
+            "Load that model the same way, or pass allow_mismatch=True."
+        )
 
 
 def mask_of(origin: Provenance) -> TokenMask:

@@ -53,12 +53,7 @@ class Activations:
         Sizes, shapes and dtypes of every shard are checked against the manifest; `verify=True` reads them too.
         Raises FileNotFoundError or ValueError for a missing, truncated or edited file and for an unfinished folder.
         """
-        manifest = ActivationsManifest.load(folder)
-        if not manifest.complete:
-            raise ValueError(
-                f"{folder} must be complete to be read; collecting stopped after {manifest.n_tokens} tokens. "
-                "Run the same `collect` again: it goes on where it stopped."
-            )
+        manifest = ActivationsManifest.load_complete(folder)
         name = _choose(manifest, folder, hook_point)
         provenance = Provenance.from_dict(manifest.provenance).at(name, (manifest.median_norms or {}).get(name))
         return cls(_FolderRows(Path(folder), manifest, verify), name, provenance)

@@ -57,12 +57,7 @@ class FeatureStore:
 
         Raises FileNotFoundError or ValueError for a missing, truncated or edited file and for an unfinished store.
         """
-        manifest = FeatureManifest.load(folder)
-        if not manifest.complete:
-            raise ValueError(
-                f"{folder} must be complete to be read; harvesting stopped after {manifest.n_tokens} tokens. "
-                "Run the same `harvest` again: it goes on where it stopped."
-            )
+        manifest = FeatureManifest.load_complete(folder)
         return cls(Path(folder), manifest, manifest.check_shards(folder))
 
     def verify(self) -> None:
@@ -200,6 +195,16 @@ class FeatureStore:
             into = np.arange(len(where)) + np.repeat(places[shard] - offsets[:-1], counts[shard])
             tokens[into], values[into] = where.astype(np.int32) + self._starts[shard], codes
         return csc_matrix((values, tokens, ends), shape=(len(self), stop - start))
+
+    def shard_matrices(self, start: int, stop: int) -> Iterator[tuple["csr_matrix", "csc_matrix"]]:
+        """Shard by shard the codes of all features as rows, and those of features start..stop as columns."""
+        from scipy.sparse import csc_matrix
+
+        for shard, (_, arrays) in enumerate(self.shards()):
+            n = self.manifest.shards[shard].n_tokens
+            offsets, tokens, values = _slice(arrays, start, stop)
+            columns = csc_matrix((values.astype(np.float32), tokens.astype(np.int32), offsets), shape=(n, stop - start))
+            yield self._rows(shard, 0, n), columns
 
     def shards(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """First row and mapped arrays of each shard: the way through everything in bounded memory."""

@@ -92,6 +92,17 @@ class Manifest(ABC):
             raise ValueError(f"{path}: {' and '.join(differing)} must agree with its other fields. Was it edited?")
         return manifest
 
+    @classmethod
+    def load_complete(cls: type[AnyManifest], folder: str | Path) -> AnyManifest:
+        """`load`, for reading what the folder holds: ValueError where its writing has not come to the end."""
+        manifest = cls.load(folder)
+        if not manifest.complete:
+            raise ValueError(
+                f"{folder} must be complete to be read; `{cls.verb}` stopped after {manifest.n_tokens} tokens. "
+                f"Run the same `{cls.verb}` again: it goes on where it stopped."
+            )
+        return manifest
+
     def check_shards(self, folder: str | Path, verify: bool = False) -> list[dict[str, TensorSpec]]:
         """Compare every shard's header and size (with `verify` its checksum too) with the manifest.
 

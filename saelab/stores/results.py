@@ -1,0 +1,34 @@
+"""`Result`: what every result can do beside printing itself."""
+
+import html
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saelab.stores.files import write_json
+
+
+class Result:
+    """Base of frozen dataclasses that print themselves: they draw themselves in Jupyter, and are written as JSON."""
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for JSON: lists for tuples and arrays, strings for keys."""
+        found: dict[str, Any] = _plain(asdict(self))  # type: ignore[call-overload]
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON, NaN as null."""
+        write_json(path, self.to_dict())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
