@@ -2,11 +2,12 @@
 
     .venv-bench/bin/python benchmarks/collect.py --json runs/collect.json
 
-Both sides of a ratio do the same work with the same threads, turn about, and the median of the turns counts; on a busy
-machine the fastest turn of each says more. The bare forward is Hugging Face's own model stopped after the same layer,
-whose result is thrown away; collecting also masks, checks, converts and writes it to disk. Each buffer runs in
-processes of its own, so that its peak memory is its own too (Linux). `make bench` makes the environment with SAELens;
-without it only the first half runs.
+Both sides of a ratio do the same work with the same threads, turn about. Processes differ by as much as a tenth (how
+the memory of each happens to be laid out), and turns by more, so collecting is measured in several processes and the
+median of their medians counts; the CPU time of all threads drifts least. The bare forward is Hugging Face's own model
+stopped after the same layer, whose result is thrown away; collecting also masks, checks, converts and writes it to
+disk. Each buffer runs in processes of its own, so that its peak memory is its own too (Linux). `make bench` makes the
+environment with SAELens; without it only the first half runs.
 """
 
 import argparse
@@ -84,18 +85,18 @@ def run_bare(bare: Any, tokens: Tokens, layer: int, n_seq: int) -> None:
         handle.remove()
 
 
-def seconds(work: Callable[[], Any], device: str) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+def seconds(work: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Wall time of one call, and the CPU time of all its threads."""
+    start, start_cpu = time.perf_counter(), time.process_time()
     work()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - start_cpu
 
 
 @torch.no_grad()
-def compare_collecting(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of `collect` to a folder and of the bare forward."""
+def collect_by_turns(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of `collect` to a folder and of the bare forward, in this process."""
     model, bare, tokens, name = build(args)
     hook_point, n_seq = f"blocks.{args.layer}.hook_resid_post", max(1, 4096 // 128)
 
@@ -110,14 +111,30 @@ def compare_collecting(args: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             turns.append((seconds(partial(ours, folder), args.device), seconds(theirs, args.device)))
     del turns[0]  # a warm-up
+    collected, bare_forward = ([turn[side] for turn in turns] for side in (0, 1))
     return {
         "model": name,
         "n_tokens": tokens.n_tokens,
-        "collect_tokens_per_s": tokens.n_tokens / statistics.median(turn[0] for turn in turns),
-        "forward_tokens_per_s": tokens.n_tokens / statistics.median(turn[1] for turn in turns),
-        "ratio": statistics.median(theirs / ours for ours, theirs in turns),
-        "ratio_of_fastest": min(turn[1] for turn in turns) / min(turn[0] for turn in turns),
+        "collect_tokens_per_s": tokens.n_tokens / statistics.median(wall for wall, _ in collected),
+        "forward_tokens_per_s": tokens.n_tokens / statistics.median(wall for wall, _ in bare_forward),
+        "ratio": statistics.median(theirs[0] / ours[0] for ours, theirs in turns),
+        "ratio_of_cpu": sum(cpu for _, cpu in bare_forward) / sum(cpu for _, cpu in collected),
     }
+
+
+def compare_collecting(args: argparse.Namespace) -> dict[str, Any]:
+    """`collect_by_turns` in several processes: the median of each number, and the ratio of every process."""
+    results = [run_worker("collect") for _ in range(args.processes)]
+    numbers = [key for key, value in results[0].items() if isinstance(value, float)]
+    medians = {key: statistics.median(result[key] for result in results) for key in numbers}
+    return results[0] | medians | {"ratios": sorted(result["ratio"] for result in results)}
+
+
+def run_worker(kind: str) -> dict[str, Any]:
+    """What a fresh process measures."""
+    command = [sys.executable, __file__, "--worker", kind, *sys.argv[1:]]
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
 
 
 def ring_batches(capacity: int, batch_size: int, chunk: Tensor) -> Iterator[Tensor]:
@@ -169,8 +186,7 @@ def compare_buffers(args: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, list[dict[str, float]]] = {"ring": [], "mixing": []}
     for _ in range(args.buffer_repeats):
         for kind, results in runs.items():
-            command = [sys.executable, __file__, "--worker", kind, *sys.argv[1:]]
-            results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            results.append(run_worker(kind))
     ours, theirs = (
         {key: statistics.median(run[key] for run in results) for key in results[0]} for results in runs.values()
     )
@@ -191,7 +207,9 @@ def table(result: dict[str, Any]) -> str:
     if made := result.get("collect"):
         numbers = f"{made['collect_tokens_per_s']:,.0f} / {made['forward_tokens_per_s']:,.0f} tokens/s"
         rows.append((f"collect / bare forward, {made['model']}", numbers, made["ratio"], f">= {COLLECT_GOAL}"))
-        rows.append(("  fastest turn of each", "", made["ratio_of_fastest"], ""))
+        spread = ", ".join(f"{ratio:.2f}" for ratio in made["ratios"])
+        rows.append((f"  {len(made['ratios'])} processes: {spread}", "", made["ratio"], ""))
+        rows.append(("  CPU time of all threads", "", made["ratio_of_cpu"], ""))
     if made := result.get("buffers"):
         ours, theirs = made["ring"], made["mixing_buffer"]
         speeds = f"{ours['tokens_per_s']:,.0f} / {theirs['tokens_per_s']:,.0f} tokens/s"
@@ -210,7 +228,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="stories260k", choices=["stories260k", "gpt2-like"])
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--n-tokens", type=int, help="default: 131072, or 16384 for gpt2-like")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=7)
     parser.add_argument("--buffer-repeats", type=int, default=3)
     parser.add_argument("--buffer-rows", type=int, default=131_072)
     parser.add_argument("--batch-size", type=int, default=4096)
@@ -218,7 +237,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--worker", choices=["ring", "mixing"], help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=["collect", "ring", "mixing"], help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -227,7 +246,7 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     if args.worker:
-        print(json.dumps(serve(args.worker, args)))
+        print(json.dumps(collect_by_turns(args) if args.worker == "collect" else serve(args.worker, args)))
         return
     result: dict[str, Any] = {"threads": args.threads, "torch": torch.__version__, "collect": compare_collecting(args)}
     if importlib.util.find_spec("sae_lens"):

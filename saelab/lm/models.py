@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -225,6 +226,7 @@ def describe_model(model: Model) -> ModelDescription:
     return ModelDescription(name, "folded" if processed else "none", versions)
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)
