@@ -1,5 +1,6 @@
 """saelab finds, names, compares and moves the features of a language model, with sparse autoencoders."""
 
+from saelab.analyses.cards import FeatureCard, describe_feature
 from saelab.analyses.contexts import FeatureExamples, examples
 from saelab.analyses.dead import DeadUnits, dead_units, drift
 from saelab.analyses.lens import LogitLens, logit_lens
@@ -20,6 +21,7 @@ from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss, s
 from saelab.lm.masks import MaskResult, TokenMask
 from saelab.lm.models import describe_model, load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
+from saelab.pictures.reports import Report, report
 from saelab.sae.activations import (
     AbsTopK,
     Activation,
@@ -52,6 +54,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "ConceptScores",
     "DeadUnits",
     "Evaluation",
+    "FeatureCard",
     "FeatureExamples",
     "FeatureStore",
     "FeatureTable",
@@ -64,6 +67,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "Provenance",
     "RandomPrefixes",
     "ReLU",
+    "Report",
     "SAE",
     "SAEConfig",
     "SparseCodes",
@@ -75,6 +79,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "collect",
     "concept_baselines",
     "dead_units",
+    "describe_feature",
     "describe_model",
     "drift",
     "evaluate",
@@ -91,6 +96,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "progressive",
     "read_codes",
     "register_activation",
+    "report",
     "revive",
     "score_concepts",
     "splice",

@@ -110,10 +110,9 @@ def examples(
         at = view.firings(side)
         if len(at) == 0:
             continue
-        order = at.indices[np.argsort(-np.abs(at.values), kind="stable")]
-        groups.append(view.choose("top", side, order, at, n_top))
-        ranks = np.argsort(np.abs(at.values), kind="stable")
-        for i, part in enumerate(np.array_split(ranks, n_quantiles)) if n_quantiles else ():
+        order = np.argsort(-np.abs(at.values), kind="stable")
+        groups.append(view.choose("top", side, at.indices[order], at, n_top))
+        for i, part in enumerate(np.array_split(order[::-1], n_quantiles)) if n_quantiles else ():
             if len(part) == 0:  # fewer firings than groups
                 continue
             chosen = rng.permutation(at.indices[part])

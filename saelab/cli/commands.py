@@ -12,6 +12,7 @@ from saelab.cli.collecting import collect_text
 from saelab.cli.evaluating import evaluate_sae
 from saelab.cli.features import harvest_text, show_dead, show_features
 from saelab.cli.info import show_info
+from saelab.cli.reporting import write_report
 from saelab.cli.training import train_sae
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
@@ -93,6 +94,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "harvest": harvest_text,
     "features": show_features,
     "dead": show_dead,
+    "report": write_report,
     "info": show_info,
 }
 for _name, _verb in VERBS.items():

@@ -172,3 +172,18 @@ AsJSON = Annotated[bool, Option("--json", help="Print JSON.")]
 StoreSAE = Annotated[str | None, Option(help="The SAE that was harvested.", metavar="SAE", show_default="no causes")]
 NearDead = Annotated[float, Option(help="Share of tokens below which a feature is near-dead.")]
 Dense = Annotated[float, Option(help="Share of tokens above which a feature is dense.")]
+OutReport = Annotated[Path, Option(help="Folder for the report, or one page where it ends in .html.", metavar="PATH")]
+ReportSAE = Annotated[
+    str | None, Option("--sae", help="The SAE that was harvested.", metavar="SAE", show_default="as the store has it")
+]
+ReportModel = Annotated[
+    str | None, Option("--model", help="The language model.", metavar="MODEL", show_default="as the store has it")
+]
+Prompts = Annotated[list[str], Option("--prompt", help="A text to show token by token; may be given again.")]
+FeatureList = Annotated[
+    str | None, Option("--features", help="Numbers joined by commas.", metavar="1,2,3", show_default="all")
+]
+EvaluationFile = Annotated[
+    Path | None, Option(help="What `saelab evaluate --json` wrote.", metavar="FILE", show_default="not shown")
+]
+Title = Annotated[str, Option(help="Of the report.", show_default="features, hook point and model")]

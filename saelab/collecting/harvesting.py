@@ -148,7 +148,7 @@ class _Job:
             manifest = FeatureManifest(
                 d_sae=sae.cfg.d_sae,
                 dtype=dtype,
-                sae=described,
+                sae=described | {"name_or_path": sae.name_or_path},
                 source=repr(sae),
                 request=request,
                 provenance=source.origin(hook_point, 0, {}).to_dict(),

@@ -37,6 +37,7 @@ class SAE(Coder):
         self.provenance: Provenance | None = None
         self.training_: dict[str, Any] | None = None
         self.history_: list[Entry] = []
+        self.name_or_path = ""  # what it was loaded from
 
     def fit(
         self,
@@ -83,7 +84,7 @@ class SAE(Coder):
         except RuntimeError as error:
             raise ValueError(f"The weights in {folder} must fit its config.json: {error}") from error
         sae.provenance = Provenance.from_dict(described["provenance"]) if described["provenance"] else None
-        sae.training_ = described["training"]
+        sae.training_, sae.name_or_path = described["training"], str(source)
         return sae.to(device) if device is not None else sae
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:

@@ -17,6 +17,7 @@ from saelab.stores.files import TensorSpec, checksum, load_tensors, map_tensor, 
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import as_csr
 from saelab.stores.provenance import Provenance
+from saelab.stores.results import Drawn
 from saelab.stores.statistics import FeatureStatistics
 
 if TYPE_CHECKING:
@@ -36,6 +37,19 @@ class Firings:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+@dataclass(frozen=True, eq=False)
+class Feature(Firings, Drawn):
+    """The firings of one feature; as the last line of a notebook's cell, its card."""
+
+    store: "FeatureStore"
+    feature: int
+
+    def __str__(self) -> str:
+        n_negative = int((self.values < 0).sum())
+        signs = f", {n_negative:,} of them negative" if n_negative else ""
+        return f"feature {self.feature}: {len(self):,} firings on {len(self.store):,} tokens{signs}"
 
 
 class FeatureStore:
@@ -157,16 +171,17 @@ class FeatureStore:
         part = slice(*arrays["offsets"][row : row + 2])
         return Firings(arrays["latents"][part].astype(np.int64), arrays["values"][part].astype(np.float32))
 
-    def feature(self, j: int) -> Firings:
-        """The tokens at which a feature fires."""
+    def feature(self, j: int) -> Feature:
+        """The tokens at which a feature fires; in Jupyter, its card."""
         if not -self.d_sae <= j < self.d_sae:
             raise IndexError(f"Feature must be in -{self.d_sae}..{self.d_sae - 1}, got {j}.")
+        j %= self.d_sae
         tokens, values = [], []
         for start, arrays in self.shards():
-            part = slice(*arrays["feature_offsets"][j % self.d_sae : j % self.d_sae + 2])
+            part = slice(*arrays["feature_offsets"][j : j + 2])
             tokens.append(arrays["feature_tokens"][part].astype(np.int64) + start)
             values.append(arrays["feature_values"][part].astype(np.float32))
-        return Firings(np.concatenate(tokens), np.concatenate(values))
+        return Feature(np.concatenate(tokens), np.concatenate(values), self, j)
 
     def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
         """The codes of tokens start..stop as scipy rows, (n, d_sae), float32; all of them by default."""

@@ -167,7 +167,7 @@ class FeatureManifest(Manifest):
     dtype: str
     "Of the codes' values, float16 or float32."
     sae: dict[str, Any]
-    "The SAE's config."
+    "The SAE's config, origin and training, and what it was loaded from."
     source: str = ""
     "The SAE in words."
     n_entries: int = 0

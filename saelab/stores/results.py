@@ -1,6 +1,7 @@
 """`Result`: what every result can do beside printing itself."""
 
 import html
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,24 @@ import numpy as np
 
 from saelab.stores.files import write_json
 
+_drawings: dict[type, Callable[[Any], str]] = {}
 
-class Result:
-    """Base of frozen dataclasses that print themselves: they draw themselves in Jupyter, and are written as JSON."""
+
+def register_drawing(kind: type, draw: Callable[[Any], str]) -> None:
+    """Say how objects of a type look in Jupyter, as HTML: pictures stand on a higher floor than what they show."""
+    _drawings[kind] = draw
+
+
+class Drawn:
+    """Base of what draws itself in Jupyter: by its registered drawing, else as it prints itself."""
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        draw = _drawings.get(type(self))
+        return draw(self) if draw else f"<pre>{html.escape(str(self))}</pre>"
+
+
+class Result(Drawn):
+    """Base of frozen dataclasses that print themselves: they draw themselves in Jupyter, and are written as JSON."""
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, ready for JSON: lists for tuples and arrays, strings for keys."""

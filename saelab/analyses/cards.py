@@ -1,0 +1,128 @@
+"""`describe_feature`: all that is known of one feature, as its card in Jupyter and in the report shows it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from saelab.analyses.contexts import FeatureExamples, examples, top_words
+from saelab.analyses.lens import LogitLens, Promoted
+from saelab.analyses.likeness import Neighbours
+from saelab.stores.features import FeatureStore, Firings
+from saelab.stores.results import Result
+
+N_BINS = 40
+N_WORDS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """The firings of one sign."""
+
+    sign: int
+    n_firings: int
+    mean: float
+    """of |z|"""
+    peak: float
+    """the largest |z|"""
+    words: tuple[tuple[str, float], ...]
+    """the tokens that carry most of these firings, and their share of them"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureCard(Result):
+    """One feature: how often, how strongly and where it fires, both signs apart."""
+
+    feature: int
+    n_tokens: int
+    label: str
+    """empty where it has none"""
+    sides: tuple[Side, ...]
+    """of the signs that occur"""
+    edges: tuple[float, ...]
+    """of the histogram's bins, in the units of the codes"""
+    counts: tuple[int, ...]
+    """firings in each bin"""
+    examples: FeatureExamples
+    effects: Promoted | None
+    """what a code of +1 pushes the model to say; None where that was not measured"""
+    neighbours: tuple[tuple[int, float], ...]
+    """the features most like it, and how much"""
+    likeness: str
+    """by what they are alike; empty where that was not measured"""
+
+    @property
+    def n_firings(self) -> int:
+        """Tokens on which the feature fires."""
+        return sum(side.n_firings for side in self.sides)
+
+    @property
+    def density(self) -> float:
+        """Share of tokens on which it fires."""
+        return self.n_firings / self.n_tokens
+
+    def __str__(self) -> str:
+        lines = [f"feature {self.feature} {self.label}".rstrip()]
+        lines.append(f"fires on {self.n_firings:,} of {self.n_tokens:,} tokens ({self.density:.2e})")
+        for side in self.sides:
+            words = "  ".join(f"{word!r} {share:.0%}" for word, share in side.words)
+            sizes = f"mean |z| {side.mean:.3g}, peak {side.peak:.3g}"
+            lines.append(f"{'+' if side.sign > 0 else '-'} {side.n_firings:,} firings, {sizes}: {words}")
+        if self.effects is not None:
+            for name, tokens in (("promotes", self.effects.promoted), ("suppresses", self.effects.suppressed)):
+                lines.append(f"{name}: " + "  ".join(f"{token!r} {effect:+.2f}" for token, effect in tokens))
+        if self.neighbours:
+            near = "  ".join(f"{feature} {value:+.2f}" for feature, value in self.neighbours)
+            lines.append(f"nearest by {self.likeness}: {near}")
+        return "\n".join([*lines, str(self.examples)])
+
+
+def describe_feature(
+    store: FeatureStore,
+    feature: int,
+    *,
+    label: str = "",
+    lens: LogitLens | None = None,
+    neighbours: Neighbours | None = None,
+    **choice: Any,
+) -> FeatureCard:
+    """The card of a feature: its firings by sign, histogram, examples, and where given its effects and neighbours.
+
+    `lens` and `neighbours` are what `logit_lens` and `neighbours` gave for the same SAE; `choice` goes to `examples`.
+    IndexError for a feature that does not exist, KeyError for one that the lens does not have.
+    """
+    firings = store.feature(feature)
+    counts, edges = _count(firings)
+    return FeatureCard(
+        feature=firings.feature,
+        n_tokens=len(store),
+        label=label,
+        sides=tuple(side for sign in (1, -1) if (side := _look(store, firings, sign)) is not None),
+        edges=edges,
+        counts=counts,
+        examples=examples(store, firings.feature, **choice),
+        effects=lens[firings.feature] if lens is not None else None,
+        neighbours=tuple(neighbours.of(firings.feature)) if neighbours is not None else (),
+        likeness=neighbours.by if neighbours is not None else "",
+    )
+
+
+def _look(store: FeatureStore, firings: Firings, sign: int) -> Side | None:
+    of_sign = firings.values * sign > 0
+    if not of_sign.any():
+        return None
+    sizes = np.abs(firings.values[of_sign])
+    words = top_words(store, Firings(firings.indices[of_sign], sizes), N_WORDS)
+    return Side(sign=sign, n_firings=len(sizes), mean=float(sizes.mean()), peak=float(sizes.max()), words=tuple(words))
+
+
+def _count(firings: Firings) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Bins of equal width from the smallest code, or 0, to the largest, or 0; 0 is an edge, so no bin has two signs."""
+    if len(firings) == 0:
+        return (), ()
+    low, high = min(0.0, float(firings.values.min())), max(0.0, float(firings.values.max()))
+    width = (high - low) / N_BINS
+    edges = width * np.arange(-np.ceil(-low / width), np.ceil(high / width) + 1)
+    edges[0], edges[-1] = min(low, edges[0]), max(high, edges[-1])  # rounding must not leave the extremes out
+    counts, _ = np.histogram(firings.values, edges)
+    return tuple(counts.tolist()), tuple(edges.tolist())

@@ -1,0 +1,80 @@
+"""`saelab report`: a feature store as a page."""
+
+import typer
+
+from saelab.cli import options
+from saelab.lm.models import Model, load_model
+from saelab.pictures.reports import report
+from saelab.sae.sae import SAE
+from saelab.stores.features import FeatureStore
+from saelab.stores.files import read_json
+
+
+def write_report(
+    store: options.StoreFolder,
+    out: options.OutReport,
+    prompt: options.Prompts = [],  # noqa: B006 - typer copies it
+    features: options.FeatureList = None,
+    sae: options.ReportSAE = None,
+    model: options.ReportModel = None,
+    evaluation: options.EvaluationFile = None,
+    title: options.Title = "",
+    progress: options.Progress = True,
+) -> None:
+    """Write a report to open in a browser: every feature with where it fires, to search and to sort.
+
+    SAE and model are those that the store was made with. Where they cannot be found what rests on them is left out: a
+    line on stderr says so.
+    """
+    opened = FeatureStore.load(store)
+    coder = _open_sae(opened, sae)
+    lm = _open_model(opened, model, progress) if coder is not None else None
+    typer.echo(
+        report(
+            opened,
+            out,
+            lm,
+            features=_numbers(features),
+            sae=coder,
+            prompts=prompt,
+            evaluation=read_json(evaluation) if evaluation is not None else None,
+            title=title,
+            progress=progress,
+        )
+    )
+
+
+def _open_sae(store: FeatureStore, named: str | None) -> SAE | None:
+    if named is not None:
+        return SAE.from_pretrained(named)
+    recorded = store.manifest.sae.get("name_or_path") or ""
+    try:
+        return SAE.from_pretrained(recorded)
+    except (OSError, ValueError) as error:
+        _leave_out(f"SAE '{recorded}'", error, "--sae")
+    return None
+
+
+def _open_model(store: FeatureStore, named: str | None, progress: bool) -> Model | None:
+    if named is not None:
+        return load_model(named, progress=progress)
+    recorded = store.provenance.model
+    try:
+        return load_model(recorded, progress=progress)
+    except (OSError, ValueError) as error:
+        _leave_out(f"model '{recorded}'", error, "--model")
+    return None
+
+
+def _leave_out(what: str, error: Exception, option: str) -> None:
+    reason = " ".join(str(error).split())[:200]
+    typer.echo(f"The {what} could not be opened ({reason}). What rests on it is left out: give {option}.", err=True)
+
+
+def _numbers(given: str | None) -> list[int] | None:
+    if given is None:
+        return None
+    try:
+        return [int(part) for part in given.split(",")]
+    except ValueError:
+        raise ValueError(f"`--features` must be numbers joined by commas, got '{given}'.") from None

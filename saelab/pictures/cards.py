@@ -1,0 +1,146 @@
+"""One feature as HTML: the card that Jupyter and the report show."""
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+
+from saelab.analyses.cards import FeatureCard, Side, describe_feature
+from saelab.analyses.contexts import Example, ExampleGroup
+from saelab.pictures.assets import read_asset
+from saelab.pictures.page import escape
+from saelab.stores.features import Feature
+from saelab.stores.results import register_drawing
+
+STRONGEST = 0.75  # opacity of the largest code: the text stays readable on it
+WIDTH, HEIGHT, FOOT = 300, 96, 14  # of the histogram, in its own units
+SHOWN_OPEN = ("top",)
+
+
+def draw_card(card: FeatureCard) -> str:
+    """A feature's card as one HTML element; neighbours are links to `#feature=12`. All text is escaped.
+
+    Positive codes are orange, negative ones blue, as strong as |z| beside the feature's largest; the underlined token
+    is the one that a window was chosen for.
+    """
+    aside = [_histogram(card), *(_words(side, len(card.sides)) for side in card.sides), _effects(card), _near(card)]
+    scale = max((side.peak for side in card.sides), default=0.0)
+    groups = [_group(group, scale) for group in card.examples.groups]
+    parts = f'<div class="cols"><div>{"".join(aside)}</div><div>{"".join(groups)}</div></div>'
+    return f'<article class="fcard">{_head(card)}{parts}</article>'
+
+
+def draw_window(example: Example, scale: float) -> str:
+    """A window of text, each token an element of its own, coloured by its code and with the value as its title."""
+    words = zip(example.words, example.values, strict=True)
+    inside = (_token(word, value, scale, i == example.center) for i, (word, value) in enumerate(words))
+    return f'<div class="win">{"".join(inside)}</div>'
+
+
+def style_card() -> str:
+    """The style that cards need, as an element."""
+    return f"<style>{read_asset('card.css')}</style>"
+
+
+@lru_cache(maxsize=1 << 16)  # a corpus has few distinct tokens
+def show_text(token: str) -> str:
+    """A token with its line breaks and tabs visible, escaped."""
+    return escape(token).replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\r", "\u240d")
+
+
+def _token(word: str, value: float, scale: float, center: bool) -> str:
+    kinds = (["p" if value > 0 else "m"] if value else []) + (["at"] if center else [])
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
+    if not value or scale <= 0:
+        return f"<i{kind}>{show_text(word)}</i>"
+    alpha = STRONGEST * min(1.0, abs(value) / scale)
+    return f'<b{kind} style="--a:{alpha:.2f}" title="{value:+.3g}">{show_text(word)}</b>'
+
+
+def _head(card: FeatureCard) -> str:
+    label = escape(card.label) if card.label else '<span class="dim">no label</span>'
+    said = f"Never fired on {card.n_tokens:,} tokens: its rate is below {3 / card.n_tokens:.1e} (95 %)."
+    if card.sides:
+        said = f"Fires on {card.density:.3%} of {card.n_tokens:,} tokens: " + "; ".join(map(_tell, card.sides)) + "."
+    return f'<h2><span>{card.feature}</span> {label}</h2><p class="dim">{said}</p>'
+
+
+def _tell(side: Side) -> str:
+    name = "positive" if side.sign > 0 else "negative"
+    return f"{side.n_firings:,} {name}, mean |z| {side.mean:.3g}, largest {side.peak:.3g}"
+
+
+def _histogram(card: FeatureCard) -> str:
+    """Firings by code, counts on a log axis: negative codes on the left, in blue."""
+    if not card.counts:
+        return ""
+    low, high, most = card.edges[0], card.edges[-1], max(card.counts)
+    bars: dict[str, list[str]] = {"down": [], "up": []}
+    for left, right, count in zip(card.edges, card.edges[1:], card.counts, strict=False):
+        if count:
+            x, width = (left - low) / (high - low) * WIDTH, (right - left) / (high - low) * WIDTH
+            height = (HEIGHT - FOOT) * math.log1p(count) / math.log1p(most)
+            bars["up" if left >= 0 else "down"].append(_bar(x, width, height))
+    paths = "".join(f'<path class="{kind}" d="{"".join(path)}"/>' for kind, path in bars.items() if path)
+    ends = f'<text x="0" y="{HEIGHT - 2}">{low:.3g}</text>'
+    ends += f'<text x="{WIDTH}" y="{HEIGHT - 2}" text-anchor="end">{high:.3g}</text>'
+    title = f"Firings by code, counts on a log axis; the fullest bin has {most:,}"
+    return (
+        f'<h3>Codes</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><title>{title}</title>{paths}{ends}</svg>'
+        f'<p class="dim">firings by code, log counts, up to {most:,} in a bin</p>'
+    )
+
+
+def _bar(x: float, width: float, height: float) -> str:
+    return f"M{x + 0.5:.1f} {HEIGHT - FOOT:.1f}v{-height:.1f}h{max(width - 1, 0.5):.1f}v{height:.1f}z"
+
+
+def _words(side: Side, n_sides: int) -> str:
+    kind = "" if n_sides == 1 else " +" if side.sign > 0 else " \u2212"
+    return f"<h3>Fires on{kind}</h3>" + _rank((_code(word), f"{share:.0%}") for word, share in side.words)
+
+
+def _effects(card: FeatureCard) -> str:
+    if card.effects is None:
+        return ""
+    lists = (("Promotes", card.effects.promoted), ("Suppresses", card.effects.suppressed))
+    said = "".join(
+        f"<h3>{name}</h3>" + _rank((_code(token), f"{effect:+.2f}") for token, effect in tokens)
+        for name, tokens in lists
+    )
+    swapped = "; a negative code does the opposite" if any(side.sign < 0 for side in card.sides) else ""
+    return said + f'<p class="dim">logits, for a code of +1 at unit scale{swapped}</p>'
+
+
+def _near(card: FeatureCard) -> str:
+    if not card.likeness:
+        return ""
+    links = ((f'<a href="#feature={j}">{j}</a>', f"{value:+.2f}") for j, value in card.neighbours)
+    return f"<h3>Nearest by {escape(card.likeness)}</h3>" + (_rank(links) if card.neighbours else "<p>none</p>")
+
+
+def _rank(rows: Iterable[tuple[str, str]]) -> str:
+    return '<dl class="rank">' + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows) + "</dl>"
+
+
+def _code(token: str) -> str:
+    return f"<code>{show_text(token)}</code>"
+
+
+def _group(group: ExampleGroup, scale: float) -> str:
+    opened = " open" if group.name in SHOWN_OPEN else ""
+    sign = {1: " +", -1: " \u2212", 0: ""}[group.side]
+    pool = f"{group.n_firings:,} firings, |z| {group.low:.3g} to {group.high:.3g}" if group.n_firings else ""
+    rows = (
+        f"<li><span>{f'{example.value:+.3g}' if example.value else '0'}</span>{draw_window(example, scale)}</li>"
+        for example in group.examples
+    )
+    name = escape(group.name.capitalize())
+    return f"<details{opened}><summary>{name}{sign} <span>{pool}</span></summary><ol>{''.join(rows)}</ol></details>"
+
+
+def _draw_alone(card: FeatureCard) -> str:
+    return style_card() + draw_card(card)
+
+
+register_drawing(FeatureCard, _draw_alone)
+register_drawing(Feature, lambda feature: _draw_alone(describe_feature(feature.store, feature.feature)))

@@ -1,0 +1,205 @@
+"""`report`: a feature store as a page that is searched, sorted and read in a browser, with no server and no network."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saelab.analyses.cards import FeatureCard, describe_feature
+from saelab.analyses.dead import DeadUnits, dead_units
+from saelab.analyses.lens import LogitLens, logit_lens
+from saelab.analyses.likeness import Neighbours, neighbours
+from saelab.collecting.reader import fingerprint
+from saelab.evaluation.results import Evaluation
+from saelab.pictures.cards import draw_card
+from saelab.pictures.pages import as_script, fill_page, summarise
+from saelab.pictures.prompts import read_prompts
+from saelab.stores.features import FeatureStore
+from saelab.stores.files import read_json, replace_folder, to_json, write_atomic
+from saelab.stores.results import Result
+
+if TYPE_CHECKING:
+    from saelab.lm.models import Model
+    from saelab.sae.sae import SAE
+
+PER_FILE = 100
+ON_ONE_PAGE = 200
+"""Features up to which a folder holds one page and nothing else to load."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Result):
+    """A report that was written."""
+
+    page: str
+    """what to open in a browser"""
+    n_features: int
+    n_bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.page}: {self.n_features:,} features, {self.n_bytes / 2**20:.1f} MiB"
+
+
+def report(
+    store: FeatureStore,
+    out: str | Path,
+    model: "Model | None" = None,
+    labels: Mapping[int, str] | None = None,
+    features: Sequence[int] | None = None,
+    *,
+    sae: "SAE | None" = None,
+    prompts: Sequence[str] = (),
+    evaluation: Evaluation | Mapping[str, Any] | None = None,
+    near: Neighbours | None = None,
+    title: str = "",
+    progress: bool = True,
+    **choice: Any,
+) -> Report:
+    """Write a report of a store: a list of features to search and sort, a card for each, and a summary.
+
+    `out` is a folder, or one page where it ends in .html; either opens from the disk, with nothing to load from the
+    network. With the `sae` that was harvested neighbours are by decoder direction, else by correlation; with `model`
+    too, cards tell what a feature promotes, and `prompts` are shown token by token. `near` puts other neighbours in
+    place of those, `choice` goes to `examples`. All features by default. What is from outside is escaped.
+
+    Raises ValueError for features that the store does not have, for an SAE other than the harvested one, for prompts
+    without SAE and model, and where `out` holds something that is not a report.
+    """
+    wanted = list(range(store.d_sae)) if features is None else list(dict.fromkeys(features))
+    _check(store, wanted, sae, model, prompts)
+    target = _claim(Path(out))
+    near = near or (neighbours(sae) if sae is not None else neighbours(store))
+    lens = logit_lens(sae, model, wanted) if sae is not None and model is not None else None
+    found = dead_units(store, sae)
+    shown = [] if sae is None or model is None else read_prompts(sae, model, prompts, store.provenance)
+    cards = _cards(store, wanted, dict(labels or {}), lens, near, choice, progress)
+    page = _Page(title or _name(store), summarise(store, found, evaluation), shown)
+    return _write(page, target, cards, found, len(wanted))
+
+
+@dataclass(frozen=True)
+class _Page:
+    """What a report shows beside its features."""
+
+    title: str
+    summary: str
+    prompts: list[dict[str, Any]]
+
+    def fill(self, rows: list[dict[str, Any]], files: list[str], cards: str) -> str:
+        data = {"features": rows, "files": files, "per_file": PER_FILE, "prompts": self.prompts}
+        return fill_page(self.title, self.summary, data, cards)
+
+
+def _name(store: FeatureStore) -> str:
+    origin, cfg = store.provenance, store.manifest.sae["config"]
+    return f"{cfg['d_sae']:,} features at {origin.hook_point} of {Path(origin.model).name}"
+
+
+def _check(
+    store: FeatureStore, wanted: list[int], sae: "SAE | None", model: "Model | None", prompts: Sequence[str]
+) -> None:
+    if bad := [j for j in wanted if not 0 <= j < store.d_sae]:
+        raise ValueError(f"`features` must be in 0..{store.d_sae - 1}, got {bad[:5]}.")
+    if not wanted:
+        raise ValueError("`features` must name at least one feature, got none.")
+    if prompts and (sae is None or model is None):
+        raise ValueError("`prompts` are encoded anew, so they need `sae` and `model`, got none; give both.")
+    if sae is not None and (made := fingerprint(sae.state_dict())) != store.manifest.request.get("sae"):
+        raise ValueError(
+            f"`sae` must be the one that was harvested, fingerprint {store.manifest.request.get('sae')}, got {made}. "
+            "Give that one, or harvest again."
+        )
+
+
+def _claim(out: Path) -> Path:
+    """Where the report goes; ValueError where something else is that would be lost."""
+    if out.suffix == ".html":
+        return out
+    described = out / "report.json"
+    held = read_json(described) if described.is_file() else {}
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and held.get("kind") != "report"):
+        raise ValueError(f"`out` must be empty or hold a report, got {out}. Choose another folder.")
+    return out
+
+
+def _cards(
+    store: FeatureStore,
+    wanted: list[int],
+    labels: dict[int, str],
+    lens: LogitLens | None,
+    near: Neighbours,
+    choice: dict[str, Any],
+    progress: bool,
+) -> Iterator[FeatureCard]:
+    from tqdm.auto import tqdm
+
+    for j in tqdm(wanted, unit=" features", disable=not progress):
+        yield describe_feature(store, j, label=labels.get(j, ""), lens=lens, neighbours=near, **choice)
+
+
+def _write(page: _Page, target: Path, cards: Iterator[FeatureCard], found: DeadUnits, n_features: int) -> Report:
+    if target.suffix == ".html":
+        return _write_page(page, target, cards, found)
+    with replace_folder(target) as folder:
+        if n_features <= ON_ONE_PAGE:
+            _write_page(page, folder / "index.html", cards, found)
+        else:
+            rows, files = _write_files(folder, cards, found)
+            write_atomic(folder / "index.html", page.fill(rows, files, "").encode())
+        write_atomic(folder / "report.json", to_json({"kind": "report", "title": page.title}).encode())
+    n_bytes = sum(file.stat().st_size for file in target.iterdir())
+    return Report(page=str(target / "index.html"), n_features=n_features, n_bytes=n_bytes)
+
+
+def _write_page(page: _Page, path: Path, cards: Iterator[FeatureCard], found: DeadUnits) -> Report:
+    rows, drawn = [], {}
+    for card in cards:
+        rows.append(_row(card, found))
+        drawn[card.feature] = draw_card(card)
+    text = page.fill(rows, [], as_script(drawn)).encode()
+    write_atomic(path, text)
+    return Report(page=str(path), n_features=len(rows), n_bytes=len(text))
+
+
+def _write_files(
+    folder: Path, cards: Iterator[FeatureCard], found: DeadUnits
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Cards in scripts of `PER_FILE`, which alone are held in memory; the rows of the list, and the files."""
+    rows: list[dict[str, Any]] = []
+    files: list[str] = []
+    drawn: dict[int, str] = {}
+
+    def flush() -> None:
+        if drawn:
+            files.append(f"cards-{len(files):04d}.js")
+            (folder / files[-1]).write_text(as_script(drawn), encoding="utf-8")
+            drawn.clear()
+
+    for card in cards:
+        rows.append(_row(card, found))
+        drawn[card.feature] = draw_card(card)
+        if len(drawn) == PER_FILE:
+            flush()
+    flush()
+    return rows, files
+
+
+def _row(card: FeatureCard, found: DeadUnits) -> dict[str, Any]:
+    """A line of the list, and the text it is found by."""
+    tops = [example for group in card.examples.groups if group.name == "top" for example in group.examples]
+    snippet = ["", "", ""]
+    if tops:
+        words, center = tops[0].words, tops[0].center
+        snippet = ["".join(words[:center]), words[center], "".join(words[center + 1 :])]
+    n_negative = sum(side.n_firings for side in card.sides if side.sign < 0)
+    return {
+        "feature": card.feature,
+        "label": card.label,
+        "text": card.label or "".join(snippet).strip(),
+        "snippet": [part.replace("\n", " ") for part in snippet],
+        "search": " ".join(example.text for example in tops[:6]),
+        "density": card.density,
+        "balance": n_negative / card.n_firings if card.n_firings else None,
+        "peak": max((side.peak for side in card.sides), default=0.0),
+        "kind": found.kinds[card.feature],
+    }
