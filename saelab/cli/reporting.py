@@ -49,13 +49,15 @@ def _open_sae(store: FeatureStore, named: str | None) -> SAE | None:
         return SAE.from_pretrained(named)
     recorded = store.manifest.sae.get("name_or_path") or ""
     try:
+        if not recorded:
+            raise ValueError("it was harvested before it was saved")
         return SAE.from_pretrained(recorded)
     except (OSError, ValueError) as error:
         _leave_out(f"SAE '{recorded}'", error, "--sae")
     return None
 
 
-def _open_model(store: FeatureStore, named: str | None, progress: bool) -> Model | None:
+def _open_model(store: FeatureStore, named: str | None, progress: bool) -> "Model | None":
     if named is not None:
         return load_model(named, progress=progress)
     recorded = store.provenance.model

@@ -37,7 +37,7 @@ class SAE(Coder):
         self.provenance: Provenance | None = None
         self.training_: dict[str, Any] | None = None
         self.history_: list[Entry] = []
-        self.name_or_path = ""  # what it was loaded from
+        self.name_or_path = ""  # where it was loaded from or saved to
 
     def fit(
         self,
@@ -61,6 +61,7 @@ class SAE(Coder):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder."""
         write_sae(Path(folder), self.describe(), self.state_dict())
+        self.name_or_path = str(folder)
 
     def describe(self) -> dict[str, Any]:
         """Config, origin of the activations and training, ready for JSON."""
