@@ -144,7 +144,7 @@ function show() {
 }
 
 document.addEventListener("keydown", event => {
-  const typing = event.target.matches("input, select");
+  const typing = event.target instanceof Element && event.target.matches("input, select");
   if (event.key === "Escape") { if (typing) event.target.blur(); else location.hash = "list"; }
   if (typing && event.key === "Enter") step(0);
   if (typing || event.ctrlKey || event.metaKey || event.altKey) return;
