@@ -17,8 +17,9 @@ FLOORS = {
     "collecting": 5,
     "evaluation": 5,
     "analyses": 6,
-    "pictures": 7,
-    "cli": 8,
+    "labelling": 7,
+    "pictures": 8,
+    "cli": 9,
 }
 DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "pictures"}
 HEAVY = {"transformer_lens", "transformers", "datasets", "scipy", "sklearn", "plotly", "pandas", "pyarrow", "wandb"}

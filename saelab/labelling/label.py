@@ -1,0 +1,59 @@
+"""`Label`: a name for a feature, or for one of its signs, with who gave it and how far it can be trusted."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+Kind = Literal["input", "output", "position", "two-sided", "polysemantic", "none", "free"]
+"""input: what the feature fires on; output: what it promotes; position: where it fires; two-sided: an axis; polysemantic:
+several things; none: no good name was found; free: a text whose kind nobody told."""
+BOTH = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """One name of one feature.
+
+    >>> Label(feature=3, text="words for weather", author="me").sign
+    0
+    """
+
+    feature: int
+    sign: int = BOTH
+    """1 or -1: the codes of that sign; 0: the whole feature"""
+    text: str
+    kind: Kind = "free"
+    author: str
+    """a rule set, a model, or a person"""
+    by_person: bool = False
+    """a person's choice is never overwritten by another author"""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """by name, on held-out documents; each beside its chance level as name + "_chance" where it has one"""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    """what the name rests on, ready for JSON"""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """the store, the split, the settings"""
+    time: str = ""
+    """ISO 8601, UTC; empty until it is stored"""
+
+    def __post_init__(self) -> None:
+        if self.sign not in (-1, BOTH, 1):
+            raise ValueError(f"`sign` must be 1, -1, or 0 for the whole feature, got {self.sign}.")
+        if self.feature < 0:
+            raise ValueError(f"`feature` must be 0 or more, got {self.feature}.")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"`kind` must be one of {list(get_args(Kind))}, got {self.kind!r}.")
+        if not self.author:
+            raise ValueError("`author` must say who gave the label, got an empty text.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, ready for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Label":
+        """Build from `to_dict`'s output; ValueError on an unknown or missing field."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"A label must have the fields of `Label`, got others ({error}). Check the file.") from None
