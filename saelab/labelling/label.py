@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 Kind = Literal["input", "output", "position", "two-sided", "polysemantic", "none", "free"]
-"""input: what the feature fires on; output: what it promotes; position: where it fires; two-sided: an axis; polysemantic:
-several things; none: no good name was found; free: a text whose kind nobody told."""
+"""input: what the feature fires on; output: what it promotes; position: where it fires; two-sided: an axis;
+polysemantic: several things; none: no good name was found; free: a text whose kind nobody told."""
 BOTH = 0
 
 
@@ -56,4 +56,4 @@ class Label:
         try:
             return cls(**data)
         except TypeError as error:
-            raise ValueError(f"A label must have the fields of `Label`, got others ({error}). Check the file.") from None
+            raise ValueError(f"A label must have the fields of `Label`, got others ({error}).") from None
