@@ -1,0 +1,174 @@
+"""How often features fire, how strongly, and which fire too seldom."""
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from saelab.analyses.dead import KINDS, DeadUnits
+from saelab.pictures.canvas import MINUS, OTHER, OWN, PLUS, count_tokens, dress, say, write_over
+from saelab.stores.features import FeatureStore
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Bar, Figure
+
+PER_DECADE = 5  # as fine as bins can be when 1, 2, 3, 4 firings are to leave none of them empty
+N_BINS = 40  # on each side of 0
+KIND_COLOURS = dict(zip(KINDS, (OTHER, "#b58a1a", OWN, "#c2559d", "#8066cf"), strict=True))
+LEGIBLE = 0.05  # share of a bar from which its count is written inside
+
+
+def plot_density(store: FeatureStore, *, near_dead_rate: float = 1e-5, dense_rate: float = 0.1) -> "Figure":
+    """A histogram of the features' firing rates, from the store's own counts.
+
+    x: share of tokens on which a feature fires (z != 0), log10, five bins a decade; y: features. Those that never fire
+    in N tokens stand apart at the left: all that is known of their rate is that it is below 3 / N. For signed codes
+    two more panels count the firings of each sign alone. Lines mark the limits of near-dead and of dense units.
+    ValueError where the limits are not in order.
+    """
+    from plotly.subplots import make_subplots
+
+    if not 0 <= near_dead_rate < dense_rate <= 1:
+        raise ValueError(
+            f"Rates must satisfy 0 <= near_dead_rate < dense_rate <= 1, got {near_dead_rate} and {dense_rate}."
+        )
+    fires, n = store.statistics.fires, len(store)
+    sides = [("any firing" if store.signed else "", fires.sum(1), OWN)]
+    if store.signed:
+        sides += [("positive", fires[:, 0], PLUS), ("negative", fires[:, 1], MINUS)]
+    figure = make_subplots(rows=len(sides), cols=1, shared_xaxes=True, vertical_spacing=0.07)
+    for row, (name, counts, colour) in enumerate(sides, 1):
+        figure.add_trace(_count_rates(counts, n, name, colour), row=row, col=1)
+        figure.update_yaxes(title_text=f"features<br>{name}".removesuffix("<br>"), row=row, col=1)
+    for name, rate in (("near-dead", near_dead_rate), ("dense", dense_rate)):
+        if rate * n >= 1:  # or the line would stand among those that never fire
+            _mark_rate(figure, name, rate)
+    _scale_rates(figure, n)
+    figure.update_xaxes(title_text="share of tokens on which a feature fires (log scale)", row=len(sides), col=1)
+    never = f"never: no firing, so a rate below 3/N = {3 / n:.2g} (95 %)"
+    note = f"{store.d_sae:,} features on {count_tokens([n])}; {never}"
+    return dress(figure, "How often features fire", note, 300 if len(sides) == 1 else 560)
+
+
+def _mark_rate(figure: "Figure", name: str, rate: float) -> None:
+    x, label = math.log10(rate), {"text": name, "font": {"size": 12}, "showarrow": False, "yanchor": "bottom"}
+    figure.add_vline(x, line={"dash": "dot", "color": OTHER}, row="all", col=1)
+    figure.add_annotation(x=x, y=1, yref="y domain", **label)
+
+
+def _scale_rates(figure: "Figure", n_tokens: int) -> None:
+    decades = range(math.ceil(-math.log10(n_tokens)), 1)
+    figure.update_xaxes(
+        tickvals=[_never(n_tokens), *decades],
+        ticktext=["never", *(f"10<sup>{e}</sup>" for e in decades)],
+        range=[_never(n_tokens) - 0.3, 1.2 / PER_DECADE],
+        showgrid=False,
+        zeroline=False,
+    )
+    figure.update_yaxes(range=[0, 1.05 * max(max(bar.y) for bar in figure.data)])
+    figure.update_layout(showlegend=False)
+
+
+def _never(n_tokens: int) -> float:
+    """Where the bar of features that never fire stands: left of a single firing."""
+    return -math.log10(n_tokens) - 2.5 / PER_DECADE
+
+
+def _count_rates(fires: np.ndarray, n_tokens: int, name: str, colour: str) -> "Bar":
+    """Features by the logarithm of their firings; integers are told apart exactly."""
+    from plotly.graph_objects import Bar
+
+    n_bins = math.floor(PER_DECADE * math.log10(n_tokens) + 1e-9) + 1
+    bins = np.floor(PER_DECADE * np.log10(fires[fires > 0]) + 1e-9).astype(int)
+    edges = [min(n_tokens + 1, math.ceil(10 ** (i / PER_DECADE) - 1e-9)) for i in range(n_bins + 1)]
+    said = [f"{a:,} to {b - 1:,} tokens" if b - 1 > a else f"{a:,} token{'s' * (a > 1)}" for a, b in pairwise(edges)]
+    return Bar(
+        name=name,
+        x=[_never(n_tokens), *((np.arange(n_bins) + 0.5) / PER_DECADE - math.log10(n_tokens))],
+        y=[int((fires == 0).sum()), *np.bincount(bins, minlength=n_bins).tolist()],
+        width=0.92 / PER_DECADE,
+        marker={"color": [OTHER, *[colour] * n_bins], "line": {"width": 0}},
+        customdata=[f"none of {n_tokens:,} tokens", *said],
+        hovertemplate="%{y:,} features fire on %{customdata}<extra>%{fullData.name}</extra>",
+    )
+
+
+def plot_activations(store: FeatureStore, feature: int) -> "Figure":
+    """A histogram of one feature's codes where it fires, negative ones left of 0 and positive ones right.
+
+    x: the code z, in the SAE's own units; y: tokens, log scale. No bin holds both signs. A feature that never fires
+    gives an empty figure that says so; IndexError for one that does not exist.
+    """
+    from plotly.graph_objects import Bar, Figure
+
+    values, n = store.feature(feature).values, len(store)
+    figure, edges = Figure(), np.linspace(0, float(np.abs(values).max(initial=0)), N_BINS + 1)
+    heights = {side: np.histogram(side * values[side * values > 0], edges)[0] for side in (-1, 1) if len(values)}
+    for side, name, colour in ((-1, "negative", MINUS), (1, "positive", PLUS)):
+        shown = np.flatnonzero(heights.get(side, ()))
+        if len(shown) == 0:
+            continue
+        low, high = side * edges[shown], side * edges[shown + 1]
+        bar = Bar(
+            name=name,
+            x=(low + high) / 2,
+            y=heights[side][shown],
+            width=edges[1],
+            marker={"color": colour, "line": {"width": 0}},
+            customdata=np.stack([low, high], 1),
+            hovertemplate="%{y:,} tokens with z from %{customdata[0]:.3g} to %{customdata[1]:.3g}<extra></extra>",
+        )
+        figure.add_trace(bar)
+    top = max((int(counts.max()) for counts in heights.values()), default=10)
+    figure.update_yaxes(
+        title_text="tokens (log scale)", type="log", range=[math.log10(0.5), math.log10(2 * top)], dtick=1
+    )
+    figure.update_xaxes(title_text="code z where the feature fires (the SAE's units)", zeroline=True)
+    figure.update_layout(bargap=0, showlegend=True)
+    if len(values) == 0:
+        figure.update_xaxes(range=[-1, 1], showticklabels=False)
+        write_over(figure, f"It never fires in {n:,} tokens: its rate is below {3 / n:.2g}.")
+    signs = f"{(values > 0).sum():,} positive, {(values < 0).sum():,} negative"
+    note = f"fires on {len(values):,} of {count_tokens([n])} ({len(values) / n:.2g}): {signs}; zeros are not drawn"
+    return dress(figure, f"Codes of feature {feature % store.d_sae}", note, 320)
+
+
+def plot_dead(dead_units: DeadUnits) -> "Figure":
+    """Units of each kind by prefix group, as stacked bars.
+
+    x: share of the group's units; y: the group, as numbers of its units. Counts stand in the bars and on hover.
+    """
+    from plotly.graph_objects import Bar, Figure
+
+    figure, groups = Figure(), dead_units.groups
+    sizes = [sum(counts.values()) for counts in groups.values()]
+    names = [f"{say(name)}<br>({size:,})" for name, size in zip(groups, sizes, strict=True)]
+    for kind in KINDS:
+        counts = [group.get(kind, 0) for group in groups.values()]
+        shares = [count / size for count, size in zip(counts, sizes, strict=True)]
+        bar = Bar(
+            name=kind,
+            x=shares,
+            y=names,
+            orientation="h",
+            marker={"color": KIND_COLOURS[kind], "line": {"width": 0}},
+            customdata=counts,
+            text=[f"{count:,}" if share >= LEGIBLE else "" for count, share in zip(counts, shares, strict=True)],
+            textposition="inside",
+            insidetextanchor="middle",
+            textangle=0,
+            textfont={"color": "#ffffff"},
+            hovertemplate=f"%{{customdata:,}} {kind}, %{{x:.2%}} of them<extra></extra>",
+        )
+        figure.add_trace(bar)
+    figure.update_layout(
+        barmode="stack", bargap=0.3, legend={"orientation": "h", "traceorder": "normal", "y": 1, "yanchor": "bottom"}
+    )
+    figure.update_xaxes(title_text="share of the group's units", range=[0, 1], tickformat=".0%")
+    figure.update_yaxes(title_text="units", type="category", autorange="reversed", ticksuffix=" ", automargin=True)
+    never = dead_units.high[dead_units.fires == 0]
+    note = f"{len(dead_units.kinds):,} units on {count_tokens([dead_units.n_tokens])}; dead: no firing"
+    note += f", so a rate below {never[0]:.2g} ({dead_units.confidence:.0%})" if len(never) else ""
+    note += f"; near-dead: below {dead_units.near_dead_rate:g}; dense: above {dead_units.dense_rate:g}"
+    return dress(figure, "Units by how often they fire", note, 150 + 52 * len(groups))
