@@ -8,6 +8,7 @@ from saelab.analyses.likeness import Neighbours, neighbours
 from saelab.analyses.listing import FeatureTable, list_features
 from saelab.analyses.pruning import Progressive, progressive
 from saelab.collecting.collection import collect
+from saelab.collecting.conversion import convert_delphi
 from saelab.collecting.harvesting import harvest
 from saelab.collecting.streaming import ActivationStream, stream
 from saelab.evaluation.concept_scores import ConceptScores
@@ -21,6 +22,9 @@ from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss, s
 from saelab.lm.masks import MaskResult, TokenMask
 from saelab.lm.models import describe_model, load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
+from saelab.pictures.curves import plot_frontier, plot_prefixes, plot_training
+from saelab.pictures.distributions import plot_activations, plot_dead, plot_density
+from saelab.pictures.maps import plot_neighbours
 from saelab.pictures.reports import Report, report
 from saelab.sae.activations import (
     AbsTopK,
@@ -78,6 +82,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "capture",
     "collect",
     "concept_baselines",
+    "convert_delphi",
     "dead_units",
     "describe_feature",
     "describe_model",
@@ -93,6 +98,13 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "logits",
     "neighbours",
     "next_token_loss",
+    "plot_activations",
+    "plot_dead",
+    "plot_density",
+    "plot_frontier",
+    "plot_neighbours",
+    "plot_prefixes",
+    "plot_training",
     "progressive",
     "read_codes",
     "register_activation",

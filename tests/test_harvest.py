@@ -146,6 +146,16 @@ def test_collected_activations_give_the_same_codes(tiny, tokens, store, acts, tm
         sl.harvest(make_sae(), None, tokens, tmp_path / "no", **SMALL)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_shard_in_which_nothing_fires_is_a_shard(tiny, acts, tmp_path, dtype):
+    silent = make_sae(sl.ReLU())
+    silent.b_enc.data.fill_(-1e6)
+    store = sl.harvest(silent, tiny, acts, tmp_path, dtype=dtype, shard_tokens=100, progress=False)
+    store.verify()
+    assert len(store) == len(acts) and store.n_entries == store.matrix().nnz == store.columns().nnz == 0
+    assert len(store.feature(3)) == 0 and set(sl.dead_units(store).kinds) == {"dead"}
+
+
 class PowerCut(RuntimeError):
     pass
 

@@ -60,7 +60,6 @@ def show_comparison(trials: Sequence[Trial], baselines: dict[str, ConceptScores]
 
 
 CEILING = "probe"  # the baseline that was given the truth
-CEILING = "probe"  # the baseline that was given the truth
 CAPTION = "The thin mark in the right panel is the share of control pairs. All three run from 0 to 1; more is better."
 READING = (
     "Coverage is the mean F1 of each concept's best feature. Reconstruction is the pooled F1 of all concepts as "

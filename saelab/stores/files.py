@@ -260,6 +260,8 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -
 
 
 def _bytes_of(tensor: Tensor) -> Any:
+    if tensor.numel() == 0:  # an empty tensor cannot be viewed as bytes
+        return b""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
