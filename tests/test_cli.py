@@ -3,7 +3,6 @@
 import inspect
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -14,20 +13,24 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import typer
+from processes import Child
+from unchecked import unchecked
 
 from saelab.cli.app import main
 from saelab.cli.commands import app, dispatch
 from saelab.cli.texts import count_overlap, read_head, read_tail
 from saelab.cli.training import read_activation, read_prefixes, train_sae
+from saelab.evaluation.concepts import score_concepts
 from saelab.lm.tokens import tokenize
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.stores.files import read_json
 from saelab.training.config import TrainConfig
-from saelab.worlds.tales import CTX_LEN
+from saelab.worlds.tales import CTX_LEN, tell
 from saelab.worlds.vocabulary import VOCABULARY, save_tokenizer
 
 HOOK_POINT = "blocks.1.hook_resid_post"
 SMALL = ["--k", "4", "--d-sae", "64", "--n-tokens", "8192", "--batch-size", "512", "--no-progress"]
+SMALL += ["--save-every-tokens", "4096"]
 
 
 class Run(NamedTuple):
@@ -42,8 +45,9 @@ Shell = Callable[..., Run]
 
 
 @pytest.fixture
-def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shell:
-    """Runs `saelab ARGS` in this process."""
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny: Any) -> Shell:
+    """Runs `saelab ARGS` in this process, where "tiny" is built once for all commands."""
+    monkeypatch.setattr("saelab.lm.models.tiny_model", lambda: tiny)
 
     def run(*args: str | Path) -> Run:
         capsys.readouterr()
@@ -251,21 +255,38 @@ def test_a_finished_sae_is_not_lost(acts: Path, shell: Shell, tmp_path: Path) ->
     assert contents(tmp_path) != before
 
 
+LONG = ["--activation", "batchtopk", "--prefixes", "16,64", "--n-tokens", "10240", "--save-every-tokens", "1024"]
+
+
+def run_slowly(*words: str) -> int:
+    """`saelab WORDS`, in a process of its own, with time after each checkpoint to stop it."""
+    from saelab.training import loop
+
+    save = loop.save_checkpoint
+    loop.save_checkpoint = lambda *arguments: (save(*arguments), time.sleep(0.3))[0]  # type: ignore[assignment]
+    sys.argv = ["saelab", *words]
+    return main()
+
+
+@pytest.fixture(scope="module")
+def uncut(acts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that nothing cut off."""
+    out = tmp_path_factory.mktemp("uncut") / "sae"
+    assert dispatch([*map(str, ("train", acts, *SMALL, *LONG, "--out", out))]) == 0
+    return out
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as on Unix")
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
-    kill: signal.Signals, acts: Path, shell: Shell, tmp_path: Path
+    kill: signal.Signals, acts: Path, uncut: Path, shell: Shell, tmp_path: Path
 ) -> None:
-    long = ["--activation", "batchtopk", "--prefixes", "16,64", "--n-tokens", "40960", "--save-every-tokens", "2048"]
-    command = ["train", acts, *SMALL, *long, "--out", tmp_path / "cut"]
-    code = "import torch; torch.set_num_threads(1); from saelab.cli.app import main; raise SystemExit(main())"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(tmp_path / "cut" / "checkpoint" / "progress.json", process)
-    process.send_signal(kill)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == (1 if kill is signal.SIGINT else -kill), err
+    command = ["train", acts, *SMALL, *LONG, "--out", tmp_path / "cut"]
+    process = Child(tmp_path / "errors.txt", run_slowly, *map(str, command))
+    process.wait_until((tmp_path / "cut" / "checkpoint" / "progress.json").exists)
+    process.send(kill)
+    code, err = process.wait()
+    assert code == (1 if kill is signal.SIGINT else -kill), err
     assert not (tmp_path / "cut" / "config.json").exists()
     assert "Traceback" not in err
     if kill is signal.SIGINT:
@@ -274,15 +295,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
     assert "unfinished training run" in shell("info", tmp_path / "cut").out
     assert shell(*command).code == 2
     assert shell(*command, "--resume").code == 0
-    assert shell("train", acts, *SMALL, *long, "--out", tmp_path / "whole").code == 0
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    for _ in range(6000):
-        if path.exists() or process.poll() is not None:
-            return
-        time.sleep(0.01)
+    assert contents(tmp_path / "cut") == contents(uncut)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -358,7 +371,9 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_demo_writes_a_report(shell: Shell, untrained: Path, tmp_path: Path) -> None:
+def test_demo_writes_a_report(shell: Shell, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for long in (score_concepts, tell):  # their annotations are checked where they are tested
+        monkeypatch.setattr(f"saelab.cli.demo.{long.__name__}", unchecked()(long))
     small = ["--n-stories", "30", "--n-tokens", "4096", "--d-sae", "64", "--k", "4", "--hook-point", HOOK_POINT]
     run = shell("demo", "--model", untrained, "--out", tmp_path / "demo", *small, "--no-progress")
     assert run.code == 0, run.err

@@ -1,23 +1,22 @@
 """Collecting: the right rows, exact bytes whatever happens on the way, and nothing half-written."""
 
 import errno
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import Child
 
 from saelab.collecting import reader, writers
 from saelab.collecting.collection import collect
 from saelab.lm.hooks import capture
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import tiny_model
-from saelab.lm.tokens import tokenize
+from saelab.lm.tokens import Tokens, tokenize
 from saelab.stores import files
 from saelab.stores.activations import Activations
 from saelab.stores.files import read_json
@@ -317,72 +316,37 @@ def test_progress_shows_the_rate_and_can_be_silenced(model, tokens, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-SCRIPT = """
-import sys, time, types
-import torch
-from saelab.collecting import reader
-from saelab.collecting.collection import collect
-from saelab.lm.tokens import Tokens
+def collect_made_up(folder: Path, slow: float) -> None:
+    """Collect 3200 rows, `slow` seconds a forward, without a language model; in a process of its own, as it is told
+    there where activations come from.
+    """
 
-torch.set_num_threads(1)
-slow = float(sys.argv[2])
+    def forward(model, ids, names):
+        time.sleep(slow)
+        return {name: torch.sin(model.weight * ids[..., None].float()) for name in names}
 
-def capture(model, ids, names):
-    time.sleep(slow)
-    return {name: torch.sin(model.weight * ids[..., None].float()) for name in names}
-
-reader.capture, reader.find_hook_point = capture, lambda model, name: name
-reader.describe_model = lambda model: types.SimpleNamespace(name="m", weight_processing="none", versions={})
-model = torch.nn.Linear(1, 8)
-model.weight.requires_grad_(False).copy_(torch.arange(1.0, 9.0).view(8, 1))
-model.weight = torch.nn.Parameter(model.weight.view(8), requires_grad=False)
-torch.nn.init.zeros_(model.bias)
-ids = torch.arange(200 * 16, dtype=torch.int32).view(200, 16)
-tokens = Tokens(ids=ids, doc_ids=ids // 40)
-collect(model, tokens, ["a", "b"], sys.argv[1], batch_size=4, shard_tokens=100, progress=False)
-"""
+    reader.capture, reader.find_hook_point = forward, lambda model, name: name
+    reader.describe_model = lambda model: SimpleNamespace(name="m", weight_processing="none", versions={})
+    model = torch.nn.Linear(1, 8)
+    model.weight = torch.nn.Parameter(torch.arange(1.0, 9.0), requires_grad=False)
+    torch.nn.init.zeros_(model.bias)
+    ids = torch.arange(200 * 16, dtype=torch.int32).view(200, 16)
+    tokens = Tokens(ids=ids, doc_ids=ids // 40)
+    collect(model, tokens, ["a", "b"], folder, batch_size=4, shard_tokens=100, progress=False)
 
 
-@pytest.fixture
-def start_collecting():
-    """Starts a process that collects into a folder, `slow` seconds a forward; none outlives the test."""
-    started = []
-    root = Path(__file__).parents[1]
-
-    def start(folder: Path, slow: float) -> subprocess.Popen:
-        command = [sys.executable, "-c", SCRIPT, str(folder), str(slow)]
-        environment = os.environ | {"PYTHONPATH": str(root)}
-        started.append(subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE, text=True))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def test_killed_twice_ends_with_the_same_bytes(tmp_path, start_collecting):
-    whole = start_collecting(tmp_path / "whole", 0)
+def test_killed_twice_ends_with_the_same_bytes(tmp_path):
+    whole = Child(tmp_path / "errors-whole", collect_made_up, tmp_path / "whole", 0.0)
     cut = tmp_path / "cut"
     for number, signum in enumerate((signal.SIGINT, signal.SIGKILL)):
-        process = start_collecting(cut, 0.08)
-        wait_for(cut / f"shard-{5 + 10 * number:05d}.safetensors", process)
-        process.send_signal(signum)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode != 0
+        process = Child(tmp_path / f"errors-{number}", collect_made_up, cut, 0.08)
+        process.wait_until((cut / f"shard-{5 + 10 * number:05d}.safetensors").exists)
+        process.send(signum)
+        code, errors = process.wait()
+        assert code == (1 if signum == signal.SIGINT else -signal.SIGKILL)
         if signum == signal.SIGINT:
             said = int(re.search(rf"Stopped\. (\d+) tokens are saved in {cut}", errors).group(1))
             assert said == read_json(cut / "manifest.json")["n_tokens"] >= 500
-    last = start_collecting(cut, 0)
-    for process in (whole, last):
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
+    last = Child(tmp_path / "errors-last", collect_made_up, cut, 0.0)
+    assert (whole.wait(), last.wait()) == ((0, ""), (0, ""))
     assert contents(cut) == contents(tmp_path / "whole")
-
-
-def wait_for(path: Path, process: subprocess.Popen, timeout: float = 90) -> None:
-    end = time.monotonic() + timeout
-    while not path.exists():
-        assert process.poll() is None, f"it ended before it could be killed: {process.communicate()[1]}"
-        assert time.monotonic() < end, f"no {path.name} after {timeout} seconds"
-        time.sleep(0.005)

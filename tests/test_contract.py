@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.sae.config import SAEConfig
@@ -180,18 +181,19 @@ def test_construction_is_seeded_and_leaves_the_global_state_alone(cfg):
     torch.testing.assert_close(one.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
-@pytest.mark.parametrize("cfg", PRODUCT[::23], ids=name_of)
+@pytest.mark.parametrize("cfg", PRODUCT[::43], ids=name_of)  # each choice twice or more: the gradients are exact
+@unchecked()
 def test_overfits_one_batch(cfg):
     """One batch again and again: the loss falls far below where it started."""
     if hasattr(cfg.activation, "coefficient"):
         cfg = replace(cfg, activation=replace(cfg.activation, coefficient=1e-4))
     sae, trainee = prepared(cfg)
     x = data(n=64)
-    optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=1e-2)
+    optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=3e-2)
     losses = []
     with torch.no_grad():
         start = float(trainee.objective(x).terms["reconstruction"])
-    for _ in range(80):
+    for _ in range(30):
         objective = trainee.objective(x)
         objective.total.backward()
         trainee.constrain_gradients()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.functional.losses import normalised_error
@@ -440,6 +441,7 @@ class Fitted:
 
 
 @pytest.fixture(scope="module")
+@unchecked()
 def batch_fits():
     atoms = draw(32, 16, seed=8)
     generator = torch.Generator().manual_seed(9)

@@ -9,14 +9,12 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from processes import Child
 
 import saelab as sl
 from saelab.collecting.streaming import stream
@@ -25,20 +23,6 @@ from saelab.training.optimiser import clip_gradients
 
 D_IN, D_SAE = 8, 24
 RUN = sl.TrainConfig(n_tokens=12 * 40, batch_size=40, log_every_tokens=80, save_every_tokens=160, n_held_out=50)
-
-# also run by the subprocesses below
-SETUP = """
-import os, signal, sys, time
-import torch
-import saelab as sl
-
-torch.set_num_threads(1)
-x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0)).cumsum(1)
-aux = sl.AuxK(dead_after_tokens=120, k=3)
-prefixes = sl.RandomPrefixes(n=3, smallest=4)
-cfg = sl.SAEConfig(d_in=8, d_sae=24, activation=sl.BatchAbsTopK(k=3), prefixes=prefixes, aux=aux)
-run = sl.TrainConfig(n_tokens=12 * 40, batch_size=40, log_every_tokens=80, save_every_tokens=160, n_held_out=50)
-"""
 
 
 def data(n=600, seed=0):
@@ -256,45 +240,36 @@ def test_other_data_is_refused_on_resume(tmp_path):
 # --- real processes
 
 
-def start(code, folder):
-    return subprocess.Popen(
-        [sys.executable, "-c", SETUP + code, str(folder)],
-        cwd=Path(__file__).parents[1],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def train_slowly(folder):
+    fit(KINDS["batchabstopk"], out=folder, sinks=[lambda entry: time.sleep(0.15)])
 
 
-def wait_for_step(folder, process, step):
-    while process.poll() is None:
-        if (folder / "history.jsonl").exists() and len(
-            (folder / "history.jsonl").read_text().splitlines()
-        ) >= step // 2:
-            return
-        time.sleep(0.02)
-    raise AssertionError(process.stderr.read())
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The folder of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit(KINDS["batchabstopk"], out=folder)
+    return folder
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_process_goes_on_to_the_same_bytes(sent, tmp_path):
+def test_a_stopped_process_goes_on_to_the_same_bytes(sent, whole_run, tmp_path):
     """Defect 6: Ctrl-C that saves nothing. What is resumed here is what another process left."""
-    fit(KINDS["batchabstopk"], out=tmp_path / "whole")
-    slow = "sl.SAE(cfg).fit(x, run, out=sys.argv[1], progress=False, sinks=[lambda entry: time.sleep(0.15)])"
-    process = start(slow, tmp_path / "stopped")
-    wait_for_step(tmp_path / "stopped", process, 6)
-    process.send_signal(sent)
-    _, text = process.communicate(timeout=60)
+    history = tmp_path / "stopped/history.jsonl"
+    process = Child(tmp_path / "errors.txt", train_slowly, tmp_path / "stopped")
+    process.wait_until(lambda: history.exists() and len(history.read_text().splitlines()) >= 3)  # after step 6
+    process.send(sent)
+    code, text = process.wait()
     saved = json.loads((tmp_path / "stopped/checkpoint/progress.json").read_text())["step"]
     if sent == signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL and saved in (4, 8)
+        assert code == -signal.SIGKILL and saved in (4, 8)
     else:
-        assert process.returncode != 0 and 6 <= saved < 12
+        assert code == 1 and 6 <= saved < 12
         assert (
             f"KeyboardInterrupt: Training stopped after {saved} of 12 steps, saved to" in text and "resume=True" in text
         )
     fit(KINDS["batchabstopk"], out=tmp_path / "stopped", resume=True)
-    assert_same_folders(tmp_path / "whole", tmp_path / "stopped")
+    assert_same_folders(whole_run, tmp_path / "stopped")
 
 
 def test_a_second_interrupt_stops_at_once_and_handlers_come_back(tmp_path):

@@ -1,0 +1,54 @@
+"""Processes for tests to interrupt and kill. They are forked from one that has imported saelab: that takes seconds."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "saelab.cli.commands", "torch._dynamo"])  # the last by any optimiser
+
+
+class Child:
+    """A process of its own that runs one function, importable by its name; what it says on stderr goes to a file."""
+
+    def __init__(self, errors: Path, function: Callable[..., object], *arguments: object) -> None:
+        self._errors = errors
+        self._process = CONTEXT.Process(target=_run, args=(errors, function, arguments), daemon=True)
+        self._process.start()
+
+    def wait_until(self, happened: Callable[[], bool], timeout: float = 90) -> None:
+        """Return once something has happened; AssertionError where the process ends before or time runs out."""
+        end = time.monotonic() + timeout
+        while not happened():
+            assert self._process.is_alive(), f"it ended before it could be stopped: {self._errors.read_text()}"
+            assert time.monotonic() < end, f"nothing happened in {timeout} seconds"
+            time.sleep(0.005)
+
+    def send(self, signum: signal.Signals) -> None:
+        """Send a signal."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, signum)
+
+    def wait(self) -> tuple[int | None, str]:
+        """Exit code, minus the signal's number where one ended it, and what it wrote to stderr."""
+        self._process.join(60)
+        return self._process.exitcode, self._errors.read_text()
+
+
+def _run(errors: Path, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    torch.set_num_threads(1)
+    with errors.open("w", buffering=1) as file:
+        sys.stderr = file
+        try:
+            code = function(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        raise SystemExit(code)
