@@ -1,11 +1,14 @@
 """One feature as HTML: the card that Jupyter and the report show."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from saelab.analyses.cards import FeatureCard, Side, describe_feature
 from saelab.analyses.contexts import Example, ExampleGroup
+from saelab.labelling.book import LabelBook
+from saelab.labelling.label import Label
+from saelab.labelling.wording import MARKS, describe_origin, join_texts
 from saelab.pictures.assets import read_asset
 from saelab.pictures.page import escape
 from saelab.stores.features import Feature
@@ -16,9 +19,10 @@ WIDTH, HEIGHT, FOOT = 300, 96, 14  # of the histogram, in its own units
 SHOWN_OPEN = ("top",)
 
 
-def draw_card(card: FeatureCard) -> str:
+def draw_card(card: FeatureCard, labels: Sequence[Label] = ()) -> str:
     """A feature's card as one HTML element; neighbours are links to `#feature=12`. All text is escaped.
 
+    `labels` are the chosen ones: below the card's own label it is told who gave them and how well they score.
     Positive codes are orange, negative ones blue, as strong as |z| beside the feature's largest; the underlined token
     is the one that a window was chosen for.
     """
@@ -26,7 +30,7 @@ def draw_card(card: FeatureCard) -> str:
     scale = max((side.peak for side in card.sides), default=0.0)
     groups = [_group(group, scale) for group in card.examples.groups]
     parts = f'<div class="cols"><div>{"".join(aside)}</div><div>{"".join(groups)}</div></div>'
-    return f'<article class="fcard">{_head(card)}{parts}</article>'
+    return f'<article class="fcard">{_head(card, labels)}{parts}</article>'
 
 
 def draw_window(example: Example, scale: float) -> str:
@@ -56,12 +60,19 @@ def _token(word: str, value: float, scale: float, center: bool) -> str:
     return f'<b{kind} style="--a:{alpha:.2f}" title="{value:+.3g}">{show_text(word)}</b>'
 
 
-def _head(card: FeatureCard) -> str:
+def _head(card: FeatureCard, labels: Sequence[Label]) -> str:
     label = escape(card.label) if card.label else '<span class="dim">no label</span>'
     said = f"Never fired on {card.n_tokens:,} tokens: its rate is below {3 / card.n_tokens:.1e} (95 %)."
     if card.sides:
         said = f"Fires on {card.density:.3%} of {card.n_tokens:,} tokens: " + "; ".join(map(_tell, card.sides)) + "."
-    return f'<h2><span>{card.feature}</span> {label}</h2><p class="dim">{said}</p>'
+    given = "".join(_tell_label(one, alone=len(labels) == 1) for one in labels)
+    return f'<h2><span>{card.feature}</span> {label}</h2>{given}<p class="dim">{said}</p>'
+
+
+def _tell_label(label: Label, alone: bool) -> str:
+    """Where a label comes from; what it says too, where the heading holds several or none."""
+    text = "" if alone and label.kind != "none" else f"{MARKS[label.sign]}{label.text or 'no name'}, "
+    return f'<p class="dim">{escape(text + describe_origin(label))}</p>'
 
 
 def _tell(side: Side) -> str:
@@ -143,4 +154,18 @@ def _draw_alone(card: FeatureCard) -> str:
 
 
 register_drawing(FeatureCard, _draw_alone)
-register_drawing(Feature, lambda feature: _draw_alone(describe_feature(feature.store, feature.feature)))
+
+
+def _draw_feature(feature: Feature) -> str:
+    """With the labels of the book beside the store."""
+    note = ""
+    with LabelBook.open(feature.store) as book:
+        try:
+            labels = book.chosen(feature.feature)
+        except (OSError, ValueError) as error:  # a card without its label is better than none
+            labels, note = [], f'<p class="fcard">{escape(error)}</p>'
+    card = describe_feature(feature.store, feature.feature, label=join_texts(labels))
+    return style_card() + note + draw_card(card, labels)
+
+
+register_drawing(Feature, _draw_feature)

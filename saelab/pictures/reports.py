@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,9 @@ from saelab.analyses.lens import LogitLens, logit_lens
 from saelab.analyses.likeness import Neighbours, neighbours
 from saelab.collecting.reader import fingerprint
 from saelab.evaluation.results import Evaluation
+from saelab.labelling.book import LabelBook
+from saelab.labelling.label import Label
+from saelab.labelling.wording import join_texts
 from saelab.pictures.cards import draw_card
 from saelab.pictures.pages import as_script, fill_page, summarise
 from saelab.pictures.prompts import read_prompts
@@ -44,7 +48,7 @@ def report(
     store: FeatureStore,
     out: str | Path,
     model: "Model | None" = None,
-    labels: Mapping[int, str] | None = None,
+    labels: Mapping[int, str] | LabelBook | None = None,
     features: Sequence[int] | None = None,
     *,
     sae: "SAE | None" = None,
@@ -60,21 +64,40 @@ def report(
     `out` is a folder, or one page where it ends in .html; either opens from the disk, with nothing to load from the
     network. With the `sae` that was harvested neighbours are by decoder direction, else by correlation; with `model`
     too, cards tell what a feature promotes, and `prompts` are shown token by token. `near` puts other neighbours in
-    place of those, `choice` goes to `examples`. All features by default. What is from outside is escaped.
+    place of those, `choice` goes to `examples`. All features by default. `labels` are those that are chosen in the
+    book beside the store, unless others are given. What is from outside is escaped.
 
-    Raises ValueError for features that the store does not have, for an SAE other than the harvested one, for prompts
-    without SAE and model, and where `out` holds something that is not a report.
+    Raises what a LabelBook raises, and ValueError for features that the store does not have, for an SAE other than the
+    harvested one, for prompts without SAE and model, and where `out` holds something that is not a report.
     """
     wanted = list(range(store.d_sae)) if features is None else list(dict.fromkeys(features))
     _check(store, wanted, sae, model, prompts)
-    target = _claim(Path(out))
+    target, names = _claim(Path(out)), _read_names(store, labels)
     near = near or (neighbours(sae) if sae is not None else neighbours(store))
     lens = logit_lens(sae, model, wanted) if sae is not None and model is not None else None
     found = dead_units(store, sae)
     shown = [] if sae is None or model is None else read_prompts(sae, model, prompts, store.provenance)
-    cards = _cards(store, wanted, dict(labels or {}), lens, near, choice, progress)
+    cards = _cards(store, wanted, names, lens, near, choice, progress)
     page = _Page(title or _name(store), summarise(store, found, evaluation), shown)
     return _write(page, target, cards, found, len(wanted))
+
+
+@dataclass(frozen=True)
+class _Name:
+    """What a feature is called, and the labels that say so, where it is known who gave them."""
+
+    text: str
+    labels: Sequence[Label] = ()
+
+
+def _read_names(store: FeatureStore, labels: Mapping[int, str] | LabelBook | None) -> dict[int, _Name]:
+    if labels is not None and not isinstance(labels, LabelBook):
+        return {feature: _Name(text) for feature, text in labels.items()}
+    if labels is None:
+        with LabelBook.open(store) as book:
+            return _read_names(store, book)
+    chosen = groupby(labels, key=lambda label: label.feature)
+    return {feature: _Name(join_texts(own), own) for feature, group in chosen for own in [list(group)]}
 
 
 @dataclass(frozen=True)
@@ -125,19 +148,24 @@ def _claim(out: Path) -> Path:
 def _cards(
     store: FeatureStore,
     wanted: list[int],
-    labels: dict[int, str],
+    names: Mapping[int, _Name],
     lens: LogitLens | None,
     near: Neighbours,
     choice: dict[str, Any],
     progress: bool,
-) -> Iterator[FeatureCard]:
+) -> Iterator[tuple[FeatureCard, str]]:
+    """Each card, and how it is drawn."""
     from tqdm.auto import tqdm
 
     for j in tqdm(wanted, unit=" features", disable=not progress):
-        yield describe_feature(store, j, label=labels.get(j, ""), lens=lens, neighbours=near, **choice)
+        name = names.get(j, _Name(""))
+        card = describe_feature(store, j, label=name.text, lens=lens, neighbours=near, **choice)
+        yield card, draw_card(card, name.labels)
 
 
-def _write(page: _Page, target: Path, cards: Iterator[FeatureCard], found: DeadUnits, n_features: int) -> Report:
+def _write(
+    page: _Page, target: Path, cards: Iterator[tuple[FeatureCard, str]], found: DeadUnits, n_features: int
+) -> Report:
     if target.suffix == ".html":
         return _write_page(page, target, cards, found)
     with replace_folder(target) as folder:
@@ -151,18 +179,18 @@ def _write(page: _Page, target: Path, cards: Iterator[FeatureCard], found: DeadU
     return Report(page=str(target / "index.html"), n_features=n_features, n_bytes=n_bytes)
 
 
-def _write_page(page: _Page, path: Path, cards: Iterator[FeatureCard], found: DeadUnits) -> Report:
+def _write_page(page: _Page, path: Path, cards: Iterator[tuple[FeatureCard, str]], found: DeadUnits) -> Report:
     rows, drawn = [], {}
-    for card in cards:
+    for card, html in cards:
         rows.append(_row(card, found))
-        drawn[card.feature] = draw_card(card)
+        drawn[card.feature] = html
     text = page.fill(rows, [], as_script(drawn)).encode()
     write_atomic(path, text)
     return Report(page=str(path), n_features=len(rows), n_bytes=len(text))
 
 
 def _write_files(
-    folder: Path, cards: Iterator[FeatureCard], found: DeadUnits
+    folder: Path, cards: Iterator[tuple[FeatureCard, str]], found: DeadUnits
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Cards in scripts of `PER_FILE`, which alone are held in memory; the rows of the list, and the files."""
     rows: list[dict[str, Any]] = []
@@ -175,9 +203,9 @@ def _write_files(
             (folder / files[-1]).write_text(as_script(drawn), encoding="utf-8")
             drawn.clear()
 
-    for card in cards:
+    for card, html in cards:
         rows.append(_row(card, found))
-        drawn[card.feature] = draw_card(card)
+        drawn[card.feature] = html
         if len(drawn) == PER_FILE:
             flush()
     flush()

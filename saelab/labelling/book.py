@@ -1,0 +1,259 @@
+"""`LabelBook`: the names of a store's features, many a feature and one of them chosen, in a file beside the store."""
+
+import gzip
+import os
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from saelab.labelling.database import BEST_FIRST, FILE, connect, explained, tell_damage, transaction
+from saelab.labelling.finding import rank_texts
+from saelab.labelling.formats import Entry, Format, name_format, read_entries, write_entries
+from saelab.labelling.label import BOTH, Kind, Label
+from saelab.labelling.rows import FIELDS, fix_choice, put_label, tell_time, unpack_row
+from saelab.stores.features import FeatureStore
+from saelab.stores.files import write_atomic
+from saelab.stores.manifest import FeatureManifest
+
+TIMEOUT = 30.0
+BY_FEATURE = "feature, CASE sign WHEN 0 THEN 0 WHEN 1 THEN 1 ELSE 2 END, place"  # the whole feature, then + and -
+
+
+class LabelBook:
+    """Labels of features in SQLite, beside the feature store that they are about.
+
+    A feature, and each of its signs, may have many labels; one is chosen. That is the one a person chose, by `set` or
+    by `choose`, and nothing that a rule or a model adds later takes its place; without a person's choice it is the
+    one added last, where labels that say that there is no good name come behind all others. Scores do not decide:
+    those of different scorers do not compare.
+
+    The file is made by the first label; until then the book is empty. Several threads and processes may read and
+    write at once. Raises ValueError for a damaged file and for labels of another SAE, TimeoutError where another
+    process keeps it locked for `timeout` seconds, PermissionError where it may not be written; nothing is lost then.
+    """
+
+    def __init__(self, path: str | Path, manifest: FeatureManifest | None = None, timeout: float = TIMEOUT) -> None:
+        self.path, self.timeout = Path(path), timeout
+        self._manifest = manifest
+        self._sae = str(manifest.request.get("sae") or "") if manifest is not None else ""
+        self._lock = threading.RLock()
+        self._connection: tuple[tuple[int, ...], sqlite3.Connection, weakref.finalize] | None = None
+
+    @classmethod
+    def open(cls, store: FeatureStore | str | Path, timeout: float = TIMEOUT) -> "LabelBook":
+        """The book of a store, given as such or by its folder; FileNotFoundError where there is no such folder."""
+        if isinstance(store, FeatureStore):
+            return cls(store.folder / FILE, store.manifest, timeout)
+        folder = Path(store)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"`store` must be the folder of a feature store, got {folder}. Check its name.")
+        known = (folder / "manifest.json").is_file()
+        return cls(folder / FILE, FeatureManifest.load(folder) if known else None, timeout)
+
+    def close(self) -> None:
+        """Let go of the file; the next use opens it again."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection[2]()
+                self._connection = None
+
+    def __enter__(self) -> "LabelBook":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- reading
+    def __getitem__(self, key: int | tuple[int, int]) -> Label:
+        """The chosen label of `book[feature, sign]`; of `book[feature]` that of the whole feature, else of + or of -.
+
+        KeyError where it has none.
+        """
+        feature, sign = key if isinstance(key, tuple) else (key, None)
+        found = [label for label in self.chosen(feature) if sign in (None, label.sign)]
+        if not found:
+            raise KeyError(
+                f"Feature {feature} has no label{'' if sign is None else f' of sign {sign}'} in {self.path}."
+            )
+        return found[0]
+
+    def __contains__(self, key: object) -> bool:
+        feature, sign = key if isinstance(key, tuple) else (key, None)
+        return isinstance(feature, int) and any(sign in (None, label.sign) for label in self.chosen(feature))
+
+    def __len__(self) -> int:
+        """Number of chosen labels: of features and signs that have a name."""
+        rows = self._read("SELECT count(*) FROM places WHERE place = 1")
+        return int(rows[0][0]) if rows else 0
+
+    def __iter__(self) -> Iterator[Label]:
+        return iter(self.chosen())
+
+    def chosen(self, feature: int | None = None) -> list[Label]:
+        """The chosen labels, of a feature or of all: of the whole feature, of its positive side, of its negative."""
+        return [entry.label for entry in self._entries(feature) if entry.chosen]
+
+    def labels(self, feature: int | None = None) -> list[Label]:
+        """All labels, of a feature or of all; of each sign the chosen one first."""
+        return [entry.label for entry in self._entries(feature)]
+
+    def search(self, text: str, every: bool = False) -> list[Label]:
+        """The chosen labels (with `every`, all) that have the words of `text`, best first; see `rank_texts`."""
+        entries = [entry for entry in self._entries() if every or entry.chosen]
+        return [entries[i].label for i in rank_texts([entry.label.text for entry in entries], text)]
+
+    def authors(self) -> dict[str, int]:
+        """Number of labels by author, most first."""
+        return dict(self._read("SELECT author, count(*) AS n FROM labels GROUP BY author ORDER BY n DESC, author"))
+
+    def __repr__(self) -> str:
+        return f"LabelBook({str(self.path)!r})"
+
+    def __str__(self) -> str:
+        n_features = len({label.feature for label in self})
+        of = f" of {self._manifest.d_sae:,}" if self._manifest else ""
+        authors = ", ".join(f"{author} {n:,}" for author, n in self.authors().items())
+        return f"{self.path}: {n_features:,}{of} features named" + (f"; labels by {authors}" if authors else "")
+
+    # ---- writing
+    def add(self, labels: Iterable[Label]) -> int:
+        """Add labels, all of them or none, and say how many; whose `time` is empty gets that of now.
+
+        Of one author a feature and sign keep the newest label alone, and the one that a person chose where that
+        reads otherwise. A person's label is chosen unless another person's choice stands.
+        """
+        added = [replace(label, time=label.time or tell_time()) for label in labels]
+        with self._writing() as db:
+            for label in added:
+                self._put(db, label)
+        return len(added)
+
+    def set(self, feature: int, text: str, *, author: str, sign: int = BOTH, kind: Kind = "free") -> Label:
+        """Add a person's label and choose it, whatever was chosen before; returns it."""
+        label = Label(feature=feature, sign=sign, text=text, kind=kind, author=author, by_person=True, time=tell_time())
+        with self._writing() as db:
+            fix_choice(db, label.feature, sign, self._put(db, label))
+        return label
+
+    def choose(self, feature: int, author: str | None, *, sign: int = BOTH) -> Label:
+        """Choose, as a person, the newest label of an author, or with None what was added last; returns it.
+
+        ValueError where there is none.
+        """
+        with self._writing() as db:
+            sql = f"SELECT id, author FROM labels WHERE feature = ? AND sign = ? ORDER BY {BEST_FIRST}"
+            found = db.execute(sql, (int(feature), sign)).fetchall()
+            ids = [number for number, name in found if author in (None, name)]
+            if not ids:
+                names = list(dict.fromkeys(name for _, name in found))[:5]
+                raise ValueError(
+                    f"`author` must be one with a label of feature {feature} and sign {sign}, got {author!r}; "
+                    f"there are {names}."
+                )
+            fix_choice(db, int(feature), sign, None if author is None else max(ids))
+        return self[feature, sign]
+
+    def delete(self, feature: int | None = None, *, sign: int | None = None, author: str | None = None) -> int:
+        """Delete the labels of a feature, of a sign of it, of an author, or of both; returns how many there were."""
+        if feature is None and author is None:
+            raise ValueError("`delete` needs `feature` or `author`, got neither; say whose labels are to go.")
+        given = {"feature": feature, "sign": sign, "author": author}
+        where = {name: value for name, value in given.items() if value is not None}
+        with self._writing() as db:
+            sql = f"DELETE FROM labels WHERE {' AND '.join(f'{name} = ?' for name in where)}"
+            return db.execute(sql, tuple(where.values())).rowcount
+
+    # ---- files
+    def save(self, path: str | Path, form: Format | None = None, *, model_id: str = "", source_id: str = "") -> int:
+        """Write all labels to a file and say how many; `load` gives back the same book.
+
+        As JSON, as CSV, or as Neuronpedia's explanation records, a JSON object a line: by `form`, else by the
+        file's ending: .json, .csv, or .jsonl; compressed where it ends in .gz. In CSV a text that a spreadsheet would
+        run as a formula stands behind an apostrophe. Neuronpedia's names of model and source are the store's model
+        and hook point where they are not given; labels that say that there is no good name are left out there.
+        """
+        path, entries = Path(path), self._entries(order="id")
+        origin: Mapping[str, Any] = self._manifest.provenance if self._manifest else {}
+        model_id = model_id or Path(str(origin.get("model", ""))).name
+        source_id = source_id or str(origin.get("hook_point", ""))
+        text = write_entries(entries, form or name_format(path), model_id, source_id).encode()
+        write_atomic(path, gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+        return len(entries)
+
+    def load(self, path: str | Path) -> int:
+        """Add the labels of a file, all of them or none, with their choices, and say how many.
+
+        Reads what `save` wrote, Neuronpedia's records, and CSV with the columns feature and text. A person's choice
+        in the book stays. FileNotFoundError or ValueError for a file that is none of these.
+        """
+        entries = read_entries(Path(path))
+        with self._writing() as db:
+            before = set(db.execute("SELECT feature, sign FROM labels WHERE fixed"))
+            for entry in entries:
+                label = replace(entry.label, time=entry.label.time or tell_time())
+                number = self._put(db, label)
+                if (label.feature, label.sign) not in before and (entry.fixed or label.by_person):
+                    fix_choice(db, label.feature, label.sign, number if entry.fixed else None)
+        return len(entries)
+
+    # ---- the file
+    def _entries(self, feature: int | None = None, order: str = BY_FEATURE) -> list[Entry]:
+        where, values = ("", ()) if feature is None else ("WHERE feature = ?", (int(feature),))
+        rows = self._read(f"SELECT {', '.join(FIELDS)}, place FROM places {where} ORDER BY {order}", values)
+        try:
+            return [unpack_row(row) for row in rows]
+        except (ValueError, TypeError) as error:
+            raise ValueError(tell_damage(self.path, str(error))) from None
+
+    def _put(self, db: sqlite3.Connection, label: Label) -> int:
+        if self._manifest is not None and label.feature >= self._manifest.d_sae:
+            raise ValueError(f"`feature` must be in 0..{self._manifest.d_sae - 1}, got {label.feature}.")
+        return put_label(db, label)
+
+    def _read(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Rows, none where there is no file."""
+        with self._lock, explained(self.path):
+            db = self._open()
+            return db.execute(sql, values).fetchall() if db is not None else []
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, explained(self.path):
+            db = self._open(create=True)
+            assert db is not None
+            with transaction(db):
+                if self._sae:
+                    db.execute("INSERT OR IGNORE INTO about VALUES ('sae', ?)", (self._sae,))
+                yield db
+
+    def _open(self, create: bool = False) -> sqlite3.Connection | None:
+        """The connection, made when it is first needed and again where the file was replaced or the process forked."""
+        if self._connection is not None:
+            if self._connection[0] == _identify(self.path):
+                return self._connection[1]
+            self.close()
+        db = connect(self.path, self.timeout, create)
+        if db is None:
+            return None
+        self._connection = _identify(self.path), db, weakref.finalize(self, db.close)
+        about = db.execute("SELECT value FROM about WHERE name = 'sae'").fetchone()
+        if about is not None and self._sae not in ("", about[0]):
+            self.close()
+            raise ValueError(
+                f"{self.path} must hold labels of the SAE that was harvested, fingerprint {self._sae}, got those of "
+                f"{about[0]}. Move it away, or harvest that SAE."
+            )
+        return db
+
+
+def _identify(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return os.getpid(), found.st_dev, found.st_ino

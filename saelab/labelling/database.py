@@ -1,0 +1,135 @@
+"""The file of a label book: an SQLite database opened, checked and locked, whose errors say what to do.
+
+Nothing is written to a file that is damaged, of another kind or of another version. Every change is one transaction
+that waits for those of other processes; the journal is SQLite's own, so that one file holds everything at rest and
+can be read where nothing may be written.
+"""
+
+import errno
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FILE = "labels.sqlite"
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x5AE1AB  # tells our files from other people's
+BEST_FIRST = "fixed DESC, kind = 'none', id DESC"
+SCHEMA = f"""
+CREATE TABLE labels (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    feature INTEGER NOT NULL,
+    sign INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    author TEXT NOT NULL,
+    by_person INTEGER NOT NULL,
+    scores TEXT NOT NULL,
+    evidence TEXT NOT NULL,
+    provenance TEXT NOT NULL,
+    time TEXT NOT NULL,
+    fixed INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX labels_by_feature ON labels (feature, sign);
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE VIEW places AS SELECT *, row_number() OVER (PARTITION BY feature, sign ORDER BY {BEST_FIRST}) AS place
+    FROM labels;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection | None:
+    """A connection to an intact book of this version; None where there is no book yet, unless one is to be created.
+
+    Raises ValueError for a damaged file, another kind of file and another schema version, TimeoutError where another
+    process keeps it locked for `timeout` seconds.
+    """
+    if not create and not path.exists():
+        return None
+    with explained(path):
+        uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+        # Threads take turns by the book's own lock.
+        db = sqlite3.connect(uri, timeout, uri=True, isolation_level=None, check_same_thread=False)
+        try:
+            if _check(db, path):
+                return db
+            if create:
+                _found(db)
+                return db
+        except BaseException:
+            db.close()
+            raise
+        db.close()
+        return None
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of the block's changes or, after an exception, none; other processes wait until it ends."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """SQLite's errors in the block as TimeoutError (locked), OSError (may not be written, full) or ValueError."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        said, kept = str(error), "Nothing was changed"
+        if "locked" in said:
+            raise TimeoutError(f"{path} is locked by another process. {kept}: try again when that has ended.") from None
+        if "readonly" in said or "unable to open" in said:
+            why = f"Cannot open or write {path}: it or its folder may not be written to. {kept}"
+            raise PermissionError(errno.EACCES, f"{why}: change the permissions, or work on a copy") from None
+        if "full" in said or "I/O" in said:
+            why = f"Cannot write {path} ({said}). {kept}: free some space, then run again"
+            raise OSError(errno.ENOSPC if "full" in said else errno.EIO, why) from None
+        raise ValueError(tell_damage(path, said)) from None
+    except OverflowError:
+        raise ValueError("`feature` must be below 2**63, got more. Give the number of a feature.") from None
+
+
+def _check(db: sqlite3.Connection, path: Path) -> bool:
+    """Whether the file is a book; False where it is empty."""
+    (application,), (version,) = (
+        db.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
+    )
+    (n_tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if (application, version, n_tables) == (0, 0, 0):
+        return False
+    if application != APPLICATION_ID:
+        raise ValueError(f"{path} must be a book of labels, got another SQLite database. Move it away.")
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} must have schema_version {SCHEMA_VERSION}, got {version}. Export its labels as JSON with the "
+            "saelab that wrote it, and import them here."
+        )
+    (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise ValueError(tell_damage(path, found))
+    return True
+
+
+def tell_damage(path: Path, found: str) -> str:
+    """What to say of a damaged file."""
+    reason = " ".join(found.split())
+    return (
+        f"{path} must be an intact book of labels, got a damaged file ({reason}). It is left as it is: put a copy in "
+        "its place, or move it away and import the labels from an export."
+    )
+
+
+def _found(db: sqlite3.Connection) -> None:
+    """Make the tables, unless another process has just done so."""
+    with transaction(db):
+        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            for statement in SCHEMA.split(";"):
+                db.execute(statement)

@@ -1,0 +1,45 @@
+"""Which texts have the words of a query: by word stems, best first, where SQLite can; else by letters."""
+
+import re
+import sqlite3
+from collections.abc import Sequence
+
+
+def rank_texts(texts: Sequence[str], query: str, stems: bool = True) -> list[int]:
+    """Places of the texts that match, best first.
+
+    A text matches where it has every word of the query, as it stands, longer or in another form: "storm" finds
+    "storms" and "stormy". Where no text does, those that contain the query's words as letters do: "storm" finds
+    "snowstorm". The index lives in memory while it is asked, so a book reads the same in every build of SQLite; in
+    one without FTS5, or with `stems` off, letters alone decide. No query is an error: it holds words and no syntax.
+
+    >>> rank_texts(["rainy days", "the train", "sun"], "rain")
+    [0]
+    """
+    words = re.findall(r"\w+", query)
+    found = _rank_by_stems(texts, words) if words and stems else None
+    if found:
+        return found
+    parts = [part.casefold() for part in (words or query.split())]
+    return [i for i, text in enumerate(texts) if parts and all(part in text.casefold() for part in parts)]
+
+
+def has_stems() -> bool:
+    """Whether this build of SQLite has FTS5."""
+    return _rank_by_stems(["a"], ["a"]) is not None
+
+
+def _rank_by_stems(texts: Sequence[str], words: Sequence[str]) -> list[int] | None:
+    """None where SQLite has no FTS5."""
+    db = sqlite3.connect(":memory:")
+    try:
+        db.execute("CREATE VIRTUAL TABLE found USING fts5(text, content='', tokenize='porter unicode61')")
+        db.executemany("INSERT INTO found(rowid, text) VALUES (?, ?)", enumerate(texts))
+        # A word of letters and digits between quotes is a phrase whatever it says; * lets it go on.
+        asked = " ".join(f'"{word}" *' for word in words)
+        rows = db.execute("SELECT rowid FROM found WHERE found MATCH ? ORDER BY rank, rowid", (asked,))
+        return [i for (i,) in rows]
+    except sqlite3.OperationalError:
+        return None
+    finally:
+        db.close()

@@ -1,0 +1,191 @@
+"""Labels as files that other programs read: JSON, CSV and Neuronpedia's explanation records.
+
+All three give back the same labels and choices, except that NaN and infinities are null, read back as NaN.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from saelab.labelling.label import Label
+from saelab.stores.files import to_json
+
+Format = Literal["json", "csv", "neuronpedia"]
+SCHEMA_VERSION = 1
+PACKED = ("scores", "evidence", "provenance")
+COLUMNS = ("feature", "sign", "text", "kind", "author", "by_person", "chosen", "fixed", "time", *PACKED)
+FORMULA = re.compile("^'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""cells that a spreadsheet would run, and those that look like one made harmless"""
+LONGEST_CELL = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A label as a book holds it."""
+
+    label: Label
+    chosen: bool = False
+    """whether it is the one to show"""
+    fixed: bool = False
+    """whether a person chose it"""
+
+
+def name_format(path: Path) -> Format:
+    """The format that a file's ending stands for; ValueError where it stands for none."""
+    forms: dict[str, Format] = {".json": "json", ".csv": "csv", ".jsonl": "neuronpedia"}
+    ending = next((suffix for suffix in reversed(path.suffixes) if suffix != ".gz"), "")
+    if ending not in forms:
+        raise ValueError(f"`path` must end in {', '.join(forms)} (or also .gz), got {path}. Name the format otherwise.")
+    return forms[ending]
+
+
+def write_entries(entries: Sequence[Entry], form: Format, model_id: str = "", source_id: str = "") -> str:
+    """The text of a file; `model_id` and `source_id` are Neuronpedia's names of the model and of the dictionary."""
+    if form == "csv":
+        return _write_csv(entries)
+    if form == "neuronpedia":
+        records = (_to_record(entry, model_id, source_id) for entry in entries if entry.label.kind != "none")
+        return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    listed = [entry.label.to_dict() | {"chosen": entry.chosen, "fixed": entry.fixed} for entry in entries]
+    return to_json({"kind": "labels", "schema_version": SCHEMA_VERSION, "labels": listed}) + "\n"
+
+
+def read_entries(path: Path) -> list[Entry]:
+    """The labels of a file that `write_entries` wrote, of a table of features and texts, or of Neuronpedia's records.
+
+    What a file is shows in what it holds; it may be compressed by gzip. FileNotFoundError where there is none,
+    ValueError naming the file and the first record that is no label.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"`path` must be an existing file of labels, got {path}. Check its name.")
+    raw = path.read_bytes()
+    try:
+        text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
+        rows = _read_json(text) if text.lstrip()[:1] in ("{", "[") else _read_csv(text)
+    except (ValueError, RecursionError, OSError, EOFError, csv.Error) as error:
+        raise ValueError(f"{path} must hold labels as JSON, JSON lines or CSV, got something else ({error}).") from None
+    entries = []
+    for number, row in enumerate(rows, 1):
+        try:
+            entries.append(_to_entry(row, path.name))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} must hold labels; its record {number} is none ({error}).") from None
+    return entries
+
+
+def _to_entry(row: Mapping[str, Any], file: str) -> Entry:
+    fields = _from_record(row) if "description" in row else dict(row)
+    for name in ("feature", "text"):
+        if name not in fields:
+            raise ValueError(f"it must have a `{name}`")
+    chosen, fixed = (_truth(fields.pop(name, False)) for name in ("chosen", "fixed"))
+    fields["feature"], fields["sign"] = int(fields["feature"]), int(fields.get("sign", 0))
+    fields["by_person"] = _truth(fields.get("by_person", False))
+    fields["author"] = fields.get("author") or file
+    scores = dict(fields.get("scores") or {})
+    fields["scores"] = {name: math.nan if value is None else float(value) for name, value in scores.items()}
+    if wrong := [name for name in ("text", "author", "time") if not isinstance(fields.get(name, ""), str)]:
+        raise ValueError(f"its `{wrong[0]}` must be a text")
+    if wrong := [name for name in PACKED if not isinstance(fields.get(name, {}), dict)]:
+        raise ValueError(f"its `{wrong[0]}` must be an object")
+    return Entry(Label.from_dict(fields), chosen, fixed)
+
+
+def _truth(value: Any) -> bool:
+    said = str(value).lower()  # spreadsheets write TRUE
+    if said in ("true", "false", ""):
+        return said == "true"
+    raise ValueError(f"it must say true or false, not {value!r}")
+
+
+def _read_json(text: str) -> Iterable[Mapping[str, Any]]:
+    try:
+        data = json.loads(text)
+    except ValueError:
+        data = [json.loads(line) for line in text.split("\n") if line.strip()]
+    if isinstance(data, list):
+        return data
+    if data.get("kind") == "labels":
+        if (version := data.get("schema_version")) != SCHEMA_VERSION:
+            raise ValueError(f"its schema_version must be {SCHEMA_VERSION}, not {version}")
+        return list(data["labels"]) if isinstance(data.get("labels"), list) else []
+    return list(data["explanations"]) if isinstance(data.get("explanations"), list) else [data]
+
+
+# ---- CSV: a cell that a spreadsheet would take for a formula gets an apostrophe, which reading takes away again
+def _write_csv(entries: Sequence[Entry]) -> str:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, quoting=csv.QUOTE_ALL)  # so that a semicolon begins no cell either
+    writer.writerow(COLUMNS)
+    for entry in entries:
+        row = entry.label.to_dict() | {"chosen": entry.chosen, "fixed": entry.fixed}
+        writer.writerow(_to_cell(row[name]) for name in COLUMNS)
+    return file.getvalue()
+
+
+def _to_cell(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{value}" if FORMULA.match(value) else value
+    return json.dumps(json.loads(to_json(value))) if isinstance(value, Mapping) else str(value).lower()
+
+
+def _read_csv(text: str) -> Iterator[dict[str, Any]]:
+    limit = csv.field_size_limit(LONGEST_CELL)
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    finally:
+        csv.field_size_limit(limit)
+    return (_from_cells(row) for row in rows)
+
+
+def _from_cells(row: Mapping[str | None, Any]) -> dict[str, Any]:
+    if None in row or None in row.values():
+        raise ValueError("it must have as many cells as the header")
+    cells = {str(name): value for name, value in row.items() if value or name in ("text", "feature")}
+    plain = {
+        name: value[1:] if value[0] == "'" and FORMULA.match(value) else value for name, value in cells.items() if value
+    }
+    return cells | plain | {name: json.loads(cells[name]) for name in PACKED if name in cells}
+
+
+# ---- Neuronpedia: what it has no field for stands as JSON in its notes
+def _to_record(entry: Entry, model_id: str, source_id: str) -> dict[str, Any]:
+    label = entry.label
+    rest = {name: value for name, value in label.to_dict().items() if name not in ("feature", "text", "scores", "time")}
+    notes = json.dumps({"saelab": json.loads(to_json(rest | {"chosen": entry.chosen, "fixed": entry.fixed}))})
+    name = json.dumps([model_id, source_id, label.feature, label.sign, label.author, label.text, label.time])
+    scores = {score: value if math.isfinite(value) else None for score, value in label.scores.items()}
+    return {
+        "id": "c" + hashlib.sha256(name.encode()).hexdigest()[:24],
+        "modelId": model_id,
+        "layer": source_id,
+        "index": str(label.feature),
+        "description": label.text,
+        "typeName": None,
+        "explanationModelName": None if label.by_person else label.author,
+        "notes": notes,
+        "scores": [{"explanationScoreTypeName": score, "value": value} for score, value in scores.items()],
+        "createdAt": label.time,
+    }
+
+
+def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a label; one of somebody else is by its model and type, and says where it came from."""
+    fields = {"feature": record["index"], "text": record["description"], "time": record.get("createdAt") or ""}
+    scores = record.get("scores") or []
+    fields["scores"] = {str(score["explanationScoreTypeName"]): score["value"] for score in scores}
+    try:
+        return fields | dict(json.loads(record["notes"])["saelab"])
+    except (KeyError, TypeError, ValueError):
+        pass
+    origin = {name: record[name] for name in ("id", "modelId", "layer", "typeName", "notes") if record.get(name)}
+    made_by = [str(record[name]) for name in ("explanationModelName", "typeName") if record.get(name)]
+    return fields | {"author": ", ".join(made_by) or "neuronpedia", "provenance": {"neuronpedia": origin}}
