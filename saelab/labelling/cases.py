@@ -1,0 +1,177 @@
+"""`Case`: the windows by which one side of a feature is explained, and those by which that is scored."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Bool
+
+from saelab.analyses.contexts import Example, FeatureExamples, examples
+from saelab.labelling.label import BOTH
+from saelab.stores.features import FeatureStore
+
+LEVELS = 10
+SPARE = 4
+"""Windows drawn for each negative wanted: in the others the feature fires somewhere, or they were shown already."""
+FEWEST = 4
+"""Held-out windows of either kind below which nothing is scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseConfig:
+    """How many windows a feature is shown by, and from which documents."""
+
+    n_top: int = 8
+    """strongest windows, for explaining"""
+    n_quantiles: int = 5
+    """groups of equally many firings"""
+    n_each: int = 2
+    """windows of each group, for explaining"""
+    n_silent: int = 5
+    """near misses, for explaining"""
+    n_scored: int = 4
+    """held-out windows of each group, for scoring; as many more in which the feature is silent, half of them hard"""
+    width: int = 24
+    """tokens of a window"""
+    train_frac: float = 0.5
+    """of the documents: they explain, the others score"""
+    seed: int = 0
+    """of the split, and of what is drawn"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One feature, or one of its signs. ValueError where a document is on both sides."""
+
+    feature: int
+    sign: int
+    """1 or -1; 0 for both"""
+    peak: float
+    """the largest |z| of this sign in the training documents"""
+    shown: tuple[Example, ...]
+    """it fires here: the strongest windows, then the quantiles, strongest first; training documents"""
+    silent: tuple[Example, ...]
+    """the same tokens, and it does not fire anywhere in the window; training documents"""
+    fires: tuple[Example, ...]
+    """it fires here; held-out documents"""
+    hard: tuple[Example, ...]
+    """it does not fire, though the same token stands there, or the other sign fires; held-out documents"""
+    easy: tuple[Example, ...]
+    """it does not fire, drawn at random; held-out documents"""
+
+    def __post_init__(self) -> None:
+        explaining = {example.doc_id for example in (*self.shown, *self.silent)}
+        scoring = {example.doc_id for example in (*self.fires, *self.hard, *self.easy)}
+        if both := sorted(explaining & scoring):
+            raise ValueError(f"Explaining and scoring must share no document, got {both[:5]} on both sides.")
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be scored; empty where it can."""
+        n_silent = len(self.hard) + len(self.easy)
+        if min(len(self.fires), n_silent) >= FEWEST:
+            return ""
+        return f"{len(self.fires)} firing and {n_silent} silent held-out windows, {FEWEST} of each are needed"
+
+    def fires_at(self, example: Example) -> list[bool]:
+        """At which tokens of a window it fires with this sign."""
+        return [is_hit(value, self.sign) for value in example.values]
+
+    def level(self, value: float) -> int:
+        """A code as a whole number: 1 to 10 by |z| beside the peak, 0 where this sign does not fire."""
+        if not is_hit(value, self.sign):
+            return 0
+        return int(min(LEVELS, max(1, np.ceil(LEVELS * abs(value) / self.peak))))
+
+
+def is_hit(value: float, sign: int) -> bool:
+    """Whether a code is a firing of a sign, or of any for 0.
+
+    >>> is_hit(-2.0, -1), is_hit(-2.0, 0), is_hit(0.0, 0)
+    (True, True, False)
+    """
+    return value != 0 if sign == BOTH else value * sign > 0
+
+
+def build_case(
+    store: FeatureStore, feature: int, sign: int, train: Bool[np.ndarray, "n_tokens"], cfg: CaseConfig
+) -> Case | None:
+    """The case of one side of a feature; `train` is `store.split(...)`. None where it does not fire in training."""
+    half = cfg.width // 2
+    around = {"before": half, "after": cfg.width - 1 - half, "n_quantiles": cfg.n_quantiles, "seed": cfg.seed}
+    learnt = examples(
+        store,
+        feature,
+        rows=train,
+        n_top=cfg.n_top,
+        n_each=cfg.n_each,
+        n_near=SPARE * cfg.n_silent,
+        n_random=0,
+        **around,
+    )
+    peak = max((group.high for group in learnt.groups if _is_side(group.side, sign)), default=0.0)
+    if peak == 0:
+        return None
+    shown = _unlike([*_pick(learnt, sign, "top"), *_pick(learnt, sign, "quantile")[::-1]])
+    silent = [example for example in _pick(learnt, BOTH, "near miss") if not _has_hit(example, sign)]
+    # Twice as wide on both sides, to be cut so that the firing token may stand anywhere.
+    n = cfg.n_scored * cfg.n_quantiles
+    around |= {"before": cfg.width - 1, "after": cfg.width - 1}
+    held = examples(
+        store, feature, rows=~train, n_top=n, n_each=cfg.n_scored, n_near=SPARE * n, n_random=SPARE * n, **around
+    )
+    rng = np.random.default_rng((cfg.seed, feature, sign % 3))
+    fires, hard, easy = _held_out(held, sign, cfg.width, {example.words for example in shown}, rng)
+    return Case(
+        feature=feature, sign=sign, peak=peak, shown=tuple(shown), silent=tuple(silent[: cfg.n_silent]),
+        fires=fires, hard=hard, easy=easy,
+    )  # fmt: skip
+
+
+def _held_out(
+    held: FeatureExamples, sign: int, width: int, seen: set[tuple[str, ...]], rng: np.random.Generator
+) -> tuple[tuple[Example, ...], ...]:
+    """Firing windows, and as many verified silent ones, half of them hard where there are so many."""
+
+    def cut(found: Iterable[Example]) -> list[Example]:
+        return _unlike((_crop(example, width, rng) for example in found), seen)
+
+    fires = cut(_pick(held, sign, "quantile"))
+    tokens = {example.words[example.center] for example in fires}
+    near = [e for e in _pick(held, BOTH, "near miss") if e.words[e.center] in tokens]
+    opposite = _pick(held, -sign, "top") if sign != BOTH else []
+    hard = [example for example in cut([*near, *opposite]) if not _has_hit(example, sign)][: len(fires) // 2]
+    easy = [example for example in cut(_pick(held, BOTH, "random")) if not _has_hit(example, sign)]
+    return tuple(fires), tuple(hard), tuple(easy[: len(fires) - len(hard)])
+
+
+def _pick(found: FeatureExamples, sign: int, name: str) -> list[Example]:
+    """The windows of the groups of a name and sign; all signs for 0."""
+    groups = [group for group in found.groups if group.name.startswith(name)]
+    return [example for group in groups if _is_side(group.side, sign) for example in group.examples]
+
+
+def _is_side(side: int, sign: int) -> bool:
+    return sign in (BOTH, side)
+
+
+def _has_hit(example: Example, sign: int) -> bool:
+    return any(is_hit(value, sign) for value in example.values)
+
+
+def _unlike(found: Iterable[Example], seen: set[tuple[str, ...]] | None = None) -> list[Example]:
+    """Each window once, and none of those seen before."""
+    seen, kept = set(seen or ()), []
+    for example in found:
+        if example.words not in seen:
+            seen.add(example.words)
+            kept.append(example)
+    return kept
+
+
+def _crop(example: Example, width: int, rng: np.random.Generator) -> Example:
+    """`width` tokens around the center, which stands anywhere in them: its place must not give it away."""
+    first, last = max(0, example.center - width + 1), min(example.center, len(example.words) - width)
+    start = int(rng.integers(first, max(first, last) + 1))
+    part = slice(start, start + width)
+    return replace(example, words=example.words[part], values=example.values[part], center=example.center - start)

@@ -1,0 +1,187 @@
+"""`Client`: whoever answers a prompt. Here: any OpenAI-compatible endpoint, and a language model loaded on the spot."""
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from saelab.lm.generation import generate
+from saelab.lm.models import Model
+
+Messages: TypeAlias = Sequence[Mapping[str, str]]
+"""A conversation: each with its "role", user or assistant, and its "content"."""
+
+HOPELESS = (401, 403, 404)
+"""Answers that no other prompt would change: the key, the rights, the model's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back for one prompt."""
+
+    text: str
+    tokens_in: int = 0
+    """of the prompt, 0 where nobody counted"""
+    tokens_out: int = 0
+
+
+class RetryLater(Exception):
+    """The same prompt may well be answered when it is sent again."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+        """seconds that the server asks for"""
+
+
+class NotAnswered(Exception):
+    """This prompt has no answer, and would have none if it were sent again; others may."""
+
+
+class Waiting(NotAnswered):
+    """This prompt was not asked, or has no answer yet: another run may bring one."""
+
+
+@runtime_checkable
+class Client(Protocol):
+    """Answers prompts. `complete` may be called from several threads at once."""
+
+    name: str
+    """the author of its labels"""
+    settings: Mapping[str, Any]
+    """what beside the messages decides an answer: answers are kept under both"""
+
+    def complete(self, messages: Messages) -> Answer:
+        """The answer; RetryLater, NotAnswered or Waiting for this prompt alone, any other exception ends the run."""
+        ...
+
+
+class OpenAIClient:
+    """A model behind any OpenAI-compatible endpoint.
+
+    `base_url` is OpenAI's own by default; the key is read from the environment variable `key_from`, which a server of
+    one's own may do without, and is kept out of every message and file. `settings` go with each request; some models
+    want `max_completion_tokens` in the place of `max_tokens`, or no temperature. Needs `pip install 'saelab[llm]'`.
+    ValueError for a missing or refused key and for a model that the endpoint does not know.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        *,
+        key_from: str = "OPENAI_API_KEY",
+        timeout: float = 60.0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        openai = _import_openai()
+        self._key = os.environ.get(key_from, "")
+        if base_url is None and not self._key:
+            raise ValueError(
+                f"`key_from` must name an environment variable with a key, got {key_from}, which is empty."
+            )
+        self.name, self.base_url = model, base_url
+        self._more = dict({"temperature": 0, "max_tokens": 512} if settings is None else settings)
+        self.settings: Mapping[str, Any] = {"model": model, **self._more}
+        # It would try again by itself, uncounted: `Asker` does that.
+        self._openai = openai.OpenAI(api_key=self._key or "none", base_url=base_url, max_retries=0, timeout=timeout)
+
+    def __repr__(self) -> str:
+        return f"OpenAIClient({self.name!r}, {self.base_url!r})"
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._openai.close()
+
+    def complete(self, messages: Messages) -> Answer:
+        """One request, never repeated here."""
+        openai = _import_openai()
+        try:
+            given = self._openai.chat.completions.create(
+                model=self.name, messages=[dict(message) for message in messages], **self._more
+            )
+            return _read_completion(given)
+        except openai.APIStatusError as error:
+            raise self._explain(error.status_code, str(error), error.response.headers) from None
+        except openai.APITimeoutError:
+            raise RetryLater("no answer in time") from None
+        except openai.APIConnectionError as error:
+            raise RetryLater(self._clean(f"the connection failed: {error.__cause__ or error}")) from None
+        except (openai.APIError, ValueError, TypeError, AttributeError, LookupError) as error:
+            raise RetryLater(self._clean(f"not a completion: {error}")) from None
+
+    def _explain(self, status: int, said: str, headers: Mapping[str, str]) -> Exception:
+        said = self._clean(said)
+        if status in HOPELESS:
+            return ValueError(
+                f"The endpoint {self.base_url or 'of OpenAI'} must know the model '{self.name}' and accept the key, "
+                f"got {status}: {said} Check the model's name, the URL and the key."
+            )
+        if status in (408, 409, 425, 429) or status >= 500:
+            return RetryLater(f"{status}: {said}", _read_wait(headers))
+        return NotAnswered(f"{status}: {said}")
+
+    def _clean(self, text: str) -> str:
+        """Servers repeat keys; nothing that is shown or written may."""
+        return (text.replace(self._key, "***") if self._key else text)[:300]
+
+
+def _import_openai() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise ImportError(
+            "The package openai must be installed for `OpenAIClient`: pip install 'saelab[llm]'."
+        ) from error
+    return openai
+
+
+def _read_completion(given: Any) -> Answer:
+    """Text and usage of a completion; servers leave out what they like, and some answer with anything at all."""
+    text = given.choices[0].message.content
+    if not isinstance(text, str):
+        raise ValueError("its content is no text")
+    usage = given.usage
+    counts = (getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens"))
+    tokens_in, tokens_out = (count if isinstance(count, int) else 0 for count in counts)
+    return Answer(text=text, tokens_in=tokens_in, tokens_out=tokens_out)
+
+
+def _read_wait(headers: Mapping[str, str]) -> float | None:
+    """Retry-After, in seconds or as a date."""
+    from email.utils import parsedate_to_datetime
+    from time import time
+
+    given = headers.get("retry-after", "")
+    try:
+        return max(0.0, float(given))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(given).timestamp() - time())
+    except (ValueError, TypeError):
+        return None
+
+
+class LocalClient:
+    """A causal language model on this machine, greedy; by its chat template where it has one, else as plain text.
+
+    >>> LocalClient(sl.tiny_model(), n_tokens=4).complete([{"role": "user", "content": "Hello"}]).tokens_out
+    4
+    """
+
+    def __init__(self, model: Model, *, n_tokens: int = 256) -> None:
+        self._model, self._n_tokens = model, n_tokens
+        self._lock = threading.Lock()  # one model runs one prompt at a time
+        self.name = str(model.cfg.model_name)
+        self.settings: Mapping[str, Any] = {"model": self.name, "n_tokens": n_tokens, "local": True}
+
+    def complete(self, messages: Messages) -> Answer:
+        """Generate until the model ends its answer, or up to `n_tokens`."""
+        with self._lock:
+            try:
+                text, tokens_in, tokens_out = generate(self._model, messages, self._n_tokens)
+            except ValueError as error:
+                raise NotAnswered(str(error)) from None
+        return Answer(text=text, tokens_in=tokens_in, tokens_out=tokens_out)

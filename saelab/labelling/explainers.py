@@ -1,0 +1,40 @@
+"""`Explainer`: whoever names what a feature fires on; `LLMExplainer` asks a language model."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from saelab.labelling.asking import Asker
+from saelab.labelling.cases import Case
+from saelab.labelling.prompts import explaining_prompt, read_label
+from saelab.labelling.questions import Question, Reply
+
+
+@runtime_checkable
+class Explainer(Protocol):
+    """Names cases by their training windows, `shown` and `silent`."""
+
+    name: str
+    """the author of its labels"""
+
+    def explain(self, cases: Sequence[Case]) -> list[Reply[str]]:
+        """A label for each case, the empty text where nothing fits, or why there is none."""
+        ...
+
+
+class LLMExplainer:
+    """Shows a language model the windows, firing tokens marked, and asks for a phrase."""
+
+    def __init__(self, asker: Asker) -> None:
+        self.asker, self.name = asker, asker.client.name
+
+    def questions(self, cases: Sequence[Case]) -> list[Question[str]]:
+        """The prompt of each case."""
+        return [Question(messages=explaining_prompt(case), read=_read, tokens_out=25) for case in cases]
+
+    def explain(self, cases: Sequence[Case]) -> list[Reply[str]]:
+        """Ask about all cases at once."""
+        return self.asker.ask(self.questions(cases), "explain")
+
+
+def _read(answer: str) -> str:
+    return read_label(answer) or ""

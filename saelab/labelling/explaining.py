@@ -1,0 +1,284 @@
+"""`explain_features` and `score_labels`: names for many features by a language model, and how good they are."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saelab.labelling.asking import Asker
+from saelab.labelling.cases import Case, CaseConfig, build_case
+from saelab.labelling.clients import Client
+from saelab.labelling.explainers import Explainer, LLMExplainer
+from saelab.labelling.label import BOTH, Kind, Label
+from saelab.labelling.prompts import N_WORDS
+from saelab.labelling.questions import AskConfig, Estimate, Question, Reply, Usage
+from saelab.labelling.scorers import SCORERS, LLMScorer, Scorer
+from saelab.stores.features import FeatureStore
+from saelab.stores.results import Result
+
+BLOCK = 64
+"""Features whose windows are held at a time."""
+ANSWERS = "answers.jsonl"
+TYPICAL = " ".join(["something"] * N_WORDS)  # stands for labels that are not known yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlabelled(Result):
+    """A feature, or one of its signs, that has no label, or lacks a score."""
+
+    feature: int
+    sign: int
+    stage: str
+    """explain, the scorer's name, windows where there are none to show, asking where the budget was used up"""
+    problem: str
+    is_waiting: bool
+    """another run may bring it: it was not asked, or has no answer yet"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling(Result):
+    """What a run brought: labels, what is missing and why, and what was asked."""
+
+    labels: tuple[Label, ...]
+    missing: tuple[Unlabelled, ...]
+    usage: Usage
+
+    @property
+    def n_waiting(self) -> int:
+        """How much of what is missing another run may bring."""
+        return sum(entry.is_waiting for entry in self.missing)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.labels):,} labels, {len(self.missing):,} missing, {self.n_waiting:,} of them waiting"]
+        for label in self.labels[:20]:
+            scores = "  ".join(
+                f"{name} {value:.2f} (chance {label.scores[name + '_chance']:g})"
+                for name, value in label.scores.items()
+                if f"{name}_chance" in label.scores
+            )
+            lines.append(
+                f"{label.feature:>7} {'+' if label.sign > 0 else '-' if label.sign else ' '} {label.text!r}  {scores}"
+            )
+        lines += [f"{e.feature:>7} {e.stage}: {e.problem}" for e in self.missing[:10]]
+        return "\n".join([*lines, str(self.usage)])
+
+
+def explain_features(
+    store: FeatureStore,
+    explainer: Client | Explainer,
+    features: Sequence[int] | None = None,
+    *,
+    signs: Sequence[int] = (1, -1),
+    scorers: Sequence[str | Scorer] = ("detection", "fuzzing"),
+    answers: str | Path | None = None,
+    asking: AskConfig | None = None,
+    cases: CaseConfig | None = None,
+    progress: bool = True,
+) -> Labelling:
+    """Name features by a language model, one label for each sign, and score the labels on other documents.
+
+    `explainer` is a client, which scores too, or an `Explainer` of one's own beside scorers that are objects. All
+    features that fire by default; sign 0 stands for both at once. Every answer is kept in `answers`, the file
+    answers.jsonl in the store's folder by default: made again, a call asks only what has no answer yet. What cannot be
+    answered is in `missing` with the reason. Raises as `Asker.ask` does, IndexError for features that do not exist.
+
+    `cases` says how many windows are shown, `asking` how many requests go out at once, prices and budget.
+    """
+    plan = _Plan.make(store, explainer, scorers, answers, asking, cases, progress)
+    assert plan.explainer is not None
+    found = _Found()
+    for block in plan.blocks(_sides(store, features, signs), found):
+        built = plan.build(block, found)
+        replies = plan.explainer.explain(built)
+        named: list[tuple[Label, Case]] = []
+        for case, reply in zip(built, replies, strict=True):
+            if reply.value is None:
+                found.miss(case.feature, case.sign, "explain", reply)
+            else:
+                named.append((plan.label(case, reply.value), case))
+        found.labels += plan.score(named, found)
+    return found.result(plan.usage)
+
+
+def score_labels(
+    store: FeatureStore,
+    client: Client | None,
+    labels: Sequence[Label],
+    *,
+    scorers: Sequence[str | Scorer] = ("detection", "fuzzing"),
+    answers: str | Path | None = None,
+    asking: AskConfig | None = None,
+    cases: CaseConfig | None = None,
+    progress: bool = True,
+) -> Labelling:
+    """Score labels, whoever gave them, on documents that `explain_features` does not show; all of them come back.
+
+    A scorer is "detection", "fuzzing", "contrast" or "simulation", which ask the client, or an object. Options are
+    those of `explain_features`; scores of the same name are replaced.
+    """
+    plan = _Plan.make(store, client, scorers, answers, asking, cases, progress)
+    found = _Found()
+    by_side: dict[tuple[int, int], list[Label]] = {}
+    for label in labels:
+        by_side.setdefault((label.feature, label.sign), []).append(label)
+    for block in plan.blocks(list(by_side), found):
+        built = {(case.feature, case.sign): case for case in plan.build(block, found)}
+        pairs = [(label, built[side]) for side in block if side in built for label in by_side[side]]
+        found.labels += plan.score(pairs, found)
+        found.labels += [label for side in block if side not in built for label in by_side[side]]
+    scored = {(label.feature, label.sign) for label in found.labels}
+    found.labels += [label for side, group in by_side.items() if side not in scored for label in group]
+    return found.result(plan.usage)
+
+
+def estimate_labels(
+    store: FeatureStore,
+    client: Client,
+    features: Sequence[int] | None = None,
+    *,
+    signs: Sequence[int] = (1, -1),
+    scorers: Sequence[str] = ("detection", "fuzzing"),
+    answers: str | Path | None = None,
+    asking: AskConfig | None = None,
+    cases: CaseConfig | None = None,
+) -> Estimate:
+    """What `explain_features` would ask with these arguments, about; from a sample where there are many features."""
+    plan = _Plan.make(store, client, scorers, answers, asking, cases, False)
+    assert plan.asker is not None
+    sides = _sides(store, features, signs)
+    sample = sides[:: max(1, len(sides) // BLOCK)]
+    explainer, questions = LLMExplainer(plan.asker), list[Question[Any]]()
+    built = plan.build(sample, _Found())
+    for case, question in zip(built, explainer.questions(built), strict=True):
+        text = plan.asker.peek(question)
+        questions.append(question)
+        for scorer in plan.scorers if text != "" else ():
+            assert isinstance(scorer, LLMScorer)
+            questions += scorer.questions([TYPICAL if text is None else text], [case])
+    return plan.asker.estimate(questions).times(len(sides) / max(1, len(sample)))
+
+
+class _Found:
+    """What a run has brought so far."""
+
+    def __init__(self) -> None:
+        self.labels: list[Label] = []
+        self.missing: list[Unlabelled] = []
+
+    def miss(self, feature: int, sign: int, stage: str, reply: Reply[Any]) -> None:
+        """Note what is missing, and why."""
+        entry = Unlabelled(feature=feature, sign=sign, stage=stage, problem=reply.problem, is_waiting=reply.is_waiting)
+        self.missing.append(entry)
+
+    def result(self, usage: Usage) -> Labelling:
+        """All of it."""
+        return Labelling(labels=tuple(self.labels), missing=tuple(self.missing), usage=usage)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Who explains and scores, and on which windows."""
+
+    store: FeatureStore
+    train: Any
+    """rows of training documents"""
+    cases: CaseConfig
+    asker: Asker | None
+    explainer: Explainer | None
+    scorers: tuple[Scorer, ...]
+
+    @classmethod
+    def make(
+        cls,
+        store: FeatureStore,
+        who: Client | Explainer | None,
+        scorers: Sequence[str | Scorer],
+        answers: str | Path | None,
+        asking: AskConfig | None,
+        cases: CaseConfig | None,
+        progress: bool,
+    ) -> "_Plan":
+        cases = cases or CaseConfig()
+        asker = None
+        if isinstance(who, Client):
+            asker = Asker(who, answers or store.folder / ANSWERS, asking, progress=progress)
+        explainer = LLMExplainer(asker) if asker is not None else who if isinstance(who, Explainer) else None
+        made = tuple(_make_scorer(scorer, asker, cases.seed) for scorer in scorers)
+        return cls(store, store.split(cases.train_frac, cases.seed), cases, asker, explainer, made)
+
+    @property
+    def usage(self) -> Usage:
+        """What was asked so far."""
+        return self.asker.usage if self.asker is not None else Usage()
+
+    def blocks(self, sides: list[tuple[int, int]], found: _Found) -> Iterator[list[tuple[int, int]]]:
+        """A few sides at a time, until the budget is used up; what comes after is noted as waiting."""
+        for start in range(0, len(sides), BLOCK):
+            block = sides[start : start + BLOCK]
+            if self.usage.stopped:
+                for feature, sign in block:
+                    found.miss(feature, sign, "asking", Reply(problem=self.usage.stopped, is_waiting=True))
+            else:
+                yield block
+
+    def build(self, sides: Sequence[tuple[int, int]], found: _Found) -> list[Case]:
+        """The windows of each side; those that do not fire in training documents are noted."""
+        built = []
+        for feature, sign in sides:
+            case = build_case(self.store, feature, sign, self.train, self.cases)
+            if case is None:
+                found.miss(feature, sign, "windows", Reply(problem="it does not fire in the training documents"))
+            else:
+                built.append(case)
+        return built
+
+    def label(self, case: Case, text: str) -> Label:
+        """The label that an explainer gave."""
+        assert self.explainer is not None
+        two_sided = case.sign == BOTH and len({value > 0 for e in case.shown for value in e.values if value}) == 2
+        kind: Kind = "none" if not text else "two-sided" if two_sided else "input"
+        provenance: dict[str, Any] = {"cases": asdict(self.cases)}
+        if self.asker is not None:
+            provenance |= {"client": dict(self.asker.client.settings), "answers": self.asker.log.path.name}
+        counts = {f"n_{name}": len(getattr(case, name)) for name in ("shown", "silent", "fires", "hard", "easy")}
+        return Label(
+            feature=case.feature, sign=case.sign, text=text, kind=kind, author=self.explainer.name,
+            evidence=counts, provenance=provenance,
+        )  # fmt: skip
+
+    def score(self, pairs: Sequence[tuple[Label, Case]], found: _Found) -> list[Label]:
+        """The labels with their scores; those without a text have none."""
+        labels = [label for label, _ in pairs]
+        named = [i for i, (label, _) in enumerate(pairs) if label.text]
+        for scorer in self.scorers:
+            replies = scorer.score([labels[i].text for i in named], [pairs[i][1] for i in named])
+            for i, reply in zip(named, replies, strict=True):
+                if reply.value is None:
+                    found.miss(labels[i].feature, labels[i].sign, scorer.name, reply)
+                else:
+                    labels[i] = replace(labels[i], scores={**labels[i].scores, **reply.value.flat()})
+        return labels
+
+
+def _make_scorer(scorer: str | Scorer, asker: Asker | None, seed: int) -> Scorer:
+    if not isinstance(scorer, str):
+        return scorer
+    if scorer not in SCORERS:
+        raise ValueError(f"`scorers` must be among {list(SCORERS)}, or objects with a method `score`, got '{scorer}'.")
+    if asker is None:
+        raise ValueError(f"The scorer '{scorer}' asks a client, got none. Give a client, or scorers that are objects.")
+    return SCORERS[scorer](asker, seed)
+
+
+def _sides(store: FeatureStore, features: Sequence[int] | None, signs: Sequence[int]) -> list[tuple[int, int]]:
+    """Features and signs that fire at all."""
+    fires = store.statistics.fires
+    wanted = np.flatnonzero(fires.sum(1)).tolist() if features is None else list(features)
+    if bad := [j for j in wanted if not 0 <= j < store.d_sae]:
+        raise IndexError(f"`features` must be in 0..{store.d_sae - 1}, got {bad[:5]}.")
+    if bad := [sign for sign in signs if sign not in (-1, BOTH, 1)]:
+        raise ValueError(f"`signs` must be among 1, -1 and 0 for both, got {bad[:5]}.")
+    counts = {1: fires[:, 0], -1: fires[:, 1], BOTH: fires.sum(1)}
+    return [(j, sign) for j in wanted for sign in signs if counts[sign][j] > 0]
