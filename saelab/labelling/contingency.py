@@ -1,0 +1,154 @@
+"""Counts of features against predicates: all of them by sparse products, single tokens by packed bits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int32, Integer
+
+from saelab.labelling.predicates import Predicates
+from saelab.stores.features import FeatureStore
+from saelab.stores.packing import as_csr
+
+if TYPE_CHECKING:
+    from scipy.sparse import csc_matrix
+
+BLOCK_ENTRIES = 4_000_000
+"""Codes held at once, where one feature alone has not more."""
+BLOCK_FEATURES = 4096
+PACKED_ROWS = 65536
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBits:
+    """The rows of a boolean matrix, eight columns a byte: reading chosen columns at chosen rows is quick."""
+
+    bits: np.ndarray
+
+    @classmethod
+    def pack(cls, predicates: Predicates) -> "PackedBits":
+        """All rows, a block at a time."""
+        n, matrix = predicates.matrix.shape[0], predicates.matrix
+        bits = np.empty((n, -(-len(predicates) // 8)), np.uint8)
+        for a in range(0, n, PACKED_ROWS):
+            bits[a : a + PACKED_ROWS] = np.packbits(matrix[a : a + PACKED_ROWS].toarray(), axis=1)
+        return cls(bits)
+
+    def at(self, rows: Integer[np.ndarray, "*n"], columns: Integer[np.ndarray, "m"]) -> Bool[np.ndarray, "m *n"]:
+        """Whether predicates hold at rows."""
+        columns = np.asarray(columns)
+        found = np.empty((len(columns), *rows.shape), bool)
+        for i, column in enumerate(columns.tolist()):
+            found[i] = self.bits[rows, column >> 3] >> np.uint8(7 - (column & 7)) & np.uint8(1)
+        return found
+
+
+def feature_blocks(store: FeatureStore) -> Iterator[tuple[int, int]]:
+    """First and end of runs of features with not too many codes together."""
+    ends = np.cumsum(store.statistics.fires.sum(1))
+    start = 0
+    while start < store.d_sae:
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + BLOCK_ENTRIES, "right")))
+        stop = min(stop, start + BLOCK_FEATURES, store.d_sae)
+        yield start, stop
+        start = stop
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The codes of some features by unit: unit 2 j + side is one sign of feature j, side 1 the negative one.
+
+    A level is a threshold as a share of the unit's largest |z| in training documents.
+    """
+
+    rows: Int32[np.ndarray, "nnz"]
+    """tokens of the store: unit by unit, the highest level first"""
+    ends: Int[np.ndarray, "n_units n_levels"]
+    """where the codes that reach each level end in `rows`"""
+    peaks: Float[np.ndarray, "n_units"]
+
+    @classmethod
+    def sort(cls, columns: "csc_matrix", is_train: Bool[np.ndarray, "n_tokens"], fractions: np.ndarray) -> "Units":
+        """Order the codes of a block of features by sign and level."""
+        n_units, n_levels = 2 * columns.shape[1], len(fractions)
+        sides = np.repeat(np.arange(0, n_units, 2, dtype=np.uint16), np.diff(columns.indptr))
+        sides += columns.data < 0
+        sizes = np.abs(columns.data)
+        peaks = _largest(sizes * is_train[columns.indices], columns)
+        share = sizes / np.maximum(peaks, 1e-30).astype(np.float32)[sides]
+        cells = sides * np.uint16(n_levels) + np.uint16(n_levels - 1)
+        for fraction in fractions[1:].tolist():
+            cells -= share >= np.float32(fraction)
+        order = np.argsort(cells, kind="stable")  # of 16 bits: a radix sort
+        ends = np.cumsum(np.bincount(cells, minlength=n_units * n_levels))
+        rows = columns.indices[order].astype(np.int32, copy=False)
+        return cls(rows, ends.reshape(n_units, n_levels)[:, ::-1], peaks)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def of(self, unit: int, level: int) -> Int32[np.ndarray, "n"]:
+        """The tokens on which a unit reaches a level."""
+        start = self.ends[unit - 1, 0] if unit else 0
+        return self.rows[start : self.ends[unit, level]]
+
+
+def _largest(sizes: np.ndarray, columns: "csc_matrix") -> np.ndarray:
+    """Of each feature's positive and negative codes."""
+    found = np.zeros((columns.shape[1], 2))
+    full = np.flatnonzero(np.diff(columns.indptr))
+    if len(full):
+        for side, signed in enumerate((columns.data > 0, columns.data < 0)):
+            found[full, side] = np.maximum.reduceat(sizes * signed, columns.indptr[full])
+    return found.ravel()
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """How often units and predicates hold in some documents, and both at once."""
+
+    both: Int[np.ndarray, "n_units n_levels n_predicates"]
+    fires: Int[np.ndarray, "n_units n_levels"]
+    holds: Int[np.ndarray, "n_predicates"]
+    n_tokens: int
+
+    @property
+    def f1(self) -> Float[np.ndarray, "n_units n_levels n_predicates"]:
+        """2 both / (fires + holds)."""
+        return 2 * self.both / np.maximum(self.fires[:, :, None] + self.holds, 1)
+
+
+class Side:
+    """The predicates in the training documents, or in the others."""
+
+    def __init__(self, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> None:
+        self.rows = np.flatnonzero(chosen).astype(np.int32)
+        self.places = np.cumsum(chosen, dtype=np.int32) - np.int32(1)
+        self.matrix = predicates.matrix[self.rows].astype(np.int32)
+        self.holds = np.asarray(self.matrix.sum(0)).ravel().astype(np.int64)
+        self.pairs = (self.matrix.T.tocsr() @ self.matrix).toarray().astype(np.int64)
+        """tokens on which two predicates hold"""
+        self.chosen = chosen
+
+    @property
+    def n_tokens(self) -> int:
+        """Of this side."""
+        return len(self.rows)
+
+    def count(self, units: Units) -> Counts:
+        """All contingencies of a block by one sparse product: each code counts once, at the level it reaches."""
+        here = self.chosen[units.rows]
+        ends = units.ends[:, ::-1].ravel()
+        offsets = np.concatenate([[0], np.cumsum(here)])[np.concatenate([[0], ends])].astype(np.int32)
+        rows = self.places[units.rows[here]]
+        codes = as_csr(np.ones(len(rows), np.int32), rows, offsets, (len(ends), self.n_tokens))
+        shape = units.ends.shape
+        both = (codes @ self.matrix).toarray().reshape(*shape, -1)
+        return Counts(_from_above(both), _from_above(np.diff(offsets).reshape(shape)), self.holds, self.n_tokens)
+
+
+def _from_above(counts: np.ndarray) -> np.ndarray:
+    """Sums over a level and those above it, lowest first, from counts with the highest first."""
+    return np.cumsum(counts, axis=1, dtype=np.int64)[:, ::-1]

@@ -1,0 +1,195 @@
+"""`make_predicates`: what can be said of the tokens of a store, as one sparse boolean matrix with names."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from saelab.labelling.families import DISJOINT, SHARES, affixes, fixed, one_of_each
+from saelab.labelling.views import Part, TokenView
+from saelab.stores.features import FeatureStore
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+N_FIXED = 60
+"""Conditions that every text has, about; the rest of `size` is filled from the text."""
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """A condition of one's own: `holds` gives a boolean for each token of a view.
+
+    >>> Predicate("three-letter words", lambda view: view.mark_words(lambda word: len(word) == 3)).kind
+    'own'
+    """
+
+    name: str
+    holds: Callable[[TokenView], Any]
+    kind: str = "own"
+
+
+def word_pattern(pattern: str, name: str | None = None, part: Part = "all") -> Predicate:
+    """The words that a regular expression matches as a whole; `part` says which of a split word's tokens it marks."""
+    compiled = re.compile(pattern)
+    return Predicate(name or f"words like /{pattern}/", lambda view: view.mark_words(compiled.fullmatch, part))
+
+
+def text_pattern(pattern: str, name: str | None = None) -> Predicate:
+    """The tokens touched by a match of a regular expression in the running text of a sequence."""
+    re.compile(pattern)
+    return Predicate(name or f"text like /{pattern}/", lambda view: view.find(pattern))
+
+
+@dataclass(frozen=True, eq=False)
+class Predicates:
+    """Conditions on the tokens of a store: column j of `matrix` is true where `names[j]` holds."""
+
+    matrix: "csr_matrix"
+    """(n_tokens, n_predicates), boolean"""
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        n, per_token = self.matrix.shape[0], self.matrix.nnz / max(1, self.matrix.shape[0])
+        return f"Predicates({len(self)} on {n:,} tokens, {per_token:.1f} true of a token)"
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The column of each name."""
+        return {name: j for j, name in enumerate(self.names)}
+
+    def column(self, name: str) -> Bool[np.ndarray, "n_tokens"]:
+        """The tokens of which a predicate holds; KeyError for one that is not here."""
+        return self.matrix[:, [self.places[name]]].toarray().ravel()
+
+    def family(self, kind: str) -> list[int]:
+        """The columns of a kind."""
+        return [j for j, mine in enumerate(self.kinds) if mine == kind]
+
+    def without(self, *kinds: str) -> "Predicates":
+        """The same but for some kinds."""
+        kept = [j for j, kind in enumerate(self.kinds) if kind not in kinds]
+        return Predicates(
+            self.matrix[:, kept], tuple(self.names[j] for j in kept), tuple(self.kinds[j] for j in kept)
+        )
+
+
+def make_predicates(
+    store: FeatureStore,
+    *,
+    size: int = 300,
+    sizes: Mapping[str, int] | None = None,
+    metadata: Mapping[int, str] | None = None,
+    concepts: tuple[Any, Sequence[str]] | None = None,
+    own: Sequence[Predicate] = (),
+) -> Predicates:
+    """About `size` conditions on the tokens of a store, and those given: what rules are made of.
+
+    Some sixty are fixed: case, digits, punctuation, place in word, sentence, document and sequence, quotes, brackets,
+    repetition, neighbours. The others are the most frequent tokens, words, pairs of tokens, previous and next tokens,
+    suffixes, prefixes and stems of the text; `sizes` sets the number of one of these families ("token", "word", "word
+    end", "bigram", "previous token", "next token", "suffix", "prefix", "stem"). A predicate on words holds of all
+    tokens of a word; "word end" of the last token of words of several tokens, where the word is complete.
+
+    `metadata` tells something of each document by its id; each value is a predicate. `concepts` is a sparse boolean
+    matrix with a row for each token of the store, and its columns' names. `own` are yours. Predicates that hold of
+    no token or of all are left out. ValueError for a family that does not exist and for arrays of another length.
+    """
+    wanted = {kind: round(share * max(0, size - N_FIXED)) for kind, share in SHARES.items()} | dict(sizes or {})
+    if unknown := set(wanted) - set(SHARES):
+        raise ValueError(f"`sizes` must name families among {list(SHARES)}, got {sorted(unknown)}.")
+    view = TokenView(store.text)
+    parts = _Parts(store)
+    for kind, name, marks in fixed(view):
+        parts.add(kind, name, marks)
+    for kind, n in wanted.items():
+        if kind in DISJOINT:
+            parts.add_family(kind, *one_of_each(view, kind, n))
+        else:
+            for found in affixes(view, kind, n):
+                parts.add(*found)
+    if metadata is not None:
+        values = [metadata.get(int(doc), "") for doc in np.unique(view.doc_ids)]
+        listed = sorted(set(values) - {""})
+        numbers = np.array([listed.index(value) if value else -1 for value in values])
+        where = numbers[np.searchsorted(np.unique(view.doc_ids), view.doc_ids)]
+        parts.add_family("document", [f"documents of {value!r}" for value in listed], where)
+    for predicate in own:
+        parts.add(predicate.kind, predicate.name, _asked(predicate, view))
+    if concepts is not None:
+        parts.add_matrix("concept", *concepts)
+    return parts.join()
+
+
+def _asked(predicate: Predicate, view: TokenView) -> np.ndarray:
+    found = np.asarray(predicate.holds(view))
+    if found.shape != (len(view),) or found.dtype != bool:
+        raise ValueError(
+            f"Predicate '{predicate.name}' must give one boolean for each of the {len(view)} tokens of the view, got "
+            f"{found.dtype} of shape {found.shape}."
+        )
+    return found
+
+
+class _Parts:
+    """Columns as they come, for the rows of a store."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.places, self.n_tokens = store.places, len(store)
+        self.rows: list[np.ndarray] = []
+        self.columns: list[np.ndarray] = []
+        self.names: list[str] = []
+        self.kinds: list[str] = []
+
+    def add(self, kind: str, name: str, marks: Bool[np.ndarray, "n"]) -> None:
+        """One condition, told of every token of the text."""
+        rows = np.flatnonzero(marks[self.places]).astype(np.int32)
+        self._append(kind, [name], rows, np.zeros(len(rows), np.int32))
+
+    def add_family(self, kind: str, names: Sequence[str], numbers: np.ndarray) -> None:
+        """Conditions of which at most one holds of each token: its number, or -1."""
+        here = numbers[self.places]
+        rows = np.flatnonzero(here >= 0)
+        self._append(kind, names, rows.astype(np.int32), here[rows].astype(np.int32))
+
+    def add_matrix(self, kind: str, matrix: Any, names: Sequence[str]) -> None:
+        """Columns that are there already."""
+        from scipy.sparse import coo_matrix
+
+        if matrix.shape != (self.n_tokens, len(names)):
+            raise ValueError(
+                f"`concepts` must be (n_tokens, n_names), {(self.n_tokens, len(names))} here, got {matrix.shape}."
+            )
+        found = coo_matrix(matrix)
+        kept = found.data != 0
+        self._append(kind, names, found.row[kept].astype(np.int32), found.col[kept].astype(np.int32))
+
+    def _append(self, kind: str, names: Sequence[str], rows: np.ndarray, columns: np.ndarray) -> None:
+        self.rows.append(rows)
+        self.columns.append(columns + np.int32(len(self.names)))
+        self.names += list(names)
+        self.kinds += [kind] * len(names)
+
+    def join(self) -> Predicates:
+        """All that hold somewhere but not everywhere, each name once."""
+        from scipy.sparse import csr_matrix
+
+        rows, columns = np.concatenate(self.rows), np.concatenate(self.columns)
+        counts = np.bincount(columns, minlength=len(self.names))
+        first = {name: j for j, name in reversed(list(enumerate(self.names)))}
+        kept = [j for j, name in enumerate(self.names) if first[name] == j and 0 < counts[j] < self.n_tokens]
+        numbers = np.full(len(self.names), -1, np.int32)
+        numbers[kept] = np.arange(len(kept), dtype=np.int32)
+        inside = numbers[columns] >= 0
+        rows, columns = rows[inside], numbers[columns[inside]]
+        shape = (self.n_tokens, len(kept))
+        matrix = csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape=shape)
+        return Predicates(matrix, tuple(self.names[j] for j in kept), tuple(self.kinds[j] for j in kept))

@@ -1,0 +1,319 @@
+"""`label_by_rules`: a name for each sign of each feature without a language model, and how far it can be trusted."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from saelab.analyses.lens import LogitLens
+from saelab.labelling.choosing import FRACTIONS, Rule, choose_rules
+from saelab.labelling.contingency import PackedBits, Side, Units, feature_blocks
+from saelab.labelling.judging import Judge, NextTokens, Verdict, q_values
+from saelab.labelling.label import Kind, Label
+from saelab.labelling.naming import alike, name_output, name_rule
+from saelab.labelling.predicates import Predicates, make_predicates
+from saelab.stores.features import FeatureStore
+from saelab.stores.results import Result
+
+PART_SHARE = 0.25
+"""Share of the covered firings that each part of a polysemantic unit has."""
+NO_RULE = "no good rule"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleLabel:
+    """The best rule for one sign of a feature; all scores are of held-out documents."""
+
+    feature: int
+    sign: int
+    text: str
+    """the rule in words; "no good rule" where it is not good"""
+    kind: Kind
+    rule: str
+    """the best rule in words, good or not; empty where there is none"""
+    parts: tuple[str, ...] = ()
+    """names of its predicates, or the tokens it promotes"""
+    joined: str = ""
+    """and, or, nothing; "next" for the tokens promoted"""
+    fraction: float = 0.0
+    threshold: float = 0.0
+    """the rule is about codes with |z| at least this, `fraction` of the largest in training documents"""
+    n_firings: int = 0
+    """held-out tokens on which the code reaches the threshold"""
+    share: float = float("nan")
+    """of all held-out firings of this sign"""
+    f1: float = float("nan")
+    f1_chance: float = float("nan")
+    """of a rule that holds as often, on any tokens"""
+    f1_train: float = float("nan")
+    precision: float = float("nan")
+    recall: float = float("nan")
+    auroc: float = float("nan")
+    """of the rule for which tokens fire, in windows around firings; 0.5 is chance"""
+    lift: float = float("nan")
+    """firing where the rule holds, over firing anywhere"""
+    p: float = 1.0
+    q: float = 1.0
+    """false discovery rate at which it counts, among all rules tried on held-out documents"""
+
+    @property
+    def good(self) -> bool:
+        """Whether the rule is a name."""
+        return self.kind != "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleLabels(Result):
+    """The best rule for each sign of each feature that fires, and which of them are good enough to be names."""
+
+    rows: tuple[RuleLabel, ...]
+    n_predicates: int
+    n_tested: int
+    """rules tried on held-out documents, over which false discoveries are controlled"""
+    fdr: float
+    min_skill: float
+    """a name must have (F1 - F1_chance) / (1 - F1_chance) of at least this, and q of at most `fdr`"""
+    min_count: int
+    train_frac: float
+    seed: int
+    n_train: int
+    n_tokens: int
+    """held-out tokens"""
+    signed: bool
+    source: str
+
+    def of(self, feature: int) -> tuple[RuleLabel, ...]:
+        """The rows of a feature, the positive sign first."""
+        return tuple(row for row in self.rows if row.feature == feature)
+
+    @property
+    def good(self) -> tuple[RuleLabel, ...]:
+        """The rows with a good rule, by F1."""
+        return tuple(sorted((row for row in self.rows if row.good), key=lambda row: -row.f1))
+
+    def __str__(self) -> str:
+        good, kinds = self.good, [row.kind for row in self.rows]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))
+        lines = [
+            f"{len(good):,} of {len(self.rows):,} signs of features have a good rule ({counts})",
+            f"rules of {self.n_predicates} predicates, chosen on {self.n_train:,} tokens, scored on {self.n_tokens:,}; "
+            f"good: q <= {self.fdr:g}, F1 above chance >= {self.min_skill:g}",
+            f"{'feature':>8}{'F1':>7}{'chance':>8}{'prec.':>7}{'recall':>8}{'AUROC':>7}{'share':>7}  rule",
+        ]
+        return "\n".join([*lines, *map(_line, good[:20])])
+
+    def labels(self) -> list[Label]:
+        """As labels: one for each sign, or of the whole feature (sign 0) where codes have no sign, and one for the two
+        sides together where both have a good rule.
+        """
+        found = [self._label(row) for row in self.rows]
+        by_sign = {(row.feature, row.sign): row for row in self.rows if row.good}
+        pairs = [(row, by_sign[row.feature, -1]) for row in self.rows if row.good and row.sign > 0
+                 and (row.feature, -1) in by_sign]  # fmt: skip
+        return found + [self._two_sided(plus, minus) for plus, minus in pairs]
+
+    def _label(self, row: RuleLabel) -> Label:
+        names = ("f1", "precision", "recall", "auroc", "lift", "q", "share", "n_firings")
+        scores = {name: float(getattr(row, name)) for name in names}
+        evidence = {name: value for name, value in asdict(row).items() if name in ("rule", "joined", "threshold", "f1_train")}
+        return Label(
+            feature=row.feature,
+            sign=row.sign if self.signed else 0,
+            text=row.text,
+            kind=row.kind,
+            author="rules",
+            scores=scores | {"f1_chance": row.f1_chance, "auroc_chance": 0.5},
+            evidence=evidence | {"parts": list(row.parts)},
+            provenance=self._provenance(),
+        )
+
+    def _two_sided(self, plus: RuleLabel, minus: RuleLabel) -> Label:
+        lesser = min(plus, minus, key=lambda row: row.f1)
+        return Label(
+            feature=plus.feature,
+            text=f"{plus.text} (+) against {minus.text} (-)",
+            kind="two-sided",
+            author="rules",
+            scores={"f1": lesser.f1, "f1_chance": lesser.f1_chance},
+            evidence={"plus": plus.text, "minus": minus.text, "scores_of": "the lesser side"},
+            provenance=self._provenance(),
+        )
+
+    def _provenance(self) -> dict[str, object]:
+        names = ("source", "n_predicates", "n_tested", "fdr", "min_skill", "train_frac", "seed", "n_train", "n_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+def _line(row: RuleLabel) -> str:
+    sign = "+" if row.sign > 0 else "-"
+    sizes = f"{row.f1:>7.2f}{row.f1_chance:>8.3f}{row.precision:>7.2f}{row.recall:>8.2f}{row.auroc:>7.2f}{row.share:>7.2f}"
+    return f"{row.feature:>7}{sign}{sizes}  {row.text}"
+
+
+def label_by_rules(
+    store: FeatureStore,
+    predicates: Predicates | None = None,
+    *,
+    features: Sequence[int] | None = None,
+    lens: LogitLens | None = None,
+    train_frac: float = 0.5,
+    seed: int = 0,
+    fdr: float = 0.05,
+    min_skill: float = 0.25,
+    min_count: int = 10,
+) -> RuleLabels:
+    """The best rule for each sign of each feature, chosen on training documents and scored on the others.
+
+    A rule is a predicate, a conjunction or union of two, or a list of tokens (words, pairs, ...) of one family. It tells
+    where |z| reaches a share of its largest (0, 0.2, 0.4 or 0.6), chosen with it: F1 after small costs for thresholds
+    and parts. Units with fewer than `min_count` firings in training documents have no rule. Every chosen rule is tested
+    once on held-out documents, against hits by chance whose spread is measured by moving the firings round the
+    documents, and q controls false discoveries over all of them. "No good rule" is the answer unless q is at most `fdr`
+    and F1 above chance at least `min_skill`. With a `lens`, the tokens that a sign promotes are tried as a rule for the
+    next token. Kinds: input, position, output, polysemantic (two things on different tokens), none. `predicates` are
+    those of `make_predicates` by default. ValueError for a matrix of another length and settings out of range.
+    """
+    predicates = make_predicates(store) if predicates is None else predicates
+    if predicates.matrix.shape[0] != len(store):
+        raise ValueError(
+            f"`predicates` must have a row for each of the {len(store)} tokens, got {predicates.matrix.shape[0]}."
+        )
+    if not 0 < fdr < 1 or min_count < 1 or not 0 <= min_skill <= 1:
+        raise ValueError(
+            f"`fdr` must be in 0..1, `min_skill` in 0..1 and `min_count` at least 1, got {fdr}, {min_skill}, {min_count}."
+        )
+    is_train = store.split(train_frac, seed)
+    work = _Work(store, predicates, is_train, lens, min_count, seed)
+    drafts = [draft for block in feature_blocks(store) for draft in work.label(*block, features)]
+
+    p, q = q_values([verdict for draft in drafts for verdict in draft.verdicts])
+    rows, at = [], 0
+    for draft in drafts:
+        stop = at + len(draft.verdicts)
+        rows.append(work.decide(draft, p[at:stop], q[at:stop], fdr, min_skill))
+        at = stop
+    return RuleLabels(
+        rows=tuple(rows), n_predicates=len(predicates), n_tested=len(q), fdr=fdr, min_skill=min_skill,
+        min_count=min_count, train_frac=train_frac, seed=seed, n_train=work.train.n_tokens,
+        n_tokens=work.held.n_tokens, signed=store.signed, source=str(store.folder),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """A unit with what was tried for it, before false discoveries are counted."""
+
+    feature: int
+    sign: int
+    peak: float
+    n_firings: int
+    rule: Rule | None
+    verdicts: tuple[Verdict, ...]
+    """of the rule, of the promoted tokens: those there are, in this order"""
+    promoted: tuple[str, ...]
+    disjoint: bool
+    """two parts that share no token, each with its part of the firings"""
+
+
+class _Work:
+    """What is made once for all features."""
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        predicates: Predicates,
+        is_train: np.ndarray,
+        lens: LogitLens | None,
+        min_count: int,
+        seed: int,
+    ) -> None:
+        self.store, self.predicates, self.is_train = store, predicates, is_train
+        self.min_count, self.seed = min_count, seed
+        self.train, self.held = Side(predicates, is_train), Side(predicates, ~is_train)
+        self.bits = PackedBits.pack(predicates)
+        self.judge = Judge(self.held, self.bits, store.doc_ids, seed)
+        self.next = NextTokens(store, lens, self.held) if lens is not None else None
+
+    def label(self, start: int, stop: int, features: Sequence[int] | None) -> Iterator[_Draft]:
+        """Choose and test the rules of a block of features; units that never fire are left out."""
+        wanted = np.arange(start, stop)
+        if features is not None:
+            wanted = np.intersect1d(wanted, np.asarray(features))
+        if len(wanted) == 0:
+            return
+        columns = self.store.columns(start, stop)
+        columns = columns if len(wanted) == stop - start else columns[:, wanted - start]
+        units = Units.sort(columns, self.is_train, FRACTIONS)
+        rules = choose_rules(
+            self.train.count(units), units, self.train, self.bits, self.predicates, self.min_count, self.seed
+        )
+        for unit, rule in enumerate(rules):
+            if len(units.of(unit, 0)):
+                yield self._draft(int(wanted[unit // 2]), 1 - 2 * (unit % 2), unit, units, rule)
+
+    def _draft(self, feature: int, sign: int, unit: int, units: Units, rule: Rule | None) -> _Draft:
+        number = 2 * feature + (sign < 0)
+        rows = units.of(unit, rule.level if rule else 0)
+        fires = np.sort(rows[~self.is_train[rows]])
+        all_rows = units.of(unit, 0)
+        verdicts, disjoint, words = [], False, []
+        if rule is not None:
+            verdicts.append(
+                self.judge.test(lambda at: rule.holds(self.bits, at), rule.size(self.held), fires, number)
+            )
+            disjoint = self._disjoint(rule, fires)
+        if self.next is not None:
+            words, ids = self.next.promoted(feature, sign)
+            if len(ids) and len(fires):
+                verdicts.append(self.judge.test(*self.next.follow(ids), fires, number))
+        n_firings = int((~self.is_train[all_rows]).sum())
+        return _Draft(feature, sign, float(units.peaks[unit]), n_firings, rule, tuple(verdicts), tuple(words), disjoint)
+
+    def _disjoint(self, rule: Rule, fires: np.ndarray) -> bool:
+        if rule.joined != "or" or len(rule.parts) != 2 or alike(*(self.predicates.names[j] for j in rule.parts)):
+            return False
+        hits = self.bits.at(fires, np.array(rule.parts)).sum(1)
+        shared = int(self.held.pairs[rule.parts])
+        apart = shared <= 0.05 * min(self.held.holds[list(rule.parts)])
+        return bool(apart and hits.min() >= PART_SHARE * max(1, hits.sum()))
+
+    def decide(self, draft: _Draft, p: np.ndarray, q: np.ndarray, fdr: float, min_skill: float) -> RuleLabel:
+        """The row of a unit: its rule, or its promoted tokens where these are the better name."""
+        tried = list(zip(draft.verdicts, p.tolist(), q.tolist(), strict=True))
+        good = [one for one in tried if one[2] <= fdr and one[0].skill >= min_skill]
+        if not tried:
+            return RuleLabel(feature=draft.feature, sign=draft.sign, text=NO_RULE, kind="none", rule="")
+        best = max(good or tried[:1], key=lambda one: one[0].f1)
+        is_rule = draft.rule is not None and best is tried[0]
+        level = draft.rule.level if draft.rule is not None else 0
+        text, kind, parts, joined = self._describe(draft) if is_rule else _describe_output(draft)
+        verdict = best[0]
+        scores = {name: float(getattr(verdict, name)) for name in ("f1", "f1_chance", "precision", "recall", "auroc", "lift")}
+        return RuleLabel(
+            feature=draft.feature,
+            sign=draft.sign,
+            text=text if good else NO_RULE,
+            kind=kind if good else "none",
+            rule=text,
+            parts=parts,
+            joined=joined,
+            fraction=float(FRACTIONS[level]),
+            threshold=float(FRACTIONS[level]) * draft.peak,
+            n_firings=verdict.fires,
+            share=verdict.fires / draft.n_firings if draft.n_firings else float("nan"),
+            f1_train=draft.rule.f1 if is_rule and draft.rule is not None else float("nan"),
+            p=best[1],
+            q=best[2],
+            **scores,
+        )
+
+    def _describe(self, draft: _Draft) -> tuple[str, Kind, tuple[str, ...], str]:
+        assert draft.rule is not None
+        names = tuple(self.predicates.names[j] for j in draft.rule.parts)
+        kinds = {self.predicates.kinds[j] for j in draft.rule.parts}
+        kind: Kind = "position" if kinds == {"position"} else "polysemantic" if draft.disjoint else "input"
+        return name_rule(names, draft.rule.joined), kind, names, draft.rule.joined
+
+
+def _describe_output(draft: _Draft) -> tuple[str, Kind, tuple[str, ...], str]:
+    return name_output(draft.promoted), "output", draft.promoted, "next"

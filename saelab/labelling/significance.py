@@ -1,0 +1,95 @@
+"""Whether a rule tells more than chance: tails of counts whose tokens depend on their neighbours, and false discoveries."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer, Shaped
+
+N_SHIFTS = 24
+SHIFTED_FIRINGS = 1024
+"""Neighbouring firings on which the spread of chance is measured."""
+
+
+def dispersion(
+    holds: Callable[[np.ndarray], np.ndarray],
+    rows: Integer[np.ndarray, "n_side"],
+    fires: Integer[np.ndarray, "n"],
+    rate: float,
+    rng: np.random.Generator,
+) -> float:
+    """How much wider hits spread by chance than if tokens were independent, at least 1.
+
+    Firings and rules both come in runs, so a token more is less than a fact more. The firings (places in `rows`) are
+    moved round the documents of one side by random steps, which keeps their runs and breaks every tie to the text; the
+    variance of the hits is compared with that of independent ones.
+    """
+    n = len(rows)
+    if len(fires) > SHIFTED_FIRINGS:
+        start = int(rng.integers(len(fires)))
+        fires = np.sort(fires).take(np.arange(start, start + SHIFTED_FIRINGS), mode="wrap")
+    steps = rng.integers(1, max(n, 2), size=(N_SHIFTS, 1))
+    hits = holds(rows[(fires[None, :] + steps) % n]).sum(1)
+    expected = len(fires) * rate * (1 - rate)
+    spread = float(np.mean((hits - len(fires) * rate) ** 2))
+    return max(1.0, spread / expected) if expected > 0 else 1.0
+
+
+def tail(
+    hits: Float[np.ndarray, "n"],
+    fires: Float[np.ndarray, "n"],
+    holds: Float[np.ndarray, "n"],
+    n_tokens: int,
+    spread: Float[np.ndarray, "n"],
+) -> Float[np.ndarray, "n"]:
+    """Probability of at least so many hits by chance, with every count divided by `spread`.
+
+    The binomial tail `I_q(hits, trials - hits + 1)`, the larger one of taking firings or the rule's tokens as trials; it
+    lies above the hypergeometric (Fisher's exact test) beyond the mean and stays accurate where that underflows.
+    """
+    from scipy.special import betainc
+
+    found = np.zeros(len(hits))
+    for trials, marked in ((fires, holds), (holds, fires)):
+        k, m = hits / spread, trials / spread
+        with np.errstate(invalid="ignore"):
+            p = betainc(np.maximum(k, 1e-9), m - k + 1, np.clip(marked / n_tokens, 0, 1))
+        found = np.maximum(found, np.where(hits > 0, p, 1.0))
+    return found
+
+
+def adjust(p: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """Benjamini-Hochberg: the smallest false discovery rate at which each hypothesis would be a discovery.
+
+    >>> adjust(np.array([0.01, 0.04, 1.0])).round(3).tolist()
+    [0.03, 0.06, 1.0]
+    """
+    order = np.argsort(p)
+    ranked = p[order] * len(p) / np.arange(1, len(p) + 1)
+    found = np.empty(len(p))
+    found[order] = np.minimum.accumulate(ranked[::-1])[::-1].clip(max=1.0)
+    return found
+
+
+def window_auroc(
+    holds: Callable[[np.ndarray], np.ndarray],
+    fires: Integer[np.ndarray, "n"],
+    active: Bool[np.ndarray, "n_tokens"],
+    doc_ids: Shaped[np.ndarray, "n_tokens"],
+    rng: np.random.Generator,
+    *,
+    reach: int = 8,
+    n_windows: int = 128,
+) -> float:
+    """How well a rule tells which tokens fire in windows around firings: AUROC of yes and no, 0.5 is chance.
+
+    Near a firing the topic is the same, so that a rule must know the token. NaN where all tokens of the windows fire.
+    """
+    chosen = fires if len(fires) <= n_windows else fires[rng.integers(len(fires), size=n_windows)]
+    near = chosen[:, None] + np.arange(-reach, reach + 1)
+    inside = (near >= 0) & (near < len(active))
+    near = np.clip(near, 0, len(active) - 1)
+    rows = np.unique(near[inside & (doc_ids[near] == doc_ids[chosen][:, None])])
+    truth, said = active[rows], holds(rows)
+    if truth.all():
+        return float("nan")
+    return 0.5 * (1 + float(said[truth].mean()) - float(said[~truth].mean()))

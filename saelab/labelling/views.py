@@ -1,0 +1,232 @@
+"""`TokenView`: the text of a store as predicates see it: words over several tokens, sentences, quotes, documents."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool, Int, Integer, Shaped
+
+from saelab.stores.corpus import StoredText
+
+Part = Literal["all", "first", "last"]
+"""Which tokens of a word that is split over several a predicate marks."""
+ENDS = ".?!"
+OPENING, CLOSING = "([{", ")]}"
+CURLY = "\u201c", "\u201d"
+SPECIAL = re.compile(r"\s*(<\|.*\|>|</?s>|<(bos|eos|pad|unk)>|\[(CLS|SEP|PAD|UNK|MASK|BOS|EOS)\])\s*", re.IGNORECASE)
+"""Tokens that are no text."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenView:
+    """Every token of a text with what surrounds it; all arrays have one element a token, in the order of the text.
+
+    A word is a run of letters, digits and apostrophes, whatever tokens it is split into; a sentence ends with . ? ! or
+    a new line. Neither goes on from one sequence or document to the next.
+    """
+
+    text: StoredText
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @cached_property
+    def token_ids(self) -> Int[np.ndarray, "n"]:
+        """The tokens."""
+        return np.asarray(self.text.token_ids).astype(np.int64)
+
+    @cached_property
+    def doc_ids(self) -> Int[np.ndarray, "n"]:
+        """The document of each token."""
+        return np.asarray(self.text.doc_ids).astype(np.int64)
+
+    @cached_property
+    def strings(self) -> list[str]:
+        """How each token id reads, from 0 to the largest in the text."""
+        return [self.text.strings.get(i, f"<{i}>") for i in range(int(self.token_ids.max(initial=0)) + 1)]
+
+    def mark(self, holds: Callable[[str], Any]) -> Bool[np.ndarray, "n"]:
+        """The tokens whose string fulfils a condition, which is asked once for each string."""
+        return np.array([bool(holds(string)) for string in self.strings])[self.token_ids]
+
+    @cached_property
+    def begins(self) -> Bool[np.ndarray, "n"]:
+        """Tokens with nothing before them in their sequence or document."""
+        return np.concatenate([[True], ~self.text._follows(0, len(self))])[: len(self)]
+
+    def before(self, values: Shaped[np.ndarray, "n"], n: int = 1, missing: Any = -1) -> Shaped[np.ndarray, "n"]:
+        """What stands `n` tokens earlier in the same sequence."""
+        found = values
+        for _ in range(n):
+            found = np.where(self.begins, missing, np.roll(found, 1))
+        return found
+
+    def after(self, values: Shaped[np.ndarray, "n"], missing: Any = -1) -> Shaped[np.ndarray, "n"]:
+        """What stands one token later in the same sequence."""
+        return np.where(np.roll(self.begins, -1) | (np.arange(len(self)) == len(self) - 1), missing, np.roll(values, -1))
+
+    @cached_property
+    def special(self) -> Bool[np.ndarray, "n"]:
+        """Tokens that are no text, such as <s>."""
+        return self.mark(SPECIAL.fullmatch)
+
+    @cached_property
+    def in_word(self) -> Bool[np.ndarray, "n"]:
+        """Tokens with a letter or digit."""
+        return self.mark(lambda string: any(map(str.isalnum, string))) & ~self.special
+
+    @cached_property
+    def goes_on(self) -> Bool[np.ndarray, "n"]:
+        """Tokens that continue the word of the token before."""
+        opens = self.mark(lambda string: string[:1].isalnum() or string[:1] == "'")
+        closes = self.mark(lambda string: string[-1:].isalnum() or string[-1:] == "'")
+        within = self.in_word | self.mark(lambda string: string == "'")
+        return opens & self.before(closes & within, missing=False)
+
+    @cached_property
+    def word_ids(self) -> Int[np.ndarray, "n"]:
+        """The number of each token's word in `words`; -1 for tokens of no word."""
+        return self._vocabulary[1]
+
+    @property
+    def words(self) -> list[str]:
+        """The different words, without the spaces around them."""
+        return self._vocabulary[0]
+
+    @cached_property
+    def _vocabulary(self) -> tuple[list[str], np.ndarray]:
+        starts = np.flatnonzero(~self.goes_on)
+        found = np.full(len(self), -1)
+        if len(starts) == 0:
+            return [], found
+        lengths = np.diff(np.append(starts, len(self)))
+        _, first, numbers = np.unique(self._hashes(starts, lengths), return_index=True, return_inverse=True)
+        spelled = [
+            "".join(self.strings[i] for i in self.token_ids[a : a + n].tolist()).strip().strip("'")
+            for a, n in zip(starts[first].tolist(), lengths[first].tolist(), strict=True)
+        ]
+        words, merged = np.unique(np.array(spelled, dtype=object), return_inverse=True)
+        found = np.repeat(merged[numbers], lengths)
+        return words.tolist(), np.where(self.in_word | self.goes_on, found, -1)
+
+    def _hashes(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """One number for the tokens of each word: sums of random numbers by token, weighted by place."""
+        rng = np.random.default_rng(0)
+        keys = rng.integers(1, 2**63, len(self.strings), dtype=np.uint64)
+        places = np.arange(len(self)) - np.repeat(starts, lengths)
+        weights = rng.integers(1, 2**63, int(lengths.max()), dtype=np.uint64) | np.uint64(1)
+        return np.add.reduceat(keys[self.token_ids] * weights[places], starts)
+
+    @cached_property
+    def ends_word(self) -> Bool[np.ndarray, "n"]:
+        """The last token of each word; of a word of one token, that one."""
+        return (self.word_ids >= 0) & ~self.after(self.goes_on, missing=False)
+
+    @cached_property
+    def starts_word(self) -> Bool[np.ndarray, "n"]:
+        """The first token of each word."""
+        return (self.word_ids >= 0) & ~self.goes_on
+
+    def part(self, part: Part) -> Bool[np.ndarray, "n"]:
+        """The tokens that a predicate on words marks; ValueError for another word than all, first, last."""
+        if part not in get_args(Part):
+            raise ValueError(f"`part` must be one of {list(get_args(Part))}, got {part!r}.")
+        return {"all": self.word_ids >= 0, "first": self.starts_word, "last": self.ends_word}[part]
+
+    def mark_words(self, holds: Callable[[str], Any], part: Part = "all") -> Bool[np.ndarray, "n"]:
+        """The tokens of the words that fulfil a condition, which is asked once for each word."""
+        table = np.array([*(bool(holds(word)) for word in self.words), False])
+        return table[self.word_ids] & self.part(part)
+
+    @cached_property
+    def starts_sentence(self) -> Bool[np.ndarray, "n"]:
+        """First tokens of sentences; marks that close the sentence before belong to it."""
+        ends = self.special | self.mark(lambda string: "\n" in string or string.rstrip().endswith(tuple(ENDS)))
+        closing = self.mark(lambda string: not any(map(str.isalnum, string)) and string[:1] != " ")
+        closing &= ~self.mark(lambda string: string.startswith((*OPENING, CURLY[0])))
+        closing |= self.special
+        kept = np.flatnonzero(~closing)
+        so_far = np.concatenate([[0], np.cumsum(ends)])
+        found = self.begins.copy()
+        found[kept[1:]] |= np.diff(so_far[kept]) > 0
+        return found
+
+    @cached_property
+    def sentence_ids(self) -> Int[np.ndarray, "n"]:
+        """Sentences, counted through the text."""
+        return np.cumsum(self.starts_sentence) - 1
+
+    @cached_property
+    def in_sentence(self) -> Int[np.ndarray, "n"]:
+        """Tokens of the sentence before this one."""
+        return _count_since(self.sentence_ids, ~self.special)
+
+    @cached_property
+    def in_document(self) -> Int[np.ndarray, "n"]:
+        """Tokens of the document's text before this one."""
+        return _count_since(self.doc_ids, ~self.special)
+
+    @cached_property
+    def to_end(self) -> Int[np.ndarray, "n"]:
+        """Tokens of the document's text after this one."""
+        return _count_since(self.doc_ids[::-1], ~self.special[::-1])[::-1]
+
+    def sentences_with(self, tokens: Bool[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+        """All tokens of the sentences in which one of these stands."""
+        found = np.zeros(int(self.sentence_ids[-1]) + 1, bool)
+        found[self.sentence_ids[tokens]] = True
+        return found[self.sentence_ids]
+
+    def depth(self, opening: str, closing: str) -> Int[np.ndarray, "n"]:
+        """Brackets open at each token, counted from the start of its sequence; closing ones count as inside."""
+        change = self._count(opening) - self._count(closing)
+        level = np.cumsum(change)
+        starts = np.flatnonzero(self.begins)
+        base = np.repeat(level[starts] - change[starts], np.diff(np.append(starts, len(self))))
+        return level - base - np.minimum(change, 0)
+
+    @cached_property
+    def in_quotes(self) -> Bool[np.ndarray, "n"]:
+        """Between quotation marks: straight ones open and close by turns in a paragraph, curly ones as drawn."""
+        marks = self._count('"') % 2
+        fresh = self.begins | self.mark(lambda string: "\n" in string)
+        level = np.cumsum(marks)
+        starts = np.flatnonzero(fresh)
+        base = np.repeat(level[starts] - marks[starts], np.diff(np.append(starts, len(self))))
+        inside = ((level - base) % 2 == 1) & (marks == 0)
+        curly = (self.depth(*CURLY) > 0) & (self._count("".join(CURLY)) == 0)
+        return inside | curly
+
+    def _count(self, characters: str) -> Int[np.ndarray, "n"]:
+        return np.array([sum(map(string.count, characters)) for string in self.strings])[self.token_ids]
+
+    def seen(self, values: Integer[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
+        """Whether the same value, 0 or more, stands earlier in the document."""
+        keys = (self.doc_ids - self.doc_ids.min()) * (int(values.max()) + 2) + values + 1
+        _, first = np.unique(keys, return_index=True)
+        again = np.ones(len(self), bool)
+        again[first] = False
+        return again & (values >= 0)
+
+    def find(self, pattern: "str | re.Pattern[str]") -> Bool[np.ndarray, "n"]:
+        """The tokens that a match in the running text touches, sequence by sequence."""
+        compiled, found = re.compile(pattern), np.zeros(len(self), bool)
+        lengths = np.array([len(string) for string in self.strings])[self.token_ids]
+        starts = np.append(np.flatnonzero(self.begins), len(self)).tolist()
+        for a, b in zip(starts, starts[1:], strict=False):
+            ends = np.cumsum(lengths[a:b])
+            for match in compiled.finditer("".join(self.text.words(a, b))):
+                if match.end() > match.start():
+                    first, last = np.searchsorted(ends, (match.start(), match.end() - 1), "right")
+                    found[a + first : a + last + 1] = True
+        return found
+
+
+def _count_since(groups: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """How many are counted before each element in its run of one group."""
+    before = np.cumsum(counted) - counted
+    starts = np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1))
+    return before - np.repeat(before[starts], np.diff(np.append(starts, len(groups))))
