@@ -12,6 +12,8 @@ from saelab.cli.collecting import collect_text
 from saelab.cli.evaluating import evaluate_sae
 from saelab.cli.features import harvest_text, show_dead, show_features
 from saelab.cli.info import show_info
+from saelab.cli.labels import VERBS as LABEL_VERBS
+from saelab.cli.labels import open_book
 from saelab.cli.reporting import write_report
 from saelab.cli.training import train_sae
 
@@ -99,3 +101,9 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 for _name, _verb in VERBS.items():
     app.command(_name)(guard(_verb))
+
+labels = typer.Typer(rich_markup_mode=None, context_settings=app.info.context_settings)
+labels.callback(invoke_without_command=True)(guard(open_book))
+for _name, _verb in LABEL_VERBS.items():
+    labels.command(_name)(guard(_verb))
+app.add_typer(labels, name="labels")

@@ -46,14 +46,10 @@ class LabelBook:
 
     @classmethod
     def open(cls, store: FeatureStore | str | Path, timeout: float = TIMEOUT) -> "LabelBook":
-        """The book of a store, given as such or by its folder; FileNotFoundError where there is no such folder."""
+        """The book of a store, given as such or by its folder; FileNotFoundError where there is no store."""
         if isinstance(store, FeatureStore):
             return cls(store.folder / FILE, store.manifest, timeout)
-        folder = Path(store)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"`store` must be the folder of a feature store, got {folder}. Check its name.")
-        known = (folder / "manifest.json").is_file()
-        return cls(folder / FILE, FeatureManifest.load(folder) if known else None, timeout)
+        return cls(Path(store) / FILE, FeatureManifest.load(store), timeout)
 
     def close(self) -> None:
         """Let go of the file; the next use opens it again."""
@@ -177,11 +173,14 @@ class LabelBook:
         run as a formula stands behind an apostrophe. Neuronpedia's names of model and source are the store's model
         and hook point where they are not given; labels that say that there is no good name are left out there.
         """
-        path, entries = Path(path), self._entries(order="id")
+        path, form = Path(path), form or name_format(Path(path))
+        entries = self._entries(order="id")
+        if form == "neuronpedia":
+            entries = [entry for entry in entries if entry.label.kind != "none"]
         origin: Mapping[str, Any] = self._manifest.provenance if self._manifest else {}
         model_id = model_id or Path(str(origin.get("model", ""))).name
         source_id = source_id or str(origin.get("hook_point", ""))
-        text = write_entries(entries, form or name_format(path), model_id, source_id).encode()
+        text = write_entries(entries, form, model_id, source_id).encode()
         write_atomic(path, gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
         return len(entries)
 

@@ -10,15 +10,16 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from saelab.labelling.label import Label
 from saelab.stores.files import to_json
 
 Format = Literal["json", "csv", "neuronpedia"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 SCHEMA_VERSION = 1
 PACKED = ("scores", "evidence", "provenance")
 COLUMNS = ("feature", "sign", "text", "kind", "author", "by_person", "chosen", "fixed", "time", *PACKED)
@@ -52,7 +53,7 @@ def write_entries(entries: Sequence[Entry], form: Format, model_id: str = "", so
     if form == "csv":
         return _write_csv(entries)
     if form == "neuronpedia":
-        records = (_to_record(entry, model_id, source_id) for entry in entries if entry.label.kind != "none")
+        records = (_to_record(entry, model_id, source_id) for entry in entries)
         return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
     listed = [entry.label.to_dict() | {"chosen": entry.chosen, "fixed": entry.fixed} for entry in entries]
     return to_json({"kind": "labels", "schema_version": SCHEMA_VERSION, "labels": listed}) + "\n"
@@ -106,7 +107,7 @@ def _truth(value: Any) -> bool:
     raise ValueError(f"it must say true or false, not {value!r}")
 
 
-def _read_json(text: str) -> Iterable[Mapping[str, Any]]:
+def _read_json(text: str) -> list[Any]:
     try:
         data = json.loads(text)
     except ValueError:
@@ -137,13 +138,13 @@ def _to_cell(value: Any) -> str:
     return json.dumps(json.loads(to_json(value))) if isinstance(value, Mapping) else str(value).lower()
 
 
-def _read_csv(text: str) -> Iterator[dict[str, Any]]:
+def _read_csv(text: str) -> list[dict[str, Any]]:
     limit = csv.field_size_limit(LONGEST_CELL)
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     finally:
         csv.field_size_limit(limit)
-    return (_from_cells(row) for row in rows)
+    return [_from_cells(row) for row in rows]
 
 
 def _from_cells(row: Mapping[str | None, Any]) -> dict[str, Any]:
