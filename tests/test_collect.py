@@ -4,6 +4,7 @@ import errno
 import re
 import signal
 import time
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,20 @@ def tokens(model):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(model, tokens, tmp_path_factory):
+    """What an undisturbed `collect` writes; each call with the same settings is made once."""
+
+    @cache
+    def collected(hook_points=HOOK, **settings) -> dict[str, bytes]:
+        folder = tmp_path_factory.mktemp("whole")
+        names = list(hook_points) if isinstance(hook_points, tuple) else hook_points
+        collect(model, tokens, names, folder, **SIZES | settings)
+        return contents(folder)
+
+    return collected
 
 
 def fail_after(monkeypatch, module, name, n, error):
@@ -93,29 +108,29 @@ def test_shards_have_the_size_asked_for(model, tokens, tmp_path, shard_tokens):
 
 @pytest.mark.parametrize("n_shards", [0, 1, 3])
 @pytest.mark.parametrize("shard_tokens", [7, 30, 64])
-def test_interrupted_anywhere_ends_with_the_same_bytes(model, tokens, tmp_path, monkeypatch, n_shards, shard_tokens):
+def test_interrupted_anywhere_ends_with_the_same_bytes(
+    model, tokens, whole, tmp_path, monkeypatch, n_shards, shard_tokens
+):
     sizes = SIZES | {"shard_tokens": shard_tokens}
     mask = TokenMask(positions=(1, 14), max_norm_ratio=1.5)
-    collect(model, tokens, [HOOK, LATER], tmp_path / "whole", mask=mask, **sizes)
     with monkeypatch.context() as patch:
         fail_after(patch, writers, "save_tensors", n_shards, RuntimeError("the power went"))
         with pytest.raises(RuntimeError, match="the power went"):
-            collect(model, tokens, [HOOK, LATER], tmp_path / "cut", mask=mask, **sizes)
+            collect(model, tokens, [HOOK, LATER], tmp_path, mask=mask, **sizes)
     with pytest.raises(ValueError, match="Run the same `collect` again"):
-        Activations.load(tmp_path / "cut", HOOK)
-    collect(model, tokens, [HOOK, LATER], tmp_path / "cut", mask=mask, **sizes)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+        Activations.load(tmp_path, HOOK)
+    collect(model, tokens, [HOOK, LATER], tmp_path, mask=mask, **sizes)
+    assert contents(tmp_path) == whole((HOOK, LATER), mask=mask, shard_tokens=shard_tokens)
 
 
-def test_killed_between_shard_and_manifest(model, tokens, tmp_path, monkeypatch):
-    collect(model, tokens, HOOK, tmp_path / "whole", **SIZES)
+def test_killed_between_shard_and_manifest(model, tokens, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         fail_after(patch, writers.ActivationsManifest, "save", 3, RuntimeError("the power went"))
         with pytest.raises(RuntimeError):
-            collect(model, tokens, HOOK, tmp_path / "cut", **SIZES)
-    (tmp_path / "cut" / ".shard-00007.safetensors.0123abcd.tmp").write_text("what a killed process leaves")
-    collect(model, tokens, HOOK, tmp_path / "cut", **SIZES)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+            collect(model, tokens, HOOK, tmp_path, **SIZES)
+    (tmp_path / ".shard-00007.safetensors.0123abcd.tmp").write_text("what a killed process leaves")
+    collect(model, tokens, HOOK, tmp_path, **SIZES)
+    assert contents(tmp_path) == whole()
 
 
 def test_resuming_does_only_what_is_left(model, tokens, tmp_path, monkeypatch):
@@ -179,11 +194,10 @@ def test_changed_weights_are_noticed(tokens, tmp_path):
         collect(model, tokens, HOOK, tmp_path, **SIZES)
 
 
-def test_beginning_anew(model, tokens, tmp_path):
-    collect(model, tokens, HOOK, tmp_path / "a", **SIZES | {"shard_tokens": 5})
-    collect(model, tokens, HOOK, tmp_path / "a", resume=False, **SIZES)
-    collect(model, tokens, HOOK, tmp_path / "b", **SIZES)
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+def test_beginning_anew(model, tokens, whole, tmp_path):
+    collect(model, tokens, HOOK, tmp_path, **SIZES | {"shard_tokens": 20})
+    collect(model, tokens, HOOK, tmp_path, resume=False, **SIZES)
+    assert contents(tmp_path) == whole()
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -196,7 +210,7 @@ def test_a_folder_of_something_else_is_left_alone(model, tokens, tmp_path, resum
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("max_norm_ratio", [None, 10.0])
-def test_nan_is_refused_and_nothing_half_written(model, tokens, tmp_path, monkeypatch, bad, max_norm_ratio):
+def test_nan_is_refused_and_nothing_half_written(model, tokens, whole, tmp_path, monkeypatch, bad, max_norm_ratio):
     mask = TokenMask(max_norm_ratio=max_norm_ratio)
 
     def planted(m, ids, names):
@@ -207,7 +221,6 @@ def test_nan_is_refused_and_nothing_half_written(model, tokens, tmp_path, monkey
                 acts[LATER][seq, position, 5] = bad
         return acts
 
-    collect(model, tokens, [HOOK, LATER], tmp_path / "whole", mask=mask, **SIZES)
     with monkeypatch.context() as patch:
         patch.setattr(reader, "capture", planted)
         if max_norm_ratio:  # the medians are not what this test is about
@@ -219,7 +232,7 @@ def test_nan_is_refused_and_nothing_half_written(model, tokens, tmp_path, monkey
     assert read_json(tmp_path / "out" / "manifest.json")["complete"] is False
     if max_norm_ratio is None:
         collect(model, tokens, [HOOK, LATER], tmp_path / "out", mask=mask, **SIZES)
-        assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        assert contents(tmp_path / "out") == whole((HOOK, LATER), mask=mask)
 
 
 def test_nan_at_a_masked_token_does_no_harm(model, tokens, monkeypatch):
@@ -270,8 +283,7 @@ def test_outlier_at_one_hook_point_is_dropped_at_all(model, tokens, tmp_path, mo
     assert memory[LATER].provenance == made[LATER].provenance
 
 
-def test_full_disk_loses_nothing(model, tokens, tmp_path, monkeypatch):
-    collect(model, tokens, HOOK, tmp_path / "whole", **SIZES)
+def test_full_disk_loses_nothing(model, tokens, whole, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         fail_after(patch, files.os, "fsync", 6, OSError(errno.ENOSPC, "No space left on device"))
         with pytest.raises(OSError, match="the disk is full") as caught:
@@ -279,7 +291,7 @@ def test_full_disk_loses_nothing(model, tokens, tmp_path, monkeypatch):
     assert str(tmp_path / "cut") in str(caught.value)
     assert not list((tmp_path / "cut").glob(".*"))
     collect(model, tokens, HOOK, tmp_path / "cut", **SIZES)
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "cut") == whole()
 
 
 def test_unwritable_place_is_found_out_before_the_work(model, tokens, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.evaluation.bootstrap import DocumentSums, find_interval
@@ -128,8 +129,8 @@ def test_renaming_latents_changes_nothing(tiny, own_words, activation) -> None:
 
 
 def test_the_batch_size_does_not_matter(tiny, own_words) -> None:
-    tokens = own_words[:16]
-    results = [run(some_sae(prefixes=(8, 96)), tiny, tokens, batch_size=size) for size in (1, 7, 64)]
+    tokens = own_words[:8]
+    results = [run(some_sae(prefixes=(8, 96)), tiny, tokens, batch_size=size) for size in (1, 3, 64)]
     first, *others = [flat(result.to_dict()) for result in results]
     for other in others:
         assert other.keys() == first.keys()
@@ -369,6 +370,7 @@ def test_results_print_draw_and_save(tiny, own_words, trained, tmp_path) -> None
     assert found.intervals["fvu"][0] <= found.fvu <= found.intervals["fvu"][1]
 
 
+@unchecked()
 def test_a_trained_model_suffers_from_ablation(shared_data) -> None:
     model = sl.load_model(shared_data / "stories260k")
     tokens = sl.tokenize(model, shared_data / "tinystories" / "tinystories.txt", ctx_len=64, n_tokens=6400)

@@ -224,7 +224,7 @@ def test_the_subspace_start_lies_where_activations_are():
 def test_progressive_keeps_what_matters(tiny, tokens):
     acts = sl.collect(tiny, tokens, HOOK, progress=False)
     cfg = sl.SAEConfig(d_in=32, d_sae=96, activation=sl.AbsTopK(k=6), prefixes=(12, 48, 96))
-    sae = sl.SAE(cfg).fit(acts, sl.TrainConfig(n_tokens=20_000, batch_size=256), progress=False)
+    sae = sl.SAE(cfg).fit(acts, sl.TrainConfig(n_tokens=10_000, batch_size=256), progress=False)
     found = sl.progressive(sae, tiny, tokens)
     whole = sl.evaluate(sae, tiny, tokens[len(tokens) // 2 :], baselines=False, n_bootstrap=0, progress=False)
     for order in ("energy", "frequency", "random", "prefix"):

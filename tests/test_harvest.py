@@ -41,9 +41,14 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize(
-    "activation", [sl.TopK(k=5), sl.AbsTopK(k=5), sl.BatchAbsTopK(k=4), sl.ReLU()], ids=lambda a: type(a).__name__
+    ("activation", "dtype"),  # each dtype with signs and without
+    [
+        (sl.TopK(k=5), "float16"),
+        (sl.BatchAbsTopK(k=4), "float16"),
+        (sl.AbsTopK(k=5), "float32"),
+        (sl.ReLU(), "float32"),
+    ],
 )
 def test_every_way_of_reading_gives_the_dense_codes(tiny, tokens, acts, tmp_path, activation, dtype):
     sae = make_sae(activation)
@@ -160,10 +165,17 @@ class PowerCut(RuntimeError):
     pass
 
 
+@pytest.fixture(scope="module")
+def two(tiny, tokens, tmp_path_factory):
+    """Two SAEs by name, and what an undisturbed harvest writes of each."""
+    saes, folder = {"a": make_sae(), "b": make_sae(sl.ReLU())}, tmp_path_factory.mktemp("two")
+    sl.harvest(saes, tiny, tokens, folder, **SMALL)
+    return saes, {name: contents(folder / name) for name in saes}
+
+
 @pytest.mark.parametrize("saved", [1, 2, 3, 5])
-def test_an_interrupted_harvest_ends_with_the_same_bytes(tiny, tokens, tmp_path, monkeypatch, saved):
-    saes = {"a": make_sae(), "b": make_sae(sl.ReLU())}
-    sl.harvest(saes, tiny, tokens, tmp_path / "whole", **SMALL)
+def test_an_interrupted_harvest_ends_with_the_same_bytes(tiny, tokens, two, tmp_path, monkeypatch, saved):
+    saes, whole = two
     real, calls = FeatureManifest.save, []
 
     def failing(self, folder):
@@ -175,12 +187,11 @@ def test_an_interrupted_harvest_ends_with_the_same_bytes(tiny, tokens, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(FeatureManifest, "save", failing)
         with pytest.raises(PowerCut):
-            sl.harvest(saes, tiny, tokens, tmp_path / "cut", **SMALL)
+            sl.harvest(saes, tiny, tokens, tmp_path, **SMALL)
     with pytest.raises(ValueError, match="must be complete"):
-        sl.FeatureStore.load(tmp_path / "cut" / "a")
-    sl.harvest(saes, tiny, tokens, tmp_path / "cut", **SMALL)
-    for name in saes:
-        assert contents(tmp_path / "cut" / name) == contents(tmp_path / "whole" / name)
+        sl.FeatureStore.load(tmp_path / "a")
+    sl.harvest(saes, tiny, tokens, tmp_path, **SMALL)
+    assert {name: contents(tmp_path / name) for name in saes} == whole
 
 
 def test_a_finished_store_is_opened_and_another_is_refused(tiny, tokens, tmp_path, monkeypatch):

@@ -11,10 +11,12 @@ import os
 import signal
 import time
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from processes import Child
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.collecting.streaming import stream
@@ -137,17 +139,28 @@ def test_training_together_is_training_alone():
 # --- resuming: peers' defects 6 and 7
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The SAE of a kind and the folder of its run, which nothing stopped; each is made once."""
+
+    @cache
+    def trained(kind):
+        folder = tmp_path_factory.mktemp("whole") / kind
+        return fit(KINDS[kind], out=folder), folder
+
+    return trained
+
+
 @pytest.mark.parametrize("stop", [2, 10])
 @each_kind
-def test_a_crashed_run_goes_on_bit_for_bit(kind, stop, tmp_path):
-    whole, crashed = tmp_path / "whole", tmp_path / "crashed"
-    wanted = fit(KINDS[kind], out=whole)
+def test_a_crashed_run_goes_on_bit_for_bit(kind, stop, whole, tmp_path):
+    wanted, folder = whole(kind)
     with pytest.raises(StopError):
-        fit(KINDS[kind], out=crashed, sinks=[stop_at(stop)])
-    resumed = fit(KINDS[kind], out=crashed, resume=True)
+        fit(KINDS[kind], out=tmp_path, sinks=[stop_at(stop)])
+    resumed = fit(KINDS[kind], out=tmp_path, resume=True)
     assert same(bits(wanted), bits(resumed)) and wanted.training_ == resumed.training_
     assert json.dumps(wanted.history_) == json.dumps(resumed.history_)
-    assert_same_folders(whole, crashed)
+    assert_same_folders(folder, tmp_path)
 
 
 def test_several_saes_go_on_bit_for_bit(tmp_path):
@@ -244,16 +257,8 @@ def train_slowly(folder):
     fit(KINDS["batchabstopk"], out=folder, sinks=[lambda entry: time.sleep(0.15)])
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """The folder of a run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    fit(KINDS["batchabstopk"], out=folder)
-    return folder
-
-
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_process_goes_on_to_the_same_bytes(sent, whole_run, tmp_path):
+def test_a_stopped_process_goes_on_to_the_same_bytes(sent, whole, tmp_path):
     """Defect 6: Ctrl-C that saves nothing. What is resumed here is what another process left."""
     history = tmp_path / "stopped/history.jsonl"
     process = Child(tmp_path / "errors.txt", train_slowly, tmp_path / "stopped")
@@ -269,7 +274,7 @@ def test_a_stopped_process_goes_on_to_the_same_bytes(sent, whole_run, tmp_path):
             f"KeyboardInterrupt: Training stopped after {saved} of 12 steps, saved to" in text and "resume=True" in text
         )
     fit(KINDS["batchabstopk"], out=tmp_path / "stopped", resume=True)
-    assert_same_folders(whole_run, tmp_path / "stopped")
+    assert_same_folders(whole("batchabstopk")[1], tmp_path / "stopped")
 
 
 def test_a_second_interrupt_stops_at_once_and_handlers_come_back(tmp_path):
@@ -394,8 +399,7 @@ def test_odd_data_trains_to_finite_weights(kind, x):
 # --- bad disks
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    whole = fit(KINDS["topk"], out=tmp_path / "whole")
+def test_a_full_disk_leaves_the_old_checkpoint(whole, tmp_path, monkeypatch):
     write, n_writes = files._write, []
 
     def full(*arguments):
@@ -410,8 +414,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
             fit(KINDS["topk"], out=tmp_path / "full")
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["checkpoint", "history.csv", "history.jsonl"]
     assert json.loads((tmp_path / "full/checkpoint/progress.json").read_text())["step"] in (4, 8)
-    assert same(bits(whole), bits(fit(KINDS["topk"], out=tmp_path / "full", resume=True)))
-    assert_same_folders(tmp_path / "whole", tmp_path / "full")
+    assert same(bits(whole("topk")[0]), bits(fit(KINDS["topk"], out=tmp_path / "full", resume=True)))
+    assert_same_folders(whole("topk")[1], tmp_path / "full")
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path):
@@ -541,6 +545,7 @@ def test_adam_is_adam():
 # --- defaults and small things: peers' defects 4, 15, 17
 
 
+@unchecked()
 def test_default_settings_train():
     """Defect 4: a default that cannot run. Also that a short run with all defaults learns."""
     atoms = torch.randn(12, D_IN, generator=torch.Generator().manual_seed(1))
