@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Float, Int
 
-from saelab.labelling.contingency import Counts, PackedBits, Side, Units
+from saelab.labelling.contingency import Counts, Side, Units
 from saelab.labelling.families import DISJOINT
 from saelab.labelling.predicates import Predicates
 
@@ -37,22 +37,9 @@ class Rule:
     f1: float
     """in training documents; of two parts, on the firings drawn"""
 
-    def holds(self, bits: PackedBits, rows: Integer[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:
-        """Whether it is fulfilled at rows."""
-        found = bits.at(rows, np.array(self.parts))
-        return np.asarray(found.all(0) if self.joined == "and" else found.any(0))
-
-    def size(self, side: Side) -> int:
-        """Tokens of a side that fulfil it; parts of a list do not overlap."""
-        total = int(side.holds[list(self.parts)].sum())
-        if len(self.parts) != 2:
-            return total
-        shared = int(side.pairs[self.parts])
-        return shared if self.joined == "and" else total - shared
-
 
 def choose_rules(
-    counts: Counts, units: Units, side: Side, bits: PackedBits, predicates: Predicates, min_count: int, seed: int
+    counts: Counts, units: Units, side: Side, predicates: Predicates, min_count: int, seed: int
 ) -> list[Rule | None]:
     """For each unit the rule with the highest F1 after costs; None where it fires with no predicate often enough."""
     favour = np.array([FAVOUR * (kind in GIVEN) for kind in predicates.kinds])
@@ -64,11 +51,11 @@ def choose_rules(
     rng = np.random.default_rng(seed)
     found: list[Rule | None] = [None] * len(units)
     for unit in np.flatnonzero(np.isfinite(scores)).tolist():
-        level = int(levels[unit])
-        options = [(float(scores[unit]) + LEVEL_COST * level, Rule((int(best[unit]),), "", level, float(f1[unit, best[unit]])))]
+        level, j = int(levels[unit]), int(best[unit])
+        options = [(float(f1[unit, j] + favour[j]), Rule((j,), "", level, float(f1[unit, j])))]
         options += [_of_list(unit, level, *one) for one in lists]
-        rows = units.of(unit, level)
-        options += _pairs(near[unit], level, rows[side.chosen[rows]], fires[unit], side, bits, favour, rng)
+        if max(score for score, _ in options) < 1 - PAIR_COST - PART_COST:
+            options += _pairs(near[unit], level, side.here(units.of(unit, level)), int(fires[unit]), side, favour, rng)
         found[unit] = max(options, key=lambda option: option[0])[1]
     return found
 
@@ -127,7 +114,6 @@ def _pairs(
     rows: np.ndarray,
     n_fires: int,
     side: Side,
-    bits: PackedBits,
     favour: np.ndarray,
     rng: np.random.Generator,
 ) -> list[tuple[float, Rule]]:
@@ -135,9 +121,8 @@ def _pairs(
     if len(rows) > PAIR_ROWS:
         rows = rows[rng.integers(len(rows), size=PAIR_ROWS)]
     columns = np.unique(candidates)
-    hits = bits.at(rows, columns).astype(np.float32)
-    scale = n_fires / len(rows)
-    both = (hits @ hits.T) * scale
+    hits = side.bits.at(rows, columns).astype(np.float32)
+    both = (hits.T @ hits) * (n_fires / len(rows))
     single, holds = both.diagonal(), side.holds[columns]
     shared = side.pairs[np.ix_(columns, columns)]
     unions = single[:, None] + single - both, holds[:, None] + holds - shared

@@ -1,7 +1,8 @@
 """Counts of features against predicates: all of them by sparse products, single tokens by packed bits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from saelab.stores.features import FeatureStore
 from saelab.stores.packing import as_csr
 
 if TYPE_CHECKING:
-    from scipy.sparse import csc_matrix
+    from scipy.sparse import csc_matrix, csr_matrix
 
 BLOCK_ENTRIES = 4_000_000
 """Codes held at once, where one feature alone has not more."""
@@ -27,21 +28,17 @@ class PackedBits:
     bits: np.ndarray
 
     @classmethod
-    def pack(cls, predicates: Predicates) -> "PackedBits":
+    def pack(cls, matrix: "csr_matrix") -> "PackedBits":
         """All rows, a block at a time."""
-        n, matrix = predicates.matrix.shape[0], predicates.matrix
-        bits = np.empty((n, -(-len(predicates) // 8)), np.uint8)
-        for a in range(0, n, PACKED_ROWS):
-            bits[a : a + PACKED_ROWS] = np.packbits(matrix[a : a + PACKED_ROWS].toarray(), axis=1)
+        bits = np.empty((matrix.shape[0], -(-matrix.shape[1] // 8)), np.uint8)
+        for a in range(0, len(bits), PACKED_ROWS):
+            bits[a : a + PACKED_ROWS] = np.packbits(matrix[a : a + PACKED_ROWS].toarray() != 0, axis=1)
         return cls(bits)
 
-    def at(self, rows: Integer[np.ndarray, "*n"], columns: Integer[np.ndarray, "m"]) -> Bool[np.ndarray, "m *n"]:
+    def at(self, rows: Integer[np.ndarray, "n"], columns: Integer[np.ndarray, "m"]) -> Bool[np.ndarray, "n m"]:
         """Whether predicates hold at rows."""
-        columns = np.asarray(columns)
-        found = np.empty((len(columns), *rows.shape), bool)
-        for i, column in enumerate(columns.tolist()):
-            found[i] = self.bits[rows, column >> 3] >> np.uint8(7 - (column & 7)) & np.uint8(1)
-        return found
+        masks = (128 >> (columns & 7)).astype(np.uint8)
+        return (self.bits[rows][:, columns >> 3] & masks) != 0
 
 
 def feature_blocks(store: FeatureStore) -> Iterator[tuple[int, int]]:
@@ -114,28 +111,57 @@ class Counts:
     holds: Int[np.ndarray, "n_predicates"]
     n_tokens: int
 
-    @property
+    @cached_property
     def f1(self) -> Float[np.ndarray, "n_units n_levels n_predicates"]:
         """2 both / (fires + holds)."""
         return 2 * self.both / np.maximum(self.fires[:, :, None] + self.holds, 1)
 
 
 class Side:
-    """The predicates in the training documents, or in the others."""
+    """The predicates in the training documents, or in the others; tokens are counted within the side."""
 
     def __init__(self, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> None:
-        self.rows = np.flatnonzero(chosen).astype(np.int32)
+        self.chosen, self.rows = chosen, np.flatnonzero(chosen).astype(np.int32)
         self.places = np.cumsum(chosen, dtype=np.int32) - np.int32(1)
         self.matrix = predicates.matrix[self.rows].astype(np.int32)
         self.holds = np.asarray(self.matrix.sum(0)).ravel().astype(np.int64)
-        self.pairs = (self.matrix.T.tocsr() @ self.matrix).toarray().astype(np.int64)
-        """tokens on which two predicates hold"""
-        self.chosen = chosen
 
     @property
     def n_tokens(self) -> int:
         """Of this side."""
         return len(self.rows)
+
+    @cached_property
+    def pairs(self) -> Int[np.ndarray, "n_predicates n_predicates"]:
+        """Tokens on which two predicates hold."""
+        return (self._by_predicate.T @ self.matrix).toarray().astype(np.int64)
+
+    @cached_property
+    def bits(self) -> PackedBits:
+        """The same as bits, by token."""
+        return PackedBits.pack(self.matrix)
+
+    @cached_property
+    def _by_predicate(self) -> "csc_matrix":
+        return self.matrix.tocsc()
+
+    def here(self, rows: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "m"]:
+        """Which of some tokens of the store are on this side, as places in it, ascending."""
+        return np.sort(self.places[rows[self.chosen[rows]]])
+
+    def mark(self, columns: Sequence[int], joined: str = "") -> Bool[np.ndarray, "n"]:
+        """The tokens of which all ("and") or any of some predicates hold."""
+        by_predicate, found = self._by_predicate, np.zeros(self.n_tokens, bool)
+        lists = [by_predicate.indices[slice(*by_predicate.indptr[j : j + 2])] for j in columns]
+        found[lists[0]] = True
+        for tokens in lists[1:]:
+            if joined == "and":
+                both = tokens[found[tokens]]
+                found[:] = False
+                found[both] = True
+            else:
+                found[tokens] = True
+        return found
 
     def count(self, units: Units) -> Counts:
         """All contingencies of a block by one sparse product: each code counts once, at the level it reaches."""

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Integer
 
 from saelab.analyses.lens import LogitLens
-from saelab.labelling.contingency import PackedBits, Side
+from saelab.labelling.contingency import Side
 from saelab.labelling.significance import adjust, dispersion, tail, window_auroc
 from saelab.labelling.views import TokenView
 from saelab.stores.features import FeatureStore
@@ -63,23 +63,23 @@ class Verdict:
 class Judge:
     """Held-out documents, on which each chosen rule is tried once."""
 
-    def __init__(self, side: Side, bits: PackedBits, doc_ids: np.ndarray, seed: int) -> None:
-        self.side, self.bits, self.doc_ids, self.seed = side, bits, doc_ids, seed
-        self._active = np.zeros(len(doc_ids), bool)
+    def __init__(self, side: Side, doc_ids: np.ndarray, seed: int) -> None:
+        self.side, self.doc_ids, self.seed = side, doc_ids[side.rows], seed
+        self._active = np.zeros(side.n_tokens, bool)
 
     def test(
         self, holds: Callable[[np.ndarray], np.ndarray], size: int, fires: Integer[np.ndarray, "n"], unit: int
     ) -> Verdict:
-        """One rule, which holds of `size` tokens, against the held-out tokens on which a unit fires."""
+        """One rule, which holds of `size` tokens, against the tokens of the side on which a unit fires."""
         rng = np.random.default_rng((self.seed, unit))
-        n, hits = self.side.n_tokens, int(holds(fires).sum())
+        n, hits = self.side.n_tokens, np.count_nonzero(holds(fires))
         auroc, spread = float("nan"), 1.0
         if hits:
             self._active[fires] = True
             auroc = window_auroc(holds, fires, self._active, self.doc_ids, rng)
             self._active[fires] = False
         if hits * n > len(fires) * size:
-            spread = dispersion(holds, self.side.rows, self.side.places[fires], size / n, rng)
+            spread = dispersion(holds, fires, size / n, n, rng)
         return Verdict(hits, len(fires), size, n, auroc, spread)
 
 
@@ -97,8 +97,8 @@ class NextTokens:
 
     def __init__(self, store: FeatureStore, lens: LogitLens, side: Side) -> None:
         view = TokenView(store.text)
-        self.next_ids = view.after(view.token_ids)[store.places]
-        self.counts = np.bincount(self.next_ids[side.rows] + 1, minlength=len(view.strings) + 1)[1:]
+        self.next_ids = view.after(view.token_ids)[store.places[side.rows]]
+        self.counts = np.bincount(self.next_ids + 1, minlength=len(view.strings) + 1)[1:]
         self.lens = lens
         self._ids: dict[str, list[int]] = {}
         for i in np.unique(view.token_ids).tolist():
@@ -116,7 +116,7 @@ class NextTokens:
         return words, np.array([i for word in words for i in self._ids.get(word, [])], np.int64)
 
     def follow(self, ids: Int[np.ndarray, "n"]) -> tuple[Callable[[np.ndarray], Bool[np.ndarray, "*n"]], int]:
-        """Whether one of these comes next, and after how many held-out tokens one does."""
+        """Whether one of these comes next after tokens of the side, and after how many of all it does."""
         table = np.zeros(len(self.counts) + 1, bool)
         table[ids] = True  # the last place is for tokens with none after them
-        return lambda rows: table[self.next_ids[rows]], int(self.counts[ids].sum())
+        return lambda at: table[self.next_ids[at]], int(self.counts[ids].sum())

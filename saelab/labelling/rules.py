@@ -7,7 +7,7 @@ import numpy as np
 
 from saelab.analyses.lens import LogitLens
 from saelab.labelling.choosing import FRACTIONS, Rule, choose_rules
-from saelab.labelling.contingency import PackedBits, Side, Units, feature_blocks
+from saelab.labelling.contingency import Side, Units, feature_blocks
 from saelab.labelling.judging import Judge, NextTokens, Verdict, q_values
 from saelab.labelling.label import Kind, Label
 from saelab.labelling.naming import alike, name_output, name_rule
@@ -17,6 +17,8 @@ from saelab.stores.results import Result
 
 PART_SHARE = 0.25
 """Share of the covered firings that each part of a polysemantic unit has."""
+OVERLAP = 0.05
+"""Share of the rarer part's tokens that may be the other's too."""
 NO_RULE = "no good rule"
 
 
@@ -230,8 +232,7 @@ class _Work:
         self.store, self.predicates, self.is_train = store, predicates, is_train
         self.min_count, self.seed = min_count, seed
         self.train, self.held = Side(predicates, is_train), Side(predicates, ~is_train)
-        self.bits = PackedBits.pack(predicates)
-        self.judge = Judge(self.held, self.bits, store.doc_ids, seed)
+        self.judge = Judge(self.held, store.doc_ids, seed)
         self.next = NextTokens(store, lens, self.held) if lens is not None else None
 
     def label(self, start: int, stop: int, features: Sequence[int] | None) -> Iterator[_Draft]:
@@ -245,7 +246,7 @@ class _Work:
         columns = columns if len(wanted) == stop - start else columns[:, wanted - start]
         units = Units.sort(columns, self.is_train, FRACTIONS)
         rules = choose_rules(
-            self.train.count(units), units, self.train, self.bits, self.predicates, self.min_count, self.seed
+            self.train.count(units), units, self.train, self.predicates, self.min_count, self.seed
         )
         for unit, rule in enumerate(rules):
             if len(units.of(unit, 0)):
@@ -253,29 +254,25 @@ class _Work:
 
     def _draft(self, feature: int, sign: int, unit: int, units: Units, rule: Rule | None) -> _Draft:
         number = 2 * feature + (sign < 0)
-        rows = units.of(unit, rule.level if rule else 0)
-        fires = np.sort(rows[~self.is_train[rows]])
-        all_rows = units.of(unit, 0)
+        fires = self.held.here(units.of(unit, rule.level if rule else 0))
         verdicts, disjoint, words = [], False, []
         if rule is not None:
-            verdicts.append(
-                self.judge.test(lambda at: rule.holds(self.bits, at), rule.size(self.held), fires, number)
-            )
+            marks = self.held.mark(rule.parts, rule.joined)
+            verdicts.append(self.judge.test(marks.__getitem__, np.count_nonzero(marks), fires, number))
             disjoint = self._disjoint(rule, fires)
         if self.next is not None:
             words, ids = self.next.promoted(feature, sign)
             if len(ids) and len(fires):
                 verdicts.append(self.judge.test(*self.next.follow(ids), fires, number))
-        n_firings = int((~self.is_train[all_rows]).sum())
+        n_firings = np.count_nonzero(~self.is_train[units.of(unit, 0)])
         return _Draft(feature, sign, float(units.peaks[unit]), n_firings, rule, tuple(verdicts), tuple(words), disjoint)
 
     def _disjoint(self, rule: Rule, fires: np.ndarray) -> bool:
         if rule.joined != "or" or len(rule.parts) != 2 or alike(*(self.predicates.names[j] for j in rule.parts)):
             return False
-        hits = self.bits.at(fires, np.array(rule.parts)).sum(1)
-        shared = int(self.held.pairs[rule.parts])
-        apart = shared <= 0.05 * min(self.held.holds[list(rule.parts)])
-        return bool(apart and hits.min() >= PART_SHARE * max(1, hits.sum()))
+        a, b = (self.held.mark([j])[fires] for j in rule.parts)
+        apart = self.train.pairs[rule.parts] <= OVERLAP * self.train.holds[list(rule.parts)].min()
+        return bool(apart and min(a.sum(), b.sum()) >= PART_SHARE * max(1, (a | b).sum()))
 
     def decide(self, draft: _Draft, p: np.ndarray, q: np.ndarray, fdr: float, min_skill: float) -> RuleLabel:
         """The row of a unit: its rule, or its promoted tokens where these are the better name."""

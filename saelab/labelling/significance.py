@@ -12,23 +12,22 @@ SHIFTED_FIRINGS = 1024
 
 def dispersion(
     holds: Callable[[np.ndarray], np.ndarray],
-    rows: Integer[np.ndarray, "n_side"],
     fires: Integer[np.ndarray, "n"],
     rate: float,
+    n_tokens: int,
     rng: np.random.Generator,
 ) -> float:
     """How much wider hits spread by chance than if tokens were independent, at least 1.
 
-    Firings and rules both come in runs, so a token more is less than a fact more. The firings (places in `rows`) are
-    moved round the documents of one side by random steps, which keeps their runs and breaks every tie to the text; the
-    variance of the hits is compared with that of independent ones.
+    Firings and rules both come in runs, so a token more is less than a fact more. The firings are moved round the
+    documents by random steps, which keeps their runs and breaks every tie to the text; the variance of the hits is
+    compared with that of independent ones, of which a share `rate` would hit.
     """
-    n = len(rows)
     if len(fires) > SHIFTED_FIRINGS:
         start = int(rng.integers(len(fires)))
-        fires = np.sort(fires).take(np.arange(start, start + SHIFTED_FIRINGS), mode="wrap")
-    steps = rng.integers(1, max(n, 2), size=(N_SHIFTS, 1))
-    hits = holds(rows[(fires[None, :] + steps) % n]).sum(1)
+        fires = fires.take(np.arange(start, start + SHIFTED_FIRINGS), mode="wrap")
+    steps = rng.integers(1, max(n_tokens, 2), size=(N_SHIFTS, 1))
+    hits = np.count_nonzero(holds((fires + steps) % n_tokens), axis=1)
     expected = len(fires) * rate * (1 - rate)
     spread = float(np.mean((hits - len(fires) * rate) ** 2))
     return max(1.0, spread / expected) if expected > 0 else 1.0
@@ -78,7 +77,7 @@ def window_auroc(
     rng: np.random.Generator,
     *,
     reach: int = 8,
-    n_windows: int = 128,
+    n_windows: int = 64,
 ) -> float:
     """How well a rule tells which tokens fire in windows around firings: AUROC of yes and no, 0.5 is chance.
 
@@ -88,7 +87,8 @@ def window_auroc(
     near = chosen[:, None] + np.arange(-reach, reach + 1)
     inside = (near >= 0) & (near < len(active))
     near = np.clip(near, 0, len(active) - 1)
-    rows = np.unique(near[inside & (doc_ids[near] == doc_ids[chosen][:, None])])
+    rows = np.sort(near[inside & (doc_ids[near] == doc_ids[chosen][:, None])])
+    rows = rows[np.diff(rows, prepend=-1) > 0]
     truth, said = active[rows], holds(rows)
     if truth.all():
         return float("nan")
