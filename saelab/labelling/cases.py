@@ -75,22 +75,13 @@ class Case:
 
     def fires_at(self, example: Example) -> list[bool]:
         """At which tokens of a window it fires with this sign."""
-        return [is_hit(value, self.sign) for value in example.values]
+        return _hits(example, self.sign)
 
     def level(self, value: float) -> int:
         """A code as a whole number: 1 to 10 by |z| beside the peak, 0 where this sign does not fire."""
-        if not is_hit(value, self.sign):
+        if value == 0 or value * self.sign < 0:
             return 0
         return int(min(LEVELS, max(1, np.ceil(LEVELS * abs(value) / self.peak))))
-
-
-def is_hit(value: float, sign: int) -> bool:
-    """Whether a code is a firing of a sign, or of any for 0.
-
-    >>> is_hit(-2.0, -1), is_hit(-2.0, 0), is_hit(0.0, 0)
-    (True, True, False)
-    """
-    return value != 0 if sign == BOTH else value * sign > 0
 
 
 def build_case(
@@ -156,7 +147,11 @@ def _is_side(side: int, sign: int) -> bool:
 
 
 def _has_hit(example: Example, sign: int) -> bool:
-    return any(is_hit(value, sign) for value in example.values)
+    return any(_hits(example, sign))
+
+
+def _hits(example: Example, sign: int) -> list[bool]:
+    return [value != 0 if sign == BOTH else value * sign > 0 for value in example.values]
 
 
 def _unlike(found: Iterable[Example], seen: set[tuple[str, ...]] | None = None) -> list[Example]:
@@ -170,8 +165,10 @@ def _unlike(found: Iterable[Example], seen: set[tuple[str, ...]] | None = None) 
 
 
 def _crop(example: Example, width: int, rng: np.random.Generator) -> Example:
-    """`width` tokens around the center, which stands anywhere in them: its place must not give it away."""
-    first, last = max(0, example.center - width + 1), min(example.center, len(example.words) - width)
+    """`width` tokens around the center, which stands anywhere in their last three quarters: its place must not give it
+    away, and what stands before it is what it was made from.
+    """
+    first, last = max(0, example.center - width + 1), min(example.center - width // 4, len(example.words) - width)
     start = int(rng.integers(first, max(first, last) + 1))
     part = slice(start, start + width)
     return replace(example, words=example.words[part], values=example.values[part], center=example.center - start)
