@@ -72,7 +72,7 @@ class Judge:
     ) -> Verdict:
         """One rule, which holds of `size` tokens, against the tokens of the side on which a unit fires."""
         rng = np.random.default_rng((self.seed, unit))
-        n, hits = self.side.n_tokens, np.count_nonzero(holds(fires))
+        n, hits = self.side.n_tokens, int(np.count_nonzero(holds(fires)))
         auroc, spread = float("nan"), 1.0
         if hits:
             self._active[fires] = True

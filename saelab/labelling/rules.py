@@ -258,13 +258,13 @@ class _Work:
         verdicts, disjoint, words = [], False, []
         if rule is not None:
             marks = self.held.mark(rule.parts, rule.joined)
-            verdicts.append(self.judge.test(marks.__getitem__, np.count_nonzero(marks), fires, number))
+            verdicts.append(self.judge.test(marks.__getitem__, int(np.count_nonzero(marks)), fires, number))
             disjoint = self._disjoint(rule, fires)
         if self.next is not None:
             words, ids = self.next.promoted(feature, sign)
             if len(ids) and len(fires):
                 verdicts.append(self.judge.test(*self.next.follow(ids), fires, number))
-        n_firings = np.count_nonzero(~self.is_train[units.of(unit, 0)])
+        n_firings = int(np.count_nonzero(~self.is_train[units.of(unit, 0)]))
         return _Draft(feature, sign, float(units.peaks[unit]), n_firings, rule, tuple(verdicts), tuple(words), disjoint)
 
     def _disjoint(self, rule: Rule, fires: np.ndarray) -> bool:
