@@ -2,25 +2,26 @@
 
     python scripts/measure_labels.py --seeds 0 1 2 --n-tokens 1500000 --out labels_table.txt
 
-Three dictionaries on the model `tales`, harvested on stories that training never saw. The words below are defined before
-anything is measured; rules and concepts are chosen on training stories, everything is counted on held-out ones.
+Three dictionaries on the model `tales`, harvested on stories that training never saw. The words below are defined
+before anything is measured; rules and concepts are chosen on training stories, everything is counted on held-out
+ones.
 
-A side (a feature and a sign of its codes) is KNOWN where its best concept, chosen with a threshold (0, 0.1, ... 0.9 of the
-largest |z|) on training stories, has a held-out F1 of 0.8 or more.
+A side (a feature and a sign of its codes) is KNOWN where its best concept, chosen with a threshold (0, 0.1, ... 0.9
+of the largest |z|) on training stories, has a held-out F1 of 0.8 or more.
 
-With the concepts among the predicates, a known side is NAMED where its rule is good and is the concept, or an equivalent: a
-predicate whose tokens have a Jaccard index of 0.9 or more with the concept's on training stories; or where it has several
-parts and one of them is that. "alone" counts only rules that are nothing else.
+With the concepts among the predicates, a known side is NAMED where its rule is good and is the concept, or an
+equivalent: a predicate whose tokens have a Jaccard index of 0.9 or more with the concept's on training stories; or
+where it has several parts and one of them is that. "alone" counts only rules that are nothing else.
 
-Without them (no predicate of the world at all), a known side has the RIGHT WORDS where its rule is good, and on held-out
-stories (1) at least 80 % of the firings that the rule covers are of the concept, (2) at least half of all tokens of which
-the rule holds are of the concept, so that the rule itself and not the firing does the work, and (3) the rule covers at
-least half of the side's firings on the concept, so that one lucky word does not count for a class. Firings are those that
-reach the rule's threshold.
+Without them (no predicate of the world at all), a known side has the RIGHT WORDS where its rule is good, and on
+held-out stories (1) at least 80 % of the firings that the rule covers are of the concept, (2) at least half of all
+tokens of which the rule holds are of the concept, so that the rule itself and not the firing does the work, and (3)
+the rule covers at least half of the side's firings on the concept, so that one lucky word does not count for a class.
+Firings are those that reach the rule's threshold.
 
-CHANCE: the activations are moved round the text by a random number of tokens, which keeps their runs and breaks every tie
-to the words. "labels" is the share of such sides with a good rule, "q" the share with q <= 0.05 whatever the F1, "runs" the
-share of moves in which any side has q <= 0.05: with nothing to find, this is the false discovery rate.
+CHANCE: the activations are moved round the text by a random number of tokens, which keeps their runs and breaks every
+tie to the words. "labels" is the share of such sides with a good rule, "q" the share with q <= 0.05 whatever the F1,
+"runs" the share of moves in which any side has q <= 0.05: with nothing to find, this is the false discovery rate.
 """
 
 import argparse
@@ -186,10 +187,11 @@ def measure(name: str, sae: sl.SAE, stories: Stories, seed: int, n_moves: int, f
         right.append(has_right_words(plain_row, store, plain, concept, ~is_train))
         if not (named[-1] and right[-1]):
             _explain(name, seed, one, stories, row, plain_row, named[-1], right[-1])
+    n_trained = (sae.training_ or {}).get("n_tokens_seen", 0)
     shares = "".join(f"{np.mean(values):>9.3f}" for values in (named, alone, right))
     by_chance = "".join(f"{value:>9.4f}" for value in chance(store, given, n_moves, seed))
     return (
-        f"{name:<11}{seed:>5}{len(store):>9,}{sae.training_['n_tokens'] if 'n_tokens' in sae.training_ else 0:>11,}"
+        f"{name:<11}{seed:>5}{len(store):>9,}{n_trained:>11,}"
         f"{len(untold_labels.rows):>7}{len(untold_labels.good):>7}{len(known):>7}{shares}{by_chance}"
     )
 
@@ -203,7 +205,9 @@ def _explain(
 ) -> None:
     """What went wrong, for the eye."""
     texts = [f"{row.text} (F1 {row.f1:.2f})" if row else "nothing" for row in (told, plain)]
-    sys.stderr.write(f"{name} {seed} {one.feature:>5} {one.sign:+d} is {stories.table[one.concept].name}: {texts} {is_right}\n")
+    sys.stderr.write(
+        f"{name} {seed} {one.feature:>5} {one.sign:+d} is {stories.table[one.concept].name}: {texts} {is_right}\n"
+    )
 
 
 def main() -> None:
@@ -217,7 +221,10 @@ def main() -> None:
     torch.set_num_threads(1)
     stories = tell(args.n_stories // 2, first=FIRST + args.n_stories)
     titles = ("sides", "good", "known", "named", "alone", "right", "labels", "q", "runs")
-    lines = [f"{'':<11}{'seed':>5}{'tokens':>9}{'trained':>11}" + "".join(f"{t:>{7 if i < 3 else 9}}" for i, t in enumerate(titles))]
+    lines = [
+        f"{'':<11}{'seed':>5}{'tokens':>9}{'trained':>11}"
+        + "".join(f"{t:>{7 if i < 3 else 9}}" for i, t in enumerate(titles))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
             for name, sae in train(seed, args.n_tokens, args.n_stories).items():

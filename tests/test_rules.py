@@ -20,7 +20,24 @@ from saelab.labelling.views import TokenView
 from saelab.stores.corpus import StoredText
 from saelab.stores.statistics import measure
 
-WORDS = ["the", "cat", "dog", "saw", "Anna", "ran", "fast", "home", "red", "hat", "in", "to", "big", "old", "far", "Tom"]
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "saw",
+    "Anna",
+    "ran",
+    "fast",
+    "home",
+    "red",
+    "hat",
+    "in",
+    "to",
+    "big",
+    "old",
+    "far",
+    "Tom",
+]
 STRINGS = ["<s>", ".", '"', "?", "(", ")", "\n", *(f" {word}" for word in WORDS), " jump", "ing", "ed", "7"]
 ID = {string: i for i, string in enumerate(STRINGS)}
 N_DOCS, LENGTH = 240, 60
@@ -89,7 +106,8 @@ def planted(text, at):
         "token": at(" cat") * 1.0,
         "signed": np.where(plus > 0, plus, -minus),
         "and": noisy(at(" the") & first, rng),
-        "or": noisy(at(" red") | TokenView(text).sentences_with(at("?")) & at("."), rng) + noisy(at(" hat"), rng, extra=0),
+        "or": noisy(at(" red") | TokenView(text).sentences_with(at("?")) & at("."), rng)
+        + noisy(at(" hat"), rng, extra=0),
         "list": noisy(np.isin(text.token_ids, [ID[s] for s in (" dog", " saw", " ran", " fast")]), rng),
         "position": noisy(TokenView(text).in_document < 4, rng),
         "chance": noisy(np.zeros(len(text), bool), rng, extra=0.05),
@@ -167,8 +185,7 @@ def test_chance_gets_no_rules(text):
 
 
 def test_q_is_small_only_where_chance_is_excluded_on_held_out_documents(planted):
-    names, store = planted
-    rows = label_by_rules(store, fdr=1e-3).rows
+    rows = label_by_rules(planted[1], fdr=1e-3).rows
     for row in rows:
         assert row.good == (row.q <= 1e-3 and (row.f1 - row.f1_chance) / (1 - row.f1_chance) >= 0.25)
 
@@ -206,7 +223,9 @@ def test_the_tail_bounds_fishers_exact_test():
 
 
 def test_words_over_several_tokens():
-    text = text_of(["<s>", " the", " jump", "ing", " cat", " jump", "ed", "."], ["<s>", " jump", ".", '"', " Anna", "7"])
+    text = text_of(
+        ["<s>", " the", " jump", "ing", " cat", " jump", "ed", "."], ["<s>", " jump", ".", '"', " Anna", "7"]
+    )
     store = Planted(np.ones((len(text), 1)), text)
     view = TokenView(text)
     assert [view.words[i] for i in view.word_ids if i >= 0] == [
@@ -222,7 +241,24 @@ def test_words_over_several_tokens():
 
 
 def test_what_surrounds_a_token():
-    document = ["<s>", " Anna", " saw", "(", " the", " cat", ")", ".", '"', " Tom", " ran", "?", '"', " ran", "\n", " the"]
+    document = [
+        "<s>",
+        " Anna",
+        " saw",
+        "(",
+        " the",
+        " cat",
+        ")",
+        ".",
+        '"',
+        " Tom",
+        " ran",
+        "?",
+        '"',
+        " ran",
+        "\n",
+        " the",
+    ]
     text = text_of(document, [" the", " dog"])
     predicates = make_predicates(Planted(np.ones((len(text), 1)), text), metadata={0: "tale", 1: "note"})
     found = {name: np.flatnonzero(predicates.column(name)).tolist() for name in predicates.names}
@@ -263,8 +299,8 @@ def test_an_output_feature_is_named_by_what_it_promotes(text, at):
     rng = np.random.default_rng(5)
     fires = noisy(np.roll(at(" cat"), -1) | np.roll(at(" dog"), -1), rng)
     store = Planted(np.stack([fires, -fires], 1), text)
-    effects = Promoted(feature=0, promoted=((" cat", 4.0), (" dog", 3.5), (" to", 0.1)), suppressed=((" in", -1.0),),
-                       spread=1.0, kurtosis=0.0)  # fmt: skip
+    promoted = ((" cat", 4.0), (" dog", 3.5), (" to", 0.1))
+    effects = Promoted(feature=0, promoted=promoted, suppressed=((" in", -1.0),), spread=1.0, kurtosis=0.0)
     lens = LogitLens(features=(effects,), d_vocab=len(STRINGS))
     hidden = make_predicates(store).without("next token", "next")
     rows = label_by_rules(store, hidden, lens=lens).rows

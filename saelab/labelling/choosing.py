@@ -46,7 +46,8 @@ def choose_rules(
     levels, best, scores = _singles(counts, favour, min_count)
     here = np.arange(len(units))
     f1, both, fires = counts.f1[here, levels], counts.both[here, levels], counts.fires[here, levels]
-    lists = [found for kind in DISJOINT if (found := _lists(predicates.family(kind), f1, both, fires, counts.holds))]
+    families = [_lists(predicates.family(kind), f1, both, fires, counts.holds) for kind in DISJOINT]
+    lists = [family for family in families if family is not None]
     near = _candidates(f1 + favour, both, fires, counts)
     rng = np.random.default_rng(seed)
     found: list[Rule | None] = [None] * len(units)
@@ -96,7 +97,9 @@ def _of_list(unit: int, level: int, chosen: np.ndarray, lengths: np.ndarray, f1:
     return score, Rule(tuple(chosen[unit, :n].tolist()), "or", level, float(f1[unit]))
 
 
-def _candidates(scores: np.ndarray, both: np.ndarray, fires: np.ndarray, counts: Counts) -> Int[np.ndarray, "n_units m"]:
+def _candidates(
+    scores: np.ndarray, both: np.ndarray, fires: np.ndarray, counts: Counts
+) -> Int[np.ndarray, "n_units m"]:
     """Predicates that pairs are made of: those of highest F1, and those that hold far more often than by chance."""
     expected = fires[:, None] * counts.holds / counts.n_tokens
     lift = (both - expected) / np.sqrt(expected + 1)

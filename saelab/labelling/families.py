@@ -89,8 +89,10 @@ def _sentences(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
     yield "sentence", "first word of a sentence", _first_words(view)
     yield "sentence", "in a question", view.sentences_with(view.mark(lambda s: "?" in s))
     yield "sentence", "in an exclamation", view.sentences_with(view.mark(lambda s: "!" in s))
-    yield "case", "capitalised words inside a sentence", (
-        view.mark_words(lambda w: w[:1].isupper() and w != "I") & ~_first_words(view)
+    yield (
+        "case",
+        "capitalised words inside a sentence",
+        (view.mark_words(lambda w: w[:1].isupper() and w != "I") & ~_first_words(view)),
     )
     yield "quotes", "inside quotation marks", view.in_quotes
     inside = (view.depth(OPENING, CLOSING) > 0) & ~view.mark(lambda s: any(c in s for c in OPENING + CLOSING))

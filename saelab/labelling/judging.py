@@ -88,7 +88,8 @@ def q_values(verdicts: list[Verdict]) -> tuple[np.ndarray, np.ndarray]:
     if not verdicts:
         return np.empty(0), np.empty(0)
     columns = np.array([(v.hits, v.fires, v.holds, v.spread) for v in verdicts], float)
-    p = tail(*columns[:, :3].T, verdicts[0].n_tokens, columns[:, 3])
+    hits, fires, holds, spread = columns.T
+    p = tail(hits, fires, holds, verdicts[0].n_tokens, spread)
     return p, adjust(p)
 
 

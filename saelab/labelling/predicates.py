@@ -77,9 +77,7 @@ class Predicates:
     def without(self, *kinds: str) -> "Predicates":
         """The same but for some kinds."""
         kept = [j for j, kind in enumerate(self.kinds) if kind not in kinds]
-        return Predicates(
-            self.matrix[:, kept], tuple(self.names[j] for j in kept), tuple(self.kinds[j] for j in kept)
-        )
+        return Predicates(self.matrix[:, kept], tuple(self.names[j] for j in kept), tuple(self.kinds[j] for j in kept))
 
 
 def make_predicates(

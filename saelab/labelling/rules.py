@@ -1,7 +1,7 @@
 """`label_by_rules`: a name for each sign of each feature without a language model, and how far it can be trusted."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,147 +9,16 @@ from saelab.analyses.lens import LogitLens
 from saelab.labelling.choosing import FRACTIONS, Rule, choose_rules
 from saelab.labelling.contingency import Side, Units, feature_blocks
 from saelab.labelling.judging import Judge, NextTokens, Verdict, q_values
-from saelab.labelling.label import Kind, Label
+from saelab.labelling.label import Kind
 from saelab.labelling.naming import alike, name_output, name_rule
 from saelab.labelling.predicates import Predicates, make_predicates
+from saelab.labelling.rule_labels import NO_RULE, RuleLabel, RuleLabels
 from saelab.stores.features import FeatureStore
-from saelab.stores.results import Result
 
 PART_SHARE = 0.25
 """Share of the covered firings that each part of a polysemantic unit has."""
 OVERLAP = 0.05
 """Share of the rarer part's tokens that may be the other's too."""
-NO_RULE = "no good rule"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RuleLabel:
-    """The best rule for one sign of a feature; all scores are of held-out documents."""
-
-    feature: int
-    sign: int
-    text: str
-    """the rule in words; "no good rule" where it is not good"""
-    kind: Kind
-    rule: str
-    """the best rule in words, good or not; empty where there is none"""
-    parts: tuple[str, ...] = ()
-    """names of its predicates, or the tokens it promotes"""
-    joined: str = ""
-    """and, or, nothing; "next" for the tokens promoted"""
-    fraction: float = 0.0
-    threshold: float = 0.0
-    """the rule is about codes with |z| at least this, `fraction` of the largest in training documents"""
-    n_firings: int = 0
-    """held-out tokens on which the code reaches the threshold"""
-    share: float = float("nan")
-    """of all held-out firings of this sign"""
-    f1: float = float("nan")
-    f1_chance: float = float("nan")
-    """of a rule that holds as often, on any tokens"""
-    f1_train: float = float("nan")
-    precision: float = float("nan")
-    recall: float = float("nan")
-    auroc: float = float("nan")
-    """of the rule for which tokens fire, in windows around firings; 0.5 is chance"""
-    lift: float = float("nan")
-    """firing where the rule holds, over firing anywhere"""
-    p: float = 1.0
-    q: float = 1.0
-    """false discovery rate at which it counts, among all rules tried on held-out documents"""
-
-    @property
-    def good(self) -> bool:
-        """Whether the rule is a name."""
-        return self.kind != "none"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RuleLabels(Result):
-    """The best rule for each sign of each feature that fires, and which of them are good enough to be names."""
-
-    rows: tuple[RuleLabel, ...]
-    n_predicates: int
-    n_tested: int
-    """rules tried on held-out documents, over which false discoveries are controlled"""
-    fdr: float
-    min_skill: float
-    """a name must have (F1 - F1_chance) / (1 - F1_chance) of at least this, and q of at most `fdr`"""
-    min_count: int
-    train_frac: float
-    seed: int
-    n_train: int
-    n_tokens: int
-    """held-out tokens"""
-    signed: bool
-    source: str
-
-    def of(self, feature: int) -> tuple[RuleLabel, ...]:
-        """The rows of a feature, the positive sign first."""
-        return tuple(row for row in self.rows if row.feature == feature)
-
-    @property
-    def good(self) -> tuple[RuleLabel, ...]:
-        """The rows with a good rule, by F1."""
-        return tuple(sorted((row for row in self.rows if row.good), key=lambda row: -row.f1))
-
-    def __str__(self) -> str:
-        good, kinds = self.good, [row.kind for row in self.rows]
-        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))
-        lines = [
-            f"{len(good):,} of {len(self.rows):,} signs of features have a good rule ({counts})",
-            f"rules of {self.n_predicates} predicates, chosen on {self.n_train:,} tokens, scored on {self.n_tokens:,}; "
-            f"good: q <= {self.fdr:g}, F1 above chance >= {self.min_skill:g}",
-            f"{'feature':>8}{'F1':>7}{'chance':>8}{'prec.':>7}{'recall':>8}{'AUROC':>7}{'share':>7}  rule",
-        ]
-        return "\n".join([*lines, *map(_line, good[:20])])
-
-    def labels(self) -> list[Label]:
-        """As labels: one for each sign, or of the whole feature (sign 0) where codes have no sign, and one for the two
-        sides together where both have a good rule.
-        """
-        found = [self._label(row) for row in self.rows]
-        by_sign = {(row.feature, row.sign): row for row in self.rows if row.good}
-        pairs = [(row, by_sign[row.feature, -1]) for row in self.rows if row.good and row.sign > 0
-                 and (row.feature, -1) in by_sign]  # fmt: skip
-        return found + [self._two_sided(plus, minus) for plus, minus in pairs]
-
-    def _label(self, row: RuleLabel) -> Label:
-        names = ("f1", "precision", "recall", "auroc", "lift", "q", "share", "n_firings")
-        scores = {name: float(getattr(row, name)) for name in names}
-        evidence = {name: value for name, value in asdict(row).items() if name in ("rule", "joined", "threshold", "f1_train")}
-        return Label(
-            feature=row.feature,
-            sign=row.sign if self.signed else 0,
-            text=row.text,
-            kind=row.kind,
-            author="rules",
-            scores=scores | {"f1_chance": row.f1_chance, "auroc_chance": 0.5},
-            evidence=evidence | {"parts": list(row.parts)},
-            provenance=self._provenance(),
-        )
-
-    def _two_sided(self, plus: RuleLabel, minus: RuleLabel) -> Label:
-        lesser = min(plus, minus, key=lambda row: row.f1)
-        return Label(
-            feature=plus.feature,
-            text=f"{plus.text} (+) against {minus.text} (-)",
-            kind="two-sided",
-            author="rules",
-            scores={"f1": lesser.f1, "f1_chance": lesser.f1_chance},
-            evidence={"plus": plus.text, "minus": minus.text, "scores_of": "the lesser side"},
-            provenance=self._provenance(),
-        )
-
-    def _provenance(self) -> dict[str, object]:
-        names = ("source", "n_predicates", "n_tested", "fdr", "min_skill", "train_frac", "seed", "n_train", "n_tokens")
-        return {name: getattr(self, name) for name in names}
-
-
-def _line(row: RuleLabel) -> str:
-    sign = "+" if row.sign > 0 else "-"
-    sizes = f"{row.f1:>7.2f}{row.f1_chance:>8.3f}{row.precision:>7.2f}{row.recall:>8.2f}{row.auroc:>7.2f}{row.share:>7.2f}"
-    return f"{row.feature:>7}{sign}{sizes}  {row.text}"
 
 
 def label_by_rules(
@@ -166,7 +35,7 @@ def label_by_rules(
 ) -> RuleLabels:
     """The best rule for each sign of each feature, chosen on training documents and scored on the others.
 
-    A rule is a predicate, a conjunction or union of two, or a list of tokens (words, pairs, ...) of one family. It tells
+    A rule is a predicate, a conjunction or union of two, or a list of tokens (words, pairs, ...) of one family. It says
     where |z| reaches a share of its largest (0, 0.2, 0.4 or 0.6), chosen with it: F1 after small costs for thresholds
     and parts. Units with fewer than `min_count` firings in training documents have no rule. Every chosen rule is tested
     once on held-out documents, against hits by chance whose spread is measured by moving the firings round the
@@ -182,7 +51,7 @@ def label_by_rules(
         )
     if not 0 < fdr < 1 or min_count < 1 or not 0 <= min_skill <= 1:
         raise ValueError(
-            f"`fdr` must be in 0..1, `min_skill` in 0..1 and `min_count` at least 1, got {fdr}, {min_skill}, {min_count}."
+            f"`fdr` and `min_skill` must be in 0..1 and `min_count` at least 1, got {fdr}, {min_skill}, {min_count}."
         )
     is_train = store.split(train_frac, seed)
     work = _Work(store, predicates, is_train, lens, min_count, seed)
@@ -245,9 +114,7 @@ class _Work:
         columns = self.store.columns(start, stop)
         columns = columns if len(wanted) == stop - start else columns[:, wanted - start]
         units = Units.sort(columns, self.is_train, FRACTIONS)
-        rules = choose_rules(
-            self.train.count(units), units, self.train, self.predicates, self.min_count, self.seed
-        )
+        rules = choose_rules(self.train.count(units), units, self.train, self.predicates, self.min_count, self.seed)
         for unit, rule in enumerate(rules):
             if len(units.of(unit, 0)):
                 yield self._draft(int(wanted[unit // 2]), 1 - 2 * (unit % 2), unit, units, rule)
@@ -255,7 +122,8 @@ class _Work:
     def _draft(self, feature: int, sign: int, unit: int, units: Units, rule: Rule | None) -> _Draft:
         number = 2 * feature + (sign < 0)
         fires = self.held.here(units.of(unit, rule.level if rule else 0))
-        verdicts, disjoint, words = [], False, []
+        verdicts: list[Verdict] = []
+        disjoint, words = False, list[str]()
         if rule is not None:
             marks = self.held.mark(rule.parts, rule.joined)
             verdicts.append(self.judge.test(marks.__getitem__, int(np.count_nonzero(marks)), fires, number))
@@ -285,7 +153,9 @@ class _Work:
         level = draft.rule.level if draft.rule is not None else 0
         text, kind, parts, joined = self._describe(draft) if is_rule else _describe_output(draft)
         verdict = best[0]
-        scores = {name: float(getattr(verdict, name)) for name in ("f1", "f1_chance", "precision", "recall", "auroc", "lift")}
+        scores = {
+            name: float(getattr(verdict, name)) for name in ("f1", "f1_chance", "precision", "recall", "auroc", "lift")
+        }
         return RuleLabel(
             feature=draft.feature,
             sign=draft.sign,

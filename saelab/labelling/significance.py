@@ -1,4 +1,4 @@
-"""Whether a rule tells more than chance: tails of counts whose tokens depend on their neighbours, and false discoveries."""
+"""Whether a rule tells more than chance: tails of counts whose tokens are not independent, and false discoveries."""
 
 from collections.abc import Callable
 
@@ -42,8 +42,8 @@ def tail(
 ) -> Float[np.ndarray, "n"]:
     """Probability of at least so many hits by chance, with every count divided by `spread`.
 
-    The binomial tail `I_q(hits, trials - hits + 1)`, the larger one of taking firings or the rule's tokens as trials; it
-    lies above the hypergeometric (Fisher's exact test) beyond the mean and stays accurate where that underflows.
+    The binomial tail `I_q(hits, trials - hits + 1)`, the larger of taking firings or the rule's tokens as trials. It is
+    above the hypergeometric one (Fisher's exact test) beyond the mean, and stays accurate where that underflows.
     """
     from scipy.special import betainc
 

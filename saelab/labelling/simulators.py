@@ -64,7 +64,9 @@ def simulate_by_tokens(store: FeatureStore, *, train_frac: float = 0.5, seed: in
     """
     is_train = store.split(train_frac, seed)
     tables = _Tables.make(store, is_train)
-    found = {name: np.full(store.d_sae, np.nan) for name in ("by_token", "by_pair", "by_token_chance", "by_pair_chance")}
+    found = {
+        name: np.full(store.d_sae, np.nan) for name in ("by_token", "by_pair", "by_token_chance", "by_pair_chance")
+    }
     for start, stop in _blocks(store.d_sae, tables.n_groups):
         for name, values in tables.correlate(store, start, stop):
             found[name][start:stop] = values
@@ -119,7 +121,9 @@ class _Tables:
         rows, values = columns.indices, columns.data.astype(np.float64)
         here = self.is_train[rows]
         learned = self._sums(self.groups[rows[here]], features[here], values[here], stop - start)
-        n_train, n_held = (np.bincount(self.groups[side], minlength=self.n_groups) for side in (self.is_train, ~self.is_train))
+        n_train, n_held = (
+            np.bincount(self.groups[side], minlength=self.n_groups) for side in (self.is_train, ~self.is_train)
+        )
         means = self._means(learned, n_train)
         rows, features, values = rows[~here], features[~here], values[~here]
         moments = [np.bincount(features, values**n, minlength=stop - start) / n_held.sum() for n in (1, 2)]

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -66,7 +67,9 @@ class TokenView:
 
     def after(self, values: Shaped[np.ndarray, "n"], missing: Any = -1) -> Shaped[np.ndarray, "n"]:
         """What stands one token later in the same sequence."""
-        return np.where(np.roll(self.begins, -1) | (np.arange(len(self)) == len(self) - 1), missing, np.roll(values, -1))
+        return np.where(
+            np.roll(self.begins, -1) | (np.arange(len(self)) == len(self) - 1), missing, np.roll(values, -1)
+        )
 
     @cached_property
     def special(self) -> Bool[np.ndarray, "n"]:
@@ -216,7 +219,7 @@ class TokenView:
         compiled, found = re.compile(pattern), np.zeros(len(self), bool)
         lengths = np.array([len(string) for string in self.strings])[self.token_ids]
         starts = np.append(np.flatnonzero(self.begins), len(self)).tolist()
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in pairwise(starts):
             ends = np.cumsum(lengths[a:b])
             for match in compiled.finditer("".join(self.text.words(a, b))):
                 if match.end() > match.start():

@@ -1,0 +1,142 @@
+"""`RuleLabels`: what `label_by_rules` found, as a table and as labels."""
+
+from dataclasses import asdict, dataclass
+
+from saelab.labelling.label import Kind, Label
+from saelab.stores.results import Result
+
+NO_RULE = "no good rule"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleLabel:
+    """The best rule for one sign of a feature; all scores are of held-out documents."""
+
+    feature: int
+    sign: int
+    text: str
+    """the rule in words; "no good rule" where it is not good"""
+    kind: Kind
+    rule: str
+    """the best rule in words, good or not; empty where there is none"""
+    parts: tuple[str, ...] = ()
+    """names of its predicates, or the tokens it promotes"""
+    joined: str = ""
+    """and, or, nothing; "next" for the tokens promoted"""
+    fraction: float = 0.0
+    threshold: float = 0.0
+    """the rule is about codes with |z| at least this, `fraction` of the largest in training documents"""
+    n_firings: int = 0
+    """held-out tokens on which the code reaches the threshold"""
+    share: float = float("nan")
+    """of all held-out firings of this sign"""
+    f1: float = float("nan")
+    f1_chance: float = float("nan")
+    """of a rule that holds as often, on any tokens"""
+    f1_train: float = float("nan")
+    precision: float = float("nan")
+    recall: float = float("nan")
+    auroc: float = float("nan")
+    """of the rule for which tokens fire, in windows around firings; 0.5 is chance"""
+    lift: float = float("nan")
+    """firing where the rule holds, over firing anywhere"""
+    p: float = 1.0
+    q: float = 1.0
+    """false discovery rate at which it counts, among all rules tried on held-out documents"""
+
+    @property
+    def good(self) -> bool:
+        """Whether the rule is a name."""
+        return self.kind != "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleLabels(Result):
+    """The best rule for each sign of each feature that fires, and which of them are good enough to be names."""
+
+    rows: tuple[RuleLabel, ...]
+    n_predicates: int
+    n_tested: int
+    """rules tried on held-out documents, over which false discoveries are controlled"""
+    fdr: float
+    min_skill: float
+    """a name must have (F1 - F1_chance) / (1 - F1_chance) of at least this, and q of at most `fdr`"""
+    min_count: int
+    train_frac: float
+    seed: int
+    n_train: int
+    n_tokens: int
+    """held-out tokens"""
+    signed: bool
+    source: str
+
+    def of(self, feature: int) -> tuple[RuleLabel, ...]:
+        """The rows of a feature, the positive sign first."""
+        return tuple(row for row in self.rows if row.feature == feature)
+
+    @property
+    def good(self) -> tuple[RuleLabel, ...]:
+        """The rows with a good rule, by F1."""
+        return tuple(sorted((row for row in self.rows if row.good), key=lambda row: -row.f1))
+
+    def __str__(self) -> str:
+        good, kinds = self.good, [row.kind for row in self.rows]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))
+        lines = [
+            f"{len(good):,} of {len(self.rows):,} signs of features have a good rule ({counts})",
+            f"rules of {self.n_predicates} predicates, chosen on {self.n_train:,} tokens, scored on {self.n_tokens:,}; "
+            f"good: q <= {self.fdr:g}, F1 above chance >= {self.min_skill:g}",
+            f"{'feature':>8}{'F1':>7}{'chance':>8}{'prec.':>7}{'recall':>8}{'AUROC':>7}{'share':>7}  rule",
+        ]
+        return "\n".join([*lines, *map(_line, good[:20])])
+
+    def labels(self) -> list[Label]:
+        """As labels: one for each sign, or of the whole feature (sign 0) where codes have no sign, and one for the two
+        sides together where both have a good rule.
+        """
+        found = [self._label(row) for row in self.rows]
+        by_sign = {(row.feature, row.sign): row for row in self.rows if row.good}
+        pairs = [(row, by_sign[row.feature, -1]) for row in self.rows if row.good and row.sign > 0
+                 and (row.feature, -1) in by_sign]  # fmt: skip
+        return found + [self._two_sided(plus, minus) for plus, minus in pairs]
+
+    def _label(self, row: RuleLabel) -> Label:
+        names = ("f1", "precision", "recall", "auroc", "lift", "q", "share", "n_firings")
+        scores = {name: float(getattr(row, name)) for name in names}
+        evidence = {
+            name: value for name, value in asdict(row).items() if name in ("rule", "joined", "threshold", "f1_train")
+        }
+        return Label(
+            feature=row.feature,
+            sign=row.sign if self.signed else 0,
+            text=row.text,
+            kind=row.kind,
+            author="rules",
+            scores=scores | {"f1_chance": row.f1_chance, "auroc_chance": 0.5},
+            evidence=evidence | {"parts": list(row.parts)},
+            provenance=self._provenance(),
+        )
+
+    def _two_sided(self, plus: RuleLabel, minus: RuleLabel) -> Label:
+        lesser = min(plus, minus, key=lambda row: row.f1)
+        return Label(
+            feature=plus.feature,
+            text=f"{plus.text} (+) against {minus.text} (-)",
+            kind="two-sided",
+            author="rules",
+            scores={"f1": lesser.f1, "f1_chance": lesser.f1_chance},
+            evidence={"plus": plus.text, "minus": minus.text, "scores_of": "the lesser side"},
+            provenance=self._provenance(),
+        )
+
+    def _provenance(self) -> dict[str, object]:
+        names = ("source", "n_predicates", "n_tested", "fdr", "min_skill", "train_frac", "seed", "n_train", "n_tokens")
+        return {name: getattr(self, name) for name in names}
+
+
+def _line(row: RuleLabel) -> str:
+    sign = "+" if row.sign > 0 else "-"
+    sizes = (
+        f"{row.f1:>7.2f}{row.f1_chance:>8.3f}{row.precision:>7.2f}{row.recall:>8.2f}{row.auroc:>7.2f}{row.share:>7.2f}"
+    )
+    return f"{row.feature:>7}{sign}{sizes}  {row.text}"
