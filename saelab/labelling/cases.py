@@ -88,52 +88,84 @@ def build_case(
     store: FeatureStore, feature: int, sign: int, train: Bool[np.ndarray, "n_tokens"], cfg: CaseConfig
 ) -> Case | None:
     """The case of one side of a feature; `train` is `store.split(...)`. None where it does not fire in training."""
-    half = cfg.width // 2
-    around = {"before": half, "after": cfg.width - 1 - half, "n_quantiles": cfg.n_quantiles, "seed": cfg.seed}
     learnt = examples(
-        store,
-        feature,
-        rows=train,
-        n_top=cfg.n_top,
-        n_each=cfg.n_each,
-        n_near=SPARE * cfg.n_silent,
-        n_random=0,
-        **around,
-    )
+        store, feature, rows=train, n_top=cfg.n_top, n_quantiles=cfg.n_quantiles, n_each=cfg.n_each,
+        n_near=SPARE * cfg.n_silent, n_random=0, seed=cfg.seed, **_halves(cfg.width),
+    )  # fmt: skip
     peak = max((group.high for group in learnt.groups if _is_side(group.side, sign)), default=0.0)
     if peak == 0:
         return None
     shown = _unlike([*_pick(learnt, sign, "top"), *_pick(learnt, sign, "quantile")[::-1]])
     silent = [example for example in _pick(learnt, BOTH, "near miss") if not _has_hit(example, sign)]
-    # Twice as wide on both sides, to be cut so that the firing token may stand anywhere.
-    n = cfg.n_scored * cfg.n_quantiles
-    around |= {"before": cfg.width - 1, "after": cfg.width - 1}
-    held = examples(
-        store, feature, rows=~train, n_top=n, n_each=cfg.n_scored, n_near=SPARE * n, n_random=SPARE * n, **around
-    )
-    rng = np.random.default_rng((cfg.seed, feature, sign % 3))
-    fires, hard, easy = _held_out(held, sign, cfg.width, {example.words for example in shown}, rng)
+    fires, hard, easy = _hold_out(store, feature, sign, ~train, {example.words for example in shown}, cfg)
     return Case(
         feature=feature, sign=sign, peak=peak, shown=tuple(shown), silent=tuple(silent[: cfg.n_silent]),
         fires=fires, hard=hard, easy=easy,
     )  # fmt: skip
 
 
-def _held_out(
-    held: FeatureExamples, sign: int, width: int, seen: set[tuple[str, ...]], rng: np.random.Generator
+def _hold_out(
+    store: FeatureStore,
+    feature: int,
+    sign: int,
+    rows: Bool[np.ndarray, "n_tokens"],
+    seen: set[tuple[str, ...]],
+    cfg: CaseConfig,
 ) -> tuple[tuple[Example, ...], ...]:
     """Firing windows, and as many verified silent ones, half of them hard where there are so many."""
+    n, rng = cfg.n_scored * cfg.n_quantiles, np.random.default_rng((cfg.seed, feature, sign % 3))
+    # Wider than a window on both sides: cut, so that the firing token may stand at any place.
+    wide = {"before": cfg.width - 1, "after": cfg.width - 1, "n_near": 0, "seed": cfg.seed}
+    held = examples(
+        store, feature, rows=rows, n_top=n, n_quantiles=cfg.n_quantiles, n_each=cfg.n_scored, n_random=0, **wide
+    )
 
     def cut(found: Iterable[Example]) -> list[Example]:
-        return _unlike((_crop(example, width, rng) for example in found), seen)
+        return _unlike((_crop(example, cfg.width, rng) for example in found), seen)
 
     fires = cut(_pick(held, sign, "quantile"))
-    tokens = {example.words[example.center] for example in fires}
-    near = [e for e in _pick(held, BOTH, "near miss") if e.words[e.center] in tokens]
+    quiet = rows & _find_quiet(store, feature, sign, cfg.width)
+    near = _draw(store, feature, quiet & _alike(store, fires), SPARE * n, **wide)
     opposite = _pick(held, -sign, "top") if sign != BOTH else []
     hard = [example for example in cut([*near, *opposite]) if not _has_hit(example, sign)][: len(fires) // 2]
-    easy = [example for example in cut(_pick(held, BOTH, "random")) if not _has_hit(example, sign)]
+    plain = _draw(store, feature, quiet, 2 * n, n_near=0, seed=cfg.seed, **_halves(cfg.width))
+    easy = _unlike(plain, seen | {example.words for example in hard})
+    easy = [example for example in easy if not _has_hit(example, sign)]
     return tuple(fires), tuple(hard), tuple(easy[: len(fires) - len(hard)])
+
+
+def _halves(width: int) -> dict[str, int]:
+    return {"before": width // 2, "after": width - 1 - width // 2}
+
+
+def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> Bool[np.ndarray, "n_tokens"]:
+    """Rows with no firing of a sign in the window around them: drawing at random would rarely find any of a feature
+    that fires often. Rows are at least as near to each other as their places in the text.
+    """
+    column, around = store.feature(feature), _halves(width)
+    hits = column.indices[(column.values != 0) if sign == BOTH else (column.values * sign > 0)]
+    edges = np.zeros(len(store) + 1, np.int64)
+    np.add.at(edges, np.maximum(hits - around["after"], 0), 1)
+    np.add.at(edges, np.minimum(hits + around["before"] + 1, len(store)), -1)
+    return np.cumsum(edges[:-1]) == 0
+
+
+def _alike(store: FeatureStore, fires: Iterable[Example]) -> Bool[np.ndarray, "n_tokens"]:
+    """Rows of the tokens on which a feature fires."""
+    rows = np.zeros(len(store), bool)
+    for token_id in {int(store.token_ids[example.token]) for example in fires}:
+        rows[store.rows_of_token(token_id)] = True
+    return rows
+
+
+def _draw(
+    store: FeatureStore, feature: int, rows: Bool[np.ndarray, "n_tokens"], n: int, **window: int
+) -> tuple[Example, ...]:
+    """Windows around rows drawn at random."""
+    if n == 0 or not rows.any():
+        return ()
+    found = examples(store, feature, rows=rows, n_top=0, n_quantiles=0, n_random=n, **window)
+    return found.group("random", 0).examples
 
 
 def _pick(found: FeatureExamples, sign: int, name: str) -> list[Example]:
