@@ -36,6 +36,7 @@ import torch
 from scipy.sparse import csc_matrix
 
 import saelab as sl
+from saelab.labelling.contingency import Side, Units, feature_blocks
 from saelab.labelling.predicates import Predicates, make_predicates
 from saelab.labelling.rules import RuleLabel, RuleLabels, label_by_rules
 from saelab.worlds.tales import Stories, tell
@@ -43,6 +44,7 @@ from saelab.worlds.tales import Stories, tell
 HOOK = "blocks.2.hook_resid_post"
 FIRST = 50_000_000  # number of the first story: neither model nor notebook has seen any from here on
 D_SAE, K = 1024, 16
+NAMES = ("TopK", "AbsTopK", "Matryoshka")
 KNOWN_F1, EQUIVALENT, PURE, SPECIFIC, COVERED = 0.8, 0.9, 0.8, 0.5, 0.5
 FRACTIONS = np.arange(10) / 10
 SIZES = {"token": 1000, "word": 0, "word end": 0}  # every word of the world is one token
@@ -69,8 +71,11 @@ class Known:
     concept: int
 
 
-def train(seed: int, n_tokens: int, n_stories: int) -> dict[str, sl.SAE]:
-    """TopK, AbsTopK and Matryoshka on the same batches."""
+def train(seed: int, n_tokens: int, n_stories: int, kept: Path) -> dict[str, sl.SAE]:
+    """TopK, AbsTopK and Matryoshka on the same batches; those that were trained before are read."""
+    folders = {name: kept / f"{name}-{seed}-{n_tokens}" for name in NAMES}
+    if all(folder.is_dir() for folder in folders.values()):
+        return {name: sl.SAE.from_pretrained(folder) for name, folder in folders.items()}
     model = sl.load_model("tales", progress=False)
     acts = sl.collect(model, tell(n_stories, first=FIRST).tokens(), HOOK, progress=False)
     plain = sl.SAEConfig(d_in=acts.d_in, d_sae=D_SAE, activation=sl.TopK(k=K))
@@ -81,34 +86,23 @@ def train(seed: int, n_tokens: int, n_stories: int) -> dict[str, sl.SAE]:
     }
     budget = sl.TrainConfig(n_tokens=n_tokens, batch_size=2048, seed=seed)
     saes = sl.fit([sl.SAE(cfg, seed) for cfg in configs.values()], acts, budget, progress=False)
+    for name, sae in zip(configs, saes, strict=True):
+        sae.save_pretrained(folders[name])
     return dict(zip(configs, saes, strict=True))
 
 
 def find_known(store: sl.FeatureStore, truth: Any, is_train: np.ndarray) -> list[Known]:
-    """The sides with a concept of held-out F1 0.8 or more."""
-    train_truth, held_truth = truth[is_train].astype(np.int32), truth[~is_train].astype(np.int32)
-    n_train, n_held = (np.asarray(side.sum(0)).ravel() for side in (train_truth, held_truth))
-    columns, found = store.columns(), []
-    for feature in range(store.d_sae):
-        part = slice(columns.indptr[feature], columns.indptr[feature + 1])
-        rows, values = columns.indices[part], columns.data[part]
-        for sign in (1, -1):
-            mine, sizes = rows[values * sign > 0], np.abs(values[values * sign > 0])
-            peak = sizes[is_train[mine]].max(initial=0.0)
-            best = (0.0, 0, 0.0)
-            for fraction in FRACTIONS:
-                on = np.zeros(len(is_train), np.int32)
-                on[mine[sizes >= fraction * peak]] = 1
-                if on[is_train].sum() < 10:
-                    break
-                f1 = 2 * (on[is_train] @ train_truth) / (on[is_train].sum() + n_train)
-                best = max(best, (float(f1.max()), int(f1.argmax()), fraction))
-            _, concept, fraction = best
-            on = np.zeros(len(is_train), np.int32)
-            on[mine[sizes >= fraction * peak]] = 1
-            hits = (on[~is_train] @ held_truth)[concept]
-            if best[0] > 0 and 2 * hits / max(1, on[~is_train].sum() + n_held[concept]) >= KNOWN_F1:
-                found.append(Known(feature, sign, concept))
+    """The sides with a concept of held-out F1 0.8 or more; at least 10 firings in training stories."""
+    concepts = Predicates(truth.tocsr(), tuple(map(str, range(truth.shape[1]))), ("concept",) * truth.shape[1])
+    train_side, held_side = Side(concepts, is_train), Side(concepts, ~is_train)
+    found = []
+    for start, stop in feature_blocks(store):
+        units = Units.sort(store.columns(start, stop), is_train, FRACTIONS)
+        chosen, held = train_side.count(units), held_side.count(units)
+        f1 = np.where(chosen.fires[:, :, None] >= 10, chosen.f1, 0).reshape(len(units), -1)
+        held_f1 = held.f1.reshape(len(units), -1)[np.arange(len(units)), f1.argmax(1)]
+        for unit in np.flatnonzero((f1.max(1) > 0) & (held_f1 >= KNOWN_F1)).tolist():
+            found.append(Known(start + unit // 2, 1 - 2 * (unit % 2), int(f1[unit].argmax()) % truth.shape[1]))
     return found
 
 
@@ -216,6 +210,7 @@ def main() -> None:
     parser.add_argument("--n-tokens", type=int, default=1_500_000, help="to train each dictionary on")
     parser.add_argument("--n-stories", type=int, default=2400, help="to train on, over and over")
     parser.add_argument("--n-moves", type=int, default=20)
+    parser.add_argument("--kept", type=Path, help="a folder of dictionaries, to train each only once")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -227,7 +222,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as folder:
         for seed in args.seeds:
-            for name, sae in train(seed, args.n_tokens, args.n_stories).items():
+            for name, sae in train(seed, args.n_tokens, args.n_stories, args.kept or Path(folder)).items():
                 lines.append(measure(name, sae, stories, seed, args.n_moves, Path(folder)))
                 print("\n".join(lines[:1] + lines[-1:]), flush=True)
     if args.out:

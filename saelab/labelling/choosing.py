@@ -11,7 +11,7 @@ from saelab.labelling.families import DISJOINT
 from saelab.labelling.predicates import Predicates
 
 Joined = Literal["", "and", "or"]
-FRACTIONS = np.array([0.0, 0.2, 0.4, 0.6])
+FRACTIONS = np.array([0.0, 0.2, 0.4, 0.6, 0.8])
 """Levels: shares of a unit's largest |z| in training documents."""
 LEVEL_COST = 0.02
 """F1 that each level must gain over the one below, for it says less about the unit."""
@@ -22,7 +22,7 @@ FAVOUR = 0.01
 """F1 by which what the caller gave is preferred to what was found in the text."""
 MIN_SHARE = 0.1
 """Share of a unit's firings that a level must keep."""
-N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 8
+N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 10
 PAIR_ROWS = 1024
 """Firings that pairs are chosen on, drawn from those of training documents."""
 
