@@ -12,6 +12,7 @@ from saelab.cli.collecting import collect_text
 from saelab.cli.evaluating import evaluate_sae
 from saelab.cli.features import harvest_text, show_dead, show_features
 from saelab.cli.info import show_info
+from saelab.cli.labelling import label_features
 from saelab.cli.labels import VERBS as LABEL_VERBS
 from saelab.cli.labels import open_book
 from saelab.cli.reporting import write_report
@@ -96,6 +97,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "harvest": harvest_text,
     "features": show_features,
     "dead": show_dead,
+    "label": label_features,
     "report": write_report,
     "info": show_info,
 }

@@ -27,14 +27,14 @@ def write_report(
     line on stderr says so.
     """
     opened = FeatureStore.load(store)
-    coder = _open_sae(opened, sae)
-    lm = _open_model(opened, model, progress) if coder is not None else None
+    coder = open_sae(opened, sae)
+    lm = open_model(opened, model, progress) if coder is not None else None
     typer.echo(
         report(
             opened,
             out,
             lm,
-            features=_numbers(features),
+            features=read_numbers(features),
             sae=coder,
             prompts=prompt,
             evaluation=read_json(evaluation) if evaluation is not None else None,
@@ -44,7 +44,8 @@ def write_report(
     )
 
 
-def _open_sae(store: FeatureStore, named: str | None) -> SAE | None:
+def open_sae(store: FeatureStore, named: str | None) -> SAE | None:
+    """The SAE that is named, else the one that the store has; None, with a line on stderr, where that is gone."""
     if named is not None:
         return SAE.from_pretrained(named)
     recorded = store.manifest.sae.get("name_or_path") or ""
@@ -57,14 +58,15 @@ def _open_sae(store: FeatureStore, named: str | None) -> SAE | None:
     return None
 
 
-def _open_model(store: FeatureStore, named: str | None, progress: bool) -> "Model | None":
+def open_model(store: FeatureStore, named: str | None, progress: bool, option: str = "--model") -> "Model | None":
+    """The model that is named, else the one that the store has; None, with a line on stderr, where that is gone."""
     if named is not None:
         return load_model(named, progress=progress)
     recorded = store.provenance.model
     try:
         return load_model(recorded, progress=progress)
     except (OSError, ValueError) as error:
-        _leave_out(f"model '{recorded}'", error, "--model")
+        _leave_out(f"model '{recorded}'", error, option)
     return None
 
 
@@ -73,7 +75,8 @@ def _leave_out(what: str, error: Exception, option: str) -> None:
     typer.echo(f"The {what} could not be opened ({reason}). What rests on it is left out: give {option}.", err=True)
 
 
-def _numbers(given: str | None) -> list[int] | None:
+def read_numbers(given: str | None) -> list[int] | None:
+    """The numbers of `--features`; None where it is not given."""
     if given is None:
         return None
     try:

@@ -117,14 +117,18 @@ class LabelBook:
         return f"{self.path}: {n_features:,}{of} features named" + (f"; labels by {authors}" if authors else "")
 
     # ---- writing
-    def add(self, labels: Iterable[Label]) -> int:
+    def add(self, labels: Iterable[Label], *, afresh: bool = False) -> int:
         """Add labels, all of them or none, and say how many; whose `time` is empty gets that of now.
 
         Of one author a feature and sign keep the newest label alone, and the one that a person chose where that
-        reads otherwise. A person's label is chosen unless another person's choice stands.
+        reads otherwise; with `afresh` all that an author said before of the features is gone, but for what a person
+        chose. A person's label is chosen unless another person's choice stands.
         """
         added = [replace(label, time=label.time or tell_time()) for label in labels]
         with self._writing() as db:
+            for feature, author in {(label.feature, label.author) for label in added if afresh}:
+                sql = "DELETE FROM labels WHERE feature = ? AND author = ? AND NOT by_person AND NOT fixed"
+                db.execute(sql, (int(feature), author))
             for label in added:
                 self._put(db, label)
         return len(added)

@@ -1,20 +1,26 @@
 """Labels in words: of one feature together, and how far each can be trusted. Plain text, not escaped."""
 
 from collections.abc import Sequence
+from math import isnan
 
 from saelab.labelling.label import Label
 
 MARKS = {1: "+ ", 0: "", -1: "\u2212 "}
+ENDS = ("low", "high", "chance")
 MOST_SCORES = 4
 
 
 def join_texts(labels: Sequence[Label]) -> str:
     """The names among the labels of one feature as one line, each side marked; empty where there is no good name.
 
+    Where both sides have a name, one of the axis between them says nothing new.
+
     >>> join_texts([Label(feature=0, sign=sign, text=text, author="a") for sign, text in ((1, "hot"), (-1, "cold"))])
     '+ hot; \u2212 cold'
     """
     names = [label for label in labels if label.kind != "none"]
+    if {label.sign for label in names} == {-1, 0, 1}:
+        names = [label for label in names if label.kind != "two-sided"]
     if len(names) == 1 and names[0].sign >= 0:
         return names[0].text
     return "; ".join(MARKS[label.sign] + label.text for label in names)
@@ -32,14 +38,18 @@ def describe_origin(label: Label) -> str:
 
 
 def describe_scores(label: Label) -> str:
-    """The first scores of a label in words, each beside its chance level.
+    """The first scores of a label in words, each with its interval and beside its chance level where it has them.
 
     >>> describe_scores(Label(feature=0, text="hot", author="me", scores={"f1": 0.91, "f1_chance": 0.5}))
     'f1 0.91 (chance 0.5)'
     """
     said = []
     for name, value in label.scores.items():
-        if not name.endswith("_chance"):
-            chance = label.scores.get(f"{name}_chance")
-            said.append(f"{name} {value:.2g}" + ("" if chance is None else f" (chance {chance:.2g})"))
+        base, _, end = name.rpartition("_")
+        if isnan(value) or (end in ENDS and base in label.scores):
+            continue
+        low, high, chance = (label.scores.get(f"{name}_{end}") for end in ENDS)
+        beside = [] if low is None or high is None else [f"{low:.2g} to {high:.2g}"]
+        beside += [] if chance is None else [f"chance {chance:.2g}"]
+        said.append(f"{name} {value:.2g}" + (f" ({', '.join(beside)})" if beside else ""))
     return ", ".join(said[:MOST_SCORES])

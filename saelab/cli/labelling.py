@@ -1,0 +1,217 @@
+"""`saelab label`: names for the features of a store, by rules or by a language model, into the store's book."""
+
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer import Option
+
+from saelab.analyses.lens import LogitLens, logit_lens
+from saelab.cli import options
+from saelab.cli.labels import make_printable
+from saelab.cli.reporting import open_model, open_sae, read_numbers
+from saelab.labelling.book import LabelBook
+from saelab.labelling.clients import Client, LocalClient, OpenAIClient
+from saelab.labelling.exchange import Exchange
+from saelab.labelling.explaining import estimate_labels, explain_features
+from saelab.labelling.label import BOTH, Label
+from saelab.labelling.predicates import Predicate, Predicates, make_predicates
+from saelab.labelling.questions import AskConfig
+from saelab.labelling.rules import label_by_rules
+from saelab.lm.models import load_model
+from saelab.stores.features import FeatureStore
+
+BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
+SCORERS = ",".join(options.default_of(explain_features, "scorers"))
+
+Rules = Annotated[
+    str | None,
+    Option(
+        help="Predicates of rules, joined by commas: `builtin`, and files of Python whose PREDICATES lists your own, "
+        "which are run.",
+        metavar="NAMES",
+        show_default="builtin, where no language model is asked",
+    ),
+]
+Lens = Annotated[bool, Option("--lens/--no-lens", help="Try the tokens that features promote as rules, too, or not.")]
+LensModel = Annotated[
+    str | None,
+    Option(help="The language model whose features they are.", metavar="MODEL", show_default="as the store has it"),
+]
+Endpoint = Annotated[
+    str | None,
+    Option(
+        "--llm",
+        help="URL of an OpenAI-compatible endpoint, or `local` for a model on this machine; the key is read from "
+        "OPENAI_API_KEY.",
+        metavar="URL",
+        show_default="OpenAI's, where --model is given",
+    ),
+]
+LLMName = Annotated[
+    str | None,
+    Option("--model", help="The language model that names and scores.", metavar="NAME", show_default="none is asked"),
+]
+Scorers = Annotated[str, Option(help="How its labels are scored: names joined by commas.", metavar="NAMES")]
+Budget = Annotated[float | None, Option(help="What the run may cost; needs the prices.", show_default="no limit")]
+PriceIn = Annotated[float | None, Option(help="Of a million tokens of prompts.", show_default="unknown")]
+PriceOut = Annotated[float | None, Option(help="Of a million tokens of answers.", show_default="unknown")]
+Parallel = Annotated[int, Option("--parallel", help="Requests at a time.")]
+EstimateOnly = Annotated[bool, Option("--estimate", help="Say what it would take, and ask nothing.")]
+GoOn = Annotated[bool, Option("--resume", help="Leave out features whose sides have scored labels of the same author.")]
+OutPrompts = Annotated[
+    Path | None,
+    Option("--export-prompts", help="File for the prompts without an answer.", metavar="FILE", show_default="none"),
+]
+InAnswers = Annotated[
+    Path | None,
+    Option("--import-answers", help="File of answers to such prompts.", metavar="FILE", show_default="none"),
+]
+
+
+def label_features(
+    store: options.StoreFolder,
+    rules: Rules = None,
+    lens: Lens = True,
+    sae: options.ReportSAE = None,
+    lens_model: LensModel = None,
+    llm: Endpoint = None,
+    model: LLMName = None,
+    scorers: Scorers = SCORERS,
+    budget: Budget = None,
+    price_in: PriceIn = None,
+    price_out: PriceOut = None,
+    parallel: Parallel = AskConfig.n_parallel,
+    estimate: EstimateOnly = False,
+    features: options.FeatureList = None,
+    resume: GoOn = False,
+    export_prompts: OutPrompts = None,
+    import_answers: InAnswers = None,
+    progress: options.Progress = True,
+) -> None:
+    """Name the features of a store, by rules or by a language model, and keep the labels beside it.
+
+    Without a language model by rules: the best one for each side of a feature, on documents that it was not chosen on.
+    With --model by a language model, which scores them too. Its answers are kept: a run that was cut off, or came to
+    the end of its budget, goes on when the same command is given again. With --export-prompts and --import-answers the
+    language model may be anywhere: prompts of scores come once the labels are there.
+    """
+    opened, numbers = FeatureStore.load(store), read_numbers(features)
+    if bad := [j for j in numbers or () if not 0 <= j < opened.d_sae]:
+        raise ValueError(f"`--features` must be in 0..{opened.d_sae - 1}, got {bad[:5]}.")
+    client = _choose_client(llm, model, export_prompts, import_answers, progress)
+    if estimate and client is None:
+        raise ValueError("`--estimate` needs `--model`: rules cost nothing.")
+    cfg = AskConfig(n_parallel=parallel, budget=budget, price_in=price_in, price_out=price_out)
+    if rules is not None or client is None:
+        wanted = _wanted(opened, RULES, numbers, resume)
+        found = _read_lens(opened, wanted, sae, lens_model, progress) if lens and wanted != [] else None
+        _by_rules(opened, rules or BUILTIN, wanted, found)
+    if client is None:
+        return
+    signs, names = (1, -1) if opened.signed else (BOTH,), [name for name in scorers.split(",") if name]
+    asked: dict[str, Any] = {"signs": signs, "scorers": names, "asking": cfg}
+    wanted = _wanted(opened, client.name, numbers, resume, scored=bool(names))
+    if wanted == []:
+        typer.echo(f"No feature is left to label by {client.name}.", err=True)
+        return
+    if not isinstance(client, Exchange):
+        typer.echo(str(estimate_labels(opened, client, wanted, **asked)), err=not estimate)
+    if estimate:
+        return
+    named = explain_features(opened, client, wanted, progress=progress, **asked)
+    _keep(opened, named.labels, str(named))
+    if isinstance(client, Exchange):
+        _exchange(client, export_prompts)
+
+
+def read_predicates(store: FeatureStore, names: str) -> Predicates:
+    """The predicates of `--rules`: the built-in ones, those of files, or both."""
+    parts = [part for part in names.split(",") if part]
+    own = [predicate for part in parts if part != BUILTIN for predicate in _run_file(Path(part))]
+    if not parts:
+        raise ValueError(f"`--rules` must name {BUILTIN} or files, got '{names}'.")
+    made = make_predicates(store, own=own)
+    if BUILTIN in parts:
+        return made
+    return made.without(*set(made.kinds) - {predicate.kind for predicate in own})
+
+
+def _run_file(path: Path) -> list[Predicate]:
+    if not path.is_file():
+        raise FileNotFoundError(f"`--rules` must name {BUILTIN} or files of Python, got '{path}'. Check its name.")
+    try:
+        found = runpy.run_path(str(path)).get("PREDICATES")
+    except Exception as error:
+        raise ValueError(f"{path} must run as Python, got {type(error).__name__}: {error}.") from error
+    if not isinstance(found, list | tuple) or not all(isinstance(one, Predicate) for one in found):
+        raise ValueError(f"{path} must have a list PREDICATES of `Predicate`, got {type(found).__name__}.")
+    return list(found)
+
+
+def _choose_client(
+    llm: str | None, model: str | None, prompts: Path | None, answers: Path | None, progress: bool
+) -> Client | None:
+    """Who answers prompts; None where no language model is asked for."""
+    if prompts is not None or answers is not None:
+        if llm is not None:
+            raise ValueError("Prompts must go to a file or to `--llm`, got both. Give one of them.")
+        return Exchange(answers, name=model) if model is not None else Exchange(answers)
+    if model is None:
+        if llm is not None:
+            raise ValueError(f"`--llm` needs `--model`, the name of a language model there, got '{llm}' alone.")
+        return None
+    return LocalClient(load_model(model, progress=progress)) if llm == LOCAL else OpenAIClient(model, llm)
+
+
+def _wanted(
+    store: FeatureStore, author: str, numbers: list[int] | None, resume: bool, scored: bool = True
+) -> list[int] | None:
+    """The features to label: with `--resume` those of which a side that fires lacks a label, or its scores."""
+    if not resume:
+        return numbers
+    with LabelBook.open(store) as book:
+        done = {
+            (one.feature, one.sign)
+            for one in book.labels()
+            if one.author == author and (one.scores or not scored or not one.text)
+        }
+    fires = store.statistics.fires
+    sides = {sign: fires[:, column] for column, sign in enumerate((1, -1))} if store.signed else {BOTH: fires.sum(1)}
+    asked = range(store.d_sae) if numbers is None else numbers
+    return [j for j in asked if any(counts[j] and (j, sign) not in done for sign, counts in sides.items())]
+
+
+def _by_rules(store: FeatureStore, rules: str, wanted: list[int] | None, lens: LogitLens | None) -> None:
+    predicates = read_predicates(store, rules)
+    if wanted == []:
+        typer.echo(f"No feature is left to label by {RULES}.", err=True)
+        return
+    found = label_by_rules(store, predicates, features=wanted, lens=lens)
+    _keep(store, found.labels(), str(found), afresh=True)
+
+
+def _read_lens(
+    store: FeatureStore, wanted: list[int] | None, sae: str | None, model: str | None, progress: bool
+) -> LogitLens | None:
+    """What features promote, where the store's SAE and model are at hand."""
+    coder = open_sae(store, sae)
+    lm = open_model(store, model, progress, "--lens-model") if coder is not None else None
+    return logit_lens(coder, lm, wanted) if coder is not None and lm is not None else None
+
+
+def _keep(store: FeatureStore, labels: Sequence[Label], said: str, afresh: bool = False) -> None:
+    """Put labels into the book and say what they are."""
+    with LabelBook.open(store) as book:
+        n = book.add(labels, afresh=afresh)
+        typer.echo("\n".join(map(make_printable, said.split("\n"))))
+        typer.echo(f"{n:,} labels added to {book.path}.")
+
+
+def _exchange(client: Exchange, prompts: Path | None) -> None:
+    """Write the prompts without an answer, and say how prompts and answers go together."""
+    if prompts is not None:
+        typer.echo(f"{client.export(prompts):,} prompts in {prompts}.")
+    typer.echo(str(client.report()))
