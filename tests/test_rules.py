@@ -274,9 +274,10 @@ def test_what_surrounds_a_token():
 
 
 def test_own_predicates_and_concepts(text, at):
-    """A function, regular expressions on words and on running text, and a matrix: each becomes the rule it should be."""
-    store_codes = np.stack([at(" big") | at(" old"), np.roll(at(" in"), 1) & at(" to") | np.roll(at(" to"), -1) & at(" in"),
-                            at(" home") | at(" far") | at("?"), at(" hat") | at(" red")], 1)  # fmt: skip
+    """A function, regular expressions on words and on text, and a matrix: each becomes the rule it should be."""
+    in_to = np.roll(at(" in"), 1) & at(" to") | np.roll(at(" to"), -1) & at(" in")
+    mine, cloth = at(" home") | at(" far") | at("?"), at(" hat") | at(" red")
+    store_codes = np.stack([at(" big") | at(" old"), in_to, mine, cloth], 1)
     store = Planted(store_codes * 1.0, text)
     concept = csc_matrix((at(" hat") | at(" red"))[:, None])
     own = [

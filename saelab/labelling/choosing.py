@@ -15,7 +15,7 @@ FRACTIONS = np.array([0.0, 0.2, 0.4, 0.6, 0.8])
 """Levels: shares of a unit's largest |z| in training documents."""
 LEVEL_COST = 0.02
 """F1 that each level must gain over the one below, for it says less about the unit."""
-PAIR_COST, PART_COST = 0.02, 0.01
+PAIR_COST, PART_COST = 0.01, 0.02
 """F1 that a rule of several parts must gain over one, and for each part beyond the first."""
 GIVEN = ("own", "concept", "document")
 FAVOUR = 0.01
@@ -23,7 +23,7 @@ FAVOUR = 0.01
 MIN_SHARE = 0.1
 """Share of a unit's firings that a level must keep."""
 N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 10
-PAIR_ROWS = 1024
+PAIR_ROWS = 768
 """Firings that pairs are chosen on, drawn from those of training documents."""
 
 
@@ -56,7 +56,10 @@ def choose_rules(
         options = [(float(f1[unit, j] + favour[j]), Rule((j,), "", level, float(f1[unit, j])))]
         options += [_of_list(unit, level, *one) for one in lists]
         if max(score for score, _ in options) < 1 - PAIR_COST - PART_COST:
-            options += _pairs(near[unit], level, side.here(units.of(unit, level)), int(fires[unit]), side, favour, rng)
+            rows = units.of(unit, level)
+            if len(rows) > 4 * PAIR_ROWS:
+                rows = rows[rng.integers(len(rows), size=4 * PAIR_ROWS)]
+            options += _pairs(near[unit], level, side.here(rows), int(fires[unit]), side, favour, rng)
         found[unit] = max(options, key=lambda option: option[0])[1]
     return found
 
@@ -123,6 +126,8 @@ def _pairs(
     """The best conjunction and the best union of two, with their scores."""
     if len(rows) > PAIR_ROWS:
         rows = rows[rng.integers(len(rows), size=PAIR_ROWS)]
+    if len(rows) == 0:  # all that were drawn are of held-out documents
+        return []
     columns = np.unique(candidates)
     hits = side.bits.at(rows, columns).astype(np.float32)
     both = (hits.T @ hits) * (n_fires / len(rows))

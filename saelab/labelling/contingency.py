@@ -122,7 +122,7 @@ class Side:
 
     def __init__(self, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> None:
         self.chosen, self.rows = chosen, np.flatnonzero(chosen).astype(np.int32)
-        self.places = np.cumsum(chosen, dtype=np.int32) - np.int32(1)
+        self.places = np.where(chosen, np.cumsum(chosen, dtype=np.int32) - np.int32(1), np.int32(-1))
         self.matrix = predicates.matrix[self.rows].astype(np.int32)
         self.holds = np.asarray(self.matrix.sum(0)).ravel().astype(np.int64)
 
@@ -147,7 +147,8 @@ class Side:
 
     def here(self, rows: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "m"]:
         """Which of some tokens of the store are on this side, as places in it, ascending."""
-        return np.sort(self.places[rows[self.chosen[rows]]])
+        places = self.places[rows]
+        return np.sort(places[places >= 0])
 
     def mark(self, columns: Sequence[int], joined: str = "") -> Bool[np.ndarray, "n"]:
         """The tokens of which all ("and") or any of some predicates hold."""
@@ -165,11 +166,11 @@ class Side:
 
     def count(self, units: Units) -> Counts:
         """All contingencies of a block by one sparse product: each code counts once, at the level it reaches."""
-        here = self.chosen[units.rows]
+        places = self.places[units.rows]
+        here = places >= 0
         ends = units.ends[:, ::-1].ravel()
         offsets = np.concatenate([[0], np.cumsum(here)])[np.concatenate([[0], ends])].astype(np.int32)
-        rows = self.places[units.rows[here]]
-        codes = as_csr(np.ones(len(rows), np.int32), rows, offsets, (len(ends), self.n_tokens))
+        codes = as_csr(np.ones(offsets[-1], np.int32), places[here], offsets, (len(ends), self.n_tokens))
         shape = units.ends.shape
         both = (codes @ self.matrix).toarray().reshape(*shape, -1)
         return Counts(_from_above(both), _from_above(np.diff(offsets).reshape(shape)), self.holds, self.n_tokens)

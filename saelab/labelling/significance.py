@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
 
 N_SHIFTS = 24
-SHIFTED_FIRINGS = 1024
+SHIFTED_FIRINGS = 512
 """Neighbouring firings on which the spread of chance is measured."""
 
 

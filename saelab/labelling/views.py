@@ -154,7 +154,7 @@ class TokenView:
         kept = np.flatnonzero(~closing)
         so_far = np.concatenate([[0], np.cumsum(ends)])
         found = self.begins.copy()
-        found[kept[1:]] |= np.diff(so_far[kept]) > 0
+        found[kept] |= np.diff(so_far[kept], prepend=0) > 0
         return found
 
     @cached_property
