@@ -96,6 +96,14 @@ def test_near_misses_share_the_word_and_rows_limit_the_view(store, busy):
         sl.examples(store, busy, rows=train[:5])
 
 
+def test_no_near_miss_fires(store):
+    """Of the busiest features, and all of them: their tokens fire elsewhere, so that one too many would be seen."""
+    busiest = store.statistics.fires.sum(1).argsort()[-4:].tolist()
+    for feature in busiest:
+        near = sl.examples(store, feature, n_near=40, n_quantiles=0, n_random=0).group("near miss", 0).examples
+        assert len(near) > 4 and all(example.value == 0 for example in near)
+
+
 def test_a_feature_that_fires_less_often_than_there_are_groups(store):
     fires = store.statistics.fires
     rare = int(np.where(fires.sum(1) > 0, fires.sum(1), 10**9).argmin())
@@ -197,9 +205,10 @@ def test_revived_units_take_the_worst_tokens(tiny, tokens):
     assert torch.nn.functional.cosine_similarity(sae.W_enc.T[units], sae.W_dec[units]).min() > 0.999
     assert not sae.W_dec[units].allclose(before["W_dec"][units]) and not sae.b_enc[units].any()
     for parameter in optimiser.param_groups[0]["params"]:
-        moments = optimiser.state[parameter]["exp_avg_sq"]
-        if len(moments) == D_SAE:
-            assert not moments[units].any() and moments[others].any()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            moments = optimiser.state[parameter][moment]
+            if len(moments) == D_SAE:
+                assert not moments[units].any() and moments[others].any()
     assert sl.revive(sae, x, []) == []
     with pytest.raises(ValueError, match="different"):
         sl.revive(sae, x, [1, 1])
@@ -238,3 +247,18 @@ def test_progressive_keeps_what_matters(tiny, tokens):
     assert found.n_tokens == whole.n_tokens and str(found)
     with pytest.raises(ValueError, match="`sizes`"):
         sl.progressive(sae, tiny, tokens, (97,))
+
+
+def test_importance_does_not_depend_on_how_a_unit_is_scaled(tiny, tokens):
+    """Codes half as large on rows twice as long are the same unit, which must keep its rank."""
+    cfg = sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.ReLU(target_l0=4.0), dictionary="free", normaliser="none")
+    sae, scaled = sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=0)
+    scale = torch.logspace(-1, 1, D_SAE)
+    with torch.no_grad():
+        scaled.W_enc.div_(scale)
+        scaled.b_enc.div_(scale)
+        scaled.W_dec.mul_(scale[:, None])
+    one, other = (sl.progressive(each, tiny, tokens, (5, 20), hook_point=HOOK) for each in (sae, scaled))
+    for size in (5, 20):
+        assert one.get("energy", size).fvu == pytest.approx(other.get("energy", size).fvu, rel=1e-4)
+        assert one.get("energy", size).ce == pytest.approx(other.get("energy", size).ce, rel=1e-4)
