@@ -4,8 +4,8 @@
 
 First: `harvest` against forward and encoding alone, sorting by feature, opening a store of 10 million tokens. Then the
 way from tokens to pages of the same features in both libraries (`pages.py`): a fresh process for each turn, turn about,
-warmed up on a little of the work. saelab harvests all features and writes a report, or makes what is in one where this
-version has none; SAEDashboard makes its data and its page with its own defaults.
+warmed up on a little of the work. saelab harvests all features and writes a report; SAEDashboard makes its data and its
+page with its own defaults.
 
 SAEDashboard wants an older transformer-lens and an older safetensors than saelab, so it goes without its dependencies
 into the environment that `make bench` makes, where it runs. Without it the second half shows saelab alone.
@@ -133,8 +133,9 @@ def compare_pages(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print("SAEDashboard is not installed here; `--help` says how to.")
     for turn in range(args.page_turns):
         for name, results in runs.items():
-            print(f"{name}, turn {turn + 1} of {args.page_turns} ...", file=sys.stderr, flush=True)
             results.append(serve_apart(name, folder))
+            took = f"{results[-1]['total']:.1f} s, {results[-1]['cpu']:.1f} s of CPU"
+            print(f"{name}, turn {turn + 1} of {args.page_turns}: {took}", file=sys.stderr, flush=True)
     made = {name: {key: median(run[key] for run in results) for key in results[0]} for name, results in runs.items()}
     return {"n_tokens": tokens.n_tokens, "features": len(job.features), "kind": args.activation, "runs": runs, **made}
 
@@ -216,6 +217,7 @@ def main() -> None:
     result: dict[str, Any] = {"threads": args.threads, "torch": torch.__version__, "d_sae": args.d_sae}
     if args.turns:
         result["parts"] = compare_parts(args)
+        print(table(result), file=sys.stderr, flush=True)
     if args.page_turns:
         with tempfile.TemporaryDirectory() as folder:
             result["pages"] = compare_pages(args, Path(folder))

@@ -58,18 +58,12 @@ class Job:
 
 
 def make_in_saelab(job: Job, out: Path) -> dict[str, float]:
-    """Harvest all features, then write the report of those asked for, or what is in one."""
+    """Harvest all features, then write the report of those asked for."""
     start = time.perf_counter()
     store = sl.harvest(job.sae, job.model, job.tokens, out / "store", progress=False)
     harvested = time.perf_counter()
-    if hasattr(sl, "report"):
-        chosen = {"model": job.model, "sae": job.sae, "features": job.features, "progress": False}
-        sl.report(store, out=out / "report", **chosen)
-    else:
-        for j in job.features:
-            sl.examples(store, j)
-        sl.logit_lens(job.sae, job.model, job.features)
-        sl.neighbours(store)
+    chosen = {"model": job.model, "sae": job.sae, "features": job.features, "progress": False}
+    sl.report(store, out / "report", **chosen)
     written = time.perf_counter()
     l0 = store.statistics.fires[job.features].sum() / len(store)
     return {"data": harvested - start, "pages": written - harvested, "l0": float(l0)}
