@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_origin(store: sl.FeatureStore) -> tuple[sl.SAE | None, Model | None]:
+def open_origin(store: sl.FeatureStore) -> "tuple[sl.SAE | None, Model | None]":
     """SAE and language model of a store, where they are still where they were."""
     try:
         return sl.SAE.from_pretrained(store.manifest.sae["name_or_path"]), sl.load_model(store.provenance.model)

@@ -128,6 +128,9 @@ def test_no_rule_and_no_model_takes_the_place_of_a_persons_choice(book: LabelBoo
     book.add([label(7, "weather", "model", scores={"f1": 0.25})])  # the same text, measured again
     assert book[7].scores == {"f1": 0.25} and "clouds" not in texts(book.labels(7))
     assert book.choose(7, None).author == "model" and book.set(7, "", author="me").text == book[7].text == ""
+    book.add([label(8, "a person's", "me", by_person=True)])
+    book.add([label(8, "a model's", "model")])
+    assert book[8].text == "a person's"
     with pytest.raises(ValueError, match=r"`author`.*'nobody'.*'me'"):
         book.choose(7, "nobody")
 

@@ -35,6 +35,12 @@ class LabelBook:
     The file is made by the first label; until then the book is empty. Several threads and processes may read and
     write at once. Raises ValueError for a damaged file and for labels of another SAE, TimeoutError where another
     process keeps it locked for `timeout` seconds, PermissionError where it may not be written; nothing is lost then.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, LabelBook(f"{folder}/labels.sqlite") as book:
+    ...     _ = book.set(123, "rain and storms", author="me")
+    ...     [label.text for label in book.search("storm")], book[123].by_person
+    (['rain and storms'], True)
     """
 
     def __init__(self, path: str | Path, manifest: FeatureManifest | None = None, timeout: float = TIMEOUT) -> None:
