@@ -1,5 +1,6 @@
 """Labels by a language model: a real server on loopback with every fault, planted stores, hostile text."""
 
+import itertools
 import json
 import os
 import re
@@ -68,7 +69,10 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     sl.harvest(sae, None, sl.Activations.from_tensor(x, where, **columns), folder, allow_mismatch=True, progress=False)
     (folder / "strings.json").write_text(json.dumps({str(i): f" {word}" for i, word in enumerate(WORDS)}))
-    return sl.FeatureStore.load(folder)
+    loaded = sl.FeatureStore.load(folder)
+    # The store's own reader of strings is one checked call for each token: the checks would take most of the time.
+    loaded.text = replace(loaded.text, strings=dict(loaded.text.strings))
+    return loaded
 
 
 TRUTHS = {
@@ -226,11 +230,13 @@ def test_explaining_and_scoring_share_no_document_and_negatives_are_silent(store
             assert (dense[start : start + size] > 0).any() == fires == (dense[e.token] > 0) and size <= 24
             assert list(e.words) == store.text.words(start, start + len(e.words))
     assert len(case.shown) >= 15 and len(case.fires) == (20 if sign else 40)
-    assert len(case.hard) + len(case.easy) >= 0.75 * len(case.fires)
+    assert len(case.hard) + len(case.easy) >= (15 if sign else 10)  # few windows are silent of both signs
     texts = [e.words for e in (*case.shown, *case.fires, *case.hard, *case.easy)]
     assert len(set(texts)) == len(texts)
     places = [e.center / len(e.words) for e in case.fires]
-    assert np.std(places) > 0.1  # where the firing token stands does not give it away
+    assert np.std(places) > 0.1  # where the firing token stands does not give it away, nor does the window's length
+    sizes = [np.mean([len(e.words) for e in windows]) for windows in (case.fires, (*case.hard, *case.easy))]
+    assert abs(sizes[0] - sizes[1]) < 2
 
 
 def test_half_of_the_negatives_are_hard(store):
@@ -339,7 +345,7 @@ class Server(ThreadingHTTPServer):
         self.faults: dict[str, str] = {}
         self.log: list[tuple[str, str, float]] = []  # prompt, what was done, when
         self.n_busy = self.most_busy = 0
-        self.on_answer = lambda n: None
+        self.delay, self.numbers, self.on_number = 0.0, itertools.count(1), {}
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     @property
@@ -387,8 +393,7 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def act(self, fault: str, messages: list) -> None:
-        if fault == "slow":
-            time.sleep(0.5)
+        time.sleep(0.5 if fault == "slow" else self.server.delay)
         text = self.server.oracle.say(messages[0]["content"])
         good = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 50, "completion_tokens": 5}}
         if fault == "429":
@@ -411,7 +416,7 @@ class Handler(BaseHTTPRequestHandler):
             self.say(200, good | {"choices": [{"message": {"content": "I would rather not say. <b>"}}]})
         else:
             self.say(200, good)
-            self.server.on_answer(len(self.server.answered()))
+            self.server.on_number.get(next(self.server.numbers), int)()
 
     def say(self, status: int, obj, headers=()) -> None:
         self.send(status, json.dumps(obj).encode(), {"Content-Type": "application/json", **dict(headers)})
@@ -451,8 +456,8 @@ def assert_no_key(folder) -> None:
 
 def test_every_fault_of_a_server_ends_in_the_same_labels(serve, store, tmp_path):
     server, client = serve(PLAN)
-    found = label_all(store, client, tmp_path, scorers=ALL)
-    straight = label_all(store, Oracle(), tmp_path / "straight", scorers=ALL)
+    found = label_all(store, client, tmp_path, scorers=ALL, features=[1, 2])
+    straight = label_all(store, Oracle(), tmp_path / "straight", scorers=ALL, features=[1, 2])
     assert isinstance(client, Client) and not found.missing and found.labels[0].author == "right"
     assert [(label.text, label.scores) for label in found.labels] == [
         (label.text, label.scores) for label in straight.labels
@@ -471,13 +476,14 @@ def test_every_fault_of_a_server_ends_in_the_same_labels(serve, store, tmp_path)
 
 def test_an_interrupted_run_asks_nothing_twice(serve, store, tmp_path):
     server, client = serve(timeout=5.0)
-    server.on_answer = lambda n: os.kill(os.getpid(), signal.SIGINT) if n == 9 else None
+    server.delay, server.on_number = 0.1, {9: lambda: os.kill(os.getpid(), signal.SIGINT)}
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match=r"stopped after .* kept in .*answers.jsonl.*Run the same again"):
         label_all(store, client, tmp_path)
     n_first = len(server.log)
     kept = AnswerLog(tmp_path / "answers.jsonl")
-    assert 9 <= len(kept) == n_first <= 9 + FAST.n_parallel and signal.getsignal(signal.SIGINT) is before
+    assert 9 <= len(kept) == n_first <= 9 + 2 * FAST.n_parallel and signal.getsignal(signal.SIGINT) is before
+    server.delay = 0.0
     found = label_all(store, client, tmp_path)
     assert found.usage.n_kept == n_first and found.usage.n_requests == len(server.log) - n_first > 0
     assert set(Counter(prompt for prompt, _, _ in server.log).values()) == {1}

@@ -12,7 +12,7 @@ from saelab.stores.features import FeatureStore
 
 LEVELS = 10
 SPARE = 4
-"""Windows drawn for each negative wanted: in the others the feature fires somewhere, or they were shown already."""
+"""Near misses drawn for each one wanted: in the others the feature fires somewhere, or they were shown already."""
 FEWEST = 4
 """Held-out windows of either kind below which nothing is scored."""
 
@@ -125,12 +125,12 @@ def _hold_out(
 
     fires = cut(_pick(held, sign, "quantile"))
     quiet = rows & _find_quiet(store, feature, sign, cfg.width)
-    near = _draw(store, feature, quiet & _alike(store, fires), SPARE * n, **wide)
+    near = _draw(store, feature, quiet & _alike(store, fires), SPARE * n // 2, **wide)
     opposite = _pick(held, -sign, "top") if sign != BOTH else []
     hard = [example for example in cut([*near, *opposite]) if not _has_hit(example, sign)][: len(fires) // 2]
-    plain = _draw(store, feature, quiet, 2 * n, n_near=0, seed=cfg.seed, **_halves(cfg.width))
-    easy = _unlike(plain, seen | {example.words for example in hard})
-    easy = [example for example in easy if not _has_hit(example, sign)]
+    taken = {example.words for example in hard}
+    plain = cut(_draw(store, feature, quiet, 2 * n, **wide))
+    easy = [example for example in plain if not _has_hit(example, sign) and example.words not in taken]
     return tuple(fires), tuple(hard), tuple(easy[: len(fires) - len(hard)])
 
 
