@@ -35,14 +35,15 @@ def label_by_rules(
 ) -> RuleLabels:
     """The best rule for each sign of each feature, chosen on training documents and scored on the others.
 
-    A rule is a predicate, a conjunction or union of two, or a list of tokens (words, pairs, ...) of one family. It says
-    where |z| reaches a share of its largest (0, 0.2, 0.4, 0.6 or 0.8), chosen with it: F1 after small costs for
-    thresholds and parts. Units with fewer than `min_count` firings in training documents have no rule. Every chosen rule is tested
-    once on held-out documents, against hits by chance whose spread is measured by moving the firings round the
-    documents, and q controls false discoveries over all of them. "No good rule" is the answer unless q is at most `fdr`
-    and F1 above chance at least `min_skill`. With a `lens`, the tokens that a sign promotes are tried as a rule for the
-    next token. Kinds: input, position, output, polysemantic (two things on different tokens), none. `predicates` are
-    those of `make_predicates` by default. ValueError for a matrix of another length and settings out of range.
+    A rule is a predicate, a conjunction or union of two, or a list of tokens (words, pairs, ...) of one family. It
+    says where |z| reaches a share of its largest (0, 0.2, 0.4, 0.6 or 0.8), chosen with it: F1 after small costs for
+    thresholds and parts. Units with fewer than `min_count` firings in training documents have no rule. Every chosen
+    rule is tested once on held-out documents, against hits by chance whose spread is measured by moving the firings
+    round the documents, and q controls false discoveries over all of them. "No good rule" is the answer unless q is
+    at most `fdr` and F1 above chance at least `min_skill`. With a `lens`, the tokens that a sign promotes are tried
+    as a rule for the next token. Kinds: input, position, output, polysemantic (two things on different tokens), none.
+    `predicates` are those of `make_predicates` by default. ValueError for a matrix of another length and settings out
+    of range.
     """
     predicates = make_predicates(store) if predicates is None else predicates
     if predicates.matrix.shape[0] != len(store):
