@@ -17,6 +17,18 @@ from saelab.evaluation.evaluation import evaluate
 from saelab.evaluation.results import Evaluation
 from saelab.evaluation.rivals import concept_baselines, read_codes
 from saelab.functional.codes import SparseCodes
+from saelab.labelling.asking import Asker
+from saelab.labelling.book import LabelBook
+from saelab.labelling.clients import LocalClient, OpenAIClient
+from saelab.labelling.exchange import Exchange
+from saelab.labelling.explainers import LLMExplainer
+from saelab.labelling.explaining import estimate_labels, explain_features, score_labels
+from saelab.labelling.label import Label
+from saelab.labelling.predicates import Predicate, Predicates, make_predicates, text_pattern, word_pattern
+from saelab.labelling.rule_labels import RuleLabels
+from saelab.labelling.rules import label_by_rules
+from saelab.labelling.scorers import Contrast, Detection, Fuzzing, Simulation
+from saelab.labelling.simulators import TokenSimulation, simulate_by_tokens
 from saelab.lm.agreement import HookAgreement, verify_hooks
 from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss, splice
 from saelab.lm.masks import MaskResult, TokenMask
@@ -52,30 +64,45 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "Activation",
     "ActivationStream",
     "Activations",
+    "Asker",
     "AuxK",
     "BatchAbsTopK",
     "BatchTopK",
     "ConceptScores",
+    "Contrast",
     "DeadUnits",
+    "Detection",
     "Evaluation",
+    "Exchange",
     "FeatureCard",
     "FeatureExamples",
     "FeatureStore",
     "FeatureTable",
+    "Fuzzing",
     "HookAgreement",
     "JumpReLU",
+    "LLMExplainer",
+    "Label",
+    "LabelBook",
+    "LocalClient",
     "LogitLens",
     "MaskResult",
     "Neighbours",
+    "OpenAIClient",
+    "Predicate",
+    "Predicates",
     "Progressive",
     "Provenance",
     "RandomPrefixes",
     "ReLU",
     "Report",
+    "RuleLabels",
     "SAE",
     "SAEConfig",
+    "Simulation",
     "SparseCodes",
     "TokenMask",
+    "TokenSimulation",
     "Tokens",
     "TopK",
     "TrainConfig",
@@ -87,15 +114,19 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "describe_feature",
     "describe_model",
     "drift",
+    "estimate_labels",
     "evaluate",
     "examples",
+    "explain_features",
     "find_hook_point",
     "fit",
     "harvest",
+    "label_by_rules",
     "list_features",
     "load_model",
     "logit_lens",
     "logits",
+    "make_predicates",
     "neighbours",
     "next_token_loss",
     "plot_activations",
@@ -111,11 +142,15 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "report",
     "revive",
     "score_concepts",
+    "score_labels",
+    "simulate_by_tokens",
     "splice",
     "stream",
     "tensorboard_sink",
+    "text_pattern",
     "tiny_model",
     "tokenize",
     "verify_hooks",
     "wandb_sink",
+    "word_pattern",
 ]
