@@ -149,6 +149,7 @@ def test_the_lens_ranks_the_vocabulary(tiny, sae):
     assert [value for _, value in lens[5].promoted] == pytest.approx(effect.topk(4).values.tolist())
     assert [value for _, value in lens[5].suppressed] == pytest.approx((-(-effect).topk(4).values).tolist())
     assert lens[5].spread == pytest.approx(float(effect.std()))
+    assert repr(lens[5].promoted[0][0]) in str(lens) and repr(lens[5].suppressed[0][0]) in str(lens)
     assert [row.feature for row in lens.features] == [5, 2] and len(sl.logit_lens(sae, tiny).features) == D_SAE
     with pytest.raises(ValueError, match="`features`"):
         sl.logit_lens(sae, tiny, [D_SAE])
