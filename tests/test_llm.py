@@ -324,6 +324,7 @@ def test_answers_are_read_or_refused(read, good, bad):
 def test_balanced_accuracy_and_its_interval():
     score = balance("x", [True] * 20 + [False] * 20, [True] * 20 + [False] * 10 + [True] * 10)
     assert score.value == 0.75 and 0.5 < score.low < 0.75 < score.high < 1 and score.chance == 0.5
+    assert balance("x", [True] * 2 + [False] * 8, [False] * 10).value == 0.5  # always no, on few that are true
     with pytest.raises(ValueError, match="both yes and no"):
         balance("x", [True], [True])
 
@@ -478,17 +479,21 @@ def test_an_interrupted_run_asks_nothing_twice(serve, store, tmp_path):
     server, client = serve(timeout=5.0)
     server.delay, server.on_number = 0.1, {9: lambda: os.kill(os.getpid(), signal.SIGINT)}
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match=r"stopped after .* kept in .*answers.jsonl.*Run the same again"):
-        label_all(store, client, tmp_path)
+    with pytest.raises(
+        KeyboardInterrupt, match=r"stopped after .* kept in .*answers.jsonl.*Run the same again"
+    ) as raised:
+        label_all(store, client, tmp_path, cases=CaseConfig())
+    n_done, n_all = map(int, re.findall(r"\d+", str(raised.value))[:2])
+    assert n_done < n_all - FAST.n_parallel  # it stopped in the midst of the first scorer's prompts
     n_first = len(server.log)
     kept = AnswerLog(tmp_path / "answers.jsonl")
     assert 9 <= len(kept) == n_first <= 9 + 2 * FAST.n_parallel and signal.getsignal(signal.SIGINT) is before
     server.delay = 0.0
-    found = label_all(store, client, tmp_path)
+    found = label_all(store, client, tmp_path, cases=CaseConfig())
     assert found.usage.n_kept == n_first and found.usage.n_requests == len(server.log) - n_first > 0
     assert set(Counter(prompt for prompt, _, _ in server.log).values()) == {1}
     assert {(label.feature, label.sign): label.text for label in found.labels} == NAMES
-    again = label_all(store, client, tmp_path)
+    again = label_all(store, client, tmp_path, cases=CaseConfig())
     assert again.labels == found.labels and again.usage.n_requests == 0 and not again.missing
 
 
