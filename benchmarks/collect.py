@@ -48,7 +48,7 @@ def build(args: argparse.Namespace) -> tuple[Any, nn.Module, Tokens, str]:
         model = load_model(folder, device=args.device)
         bare = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).to(args.device).eval()
         text = DATA / "tinystories" / "tinystories.txt"
-        return model, bare, tokenize(model, text, ctx_len=128, n_tokens=args.n_tokens or 131_072), "stories260k"
+        return model, bare, tokenize(model, text, ctx_len=128, n_tokens=args.n_tokens or 393_216), "stories260k"
     bare = gpt2_like(args.layer + 2).to(args.device)
     tokenizer = tiny_model(architecture="gpt2").tokenizer
     model = load_model(bare, tokenizer=tokenizer)
@@ -228,7 +228,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="stories260k", choices=["stories260k", "gpt2-like"])
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--n-tokens", type=int, help="default: 131072, or 16384 for gpt2-like")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--processes", type=int, default=7)
     parser.add_argument("--buffer-repeats", type=int, default=3)
     parser.add_argument("--buffer-rows", type=int, default=131_072)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -219,5 +220,10 @@ def clear_folder(folder: Path, kind: type[Manifest]) -> None:
 
 
 def _allocate(n_rows: int, widths: dict[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    columns = {name: torch.empty(n_rows, d_in, dtype=dtype) for name, d_in in widths.items()}
-    return columns | {name: torch.empty(n_rows, dtype=torch.int32) for name in INT_COLUMNS}
+    columns = {name: _empty(n_rows * d_in, dtype).view(n_rows, d_in) for name, d_in in widths.items()}
+    return columns | {name: _empty(n_rows, torch.int32) for name in INT_COLUMNS}
+
+
+def _empty(n: int, dtype: torch.dtype) -> Tensor:
+    """Like `torch.empty`, but NumPy asks the system for huge pages: the first writing is several times faster."""
+    return torch.from_numpy(np.empty(n * dtype.itemsize, np.uint8)).view(dtype)

@@ -26,7 +26,8 @@ class Door:
         for path, holder in self.components.items():
             aliases = {name: value for name, value in vars(holder).items() if isinstance(value, HookPoint)}
             self.points.update({f"{path}.{name}".lstrip("."): value for name, value in aliases.items()})
-        self.distinct = list({id(point): point for point in self.points.values()}.values())  # several names a point
+        distinct = {id(point): point for point in self.points.values()}.values()  # several names a point
+        self._edits = [point._forward_hooks for point in distinct]
         self.components.pop("", None)  # the bridge itself, which would keep its own entry alive
         self.bridged: nn.Module = model.original_model
         self.n_spliced = 0  # edits that are on the plain twin as well as on the bridge
@@ -35,9 +36,12 @@ class Door:
         self.agrees: dict[str, bool] = {}
         self.attention = "eager"
         self.plain, self.twins = self._find_plain()
-        self.modules = list(self.bridged.modules())
+        # PyTorch keeps these dicts as long as their module: looking at them before each forward is quick.
+        modules = list(self.bridged.modules())
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._weights = [weights for m in modules for weights in (m._parameters, m._buffers)]
         # With somebody's hooks on the bridge nothing could be compared, so such a door is made anew next time.
-        self.stamp = () if self._is_hooked() else _stamp(model, self.modules)
+        self._stamp = () if self._is_hooked() else self._find_stamp(model)
 
     def _find_plain(self) -> tuple[nn.Module | None, dict[nn.Module, nn.Module]]:
         """The plain twin with the fastest attention that gives the bridge's logits, if any does."""
@@ -57,8 +61,17 @@ class Door:
 
     def _is_hooked(self) -> bool:
         """Whether somebody has forward hooks on the wrapped model: neither saelab nor the libraries themselves."""
-        books = [book for m in self.modules for book in (m._forward_hooks, m._forward_pre_hooks) if book]
-        return any(not is_ours(hook) and not _is_inner(hook) for book in books for hook in book.values())
+        found = [hook for hooks in self._hooks if hooks for hook in hooks.values()]
+        return any(not is_ours(hook) and not _is_inner(hook) for hook in found)
+
+    def _find_stamp(self, model: Any) -> tuple:
+        """Changes when a weight is edited in place or replaced, or the bridge processes its weights."""
+        found = [(id(w), w._version) for weights in self._weights if weights for w in weights.values() if w is not None]
+        return (model.compatibility_mode, *found)
+
+    def is_current(self, model: Model) -> bool:
+        """Whether the model's weights are still those that this door was made with."""
+        return self._stamp == self._find_stamp(model)
 
     def find(self, name: str) -> Any:
         """The HookPoint called `name`, in the old or the canonical spelling; else ValueError with near names."""
@@ -127,7 +140,7 @@ class Door:
 
     def _count_ours(self) -> int:
         """Edits of saelab's now on the bridge's hook points."""
-        return sum(is_ours(hook) for point in self.distinct for hook in point._forward_hooks.values())
+        return sum(is_ours(hook) for hooks in self._edits if hooks for hook in hooks.values())
 
 
 def require_once(name: str, n_fired: int) -> None:
@@ -158,19 +171,12 @@ def _close(x: Tensor, y: Tensor) -> bool:
     return float((x.double() - y.double()).norm()) <= tolerance * float(y.double().norm())
 
 
-def _stamp(model: Any, modules: list[nn.Module]) -> tuple:
-    """Changes when a weight is edited in place or replaced, or the bridge processes its weights."""
-    books = [book for m in modules for book in (m._parameters, m._buffers) if book]
-    weights = [(id(w), w._version) for book in books for w in book.values() if w is not None]
-    return (model.compatibility_mode, *weights)
-
-
 _doors: WeakKeyDictionary[nn.Module, Door] = WeakKeyDictionary()
 
 
 def door(model: Model) -> Door:
     """The `Door` of a model, made anew when its weights changed since."""
     known = _doors.get(model)
-    if known is None or known.stamp != _stamp(model, known.modules):
+    if known is None or not known.is_current(model):
         known = _doors[model] = Door(model)
     return known

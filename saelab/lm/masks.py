@@ -1,5 +1,6 @@
 """Which tokens count: one rule for collecting, training, evaluation and everything after."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,27 +77,39 @@ class TokenMask:
         if self.max_norm_ratio is not None and norms is None:
             raise ValueError(f"`max_norm_ratio={self.max_norm_ratio}` needs the activations' norms, got none.")
         keep = torch.ones_like(tokens.doc_ids, dtype=torch.bool)
-        removed: dict[str, int] = {}
-        for rule, passed in self._rules(tokens):
-            removed[rule] = int((keep & ~passed).sum())
-            keep = keep & passed
-        norm_ok = self._norm_rule(keep, norms, median)
-        removed["norm"] = int((keep & ~norm_ok).sum())
-        return MaskResult(keep=keep & norm_ok, removed=removed)
+        removed, n_left = {}, keep.numel()
+        for rule, narrow in self._rules(tokens, norms, median):
+            keep = narrow(keep)
+            n_before, n_left = n_left, int(keep.sum())
+            removed[rule] = n_before - n_left
+        return MaskResult(keep=keep, removed=removed)
 
-    def _rules(self, tokens: Tokens) -> list[tuple[str, Tensor]]:
-        """Name of each rule that needs no activations, and which tokens pass it."""
-        everything = torch.ones_like(tokens.doc_ids, dtype=torch.bool)
-        special = torch.tensor(tokens.special_ids, dtype=tokens.ids.dtype)
-        ordinary = ~torch.isin(tokens.ids, special) if self.special else everything
+    def _rules(
+        self, tokens: Tokens, norms: Tensor | None, median: float | None
+    ) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        """Name of each rule, and what it leaves of the tokens that those before it keep."""
+        return [
+            ("padding", lambda keep: keep & tokens.attention_mask),
+            ("special", lambda keep: keep & self._find_ordinary(tokens) if self.special else keep),
+            ("positions", lambda keep: keep & self._find_inside(tokens) if self.positions != (0, None) else keep),
+            ("norm", lambda keep: keep & self._find_usual(keep, norms, median) if norms is not None else keep),
+        ]
+
+    def _find_ordinary(self, tokens: Tokens) -> Tensor:
+        # Special ids are few, and comparing with each is many times faster than `isin`, which runs in every batch.
+        ordinary = torch.ones_like(tokens.ids, dtype=torch.bool)
+        for special in tokens.special_ids:
+            ordinary &= tokens.ids != special
+        return ordinary
+
+    def _find_inside(self, tokens: Tokens) -> Tensor:
         position = torch.arange(tokens.ctx_len)
         start, stop = self.positions
-        inside = (position >= start) & (position < (tokens.ctx_len if stop is None else stop))
-        return [("padding", tokens.attention_mask), ("special", ordinary), ("positions", inside & everything)]
+        return (position >= start) & (position < (tokens.ctx_len if stop is None else stop))
 
-    def _norm_rule(self, keep: Tensor, norms: Tensor | None, median: float | None) -> Tensor:
-        if self.max_norm_ratio is None or norms is None:
-            return torch.ones_like(keep)
+    def _find_usual(self, keep: Tensor, norms: Tensor, median: float | None) -> Tensor:
+        if self.max_norm_ratio is None:
+            return keep
         norms = norms.to(device=keep.device, dtype=torch.float32)
         if median is None:
             median = float(norms[keep].median()) if bool(keep.any()) else 0.0
