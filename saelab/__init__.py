@@ -19,15 +19,17 @@ from saelab.evaluation.rivals import concept_baselines, read_codes
 from saelab.functional.codes import SparseCodes
 from saelab.labelling.asking import Asker
 from saelab.labelling.book import LabelBook
-from saelab.labelling.clients import LocalClient, OpenAIClient
+from saelab.labelling.cases import CaseConfig
+from saelab.labelling.clients import Client, LocalClient, OpenAIClient
 from saelab.labelling.exchange import Exchange
-from saelab.labelling.explainers import LLMExplainer
-from saelab.labelling.explaining import estimate_labels, explain_features, score_labels
+from saelab.labelling.explainers import Explainer, LLMExplainer
+from saelab.labelling.explaining import Labelling, estimate_labels, explain_features, score_labels
 from saelab.labelling.label import Label
 from saelab.labelling.predicates import Predicate, Predicates, make_predicates, text_pattern, word_pattern
+from saelab.labelling.questions import AskConfig
 from saelab.labelling.rule_labels import RuleLabels
 from saelab.labelling.rules import label_by_rules
-from saelab.labelling.scorers import Contrast, Detection, Fuzzing, Simulation
+from saelab.labelling.scorers import Contrast, Detection, Fuzzing, Scorer, Simulation
 from saelab.labelling.simulators import TokenSimulation, simulate_by_tokens
 from saelab.lm.agreement import HookAgreement, verify_hooks
 from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss, splice
@@ -64,16 +66,20 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "Activation",
     "ActivationStream",
     "Activations",
+    "AskConfig",
     "Asker",
     "AuxK",
     "BatchAbsTopK",
     "BatchTopK",
+    "CaseConfig",
+    "Client",
     "ConceptScores",
     "Contrast",
     "DeadUnits",
     "Detection",
     "Evaluation",
     "Exchange",
+    "Explainer",
     "FeatureCard",
     "FeatureExamples",
     "FeatureStore",
@@ -84,6 +90,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "LLMExplainer",
     "Label",
     "LabelBook",
+    "Labelling",
     "LocalClient",
     "LogitLens",
     "MaskResult",
@@ -99,6 +106,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "RuleLabels",
     "SAE",
     "SAEConfig",
+    "Scorer",
     "Simulation",
     "SparseCodes",
     "TokenMask",

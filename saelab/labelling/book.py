@@ -117,7 +117,7 @@ class LabelBook:
         return f"LabelBook({str(self.path)!r})"
 
     def __str__(self) -> str:
-        n_features = len({label.feature for label in self})
+        n_features = len({label.feature for label in self if label.kind != "none"})
         of = f" of {self._manifest.d_sae:,}" if self._manifest else ""
         authors = ", ".join(f"{author} {n:,}" for author, n in self.authors().items())
         return f"{self.path}: {n_features:,}{of} features named" + (f"; labels by {authors}" if authors else "")

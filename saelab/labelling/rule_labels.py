@@ -1,6 +1,6 @@
 """`RuleLabels`: what `label_by_rules` found, as a table and as labels."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from saelab.labelling.label import Kind, Label
 from saelab.stores.results import Result
@@ -54,7 +54,7 @@ class RuleLabel:
 class RuleLabels(Result):
     """The best rule for each sign of each feature that fires, and which of them are good enough to be names."""
 
-    rows: tuple[RuleLabel, ...]
+    rows: tuple[RuleLabel, ...] = field(repr=False)
     n_predicates: int
     n_tested: int
     """rules tried on held-out documents, over which false discoveries are controlled"""
