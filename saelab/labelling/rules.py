@@ -1,13 +1,17 @@
 """`label_by_rules`: a name for each sign of each feature without a language model, and how far it can be trusted."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
 from saelab.analyses.lens import LogitLens
 from saelab.labelling.choosing import FRACTIONS, Rule, choose_rules
-from saelab.labelling.contingency import Side, Units, feature_blocks
+from saelab.labelling.contingency import Counts, Side, Units, feature_blocks
 from saelab.labelling.judging import Judge, NextTokens, Verdict, q_values
 from saelab.labelling.label import Kind
 from saelab.labelling.naming import alike, name_output, name_rule
@@ -15,6 +19,7 @@ from saelab.labelling.predicates import Predicates, make_predicates
 from saelab.labelling.rule_labels import NO_RULE, RuleLabel, RuleLabels
 from saelab.stores.features import FeatureStore
 
+T, U = TypeVar("T"), TypeVar("U")
 PART_SHARE = 0.25
 """Share of the covered firings that each part of a polysemantic unit has."""
 OVERLAP = 0.05
@@ -56,7 +61,7 @@ def label_by_rules(
         )
     is_train = store.split(train_frac, seed)
     work = _Work(store, predicates, is_train, lens, min_count, seed)
-    drafts = [draft for block in feature_blocks(store) for draft in work.label(*block, features)]
+    drafts = [draft for counted in _one_ahead(work.count, work.blocks(features)) for draft in work.label(*counted)]
 
     p, q = q_values([verdict for draft in drafts for verdict in draft.verdicts])
     rows, at = [], 0
@@ -105,17 +110,26 @@ class _Work:
         self.judge = Judge(self.held, store.doc_ids, seed)
         self.next = NextTokens(store, lens, self.held) if lens is not None else None
 
-    def label(self, start: int, stop: int, features: Sequence[int] | None) -> Iterator[_Draft]:
-        """Choose and test the rules of a block of features; units that never fire are left out."""
-        wanted = np.arange(start, stop)
-        if features is not None:
-            wanted = np.intersect1d(wanted, np.asarray(features))
-        if len(wanted) == 0:
-            return
+    def blocks(self, features: Sequence[int] | None) -> Iterator[Int[np.ndarray, "m"]]:
+        """Runs of features to work on together: all of them, or those that are asked for."""
+        for start, stop in feature_blocks(self.store):
+            wanted = np.arange(start, stop)
+            if features is not None:
+                wanted = np.intersect1d(wanted, np.asarray(features))
+            if len(wanted):
+                yield wanted
+
+    def count(self, wanted: Int[np.ndarray, "m"]) -> tuple[Int[np.ndarray, "m"], Units, Counts]:
+        """Read the codes of a block of features, and count them against the predicates in training documents."""
+        start, stop = int(wanted[0]), int(wanted[-1]) + 1
         columns = self.store.columns(start, stop)
         columns = columns if len(wanted) == stop - start else columns[:, wanted - start]
         units = Units.sort(columns, self.is_train, FRACTIONS)
-        rules = choose_rules(self.train.count(units), units, self.train, self.predicates, self.min_count, self.seed)
+        return wanted, units, self.train.count(units)
+
+    def label(self, wanted: Int[np.ndarray, "m"], units: Units, counts: Counts) -> Iterator[_Draft]:
+        """Choose and test the rules of a block; units that never fire are left out."""
+        rules = choose_rules(counts, units, self.train, self.predicates, self.min_count, self.seed)
         for unit, rule in enumerate(rules):
             if len(units.of(unit, 0)):
                 yield self._draft(int(wanted[unit // 2]), 1 - 2 * (unit % 2), unit, units, rule)
@@ -185,3 +199,15 @@ class _Work:
 
 def _describe_output(draft: _Draft) -> tuple[str, Kind, tuple[str, ...], str]:
     return name_output(draft.promoted), "output", draft.promoted, "next"
+
+
+def _one_ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """`work` of each item, in order; that of the next is done in the background, for it leaves the interpreter free."""
+    with ThreadPoolExecutor(max_workers=1) as background:
+        waiting: deque[Future[U]] = deque()
+        for item in items:
+            waiting.append(background.submit(work, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
