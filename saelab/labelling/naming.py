@@ -3,7 +3,8 @@
 import re
 from collections.abc import Sequence
 
-FAMILIES = ("the token ", "after the token ", "before the token ", "the word ", "the last token of the word ")
+TOKEN = "the token "
+FAMILIES = (TOKEN, "after the token ", "before the token ", "the word ", "the last token of the word ")
 QUOTED = re.compile(r"'([^']+)'|\"([^\"]+)\"")
 
 
@@ -12,12 +13,25 @@ def name_rule(names: Sequence[str], joined: str) -> str:
 
     >>> name_rule(["the token ' cat'", "the token ' dog'"], "or"), name_rule(["numbers", "in a question"], "and")
     ("the token ' cat' or ' dog'", 'numbers and also in a question')
+    >>> name_rule(["after the token ' th'", "the token 'at'"], "and")
+    "the token 'at' after ' th'"
     """
     if joined == "and":
-        return " and also ".join(names)
+        return _name_both(*names)
     lead = next((lead for lead in FAMILIES if all(name.startswith(lead) for name in names)), "")
     tails = [name[len(lead) :] for name in names]
     return lead + ", ".join(tails[:-1]) + (" or " if len(tails) > 1 else "") + tails[-1]
+
+
+def _name_both(first: str, second: str) -> str:
+    """Of two things at once, in fewer words where one of them is a token."""
+    for token, other in ((first, second), (second, first)):
+        if token.startswith(TOKEN) and " after " not in token:
+            if other.startswith("after " + TOKEN):
+                return f"{token} after {other.removeprefix('after ' + TOKEN)}"
+            if other.startswith(("words ", "the word ")):
+                return f"{token} in {other}"
+    return f"{first} and also {second}"
 
 
 def name_output(tokens: Sequence[str]) -> str:

@@ -19,7 +19,8 @@ from saelab.labelling.predicates import Predicates, make_predicates
 from saelab.labelling.rule_labels import NO_RULE, RuleLabel, RuleLabels
 from saelab.stores.features import FeatureStore
 
-T, U = TypeVar("T"), TypeVar("U")
+T = TypeVar("T")
+U = TypeVar("U")
 PART_SHARE = 0.25
 """Share of the covered firings that each part of a polysemantic unit has."""
 OVERLAP = 0.05
