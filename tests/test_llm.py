@@ -252,18 +252,22 @@ def test_a_document_on_both_sides_is_refused(store):
         replace(case, fires=(*case.fires, case.shown[0]))
 
 
-def test_marks_of_fuzzing_are_as_many_and_not_always_at_one_place(store, tmp_path):
+def test_wrong_marks_of_fuzzing_are_as_many_as_firings_and_not_always_at_one_place(store, tmp_path):
     case = build_case(store, 2, 1, store.split(0.5, 0), CaseConfig())
     tasks = Fuzzing(Asker(Oracle(), tmp_path / "a", progress=False)).tasks("x", case)
     rows = [row for task in tasks for row in rows_of(task.question.messages[0]["content"])]
     truth = [flag for task in tasks for flag in task.truth]
     marks = [split_marks(row["text"])[1] for row in rows]
     assert len(truth) == 20 and sum(truth) == 10
-    assert {sum(m) for m, flag in zip(marks, truth, strict=True) if not flag} <= {sum(m) for m in marks}
-    wrong_words = [
-        split_marks(row["text"])[0][m.index(True)] for row, m, flag in zip(rows, marks, truth, strict=True) if not flag
+    numbers = [[sum(m) for m, flag in zip(marks, truth, strict=True) if flag == right] for right in (True, False)]
+    fired = sum(map(sum, map(case.fires_at, case.fires)))
+    assert sum(map(sum, numbers)) == fired > len(case.fires) and min(map(max, numbers)) > 1  # every firing window's own
+    words = [
+        {word for word, hit in zip(split_marks(row["text"])[0], m, strict=True) if hit}
+        for row, m, flag in zip(rows, marks, truth, strict=True)
+        if not flag
     ]
-    assert wrong_words.count("hot") >= 5 and len(set(wrong_words)) > 3
+    assert sum("hot" in some for some in words) >= 5 and len(set.union(*words)) > 3
 
 
 # --- prompts and answers

@@ -134,7 +134,8 @@ class Detection(LLMScorer):
 class Fuzzing(LLMScorer):
     """Are the marked tokens those on which the feature fires? Balanced accuracy over right and wrong marks.
 
-    Wrong are as many marks on silent tokens of firing windows, and marks on the same token where it is silent.
+    Wrong are as many marks on silent tokens of firing windows, and on the same token where it is silent: there, too,
+    as many marks as a firing window has, for their number must not give it away.
     """
 
     name = "fuzzing"
@@ -147,7 +148,7 @@ class Fuzzing(LLMScorer):
         tokens = {case.fires[i].words[case.fires[i].center] for i in order}
         hard = [window for window in case.hard if window.words[window.center] in tokens][: len(wrong) // 2]
         marked = [((case.fires[i], case.fires_at(case.fires[i])), True) for i in right]
-        marked += [((w, [i == w.center for i in range(len(w.words))]), False) for w in hard]
+        marked += [(_mark_near(case, w, case.fires[i], rng), False) for w, i in zip(hard, wrong, strict=False)]
         moved = (_misplace(case, case.fires[i], rng) for i in wrong[len(hard) :])
         marked += [(window, False) for window in moved if window is not None]
         return _flag_tasks(partial(fuzzing_prompt, text), _shuffle(marked, rng))
@@ -264,6 +265,14 @@ def _misplace(case: Case, window: Example, rng: np.random.Generator) -> tuple[Ex
         return None
     chosen = set(rng.choice(silent, min(sum(hits), len(silent)), replace=False).tolist())
     return window, [i in chosen for i in range(len(hits))]
+
+
+def _mark_near(case: Case, window: Example, like: Example, rng: np.random.Generator) -> tuple[Example, list[bool]]:
+    """Marks on the center of a silent window, and on others until they are as many as the firings of another."""
+    others = [i for i in range(len(window.words)) if i != window.center]
+    n = min(sum(case.fires_at(like)) - 1, len(others))
+    chosen = {window.center, *rng.choice(others, n, replace=False).tolist()}
+    return window, [i in chosen for i in range(len(window.words))]
 
 
 def _shuffle(items: list[T], rng: np.random.Generator) -> list[T]:
