@@ -18,8 +18,9 @@ FLOORS = {
     "evaluation": 5,
     "analyses": 6,
     "labelling": 7,
-    "pictures": 8,
-    "cli": 9,
+    "universality": 8,
+    "pictures": 9,
+    "cli": 10,
 }
 DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "pictures"}
 HEAVY = {"transformer_lens", "transformers", "datasets", "scipy", "sklearn", "plotly", "pandas", "pyarrow", "wandb"}

@@ -11,18 +11,18 @@ from saelab.labelling.families import DISJOINT
 from saelab.labelling.predicates import Predicates
 
 Joined = Literal["", "and", "or"]
-FRACTIONS = np.array([0.0, 0.2, 0.4, 0.6, 0.8])
+FRACTIONS = np.array([0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9])
 """Levels: shares of a unit's largest |z| in training documents."""
-LEVEL_COST = 0.02
-"""F1 that each level must gain over the one below, for it says less about the unit."""
+HALF_COST = 0.0125
+"""F1 that a level must gain each time that it speaks of half as many firings, for it says less about the unit."""
 PAIR_COST, PART_COST = 0.01, 0.02
-"""F1 that a rule of several parts must gain over one, and for each part beyond the first."""
+"""F1 that a rule of several parts must gain over one, and each time that their number doubles."""
 GIVEN = ("own", "concept", "document")
 FAVOUR = 0.01
 """F1 by which what the caller gave is preferred to what was found in the text."""
-MIN_SHARE = 0.1
+MIN_SHARE = 0.01
 """Share of a unit's firings that a level must keep."""
-N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 10
+N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 16
 PAIR_ROWS = 768
 """Firings that pairs are chosen on, drawn from those of training documents."""
 
@@ -43,17 +43,20 @@ def choose_rules(
 ) -> list[Rule | None]:
     """For each unit the rule with the highest F1 after costs; None where it fires with no predicate often enough."""
     favour = np.array([FAVOUR * (kind in GIVEN) for kind in predicates.kinds])
-    levels, best, scores = _singles(counts, favour, min_count)
+    cost = _cost(counts.fires, min_count)
+    best, scores = _singles(counts, favour, min_count)
+    families = [_lists(predicates.family(kind), counts) for kind in DISJOINT]
+    lists = [family for family in families if family is not None]
+    levels = (np.maximum.reduce([scores, *(score for *_, score in lists)]) - cost).argmax(1)
     here = np.arange(len(units))
     f1, both, fires = counts.f1[here, levels], counts.both[here, levels], counts.fires[here, levels]
-    families = [_lists(predicates.family(kind), f1, both, fires, counts.holds) for kind in DISJOINT]
-    lists = [family for family in families if family is not None]
     near = _candidates(f1 + favour, both, fires, counts)
     rng = np.random.default_rng(seed)
     found: list[Rule | None] = [None] * len(units)
-    for unit in np.flatnonzero(np.isfinite(scores)).tolist():
-        level, j = int(levels[unit]), int(best[unit])
-        options = [(float(f1[unit, j] + favour[j]), Rule((j,), "", level, float(f1[unit, j])))]
+    for unit in np.flatnonzero(np.isfinite((scores - cost)[here, levels])).tolist():
+        level = int(levels[unit])
+        j = int(best[unit, level])
+        options = [(float(scores[unit, level]), Rule((j,), "", level, float(f1[unit, j])))]
         options += [_of_list(unit, level, *one) for one in lists]
         if max(score for score, _ in options) < 1 - PAIR_COST - PART_COST:
             rows = units.of(unit, level)
@@ -64,40 +67,49 @@ def choose_rules(
     return found
 
 
-def _singles(counts: Counts, favour: np.ndarray, min_count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Level, predicate and score of the best single predicate; the score is -inf where there is none."""
-    enough = counts.fires >= np.maximum(min_count, MIN_SHARE * counts.fires[:, :1])
-    scores = counts.f1 + favour - LEVEL_COST * np.arange(counts.fires.shape[1])[:, None]
-    scores = np.where(enough[:, :, None] & (counts.both >= min(3, min_count)), scores, -np.inf)
-    flat = scores.reshape(len(scores), -1)
-    at = flat.argmax(1)
-    levels, best = np.divmod(at, scores.shape[2])
-    return levels, best, flat[np.arange(len(flat)), at]
+def _cost(fires: Int[np.ndarray, "n_units n_levels"], min_count: int) -> Float[np.ndarray, "n_units n_levels"]:
+    """What each level costs, infinite where too few firings are left."""
+    enough = fires >= np.maximum(min_count, MIN_SHARE * fires[:, :1])
+    return np.where(enough, HALF_COST * np.log2(np.maximum(fires[:, :1], 1) / np.maximum(fires, 1)), np.inf)
+
+
+def _singles(
+    counts: Counts, favour: np.ndarray, min_count: int
+) -> tuple[Int[np.ndarray, "n_units n_levels"], Float[np.ndarray, "n_units n_levels"]]:
+    """The best single predicate of each level, and its score; the score is -inf where there is none."""
+    scores = np.where(counts.both >= min(3, min_count), counts.f1 + favour, -np.inf)
+    best = scores.argmax(2)
+    return best, np.take_along_axis(scores, best[:, :, None], 2)[:, :, 0]
 
 
 def _lists(
-    family: list[int], f1: np.ndarray, both: np.ndarray, fires: np.ndarray, holds: np.ndarray
-) -> tuple[Int[np.ndarray, "n_units m"], Int[np.ndarray, "n_units"], Float[np.ndarray, "n_units"]] | None:
-    """The best list of members of a family that do not overlap: those of highest F1, the most precise ones first."""
+    family: list[int], counts: Counts
+) -> tuple[Int[np.ndarray, "n_units n_levels m"], np.ndarray, np.ndarray, np.ndarray] | None:
+    """The best list of members of a family that do not overlap: those of highest F1, the most precise ones first.
+
+    For each unit and level the members in order, how many of them to take, their F1 together and its score.
+    """
     if len(family) < 2:
         return None
     m = min(LONGEST, len(family))
     columns = np.array(family)
-    chosen = columns[np.argpartition(-f1[:, columns], m - 1, axis=1)[:, :m]]
-    hits, size = np.take_along_axis(both, chosen, 1), holds[chosen]
-    order = np.argsort(-hits / np.maximum(size, 1), axis=1, kind="stable")
-    chosen, hits, size = (np.take_along_axis(one, order, 1) for one in (chosen, hits, size))
-    all_f1 = 2 * hits.cumsum(1) / np.maximum(fires[:, None] + size.cumsum(1), 1)
-    scores = all_f1 - PAIR_COST - PART_COST * np.arange(m)
-    scores[:, 0] = -np.inf
-    lengths = scores.argmax(1) + 1
-    return chosen, lengths, np.take_along_axis(all_f1, lengths[:, None] - 1, 1).ravel()
+    chosen = columns[np.argpartition(-counts.f1[:, :, columns], m - 1, axis=2)[:, :, :m]]
+    hits, size = np.take_along_axis(counts.both, chosen, 2), counts.holds[chosen]
+    order = np.argsort(-hits / np.maximum(size, 1), axis=2, kind="stable")
+    chosen, hits, size = (np.take_along_axis(one, order, 2) for one in (chosen, hits, size))
+    f1 = 2 * hits.cumsum(2) / np.maximum(counts.fires[:, :, None] + size.cumsum(2), 1)
+    scores = f1 - PAIR_COST - PART_COST * np.log2(np.arange(1, m + 1))
+    scores[:, :, 0] = -np.inf
+    at = scores.argmax(2)[:, :, None]
+    f1, scores = (np.take_along_axis(one, at, 2)[:, :, 0] for one in (f1, scores))
+    return chosen, at[:, :, 0] + 1, f1, scores
 
 
-def _of_list(unit: int, level: int, chosen: np.ndarray, lengths: np.ndarray, f1: np.ndarray) -> tuple[float, Rule]:
-    n = int(lengths[unit])
-    score = float(f1[unit]) - PAIR_COST - PART_COST * (n - 1)
-    return score, Rule(tuple(chosen[unit, :n].tolist()), "or", level, float(f1[unit]))
+def _of_list(
+    unit: int, level: int, chosen: np.ndarray, lengths: np.ndarray, f1: np.ndarray, scores: np.ndarray
+) -> tuple[float, Rule]:
+    parts = chosen[unit, level, : lengths[unit, level]].tolist()
+    return float(scores[unit, level]), Rule(tuple(parts), "or", level, float(f1[unit, level]))
 
 
 def _candidates(

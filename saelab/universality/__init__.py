@@ -1,0 +1,1 @@
+"""Which features recur: across seeds, layers, sizes and models, each beside its chance level."""
