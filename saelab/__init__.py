@@ -50,6 +50,7 @@ from saelab.sae.activations import (
     TopK,
     register_activation,
 )
+from saelab.sae.archetypes import Archetypal
 from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
 from saelab.sae.reviving import revive
 from saelab.sae.sae import SAE, fit
@@ -58,6 +59,8 @@ from saelab.stores.features import FeatureStore
 from saelab.stores.provenance import Provenance
 from saelab.training.config import TrainConfig
 from saelab.training.sinks import tensorboard_sink, wandb_sink
+from saelab.universality.comparison import compare
+from saelab.universality.matches import Comparison, Matches
 
 __version__ = "0.1.0"
 
@@ -66,6 +69,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "Activation",
     "ActivationStream",
     "Activations",
+    "Archetypal",
     "AskConfig",
     "Asker",
     "AuxK",
@@ -73,6 +77,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "BatchTopK",
     "CaseConfig",
     "Client",
+    "Comparison",
     "ConceptScores",
     "Contrast",
     "DeadUnits",
@@ -94,6 +99,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "LocalClient",
     "LogitLens",
     "MaskResult",
+    "Matches",
     "Neighbours",
     "OpenAIClient",
     "Predicate",
@@ -116,6 +122,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "TrainConfig",
     "capture",
     "collect",
+    "compare",
     "concept_baselines",
     "convert_delphi",
     "dead_units",

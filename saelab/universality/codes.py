@@ -1,0 +1,129 @@
+"""`Codes`: what two dictionaries are compared on: rows that both have, columns for features or for their sides."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Integer
+
+from saelab.stores.features import FeatureStore
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+Values = Literal["codes", "firing", "sides"]
+"""codes with their sign; 1 where a feature fires; sizes of positive and negative codes, as columns 2 j and 2 j + 1"""
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """The codes of some rows of a store.
+
+    `rows` chooses rows of the store, `weights` makes rows as sums of the store's rows (alignment of tokenizers),
+    `groups` takes means over runs of rows (documents), and `shift` turns the rows round, last.
+    """
+
+    store: FeatureStore
+    values: Values = "codes"
+    rows: Integer[np.ndarray, "n"] | None = None
+    weights: "csr_matrix | None" = None
+    groups: Integer[np.ndarray, "n"] | None = None
+    """number of each row's group, ascending from 0"""
+    columns: Integer[np.ndarray, "m"] | None = None
+    """some columns alone"""
+    shift: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows, or groups of rows."""
+        return self.n_tokens if self.groups is None else int(self.groups[-1]) + 1
+
+    @property
+    def n_tokens(self) -> int:
+        """Rows before they are grouped."""
+        if self.weights is not None:
+            return int(self.weights.shape[0])
+        return len(self.store) if self.rows is None else len(self.rows)
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.full_width if self.columns is None else len(self.columns)
+
+    @property
+    def full_width(self) -> int:
+        """Columns before some are chosen."""
+        return self.store.d_sae * (2 if self.values == "sides" else 1)
+
+    @property
+    def n_entries(self) -> float:
+        """Codes that are not zero, about."""
+        return self.store.l0 * self.n_tokens
+
+    def matrix(self, start: int, stop: int) -> "csr_matrix":
+        """Rows start..stop."""
+        if not self.shift:
+            return self._plain(start, stop)
+        from scipy.sparse import vstack
+
+        n = self.n_rows
+        first = (start + self.shift) % n
+        if first + stop - start <= n:
+            return self._plain(first, first + stop - start)
+        return vstack([self._plain(first, n), self._plain(0, first + stop - start - n)], format="csr")
+
+    def _plain(self, start: int, stop: int) -> "csr_matrix":
+        if self.groups is None:
+            found = self._tokens(start, stop)
+        else:
+            first, end = np.searchsorted(self.groups, [start, stop])
+            found = self._means(int(first), int(end), start, stop)
+        return found if self.columns is None else found[:, self.columns]
+
+    def _means(self, first: int, end: int, start: int, stop: int) -> "csr_matrix":
+        from scipy.sparse import csr_matrix
+
+        groups = self.groups[first:end] - start  # type: ignore[index]
+        share = 1 / np.bincount(groups, minlength=stop - start)[groups]
+        sums = csr_matrix((share.astype(np.float32), (groups, np.arange(end - first))), (stop - start, end - first))
+        return sums @ self._tokens(first, end)
+
+    def _tokens(self, start: int, stop: int) -> "csr_matrix":
+        if self.weights is not None:
+            part = self.weights[start:stop]
+            low, high = (int(part.indices.min()), int(part.indices.max()) + 1) if part.nnz else (0, 0)
+            found = self.store.matrix(low, high)
+            sums = part[:, low:high] @ (self._split(found) if self.values == "sides" else found)
+            return self._mark(sums) if self.values == "firing" else sums
+        if self.rows is None:
+            return self._turn(self.store.matrix(start, stop))
+        rows = self.rows[start:stop]
+        if len(rows) == 0:
+            return self._turn(self.store.matrix(0, 0))
+        found = self.store.matrix(int(rows[0]), int(rows[-1]) + 1)
+        whole = len(rows) == found.shape[0]
+        return self._turn(found if whole else found[rows - rows[0]])
+
+    def _turn(self, found: "csr_matrix") -> "csr_matrix":
+        """Codes as the values that are asked for."""
+        if self.values == "firing":
+            return self._mark(found)
+        return self._split(found) if self.values == "sides" else found
+
+    def _mark(self, found: "csr_matrix") -> "csr_matrix":
+        found.data = (found.data != 0).astype(np.float32)
+        return found
+
+    def _split(self, found: "csr_matrix") -> "csr_matrix":
+        from scipy.sparse import csr_matrix
+
+        indices = 2 * found.indices + (found.data < 0)
+        return csr_matrix((np.abs(found.data), indices, found.indptr), shape=(found.shape[0], self.full_width))
+
+    def shifted(self, shift: int) -> "Codes":
+        """The same with rows turned round."""
+        return replace(self, shift=shift)
+
+    def only(self, columns: Integer[np.ndarray, "m"]) -> "Codes":
+        """Some columns alone."""
+        return replace(self, columns=columns)

@@ -1,0 +1,134 @@
+"""`Comparison`: what `compare` found, as arrays, as pairs and as a table."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from saelab.stores.results import Result
+from saelab.universality.nearest import Nearest
+from saelab.universality.relations import Relation, relate
+
+By = Literal["count", "frequency", "variance"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Matches:
+    """The features of one dictionary with their best partners in the other; -1 and NaN where there is none."""
+
+    fires: Int[np.ndarray, "d"]
+    """rows on which each fires"""
+    variance: Float[np.ndarray, "d"]
+    """sum of squares about the mean of its codes; 1 for directions"""
+    partners: Int[np.ndarray, "d"]
+    """the feature of the other dictionary with the largest similarity"""
+    similarity: Float[np.ndarray, "d"]
+    n_both: Int[np.ndarray, "d"]
+    """rows on which both fire; -1 for directions"""
+    p: Float[np.ndarray, "d"]
+    """how often chance gives so much; never 0"""
+    q: Float[np.ndarray, "d"]
+    """false discovery rate at which it counts, among all that fire"""
+    universal: Bool[np.ndarray, "d"]
+    """beats chance, and the effect asked for"""
+    chance: tuple[float, float]
+    """median and 95 % of the best similarity where nothing is in common; NaN where it was not measured"""
+    nearest: Nearest
+    """the m best, before chance and counts are looked at"""
+
+    @property
+    def live(self) -> Bool[np.ndarray, "d"]:
+        """What fires at all."""
+        return self.fires > 0
+
+    def share(self, by: By = "count") -> float:
+        """Share of universal features among those that fire: by number, by firings or by variance; NaN if none fire."""
+        weights = {"count": self.live.astype(float), "frequency": self.fires.astype(float), "variance": self.variance}
+        total = float(weights[by][self.live].sum())
+        return float(weights[by][self.universal].sum()) / total if total else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the m best, ready for JSON."""
+        names = ("fires", "variance", "partners", "similarity", "n_both", "p", "q", "universal")
+        return {name: getattr(self, name).tolist() for name in names} | {"chance": list(self.chance)}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison(Result):
+    """Partners of the features of two dictionaries in each other, and how far chance explains them."""
+
+    similarity: str
+    a: Matches = field(repr=False)
+    b: Matches = field(repr=False)
+    mutual: Int[np.ndarray, "n 2"] = field(repr=False)
+    """pairs that are each other's best, whether or not they beat chance"""
+    pairs: Int[np.ndarray, "m 2"] = field(repr=False)
+    """one-to-one (Hungarian)"""
+    values: Float[np.ndarray, "m"] = field(repr=False)
+    """their similarities"""
+    exact: bool
+    """the assignment considered every pair, not only the m nearest of either side"""
+    signed: bool
+    """similarities count by size, and negative ones mean flipped"""
+    sides: bool
+    """features are sides: 2 j and 2 j + 1"""
+    m: int
+    n_shifts: int
+    fdr: float
+    min_effect: float
+    seed: int
+    sources: tuple[str, str]
+    n_rows: int | None = None
+    """tokens, or documents, that similarities rest on; None for directions"""
+    n_tokens: int | None = None
+    alignment: str = ""
+
+    @cached_property
+    def universal_pairs(self) -> Int[np.ndarray, "n 2"]:
+        """Mutual pairs that are universal on both sides, the most similar first."""
+        kept = self.a.universal[self.mutual[:, 0]] & self.b.universal[self.mutual[:, 1]]
+        pairs = self.mutual[kept]
+        return pairs[np.argsort(-np.abs(self.a.similarity[pairs[:, 0]]), kind="stable")]
+
+    @cached_property
+    def relations(self) -> tuple[tuple[Relation, ...], tuple[Relation, ...]]:
+        """Of every universal feature of either side: the same, flipped, split, halves, copies, or part of another."""
+        return relate(self.a, self.b), relate(self.b, self.a)
+
+    def signs(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
+        """1 or -1 for each mutual pair: multiply the rows of one side by it before spaces are compared."""
+        return np.where(self.a.similarity[pairs[:, 0]] < 0, -1, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field but the m best of each feature, ready for JSON."""
+        plain = ("similarity", "exact", "signed", "sides", "m", "n_shifts", "fdr", "min_effect", "seed", "n_rows")
+        found: dict[str, Any] = {name: getattr(self, name) for name in (*plain, "n_tokens", "alignment")}
+        found |= {name: getattr(self, name).tolist() for name in ("mutual", "pairs", "values")}
+        return found | {"sources": list(self.sources), "a": self.a.to_dict(), "b": self.b.to_dict()}
+
+    def __str__(self) -> str:
+        units = "documents" if self.similarity == "documents" else "tokens"
+        rows = "" if self.n_rows is None else f" over {self.n_rows:,} common {units}"
+        what = "sides of features" if self.sides else "features"
+        lines = [f"{what} by {self.similarity}{rows}; universal: q <= {self.fdr:g} and at least {self.min_effect:g}"]
+        titles = {"live": 8, "median": 9, "chance": 9, "(95 %)": 9, "universal": 11, "by freq.": 10, "by var.": 9}
+        lines.append(" " * 4 + "".join(f"{title:>{width}}" for title, width in titles.items()))
+        for name, side in (("a", self.a), ("b", self.b)):
+            known = np.abs(side.similarity[~np.isnan(side.similarity)])
+            middle = float(np.median(known)) if len(known) else float("nan")
+            shares = f"{side.share():>11.1%}{side.share('frequency'):>10.1%}{side.share('variance'):>9.1%}"
+            lines.append(
+                f"{name:<4}{int(side.live.sum()):>8,}{middle:>9.3f}{side.chance[0]:>9.3f}{side.chance[1]:>9.3f}{shares}"
+            )
+        flipped = int((self.a.similarity[self.universal_pairs[:, 0]] < 0).sum())
+        mean = float(np.abs(self.values).mean()) if len(self.values) else float("nan")
+        kind = "" if self.exact else f", among the {self.m} nearest"
+        lines.append(f"mutual pairs that are universal: {len(self.universal_pairs):,}, of them flipped {flipped:,}")
+        lines.append(f"one-to-one pairs: {len(self.pairs):,}, mean similarity {mean:.3f}{kind}")
+        for name, found in zip("ab", self.relations, strict=True):
+            kinds = sorted({one.kind for one in found})
+            counts = ", ".join(f"{kind} {sum(one.kind == kind for one in found):,}" for kind in kinds)
+            lines.append(f"relations of {name}: {counts or 'none'}")
+        return "\n".join([*lines, *([self.alignment] if self.alignment else [])])

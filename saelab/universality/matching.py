@@ -1,0 +1,69 @@
+"""One-to-one assignments, and chance levels, from the nearest features of either side."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from saelab.universality.nearest import Nearest
+
+N_BINS = 8
+"""Groups of equally many features by firings, within which chance levels are pooled."""
+
+
+def find_mutual(of_a: Int[np.ndarray, "d_a"], of_b: Int[np.ndarray, "d_b"]) -> Int[np.ndarray, "n 2"]:
+    """Pairs of which each is the other's best; -1 stands for none.
+
+    >>> find_mutual(np.array([1, 1, -1]), np.array([0, 1])).tolist()
+    [[1, 1]]
+    """
+    features = np.flatnonzero(of_a >= 0)
+    partners = of_a[features]
+    kept = of_b[partners] == features
+    return np.stack([features[kept], partners[kept]], 1)
+
+
+def assign(of_a: Nearest, of_b: Nearest) -> tuple[Int[np.ndarray, "n 2"], Float[np.ndarray, "n"]]:
+    """The one-to-one pairs with the largest sum of |similarity| (Hungarian), and their similarities.
+
+    Only pairs among the nearest of either side are considered: where those are all, it is exact. Features may stay
+    alone.
+    """
+    from scipy.sparse import csr_matrix, hstack
+    from scipy.sparse.csgraph import min_weight_full_bipartite_matching
+
+    rows_a, at_a = np.nonzero(of_a.indices >= 0)
+    rows_b, at_b = np.nonzero(of_b.indices >= 0)
+    i = np.concatenate([rows_a, of_b.indices[rows_b, at_b]])
+    j = np.concatenate([of_a.indices[rows_a, at_a], rows_b])
+    values = np.concatenate([of_a.values[rows_a, at_a], of_b.values[rows_b, at_b]]).astype(np.float64)
+    d_a, d_b = len(of_a.indices), len(of_b.indices)
+    _, first = np.unique(i.astype(np.int64) * d_b + j, return_index=True)
+    i, j, values = i[first], j[first], values[first]
+    # A partner of one's own for everybody, that gains nothing: so nobody has to be paired.
+    edges = csr_matrix((2 - np.abs(values), (i, j)), shape=(d_a, d_b))
+    alone = csr_matrix((np.full(d_a, 2.0), (np.arange(d_a), np.arange(d_a))), shape=(d_a, d_a))
+    matched, partners = min_weight_full_bipartite_matching(hstack([edges, alone], format="csr"))
+    kept = partners < d_b
+    pairs = np.stack([matched[kept], partners[kept]], 1).astype(np.int64)
+    at = np.searchsorted(i.astype(np.int64) * d_b + j, pairs[:, 0] * d_b + pairs[:, 1])
+    return pairs, values[at]
+
+
+def pooled_p(
+    values: Float[np.ndarray, "n"],
+    by_chance: Float[np.ndarray, "n_null"],
+    fires: Int[np.ndarray, "n"],
+    fires_by_chance: Int[np.ndarray, "n_null"],
+) -> Float[np.ndarray, "n"]:
+    """(1 + how many by chance are as large) / (1 + how many there are), among features that fire about as often.
+
+    Rare features reach large similarities by chance more easily. NaN values have p 1; p is never 0.
+    """
+    found = np.ones(len(values))
+    borders = np.quantile(fires_by_chance, np.linspace(0, 1, N_BINS + 1)[1:-1]) if len(fires_by_chance) else []
+    mine, theirs = np.searchsorted(borders, fires), np.searchsorted(borders, fires_by_chance)
+    for group in np.unique(mine):
+        pool = np.sort(by_chance[theirs == group])
+        here = (mine == group) & ~np.isnan(values)
+        larger = len(pool) - np.searchsorted(pool, values[here], "left")
+        found[here] = (1 + larger) / (1 + len(pool))
+    return found

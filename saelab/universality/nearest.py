@@ -1,0 +1,123 @@
+"""`find_nearest`: of similarities that come in blocks, the largest of every feature on both sides."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor
+
+from saelab.universality.products import Block
+
+GROUP = 64
+"""Neighbouring features of which the largest similarity is found first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Nearest:
+    """The `m` largest similarities of each feature, largest first."""
+
+    indices: Int[np.ndarray, "d m"]
+    """-1 where there are fewer"""
+    values: Float[np.ndarray, "d m"]
+    """with their sign; NaN where there are fewer"""
+
+
+def find_nearest(blocks: Iterable[Block], d_a: int, d_b: int, m: int, signed: bool) -> tuple[Nearest, Nearest]:
+    """The `m` largest of each feature of a side over all of the other, for both sides; by size where `signed`.
+
+    Only what is not 0 counts, and without `signed` only what is above. Blocks are worked on side by side; how many at a
+    time does not change the answer.
+    """
+    of_a, of_b = _Best(d_a, min(m, d_b)), _Best(d_b, min(m, d_a))
+    n_threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
+
+    def search(block: Block) -> tuple[Found, Found]:
+        start, make = block
+        found = make() if signed else make().clamp_(min=0)
+        sizes = found.abs() if signed else found
+        return _search_rows(start, found, sizes, m), _search_columns(start, found, sizes, m, of_b.floor)
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        for rows, columns in _in_order(pool, n_threads, search, blocks):
+            of_a.merge(*rows)
+            of_b.merge(*columns)
+    return of_a.result(), of_b.result()
+
+
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Some features, and for each of them partners and similarities; -1 and 0 where there are fewer."""
+
+
+def _search_rows(start: int, found: Tensor, sizes: Tensor, m: int) -> Found:
+    """The `m` largest of each row are among its `m` groups with the largest members."""
+    n_groups = sizes.shape[1] // GROUP
+    features = np.arange(start, start + len(sizes))
+    if n_groups < 2 * m:
+        indices = sizes.topk(min(m, sizes.shape[1]), dim=1).indices
+        return features, indices.numpy(), found.gather(1, indices).numpy()
+    whole = n_groups * GROUP
+    groups = sizes[:, :whole].unflatten(1, (n_groups, GROUP)).amax(2).topk(m, dim=1).indices
+    among = (groups[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
+    rest = torch.arange(whole, sizes.shape[1]).expand(len(sizes), -1)
+    among = torch.cat([among, rest], 1)
+    indices = among.gather(1, sizes.gather(1, among).topk(m, dim=1).indices)
+    return features, indices.numpy(), found.gather(1, indices).numpy()
+
+
+def _search_columns(start: int, found: Tensor, sizes: Tensor, m: int, floor: np.ndarray) -> Found:
+    """The `m` largest of each column that are above the smallest that is kept of it."""
+    if not floor.any():
+        top = sizes.T.contiguous().topk(min(m, len(sizes)), dim=1).indices
+        return np.arange(sizes.shape[1]), top.numpy() + start, found.T.gather(1, top).numpy()
+    rows, columns = np.nonzero((sizes > torch.from_numpy(floor)).numpy())
+    order = np.lexsort((rows, -sizes.numpy()[rows, columns], columns))
+    rows, columns = rows[order], columns[order]
+    features, first, counts = np.unique(columns, return_index=True, return_counts=True)
+    ranks = np.arange(len(columns)) - np.repeat(first, counts)
+    kept, numbers = ranks < m, np.repeat(np.arange(len(features)), counts)
+    indices, values = np.full((len(features), m), -1), np.zeros((len(features), m), np.float32)
+    cells = numbers[kept], ranks[kept]
+    indices[cells], values[cells] = rows[kept] + start, found.numpy()[rows[kept], columns[kept]]
+    return features, indices, values
+
+
+def _in_order(pool: ThreadPoolExecutor, n: int, work: Callable, items: Iterable) -> Iterator:
+    """`work` of each item in order, `n` at a time and no more in memory."""
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > n:
+            yield waiting.popleft().result()
+    for one in waiting:
+        yield one.result()
+
+
+class _Best:
+    """The largest similarities so far."""
+
+    def __init__(self, d: int, m: int) -> None:
+        self.indices = np.full((d, m), -1)
+        self.values = np.zeros((d, m), np.float32)
+
+    @property
+    def floor(self) -> Float32[np.ndarray, "d"]:
+        """The size of the smallest that is kept of each feature."""
+        return np.abs(self.values[:, -1])
+
+    def merge(self, features: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
+        """More of some features; of equal ones those that came first stay."""
+        all_indices = np.concatenate([self.indices[features], indices], 1)
+        all_values = np.concatenate([self.values[features], values], 1)
+        keep = np.argsort(-np.abs(all_values), axis=1, kind="stable")[:, : self.indices.shape[1]]
+        self.indices[features] = np.take_along_axis(all_indices, keep, 1)
+        self.values[features] = np.take_along_axis(all_values, keep, 1)
+
+    def result(self) -> Nearest:
+        """Without what is no similarity at all."""
+        missing = (self.indices < 0) | (self.values == 0)
+        return Nearest(np.where(missing, -1, self.indices), np.where(missing, np.nan, self.values))
