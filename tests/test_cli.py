@@ -123,6 +123,7 @@ def test_defaults_are_those_of_the_library() -> None:
         ("topk", ["--init", "data", "--dead-after-tokens", "1000"]),
         ("jumprelu", ["--lr", "0.001"]),
         ("relu", ["--no-aux", "--dictionary", "free"]),
+        ("abstopk", ["--dictionary", "archetypal", "--n-points", "48", "--delta", "0.2"]),
     ],
 )
 def test_the_whole_way(

@@ -11,6 +11,7 @@ from typer import Argument, Option
 from saelab.analyses.listing import COLUMNS
 from saelab.lm.tokens import tokenize
 from saelab.sae.activations import ACTIVATIONS
+from saelab.sae.archetypes import Archetypal
 from saelab.sae.config import Dictionary, Init
 from saelab.sae.normaliser import KINDS
 
@@ -88,7 +89,14 @@ Prefixes = Annotated[
     ),
 ]
 DictionaryName = Annotated[
-    str, Option(help=f"Rows of the dictionary: {', '.join(get_args(Dictionary))}.", metavar="NAME")
+    str, Option(help=f"Rows of the dictionary: {', '.join(get_args(Dictionary))}, archetypal.", metavar="NAME")
+]
+NPoints = Annotated[
+    int | None, Option(help="Points an archetypal dictionary is mixed from.", show_default="as many as latents")
+]
+Delta = Annotated[
+    float | None,
+    Option(help="How far an archetypal dictionary may leave the points' hull.", show_default=str(Archetypal.delta)),
 ]
 NormaliserName = Annotated[
     str, Option(help=f"What is done to the activations first: {', '.join(KINDS)}.", metavar="NAME")

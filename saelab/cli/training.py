@@ -9,6 +9,7 @@ import typer
 from saelab.cli import options
 from saelab.cli.info import describe_sae
 from saelab.sae.activations import ACTIVATIONS, Activation, TopK, make_activation
+from saelab.sae.archetypes import Archetypal
 from saelab.sae.checkpoint import CONFIG, WEIGHTS
 from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
 from saelab.sae.sae import SAE
@@ -25,7 +26,9 @@ def train_sae(
     activation: options.ActivationName = TopK.name,
     k: options.K = TopK.k,
     prefixes: options.Prefixes = None,
-    dictionary: options.DictionaryName = SAEConfig.dictionary,
+    dictionary: options.DictionaryName = SAEConfig.dictionary,  # type: ignore[assignment]  # the default is a name
+    n_points: options.NPoints = None,
+    delta: options.Delta = None,
     normaliser: options.NormaliserName = SAEConfig.normaliser,
     init: options.InitName = SAEConfig.init,
     aux: options.Aux = True,
@@ -52,7 +55,7 @@ def train_sae(
         d_sae=d_sae,
         activation=read_activation(activation, k),
         prefixes=read_prefixes(prefixes),
-        dictionary=dictionary,  # type: ignore[arg-type]  # checked by SAEConfig, as the next two
+        dictionary=read_dictionary(dictionary, n_points, delta),  # type: ignore[arg-type]  # SAEConfig checks names
         normaliser=normaliser,  # type: ignore[arg-type]
         init=init,  # type: ignore[arg-type]
         aux=AuxK(dead_after_tokens=dead_after_tokens) if aux else None,
@@ -79,6 +82,21 @@ def read_activation(name: str, k: int) -> Activation:
     """The activation with `k` as its number of latents a token: kept ones, or the target of a penalised one."""
     known = {field.name for field in fields(ACTIVATIONS[name])} if name in ACTIVATIONS else set()
     return make_activation(name, **({"target_l0": float(k)} if "target_l0" in known else {"k": k}))
+
+
+def read_dictionary(name: str, n_points: int | None, delta: float | None) -> str | Archetypal:
+    """The dictionary by its name, an archetypal one with its two settings; ValueError for settings of another.
+
+    >>> read_dictionary("archetypal", None, 0.2)
+    Archetypal(n_points=None, delta=0.2)
+    """
+    if name == "archetypal":
+        return Archetypal(n_points=n_points, delta=Archetypal.delta if delta is None else delta)
+    if n_points is not None or delta is not None:
+        raise ValueError(
+            f"`--n-points` and `--delta` must go with `--dictionary archetypal`, got '{name}'; leave them out."
+        )
+    return name
 
 
 def read_prefixes(text: str | None) -> tuple[int, ...] | RandomPrefixes | None:

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab.functional.codes import SparseCodes
+from saelab.sae.archetypes import Archetypal, Archetypes
 from saelab.sae.config import SAEConfig
 from saelab.sae.normaliser import Normaliser
 
@@ -30,6 +31,7 @@ class Coder(nn.Module):
     W_dec: Float[Tensor, "d_sae d_in"]
     b_dec: Float[Tensor, "d_in"]
     threshold: Tensor | None
+    archetypes: Archetypes | None
 
     def __init__(self, cfg: SAEConfig, seed: int = 0) -> None:
         super().__init__()
@@ -37,9 +39,13 @@ class Coder(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         directions = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
         directions /= directions.norm(dim=1, keepdim=True)
+        self.archetypes = None
+        if isinstance(cfg.dictionary, Archetypal):
+            self.archetypes = Archetypes(cfg.dictionary, cfg.d_sae, cfg.d_in, generator)
+            directions = self.archetypes().detach()
         self.W_enc = nn.Parameter(directions.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
-        self.W_dec = nn.Parameter(directions, requires_grad=cfg.dictionary != "frozen")
+        self.W_dec = nn.Parameter(directions, requires_grad=cfg.dictionary in ("unit", "free"))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
         threshold = cfg.activation.initial_threshold(cfg.d_sae)
         if cfg.activation.threshold == "learned" and threshold is not None:
@@ -128,6 +134,7 @@ class Coder(nn.Module):
         folded.b_dec.copy_(self.normaliser.unnormalise(self.b_dec))
         folded.cfg = replace(self.cfg, normaliser="none", dictionary="free")
         folded.normaliser = Normaliser("none", self.cfg.d_in)
+        folded.archetypes = None  # W and Lambda make the rows before they were brought into the activations' units
         folded.W_dec.requires_grad_(True)
         return folded
 

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_args
 
 from saelab.sae.activations import Activation, TopK, make_activation
+from saelab.sae.archetypes import Archetypal
 from saelab.sae.normaliser import KINDS, Kind
 
 Dictionary = Literal["unit", "free", "frozen"]
@@ -68,8 +69,8 @@ class SAEConfig:
     """which pre-activations become codes"""
     prefixes: tuple[int, ...] | RandomPrefixes | None = None
     """Matryoshka: dictionary sizes that must each reconstruct on their own; fixed ones increase and end at d_sae"""
-    dictionary: Dictionary = "unit"
-    """rows of W_dec: of unit norm, free, or frozen at their initial values (a baseline)"""
+    dictionary: Dictionary | Archetypal = "unit"
+    """rows of W_dec: of unit norm, free, frozen at their initial values (a baseline), or `Archetypal(...)`"""
     normaliser: Kind = "scale"
     """none; scale: mean-centred, E||x||^2 = d_in; whiten: principal components of unit variance"""
     init: Init = "tied"
@@ -84,11 +85,19 @@ class SAEConfig:
         for name in ("d_in", "d_sae"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        _check_choice("dictionary", self.dictionary, get_args(Dictionary))
+        self._check_dictionary()
         _check_choice("normaliser", self.normaliser, KINDS)
         _check_choice("init", self.init, get_args(Init))
         self.activation.check(self.d_sae)
         self._check_prefixes()
+
+    def _check_dictionary(self) -> None:
+        if not isinstance(self.dictionary, Archetypal):
+            _check_choice("dictionary", self.dictionary, get_args(Dictionary))
+        elif self.init != "tied":
+            raise ValueError(
+                f"`init` must be 'tied' for an archetypal dictionary, it starts at its points, got '{self.init}'."
+            )
 
     def _check_prefixes(self) -> None:
         if isinstance(self.prefixes, RandomPrefixes):
@@ -120,6 +129,8 @@ class SAEConfig:
             values["prefixes"] = read_fields(RandomPrefixes, values["prefixes"])
         elif values.get("prefixes") is not None:
             values["prefixes"] = tuple(values["prefixes"])
+        if isinstance(values.get("dictionary"), dict):
+            values["dictionary"] = read_fields(Archetypal, values["dictionary"])
         if values.get("aux") is not None:
             values["aux"] = read_fields(AuxK, values["aux"])
         return read_fields(cls, values)

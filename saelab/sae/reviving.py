@@ -29,8 +29,12 @@ def revive(
     Anthropic's resampling (transformer-circuits.pub/2023/monosemantic-features). A unit's row of W_dec becomes the
     direction of its token's residual, W_enc the same with a fifth of the other units' mean norm, b_enc 0, a learned
     threshold the others' median. Adam's moments of all these are set to zero, where the optimiser is given. ValueError
-    for units that do not exist or repeat, and for fewer tokens with an error than units.
+    for units that do not exist or repeat, for fewer tokens with an error than units, and for an archetypal dictionary.
     """
+    if sae.archetypes is not None:
+        raise ValueError(
+            "`revive` must be given a dictionary that a row can be set in, got an archetypal one; use AuxK."
+        )
     chosen = torch.tensor(list(units), dtype=torch.long)
     if len(chosen) == 0:
         return []

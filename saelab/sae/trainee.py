@@ -91,7 +91,11 @@ class Trainee:
         if self.trained:  # training goes on from the weights as they are
             return
         sae.b_dec.copy_(x.mean(0))
-        if sae.cfg.init == "data":
+        if sae.archetypes is not None:
+            sae.archetypes.place(centred, self.cfg.seed)
+            sae.W_dec.copy_(sae.archetypes())
+            sae.W_enc.copy_(sae.W_dec.T)
+        elif sae.cfg.init == "data":
             self._start_from(centred)
         elif sae.cfg.init == "subspace":
             self._start_inside(centred)
@@ -138,16 +142,17 @@ class Trainee:
         with torch.no_grad():
             centred = x - sae.b_dec
             found = sae.cfg.activation.search(centred, sae.W_enc.T, sae.b_enc, sae.threshold, training=True)
-        step = self._dense_step(x) if found is None else self._sparse_step(x, centred, found)
+        W_dec = sae.W_dec if sae.archetypes is None else sae.archetypes()
+        step = self._dense_step(x, W_dec) if found is None else self._sparse_step(x, W_dec, centred, found)
         errors, residual, penalty, seen = step
         terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
         if penalty is not None:
             terms["sparsity"] = self.state["coefficient"] * penalty.sum() / len(x)
         if sae.cfg.aux is not None:  # dead latents or not, so that every entry of a history has the same columns
-            terms["aux"] = self._aux(x, residual, sae.cfg.aux)
+            terms["aux"] = self._aux(x, W_dec, residual, sae.cfg.aux)
         return Objective(terms, *seen, n_tokens=len(x))
 
-    def _sparse_step(self, x: Tensor, centred: Tensor, found: SparseCodes) -> _Step:
+    def _sparse_step(self, x: Tensor, W_dec: Tensor, centred: Tensor, found: SparseCodes) -> _Step:
         """The prefixes' errors from the codes found, at the cost of their entries."""
         sae, n = self.sae, len(x)
         indices, rows, offsets = found.indices, found.rows, found.offsets
@@ -171,18 +176,18 @@ class Trainee:
             offsets = torch.searchsorted(rows, torch.arange(n * len(ends) + 1, device=rows.device))
             entries = Entries(indices, rows, offsets)
         errors, residual = nested_decode_error(
-            values, sae.W_dec, x, sae.b_dec, entries, len(ends), self._spare("W_dec"), centred
+            values, W_dec, x, sae.b_dec, entries, len(ends), self._spare("W_dec"), centred
         )
         return errors, residual, penalty, seen
 
-    def _dense_step(self, x: Tensor) -> _Step:
+    def _dense_step(self, x: Tensor, W_dec: Tensor) -> _Step:
         """The same for any activation, through dense codes."""
         sae = self.sae
         u = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
         z = sae.cfg.activation(u, sae.threshold, training=True)
         ends = self._prefixes()
         groups = zip([0, *ends], ends, strict=False)
-        parts = torch.stack([z[:, start:end] @ sae.W_dec[start:end] for start, end in groups])
+        parts = torch.stack([z[:, start:end] @ W_dec[start:end] for start, end in groups])
         errors, residual = nested_error(x - sae.b_dec, parts)
         size = z.detach().abs()
         fires = size > 0
@@ -219,7 +224,7 @@ class Trainee:
         given = aux.dead_after_tokens if aux is not None else None
         return given or (10_000_000 if self.cfg.n_tokens >= 100_000_000 else max(1, self.cfg.n_tokens // 20))
 
-    def _aux(self, x: Tensor, residual: Tensor, aux: AuxK) -> Tensor:
+    def _aux(self, x: Tensor, W_dec: Tensor, residual: Tensor, aux: AuxK) -> Tensor:
         """AuxK, on the first share of the batch: the dead latents' reconstruction of the (detached) residual; 0 if
         none is.
         """
@@ -234,7 +239,7 @@ class Trainee:
         k = min(aux.k or max(1, sae.cfg.d_in // 2), len(dead))
         places = (u.abs() if sae.cfg.activation.signed else u).topk(k, dim=1).indices
         z = torch.zeros_like(u).scatter(1, places, u.gather(1, places))
-        return aux.coefficient * normalised_error(z @ sae.W_dec.index_select(0, dead), residual[:n].detach())
+        return aux.coefficient * normalised_error(z @ W_dec.index_select(0, dead), residual[:n].detach())
 
     @torch.no_grad()
     def observe(self, seen: Objective) -> None:
@@ -265,10 +270,13 @@ class Trainee:
 
     @torch.no_grad()
     def constrain_weights(self) -> None:
-        """Bring dictionary rows back to unit norm and keep learned thresholds positive."""
+        """Bring dictionary rows back to unit norm, or to their archetypes, and keep learned thresholds positive."""
         if self.sae.cfg.dictionary == "unit":
             for w in self.sae.W_dec.split(256):
                 w /= torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp(min=1e-12)
+        if self.sae.archetypes is not None:
+            self.sae.archetypes.constrain()
+            self.sae.W_dec.copy_(self.sae.archetypes())
         if self.sae.cfg.activation.threshold == "learned" and self.sae.threshold is not None:
             self.sae.threshold.clamp_(min=MIN_THRESHOLD)
 

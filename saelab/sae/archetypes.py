@@ -1,0 +1,117 @@
+"""The archetypal dictionary: atoms that stay near the convex hull of the data (arXiv:2502.12892).
+
+    W_dec = rows of  W C + Lambda  at unit length,      W >= 0,  W 1 = 1,  ||Lambda_i|| <= delta
+
+C holds points among the activations, centred; what is trained is W and Lambda. An atom's length goes into its code, so
+that W_dec has unit rows like the default dictionary's, and whatever ranks by |z| stays true.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archetypal:
+    """Relaxed archetypal dictionary (arXiv:2502.12892): atoms are convex combinations of points, and a little more.
+
+    The points are k-means centroids of the activations that `fit` sees first; the memory of training grows with d_sae
+    * n_points. As they are centred, the hull surrounds the origin and no direction is forbidden: the further an atom
+    turns from all points, the shorter `W C` becomes and the more `delta` can turn it.
+
+    >>> sl.SAEConfig(d_in=8, d_sae=32, dictionary=Archetypal(n_points=64)).dictionary
+    Archetypal(n_points=64, delta=0.1)
+    """
+
+    n_points: int | None = None
+    """candidate points; None is d_sae"""
+    delta: float = 0.1
+    """how far an atom may leave the hull, in units of the points' root mean square norm; 0 keeps it inside"""
+
+    def __post_init__(self) -> None:
+        if self.n_points is not None and self.n_points < 2:
+            raise ValueError(f"`n_points` must be at least 2, got {self.n_points}; use None for d_sae.")
+        if not 0 <= self.delta < math.inf:
+            raise ValueError(f"`delta` must be at least 0 and finite, got {self.delta}; use 'unit' for no bound.")
+
+
+class Archetypes(nn.Module):
+    """W, Lambda and C of a dictionary; called, it gives W_dec, differentiable in W and Lambda.
+
+    Each atom starts at a point of its own, drawn from the generator; those beyond n_points somewhere between two.
+    """
+
+    points: Float[Tensor, "n_points d_in"]
+
+    def __init__(self, cfg: Archetypal, d_sae: int, d_in: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.delta = cfg.delta
+        n_points = cfg.n_points or d_sae
+        points = torch.randn(n_points, d_in, generator=generator)
+        self.register_buffer("points", points / points.norm(dim=1, keepdim=True))
+        self.weights = nn.Parameter(_draw_weights(d_sae, n_points, generator))
+        self.relaxation = nn.Parameter(torch.zeros(d_sae, d_in), requires_grad=cfg.delta > 0)
+
+    def forward(self) -> Float[Tensor, "d_sae d_in"]:
+        """The atoms at unit length."""
+        atoms = self.weights @ self.points + self.relaxation
+        return atoms / atoms.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+    @torch.no_grad()
+    def place(self, centred: Float[Tensor, "n_tokens d_in"], seed: int) -> None:
+        """Find the points among centred activations; their mean square norm becomes 1."""
+        points = find_points(centred, len(self.points), seed)
+        scale = points.square().sum(1).mean().sqrt()
+        self.points.copy_(points / scale if scale > 0 else points)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Bring rows of W back to the simplex and those of Lambda back into their ball."""
+        self.weights.copy_(project_simplex(self.weights))
+        norms = self.relaxation.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        self.relaxation.mul_((self.delta / norms).clamp(max=1.0))
+
+
+def _draw_weights(d_sae: int, n_points: int, generator: torch.Generator) -> Tensor:
+    order = torch.randperm(n_points, generator=generator)
+    first = torch.arange(d_sae) % n_points
+    second = (first + torch.randint(1, n_points, (d_sae,), generator=generator)) % n_points
+    share = torch.rand(d_sae, 1, generator=generator).masked_fill((torch.arange(d_sae) < n_points)[:, None], 1.0)
+    weights = torch.zeros(d_sae, n_points).scatter(1, order[second][:, None], 1 - share)
+    return weights.scatter(1, order[first][:, None], share)
+
+
+def find_points(x: Float[Tensor, "n_tokens d_in"], n: int, seed: int) -> Float[Tensor, "n d_in"]:
+    """k-means centroids of `x`; where it has no more than `n` different rows those themselves, some twice, for they
+    span the same hull.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+
+    rows = x.float().cpu().unique(dim=0)
+    if len(rows) <= n:
+        return rows.repeat(math.ceil(n / len(rows)), 1)[:n].to(x)
+    means = MiniBatchKMeans(n, batch_size=max(4096, n), n_init=1, max_iter=30, random_state=seed)
+    return torch.from_numpy(means.fit(rows.numpy()).cluster_centers_).to(x)
+
+
+def project_simplex(x: Float[Tensor, "n_rows n"]) -> Float[Tensor, "n_rows n"]:
+    """The nearest rows with entries >= 0 that sum to 1: `max(x - t, 0)`, t found row by row.
+
+    A step on one weight takes as much from the others as it gives, however many they are; an entry at 0 comes back as
+    soon as a step lifts it above t, which clipping and dividing by the sum does not allow for both.
+
+    >>> project_simplex(torch.tensor([[1.0, 0.5, -1.0]]))
+    tensor([[0.7500, 0.2500, 0.0000]])
+    """
+    kept = torch.ones_like(x, dtype=torch.bool)
+    while True:  # Michelot's algorithm: the entries that stay positive, fewer each time
+        bound = ((x * kept).sum(1, keepdim=True) - 1) / kept.sum(1, keepdim=True)
+        fewer = kept & (x > bound)
+        if torch.equal(fewer, kept):
+            break
+        kept = fewer
+    rows = (x - bound).clamp(min=0)
+    return rows / rows.sum(1, keepdim=True)
