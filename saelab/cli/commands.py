@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from saelab.cli.collecting import collect_text
+from saelab.cli.comparing import compare_folders
 from saelab.cli.evaluating import evaluate_sae
 from saelab.cli.features import harvest_text, show_dead, show_features
 from saelab.cli.info import show_info
@@ -98,6 +99,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "features": show_features,
     "dead": show_dead,
     "label": label_features,
+    "compare": compare_folders,
     "report": write_report,
     "info": show_info,
 }

@@ -12,6 +12,8 @@ from saelab.universality.nearest import Nearest
 from saelab.universality.relations import Relation, relate
 
 By = Literal["count", "frequency", "variance"]
+Method = Literal["best", "mutual", "hungarian"]
+"""of every feature of a its best partner; those that are each other's best; one to one"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,6 +93,16 @@ class Comparison(Result):
         kept = self.a.universal[self.mutual[:, 0]] & self.b.universal[self.mutual[:, 1]]
         pairs = self.mutual[kept]
         return pairs[np.argsort(-np.abs(self.a.similarity[pairs[:, 0]]), kind="stable")]
+
+    def match(self, method: Method) -> tuple[Int[np.ndarray, "n 2"], Float[np.ndarray, "n"]]:
+        """The pairs of a method and their similarities, the most similar first; those of chance are among them."""
+        known = np.flatnonzero(self.a.partners >= 0)
+        pairs = {
+            "best": np.stack([known, self.a.partners[known]], 1), "mutual": self.mutual, "hungarian": self.pairs,
+        }[method]  # fmt: skip
+        values = self.values if method == "hungarian" else self.a.similarity[pairs[:, 0]]
+        order = np.argsort(-np.abs(values), kind="stable")
+        return pairs[order], values[order]
 
     @cached_property
     def relations(self) -> tuple[tuple[Relation, ...], tuple[Relation, ...]]:

@@ -1,0 +1,95 @@
+"""`saelab compare`: which features of two stores, or of two SAEs, are the same."""
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from typer import Argument, Option
+
+from saelab.cli import options
+from saelab.sae.checkpoint import CONFIG
+from saelab.sae.sae import SAE
+from saelab.stores.features import FeatureStore
+from saelab.stores.files import write_json
+from saelab.universality.comparison import Similarity, compare
+from saelab.universality.matches import Method
+
+SHIFTS, EFFECT, FDR, COUNT, M = (
+    options.default_of(compare, name) for name in ("n_shifts", "min_effect", "fdr", "min_count", "m")
+)
+
+Left = Annotated[Path, Argument(metavar="A", help="Folder of a feature store, or of an SAE.")]
+Right = Annotated[Path, Argument(metavar="B", help="Another one: a store of the same text, an SAE of the same space.")]
+By = Annotated[
+    str | None,
+    Option(
+        help=f"How alike features are: {', '.join(get_args(Similarity))}.",
+        metavar="NAME",
+        show_default="correlation of stores, decoder of SAEs",
+    ),
+]
+MethodName = Annotated[
+    str, Option(help=f"Which pairs are matches: {', '.join(get_args(Method))} (one to one).", metavar="NAME")
+]
+Sides = Annotated[bool, Option("--sides", help="Match positive and negative codes as features of their own.")]
+Nearest = Annotated[int, Option(metavar="N", help="Best partners to look at for each feature.")]
+MinCount = Annotated[int, Option(help="Tokens on which a match fires together, at least.", metavar="N")]
+Shifts = Annotated[int, Option(help="Times that chance is measured.", metavar="N")]
+MinEffect = Annotated[float, Option(help="Similarity of a universal feature, at least.", metavar="VALUE")]
+Rate = Annotated[float, Option("--fdr", help="Share of false discoveries among universal features.", metavar="SHARE")]
+Seed = Annotated[int, Option(help="Of what is drawn.", metavar="N")]
+Out = Annotated[Path | None, Option(help="File for everything, as JSON.", metavar="FILE", show_default="none")]
+Top = Annotated[int, Option(help="Pairs to show.")]
+
+
+def compare_folders(
+    a: Left,
+    b: Right,
+    similarity: By = None,
+    method: MethodName = "hungarian",
+    sides: Sides = False,
+    nearest: Nearest = M,
+    min_count: MinCount = COUNT,
+    shifts: Shifts = SHIFTS,
+    min_effect: MinEffect = EFFECT,
+    fdr: Rate = FDR,
+    seed: Seed = 0,
+    out: Out = None,
+    top: Top = 10,
+    progress: options.Progress = True,
+) -> None:
+    """Find the features that two dictionaries share, beside what chance would give.
+
+    Stores are compared on the documents that they have in common, whatever the tokenizers; SAEs of one space by
+    direction.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"`--method` must be one of {', '.join(get_args(Method))}, got '{method}'.")
+    found = compare(
+        _open(a),
+        _open(b),
+        similarity=similarity,  # type: ignore[arg-type]
+        sides=sides,
+        m=nearest,
+        min_count=min_count,
+        n_shifts=shifts,
+        min_effect=min_effect,
+        fdr=fdr,
+        seed=seed,
+        progress=progress,
+    )
+    pairs, values = found.match(method)  # type: ignore[arg-type]
+    typer.echo(str(found))
+    typer.echo(f"{'a':>8}{'b':>8}  {found.similarity}, {method}")
+    for (i, j), value in list(zip(pairs.tolist(), values.tolist(), strict=True))[:top]:
+        typer.echo(f"{i:>8}{j:>8}  {value:+.3f}")
+    if out is not None:
+        matched = [[i, j, value] for (i, j), value in zip(pairs.tolist(), values.tolist(), strict=True)]
+        write_json(out, found.to_dict() | {"method": method, "matched": matched})
+        typer.echo(f"{len(matched):,} pairs in {out}.")
+
+
+def _open(folder: Path) -> FeatureStore | SAE:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"A and B must be folders of feature stores or SAEs, got '{folder}'. Check the name.")
+    return SAE.from_pretrained(folder) if (folder / CONFIG).is_file() else FeatureStore.load(folder)
