@@ -94,6 +94,11 @@ def concepts_of(store: sl.FeatureStore, stories: Stories) -> tuple[np.ndarray, n
     return features, best
 
 
+def mean(values: list) -> float:
+    """NaN of nothing."""
+    return float(np.mean(values)) if values else float("nan")
+
+
 def match_concepts(found: sl.Comparison, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> str:
     """Of the concepts with a feature of F1 0.8 in both dictionaries, how many have a universal pair between the two."""
     common = np.flatnonzero((a[1] >= KNOWN_F1) & (b[1] >= KNOWN_F1))
@@ -102,10 +107,9 @@ def match_concepts(found: sl.Comparison, a: tuple[np.ndarray, np.ndarray], b: tu
     rng = np.random.default_rng(0)
     shuffled = rng.permutation(b[0][common])
     by_chance = [found.a.partners[i] == j for i, j in zip(a[0][common], shuffled, strict=True)]
-    share = lambda values: float(np.mean(values)) if len(values) else float("nan")
     return (
         f"concepts with F1 of {KNOWN_F1:g} in both: {len(common)}; their features are each other's universal match: "
-        f"{share(exact):.2f} (dealt out anew: {share(by_chance):.2f}); have any universal match: {share(any_pair):.2f}"
+        f"{mean(exact):.2f} (dealt out anew: {mean(by_chance):.2f}); have any universal match: {mean(any_pair):.2f}"
     )
 
 
