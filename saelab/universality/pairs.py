@@ -1,0 +1,148 @@
+"""Which matched pairs count: pairs about words, pairs of different features, pairs about one subject."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from saelab.labelling.book import LabelBook
+from saelab.stores.results import Result
+
+Tops = Sequence[Sequence[str]]
+"""The strings of the top tokens of every pair, on one side."""
+SPECIAL = re.compile(
+    r"<\|[^\s|]+\|>|\|[be]os\||</?(?:s|[bes]os|pad|unk|mask|cls|sep|start_of_turn|end_of_turn)>|\[(?:CLS|SEP|PAD|UNK|MASK)\]",
+    re.IGNORECASE,
+)
+"""How tokenizers write the boundaries of texts and the like."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KeptPairs(Result):
+    """The pairs that rules keep, and how many each rule removed.
+
+    A pair is counted for the first rule that removes it, so `n_kept` and the counts add up to all pairs.
+    """
+
+    keep: Bool[np.ndarray, "n_pairs"]
+    removed: dict[str, int]
+
+    @property
+    def n_kept(self) -> int:
+        """Number of pairs kept."""
+        return int(self.keep.sum())
+
+    def __str__(self) -> str:
+        total = max(len(self.keep), 1)
+        rows = [*self.removed.items(), ("kept", self.n_kept)]
+        return "\n".join(f"{name:<16} {n:>9,} {n / total:>8.2%}" for name, n in rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Counts only, ready for JSON: `removed` by rule and `n_kept`."""
+        return {"removed": dict(self.removed), "n_kept": self.n_kept}
+
+
+def keep_concepts(tops_a: Tops, tops_b: Tops, *, special: Iterable[str] = ()) -> KeptPairs:
+    """Leave out pairs that share no top token, or have one on either side that is no word; arXiv:2410.06981.
+
+    Rules, in this order: "nothing shared"; "special", as tokenizers write them or one of `special`; "blank", new lines
+    and what cannot be seen among them; "punctuation", mathematical and currency signs among it, emoji not. Tokens are
+    shared whatever their case and the space around them, so that tokenizers compare. A side without top tokens
+    shares nothing. ValueError where the sides differ in number.
+
+    >>> keep_concepts([[" Rain", "snow"], ["day", "."], ["a"]], [["rain"], [" day"], ["b"]]).removed
+    {'nothing shared': 1, 'special': 0, 'blank': 0, 'punctuation': 1}
+    """
+    _check_number(tops_a, tops_b)
+    named = frozenset(special)
+    tests: dict[str, Callable[[Sequence[str], Sequence[str]], bool]] = {
+        "nothing shared": lambda a, b: not set(map(_fold, a)) & set(map(_fold, b)),
+        "special": lambda a, b: any(token in named or _is_special(token) for token in (*a, *b)),
+        "blank": lambda a, b: any(map(_is_blank, (*a, *b))),
+        "punctuation": lambda a, b: any(map(_is_punctuation, (*a, *b))),
+    }
+    removed = dict.fromkeys(tests, 0)
+    keep = np.ones(len(tops_a), bool)
+    for i, (a, b) in enumerate(zip(tops_a, tops_b, strict=True)):
+        rule = next((name for name, fails in tests.items() if fails(a, b)), None)
+        if rule is not None:
+            keep[i] = False
+            removed[rule] += 1
+    return KeptPairs(keep=keep, removed=removed)
+
+
+def keep_one_to_one(
+    features_a: Int[np.ndarray, "n_a"], features_b: Int[np.ndarray, "n_b"], strength: Float[np.ndarray, "n_strength"]
+) -> KeptPairs:
+    """Keep of every feature that stands in several pairs the strongest, by size of `strength`, the first of equals.
+
+    Pairs are taken from the strongest down, each unless one of its features is taken; NaN comes last. Counts are of
+    pairs whose feature of `a` was taken, and of those where that of `b` alone was. ValueError for unequal lengths.
+
+    >>> keep_one_to_one(np.array([3, 3, 5]), np.array([0, 1, 1]), np.array([0.5, -0.9, 0.7])).keep.tolist()
+    [False, True, False]
+    """
+    _check_number(features_a, features_b, strength)
+    keep, removed = np.zeros(len(strength), bool), {"repeated in a": 0, "repeated in b": 0}
+    taken_a: set[int] = set()
+    taken_b: set[int] = set()
+    for i in np.argsort(-np.abs(strength), kind="stable").tolist():
+        a, b = int(features_a[i]), int(features_b[i])
+        if a in taken_a or b in taken_b:
+            removed["repeated in a" if a in taken_a else "repeated in b"] += 1
+            continue
+        keep[i] = True
+        taken_a.add(a)
+        taken_b.add(b)
+    return KeptPairs(keep=keep, removed=removed)
+
+
+def match_keywords(tops: Tops, keywords: Iterable[str]) -> Bool[np.ndarray, "n_pairs"]:
+    """Whether one of a pair's top tokens is one of the keywords, whatever the case and the space around it.
+
+    Whole tokens count: "may" is not found in "maybe". ValueError where no keyword has a letter to look for.
+
+    >>> match_keywords([[" May", "x"], ["maybe"], []], ["may", "June"]).tolist()
+    [True, False, False]
+    """
+    wanted = {_fold(keyword) for keyword in keywords} - {""}
+    if not wanted:
+        raise ValueError("`keywords` must hold a word, got none; give a list such as ['may', 'june'].")
+    return np.array([not wanted.isdisjoint(map(_fold, tokens)) for tokens in tops], dtype=bool)
+
+
+def find_features(book: LabelBook, text: str) -> Int[np.ndarray, "n_features"]:
+    """The features whose chosen label has the words of `text`, best first; for `np.isin(features, ...)`.
+
+    Labels that say that there is no good name do not count.
+    """
+    found = dict.fromkeys(label.feature for label in book.search(text) if label.kind != "none")
+    return np.array(list(found), dtype=np.int64)
+
+
+def _check_number(*columns: Sequence[Any] | np.ndarray) -> None:
+    lengths = [len(column) for column in columns]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"All arguments must have one entry a pair, got {lengths} entries.")
+
+
+def _fold(token: str) -> str:
+    return token.strip().casefold()
+
+
+def _is_special(token: str) -> bool:
+    return SPECIAL.fullmatch(token.strip()) is not None
+
+
+def _is_blank(token: str) -> bool:
+    """Separators, control and formatting characters alone, or nothing."""
+    return all(unicodedata.category(char)[0] in "ZC" for char in token)
+
+
+def _is_punctuation(token: str) -> bool:
+    visible = [kind for char in token if (kind := unicodedata.category(char))[0] not in "ZC"]
+    return bool(visible) and all(kind[0] == "P" or kind in ("Sm", "Sc", "Sk") for kind in visible)
