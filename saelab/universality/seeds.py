@@ -1,0 +1,273 @@
+"""`stability`: how much of a dictionary comes back when it is trained again from another seed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.sae.sae import SAE
+from saelab.stores.activations import Activations
+from saelab.stores.features import FeatureStore
+from saelab.stores.results import Result
+from saelab.universality.dictionaries import (
+    DictionaryFigures,
+    Usage,
+    _unit,
+    measure_directions,
+    measure_usage,
+    read_usage,
+)
+from saelab.universality.matching import assign
+from saelab.universality.nearest import find_nearest
+from saelab.universality.products import cosine_blocks
+
+EXACT = 2**24
+"""Pairs of features up to which the assignment considers all of them."""
+CANDIDATES = 16
+"""Nearest features of either side that it considers beyond that."""
+OOD_TOKENS = 16_384
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Agreement(Result):
+    """How alike several dictionaries are, by pair; cosines count by size where codes are signed."""
+
+    matched: Float[np.ndarray, "n_pairs"]
+    """mean cosine of the one-to-one pairs (Hungarian): the stability of arXiv:2502.12892; 1 is the same dictionary"""
+    nearest: Float[np.ndarray, "n_pairs"]
+    """mean of the largest cosine of each feature with any of the other dictionary, over both; a lower bar"""
+    overlap: Float[np.ndarray, "n_pairs"]
+    """mean squared cosine of the principal angles between the subspaces of most energy"""
+    found: Float[np.ndarray, "n_saes"]
+    """share of features whose one-to-one partners in all other dictionaries are similar enough"""
+    features: Float[np.ndarray, "n_saes d_sae"] = field(repr=False)
+    """each feature's mean cosine with its partners"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stability(Result):
+    """What `stability` found, beside two kinds of chance."""
+
+    d_in: int
+    d_sae: int
+    signed: bool
+    threshold: float
+    """cosine from which a feature counts as found again"""
+    rank: int
+    """dimensions of the subspaces whose overlap is measured"""
+    exact: bool
+    """the assignment considered every pair, not only the nearest of either side"""
+    trained: Agreement
+    random: Agreement
+    """of random dictionaries of the same shape"""
+    alike: Agreement
+    """of random dictionaries that also have each dictionary's own second moments: equally crowded, equally spread"""
+    figures: tuple[DictionaryFigures, ...]
+    """of each dictionary, as training sees it"""
+    random_figures: DictionaryFigures
+    usage: tuple[Usage, ...] = field(repr=False)
+    """of each dictionary, where activations or stores are given"""
+    seed: int
+
+    @cached_property
+    def trends(self) -> dict[str, float]:
+        """Spearman's rank correlation of a feature's stability with its density and energy, live features of all
+        dictionaries; empty where their use is not known. Above 0: the rare, or the weak, are the unstable.
+        """
+        from scipy.stats import spearmanr
+
+        if not self.usage:
+            return {}
+        density, energy = (np.stack([getattr(one, name) for one in self.usage]) for name in ("density", "energy"))
+        live = density > 0
+        return {
+            name: float(spearmanr(self.trained.features[live], values[live]).statistic)
+            for name, values in (("density", density), ("energy", energy))
+        }
+
+    @cached_property
+    def quarters(self) -> Float[np.ndarray, "n"]:
+        """Mean stability of the live features of all dictionaries by quarter of density, the rarest first."""
+        if not self.usage:
+            return np.zeros(0)
+        density = np.stack([one.density for one in self.usage])
+        order = np.argsort(density[density > 0], kind="stable")
+        return np.array([part.mean() for part in np.array_split(self.trained.features[density > 0][order], 4)])
+
+    def __str__(self) -> str:
+        n = len(self.figures)
+        kind = "by size" if self.signed else "with their sign"
+        lines = [f"{n} dictionaries of {self.d_sae:,} directions in {self.d_in:,} dimensions, cosines {kind}"]
+        lines.append(f"{'':<28}{'trained':>9}{'random':>9}{'alike':>9}")
+        families = (self.trained, self.random, self.alike)
+        names = {
+            "matched": "matched one to one",
+            "nearest": "nearest",
+            "found": f"found by all (>= {self.threshold:g})",
+        }
+        for name, title in (names | {"overlap": f"subspace of {self.rank} dimensions"}).items():
+            lines.append(f"{title:<28}" + "".join(f"{getattr(one, name).mean():>9.3f}" for one in families))
+        for name in ("stable_rank", "effective_rank", "coherence", "crowding", "ood"):
+            mean = np.mean([getattr(one, name) for one in self.figures])
+            lines.append(f"{name.replace('_', ' '):<28}{mean:>9.3f}{getattr(self.random_figures, name):>9.3f}")
+        if self.usage:
+            by_density = ", ".join(f"{value:.3f}" for value in self.quarters)
+            lines.append(f"matched, rarest quarter first: {by_density}")
+            trends = ", ".join(f"{name} {value:+.2f}" for name, value in self.trends.items())
+            lines.append(f"rank correlation with {trends}, over {self.usage[0].n_tokens:,} tokens")
+        return "\n".join(lines)
+
+
+def stability(
+    saes: Sequence[SAE],
+    acts: Activations | Float[Tensor, "n_tokens d_in"] | None = None,
+    *,
+    stores: Sequence[FeatureStore] | None = None,
+    threshold: float = 0.7,
+    rank: int | None = None,
+    seed: int = 0,
+) -> Stability:
+    """How alike SAEs of one activation space are, pair by pair, and which features are not found again.
+
+    Directions are compared in the activations' own units, by cosine; by |cosine| where any of the SAEs is signed. With
+    `acts`, or one store a dictionary, subspaces are those of most energy and stability is set against density and
+    energy; `acts` also give FVU, dead features and the out-of-distribution score, over at most 16,384 of the tokens.
+    `rank` is the number of principal dimensions compared; None is d_in / 4. Every number stands beside that of random
+    dictionaries. ValueError for fewer than two SAEs, or other shapes. Source: arXiv:2502.12892.
+
+    >>> cfg = sl.SAEConfig(d_in=32, d_sae=48)
+    >>> found = stability([sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=0)])
+    >>> round(float(found.trained.matched.mean()), 3), float(found.random.matched.mean()) < 0.7
+    (1.0, True)
+    """
+    acts = Activations.from_tensor(acts) if isinstance(acts, Tensor) else acts
+    _check(saes, acts, stores)
+    d_in, d_sae = saes[0].cfg.d_in, saes[0].cfg.d_sae
+    rank = rank or max(1, d_in // 4)
+    if not 1 <= rank <= d_in or not 0 < threshold <= 1:
+        raise ValueError(f"`rank` must be in 1..d_in ({d_in}) and `threshold` in (0, 1], got {rank} and {threshold}.")
+    signed = any(sae.cfg.activation.signed for sae in saes)
+    usage = [measure_usage(sae, acts) for sae in saes] if acts is not None else []
+    usage = usage or [read_usage(sae, store) for sae, store in zip(saes, stores or (), strict=False)]
+    generator = torch.Generator().manual_seed(seed)
+    trained = [sae.directions().float().cpu() for sae in saes]
+    random = [_bring_back(sae, torch.randn(d_sae, d_in, generator=generator)) for sae in saes]
+    alike = [_draw_alike(rows, generator) for rows in trained]
+    weights = [torch.from_numpy(one.energy) for one in usage]
+    drawn = torch.randn(d_sae, d_in, generator=generator)
+    return Stability(
+        d_in=d_in, d_sae=d_sae, signed=signed, threshold=threshold, rank=rank, exact=d_sae**2 <= EXACT,
+        trained=_agree(trained, signed, threshold, rank, weights),
+        random=_agree(random, signed, threshold, rank),
+        alike=_agree(alike, signed, threshold, rank),
+        figures=tuple(measure_directions(sae.W_dec, _centre(sae, acts), signed) for sae in saes),
+        random_figures=measure_directions(drawn, _centre(saes[0], acts), signed),
+        usage=tuple(usage), seed=seed,
+    )  # fmt: skip
+
+
+def _check(saes: Sequence[SAE], acts: Activations | None, stores: Sequence[FeatureStore] | None) -> None:
+    shapes = {(sae.cfg.d_sae, sae.cfg.d_in) for sae in saes}
+    if len(saes) < 2 or len(shapes) > 1:
+        raise ValueError(
+            f"`saes` must be two or more of one shape (d_sae, d_in), got {len(saes)} of {sorted(shapes)[:5]}."
+        )
+    d_sae, d_in = shapes.pop()
+    if acts is not None and acts.d_in != d_in:
+        raise ValueError(f"`acts` must have the SAEs' d_in ({d_in}), got {acts.d_in}; use their hook point.")
+    if acts is not None and stores is not None:
+        raise ValueError("`acts` and `stores` must not both be given, got both; activations say more.")
+    if stores is not None and (len(stores) != len(saes) or any(store.d_sae != d_sae for store in stores)):
+        widths = [store.d_sae for store in stores][:5]
+        raise ValueError(f"`stores` must be one for each of {len(saes)} SAEs, {d_sae} wide, got widths {widths}.")
+
+
+def _bring_back(sae: SAE, rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
+    """Directions drawn where the SAE learns, in the activations' own units as its own are."""
+    if sae.normaliser.kind == "none":
+        return rows
+    return sae.normaliser.apply_matrix(rows, sae.normaliser.inverse.cpu())
+
+
+def _draw_alike(rows: Float[Tensor, "d_sae d_in"], generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:
+    """Random directions of unit length with the second moments of the rows at unit length."""
+    squares, axes = torch.linalg.eigh(_unit(rows).double().T @ _unit(rows).double() / len(rows))
+    squares = squares.clamp(min=0)
+    drawn = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    scales = squares.sqrt()
+    for _ in range(50):  # bringing rows to unit length evens them out, so the scales must differ by more
+        found = _unit(drawn * scales).square().mean(0)
+        scales = scales * (squares / found.clamp(min=1e-30)).sqrt()
+    return (_unit(drawn * scales) @ axes.T).float()
+
+
+def _centre(sae: SAE, acts: Activations | None) -> Float[Tensor, "n d_in"] | None:
+    """Some activations as the dictionary sees them, evenly from all."""
+    if acts is None:
+        return None
+    places = torch.linspace(0, acts.n_tokens - 1, min(OOD_TOKENS, acts.n_tokens), dtype=torch.float64).long()
+    return sae.normaliser.normalise(acts[places].to(sae.W_enc)) - sae.b_dec.detach()
+
+
+def _agree(
+    dictionaries: Sequence[Float[Tensor, "d_sae d_in"]],
+    signed: bool,
+    threshold: float,
+    rank: int,
+    weights: Sequence[Float[Tensor, "d_sae"]] = (),
+) -> Agreement:
+    n, d_sae = len(dictionaries), len(dictionaries[0])
+    weights = weights or [torch.ones(d_sae)] * n
+    spaces = [_principal(rows, w, rank) for rows, w in zip(dictionaries, weights, strict=True)]
+    cosines, nearest, overlap = np.full((n, n, d_sae), np.nan), [], []
+    for i, j in combinations(range(n), 2):
+        cosines[i, j], cosines[j, i], near = match_rows(dictionaries[i].numpy(), dictionaries[j].numpy(), signed)
+        nearest.append(near)
+        overlap.append(float((spaces[i].T @ spaces[j]).square().sum()) / rank)
+    return Agreement(
+        matched=np.array([cosines[i, j].mean() for i, j in combinations(range(n), 2)]),
+        nearest=np.array(nearest),
+        overlap=np.array(overlap),
+        found=(np.nanmin(cosines, axis=1) >= threshold).mean(1),
+        features=np.nanmean(cosines, axis=1),
+    )
+
+
+def match_rows(
+    a: Float[np.ndarray, "d d_in"], b: Float[np.ndarray, "d d_in"], signed: bool
+) -> tuple[Float[np.ndarray, "d"], Float[np.ndarray, "d"], float]:
+    """Each row's cosine with its one-to-one partner on the other side, and the mean of the largest of all rows.
+
+    Of very wide dictionaries only the nearest of either side are candidates, and a row left alone counts as 0.
+    """
+    if len(a) * len(b) > EXACT:
+        return _match_nearest(a, b, signed)
+    from scipy.optimize import linear_sum_assignment
+
+    cosines = np.concatenate([block().numpy() for _, block in cosine_blocks(a, b)])
+    sizes = np.abs(cosines) if signed else cosines
+    rows, partners = linear_sum_assignment(sizes, maximize=True)
+    of_a = sizes[rows, partners].astype(np.float64)
+    return of_a, of_a[np.argsort(partners)], float(sizes.max(1).mean() + sizes.max(0).mean()) / 2
+
+
+def _match_nearest(a: np.ndarray, b: np.ndarray, signed: bool) -> tuple[np.ndarray, np.ndarray, float]:
+    sides = find_nearest(cosine_blocks(a, b), len(a), len(b), CANDIDATES, signed)
+    pairs, values = assign(*sides)
+    of_a, of_b = np.zeros(len(a)), np.zeros(len(b))
+    of_a[pairs[:, 0]] = of_b[pairs[:, 1]] = np.abs(values)
+    return of_a, of_b, float(np.mean([np.nan_to_num(np.abs(side.values[:, 0])).mean() for side in sides]))
+
+
+def _principal(
+    rows: Float[Tensor, "d_sae d_in"], weights: Float[Tensor, "d_sae"], rank: int
+) -> Float[Tensor, "d_in rank"]:
+    """Orthonormal axes of most energy: of `sum_i w_i d_i d_i^T` with unit d_i."""
+    unit = _unit(rows).double()
+    moments = (unit * weights.double()[:, None]).T @ unit
+    return torch.linalg.eigh(moments).eigenvectors[:, -rank:]
