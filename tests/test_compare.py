@@ -311,3 +311,16 @@ def test_one_seed_gives_one_answer_and_global_state_is_left_alone() -> None:
 
 def test_mutual_pairs() -> None:
     assert find_mutual(np.array([-1, -1]), np.array([0])).shape == (0, 2)
+
+
+def test_rows_of_pairs_are_turned_where_they_are_flipped() -> None:
+    a, b = (sl.SAE(sl.SAEConfig(d_in=16, d_sae=24, activation=sl.AbsTopK(k=4)), seed=seed) for seed in (0, 1))
+    with torch.no_grad():
+        b.W_dec[:8], b.W_dec[8:16] = a.W_dec[:8], -a.W_dec[8:16]
+    found = sl.compare(a, b, min_effect=0.95, progress=False)
+    x, y = sl.pair_rows(found, a, b)
+    assert len(x) == 16 and np.allclose(x, y, atol=1e-6)
+    assert len(sl.pair_rows(found, a, b, "best", universal=False)[0]) == 24
+    assert sl.compare_spaces(x, y, n_shuffles=9, measures=["linear_cka"], progress=False)["linear_cka"].value > 0.99
+    with pytest.raises(ValueError, match="that were compared"):
+        sl.pair_rows(found, a, sl.SAE(sl.SAEConfig(d_in=16, d_sae=40)))

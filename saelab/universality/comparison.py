@@ -8,9 +8,10 @@ from jaxtyping import Float, Int
 from saelab.labelling.significance import adjust
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
-from saelab.universality.matches import Comparison, Matches
+from saelab.universality.matches import Comparison
 from saelab.universality.matching import assign, find_mutual, pooled_p
 from saelab.universality.nearest import Nearest
+from saelab.universality.partners import Matches
 from saelab.universality.sources import DirectionSource, Source, StoreSource
 
 Similarity = Literal["correlation", "documents", "phi", "jaccard", "decoder", "encoder"]

@@ -5,56 +5,14 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from saelab.stores.results import Result
-from saelab.universality.nearest import Nearest
+from saelab.universality.partners import Matches
 from saelab.universality.relations import Relation, relate
 
-By = Literal["count", "frequency", "variance"]
 Method = Literal["best", "mutual", "hungarian"]
 """of every feature of a its best partner; those that are each other's best; one to one"""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Matches:
-    """The features of one dictionary with their best partners in the other; -1 and NaN where there is none."""
-
-    fires: Int[np.ndarray, "d"]
-    """rows on which each fires"""
-    variance: Float[np.ndarray, "d"]
-    """sum of squares about the mean of its codes; 1 for directions"""
-    partners: Int[np.ndarray, "d"]
-    """the feature of the other dictionary with the largest similarity"""
-    similarity: Float[np.ndarray, "d"]
-    n_both: Int[np.ndarray, "d"]
-    """rows on which both fire; -1 for directions"""
-    p: Float[np.ndarray, "d"]
-    """how often chance gives so much; never 0"""
-    q: Float[np.ndarray, "d"]
-    """false discovery rate at which it counts, among all that fire"""
-    universal: Bool[np.ndarray, "d"]
-    """beats chance, and the effect asked for"""
-    chance: tuple[float, float]
-    """median and 95 % of the best similarity where nothing is in common; NaN where it was not measured"""
-    nearest: Nearest
-    """the m best, before chance and counts are looked at"""
-
-    @property
-    def live(self) -> Bool[np.ndarray, "d"]:
-        """What fires at all."""
-        return self.fires > 0
-
-    def share(self, by: By = "count") -> float:
-        """Share of universal features among those that fire: by number, by firings or by variance; NaN if none fire."""
-        weights = {"count": self.live.astype(float), "frequency": self.fires.astype(float), "variance": self.variance}
-        total = float(weights[by][self.live].sum())
-        return float(weights[by][self.universal].sum()) / total if total else float("nan")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the m best, ready for JSON."""
-        names = ("fires", "variance", "partners", "similarity", "n_both", "p", "q", "universal")
-        return {name: getattr(self, name).tolist() for name in names} | {"chance": list(self.chance)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

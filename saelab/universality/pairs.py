@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from saelab.labelling.book import LabelBook
+from saelab.sae.sae import SAE
 from saelab.stores.results import Result
+from saelab.universality.matches import Comparison, Method
 
 Tops = Sequence[Sequence[str]]
 """The strings of the top tokens of every pair, on one side."""
@@ -146,3 +148,24 @@ def _is_blank(token: str) -> bool:
 def _is_punctuation(token: str) -> bool:
     visible = [kind for char in token if (kind := unicodedata.category(char))[0] not in "ZC"]
     return bool(visible) and all(kind[0] == "P" or kind in ("Sm", "Sc", "Sk") for kind in visible)
+
+
+def pair_rows(
+    found: Comparison, a: SAE, b: SAE, method: Method = "hungarian", *, universal: bool = True
+) -> tuple[Float[np.ndarray, "n d_a"], Float[np.ndarray, "n d_b"]]:
+    """The decoder rows of matched pairs, those of flipped ones negated in b: what `compare_spaces` compares.
+
+    Of all pairs of a method, or only of those whose features are both universal. Report "best" (many to one, which
+    repeats rows and so inflates every measure) beside "hungarian". ValueError where SAEs have other features.
+    """
+    if (a.cfg.d_sae, b.cfg.d_sae) != (len(found.a.fires), len(found.b.fires)):
+        raise ValueError(
+            f"SAEs must have the features that were compared, {len(found.a.fires)} and {len(found.b.fires)} (without "
+            f"`sides`), got {a.cfg.d_sae} and {b.cfg.d_sae}."
+        )
+    pairs, values = found.match(method)
+    if universal:
+        kept = found.a.universal[pairs[:, 0]] & found.b.universal[pairs[:, 1]]
+        pairs, values = pairs[kept], values[kept]
+    x, y = (sae.W_dec.detach().double().cpu().numpy()[side] for sae, side in zip((a, b), pairs.T, strict=True))
+    return x, y * np.where(values < 0, -1.0, 1.0)[:, None]

@@ -1,12 +1,11 @@
 """How features of one dictionary stand to those of another: the same, flipped, split, halved, copied, a part."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from saelab.universality.matches import Matches
+from saelab.universality.partners import Matches
 
 Kind = Literal["same", "flipped", "split", "halves", "copies", "part"]
 COPIED = 1.3
@@ -28,7 +27,7 @@ class Relation:
     similarities: tuple[float, ...]
 
 
-def relate(mine: "Matches", theirs: "Matches") -> tuple[Relation, ...]:
+def relate(mine: Matches, theirs: Matches) -> tuple[Relation, ...]:
     """The relations of one side; features that are not universal have none."""
     followers: dict[int, list[int]] = {}
     for j in np.flatnonzero(theirs.universal).tolist():
@@ -37,7 +36,7 @@ def relate(mine: "Matches", theirs: "Matches") -> tuple[Relation, ...]:
     return tuple(one for one in found if one is not None)
 
 
-def _relate(i: int, followers: list[int], mine: "Matches", theirs: "Matches") -> Relation | None:
+def _relate(i: int, followers: list[int], mine: Matches, theirs: Matches) -> Relation | None:
     if len(followers) > 1:
         values = theirs.similarity[followers]
         return Relation(i, _kind_of(i, followers, mine, theirs), tuple(followers), tuple(values.tolist()))
@@ -48,7 +47,7 @@ def _relate(i: int, followers: list[int], mine: "Matches", theirs: "Matches") ->
     return Relation(i, kind, (partner,), (value,))
 
 
-def _kind_of(i: int, followers: list[int], mine: "Matches", theirs: "Matches") -> Kind:
+def _kind_of(i: int, followers: list[int], mine: Matches, theirs: Matches) -> Kind:
     values = theirs.similarity[followers]
     if (values < 0).any() and (values > 0).any():
         return "halves"
