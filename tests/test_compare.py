@@ -324,3 +324,17 @@ def test_rows_of_pairs_are_turned_where_they_are_flipped() -> None:
     assert sl.compare_spaces(x, y, n_shuffles=9, measures=["linear_cka"], progress=False)["linear_cka"].value > 0.99
     with pytest.raises(ValueError, match="that were compared"):
         sl.pair_rows(found, a, sl.SAE(sl.SAEConfig(d_in=16, d_sae=40)))
+
+
+def test_bases_are_matched_as_features_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 12, generator=generator) * torch.linspace(1, 3, 12)
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q
+    a, b = sl.Activations.from_tensor(x), sl.Activations.from_tensor(x @ turn + 5)
+    options = {"n_shifts": 4, "progress": False}
+    neurons, pca = (sl.compare_bases(a, b, basis, **options) for basis in ("neurons", "pca"))  # type: ignore[arg-type]
+    assert np.abs(pca.values).min() > 0.98 > np.abs(neurons.values).mean() and pca.a.share() == 1
+    same = sl.compare_bases(a, sl.Activations.from_tensor(-x[:, [*range(1, 12), 0]]), **options)  # type: ignore[arg-type]
+    assert same.a.partners.tolist() == [11, *range(11)] and (same.a.similarity < -0.999).all()
+    with pytest.raises(ValueError, match="of the same tokens"):
+        sl.compare_bases(a, sl.Activations.from_tensor(x[:10]))

@@ -1,18 +1,31 @@
 """`Codes`: what two dictionaries are compared on: rows that both have, columns for features or for their sides."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
-
-from saelab.stores.features import FeatureStore
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 Values = Literal["codes", "firing", "sides"]
 """codes with their sign; 1 where a feature fires; sizes of positive and negative codes, as columns 2 j and 2 j + 1"""
+
+
+@runtime_checkable
+class Encoded(Protocol):
+    """Rows of codes: a feature store, or what looks like one."""
+
+    @property
+    def d_sae(self) -> int: ...
+
+    @property
+    def l0(self) -> float: ...
+
+    def __len__(self) -> int: ...
+
+    def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix": ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +36,7 @@ class Codes:
     `groups` takes means over runs of rows (documents), and `shift` turns the rows round, last.
     """
 
-    store: FeatureStore
+    store: Encoded
     values: Values = "codes"
     rows: Integer[np.ndarray, "n"] | None = None
     weights: "csr_matrix | None" = None

@@ -71,10 +71,10 @@ def compare(
     else:
         assert isinstance(a, SAE) and isinstance(b, SAE)
         work = DirectionSource.make(a, b, similarity, progress)
-    return _conclude(work, similarity, m, min_count, n_shifts, n_null, fdr, min_effect, seed)
+    return conclude(work, similarity, m, min_count, n_shifts, n_null, fdr, min_effect, seed)
 
 
-def _conclude(
+def conclude(
     work: Source,
     similarity: str,
     m: int,

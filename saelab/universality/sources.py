@@ -65,17 +65,31 @@ class StoreSource(Source):
     def make(
         cls, a: FeatureStore, b: FeatureStore, similarity: str, sides: bool, min_count: int, progress: bool
     ) -> "StoreSource":
+        """On the rows that two stores have in common."""
         alignment = align_rows(a, b)
         codes = _common(a, b, alignment, similarity, sides)
-        seen = Moments.of(codes[0]), Moments.of(codes[1])
         facts = {
             "alignment": "" if alignment.exact else str(alignment),
             "n_rows": codes[0].n_rows,
             "n_tokens": codes[0].n_tokens,
             "sides": sides,
+            "sources": (str(a.folder), str(b.folder)),
         }
-        facts |= {"sources": (str(a.folder), str(b.folder))}
         signed = similarity in ("correlation", "documents") and not sides and (a.signed or b.signed)
+        return cls.of(codes, similarity, signed, min_count, progress, facts)
+
+    @classmethod
+    def of(
+        cls,
+        codes: tuple[Codes, Codes],
+        similarity: str,
+        signed: bool,
+        min_count: int,
+        progress: bool,
+        facts: dict[str, Any],
+    ) -> "StoreSource":
+        """On rows that are there already."""
+        seen = Moments.of(codes[0]), Moments.of(codes[1])
         return cls(
             signed=signed, progress=progress, fires=(seen[0].fires, seen[1].fires),
             weights=(seen[0].spread ** 2, seen[1].spread ** 2), facts=facts, a=codes[0], b=codes[1], seen=seen,
