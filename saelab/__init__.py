@@ -36,6 +36,7 @@ from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss, s
 from saelab.lm.masks import MaskResult, TokenMask
 from saelab.lm.models import describe_model, load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
+from saelab.pictures.comparisons import plot_layers, plot_matches
 from saelab.pictures.curves import plot_frontier, plot_prefixes, plot_training
 from saelab.pictures.distributions import plot_activations, plot_dead, plot_density
 from saelab.pictures.maps import plot_neighbours
@@ -59,8 +60,22 @@ from saelab.stores.features import FeatureStore
 from saelab.stores.provenance import Provenance
 from saelab.training.config import TrainConfig
 from saelab.training.sinks import tensorboard_sink, wandb_sink
+from saelab.universality.bases import compare_bases
 from saelab.universality.comparison import compare
-from saelab.universality.matches import Comparison, Matches
+from saelab.universality.many import Comparisons, compare_many
+from saelab.universality.matches import Comparison
+from saelab.universality.pairs import (
+    KeptPairs,
+    find_features,
+    keep_concepts,
+    keep_one_to_one,
+    match_keywords,
+    pair_rows,
+)
+from saelab.universality.partners import Matches
+from saelab.universality.seeds import Stability, stability
+from saelab.universality.spaces import SpaceComparison, compare_spaces
+from saelab.universality.table import UniversalTable, list_universal
 
 __version__ = "0.1.0"
 
@@ -78,6 +93,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "CaseConfig",
     "Client",
     "Comparison",
+    "Comparisons",
     "ConceptScores",
     "Contrast",
     "DeadUnits",
@@ -92,6 +108,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "Fuzzing",
     "HookAgreement",
     "JumpReLU",
+    "KeptPairs",
     "LLMExplainer",
     "Label",
     "LabelBook",
@@ -114,15 +131,21 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "SAEConfig",
     "Scorer",
     "Simulation",
+    "SpaceComparison",
     "SparseCodes",
+    "Stability",
     "TokenMask",
     "TokenSimulation",
     "Tokens",
     "TopK",
     "TrainConfig",
+    "UniversalTable",
     "capture",
     "collect",
     "compare",
+    "compare_bases",
+    "compare_many",
+    "compare_spaces",
     "concept_baselines",
     "convert_delphi",
     "dead_units",
@@ -133,21 +156,29 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "evaluate",
     "examples",
     "explain_features",
+    "find_features",
     "find_hook_point",
     "fit",
     "harvest",
+    "keep_concepts",
+    "keep_one_to_one",
     "label_by_rules",
     "list_features",
+    "list_universal",
     "load_model",
     "logit_lens",
     "logits",
     "make_predicates",
+    "match_keywords",
     "neighbours",
     "next_token_loss",
+    "pair_rows",
     "plot_activations",
     "plot_dead",
     "plot_density",
     "plot_frontier",
+    "plot_layers",
+    "plot_matches",
     "plot_neighbours",
     "plot_prefixes",
     "plot_training",
@@ -160,6 +191,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "score_labels",
     "simulate_by_tokens",
     "splice",
+    "stability",
     "stream",
     "tensorboard_sink",
     "text_pattern",

@@ -1,0 +1,240 @@
+"""What recurs, as figures and tables: best partners beside chance, layers by layers, and comparisons in Jupyter."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from saelab.pictures.canvas import MINUS, OTHER, OWN, PLUS, count_tokens, dress, say
+from saelab.pictures.page import decimal, paragraph, table
+from saelab.stores.results import register_drawing
+from saelab.universality.matches import Comparison
+from saelab.universality.partners import Matches
+from saelab.universality.table import UniversalTable, tell_words
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Bar, Figure
+
+N_BINS = 40
+NONE = -2.5 / N_BINS
+"""Where the bar of features without a partner stands."""
+Value = Literal["count", "variance", "one_to_one", "median"]
+VALUES: dict[str, str] = {
+    "count": "Share of features that are universal",
+    "variance": "Share of the codes' variance that is of universal features",
+    "one_to_one": "Mean similarity of one-to-one pairs",
+    "median": "Median similarity to the best partner",
+}
+ABOVE_CHANCE = [[0.0, "rgba(128,128,128,0.08)"], [1.0, "rgba(55,145,154,0.65)"]]
+"""Colours through which text is read on white and on dark."""
+
+
+def plot_matches(comparison: Comparison) -> "Figure":
+    """A histogram of how similar the best partner of every live feature is, for both dictionaries, beside chance.
+
+    x: |similarity|, 0 to 1; y: features. Universal ones are told from others, and where codes are signed those that
+    match flipped from the rest. Features without a partner, which fire with none often enough, stand apart at the left.
+    Lines: the median, and 95 %, of the same where nothing is in common.
+    """
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.12)
+    for row, (name, side) in enumerate((("a", comparison.a), ("b", comparison.b)), 1):
+        for kind, (colour, chosen) in _kinds(side, comparison.signed).items():
+            figure.add_trace(_count_matches(side, chosen, kind, colour, row == 1), row=row, col=1)
+        for share, level in zip(("chance, median", "95 %"), side.chance, strict=True):
+            if level == level:
+                _mark_chance(figure, row, share, level)
+        figure.update_yaxes(title_text=f"features of {name}", row=row, col=1)
+    ticks = np.linspace(0, 1, 6)
+    figure.update_xaxes(
+        tickvals=[NONE, *ticks], ticktext=["none", *(f"{x:.1f}" for x in ticks)], range=[NONE - 0.03, 1.01],
+        showgrid=False, zeroline=False,
+    )  # fmt: skip
+    figure.update_xaxes(title_text=f"similarity to the best partner, |{comparison.similarity}|", row=2, col=1)
+    figure.update_layout(barmode="stack", bargap=0, legend={"orientation": "h", "y": 1.07, "yanchor": "bottom"})
+    shares = (f"{name}: {side.share():.1%}" for name, side in (("a", comparison.a), ("b", comparison.b)))
+    note = f"universal (q <= {comparison.fdr:g}, at least {comparison.min_effect:g}) of {', of '.join(shares)} of live "
+    return dress(figure, "How similar the best partners are", f"{note}features; {_basis([comparison])}", 460)
+
+
+def _kinds(side: Matches, signed: bool) -> dict[str, tuple[str, np.ndarray]]:
+    """Colour and features of each kind that is told apart, from the lowest in the stack."""
+    common, flipped = side.live & side.universal, np.nan_to_num(side.similarity) < 0
+    rest = "not universal", (OTHER, side.live & ~side.universal)
+    if not signed:
+        return {"universal": (OWN, common), rest[0]: rest[1]}
+    same = "universal, same sign", (PLUS, common & ~flipped)
+    return dict([same, ("universal, flipped", (MINUS, common & flipped)), rest])
+
+
+def _count_matches(side: Matches, chosen: np.ndarray, name: str, colour: str, legend: bool) -> "Bar":
+    from plotly.graph_objects import Bar
+
+    sizes = np.abs(side.similarity[chosen])
+    alone, edges = np.isnan(sizes), np.linspace(0, 1, N_BINS + 1)
+    counts = np.histogram(np.minimum(sizes[~alone], 1), edges)[0]
+    said = [f"{low:.3g} to {high:.3g}" for low, high in pairwise(edges)]
+    return Bar(
+        name=name,
+        legendgroup=name,
+        showlegend=legend,
+        x=[NONE, *((edges[1:] + edges[:-1]) / 2)],
+        y=[int(alone.sum()), *counts.tolist()],
+        width=0.92 / N_BINS,
+        marker={"color": colour, "line": {"width": 0}},
+        customdata=["no partner", *said],
+        hovertemplate="%{y:,} features: %{customdata}<extra>%{fullData.name}</extra>",
+    )
+
+
+def _mark_chance(figure: "Figure", row: int, name: str, level: float) -> None:
+    """A line, named at its top: the median on its left, 95 % on its right."""
+    label = {"text": f" {name} {level:.2f} ", "font": {"size": 12}, "showarrow": False, "yanchor": "bottom"}
+    anchor = "left" if name == "95 %" else "right"
+    figure.add_vline(level, line={"dash": "dot" if anchor == "left" else "solid", "width": 1.5}, row=row, col=1)
+    figure.add_annotation(x=level, y=1, yref="y domain", xanchor=anchor, row=row, col=1, **label)
+
+
+def plot_layers(comparisons: Mapping[tuple[str, str], Comparison], value: Value = "count") -> "Figure":
+    """A heat map, layers by layers: how much of the row's features is found in the column, and under it chance.
+
+    `comparisons[row, column]` is `compare(row, column)`. Where names stand on both sides it is one square: a pair that
+    is given once fills both cells, each about its own row's features. count, variance: the share of what is universal,
+    beside the `fdr` of it that may be false; median: of the best similarity of live features, beside the same by
+    chance; one_to_one: the mean of the assignment, beside the median best similarity by chance. The colour is
+    (value - chance) / (1 - chance): 0 at chance, whatever its level. ValueError for no comparisons or another value.
+    """
+    from plotly.graph_objects import Figure, Heatmap
+
+    if value not in get_args(Value) or not comparisons:
+        raise ValueError(
+            f"`value` must be one of {list(get_args(Value))} and `comparisons` not empty, got {value!r} and "
+            f"{len(comparisons)} of them."
+        )
+    rows, columns = _order(comparisons)
+    cells = [[_read(comparisons, row, column, value) for column in columns] for row in rows]
+    figure = Figure(
+        Heatmap(
+            z=[[cell.excess if cell else None for cell in line] for line in cells],
+            hovertext=[[cell.hover if cell else "" for cell in line] for line in cells],
+            hoverinfo="text",
+            hoverongaps=False,
+            zmin=0,
+            zmax=1,
+            xgap=2,
+            ygap=2,
+            colorscale=ABOVE_CHANCE,
+            colorbar={"title": {"text": "above<br>chance"}, "tickvals": [0, 1], "ticktext": ["none", "all"]},
+        )
+    )
+    for i, line in enumerate(cells):
+        for j, cell in enumerate(line):
+            if cell is not None:  # annotations are in the colour of the page's text, whatever is behind them
+                figure.add_annotation(x=j, y=i, text=cell.text, showarrow=False, font={"size": 13})
+    grid = {"showgrid": False, "zeroline": False}
+    figure.update_xaxes(title_text="found in", tickvals=list(range(len(columns))), ticktext=_names(columns), **grid)
+    figure.update_yaxes(title_text="features of", tickvals=list(range(len(rows))), ticktext=_names(rows), **grid)
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    kinds = sorted({one.similarity for one in comparisons.values()})
+    below = "how much of it may be false" if value in ("count", "variance") else "the median of best partners by chance"
+    note = f"by {', '.join(kinds)}; under each number {below}; {_basis(list(comparisons.values()))}"
+    return dress(figure, VALUES[value], note, 120 + 64 * len(rows))
+
+
+@dataclass(frozen=True)
+class _Cell:
+    value: float
+    chance: float
+    hover: str
+
+    @property
+    def excess(self) -> float | None:
+        """Where between chance and 1; None where the value is not known."""
+        level = 0.0 if self.chance != self.chance else self.chance
+        return None if self.value != self.value else max(0.0, (self.value - level) / max(1 - level, 1e-9))
+
+    @property
+    def text(self) -> str:
+        chance = "" if self.chance != self.chance else f'<br><span style="font-size:11px">{self.chance:.3f}</span>'
+        return "-" if self.value != self.value else f"{self.value:.3f}{chance}"
+
+
+def _order(comparisons: Mapping[tuple[str, str], Comparison]) -> tuple[list[str], list[str]]:
+    """Names of rows and of columns: one list for both where they share names."""
+    rows, columns = (list(dict.fromkeys(pair[i] for pair in comparisons)) for i in (0, 1))
+    if not set(rows) & set(columns):
+        return rows, columns
+    both = list(dict.fromkeys([*rows, *columns]))
+    return both, both
+
+
+def _read(comparisons: Mapping[tuple[str, str], Comparison], row: str, column: str, value: str) -> _Cell | None:
+    turned = (row, column) not in comparisons
+    found = comparisons.get((column, row) if turned else (row, column))
+    if found is None:
+        return None
+    side = found.b if turned else found.a
+    number, chance = _measure(found, side, value)
+    level = "chance was not measured" if chance != chance else f"chance: {chance:.3f}"
+    lines = [f"{say(row)} in {say(column)}: {number:.3f}", level, f"{side.live.sum():,} live features"]
+    return _Cell(number, chance, "<br>".join([*lines, _basis([found])]))
+
+
+def _measure(found: Comparison, side: Matches, value: str) -> tuple[float, float]:
+    """The number, and what chance gives."""
+    nan = float("nan")
+    if value in ("count", "variance"):
+        share = side.share("count" if value == "count" else "variance")
+        return share, found.fdr * share if found.n_shifts else nan
+    sizes = found.values if value == "one_to_one" else side.similarity[~np.isnan(side.similarity)]
+    if not len(sizes):
+        return nan, side.chance[0]
+    return float(np.mean(np.abs(sizes)) if value == "one_to_one" else np.median(np.abs(sizes))), side.chance[0]
+
+
+def _names(names: list[str]) -> list[str]:
+    return [say(name, 24) for name in names]
+
+
+def _basis(comparisons: list[Comparison]) -> str:
+    """How many tokens numbers rest on."""
+    counts = [one.n_tokens for one in comparisons if one.n_tokens is not None]
+    return f"over {count_tokens(counts)}" if counts else "of directions, no tokens"
+
+
+def draw_comparison(comparison: Comparison) -> str:
+    """A comparison as it prints itself, its numbers as an HTML table; all text escaped."""
+    first, *lines = str(comparison).split("\n")
+    header = ["", "live", "median", "chance", "95 %", "universal", "by frequency", "by variance"]
+    sides = [_tell_side(name, side) for name, side in (("a", comparison.a), ("b", comparison.b))]
+    sources = f"a: {comparison.sources[0]}; b: {comparison.sources[1]}"
+    return paragraph(first) + table(header, sides) + "".join(paragraph(line) for line in [*lines[3:], sources])
+
+
+def _tell_side(name: str, side: Matches) -> list[str]:
+    known = np.abs(side.similarity[~np.isnan(side.similarity)])
+    levels = (float(np.median(known)) if len(known) else float("nan"), *side.chance)
+    shares = (side.share("count"), side.share("frequency"), side.share("variance"))
+    percent = ("-" if share != share else f"{share:.1%}" for share in shares)
+    return [name, f"{side.live.sum():,}", *(decimal(x, 3) for x in levels), *percent]
+
+
+register_drawing(Comparison, draw_comparison)
+
+
+def draw_universal(found: UniversalTable) -> str:
+    """Universal pairs as an HTML table; all text escaped."""
+    header = ["a", "b", "similarity", "p", "both fire", "a is called", "b is called", "a fires on", "b fires on"]
+    rows = []
+    for row in found.rows:
+        labels, words = [row["label_a"], row["label_b"]], [tell_words(row["words_a"]), tell_words(row["words_b"])]
+        cells = [cell.replace(" ", "\u00a0") for cell in found.cells(row)]
+        rows.append([*cells, *labels, *words])
+    said = f"{len(rows):,} of {found.n_pairs:,} universal pairs by {found.similarity}"
+    return paragraph(said) + table(header, rows)
+
+
+register_drawing(UniversalTable, draw_universal)
