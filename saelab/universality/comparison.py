@@ -44,8 +44,9 @@ def compare(
 
     A match fires together on at least `min_count` tokens. Chance: the rows of `b` are turned round `n_shifts` times by
     a random number of tokens, which keeps every run and rate, and the best partners of `n_null` features are sought
-    anew (for directions: of random ones). p is pooled over features that fire about as often, q controls false
-    discoveries; universal is what has q <= `fdr` and a similarity of at least `min_effect`.
+    anew (for directions: of random ones). p is pooled over features that fire about as often and can be no less than
+    1 / (n_shifts x n_null + 1): small dictionaries need more shifts. q controls false discoveries; universal is what
+    has q <= `fdr` and a similarity of at least `min_effect`.
 
     Memory: the codes of the text (up to 2^26 at a time) and 10 best partners a feature, never d_a x d_b. ValueError for
     sources of two kinds, a similarity they do not have, texts or spaces with nothing in common.

@@ -5,8 +5,8 @@ from jaxtyping import Float, Int
 
 from saelab.universality.nearest import Nearest
 
-N_BINS = 8
-"""Groups of equally many features by firings, within which chance levels are pooled."""
+N_BINS, POOL = 8, 200
+"""Groups of equally many features by firings, of which chance is told apart; fewer where one would be smaller."""
 
 
 def find_mutual(of_a: Int[np.ndarray, "d_a"], of_b: Int[np.ndarray, "d_b"]) -> Int[np.ndarray, "n 2"]:
@@ -54,16 +54,22 @@ def pooled_p(
     fires: Int[np.ndarray, "n"],
     fires_by_chance: Int[np.ndarray, "n_null"],
 ) -> Float[np.ndarray, "n"]:
-    """(1 + how many by chance are as large) / (1 + how many there are), among features that fire about as often.
+    """(1 + how many by chance are as large) / (1 + how many there are).
 
-    Rare features reach large similarities by chance more easily. NaN values have p 1; p is never 0.
+    Rare features reach large similarities by chance more easily, so values are counted in quartile ranges above the
+    median of what chance gives to features that fire about as often; then all of chance is one pool. NaN values have
+    p 1; p is never 0.
     """
-    found = np.ones(len(values))
-    borders = np.quantile(fires_by_chance, np.linspace(0, 1, N_BINS + 1)[1:-1]) if len(fires_by_chance) else []
+    n_bins = int(np.clip(len(by_chance) // POOL, 1, N_BINS))
+    borders = np.quantile(fires_by_chance, np.linspace(0, 1, n_bins + 1)[1:-1]) if len(fires_by_chance) else []
     mine, theirs = np.searchsorted(borders, fires), np.searchsorted(borders, fires_by_chance)
-    for group in np.unique(mine):
-        pool = np.sort(by_chance[theirs == group])
-        here = (mine == group) & ~np.isnan(values)
-        larger = len(pool) - np.searchsorted(pool, values[here], "left")
-        found[here] = (1 + larger) / (1 + len(pool))
-    return found
+    scaled, pool = np.full(len(values), np.nan), np.full(len(by_chance), np.nan)
+    for group in np.unique(theirs):
+        here = by_chance[theirs == group]
+        low, middle, high = np.quantile(here, [0.25, 0.5, 0.75])
+        width = max(float(high - low), 1e-6)
+        scaled[mine == group] = (values[mine == group] - middle) / width
+        pool[theirs == group] = (here - middle) / width
+    pool.sort()
+    larger = len(pool) - np.searchsorted(pool, scaled, "left")
+    return np.where(np.isnan(scaled), 1.0, (1 + larger) / (1 + len(pool)))

@@ -1,0 +1,80 @@
+"""`compare_many`: every pair of several dictionaries, and in how many of the others each feature recurs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from saelab.sae.sae import SAE
+from saelab.stores.features import FeatureStore
+from saelab.stores.results import Result
+from saelab.universality.comparison import compare
+from saelab.universality.matches import Comparison
+
+Sources = Mapping[str, FeatureStore] | Mapping[str, SAE] | Sequence[FeatureStore] | Sequence[SAE]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparisons(Result):
+    """The comparison of every two of several dictionaries."""
+
+    names: tuple[str, ...]
+    found: Mapping[tuple[str, str], Comparison] = field(repr=False)
+    """by the two names, in the order of `names`"""
+
+    def share(self, a: str, b: str) -> float:
+        """Share of the live features of `a` that are universal in `b`; 1 of a dictionary in itself."""
+        if a == b:
+            return 1.0
+        return self.found[a, b].a.share() if (a, b) in self.found else self.found[b, a].b.share()
+
+    def recurrence(self, name: str) -> Int[np.ndarray, "d_sae"]:
+        """In how many of the others each feature of a dictionary is universal."""
+        sides = [one.a if pair[0] == name else one.b for pair, one in self.found.items() if name in pair]
+        return np.sum([side.universal for side in sides], axis=0).astype(np.int64)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Names and every comparison, ready for JSON."""
+        listed = [{"names": list(pair), **one.to_dict()} for pair, one in self.found.items()]
+        return {"names": list(self.names), "comparisons": listed}
+
+    def __str__(self) -> str:
+        width = max(8, *(len(name) + 2 for name in self.names))
+        lines = [f"share of the features of a row's dictionary that are universal in a column's, of {len(self.names)}"]
+        lines.append(" " * width + "".join(f"{name:>{width}}" for name in self.names))
+        for a in self.names:
+            lines.append(f"{a:<{width}}" + "".join(f"{self.share(a, b):>{width}.3f}" for b in self.names))
+        lines.append("in all of the others: " + ", ".join(f"{name} {self._in_all(name):,}" for name in self.names))
+        chance = [side.chance[1] for one in self.found.values() for side in (one.a, one.b)]
+        least = min(one.min_effect for one in self.found.values())
+        lines.append(f"universal: at least {least:g}; best similarity by chance (95 %): at most {max(chance):.3f}")
+        return "\n".join(lines)
+
+    def _in_all(self, name: str) -> int:
+        return int((self.recurrence(name) == len(self.names) - 1).sum())
+
+
+def compare_many(sources: Sources, *, progress: bool = True, **options: Any) -> Comparisons:
+    """Compare every two of several stores or SAEs; `options` are those of `compare`.
+
+    Names are those of the mapping, or 0, 1, 2, ... False discoveries are controlled within each comparison. ValueError
+    for fewer than two, and as `compare` raises it.
+
+    >>> saes = [sl.SAE(sl.SAEConfig(d_in=8, d_sae=40), seed=seed) for seed in (0, 0, 1)]
+    >>> found = compare_many(saes, n_shifts=2, progress=False)
+    >>> found.share("0", "1"), found.recurrence("0").min()
+    (1.0, np.int64(1))
+    """
+    listed = sources.items() if isinstance(sources, Mapping) else ((str(i), one) for i, one in enumerate(sources))
+    named: dict[str, Any] = dict(listed)
+    if len(named) < 2:
+        raise ValueError(f"`sources` must be two or more stores or SAEs, got {len(named)}.")
+    from tqdm.auto import tqdm
+
+    found = {}
+    for a, b in tqdm(list(combinations(named, 2)), unit=" pairs", disable=not progress):
+        found[a, b] = compare(named[a], named[b], progress=False, **options)
+    return Comparisons(names=tuple(named), found=found)
