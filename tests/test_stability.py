@@ -109,6 +109,12 @@ def test_the_shared_half_is_found():
     np.testing.assert_allclose(found.trained.found, 0.5)
     np.testing.assert_allclose(found.trained.features[0, :half], 1, atol=1e-5)
     assert found.trained.features[0, half:].max() < 0.97
+    # a feature that only one of the others has is not found by all
+    apart = stability(
+        [sae_of(rows), *(sae_of(other) for other in (others[0], torch.cat([others[1][half:], rows[half:]])))],
+        threshold=0.97,
+    )
+    assert apart.trained.found[0] == 0 and apart.trained.features[0].mean() > 0.7
     everything = stability([sae_of(rows), *(sae_of(other) for other in others)], threshold=0.05)
     assert everything.trained.found.min() > 0.9
 
@@ -202,11 +208,12 @@ def test_known_figures():
 
 
 def test_usage_is_what_the_codes_say():
-    sae, x = sae_of(directions(), sl.AbsTopK(k=4)), data(500)
+    lengths = torch.linspace(0.5, 1.5, D_SAE)[:, None]
+    sae, x = sae_of(directions() * lengths, sl.AbsTopK(k=4), dictionary="free"), data(500)
     found = measure_usage(sae, sl.Activations.from_tensor(x))
     z = sae.encode(x).detach()
     np.testing.assert_allclose(found.density, (z != 0).double().mean(0).numpy())
-    np.testing.assert_allclose(found.energy, z.square().mean(0).numpy(), rtol=1e-4)
+    np.testing.assert_allclose(found.energy, (z * lengths.T).square().mean(0).numpy(), rtol=1e-4)
     error = (x - sae(x).detach()).square().sum() / (x - x.mean(0)).square().sum()
     assert found.fvu == pytest.approx(float(error), rel=1e-4) and found.n_tokens == 500
     assert found.dead_frac == pytest.approx(float((z == 0).all(0).double().mean()))
