@@ -353,6 +353,11 @@ def test_equal_ids_of_different_tokenizers_are_not_the_same_tokens():
     b = StoredText(token_ids=b.token_ids, doc_ids=b.doc_ids, positions=b.positions, strings=other)
     found = align_rows(Planted(a), Planted(b))
     assert not found.exact and found.rows.tolist() == [2]
+    borders = [Planted(text_of([["x", "y", "z"]])) for _ in range(2)]
+    for store, doc_ids in zip(borders, ([0, 0, 1], [0, 1, 1]), strict=True):
+        store.text.doc_ids[:] = doc_ids
+    found = align_rows(*borders)
+    assert not found.exact and found.n_documents == found.n_cut == 1 and found.rows.tolist() == [0]
 
 
 def test_stores_on_disk(tiny, tiny_tokens, tmp_path):
