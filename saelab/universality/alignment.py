@@ -7,31 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer, UInt8
+from jaxtyping import Integer
 
-from saelab.labelling.views import SPECIAL
 from saelab.stores.corpus import StoredText
 from saelab.stores.features import FeatureStore
 from saelab.stores.results import Result
+from saelab.universality.documents import BEGINNING, BLUR, HIGH, MASKED, REASONS, Overlap, Spelled, find_overlap
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
-
-PART = 0xFF
-"""Stands for a part of a character, which reads as U+FFFD; UTF-8 has no such byte."""
-HIGH = bytes(range(0x80, 0x100))
-BLUR = bytes(range(0x80)) + bytes([PART]) * 0x80
-BEGINNING = 16
-"""ASCII characters by which two documents are told to be versions of one."""
-REASONS = (
-    "special tokens",
-    "of white space",
-    "in documents left out",
-    "behind the end of the other's text",
-    "in characters split unclearly",
-    "masked on the other side",
-)
-SPECIALS, WHITE, ELSEWHERE, BEHIND, SPLIT, MASKED = range(len(REASONS))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +88,7 @@ def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
     if _same_tokens(a.text, b.text):
         pairs, n_documents = _Pairs.of_each(len(a.text)), len(np.unique(a.text.doc_ids))
         return _assemble(a, b, pairs, exact=True, n_documents=n_documents, n_cut=0, left_out={})
-    matching = _Matching((_Spelled.read(a.text), _Spelled.read(b.text)))
+    matching = _Matching((Spelled.read(a.text), Spelled.read(b.text)))
     matching.match()
     found, left_out = matching.found, matching.left_out()
     if not found:
@@ -122,113 +106,6 @@ def _same_tokens(a: StoredText, b: StoredText) -> bool:
         return False
     strings = ((a.strings.get(i), b.strings.get(i)) for i in np.unique(a.token_ids).tolist())
     return all(mine == theirs or None in (mine, theirs) for mine, theirs in strings)
-
-
-@dataclass(frozen=True, eq=False)
-class _Spelled:
-    """The characters of a text as bytes, document by document."""
-
-    spelled: UInt8[np.ndarray, "n_bytes"]
-    """UTF-8 without white space, or PART"""
-    shares: Float[np.ndarray, "n_bytes"]
-    """1 / bytes of the character; 0 for a part of one"""
-    places: Integer[np.ndarray, "n_bytes"]
-    """the token of each byte"""
-    starts: Integer[np.ndarray, "n_docs_1"]
-    """where the bytes of each document begin, in the order in which documents first appear"""
-    doc_ids: list[int]
-    documents: list[bytes]
-    opaque: Bool[np.ndarray, "n_docs"]
-    """documents with tokens that do not tell their text"""
-    why: Integer[np.ndarray, "n_places"]
-    """SPECIALS, WHITE, or for tokens with characters ELSEWHERE"""
-
-    @classmethod
-    def read(cls, text: StoredText) -> "_Spelled":
-        """Spell every token once, then lay them out."""
-        ids, kinds = np.unique(text.token_ids, return_inverse=True)
-        tokens = [_Token.spell(text.strings.get(i)) for i in ids.tolist()]
-        doc_ids, first, numbers = np.unique(text.doc_ids, return_index=True, return_inverse=True)
-        order = np.argsort(first[numbers], kind="stable")  # mostly as it is: documents may be in pieces
-        sizes = np.array([len(token.spelled) for token in tokens])
-        lengths = sizes[kinds[order]]
-        at = np.repeat((np.cumsum(sizes) - sizes)[kinds[order]] - (np.cumsum(lengths) - lengths), lengths)
-        at += np.arange(len(at))
-        spelled = np.frombuffer(b"".join(token.spelled for token in tokens), np.uint8)[at]
-        borders = np.append(0, np.cumsum(np.bincount(numbers)[np.argsort(first)]))
-        starts = np.append(0, np.cumsum(lengths))[borders]
-        raw = spelled.tobytes()
-        opaque = np.append(0, np.cumsum(np.array([token.opaque for token in tokens])[kinds[order]]))[borders]
-        return cls(
-            spelled=spelled,
-            shares=np.array([share for token in tokens for share in token.shares], np.float32)[at],
-            places=np.repeat(order, lengths),
-            starts=starts,
-            doc_ids=doc_ids[np.argsort(first)].tolist(),
-            documents=[raw[i:j] for i, j in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)],
-            opaque=np.diff(opaque) > 0,
-            why=np.array([token.why for token in tokens])[kinds],
-        )
-
-    def skeleton(self, i: int) -> bytes:
-        """The ASCII characters of a document: what no tokenizer splits."""
-        return self.documents[i].translate(None, HIGH)
-
-    def why_left(self, i: int, beginnings: set[bytes]) -> str:
-        """The reason for which a document has no partner; `beginnings` are those of the other side that have none."""
-        if self.opaque[i]:
-            return "tokens that do not tell their text"
-        if not self.documents[i]:
-            return "no text"
-        return "text differs" if self.skeleton(i)[:BEGINNING] in beginnings else "not on the other side"
-
-    def whole(self, at: np.ndarray) -> np.ndarray:
-        """Which tokens have all of their bytes among these."""
-        seen = np.zeros(len(self.places), bool)
-        seen[at] = True
-        n = len(self.why)
-        return np.bincount(self.places[seen], minlength=n) == np.bincount(self.places, minlength=n)
-
-    def judge(self, documents: list[int], at: np.ndarray, unclear: np.ndarray) -> np.ndarray:
-        """Why the row of each token has no partner where it has none."""
-        why, shared = self.why.copy(), np.zeros(len(self.documents), bool)
-        shared[documents] = True
-        why[self.places[np.repeat(shared, np.diff(self.starts))]] = BEHIND
-        why[self.places[unclear]] = SPLIT
-        why[self.places[at]] = MASKED
-        return why
-
-
-class _Token(NamedTuple):
-    """What a token id adds to the characters of a text."""
-
-    spelled: bytes = b""
-    shares: tuple[float, ...] = ()
-    why: int = SPECIALS
-    opaque: bool = False
-
-    @classmethod
-    def spell(cls, string: str | None) -> "_Token":
-        if string is None or SPECIAL.fullmatch(string):
-            return cls(opaque=string is None or "unk" in string.lower())
-        parts = [
-            bytes([PART]) if c == "\ufffd" else c.encode("utf-8", "surrogatepass") for c in "".join(string.split())
-        ]
-        shares = tuple(share for part in parts for share in [part[0] != PART and 1 / len(part)] * len(part))
-        return cls(b"".join(parts), shares, ELSEWHERE if parts else WHITE)
-
-
-class _Overlap(NamedTuple):
-    """What two documents have in common, byte by byte in the order of both."""
-
-    at: tuple[np.ndarray, np.ndarray]
-    """bytes of each side that belong together"""
-    shares: np.ndarray
-    """how much of a character they are"""
-    ends: tuple[bool, bool]
-    """whether each document ends here"""
-    unclear: tuple[np.ndarray, np.ndarray] = (np.arange(0), np.arange(0))
-    """bytes whose partners cannot be told"""
 
 
 class _Pairs(NamedTuple):
@@ -253,8 +130,8 @@ class _Pairs(NamedTuple):
 class _Matching:
     """Finds the documents that both sides have."""
 
-    sides: tuple[_Spelled, _Spelled]
-    found: dict[tuple[int, int], _Overlap] = field(default_factory=dict)
+    sides: tuple[Spelled, Spelled]
+    found: dict[tuple[int, int], Overlap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         readable = ((i for i, raw in enumerate(side.documents) if raw and not side.opaque[i]) for side in self.sides)
@@ -269,7 +146,7 @@ class _Matching:
         for short in (0, 1):
             self._match_beginnings(short)
 
-    def _match_equal(self, key: Callable[[_Spelled, int], Any]) -> None:
+    def _match_equal(self, key: Callable[[Spelled, int], Any]) -> None:
         """Documents with the same key, in their order; None is no key."""
         waiting: dict[Any, deque[int]] = defaultdict(deque)
         for j in self._free[1]:
@@ -294,7 +171,7 @@ class _Matching:
 
     def _take(self, i: int, j: int) -> bool:
         """Pair two documents if they agree."""
-        overlap = _overlap(*self.sides, i, j)
+        overlap = find_overlap(*self.sides, i, j)
         if overlap is None or len(overlap.shares) == 0:
             return False
         self.found[i, j] = overlap
@@ -324,81 +201,6 @@ class _Matching:
         sole += [np.bincount(mine)[mine] == 1 for mine in places]
         why = [side.judge(self._documents(k), at[k], unclear[k]) for k, side in enumerate(self.sides)]
         return _Pairs(places, shared, np.logical_and.reduce(sole), (why[0], why[1]))
-
-
-def _overlap(a: _Spelled, b: _Spelled, i: int, j: int) -> _Overlap | None:
-    """The beginning that two documents share; None where one does not go on as the other does."""
-    mine, theirs = a.documents[i], b.documents[j]
-    n = min(len(mine), len(theirs))
-    if mine[:n] == theirs[:n]:
-        at = a.starts[i] + np.arange(n), b.starts[j] + np.arange(n)
-        return _Overlap(at, _shares(a, b, *at), (n == len(mine), n == len(theirs)))
-    if PART not in mine and PART not in theirs:
-        return None
-    skeletons = a.skeleton(i), b.skeleton(j)
-    n = min(map(len, skeletons))
-    return _reconcile(a, b, i, j, 2 * n) if skeletons[0][:n] == skeletons[1][:n] else None
-
-
-def _shares(a: _Spelled, b: _Spelled, at_a: np.ndarray, at_b: np.ndarray) -> np.ndarray:
-    """How much of a character each byte is, from the side that can read it; what neither can counts as one."""
-    known = np.maximum(a.shares[at_a], b.shares[at_b]).astype(np.float64)
-    return np.where(known > 0, known, 1.0)
-
-
-def _reconcile(a: _Spelled, b: _Spelled, i: int, j: int, last: int) -> _Overlap | None:
-    """Two documents with parts of characters, by cells, of which the one numbered `last` is the end of one of them."""
-    x, y = (np.frombuffer(side.documents[k], np.uint8) for side, k in ((a, i), (b, j)))
-    cells = _number_cells(x, last), _number_cells(y, last)
-    counts = [np.bincount(mine, minlength=last + 2) for mine in cells]
-    parts = np.bincount(np.append(cells[0][x == PART], cells[1][y == PART]), minlength=last + 2) > 0
-    if not parts[last]:  # one of them may be cut in it
-        n = min(counts[0][last], counts[1][last])
-        for mine, n_mine in zip(cells, counts, strict=True):
-            mine[np.searchsorted(mine, last) + n :] = last + 1
-            n_mine[last] = n
-    ends = bool(cells[0][-1] <= last), bool(cells[1][-1] <= last)
-    equal = counts[0] == counts[1]
-    equal[-1], parts[-1] = False, True  # behind the end
-    if not any(ends) or not (equal | parts).all():
-        return None
-    at = [np.flatnonzero(equal[mine]) for mine in cells]
-    wrong = (x[at[0]] != y[at[1]]) & (x[at[0]] != PART) & (y[at[1]] != PART)
-    wrong_cells = cells[0][at[0][wrong]]
-    if not parts[wrong_cells].all():
-        return None
-    equal[wrong_cells] = False
-    at = [np.flatnonzero(equal[mine]) for mine in cells]
-    pieces = [(at[0], at[1], _shares(a, b, at[0] + a.starts[i], at[1] + b.starts[j]))]
-    for cell in np.flatnonzero(~equal[:last] & (counts[0][:last] > 0) & (counts[1][:last] > 0)).tolist():
-        pieces += _stretch(a, b, i, j, *(slice(*np.searchsorted(mine, [cell, cell + 1])) for mine in cells))
-    bytes_a, bytes_b, shares = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-    order = np.argsort(bytes_a, kind="stable")
-    found = bytes_a[order] + a.starts[i], bytes_b[order] + b.starts[j]
-    within = [side.starts[k] + np.flatnonzero(mine <= last) for side, k, mine in ((a, i, cells[0]), (b, j, cells[1]))]
-    return _Overlap(found, shares[order], ends, (np.setdiff1d(within[0], found[0]), np.setdiff1d(within[1], found[1])))
-
-
-def _number_cells(spelled: np.ndarray, last: int) -> np.ndarray:
-    """The cell of each byte: ASCII characters have odd numbers, what stands between two of them an even one."""
-    high = spelled >= HIGH[0]
-    return np.minimum(2 * np.cumsum(~high) - ~high, last + 1)
-
-
-def _stretch(
-    a: _Spelled, b: _Spelled, i: int, j: int, mine: slice, theirs: slice
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Bytes of one cell spread over each other, where they are of a single token on one side."""
-    at_a, at_b = np.arange(mine.start, mine.stop), np.arange(theirs.start, theirs.stop)
-    own_a, own_b = a.places[at_a + a.starts[i]], b.places[at_b + b.starts[j]]
-    single_a, single_b = own_a[0] == own_a[-1], own_b[0] == own_b[-1]
-    if not (single_a or single_b):
-        return []
-    shares = a.shares[at_a + a.starts[i]], b.shares[at_b + b.starts[j]]
-    n = max(len(at_a), len(at_b)) if single_a and single_b else len(at_a) if single_b else len(at_b)
-    known = next((own for own in shares if len(own) == n and own.all()), None)
-    spread = known if known is not None else np.full(n, (max(own.sum() for own in shares) or 1.0) / n)
-    return [(at_a[np.arange(n) * len(at_a) // n], at_b[np.arange(n) * len(at_b) // n], spread)]
 
 
 def _assemble(a: FeatureStore, b: FeatureStore, pairs: _Pairs, **facts: Any) -> Alignment:
