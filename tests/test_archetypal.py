@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from test_contract import D_IN, D_SAE, data, keeps_the_contract, name_of, prepared
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
@@ -267,6 +268,14 @@ def test_folded_is_free_and_trains():
     assert made_of(sae) is not None
     before = folded.W_dec.clone()
     assert not torch.equal(folded.fit(data(600), RUN, progress=False).W_dec, before)
+
+
+def test_rivals_of_an_archetypal_dictionary_are_those_of_any_other():
+    truth, stories = csr_matrix(torch.arange(200)[:, None].numpy() % 3 == 0), torch.arange(200) // 10
+    plain = replace(config(), dictionary="unit")
+    found, same = (sl.concept_baselines(data(200), cfg, truth, stories) for cfg in (config(), plain))
+    for name in ("random", "untrained"):
+        assert (found[name] != same[name]).nnz == 0
 
 
 def test_made_on_the_meta_device():

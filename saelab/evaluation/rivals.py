@@ -50,6 +50,7 @@ def concept_baselines(
     components = x @ directions.flip(1).to(x)
     scales = variances.flip(0).clamp(min=1e-6 * float(variances[-1]) or 1.0).sqrt().to(x)
     whitened = components / scales
+    cfg = replace(cfg, dictionary="unit")  # the directions are random ones and tokens, whatever training makes of them
     labels = torch.from_numpy(truth[rows.numpy()].toarray().astype(np.float32))
     return {
         "neurons": x,
