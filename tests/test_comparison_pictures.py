@@ -1,23 +1,35 @@
 """What recurs, shown: figures hold the numbers, cards stand beside their partners, and nobody's text becomes markup."""
 
+import json
 import math
 import re
+import shutil
+import subprocess
 from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import saelab as sl
+from saelab.cli.commands import dispatch
+from saelab.pictures import reports
 from saelab.universality.partners import Matches
 from saelab.universality.table import tell_p
 
-HOOK = "blocks.1.hook_resid_post"
-D_SAE, DEAD = 40, 5
+D_SAE, DEAD = 24, 5
 ORDER = np.random.default_rng(3).permutation(D_SAE)
 """feature j of a is feature ORDER[j] of b"""
 FLIPPED = np.arange(D_SAE) % 3 == 0
+MINUS = "\u2212"
+FEW = {"n_top": 3, "n_quantiles": 0, "n_near": 0, "n_random": 0, "progress": False}
+"""windows, for the time that they take"""
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +44,22 @@ def saes() -> tuple[sl.SAE, sl.SAE]:
 
 
 @pytest.fixture(scope="module")
-def stores(saes, tiny, tmp_path_factory) -> tuple[sl.FeatureStore, sl.FeatureStore]:
-    texts = [f"{a} {v} the {b}. Then {b} ran!" for a in ("Fox", "Owl", "Cat") for v in ("saw", "hid") for b in "xyzw"]
-    tokens = sl.tokenize(tiny, texts, ctx_len=20)
-    folders = [tmp_path_factory.mktemp("runs") / name for name in ("first", "second")]
-    made = [sl.harvest(s, tiny, tokens, f, hook_point=HOOK, progress=False) for s, f in zip(saes, folders, strict=True)]
+def stores(saes, tmp_path_factory) -> tuple[sl.FeatureStore, sl.FeatureStore]:
+    """Fifty documents of twelve tokens, of twenty kinds: each has an activation of its own, with some noise."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, (600,), generator=draw)
+    x = 3 * torch.randn(20, 32, generator=draw)[ids] + torch.randn(600, 32, generator=draw)
+    columns = {"token_ids": ids, "doc_ids": torch.arange(50).repeat_interleave(12), "positions": torch.arange(600) % 12}
+    where = sl.Provenance(
+        model="/nowhere/model", weight_processing="none", hook_point="", text="", tokens_sha256="", mask={},
+        dtype="float32", ctx_len=12, n_tokens=600, seed=None, versions={},
+    )  # fmt: skip
+    acts = sl.Activations.from_tensor(x, where, **{name: column.int() for name, column in columns.items()})
+    folder, made = tmp_path_factory.mktemp("runs"), []
+    for sae, name in zip(saes, ("first", "second"), strict=True):
+        sl.harvest(sae, None, acts, folder / name, allow_mismatch=True, progress=False)
+        (folder / name / "strings.json").write_text(json.dumps({str(i): f" {chr(97 + i)}{i}" for i in range(20)}))
+        made.append(sl.FeatureStore.load(folder / name))
     with sl.LabelBook.open(made[1]) as book:
         book.set(int(ORDER[0]), HOSTILE, author="me")
     return made[0], made[1]
@@ -44,7 +67,12 @@ def stores(saes, tiny, tmp_path_factory) -> tuple[sl.FeatureStore, sl.FeatureSto
 
 @pytest.fixture(scope="module")
 def found(stores) -> sl.Comparison:
-    return sl.compare(*stores, min_count=3, n_shifts=32, progress=False)
+    return sl.compare(*stores, min_count=3, n_shifts=12, progress=False)
+
+
+@pytest.fixture(scope="module")
+def sides(stores) -> sl.Comparison:
+    return sl.compare(*stores, sides=True, min_count=3, n_shifts=12, progress=False)
 
 
 def strings(thing) -> list[str]:
@@ -136,7 +164,7 @@ def test_names_in_figures_are_text(found) -> None:
 
 def test_the_table_lists_the_planted_pairs_with_words_and_labels(found, stores) -> None:
     table = sl.list_universal(found, *stores, top=None)
-    assert len(table.rows) == table.n_pairs == len(found.universal_pairs) > 20
+    assert len(table.rows) == table.n_pairs == len(found.universal_pairs) > 12
     assert all(ORDER[row["a"]] == row["b"] for row in table.rows)
     assert all((row["similarity"] < 0) == FLIPPED[row["a"]] for row in table.rows)
     sizes = [abs(row["similarity"]) for row in table.rows]
@@ -158,8 +186,7 @@ def test_the_table_lists_the_planted_pairs_with_words_and_labels(found, stores) 
     assert len(sl.list_universal(found, *stores, top=3).rows) == 3
 
 
-def test_sides_are_listed_as_sides(stores) -> None:
-    sides = sl.compare(*stores, sides=True, min_count=3, n_shifts=32, progress=False)
+def test_sides_are_listed_as_sides(stores, sides) -> None:
     table = sl.list_universal(sides, *stores, top=None)
     assert table.rows
     for row in table.rows:
@@ -169,7 +196,7 @@ def test_sides_are_listed_as_sides(stores) -> None:
     assert re.search(r"\d[+-] ", str(table))
 
 
-def test_other_stores_are_refused(found, stores, saes, tiny, tmp_path) -> None:
+def test_other_stores_are_refused(found, stores) -> None:
     with pytest.raises(ValueError, match="`store_a`"):
         sl.list_universal(found, stores[1], stores[0])
     short = sl.compare(
@@ -197,3 +224,163 @@ def test_a_comparison_draws_its_table(found) -> None:
         for word in line.split():
             assert word in drawn.replace("&lt;", "<") or word in {"by", "freq.", "var.", "(95", "%)"}, word
     assert len(drawn) < 4000 and not math.isnan(found.a.share())
+
+
+class Plain(HTMLParser):
+    """The tags of a page, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.said: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.said.append(data)
+
+    @property
+    def text(self) -> str:
+        return "".join(self.said)
+
+
+def read(page: str) -> tuple[dict, dict[int, str]]:
+    """The data and the cards of a report on one page."""
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    cards = re.search(r"<script>addCards\((.*?)\);</script>", page, re.S)
+    assert data is not None and cards is not None
+    return json.loads(data[1]), {int(feature): card for feature, card in json.loads(cards[1]).items()}
+
+
+def partner(card: str) -> str:
+    """The part of a card that shows the partner."""
+    found = re.search(r'<section class="match">(.*?)</section>', card, re.S)
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture(scope="module")
+def page(stores, found, tmp_path_factory) -> str:
+    out = tmp_path_factory.mktemp("report") / "all.html"
+    return Path(sl.report(stores[0], out, compare=stores[1], comparison=found, **FEW).page).read_text()
+
+
+def test_every_card_stands_beside_its_partner(found, page) -> None:
+    data, cards = read(page)
+    assert data["compared"] == "correlation" and "Compared with second" in page
+    side = found.a
+    for row in data["features"]:
+        feature, text = row["feature"], Plain(partner(cards[row["feature"]])).text
+        if side.partners[feature] < 0:
+            assert row["similarity"] is None and "No partner in second" in text and "Here" not in text
+            assert ("it never fires" in text) == (not side.fires[feature])
+            continue
+        assert row["similarity"] == pytest.approx(float(side.similarity[feature]))
+        assert row["partner"].split()[0] == str(side.partners[feature]) and row["universal"] == side.universal[feature]
+        assert f"Partner in second: {side.partners[feature]} " in text
+        assert f"correlation {side.similarity[feature]:+.3f}" in text and f"p {tell_p(side, feature)}," in text
+        assert f"{side.n_both[feature]:,} tokens" in text and ("flipped" in text) == (side.similarity[feature] < 0)
+        assert ("not universal" in text) != side.universal[feature]
+    assert "it never fires" in partner(cards[DEAD])
+
+
+def test_a_flipped_partner_shows_the_opposite_sign(found, page) -> None:
+    cards = read(page)[1]
+    checked = 0
+    for feature in found.universal_pairs[:, 0].tolist():
+        parts = re.split(r"<h4>", partner(cards[feature]))[1:]
+        assert [part.split()[0] for part in parts] == ["Here", "There"] * (len(parts) // 2)
+        for here, there in zip(parts[::2], parts[1::2], strict=True):
+            signs = [Plain(part).text.split()[1][0] for part in (here, there)]
+            assert (signs[0] != signs[1]) == bool(FLIPPED[feature])
+            values = [[float(v) for v in re.findall(r"<li><span>([^<]*)</span>", part)] for part in (here, there)]
+            assert values[0] and np.abs(values[0]).max() == pytest.approx(np.abs(values[1]).max(), rel=0.01)
+            for sign, some in zip(signs, values, strict=True):
+                assert len(some) <= 3 and all((value > 0) == (sign == "+") for value in some)
+            checked += 1
+    assert checked > 12
+
+
+def test_hostile_names_of_the_other_store_stay_text(stores, found, tmp_path) -> None:
+    made = sl.report(
+        stores[0], tmp_path / "one.html", features=[0], compare=stores[1], comparison=found, progress=False
+    )
+    page = Path(made.page).read_text()
+    data, cards = read(page)
+    assert HOSTILE in Plain(cards[0]).text and not {"img", "script"} & set(Plain(cards[0]).tags)
+    assert HOSTILE in data["features"][0]["partner"] and Plain(page).tags.count("script") == 3
+
+
+def test_sides_have_partners_of_their_own(stores, sides, tmp_path) -> None:
+    feature = int(sides.universal_pairs[0, 0]) // 2
+    made = sl.report(
+        stores[0], tmp_path / "o.html", features=[feature], compare=stores[1], comparison=sides, progress=False
+    )
+    data, cards = read(Path(made.page).read_text())
+    text = Plain(partner(cards[feature])).text
+    values = sides.a.similarity[2 * feature : 2 * feature + 2]
+    assert data["features"][0]["similarity"] == pytest.approx(float(np.nanmax(values)))
+    assert "of + in second" in text and f"of {MINUS} in second" in text
+    negative = bool(FLIPPED[feature]) != bool(sides.universal_pairs[0, 0] % 2)
+    assert f"in second: {ORDER[feature]}{MINUS if negative else '+'} " in text
+
+
+def test_a_report_that_compares_with_nothing_is_refused_or_says_nothing(stores, found, tmp_path) -> None:
+    with pytest.raises(ValueError, match="`comparison` needs the other store"):
+        sl.report(stores[0], tmp_path / "r", comparison=found, progress=False)
+    with pytest.raises(ValueError, match="`store_a`"):
+        sl.report(stores[1], tmp_path / "r", compare=stores[0], comparison=found, progress=False)
+    assert not (tmp_path / "r").exists()
+    plain = Path(sl.report(stores[0], tmp_path / "r.html", features=[0], progress=False).page).read_text()
+    assert read(plain)[0]["compared"] is None and "Compared with" not in plain and 'class="match"' not in plain
+
+
+def test_the_command_compares(stores, tmp_path) -> None:
+    words = ["report", str(stores[0].folder), "--compare", str(stores[1].folder), "--out", str(tmp_path / "r")]
+    assert dispatch([*words, "--features", "0,5", "--no-progress"]) == 0
+    cards = read((tmp_path / "r" / "index.html").read_text())[1]
+    assert "artner in second" in partner(cards[0]) and "it never fires" in partner(cards[DEAD])
+
+
+DRIVER = """
+const seen = {}, wait = ms => new Promise(done => setTimeout(done, ms));
+window.alert = () => { seen.alert = true; };
+const listed = () => [...document.querySelectorAll("#body tr")].map(tr => Number(tr.dataset.feature));
+(async () => {
+  document.querySelector('th[data-column="similarity"] button').click(); seen.bySimilarity = listed();
+  seen.cells = [...document.querySelectorAll("#body tr")].map(tr => tr.lastChild.textContent);
+  byId("order").click(); seen.turned = listed();
+  byId("search").value = "onerror"; byId("search").dispatchEvent(new Event("input")); seen.found = listed();
+  location.hash = "feature=0"; await wait(300);
+  seen.columns = getComputedStyle(byId("card").querySelector(".both")).gridTemplateColumns.split(" ").length;
+  seen.partner = byId("card").querySelector(".match h3").textContent;
+  seen.images = document.querySelectorAll("img").length;
+  seen.wide = document.documentElement.scrollWidth > window.innerWidth;
+  document.body.append(Object.assign(document.createElement("pre"), { textContent: JSON.stringify(seen) }));
+})();
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+def test_a_browser_sorts_by_similarity_and_shows_partners_side_by_side(stores, found, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(reports, "ON_ONE_PAGE", 0)
+    made = sl.report(stores[0], tmp_path / "out", compare=stores[1], comparison=found, **FEW)
+    driven = Path(made.page).with_name("driven.html")
+    driven.write_text(Path(made.page).read_text().replace("</body>", f"<script>{DRIVER}</script></body>"))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=5000"]
+    command += ["--window-size=1200,900", "--dump-dom", driven.as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert "CONSOLE" not in run.stderr, [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+    seen = json.loads(next(text for text in Plain(run.stdout).said if text.startswith('{"bySimilarity"')))
+    sizes = np.abs(found.a.similarity[seen["bySimilarity"]])
+    known = sizes[~np.isnan(sizes)]
+    assert len(sizes) == D_SAE and (np.diff(known) <= 1e-6).all() and np.isnan(sizes[len(known) :]).all()
+    assert (
+        np.isnan(found.a.similarity[seen["turned"][-1]]) and seen["turned"][0] == seen["bySimilarity"][len(known) - 1]
+    )
+    assert seen["cells"][-1] == "none" and {cell[0] for cell in seen["cells"][: len(known)]} == {"+", MINUS}
+    assert seen["found"] == [0] and HOSTILE in seen["partner"] and seen["columns"] == 2
+    assert seen["images"] == 0 and not seen["wide"] and "alert" not in seen

@@ -1,5 +1,8 @@
 """`saelab report`: a feature store as a page."""
 
+from pathlib import Path
+from typing import Annotated
+
 import typer
 
 from saelab.cli import options
@@ -8,6 +11,16 @@ from saelab.pictures.reports import report
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 from saelab.stores.files import read_json
+
+Compare = Annotated[
+    Path | None,
+    typer.Option(
+        "--compare",
+        help="Another store of the same text: every card shows the best partner there.",
+        metavar="STORE",
+        show_default="none",
+    ),
+]
 
 
 def write_report(
@@ -18,6 +31,7 @@ def write_report(
     sae: options.ReportSAE = None,
     model: options.ReportModel = None,
     evaluation: options.EvaluationFile = None,
+    compare: Compare = None,
     title: options.Title = "",
     progress: options.Progress = True,
 ) -> None:
@@ -38,6 +52,7 @@ def write_report(
             sae=coder,
             prompts=prompt,
             evaluation=read_json(evaluation) if evaluation is not None else None,
+            compare=FeatureStore.load(compare) if compare is not None else None,
             title=title,
             progress=progress,
         )

@@ -19,18 +19,18 @@ WIDTH, HEIGHT, FOOT = 300, 96, 14  # of the histogram, in its own units
 SHOWN_OPEN = ("top",)
 
 
-def draw_card(card: FeatureCard, labels: Sequence[Label] = ()) -> str:
+def draw_card(card: FeatureCard, labels: Sequence[Label] = (), beside: str = "") -> str:
     """A feature's card as one HTML element; neighbours are links to `#feature=12`. All text is escaped.
 
     `labels` are the chosen ones: below the card's own label it is told who gave them and how well they score.
-    Positive codes are orange, negative ones blue, as strong as |z| beside the feature's largest; the underlined token
-    is the one that a window was chosen for.
+    `beside` is HTML that stands under the head: a partner in another store. Positive codes are orange, negative ones
+    blue, as strong as |z| beside the feature's largest; the underlined token is the one that a window was chosen for.
     """
     aside = [_histogram(card), *(_words(side, len(card.sides)) for side in card.sides), _effects(card), _near(card)]
     scale = max((side.peak for side in card.sides), default=0.0)
     groups = [_group(group, scale) for group in card.examples.groups]
     parts = f'<div class="cols"><div>{"".join(aside)}</div><div>{"".join(groups)}</div></div>'
-    return f'<article class="fcard">{_head(card, labels)}{parts}</article>'
+    return f'<article class="fcard">{_head(card, labels)}{beside}{parts}</article>'
 
 
 def draw_window(example: Example, scale: float) -> str:
@@ -38,6 +38,15 @@ def draw_window(example: Example, scale: float) -> str:
     words = zip(example.words, example.values, strict=True)
     inside = (_token(word, value, scale, i == example.center) for i, (word, value) in enumerate(words))
     return f'<div class="win">{"".join(inside)}</div>'
+
+
+def list_windows(examples: Iterable[Example], scale: float) -> str:
+    """Windows as a list, each behind the code at its center."""
+    rows = (
+        f"<li><span>{f'{example.value:+.3g}' if example.value else '0'}</span>{draw_window(example, scale)}</li>"
+        for example in examples
+    )
+    return f"<ol>{''.join(rows)}</ol>"
 
 
 def style_card() -> str:
@@ -49,6 +58,11 @@ def style_card() -> str:
 def show_text(token: str) -> str:
     """A token with its line breaks and tabs visible, escaped."""
     return escape(token).replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\r", "\u240d")
+
+
+def show_code(token: str) -> str:
+    """A token that stands alone, as an element."""
+    return f"<code>{show_text(token)}</code>"
 
 
 def _token(word: str, value: float, scale: float, center: bool) -> str:
@@ -107,7 +121,7 @@ def _bar(x: float, width: float, height: float) -> str:
 
 def _words(side: Side, n_sides: int) -> str:
     kind = "" if n_sides == 1 else " +" if side.sign > 0 else " \u2212"
-    return f"<h3>Fires on{kind}</h3>" + _rank((_code(word), f"{share:.0%}") for word, share in side.words)
+    return f"<h3>Fires on{kind}</h3>" + _rank((show_code(word), f"{share:.0%}") for word, share in side.words)
 
 
 def _effects(card: FeatureCard) -> str:
@@ -115,7 +129,7 @@ def _effects(card: FeatureCard) -> str:
         return ""
     lists = (("Promotes", card.effects.promoted), ("Suppresses", card.effects.suppressed))
     said = "".join(
-        f"<h3>{name}</h3>" + _rank((_code(token), f"{effect:+.2f}") for token, effect in tokens)
+        f"<h3>{name}</h3>" + _rank((show_code(token), f"{effect:+.2f}") for token, effect in tokens)
         for name, tokens in lists
     )
     swapped = "; a negative code does the opposite" if any(side.sign < 0 for side in card.sides) else ""
@@ -133,20 +147,12 @@ def _rank(rows: Iterable[tuple[str, str]]) -> str:
     return '<dl class="rank">' + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows) + "</dl>"
 
 
-def _code(token: str) -> str:
-    return f"<code>{show_text(token)}</code>"
-
-
 def _group(group: ExampleGroup, scale: float) -> str:
     opened = " open" if group.name in SHOWN_OPEN else ""
     sign = {1: " +", -1: " \u2212", 0: ""}[group.side]
     pool = f"{group.n_firings:,} firings, |z| {group.low:.3g} to {group.high:.3g}" if group.n_firings else ""
-    rows = (
-        f"<li><span>{f'{example.value:+.3g}' if example.value else '0'}</span>{draw_window(example, scale)}</li>"
-        for example in group.examples
-    )
-    name = escape(group.name.capitalize())
-    return f"<details{opened}><summary>{name}{sign} <span>{pool}</span></summary><ol>{''.join(rows)}</ol></details>"
+    name, windows = escape(group.name.capitalize()), list_windows(group.examples, scale)
+    return f"<details{opened}><summary>{name}{sign} <span>{pool}</span></summary>{windows}</details>"
 
 
 def _draw_alone(card: FeatureCard) -> str:

@@ -16,11 +16,13 @@ from saelab.labelling.book import LabelBook
 from saelab.labelling.label import Label
 from saelab.labelling.wording import join_texts
 from saelab.pictures.cards import draw_card
+from saelab.pictures.matched import Matched
 from saelab.pictures.pages import as_script, fill_page, summarise
 from saelab.pictures.prompts import read_prompts
 from saelab.stores.features import FeatureStore
 from saelab.stores.files import read_json, replace_folder, to_json, write_atomic
 from saelab.stores.results import Result
+from saelab.universality.matches import Comparison
 
 if TYPE_CHECKING:
     from saelab.lm.models import Model
@@ -55,6 +57,8 @@ def report(
     prompts: Sequence[str] = (),
     evaluation: Evaluation | Mapping[str, Any] | None = None,
     near: Neighbours | None = None,
+    compare: FeatureStore | None = None,
+    comparison: Comparison | None = None,
     title: str = "",
     progress: bool = True,
     **choice: Any,
@@ -65,21 +69,26 @@ def report(
     network. With the `sae` that was harvested neighbours are by decoder direction, else by correlation; with `model`
     too, cards tell what a feature promotes, and `prompts` are shown token by token. `near` puts other neighbours in
     place of those, `choice` goes to `examples`. All features by default. `labels` are those that are chosen in the
-    book beside the store, unless others are given. What is from outside is escaped.
+    book beside the store, unless others are given. With another store to `compare`, every card shows the best partner
+    there and the list its similarity: by `compare` with its defaults, or by a `comparison` of both that was made
+    before. What is from outside is escaped.
 
     Raises what a LabelBook raises, and ValueError for features that the store does not have, for an SAE other than the
-    harvested one, for prompts without SAE and model, and where `out` holds something that is not a report.
+    harvested one, for prompts without SAE and model, for stores that do not compare or are not those of the
+    `comparison`, and where `out` holds something that is not a report.
     """
     wanted = list(range(store.d_sae)) if features is None else list(dict.fromkeys(features))
     _check(store, wanted, sae, model, prompts)
     target, names = _claim(Path(out)), _read_names(store, labels)
+    matched = _match(store, compare, comparison, progress)
     near = near or (neighbours(sae) if sae is not None else neighbours(store))
     lens = logit_lens(sae, model, wanted) if sae is not None and model is not None else None
     found = dead_units(store, sae)
     shown = [] if sae is None or model is None else read_prompts(sae, model, prompts, store.provenance)
-    cards = _cards(store, wanted, names, lens, near, choice, progress)
-    page = _Page(title or _name(store), summarise(store, found, evaluation), shown)
-    return _write(page, target, cards, found, len(wanted))
+    cards = _cards(store, wanted, names, lens, near, choice, found, matched, progress)
+    summary = summarise(store, found, evaluation) + (matched.summarise() if matched else "")
+    compared = matched.comparison.similarity if matched else None
+    return _write(_Page(title or _name(store), summary, shown, compared), target, cards, len(wanted))
 
 
 @dataclass(frozen=True)
@@ -100,6 +109,17 @@ def _read_names(store: FeatureStore, labels: Mapping[int, str] | LabelBook | Non
     return {feature: _Name(join_texts(own), own) for feature, group in chosen for own in [list(group)]}
 
 
+def _match(
+    store: FeatureStore, other: FeatureStore | None, comparison: Comparison | None, progress: bool
+) -> Matched | None:
+    if other is None:
+        if comparison is not None:
+            raise ValueError("`comparison` needs the other store as `compare`, got none; give both.")
+        return None
+    called = {feature: name.text for feature, name in _read_names(other, None).items()}
+    return Matched.make(store, other, comparison, called, progress)
+
+
 @dataclass(frozen=True)
 class _Page:
     """What a report shows beside its features."""
@@ -107,9 +127,12 @@ class _Page:
     title: str
     summary: str
     prompts: list[dict[str, Any]]
+    compared: str | None
+    """by which similarity features have partners, if they have"""
 
     def fill(self, rows: list[dict[str, Any]], files: list[str], cards: str) -> str:
         data = {"features": rows, "files": files, "per_file": PER_FILE, "prompts": self.prompts}
+        data["compared"] = self.compared
         return fill_page(self.title, self.summary, data, cards)
 
 
@@ -152,46 +175,45 @@ def _cards(
     lens: LogitLens | None,
     near: Neighbours,
     choice: dict[str, Any],
+    found: DeadUnits,
+    matched: Matched | None,
     progress: bool,
-) -> Iterator[tuple[FeatureCard, str]]:
-    """Each card, and how it is drawn."""
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Each feature's line of the list, and its card as it is drawn."""
     from tqdm.auto import tqdm
 
     for j in tqdm(wanted, unit=" features", disable=not progress):
         name = names.get(j, _Name(""))
         card = describe_feature(store, j, label=name.text, lens=lens, neighbours=near, **choice)
-        yield card, draw_card(card, name.labels)
+        partner = matched.describe(j) if matched else {}
+        yield _row(card, found) | partner, draw_card(card, name.labels, matched.draw(card) if matched else "")
 
 
-def _write(
-    page: _Page, target: Path, cards: Iterator[tuple[FeatureCard, str]], found: DeadUnits, n_features: int
-) -> Report:
+def _write(page: _Page, target: Path, cards: Iterator[tuple[dict[str, Any], str]], n_features: int) -> Report:
     if target.suffix == ".html":
-        return _write_page(page, target, cards, found)
+        return _write_page(page, target, cards)
     with replace_folder(target) as folder:
         if n_features <= ON_ONE_PAGE:
-            _write_page(page, folder / "index.html", cards, found)
+            _write_page(page, folder / "index.html", cards)
         else:
-            rows, files = _write_files(folder, cards, found)
+            rows, files = _write_files(folder, cards)
             write_atomic(folder / "index.html", page.fill(rows, files, "").encode())
         write_atomic(folder / "report.json", to_json({"kind": "report", "title": page.title}).encode())
     n_bytes = sum(file.stat().st_size for file in target.iterdir())
     return Report(page=str(target / "index.html"), n_features=n_features, n_bytes=n_bytes)
 
 
-def _write_page(page: _Page, path: Path, cards: Iterator[tuple[FeatureCard, str]], found: DeadUnits) -> Report:
+def _write_page(page: _Page, path: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> Report:
     rows, drawn = [], {}
-    for card, html in cards:
-        rows.append(_row(card, found))
-        drawn[card.feature] = html
+    for row, html in cards:
+        rows.append(row)
+        drawn[row["feature"]] = html
     text = page.fill(rows, [], as_script(drawn)).encode()
     write_atomic(path, text)
     return Report(page=str(path), n_features=len(rows), n_bytes=len(text))
 
 
-def _write_files(
-    folder: Path, cards: Iterator[tuple[FeatureCard, str]], found: DeadUnits
-) -> tuple[list[dict[str, Any]], list[str]]:
+def _write_files(folder: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> tuple[list[dict[str, Any]], list[str]]:
     """Cards in scripts of `PER_FILE`, which alone are held in memory; the rows of the list, and the files."""
     rows: list[dict[str, Any]] = []
     files: list[str] = []
@@ -203,9 +225,9 @@ def _write_files(
             (folder / files[-1]).write_text(as_script(drawn), encoding="utf-8")
             drawn.clear()
 
-    for card, html in cards:
-        rows.append(_row(card, found))
-        drawn[card.feature] = html
+    for row, html in cards:
+        rows.append(row)
+        drawn[row["feature"]] = html
         if len(drawn) == PER_FILE:
             flush()
     flush()

@@ -5,6 +5,8 @@ const byId = id => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
 const COLUMNS = ["feature", "text", "density", "balance", "peak", "kind"];
 const NAMES = { feature: "feature", text: "label and text", density: "density", balance: "negative", peak: "peak", kind: "kind" };
+NAMES.similarity = data.compared;
+if (data.compared) COLUMNS.push("similarity");
 const PAGE = 200;
 const cards = {}, asked = {};
 const rowOf = new Map(data.features.map((row, i) => [row.feature, i]));
@@ -20,14 +22,19 @@ function make(tag, properties = {}, ...children) {
 }
 
 // ---- the list
+function keyOf(row) {
+  const value = row[sort.column];
+  return sort.column === "similarity" && value !== null ? Math.abs(value) : value;  // flipped partners are as similar
+}
+
 function compare(a, b) {
-  const [x, y] = [a[sort.column], b[sort.column]];
+  const [x, y] = [keyOf(a), keyOf(b)];
   if (x === null || y === null) return (x === null) - (y === null);  // what is not known comes last
   const order = typeof x === "string" ? x.localeCompare(y) : x - y;
   return (sort.down ? -order : order) || a.feature - b.feature;
 }
 
-function textOf(row) { return row.haystack ??= `${row.feature} ${row.label} ${row.kind} ${row.search}`.toLowerCase(); }
+function textOf(row) { return row.haystack ??= `${row.feature} ${row.label} ${row.kind} ${row.search} ${row.partner ?? ""}`.toLowerCase(); }
 
 function search() {
   const words = byId("search").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -50,6 +57,13 @@ function more() {
   byId("more").hidden = shown === found.length;
 }
 
+function similarity(row) {
+  if (row.similarity === null) return make("td", { className: "soft", textContent: "none" });
+  const sign = row.similarity < 0 ? "\u2212" : "+", text = sign + Math.abs(row.similarity).toFixed(3);
+  const title = `partner ${row.partner}, ${row.universal ? "" : "not "}universal`;
+  return make("td", { title, textContent: text, className: row.universal ? "universal" : "soft" });
+}
+
 function line(row) {
   const [before, center, after] = row.snippet;
   const text = make("td", {}, make("span", { className: "label", textContent: row.label }),
@@ -63,6 +77,7 @@ function line(row) {
   const cells = [make("td", {}, make("a", { href: `#feature=${row.feature}`, textContent: row.feature })), text,
     make("td", { textContent: row.density ? `${(100 * row.density).toPrecision(3)} %` : "0" }), sides,
     make("td", { textContent: row.peak.toPrecision(3) }), make("td", { textContent: row.kind })];
+  if (data.compared) cells.push(similarity(row));
   cells.forEach((cell, i) => { cell.dataset.name = NAMES[COLUMNS[i]]; });
   const tr = make("tr", { onclick: () => { location.hash = `feature=${row.feature}`; } }, ...cells);
   tr.dataset.feature = row.feature;
