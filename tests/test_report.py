@@ -263,3 +263,13 @@ def test_the_report_works_in_a_browser_from_the_disk_without_network(store, tmp_
         "summary": True,
         "images": 0,
     }
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+def test_a_link_to_a_feature_of_a_single_page_opens_its_card(store, tmp_path) -> None:
+    made = sl.report(store, tmp_path / "page.html", progress=False)
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    link = Path(made.page).as_uri() + "#feature=1"
+    run = subprocess.run([*command, "--dump-dom", link], capture_output=True, text=True, timeout=100)
+    texts = [text for tag, text in Parsed(run.stdout).texts if tag != "script"]
+    assert not any("is missing" in text for text in texts) and any("30 positive" in text for text in texts)

@@ -183,4 +183,4 @@ byId("previous").onclick = () => step(-1);
 byId("given").append(...data.prompts.map(drawPrompt));
 window.onhashchange = show;
 search();
-show();
+document.addEventListener("DOMContentLoaded", show);  // not before: cards of a single page stand behind this script
