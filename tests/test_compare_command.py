@@ -56,6 +56,13 @@ def test_pairs_are_found_and_saved(folders, what, method, tmp_path, capsys) -> N
     assert "universal" in text and f"8 pairs in {out}" in text and text.count("+1.000") + text.count("-1.000") == 3
 
 
+def test_matched_features_stand_side_by_side_on_a_page(folders, tmp_path, capsys) -> None:
+    page = tmp_path / "page.html"
+    words = [str(folders["a store"]), str(folders["b store"])]
+    assert dispatch(["compare", *words, "--html", str(page), "--no-progress"]) == 0
+    assert "8 features" in capsys.readouterr().out and "Partner in" in page.read_text()
+
+
 def test_what_cannot_be_compared_is_said_in_one_line(folders, tmp_path, capsys) -> None:
     store, sae = str(folders["a store"]), str(folders["a sae"])
     for words, said in (
@@ -63,6 +70,8 @@ def test_what_cannot_be_compared_is_said_in_one_line(folders, tmp_path, capsys) 
         ([store, str(tmp_path / "nowhere")], "must be folders"),
         ([store, store, "--method", "guess"], "`--method` must be one of best, mutual, hungarian"),
         ([store, store, "--similarity", "decoder"], "must be one of"),
+        ([sae, sae, "--html", "page.html"], "must be feature stores"),
+        ([store, store, "--html", "page.html", "--sides"], "shows whole features"),
     ):
         assert dispatch(["compare", *words, "--no-progress"]) == 2
         error = capsys.readouterr().err

@@ -7,6 +7,7 @@ import typer
 from typer import Argument, Option
 
 from saelab.cli import options
+from saelab.pictures.reports import report
 from saelab.sae.checkpoint import CONFIG
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
@@ -39,7 +40,16 @@ MinEffect = Annotated[float, Option(help="Similarity of a universal feature, at 
 Rate = Annotated[float, Option("--fdr", help="Share of false discoveries among universal features.", metavar="SHARE")]
 Seed = Annotated[int, Option(help="Of what is drawn.", metavar="N")]
 Out = Annotated[Path | None, Option(help="File for everything, as JSON.", metavar="FILE", show_default="none")]
+Html = Annotated[
+    Path | None,
+    Option(
+        help="Page, or folder, with the matched features of two stores side by side, the most similar 200.",
+        metavar="PATH",
+        show_default="none",
+    ),
+]
 Top = Annotated[int, Option(help="Pairs to show.")]
+ON_PAGE = 200
 
 
 def compare_folders(
@@ -55,6 +65,7 @@ def compare_folders(
     fdr: Rate = FDR,
     seed: Seed = 0,
     out: Out = None,
+    html: Html = None,
     top: Top = 10,
     progress: options.Progress = True,
 ) -> None:
@@ -65,9 +76,14 @@ def compare_folders(
     """
     if method not in get_args(Method):
         raise ValueError(f"`--method` must be one of {', '.join(get_args(Method))}, got '{method}'.")
+    first, second = _open(a), _open(b)
+    if html is not None and not (isinstance(first, FeatureStore) and isinstance(second, FeatureStore)):
+        raise ValueError("`--html` shows features in text, so A and B must be feature stores, got SAEs.")
+    if html is not None and sides:
+        raise ValueError("`--html` shows whole features, got it with `--sides`. Leave one of them out.")
     found = compare(
-        _open(a),
-        _open(b),
+        first,
+        second,
         similarity=similarity,  # type: ignore[arg-type]
         sides=sides,
         m=nearest,
@@ -87,6 +103,9 @@ def compare_folders(
         matched = [[i, j, value] for (i, j), value in zip(pairs.tolist(), values.tolist(), strict=True)]
         write_json(out, found.to_dict() | {"method": method, "matched": matched})
         typer.echo(f"{len(matched):,} pairs in {out}.")
+    if html is not None and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
+        shown = list(dict.fromkeys(pairs[:, 0].tolist()))[:ON_PAGE]
+        typer.echo(str(report(first, html, features=shown, compare=second, comparison=found, progress=progress)))
 
 
 def _open(folder: Path) -> FeatureStore | SAE:
