@@ -194,6 +194,15 @@ def test_sides_are_listed_as_sides(stores, sides) -> None:
         assert row["side_b"] == (-row["side_a"] if FLIPPED[row["a"]] else row["side_a"])
         assert set(row["words_a"]) == {"+" if row["side_a"] > 0 else "-"}
     assert re.search(r"\d[+-] ", str(table))
+    feature = next(row["a"] for row in table.rows if row["a"])
+    with sl.LabelBook.open(stores[0]) as book:
+        for sign, text in ((1, "warm"), (-1, "cool"), (0, "either")):
+            book.set(feature, text, author="me", sign=sign)
+        again = sl.list_universal(sides, *stores, top=None)
+        book.delete(feature)
+    said = {row["side_a"]: row["label_a"] for row in again.rows if row["a"] == feature}
+    marked = {1: "warm", -1: f"{MINUS} cool"}
+    assert said and said == {sign: marked[sign] for sign in said}
 
 
 def test_other_stores_are_refused(found, stores) -> None:

@@ -127,7 +127,8 @@ def _describe(
     }
     for name, number, store, book in zip("ab", pair, stores, books, strict=True):
         feature, sign = split_side(comparison, number)
-        labels = [label for label in book.chosen(feature) if not sign or label.sign in (0, sign)]
+        chosen = book.chosen(feature)
+        labels = [label for label in chosen if label.sign == sign] or chosen if sign else chosen
         found = {"": feature, "side": sign, "label": join_texts(labels), "words": _words(store, feature, sign)}
         row |= {f"{key}_{name}".lstrip("_"): value for key, value in found.items()}
     return row
