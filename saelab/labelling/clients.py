@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from saelab.lm.generation import generate
+from saelab.lm.chat import answer
 from saelab.lm.models import Model
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
@@ -181,7 +181,7 @@ class LocalClient:
         """Generate until the model ends its answer, or up to `n_tokens`."""
         with self._lock:
             try:
-                text, tokens_in, tokens_out = generate(self._model, messages, self._n_tokens)
+                text, tokens_in, tokens_out = answer(self._model, messages, self._n_tokens)
             except ValueError as error:
                 raise NotAnswered(str(error)) from None
         return Answer(text=text, tokens_in=tokens_in, tokens_out=tokens_out)

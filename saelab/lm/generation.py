@@ -1,52 +1,224 @@
-"""Answers of a causal language model to a conversation, greedily."""
+"""`generate`: texts that a model goes on with, the same with and without a cache, alone and in a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from saelab.lm.door import door
 from saelab.lm.models import Model
+from saelab.lm.sampling import Sampler
+from saelab.lm.tokens import find_special_ids, tokenize
+from saelab.stores.results import Result
+
+BATCH = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """One text that the model went on with."""
+
+    prompt: str
+    text: str
+    """what was generated, without special tokens"""
+    prompt_ids: tuple[int, ...]
+    ids: tuple[int, ...]
+    """generated; ends with an end-of-text token where the model wrote one"""
+    log_probs: tuple[float, ...]
+    """of each generated token under the model that wrote it, edits included, in nats, at temperature 1"""
+
+    @property
+    def all_ids(self) -> tuple[int, ...]:
+        """Prompt and text."""
+        return self.prompt_ids + self.ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation(Result):
+    """Texts from one call of `generate`, `n` for each prompt, in the order of the prompts."""
+
+    samples: tuple[Generated, ...]
+    temperature: float
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> Generated:
+        return self.samples[i]
+
+    def __iter__(self) -> Iterator[Generated]:
+        return iter(self.samples)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Prompt and what was generated, as one reads it."""
+        return tuple(sample.prompt + sample.text for sample in self.samples)
+
+    @property
+    def n_tokens(self) -> int:
+        """Generated tokens."""
+        return sum(len(sample.ids) for sample in self.samples)
+
+    def __str__(self) -> str:
+        return "\n".join(f"[{i}] {text}" for i, text in enumerate(self.texts))
 
 
 @torch.no_grad()
-def generate(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -> tuple[str, int, int]:
-    """The most likely answer, token by token, with the numbers of tokens of prompt and answer.
+def generate(
+    model: Model,
+    prompts: str | Sequence[str] | Int[Tensor, "n_prompts n"],
+    n_tokens: int = 50,
+    *,
+    n: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    bos: bool | None = True,
+    stop_at_eos: bool = True,
+    use_cache: bool = True,
+    batch_size: int = BATCH,
+    progress: bool = True,
+) -> Generation:
+    """`n` texts for each prompt, up to `n_tokens` tokens each; edits of `splice` and `steer` apply.
 
-    The conversation is written with the tokenizer's chat template where it has one, else as plain text, one part after
-    the other. ValueError where prompt and answer do not fit the model's context.
+    `prompts` are texts (with BOS before each unless `bos=False`) or rows of token ids, taken as they are. The
+    temperature divides the logits, 0 takes the most likely token; `top_k` and `top_p` keep the most likely tokens.
+    Sample i of prompt p depends on `seed`, p and i alone: not on the other rows of its batch, nor on the cache.
+    Prompts of unequal length are padded on the left. ValueError for an empty prompt and for texts that do not fit the
+    model's context.
 
-    >>> text, n_in, n_out = generate(sl.tiny_model(), [{"role": "user", "content": "Hi"}], 3)
-    >>> n_in, n_out
-    (4, 3)
+    >>> made = sl.generate(sl.tiny_model(), ["One", "Two, three"], 4, n=2, seed=1)
+    >>> len(made), made.n_tokens
+    (4, 16)
     """
-    tokenizer = model.tokenizer
-    ids = _encode(tokenizer, messages).to(next(model.parameters()).device)
-    if ids.shape[1] + n_tokens > model.cfg.n_ctx:
+    if n < 1 or n_tokens < 1 or batch_size < 1:
         raise ValueError(
-            f"A prompt must fit the model's context of {model.cfg.n_ctx} tokens beside {n_tokens} of the answer, got "
-            f"{ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
+            f"`n`, `n_tokens` and `batch_size` must be at least 1, got {n}, {n_tokens} and {batch_size}."
         )
-    found = door(model)
-    end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    made: Any = (found.plain if found.plain is not None else found.bridged).generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=n_tokens,
-        pad_token_id=end,
+    rows, texts = _read_prompts(model, prompts, bos)
+    _require_room(model, rows, n_tokens)
+    jobs = [(p, i) for p in range(len(rows)) for i in range(n)]
+    samples: list[Generated] = []
+    bar = tqdm(total=len(jobs) * n_tokens, unit="token", desc="generate", delay=2, disable=not progress)
+    with bar:
+        for first in range(0, len(jobs), batch_size):
+            batch = jobs[first : first + batch_size]
+            generators = [_seed(seed, p, i) for p, i in batch]
+            run = _Run(model, [rows[p] for p, _ in batch], Sampler(temperature, top_k, top_p, generators), use_cache)
+            ends = _find_ends(model) if stop_at_eos else frozenset()
+            for (p, _), (ids, log_probs) in zip(batch, run.go(n_tokens, ends, bar), strict=True):
+                samples.append(_read_sample(model, texts[p], rows[p], ids, log_probs))
+    return Generation(samples=tuple(samples), temperature=float(temperature), seed=seed)
+
+
+def _read_prompts(model: Model, prompts: str | Sequence[str] | Tensor, bos: bool | None) -> tuple[list[Tensor], list[str]]:
+    """Ids and texts, one a prompt."""
+    tokenizer: Any = model.tokenizer
+    if isinstance(prompts, Tensor):
+        rows = [row.long().cpu() for row in prompts]
+        texts = [tokenizer.decode(row.tolist(), skip_special_tokens=True) if tokenizer else "" for row in rows]
+        return rows, texts
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if bad := [i for i, text in enumerate(texts) if not text.strip()]:
+        raise ValueError(f"A prompt must hold text, prompt {bad[0]} is blank; to start from BOS alone give its id.")
+    rows = []
+    for text in texts:
+        tokens = tokenize(model, [text], model.cfg.n_ctx, packed=False, bos=bos, separator=None)
+        rows.append(tokens.ids[0, : tokens.n_tokens].long())
+    return rows, texts
+
+
+def _require_room(model: Model, rows: list[Tensor], n_tokens: int) -> None:
+    longest = max((len(row) for row in rows), default=0)
+    if longest == 0 or min(len(row) for row in rows) == 0:
+        raise ValueError("`prompts` must hold at least one prompt of at least one token, got an empty one.")
+    if longest + n_tokens > model.cfg.n_ctx:
+        raise ValueError(
+            f"Prompt and text must fit the model's context of {model.cfg.n_ctx} tokens, got {longest} + {n_tokens}. "
+            "Shorten the prompt or lower `n_tokens`."
+        )
+
+
+def _seed(*parts: int) -> torch.Generator:
+    state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def _find_ends(model: Model) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's, and those of the model's generation settings."""
+    settings: Any = getattr(model.original_model, "generation_config", None)
+    found = [getattr(settings, "eos_token_id", None), getattr(model.tokenizer, "eos_token_id", None)]
+    return frozenset(int(i) for value in found if value is not None for i in np.atleast_1d(value))
+
+
+def _read_sample(model: Model, text: str, prompt: Tensor, ids: list[int], log_probs: list[float]) -> Generated:
+    tokenizer: Any = model.tokenizer
+    made = ""
+    if tokenizer is not None:
+        special = set(find_special_ids(model))
+        kept = [i for i in ids if i not in special]
+        # Decoded together with the prompt: tokenizers put a space before a word or not by what stands in front of it.
+        before = tokenizer.decode([i for i in prompt.tolist() if i not in special])
+        made = tokenizer.decode([i for i in prompt.tolist() if i not in special] + kept)[len(before) :]
+    return Generated(
+        prompt=text, text=made, prompt_ids=tuple(prompt.tolist()), ids=tuple(ids), log_probs=tuple(log_probs)
     )
-    answer = made[0, ids.shape[1] :]
-    return tokenizer.decode(answer, skip_special_tokens=True), ids.shape[1], len(answer)
 
 
-def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-        )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
-    else:
-        ids = tokenizer("\n\n".join(message["content"] for message in messages) + "\n")["input_ids"]
-    return torch.tensor([ids])
+class _Run:
+    """One batch: rows padded on the left, one forward a token."""
+
+    def __init__(self, model: Model, rows: list[Tensor], sampler: Sampler, use_cache: bool) -> None:
+        self.module, _ = door(model).route([])
+        self.device = next(self.module.parameters()).device
+        longest = max(len(row) for row in rows)
+        ids = torch.zeros(len(rows), longest, dtype=torch.long)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, longest - len(row) :], mask[i, longest - len(row) :] = row, 1
+        self.ids, self.mask = ids.to(self.device), mask.to(self.device)
+        self.is_padded = bool((mask == 0).any())
+        self.sampler, self.use_cache, self.cache = sampler, use_cache, None
+
+    def go(self, n_tokens: int, ends: frozenset[int], bar: Any) -> list[tuple[list[int], list[float]]]:
+        """Ids and log-probabilities of each row."""
+        found: list[tuple[list[int], list[float]]] = [([], []) for _ in self.ids]
+        open_rows = set(range(len(found)))
+        for _ in range(n_tokens):
+            logits = self.step()
+            chosen = self.sampler(logits)
+            log_probs = logits.log_softmax(1).gather(1, chosen[:, None])[:, 0].tolist()
+            for row in list(open_rows):
+                token = int(chosen[row])
+                found[row][0].append(token)
+                found[row][1].append(log_probs[row])
+                if token in ends:
+                    open_rows.discard(row)
+            bar.update(len(found))
+            if not open_rows:
+                break
+            self.ids = torch.cat([self.ids, chosen[:, None].to(self.device)], 1)
+            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        return found
+
+    def step(self) -> Float[Tensor, "batch d_vocab"]:
+        """Logits behind the last token, float32 on CPU."""
+        options: dict[str, Any] = {"use_cache": self.use_cache}
+        ids = self.ids
+        if self.cache is not None:
+            ids, options["past_key_values"] = ids[:, -1:], self.cache
+        if self.is_padded:
+            options["attention_mask"] = self.mask
+            options["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        out = self.module(ids, **options)
+        if self.use_cache:
+            self.cache = out.past_key_values
+        last: Tensor = out.logits[:, -1].float().cpu()
+        return last

@@ -99,8 +99,12 @@ def run(model: nn.Module, ids: Tensor) -> Tensor:
             module.training = True
 
 
-class TapHook:
-    """A `Tap` as a PyTorch hook; its type tells saelab's hooks from the user's."""
+class OwnHook:
+    """Base of what saelab registers with PyTorch: its type tells saelab's hooks from the user's."""
+
+
+class TapHook(OwnHook):
+    """A `Tap` as a PyTorch hook."""
 
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
@@ -132,4 +136,4 @@ def attach(site: Site, tap: Tap) -> RemovableHandle:
 
 def is_ours(hook: Any) -> bool:
     """Whether a registered PyTorch hook is one of saelab's."""
-    return isinstance(getattr(hook, "__self__", None), TapHook)
+    return isinstance(getattr(hook, "__self__", None), OwnHook)

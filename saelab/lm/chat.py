@@ -1,0 +1,52 @@
+"""Answers of a causal language model to a conversation, greedily."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from saelab.lm.door import door
+from saelab.lm.models import Model
+
+
+@torch.no_grad()
+def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -> tuple[str, int, int]:
+    """The most likely answer, token by token, with the numbers of tokens of prompt and answer.
+
+    The conversation is written with the tokenizer's chat template where it has one, else as plain text, one part after
+    the other. ValueError where prompt and answer do not fit the model's context.
+
+    >>> text, n_in, n_out = answer(sl.tiny_model(), [{"role": "user", "content": "Hi"}], 3)
+    >>> n_in, n_out
+    (4, 3)
+    """
+    tokenizer = model.tokenizer
+    ids = _encode(tokenizer, messages).to(next(model.parameters()).device)
+    if ids.shape[1] + n_tokens > model.cfg.n_ctx:
+        raise ValueError(
+            f"A prompt must fit the model's context of {model.cfg.n_ctx} tokens beside {n_tokens} of the answer, got "
+            f"{ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
+        )
+    found = door(model)
+    end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    made: Any = (found.plain if found.plain is not None else found.bridged).generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=n_tokens,
+        pad_token_id=end,
+    )
+    answer = made[0, ids.shape[1] :]
+    return tokenizer.decode(answer, skip_special_tokens=True), ids.shape[1], len(answer)
+
+
+def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
+    else:
+        ids = tokenizer("\n\n".join(message["content"] for message in messages) + "\n")["input_ids"]
+    return torch.tensor([ids])

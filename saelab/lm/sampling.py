@@ -1,0 +1,52 @@
+"""`Sampler`: the next token of each row of a batch, with noise of the row's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Draws from softmax(logits / temperature), or takes the largest at temperature 0.
+
+    Row i draws with `generators[i]` alone, the same number of times at every step, so that what it draws depends on
+    nothing else in the batch; two models sampled with the same seeds meet the same noise.
+    """
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    generators: Sequence[Generator]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"`temperature` must be finite and at least 0, got {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, got {self.top_k}; use None for all tokens.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}.")
+
+    def __call__(self, logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, "batch"]:
+        """One token a row."""
+        if self.temperature == 0:
+            return logits.argmax(1)
+        kept = self._cut(logits / self.temperature)
+        waits = torch.empty_like(kept)
+        for row, generator in zip(waits, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        # The first of exponential clocks with rates p rings with probability p.
+        return (kept - waits.log()).argmax(1)
+
+    def _cut(self, logits: Tensor) -> Tensor:
+        """-inf for what top-k and top-p leave out."""
+        if self.top_k is not None and self.top_k < logits.shape[1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k, 1).values[:, -1:], -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, order = logits.sort(1, descending=True)
+            before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)  # mass of the likelier ones
+            ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
+            logits = logits.scatter(1, order, ordered)
+        return logits
