@@ -32,7 +32,8 @@ from saelab.labelling.rules import label_by_rules
 from saelab.labelling.scorers import Contrast, Detection, Fuzzing, Scorer, Simulation
 from saelab.labelling.simulators import TokenSimulation, simulate_by_tokens
 from saelab.lm.agreement import HookAgreement, verify_hooks
-from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss, splice
+from saelab.lm.generation import Generated, Generation, generate
+from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss
 from saelab.lm.masks import MaskResult, TokenMask
 from saelab.lm.models import describe_model, load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
@@ -55,6 +56,10 @@ from saelab.sae.archetypes import Archetypal
 from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
 from saelab.sae.reviving import revive
 from saelab.sae.sae import SAE, fit
+from saelab.steering.directions import Direction, make_random
+from saelab.steering.interventions import Intervention
+from saelab.steering.moving import splice, steer, steer_all
+from saelab.steering.places import When, Where
 from saelab.stores.activations import Activations
 from saelab.stores.features import FeatureStore
 from saelab.stores.provenance import Provenance
@@ -98,6 +103,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "Contrast",
     "DeadUnits",
     "Detection",
+    "Direction",
     "Evaluation",
     "Exchange",
     "Explainer",
@@ -106,7 +112,10 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "FeatureStore",
     "FeatureTable",
     "Fuzzing",
+    "Generated",
+    "Generation",
     "HookAgreement",
+    "Intervention",
     "JumpReLU",
     "KeptPairs",
     "LLMExplainer",
@@ -140,6 +149,8 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "TopK",
     "TrainConfig",
     "UniversalTable",
+    "When",
+    "Where",
     "capture",
     "collect",
     "compare",
@@ -159,6 +170,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "find_features",
     "find_hook_point",
     "fit",
+    "generate",
     "harvest",
     "keep_concepts",
     "keep_one_to_one",
@@ -169,6 +181,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "logit_lens",
     "logits",
     "make_predicates",
+    "make_random",
     "match_keywords",
     "neighbours",
     "next_token_loss",
@@ -192,6 +205,8 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "simulate_by_tokens",
     "splice",
     "stability",
+    "steer",
+    "steer_all",
     "stream",
     "tensorboard_sink",
     "text_pattern",

@@ -19,6 +19,7 @@ FLOORS = {
     "analyses": 6,
     "labelling": 7,
     "universality": 8,
+    "steering": 8,
     "pictures": 9,
     "cli": 10,
 }

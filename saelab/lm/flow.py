@@ -46,7 +46,7 @@ class Flow(OwnHook):
         """Take note of a forward that begins (a pre-hook with keyword arguments)."""
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-            raise ValueError("Steering needs forwards that are given token ids (batch, n), got one without `input_ids`.")
+            raise ValueError("Steering needs forwards that get token ids (batch, n), got one without `input_ids`.")
         n_past = _count_past(kwargs.get("past_key_values"))
         goes_on = self._goes_on(ids, n_past)
         self.seen = torch.cat([self.seen, ids], 1) if goes_on and n_past and self.seen is not None else ids

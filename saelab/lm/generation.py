@@ -99,9 +99,7 @@ def generate(
     (4, 16)
     """
     if n < 1 or n_tokens < 1 or batch_size < 1:
-        raise ValueError(
-            f"`n`, `n_tokens` and `batch_size` must be at least 1, got {n}, {n_tokens} and {batch_size}."
-        )
+        raise ValueError(f"`n`, `n_tokens` and `batch_size` must be at least 1, got {n}, {n_tokens} and {batch_size}.")
     rows, texts = _read_prompts(model, prompts, bos)
     _require_room(model, rows, n_tokens)
     jobs = [(p, i) for p in range(len(rows)) for i in range(n)]
@@ -118,7 +116,9 @@ def generate(
     return Generation(samples=tuple(samples), temperature=float(temperature), seed=seed)
 
 
-def _read_prompts(model: Model, prompts: str | Sequence[str] | Tensor, bos: bool | None) -> tuple[list[Tensor], list[str]]:
+def _read_prompts(
+    model: Model, prompts: str | Sequence[str] | Tensor, bos: bool | None
+) -> tuple[list[Tensor], list[str]]:
     """Ids and texts, one a prompt."""
     tokenizer: Any = model.tokenizer
     if isinstance(prompts, Tensor):

@@ -1,0 +1,1 @@
+"""Moving features of a running model, and measuring what that did and what it cost."""

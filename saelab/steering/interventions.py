@@ -1,0 +1,176 @@
+"""`Intervention`: what happens to activations, token by token: codes before, codes after, and the change they make."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.sae.sae import SAE
+from saelab.steering.directions import Direction
+from saelab.steering.places import Place, Where, make_where
+from saelab.stores.features import FeatureStore
+
+Mode = Literal["add", "clamp", "at-least", "scale", "ablate"]
+Unit = Literal["raw", "max", "norm"]
+Error = Literal["keep", "drop"]
+Strength: TypeAlias = float | int | Float[Tensor, ""]
+Features: TypeAlias = Mapping[int, Strength] | Iterable[int] | Strength
+DENSE_NUMBERS = 2**20  # pre-activations for which dense codes cost less than a search
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """A change of features of one SAE, or of one direction, at one hook point.
+
+        x' = x + sum_i (z'_i - z_i) d_i          z = encode(x), d_i the feature's row in the activations' own units
+
+    The reconstruction error stays as it is (`error="drop"` leaves x' = decode(z')). Codes become, by `mode`:
+
+        add        z_i + s_i
+        clamp      s_i
+        at-least   max(z_i, s_i) where s_i > 0, min(z_i, s_i) where s_i < 0
+        scale      s_i z_i
+        ablate     0
+
+    `unit` says what a strength counts: "raw" codes, "max" multiples of the largest |z_i| in `store` (or of a
+    direction's peak), "norm" such a code that its row has s_i times the norm of the token's own activation. Factors of
+    `scale` have no unit. All features of an intervention are read before any is changed. Signed features take
+    strengths of both signs. ValueError for features, units, modes and hook points that do not exist.
+    """
+
+    source: SAE | Direction
+    features: Features = ()
+    mode: Mode = "add"
+    where: Place = "all"
+    unit: Unit = "raw"
+    store: FeatureStore | None = None
+    error: Error = "keep"
+    hook_point: str | None = None
+    strengths: dict[int, Strength] = field(init=False, repr=False)
+    """by feature, in codes (unit "norm": in norms of the token's activation)"""
+    places: Where = field(init=False, repr=False)
+    rows: Float[Tensor, "n_features d_out"] = field(init=False, repr=False)
+    """what a code of 1 of each feature adds, from the weights as they are now"""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("mode", Mode), ("unit", Unit), ("error", Error)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"`{name}` must be one of {get_args(choices)}, got '{getattr(self, name)}'.")
+        object.__setattr__(self, "places", make_where(self.where))
+        strengths = _read_features(self.features, self.source, self.mode)
+        if self.unit == "max" and self.mode not in ("scale", "ablate"):
+            strengths = {i: s * self._peak(i) for i, s in strengths.items()}
+        object.__setattr__(self, "strengths", strengths)
+        object.__setattr__(self, "rows", _find_rows(self.source, list(strengths)))
+        if isinstance(self.source, Direction) and self.error == "drop":
+            raise ValueError("`error` of a direction must be 'keep': it reconstructs nothing. Give an SAE to drop it.")
+        if self.hook_point is None and hook_point_of(self.source) is None:
+            raise ValueError("`hook_point` must be given for an SAE that does not say where it was trained, got None.")
+
+    def _peak(self, feature: int) -> float:
+        """What a strength of unit "max" is a multiple of."""
+        if isinstance(self.source, Direction):
+            peak, of = self.source.peak or 0.0, "a direction with a `peak`"
+        elif self.store is None:
+            raise ValueError("Strengths of unit 'max' need `store`, the features' maxima, got None; harvest one.")
+        else:
+            peak, of = float(self.store.statistics.peaks[feature].max()), f"a feature that fires in {self.store!r}"
+        if peak <= 0:
+            raise ValueError(f"Strengths of unit 'max' need {of}, feature {feature} has none; use another unit.")
+        return peak
+
+    @property
+    def reads_at(self) -> str:
+        """The hook point that codes are read from."""
+        found = hook_point_of(self.source)
+        return self.hook_point or found or ""
+
+    @property
+    def writes_at(self) -> str:
+        """The hook point that is changed: another one for a transcoder."""
+        provenance = getattr(self.source, "provenance", None)
+        target: str | None = getattr(provenance, "target", None)
+        return target or self.reads_at
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every strength is the one that leaves activations as they are, bit for bit."""
+        if self.error == "drop" or self.mode in ("ablate", "clamp"):
+            return self.error == "keep" and not self.strengths
+        neutral = 1.0 if self.mode == "scale" else 0.0
+        return all(not isinstance(s, Tensor) and s == neutral for s in self.strengths.values())
+
+    def change(self, written: Float[Tensor, "n d_out"], read: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
+        """Activations after the intervention, of tokens that it applies to; differentiable in all that it rests on."""
+        if isinstance(self.source, SAE) and self.error == "drop":
+            written = self.source(read).to(written)
+        if not self.strengths:
+            return written
+        rows = self.rows.to(written.device)
+        return written + (self._steps(read, rows) @ rows).to(written.dtype)
+
+    def _steps(self, x: Tensor, rows: Tensor) -> Float[Tensor, "n n_features"]:
+        """z' - z of each token and feature."""
+        goal = torch.stack([torch.as_tensor(s, dtype=rows.dtype, device=rows.device) for s in self.strengths.values()])
+        if self.unit == "norm" and self.mode != "scale":
+            goal = goal * x.float().norm(dim=1, keepdim=True).to(rows.device) / rows.norm(dim=1)
+        if self.mode == "add":
+            return goal.expand(len(x), -1)
+        z = read_features(self.source, x, list(self.strengths)).to(rows.device)
+        if self.mode == "scale":
+            return (goal - 1) * z
+        if self.mode == "ablate":
+            return -z
+        if self.mode == "clamp":
+            return goal - z
+        return torch.where(goal > 0, (goal - z).clamp_min(0), torch.where(goal < 0, (goal - z).clamp_max(0), 0 * z))
+
+
+def hook_point_of(source: SAE | Direction) -> str | None:
+    """Where a source was trained, or belongs, if it says so."""
+    if isinstance(source, Direction):
+        return source.hook_point
+    return source.provenance.hook_point if source.provenance is not None else None
+
+
+def _find_rows(source: SAE | Direction, features: list[int]) -> Float[Tensor, "n_features d_out"]:
+    return source.vector[None] if isinstance(source, Direction) else source.directions()[features]
+
+
+def read_features(
+    source: SAE | Direction, x: Float[Tensor, "n d_in"], features: list[int]
+) -> Float[Tensor, "n n_features"]:
+    """Codes of some features."""
+    if isinstance(source, Direction) or torch.is_grad_enabled() or len(x) * source.cfg.d_sae <= DENSE_NUMBERS:
+        return source.encode(x)[..., features]
+    codes = source.encode_sparse(x)
+    places = torch.full((source.cfg.d_sae,), -1, device=codes.indices.device)
+    places[features] = torch.arange(len(features), device=places.device)
+    found = places[codes.indices]
+    z = codes.values.new_zeros(len(x), len(features))
+    return z.index_put((codes.rows[found >= 0], found[found >= 0]), codes.values[found >= 0])
+
+
+def _read_features(features: Features, source: SAE | Direction, mode: Mode) -> dict[int, Strength]:
+    """Strengths by feature; features without strengths are for ablation only."""
+    if isinstance(source, Direction) and not isinstance(features, Mapping):
+        given: Any = {} if isinstance(features, tuple | list) and not features else {0: features}
+        strengths = {0: 0.0} if not given and mode == "ablate" else given
+    elif isinstance(features, Mapping):
+        strengths = {int(i): s for i, s in features.items()}
+    elif mode == "ablate" and isinstance(features, Iterable) and not isinstance(features, Tensor):
+        strengths = {int(i): 0.0 for i in features}
+    elif isinstance(features, tuple | list) and not features:
+        strengths = {}
+    else:
+        raise ValueError(f"`features` must map features to strengths (a list for mode 'ablate' alone), got {features}.")
+    n = 1 if isinstance(source, Direction) else source.cfg.d_sae
+    if bad := [i for i in strengths if not 0 <= i < n]:
+        raise ValueError(f"`features` must be in 0..{n - 1}, got {bad[:5]}.")
+    for i, s in strengths.items():
+        if not torch.as_tensor(s).isfinite().all():
+            raise ValueError(f"Strengths must be finite, got {s} for feature {i}.")
+    return strengths

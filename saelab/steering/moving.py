@@ -1,0 +1,191 @@
+"""`steer` and `splice`: features moved, and activations replaced, in any forward of a model inside a `with` block."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from saelab.lm.flow import Flow, Passing, watch
+from saelab.lm.hooks import splice as splice_edits
+from saelab.lm.models import Model
+from saelab.lm.tokens import find_special_ids
+from saelab.sae.sae import SAE
+from saelab.steering.directions import Direction
+from saelab.steering.interventions import Error, Features, Intervention, Mode, Unit, hook_point_of
+from saelab.steering.places import Place, When
+from saelab.stores.features import FeatureStore
+
+
+@contextmanager
+def steer(
+    model: Model,
+    source: SAE | Direction,
+    features: Features = (),
+    *,
+    mode: Mode = "add",
+    where: Place = "all",
+    unit: Unit = "raw",
+    store: FeatureStore | None = None,
+    error: Error = "keep",
+    hook_point: str | None = None,
+) -> Iterator[Model]:
+    """Inside the block features are moved in every forward of the model, whoever runs it, at every token of `where`.
+
+    `features` maps features to strengths; for a `Direction` it is the strength. Modes, units and the formula are those
+    of `Intervention`, places those of `Where`. Blocks nest: an inner one reads what the outer ones left. With and
+    without a key-value cache, alone and in a padded batch, the same tokens are changed; special tokens are not unless
+    asked for. A strength that changes nothing leaves every bit as it is. Nothing stays behind, also after an error.
+    Gradients flow to strengths and activations where PyTorch records them. ValueError for what does not exist.
+
+    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
+    >>> ids = torch.full((1, 4), 65)
+    >>> with sl.steer(model, sae, {3: 5.0}, hook_point="blocks.1.hook_resid_post"):
+    ...     moved = sl.logits(model, ids)
+    >>> bool((moved != sl.logits(model, ids)).any())
+    True
+    """
+    intervention = Intervention(source, features, mode, where, unit, store, error, hook_point)
+    with steer_all(model, [intervention]):
+        yield model
+
+
+@contextmanager
+def steer_all(model: Model, interventions: Sequence[Intervention]) -> Iterator[Model]:
+    """`steer` with several interventions at once: several SAEs, hook points, modes and places.
+
+    At one hook point they run in their order, each reading what the one before left.
+
+    >>> model, point = sl.tiny_model(), "blocks.1.hook_resid_post"
+    >>> up = sl.Intervention(sl.Direction(torch.ones(32), point), 2.0)
+    >>> with sl.steer_all(model, [up, up]):
+    ...     x = sl.capture(model, torch.full((1, 4), 65), ["blocks.1.hook_out"])
+    """
+    active = [intervention for intervention in interventions if not intervention.changes_nothing]
+    with ExitStack() as stack:
+        flow = _Later()
+        for intervention in active:
+            _attach(stack, model, intervention, flow)
+        if active:
+            flow.flow = stack.enter_context(watch(model))
+        yield model
+
+
+@contextmanager
+def splice(
+    model: Model,
+    source: SAE | dict[str, Callable[[Tensor], Tensor]],
+    *,
+    error: Error = "drop",
+    where: Place = "all",
+    hook_point: str | None = None,
+) -> Iterator[Model]:
+    """Inside the block activations are replaced: by an SAE's reconstructions, or by a function of them.
+
+    With an SAE, `x' = x_hat` at the tokens of `where`, special tokens left as they are; `error="keep"` gives
+    `x' = x_hat + (x - x_hat)`, which is x bit for bit, with gradients through the reconstruction alone. With a
+    dictionary, `edits[hook_point]` gets (batch, ctx_len, d) in the model's dtype (a copy, free to be changed) and returns the same
+    shape. Blocks nest, edits of one hook point run in order of entry, and nothing stays behind, also after an error.
+    ValueError for a wrong name or shape, RuntimeError for a hook point that does not fire exactly once in a forward.
+
+    >>> model, ids = sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)
+    >>> with sl.splice(model, {"blocks.0.hook_resid_post": torch.zeros_like}):
+    ...     x = sl.capture(model, ids, ["blocks.0.hook_out"])["blocks.0.hook_out"]
+    >>> float(x.abs().max())
+    0.0
+    """
+    if isinstance(source, dict):
+        with splice_edits(model, source):
+            yield model
+        return
+    intervention = Intervention(source, (), "add", where, error=error, hook_point=hook_point)
+    with ExitStack() as stack:
+        flow = _Later()
+        _attach(stack, model, intervention, flow)
+        flow.flow = stack.enter_context(watch(model))
+        yield model
+
+
+@dataclass(eq=False)
+class _Later:
+    """The flow, known once every edit is attached: attaching may probe the model, which is no text of the user's."""
+
+    flow: Flow | None = None
+
+    @property
+    def now(self) -> Passing:
+        assert self.flow is not None and self.flow.now is not None
+        return self.flow.now
+
+    @property
+    def n_forwards(self) -> int:
+        assert self.flow is not None
+        return self.flow.n_forwards
+
+
+class _Reading:
+    """What flows through a hook point in the forward that is running."""
+
+    def __init__(self, hook_point: str, flow: _Later) -> None:
+        self.hook_point, self.flow = hook_point, flow
+        self.x: Tensor | None = None
+        self.read_in = -1
+
+    def keep(self, x: Tensor) -> Tensor:
+        self.x, self.read_in = x, self.flow.n_forwards
+        return x
+
+    def get(self, wanted_by: str) -> Tensor:
+        if self.x is None or self.read_in != self.flow.n_forwards:
+            raise RuntimeError(
+                f"What is read must lie before what is changed; '{self.hook_point}' had not fired yet when "
+                f"'{wanted_by}' did. Steer at a later hook point."
+            )
+        return self.x
+
+
+def _attach(stack: ExitStack, model: Model, intervention: Intervention, flow: _Later) -> None:
+    """Readings first, then the edit, so that all of them see what enclosing blocks left."""
+    writes_at, when = intervention.writes_at, intervention.places.when
+    source = _read_at(stack, model, intervention.reads_at, writes_at, flow)
+    condition = None if when is None else _read_at(stack, model, _point_of(when), writes_at, flow)
+    special = torch.tensor(find_special_ids(model) if model.tokenizer is not None else (), dtype=torch.long)
+
+    def edit(x: Tensor) -> Tensor:
+        keep = intervention.places.select(flow.now, special).to(x.device)
+        if when is not None:
+            keep = keep & when.holds(x if condition is None else condition.get(writes_at)).to(x.device)
+        read = x if source is None else source.get(writes_at)
+        return _change(intervention, x, read, keep)
+
+    stack.enter_context(splice_edits(model, {writes_at: edit}))
+
+
+def _read_at(stack: ExitStack, model: Model, hook_point: str, writes_at: str, flow: _Later) -> _Reading | None:
+    """A reading at another hook point than the one that is changed; there, what comes in is at hand."""
+    if hook_point == writes_at:
+        return None
+    reading = _Reading(hook_point, flow)
+    stack.enter_context(splice_edits(model, {hook_point: reading.keep}))
+    return reading
+
+
+def _point_of(when: When) -> str:
+    point = when.hook_point or hook_point_of(when.source)
+    if point is None:
+        raise ValueError("`hook_point` of a condition must be given where its SAE does not say it, got None.")
+    return point
+
+
+def _change(intervention: Intervention, x: Tensor, read: Tensor, keep: Bool[Tensor, "batch n"]) -> Tensor:
+    if not keep.any():
+        return x
+    written, read = x[keep], read[keep]
+    if intervention.error == "keep" and not intervention.strengths and isinstance(intervention.source, SAE):
+        if not torch.is_grad_enabled():
+            return x
+        x_hat = intervention.source(read).to(x)
+        return x.index_put((keep,), written.detach() + (x_hat - x_hat.detach()))
+    return x.index_put((keep,), intervention.change(written, read))
