@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from saelab.lm.door import Door, door, require_once
 from saelab.lm.models import Model
-from saelab.lm.plain import Site, Tap, attach, run
+from saelab.lm.plain import Site, Tap, attach, run, run_as_set
 
 
 class _Stop(Exception):
@@ -142,14 +142,19 @@ def _replace(name: str, edit: Callable[[Tensor], Tensor]) -> Tap:
     return tap
 
 
-def logits(model: Model, ids: Int[Tensor, "batch ctx_len"]) -> Float[Tensor, "batch ctx_len d_vocab"]:
-    """The model's logits for right-padded rows of ids, in its dtype; no gradient. Edits of `splice` apply.
+def logits(
+    model: Model, ids: Int[Tensor, "batch ctx_len"], *, grad: bool = False
+) -> Float[Tensor, "batch ctx_len d_vocab"]:
+    """The model's logits for right-padded rows of ids, in its dtype. Edits of `splice` and `steer` apply.
+
+    Without gradient, unless `grad=True`: then it flows to whatever the edits bring in.
 
     >>> sl.logits(sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)).shape
     torch.Size([1, 4, 259])
     """
     plain_or_bridge, _ = door(model).route([])
-    return run(plain_or_bridge, to_model(model, ids))
+    with torch.set_grad_enabled(grad):
+        return run_as_set(plain_or_bridge, to_model(model, ids))
 
 
 def next_token_loss(

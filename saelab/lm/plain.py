@@ -83,7 +83,12 @@ def set_attention(model: nn.Module, implementation: str) -> None:
 
 @torch.no_grad()
 def run(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits of a plain or wrapped Hugging Face model, in evaluation mode and without a cache.
+    """`run_as_set` without gradient."""
+    return run_as_set(model, ids)
+
+
+def run_as_set(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits of a plain or wrapped Hugging Face model, in evaluation mode, without a cache, gradients as PyTorch is set.
 
     Rows are padded on the right, where a causal model cannot look, so no attention mask is needed and positions count
     from 0 in every row.

@@ -86,8 +86,9 @@ def splice(
 
     With an SAE, `x' = x_hat` at the tokens of `where`, special tokens left as they are; `error="keep"` gives
     `x' = x_hat + (x - x_hat)`, which is x bit for bit, with gradients through the reconstruction alone. With a
-    dictionary, `edits[hook_point]` gets (batch, ctx_len, d) in the model's dtype (a copy, free to be changed) and returns the same
-    shape. Blocks nest, edits of one hook point run in order of entry, and nothing stays behind, also after an error.
+    dictionary, `edits[hook_point]` gets (batch, ctx_len, d) in the model's dtype (a copy, free to be changed) and
+    returns the same shape. Blocks nest, edits of one hook point run in order of entry, and nothing stays behind, also
+    after an error.
     ValueError for a wrong name or shape, RuntimeError for a hook point that does not fire exactly once in a forward.
 
     >>> model, ids = sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)
