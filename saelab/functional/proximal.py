@@ -35,6 +35,17 @@ def keep_batch_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> F
     return keep_topk(u.reshape(-1), k * n_rows, signed).view_as(u)
 
 
+def keep_group_max(u: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
+    """Keep the largest of each of k contiguous groups of a row, where it is positive; the rest is 0.
+
+    >>> keep_group_max(torch.tensor([3.0, 5.0, -1.0, -2.0]), k=2)
+    tensor([0., 5., 0., 0.])
+    """
+    grouped = u.unflatten(-1, (k, -1))
+    places = grouped.argmax(-1, keepdim=True)
+    return torch.zeros_like(grouped).scatter(-1, places, grouped.gather(-1, places).relu()).flatten(-2)
+
+
 def keep_above(
     u: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, "..."], signed: bool
 ) -> Float[Tensor, "*batch d_sae"]:

@@ -54,6 +54,20 @@ def search_topk(
     return _keep_firing(indices, values, signed, d_sae)
 
 
+def search_group_max(
+    x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, "d_sae"], k: int
+) -> SparseCodes:
+    """The largest `u = x W^T + bias` of each of k contiguous groups of latents, where it is positive.
+
+    >>> search_group_max(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), k=2).indices
+    tensor([0])
+    """
+    parts = [torch.addmm(bias, rows, W.T).unflatten(1, (k, -1)).max(dim=2) for rows in x.split(256)]
+    values, within = (torch.cat(part) for part in zip(*parts, strict=True))
+    firsts = torch.arange(0, len(W), len(W) // k, device=x.device)
+    return _keep_firing(within + firsts, values, False, len(W))
+
+
 def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Precision | None) -> Screen | None:
     """The screen for a search among these rows; None where a dense product costs less."""
     if len(x) == 0 or (precision is None and len(W) < DENSE_WIDTH):

@@ -22,8 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
-from saelab.functional.proximal import jumprelu, keep_above, keep_batch_topk, keep_topk, step_above
-from saelab.functional.search import search_above, search_batch_topk, search_topk
+from saelab.functional.proximal import jumprelu, keep_above, keep_batch_topk, keep_group_max, keep_topk, step_above
+from saelab.functional.search import search_above, search_batch_topk, search_group_max, search_topk
 
 ACTIVATIONS: dict[str, "type[Activation]"] = {}
 
@@ -185,6 +185,28 @@ class BatchAbsTopK(BatchTopK):
     """BatchTopK by magnitude, with signs: |u| competes over the batch, |u| > threshold afterwards."""
 
     signed: ClassVar[bool] = True
+
+
+@register_activation("groupmax")
+@dataclass(frozen=True)
+class GroupMax(Activation):
+    """The largest pre-activation of each of k groups of neighbouring latents, where it is positive (sparsify's
+    groupmax).
+    """
+
+    k: int = 32
+    """groups, and so latents kept a token at most; d_sae is a multiple of it"""
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        return keep_group_max(u, self.k)
+
+    def search(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool) -> SparseCodes:
+        return search_group_max(x, W, bias, self.k)
+
+    def check(self, d_sae: int) -> None:
+        super().check(d_sae)
+        if d_sae % self.k:
+            raise ValueError(f"`k` of GroupMax must divide d_sae ({d_sae}) into equal groups, got {self.k}.")
 
 
 @dataclass(frozen=True)

@@ -2,57 +2,79 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from saelab.functional.codes import SparseCodes
+from saelab.functional.metrics import exact
+from saelab.functional.pursuit import pursue
+from saelab.sae.activations import TopK
 from saelab.sae.archetypes import Archetypal, Archetypes
-from saelab.sae.config import SAEConfig
+from saelab.sae.config import MatchingPursuit, SAEConfig
 from saelab.sae.normaliser import Normaliser
 
 DENSE_NUMBERS = 2**25  # pre-activations held at a time where codes are found densely
 
 
 class Coder(nn.Module):
-    """A sparse autoencoder's weights and its two directions.
+    """A sparse autoencoder's or transcoder's weights and its two directions.
 
         z     = activation( (normalise(x) - b_dec) W_enc + b_enc )
         x_hat = unnormalise( z W_dec + b_dec )
 
-    Weights are float32 and drawn from `seed` on CPU. What is random is the dictionary: rows of W_dec are random
-    directions, W_enc is their transpose, and is stored latent by latent, so that reading a few latents touches a few
-    rows of memory.
+    With `cfg.d_out` it is a transcoder: what it reconstructs are other activations y, with a normaliser of their own,
+    and nothing is subtracted from its input:
+
+        z     = activation( normalise(x) W_enc + b_enc )
+        y_hat = unnormalise_target( z W_dec + b_dec + normalise(x) W_skip )
+
+    W_skip is there with `cfg.skip` only. All weights are in the normalisers' units, and so in the activations' own for
+    normaliser "none". Weights are float32 and drawn from `seed` on CPU. What is random is the dictionary: rows of W_dec
+    are random directions, W_enc is their transpose (a transcoder's are random too), and is stored latent by latent, so
+    that reading a few latents touches a few rows of memory. Matching pursuit reads with W_dec: there `W_enc` is its
+    transpose, `b_enc` zero, and neither a parameter.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
     b_enc: Float[Tensor, "d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, "d_in"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, "d_out"]
+    W_skip: Float[Tensor, "d_in d_out"] | None
     threshold: Tensor | None
     archetypes: Archetypes | None
+    target_normaliser: Normaliser | None
 
     def __init__(self, cfg: SAEConfig, seed: int = 0) -> None:
         super().__init__()
         self.cfg = cfg
         generator = torch.Generator().manual_seed(seed)
-        directions = torch.randn(cfg.d_sae, cfg.d_in, generator=generator)
-        directions /= directions.norm(dim=1, keepdim=True)
+        directions = _draw_directions(cfg.d_sae, cfg.d_target, generator)
         self.archetypes = None
         if isinstance(cfg.dictionary, Archetypal):
-            self.archetypes = Archetypes(cfg.dictionary, cfg.d_sae, cfg.d_in, generator)
+            self.archetypes = Archetypes(cfg.dictionary, cfg.d_sae, cfg.d_target, generator)
             directions = self.archetypes().detach()
-        self.W_enc = nn.Parameter(directions.clone().T)
-        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
+        if cfg.encoder == "linear":
+            read = directions.clone() if cfg.d_out is None else _draw_directions(cfg.d_sae, cfg.d_in, generator)
+            self.W_enc = nn.Parameter(read.T)
+            self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
         self.W_dec = nn.Parameter(directions, requires_grad=cfg.dictionary in ("unit", "free"))
-        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_target))
+        self.W_skip = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_target)) if cfg.skip else None
         threshold = cfg.activation.initial_threshold(cfg.d_sae)
         if cfg.activation.threshold == "learned" and threshold is not None:
             self.threshold = nn.Parameter(threshold)
         else:
             self.register_buffer("threshold", threshold)
         self.normaliser = Normaliser(cfg.normaliser, cfg.d_in)
+        self.target_normaliser = None if cfg.d_out is None else Normaliser(cfg.normaliser, cfg.d_out)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("W_enc", "b_enc") and name not in self._parameters:
+            return self.W_dec.T if name == "W_enc" else self.W_dec.new_zeros(self.cfg.d_sae)
+        return super().__getattr__(name)
 
     @property
     def device(self) -> torch.device:
@@ -64,12 +86,25 @@ class Coder(nn.Module):
         """What the weights are."""
         return self.W_dec.dtype
 
+    @property
+    def out_normaliser(self) -> Normaliser:
+        """That of what is reconstructed: `target_normaliser`, or an autoencoder's only one."""
+        return self.normaliser if self.target_normaliser is None else self.target_normaliser
+
+    def centre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """What W_enc reads: `normalise(x) - b_dec`, or a transcoder's `normalise(x)`."""
+        normalised = self.normaliser.normalise(x.to(self.W_dec))
+        return normalised - self.b_dec if self.cfg.d_out is None else normalised
+
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Dense codes z of activations, differentiable; signed for signed activations, so a latent fires where `z !=
         0`.
         """
         self._check_width(x)
-        centred = self.normaliser.normalise(x.to(self.W_enc)) - self.b_dec
+        centred = self.centre(x)
+        if isinstance(self.cfg.encoder, MatchingPursuit):
+            codes = self.pursue(centred.reshape(-1, self.cfg.d_in), self.W_dec)
+            return codes.to_dense().view(*x.shape[:-1], self.cfg.d_sae)
         return self.cfg.activation(centred @ self.W_enc + self.b_enc, self.threshold)
 
     @torch.no_grad()
@@ -77,11 +112,24 @@ class Coder(nn.Module):
         """The non-zero codes only, as indices and values; the same codes as `encode`, without the dense tensor."""
         self._check_width(x)
         flat = x.reshape(-1, self.cfg.d_in)
-        centred = self.normaliser.normalise(flat.to(self.W_enc)) - self.b_dec
-        codes = self.cfg.activation.search(centred, self.W_enc.T, self.b_enc, self.threshold, training=False)
+        codes = self.search(self.centre(flat), training=False)
         if codes is None:
             codes = self._encode_by_parts(flat)
         return replace(codes, batch_shape=tuple(x.shape[:-1]))
+
+    def search(self, centred: Float[Tensor, "n_rows d_in"], training: bool) -> SparseCodes | None:
+        """The pre-activations that may fire, of rows that `centre` gave; None where dense is the way to find them."""
+        if isinstance(self.cfg.encoder, MatchingPursuit):
+            return self.pursue(centred, self.W_dec)
+        return self.cfg.activation.search(centred, self.W_enc.T, self.b_enc, self.threshold, training=training)
+
+    def pursue(self, centred: Float[Tensor, "n_rows d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> SparseCodes:
+        """Codes by matching pursuit along the rows of `W_dec`, differentiable."""
+        encoder, activation = self.cfg.encoder, self.cfg.activation
+        assert isinstance(encoder, MatchingPursuit) and isinstance(activation, TopK)
+        return pursue(
+            centred, W_dec, activation.k, activation.signed, encoder.residual_threshold, encoder.stop_on_repeat
+        )
 
     def _encode_by_parts(self, x: Tensor) -> SparseCodes:
         size = max(1, DENSE_NUMBERS // self.cfg.d_sae)
@@ -95,9 +143,16 @@ class Coder(nn.Module):
         )
 
     def decode(
-        self, z: Float[Tensor, "*batch d_sae"] | SparseCodes, prefix: int | None = None
-    ) -> Float[Tensor, "*batch d_in"]:
-        """The reconstruction of dense or sparse codes; with `prefix`, of the first `prefix` latents alone."""
+        self,
+        z: Float[Tensor, "*batch d_sae"] | SparseCodes,
+        prefix: int | None = None,
+        *,
+        x: Float[Tensor, "*batch d_in"] | None = None,
+    ) -> Float[Tensor, "*batch d_out"]:
+        """The reconstruction of dense or sparse codes; with `prefix`, of the first `prefix` latents alone.
+
+        A skip connection adds what it makes of the activations `x`; without `x` it is left out.
+        """
         n = self.cfg.d_sae if prefix is None else prefix
         if not 1 <= n <= self.cfg.d_sae:
             raise ValueError(f"`prefix` must be in 1..d_sae ({self.cfg.d_sae}), got {prefix}.")
@@ -105,33 +160,49 @@ class Coder(nn.Module):
             summed = (z if prefix is None else z.prefix(n)).decode(self.W_dec)
         else:
             summed = z[..., :n] @ self.W_dec[:n]
-        return self.normaliser.unnormalise(summed + self.b_dec)
+        summed = summed + self.b_dec
+        if self.W_skip is not None and x is not None:
+            summed = summed + self.centre(x) @ self.W_skip
+        return self.out_normaliser.unnormalise(summed)
 
-    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """The reconstruction of activations, in their own dtype and on their own device."""
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """The reconstruction, in the activations' own dtype and on their own device; a transcoder's is of its target,
+        skip connection included.
+        """
         codes = self.encode(x) if torch.is_grad_enabled() else self.encode_sparse(x)
-        return self.decode(codes).to(x)
+        return self.decode(codes, x=x).to(x)
 
     @torch.no_grad()
-    def directions(self) -> Float[Tensor, "d_sae d_in"]:
-        """What a code of 1 adds to the reconstruction, by latent: rows of W_dec in the activations' own units."""
-        rows = self.W_dec.detach()
-        return rows if self.normaliser.kind == "none" else self.normaliser.apply_matrix(rows, self.normaliser.inverse)
+    def directions(self) -> Float[Tensor, "d_sae d_out"]:
+        """What a code of 1 adds to the reconstruction, by latent: rows of W_dec in the units of what is reconstructed.
+
+        A transcoder's are of the target's width, and mean something where its target is written.
+        """
+        rows, normaliser = self.W_dec.detach(), self.out_normaliser
+        return rows if normaliser.kind == "none" else normaliser.apply_matrix(rows, normaliser.inverse)
 
     @torch.no_grad()
     def fold(self) -> "Coder":
-        """An equal SAE without a normaliser: the same codes and reconstructions from W_enc, W_dec and b_dec alone.
+        """An equal SAE without a normaliser: the same codes and reconstructions from the weights alone.
 
         With `normalise(x) = (x - mean) M`: W_enc <- M W_enc, W_dec <- W_dec M^-1, b_dec <- b_dec M^-1 + mean; b_enc
-        and threshold stay. The rows of W_dec are then no longer of unit norm.
+        and threshold stay. A transcoder has (mean, M) of its input and (mean', M') of its target: b_enc <- b_enc - mean
+        M W_enc, W_dec <- W_dec M'^-1, W_skip <- M W_skip M'^-1, b_dec <- b_dec M'^-1 + mean' - mean W_skip. The rows of
+        W_dec are then no longer of unit norm.
         """
         folded = copy.deepcopy(self)
         if self.cfg.normaliser == "none":
             return folded
-        matrix = self.normaliser.matrix
-        folded.W_enc.copy_(matrix @ self.W_enc if matrix.ndim else matrix * self.W_enc)
+        read, written = self.normaliser, self.out_normaliser
+        folded.W_enc.copy_(read.fold_into(self.W_enc))
         folded.W_dec.copy_(self.directions())
-        folded.b_dec.copy_(self.normaliser.unnormalise(self.b_dec))
+        folded.b_dec.copy_(written.unnormalise(self.b_dec))
+        if self.cfg.d_out is not None:
+            folded.b_enc.copy_(exact(self.b_enc) - exact(read.mean) @ exact(folded.W_enc))
+            folded.target_normaliser = Normaliser("none", self.cfg.d_out)
+        if self.W_skip is not None and folded.W_skip is not None:
+            folded.W_skip.copy_(written.apply_matrix(read.fold_into(self.W_skip), written.inverse))
+            folded.b_dec.copy_(exact(folded.b_dec) - exact(read.mean) @ exact(folded.W_skip))
         folded.cfg = replace(self.cfg, normaliser="none", dictionary="free")
         folded.normaliser = Normaliser("none", self.cfg.d_in)
         folded.archetypes = None  # W and Lambda make the rows before they were brought into the activations' units
@@ -144,3 +215,8 @@ class Coder(nn.Module):
                 f"Activations must have d_in ({self.cfg.d_in}) as their last axis, got shape {tuple(x.shape)}; "
                 "use the hook point this SAE was made for."
             )
+
+
+def _draw_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
+    directions = torch.randn(n, d, generator=generator)
+    return directions / directions.norm(dim=1, keepdim=True)

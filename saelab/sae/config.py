@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_args
 
-from saelab.sae.activations import Activation, TopK, make_activation
+from saelab.sae.activations import AbsTopK, Activation, TopK, make_activation
 from saelab.sae.archetypes import Archetypal
 from saelab.sae.normaliser import KINDS, Kind
 
@@ -54,8 +54,32 @@ class AuxK:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatchingPursuit:
+    """Codes found latent by latent, each time the one that explains most of what is left (arXiv:2506.03093).
+
+    Each step takes the row d of W_dec with the largest product <r, d> with the residual r, adds that product to its
+    code and takes it times d from r. The activation says how many steps there are at most and whether products may be
+    negative: `TopK(k)` or `AbsTopK(k)`. Nothing but W_dec and b_dec is learned.
+
+    >>> SAEConfig(d_in=8, d_sae=32, activation=TopK(k=4), encoder=MatchingPursuit(), normaliser="none").encoder
+    MatchingPursuit(residual_threshold=0.0, stop_on_repeat=True)
+    """
+
+    residual_threshold: float = 0.0
+    """a token whose residual is shorter than this gets no further latents; in the activations' units"""
+    stop_on_repeat: bool = True
+    """a token that gets a latent for the second time, or none, gets no further ones"""
+
+    def __post_init__(self) -> None:
+        if not self.residual_threshold >= 0:
+            raise ValueError(f"`residual_threshold` must be at least 0, got {self.residual_threshold}; use 0 for none.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SAEConfig:
     """What an SAE is: widths and one choice on each axis. Training has its own `TrainConfig`.
+
+    With `d_out` it is a transcoder: it reconstructs other activations, of that width, from those it reads.
 
     >>> SAEConfig(d_in=64, d_sae=1024, activation=TopK(k=16), prefixes=(64, 256, 1024)).prefixes
     (64, 256, 1024)
@@ -78,18 +102,46 @@ class SAEConfig:
     fill; W_enc is tied to them"""
     aux: AuxK | None = AuxK()
     """the loss on dead latents, or None"""
+    d_out: int | None = None
+    """width of the activations that a transcoder reconstructs (arXiv:2406.11944); None for an autoencoder"""
+    skip: bool = False
+    """a transcoder's linear map from input to reconstruction beside the latents, W_skip (arXiv:2501.18823)"""
+    encoder: Literal["linear"] | MatchingPursuit = "linear"
+    """one linear step, or `MatchingPursuit(...)` along the rows of W_dec"""
 
     def __post_init__(self) -> None:
         if isinstance(self.prefixes, list):
             object.__setattr__(self, "prefixes", tuple(self.prefixes))
-        for name in ("d_in", "d_sae"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("d_in", "d_sae", "d_out"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.skip and self.d_out is None:
+            raise ValueError(
+                "`skip` must go with `d_out`: an autoencoder with one would copy its input. Set `d_out`, or leave it."
+            )
+        self._check_encoder()
         self._check_dictionary()
         _check_choice("normaliser", self.normaliser, KINDS)
         _check_choice("init", self.init, get_args(Init))
         self.activation.check(self.d_sae)
         self._check_prefixes()
+
+    @property
+    def d_target(self) -> int:
+        """Width of what is reconstructed: d_out, or d_in for an autoencoder."""
+        return self.d_in if self.d_out is None else self.d_out
+
+    def _check_encoder(self) -> None:
+        if not isinstance(self.encoder, MatchingPursuit):
+            _check_choice("encoder", self.encoder, ("linear",))
+            return
+        if type(self.activation) not in (TopK, AbsTopK):
+            raise ValueError(f"`activation` of matching pursuit must be TopK or AbsTopK, got {self.activation}.")
+        if self.d_out is not None:
+            raise ValueError(f"`d_out` must be None for matching pursuit, which reads with W_dec, got {self.d_out}.")
+        if self.normaliser != "none":  # its codes are products with rows of any length, so no scale can be folded in
+            raise ValueError(f"`normaliser` must be 'none' for matching pursuit, got '{self.normaliser}'.")
 
     def _check_dictionary(self) -> None:
         if not isinstance(self.dictionary, Archetypal):
@@ -113,8 +165,11 @@ class SAEConfig:
                 raise ValueError(f"`prefixes` must end at d_sae ({self.d_sae}), got {sizes}; append d_sae.")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, the inverse of `from_dict`."""
+        """JSON-able form, the inverse of `from_dict`; `d_out`, `skip` and `encoder` only where they say something."""
         plain = asdict(self)
+        for name in ("d_out", "skip", "encoder"):
+            if getattr(self, name) == SAEConfig.__dataclass_fields__[name].default:
+                del plain[name]
         plain["activation"] = self.activation.to_dict()
         if self.prefixes is not None and not isinstance(self.prefixes, RandomPrefixes):
             plain["prefixes"] = list(self.prefixes)
@@ -131,6 +186,8 @@ class SAEConfig:
             values["prefixes"] = tuple(values["prefixes"])
         if isinstance(values.get("dictionary"), dict):
             values["dictionary"] = read_fields(Archetypal, values["dictionary"])
+        if isinstance(values.get("encoder"), dict):
+            values["encoder"] = read_fields(MatchingPursuit, values["encoder"])
         if values.get("aux") is not None:
             values["aux"] = read_fields(AuxK, values["aux"])
         return read_fields(cls, values)

@@ -65,6 +65,10 @@ class Normaliser(nn.Module):
         """`x M^-1 + mean`."""
         return x if self.kind == "none" else self.apply_matrix(x, self.inverse) + self.mean
 
+    def fold_into(self, weight: Float[Tensor, "d_in n"]) -> Float[Tensor, "d_in n"]:
+        """`M weight`: what does to `x - mean` what the weight does to `normalise(x)`."""
+        return self.matrix @ weight if self.matrix.ndim else self.matrix * weight
+
     @staticmethod
     def apply_matrix(x: Float[Tensor, "*batch d_in"], matrix: Tensor) -> Float[Tensor, "*batch d_in"]:
         """`x M`, for a matrix or a single number."""
