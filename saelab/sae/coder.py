@@ -151,7 +151,8 @@ class Coder(nn.Module):
     ) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction of dense or sparse codes; with `prefix`, of the first `prefix` latents alone.
 
-        A skip connection adds what it makes of the activations `x`; without `x` it is left out.
+        A skip connection adds what it makes of the activations `x`; without `x` it is left out. A normaliser that
+        measures every token needs `x` too, else ValueError.
         """
         n = self.cfg.d_sae if prefix is None else prefix
         if not 1 <= n <= self.cfg.d_sae:
@@ -163,7 +164,7 @@ class Coder(nn.Module):
         summed = summed + self.b_dec
         if self.W_skip is not None and x is not None:
             summed = summed + self.centre(x) @ self.W_skip
-        return self.out_normaliser.unnormalise(summed)
+        return self.out_normaliser.unnormalise(summed, x)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """The reconstruction, in the activations' own dtype and on their own device; a transcoder's is of its target,

@@ -1,4 +1,4 @@
-"""The normaliser axis: an invertible affine map between activations and what the dictionary sees."""
+"""The normaliser axis: an invertible map between activations and what the dictionary sees, affine for most kinds."""
 
 from typing import Literal
 
@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from saelab.functional.metrics import exact
 
-Kind = Literal["none", "scale", "whiten"]
+Kind = Literal["none", "scale", "whiten", "token_norm", "layer_norm"]
 
-KINDS: tuple[Kind, ...] = ("none", "scale", "whiten")
+KINDS: tuple[Kind, ...] = ("none", "scale", "whiten", "token_norm", "layer_norm")
+PER_TOKEN: tuple[Kind, ...] = ("token_norm", "layer_norm")
 
 RIDGE = 1e-6  # of the largest variance: directions with less than this are not amplified further
+LAYER_EPSILON = 1e-5  # what layer_norm adds to the deviation it divides by
 
 
 class Normaliser(nn.Module):
@@ -21,6 +23,10 @@ class Normaliser(nn.Module):
     `none`: the identity. `scale`: M is one number, so that E||(x - mean) M||^2 = d_in. `whiten`: M maps principal
     components to unit variance (arXiv:2412.16247), those of almost no variance kept small. Learned by `fit`; the
     identity until then.
+
+    Two kinds measure every token for itself, so that their inverse needs `x` again and folds into no weight.
+    `token_norm`: `x sqrt(d_in) / ||x||`. `layer_norm`: `(x - mean(x)) / (std(x) + 1e-5)` over the token's own entries,
+    with the deviation of a sample; its inverse multiplies by `std(x)` alone, as those who use it do.
     """
 
     mean: Float[Tensor, "d_in"]
@@ -40,7 +46,7 @@ class Normaliser(nn.Module):
     @torch.no_grad()
     def fit(self, x: Float[Tensor, "n_tokens d_in"]) -> None:
         """Learn mean and M from a sample of activations, in float64."""
-        if self.kind == "none":
+        if self.kind == "none" or self.kind in PER_TOKEN:
             return
         x = exact(x)
         mean = x.mean(0)
@@ -58,16 +64,47 @@ class Normaliser(nn.Module):
         self.inverse.copy_((directions * roots).T)
 
     def normalise(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """`(x - mean) M`."""
-        return x if self.kind == "none" else self.apply_matrix(x - self.mean, self.matrix)
+        """`(x - mean) M`, or the token's own."""
+        if self.kind == "none":
+            return x
+        if self.kind in PER_TOKEN:
+            shift, scale = self._measure(x)
+            return (x - shift) / (scale + LAYER_EPSILON if self.kind == "layer_norm" else scale.clamp(min=1e-30))
+        return self.apply_matrix(x - self.mean, self.matrix)
 
-    def unnormalise(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """`x M^-1 + mean`."""
-        return x if self.kind == "none" else self.apply_matrix(x, self.inverse) + self.mean
+    def unnormalise(
+        self, x_hat: Float[Tensor, "*batch d_in"], x: Float[Tensor, "*batch d_in"] | None = None
+    ) -> Float[Tensor, "*batch d_in"]:
+        """`x_hat M^-1 + mean`; a kind that measures every token needs the activations `x` too, else ValueError."""
+        if self.kind == "none":
+            return x_hat
+        if self.kind not in PER_TOKEN:
+            return self.apply_matrix(x_hat, self.inverse) + self.mean
+        if x is None:
+            raise ValueError(
+                f"`x` must be given to decode with normaliser '{self.kind}', which measures every token, got none; "
+                "pass the activations that were encoded: decode(codes, x=x)."
+            )
+        shift, scale = self._measure(x.to(x_hat))
+        return x_hat * scale + shift
 
     def fold_into(self, weight: Float[Tensor, "d_in n"]) -> Float[Tensor, "d_in n"]:
-        """`M weight`: what does to `x - mean` what the weight does to `normalise(x)`."""
+        """`M weight`: what does to `x - mean` what the weight does to `normalise(x)`; ValueError where it is not
+        linear.
+        """
+        if self.kind in PER_TOKEN:
+            raise ValueError(
+                f"`normaliser` must be linear to be folded into weights, got '{self.kind}', which measures every token; "
+                "normalise the activations before they come here, or keep it."
+            )
         return self.matrix @ weight if self.matrix.ndim else self.matrix * weight
+
+    def _measure(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor]:
+        """What is subtracted from each token, and what it is divided by."""
+        if self.kind == "layer_norm":
+            return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return torch.zeros_like(norms), norms / x.shape[-1] ** 0.5
 
     @staticmethod
     def apply_matrix(x: Float[Tensor, "*batch d_in"], matrix: Tensor) -> Float[Tensor, "*batch d_in"]:
