@@ -88,7 +88,7 @@ def run(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def run_as_set(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits of a plain or wrapped Hugging Face model, in evaluation mode, without a cache, gradients as PyTorch is set.
+    """Logits of a plain or wrapped Hugging Face model, in evaluation mode and without a cache, gradients as set.
 
     Rows are padded on the right, where a causal model cannot look, so no attention mask is needed and positions count
     from 0 in every row.
