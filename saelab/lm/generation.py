@@ -76,7 +76,7 @@ def generate(
     n_tokens: int = 50,
     *,
     n: int = 1,
-    temperature: float = 1.0,
+    temperature: float | int = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -109,7 +109,7 @@ def generate(
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             generators = [_seed(seed, p, i) for p, i in batch]
-            run = _Run(model, [rows[p] for p, _ in batch], Sampler(temperature, top_k, top_p, generators), use_cache)
+            run = _Run(model, [rows[p] for p, _ in batch], Sampler(float(temperature), top_k, top_p, generators), use_cache)
             ends = _find_ends(model) if stop_at_eos else frozenset()
             for (p, _), (ids, log_probs) in zip(batch, run.go(n_tokens, ends, bar), strict=True):
                 samples.append(_read_sample(model, texts[p], rows[p], ids, log_probs))

@@ -181,6 +181,11 @@ def _point_of(when: When) -> str:
 
 
 def _change(intervention: Intervention, x: Tensor, read: Tensor, keep: Bool[Tensor, "batch n"]) -> Tensor:
+    if intervention.rows.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"An SAE or direction must have the width of the hook point it steers, '{intervention.writes_at}' has "
+            f"{x.shape[-1]}, got {intervention.rows.shape[1]}; use the one it was made for."
+        )
     if not keep.any():
         return x
     written, read = x[keep], read[keep]

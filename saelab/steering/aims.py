@@ -1,0 +1,130 @@
+"""What steering aims at: a set of tokens, or what a function says of texts."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeAlias
+
+from saelab.lm.models import Model
+from saelab.lm.strings import token_strings
+from saelab.lm.tokens import find_special_ids
+from saelab.worlds.concepts import CONCEPT_IDS, concepts_of_word
+from saelab.worlds.lexicon import MOODS
+from saelab.worlds.vocabulary import SPECIAL, VOCABULARY
+
+
+@dataclass(frozen=True)
+class TokenConcept:
+    """A concept as the tokens that name it."""
+
+    name: str
+    ids: tuple[int, ...]
+    """in increasing order, each once"""
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredConcept:
+    """A concept as a number for every text, such as the probability that a classifier gives; best in [0, 1]."""
+
+    name: str
+    scorer: Callable[[list[str]], Sequence[float]]
+
+
+Concept: TypeAlias = TokenConcept | ScoredConcept
+Aim: TypeAlias = Concept | str | Iterable[str] | Callable[[list[str]], Sequence[float]]
+"""A concept, its words (in a list, or joined by commas), or a function from texts to numbers"""
+
+
+def make_concept(model: Model, aim: Aim, name: str = "", *, first_token: bool = False) -> Concept:
+    """The concept that words or a function stand for.
+
+    A word stands for every token that reads like it, whatever its capitals, with and without a space in front. A word
+    that the model has no token of its own for is an error (ValueError naming it), unless `first_token`: then the first
+    token of it counts, which other words may begin with, too. A function gets the texts that were generated, without
+    their prompts, and returns a number for each.
+
+    >>> make_concept(sl.tiny_model(), "a,b").ids
+    (65, 66, 97, 98)
+    """
+    return make_concepts(model, {name: aim}, first_token=first_token)[0]
+
+
+def make_concepts(model: Model, aims: Mapping[str, Aim], *, first_token: bool = False) -> list[Concept]:
+    """`make_concept` for several aims by name, reading the vocabulary once."""
+    found: list[Concept] = []
+    reads: dict[str, list[int]] = {}
+    for name, aim in aims.items():
+        if isinstance(aim, TokenConcept | ScoredConcept):
+            found.append(aim)
+        elif callable(aim):
+            found.append(ScoredConcept(name or getattr(aim, "__name__", "score"), aim))
+        else:
+            reads = reads or _read_vocabulary(model)
+            words = [word for part in ([aim] if isinstance(aim, str) else aim) for word in part.split(",")]
+            found.append(_gather(model, reads, [word.strip() for word in words if word.strip()], name, first_token))
+    return found
+
+
+def world_concept(model: Model, name: str) -> TokenConcept:
+    """A concept of saelab's own stories, as the words that mean it wherever they stand; for a model that knows them.
+
+    ValueError for a concept that is not in the table, or that no word means by itself.
+
+    >>> concept = world_concept(sl.load_model("tales", progress=False), "hot")
+    >>> len(concept.ids)
+    3
+    """
+    if name not in CONCEPT_IDS:
+        raise ValueError(f"`name` must be a concept of tales, got '{name}'; near it are {_near(name, CONCEPT_IDS)}.")
+    words = [word for kind in MOODS.get(name, {}).values() for word in kind.split()]
+    words += [word for word in VOCABULARY[len(SPECIAL) :] if name in concepts_of_word(word)]
+    if not words:
+        raise ValueError(f"A concept must have words of its own, '{name}' is a state that any word can stand in.")
+    found = make_concept(model, words, name)
+    assert isinstance(found, TokenConcept)
+    return found
+
+
+def _read_vocabulary(model: Model) -> dict[str, list[int]]:
+    """Tokens by what they read like, capitals and the spaces around them taken off; special and unknown ones not."""
+    tokenizer: Any = model.tokenizer
+    if tokenizer is None:
+        raise ValueError("Words need a model with a tokenizer, got one without; give the ids as a `TokenConcept`.")
+    left_out = {*find_special_ids(model), tokenizer.unk_token_id}
+    reads: dict[str, list[int]] = {}
+    for i, text in token_strings(tokenizer, range(min(len(tokenizer), model.cfg.d_vocab))).items():
+        if i not in left_out and text.strip():
+            reads.setdefault(text.strip().casefold(), []).append(i)
+    return reads
+
+
+def _gather(
+    model: Model, reads: dict[str, list[int]], words: Sequence[str], name: str, first_token: bool
+) -> TokenConcept:
+    if not words:
+        raise ValueError("A concept must have at least one word, got none.")
+    ids = {word: reads.get(word.casefold(), []) or (_first_ids(model, word) if first_token else []) for word in words}
+    if bad := [word for word, found in ids.items() if not found]:
+        more = "" if first_token else ", or give `first_token=True` to count the tokens that they begin with"
+        near = {word: _near(word.casefold(), reads) for word in bad[:3]}
+        raise ValueError(
+            f"The words of a concept must be single tokens of the model, got {bad[:5]} ({len(bad)} of {len(words)} "
+            f"are not); leave them out{more}. Tokens like them: {near}."
+        )
+    named = name or (",".join(words[:3]) + (",..." if len(words) > 3 else ""))
+    return TokenConcept(named, tuple(sorted({i for found in ids.values() for i in found})))
+
+
+def _first_ids(model: Model, word: str) -> list[int]:
+    """What a word begins with, alone and behind a space."""
+    tokenizer: Any = model.tokenizer
+    found = []
+    for spelling in (word, " " + word):
+        ids = tokenizer(spelling, add_special_tokens=False)["input_ids"]
+        strings = token_strings(tokenizer, ids)
+        found += [i for i in ids if strings[i].strip() and i != tokenizer.unk_token_id][:1]
+    return found
+
+
+def _near(word: str, known: Iterable[str]) -> list[str]:
+    return get_close_matches(word, list(known), n=5)

@@ -1,0 +1,244 @@
+"""`attribute`: what each active feature at each token does to a metric, estimated by gradients or measured."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelab.lm.forwards import FORWARD_TOKENS
+from saelab.lm.hooks import capture, logits, splice
+from saelab.lm.models import Model
+from saelab.sae.sae import SAE
+from saelab.steering.effects import Attribution
+from saelab.steering.interventions import hook_point_of
+from saelab.steering.outcomes import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
+from saelab.steering.places import Place
+from saelab.stores.features import FeatureStore
+
+Method = Literal["gradient", "integrated", "exact"]
+Baseline = Literal["zero", "mean"]
+ERROR = -1  # in the place of a feature
+
+
+def attribute(
+    model: Model,
+    sae: SAE,
+    prompt: Prompt,
+    metric: Metric,
+    *,
+    method: Method = "gradient",
+    baseline: Baseline = "zero",
+    counterfactual: Prompt | None = None,
+    store: FeatureStore | None = None,
+    where: Place = "all",
+    n_steps: int = 64,
+    check: bool = False,
+    hook_point: str | None = None,
+    progress: bool = True,
+) -> Attribution:
+    """The effect of each active feature at each token of `where` on a metric of the model's predictions.
+
+        x = sum_i z_i d_i + b + e          the reconstruction error e of each token is a node of its own
+        gradient      (z'_i - z_i) dm/dz_i                                       one forward and backward
+        integrated    (z'_i - z_i) int_0^1 dm/dz_i da, at x + a (x' - x)         Gauss-Legendre, `n_steps` of each
+        exact         m(z_i replaced by z'_i alone) - m(z)                       one row of a forward a feature
+
+    The other codes z' and errors e' are 0 (`baseline="zero"`), the features' means over `store` where they fire and
+    e' = 0 ("mean"), or those of a `counterfactual` prompt of as many tokens. A negative effect means that the metric is
+    lower without the feature. Integrated effects of all nodes add up to m(x') - m(x): how far they do is
+    `completeness`. `metric` is what `make_outcome` knows: a token or its id (log-probability of coming next), a pair
+    (logit difference), "loss", or a function of the logits. `check=True` measures the exact effects too, and the result
+    tells how the estimates correlate with them. ValueError for settings that do not exist, a metric that is no number a
+    row, prompts of unequal length and a transcoder. Sources: arXiv:2403.19647, arXiv:1703.01365.
+
+    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
+    >>> found = attribute(model, sae, "Hello", "!", hook_point="blocks.1.hook_resid_post")
+    >>> found.effects.shape, found.errors.shape
+    ((20,), (6,))
+    """
+    _require(method, baseline, n_steps, sae)
+    scene = make_scene(model, sae, prompt, metric, hook_point)
+    nodes = _find_nodes(scene, sae, where, _read_other(scene, counterfactual), _read_means(sae, baseline, store))
+    clean, patched = scene.values(torch.stack([0 * scene.x, nodes.total(scene.x)])).tolist()
+    effects = scene.measure(nodes, progress) if method == "exact" else scene.estimate(nodes, method, n_steps)
+    exact = scene.measure(nodes, progress) if check and method != "exact" else effects if check else None
+    is_feature, errors = nodes.features != ERROR, torch.zeros(len(scene.x))
+    errors[nodes.tokens[~is_feature]] = effects[~is_feature]
+    return Attribution(
+        hook_point=scene.hook_point,
+        metric=scene.outcome.name,
+        method=method,
+        baseline=baseline if counterfactual is None else "counterfactual",
+        n_steps=n_steps if method == "integrated" else 0,
+        clean=clean,
+        patched=patched,
+        tokens=scene.texts.strings(model),
+        positions=nodes.tokens[is_feature].numpy(),
+        features=nodes.features[is_feature].numpy(),
+        codes=nodes.codes[is_feature].numpy(),
+        sizes=nodes.vectors[is_feature].norm(dim=1).cpu().numpy(),
+        effects=effects[is_feature].numpy(),
+        errors=errors.numpy(),
+        exact=None if exact is None else exact[is_feature].numpy(),
+    )
+
+
+def _require(method: str, baseline: str, n_steps: int, sae: SAE) -> None:
+    for name, value, choices in (("method", method, Method), ("baseline", baseline, Baseline)):
+        if value not in get_args(choices):
+            raise ValueError(f"`{name}` must be one of {get_args(choices)}, got '{value}'.")
+    if n_steps < 1:
+        raise ValueError(f"`n_steps` must be at least 1, got {n_steps}.")
+    require_autoencoder(sae)
+
+
+def require_autoencoder(sae: SAE) -> None:
+    """Refuse a transcoder, whose codes add up to other activations than those they are read from (ValueError)."""
+    if sae.cfg.d_out is not None:
+        raise ValueError("`sae` must reconstruct what it reads, got a transcoder; use one trained on its own input.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Nodes:
+    """What is moved, one by one or together: features at tokens, and the error of each token."""
+
+    tokens: Int[Tensor, "n_nodes"]
+    features: Int[Tensor, "n_nodes"]
+    """`ERROR` for an error"""
+    codes: Float[Tensor, "n_nodes"]
+    """z; 0 for an error"""
+    vectors: Float[Tensor, "n_nodes d_in"]
+    """what replacing the node adds to its token's activation"""
+
+    def total(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """x' - x, all nodes replaced."""
+        return torch.zeros_like(x).index_add(0, self.tokens.to(x.device), self.vectors)
+
+    def alone(self, x: Float[Tensor, "n d_in"], size: int) -> Iterator[Float[Tensor, "batch n d_in"]]:
+        """x' - x of each node alone, `size` nodes at a time."""
+        for vectors, tokens in zip(self.vectors.split(size), self.tokens.to(x.device).split(size), strict=True):
+            moves = x.new_zeros(len(vectors), *x.shape)
+            moves[torch.arange(len(vectors), device=x.device), tokens] = vectors
+            yield moves
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """One prompt, its activations at a hook point, and what is asked of the predictions."""
+
+    model: Model
+    hook_point: str
+    texts: Texts
+    outcome: Outcome
+    x: Float[Tensor, "n d_in"]
+
+    @property
+    def batch(self) -> int:
+        """Copies of the prompt in a forward."""
+        return max(1, FORWARD_TOKENS // len(self.x))
+
+    def values(self, moves: Float[Tensor, "batch n d_in"]) -> Float[Tensor, "batch"]:
+        """The metric with activations moved, a copy of the prompt for each row; differentiable in the moves."""
+        rows = torch.zeros(len(moves), dtype=torch.long)
+        with splice(self.model, {self.hook_point: lambda x: x.detach() + moves.to(x.dtype)}):
+            found = logits(self.model, self.texts.ids[rows], grad=moves.requires_grad)
+        with torch.set_grad_enabled(moves.requires_grad):
+            return self.outcome(found, self.texts, rows)
+
+    def gradient(self, moves: Float[Tensor, "batch n d_in"]) -> Float[Tensor, "batch n d_in"]:
+        """dm/dx of each row; the user's parameters get no gradients."""
+        leaf = moves.detach().requires_grad_()
+        return torch.autograd.grad(self.values(leaf).sum(), leaf)[0]
+
+    def estimate(self, nodes: _Nodes, method: str, n_steps: int) -> Float[Tensor, "n_nodes"]:
+        """Effects by the gradient here, or by its mean on the way."""
+        total = nodes.total(self.x)
+        points, weights = (0.0,), (1.0,)
+        if method == "integrated":
+            roots, halves = np.polynomial.legendre.leggauss(n_steps)
+            points, weights = tuple((roots + 1) / 2), tuple(halves / 2)
+        mean = torch.zeros_like(total, dtype=torch.float64)
+        for start in range(0, len(points), self.batch):
+            part = slice(start, start + self.batch)
+            moves = total * torch.tensor(points[part], device=total.device).to(total)[:, None, None]
+            weight = torch.tensor(weights[part], device=total.device, dtype=torch.float64)
+            mean += torch.einsum("b,bnd->nd", weight, self.gradient(moves).double())
+        return (nodes.vectors * mean[nodes.tokens.to(mean.device)]).sum(1).float().cpu()
+
+    def measure(self, nodes: _Nodes, progress: bool) -> Float[Tensor, "n_nodes"]:
+        """Effects of each node replaced alone."""
+        clean = self.values(0 * self.x[None])
+        found = []
+        with tqdm(total=len(nodes.tokens), unit="node", desc="exact", delay=2, disable=not progress) as bar:
+            for moves in nodes.alone(self.x, self.batch):
+                found.append(self.values(moves) - clean)
+                bar.update(len(moves))
+        return torch.cat(found).cpu() if found else torch.zeros(0)
+
+
+def make_scene(model: Model, sae: SAE, prompt: Prompt, metric: Metric, hook_point: str | None) -> Scene:
+    """What attribution works on; ValueError where nobody says at which hook point."""
+    point = hook_point or hook_point_of(sae)
+    if point is None:
+        raise ValueError("`hook_point` must be given for an SAE that does not say where it was trained, got None.")
+    texts = read_texts(model, prompt)
+    x = capture(model, texts.ids, [point])[point][0]
+    return Scene(model, point, texts, make_outcome(model, metric), x.float())
+
+
+def _read_other(scene: Scene, counterfactual: Prompt | None) -> Float[Tensor, "n d_in"] | None:
+    """Activations of the counterfactual prompt."""
+    if counterfactual is None:
+        return None
+    texts = read_texts(scene.model, counterfactual)
+    require_aligned(scene.texts, texts)
+    return capture(scene.model, texts.ids, [scene.hook_point])[scene.hook_point][0].float()
+
+
+def require_aligned(texts: Texts, others: Texts) -> None:
+    """Two prompts are held against each other token by token (ValueError)."""
+    if texts.ids.shape != others.ids.shape:
+        raise ValueError(
+            f"The two prompts must have equally many tokens, got {int(texts.lengths[0])} and {int(others.lengths[0])}; "
+            "choose words of as many tokens, or give token ids."
+        )
+
+
+def _read_means(sae: SAE, baseline: Baseline, store: FeatureStore | None) -> Float[Tensor, "d_sae"]:
+    """Codes in the place of those that fire."""
+    if baseline == "zero":
+        return torch.zeros(sae.cfg.d_sae)
+    if store is None or store.d_sae != sae.cfg.d_sae:
+        got = None if store is None else f"one of {store.d_sae} features"
+        raise ValueError(f"`baseline='mean'` needs `store`, with the means of {sae.cfg.d_sae} features, got {got}.")
+    sums = store.statistics.sums
+    return torch.from_numpy((sums[:, 0] - sums[:, 1]) / len(store)).float()
+
+
+@torch.no_grad()
+def _find_nodes(scene: Scene, sae: SAE, where: Place, other: Tensor | None, means: Tensor) -> _Nodes:
+    """Features that fire at the tokens of a place, here or in the other prompt, and the errors of these tokens."""
+    keep = scene.texts.select(scene.model, where)[0].nonzero()[:, 0]
+    x = scene.x[keep.to(scene.x.device)].to(sae.device)
+    z = sae.encode(x)
+    error = x - sae.decode(z)
+    z_other, other_error = torch.where(z != 0, means.to(z), 0), torch.zeros_like(error)
+    if other is not None:
+        y = other[keep.to(other.device)].to(sae.device)
+        z_other = sae.encode(y)
+        other_error = y - sae.decode(z_other)
+    rows, features = ((z != 0) | (z_other != 0)).nonzero(as_tuple=True)
+    vectors = (z_other - z)[rows, features, None] * sae.directions()[features]
+    found = _Nodes(keep[rows.cpu()], features.cpu(), z[rows, features].cpu(), vectors.to(scene.x))
+    return replace(
+        found,
+        tokens=torch.cat([found.tokens, keep]),
+        features=torch.cat([found.features, torch.full_like(keep, ERROR)]),
+        codes=torch.cat([found.codes, torch.zeros(len(keep))]),
+        vectors=torch.cat([found.vectors, (other_error - error).to(scene.x)]),
+    )

@@ -1,0 +1,175 @@
+"""`Attribution`: effects of features at tokens on a metric, how far they add up, and how well they are estimated."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from saelab.stores.results import Result
+
+N_SHUFFLES = 20
+N_SHOWN = 10
+NOTHING = 1e-5
+"""A difference of the metric below this share of its size is rounding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How estimated effects of features go with exact ones; correlations in [-1, 1]."""
+
+    pearson: float
+    spearman: float
+    shuffled: float
+    """mean Spearman where each estimate meets the exact effect of another feature of the same token"""
+    size: float
+    """Spearman of |exact effect| with how far the activation is moved: what one knows without any gradient"""
+    size_estimate: float
+    """Spearman of |exact effect| with |estimate|, to hold `size` against"""
+    n: int
+    """features at tokens"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attribution(Result):
+    """What `attribute` found; entry i of the arrays is feature `features[i]` at token `positions[i]`."""
+
+    hook_point: str
+    metric: str
+    method: str
+    baseline: str
+    """what codes and errors are replaced by"""
+    n_steps: int
+    """points of integration; 0 for other methods"""
+    clean: float
+    """the metric as it is"""
+    patched: float
+    """the metric with every code and error of these tokens replaced"""
+    tokens: tuple[str, ...]
+    """all of the prompt's"""
+    positions: Int[np.ndarray, "n_nodes"] = field(repr=False)
+    features: Int[np.ndarray, "n_nodes"] = field(repr=False)
+    codes: Float[np.ndarray, "n_nodes"] = field(repr=False)
+    """z, before"""
+    sizes: Float[np.ndarray, "n_nodes"] = field(repr=False)
+    """norm of what replacing the code adds to the activation"""
+    effects: Float[np.ndarray, "n_nodes"] = field(repr=False)
+    """metric with the code replaced less the metric as it is, in the metric's units"""
+    errors: Float[np.ndarray, "n_tokens"] = field(repr=False)
+    """the same for the reconstruction error of each token, 0 for tokens left out"""
+    exact: Float[np.ndarray, "n_nodes"] | None = field(default=None, repr=False)
+    """measured effects of features, where they were asked for"""
+
+    @property
+    def completeness(self) -> float:
+        """Sum of all effects, errors included, over `patched - clean`: 1 is complete; NaN where that is rounding."""
+        whole = self.patched - self.clean
+        if abs(whole) <= NOTHING * max(abs(self.patched), abs(self.clean)):
+            return float("nan")
+        return float(self.effects.sum(dtype=np.float64) + self.errors.sum(dtype=np.float64)) / whole
+
+    @cached_property
+    def by_token(self) -> Float[np.ndarray, "n_tokens"]:
+        """Effects of features, summed over each token."""
+        return np.bincount(self.positions, self.effects, len(self.tokens))
+
+    @cached_property
+    def by_feature(self) -> dict[int, float]:
+        """Effects summed over tokens, the largest by size first."""
+        features, where = np.unique(self.features, return_inverse=True)
+        sums = np.bincount(where, self.effects, len(features))
+        order = np.argsort(-np.abs(sums), kind="stable")
+        return {int(features[i]): float(sums[i]) for i in order}
+
+    def top(self, n: int = N_SHOWN) -> list[tuple[int, int, float, float]]:
+        """Token position, feature, code and effect of the `n` largest effects by size."""
+        order = np.argsort(-np.abs(self.effects), kind="stable")[:n]
+        columns = (self.positions[order], self.features[order], self.codes[order], self.effects[order])
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    @cached_property
+    def agreement(self) -> Agreement | None:
+        """Correlations with exact effects; None where those were not asked for."""
+        return None if self.exact is None else _hold_against(self, self.exact)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, completeness and agreement, ready for JSON."""
+        agreement = self.agreement
+        told = None if agreement is None else dict(vars(agreement))
+        return super().to_dict() | {"completeness": self.completeness, "agreement": told}
+
+    def __str__(self) -> str:
+        how = f"{self.method}, {self.n_steps} steps" if self.n_steps else self.method
+        whole = f"{self.metric}: {self.clean:.4g} as it is, {self.patched:.4g} with codes and errors replaced"
+        shares = f"features {self.effects.sum():+.4g}, errors {self.errors.sum():+.4g}"
+        lines = [
+            f"{whole} ({self.baseline}, {self.hook_point})",
+            f"{how}: {len(self.effects):,} features at tokens; {shares}; completeness {self._tell_completeness()}",
+        ]
+        if self.agreement is not None:
+            lines.append(tell_agreement(self.agreement))
+        lines.append(f"{'effect':>10} {'code':>9} {'feature':>8}  token")
+        lines += [
+            f"{effect:+10.4f} {code:+9.3f} {feature:>8}  {position} {self.tokens[position]!r}"
+            for position, feature, code, effect in self.top()
+        ]
+        return "\n".join(lines)
+
+    def _tell_completeness(self) -> str:
+        share = self.completeness
+        return f"{share:.4f}" if share == share else "unknown, since replacing all changes nothing"
+
+
+def tell_agreement(agreement: Agreement) -> str:
+    """In a line.
+
+    >>> tell_agreement(Agreement(pearson=1.0, spearman=0.9, shuffled=0.0, size=0.5, size_estimate=0.95, n=7))
+    'with exact effects: Pearson 1.000, Spearman 0.900 (shuffled 0.000); by size 0.950, moved alone 0.500'
+    """
+    one = agreement
+    signed = f"Pearson {one.pearson:.3f}, Spearman {one.spearman:.3f} (shuffled {one.shuffled:.3f})"
+    return f"with exact effects: {signed}; by size {one.size_estimate:.3f}, moved alone {one.size:.3f}"
+
+
+def _hold_against(found: Attribution, exact: np.ndarray) -> Agreement:
+    estimates = found.effects
+    rng = np.random.default_rng(0)
+    shuffled = [rank_correlation(estimates[_shuffle(found.positions, rng)], exact) for _ in range(N_SHUFFLES)]
+    return Agreement(
+        pearson=correlation(estimates, exact),
+        spearman=rank_correlation(estimates, exact),
+        shuffled=float(np.mean(shuffled)),
+        size=rank_correlation(found.sizes, np.abs(exact)),
+        size_estimate=rank_correlation(np.abs(estimates), np.abs(exact)),
+        n=len(exact),
+    )
+
+
+def _shuffle(groups: Int[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+    """A permutation within groups; groups are in order or not."""
+    found = np.empty(len(groups), np.int64)
+    found[np.argsort(groups, kind="stable")] = np.lexsort((rng.random(len(groups)), groups))
+    return found
+
+
+def correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
+    """Pearson's; NaN for fewer than three or where one side does not vary.
+
+    >>> correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+    1.0
+    """
+    x, y = (np.asarray(one, np.float64) - np.mean(one, dtype=np.float64) if len(one) else one for one in (x, y))
+    scale = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return round(float(x @ y) / scale, 12) if len(x) > 2 and scale > 0 else float("nan")
+
+
+def rank_correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
+    """Spearman's, ties shared.
+
+    >>> rank_correlation(np.array([1.0, 2.0, 30.0]), np.array([2.0, 4.0, 5.0]))
+    1.0
+    """
+    from scipy.stats import rankdata
+
+    return correlation(rankdata(x), rankdata(y))

@@ -1,0 +1,67 @@
+"""What steering did and what it cost, one definition each; with p the plain model's prediction and p' the steered one's:
+
+    lift           mean_t log p'_t(C) - log p_t(C), p(C) the probability of a set of tokens C, on the same prefixes, nats
+    selectivity    the lift minus the mean lift of other sets
+    kl             mean_t KL(p_t || p'_t), nats
+    entropy        mean_t of p'_t, nats
+    nll            mean_t -log p_t of the tokens that the steered model wrote, nats; perplexity is exp(nll)
+    rate           share of the tokens written that are in C; share: of the texts written that hold one
+    repetition     share of a text's 4-grams that stood in it before (seq-rep-4, arXiv:1908.04319)
+    distinct_n     different n-grams over all n-grams of a set of texts, n = 1 and 2 (arXiv:1510.03055)
+
+Lift, kl and entropy are read on text that the plain model wrote; prompt_lift, prompt_selectivity and prompt_kl on the
+prompts themselves.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+REPEATED = 4
+"""tokens in an n-gram that counts as repeated"""
+
+
+def log_mass(log_probs: Float[Tensor, "*shape d_vocab"], ids: Int[Tensor, "n"]) -> Float[Tensor, "*shape"]:
+    """The logarithm of the probability that the next token is one of `ids`: `log sum_{v in ids} p_v`, in nats.
+
+    >>> round(float(log_mass(torch.zeros(8).log_softmax(0), torch.tensor([1, 5])).exp()), 6)
+    0.25
+    """
+    return log_probs[..., ids.to(log_probs.device)].logsumexp(-1)
+
+
+def entropy(log_probs: Float[Tensor, "*shape d_vocab"]) -> Float[Tensor, "*shape"]:
+    """`-sum_v p_v log p_v` in nats: 0 where one token is sure, log(d_vocab) where all are alike.
+
+    >>> round(float(entropy(torch.zeros(8).log_softmax(0))), 4)
+    2.0794
+    """
+    return torch.special.entr(log_probs.exp()).sum(-1)
+
+
+def repetition(ids: Sequence[int], n: int = REPEATED) -> float:
+    """The share of a text's n-grams that stood in it before, in [0, 1); 0 for a text shorter than n + 1.
+
+    >>> repetition([1, 2, 3, 1, 2, 3], n=2)
+    0.4
+    """
+    grams = _grams(ids, n)
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams over all n-grams of several texts, in (0, 1]; NaN where there is none.
+
+    It falls with the number of tokens: compare it among sets of one size.
+
+    >>> distinct([[1, 2], [1, 2]], n=1)
+    0.5
+    """
+    grams = [gram for text in texts for gram in _grams(text, n)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]

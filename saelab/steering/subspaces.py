@@ -1,0 +1,63 @@
+"""`Subspace`: what several directions span, orthonormal, so that projecting on it is what it says."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.steering.directions import Direction
+
+INDEPENDENT = 1e-5  # of the largest singular value: what is below adds no direction of its own
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """The span of vectors at a hook point, held as an orthonormal basis: `P x = x Q^T Q`.
+
+    Unit vectors that are not orthogonal do not make a projection of `x V^T V`: the basis Q comes from their singular
+    value decomposition, and vectors that depend on others add nothing to it. ValueError for vectors that are not finite
+    or all zero.
+
+    >>> plane = Subspace(torch.tensor([[1.0, 0, 0], [1, 1, 0]]), "blocks.0.hook_resid_post")
+    >>> plane.project(torch.tensor([1.0, 2.0, 3.0])).round(decimals=4) + 0.0
+    tensor([1., 2., 0.])
+    """
+
+    vectors: Float[Tensor, "n d_in"]
+    hook_point: str
+    name: str = "subspace"
+    basis: Float[Tensor, "rank d_in"] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        vectors = self.vectors.detach().double()
+        if not vectors.isfinite().all() or not (vectors != 0).any():
+            raise ValueError(f"Vectors of a subspace must be finite and not all zero, got {tuple(vectors.shape)} of them.")
+        _, sizes, basis = torch.linalg.svd(vectors, full_matrices=False)
+        object.__setattr__(self, "basis", basis[sizes > INDEPENDENT * sizes[0]].float())
+
+    def project(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """The part of activations that lies in the subspace."""
+        basis = self.basis.to(x)
+        return (x @ basis.T) @ basis
+
+    def remove(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """The rest: directional ablation, as in `sl.splice(model, {subspace.hook_point: subspace.remove})`."""
+        return x - self.project(x)
+
+
+def as_subspace(source: Direction | Subspace) -> Subspace:
+    """A direction as the line that it spans."""
+    if isinstance(source, Subspace):
+        return source
+    return Subspace(source.vector.cpu()[None], source.hook_point, source.name)
+
+
+def make_random_subspace(like: Subspace, seed: int) -> Subspace:
+    """A random subspace of the same rank at the same hook point.
+
+    >>> make_random_subspace(Subspace(torch.eye(4)[:2], "blocks.0.hook_resid_post"), seed=1).basis.shape
+    torch.Size([2, 4])
+    """
+    drawn = torch.randn(like.basis.shape, generator=torch.Generator().manual_seed(seed))
+    return Subspace(drawn, like.hook_point, "random")
