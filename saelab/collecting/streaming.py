@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.collecting.reader import DEFAULT_MASK, Reader
+from saelab.collecting.reader import DEFAULT_MASK, Reader, Reading
 from saelab.lm.forwards import forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model
@@ -20,7 +20,10 @@ BUFFER_TOKENS = 1 << 16
 
 
 class ActivationStream:
-    """Iterator over batches (batch_size, d_in) of fresh activations, on the model's device; see `stream`."""
+    """Iterator over batches (batch_size, d_in) of fresh activations, on the model's device; see `stream`.
+
+    Of a pair of hook points the batches are (batch_size, d_in + d_out): each input, and behind it its target.
+    """
 
     def __init__(
         self,
@@ -31,8 +34,11 @@ class ActivationStream:
         n_seq: int,
         seed: int,
         epochs: int | None,
+        d_in: int,
     ) -> None:
-        self.d_in = ring.d_in
+        self.d_in = d_in
+        self.d_out = ring.d_in - d_in or None
+        "Width of the targets, where the stream is of pairs."
         self.batch_size = batch_size
         self.removed: Counter[str] = Counter()
         "Tokens removed so far by each rule of the mask."
@@ -45,7 +51,8 @@ class ActivationStream:
     def provenance(self) -> Provenance:
         """The origin of the activations, with the number of rows read so far."""
         origins = self._reader.origins(self._tokens, self._n_tokens, dict(self.removed), self._seed)
-        return origins[self._reader.hook_points[0]]
+        first, *target = (origins[name] for name in self._reader.hook_points)
+        return first.paired(*target) if target else first
 
     def __iter__(self) -> "ActivationStream":
         return self
@@ -83,7 +90,7 @@ class ActivationStream:
             "n_seq": self._n_seq,
             "buffer_tokens": self._ring.capacity,
             "tokens_sha256": self._tokens.sha256,
-            "hook_point": self._reader.hook_points[0],
+            "hook_point": " to ".join(self._reader.hook_points),
             "mask": json.dumps(self._reader.request(self._tokens)["mask"]),
         }
 
@@ -101,16 +108,22 @@ class ActivationStream:
                 return
             chosen = self._order[self._next_seq : self._next_seq + self._n_seq]
             reading = self._reader.read(self._tokens[chosen])
-            self._ring.add(reading.acts[self._reader.hook_points[0]])
+            self._ring.add(_side_by_side(reading))
             self._next_seq += len(chosen)
             self._n_tokens += len(reading.columns["token_ids"])
             self.removed.update(reading.removed)
 
 
+def _side_by_side(reading: Reading) -> Tensor:
+    """The rows of one hook point, or each with its row of the other behind it."""
+    acts = list(reading.acts.values())
+    return acts[0] if len(acts) == 1 else torch.cat(acts, dim=1)
+
+
 def stream(
     model: Model,
     tokens: Tokens,
-    hook_point: str,
+    hook_point: str | tuple[str, str],
     *,
     batch_size: int = 4096,
     buffer_tokens: int = BUFFER_TOKENS,
@@ -122,6 +135,7 @@ def stream(
 ) -> ActivationStream:
     """Shuffled batches of activations at one hook point, made while they are used; nothing is written to disk.
 
+    Of two hook points it gives the pairs that a transcoder is trained on, each input with its target behind it.
     Each epoch takes the sequences in a new seeded order, `n_seq` in a forward (default: about 4096 tokens). Their rows
     go through a ring buffer of `buffer_tokens` rows that is filled again whenever half of it is served.
     With `epochs=None` the tokens are gone through again and again; otherwise StopIteration comes when the rows left
@@ -140,7 +154,10 @@ def stream(
             f"`buffer_tokens` must be at least twice the batch ({batch_size}) and twice a forward of n_seq={n_seq} "
             f"sequences, {smallest} in all, got {buffer_tokens}. Enlarge it, or take a smaller n_seq or batch_size."
         )
-    reader = Reader.make(model, tokens, [hook_point], mask, dtype).calibrated(tokens, n_seq)
-    first = reader.read(tokens[:1]).acts[hook_point]
+    names = [hook_point] if isinstance(hook_point, str) else list(hook_point)
+    reader = Reader.make(model, tokens, names, mask, dtype).calibrated(tokens, n_seq)
+    reading = reader.read(tokens[:1])
+    first = _side_by_side(reading)
     ring = RingBuffer(buffer_tokens, first.shape[1], dtype=reader.dtype, seed=seed, device=first.device)
-    return ActivationStream(reader, tokens, ring, batch_size, n_seq, seed, epochs)
+    d_in = reading.acts[names[0]].shape[1]
+    return ActivationStream(reader, tokens, ring, batch_size, n_seq, seed, epochs, d_in)

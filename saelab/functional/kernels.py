@@ -208,13 +208,15 @@ class _Encode(torch.autograd.Function):
         x: Tensor,
         W_enc: Tensor,
         b_enc: Tensor,
-        b_dec: Tensor,
+        b_dec: Tensor | None,
         values: Tensor,
         entries: Entries,
         spare: Spare,
         centred: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(x - b_dec if centred is None else centred, W_enc)
+        if centred is None:
+            centred = x if b_dec is None else x - b_dec
+        ctx.save_for_backward(centred, W_enc)
         ctx.entries = entries
         ctx.spare = spare
         return values.clone()
@@ -229,7 +231,8 @@ class _Encode(torch.autograd.Function):
         grad_W = weight_gradient(entries, grad, centred, W_enc.shape[1], ctx.spare).T
         grad_x = gather_sum(indices, grad, offsets, W_enc.T) if ctx.needs_input_grad[0] else None
         # every token shares b_dec, so its gradient is one matrix-vector product
-        return grad_x, grad_W, grad_b, -(W_enc @ grad_b), None, None, None, None
+        grad_b_dec = -(W_enc @ grad_b) if ctx.needs_input_grad[3] else None
+        return grad_x, grad_W, grad_b, grad_b_dec, None, None, None, None
 
 
 def sparse_decode(
@@ -277,7 +280,7 @@ def attach_encoder(
     x: Float[Tensor, "n_rows d_in"],
     W_enc: Float[Tensor, "d_in d_sae"],
     b_enc: Float[Tensor, "d_sae"],
-    b_dec: Float[Tensor, "d_in"],
+    b_dec: Float[Tensor, "d_in"] | None,
     entries: Entries,
     spare: Spare | None = None,
     centred: Float[Tensor, "n_rows d_in"] | None = None,
@@ -286,6 +289,6 @@ def attach_encoder(
 
     `values[e]` must equal `((x - b_dec) W_enc + b_enc)[rows[e], indices[e]]`. The result has the same values, and its
     gradient reaches x, W_enc, b_enc and b_dec as if the dense product had been differentiated. `centred` is x -
-    b_dec, if known.
+    b_dec, if known. Without `b_dec` nothing is taken from x.
     """
     return _Encode.apply(x, W_enc, b_enc, b_dec, values, entries, spare or [], centred)

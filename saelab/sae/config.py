@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from saelab.sae.activations import AbsTopK, Activation, TopK, make_activation
 from saelab.sae.archetypes import Archetypal
-from saelab.sae.normaliser import KINDS, Kind
+from saelab.sae.normaliser import KINDS, PER_TOKEN, Kind
 
 Dictionary = Literal["unit", "free", "frozen"]
 Init = Literal["tied", "data", "subspace"]
@@ -119,6 +119,11 @@ class SAEConfig:
         if self.skip and self.d_out is None:
             raise ValueError(
                 "`skip` must go with `d_out`: an autoencoder with one would copy its input. Set `d_out`, or leave it."
+            )
+        if self.d_out is not None and self.normaliser in PER_TOKEN:
+            raise ValueError(
+                f"`normaliser` of a transcoder must be the same map for every token, got '{self.normaliser}': what it "
+                "measures of an input says nothing of the target. Take 'scale', or normalise the inputs before."
             )
         self._check_encoder()
         self._check_dictionary()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -10,43 +10,77 @@ from torch import Tensor
 from saelab.sae.coder import Coder
 from saelab.sae.trainee import Trainee
 from saelab.stores.activations import Activations
+from saelab.stores.pairs import ActivationPairs
 from saelab.stores.provenance import Provenance
 from saelab.training.config import TrainConfig
 from saelab.training.loop import TrainingRun
 from saelab.training.protocols import Batches
 
+Pair: TypeAlias = tuple[Activations, Activations] | tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]
+"""Inputs and targets of the same tokens, for a transcoder."""
+Data: TypeAlias = Activations | ActivationPairs | Batches | Float[Tensor, "n d_in"] | Pair
+
 
 def make_run(
     saes: Sequence[Coder],
-    acts: Activations | Batches | Float[Tensor, "n_tokens d_in"],
+    acts: Data,
     cfg: TrainConfig,
-    held_out: Float[Tensor, "n d_in"] | None,
+    held_out: Float[Tensor, "n d_in"] | Pair | None,
     out: str | Path | None,
     resume: bool,
 ) -> TrainingRun:
     """A run, ready for `train`, of SAEs on one stream of activations, as if each were trained alone with its seed.
 
-    `acts` is collected activations, a plain tensor, or a stream. Of the first two the last tokens are held out to
-    measure FVU; a stream brings none, so give `held_out`. With `out`, history and checkpoints are written there.
-    Raises ValueError for widths that differ, too little data, and a folder that does not go with `resume`.
+    `acts` is collected activations, a plain tensor, or a stream; for transcoders a pair of the first two, or a stream
+    of pairs. Of all but streams the last tokens are held out to measure FVU; a stream brings none, so give `held_out`.
+    With `out`, history and checkpoints are written there. Raises ValueError for widths that differ, pairs that are not
+    of the same tokens, too little data, and a folder that does not go with `resume`.
     """
-    if isinstance(acts, Tensor):
-        acts = Activations.from_tensor(acts)
+    acts = open_data(acts)
     for sae in saes:
-        if sae.cfg.d_in != acts.d_in:
-            raise ValueError(f"`d_in` of the SAE must be the activations' ({acts.d_in}), got {sae.cfg.d_in}.")
-    batches, held_out = _hold_out(acts, cfg, held_out) if isinstance(acts, Activations) else (acts, held_out)
+        _check_widths(sae, acts.d_in, getattr(acts, "d_out", None))
+    kept = open_data(held_out)[:] if held_out is not None else None  # type: ignore[index]
+    batches, kept = (acts, kept) if isinstance(acts, Batches) else _hold_out(acts, cfg, kept)
     folder = _make_folder(out, resume)
     # an SAE that was trained before goes on from its weights
     trained = [getattr(sae, "training_", None) is not None for sae in saes]
     trainees = [Trainee(sae, cfg, before) for sae, before in zip(saes, trained, strict=True)]
-    run = TrainingRun(trainees, batches, cfg, held_out, folder)
+    run = TrainingRun(trainees, batches, cfg, kept, folder)
     if run.has_checkpoint and not resume:
         raise ValueError(f"`out` must not hold another run, got {folder}; go on with resume=True, or choose another.")
     return run
 
 
-def _hold_out(acts: Activations, cfg: TrainConfig, held_out: Tensor | None) -> tuple[Batches, Tensor | None]:
+def open_data(acts: Data) -> Activations | ActivationPairs | Batches:
+    """Tensors as activations, and two of them as pairs; ValueError where those are not of the same tokens."""
+    if isinstance(acts, tuple):
+        inputs, targets = (Activations.from_tensor(part) if isinstance(part, Tensor) else part for part in acts)
+        return ActivationPairs(inputs, targets)
+    return Activations.from_tensor(acts) if isinstance(acts, Tensor) else acts
+
+
+def _check_widths(sae: Coder, d_in: int, d_out: int | None) -> None:
+    """ValueError where activations, or pairs (d_out is not None), do not go with the SAE."""
+    cfg = sae.cfg
+    if cfg.d_out is not None and d_out is None:
+        raise ValueError(
+            f"A transcoder (d_out={cfg.d_out}) must have pairs to learn from, got activations of one hook point; give "
+            "(inputs, targets)."
+        )
+    if cfg.d_out is None and d_out is not None:
+        raise ValueError(
+            "An autoencoder must have activations of one hook point, got pairs; set `d_out` in SAEConfig for a "
+            "transcoder."
+        )
+    if cfg.d_in != d_in:
+        raise ValueError(f"`d_in` of the SAE must be the activations' ({d_in}), got {cfg.d_in}.")
+    if cfg.d_out != d_out:
+        raise ValueError(f"`d_out` of the transcoder must be the targets' ({d_out}), got {cfg.d_out}.")
+
+
+def _hold_out(
+    acts: Activations | ActivationPairs, cfg: TrainConfig, held_out: Tensor | None
+) -> tuple[Batches, Tensor | None]:
     """Batches to train on, and the last tokens, left out of them to measure FVU unless others are given for that."""
     n_held = 0 if held_out is not None else min(cfg.n_held_out, acts.n_tokens // 10)
     rest = acts.rows(0, acts.n_tokens - n_held)

@@ -12,12 +12,10 @@ from torch import Tensor
 from saelab.sae.checkpoint import find_folder, read_sae, write_sae
 from saelab.sae.coder import Coder
 from saelab.sae.config import SAEConfig
-from saelab.sae.fitting import describe_training, make_run, origin_of
-from saelab.stores.activations import Activations
+from saelab.sae.fitting import Data, Pair, describe_training, make_run, open_data, origin_of
 from saelab.stores.provenance import Provenance
 from saelab.training.config import TrainConfig
 from saelab.training.loop import train
-from saelab.training.protocols import Batches
 from saelab.training.sinks import Entry, Sink
 
 
@@ -41,19 +39,20 @@ class SAE(Coder):
 
     def fit(
         self,
-        acts: Activations | Batches | Float[Tensor, "n_tokens d_in"],
+        acts: Data,
         cfg: TrainConfig | None = None,
         *,
         out: str | Path | None = None,
         resume: bool = False,
-        held_out: Float[Tensor, "n d_in"] | None = None,
+        held_out: Float[Tensor, "n d_in"] | Pair | None = None,
         sinks: Sequence[Sink] = (),
         progress: bool = True,
     ) -> "SAE":
         """Train on activations and return self; the losses are in `history_`, the settings in `training_`.
 
-        `acts` is what `collect` or `stream` give, or a plain tensor. With `out`, history and checkpoints are written
-        there, and `resume=True` goes on from the last one, bit for bit on CPU. Ctrl-C saves and says where.
+        `acts` is what `collect` or `stream` give, or a plain tensor; for a transcoder (inputs, targets), two of the
+        first or the last whose rows are of the same tokens, or a stream of pairs. With `out`, history and checkpoints
+        are written there, and `resume=True` goes on from the last one, bit for bit on CPU. Ctrl-C saves and says where.
         """
         fit([self], acts, cfg, out=out, resume=resume, held_out=held_out, sinks=sinks, progress=progress)
         return self
@@ -109,18 +108,20 @@ class SAE(Coder):
     def __repr__(self) -> str:
         cfg = self.cfg
         nested = f", prefixes={cfg.prefixes}" if cfg.prefixes else ""
-        at = f", at {self.provenance.hook_point} of {self.provenance.model}" if self.provenance else ""
-        return f"SAE({cfg.activation}, d_in={cfg.d_in}, d_sae={cfg.d_sae}{nested}{at})"
+        widths = f"d_in={cfg.d_in}, d_sae={cfg.d_sae}" + (f", d_out={cfg.d_out}" if cfg.d_out else "")
+        more = (", skip" if cfg.skip else "") + (f", {cfg.encoder}" if cfg.encoder != "linear" else "")
+        at = f", {self.provenance.place} of {self.provenance.model}" if self.provenance else ""
+        return f"SAE({cfg.activation}, {widths}{more}{nested}{at})"
 
 
 def fit(
     saes: Sequence[SAE],
-    acts: Activations | Batches | Float[Tensor, "n_tokens d_in"],
+    acts: Data,
     cfg: TrainConfig | None = None,
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    held_out: Float[Tensor, "n d_in"] | None = None,
+    held_out: Float[Tensor, "n d_in"] | Pair | None = None,
     sinks: Sequence[Sink] = (),
     progress: bool = True,
 ) -> list[SAE]:
@@ -128,6 +129,7 @@ def fit(
 
     Arguments are those of `SAE.fit`; in the history, entries of the i-th SAE start with `i/`.
     """
+    acts = open_data(acts)
     run = make_run(saes, acts, cfg or TrainConfig(), held_out, out, resume)
     train(run, resume=resume, sinks=sinks, progress=progress)
     for i, sae in enumerate(saes):

@@ -11,10 +11,11 @@ from torch import Tensor
 from saelab.functional.codes import SparseCodes
 from saelab.functional.kernels import Entries, attach_encoder, nested_decode_error
 from saelab.functional.losses import nested_error, normalised_error
-from saelab.functional.metrics import ReconstructionSums, effective_rank, exact
+from saelab.functional.metrics import ReconstructionSums
 from saelab.sae.activations import _Penalised
 from saelab.sae.coder import Coder
-from saelab.sae.config import AuxK, RandomPrefixes
+from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes
+from saelab.sae.starting import place_weights
 from saelab.training.config import TrainConfig
 
 THRESHOLD_RATE = 0.01  # of the running threshold's average, once as many steps are behind it as that needs
@@ -51,7 +52,10 @@ def _smallest(size: Tensor) -> Tensor:
 
 
 class Trainee:
-    """Wraps an SAE for the training loop; all it keeps beside the weights is in `state`, saved in checkpoints."""
+    """Wraps an SAE for the training loop; all it keeps beside the weights is in `state`, saved in checkpoints.
+
+    A batch's rows are activations; for a transcoder inputs with their targets behind them, (n_tokens, d_in + d_out).
+    """
 
     def __init__(self, sae: Coder, cfg: TrainConfig, trained: bool = False) -> None:
         self.sae, self.cfg, self.trained = sae, cfg, trained
@@ -61,7 +65,7 @@ class Trainee:
         self.state: dict[str, Tensor] = {
             "n_steps": torch.zeros((), dtype=torch.int64),
             "tokens_since_fired": torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device),
-            "variance": torch.tensor(float(sae.cfg.d_in), device=sae.device),
+            "variance": torch.tensor(float(sae.cfg.d_target), device=sae.device),
             "off_target": torch.zeros((), device=sae.device),
             "coefficient": torch.tensor(1e-3 if coefficient is None else coefficient, device=sae.device),
         }
@@ -79,71 +83,41 @@ class Trainee:
         return self.sae.cfg.to_dict()
 
     @torch.no_grad()
-    def prepare(self, sample: Float[Tensor, "n_tokens d_in"]) -> None:
-        """Fit the normaliser, place b_dec and the dictionary, and match the encoder's scale to the data."""
-        sae, sample = self.sae, sample.to(self.sae.W_enc)
+    def prepare(self, sample: Float[Tensor, "n_tokens width"]) -> None:
+        """Fit the normalisers, place biases and directions, and match the encoder's scale to the data."""
+        sae, sample = self.sae, sample.to(self.sae.W_dec)
         if not self.trained:
-            sae.normaliser.fit(sample)
-        x = sae.normaliser.normalise(sample)
-        centred = x - x.mean(0)
-        variance = centred.square().sum(1).mean()
+            sae.normaliser.fit(sample[:, : sae.cfg.d_in])
+            if sae.target_normaliser is not None:
+                sae.target_normaliser.fit(sample[:, sae.cfg.d_in :])
+        x, y = self._read(sample)
+        variance = (y - y.mean(0)).square().sum(1).mean()
         self.state["variance"].copy_(variance if variance > 0 else torch.ones_like(variance))
-        if self.trained:  # training goes on from the weights as they are
-            return
-        sae.b_dec.copy_(x.mean(0))
-        if sae.archetypes is not None:
-            sae.archetypes.place(centred, self.cfg.seed)
-            sae.W_dec.copy_(sae.archetypes())
-            sae.W_enc.copy_(sae.W_dec.T)
-        elif sae.cfg.init == "data":
-            self._start_from(centred)
-        elif sae.cfg.init == "subspace":
-            self._start_inside(centred)
-        self._match_scale(x[:1024])
+        if not self.trained:  # or training goes on from the weights as they are
+            place_weights(sae, x, y, self.cfg.seed)
 
-    def _start_from(self, centred: Tensor) -> None:
-        generator = torch.Generator().manual_seed(self.cfg.seed)
-        rows = centred[centred.norm(dim=1) > 0]
-        if len(rows) == 0:  # constant activations show no direction: the random ones stay
-            return
-        chosen = rows[torch.randint(len(rows), (self.sae.cfg.d_sae,), generator=generator)]
-        # a little of the random direction keeps repeated rows apart
-        directions = chosen / chosen.norm(dim=1, keepdim=True) + 0.1 * self.sae.W_dec
-        directions /= directions.norm(dim=1, keepdim=True)
-        self.sae.W_dec.copy_(directions)
-        self.sae.W_enc.copy_(directions.T)
+    def _read(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, both normalised; an autoencoder's are one."""
+        sae = self.sae
+        x = sae.normaliser.normalise(batch[:, : sae.cfg.d_in].to(sae.W_dec))
+        if sae.target_normaliser is None:
+            return x, x
+        return x.contiguous(), sae.target_normaliser.normalise(batch[:, sae.cfg.d_in :].to(sae.W_dec))
 
-    def _start_inside(self, centred: Tensor) -> None:
-        """Random directions in the subspace that activations fill (arXiv:2508.16929): elsewhere a latent never fires.
-
-        Its dimension is the effective rank of the singular values, which no few large directions can pull down to a
-        handful, as they pull down the number of components that hold 99 % of the variance.
-        """
-        moments = exact(centred).T @ exact(centred)
-        variances, directions = torch.linalg.eigh(moments)
-        n = max(1, math.ceil(effective_rank(variances.clamp(min=0).sqrt())))
-        rows = self.sae.W_dec[:, :n] @ directions[:, -n:].T.to(self.sae.W_dec)
-        rows /= rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        self.sae.W_dec.copy_(rows)
-        self.sae.W_enc.copy_(rows.T)
-
-    def _match_scale(self, x: Tensor) -> None:
-        """Scale W_enc by the c that minimises ||centred - c x_hat||^2: tied random weights overshoot many times."""
-        sae, centred = self.sae, x - self.sae.b_dec
-        x_hat = sae.cfg.activation(centred @ sae.W_enc, sae.threshold, training=True) @ sae.W_dec
-        energy = x_hat.square().sum()
-        if energy > 0 and (scale := (centred * x_hat).sum() / energy) > 0:
-            sae.W_enc.mul_(scale.clamp(0.05, 1.0))
-
-    def objective(self, x: Float[Tensor, "n_tokens d_in"]) -> Objective:
+    def objective(self, batch: Float[Tensor, "n_tokens width"]) -> Objective:
         """The losses of one batch. Pure: counters and thresholds move in `observe`, weights in the optimiser."""
         sae = self.sae
-        x = sae.normaliser.normalise(x.to(sae.W_enc))
-        with torch.no_grad():
-            centred = x - sae.b_dec
-            found = sae.cfg.activation.search(centred, sae.W_enc.T, sae.b_enc, sae.threshold, training=True)
+        x, y = self._read(batch)
         W_dec = sae.W_dec if sae.archetypes is None else sae.archetypes()
-        step = self._dense_step(x, W_dec) if found is None else self._sparse_step(x, W_dec, centred, found)
+        if sae.W_skip is not None:
+            y = y - x @ sae.W_skip  # what is left to the latents
+        if isinstance(sae.cfg.encoder, MatchingPursuit):
+            step = self._pursuit_step(x, W_dec)
+        else:
+            with torch.no_grad():
+                centred = x - sae.b_dec if sae.cfg.d_out is None else x
+                found = sae.search(centred, training=True)
+            step = self._dense_step(x, y, W_dec) if found is None else self._sparse_step(x, y, W_dec, centred, found)
         errors, residual, penalty, seen = step
         terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
         if penalty is not None:
@@ -152,43 +126,61 @@ class Trainee:
             terms["aux"] = self._aux(x, W_dec, residual, sae.cfg.aux)
         return Objective(terms, *seen, n_tokens=len(x))
 
-    def _sparse_step(self, x: Tensor, W_dec: Tensor, centred: Tensor, found: SparseCodes) -> _Step:
+    def _sparse_step(self, x: Tensor, y: Tensor, W_dec: Tensor, centred: Tensor, found: SparseCodes) -> _Step:
         """The prefixes' errors from the codes found, at the cost of their entries."""
-        sae, n = self.sae, len(x)
-        indices, rows, offsets = found.indices, found.rows, found.offsets
-        weights = (sae.W_enc, sae.b_enc, sae.b_dec)
-        entries = Entries(indices, rows, offsets).with_columns(sae.cfg.d_sae)
-        u = attach_encoder(found.values, x, *weights, entries, self._spare("W_enc"), centred)
+        sae, transcodes = self.sae, self.sae.cfg.d_out is not None
+        entries = Entries(found.indices, found.rows, found.offsets).with_columns(sae.cfg.d_sae)
+        b_dec = None if transcodes else sae.b_dec
+        u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_dec, entries, self._spare("W_enc"), centred)
         threshold = sae.threshold
         if threshold is not None and threshold.ndim:
-            threshold = threshold.index_select(0, indices)
+            threshold = threshold.index_select(0, found.indices)
         values = sae.cfg.activation.fire(u, threshold)
         penalty = sae.cfg.activation.penalty(u, values, threshold)
+        return self._decode_step(values, entries, y, W_dec, None if transcodes else centred, penalty)
+
+    def _pursuit_step(self, x: Tensor, W_dec: Tensor) -> _Step:
+        """The same for matching pursuit, whose products carry the gradients."""
+        codes = self.sae.pursue(x - self.sae.b_dec, W_dec)
+        entries = Entries(codes.indices, codes.rows, codes.offsets).with_columns(self.sae.cfg.d_sae)
+        return self._decode_step(codes.values, entries, x, W_dec, None, None)
+
+    def _decode_step(
+        self,
+        values: Tensor,
+        entries: Entries,
+        y: Tensor,
+        W_dec: Tensor,
+        centred: Tensor | None,
+        penalty: Tensor | None,
+    ) -> _Step:
+        """The prefixes' errors of codes at some entries; `centred` is y - b_dec, if known."""
+        sae, n, indices = self.sae, len(y), entries.indices
         size = values.detach().abs()
-        fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=x.device)
+        fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=y.device)
         fired[indices[size > 0]] = True
         seen = (fired, (size > 0).sum() / n, _smallest(size))
         ends = self._prefixes()
         if len(ends) > 1:  # one virtual row a token and group, group after group
             group = torch.bucketize(indices, torch.tensor(ends, device=indices.device), right=True)
-            rows, order = (group * n + rows).sort(stable=True)
+            rows, order = (group * n + entries.rows).sort(stable=True)
             indices, values = indices[order], values.index_select(0, order)
             offsets = torch.searchsorted(rows, torch.arange(n * len(ends) + 1, device=rows.device))
             entries = Entries(indices, rows, offsets)
         errors, residual = nested_decode_error(
-            values, W_dec, x, sae.b_dec, entries, len(ends), self._spare("W_dec"), centred
+            values, W_dec, y, sae.b_dec, entries, len(ends), self._spare("W_dec"), centred
         )
         return errors, residual, penalty, seen
 
-    def _dense_step(self, x: Tensor, W_dec: Tensor) -> _Step:
+    def _dense_step(self, x: Tensor, y: Tensor, W_dec: Tensor) -> _Step:
         """The same for any activation, through dense codes."""
         sae = self.sae
-        u = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+        u = (x - sae.b_dec if sae.cfg.d_out is None else x) @ sae.W_enc + sae.b_enc
         z = sae.cfg.activation(u, sae.threshold, training=True)
         ends = self._prefixes()
         groups = zip([0, *ends], ends, strict=False)
         parts = torch.stack([z[:, start:end] @ W_dec[start:end] for start, end in groups])
-        errors, residual = nested_error(x - sae.b_dec, parts)
+        errors, residual = nested_error(y - sae.b_dec, parts)
         size = z.detach().abs()
         fires = size > 0
         penalty = sae.cfg.activation.penalty(u, z, sae.threshold)
@@ -200,12 +192,10 @@ class Trainee:
 
     def recycle_gradients(self) -> None:
         """Drop the gradients, keeping the memory of the two large ones for the next step."""
-        sae = self.sae
-        if sae.W_enc.grad is not None:
-            self.spare["W_enc"] = sae.W_enc.grad.T
-        if sae.W_dec.grad is not None:
-            self.spare["W_dec"] = sae.W_dec.grad
-        sae.zero_grad(set_to_none=True)
+        for name, parameter in self.sae.named_parameters():
+            if name in ("W_enc", "W_dec") and parameter.grad is not None:
+                self.spare[name] = parameter.grad.T if name == "W_enc" else parameter.grad
+        self.sae.zero_grad(set_to_none=True)
 
     def _prefixes(self) -> list[int]:
         """Where the prefixes of this step end."""
@@ -234,9 +224,10 @@ class Trainee:
             return x.new_zeros(())
         n = math.ceil(aux.token_frac * len(x))
         W_enc = sae.W_enc.T.index_select(0, dead)
-        u = (x[:n] - sae.b_dec) @ W_enc.T + sae.b_enc[dead]
+        read = x[:n] - sae.b_dec if sae.cfg.d_out is None else x[:n]
+        u = read @ W_enc.T + sae.b_enc[dead]
         # raw u, not relu(u): a dead latent whose u is negative everywhere would never hear of it
-        k = min(aux.k or max(1, sae.cfg.d_in // 2), len(dead))
+        k = min(aux.k or max(1, sae.cfg.d_target // 2), len(dead))
         places = (u.abs() if sae.cfg.activation.signed else u).topk(k, dim=1).indices
         z = torch.zeros_like(u).scatter(1, places, u.gather(1, places))
         return aux.coefficient * normalised_error(z @ W_dec.index_select(0, dead), residual[:n].detach())
@@ -281,11 +272,11 @@ class Trainee:
             self.sae.threshold.clamp_(min=MIN_THRESHOLD)
 
     @torch.no_grad()
-    def held_out_fvu(self, x: Float[Tensor, "n_tokens d_in"]) -> float:
+    def held_out_fvu(self, held_out: Float[Tensor, "n_tokens width"]) -> float:
         """FVU on activations that training does not see, with the codes of inference."""
-        sums = ReconstructionSums(self.sae.cfg.d_in)
-        for part in x.split(4096):
-            sums.add(part, self.sae(part))
+        cfg, sums = self.sae.cfg, ReconstructionSums(self.sae.cfg.d_target)
+        for part in held_out.split(4096):
+            sums.add(part[:, -cfg.d_target :], self.sae(part[:, : cfg.d_in]))
         return sums.fvu
 
     def default_lr(self) -> float:
@@ -296,5 +287,5 @@ class Trainee:
         activation's `lr_scale` multiplies it.
         """
         cfg = self.sae.cfg
-        rate = 0.54 / (cfg.d_in**0.5 * cfg.d_sae**0.25) * (self.cfg.batch_size / 4096) ** 0.5
+        rate = 0.54 / (max(cfg.d_in, cfg.d_target) ** 0.5 * cfg.d_sae**0.25) * (self.cfg.batch_size / 4096) ** 0.5
         return float(cfg.activation.lr_scale * rate * min(1.0, (500 / self.cfg.n_steps) ** 0.25))

@@ -40,10 +40,17 @@ class Provenance:
     "Tokens removed by each rule of the mask."
     median_norm: float | None = None
     "What the mask's norm rule is relative to."
+    hook_point_out: str | None = None
+    "Place whose activations a transcoder reconstructs, where these are pairs."
+    median_norm_out: float | None = None
+    "What the mask's norm rule is relative to there."
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON."""
-        return asdict(self)
+        """The fields, ready for JSON; those of a second hook point only where there is one."""
+        plain = asdict(self)
+        if self.hook_point_out is None:
+            del plain["hook_point_out"], plain["median_norm_out"]
+        return plain
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Provenance":
@@ -60,3 +67,22 @@ class Provenance:
     def at(self, hook_point: str, median_norm: float | None = None) -> "Provenance":
         """The same origin at another hook point, whose median norm is its own."""
         return replace(self, hook_point=hook_point, median_norm=median_norm)
+
+    @property
+    def place(self) -> str:
+        """The hook point in words: `at A`, or `from A to B` of pairs."""
+        out = self.hook_point_out
+        return f"at {self.hook_point}" if out is None else f"from {self.hook_point} to {out}"
+
+    def paired(self, target: "Provenance") -> "Provenance":
+        """The origin of pairs: rows of these activations, each with the same token's row of `target`.
+
+        ValueError where the two were not read from the same tokens of one model.
+        """
+        for name in ("model", "weight_processing", "tokens_sha256", "mask", "n_tokens"):
+            if (mine := getattr(self, name)) != (other := getattr(target, name)):
+                raise ValueError(
+                    f"Pairs must be of the same tokens, got `{name}` {mine!r} and {other!r}; collect both hook points "
+                    "in one call."
+                )
+        return replace(self, hook_point_out=target.hook_point, median_norm_out=target.median_norm)
