@@ -36,7 +36,7 @@ def attribute(
     counterfactual: Prompt | None = None,
     store: FeatureStore | None = None,
     where: Place = "all",
-    n_steps: int = 64,
+    n_steps: int = 32,
     check: bool = False,
     hook_point: str | None = None,
     progress: bool = True,

@@ -67,7 +67,7 @@ def read_texts(model: Model, prompts: Prompt | Sequence[Prompt] | Tokens) -> Tex
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
     if not rows or not 1 <= int(lengths.min()) <= int(lengths.max()) <= model.cfg.n_ctx:
         raise ValueError(
-            f"Prompts must have 1 to {model.cfg.n_ctx} tokens (the model's context), got {sorted(set(lengths.tolist()))}."
+            f"Prompts must have 1 to {model.cfg.n_ctx} tokens (the model's context), got {lengths.tolist()[:5]}."
         )
     return Texts(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
 
@@ -156,7 +156,7 @@ def find_token(model: Model, target: str | int) -> int:
     """The id of a token that is given by its text, as it reads in the middle of a text, or by its id.
 
     >>> find_token(sl.tiny_model(), "a"), find_token(sl.tiny_model(), 5)
-    (68, 5)
+    (67, 5)
     """
     if isinstance(target, int):
         return target
@@ -164,7 +164,7 @@ def find_token(model: Model, target: str | int) -> int:
     ids = tokenizer(target, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         parts = list(token_strings(tokenizer, ids).values())[:5]
-        raise ValueError(f"A target must be one token of the model, got '{target}', which is {parts}; give one, or an id.")
+        raise ValueError(f"A target must be one token of the model, got '{target}', which is {parts}; give an id.")
     return int(ids[0])
 
 

@@ -32,7 +32,7 @@ class Subspace:
     def __post_init__(self) -> None:
         vectors = self.vectors.detach().double()
         if not vectors.isfinite().all() or not (vectors != 0).any():
-            raise ValueError(f"Vectors of a subspace must be finite and not all zero, got {tuple(vectors.shape)} of them.")
+            raise ValueError(f"Vectors of a subspace must be finite, not all zero, got shape {tuple(vectors.shape)}.")
         _, sizes, basis = torch.linalg.svd(vectors, full_matrices=False)
         object.__setattr__(self, "basis", basis[sizes > INDEPENDENT * sizes[0]].float())
 
@@ -53,11 +53,11 @@ def as_subspace(source: Direction | Subspace) -> Subspace:
     return Subspace(source.vector.cpu()[None], source.hook_point, source.name)
 
 
-def make_random_subspace(like: Subspace, seed: int) -> Subspace:
-    """A random subspace of the same rank at the same hook point.
+def make_random_subspaces(like: Subspace, n: int, seed: int = 0) -> list[Subspace]:
+    """`n` random subspaces of the same rank at the same hook point.
 
-    >>> make_random_subspace(Subspace(torch.eye(4)[:2], "blocks.0.hook_resid_post"), seed=1).basis.shape
-    torch.Size([2, 4])
+    >>> [one.basis.shape for one in make_random_subspaces(Subspace(torch.eye(4)[:2], "blocks.0.hook_resid_post"), 1)]
+    [torch.Size([2, 4])]
     """
-    drawn = torch.randn(like.basis.shape, generator=torch.Generator().manual_seed(seed))
-    return Subspace(drawn, like.hook_point, "random")
+    drawn = torch.randn(n, *like.basis.shape, generator=torch.Generator().manual_seed(seed))
+    return [Subspace(vectors, like.hook_point, "random") for vectors in drawn]

@@ -1,0 +1,244 @@
+"""`patch`: pieces of a clean run put into a corrupt one, hook points by positions: which of them carry the answer?"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.lm.forwards import FORWARD_TOKENS
+from saelab.lm.hooks import capture, logits, splice
+from saelab.lm.models import Model
+from saelab.sae.sae import SAE
+from saelab.steering.attribution import require_aligned, require_autoencoder
+from saelab.steering.directions import Direction
+from saelab.steering.interventions import hook_point_of
+from saelab.steering.outcomes import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
+from saelab.steering.subspaces import Subspace, as_subspace
+from saelab.stores.results import Result
+
+Source: TypeAlias = str | Direction | Subspace | SAE | tuple[SAE, Sequence[int]]
+"""A hook point, what lies along directions there, all features of an SAE, or some of them."""
+Positions: TypeAlias = Literal["each", "all"] | Sequence[int | Sequence[int]]
+
+NOTHING = 1e-3
+"""A difference between clean and corrupt below this share of their size says nothing about either."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Patching(Result):
+    """What `patch` found, sources by groups of positions."""
+
+    metric: str
+    clean: float
+    """the metric of the clean prompt"""
+    corrupt: float
+    """the metric of the corrupt prompt"""
+    sources: tuple[str, ...]
+    positions: tuple[tuple[int, ...], ...]
+    """of each column, patched together"""
+    clean_tokens: tuple[str, ...]
+    corrupt_tokens: tuple[str, ...]
+    values: Float[np.ndarray, "n_sources n_columns"] = field(repr=False)
+    """the metric of the corrupt prompt with the source patched at these positions"""
+
+    @property
+    def reason(self) -> str:
+        """Why there are no scores; empty where there are."""
+        gap = abs(self.clean - self.corrupt)
+        if gap > NOTHING * max(abs(self.clean), abs(self.corrupt)):
+            return ""
+        return f"clean and corrupt prompt differ by no more than {gap:.2g}, so there is nothing to restore"
+
+    @property
+    def scores(self) -> Float[np.ndarray, "n_sources n_columns"]:
+        """Denoising score, `(patched - corrupt) / (clean - corrupt)`: 0 as corrupt, 1 as clean, below and above both
+        possible; NaN where `reason` says why.
+        """
+        gap = float("nan") if self.reason else self.clean - self.corrupt
+        return (self.values - self.corrupt) / gap
+
+    def name_column(self, column: int) -> str:
+        """Its tokens, in both prompts where they differ."""
+        return " ".join(self._name_token(i) for i in self.positions[column])
+
+    def _name_token(self, i: int) -> str:
+        ours, theirs = self.clean_tokens[i].strip() or " ", self.corrupt_tokens[i].strip() or " "
+        return f"{i} {ours}" if ours == theirs else f"{i} {theirs}>{ours}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, scores and the reason there are none, ready for JSON."""
+        return super().to_dict() | {"scores": self.scores.tolist(), "reason": self.reason}
+
+    def __str__(self) -> str:
+        head = f"{self.metric}: clean {self.clean:.4g}, corrupt {self.corrupt:.4g}"
+        if self.reason:
+            return f"{head}; no scores: {self.reason}"
+        lines = [f"{head}; share of the difference that each patch restores, the three best positions"]
+        width = max(len(name) for name in self.sources)
+        for name, scores in zip(self.sources, self.scores, strict=True):
+            best = np.argsort(-scores, kind="stable")[:3]
+            told = "   ".join(f"{scores[j]:+.3f} [{self.name_column(int(j))}]" for j in best)
+            lines.append(f"{name:<{width}}  {told}")
+        return "\n".join(lines)
+
+
+def patch(
+    model: Model,
+    clean: Prompt,
+    corrupt: Prompt,
+    metric: Metric,
+    *,
+    sources: Source | Sequence[Source] | None = None,
+    positions: Positions = "each",
+    hook_point: str | None = None,
+) -> Patching:
+    """The corrupt prompt with pieces of the clean run in it, each source at each position: what restores the metric?
+
+        a hook point       x' = x_clean
+        directions         x' = x + P (x_clean - x)              P projects on what they span
+        features           x' = x + sum_i (z_clean,i - z_i) d_i  the corrupt run's own error stays
+
+    `sources` default to the residual stream behind every block; `positions` are "each" alone, "all" together, or single
+    ones and groups, special tokens included. `metric` is what `make_outcome` knows, mostly a pair of answers; the
+    `scores` are `(patched - corrupt) / (clean - corrupt)`. The prompts must have equally many tokens. ValueError for
+    what does not exist, and for transcoders. Source: arXiv:2309.16042.
+
+    >>> found = patch(sl.tiny_model(), "I see Ann", "I see Tom", ("A", "T"))
+    >>> found.scores.shape, float(found.scores[2, -1].round(4))
+    ((3, 10), 1.0)
+    """
+    ours, theirs = read_texts(model, clean), read_texts(model, corrupt)
+    require_aligned(ours, theirs)
+    pieces = [_make_piece(source, hook_point) for source in _list_sources(model, sources)]
+    columns = _list_columns(positions, ours.ids.shape[1])
+    outcome = make_outcome(model, metric)
+    runs = _Runs(model, theirs, outcome, *(_read(model, texts, pieces) for texts in (ours, theirs)))
+    return Patching(
+        metric=outcome.name,
+        clean=_measure(model, ours, outcome),
+        corrupt=_measure(model, theirs, outcome),
+        sources=tuple(piece.name for piece in pieces),
+        positions=columns,
+        clean_tokens=ours.strings(model),
+        corrupt_tokens=theirs.strings(model),
+        values=np.stack([runs.patch(piece, columns) for piece in pieces]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A source: where it is, and what of the difference between two runs it carries."""
+
+    name: str
+    hook_point: str
+    carry: Callable[[Tensor, Tensor], Tensor]
+    """of clean and corrupt activations (n, d): what is added to the corrupt ones"""
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """The corrupt prompt, and the activations of both runs."""
+
+    model: Model
+    texts: Texts
+    outcome: Outcome
+    clean: dict[str, Tensor]
+    corrupt: dict[str, Tensor]
+
+    def patch(self, piece: _Piece, columns: Sequence[Sequence[int]]) -> Float[np.ndarray, "n_columns"]:
+        """The metric with the piece patched at each group of positions."""
+        before = self.corrupt[piece.hook_point]
+        change = piece.carry(self.clean[piece.hook_point].float(), before.float()).to(before)
+        found = []
+        for some in _split(columns, max(1, FORWARD_TOKENS // len(before))):
+            masks = torch.zeros(len(some), len(before), 1, device=before.device, dtype=before.dtype)
+            for mask, positions in zip(masks, some, strict=True):
+                mask[list(positions)] = 1
+            found.append(self._run(piece.hook_point, masks * change))
+        return torch.cat(found).double().numpy()
+
+    def _run(self, hook_point: str, moves: Tensor) -> Tensor:
+        rows = torch.zeros(len(moves), dtype=torch.long)
+        with splice(self.model, {hook_point: lambda x: x + moves}):
+            return self.outcome(logits(self.model, self.texts.ids[rows]), self.texts, rows).cpu()
+
+
+def _split(columns: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[Sequence[int]]]:
+    return (columns[i : i + size] for i in range(0, len(columns), size))
+
+
+def _measure(model: Model, texts: Texts, outcome: Outcome) -> float:
+    rows = torch.arange(len(texts))
+    return float(outcome(logits(model, texts.ids), texts, rows)[0])
+
+
+def _read(model: Model, texts: Texts, pieces: Sequence[_Piece]) -> dict[str, Tensor]:
+    """Activations of the only text by hook point."""
+    points = [point for point, _ in groupby(sorted(piece.hook_point for piece in pieces))]
+    return {name: x[0] for name, x in capture(model, texts.ids, points, stop=False).items()}
+
+
+def _list_sources(model: Model, sources: Source | Sequence[Source] | None) -> list[Source]:
+    if sources is None:
+        return [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
+    if isinstance(sources, str | Direction | Subspace | SAE) or _is_features(sources):
+        return [sources]  # type: ignore[list-item]
+    if not sources:
+        raise ValueError("`sources` must name at least one, got none; leave it out for every block.")
+    return list(sources)  # type: ignore[arg-type]
+
+
+def _is_features(source: Any) -> bool:
+    """An SAE and features, not two SAEs."""
+    return isinstance(source, tuple) and len(source) == 2 and [isinstance(one, SAE) for one in source] == [True, False]
+
+
+def _make_piece(source: Source, hook_point: str | None) -> _Piece:
+    if isinstance(source, str):
+        return _Piece(source, source, lambda clean, corrupt: clean - corrupt)
+    if isinstance(source, Direction | Subspace):
+        space = as_subspace(source)
+        return _Piece(space.name, space.hook_point, lambda clean, corrupt: space.project(clean - corrupt))
+    sae, features = (source, None) if isinstance(source, SAE) else source
+    require_autoencoder(sae)
+    point = hook_point or hook_point_of(sae)
+    if point is None:
+        raise ValueError("`hook_point` must be given for an SAE that does not say where it was trained, got None.")
+    return _Piece(_tell_features(features), point, _carry_features(sae, features))
+
+
+def _carry_features(sae: SAE, features: Sequence[int] | None) -> Callable[[Tensor, Tensor], Tensor]:
+    chosen = list(range(sae.cfg.d_sae)) if features is None else list(dict.fromkeys(features))
+    if bad := [i for i in chosen if not 0 <= i < sae.cfg.d_sae]:
+        raise ValueError(f"Features must be in 0..{sae.cfg.d_sae - 1}, got {bad[:5]}.")
+
+    @torch.no_grad()
+    def carry(clean: Tensor, corrupt: Tensor) -> Tensor:
+        step = sae.encode(clean.to(sae.device)) - sae.encode(corrupt.to(sae.device))
+        return (step[:, chosen] @ sae.directions()[chosen]).to(clean)
+
+    return carry
+
+
+def _tell_features(features: Sequence[int] | None) -> str:
+    if features is None:
+        return "all features"
+    told = ", ".join(str(i) for i in features[:5])
+    return f"feature{'s' if len(features) != 1 else ''} {told}{', ...' if len(features) > 5 else ''}"
+
+
+def _list_columns(positions: Positions, n: int) -> tuple[tuple[int, ...], ...]:
+    """Groups of positions, counted from 0."""
+    if isinstance(positions, str):
+        if positions not in ("each", "all"):
+            raise ValueError(f"`positions` must be 'each', 'all' or a list, got '{positions}'.")
+        return tuple((i,) for i in range(n)) if positions == "each" else (tuple(range(n)),)
+    groups = [(group,) if isinstance(group, int) else tuple(group) for group in positions]
+    if bad := [i for group in groups for i in group if not -n <= i < n]:
+        raise ValueError(f"`positions` must be in {-n}..{n - 1}, got {bad[:5]}.")
+    return tuple(tuple(i % n for i in group) for group in groups)
