@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument
 
-from saelab.sae.checkpoint import CONFIG, read_sae
+from saelab.sae.checkpoint import CONFIG, read_config
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.stores.files import read_json
 from saelab.stores.manifest import ActivationsManifest, FeatureManifest
@@ -42,7 +42,7 @@ def describe_folder(path: Path) -> str:
 
 def describe_sae(path: Path) -> str:
     """An SAE's configuration, training and origin."""
-    described, _ = read_sae(path)
+    described = read_config(path)
     cfg, training = SAEConfig.from_dict(described["config"]), described["training"]
     rows = [
         ("activation", str(cfg.activation)),

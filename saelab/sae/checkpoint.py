@@ -1,26 +1,35 @@
-"""The SAE's folder: `config.json` and `model.safetensors`, Hugging Face style."""
+"""The SAE's folder: `config.json` and `model.safetensors`, Hugging Face style; beside them `origin.safetensors` where
+it was read from another format.
+"""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from saelab.stores.files import load_tensors, read_json, save_tensors, write_json
+from saelab.sae.formats.readings import Origin
+from saelab.stores.files import map_tensor, read_header, read_json, save_tensors, write_json
 
 SCHEMA_VERSION = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-KEYS = ("schema_version", "kind", "config", "provenance", "training")
+CONFIG, WEIGHTS, KEPT = "config.json", "model.safetensors", "origin.safetensors"
+KEYS = ("schema_version", "kind", "config", "provenance", "training", "origin")
 
 
-def write_sae(folder: Path, described: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write the two files, each atomically; the weights first, so that a config never stands beside older weights."""
+def write_sae(folder: Path, described: dict[str, Any], tensors: Mapping[str, Tensor], origin: Origin | None) -> None:
+    """Write the files, each atomically; the weights first, so that a config never stands beside older weights."""
     folder.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    if origin is not None:
+        described = described | {"origin": origin.to_dict()}
+        save_tensors(folder / KEPT, origin.kept, {"format": "pt"})
+    else:
+        (folder / KEPT).unlink(missing_ok=True)
     write_json(folder / CONFIG, {"schema_version": SCHEMA_VERSION, "kind": "sae", **described})
 
 
-def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read config.json and the weights; FileNotFoundError, or ValueError for what is not an SAE of this version."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json; FileNotFoundError, or ValueError for what is not an SAE of this version."""
     described = read_json(folder / CONFIG)
     if not isinstance(described, dict) or described.get("kind") != "sae":
         raise ValueError(f"{folder / CONFIG} must describe an SAE ('kind': 'sae'); give what save_pretrained wrote.")
@@ -31,26 +40,18 @@ def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     if unknown := sorted(set(described) - set(KEYS)):
         raise ValueError(f"{folder / CONFIG} must hold only {list(KEYS)}, got {unknown}; remove them.")
-    return described, load_tensors(folder / WEIGHTS)
+    return described
 
 
-def find_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of an SAE: as given, or downloaded from the Hub where no such folder exists and the name is a
-    Hub id.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    parts = str(source).split("/")
-    if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
-        raise FileNotFoundError(
-            f"An SAE must be a folder or a Hub id 'owner/name', got '{source}', which is neither; check the path."
-        )
-    from huggingface_hub import snapshot_download
+def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Origin | None]:
+    """Read config.json, and map the weights and what is kept of another format: no value is read yet."""
+    described = read_config(folder)
+    origin = None
+    if described.get("origin") is not None:
+        origin = Origin.from_dict(described["origin"], _map(folder / KEPT))
+    return described, _map(folder / WEIGHTS), origin
 
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
-    except OSError as error:  # the Hub's own errors derive from it
-        raise FileNotFoundError(
-            f"'{source}' is no local folder and could not be fetched from the Hub ({type(error).__name__}); "
-            "check the name and the connection."
-        ) from error
+
+def _map(path: Path) -> dict[str, Tensor]:
+    specs, _ = read_header(path)
+    return {name: map_tensor(path, spec) for name, spec in specs.items()}

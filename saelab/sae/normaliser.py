@@ -94,8 +94,8 @@ class Normaliser(nn.Module):
         """
         if self.kind in PER_TOKEN:
             raise ValueError(
-                f"`normaliser` must be linear to be folded into weights, got '{self.kind}', which measures every token; "
-                "normalise the activations before they come here, or keep it."
+                f"`normaliser` must be linear to be folded into weights, got '{self.kind}', which measures every "
+                "token; keep it, or normalise the activations before they come here."
             )
         return self.matrix @ weight if self.matrix.ndim else self.matrix * weight
 

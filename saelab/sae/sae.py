@@ -9,11 +9,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.sae.checkpoint import find_folder, read_sae, write_sae
+from saelab.sae.activations import Activation
+from saelab.sae.archetypes import Archetypal
+from saelab.sae.checkpoint import write_sae
 from saelab.sae.coder import Coder
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import Data, Pair, describe_training, make_run, open_data, origin_of
+from saelab.sae.formats.readings import Asked, Origin
+from saelab.sae.formats.writers import write_foreign
+from saelab.sae.loading import Loaded, fill, load, locate
+from saelab.sae.modelcard import write_card
+from saelab.stores.files import write_atomic
 from saelab.stores.provenance import Provenance
+from saelab.stores.results import Result
 from saelab.training.config import TrainConfig
 from saelab.training.loop import train
 from saelab.training.sinks import Entry, Sink
@@ -33,6 +41,7 @@ class SAE(Coder):
     def __init__(self, cfg: SAEConfig, seed: int = 0) -> None:
         super().__init__(cfg, seed)
         self.provenance: Provenance | None = None
+        self.origin: Origin | None = None  # the files of another library that it was read from
         self.training_: dict[str, Any] | None = None
         self.history_: list[Entry] = []
         self.name_or_path = ""  # where it was loaded from or saved to
@@ -57,9 +66,17 @@ class SAE(Coder):
         fit([self], acts, cfg, out=out, resume=resume, held_out=held_out, sinks=sinks, progress=progress)
         return self
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder."""
-        write_sae(Path(folder), self.describe(), self.state_dict())
+    def save_pretrained(self, folder: str | Path, format: str = "saelab") -> None:
+        """Write `config.json` and `model.safetensors` into a folder, or the files of another library.
+
+        `format` is "saelab", "saelens", "sparsify" or "dictionary_learning". An SAE that was read from that library's
+        files and is unchanged is written as it was, bit for bit; otherwise a normaliser is folded into the weights, and
+        BatchTopK becomes the threshold it has. ValueError with the reason for what a library has no words for.
+        """
+        if format != "saelab":
+            write_foreign(Path(folder), self, self.provenance, self.origin, format)
+            return
+        write_sae(Path(folder), self.describe(), self.state_dict(), self.origin)
         self.name_or_path = str(folder)
 
     def describe(self) -> dict[str, Any]:
@@ -69,32 +86,83 @@ class SAE(Coder):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, device: str | torch.device | None = None, revision: str | None = None
+        cls,
+        source: str | Path,
+        name: str | None = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        latents: Sequence[int] | None = None,
+        revision: str | None = None,
+        format: str | None = None,
+        model: str | None = None,
+        hook_point: str | None = None,
+        hook_point_out: str | None = None,
+        weight_processing: str | None = None,
+        activation: Activation | None = None,
+        threshold: float | None = None,
+        scale: float | None = None,
     ) -> "SAE":
-        """Load an SAE from a folder written by `save_pretrained`, or from the Hub by id `owner/name`.
+        """Load an SAE or transcoder that anybody wrote: its codes and reconstructions are those of its own library.
 
-        Raises FileNotFoundError where there is none, ValueError for unknown keys and for weights that do not fit the
-        config.
+        `source` is a folder or file, a Hub id `owner/name`, or a release that SAELens lists; `name` the sub-folder or
+        file in it, or the release's SAE id. The format is found by what the files hold: saelab, saelens (and what it
+        wrote before 6.0), sparsify, dictionary_learning, gemma_scope, gemma_scope_2, llama_scope, openmoss, openai,
+        qwen_scope; `format` chooses where a folder holds several.
+
+        What files do not say has to be given: `model`, `hook_point` (and a transcoder's `hook_point_out`), the
+        `activation` with its k, the `threshold` of inference, the `scale` that activations are multiplied by first;
+        `weight_processing` is "none" or "folded". `latents` loads some latents only, in that order, where their codes
+        do not depend on the others. Files are mapped, shapes checked before weights are read, and nothing is executed.
+
+        Raises FileNotFoundError where there is none; ValueError for what is of no format or of two, is damaged, does
+        not fit its config, or leaves something open.
         """
-        folder = find_folder(source, revision)
-        described, tensors = read_sae(folder)
-        sae = cls(SAEConfig.from_dict(described["config"]))
-        try:
-            sae.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"The weights in {folder} must fit its config.json: {error}") from error
-        sae.provenance = Provenance.from_dict(described["provenance"]) if described["provenance"] else None
-        sae.training_, sae.name_or_path = described["training"], str(source)
+        asked = Asked(
+            model=model,
+            hook_point=hook_point,
+            hook_point_out=hook_point_out,
+            weight_processing=weight_processing,
+            activation=activation,
+            threshold=threshold,
+            scale=scale,
+        )
+        place, asked = locate(source, name, revision, asked)
+        sae = cls._make(load(place, asked, format, latents, dtype))
+        sae.name_or_path = str(source) if name is None else f"{source}/{name}"
         return sae.to(device) if device is not None else sae
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the two files to a Hub model repository, made if need be; returns its address."""
+    @classmethod
+    def _make(cls, loaded: Loaded) -> "SAE":
+        """An SAE of these tensors, drawing no weights of its own first."""
+        drawn = isinstance(loaded.cfg.dictionary, Archetypal)  # the archetypes need numbers to start from
+        with torch.device("cpu" if drawn else "meta"):
+            sae = cls(loaded.cfg)
+        fill(sae, loaded.tensors, loaded.place)
+        sae.provenance, sae.training_, sae.origin = loaded.provenance, loaded.training, loaded.origin
+        return sae
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        format: str = "saelab",
+        evaluation: Result | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Upload the files and a model card to a Hub model repository, made if need be; returns its address.
+
+        The card says what the SAE is for and how to load it; `evaluation` is what `evaluate` gave. `format` as in
+        `save_pretrained`.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, format)
+            write_atomic(Path(folder) / "README.md", write_card(self, repo_id, format, evaluation).encode())
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload SAE"))
 
     def fold(self) -> "SAE":

@@ -1,0 +1,264 @@
+"""How others mean their weights, and the one place where their numbers become ours.
+
+Ours is `z = activation((normalise(x) - b_dec) W_enc + b_enc)`, `x_hat = unnormalise(z W_dec + b_dec)`. A convention is
+what differs from that; `compose` brings it in exactly, and says which tensors it had to change.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, make_activation
+from saelab.sae.config import MatchingPursuit, SAEConfig, read_fields
+from saelab.sae.normaliser import Kind
+
+LATENT_AXIS = dict.fromkeys(("b_enc", "W_dec", "threshold", "r_mag", "b_gate", "b_mag", "code_scale"), 0) | {"W_enc": 1}
+CHUNK = 4096  # latents whose encoder is held in float64 at a time
+
+Parts = Mapping[str, Tensor]
+"""W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_out), b_dec, threshold, W_skip (d_in, d_out); of a gated SAE r_mag,
+b_gate and b_mag instead of b_enc; code_scale (d_sae), which codes are multiplied by before W_dec"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convention:
+    """What a source means by its weights, where that is not what we mean."""
+
+    activation: Activation
+    """which pre-activations become codes"""
+    encoder: Literal["linear"] | MatchingPursuit = "linear"
+    """as in `SAEConfig`"""
+    prefixes: tuple[int, ...] | None = None
+    """Matryoshka groups, by where they end"""
+    transcodes: bool = False
+    """whether W_dec writes other activations than W_enc reads"""
+    subtracts_b_dec: bool = True
+    """whether W_enc reads `x - b_dec`, not `x`"""
+    decoder_norms: Literal["none", "codes", "choice"] = "none"
+    """what ||W_dec_i|| multiplies: nothing; pre-activations and so codes, W_dec being used at unit length; or only what
+    the activation looks at when it chooses"""
+    scale: float = 1.0
+    """what `x` is multiplied by before W_enc reads it"""
+    scale_out: float = 1.0
+    """what the reconstruction is divided by"""
+    normaliser: Kind = "none"
+    """none, or what measures every token"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form, the inverse of `from_dict`."""
+        return asdict(self) | {"activation": self.activation.to_dict()}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Convention":
+        """Build from `to_dict`'s form; ValueError for an unknown key."""
+        values = plain | {"activation": make_activation(**plain["activation"])}
+        if isinstance(values.get("encoder"), dict):
+            values["encoder"] = read_fields(MatchingPursuit, values["encoder"])
+        if values.get("prefixes") is not None:
+            values["prefixes"] = tuple(values["prefixes"])
+        return read_fields(cls, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """A source in our terms."""
+
+    cfg: SAEConfig
+    tensors: dict[str, Tensor]
+    """as `SAE.state_dict` has them"""
+    changed: frozenset[str]
+    """parts of the source that are not there as they were"""
+
+
+@torch.no_grad()
+def compose(
+    parts: Parts, how: Convention, latents: Sequence[int] | None = None, dtype: torch.dtype = torch.float32
+) -> Composed:
+    """Our configuration and tensors of a source's parts; only what is needed of them is read.
+
+    With `latents` only those are kept; ValueError where the codes of a latent depend on the others, and for parts
+    whose shapes do not fit one another.
+    """
+    check_shapes(parts, how)
+    if latents is not None:
+        parts, how = take_latents(parts, latents), narrow(how, len(latents))
+    now: dict[str, Tensor] = dict(parts)
+    for step in (_merge_gate, _weigh, _scale_codes, _keep_b_dec, _set_threshold):
+        step(now, how)
+    changed = frozenset(name for name in parts if now.get(name) is not parts[name])
+    cfg = _configure(now, how)
+    tensors = {name: own(tensor, dtype, latent_major=name == "W_enc") for name, tensor in now.items()}
+    return Composed(cfg, tensors | _normaliser_tensors(cfg, how), changed)
+
+
+def own(tensor: Tensor, dtype: torch.dtype, *, latent_major: bool = False) -> Tensor:
+    """The tensor in memory of its own, in a dtype; `latent_major` puts a column's numbers side by side."""
+    turned = tensor.T if latent_major else tensor
+    held = torch.empty(turned.shape, dtype=dtype).copy_(turned)
+    return held.T if latent_major else held
+
+
+def _merge_gate(now: dict[str, Tensor], how: Convention) -> None:
+    """A gated encoder is a JumpReLU (arXiv:2404.16014): with p = x W_enc and e = exp(r_mag) a latent fires where
+    p + b_gate > 0 and is e p + b_mag there, so its pre-activation is e p + b_mag and its threshold b_mag - e b_gate.
+    """
+    if "r_mag" not in now:
+        return
+    gain, b_mag, b_gate = now.pop("r_mag").float().exp(), now.pop("b_mag").float(), now.pop("b_gate").float()
+    now["W_enc"] = now["W_enc"].float() * gain
+    now["b_enc"], now["threshold"] = b_mag, b_mag - gain * b_gate
+
+
+def _weigh(now: dict[str, Tensor], how: Convention) -> None:
+    """Norms of W_dec's rows go into codes and W_dec; a choice that one latent makes for itself only moves its
+    threshold, a choice among latents brings its codes in the units of rows of unit length.
+    """
+    if how.decoder_norms == "none" or (how.decoder_norms == "choice" and isinstance(how.activation, ReLU)):
+        return
+    norms = now["W_dec"].float().norm(dim=1)
+    norms = norms.masked_fill(norms == 0, 1.0)
+    if how.decoder_norms == "choice" and isinstance(how.activation, JumpReLU):
+        now["threshold"] = now["threshold"].float() / norms
+        return
+    now["W_enc"], now["b_enc"] = now["W_enc"].float() * norms, now["b_enc"].float() * norms
+    now["W_dec"] = now["W_dec"].float() / norms[:, None]
+
+
+def _scale_codes(now: dict[str, Tensor], how: Convention) -> None:
+    if "code_scale" in now:
+        now["W_dec"] = now["W_dec"].float() * now.pop("code_scale").float()[:, None]
+
+
+def _keep_b_dec(now: dict[str, Tensor], how: Convention) -> None:
+    """Where our encoder subtracts b_dec and the source's does not, b_enc gives it back, and the other way round for a
+    transcoder, which subtracts nothing here: (x - b_dec) W_enc + (b_enc + b_dec W_enc) = x W_enc + b_enc.
+    """
+    if how.transcodes != how.subtracts_b_dec:
+        return
+    if isinstance(how.encoder, MatchingPursuit):  # tied: what is not taken away is not added either
+        now["b_dec"] = torch.zeros_like(now["b_dec"])
+        return
+    given_back = read_with(now["W_enc"], now["b_dec"])
+    now["b_enc"] = now["b_enc"].float() + (-given_back if how.transcodes else given_back)
+
+
+def read_with(W_enc: Float[Tensor, "d_in d_sae"], b_dec: Float[Tensor, "d_in"]) -> Float[Tensor, "d_sae"]:
+    """`b_dec W_enc` in float64, a part of the latents at a time."""
+    parts = [rows.double() @ b_dec.double() for rows in W_enc.T.split(CHUNK)]
+    return torch.cat(parts).float()
+
+
+def _set_threshold(now: dict[str, Tensor], how: Convention) -> None:
+    """Sources take max(u, 0) first, so that a threshold below 0 lets no negative code through; ours is 0 then."""
+    if "threshold" not in now or how.activation.threshold == "none":
+        now.pop("threshold", None)
+        return
+    threshold = now["threshold"]
+    if how.activation.threshold == "learned" and threshold.ndim == 0:
+        threshold = threshold.expand(len(now["W_dec"]))
+    if bool((threshold < 0).any()):
+        threshold = threshold.clamp(min=0)
+    now["threshold"] = threshold
+
+
+def _configure(now: Parts, how: Convention) -> SAEConfig:
+    d_sae, d_out = now["W_dec"].shape
+    d_in = now["W_enc"].shape[0] if "W_enc" in now else d_out
+    scaled = (how.scale, how.scale_out) != (1.0, 1.0)
+    if scaled and how.normaliser != "none":
+        raise ValueError(f"`scale` must not go with normaliser '{how.normaliser}', got {how.scale}; leave one out.")
+    if how.transcodes and how.normaliser != "none":
+        raise ValueError(
+            f"A transcoder's input must be read as it is, got normaliser '{how.normaliser}', which measures every "
+            "token and cannot be undone at the target; normalise the activations before."
+        )
+    if not how.transcodes and how.scale != how.scale_out:
+        raise ValueError(f"An autoencoder must undo its own scale ({how.scale}), got {how.scale_out}.")
+    return SAEConfig(
+        d_in=d_in,
+        d_sae=d_sae,
+        d_out=d_out if how.transcodes else None,
+        skip="W_skip" in now,
+        activation=fit_width(how.activation, d_sae),
+        encoder=how.encoder,
+        prefixes=how.prefixes,
+        dictionary="free",
+        normaliser="scale" if scaled else how.normaliser,
+    )
+
+
+def _normaliser_tensors(cfg: SAEConfig, how: Convention) -> dict[str, Tensor]:
+    """The buffers of one normaliser, or of a transcoder's two, that multiply by the source's scales."""
+    if cfg.normaliser == "none":
+        return {}
+    sides = {"normaliser": (how.scale, cfg.d_in)}
+    if cfg.d_out is not None:
+        sides["target_normaliser"] = (how.scale_out, cfg.d_out)
+    named = {}
+    for side, (scale, width) in sides.items():
+        named[f"{side}.mean"] = torch.zeros(width)
+        named[f"{side}.matrix"], named[f"{side}.inverse"] = torch.tensor(scale), torch.tensor(1 / scale)
+    return named
+
+
+def fit_width(activation: Activation, d_sae: int) -> Activation:
+    """The activation, with a mean L0 in training that so many latents can have; it says nothing about their codes."""
+    if isinstance(activation, ReLU | JumpReLU) and activation.target_l0 > d_sae:
+        return replace(activation, target_l0=float(d_sae))
+    if isinstance(activation, BatchTopK) and activation.k > d_sae:
+        return replace(activation, k=d_sae)
+    return activation
+
+
+def take_latents(parts: Parts, latents: Sequence[int]) -> dict[str, Tensor]:
+    """The parts of some latents alone; nothing else of a mapped tensor is read. ValueError for a number outside."""
+    d_sae = len(parts["W_dec"])
+    index = torch.as_tensor(list(latents), dtype=torch.int64)
+    if len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= d_sae:
+        raise ValueError(f"`latents` must be some numbers in 0..{d_sae - 1}, got {list(latents)[:5]}.")
+    if len(index.unique()) < len(index):
+        raise ValueError(f"`latents` must name each latent once, got {len(index) - len(index.unique())} twice.")
+    taken = dict(parts)
+    for name, axis in LATENT_AXIS.items():
+        if name in taken and taken[name].ndim:
+            taken[name] = taken[name].index_select(axis, index)
+    return taken
+
+
+def narrow(how: Convention, d_sae: int) -> Convention:
+    """The convention of fewer latents; ValueError where the codes of a latent depend on those left out."""
+    if not isinstance(how.activation, ReLU | JumpReLU | BatchTopK) or how.encoder != "linear":
+        raise ValueError(
+            f"`latents` needs codes that do not depend on one another, got {how.activation}: which latents it keeps is "
+            "decided among all of them. Load all, and take the columns of the codes."
+        )
+    return replace(how, activation=fit_width(how.activation, d_sae), prefixes=None)
+
+
+def check_shapes(parts: Parts, how: Convention) -> None:
+    """ValueError naming the first part that is missing, or whose shape does not fit W_dec and b_dec."""
+    pursues = isinstance(how.encoder, MatchingPursuit)
+    needed = ["W_dec", "b_dec"] if pursues else ["W_enc", "W_dec", "b_dec"]
+    needed += [] if pursues else ["r_mag", "b_gate", "b_mag"] if "r_mag" in parts else ["b_enc"]
+    if how.activation.threshold != "none" and "r_mag" not in parts:
+        needed.append("threshold")
+    if missing := [name for name in needed if name not in parts]:
+        raise ValueError(f"The weights must hold {needed}, got none for {missing}. Is the file whole?")
+    if parts["W_dec"].ndim != 2:
+        raise ValueError(f"W_dec must have two axes, got shape {tuple(parts['W_dec'].shape)}.")
+    d_sae, d_out = parts["W_dec"].shape
+    d_in = parts["W_enc"].shape[0] if how.transcodes and "W_enc" in parts else d_out
+    expected: dict[str, tuple[int, ...]] = dict.fromkeys(LATENT_AXIS, (d_sae,))
+    expected |= {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_in, d_out)}
+    for name, part in parts.items():
+        scalar = name == "threshold" and part.ndim == 0
+        if not scalar and tuple(part.shape) != expected.get(name, tuple(part.shape)):
+            raise ValueError(
+                f"{name} must have shape {expected[name]}, got {tuple(part.shape)}; the weights do not fit."
+            )
+        if not part.is_floating_point():
+            raise ValueError(f"{name} must be floating-point numbers, got {part.dtype}.")

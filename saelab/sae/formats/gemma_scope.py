@@ -1,0 +1,90 @@
+"""Gemma Scope: `params.npz` of the first (arXiv:2408.05147), `config.json` and `params.safetensors` of the second.
+
+Both are JumpReLU with a threshold for each latent, W_enc (d_in, d_sae) and W_dec (d_sae, d_out), and subtract nothing
+from their input. The second's affine connection is (d_in, d_out).
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from saelab.sae.activations import JumpReLU
+from saelab.sae.formats.conventions import Convention
+from saelab.sae.formats.readings import Asked, Facts, Reading
+from saelab.sae.formats.sources import Source, require_tensors
+
+ARCHIVE, CONFIG, WEIGHTS = "params.npz", "config.json", "params.safetensors"
+NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+SKIP = "affine_skip_connection"
+PLACES = {
+    "output": "hook_resid_post",
+    "self_attn.o_proj.input": "attn.hook_z",
+    "pre_feedforward_layernorm.output": "ln2.hook_out",
+    "post_feedforward_layernorm.output": "hook_mlp_out",
+}
+"""Hugging Face's places in a layer of Gemma 3, in TransformerLens spelling"""
+
+
+def recognise_first(source: Source) -> bool:
+    """Whether it is an SAE of the first Gemma Scope."""
+    name = _find_archive(source)
+    return name is not None and set(NAMES) <= set(_capitalise(source.tensors(name)))
+
+
+def _find_archive(source: Source) -> str | None:
+    if source.file is not None:
+        return source.file if source.file.endswith(".npz") else None
+    return ARCHIVE if source.has(ARCHIVE) else None
+
+
+def _capitalise(held: Mapping[str, Any]) -> dict[str, Any]:
+    """`w_enc` and `w_dec` are spelled either way."""
+    return {f"W{name[1:]}" if name.startswith("w_") else name: value for name, value in held.items()}
+
+
+def read_first(source: Source, asked: Asked) -> Reading:
+    """An SAE or, where `hook_point_out` is given, a transcoder; the file holds nothing but weights."""
+    name = _find_archive(source)
+    assert name is not None
+    parts = require_tensors(_capitalise(source.tensors(name)), NAMES, source.folder / name)
+    return Reading(format="gemma_scope", parts=parts, how=_mean(transcodes=asked.hook_point_out is not None))
+
+
+def _mean(*, transcodes: bool) -> Convention:
+    return Convention(activation=JumpReLU(), transcodes=transcodes, subtracts_b_dec=False)
+
+
+def recognise_second(source: Source) -> bool:
+    """Whether it is an SAE or transcoder of the second Gemma Scope."""
+    if not source.has(CONFIG, WEIGHTS):
+        return False
+    return source.json(CONFIG).get("architecture") == "jump_relu" and "w_enc" in source.tensors(WEIGHTS)
+
+
+def read_second(source: Source, asked: Asked) -> Reading:
+    """An SAE or transcoder; ValueError for a crosscoder, whose W_dec has three axes."""
+    settings = source.json(CONFIG)
+    held = _capitalise(source.tensors(WEIGHTS))
+    parts = require_tensors(held, NAMES, source.folder / WEIGHTS)
+    if parts["W_dec"].ndim != 2:
+        raise ValueError(
+            f"W_dec must write one place, got shape {tuple(parts['W_dec'].shape)} in {source.folder}: that is a "
+            "cross-layer transcoder, which saelab has no axis for."
+        )
+    if isinstance(held.get(SKIP), Tensor):
+        parts["W_skip"] = held[SKIP]
+    if bool(settings.get("affine_connection")) != ("W_skip" in parts):
+        raise ValueError(f"{source.folder / CONFIG} must say whether there is an {SKIP}; it and the weights disagree.")
+    hook_point, out = (_translate(settings.get(f"hf_hook_point_{side}")) for side in ("in", "out"))
+    transcodes = "W_skip" in parts or (out is not None and out != hook_point) or asked.hook_point_out is not None
+    model = str(settings.get("model_name") or "").replace("gemma-v3", "gemma-3")
+    facts = Facts(model=model or None, hook_point=hook_point, hook_point_out=out)
+    return Reading(format="gemma_scope_2", parts=parts, how=_mean(transcodes=transcodes), facts=facts)
+
+
+def _translate(place: str | None) -> str | None:
+    """Such as 'blocks.3.hook_resid_post' for 'model.layers.3.output'; None for a place that is not in the list."""
+    found = re.fullmatch(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)", place or "")
+    return f"blocks.{found[1]}.{PLACES[found[2]]}" if found and found[2] in PLACES else None

@@ -1,0 +1,133 @@
+"""Names under which published SAEs are known, as SAELens lists them, and where on the Hub they lie.
+
+`releases.json` holds facts only, a line for each family: a pattern of release names and one of SAE ids; the repository
+and the path in it; the model, the hook point and what else the files leave out. `{...}` stands for a group of either.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from saelab.sae.activations import Activation, make_activation
+from saelab.sae.config import read_fields
+from saelab.sae.formats.readings import Asked
+from saelab.sae.formats.sources import inside
+from saelab.stores.files import read_json
+
+TABLE = Path(__file__).parent / "releases.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """One family of published SAEs; the texts may refer to groups of `name` and `id`, and to `{id}` itself."""
+
+    name: str
+    """pattern of the release's name"""
+    repo: str
+    id: str = ".+"
+    """pattern of an SAE's id in it"""
+    path: str = "{id}"
+    """sub-folder or file"""
+    model: str | None = None
+    hook_point: str | None = None
+    hook_point_out: str | None = None
+    weight_processing: str | None = None
+    activation: dict[str, Any] | None = None
+    """name and settings, where the files do not say them"""
+    scale: float | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one SAE lies, and what is known of it."""
+
+    repo: str
+    path: str
+    facts: Asked
+
+
+_added: list[Release] = []
+
+
+def register_release(
+    name: str,
+    repo: str,
+    *,
+    path: str = "{id}",
+    id: str = ".+",
+    model: str | None = None,
+    hook_point: str | None = None,
+    hook_point_out: str | None = None,
+    weight_processing: str | None = None,
+    activation: Activation | None = None,
+    scale: float | None = None,
+) -> None:
+    """Make a release known to `SAE.from_pretrained(name, id)`; one of the same name goes before the table's.
+
+    `name` and `id` are regular expressions; `{id}` and their named groups may stand in the other texts. ValueError for
+    a pattern that is none, or a path that leaves the repository.
+
+    >>> register_release("mine", "me/saes", id=r"layer_(?P<layer>\\d+)", model="gpt2",
+    ...     hook_point="blocks.{layer}.hook_resid_post")
+    >>> find_release("mine", "layer_3").facts.hook_point
+    'blocks.3.hook_resid_post'
+    """
+    for pattern in (name, id):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`name` and `id` must be regular expressions, got '{pattern}' ({error}).") from None
+    inside(path)
+    _added.insert(
+        0,
+        Release(
+            name=name,
+            repo=repo,
+            id=id,
+            path=path,
+            model=model,
+            hook_point=hook_point,
+            hook_point_out=hook_point_out,
+            weight_processing=weight_processing,
+            activation=activation.to_dict() if activation else None,
+            scale=scale,
+        ),
+    )
+
+
+@cache
+def _read_table() -> tuple[Release, ...]:
+    return tuple(read_fields(Release, entry) for entry in read_json(TABLE))
+
+
+def find_release(name: str, id: str | None) -> Place | None:
+    """Where an SAE of a release lies; None for no release's name, ValueError for an id that the release has not."""
+    found = [(entry, match) for entry in (*_added, *_read_table()) if (match := re.fullmatch(entry.name, name))]
+    if not found:
+        return None
+    for entry, match in found:
+        if id is not None and (of_id := re.fullmatch(entry.id, id)):
+            groups = {**match.groupdict(), **of_id.groupdict(), "id": id}
+            return _fill(entry, {key: value for key, value in groups.items() if value is not None})
+    patterns = [entry.id for entry, _ in found][:5]
+    raise ValueError(f"`name` must be an id of release '{name}', got {id!r}; ids look like {patterns}.")
+
+
+def _fill(entry: Release, groups: dict[str, str]) -> Place:
+    texts = {key: value.format(**groups) for key, value in asdict(entry).items() if isinstance(value, str)}
+    activation = None
+    if entry.activation is not None:
+        settings = {k: v.format(**groups) if isinstance(v, str) else v for k, v in entry.activation.items()}
+        numbers: dict[str, Any] = {k: int(v) if k == "k" else v for k, v in settings.items()}
+        activation = make_activation(**numbers)
+    facts = Asked(
+        model=texts.get("model"),
+        hook_point=texts.get("hook_point"),
+        hook_point_out=texts.get("hook_point_out"),
+        weight_processing=texts.get("weight_processing"),
+        activation=activation,
+        scale=entry.scale,
+    )
+    return Place(texts["repo"], inside(texts["path"]), facts)

@@ -1,0 +1,211 @@
+"""SAELens: `cfg.json` and `sae_weights.safetensors`; W_enc is (d_in, d_sae), W_dec (d_sae, d_out), but W_skip (d_out,
+d_in).
+
+Read are the architectures of SAELens 6, its training checkpoints of BatchTopK, and configurations from before 6.0.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saelab.sae.activations import AbsTopK, Activation, BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.config import MatchingPursuit
+from saelab.sae.formats.conventions import Convention
+from saelab.sae.formats.readings import Asked, Facts, Reading, describe_mask, name_processing, require
+from saelab.sae.formats.sources import Source, require_number, require_tensors
+from saelab.sae.normaliser import Kind
+
+CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
+TRANSCODERS = {
+    "transcoder": False,
+    "skip_transcoder": False,
+    "jumprelu_transcoder": True,
+    "jumprelu_skip_transcoder": True,
+}
+"""whether they have thresholds"""
+BATCHED = ("batchtopk", "matryoshka_batchtopk")
+"""architectures of training checkpoints: when training ends they become jumprelu"""
+PER_TOKEN: dict[str, Kind] = {"constant_norm_rescale": "token_norm", "layer_norm": "layer_norm"}
+SCALED = "expected_average_only_in"
+CODE_SCALE = "scaling_factor"
+"""what files from before 6.0 may multiply codes by before they are decoded"""
+OURS = "saelab"
+"""the key in `metadata` under which we say what SAELens has no words for"""
+
+
+def recognise(source: Source) -> bool:
+    """Whether the files are SAELens'."""
+    return source.has(CONFIG, WEIGHTS) and "W_dec" in source.tensors(WEIGHTS) and "d_in" in source.json(CONFIG)
+
+
+def read(source: Source, asked: Asked) -> Reading:
+    """The SAE in a folder; ValueError for an architecture that is none of ours, and for what must be asked for."""
+    place = source.folder
+    settings = source.json(CONFIG)
+    cfg = modernise(settings)
+    held = dict(source.tensors(WEIGHTS))
+    ours = cfg["metadata"].get(OURS) or {}
+    names = _name_parts(cfg, held)
+    parts = require_tensors(held, names, place / WEIGHTS)
+    code_scale = _find_code_scale(cfg, held, place)
+    used = (*names, CODE_SCALE) if code_scale else names
+    extras = {name: value for name, value in held.items() if name not in used}
+    parts |= code_scale
+    if "W_skip" in parts:
+        parts["W_skip"] = parts["W_skip"].T
+    activation = asked.activation or _choose_activation(cfg, ours, parts, place)
+    if type(activation) is BatchTopK:
+        parts["threshold"] = _one_threshold(parts.get("threshold", held.get("topk_threshold")), place)
+    scale = _find_scale(cfg, source, asked)
+    how = Convention(
+        activation=activation,
+        encoder=_choose_encoder(cfg),
+        prefixes=tuple(ours["prefixes"]) if ours.get("prefixes") else None,
+        transcodes=cfg["architecture"] in TRANSCODERS,
+        subtracts_b_dec=bool(cfg.get("apply_b_dec_to_input", True)),
+        decoder_norms="codes" if cfg.get("rescale_acts_by_decoder_norm") else "none",
+        scale=scale,
+        scale_out=1.0 if cfg["architecture"] in TRANSCODERS else scale,
+        normaliser=PER_TOKEN.get(cfg["normalize_activations"], "none"),
+    )
+    facts = _read_facts(cfg["metadata"], ours)
+    return Reading(format="saelens", parts=parts, how=how, facts=facts, settings=settings, extras=extras)
+
+
+def modernise(settings: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as SAELens 6 has it, with its metadata; those from before 6.0 are flat."""
+    cfg = dict(settings)
+    metadata = dict(cfg.get("metadata") or {})
+    version = cfg.get("sae_lens_version") or metadata.get("sae_lens_version")
+    if version is None or int(re.match(r"\d*", str(version)).group() or 0) < 6:  # type: ignore[union-attr]
+        renamed = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
+        cfg = {renamed.get(key, key): value for key, value in cfg.items()}
+        cfg["activation_fn"] = cfg.get("activation_fn") or cfg.get("activation_fn_str") or "relu"
+        cfg["architecture"] = cfg.get("architecture") or "standard"
+        if cfg["activation_fn"] == "topk":
+            cfg["architecture"] = "topk"
+            cfg["k"] = (cfg.get("activation_fn_kwargs") or {}).get("k", cfg.get("k"))
+        metadata = cfg | metadata
+    normalize = cfg.get("normalize_activations")
+    cfg["normalize_activations"] = {None: "none", False: "none", True: SCALED}.get(normalize, normalize)
+    cfg["metadata"] = metadata
+    return cfg
+
+
+def _name_parts(cfg: dict[str, Any], held: Mapping[str, Any]) -> tuple[str, ...]:
+    """The tensors that an architecture has; ValueError for one that is no point on our axes."""
+    architecture = cfg.get("architecture")
+    basic = ("W_enc", "b_enc", "W_dec", "b_dec")
+    if architecture in TRANSCODERS:
+        threshold = ("threshold",) if TRANSCODERS[architecture] else ()
+        return (*basic, *threshold, *(("W_skip",) if "skip" in architecture else ()))
+    known = {
+        "standard": basic,
+        "topk": basic,
+        "abstopk": basic,
+        "batchtopk": basic,
+        "matryoshka_batchtopk": basic,
+        "jumprelu": (*basic, "threshold"),
+        "gated": ("W_enc", "W_dec", "b_dec", "b_gate", "b_mag", "r_mag"),
+        "matching_pursuit": ("W_dec", "b_dec"),
+    }
+    if architecture not in known:
+        raise ValueError(
+            f"`architecture` of a SAELens file must be one of {sorted([*known, *TRANSCODERS])}, got {architecture!r}, "
+            "which is no point on saelab's axes."
+        )
+    return known[architecture]
+
+
+def _choose_activation(
+    cfg: dict[str, Any], ours: dict[str, Any], parts: Mapping[str, Tensor], place: Path
+) -> Activation:
+    architecture = cfg["architecture"]
+    if ours.get("batch_k"):
+        return BatchTopK(k=int(ours["batch_k"]))
+    if architecture in BATCHED:
+        return BatchTopK(k=max(1, round(require_number(cfg, "k", place / CONFIG))))
+    if architecture in ("topk", "abstopk"):
+        k = int(require_number(cfg, "k", place / CONFIG))
+        return AbsTopK(k=k) if architecture == "abstopk" else TopK(k=k)
+    if architecture == "matching_pursuit":
+        return TopK(k=int(cfg.get("max_iterations") or parts["W_dec"].shape[1]))
+    if architecture == "gated" or "threshold" in parts:
+        return JumpReLU()
+    if (name := cfg.get("activation_fn", "relu")) != "relu":
+        raise ValueError(f"`activation_fn` in {place / CONFIG} must be relu or topk, got '{name}'.")
+    return ReLU()
+
+
+def _choose_encoder(cfg: dict[str, Any]) -> Any:
+    if cfg["architecture"] != "matching_pursuit":
+        return "linear"
+    return MatchingPursuit(
+        residual_threshold=float(cfg.get("residual_threshold", 1e-2)),
+        stop_on_repeat=bool(cfg.get("stop_on_duplicate_support", True)),
+    )
+
+
+def _one_threshold(threshold: Tensor | None, place: Path) -> Tensor:
+    """The single number behind a vector of equal thresholds."""
+    if threshold is None or not bool((threshold == threshold.flatten()[0]).all()):
+        raise ValueError(f"{place} must hold one threshold for all latents of a BatchTopK SAE, got others or none.")
+    return threshold.flatten()[0]
+
+
+def _find_code_scale(cfg: dict[str, Any], held: Mapping[str, Any], place: Path) -> dict[str, Tensor]:
+    """What codes are multiplied by before they are decoded, where an SAE was fine-tuned so."""
+    scale = held.get(CODE_SCALE)
+    if not isinstance(scale, Tensor) or bool((scale == 1).all()):
+        return {}
+    if not cfg.get("finetuning_scaling_factor"):
+        raise ValueError(
+            f"{place} must say `finetuning_scaling_factor` for its scaling_factor to be used, got "
+            f"{cfg.get('finetuning_scaling_factor')!r}. What the factors are for is not known."
+        )
+    return {"code_scale": scale}
+
+
+def _find_scale(cfg: dict[str, Any], source: Source, asked: Asked) -> float:
+    """What activations are multiplied by first. SAELens folds it when training ends, and so a file that still asks for
+    it does not hold it; training checkpoints have it beside them.
+    """
+    normalize = cfg["normalize_activations"]
+    if normalize == "none" or normalize in PER_TOKEN:
+        return 1.0 if asked.scale is None else asked.scale
+    if normalize != SCALED:
+        raise ValueError(f"`normalize_activations` must be none, {SCALED} or {list(PER_TOKEN)}, got '{normalize}'.")
+    beside = source.json_if_there(SCALER).get("scaling_factor")
+    return float(
+        require(
+            asked.scale if asked.scale is not None else beside,
+            "scale",
+            "what activations were multiplied by (sqrt(d_in) / their mean norm; 1.0 if that is folded in)",
+            "0.25",
+        )
+    )
+
+
+def _read_facts(metadata: dict[str, Any], ours: dict[str, Any]) -> Facts:
+    how = metadata.get("model_from_pretrained_kwargs") or {}
+    hook_point = metadata.get("hook_name")
+    seqpos: tuple[Any, ...] = tuple(metadata.get("seqpos_slice") or (None,))
+    special = metadata.get("exclude_special_tokens")
+    stop = seqpos[1] if len(seqpos) > 1 else None
+    mask = describe_mask(bool(special), seqpos[0] or 0, stop) if special is not None and (stop or 1) > 0 else {}
+    return Facts(
+        model=metadata.get("model_name"),
+        hook_point=hook_point,
+        hook_point_out=metadata.get("hook_name_out"),
+        weight_processing=name_processing(
+            hook_point, centred=bool(how.get("center_writing_weights")), folded=bool(how.get("fold_ln"))
+        ),
+        text=metadata.get("dataset_path") or "unknown",
+        ctx_len=metadata.get("context_size"),
+        mask=mask,
+        provenance=ours.get("provenance"),
+        complete=bool(ours),
+    )

@@ -1,0 +1,94 @@
+"""`Source`: the folder, or the one file in it, that may hold an SAE; every path is opened through it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from saelab.sae.formats.tensorfiles import PICKLES, read_tensors
+from saelab.stores.files import read_json
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder with files of known names, or one file of any name."""
+
+    folder: Path
+    file: str | None = None
+    """the only weights to look at"""
+
+    @classmethod
+    def open(cls, path: Path, name: str | None = None) -> "Source":
+        """A folder, a folder and a sub-folder or file in it, or a file; ValueError for a name that leaves the folder,
+        FileNotFoundError where there is nothing.
+        """
+        place = path if name is None else path / inside(name)
+        if place.is_file():
+            return cls(place.parent, place.name)
+        if not place.is_dir():
+            near = sorted(item.name for item in path.iterdir())[:5] if path.is_dir() else []
+            hint = f"Choose one of {near}." if near else "Check the path."
+            raise FileNotFoundError(f"An SAE must be a folder or a file, got {place}, which is neither. {hint}")
+        return cls(place)
+
+    def has(self, *names: str) -> bool:
+        """Whether all these files are there; of a source that is one file, only that one is."""
+        return all((self.folder / inside(name)).is_file() and self._may_read(name) for name in names)
+
+    def _may_read(self, name: str) -> bool:
+        return self.file is None or name == self.file or name.endswith(".json")
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file of the folder; ValueError where it holds another thing."""
+        held = read_json(self.folder / inside(name))
+        if not isinstance(held, dict):
+            raise ValueError(f"{self.folder / name} must hold an object, got a {type(held).__name__}. Was it edited?")
+        return held
+
+    def json_if_there(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file, or an empty one where there is no such file."""
+        return self.json(name) if (self.folder / inside(name)).is_file() else {}
+
+    def tensors(self, name: str) -> Mapping[str, Any]:
+        """What a file of weights holds, mapped."""
+        return read_tensors(self.folder / inside(name))
+
+    @cached_property
+    def pickle(self) -> str | None:
+        """The one PyTorch file: that named, or the only one of the folder."""
+        if self.file is not None:
+            return self.file if Path(self.file).suffix in PICKLES else None
+        found = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLES)
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def place(self) -> Path:
+        """The folder or the file, to name in messages."""
+        return self.folder if self.file is None else self.folder / self.file
+
+
+def inside(name: str) -> str:
+    """The name of something in a folder; ValueError for one that leads out of it."""
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts or name.startswith("~"):
+        raise ValueError(f"A file must be named by its path inside the SAE's folder, got '{name}', which leaves it.")
+    return name
+
+
+def require_tensors(held: Mapping[str, Any], names: tuple[str, ...], place: Path) -> dict[str, Tensor]:
+    """The named tensors; ValueError for one that is missing or no tensor."""
+    wrong = [name for name in names if not isinstance(held.get(name), Tensor)]
+    if wrong:
+        raise ValueError(f"{place} must hold tensors {list(names)}, got none for {wrong[:5]}. Is the file whole?")
+    return {name: held[name] for name in names}
+
+
+def require_number(settings: Mapping[str, Any], name: str, place: Path) -> Any:
+    """A number of a configuration; ValueError where it is missing or something else."""
+    value = settings.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{place} must say a number for `{name}`, got {value!r}. Was it edited?")
+    return value

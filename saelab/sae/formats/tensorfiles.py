@@ -1,0 +1,126 @@
+"""Tensors in files that others wrote: safetensors, PyTorch's zip, NumPy's npz. Nothing in them is executed.
+
+Tensors are mapped into memory, so that names, shapes and dtypes are known before any value is read.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saelab.stores.files import TensorSpec, map_tensor, read_header
+
+ARCHIVES = (".npz",)
+PICKLES = (".pt", ".pth", ".bin")
+SMALL = 2**24  # bytes that a compressed array may have, however well it was compressed
+MAX_RATIO = 20  # of a larger one's size to what it takes in the file: weights hardly compress at all
+LOCAL_HEADER = 30  # bytes before a name in a zip file
+
+
+def read_tensors(path: Path) -> Mapping[str, Any]:
+    """What a file holds by name: tensors, mapped and not yet read, and the plain values that stand beside them.
+
+    Raises FileNotFoundError where there is no file; ValueError for one that is cut off, that is no such file, that
+    would have to run code to be read, or whose arrays are larger than their bytes can hold.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"An SAE's weights must be a file, got {path}, where there is none. Check the name.")
+    if path.suffix in PICKLES:
+        return _read_pickle(path)
+    if path.suffix in ARCHIVES:
+        return _read_archive(path)
+    specs, _ = read_header(path)
+    return {name: map_tensor(path, spec) for name, spec in specs.items()}
+
+
+def _read_pickle(path: Path) -> Mapping[str, Any]:
+    """A dictionary that `torch.save` wrote. Only tensors and plain values are unpickled; anything else is refused."""
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            _refuse_compressed(path, archive)
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} must be a whole PyTorch file of tensors and plain values, got another ({reason}). It was not "
+            "unpickled further: what it holds could run code. Ask for safetensors, or copy it again."
+        ) from None
+    if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
+        raise ValueError(f"{path} must hold a dictionary of tensors by name, got a {type(held).__name__}.")
+    return held
+
+
+def _refuse_compressed(path: Path, archive: zipfile.ZipFile) -> None:
+    if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+        raise ValueError(
+            f"{path} must be stored uncompressed, as torch.save does, got a compressed file. Write it anew."
+        )
+
+
+def _read_archive(path: Path) -> Mapping[str, Tensor]:
+    """The arrays of an npz: those stored as they are get mapped, small or little compressed ones are read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {info.filename.removesuffix(".npy"): _read_array(path, archive, info) for info in archive.infolist()}
+    except (zipfile.BadZipFile, EOFError, KeyError, SyntaxError) as error:
+        raise ValueError(f"{path} must be a whole npz file, got another ({error}). Was it cut off?") from None
+
+
+def _read_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tensor:
+    shape, fortran, dtype, start = _read_array_header(path, archive, info)
+    n_bytes = int(np.prod(shape, dtype=np.float64) * dtype.itemsize)
+    if info.file_size != start + n_bytes:
+        raise ValueError(
+            f"{path}: '{info.filename}' must have {start + n_bytes} bytes by its header {shape}, got {info.file_size}. "
+            "It was cut off or made up; copy it again."
+        )
+    if info.compress_type == zipfile.ZIP_STORED and not fortran:
+        return map_tensor(path, TensorSpec(_to_torch(path, dtype), shape, _find_data(path, info) + start))
+    if n_bytes > max(SMALL, MAX_RATIO * info.compress_size):
+        raise ValueError(
+            f"{path}: '{info.filename}' must not unpack to more than {MAX_RATIO} times its size, got {n_bytes} bytes "
+            f"in {info.compress_size}. Weights do not compress like that; store them uncompressed."
+        )
+    with archive.open(info) as member:
+        return torch.from_numpy(np.array(np.lib.format.read_array(member, allow_pickle=False)))
+
+
+def _read_array_header(
+    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo
+) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, order, dtype and length of the header; ValueError for what is no array of numbers."""
+    with archive.open(info) as member:
+        try:
+            version = np.lib.format.read_magic(member)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(member)
+        except ValueError as error:
+            raise ValueError(f"{path}: '{info.filename}' must be an array, got another ({error}).") from None
+        if dtype.hasobject:
+            raise ValueError(
+                f"{path}: '{info.filename}' must be an array of numbers, got objects, which could run code. Not read."
+            )
+        return shape, fortran, dtype, member.tell()
+
+
+def _find_data(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where a stored member's bytes begin: behind its local header, a name and an extra field."""
+    with open(path, "rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(LOCAL_HEADER)
+    n_name, n_extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+    return info.header_offset + LOCAL_HEADER + n_name + n_extra
+
+
+def _to_torch(path: Path, dtype: np.dtype) -> torch.dtype:
+    try:
+        return torch.from_numpy(np.empty(0, dtype)).dtype
+    except TypeError:
+        raise ValueError(f"{path} must hold numbers that PyTorch knows, got {dtype}.") from None

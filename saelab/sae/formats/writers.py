@@ -1,0 +1,115 @@
+"""Writing an SAE as other tools read it: as it was read, bit for bit, or in a format's own terms where it has them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.sae.coder import Coder
+from saelab.sae.formats import dictionary_learning, saelens_writing, sparsify
+from saelab.sae.formats.conventions import Convention, compose
+from saelab.sae.formats.readings import Origin, Reading, dtype_name
+from saelab.sae.normaliser import PER_TOKEN
+from saelab.stores.provenance import Provenance
+
+Named = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """One format: what it can say of an SAE, the weights as it means them, and its files."""
+
+    describe: Callable[[Coder, Provenance | None], dict[str, Any]]
+    find_parts: Callable[[Coder], dict[str, Tensor]]
+    write: Callable[[Path, dict[str, Any], Named, Named], None]
+    find_extras: Callable[[Coder], dict[str, Tensor]] = lambda coder: {}
+
+
+WRITERS = {
+    "saelens": Writer(saelens_writing.describe, saelens_writing.find_parts, saelens_writing.write),
+    "sparsify": Writer(sparsify.describe, sparsify.find_parts, sparsify.write),
+    "dictionary_learning": Writer(
+        dictionary_learning.describe,
+        dictionary_learning.find_parts,
+        dictionary_learning.write,
+        dictionary_learning.find_extras,
+    ),
+}
+
+
+def write_foreign(
+    folder: Path, coder: Coder, provenance: Provenance | None, origin: Origin | None, format: str
+) -> None:
+    """Write a coder into a folder in somebody else's format.
+
+    One that was read from that format and is unchanged is written as it was. Otherwise a linear normaliser is folded
+    into the weights. ValueError with the reason where the format has no words for it.
+    """
+    if format not in WRITERS:
+        raise ValueError(f"`format` must be 'saelab' or one of {list(WRITERS)}, got '{format}'.")
+    writer = WRITERS[format]
+    if origin is not None and origin.format == format and (parts := restore(origin, coder)) is not None:
+        extras = {name: tensor for name, tensor in origin.kept.items() if name not in parts}
+        writer.write(folder, origin.settings, parts, extras)
+        return
+    _require_threshold(coder)
+    folded = coder if coder.cfg.normaliser in PER_TOKEN else coder.fold()
+    writer.write(folder, writer.describe(folded, provenance), writer.find_parts(folded), writer.find_extras(folded))
+
+
+def _require_threshold(coder: Coder) -> None:
+    if coder.cfg.activation.threshold == "running" and (coder.threshold is None or bool(coder.threshold.isnan())):
+        raise ValueError(
+            f"{coder.cfg.activation} must have its inference threshold to be written, got none; train the SAE first."
+        )
+
+
+def keep_origin(reading: Reading, changed: frozenset[str]) -> Origin:
+    """What to keep of a reading, so that it can be written back; of formats that are not written, no tensors."""
+    writes = reading.format in WRITERS
+    kept = {name: reading.parts[name] for name in changed} | dict(reading.extras) if writes else {}
+    dtypes = {name: dtype_name(part.dtype) for name, part in reading.parts.items()}
+    return Origin(reading.format, reading.how, reading.settings, dtypes, kept)
+
+
+@torch.no_grad()
+def restore(origin: Origin, coder: Coder) -> dict[str, Tensor] | None:
+    """The parts that were read, from those kept and the coder's own; None where they are not this coder any more."""
+    own = coder.state_dict()
+    parts = {}
+    for name, dtype in origin.dtypes.items():
+        part = origin.kept.get(name, own.get(name))
+        if part is None:
+            return None
+        parts[name] = part if name in origin.kept else part.cpu().to(getattr(torch, dtype))
+    try:
+        again = compose(parts, origin.how, dtype=coder.dtype)
+    except ValueError:
+        return None
+    same = replace(again.cfg, aux=coder.cfg.aux, init=coder.cfg.init) == coder.cfg and _same(again.tensors, own)
+    return parts if same else None
+
+
+def _same(again: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Equal up to what another machine's order of summation explains."""
+    return set(again) == set(own) and all(
+        again[name].shape == own[name].shape
+        and torch.allclose(again[name].float(), own[name].cpu().float(), rtol=1e-6, atol=1e-8)
+        for name in again
+    )
+
+
+def describe_folds(how: Convention) -> list[str]:
+    """What composing did to the source's numbers, in words."""
+    said = {
+        "its encoder reads x, not x - b_dec: b_enc holds b_dec W_enc more": not (how.transcodes or how.subtracts_b_dec),
+        "its transcoder reads x - b_dec: b_enc holds b_dec W_enc less": how.transcodes and how.subtracts_b_dec,
+        "norms of W_dec's rows are in the codes, and the rows at unit length": how.decoder_norms == "codes",
+        "choices look at codes times the norms of W_dec's rows": how.decoder_norms == "choice",
+        f"activations are multiplied by {how.scale:g}": how.scale != 1.0,
+        f"every token is normalised by itself ({how.normaliser})": how.normaliser != "none",
+    }
+    return [words for words, true in said.items() if true]

@@ -1,0 +1,83 @@
+"""From a name or a folder to the tensors of an SAE, whoever wrote it, at the cost of one copy of what is needed."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.sae.archetypes import Archetypal
+from saelab.sae.checkpoint import read_sae
+from saelab.sae.config import SAEConfig
+from saelab.sae.formats.conventions import Convention, compose, narrow, own, take_latents
+from saelab.sae.formats.hub import find_source
+from saelab.sae.formats.readers import OWN, find_format, read_foreign
+from saelab.sae.formats.readings import Asked, Origin, make_provenance
+from saelab.sae.formats.releases import find_release
+from saelab.sae.formats.sources import Source
+from saelab.sae.formats.writers import keep_origin
+from saelab.stores.provenance import Provenance
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """What an SAE is made of."""
+
+    cfg: SAEConfig
+    tensors: dict[str, Tensor]
+    provenance: Provenance | None
+    training: dict[str, Any] | None
+    origin: Origin | None
+    place: Path
+
+
+def locate(source: str | Path, name: str | None, revision: str | None, asked: Asked) -> tuple[Source, Asked]:
+    """Where an SAE lies, fetched if need be, and what is known of it: what was asked, else what its release says."""
+    release = None if Path(source).expanduser().exists() else find_release(str(source), name)
+    if release is None:
+        return find_source(source, name, revision), asked
+    said = {field.name: getattr(asked, field.name) for field in fields(Asked)}
+    known = {key: getattr(release.facts, key) if value is None else value for key, value in said.items()}
+    return find_source(release.repo, release.path, revision), Asked(**known)
+
+
+def load(source: Source, asked: Asked, format: str | None, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
+    """The SAE in a folder or file; ValueError where it is none, does not fit its config, or leaves something to ask."""
+    format = find_format(source, format)
+    if format == OWN:
+        return _load_own(source, asked, latents, dtype)
+    reading = read_foreign(source, format, asked)
+    composed = compose(reading.parts, reading.how, latents, dtype)
+    origin = keep_origin(reading, composed.changed) if latents is None else None
+    provenance = make_provenance(reading, asked)
+    return Loaded(composed.cfg, composed.tensors, provenance, None, origin, source.place)
+
+
+def _load_own(source: Source, asked: Asked, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
+    if asked != Asked():
+        given = [field.name for field in fields(Asked) if getattr(asked, field.name) is not None]
+        raise ValueError(f"An SAE of saelab's own must be loaded as it says itself, got {given}; leave them out.")
+    described, tensors, origin = read_sae(source.folder)
+    cfg = SAEConfig.from_dict(described["config"])
+    if latents is not None:
+        tensors, cfg, origin = take_latents(tensors, latents), _narrow_config(cfg, len(latents)), None
+    held = {name: own(tensor, dtype, latent_major=name == "W_enc") for name, tensor in tensors.items()}
+    provenance = Provenance.from_dict(described["provenance"]) if described["provenance"] else None
+    return Loaded(cfg, held, provenance, described["training"], origin, source.place)
+
+
+def _narrow_config(cfg: SAEConfig, d_sae: int) -> SAEConfig:
+    if isinstance(cfg.dictionary, Archetypal):
+        raise ValueError("`latents` must be left out for an archetypal dictionary: all its rows are mixed from points.")
+    how = narrow(Convention(activation=cfg.activation, encoder=cfg.encoder), d_sae)
+    return replace(cfg, d_sae=d_sae, activation=how.activation, prefixes=None)
+
+
+def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], place: Path) -> None:
+    """Make the tensors a module's own, without a copy; ValueError where they do not fit."""
+    try:
+        module.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {place} must fit its config.json: {error}") from error

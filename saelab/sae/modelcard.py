@@ -1,0 +1,49 @@
+"""The README.md of an SAE on the Hub."""
+
+import json
+from typing import Any
+
+from saelab.sae.coder import Coder
+from saelab.stores.results import Result
+
+LOADERS = {
+    "saelab": ("import saelab as sl", 'sae = sl.SAE.from_pretrained("{repo}")'),
+    "saelens": ("from sae_lens import SAE", 'sae = SAE.from_pretrained("{repo}", ".")'),
+    "sparsify": ("from sparsify import SparseCoder", 'sae = SparseCoder.load_from_hub("{repo}")'),
+    "dictionary_learning": (
+        "from dictionary_learning.utils import load_dictionary",
+        'sae, config = load_dictionary(folder, device="cpu")  # where the files of {repo} are',
+    ),
+}
+
+
+def write_card(sae: Coder, repo_id: str, format: str, evaluation: Result | None) -> str:
+    """Markdown with the Hub's header: what the SAE is, what it was trained on, how it is loaded, how good it is."""
+    origin: Any = getattr(sae, "provenance", None)
+    model = origin.model if origin else None
+    header = {
+        "library_name": format,
+        "tags": ["sparse-autoencoder", "interpretability", "saelab"],
+        **({"base_model": model} if model and model.count("/") == 1 and not model.startswith((".", "/")) else {}),
+    }
+    facts = {
+        "kind": "transcoder" if sae.cfg.d_out else "sparse autoencoder",
+        "activation": str(sae.cfg.activation),
+        "widths": f"d_in {sae.cfg.d_in}, d_sae {sae.cfg.d_sae}" + (f", d_out {sae.cfg.d_out}" if sae.cfg.d_out else ""),
+        "model": f"{model} (weight processing: {origin.weight_processing})" if origin else "unknown",
+        "place": origin.place if origin else "unknown",
+        "text": origin.text if origin else "unknown",
+    }
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", "", f"# {repo_id}", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items()), ""]
+    load = (line.format(repo=repo_id) for line in LOADERS[format])
+    lines += ["## Loading", "", "```python", *load, "```", ""]
+    if format != "saelab":
+        lines += [f'saelab reads it too: `saelab.SAE.from_pretrained("{repo_id}")`.', ""]
+    if evaluation is not None:
+        lines += ["## Evaluation", "", "```text", str(evaluation), "```", ""]
+    return "\n".join(lines)
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")
