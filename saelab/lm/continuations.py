@@ -16,6 +16,7 @@ from saelab.lm.models import Model
 class Continuations:
     """Logits of a batch of prompts and of the texts behind them; the masks are false at padding."""
 
+    prompt_ids: Int[Tensor, "batch n_prompt"]
     prompt_logits: Float[Tensor, "batch n_prompt d_vocab"]
     """behind each token of a prompt; prompts are padded on the left"""
     prompt_mask: Bool[Tensor, "batch n_prompt"]
@@ -26,9 +27,7 @@ class Continuations:
 
 
 @torch.no_grad()
-def read_continuations(
-    model: Model, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
-) -> Continuations:
+def read_continuations(model: Model, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> Continuations:
     """The logits that `generate` would have met, writing these texts after these prompts: two forwards, with a cache.
 
     Edits of `splice` and `steer` apply, and know the prompts from what was generated. ValueError where a prompt or a
@@ -54,7 +53,7 @@ def read_continuations(
         places = _places(real, start.shape[1], start.shape[1] + ids.shape[1] - 1)
         rest = module(ids[:, :-1], use_cache=True, past_key_values=first.past_key_values, **places)
         logits = torch.cat([logits, rest.logits], 1)
-    return Continuations(first.logits, is_prompt, logits, ids, is_text)
+    return Continuations(start, first.logits, is_prompt, logits, ids, is_text)
 
 
 def _pad(rows: Sequence[Sequence[int]], left: bool) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:

@@ -44,7 +44,7 @@ def make_concept(model: Model, aim: Aim, name: str = "", *, first_token: bool = 
     their prompts, and returns a number for each.
 
     >>> make_concept(sl.tiny_model(), "a,b").ids
-    (65, 66, 97, 98)
+    (35, 36, 67, 68)
     """
     return make_concepts(model, {name: aim}, first_token=first_token)[0]
 

@@ -1,7 +1,8 @@
-"""What steering did and what it cost, one definition each; with p the plain model's prediction and p' the steered one's:
+"""What steering did and what it cost, one definition each, with p the plain model's prediction, p' the steered one's:
 
-    lift           mean_t log p'_t(C) - log p_t(C), p(C) the probability of a set of tokens C, on the same prefixes, nats
+    lift           mean_t log p'_t(C) - log p_t(C), p(C) the probability of a set of tokens, on the same prefixes, nats
     selectivity    the lift minus the mean lift of other sets
+    mass           mean_t p'_t(C): how often the concept is expected; gain: its logarithm minus that of mean_t p_t(C)
     kl             mean_t KL(p_t || p'_t), nats
     entropy        mean_t of p'_t, nats
     nll            mean_t -log p_t of the tokens that the steered model wrote, nats; perplexity is exp(nll)
@@ -9,8 +10,9 @@
     repetition     share of a text's 4-grams that stood in it before (seq-rep-4, arXiv:1908.04319)
     distinct_n     different n-grams over all n-grams of a set of texts, n = 1 and 2 (arXiv:1510.03055)
 
-Lift, kl and entropy are read on text that the plain model wrote; prompt_lift, prompt_selectivity and prompt_kl on the
-prompts themselves.
+Lift, gain, kl and entropy are read on text that the plain model wrote; prompt_lift, prompt_selectivity and prompt_kl on
+the prompts themselves. The lift counts every token alike, and so mostly those where the concept is out of the question:
+there any disturbance raises it by nats. The selectivity takes that off, the gain weighs tokens by what can happen.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,273 @@
+"""`SteeringCurve`: what every strength of every source did and cost, and what follows from that."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from saelab.steering.estimates import NAN, Best, Estimate, draw_weights, make_estimate
+from saelab.steering.frontiers import find_frontier, mean_gain, read_cost, read_gain
+from saelab.stores.results import Result
+
+MATCHED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
+"""KL in nats at which sources are compared: the largest that all of them reach"""
+RATIOS = {
+    "lift": ("lift", "n_text"),
+    "selectivity": ("selectivity", "n_text"),
+    "kl": ("kl", "n_text"),
+    "mass": ("mass", "n_text"),
+    "entropy": ("entropy", "n_text"),
+    "prompt_lift": ("prompt_lift", "n_prompt"),
+    "prompt_selectivity": ("prompt_selectivity", "n_prompt"),
+    "prompt_kl": ("prompt_kl", "n_prompt"),
+    "nll": ("nll", "n_written"),
+    "rate": ("hits", "n_words"),
+    "share": ("held", "n_texts"),
+    "score": ("score", "n_texts"),
+    "repetition": ("repetition", "n_texts"),
+}
+"""measures as sums over sums"""
+SIDES = {1: "upwards", -1: "downwards"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SteeringCurve(Result):
+    """Measures of `steering_curve` at `points`, sources and strengths, of which the first is the unsteered model.
+
+    `values(measure)` takes any of `saelab.steering.measures`; `gain NAME` is that of another concept, and `extra_`
+    before a measure its difference to unsteered text. Intervals are of prompts drawn with replacement, with all of
+    their texts (of texts, where there is one prompt). Side 1 is that of positive strengths, which raise the concept,
+    side -1 that of negative ones, which lower it.
+    """
+
+    concept: str
+    others: tuple[str, ...]
+    sources: dict[str, str]
+    """what was steered, by name"""
+    neutral: dict[str, float]
+    """the strength of each source that stands for the unsteered model"""
+    points: tuple[tuple[str, float], ...]
+    cells: dict[str, Float[np.ndarray, "n_points n_prompts n"]]
+    """sums over the tokens of each text, `n` texts a prompt"""
+    diversity: dict[str, Float[np.ndarray, "n_points n"]]
+    prompts: tuple[str, ...]
+    n: int
+    n_tokens: int
+    temperature: float
+    seed: int
+
+    @property
+    def scored(self) -> bool:
+        """Whether the concept is a function's numbers."""
+        return "score" in self.cells
+
+    @property
+    def effect(self) -> str:
+        """The measure that is read where no other is asked for: the gain, or for a scored concept its score's."""
+        return "extra_score" if self.scored else "gain"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names that `values` knows, but for those that begin with `extra_`."""
+        sums = [name for name, (part, _) in RATIOS.items() if part in self.cells]
+        gains = [] if self.scored else ["gain", *(f"gain {name}" for name in self.others)]
+        return (*sums, *gains, "perplexity", *self.diversity)
+
+    def values(self, measure: str) -> Float[np.ndarray, "n_points"]:
+        """A measure at every point; ValueError for one that is not known."""
+        return self._read(measure, np.ones((1, self._n_clusters)))[:, 0]
+
+    def draws(self, measure: str) -> Float[np.ndarray, "n_points n_draws"]:
+        """The same with prompts drawn anew, the same ones for every measure; NaN where there is one text."""
+        return self._read(measure, self._weights)
+
+    def estimate(self, measure: str) -> list[Estimate]:
+        """A measure at every point with its interval; distinct n-grams, which are not sums over texts, have none."""
+        values = self.values(measure).tolist()
+        if measure.removeprefix("extra_") in self.diversity:
+            return [Estimate(value) for value in values]
+        return [make_estimate(value, draws) for value, draws in zip(values, self.draws(measure), strict=True)]
+
+    def line(self, source: str, side: int = 1) -> list[int]:
+        """Points of a source on one side of the unsteered model, weakest first; ValueError for another source."""
+        if source not in self.sources or side not in SIDES:
+            known = list(self.sources)[:5]
+            raise ValueError(f"`source` must be one of {known} and `side` 1 or -1, got {source!r} and {side}.")
+        steps = [(abs(s - self.neutral[source]), i) for i, (name, s) in self._doses if name == source]
+        return [i for _, i in sorted(steps) if side * (self.points[i][1] - self.neutral[source]) >= 0]
+
+    def frontier(self, source: str | None = None, side: int = 1, measure: str | None = None) -> list[tuple[str, float]]:
+        """Sources and strengths that no other beats in effect (or measure) and KL, of one source or of all, by KL."""
+        names = self.sources if source is None else [source]
+        mine = np.array([i for name in names for i in self.line(name, side)], dtype=int)
+        found = find_frontier(side * self.values(measure or self.effect)[mine], self.values("kl")[mine])
+        return [self.points[i] for i in mine[found].tolist()]
+
+    def at_kl(self, kl: float, source: str, side: int = 1, measure: str | None = None) -> Estimate:
+        """The effect, or another measure, where a source first costs a KL, interpolated along its strengths.
+
+        NaN, with the reason, where its strengths do not go so far.
+        """
+        return self._along(source, side, measure, kl, lambda gain, cost: read_gain(gain, cost, kl))
+
+    def kl_at(self, value: float, source: str, side: int = 1, measure: str | None = None) -> Estimate:
+        """The KL at which the effect, or another measure, of a source is first as far as `value`, interpolated so too.
+
+        On side -1 the value is negative. NaN, with the reason, where the strengths do not go so far.
+        """
+        return self._along(source, side, measure, value, lambda gain, cost: read_cost(side * gain, cost, side * value))
+
+    def area(self, source: str, side: int = 1, max_kl: float | None = None, measure: str | None = None) -> Estimate:
+        """The mean, over budgets of KL from 0 to `max_kl`, of the largest effect (or measure) within the budget.
+
+        `max_kl` is `common_kl(side)` by default. On side -1 it is the largest fall, as a negative number.
+        """
+        limit = self.common_kl(side) if max_kl is None else max_kl
+        return self._along(
+            source, side, measure, limit, lambda gain, cost: side * mean_gain(side * gain, cost, limit) + 0.0
+        )
+
+    def common_kl(self, side: int = 1) -> float:
+        """The largest of 1, 0.5, 0.2, ... nats that every source with strengths on a side reaches; NaN for none."""
+        tops = [self.values("kl")[line].max() for name in self.sources if (line := self.line(name, side))]
+        return next((kl for kl in MATCHED if tops and kl <= min(tops)), NAN)
+
+    def best(self, source: str, side: int = 1) -> Best:
+        """The strength with the best balance of effect and fluency on every other prompt, judged on the rest."""
+        line = self.line(source, side)
+        if not line or len(self.prompts) < 2:
+            return Best.none("it takes two prompts" if line else "no strength on this side")
+        halves = np.stack([np.arange(len(self.prompts)) % 2 == half for half in (0, 1)]).astype(float)
+        effect, fluency = self._weigh(halves, side)
+        score = 2 * effect * fluency / np.maximum(effect + fluency, 1e-12)
+        i = line[int(np.nan_to_num(score[line, 0]).argmax())]
+        if not score[i, 0] > 0:
+            return Best.none("no strength has an effect on this side")
+        held_out = [float(x[i, 1]) for x in (score, effect, fluency)]
+        return Best(self.points[i][1], held_out[0], held_out[1], held_out[2], float(score[i, 0]))
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """The sides on which a source has strengths beside the neutral one."""
+        return tuple(side for side in SIDES if any(side * (s - self.neutral[name]) > 0 for _, (name, s) in self._doses))
+
+    def summarise(self) -> list[dict[str, Any]]:
+        """A row for each side and source: measures at the KL that all reach, area up to there, best strength."""
+        wanted = ["extra_score"] if self.scored else ["lift", *(["selectivity"] if self.others else []), "gain"]
+        rows = []
+        for side in self.sides:
+            kl = self.common_kl(side)
+            for name in [name for name in self.sources if self.line(name, side)]:
+                found = {measure: self.at_kl(kl, name, side, measure) for measure in wanted}
+                found["area"] = self.area(name, side)
+                rows.append({"source": name, "side": side, "kl": kl, "best": self.best(name, side)} | found)
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, every measure at every point, and the summary."""
+        rows: list[dict[str, Any]] = [{"source": name, "strength": strength} for name, strength in self.points]
+        for measure in self.measures:
+            for row, found in zip(rows, self.estimate(measure), strict=True):
+                row[measure] = asdict(found)
+        summary = [
+            {key: asdict(one) if isinstance(one, Estimate | Best) else one for key, one in row.items()}
+            for row in self.summarise()
+        ]
+        return super().to_dict() | {"rows": rows, "summary": summary}
+
+    def tell_rows(self) -> tuple[list[str], list[list[str]]]:
+        """The summary as a header and rows of text."""
+        rows = self.summarise()
+        measures = [key for key in rows[0] if key not in ("source", "side", "kl", "best", "area")] if rows else []
+        kls = {side: self.common_kl(side) for side in self.sides}
+        header = ["", *measures, "area", "best at", "score", "effect", "fluency"]
+        told = []
+        for side in self.sides:
+            told.append([f"{SIDES[side]}, KL {kls[side]:g}", *[""] * (len(header) - 1)])
+            for row in rows:
+                if row["side"] == side:
+                    best = row["best"]
+                    numbers = (row["area"].value, best.strength, best.score, best.effect, best.fluency)
+                    cells = ["-" if x != x else f"{x:.3g}" for x in numbers]
+                    told.append([row["source"], *(str(row[key]) for key in measures), *cells])
+        return header, told
+
+    @property
+    def title(self) -> str:
+        """What was measured, in a line."""
+        against = f" against {', '.join(self.others)}" if self.others else ""
+        size = f"{len(self.prompts)} prompts, {self.n} texts of {self.n_tokens} tokens for each"
+        return f"Steering {self.concept}{against}: {size}, temperature {self.temperature:g}"
+
+    @property
+    def baseline(self) -> str:
+        """What unsteered text is like, in a line."""
+        names = ("perplexity", "score" if self.scored else "rate", "repetition", "distinct_1")
+        return "unsteered text: " + ", ".join(f"{name} {self.values(name)[0]:.3g}" for name in names)
+
+    def __str__(self) -> str:
+        header, rows = self.tell_rows()
+        widths = [max(len(row[i]) for row in [header, *rows]) + 2 for i in range(len(header))]
+        lines = [
+            row[0][: widths[0]].ljust(widths[0])
+            + "".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            for row in [header, *rows]
+        ]
+        return "\n".join([self.title, self.baseline, *(line.rstrip() for line in lines)])
+
+    @property
+    def _doses(self) -> list[tuple[int, tuple[str, float]]]:
+        return list(enumerate(self.points))[1:]
+
+    def _along(
+        self, source: str, side: int, measure: str | None, goal: float, read: Callable[[np.ndarray, np.ndarray], float]
+    ) -> Estimate:
+        """What `read` makes of a measure and of KL along a source's strengths; `goal` is what it looks for."""
+        line, measure = self.line(source, side), measure or self.effect
+        if goal != goal or not line:
+            return Estimate(NAN, reason="no KL that all sources reach" if line else "no strength on this side")
+        gain, cost = self.values(measure)[line], self.values("kl")[line]
+        value = read(gain, cost)
+        if value != value:
+            told = f"KL up to {cost.max():.3g}, {measure} {gain.min():.3g} to {gain.max():.3g}"
+            return Estimate(value, reason=f"its strengths on this side do not reach {goal:g}: {told}")
+        drawn = zip(self.draws(measure)[line].T, self.draws("kl")[line].T, strict=True)
+        return make_estimate(value, np.array([read(gain, cost) for gain, cost in drawn]))
+
+    def _weigh(self, weights: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+        """Effect and fluency in [0, 1] of every point under weights of prompts."""
+        gain = np.maximum(side * self._read("extra_score" if self.scored else "gain", weights), 0)
+        effect = np.minimum(gain, 1) if self.scored else 1 - np.exp(-gain)
+        nll, repeated = (np.maximum(self._read(f"extra_{name}", weights), 0) for name in ("nll", "repetition"))
+        return effect, np.exp(-nll) * (1 - repeated)
+
+    def _read(self, measure: str, weights: np.ndarray) -> Float[np.ndarray, "n_points n_draws"]:
+        """A measure under weights of prompts, one row a draw."""
+        if measure.startswith("extra_"):
+            found = self._read(measure.removeprefix("extra_"), weights)
+            return found - found[:1]
+        if measure not in self.measures and not measure.startswith("mass "):
+            raise ValueError(f"`measure` must be one of {list(self.measures)}, got '{measure}'.")
+        if measure.split()[0] == "gain":
+            mass = np.log(self._read(measure.replace("gain", "mass", 1), weights))
+            return mass - mass[:1]
+        if measure in self.diversity:
+            return np.repeat(self.diversity[measure].mean(1, keepdims=True), len(weights), axis=1)
+        if measure == "perplexity":
+            return np.exp(self._read("nll", weights))
+        part, whole = (self._by_cluster(name) @ weights.T for name in RATIOS.get(measure, (measure, "n_text")))
+        return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
+
+    @property
+    def _n_clusters(self) -> int:
+        return len(self.prompts) if len(self.prompts) > 1 else self.n
+
+    def _by_cluster(self, name: str) -> Float[np.ndarray, "n_points n_clusters"]:
+        return self.cells[name].sum(2 if len(self.prompts) > 1 else 1)
+
+    @cached_property
+    def _weights(self) -> Float[np.ndarray, "n_draws n_clusters"]:
+        return draw_weights(self._n_clusters)

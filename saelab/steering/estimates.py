@@ -1,0 +1,75 @@
+"""`Estimate` and `Best`: numbers with their intervals, or with the reason why there are none."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from saelab.evaluation.bootstrap import find_interval
+
+NAN = float("nan")
+N_DRAWS = 500
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval; NaN where there is none, with the reason.
+
+    >>> str(Estimate(1.0, 0.5, 1.5))
+    '1 [0.5, 1.5]'
+    """
+
+    value: float
+    low: float = NAN
+    high: float = NAN
+    reason: str = ""
+
+    def __neg__(self) -> "Estimate":
+        return Estimate(0.0 - self.value, 0.0 - self.high, 0.0 - self.low, self.reason)
+
+    def __str__(self) -> str:
+        if self.value != self.value:
+            return "-"
+        return f"{self.value:.3g}" + (f" [{self.low:.3g}, {self.high:.3g}]" if self.low == self.low else "")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The strength with the best balance on every other prompt, and what it does on the rest of the prompts.
+
+    The score is the harmonic mean of effect and fluency, each in [0, 1]. The effect is `1 - exp(-gain)` (of a scored
+    concept the gain in score), the fluency `exp(-extra nll) (1 - extra repetition)`, where what would be better than
+    unsteered text counts as 0: text that repeats itself is likely, and no less broken for that.
+    """
+
+    strength: float
+    score: float
+    effect: float
+    fluency: float
+    chosen_score: float
+    """on the prompts that it was chosen on"""
+    reason: str = ""
+    """why there is none"""
+
+    @classmethod
+    def none(cls, reason: str) -> "Best":
+        """Where no strength can be chosen."""
+        return cls(NAN, NAN, NAN, NAN, NAN, reason)
+
+
+def make_estimate(value: float, draws: Float[np.ndarray, "n_draws"]) -> Estimate:
+    """A number and the interval of its draws, those that are NaN left out."""
+    known = torch.from_numpy(draws[~np.isnan(draws)])
+    return Estimate(float(value), *(find_interval(known) if len(known) else ()))
+
+
+def draw_weights(n: int, n_draws: int = N_DRAWS) -> Float[np.ndarray, "n_draws n"]:
+    """How often each of `n` is drawn, with replacement; NaN where there is only one.
+
+    >>> draw_weights(4, 2).sum(1).tolist()
+    [4.0, 4.0]
+    """
+    if n < 2:
+        return np.full((1, n), NAN)
+    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), n_draws).astype(float)
