@@ -91,9 +91,8 @@ class Intervention:
     @property
     def writes_at(self) -> str:
         """The hook point that is changed: another one for a transcoder."""
-        provenance = getattr(self.source, "provenance", None)
-        target: str | None = getattr(provenance, "target", None)
-        return target or self.reads_at
+        provenance = None if isinstance(self.source, Direction) else self.source.provenance
+        return (provenance and provenance.hook_point_out) or self.reads_at
 
     @property
     def changes_nothing(self) -> bool:
@@ -110,16 +109,16 @@ class Intervention:
         if not self.strengths:
             return written
         rows = self.rows.to(written.device)
-        return written + (self._steps(read, rows) @ rows).to(written.dtype)
+        return written + (self._steps(read, written, rows) @ rows).to(written.dtype)
 
-    def _steps(self, x: Tensor, rows: Tensor) -> Float[Tensor, "n n_features"]:
+    def _steps(self, read: Tensor, written: Tensor, rows: Tensor) -> Float[Tensor, "n n_features"]:
         """z' - z of each token and feature."""
         goal = torch.stack([torch.as_tensor(s, dtype=rows.dtype, device=rows.device) for s in self.strengths.values()])
         if self.unit == "norm" and self.mode != "scale":
-            goal = goal * x.float().norm(dim=1, keepdim=True).to(rows.device) / rows.norm(dim=1)
+            goal = goal * written.float().norm(dim=1, keepdim=True).to(rows.device) / rows.norm(dim=1)
         if self.mode == "add":
-            return goal.expand(len(x), -1)
-        z = read_features(self.source, x, list(self.strengths)).to(rows.device)
+            return goal.expand(len(read), -1)
+        z = read_features(self.source, read, list(self.strengths)).to(rows.device)
         if self.mode == "scale":
             return (goal - 1) * z
         if self.mode == "ablate":

@@ -186,12 +186,19 @@ def _change(intervention: Intervention, x: Tensor, read: Tensor, keep: Bool[Tens
             f"An SAE or direction must have the width of the hook point it steers, '{intervention.writes_at}' has "
             f"{x.shape[-1]}, got {intervention.rows.shape[1]}; use the one it was made for."
         )
-    if not keep.any():
+    n = int(keep.sum())
+    if n == 0:
         return x
-    written, read = x[keep], read[keep]
-    if intervention.error == "keep" and not intervention.strengths and isinstance(intervention.source, SAE):
-        if not torch.is_grad_enabled():
-            return x
-        x_hat = intervention.source(read).to(x)
-        return x.index_put((keep,), written.detach() + (x_hat - x_hat.detach()))
-    return x.index_put((keep,), intervention.change(written, read))
+    every = n == keep.numel()  # no rows to pick: most steps of generation
+    written, read = (part.flatten(0, 1) if every else part[keep] for part in (x, read))
+    new = _rewrite(intervention, written, read)
+    return new.view_as(x) if every else x.index_put((keep,), new)
+
+
+def _rewrite(intervention: Intervention, written: Tensor, read: Tensor) -> Tensor:
+    source = intervention.source
+    moved = intervention.error == "drop" or intervention.strengths
+    if moved or isinstance(source, Direction) or not torch.is_grad_enabled():
+        return intervention.change(written, read)
+    x_hat = source(read).to(written)
+    return written.detach() + (x_hat - x_hat.detach())
