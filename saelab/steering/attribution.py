@@ -153,7 +153,8 @@ class Scene:
     def gradient(self, moves: Float[Tensor, "batch n d_in"]) -> Float[Tensor, "batch n d_in"]:
         """dm/dx of each row; the user's parameters get no gradients."""
         leaf = moves.detach().requires_grad_()
-        return torch.autograd.grad(self.values(leaf).sum(), leaf)[0]
+        with torch.enable_grad():
+            return torch.autograd.grad(self.values(leaf).sum(), leaf)[0]
 
     def estimate(self, nodes: _Nodes, method: str, n_steps: int) -> Float[Tensor, "n_nodes"]:
         """Effects by the gradient here, or by its mean on the way."""
@@ -232,7 +233,7 @@ def _find_nodes(scene: Scene, sae: SAE, where: Place, other: Tensor | None, mean
         y = other[keep.to(other.device)].to(sae.device)
         z_other = sae.encode(y)
         other_error = y - sae.decode(z_other)
-    rows, features = ((z != 0) | (z_other != 0)).nonzero(as_tuple=True)
+    rows, features = (z != z_other).nonzero(as_tuple=True)
     vectors = (z_other - z)[rows, features, None] * sae.directions()[features]
     found = _Nodes(keep[rows.cpu()], features.cpu(), z[rows, features].cpu(), vectors.to(scene.x))
     return replace(

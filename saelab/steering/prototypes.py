@@ -144,8 +144,9 @@ class Pull(Intervention):
         if self.loss == "distance":  # z - c shrinks by the same factor at every step
             return z + (1 - (1 - 2 * self.eta) ** self.n_steps) * (wanted - z)
         support, signed = (z != 0) | (wanted != 0), self.source.cfg.activation.signed
+        sizes = self._codes.square().sum(1)
         for _ in range(self.n_steps):
-            shares = (-torch.cdist(z, self._codes).square()).softmax(1)
+            shares = (2 * z @ self._codes.T - sizes).softmax(1)  # ||z||^2 is the same for all
             z = z + 2 * self.eta * support * (wanted - shares @ self._codes)
             z = z if signed else z.clamp_min(0)
         return z

@@ -59,5 +59,5 @@ def make_random_subspaces(like: Subspace, n: int, seed: int = 0) -> list[Subspac
     >>> [one.basis.shape for one in make_random_subspaces(Subspace(torch.eye(4)[:2], "blocks.0.hook_resid_post"), 1)]
     [torch.Size([2, 4])]
     """
-    drawn = torch.randn(n, *like.basis.shape, generator=torch.Generator().manual_seed(seed))
-    return [Subspace(vectors, like.hook_point, "random") for vectors in drawn]
+    generator = torch.Generator().manual_seed(seed)
+    return [Subspace(torch.randn(like.basis.shape, generator=generator), like.hook_point, "random") for _ in range(n)]

@@ -1,0 +1,140 @@
+"""Which features, and which places, carry an answer: heat maps of attributions and of patches."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from saelab.pictures.canvas import MINUS, PLUS, dress, say, write_over
+from saelab.pictures.cards import show_text
+from saelab.pictures.page import paragraph, table
+from saelab.steering.effects import Attribution
+from saelab.steering.patching import Patching
+from saelab.stores.results import register_drawing
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+SIGNED = [[0.0, MINUS], [0.5, "rgba(128,128,128,0.06)"], [1.0, PLUS]]
+STRONGEST = 0.7  # opacity of the largest effect: the text stays readable on it
+WIDEST = 40  # columns whose names are still written out
+RGB = {True: "222 110 24", False: "38 112 214"}
+
+
+def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
+    """A heat map of effects: the features with the largest ones by tokens of the prompt, other features and errors below.
+
+    x: tokens; y: the `n` features whose effects have the largest summed size; colour: the metric with the code replaced
+    less the metric as it is, in its own units, blue where it falls. ValueError for `n` below 1.
+
+    >>> sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
+    >>> from saelab.steering.attribution import attribute
+    >>> found = attribute(sl.tiny_model(), sae, "Hello", "!", hook_point="blocks.1.hook_resid_post")
+    >>> len(plot_attribution(found, n=3).data[0].y)
+    5
+    """
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1 feature, got {n}.")
+    sizes = np.bincount(attribution.features, np.abs(attribution.effects), 1)
+    chosen = [int(i) for i in np.argsort(-sizes, kind="stable")[:n] if sizes[i] > 0]
+    rows = [_effects_of(attribution, attribution.features == i) for i in chosen]
+    rows += [_effects_of(attribution, ~np.isin(attribution.features, chosen)), attribution.errors]
+    names = [*(f"feature {i}" for i in chosen), "other features", "errors"]
+    figure = _draw_cells(np.stack(rows), names, _number(attribution.tokens), None)
+    how = f"{attribution.method}, {attribution.n_steps} steps" if attribution.n_steps else attribution.method
+    ends = f"{attribution.clean:.4g} as it is, {attribution.patched:.4g} with all replaced ({attribution.baseline})"
+    note = f"{attribution.metric} at {attribution.hook_point}; {ends}; {how}, completeness {attribution.completeness:.3f}"
+    return dress(figure, "Effects of features", note, 120 + 26 * len(rows))
+
+
+def _effects_of(attribution: Attribution, chosen: np.ndarray) -> Float[np.ndarray, "n_tokens"]:
+    return np.bincount(attribution.positions[chosen], attribution.effects[chosen], len(attribution.tokens))
+
+
+def plot_patching(patching: Patching) -> "Figure":
+    """A heat map of denoising scores: sources by positions, first source at the bottom, as layers are drawn.
+
+    x: positions, with both words where the prompts differ; y: what was patched; colour: the share of the difference
+    between corrupt (0) and clean (1) that it restores. Without scores, the figure says why.
+    """
+    columns = [patching.name_column(i) for i in range(len(patching.positions))]
+    figure = _draw_cells(patching.scores[::-1], list(patching.sources[::-1]), columns, 1.0)
+    if patching.reason:
+        write_over(figure, f"No scores: {patching.reason}.")
+    note = (
+        f"{patching.metric}: clean {patching.clean:.4g}, corrupt {patching.corrupt:.4g}; share restored by each patch"
+    )
+    return dress(figure, "What carries the answer", note, 140 + 30 * len(patching.sources))
+
+
+def _number(tokens: Sequence[str]) -> list[str]:
+    return [f"{i} {token.strip() or ' '}" for i, token in enumerate(tokens)]
+
+
+def _draw_cells(cells: np.ndarray, rows: list[str], columns: list[str], most: float | None) -> "Figure":
+    """Cells whose colour runs from -most to most; rows from the top."""
+    from plotly.graph_objects import Figure, Heatmap
+
+    known = np.abs(cells[np.isfinite(cells)])
+    most = most or float(known.max(initial=0)) or 1.0
+    hover = [
+        [f"{say(row)}<br>{say(column)}<br>{value:+.4g}" for column, value in zip(columns, line, strict=True)]
+        for row, line in zip(rows, cells.tolist(), strict=True)
+    ]
+    shown = [[None if value != value else value for value in line] for line in cells.tolist()]
+    scale: dict[str, Any] = {"colorscale": SIGNED, "zmin": -most, "zmax": most, "colorbar": {"thickness": 12}}
+    figure = Figure(
+        Heatmap(z=shown, x=list(range(len(columns))), y=list(range(len(rows))), hovertext=hover, hoverinfo="text",
+                xgap=1, ygap=1, **scale)
+    )  # fmt: skip
+    grid = {"showgrid": False, "zeroline": False}
+    step = max(1, -(-len(columns) // WIDEST))
+    ticks = list(range(0, len(columns), step))
+    figure.update_xaxes(tickvals=ticks, ticktext=[say(columns[i], 24) for i in ticks], tickangle=-60, **grid)
+    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[say(row, 40) for row in rows], **grid)
+    figure.update_yaxes(autorange="reversed", automargin=True)
+    figure.update_xaxes(automargin=True)
+    return figure
+
+
+def draw_attribution(attribution: Attribution) -> str:
+    """The prompt with each token coloured by the effects of its features, and the largest of them; all text escaped."""
+    lines = str(attribution).split("\n")
+    said = lines[: 2 + (attribution.agreement is not None)]
+    scale = float(np.abs(attribution.by_token).max(initial=0)) or 1.0
+    words = zip(attribution.tokens, attribution.by_token.tolist(), strict=True)
+    text = "".join(_colour(token, effect, scale) for token, effect in words)
+    rows = [
+        [f"{effect:+.4f}", f"{code:+.3f}", str(feature), f"{position} {attribution.tokens[position]}"]
+        for position, feature, code, effect in attribution.top()
+    ]
+    head = "".join(paragraph(line) for line in said)
+    return f"{head}<p>{text}</p>{table(['effect', 'code', 'feature', 'token'], rows)}"
+
+
+def _colour(token: str, effect: float, scale: float) -> str:
+    alpha = STRONGEST * min(1.0, abs(effect) / scale)
+    style = f"background:rgb({RGB[effect > 0]} / {alpha:.2f});border-radius:3px;white-space:pre-wrap"
+    return f'<span style="{style}" title="{effect:+.4g}">{show_text(token)}</span>'
+
+
+register_drawing(Attribution, draw_attribution)
+
+
+def draw_patching(patching: Patching) -> str:
+    """Scores as a table, sources by positions; all text escaped."""
+    head = str(patching).split("\n")[0]
+    if patching.reason:
+        return paragraph(head)
+    header = ["", *(patching.name_column(i) for i in range(len(patching.positions)))]
+    rows = [
+        [name, *(f"{score:.2f}" for score in line)]
+        for name, line in zip(patching.sources, patching.scores.tolist(), strict=True)
+    ]
+    return paragraph(
+        f"{patching.metric}: clean {patching.clean:.4g}, corrupt {patching.corrupt:.4g}; share restored"
+    ) + table(header, rows)
+
+
+register_drawing(Patching, draw_patching)
