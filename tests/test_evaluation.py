@@ -170,7 +170,7 @@ def test_masked_tokens_are_neither_measured_nor_spliced(tiny, own_words) -> None
 
     with sl.splice(tiny, {"blocks.2.hook_in": look}):
         clean.splice(torch.full_like(clean.rows, 7.0))
-    assert torch.equal(seen["x"][~clean.keep], clean.x[~clean.keep])
+    assert torch.equal(seen["x"][~clean.keep], clean.acts[HOOK][~clean.keep])
     assert (seen["x"][clean.keep] == 7).all()
     found = run(some_sae(), tiny, own_words, mask=mask, baselines=False)
     assert found.n_tokens == int(clean.keep.sum()) == found.n_predictions

@@ -83,7 +83,7 @@ def progressive(
     tokens: Tokens,
     sizes: tuple[int, ...] | None = None,
     *,
-    hook_point: str | None = None,
+    hook_point: str | tuple[str, str] | None = None,
     mask: TokenMask | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -103,7 +103,7 @@ def progressive(
             f"`sizes` must be in 1..{sae.cfg.d_sae} and `tokens` two rows or more, got {sizes} and {len(tokens)} rows."
         )
     place = match_model(sae, model, hook_point, mask, allow_mismatch)
-    stage = Stage(model=model, hook_point=place.hook_point, mask=place.mask, median_norm=place.median_norm)
+    stage = Stage.at(model, sae, place)
     n_seq = forward_size(tokens, batch_size)
     stage, half = stage.calibrated(tokens, n_seq), len(tokens) // 2
     energy, fires, n_ranked = _rank(sae, stage, tokens[:half], n_seq)
@@ -141,7 +141,7 @@ def _rank(sae: SAE, stage: Stage, tokens: Tokens, n_seq: int) -> tuple[Tensor, T
     energy, fires = (torch.zeros(sae.cfg.d_sae, dtype=torch.float64) for _ in range(2))
     n_tokens = 0
     for batch in batches_of(tokens, n_seq):
-        x, _ = stage.read(batch)
+        x, _, _ = stage.read(batch)
         codes = sae.encode_sparse(x.to(sae.device))
         indices, values = codes.indices.cpu(), codes.values.cpu().double()
         energy.index_add_(0, indices, values.square())
@@ -178,23 +178,23 @@ def _measure(
     r2: float,
     n_ranked: int,
 ) -> Progressive:
-    sums = [ReconstructionSums(sae.cfg.d_in) for _ in cuts]
+    sums = [ReconstructionSums(sae.cfg.d_target) for _ in cuts]
     losses: dict[Any, float] = defaultdict(float)  # summed over predictions
     n_predictions = 0
     n_codes = [0] * len(cuts)
     for batch in batches_of(tokens, n_seq):
         clean = stage.run(batch)
-        x = clean.rows
+        x, y = clean.rows, clean.targets
         codes = sae.encode_sparse(x.to(sae.device))
         losses["clean"] += _sum(clean.losses(clean.logits))
-        losses["zero"] += _sum(clean.splice(torch.zeros_like(x))["ce"])
+        losses["zero"] += _sum(clean.splice(torch.zeros_like(y))["ce"])
         n_predictions += int(clean.predicts.sum())
         for i, (_, _, kept) in enumerate(cuts):
             part = codes.select(kept.to(sae.device))
-            x_hat = sae.decode(part).to(x)
-            sums[i].add(x, x_hat)
+            y_hat = sae.decode(part, x=x.to(sae.device)).to(y)
+            sums[i].add(y, y_hat)
             n_codes[i] += part.indices.numel()
-            losses[i] += _sum(clean.splice(x_hat)["ce"])
+            losses[i] += _sum(clean.splice(y_hat)["ce"])
     ce = {name: total / n_predictions if n_predictions else math.nan for name, total in losses.items()}
     harm, n = ce["zero"] - ce["clean"], sums[0].n_tokens
     rows = []

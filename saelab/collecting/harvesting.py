@@ -105,9 +105,11 @@ def _read_text(
     places = {name: match_model(sae, model, hook_point, mask, allow_mismatch) for name, sae in saes.items()}
     shared = _common_mask(places)
     hook_points = list(dict.fromkeys(place.hook_point for place in places.values()))
+    if shared.max_norm_ratio is not None:  # an outlier among the targets counts as one
+        hook_points = list(dict.fromkeys(name for place in places.values() for name in place.hook_points))
     reader = Reader.make(model, tokens, hook_points, shared, torch.float32)
     at = dict(zip(hook_points, reader.hook_points, strict=True))
-    medians = {at[place.hook_point]: place.median_norm for place in places.values() if place.median_norm is not None}
+    medians = {at[name]: norm for place in places.values() for name, norm in place.median_norms.items() if name in at}
     if len(medians) == len(reader.hook_points):
         reader = replace(reader, median_norms=medians)
     n_seq = forward_size(tokens, batch_size)

@@ -15,44 +15,57 @@ from saelab.sae.trainee import Trainee
 from saelab.training.config import TrainConfig
 
 Reconstruction = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps activations (n, d_in) to their reconstructions (n, d_in) and the number of numbers each is made of (n)."""
+"""Maps activations (n, d_in) to their reconstructions (n, d_out) and the number of numbers each is made of (n)."""
 
 
 def reconstruct_by(sae: SAE) -> Reconstruction:
     """An SAE's reconstruction and the latents that fire."""
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes = sae.encode_sparse(x.to(sae.device))
-        return sae.decode(codes), codes.l0
+        x = x.to(sae.device)
+        codes = sae.encode_sparse(x)
+        return sae.decode(codes, x=x), codes.l0
 
     return reconstruct
 
 
-def make_constant(value: Float[Tensor, "d_in"]) -> Reconstruction:
+def make_constant(value: Float[Tensor, "d_out"]) -> Reconstruction:
     """An ablation: the same vector for every token."""
-    return lambda x: (value.to(x).expand_as(x), torch.zeros(len(x), dtype=torch.int64))
+    return lambda x: (value.to(x).expand(len(x), -1), torch.zeros(len(x), dtype=torch.int64))
 
 
-def make_baselines(cfg: SAEConfig, l0: float, sample: Float[Tensor, "n d_in"], seed: int) -> dict[str, Reconstruction]:
-    """Three baselines for an SAE that uses `l0` latents a token, fitted to a sample of activations.
+def make_baselines(
+    sae: SAE, l0: float, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"], seed: int
+) -> dict[str, Reconstruction]:
+    """Three baselines for an SAE that uses `l0` latents a token, fitted to a sample of inputs and targets.
 
     untrained: the SAE as training would start it, at whatever L0 that has.
-    random: the best k = round(l0) of `d_sae` random unit directions; the encoder is tied to them, up to a fitted scale.
+    random: the best k = round(l0) of `d_sae` random unit directions; the encoder is tied to them, up to a fitted scale
+    (a transcoder's are of the input, and what they say of the target is fitted).
     pca: the sample's first k principal components, which need no dictionary wider than d_in.
+    linear, for a transcoder instead: the best affine map of rank k, or of any rank beside a skip connection.
     """
+    cfg = sae.cfg
     k = min(max(1, round(l0)), cfg.d_sae)
     activation = AbsTopK(k) if cfg.activation.signed else TopK(k)
-    drawn = SAEConfig(d_in=cfg.d_in, d_sae=cfg.d_sae, activation=activation, normaliser="none")
-    return {
-        "untrained": reconstruct_by(prepare(cfg, sample, seed)),
-        "random": reconstruct_by(prepare(drawn, sample, seed + 1)),
-        "pca": make_pca(sample, min(round(l0), cfg.d_in)),
+    drawn = SAEConfig(d_in=cfg.d_in, d_sae=cfg.d_sae, d_out=cfg.d_out, activation=activation, normaliser="none")
+    x, y = x.to(sae.device), y.to(sae.device)
+    rivals = {
+        "untrained": reconstruct_by(prepare(cfg, x, seed, y)),
+        "random": reconstruct_by(prepare(drawn, x, seed + 1, y)),
     }
+    rank = min(round(l0), cfg.d_in, cfg.d_target)
+    if cfg.d_out is None:
+        return rivals | {"pca": make_pca(x, rank)}
+    return rivals | {"linear": make_linear(x, y, min(cfg.d_in, cfg.d_out) if cfg.skip else rank)}
 
 
-def prepare(cfg: SAEConfig, sample: Float[Tensor, "n d_in"], seed: int) -> SAE:
-    """An SAE at step 0 of its training: drawn from `seed`, fitted in place and scale to the sample."""
-    sae = SAE(replace(cfg, aux=None), seed).to(sample.device)
+def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tensor, "n d_out"] | None = None) -> SAE:
+    """An SAE at step 0 of its training: drawn from `seed`, fitted in place and scale to a sample; a transcoder's has
+    targets y.
+    """
+    sae = SAE(replace(cfg, aux=None), seed).to(x.device)
+    sample = x if cfg.d_out is None or y is None else torch.cat([x, y], dim=1)
     trainee = Trainee(sae, TrainConfig(seed=seed))
     trainee.prepare(sample)
     if cfg.activation.threshold == "running":  # or its codes would depend on the batch
@@ -69,5 +82,24 @@ def make_pca(sample: Float[Tensor, "n d_in"], k: int) -> Reconstruction:
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
         x = exact(x)
         return (x - mean) @ directions @ directions.T + mean, torch.full((len(x),), k)
+
+    return reconstruct
+
+
+def make_linear(x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"], k: int) -> Reconstruction:
+    """The affine map of rank k that reconstructs the sample's targets best (reduced-rank regression).
+
+    It is the least-squares map, cut down to the k principal components of what that map predicts.
+    """
+    mean_x, mean_y = exact(x).mean(0), exact(y).mean(0)
+    centred, target = exact(x) - mean_x, exact(y) - mean_y
+    moments = centred.T @ centred
+    ridge = 1e-9 * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    whole = torch.linalg.solve(moments + ridge, centred.T @ target)
+    directions = torch.linalg.eigh(whole.T @ moments @ whole).eigenvectors.flip(1)[:, :k]
+    matrix = whole @ directions @ directions.T
+
+    def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
+        return (exact(x) - mean_x) @ matrix + mean_y, torch.full((len(x),), k)
 
     return reconstruct

@@ -24,7 +24,7 @@ def evaluate(
     model: Model,
     tokens: Tokens,
     *,
-    hook_point: str | None = None,
+    hook_point: str | tuple[str, str] | None = None,
     mask: TokenMask | None = None,
     batch_size: int | None = None,
     n_bootstrap: int = 1000,
@@ -35,6 +35,7 @@ def evaluate(
 ) -> Evaluation:
     """Measure an SAE on tokens of its language model; the numbers are explained in `Evaluation`.
 
+    A transcoder reads at one hook point, and its reconstruction replaces what comes out at another: (input, target).
     Hook point and mask default to those the SAE was trained with. Tokens that the mask leaves out are neither measured
     nor replaced, and the same predictions count in every run. `batch_size` is the number of sequences in a forward;
     results do not depend on it. `n_bootstrap` draws of documents give the intervals; `seed` draws them and the
@@ -50,14 +51,14 @@ def evaluate(
     8
     """
     place = match_model(sae, model, hook_point, mask, allow_mismatch)
-    stage = Stage(model=model, hook_point=place.hook_point, mask=place.mask, median_norm=place.median_norm)
+    stage = Stage.at(model, sae, place)
     require_threshold(sae)
     if n_bootstrap < 0:
         raise ValueError(f"`n_bootstrap` must be at least 0, got {n_bootstrap}; use 0 for no intervals.")
     n_seq = forward_size(tokens, batch_size, FORWARD_LOGITS // model.cfg.d_vocab)
     stage = stage.calibrated(tokens, n_seq)
     found = survey(sae, stage, tokens, n_seq, progress)
-    rivals = make_baselines(sae.cfg, found.firings.l0, found.sample.to(sae.device), seed) if baselines else {}
+    rivals = make_baselines(sae, found.firings.l0, found.inputs, found.targets, seed) if baselines else {}
     ablations = {"zero": make_constant(torch.zeros_like(found.mean)), "mean": make_constant(found.mean)}
     sums = measure(sae, stage, tokens, n_seq, found.mean, ablations | rivals, progress)
     scores = score(sums, rivals, prefixes_of(sae), n_bootstrap, seed)
@@ -78,6 +79,7 @@ def evaluate(
         reasons=scores.reasons,
         sae=repr(sae),
         hook_point=stage.hook_point,
+        hook_point_out=stage.hook_point_out,
         model=described.name,
         text=tokens.source,
         mask=stage.mask.to_dict(),

@@ -25,10 +25,12 @@ SAMPLE_TOKENS = 16384  # about what training fits its start to
 class Survey:
     """What the first pass finds."""
 
-    mean: Float[Tensor, "d_in"]
-    """of the activations, over all tokens kept; float64"""
-    sample: Float[Tensor, "n d_in"]
+    mean: Float[Tensor, "d_out"]
+    """of what is reconstructed, over all tokens kept; float64"""
+    inputs: Float[Tensor, "n d_in"]
     """activations of sequences spread evenly over the tokens"""
+    targets: Float[Tensor, "n d_out"]
+    """what a transcoder reconstructs of them; an autoencoder's inputs"""
     firings: FiringSums
     removed: dict[str, int]
 
@@ -36,25 +38,32 @@ class Survey:
 def survey(sae: SAE, stage: Stage, tokens: Tokens, n_seq: int, progress: bool) -> Survey:
     """Go over the activations once, for what must be known before any are compared: mean, sample, the SAE's L0."""
     stride = max(1, math.ceil(tokens.n_tokens / SAMPLE_TOKENS))
-    total, firings = torch.zeros(sae.cfg.d_in, dtype=torch.float64), FiringSums(sae.cfg.d_sae)
-    sample: list[Tensor] = []
+    total, firings = torch.zeros(sae.cfg.d_target, dtype=torch.float64), FiringSums(sae.cfg.d_sae)
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
     removed: Counter[str] = Counter()
     seq = torch.arange(len(tokens))[:, None].expand_as(tokens.ids)
     for start, batch in _watched(tokens, n_seq, "activations", progress):
-        x, kept = stage.read(batch)
+        x, y, kept = stage.read(batch)
         removed.update(kept.removed)
         if len(x) == 0:
             continue
         firings.add(sae.encode_sparse(x.to(sae.device)))
-        total += exact(x).sum(0).cpu()
-        chosen = seq[start : start + n_seq][kept.keep] % stride == 0
-        sample.append(x[chosen.to(x.device)])
+        total += exact(y).sum(0).cpu()
+        chosen = (seq[start : start + n_seq][kept.keep] % stride == 0).to(x.device)
+        inputs.append(x[chosen].float())
+        targets.append(inputs[-1] if sae.cfg.d_out is None else y[chosen].float())
     if firings.n_tokens == 0:
         raise ValueError(
             f"`mask` must keep at least one token, got none: {stage.mask}; give another mask or more text."
         )
+    read = torch.cat(inputs)
     return Survey(
-        mean=total / firings.n_tokens, sample=torch.cat(sample).float(), firings=firings, removed=dict(removed)
+        mean=total / firings.n_tokens,
+        inputs=read,
+        targets=read if sae.cfg.d_out is None else torch.cat(targets),
+        firings=firings,
+        removed=dict(removed),
     )
 
 
@@ -63,7 +72,7 @@ def measure(
     stage: Stage,
     tokens: Tokens,
     n_seq: int,
-    mean: Float[Tensor, "d_in"],
+    mean: Float[Tensor, "d_out"],
     rivals: dict[str, Reconstruction],
     progress: bool,
 ) -> DocumentSums:
@@ -75,15 +84,15 @@ def measure(
         docs, docs_predicted = batch.doc_ids[clean.keep], batch.doc_ids[clean.predicts]
         if len(docs) == 0:
             continue
-        x = clean.rows
-        sums.add(docs, _shared_terms(x, mean) | _prefix_terms(sae, x))
+        x, y = clean.rows, clean.targets
+        sums.add(docs, _shared_terms(y, mean) | _prefix_terms(sae, x, y))
         ce_clean = clean.losses(clean.logits)
         sums.add(docs_predicted, {"n_predictions": torch.ones(len(docs_predicted)), "ce_clean": ce_clean})
         for name, reconstruct in reconstructions.items():
-            x_hat, n_used = reconstruct(x)
-            x_hat = x_hat.to(x.device)
-            sums.add(docs, _named(name, token_terms(x, x_hat) | {"firings": n_used}))
-            sums.add(docs_predicted, _named(name, clean.splice(x_hat)))
+            y_hat, n_used = reconstruct(x)
+            y_hat = y_hat.to(y.device)
+            sums.add(docs, _named(name, token_terms(y, y_hat) | {"firings": n_used}))
+            sums.add(docs_predicted, _named(name, clean.splice(y_hat)))
     return sums
 
 
@@ -96,17 +105,18 @@ def prefixes_of(sae: SAE) -> tuple[int, ...]:
     return tuple(sorted({round(prefixes.smallest * math.exp(i * step)) for i in range(prefixes.n)}))
 
 
-def _shared_terms(x: Tensor, mean: Tensor) -> dict[str, Tensor]:
-    deviation = exact(x) - mean.to(exact(x).device)
-    return {"n_tokens": torch.ones(len(x)), "variance": deviation.square().sum(-1)}
+def _shared_terms(y: Tensor, mean: Tensor) -> dict[str, Tensor]:
+    deviation = exact(y) - mean.to(exact(y).device)
+    return {"n_tokens": torch.ones(len(y)), "variance": deviation.square().sum(-1)}
 
 
-def _prefix_terms(sae: SAE, x: Tensor) -> dict[str, Tensor]:
+def _prefix_terms(sae: SAE, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     """Squared error of every prefix's reconstruction."""
     if not (sizes := prefixes_of(sae)):
         return {}
-    codes = sae.encode_sparse(x.to(sae.device))
-    errors = {n: token_terms(x, sae.decode(codes, prefix=n).to(x.device))["error"] for n in sizes}
+    read = x.to(sae.device)
+    codes = sae.encode_sparse(read)
+    errors = {n: token_terms(y, sae.decode(codes, prefix=n, x=read).to(y.device))["error"] for n in sizes}
     return {f"prefix.{n}": error for n, error in errors.items()}
 
 

@@ -15,6 +15,7 @@ ROWS = (
 class Evaluation(Result):
     """How well an SAE reconstructs activations, and what its model makes of the reconstructions.
 
+    A transcoder's activations are its targets.
     Means are over the tokens that the mask keeps; cross-entropies (`ce_*`) and `kl*` are in nats a prediction. A number
     that cannot be told is NaN, and `reasons` says why. The formulas are in `saelab.functional.metrics`.
     """
@@ -66,7 +67,8 @@ class Evaluation(Result):
     intervals: dict[str, tuple[float, float]]
     """95 % intervals of the numbers above, from the document bootstrap"""
     baselines: dict[str, dict[str, float]]
-    """the same numbers for the untrained SAE, a random dictionary and PCA; `ce` is what `ce_sae` is for the SAE"""
+    """the same numbers for the untrained SAE, a random dictionary and PCA, or a linear map for a transcoder; `ce` is
+    what `ce_sae` is for the SAE"""
     reasons: dict[str, str]
     """why a number is NaN"""
     sae: str
@@ -78,12 +80,17 @@ class Evaluation(Result):
     provenance: dict[str, Any] | None
     """where the activations came from that the SAE was trained on"""
     versions: dict[str, str]
+    hook_point_out: str | None = None
+    """where a transcoder's reconstructions replace what comes out; it reads at `hook_point`"""
 
     def __str__(self) -> str:
         removed = ", ".join(f"{rule} {n:,}" for rule, n in self.removed.items() if n)
+        places = f"at {self.hook_point}"
+        if self.hook_point_out is not None:
+            places = f"from {self.hook_point} to {self.hook_point_out}"
         lines = [
             self.sae,
-            f"Evaluated at {self.hook_point} of {self.model}.",
+            f"Evaluated {places} of {self.model}.",
             f"{self.n_tokens:,} tokens, {self.n_documents:,} documents of {self.text} (left out: {removed or 'none'})",
             "",
             _line(["", "SAE", "95 % interval", *self.baselines]),

@@ -1,6 +1,7 @@
 """`Stage`: one hook point of a language model, read and replaced at the tokens that count."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,58 +13,95 @@ from saelab.lm.hooks import capture, logits, next_token_loss, splice
 from saelab.lm.masks import MaskResult, TokenMask
 from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens
+from saelab.sae.matching import Match
+from saelab.sae.sae import SAE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Where an SAE is judged: tokens that the mask leaves out are neither measured nor replaced."""
+    """Where an SAE is judged: tokens that the mask leaves out are neither measured nor replaced.
+
+    A transcoder reads at `hook_point` and is judged at `hook_point_out`, an autoencoder does both at one place.
+    """
 
     model: Model
     hook_point: str
     mask: TokenMask
-    median_norm: float | None = None
-    """what the mask's norm rule is relative to"""
+    hook_point_out: str | None = None
+    median_norms: dict[str, float] = field(default_factory=dict)
+    """what the mask's norm rule is relative to, by hook point"""
 
-    def read(self, batch: Tokens) -> tuple[Float[Tensor, "n_kept d_in"], MaskResult]:
-        """Activations of the tokens kept, from a forward that stops at the hook point."""
-        x = self._capture(batch)[self.hook_point]
-        kept = self._select(batch, x)
-        return self.rows_of(x, kept.keep), kept
+    @classmethod
+    def at(cls, model: Model, sae: SAE, place: Match) -> "Stage":
+        """The stage of an SAE; ValueError for a transcoder whose target is not known."""
+        if sae.cfg.d_out is not None and place.hook_point_out is None:
+            raise ValueError(
+                f"`hook_point` must be a pair for a transcoder without provenance, got '{place.hook_point}'; give "
+                "(input, target)."
+            )
+        return cls(
+            model=model,
+            hook_point=place.hook_point,
+            hook_point_out=place.hook_point_out if sae.cfg.d_out is not None else None,
+            mask=place.mask,
+            median_norms=place.median_norms,
+        )
+
+    @property
+    def target(self) -> str:
+        """The hook point whose activations are reconstructed and replaced."""
+        return self.hook_point_out or self.hook_point
+
+    @property
+    def places(self) -> list[str]:
+        """The hook points read, the input's first."""
+        return list(dict.fromkeys([self.hook_point, self.target]))
+
+    def read(self, batch: Tokens) -> tuple[Float[Tensor, "n_kept d_in"], Float[Tensor, "n_kept d_out"], MaskResult]:
+        """Inputs and targets of the tokens kept, from a forward that stops behind them."""
+        acts = self._capture(batch)
+        kept = self._select(batch, acts)
+        x = self.rows_of(self.hook_point, acts, kept.keep)
+        return x, x if self.hook_point_out is None else self.rows_of(self.target, acts, kept.keep), kept
 
     def run(self, batch: Tokens) -> "CleanRun":
         """The untouched model's activations and predictions, from one forward."""
-        seen: list[Tensor] = []
+        seen: dict[str, Tensor] = {}
 
-        def record(x: Tensor) -> Tensor:
-            seen.append(x.clone())  # the model may add to what flows on in place
-            return x
+        def record(name: str) -> Callable[[Tensor], Tensor]:
+            # copies, for the model may add to what flows on in place
+            return lambda x: seen.setdefault(name, x.clone())
 
-        with splice(self.model, {self.hook_point: record}):
+        with splice(self.model, {name: record(name) for name in self.places}):
             clean = logits(self.model, batch.ids)
-        keep = self._select(batch, seen[0]).keep
+        keep = self._select(batch, seen).keep
         predicts = torch.zeros_like(keep)
         predicts[:, :-1] = keep[:, :-1] & batch.attention_mask[:, 1:]
-        return CleanRun(stage=self, batch=batch, x=seen[0], keep=keep, predicts=predicts, logits=clean)
+        return CleanRun(stage=self, batch=batch, acts=seen, keep=keep, predicts=predicts, logits=clean)
 
     def calibrated(self, tokens: Tokens, n_seq: int) -> "Stage":
-        """The same stage with the median norm that the mask's norm rule is relative to, where it has that rule."""
-        if self.mask.max_norm_ratio is None or self.median_norm is not None:
+        """The same stage with the median norms that the mask's norm rule is relative to, where it has that rule."""
+        if self.mask.max_norm_ratio is None or self.median_norms.keys() >= set(self.places):
             return self
-        medians = find_median_norms(self._capture, tokens, self.mask, n_seq)
-        return replace(self, median_norm=medians[self.hook_point])
+        return replace(self, median_norms=find_median_norms(self._capture, tokens, self.mask, n_seq))
 
     def _capture(self, batch: Tokens) -> dict[str, Tensor]:
-        return capture(self.model, batch.ids, [self.hook_point])
+        return capture(self.model, batch.ids, self.places)
 
-    def _select(self, batch: Tokens, x: Tensor) -> MaskResult:
+    def _select(self, batch: Tokens, acts: dict[str, Tensor]) -> MaskResult:
+        """The mask on a batch; an outlier at either hook point counts as one, as in `collect`."""
         if self.mask.max_norm_ratio is None:
             return self.mask.apply(batch)
-        return self.mask.apply(batch, norms_of(x), self.median_norm)
+        if self.hook_point_out is None:
+            return self.mask.apply(batch, norms_of(acts[self.hook_point]), self.median_norms.get(self.hook_point))
+        ratios = [norms_of(acts[name]) / self.median_norms[name] for name in self.places]
+        return self.mask.apply(batch, torch.stack(ratios).amax(0), 1.0)
 
-    def rows_of(self, x: Float[Tensor, "n_seq ctx_len d_in"], keep: Bool[Tensor, "n_seq ctx_len"]) -> Tensor:
-        """Activations of the tokens kept; ValueError where one is not finite."""
-        rows = x[keep.to(x.device)]
-        require_finite(self.hook_point, rows)
+    @staticmethod
+    def rows_of(name: str, acts: dict[str, Tensor], keep: Bool[Tensor, "n_seq ctx_len"]) -> Tensor:
+        """Activations of the tokens kept at a hook point; ValueError where one is not finite."""
+        rows = acts[name][keep.to(acts[name].device)]
+        require_finite(name, rows)
         return rows
 
 
@@ -73,7 +111,8 @@ class CleanRun:
 
     stage: Stage
     batch: Tokens
-    x: Float[Tensor, "n_seq ctx_len d_in"]
+    acts: dict[str, Float[Tensor, "n_seq ctx_len _"]]
+    """by hook point"""
     keep: Bool[Tensor, "n_seq ctx_len"]
     """tokens that are measured and replaced"""
     predicts: Bool[Tensor, "n_seq ctx_len"]
@@ -82,22 +121,28 @@ class CleanRun:
 
     @property
     def rows(self) -> Float[Tensor, "n_kept d_in"]:
-        """Activations of the tokens kept."""
-        return self.stage.rows_of(self.x, self.keep)
+        """Activations that are read, of the tokens kept."""
+        return self.stage.rows_of(self.stage.hook_point, self.acts, self.keep)
+
+    @property
+    def targets(self) -> Float[Tensor, "n_kept d_out"]:
+        """Activations that are reconstructed: an autoencoder's `rows`."""
+        return self.stage.rows_of(self.stage.target, self.acts, self.keep)
 
     def losses(self, logits: Float[Tensor, "n_seq ctx_len d_vocab"]) -> Float[Tensor, "n_predictions"]:
         """Cross-entropy of each prediction that counts, in nats."""
         loss = next_token_loss(logits, self.batch.ids)
         return loss[self.predicts[:, :-1].to(loss.device)]
 
-    def splice(self, x_hat: Float[Tensor, "n_kept d_in"]) -> dict[str, Float[Tensor, "n_predictions"]]:
-        """`ce` and `kl` of each prediction, with `x_hat` in place of the activations of the tokens kept."""
-        keep, predicts = self.keep.to(self.x.device), self.predicts.to(self.x.device)
+    def splice(self, x_hat: Float[Tensor, "n_kept d_out"]) -> dict[str, Float[Tensor, "n_predictions"]]:
+        """`ce` and `kl` of each prediction, with `x_hat` in place of the targets of the tokens kept."""
+        device = self.acts[self.stage.target].device
+        keep, predicts = self.keep.to(device), self.predicts.to(device)
 
         def replace_kept(x: Tensor) -> Tensor:
             x[keep] = x_hat.to(x)
             return x
 
-        with splice(self.stage.model, {self.stage.hook_point: replace_kept}):
+        with splice(self.stage.model, {self.stage.target: replace_kept}):
             spliced = logits(self.stage.model, self.batch.ids)
         return {"ce": self.losses(spliced), "kl": kl_divergence(self.logits[predicts], spliced[predicts])}

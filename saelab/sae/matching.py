@@ -1,6 +1,6 @@
 """Is this the model, and the place in it, that the SAE was trained on?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +18,54 @@ class Match:
 
     hook_point: str
     mask: TokenMask
-    median_norm: float | None = None
-    """what the mask's norm rule is relative to, where training has measured it"""
+    hook_point_out: str | None = None
+    """whose activations are reconstructed, where a transcoder's is known"""
+    median_norms: dict[str, float] = field(default_factory=dict)
+    """what the mask's norm rule is relative to, by hook point, where training has measured it"""
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """The one, or both."""
+        return (self.hook_point,) if self.hook_point_out is None else (self.hook_point, self.hook_point_out)
 
 
-def match_model(sae: SAE, model: Model, hook_point: str | None, mask: TokenMask | None, allow_mismatch: bool) -> Match:
-    """The hook point and mask given, or those of the SAE's provenance; ValueError where it disagrees with the model."""
+def match_model(
+    sae: SAE,
+    model: Model,
+    hook_point: str | tuple[str, str] | None,
+    mask: TokenMask | None,
+    allow_mismatch: bool,
+) -> Match:
+    """Hook point and mask given, or those of the SAE's provenance; ValueError where it disagrees with the model.
+
+    A transcoder has two hook points: that of its input and, behind it, that of its target.
+    """
     origin = sae.provenance
-    name = hook_point or (origin.hook_point if origin else None)
-    if name is None:
+    names = _choose_places(sae, hook_point)
+    for name in names:
+        door(model).find(name)
+    if origin and not allow_mismatch:
+        _refuse(find_mismatches(origin, model, *names))
+    recorded = mask_of(origin) if origin else TokenMask()
+    medians: dict[str, float] = {}
+    if origin and mask in (None, recorded) and not allow_mismatch:
+        measured = zip(names, (origin.median_norm, origin.median_norm_out), strict=False)
+        medians = {name: norm for name, norm in measured if norm is not None}
+    return Match(hook_point=names[0], hook_point_out=(*names, None)[1], mask=mask or recorded, median_norms=medians)
+
+
+def _choose_places(sae: SAE, given: str | tuple[str, str] | None) -> tuple[str, ...]:
+    """The hook points that are known, the input's first."""
+    origin = sae.provenance
+    if isinstance(given, tuple) and sae.cfg.d_out is None:
+        raise ValueError(f"`hook_point` must be one for an autoencoder, got {given}; name where it was trained.")
+    known = (origin.hook_point, origin.hook_point_out) if origin else (None, None)
+    wanted = given if isinstance(given, tuple) else (given or known[0], known[1])
+    if wanted[0] is None:
         raise ValueError(
             "`hook_point` must be given for an SAE without provenance, got none; name where it was trained."
         )
-    door(model).find(name)
-    if origin and not allow_mismatch:
-        _refuse(find_mismatches(origin, model, name))
-    recorded = mask_of(origin) if origin else TokenMask()
-    median = origin.median_norm if origin and mask in (None, recorded) and not allow_mismatch else None
-    return Match(hook_point=name, mask=mask or recorded, median_norm=median)
+    return tuple(name for name in wanted if name is not None)
 
 
 def match_activations(sae: SAE, acts: Activations, allow_mismatch: bool) -> None:
@@ -46,15 +76,17 @@ def match_activations(sae: SAE, acts: Activations, allow_mismatch: bool) -> None
         _refuse(_differ([*_model_of(trained, here.model, here.weight_processing), *hook_points]))
 
 
-def find_mismatches(origin: Provenance, model: Model, hook_point: str) -> list[str]:
+def find_mismatches(origin: Provenance, model: Model, hook_point: str, hook_point_out: str | None = None) -> list[str]:
     """What differs between an SAE's origin and where it is about to be used, in words.
 
     Of the model's name only the last part counts: one model has several folders and, on the Hub, owners.
     """
     here, known = describe_model(model), door(model).points
     pairs = _model_of(origin, here.name, here.weight_processing)
-    if origin.hook_point not in known or known[origin.hook_point] is not known[hook_point]:
-        pairs.append(("hook point", origin.hook_point, hook_point))
+    places = [("hook point", origin.hook_point, hook_point)]
+    if origin.hook_point_out is not None and hook_point_out is not None:
+        places.append(("target", origin.hook_point_out, hook_point_out))
+    pairs += [place for place in places if place[1] not in known or known[place[1]] is not known[place[2]]]
     return _differ(pairs)
 
 
