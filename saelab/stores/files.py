@@ -25,6 +25,8 @@ _DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,

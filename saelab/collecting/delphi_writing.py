@@ -1,0 +1,83 @@
+"""A feature store as the latent cache that delphi (EleutherAI) reads, so that its explainers and scorers run on it."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Int32, Integer
+
+from saelab.stores.features import FeatureStore
+from saelab.stores.files import save_tensors, write_json
+
+N_SPLITS = 5
+SMALLEST = 1e-5  # delphi leaves smaller codes out
+SHORT, WIDE = np.uint16, np.uint32
+
+
+def write_delphi(
+    store: FeatureStore, folder: str | Path, *, n_splits: int = N_SPLITS, pad_id: int | None = None
+) -> Path:
+    """Write `{hook point}/{first}_{last}.safetensors` and `config.json` into a folder; returns the hook point's folder.
+
+    Each of the `n_splits` files has the codes of some latents: `locations` (n, 3) of sequence, position and latent from
+    the first of the file, in the order of the text, `activations` in float16, and all `tokens`. Codes of |z| <= 1e-5
+    are left out, as delphi does; negative ones are written, though delphi itself counts only positive ones as firing.
+    Tokens that the mask left out are there, without codes. `pad_id` fills short sequences up.
+
+    Raises ValueError where sequences are of different lengths and there is no `pad_id`.
+    """
+    if not 1 <= n_splits <= store.d_sae:
+        raise ValueError(f"`n_splits` must be in 1..{store.d_sae}, got {n_splits}.")
+    origin = store.provenance
+    place = Path(folder) / origin.hook_point
+    tokens, places = _lay_out(store, pad_id)
+    ends = np.linspace(0, store.d_sae, n_splits + 1).astype(int).tolist()
+    for first, stop in pairwise(ends):
+        locations, values = _locate(store, first, stop, places, tokens.shape[1])
+        tensors = {"locations": locations, "activations": values, "tokens": torch.from_numpy(tokens.astype(np.int64))}
+        save_tensors(place / f"{first}_{stop - 1}.safetensors", tensors)
+    config = {
+        "dataset_repo": origin.text,
+        "dataset_split": "",
+        "dataset_name": "",
+        "batch_size": 1,
+        "ctx_len": int(tokens.shape[1]),
+        "n_tokens": int(tokens.size),
+        "n_splits": n_splits,
+        "model_name": origin.model,
+    }
+    write_json(place / "config.json", config)
+    return place
+
+
+def _lay_out(store: FeatureStore, pad_id: int | None) -> tuple[Int32[np.ndarray, "n_seq ctx_len"], np.ndarray]:
+    """The text in rows, and where each token of it stands there: sequence * ctx_len + position."""
+    text = store.text
+    positions = np.asarray(text.positions, np.int64)
+    begins = np.flatnonzero(np.diff(positions, prepend=positions[:1] + 1) <= 0)
+    sequence = np.searchsorted(begins, np.arange(len(positions)), side="right") - 1
+    ctx_len = int(positions.max()) + 1
+    n_short = len(begins) * ctx_len - len(positions)
+    if n_short and pad_id is None:
+        raise ValueError(
+            f"`pad_id` must be given, as sequences are of different lengths and delphi's are all of {ctx_len}, got "
+            "none; pass the tokenizer's padding token."
+        )
+    tokens = np.full((len(begins), ctx_len), pad_id or 0, np.int32)
+    tokens[sequence, positions] = text.token_ids
+    return tokens, sequence * ctx_len + positions
+
+
+def _locate(
+    store: FeatureStore, first: int, stop: int, places: Integer[np.ndarray, "n"], ctx_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Locations and values of the codes of some latents, in the order of the text."""
+    rows = store.columns(first, stop).tocsr()
+    rows.sort_indices()
+    at = np.repeat(places[store.places], np.diff(rows.indptr))
+    kept = np.abs(rows.data) > SMALLEST
+    triples = np.stack([at // ctx_len, at % ctx_len, rows.indices], 1)[kept]
+    narrow = triples.max(initial=0) < 2**16
+    locations = torch.from_numpy(triples.astype(SHORT if narrow else WIDE))
+    return locations, torch.from_numpy(rows.data[kept].astype(np.float16))

@@ -1,0 +1,121 @@
+"""Features as Neuronpedia shows them: the numbers of one dashboard, from a store, its SAE and its model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from saelab.analyses.contexts import ExampleGroup, examples
+from saelab.analyses.lens import Promoted, logit_lens
+from saelab.analyses.likeness import Neighbours, neighbours
+from saelab.lm.lens import read_out
+from saelab.lm.models import Model
+from saelab.sae.sae import SAE
+from saelab.stores.features import FeatureStore
+
+N_TOP, N_EACH, N_QUANTILES, N_BINS, N_ROWS, N_LOGITS = 20, 5, 10, 50, 3, 10
+TOP = -1
+"""what stands for the bounds of the strongest examples"""
+BLOCK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Dashboards:
+    """What dashboards are made from; without `sae` and `model` some of their parts stay empty."""
+
+    store: FeatureStore
+    sae: SAE | None
+    model: "Model | None"
+    alike: Neighbours
+
+    @classmethod
+    def open(cls, store: FeatureStore, sae: SAE | None, model: "Model | None") -> "Dashboards":
+        """Measures which features go together, over all of them."""
+        if sae is not None and sae.cfg.d_sae != store.d_sae:
+            raise ValueError(f"`sae` must have the store's {store.d_sae} features, got {sae.cfg.d_sae}.")
+        return cls(store, sae, model, neighbours(store, m=N_ROWS))
+
+    def make(self, features: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The dashboard of each feature, by the names that SAEDashboard writes."""
+        for start in range(0, len(features), BLOCK):
+            part = list(features[start : start + BLOCK])
+            lens = logit_lens(self.sae, self.model, part, n=N_LOGITS) if self.sae and self.model else None
+            effects = read_out(self.model, self.sae.directions()[part]).cpu() if self.sae and self.model else None
+            for i, j in enumerate(part):
+                row = None if effects is None else effects[i].numpy()
+                yield self._make(j, lens[j] if lens else None, row)
+
+    def _make(self, j: int, effects: Promoted | None, logits: Float[np.ndarray, "d_vocab"] | None) -> dict[str, Any]:
+        found = self.store.feature(j)
+        heights, values = _histogram(found.values)
+        logit_heights, logit_values = _histogram(logits) if logits is not None else ([], [])
+        alike = self.alike.of(j)
+        ctx_len = self.store.provenance.ctx_len or 0
+        return {
+            "feature_index": j,
+            **self._align(j),
+            "correlated_neurons_indices": [],
+            "correlated_neurons_pearson": [],
+            "correlated_neurons_l1": [],
+            "correlated_features_indices": [i for i, _ in alike],
+            "correlated_features_pearson": [value for _, value in alike],
+            "correlated_features_l1": [],
+            "neg_str": [text for text, _ in effects.suppressed] if effects else [],
+            "neg_values": [value for _, value in effects.suppressed] if effects else [],
+            "pos_str": [text for text, _ in effects.promoted] if effects else [],
+            "pos_values": [value for _, value in effects.promoted] if effects else [],
+            "frac_nonzero": len(found) / len(self.store),
+            "freq_hist_data_bar_values": values,
+            "freq_hist_data_bar_heights": heights,
+            "logits_hist_data_bar_heights": logit_heights,
+            "logits_hist_data_bar_values": logit_values,
+            "n_prompts_total": int((np.asarray(self.store.text.positions) == 0).sum()),
+            "n_tokens_in_prompt": ctx_len,
+            "dataset": self.store.provenance.text,
+            "decoder_weights_dist": [],
+            "activations": [one for group in self._examples(j) for one in _describe(group, len(self.store))],
+        }
+
+    def _align(self, j: int) -> dict[str, Any]:
+        """The neurons that the feature's direction lies along most, and their share of its L1 norm."""
+        if self.sae is None:
+            return {f"neuron_alignment_{name}": [] for name in ("indices", "values", "l1")}
+        row = self.sae.directions()[j].float().cpu()
+        top = row.abs().topk(min(N_ROWS, len(row))).indices
+        shares = row[top].abs() / row.abs().sum().clamp(min=1e-12)
+        return {
+            "neuron_alignment_indices": top.tolist(),
+            "neuron_alignment_values": row[top].tolist(),
+            "neuron_alignment_l1": shares.tolist(),
+        }
+
+    def _examples(self, j: int) -> list[ExampleGroup]:
+        found = examples(self.store, j, n_top=N_TOP, n_each=N_EACH, n_quantiles=N_QUANTILES, n_near=0, n_random=0)
+        return [group for group in found.groups if group.side != 0]
+
+
+def _histogram(values: Float[np.ndarray, "n"]) -> tuple[list[int], list[float]]:
+    """Heights and centers of bars of equal width."""
+    if len(values) == 0:
+        return [], []
+    counts: Int[np.ndarray, n]
+    counts, edges = np.histogram(values.astype(np.float64), N_BINS)
+    return counts.tolist(), ((edges[1:] + edges[:-1]) / 2).tolist()
+
+
+def _describe(group: ExampleGroup, n_tokens: int) -> Iterator[dict[str, Any]]:
+    """The windows of a group. Bounds are codes with their sign: those of negative firings are below 0."""
+    low, high = (group.low, group.high) if group.side > 0 else (-group.high, -group.low)
+    share = group.n_firings / n_tokens
+    bounds = (TOP, TOP, TOP) if group.name == "top" and group.side > 0 else (low, high, share)
+    for one in group.examples:
+        yield {
+            "bin_min": bounds[0],
+            "bin_max": bounds[1],
+            "bin_contains": bounds[2],
+            "tokens": list(one.words),
+            "values": list(one.values),
+            "qualifying_token_index": one.center,
+        }

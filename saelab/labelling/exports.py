@@ -1,0 +1,76 @@
+"""`export_store`: a feature store as other tools read it: delphi, SAEDashboard, Neuronpedia."""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from saelab.collecting.delphi_writing import N_SPLITS, write_delphi
+from saelab.labelling.dashboards import Dashboards
+from saelab.labelling.neuronpedia import PER_FILE, BulkImport, Source, in_files
+from saelab.lm.models import Model
+from saelab.sae.sae import SAE
+from saelab.stores.features import FeatureStore
+from saelab.stores.files import write_json
+
+StoreFormat = Literal["delphi", "saedashboard", "neuronpedia"]
+
+
+def export_store(
+    store: FeatureStore,
+    folder: str | Path,
+    format: StoreFormat,
+    *,
+    sae: SAE | None = None,
+    model: "Model | None" = None,
+    features: Sequence[int] | None = None,
+    source_set: str = "saelab",
+    creator: str = "saelab",
+    n_splits: int = N_SPLITS,
+    pad_id: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Write a store in somebody else's format; returns the folder that holds it.
+
+    "delphi": the latent cache that delphi explains and scores, in `n_splits` files; `pad_id` fills short sequences up.
+    "saedashboard": `run_settings.json`, `skipped_indexes.json` and `batch-{i}.json`, as SAEDashboard writes them for
+    Neuronpedia. "neuronpedia": the files of its bulk import, with the store's chosen labels as explanations, under
+    `{model}/{layer}-{source_set}`. The last two are of `features` (default: all that fire); `sae` gives directions,
+    `model` beside it the logits they promote. What was not measured stays empty or null. Codes keep their sign.
+
+    Raises ValueError for another format, for features that do not exist, and for what `write_delphi` refuses.
+    """
+    if format not in get_args(StoreFormat):
+        raise ValueError(f"`format` must be one of {list(get_args(StoreFormat))}, got '{format}'.")
+    if format == "delphi":
+        return write_delphi(store, folder, n_splits=n_splits, pad_id=pad_id)
+    fires = store.statistics.fires.sum(1) > 0
+    wanted = fires.nonzero()[0].tolist() if features is None else list(features)
+    if bad := [j for j in wanted if not 0 <= j < store.d_sae]:
+        raise ValueError(f"`features` must be in 0..{store.d_sae - 1}, got {bad[:5]}.")
+    boards, source = Dashboards.open(store, sae, model), Source.of(store, source_set)
+    made = _show_progress(boards.make(wanted), len(wanted), progress)
+    if format == "neuronpedia":
+        now = datetime.now(timezone.utc).isoformat()
+        return BulkImport(boards, source, creator, now).write(Path(folder), made)
+    return _write_batches(Path(folder), store, source, made, (~fires).nonzero()[0].tolist())
+
+
+def _show_progress(items: Iterator[dict[str, Any]], n: int, progress: bool) -> Iterator[dict[str, Any]]:
+    from tqdm.auto import tqdm
+
+    return iter(tqdm(items, total=n, unit=" features", disable=not progress))
+
+
+def _write_batches(
+    folder: Path, store: FeatureStore, source: Source, made: Iterator[dict[str, Any]], silent: list[int]
+) -> Path:
+    """SAEDashboard's files for Neuronpedia."""
+    head = {"model_id": source.model, "layer": source.layer, "sae_set": source.set, "sae_id_suffix": None}
+    for i, part in enumerate(in_files(made)):
+        write_json(folder / f"batch-{i}.json", {**head, "features": part})
+    write_json(folder / "skipped_indexes.json", {**head, "skipped_indexes": silent})
+    origin = store.provenance
+    settings = {"n_features_at_a_time": PER_FILE, "n_tokens": len(store), "hook_point": origin.hook_point}
+    write_json(folder / "run_settings.json", {**head, **settings, "n_features": store.d_sae, "dataset": origin.text})
+    return folder
