@@ -191,7 +191,7 @@ class SteeringCurve(Result):
                 if row["side"] == side:
                     best = row["best"]
                     numbers = (row["area"].value, best.strength, best.score, best.effect, best.fluency)
-                    cells = ["-" if x != x else f"{x:.3g}" for x in numbers]
+                    cells = ["-" if x != x else f"{x:.2g}" for x in numbers]
                     told.append([row["source"], *(str(row[key]) for key in measures), *cells])
         return header, told
 

@@ -31,7 +31,7 @@ class Estimate:
     def __str__(self) -> str:
         if self.value != self.value:
             return "-"
-        return f"{self.value:.3g}" + (f" [{self.low:.3g}, {self.high:.3g}]" if self.low == self.low else "")
+        return f"{self.value:.2g}" + (f" [{self.low:.2g}, {self.high:.2g}]" if self.low == self.low else "")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,186 @@
+"""`steer_texts`: what a model writes steered and unsteered, side by side, token by token."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saelab.functional.metrics import kl_divergence
+from saelab.lm.continuations import Continuations, read_continuations
+from saelab.lm.generation import Generated, generate
+from saelab.lm.models import Model
+from saelab.lm.strings import token_strings
+from saelab.steering.doses import describe_intervention
+from saelab.steering.interventions import Intervention
+from saelab.steering.moving import steer_all
+from saelab.stores.results import Result
+
+BATCH = 16
+UNSTEERED = "unsteered"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """One text, token by token."""
+
+    text: str
+    words: tuple[str, ...]
+    log_probs: dict[str, tuple[float, ...]]
+    """of each token, in nats at temperature 1, by the model that reads it: `unsteered`, and the steered one that wrote
+    it; of an unsteered text every steered one"""
+
+    def perplexity(self, reader: str = UNSTEERED) -> float:
+        """`exp(-mean log p)` under a model."""
+        return float(np.exp(-np.mean(self.log_probs[reader])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRow:
+    """What came behind one prompt, from the same noise."""
+
+    prompt: str
+    unsteered: Told
+    steered: dict[str, Told]
+    kl: dict[str, float]
+    """mean KL(p || p') over the predictions of the unsteered text, in nats, by steered model"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeredTexts(Result):
+    """Texts side by side: unsteered, and by every intervention, which `interventions` describes by name."""
+
+    rows: tuple[TextRow, ...]
+    interventions: dict[str, str]
+    temperature: float
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def title(self) -> str:
+        """What was done, in a line."""
+        told = "; ".join(f"{name}: {what}" for name, what in self.interventions.items())
+        return f"{told}; temperature {self.temperature:g}, seed {self.seed}"
+
+    def tell_cost(self, row: TextRow, name: str) -> str:
+        """Perplexities of a steered text, and the KL behind its prompt."""
+        told = row.steered[name]
+        return (
+            f"perplexity {told.perplexity():.3g} to the unsteered model, {told.perplexity(name):.3g} to its own, "
+            f"KL {row.kl[name]:.3g}"
+        )
+
+    def __str__(self) -> str:
+        lines = [self.title]
+        for row in self.rows:
+            lines += ["", row.prompt, f"  {UNSTEERED} (perplexity {row.unsteered.perplexity():.3g}):"]
+            lines.append(f"    {row.unsteered.text.strip()}")
+            for name, told in row.steered.items():
+                lines += [f"  {name} ({self.tell_cost(row, name)}):", f"    {told.text.strip()}"]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def steer_texts(
+    model: Model,
+    interventions: Intervention | Sequence[Intervention] | Mapping[str, Intervention | Sequence[Intervention]],
+    prompts: str | Sequence[str],
+    n_tokens: int = 50,
+    *,
+    n: int = 1,
+    seed: int = 0,
+    temperature: float | int = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    bos: bool | None = True,
+    progress: bool = True,
+) -> SteeredTexts:
+    """`n` texts for each prompt, unsteered and steered, from the same noise, and what either model thinks of either.
+
+    `interventions` are one or several at once; by name, each name gives a text of its own, such as one up and one
+    down. The rest is as in `generate`. ValueError for a name 'unsteered', and what `generate` and `steer` raise.
+
+    >>> model, up = sl.tiny_model(), sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
+    >>> texts = steer_texts(model, sl.Intervention(up, 0.0), "One", 4)
+    >>> texts.rows[0].kl, texts.rows[0].steered["steered"].text == texts.rows[0].unsteered.text
+    ({'steered': 0.0}, True)
+    """
+    named = interventions if isinstance(interventions, Mapping) else {"steered": interventions}
+    blocks = {name: [one] if isinstance(one, Intervention) else list(one) for name, one in named.items()}
+    if not blocks or UNSTEERED in blocks:
+        raise ValueError(f"`interventions` must have names other than '{UNSTEERED}', got {list(blocks)}.")
+    writing = {"n": n, "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "bos": bos}
+    plain = generate(model, prompts, n_tokens, **writing, progress=progress)  # type: ignore[arg-type]
+    rows = _Rows(model, plain.samples)
+    for name, block in blocks.items():
+        with steer_all(model, block):
+            made = generate(model, prompts, n_tokens, **writing, progress=progress)  # type: ignore[arg-type]
+        rows.add(name, block, made.samples)
+    told = {name: "; ".join(map(describe_intervention, block)) for name, block in blocks.items()}
+    return SteeredTexts(rows=rows.read(), interventions=told, temperature=float(temperature), seed=seed)
+
+
+class _Rows:
+    """Texts as they come in, and log-probabilities of their tokens."""
+
+    def __init__(self, model: Model, plain: Sequence[Generated]) -> None:
+        self.model, self.plain = model, plain
+        self.steered: dict[str, Sequence[Generated]] = {}
+        self.log_probs: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+        """by writer and reader"""
+        self.kl: dict[str, list[float]] = {}
+
+    def add(self, name: str, block: Sequence[Intervention], made: Sequence[Generated]) -> None:
+        """Let both models read both texts, so many at a time."""
+        self.steered[name], self.kl[name] = made, []
+        for first in range(0, len(made), BATCH):
+            part = slice(first, first + BATCH)
+            before = [_read(self.model, texts[part]) for texts in (self.plain, made)]
+            with steer_all(self.model, block):
+                after = [_read(self.model, texts[part]) for texts in (self.plain, made)]
+            for writer, (p, q) in zip((UNSTEERED, name), zip(before, after, strict=True), strict=True):
+                self._keep(writer, UNSTEERED, p, anew=first == 0)
+                self._keep(writer, name, q, anew=first == 0)
+            self.kl[name] += _find_kl(before[0], after[0])
+
+    def _keep(self, writer: str, reader: str, found: Continuations, anew: bool) -> None:
+        log_probs = found.logits.float().log_softmax(-1).gather(2, found.ids[..., None])[..., 0]
+        rows = [tuple(row[kept].tolist()) for row, kept in zip(log_probs, found.mask, strict=True)]
+        self.log_probs[writer, reader] = rows if anew else self.log_probs[writer, reader] + rows
+
+    def read(self) -> tuple[TextRow, ...]:
+        """A row for each unsteered text."""
+        every = [sample for texts in (self.plain, *self.steered.values()) for sample in texts]
+        strings = _strings_of(self.model, {i for sample in every for i in sample.ids})
+        return tuple(
+            TextRow(
+                prompt=plain.prompt,
+                unsteered=self._tell(UNSTEERED, plain, i, strings),
+                steered={name: self._tell(name, made[i], i, strings) for name, made in self.steered.items()},
+                kl={name: values[i] for name, values in self.kl.items()},
+            )
+            for i, plain in enumerate(self.plain)
+        )
+
+    def _tell(self, writer: str, sample: Generated, i: int, strings: Mapping[int, str]) -> Told:
+        mine = {reader: rows[i] for (by, reader), rows in self.log_probs.items() if by == writer}
+        return Told(text=sample.text, words=tuple(strings[j] for j in sample.ids), log_probs=mine)
+
+
+def _read(model: Model, batch: Sequence[Generated]) -> Continuations:
+    return read_continuations(model, [sample.prompt_ids for sample in batch], [sample.ids for sample in batch])
+
+
+def _find_kl(p: Continuations, q: Continuations) -> list[float]:
+    def mean(row: int) -> float:
+        kept: Tensor = p.mask[row]
+        return float(kl_divergence(p.logits[row, kept], q.logits[row, kept]).mean())
+
+    return [mean(row) for row in range(len(p.mask))]
+
+
+def _strings_of(model: Model, ids: set[int]) -> Mapping[int, str]:
+    return token_strings(model.tokenizer, ids) if model.tokenizer is not None else {i: f"<{i}>" for i in ids}
