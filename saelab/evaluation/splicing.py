@@ -1,6 +1,5 @@
 """`Stage`: one hook point of a language model, read and replaced at the tokens that count."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -65,14 +64,14 @@ class Stage:
         return x, x if self.hook_point_out is None else self.rows_of(self.target, acts, kept.keep), kept
 
     def run(self, batch: Tokens) -> "CleanRun":
-        """The untouched model's activations and predictions, from one forward."""
-        seen: dict[str, Tensor] = {}
+        """The untouched model's activations and predictions, from one forward, or another that stops at the inputs."""
+        seen = {} if self.hook_point_out is None else capture(self.model, batch.ids, [self.hook_point])
 
-        def record(name: str) -> Callable[[Tensor], Tensor]:
-            # copies, for the model may add to what flows on in place
-            return lambda x: seen.setdefault(name, x.clone())
+        def record(x: Tensor) -> Tensor:
+            seen[self.target] = x.clone()  # the model may add to what flows on in place
+            return x
 
-        with splice(self.model, {name: record(name) for name in self.places}):
+        with splice(self.model, {self.target: record}):
             clean = logits(self.model, batch.ids)
         keep = self._select(batch, seen).keep
         predicts = torch.zeros_like(keep)
