@@ -1,0 +1,160 @@
+"""Activations that others cached: SAELens' Arrow files and OpenMOSS' chunks, piece by piece as they were written."""
+
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int32
+from torch import Tensor
+
+from saelab.sae.formats.sources import inside
+from saelab.sae.formats.tensorfiles import read_tensors
+from saelab.stores.files import checksum, read_json
+
+STATE = "state.json"
+TOKENS = "token_ids"
+CHUNK = re.compile(r"(?:shard-(\d+)-)?chunk-(\d+)\.(safetensors|pt)")
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Some sequences' activations."""
+
+    acts: Float[Tensor, "n_seq ctx_len d_in"]
+    token_ids: Int32[Tensor, "n_seq ctx_len"]
+    keep: Bool[Tensor, "n_seq ctx_len"]
+    """which of them count"""
+
+
+@dataclass(frozen=True, eq=False)
+class Cache(ABC):
+    """Somebody's cached activations of one hook point."""
+
+    hook_point: str
+    paths: list[Path]
+    sizes: list[int]
+    """sequences in each piece"""
+
+    @abstractmethod
+    def read(self, i: int) -> Piece:
+        """One piece."""
+
+
+def open_cache(folder: Path, hook_point: str | None) -> Cache:
+    """The cache in a folder, by what it holds; FileNotFoundError where there is none."""
+    if (folder / STATE).is_file():
+        return SAELensCache.open(folder, hook_point)
+    place = folder / inside(hook_point) if hook_point is not None and (folder / inside(hook_point)).is_dir() else folder
+    if place.is_dir() and any(CHUNK.fullmatch(path.name) for path in place.iterdir()):
+        return OpenMOSSCache.open(place, hook_point or place.resolve().name)
+    raise FileNotFoundError(
+        f"`folder` must hold activations that SAELens ({STATE}) or OpenMOSS (chunk-*.safetensors) cached, got {folder}; "
+        "check its name."
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class SAELensCache(Cache):
+    """A folder of `datasets`: Arrow streams of record batches, a column of activations (n, ctx_len, d_in), one of ids.
+
+    Ids are read as the integers they are, whatever the dtype of the activations: as float16, 50256 would be 50240.
+    """
+
+    batches: list[Any]
+    """of records, mapped"""
+
+    @classmethod
+    def open(cls, folder: Path, hook_point: str | None) -> "SAELensCache":
+        """Find the record batches and the column; ValueError where there are several columns, or no ids."""
+        listed = read_json(folder / STATE)
+        try:
+            paths = [folder / inside(entry["filename"]) for entry in listed["_data_files"]]
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"{folder / STATE} must list data files, as `datasets` writes it. Was it edited?"
+            ) from None
+        batches = [batch for path in paths for batch in _open_stream(path)]
+        names = list(batches[0].schema.names) if batches else []
+        columns = [name for name in names if name != TOKENS]
+        if TOKENS not in names:
+            raise ValueError(f"{folder} must have a column `{TOKENS}` beside activations, got {names}; cache again.")
+        if hook_point is None and len(columns) == 1:
+            hook_point = columns[0]
+        if hook_point is None or hook_point not in columns:
+            raise ValueError(
+                f"`hook_point` must be a column of {folder}, got {hook_point!r}. Choose from {columns[:5]}."
+            )
+        return cls(hook_point, paths, [batch.num_rows for batch in batches], batches)
+
+    def read(self, i: int) -> Piece:
+        """One record batch."""
+        ids = _to_array(self.batches[i].column(TOKENS), 1)
+        acts = _to_array(self.batches[i].column(self.hook_point), 2)
+        token_ids = torch.from_numpy(ids.astype(np.int32))
+        return Piece(torch.from_numpy(acts.copy()), token_ids, torch.ones(token_ids.shape, dtype=torch.bool))
+
+
+def _open_stream(path: Path) -> list[Any]:
+    """Record batches of an Arrow file, mapped."""
+    from pyarrow import ArrowInvalid, ipc, memory_map
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} must be there, as {STATE} lists it. Copy it too.")
+    try:
+        return list(ipc.open_stream(memory_map(str(path))))
+    except (ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} must be a whole Arrow stream ({error}). Was it cut off? Copy it again.") from None
+
+
+def _to_array(column: Any, depth: int) -> np.ndarray:
+    """Nested lists of equal length as an array of `depth` axes more than rows."""
+    inner = getattr(column, "storage", column)
+    shape = [len(inner)]
+    for _ in range(depth):
+        lengths = set(inner.value_lengths().to_pylist())
+        if len(lengths) != 1:
+            raise ValueError(f"Sequences must be of one length, got {sorted(lengths)[:5]}; cache again.")
+        shape.append(lengths.pop())
+        inner = inner.flatten()
+    return np.asarray(inner.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenMOSSCache(Cache):
+    """A folder of chunks: `activation` (n_seq, ctx_len, d_in) or (n, d_in), `tokens`, and masks of what counts."""
+
+    @classmethod
+    def open(cls, folder: Path, hook_point: str) -> "OpenMOSSCache":
+        """Find the chunks, by number of shard and chunk."""
+        named = [(CHUNK.fullmatch(path.name), path) for path in folder.iterdir()]
+        paths = [path for _, _, path in sorted((int(m[1] or 0), int(m[2]), path) for m, path in named if m)]
+        shapes = [read_tensors(path).get("tokens", torch.empty(0)).shape for path in paths]
+        return cls(hook_point, paths, [shape[0] if len(shape) > 1 else 1 for shape in shapes])
+
+    def read(self, i: int) -> Piece:
+        """One chunk; rows that are not in sequences are taken as one."""
+        held = read_tensors(self.paths[i])
+        if missing := [name for name in ("activation", "tokens") if not isinstance(held.get(name), Tensor)]:
+            raise ValueError(f"{self.paths[i]} must hold `activation` and `tokens`, got none for {missing}.")
+        acts, tokens = held["activation"], held["tokens"]
+        if acts.ndim == 2:
+            acts, tokens = acts[None], tokens[None]
+        if acts.ndim != 3 or tuple(acts.shape[:2]) != tuple(tokens.shape):
+            raise ValueError(
+                f"{self.paths[i]}: `activation` must be (*tokens, d_in), got {tuple(acts.shape)} and tokens "
+                f"{tuple(tokens.shape)}."
+            )
+        keep = torch.ones(tokens.shape, dtype=torch.bool)
+        for name in ("mask", "attention_mask"):
+            if isinstance(held.get(name), Tensor):
+                keep &= held[name].reshape(tokens.shape).bool()
+        return Piece(acts, tokens.to(torch.int32), keep)
+
+
+def describe_files(paths: list[Path]) -> dict[str, str]:
+    """Checksums by name."""
+    return {path.name: checksum(path) for path in paths}

@@ -1,0 +1,101 @@
+"""`convert_activations`: activations that SAELens or OpenMOSS cached, as a folder that `collect` might have written."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from saelab.collecting.caches import Cache, Piece, describe_files, open_cache
+from saelab.collecting.collection import SHARD_TOKENS
+from saelab.collecting.reader import Reading, require_finite
+from saelab.collecting.writers import FolderWriter, clear_folder, load_all, resume_folder
+from saelab.lm.masks import TokenMask
+from saelab.stores.activations import Activations
+from saelab.stores.manifest import ActivationsManifest, dtype_name
+from saelab.stores.provenance import Provenance
+
+
+def convert_activations(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    model: str,
+    hook_point: str | None = None,
+    weight_processing: str = "none",
+    shard_tokens: int = SHARD_TOKENS,
+    progress: bool = True,
+    resume: bool = True,
+) -> Activations:
+    """Make a folder of activations in `out` of those that SAELens (Arrow files) or OpenMOSS (chunks) cached.
+
+    Rows keep their dtype and value, token ids theirs; tokens that OpenMOSS' masks leave out are dropped, SAELens has no
+    mask. The caches do not say which `model` they are of; `hook_point` chooses where they hold several. Every sequence
+    counts as a document. Memory stays within a piece of the cache and a shard. An interrupted call goes on where it
+    stopped when it is made again. Needs pyarrow for SAELens' files.
+
+    Raises FileNotFoundError where no cache is; ValueError naming the file for what is damaged, for values that are not
+    finite, and for an `out` begun with other arguments (`resume=False` deletes it).
+    """
+    if shard_tokens < 1:
+        raise ValueError(f"`shard_tokens` must be at least 1, got {shard_tokens}.")
+    cache, out = open_cache(Path(folder), hook_point), Path(out)
+    first = cache.read(0)
+    request: dict[str, Any] = {"files": describe_files(cache.paths), "hook_point": cache.hook_point, "model": model}
+    request |= {"weight_processing": weight_processing, "shard_tokens": shard_tokens}
+    if not resume:
+        clear_folder(out, ActivationsManifest)
+    manifest = resume_folder(out, request, ActivationsManifest)
+    if manifest is not None and manifest.complete:
+        return load_all(out, [cache.hook_point])[cache.hook_point]
+    origin = _describe(cache, first, model, weight_processing)
+    if manifest is None:
+        manifest = ActivationsManifest(
+            d_in={cache.hook_point: first.acts.shape[-1]},
+            dtype=dtype_name(first.acts.dtype),
+            request=request,
+            provenance=origin.to_dict(),
+        )
+        manifest.save(out)
+    writer = FolderWriter(out, manifest, shard_tokens)
+    with writer:
+        return _run(cache, writer, origin, progress)
+
+
+def _run(cache: Cache, writer: FolderWriter, origin: Provenance, progress: bool) -> Activations:
+    from tqdm.auto import tqdm
+
+    for i in tqdm(range(writer.next_seq, len(cache.sizes)), unit=" pieces", disable=not progress):
+        writer.add_reading(_to_reading(cache, i), 1)
+    done = replace(origin, n_tokens=writer.n_tokens, removed=dict(writer.removed))
+    return writer.open({cache.hook_point: done})[cache.hook_point]
+
+
+def _to_reading(cache: Cache, i: int) -> Reading:
+    """The rows of a piece that count."""
+    piece = cache.read(i)
+    index = piece.keep.flatten().nonzero().squeeze(1)
+    n_seq, ctx_len = piece.token_ids.shape
+    positions = torch.arange(ctx_len, dtype=torch.int32).expand(n_seq, ctx_len)
+    documents = torch.arange(n_seq, dtype=torch.int32)[:, None].expand(n_seq, ctx_len) + sum(cache.sizes[:i])
+    columns = {"token_ids": piece.token_ids, "doc_ids": documents, "positions": positions}
+    rows = piece.acts.flatten(0, 1)[index]
+    require_finite(cache.hook_point, rows)
+    kept = {name: column.flatten()[index] for name, column in columns.items()}
+    return Reading({cache.hook_point: rows}, kept, index, {"masked": piece.keep.numel() - len(index)})
+
+
+def _describe(cache: Cache, first: Piece, model: str, weight_processing: str) -> Provenance:
+    return Provenance(
+        model=model,
+        weight_processing=weight_processing,
+        hook_point=cache.hook_point,
+        text="unknown",
+        tokens_sha256="",
+        mask=TokenMask(special=False).to_dict(),
+        dtype=dtype_name(first.acts.dtype),
+        ctx_len=first.token_ids.shape[1],
+        n_tokens=0,
+        seed=None,
+        versions={},
+    )
