@@ -10,6 +10,7 @@ import typer
 
 from saelab.cli.collecting import collect_text
 from saelab.cli.comparing import compare_folders
+from saelab.cli.converting import convert_sae
 from saelab.cli.evaluating import evaluate_sae
 from saelab.cli.features import harvest_text, show_dead, show_features
 from saelab.cli.info import show_info
@@ -17,6 +18,7 @@ from saelab.cli.labelling import label_features
 from saelab.cli.labels import VERBS as LABEL_VERBS
 from saelab.cli.labels import open_book
 from saelab.cli.reporting import write_report
+from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.training import train_sae
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
@@ -95,12 +97,15 @@ VERBS: dict[str, Callable[..., None]] = {
     "collect": collect_text,
     "train": train_sae,
     "evaluate": evaluate_sae,
+    "convert": convert_sae,
     "harvest": harvest_text,
     "features": show_features,
     "dead": show_dead,
     "label": label_features,
     "compare": compare_folders,
     "report": write_report,
+    "steer": steer_prompts,
+    "steer-curve": draw_curve,
     "info": show_info,
 }
 for _name, _verb in VERBS.items():

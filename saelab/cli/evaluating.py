@@ -5,6 +5,7 @@ import typer
 from saelab.cli import options
 from saelab.cli.texts import count_overlap, read_head, read_tail
 from saelab.evaluation.evaluation import evaluate
+from saelab.evaluation.saebench import save_saebench
 from saelab.lm.models import load_model
 from saelab.lm.tokens import Tokens
 from saelab.sae.sae import SAE
@@ -22,6 +23,7 @@ def evaluate_sae(
     ctx_len: options.EvalCtxLen = None,
     from_start: options.FromStart = False,
     json: options.JSONFile = None,
+    saebench: options.SAEBenchFile = None,
     baselines: options.Baselines = BASELINES,
     n_bootstrap: options.Draws = N_BOOTSTRAP,
     seed: options.EvalSeed = SEED,
@@ -59,6 +61,8 @@ def evaluate_sae(
     typer.echo(str(result))
     if json is not None:
         result.save(json)
+    if saebench is not None:
+        save_saebench(result, saebench, coder)
 
 
 def _announce(tokens: Tokens, n_before: int, origin: Provenance | None) -> None:

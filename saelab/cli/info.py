@@ -6,8 +6,13 @@ from typing import Annotated, Any
 import typer
 from typer import Argument
 
-from saelab.sae.checkpoint import CONFIG, read_config
+from saelab.sae.checkpoint import read_config
 from saelab.sae.config import RandomPrefixes, SAEConfig
+from saelab.sae.formats.conventions import Convention, compose_config
+from saelab.sae.formats.readers import find_format, is_own, read_foreign
+from saelab.sae.formats.readings import Asked
+from saelab.sae.formats.sources import Source
+from saelab.sae.formats.writers import describe_folds
 from saelab.stores.files import read_json
 from saelab.stores.manifest import ActivationsManifest, FeatureManifest
 from saelab.stores.provenance import Provenance
@@ -17,7 +22,10 @@ Rows = list[tuple[str, str]]
 
 def show_info(
     path: Annotated[
-        Path, Argument(metavar="PATH", help="Folder of an SAE, of activations, of features, or of an unfinished run.")
+        Path,
+        Argument(
+            metavar="PATH", help="Folder of an SAE (anybody's), of activations, of features, or of an unfinished run."
+        ),
     ],
 ) -> None:
     """Say what an SAE or a folder of activations or features is and where it came from."""
@@ -26,18 +34,16 @@ def show_info(
 
 def describe_folder(path: Path) -> str:
     """What lies in a folder, as a table; FileNotFoundError or ValueError where it is nothing of ours."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"PATH must be a folder, got '{path}', where there is none.")
-    if (path / CONFIG).is_file():
+    if not path.exists():
+        raise FileNotFoundError(f"PATH must be a folder or a file, got '{path}', where there is none.")
+    if is_own(Source.open(path)):
         return describe_sae(path)
     if (path / "manifest.json").is_file():
         kind = read_json(path / "manifest.json").get("kind")
         return describe_store(path) if kind == FeatureManifest.kind else describe_activations(path)
     if (path / "checkpoint" / "progress.json").is_file():
         return describe_unfinished(path)
-    raise ValueError(
-        f"PATH must hold an SAE ({CONFIG}) or activations or features (manifest.json), got '{path}' with neither."
-    )
+    return describe_foreign(path)
 
 
 def describe_sae(path: Path) -> str:
@@ -51,8 +57,36 @@ def describe_sae(path: Path) -> str:
         ("dictionary", f"{cfg.dictionary} (start: {cfg.init}), normaliser {cfg.normaliser}, {_aux(cfg)}"),
         *(_training_rows(training) if training else [("training", "none")]),
     ]
+    rows += _read_from(described.get("origin"))
     origin = described["provenance"]
     return _table(f"{path}: a sparse autoencoder", rows + (_origin_rows(origin) if origin else [("origin", "unknown")]))
+
+
+def describe_foreign(path: Path) -> str:
+    """What an SAE of another library is, and what it leaves to ask; ValueError for what is none that is known."""
+    source = Source.open(path)
+    form = find_format(source)
+    rows: Rows = [("format", form)]
+    try:
+        reading = read_foreign(source, form, Asked())
+        cfg = compose_config(reading.parts, reading.how)
+    except ValueError as error:
+        return _table(f"{path}: a sparse autoencoder of {form}", [*rows, ("to be given", str(error))])
+    facts = reading.facts
+    unsaid = "unknown" if facts.complete else "not said: has to be given"
+    out = f", d_out {cfg.d_out:,}" if cfg.d_out else ""
+    rows += [
+        ("activation", str(cfg.activation)),
+        ("widths", f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}{out}"),
+        *(("convention", words) for words in describe_folds(reading.how)),
+        ("model", facts.model or unsaid),
+        ("hook point", facts.hook_point or unsaid),
+    ]
+    if cfg.d_out:
+        rows.append(("writes", facts.hook_point_out or unsaid))
+    if facts.model:
+        rows.append(("weight processing", facts.weight_processing))
+    return _table(f"{path}: a {'transcoder' if cfg.d_out else 'sparse autoencoder'} of {form}", rows)
 
 
 def describe_activations(path: Path) -> str:
@@ -100,16 +134,27 @@ def _training_rows(training: dict[str, Any]) -> Rows:
 
 def _origin_rows(origin: dict[str, Any], hook_point: bool = True) -> Rows:
     come = Provenance.from_dict(origin)
-    removed = ", ".join(f"{name} {n:,}" for name, n in come.removed.items() if n)
     rows = [
         ("model", f"{come.model} (weight processing: {come.weight_processing})"),
-        ("hook point", come.hook_point),
-        ("text", f"{come.text}, rows of {come.ctx_len}, sha256 {come.tokens_sha256[:12]}"),
-        ("activations", f"{come.n_tokens:,} tokens of {come.dtype}"),
-        ("left out", removed or "nothing"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in come.versions.items())),
+        ("hook point", " to ".join(filter(None, (come.hook_point, come.hook_point_out)))),
     ]
+    if come.n_tokens:  # of somebody else's SAE no more is known
+        removed = ", ".join(f"{name} {n:,}" for name, n in come.removed.items() if n)
+        rows += [
+            ("text", f"{come.text}, rows of {come.ctx_len}, sha256 {come.tokens_sha256[:12]}"),
+            ("activations", f"{come.n_tokens:,} tokens of {come.dtype}"),
+            ("left out", removed or "nothing"),
+            ("versions", ", ".join(f"{name} {version}" for name, version in come.versions.items())),
+        ]
     return rows if hook_point else [row for row in rows if row[0] not in ("hook point", "activations")]
+
+
+def _read_from(origin: dict[str, Any] | None) -> Rows:
+    """Of an SAE that was read from another library's files: which, and what its numbers meant there."""
+    if origin is None:
+        return []
+    folds = describe_folds(Convention.from_dict(origin["convention"]))
+    return [("read from", origin["format"]), *(("convention", words) for words in folds)]
 
 
 def _prefixes(cfg: SAEConfig) -> str:

@@ -132,6 +132,10 @@ FromStart = Annotated[
     bool, Option("--from-start", help="Read the text from its start, where `collect` reads too, not from its end.")
 ]
 JSONFile = Annotated[Path | None, Option(help="File for the numbers.", metavar="FILE", show_default="none is written")]
+SAEBenchFile = Annotated[
+    Path | None,
+    Option(help="File for the numbers in SAEBench's schema.", metavar="FILE", show_default="none is written"),
+]
 Baselines = Annotated[
     bool,
     Option("--baselines/--no-baselines", help="Measure an untrained SAE, a random dictionary and PCA too, or not."),

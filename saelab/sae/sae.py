@@ -19,6 +19,7 @@ from saelab.sae.formats.readings import Asked, Origin
 from saelab.sae.formats.writers import write_foreign
 from saelab.sae.loading import Loaded, fill, load, locate
 from saelab.sae.modelcard import write_card
+from saelab.sae.saebench import SAEBenchSAE
 from saelab.stores.files import write_atomic
 from saelab.stores.provenance import Provenance
 from saelab.stores.results import Result
@@ -164,6 +165,14 @@ class SAE(Coder):
             self.save_pretrained(folder, format)
             write_atomic(Path(folder) / "README.md", write_card(self, repo_id, format, evaluation).encode())
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload SAE"))
+
+    def for_saebench(self) -> SAEBenchSAE:
+        """The same SAE under the attributes and methods that SAEBench expects, rows of W_dec at unit length.
+
+        Raises ValueError for a transcoder, for an SAE without provenance, and for a normaliser that measures every
+        token.
+        """
+        return SAEBenchSAE(self)
 
     def fold(self) -> "SAE":
         """An equal SAE without a normaliser: same codes, same reconstructions; its dictionary rows are no longer

@@ -95,6 +95,12 @@ def compose(
     return Composed(cfg, tensors | _normaliser_tensors(cfg, how), changed)
 
 
+def compose_config(parts: Parts, how: Convention) -> SAEConfig:
+    """The configuration alone: of the weights, only shapes are looked at. ValueError as of `compose`."""
+    check_shapes(parts, how)
+    return _configure(parts, how)
+
+
 def own(tensor: Tensor, dtype: torch.dtype, *, latent_major: bool = False) -> Tensor:
     """The tensor in memory of its own, in a dtype; `latent_major` puts a column's numbers side by side."""
     turned = tensor.T if latent_major else tensor

@@ -1,0 +1,79 @@
+"""`saelab convert`: an SAE from one library's files to another's."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from saelab.cli.training import read_activation
+from saelab.sae.formats.readers import FORMATS, OWN
+from saelab.sae.formats.writers import WRITERS
+from saelab.sae.sae import SAE
+
+UNSAID = "; where the files do not say it"
+SAID = "as the files say"
+
+
+def convert_sae(
+    source: Annotated[
+        str, Argument(metavar="SRC", help="Folder or file of an SAE, a Hub id, or a release that SAELens lists.")
+    ],
+    target: Annotated[Path, Argument(metavar="DST", help="Folder to write; it must be new or empty.")],
+    format: Annotated[
+        str, Option(help=f"What to write: {OWN}, {', '.join(WRITERS)}.", metavar="NAME", show_default=True)
+    ] = OWN,
+    name: Annotated[
+        str | None, Option(help="Sub-folder or file in SRC, or the release's SAE id.", show_default="SRC itself")
+    ] = None,
+    source_format: Annotated[
+        str | None, Option(help=f"What SRC is, where it holds several: {', '.join(FORMATS)}.", show_default="found out")
+    ] = None,
+    revision: Annotated[str | None, Option(help="Of the Hub repository.", show_default="the newest")] = None,
+    model: Annotated[str | None, Option(help=f"The language model{UNSAID}.", show_default=SAID)] = None,
+    hook_point: Annotated[
+        str | None, Option(help=f"Place in it that the SAE reads{UNSAID}.", show_default=SAID)
+    ] = None,
+    hook_point_out: Annotated[
+        str | None, Option(help=f"Place that a transcoder writes{UNSAID}.", show_default=SAID)
+    ] = None,
+    weight_processing: Annotated[
+        str | None, Option(help=f"none or folded: what was done to the model{UNSAID}.", show_default=SAID)
+    ] = None,
+    activation: Annotated[
+        str | None, Option(help=f"Which latents fire, such as topk{UNSAID}.", show_default=SAID)
+    ] = None,
+    k: Annotated[
+        int | None, Option(help="Latents that fire for a token, with --activation.", show_default=SAID)
+    ] = None,
+    threshold: Annotated[float | None, Option(help=f"Above which latents fire{UNSAID}.", show_default=SAID)] = None,
+    scale: Annotated[
+        float | None, Option(help=f"What activations are multiplied by first{UNSAID}.", show_default=SAID)
+    ] = None,
+) -> None:
+    """Convert an SAE or transcoder between libraries: same codes, same reconstructions.
+
+    One that was read from a library's files is written back as it was, bit for bit. What a format has no words for is
+    folded into the weights where that is exact, and refused where it is not.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"DST must be new or an empty folder, got '{target}'; choose another.")
+    if k is not None and activation is None:
+        raise ValueError(f"`--k` must go with `--activation`, got {k} alone; add --activation topk.")
+    sae = SAE.from_pretrained(
+        source,
+        name,
+        revision=revision,
+        format=source_format,
+        model=model,
+        hook_point=hook_point,
+        hook_point_out=hook_point_out,
+        weight_processing=weight_processing,
+        activation=read_activation(activation, 32 if k is None else k) if activation is not None else None,
+        threshold=threshold,
+        scale=scale,
+    )
+    sae.save_pretrained(target, format)
+    typer.echo(f"{sae}\n{target}: {format}")
+    if sae.origin is not None:
+        typer.echo(f"read as {sae.origin.format}")
