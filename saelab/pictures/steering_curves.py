@@ -123,8 +123,8 @@ def show_curve(curve: SteeringCurve, note: str = "") -> str:
     told = [paragraph(f"{name}: {what}", "small") for name, what in curve.sources.items()]
     sections = [
         section("In short", paragraph(curve.baseline), _summarise(curve), *told),
-        section("Effect and cost", drawn[0]),
-        section("By strength", drawn[1], _list_points(curve)),
+        section("At what cost", drawn[0]),
+        section("Every strength", drawn[1], _list_points(curve)),
     ]
     return make_page(f"Steering {curve.concept}", f"{curve.title}. {note}".strip(), sections)
 

@@ -183,14 +183,14 @@ class SteeringCurve(Result):
         rows = self.summarise()
         measures = [key for key in rows[0] if key not in ("source", "side", "kl", "best", "area")] if rows else []
         kls = {side: self.common_kl(side) for side in self.sides}
-        header = ["", *measures, "area", "best at", "score", "effect", "fluency"]
+        header = ["", *measures, "area", "best at", "score"]
         told = []
         for side in self.sides:
             told.append([f"{SIDES[side]}, KL {kls[side]:g}", *[""] * (len(header) - 1)])
             for row in rows:
                 if row["side"] == side:
                     best = row["best"]
-                    numbers = (row["area"].value, best.strength, best.score, best.effect, best.fluency)
+                    numbers = (row["area"].value, best.strength, best.score)
                     cells = ["-" if x != x else f"{x:.2g}" for x in numbers]
                     told.append([row["source"], *(str(row[key]) for key in measures), *cells])
         return header, told

@@ -1,0 +1,239 @@
+"""`saelab steer`, `saelab steer-curve`: text with features moved, and what moving them did and cost."""
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from typer import Argument, Option
+
+from saelab.cli import options
+from saelab.cli.texts import read_head
+from saelab.lm.models import Model, load_model
+from saelab.lm.tokens import Tokens
+from saelab.pictures.cards import style_card
+from saelab.pictures.page import make_page
+from saelab.pictures.steering_curves import show_curve
+from saelab.pictures.steering_texts import draw_texts
+from saelab.sae.matching import match_model
+from saelab.sae.sae import SAE
+from saelab.steering.aims import TokenConcept, make_concept, world_concept
+from saelab.steering.beside import steer_texts
+from saelab.steering.doses import Source
+from saelab.steering.dosing import steering_curve
+from saelab.steering.interventions import Intervention, Mode
+from saelab.steering.lineup import line_up, write_own
+from saelab.steering.moving import steer
+from saelab.steering.places import Part
+from saelab.stores.features import FeatureStore
+from saelab.stores.files import to_json, write_atomic
+
+WORLD = "tales:"
+OPENINGS = (
+    "Once upon a time", "One day", "There was a", "She went to the", "He saw a", "They", "The boy", "The girl",
+    "In the morning", "Then", "It was", "After a while",
+)  # fmt: skip
+"""what texts of a curve begin with where nothing is given"""
+TEXT_TOKENS = 50_000
+MODE, WHERE, UNIT = (options.default_of(steer, name) for name in ("mode", "where", "unit"))
+N_TEXTS, N_TOKENS, SEED, TEMPERATURE = (
+    options.default_of(steer_texts, name) for name in ("n", "n_tokens", "seed", "temperature")
+)
+CURVE_UNIT, CURVE_N, CURVE_TOKENS = (options.default_of(steering_curve, name) for name in ("unit", "n", "n_tokens"))
+
+PromptList = Annotated[list[str], Argument(metavar="PROMPT", help="Text to go on with; several are all gone on with.")]
+Features = Annotated[list[int], Option("--feature", help="Number of a feature; may be given again.", metavar="N")]
+Strengths = Annotated[
+    list[float],
+    Option("--strength", help="How far it is moved, for each feature or once for all.", metavar="X", show_default="1"),
+]
+ModeName = Annotated[str, Option(help=f"What the strength is: {', '.join(get_args(Mode))}.", metavar="NAME")]
+WhereName = Annotated[str, Option(help=f"Tokens that are moved: {', '.join(get_args(Part))}.", metavar="NAME")]
+UnitName = Annotated[
+    str,
+    Option(
+        help="What strengths count: raw codes, max (the feature's own largest, from --store), or norm (of the token's "
+        "activation).",
+        metavar="NAME",
+    ),
+]
+Store = Annotated[
+    Path | None,
+    Option(help="Feature store of the SAE, for the features' maxima.", metavar="FOLDER", show_default="none"),
+]
+Place = Annotated[
+    str | None, Option(help="Where the SAE belongs.", metavar="NAME", show_default="where it was trained")
+]
+NTexts = Annotated[int, Option("--n", help="Texts for each prompt.", metavar="N")]
+NTokens = Annotated[int, Option(help="Tokens in a text, at most.", metavar="N")]
+Temperature = Annotated[float, Option(help="Divides the logits; 0 takes the likeliest token.", metavar="X")]
+Seed = Annotated[int, Option(help="Of the texts.", metavar="N")]
+Html = Annotated[Path | None, Option(help="Page for the texts, coloured.", metavar="FILE", show_default="none")]
+Words = Annotated[
+    str, Option("--concept", help=f"Words joined by commas, or {WORLD}NAME for a concept of tales.", metavar="WORDS")
+]
+OtherWords = Annotated[
+    list[str],
+    Option("--other", help="Words of another concept, to be left alone; may be given again.", metavar="WORDS"),
+]
+FirstToken = Annotated[bool, Option("--first-token", help="Take a word of several tokens by its first.")]
+Baselines = Annotated[
+    bool,
+    Option(
+        "--baselines/--no-baselines",
+        help="Steer by the difference in means, a probe, a random direction, and with --store by another feature, too.",
+    ),
+]
+PromptOptions = Annotated[
+    list[str],
+    Option("--prompt", help="Text to go on with; may be given again.", metavar="TEXT", show_default="openings"),
+]
+TextFile = Annotated[
+    Path | None,
+    Option(
+        "--text", help="Text that baselines learn the concept from.", metavar="FILE", show_default="the model's own"
+    ),
+]
+Grid = Annotated[
+    str | None,
+    Option("--strengths", help="Numbers joined by commas, of both signs.", metavar="X,Y", show_default="by unit"),
+]
+OutPage = Annotated[Path | None, Option(help="Page for tables and figures.", metavar="FILE", show_default="none")]
+
+
+def steer_prompts(
+    sae: options.SAEName,
+    model: options.ModelName,
+    prompts: PromptList,
+    feature: Features,
+    strength: Strengths = [],  # noqa: B006 - typer copies it
+    mode: ModeName = MODE,
+    where: WhereName = WHERE,
+    unit: UnitName = UNIT,
+    store: Store = None,
+    hook_point: Place = None,
+    n: NTexts = N_TEXTS,
+    n_tokens: NTokens = N_TOKENS,
+    temperature: Temperature = TEMPERATURE,
+    seed: Seed = SEED,
+    json: options.AsJSON = False,
+    html: Html = None,
+    allow_mismatch: options.AllowMismatch = False,
+    device: options.Device = None,
+    progress: options.Progress = True,
+) -> None:
+    """Go on with prompts as the model is, and with features moved: texts side by side, from the same noise.
+
+    Perplexities and KL say what it cost.
+    """
+    strengths = strength or [1.0]
+    if len(strengths) not in (1, len(feature)):
+        raise ValueError(f"Give one `--strength`, or one for each feature, got {len(strengths)} for {len(feature)}.")
+    coder, lm, place = _open(sae, model, hook_point, allow_mismatch, device, progress)
+    moved = dict(zip(feature, strengths * (len(feature) if len(strengths) == 1 else 1), strict=True))
+    peaks = FeatureStore.load(store) if store is not None else None
+    how: dict[str, Any] = {"mode": mode, "where": where, "unit": unit, "store": peaks}
+    intervention = Intervention(coder, moved, **how, hook_point=place)
+    found = steer_texts(lm, intervention, prompts, n_tokens, n=n, seed=seed, temperature=temperature, progress=progress)
+    typer.echo(to_json(found.to_dict()) if json else str(found))
+    if html is not None:
+        page = make_page("Steered and unsteered", found.title, [style_card(), draw_texts(found)])
+        write_atomic(html, page.encode())
+
+
+def draw_curve(
+    sae: options.SAEName,
+    model: options.ModelName,
+    feature: Features,
+    concept: Words,
+    other: OtherWords = [],  # noqa: B006
+    first_token: FirstToken = False,
+    baselines: Baselines = False,
+    prompt: PromptOptions = [],  # noqa: B006
+    text: TextFile = None,
+    strengths: Grid = None,
+    mode: ModeName = MODE,
+    where: WhereName = WHERE,
+    unit: UnitName = CURVE_UNIT,
+    store: Store = None,
+    hook_point: Place = None,
+    n: NTexts = CURVE_N,
+    n_tokens: NTokens = CURVE_TOKENS,
+    temperature: Temperature = TEMPERATURE,
+    seed: Seed = SEED,
+    out: OutPage = None,
+    json: options.JSONFile = None,
+    allow_mismatch: options.AllowMismatch = False,
+    device: options.Device = None,
+    progress: options.Progress = True,
+) -> None:
+    """Measure what moving features does to a concept and what it costs, over strengths, beside baselines.
+
+    The concept is a set of words, each a token of the model. Directions are found where such words follow, in --text
+    or in text that the model writes.
+    """
+    coder, lm, place = _open(sae, model, hook_point, allow_mismatch, device, progress)
+    opened = FeatureStore.load(store) if store is not None else None
+    aims = [_read_concept(lm, words, first_token) for words in (concept, *other)]
+    openings = prompt or list(OPENINGS)
+    how: dict[str, Any] = {"unit": unit, "mode": mode, "where": where, "store": opened}
+    sources: dict[str, Source] = {
+        f"feature {i}": Intervention(coder, {i: 1.0}, mode, where, unit, opened, hook_point=place)  # type: ignore[arg-type]
+        for i in feature
+    }
+    if baselines:
+        tokens = _read_text(lm, text, openings, seed, progress)
+        sources |= line_up(lm, coder, feature[0], aims[0], tokens, hook_point=place, seed=seed, **how)
+    curve = steering_curve(
+        lm,
+        sources,
+        aims[0],
+        openings,
+        strengths=_read_strengths(strengths),
+        others={one.name: one for one in aims[1:]},
+        n=n,
+        n_tokens=n_tokens,
+        temperature=temperature,
+        seed=seed,
+        progress=progress,
+        **how,
+    )
+    typer.echo(str(curve))
+    if json is not None:
+        curve.save(json)
+    if out is not None:
+        write_atomic(out, show_curve(curve).encode())
+        typer.echo(f"{len(curve.points) - 1} strengths in {out}.")
+
+
+def _open(
+    sae: str, model: str, hook_point: str | None, allow_mismatch: bool, device: str | None, progress: bool
+) -> tuple[SAE, Model, str]:
+    """The SAE, the model, and the place of the one in the other."""
+    coder = SAE.from_pretrained(sae, device=options.choose_device(device))
+    lm = load_model(model, device=options.choose_device(device), progress=progress)
+    return coder, lm, match_model(coder, lm, hook_point, None, allow_mismatch).hook_point
+
+
+def _read_concept(model: Model, words: str, first_token: bool) -> TokenConcept:
+    if words.startswith(WORLD):
+        return world_concept(model, words.removeprefix(WORLD))
+    found = make_concept(model, words, first_token=first_token)
+    assert isinstance(found, TokenConcept)
+    return found
+
+
+def _read_text(model: Model, text: Path | None, openings: list[str], seed: int, progress: bool) -> Tokens:
+    """What directions are found in: texts of another seed than those that are measured, where none are given."""
+    if text is None:
+        return write_own(model, openings, seed + 1, progress=progress)
+    length = min(options.CTX_LEN, model.cfg.n_ctx)
+    return read_head(model, text, TEXT_TOKENS, length, True, options.SEPARATOR, options.FIELD)
+
+
+def _read_strengths(given: str | None) -> list[float] | None:
+    if given is None:
+        return None
+    try:
+        return [float(part) for part in given.split(",")]
+    except ValueError:
+        raise ValueError(f"`--strengths` must be numbers joined by commas, got '{given}'.") from None

@@ -1,0 +1,101 @@
+"""`line_up`: a feature, and beside it what it must beat at steering a concept, all of one length."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from saelab.lm.generation import generate
+from saelab.lm.models import Model
+from saelab.lm.tokens import PADDING, Tokens, find_special_ids
+from saelab.sae.sae import SAE
+from saelab.steering.aims import TokenConcept
+from saelab.steering.directions import Direction, make_random
+from saelab.steering.doses import Source
+from saelab.steering.interventions import Intervention, Mode, Unit
+from saelab.steering.labelled import read_labelled
+from saelab.steering.places import Place
+from saelab.steering.rivals import find_direction, find_rival
+from saelab.stores.features import FeatureStore
+
+LEAST = 10
+"""tokens before words of a concept that directions are found from"""
+OWN_TEXTS, OWN_TOKENS = 128, 60
+
+
+def line_up(
+    model: Model,
+    sae: SAE,
+    feature: int,
+    concept: TokenConcept,
+    tokens: Tokens,
+    *,
+    unit: Unit = "norm",
+    mode: Mode = "add",
+    where: Place = "all",
+    store: FeatureStore | None = None,
+    hook_point: str | None = None,
+    seed: int = 0,
+) -> dict[str, Source]:
+    """A feature and its rivals by name, for `steering_curve`: at one strength all add vectors of one length.
+
+    means and probe are the difference in means and a logistic regression between the activations of tokens that a word
+    of the concept follows in `tokens`, and of others; random is a random direction; with a `store`, a feature that
+    fires as often and has nothing to do with this one is there, too. ValueError where the concept's words are too few.
+
+    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
+    >>> tokens = sl.tokenize(model, ["a tin can, a bin"] * 9, ctx_len=32)
+    >>> point = "blocks.1.hook_resid_post"
+    >>> list(line_up(model, sae, 3, TokenConcept("i", (int(tokens.ids[0, 4]),)), tokens, hook_point=point))
+    ['feature 3', 'means', 'probe', 'random']
+    """
+    own = Intervention(sae, {feature: 1.0}, mode, where, unit, store, hook_point=hook_point)
+    found: dict[str, Source] = {f"feature {feature}": own}
+    before = mark_before(tokens, concept)
+    if (n := int(before.sum())) < LEAST:
+        raise ValueError(
+            f"Directions need {LEAST} tokens before words of the concept, got {n} in {tokens.n_tokens:,} tokens of "
+            f"{tokens.source}; give more text, or text with more of '{concept.name}'."
+        )
+    rows = read_labelled(model, tokens, before, own.writes_at, seed=seed)
+    directions = [find_direction(rows.x, rows.y, own.writes_at, method) for method in ("means", "probe")]
+    length = float(own.rows[0].norm())
+    for direction in [*directions, make_random(directions[0], seed)]:
+        found[direction.name] = _steer_alike(direction, own, length)
+    if store is not None:
+        [other] = find_rival(store, feature)
+        found[f"feature {other}"] = replace(own, features={other: 1.0})
+    return found
+
+
+def _steer_alike(direction: Direction, own: Intervention, length: float) -> Intervention:
+    """The intervention that adds as much along a direction; `length` is what a code of 1 adds."""
+    code = float(next(iter(own.strengths.values())))  # of unit "norm" 1, which is of one length for all
+    weight = 1.0 if own.unit == "norm" or own.mode == "scale" else code * length
+    unit: Unit = "raw" if own.unit == "max" else own.unit
+    return Intervention(direction, weight, own.mode, own.where, unit)
+
+
+def mark_before(tokens: Tokens, concept: TokenConcept) -> Bool[Tensor, "n_seq ctx_len"]:
+    """The tokens that one of a concept follows in the same document."""
+    next_is = torch.isin(tokens.ids, torch.tensor(concept.ids, dtype=tokens.ids.dtype)).roll(-1, 1)
+    same = (tokens.doc_ids.roll(-1, 1) == tokens.doc_ids) & tokens.attention_mask
+    same[:, -1] = False
+    return next_is & same
+
+
+def write_own(model: Model, prompts: list[str], seed: int = 0, *, progress: bool = True) -> Tokens:
+    """Text of the model itself, some 7,000 tokens behind the prompts: what to read where no other text is given."""
+    n = -(-OWN_TEXTS // len(prompts))
+    room = model.cfg.n_ctx - 16
+    made = generate(model, prompts, min(OWN_TOKENS, room), n=n, seed=seed, progress=progress)
+    longest = max(len(sample.all_ids) for sample in made)
+    ids, doc_ids = torch.zeros(len(made), longest), torch.full((len(made), longest), PADDING)
+    for i, sample in enumerate(made):
+        ids[i, : len(sample.all_ids)] = torch.tensor(sample.all_ids)
+        doc_ids[i, : len(sample.all_ids)] = i
+    special = find_special_ids(model)
+    return Tokens(
+        ids=ids.int(), doc_ids=doc_ids.int(), special_ids=special, source="the model's own", bos=True, packed=False
+    )
