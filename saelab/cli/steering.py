@@ -10,10 +10,8 @@ from saelab.cli import options
 from saelab.cli.texts import read_head
 from saelab.lm.models import Model, load_model
 from saelab.lm.tokens import Tokens
-from saelab.pictures.cards import style_card
-from saelab.pictures.page import make_page
 from saelab.pictures.steering_curves import show_curve
-from saelab.pictures.steering_texts import draw_texts
+from saelab.pictures.steering_texts import show_texts
 from saelab.sae.matching import match_model
 from saelab.sae.sae import SAE
 from saelab.steering.aims import TokenConcept, make_concept, world_concept
@@ -136,8 +134,7 @@ def steer_prompts(
     found = steer_texts(lm, intervention, prompts, n_tokens, n=n, seed=seed, temperature=temperature, progress=progress)
     typer.echo(to_json(found.to_dict()) if json else str(found))
     if html is not None:
-        page = make_page("Steered and unsteered", found.title, [style_card(), draw_texts(found)])
-        write_atomic(html, page.encode())
+        write_atomic(html, show_texts(found).encode())
 
 
 def draw_curve(

@@ -156,7 +156,8 @@ def _draw_line(x: np.ndarray, y: np.ndarray, source: str, measure: str, i: int, 
         legendgroup=str(i),
         line=line_of(i),
         marker={"size": 7},
-        hovertemplate=f"{say(measure)} %{{y:.3g}}{more}, strength {strength}<extra>%{{fullData.name}}</extra>",
+        meta=say(measure, 40),
+        hovertemplate=f"%{{meta}} %{{y:.3g}}{more}, strength {strength}<extra>%{{fullData.name}}</extra>",
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from saelab.pictures.cards import STRONGEST, show_text, style_card
-from saelab.pictures.page import escape
+from saelab.pictures.page import escape, make_page
 from saelab.steering.beside import UNSTEERED, SteeredTexts, TextRow, Told
 from saelab.stores.results import register_drawing
 
@@ -49,6 +49,11 @@ def _draw_token(word: str, log_probs: Mapping[str, float], steered: str | None) 
     alpha = STRONGEST * min(1.0, abs(change) / SCALE)
     kind = f' class="{"p" if change > 0 else "m"}" style="--a:{alpha:.2f}"' if alpha >= 0.005 else ""
     return f'<b{kind} title="{escape(title)}">{show_text(word)}</b>'
+
+
+def show_texts(texts: SteeredTexts) -> str:
+    """A page of its own with the texts side by side; all text escaped."""
+    return make_page("Steered and unsteered", texts.title, [_draw_alone(texts)])
 
 
 def _draw_alone(texts: SteeredTexts) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from saelab.steering.estimates import NAN, Best, Estimate, draw_weights, make_estimate
+from saelab.steering.estimates import NAN, Best, Estimate, draw_weights, make_estimates
 from saelab.steering.frontiers import find_frontier, mean_gain, read_cost, read_gain
 from saelab.stores.results import Result
 
@@ -86,10 +86,9 @@ class SteeringCurve(Result):
 
     def estimate(self, measure: str) -> list[Estimate]:
         """A measure at every point with its interval; distinct n-grams, which are not sums over texts, have none."""
-        values = self.values(measure).tolist()
         if measure.removeprefix("extra_") in self.diversity:
-            return [Estimate(value) for value in values]
-        return [make_estimate(value, draws) for value, draws in zip(values, self.draws(measure), strict=True)]
+            return [Estimate(value) for value in self.values(measure).tolist()]
+        return make_estimates(self.values(measure), self.draws(measure))
 
     def line(self, source: str, side: int = 1) -> list[int]:
         """Points of a source on one side of the unsteered model, weakest first; ValueError for another source."""
@@ -223,19 +222,24 @@ class SteeringCurve(Result):
         return list(enumerate(self.points))[1:]
 
     def _along(
-        self, source: str, side: int, measure: str | None, goal: float, read: Callable[[np.ndarray, np.ndarray], float]
+        self,
+        source: str,
+        side: int,
+        measure: str | None,
+        goal: float,
+        read: Callable[[np.ndarray, np.ndarray], np.ndarray],
     ) -> Estimate:
         """What `read` makes of a measure and of KL along a source's strengths; `goal` is what it looks for."""
         line, measure = self.line(source, side), measure or self.effect
         if goal != goal or not line:
             return Estimate(NAN, reason="no KL that all sources reach" if line else "no strength on this side")
-        gain, cost = self.values(measure)[line], self.values("kl")[line]
-        value = read(gain, cost)
-        if value != value:
+        ends = [np.concatenate([self.values(name)[line, None], self.draws(name)[line]], 1) for name in (measure, "kl")]
+        found, reason = read(*ends), ""
+        if found[0] != found[0]:
+            gain, cost = (end[:, 0] for end in ends)
             told = f"KL up to {cost.max():.3g}, {measure} {gain.min():.3g} to {gain.max():.3g}"
-            return Estimate(value, reason=f"its strengths on this side do not reach {goal:g}: {told}")
-        drawn = zip(self.draws(measure)[line].T, self.draws("kl")[line].T, strict=True)
-        return make_estimate(value, np.array([read(gain, cost) for gain, cost in drawn]))
+            reason = f"its strengths on this side do not reach {goal:g}: {told}"
+        return make_estimates(found[:1], found[None, 1:], reason)[0]
 
     def _weigh(self, weights: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
         """Effect and fluency in [0, 1] of every point under weights of prompts."""

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
-from saelab.evaluation.bootstrap import find_interval
+from saelab.evaluation.bootstrap import LEVEL
 
 NAN = float("nan")
 N_DRAWS = 500
@@ -58,10 +57,16 @@ class Best:
         return cls(NAN, NAN, NAN, NAN, NAN, reason)
 
 
-def make_estimate(value: float, draws: Float[np.ndarray, "n_draws"]) -> Estimate:
-    """A number and the interval of its draws, those that are NaN left out."""
-    known = torch.from_numpy(draws[~np.isnan(draws)])
-    return Estimate(float(value), *(find_interval(known) if len(known) else ()))
+def make_estimates(
+    values: Float[np.ndarray, "n"], draws: Float[np.ndarray, "n n_draws"], reason: str = ""
+) -> list[Estimate]:
+    """Numbers with the intervals of their draws, those that are NaN left out."""
+    tail = (1 - LEVEL) / 2
+    low, high = np.full_like(values, NAN), np.full_like(values, NAN)
+    known = ~np.isnan(draws).all(1)
+    if known.any():
+        low[known], high[known] = np.nanquantile(draws[known], [tail, 1 - tail], axis=1)
+    return [Estimate(*ends, reason) for ends in zip(values.tolist(), low.tolist(), high.tolist(), strict=True)]
 
 
 def draw_weights(n: int, n_draws: int = N_DRAWS) -> Float[np.ndarray, "n_draws n"]:

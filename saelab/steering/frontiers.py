@@ -1,10 +1,9 @@
-"""Effect against cost: what is not dominated, the effect at a given cost, and the area below. Plain numbers."""
+"""Effect against cost: what is not dominated, the effect at a given cost, the area below; for many draws at once."""
 
 import numpy as np
 from jaxtyping import Float, Int
 
 STEPS = 16  # between two strengths
-BUDGETS = 200
 
 
 def find_frontier(gain: Float[np.ndarray, "n"], cost: Float[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
@@ -21,59 +20,72 @@ def find_frontier(gain: Float[np.ndarray, "n"], cost: Float[np.ndarray, "n"]) ->
     return order[gain[order] > best[:-1]]
 
 
-def read_gain(gain: Float[np.ndarray, "n"], cost: Float[np.ndarray, "n"], at: float) -> float:
+def read_gain(
+    gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], at: float
+) -> Float[np.ndarray, "n_draws"]:
     """The gain where a curve first reaches a cost; NaN where it does not.
 
     Points stand in the order of growing strength; the curve begins at no gain for no cost. Between two points the gain
     is linear in the square root of the cost, as both are in the strength where it is small: a KL grows with its square.
 
-    >>> read_gain(np.array([1.0, 2.0]), np.array([0.01, 0.04]), 0.01)
-    1.0
+    >>> read_gain(np.array([[1.0], [2.0]]), np.array([[0.01], [0.04]]), 0.01)
+    array([1.])
     """
     gain, root = _from_origin(gain, cost)
     return _meet(root, gain, float(np.sqrt(at)))
 
 
-def read_cost(gain: Float[np.ndarray, "n"], cost: Float[np.ndarray, "n"], at: float) -> float:
+def read_cost(
+    gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], at: float
+) -> Float[np.ndarray, "n_draws"]:
     """The cost at which a curve first reaches a gain, interpolated as in `read_gain`; NaN where it does not.
 
-    >>> round(read_cost(np.array([1.0, 2.0]), np.array([0.01, 0.04]), 1.5), 6)
-    0.0225
+    >>> read_cost(np.array([[1.0], [2.0]]), np.array([[0.01], [0.04]]), 1.5).round(6)
+    array([0.0225])
     """
     gain, root = _from_origin(gain, cost)
     return _meet(gain, root, at) ** 2
 
 
-def _meet(x: np.ndarray, y: np.ndarray, at: float) -> float:
-    """y where a line of points first has x >= at."""
-    beyond = np.flatnonzero(x >= at)
-    if not len(beyond):
-        return float("nan")
-    i = int(beyond[0])
-    if i == 0:
-        return float(y[0])
-    share = (at - x[i - 1]) / (x[i] - x[i - 1])
-    return float(y[i - 1] + share * (y[i] - y[i - 1]))
-
-
-def mean_gain(gain: Float[np.ndarray, "n"], cost: Float[np.ndarray, "n"], limit: float) -> float:
+def mean_gain(
+    gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], limit: float
+) -> Float[np.ndarray, "n_draws"]:
     """The area below the frontier over its width: the mean, over budgets from 0 to `limit`, of the best gain in budget.
 
     The best gain of a budget is the largest of the points on the curve (see `read_gain`) that cost no more; at least 0,
     that of doing nothing.
 
-    >>> round(mean_gain(np.array([1.0]), np.array([0.0]), 1.0), 6)
-    1.0
+    >>> mean_gain(np.array([[1.0]]), np.array([[0.0]]), 1.0)
+    array([1.])
     """
     gain, root = _from_origin(gain, cost)
     places = np.linspace(0, len(gain) - 1, STEPS * (len(gain) - 1) + 1)
-    gain, cost = (np.interp(places, np.arange(len(gain)), values) for values in (gain, root))
-    order = np.argsort(cost, kind="stable")
-    best = np.maximum.accumulate(np.maximum(gain[order], 0))
-    budgets = np.sqrt(limit * (np.arange(BUDGETS) + 0.5) / BUDGETS)
-    return float(best[np.searchsorted(cost[order], budgets, side="right") - 1].mean())
+    gain, cost = _between(gain, places), _between(root, places) ** 2
+    order = np.argsort(cost, axis=0, kind="stable")
+    best = np.maximum.accumulate(np.take_along_axis(gain, order, 0).clip(min=0), axis=0)
+    ends = np.take_along_axis(cost, order, 0).clip(max=limit)
+    widths = np.diff(ends, axis=0, append=np.full_like(ends[:1], limit))
+    return (best * widths).sum(0) / limit
 
 
 def _from_origin(gain: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """With the unsteered model in front; the costs' roots."""
-    return np.concatenate([[0.0], gain]), np.sqrt(np.concatenate([[0.0], np.maximum(cost, 0)]))
+    zero = np.zeros_like(gain[:1])
+    return np.concatenate([zero, gain]), np.sqrt(np.concatenate([zero, np.maximum(cost, 0)]))
+
+
+def _meet(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
+    """y where lines of points first have x >= at."""
+    beyond = x >= at
+    after = beyond.argmax(0)
+    before = np.maximum(after - 1, 0)
+    (x0, x1), (y0, y1) = ([np.take_along_axis(z, i[None], 0)[0] for i in (before, after)] for z in (x, y))
+    share = np.divide(at - x0, x1 - x0, out=np.zeros_like(x0), where=x1 > x0)
+    return np.where(beyond.any(0), y0 + share * (y1 - y0), np.nan)
+
+
+def _between(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Values at places between the rows."""
+    low = np.minimum(places.astype(int), len(values) - 2)
+    share = (places - low)[:, None]
+    return values[low] * (1 - share) + values[low + 1] * share
