@@ -1,0 +1,93 @@
+"""`hook_sae`: an SAE or transcoder inside any torch module, such as a plain Hugging Face model's."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from saelab.functional.codes import SparseCodes
+from saelab.lm.plain import attach
+from saelab.sae.coder import Coder
+
+Side = Literal["input", "output"]
+
+
+class HookedSAE:
+    """What an SAE sees while it is hooked: the codes of each forward, the oldest first."""
+
+    def __init__(
+        self,
+        sae: Coder,
+        replace: bool,
+        edit: Callable[[Tensor], Tensor] | None,
+        keep: Bool[Tensor, "*batch"] | None,
+    ) -> None:
+        self.sae = sae
+        self.codes: list[SparseCodes] = []
+        self._replace, self._edit, self._keep = replace, edit, keep
+        self._inputs: list[Tensor] = []
+
+    def read(self, x: Float[Tensor, "*batch d_in"]) -> None:
+        """Remember a transcoder's input until its target comes."""
+        self._inputs[:] = [x]
+
+    def change(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"] | None:
+        """What flows on in place of y, None for y itself."""
+        sae = self.sae
+        x = (self._inputs.pop() if sae.cfg.d_out is not None else y).to(sae.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (self._replace or self._edit is not None)):
+            z = sae.encode(x)
+            self.codes.append(SparseCodes.from_dense(z.detach()))
+            if not self._replace and self._edit is None:
+                return None
+            y_hat = sae.decode(z if self._edit is None else self._edit(z), x=x)
+            if not self._replace:  # the error stays: what changes is what the edit does
+                y_hat = y + (y_hat - sae.decode(z, x=x)).to(y)
+            y_hat = y_hat.to(y)
+        if self._keep is None:
+            return y_hat
+        if self._keep.shape != y.shape[:-1]:
+            raise ValueError(
+                f"`keep` must be of the tokens' shape {tuple(y.shape[:-1])}, got {tuple(self._keep.shape)}; give one "
+                "truth value a token."
+            )
+        return torch.where(self._keep.to(y.device).unsqueeze(-1), y_hat, y)
+
+
+@contextmanager
+def hook_sae(
+    module: nn.Module,
+    sae: Coder,
+    *,
+    side: Side = "output",
+    replace: bool = True,
+    edit: Callable[[Tensor], Tensor] | None = None,
+    keep: Bool[Tensor, "*batch"] | None = None,
+) -> Iterator[HookedSAE]:
+    """Inside the block, the activations at a module pass through an SAE in every forward.
+
+    What flows on is `x_hat`, or with `replace=False` x itself: the codes are recorded in either case, as `.codes` of
+    what the block is given. `edit` changes the dense codes (*batch, d_sae) before they are decoded; with
+    `replace=False` the SAE's error is kept then: `x + decode(edit(z)) - decode(z)`. `keep` names the tokens that
+    change, such as all but BOS. `side` is the first tensor that goes into the module or comes out of it; a transcoder
+    reads the one and replaces the other. Gradients flow. Blocks nest; nothing stays behind, also after an error.
+
+    >>> layer, sae = torch.nn.Linear(4, 4), sl.SAE(sl.SAEConfig(d_in=4, d_sae=8, activation=sl.TopK(k=2)))
+    >>> with hook_sae(layer, sae) as hooked:
+    ...     x_hat = layer(torch.ones(3, 4))
+    >>> hooked.codes[0].batch_shape
+    (3,)
+    """
+    if side not in ("input", "output"):
+        raise ValueError(f"`side` must be 'input' or 'output', got '{side}'.")
+    if sae.cfg.d_out is not None and side == "input":
+        raise ValueError("`side` must be 'output' for a transcoder, which reads the input, got 'input'; leave it.")
+    hooked = HookedSAE(sae, replace, edit, keep)
+    with ExitStack() as stack:
+        if sae.cfg.d_out is not None:
+            stack.callback(attach((module, "hook_in"), hooked.read).remove)
+        stack.callback(attach((module, "hook_in" if side == "input" else "hook_out"), hooked.change).remove)
+        yield hooked
