@@ -47,13 +47,14 @@ class Coder(nn.Module):
     archetypes: Archetypes | None
     target_normaliser: Normaliser | None
 
-    def __init__(self, cfg: SAEConfig, seed: int = 0) -> None:
+    def __init__(self, cfg: SAEConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.cfg = cfg
-        generator = torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)  # None: others bring the weights
         directions = _draw_directions(cfg.d_sae, cfg.d_target, generator)
         self.archetypes = None
         if isinstance(cfg.dictionary, Archetypal):
+            assert generator is not None
             self.archetypes = Archetypes(cfg.dictionary, cfg.d_sae, cfg.d_target, generator)
             directions = self.archetypes().detach()
         if cfg.encoder == "linear":
@@ -218,6 +219,8 @@ class Coder(nn.Module):
             )
 
 
-def _draw_directions(n: int, d: int, generator: torch.Generator) -> Tensor:
+def _draw_directions(n: int, d: int, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return torch.empty(n, d)
     directions = torch.randn(n, d, generator=generator)
     return directions / directions.norm(dim=1, keepdim=True)

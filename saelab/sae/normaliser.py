@@ -73,7 +73,7 @@ class Normaliser(nn.Module):
         return self.apply_matrix(x - self.mean, self.matrix)
 
     def unnormalise(
-        self, x_hat: Float[Tensor, "*batch d_in"], x: Float[Tensor, "*batch d_in"] | None = None
+        self, x_hat: Float[Tensor, "*batch d_in"], x: Float[Tensor, "*batch d_read"] | None = None
     ) -> Float[Tensor, "*batch d_in"]:
         """`x_hat M^-1 + mean`; a kind that measures every token needs the activations `x` too, else ValueError."""
         if self.kind == "none":

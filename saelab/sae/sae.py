@@ -39,7 +39,7 @@ class SAE(Coder):
     [2, 2, 2]
     """
 
-    def __init__(self, cfg: SAEConfig, seed: int = 0) -> None:
+    def __init__(self, cfg: SAEConfig, seed: int | None = 0) -> None:
         super().__init__(cfg, seed)
         self.provenance: Provenance | None = None
         self.origin: Origin | None = None  # the files of another library that it was read from
@@ -138,7 +138,7 @@ class SAE(Coder):
         """An SAE of these tensors, drawing no weights of its own first."""
         drawn = isinstance(loaded.cfg.dictionary, Archetypal)  # the archetypes need numbers to start from
         with torch.device("cpu" if drawn else "meta"):
-            sae = cls(loaded.cfg)
+            sae = cls(loaded.cfg, seed=0 if drawn else None)
         fill(sae, loaded.tensors, loaded.place)
         sae.provenance, sae.training_, sae.origin = loaded.provenance, loaded.training, loaded.origin
         return sae

@@ -9,6 +9,7 @@ by the norm; codes of TopK come in the units of rows of unit length, as `transfo
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def read(source: Source, asked: Asked) -> Reading:
     held = _unwrap(source.tensors(name))
     parts = _name_parts(held, bool(settings.get("use_decoder_bias", True)), source)
     points = str(settings.get("hook_point_in")), str(settings.get("hook_point_out"))
-    scales = _find_scales(settings, held, points, asked)
+    scales = _find_scales(settings, held, points, asked, source.folder / CONFIG)
     activation = asked.activation or _choose_activation(settings, place)
     if isinstance(activation, JumpReLU):
         log = next((held[key] for key in THRESHOLDS if key in held), None)
@@ -107,7 +108,7 @@ def _name_parts(held: Mapping[str, Any], has_bias: bool, source: Source) -> dict
 
 
 def _find_scales(
-    settings: dict[str, Any], held: Mapping[str, Any], points: tuple[str, str], asked: Asked
+    settings: dict[str, Any], held: Mapping[str, Any], points: tuple[str, str], asked: Asked, place: Path
 ) -> tuple[float, float]:
     """What activations are multiplied by on each side."""
     norm = settings.get("norm_activation", "dataset-wise")
@@ -115,7 +116,7 @@ def _find_scales(
         return 1.0, 1.0
     if norm != "dataset-wise":
         raise ValueError(f"`norm_activation` must not depend on the batch, got '{norm}'.")
-    root = math.sqrt(require_number(settings, "d_model", points[0]))  # type: ignore[arg-type]
+    root = math.sqrt(require_number(settings, "d_model", place))
     scales = [root / float(held[NORM + point]) for point in points if isinstance(held.get(NORM + point), Tensor)]
     if len(scales) == 2:
         return scales[0], scales[1]
@@ -125,7 +126,7 @@ def _find_scales(
     return scale, scale
 
 
-def _choose_activation(settings: dict[str, Any], place: Any) -> Activation:
+def _choose_activation(settings: dict[str, Any], place: Path) -> Activation:
     name = str(settings.get("act_fn", "relu")).lower()
     if name in ("topk", "batchtopk"):
         k = int(require_number(settings, "top_k", place))

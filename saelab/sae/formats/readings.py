@@ -153,7 +153,8 @@ def describe_mask(excludes_special: bool | None, start: int = 0, stop: int | Non
     """Fields of the token mask that a source trained with; None where it does not say."""
     if excludes_special is None:
         return {}
-    return TokenMask(special=excludes_special, positions=(start, stop)).to_dict()
+    rules = TokenMask(special=excludes_special, positions=(start, stop)).to_dict()
+    return rules | {"positions": [start, stop]}  # as JSON would give it back
 
 
 def dtype_name(dtype: torch.dtype) -> str:
