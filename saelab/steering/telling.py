@@ -1,186 +1,153 @@
-"""`steer_texts`: what a model writes steered and unsteered, side by side, token by token."""
+"""Which features tell an attribute's values: best single ones, unions of some, and what a linear probe could."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.functional.metrics import kl_divergence
-from saelab.lm.continuations import Continuations, read_continuations
-from saelab.lm.generation import Generated, generate
-from saelab.lm.models import Model
-from saelab.lm.strings import token_strings
-from saelab.steering.doses import describe_intervention
-from saelab.steering.interventions import Intervention
-from saelab.steering.moving import steer_all
-from saelab.stores.results import Result
+from saelab.evaluation.rivals import fit_probe
+from saelab.steering.selecting import choose_threshold
+from saelab.steering.supervised import Attributes
 
-BATCH = 16
-UNSTEERED = "unsteered"
+GOOD_F1 = 0.6
+MOST_UNITED = 10
+GAIN = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """One text, token by token."""
+class AttributeScore:
+    """How the values of one attribute sit in a dictionary at one place; F1 on held-out prompts, means over values."""
 
-    text: str
-    words: tuple[str, ...]
-    log_probs: dict[str, tuple[float, ...]]
-    """of each token, in nats at temperature 1, by the model that reads it: `unsteered`, and the steered one that wrote
-    it; of an unsteered text every steered one"""
-
-    def perplexity(self, reader: str = UNSTEERED) -> float:
-        """`exp(-mean log p)` under a model."""
-        return float(np.exp(-np.mean(self.log_probs[reader])))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextRow:
-    """What came behind one prompt, from the same noise."""
-
-    prompt: str
-    unsteered: Told
-    steered: dict[str, Told]
-    kl: dict[str, float]
-    """mean KL(p || p') over the predictions of the unsteered text, in nats, by steered model"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SteeredTexts(Result):
-    """Texts side by side: unsteered, and by every intervention, which `interventions` describes by name."""
-
-    rows: tuple[TextRow, ...]
-    interventions: dict[str, str]
-    temperature: float
-    seed: int
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def title(self) -> str:
-        """What was done, in a line."""
-        told = "; ".join(f"{name}: {what}" for name, what in self.interventions.items())
-        return f"{told}; temperature {self.temperature:g}, seed {self.seed}"
-
-    def tell_cost(self, row: TextRow, name: str) -> str:
-        """Perplexities of a steered text, and the KL behind its prompt."""
-        told = row.steered[name]
-        return (
-            f"perplexity {told.perplexity():.3g} to the unsteered model, {told.perplexity(name):.3g} to its own, "
-            f"KL {row.kl[name]:.3g}"
-        )
-
-    def __str__(self) -> str:
-        lines = [self.title]
-        for row in self.rows:
-            lines += ["", row.prompt, f"  {UNSTEERED} (perplexity {row.unsteered.perplexity():.3g}):"]
-            lines.append(f"    {row.unsteered.text.strip()}")
-            for name, told in row.steered.items():
-                lines += [f"  {name} ({self.tell_cost(row, name)}):", f"    {told.text.strip()}"]
-        return "\n".join(lines)
+    attribute: str
+    place: str
+    n_values: int
+    f1: float
+    """of the best side of a feature, `1[side fires]`, chosen on training prompts"""
+    f1_union: float
+    """of up to 10 sides, any of which fires, added on training prompts while F1 grows by 0.03"""
+    f1_probe: float
+    """of logistic regression on the activations: what is there to be found on a line"""
+    f1_always: float
+    """of a feature that always fires, `2 p / (1 + p)`"""
+    n_sides: float
+    """sides in the union"""
+    n_found: int
+    """values that the best side tells: F1 of 0.6, and half way from that of always yes to 1"""
+    n_split: int
+    """other values that the union tells: over-splitting"""
+    n_occluded: int
+    """values that neither tells, although the probe does"""
 
 
-@torch.no_grad()
-def steer_texts(
-    model: Model,
-    interventions: Intervention | Sequence[Intervention] | Mapping[str, Intervention | Sequence[Intervention]],
-    prompts: str | Sequence[str],
-    n_tokens: int = 50,
-    *,
-    n: int = 1,
-    seed: int = 0,
-    temperature: float | int = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    bos: bool | None = True,
-    progress: bool = True,
-) -> SteeredTexts:
-    """`n` texts for each prompt, unsteered and steered, from the same noise, and what either model thinks of either.
+def score_attributes(
+    z: Float[Tensor, "n n_features"],
+    x: Float[Tensor, "n d_in"],
+    truth: Mapping[str, Bool[np.ndarray, "n n_values"]],
+    is_train: Bool[np.ndarray, "n"],
+    place: str = "",
+) -> list[AttributeScore]:
+    """For each attribute, how well features tell its values: on both sides of signed ones, none that never fires.
 
-    `interventions` are one or several at once; by name, each name gives a text of its own, such as one up and one
-    down. The rest is as in `generate`. ValueError for a name 'unsteered', and what `generate` and `steer` raise.
+    `truth` marks, by attribute, the rows that have each value; more than one of them may hold of a row. Values that are
+    missing on a side of the split are left out. Source: arXiv:2405.08366.
 
-    >>> model, up = sl.tiny_model(), sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
-    >>> texts = steer_texts(model, sl.Intervention(up, 0.0), "One", 4)
-    >>> texts.rows[0].kl, texts.rows[0].steered["steered"].text == texts.rows[0].unsteered.text
-    ({'steered': 0.0}, True)
+    >>> z = torch.eye(2).repeat(8, 1)
+    >>> found = score_attributes(z, z, {"which": z.numpy() > 0}, np.arange(16) < 8)[0]
+    >>> found.f1, found.n_found, round(found.f1_always, 3)
+    (1.0, 2, 0.667)
     """
-    named = interventions if isinstance(interventions, Mapping) else {"steered": interventions}
-    blocks = {name: [one] if isinstance(one, Intervention) else list(one) for name, one in named.items()}
-    if not blocks or UNSTEERED in blocks:
-        raise ValueError(f"`interventions` must have names other than '{UNSTEERED}', got {list(blocks)}.")
-    writing = {"n": n, "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "bos": bos}
-    plain = generate(model, prompts, n_tokens, **writing, progress=progress)  # type: ignore[arg-type]
-    rows = _Rows(model, plain.samples)
-    for name, block in blocks.items():
-        with steer_all(model, block):
-            made = generate(model, prompts, n_tokens, **writing, progress=progress)  # type: ignore[arg-type]
-        rows.add(name, block, made.samples)
-    told = {name: "; ".join(map(describe_intervention, block)) for name, block in blocks.items()}
-    return SteeredTexts(rows=rows.read(), interventions=told, temperature=float(temperature), seed=seed)
+    from scipy.sparse import csc_matrix
+
+    fires = csc_matrix(torch.cat([z > 0, z < 0], 1).numpy())
+    train, held = fires[is_train].astype(np.int32), fires[~is_train].astype(np.int32)
+    probed = _probe(x, truth, is_train)
+    return [_score(name, place, train, held, marks, is_train, probed[name]) for name, marks in truth.items()]
 
 
-class _Rows:
-    """Texts as they come in, and log-probabilities of their tokens."""
+def mark_values(
+    attributes: Sequence[Attributes], joined: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, Bool[np.ndarray, "n n_values"]]:
+    """Which row has which value, by attribute; `joined` are more attributes: a value holds where any of some has it.
 
-    def __init__(self, model: Model, plain: Sequence[Generated]) -> None:
-        self.model, self.plain = model, plain
-        self.steered: dict[str, Sequence[Generated]] = {}
-        self.log_probs: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-        """by writer and reader"""
-        self.kl: dict[str, list[float]] = {}
-
-    def add(self, name: str, block: Sequence[Intervention], made: Sequence[Generated]) -> None:
-        """Let both models read both texts, so many at a time."""
-        self.steered[name], self.kl[name] = made, []
-        for first in range(0, len(made), BATCH):
-            part = slice(first, first + BATCH)
-            before = [_read(self.model, texts[part]) for texts in (self.plain, made)]
-            with steer_all(self.model, block):
-                after = [_read(self.model, texts[part]) for texts in (self.plain, made)]
-            for writer, (p, q) in zip((UNSTEERED, name), zip(before, after, strict=True), strict=True):
-                self._keep(writer, UNSTEERED, p, anew=first == 0)
-                self._keep(writer, name, q, anew=first == 0)
-            self.kl[name] += _find_kl(before[0], after[0])
-
-    def _keep(self, writer: str, reader: str, found: Continuations, anew: bool) -> None:
-        log_probs = found.logits.float().log_softmax(-1).gather(2, found.ids[..., None])[..., 0]
-        rows = [tuple(row[kept].tolist()) for row, kept in zip(log_probs, found.mask, strict=True)]
-        self.log_probs[writer, reader] = rows if anew else self.log_probs[writer, reader] + rows
-
-    def read(self) -> tuple[TextRow, ...]:
-        """A row for each unsteered text."""
-        every = [sample for texts in (self.plain, *self.steered.values()) for sample in texts]
-        strings = _strings_of(self.model, {i for sample in every for i in sample.ids})
-        return tuple(
-            TextRow(
-                prompt=plain.prompt,
-                unsteered=self._tell(UNSTEERED, plain, i, strings),
-                steered={name: self._tell(name, made[i], i, strings) for name, made in self.steered.items()},
-                kl={name: values[i] for name, values in self.kl.items()},
-            )
-            for i, plain in enumerate(self.plain)
-        )
-
-    def _tell(self, writer: str, sample: Generated, i: int, strings: Mapping[int, str]) -> Told:
-        mine = {reader: rows[i] for (by, reader), rows in self.log_probs.items() if by == writer}
-        return Told(text=sample.text, words=tuple(strings[j] for j in sample.ids), log_probs=mine)
+    >>> told = [{"a": "x", "b": "y"}, {"a": "y", "b": "y"}]
+    >>> mark_values(told, {"either": ("a", "b")})["either"].tolist()
+    [[True, True], [False, True]]
+    """
+    groups = {name: (name,) for name in attributes[0]} | {name: tuple(some) for name, some in (joined or {}).items()}
+    found = {}
+    for name, members in groups.items():
+        columns = [np.array([one[member] for one in attributes]) for member in members]
+        values = np.unique(np.concatenate(columns))
+        found[name] = np.logical_or.reduce([column[:, None] == values for column in columns])
+    return found
 
 
-def _read(model: Model, batch: Sequence[Generated]) -> Continuations:
-    return read_continuations(model, [sample.prompt_ids for sample in batch], [sample.ids for sample in batch])
+def _score(
+    name: str, place: str, train: Any, held: Any, marks: np.ndarray, is_train: np.ndarray, probed: np.ndarray
+) -> AttributeScore:
+    known = marks[is_train].any(0) & marks[~is_train].any(0)
+    y, y_held = marks[is_train][:, known], marks[~is_train][:, known]
+    unions = [_unite(train, y[:, v]) for v in range(y.shape[1])]
+    single = np.array([_test(held, sides[:1], y_held[:, v]) for v, sides in enumerate(unions)])
+    union = np.array([_test(held, sides, y_held[:, v]) for v, sides in enumerate(unions)])
+    always = 2 * y_held.mean(0) / (1 + y_held.mean(0))
+    good = np.maximum(GOOD_F1, (1 + always) / 2)
+    found = single >= good
+    split = ~found & (union >= good)
+    return AttributeScore(
+        attribute=name,
+        place=place,
+        n_values=int(known.sum()),
+        f1=float(single.mean()),
+        f1_union=float(union.mean()),
+        f1_probe=float(probed[known].mean()),
+        f1_always=float(always.mean()),
+        n_sides=float(np.mean([len(sides) for sides in unions])),
+        n_found=int(found.sum()),
+        n_split=int(split.sum()),
+        n_occluded=int((~found & ~split & (probed[known] >= good)).sum()),
+    )
 
 
-def _find_kl(p: Continuations, q: Continuations) -> list[float]:
-    def mean(row: int) -> float:
-        kept: Tensor = p.mask[row]
-        return float(kl_divergence(p.logits[row, kept], q.logits[row, kept]).mean())
+def _unite(train: Any, y: np.ndarray) -> list[int]:
+    """Sides of which any fires where the label holds, the best first; none where nothing fires with it."""
+    predicted, best = np.zeros(len(y), bool), 0.0
+    sides: list[int] = []
+    fires = np.asarray(train.sum(0)).ravel()
+    while len(sides) < MOST_UNITED:
+        new, new_hits = ((mask.astype(np.int32) @ train) for mask in (~predicted, ~predicted & y))
+        hits = int((predicted & y).sum()) + new_hits
+        f1 = np.where(fires > 0, 2 * hits / np.maximum(int(predicted.sum()) + new + int(y.sum()), 1), 0)
+        side = int(f1.argmax())
+        if f1[side] <= best + (GAIN if sides else 0):
+            break
+        sides.append(side)
+        best = float(f1[side])
+        predicted[train[:, [side]].indices] = True
+    return sides
 
-    return [mean(row) for row in range(len(p.mask))]
+
+def _test(held: Any, sides: Sequence[int], y: np.ndarray) -> float:
+    predicted = np.zeros(len(y), bool)
+    for side in sides:
+        predicted[held[:, [side]].indices] = True
+    return 2 * int((predicted & y).sum()) / max(1, int(predicted.sum() + y.sum()))
 
 
-def _strings_of(model: Model, ids: set[int]) -> Mapping[int, str]:
-    return token_strings(model.tokenizer, ids) if model.tokenizer is not None else {i: f"<{i}>" for i in ids}
+def _probe(x: Tensor, truth: Mapping[str, np.ndarray], is_train: np.ndarray) -> dict[str, np.ndarray]:
+    """Held-out F1 of each value by attribute, of one regression of all of them."""
+    train = torch.from_numpy(is_train)
+    x = (x - x[train].mean(0)) / x[train].std(0).clamp(min=1e-6)
+    labels = torch.from_numpy(np.concatenate(list(truth.values()), 1))
+    scores = fit_probe(x[train], labels[train].float())(x).numpy().astype(np.float64)
+    f1 = np.zeros(labels.shape[1])
+    for v, y in enumerate(labels.numpy().T):
+        threshold, _ = choose_threshold(scores[is_train, v], y[is_train])
+        guess = scores[~is_train, v] >= threshold
+        f1[v] = 2 * int((guess & y[~is_train]).sum()) / max(1, int(guess.sum() + y[~is_train].sum()))
+    ends = np.cumsum([marks.shape[1] for marks in truth.values()])[:-1]
+    return dict(zip(truth, np.split(f1, ends), strict=True))

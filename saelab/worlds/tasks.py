@@ -1,17 +1,19 @@
 """Prompts whose next word is forced, in pairs that differ in one draw: for patching, probing and steering."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from jaxtyping import Int32
 from torch import Tensor, tensor
 
-from saelab.worlds.grammar import Tale
-from saelab.worlds.lexicon import TOWNS
+from saelab.worlds.grammar import NAMES, Tale
+from saelab.worlds.lexicon import HEROES, TOWNS
 from saelab.worlds.vocabulary import BOS, VOCABULARY
 
 Task = Literal["names", "facts"]
+NAME_EDITS = ("receiver", "giver", "order", "roles")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,3 +66,69 @@ def _last_forced(tale: Tale, mark: str) -> int:
 def _cut(tale: Tale, end: int) -> tuple[Tensor, int]:
     ids = [VOCABULARY.index(word) for word in (BOS, *tale.words[:end], tale.words[end])]
     return tensor(ids[:-1]).int(), ids[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class NamePrompt:
+    """A prompt of the task "names", and what is true of it."""
+
+    ids: Int32[Tensor, "n"]
+    """token ids, BOS first"""
+    giver_at: int
+    """where the giver is named as giving; the last token stands before the receiver's name"""
+    attributes: Mapping[str, str]
+    """"giver" and "receiver": names; "order": who of them is named first where they meet"""
+
+    @property
+    def answer(self) -> int:
+        """The token id that is forced next: the receiver's name."""
+        return VOCABULARY.index(self.attributes["receiver"])
+
+    @property
+    def other_answer(self) -> int:
+        """The giver's name."""
+        return VOCABULARY.index(self.attributes["giver"])
+
+
+def name_edits(n: int, seed: int = 0) -> list[dict[str, NamePrompt]]:
+    """Prompts of the task "names", each "as told" and with one thing told otherwise, of the same length.
+
+    "receiver" and "giver": that person has another name of the same gender, wherever it stands; "order": the two meet
+    in the other order; "roles": the other one gives.
+
+    >>> told = name_edits(1)[0]
+    >>> names = told["as told"].attributes, told["roles"].attributes
+    >>> names[0]["giver"] == names[1]["receiver"], names[0]["order"] == names[1]["order"]
+    (True, False)
+    """
+    return [_edit_names(f"{seed}/name edits/{i}") for i in range(n)]
+
+
+def _edit_names(seed: str) -> dict[str, NamePrompt]:
+    rng = random.Random(seed + "/edits")
+    giver = rng.choice((0, 1))  # the hero, or the friend
+    told = {"special": "gift", "giver": giver}
+    drawn = _tell_names(seed, told).attributes
+    people = [drawn["giver"], drawn["receiver"]][:: 1 - 2 * giver]
+    other = {p: rng.choice([name for name in HEROES[NAMES[p]] if name not in people]) for p in people}
+    meets = drawn[drawn["order"]]
+    told |= {"hero": people[0], "friend": people[1], "one": meets}
+    changed = {"receiver": people[1 - giver], "giver": people[giver]}
+    edits: dict[str, dict[str, object]] = {"as told": told}
+    for edit, person in changed.items():
+        named = {"hero": people[0], "friend": people[1], "one": meets}
+        edits[edit] = told | {slot: other[person] for slot, name in named.items() if name == person}
+    edits["order"] = told | {"one": next(name for name in people if name != meets)}
+    edits["roles"] = told | {"giver": 1 - giver}
+    return {edit: _tell_names(seed, forced) for edit, forced in edits.items()}
+
+
+def _tell_names(seed: str, forced: Mapping[str, object]) -> NamePrompt:
+    tale = Tale(random.Random(seed), forced).tell()
+    end = _last_forced(tale, "receiver")
+    giver_at = max(place for name, place in tale.marks if name == "giver" and place < end)
+    giver, receiver = tale.words[giver_at], tale.words[end]
+    met = {name: max(i for i, word in enumerate(tale.words[:giver_at]) if word == name) for name in (giver, receiver)}
+    order = "giver" if met[giver] < met[receiver] else "receiver"
+    attributes = {"giver": giver, "receiver": receiver, "order": order}
+    return NamePrompt(_cut(tale, end)[0], giver_at + 1, attributes)

@@ -1,0 +1,219 @@
+"""`score_steering`: which features steer? What they make a model say when amplified, and what they fire on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.lm.forwards import FORWARD_TOKENS
+from saelab.lm.hooks import logits, splice
+from saelab.lm.lens import read_out
+from saelab.lm.models import Model
+from saelab.lm.strings import token_strings
+from saelab.sae.sae import SAE
+from saelab.steering.interventions import Intervention
+from saelab.steering.outcomes import read_texts
+from saelab.stores.features import FeatureStore
+from saelab.stores.results import Result
+
+NEUTRAL = "From my experience,"
+BLOCK = 512  # features looked at together
+N_SHOWN = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringScore:
+    """How well one side of a feature steers."""
+
+    feature: int
+    sign: int
+    """1 or -1: of the codes"""
+    output: float
+    """[0, 1]; high where amplifying the feature makes the model say what the feature promotes"""
+    input: float
+    """[0, 1]; share of the strongest contexts in which it fires on a token that it promotes"""
+    token: str
+    """of those that it promotes, the one that the amplified model is likeliest to say"""
+    probability: float
+    """of that token"""
+    peak: float
+    """the largest |z| on this side"""
+    n_contexts: int
+    """documents that the input score looks at"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteeringScores(Result):
+    """What `score_steering` found, one row for each side of each feature that fires."""
+
+    rows: tuple[SteeringScore, ...]
+    prompts: tuple[str, ...]
+    strength: float
+    """multiples of a side's largest code"""
+    n_top: int
+    """tokens that count as promoted"""
+
+    def top(self, n: int = N_SHOWN, by: str = "output") -> tuple[SteeringScore, ...]:
+        """The `n` best sides by "output" or "input"."""
+        if by not in ("output", "input"):
+            raise ValueError(f"`by` must be 'output' or 'input', got '{by}'.")
+        return tuple(sorted(self.rows, key=lambda row: -getattr(row, by))[:n])
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.rows):,} sides of features, amplified {self.strength:g} times their maximum behind "
+            f"{len(self.prompts)} prompt(s); the best {min(N_SHOWN, len(self.rows))} by output score",
+            f"{'feature':>9}{'output':>8}{'input':>8}{'says':>8}  token",
+        ]
+        for row in self.top():
+            name = f"{row.feature}{'+' if row.sign > 0 else '-'}"
+            lines.append(f"{name:>9}{row.output:>8.3f}{row.input:>8.3f}{row.probability:>8.3f}  {row.token!r}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def score_steering(
+    model: Model,
+    sae: SAE,
+    store: FeatureStore,
+    features: Sequence[int] | None = None,
+    *,
+    prompts: str | Int[Tensor, "n"] | Sequence[str | Int[Tensor, "n"]] = NEUTRAL,
+    strength: float = 10.0,
+    n_top: int = 20,
+    n_contexts: int = 100,
+    hook_point: str | None = None,
+) -> SteeringScores:
+    """Output and input scores of features, both sides of signed ones: those of high output score are worth steering.
+
+        output = max_t p'(t) (1 - min_t rank'(t) / |V|)     t the `n_top` tokens that the side promotes (logit lens)
+        input  = share of the `n_contexts` documents with the largest |z| whose strongest token is among those t
+
+    p' is the model's prediction behind a neutral prompt with the side amplified at its last token, `x + strength peak
+    sign d`, the reconstruction error kept, and ranks count from 0; of several prompts the mean. All features by
+    default; sides that never fire in `store` have no row. Thousands of features take seconds on a small model: each row
+    of a batch amplifies another one. ValueError for features that do not exist, and activations of another width than
+    the residual stream's. Source: arXiv:2505.20063.
+    """
+    wanted = np.arange(sae.cfg.d_sae) if features is None else np.asarray(features, np.int64)
+    if len(bad := wanted[(wanted < 0) | (wanted >= sae.cfg.d_sae)]):
+        raise ValueError(f"`features` must be in 0..{sae.cfg.d_sae - 1}, got {bad[:5].tolist()}.")
+    writes_at = Intervention(sae, (), hook_point=hook_point).writes_at
+    given = [prompts] if isinstance(prompts, str | Tensor) else list(prompts)
+    texts = [read_texts(model, prompt).ids for prompt in given]
+    directions, peaks = sae.directions().cpu(), store.statistics.peaks
+    rows: list[SteeringScore] = []
+    for start in range(0, len(wanted), BLOCK):
+        block = wanted[start : start + BLOCK]
+        sides = _Sides.find(model, block, directions, peaks, n_top)
+        if len(sides.features):
+            steps = torch.from_numpy(strength * sides.peaks)[:, None].float() * sides.directions
+            runs = [_amplify(model, ids, writes_at, steps) for ids in texts]
+            rows += sides.score(model, runs, _count_contexts(store, sides, n_contexts))
+    return SteeringScores(
+        rows=tuple(rows),
+        prompts=tuple(prompt if isinstance(prompt, str) else str(prompt.tolist()) for prompt in given),
+        strength=float(strength),
+        n_top=n_top,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sides:
+    """The sides of some features that fire."""
+
+    features: Int[np.ndarray, "n"]
+    signs: Int[np.ndarray, "n"]
+    peaks: Float[np.ndarray, "n"]
+    directions: Float[Tensor, "n d_out"]
+    """what amplifying each side adds to"""
+    promoted: Int[Tensor, "n n_top"]
+    """tokens, the most promoted first"""
+
+    @classmethod
+    def find(cls, model: Model, block: np.ndarray, directions: Tensor, peaks: np.ndarray, n_top: int) -> "_Sides":
+        places, columns = np.nonzero(peaks[block] > 0)
+        features, signs = block[places], 1 - 2 * columns
+        signed = torch.from_numpy(signs)[:, None] * directions[features]
+        effects = read_out(model, signed).cpu() if len(features) else torch.zeros(0, model.cfg.d_vocab)
+        promoted = effects.topk(min(n_top, effects.shape[1]), dim=1).indices
+        return cls(features, signs, peaks[features, columns], signed, promoted)
+
+    def score(
+        self, model: Model, runs: list[Float[Tensor, "n d_vocab"]], inputs: list[tuple[float, int]]
+    ) -> Iterator[SteeringScore]:
+        """One row a side."""
+        outputs = torch.stack([_score_output(p, self.promoted) for p in runs]).mean(0)
+        of_promoted = torch.stack([p.gather(1, self.promoted) for p in runs]).mean(0)
+        probability, places = of_promoted.max(1)
+        said = self.promoted.gather(1, places[:, None])[:, 0].tolist()
+        strings = token_strings(model.tokenizer, said) if model.tokenizer is not None else {}
+        for i, (share, n) in enumerate(inputs):
+            yield SteeringScore(
+                feature=int(self.features[i]),
+                sign=int(self.signs[i]),
+                output=float(outputs[i]),
+                input=share,
+                token=strings.get(said[i], f"<{said[i]}>"),
+                probability=float(probability[i]),
+                peak=float(self.peaks[i]),
+                n_contexts=n,
+            )
+
+
+def _amplify(
+    model: Model, ids: Int[Tensor, "1 n"], writes_at: str, steps: Float[Tensor, "n_sides d_out"]
+) -> Float[Tensor, "n_sides d_vocab"]:
+    """Next-token probabilities behind a prompt, each row with another step at its last token."""
+    found = []
+    for part in steps.split(max(1, FORWARD_TOKENS // ids.shape[1])):
+
+        def push(x: Tensor, part: Tensor = part) -> Tensor:
+            x[:, -1] += part.to(x)
+            return x
+
+        with splice(model, {writes_at: push}):
+            found.append(logits(model, ids.expand(len(part), -1))[:, -1].float().softmax(-1).cpu())
+    return torch.cat(found)
+
+
+def _score_output(p: Float[Tensor, "n d_vocab"], promoted: Int[Tensor, "n n_top"]) -> Float[Tensor, "n"]:
+    """`max_t p(t) (1 - min_t rank(t) / |V|)`; the likeliest of the tokens has both the maximum and the minimum."""
+    best = p.gather(1, promoted).amax(1)
+    ranks = (p > best[:, None]).sum(1)
+    return best * (1 - ranks / p.shape[1])
+
+
+def _count_contexts(store: FeatureStore, sides: _Sides, n_contexts: int) -> list[tuple[float, int]]:
+    """The input score of each side and the number of documents behind it."""
+    first, last = int(sides.features.min()), int(sides.features.max()) + 1
+    dense = last - first <= 4 * len(sides.features)
+    columns: Any = store.columns(first, last) if dense else None
+    token_ids, doc_ids = store.token_ids, store.doc_ids
+    found = []
+    for feature, sign, promoted in zip(sides.features, sides.signs, sides.promoted.numpy(), strict=True):
+        if dense:
+            part = slice(*columns.indptr[feature - first : feature - first + 2])
+            rows, values = columns.indices[part], columns.data[part]
+        else:
+            firings = store.feature(int(feature))
+            rows, values = firings.indices, firings.values
+        tops = _find_tops(rows[values * sign > 0], np.abs(values[values * sign > 0]), doc_ids, n_contexts)
+        found.append((float(np.isin(token_ids[tops], promoted).mean()), len(tops)))
+    return found
+
+
+def _find_tops(rows: np.ndarray, sizes: np.ndarray, doc_ids: np.ndarray, n: int) -> np.ndarray:
+    """The strongest token of each of the `n` documents with the strongest tokens."""
+    size = 8 * n
+    while True:
+        some = np.argpartition(-sizes, size)[:size] if len(rows) > size else np.arange(len(rows))
+        order = rows[some[np.argsort(-sizes[some], kind="stable")]]
+        _, firsts = np.unique(doc_ids[order], return_index=True)
+        if len(firsts) >= n or size >= len(rows):
+            return order[np.sort(firsts)[:n]]
+        size *= 8

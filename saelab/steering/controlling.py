@@ -1,0 +1,273 @@
+"""`compare_control`: can a dictionary rebuild what a task needs, edit it with few features, and be read?"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.sae.sae import SAE
+from saelab.steering.editing import TOLD, EditTask, edit_sparsely, weigh_codes
+from saelab.steering.supervised import Attributes, Fit, fit_attributes
+from saelab.steering.telling import AttributeScore, mark_values, score_attributes
+from saelab.stores.results import Result
+
+KS = (1, 2, 4, 8, 16, 32)
+ENCODE_ROWS = 4096
+CHANGES = 0.02  # of predictions: with fewer, agreement says little
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditScore:
+    """Edits of one kind with at most k features at each place."""
+
+    edit: str
+    k: int
+    agreement: float
+    """share of prompts where the edited model predicts what the patched one does; higher is better"""
+    magnitude: float
+    """share of the reconstruction that the edit takes out, mean over prompts and places; lower is more targeted"""
+    unexplained: float
+    """what is left of the difference of activations, squared, over that difference squared"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryScore:
+    """One dictionary at the task."""
+
+    name: str
+    n_features: int
+    l0: float
+    """mean over places"""
+    n_live: int
+    """features that fire on any prompt"""
+    sufficiency: float
+    """margin with x_hat in the place of x: 1 as untouched, 0 as with mean ablation"""
+    necessity: float
+    """1 less the margin that the error alone, `mean + x - x_hat`, still gives: 1 where nothing is left"""
+    edits: tuple[EditScore, ...]
+    attributes: tuple[AttributeScore, ...]
+    """empty for a supervised dictionary, whose rows are the attributes"""
+
+    def edit(self, edit: str, k: int) -> EditScore:
+        """The score of a kind of edit at k."""
+        return next(score for score in self.edits if (score.edit, score.k) == (edit, k))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlTable(Result):
+    """What `compare_control` found."""
+
+    hook_point: str
+    places: tuple[str, ...]
+    rows: tuple[DictionaryScore, ...]
+    margin: float
+    """logit of the answer less that of the other, untouched"""
+    margin_ablated: float
+    """with the mean of training prompts at the places"""
+    changed: dict[str, float]
+    """by edit: share of prompts whose prediction patching changes; without any edit, agreement is 1 less this"""
+    right: dict[str, float]
+    """by edit: share of prompts where the patched model predicts what the prompt told otherwise makes it predict"""
+    n_prompts: int
+    n_train: int
+
+    def __getitem__(self, name: str) -> DictionaryScore:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"Must be one of {[row.name for row in self.rows]}, got '{name}'.")
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.hook_point} at {', '.join(self.places)}: {self.n_prompts} prompts (fitted and chosen on "
+            f"{self.n_train} others); margin {self.margin:.2f}, mean ablation {self.margin_ablated:.2f}",
+            f"{'':<26}{'features':>9}{'l0':>7}{'live':>7}{'suffices':>10}{'needed':>9}",
+        ]
+        for row in self.rows:
+            lines.append(
+                f"{row.name:<26}{row.n_features:>9,}{row.l0:>7.1f}{row.n_live:>7,}{row.sufficiency:>10.3f}"
+                f"{row.necessity:>9.3f}"
+            )
+        lines += self._list_edits() + self._list_attributes()
+        return "\n".join(lines)
+
+    def _list_edits(self) -> list[str]:
+        ks = list(dict.fromkeys(score.k for score in self.rows[0].edits))
+        lines = [
+            "",
+            "share that agrees with the patched model / share of the reconstruction taken out, by features a place",
+        ]
+        for edit, changed in self.changed.items():
+            if changed < CHANGES:
+                least = min(
+                    (score.agreement, row.name) for row in self.rows for score in row.edits if score.edit == edit
+                )
+                lines.append(
+                    f"{edit}: patching changes {changed:.1%} of predictions; agreement is {least[0]:.3f} at least"
+                )
+                continue
+            title = f"{edit} (no edit {1 - changed:.3f})"
+            lines.append(f"{title:<26}" + "".join(f"{f'k={k}':>14}" for k in ks))
+            for row in self.rows:
+                cells = [f"{one.agreement:.3f} / {one.magnitude:.2f}" for one in (row.edit(edit, k) for k in ks)]
+                lines.append(f"  {row.name:<24}" + "".join(f"{cell:>14}" for cell in cells))
+        return lines
+
+    def _list_attributes(self) -> list[str]:
+        titles = ("values", "always", "best", "union", "probe", "sides", "found", "split", "occluded")
+        lines = ["", f"{'F1 of values':<40}" + "".join(f"{title:>9}" for title in titles)]
+        for row in self.rows:
+            for one in row.attributes:
+                f1 = "".join(f"{v:>9.3f}" for v in (one.f1_always, one.f1, one.f1_union, one.f1_probe))
+                counts = "".join(f"{v:>9}" for v in (one.n_found, one.n_split, one.n_occluded))
+                where = f"{row.name}, {one.attribute} at {one.place}"
+                lines.append(f"{where:<40}{one.n_values:>9}{f1}{one.n_sides:>9.1f}{counts}")
+        return lines
+
+
+def compare_control(
+    task: EditTask,
+    train: EditTask,
+    dictionaries: Mapping[str, SAE],
+    *,
+    ks: Sequence[int] = KS,
+    supervised: Sequence[Fit] = ("means", "least-squares"),
+) -> ControlTable:
+    """Hold dictionaries against supervised ones, at the places where a task's attributes are read.
+
+    Approximation: `sufficiency` puts x_hat in the place of x, `necessity` puts `mean + x - x_hat` there; both are
+    shares of the margin (logit of the answer less that of the other), 0 at mean ablation, 1 untouched. Sparse control:
+    for prompts told otherwise the codes of at most k features a place go from theirs to those of the other version,
+    greedily nearest to its activation, and the edited model must predict what the patched one does. Interpretability:
+    F1 of features against the attributes' values, over and above single ones for unions, split and occluded values.
+    The supervised dictionaries, the ceiling, and all choices see the prompts of `train` alone. Errors of
+    reconstruction are kept in edits. ValueError for an SAE of another width. Source: arXiv:2405.08366.
+    """
+    means = torch.stack([x.mean(0) for x in _pool(train)[0].unbind(1)])
+    clean, ablated = task.predict(), task.predict(means.expand(len(task), -1, -1))
+    margins = float(task.margins(clean).mean()), float(task.margins(ablated).mean())
+    patched = {edit: task.predict(task.activations[edit]).argmax(1) for edit in task.edits}
+    scorer = _Scorer(task, train, means, margins, patched)
+    sources: dict[str, SAE | Fit] = {f"supervised {fit}": fit for fit in supervised}
+    return ControlTable(
+        hook_point=task.hook_point,
+        places=task.place_names,
+        rows=tuple(scorer.score(name, source, ks) for name, source in (sources | dict(dictionaries)).items()),
+        margin=margins[0],
+        margin_ablated=margins[1],
+        changed={edit: float((guess != clean.argmax(1)).float().mean()) for edit, guess in patched.items()},
+        right={
+            edit: float((guess == task.predict(version=edit).argmax(1)).float().mean())
+            for edit, guess in patched.items()
+        },
+        n_prompts=len(task),
+        n_train=len(train) * len(train.ids),
+    )
+
+
+def _pool(task: EditTask) -> tuple[Float[Tensor, "n n_places d_in"], list[Attributes]]:
+    """Activations and attributes of all versions of all prompts."""
+    x = torch.cat([task.activations[version] for version in task.ids])
+    return x, [one for version in task.ids for one in task.attributes[version]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Coded:
+    """What one dictionary makes of activations at each place."""
+
+    rows: tuple[Float[Tensor, "n_features d_in"], ...]
+    offsets: tuple[Float[Tensor, "d_in"], ...]
+    encode: Callable[[int, Float[Tensor, "n d_in"], Sequence[Attributes]], Float[Tensor, "n n_features"]]
+    """codes at a place, from activations or from attributes"""
+
+
+@dataclass(frozen=True, eq=False)
+class _Scorer:
+    """A task, and what every dictionary is held against."""
+
+    task: EditTask
+    train: EditTask
+    means: Float[Tensor, "n_places d_in"]
+    margins: tuple[float, float]
+    """untouched and with mean ablation"""
+    patched: dict[str, Int[Tensor, "n_prompts"]]
+    """what the patched model predicts, by edit"""
+
+    def score(self, name: str, source: SAE | Fit, ks: Sequence[int]) -> DictionaryScore:
+        """All tests of one dictionary."""
+        coded = self._read_sae(source) if isinstance(source, SAE) else self._fit(source)
+        told = self._encode(coded, TOLD)
+        x = self.task.activations[TOLD]
+        x_hat = torch.stack([o + z @ r for z, r, o in zip(told, coded.rows, coded.offsets, strict=True)], 1)
+        fires = torch.stack([(z != 0) for z in told])
+        return DictionaryScore(
+            name=name,
+            n_features=len(coded.rows[0]),
+            l0=float(fires.float().sum(2).mean()),
+            n_live=int(fires.any(0).any(0).sum()),
+            sufficiency=self._recover(x_hat),
+            necessity=1 - self._recover(self.means + x - x_hat),
+            edits=tuple(one for edit in self.task.edits for one in self._edit(coded, told, edit, ks)),
+            attributes=tuple(self._tell(coded)) if isinstance(source, SAE) else (),
+        )
+
+    def _read_sae(self, sae: SAE) -> _Coded:
+        if sae.cfg.d_in != self.means.shape[1] or sae.cfg.d_target != sae.cfg.d_in:
+            raise ValueError(f"An SAE must rebuild activations of width {self.means.shape[1]}, got {sae!r}.")
+        n, rows = len(self.means), sae.directions().detach().cpu()
+        offset = sae.decode(torch.zeros(1, sae.cfg.d_sae, device=sae.device))[0].detach().cpu()
+        return _Coded((rows,) * n, (offset,) * n, lambda _place, x, _known: _encode_all(sae, x))
+
+    def _fit(self, method: Fit) -> _Coded:
+        x, known = _pool(self.train)
+        fits = [fit_attributes(part, known, method) for part in x.unbind(1)]
+        rows, means = tuple(fit.rows for fit in fits), tuple(fit.mean for fit in fits)
+        return _Coded(rows, means, lambda place, _x, known: fits[place].encode(known))
+
+    def _encode(self, coded: _Coded, version: str) -> list[Float[Tensor, "n_prompts n_features"]]:
+        x, known = self.task.activations[version], self.task.attributes[version]
+        return [coded.encode(place, part, known) for place, part in enumerate(x.unbind(1))]
+
+    def _recover(self, x: Float[Tensor, "n_prompts n_places d_in"]) -> float:
+        """The margin with other activations: 0 as with mean ablation, 1 as untouched."""
+        whole, nothing = self.margins
+        return (float(self.task.margins(self.task.predict(x)).mean()) - nothing) / (whole - nothing)
+
+    def _edit(self, coded: _Coded, told: list[Tensor], edit: str, ks: Sequence[int]) -> Iterator[EditScore]:
+        """Edits of one kind, by k."""
+        x, goals = self.task.activations[TOLD], self._encode(coded, edit)
+        delta = self.task.activations[edit] - x
+        places = [
+            edit_sparsely(z, goal, rows, part, ks)
+            for z, goal, rows, part in zip(told, goals, coded.rows, delta.unbind(1), strict=True)
+        ]
+        weights = [weigh_codes(z, rows) for z, rows in zip(told, coded.rows, strict=True)]
+        for k in ks:
+            change = torch.stack([found[k].change for found in places], 1)
+            taken = [(found[k].chosen * weight).sum(1) for found, weight in zip(places, weights, strict=True)]
+            guess = self.task.predict(x + change).argmax(1)
+            yield EditScore(
+                edit=edit,
+                k=k,
+                agreement=float((guess == self.patched[edit]).float().mean()),
+                magnitude=float(torch.stack(taken).mean()),
+                unexplained=float((delta - change).square().sum() / delta.square().sum().clamp(min=1e-12)),
+            )
+
+    def _tell(self, coded: _Coded) -> Iterator[AttributeScore]:
+        """Interpretability at each place: chosen on the prompts of `train`, tested on those of the task."""
+        (x, known), (x_held, known_held) = _pool(self.train), _pool(self.task)
+        is_train = np.arange(len(x) + len(x_held)) < len(x)
+        truth = mark_values(known + known_held, self.task.joined)
+        both = torch.cat([x, x_held])
+        for place, name in enumerate(self.task.place_names):
+            z = coded.encode(place, both[:, place], known + known_held)
+            yield from score_attributes(z, both[:, place], truth, is_train, name)
+
+
+@torch.no_grad()
+def _encode_all(sae: SAE, x: Tensor) -> Tensor:
+    return torch.cat([sae.encode(part.to(sae.device)).float().cpu() for part in x.split(ENCODE_ROWS)])

@@ -1,0 +1,126 @@
+"""Dictionaries of a name task against supervised ones: do they rebuild it, edit it with few features, and read it?
+
+    python scripts/measure_supervised.py --seeds 0 1 2 --n-tokens 1200000 --out supervised.json
+
+The model `tales` is told of two people and a gift, "Tom gave the kite to", and names the receiver. At the output of
+block 2 the giver's token knows who gives, and the last token the two names: patching both places carries every change
+of the prompt over, patching either does not (the first lines printed). Dictionaries of equal size and k, trained on the
+same activations (of stories, and with `--task` of the two places in prompts of the task), are held against supervised
+ones: one vector for each giver, receiver and order of names. "either" is a name that is one of the two, in any role.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import saelab as sl
+from saelab.lm.models import Model
+from saelab.steering.controlling import compare_control
+from saelab.steering.editing import TOLD, EditTask
+from saelab.stores.files import write_json
+from saelab.worlds.tales import tell
+from saelab.worlds.tasks import NAME_EDITS, NamePrompt, name_edits
+
+HOOK = "blocks.2.hook_resid_post"
+FIRST = 60_000_000  # number of the first story: neither model nor notebook has seen any from here on
+D_SAE, K = 1024, 16
+JOINED = {"either": ("giver", "receiver")}
+
+
+def make_task(model: Model, told: Sequence[dict[str, NamePrompt]], hook_point: str = HOOK) -> EditTask:
+    """Prompts as rows; read and edited where the giver is named, and at the last token."""
+    first = [versions[TOLD] for versions in told]
+    lengths = torch.tensor([len(prompt.ids) for prompt in first])
+    versions = (TOLD, *NAME_EDITS)
+    return EditTask(
+        model=model,
+        hook_point=hook_point,
+        ids={
+            v: torch.nn.utils.rnn.pad_sequence([one[v].ids.long() for one in told], batch_first=True) for v in versions
+        },
+        lengths=lengths,
+        places=torch.stack([torch.tensor([prompt.giver_at for prompt in first]), lengths - 1], 1),
+        place_names=("giver", "end"),
+        attributes={v: [one[v].attributes for one in told] for v in versions},
+        joined=JOINED,
+        answers=torch.tensor([prompt.answer for prompt in first]),
+        other_answers=torch.tensor([prompt.other_answer for prompt in first]),
+    )
+
+
+def find_places(task: EditTask) -> str:
+    """Which place carries which change: share of predictions that become those of the prompt told otherwise."""
+    lines = [f"{task.hook_point}: share of prompts where patching brings the other prompt's prediction"]
+    x = task.activations[TOLD]
+    for edit in task.edits:
+        goal, changed = task.predict(version=edit).argmax(1), task.predict().argmax(1)
+        cells = [f"untouched {float((changed == goal).float().mean()):.3f}"]
+        for name, places in (*((name, [i]) for i, name in enumerate(task.place_names)), ("both", [0, 1])):
+            patched = x.clone()
+            patched[:, places] = task.activations[edit][:, places]
+            cells.append(f"{name} {float((task.predict(patched).argmax(1) == goal).float().mean()):.3f}")
+        lines.append(f"  {edit:<10}" + "   ".join(cells))
+    return "\n".join(lines)
+
+
+def train(acts: sl.Activations, seed: int, n_tokens: int, kept: Path | None) -> dict[str, sl.SAE]:
+    """Four dictionaries on the same batches; those that were trained before are read."""
+    plain = sl.SAEConfig(d_in=acts.d_in, d_sae=D_SAE, activation=sl.TopK(k=K))
+    configs = {
+        "TopK": plain,
+        "AbsTopK": replace(plain, activation=sl.AbsTopK(k=K)),
+        "Matryoshka": replace(plain, activation=sl.BatchTopK(k=K), prefixes=(D_SAE // 16, D_SAE // 4, D_SAE)),
+        "frozen decoder": replace(plain, dictionary="frozen"),
+    }
+    folders = {name: (kept or Path()) / f"{name.replace(' ', '-')}-{seed}" for name in configs}
+    saes = {name: sl.SAE.from_pretrained(folder) for name, folder in folders.items() if kept and folder.is_dir()}
+    missing = [name for name in configs if name not in saes]
+    run = sl.TrainConfig(n_tokens=n_tokens, batch_size=2048, seed=seed)
+    if missing:
+        trained = sl.fit([sl.SAE(configs[name], seed) for name in missing], acts, run, progress=False)
+        saes |= dict(zip(missing, trained, strict=True))
+    for name in missing if kept else ():
+        saes[name].save_pretrained(folders[name])
+    return {name: saes[name] for name in configs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--n-tokens", type=int, default=1_200_000, help="to train each dictionary on")
+    parser.add_argument("--n-stories", type=int, default=2400, help="to train on, over and over")
+    parser.add_argument("--n-train", type=int, default=800, help="prompts, each in five versions, to fit and choose on")
+    parser.add_argument("--n-prompts", type=int, default=400, help="held-out prompts to measure on")
+    parser.add_argument("--task", action="store_true", help="dictionaries of the task's own activations as well")
+    parser.add_argument("--n-task", type=int, default=4000, help="prompts to train those on, each in five versions")
+    parser.add_argument("--kept", type=Path, help="a folder of dictionaries, to train each only once")
+    parser.add_argument("--out", type=Path, help="everything as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = sl.load_model("tales", progress=False)
+    task, fitted = (make_task(model, name_edits(n, seed)) for n, seed in ((args.n_prompts, 1), (args.n_train, 2)))
+    print(find_places(task), flush=True)
+    acts = sl.collect(model, tell(args.n_stories, first=FIRST).tokens(), HOOK, progress=False)
+    texts = {"stories": acts}
+    if args.task:
+        own = make_task(model, name_edits(args.n_task, 3))
+        rows = torch.cat([x.flatten(0, 1) for x in own.activations.values()])
+        texts["task"] = sl.Activations.from_tensor(
+            rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+        )
+    found = {}
+    for name, x in texts.items():
+        for seed in args.seeds:
+            saes = train(x, seed, args.n_tokens, args.kept / name if args.kept else None)
+            table = compare_control(task, fitted, saes)
+            print(f"\ntrained on {name} ({len(x):,} rows, {args.n_tokens:,} tokens), seed {seed}\n{table}", flush=True)
+            found[f"{name}/{seed}"] = table.to_dict()
+    if args.out:
+        write_json(args.out, found)
+
+
+if __name__ == "__main__":
+    main()
