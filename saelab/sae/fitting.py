@@ -18,6 +18,11 @@ from saelab.training.protocols import Batches
 
 Pair: TypeAlias = tuple[Activations, Activations] | tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]
 """Inputs and targets of the same tokens, for a transcoder."""
+HeldOut: TypeAlias = (
+    Float[Tensor, "n_held d_in"]
+    | tuple[Activations, Activations]
+    | tuple[Float[Tensor, "n_held d_in"], Float[Tensor, "n_held d_out"]]
+)
 Data: TypeAlias = Activations | ActivationPairs | Batches | Float[Tensor, "n d_in"] | Pair
 
 
@@ -25,7 +30,7 @@ def make_run(
     saes: Sequence[Coder],
     acts: Data,
     cfg: TrainConfig,
-    held_out: Float[Tensor, "n d_in"] | Pair | None,
+    held_out: HeldOut | None,
     out: str | Path | None,
     resume: bool,
 ) -> TrainingRun:

@@ -14,7 +14,7 @@ from saelab.sae.archetypes import Archetypal
 from saelab.sae.checkpoint import write_sae
 from saelab.sae.coder import Coder
 from saelab.sae.config import SAEConfig
-from saelab.sae.fitting import Data, Pair, describe_training, make_run, open_data, origin_of
+from saelab.sae.fitting import Data, HeldOut, describe_training, make_run, open_data, origin_of
 from saelab.sae.formats.readings import Asked, Origin
 from saelab.sae.formats.writers import write_foreign
 from saelab.sae.loading import Loaded, fill, load, locate
@@ -54,7 +54,7 @@ class SAE(Coder):
         *,
         out: str | Path | None = None,
         resume: bool = False,
-        held_out: Float[Tensor, "n d_in"] | Pair | None = None,
+        held_out: HeldOut | None = None,
         sinks: Sequence[Sink] = (),
         progress: bool = True,
     ) -> "SAE":
@@ -198,7 +198,7 @@ def fit(
     *,
     out: str | Path | None = None,
     resume: bool = False,
-    held_out: Float[Tensor, "n d_in"] | Pair | None = None,
+    held_out: HeldOut | None = None,
     sinks: Sequence[Sink] = (),
     progress: bool = True,
 ) -> list[SAE]:
