@@ -1,0 +1,278 @@
+"""One signed feature moved both ways, against what else moves a concept and its opposite, on the model `tales`.
+
+    python scripts/measure_axes.py --seeds 0 1 2 --out axes.txt
+
+Axes are glad/sad, female/male, big/small and hot/cold; an aim is the set of words of one pole. Steered are, at all
+tokens of the residual stream (hook point blocks.2.hook_resid_post), in units of the token's own norm:
+
+    AbsTopK      one feature, upwards for one pole and downwards for the other
+    TopK, two    the best feature for each pole, both upwards
+    TopK, one    the best feature moved both ways, downwards past zero
+    Matryoshka   the best feature moved both ways
+    means        difference in means of the two poles' tokens, moved both ways
+    means after  the same of the tokens that are followed by a word of a pole
+    random       a random direction, moved both ways
+
+Features are chosen in two steps on stories of their own: as candidates, the ones that tell a pole's tokens best from
+the other pole's (difference of mean codes over their standard deviation) and those whose direction raises its words
+most in the logits; of these, the feature with the largest gain at a KL of 0.05 nats, summed over what it is to do. All
+sources are then measured on stories that nothing was chosen on, by `steering_curve`; `saelab.steering.measures` defines
+the words. KL x2 is the KL at which the expected number of the aim's words has doubled; `lift` and `selectivity`
+(against the words of the other axes) and `gain` are read at a KL of 0.05 nats.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import log
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import saelab as sl
+from saelab.functional.metrics import kl_divergence
+from saelab.lm.lens import read_out
+from saelab.steering.aims import TokenConcept, make_concepts
+from saelab.steering.dosing import steering_curve
+from saelab.steering.frontiers import read_gain
+from saelab.steering.measures import log_mass
+from saelab.steering.rivals import find_direction
+from saelab.worlds.concepts import CONCEPT_IDS, FEMALE, MALE
+from saelab.worlds.lexicon import AXES, MOODS
+from saelab.worlds.tales import Stories, tell
+
+HOOK = "blocks.2.hook_resid_post"
+TRAIN, CHOOSE, MEASURE = 60_000_000, 61_000_000, 62_000_000  # numbers of the first stories
+D_SAE, K, BATCH = 1024, 16, 2048
+KL, GRID, CHOICE_GRID = 0.05, (0.1, 0.2, 0.4, 0.8, 1.6), (0.2, 0.5, 1.2)
+MEASURES = ("KL x2", "gain", "lift", "selectivity", "best")
+NAMES = ("AbsTopK", "TopK, two", "TopK, one", "Matryoshka", "means", "means after", "random")
+POLES = {
+    "mood": {name: [word for words in kinds.values() for word in words.split()] for name, kinds in MOODS.items()},
+    "gender": {"female": FEMALE, "male": MALE},
+    "size": dict(zip(AXES["size"].poles, map(str.split, AXES["size"].words), strict=True)),
+    "temperature": dict(zip(AXES["temperature"].poles, map(str.split, AXES["temperature"].words), strict=True)),
+}
+
+Weights = tuple[sl.SAE, dict[int, float]] | sl.Direction
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a way of steering is judged on before anything is measured: texts, and predictions on them."""
+
+    model: Any
+    ids: torch.Tensor
+    keep: torch.Tensor
+    log_p: torch.Tensor
+
+    @classmethod
+    def of(cls, model: Any, stories: Stories, n: int) -> "Bench":
+        tokens = stories.tokens()[:n]
+        ids = tokens.ids[:, :96].long()
+        return cls(model, ids, tokens.doc_ids[:, :96] >= 0, sl.logits(model, ids).log_softmax(-1))
+
+    def gains(self, source: Weights, aims: list[TokenConcept]) -> dict[tuple[str, int], float]:
+        """By aim and sign the gain at the KL compared at, interpolated; the strongest dose's where that costs less."""
+        plain, found = [self.mass(self.log_p, aim) for aim in aims], {}
+        for sign in (1, -1):
+            gains, costs = [], []
+            for strength in CHOICE_GRID:
+                with steered(self.model, source, sign * strength):
+                    log_q = sl.logits(self.model, self.ids).log_softmax(-1)
+                gains.append([self.mass(log_q, aim) - before for aim, before in zip(aims, plain, strict=True)])
+                costs.append(float(kl_divergence(self.log_p[self.keep], log_q[self.keep]).mean()))
+            for i, aim in enumerate(aims):
+                mine = np.array(gains)[:, i]
+                value = read_gain(mine, np.array(costs), KL)
+                found[aim.name, sign] = mine[-1] if value != value else value
+        return found
+
+    def mass(self, log_p: torch.Tensor, aim: TokenConcept) -> float:
+        return float(log_mass(log_p, torch.tensor(aim.ids))[self.keep].exp().mean().log())
+
+
+def steered(model: Any, source: Weights, strength: float) -> Any:
+    if isinstance(source, sl.Direction):
+        return sl.steer(model, source, strength, unit="norm")
+    return sl.steer(model, source[0], {j: strength * w for j, w in source[1].items()}, unit="norm")
+
+
+def train(seed: int, n_tokens: int, kept: Path) -> dict[str, sl.SAE]:
+    """The three dictionaries on the same batches; those that were trained before are read."""
+    kinds = {"AbsTopK": sl.AbsTopK(k=K), "TopK": sl.TopK(k=K), "Matryoshka": sl.BatchTopK(k=K)}
+    folders = {name: kept / f"{name}-{seed}" for name in kinds}
+    if all(folder.is_dir() for folder in folders.values()):
+        return {name: sl.SAE.from_pretrained(folder) for name, folder in folders.items()}
+    acts = sl.collect(sl.load_model("tales", progress=False), tell(2400, first=TRAIN).tokens(), HOOK, progress=False)
+    saes = [
+        sl.SAE(
+            sl.SAEConfig(
+                d_in=acts.d_in,
+                d_sae=D_SAE,
+                activation=activation,
+                prefixes=(D_SAE // 16, D_SAE // 4, D_SAE) if name == "Matryoshka" else None,
+            ),
+            seed,
+        )
+        for name, activation in kinds.items()
+    ]
+    sl.fit(saes, acts, sl.TrainConfig(n_tokens=n_tokens, batch_size=BATCH, seed=seed), progress=False)
+    for sae, folder in zip(saes, folders.values(), strict=True):
+        sae.save_pretrained(folder)
+    return dict(zip(kinds, saes, strict=True))
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Activations of stories to choose on, and the tokens of each pole."""
+
+    x: torch.Tensor
+    on: dict[str, torch.Tensor]
+    before: dict[str, torch.Tensor]
+    """tokens that a word of the pole follows"""
+
+    @classmethod
+    def of(cls, model: Any, stories: Stories, aims: Mapping[str, TokenConcept]) -> "Labelled":
+        tokens = stories.tokens()
+        x = sl.capture(model, tokens.ids, [HOOK])[HOOK]
+        real = (tokens.doc_ids >= 0) & (tokens.ids > 2)
+        truth = {name: np.asarray(stories.concepts[:, CONCEPT_IDS[name]].todense())[:, 0] for name in aims}
+        on, before = {}, {}
+        for name, aim in aims.items():
+            holds = torch.zeros(tokens.ids.shape, dtype=torch.bool)
+            holds[tokens.doc_ids >= 0] = torch.from_numpy(truth[name])
+            said = torch.isin(tokens.ids, torch.tensor(aim.ids))
+            on[name], before[name] = holds[real], torch.roll(said, -1, 1)[real]
+        return cls(x[real], on, before)
+
+
+def find_candidates(model: Any, sae: sl.SAE, data: Labelled, poles: tuple[str, str], aims: Any, n: int) -> list[int]:
+    """Features that tell the first pole from the second, and features that say its words; `n` of each."""
+    rows = data.on[poles[0]] | data.on[poles[1]]
+    z = sae.encode_sparse(data.x[rows]).to_dense()
+    is_first = data.on[poles[0]][rows]
+    told = (z[is_first].mean(0) - z[~is_first].mean(0)) / z.std(0).clamp_min(1e-6)
+    effects = read_out(model, sae.directions())
+    said = (effects[:, list(aims[poles[0]].ids)].mean(1) - effects.mean(1)) / effects.std(1)
+    both = [told, said] if not sae.cfg.activation.signed else [told.abs(), said.abs()]
+    return list(dict.fromkeys(int(j) for score in both for j in score.topk(n).indices))
+
+
+def find_sources(
+    model: Any, saes: dict[str, sl.SAE], data: Labelled, bench: Bench, poles: tuple[str, str], aims: Any, args: Any
+) -> dict[str, tuple[Weights, Weights]]:
+    """By name, what is moved upwards for each of the two poles."""
+    up, down = poles
+    found: dict[str, tuple[Weights, Weights]] = {}
+    for kind, sae in saes.items():
+        tried = {j for pair in (poles, poles[::-1]) for j in find_candidates(model, sae, data, pair, aims, args.n)}
+        gains = {j: bench.gains((sae, {j: 1.0}), [aims[up], aims[down]]) for j in sorted(tried)}
+        ways = {(j, s): gains[j][up, s] + gains[j][down, -s] for j in gains for s in (1, -1)}
+        j, s = max(ways, key=lambda way: ways[way])
+        found["TopK, one" if kind == "TopK" else kind] = (sae, {j: float(s)}), (sae, {j: -float(s)})
+        if kind == "TopK":
+            best = [max(gains, key=lambda j, pole=pole: gains[j][pole, 1]) for pole in poles]
+            found["TopK, two"] = (sae, {best[0]: 1.0}), (sae, {best[1]: 1.0})
+    for name, labels in (("means", data.on), ("means after", data.before)):
+        rows = labels[up] ^ labels[down]
+        direction = find_direction(data.x[rows], labels[up][rows], HOOK, name=name)
+        found[name] = direction, -direction
+    drawn = sl.make_random(direction, args.seed)
+    return {name: (found | {"random": (drawn, -drawn)})[name] for name in NAMES}
+
+
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """A row for each pole and source, by seed and axis."""
+    model = sl.load_model("tales", progress=False)
+    words = {pole: said for poles in POLES.values() for pole, said in poles.items()}
+    aims = {aim.name: aim for aim in make_concepts(model, words)}
+    chosen_on, measured_on = tell(args.n_stories, first=CHOOSE), tell(args.n_prompts, first=MEASURE)
+    data, bench = Labelled.of(model, chosen_on, aims), Bench.of(model, chosen_on, 16)
+    prompts = [" ".join(measured_on.text(i).split()[:30]) for i in range(args.n_prompts)]
+    jobs = [(seed, axis) for seed in args.seeds for axis in args.axes]
+    for seed, axis in tqdm(jobs, desc="axes", disable=None):
+        args.seed = seed
+        poles = tuple(POLES[axis])
+        sources = find_sources(model, train(seed, args.n_tokens, args.kept), data, bench, poles, aims, args)
+        rows = []
+        for side, pole in enumerate(poles):
+            others = {name: aim for name, aim in aims.items() if name not in poles}
+            curve = steering_curve(
+                model,
+                {name: pair[side] for name, pair in sources.items()},
+                aims[pole],
+                prompts,
+                strengths=GRID,
+                others=others,
+                n=1,
+                n_tokens=40,
+                seed=seed,
+                progress=False,
+            )
+            if args.curves:
+                curve.save(args.curves / f"{axis}-{pole}-{seed}.json")
+            for name in sources:
+                row = {
+                    "seed": seed,
+                    "axis": axis,
+                    "pole": pole,
+                    "source": name,
+                    "KL x2": curve.kl_at(log(2), name).value,
+                }
+                row |= {key: curve.at_kl(KL, name, measure=key).value for key in ("gain", "lift", "selectivity")}
+                best = curve.best(name)
+                rows.append(row | {"best": best.score, "told": curve.sources[name]})
+        yield rows
+
+
+def _tell(rows: list[dict[str, Any]], axis: str, name: str, key: str) -> str:
+    mine = [row for row in rows if row["axis"] == axis and row["source"] == name]
+    seeds = [np.mean([row[key] for row in mine if row["seed"] == seed]) for seed in {row["seed"] for row in mine}]
+    reached = [value for value in seeds if value == value]
+    if not reached:
+        return "not reached"
+    short = "" if len(reached) == len(seeds) else f" {len(reached)}/{len(seeds)}"
+    return f"{np.mean(reached):.3f} ({min(reached):.2f}..{max(reached):.2f}){short}"
+
+
+def tell_table(rows: list[dict[str, Any]]) -> str:
+    """Means over seeds and poles, the smallest and largest seed in brackets; seeds where both poles got so far."""
+    lines = []
+    for axis in dict.fromkeys(row["axis"] for row in rows):
+        lines += ["", f"{axis:<14}" + "".join(f"{key:>20}" for key in MEASURES)]
+        for name in NAMES:
+            cells = "".join(f"{_tell(rows, axis, name, key):>20}" for key in MEASURES)
+            lines.append(f"  {name:<12}{cells}")
+    return "\n".join(lines[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--axes", nargs="+", default=list(POLES), choices=list(POLES))
+    parser.add_argument("--n-tokens", type=int, default=1_200_000, help="to train each dictionary on")
+    parser.add_argument("--n-stories", type=int, default=300, help="to choose on")
+    parser.add_argument("--n-prompts", type=int, default=24, help="to measure on")
+    parser.add_argument("--n", type=int, default=5, help="candidates by each of the two criteria")
+    parser.add_argument("--kept", type=Path, default=Path("runs/axes"), help="where dictionaries are kept")
+    parser.add_argument("--curves", type=Path, help="a folder for every curve")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    if args.curves:
+        args.curves.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for found in measure(args):
+        rows += found
+        if args.out:
+            args.out.write_text(tell_table(rows) + "\n")
+            args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    print(tell_table(rows))
+
+
+if __name__ == "__main__":
+    main()
