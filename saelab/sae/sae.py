@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from saelab.sae.activations import Activation
 from saelab.sae.archetypes import Archetypal
