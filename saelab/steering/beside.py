@@ -47,7 +47,7 @@ class TextRow:
     """mean KL(p || p') over the predictions of the unsteered text, in nats, by steered model"""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SteeredTexts(Result):
     """Texts side by side: unsteered, and by every intervention, which `interventions` describes by name."""
 
@@ -58,6 +58,9 @@ class SteeredTexts(Result):
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"SteeredTexts({len(self)} beside {', '.join(self.interventions)})"
 
     @property
     def title(self) -> str:

@@ -33,7 +33,7 @@ RATIOS = {
 SIDES = {1: "upwards", -1: "downwards"}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SteeringCurve(Result):
     """Measures of `steering_curve` at `points`, sources and strengths, of which the first is the unsteered model.
 
@@ -206,6 +206,9 @@ class SteeringCurve(Result):
         """What unsteered text is like, in a line."""
         names = ("perplexity", "score" if self.scored else "rate", "repetition", "distinct_1")
         return "unsteered text: " + ", ".join(f"{name} {self.values(name)[0]:.3g}" for name in names)
+
+    def __repr__(self) -> str:
+        return f"SteeringCurve({self.concept}, {len(self.points) - 1} strengths of {', '.join(self.sources)})"
 
     def __str__(self) -> str:
         header, rows = self.tell_rows()

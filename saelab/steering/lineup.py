@@ -13,8 +13,8 @@ from saelab.sae.sae import SAE
 from saelab.steering.aims import TokenConcept
 from saelab.steering.directions import Direction, make_random
 from saelab.steering.doses import Source
-from saelab.steering.interventions import Intervention, Mode, Unit
-from saelab.steering.labelled import read_labelled
+from saelab.steering.interventions import Intervention, Mode, Unit, read_features
+from saelab.steering.labelled import LabelledRows, read_labelled
 from saelab.steering.places import Place
 from saelab.steering.rivals import find_direction, find_rival
 from saelab.stores.features import FeatureStore
@@ -35,6 +35,7 @@ def line_up(
     mode: Mode = "add",
     where: Place = "all",
     store: FeatureStore | None = None,
+    sign: int | None = None,
     hook_point: str | None = None,
     seed: int = 0,
 ) -> dict[str, Source]:
@@ -42,7 +43,9 @@ def line_up(
 
     means and probe are the difference in means and a logistic regression between the activations of tokens that a word
     of the concept follows in `tokens`, and of others; random is a random direction; with a `store`, a feature that
-    fires as often and has nothing to do with this one is there, too. ValueError where the concept's words are too few.
+    fires as often and has nothing to do with this one is there, too. All point to the concept, and so does the feature:
+    on the side, 1 or -1, where its mean code before such words lies, unless `sign` says otherwise. ValueError where the
+    concept's words are too few.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> tokens = sl.tokenize(model, ["a tin can, a bin"] * 9, ctx_len=32)
@@ -51,7 +54,6 @@ def line_up(
     ['feature 3', 'means', 'probe', 'random']
     """
     own = Intervention(sae, {feature: 1.0}, mode, where, unit, store, hook_point=hook_point)
-    found: dict[str, Source] = {f"feature {feature}": own}
     before = mark_before(tokens, concept)
     if (n := int(before.sum())) < LEAST:
         raise ValueError(
@@ -59,6 +61,8 @@ def line_up(
             f"{tokens.source}; give more text, or text with more of '{concept.name}'."
         )
     rows = read_labelled(model, tokens, before, own.writes_at, seed=seed)
+    side = sign or _find_side(sae, feature, read_labelled(model, tokens, before, own.reads_at, seed=seed))
+    found: dict[str, Source] = {f"feature {feature}": replace(own, features={feature: float(side)})}
     directions = [find_direction(rows.x, rows.y, own.writes_at, method) for method in ("means", "probe")]
     length = float(own.rows[0].norm())
     for direction in [*directions, make_random(directions[0], seed)]:
@@ -67,6 +71,13 @@ def line_up(
         [other] = find_rival(store, feature)
         found[f"feature {other}"] = replace(own, features={other: 1.0})
     return found
+
+
+@torch.no_grad()
+def _find_side(sae: SAE, feature: int, rows: LabelledRows) -> int:
+    """The sign of a feature's codes where a label holds, beside those where it does not."""
+    z = read_features(sae, rows.x.to(sae.device), [feature])[:, 0].cpu()
+    return -1 if z[rows.y].mean() < z[~rows.y].mean() else 1
 
 
 def _steer_alike(direction: Direction, own: Intervention, length: float) -> Intervention:
