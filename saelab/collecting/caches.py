@@ -52,8 +52,8 @@ def open_cache(folder: Path, hook_point: str | None) -> Cache:
     if place.is_dir() and any(CHUNK.fullmatch(path.name) for path in place.iterdir()):
         return OpenMOSSCache.open(place, hook_point or place.resolve().name)
     raise FileNotFoundError(
-        f"`folder` must hold activations that SAELens ({STATE}) or OpenMOSS (chunk-*.safetensors) cached, got {folder}, "
-        "which has neither; check its name."
+        f"`folder` must hold activations that SAELens ({STATE}) or OpenMOSS (chunk-*.safetensors) cached, got "
+        f"{folder}, which has neither; check its name."
     )
 
 
