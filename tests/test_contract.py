@@ -10,11 +10,12 @@ from torch import Tensor
 from unchecked import unchecked
 
 import saelab as sl
+from saelab.sae.activations import GroupMax
 from saelab.sae.config import SAEConfig
 from saelab.sae.trainee import Trainee
 from saelab.stores.files import read_json, write_json
 
-D_IN, D_SAE, K = 12, 40, 5
+D_IN, D_SAE, D_OUT, K = 12, 40, 9, 5
 
 
 @sl.register_activation("test_soft_topk")
@@ -35,24 +36,28 @@ ACTIVATIONS = [
     sl.BatchAbsTopK(k=K),
     sl.ReLU(target_l0=float(K)),
     sl.JumpReLU(target_l0=float(K)),
+    GroupMax(k=K),
     SoftTopK(k=K),
 ]
 PREFIXES = [None, (8, 24, D_SAE), sl.RandomPrefixes(n=3, smallest=6)]
 DICTIONARIES = ["unit", "free", "frozen"]
 NORMALISERS = ["none", "scale", "whiten"]
 INITS = ["tied", "data", "subspace"]
+TARGETS = [{}, {"d_out": D_OUT}, {"d_out": D_OUT, "skip": True}]
 
 PRODUCT = [
-    SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=a, prefixes=p, dictionary=d, normaliser=n, init=i)
-    for a, p, d, n, i in itertools.product(ACTIVATIONS, PREFIXES, DICTIONARIES, NORMALISERS, INITS)
+    SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=a, prefixes=p, dictionary=d, normaliser=n, init=i, **t)
+    for a, p, d, n, i, t in itertools.product(ACTIVATIONS, PREFIXES, DICTIONARIES, NORMALISERS, INITS, TARGETS)
 ]
-SOME = PRODUCT[::7]  # every two choices on two axes meet in it; the whole product is marked slow
-REST = [cfg for i, cfg in enumerate(PRODUCT) if i % 7]
+STEP = 31
+SOME = PRODUCT[::STEP]  # every two choices on two axes meet in it; the whole product is marked slow
+REST = [cfg for i, cfg in enumerate(PRODUCT) if i % STEP]
 
 
 def name_of(cfg):
     nested = {type(None): "flat", tuple: "fixed"}.get(type(cfg.prefixes), "random")
-    return f"{cfg.activation.name}-{nested}-{cfg.dictionary}-{cfg.normaliser}-{cfg.init}"
+    target = "" if cfg.d_out is None else "-skip" if cfg.skip else "-transcoder"
+    return f"{cfg.activation.name}-{nested}-{cfg.dictionary}-{cfg.normaliser}-{cfg.init}{target}"
 
 
 some = pytest.mark.parametrize("cfg", SOME, ids=name_of)
@@ -69,24 +74,34 @@ def data(n=256, seed=0):
     return (z @ atoms + noise) * torch.linspace(0.3, 3, D_IN) + torch.linspace(-2, 5, D_IN)
 
 
+def rows(cfg, n=256, seed=0):
+    """What training reads: activations, of a transcoder each with its target behind it."""
+    x = data(n, seed)
+    if cfg.d_out is None:
+        return x
+    generator = torch.Generator().manual_seed(7)
+    first, second = torch.randn(D_IN, 20, generator=generator), torch.randn(20, D_OUT, generator=generator)
+    return torch.cat([x, ((x - x.mean(0)) @ first).relu() @ second + torch.linspace(-20, 9, D_OUT)], 1)
+
+
 def prepared(cfg, seed=0):
     """An SAE as training starts from, with a threshold where its activation keeps one."""
     sae = sl.SAE(cfg, seed)
     trainee = Trainee(sae, sl.TrainConfig(n_tokens=256, batch_size=256))
-    trainee.prepare(data())
+    trainee.prepare(rows(cfg))
     if cfg.activation.threshold == "running":
-        trainee.observe(trainee.objective(data()))
+        trainee.observe(trainee.objective(rows(cfg)))
     return sae, trainee
 
 
 def test_every_two_choices_meet():
     def axes(cfg):
-        return cfg.activation.name, type(cfg.prefixes), cfg.dictionary, cfg.normaliser, cfg.init
+        return cfg.activation.name, type(cfg.prefixes), cfg.dictionary, cfg.normaliser, cfg.init, (cfg.d_out, cfg.skip)
 
     def meetings(configs):
         return {(i, a, j, b) for cfg in configs for (i, a), (j, b) in itertools.combinations(enumerate(axes(cfg)), 2)}
 
-    assert meetings(SOME) == meetings(PRODUCT) and len(SOME) + len(REST) == len(PRODUCT) == 567
+    assert meetings(SOME) == meetings(PRODUCT) and len(SOME) + len(REST) == len(PRODUCT) == 1944
 
 
 @some
@@ -108,17 +123,17 @@ def keeps_the_contract(cfg):
     for batch in ((6,), (2, 3), (1, 2, 3)):
         part = x[:6].view(*batch, D_IN)
         z = sae.encode(part)
-        assert z.shape == (*batch, D_SAE) and sae.decode(z).shape == sae(part).shape == part.shape
+        assert z.shape == (*batch, D_SAE) and sae.decode(z).shape == sae(part).shape == (*batch, cfg.d_target)
         codes = sae.encode_sparse(part)
         # dense and sparse are the same codes
         assert codes.batch_shape == batch and torch.equal(codes.to_dense() != 0, z != 0)
         torch.testing.assert_close(codes.to_dense(), z, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(sae.decode(codes), sae.decode(z), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(sae.decode(codes, prefix=9), sae.decode(z, prefix=9), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(sae(part), sae.decode(z), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(sae(part), sae.decode(z, x=part), rtol=1e-4, atol=1e-4)
 
     # the loss is a finite number and reaches every parameter but a frozen dictionary
-    objective = trainee.objective(x)
+    objective = trainee.objective(rows(cfg, seed=1))
     assert objective.total.isfinite() and objective.l0 > 0
     objective.total.backward()
     for name, parameter in sae.named_parameters():
@@ -129,6 +144,8 @@ def keeps_the_contract(cfg):
         assert parameter.grad.any(), f"{name} gets no gradient"
 
     # an equal SAE without a normaliser
+    if sae.W_skip is not None:
+        torch.nn.init.orthogonal_(sae.W_skip, generator=torch.Generator().manual_seed(0))
     folded = sae.fold()
     assert folded.cfg.normaliser == "none"
     torch.testing.assert_close(folded.encode(x), sae.encode(x), rtol=1e-3, atol=1e-3)
@@ -181,14 +198,14 @@ def test_construction_is_seeded_and_leaves_the_global_state_alone(cfg):
     torch.testing.assert_close(one.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
-@pytest.mark.parametrize("cfg", PRODUCT[::43], ids=name_of)  # each choice twice or more: the gradients are exact
+@pytest.mark.parametrize("cfg", PRODUCT[::127], ids=name_of)  # each choice twice or more: the gradients are exact
 @unchecked()
 def test_overfits_one_batch(cfg):
     """One batch again and again: the loss falls far below where it started."""
     if hasattr(cfg.activation, "coefficient"):
         cfg = replace(cfg, activation=replace(cfg.activation, coefficient=1e-4))
     sae, trainee = prepared(cfg)
-    x = data(n=64)
+    x = rows(cfg, n=64)
     optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=3e-2)
     losses = []
     with torch.no_grad():

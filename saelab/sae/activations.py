@@ -45,6 +45,8 @@ class Activation:
     """what `threshold` holds: nothing, a running scalar kept by training, or one learned value a latent"""
     lr_scale: ClassVar[float] = 1.0
     """what the default learning rate is multiplied by"""
+    transcoder_lr_scale: ClassVar[float] = 1.0
+    """what that of a transcoder is multiplied by besides (LOG.md)"""
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -133,6 +135,8 @@ def make_activation(name: str, **settings: Any) -> Activation:
 class TopK(Activation):
     """The positive ones among each token's k largest pre-activations (arXiv:2406.04093)."""
 
+    transcoder_lr_scale: ClassVar[float] = 4.0
+
     k: int = 32
     """latents kept a token"""
 
@@ -151,6 +155,7 @@ class AbsTopK(TopK):
     """Each token's k largest pre-activations by magnitude, with their signs (arXiv:2510.00404)."""
 
     signed: ClassVar[bool] = True
+    transcoder_lr_scale: ClassVar[float] = 1.0
 
 
 @register_activation("batchtopk")
@@ -162,6 +167,7 @@ class BatchTopK(Activation):
     """
 
     threshold: ClassVar[Literal["none", "running", "learned"]] = "running"
+    transcoder_lr_scale: ClassVar[float] = 4.0
 
     k: int = 32
     """latents kept a token, on average"""
@@ -185,6 +191,7 @@ class BatchAbsTopK(BatchTopK):
     """BatchTopK by magnitude, with signs: |u| competes over the batch, |u| > threshold afterwards."""
 
     signed: ClassVar[bool] = True
+    transcoder_lr_scale: ClassVar[float] = 1.0
 
 
 @register_activation("groupmax")
@@ -229,6 +236,7 @@ class ReLU(_Penalised):
     """max(u, 0) with an L1 penalty, sum_i |z_i|."""
 
     lr_scale: ClassVar[float] = 2.0
+    transcoder_lr_scale: ClassVar[float] = 4.0
 
     def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         return u.relu()
