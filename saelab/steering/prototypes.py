@@ -143,13 +143,21 @@ class Pull(Intervention):
         wanted = self._codes[row]
         if self.loss == "distance":  # z - c shrinks by the same factor at every step
             return z + (1 - (1 - 2 * self.eta) ** self.n_steps) * (wanted - z)
-        support, signed = (z != 0) | (wanted != 0), self.source.cfg.activation.signed
-        sizes = self._codes.square().sum(1)
+        moved = self._mix(z, ((z != 0) | (wanted != 0)).to(z), row)
+        return moved if self.source.cfg.activation.signed else moved.clamp_min(0)
+
+    def _mix(self, z: Tensor, support: Tensor, row: int) -> Float[Tensor, "n d_sae"]:
+        """Every gradient is a mixture of the prototypes, and so are all steps together: only the few weights of the
+        mixture change from step to step, and the products that they need are taken once.
+        """
+        codes, n_labels = self._codes, len(self._codes)
+        products = (support @ (codes[:, None] * codes).flatten(0, 1).T).unflatten(1, (n_labels, n_labels))
+        start = 2 * z @ codes.T - codes.square().sum(1)  # minus squared distances, but for ||z||^2, the same for all
+        weights, target = torch.zeros_like(start), torch.eye(n_labels).to(start)[row]
         for _ in range(self.n_steps):
-            shares = (2 * z @ self._codes.T - sizes).softmax(1)  # ||z||^2 is the same for all
-            z = z + 2 * self.eta * support * (wanted - shares @ self._codes)
-            z = z if signed else z.clamp_min(0)
-        return z
+            shares = (start + 2 * (weights[:, None] @ products)[:, 0]).softmax(1)
+            weights = weights + 2 * self.eta * (target - shares)
+        return z + support * (weights @ codes)
 
 
 @contextmanager
@@ -175,10 +183,11 @@ def steer_to(
 
     So the distance pulls every token to one point and wipes out what else it says; the contrast adds differences of
     prototypes, weighted by 1 - p, until the token is nearer to the target than to the others: addition, where it is
-    needed. Codes that cannot be negative stay at least 0. `keep_norm` gives x' the norm of x. The reconstruction error
-    stays, 0 steps change nothing bit for bit, and blocks nest. ValueError for a label, loss or prototypes that do not
-    fit, and for steps of the distance that overshoot (eta above 1/2). Descent on sparse codes: arXiv:2502.18644, whose
-    losses are not known here; these two are a reading of it.
+    needed. How far that is, `eta * n_steps` says, in the codes' own units: measure it on data. Codes that cannot be
+    negative are cut at 0 in the end. `keep_norm` gives x' the norm of x. The reconstruction error stays, 0 steps change
+    nothing bit for bit, and blocks nest. ValueError for a label, loss or prototypes that do not fit, and for steps of
+    the distance that overshoot (eta above 1/2). Descent on sparse codes: arXiv:2502.18644; the two losses are a reading
+    of it.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
     >>> moods = find_prototypes(sae, torch.randn(8, 32), ["glad", "sad"] * 4)
