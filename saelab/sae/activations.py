@@ -201,6 +201,8 @@ class GroupMax(Activation):
     groupmax).
     """
 
+    transcoder_lr_scale: ClassVar[float] = 4.0
+
     k: int = 32
     """groups, and so latents kept a token at most; d_sae is a multiple of it"""
 
