@@ -44,7 +44,7 @@ class FeatureErasure:
 
 @dataclass(frozen=True, eq=False)
 class AffineErasure:
-    """`x' = x - ((x - centre) A^T) B`: along B, as far as A reads; a projection where they are one orthonormal basis."""
+    """`x' = x - ((x - centre) A^T) B`: along B, as far as A reads; a projection where they are one orthonormal set."""
 
     centre: Float[Tensor, "d_in"]
     read: Float[Tensor, "rank d_in"]
