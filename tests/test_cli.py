@@ -166,6 +166,20 @@ def test_several_hook_points(folder: Path, tmp_path: Path, shell: Shell) -> None
     said = shell("train", tmp_path / "two", *SMALL, "--hook-point", "blocks.0.hook_mlp_out", "--out", tmp_path / "sae")
     assert said.code == 0
     assert "blocks.0.hook_mlp_out" in said.out
+    coder = tmp_path / "transcoder"
+    trained = shell("train", tmp_path / "two", *SMALL, "--target", "blocks.0.hook_mlp_out", "--skip", "--out", coder)
+    assert trained.code == 0, trained.err
+    assert "a transcoder" in trained.out and "d_out 32, skip connection" in trained.out
+    assert f"{HOOK_POINT} to blocks.0.hook_mlp_out" in trained.out
+    judged = shell(
+        "evaluate", coder, "tiny", folder / "text.txt", "--n-tokens", "300", "--no-baselines", "--no-progress"
+    )
+    assert judged.code == 0 and f"from {HOOK_POINT} to blocks.0.hook_mlp_out" in judged.out
+    stored = tmp_path / "store"
+    harvested = shell(
+        "harvest", coder, "tiny", folder / "text.txt", "--n-tokens", "300", "--out", stored, "--no-progress"
+    )
+    assert harvested.code == 0, harvested.err
 
 
 WRONG = {
@@ -184,6 +198,8 @@ WRONG = {
     "unknown activation": "train {acts} --d-sae 64 --activation tpok --out a",
     "unknown normaliser": "train {acts} --d-sae 64 --normaliser l2 --out a",
     "batch larger than the data": "train {acts} --d-sae 64 --n-tokens 9999 --out a",
+    "a target that is not there": "train {acts} --d-sae 64 --target blocks.7.hook_mlp_out --out a",
+    "a skip connection to nowhere": "train {acts} --d-sae 64 --skip --out a",
     "no activations": "train nowhere --d-sae 64 --out a",
     "out is the activations": "train {acts} --d-sae 64 --out {acts}",
     "two wishes": "train {acts} --d-sae 64 --out a --resume --overwrite",

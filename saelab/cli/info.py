@@ -52,14 +52,15 @@ def describe_sae(path: Path) -> str:
     cfg, training = SAEConfig.from_dict(described["config"]), described["training"]
     rows = [
         ("activation", str(cfg.activation)),
-        ("widths", f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}"),
+        ("widths", f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}{_target(cfg)}"),
         ("prefixes", _prefixes(cfg)),
         ("dictionary", f"{cfg.dictionary} (start: {cfg.init}), normaliser {cfg.normaliser}, {_aux(cfg)}"),
         *(_training_rows(training) if training else [("training", "none")]),
     ]
     rows += _read_from(described.get("origin"))
     origin = described["provenance"]
-    return _table(f"{path}: a sparse autoencoder", rows + (_origin_rows(origin) if origin else [("origin", "unknown")]))
+    kind = "sparse autoencoder" if cfg.d_out is None else "transcoder"
+    return _table(f"{path}: a {kind}", rows + (_origin_rows(origin) if origin else [("origin", "unknown")]))
 
 
 def describe_foreign(path: Path) -> str:
@@ -161,6 +162,10 @@ def _prefixes(cfg: SAEConfig) -> str:
     if isinstance(cfg.prefixes, RandomPrefixes):
         return f"{cfg.prefixes.n} random ones a step, from {cfg.prefixes.smallest}"
     return ", ".join(f"{size:,}" for size in cfg.prefixes or ()) or "none"
+
+
+def _target(cfg: SAEConfig) -> str:
+    return "" if cfg.d_out is None else f", d_out {cfg.d_out:,}" + (", skip connection" if cfg.skip else "")
 
 
 def _aux(cfg: SAEConfig) -> str:

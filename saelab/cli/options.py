@@ -121,6 +121,15 @@ HookPoint = Annotated[
     str | None,
     Option(help="Which one, where the folder holds several.", metavar="NAME", show_default="the only one"),
 ]
+Target = Annotated[
+    str | None,
+    Option(
+        help="Hook point whose activations a transcoder reconstructs; it reads at the other one.",
+        metavar="NAME",
+        show_default="none: an autoencoder",
+    ),
+]
+Skip = Annotated[bool, Option("--skip", help="Give the transcoder a linear connection beside its latents.")]
 Resume = Annotated[bool, Option("--resume", help="Go on from the checkpoint in the folder, if there is one.")]
 OverwriteSAE = Annotated[bool, Option("--overwrite", help="Delete the SAE in the folder and begin anew.")]
 

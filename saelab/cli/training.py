@@ -12,8 +12,10 @@ from saelab.sae.activations import ACTIVATIONS, Activation, TopK, make_activatio
 from saelab.sae.archetypes import Archetypal
 from saelab.sae.checkpoint import CONFIG, WEIGHTS
 from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
+from saelab.sae.fitting import Data
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
+from saelab.stores.manifest import ActivationsManifest
 from saelab.training.config import TrainConfig
 
 WRITTEN = (CONFIG, WEIGHTS, "history.jsonl", "history.csv")
@@ -39,17 +41,19 @@ def train_sae(
     seed: options.TrainSeed = TrainConfig.seed,
     save_every_tokens: options.SaveEvery = TrainConfig.save_every_tokens,
     hook_point: options.HookPoint = None,
+    target: options.Target = None,
+    skip: options.Skip = False,
     device: options.Device = None,
     resume: options.Resume = False,
     overwrite: options.OverwriteSAE = False,
     progress: options.Progress = True,
 ) -> None:
-    """Train a sparse autoencoder on collected activations.
+    """Train a sparse autoencoder on collected activations, or with --target a transcoder to another hook point.
 
     Writes config.json and model.safetensors, the history as .jsonl and .csv, and a checkpoint. With the same seed and
     flags it writes the same bytes (on a CPU), interrupted and resumed or not.
     """
-    rows = Activations.load(acts, hook_point)
+    rows, targets = load_activations(acts, hook_point, target)
     cfg = SAEConfig(
         d_in=rows.d_in,
         d_sae=d_sae,
@@ -59,16 +63,18 @@ def train_sae(
         normaliser=normaliser,  # type: ignore[arg-type]
         init=init,  # type: ignore[arg-type]
         aux=AuxK(dead_after_tokens=dead_after_tokens) if aux else None,
+        d_out=None if targets is None else targets.d_in,
+        skip=skip,
     )
     budget = TrainConfig(
         n_tokens=n_tokens, batch_size=batch_size, lr=lr, seed=seed, save_every_tokens=save_every_tokens
     )
     sae = SAE(cfg, seed=seed).to(options.choose_device(device))
     claim_folder(out, resume, overwrite)
-    _train_into(out, sae, rows, budget, resume, progress)
+    _train_into(out, sae, rows if targets is None else (rows, targets), budget, resume, progress)
 
 
-def _train_into(out: Path, sae: SAE, rows: Activations, budget: TrainConfig, resume: bool, progress: bool) -> None:
+def _train_into(out: Path, sae: SAE, rows: Data, budget: TrainConfig, resume: bool, progress: bool) -> None:
     """Train, save, and say what came of it."""
     finished = (out / CONFIG).is_file()
     sae.fit(rows, budget, out=out, resume=resume, progress=progress)
@@ -76,6 +82,19 @@ def _train_into(out: Path, sae: SAE, rows: Activations, budget: TrainConfig, res
     if finished:
         typer.echo("This SAE was complete already.")
     typer.echo(describe_sae(out))
+
+
+def load_activations(
+    folder: Path, hook_point: str | None, target: str | None
+) -> tuple[Activations, Activations | None]:
+    """What is read, and a transcoder's target; of a folder that holds two hook points the one that is not the target
+    is read.
+    """
+    if target is None:
+        return Activations.load(folder, hook_point), None
+    others = [name for name in ActivationsManifest.load(folder).d_in if name != target]
+    read = hook_point or (others[0] if len(others) == 1 else None)
+    return Activations.load(folder, read), Activations.load(folder, target)
 
 
 def read_activation(name: str, k: int) -> Activation:
