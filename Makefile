@@ -1,5 +1,6 @@
 # make demo    the main job on an embedded default        make check   everything CI runs
 # make test    the tests                                  make bench   the two benchmarks, beside the peers
+# make peers   SAEs read and written, beside the libraries they belong to
 # Each makes the environment it needs by itself, once. `make test TL=3.9.0` and `make check TL=3.9.0` use another
 # transformer-lens, in an environment of its own; PYTHON=python3.12 another interpreter.
 
@@ -18,7 +19,7 @@ define install
 	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
 endef
 
-.PHONY: demo install test check lint types notebooks format bench
+.PHONY: demo install test check lint types notebooks format bench peers
 
 demo: $(VENV)/.installed
 	$(BIN)/saelab demo
@@ -63,3 +64,7 @@ $(BENCH)/.installed: pyproject.toml constraints.txt
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python benchmarks/train_step.py
 	$(BENCH)/bin/python benchmarks/collect.py
+
+# Their imports warn.
+peers: $(BENCH)/.installed
+	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q -W ignore tests/test_formats_peers.py

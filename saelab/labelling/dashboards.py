@@ -75,6 +75,7 @@ class Dashboards:
             "n_tokens_in_prompt": ctx_len,
             "dataset": self.store.provenance.text,
             "decoder_weights_dist": [],
+            "vector": [],
             "activations": [one for group in self._examples(j) for one in _describe(group, len(self.store))],
         }
 

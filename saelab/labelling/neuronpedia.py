@@ -117,7 +117,7 @@ class BulkImport:
             "topkCosSimIndices": [],
             "topkCosSimValues": [],
             "sourceSetName": self.source.set,
-            **{name: value for name, value in one.items() if name not in ("feature_index", "activations")},
+            **{name: value for name, value in one.items() if name not in ("feature_index", "activations", "vector")},
         }
 
     def activation(self, j: int, n: int, window: dict[str, Any]) -> dict[str, Any]:
