@@ -323,22 +323,25 @@ def test_a_curve_prints_and_saves_itself(curve, tmp_path) -> None:
 # --- baselines
 
 
-def test_a_feature_stands_beside_its_rivals(tiny) -> None:
-    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.TopK(k=2)), seed=0)
+def test_a_feature_stands_beside_its_rivals(tiny, tmp_path) -> None:
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=8)), seed=0)
     tokens = sl.tokenize(tiny, ["a tin can, a bin, a pan"] * 9, ctx_len=24)
+    store = sl.harvest(sae, tiny, tokens, tmp_path, hook_point=HOOK, progress=False)
     concept = make_concept(tiny, "n")
-    assert tokens.ids[:, 1:][mark_before(tokens, concept)[:, :-1]].unique().tolist() == list(concept.ids)[1:]
-    for unit in ("norm", "raw"):
-        found = line_up(tiny, sae, 3, concept, tokens, unit=unit, hook_point=HOOK)
-        assert list(found) == ["feature 3", "means", "probe", "random"]
-        x, lengths = torch.randn(5, 32), []
-        for one in found.values():
-            lengths.append((one.change(x, x) - x).norm(dim=1))
+    before, x = mark_before(tokens, concept), sl.capture(tiny, tokens.ids, [HOOK])[HOOK]
+    assert tokens.ids[:, 1:][before[:, :-1]].unique().tolist() == list(concept.ids)[1:]
+    feature = int(store.statistics.fires.sum(1).argmax())
+    for unit, given in (("norm", None), ("raw", None), ("max", store)):
+        found = line_up(tiny, sae, feature, concept, tokens, unit=unit, store=given, hook_point=HOOK)
+        assert list(found)[:4] == [f"feature {feature}", "means", "probe", "random"] and len(found) == 4 + (
+            unit == "max"
+        )
+        lengths = [(one.change(x[0], x[0]) - x[0]).norm(dim=1) for one in list(found.values())[:4]]
         assert all(torch.allclose(length, lengths[0], rtol=1e-4) for length in lengths)
-    means = found["means"].source
-    up = means.encode(sl.capture(tiny, tokens.ids, [HOOK])[HOOK])[..., 0]
-    before = mark_before(tokens, concept)
-    assert up[before].mean() > up[~before & (tokens.ids > 2)].mean()
+        means, own = found["means"].source, found[f"feature {feature}"]
+        z = sae.encode(x)[..., feature].detach()
+        for up in (means.encode(x)[..., 0], z * own.strengths[feature]):  # both grow where the concept comes next
+            assert up[before].mean() > up[~before & (tokens.ids > 2)].mean()
     with pytest.raises(ValueError, match="Directions need 10 tokens before words of the concept, got 0"):
         line_up(tiny, sae, 3, make_concept(tiny, "z"), tokens, hook_point=HOOK)
 

@@ -82,10 +82,9 @@ def _find_side(sae: SAE, feature: int, rows: LabelledRows) -> int:
 
 def _steer_alike(direction: Direction, own: Intervention, length: float) -> Intervention:
     """The intervention that adds as much along a direction; `length` is what a code of 1 adds."""
-    code = float(next(iter(own.strengths.values())))  # of unit "norm" 1, which is of one length for all
-    weight = 1.0 if own.unit == "norm" or own.mode == "scale" else code * length
-    unit: Unit = "raw" if own.unit == "max" else own.unit
-    return Intervention(direction, weight, own.mode, own.where, unit)
+    code = float(next(iter(own.strengths.values())))  # its largest, of unit "max"
+    weight = length if own.unit == "raw" and own.mode != "scale" else 1.0
+    return Intervention(replace(direction, peak=code * length), weight, own.mode, own.where, own.unit)
 
 
 def mark_before(tokens: Tokens, concept: TokenConcept) -> Bool[Tensor, "n_seq ctx_len"]:
