@@ -284,10 +284,11 @@ class Trainee:
 
         `0.54 / (d_in^1/2 d_sae^1/4) * (batch_size / 4096)^1/2 * min(1, (500 / n_steps)^1/4)`, fitted to the sweeps of
         LOG.md: unit rows have entries of size d_in^-1/2; wider dictionaries and longer runs want smaller steps. An
-        activation's `lr_scale` multiplies it, and for a transcoder `transcoder_lr_scale`; its width is the larger one.
+        activation's `lr_scale` multiplies it, and for a transcoder `transcoder_lr_scale`, of which runs of less than 150
+        steps get less; its width is the larger one.
         """
         cfg = self.sae.cfg
         rate = 0.54 / (max(cfg.d_in, cfg.d_target) ** 0.5 * cfg.d_sae**0.25) * (self.cfg.batch_size / 4096) ** 0.5
         if cfg.d_out is not None:
-            rate *= cfg.activation.transcoder_lr_scale
+            rate *= max(1.0, cfg.activation.transcoder_lr_scale * min(1.0, (self.cfg.n_steps / 150) ** 0.5))
         return float(cfg.activation.lr_scale * rate * min(1.0, (500 / self.cfg.n_steps) ** 0.25))
