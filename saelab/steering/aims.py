@@ -1,7 +1,7 @@
 """What steering aims at: a set of tokens, or what a function says of texts."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, TypeAlias
 
@@ -50,12 +50,12 @@ def make_concept(model: Model, aim: Aim, name: str = "", *, first_token: bool = 
 
 
 def make_concepts(model: Model, aims: Mapping[str, Aim], *, first_token: bool = False) -> list[Concept]:
-    """`make_concept` for several aims by name, reading the vocabulary once."""
+    """`make_concept` for several aims by name, reading the vocabulary once; concepts take the names given here."""
     found: list[Concept] = []
     reads: dict[str, list[int]] = {}
     for name, aim in aims.items():
         if isinstance(aim, TokenConcept | ScoredConcept):
-            found.append(aim)
+            found.append(replace(aim, name=name or aim.name))
         elif callable(aim):
             found.append(ScoredConcept(name or getattr(aim, "__name__", "score"), aim))
         else:

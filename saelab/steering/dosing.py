@@ -186,9 +186,9 @@ class _Table:
 
     def _add(self, name: str, point: int, rows: slice, mask: Bool[Tensor, "batch n"], values: Tensor | None) -> None:
         """Sums over a text's tokens; of ones where no values are given."""
-        sums = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
-        sums[mask] = 1.0 if values is None else values.double()
-        self.cells[name][point, rows] = sums.sum(1).cpu().numpy()
+        sums = torch.zeros(mask.shape, dtype=torch.float64)
+        sums[mask.cpu()] = 1.0 if values is None else values.cpu().double()
+        self.cells[name][point, rows] = sums.sum(1).numpy()
 
 
 def _read(model: Model, batch: Sequence[Generated]) -> Continuations:
