@@ -13,12 +13,13 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 
 import saelab as sl
 from saelab.lm.models import Model
-from saelab.steering.controlling import compare_control
+from saelab.steering.controlling import ControlTable, EditScore, compare_control
 from saelab.steering.editing import TOLD, EditTask
 from saelab.stores.files import write_json
 from saelab.worlds.tales import tell
@@ -27,6 +28,8 @@ from saelab.worlds.tasks import NAME_EDITS, NamePrompt, name_edits
 HOOK = "blocks.2.hook_resid_post"
 FIRST = 60_000_000  # number of the first story: neither model nor notebook has seen any from here on
 D_SAE, K = 1024, 16
+SUMMARY = ("l0", "n_live", "sufficiency", "necessity")
+ATTRIBUTE = ("f1_always", "f1", "f1_union", "f1_probe", "n_sides", "n_found", "n_split", "n_occluded")
 JOINED = {"either": ("giver", "receiver")}
 
 
@@ -87,13 +90,44 @@ def train(acts: sl.Activations, seed: int, n_tokens: int, kept: Path | None) -> 
     return {name: saes[name] for name in configs}
 
 
+def summarise(tables: Sequence[ControlTable]) -> str:
+    """Means over seeds, with the range of the agreement."""
+    first = tables[0]
+    edits = [edit for edit, changed in first.changed.items() if changed > 0.02]
+    ks = list(dict.fromkeys(score.k for score in first.rows[0].edits))
+    lines = [f"{'mean of ' + str(len(tables)) + ' seeds':<26}{'l0':>6}{'live':>7}{'suffices':>10}{'needed':>8}"]
+    for row in first.rows:
+        same = [table[row.name] for table in tables]
+        l0, live, *rest = (mean(getattr(one, name) for one in same) for name in SUMMARY)
+        lines.append(f"{row.name:<26}{l0:>6.1f}{live:>7.0f}{rest[0]:>10.3f}{rest[1]:>8.3f}")
+    for edit in edits:
+        lines.append(f"{edit:<26}" + "".join(f"{f'k={k}':>24}" for k in ks))
+        for row in first.rows:
+            cells = [[table[row.name].edit(edit, k) for table in tables] for k in ks]
+            lines.append(f"  {row.name:<24}" + "".join(f"{_spread(cell):>24}" for cell in cells))
+    titles = ("always", "best", "union", "probe", "sides", "found", "split", "occluded")
+    lines.append(f"{'F1 of values':<42}{'values':>7}" + "".join(f"{title:>9}" for title in titles))
+    for row in first.rows:
+        for i, one in enumerate(row.attributes):
+            same = [table[row.name].attributes[i] for table in tables]
+            cells = "".join(f"{mean(getattr(score, name) for score in same):>9.3g}" for name in ATTRIBUTE)
+            lines.append(f"{f'{row.name}, {one.attribute} at {one.place}':<42}{one.n_values:>7}{cells}")
+    return "\n".join(lines)
+
+
+def _spread(cell: list[EditScore]) -> str:
+    """Agreement, its range, and the share taken out."""
+    values = [one.agreement for one in cell]
+    return f"{mean(values):.2f} ({min(values):.2f}-{max(values):.2f}) / {mean(one.magnitude for one in cell):.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--n-tokens", type=int, default=1_200_000, help="to train each dictionary on")
     parser.add_argument("--n-stories", type=int, default=2400, help="to train on, over and over")
     parser.add_argument("--n-train", type=int, default=800, help="prompts, each in five versions, to fit and choose on")
-    parser.add_argument("--n-prompts", type=int, default=400, help="held-out prompts to measure on")
+    parser.add_argument("--n-prompts", type=int, default=200, help="held-out prompts to measure on")
     parser.add_argument("--task", action="store_true", help="dictionaries of the task's own activations as well")
     parser.add_argument("--n-task", type=int, default=4000, help="prompts to train those on, each in five versions")
     parser.add_argument("--kept", type=Path, help="a folder of dictionaries, to train each only once")
@@ -113,11 +147,14 @@ def main() -> None:
         )
     found = {}
     for name, x in texts.items():
+        tables = []
         for seed in args.seeds:
             saes = train(x, seed, args.n_tokens, args.kept / name if args.kept else None)
             table = compare_control(task, fitted, saes)
             print(f"\ntrained on {name} ({len(x):,} rows, {args.n_tokens:,} tokens), seed {seed}\n{table}", flush=True)
             found[f"{name}/{seed}"] = table.to_dict()
+            tables.append(table)
+        print(f"\ntrained on {name}\n{summarise(tables)}", flush=True)
     if args.out:
         write_json(args.out, found)
 

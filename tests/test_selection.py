@@ -282,6 +282,11 @@ def test_a_feature_that_writes_a_token_steers_best(tiny, store):
         found.top(by="luck")
 
 
+def test_prompts_of_unknown_words_are_refused(sae, store):
+    with pytest.raises(ValueError, match="must be of words that the model knows, got 'From my experience,'"):
+        score_steering(sl.load_model("tales", progress=False), sae, store, hook_point="blocks.2.hook_resid_post")
+
+
 def test_blocks_do_not_matter(tiny, sae, store, monkeypatch):
     whole = score_steering(tiny, sae, store, prompts="The", hook_point=POINT)
     monkeypatch.setattr("saelab.steering.amplifying.BLOCK", 7)

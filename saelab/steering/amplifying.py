@@ -96,15 +96,15 @@ def score_steering(
     p' is the model's prediction behind a neutral prompt with the side amplified at its last token, `x + strength peak
     sign d`, the reconstruction error kept, and ranks count from 0; of several prompts the mean. All features by
     default; sides that never fire in `store` have no row. Thousands of features take seconds on a small model: each row
-    of a batch amplifies another one. ValueError for features that do not exist, and activations of another width than
-    the residual stream's. Source: arXiv:2505.20063.
+    of a batch amplifies another one. ValueError for features that do not exist, for words that the model does not know,
+    and for activations of another width than the residual stream's. Source: arXiv:2505.20063.
     """
     wanted = np.arange(sae.cfg.d_sae) if features is None else np.asarray(features, np.int64)
     if len(bad := wanted[(wanted < 0) | (wanted >= sae.cfg.d_sae)]):
         raise ValueError(f"`features` must be in 0..{sae.cfg.d_sae - 1}, got {bad[:5].tolist()}.")
     writes_at = Intervention(sae, (), hook_point=hook_point).writes_at
     given = [prompts] if isinstance(prompts, str | Tensor) else list(prompts)
-    texts = [read_texts(model, prompt).ids for prompt in given]
+    texts = [_read_prompt(model, prompt) for prompt in given]
     directions, peaks = sae.directions().cpu(), store.statistics.peaks
     rows: list[SteeringScore] = []
     for start in range(0, len(wanted), BLOCK):
@@ -120,6 +120,14 @@ def score_steering(
         strength=float(strength),
         n_top=n_top,
     )
+
+
+def _read_prompt(model: Model, prompt: str | Int[Tensor, "n"]) -> Int[Tensor, "1 n"]:
+    """Ids of one prompt; of words that the model does not know none is neutral."""
+    ids, unknown = read_texts(model, prompt).ids, getattr(model.tokenizer, "unk_token_id", None)
+    if isinstance(prompt, str) and unknown is not None and bool((ids == unknown).any()):
+        raise ValueError(f"`prompts` must be of words that the model knows, got '{prompt}'; give others.")
+    return ids
 
 
 @dataclass(frozen=True, eq=False)
