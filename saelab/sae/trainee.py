@@ -284,8 +284,8 @@ class Trainee:
 
         `0.54 / (d_in^1/2 d_sae^1/4) * (batch_size / 4096)^1/2 * min(1, (500 / n_steps)^1/4)`, fitted to the sweeps of
         LOG.md: unit rows have entries of size d_in^-1/2; wider dictionaries and longer runs want smaller steps. An
-        activation's `lr_scale` multiplies it, and for a transcoder `transcoder_lr_scale`, of which runs of less than 150
-        steps get less; its width is the larger one.
+        activation's `lr_scale` multiplies it, and for a transcoder, whose width is the larger one,
+        `transcoder_lr_scale`, of which runs of less than 150 steps get less.
         """
         cfg = self.sae.cfg
         rate = 0.54 / (max(cfg.d_in, cfg.d_target) ** 0.5 * cfg.d_sae**0.25) * (self.cfg.batch_size / 4096) ** 0.5
