@@ -17,8 +17,8 @@ Features are chosen in two steps on stories of their own: as candidates, the one
 the other pole's (difference of mean codes over their standard deviation) and those whose direction raises its words
 most in the logits; of these, the feature with the largest gain at a KL of 0.05 nats, summed over what it is to do. All
 sources are then measured on stories that nothing was chosen on, by `steering_curve`; `saelab.steering.measures` defines
-the words. KL x2 is the KL at which the expected number of the aim's words has doubled; `lift` and `selectivity`
-(against the words of the other axes) and `gain` are read at a KL of 0.05 nats.
+the words. KL x1.5 and KL x2 are the KL at which the expected number of the aim's words has grown so far; `lift` and
+`selectivity` (against the words of the other axes) and `gain` are read at a KL of 0.05 nats.
 """
 
 import argparse
@@ -49,7 +49,9 @@ HOOK = "blocks.2.hook_resid_post"
 TRAIN, CHOOSE, MEASURE = 60_000_000, 61_000_000, 62_000_000  # numbers of the first stories
 D_SAE, K, BATCH = 1024, 16, 2048
 KL, GRID, CHOICE_GRID = 0.05, (0.1, 0.2, 0.4, 0.8, 1.6), (0.2, 0.5, 1.2)
-MEASURES = ("KL x2", "gain", "lift", "selectivity", "best")
+MATCHED = (1.5, 2.0)
+"""times the expected number of the aim's words"""
+MEASURES = ("KL x1.5", "KL x2", "gain", "lift", "selectivity", "best")
 NAMES = ("AbsTopK", "TopK, two", "TopK, one", "Matryoshka", "means", "means after", "random")
 POLES = {
     "mood": {name: [word for words in kinds.values() for word in words.split()] for name, kinds in MOODS.items()},
@@ -217,16 +219,13 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
             if args.curves:
                 curve.save(args.curves / f"{axis}-{pole}-{seed}.json")
             for name in sources:
-                row = {
-                    "seed": seed,
-                    "axis": axis,
-                    "pole": pole,
-                    "source": name,
-                    "KL x2": curve.kl_at(log(2), name).value,
-                }
+                row = {"seed": seed, "axis": axis, "pole": pole, "source": name}
+                row |= {f"KL x{times:g}": curve.kl_at(log(times), name).value for times in MATCHED}
                 row |= {key: curve.at_kl(KL, name, measure=key).value for key in ("gain", "lift", "selectivity")}
                 best = curve.best(name)
-                rows.append(row | {"best": best.score, "told": curve.sources[name]})
+                line = curve.line(name)
+                points = {key: curve.values(key)[line].tolist() for key in ("gain", "kl")}
+                rows.append(row | {"best": best.score, "told": curve.sources[name], "points": points})
         yield rows
 
 
@@ -251,6 +250,39 @@ def tell_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines[1:])
 
 
+def draw(rows: list[dict[str, Any]]) -> Any:
+    """Gain against KL, means over seeds and poles at each strength, a panel an axis."""
+    from plotly.subplots import make_subplots
+
+    from saelab.pictures.canvas import GRID as FAINT
+    from saelab.pictures.canvas import dress, line_of
+
+    axes = list(dict.fromkeys(row["axis"] for row in rows))
+    figure = make_subplots(1, len(axes), subplot_titles=axes, shared_yaxes=True, horizontal_spacing=0.02)
+    for column, axis in enumerate(axes, 1):
+        for i, name in enumerate(NAMES):
+            mine = [row["points"] for row in rows if row["axis"] == axis and row["source"] == name]
+            gain, kl = (np.mean([points[key] for points in mine], 0) for key in ("gain", "kl"))
+            figure.add_scatter(
+                x=kl,
+                y=np.exp(gain),
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                line=line_of(i),
+                row=1,
+                col=column,
+            )
+    seeds = len({row["seed"] for row in rows})
+    note = f"{seeds} seeds, both poles, {len(GRID)} strengths in norms of the token's activation; each point a strength"
+    dress(figure, "The aim's words, times as expected as before, against the KL that it costs", note, 380)
+    figure.add_hline(y=1, line={"color": FAINT})
+    figure.update_xaxes(type="log", title="KL, nats")
+    figure.update_yaxes(type="log")
+    figure.update_yaxes(title="times as expected", col=1)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -261,6 +293,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=5, help="candidates by each of the two criteria")
     parser.add_argument("--kept", type=Path, default=Path("runs/axes"), help="where dictionaries are kept")
     parser.add_argument("--curves", type=Path, help="a folder for every curve")
+    parser.add_argument("--figure", type=Path, help="an HTML file for the figure")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.curves:
@@ -271,6 +304,8 @@ def main() -> None:
         if args.out:
             args.out.write_text(tell_table(rows) + "\n")
             args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1))
+    if args.figure:
+        draw(rows).write_html(args.figure, include_plotlyjs=True)
     print(tell_table(rows))
 
 
