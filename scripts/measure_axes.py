@@ -15,8 +15,9 @@ tokens of the residual stream (hook point blocks.2.hook_resid_post), in units of
 
 Features are chosen in two steps on stories of their own: as candidates, the ones that tell a pole's tokens best from
 the other pole's (difference of mean codes over their standard deviation) and those whose direction raises its words
-most in the logits; of these, the feature with the largest gain at a KL of 0.05 nats, summed over what it is to do. All
-sources are then measured on stories that nothing was chosen on, by `steering_curve`; `saelab.steering.measures` defines
+most in the logits; of these, the feature with the largest gain at a KL of 0.05 nats, summed over the poles that it is
+to raise, or with `--choice worse` the gain of the pole that it raises less. All sources are then measured on stories
+that nothing was chosen on, by `steering_curve`; `saelab.steering.measures` defines
 the words. KL x1.5 and KL x2 are the KL at which the expected number of the aim's words has grown so far; `lift` and
 `selectivity` (against the words of the other axes) and `gain` are read at a KL of 0.05 nats.
 """
@@ -91,7 +92,7 @@ class Bench:
             for i, aim in enumerate(aims):
                 mine = np.array(gains)[:, i]
                 value = read_gain(mine, np.array(costs), KL)
-                found[aim.name, sign] = mine[-1] if value != value else value
+                found[aim.name, sign] = float(mine[-1] if value != value else value)
         return found
 
     def mass(self, log_p: torch.Tensor, aim: TokenConcept) -> float:
@@ -170,11 +171,12 @@ def find_sources(
 ) -> dict[str, tuple[Weights, Weights]]:
     """By name, what is moved upwards for each of the two poles."""
     up, down = poles
+    both = {"sum": float.__add__, "worse": min}[args.choice]
     found: dict[str, tuple[Weights, Weights]] = {}
     for kind, sae in saes.items():
         tried = {j for pair in (poles, poles[::-1]) for j in find_candidates(model, sae, data, pair, aims, args.n)}
         gains = {j: bench.gains((sae, {j: 1.0}), [aims[up], aims[down]]) for j in sorted(tried)}
-        ways = {(j, s): gains[j][up, s] + gains[j][down, -s] for j in gains for s in (1, -1)}
+        ways = {(j, s): both(gains[j][up, s], gains[j][down, -s]) for j in gains for s in (1, -1)}
         j, s = max(ways, key=lambda way: ways[way])
         found["TopK, one" if kind == "TopK" else kind] = (sae, {j: float(s)}), (sae, {j: -float(s)})
         if kind == "TopK":
@@ -185,7 +187,7 @@ def find_sources(
         direction = find_direction(data.x[rows], labels[up][rows], HOOK, name=name)
         found[name] = direction, -direction
     drawn = sl.make_random(direction, args.seed)
-    return {name: (found | {"random": (drawn, -drawn)})[name] for name in NAMES}
+    return {name: (found | {"random": (drawn, -drawn)})[name] for name in NAMES if name in args.sources}
 
 
 def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -244,7 +246,7 @@ def tell_table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for axis in dict.fromkeys(row["axis"] for row in rows):
         lines += ["", f"{axis:<14}" + "".join(f"{key:>20}" for key in MEASURES)]
-        for name in NAMES:
+        for name in [name for name in NAMES if any(row["source"] == name for row in rows)]:
             cells = "".join(f"{_tell(rows, axis, name, key):>20}" for key in MEASURES)
             lines.append(f"  {name:<12}{cells}")
     return "\n".join(lines[1:])
@@ -262,6 +264,8 @@ def draw(rows: list[dict[str, Any]]) -> Any:
     for column, axis in enumerate(axes, 1):
         for i, name in enumerate(NAMES):
             mine = [row["points"] for row in rows if row["axis"] == axis and row["source"] == name]
+            if not mine:
+                continue
             gain, kl = (np.mean([points[key] for points in mine], 0) for key in ("gain", "kl"))
             figure.add_scatter(
                 x=kl,
@@ -291,6 +295,10 @@ def main() -> None:
     parser.add_argument("--n-stories", type=int, default=300, help="to choose on")
     parser.add_argument("--n-prompts", type=int, default=24, help="to measure on")
     parser.add_argument("--n", type=int, default=5, help="candidates by each of the two criteria")
+    parser.add_argument(
+        "--choice", choices=["sum", "worse"], default="sum", help="of a feature that is moved both ways"
+    )
+    parser.add_argument("--sources", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--kept", type=Path, default=Path("runs/axes"), help="where dictionaries are kept")
     parser.add_argument("--curves", type=Path, help="a folder for every curve")
     parser.add_argument("--figure", type=Path, help="an HTML file for the figure")
