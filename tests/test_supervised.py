@@ -79,6 +79,9 @@ def test_sparse_edits_take_the_features_that_matter_first():
     # a feature that leads away is left alone
     away = edit_sparsely(torch.zeros(1, 6), -torch.eye(6)[:1], rows, torch.eye(6)[:1], [3])[3]
     assert not away.chosen.any()
+    # nor is one taken twice, however far the goal
+    twice = edit_sparsely(torch.zeros(1, 6), torch.eye(6)[:1], rows, 9 * torch.eye(6)[:1], [4])[4]
+    torch.testing.assert_close(twice.change, torch.eye(6)[:1])
 
 
 def test_weights_are_shares_of_the_reconstruction():
