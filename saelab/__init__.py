@@ -24,6 +24,7 @@ from saelab.labelling.clients import Client, LocalClient, OpenAIClient
 from saelab.labelling.exchange import Exchange
 from saelab.labelling.explainers import Explainer, LLMExplainer
 from saelab.labelling.explaining import Labelling, estimate_labels, explain_features, score_labels
+from saelab.labelling.exports import export_store
 from saelab.labelling.label import Label
 from saelab.labelling.predicates import Predicate, Predicates, make_predicates, text_pattern, word_pattern
 from saelab.labelling.questions import AskConfig
@@ -37,29 +38,51 @@ from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss
 from saelab.lm.masks import MaskResult, TokenMask
 from saelab.lm.models import describe_model, load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
+from saelab.pictures.attributions import plot_attribution, plot_patching
 from saelab.pictures.comparisons import plot_layers, plot_matches
 from saelab.pictures.curves import plot_frontier, plot_prefixes, plot_training
 from saelab.pictures.distributions import plot_activations, plot_dead, plot_density
 from saelab.pictures.maps import plot_neighbours
 from saelab.pictures.reports import Report, report
+from saelab.pictures.steering_curves import plot_doses, plot_tradeoff
 from saelab.sae.activations import (
     AbsTopK,
     Activation,
     BatchAbsTopK,
     BatchTopK,
+    GroupMax,
     JumpReLU,
     ReLU,
     TopK,
     register_activation,
 )
 from saelab.sae.archetypes import Archetypal
-from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
+from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes, SAEConfig
+from saelab.sae.formats.releases import register_release
+from saelab.sae.hooking import hook_sae
 from saelab.sae.reviving import revive
 from saelab.sae.sae import SAE, fit
+from saelab.steering.aims import ScoredConcept, TokenConcept, make_concept
+from saelab.steering.amplifying import SteeringScores, score_steering
+from saelab.steering.attribution import attribute
+from saelab.steering.beside import SteeredTexts, steer_texts
+from saelab.steering.controlling import ControlTable, compare_control
+from saelab.steering.curves import SteeringCurve
 from saelab.steering.directions import Direction, make_random
+from saelab.steering.dosing import steering_curve
+from saelab.steering.effects import Attribution
 from saelab.steering.interventions import Intervention
+from saelab.steering.labelled import LabelledRows, read_labelled
 from saelab.steering.moving import splice, steer, steer_all
+from saelab.steering.patching import Patching, patch
 from saelab.steering.places import When, Where
+from saelab.steering.prototypes import Prototypes, find_prototypes, steer_to
+from saelab.steering.removing import Removal, ablate_concept
+from saelab.steering.resampling import Resampling, resample
+from saelab.steering.rivals import find_direction, find_rival
+from saelab.steering.selecting import SparseProbes, probe_features
+from saelab.steering.subspaces import Subspace
+from saelab.steering.supervised import AttributeDictionary, fit_attributes
 from saelab.stores.activations import Activations
 from saelab.stores.features import FeatureStore
 from saelab.stores.provenance import Provenance
@@ -92,6 +115,8 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "Archetypal",
     "AskConfig",
     "Asker",
+    "AttributeDictionary",
+    "Attribution",
     "AuxK",
     "BatchAbsTopK",
     "BatchTopK",
@@ -101,6 +126,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "Comparisons",
     "ConceptScores",
     "Contrast",
+    "ControlTable",
     "DeadUnits",
     "Detection",
     "Direction",
@@ -114,6 +140,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "Fuzzing",
     "Generated",
     "Generation",
+    "GroupMax",
     "HookAgreement",
     "Intervention",
     "JumpReLU",
@@ -121,28 +148,41 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "LLMExplainer",
     "Label",
     "LabelBook",
+    "LabelledRows",
     "Labelling",
     "LocalClient",
     "LogitLens",
     "MaskResult",
     "Matches",
+    "MatchingPursuit",
     "Neighbours",
     "OpenAIClient",
+    "Patching",
     "Predicate",
     "Predicates",
     "Progressive",
+    "Prototypes",
     "Provenance",
     "RandomPrefixes",
     "ReLU",
+    "Removal",
     "Report",
+    "Resampling",
     "RuleLabels",
     "SAE",
     "SAEConfig",
+    "ScoredConcept",
     "Scorer",
     "Simulation",
     "SpaceComparison",
     "SparseCodes",
+    "SparseProbes",
     "Stability",
+    "SteeredTexts",
+    "SteeringCurve",
+    "SteeringScores",
+    "Subspace",
+    "TokenConcept",
     "TokenMask",
     "TokenSimulation",
     "Tokens",
@@ -151,10 +191,13 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "UniversalTable",
     "When",
     "Where",
+    "ablate_concept",
+    "attribute",
     "capture",
     "collect",
     "compare",
     "compare_bases",
+    "compare_control",
     "compare_many",
     "compare_spaces",
     "concept_baselines",
@@ -167,11 +210,17 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "evaluate",
     "examples",
     "explain_features",
+    "export_store",
+    "find_direction",
     "find_features",
     "find_hook_point",
+    "find_prototypes",
+    "find_rival",
     "fit",
+    "fit_attributes",
     "generate",
     "harvest",
+    "hook_sae",
     "keep_concepts",
     "keep_one_to_one",
     "label_by_rules",
@@ -180,33 +229,47 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "load_model",
     "logit_lens",
     "logits",
+    "make_concept",
     "make_predicates",
     "make_random",
     "match_keywords",
     "neighbours",
     "next_token_loss",
     "pair_rows",
+    "patch",
     "plot_activations",
+    "plot_attribution",
     "plot_dead",
     "plot_density",
+    "plot_doses",
     "plot_frontier",
     "plot_layers",
     "plot_matches",
     "plot_neighbours",
+    "plot_patching",
     "plot_prefixes",
+    "plot_tradeoff",
     "plot_training",
+    "probe_features",
     "progressive",
     "read_codes",
+    "read_labelled",
     "register_activation",
+    "register_release",
     "report",
+    "resample",
     "revive",
     "score_concepts",
     "score_labels",
+    "score_steering",
     "simulate_by_tokens",
     "splice",
     "stability",
     "steer",
     "steer_all",
+    "steer_texts",
+    "steer_to",
+    "steering_curve",
     "stream",
     "tensorboard_sink",
     "text_pattern",

@@ -24,6 +24,8 @@ FLOORS = {
     "cli": 10,
 }
 DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "pictures"}
+ON_DEMAND = {"saelab.sae.estimator"}
+"""modules that nobody else imports: they may import what is heavy at once"""
 HEAVY = {"transformer_lens", "transformers", "datasets", "scipy", "sklearn", "plotly", "pandas", "pyarrow", "wandb"}
 
 
@@ -96,7 +98,8 @@ def faults(package: Path) -> list[str]:
             continue
         late = [(t, why) for t in imports(tree, known) if (why := floor_fault(name, t))]
         found += [f"{name} -> {target}: {why}" for target, why in late]
-        heavy = {t for t in at_import_time(tree, known) if t.split(".")[0] in HEAVY}
+        found += [f"{name} -> {target}: on demand alone" for target in ON_DEMAND.intersection(imports(tree, known))]
+        heavy = {t for t in at_import_time(tree, known) if t.split(".")[0] in HEAVY and name not in ON_DEMAND}
         found += [f"{name} -> {target}: import it inside the function that uses it" for target in sorted(heavy)]
     return found
 

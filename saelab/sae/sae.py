@@ -170,7 +170,7 @@ class SAE(Coder):
         Raises ValueError for a transcoder, for an SAE without provenance, and for a normaliser that measures every
         token.
         """
-        return SAEBenchSAE(self)
+        return SAEBenchSAE(self, self.provenance, (self.training_ or {}).get("n_tokens_seen"))
 
     def fold(self) -> "SAE":
         """An equal SAE without a normaliser: same codes, same reconstructions; its dictionary rows are no longer

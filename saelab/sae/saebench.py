@@ -2,16 +2,15 @@
 
 import re
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saelab.sae.coder import Coder
 from saelab.sae.formats.readings import dtype_name
-
-if TYPE_CHECKING:
-    from saelab.sae.sae import SAE
+from saelab.stores.provenance import Provenance
 
 
 @dataclass
@@ -61,11 +60,11 @@ class SAEBenchSAE(nn.Module):
     b_dec: Float[Tensor, "d_in"]
     norms: Float[Tensor, "d_sae"]
 
-    def __init__(self, sae: "SAE") -> None:
+    def __init__(self, sae: Coder, origin: Provenance | None, n_tokens: int | None = None) -> None:
         super().__init__()
         if sae.cfg.d_out is not None:
             raise ValueError(f"SAEBench measures autoencoders, got a transcoder {sae}; it has no measure of those.")
-        if sae.provenance is None:
+        if origin is None:
             raise ValueError("SAEBench asks for the model and the hook point, got an SAE without provenance; set it.")
         self.sae = sae
         folded = sae.fold()  # ValueError for what measures every token: decode alone would not know how
@@ -75,7 +74,7 @@ class SAEBenchSAE(nn.Module):
         self.b_enc = nn.Parameter(folded.b_enc.detach() * norms)
         self.W_dec = nn.Parameter(folded.W_dec.detach() / norms[:, None])
         self.b_dec = nn.Parameter(folded.b_dec.detach().clone())
-        self.cfg = _describe(sae)
+        self.cfg = _describe(sae, origin, n_tokens)
         self.hook_layer = self.cfg.hook_layer
 
     @property
@@ -101,9 +100,7 @@ class SAEBenchSAE(nn.Module):
         return self.decode(self.encode(x))
 
 
-def _describe(sae: "SAE") -> SAEBenchConfig:
-    origin, training = sae.provenance, sae.training_ or {}
-    assert origin is not None
+def _describe(sae: Coder, origin: Provenance, n_tokens: int | None) -> SAEBenchConfig:
     layer = re.match(r"blocks\.(\d+)\.", origin.hook_point)
     processing = {"center_writing_weights": True, "fold_ln": True} if origin.weight_processing == "folded" else {}
     return SAEBenchConfig(
@@ -118,5 +115,5 @@ def _describe(sae: "SAE") -> SAEBenchConfig:
         device=str(sae.device),
         dataset_path=origin.text,
         model_from_pretrained_kwargs=processing,
-        training_tokens=training.get("n_tokens_seen"),
+        training_tokens=n_tokens,
     )

@@ -97,7 +97,7 @@ def patch(
     positions: Positions = "each",
     hook_point: str | None = None,
 ) -> Patching:
-    """The corrupt prompt with pieces of the clean run in it, each source at each position: what restores the metric?
+    """What restores a metric of the corrupt prompt: pieces of the clean run put into it, each source at each position.
 
         a hook point       x' = x_clean
         directions         x' = x + P (x_clean - x)              P projects on what they span
