@@ -65,6 +65,7 @@ def test_features_modes_and_places_go_together(folders, capsys) -> None:
     assert "feature 1, feature 2 (ablate) at" in capsys.readouterr().out
 
 
+@unchecked()  # as its users have it
 def test_a_curve_has_its_baselines_its_page_and_its_numbers(folders, live, capsys, tmp_path) -> None:
     page, file = tmp_path / "curve.html", tmp_path / "curve.json"
     words = ["steer-curve", folders["sae"], "tiny", "--feature", live, "--concept", "n", "--other", "x,y"]
@@ -80,7 +81,9 @@ def test_a_curve_has_its_baselines_its_page_and_its_numbers(folders, live, capsy
     assert html.count("plotly-graph-div") == 2 and "probe" in html and "prefers-color-scheme: dark" in html
 
 
+@unchecked()
 def test_without_a_text_the_models_own_is_read(folders, live, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("saelab.steering.lineup.OWN_TEXTS", 24)
     monkeypatch.setattr("saelab.steering.lineup.OWN_TOKENS", 8)
     words = ["steer-curve", folders["sae"], "tiny", "--feature", live, "--concept", "a,b,c,d,e,f,g,h,i,k,l,m,n,o,p"]
     assert dispatch([*words, "--baselines", "--strengths", "1", "--n", "1", "--prompt", "One", *SHORT]) == 0
@@ -115,6 +118,7 @@ def test_what_cannot_be_steered_is_said_in_one_line(folders, words, said, capsys
     assert said in error and len(error.splitlines()) == 1
 
 
+@unchecked()
 def test_features_of_tales_move_its_concepts(capsys, tmp_path) -> None:
     """The direction between the words for hot and cold, as a feature: the command finds that it moves them."""
     model = sl.load_model("tales", progress=False)

@@ -330,6 +330,10 @@ def test_a_feature_stands_beside_its_rivals(tiny, tmp_path) -> None:
     concept = make_concept(tiny, "n")
     before, x = mark_before(tokens, concept), sl.capture(tiny, tokens.ids, [HOOK])[HOOK]
     assert tokens.ids[:, 1:][before[:, :-1]].unique().tolist() == list(concept.ids)[1:]
+    ends = sl.Tokens(ids=torch.tensor([[5, 9, 5]]).int(), doc_ids=torch.tensor([[0, 0, 1]]).int())
+    assert mark_before(ends, TokenConcept("five", (5,))).tolist() == [[False] * 3]  # not in the next document or row
+    round_ = sl.Tokens(ids=torch.tensor([[5, 9]]).int(), doc_ids=torch.tensor([[0, 0]]).int())
+    assert not mark_before(round_, TokenConcept("five", (5,))).any()
     feature = int(store.statistics.fires.sum(1).argmax())
     for unit, given in (("norm", None), ("raw", None), ("max", store)):
         found = line_up(tiny, sae, feature, concept, tokens, unit=unit, store=given, hook_point=HOOK)
