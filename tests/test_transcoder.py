@@ -18,11 +18,11 @@ READ, WRITTEN = "blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"
 RUN = sl.TrainConfig(n_tokens=12 * 40, batch_size=40, log_every_tokens=80, save_every_tokens=160, n_held_out=50)
 
 
-def data(n=600, seed=0):
+def data(n=600, seed=0, d_out=D_OUT):
     """Inputs, and targets that a small network makes of them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, D_IN, generator=generator) + 2.0
-    first, second = torch.randn(D_IN, 12, generator=generator), torch.randn(12, D_OUT, generator=generator)
+    first, second = torch.randn(D_IN, 12, generator=generator), torch.randn(12, d_out, generator=generator)
     return x, (x @ first).relu() @ second * 4.0 - 7.0
 
 
@@ -55,8 +55,6 @@ def test_reconstruction_by_its_formula(skip):
     expected = written @ sae.target_normaliser.inverse + sae.target_normaliser.mean
     torch.testing.assert_close(sae.encode(x), z)
     torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-4)
-    bare = sae.decode(z)
-    
     assert sae.directions().shape == (D_SAE, D_OUT)
 
 
@@ -71,8 +69,9 @@ STRUCTURAL = [sl.TopK(k=3), sl.AbsTopK(k=3), sl.BatchTopK(k=3), sl.BatchAbsTopK(
 @pytest.mark.parametrize("prefixes", [None, (6, D_SAE)])
 @pytest.mark.parametrize("activation", STRUCTURAL + PENALISED, ids=lambda a: a.name)
 def test_the_sparse_step_has_the_gradients_of_the_formula(activation, prefixes, skip):
-    cfg = config(activation=activation, prefixes=prefixes, skip=skip, aux=None)
-    sae, pairs = sl.SAE(cfg), torch.cat(data(64), 1)
+    d_out = D_IN if skip else D_OUT  # of one width or not, b_dec is the target's
+    cfg = config(activation=activation, prefixes=prefixes, skip=skip, d_out=d_out, aux=None)
+    sae, pairs = sl.SAE(cfg), torch.cat(data(64, d_out=d_out), 1)
     trainee = Trainee(sae, RUN)
     trainee.prepare(pairs)
     with torch.no_grad():
@@ -356,3 +355,17 @@ def test_hook_normalized_is_the_stream_at_unit_scale_before_the_norms_weight(sha
     factor = (read / normalised).median(0).values.median(0).values  # the norm's weight: one number a dimension
     torch.testing.assert_close(read, normalised * factor, rtol=1e-3, atol=1e-4)
     assert factor.std() > 0.05
+
+
+def test_other_analyses_know_transcoders_or_refuse_them(trained, tiny, tiny_tokens, tmp_path):
+    store = sl.harvest(trained, tiny, tiny_tokens[:8], tmp_path / "store", progress=False)
+    assert float(sl.stability([trained, trained]).trained.matched.mean()) == pytest.approx(1.0)
+    x = sl.capture(tiny, tiny_tokens[:8].ids, [READ])[READ].flatten(0, 1)
+    with pytest.raises(ValueError, match="`acts` must not be given for transcoders"):
+        sl.stability([trained, trained], x)
+    assert "live" in str(sl.dead_units(store, trained, x))
+    with pytest.raises(ValueError, match="got a transcoder; use AuxK"):
+        sl.revive(trained, x, [0])
+    page = tmp_path / "report.html"
+    sl.report(store, page, tiny, features=[0, 1], sae=trained, prompts=["The cat."], progress=False)
+    assert READ in page.read_text(encoding="utf-8")

@@ -29,11 +29,17 @@ def revive(
     Anthropic's resampling (transformer-circuits.pub/2023/monosemantic-features). A unit's row of W_dec becomes the
     direction of its token's residual, W_enc the same with a fifth of the other units' mean norm, b_enc 0, a learned
     threshold the others' median. Adam's moments of all these are set to zero, where the optimiser is given. ValueError
-    for units that do not exist or repeat, for fewer tokens with an error than units, and for an archetypal dictionary.
+    for units that do not exist or repeat, for fewer tokens with an error than units, and for what has no row or encoder
+    to set so: an archetypal dictionary, a transcoder, matching pursuit.
     """
-    if sae.archetypes is not None:
+    kinds = {
+        "an archetypal one": sae.archetypes is not None,
+        "a transcoder": sae.cfg.d_out is not None,
+        "matching pursuit": sae.cfg.encoder != "linear",
+    }
+    if wrong := [name for name, is_so in kinds.items() if is_so]:
         raise ValueError(
-            "`revive` must be given a dictionary that a row can be set in, got an archetypal one; use AuxK."
+            f"`revive` must be given an SAE that a row and its encoder can be set in, got {wrong[0]}; use AuxK."
         )
     chosen = torch.tensor(list(units), dtype=torch.long)
     if len(chosen) == 0:

@@ -147,7 +147,7 @@ def stability(
     """
     acts = Activations.from_tensor(acts) if isinstance(acts, Tensor) else acts
     _check(saes, acts, stores)
-    d_in, d_sae = saes[0].cfg.d_in, saes[0].cfg.d_sae
+    d_in, d_sae = saes[0].cfg.d_target, saes[0].cfg.d_sae
     rank = rank or max(1, d_in // 4)
     if not 1 <= rank <= d_in or not 0 < threshold <= 1:
         raise ValueError(f"`rank` must be in 1..d_in ({d_in}) and `threshold` in (0, 1], got {rank} and {threshold}.")
@@ -172,12 +172,14 @@ def stability(
 
 
 def _check(saes: Sequence[SAE], acts: Activations | None, stores: Sequence[FeatureStore] | None) -> None:
-    shapes = {(sae.cfg.d_sae, sae.cfg.d_in) for sae in saes}
+    shapes = {(sae.cfg.d_sae, sae.cfg.d_target) for sae in saes}
     if len(saes) < 2 or len(shapes) > 1:
         raise ValueError(
             f"`saes` must be two or more of one shape (d_sae, d_in), got {len(saes)} of {sorted(shapes)[:5]}."
         )
     d_sae, d_in = shapes.pop()
+    if acts is not None and any(sae.cfg.d_out is not None for sae in saes):
+        raise ValueError("`acts` must not be given for transcoders, whose directions are not theirs; give `stores`.")
     if acts is not None and acts.d_in != d_in:
         raise ValueError(f"`acts` must have the SAEs' d_in ({d_in}), got {acts.d_in}; use their hook point.")
     if acts is not None and stores is not None:
@@ -189,9 +191,8 @@ def _check(saes: Sequence[SAE], acts: Activations | None, stores: Sequence[Featu
 
 def _bring_back(sae: SAE, rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
     """Directions drawn where the SAE learns, in the activations' own units as its own are."""
-    if sae.normaliser.kind == "none":
-        return rows
-    return sae.normaliser.apply_matrix(rows, sae.normaliser.inverse.cpu())
+    normaliser = sae.out_normaliser
+    return rows if normaliser.kind == "none" else normaliser.apply_matrix(rows, normaliser.inverse.cpu())
 
 
 def _draw_alike(rows: Float[Tensor, "d_sae d_in"], generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:
@@ -211,7 +212,7 @@ def _centre(sae: SAE, acts: Activations | None) -> Float[Tensor, "n d_in"] | Non
     if acts is None:
         return None
     places = torch.linspace(0, acts.n_tokens - 1, min(OOD_TOKENS, acts.n_tokens), dtype=torch.float64).long()
-    return sae.normaliser.normalise(acts[places].to(sae.W_enc)) - sae.b_dec.detach()
+    return sae.centre(acts[places]).detach()
 
 
 def _agree(

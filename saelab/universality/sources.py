@@ -141,12 +141,13 @@ class DirectionSource(Source):
 
     @classmethod
     def make(cls, a: SAE, b: SAE, similarity: str, progress: bool) -> "DirectionSource":
-        if a.cfg.d_in != b.cfg.d_in:
-            raise ValueError(
-                f"Directions must be of one space to be compared, got d_in {a.cfg.d_in} and {b.cfg.d_in}. Harvest both "
-                "SAEs on one text, and compare the stores."
-            )
         rows = [sae.W_dec if similarity == "decoder" else sae.W_enc.T for sae in (a, b)]
+        d_a, d_b = (x.shape[1] for x in rows)
+        if d_a != d_b:
+            raise ValueError(
+                f"Directions must be of one space to be compared, got d_in {d_a} and {d_b}. Harvest both SAEs on one "
+                "text, and compare the stores."
+            )
         first, second = (x.detach().float().cpu().numpy() for x in rows)
         fires = tuple((np.linalg.norm(x, axis=1) > 0).astype(np.int64) for x in (first, second))
         weights = tuple(np.ones(len(x)) for x in (first, second))
