@@ -206,11 +206,13 @@ def saelens_transcoder(folder: Path, skip: bool = False) -> Made:
     )
 
 
-def saelens_pursuit(folder: Path) -> Made:
+def saelens_pursuit(folder: Path, subtract: bool = True) -> Made:
+    """Where b_dec is not subtracted, SAELens does not add it either."""
     w = draw(7)
     w["W_dec"] /= w["W_dec"].norm(dim=1, keepdim=True)
-    saelens(folder, pick(w, "W_dec", "b_dec"), "matching_pursuit", residual_threshold=0.2, max_iterations=3)
-    e = exact(w)
+    how = {"residual_threshold": 0.2, "max_iterations": 3, "apply_b_dec_to_input": subtract}
+    saelens(folder, pick(w, "W_dec", "b_dec"), "matching_pursuit", **how)
+    e = exact(w) | {"b_dec": subtract * w["b_dec"].double()}
 
     def encode(x: Tensor) -> Tensor:
         z, residual = torch.zeros(len(x), F).double(), x - e["b_dec"]
@@ -469,6 +471,7 @@ MAKERS: dict[str, Callable[[Path], Made]] = {
     "saelens transcoder": saelens_transcoder,
     "saelens skip transcoder": lambda folder: saelens_transcoder(folder, skip=True),
     "saelens matching pursuit": saelens_pursuit,
+    "saelens matching pursuit, reads x": lambda folder: saelens_pursuit(folder, subtract=False),
     "sparsify topk": sparsify,
     "sparsify expansion": lambda folder: sparsify(
         folder, num_latents=0, expansion_factor=F / D, normalize_decoder=True

@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import saelab as sl
+from saelab.sae.activations import Activation
+from saelab.sae.formats.conventions import Convention, compose
 from saelab.sae.formats.readers import READERS
 
 X = some_activations()
@@ -218,6 +220,21 @@ def test_29_thresholds_move_with_the_norms_that_they_are_compared_with(tmp_path:
     norms = sae.W_dec.norm(dim=1)
     read = load_file(tmp_path / "sae_weights.safetensors")["activation_function.log_jumprelu_threshold"].exp()
     assert torch.allclose(sae.threshold * norms, read, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("activation", "norms"), [(sl.JumpReLU(), "choice"), (sl.TopK(k=F), "choice"), (sl.TopK(k=F), "codes")]
+)
+def test_29_a_latent_without_a_decoder_row_never_fires(activation: Activation, norms: str) -> None:
+    """Times its norm it is 0, which is above nothing; and nothing is divided by 0."""
+    parts = draw()
+    parts["W_dec"][3], parts["threshold"] = 0.0, torch.zeros(F)
+    composed = compose(parts, Convention(activation=activation, decoder_norms=norms))
+    sae = sl.SAE(composed.cfg)
+    sae.load_state_dict(composed.tensors)
+    codes = sae.encode(X)
+    assert codes.isfinite().all() and (codes[:, 3] == 0).all() and (codes != 0).any(0).sum() > F // 2
+    assert sae(X).isfinite().all()
 
 
 def test_31_llama_scope_fires_as_rarely_as_its_threshold_says(tmp_path: Path) -> None:

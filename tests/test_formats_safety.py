@@ -100,7 +100,7 @@ def test_no_code_in_a_pickle_is_run(file: str, zipped: bool, tmp_path: Path) -> 
     held = {"W_E": torch.zeros(2), "b_dec": Bomb(mark)}
     torch.save(held, tmp_path / "a" / file, _use_new_zipfile_serialization=zipped)
     write_json(tmp_path / "a" / "config.json", {"d_model": 4})
-    refuse("could run code", tmp_path / "a")
+    refuse(r"one that names \w+\.mkdir\. It was not unpickled further: what it holds could run code", tmp_path / "a")
     assert not mark.exists()
 
 

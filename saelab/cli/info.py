@@ -12,7 +12,6 @@ from saelab.sae.formats.conventions import Convention, compose_config
 from saelab.sae.formats.readers import find_format, is_own, read_foreign
 from saelab.sae.formats.readings import Asked
 from saelab.sae.formats.sources import Source
-from saelab.sae.formats.writers import describe_folds
 from saelab.stores.files import read_json
 from saelab.stores.manifest import ActivationsManifest, FeatureManifest
 from saelab.stores.provenance import Provenance
@@ -79,7 +78,7 @@ def describe_foreign(path: Path) -> str:
     rows += [
         ("activation", str(cfg.activation)),
         ("widths", f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}{out}"),
-        *(("convention", words) for words in describe_folds(reading.how)),
+        *(("convention", words) for words in reading.how.describe()),
         ("model", facts.model or unsaid),
         ("hook point", facts.hook_point or unsaid),
     ]
@@ -154,7 +153,7 @@ def _read_from(origin: dict[str, Any] | None) -> Rows:
     """Of an SAE that was read from another library's files: which, and what its numbers meant there."""
     if origin is None:
         return []
-    folds = describe_folds(Convention.from_dict(origin["convention"]))
+    folds = Convention.from_dict(origin["convention"]).describe()
     return [("read from", origin["format"]), *(("convention", words) for words in folds)]
 
 

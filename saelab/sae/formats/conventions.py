@@ -62,6 +62,19 @@ class Convention:
             values["prefixes"] = tuple(values["prefixes"])
         return read_fields(cls, values)
 
+    def describe(self) -> list[str]:
+        """What is done to the source's numbers, in words."""
+        subtracts = self.subtracts_b_dec
+        said = {
+            "its encoder reads x, not x - b_dec: b_enc holds b_dec W_enc more": not (self.transcodes or subtracts),
+            "its transcoder reads x - b_dec: b_enc holds b_dec W_enc less": self.transcodes and subtracts,
+            "norms of W_dec's rows are in the codes, and the rows at unit length": self.decoder_norms == "codes",
+            "choices look at codes times the norms of W_dec's rows": self.decoder_norms == "choice",
+            f"activations are multiplied by {self.scale:g}": self.scale != 1.0,
+            f"every token is normalised by itself ({self.normaliser})": self.normaliser != "none",
+        }
+        return [words for words, true in said.items() if true]
+
 
 @dataclass(frozen=True, eq=False)
 class Composed:
@@ -126,12 +139,13 @@ def _weigh(now: dict[str, Tensor], how: Convention) -> None:
     if how.decoder_norms == "none" or (how.decoder_norms == "choice" and isinstance(how.activation, ReLU)):
         return
     norms = now["W_dec"].float().norm(dim=1)
-    norms = norms.masked_fill(norms == 0, 1.0)
+    empty = norms == 0  # such a latent is never chosen
     if how.decoder_norms == "choice" and isinstance(how.activation, JumpReLU):
-        now["threshold"] = now["threshold"].float() / norms
+        never = torch.finfo(torch.float32).max
+        now["threshold"] = (now["threshold"].float() / norms).masked_fill(empty, never)
         return
     now["W_enc"], now["b_enc"] = now["W_enc"].float() * norms, now["b_enc"].float() * norms
-    now["W_dec"] = now["W_dec"].float() / norms[:, None]
+    now["W_dec"] = now["W_dec"].float() / norms.masked_fill(empty, 1.0)[:, None]
 
 
 def _scale_codes(now: dict[str, Tensor], how: Convention) -> None:

@@ -75,6 +75,9 @@ class Origin:
     kept: Mapping[str, Tensor]
     """those tensors of the source that are not in the SAE as they were; mapped, and read only to be written"""
 
+    def __repr__(self) -> str:
+        return f"Origin({self.format}: {'; '.join(self.how.describe()) or 'as it is'})"
+
     def to_dict(self) -> dict[str, Any]:
         """All but the tensors, ready for JSON."""
         return {

@@ -4,6 +4,7 @@ Tensors are mapped into memory, so that names, shapes and dtypes are known befor
 """
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ ARCHIVES = (".npz",)
 PICKLES = (".pt", ".pth", ".bin")
 SMALL = 2**24  # bytes that a compressed array may have, however well it was compressed
 MAX_RATIO = 20  # of a larger one's size to what it takes in the file: weights hardly compress at all
+NAMED = re.compile(r"GLOBAL ([\w.]+)")  # a function or class that a pickle wants, in PyTorch's message
 LOCAL_HEADER = 30  # bytes before a name in a zip file
 
 
@@ -47,14 +49,19 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path} must be a whole PyTorch file of tensors and plain values, got another ({reason}). It was not "
+            f"{path} must be a whole PyTorch file of tensors and plain values, got {_name_cause(error)}. It was not "
             "unpickled further: what it holds could run code. Ask for safetensors, or copy it again."
         ) from None
     if not isinstance(held, Mapping) or not all(isinstance(name, str) for name in held):
         raise ValueError(f"{path} must hold a dictionary of tensors by name, got a {type(held).__name__}.")
     return held
+
+
+def _name_cause(error: Exception) -> str:
+    """What stopped the unpickler; not PyTorch's own words, which advise to run the code."""
+    found = NAMED.search(str(error))
+    return f"one that names {found[1]}" if found else f"another ({type(error).__name__})"
 
 
 def _refuse_compressed(path: Path, archive: zipfile.ZipFile) -> None:

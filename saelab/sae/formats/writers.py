@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saelab.sae.coder import Coder
 from saelab.sae.formats import dictionary_learning, saelens_writing, sparsify
-from saelab.sae.formats.conventions import Convention, compose
+from saelab.sae.formats.conventions import compose
 from saelab.sae.formats.readings import Origin, Reading, dtype_name
 from saelab.sae.normaliser import PER_TOKEN
 from saelab.stores.provenance import Provenance
@@ -100,16 +100,3 @@ def _same(again: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
         and torch.allclose(again[name].float(), own[name].cpu().float(), rtol=1e-6, atol=1e-8)
         for name in again
     )
-
-
-def describe_folds(how: Convention) -> list[str]:
-    """What composing did to the source's numbers, in words."""
-    said = {
-        "its encoder reads x, not x - b_dec: b_enc holds b_dec W_enc more": not (how.transcodes or how.subtracts_b_dec),
-        "its transcoder reads x - b_dec: b_enc holds b_dec W_enc less": how.transcodes and how.subtracts_b_dec,
-        "norms of W_dec's rows are in the codes, and the rows at unit length": how.decoder_norms == "codes",
-        "choices look at codes times the norms of W_dec's rows": how.decoder_norms == "choice",
-        f"activations are multiplied by {how.scale:g}": how.scale != 1.0,
-        f"every token is normalised by itself ({how.normaliser})": how.normaliser != "none",
-    }
-    return [words for words, true in said.items() if true]
