@@ -67,7 +67,7 @@ def _draw(sae: Coder, acts: Tensor, n: int, seed: int) -> tuple[list[int], Tenso
     rows = []
     for x in acts.split(PART):
         x = x.to(sae.W_enc)
-        rows.append(sae.normaliser.normalise(x) - sae.normaliser.normalise(sae.decode(sae.encode_sparse(x))))
+        rows.append(sae.normaliser.normalise(x) - sae.normaliser.normalise(sae.decode(sae.encode_sparse(x), x=x)))
     residual = torch.cat(rows)
     weights = residual.square().sum(1).cpu().double().square()
     if int((weights > 0).sum()) < n:

@@ -87,7 +87,7 @@ def measure_usage(sae: SAE, acts: Activations) -> Usage:
         for start in range(0, acts.n_tokens, PART):
             x = acts[start : start + PART].to(sae.W_enc)
             codes = sae.encode_sparse(x)
-            sums.add(x, sae.decode(codes))
+            sums.add(x, sae.decode(codes, x=x))
             fires.add(codes)
             squares.index_add_(0, codes.indices.cpu(), exact(codes.values).cpu().square())
     return _usage(sae, fires.firings, squares, acts.n_tokens, sums.fvu)
