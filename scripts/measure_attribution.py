@@ -8,10 +8,11 @@ active feature at every token on the log-probability of the next token, or on th
 
     pearson, spearman   of the gradient's estimates with exact effects, mean over prompts and its standard deviation
     shuffled            the same rank correlation where estimates meet other features of their token
+    top 10              share of the ten largest exact effects that are among the ten largest estimates
     by size             rank correlation of |estimate| with |exact|; moved: of the norm that the code has, with |exact|
     IG                  the same two correlations of integrated gradients, which are about all codes at once
-    complete            sum of effects, errors included, over what replacing everything does: the gradient's median, and
-                        the largest distance from 1 of integrated gradients
+    gradient, IG: worst sum of effects, errors included, over what replacing everything does: the gradient's median, and
+                        the largest distance from 1 of integrated gradients; points: those took on average
     features            the features' share of that sum, by integrated gradients; the rest is the errors'
 
 On saelab's own stories, then: pairs of prompts that differ in one draw ("names", "facts") patched layer by layer, whole
@@ -21,6 +22,7 @@ and feature by feature, and the direction of moods resampled beside random ones.
 import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--saes", nargs="+", help="folders; default: AbsTopK and TopK, trained now")
     parser.add_argument("--n-prompts", type=int, default=24)
     parser.add_argument("--length", type=int, default=40, help="tokens of a prompt")
-    parser.add_argument("--n-steps", type=int, default=32, help="of integrated gradients")
     parser.add_argument("--n-pairs", type=int, default=60, help="of prompts to patch")
     parser.add_argument("--n-tokens", type=int, default=1_000_000, help="to train on, where dictionaries are trained")
     return parser.parse_args()
@@ -84,33 +85,32 @@ def read_saes(model: Model, args: argparse.Namespace) -> dict[str, sl.SAE]:
     return dict(zip(kinds, saes, strict=True))
 
 
-def with_untrained(saes: dict[str, sl.SAE], model: Model, prompts: list) -> Iterator[tuple[str, sl.SAE]]:
-    """Every dictionary, and for the first of each shape another one at step 0."""
-    seen = []
-    for name, sae in saes.items():
-        yield name, sae
-        if sae.cfg not in seen:
-            seen.append(sae.cfg)
-            ids = torch.stack([ids for ids, _ in prompts])
-            point = sae.provenance.hook_point
-            bare = prepare(sae.cfg, sl.capture(model, ids, [point])[point][:, 1:].flatten(0, 1), seed=1)
-            bare.provenance = sae.provenance
-            yield "  untrained", bare
+def kinds_of(saes: dict[str, sl.SAE], model: Model, prompts: list) -> Iterator[tuple[str, list[sl.SAE]]]:
+    """Dictionaries of one shape together, named by what stands before the first -, and one at step 0 for each shape."""
+    ids = torch.stack([ids for ids, _ in prompts])
+    for cfg in dict.fromkeys(sae.cfg for sae in saes.values()):
+        alike = {name: sae for name, sae in saes.items() if sae.cfg == cfg}
+        origin = next(iter(alike.values())).provenance
+        yield f"{next(iter(alike)).split('-')[0]} ({len(alike)})", list(alike.values())
+        x = sl.capture(model, ids, [origin.hook_point])[origin.hook_point][:, 1:].flatten(0, 1)
+        bare = prepare(cfg, x, seed=1)
+        bare.provenance = origin
+        yield "  untrained", [bare]
 
 
 COLUMNS = (
-    f"{'':<22}{'pearson':>14}{'spearman':>14}{'shuffled':>9}{'by size':>8}{'moved':>7}{'IG: pe.':>9}{'sp.':>6}"
-    f"{'gradient':>10}{'IG: worst':>10}{'features':>9}{'effects':>9}"
+    f"{'':<22}{'pearson':>14}{'spearman':>14}{'shuffled':>9}{'top 10':>7}{'by size':>8}{'moved':>7}"
+    f"{'IG: pe.':>9}{'sp.':>6}{'gradient':>10}{'IG: worst':>10}{'points':>7}{'features':>9}{'effects':>9}"
 )
 
 
-def hold(name: str, model: Model, sae: sl.SAE, prompts: list, args: argparse.Namespace, by: str) -> str:
-    """A row of the table."""
+def hold(name: str, model: Model, saes: list[sl.SAE], prompts: list, by: str) -> str:
+    """A row of the table: prompts by dictionaries."""
     pairs = []
-    for ids, behind in tqdm(prompts, desc=name.strip(), leave=False):
+    for sae, (ids, behind) in tqdm(list(product(saes, prompts)), desc=name.strip(), leave=False):
         metric = behind if by == "next token" else "loss"
         estimate = attribute(model, sae, ids, metric, check=True, progress=False)
-        path = attribute(model, sae, ids, metric, method="integrated", n_steps=args.n_steps)
+        path = attribute(model, sae, ids, metric, method="integrated")
         pairs.append((estimate, replace(path, exact=estimate.exact)))
     return f"{name:<22}" + tell_row(pairs)
 
@@ -120,17 +120,19 @@ def tell_row(pairs: list[tuple[Attribution, Attribution]]) -> str:
         values = [getattr(pair[of].agreement, field) for pair in pairs]
         return float(np.nanmean(values)), float(np.nanstd(values))
 
+    steps = np.mean([path.n_steps for _, path in pairs])
     worst = max(abs(path.completeness - 1) for _, path in pairs)
     bent = float(np.median([estimate.completeness for estimate, _ in pairs]))
     own = sum(path.effects.sum() for _, path in pairs) / sum(path.patched - path.clean for _, path in pairs)
     spread = "".join(f"{m:>7.3f} ({s:.3f})" for m, s in (mean(0, "pearson"), mean(0, "spearman")))
-    rest = "".join(f"{mean(0, field)[0]:>{n}.3f}" for field, n in (("shuffled", 9), ("size_estimate", 8), ("size", 7)))
-    path = f"{mean(1, 'pearson')[0]:>9.2f}{mean(1, 'spearman')[0]:>6.2f}"
-    return f"{spread}{rest}{path}{bent:>10.2f}{worst:>10.4f}{own:>9.2f}{sum(len(a.effects) for a, _ in pairs):>9,}"
+    columns = (("shuffled", 9), ("top", 7), ("size_estimate", 8), ("size", 7))
+    rest = "".join(f"{mean(0, field)[0]:>{n}.3f}" for field, n in columns)
+    path = f"{mean(1, 'pearson')[0]:>9.2f}{mean(1, 'spearman')[0]:>6.2f}{bent:>10.2f}{worst:>10.4f}{steps:>7.0f}"
+    return f"{spread}{rest}{path}{own:>9.2f}{sum(len(a.effects) for a, _ in pairs):>9,}"
 
 
-def patch_layers(model: Model, task: Task, n: int) -> None:
-    """Scores of the residual stream, mean over pairs that the model gets right both ways."""
+def patch_layers(model: Model, task: Task, n: int) -> list[Counterfactual]:
+    """Scores of the residual stream, mean over pairs that the model gets right both ways; these pairs."""
     layers = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
     pairs = [pair for pair in counterfactuals(task, n, seed=2) if is_right(model, pair)]
     scores = [patch_pair(model, pair, layers, roles(pair)) for pair in pairs]
@@ -138,6 +140,7 @@ def patch_layers(model: Model, task: Task, n: int) -> None:
     print(f"  {'':<28}{'where they differ':>18}{'between':>9}{'last':>7}{'all':>7}")
     for layer, row in zip(layers, np.mean(scores, 0), strict=True):
         print(f"  {layer:<28}{row[0]:>18.3f}{row[1]:>9.3f}{row[2]:>7.3f}{row[3]:>7.3f}")
+    return pairs
 
 
 def roles(pair: Counterfactual) -> list[list[int]]:
@@ -158,12 +161,10 @@ def patch_pair(model: Model, pair: Counterfactual, sources: list, positions: Any
     ).scores
 
 
-def patch_features(model: Model, sae: sl.SAE, name: str, task: Task, n: int) -> None:
-    """All features, those with the largest attributions, and as many others that differ."""
+def patch_features(model: Model, saes: list[sl.SAE], pairs: list[Counterfactual]) -> str:
+    """All features, those with the largest attributions, and as many others that differ: mean scores."""
     generator, scores = np.random.default_rng(0), []
-    for pair in counterfactuals(task, n, seed=2):
-        if not is_right(model, pair):
-            continue
+    for sae, pair in product(saes, pairs):
         found = attribute(
             model, sae, pair.other_prompt.long(), (pair.answer, pair.other_answer), counterfactual=pair.prompt.long()
         )
@@ -172,8 +173,7 @@ def patch_features(model: Model, sae: sl.SAE, name: str, task: Task, n: int) -> 
         chosen = [ranked[:1], ranked[:4], ranked[:16], others[:4].tolist(), others[:16].tolist()]
         sources = [sae.provenance.hook_point, sae, *((sae, [int(i) for i in some]) for some in chosen)]
         scores.append(patch_pair(model, pair, sources, "all")[:, 0])
-    told = "".join(f"{value:>9.3f}" for value in np.mean(scores, 0))
-    print(f"  {task:<7}{name:<22}{told}")
+    return "".join(f"{value:>9.3f}" for value in np.mean(scores, 0))
 
 
 def resample_moods(model: Model, n_stories: int) -> None:
@@ -209,16 +209,16 @@ def main() -> None:
     for by in ("next token", "loss"):
         print(f"{args.model}, {by}: {len(prompts)} prompts of {args.length} tokens, codes and errors set to zero")
         print(COLUMNS)
-        for name, sae in with_untrained(saes, model, prompts):
-            print(hold(name, model, sae, prompts, args, by), flush=True)
+        for name, alike in kinds_of(saes, model, prompts):
+            print(hold(name, model, alike, prompts, by), flush=True)
     if args.text is None:
-        for task in ("names", "facts"):
-            patch_layers(model, task, args.n_pairs)
+        tasks: tuple[Task, ...] = ("names", "facts")
+        pairs = {task: patch_layers(model, task, args.n_pairs) for task in tasks}
         header = "".join(f"{name:>9}" for name in ("whole", "all", "top 1", "top 4", "top 16", "other 4", "other 16"))
         print(f"\nfeatures patched at all positions, by attribution on the pair\n  {'':<29}{header}")
-        for task in ("names", "facts"):
-            for name, sae in with_untrained(saes, model, prompts):
-                patch_features(model, sae, name, task, args.n_pairs)
+        for task in tasks:
+            for name, alike in kinds_of(saes, model, prompts):
+                print(f"  {task:<7}{name:<22}" + patch_features(model, alike, pairs[task]), flush=True)
         resample_moods(model, 300)
 
 

@@ -123,7 +123,7 @@ def test_error_of_a_token_is_what_dropping_it_does(tiny, tiny_sae):
 @pytest.mark.parametrize("metric", ["!", ("a", "b"), "loss"])
 def test_integrated_gradients_add_up(tiny, tiny_sae, metric):
     found = attribute(tiny, tiny_sae, PROMPT, metric, method="integrated", hook_point=HOOK)
-    assert found.completeness == pytest.approx(1, abs=0.01)
+    assert found.completeness == pytest.approx(1, abs=0.005)
     assert abs(attribute(tiny, tiny_sae, PROMPT, metric, hook_point=HOOK).completeness - 1) > 0.02
 
 
@@ -261,3 +261,11 @@ def test_figures_hold_every_effect_and_no_tags():
     figure = plot_attribution(found, n=1)
     assert [list(row) for row in figure.data[0].z] == [[-1.0, 0.5, 0.0], [0.25, 0.0, -0.5], [0.0, -0.25, 0.0]]
     assert "<a>" not in found._repr_html_() and "&lt;a&gt;" in found._repr_html_()
+
+
+def test_as_many_points_as_it_takes(tiny, tiny_sae):
+    sharp = {"metric": lambda out: (60 * out[:, -1, 40]).sigmoid(), "hook_point": HOOK, "method": "integrated"}
+    few = attribute(tiny, tiny_sae, PROMPT, n_steps=3, **sharp)
+    enough = attribute(tiny, tiny_sae, PROMPT, **sharp)
+    assert few.n_steps == 3 and abs(few.completeness - 1) > 0.01
+    assert enough.n_steps >= 32 and abs(enough.completeness - 1) <= 0.005

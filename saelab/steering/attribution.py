@@ -14,7 +14,7 @@ from saelab.lm.forwards import FORWARD_TOKENS
 from saelab.lm.hooks import capture, logits, splice
 from saelab.lm.models import Model
 from saelab.sae.sae import SAE
-from saelab.steering.effects import Attribution
+from saelab.steering.effects import NOTHING, Attribution
 from saelab.steering.interventions import hook_point_of
 from saelab.steering.outcomes import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
 from saelab.steering.places import Place
@@ -23,6 +23,7 @@ from saelab.stores.features import FeatureStore
 Method = Literal["gradient", "integrated", "exact"]
 Baseline = Literal["zero", "mean"]
 ERROR = -1  # in the place of a feature
+N_STEPS, MOST_STEPS, TOLERANCE = 32, 1024, 0.005
 
 
 def attribute(
@@ -36,7 +37,7 @@ def attribute(
     counterfactual: Prompt | None = None,
     store: FeatureStore | None = None,
     where: Place = "all",
-    n_steps: int = 32,
+    n_steps: int | None = None,
     check: bool = False,
     hook_point: str | None = None,
     progress: bool = True,
@@ -45,15 +46,16 @@ def attribute(
 
         x = sum_i z_i d_i + b + e          the reconstruction error e of each token is a node of its own
         gradient      (z'_i - z_i) dm/dz_i                                       one forward and backward
-        integrated    (z'_i - z_i) int_0^1 dm/dz_i da, at x + a (x' - x)         Gauss-Legendre, `n_steps` of each
+        integrated    (z'_i - z_i) int_0^1 dm/dz_i da, at x + a (x' - x)         Gauss-Legendre, `n_steps` points
         exact         m(z_i replaced by z'_i alone) - m(z)                       one row of a forward a feature
 
     The other codes z' and errors e' are 0 (`baseline="zero"`), the features' means over `store` where they fire and
     e' = 0 ("mean"), or those of a `counterfactual` prompt of as many tokens. A negative effect means that the metric is
     lower without the feature. Integrated effects of all nodes add up to m(x') - m(x): how far they do is
-    `completeness`. `metric` is what `make_outcome` knows: a token or its id (log-probability of coming next), a pair
-    (logit difference), "loss", or a function of the logits. `check=True` measures the exact effects too, and the result
-    tells how the estimates correlate with them. ValueError for settings that do not exist, a metric that is no number a
+    `completeness`. Where `n_steps` is not given, 32 points become twice as many until the sum is right to 0.5 %, or
+    there are 1024 of them. `metric` is what `make_outcome` knows: a token or its id (log-probability of coming next), a
+    pair (logit difference), "loss", or a function of the logits. `check=True` measures the exact effects too, and the
+    result tells how the estimates correlate with them. ValueError for settings that do not exist, a metric that is no number a
     row, prompts of unequal length and a transcoder. Sources: arXiv:2403.19647, arXiv:1703.01365.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
@@ -65,7 +67,11 @@ def attribute(
     scene = make_scene(model, sae, prompt, metric, hook_point)
     nodes = _find_nodes(scene, sae, where, _read_other(scene, counterfactual), _read_means(sae, baseline, store))
     clean, patched = scene.values(torch.stack([0 * scene.x, nodes.total(scene.x)])).tolist()
-    effects = scene.measure(nodes, progress) if method == "exact" else scene.estimate(nodes, method, n_steps)
+    n_taken = 0 if method != "integrated" else n_steps or N_STEPS
+    effects = scene.measure(nodes, progress) if method == "exact" else scene.estimate(nodes, n_taken)
+    while n_steps is None and 0 < n_taken < MOST_STEPS and _is_off(effects, clean, patched):
+        n_taken *= 2
+        effects = scene.estimate(nodes, n_taken)
     exact = scene.measure(nodes, progress) if check and method != "exact" else effects if check else None
     is_feature, errors = nodes.features != ERROR, torch.zeros(len(scene.x))
     errors[nodes.tokens[~is_feature]] = effects[~is_feature]
@@ -74,7 +80,7 @@ def attribute(
         metric=scene.outcome.name,
         method=method,
         baseline=baseline if counterfactual is None else "counterfactual",
-        n_steps=n_steps if method == "integrated" else 0,
+        n_steps=n_taken,
         clean=clean,
         patched=patched,
         tokens=scene.texts.strings(model),
@@ -88,11 +94,17 @@ def attribute(
     )
 
 
-def _require(method: str, baseline: str, n_steps: int, sae: SAE) -> None:
+def _is_off(effects: Float[Tensor, "n_nodes"], clean: float, patched: float) -> bool:
+    """Whether the effects do not add up to the difference, where that is more than rounding."""
+    rounding = NOTHING * max(abs(clean), abs(patched))
+    return abs(float(effects.double().sum()) - (patched - clean)) > max(TOLERANCE * abs(patched - clean), rounding)
+
+
+def _require(method: str, baseline: str, n_steps: int | None, sae: SAE) -> None:
     for name, value, choices in (("method", method, Method), ("baseline", baseline, Baseline)):
         if value not in get_args(choices):
             raise ValueError(f"`{name}` must be one of {get_args(choices)}, got '{value}'.")
-    if n_steps < 1:
+    if n_steps is not None and n_steps < 1:
         raise ValueError(f"`n_steps` must be at least 1, got {n_steps}.")
     require_autoencoder(sae)
 
@@ -156,11 +168,11 @@ class Scene:
         with torch.enable_grad():
             return torch.autograd.grad(self.values(leaf).sum(), leaf)[0]
 
-    def estimate(self, nodes: _Nodes, method: str, n_steps: int) -> Float[Tensor, "n_nodes"]:
-        """Effects by the gradient here, or by its mean on the way."""
+    def estimate(self, nodes: _Nodes, n_steps: int) -> Float[Tensor, "n_nodes"]:
+        """Effects by the gradient here, or by its mean at so many points of the way."""
         total = nodes.total(self.x)
         points, weights = (0.0,), (1.0,)
-        if method == "integrated":
+        if n_steps:
             roots, halves = np.polynomial.legendre.leggauss(n_steps)
             points, weights = tuple((roots + 1) / 2), tuple(halves / 2)
         mean = torch.zeros_like(total, dtype=torch.float64)

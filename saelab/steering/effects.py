@@ -23,6 +23,8 @@ class Agreement:
     spearman: float
     shuffled: float
     """mean Spearman where each estimate meets the exact effect of another feature of the same token"""
+    top: float
+    """share of the ten largest exact effects that are among the ten largest estimates, by size"""
     size: float
     """Spearman of |exact effect| with how far the activation is moved: what one knows without any gradient"""
     size_estimate: float
@@ -84,7 +86,7 @@ class Attribution(Result):
 
     def top(self, n: int = N_SHOWN) -> list[tuple[int, int, float, float]]:
         """Token position, feature, code and effect of the `n` largest effects by size."""
-        order = np.argsort(-np.abs(self.effects), kind="stable")[:n]
+        order = _largest(self.effects, n)
         columns = (self.positions[order], self.features[order], self.codes[order], self.effects[order])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
@@ -124,12 +126,13 @@ class Attribution(Result):
 def tell_agreement(agreement: Agreement) -> str:
     """In a line.
 
-    >>> tell_agreement(Agreement(pearson=1.0, spearman=0.9, shuffled=0.0, size=0.5, size_estimate=0.95, n=7))
-    'with exact effects: Pearson 1.000, Spearman 0.900 (shuffled 0.000); by size 0.950, moved alone 0.500'
+    >>> tell_agreement(Agreement(pearson=1.0, spearman=0.9, shuffled=0.0, top=0.7, size=0.5, size_estimate=0.95, n=70))
+    'with exact effects: Pearson 1.000, Spearman 0.900 (shuffled 0.000), 70% of the top 10; by size 0.950, moved 0.500'
     """
     one = agreement
     signed = f"Pearson {one.pearson:.3f}, Spearman {one.spearman:.3f} (shuffled {one.shuffled:.3f})"
-    return f"with exact effects: {signed}; by size {one.size_estimate:.3f}, moved alone {one.size:.3f}"
+    sizes = f"{one.top:.0%} of the top {N_SHOWN}; by size {one.size_estimate:.3f}, moved {one.size:.3f}"
+    return f"with exact effects: {signed}, {sizes}"
 
 
 def _hold_against(found: Attribution, exact: np.ndarray) -> Agreement:
@@ -140,10 +143,15 @@ def _hold_against(found: Attribution, exact: np.ndarray) -> Agreement:
         pearson=correlation(estimates, exact),
         spearman=rank_correlation(estimates, exact),
         shuffled=float(np.mean(shuffled)),
+        top=float(np.isin(_largest(estimates), _largest(exact)).mean()) if len(exact) else float("nan"),
         size=rank_correlation(found.sizes, np.abs(exact)),
         size_estimate=rank_correlation(np.abs(estimates), np.abs(exact)),
         n=len(exact),
     )
+
+
+def _largest(values: Float[np.ndarray, "n"], n: int = N_SHOWN) -> Int[np.ndarray, "m"]:
+    return np.argsort(-np.abs(values), kind="stable")[:n]
 
 
 def _shuffle(groups: Int[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
