@@ -17,6 +17,7 @@ from foreign import (
     load,
     openmoss,
     saelens,
+    saelens_transcoder,
     some_activations,
     write_json,
 )
@@ -162,6 +163,14 @@ def test_a_scale_that_was_not_folded_is_asked_for(tmp_path: Path) -> None:
     assert torch.allclose(sl.SAE.from_pretrained(tmp_path, scale=0.25)(X).double(), x_hat, atol=1e-5)
 
 
+def test_one_scale_is_not_two(tmp_path: Path) -> None:
+    """A transcoder's target has a norm of its own."""
+    saelens_transcoder(tmp_path)
+    with pytest.raises(ValueError, match="does not say what its target was multiplied by"):
+        sl.SAE.from_pretrained(tmp_path, scale=0.25)
+    assert sl.SAE.from_pretrained(tmp_path, scale=1.0).cfg.normaliser == "none"
+
+
 @pytest.mark.parametrize("name", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])
 def test_a_threshold_that_training_never_set_is_asked_for(name: str, tmp_path: Path) -> None:
     made = dictionary(tmp_path, name)
@@ -278,6 +287,14 @@ def test_some_latents_alone(tmp_path: Path) -> None:
     for wrong in ([], [F], [-1], [3, 3]):
         with pytest.raises(ValueError, match="`latents` must"):
             load(tmp_path, made, latents=wrong)
+
+
+def test_some_latents_alone_are_in_no_groups(tmp_path: Path) -> None:
+    """Groups of a Matryoshka dictionary end where latents end that are not there any more."""
+    made = MAKERS["dictionary_learning MatryoshkaBatchTopKSAE"](tmp_path)
+    whole, part = load(tmp_path, made), load(tmp_path, made, latents=[1, 19])
+    assert whole.cfg.prefixes == (4, 10, F) and part.cfg.prefixes is None
+    assert torch.allclose(part.encode(X), whole.encode(X)[:, [1, 19]], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["saelens topk", "sparsify groupmax", "saelens matching pursuit"])

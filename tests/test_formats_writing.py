@@ -16,6 +16,7 @@ from saelab.cli.app import main
 from saelab.evaluation.results import Evaluation
 from saelab.evaluation.saebench import describe_core, save_saebench
 from saelab.sae.activations import GroupMax
+from saelab.sae.archetypes import Archetypal
 from saelab.sae.config import MatchingPursuit
 from saelab.sae.trainee import Trainee
 from saelab.stores.provenance import Provenance
@@ -33,12 +34,23 @@ AXES: dict[str, dict[str, Any]] = {
     "pursuit": {"activation": sl.TopK(k=4), "encoder": MatchingPursuit(), "normaliser": "none"},
     "relu transcoder": {"activation": sl.ReLU(target_l0=4.0), "d_out": D - 1, "skip": True},
     "topk transcoder": {"activation": sl.TopK(k=4), "d_out": D},
+    "archetypal": {"activation": sl.JumpReLU(target_l0=4.0), "dictionary": Archetypal(n_points=8)},
     "token norm": {"activation": sl.TopK(k=4), "normaliser": "token_norm"},
 }
 CAN = {
-    "saelens": {"relu", "jumprelu", "topk", "abstopk", "batchtopk", "pursuit", "relu transcoder", "token norm"},
+    "saelens": {
+        "archetypal",
+        "relu",
+        "jumprelu",
+        "topk",
+        "abstopk",
+        "batchtopk",
+        "pursuit",
+        "relu transcoder",
+        "token norm",
+    },
     "sparsify": {"topk", "groupmax", "topk transcoder"},
-    "dictionary_learning": {"relu", "jumprelu", "topk", "batchtopk"},
+    "dictionary_learning": {"archetypal", "relu", "jumprelu", "topk", "batchtopk"},
 }
 
 
@@ -308,3 +320,18 @@ def test_saebench_gets_null_where_it_would_write_minus_one(tmp_path: Path) -> No
     assert -1 not in [value for group in metrics.values() for value in group.values()]
     again = describe_core(replace(some_evaluation(), l0=3.0))
     assert again["eval_id"] != held["eval_id"] and again["eval_result_metrics"]["sparsity"]["l0"] == 3.0
+
+
+def test_evaluate_takes_anybodys_sae_and_writes_for_saebench(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saelab.lm.models.tiny_model", lambda: tiny)
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=4)), seed=0)
+    sae.provenance = replace(some_provenance(), model=tiny.cfg.model_name)
+    sae.save_pretrained(tmp_path / "theirs", "saelens")
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(f"The fox met hen {n}." for n in range(40)))
+    out, how = tmp_path / "core.json", ("--n-tokens", 300, "--ctx-len", 32, "--n-bootstrap", 20, "--no-progress")
+    assert shell("evaluate", tmp_path / "theirs", "tiny", tmp_path / "text.txt", *how, "--saebench", out) == 0
+    held = json.loads(out.read_text())
+    assert held["eval_result_metrics"]["sparsity"]["l0"] == pytest.approx(4.0)
+    assert held["sae_cfg_dict"]["d_sae"] == 48 and held["eval_config"]["model_name"] == tiny.cfg.model_name

@@ -68,7 +68,7 @@ def read(source: Source, asked: Asked) -> Reading:
         subtracts_b_dec=bool(cfg.get("apply_b_dec_to_input", True)),
         decoder_norms="codes" if cfg.get("rescale_acts_by_decoder_norm") else "none",
         scale=scale,
-        scale_out=1.0 if cfg["architecture"] in TRANSCODERS else scale,
+        scale_out=scale,
         normaliser=PER_TOKEN.get(cfg["normalize_activations"], "none"),
     )
     facts = _read_facts(cfg["metadata"], ours)
@@ -174,19 +174,19 @@ def _find_scale(cfg: dict[str, Any], source: Source, asked: Asked) -> float:
     it does not hold it; training checkpoints have it beside them.
     """
     normalize = cfg["normalize_activations"]
-    if normalize == "none" or normalize in PER_TOKEN:
-        return 1.0 if asked.scale is None else asked.scale
-    if normalize != SCALED:
+    if normalize not in ("none", SCALED, *PER_TOKEN):
         raise ValueError(f"`normalize_activations` must be none, {SCALED} or {list(PER_TOKEN)}, got '{normalize}'.")
-    beside = source.json_if_there(SCALER).get("scaling_factor")
-    return float(
-        require(
-            asked.scale if asked.scale is not None else beside,
-            "scale",
-            "what activations were multiplied by (sqrt(d_in) / their mean norm; 1.0 if that is folded in)",
-            "0.25",
+    scale = asked.scale
+    if normalize == SCALED:
+        beside = source.json_if_there(SCALER).get("scaling_factor")
+        what = "what activations were multiplied by (sqrt(d_in) / their mean norm; 1.0 if that is folded in)"
+        scale = float(require(beside if scale is None else scale, "scale", what, "0.25"))
+    if cfg["architecture"] in TRANSCODERS and scale not in (None, 1.0):
+        raise ValueError(
+            f"A transcoder's scale must be folded into its weights, got {scale} for {source.folder}: the file does not "
+            "say what its target was multiplied by. Fold it with SAELens, and pass scale=1.0."
         )
-    )
+    return 1.0 if scale is None else scale
 
 
 def _read_facts(metadata: dict[str, Any], ours: dict[str, Any]) -> Facts:
