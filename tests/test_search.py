@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from saelab.functional import search
+from saelab.functional.proximal import keep_group_max
 from saelab.functional.ranking import largest_places
 from saelab.functional.screening import Screen, choose_precision, quantise_rows
-from saelab.functional.search import search_batch_topk, search_topk
+from saelab.functional.search import search_batch_topk, search_group_max, search_topk
 
 PRECISIONS = ["float32", "bfloat16", "int8"]
 N_ROWS, D_IN, D_SAE, K = 70, 24, 560, 12
@@ -321,3 +322,18 @@ def test_largest_places(make, k):
 def test_largest_places_of_infinite_sizes():
     places, bound = largest_places(torch.tensor([[1.0, torch.inf, 2.0]]), 1)
     assert places.tolist() == [[1]] and bound.isinf()
+
+
+@pytest.mark.parametrize("k", [1, 8, 280])
+def test_group_maxima_are_one_a_group_and_positive(k):
+    """Among them groups whose largest is negative, which give nothing; more rows than are looked at at a time."""
+    x, W, bias = random_rows(n_rows=300)
+    u = x @ W.T + (bias - 6.0)
+    wanted = torch.zeros_like(u)
+    for group in torch.arange(D_SAE).view(k, -1):
+        best = group[u[:, group].argmax(1)]
+        wanted[torch.arange(300), best] = u[torch.arange(300), best].clamp(min=0)
+    found = search_group_max(x, W, bias - 6.0, k)
+    torch.testing.assert_close(found.to_dense(), wanted)
+    torch.testing.assert_close(keep_group_max(u, k), wanted)
+    assert (found.values > 0).all() and (k == 1 or bool((found.l0 < k).any()))

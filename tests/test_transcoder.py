@@ -113,22 +113,20 @@ def test_dead_latents_hear_of_the_target():
 
 @unchecked()
 def test_it_learns_the_target_and_a_skip_connection_what_is_linear():
-    pairs, run = data(3000), sl.TrainConfig(n_tokens=40_000, batch_size=200)
-    linear, _ = make_linear(*pairs, k=D_OUT)(pairs[0])
-    by_line = (pairs[1] - linear).square().sum() / (pairs[1] - pairs[1].mean(0)).square().sum()
-    plain, skip = (fit(config(skip=skip), pairs, run).history_[-1]["held_out_fvu"] for skip in (False, True))
-    assert skip < 0.8 * plain and skip < 0.5 * by_line and plain < 0.3
-    x, _ = pairs
+    (x, y), run = data(2000), sl.TrainConfig(n_tokens=8000, batch_size=200)
+    by_line = (y - make_linear(x, y, k=D_OUT)(x)[0]).square().sum() / (y - y.mean(0)).square().sum()
+    plain, skip = (fit(config(skip=skip), (x, y), run).history_[-1]["held_out_fvu"] for skip in (False, True))
+    assert skip < 0.8 * plain < 0.6 * by_line
     straight = fit(config(skip=True), (x, x @ torch.ones(D_IN, D_OUT) + 3.0 * x[:, :D_OUT]), run)
-    assert straight.history_[-1]["held_out_fvu"] < 0.01
+    assert straight.history_[-1]["held_out_fvu"] < 0.05
 
 
-@pytest.mark.parametrize("kind", ["activations", "tensors", "pairs"])
-def test_all_forms_of_a_pair_are_one(kind):
+@unchecked()
+def test_all_forms_of_a_pair_are_one():
     x, y = data()
     acts = tuple(sl.Activations.from_tensor(part) for part in (x, y))
-    given = {"activations": acts, "tensors": (x, y), "pairs": ActivationPairs(*acts)}[kind]
-    assert same(fit(config(), given), fit(config()))
+    wanted = fit(config(), (x, y))
+    assert same(fit(config(), acts), wanted) and same(fit(config(), ActivationPairs(*acts)), wanted)
 
 
 class StopError(Exception):
@@ -153,6 +151,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(cfg, tmp_path):
     assert contents(tmp_path / "whole") == contents(tmp_path / "crashed")
 
 
+@unchecked()
 def test_trained_together_as_alone_and_trained_further():
     cfgs = [config(), config(skip=True)]
     together = sl.fit([sl.SAE(cfg) for cfg in cfgs], data(), RUN, progress=False)
@@ -259,7 +258,7 @@ def test_fold_is_exact_far_from_the_origin():
 @pytest.fixture(scope="module")
 def trained(tiny, tiny_tokens):
     acts = sl.collect(tiny, tiny_tokens, [READ, WRITTEN], progress=False)
-    run = sl.TrainConfig(n_tokens=20_000, batch_size=200)
+    run = sl.TrainConfig(n_tokens=10_000, batch_size=200)
     cfg = config(d_in=32, d_out=32, d_sae=64, activation=sl.TopK(k=8), prefixes=(16, 64), skip=True)
     return fit(cfg, (acts[READ], acts[WRITTEN]), run)
 
