@@ -181,6 +181,15 @@ def test_a_threshold_that_training_never_set_is_asked_for(name: str, tmp_path: P
     assert torch.allclose(load(tmp_path, made, threshold=0.3).encode(X).double(), made.encode(X.double()), atol=1e-5)
 
 
+def test_numbers_that_are_not_what_they_are_taken_for(tmp_path: Path) -> None:
+    saelens(tmp_path, draw(), "jumprelu")
+    with pytest.raises(ValueError, match="must hold one threshold for all latents"):
+        sl.SAE.from_pretrained(tmp_path, activation=sl.BatchTopK(k=4))
+    saelens(tmp_path, draw() | {"scaling_factor": torch.full((F,), 2.0)}, "jumprelu")
+    with pytest.raises(ValueError, match="must say `finetuning_scaling_factor`"):
+        sl.SAE.from_pretrained(tmp_path)
+
+
 def test_two_classes_of_the_same_keys_are_told_apart_by_who_knows(tmp_path: Path) -> None:
     made = dictionary(tmp_path, "BatchTopKSAE")
     (tmp_path / "config.json").unlink()
