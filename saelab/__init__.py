@@ -44,7 +44,8 @@ from saelab.pictures.curves import plot_frontier, plot_prefixes, plot_training
 from saelab.pictures.distributions import plot_activations, plot_dead, plot_density
 from saelab.pictures.maps import plot_neighbours
 from saelab.pictures.reports import Report, report
-from saelab.pictures.steering_curves import plot_doses, plot_tradeoff
+from saelab.pictures.steering_curves import plot_doses, plot_tradeoff, show_curve
+from saelab.pictures.steering_texts import show_texts
 from saelab.sae.activations import (
     AbsTopK,
     Activation,
@@ -62,7 +63,7 @@ from saelab.sae.formats.releases import register_release
 from saelab.sae.hooking import hook_sae
 from saelab.sae.reviving import revive
 from saelab.sae.sae import SAE, fit
-from saelab.steering.aims import ScoredConcept, TokenConcept, make_concept
+from saelab.steering.aims import ScoredConcept, TokenConcept, make_concept, world_concept
 from saelab.steering.amplifying import SteeringScores, score_steering
 from saelab.steering.attribution import attribute
 from saelab.steering.beside import SteeredTexts, steer_texts
@@ -73,6 +74,7 @@ from saelab.steering.dosing import steering_curve
 from saelab.steering.effects import Attribution
 from saelab.steering.interventions import Intervention
 from saelab.steering.labelled import LabelledRows, read_labelled
+from saelab.steering.lineup import line_up
 from saelab.steering.moving import splice, steer, steer_all
 from saelab.steering.patching import Patching, patch
 from saelab.steering.places import When, Where
@@ -224,6 +226,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "keep_concepts",
     "keep_one_to_one",
     "label_by_rules",
+    "line_up",
     "list_features",
     "list_universal",
     "load_model",
@@ -262,6 +265,8 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "score_concepts",
     "score_labels",
     "score_steering",
+    "show_curve",
+    "show_texts",
     "simulate_by_tokens",
     "splice",
     "stability",
@@ -278,4 +283,5 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "verify_hooks",
     "wandb_sink",
     "word_pattern",
+    "world_concept",
 ]

@@ -47,6 +47,14 @@ def test_global_random_state_is_left_alone(tales: Any) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_model_in_training_is_read_in_evaluation_and_left_in_training() -> None:
+    model = sl.tiny_model(architecture="gpt2")
+    calm = go_on(model, "Tom", stop_at_eos=False)
+    model.original_model.train()
+    assert go_on(model, "Tom", stop_at_eos=False) == calm
+    assert model.original_model.training
+
+
 def test_log_probabilities_are_those_of_one_forward(tales: Any) -> None:
     for sample in go_on(tales, seed=2, temperature=0.7):
         ids = torch.tensor([sample.all_ids])

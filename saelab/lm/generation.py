@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from saelab.lm.door import door
 from saelab.lm.models import Model
+from saelab.lm.plain import evaluating
 from saelab.lm.sampling import Sampler
 from saelab.lm.tokens import find_special_ids, tokenize
 from saelab.stores.results import Result
@@ -109,7 +110,9 @@ def generate(
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             generators = [_seed(seed, p, i) for p, i in batch]
-            run = _Run(model, [rows[p] for p, _ in batch], Sampler(float(temperature), top_k, top_p, generators), use_cache)
+            run = _Run(
+                model, [rows[p] for p, _ in batch], Sampler(float(temperature), top_k, top_p, generators), use_cache
+            )
             ends = _find_ends(model) if stop_at_eos else frozenset()
             for (p, _), (ids, log_probs) in zip(batch, run.go(n_tokens, ends, bar), strict=True):
                 samples.append(_read_sample(model, texts[p], rows[p], ids, log_probs))
@@ -217,7 +220,8 @@ class _Run:
         if self.is_padded:
             options["attention_mask"] = self.mask
             options["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-        out = self.module(ids, **options)
+        with evaluating(self.module):
+            out = self.module(ids, **options)
         if self.use_cache:
             self.cache = out.past_key_values
         last: Tensor = out.logits[:, -1].float().cpu()

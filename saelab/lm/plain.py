@@ -6,7 +6,8 @@ tensor can be read from plain modules that share the bridge's parameters.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,12 +94,19 @@ def run_as_set(model: nn.Module, ids: Tensor) -> Tensor:
     Rows are padded on the right, where a causal model cannot look, so no attention mask is needed and positions count
     from 0 in every row.
     """
+    with evaluating(model):
+        logits: Tensor = model(ids, use_cache=False).logits
+        return logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode inside the block, and as it was behind it."""
     training = [module for module in model.modules() if module.training] if model.training else []
     for module in training:
         module.training = False
     try:
-        logits: Tensor = model(ids, use_cache=False).logits
-        return logits
+        yield
     finally:
         for module in training:
             module.training = True

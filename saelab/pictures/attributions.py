@@ -23,7 +23,7 @@ RGB = {True: "222 110 24", False: "38 112 214"}
 
 
 def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
-    """A heat map of effects: the features with the largest ones by tokens of the prompt, other features and errors below.
+    """A heat map of effects: features with the largest ones by tokens of the prompt, other features and errors below.
 
     x: tokens; y: the `n` features whose effects have the largest summed size; colour: the metric with the code replaced
     less the metric as it is, in its own units, blue where it falls. ValueError for `n` below 1.
@@ -44,7 +44,8 @@ def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
     figure = _draw_cells(np.stack(rows), names, _number(attribution.tokens), None)
     how = f"{attribution.method}, {attribution.n_steps} steps" if attribution.n_steps else attribution.method
     ends = f"{attribution.clean:.4g} as it is, {attribution.patched:.4g} with all replaced ({attribution.baseline})"
-    note = f"{attribution.metric} at {attribution.hook_point}; {ends}; {how}, completeness {attribution.completeness:.3f}"
+    how += f", completeness {attribution.completeness:.3f}"
+    note = f"{attribution.metric} at {attribution.hook_point}; {ends}; {how}"
     return dress(figure, "Effects of features", note, 120 + 26 * len(rows))
 
 
