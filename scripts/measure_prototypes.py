@@ -45,9 +45,9 @@ FIRST = 95_000_000  # number of the first story: neither model nor dictionary ha
 HOOK = "blocks.2.hook_resid_post"
 MOODS = ("glad", "sad")
 COSTS = (0.03, 0.1, 0.3)
-ETAS = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
-SHARES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9)
-NORMS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.4, 2.0)  # of the token's activation
+ETAS = (0.2, 0.6, 1.5, 3.0, 6.0, 12.0)
+SHARES = (0.3, 0.5, 0.6, 0.7, 0.8)
+NORMS = (0.2, 0.4, 0.6, 0.8, 1.1, 1.6)  # of the token's activation
 BATCH = 25
 
 Block = Callable[[float], Any]
@@ -137,11 +137,20 @@ def read_curve(bench: Bench, mood: str, block: Block, doses: tuple[float, ...]) 
     return found
 
 
+def measure_all(bench: Bench, sae: sl.SAE, x: torch.Tensor, labels: np.ndarray) -> dict[str, list[float]]:
+    """Gain and share at each cost by method, mean over moods."""
+    found: dict[str, list[list[float]]] = defaultdict(list)
+    for mood in MOODS:
+        for name, block, doses in methods(bench.model, sae, mood, x, labels):
+            found[name].append(read_curve(bench, mood, block, doses))
+    return {name: np.mean(both, 0).tolist() for name, both in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("saes", nargs="+", type=Path, help="folders; what stands before the first - is their kind")
     parser.add_argument("--n-train", type=int, default=300, help="stories for prototypes and directions")
-    parser.add_argument("--n-test", type=int, default=40, help="stories to measure on")
+    parser.add_argument("--n-test", type=int, default=30, help="stories to measure on")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = sl.load_model("tales", progress=False)
@@ -154,21 +163,16 @@ def main() -> None:
         f"{int(bench.at_words.sum())} of them before a mood word; share at no cost {np.mean(list(plain.values())):.3f}"
     )
     print(f"{'':<26}" + "".join(f"{f'at KL {cost:g}: gain':>22}{'share':>16}" for cost in COSTS))
-    rows: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
-    for folder in tqdm(args.saes):
-        sae = sl.SAE.from_pretrained(folder)
-        found: dict[str, list[list[float]]] = defaultdict(list)
-        for mood in MOODS:
-            for name, block, doses in methods(model, sae, mood, x, labels):
-                found[name].append(read_curve(bench, mood, block, doses))
-        for name, both in found.items():
-            rows[folder.name.split("-")[0], name].append(np.mean(both, 0).tolist())
-    for (kind, name), values in rows.items():
-        means, spread = np.mean(values, 0), np.std(values, 0)
-        told = [f"{mean:.3f} ({by:.3f})" for mean, by in zip(means, spread, strict=True)]
-        print(
-            f"{kind + ', ' + name:<26}" + "".join(f"{text:>{22 if i % 2 == 0 else 16}}" for i, text in enumerate(told))
-        )
+    kinds: dict[str, list[Path]] = defaultdict(list)
+    for folder in args.saes:
+        kinds[folder.name.split("-")[0]].append(folder)
+    for kind, folders in kinds.items():
+        found = [measure_all(bench, sl.SAE.from_pretrained(folder), x, labels) for folder in tqdm(folders)]
+        for name in found[0]:
+            values = np.array([one[name] for one in found])
+            told = [f"{mean:.3f} ({by:.3f})" for mean, by in zip(values.mean(0), values.std(0), strict=True)]
+            cells = "".join(f"{text:>{22 if i % 2 == 0 else 16}}" for i, text in enumerate(told))
+            print(f"{f'{kind}, {name}':<26}{cells}", flush=True)
 
 
 if __name__ == "__main__":

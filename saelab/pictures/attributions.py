@@ -16,9 +16,10 @@ from saelab.stores.results import register_drawing
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-SIGNED = [[0.0, MINUS], [0.5, "rgba(128,128,128,0.06)"], [1.0, PLUS]]
+SIGNED = [[0.0, MINUS], [0.5, "rgba(56,125,223,0.04)"], [0.5, "rgba(224,116,34,0.04)"], [1.0, PLUS]]
 STRONGEST = 0.7  # opacity of the largest effect: the text stays readable on it
 WIDEST = 40  # columns whose names are still written out
+N_COLUMNS = 12  # of a table
 RGB = {True: "222 110 24", False: "38 112 214"}
 
 
@@ -41,7 +42,7 @@ def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
     rows = [_effects_of(attribution, attribution.features == i) for i in chosen]
     rows += [_effects_of(attribution, ~np.isin(attribution.features, chosen)), attribution.errors]
     names = [*(f"feature {i}" for i in chosen), "other features", "errors"]
-    figure = _draw_cells(np.stack(rows), names, _number(attribution.tokens), None)
+    figure = _draw_cells(np.stack(rows), names, _number(attribution.tokens))
     how = f"{attribution.method}, {attribution.n_steps} steps" if attribution.n_steps else attribution.method
     ends = f"{attribution.clean:.4g} as it is, {attribution.patched:.4g} with all replaced ({attribution.baseline})"
     how += f", completeness {attribution.completeness:.3f}"
@@ -56,11 +57,12 @@ def _effects_of(attribution: Attribution, chosen: np.ndarray) -> Float[np.ndarra
 def plot_patching(patching: Patching) -> "Figure":
     """A heat map of denoising scores: sources by positions, first source at the bottom, as layers are drawn.
 
-    x: positions, with both words where the prompts differ; y: what was patched; colour: the share of the difference
+    x: positions, as corrupt>clean where the prompts differ; y: what was patched; colour: the share of the difference
     between corrupt (0) and clean (1) that it restores. Without scores, the figure says why.
     """
     columns = [patching.name_column(i) for i in range(len(patching.positions))]
-    figure = _draw_cells(patching.scores[::-1], list(patching.sources[::-1]), columns, 1.0)
+    differ = [i for i, name in enumerate(columns) if ">" in name]
+    figure = _draw_cells(patching.scores[::-1], list(patching.sources[::-1]), columns, 1.0, differ)
     if patching.reason:
         write_over(figure, f"No scores: {patching.reason}.")
     note = (
@@ -73,8 +75,10 @@ def _number(tokens: Sequence[str]) -> list[str]:
     return [f"{i} {token.strip() or ' '}" for i, token in enumerate(tokens)]
 
 
-def _draw_cells(cells: np.ndarray, rows: list[str], columns: list[str], most: float | None) -> "Figure":
-    """Cells whose colour runs from -most to most; rows from the top."""
+def _draw_cells(
+    cells: np.ndarray, rows: list[str], columns: list[str], most: float | None = None, named: Sequence[int] = ()
+) -> "Figure":
+    """Cells whose colour runs from -most to most; rows from the top; columns that are `named` always are."""
     from plotly.graph_objects import Figure, Heatmap
 
     known = np.abs(cells[np.isfinite(cells)])
@@ -91,7 +95,7 @@ def _draw_cells(cells: np.ndarray, rows: list[str], columns: list[str], most: fl
     )  # fmt: skip
     grid = {"showgrid": False, "zeroline": False}
     step = max(1, -(-len(columns) // WIDEST))
-    ticks = list(range(0, len(columns), step))
+    ticks = sorted({*range(0, len(columns), step), *named})
     figure.update_xaxes(tickvals=ticks, ticktext=[say(columns[i], 24) for i in ticks], tickangle=-60, **grid)
     figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[say(row, 40) for row in rows], **grid)
     figure.update_yaxes(autorange="reversed", automargin=True)
@@ -124,18 +128,18 @@ register_drawing(Attribution, draw_attribution)
 
 
 def draw_patching(patching: Patching) -> str:
-    """Scores as a table, sources by positions; all text escaped."""
-    head = str(patching).split("\n")[0]
+    """Scores as a table, sources by the positions where most is restored; all text escaped."""
     if patching.reason:
-        return paragraph(head)
-    header = ["", *(patching.name_column(i) for i in range(len(patching.positions)))]
+        return paragraph(str(patching).split("\n")[0])
+    scores = patching.scores
+    shown = np.sort(np.argsort(-np.abs(scores).max(0), kind="stable")[:N_COLUMNS]).tolist()
+    header = ["", *(patching.name_column(i) for i in shown)]
     rows = [
-        [name, *(f"{score:.2f}" for score in line)]
-        for name, line in zip(patching.sources, patching.scores.tolist(), strict=True)
+        [name, *(f"{score:.2f}" for score in line[shown])] for name, line in zip(patching.sources, scores, strict=True)
     ]
-    return paragraph(
-        f"{patching.metric}: clean {patching.clean:.4g}, corrupt {patching.corrupt:.4g}; share restored"
-    ) + table(header, rows)
+    ends = f"{patching.metric}: clean {patching.clean:.4g}, corrupt {patching.corrupt:.4g}"
+    counted = f"{len(shown)} of {scores.shape[1]} positions, where patches do most"
+    return paragraph(f"{ends}; share restored, {counted}") + table(header, rows)
 
 
 register_drawing(Patching, draw_patching)

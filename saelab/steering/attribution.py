@@ -55,8 +55,8 @@ def attribute(
     `completeness`. Where `n_steps` is not given, 32 points become twice as many until the sum is right to 0.5 %, or
     there are 1024 of them. `metric` is what `make_outcome` knows: a token or its id (log-probability of coming next), a
     pair (logit difference), "loss", or a function of the logits. `check=True` measures the exact effects too, and the
-    result tells how the estimates correlate with them. ValueError for settings that do not exist, a metric that is no number a
-    row, prompts of unequal length and a transcoder. Sources: arXiv:2403.19647, arXiv:1703.01365.
+    result tells how the estimates correlate with them. ValueError for settings that do not exist, a metric that is no
+    number a row, prompts of unequal length and a transcoder. Sources: arXiv:2403.19647, arXiv:1703.01365.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     >>> found = attribute(model, sae, "Hello", "!", hook_point="blocks.1.hook_resid_post")

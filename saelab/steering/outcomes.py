@@ -120,14 +120,16 @@ def make_outcome(model: Model, metric: Metric) -> Outcome:
         return Outcome("loss", _loss)
     if isinstance(metric, str | int | Tensor):
         target = _find_ids(model, metric)
-        return Outcome(f"log p({_tell(metric)})", lambda logits, texts, rows: _log_p(logits, texts, rows, target))
+        return Outcome(
+            f"log p({_tell(model, metric)})", lambda logits, texts, rows: _log_p(logits, texts, rows, target)
+        )
     if isinstance(metric, tuple):
         a, b = (_find_ids(model, target) for target in metric)
 
         def difference(logits: Tensor, texts: Texts, rows: Tensor) -> Tensor:
             return _log_p(logits, texts, rows, a) - _log_p(logits, texts, rows, b)
 
-        return Outcome(f"logit {_tell(metric[0])} - logit {_tell(metric[1])}", difference)
+        return Outcome(f"logit {_tell(model, metric[0])} - logit {_tell(model, metric[1])}", difference)
     return Outcome(getattr(metric, "__name__", "metric"), lambda logits, _texts, _rows: metric(logits))
 
 
@@ -168,5 +170,7 @@ def find_token(model: Model, target: str | int) -> int:
     return int(ids[0])
 
 
-def _tell(target: Target) -> str:
-    return f"'{target}'" if isinstance(target, str) else "target" if isinstance(target, Tensor) else f"token {target}"
+def _tell(model: Model, target: Target) -> str:
+    if isinstance(target, int):
+        return repr(token_strings(model.tokenizer, [target])[target]) if model.tokenizer is not None else f"<{target}>"
+    return "target" if isinstance(target, Tensor) else repr(target)
