@@ -92,12 +92,13 @@ def test_there_and_back_changes_no_bit(each: tuple[Path, Made], tmp_path: Path) 
         assert (tmp_path / "twice" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_an_sae_that_was_trained_on_is_not_written_as_it_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_an_sae_that_was_trained_on_is_not_written_as_it_was(part: str, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     made = dictionary(tmp_path / "a", "JumpReluAutoEncoder")
     sae = load(tmp_path / "a", made)
     with torch.no_grad():
-        sae.W_dec += 0.25
+        getattr(sae, part).add_(0.25)
     sae.save_pretrained(tmp_path / "b", "dictionary_learning")
     again = sl.SAE.from_pretrained(tmp_path / "b")
     assert torch.allclose(again(X), sae(X), atol=1e-5)

@@ -34,6 +34,7 @@ AXES: dict[str, dict[str, Any]] = {
     "pursuit": {"activation": sl.TopK(k=4), "encoder": MatchingPursuit(), "normaliser": "none"},
     "relu transcoder": {"activation": sl.ReLU(target_l0=4.0), "d_out": D - 1, "skip": True},
     "topk transcoder": {"activation": sl.TopK(k=4), "d_out": D},
+    "narrow topk transcoder": {"activation": sl.TopK(k=4), "d_out": D - 1},
     "archetypal": {"activation": sl.JumpReLU(target_l0=4.0), "dictionary": Archetypal(n_points=8)},
     "token norm": {"activation": sl.TopK(k=4), "normaliser": "token_norm"},
 }

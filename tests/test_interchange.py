@@ -98,6 +98,11 @@ def test_neuronpedia_gets_its_records(store: sl.FeatureStore, sae: sl.SAE, tmp_p
     assert features[0]["pos_str"] == []  # no model was given, so it is not known
     windows = read("activations/batch-0.jsonl.gz")
     assert len({one["id"] for one in windows}) == len(windows)
+    boards = export_store(store, tmp_path / "boards", "saedashboard", sae=sae, features=[3, 5], progress=False)
+    shown = [
+        w["values"] for one in json.loads((boards / "batch-0.json").read_text())["features"] for w in one["activations"]
+    ]
+    assert [one["values"] for one in windows] == shown
     for one in windows:
         assert one["values"][one["maxValueTokenIndex"]] == one["maxValue"] == max(one["values"])
     assert [one["description"] for one in read("explanations/batch-0.jsonl.gz")] == ["a name"]
