@@ -5,7 +5,7 @@
 The model `tales` is told of two people and a gift, "Tom gave the kite to", and names the receiver. At the output of
 block 2 the giver's token knows who gives, and the last token the two names: patching both places carries every change
 of the prompt over, patching either does not (the first lines printed). Dictionaries of equal size and k, trained on the
-same activations (of stories, and with `--task` of the two places in prompts of the task), are held against supervised
+same activations (of stories, or with `--on task` of the two places in prompts of the task), are held against supervised
 ones: one vector for each giver, receiver and order of names. "either" is a name that is one of the two, in any role.
 """
 
@@ -26,7 +26,7 @@ from saelab.worlds.tales import tell
 from saelab.worlds.tasks import NAME_EDITS, NamePrompt, name_edits
 
 HOOK = "blocks.2.hook_resid_post"
-FIRST = 60_000_000  # number of the first story: neither model nor notebook has seen any from here on
+FIRST = 50_000_000  # number of the first story that dictionaries are trained on: the model has seen none from here on
 D_SAE, K = 1024, 16
 SUMMARY = ("l0", "n_live", "sufficiency", "necessity")
 ATTRIBUTE = ("f1_always", "f1", "f1_union", "f1_probe", "n_sides", "n_found", "n_split", "n_occluded")
@@ -69,6 +69,16 @@ def find_places(task: EditTask) -> str:
     return "\n".join(lines)
 
 
+def read_training(name: str, model: Model, n_stories: int, n_task: int) -> sl.Activations:
+    """Activations of stories, or of both places of prompts of the task, in any order."""
+    if name == "stories":
+        acts = sl.collect(model, tell(n_stories, first=FIRST).tokens(), HOOK, progress=False)
+        assert isinstance(acts, sl.Activations)
+        return acts
+    rows = torch.cat([x.flatten(0, 1) for x in make_task(model, name_edits(n_task, 3)).activations.values()])
+    return sl.Activations.from_tensor(rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))])
+
+
 def train(acts: sl.Activations, seed: int, n_tokens: int, kept: Path | None) -> dict[str, sl.SAE]:
     """Four dictionaries on the same batches; those that were trained before are read."""
     plain = sl.SAEConfig(d_in=acts.d_in, d_sae=D_SAE, activation=sl.TopK(k=K))
@@ -94,7 +104,7 @@ def summarise(tables: Sequence[ControlTable]) -> str:
     """Means over seeds, with the range of the agreement."""
     first = tables[0]
     edits = [edit for edit, changed in first.changed.items() if changed > 0.02]
-    ks = list(dict.fromkeys(score.k for score in first.rows[0].edits))
+    ks = sorted({score.k for score in first.rows[0].edits})
     lines = [f"{'mean of ' + str(len(tables)) + ' seeds':<26}{'l0':>6}{'live':>7}{'suffices':>10}{'needed':>8}"]
     for row in first.rows:
         same = [table[row.name] for table in tables]
@@ -128,8 +138,10 @@ def main() -> None:
     parser.add_argument("--n-stories", type=int, default=2400, help="to train on, over and over")
     parser.add_argument("--n-train", type=int, default=800, help="prompts, each in five versions, to fit and choose on")
     parser.add_argument("--n-prompts", type=int, default=200, help="held-out prompts to measure on")
-    parser.add_argument("--task", action="store_true", help="dictionaries of the task's own activations as well")
-    parser.add_argument("--n-task", type=int, default=4000, help="prompts to train those on, each in five versions")
+    parser.add_argument("--on", nargs="+", choices=("stories", "task"), default=["stories"], help="what to train on")
+    parser.add_argument(
+        "--n-task", type=int, default=2000, help="prompts of the task to train on, in five versions each"
+    )
     parser.add_argument("--kept", type=Path, help="a folder of dictionaries, to train each only once")
     parser.add_argument("--out", type=Path, help="everything as JSON")
     args = parser.parse_args()
@@ -137,14 +149,7 @@ def main() -> None:
     model = sl.load_model("tales", progress=False)
     task, fitted = (make_task(model, name_edits(n, seed)) for n, seed in ((args.n_prompts, 1), (args.n_train, 2)))
     print(find_places(task), flush=True)
-    acts = sl.collect(model, tell(args.n_stories, first=FIRST).tokens(), HOOK, progress=False)
-    texts = {"stories": acts}
-    if args.task:
-        own = make_task(model, name_edits(args.n_task, 3))
-        rows = torch.cat([x.flatten(0, 1) for x in own.activations.values()])
-        texts["task"] = sl.Activations.from_tensor(
-            rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-        )
+    texts = {name: read_training(name, model, args.n_stories, args.n_task) for name in args.on}
     found = {}
     for name, x in texts.items():
         tables = []

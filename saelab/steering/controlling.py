@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ class DictionaryScore:
     necessity: float
     """1 less the margin that the error alone, `mean + x - x_hat`, still gives: 1 where nothing is left"""
     edits: tuple[EditScore, ...]
+    """at each k; of edits that change less than 2 % of predictions, where agreement says little, at the last alone"""
     attributes: tuple[AttributeScore, ...]
     """empty for a supervised dictionary, whose rows are the attributes"""
 
@@ -95,7 +97,7 @@ class ControlTable(Result):
         return "\n".join(lines)
 
     def _list_edits(self) -> list[str]:
-        ks = list(dict.fromkeys(score.k for score in self.rows[0].edits))
+        ks = sorted({score.k for score in self.rows[0].edits})
         lines = [
             "",
             "share that agrees with the patched model / share of the reconstruction taken out, by features a place",
@@ -150,7 +152,7 @@ def compare_control(
     clean, ablated = task.predict(), task.predict(means.expand(len(task), -1, -1))
     margins = float(task.margins(clean).mean()), float(task.margins(ablated).mean())
     patched = {edit: task.predict(task.activations[edit]).argmax(1) for edit in task.edits}
-    scorer = _Scorer(task, train, means, margins, patched)
+    scorer = _Scorer(task, train, means, margins, clean.argmax(1), patched)
     sources: dict[str, SAE | Fit] = {f"supervised {fit}": fit for fit in supervised}
     return ControlTable(
         hook_point=task.hook_point,
@@ -158,7 +160,7 @@ def compare_control(
         rows=tuple(scorer.score(name, source, ks) for name, source in (sources | dict(dictionaries)).items()),
         margin=margins[0],
         margin_ablated=margins[1],
-        changed={edit: float((guess != clean.argmax(1)).float().mean()) for edit, guess in patched.items()},
+        changed=scorer.changed,
         right={
             edit: float((guess == task.predict(version=edit).argmax(1)).float().mean())
             for edit, guess in patched.items()
@@ -193,8 +195,15 @@ class _Scorer:
     means: Float[Tensor, "n_places d_in"]
     margins: tuple[float, float]
     """untouched and with mean ablation"""
+    clean: Int[Tensor, "n_prompts"]
+    """what the untouched model predicts"""
     patched: dict[str, Int[Tensor, "n_prompts"]]
     """what the patched model predicts, by edit"""
+
+    @cached_property
+    def changed(self) -> dict[str, float]:
+        """Share of predictions that patching changes."""
+        return {edit: float((guess != self.clean).float().mean()) for edit, guess in self.patched.items()}
 
     def score(self, name: str, source: SAE | Fit, ks: Sequence[int]) -> DictionaryScore:
         """All tests of one dictionary."""
@@ -245,10 +254,12 @@ class _Scorer:
             for z, goal, rows, part in zip(told, goals, coded.rows, delta.unbind(1), strict=True)
         ]
         weights = [weigh_codes(z, rows) for z, rows in zip(told, coded.rows, strict=True)]
-        for k in ks:
+        before, guess = None, self.clean
+        for k in ks if self.changed[edit] >= CHANGES else [max(ks)]:
             change = torch.stack([found[k].change for found in places], 1)
+            if before is None or not torch.equal(change, before):  # no more features than at the k before
+                before, guess = change, self.task.predict(x + change).argmax(1)
             taken = [(found[k].chosen * weight).sum(1) for found, weight in zip(places, weights, strict=True)]
-            guess = self.task.predict(x + change).argmax(1)
             yield EditScore(
                 edit=edit,
                 k=k,
