@@ -28,7 +28,7 @@ from saelab.worlds.vocabulary import VOCABULARY
 LAST, FIRST = "blocks.2.hook_resid_post", "blocks.0.hook_resid_pre"
 
 
-def told(n=400, seed=0):
+def told(n=200, seed=0):
     """Two attributes that go together, and the activations that they add up to."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     who = rng.integers(0, 4, n)
@@ -63,7 +63,7 @@ def test_an_edit_of_an_attribute_is_the_other_prompt():
     torch.testing.assert_close(edited, wanted, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="must have values that were there"):
         fit_attributes(x, attributes).encode([{"who": "nobody", "when": "t0"}])
-    with pytest.raises(ValueError, match="must say the same things of each of the 400 rows"):
+    with pytest.raises(ValueError, match="must say the same things of each of the 200 rows"):
         fit_attributes(x, [*attributes[:-1], {"who": "p0"}])
 
 
@@ -94,7 +94,7 @@ def test_weights_are_shares_of_the_reconstruction():
 
 def test_found_split_and_occluded_values_are_told_apart():
     """Value a has a feature, b the negative side of one, c is split over three, d lies in x alone, the rest nowhere."""
-    rng, n = np.random.default_rng(0), 3000
+    rng, n = np.random.default_rng(0), 1400
     value = rng.integers(0, 7, n)
     truth = {"letter": value[:, None] == np.arange(7)}
     z = torch.zeros(n, 7)
@@ -210,7 +210,7 @@ def test_tasks_must_match(task):
 
 
 def test_name_prompts_differ_in_what_they_say():
-    for versions in name_edits(12, seed=4):
+    for versions in name_edits(5, seed=4):
         first = versions[TOLD]
         assert list(versions) == [TOLD, *NAME_EDITS]
         for edit, prompt in versions.items():
@@ -261,7 +261,7 @@ def planted():
 @pytest.fixture(scope="module")
 def removal(planted):
     model, tokens, labels, sae = planted
-    options = {"hook_point": FIRST, "read_at": FIRST, "ranking": "f", "n_random": 2}
+    options = {"hook_point": FIRST, "read_at": FIRST, "ranking": "f", "n_random": 1}
     return ablate_concept(model, tokens, labels, "bit 0", sae, k=1, **options)
 
 

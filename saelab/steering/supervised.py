@@ -78,12 +78,9 @@ def fit_attributes(
 
 
 def _mark(attributes: Sequence[Attributes], places: Mapping[tuple[str, str], int]) -> Tensor:
+    pairs = [(row, pair) for row, one in enumerate(attributes) for pair in one.items()]
+    if unknown := sorted({pair for _, pair in pairs} - set(places)):
+        raise ValueError(f"Attributes must have values that were there in fitting, got {unknown[:5]}.")
     z = torch.zeros(len(attributes), len(places))
-    for row, one in enumerate(attributes):
-        for pair in one.items():
-            if pair not in places:
-                raise ValueError(
-                    f"Attributes must have values that were there in fitting, got {pair[0]} = {pair[1]!r}."
-                )
-            z[row, places[pair]] = 1
+    z[[row for row, _ in pairs], [places[pair] for _, pair in pairs]] = 1
     return z
