@@ -9,6 +9,7 @@ from saelab.analyses.listing import FeatureTable, list_features
 from saelab.analyses.pruning import Progressive, progressive
 from saelab.collecting.collection import collect
 from saelab.collecting.conversion import convert_delphi
+from saelab.collecting.dense_conversion import convert_activations
 from saelab.collecting.harvesting import harvest
 from saelab.collecting.streaming import ActivationStream, stream
 from saelab.evaluation.concept_scores import ConceptScores
@@ -16,6 +17,7 @@ from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.evaluation import evaluate
 from saelab.evaluation.results import Evaluation
 from saelab.evaluation.rivals import concept_baselines, read_codes
+from saelab.evaluation.saebench import save_saebench
 from saelab.functional.codes import SparseCodes
 from saelab.labelling.asking import Asker
 from saelab.labelling.book import LabelBook
@@ -87,6 +89,7 @@ from saelab.steering.subspaces import Subspace
 from saelab.steering.supervised import AttributeDictionary, fit_attributes
 from saelab.stores.activations import Activations
 from saelab.stores.features import FeatureStore
+from saelab.stores.pairs import ActivationPairs
 from saelab.stores.provenance import Provenance
 from saelab.training.config import TrainConfig
 from saelab.training.sinks import tensorboard_sink, wandb_sink
@@ -112,6 +115,7 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "AbsTopK",
     "Activation",
+    "ActivationPairs",
     "ActivationStream",
     "Activations",
     "Archetypal",
@@ -203,6 +207,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "compare_many",
     "compare_spaces",
     "concept_baselines",
+    "convert_activations",
     "convert_delphi",
     "dead_units",
     "describe_feature",
@@ -262,6 +267,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "report",
     "resample",
     "revive",
+    "save_saebench",
     "score_concepts",
     "score_labels",
     "score_steering",
