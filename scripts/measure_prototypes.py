@@ -45,7 +45,7 @@ FIRST = 95_000_000  # number of the first story: neither model nor dictionary ha
 HOOK = "blocks.2.hook_resid_post"
 MOODS = ("glad", "sad")
 COSTS = (0.03, 0.1, 0.3)
-ETAS = (0.2, 0.6, 1.5, 3.0, 6.0, 12.0)
+ETAS = (0.2, 0.6, 1.5, 4.0, 12.0, 40.0)
 SHARES = (0.3, 0.5, 0.6, 0.7, 0.8)
 NORMS = (0.2, 0.4, 0.6, 0.8, 1.1, 1.6)  # of the token's activation
 BATCH = 25
@@ -124,7 +124,7 @@ def methods(
     yield "difference", added(model, difference), NORMS
     means = find_direction(x[marked], torch.from_numpy(labels == mood)[marked], HOOK)
     yield "means", added(model, means), NORMS
-    yield "random", added(model, sl.make_random(difference, seed=1)), NORMS
+    yield "random", added(model, sl.make_random(difference, seed=MOODS.index(mood))), NORMS
 
 
 def read_curve(bench: Bench, mood: str, block: Block, doses: tuple[float, ...]) -> list[float]:

@@ -74,6 +74,18 @@ def read_effects(model, sae, position, feature, a, b):
     return float(sae.directions()[feature] @ through)
 
 
+@pytest.mark.parametrize("normaliser", ["token_norm", "layer_norm"])
+def test_features_of_normalisers_that_measure_tokens_add_up(linear, normaliser):
+    sae = make_sae(linear, HOOK, normaliser=normaliser)
+    other = "A cat sees"
+    for options in ({}, {"counterfactual": other}):
+        found = attribute(linear, sae, PROMPT, ("f", "c"), method="exact", hook_point=HOOK, **options)
+        total = found.effects.sum() + found.errors.sum()
+        assert total == pytest.approx(found.patched - found.clean, abs=1e-4) and abs(found.effects.sum()) > 0.05
+    whole = patch(linear, other, PROMPT, ("f", "c"), sources=HOOK, positions="all")
+    assert found.patched == pytest.approx(float(whole.values[0, 0]), abs=1e-4)
+
+
 def test_in_a_linear_model_every_method_gives_the_truth(linear):
     sae = make_sae(linear, HOOK)
     a, b = find_token(linear, "x"), find_token(linear, "y")

@@ -132,6 +132,17 @@ def keeps_the_contract(cfg):
         torch.testing.assert_close(sae.decode(codes, prefix=9), sae.decode(z, prefix=9), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(sae(part), sae.decode(z, x=part), rtol=1e-4, atol=1e-4)
 
+    # some latents are the same codes, with the same gradients
+    some = [D_SAE - 1, 0, 7]
+    torch.testing.assert_close(
+        sae.encode_some(x[:6].view(2, 3, D_IN), some), sae.encode(x[:6]).view(2, 3, -1)[..., some]
+    )
+    weights = torch.linspace(-1, 2, len(some))
+    ways = ((sae.encode_some(x, some) * weights).sum(), (sae.encode(x)[:, some] * weights).sum())
+    grads = [torch.autograd.grad(way, [sae.W_enc, sae.b_enc]) for way in ways]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
     # the loss is a finite number and reaches every parameter but a frozen dictionary
     objective = trainee.objective(rows(cfg, seed=1))
     assert objective.total.isfinite() and objective.l0 > 0

@@ -112,6 +112,15 @@ def test_features_are_patched_with_the_error_left_alone(tiny, sae):
     assert found.sources == ("features 3, 11", "all features", "features ")
 
 
+def test_features_of_a_normaliser_that_measures_tokens_are_patched_in_their_own_size(tiny):
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=5), normaliser="token_norm"), seed=1)
+    ours = read(tiny, CLEAN)
+    found = patch(tiny, CLEAN, CORRUPT, METRIC, sources=[sae], positions="all", hook_point=HOOK)
+    with torch.no_grad():
+        by_hand = measure(tiny, CORRUPT, lambda x: sae(ours) + x - sae(x))
+    assert found.values[0, 0] == pytest.approx(by_hand, abs=1e-5)
+
+
 def test_scores_are_nan_with_a_reason_where_the_prompts_do_not_differ(tiny, tmp_path):
     found = patch(tiny, CLEAN, CLEAN, METRIC, sources=HOOK)
     assert np.isnan(found.scores).all()

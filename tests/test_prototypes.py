@@ -1,5 +1,7 @@
 """Gradient steering: steps on codes against autograd, closed forms, and what it does in a `with` block."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from unchecked import unchecked
@@ -104,13 +106,16 @@ def test_the_difference_is_a_direction_of_its_own_length(sae, moods):
     torch.testing.assert_close(found.vector * found.peak, step)
 
 
-def test_a_block_moves_activations_as_the_formula_says(tiny, sae, moods):
+@pytest.mark.parametrize("normaliser", ["none", "layer_norm"])
+def test_a_block_moves_activations_as_the_formula_says(tiny, sae, moods, normaliser):
+    if normaliser != "none":
+        sae = sl.SAE(replace(sae.cfg, normaliser=normaliser), seed=2)
     x = sl.capture(tiny, IDS, [HOOK])[HOOK]
     with steer_to(tiny, sae, moods, "glad", hook_point=HOOK, where=[2, 4], n_steps=5):
         moved = sl.capture(tiny, IDS, ["blocks.1.hook_out"])["blocks.1.hook_out"]
     pull = Pull(sae, hook_point=HOOK, prototypes=moods, target="glad", n_steps=5)
     z = sae.encode(x[0]).detach()
-    by_hand = sae.decode(pull.descend(z)) + x[0] - sae.decode(z)
+    by_hand = sae.decode(pull.descend(z), x=x[0]) + x[0] - sae.decode(z, x=x[0])
     torch.testing.assert_close(moved[0, [2, 4]], by_hand[[2, 4]].detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(moved[0, [0, 1, 3]], x[0, [0, 1, 3]], rtol=0, atol=1e-6)
     assert torch.equal(sl.capture(tiny, IDS, [HOOK])[HOOK], x), "nothing stays behind"

@@ -5,12 +5,14 @@ import itertools
 import pytest
 import torch
 
-from saelab.functional import search
-from saelab.functional.proximal import keep_group_max
+from saelab.functional import picking, search
+from saelab.functional.picking import pick_topk
+from saelab.functional.proximal import keep_group_max, keep_topk
 from saelab.functional.ranking import largest_places
 from saelab.functional.screening import Screen, choose_precision, quantise_rows
 from saelab.functional.search import search_batch_topk, search_group_max, search_topk
 
+SIGNED = pytest.mark.parametrize("signed", [False, True])
 PRECISIONS = ["float32", "bfloat16", "int8"]
 N_ROWS, D_IN, D_SAE, K = 70, 24, 560, 12
 
@@ -337,3 +339,38 @@ def test_group_maxima_are_one_a_group_and_positive(k):
     torch.testing.assert_close(found.to_dense(), wanted)
     torch.testing.assert_close(keep_group_max(u, k), wanted)
     assert (found.values > 0).all() and (k == 1 or bool((found.l0 < k).any()))
+
+
+@SIGNED
+@pytest.mark.parametrize("make", DATA, ids=lambda make: make.__name__)
+def test_picked_latents_are_those_of_the_whole_product(make, signed):
+    x, W, bias = make()
+    u = dense(x, W, bias)
+    latents = torch.cat([torch.arange(0, D_SAE, 23), (u.abs() if signed else u).topk(2).indices.flatten()])
+    assert picking.SAMPLE * K < D_SAE
+    z = pick_topk(x, W, bias, latents, K, signed)
+    size = (u.abs() if signed else u)[:, latents]
+    limit = (u.abs() if signed else u).topk(K, dim=1).values[:, -1:].clamp(min=0)
+    slack = 1e-5 * (1 + u.abs().amax(1, keepdim=True))
+    assert (z[size < limit - slack] == 0).all(), "a latent that is no member fires"
+    member = size > limit + slack
+    assert ((z - u[:, latents]).abs()[member] <= slack.expand_as(z)[member]).all()
+    for j in latents.tolist()[:5]:
+        torch.testing.assert_close(pick_topk(x, W, bias, torch.tensor([j]), K, signed)[:, 0], z[:, latents == j][:, 0])
+
+
+def test_few_rows_are_coded_whole_for_one_latent(monkeypatch):
+    seen = []
+
+    def count(u, k, signed):
+        seen.append(len(u))
+        return keep_topk(u, k, signed)
+
+    monkeypatch.setattr(picking, "keep_topk", count)
+    x, W, bias = random_rows(n_rows=400, d_sae=4096)
+    z = pick_topk(x, W, bias, torch.tensor([4000]), K, True)
+    n_fires = int((z != 0).sum())
+    assert n_fires <= sum(seen) < 60
+    monkeypatch.setattr(picking, "PART", 4096 * 3)
+    assert torch.equal(pick_topk(x, W, bias, torch.tensor([4000]), K, True), z) and max(seen[1:]) == 3
+    assert pick_topk(x[:0], W, bias, torch.tensor([1, 2]), K, True).shape == (0, 2)

@@ -189,7 +189,7 @@ def test_a_condition_is_read_at_its_own_hook_point(tales: Any) -> None:
 
 
 @pytest.mark.parametrize("activation", [sl.TopK(k=6), sl.AbsTopK(k=6), sl.BatchAbsTopK(k=6), sl.JumpReLU()])
-@pytest.mark.parametrize("normaliser", ["none", "scale", "whiten"])
+@pytest.mark.parametrize("normaliser", ["none", "scale", "whiten", "token_norm", "layer_norm"])
 def test_modes_do_what_their_formulas_say(activation: Any, normaliser: Any) -> None:
     model = sl.tiny_model()
     generator = torch.Generator().manual_seed(0)
@@ -198,7 +198,7 @@ def test_modes_do_what_their_formulas_say(activation: Any, normaliser: Any) -> N
     if normaliser != "none":
         sae.normaliser.fit(x)
     z = sae.encode(x)
-    error = x - sae.decode(z)
+    error = x - sae.decode(z, x=x)
     signed = bool((z < 0).any())
     goals = {
         "add": lambda c, s: c + s,
@@ -212,19 +212,21 @@ def test_modes_do_what_their_formulas_say(activation: Any, normaliser: Any) -> N
             moved = z.clone()
             moved[:, [3, 9]] = goal(z[:, [3, 9]], s)
             kept = sl.Intervention(sae, {3: s, 9: s}, mode, hook_point=POINT)  # type: ignore[arg-type]
-            torch.testing.assert_close(kept.change(x, x), sae.decode(moved) + error, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(kept.change(x, x), sae.decode(moved, x=x) + error, atol=1e-3, rtol=1e-3)
             dropped = sl.Intervention(sae, {3: s, 9: s}, mode, error="drop", hook_point=POINT)  # type: ignore[arg-type]
-            torch.testing.assert_close(dropped.change(x, x), sae.decode(moved), atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(dropped.change(x, x), sae.decode(moved, x=x), atol=1e-3, rtol=1e-3)
 
 
 def test_codes_are_read_alike_densely_and_sparsely(monkeypatch: pytest.MonkeyPatch) -> None:
-    from saelab.steering import interventions
+    from saelab.sae import coder
+    from saelab.sae.activations import GroupMax
 
-    sae, x = make_sae(sl.tiny_model()), torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
+    sae = make_sae(sl.tiny_model(), GroupMax(k=6))  # no shortcut to some latents
+    x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        dense = interventions.read_features(sae, x, [3, 40, 7])
-        monkeypatch.setattr(interventions, "DENSE_NUMBERS", 0)
-        sparse = interventions.read_features(sae, x, [3, 40, 7])
+        dense = sae.encode_some(x, [3, 40, 7])
+        monkeypatch.setattr(coder, "DENSE_NUMBERS", 0)
+        sparse = sae.encode_some(x, [3, 40, 7])
     assert (dense != 0).any(0).all()
     torch.testing.assert_close(sparse, dense)
 
@@ -240,6 +242,9 @@ def test_units_are_said_out_loud(tales: Any, tmp_path: Any) -> None:
     )
     x = torch.randn(5, sae.cfg.d_in, generator=torch.Generator().manual_seed(0))
     change = sl.Intervention(sae, {j: 0.5}, unit="norm", hook_point=POINT).change(x, x) - x
+    torch.testing.assert_close(change.norm(dim=1), x.norm(dim=1) / 2)
+    by_token = make_sae(tales, normaliser="layer_norm")
+    change = sl.Intervention(by_token, {j: 0.5}, unit="norm", hook_point=POINT).change(x, x) - x
     torch.testing.assert_close(change.norm(dim=1), x.norm(dim=1) / 2)
     along = sl.Intervention(sl.Direction(torch.ones(sae.cfg.d_in), POINT, peak=4.0), 0.5, unit="max").change(x, x) - x
     torch.testing.assert_close(along.norm(dim=1), torch.full((5,), 2.0))

@@ -207,6 +207,8 @@ def test_tasks_must_match(task):
         replace(task, place_names=("a", "b"))
     with pytest.raises(ValueError, match="must rebuild activations of width 32"):
         compare_control(task, task, {"narrow": sl.SAE(sl.SAEConfig(d_in=16, d_sae=32))})
+    with pytest.raises(ValueError, match="the same vectors at every token, got layer_norm"):
+        compare_control(task, task, {"normed": sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, normaliser="layer_norm"))})
 
 
 def test_name_prompts_differ_in_what_they_say():

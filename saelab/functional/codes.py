@@ -57,6 +57,12 @@ class SparseCodes:
         dense = self.values.new_zeros(len(self.offsets) - 1, self.d_sae)
         return dense.index_put((self.rows, self.indices), self.values).view(*self.batch_shape, self.d_sae)
 
+    def columns(self, latents: Int[Tensor, "n_latents"]) -> Float[Tensor, "*batch n_latents"]:
+        """The codes of some latents as a dense tensor."""
+        entries, which = (self.indices[:, None] == latents).nonzero(as_tuple=True)
+        dense = self.values.new_zeros(len(self), len(latents))
+        return dense.index_put((self.rows[entries], which), self.values[entries]).view(*self.batch_shape, len(latents))
+
     def decode(self, W_dec: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "*batch d_in"]:
         """`z W_dec`, differentiable, at the cost of the non-zero entries."""
         flat = sparse_decode(self.values, W_dec, self.indices, self.rows, self.offsets)

@@ -18,10 +18,11 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
+from saelab.functional.picking import pick_topk
 from saelab.functional.proximal import jumprelu, keep_above, keep_batch_topk, keep_group_max, keep_topk, step_above
 from saelab.functional.search import search_above, search_batch_topk, search_group_max, search_topk
 
@@ -50,8 +51,9 @@ class Activation:
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        if "__call__" in vars(cls) and "search" not in vars(cls):  # an inherited search would find other codes
-            cls.search = Activation.search  # type: ignore[method-assign]
+        for shortcut in ("search", "pick"):  # an inherited one would find other codes
+            if "__call__" in vars(cls) and shortcut not in vars(cls):
+                setattr(cls, shortcut, getattr(Activation, shortcut))
 
     def __call__(
         self, u: Float[Tensor, "*batch d_sae"], threshold: Tensor | None = None, training: bool = False
@@ -72,6 +74,17 @@ class Activation:
 
         None where dense is the only way, or the cheaper one. `fire` makes codes of what is found.
         """
+        return None
+
+    def pick(
+        self,
+        x: Float[Tensor, "n_rows d_in"],
+        W: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, "d_sae"],
+        threshold: Tensor | None,
+        latents: Int[Tensor, "n_latents"],
+    ) -> Float[Tensor, "n_rows n_latents"] | None:
+        """The codes of some latents in inference, differentiable; None where all must be found for that."""
         return None
 
     def fire(self, u: Float[Tensor, "nnz"], threshold: Tensor | None) -> Float[Tensor, "nnz"]:
@@ -148,6 +161,9 @@ class TopK(Activation):
     ) -> SparseCodes | None:
         return search_topk(x, W, bias, self.k, self.signed)
 
+    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        return pick_topk(x, W, bias, latents, self.k, self.signed)
+
 
 @register_activation("abstopk")
 @dataclass(frozen=True)
@@ -183,6 +199,11 @@ class BatchTopK(Activation):
         if training or threshold is None or bool(threshold.isnan()):
             return search_batch_topk(x, W, bias, self.k, self.signed)
         return search_above(x, W, bias, threshold, self.signed)
+
+    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor | None:
+        if threshold is None or bool(threshold.isnan()):
+            return None
+        return self(torch.addmm(bias[latents], x, W[latents].T), threshold)
 
 
 @register_activation("batchabstopk")
@@ -226,6 +247,10 @@ class _Penalised(Activation):
     """mean latents a token the penalty's weight is steered to, where `coefficient` is None"""
     coefficient: float | None = None
     """fixed weight of the penalty; None steers it to `target_l0`"""
+
+    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        own = threshold[latents] if threshold is not None and threshold.ndim else threshold
+        return self(torch.addmm(bias[latents], x, W[latents].T), own)
 
     def check(self, d_sae: int) -> None:
         if not 0 < self.target_l0 <= d_sae:

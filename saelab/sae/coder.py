@@ -1,6 +1,7 @@
 """`Coder`: the map from activations to sparse codes and back."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -118,6 +119,20 @@ class Coder(nn.Module):
             codes = self._encode_by_parts(flat)
         return replace(codes, batch_shape=tuple(x.shape[:-1]))
 
+    def encode_some(self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int]) -> Float[Tensor, "*batch n_latents"]:
+        """Codes of some latents, `encode(x)[..., latents]`, without the rest of the encoder where that can be told;
+        differentiable.
+        """
+        self._check_width(x)
+        flat, chosen = x.reshape(-1, self.cfg.d_in), torch.tensor(latents, dtype=torch.long, device=self.device)
+        z = None
+        if not isinstance(self.cfg.encoder, MatchingPursuit):
+            z = self.cfg.activation.pick(self.centre(flat), self.W_enc.T, self.b_enc, self.threshold, chosen)
+        if z is None:
+            whole = len(flat) * self.cfg.d_sae <= DENSE_NUMBERS or torch.is_grad_enabled()
+            z = self.encode(flat)[:, chosen] if whole else self.encode_sparse(flat).columns(chosen)
+        return z.view(*x.shape[:-1], len(latents))
+
     def search(self, centred: Float[Tensor, "n_rows d_in"], training: bool) -> SparseCodes | None:
         """The pre-activations that may fire, of rows that `centre` gave; None where dense is the way to find them."""
         if isinstance(self.cfg.encoder, MatchingPursuit):
@@ -173,6 +188,10 @@ class Coder(nn.Module):
         """
         codes = self.encode(x) if torch.is_grad_enabled() else self.encode_sparse(x)
         return self.decode(codes, x=x).to(x)
+
+    def stretch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
+        """How much more than `directions` a code of 1 adds at each token: 1, unless the normaliser measures tokens."""
+        return self.out_normaliser.stretch(x)
 
     @torch.no_grad()
     def directions(self) -> Float[Tensor, "d_sae d_out"]:

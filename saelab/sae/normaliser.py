@@ -88,6 +88,10 @@ class Normaliser(nn.Module):
         shift, scale = self._measure(x.to(x_hat))
         return x_hat * scale + shift
 
+    def stretch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
+        """What a kind that measures every token multiplies by to undo itself; 1 for the others."""
+        return self._measure(x)[1] if self.kind in PER_TOKEN else 1.0
+
     def fold_into(self, weight: Float[Tensor, "d_in n"]) -> Float[Tensor, "d_in n"]:
         """`M weight`: what does to `x - mean` what the weight does to `normalise(x)`; ValueError where it is not
         linear.

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelab.functional.codes import SparseCodes
 from saelab.lm.forwards import FORWARD_TOKENS
 from saelab.lm.hooks import capture, logits, splice
 from saelab.lm.models import Model
@@ -239,19 +240,19 @@ def _find_nodes(scene: Scene, sae: SAE, where: Place, other: Tensor | None, mean
     keep = scene.texts.select(scene.model, where)[0].nonzero()[:, 0]
     x = scene.x[keep.to(scene.x.device)].to(sae.device)
     z = sae.encode(x)
-    error = x - sae.decode(z)
-    z_other, other_error = torch.where(z != 0, means.to(z), 0), torch.zeros_like(error)
+    step = (torch.where(z != 0, means.to(z), 0) - z) * sae.stretch(x)
+    rest = sae.decode(z, x=x) - x  # without its error
     if other is not None:
         y = other[keep.to(other.device)].to(sae.device)
-        z_other = sae.encode(y)
-        other_error = y - sae.decode(z_other)
-    rows, features = (z != z_other).nonzero(as_tuple=True)
-    vectors = (z_other - z)[rows, features, None] * sae.directions()[features]
+        step = sae.encode(y) * sae.stretch(y) - z * sae.stretch(x)
+        rest = y - x - SparseCodes.from_dense(step).decode(sae.directions())
+    rows, features = step.nonzero(as_tuple=True)
+    vectors = step[rows, features, None] * sae.directions()[features]
     found = _Nodes(keep[rows.cpu()], features.cpu(), z[rows, features].cpu(), vectors.to(scene.x))
     return replace(
         found,
         tokens=torch.cat([found.tokens, keep]),
         features=torch.cat([found.features, torch.full_like(keep, ERROR)]),
         codes=torch.cat([found.codes, torch.zeros(len(keep))]),
-        vectors=torch.cat([found.vectors, (other_error - error).to(scene.x)]),
+        vectors=torch.cat([found.vectors, rest.to(scene.x)]),
     )

@@ -1,5 +1,6 @@
 """`Direction`: one unit vector at a hook point, steered and ablated like a feature of an SAE."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,14 @@ class Direction:
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"]:
         """The one code, `x . v`."""
         return (x.to(self.vector) @ self.vector)[..., None]
+
+    def encode_some(self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int]) -> Float[Tensor, "*batch n_latents"]:
+        """The code, as often as 0 is among `latents`."""
+        return self.encode(x)[..., list(latents)]
+
+    def stretch(self, x: Float[Tensor, "*batch d_in"]) -> float:
+        """1: a code adds the same at every token."""
+        return 1.0
 
     def __neg__(self) -> "Direction":
         return Direction(-self.vector, self.hook_point, f"-{self.name}", self.peak)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from saelab.functional.metrics import exact
 from saelab.sae.sae import SAE
-from saelab.steering.interventions import read_features
 from saelab.steering.rankings import Columns, Labelled, Ranking, Sides
 from saelab.steering.rivals import find_direction
 
@@ -36,9 +35,10 @@ class FeatureErasure:
         flat = x.reshape(-1, x.shape[-1])
         unique = list(dict.fromkeys(self.features))
         columns = torch.tensor([unique.index(j) for j in self.features])
-        z = read_features(self.sae, flat.to(self.sae.device), unique)[:, columns.to(self.sae.device)]
+        read = flat.to(self.sae.device)
+        z = self.sae.encode_some(read, unique)[:, columns.to(self.sae.device)]
         taken = torch.where(z.sign() == torch.tensor(self.signs).to(z), z, 0)
-        step = taken @ self.sae.directions()[list(self.features)].to(z)
+        step = taken @ self.sae.directions()[list(self.features)].to(z) * self.sae.stretch(read)
         return (flat - step.to(flat)).view_as(x)
 
 

@@ -18,7 +18,6 @@ Unit = Literal["raw", "max", "norm"]
 Error = Literal["keep", "drop"]
 Strength: TypeAlias = float | int | Float[Tensor, ""]
 Features: TypeAlias = Mapping[int, Strength] | Iterable[int] | Strength
-DENSE_NUMBERS = 2**20  # pre-activations for which dense codes cost less than a search
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,16 +108,19 @@ class Intervention:
         if not self.strengths:
             return written
         rows = self.rows.to(written.device)
-        return written + (self._steps(read, written, rows) @ rows).to(written.dtype)
+        stretch = self.source.stretch(read.to(rows))
+        return written + ((self._steps(read, written, rows, stretch) @ rows) * stretch).to(written.dtype)
 
-    def _steps(self, read: Tensor, written: Tensor, rows: Tensor) -> Float[Tensor, "n n_features"]:
+    def _steps(
+        self, read: Tensor, written: Tensor, rows: Tensor, stretch: Tensor | float
+    ) -> Float[Tensor, "n n_features"]:
         """z' - z of each token and feature."""
         goal = torch.stack([torch.as_tensor(s, dtype=rows.dtype, device=rows.device) for s in self.strengths.values()])
         if self.unit == "norm" and self.mode != "scale":
-            goal = goal * written.float().norm(dim=1, keepdim=True).to(rows.device) / rows.norm(dim=1)
+            goal = goal * written.float().norm(dim=1, keepdim=True).to(rows.device) / (rows.norm(dim=1) * stretch)
         if self.mode == "add":
             return goal.expand(len(read), -1)
-        z = read_features(self.source, read, list(self.strengths)).to(rows.device)
+        z = self.source.encode_some(read, list(self.strengths)).to(rows.device)
         if self.mode == "scale":
             return (goal - 1) * z
         if self.mode == "ablate":
@@ -137,20 +139,6 @@ def hook_point_of(source: SAE | Direction) -> str | None:
 
 def _find_rows(source: SAE | Direction, features: list[int]) -> Float[Tensor, "n_features d_out"]:
     return source.vector[None] if isinstance(source, Direction) else source.directions()[features]
-
-
-def read_features(
-    source: SAE | Direction, x: Float[Tensor, "n d_in"], features: list[int]
-) -> Float[Tensor, "n n_features"]:
-    """Codes of some features."""
-    if isinstance(source, Direction) or torch.is_grad_enabled() or len(x) * source.cfg.d_sae <= DENSE_NUMBERS:
-        return source.encode(x)[..., features]
-    codes = source.encode_sparse(x)
-    places = torch.full((source.cfg.d_sae,), -1, device=codes.indices.device)
-    places[features] = torch.arange(len(features), device=places.device)
-    found = places[codes.indices]
-    z = codes.values.new_zeros(len(x), len(features))
-    return z.index_put((codes.rows[found >= 0], found[found >= 0]), codes.values[found >= 0])
 
 
 def _read_features(features: Features, source: SAE | Direction, mode: Mode) -> dict[int, Strength]:

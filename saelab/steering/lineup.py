@@ -13,7 +13,7 @@ from saelab.sae.sae import SAE
 from saelab.steering.aims import TokenConcept
 from saelab.steering.directions import Direction, make_random
 from saelab.steering.doses import Source
-from saelab.steering.interventions import Intervention, Mode, Unit, read_features
+from saelab.steering.interventions import Intervention, Mode, Unit
 from saelab.steering.labelled import LabelledRows, read_labelled
 from saelab.steering.places import Place
 from saelab.steering.rivals import find_direction, find_rival
@@ -76,7 +76,7 @@ def line_up(
 @torch.no_grad()
 def _find_side(sae: SAE, feature: int, rows: LabelledRows) -> int:
     """The sign of a feature's codes where a label holds, beside those where it does not."""
-    z = read_features(sae, rows.x.to(sae.device), [feature])[:, 0].cpu()
+    z = sae.encode_some(rows.x.to(sae.device), [feature])[:, 0].cpu()
     return -1 if z[rows.y].mean() < z[~rows.y].mean() else 1
 
 

@@ -219,7 +219,8 @@ def _carry_features(sae: SAE, features: Sequence[int] | None) -> Callable[[Tenso
 
     @torch.no_grad()
     def carry(clean: Tensor, corrupt: Tensor) -> Tensor:
-        step = sae.encode(clean.to(sae.device)) - sae.encode(corrupt.to(sae.device))
+        codes = (sae.encode(x.to(sae.device)) * sae.stretch(x.to(sae.device)) for x in (clean, corrupt))
+        step = next(codes) - next(codes)
         return (step[:, chosen] @ sae.directions()[chosen]).to(clean)
 
     return carry

@@ -33,7 +33,7 @@ class When:
 
     def holds(self, x: Float[Tensor, "*batch d_in"]) -> Bool[Tensor, "*batch"]:
         """Whether the feature fires on each activation."""
-        z = self.source.encode(x)[..., self.feature]
+        z = self.source.encode_some(x, [self.feature])[..., 0]
         size = {"both": z.abs(), "positive": z, "negative": -z}[self.side]
         return size > self.above
 

@@ -128,8 +128,9 @@ class Pull(Intervention):
     def change(self, written: Float[Tensor, "n d_out"], read: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
         """Activations after the steps, the reconstruction error as it was."""
         assert isinstance(self.source, SAE)
-        z = self.source.encode(read.to(self.source.device))
-        change = (self.descend(z) - z) @ self.source.directions()
+        read = read.to(self.source.device)
+        z = self.source.encode(read)
+        change = (self.descend(z) - z) @ self.source.directions() * self.source.stretch(read)
         moved = written + change.to(written)
         if not self.keep_norm:
             return moved

@@ -1,0 +1,48 @@
+"""Codes of a few latents, reading no more of the encoder than it takes."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.functional.proximal import keep_topk
+
+SAMPLE = 16  # times k latents are asked first: a latent of middling size is then beaten by k of them
+PART = 2**22  # pre-activations held at a time
+
+
+def pick_topk(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    latents: Int[Tensor, "n_latents"],
+    k: int,
+    signed: bool,
+) -> Float[Tensor, "n_rows n_latents"]:
+    """`keep_topk(x W^T + bias)` at some latents, differentiable.
+
+    A latent that k others beat is none of the k largest, and most are beaten by k of the first few hundred: only rows
+    where one is not, or not yet, are coded whole.
+
+    >>> x, W = torch.tensor([[1.0, -3.0], [4.0, 2.0]]), torch.eye(2)
+    >>> pick_topk(x, W, torch.zeros(2), torch.tensor([1]), k=1, signed=True)
+    tensor([[-3.],
+            [ 0.]])
+    """
+    u = torch.addmm(bias[latents], x, W[latents].T)
+    rows = _find_unbeaten(x, W, bias, u.detach(), k, signed).nonzero()[:, 0]
+    z = torch.zeros_like(u)
+    for part in rows.split(max(1, PART // len(W))) if len(rows) else ():
+        z = z.index_put((part,), keep_topk(torch.addmm(bias, x[part], W.T), k, signed)[:, latents])
+    return z
+
+
+@torch.no_grad()
+def _find_unbeaten(x: Tensor, W: Tensor, bias: Tensor, u: Tensor, k: int, signed: bool) -> Tensor:
+    """Rows where fewer than k of the first latents are larger than one of the asked."""
+    size = u.abs() if signed else u
+    asked = size.amax(1)
+    if SAMPLE * k >= len(W):
+        return asked > 0
+    first = torch.addmm(bias[: SAMPLE * k], x, W[: SAMPLE * k].T)
+    larger = (first.abs() if signed else first) > asked[:, None]
+    return (asked > 0) & (larger.sum(1) < k + u.shape[1])  # by rounding, an asked one may seem larger than itself
