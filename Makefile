@@ -9,6 +9,7 @@ TL ?=
 VENV := .venv$(addprefix -tl-,$(TL))
 BENCH := .venv-bench
 BIN := $(VENV)/bin
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
 SOURCES := $(shell find saelab tests scripts conftest.py README.md -name '*.py' -o -name 'README.md' 2>/dev/null)
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
@@ -31,7 +32,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -q
+	$(PYTEST)
 	@touch $(VENV)/.tested
 
 # `make check` runs the tests (units, doctests, floors, README blocks) unless they passed since the last change.
@@ -48,7 +49,7 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 notebooks: $(VENV)/.installed
-	$(if $(NOTEBOOKS),HF_HUB_OFFLINE=1 SAELAB_FAST=1 $(BIN)/pytest -q --nbmake --nbmake-timeout=300 $(NOTEBOOKS))
+	$(if $(NOTEBOOKS),SAELAB_FAST=1 $(PYTEST) --nbmake --nbmake-timeout=300 $(NOTEBOOKS))
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
