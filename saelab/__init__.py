@@ -81,7 +81,8 @@ from saelab.steering.moving import splice, steer, steer_all
 from saelab.steering.patching import Patching, patch
 from saelab.steering.places import When, Where
 from saelab.steering.prototypes import Prototypes, find_prototypes, steer_to
-from saelab.steering.removing import Removal, ablate_concept
+from saelab.steering.removals import Removal
+from saelab.steering.removing import ablate_concept
 from saelab.steering.resampling import Resampling, resample
 from saelab.steering.rivals import find_direction, find_rival
 from saelab.steering.selecting import SparseProbes, probe_features

@@ -13,9 +13,10 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.lm.lens import read_out
 from saelab.steering.amplifying import score_steering
+from saelab.steering.guesses import choose_threshold, score_guess
 from saelab.steering.labelled import read_chosen, read_labelled
 from saelab.steering.rivals import find_direction, find_rival
-from saelab.steering.selecting import choose_threshold, probe_features, score_guess
+from saelab.steering.selecting import probe_features
 
 POINT = "blocks.1.hook_resid_post"
 METHODS = ("means", "probe", "pca", "kmeans")

@@ -1,20 +1,19 @@
 """`ablate_concept`: a concept taken out of a model's activations, what is left of it, and what it cost the others."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-from saelab.evaluation.rivals import fit_probe, read_codes
-from saelab.lm.forwards import forward_size
-from saelab.lm.hooks import find_hook_point, logits, next_token_loss, splice
+from saelab.evaluation.rivals import read_codes
+from saelab.lm.hooks import find_hook_point
 from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens
 from saelab.sae.sae import SAE
+from saelab.steering.collateral import RemovalBench
 from saelab.steering.erasing import (
     AffineErasure,
     Edit,
@@ -27,110 +26,12 @@ from saelab.steering.erasing import (
     erase_least,
 )
 from saelab.steering.interventions import hook_point_of
-from saelab.steering.labelled import ALL_BUT_SPECIAL, draw_rows, read_chosen, require_labels
+from saelab.steering.labelled import read_chosen, require_labels
 from saelab.steering.rankings import Ranking
+from saelab.steering.removals import Removal, average_scores
 from saelab.steering.rivals import find_direction
-from saelab.stores.corpus import split_documents
-from saelab.stores.results import Result
 
 Method = Literal["features", "means", "probe", "erasure"]
-MIN_COUNT = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbedConcept:
-    """How well fresh probes on the edited activations tell one concept, in held-out documents."""
-
-    concept: str
-    accuracy: float
-    """mean of the accuracies where it holds and where it does not, threshold chosen in training; 0.5 is chance"""
-    auroc: float
-    """0.5 is chance"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemovalScore:
-    """What one edit left and what it cost."""
-
-    name: str
-    n: int
-    """sides of features, or directions, taken out"""
-    concept: ProbedConcept
-    others: tuple[ProbedConcept, ...]
-    loss_without: float
-    """nats a token where the concept does not hold: the collateral"""
-    loss_with: float
-    """nats a token where it holds"""
-    size: float
-    """mean squared change over mean squared activation, of tokens without the concept"""
-
-    @property
-    def accuracy_of_others(self) -> float:
-        """Mean over the other concepts."""
-        return float(np.mean([one.accuracy for one in self.others])) if self.others else float("nan")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Removal(Result):
-    """What `ablate_concept` found; `untouched` is the first row."""
-
-    concept: str
-    hook_point: str
-    read_at: str
-    rows: tuple[RemovalScore, ...]
-    features: tuple[int, ...]
-    """taken out by "features", and the signs of their codes"""
-    signs: tuple[int, ...]
-    rate: float
-    """share of held-out tokens of which the concept is true"""
-    n_train: int
-    """tokens that probes are fitted to"""
-    n_tokens: int
-    """held-out tokens that they are tested on"""
-    n_predictions: int
-    """held-out predictions behind `loss_without`"""
-    edits: dict[str, Edit] = field(repr=False)
-    """by name, for `sl.splice(model, {hook_point: edit})`; not saved"""
-
-    def __getitem__(self, name: str) -> RemovalScore:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"Must be one of {[row.name for row in self.rows]}, got '{name}'.")
-
-    def harmed(self, name: str, n: int = 5) -> tuple[tuple[str, float], ...]:
-        """The other concepts that lost most accuracy by an edit, and how much."""
-        before = {one.concept: one.accuracy for one in self.rows[0].others}
-        lost = [(one.concept, before[one.concept] - one.accuracy) for one in self[name].others]
-        return tuple(sorted(lost, key=lambda pair: -pair[1])[:n])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every field but the edits, ready for JSON."""
-        found: dict[str, Any] = Result.to_dict(replace(self, edits={}))
-        del found["edits"]
-        return found
-
-    def __str__(self) -> str:
-        first = self.rows[0]
-        lines = [
-            f"{self.concept} ({self.rate:.2%} of tokens) taken out at {self.hook_point}, probed at {self.read_at}: "
-            f"fresh probes of {self.n_train:,} tokens, tested on {self.n_tokens:,} of other documents; "
-            f"{len(first.others)} other concepts; {self.n_predictions:,} predictions without it",
-            f"{'':<28}{'n':>4}{'accuracy':>10}{'AUROC':>8}{'others':>8}{'worst':>8}{'loss without':>14}{'with':>8}"
-            f"{'size':>8}",
-        ]
-        for row in self.rows:
-            worst = self.harmed(row.name, 1) if row is not first else ()
-            sign, base = ("", 0) if row is first else ("+", 1)
-            cells = (
-                f"{row.accuracy_of_others - base * first.accuracy_of_others:>{sign}8.3f}",
-                f"{-worst[0][1]:>+8.3f}" if worst else f"{'':>8}",
-                f"{row.loss_without - base * first.loss_without:>{sign}14.4f}",
-                f"{row.loss_with - base * first.loss_with:>{sign}8.3f}{row.size:>8.4f}",
-            )
-            scores = f"{row.concept.accuracy:>10.3f}{row.concept.auroc:>8.3f}"
-            lines.append(f"{row.name:<28}{row.n:>4}{scores}{''.join(cells)}")
-        return "\n".join([*lines, "others, worst and losses of edits are changes from the first row"])
 
 
 def ablate_concept(
@@ -169,7 +70,7 @@ def ablate_concept(
     """
     require_labels(labels, tokens)
     point = find_hook_point(model, _place_of(sae, hook_point))
-    bench = _Bench.make(model, tokens, labels, concept, point, read_at, (train_frac, n_rows, seed))
+    bench = RemovalBench.make(model, tokens, labels, concept, point, read_at, (train_frac, n_rows, seed))
     kinds = list(
         methods if methods is not None else [m for m in get_args(Method) if m != "features" or sae is not None]
     )
@@ -182,7 +83,7 @@ def ablate_concept(
         edits[kind] = chooser.make(kind)
         rows.append(bench.score(kind, edits[kind], _count(edits[kind])))
     for name, drawn in chooser.draw(edits, n_random):
-        rows.append(_average(name, [bench.score(name, edit, _count(edit)) for edit in drawn]))
+        rows.append(average_scores(name, [bench.score(name, edit, _count(edit)) for edit in drawn]))
     chosen = edits.get("features")
     return Removal(
         concept=concept,
@@ -210,33 +111,12 @@ def _count(edit: Edit) -> int:
     return len(edit.features) if isinstance(edit, FeatureErasure) else len(edit.read)  # type: ignore[attr-defined]
 
 
-def _average(name: str, scores: list[RemovalScore]) -> RemovalScore:
-    """Means over random draws."""
-
-    def mean(values: list[float]) -> float:
-        return float(np.mean(values))
-
-    def pool(some: list[ProbedConcept]) -> ProbedConcept:
-        accuracy, auroc = mean([one.accuracy for one in some]), mean([one.auroc for one in some])
-        return ProbedConcept(concept=some[0].concept, accuracy=accuracy, auroc=auroc)
-
-    return RemovalScore(
-        name=name,
-        n=scores[0].n,
-        concept=pool([score.concept for score in scores]),
-        others=tuple(pool(list(some)) for some in zip(*(score.others for score in scores), strict=True)),
-        loss_without=mean([score.loss_without for score in scores]),
-        loss_with=mean([score.loss_with for score in scores]),
-        size=mean([score.size for score in scores]),
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class _Chooser:
     """Makes edits from training tokens, and random ones like them."""
 
     sae: SAE | None
-    bench: "_Bench"
+    bench: RemovalBench
     k: int
     ranking: Ranking | Literal["effect"]
     n_directions: int
@@ -276,147 +156,3 @@ class _Chooser:
                 done.add(rank)
                 name = "random direction" if rank == 1 else f"{rank} random directions"
                 yield name, [draw_directions(edit, self.seed + i) for i in range(n)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Bench:
-    """A text, and what is measured on it under any edit."""
-
-    model: Model
-    tokens: Tokens
-    truth: dict[str, Bool[Tensor, "n_seq ctx_len"]]
-    """of the concepts that are frequent enough"""
-    concept: str
-    hook_point: str
-    read_at: str
-    keep: Bool[Tensor, "n_seq ctx_len"]
-    train: Bool[Tensor, "n_seq ctx_len"]
-    """tokens that probes are fitted to"""
-    held: Bool[Tensor, "n_seq ctx_len"]
-    """tokens that they are tested on"""
-    is_held: Bool[Tensor, "n_seq ctx_len"]
-    """all tokens of held-out documents"""
-
-    @classmethod
-    def make(
-        cls,
-        model: Model,
-        tokens: Tokens,
-        labels: Mapping[str, Tensor],
-        concept: str,
-        hook_point: str,
-        read_at: str | None,
-        draw: tuple[float, int, int],
-    ) -> "_Bench":
-        train_frac, n_rows, seed = draw
-        if concept not in labels:
-            raise ValueError(f"`concept` must be one of the labels, got '{concept}'; there are {list(labels)[:5]}...")
-        keep = ALL_BUT_SPECIAL.apply(tokens).keep
-        is_train = torch.zeros_like(keep)
-        is_train[keep] = torch.from_numpy(split_documents(tokens.doc_ids[keep].numpy(), train_frac, seed))
-        flat = [(keep & side).flatten().numpy() for side in (is_train, ~is_train)]
-        train, held = (torch.from_numpy(draw_rows(rows, n_rows, seed)).view_as(keep) for rows in flat)
-        truth = {
-            name: marks.cpu()
-            for name, marks in labels.items()
-            if all(min(int(marks[rows].sum()), int((~marks[rows]).sum())) >= MIN_COUNT for rows in (train, held))
-        }
-        if concept not in truth:
-            raise ValueError(
-                f"'{concept}' must hold, and not hold, of {MIN_COUNT} tokens on both sides; give more text."
-            )
-        last = find_hook_point(model, read_at or f"blocks.{model.cfg.n_layers - 1}.hook_resid_post")
-        return cls(model, tokens, truth, concept, hook_point, last, keep, train, held, keep & ~is_train)
-
-    def predictions(self, with_concept: bool) -> Bool[Tensor, "n_seq ctx_len_1"]:
-        """Held-out predictions whose token and next token have the concept, one of them or both, or neither."""
-        has = self.truth[self.concept]
-        either = has[:, 1:] | has[:, :-1]
-        return (self.is_held[:, 1:] & self.is_held[:, :-1]) & (either == with_concept)
-
-    def score(self, name: str, edit: Edit | None, n: int) -> RemovalScore:
-        """Everything about one edit."""
-        seen, (loss_without, loss_with), size = self._run(edit)
-        probed = {one.concept: one for one in self._probe(seen)}
-        return RemovalScore(
-            name=name,
-            n=n,
-            concept=probed.pop(self.concept),
-            others=tuple(probed.values()),
-            loss_without=loss_without,
-            loss_with=loss_with,
-            size=size,
-        )
-
-    def _run(self, edit: Edit | None) -> tuple[Tensor, tuple[float, float], float]:
-        """Downstream activations of the tokens probed, mean losses without and with the concept, size of the change."""
-        rows: list[Tensor] = []
-        wanted, places = self.train | self.held, [self.predictions(with_concept) for with_concept in (False, True)]
-        sums, changes = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-        for batch in torch.arange(len(self.tokens)).split(forward_size(self.tokens, None)):
-            n = int(self.tokens.attention_mask[batch].sum(1).max())  # what is behind the longest text is padding
-            ids, keep = self.tokens.ids[batch, :n], self.keep[batch, :n]
-            counted = keep & ~self.truth[self.concept][batch, :n]
-            reading = _Reading(wanted[batch, :n], rows)
-            editing: dict[str, Edit] = {self.hook_point: _Editing(edit, keep, counted, changes)} if edit else {}
-            with splice(self.model, editing), splice(self.model, {self.read_at: reading}):
-                losses = next_token_loss(logits(self.model, ids), ids).cpu().double()
-            sums += torch.stack([losses[place[batch, : n - 1]].sum() for place in places])
-        means = sums / torch.stack([place.sum() for place in places])
-        return torch.cat(rows), (float(means[0]), float(means[1])), float(changes[0] / changes[1].clamp(min=1e-30))
-
-    def _probe(self, x: Float[Tensor, "n d"]) -> Iterator[ProbedConcept]:
-        """Fresh probes of all concepts."""
-        wanted = self.train | self.held
-        is_train = self.train[wanted]
-        labels = torch.stack([marks[wanted] for marks in self.truth.values()], 1)
-        x = (x - x[is_train].mean(0)) / x[is_train].std(0).clamp(min=1e-6)
-        scores = fit_probe(x[is_train], labels[is_train].float())(x)
-        for name, column, y in zip(self.truth, scores.unbind(1), labels.unbind(1), strict=True):
-            accuracy, auroc = _test(column[is_train], y[is_train], column[~is_train], y[~is_train])
-            yield ProbedConcept(concept=name, accuracy=accuracy, auroc=auroc)
-
-
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """Keeps the activations of chosen tokens."""
-
-    chosen: Bool[Tensor, "batch ctx_len"]
-    rows: list[Tensor]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.rows.append(x[self.chosen.to(x.device)].float().cpu())
-        return x
-
-
-@dataclass(frozen=True, eq=False)
-class _Editing:
-    """An edit of the tokens that a mask keeps, and the sums of squares of its changes."""
-
-    edit: Edit
-    keep: Bool[Tensor, "batch ctx_len"]
-    counted: Bool[Tensor, "batch ctx_len"]
-    sums: Float[Tensor, "2"]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        keep = self.keep.to(x.device)
-        before = x[keep]
-        after = self.edit(before.float())
-        some = self.counted[self.keep].to(x.device)
-        self.sums[0] += float((after - before)[some].double().square().sum())
-        self.sums[1] += float(before[some].double().square().sum())
-        x[keep] = after.to(x)
-        return x
-
-
-def _test(scores: Tensor, y: Tensor, held_scores: Tensor, y_held: Tensor) -> tuple[float, float]:
-    """Balanced accuracy at the threshold that was best in training, and AUROC."""
-    order = scores.argsort(descending=True, stable=True)
-    hits, alarms = (part[order].double().cumsum(0) / part.sum() for part in (y, ~y))
-    guess = held_scores >= scores[order][(hits - alarms).argmax()]
-    accuracy = (float(guess[y_held].double().mean()) + float((~guess[~y_held]).double().mean())) / 2
-    ranks = torch.empty(len(y_held), dtype=torch.float64)
-    ranks[held_scores.argsort()] = torch.arange(1, len(y_held) + 1, dtype=torch.float64)
-    n_true = int(y_held.sum())
-    auroc = (float(ranks[y_held].sum()) - n_true * (n_true + 1) / 2) / (n_true * (len(y_held) - n_true))
-    return accuracy, auroc

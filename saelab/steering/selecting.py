@@ -1,6 +1,5 @@
 """`probe_features`: the few features that tell a labelled concept, found on some documents and scored on others."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
@@ -9,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from saelab.evaluation.levels import read_values
+from saelab.steering.guesses import UNKNOWN, Told, choose_threshold, score_guess
 from saelab.steering.labelled import draw_rows
 from saelab.steering.rankings import Columns, Labelled, Ranking, Sides
 from saelab.stores.corpus import split_documents
@@ -33,21 +33,6 @@ class ProbedFeature:
     """1 or -1: of the codes that tell of the concept"""
     weight: float
     """of |z| on that side, over its standard deviation; negative where it tells that the concept is absent"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """How well a probe tells a label of held-out documents."""
-
-    f1: float
-    """[0, 1]; for what is rarely true, any guess that is mostly yes scores near 2 p / (1 + p)"""
-    mcc: float
-    """Matthews correlation, [-1, 1]; 0 is chance"""
-    auroc: float
-    """[0, 1]; 0.5 is chance"""
-
-
-UNKNOWN = Told(f1=math.nan, mcc=math.nan, auroc=math.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,38 +238,6 @@ class _Trial:
         threshold, f1_train = choose_threshold(self.train.columns.matrix[:, columns] @ scaled, self.train.y)
         told = score_guess(self.held[:, columns] @ scaled, self.y_held, threshold)
         return _Fitted(columns, weights, threshold, f1_train, told)
-
-
-def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], threshold: float) -> Told:
-    """How well `score >= threshold` tells a label, and the scores' order.
-
-    >>> score_guess(np.array([0.0, 1.0, 1.0]), np.array([False, True, False]), 1.0).auroc
-    0.75
-    """
-    guess, n_true, n = scores >= threshold, int(y.sum()), len(y)
-    hits, fires = int((guess & y).sum()), int(guess.sum())
-    _, places, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum() - (counts - 1) / 2)[places]  # equal scores share their mean rank
-    spread = math.sqrt(fires * (n - fires) * n_true * (n - n_true))
-    return Told(
-        f1=2 * hits / max(1, fires + n_true),
-        mcc=(n * hits - fires * n_true) / spread if spread else 0.0,
-        auroc=float(ranks[y].sum() - n_true * (n_true + 1) / 2) / max(1, n_true * (n - n_true)),
-    )
-
-
-def choose_threshold(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> tuple[float, float]:
-    """The threshold `score >= t` with the best F1, and that F1; equal scores are on one side of it.
-
-    >>> choose_threshold(np.array([0.0, 0.0, 2.0, 1.0]), np.array([False, False, True, True]))
-    (1.0, 1.0)
-    """
-    order = np.argsort(-scores, kind="stable")
-    ordered, hits = scores[order], np.cumsum(y[order])
-    f1 = 2 * hits / (np.arange(1, len(y) + 1) + hits[-1])
-    last_of_equals = np.append(ordered[1:] < ordered[:-1], True)
-    at = int(np.where(last_of_equals, f1, -1).argmax())
-    return float(ordered[at]), float(f1[at])
 
 
 def _probe(
