@@ -21,8 +21,11 @@ from saelab.cli.commands import app, dispatch
 from saelab.cli.texts import count_overlap, read_head, read_tail
 from saelab.cli.training import read_activation, read_prefixes, train_sae
 from saelab.evaluation.concepts import score_concepts
+from saelab.lm.models import tiny_model
 from saelab.lm.tokens import tokenize
 from saelab.sae.config import RandomPrefixes, SAEConfig
+from saelab.sae.sae import SAE
+from saelab.stores.activations import Activations
 from saelab.stores.files import read_json
 from saelab.training.config import TrainConfig
 from saelab.worlds.tales import CTX_LEN, tell
@@ -155,6 +158,25 @@ def test_info_of_activations(acts: Path, shell: Shell) -> None:
     said = shell("info", acts).out
     for fact in ("activations", f"{HOOK_POINT} (d_in 32)", "float32", "text.txt[:", "special", "torch"):
         assert fact in said
+
+
+def test_an_sae_of_folded_weights_is_used_with_folded_weights(
+    folder: Path, tmp_path: Path, shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saelab.lm.models.tiny_model", tiny_model)  # a fresh one for each command: folding changes it
+    where = ["--hook-point", HOOK_POINT, "--n-tokens", "300", "--ctx-len", "32", "--out", tmp_path / "acts"]
+    options = ["--weight-processing", "folded", "--no-progress"]
+    made = shell("collect", "tiny", folder / "text.txt", *where, *options)
+    assert made.code == 0 and "(weight processing: folded)" in made.out
+    sae = SAE(SAEConfig(d_in=32, d_sae=64))
+    sae.provenance = Activations.load(tmp_path / "acts").provenance
+    sae.save_pretrained(tmp_path / "sae")
+    out = ["--out", tmp_path / "store", "--n-tokens", "300", "--no-progress"]
+    assert shell("harvest", tmp_path / "sae", "tiny", folder / "text.txt", *out).code == 0
+    steered = shell(
+        "steer", tmp_path / "sae", "tiny", "The fox", "--feature", "3", "--strength", "2", "--n-tokens", "2"
+    )
+    assert steered.code == 0, steered.err
 
 
 def test_several_hook_points(folder: Path, tmp_path: Path, shell: Shell) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import saelab as sl
 from saelab.lm.hooks import logits
 from saelab.lm.models import describe_model, load_model, tiny_model
 
@@ -152,3 +153,53 @@ def test_bars_are_hidden_only_while_loading(
         assert (logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()) == (shown, hub_shown)
     finally:
         logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random GPT-2 whose norms and biases all matter, in a folder."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("gpt2") / "small"
+    tokenizer = tiny_model().tokenizer
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **sizes))
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, mean=0.2, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_folded_weights_are_those_of_transformer_lens_two(gpt2: Path) -> None:
+    raw, folded = load_model(gpt2, progress=False), load_model(gpt2, weight_processing="folded", progress=False)
+    assert (describe_model(raw).weight_processing, describe_model(folded).weight_processing) == ("none", "folded")
+    ids = torch.randint(4, 250, (2, 9), generator=torch.Generator().manual_seed(0))
+    stream, normalised = "blocks.1.hook_resid_pre", "blocks.1.ln1.hook_normalized"
+    before, after = (sl.capture(model, ids, [stream, normalised]) for model in (raw, folded))
+    centred = before[stream] - before[stream].mean(-1, keepdim=True)
+    assert not torch.allclose(before[stream], centred, atol=0.1)
+    torch.testing.assert_close(after[stream], centred, rtol=1e-3, atol=1e-3)  # written to it is what is centred
+    unit = centred / (centred.square().mean(-1, keepdim=True) + raw.cfg.eps).sqrt()
+    torch.testing.assert_close(after[normalised], unit, rtol=1e-3, atol=1e-3)  # gain and bias went into what reads it
+    predictions = (sl.logits(model, ids).log_softmax(-1) for model in (raw, folded))
+    torch.testing.assert_close(*predictions, rtol=1e-3, atol=1e-3)
+
+
+def test_an_sae_of_folded_weights_wants_them(gpt2: Path, tmp_path: Path) -> None:
+    raw, folded = load_model(gpt2, progress=False), load_model(gpt2, weight_processing="folded", progress=False)
+    tokens = sl.tokenize(raw, ["The cat met the dog, and the owl."] * 4, ctx_len=16)
+    sae = sl.SAE(sl.SAEConfig(d_in=16, d_sae=32, activation=sl.TopK(k=4)))
+    sae.provenance = sl.collect(folded, tokens, "blocks.1.hook_resid_pre", progress=False).provenance
+    assert sl.harvest(sae, folded, tokens, tmp_path / "store", progress=False).provenance.weight_processing == "folded"
+    with pytest.raises(ValueError, match=r"trained: 'folded', now: 'none'.*`weight_processing`"):
+        sl.harvest(sae, raw, tokens, tmp_path / "other", progress=False)
+
+
+def test_unknown_processing_is_refused(gpt2: Path) -> None:
+    with pytest.raises(ValueError, match="must be one of"):
+        load_model(gpt2, weight_processing="centred")
+    with pytest.raises(ValueError, match="whose weights it changes"):
+        load_model(tiny_model(), weight_processing="folded")

@@ -25,6 +25,7 @@ def collect_text(
     separator: options.Separator = options.SEPARATOR,
     field: options.Field = options.FIELD,
     bos: options.Bos = True,
+    weight_processing: options.WeightProcessing = "none",
     device: options.Device = None,
     overwrite: options.OverwriteActs = False,
     progress: options.Progress = True,
@@ -36,7 +37,7 @@ def collect_text(
     """
     if dtype not in options.DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(options.DTYPES)}, got '{dtype}'.")
-    lm = load_model(model, device=options.choose_device(device), progress=progress)
+    lm = load_model(model, device=options.choose_device(device), weight_processing=weight_processing, progress=progress)
     tokens = read_head(lm, text, n_tokens, ctx_len, bos, separator, field)
     if n_tokens is not None and tokens.n_tokens < n_tokens:
         typer.echo(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)

@@ -42,7 +42,9 @@ def evaluate_sae(
     coder = SAE.from_pretrained(sae, device=options.choose_device(device))
     origin = coder.provenance
     length = ctx_len or (origin.ctx_len if origin else None) or options.CTX_LEN
-    lm = load_model(model, device=options.choose_device(device), progress=progress)
+    lm = load_model(
+        model, device=options.choose_device(device), weight_processing=options.find_processing(coder), progress=progress
+    )
     if from_start:
         tokens, n_before = read_head(lm, text, n_tokens, length, bos, separator, field), 0
     else:

@@ -46,7 +46,9 @@ def harvest_text(
         raise ValueError(f"`--values` must be float16 or float32, got '{values}'.")
     coder = SAE.from_pretrained(sae, device=options.choose_device(device))
     length = ctx_len or (coder.provenance.ctx_len if coder.provenance else None) or options.CTX_LEN
-    lm = load_model(model, device=options.choose_device(device), progress=progress)
+    lm = load_model(
+        model, device=options.choose_device(device), weight_processing=options.find_processing(coder), progress=progress
+    )
     harvest(
         coder,
         lm,

@@ -75,11 +75,12 @@ def open_sae(store: FeatureStore, named: str | None) -> SAE | None:
 
 def open_model(store: FeatureStore, named: str | None, progress: bool, option: str = "--model") -> "Model | None":
     """The model that is named, else the one that the store has; None, with a line on stderr, where that is gone."""
+    processing = store.provenance.weight_processing
     if named is not None:
-        return load_model(named, progress=progress)
+        return load_model(named, weight_processing=processing, progress=progress)
     recorded = store.provenance.model
     try:
-        return load_model(recorded, progress=progress)
+        return load_model(recorded, weight_processing=processing, progress=progress)
     except (OSError, ValueError) as error:
         _leave_out(f"model '{recorded}'", error, option)
     return None

@@ -207,7 +207,9 @@ def _open(
 ) -> tuple[SAE, Model, str]:
     """The SAE, the model, and the place of the one in the other."""
     coder = SAE.from_pretrained(sae, device=options.choose_device(device))
-    lm = load_model(model, device=options.choose_device(device), progress=progress)
+    lm = load_model(
+        model, device=options.choose_device(device), weight_processing=options.find_processing(coder), progress=progress
+    )
     return coder, lm, match_model(coder, lm, hook_point, None, allow_mismatch).hook_point
 
 

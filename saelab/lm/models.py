@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ig
 """A language model as saelab knows it. A string, because importing the class takes seconds."""
 
 
+Processing = Literal["none", "folded"]
 BUILT_IN = ("tales", "tales-b")
 WORLD_MODELS = Path(__file__).parents[1] / "worlds" / "models"
 """the built-in models' folders"""
@@ -28,23 +29,40 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     *,
+    weight_processing: str = "none",
     tokenizer: Any = None,
     progress: bool = True,
 ) -> Model:
-    """A causal language model behind a `TransformerBridge`, with raw Hugging Face weights, in evaluation mode.
+    """A causal language model behind a `TransformerBridge`, in evaluation mode.
 
     `name_or_path` is "tales" or "tales-b" (the models of `saelab.worlds`, part of the package), a Hub id, a local
     folder (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face model object (it stays as it is;
     the bridge shares its weights), or a bridge (returned as it is). `device` defaults to the best one present
     (built-in models stay on the CPU), `dtype` to float32; objects keep their own. `tokenizer` replaces the model's;
-    for an object it may be left out where the folder it came from has one. `progress=False` hides the bars of
-    downloading and loading. FileNotFoundError for a missing folder, ValueError for a wrong id, a folder that holds no
-    model, or a device or dtype beside an object.
+    for an object it may be left out where the folder it came from has one. Weights are Hugging Face's own;
+    `weight_processing="folded"` folds norms and centres what is written to the residual stream, as TransformerLens 2
+    did by default and many public SAEs expect. `progress=False` hides the bars of downloading and loading.
+    FileNotFoundError for a missing folder, ValueError for a wrong id, a folder that holds no model, or a device or
+    dtype beside an object.
 
     >>> model = sl.load_model(sl.tiny_model())
     >>> model.cfg.n_layers
     3
     """
+    if weight_processing not in get_args(Processing):
+        raise ValueError(f"`weight_processing` must be one of {get_args(Processing)}, got '{weight_processing}'.")
+    if weight_processing == "none":
+        return _find_model(name_or_path, device, dtype, tokenizer, progress)
+    if isinstance(name_or_path, nn.Module):
+        raise ValueError(
+            "`weight_processing` 'folded' needs a name or a folder, got an object, whose weights it changes."
+        )
+    model = _find_model(name_or_path, device, dtype, tokenizer, progress)
+    model.enable_compatibility_mode()
+    return model
+
+
+def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, tokenizer: Any, progress: bool) -> Model:
     from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(name_or_path, nn.Module):
@@ -205,7 +223,7 @@ class ModelDescription(NamedTuple):
     """What activations owe to their model: its name, how its weights were processed, and the versions in use."""
 
     name: str
-    weight_processing: Literal["none", "folded"]
+    weight_processing: Processing
     versions: dict[str, str]
 
 

@@ -105,7 +105,7 @@ def _refuse(differing: list[str]) -> None:
     if differing:
         raise ValueError(
             f"An SAE must be used where it was trained, got another {'; '.join(differing)}. "
-            "Load that model the same way, or pass allow_mismatch=True."
+            "Load that model the same way (`load_model` has `weight_processing`), or pass allow_mismatch=True."
         )
 
 
