@@ -58,7 +58,7 @@ class Library:
 def saelab(activation: str, sizes: Sizes) -> Subject:
     """saelab: one step of its training loop, the finiteness check on the batch included."""
     from saelab import SAE, SAEConfig, TrainConfig
-    from saelab.sae.activations import make_activation
+    from saelab.sae.registry import make_activation
     from saelab.sae.trainee import Trainee
     from saelab.stores.activations import Activations
     from saelab.training.loop import TrainingRun

@@ -48,21 +48,12 @@ from saelab.pictures.maps import plot_neighbours
 from saelab.pictures.reports import Report, report
 from saelab.pictures.steering_curves import plot_doses, plot_tradeoff, show_curve
 from saelab.pictures.steering_texts import show_texts
-from saelab.sae.activations import (
-    AbsTopK,
-    Activation,
-    BatchAbsTopK,
-    BatchTopK,
-    GroupMax,
-    JumpReLU,
-    ReLU,
-    TopK,
-    register_activation,
-)
+from saelab.sae.activations import AbsTopK, BatchAbsTopK, BatchTopK, GroupMax, JumpReLU, ReLU, TopK
 from saelab.sae.archetypes import Archetypal
 from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes, SAEConfig
 from saelab.sae.formats.releases import register_release
 from saelab.sae.hooking import hook_sae
+from saelab.sae.registry import Activation, register_activation
 from saelab.sae.reviving import revive
 from saelab.sae.sae import SAE, fit
 from saelab.steering.aims import ScoredConcept, TokenConcept, make_concept, world_concept

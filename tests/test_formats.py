@@ -25,9 +25,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import saelab as sl
-from saelab.sae.activations import Activation
 from saelab.sae.formats.conventions import Convention, compose
 from saelab.sae.formats.readers import READERS
+from saelab.sae.registry import Activation
 
 X = some_activations()
 

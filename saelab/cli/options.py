@@ -10,10 +10,10 @@ from typer import Argument, Option
 
 from saelab.analyses.listing import COLUMNS
 from saelab.lm.tokens import tokenize
-from saelab.sae.activations import ACTIVATIONS
 from saelab.sae.archetypes import Archetypal
 from saelab.sae.config import Dictionary, Init
 from saelab.sae.normaliser import KINDS
+from saelab.sae.registry import ACTIVATIONS
 from saelab.sae.sae import SAE
 
 

@@ -8,11 +8,12 @@ import typer
 
 from saelab.cli import options
 from saelab.cli.info import describe_sae
-from saelab.sae.activations import ACTIVATIONS, Activation, TopK, make_activation
+from saelab.sae.activations import TopK
 from saelab.sae.archetypes import Archetypal
 from saelab.sae.checkpoint import CONFIG, WEIGHTS
 from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
 from saelab.sae.fitting import Data
+from saelab.sae.registry import ACTIVATIONS, Activation, make_activation
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.manifest import ActivationsManifest

@@ -1,146 +1,18 @@
-"""The activation axis: which pre-activations become codes. Each choice is a small frozen object, found by name in a
-registry.
+"""The activation axis: which pre-activations become codes. Each choice is a small frozen object."""
 
-A variant of your own is one class; training, saving, loading and every analysis then know it:
-
-    @register_activation("soft_topk")
-    @dataclass(frozen=True)
-    class SoftTopK(Activation):
-        k: int = 32
-
-        def __call__(self, u, threshold=None, training=False):
-            return (u - u.topk(self.k + 1, dim=-1).values[..., -1:]).relu()
-"""
-
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
 from saelab.functional.picking import pick_topk
 from saelab.functional.proximal import jumprelu, keep_above, keep_batch_topk, keep_group_max, keep_topk, step_above
 from saelab.functional.search import search_above, search_batch_topk, search_group_max, search_topk
-
-ACTIVATIONS: dict[str, "type[Activation]"] = {}
-
-A = TypeVar("A", bound="type[Activation]")
+from saelab.sae.registry import Activation, register_activation
 
 SPARSE_FRAC = 0.05  # of the pre-activations: with more than this in use a training step is cheaper done densely
-
-
-@dataclass(frozen=True)
-class Activation:
-    """Maps pre-activations u to codes z. Subclass it as a frozen dataclass and register it; only `__call__` is
-    required.
-    """
-
-    name: ClassVar[str]
-    signed: ClassVar[bool] = False
-    """codes of both signs; latents are ranked by |u|"""
-    threshold: ClassVar[Literal["none", "running", "learned"]] = "none"
-    """what `threshold` holds: nothing, a running scalar kept by training, or one learned value a latent"""
-    lr_scale: ClassVar[float] = 1.0
-    """what the default learning rate is multiplied by"""
-    transcoder_lr_scale: ClassVar[float] = 1.0
-    """what that of a transcoder is multiplied by besides (LOG.md)"""
-
-    def __init_subclass__(cls, **settings: Any) -> None:
-        super().__init_subclass__(**settings)
-        for shortcut in ("search", "pick"):  # an inherited one would find other codes
-            if "__call__" in vars(cls) and shortcut not in vars(cls):
-                setattr(cls, shortcut, getattr(Activation, shortcut))
-
-    def __call__(
-        self, u: Float[Tensor, "*batch d_sae"], threshold: Tensor | None = None, training: bool = False
-    ) -> Float[Tensor, "*batch d_sae"]:
-        """The codes of dense pre-activations, differentiable."""
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(u, threshold=None, training=False).")
-
-    def search(
-        self,
-        x: Float[Tensor, "n_rows d_in"],
-        W: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, "d_sae"],
-        threshold: Tensor | None,
-        training: bool,
-    ) -> SparseCodes | None:
-        """The pre-activations that may fire (or, in training, carry a gradient) of `x W^T + bias`, without holding
-        all of them.
-
-        None where dense is the only way, or the cheaper one. `fire` makes codes of what is found.
-        """
-        return None
-
-    def pick(
-        self,
-        x: Float[Tensor, "n_rows d_in"],
-        W: Float[Tensor, "d_sae d_in"],
-        bias: Float[Tensor, "d_sae"],
-        threshold: Tensor | None,
-        latents: Int[Tensor, "n_latents"],
-    ) -> Float[Tensor, "n_rows n_latents"] | None:
-        """The codes of some latents in inference, differentiable; None where all must be found for that."""
-        return None
-
-    def fire(self, u: Float[Tensor, "nnz"], threshold: Tensor | None) -> Float[Tensor, "nnz"]:
-        """The codes of pre-activations that `search` found; `threshold` is one number, or one for each."""
-        return u
-
-    def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor | None:
-        """A sparsity loss of each pre-activation, summed over latents and averaged over tokens; None where sparsity
-        is structural.
-        """
-        return None
-
-    def initial_threshold(self, d_sae: int) -> Tensor | None:
-        """The threshold to start from: NaN means that training has not set it yet."""
-        return torch.tensor(torch.nan) if self.threshold == "running" else None
-
-    def check(self, d_sae: int) -> None:
-        """Refuse settings that do not fit the width; raises ValueError."""
-        k = getattr(self, "k", None)
-        if k is not None and not 1 <= k <= d_sae:
-            raise ValueError(f"`k` must be in 1..d_sae ({d_sae}), got {k}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Name and settings, as they stand in config.json."""
-        return {"name": self.name, **asdict(self)}
-
-
-def register_activation(name: str) -> Callable[[A], A]:
-    """Make an activation known under a name, for config files and the command line; a taken name is refused
-    (ValueError).
-    """
-
-    def register(cls: A) -> A:
-        taken = ACTIVATIONS.get(name)
-        if taken is not None and taken.__qualname__ != cls.__qualname__:
-            raise ValueError(f"An activation's name must be free, '{name}' is {taken.__name__}; choose another.")
-        cls.name = name
-        ACTIVATIONS[name] = cls
-        return cls
-
-    return register
-
-
-def make_activation(name: str, **settings: Any) -> Activation:
-    """Build a registered activation; an unknown name or setting raises ValueError with near ones.
-
-    >>> make_activation("abstopk", k=16)
-    AbsTopK(k=16)
-    """
-    if name not in ACTIVATIONS:
-        near = get_close_matches(name, ACTIVATIONS, n=5) or sorted(ACTIVATIONS)[:5]
-        raise ValueError(f"`activation` must be a registered name, got '{name}'. Did you mean one of {near}?")
-    known = {field.name for field in fields(ACTIVATIONS[name])}
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(f"Activation '{name}' takes {sorted(known)}, got {unknown}; remove or rename them.")
-    return ACTIVATIONS[name](**settings)
 
 
 @register_activation("topk")

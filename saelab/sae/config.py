@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, TypeVar, get_args
 
-from saelab.sae.activations import AbsTopK, Activation, TopK, make_activation
+from saelab.sae.activations import AbsTopK, TopK
 from saelab.sae.archetypes import Archetypal
 from saelab.sae.normaliser import KINDS, PER_TOKEN, Kind
+from saelab.sae.registry import Activation, make_activation
 
 Dictionary = Literal["unit", "free", "frozen"]
 Init = Literal["tied", "data", "subspace"]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from saelab.sae.activations import Activation
 from saelab.sae.archetypes import Archetypal
 from saelab.sae.checkpoint import write_sae
 from saelab.sae.coder import Coder
@@ -17,6 +16,7 @@ from saelab.sae.formats.readings import Asked, Origin
 from saelab.sae.formats.writers import write_foreign
 from saelab.sae.loading import Loaded, fill, load, locate
 from saelab.sae.modelcard import write_card
+from saelab.sae.registry import Activation
 from saelab.sae.saebench import SAEBenchSAE
 from saelab.stores.files import write_atomic
 from saelab.stores.provenance import Provenance

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, make_activation
+from saelab.sae.activations import BatchTopK, JumpReLU, ReLU
 from saelab.sae.config import MatchingPursuit, SAEConfig, read_fields
 from saelab.sae.normaliser import Kind
+from saelab.sae.registry import Activation, make_activation
 
 LATENT_AXIS = dict.fromkeys(("b_enc", "W_dec", "threshold", "r_mag", "b_gate", "b_mag", "code_scale"), 0) | {"W_enc": 1}
 CHUNK = 4096  # latents whose encoder is held in float64 at a time

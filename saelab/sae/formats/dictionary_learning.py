@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.sae.activations import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activations import BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.coder import Coder
 from saelab.sae.formats.conventions import Convention, read_with
 from saelab.sae.formats.readings import Asked, Facts, Reading
 from saelab.sae.formats.sources import Source
+from saelab.sae.registry import Activation
 from saelab.stores.files import write_atomic, write_json
 from saelab.stores.provenance import Provenance
 

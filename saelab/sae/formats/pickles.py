@@ -4,10 +4,11 @@ from typing import Any
 
 from torch import Tensor
 
-from saelab.sae.activations import Activation, ReLU, TopK
+from saelab.sae.activations import ReLU, TopK
 from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.readings import Asked, Reading, require
 from saelab.sae.formats.sources import Source, require_tensors
+from saelab.sae.registry import Activation
 
 OPENAI = {"encoder.weight": "W_enc", "latent_bias": "b_enc", "decoder.weight": "W_dec", "pre_bias": "b_dec"}
 QWEN = ("W_enc", "b_enc", "W_dec", "b_dec")

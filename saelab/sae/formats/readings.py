@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from saelab.lm.masks import TokenMask
-from saelab.sae.activations import Activation
 from saelab.sae.formats.conventions import Convention
+from saelab.sae.registry import Activation
 from saelab.stores.provenance import Provenance
 
 ALIASES = {"gpt2-small": "gpt2"}

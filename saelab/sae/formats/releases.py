@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from saelab.sae.activations import Activation, make_activation
 from saelab.sae.config import read_fields
 from saelab.sae.formats.readings import Asked
 from saelab.sae.formats.sources import inside
+from saelab.sae.registry import Activation, make_activation
 from saelab.stores.files import read_json
 
 TABLE = Path(__file__).parent / "releases.json"

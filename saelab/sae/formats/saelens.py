@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from saelab.sae.activations import AbsTopK, Activation, BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activations import AbsTopK, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.config import MatchingPursuit
 from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.readings import Asked, Facts, Reading, describe_mask, name_processing, require
 from saelab.sae.formats.sources import Source, require_number, require_tensors
 from saelab.sae.normaliser import Kind
+from saelab.sae.registry import Activation
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 TRANSCODERS = {
