@@ -29,20 +29,18 @@ def pick_topk(
             [ 0.]])
     """
     u = torch.addmm(bias[latents], x, W[latents].T)
-    rows = _find_unbeaten(x, W, bias, u.detach(), k, signed).nonzero()[:, 0]
+    rows = _find_unbeaten(x, W, bias, u, k, signed).nonzero()[:, 0]
     z = torch.zeros_like(u)
     for part in rows.split(max(1, PART // len(W))) if len(rows) else ():
         z = z.index_put((part,), keep_topk(torch.addmm(bias, x[part], W.T), k, signed)[:, latents])
     return z
 
 
-@torch.no_grad()
 def _find_unbeaten(x: Tensor, W: Tensor, bias: Tensor, u: Tensor, k: int, signed: bool) -> Tensor:
     """Rows where fewer than k of the first latents are larger than one of the asked."""
-    size = u.abs() if signed else u
-    asked = size.amax(1)
-    if SAMPLE * k >= len(W):
-        return asked > 0
-    first = torch.addmm(bias[: SAMPLE * k], x, W[: SAMPLE * k].T)
-    larger = (first.abs() if signed else first) > asked[:, None]
-    return (asked > 0) & (larger.sum(1) < k + u.shape[1])  # by rounding, an asked one may seem larger than itself
+    n, asked = SAMPLE * k, (u.abs() if signed else u).amax(1, keepdim=True)
+    if n >= len(W):
+        return asked[:, 0] > 0
+    first = torch.addmm(bias[:n], x, W[:n].T)
+    larger = (first.abs() if signed else first) > asked
+    return larger.sum(1) < k + u.shape[1]  # by rounding, an asked one may seem larger than itself

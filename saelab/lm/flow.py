@@ -27,6 +27,11 @@ class Passing:
     lengths: Int[Tensor, "batch"]
     """tokens of each row's prompt, padding not counted"""
 
+    @property
+    def columns(self) -> Int[Tensor, "n"]:
+        """Of the text, padding counted."""
+        return torch.arange(self.n_past, self.n_past + self.ids.shape[1], device=self.ids.device)
+
 
 @dataclass(eq=False)
 class Flow(OwnHook):

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.sae.normaliser import PER_TOKEN
 from saelab.sae.sae import SAE
 from saelab.steering.directions import Direction
 from saelab.steering.places import Place, Where, make_where
@@ -53,6 +54,8 @@ class Intervention:
     places: Where = field(init=False, repr=False)
     rows: Float[Tensor, "n_features d_out"] = field(init=False, repr=False)
     """what a code of 1 of each feature adds, from the weights as they are now"""
+    _shift: Float[Tensor, "d_out"] | None = field(init=False, repr=False)
+    """what every token gets, where that is the same"""
 
     def __post_init__(self) -> None:
         for name, choices in (("mode", Mode), ("unit", Unit), ("error", Error)):
@@ -64,10 +67,28 @@ class Intervention:
             strengths = {i: s * self._peak(i) for i, s in strengths.items()}
         object.__setattr__(self, "strengths", strengths)
         object.__setattr__(self, "rows", _find_rows(self.source, list(strengths)))
+        object.__setattr__(self, "_shift", self._find_shift())
         if isinstance(self.source, Direction) and self.error == "drop":
             raise ValueError("`error` of a direction must be 'keep': it reconstructs nothing. Give an SAE to drop it.")
         if self.hook_point is None and hook_point_of(self.source) is None:
             raise ValueError("`hook_point` must be given for an SAE that does not say where it was trained, got None.")
+
+    def _find_shift(self) -> Float[Tensor, "d_out"] | None:
+        by_token = isinstance(self.source, SAE) and self.source.cfg.normaliser in PER_TOKEN
+        if self.mode != "add" or self.unit == "norm" or by_token or not self._fixed:
+            return None
+        return self._goal(self.rows) @ self.rows
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether strengths are plain numbers, which nobody changes or asks gradients of."""
+        return not any(isinstance(s, Tensor) for s in self.strengths.values())
+
+    def _goal(self, rows: Tensor) -> Float[Tensor, "n_features"]:
+        """Strengths by feature."""
+        if self._fixed:
+            return torch.tensor([float(s) for s in self.strengths.values()], dtype=rows.dtype, device=rows.device)
+        return torch.stack([torch.as_tensor(s, dtype=rows.dtype, device=rows.device) for s in self.strengths.values()])
 
     def _peak(self, feature: int) -> float:
         """What a strength of unit "max" is a multiple of."""
@@ -107,6 +128,8 @@ class Intervention:
             written = self.source(read).to(written)
         if not self.strengths:
             return written
+        if self._shift is not None:
+            return written + self._shift.to(written)
         rows = self.rows.to(written.device)
         stretch = self.source.stretch(read.to(rows))
         return written + ((self._steps(read, written, rows, stretch) @ rows) * stretch).to(written.dtype)
@@ -115,7 +138,7 @@ class Intervention:
         self, read: Tensor, written: Tensor, rows: Tensor, stretch: Tensor | float
     ) -> Float[Tensor, "n n_features"]:
         """z' - z of each token and feature."""
-        goal = torch.stack([torch.as_tensor(s, dtype=rows.dtype, device=rows.device) for s in self.strengths.values()])
+        goal = self._goal(rows)
         if self.unit == "norm" and self.mode != "scale":
             goal = goal * written.float().norm(dim=1, keepdim=True).to(rows.device) / (rows.norm(dim=1) * stretch)
         if self.mode == "add":

@@ -34,8 +34,7 @@ class When:
     def holds(self, x: Float[Tensor, "*batch d_in"]) -> Bool[Tensor, "*batch"]:
         """Whether the feature fires on each activation."""
         z = self.source.encode_some(x, [self.feature])[..., 0]
-        size = {"both": z.abs(), "positive": z, "negative": -z}[self.side]
-        return size > self.above
+        return (z.abs() if self.side == "both" else z if self.side == "positive" else -z) > self.above
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,13 +61,12 @@ class Where:
     def select(self, passing: Passing, special_ids: Tensor) -> Bool[Tensor, "batch n"]:
         """The tokens of a forward that these rules leave, the condition `when` not asked."""
         keep = passing.positions >= 0
-        columns = torch.arange(passing.n_past, passing.n_past + keep.shape[1], device=keep.device)
         if self.part != "all":
-            keep = keep & ((columns < passing.n_prompt) == (self.part == "prompt"))
+            keep = keep & ((passing.columns < passing.n_prompt) == (self.part == "prompt"))
         if self.positions is not None:
             keep = keep & _stand_at(self.positions, passing)
         if self.tokens is not None:
-            return keep & _cut(self.tokens.to(keep.device), columns, len(keep))
+            return keep & _cut(self.tokens.to(keep.device), passing.columns, len(keep))
         if self.special or not len(special_ids):
             return keep
         return keep & (passing.ids[..., None] != special_ids.to(passing.ids.device)).all(-1)
