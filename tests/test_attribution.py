@@ -85,6 +85,16 @@ def test_features_of_normalisers_that_measure_tokens_add_up(linear, normaliser):
     whole = patch(linear, other, PROMPT, ("f", "c"), sources=HOOK, positions="all")
     assert found.patched == pytest.approx(float(whole.values[0, 0]), abs=1e-4)
 
+    def empty(x):
+        x[:, 1:] = sae.decode(torch.zeros(1, x.shape[1] - 1, 48), x=x[:, 1:])  # BOS is left as it is
+        return x
+
+    texts, outcome = read_texts(linear, PROMPT), make_outcome(linear, ("f", "c"))
+    with sl.splice(linear, {HOOK: empty}):
+        bare = outcome(sl.logits(linear, texts.ids), texts, torch.tensor([0]))
+    found = attribute(linear, sae, PROMPT, ("f", "c"), method="exact", hook_point=HOOK)
+    assert found.patched == pytest.approx(float(bare), abs=1e-4)
+
 
 def test_in_a_linear_model_every_method_gives_the_truth(linear):
     sae = make_sae(linear, HOOK)

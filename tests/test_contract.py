@@ -118,6 +118,8 @@ def test_the_rest_of_the_product(cfg):
 def keeps_the_contract(cfg):
     sae, trainee = prepared(cfg)
     x = data(seed=1)
+    if cfg.activation.threshold == "learned":
+        sae.threshold.data.copy_(torch.linspace(0.05, 0.4, D_SAE))  # each latent has its own
 
     # shapes on one to three batch axes
     for batch in ((6,), (2, 3), (1, 2, 3)):
@@ -164,6 +166,18 @@ def keeps_the_contract(cfg):
 
     # the config goes through JSON
     assert SAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+@each_activation
+def test_some_latents_are_found_without_the_others(activation):
+    sae, _ = prepared(SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation))
+    x, some = data(seed=1), [3, 30]
+    z = sae.encode(x)[:, some].detach()
+    assert (z != 0).any(0).all() or activation.name == "test_soft_topk"
+    sae.W_enc.data[:, [j for j in range(D_SAE) if j not in some]] = torch.nan
+    alone = activation.name in ("relu", "jumprelu", "batchtopk", "batchabstopk")
+    found = sae.encode_some(x, some)
+    assert torch.allclose(found, z, atol=1e-5) == alone, "others are read, or should have been"
 
 
 @fewer

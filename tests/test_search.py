@@ -370,7 +370,9 @@ def test_few_rows_are_coded_whole_for_one_latent(monkeypatch):
     x, W, bias = random_rows(n_rows=400, d_sae=4096)
     z = pick_topk(x, W, bias, torch.tensor([4000]), K, True)
     n_fires = int((z != 0).sum())
-    assert n_fires <= sum(seen) < 60
+    assert n_fires <= sum(seen) < 40, "whatever their sign, others beat it"
+    seen.clear()
     monkeypatch.setattr(picking, "PART", 4096 * 3)
-    assert torch.equal(pick_topk(x, W, bias, torch.tensor([4000]), K, True), z) and max(seen[1:]) == 3
+    torch.testing.assert_close(pick_topk(x, W, bias, torch.tensor([4000]), K, True), z)
+    assert 1 <= max(seen) <= 3, "more rows at a time than memory was asked for"
     assert pick_topk(x[:0], W, bias, torch.tensor([1, 2]), K, True).shape == (0, 2)

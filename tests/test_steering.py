@@ -319,6 +319,13 @@ def test_gradients_reach_strengths_and_pass_through_reconstructions(tales: Any) 
     s = torch.tensor(4.0, requires_grad=True)
     (slope,) = torch.autograd.grad(score(s), s)
     assert float(slope) == pytest.approx((score(4.05).item() - score(3.95).item()) / 0.1, rel=0.05)
+    with sl.steer(tales, sae, {3: s}, hook_point=POINT):  # a step of learning after another, in one block
+        slopes = []
+        for _ in range(2):
+            out = sl.logits(tales, ids, grad=True).log_softmax(-1)[0, 5, 17]
+            slopes.append(float(torch.autograd.grad(out, s)[0]))
+            s.data += 4.0
+    assert slopes[0] == pytest.approx(float(slope)) and slopes[1] != pytest.approx(slopes[0], rel=1e-3)
     with sl.splice(tales, sae, error="keep", hook_point=POINT):
         out = sl.logits(tales, ids, grad=True)[0, 5, 17]
         (through,) = torch.autograd.grad(out, sae.W_dec)

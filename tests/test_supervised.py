@@ -297,6 +297,17 @@ def test_both_sides_of_a_signed_feature_are_the_whole_concept(planted):
     torch.testing.assert_close(both, steered, rtol=1e-4, atol=1e-4)
 
 
+def test_codes_of_a_normaliser_that_measures_tokens_are_taken_out_in_their_own_size():
+    sae = sl.SAE(sl.SAEConfig(d_in=16, d_sae=24, activation=sl.AbsTopK(k=4), normaliser="layer_norm"), seed=1)
+    x = 3 * torch.randn(9, 16, generator=torch.Generator().manual_seed(0)) + 2
+    z = sae.encode(x).detach()
+    j = int((z != 0).sum(0).argmax())
+    rest = torch.where((torch.arange(24) == j) & (z < 0), 0, z)
+    assert not torch.equal(rest, z)
+    by_hand = x + (sae.decode(rest, x=x) - sae.decode(z, x=x)).detach()
+    torch.testing.assert_close(FeatureErasure(sae, (j,), (-1,))(x), by_hand)
+
+
 def test_nothing_stays_behind_and_losses_are_those_of_the_text(planted, removal):
     model, tokens, labels, _ = planted
     losses = sl.next_token_loss(sl.logits(model, tokens.ids), tokens.ids)

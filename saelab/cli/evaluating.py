@@ -3,12 +3,11 @@
 import typer
 
 from saelab.cli import options
+from saelab.cli.opening import open_pair
 from saelab.cli.texts import count_overlap, read_head, read_tail
 from saelab.evaluation.evaluation import evaluate
 from saelab.evaluation.saebench import save_saebench
-from saelab.lm.models import load_model
 from saelab.lm.tokens import Tokens
-from saelab.sae.sae import SAE
 from saelab.stores.provenance import Provenance
 
 N_TOKENS = 100_000
@@ -39,12 +38,9 @@ def evaluate_sae(
     Documents are taken from the END of the text, the last one first, because `collect` reads from the start. A warning
     says so when an evaluated document was trained on nevertheless, as far as the two file names tell.
     """
-    coder = SAE.from_pretrained(sae, device=options.choose_device(device))
+    coder, lm = open_pair(sae, model, device, progress)
     origin = coder.provenance
     length = ctx_len or (origin.ctx_len if origin else None) or options.CTX_LEN
-    lm = load_model(
-        model, device=options.choose_device(device), weight_processing=options.find_processing(coder), progress=progress
-    )
     if from_start:
         tokens, n_before = read_head(lm, text, n_tokens, length, bos, separator, field), 0
     else:

@@ -8,9 +8,9 @@ from saelab.analyses.dead import dead_units
 from saelab.analyses.listing import list_features
 from saelab.cli import options
 from saelab.cli.info import describe_store
+from saelab.cli.opening import open_pair
 from saelab.cli.texts import read_head
 from saelab.collecting.harvesting import harvest
-from saelab.lm.models import load_model
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 from saelab.stores.files import to_json
@@ -44,11 +44,8 @@ def harvest_text(
     """
     if values not in ("float16", "float32"):
         raise ValueError(f"`--values` must be float16 or float32, got '{values}'.")
-    coder = SAE.from_pretrained(sae, device=options.choose_device(device))
+    coder, lm = open_pair(sae, model, device, progress)
     length = ctx_len or (coder.provenance.ctx_len if coder.provenance else None) or options.CTX_LEN
-    lm = load_model(
-        model, device=options.choose_device(device), weight_processing=options.find_processing(coder), progress=progress
-    )
     harvest(
         coder,
         lm,

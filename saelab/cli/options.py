@@ -14,7 +14,6 @@ from saelab.sae.archetypes import Archetypal
 from saelab.sae.config import Dictionary, Init
 from saelab.sae.normaliser import KINDS
 from saelab.sae.registry import ACTIVATIONS
-from saelab.sae.sae import SAE
 
 
 def default_of(function: Callable[..., Any], name: str) -> Any:
@@ -170,11 +169,6 @@ DemoTokens = Annotated[int, Option(help="Tokens that each dictionary is trained 
 DemoWidth = Annotated[int, Option(help="Latents in each dictionary.")]
 DemoK = Annotated[int, Option(help="Latents that fire for a token: kept, or their mean.")]
 DemoSeed = Annotated[int, Option(help="Of the dictionaries, the order of the data and the split of the stories.")]
-
-
-def find_processing(sae: SAE) -> str:
-    """What was done to the weights of the model that an SAE was trained on."""
-    return sae.provenance.weight_processing if sae.provenance else "none"
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -7,8 +7,9 @@ import typer
 from typer import Argument, Option
 
 from saelab.cli import options
+from saelab.cli.opening import open_pair
 from saelab.cli.texts import read_head
-from saelab.lm.models import Model, load_model
+from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens
 from saelab.pictures.steering_curves import show_curve
 from saelab.pictures.steering_texts import show_texts
@@ -206,10 +207,7 @@ def _open(
     sae: str, model: str, hook_point: str | None, allow_mismatch: bool, device: str | None, progress: bool
 ) -> tuple[SAE, Model, str]:
     """The SAE, the model, and the place of the one in the other."""
-    coder = SAE.from_pretrained(sae, device=options.choose_device(device))
-    lm = load_model(
-        model, device=options.choose_device(device), weight_processing=options.find_processing(coder), progress=progress
-    )
+    coder, lm = open_pair(sae, model, device, progress)
     return coder, lm, match_model(coder, lm, hook_point, None, allow_mismatch).hook_point
 
 

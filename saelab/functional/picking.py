@@ -21,19 +21,24 @@ def pick_topk(
     """`keep_topk(x W^T + bias)` at some latents, differentiable.
 
     A latent that k others beat is none of the k largest, and most are beaten by k of the first few hundred: only rows
-    where one is not, or not yet, are coded whole.
+    where one is not, or not yet, are coded whole. Rows are taken by parts, so that memory does not grow with them.
 
     >>> x, W = torch.tensor([[1.0, -3.0], [4.0, 2.0]]), torch.eye(2)
     >>> pick_topk(x, W, torch.zeros(2), torch.tensor([1]), k=1, signed=True)
     tensor([[-3.],
             [ 0.]])
     """
+    parts = x.split(max(1, PART // len(W)))
+    return torch.cat([_pick_part(part, W, bias, latents, k, signed) for part in parts])
+
+
+def _pick_part(x: Tensor, W: Tensor, bias: Tensor, latents: Tensor, k: int, signed: bool) -> Tensor:
     u = torch.addmm(bias[latents], x, W[latents].T)
     rows = _find_unbeaten(x, W, bias, u, k, signed).nonzero()[:, 0]
     z = torch.zeros_like(u)
-    for part in rows.split(max(1, PART // len(W))) if len(rows) else ():
-        z = z.index_put((part,), keep_topk(torch.addmm(bias, x[part], W.T), k, signed)[:, latents])
-    return z
+    if not len(rows):
+        return z
+    return z.index_put((rows,), keep_topk(torch.addmm(bias, x[rows], W.T), k, signed)[:, latents])
 
 
 def _find_unbeaten(x: Tensor, W: Tensor, bias: Tensor, u: Tensor, k: int, signed: bool) -> Tensor:

@@ -75,7 +75,7 @@ class BatchTopK(Activation):
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor | None:
         if threshold is None or bool(threshold.isnan()):
             return None
-        return self(torch.addmm(bias[latents], x, W[latents].T), threshold)
+        return self(_score(x, W, bias, latents), threshold)
 
 
 @register_activation("batchabstopk")
@@ -120,10 +120,6 @@ class _Penalised(Activation):
     coefficient: float | None = None
     """fixed weight of the penalty; None steers it to `target_l0`"""
 
-    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
-        own = threshold[latents] if threshold is not None and threshold.ndim else threshold
-        return self(torch.addmm(bias[latents], x, W[latents].T), own)
-
     def check(self, d_sae: int) -> None:
         if not 0 < self.target_l0 <= d_sae:
             raise ValueError(f"`target_l0` must be in (0, d_sae ({d_sae})], got {self.target_l0}.")
@@ -144,6 +140,9 @@ class ReLU(_Penalised):
         self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
     ) -> SparseCodes | None:
         return search_above(x, W, bias, bias.new_zeros(()), False, SPARSE_FRAC if training else 1.0)
+
+    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        return self(_score(x, W, bias, latents))
 
     def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
         return z
@@ -176,6 +175,10 @@ class JumpReLU(_Penalised):
         # just below its threshold a pre-activation is no code, but it still moves the threshold
         return search_above(x, W, bias, threshold - self.bandwidth / 2, False, SPARSE_FRAC)
 
+    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        assert threshold is not None
+        return self(_score(x, W, bias, latents), threshold[latents])
+
     def fire(self, u: Tensor, threshold: Tensor | None) -> Tensor:
         assert threshold is not None
         return jumprelu(u, threshold, self.bandwidth)
@@ -186,3 +189,8 @@ class JumpReLU(_Penalised):
 
     def initial_threshold(self, d_sae: int) -> Tensor:
         return torch.full((d_sae,), self.start)
+
+
+def _score(x: Tensor, W: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
+    """Pre-activations of some latents."""
+    return torch.addmm(bias[latents], x, W[latents].T)
