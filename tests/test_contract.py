@@ -29,6 +29,15 @@ class SoftTopK(sl.Activation):
         return (u - u.topk(self.k + 1, dim=-1).values[..., -1:]).relu()
 
 
+@sl.register_activation("test_doubled_topk")
+@dataclass(frozen=True)
+class DoubledTopK(sl.TopK):
+    """A user's own, made of another: what TopK finds, twice."""
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        return 2 * super().__call__(u, threshold, training)
+
+
 ACTIVATIONS = [
     sl.TopK(k=K),
     sl.AbsTopK(k=K),
@@ -166,6 +175,15 @@ def keeps_the_contract(cfg):
 
     # the config goes through JSON
     assert SAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_shortcuts_are_not_inherited_by_other_codes():
+    sae, _ = prepared(SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=DoubledTopK(k=K)))
+    x = data(seed=1)
+    z = sae.encode(x)
+    torch.testing.assert_close(z, 2 * sl.TopK(k=K)(sae.centre(x) @ sae.W_enc + sae.b_enc))
+    torch.testing.assert_close(sae.encode_sparse(x).to_dense(), z)
+    torch.testing.assert_close(sae.encode_some(x, [3, 30]), z[:, [3, 30]])
 
 
 @each_activation
