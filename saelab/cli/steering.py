@@ -9,6 +9,7 @@ from typer import Argument, Option
 from saelab.cli import options
 from saelab.cli.opening import open_pair
 from saelab.cli.texts import read_head
+from saelab.lm.extent import find_context
 from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens
 from saelab.pictures.steering_curves import show_curve
@@ -223,7 +224,7 @@ def _read_text(model: Model, text: Path | None, openings: list[str], seed: int, 
     """What directions are found in: texts of another seed than those that are measured, where none are given."""
     if text is None:
         return write_own(model, openings, seed + 1, progress=progress)
-    length = min(options.CTX_LEN, model.cfg.n_ctx)
+    length = min(options.CTX_LEN, find_context(model))
     return read_head(model, text, TEXT_TOKENS, length, True, options.SEPARATOR, options.FIELD)
 
 

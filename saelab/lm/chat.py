@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from saelab.lm.door import door
+from saelab.lm.extent import find_context
 from saelab.lm.models import Model
 
 
@@ -22,10 +23,10 @@ def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -
     """
     tokenizer = model.tokenizer
     ids = _encode(tokenizer, messages).to(next(model.parameters()).device)
-    if ids.shape[1] + n_tokens > model.cfg.n_ctx:
+    if ids.shape[1] + n_tokens > find_context(model):
         raise ValueError(
-            f"A prompt must fit the model's context of {model.cfg.n_ctx} tokens beside {n_tokens} of the answer, got "
-            f"{ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
+            f"A prompt must fit the model's context of {find_context(model)} tokens beside {n_tokens} of the answer, "
+            f"got {ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
         )
     found = door(model)
     end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.lm.door import door
+from saelab.lm.extent import find_context, find_row
 from saelab.lm.models import Model
 from saelab.lm.plain import evaluating
 from saelab.lm.sampling import Sampler
@@ -133,7 +134,7 @@ def _read_prompts(
         raise ValueError(f"A prompt must hold text, prompt {bad[0]} is blank; to start from BOS alone give its id.")
     rows = []
     for text in texts:
-        tokens = tokenize(model, [text], model.cfg.n_ctx, packed=False, bos=bos, separator=None)
+        tokens = tokenize(model, [text], find_row(model, text), packed=False, bos=bos, separator=None)
         rows.append(tokens.ids[0, : tokens.n_tokens].long())
     return rows, texts
 
@@ -142,10 +143,10 @@ def _require_room(model: Model, rows: list[Tensor], n_tokens: int) -> None:
     longest = max((len(row) for row in rows), default=0)
     if longest == 0 or min(len(row) for row in rows) == 0:
         raise ValueError("`prompts` must hold at least one prompt of at least one token, got an empty one.")
-    if longest + n_tokens > model.cfg.n_ctx:
+    if longest + n_tokens > find_context(model):
         raise ValueError(
-            f"Prompt and text must fit the model's context of {model.cfg.n_ctx} tokens, got {longest} + {n_tokens}. "
-            "Shorten the prompt or lower `n_tokens`."
+            f"Prompt and text must fit the model's context of {find_context(model)} tokens, got {longest} + "
+            f"{n_tokens}. Shorten the prompt or lower `n_tokens`."
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Int32
 from torch import Tensor
 
+from saelab.lm.extent import find_context
 from saelab.lm.models import Model
 from saelab.lm.text import describe_source, read_documents
 
@@ -143,8 +144,9 @@ def _as_list(value: Any) -> list[Any]:
 def _require_sizes(model: Model, ctx_len: int, n_tokens: int | None) -> None:
     if model.tokenizer is None:
         raise ValueError("`tokenize` needs a model with a tokenizer, got one without. Load it with its tokenizer.")
-    if not 1 <= ctx_len <= model.cfg.n_ctx:
-        raise ValueError(f"`ctx_len` must be in 1..{model.cfg.n_ctx} (the model's context), got {ctx_len}.")
+    longest = find_context(model)
+    if not 1 <= ctx_len <= longest:
+        raise ValueError(f"`ctx_len` must be in 1..{longest} (the model's context), got {ctx_len}.")
     if n_tokens is not None and n_tokens < 1:
         raise ValueError(f"`n_tokens` must be at least 1 or None for all, got {n_tokens}.")
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from saelab.lm.extent import find_context, find_row
 from saelab.lm.hooks import capture
 from saelab.lm.masks import TokenMask
 from saelab.lm.strings import token_strings
@@ -31,9 +32,11 @@ def read_prompts(sae: "SAE", model: "Model", prompts: Sequence[str], origin: Pro
 
 @torch.no_grad()
 def _read(sae: "SAE", model: "Model", prompt: str, origin: Provenance) -> dict[str, Any]:
-    tokens = tokenize(model, [prompt], ctx_len=model.cfg.n_ctx, packed=False)
+    tokens = tokenize(model, [prompt], ctx_len=find_row(model, prompt), packed=False)
     if tokens.n_truncated:
-        raise ValueError(f"A prompt must fit the model's context of {model.cfg.n_ctx} tokens, got {prompt[:40]!r}...")
+        raise ValueError(
+            f"A prompt must fit the model's context of {find_context(model)} tokens, got {prompt[:40]!r}..."
+        )
     ids = tokens.ids[:, : tokens.n_tokens]
     keep = _mask_of(origin).apply(tokens).keep[0, : tokens.n_tokens]
     x = capture(model, ids, [origin.hook_point])[origin.hook_point][0].to(sae.device)

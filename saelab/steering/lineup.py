@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from saelab.lm.extent import find_context
 from saelab.lm.generation import generate
 from saelab.lm.models import Model
 from saelab.lm.tokens import PADDING, Tokens, find_special_ids
@@ -98,7 +99,7 @@ def mark_before(tokens: Tokens, concept: TokenConcept) -> Bool[Tensor, "n_seq ct
 def write_own(model: Model, prompts: list[str], seed: int = 0, *, progress: bool = True) -> Tokens:
     """Text of the model itself, some 7,000 tokens behind the prompts: what to read where no other text is given."""
     n = -(-OWN_TEXTS // len(prompts))
-    room = model.cfg.n_ctx - 16
+    room = find_context(model) - 16
     made = generate(model, prompts, min(OWN_TOKENS, room), n=n, seed=seed, progress=progress)
     longest = max(len(sample.all_ids) for sample in made)
     ids, doc_ids = torch.zeros(len(made), longest), torch.full((len(made), longest), PADDING)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelab.lm.extent import find_context, find_row
 from saelab.lm.flow import Passing
 from saelab.lm.hooks import next_token_loss
 from saelab.lm.models import Model
@@ -65,9 +66,9 @@ def read_texts(model: Model, prompts: Prompt | Sequence[Prompt] | Tokens) -> Tex
     several = [prompts] if isinstance(prompts, str | Tensor) else list(prompts)
     rows = [_read_prompt(model, prompt) for prompt in several]
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-    if not rows or not 1 <= int(lengths.min()) <= int(lengths.max()) <= model.cfg.n_ctx:
+    if not rows or not 1 <= int(lengths.min()) <= int(lengths.max()) <= find_context(model):
         raise ValueError(
-            f"Prompts must have 1 to {model.cfg.n_ctx} tokens (the model's context), got {lengths.tolist()[:5]}."
+            f"Prompts must have 1 to {find_context(model)} tokens (the model's context), got {lengths.tolist()[:5]}."
         )
     return Texts(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths)
 
@@ -77,9 +78,11 @@ def _read_prompt(model: Model, prompt: Prompt) -> Int[Tensor, "n"]:
         return prompt.long().cpu()
     if not prompt.strip():
         raise ValueError("A prompt must hold text, got a blank one; to start from BOS alone give its id.")
-    tokens = tokenize(model, [prompt], model.cfg.n_ctx, packed=False, separator=None)
+    tokens = tokenize(model, [prompt], find_row(model, prompt), packed=False, separator=None)
     if tokens.n_truncated:
-        raise ValueError(f"A prompt must fit the model's context of {model.cfg.n_ctx} tokens, got '{prompt[:40]}'...")
+        raise ValueError(
+            f"A prompt must fit the model's context of {find_context(model)} tokens, got '{prompt[:40]}'..."
+        )
     return tokens.ids[0, : tokens.n_tokens].long()
 
 
