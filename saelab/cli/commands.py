@@ -20,6 +20,7 @@ from saelab.cli.labels import open_book
 from saelab.cli.reporting import write_report
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.training import train_sae
+from saelab.training.interrupt import Terminable
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 SPELLINGS = {"resume=False": "--overwrite", "resume=True": "--resume", "allow_mismatch=True": "--allow-mismatch"}
@@ -61,7 +62,8 @@ def guard(verb: Callable[..., None]) -> Callable[..., None]:
     @wraps(verb)
     def run(*args: object, **kwargs: object) -> None:
         try:
-            verb(*args, **kwargs)
+            with Terminable():
+                verb(*args, **kwargs)
         except typer.Exit:
             raise
         except KeyboardInterrupt as stop:

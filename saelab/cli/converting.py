@@ -1,5 +1,7 @@
 """`saelab convert`: an SAE from one library's files to another's."""
 
+import filecmp
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,8 @@ from saelab.cli.training import read_activation
 from saelab.sae.formats.readers import FORMATS, OWN
 from saelab.sae.formats.writers import WRITERS
 from saelab.sae.sae import SAE
+from saelab.stores.disk import LOCK, hold_folder
+from saelab.stores.files import is_empty, settle
 
 UNSAID = "; where the files do not say it"
 SAID = "as the files say"
@@ -56,24 +60,52 @@ def convert_sae(
     One that was read from a library's files is written back as it was, bit for bit. What a format has no words for is
     folded into the weights where that is exact, and refused where it is not.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"DST must be new or an empty folder, got '{target}'; choose another.")
+    if target.is_file():
+        raise ValueError(f"DST must be new or an empty folder, got the file '{target}'; choose another.")
     if k is not None and activation is None:
         raise ValueError(f"`--k` must go with `--activation`, got {k} alone; add --activation topk.")
-    sae = SAE.from_pretrained(
-        source,
-        name,
-        revision=revision,
-        format=source_format,
-        model=model,
-        hook_point=hook_point,
-        hook_point_out=hook_point_out,
-        weight_processing=weight_processing,
-        activation=read_activation(activation, 32 if k is None else k) if activation is not None else None,
-        threshold=threshold,
-        scale=scale,
-    )
-    sae.save_pretrained(target, format)
+    with hold_folder(target):
+        settle(target)
+        occupied = not is_empty(target)
+        try:
+            sae = SAE.from_pretrained(
+                source,
+                name,
+                revision=revision,
+                format=source_format,
+                model=model,
+                hook_point=hook_point,
+                hook_point_out=hook_point_out,
+                weight_processing=weight_processing,
+                activation=read_activation(activation, 32 if k is None else k) if activation is not None else None,
+                threshold=threshold,
+                scale=scale,
+            )
+        except ValueError:
+            if occupied:
+                raise _refuse(target) from None
+            raise
+        if occupied:
+            _require_same(target, sae, format)
+        else:
+            sae.save_pretrained(target, format)
     typer.echo(f"{sae}\n{target}: {format}")
     if sae.origin is not None:
         typer.echo(f"read as {sae.origin.format}")
+
+
+def _refuse(target: Path) -> ValueError:
+    return ValueError(f"DST must be new or an empty folder, got '{target}'; choose another.")
+
+
+def _require_same(target: Path, sae: SAE, format: str) -> None:
+    """ValueError where a folder holds anything but what would be written there: a command that was cut off at its very
+    end may be given again.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        sae.save_pretrained(folder, format)
+        names = {file.name for file in target.iterdir() if file.name != LOCK}
+        wanted = {file.name for file in Path(folder).iterdir()}
+        if names != wanted or set(filecmp.cmpfiles(folder, target, wanted, shallow=False)[0]) != wanted:
+            raise _refuse(target)
+    typer.echo("This SAE was converted already.")

@@ -12,9 +12,10 @@ from saelab.sae.formats.conventions import Convention, compose_config
 from saelab.sae.formats.readers import find_format, is_own, read_foreign
 from saelab.sae.formats.readings import Asked
 from saelab.sae.formats.sources import Source
-from saelab.stores.files import read_json
+from saelab.stores.files import await_settled, read_json
 from saelab.stores.manifest import ActivationsManifest, FeatureManifest
 from saelab.stores.provenance import Provenance
+from saelab.training.checkpoint import FOLDER, PROGRESS
 
 Rows = list[tuple[str, str]]
 
@@ -40,7 +41,8 @@ def describe_folder(path: Path) -> str:
     if (path / "manifest.json").is_file():
         kind = read_json(path / "manifest.json").get("kind")
         return describe_store(path) if kind == FeatureManifest.kind else describe_activations(path)
-    if (path / "checkpoint" / "progress.json").is_file():
+    await_settled(path / FOLDER)
+    if (path / FOLDER / PROGRESS).is_file():
         return describe_unfinished(path)
     return describe_foreign(path)
 

@@ -10,7 +10,7 @@ from typer import Option
 
 from saelab.analyses.lens import LogitLens, logit_lens
 from saelab.cli import options
-from saelab.cli.labels import make_printable
+from saelab.cli.labels import Context, make_printable
 from saelab.cli.reporting import open_model, open_sae, read_numbers
 from saelab.labelling.book import LabelBook
 from saelab.labelling.clients import Client, LocalClient, OpenAIClient
@@ -21,6 +21,7 @@ from saelab.labelling.predicates import Predicate, Predicates, make_predicates
 from saelab.labelling.questions import AskConfig
 from saelab.labelling.rules import label_by_rules
 from saelab.lm.models import load_model
+from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore
 
 BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
@@ -72,6 +73,7 @@ InAnswers = Annotated[
 
 
 def label_features(
+    context: Context,
     store: options.StoreFolder,
     rules: Rules = None,
     lens: Lens = True,
@@ -105,6 +107,8 @@ def label_features(
     if estimate and client is None:
         raise ValueError("`--estimate` needs `--model`: rules cost nothing.")
     cfg = AskConfig(n_parallel=parallel, budget=budget, price_in=price_in, price_out=price_out)
+    if not estimate:
+        context.with_resource(hold_folder(store))
     if rules is not None or client is None:
         wanted = _wanted(opened, RULES, numbers, resume)
         found = _read_lens(opened, wanted, sae, lens_model, progress) if lens and wanted != [] else None

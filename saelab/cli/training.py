@@ -16,7 +16,10 @@ from saelab.sae.fitting import Data
 from saelab.sae.registry import ACTIVATIONS, Activation, make_activation
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
+from saelab.stores.disk import hold_folder
+from saelab.stores.files import settle
 from saelab.stores.manifest import ActivationsManifest
+from saelab.training.checkpoint import FOLDER, find_checkpoint
 from saelab.training.config import TrainConfig
 
 WRITTEN = (CONFIG, WEIGHTS, "history.jsonl", "history.csv")
@@ -71,8 +74,9 @@ def train_sae(
         n_tokens=n_tokens, batch_size=batch_size, lr=lr, seed=seed, save_every_tokens=save_every_tokens
     )
     sae = SAE(cfg, seed=seed).to(options.choose_device(device))
-    claim_folder(out, resume, overwrite)
-    _train_into(out, sae, rows if targets is None else (rows, targets), budget, resume, progress)
+    with hold_folder(out):
+        claim_folder(out, resume, overwrite)
+        _train_into(out, sae, rows if targets is None else (rows, targets), budget, resume, progress)
 
 
 def _train_into(out: Path, sae: SAE, rows: Data, budget: TrainConfig, resume: bool, progress: bool) -> None:
@@ -136,16 +140,19 @@ def read_prefixes(text: str | None) -> tuple[int, ...] | RandomPrefixes | None:
 
 
 def claim_folder(out: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse a folder that holds something (ValueError), or empty it of an SAE where that is asked for."""
+    """Refuse a folder that holds something (ValueError), or empty it of an SAE where that is asked for; for whoever
+    holds it.
+    """
     if resume and overwrite:
         raise ValueError("`--resume` and `--overwrite` exclude each other; give one.")
     if (out / "manifest.json").is_file():
         raise ValueError(f"`--out` must not be a folder of activations, got '{out}'; choose another.")
+    settle(out)
     if resume:
         return
     found = "a finished SAE" if (out / CONFIG).is_file() else "an unfinished run"
-    if not overwrite and ((out / CONFIG).is_file() or (out / "checkpoint").is_dir()):
+    if not overwrite and ((out / CONFIG).is_file() or find_checkpoint(out)):
         raise ValueError(f"'{out}' holds {found}; give --resume to go on, --overwrite to begin anew, or another --out.")
     for name in WRITTEN:
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "checkpoint", ignore_errors=True)
+    shutil.rmtree(out / FOLDER, ignore_errors=True)

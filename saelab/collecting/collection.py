@@ -11,15 +11,15 @@ from saelab.collecting.writers import (
     FolderWriter,
     MemoryWriter,
     Writer,
-    clear_folder,
+    claim_folder,
     load_all,
-    resume_folder,
 )
 from saelab.lm.forwards import forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens
 from saelab.stores.activations import Activations
+from saelab.stores.disk import hold_folder
 from saelab.stores.manifest import ActivationsManifest, dtype_name
 
 SHARD_TOKENS = 32768
@@ -73,25 +73,25 @@ def _collect_to_folder(
     reader: Reader, tokens: Tokens, folder: Path, n_seq: int, shard_tokens: int, progress: bool, resume: bool
 ) -> dict[str, Activations]:
     request = reader.request(tokens) | {"batch_size": n_seq, "shard_tokens": shard_tokens}
-    if not resume:
-        clear_folder(folder, ActivationsManifest)
-    manifest = resume_folder(folder, request, ActivationsManifest)
-    if manifest is not None and manifest.complete:
-        return load_all(folder, list(reader.hook_points))
-    if manifest is None:
-        reader = reader.calibrated(tokens, n_seq)
-        manifest = ActivationsManifest(
-            d_in=reader.widths(tokens),
-            dtype=dtype_name(reader.dtype),
+
+    def begin() -> ActivationsManifest:
+        calibrated = reader.calibrated(tokens, n_seq)
+        return ActivationsManifest(
+            d_in=calibrated.widths(tokens),
+            dtype=dtype_name(calibrated.dtype),
             request=request,
-            provenance=reader.origins(tokens, 0, {})[reader.hook_points[0]].to_dict(),
-            median_norms=reader.median_norms,
+            provenance=calibrated.origins(tokens, 0, {})[calibrated.hook_points[0]].to_dict(),
+            median_norms=calibrated.median_norms,
         )
-        manifest.save(folder)  # claims the folder, and finds out before the work whether it can be written
-    reader = replace(reader, median_norms=manifest.median_norms)
-    writer = FolderWriter(folder, manifest, shard_tokens)
-    with writer:
-        return _run(reader, tokens, writer, n_seq, progress)
+
+    with hold_folder(folder):
+        manifest = claim_folder(folder, request, ActivationsManifest, begin, resume)
+        if manifest.complete:
+            return load_all(folder, list(reader.hook_points))
+        reader = replace(reader, median_norms=manifest.median_norms)
+        writer = FolderWriter(folder, manifest, shard_tokens)
+        with writer:
+            return _run(reader, tokens, writer, n_seq, progress)
 
 
 def _run(reader: Reader, tokens: Tokens, writer: Writer, n_seq: int, progress: bool) -> dict[str, Activations]:

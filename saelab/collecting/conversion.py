@@ -9,7 +9,8 @@ from torch import Tensor
 
 from saelab.collecting.delphi import DelphiCache, PlacedCodes
 from saelab.collecting.harvesting import SHARD_TOKENS
-from saelab.collecting.writers import ShardWriter, clear_folder, resume_folder
+from saelab.collecting.writers import ShardWriter, claim_folder
+from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore, save_statistics
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes
@@ -49,18 +50,14 @@ def convert_delphi(
     cache, out = DelphiCache.open(Path(folder), tokens, hook_point), Path(out)
     n_seq = max(1, shard_tokens // cache.tokens.ctx_len)
     request = cache.request() | {"tokenizer": getattr(tokenizer, "name_or_path", None), "shard_sequences": n_seq}
-    if not resume:
-        clear_folder(out, FeatureManifest)
-    manifest = resume_folder(out, request, FeatureManifest)
-    if manifest is None:
-        manifest = _begin(cache, request)
-        manifest.save(out)
-    if not manifest.complete:
-        buffers = _Packer(cache.d_sae), _Packer(cache.d_sae)
-        with ShardWriter(out, manifest, n_seq * cache.tokens.ctx_len, buffers) as writer:
-            _write_shards(cache, writer, n_seq, progress)
-            _finish(cache, writer, tokenizer)
-    return FeatureStore.load(out)
+    with hold_folder(out):
+        manifest = claim_folder(out, request, FeatureManifest, lambda: _begin(cache, request), resume)
+        if not manifest.complete:
+            buffers = _Packer(cache.d_sae), _Packer(cache.d_sae)
+            with ShardWriter(out, manifest, n_seq * cache.tokens.ctx_len, buffers) as writer:
+                _write_shards(cache, writer, n_seq, progress)
+                _finish(cache, writer, tokenizer)
+        return FeatureStore.load(out)
 
 
 def _begin(cache: DelphiCache, request: dict[str, Any]) -> FeatureManifest:

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Int32, Integer
 
 from saelab.stores.features import FeatureStore
-from saelab.stores.files import save_tensors, write_json
+from saelab.stores.files import replace_folder, save_tensors, write_json
 
+CONFIG = "config.json"
 N_SPLITS = 5
 SMALLEST = 1e-5  # delphi leaves smaller codes out
 SHORT, WIDE = np.uint16, np.uint32
@@ -32,11 +33,8 @@ def write_delphi(
     origin = store.provenance
     place = Path(folder) / origin.hook_point
     tokens, places = _lay_out(store, pad_id)
+    ids = torch.from_numpy(tokens.astype(np.int64))
     ends = np.linspace(0, store.d_sae, n_splits + 1).astype(int).tolist()
-    for first, stop in pairwise(ends):
-        locations, values = _locate(store, first, stop, places, tokens.shape[1])
-        tensors = {"locations": locations, "activations": values, "tokens": torch.from_numpy(tokens.astype(np.int64))}
-        save_tensors(place / f"{first}_{stop - 1}.safetensors", tensors)
     config = {
         "dataset_repo": origin.text,
         "dataset_split": "",
@@ -47,7 +45,12 @@ def write_delphi(
         "n_splits": n_splits,
         "model_name": origin.model,
     }
-    write_json(place / "config.json", config)
+    with replace_folder(place, last=CONFIG, stale=(CONFIG, "[0-9]*_[0-9]*.safetensors")) as temp:
+        for first, stop in pairwise(ends):
+            locations, values = _locate(store, first, stop, places, tokens.shape[1])
+            tensors = {"locations": locations, "activations": values, "tokens": ids}
+            save_tensors(temp / f"{first}_{stop - 1}.safetensors", tensors)
+        write_json(temp / CONFIG, config)
     return place
 
 

@@ -9,9 +9,10 @@ import torch
 from saelab.collecting.caches import Cache, Piece, describe_files, open_cache
 from saelab.collecting.collection import SHARD_TOKENS
 from saelab.collecting.reader import Reading, require_finite
-from saelab.collecting.writers import FolderWriter, clear_folder, load_all, resume_folder
+from saelab.collecting.writers import FolderWriter, claim_folder, load_all
 from saelab.lm.masks import TokenMask
 from saelab.stores.activations import Activations
+from saelab.stores.disk import hold_folder
 from saelab.stores.manifest import ActivationsManifest, dtype_name
 from saelab.stores.provenance import Provenance
 
@@ -43,23 +44,20 @@ def convert_activations(
     first = cache.read(0)
     request: dict[str, Any] = {"files": describe_files(cache.paths), "hook_point": cache.hook_point, "model": model}
     request |= {"weight_processing": weight_processing, "shard_tokens": shard_tokens}
-    if not resume:
-        clear_folder(out, ActivationsManifest)
-    manifest = resume_folder(out, request, ActivationsManifest)
-    if manifest is not None and manifest.complete:
-        return load_all(out, [cache.hook_point])[cache.hook_point]
     origin = _describe(cache, first, model, weight_processing)
-    if manifest is None:
-        manifest = ActivationsManifest(
-            d_in={cache.hook_point: first.acts.shape[-1]},
-            dtype=dtype_name(first.acts.dtype),
-            request=request,
-            provenance=origin.to_dict(),
-        )
-        manifest.save(out)
-    writer = FolderWriter(out, manifest, shard_tokens)
-    with writer:
-        return _run(cache, writer, origin, progress)
+    fresh = ActivationsManifest(
+        d_in={cache.hook_point: first.acts.shape[-1]},
+        dtype=dtype_name(first.acts.dtype),
+        request=request,
+        provenance=origin.to_dict(),
+    )
+    with hold_folder(out):
+        manifest = claim_folder(out, request, ActivationsManifest, lambda: fresh, resume)
+        if manifest.complete:
+            return load_all(out, [cache.hook_point])[cache.hook_point]
+        writer = FolderWriter(out, manifest, shard_tokens)
+        with writer:
+            return _run(cache, writer, origin, progress)
 
 
 def _run(cache: Cache, writer: FolderWriter, origin: Provenance, progress: bool) -> Activations:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelab.collecting.reader import Reader, fingerprint
 from saelab.collecting.sources import ActivationsSource, Batch, Source, TextSource
-from saelab.collecting.writers import ShardWriter, clear_folder, resume_folder
+from saelab.collecting.writers import ShardWriter, claim_folder
 from saelab.functional.codes import SparseCodes
 from saelab.lm.forwards import FORWARD_TOKENS, forward_size
 from saelab.lm.masks import TokenMask
@@ -22,6 +22,7 @@ from saelab.lm.tokens import Tokens
 from saelab.sae.matching import Match, match_activations, match_model, require_threshold
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
+from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore, save_statistics
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes, round_values, smallest_int
@@ -82,12 +83,16 @@ def harvest(
         at = dict.fromkeys(named, tokens.hook_point)
     else:
         source, at = _read_text(named, model, tokens, hook_point, mask, batch_size, allow_mismatch)
-    jobs = [
-        _Job.start(sae, at[name], source, Path(out) / name, dtype, shard_tokens, resume) for name, sae in named.items()
-    ]
-    _run([job for job in jobs if not job.done], source, progress)
-    stores = {name: FeatureStore.load(job.folder) for name, job in zip(named, jobs, strict=True)}
-    return stores[""] if isinstance(saes, SAE) else stores
+    with ExitStack() as held:
+        for name in named:
+            held.enter_context(hold_folder(Path(out) / name))
+        jobs = [
+            _Job.start(sae, at[name], source, Path(out) / name, dtype, shard_tokens, resume)
+            for name, sae in named.items()
+        ]
+        _run([job for job in jobs if not job.done], source, progress)
+        stores = {name: FeatureStore.load(job.folder) for name, job in zip(named, jobs, strict=True)}
+        return stores[""] if isinstance(saes, SAE) else stores
 
 
 def _read_text(
@@ -143,19 +148,15 @@ class _Job:
         described = sae.describe()
         request = source.request() | {"sae": fingerprint(sae.state_dict()), "hook_point": hook_point}
         request |= {"values": dtype, "shard_tokens": shard_tokens}
-        if not resume:
-            clear_folder(folder, FeatureManifest)
-        manifest = resume_folder(folder, request, FeatureManifest)
-        if manifest is None:
-            manifest = FeatureManifest(
-                d_sae=sae.cfg.d_sae,
-                dtype=dtype,
-                sae=described | {"name_or_path": sae.name_or_path},
-                source=repr(sae),
-                request=request,
-                provenance=source.origin(hook_point, 0, {}).to_dict(),
-            )
-            manifest.save(folder)  # finds out before the work whether it can be written
+        fresh = FeatureManifest(
+            d_sae=sae.cfg.d_sae,
+            dtype=dtype,
+            sae=described | {"name_or_path": sae.name_or_path},
+            source=repr(sae),
+            request=request,
+            provenance=source.origin(hook_point, 0, {}).to_dict(),
+        )
+        manifest = claim_folder(folder, request, FeatureManifest, lambda: fresh, resume)
         return cls(sae, hook_point, folder, manifest, dtype, shard_tokens)
 
     @property

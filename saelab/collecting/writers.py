@@ -1,6 +1,7 @@
 """Where collected rows go: into memory, or into a folder of shards that can be resumed."""
 
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saelab.collecting.keeping import make_way
 from saelab.collecting.reader import Reading
 from saelab.stores.activations import Activations
-from saelab.stores.files import read_json, remove_leftovers, save_tensors
+from saelab.stores.files import is_empty, read_json, remove_leftovers, save_tensors
 from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest, AnyManifest, Manifest, Shard
 from saelab.stores.provenance import Provenance
+from saelab.training.interrupt import Terminable
 
 
 @runtime_checkable
@@ -102,15 +105,19 @@ class ShardWriter:
         self._buffer, self._spare = buffers
         self._background = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
+        self._signals = Terminable()
 
     def __enter__(self) -> "ShardWriter":
+        self._signals.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *about: Any) -> None:
         self._background.shutdown(wait=True)
+        self._signals.__exit__(kind, *about)
         if kind is KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"Stopped. {self.manifest.n_tokens} tokens are saved in {self.folder}. Make the same call to go on."
+                f"Stopped. {self.manifest.n_tokens} tokens are saved in {self.folder}. "
+                "Make the same call, without resume=False, to go on."
             ) from None
 
     def add(self, reading: Any, n_rows: int, n_seq: int, removed: dict[str, int]) -> None:
@@ -186,16 +193,40 @@ def load_all(folder: Path, hook_points: list[str]) -> dict[str, Activations]:
     return {name: Activations.load(folder, name) for name in hook_points}
 
 
-def resume_folder(folder: Path, request: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest | None:
-    """The manifest in `folder`, or None where nothing is; ValueError when it holds something else than asked for."""
-    if folder.is_dir():
-        remove_leftovers(folder)
-    if not (folder / "manifest.json").is_file():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(
-                f"`out` must be empty or hold what `{kind.verb}` wrote, got {folder}. Choose another folder."
-            )
-        return None
+def claim_folder(
+    folder: Path, request: dict[str, Any], kind: type[AnyManifest], begin: Callable[[], AnyManifest], resume: bool
+) -> AnyManifest:
+    """The manifest in `folder` that the same request was begun with, or that of a new beginning, written already.
+
+    With `resume=False` what the folder holds of the kind gives way: the new manifest takes the old one's place at one
+    stroke, then the old files go, so that a killed process leaves no half of it that passes for a whole. For whoever
+    holds the folder. ValueError when it holds something else than asked for.
+    """
+    remove_leftovers(folder)
+    described = folder / "manifest.json"
+    if described.is_file() and resume:
+        manifest = _resume(folder, request, kind)
+    elif _is_of_kind(described, kind) or is_empty(folder, kind.kept_beside):
+        if described.is_file() and kind.kept_beside:
+            make_way(folder, request)
+        manifest = begin()
+        manifest.save(folder)  # finds out before the work whether it can be written
+    else:
+        raise ValueError(f"`out` must be empty or hold what `{kind.verb}` wrote, got {folder}. Choose another folder.")
+    if not manifest.complete:
+        _remove_strangers(folder, manifest)
+    return manifest
+
+
+def _is_of_kind(path: Path, kind: type[Manifest]) -> bool:
+    """Whether a manifest can be read and is of this kind."""
+    if not path.is_file():
+        return False
+    found = read_json(path)
+    return isinstance(found, dict) and found.get("kind") == kind.kind
+
+
+def _resume(folder: Path, request: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest:
     manifest = kind.load(folder)
     if differing := [key for key, value in request.items() if manifest.request.get(key) != value]:
         what = "; ".join(f"{key}: there {manifest.request.get(key)!r}, now {request[key]!r}" for key in differing)
@@ -207,15 +238,12 @@ def resume_folder(folder: Path, request: dict[str, Any], kind: type[AnyManifest]
     return manifest
 
 
-def clear_folder(folder: Path, kind: type[Manifest]) -> None:
-    """Remove what a folder holds of a kind, the manifest first, so that no half of it passes for a whole; nothing
-    else.
-    """
-    path = folder / "manifest.json"
-    if path.is_file() and read_json(path).get("kind") == kind.kind:
-        path.unlink()
-        for pattern in kind.files_of_kind:
-            for file in folder.glob(pattern):
+def _remove_strangers(folder: Path, manifest: Manifest) -> None:
+    """Remove files of a manifest's kind that it does not list: those of a store that stood here before."""
+    own = {shard.file for shard in manifest.shards}
+    for pattern in manifest.files_of_kind:
+        for file in folder.glob(pattern):
+            if file.name not in own:
                 file.unlink()
 
 

@@ -11,8 +11,9 @@ from saelab.labelling.neuronpedia import PER_FILE, BulkImport, Source, in_files
 from saelab.lm.models import Model
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
-from saelab.stores.files import write_json
+from saelab.stores.files import replace_folder, write_json
 
+SETTINGS, SKIPPED = "run_settings.json", "skipped_indexes.json"
 StoreFormat = Literal["delphi", "saedashboard", "neuronpedia"]
 
 
@@ -67,10 +68,11 @@ def _write_batches(
 ) -> Path:
     """SAEDashboard's files for Neuronpedia."""
     head = {"model_id": source.model, "layer": source.layer, "sae_set": source.set, "sae_id_suffix": None}
-    for i, part in enumerate(in_files(made)):
-        write_json(folder / f"batch-{i}.json", {**head, "features": part})
-    write_json(folder / "skipped_indexes.json", {**head, "skipped_indexes": silent})
-    origin = store.provenance
-    settings = {"n_features_at_a_time": PER_FILE, "n_tokens": len(store), "hook_point": origin.hook_point}
-    write_json(folder / "run_settings.json", {**head, **settings, "n_features": store.d_sae, "dataset": origin.text})
+    with replace_folder(folder, last=SETTINGS, stale=(SETTINGS, SKIPPED, "batch-*.json")) as temp:
+        for i, part in enumerate(in_files(made)):
+            write_json(temp / f"batch-{i}.json", {**head, "features": part})
+        write_json(temp / SKIPPED, {**head, "skipped_indexes": silent})
+        origin = store.provenance
+        settings = {"n_features_at_a_time": PER_FILE, "n_tokens": len(store), "hook_point": origin.hook_point}
+        write_json(temp / SETTINGS, {**head, **settings, "n_features": store.d_sae, "dataset": origin.text})
     return folder

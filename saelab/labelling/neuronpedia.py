@@ -13,7 +13,7 @@ from saelab.labelling.book import LabelBook
 from saelab.labelling.dashboards import Dashboards
 from saelab.labelling.formats import Entry, write_entries
 from saelab.stores.features import FeatureStore
-from saelab.stores.files import to_json, write_atomic
+from saelab.stores.files import replace_folder, to_json, write_atomic
 
 PER_FILE = 128
 STRENGTH = 10.0
@@ -54,17 +54,18 @@ class BulkImport:
     def write(self, folder: Path, made: Iterator[dict[str, Any]]) -> Path:
         """Write the records of these dashboards, and the store's chosen labels; returns the dictionary's folder."""
         root = folder / self.source.model / self.source.id
-        for name, head in self.heads().items():
-            write_atomic(root / f"{name}.jsonl", _to_line(head))
-        for i, part in enumerate(in_files(made)):
-            windows = ((one["feature_index"], n, w) for one in part for n, w in enumerate(one["activations"]))
-            _write_lines(root / f"features/batch-{i}.jsonl.gz", map(self.feature, part))
-            _write_lines(root / f"activations/batch-{i}.jsonl.gz", (self.activation(*window) for window in windows))
-        with LabelBook.open(self.boards.store) as book:
-            chosen = [Entry(label, chosen=True) for label in book.chosen()]
-        if chosen:
-            text = write_entries(chosen, "neuronpedia", self.source.model, self.source.id)
-            write_atomic(root / "explanations/batch-0.jsonl.gz", gzip.compress(text.encode(), mtime=0))
+        with replace_folder(root, last="source.jsonl", stale=("*.jsonl", "*/batch-*.jsonl.gz")) as temp:
+            for name, head in self.heads().items():
+                write_atomic(temp / f"{name}.jsonl", _to_line(head))
+            for i, part in enumerate(in_files(made)):
+                windows = ((one["feature_index"], n, w) for one in part for n, w in enumerate(one["activations"]))
+                _write_lines(temp / f"features/batch-{i}.jsonl.gz", map(self.feature, part))
+                _write_lines(temp / f"activations/batch-{i}.jsonl.gz", (self.activation(*window) for window in windows))
+            with LabelBook.open(self.boards.store) as book:
+                chosen = [Entry(label, chosen=True) for label in book.chosen()]
+            if chosen:
+                text = write_entries(chosen, "neuronpedia", self.source.model, self.source.id)
+                write_atomic(temp / "explanations/batch-0.jsonl.gz", gzip.compress(text.encode(), mtime=0))
         return root
 
     def heads(self) -> dict[str, dict[str, Any]]:

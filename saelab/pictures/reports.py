@@ -1,6 +1,7 @@
 """`report`: a feature store as a page that is searched, sorted and read in a browser, with no server and no network."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -19,8 +20,9 @@ from saelab.pictures.cards import draw_card
 from saelab.pictures.matched import Matched
 from saelab.pictures.pages import as_script, fill_page, summarise
 from saelab.pictures.prompts import read_prompts
+from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore
-from saelab.stores.files import read_json, replace_folder, to_json, write_atomic
+from saelab.stores.files import is_empty, read_json, replace_folder, settle, to_json, write_atomic
 from saelab.stores.results import Result
 from saelab.universality.matches import Comparison
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from saelab.sae.sae import SAE
 
 PER_FILE = 100
+PAGE, NAME = "index.html", "report.json"
+FILES = (PAGE, NAME, "cards-*.js")
 ON_ONE_PAGE = 200
 """Features up to which a folder holds one page and nothing else to load."""
 
@@ -75,20 +79,21 @@ def report(
 
     Raises what a LabelBook raises, and ValueError for features that the store does not have, for an SAE other than the
     harvested one, for prompts without SAE and model, for stores that do not compare or are not those of the
-    `comparison`, and where `out` holds something that is not a report.
+    `comparison`, and where `out` holds something that is not a report or somebody else is writing there.
     """
     wanted = list(range(store.d_sae)) if features is None else list(dict.fromkeys(features))
     _check(store, wanted, sae, model, prompts)
-    target, names = _claim(Path(out)), _read_names(store, labels)
-    matched = _match(store, compare, comparison, progress)
-    near = near or (neighbours(sae) if sae is not None else neighbours(store))
-    lens = logit_lens(sae, model, wanted) if sae is not None and model is not None else None
-    found = dead_units(store, sae)
-    shown = [] if sae is None or model is None else read_prompts(sae, model, prompts, store.provenance)
-    cards = _cards(store, wanted, names, lens, near, choice, found, matched, progress)
-    summary = summarise(store, found, evaluation) + (matched.summarise() if matched else "")
-    compared = matched.comparison.similarity if matched else None
-    return _write(_Page(title or _name(store), summary, shown, compared), target, cards, len(wanted))
+    names = _read_names(store, labels)
+    with _claim(Path(out)) as target:
+        matched = _match(store, compare, comparison, progress)
+        near = near or (neighbours(sae) if sae is not None else neighbours(store))
+        lens = logit_lens(sae, model, wanted) if sae is not None and model is not None else None
+        found = dead_units(store, sae)
+        shown = [] if sae is None or model is None else read_prompts(sae, model, prompts, store.provenance)
+        cards = _cards(store, wanted, names, lens, near, choice, found, matched, progress)
+        summary = summarise(store, found, evaluation) + (matched.summarise() if matched else "")
+        compared = matched.comparison.similarity if matched else None
+        return _write(_Page(title or _name(store), summary, shown, compared), target, cards, len(wanted))
 
 
 @dataclass(frozen=True)
@@ -157,15 +162,20 @@ def _check(
         )
 
 
-def _claim(out: Path) -> Path:
-    """Where the report goes; ValueError where something else is that would be lost."""
+@contextmanager
+def _claim(out: Path) -> Iterator[Path]:
+    """Where the report goes, a folder of it held; ValueError where something else is that would be lost."""
     if out.suffix == ".html":
-        return out
-    described = out / "report.json"
-    held = read_json(described) if described.is_file() else {}
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and held.get("kind") != "report"):
-        raise ValueError(f"`out` must be empty or hold a report, got {out}. Choose another folder.")
-    return out
+        yield out
+        return
+    if out.is_file():
+        raise ValueError(f"`out` must be a folder, or a page that ends in .html, got the file {out}. Choose another.")
+    with hold_folder(out):
+        settle(out)
+        held = read_json(out / NAME) if (out / NAME).is_file() else {}
+        if not is_empty(out) and not (isinstance(held, dict) and held.get("kind") == "report"):
+            raise ValueError(f"`out` must be empty or hold a report, got {out}. Choose another folder.")
+        yield out
 
 
 def _cards(
@@ -192,15 +202,15 @@ def _cards(
 def _write(page: _Page, target: Path, cards: Iterator[tuple[dict[str, Any], str]], n_features: int) -> Report:
     if target.suffix == ".html":
         return _write_page(page, target, cards)
-    with replace_folder(target) as folder:
+    with replace_folder(target, last=PAGE, stale=FILES) as folder:
         if n_features <= ON_ONE_PAGE:
-            _write_page(page, folder / "index.html", cards)
+            _write_page(page, folder / PAGE, cards)
         else:
             rows, files = _write_files(folder, cards)
-            write_atomic(folder / "index.html", page.fill(rows, files, "").encode())
-        write_atomic(folder / "report.json", to_json({"kind": "report", "title": page.title}).encode())
-    n_bytes = sum(file.stat().st_size for file in target.iterdir())
-    return Report(page=str(target / "index.html"), n_features=n_features, n_bytes=n_bytes)
+            write_atomic(folder / PAGE, page.fill(rows, files, "").encode())
+        write_atomic(folder / NAME, to_json({"kind": "report", "title": page.title}).encode())
+    n_bytes = sum(file.stat().st_size for pattern in FILES for file in target.glob(pattern))
+    return Report(page=str(target / PAGE), n_features=n_features, n_bytes=n_bytes)
 
 
 def _write_page(page: _Page, path: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> Report:
@@ -222,7 +232,7 @@ def _write_files(folder: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> t
     def flush() -> None:
         if drawn:
             files.append(f"cards-{len(files):04d}.js")
-            (folder / files[-1]).write_text(as_script(drawn), encoding="utf-8")
+            write_atomic(folder / files[-1], as_script(drawn).encode())
             drawn.clear()
 
     for row, html in cards:

@@ -9,7 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from saelab.sae.formats.readings import Origin
-from saelab.stores.files import map_tensor, read_header, read_json, save_tensors, write_json
+from saelab.stores.files import (
+    map_tensor,
+    read_header,
+    read_json,
+    replace_folder,
+    save_tensors,
+    write_json,
+)
 
 SCHEMA_VERSION = 1
 CONFIG, WEIGHTS, KEPT = "config.json", "model.safetensors", "origin.safetensors"
@@ -17,15 +24,13 @@ KEYS = ("schema_version", "kind", "config", "provenance", "training", "origin")
 
 
 def write_sae(folder: Path, described: dict[str, Any], tensors: Mapping[str, Tensor], origin: Origin | None) -> None:
-    """Write the files, each atomically; the weights first, so that a config never stands beside older weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    if origin is not None:
-        described = described | {"origin": origin.to_dict()}
-        save_tensors(folder / KEPT, origin.kept, {"format": "pt"})
-    else:
-        (folder / KEPT).unlink(missing_ok=True)
-    write_json(folder / CONFIG, {"schema_version": SCHEMA_VERSION, "kind": "sae", **described})
+    """Write the files, all of them or none, in the place of an older SAE; what else the folder holds stays."""
+    with replace_folder(folder, last=CONFIG, stale=(CONFIG, WEIGHTS, KEPT)) as temp:
+        save_tensors(temp / WEIGHTS, tensors, {"format": "pt"})
+        if origin is not None:
+            described = described | {"origin": origin.to_dict()}
+            save_tensors(temp / KEPT, origin.kept, {"format": "pt"})
+        write_json(temp / CONFIG, {"schema_version": SCHEMA_VERSION, "kind": "sae", **described})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from saelab.sae.loading import Loaded, fill, load, locate
 from saelab.sae.modelcard import write_card
 from saelab.sae.registry import Activation
 from saelab.sae.saebench import SAEBenchSAE
+from saelab.stores.disk import hold_folder
 from saelab.stores.files import write_atomic
 from saelab.stores.provenance import Provenance
 from saelab.stores.results import Result
@@ -60,7 +62,8 @@ class SAE(Coder):
 
         `acts` is what `collect` or `stream` give, or a plain tensor; for a transcoder (inputs, targets), two of the
         first or the last whose rows are of the same tokens, or a stream of pairs. With `out`, history and checkpoints
-        are written there, and `resume=True` goes on from the last one, bit for bit on CPU. Ctrl-C saves and says where.
+        are written there, and `resume=True` goes on from the last one, bit for bit on CPU. Ctrl-C and
+        SIGTERM save and say where.
         """
         fit([self], acts, cfg, out=out, resume=resume, held_out=held_out, sinks=sinks, progress=progress)
         return self
@@ -205,8 +208,9 @@ def fit(
     Arguments are those of `SAE.fit`; in the history, entries of the i-th SAE start with `i/`.
     """
     acts = open_data(acts)
-    run = make_run(saes, acts, cfg or TrainConfig(), held_out, out, resume)
-    train(run, resume=resume, sinks=sinks, progress=progress)
+    with nullcontext() if out is None else hold_folder(out):
+        run = make_run(saes, acts, cfg or TrainConfig(), held_out, out, resume)
+        train(run, resume=resume, sinks=sinks, progress=progress)
     for i, sae in enumerate(saes):
         sae.provenance, sae.training_, sae.history_ = origin_of(acts), describe_training(run, i), run.history
     return list(saes)

@@ -80,7 +80,8 @@ class FeatureStore:
         for file, crc32 in self.manifest.files.items():
             if checksum(self.folder / file) != crc32:
                 raise ValueError(
-                    f"{self.folder / file} must have the checksum in the manifest, got another. Harvest again."
+                    f"{self.folder / file} must have the checksum in the manifest, got another. Harvest again with "
+                    "resume=False."
                 )
 
     @property

@@ -4,17 +4,24 @@ import errno
 import json
 import math
 import os
-import secrets
 import shutil
+import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
+
+from saelab.stores.disk import CAN_LOCK, LOCK, FolderInUse, explained, hold_folder, open_locked
+
+T = TypeVar("T")
+STAGED, JOURNAL = ".saelab-new", "journal.json"
+PATIENCE = 10.0
+"""seconds that a reader waits for the files of a folder to take their places, which takes milliseconds"""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -59,8 +66,8 @@ def write_atomic(path: str | Path, data: bytes) -> None:
     ...     Path(folder, "a.txt").read_bytes()
     b'hello'
     """
-    with _replacing(Path(path)) as temp:
-        _write(temp, [data])
+    with _replacing(Path(path)) as file:
+        _write(file, [data])
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -101,8 +108,8 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     # Wide elements first, so that each tensor starts on a multiple of its own element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     chunks = [_header(dict(ordered), metadata), *(_bytes_of(tensor) for _, tensor in ordered)]
-    with _replacing(Path(path)) as temp:
-        return _write(temp, chunks)
+    with _replacing(Path(path)) as file:
+        return _write(file, chunks)
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -155,26 +162,104 @@ def checksum(path: str | Path) -> str:
 
 
 @contextmanager
-def replace_folder(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary folder that takes the place of `path` when the block ends well.
+def replace_folder(path: str | Path, last: str = "", stale: Sequence[str] = ("*",)) -> Iterator[Path]:
+    """Yield an empty folder whose files take their places in `path` when the block ends well: all of them or none.
 
-    After an exception the temporary folder is removed and `path` is as it was.
+    They are written aside, in `path` itself, and a journal after them. Once that stands, nothing is lost: what a killed
+    process did not put in place, the next writer or reader does. The old file `last`, which says what the folder holds,
+    goes first and the new one comes last, so that whoever knows nothing of the journal finds no mixture. Old files that
+    match a pattern in `stale`, by default all, and are not written anew are removed; others are left alone. After an
+    exception in the block `path` is as it was.
+
+    Raises FolderInUse where somebody else is writing there.
     """
-    path = Path(path)
-    temp, old = _temp_beside(path), _temp_beside(path)
-    with _explained(path.parent):
-        temp.mkdir(parents=True)
-    try:
-        yield temp
-        with _explained(path.parent):
-            _swap(temp, path, old)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    folder = Path(path)
+    staged = folder / STAGED
+    with hold_folder(folder), explained(folder):
+        settle(folder)
+        staged.mkdir()
+        try:
+            yield staged
+            _write_journal(folder, last, stale)
+        except BaseException:
+            if not (staged / JOURNAL).is_file():
+                shutil.rmtree(staged, ignore_errors=True)
+            raise
+        settle(folder)
+
+
+def settle(folder: str | Path) -> None:
+    """Put the files of a replacement that was cut off in their places, or remove it where it was not whole.
+
+    For whoever holds the folder; a reader calls `await_settled`.
+    """
+    staged = Path(folder) / STAGED
+    if (staged / JOURNAL).is_file():
+        _move_in(Path(folder), staged)
+    if staged.is_dir():
+        shutil.rmtree(staged)
+
+
+def await_settled(folder: str | Path) -> None:
+    """Before a folder is read: `settle` what a killed process left, or wait until a living one has done it.
+
+    Raises ValueError where that cannot be.
+    """
+    journal, end = Path(folder) / STAGED / JOURNAL, time.monotonic() + PATIENCE
+    while journal.is_file():
+        try:
+            with hold_folder(folder):
+                settle(folder)
+        except FolderInUse:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+        except OSError as error:
+            raise ValueError(
+                f"{folder} must be whole to be read; its files were being replaced when the writer was cut off, and "
+                f"this cannot be finished here ({error}). Open it once where it may be written."
+            ) from error
+
+
+def read_settled(folder: str | Path, read: Callable[[], T]) -> T:
+    """What `read` gives of a folder whose files nobody replaced meanwhile: read again where somebody did."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        await_settled(folder)
+        before = _identify(folder)
+        try:
+            found = read()
+        except (OSError, ValueError):
+            if _identify(folder) == before or time.monotonic() > end:
+                raise
+        else:
+            if _identify(folder) == before:
+                return found
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"{folder} must be left alone while it is read, but its files change. Try again later."
+                )
+
+
+def _identify(folder: str | Path) -> frozenset[tuple[str, int, int]] | None:
+    """Which files a folder holds; None while they are being replaced."""
+    if (Path(folder) / STAGED / JOURNAL).is_file():
+        return None
+    with suppress(FileNotFoundError), os.scandir(folder) as files:
+        seen = [(file.name, file.stat()) for file in files if file.is_file()]
+        return frozenset((name, found.st_ino, found.st_mtime_ns) for name, found in seen if name != LOCK)
+    return None
+
+
+def is_empty(folder: str | Path, beside: Sequence[str] = ()) -> bool:
+    """Whether a folder is missing or holds but what a killed writer left, and files that match `beside`."""
+    ours = (LOCK, STAGED, ".*.tmp", *beside)
+    folder = Path(folder)
+    return not folder.exists() or all(any(map(file.match, ours)) for file in folder.iterdir())
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary files and folders that a killed process left in `folder`."""
+    """Remove the temporary files and folders that a killed process left in `folder`; for whoever holds it."""
     for leftover in Path(folder).glob(".*.tmp"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -182,61 +267,83 @@ def remove_leftovers(folder: str | Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _swap(temp: Path, path: Path, old: Path) -> None:
-    existed = path.exists()
-    if existed:
-        os.replace(path, old)
-    try:
-        os.replace(temp, path)
-    except BaseException:
-        if existed:
-            os.replace(old, path)
-        raise
+def _write_journal(folder: Path, last: str, stale: Sequence[str]) -> None:
+    staged = folder / STAGED
+    written = {file.relative_to(staged).as_posix() for file in _walk(staged)}
+    matched = {file.relative_to(folder) for pattern in stale for file in folder.glob(pattern) if file.is_file()}
+    found = {file.as_posix() for file in matched if file.parts[0] != STAGED}
+    _sync(staged)
+    write_json(staged / JOURNAL, {"last": last, "stale": sorted(found - written - {LOCK})})
+    _sync(staged)
 
 
-def _temp_beside(path: Path) -> Path:
-    # Unique, so that two processes never share one; not mkstemp, whose files nobody else may read.
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+def _move_in(folder: Path, staged: Path) -> None:
+    """Every step may be repeated: a killed process has done some of them."""
+    journal = read_json(staged / JOURNAL)
+    last, stale = folder / journal["last"], journal["stale"]
+    files = [file for file in _walk(staged) if file != staged / JOURNAL]
+    files.sort(key=lambda file: (file == staged / journal["last"], file))
+    if files and files[-1] == staged / journal["last"]:
+        last.unlink(missing_ok=True)
+    for name in stale:
+        if not Path(name).is_absolute() and ".." not in Path(name).parts:
+            (folder / name).unlink(missing_ok=True)
+    for file in files:
+        place = folder / file.relative_to(staged)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    _sync(folder)
+    (staged / JOURNAL).unlink()
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    with _explained(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp = _temp_beside(path)
+def _walk(folder: Path) -> Iterator[Path]:
+    for root, _, names in os.walk(folder):
+        yield from (Path(root, name) for name in names)
+
+
+def _sync(folder: Path) -> None:
+    """See that the names in a folder are on the disk, where the system can."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            yield temp
-            os.replace(temp, path)
+            os.fsync(descriptor)
         finally:
-            with suppress(OSError):
-                temp.unlink(missing_ok=True)
+            os.close(descriptor)
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "the disk is full. Free some space or choose another folder, then run again"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = "it may not be written to. Choose another folder or change its permissions"
-        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
-            reason = "a file is in the way. Choose another folder or move that file"
-        else:
-            raise
-        raise type(error)(error.errno, f"Cannot write in {folder}: {reason}. Nothing was half-written") from error
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well.
+
+    It has one name, so that the next writer of the same file takes over what a killed one left; a lock makes others
+    wait.
+    """
+    temp = path.with_name(f".{path.name}.tmp")
+    with explained(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = open_locked(temp, wait=True)
+        assert descriptor is not None
+        with os.fdopen(descriptor, "wb") as file:
+            try:
+                file.truncate(0)
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                if not CAN_LOCK:  # Windows renames no open file
+                    file.close()
+                os.replace(temp, path)
+            except BaseException:
+                with suppress(OSError):
+                    temp.unlink(missing_ok=True)
+                raise
 
 
-def _write(path: Path, chunks: list[Any]) -> str:
+def _write(file: BinaryIO, chunks: list[Any]) -> str:
     crc = 0
-    with open(path, "xb") as file:
-        _reserve(file.fileno(), sum(map(len, chunks)))
-        for chunk in chunks:
-            file.write(chunk)
-            crc = zlib.crc32(chunk, crc)
-        file.flush()
-        os.fsync(file.fileno())
+    _reserve(file.fileno(), sum(map(len, chunks)))
+    for chunk in chunks:
+        file.write(chunk)
+        crc = zlib.crc32(chunk, crc)
     return f"{crc:08x}"
 
 

@@ -35,6 +35,8 @@ class Manifest(ABC):
     "The function that writes such folders."
     files_of_kind: ClassVar[tuple[str, ...]] = ("shard-*.safetensors",)
     "Patterns of the files beside the manifest."
+    kept_beside: ClassVar[tuple[str, ...]] = ()
+    "Patterns of files that others keep there."
 
     request: dict[str, Any]
     "The arguments that decide the bytes; resuming with others is refused."
@@ -80,7 +82,8 @@ class Manifest(ABC):
             raise ValueError(f"{path} must be of kind '{cls.kind}'. Give a folder that `{cls.verb}` wrote.")
         if (version := data.get("schema_version")) != SCHEMA_VERSION:
             raise ValueError(
-                f"{path} must have schema_version {SCHEMA_VERSION}, got {version}. Run `{cls.verb}` again."
+                f"{path} must have schema_version {SCHEMA_VERSION}, got {version}. Run `{cls.verb}` again "
+                "with resume=False."
             )
         try:
             shards = tuple(Shard(**shard) for shard in data["shards"])
@@ -99,7 +102,7 @@ class Manifest(ABC):
         if not manifest.complete:
             raise ValueError(
                 f"{folder} must be complete to be read; `{cls.verb}` stopped after {manifest.n_tokens} tokens. "
-                f"Run the same `{cls.verb}` again: it goes on where it stopped."
+                f"Run the same `{cls.verb}` again, without resume=False: it goes on where it stopped."
             )
         return manifest
 
@@ -115,7 +118,8 @@ class Manifest(ABC):
             self._check_specs(path, specs, shard.n_tokens)
             if verify and checksum(path) != shard.crc32:
                 raise ValueError(
-                    f"{path} must have the checksum in the manifest, got another. Run `{self.verb}` again."
+                    f"{path} must have the checksum in the manifest, got another. Run what wrote the folder again with "
+                    "resume=False: that deletes it and begins anew."
                 )
             found.append(specs)
         return found
@@ -162,6 +166,7 @@ class FeatureManifest(Manifest):
     kind = "features"
     verb = "harvest"
     files_of_kind = ("shard-*.safetensors", "tokens.safetensors", "strings.json", "statistics.safetensors")
+    kept_beside = ("labels*.sqlite", "answers.jsonl")
 
     d_sae: int
     dtype: str

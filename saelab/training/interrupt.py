@@ -1,31 +1,82 @@
-"""Ctrl-C that waits for the end of a step, so that what is saved is whole."""
+"""Ctrl-C and SIGTERM, which clusters send before they kill: at the end of a step where something is to be saved first.
 
+Handlers are put in the main thread alone, where Python allows them, never in the place of a signal that is ignored, and
+are taken back at the end of the block.
+"""
+
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class DeferredInterrupt:
-    """Within the block the first Ctrl-C only sets `requested`; a second one interrupts at once. Outside the main
-    thread it does nothing.
-    """
+class _Handlers:
+    """Within the block `_handle` is called for `signals`."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._in_main = threading.current_thread() is threading.main_thread()
+    signals: tuple[signal.Signals, ...] = ()
 
-    def __enter__(self) -> "DeferredInterrupt":
-        if self._in_main:
-            self._before = signal.signal(signal.SIGINT, self._handle)
+    def __enter__(self) -> Any:
+        self._before: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in self.signals:
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._in_main:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class DeferredInterrupt(_Handlers):
+    """Within the block the first Ctrl-C or SIGTERM only sets `requested`; a second one stops at once, by an exception
+    or, SIGTERM, by the end of the process. Outside the main thread it does nothing.
+    """
+
+    signals = SIGNALS
+
+    def __init__(self) -> None:
+        self.requested = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            _stop(number)
         self.requested = True
+
+
+class Terminable(_Handlers):
+    """Within the block SIGTERM is what Ctrl-C is, a KeyboardInterrupt; a second one ends the process. Outside the main
+    thread it does nothing.
+    """
+
+    signals = (signal.SIGTERM,)
+
+    def __init__(self) -> None:
+        self._was_sent = False
+
+    def __exit__(self, *about: Any) -> None:
+        outer = getattr(self._before.get(signal.SIGTERM), "__self__", None)
+        if self._was_sent and isinstance(outer, Terminable):
+            outer._was_sent = True  # so that the next one is the second there, too
+        super().__exit__(*about)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._was_sent:
+            _stop(number)
+        self._was_sent = True
+        raise KeyboardInterrupt
+
+
+def _stop(number: int) -> None:
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)

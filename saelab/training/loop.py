@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from saelab.functional.metrics import exact
 from saelab.stores.files import read_json
-from saelab.training.checkpoint import load_checkpoint, save_checkpoint
+from saelab.training.checkpoint import FOLDER, PROGRESS, find_checkpoint, load_checkpoint, save_checkpoint
 from saelab.training.config import TrainConfig
 from saelab.training.interrupt import DeferredInterrupt
 from saelab.training.optimiser import clip_gradients, make_adam, step_adam
@@ -44,7 +44,7 @@ class TrainingRun:
     @property
     def checkpoint(self) -> Path | None:
         """Where the checkpoint is kept, if anywhere."""
-        return None if self.out is None else self.out / "checkpoint"
+        return None if self.out is None else self.out / FOLDER
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -57,13 +57,13 @@ class TrainingRun:
     @property
     def has_checkpoint(self) -> bool:
         """Whether the folder holds a checkpoint to go on from."""
-        return self.checkpoint is not None and (self.checkpoint / "progress.json").exists()
+        return self.out is not None and find_checkpoint(self.out) is not None
 
     def resume(self) -> bool:
         """Go on from the checkpoint, if there is one; ValueError where it belongs to other settings."""
         if self.checkpoint is None or not self.has_checkpoint:
             return False
-        before = read_json(self.checkpoint / "progress.json")["config"]
+        before = read_json(self.checkpoint / PROGRESS)["config"]
         for key, value in self.settings.items():
             if before.get(key) != value:
                 raise ValueError(
@@ -167,8 +167,8 @@ class TrainingRun:
 def train(run: TrainingRun, *, resume: bool = False, sinks: Sequence[Sink] = (), progress: bool = True) -> TrainingRun:
     """Drive a run to its end, logging and saving on the way.
 
-    With `resume` it goes on from its folder's checkpoint. Ctrl-C and faulty data end it after a whole step, saved,
-    with a message that says where; a killed process loses what came after the last checkpoint.
+    With `resume` it goes on from its folder's checkpoint. Ctrl-C, SIGTERM and faulty data end it after a whole step,
+    saved, with a message that says where; a killed process loses what came after the last checkpoint.
     """
     if not (resume and run.resume()):
         run.prepare()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from saelab.stores.disk import explained
 from saelab.stores.files import write_atomic
 
 Entry = dict[str, Any]
@@ -29,11 +30,12 @@ class FileSink:
         write_atomic(self.csv, "".join([_header(history), *(_as_csv(entry) for entry in history)]).encode())
 
     def __call__(self, entry: Entry) -> None:
-        with self.jsonl.open("a", encoding="utf-8") as file:
-            file.write(_as_json(entry))
-        text = _as_csv(entry) if self.csv.stat().st_size else _header([entry]) + _as_csv(entry)
-        with self.csv.open("a", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with explained(self.jsonl.parent):
+            with self.jsonl.open("a", encoding="utf-8") as file:
+                file.write(_as_json(entry))
+            text = _as_csv(entry) if self.csv.stat().st_size else _header([entry]) + _as_csv(entry)
+            with self.csv.open("a", encoding="utf-8", newline="") as file:
+                file.write(text)
 
 
 def _as_json(entry: Entry) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from saelab.sae.formats.tensorfiles import PICKLES, read_tensors
-from saelab.stores.files import read_json
+from saelab.stores.files import await_settled, read_json
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Source:
         FileNotFoundError where there is nothing.
         """
         place = path if name is None else path / inside(name)
+        if place.is_dir():
+            await_settled(place)
         if place.is_file():
             return cls(place.parent, place.name)
         if not place.is_dir():

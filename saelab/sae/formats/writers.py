@@ -13,6 +13,7 @@ from saelab.sae.formats import dictionary_learning, saelens_writing, sparsify
 from saelab.sae.formats.conventions import compose
 from saelab.sae.formats.readings import Origin, Reading, dtype_name
 from saelab.sae.normaliser import PER_TOKEN
+from saelab.stores.files import replace_folder
 from saelab.stores.provenance import Provenance
 
 Named = Mapping[str, Tensor]
@@ -25,16 +26,21 @@ class Writer:
     describe: Callable[[Coder, Provenance | None], dict[str, Any]]
     find_parts: Callable[[Coder], dict[str, Tensor]]
     write: Callable[[Path, dict[str, Any], Named, Named], None]
+    last: str
+    """the file that tells what the folder holds"""
     find_extras: Callable[[Coder], dict[str, Tensor]] = lambda coder: {}
 
 
 WRITERS = {
-    "saelens": Writer(saelens_writing.describe, saelens_writing.find_parts, saelens_writing.write),
-    "sparsify": Writer(sparsify.describe, sparsify.find_parts, sparsify.write),
+    "saelens": Writer(
+        saelens_writing.describe, saelens_writing.find_parts, saelens_writing.write, saelens_writing.CONFIG
+    ),
+    "sparsify": Writer(sparsify.describe, sparsify.find_parts, sparsify.write, sparsify.CONFIG),
     "dictionary_learning": Writer(
         dictionary_learning.describe,
         dictionary_learning.find_parts,
         dictionary_learning.write,
+        dictionary_learning.CONFIG,
         dictionary_learning.find_extras,
     ),
 }
@@ -53,11 +59,13 @@ def write_foreign(
     writer = WRITERS[format]
     if origin is not None and origin.format == format and (parts := restore(origin, coder)) is not None:
         extras = {name: tensor for name, tensor in origin.kept.items() if name not in parts}
-        writer.write(folder, origin.settings, parts, extras)
-        return
-    _require_threshold(coder)
-    folded = coder if coder.cfg.normaliser in PER_TOKEN else coder.fold()
-    writer.write(folder, writer.describe(folded, provenance), writer.find_parts(folded), writer.find_extras(folded))
+        files = origin.settings, parts, extras
+    else:
+        _require_threshold(coder)
+        folded = coder if coder.cfg.normaliser in PER_TOKEN else coder.fold()
+        files = writer.describe(folded, provenance), writer.find_parts(folded), writer.find_extras(folded)
+    with replace_folder(folder, last=writer.last, stale=()) as temp:
+        writer.write(temp, *files)
 
 
 def _require_threshold(coder: Coder) -> None:

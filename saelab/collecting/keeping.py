@@ -1,0 +1,74 @@
+"""What becomes of a store's labels when another harvest takes its place: those of another SAE are kept aside."""
+
+import logging
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from saelab.stores.files import read_json
+
+BOOK = "labels.sqlite"
+logger = logging.getLogger(__name__)
+
+
+def make_way(folder: Path, request: dict[str, Any]) -> None:
+    """Before a store in `folder` gives way to one of `request`: put its labels aside where they are of another SAE.
+
+    They go to labels-SAE.sqlite beside it, and come back from there when that SAE is harvested again. For whoever holds
+    the folder. TimeoutError where another process is writing the labels.
+    """
+    before = read_json(folder / "manifest.json").get("request") or {}
+    if before == request or (before.get("sae") is not None and before.get("sae") == request.get("sae")):
+        return
+    book = folder / BOOK
+    if book.is_file():
+        aside = _name_free(folder, before.get("sae"))
+        _rename(book, aside)
+        logger.warning(
+            "%s holds labels of the SAE that was harvested here before; they are no labels of this one and are kept in "
+            "%s. Write them to a file with `saelab.LabelBook(%r).save('labels.json')`.",
+            folder,
+            aside,
+            str(aside),
+        )
+    kept = folder / _name(request.get("sae"))
+    if kept.is_file():
+        _rename(kept, book)
+        logger.warning("%s has its labels of this SAE back, from %s.", folder, kept)
+
+
+def _name(sae: object, n: int = 0) -> str:
+    fingerprint = re.sub(r"[^0-9A-Za-z]", "", str(sae or "unknown"))[:16]  # a name from a file is not to be a path
+    return f"labels-{fingerprint}{f'-{n}' if n else ''}.sqlite"
+
+
+def _name_free(folder: Path, sae: object) -> Path:
+    n = 0
+    while (folder / _name(sae, n)).exists():
+        n += 1
+    return folder / _name(sae, n)
+
+
+def _rename(path: Path, new: Path) -> None:
+    with _alone_with(path):
+        os.replace(path, new)
+
+
+@contextmanager
+def _alone_with(path: Path) -> Iterator[None]:
+    """See that nobody is writing a database, and that what a killed process left half-written in it is undone."""
+    with closing(sqlite3.connect(path, timeout=5.0, isolation_level=None)) as db:
+        try:
+            db.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise TimeoutError(
+                    f"{path} is being written by another process. Try again when that has ended."
+                ) from None
+        except sqlite3.DatabaseError:  # damaged: kept as it is
+            pass
+        yield
