@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument
 
-from saelab.sae.checkpoint import read_config
+from saelab.sae.checkpoint import CONFIG, read_config
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.sae.formats.conventions import Convention, compose_config
 from saelab.sae.formats.readers import find_format, is_own, read_foreign
@@ -15,6 +15,7 @@ from saelab.sae.formats.sources import Source
 from saelab.stores.files import await_settled, read_json
 from saelab.stores.manifest import ActivationsManifest, FeatureManifest
 from saelab.stores.provenance import Provenance
+from saelab.stores.validation import naming
 from saelab.training.checkpoint import FOLDER, PROGRESS
 
 Rows = list[tuple[str, str]]
@@ -50,7 +51,8 @@ def describe_folder(path: Path) -> str:
 def describe_sae(path: Path) -> str:
     """An SAE's configuration, training and origin."""
     described = read_config(path)
-    cfg, training = SAEConfig.from_dict(described["config"]), described["training"]
+    with naming(path / CONFIG):
+        cfg, training = SAEConfig.from_dict(described["config"]), described["training"]
     rows = [
         ("activation", str(cfg.activation)),
         ("widths", f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}{_target(cfg)}"),

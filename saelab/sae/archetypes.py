@@ -42,17 +42,23 @@ class Archetypes(nn.Module):
     """W, Lambda and C of a dictionary; called, it gives W_dec, differentiable in W and Lambda.
 
     Each atom starts at a point of its own, drawn from the generator; those beyond n_points somewhere between two.
+    Without a generator others bring the numbers.
     """
 
     points: Float[Tensor, "n_points d_in"]
 
-    def __init__(self, cfg: Archetypal, d_sae: int, d_in: int, generator: torch.Generator) -> None:
+    def __init__(self, cfg: Archetypal, d_sae: int, d_in: int, generator: torch.Generator | None) -> None:
         super().__init__()
         self.delta = cfg.delta
         n_points = cfg.n_points or d_sae
-        points = torch.randn(n_points, d_in, generator=generator)
-        self.register_buffer("points", points / points.norm(dim=1, keepdim=True))
-        self.weights = nn.Parameter(_draw_weights(d_sae, n_points, generator))
+        if generator is None:
+            points, weights = torch.empty(n_points, d_in), torch.empty(d_sae, n_points)
+        else:
+            points = torch.randn(n_points, d_in, generator=generator)
+            points = points / points.norm(dim=1, keepdim=True)
+            weights = _draw_weights(d_sae, n_points, generator)
+        self.register_buffer("points", points)
+        self.weights = nn.Parameter(weights)
         self.relaxation = nn.Parameter(torch.zeros(d_sae, d_in), requires_grad=cfg.delta > 0)
 
     def forward(self) -> Float[Tensor, "d_sae d_in"]:

@@ -7,20 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from saelab.sae.formats.readings import Origin
-from saelab.stores.files import (
-    map_tensor,
-    read_header,
-    read_json,
-    replace_folder,
-    save_tensors,
-    write_json,
-)
+from saelab.sae.formats.tensorfiles import read_tensors
+from saelab.stores.files import read_json, replace_folder, save_tensors, write_json
+from saelab.stores.validation import SEAL, check_seal, check_settings, naming
 
 SCHEMA_VERSION = 1
 CONFIG, WEIGHTS, KEPT = "config.json", "model.safetensors", "origin.safetensors"
 KEYS = ("schema_version", "kind", "config", "provenance", "training", "origin")
+
+
+class _Described(TypedDict):
+    config: dict[str, Any]
+    provenance: NotRequired[dict[str, Any]]
+    training: NotRequired[dict[str, Any]]
+    origin: NotRequired[dict[str, Any]]
 
 
 def write_sae(folder: Path, described: dict[str, Any], tensors: Mapping[str, Tensor], origin: Origin | None) -> None:
@@ -30,7 +33,7 @@ def write_sae(folder: Path, described: dict[str, Any], tensors: Mapping[str, Ten
         if origin is not None:
             described = described | {"origin": origin.to_dict()}
             save_tensors(temp / KEPT, origin.kept, {"format": "pt"})
-        write_json(temp / CONFIG, {"schema_version": SCHEMA_VERSION, "kind": "sae", **described})
+        write_json(temp / CONFIG, {"schema_version": SCHEMA_VERSION, "kind": "sae", **described}, sealed=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -38,25 +41,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     described = read_json(folder / CONFIG)
     if not isinstance(described, dict) or described.get("kind") != "sae":
         raise ValueError(f"{folder / CONFIG} must describe an SAE ('kind': 'sae'); give what save_pretrained wrote.")
-    if described["schema_version"] != SCHEMA_VERSION:
+    if (version := described.get("schema_version")) != SCHEMA_VERSION:
         raise ValueError(
-            f"An SAE must have schema_version {SCHEMA_VERSION}, got "
-            f"{described['schema_version']} in {folder}; upgrade saelab."
+            f"An SAE must have schema_version {SCHEMA_VERSION}, got {version} in {folder}; upgrade saelab."
         )
-    if unknown := sorted(set(described) - set(KEYS)):
-        raise ValueError(f"{folder / CONFIG} must hold only {list(KEYS)}, got {unknown}; remove them.")
-    return described
+    if unknown := sorted(set(described) - {*KEYS, SEAL}):
+        raise ValueError(f"{folder / CONFIG} must hold only {list(KEYS)}, got {unknown[:5]}; remove them.")
+    with naming(folder / CONFIG):
+        described = check_settings(_Described, described, "An SAE's description")
+    return {"provenance": None, "training": None} | described
 
 
-def read_sae(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], Origin | None]:
+def check_config(folder: Path) -> None:
+    """Compare config.json with its checksum, after what it says was understood; ValueError where it was edited."""
+    check_seal(folder / CONFIG, read_json(folder / CONFIG))
+
+
+def read_sae(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor], Origin | None]:
     """Read config.json, and map the weights and what is kept of another format: no value is read yet."""
     described = read_config(folder)
     origin = None
-    if described.get("origin") is not None:
-        origin = Origin.from_dict(described["origin"], _map(folder / KEPT))
-    return described, _map(folder / WEIGHTS), origin
-
-
-def _map(path: Path) -> dict[str, Tensor]:
-    specs, _ = read_header(path)
-    return {name: map_tensor(path, spec) for name, spec in specs.items()}
+    with naming(folder / CONFIG):
+        if described.get("origin") is not None:
+            origin = Origin.from_dict(described["origin"], read_tensors(folder / KEPT))
+    return described, read_tensors(folder / WEIGHTS), origin

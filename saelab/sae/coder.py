@@ -55,9 +55,8 @@ class Coder(nn.Module):
         directions = _draw_directions(cfg.d_sae, cfg.d_target, generator)
         self.archetypes = None
         if isinstance(cfg.dictionary, Archetypal):
-            assert generator is not None
             self.archetypes = Archetypes(cfg.dictionary, cfg.d_sae, cfg.d_target, generator)
-            directions = self.archetypes().detach()
+            directions = directions if generator is None else self.archetypes().detach()
         if cfg.encoder == "linear":
             read = directions.clone() if cfg.d_out is None else _draw_directions(cfg.d_sae, cfg.d_in, generator)
             self.W_enc = nn.Parameter(read.T)

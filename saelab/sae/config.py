@@ -1,18 +1,18 @@
 """`SAEConfig`: a point in the space of sparse autoencoders, one choice on each axis."""
 
 import itertools
-from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from saelab.sae.activations import AbsTopK, TopK
 from saelab.sae.archetypes import Archetypal
 from saelab.sae.normaliser import KINDS, PER_TOKEN, Kind
-from saelab.sae.registry import Activation, make_activation
+from saelab.sae.registry import Activation, read_activation
+from saelab.stores.validation import read_fields, require_object
 
+MAX_WIDTH = 2**31
 Dictionary = Literal["unit", "free", "frozen"]
 Init = Literal["tied", "data", "subspace"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +117,8 @@ class SAEConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            if value is not None and value >= MAX_WIDTH:
+                raise ValueError(f"`{name}` must be below 2^31, got {value}.")
         if self.skip and self.d_out is None:
             raise ValueError(
                 "`skip` must go with `d_out`: an autoencoder with one would copy its input. Set `d_out`, or leave it."
@@ -183,30 +185,14 @@ class SAEConfig:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "SAEConfig":
-        """Build from `to_dict`'s form; an unknown key raises ValueError with near ones."""
-        values = dict(plain)
-        values["activation"] = make_activation(**values["activation"])
-        if isinstance(values.get("prefixes"), dict):
-            values["prefixes"] = read_fields(RandomPrefixes, values["prefixes"])
-        elif values.get("prefixes") is not None:
-            values["prefixes"] = tuple(values["prefixes"])
-        if isinstance(values.get("dictionary"), dict):
-            values["dictionary"] = read_fields(Archetypal, values["dictionary"])
-        if isinstance(values.get("encoder"), dict):
-            values["encoder"] = read_fields(MatchingPursuit, values["encoder"])
-        if values.get("aux") is not None:
-            values["aux"] = read_fields(AuxK, values["aux"])
+        """Build from `to_dict`'s form; ValueError for an unknown key (with near ones) and a value of another type."""
+        values = dict(require_object(plain, "An SAE's config"))
+        values["activation"] = read_activation(values.get("activation"))
+        parts = {"prefixes": RandomPrefixes, "dictionary": Archetypal, "encoder": MatchingPursuit, "aux": AuxK}
+        for name, kind in parts.items():
+            if isinstance(values.get(name), dict):
+                values[name] = read_fields(kind, values[name])
         return read_fields(cls, values)
-
-
-def read_fields(cls: type[T], plain: dict[str, Any]) -> T:
-    """Build a config dataclass from a dictionary, refusing keys it does not have (ValueError, with near ones)."""
-    known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    for key in plain:
-        if key not in known:
-            near = get_close_matches(key, known, n=5) or known[:5]
-            raise ValueError(f"{cls.__name__} has no key '{key}'. Did you mean one of {near}?")
-    return cls(**plain)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,7 +1,9 @@
 """From a name or a folder to the tensors of an SAE, whoever wrote it, at the cost of one copy of what is needed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saelab.sae.archetypes import Archetypal
-from saelab.sae.checkpoint import read_sae
+from saelab.sae.checkpoint import CONFIG, check_config, read_sae
 from saelab.sae.config import SAEConfig
 from saelab.sae.formats.conventions import Convention, compose, narrow, own, take_latents
 from saelab.sae.formats.hub import find_source
@@ -20,6 +22,7 @@ from saelab.sae.formats.sources import Source
 from saelab.sae.formats.writers import keep_origin
 from saelab.stores.files import read_settled
 from saelab.stores.provenance import Provenance
+from saelab.stores.validation import naming
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +35,8 @@ class Loaded:
     training: dict[str, Any] | None
     origin: Origin | None
     place: Path
+    check: Callable[[], None] = lambda: None
+    """last: whether the configuration is as it was written"""
 
 
 def locate(source: str | Path, name: str | None, revision: str | None, asked: Asked) -> tuple[Source, Asked]:
@@ -67,12 +72,15 @@ def _load_own(source: Source, asked: Asked, latents: Sequence[int] | None, dtype
         given = [field.name for field in fields(Asked) if getattr(asked, field.name) is not None]
         raise ValueError(f"An SAE of saelab's own must be loaded as it says itself, got {given}; leave them out.")
     described, tensors, origin = read_sae(source.folder)
-    cfg = SAEConfig.from_dict(described["config"])
+    with naming(source.folder / CONFIG):
+        cfg = SAEConfig.from_dict(described["config"])
+        provenance = Provenance.from_dict(described["provenance"]) if described["provenance"] else None
     if latents is not None:
         tensors, cfg, origin = take_latents(tensors, latents), _narrow_config(cfg, len(latents)), None
     held = {name: own(tensor, dtype, latent_major=name == "W_enc") for name, tensor in tensors.items()}
-    provenance = Provenance.from_dict(described["provenance"]) if described["provenance"] else None
-    return Loaded(cfg, held, provenance, described["training"], origin, source.place)
+    return Loaded(
+        cfg, held, provenance, described["training"], origin, source.place, partial(check_config, source.folder)
+    )
 
 
 def _narrow_config(cfg: SAEConfig, d_sae: int) -> SAEConfig:
@@ -82,9 +90,37 @@ def _narrow_config(cfg: SAEConfig, d_sae: int) -> SAEConfig:
     return replace(cfg, d_sae=d_sae, activation=how.activation, prefixes=None)
 
 
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules made here take no memory, whatever widths a file claims; ValueError for widths that no memory has."""
+    try:
+        with torch.device("meta"):
+            yield
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"The widths must be those of an SAE, got larger ones than any memory ({error}).") from None
+
+
 def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], place: Path) -> None:
-    """Make the tensors a module's own, without a copy; ValueError where they do not fit."""
+    """Make the tensors a module's own, without a copy; ValueError where they do not fit or are not finite."""
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ValueError(f"The weights in {place} must fit its config.json: {error}") from error
+    for name, tensor in module.state_dict().items():
+        check_weights(name, tensor, place)
+
+
+def check_weights(name: str, tensor: Tensor, place: Path) -> None:
+    """ValueError for NaN and infinities among weights.
+
+    A threshold may be infinite, of a latent that never fires, and one that training has not set yet is NaN.
+    """
+    if bool(tensor.sum().isfinite()):
+        return
+    wrong = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
+    if bool(wrong.any()) and not (name == "threshold" and tensor.ndim == 0):
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"The weights in {place} must be finite, {int(wrong.sum())} of {tensor.numel()} in {name} are NaN or "
+            f"infinite, the first at {where}. Training had failed, or the file was edited; take an earlier one."
+        )

@@ -11,7 +11,7 @@ A variant of your own is one class; training, saving, loading and every analysis
             return (u - u.topk(self.k + 1, dim=-1).values[..., -1:]).relu()
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar, Literal, TypeVar
@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
+from saelab.stores.validation import read_fields, require_object
 
 ACTIVATIONS: dict[str, "type[Activation]"] = {}
 
@@ -128,10 +129,23 @@ def make_activation(name: str, **settings: Any) -> Activation:
     >>> make_activation("abstopk", k=16)
     AbsTopK(k=16)
     """
+    return _find_kind(name, settings)(**settings)
+
+
+def read_activation(plain: Any) -> Activation:
+    """The activation that a file says, by name and settings; ValueError for what is none."""
+    settings = dict(require_object(plain, "`activation`"))
+    name = settings.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"`activation` must have a name, got {str(name)[:40]!r}. Was it edited?")
+    return read_fields(_find_kind(name, settings), settings)
+
+
+def _find_kind(name: str, settings: Mapping[str, Any]) -> "type[Activation]":
     if name not in ACTIVATIONS:
         near = get_close_matches(name, ACTIVATIONS, n=5) or sorted(ACTIVATIONS)[:5]
-        raise ValueError(f"`activation` must be a registered name, got '{name}'. Did you mean one of {near}?")
+        raise ValueError(f"`activation` must be a registered name, got '{name[:80]}'. Did you mean one of {near}?")
     known = {field.name for field in fields(ACTIVATIONS[name])}
     if unknown := sorted(set(settings) - known):
-        raise ValueError(f"Activation '{name}' takes {sorted(known)}, got {unknown}; remove or rename them.")
-    return ACTIVATIONS[name](**settings)
+        raise ValueError(f"Activation '{name}' takes {sorted(known)}, got {unknown[:5]}; remove or rename them.")
+    return ACTIVATIONS[name]

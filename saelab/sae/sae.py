@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from saelab.sae.archetypes import Archetypal
 from saelab.sae.checkpoint import write_sae
 from saelab.sae.coder import Coder
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import Data, HeldOut, describe_training, make_run, open_data, origin_of
 from saelab.sae.formats.readings import Asked, Origin
 from saelab.sae.formats.writers import write_foreign
-from saelab.sae.loading import Loaded, fill, load, locate
+from saelab.sae.loading import Loaded, fill, load, locate, on_meta
 from saelab.sae.modelcard import write_card
 from saelab.sae.registry import Activation
 from saelab.sae.saebench import SAEBenchSAE
@@ -23,6 +22,7 @@ from saelab.stores.disk import hold_folder
 from saelab.stores.files import write_atomic
 from saelab.stores.provenance import Provenance
 from saelab.stores.results import Result
+from saelab.stores.validation import naming
 from saelab.training.config import TrainConfig
 from saelab.training.loop import train
 from saelab.training.sinks import Entry, Sink
@@ -137,10 +137,10 @@ class SAE(Coder):
     @classmethod
     def _make(cls, loaded: Loaded) -> "SAE":
         """An SAE of these tensors, drawing no weights of its own first."""
-        drawn = isinstance(loaded.cfg.dictionary, Archetypal)  # the archetypes need numbers to start from
-        with torch.device("cpu" if drawn else "meta"):
-            sae = cls(loaded.cfg, seed=0 if drawn else None)
+        with naming(loaded.place), on_meta():
+            sae = cls(loaded.cfg, seed=None)
         fill(sae, loaded.tensors, loaded.place)
+        loaded.check()
         sae.provenance, sae.training_, sae.origin = loaded.provenance, loaded.training, loaded.origin
         return sae
 

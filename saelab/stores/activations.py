@@ -50,7 +50,8 @@ class Activations:
     def load(cls, folder: str | Path, hook_point: str | None = None, *, verify: bool = False) -> "Activations":
         """Open a folder written by `collect`; `hook_point` is needed when it holds several.
 
-        Sizes, shapes and dtypes of every shard are checked against the manifest; `verify=True` reads them too.
+        Sizes, shapes and dtypes of every shard are checked against the manifest, the checksum of each block of 256 KiB
+        when it is first read; `verify=True` reads everything at once.
         Raises FileNotFoundError or ValueError for a missing, truncated or edited file and for an unfinished folder.
         """
         manifest = ActivationsManifest.load_complete(folder)
@@ -174,8 +175,7 @@ class _FolderRows:
     """Columns in safetensors shards, mapped anew for each read: a thousand shards cost no file descriptors."""
 
     def __init__(self, folder: Path, manifest: ActivationsManifest, verify: bool) -> None:
-        self.specs = manifest.check_shards(folder, verify)
-        self.paths = [folder / shard.file for shard in manifest.shards]
+        self.files = manifest.check_shards(folder, verify)
         self.starts = [0, *accumulate(shard.n_tokens for shard in manifest.shards)]
         self.n_tokens = self.starts[-1]
         self.columns: dict[str, Any] = dict.fromkeys(INT_COLUMNS, (torch.int32, ()))
@@ -186,7 +186,14 @@ class _FolderRows:
         while done < len(out):
             shard = bisect_right(self.starts, start + done) - 1
             first = start + done - self.starts[shard]
-            piece = self._map(shard, column)[first : first + len(out) - done]
+            stop = min(first + len(out) - done, self.starts[shard + 1] - self.starts[shard])
+            self.files[shard].check(column, first, stop)
+            piece = self._map(shard, column)[first:stop]
+            if column in INT_COLUMNS and len(piece) and int(piece.min()) < 0:
+                raise ValueError(
+                    f"{self.files[shard].path} must hold {column} of at least 0, got {int(piece.min())}. It was edited "
+                    "or written wrongly: make it anew."
+                )
             out[done : done + len(piece)] = piece
             done += len(piece)
 
@@ -194,10 +201,13 @@ class _FolderRows:
         shards = torch.bucketize(index, torch.tensor(self.starts), right=True) - 1
         for shard in shards.unique().tolist():
             here = (shards == shard).nonzero().squeeze(1)
-            out[here] = self._map(shard, column)[index[here] - self.starts[shard]]
+            rows = index[here] - self.starts[shard]
+            self.files[shard].check_rows(column, rows.numpy())
+            out[here] = self._map(shard, column)[rows]
 
     def _map(self, shard: int, column: str) -> Tensor:
-        return map_tensor(self.paths[shard], self.specs[shard][column])
+        file = self.files[shard]
+        return map_tensor(file.path, file.specs[column])
 
 
 def _checked(index: Tensor, n: int) -> Tensor:

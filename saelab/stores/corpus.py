@@ -10,10 +10,14 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Integer, Shaped
 
-from saelab.stores.files import checksum, map_tensor, read_header, read_json, save_tensors, write_json
+from saelab.stores.files import checksum, save_tensors, write_json
+from saelab.stores.names import find_inside
 from saelab.stores.packing import smallest_int
+from saelab.stores.tensors import TensorFile
+from saelab.stores.validation import naming, read_json, require_object
 
 TOKENS, STRINGS = "tokens.safetensors", "strings.json"
+COLUMNS = ("token_ids", "doc_ids", "positions")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -57,8 +61,18 @@ class StoredText:
 
     @classmethod
     def load(cls, folder: Path) -> "StoredText":
-        """Map what `save` wrote."""
-        return cls(**map_arrays(folder / TOKENS), strings=_Strings(folder / STRINGS))
+        """Map what `save` wrote; ValueError where the columns are of different lengths or hold what is no text."""
+        path = find_inside(folder, TOKENS)
+        columns = map_arrays(path)
+        shapes = {name: columns[name].shape for name in COLUMNS if name in columns}
+        if set(columns) != set(COLUMNS) or len(set(shapes.values())) > 1 or len(shapes["token_ids"]) != 1:
+            raise ValueError(f"{path} must hold {list(COLUMNS)}, of one length, got {shapes}. Harvest again.")
+        for name, column in columns.items():
+            if column.dtype.kind not in "iu" or int(column.min(initial=0)) < 0:
+                raise ValueError(f"{path} must hold whole numbers of at least 0 as {name}, got others. Harvest again.")
+        if bool((columns["doc_ids"][1:] < columns["doc_ids"][:-1]).any()):
+            raise ValueError(f"{path} must hold documents in their order, got doc_ids that fall. Harvest again.")
+        return cls(**columns, strings=_Strings(folder / STRINGS))
 
 
 class _Strings(Mapping[int, str]):
@@ -69,7 +83,13 @@ class _Strings(Mapping[int, str]):
 
     @cached_property
     def _known(self) -> dict[int, str]:
-        return {int(i): text for i, text in read_json(self._path).items()}
+        with naming(self._path):
+            held = require_object(read_json(self._path), "The strings of tokens")
+            if wrong := [
+                i for i, text in held.items() if not (i.isdecimal() and len(i) < 12 and isinstance(text, str))
+            ]:
+                raise ValueError(f"Strings must be texts by token id, got {wrong[0][:40]!r}. Harvest again.")
+        return {int(i): text for i, text in held.items()}
 
     def __getitem__(self, token_id: int) -> str:
         return self._known[token_id]
@@ -101,9 +121,9 @@ def split_documents(
 
 
 def map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file as a memory-mapped array."""
-    specs, _ = read_header(path)
-    return {name: map_tensor(path, spec).numpy() for name, spec in specs.items()}
+    """Every tensor of a safetensors file as a memory-mapped array, its checksums compared."""
+    file = TensorFile.open(path)
+    return {name: file.read(name).numpy() for name in file.specs}
 
 
 def _shrink(column: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """`FeatureStore`: a corpus encoded once, read by token or by feature through memory maps."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -12,13 +12,17 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Integer
 
-from saelab.stores.corpus import StoredText, split_documents
-from saelab.stores.files import TensorSpec, checksum, load_tensors, map_tensor, save_tensors
+from saelab.stores.corpus import STRINGS, StoredText, split_documents
+from saelab.stores.files import checksum, load_tensors, save_tensors
 from saelab.stores.manifest import FeatureManifest
+from saelab.stores.names import find_inside
 from saelab.stores.packing import as_csr
 from saelab.stores.provenance import Provenance
 from saelab.stores.results import Drawn
+from saelab.stores.shards import ShardArrays
 from saelab.stores.statistics import FeatureStatistics
+from saelab.stores.tensors import TensorFile
+from saelab.stores.validation import naming
 
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
@@ -56,14 +60,14 @@ class FeatureStore:
     """The sparse codes of a corpus on disk, by token and by feature; what `harvest` writes and analyses read.
 
     Row i is one token that the mask kept, in the order of the text. Opening is instant whatever the size: shards are
-    mapped when they are read, and only what is asked for is held.
+    mapped when they are read, and only what is asked for is held. What is read for the first time is checked: its
+    checksum, and that its numbers are offsets, tokens, features and codes of this store.
     """
 
-    def __init__(self, folder: Path, manifest: FeatureManifest, specs: Sequence[dict[str, TensorSpec]]) -> None:
+    def __init__(self, folder: Path, manifest: FeatureManifest, files: Sequence[TensorFile]) -> None:
         self.folder, self.manifest = folder, manifest
-        self._specs = specs
         self._starts = [0, *accumulate(shard.n_tokens for shard in manifest.shards)]
-        self._maps: dict[int, dict[str, np.ndarray]] = {}
+        self._shards = [ShardArrays(file, manifest.d_sae) for file in files]
 
     @classmethod
     def load(cls, folder: str | Path) -> "FeatureStore":
@@ -72,17 +76,27 @@ class FeatureStore:
         Raises FileNotFoundError or ValueError for a missing, truncated or edited file and for an unfinished store.
         """
         manifest = FeatureManifest.load_complete(folder)
-        return cls(Path(folder), manifest, manifest.check_shards(folder))
+        files = manifest.check_shards(folder)
+        if (found := sum(file.specs["latents"].shape[0] for file in files)) != manifest.n_entries:
+            raise ValueError(
+                f"{folder} must hold the {manifest.n_entries} codes of its manifest.json, got {found}. Was it edited?"
+            )
+        return cls(Path(folder), manifest, files)
 
     def verify(self) -> None:
         """Read every file and compare its checksum with the manifest; ValueError naming the first that is damaged."""
         self.manifest.check_shards(self.folder, verify=True)
         for file, crc32 in self.manifest.files.items():
-            if checksum(self.folder / file) != crc32:
-                raise ValueError(
-                    f"{self.folder / file} must have the checksum in the manifest, got another. Harvest again with "
-                    "resume=False."
-                )
+            self._check_file(file, crc32)
+
+    def _check_file(self, file: str, crc32: str | None) -> None:
+        path = find_inside(self.folder, file)
+        if not path.is_file():
+            raise FileNotFoundError(f"A store must hold its {file}, got none in {self.folder}. Harvest again.")
+        if crc32 is not None and checksum(path) != crc32:
+            raise ValueError(
+                f"{path} must have the checksum in the manifest, got another. Harvest again with resume=False."
+            )
 
     @property
     def d_sae(self) -> int:
@@ -124,18 +138,27 @@ class FeatureStore:
     @cached_property
     def text(self) -> StoredText:
         """All tokens of the corpus."""
+        self._check_file(STRINGS, self.manifest.files.get(STRINGS))
         return StoredText.load(self.folder)
 
     @cached_property
     def statistics(self) -> FeatureStatistics:
         """Firings, sums, extremes and histogram of every feature, by sign."""
-        tensors = load_tensors(self.folder / STATISTICS)
-        return FeatureStatistics(**{name: tensor.numpy() for name, tensor in tensors.items()})
+        path = find_inside(self.folder, STATISTICS)
+        with naming(path):
+            arrays = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
+            return FeatureStatistics.from_arrays(arrays, self.d_sae)
 
     @cached_property
     def places(self) -> Integer[np.ndarray, "n_tokens"]:
         """Where in `text` each row stands."""
-        return np.concatenate([self._map(i)["places"] for i in range(len(self._specs))])
+        places = np.concatenate([np.zeros(0, np.int32), *(shard["places"] for shard in self._shards)])
+        if len(places) and (int(places[0]) < 0 or int(places[-1]) >= len(self.text) or not _ascends(places)):
+            raise ValueError(
+                f"`places` of {self.folder} must ascend within its {len(self.text)} tokens of text, got others. It was "
+                "edited or written wrongly: harvest again."
+            )
+        return places
 
     @cached_property
     def doc_ids(self) -> Integer[np.ndarray, "n_tokens"]:
@@ -168,20 +191,21 @@ class FeatureStore:
             raise IndexError(f"Token must be in -{len(self)}..{len(self) - 1}, got {i}.")
         i %= len(self)
         shard = bisect_right(self._starts, i) - 1
-        arrays, row = self._map(shard), i - self._starts[shard]
-        part = slice(*arrays["offsets"][row : row + 2])
-        return Firings(arrays["latents"][part].astype(np.int64), arrays["values"][part].astype(np.float32))
+        arrays, row = self._shards[shard], i - self._starts[shard]
+        start, stop = arrays.part("offsets", row, row + 2).tolist()
+        latents, values = (arrays.part(name, start, stop) for name in ("latents", "values"))
+        return Firings(latents.astype(np.int64), values.astype(np.float32))
 
     def feature(self, j: int) -> Feature:
         """The tokens at which a feature fires; in Jupyter, its card."""
         if not -self.d_sae <= j < self.d_sae:
             raise IndexError(f"Feature must be in -{self.d_sae}..{self.d_sae - 1}, got {j}.")
         j %= self.d_sae
-        tokens, values = [], []
-        for start, arrays in self.shards():
-            part = slice(*arrays["feature_offsets"][j : j + 2])
-            tokens.append(arrays["feature_tokens"][part].astype(np.int64) + start)
-            values.append(arrays["feature_values"][part].astype(np.float32))
+        tokens, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+        for start, arrays in zip(self._starts[:-1], self._shards, strict=True):
+            _, where, codes = _slice(arrays, j, j + 1)
+            tokens.append(where.astype(np.int64) + start)
+            values.append(codes.astype(np.float32))
         return Feature(np.concatenate(tokens), np.concatenate(values), self, j)
 
     def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
@@ -190,7 +214,7 @@ class FeatureStore:
 
         start, stop, _ = slice(start, stop).indices(len(self))
         pieces = [csr_matrix((0, self.d_sae), dtype=np.float32)]
-        for shard in range(len(self._specs)):
+        for shard in range(len(self._shards)):
             first, end = max(start, self._starts[shard]), min(stop, self._starts[shard + 1])
             if first < end:
                 pieces.append(self._rows(shard, first - self._starts[shard], end - self._starts[shard]))
@@ -201,7 +225,7 @@ class FeatureStore:
         from scipy.sparse import csc_matrix
 
         start, stop, _ = slice(start, stop).indices(self.d_sae)
-        parts = [_slice(arrays, start, stop) for _, arrays in self.shards()]
+        parts = [_slice(arrays, start, stop) for arrays in self._shards]
         counts = np.stack([np.diff(offsets) for offsets, _, _ in parts]) if parts else np.zeros((1, stop - start))
         # Entry e of a shard goes behind those of the same feature in the shards before it.
         ends = np.concatenate([[0], np.cumsum(counts.sum(0))]).astype(np.int64)
@@ -216,35 +240,33 @@ class FeatureStore:
         """Shard by shard the codes of all features as rows, and those of features start..stop as columns."""
         from scipy.sparse import csc_matrix
 
-        for shard, (_, arrays) in enumerate(self.shards()):
+        for shard, arrays in enumerate(self._shards):
             n = self.manifest.shards[shard].n_tokens
             offsets, tokens, values = _slice(arrays, start, stop)
             columns = csc_matrix((values.astype(np.float32), tokens.astype(np.int32), offsets), shape=(n, stop - start))
             yield self._rows(shard, 0, n), columns
 
-    def shards(self) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    def shards(self) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
         """First row and mapped arrays of each shard: the way through everything in bounded memory."""
-        return ((start, self._map(i)) for i, start in enumerate(self._starts[:-1]))
+        return zip(self._starts[:-1], self._shards, strict=True)
 
     def _rows(self, shard: int, first: int, end: int) -> "csr_matrix":
-        arrays = self._map(shard)
-        offsets = arrays["offsets"][first : end + 1]
-        part = slice(offsets[0], offsets[-1])
-        values = arrays["values"][part].astype(np.float32)
-        return as_csr(values, arrays["latents"][part], offsets - offsets[0], (end - first, self.d_sae))
-
-    def _map(self, shard: int) -> dict[str, np.ndarray]:
-        if shard not in self._maps:
-            path = self.folder / self.manifest.shards[shard].file
-            self._maps[shard] = {name: map_tensor(path, spec).numpy() for name, spec in self._specs[shard].items()}
-        return self._maps[shard]
+        arrays = self._shards[shard]
+        offsets = arrays.part("offsets", first, end + 1)
+        part = int(offsets[0]), int(offsets[-1])
+        values = arrays.part("values", *part).astype(np.float32)
+        return as_csr(values, arrays.part("latents", *part), offsets - offsets[0], (end - first, self.d_sae))
 
 
-def _slice(arrays: dict[str, np.ndarray], start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _slice(arrays: ShardArrays, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Offsets from 0, tokens and values of some features in one shard."""
-    offsets = arrays["feature_offsets"][start : stop + 1].astype(np.int64)
-    part = slice(int(offsets[0]), int(offsets[-1]))
-    return offsets - offsets[0], arrays["feature_tokens"][part], arrays["feature_values"][part]
+    offsets = arrays.part("feature_offsets", start, stop + 1).astype(np.int64)
+    part = int(offsets[0]), int(offsets[-1])
+    return offsets - offsets[0], arrays.part("feature_tokens", *part), arrays.part("feature_values", *part)
+
+
+def _ascends(numbers: np.ndarray) -> bool:
+    return bool((numbers[1:] > numbers[:-1]).all())
 
 
 def save_statistics(folder: Path, statistics: FeatureStatistics) -> dict[str, str]:

@@ -9,7 +9,6 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -18,41 +17,19 @@ from torch import Tensor
 
 from saelab.stores.disk import CAN_LOCK, LOCK, FolderInUse, explained, hold_folder, open_locked
 
+# What is read again is offered here beside what writes it.
+from saelab.stores.tensors import TensorSpec as TensorSpec
+from saelab.stores.tensors import load_tensors as load_tensors
+from saelab.stores.tensors import make_header
+from saelab.stores.tensors import map_tensor as map_tensor
+from saelab.stores.tensors import read_header as read_header
+from saelab.stores.validation import read_json as read_json
+from saelab.stores.validation import seal
+
 T = TypeVar("T")
 STAGED, JOURNAL = ".saelab-new", "journal.json"
 PATIENCE = 10.0
 """seconds that a reader waits for the files of a folder to take their places, which takes milliseconds"""
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Where one tensor lies in a safetensors file: dtype, shape, first byte."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def n_bytes(self) -> int:
-        """Length in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -70,9 +47,13 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         _write(file, [data])
 
 
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as indented JSON, atomically; NaN and infinities become null (JSON has neither)."""
-    write_atomic(path, (to_json(obj) + "\n").encode())
+def write_json(path: str | Path, obj: Any, *, sealed: bool = False) -> None:
+    """Write `obj` as indented JSON, atomically; NaN and infinities become null (JSON has neither).
+
+    With `sealed` its last key is its checksum, which whoever reads it again compares.
+    """
+    text = to_json(obj)
+    write_atomic(path, (seal(text) if sealed else text.encode()) + b"\n")
 
 
 def to_json(obj: Any) -> str:
@@ -82,16 +63,6 @@ def to_json(obj: Any) -> str:
     'null'
     """
     return json.dumps(_finite(obj), indent=2, allow_nan=False)
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; FileNotFoundError when missing, ValueError when it is not JSON."""
-    try:
-        return json.loads(Path(path).read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"`path` must be an existing JSON file, got {path}. Check the folder's name.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON, got something else ({error}). Was it edited or cut off?") from None
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
@@ -107,49 +78,10 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     """
     # Wide elements first, so that each tensor starts on a multiple of its own element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    chunks = [_header(dict(ordered), metadata), *(_bytes_of(tensor) for _, tensor in ordered)]
+    chunks = [_bytes_of(tensor) for _, tensor in ordered]
+    chunks = [make_header(dict(ordered), metadata, chunks), *chunks]
     with _replacing(Path(path)) as file:
         return _write(file, chunks)
-
-
-def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read every tensor of a safetensors file into memory; ValueError when it is cut off or not safetensors."""
-    specs, _ = read_header(path)
-    return {name: map_tensor(path, spec).clone() for name, spec in specs.items()}
-
-
-def read_header(path: str | Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Read where each tensor of a safetensors file lies, and its metadata, without reading the tensors.
-
-    Raises FileNotFoundError when missing, ValueError when the file is cut off or is not safetensors.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"`path` must be an existing safetensors file, got {path}. Check the folder's name.")
-    try:
-        specs, metadata, end = _parse_header(path)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} must be a safetensors file; its header cannot be read. Write it again.") from None
-    if end != path.stat().st_size:
-        raise ValueError(
-            f"{path} must have {end} bytes by its header, got {path.stat().st_size}. It was cut off: write it again."
-        )
-    return specs, metadata
-
-
-def map_tensor(path: str | Path, spec: TensorSpec) -> Tensor:
-    """Map one tensor of a safetensors file into memory: nothing is read before it is touched.
-
-    Writing to the tensor changes a private copy of the page, never the file. The mapping holds no file
-    descriptor and goes with the tensor.
-    """
-    if spec.n_bytes == 0:
-        return torch.empty(spec.shape, dtype=spec.dtype)
-    end = spec.offset + spec.n_bytes
-    raw = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)[spec.offset :]
-    if spec.offset % spec.dtype.itemsize:  # legal in safetensors, though our own files are aligned
-        raw = raw.clone()
-    return raw.view(spec.dtype).view(spec.shape)
 
 
 def checksum(path: str | Path) -> str:
@@ -357,39 +289,10 @@ def _reserve(descriptor: int, n_bytes: int) -> None:
                 raise
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def _bytes_of(tensor: Tensor) -> Any:
     if tensor.numel() == 0:  # an empty tensor cannot be viewed as bytes
         return b""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _parse_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str], int]:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(path.stat().st_size, 100_000_000):
-            raise ValueError("no header")
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", {})
-    specs = {}
-    end = start = 8 + length
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        specs[name] = TensorSpec(_DTYPES[entry["dtype"]], tuple(entry["shape"]), start + first)
-        if specs[name].n_bytes != last - first:
-            raise ValueError("shape and offsets disagree")
-        end = max(end, start + last)
-    return specs, metadata, end
 
 
 def _finite(obj: Any) -> Any:

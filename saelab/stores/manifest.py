@@ -9,10 +9,15 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from saelab.stores.files import TensorSpec, checksum, read_header, read_json, write_json
+from saelab.stores.files import checksum, write_json
+from saelab.stores.names import find_inside, require_file_name
 from saelab.stores.packing import smallest_int
+from saelab.stores.tensors import TensorFile, TensorSpec
+from saelab.stores.validation import SEAL, check_seal, naming, read_fields, read_json, refuse_unknown, require_object
 
 SCHEMA_VERSION = 1
+MAX_SIZE = 2**48
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 INT_COLUMNS = ("token_ids", "doc_ids", "positions")
 AnyManifest = TypeVar("AnyManifest", bound="Manifest")
 
@@ -37,6 +42,8 @@ class Manifest(ABC):
     "Patterns of the files beside the manifest."
     kept_beside: ClassVar[tuple[str, ...]] = ()
     "Patterns of files that others keep there."
+    later: ClassVar[tuple[str, ...]] = ()
+    "Fields that older folders do not have."
 
     request: dict[str, Any]
     "The arguments that decide the bytes; resuming with others is refused."
@@ -71,7 +78,7 @@ class Manifest(ABC):
     def save(self, folder: str | Path) -> None:
         """Write `manifest.json` into `folder`, atomically."""
         head = {"schema_version": SCHEMA_VERSION, "kind": self.kind}
-        write_json(Path(folder) / "manifest.json", head | self.counts() | asdict(self))
+        write_json(Path(folder) / "manifest.json", head | self.counts() | asdict(self), sealed=True)
 
     @classmethod
     def load(cls: type[AnyManifest], folder: str | Path) -> AnyManifest:
@@ -85,15 +92,45 @@ class Manifest(ABC):
                 f"{path} must have schema_version {SCHEMA_VERSION}, got {version}. Run `{cls.verb}` again "
                 "with resume=False."
             )
-        try:
-            shards = tuple(Shard(**shard) for shard in data["shards"])
-            manifest = cls(**{f.name: data[f.name] for f in fields(cls)} | {"shards": shards})
-            differing = [name for name, value in manifest.counts().items() if data[name] != value]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} must have every field of a manifest ({error}). Was it edited?") from None
-        if differing:
-            raise ValueError(f"{path}: {' and '.join(differing)} must agree with its other fields. Was it edited?")
+        with naming(path):
+            manifest = cls._read(data)
+        check_seal(path, data)
         return manifest
+
+    @classmethod
+    def _read(cls: type[AnyManifest], data: dict[str, Any]) -> AnyManifest:
+        names = [f.name for f in fields(cls)]
+        if missing := [name for name in names if name not in data and name not in cls.later]:
+            raise ValueError(f"A manifest must have every field, got none for {missing[:5]}. Was it edited?")
+        shards = data["shards"] if isinstance(data["shards"], list) else [data["shards"]]
+        own = {name: data[name] for name in names if name in data}
+        manifest = read_fields(cls, own | {"shards": tuple(read_fields(Shard, shard) for shard in shards)})
+        counted = manifest.counts()
+        refuse_unknown(data, ["schema_version", "kind", SEAL, *counted, *names], "A manifest")
+        if differing := [name for name, value in counted.items() if data.get(name) != value]:
+            raise ValueError(f"{' and '.join(differing)} must agree with its other fields. Was it edited?")
+        manifest.check()
+        return manifest
+
+    def check(self) -> None:
+        """Refuse names that are paths, and sizes that no folder has; raises ValueError."""
+        for shard in self.shards:
+            require_file_name(shard.file)
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("Every shard must have a file of its own, got one twice. Was it edited?")
+        sizes = {
+            "n_tokens of a shard": min((shard.n_tokens for shard in self.shards), default=1),
+            "next_seq": self.next_seq + 1,
+            "skip_rows": self.skip_rows + 1,
+            "removed": min(self.removed.values(), default=0) + 1,
+            **self.sizes(),
+        }
+        if wrong := [name for name, size in sizes.items() if not 1 <= size <= MAX_SIZE]:
+            raise ValueError(f"`{wrong[0]}` must be a size, at least 0 and below 2^48. Was it edited?")
+
+    def sizes(self) -> dict[str, int]:
+        """Further numbers that must be at least 1."""
+        return {}
 
     @classmethod
     def load_complete(cls: type[AnyManifest], folder: str | Path) -> AnyManifest:
@@ -106,22 +143,23 @@ class Manifest(ABC):
             )
         return manifest
 
-    def check_shards(self, folder: str | Path, verify: bool = False) -> list[dict[str, TensorSpec]]:
+    def check_shards(self, folder: str | Path, verify: bool = False) -> list[TensorFile]:
         """Compare every shard's header and size (with `verify` its checksum too) with the manifest.
 
-        Returns where each tensor lies, by shard. Raises FileNotFoundError or ValueError naming the shard.
+        Returns the shards as files whose blocks are checked when they are read. Raises FileNotFoundError or ValueError
+        naming the shard.
         """
         found = []
         for shard in self.shards:
-            path = Path(folder) / shard.file
-            specs, _ = read_header(path)
-            self._check_specs(path, specs, shard.n_tokens)
+            path = find_inside(folder, shard.file)
+            file = TensorFile.open(path)
+            self._check_specs(path, file.specs, shard.n_tokens)
             if verify and checksum(path) != shard.crc32:
                 raise ValueError(
                     f"{path} must have the checksum in the manifest, got another. Run what wrote the folder again with "
                     "resume=False: that deletes it and begins anew."
                 )
-            found.append(specs)
+            found.append(file)
         return found
 
     def _check_specs(self, path: Path, specs: Mapping[str, TensorSpec], n_tokens: int) -> None:
@@ -153,6 +191,18 @@ class ActivationsManifest(Manifest):
         """Hook points and rows."""
         return {"hook_points": list(self.d_in), "n_tokens": self.n_tokens}
 
+    def sizes(self) -> dict[str, int]:
+        """Widths."""
+        return {f"d_in of {name}": d_in for name, d_in in self.d_in.items()}
+
+    def check(self) -> None:
+        """Refuse a dtype that is none besides; raises ValueError."""
+        super().check()
+        if not self.d_in:
+            raise ValueError("`d_in` must name a hook point at least, got none. Was it edited?")
+        if self.dtype not in FLOATS:
+            raise ValueError(f"`dtype` must be one of {list(FLOATS)}, got {self.dtype[:40]!r}. Was it edited?")
+
     def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """One matrix a hook point, and the columns."""
         wanted: dict[str, Any] = {name: (self.dtype, (n_tokens, d_in)) for name, d_in in self.d_in.items()}
@@ -183,6 +233,21 @@ class FeatureManifest(Manifest):
     def counts(self) -> dict[str, Any]:
         """Rows."""
         return {"n_tokens": self.n_tokens}
+
+    def sizes(self) -> dict[str, int]:
+        """Width, and codes."""
+        return {"d_sae": self.d_sae, "n_entries": self.n_entries + 1}
+
+    def check(self) -> None:
+        """Refuse other files than a store's, and a dtype that is none of codes; raises ValueError."""
+        super().check()
+        for file in self.files:
+            require_file_name(file)
+        if self.dtype not in ("float16", "float32"):
+            raise ValueError(f"`dtype` must be float16 or float32, got {self.dtype[:40]!r}. Was it edited?")
+        if self.d_sae >= 2**31:
+            raise ValueError(f"`d_sae` must be below 2^31, got {self.d_sae}. Was it edited?")
+        require_object(self.sae.get("config", {}), "`config` of `sae`")
 
     def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Both orders of the codes, and where each row stands in the text."""

@@ -1,7 +1,9 @@
 """Where activations came from; it travels with everything made from them."""
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+from saelab.stores.validation import read_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +56,8 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Provenance":
-        """Build from `to_dict`'s output; ValueError on an unknown or missing field."""
-        try:
-            return cls(**data)
-        except TypeError as error:
-            names = [f.name for f in fields(cls)]
-            raise ValueError(
-                f"A provenance must have the fields {names}, got others ({error}). "
-                "Was the file edited, or written by another version?"
-            ) from None
+        """Build from `to_dict`'s output; ValueError on an unknown or missing field, and on a value of another type."""
+        return read_fields(cls, data)
 
     def at(self, hook_point: str, median_norm: float | None = None) -> "Provenance":
         """The same origin at another hook point, whose median norm is its own."""

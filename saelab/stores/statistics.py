@@ -33,6 +33,22 @@ class FeatureStatistics:
         histogram = np.zeros((d_sae, 2, N_BINS), np.int64)
         return cls(counts, floats, floats.copy(), floats.copy(), histogram)
 
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray], d_sae: int) -> "FeatureStatistics":
+        """What `to_arrays` gave; ValueError for other names, shapes, or numbers that no store has."""
+        wanted = {name: (array.dtype, array.shape) for name, array in cls.zeros(d_sae).to_arrays().items()}
+        got = {name: (array.dtype, array.shape) for name, array in arrays.items()}
+        if got != wanted:
+            names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
+            raise ValueError(
+                f"statistics must be of {d_sae} features; {names[0]!r} should be {wanted.get(names[0])}, got "
+                f"{got.get(names[0])}. Harvest again."
+            )
+        for name, array in arrays.items():
+            if not (bool(np.isfinite(array).all()) and (name == "sums" or bool((array >= 0).all()))):
+                raise ValueError(f"statistics must be finite and at least 0, got others in `{name}`. Harvest again.")
+        return cls(**arrays)
+
     def add(self, offsets: Int[np.ndarray, "d_sae_1"], values: Float[np.ndarray, "nnz"]) -> None:
         """Add a shard's codes in the order of features; feature j owns offsets[j] to offsets[j + 1]."""
         fired = np.flatnonzero(np.diff(offsets))

@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.sae.activations import BatchTopK, JumpReLU, ReLU
-from saelab.sae.config import MatchingPursuit, SAEConfig, read_fields
+from saelab.sae.config import MatchingPursuit, SAEConfig
 from saelab.sae.normaliser import Kind
-from saelab.sae.registry import Activation, make_activation
+from saelab.sae.registry import Activation, read_activation
+from saelab.stores.validation import read_fields, require_object
 
 LATENT_AXIS = dict.fromkeys(("b_enc", "W_dec", "threshold", "r_mag", "b_gate", "b_mag", "code_scale"), 0) | {"W_enc": 1}
 CHUNK = 4096  # latents whose encoder is held in float64 at a time
@@ -56,11 +57,10 @@ class Convention:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "Convention":
         """Build from `to_dict`'s form; ValueError for an unknown key."""
-        values = plain | {"activation": make_activation(**plain["activation"])}
+        values = require_object(plain, "A convention")
+        values = values | {"activation": read_activation(values.get("activation"))}
         if isinstance(values.get("encoder"), dict):
             values["encoder"] = read_fields(MatchingPursuit, values["encoder"])
-        if values.get("prefixes") is not None:
-            values["prefixes"] = tuple(values["prefixes"])
         return read_fields(cls, values)
 
     def describe(self) -> list[str]:

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from saelab.lm.masks import TokenMask
 from saelab.sae.formats.conventions import Convention
 from saelab.sae.registry import Activation
 from saelab.stores.provenance import Provenance
+from saelab.stores.validation import check_settings, require_object
 
 ALIASES = {"gpt2-small": "gpt2"}
 """names that TransformerLens has for models, where the Hub's last part is another"""
@@ -63,6 +65,12 @@ class Reading:
     """tensors that say nothing about codes or reconstructions, to write them back"""
 
 
+class _Said(TypedDict):
+    format: str
+    settings: dict[str, Any]
+    dtypes: dict[str, str]
+
+
 @dataclass(frozen=True, eq=False)
 class Origin:
     """Where an SAE was read from, and what composing had to change: enough to write it back bit for bit."""
@@ -88,15 +96,14 @@ class Origin:
         }
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any], kept: Mapping[str, Tensor]) -> "Origin":
+    def from_dict(cls, plain: Any, kept: Mapping[str, Tensor]) -> "Origin":
         """Build from `to_dict`'s form and the tensors kept; ValueError where one of them is missing."""
-        try:
-            how = Convention.from_dict(plain["convention"])
-            return cls(plain["format"], how, plain["settings"], plain["dtypes"], kept)
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"`origin` must have the fields of an origin, got others ({error}). Was it edited?"
-            ) from None
+        plain = require_object(plain, "`origin`")
+        said = check_settings(_Said, plain, "`origin`")
+        how = Convention.from_dict(plain.get("convention"))
+        if wrong := [name for name, dtype in said["dtypes"].items() if not hasattr(torch, dtype)]:
+            raise ValueError(f"`origin` must say dtypes that PyTorch has, got another for {wrong[:5]}. Was it edited?")
+        return cls(said["format"], how, said["settings"], said["dtypes"], kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
         return self  # nothing in it is ever changed, and what it maps need not be read

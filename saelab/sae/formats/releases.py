@@ -10,11 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from saelab.sae.config import read_fields
 from saelab.sae.formats.readings import Asked
 from saelab.sae.formats.sources import inside
 from saelab.sae.registry import Activation, make_activation
 from saelab.stores.files import read_json
+from saelab.stores.validation import read_fields
 
 TABLE = Path(__file__).parent / "releases.json"
 

@@ -6,7 +6,7 @@ Tensors are mapped into memory, so that names, shapes and dtypes are known befor
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.stores.files import TensorSpec, map_tensor, read_header
+from saelab.stores.tensors import TensorFile, TensorSpec, map_tensor
 
 ARCHIVES = (".npz",)
 PICKLES = (".pt", ".pth", ".bin")
@@ -36,8 +36,28 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         return _read_pickle(path)
     if path.suffix in ARCHIVES:
         return _read_archive(path)
-    specs, _ = read_header(path)
-    return {name: map_tensor(path, spec) for name, spec in specs.items()}
+    return _Checked(TensorFile.open(path))
+
+
+class _Checked(Mapping[str, Tensor]):
+    """The tensors of a safetensors file: each is compared with its checksums, if it has any, when it is asked for."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        self._maps = file.map_all()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self._file.check(name)
+        return self._maps[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.specs)
+
+    def __len__(self) -> int:
+        return len(self._file.specs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._file.specs
 
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:

@@ -1,0 +1,89 @@
+"""Names that files say: each is that of one file in a folder, or it is refused; and names fit to be shared."""
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""What moves a terminal's cursor or turns the direction of its text"""
+
+
+def require_file_name(name: str) -> str:
+    """The name where it is that of a file in the folder itself; ValueError for a path, and for what a system keeps.
+
+    >>> require_file_name("shard-00000.safetensors")
+    'shard-00000.safetensors'
+    """
+    if not FILE_NAME.fullmatch(name) or RESERVED.fullmatch(name) or name.endswith("."):
+        raise ValueError(
+            f"A file must be named by letters, digits, '.', '_' and '-' alone, got {name[:80]!r}, which may lead out "
+            "of the folder. Was the manifest edited?"
+        )
+    return name
+
+
+def as_file_name(text: str) -> str:
+    """A text as the name of a file or folder: what is not a letter, a digit, '.', '_' or '-' becomes '-'.
+
+    >>> as_file_name("../blocks.0.hook_resid_post")
+    '-blocks.0.hook_resid_post'
+    """
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", text).lstrip(".")[:150].rstrip(".") or "unnamed"
+    return f"_{name}" if RESERVED.fullmatch(name) else name
+
+
+def find_inside(folder: str | Path, name: str) -> Path:
+    """Where a named file of a folder lies; ValueError for a name that is a path and for a link that leads elsewhere.
+
+    A link into the blobs beside its own snapshot, as the Hub's cache has them, is none.
+    """
+    path = Path(folder) / require_file_name(name)
+    if path.is_symlink():
+        place, home = path.resolve(), Path(folder).resolve()
+        blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+        if place.parent != home and not any(place.is_relative_to(folder) for folder in blobs):
+            raise ValueError(
+                f"{path} must be a file of its folder, got a link to {place}. Copy that file here if it is meant."
+            )
+    return path
+
+
+def shareable(name: str) -> str:
+    """What may be said of a model, a text or a folder to others: a local path gives its last part alone.
+
+    A Hub id and an address on the web are kept, the latter without a password.
+
+    >>> shareable("/home/ada/models/tiny"), shareable("EleutherAI/pythia-70m")
+    ('tiny', 'EleutherAI/pythia-70m')
+    """
+    if "://" in name:
+        return hide_password(name) if not name.startswith("file:") else name.rstrip("/").rpartition("/")[2]
+    local = name.startswith(("/", "~", ".", "\\")) or re.match(r"[A-Za-z]:[\\/]", name) or "\\" in name
+    deep = name.count("/") > 1 or (name.count("/") == 1 and Path(name).exists())
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if local or deep else name
+
+
+def hide_password(url: str) -> str:
+    """An address without the name and password that it may hold.
+
+    >>> hide_password("https://ada:secret@host:1234/v1")
+    'https://***@host:1234/v1'
+    """
+    parts = urlsplit(url)
+    _, at, host = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"***@{host}")) if at else url
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: control characters and marks of direction are shown as their codes.
+
+    >>> printable("a\x1b[2J" + chr(10) + "b")
+    'a\\\\x1b[2J\\nb'
+    """
+    return CONTROL.sub(lambda found: found[0] if found[0] in "\n\t" else _code(found[0]), text)
+
+
+def _code(character: str) -> str:
+    return ascii(character)[1:-1]

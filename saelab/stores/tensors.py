@@ -1,0 +1,301 @@
+"""Reading safetensors files: where each tensor lies, mapped into memory, its bytes checked when they are first read.
+
+Our own files carry their checksums in the header's metadata, under `crc32`: eight hexadecimal digits for the header
+itself (counted with these eight as zeros), then eight for each block of 256 KiB of each tensor, in the order of the
+data. `sealed` says that they must be there. A file of another writer has neither and is read as it is.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saelab.stores.validation import parse_json
+
+BLOCK = 1 << 18
+"""Bytes that one checksum covers: what a single row costs to check, and 32,768 times what its checksum takes"""
+SEAL, SEALED = "crc32", "sealed"
+UNSEALED = "0" * 8
+MAX_HEADER = 100_000_000
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Where one tensor lies in a safetensors file: dtype, shape, first byte."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Length in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks that have a checksum each."""
+        return -(-self.n_bytes // BLOCK)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry of the first axis."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+class TensorFile:
+    """One safetensors file: where its tensors lie, and which of their blocks have been checked."""
+
+    def __init__(
+        self, path: Path, specs: dict[str, TensorSpec], metadata: dict[str, str], sums: Sequence[int] | None
+    ) -> None:
+        self.path, self.specs, self.metadata = path, specs, metadata
+        self._sums = sums
+        n_blocks = np.cumsum([0, *(spec.n_blocks for spec in specs.values())]).tolist()
+        self._first = dict(zip(specs, n_blocks, strict=False))
+        self._seen = np.zeros(n_blocks[-1], bool)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "TensorFile":
+        """Read the header alone.
+
+        Raises FileNotFoundError when missing, ValueError when the file is cut off, damaged or not safetensors.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"`path` must be an existing safetensors file, got {path}. Check the folder's name."
+            )
+        return cls(path, *_read_header(path))
+
+    def map(self, name: str) -> Tensor:
+        """One tensor, mapped and not checked."""
+        return map_tensor(self.path, self.specs[name])
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, mapped; all its blocks are checked."""
+        self.check(name)
+        return self.map(name)
+
+    def check(self, name: str, start: int = 0, stop: int | None = None) -> range:
+        """Check the blocks that hold rows start..stop of a tensor, where they have not been checked before.
+
+        Returns the rows that were looked at for the first time, those in between included; ValueError for damage.
+        """
+        spec = self.specs[name]
+        stop = (spec.shape[0] if spec.shape else 1) if stop is None else stop
+        size = spec.row_bytes
+        return self._check(name, np.arange(start * size // BLOCK, -(-stop * size // BLOCK)))
+
+    def check_rows(self, name: str, rows: Int[np.ndarray, "n"]) -> None:
+        """The same of single rows."""
+        size = self.specs[name].row_bytes
+        first, last = rows * size // BLOCK, ((rows + 1) * size - 1) // BLOCK
+        widest = int((last - first).max(initial=0))
+        self._check(name, np.unique(np.minimum(first[:, None] + np.arange(widest + 1), last[:, None])))
+
+    def forget(self, name: str) -> None:
+        """Count no block of a tensor as checked: who reads it again meets the same refusal."""
+        first = self._first[name]
+        self._seen[first : first + self.specs[name].n_blocks] = False
+
+    def check_all(self) -> None:
+        """Check every block of every tensor; ValueError naming the first tensor that is damaged."""
+        for name in self.specs:
+            self.check(name)
+
+    @cached_property
+    def _bytes(self) -> memoryview:
+        return torch.from_file(str(self.path), False, self.path.stat().st_size, dtype=torch.uint8).numpy().data
+
+    def map_all(self) -> dict[str, Tensor]:
+        """Every tensor, mapped and not checked: what stands there now, whoever replaces the file later."""
+        assert self._bytes is not None
+        return {name: self.map(name) for name in self.specs}
+
+    def _check(self, name: str, blocks: np.ndarray) -> range:
+        spec, first = self.specs[name], self._first[name]
+        new = blocks[~self._seen[first + blocks]] if spec.n_bytes else blocks[:0]
+        if len(new) == 0:
+            return range(0)
+        if self._sums is not None:
+            for block in new.tolist():
+                start = spec.offset + block * BLOCK
+                size = min(BLOCK, spec.n_bytes - block * BLOCK)
+                if zlib.crc32(self._bytes[start : start + size]) != self._sums[first + block]:
+                    raise ValueError(
+                        f"{self.path} must hold what was written, but bytes {start} to {start + size} (of '{name}') "
+                        "have another checksum: the file was damaged or edited. Copy it again, or make it anew."
+                    )
+        self._seen[first + new] = True
+        size = max(1, spec.row_bytes)
+        n_rows = spec.shape[0] if spec.shape else 1
+        return range(int(new[0]) * BLOCK // size, min(n_rows, -(-(int(new[-1]) + 1) * BLOCK // size)))
+
+
+def map_tensor(path: str | Path, spec: TensorSpec) -> Tensor:
+    """Map one tensor of a safetensors file into memory: nothing is read before it is touched.
+
+    Writing to the tensor changes a private copy of the page, never the file. The mapping holds no file
+    descriptor and goes with the tensor.
+    """
+    if spec.n_bytes == 0:
+        return torch.empty(spec.shape, dtype=spec.dtype)
+    end = spec.offset + spec.n_bytes
+    raw = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)[spec.offset :]
+    if spec.offset % spec.dtype.itemsize:  # legal in safetensors, though our own files are aligned
+        raw = raw.clone()
+    return raw.view(spec.dtype).view(spec.shape)
+
+
+def load_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file into memory; ValueError when it is cut off, damaged or not
+    safetensors.
+    """
+    file = TensorFile.open(path)
+    return {name: file.read(name).clone() for name in file.specs}
+
+
+def read_header(path: str | Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
+    """Read where each tensor of a safetensors file lies, and its metadata, without reading the tensors.
+
+    Raises FileNotFoundError when missing, ValueError when the file is cut off or is not safetensors.
+    """
+    file = TensorFile.open(path)
+    return file.specs, file.metadata
+
+
+def make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, chunks: Sequence[Any]) -> bytes:
+    """The header of a file that holds `tensors` in this order, with the checksums of `chunks`, their bytes."""
+    sums = "".join(f"{zlib.crc32(part):08x}" for chunk in chunks for part in _blocks(chunk))
+    header: dict[str, Any] = {"__metadata__": {**(metadata or {}), SEALED: SEAL, SEAL: UNSEALED + sums}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + _seal(text)
+
+
+def _blocks(chunk: Any) -> list[Any]:
+    return [chunk[i : i + BLOCK] for i in range(0, len(chunk), BLOCK)]
+
+
+def _seal(text: bytes) -> bytes:
+    """The header with its own checksum in the place of the first eight zeros."""
+    place = _find_seal(text)
+    return text[:place] + f"{zlib.crc32(text):08x}".encode() + text[place + 8 :]
+
+
+def _find_seal(text: bytes) -> int:
+    """Where the checksums begin; a name cannot hold the mark, as its quotation marks are escaped."""
+    mark = f'"{SEAL}":"'.encode()
+    return text.index(mark) + len(mark)
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str], list[int] | None]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, MAX_HEADER):
+            raise _refusal(path, "it is cut off before its header ends, or is of another kind")
+        text = file.read(length)
+    try:
+        header = parse_json(text)
+        metadata = dict(header.pop("__metadata__", None) or {})
+        sound = all(isinstance(value, str) for value in metadata.values())
+        sums, sealed = metadata.pop(SEAL, None), metadata.pop(SEALED, None)
+    except (ValueError, AttributeError, TypeError):
+        raise _refusal(path, "its header is no JSON object") from None
+    if not sound:
+        raise _refusal(path, "its metadata are no texts")
+    if sealed is not None or sums is not None:
+        _check_seal(path, text, sums if sealed == SEAL else None)
+    specs = {name: _read_spec(path, name, entry, 8 + length) for name, entry in header.items()}
+    specs = dict(sorted(specs.items(), key=lambda item: (item[1].offset, item[1].n_bytes)))
+    _check_layout(path, specs, 8 + length, size)
+    return specs, metadata, None if sums is None else _read_sums(path, sums, specs)
+
+
+def _check_seal(path: Path, text: bytes, sums: Any) -> None:
+    try:
+        place = _find_seal(text)
+        found = zlib.crc32(text[:place] + UNSEALED.encode() + text[place + 8 :])
+        sound = isinstance(sums, str) and sums[:8] == f"{found:08x}"
+    except ValueError:
+        sound = False
+    if not sound:
+        raise _refusal(path, "its header has another checksum than it says: it was damaged or edited")
+
+
+def _read_sums(path: Path, sums: str, specs: Mapping[str, TensorSpec]) -> list[int]:
+    if len(sums) != 8 * (1 + sum(spec.n_blocks for spec in specs.values())):
+        raise _refusal(path, f"it says {len(sums) // 8 - 1} checksums of blocks, which are not those of its tensors")
+    return [int(sums[i : i + 8], 16) for i in range(8, len(sums), 8)]
+
+
+def _read_spec(path: Path, name: str, entry: Any, start: int) -> TensorSpec:
+    try:
+        dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise _refusal(path, f"its header does not say dtype, shape and data_offsets of '{name}'") from None
+    if dtype not in DTYPES:
+        raise ValueError(
+            f"{path} must hold tensors of {', '.join(DTYPES)}, got {str(dtype)[:40]!r} for '{name}', which PyTorch "
+            "has no name for. Convert that tensor, for example to F16."
+        )
+    numbers = [first, last, *shape] if isinstance(shape, list) else [None]
+    if any(type(number) is not int or not 0 <= number < 2**62 for number in numbers):
+        raise _refusal(path, f"shape and data_offsets of '{name}' are no sizes")
+    spec = TensorSpec(DTYPES[dtype], tuple(shape), start + first)
+    if spec.n_bytes != last - first:
+        raise _refusal(path, f"shape and data_offsets of '{name}' disagree")
+    return spec
+
+
+def _check_layout(path: Path, specs: Mapping[str, TensorSpec], start: int, size: int) -> None:
+    """Tensors stand one behind the other and fill the file."""
+    end = start
+    for name, spec in specs.items():
+        if spec.offset != end:
+            raise _refusal(
+                path, f"'{name}' {'overlaps' if spec.offset < end else 'leaves a gap behind'} another tensor"
+            )
+        end += spec.n_bytes
+    if end != size:
+        what = "It was cut off: write it again" if size < end else "Something was added: write it again"
+        raise ValueError(f"{path} must have {end} bytes by its header, got {size}. {what}.")
+
+
+def _refusal(path: Path, cause: str) -> ValueError:
+    return ValueError(f"{path} must be a safetensors file; {cause}. Copy it again, or write it again.")

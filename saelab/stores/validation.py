@@ -1,0 +1,240 @@
+"""What a file says, held against what it may say: the one reader of configurations, manifests and their JSON.
+
+Types, ranges and unknown keys are pydantic's to check, by the annotations of the dataclass or TypedDict that is read.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+MAX_DEPTH = 64
+MAX_DIGITS = 19
+"""of a whole number: no size, seed or count of ours needs more than 64 bits"""
+SEAL = "crc32"
+SHOWN = 80
+_SEAL_TEXT = re.compile(rb',?\s*"crc32":\s*"[0-9a-f]{8}"(?=\s*\}\s*$)')
+
+
+def parse_json(text: bytes | str, *, constants: bool = False) -> Any:
+    """The value that a JSON text stands for.
+
+    ValueError for what is no JSON in UTF-8, for a key that comes twice, nesting beyond 64 levels and whole numbers
+    beyond 64 bits; for NaN and Infinity too, which JSON has not, unless `constants` are allowed.
+
+    >>> parse_json('{"k": 16}')
+    {'k': 16}
+    """
+    if isinstance(text, bytes):
+        text = text.decode()
+    try:
+        found = json.loads(
+            text.removeprefix("\ufeff"),
+            object_pairs_hook=_refuse_doubles,
+            parse_int=_read_int,
+            parse_constant=float if constants else _refuse_constant,
+        )
+    except RecursionError:
+        raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
+    _check_depth(found)
+    return found
+
+
+def read_json(path: str | Path, *, constants: bool = False) -> Any:
+    """Read a JSON file; FileNotFoundError when missing, ValueError when it is not JSON: see `parse_json`.
+
+    Where the text says its own checksum (`seal`), that is compared by whoever reads the rest: see `check_seal`.
+    """
+    try:
+        return parse_json(_read_bytes(path), constants=constants)
+    except ValueError as error:
+        cause = str(error) or type(error).__name__
+        raise ValueError(f"{path} must hold JSON, got something else ({cause}). Was it edited or cut off?") from None
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"`path` must be an existing JSON file, got {path}. Check the folder's name.") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} must be a JSON file, got a folder. Check the name.") from None
+
+
+def _refuse_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)[:SHOWN]!r} comes twice")
+    return found
+
+
+def _read_int(digits: str) -> int:
+    if len(digits.lstrip("-")) > MAX_DIGITS:
+        raise ValueError(f"the number {digits[:20]}... is beyond 64 bits")
+    return int(digits)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON; NaN and infinities are written as null")
+
+
+def _check_depth(found: Any) -> None:
+    level = [found]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            item
+            for held in level
+            if isinstance(held, dict | list)
+            for item in (held.values() if isinstance(held, dict) else held)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+
+
+def seal(text: str) -> bytes:
+    """A JSON object's text with a last key that holds the checksum of the others, white space left out.
+
+    >>> seal('{"k": 1}')
+    b'{"k": 1, "crc32": "1cabb40e"}'
+    """
+    body, end = text.rstrip()[:-1].rstrip(), "\n}" if "\n" in text.strip() else "}"
+    gap = "\n  " if "\n" in text.strip() else " "
+    return f'{body},{gap}"{SEAL}": "{_sum_up(text.encode())}"{end}'.encode()
+
+
+def check_seal(path: str | Path, held: Mapping[str, Any]) -> None:
+    """Compare the checksum that a JSON file says of itself, if it says one; ValueError where it was damaged or edited.
+
+    `held` is what was read of it.
+    """
+    if SEAL not in held:
+        return
+    text = _read_bytes(path)
+    if not _SEAL_TEXT.search(text) or _sum_up(_SEAL_TEXT.sub(b"", text)) != held[SEAL]:
+        raise ValueError(
+            f"{path} must hold what was written, but it has another checksum: it was damaged or edited. If you changed "
+            f'it on purpose, remove its line "{SEAL}".'
+        )
+
+
+def _sum_up(text: bytes) -> str:
+    return f"{zlib.crc32(b''.join(text.split())):08x}"
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Errors about what a file says name the file."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_fields(cls: type[T], plain: Any, *, extra: bool = False) -> T:
+    """A dataclass built from what a file says; values that are instances of dataclasses already are taken as they are.
+
+    ValueError for another type than annotated, for a number that is not finite, for a missing key, and, unless
+    `extra` ones are let pass, for an unknown one (with near ones).
+    """
+    plain = require_object(plain, cls.__name__)
+    known = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]
+    if not extra:
+        refuse_unknown(plain, known, cls.__name__)
+    given = {name: plain[name] for name in known if name in plain}
+    return cls(**_validate(_make_shape(cls), given, cls.__name__))  # type: ignore[arg-type]
+
+
+def refuse_unknown(plain: Mapping[str, Any], known: list[str], name: str) -> None:
+    """ValueError for a key that is not known, with near ones."""
+    for key in plain:
+        if key not in known:
+            near = get_close_matches(key, known, n=5) or known[:5]
+            raise ValueError(f"{name} has no key '{key[:SHOWN]}'. Did you mean one of {near}?")
+
+
+def require_object(plain: Any, name: str) -> dict[str, Any]:
+    """The value where it is a JSON object, else ValueError."""
+    if not isinstance(plain, dict):
+        raise ValueError(f"{name} must be a JSON object, got {_show(plain)}. Was it edited?")
+    return plain
+
+
+def check_settings(shape: type, plain: Any, name: str) -> Any:
+    """What somebody else's configuration says, as the TypedDict `shape` has it; keys that are not in it are kept.
+
+    ValueError for a value of another type; a key that is null counts as missing.
+    """
+    plain = require_object(plain, name)
+    hints = _hints(shape)
+    given = {key: value for key, value in plain.items() if key in hints and value is not None}
+    return plain | _validate(shape, given, name)
+
+
+def _validate(shape: type, given: dict[str, Any], name: str) -> dict[str, Any]:
+    from pydantic import ValidationError
+
+    hints = _hints(shape)
+    given = {key: _as_tuple(hints[key], value) for key, value in given.items()}
+    try:
+        return dict(_adapter(shape).validate_python(given))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"][:3])
+        if first["type"] == "missing":
+            raise ValueError(f"{name} must have every field, got none for `{key}`. Was it edited?") from None
+        rule = first["msg"].replace("Input should be", "must be").replace("Field required", "must be there")
+        raise ValueError(
+            f"{name}: `{key}` {rule}, got {_show(first['input'])}. Was it edited, or written by another version?"
+        ) from None
+
+
+def _as_tuple(hint: Any, value: Any) -> Any:
+    """JSON has lists where a field is a tuple."""
+    wants = any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
+    return tuple(value) if wants and isinstance(value, list) else value
+
+
+def _show(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
+
+
+@cache
+def _hints(shape: type) -> dict[str, Any]:
+    return get_type_hints(shape)
+
+
+@cache
+def _make_shape(cls: type) -> type:
+    """The fields of a dataclass as a TypedDict."""
+    from typing_extensions import NotRequired, TypedDict
+
+    assert is_dataclass(cls)
+    try:
+        hints = get_type_hints(cls)
+    except NameError:  # a class of somebody's own, annotated with what only its own scope knows
+        hints = {field.name: Any for field in fields(cls)}
+    needed = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(cls)}
+    shape = {name: hints[name] if must else NotRequired[hints[name]] for name, must in needed.items()}
+    return TypedDict(cls.__name__, shape)  # type: ignore[operator]
+
+
+@cache
+def _adapter(shape: type) -> Any:
+    from pydantic import ConfigDict, TypeAdapter, with_config
+
+    settings = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    return TypeAdapter(with_config(settings)(shape))
