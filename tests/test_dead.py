@@ -115,7 +115,7 @@ def test_nonsense_is_refused(tiny, tiny_tokens, tmp_path):
     store = sl.harvest(sae, tiny, tiny_tokens, tmp_path, hook_point=HOOK, progress=False)
     with pytest.raises(ValueError, match="near_dead_rate < dense_rate"):
         sl.dead_units(store, near_dead_rate=0.5, dense_rate=0.1)
-    with pytest.raises(ValueError, match="64 units, got 8"):
+    with pytest.raises(ValueError, match="must be the one that was harvested, 64 features"):
         sl.dead_units(store, sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.TopK(k=2))))
     with pytest.raises(ValueError, match="`kind`"):
         sl.dead_units(store).units("zombie")

@@ -112,7 +112,7 @@ def test_exports_refuse_what_they_cannot_do(store: sl.FeatureStore, tmp_path: Pa
     with pytest.raises(ValueError, match=r"`features` must be in 0\.\.39"):
         export_store(store, tmp_path, "neuronpedia", features=[40])
     other = sl.SAE(sl.SAEConfig(d_in=32, d_sae=41))
-    with pytest.raises(ValueError, match="`sae` must have the store's 40 features"):
+    with pytest.raises(ValueError, match="must be the one that was harvested, 40 features"):
         export_store(store, tmp_path, "saedashboard", sae=other)
 
 

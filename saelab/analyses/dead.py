@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from saelab.analyses.causes import find_causes
+from saelab.collecting.harvesting import require_harvested
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 from saelab.stores.results import Result
@@ -97,8 +98,8 @@ def dead_units(
             "Rates must satisfy 0 <= near_dead_rate < dense_rate <= 1 and confidence lie in (0, 1), got "
             f"{near_dead_rate}, {dense_rate} and {confidence}."
         )
-    if sae is not None and sae.cfg.d_sae != store.d_sae:
-        raise ValueError(f"`sae` must have the store's {store.d_sae} units, got {sae.cfg.d_sae}; give that one.")
+    if sae is not None:
+        require_harvested(store, sae)
     fires = store.statistics.fires.sum(1)
     outlier = find_outliers(sae) if sae is not None else np.zeros(store.d_sae, bool)
     kinds = _tell_kinds(fires / len(store), near_dead_rate, dense_rate, outlier)

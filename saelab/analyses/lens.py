@@ -11,6 +11,7 @@ from torch import Tensor
 from saelab.lm.lens import read_out
 from saelab.lm.models import Model
 from saelab.lm.strings import token_strings
+from saelab.sae.matching import match_weights
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result
 
@@ -55,13 +56,16 @@ class LogitLens(Result):
 
 
 @torch.no_grad()
-def logit_lens(sae: SAE, model: Model, features: Sequence[int] | None = None, *, n: int = 10) -> LogitLens:
+def logit_lens(
+    sae: SAE, model: Model, features: Sequence[int] | None = None, *, n: int = 10, allow_mismatch: bool = False
+) -> LogitLens:
     """The tokens that each feature's direction promotes and suppresses most, through final norm and unembedding.
 
     `effect = (norm'(d)) W_U`, d the row of W_dec in the activations' own units, the norm linear at unit scale: adding
     z d to a residual stream of scale s adds `z effect / s` to the logits. Effects are centred over the vocabulary,
     which the probabilities do not see. All features by default. ValueError for an SAE whose activations are not of the
-    residual stream's width, and for features that do not exist.
+    residual stream's width, for one of another model or weight processing (unless `allow_mismatch`), and for features
+    that do not exist.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> len(logit_lens(sae, model, [3], n=5)[3].promoted)
@@ -70,6 +74,7 @@ def logit_lens(sae: SAE, model: Model, features: Sequence[int] | None = None, *,
     wanted = list(range(sae.cfg.d_sae) if features is None else features)
     if bad := [j for j in wanted if not 0 <= j < sae.cfg.d_sae]:
         raise ValueError(f"`features` must be in 0..{sae.cfg.d_sae - 1}, got {bad[:5]}.")
+    match_weights(sae.provenance, model, allow_mismatch)
     directions = sae.directions()
     found: list[_Tops] = []
     for i in range(0, len(wanted), BLOCK):

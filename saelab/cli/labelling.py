@@ -12,6 +12,7 @@ from saelab.analyses.lens import LogitLens, logit_lens
 from saelab.cli import options
 from saelab.cli.labels import Context, make_printable
 from saelab.cli.reporting import open_model, open_sae, read_numbers
+from saelab.collecting.harvesting import require_harvested
 from saelab.labelling.book import LabelBook
 from saelab.labelling.clients import Client, LocalClient, OpenAIClient
 from saelab.labelling.exchange import Exchange
@@ -21,6 +22,7 @@ from saelab.labelling.predicates import Predicate, Predicates, make_predicates
 from saelab.labelling.questions import AskConfig
 from saelab.labelling.rules import label_by_rules
 from saelab.lm.models import load_model
+from saelab.sae.matching import match_weights
 from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore
 
@@ -203,7 +205,11 @@ def _read_lens(
     """What features promote, where the store's SAE and model are at hand."""
     coder = open_sae(store, sae)
     lm = open_model(store, model, progress, "--lens-model") if coder is not None else None
-    return logit_lens(coder, lm, wanted) if coder is not None and lm is not None else None
+    if coder is None or lm is None:
+        return None
+    require_harvested(store, coder)
+    match_weights(store.provenance, lm)
+    return logit_lens(coder, lm, wanted, allow_mismatch=True)
 
 
 def _keep(store: FeatureStore, labels: Sequence[Label], said: str, afresh: bool = False) -> None:

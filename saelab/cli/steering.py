@@ -132,7 +132,7 @@ def steer_prompts(
     moved = dict(zip(feature, strengths * (len(feature) if len(strengths) == 1 else 1), strict=True))
     peaks = FeatureStore.load(store) if store is not None else None
     how: dict[str, Any] = {"mode": mode, "where": where, "unit": unit, "store": peaks}
-    intervention = Intervention(coder, moved, **how, hook_point=place)
+    intervention = Intervention(coder, moved, **how, hook_point=place, allow_mismatch=allow_mismatch)
     found = steer_texts(lm, intervention, prompts, n_tokens, n=n, seed=seed, temperature=temperature, progress=progress)
     typer.echo(to_json(found.to_dict()) if json else str(found))
     if html is not None:
@@ -175,13 +175,11 @@ def draw_curve(
     aims = [_read_concept(lm, words, first_token) for words in (concept, *other)]
     openings = prompt or list(OPENINGS)
     how: dict[str, Any] = {"unit": unit, "mode": mode, "where": where, "store": opened}
-    sources: dict[str, Source] = {
-        f"feature {i}": Intervention(coder, {i: 1.0}, mode, where, unit, opened, hook_point=place)  # type: ignore[arg-type]
-        for i in feature
-    }
+    at: dict[str, Any] = {"hook_point": place, "allow_mismatch": allow_mismatch}
+    sources: dict[str, Source] = {f"feature {i}": Intervention(coder, {i: 1.0}, **how, **at) for i in feature}
     if baselines:
         tokens = _read_text(lm, text, openings, seed, progress)
-        sources |= line_up(lm, coder, feature[0], aims[0], tokens, hook_point=place, seed=seed, **how)
+        sources |= line_up(lm, coder, feature[0], aims[0], tokens, seed=seed, **how, **at)
     curve = steering_curve(
         lm,
         sources,

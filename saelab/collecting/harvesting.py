@@ -129,6 +129,19 @@ def _common_mask(places: Mapping[str, Match]) -> TokenMask:
     return masks.pop()
 
 
+def require_harvested(store: FeatureStore, sae: SAE) -> None:
+    """ValueError for an SAE other than the one whose codes a store holds, told by its weights.
+
+    A store that was converted from another tool's files does not say whose codes it holds: there only the width counts.
+    """
+    recorded, made = store.manifest.request.get("sae"), fingerprint(sae.state_dict())
+    if sae.cfg.d_sae != store.d_sae or recorded not in (None, made):
+        raise ValueError(
+            f"`sae` must be the one that was harvested, {store.d_sae} features and fingerprint {recorded}, got "
+            f"{sae.cfg.d_sae} and {made}. Give that one, or harvest again."
+        )
+
+
 @dataclass(eq=False)
 class _Job:
     """One SAE and the folder that its codes go to."""

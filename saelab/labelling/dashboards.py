@@ -10,8 +10,10 @@ from jaxtyping import Float, Int
 from saelab.analyses.contexts import ExampleGroup, examples
 from saelab.analyses.lens import Promoted, logit_lens
 from saelab.analyses.likeness import Neighbours, neighbours
+from saelab.collecting.harvesting import require_harvested
 from saelab.lm.lens import read_out
 from saelab.lm.models import Model
+from saelab.sae.matching import match_weights
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 
@@ -33,15 +35,21 @@ class Dashboards:
     @classmethod
     def open(cls, store: FeatureStore, sae: SAE | None, model: "Model | None") -> "Dashboards":
         """Measures which features go together, over all of them."""
-        if sae is not None and sae.cfg.d_sae != store.d_sae:
-            raise ValueError(f"`sae` must have the store's {store.d_sae} features, got {sae.cfg.d_sae}.")
+        if sae is not None:
+            require_harvested(store, sae)
+        if model is not None:
+            match_weights(store.provenance, model)
         return cls(store, sae, model, neighbours(store, m=N_ROWS))
 
     def make(self, features: Sequence[int]) -> Iterator[dict[str, Any]]:
         """The dashboard of each feature, by the names that SAEDashboard writes."""
         for start in range(0, len(features), BLOCK):
             part = list(features[start : start + BLOCK])
-            lens = logit_lens(self.sae, self.model, part, n=N_LOGITS) if self.sae and self.model else None
+            lens = (
+                logit_lens(self.sae, self.model, part, n=N_LOGITS, allow_mismatch=True)
+                if self.sae and self.model
+                else None
+            )
             effects = read_out(self.model, self.sae.directions()[part]).cpu() if self.sae and self.model else None
             for i, j in enumerate(part):
                 row = None if effects is None else effects[i].numpy()

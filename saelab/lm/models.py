@@ -244,6 +244,33 @@ def describe_model(model: Model) -> ModelDescription:
     return ModelDescription(name, "folded" if processed else "none", versions)
 
 
+def is_same_model(one: str, other: str) -> bool:
+    """Whether two names mean one model: its last part counts, case does not, and TransformerLens' aliases are known.
+
+    One model has several folders (the Hub's cache among them), owners on the Hub, and short names.
+
+    >>> is_same_model("google/gemma-2-2b", "/data/gemma-2-2b/"), is_same_model("gpt2-small", "openai-community/gpt2")
+    (True, True)
+    """
+    short, long = _last_part(one), _last_part(other)
+    return short == long or _official_names().get(short, short) == _official_names().get(long, long)
+
+
+def _last_part(name: str) -> str:
+    path = Path(name)
+    if path.parent.name == "snapshots":  # .../models--owner--name/snapshots/revision
+        return path.parents[1].name.rpartition("--")[2].lower()
+    return (path.name or path.resolve().name).lower()
+
+
+@cache
+def _official_names() -> dict[str, str]:
+    """TransformerLens' short names, and the model's own."""
+    from transformer_lens.supported_models import MODEL_ALIASES
+
+    return {alias.lower(): _last_part(name) for name, aliases in MODEL_ALIASES.items() for alias in aliases}
+
+
 @cache
 def _version(package: str) -> str:
     try:

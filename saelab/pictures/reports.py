@@ -11,7 +11,7 @@ from saelab.analyses.cards import FeatureCard, describe_feature
 from saelab.analyses.dead import DeadUnits, dead_units
 from saelab.analyses.lens import LogitLens, logit_lens
 from saelab.analyses.likeness import Neighbours, neighbours
-from saelab.collecting.reader import fingerprint
+from saelab.collecting.harvesting import require_harvested
 from saelab.evaluation.results import Evaluation
 from saelab.labelling.book import LabelBook
 from saelab.labelling.label import Label
@@ -20,6 +20,7 @@ from saelab.pictures.cards import draw_card
 from saelab.pictures.matched import Matched
 from saelab.pictures.pages import as_script, fill_page, summarise
 from saelab.pictures.prompts import read_prompts
+from saelab.sae.matching import match_weights
 from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore
 from saelab.stores.files import is_empty, read_json, replace_folder, settle, to_json, write_atomic
@@ -78,8 +79,8 @@ def report(
     before. What is from outside is escaped.
 
     Raises what a LabelBook raises, and ValueError for features that the store does not have, for an SAE other than the
-    harvested one, for prompts without SAE and model, for stores that do not compare or are not those of the
-    `comparison`, and where `out` holds something that is not a report or somebody else is writing there.
+    harvested one, for a model other than the store's, for prompts without SAE and model, for stores that do not compare
+    or are not those of the `comparison`, and where `out` holds something that is not a report or somebody else is writing there.
     """
     wanted = list(range(store.d_sae)) if features is None else list(dict.fromkeys(features))
     _check(store, wanted, sae, model, prompts)
@@ -87,7 +88,7 @@ def report(
     with _claim(Path(out)) as target:
         matched = _match(store, compare, comparison, progress)
         near = near or (neighbours(sae) if sae is not None else neighbours(store))
-        lens = logit_lens(sae, model, wanted) if sae is not None and model is not None else None
+        lens = logit_lens(sae, model, wanted, allow_mismatch=True) if sae is not None and model is not None else None
         found = dead_units(store, sae)
         shown = [] if sae is None or model is None else read_prompts(sae, model, prompts, store.provenance)
         cards = _cards(store, wanted, names, lens, near, choice, found, matched, progress)
@@ -155,11 +156,10 @@ def _check(
         raise ValueError("`features` must name at least one feature, got none.")
     if prompts and (sae is None or model is None):
         raise ValueError("`prompts` are encoded anew, so they need `sae` and `model`, got none; give both.")
-    if sae is not None and (made := fingerprint(sae.state_dict())) != store.manifest.request.get("sae"):
-        raise ValueError(
-            f"`sae` must be the one that was harvested, fingerprint {store.manifest.request.get('sae')}, got {made}. "
-            "Give that one, or harvest again."
-        )
+    if sae is not None:
+        require_harvested(store, sae)
+    if model is not None:
+        match_weights(store.provenance, model)
 
 
 @contextmanager

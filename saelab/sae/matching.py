@@ -6,7 +6,7 @@ from typing import Any
 
 from saelab.lm.door import door
 from saelab.lm.masks import TokenMask
-from saelab.lm.models import Model, describe_model
+from saelab.lm.models import Model, ModelDescription, describe_model, is_same_model
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.provenance import Provenance
@@ -41,17 +41,44 @@ def match_model(
     A transcoder has two hook points: that of its input and, behind it, that of its target.
     """
     origin = sae.provenance
-    names = _choose_places(sae, hook_point)
-    for name in names:
-        door(model).find(name)
-    if origin and not allow_mismatch:
-        _refuse(find_mismatches(origin, model, *names))
+    names = match_places(sae, model, hook_point, allow_mismatch)
     recorded = mask_of(origin) if origin else TokenMask()
     medians: dict[str, float] = {}
     if origin and mask in (None, recorded) and not allow_mismatch:
         measured = zip(names, (origin.median_norm, origin.median_norm_out), strict=False)
         medians = {name: norm for name, norm in measured if norm is not None}
     return Match(hook_point=names[0], hook_point_out=(*names, None)[1], mask=mask or recorded, median_norms=medians)
+
+
+def match_places(
+    sae: SAE, model: Model, hook_point: str | tuple[str, str] | None = None, allow_mismatch: bool = False
+) -> tuple[str, ...]:
+    """The hook points at which an SAE is used, given or from its provenance; a transcoder's target comes second.
+
+    Every function that takes an SAE and a model asks here.
+
+    Args:
+        sae: Whose provenance says the model, its weight processing and the hook point.
+        model: On which it is about to be used.
+        hook_point: Where, if not where it was trained; of a transcoder the input's, or input's and target's.
+        allow_mismatch: Go ahead where model, weight processing or hook point differ from the provenance's.
+
+    Raises:
+        ValueError: Where one of them differs, where nobody says the hook point, or the model has none of that name.
+    """
+    names = _choose_places(sae, hook_point)
+    for name in names:
+        door(model).find(name)
+    if sae.provenance and not allow_mismatch:
+        _refuse(find_mismatches(sae.provenance, model, *names))
+    return names
+
+
+def match_weights(origin: Provenance | None, model: Model, allow_mismatch: bool = False) -> None:
+    """ValueError where an SAE, or a store, is of another model or weight processing: the check without a hook point."""
+    if origin and not allow_mismatch:
+        here = describe_model(model)
+        _refuse(_differ(_model_of(origin, here)))
 
 
 def _choose_places(sae: SAE, given: str | tuple[str, str] | None) -> tuple[str, ...]:
@@ -73,16 +100,16 @@ def match_activations(sae: SAE, acts: Activations, allow_mismatch: bool) -> None
     trained, here = sae.provenance, acts.provenance
     if trained and here and not allow_mismatch:
         hook_points = [("hook point", trained.hook_point, here.hook_point)]
-        _refuse(_differ([*_model_of(trained, here.model, here.weight_processing), *hook_points]))
+        _refuse(_differ([*_model_of(trained, here), *hook_points]))
 
 
 def find_mismatches(origin: Provenance, model: Model, hook_point: str, hook_point_out: str | None = None) -> list[str]:
     """What differs between an SAE's origin and where it is about to be used, in words.
 
-    Of the model's name only the last part counts: one model has several folders and, on the Hub, owners.
+    Names are compared by `is_same_model`.
     """
     here, known = describe_model(model), door(model).points
-    pairs = _model_of(origin, here.name, here.weight_processing)
+    pairs = _model_of(origin, here)
     places = [("hook point", origin.hook_point, hook_point)]
     if origin.hook_point_out is not None and hook_point_out is not None:
         places.append(("target", origin.hook_point_out, hook_point_out))
@@ -90,11 +117,10 @@ def find_mismatches(origin: Provenance, model: Model, hook_point: str, hook_poin
     return _differ(pairs)
 
 
-def _model_of(origin: Provenance, name: str, weight_processing: str) -> list[tuple[str, str, str]]:
-    return [
-        ("model", Path(origin.model).name, Path(name).name),
-        ("weight processing", origin.weight_processing, weight_processing),
-    ]
+def _model_of(origin: Provenance, here: ModelDescription | Provenance) -> list[tuple[str, str, str]]:
+    name = here.name if isinstance(here, ModelDescription) else here.model
+    models = [] if is_same_model(origin.model, name) else [("model", Path(origin.model).name, Path(name).name)]
+    return [*models, ("weight processing", origin.weight_processing, here.weight_processing)]
 
 
 def _differ(pairs: list[tuple[str, str, str]]) -> list[str]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.collecting.harvesting import require_harvested
 from saelab.lm.forwards import FORWARD_TOKENS
 from saelab.lm.hooks import logits, splice
 from saelab.lm.lens import read_out
@@ -87,6 +88,7 @@ def score_steering(
     n_top: int = 20,
     n_contexts: int = 100,
     hook_point: str | None = None,
+    allow_mismatch: bool = False,
 ) -> SteeringScores:
     """Output and input scores of features, both sides of signed ones: those of high output score are worth steering.
 
@@ -97,12 +99,16 @@ def score_steering(
     sign d`, the reconstruction error kept, and ranks count from 0; of several prompts the mean. All features by
     default; sides that never fire in `store` have no row. Thousands of features take seconds on a small model: each row
     of a batch amplifies another one. ValueError for features that do not exist, for words that the model does not know,
-    and for activations of another width than the residual stream's. Source: arXiv:2505.20063.
+    for activations of another width than the residual stream's, and for an SAE of another model, weight processing or
+    hook point (unless `allow_mismatch`). Source: arXiv:2505.20063.
     """
     wanted = np.arange(sae.cfg.d_sae) if features is None else np.asarray(features, np.int64)
     if len(bad := wanted[(wanted < 0) | (wanted >= sae.cfg.d_sae)]):
         raise ValueError(f"`features` must be in 0..{sae.cfg.d_sae - 1}, got {bad[:5].tolist()}.")
-    writes_at = Intervention(sae, (), hook_point=hook_point).writes_at
+    require_harvested(store, sae)
+    intervention = Intervention(sae, (), hook_point=hook_point, allow_mismatch=allow_mismatch)
+    intervention.require_match(model)
+    writes_at = intervention.writes_at
     given = [prompts] if isinstance(prompts, str | Tensor) else list(prompts)
     texts = [_read_prompt(model, prompt) for prompt in given]
     directions, peaks = sae.directions().cpu(), store.statistics.peaks

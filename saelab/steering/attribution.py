@@ -16,7 +16,7 @@ from saelab.lm.hooks import capture, logits, splice
 from saelab.lm.models import Model
 from saelab.sae.sae import SAE
 from saelab.steering.effects import NOTHING, Attribution
-from saelab.steering.interventions import hook_point_of
+from saelab.steering.interventions import match_source
 from saelab.steering.outcomes import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
 from saelab.steering.places import Place
 from saelab.stores.features import FeatureStore
@@ -41,6 +41,7 @@ def attribute(
     n_steps: int | None = None,
     check: bool = False,
     hook_point: str | None = None,
+    allow_mismatch: bool = False,
     progress: bool = True,
 ) -> Attribution:
     """The effect of each active feature at each token of `where` on a metric of the model's predictions.
@@ -57,7 +58,8 @@ def attribute(
     there are 1024 of them. `metric` is what `make_outcome` knows: a token or its id (log-probability of coming next), a
     pair (logit difference), "loss", or a function of the logits. `check=True` measures the exact effects too, and the
     result tells how the estimates correlate with them. ValueError for settings that do not exist, a metric that is no
-    number a row, prompts of unequal length and a transcoder. Sources: arXiv:2403.19647, arXiv:1703.01365.
+    number a row, prompts of unequal length, a transcoder, and an SAE of another model, weight processing or hook point
+    (unless `allow_mismatch`). Sources: arXiv:2403.19647, arXiv:1703.01365.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     >>> found = attribute(model, sae, "Hello", "!", hook_point="blocks.1.hook_resid_post")
@@ -65,7 +67,8 @@ def attribute(
     ((20,), (6,))
     """
     _require(method, baseline, n_steps, sae)
-    scene = make_scene(model, sae, prompt, metric, hook_point)
+    point = match_source(sae, model, hook_point, allow_mismatch)
+    scene = make_scene(model, point, prompt, metric)
     nodes = _find_nodes(scene, sae, where, _read_other(scene, counterfactual), _read_means(sae, baseline, store))
     clean, patched = scene.values(torch.stack([0 * scene.x, nodes.total(scene.x)])).tolist()
     n_taken = 0 if method != "integrated" else n_steps or N_STEPS
@@ -195,11 +198,8 @@ class Scene:
         return torch.cat(found).cpu() if found else torch.zeros(0)
 
 
-def make_scene(model: Model, sae: SAE, prompt: Prompt, metric: Metric, hook_point: str | None) -> Scene:
-    """What attribution works on; ValueError where nobody says at which hook point."""
-    point = hook_point or hook_point_of(sae)
-    if point is None:
-        raise ValueError("`hook_point` must be given for an SAE that does not say where it was trained, got None.")
+def make_scene(model: Model, point: str, prompt: Prompt, metric: Metric) -> Scene:
+    """What attribution works on, at a hook point."""
     texts = read_texts(model, prompt)
     x = capture(model, texts.ids, [point])[point][0]
     return Scene(model, point, texts, make_outcome(model, metric), x.float())

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelab.sae.sae import SAE
 from saelab.steering.editing import TOLD, EditTask, edit_sparsely, weigh_codes
+from saelab.steering.interventions import match_source
 from saelab.steering.supervised import Attributes, Fit, fit_attributes
 from saelab.steering.telling import AttributeScore, mark_values, score_attributes
 from saelab.stores.results import Result
@@ -137,6 +138,7 @@ def compare_control(
     *,
     ks: Sequence[int] = KS,
     supervised: Sequence[Fit] = ("means", "least-squares"),
+    allow_mismatch: bool = False,
 ) -> ControlTable:
     """Hold dictionaries against supervised ones, at the places where a task's attributes are read.
 
@@ -146,9 +148,12 @@ def compare_control(
     greedily nearest to its activation, and the edited model must predict what the patched one does. Interpretability:
     F1 of features against the attributes' values, over and above single ones for unions, split and occluded values.
     The supervised dictionaries, the ceiling, and all choices see the prompts of `train` alone. Errors of
-    reconstruction are kept in edits. ValueError for an SAE of another width. Source: arXiv:2405.08366.
+    reconstruction are kept in edits. ValueError for an SAE of another width, and for one of another model, weight
+    processing or hook point than the task's (unless `allow_mismatch`). Source: arXiv:2405.08366.
     """
     means = torch.stack([x.mean(0) for x in _pool(train)[0].unbind(1)])
+    for sae in dictionaries.values():
+        match_source(sae, task.model, task.hook_point, allow_mismatch)
     clean, ablated = task.predict(), task.predict(means.expand(len(task), -1, -1))
     margins = float(task.margins(clean).mean()), float(task.margins(ablated).mean())
     patched = {edit: task.predict(task.activations[edit]).argmax(1) for edit in task.edits}

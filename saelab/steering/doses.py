@@ -49,6 +49,7 @@ def make_doses(
     mode: Mode,
     where: Place,
     store: FeatureStore | Mapping[str, FeatureStore] | None,
+    allow_mismatch: bool = False,
 ) -> list[Dose]:
     """Every source at every strength, checked; ValueError for one that cannot be steered so."""
     if not sources or "unsteered" in sources:
@@ -58,14 +59,16 @@ def make_doses(
     found = []
     for name, source in sources.items():
         own = store.get(name) if isinstance(store, Mapping) else store
-        interventions = _read_source(source, unit, mode, where, own)
+        interventions = _read_source(source, unit, mode, where, own, allow_mismatch)
+        for intervention in interventions:
+            intervention.require_match(model)
         for strength in _strengths_of(name, strengths, unit, mode, interventions):
             found.append(_make_dose(model, name, source, interventions, strength))
     return found
 
 
 def _read_source(
-    source: Source, unit: Unit, mode: Mode, where: Place, store: FeatureStore | None
+    source: Source, unit: Unit, mode: Mode, where: Place, store: FeatureStore | None, allow_mismatch: bool
 ) -> list[Intervention]:
     """Interventions of strength 1; none for a function, which makes blocks of its own."""
     if isinstance(source, Direction):
@@ -76,10 +79,8 @@ def _read_source(
         return []
     first, *rest = source
     if isinstance(first, SAE):
-        features: Any = rest[0]
-        return [
-            Intervention(first, {features: 1.0} if isinstance(features, int) else features, mode, where, unit, store)
-        ]
+        weights: Any = rest[0] if isinstance(rest[0], Mapping) else {rest[0]: 1.0}
+        return [Intervention(first, weights, mode, where, unit, store, allow_mismatch=allow_mismatch)]
     return [one for one in source if isinstance(one, Intervention)]
 
 

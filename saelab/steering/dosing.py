@@ -47,6 +47,7 @@ def steering_curve(
     top_k: int | None = None,
     top_p: float | None = None,
     batch_size: int | None = None,
+    allow_mismatch: bool = False,
     progress: bool = True,
 ) -> SteeringCurve:
     """Effect and cost of steering toward a concept, for several sources on the same axes.
@@ -63,7 +64,8 @@ def steering_curve(
     Definitions are those of `saelab.steering.measures`. A scored concept has a score in place of lift, and no `others`.
     Take prompts that nothing was chosen on. Memory is bounded by `batch_size` texts (default: by their logits).
 
-    ValueError for what `make_concept` or `steer` refuse, and for prompts that leave no room for text.
+    ValueError for what `make_concept` or `steer` refuse (`allow_mismatch` is for SAEs given with features), and for
+    prompts that leave no room for text.
 
     >>> model, up = sl.tiny_model(), sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
     >>> curve = steering_curve(model, {"up": up}, "a", "One", strengths=[0], n=2, n_tokens=4)
@@ -74,7 +76,7 @@ def steering_curve(
     rest = make_concepts(model, others or {})
     if rest and not all(isinstance(one, TokenConcept) for one in [target, *rest]):
         raise ValueError("`others` go with concepts of tokens, got one that is scored; leave `others` out.")
-    doses = make_doses(model, sources, strengths, unit, mode, where, store)
+    doses = make_doses(model, sources, strengths, unit, mode, where, store, allow_mismatch)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     table = _Table(model, target, rest, len(doses) + 1, n * len(texts))
     writing = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "progress": False}

@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.lm.hooks import find_hook_point
+from saelab.lm.models import Model
+from saelab.sae.matching import match_places
 from saelab.sae.normaliser import PER_TOKEN
 from saelab.sae.sae import SAE
 from saelab.steering.directions import Direction
@@ -49,6 +52,8 @@ class Intervention:
     store: FeatureStore | None = None
     error: Error = "keep"
     hook_point: str | None = None
+    allow_mismatch: bool = False
+    """steer a model, weight processing or hook point other than those that the SAE was trained on"""
     strengths: dict[int, Strength] = field(init=False, repr=False)
     """by feature, in codes (unit "norm": in norms of the token's activation)"""
     places: Where = field(init=False, repr=False)
@@ -94,6 +99,11 @@ class Intervention:
         """What a strength of unit "max" is a multiple of."""
         if isinstance(self.source, Direction):
             peak, of = self.source.peak or 0.0, "a direction with a `peak`"
+        elif self.store is not None and self.store.d_sae != self.source.cfg.d_sae:
+            raise ValueError(
+                f"`store` must be of the SAE that is steered, {self.source.cfg.d_sae} features, got one of "
+                f"{self.store.d_sae}; harvest that SAE."
+            )
         elif self.store is None:
             raise ValueError("Strengths of unit 'max' need `store`, the features' maxima, got None; harvest one.")
         else:
@@ -101,6 +111,13 @@ class Intervention:
         if peak <= 0:
             raise ValueError(f"Strengths of unit 'max' need {of}, feature {feature} has none; use another unit.")
         return peak
+
+    def require_match(self, model: Model) -> None:
+        """ValueError where the SAE, or that of a condition, was not trained on this model at this hook point."""
+        when = self.places.when
+        match_source(self.source, model, self.hook_point, self.allow_mismatch)
+        if when is not None:
+            match_source(when.source, model, when.hook_point, when.allow_mismatch)
 
     @property
     def reads_at(self) -> str:
@@ -158,6 +175,18 @@ def hook_point_of(source: SAE | Direction) -> str | None:
     if isinstance(source, Direction):
         return source.hook_point
     return source.provenance.hook_point if source.provenance is not None else None
+
+
+def match_source(
+    source: SAE | Direction, model: Model, hook_point: str | None = None, allow_mismatch: bool = False
+) -> str:
+    """The hook point that a source's codes are read from; ValueError where an SAE was not trained on this model there.
+
+    A direction does not say which model it is of: its hook point must exist.
+    """
+    if isinstance(source, SAE):
+        return match_places(source, model, hook_point, allow_mismatch)[0]
+    return find_hook_point(model, hook_point or source.hook_point)
 
 
 def _find_rows(source: SAE | Direction, features: list[int]) -> Float[Tensor, "n_features d_out"]:

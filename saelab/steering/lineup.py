@@ -38,6 +38,7 @@ def line_up(
     store: FeatureStore | None = None,
     sign: int | None = None,
     hook_point: str | None = None,
+    allow_mismatch: bool = False,
     seed: int = 0,
 ) -> dict[str, Source]:
     """A feature and its rivals by name, for `steering_curve`: at one strength all add vectors of one length.
@@ -46,7 +47,8 @@ def line_up(
     of the concept follows in `tokens`, and of others; random is a random direction; with a `store`, a feature that
     fires as often and has nothing to do with this one is there, too. All point to the concept, and so does the feature:
     on the side, 1 or -1, where its mean code before such words lies, unless `sign` says otherwise. ValueError where the
-    concept's words are too few.
+    concept's words are too few, and for an SAE of another model, weight processing or hook point (unless
+    `allow_mismatch`).
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> tokens = sl.tokenize(model, ["a tin can, a bin"] * 9, ctx_len=32)
@@ -54,7 +56,10 @@ def line_up(
     >>> list(line_up(model, sae, 3, TokenConcept("i", (int(tokens.ids[0, 4]),)), tokens, hook_point=point))
     ['feature 3', 'means', 'probe', 'random']
     """
-    own = Intervention(sae, {feature: 1.0}, mode, where, unit, store, hook_point=hook_point)
+    own = Intervention(
+        sae, {feature: 1.0}, mode, where, unit, store, hook_point=hook_point, allow_mismatch=allow_mismatch
+    )
+    own.require_match(model)
     before = mark_before(tokens, concept)
     if (n := int(before.sum())) < LEAST:
         raise ValueError(

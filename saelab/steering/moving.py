@@ -31,6 +31,7 @@ def steer(
     store: FeatureStore | None = None,
     error: Error = "keep",
     hook_point: str | None = None,
+    allow_mismatch: bool = False,
 ) -> Iterator[Model]:
     """Inside the block features are moved in every forward of the model, whoever runs it, at every token of `where`.
 
@@ -38,7 +39,8 @@ def steer(
     of `Intervention`, places those of `Where`. Blocks nest: an inner one reads what the outer ones left. With and
     without a key-value cache, alone and in a padded batch, the same tokens are changed; special tokens are not unless
     asked for. A strength that changes nothing leaves every bit as it is. Nothing stays behind, also after an error.
-    Gradients flow to strengths and activations where PyTorch records them. ValueError for what does not exist.
+    Gradients flow to strengths and activations where PyTorch records them. ValueError for what does not exist, and for
+    an SAE of another model, weight processing or hook point, unless `allow_mismatch`.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
     >>> ids = torch.full((1, 4), 65)
@@ -47,7 +49,7 @@ def steer(
     >>> bool((moved != sl.logits(model, ids)).any())
     True
     """
-    intervention = Intervention(source, features, mode, where, unit, store, error, hook_point)
+    intervention = Intervention(source, features, mode, where, unit, store, error, hook_point, allow_mismatch)
     with steer_all(model, [intervention]):
         yield model
 
@@ -63,6 +65,8 @@ def steer_all(model: Model, interventions: Sequence[Intervention]) -> Iterator[M
     >>> with sl.steer_all(model, [up, up]):
     ...     x = sl.capture(model, torch.full((1, 4), 65), ["blocks.1.hook_out"])
     """
+    for intervention in interventions:
+        intervention.require_match(model)
     active = [intervention for intervention in interventions if not intervention.changes_nothing]
     with ExitStack() as stack:
         flow = _Later()
@@ -81,6 +85,7 @@ def splice(
     error: Error = "drop",
     where: Place = "all",
     hook_point: str | None = None,
+    allow_mismatch: bool = False,
 ) -> Iterator[Model]:
     """Inside the block activations are replaced: by an SAE's reconstructions, or by a function of them.
 
@@ -89,7 +94,8 @@ def splice(
     dictionary, `edits[hook_point]` gets (batch, ctx_len, d) in the model's dtype (a copy, free to be changed) and
     returns the same shape. Blocks nest, edits of one hook point run in order of entry, and nothing stays behind, also
     after an error.
-    ValueError for a wrong name or shape, RuntimeError for a hook point that does not fire exactly once in a forward.
+    ValueError for a wrong name or shape and for an SAE of another model, weight processing or hook point (unless
+    `allow_mismatch`), RuntimeError for a hook point that does not fire exactly once in a forward.
 
     >>> model, ids = sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)
     >>> with sl.splice(model, {"blocks.0.hook_resid_post": torch.zeros_like}):
@@ -101,7 +107,10 @@ def splice(
         with splice_edits(model, source):
             yield model
         return
-    intervention = Intervention(source, (), "add", where, error=error, hook_point=hook_point)
+    intervention = Intervention(
+        source, (), "add", where, error=error, hook_point=hook_point, allow_mismatch=allow_mismatch
+    )
+    intervention.require_match(model)
     with ExitStack() as stack:
         flow = _Later()
         _attach(stack, model, intervention, flow)

@@ -16,7 +16,7 @@ from saelab.lm.models import Model
 from saelab.sae.sae import SAE
 from saelab.steering.attribution import require_aligned, require_autoencoder
 from saelab.steering.directions import Direction
-from saelab.steering.interventions import hook_point_of
+from saelab.steering.interventions import match_source
 from saelab.steering.outcomes import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
 from saelab.steering.subspaces import Subspace, as_subspace
 from saelab.stores.results import Result
@@ -96,6 +96,7 @@ def patch(
     sources: Source | Sequence[Source] | None = None,
     positions: Positions = "each",
     hook_point: str | None = None,
+    allow_mismatch: bool = False,
 ) -> Patching:
     """What restores a metric of the corrupt prompt: pieces of the clean run put into it, each source at each position.
 
@@ -106,7 +107,8 @@ def patch(
     `sources` default to the residual stream behind every block; `positions` are "each" alone, "all" together, or single
     ones and groups, special tokens included. `metric` is what `make_outcome` knows, mostly a pair of answers; the
     `scores` are `(patched - corrupt) / (clean - corrupt)`. The prompts must have equally many tokens. ValueError for
-    what does not exist, and for transcoders. Source: arXiv:2309.16042.
+    what does not exist, for transcoders, and for SAEs of another model, weight processing or hook point (unless
+    `allow_mismatch`). Source: arXiv:2309.16042.
 
     >>> found = patch(sl.tiny_model(), "I see Ann", "I see Tom", ("A", "T"))
     >>> found.scores.shape, float(found.scores[2, -1].round(4))
@@ -114,7 +116,7 @@ def patch(
     """
     ours, theirs = read_texts(model, clean), read_texts(model, corrupt)
     require_aligned(ours, theirs)
-    pieces = [_make_piece(source, hook_point) for source in _list_sources(model, sources)]
+    pieces = [_make_piece(model, source, hook_point, allow_mismatch) for source in _list_sources(model, sources)]
     columns = _list_columns(positions, ours.ids.shape[1])
     outcome = make_outcome(model, metric)
     runs = _Runs(model, theirs, outcome, *(_read(model, texts, pieces) for texts in (ours, theirs)))
@@ -198,7 +200,7 @@ def _is_features(source: Any) -> bool:
     return isinstance(source, tuple) and len(source) == 2 and [isinstance(one, SAE) for one in source] == [True, False]
 
 
-def _make_piece(source: Source, hook_point: str | None) -> _Piece:
+def _make_piece(model: Model, source: Source, hook_point: str | None, allow_mismatch: bool) -> _Piece:
     if isinstance(source, str):
         return _Piece(source, source, lambda clean, corrupt: clean - corrupt)
     if isinstance(source, Direction | Subspace):
@@ -206,9 +208,7 @@ def _make_piece(source: Source, hook_point: str | None) -> _Piece:
         return _Piece(space.name, space.hook_point, lambda clean, corrupt: space.project(clean - corrupt))
     sae, features = (source, None) if isinstance(source, SAE) else source
     require_autoencoder(sae)
-    point = hook_point or hook_point_of(sae)
-    if point is None:
-        raise ValueError("`hook_point` must be given for an SAE that does not say where it was trained, got None.")
+    point = match_source(sae, model, hook_point, allow_mismatch)
     return _Piece(_tell_features(features), point, _carry_features(sae, features))
 
 

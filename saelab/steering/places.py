@@ -30,6 +30,8 @@ class When:
     side: Side = "both"
     hook_point: str | None = None
     """where the SAE was trained, unless given"""
+    allow_mismatch: bool = False
+    """read it on a model, weight processing or hook point other than those that the SAE was trained on"""
 
     def holds(self, x: Float[Tensor, "*batch d_in"]) -> Bool[Tensor, "*batch"]:
         """Whether the feature fires on each activation."""

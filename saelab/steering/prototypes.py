@@ -174,6 +174,7 @@ def steer_to(
     keep_norm: bool = False,
     where: Place = "all",
     hook_point: str | None = None,
+    allow_mismatch: bool = False,
 ) -> Iterator[Model]:
     """Inside the block, codes of every token of `where` descend towards the prototype c of a label, as with `steer`.
 
@@ -186,9 +187,9 @@ def steer_to(
     prototypes, weighted by 1 - p, until the token is nearer to the target than to the others: addition, where it is
     needed. How far that is, `eta * n_steps` says, in the codes' own units: measure it on data. Codes that cannot be
     negative are cut at 0 in the end. `keep_norm` gives x' the norm of x. The reconstruction error stays, 0 steps change
-    nothing bit for bit, and blocks nest. ValueError for a label, loss or prototypes that do not fit, and for steps of
-    the distance that overshoot (eta above 1/2). Descent on sparse codes: arXiv:2502.18644; the two losses are a reading
-    of it.
+    nothing bit for bit, and blocks nest. ValueError for a label, loss or prototypes that do not fit, for steps of the
+    distance that overshoot (eta above 1/2), and for an SAE of another model, weight processing or hook point (unless
+    `allow_mismatch`). Descent on sparse codes: arXiv:2502.18644; the two losses are a reading of it.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
     >>> moods = find_prototypes(sae, torch.randn(8, 32), ["glad", "sad"] * 4)
@@ -197,7 +198,7 @@ def steer_to(
     """
     pull = Pull(
         sae, where=where, hook_point=hook_point, prototypes=prototypes, target=target, eta=eta, n_steps=n_steps,
-        loss=loss, keep_norm=keep_norm,
+        loss=loss, keep_norm=keep_norm, allow_mismatch=allow_mismatch,
     )  # fmt: skip
     with steer_all(model, [pull]):
         yield model

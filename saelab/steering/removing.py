@@ -25,7 +25,7 @@ from saelab.steering.erasing import (
     erase_direction,
     erase_least,
 )
-from saelab.steering.interventions import hook_point_of
+from saelab.steering.interventions import match_source
 from saelab.steering.labelled import read_chosen, require_labels
 from saelab.steering.rankings import Ranking
 from saelab.steering.removals import Removal, average_scores
@@ -52,6 +52,7 @@ def ablate_concept(
     train_frac: float = 0.5,
     n_rows: int = 20_000,
     seed: int = 0,
+    allow_mismatch: bool = False,
 ) -> Removal:
     """Take one concept out at a hook point, and tell what is left of it, what others lost, and what predictions cost.
 
@@ -66,10 +67,11 @@ def ablate_concept(
     fitted on `train_frac` of the documents, `n_rows` tokens, and scored on the others: accuracy and AUROC of fresh
     probes on the edited activations downstream, at `read_at` (default: the last residual stream), of every concept of
     `labels` with 20 tokens on both sides; and the loss where the concept does not hold, at the token or the next one.
-    ValueError where the concept is unknown or too rare.
+    ValueError where the concept is unknown or too rare, and for an SAE of another model, weight processing or hook
+    point (unless `allow_mismatch`).
     """
     require_labels(labels, tokens)
-    point = find_hook_point(model, _place_of(sae, hook_point))
+    point = _find_point(model, sae, hook_point, allow_mismatch)
     bench = RemovalBench.make(model, tokens, labels, concept, point, read_at, (train_frac, n_rows, seed))
     kinds = list(
         methods if methods is not None else [m for m in get_args(Method) if m != "features" or sae is not None]
@@ -100,11 +102,12 @@ def ablate_concept(
     )
 
 
-def _place_of(sae: SAE | None, hook_point: str | None) -> str:
-    place = hook_point or (hook_point_of(sae) if sae is not None else None)
-    if place is None:
+def _find_point(model: Model, sae: SAE | None, hook_point: str | None, allow_mismatch: bool) -> str:
+    if sae is not None:
+        return match_source(sae, model, hook_point, allow_mismatch)
+    if hook_point is None:
         raise ValueError("`hook_point` must be given where no SAE says it, got None.")
-    return place
+    return find_hook_point(model, hook_point)
 
 
 def _count(edit: Edit) -> int:
