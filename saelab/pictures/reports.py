@@ -80,7 +80,8 @@ def report(
 
     Raises what a LabelBook raises, and ValueError for features that the store does not have, for an SAE other than the
     harvested one, for a model other than the store's, for prompts without SAE and model, for stores that do not compare
-    or are not those of the `comparison`, and where `out` holds something that is not a report or somebody else is writing there.
+    or are not those of the `comparison`, and where `out` holds something that is not a report
+    or somebody else is writing there.
     """
     wanted = list(range(store.d_sae)) if features is None else list(dict.fromkeys(features))
     _check(store, wanted, sae, model, prompts)
