@@ -28,9 +28,9 @@ def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -
             f"A prompt must fit the model's context of {find_context(model)} tokens beside {n_tokens} of the answer, "
             f"got {ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
         )
-    found = door(model)
     end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    made: Any = (found.plain if found.plain is not None else found.bridged).generate(  # type: ignore[operator]
+    module: Any = door(model).route([])[0]
+    made = module.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,

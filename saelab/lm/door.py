@@ -2,71 +2,96 @@
 
 import difflib
 import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from saelab.lm.foreign import HookBooks
 from saelab.lm.models import Model
-from saelab.lm.plain import Site, attach, is_ours, run, set_attention, strip
+from saelab.lm.plain import Site, attach, run, set_attention, strip
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Place:
+    """What short forwards found out about one hook point."""
+
+    agrees: bool
+    """the plain twin has the bridge's tensor there, and answers an edit alike"""
+    felt: bool
+    """an edit there changes the logits"""
+    flat: bool
+    """rows of all texts one after another, (batch * n, d), as OPT and mixtures of experts lay them out"""
+
+
 class Door:
-    """One bridge's hook points by name, its plain twin, and which hook points agree on both (measured, not assumed)."""
+    """One bridge's hook points by name, its plain twin, and which hook points agree on both (measured, not assumed).
 
-    def __init__(self, model: Model) -> None:
-        from transformer_lens.hook_points import HookPoint
+    Whatever is measured runs none of the hooks that are on the model, whosever they are.
+    """
 
-        self.points: dict[str, Any] = dict(model.hook_dict)
-        paths = {name.rpartition(".")[0] for name in self.points}
-        self.components: dict[str, Any] = {path: _walk(model, path) for path in paths}
-        for path, holder in self.components.items():
-            aliases = {name: value for name, value in vars(holder).items() if isinstance(value, HookPoint)}
-            self.points.update({f"{path}.{name}".lstrip("."): value for name, value in aliases.items()})
-        distinct = {id(point): point for point in self.points.values()}.values()  # several names a point
-        self._edits = [point._forward_hooks for point in distinct]
-        self.components.pop("", None)  # the bridge itself, which would keep its own entry alive
+    def __init__(self, model: Model, *, was_right: bool = False) -> None:
+        self.points, self.components = _find_points(model)
         self.bridged: nn.Module = model.original_model
+        self.hooks = HookBooks(model, self.bridged, *self.points.values())
         self.n_spliced = 0  # edits that are on the plain twin as well as on the bridge
-        self.probe = torch.randint(0, model.cfg.d_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
-        self.probe = self.probe.to(next(self.bridged.parameters()).device)
-        self.agrees: dict[str, bool] = {}
+        self.probe = _make_probe(model)
+        self.places: dict[str, Place] = {}
         self.attention = "eager"
-        self.plain, self.twins = self._find_plain()
+        self._plain_hooks: HookBooks | None = None
         # PyTorch keeps these dicts as long as their module: looking at them before each forward is quick.
-        modules = list(self.bridged.modules())
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._weights = [weights for m in modules for weights in (m._parameters, m._buffers)]
-        # With somebody's hooks on the bridge nothing could be compared, so such a door is made anew next time.
-        self._stamp = () if self._is_hooked() else self._find_stamp(model)
+        self._weights = [weights for m in self.bridged.modules() for weights in (m._parameters, m._buffers)]
+        self._stamp = self._find_stamp(model)
+        with self.hooks.aside():
+            expected = run(self.bridged, self.probe)
+            _require_causal(self.bridged, self.probe, expected)
+            self._last = expected[:, -1]
+            # Weights of the bridge's own, edited or processed since, are what the user wants: then it is right.
+            owns_weights = was_right or model.compatibility_mode or getattr(model, "_weights_processed", False)
+            self.plain, self.twins, self.bridge_is_right = self._find_plain(expected, owns_weights)
+        if self.plain is not None:
+            self._plain_hooks = HookBooks(self.plain)
 
-    def _find_plain(self) -> tuple[nn.Module | None, dict[nn.Module, nn.Module]]:
-        """The plain twin with the fastest attention that gives the bridge's logits, if any does."""
-        expected = run(self.bridged, self.probe)
+    def _find_plain(self, expected: Tensor, owns_weights: bool) -> tuple[nn.Module | None, dict, bool]:
+        """The plain twin with the fastest attention that gives the bridge's logits, and whether the bridge's are right.
+
+        Where they differ Hugging Face's own modules are right, unless the bridge has weights that they have not.
+        """
         try:
             plain, twins = strip(self.bridged)
-            for implementation in ("sdpa", "eager"):
-                set_attention(plain, implementation)
-                if _close(run(plain, self.probe), expected):
-                    self.attention = implementation
-                    return plain, twins
-            reason = "plain Hugging Face modules give other logits than the bridge"
         except (TypeError, ValueError) as error:
-            reason = str(error)
-        logger.info("This model runs through its bridge, at about half the speed: %s", reason)
-        return None, {}
-
-    def _is_hooked(self) -> bool:
-        """Whether somebody has forward hooks on the wrapped model: neither saelab nor the libraries themselves."""
-        found = [hook for hooks in self._hooks if hooks for hook in hooks.values()]
-        return any(not is_ours(hook) and not _is_inner(hook) for hook in found)
+            logger.info("This model runs through its bridge, at about half the speed: %s", error)
+            return None, {}, True
+        found: dict[str, Tensor] = {}
+        for self.attention in ("sdpa", "eager"):
+            if set_attention(plain, self.attention):
+                found[self.attention] = run(plain, self.probe)
+                if _close(found[self.attention], expected):
+                    return plain, twins, True
+        reason = f"the bridge's logits are {_distance(expected, found['eager']):.1%} away from Hugging Face's"
+        if owns_weights:
+            logger.info("This model runs through its bridge, at about half the speed: %s", reason)
+            return None, {}, True
+        if "sdpa" in found and _close(found["sdpa"], found["eager"]):
+            self.attention = "sdpa"
+            set_attention(plain, "sdpa")
+        warnings.warn(
+            f"A TransformerBridge must compute what its model does, but {reason}. Hugging Face's own modules are taken "
+            "instead; hook points that only the bridge has are refused. Another release of transformer-lens may agree.",
+            stacklevel=2,
+        )
+        return plain, twins, False
 
     def _find_stamp(self, model: Any) -> tuple:
         """Changes when a weight is edited in place or replaced, or the bridge processes its weights."""
-        found = [(id(w), w._version) for weights in self._weights if weights for w in weights.values() if w is not None]
+        found = [_stamp(w) for weights in self._weights if weights for w in weights.values() if w is not None]
         return (model.compatibility_mode, *found)
 
     def is_current(self, model: Model) -> bool:
@@ -91,56 +116,100 @@ class Door:
         twin = self.twins.get(self.components[path]) if path in self.components else None
         return (twin, side) if twin is not None and side in ("hook_in", "hook_out") else None
 
-    def check(self, name: str) -> bool:
-        """Whether the plain twin has the bridge's tensor at a hook point, and answers a test edit there alike.
+    def look(self, name: str) -> Place:
+        """What there is to know of a hook point, measured once in at most four short forwards.
 
-        Measured once per hook point, in at most four short forwards. RuntimeError unless the bridge fires it once.
+        RuntimeError unless it fires once in a forward; ValueError where only a bridge that computes other logits than
+        Hugging Face has it.
         """
-        if name not in self.agrees:
-            seen = self._read(self.bridged, self.bridge_site(name))
-            require_once(name, len(seen))
-            site = self.plain_site(name)
-            self.agrees[name] = self.plain is not None and site is not None and self._agree(name, site, seen[0])
-        return self.agrees[name]
+        if name not in self.places:
+            self.find(name)
+            with self._aside():
+                self.places[name] = self._measure(name)
+        return self.places[name]
 
-    def _agree(self, name: str, site: Site, value: Tensor) -> bool:
-        """Same tensor, and same logits when it is halved."""
-        assert self.plain is not None
-        seen = self._read(self.plain, site)
-        if len(seen) != 1 or not _close(seen[0], value):
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for books in (self.hooks, self._plain_hooks):
+                if books is not None:
+                    stack.enter_context(books.aside())
+            yield
+
+    def _measure(self, name: str) -> Place:
+        site = self.plain_site(name) if self.plain is not None else None
+        if not self.bridge_is_right:
+            return self._measure_plain(name, site)
+        value = self._read_once(name, self.bridged, self.bridge_site(name))
+        moved = self._move(self.bridged, self.bridge_site(name), value)
+        agrees = False
+        if self.plain is not None and site is not None:
+            seen = self._read(self.plain, site)
+            agrees = len(seen) == 1 and _close(seen[0], value)
+            agrees = agrees and _close(self._move(self.plain, site, value), moved)
+        return Place(agrees, self._is_felt(moved, value), self._is_flat(self.bridged, self.bridge_site(name), value))
+
+    def _measure_plain(self, name: str, site: Site | None) -> Place:
+        """As `_measure`, of a hook point that the bridge has no right value for."""
+        if self.plain is None or site is None:
+            raise ValueError(
+                f"`hook_point` must be the input or output of one of Hugging Face's modules where the bridge computes "
+                f"other logits than they do, got '{name}'. Take such a one, or another release of transformer-lens."
+            )
+        value = self._read_once(name, self.plain, site)
+        with torch.no_grad():
+            before = run(self.plain, self.probe)[:, -1]
+        moved = self._move(self.plain, site, value)
+        felt = not value.is_floating_point() or not torch.equal(moved[:, -1], before)
+        return Place(True, felt, self._is_flat(self.plain, site, value))
+
+    def _is_felt(self, moved: Tensor, value: Tensor) -> bool:
+        return not value.is_floating_point() or not torch.equal(moved[:, -1], self._last)
+
+    def _is_flat(self, model: nn.Module, site: Site, value: Tensor) -> bool:
+        """Whether the rows of all texts follow one another: texts in another order move their rows with them."""
+        if value.ndim != 2 or len(value) != self.probe.numel():
             return False
-        return _close(self._halved(self.plain, site), self._halved(self.bridged, self.bridge_site(name)))
+        swapped = self._read(model, site, self.probe.flip(0))[0]
+        split = (*self.probe.shape, -1)
+        return _close(swapped.reshape(split), value.reshape(split).flip(0))
 
-    def _read(self, model: nn.Module, site: Site) -> list[Tensor]:
+    def _read(self, model: nn.Module, site: Site, ids: Tensor | None = None) -> list[Tensor]:
         seen: list[Tensor] = []
         with attach(site, lambda x: seen.append(x.clone())):
-            run(model, self.probe)
+            run(model, self.probe if ids is None else ids)
         return seen
 
-    def _halved(self, model: nn.Module, site: Site) -> Tensor:
-        with attach(site, lambda x: x / 2 if x.is_floating_point() else None):
-            return run(model, self.probe)
+    def _read_once(self, name: str, model: nn.Module, site: Site) -> Tensor:
+        seen = self._read(model, site)
+        require_once(name, len(seen))
+        return seen[0]
 
-    def trusts(self, name: str) -> bool:
-        """`check`, but with hooks or edits in place nothing new is probed: a probe would run them behind one's back."""
-        if name in self.agrees:  # known, hooks or not
-            return self.agrees[name]
-        return not self._count_ours() and not self._is_hooked() and self.check(name)
+    def _move(self, model: nn.Module, site: Site, value: Tensor) -> Tensor:
+        """Logits when every entry at a site is scaled by its own factor: a common one would be lost on norms."""
+        if not value.is_floating_point():
+            return run(model, self.probe)
+        factors = 1 + torch.arange(value.numel(), device=value.device).cos().view(value.shape).to(value) / 2
+        with attach(site, lambda x: x * factors), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that an edit costs the bridge its fastest way
+            return run(model, self.probe)
 
     def route(self, names: list[str]) -> tuple[nn.Module, list[Site]]:
         """The fastest model that serves these hook points truthfully, and where they are on it.
 
         That is the bridge itself where somebody else has hooks on it, or a hook point exists only there.
         """
-        plain_sees_all = self._count_ours() == self.n_spliced and not self._is_hooked()
-        trusted = [self.trusts(name) for name in names]  # all of them, so that a wrong name is always reported
+        is_hooked = self.hooks.has_foreign()
+        trusted = [self.look(name).agrees for name in names]  # all of them, so that a wrong name is always reported
+        plain_sees_all = not is_hooked and self.hooks.count_ours() == self.n_spliced
         if self.plain is not None and plain_sees_all and all(trusted):
             return self.plain, [site for name in names if (site := self.plain_site(name)) is not None]
+        if not self.bridge_is_right:
+            raise ValueError(
+                "Hooks on a bridge work only where it computes what its model does, got a bridge with other logits "
+                "than Hugging Face's and hooks on it. Take them away, or another release of transformer-lens."
+            )
         return self.bridged, [self.bridge_site(name) for name in names]
-
-    def _count_ours(self) -> int:
-        """Edits of saelab's now on the bridge's hook points."""
-        return sum(is_ours(hook) for hooks in self._edits if hooks for hook in hooks.values())
 
 
 def require_once(name: str, n_fired: int) -> None:
@@ -152,15 +221,50 @@ def require_once(name: str, n_fired: int) -> None:
         )
 
 
-def _is_inner(hook: Any) -> bool:
-    """Hooks by which the two libraries do their own work; what users add through a HookPoint is not among them."""
-    return str(getattr(hook, "__module__", "")).startswith(("transformers.", "transformer_lens.model_bridge."))
+def _find_points(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Hook points by all their names, and the bridge's components by path."""
+    from transformer_lens.hook_points import HookPoint
+
+    points: dict[str, Any] = dict(model.hook_dict)
+    components = {path: _walk(model, path) for path in {name.rpartition(".")[0] for name in points}}
+    for path, holder in components.items():
+        aliases = {name: value for name, value in vars(holder).items() if isinstance(value, HookPoint)}
+        points.update({f"{path}.{name}".lstrip("."): value for name, value in aliases.items()})
+    components.pop("", None)  # the bridge itself, which would keep its own entry alive
+    return points, components
 
 
 def _walk(model: Any, path: str) -> Any:
     for part in path.split(".") if path else []:
         model = model[int(part)] if part.isdigit() else getattr(model, part)
     return model
+
+
+def _make_probe(model: Any) -> Tensor:
+    """Two rows of random ids."""
+    length = min(16, model.cfg.n_ctx)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(0, model.cfg.d_vocab, (2, length), generator=generator, device="cpu")
+    return probe.to(next(model.original_model.parameters()).device)
+
+
+def _require_causal(model: nn.Module, probe: Tensor, expected: Tensor) -> None:
+    """ValueError where a token changes the logits of those before it."""
+    changed = torch.cat([probe[:, :-1], probe[:, -1:].roll(1, 0)], 1)
+    if not _close(run(model, changed)[:, :-1], expected[:, :-1]):
+        raise ValueError(
+            "saelab reads causal language models, whose logits depend on earlier tokens only; in this one they depend "
+            f"on later tokens too ({type(model).__name__}). Take a decoder."
+        )
+
+
+def _stamp(weight: Tensor) -> tuple[int, int]:
+    return id(weight), 0 if weight.is_inference() else weight._version
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """Relative, in the Euclidean norm."""
+    return float((x.double() - y.double()).norm() / y.double().norm())
 
 
 def _close(x: Tensor, y: Tensor) -> bool:
@@ -175,8 +279,22 @@ _doors: WeakKeyDictionary[nn.Module, Door] = WeakKeyDictionary()
 
 
 def door(model: Model) -> Door:
-    """The `Door` of a model, made anew when its weights changed since."""
+    """The `Door` of a model, made anew when its weights changed since.
+
+    TypeError for anything but a bridge, ValueError for one whose model is not causal.
+    """
     known = _doors.get(model)
     if known is None or not known.is_current(model):
-        known = _doors[model] = Door(model)
+        _require_bridge(model)
+        known = _doors[model] = Door(model, was_right=known is not None and known.bridge_is_right)
     return known
+
+
+def _require_bridge(model: Any) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if not isinstance(model, TransformerBridge):
+        raise TypeError(
+            f"`model` must be what `saelab.load_model` returns, a TransformerBridge, got a {type(model).__name__}. "
+            "Give its name, folder or Hugging Face object to `saelab.load_model`."
+        )

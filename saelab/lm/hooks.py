@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from saelab.lm.door import Door, door, require_once
 from saelab.lm.models import Model
-from saelab.lm.plain import Site, Tap, attach, run, run_as_set
+from saelab.lm.plain import OwnHook, Site, Tap, attach, run, run_as_set
 
 
 class _Stop(Exception):
@@ -62,8 +63,7 @@ def read_sites(model: nn.Module, sites: dict[str, Site], ids: Tensor, *, stop: b
             run(model, ids)
     for name, values in seen.items():
         require_once(name, len(values))
-        _require_rows(name, values[0], ids)
-    return {name: values[0] for name, values in seen.items()}
+    return {name: _rows_of(name, values[0], ids) for name, values in seen.items()}
 
 
 def _keep(seen: dict[str, list[Tensor]], name: str, stop: bool) -> Tap:
@@ -79,12 +79,16 @@ def _keep(seen: dict[str, list[Tensor]], name: str, stop: bool) -> Tap:
     return tap
 
 
-def _require_rows(name: str, x: Tensor, ids: Tensor) -> None:
+def _rows_of(name: str, x: Tensor, ids: Tensor) -> Tensor:
+    """One vector per token, also where the model has the rows of all texts one after another."""
+    if x.ndim == 2 and len(x) == ids.numel():
+        x = x.view(*ids.shape, -1)
     if x.ndim != 3 or x.shape[:2] != ids.shape:
         raise ValueError(
             f"A hook point must carry one vector per token, (batch, ctx_len, d); '{name}' has shape {tuple(x.shape)} "
             f"for ids {tuple(ids.shape)}. Choose a residual, attention or MLP output."
         )
+    return x
 
 
 def to_model(model: Model, ids: Tensor) -> Tensor:
@@ -98,8 +102,8 @@ def splice(model: Model, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterat
 
     The function gets (batch, ctx_len, d) in the model's dtype (a copy, free to be changed) and returns the same shape;
     its dtype and device are brought back to the model's. Blocks nest; edits of one hook point run in order of entry.
-    Nothing stays behind, also after an error. ValueError for a wrong name or shape, RuntimeError for a hook point that
-    does not fire exactly once in a forward.
+    Nothing stays behind, also after an error. ValueError for a wrong name or shape and for a hook point beside the
+    model's path, where an edit changes nothing; RuntimeError for one that does not fire exactly once in a forward.
 
     >>> model, ids = sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)
     >>> with sl.splice(model, {"blocks.0.hook_resid_post": torch.zeros_like}):
@@ -114,11 +118,46 @@ def splice(model: Model, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterat
         yield model
 
 
+class _Shape(OwnHook):
+    """Remembers the batch and length of the forward that runs."""
+
+    def __init__(self) -> None:
+        self.now: tuple[int, ...] = ()
+
+    def follow(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        self.now = tuple(inputs.shape[:2])
+
+
+@contextmanager
+def _split(home: Door, tap: Tap) -> Iterator[Tap]:
+    """A tap for rows of all texts one after another, from one that wants a text's together."""
+    shape = _Shape()
+
+    def split(x: Tensor) -> Tensor | None:
+        new = tap(x.view(*shape.now, -1))
+        return None if new is None else new.reshape(x.shape)
+
+    with ExitStack() as stack:
+        for module in (home.bridged, home.plain):
+            if module is not None:
+                stack.enter_context(module.register_forward_pre_hook(shape.follow, with_kwargs=True))
+        yield split
+
+
 @contextmanager
 def _edited(home: Door, name: str, tap: Tap) -> Iterator[None]:
     """The tap on the bridge's hook point, and on the plain twin where that is the same place."""
-    site = home.plain_site(name) if home.trusts(name) else None
+    place = home.look(name)
+    if not place.felt:
+        raise ValueError(
+            f"An edit must change what the model computes; '{name}' lies beside its path, and whatever is put there "
+            "changes no logit. Edit the residual stream, or an attention or MLP output."
+        )
+    site = home.plain_site(name) if place.agrees else None
     with ExitStack() as stack:
+        if place.flat:
+            tap = stack.enter_context(_split(home, tap))
         stack.enter_context(attach(home.bridge_site(name), tap))
         if site is not None:
             stack.enter_context(attach(site, tap))

@@ -58,28 +58,41 @@ def strip(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
 
 def _copy_shell(module: nn.Module, configs: dict[int, Any]) -> nn.Module:
     """One module with books of its own (hooks, config, names of weights) and the same Parameter objects."""
-    if "forward" in vars(module):
-        raise TypeError(f"`forward` of {type(module).__name__} is patched on the instance, so it cannot be copied.")
+    patch = vars(module).get("forward")
+    if patch is not None and not str(getattr(patch, "__module__", "")).startswith("transformer_lens."):
+        raise TypeError(
+            f"`forward` of {type(module).__name__} is replaced on the instance (an offloaded or patched model), so it "
+            "cannot be copied. Load the model whole on one device."
+        )
     new: nn.Module = object.__new__(type(module))
     books = {name: type(vars(module)[name])() for name in _HOOK_BOOKS}
     weights = {name: dict(vars(module)[name]) for name in ("_parameters", "_buffers")}
     new.__dict__.update({**vars(module), **books, **weights})
-    # Hugging Face marks models whose recording hooks are installed; the copy starts without them.
-    new.__dict__.pop("_output_capturing_hooks_installed", None)
+    # The bridge's patch of a forward, what `compile()` made of the original, and Hugging Face's mark of models whose
+    # recording hooks are installed: the copy is without them.
+    for name in ("forward", "_compiled_call_impl", "_output_capturing_hooks_installed"):
+        new.__dict__.pop(name, None)
     if (config := vars(module).get("config")) is not None:
         new.__dict__["config"] = configs.setdefault(id(config), copy.deepcopy(config))
     return new
 
 
-def set_attention(model: nn.Module, implementation: str) -> None:
-    """Choose a plain model's attention kernel, "sdpa" or "eager"; the bridge asks for eager and for attention maps."""
+def set_attention(model: nn.Module, implementation: str) -> bool:
+    """Choose a plain model's attention kernel, "sdpa" or "eager", and whether it has that one.
+
+    The bridge asks for eager and for attention maps.
+    """
     config: Any = model.config
     config.output_attentions = False
     # Fused attention ignores soft-capped scores (Gemma 2), so such models stay with eager.
     if implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
-        return
+        return False
     set_implementation: Any = model.set_attn_implementation
-    set_implementation(implementation)
+    try:
+        set_implementation(implementation)
+    except ValueError:  # without attention there is nothing to choose, and what runs anyway is called eager
+        return implementation == "eager"
+    return True
 
 
 @torch.no_grad()
@@ -138,13 +151,33 @@ class TapHook(OwnHook):
         return (new, *output[1:]) if several and new is not None else new
 
 
-def attach(site: Site, tap: Tap) -> RemovableHandle:
-    """Register `tap` at a site; the handle removes it."""
+@contextmanager
+def attach(site: Site, tap: Tap) -> Iterator[None]:
+    """Inside the block, `tap` runs at a site."""
     module, side = site
     hook = TapHook(tap)
     if side == "hook_in":
-        return module.register_forward_pre_hook(hook.at_input, with_kwargs=True)
-    return module.register_forward_hook(hook.at_output)
+        handle = module.register_forward_pre_hook(hook.at_input, with_kwargs=True)
+    else:
+        handle = module.register_forward_hook(hook.at_output)
+    with handle, _announced(module, handle):
+        yield
+
+
+@contextmanager
+def _announced(module: Any, handle: RemovableHandle) -> Iterator[None]:
+    """Some parts of the bridge fire a hook point only where its own list of hooks is not empty."""
+    if not hasattr(module, "fwd_hooks"):
+        yield
+        return
+    from transformer_lens.hook_points import LensHandle
+
+    entry = LensHandle(handle, is_permanent=True)  # which `reset_hooks` leaves alone
+    module.fwd_hooks.append(entry)
+    try:
+        yield
+    finally:
+        module.fwd_hooks = [other for other in module.fwd_hooks if other is not entry]
 
 
 def is_ours(hook: Any) -> bool:

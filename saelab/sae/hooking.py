@@ -88,6 +88,6 @@ def hook_sae(
     hooked = HookedSAE(sae, replace, edit, keep)
     with ExitStack() as stack:
         if sae.cfg.d_out is not None:
-            stack.callback(attach((module, "hook_in"), hooked.read).remove)
-        stack.callback(attach((module, "hook_in" if side == "input" else "hook_out"), hooked.change).remove)
+            stack.enter_context(attach((module, "hook_in"), hooked.read))
+        stack.enter_context(attach((module, "hook_in" if side == "input" else "hook_out"), hooked.change))
         yield hooked
