@@ -1,6 +1,8 @@
 """Do the hooks read what Hugging Face computes? The residual stream, layer by layer, against `hidden_states`."""
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from saelab.lm.door import Door, door
 from saelab.lm.hooks import capture, read_sites, to_model
 from saelab.lm.models import Model
-from saelab.lm.plain import set_attention, strip
+from saelab.lm.plain import Site, set_attention, strip
 from saelab.stores.results import Result
 
 
@@ -48,11 +50,11 @@ class HookAgreement(Result):
 
 
 def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) -> HookAgreement:
-    """Compare every residual hook point with the hidden states that the plain Hugging Face model returns.
+    """Compare every residual hook point with what flows between the layers of the plain Hugging Face model.
 
-    `ids` defaults to 32 random tokens. Hugging Face's last hidden state usually lies behind the final norm, so the
-    last row names whichever hook point it is nearest to. ValueError for a model with folded weights, whose activations
-    differ from Hugging Face's on purpose.
+    `ids` defaults to 32 random tokens. Hugging Face's own account, its hidden states, is taken where it has one of the
+    place: families differ in whether that begins with the embeddings and ends behind the last norm. ValueError for a
+    model with folded weights, whose activations differ from Hugging Face's on purpose, or without `blocks`.
 
     >>> sl.verify_hooks(sl.tiny_model()).ok
     True
@@ -64,34 +66,52 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
         )
     home = door(model)
     ids = home.probe if ids is None else to_model(model, ids)
-    states = _hidden_states(home, ids)
-    n_layers = len(states) - 1
-    names = [f"blocks.{i}.hook_in" for i in range(n_layers)]
-    names += [name for name in (f"blocks.{n_layers - 1}.hook_out", "ln_final.hook_out") if name in home.points]
+    names = _find_residuals(home)
+    truth = _find_truth(home, ids, names)
     through_bridge = {name: home.bridge_site(name) for name in names}
-    captured = _distances(capture(model, ids, names), states)
-    bridge = _distances(read_sites(home.bridged, through_bridge, ids, stop=True), states)
-    last = min(names[n_layers:], key=lambda name: captured[name])
-    kept = (*names[:n_layers], last)
+    captured = _distances(capture(model, ids, names), truth)
+    bridge = _distances(read_sites(home.bridged, through_bridge, ids, stop=True), truth)
     return HookAgreement(
-        hook_points=kept,
-        captured=tuple(captured[name] for name in kept),
-        bridge=tuple(bridge[name] for name in kept),
-        tolerance=1e-4 if states[0].dtype == torch.float32 else 0.02,
+        hook_points=tuple(names),
+        captured=captured,
+        bridge=bridge,
+        tolerance=1e-4 if truth[names[0]].dtype == torch.float32 else 0.02,
         n_tokens=ids.numel(),
     )
 
 
+def _find_residuals(home: Door) -> list[str]:
+    """What goes into each block, and what comes out of the last."""
+    names = list(takewhile(lambda name: name in home.points, (f"blocks.{i}.hook_in" for i in count())))
+    if not names:
+        raise ValueError(
+            "`verify_hooks` needs a model whose layers are `blocks`, got one without 'blocks.0.hook_in'. Compare "
+            "single hook points of `capture` instead."
+        )
+    return [*names, f"blocks.{len(names) - 1}.hook_out"]
+
+
 @torch.no_grad()
-def _hidden_states(home: Door, ids: Tensor) -> tuple[Tensor, ...]:
-    """Hugging Face's own, from a copy of its modules that nobody hooked."""
-    reference: Any = strip(home.bridged)[0]
-    set_attention(reference, home.attention)
-    states: tuple[Tensor, ...] = reference(ids, use_cache=False, output_hidden_states=True).hidden_states
-    return states
+def _find_truth(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """The residual stream in a copy of Hugging Face's modules that nobody hooked: hidden states, or the layers' own."""
+    reference, twins = strip(home.bridged)
+    model: Any = reference
+    set_attention(model, home.attention)
+    places = [name.rpartition(".") for name in names]
+    sites: dict[str, Site] = {
+        name: (twins[home.components[path]], side) for name, (path, _, side) in zip(names, places, strict=True)
+    }
+    layers = read_sites(model, sites, ids, stop=True)
+    states = model(ids, use_cache=False, output_hidden_states=True).hidden_states or ()
+    # The state nearest to a layer's input is the account of it, unless none is: then it has none of this place.
+    accounts = {name: min(states, key=partial(_distance, x), default=x) for name, x in layers.items()}
+    return {name: h if _distance(layers[name], h) < 1e-3 else layers[name] for name, h in accounts.items()}
 
 
-def _distances(values: dict[str, Tensor], states: tuple[Tensor, ...]) -> dict[str, float]:
-    """Relative distance of each activation to its hidden state: the i-th to the i-th, what is left over to the last."""
-    pairs = {name: (x, states[min(i, len(states) - 1)]) for i, (name, x) in enumerate(values.items())}
-    return {name: float((x.double() - h.double()).norm() / h.double().norm()) for name, (x, h) in pairs.items()}
+def _distance(x: Tensor, h: Tensor) -> float:
+    """Relative to h; infinite between different shapes."""
+    return float((x.double() - h.double()).norm() / h.double().norm()) if x.shape == h.shape else float("inf")
+
+
+def _distances(values: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, ...]:
+    return tuple(_distance(x, truth[name]) for name, x in values.items())

@@ -51,7 +51,8 @@ class HookBooks:
     def aside(self) -> Iterator[None]:
         """Inside the block only the libraries' own hooks are there: nothing else runs in a forward, nothing is lost."""
         books = [(hooks, dict(hooks)) for hooks in (*self._at_points, *self._elsewhere)]
-        lists = [(vars(point), name, vars(point)[name]) for point in self._points for name in ("fwd_hooks", "bwd_hooks")]
+        holders = [(vars(point), name) for point in self._points for name in ("fwd_hooks", "bwd_hooks")]
+        lists = [(holder, name, holder[name]) for holder, name in holders if holder[name]]
         try:
             for hooks, found in books:
                 _refill(hooks, {key: hook for key, hook in found.items() if _is_inner(hook)})
@@ -59,8 +60,8 @@ class HookBooks:
                 holder[name] = [handle for handle in handles if _is_inner(handle.user_hook)]
             yield
         finally:
-            for hooks, found in books:
-                _refill(hooks, found)
+            for hooks, found in books:  # some parts of the bridge register their own in their first forward
+                _refill(hooks, found | {key: hook for key, hook in hooks.items() if key not in found})
             for holder, name, handles in lists:
                 holder[name] = handles
 

@@ -125,7 +125,7 @@ class _Shape(OwnHook):
         self.now: tuple[int, ...] = ()
 
     def follow(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        inputs: Any = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
         self.now = tuple(inputs.shape[:2])
 
 
