@@ -150,10 +150,7 @@ def _edited(home: Door, name: str, tap: Tap) -> Iterator[None]:
     """The tap on the bridge's hook point, and on the plain twin where that is the same place."""
     place = home.look(name)
     if not place.felt:
-        raise ValueError(
-            f"An edit must change what the model computes; '{name}' lies beside its path, and whatever is put there "
-            "changes no logit. Edit the residual stream, or an attention or MLP output."
-        )
+        tap = _only_reading(name, tap)
     site = home.plain_site(name) if place.agrees else None
     with ExitStack() as stack:
         if place.flat:
@@ -164,6 +161,20 @@ def _edited(home: Door, name: str, tap: Tap) -> Iterator[None]:
             home.n_spliced += 1
             stack.callback(setattr, home, "n_spliced", home.n_spliced - 1)
         yield
+
+
+def _only_reading(name: str, tap: Tap) -> Tap:
+    """The same tap where the model does not use what it returns: ValueError for anything but what came in."""
+
+    def read(x: Tensor) -> None:
+        new = tap(x)
+        if new is not None and not torch.equal(new, x):
+            raise ValueError(
+                f"An edit must change what the model computes; '{name}' lies beside its path, and whatever is put "
+                "there changes no logit. Edit the residual stream, or an attention or MLP output."
+            )
+
+    return read
 
 
 def _replace(name: str, edit: Callable[[Tensor], Tensor]) -> Tap:
