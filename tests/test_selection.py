@@ -152,7 +152,8 @@ def test_probes_name_the_sides_of_a_planted_concept(probes, ranking):
     two = next(p for p in probes.probes if (p.ranking, p.k) == (ranking, 2))
     one = next(p for p in probes.probes if (p.ranking, p.k) == (ranking, 1))
     assert {(f.feature, f.sign) for f in two.features} == {(3, 1), (5, -1)} and all(f.weight > 0 for f in two.features)
-    assert two.held_out == dataclasses.replace(two.held_out, f1=1.0, auroc=1.0) and two.held_out.mcc == pytest.approx(1)
+    assert two.held_out == dataclasses.replace(two.held_out, f1=1.0, auroc=1.0, accuracy=1.0, balanced=1.0)
+    assert two.held_out.mcc == pytest.approx(1) and two.held_out.yes == pytest.approx(probes.rate)
     assert 0.55 < one.held_out.f1 < 0.8  # either side alone has half of it
     assert two.shuffled.f1 < 0.3 and abs(two.shuffled.auroc - 0.5) < 0.15
     assert probes.random[2].f1 < 0.5
@@ -197,22 +198,93 @@ def test_a_store_is_probed_like_its_codes(store):
     y = np.asarray(store.token_ids == np.bincount(store.token_ids).argmax())
     options = {"ks": (1, 3), "rankings": ("f",)}
     a, b = probe_features(store, y, **options), probe_features(store.matrix(), y, store.doc_ids, **options)
-    assert a == b and a.best(3).held_out.auroc > 0.8
+    assert str(a) == str(b) and a.probes[0].held_out == b.probes[0].held_out and a.best(3).held_out.auroc > 0.8
     few = probe_features(store, y, n_tokens=1000, **options)
     assert few.n_train + few.n_tokens <= 1100
 
 
 def test_f1_mcc_and_auroc_are_those_of_scikit_learn():
-    from sklearn.metrics import f1_score, matthews_corrcoef, roc_auc_score
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa_score, f1_score
+    from sklearn.metrics import matthews_corrcoef, roc_auc_score
 
     rng = np.random.default_rng(0)
     y, scores = rng.random(300) < 0.2, rng.integers(0, 5, 300).astype(float)
     scores += y
     threshold, f1 = choose_threshold(scores, y)
-    assert f1 == pytest.approx(max(f1_score(y, scores >= t) for t in np.unique(scores)))
+    best = max(cohen_kappa_score(y, scores >= t) for t in np.unique(scores))
+    assert cohen_kappa_score(y, scores >= threshold) == pytest.approx(best)
+    assert f1 == pytest.approx(f1_score(y, scores >= threshold))
     told = score_guess(scores, y, threshold)
     assert told.f1 == pytest.approx(f1) and told.auroc == pytest.approx(roc_auc_score(y, scores))
     assert told.mcc == pytest.approx(matthews_corrcoef(y, scores >= threshold))
+    assert told.accuracy == pytest.approx(accuracy_score(y, scores >= threshold))
+    assert told.balanced == pytest.approx(balanced_accuracy_score(y, scores >= threshold))
+
+
+def periodic_labels(kind, n=4000):
+    """Labels that a text turned round keeps, and documents."""
+    rows = np.arange(n)
+    return {
+        "alternating": (rows % 2 == 0, rows // 20),
+        "paired": (rows % 2 == 0, rows // 2),
+        "every row a document": (rows % 2 == 0, rows),
+        "blocks": (rows // 10 % 2 == 0, rows // 100),
+        "halves of documents": (rows % 50 < 25, rows // 50),
+        "whole documents": (rows // 20 % 2 == 0, rows // 20),
+        "whole documents of other lengths": (np.arange(n) ** 0.6 // 3 % 2 == 0, np.arange(n) ** 0.6 // 3),
+        "mixed": (np.where(rows // 20 % 3 == 0, rows % 2 == 0, rows // 20 % 3 == 1), rows // 20),
+    }[kind]
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "kind",
+    ["alternating", "paired", "every row a document", "blocks", "halves of documents", "whole documents",
+     "whole documents of other lengths", "mixed"],
+)  # fmt: skip
+def test_the_null_of_a_probe_falls_whatever_the_labels_are_like(kind, seed):
+    """A feature tells the label exactly; labels put elsewhere must not be told by it."""
+    y, doc_ids = periodic_labels(kind)
+    z = np.stack([y, np.random.default_rng(seed + 100).random(len(y)) < 0.3], 1).astype(float)
+    found = probe_features(z, y, doc_ids, ks=(1,), rankings=("f",), seed=seed)
+    probe = found.probes[0]
+    units = len(np.unique(doc_ids[:]))  # what is exchanged, where documents are
+    allowed = 4 * 0.5 / np.sqrt(min(found.n_tokens, 0.3 * units if "exchanged" in found.null else found.n_tokens))
+    assert probe.held_out.balanced == 1.0
+    assert abs(probe.shuffled.balanced - 0.5) < allowed and probe.shuffled.mcc < 2 * allowed
+    assert found.null in str(found)
+
+
+def test_always_yes_is_never_chosen_unnoticed():
+    """Weak codes of a balanced label: F1 alone would say yes always, at .667."""
+    rng = np.random.default_rng(0)
+    y, doc_ids = rng.random(6000) < 0.5, np.arange(6000) // 10
+    z = (rng.random(6000) < 0.45 + 0.1 * y).astype(float)[:, None]
+    found = probe_features(z, y, doc_ids, ks=(1,), rankings=("f",))
+    told, always = found.probes[0].held_out, found.beside["always yes"]
+    assert always.yes == 1.0 and always.balanced == 0.5 and always.f1 > told.f1
+    assert told.yes < 0.6 and told.balanced > 0.52 and told.mcc > 0.04
+
+
+def test_a_dense_probe_the_best_neuron_and_an_untrained_dictionary_stand_beside_a_probe():
+    rng = np.random.default_rng(0)
+    codes, y, doc_ids = concept_codes()
+    x = rng.normal(size=(len(y), 6)).astype(np.float32)
+    x[:, 4] -= 2.0 * y
+    x[:, 2] += 1.0 * y
+    empty = (rng.random(codes.shape) < 0.05).astype(float)
+    options = {"ks": (2,), "rankings": ("f",)}
+    found = probe_features(codes, y, doc_ids, acts=x, untrained=empty, **options)
+    beside = found.beside
+    assert beside["activations"].auroc > beside["best neuron"].auroc > 0.85
+    assert beside["all features"].balanced > 0.95 and "best neuron" in str(found)
+    assert found.probes[0].untrained.mcc < 0.2 < 0.9 < found.probes[0].held_out.mcc
+    plain = probe_features(codes, y, doc_ids, **options)
+    assert np.isnan(plain.probes[0].untrained.f1) and set(plain.beside) == {"always yes", "all features"}
+    with pytest.raises(ValueError, match="`acts` must have a row for each of the 4000 tokens, got 9"):
+        probe_features(codes, y, doc_ids, acts=x[:9], **options)
+    with pytest.raises(ValueError, match="`untrained` and `doc_ids` must have one for each token, got 9"):
+        probe_features(codes, y, doc_ids, untrained=empty[:9], **options)
 
 
 @unchecked()

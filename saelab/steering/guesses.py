@@ -17,9 +17,15 @@ class Told:
     """Matthews correlation, [-1, 1]; 0 is chance"""
     auroc: float
     """[0, 1]; 0.5 is chance"""
+    accuracy: float
+    """[0, 1]; saying the more frequent answer always has `max(p, 1 - p)`"""
+    balanced: float
+    """balanced accuracy, the mean of the shares told right of true and of other tokens, [0, 1]; 0.5 is chance"""
+    yes: float
+    """share of tokens that are told to be true; 1 is "always yes", whatever F1 says"""
 
 
-UNKNOWN = Told(f1=math.nan, mcc=math.nan, auroc=math.nan)
+UNKNOWN = Told(f1=math.nan, mcc=math.nan, auroc=math.nan, accuracy=math.nan, balanced=math.nan, yes=math.nan)
 
 
 def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], threshold: float) -> Told:
@@ -31,24 +37,33 @@ def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], thresh
     guess, n_true, n = scores >= threshold, int(y.sum()), len(y)
     hits, fires = int((guess & y).sum()), int(guess.sum())
     spread = math.sqrt(fires * (n - fires) * n_true * (n - n_true))
+    quiet = n - fires - n_true + hits  # told right of what is not true
     return Told(
         f1=2 * hits / max(1, fires + n_true),
         mcc=(n * hits - fires * n_true) / spread if spread else 0.0,
         auroc=auroc(scores, y),
+        accuracy=(hits + quiet) / max(1, n),
+        balanced=(hits / max(1, n_true) + quiet / max(1, n - n_true)) / 2,
+        yes=fires / max(1, n),
     )
 
 
 def choose_threshold(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> tuple[float, float]:
-    """The threshold `score >= t` with the best F1, and that F1; equal scores are on one side of it.
+    """The threshold `score >= t` with the best F1 above chance, and its F1; equal scores are on one side of it.
+
+    F1 alone would say yes always where scores tell little. Above chance is Cohen's kappa, which is 0 for that. F1 above
+    the F1 of as many guesses at random, over the most that can be above.
 
     >>> choose_threshold(np.array([0.0, 0.0, 2.0, 1.0]), np.array([False, False, True, True]))
     (1.0, 1.0)
     """
     order = np.argsort(-scores, kind="stable")
-    ordered, hits = scores[order], np.cumsum(y[order])
-    f1 = 2 * hits / (np.arange(1, len(y) + 1) + hits[-1])
+    ordered, hits, fires = scores[order], np.cumsum(y[order]), np.arange(1, len(y) + 1)
+    n_true, size = hits[-1], fires + hits[-1]
+    f1, chance = 2 * hits / size, 2 * fires * (n_true / len(y)) / size
     last_of_equals = np.append(ordered[1:] < ordered[:-1], True)
-    at = int(np.where(last_of_equals, f1, -1).argmax())
+    kappa = (f1 - chance) / np.maximum(1 - chance, 1e-12)
+    at = int(np.where(last_of_equals, kappa, -np.inf).argmax())
     return float(ordered[at]), float(f1[at])
 
 

@@ -8,9 +8,11 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from saelab.evaluation.levels import read_values
+from saelab.functional.permuting import permute_labels
+from saelab.steering.bases import read_rows, tell_always, tell_by_activations
 from saelab.steering.guesses import UNKNOWN, Told, choose_threshold, score_guess
 from saelab.steering.labelled import draw_rows
-from saelab.steering.rankings import Columns, Labelled, Ranking, Sides
+from saelab.steering.rankings import PENALTY, Columns, Labelled, Ranking, Sides
 from saelab.stores.corpus import split_documents
 from saelab.stores.features import FeatureStore
 from saelab.stores.results import Result
@@ -44,12 +46,14 @@ class SparseProbe:
     features: tuple[ProbedFeature, ...]
     """by the size of their weights, largest first"""
     threshold: float
-    """on the regression's score, with the best F1 in training documents"""
+    """on the regression's score, with the best F1 above chance (kappa) in training documents"""
     f1_train: float
     held_out: Told
     shuffled: Told
-    """the same from the ranking on, with labels moved round the text: what chance gives; NaN where moving them leaves
-    a side with one label alone"""
+    """the same from the ranking on, with labels put elsewhere (`SparseProbes.null`): what chance gives; NaN where that
+    leaves a side with one label alone"""
+    untrained: Told
+    """the same from the ranking on, with the codes of an untrained dictionary; NaN where none is given"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,11 @@ class SparseProbes(Result):
     probes: tuple[SparseProbe, ...]
     random: dict[int, Told]
     """by k: as many sides drawn at random, with the true labels"""
+    beside: dict[str, Told]
+    """what needs no choice of features: "always yes", a regression on "all features", and, where activations are given,
+    on all "activations" and by the "best neuron" """
+    null: str
+    """how labels were put elsewhere for `shuffled`"""
     rate: float
     """share of held-out tokens of which the concept is true"""
     n_train: int
@@ -90,18 +99,28 @@ class SparseProbes(Result):
     def __str__(self) -> str:
         lines = [
             f"{self.concept}: true of {self.rate:.2%} of {self.n_tokens:,} held-out tokens of {self.n_documents:,} "
-            f"documents; chosen and fitted on {self.n_train:,} others; F1 of always yes {self.f1_always:.3f}",
-            f"{'ranking':<12}{'k':>4}{'F1':>8}{'MCC':>8}{'AUROC':>8}{'F1 of shuffled':>16}{'of random':>11}  features",
-        ]
+            f"documents; chosen and fitted on {self.n_train:,} others",
+            f"shuffled: {self.null}; untrained: the same with an untrained dictionary",
+            f"{'':<18}" + "".join(f"{title:>{width}}" for title, width in TITLES.items())
+            + f"{'shuffled F1':>13}{'untrained F1':>14}{'random F1':>11}  features",
+        ]  # fmt: skip
+        for name, told in self.beside.items():
+            lines.append(f"{name:<18}{_cells(told)}")
         for probe in self.probes:
-            held, chance = probe.held_out, (probe.shuffled.f1, self.random[probe.k].f1)
+            chance = (probe.shuffled.f1, probe.untrained.f1, self.random[probe.k].f1)
+            cells = "".join(f"{value:>{width}.3f}" for value, width in zip(chance, (13, 14, 11), strict=True))
             named = " ".join(_name(feature) for feature in probe.features[:6])
             more = " ..." if probe.k > 6 else ""
-            lines.append(
-                f"{probe.ranking:<12}{probe.k:>4}{held.f1:>8.3f}{held.mcc:>8.3f}{held.auroc:>8.3f}"
-                f"{chance[0]:>16.3f}{chance[1]:>11.3f}  {named}{more}"
-            )
+            lines.append(f"{probe.ranking:<12}{probe.k:>4}  {_cells(probe.held_out)}{cells}  {named}{more}")
         return "\n".join(lines)
+
+
+TITLES = {"F1": 7, "accuracy": 10, "balanced": 10, "MCC": 8, "AUROC": 7, "says yes": 10}
+
+
+def _cells(told: Told) -> str:
+    values = (told.f1, told.accuracy, told.balanced, told.mcc, told.auroc, told.yes)
+    return "".join(f"{value:>{width}.3f}" for value, width in zip(values, TITLES.values(), strict=True))
 
 
 def _name(one: ProbedFeature) -> str:
@@ -118,6 +137,8 @@ def probe_features(
     rankings: Sequence[Ranking] = ("means", "f", "information", "l1", "pruning"),
     train_frac: float = 0.7,
     n_tokens: int = 200_000,
+    acts: Any = None,
+    untrained: FeatureStore | Any = None,
     seed: int = 0,
 ) -> SparseProbes:
     """The features that tell a concept: logistic regressions on the k best sides of features, scored elsewhere.
@@ -130,11 +151,14 @@ def probe_features(
         l1           weights of an L1 logistic regression on the 512 best by F (C = 0.1)
         pruning      what is left when a regression on those 512 loses its weaker half again and again
 
-    Ranking, fitting (both labels weighed alike, up to 10,000 tokens of each) and the choice of the threshold see the
-    documents of the training side alone, `train_frac` of them; F1, MCC and AUROC are of the others. Beside each stands
-    what labels moved round the text give, and sides drawn at random. `codes` is a store, or what `score_concepts`
-    takes, with `doc_ids`; of more than `n_tokens` tokens, documents are drawn by `seed`. ValueError where a side has no
-    token of a label. Source: arXiv:2305.01610.
+    Ranking, fitting (both labels weighed alike, up to 10,000 tokens of each) and the choice of the threshold (the best
+    F1 above chance, so that "always yes" is none) see the documents of the training side alone, `train_frac` of them;
+    all scores are of the others. Beside each stands what chance gives (labels permuted within documents, or documents
+    exchanged where labels are a matter of whole documents), what the codes of an untrained dictionary give
+    (`untrained`, of the same tokens: `sl.harvest_untrained`), and sides drawn at random; beside all, saying yes always,
+    a regression on all features, and with `acts`, the activations of the same tokens, one on those and the best neuron.
+    `codes` is a store, or what `score_concepts` takes, with `doc_ids`; of more than `n_tokens` tokens, documents are
+    drawn by `seed`. ValueError where a side has no token of a label. Source: arXiv:2305.01610.
 
     >>> z = np.tile(np.eye(4), (25, 1))
     >>> found = probe_features(z, z[:, 2] > 0, np.arange(100) // 4, ks=(1,), rankings=("f",))
@@ -142,24 +166,32 @@ def probe_features(
     (2, 1.0)
     """
     _check(ks, rankings)
-    matrix, y, documents = _read(codes, labels, doc_ids, n_tokens, seed)
+    keep, documents = _choose_rows(codes, doc_ids, n_tokens, seed)
+    matrix, y = _read(codes, keep), _read_labels(labels, keep)
+    documents = documents[keep]
     is_train = split_documents(documents, train_frac, seed)
     for name, rows in (("training", is_train), ("held-out", ~is_train)):
         if not 0 < y[rows].sum() < rows.sum():
             said = f"{int(y[rows].sum())} true of {int(rows.sum())}"
             raise ValueError(f"Both labels must occur in {name} documents, got {said}; give more text.")
-    sides = Sides.split(matrix, is_train)
-    if max(ks) > len(sides):
-        raise ValueError(f"`ks` must be at most the number of sides that fire ({len(sides)}), got {max(ks)}.")
     rng = np.random.default_rng(seed)
-    by_row = sides.matrix.tocsr()
-    columns, held = Columns(by_row[is_train].tocsc()), by_row[~is_train].tocsc()
-    true, elsewhere = _Trial.make(columns, held, y, is_train, seed), _move(y, is_train, rng)
-    moved = None if elsewhere is None else _Trial.make(columns, held, elsewhere, is_train, seed)
+    elsewhere, null = _permute(y, documents, is_train, rng)
+    bench = _Bench.make(matrix, is_train, seed)
+    if max(ks) > len(bench.sides):
+        raise ValueError(f"`ks` must be at most the number of sides that fire ({len(bench.sides)}), got {max(ks)}.")
+    true = bench.trial(y)
+    moved = None if elsewhere is None else bench.trial(elsewhere)
+    other = None if untrained is None else _Bench.make(_read(untrained, keep, "untrained"), is_train, seed).trial(y)
+    beside = {"always yes": tell_always(float(y[~is_train].mean()))}
+    beside["all features"] = true.fit(np.arange(len(bench.sides)), c=PENALTY).told
+    if acts is not None:
+        beside |= tell_by_activations(read_rows(acts, keep), y, is_train, SAMPLE_TOKENS, seed)
     return SparseProbes(
         concept=concept,
-        probes=tuple(probe for ranking in rankings for probe in _probe(sides, true, moved, ranking, ks)),
-        random={k: true.fit(rng.choice(len(sides), k, replace=False)).told for k in ks},
+        probes=tuple(p for ranking in rankings for p in _probe(bench.sides, true, (moved, other), ranking, ks)),
+        random={k: true.fit(rng.choice(len(bench.sides), k, replace=False)).told for k in ks},
+        beside=beside,
+        null=null,
         rate=float(y[~is_train].mean()),
         n_train=int(is_train.sum()),
         n_tokens=int((~is_train).sum()),
@@ -174,34 +206,46 @@ def _check(ks: Sequence[int], rankings: Sequence[str]) -> None:
         raise ValueError(f"`rankings` must be of {get_args(Ranking)}, got {bad if rankings else 'none'}.")
 
 
-def _read(
-    codes: Any, labels: np.ndarray, doc_ids: Any, n_tokens: int, seed: int
-) -> "tuple[csr_matrix, np.ndarray, np.ndarray]":
-    """Codes, labels and documents, of some documents where there are too many tokens."""
-    from scipy.sparse import csr_matrix, vstack
-
+def _choose_rows(codes: Any, doc_ids: Any, n_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens are looked at, of some documents where there are too many; and the documents of all."""
     if doc_ids is None and not isinstance(codes, FeatureStore):
         raise ValueError("`doc_ids` must be given with codes that are no store, got None.")
     documents = codes.doc_ids if isinstance(codes, FeatureStore) else np.asarray(doc_ids)
-    values: Any = codes if isinstance(codes, FeatureStore) else csr_matrix(read_values(codes))
     n = len(documents)
-    if not len(labels) == n == (len(codes) if isinstance(codes, FeatureStore) else values.shape[0]):
-        raise ValueError(f"`labels` and `doc_ids` must have one for each token, got {len(labels)} and {n}.")
-    keep = np.ones(n, bool) if n <= n_tokens else split_documents(documents, n_tokens / n, seed)
+    return (np.ones(n, bool) if n <= n_tokens else split_documents(documents, n_tokens / n, seed)), documents
+
+
+def _read_labels(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    if len(labels) != len(keep):
+        raise ValueError(f"`labels` and `doc_ids` must have one for each token, got {len(labels)} and {len(keep)}.")
+    return np.asarray(labels)[keep].astype(bool)
+
+
+def _read(codes: Any, keep: np.ndarray, name: str = "codes") -> "csr_matrix":
+    """The codes of the tokens that are looked at."""
+    from scipy.sparse import csr_matrix, vstack
+
+    values: Any = codes if isinstance(codes, FeatureStore) else csr_matrix(read_values(codes))
+    n, n_codes = len(keep), len(codes) if isinstance(codes, FeatureStore) else values.shape[0]
+    if n_codes != n:
+        raise ValueError(f"`{name}` and `doc_ids` must have one for each token, got {n_codes} and {n}.")
     if isinstance(codes, FeatureStore):
         blocks = range(0, n, BLOCK_TOKENS)
         parts = [codes.matrix(a, a + BLOCK_TOKENS)[keep[a : a + BLOCK_TOKENS]] for a in blocks]
-        return vstack(parts, format="csr"), np.asarray(labels)[keep].astype(bool), documents[keep]
-    return values[keep], np.asarray(labels)[keep].astype(bool), documents[keep]
+        return vstack(parts, format="csr")
+    return values[keep]
 
 
-def _move(y: np.ndarray, is_train: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
-    """Labels moved round the text, their runs kept; None where that leaves a side without one of them."""
+def _permute(
+    y: np.ndarray, documents: np.ndarray, is_train: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray | None, str]:
+    """Labels put elsewhere, and how; None where that leaves a side without one of them."""
+    null = ""
     for _ in range(MOVES):
-        moved = np.roll(y, int(rng.integers(len(y) // 4, max(len(y) // 4 + 1, 3 * len(y) // 4))))
+        moved, null = permute_labels(y, documents, rng)
         if all(0 < moved[rows].sum() < rows.sum() for rows in (is_train, ~is_train)):
-            return moved
-    return None
+            return moved, null
+    return None, null
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +260,28 @@ class _Fitted:
 
 
 @dataclass(frozen=True, eq=False)
+class _Bench:
+    """The sides of one dictionary on training and on held-out tokens."""
+
+    sides: Sides
+    columns: Columns
+    held: "csc_matrix"
+    is_train: Bool[np.ndarray, "n"]
+    seed: int
+
+    @classmethod
+    def make(cls, matrix: "csr_matrix", is_train: np.ndarray, seed: int) -> "_Bench":
+        sides = Sides.split(matrix, is_train)
+        by_row = sides.matrix.tocsr()
+        return cls(sides, Columns(by_row[is_train].tocsc()), by_row[~is_train].tocsc(), is_train, seed)
+
+    def trial(self, y: np.ndarray) -> "_Trial":
+        y_train = y[self.is_train]
+        drawn = draw_rows(y_train, SAMPLE_TOKENS, self.seed) | draw_rows(~y_train, SAMPLE_TOKENS, self.seed)
+        return _Trial(Labelled(self.columns, y_train, np.flatnonzero(drawn)), self.held, y[~self.is_train])
+
+
+@dataclass(frozen=True, eq=False)
 class _Trial:
     """One labelling of the tokens."""
 
@@ -223,15 +289,9 @@ class _Trial:
     held: "csc_matrix"
     y_held: Bool[np.ndarray, "n"]
 
-    @classmethod
-    def make(cls, columns: Columns, held: "csc_matrix", y: np.ndarray, is_train: np.ndarray, seed: int) -> "_Trial":
-        y_train = y[is_train]
-        drawn = draw_rows(y_train, SAMPLE_TOKENS, seed) | draw_rows(~y_train, SAMPLE_TOKENS, seed)
-        return cls(Labelled(columns, y_train, np.flatnonzero(drawn)), held, y[~is_train])
-
-    def fit(self, columns: Int[np.ndarray, "k"]) -> _Fitted:
+    def fit(self, columns: Int[np.ndarray, "k"], c: float = 1.0) -> _Fitted:
         """Fit, choose the threshold, score elsewhere."""
-        weights = self.train.fit(columns)
+        weights = self.train.fit(columns, c=c)
         by_size = np.argsort(-np.abs(weights), kind="stable")
         columns, weights = columns[by_size], weights[by_size]
         scaled = weights / self.train.columns.deviations[columns]
@@ -241,12 +301,17 @@ class _Trial:
 
 
 def _probe(
-    sides: Sides, true: _Trial, moved: _Trial | None, ranking: Ranking, ks: Sequence[int]
+    sides: Sides, true: _Trial, others: tuple[_Trial | None, _Trial | None], ranking: Ranking, ks: Sequence[int]
 ) -> Iterator[SparseProbe]:
-    """The probes of one ranking."""
-    order, chance = true.train.order(ranking), None if moved is None else moved.train.order(ranking)
+    """The probes of one ranking, beside those of other labels and of other codes."""
+    order = true.train.order(ranking)
+    beside = [None if other is None else other.train.order(ranking) for other in others]
     for k in ks:
         found = true.fit(order[:k])
+        shuffled, untrained = (
+            UNKNOWN if other is None or mine is None else other.fit(mine[:k]).told
+            for other, mine in zip(others, beside, strict=True)
+        )
         yield SparseProbe(
             ranking=ranking,
             k=k,
@@ -257,5 +322,6 @@ def _probe(
             threshold=found.threshold,
             f1_train=found.f1_train,
             held_out=found.told,
-            shuffled=UNKNOWN if moved is None or chance is None else moved.fit(chance[:k]).told,
+            shuffled=shuffled,
+            untrained=untrained,
         )

@@ -1,0 +1,94 @@
+"""Chance for data in documents: labels and rows put elsewhere, so that no order of the text survives.
+
+Turning rows round keeps whatever is periodic (alternating labels, one template for all documents) and would give the
+result itself as its chance; permuting all rows breaks the runs that make chance wide. So labels are permuted within
+documents, and rows are moved in blocks that are turned round one by one.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Int, Shaped
+
+BLOCK_ROWS, N_BLOCKS = 256, 64
+"""Rows of a block at most, and blocks at least where rows are few."""
+WINDOW_ROWS = 2**15
+"""Rows within which blocks change places, so that a store is read in pieces."""
+INSIDE = 0.9
+"""Share of a label's variance that lies within documents, from which tokens are permuted within their documents."""
+WITHIN, EXCHANGED = "tokens permuted within documents", "documents exchanged and their tokens permuted"
+
+
+def permute_within(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+    """An order in which every row is followed by one of its own group: `rows[order]` are permuted within groups.
+
+    >>> groups = np.array([0, 0, 1, 1, 1])
+    >>> bool((groups[permute_within(groups, np.random.default_rng(0))] == groups).all())
+    True
+    """
+    by_group = np.argsort(groups, kind="stable")
+    shuffled = np.lexsort((rng.random(len(groups)), groups))
+    order = np.empty(len(groups), np.int64)
+    order[by_group] = shuffled
+    return order
+
+
+def share_inside(y: Bool[np.ndarray, "n"], groups: Shaped[np.ndarray, "n"]) -> float:
+    """Share of the variance of a label that lies within groups, 0 to 1: 0 where each group has one label throughout.
+
+    >>> share_inside(np.array([True, False, True, False]), np.array([0, 0, 1, 1]))
+    1.0
+    """
+    _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    true = np.bincount(numbers, y)
+    rate = y.mean()
+    return float((true * (1 - true / sizes)).sum() / max(len(y) * rate * (1 - rate), 1e-30))
+
+
+def permute_labels(
+    y: Bool[np.ndarray, "n"], doc_ids: Shaped[np.ndarray, "n"], rng: np.random.Generator
+) -> tuple[Bool[np.ndarray, "n"], str]:
+    """The labels of a text put elsewhere, and how.
+
+    Where they differ within documents, they are permuted there: each document keeps its rate, and no period and no
+    place survives. Where they are mostly a matter of whole documents that would leave them as they are, so documents
+    change places first; a document's labels are stretched to the length of the one that gets them.
+    """
+    if share_inside(y, doc_ids) >= INSIDE:
+        return y[permute_within(doc_ids, rng)], WITHIN
+    _, numbers, sizes = np.unique(doc_ids, return_inverse=True, return_counts=True)
+    rows, starts = np.argsort(numbers, kind="stable"), np.cumsum(sizes) - sizes
+    source = rng.permutation(len(sizes))
+    places = np.arange(len(y)) - np.repeat(starts, sizes)  # within each document
+    lengths = np.repeat(sizes[source], sizes)
+    stretched = places * lengths // np.repeat(sizes, sizes)
+    moved = np.empty_like(y)
+    moved[rows] = y[rows[np.repeat(starts[source], sizes) + stretched]]
+    return moved[permute_within(doc_ids, rng)], EXCHANGED
+
+
+def move_blocks(doc_ids: Shaped[np.ndarray, "n"] | None, n: int, rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+    """An order of rows in blocks that change places, each turned round by a step of its own.
+
+    A block is at most 256 rows of one document (fewer where there would be less than 64 blocks), so that runs stay
+    together and periods do not. Places change within 32,768 rows. Without documents all rows are one.
+
+    >>> order = move_blocks(None, 1000, np.random.default_rng(0))
+    >>> sorted(order.tolist()) == list(range(1000)), bool((np.diff(order) == 1).mean() > 0.5)
+    (True, True)
+    """
+    size = int(np.clip(n // N_BLOCKS, 1, BLOCK_ROWS))
+    begins = np.zeros(n, bool)
+    begins[::WINDOW_ROWS] = True
+    if doc_ids is not None and n > 1:
+        begins[1:] |= doc_ids[1:] != doc_ids[:-1]
+    starts = np.flatnonzero(begins)
+    lengths = np.diff(np.append(starts, n))
+    pieces = -(-lengths // size)
+    first = np.repeat(starts, pieces) + size * (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces))
+    lengths = np.diff(np.append(first, n))
+    steps = (rng.random(len(first)) * lengths).astype(np.int64)
+    at = np.arange(n) - np.repeat(first, lengths)
+    turned = np.repeat(first, lengths) + (at + np.repeat(steps, lengths)) % np.repeat(lengths, lengths)
+    places = np.lexsort((rng.random(len(first)), first // WINDOW_ROWS))
+    begin = np.repeat(first[places], lengths[places])
+    offsets = np.arange(n) - np.repeat(np.cumsum(lengths[places]) - lengths[places], lengths[places])
+    return turned[begin + offsets]
