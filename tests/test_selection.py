@@ -204,8 +204,14 @@ def test_a_store_is_probed_like_its_codes(store):
 
 
 def test_f1_mcc_and_auroc_are_those_of_scikit_learn():
-    from sklearn.metrics import accuracy_score, balanced_accuracy_score, cohen_kappa_score, f1_score
-    from sklearn.metrics import matthews_corrcoef, roc_auc_score
+    from sklearn.metrics import (
+        accuracy_score,
+        balanced_accuracy_score,
+        cohen_kappa_score,
+        f1_score,
+        matthews_corrcoef,
+        roc_auc_score,
+    )
 
     rng = np.random.default_rng(0)
     y, scores = rng.random(300) < 0.2, rng.integers(0, 5, 300).astype(float)

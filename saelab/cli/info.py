@@ -131,9 +131,13 @@ def describe_unfinished(path: Path) -> str:
 def _training_rows(training: dict[str, Any]) -> Rows:
     settings = f"batch {training['batch_size']:,}, lr {training['lr']:.3g}, seed {training['seed']}"
     names = {"held_out_fvu": "held-out FVU", "l0": "L0", "dead_frac": "dead"}
-    last = training["last"]
+    last, saved = training["last"], training.get("saved") or {}
     values = [f"{name} {last[key]:.4g}" for key, name in names.items() if last.get(key) is not None]
-    return [("trained on", f"{training['n_tokens_seen']:,} tokens ({settings})"), ("at the end", ", ".join(values))]
+    rows = [("trained on", f"{training['n_tokens_seen']:,} tokens ({settings})"), ("at the end", ", ".join(values))]
+    if saved.get("met") is not None:
+        verdict = "met" if saved["met"] else "MISSED by more than 5 %"
+        rows.append(("target L0", f"{saved['target_l0']:g}, {verdict} on {saved['n_tokens']:,} tokens"))
+    return rows
 
 
 def _origin_rows(origin: dict[str, Any], hook_point: bool = True) -> Rows:

@@ -133,6 +133,7 @@ class SAEConfig:
         _check_choice("normaliser", self.normaliser, KINDS)
         _check_choice("init", self.init, get_args(Init))
         self.activation.check(self.d_sae)
+        self.activation.check_penalty()
         self._check_prefixes()
 
     @property

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.sae.coder import Coder
+from saelab.sae.finishing import MAX_TOKENS, finish
 from saelab.sae.trainee import Trainee
 from saelab.stores.activations import Activations
 from saelab.stores.pairs import ActivationPairs
@@ -106,15 +107,27 @@ def _make_folder(out: str | Path | None, resume: bool) -> Path | None:
     return None
 
 
-def describe_training(run: TrainingRun, i: int) -> dict[str, Any]:
-    """What config.json says of the training: its settings and its last entry of the history."""
+def finish_run(run: TrainingRun, saes: Sequence[Coder]) -> list[dict[str, Any]]:
+    """Bring trained SAEs to their targets, and measure them as they are saved: on held-out tokens, or on those that
+    come next where there are none.
+    """
+    others = run.peek(MAX_TOKENS) if run.held_out is None or len(run.held_out) == 0 else run.held_out[:0]
+    return [finish(sae, run.held_out, others) for sae in saes]
+
+
+def describe_training(run: TrainingRun, i: int, saved: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of the training: its settings, its last entry of the history with L0 and FVU of the SAE
+    that is saved, and what else is known of that.
+    """
     last: dict[str, Any] = run.history[-1] if run.history else {}
     prefix = f"{i}/"
     mine = {key.removeprefix(prefix): value for key, value in last.items() if "/" not in key or key.startswith(prefix)}
     trainee = run.trainables[i]
     dead = (trainee.state["tokens_since_fired"] >= trainee.dead_after_tokens).nonzero().squeeze(1).tolist()
+    if saved["n_tokens"]:
+        mine |= {"l0": saved["l0"]} | ({"held_out_fvu": saved["fvu"]} if saved["held_out"] else {})
     seen = {"lr": run.lrs[i], "n_tokens_seen": run.step * run.cfg.batch_size}
-    return {**run.cfg.to_dict(), **seen, "dead": dead, "last": mine}
+    return {**run.cfg.to_dict(), **seen, "dead": dead, "last": mine, "saved": saved}
 
 
 def origin_of(acts: Any) -> Provenance | None:

@@ -92,6 +92,27 @@ class Activation:
         """
         return None
 
+    @property
+    def penalty_weight(self) -> float | None:
+        """The weight of the penalty where it is fixed: the field `coefficient`."""
+        return getattr(self, "coefficient", None)
+
+    @property
+    def penalty_target(self) -> float | None:
+        """The mean L0 to which training steers the penalty's weight: the field `target_l0`, where no weight is
+        fixed.
+        """
+        return getattr(self, "target_l0", None) if self.penalty_weight is None else None
+
+    def check_penalty(self) -> None:
+        """Refuse a penalty whose weight nobody says (ValueError)."""
+        unsaid = self.penalty_weight is None and self.penalty_target is None
+        if type(self).penalty is not Activation.penalty and unsaid:
+            raise ValueError(
+                f"An activation with a `penalty` must say what it weighs, got {self} without `coefficient` and "
+                "`target_l0`; give it a field of one of these names: a fixed weight, or the mean L0 to steer it to."
+            )
+
     def initial_threshold(self, d_sae: int) -> Tensor | None:
         """The threshold to start from: NaN means that training has not set it yet."""
         return torch.tensor(torch.nan) if self.threshold == "running" else None

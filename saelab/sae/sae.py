@@ -11,7 +11,7 @@ import torch
 from saelab.sae.checkpoint import write_sae
 from saelab.sae.coder import Coder
 from saelab.sae.config import SAEConfig
-from saelab.sae.fitting import Data, HeldOut, describe_training, make_run, open_data, origin_of
+from saelab.sae.fitting import Data, HeldOut, describe_training, finish_run, make_run, open_data, origin_of
 from saelab.sae.formats.readings import Asked, Origin
 from saelab.sae.formats.writers import write_foreign
 from saelab.sae.loading import Loaded, fill, load, locate, on_meta
@@ -211,6 +211,7 @@ def fit(
     with nullcontext() if out is None else hold_folder(out):
         run = make_run(saes, acts, cfg or TrainConfig(), held_out, out, resume)
         train(run, resume=resume, sinks=sinks, progress=progress)
+        saved = finish_run(run, saes)
     for i, sae in enumerate(saes):
-        sae.provenance, sae.training_, sae.history_ = origin_of(acts), describe_training(run, i), run.history
+        sae.provenance, sae.training_, sae.history_ = origin_of(acts), describe_training(run, i, saved[i]), run.history
     return list(saes)

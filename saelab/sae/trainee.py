@@ -12,7 +12,7 @@ from saelab.functional.codes import SparseCodes
 from saelab.functional.kernels import Entries, attach_encoder, nested_decode_error
 from saelab.functional.losses import nested_error, normalised_error
 from saelab.functional.metrics import ReconstructionSums
-from saelab.sae.activations import _Penalised
+from saelab.sae.activations import ReLU
 from saelab.sae.coder import Coder
 from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes
 from saelab.sae.starting import place_weights
@@ -22,6 +22,10 @@ THRESHOLD_RATE = 0.01  # of the running threshold's average, once as many steps 
 STEER_RATE = 0.03  # of the sparsity coefficient, per step, at an L0 wrong by a factor e
 STEER_DAMPING = 1.0  # how much of a change in L0 the coefficient follows at once, so that it does not overshoot
 STEER_LIMIT = 2.0  # largest log-ratio of L0 to its target that the steering acts on
+# The coefficient acts through the optimiser, slowly; near the target all thresholds (ReLU: biases) follow L0 at once.
+CUT_LIMIT = 0.5
+THRESHOLD_STEP = 0.02  # of log thresholds, per step and unit of log-ratio
+BIAS_STEP = 0.003  # of biases
 MIN_THRESHOLD = 1e-4  # a learned threshold stays positive
 
 
@@ -60,8 +64,7 @@ class Trainee:
     def __init__(self, sae: Coder, cfg: TrainConfig, trained: bool = False) -> None:
         self.sae, self.cfg, self.trained = sae, cfg, trained
         activation = sae.cfg.activation
-        steered = isinstance(activation, _Penalised) and activation.coefficient is None
-        coefficient = activation.coefficient if isinstance(activation, _Penalised) else None
+        coefficient = activation.penalty_weight
         self.state: dict[str, Tensor] = {
             "n_steps": torch.zeros((), dtype=torch.int64),
             "tokens_since_fired": torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device),
@@ -69,7 +72,7 @@ class Trainee:
             "off_target": torch.zeros((), device=sae.device),
             "coefficient": torch.tensor(1e-3 if coefficient is None else coefficient, device=sae.device),
         }
-        self.steered = steered
+        self.steered = activation.penalty_target is not None
         self.spare: dict[str, Tensor] = {}
 
     @property
@@ -244,11 +247,21 @@ class Trainee:
             moved = before + rate * (seen.smallest - before)
             sae.threshold.copy_(torch.where(moved.isnan(), sae.threshold, moved))  # no code at all in this batch
         if self.steered:
-            assert isinstance(sae.cfg.activation, _Penalised)
-            off = (seen.l0.clamp(min=1e-3) / sae.cfg.activation.target_l0).log().clamp(-STEER_LIMIT, STEER_LIMIT)
-            moved = (off - state["off_target"]) * (state["n_steps"] > 1)
-            state["coefficient"] *= (STEER_RATE * off + STEER_DAMPING * moved).exp()
-            state["off_target"] = off
+            self._steer(seen.l0)
+
+    def _steer(self, l0: Float[Tensor, ""]) -> None:
+        """Move the penalty's coefficient, and all thresholds or biases alike, towards the target L0."""
+        sae, state, target = self.sae, self.state, self.sae.cfg.activation.penalty_target
+        assert target is not None
+        off = (l0.clamp(min=1e-3) / target).log().clamp(-STEER_LIMIT, STEER_LIMIT)
+        moved = (off - state["off_target"]) * (state["n_steps"] > 1)
+        state["coefficient"] *= (STEER_RATE * off + STEER_DAMPING * moved).exp()
+        state["off_target"] = off
+        near = off.clamp(-CUT_LIMIT, CUT_LIMIT)
+        if sae.threshold is not None:
+            sae.threshold.mul_((THRESHOLD_STEP * near).exp())
+        elif isinstance(sae.cfg.activation, ReLU):
+            sae.b_enc.sub_(BIAS_STEP * near)
 
     @torch.no_grad()
     def constrain_gradients(self) -> None:

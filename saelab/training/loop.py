@@ -98,6 +98,15 @@ class TrainingRun:
         for trainable in self.trainables:
             trainable.prepare(sample.float())
 
+    def peek(self, n_tokens: int) -> Tensor:
+        """The batches that come next, about so many tokens, as many as there are; the place in the data stays."""
+        start = self.batches.state_dict()
+        parts: list[Tensor] = []
+        while len(parts) * self.cfg.batch_size < n_tokens and (batch := next(self.batches, None)) is not None:
+            parts.append(batch.float().cpu())
+        self.batches.load_state_dict(start)
+        return torch.cat(parts) if parts else torch.zeros(0, self.batches.d_in)
+
     def _checked(self) -> Iterator[Tensor]:
         """The batches, refused where they are not finite."""
         while True:
