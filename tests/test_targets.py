@@ -66,7 +66,9 @@ def test_what_is_said_is_measured_on_the_saved_sae():
     fvu = float((kept - x_hat).square().sum() / (kept - kept.mean(0)).square().sum())
     assert said["fvu"] == pytest.approx(fvu, rel=1e-4)
     assert said["dead_frac"] == pytest.approx(float((z == 0).all(0).double().mean()))
-    assert float((sae.encode(held.view(-1, 2, 128, D_IN)[:, 0]) != 0).sum(-1).double().mean()) == pytest.approx(TARGET, rel=0.003)
+    assert float((sae.encode(held.view(-1, 2, 128, D_IN)[:, 0]) != 0).sum(-1).double().mean()) == pytest.approx(
+        TARGET, rel=0.003
+    )
 
 
 def test_a_missed_target_is_said(tmp_path):

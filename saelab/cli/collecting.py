@@ -1,10 +1,10 @@
 """`saelab collect`."""
 
 import torch
-import typer
 
 from saelab.cli import options
 from saelab.cli.info import describe_activations
+from saelab.cli.saying import say
 from saelab.cli.texts import read_head
 from saelab.collecting.collection import SHARD_TOKENS, collect
 from saelab.lm.masks import TokenMask
@@ -40,7 +40,7 @@ def collect_text(
     lm = load_model(model, device=options.choose_device(device), weight_processing=weight_processing, progress=progress)
     tokens = read_head(lm, text, n_tokens, ctx_len, bos, separator, field)
     if n_tokens is not None and tokens.n_tokens < n_tokens:
-        typer.echo(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)
+        say(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)
     collect(
         lm,
         tokens,
@@ -53,4 +53,4 @@ def collect_text(
         progress=progress,
         resume=not overwrite,
     )
-    typer.echo(describe_activations(out))
+    say(describe_activations(out))

@@ -18,6 +18,7 @@ from saelab.cli.labelling import label_features
 from saelab.cli.labels import VERBS as LABEL_VERBS
 from saelab.cli.labels import open_book
 from saelab.cli.reporting import write_report
+from saelab.cli.saying import say
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.training import train_sae
 from saelab.training.interrupt import Terminable
@@ -91,7 +92,7 @@ def _spell(error: BaseException) -> str:
 
 
 def _complain(line: str, code: int) -> int:
-    typer.echo(line, err=True)
+    say(line, err=True)
     return code
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated, get_args
 
-import typer
 from typer import Argument, Option
 
 from saelab.cli import options
+from saelab.cli.saying import say
 from saelab.pictures.reports import report
 from saelab.sae.checkpoint import CONFIG
 from saelab.sae.sae import SAE
@@ -95,17 +95,17 @@ def compare_folders(
         progress=progress,
     )
     pairs, values = found.match(method)  # type: ignore[arg-type]
-    typer.echo(str(found))
-    typer.echo(f"{'a':>8}{'b':>8}  {found.similarity}, {method}")
+    say(str(found))
+    say(f"{'a':>8}{'b':>8}  {found.similarity}, {method}")
     for (i, j), value in list(zip(pairs.tolist(), values.tolist(), strict=True))[:top]:
-        typer.echo(f"{i:>8}{j:>8}  {value:+.3f}")
+        say(f"{i:>8}{j:>8}  {value:+.3f}")
     if out is not None:
         matched = [[i, j, value] for (i, j), value in zip(pairs.tolist(), values.tolist(), strict=True)]
         write_json(out, found.to_dict() | {"method": method, "matched": matched})
-        typer.echo(f"{len(matched):,} pairs in {out}.")
+        say(f"{len(matched):,} pairs in {out}.")
     if html is not None and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
         shown = list(dict.fromkeys(pairs[:, 0].tolist()))[:ON_PAGE]
-        typer.echo(str(report(first, html, features=shown, compare=second, comparison=found, progress=progress)))
+        say(str(report(first, html, features=shown, compare=second, comparison=found, progress=progress)))
 
 
 def _open(folder: Path) -> FeatureStore | SAE:

@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Argument, Option
 
+from saelab.cli.saying import say
 from saelab.cli.training import read_activation
 from saelab.sae.formats.readers import FORMATS, OWN
 from saelab.sae.formats.writers import WRITERS
@@ -89,9 +89,9 @@ def convert_sae(
             _require_same(target, sae, format)
         else:
             sae.save_pretrained(target, format)
-    typer.echo(f"{sae}\n{target}: {format}")
+    say(f"{sae}\n{target}: {format}")
     if sae.origin is not None:
-        typer.echo(f"read as {sae.origin.format}")
+        say(f"read as {sae.origin.format}")
 
 
 def _refuse(target: Path) -> ValueError:
@@ -108,4 +108,4 @@ def _require_same(target: Path, sae: SAE, format: str) -> None:
         wanted = {file.name for file in Path(folder).iterdir()}
         if names != wanted or set(filecmp.cmpfiles(folder, target, wanted, shallow=False)[0]) != wanted:
             raise _refuse(target)
-    typer.echo("This SAE was converted already.")
+    say("This SAE was converted already.")

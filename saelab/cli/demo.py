@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from saelab.cli import options
+from saelab.cli.saying import say
 from saelab.collecting.collection import collect
 from saelab.evaluation.concept_scores import ConceptScores
 from saelab.evaluation.concepts import score_concepts
@@ -55,7 +54,7 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Say what begins, and note how long it took."""
-        typer.echo(f"{name.capitalize()} ...")
+        say(f"{name.capitalize()} ...")
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
@@ -99,8 +98,8 @@ def run_demo(
         "Versions": ", ".join(f"{name} {version}" for name, version in describe_model(lm).versions.items()),
     }
     save_all(out, saes, trials, lay_out(ran, trials, baselines, read_corpus(others, unseen, seed)))
-    typer.echo(f"\n{write_rows(*tabulate(trials, baselines))}\n\n{clock}.")
-    typer.echo(
+    say(f"\n{write_rows(*tabulate(trials, baselines))}\n\n{clock}.")
+    say(
         f"Open {out / 'report.html'} in a browser; then try `saelab info {shlex.quote(str(out / 'abstopk'))}`, or "
         f"`saelab demo --k {max(1, k // 2)} --out {shlex.quote(str(out) + '-sparser')}`."
     )

@@ -1,9 +1,8 @@
 """`saelab evaluate`."""
 
-import typer
-
 from saelab.cli import options
 from saelab.cli.opening import open_pair
+from saelab.cli.saying import say
 from saelab.cli.texts import count_overlap, read_head, read_tail
 from saelab.evaluation.evaluation import evaluate
 from saelab.evaluation.saebench import save_saebench
@@ -56,7 +55,7 @@ def evaluate_sae(
         allow_mismatch=allow_mismatch,
         progress=progress,
     )
-    typer.echo(str(result))
+    say(str(result))
     if json is not None:
         result.save(json)
     if saebench is not None:
@@ -66,5 +65,5 @@ def evaluate_sae(
 def _announce(tokens: Tokens, n_before: int, origin: Provenance | None) -> None:
     """Say on stderr what is evaluated on, and how much of it the SAE has seen."""
     if origin and (n_both := count_overlap(tokens, n_before, origin.text)):
-        typer.echo(f"warning: the SAE was trained on {n_both:,} of these documents ({origin.text}).", err=True)
-    typer.echo(f"Evaluating on {tokens.n_tokens:,} tokens of {tokens.source}.", err=True)
+        say(f"warning: the SAE was trained on {n_both:,} of these documents ({origin.text}).", err=True)
+    say(f"Evaluating on {tokens.n_tokens:,} tokens of {tokens.source}.", err=True)

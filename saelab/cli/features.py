@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import typer
-
 from saelab.analyses.dead import dead_units
 from saelab.analyses.listing import list_features
 from saelab.cli import options
 from saelab.cli.info import describe_store
 from saelab.cli.opening import open_pair
+from saelab.cli.saying import say
 from saelab.cli.texts import read_head
 from saelab.collecting.harvesting import harvest
 from saelab.sae.sae import SAE
@@ -57,7 +56,7 @@ def harvest_text(
         progress=progress,
         resume=not overwrite,
     )
-    typer.echo(describe_store(out))
+    say(describe_store(out))
 
 
 def show_features(
@@ -86,4 +85,4 @@ def show_dead(
 
 
 def _print(result: Any, as_json: bool) -> None:
-    typer.echo(to_json(result.to_dict()) if as_json else str(result))
+    say(to_json(result.to_dict()) if as_json else str(result))

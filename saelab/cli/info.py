@@ -1,12 +1,14 @@
 """`saelab info`: what a folder holds and where it came from."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from typer import Argument
+from typing_extensions import TypedDict
 
-from saelab.sae.checkpoint import CONFIG, read_config
+from saelab.cli.saying import say
+from saelab.sae.checkpoint import CONFIG, check_config, read_config
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.sae.formats.conventions import Convention, compose_config
 from saelab.sae.formats.readers import find_format, is_own, read_foreign
@@ -14,9 +16,10 @@ from saelab.sae.formats.readings import Asked
 from saelab.sae.formats.sources import Source
 from saelab.stores.files import await_settled, read_json
 from saelab.stores.manifest import ActivationsManifest, FeatureManifest
+from saelab.stores.names import printable
 from saelab.stores.provenance import Provenance
-from saelab.stores.validation import naming
-from saelab.training.checkpoint import FOLDER, PROGRESS
+from saelab.stores.validation import check_settings, naming, require_object
+from saelab.training.checkpoint import FOLDER, PROGRESS, read_progress
 
 Rows = list[tuple[str, str]]
 
@@ -30,7 +33,7 @@ def show_info(
     ],
 ) -> None:
     """Say what an SAE or a folder of activations or features is and where it came from."""
-    typer.echo(describe_folder(path))
+    say(describe_folder(path))
 
 
 def describe_folder(path: Path) -> str:
@@ -40,7 +43,7 @@ def describe_folder(path: Path) -> str:
     if is_own(Source.open(path)):
         return describe_sae(path)
     if (path / "manifest.json").is_file():
-        kind = read_json(path / "manifest.json").get("kind")
+        kind = require_object(read_json(path / "manifest.json"), f"{path / 'manifest.json'}").get("kind")
         return describe_store(path) if kind == FeatureManifest.kind else describe_activations(path)
     await_settled(path / FOLDER)
     if (path / FOLDER / PROGRESS).is_file():
@@ -53,17 +56,19 @@ def describe_sae(path: Path) -> str:
     described = read_config(path)
     with naming(path / CONFIG):
         cfg, training = SAEConfig.from_dict(described["config"]), described["training"]
-    rows = [
-        ("activation", str(cfg.activation)),
-        ("widths", f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}{_target(cfg)}"),
-        ("prefixes", _prefixes(cfg)),
-        ("dictionary", f"{cfg.dictionary} (start: {cfg.init}), normaliser {cfg.normaliser}, {_aux(cfg)}"),
-        *(_training_rows(training) if training else [("training", "none")]),
-    ]
-    rows += _read_from(described.get("origin"))
-    origin = described["provenance"]
+        rows = [
+            ("activation", str(cfg.activation)),
+            ("widths", f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}{_target(cfg)}"),
+            ("prefixes", _prefixes(cfg)),
+            ("dictionary", f"{cfg.dictionary} (start: {cfg.init}), normaliser {cfg.normaliser}, {_aux(cfg)}"),
+            *(_training_rows(training) if training else [("training", "none")]),
+        ]
+        rows += _read_from(described.get("origin"))
+        origin = described["provenance"]
+        rows += _origin_rows(origin) if origin else [("origin", "unknown")]
+    check_config(path)
     kind = "sparse autoencoder" if cfg.d_out is None else "transcoder"
-    return _table(f"{path}: a {kind}", rows + (_origin_rows(origin) if origin else [("origin", "unknown")]))
+    return _table(f"{path}: a {kind}", rows)
 
 
 def describe_foreign(path: Path) -> str:
@@ -121,22 +126,44 @@ def describe_store(path: Path) -> str:
 
 def describe_unfinished(path: Path) -> str:
     """How far a training run has come."""
-    progress = read_json(path / "checkpoint" / "progress.json")
-    n_tokens = progress["config"]["n_tokens"]
-    seen = progress["step"] * progress["config"]["batch_size"]
+    progress = read_progress(path / "checkpoint")
+    with naming(path / "checkpoint"):
+        said = check_settings(_Budget, progress["config"], "`config` of a checkpoint")
+    n_tokens, seen = said["n_tokens"], progress["step"] * said["batch_size"]
     rows = [("tokens seen", f"{seen:,} of {n_tokens:,}"), ("go on", "saelab train with the same flags and --resume")]
     return _table(f"{path}: an unfinished training run", rows)
 
 
+class _Budget(TypedDict):
+    n_tokens: int
+    batch_size: int
+
+
+class _Training(_Budget):
+    lr: float
+    seed: int
+    n_tokens_seen: int
+    last: dict[str, Any]
+
+
+class _Saved(TypedDict, total=False):
+    met: bool
+    target_l0: float
+    n_tokens: int
+
+
 def _training_rows(training: dict[str, Any]) -> Rows:
-    settings = f"batch {training['batch_size']:,}, lr {training['lr']:.3g}, seed {training['seed']}"
+    said = check_settings(_Training, training, "`training`")
+    settings = f"batch {said['batch_size']:,}, lr {said['lr']:.3g}, seed {said['seed']}"
     names = {"held_out_fvu": "held-out FVU", "l0": "L0", "dead_frac": "dead"}
-    last, saved = training["last"], training.get("saved") or {}
-    values = [f"{name} {last[key]:.4g}" for key, name in names.items() if last.get(key) is not None]
-    rows = [("trained on", f"{training['n_tokens_seen']:,} tokens ({settings})"), ("at the end", ", ".join(values))]
+    values = [f"{name} {x:.4g}" for key, name in names.items() if isinstance(x := said["last"].get(key), int | float)]
+    rows = [("trained on", f"{said['n_tokens_seen']:,} tokens ({settings})"), ("at the end", ", ".join(values))]
+    saved = check_settings(_Saved, said.get("saved") or {}, "`saved` of `training`")
     if saved.get("met") is not None:
         verdict = "met" if saved["met"] else "MISSED by more than 5 %"
-        rows.append(("target L0", f"{saved['target_l0']:g}, {verdict} on {saved['n_tokens']:,} tokens"))
+        rows.append(
+            ("target L0", f"{saved.get('target_l0', math.nan):g}, {verdict} on {saved.get('n_tokens', 0):,} tokens")
+        )
     return rows
 
 
@@ -161,8 +188,9 @@ def _read_from(origin: dict[str, Any] | None) -> Rows:
     """Of an SAE that was read from another library's files: which, and what its numbers meant there."""
     if origin is None:
         return []
-    folds = Convention.from_dict(origin["convention"]).describe()
-    return [("read from", origin["format"]), *(("convention", words) for words in folds)]
+    said = require_object(origin, "`origin`")
+    folds = Convention.from_dict(said.get("convention")).describe()
+    return [("read from", str(said.get("format"))), *(("convention", words) for words in folds)]
 
 
 def _prefixes(cfg: SAEConfig) -> str:
@@ -181,4 +209,4 @@ def _aux(cfg: SAEConfig) -> str:
 
 def _table(title: str, rows: Rows) -> str:
     width = max(len(name) for name, _ in rows)
-    return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+    return printable("\n".join([title, *(f"  {name:<{width}}  {' '.join(value.split())}" for name, value in rows)]))

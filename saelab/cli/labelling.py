@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from typer import Option
 
 from saelab.analyses.lens import LogitLens, logit_lens
 from saelab.cli import options
 from saelab.cli.labels import Context, make_printable
 from saelab.cli.reporting import open_model, open_sae, read_numbers
+from saelab.cli.saying import say
 from saelab.collecting.harvesting import require_harvested
 from saelab.labelling.book import LabelBook
 from saelab.labelling.clients import Client, LocalClient, OpenAIClient
@@ -121,10 +121,10 @@ def label_features(
     asked: dict[str, Any] = {"signs": signs, "scorers": names, "asking": cfg}
     wanted = _wanted(opened, client.name, numbers, resume, scored=bool(names))
     if wanted == []:
-        typer.echo(f"No feature is left to label by {client.name}.", err=True)
+        say(f"No feature is left to label by {client.name}.", err=True)
         return
     if not isinstance(client, Exchange):
-        typer.echo(str(estimate_labels(opened, client, wanted, **asked)), err=not estimate)
+        say(str(estimate_labels(opened, client, wanted, **asked)), err=not estimate)
     if estimate:
         return
     named = explain_features(opened, client, wanted, progress=progress, **asked)
@@ -193,7 +193,7 @@ def _wanted(
 def _by_rules(store: FeatureStore, rules: str, wanted: list[int] | None, lens: LogitLens | None) -> None:
     predicates = read_predicates(store, rules)
     if wanted == []:
-        typer.echo(f"No feature is left to label by {RULES}.", err=True)
+        say(f"No feature is left to label by {RULES}.", err=True)
         return
     found = label_by_rules(store, predicates, features=wanted, lens=lens)
     _keep(store, found.labels(), str(found), afresh=True)
@@ -216,12 +216,12 @@ def _keep(store: FeatureStore, labels: Sequence[Label], said: str, afresh: bool 
     """Put labels into the book and say what they are."""
     with LabelBook.open(store) as book:
         n = book.add(labels, afresh=afresh)
-        typer.echo("\n".join(map(make_printable, said.split("\n"))))
-        typer.echo(f"{n:,} labels added to {book.path}.")
+        say("\n".join(map(make_printable, said.split("\n"))))
+        say(f"{n:,} labels added to {book.path}.")
 
 
 def _exchange(client: Exchange, prompts: Path | None) -> None:
     """Write the prompts without an answer, and say how prompts and answers go together."""
     if prompts is not None:
-        typer.echo(f"{client.export(prompts):,} prompts in {prompts}.")
-    typer.echo(str(client.report()))
+        say(f"{client.export(prompts):,} prompts in {prompts}.")
+    say(str(client.report()))

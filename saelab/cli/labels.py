@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from saelab.cli import options
+from saelab.cli.saying import say
 from saelab.labelling.book import LabelBook
 from saelab.labelling.formats import FORMATS, name_format
 from saelab.labelling.label import BOTH, Label
@@ -50,7 +51,7 @@ def open_book(context: Context, store: options.StoreFolder) -> None:
     """
     context.obj = store
     if context.invoked_subcommand is None:
-        typer.echo(make_printable(str(_open(context))))
+        say(make_printable(str(_open(context))))
 
 
 def search_labels(context: Context, text: Words, every: Every = False, top: Top = 20) -> None:
@@ -63,25 +64,25 @@ def show_labels(context: Context, feature: Feature) -> None:
     book = _open(context)
     chosen = book.chosen(feature)
     for label in book.labels(feature):
-        typer.echo(f"{'*' if label in chosen else ' '} {_say(label)}")
+        say(f"{'*' if label in chosen else ' '} {_say(label)}")
     if not chosen:
-        typer.echo(f"Feature {feature} has no label.", err=True)
+        say(f"Feature {feature} has no label.", err=True)
 
 
 def set_label(context: Context, feature: Feature, text: Text, sign: Sign = BOTH, author: Giver = None) -> None:
     """Give a feature a label and choose it: your word stands until a person says otherwise."""
-    typer.echo(_say(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
+    say(_say(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
 
 
 def choose_label(context: Context, feature: Feature, author: Author, sign: Sign = BOTH) -> None:
     """Choose the newest label that an author gave: it stands until a person says otherwise."""
-    typer.echo(_say(_open(context).choose(feature, author, sign=sign)))
+    say(_say(_open(context).choose(feature, author, sign=sign)))
 
 
 def delete_labels(context: Context, feature: Feature, author: Author, sign: Sign = BOTH) -> None:
     """Delete an author's labels of a feature."""
     n = _open(context).delete(feature, author=author, sign=sign)
-    typer.echo(f"{n} label{'' if n == 1 else 's'} deleted.")
+    say(f"{n} label{'' if n == 1 else 's'} deleted.")
 
 
 def export_labels(
@@ -95,12 +96,12 @@ def export_labels(
     if form is not None and form not in FORMATS:
         raise ValueError(f"`--format` must be one of {', '.join(FORMATS)}, got '{form}'.")
     n = _open(context).save(file, form or name_format(file), model_id=model_id, source_id=source_id)
-    typer.echo(f"{n:,} labels in {file}.")
+    say(f"{n:,} labels in {file}.")
 
 
 def import_labels(context: Context, file: InFile) -> None:
     """Add the labels of a file; a person's choice that stands already is kept."""
-    typer.echo(f"{_open(context).load(file):,} labels added.")
+    say(f"{_open(context).load(file):,} labels added.")
 
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -136,8 +137,8 @@ def _say(label: Label) -> str:
 
 def _print(labels: Sequence[Label], top: int) -> None:
     for label in labels[:top]:
-        typer.echo(_say(label))
+        say(_say(label))
     if not labels:
-        typer.echo("No label.", err=True)
+        say("No label.", err=True)
     elif len(labels) > top:
-        typer.echo(f"{len(labels) - top:,} more: give --top {len(labels)}.", err=True)
+        say(f"{len(labels) - top:,} more: give --top {len(labels)}.", err=True)

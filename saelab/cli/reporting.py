@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from saelab.cli import options
+from saelab.cli.saying import say
 from saelab.lm.models import Model, load_model
 from saelab.pictures.reports import report
 from saelab.sae.sae import SAE
@@ -43,20 +44,19 @@ def write_report(
     opened = FeatureStore.load(store)
     coder = open_sae(opened, sae)
     lm = open_model(opened, model, progress) if coder is not None else None
-    typer.echo(
-        report(
-            opened,
-            out,
-            lm,
-            features=read_numbers(features),
-            sae=coder,
-            prompts=prompt,
-            evaluation=read_json(evaluation) if evaluation is not None else None,
-            compare=FeatureStore.load(compare) if compare is not None else None,
-            title=title,
-            progress=progress,
-        )
+    made = report(
+        opened,
+        out,
+        lm,
+        features=read_numbers(features),
+        sae=coder,
+        prompts=prompt,
+        evaluation=read_json(evaluation) if evaluation is not None else None,
+        compare=FeatureStore.load(compare) if compare is not None else None,
+        title=title,
+        progress=progress,
     )
+    say(str(made))
 
 
 def open_sae(store: FeatureStore, named: str | None) -> SAE | None:
@@ -88,7 +88,7 @@ def open_model(store: FeatureStore, named: str | None, progress: bool, option: s
 
 def _leave_out(what: str, error: Exception, option: str) -> None:
     reason = " ".join(str(error).split())[:200]
-    typer.echo(f"The {what} could not be opened ({reason}). What rests on it is left out: give {option}.", err=True)
+    say(f"The {what} could not be opened ({reason}). What rests on it is left out: give {option}.", err=True)
 
 
 def read_numbers(given: str | None) -> list[int] | None:

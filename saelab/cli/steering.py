@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-import typer
 from typer import Argument, Option
 
 from saelab.cli import options
 from saelab.cli.opening import open_pair
+from saelab.cli.saying import say
 from saelab.cli.texts import read_head
 from saelab.lm.extent import find_context
 from saelab.lm.models import Model
@@ -134,7 +134,7 @@ def steer_prompts(
     how: dict[str, Any] = {"mode": mode, "where": where, "unit": unit, "store": peaks}
     intervention = Intervention(coder, moved, **how, hook_point=place, allow_mismatch=allow_mismatch)
     found = steer_texts(lm, intervention, prompts, n_tokens, n=n, seed=seed, temperature=temperature, progress=progress)
-    typer.echo(to_json(found.to_dict()) if json else str(found))
+    say(to_json(found.to_dict()) if json else str(found))
     if html is not None:
         write_atomic(html, show_texts(found).encode())
 
@@ -194,12 +194,12 @@ def draw_curve(
         progress=progress,
         **how,
     )
-    typer.echo(str(curve))
+    say(str(curve))
     if json is not None:
         curve.save(json)
     if out is not None:
         write_atomic(out, show_curve(curve).encode())
-        typer.echo(f"{len(curve.points) - 1} strengths in {out}.")
+        say(f"{len(curve.points) - 1} strengths in {out}.")
 
 
 def _open(

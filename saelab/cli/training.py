@@ -4,10 +4,9 @@ import shutil
 from dataclasses import fields
 from pathlib import Path
 
-import typer
-
 from saelab.cli import options
 from saelab.cli.info import describe_sae
+from saelab.cli.saying import say
 from saelab.sae.activations import TopK
 from saelab.sae.archetypes import Archetypal
 from saelab.sae.checkpoint import CONFIG, WEIGHTS
@@ -85,8 +84,8 @@ def _train_into(out: Path, sae: SAE, rows: Data, budget: TrainConfig, resume: bo
     sae.fit(rows, budget, out=out, resume=resume, progress=progress)
     sae.save_pretrained(out)
     if finished:
-        typer.echo("This SAE was complete already.")
-    typer.echo(describe_sae(out))
+        say("This SAE was complete already.")
+    say(describe_sae(out))
 
 
 def load_activations(

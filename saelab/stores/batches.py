@@ -98,6 +98,11 @@ class ShuffledBatches:
                     f"`{key}` must be what it was when the state was saved ({state[key]}), "
                     f"got {self.state_dict()[key]}. Use the same activations and buffer, or start anew."
                 )
+        if not (0 <= state["position"] <= len(self.rows) and state["epoch"] >= 0):
+            raise ValueError(
+                f"`position` must be in 0..{len(self.rows)} and `epoch` at least 0, got {state['position']} and "
+                f"{state['epoch']}. Was the checkpoint edited?"
+            )
         self.seed = state["seed"]
         self._start(state["epoch"], state["position"])
 

@@ -14,7 +14,7 @@ from saelab.stores.files import checksum, save_tensors, write_json
 from saelab.stores.names import find_inside
 from saelab.stores.packing import smallest_int
 from saelab.stores.tensors import TensorFile
-from saelab.stores.validation import naming, read_json, require_object
+from saelab.stores.validation import SEAL, check_seal, naming, read_json, require_object
 
 TOKENS, STRINGS = "tokens.safetensors", "strings.json"
 COLUMNS = ("token_ids", "doc_ids", "positions")
@@ -56,7 +56,7 @@ class StoredText:
         columns = {"token_ids": self.token_ids, "doc_ids": self.doc_ids, "positions": self.positions}
         tensors = {name: torch.from_numpy(_shrink(column)) for name, column in columns.items()}
         crc32 = save_tensors(folder / TOKENS, tensors)
-        write_json(folder / STRINGS, {str(i): text for i, text in sorted(self.strings.items())})
+        write_json(folder / STRINGS, {str(i): text for i, text in sorted(self.strings.items())}, sealed=True)
         return {TOKENS: crc32, STRINGS: checksum(folder / STRINGS)}
 
     @classmethod
@@ -85,6 +85,8 @@ class _Strings(Mapping[int, str]):
     def _known(self) -> dict[int, str]:
         with naming(self._path):
             held = require_object(read_json(self._path), "The strings of tokens")
+            check_seal(self._path, held)
+            held.pop(SEAL, None)
             if wrong := [
                 i for i, text in held.items() if not (i.isdecimal() and len(i) < 12 and isinstance(text, str))
             ]:

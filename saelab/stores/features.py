@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Integer
 
-from saelab.stores.corpus import STRINGS, StoredText, split_documents
+from saelab.stores.corpus import StoredText, split_documents
 from saelab.stores.files import checksum, load_tensors, save_tensors
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.names import find_inside
@@ -87,16 +87,11 @@ class FeatureStore:
         """Read every file and compare its checksum with the manifest; ValueError naming the first that is damaged."""
         self.manifest.check_shards(self.folder, verify=True)
         for file, crc32 in self.manifest.files.items():
-            self._check_file(file, crc32)
-
-    def _check_file(self, file: str, crc32: str | None) -> None:
-        path = find_inside(self.folder, file)
-        if not path.is_file():
-            raise FileNotFoundError(f"A store must hold its {file}, got none in {self.folder}. Harvest again.")
-        if crc32 is not None and checksum(path) != crc32:
-            raise ValueError(
-                f"{path} must have the checksum in the manifest, got another. Harvest again with resume=False."
-            )
+            path = find_inside(self.folder, file)
+            if checksum(path) != crc32:
+                raise ValueError(
+                    f"{path} must have the checksum in the manifest, got another. Harvest again with resume=False."
+                )
 
     @property
     def d_sae(self) -> int:
@@ -138,7 +133,6 @@ class FeatureStore:
     @cached_property
     def text(self) -> StoredText:
         """All tokens of the corpus."""
-        self._check_file(STRINGS, self.manifest.files.get(STRINGS))
         return StoredText.load(self.folder)
 
     @cached_property

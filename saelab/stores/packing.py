@@ -68,6 +68,11 @@ def round_values(values: Float[np.ndarray, "nnz"], dtype: str) -> Float[np.ndarr
     >>> round_values(np.array([1.0, -1e-12], np.float32), "float16").tolist()
     [1.0, -5.960464477539063e-08]
     """
+    if not bool(np.isfinite(values).all()):
+        raise ValueError(
+            f"Codes must be finite to be stored, {int((~np.isfinite(values)).sum())} of {len(values)} are NaN or "
+            "infinite. Are the SAE's weights?"
+        )
     if dtype == "float32":
         return values.astype(np.float32, copy=False)
     peak = float(np.abs(values).max(initial=0.0))

@@ -108,9 +108,11 @@ def seal(text: str) -> bytes:
     >>> seal('{"k": 1}')
     b'{"k": 1, "crc32": "1cabb40e"}'
     """
-    body, end = text.rstrip()[:-1].rstrip(), "\n}" if "\n" in text.strip() else "}"
-    gap = "\n  " if "\n" in text.strip() else " "
-    return f'{body},{gap}"{SEAL}": "{_sum_up(text.encode())}"{end}'.encode()
+    body, gap, end = text.rstrip()[:-1].rstrip(), " ", "}"
+    if "\n" in body:
+        gap, end = "\n  ", "\n}"
+    comma = "" if body == "{" else ","
+    return f'{body}{comma}{gap}"{SEAL}": "{_sum_up(text.encode())}"{end}'.encode()
 
 
 def check_seal(path: str | Path, held: Mapping[str, Any]) -> None:

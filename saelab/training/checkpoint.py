@@ -1,12 +1,13 @@
 """Checkpoints of a training run: one folder, replaced as a whole, from which the run goes on bit for bit."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from saelab.stores.files import (
     load_tensors,
@@ -17,6 +18,7 @@ from saelab.stores.files import (
     settle,
     write_json,
 )
+from saelab.stores.validation import SEAL, check_seal, check_settings, naming, refuse_unknown
 from saelab.training.optimiser import name_optimised
 from saelab.training.protocols import Batches, Trainable
 
@@ -24,6 +26,16 @@ SCHEMA_VERSION = 1
 FOLDER = "checkpoint"
 PROGRESS = "progress.json"
 """written last: where it stands the checkpoint is whole"""
+
+
+class _Progress(TypedDict):
+    schema_version: int
+    batches: dict[str, int | str]
+    config: dict[str, Any]
+    step: int
+    history: list[dict[str, Any]]
+    since_log: int
+    sums: dict[str, float]
 
 
 def save_checkpoint(
@@ -43,7 +55,8 @@ def save_checkpoint(
             save_tensors(temp / f"counters_{i}.safetensors", trainable.state)
             save_tensors(temp / f"optimiser_{i}.safetensors", _optimiser_tensors(trainable, optimiser))
         save_tensors(temp / "batches.safetensors", tensors)
-        write_json(temp / PROGRESS, {"schema_version": SCHEMA_VERSION, "batches": plain, **progress})
+        head = {"schema_version": SCHEMA_VERSION, "batches": plain}
+        write_json(temp / PROGRESS, {**head, **progress}, sealed=True)
 
 
 def find_checkpoint(out: Path) -> Path | None:
@@ -65,19 +78,52 @@ def load_checkpoint(
     folder: Path, trainables: Sequence[Trainable], optimisers: Sequence[torch.optim.Optimizer], batches: Batches
 ) -> dict[str, Any]:
     """Restore what `save_checkpoint` wrote and return its progress; ValueError where it belongs to another version."""
-    progress: dict[str, Any] = read_json(folder / PROGRESS)
-    if progress["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(
-            f"A checkpoint must have schema_version {SCHEMA_VERSION}, got {progress['schema_version']} in {folder}; "
-            "train with the version of saelab that wrote it."
-        )
+    progress = read_progress(folder)
     for i, (trainable, optimiser) in enumerate(zip(trainables, optimisers, strict=True)):
-        trainable.module.load_state_dict(load_tensors(folder / f"weights_{i}.safetensors"))
+        _fill(folder / f"weights_{i}.safetensors", trainable.module.load_state_dict)
         counters = load_tensors(folder / f"counters_{i}.safetensors")
+        _check_like(folder / f"counters_{i}.safetensors", counters, trainable.state)
         trainable.state = {name: value.to(trainable.state[name].device) for name, value in counters.items()}
-        _restore_optimiser(trainable, optimiser, load_tensors(folder / f"optimiser_{i}.safetensors"))
-    batches.load_state_dict({**progress["batches"], **load_tensors(folder / "batches.safetensors")})
+        with naming(folder / f"optimiser_{i}.safetensors"):
+            _restore_optimiser(trainable, optimiser, load_tensors(folder / f"optimiser_{i}.safetensors"))
+    _fill(folder / "batches.safetensors", lambda held: batches.load_state_dict({**progress["batches"], **held}))
     return progress
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """How far a checkpoint's run had come; ValueError where it is damaged, edited, or of another version."""
+    path = folder / PROGRESS
+    with naming(path):
+        progress: dict[str, Any] = check_settings(_Progress, read_json(path), "A checkpoint")
+        if (version := progress.get("schema_version")) != SCHEMA_VERSION:
+            raise ValueError(
+                f"A checkpoint must have schema_version {SCHEMA_VERSION}, got {version} in {folder}; train with the "
+                "version of saelab that wrote it."
+            )
+        if min(progress["step"], progress["since_log"]) < 0:
+            raise ValueError(f"`step` must be at least 0, got {progress['step']}. Was it edited?")
+        refuse_unknown(progress, [*get_type_hints(_Progress), SEAL], "A checkpoint")
+        check_seal(path, progress)
+    return progress
+
+
+def _fill(path: Path, load: Callable[[dict[str, Tensor]], Any]) -> None:
+    """Hand the tensors of a file over; ValueError where they are not those of this run."""
+    held = load_tensors(path)
+    try:
+        load(held)
+    except (RuntimeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{path} must hold what this run needs, got others ({error}). Train anew.") from None
+
+
+def _check_like(path: Path, held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    got, due = ({name: (t.dtype, t.shape) for name, t in tensors.items()} for tensors in (held, wanted))
+    if got != due:
+        names = sorted(name for name in due.keys() | got.keys() if due.get(name) != got.get(name))
+        raise ValueError(
+            f"{path} must hold what this run needs; {names[0]!r} should be {due.get(names[0])}, got "
+            f"{got.get(names[0])}. Train anew."
+        )
 
 
 def _divide(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -97,6 +143,8 @@ def _restore_optimiser(trainable: Trainable, optimiser: torch.optim.Optimizer, s
     for name, parameter in name_optimised(trainable.module, optimiser).items():
         mine = {key[len(name) + 1 :]: value for key, value in saved.items() if key.startswith(f"{name}.")}
         if mine:
+            if wrong := [key for key, value in mine.items() if value.ndim and value.numel() != parameter.numel()]:
+                raise ValueError(f"`{wrong[0]}` of {name} must have its {parameter.numel()} entries. Train anew.")
             optimiser.state[parameter] = {
                 key: value.to(parameter.device) if value.ndim else value for key, value in mine.items()
             }

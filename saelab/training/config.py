@@ -45,8 +45,12 @@ class TrainConfig:
             raise ValueError(
                 f"`n_tokens` must hold a batch of {self.batch_size}, got {self.n_tokens}; lower `batch_size`."
             )
-        if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"`lr` must be positive, got {self.lr}; use None for the default.")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"`lr` must be positive and finite, got {self.lr}; use None for the default.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"`betas` must be in [0, 1), got {self.betas}.")
+        if self.n_held_out < 0:
+            raise ValueError(f"`n_held_out` must be at least 0, got {self.n_held_out}.")
         if not (self.warmup_frac >= 0 and self.decay_frac >= 0 and self.warmup_frac + self.decay_frac <= 1):
             raise ValueError(
                 f"`warmup_frac` and `decay_frac` must share one run, got {self.warmup_frac} and {self.decay_frac}."

@@ -1,7 +1,8 @@
 """The one optimisation loop: several trainables, one stream of batches, one pass."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.functional.metrics import exact
-from saelab.stores.files import read_json
-from saelab.training.checkpoint import FOLDER, PROGRESS, find_checkpoint, load_checkpoint, save_checkpoint
+from saelab.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, read_progress, save_checkpoint
 from saelab.training.config import TrainConfig
 from saelab.training.interrupt import DeferredInterrupt
 from saelab.training.optimiser import clip_gradients, make_adam, step_adam
@@ -19,6 +19,10 @@ from saelab.training.protocols import Batches, Trainable
 from saelab.training.sinks import Entry, FileSink, Sink
 
 SAMPLE_TOKENS = 16_384  # what normalisers and initialisations look at
+
+
+class Diverged(ValueError):
+    """A run whose losses or weights are not finite any more: what it holds is not worth saving."""
 
 
 class TrainingRun:
@@ -33,6 +37,7 @@ class TrainingRun:
         out: Path | None,
     ) -> None:
         self.trainables, self.batches, self.cfg = list(trainables), batches, cfg
+        self._check_start(held_out)
         self.held_out, self.out = held_out, out
         self.lrs = [cfg.lr or trainable.default_lr() for trainable in trainables]
         self.optimisers = [make_adam(t.module, lr, cfg) for t, lr in zip(self.trainables, self.lrs, strict=True)]
@@ -63,7 +68,7 @@ class TrainingRun:
         """Go on from the checkpoint, if there is one; ValueError where it belongs to other settings."""
         if self.checkpoint is None or not self.has_checkpoint:
             return False
-        before = read_json(self.checkpoint / PROGRESS)["config"]
+        before = read_progress(self.checkpoint)["config"]
         for key, value in self.settings.items():
             if before.get(key) != value:
                 raise ValueError(
@@ -77,7 +82,8 @@ class TrainingRun:
         return True
 
     def save(self) -> None:
-        """Write the checkpoint, if the run has a folder."""
+        """Write the checkpoint, if the run has a folder; ValueError where the weights are not finite any more."""
+        self._check_going({}, f"after step {self.step}")
         if self.checkpoint is None:
             return
         progress = {
@@ -131,6 +137,33 @@ class TrainingRun:
             "mask those tokens or collect again in a wider dtype."
         )
 
+    def _check_start(self, held_out: Tensor | None) -> None:
+        """Refuse held-out rows and weights that are not finite, before anything is written (ValueError)."""
+        if held_out is not None and not bool(held_out.sum(dtype=torch.float32).isfinite()):
+            wrong = (~held_out.isfinite()).any(1).nonzero()[:, 0]
+            if len(wrong):
+                raise ValueError(
+                    f"Held-out activations must be finite, {len(wrong)} of {len(held_out)} tokens hold NaN or inf, the "
+                    f"first is held-out row {int(wrong[0])}; mask those tokens or collect again in a wider dtype."
+                )
+        for i, trainable in enumerate(self.trainables):
+            if name := _find_broken(trainable):
+                raise ValueError(
+                    f"Weights must be finite before they are trained, got NaN or inf in {self._name(i, name)}; start "
+                    "from others."
+                )
+
+    def _check_going(self, values: Mapping[str, float], where: str) -> None:
+        """Refuse to go on, or to put a checkpoint in the place of a good one, once a run has diverged."""
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        broken = [self._name(i, name) for i, t in enumerate(self.trainables) if (name := _find_broken(t))]
+        if wrong or broken:
+            kept = f"{self.checkpoint} is as it was last saved" if self.has_checkpoint else "nothing was saved"
+            raise Diverged(
+                f"Training must stay finite, but {where} {' and '.join((wrong + broken)[:5])} came out NaN or "
+                f"infinite; {kept}. Train with a smaller `lr` than {max(self.lrs):.3g}."
+            )
+
     def train_on(self, batch: Tensor) -> None:
         """One optimiser step of every trainable."""
         for i, (trainable, optimiser, lr) in enumerate(zip(self.trainables, self.optimisers, self.lrs, strict=True)):
@@ -168,6 +201,8 @@ class TrainingRun:
             due = self.step % self.cfg.save_every_steps == 0 or self.step == self.cfg.n_steps
             fvu = trainable.held_out_fvu(self.held_out) if due and self.held_out is not None else None
             entry[self._name(i, "held_out_fvu")] = fvu
+        means = {key: float(value) for key, value in self._sums.items()}
+        self._check_going(means, f"between steps {self.step - self._since_log} and {self.step}")
         self._sums, self._since_log = {}, 0
         self.history.append(entry)
         return entry
@@ -186,6 +221,8 @@ def train(run: TrainingRun, *, resume: bool = False, sinks: Sequence[Sink] = (),
     with DeferredInterrupt() as interrupt, _progress_bar(run, progress) as bar:
         try:
             _drive(run, run._checked(), sinks, bar, interrupt)
+        except Diverged:
+            raise
         except ValueError:
             if run.step:
                 run.save()
@@ -213,6 +250,14 @@ def _drive(
                 f"saved to {run.checkpoint}; go on with resume=True" if run.checkpoint else "not saved: no folder given"
             )
             raise KeyboardInterrupt(f"Training stopped after {run.step} of {cfg.n_steps} steps, {where}.")
+
+
+def _find_broken(trainable: Trainable) -> str:
+    """The name of the first trained weight that is not finite, or nothing."""
+    for name, weight in trainable.module.named_parameters():
+        if not bool(weight.detach().sum().isfinite()) and not bool(weight.detach().isfinite().all()):
+            return name
+    return ""
 
 
 def _progress_bar(run: TrainingRun, show: bool) -> Any:

@@ -55,7 +55,7 @@ class Convention:
         return asdict(self) | {"activation": self.activation.to_dict()}
 
     @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> "Convention":
+    def from_dict(cls, plain: Any) -> "Convention":
         """Build from `to_dict`'s form; ValueError for an unknown key."""
         values = require_object(plain, "A convention")
         values = values | {"activation": read_activation(values.get("activation"))}
