@@ -26,6 +26,7 @@ from saelab.sae.sae import SAE, fit
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import split_documents
 from saelab.stores.files import write_atomic
+from saelab.stores.progress import hidden
 from saelab.training.config import TrainConfig
 from saelab.worlds.tales import Stories, tell
 from saelab.worlds.vocabulary import VOCABULARY
@@ -142,7 +143,7 @@ def score_all(
     cfg = next(iter(saes.values())).cfg
     rivals = concept_baselines(x, cfg, truth, story_ids, seed=seed)
     scores = {}
-    for name, values in tqdm({**codes, **rivals}.items(), unit=" dictionaries", disable=not progress):
+    for name, values in tqdm({**codes, **rivals}.items(), unit=" dictionaries", disable=hidden(progress)):
         scores[name] = score_concepts(values, truth, stories.table, story_ids, seed=seed)
     trials = [
         Trial(name, codes[name], scores[name], held_out_fvu(sae), sae.cfg.activation.signed)

@@ -21,6 +21,7 @@ from saelab.lm.tokens import Tokens
 from saelab.stores.activations import Activations
 from saelab.stores.disk import hold_folder
 from saelab.stores.manifest import ActivationsManifest, dtype_name
+from saelab.stores.progress import hidden
 
 SHARD_TOKENS = 32768
 
@@ -99,7 +100,7 @@ def _run(reader: Reader, tokens: Tokens, writer: Writer, n_seq: int, progress: b
 
     first = writer.next_seq
     done = tokens[:first].n_tokens if first else 0
-    with tqdm(total=tokens.n_tokens, initial=done, unit=" tokens", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=tokens.n_tokens, initial=done, unit=" tokens", unit_scale=True, disable=hidden(progress)) as bar:
         for start in range(first, len(tokens), n_seq):
             batch = tokens[start : start + n_seq]
             writer.add_reading(reader.read(batch), len(batch))

@@ -14,6 +14,7 @@ from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore, save_statistics
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes
+from saelab.stores.progress import hidden
 from saelab.stores.statistics import measure
 
 
@@ -77,7 +78,7 @@ def _write_shards(cache: DelphiCache, writer: ShardWriter, n_seq: int, progress:
 
     ctx_len, n_all = cache.tokens.ctx_len, len(cache.tokens)
     bar = {"total": n_all * ctx_len, "initial": writer.next_seq * ctx_len, "unit": " tokens", "unit_scale": True}
-    with tqdm(**bar, disable=not progress) as shown:
+    with tqdm(**bar, disable=hidden(progress)) as shown:
         for first in range(writer.next_seq, n_all, n_seq):
             stop = min(first + n_seq, n_all)
             codes = cache.read(first, stop)

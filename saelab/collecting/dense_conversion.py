@@ -14,6 +14,7 @@ from saelab.lm.masks import TokenMask
 from saelab.stores.activations import Activations
 from saelab.stores.disk import hold_folder
 from saelab.stores.manifest import ActivationsManifest, dtype_name
+from saelab.stores.progress import hidden
 from saelab.stores.provenance import Provenance
 
 
@@ -63,7 +64,7 @@ def convert_activations(
 def _run(cache: Cache, writer: FolderWriter, origin: Provenance, progress: bool) -> Activations:
     from tqdm.auto import tqdm
 
-    for i in tqdm(range(writer.next_seq, len(cache.sizes)), unit=" pieces", disable=not progress):
+    for i in tqdm(range(writer.next_seq, len(cache.sizes)), unit=" pieces", disable=hidden(progress)):
         writer.add_reading(_to_reading(cache, i), 1)
     done = replace(origin, n_tokens=writer.n_tokens, removed=dict(writer.removed))
     return writer.open({cache.hook_point: done})[cache.hook_point]

@@ -26,6 +26,7 @@ from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore, save_statistics
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes, round_values, smallest_int
+from saelab.stores.progress import hidden
 from saelab.stores.statistics import measure
 
 SHARD_TOKENS = 65536  # a token's number in its shard fits 16 bits
@@ -206,7 +207,7 @@ def _run(jobs: list[_Job], source: Source, progress: bool) -> None:
         writers = [stack.enter_context(job.writer()) for job in jobs]
         first = min((writer.next_seq for writer in writers), default=source.n_units)
         whole, done = source.count(0, source.n_units), source.count(0, first)
-        bar = tqdm(total=whole, initial=done, unit=" tokens", unit_scale=True, disable=not progress)
+        bar = tqdm(total=whole, initial=done, unit=" tokens", unit_scale=True, disable=hidden(progress))
         stack.enter_context(bar)
         for start in range(first, source.n_units, source.size):
             batch = source.read(start)

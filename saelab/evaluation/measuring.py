@@ -17,6 +17,7 @@ from saelab.lm.forwards import batches_of
 from saelab.lm.tokens import Tokens
 from saelab.sae.config import RandomPrefixes
 from saelab.sae.sae import SAE
+from saelab.stores.progress import hidden
 
 SAMPLE_TOKENS = 16384  # about what training fits its start to
 
@@ -128,7 +129,7 @@ def _watched(tokens: Tokens, n_seq: int, what: str, progress: bool) -> Iterator[
     """Batches with the number of their first sequence, under a progress bar in tokens."""
     from tqdm.auto import tqdm
 
-    with tqdm(total=tokens.n_tokens, desc=what, unit=" tokens", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=tokens.n_tokens, desc=what, unit=" tokens", unit_scale=True, disable=hidden(progress)) as bar:
         for i, batch in enumerate(batches_of(tokens, n_seq)):
             yield i * n_seq, batch
             bar.update(batch.n_tokens)

@@ -13,6 +13,7 @@ from saelab.labelling.clients import Answer, Client, Messages, NotAnswered, Retr
 from saelab.labelling.exchange import Exchange
 from saelab.labelling.questions import AskConfig, Estimate, Question, Reply, Usage, count_tokens, remind, sum_tokens
 from saelab.labelling.workers import run_jobs
+from saelab.stores.progress import hidden
 from saelab.training.interrupt import DeferredInterrupt
 
 T = TypeVar("T")
@@ -77,7 +78,7 @@ class Asker:
             places.setdefault(self._key(question.messages), []).append(i)
         replies: list[Reply[T]] = [Reply(problem="not asked", is_waiting=True) for _ in questions]
         n_done = 0
-        with DeferredInterrupt() as interrupt, tqdm(total=len(places), desc=what, disable=not self.progress) as bar:
+        with DeferredInterrupt() as interrupt, tqdm(total=len(places), desc=what, disable=hidden(self.progress)) as bar:
             try:
                 jobs = [(key, questions[where[0]]) for key, where in places.items()]
                 for (key, _), reply in run_jobs(self._settle, jobs, self.cfg.n_parallel, self._stop, interrupt):

@@ -12,6 +12,7 @@ from saelab.lm.models import Model
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 from saelab.stores.files import replace_folder, write_json
+from saelab.stores.progress import hidden
 
 SETTINGS, SKIPPED = "run_settings.json", "skipped_indexes.json"
 StoreFormat = Literal["delphi", "saedashboard", "neuronpedia"]
@@ -60,7 +61,7 @@ def export_store(
 def _show_progress(items: Iterator[dict[str, Any]], n: int, progress: bool) -> Iterator[dict[str, Any]]:
     from tqdm.auto import tqdm
 
-    return iter(tqdm(items, total=n, unit=" features", disable=not progress))
+    return iter(tqdm(items, total=n, unit=" features", disable=hidden(progress)))
 
 
 def _write_batches(

@@ -16,6 +16,7 @@ from saelab.lm.models import Model
 from saelab.lm.plain import evaluating
 from saelab.lm.sampling import Sampler
 from saelab.lm.tokens import find_special_ids, tokenize
+from saelab.stores.progress import hidden
 from saelab.stores.results import Result
 
 BATCH = 64
@@ -106,7 +107,7 @@ def generate(
     _require_room(model, rows, n_tokens)
     jobs = [(p, i) for p in range(len(rows)) for i in range(n)]
     samples: list[Generated] = []
-    bar = tqdm(total=len(jobs) * n_tokens, unit="token", desc="generate", delay=2, disable=not progress)
+    bar = tqdm(total=len(jobs) * n_tokens, unit="token", desc="generate", delay=2, disable=hidden(progress))
     with bar:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]

@@ -24,6 +24,7 @@ from saelab.sae.matching import match_weights
 from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore
 from saelab.stores.files import is_empty, read_json, replace_folder, settle, to_json, write_atomic
+from saelab.stores.progress import hidden
 from saelab.stores.results import Result
 from saelab.universality.matches import Comparison
 
@@ -193,7 +194,7 @@ def _cards(
     """Each feature's line of the list, and its card as it is drawn."""
     from tqdm.auto import tqdm
 
-    for j in tqdm(wanted, unit=" features", disable=not progress):
+    for j in tqdm(wanted, unit=" features", disable=hidden(progress)):
         name = names.get(j, _Name(""))
         card = describe_feature(store, j, label=name.text, lens=lens, neighbours=near, **choice)
         partner = matched.describe(j) if matched else {}

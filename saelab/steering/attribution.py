@@ -20,6 +20,7 @@ from saelab.steering.interventions import match_source
 from saelab.steering.outcomes import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
 from saelab.steering.places import Place
 from saelab.stores.features import FeatureStore
+from saelab.stores.progress import hidden
 
 Method = Literal["gradient", "integrated", "exact"]
 Baseline = Literal["zero", "mean"]
@@ -191,7 +192,7 @@ class Scene:
         """Effects of each node replaced alone."""
         clean = self.values(0 * self.x[None])
         found = []
-        with tqdm(total=len(nodes.tokens), unit="node", desc="exact", delay=2, disable=not progress) as bar:
+        with tqdm(total=len(nodes.tokens), unit="node", desc="exact", delay=2, disable=hidden(progress)) as bar:
             for moves in nodes.alone(self.x, self.batch):
                 found.append(self.values(moves) - clean)
                 bar.update(len(moves))

@@ -22,6 +22,7 @@ from saelab.steering.interventions import Mode, Unit
 from saelab.steering.measures import distinct, entropy, log_mass, repetition
 from saelab.steering.places import Place
 from saelab.stores.features import FeatureStore
+from saelab.stores.progress import hidden
 
 LOGITS = 2**25  # numbers in a batch's logits
 ON_PROMPTS = ("lift", "selectivity", "kl")
@@ -80,7 +81,7 @@ def steering_curve(
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     table = _Table(model, target, rest, len(doses) + 1, n * len(texts))
     writing = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "progress": False}
-    with tqdm(total=2 * len(doses), unit="dose", desc="steer", delay=2, disable=not progress) as bar:
+    with tqdm(total=2 * len(doses), unit="dose", desc="steer", delay=2, disable=hidden(progress)) as bar:
         plain = generate(model, texts, n_tokens, **writing)  # type: ignore[arg-type]
         longest = max(len(sample.all_ids) for sample in plain)
         size = batch_size or max(1, LOGITS // (longest * model.cfg.d_vocab))

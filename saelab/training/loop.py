@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from saelab.functional.metrics import exact
+from saelab.stores.progress import hidden
 from saelab.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, read_progress, save_checkpoint
 from saelab.training.config import TrainConfig
 from saelab.training.interrupt import DeferredInterrupt
@@ -262,4 +263,4 @@ def _find_broken(trainable: Trainable) -> str:
 
 def _progress_bar(run: TrainingRun, show: bool) -> Any:
     done, total = run.step * run.cfg.batch_size, run.cfg.n_steps * run.cfg.batch_size
-    return tqdm(desc="train", unit="tok", unit_scale=True, initial=done, total=total, disable=not show)
+    return tqdm(desc="train", unit="tok", unit_scale=True, initial=done, total=total, disable=hidden(show))

@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
+from saelab.stores.progress import hidden
 from saelab.stores.results import Result
 from saelab.universality.comparison import compare
 from saelab.universality.matches import Comparison
@@ -75,6 +76,6 @@ def compare_many(sources: Sources, *, progress: bool = True, **options: Any) -> 
     from tqdm.auto import tqdm
 
     found = {}
-    for a, b in tqdm(list(combinations(named, 2)), unit=" pairs", disable=not progress):
+    for a, b in tqdm(list(combinations(named, 2)), unit=" pairs", disable=hidden(progress)):
         found[a, b] = compare(named[a], named[b], progress=False, **options)
     return Comparisons(names=tuple(named), found=found)

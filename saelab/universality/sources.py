@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
+from saelab.stores.progress import hidden
 from saelab.universality.alignment import Alignment, align_rows
 from saelab.universality.codes import Codes
 from saelab.universality.nearest import Nearest, find_nearest
@@ -48,7 +49,7 @@ class Source:
         from tqdm.auto import tqdm
 
         listed = list(blocks)
-        return find_nearest(tqdm(listed, unit=" blocks", disable=not self.progress), d_a, d_b, m, self.signed)
+        return find_nearest(tqdm(listed, unit=" blocks", disable=hidden(self.progress)), d_a, d_b, m, self.signed)
 
 
 @dataclass(frozen=True, eq=False)

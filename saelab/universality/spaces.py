@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
+from saelab.stores.progress import hidden
 from saelab.stores.results import Result
 from saelab.universality.paired import MEASURES, ROUNDING, Paired
 
@@ -95,7 +96,7 @@ def compare_spaces(
     sound = [name for name in names if not faults[name]]
     values = {name: MEASURES[name](paired) for name in sound}
     shuffled: dict[str, list[float]] = {name: [] for name in sound}
-    for _ in tqdm(range(n_shuffles if sound else 0), desc="shuffle", delay=2, leave=False, disable=not progress):
+    for _ in tqdm(range(n_shuffles if sound else 0), desc="shuffle", delay=2, leave=False, disable=hidden(progress)):
         other = replace(paired, order=shuffling.permutation(paired.n))
         for name in sound:
             shuffled[name].append(MEASURES[name](other))
