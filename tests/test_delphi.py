@@ -56,7 +56,7 @@ def write_cache(folder, dense, kind=np.uint16, with_tokens=True):
 class Letters:
     """A tokenizer whose token i reads as the character of that number."""
 
-    name_or_path = "letters"
+    name_or_path, is_fast = "letters", True
 
     def __call__(self, text, add_special_tokens):
         return {"input_ids": [ord(letter) for letter in text]}
@@ -64,8 +64,8 @@ class Letters:
     def decode(self, ids, **_):
         return "".join(map(chr, ids))
 
-    def batch_decode(self, rows, **_):
-        return [self.decode(ids) for ids in rows]
+    def convert_ids_to_tokens(self, i):
+        return chr(i)
 
 
 def edit(path, **changes):

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Integer
 
 from saelab.stores.features import FeatureStore, Firings
 from saelab.stores.results import Result
+from saelab.stores.spelling import group_words, strongest
 
 CANDIDATES = 8
 """Windows looked at for each one shown: the others repeat one that is shown already."""
@@ -20,9 +21,9 @@ class Example:
     """A window of text with one feature's codes."""
 
     words: tuple[str, ...]
-    """as they read, spaces included"""
+    """tokens as they read, spaces included; those that only share a character are one word"""
     values: tuple[float, ...]
-    """codes, 0 where the feature does not fire or the mask left the token out"""
+    """codes, 0 where the feature does not fire or the mask left the token out; of several tokens the largest |z|"""
     center: int
     """which word the window was chosen for"""
     token: int
@@ -188,7 +189,14 @@ class _View:
         a, b = np.searchsorted(self.column.indices, (first, end))
         values[places[self.column.indices[a:b]] - start] = self.column.values[a:b]
         doc_id = int(self.store.text.doc_ids[place])
-        return Example(words=words, values=tuple(values.tolist()), center=place - start, token=token, doc_id=doc_id)
+        groups, center = list(group_words(words)), place - start
+        return Example(
+            words=tuple("".join(words[group]) for group in groups),
+            values=tuple(strongest(values[group].tolist()) for group in groups),
+            center=next(i for i, group in enumerate(groups) if center < group.stop),
+            token=token,
+            doc_id=doc_id,
+        )
 
 
 def _near_misses(view: _View, groups: list[ExampleGroup], rng: np.random.Generator) -> Integer[np.ndarray, "n"]:

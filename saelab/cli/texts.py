@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from saelab.lm.models import Model
-from saelab.lm.text import read_documents
+from saelab.lm.text import Row, read_rows
 from saelab.lm.tokens import Tokens, tokenize
 
 
@@ -30,9 +30,9 @@ def read_tail(
         raise ValueError(f"`--n-tokens` must be at least 1, got {n_tokens}.")
     n_documents = 0
 
-    def counted() -> Iterator[str]:
+    def counted() -> Iterator[Row]:
         nonlocal n_documents
-        for document in read_documents(path, separator=separator or None, field=field):
+        for document in read_rows(path, separator=separator or None, field=field):
             n_documents += 1
             yield document
 

@@ -74,8 +74,7 @@ class Stage:
         with splice(self.model, {self.target: record}):
             clean = logits(self.model, batch.ids)
         keep = self._select(batch, seen).keep
-        predicts = torch.zeros_like(keep)
-        predicts[:, :-1] = keep[:, :-1] & batch.attention_mask[:, 1:]
+        predicts = keep & batch.predicts
         return CleanRun(stage=self, batch=batch, acts=seen, keep=keep, predicts=predicts, logits=clean)
 
     def calibrated(self, tokens: Tokens, n_seq: int) -> "Stage":
@@ -115,7 +114,7 @@ class CleanRun:
     keep: Bool[Tensor, "n_seq ctx_len"]
     """tokens that are measured and replaced"""
     predicts: Bool[Tensor, "n_seq ctx_len"]
-    """tokens kept whose next token exists"""
+    """tokens kept whose next token is of the same document"""
     logits: Float[Tensor, "n_seq ctx_len d_vocab"]
 
     @property

@@ -166,7 +166,9 @@ def _most_frequent(keys: np.ndarray, spell: Callable[[int], str], n: int) -> tup
     chosen = np.argsort(-counts, kind="stable")[: min(n, int((counts > 0).sum()))]
     numbers = np.full(len(found), -1)
     numbers[chosen] = np.arange(len(chosen))
-    return [spell(int(key)) for key in found[chosen]], numbers[where]
+    names, uses = [spell(int(key)) for key in found[chosen]], Counter(spell(int(key)) for key in found[chosen])
+    named = [name if uses[name] == 1 else f"{name} <{key}>" for name, key in zip(names, found[chosen], strict=True)]
+    return named, numbers[where]
 
 
 def affixes(view: TokenView, kind: str, n: int, part: Part = "all") -> Iterator[tuple[str, str, Marks]]:

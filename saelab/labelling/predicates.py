@@ -1,8 +1,9 @@
 """`make_predicates`: what can be said of the tokens of a store, as one sparse boolean matrix with names."""
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ class Predicates:
     """(n_tokens, n_predicates), boolean"""
     names: tuple[str, ...]
     kinds: tuple[str, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """why, by the name of each condition that is not here"""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -77,7 +80,8 @@ class Predicates:
     def without(self, *kinds: str) -> "Predicates":
         """The same but for some kinds."""
         kept = [j for j, kind in enumerate(self.kinds) if kind not in kinds]
-        return Predicates(self.matrix[:, kept], tuple(self.names[j] for j in kept), tuple(self.kinds[j] for j in kept))
+        names, kinds = (tuple(listed[j] for j in kept) for listed in (self.names, self.kinds))
+        return Predicates(self.matrix[:, kept], names, kinds, self.left_out)
 
 
 def make_predicates(
@@ -99,7 +103,8 @@ def make_predicates(
 
     `metadata` tells something of each document by its id; each value is a predicate. `concepts` is a sparse boolean
     matrix with a row for each token of the store, and its columns' names. `own` are yours. Predicates that hold of
-    no token or of all are left out. ValueError for a family that does not exist and for arrays of another length.
+    no token or of all, or have the name of another, are left out: `left_out` tells why, and a warning names those that
+    you gave. ValueError for a family that does not exist and for arrays of another length.
     """
     wanted = {kind: round(share * max(0, size - N_FIXED)) for kind, share in SHARES.items()} | dict(sizes or {})
     if unknown := set(wanted) - set(SHARES):
@@ -124,7 +129,11 @@ def make_predicates(
         parts.add(predicate.kind, predicate.name, _asked(predicate, view))
     if concepts is not None:
         parts.add_matrix("concept", *concepts)
-    return parts.join()
+    joined = parts.join()
+    given = [predicate.name for predicate in own] + list(concepts[1] if concepts is not None else ())
+    if lost := [f"'{name}' ({joined.left_out[name]})" for name in given if name in joined.left_out]:
+        warnings.warn(f"Predicates that tell nothing are left out: {', '.join(lost[:5])}.", stacklevel=2)
+    return joined
 
 
 def _asked(predicate: Predicate, view: TokenView) -> np.ndarray:
@@ -186,8 +195,13 @@ class _Parts:
         kept = [j for j, name in enumerate(self.names) if first[name] == j and 0 < counts[j] < self.n_tokens]
         numbers = np.full(len(self.names), -1, np.int32)
         numbers[kept] = np.arange(len(kept), dtype=np.int32)
+        why = {name: self._tell(int(counts[j])) for j, name in enumerate(self.names) if numbers[first[name]] < 0}
+        why |= {name: "another has its name" for j, name in enumerate(self.names) if first[name] != j}
         inside = numbers[columns] >= 0
         rows, columns = rows[inside], numbers[columns[inside]]
         shape = (self.n_tokens, len(kept))
         matrix = csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape=shape)
-        return Predicates(matrix, tuple(self.names[j] for j in kept), tuple(self.kinds[j] for j in kept))
+        return Predicates(matrix, tuple(self.names[j] for j in kept), tuple(self.kinds[j] for j in kept), why)
+
+    def _tell(self, n: int) -> str:
+        return "holds of no token" if n == 0 else f"holds of {n:,} of {self.n_tokens:,} tokens"

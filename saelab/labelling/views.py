@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer, Shaped
@@ -49,9 +49,17 @@ class TokenView:
         """How each token id reads, from 0 to the largest in the text."""
         return [self.text.strings.get(i, f"<{i}>") for i in range(int(self.token_ids.max(initial=0)) + 1)]
 
+    @cached_property
+    def _readings(self) -> "_Readings":
+        return _Readings.of(self.text, self.token_ids, self.strings)
+
     def mark(self, holds: Callable[[str], Any]) -> Bool[np.ndarray, "n"]:
-        """The tokens whose string fulfils a condition, which is asked once for each string."""
-        return np.array([bool(holds(string)) for string in self.strings])[self.token_ids]
+        """The tokens whose string fulfils a condition, which is asked once for each string.
+
+        A token that shares a character with others is asked with the whole character.
+        """
+        found = self._readings
+        return np.array([bool(holds(string)) for string in found.touched])[found.kinds]
 
     @cached_property
     def begins(self) -> Bool[np.ndarray, "n"]:
@@ -102,13 +110,13 @@ class TokenView:
     @cached_property
     def _vocabulary(self) -> tuple[list[str], np.ndarray]:
         starts = np.flatnonzero(~self.goes_on)
-        found = np.full(len(self), -1)
+        found, (kinds, spelled_by, _) = np.full(len(self), -1), self._readings
         if len(starts) == 0:
             return [], found
         lengths = np.diff(np.append(starts, len(self)))
         _, first, numbers = np.unique(self._hashes(starts, lengths), return_index=True, return_inverse=True)
         spelled = [
-            "".join(self.strings[i] for i in self.token_ids[a : a + n].tolist()).strip().strip("'")
+            "".join(spelled_by[i] for i in kinds[a : a + n].tolist()).strip().strip("'")
             for a, n in zip(starts[first].tolist(), lengths[first].tolist(), strict=True)
         ]
         words, merged = np.unique(np.array(spelled, dtype=object), return_inverse=True)
@@ -118,10 +126,10 @@ class TokenView:
     def _hashes(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """One number for the tokens of each word: sums of random numbers by token, weighted by place."""
         rng = np.random.default_rng(0)
-        keys = rng.integers(1, 2**63, len(self.strings), dtype=np.uint64)
+        keys = rng.integers(1, 2**63, len(self._readings.spelled), dtype=np.uint64)
         places = np.arange(len(self)) - np.repeat(starts, lengths)
         weights = rng.integers(1, 2**63, int(lengths.max()), dtype=np.uint64) | np.uint64(1)
-        return np.add.reduceat(keys[self.token_ids] * weights[places], starts)
+        return np.add.reduceat(keys[self._readings.kinds] * weights[places], starts)
 
     @cached_property
     def ends_word(self) -> Bool[np.ndarray, "n"]:
@@ -204,7 +212,8 @@ class TokenView:
         return inside | curly
 
     def _count(self, characters: str) -> Int[np.ndarray, "n"]:
-        return np.array([sum(map(string.count, characters)) for string in self.strings])[self.token_ids]
+        found = self._readings
+        return np.array([sum(map(string.count, characters)) for string in found.spelled])[found.kinds]
 
     def seen(self, values: Integer[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
         """Whether the same value, 0 or more, stands earlier in the document."""
@@ -217,15 +226,49 @@ class TokenView:
     def find(self, pattern: "str | re.Pattern[str]") -> Bool[np.ndarray, "n"]:
         """The tokens that a match in the running text touches, sequence by sequence."""
         compiled, found = re.compile(pattern), np.zeros(len(self), bool)
-        lengths = np.array([len(string) for string in self.strings])[self.token_ids]
+        kinds, spelled, touched = self._readings
+        lengths = np.array([len(string) for string in spelled])[kinds]
+        shares = np.array([a != b for a, b in zip(spelled, touched, strict=True)])[kinds]
         starts = np.append(np.flatnonzero(self.begins), len(self)).tolist()
         for a, b in pairwise(starts):
             ends = np.cumsum(lengths[a:b])
-            for match in compiled.finditer("".join(self.text.words(a, b))):
+            for match in compiled.finditer("".join(spelled[i] for i in kinds[a:b].tolist())):
                 if match.end() > match.start():
-                    first, last = np.searchsorted(ends, (match.start(), match.end() - 1), "right")
-                    found[a + first : a + last + 1] = True
+                    first, last = np.searchsorted(ends, (match.start(), match.end() - 1), "right") + a
+                    found[first : last + 1] = True
+                    while last < b - 1 and shares[last + 1] and ends[last - a] == match.end():
+                        last += 1  # goes on with the match's last character
+                        found[last] = True
         return found
+
+
+class _Readings(NamedTuple):
+    """How each token of a text reads where it stands; `kinds` numbers the different readings."""
+
+    kinds: Int[np.ndarray, "n"]
+    """a token's id, unless it shares characters with its neighbours"""
+    spelled: list[str]
+    """the characters that begin in the token"""
+    touched: list[str]
+    """those of which it holds a part"""
+
+    @classmethod
+    def of(cls, text: StoredText, token_ids: Int[np.ndarray, "n"], strings: list[str]) -> "_Readings":
+        kinds, spelled, touched = token_ids.copy(), list(strings), list(strings)
+        parts = np.array([i for i in text.parts if i < len(strings)], np.int64)
+        at = np.flatnonzero(np.isin(token_ids, parts))
+        if len(at) == 0:
+            return cls(kinds, spelled, touched)
+        numbers: dict[tuple[int, str, str], int] = {}
+        joined = np.append(text.goes_on(0, len(text)), False)[at[:-1]] & (np.diff(at) == 1)
+        for run in np.split(at, np.flatnonzero(~joined) + 1):
+            read = text.spelling(int(run[0]), int(run[-1]) + 1)
+            for place, *key in zip(run.tolist(), token_ids[run].tolist(), read.words, read.touched, strict=True):
+                if (number := numbers.setdefault(tuple(key), len(spelled))) == len(spelled):
+                    spelled.append(key[1])
+                    touched.append(key[2])
+                kinds[place] = number
+        return cls(kinds, spelled, touched)
 
 
 def _count_since(groups: np.ndarray, counted: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ from saelab.lm.extent import find_context, find_row
 from saelab.lm.models import Model
 from saelab.lm.plain import evaluating
 from saelab.lm.sampling import Sampler
-from saelab.lm.tokens import find_special_ids, tokenize
+from saelab.lm.special import find_ends, find_special_ids
+from saelab.lm.tokens import tokenize
 from saelab.stores.progress import hidden
 from saelab.stores.results import Result
 
@@ -115,7 +116,7 @@ def generate(
             run = _Run(
                 model, [rows[p] for p, _ in batch], Sampler(float(temperature), top_k, top_p, generators), use_cache
             )
-            ends = _find_ends(model) if stop_at_eos else frozenset()
+            ends = find_ends(model) if stop_at_eos else frozenset()
             for (p, _), (ids, log_probs) in zip(batch, run.go(n_tokens, ends, bar), strict=True):
                 samples.append(_read_sample(model, texts[p], rows[p], ids, log_probs))
     return Generation(samples=tuple(samples), temperature=float(temperature), seed=seed)
@@ -154,13 +155,6 @@ def _require_room(model: Model, rows: list[Tensor], n_tokens: int) -> None:
 def _seed(*parts: int) -> torch.Generator:
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def _find_ends(model: Model) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's, and those of the model's generation settings."""
-    settings: Any = getattr(model.original_model, "generation_config", None)
-    found = [getattr(settings, "eos_token_id", None), getattr(model.tokenizer, "eos_token_id", None)]
-    return frozenset(int(i) for value in found if value is not None for i in np.atleast_1d(value))
 
 
 def _read_sample(model: Model, text: str, prompt: Tensor, ids: list[int], log_probs: list[float]) -> Generated:

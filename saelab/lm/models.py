@@ -1,6 +1,5 @@
 """Loading a language model: from the Hub, from a folder, from an object, or a tiny one built on the spot."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +12,7 @@ from torch import nn
 
 from saelab.lm.bars import hidden_bars
 from saelab.lm.plain import strip
+from saelab.lm.tokenizers import copy_tokenizer
 
 Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]
 """A language model as saelab knows it. A string, because importing the class takes seconds."""
@@ -106,15 +106,29 @@ def _boot(name: str, *, local: bool, **options: Any) -> Model:
     """Load through the bridge; `local` keeps huggingface_hub off the network."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    options = {key: value for key, value in options.items() if value is not None}
     try:
         with _offline() if local else _as_is():
+            if (tokenizer := options.pop("tokenizer", None)) is None and "hf_model" not in options:
+                tokenizer = _load_tokenizer(name)
+            if tokenizer is not None:
+                options["tokenizer"] = copy_tokenizer(tokenizer, name)
+            options = {key: value for key, value in options.items() if value is not None}
             model = TransformerBridge.boot_transformers(name, **options)
     except OSError as error:
         where = "a model folder" if local else "a Hub id that can be reached, or a folder"
         raise ValueError(f"`name_or_path` must be {where}, got '{name}': {str(error).splitlines()[0]}") from error
     model.eval()
     return model
+
+
+def _load_tokenizer(name: str) -> Any:
+    """The tokenizer as it is: the bridge would have it begin every text with BOS. None: left to the bridge."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
 
 
 @contextmanager
@@ -149,10 +163,6 @@ def _wrap(hf_model: nn.Module, tokenizer: Any, name: str | None = None) -> Model
             f"A model object needs its tokenizer, got none and '{name}' is no folder. "
             "Pass `tokenizer=AutoTokenizer.from_pretrained(...)`."
         )
-    if tokenizer is not None:
-        tokenizer = copy.deepcopy(tokenizer)  # the bridge sets missing special tokens on it
-        # Says "BOS is taken care of": else the bridge would load the tokenizer anew, by name. saelab adds BOS itself.
-        tokenizer.init_kwargs = {"name_or_path": name, **tokenizer.init_kwargs, "add_bos_token": True}
     return _boot(name, local=True, hf_model=twin, tokenizer=tokenizer, device=device, dtype=dtype)
 
 

@@ -1,11 +1,18 @@
-"""Reading documents from lists, files and data sets, one at a time."""
+"""Documents from lists, tables, data sets and files, one at a time: each read as what it is, or refused by name."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-_SUFFIXES = {".jsonl": "JSONL", ".ndjson": "JSONL", ".parquet": "parquet"}
+import numpy as np
+import torch
+
+from saelab.lm.textfiles import IDS, open_rows, tell_columns
+
+MASK = "attention_mask"
+Row: TypeAlias = str | np.ndarray
+"""a document: its text, or its token ids"""
 
 
 def read_documents(
@@ -13,21 +20,33 @@ def read_documents(
 ) -> Iterator[str]:
     """Documents one by one, in order, never more than a block of them in memory; blank ones are left out.
 
-    `texts` is a path (`.jsonl` and `.parquet` by their suffix, everything else as UTF-8 text whose documents are
-    divided by lines equal to `separator`, or are the lines themselves with `separator=None`) or an iterable of strings
-    or of rows, such as a Hugging Face data set, streaming or not; `field` names the text in a row. FileNotFoundError
-    for a path that is not there, ValueError or TypeError for a row without text.
+    `texts` is a path or holds documents. Files go by their suffix: `.jsonl`, `.json`, `.csv`, `.tsv` and `.parquet`
+    have a text in each row; everything else is UTF-8 text whose documents are divided by lines equal to `separator`, or
+    are the lines themselves with `separator=None`. All but parquet may be compressed: `.gz`, `.bz2`, `.xz`. What holds
+    documents is a list, an iterator, an array or column of strings, or has rows or columns, such as a data set
+    (streaming or not), a DataFrame, a table or a dict of columns; `field` names the text in it. FileNotFoundError for a
+    path that is not there, ValueError or TypeError for what has no text: bytes, sets, all splits of a data set at once,
+    a missing column, missing values.
 
     >>> from saelab.lm.text import read_documents
-    >>> list(read_documents([{"text": "one"}, " ", "two"]))
-    ['one', 'two']
+    >>> list(read_documents([{"text": "one"}, " ", "two"])), list(read_documents({"text": ["three"]}))
+    (['one', 'two'], ['three'])
     """
-    return (document for document in _read(texts, separator, field) if document.strip())
+    for i, row in enumerate(read_rows(texts, separator=separator, field=field)):
+        if not isinstance(row, str):
+            raise TypeError(f"A document must be a string, got token ids at item {i}. Give them to `tokenize`.")
+        yield row
 
 
-def describe_source(texts: str | Path | Iterable[Any]) -> str:
+def read_rows(texts: Any, *, separator: str | None = "<|endoftext|>", field: str = "text") -> Iterator[Row]:
+    """Documents as in `read_documents`, of which each may also be token ids: a list, array or tensor of integers."""
+    rows = (_read_row(row, field, where) for where, row in _find_rows(texts, separator, field))
+    return (row for row in rows if (row.strip() if isinstance(row, str) else len(row)))
+
+
+def describe_source(texts: Any) -> str:
     """Where the text came from, in a few words, for provenance."""
-    if isinstance(texts, str | Path):
+    if isinstance(texts, str | os.PathLike):
         return Path(texts).name
     info = getattr(texts, "info", None)
     if (name := getattr(info, "dataset_name", None)) is not None:
@@ -35,82 +54,161 @@ def describe_source(texts: str | Path | Iterable[Any]) -> str:
     return type(texts).__name__
 
 
-def _read(texts: str | Path | Iterable[Any], separator: str | None, field: str) -> Iterator[str]:
-    if not isinstance(texts, str | Path):
-        return (_text_of(row, field, f"item {i}") for i, row in enumerate(texts))
-    path = Path(texts).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"`texts` must be an existing file or a list of documents, got '{_shorten(str(texts))}'. "
-            "Put a single document into a list."
+def list_prompts(prompts: Any) -> list[Any]:
+    """Prompts as a list, one alone too; TypeError for what is no list of texts, such as a mapping.
+
+    >>> list_prompts("One"), list_prompts(("Two", "three"))
+    (['One'], ['Two', 'three'])
+    """
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes | Mapping | set | frozenset) or hasattr(prompts, "columns"):
+        raise TypeError(f"Prompts must be a text or a list of texts, got {type(prompts).__name__}; give a list.")
+    return list(prompts)
+
+
+def _find_rows(texts: Any, separator: str | None, field: str) -> Iterator[tuple[str, Any]]:
+    """Rows, each with the words that say where it is."""
+    if isinstance(texts, str | os.PathLike):
+        yield from open_rows(texts, separator, field)
+        return
+    _require_documents(texts)
+    for i, row in enumerate(_open_columns(texts, field)):
+        yield f"item {i}", row
+
+
+def _require_documents(texts: Any) -> None:
+    """TypeError or ValueError for objects that would be iterated as something else than documents."""
+    kind = type(texts).__name__
+    if isinstance(texts, bytes | bytearray | memoryview):
+        raise TypeError(f"`texts` must hold strings, got {kind}. Decode them: [data.decode('utf-8')].")
+    if isinstance(texts, set | frozenset):
+        raise TypeError(f"`texts` must have an order, got a {kind}. Give a list, such as sorted(texts).")
+    if hasattr(texts, "read") and hasattr(texts, "readline"):
+        raise TypeError(f"`texts` must be a path or hold documents, got an open file ({kind}). Give its path.")
+    if hasattr(texts, "special_ids") and hasattr(texts, "doc_ids"):
+        raise TypeError(f"`texts` must be text or rows of ids, got {kind}, which is tokenized. Use it as it is.")
+    if hasattr(texts, "collect") and hasattr(texts, "columns"):
+        raise TypeError(f"`texts` must be there already, got a {kind}. Call its .collect() first.")
+    if isinstance(texts, Mapping) and texts and all(_is_data_set(value) for value in texts.values()):
+        names = [str(name) for name in texts]
+        raise ValueError(
+            f"`texts` must be one split of a data set, got {kind} with the splits {names[:5]}. "
+            f"Give one of them, such as texts[{names[0]!r}]."
         )
-    kind = _SUFFIXES.get(path.suffix.lower(), "text")
-    if kind == "JSONL":
-        return _read_jsonl(path, field)
-    if kind == "parquet":
-        return _read_parquet(path, field)
-    return _read_text(path, separator)
 
 
-def _read_text(path: Path, separator: str | None) -> Iterator[str]:
-    lines: list[str] = []
-    for line in _lines(path):
-        if separator is not None and line.strip() != separator:
-            lines.append(line)
-            continue
-        if separator is None:
-            lines.append(line)
-        yield "".join(lines).strip("\n")
-        lines = []
-    yield "".join(lines).strip("\n")
+def _is_data_set(value: Any) -> bool:
+    """A split: rows of named columns."""
+    return hasattr(value, "column_names") or hasattr(value, "columns")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file; ValueError naming the file for any other encoding."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise ValueError(f"A text file must be UTF-8, got '{path}': {error.reason}. Convert it first.") from error
+def _open_columns(texts: Any, field: str) -> Iterable[Any]:
+    """The rows of anything that has them, or the values of the column that is wanted."""
+    names, column = _find_columns(texts)
+    if names is None:
+        return _values(texts)
+    if field not in names:
+        raise ValueError(f"`field` must be a column of `texts`, got {field!r}. {tell_columns(field, names)}")
+    if field == IDS and MASK in names:
+        pairs = zip(_values(column(IDS)), _values(column(MASK)), strict=True)
+        return ({IDS: ids, MASK: mask} for ids, mask in pairs)
+    return _values(column(field))
 
 
-def _read_jsonl(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+def _find_columns(texts: Any) -> tuple[list[str] | None, Callable[[str], Any]]:
+    """Names of the columns and how to get one; None for what has no columns, or gives its rows by itself."""
+    if isinstance(texts, Mapping):
+        return [str(name) for name in texts], lambda name: _require_column(texts[name], name)
+    if hasattr(texts, "column_names"):  # a data set gives rows, with all that a row needs; a table of pyarrow does not
+        if not hasattr(texts, "to_pydict") or hasattr(texts, "features"):
+            return None, texts.__getitem__
+        return list(texts.column_names), texts.column
+    if hasattr(texts, "columns") and hasattr(texts, "__getitem__"):  # pandas, polars
+        named = {str(name): name for name in texts.columns}
+        return list(named), lambda name: texts[named[name]]
+    if hasattr(texts, "schema") and hasattr(texts, "column"):  # a RecordBatch
+        return list(texts.schema.names), texts.column
+    return None, lambda name: None
+
+
+def _require_column(values: Any, name: str) -> Any:
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        raise TypeError(
+            f"A dict of columns must hold a list for {name!r}, got {type(values).__name__}. "
+            "Put a single row into a list."
+        )
+    return values
+
+
+def _values(column: Any) -> Iterable[Any]:
+    """What is in a column, array or list, as Python values."""
+    if isinstance(column, np.ndarray | torch.Tensor):
+        if column.ndim == 0 or column.ndim > 2 or getattr(column.dtype, "names", None):
             raise ValueError(
-                f"Each line of a JSONL file must be one JSON object, got '{path}' line {number}: {error.msg}."
-            ) from error
-        yield _text_of(row, field, f"'{path}' line {number}")
+                f"An array of documents must have one dimension, of token ids two, got shape {tuple(column.shape)} and "
+                f"dtype {column.dtype}."
+            )
+        return column.tolist() if isinstance(column, np.ndarray) and column.dtype.kind in "UO" else column
+    if hasattr(column, "to_pylist"):
+        return (value for part in getattr(column, "chunks", [column]) for value in part.to_pylist())
+    if not hasattr(column, "__iter__") and not hasattr(column, "__getitem__"):
+        raise TypeError(f"`texts` must be a path or hold documents, got {type(column).__name__}. Give a list.")
+    values: Iterable[Any] = column
+    return values
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[str]:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ImportError("Reading parquet needs pyarrow, which is not installed: pip install pyarrow") from error
-    with ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if field not in names:
-            raise ValueError(f"`field` must be a column of '{path}', got '{field}'. Columns: {names[:5]}.")
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
-            for i, value in enumerate(batch.column(0).to_pylist()):
-                yield _text_of(value, field, f"'{path}', a row near {i}")
-
-
-def _text_of(row: Any, field: str, where: str) -> str:
-    """The text in a row; TypeError or ValueError saying where it is missing."""
+def _read_row(row: Any, field: str, where: str) -> Row:
+    """The text or the ids in a row; TypeError or ValueError saying where there are none."""
+    seen = None
     if isinstance(row, Mapping):
         if field not in row:
-            raise ValueError(f"Every row must have the field '{field}', got {list(row)[:5]} at {where}. Set `field`.")
+            raise ValueError(
+                f"Every row must have the field {field!r}, got none at {where}. {tell_columns(field, row)}"
+            )
+        seen = row.get(MASK) if field == IDS else None
         row = row[field]
-    if not isinstance(row, str):
-        raise TypeError(f"A document must be a string, got {type(row).__name__} at {where}.")
-    return row
+    if isinstance(row, str):
+        return _require_characters(row, where)
+    if (ids := _as_ids(row)) is not None:
+        return ids if seen is None else ids[np.asarray(seen, dtype=bool)]
+    advice = _advise(row)
+    raise TypeError(f"A document must be a string, got {type(row).__name__} at {where}.{advice}")
 
 
-def _shorten(text: str, width: int = 60) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
+def _as_ids(row: Any) -> np.ndarray | None:
+    """Token ids as they are; None for anything else."""
+    if isinstance(row, torch.Tensor):
+        row = row.detach().cpu().numpy()
+    if isinstance(row, list | tuple):
+        if not row or not all(isinstance(i, int | np.integer) and not isinstance(i, bool | np.bool_) for i in row):
+            return np.empty(0, np.int64) if isinstance(row, list | tuple) and not row else None
+        row = np.array(row)
+    return row if isinstance(row, np.ndarray) and row.ndim == 1 and row.dtype.kind in "iu" else None
+
+
+def _advise(row: Any) -> str:
+    """What to do with something that is no document."""
+    if isinstance(row, bytes):
+        return " Decode it: data.decode('utf-8')."
+    if isinstance(row, list | tuple) and row and isinstance(row[0], str):
+        return " Join its words: ' '.join(words)."
+    if isinstance(row, list | tuple) and row and isinstance(row[0], Mapping):
+        return " Write a conversation as text first: tokenizer.apply_chat_template(messages, tokenize=False)."
+    if isinstance(row, int | np.integer) or (isinstance(row, torch.Tensor | np.ndarray) and row.ndim == 0):
+        return " Put a single row of token ids into a list."
+    if row is None or isinstance(row, float):
+        return " Leave rows without text out first."
+    return " Give strings, or rows of token ids."
+
+
+def _require_characters(text: str, where: str) -> str:
+    """A text that can be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"A document must be Unicode text, got half of a surrogate pair ({text[error.start]!a}) at character "
+            f"{error.start} of {where}. Mend it: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')."
+        ) from None
+    return str(text)

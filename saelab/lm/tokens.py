@@ -1,11 +1,11 @@
 """Text as rows of token ids: packed, or one document a row; every token knows its document."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from saelab.lm.extent import find_context
 from saelab.lm.models import Model
-from saelab.lm.text import describe_source, read_documents
+from saelab.lm.special import find_bos, find_special_ids
+from saelab.lm.text import Row, describe_source, read_rows
 
 PADDING = -1
 """The document id of padding."""
@@ -73,6 +74,19 @@ class Tokens:
         """True at tokens, False at padding."""
         return self.doc_ids != PADDING
 
+    @property
+    def predicts(self) -> Bool[Tensor, "n_seq ctx_len"]:
+        """True where the next token of the row belongs to the same document: the predictions that a loss counts.
+
+        What begins the next document of a packed row cannot be known from the one before.
+
+        >>> sl.tokenize(sl.tiny_model(), ["a", "b"], ctx_len=4).predicts.tolist()
+        [[True, False, True, False]]
+        """
+        found = torch.zeros_like(self.doc_ids, dtype=torch.bool)
+        found[:, :-1] = (self.doc_ids[:, 1:] == self.doc_ids[:, :-1]) & self.attention_mask[:, 1:]
+        return found
+
     @cached_property
     def n_tokens(self) -> int:
         """Number of tokens, padding not counted."""
@@ -89,7 +103,7 @@ class Tokens:
 
 def tokenize(
     model: Model,
-    texts: str | Path | Iterable[Any],
+    texts: str | os.PathLike[str] | Iterable[Any],
     ctx_len: int = 128,
     *,
     packed: bool = True,
@@ -100,12 +114,20 @@ def tokenize(
 ) -> Tokens:
     """Token ids of documents in rows of `ctx_len`, with the model's own tokenizer.
 
-    `texts`, `separator` and `field` are as in `read_documents`: a list, a text, JSONL or parquet file, or a data set.
+    `texts`, `separator` and `field` are as in `read_documents`: a file, a list, a column, a table or a data set. A
+    document may also be token ids that are there already: a list, array or tensor of integers, or a row with
+    `field="input_ids"`, of which an `attention_mask` beside it takes the padding out.
+
     Packed rows join all documents and only the last row has padding; a row may begin inside a document, and the model
     looks across the borders. Otherwise each document has a row of its own and loses what does not fit
-    (`Tokens.n_truncated` counts them). `bos`: True puts BOS before every document, False before none, None does as the
-    tokenizer by itself. `n_tokens` stops after exactly that many (fewer if the text ends), BOS included.
-    ValueError for empty text, a row longer than the model's context, or a missing BOS token.
+    (`Tokens.n_truncated` counts them). `bos`: True puts BOS before every document that does not begin with it, False
+    before none, None does as the tokenizer by itself. Documents of which the tokenizer makes no token have a number,
+    but no row. `n_tokens` stops after exactly that many (fewer if the text ends), BOS included.
+
+    Raises:
+        ValueError: no tokens in any document, a row longer than the model's context, `bos=True` and a tokenizer
+            without BOS, ids that the model does not know.
+        TypeError, FileNotFoundError: as `read_documents`.
 
     >>> tokens = sl.tokenize(sl.tiny_model(), ["one", "two"], ctx_len=6)
     >>> tokens.doc_ids.tolist()
@@ -113,10 +135,13 @@ def tokenize(
     """
     _require_sizes(model, ctx_len, n_tokens)
     first = _bos_ids(model, bos)
-    documents = _encode(model.tokenizer, read_documents(texts, separator=separator, field=field), first)
+    documents = _encode(model, read_rows(texts, separator=separator, field=field), first)
     pieces, n_truncated = _take(documents, None if packed else ctx_len, n_tokens)
-    if not pieces:
-        raise ValueError("`texts` must hold at least one document that is not blank, got none. Check file and `field`.")
+    if not any(map(len, pieces)):
+        raise ValueError(
+            f"`texts` must hold at least one document that is not blank to the tokenizer, got none in {len(pieces)}. "
+            "Check file and `field`."
+        )
     ids, doc_ids = _lay_out(pieces, ctx_len, packed, fill=_fill_id(model))
     return Tokens(
         ids=torch.from_numpy(ids),
@@ -127,18 +152,6 @@ def tokenize(
         packed=packed,
         n_truncated=n_truncated,
     )
-
-
-def find_special_ids(model: Model) -> tuple[int, ...]:
-    """Ids of the tokenizer's special tokens, except the one for unknown words: it stands for ordinary text."""
-    tokenizer: Any = model.tokenizer
-    tokens = [v for key, value in tokenizer.special_tokens_map.items() if key != "unk_token" for v in _as_list(value)]
-    ids = {int(tokenizer.convert_tokens_to_ids(str(token))) for token in tokens}
-    return tuple(sorted(i for i in ids if i < model.cfg.d_vocab))
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _require_sizes(model: Model, ctx_len: int, n_tokens: int | None) -> None:
@@ -154,12 +167,12 @@ def _require_sizes(model: Model, ctx_len: int, n_tokens: int | None) -> None:
 def _bos_ids(model: Model, bos: bool | None) -> list[int]:
     """What goes before every document: [BOS] or nothing."""
     tokenizer: Any = model.tokenizer
-    bos_id = tokenizer.bos_token_id
+    own = find_bos(model)
     if bos is None:
-        bos = bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
-    if bos and (bos_id is None or bos_id >= model.cfg.d_vocab):
+        bos = own is not None and tokenizer("a")["input_ids"][:1] == [own]
+    if bos and own is None:
         raise ValueError("`bos=True` needs a tokenizer with a BOS token, got one without. Use bos=False.")
-    return [bos_id] if bos else []
+    return [own] if bos and own is not None else []
 
 
 def _fill_id(model: Model) -> int:
@@ -167,14 +180,33 @@ def _fill_id(model: Model) -> int:
     return pad_id if pad_id is not None and pad_id < model.cfg.d_vocab else 0
 
 
-def _encode(tokenizer: Any, documents: Iterator[str], first: list[int]) -> Iterator[np.ndarray]:
+def _encode(model: Model, documents: Iterator[Row], first: list[int]) -> Iterator[np.ndarray]:
     """Ids of each document, tokenized 256 at a time and only as they are asked for."""
     while block := list(islice(documents, 256)):
-        encoded = tokenizer(
-            block, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False
+        made = iter(_encode_texts(model.tokenizer, [row for row in block if isinstance(row, str)]))
+        for row in block:
+            ids = np.array(next(made), np.int64) if isinstance(row, str) else _require_ids(model, row)
+            begins = len(ids) == 0 or ids[: len(first)].tolist() == first
+            yield (ids if begins else np.concatenate([first, ids])).astype(np.int32)
+
+
+def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        texts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False
+    )
+    rows: list[list[int]] = encoded["input_ids"]
+    return rows
+
+
+def _require_ids(model: Model, ids: np.ndarray) -> np.ndarray:
+    if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.cfg.d_vocab:
+        raise ValueError(
+            f"Token ids must be in 0..{model.cfg.d_vocab - 1}, got {int(ids.min())}..{int(ids.max())}. Were they made "
+            "with another tokenizer, or padded? Give `attention_mask` beside padded ids."
         )
-        for ids in encoded["input_ids"]:
-            yield np.array(first + ids, dtype=np.int32)
+    return ids.astype(np.int64)
 
 
 def _take(documents: Iterator[np.ndarray], longest: int | None, n_tokens: int | None) -> tuple[list[np.ndarray], int]:
@@ -193,7 +225,10 @@ def _take(documents: Iterator[np.ndarray], longest: int | None, n_tokens: int | 
 def _lay_out(pieces: list[np.ndarray], ctx_len: int, packed: bool, fill: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids and of document ids."""
     lengths = np.array([len(piece) for piece in pieces])
-    n_seq = -(-int(lengths.sum()) // ctx_len) if packed else len(pieces)
+    numbers = np.arange(len(pieces), dtype=np.int32)
+    if not packed:  # no row of padding alone
+        numbers, lengths = numbers[lengths > 0], lengths[lengths > 0]
+    n_seq = -(-int(lengths.sum()) // ctx_len) if packed else len(lengths)
     if packed:
         used = np.arange(n_seq * ctx_len).reshape(n_seq, ctx_len) < lengths.sum()
     else:
@@ -201,5 +236,5 @@ def _lay_out(pieces: list[np.ndarray], ctx_len: int, packed: bool, fill: int) ->
     ids = np.full((n_seq, ctx_len), fill, dtype=np.int32)
     doc_ids = np.full((n_seq, ctx_len), PADDING, dtype=np.int32)
     ids[used] = np.concatenate(pieces)
-    doc_ids[used] = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+    doc_ids[used] = np.repeat(numbers, lengths)
     return ids, doc_ids

@@ -6,8 +6,8 @@ from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 from saelab.lm.models import Model
+from saelab.lm.special import find_special_ids
 from saelab.lm.strings import token_strings
-from saelab.lm.tokens import find_special_ids
 from saelab.worlds.concepts import CONCEPT_IDS, concepts_of_word
 from saelab.worlds.lexicon import MOODS
 from saelab.worlds.vocabulary import SPECIAL, VOCABULARY

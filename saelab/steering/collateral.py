@@ -72,10 +72,11 @@ class RemovalBench:
         return cls(model, tokens, truth, concept, hook_point, last, keep, train, held, keep & ~is_train)
 
     def predictions(self, with_concept: bool) -> Bool[Tensor, "n_seq ctx_len_1"]:
-        """Held-out predictions whose token and next token have the concept, one of them or both, or neither."""
+        """Held-out predictions inside a document, at the concept's tokens and right before them, or all others."""
         has = self.truth[self.concept]
         either = has[:, 1:] | has[:, :-1]
-        return (self.is_held[:, 1:] & self.is_held[:, :-1]) & (either == with_concept)
+        inside = self.tokens.predicts[:, :-1] & self.is_held[:, 1:] & self.is_held[:, :-1]
+        return inside & (either == with_concept)
 
     def score(self, name: str, edit: Edit | None, n: int) -> RemovalScore:
         """Everything about one edit."""

@@ -14,7 +14,7 @@ from saelab.functional.metrics import kl_divergence
 from saelab.lm.continuations import Continuations, read_continuations
 from saelab.lm.generation import Generated, Generation, generate
 from saelab.lm.models import Model
-from saelab.lm.tokens import find_special_ids
+from saelab.lm.special import find_special_ids
 from saelab.steering.aims import Aim, Concept, ScoredConcept, TokenConcept, make_concept, make_concepts
 from saelab.steering.curves import SteeringCurve
 from saelab.steering.doses import Dose, Source, make_doses

@@ -9,7 +9,8 @@ from torch import Tensor
 from saelab.lm.extent import find_context
 from saelab.lm.generation import generate
 from saelab.lm.models import Model
-from saelab.lm.tokens import PADDING, Tokens, find_special_ids
+from saelab.lm.special import find_special_ids
+from saelab.lm.tokens import PADDING, Tokens
 from saelab.sae.sae import SAE
 from saelab.steering.aims import TokenConcept
 from saelab.steering.directions import Direction, make_random

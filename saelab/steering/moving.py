@@ -11,7 +11,7 @@ from torch import Tensor
 from saelab.lm.flow import Flow, Passing, watch
 from saelab.lm.hooks import splice as splice_edits
 from saelab.lm.models import Model
-from saelab.lm.tokens import find_special_ids
+from saelab.lm.special import find_special_ids
 from saelab.sae.sae import SAE
 from saelab.steering.directions import Direction
 from saelab.steering.interventions import Error, Features, Intervention, Mode, Unit, hook_point_of

@@ -12,8 +12,9 @@ from saelab.lm.extent import find_context, find_row
 from saelab.lm.flow import Passing
 from saelab.lm.hooks import next_token_loss
 from saelab.lm.models import Model
+from saelab.lm.special import find_special_ids
 from saelab.lm.strings import token_strings
-from saelab.lm.tokens import Tokens, find_special_ids, tokenize
+from saelab.lm.tokens import Tokens, tokenize
 from saelab.steering.places import Place, make_where
 
 Prompt: TypeAlias = str | Int[Tensor, "n"]
@@ -29,6 +30,8 @@ class Texts:
 
     ids: Int[Tensor, "n_texts n"]
     lengths: Int[Tensor, "n_texts"]
+    predicts: Bool[Tensor, "n_texts n"] | None = None
+    """where the next token is of the same document; None: everywhere in a text"""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,7 +65,7 @@ def read_texts(model: Model, prompts: Prompt | Sequence[Prompt] | Tokens) -> Tex
     (torch.Size([2, 4]), tensor([4, 2]))
     """
     if isinstance(prompts, Tokens):
-        return Texts(prompts.ids.long(), prompts.attention_mask.sum(1))
+        return Texts(prompts.ids.long(), prompts.attention_mask.sum(1), prompts.predicts)
     several = [prompts] if isinstance(prompts, str | Tensor) else list(prompts)
     rows = [_read_prompt(model, prompt) for prompt in several]
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
@@ -138,7 +141,10 @@ def make_outcome(model: Model, metric: Metric) -> Outcome:
 
 def _loss(logits: Tensor, texts: Texts, rows: Tensor) -> Tensor:
     of = rows.cpu()
-    counts = (torch.arange(1, texts.ids.shape[1]) < texts.lengths[of, None]).to(logits.device)
+    counts = torch.arange(1, texts.ids.shape[1]) < texts.lengths[of, None]
+    if texts.predicts is not None:
+        counts = counts & texts.predicts[of, :-1]
+    counts = counts.to(logits.device)
     losses = next_token_loss(logits, texts.ids[of]).masked_fill(~counts, 0)
     return losses.sum(1) / counts.sum(1)
 

@@ -1,7 +1,8 @@
 """The text that a feature store was made from: every token once, kept by the mask or not."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ from jaxtyping import Bool, Integer, Shaped
 from saelab.stores.files import checksum, save_tensors, write_json
 from saelab.stores.names import find_inside
 from saelab.stores.packing import smallest_int
+from saelab.stores.spelling import Spelling, spell_with
 from saelab.stores.tensors import TensorFile
 from saelab.stores.validation import SEAL, check_seal, naming, read_json, require_object
 
-TOKENS, STRINGS = "tokens.safetensors", "strings.json"
+TOKENS, STRINGS, PARTS = "tokens.safetensors", "strings.json", "bytes.json"
 COLUMNS = ("token_ids", "doc_ids", "positions")
+LONGEST = 4
+"""bytes of a character at most"""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -30,6 +34,8 @@ class StoredText:
     """in the sequence, from 0"""
     strings: Mapping[int, str]
     """how each token reads, spaces included; ids that are missing here read as <id>"""
+    parts: Mapping[int, bytes] = field(default_factory=dict)
+    """the bytes of tokens that do not read as what they add to a text: parts of characters"""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -40,6 +46,8 @@ class StoredText:
         joined = self._follows(start, stop)
         breaks = np.flatnonzero(~joined) + start + 1
         start = int(breaks[breaks <= place].max(initial=start))
+        while start > 0 and self.words(start, start + 1) == [""]:  # no window begins inside a character
+            start -= 1
         return start, int(breaks[breaks > place].min(initial=stop))
 
     def _follows(self, start: int, stop: int) -> Bool[np.ndarray, "n"]:
@@ -48,8 +56,28 @@ class StoredText:
         return (docs[1:] == docs[:-1]) & (positions[1:] > positions[:-1])
 
     def words(self, start: int, stop: int) -> list[str]:
-        """Tokens start..stop as they read."""
-        return [self.strings.get(i, f"<{i}>") for i in self.token_ids[start:stop].tolist()]
+        """Tokens start..stop as they read; a character of several tokens stands at the first, the others are ""."""
+        ids = self.token_ids[start:stop].tolist()
+        if not self.parts or not any(i in self.parts for i in ids):
+            return [self.strings.get(i, f"<{i}>") for i in ids]
+        first, end = self._reach(start, stop)
+        return list(self.spelling(first, end).words[start - first : stop - first])
+
+    def spelling(self, start: int, stop: int) -> Spelling:
+        """What tokens start..stop say together."""
+        piece = spell_with(self.strings, self.parts)
+        return Spelling([piece(i) for i in self.token_ids[start:stop].tolist()])
+
+    def _reach(self, start: int, stop: int) -> tuple[int, int]:
+        """Tokens that may share characters with these: some before and behind, in the same document."""
+        first, end = max(0, start - LONGEST + 1), min(len(self), stop + LONGEST - 1)
+        breaks = np.flatnonzero(~self.goes_on(first, end)) + first + 1
+        return int(breaks[breaks <= start].max(initial=first)), int(breaks[breaks >= stop].min(initial=end))
+
+    def goes_on(self, start: int, stop: int) -> Bool[np.ndarray, "n"]:
+        """Whether the text goes on from each token but the last to the next, also where that begins a row."""
+        docs, positions = self.doc_ids[start:stop], self.positions[start:stop].astype(np.int64)
+        return (docs[1:] == docs[:-1]) & ((positions[1:] == positions[:-1] + 1) | (positions[1:] == 0))
 
     def save(self, folder: Path) -> dict[str, str]:
         """Write the columns, in the smallest integers that fit, and the strings; returns checksums by file."""
@@ -72,7 +100,9 @@ class StoredText:
                 raise ValueError(f"{path} must hold whole numbers of at least 0 as {name}, got others. Harvest again.")
         if bool((columns["doc_ids"][1:] < columns["doc_ids"][:-1]).any()):
             raise ValueError(f"{path} must hold documents in their order, got doc_ids that fall. Harvest again.")
-        return cls(**columns, strings=_Strings(folder / STRINGS))
+        # Stores of text whose tokens are all whole characters have no such file, nor have older ones.
+        parts = _read_parts(find_inside(folder, PARTS)) if (folder / PARTS).exists() else {}
+        return cls(**columns, strings=_Strings(folder / STRINGS), parts=parts)
 
 
 class _Strings(Mapping[int, str]):
@@ -101,6 +131,24 @@ class _Strings(Mapping[int, str]):
 
     def __len__(self) -> int:
         return len(self._known)
+
+
+def _read_texts(path: Path) -> dict[int, str]:
+    """Texts by token id."""
+    with naming(path):
+        held = require_object(read_json(path), "The strings of tokens")
+        if wrong := [i for i, text in held.items() if not (i.isdecimal() and len(i) < 12 and isinstance(text, str))]:
+            raise ValueError(f"Strings must be texts by token id, got {wrong[0][:40]!r}. Harvest again.")
+    return {int(i): text for i, text in held.items()}
+
+
+def _read_parts(path: Path) -> dict[int, bytes]:
+    """Bytes by token id, from hexadecimal digits."""
+    found = _read_texts(path)
+    with naming(path):
+        if wrong := [text for text in found.values() if not re.fullmatch("([0-9a-f]{2})+", text)]:
+            raise ValueError(f"Bytes must be pairs of hexadecimal digits, got {wrong[0][:40]!r}. Harvest again.")
+    return {i: bytes.fromhex(text) for i, text in found.items()}
 
 
 def split_documents(

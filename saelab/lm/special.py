@@ -1,0 +1,45 @@
+"""Special tokens: those that the tokenizer itself marks, not those that the bridge has filled in."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from saelab.lm.models import Model
+from saelab.lm.tokenizers import marked_special, own_special_tokens
+
+
+def find_bos(model: Model) -> int | None:
+    """The id of the tokenizer's own BOS, None where it has none or the model does not know it."""
+    return next((i for i in _known(model, own_special_tokens(model.tokenizer).get("bos_token", ()))), None)
+
+
+def find_ends(model: Model) -> frozenset[int]:
+    """Tokens that end a text: the tokenizer's own EOS, and those of the model's generation settings.
+
+    >>> sorted(find_ends(sl.tiny_model()))
+    [1]
+    """
+    settings: Any = getattr(model.original_model, "generation_config", None)
+    value = getattr(settings, "eos_token_id", None)
+    found = [] if value is None else [int(i) for i in (value if isinstance(value, list | tuple) else [value])]
+    if model.tokenizer is not None:
+        found += own_special_tokens(model.tokenizer).get("eos_token", ())
+    return frozenset(found)
+
+
+def find_special_ids(model: Model) -> tuple[int, ...]:
+    """Ids of all that the tokenizer marks as special, named or not, except what stands for unknown words.
+
+    Unknown words are ordinary text; where the same token is BOS or EOS too, as GPT-2's, it is special.
+
+    >>> find_special_ids(sl.tiny_model())
+    (0, 1, 2)
+    """
+    tokenizer: Any = model.tokenizer
+    named = own_special_tokens(tokenizer)
+    unknown = set(named.pop("unk_token", ()))
+    ids = {i for several in named.values() for i in several} | (marked_special(tokenizer) - unknown)
+    return tuple(sorted(_known(model, ids)))
+
+
+def _known(model: Model, ids: Iterable[int]) -> list[int]:
+    return [i for i in ids if i < model.cfg.d_vocab]

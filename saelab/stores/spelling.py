@@ -1,0 +1,137 @@
+"""Tokens as bytes: characters that are split over several tokens, whole again, and which tokens hold each of them."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+"""how a byte that is no character by itself is written, as SentencePiece names it"""
+
+
+def name_bytes(raw: bytes) -> str:
+    """Bytes as text: whole characters as they are, parts of characters as <0xE4>.
+
+    >>> name_bytes("c".encode() + "é".encode()[:1])
+    'c<0xC3>'
+    """
+    read = raw.decode("utf-8", "surrogateescape")
+    return "".join(_name(c) for c in read) if _is_escaped(read) else read
+
+
+def _is_escaped(text: str) -> bool:
+    return any("\udc80" <= c <= "\udcff" for c in text)
+
+
+def _name(c: str) -> str:
+    """A character as it is, a byte that belongs to none by its number."""
+    return f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c
+
+
+@dataclass(frozen=True, eq=False)
+class Spelling:
+    """Tokens in a row as one text: what the bytes of all of them say together."""
+
+    pieces: Sequence[bytes]
+    """what each token adds to the text"""
+
+    @cached_property
+    def _read(self) -> tuple[list[str], Int[np.ndarray, "n_chars"], Int[np.ndarray, "n_chars"]]:
+        """Characters as they are shown, with the first and the last token of each."""
+        chars = b"".join(self.pieces).decode("utf-8", "surrogateescape")
+        sizes = np.array([_size(c) for c in chars], dtype=np.int64)
+        ends = np.cumsum(sizes)
+        token = np.repeat(np.arange(len(self.pieces)), [len(piece) for piece in self.pieces])
+        first, last = (token[at] for at in (ends - sizes, ends - 1))
+        return ([_name(c) for c in chars] if _is_escaped(chars) else list(chars)), first, last
+
+    @cached_property
+    def text(self) -> str:
+        """What the tokens say; bytes that belong to no character read as <0xE4>."""
+        return "".join(self._read[0])
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The characters that begin in each token: "" for one that only goes on with a character. They join to `text`.
+
+        >>> Spelling(["é".encode()[:1], "é".encode()[1:], b"t"]).words
+        ('é', '', 't')
+        """
+        chars, first, _ = self._read
+        found = [""] * len(self.pieces)
+        for char, token in zip(chars, first.tolist(), strict=True):
+            found[token] += char
+        return tuple(found)
+
+    @cached_property
+    def touched(self) -> tuple[str, ...]:
+        """The characters of which each token holds a byte: one that is split stands at all of its tokens.
+
+        >>> Spelling(["é".encode()[:1], "é".encode()[1:], b"t"]).touched
+        ('é', 'é', 't')
+        """
+        chars, first, last = self._read
+        found = [""] * len(self.pieces)
+        for char, a, b in zip(chars, first.tolist(), last.tolist(), strict=True):
+            for token in range(a, b + 1):
+                found[token] += char
+        return tuple(found)
+
+    @cached_property
+    def _borders(self) -> Int[np.ndarray, "n_chars_1"]:
+        """Where each character begins in `text`: a byte of no character is shown by six."""
+        return np.cumsum([0, *map(len, self._read[0])])
+
+    def tokens_of(self, start: int, stop: int) -> slice:
+        """The tokens that hold a byte of `text[start:stop]`, which is not empty."""
+        a, b = np.searchsorted(self._borders, [start, stop - 1], "right") - 1
+        return slice(int(self._read[1][a]), int(self._read[2][b]) + 1)
+
+    def find(self, pattern: "re.Pattern[str]") -> Bool[np.ndarray, "n_tokens"]:
+        """The tokens that a match in the text touches."""
+        found = np.zeros(len(self.pieces), bool)
+        for match in pattern.finditer(self.text):
+            if match.end() > match.start():
+                found[self.tokens_of(*match.span())] = True
+        return found
+
+
+def _size(c: str) -> int:
+    """Bytes of a character in UTF-8; an escaped byte is one."""
+    code = ord(c)
+    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:
+        return 1
+    return 2 if code < 0x800 else 3 if code < 0x10000 else 4
+
+
+def group_words(words: Sequence[str]) -> Iterator[slice]:
+    """Tokens that are read together: one that begins a character, and those that only go on with it (words of "").
+
+    >>> list(group_words(["a", "é", "", "t"]))
+    [slice(0, 1, None), slice(1, 3, None), slice(3, 4, None)]
+    """
+    start = 0
+    for stop in range(1, len(words) + 1):
+        if stop == len(words) or words[stop] != "":
+            yield slice(start, stop)
+            start = stop
+
+
+def strongest(values: Sequence[float]) -> float:
+    """The value of largest size, with its sign: what a group of tokens is shown with."""
+    return max(values, key=abs, default=0.0)
+
+
+def spell_with(
+    strings: Mapping[int, str], parts: Mapping[int, bytes], missing: Callable[[int], str] = "<{}>".format
+) -> Callable[[int], bytes]:
+    """The bytes of a token id: those of its string, unless it is a part of a character."""
+
+    def spell(token_id: int) -> bytes:
+        raw = parts.get(token_id)
+        return strings.get(token_id, missing(token_id)).encode("utf-8", "replace") if raw is None else raw
+
+    return spell
