@@ -365,7 +365,7 @@ def test_texts_side_by_side_know_what_both_models_think(tiny, up) -> None:
         assert row.unsteered.log_probs["unsteered"] == pytest.approx(before.log_probs, abs=1e-4)
         assert told.log_probs["steered"] == pytest.approx(after.log_probs, abs=1e-4)
         assert told.perplexity("steered") == pytest.approx(math.exp(-np.mean(after.log_probs)), rel=1e-3)
-        assert len(told.words) == len(after.ids) and told.words[0] in told.text and row.kl["steered"] > 0
+        assert len(told.words) == len(after.ids) and row.kl["steered"] > 0
     assert found.interventions == {"steered": f"up +1 (add, norm) at {LAST}, all tokens"}
     assert "perplexity" in str(found) and found.to_dict()["rows"][0]["prompt"] == "One"
     both = {"up": sl.Intervention(up, 1.0), "none": [sl.Intervention(up, 0.0)]}

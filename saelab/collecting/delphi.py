@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from saelab.lm.masks import TokenMask
-from saelab.lm.strings import read_vocabulary
+from saelab.lm.strings import token_strings
 from saelab.lm.tokens import Tokens
 from saelab.stores.corpus import StoredText
 from saelab.stores.files import checksum, read_json
@@ -165,8 +165,8 @@ class DelphiCache:
         """Every token; those of no tokenizer have no strings."""
         ids, doc_ids = self.tokens.ids.flatten().numpy(), self.tokens.doc_ids.flatten().numpy()
         positions = np.tile(np.arange(self.tokens.ctx_len, dtype=np.int32), len(self.tokens))
-        strings, parts = read_vocabulary(tokenizer, ids) if tokenizer is not None else ({}, {})
-        return StoredText(token_ids=ids, doc_ids=doc_ids, positions=positions, strings=strings, parts=parts)
+        strings = token_strings(tokenizer, np.unique(ids).tolist()) if tokenizer is not None else {}
+        return StoredText(token_ids=ids, doc_ids=doc_ids, positions=positions, strings=strings)
 
     def request(self) -> dict[str, Any]:
         """What decides the bytes of a store made from this."""

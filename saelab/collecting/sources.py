@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelab.collecting.reader import Reader
 from saelab.lm.models import Model
-from saelab.lm.strings import read_vocabulary
+from saelab.lm.strings import token_strings
 from saelab.lm.tokens import Tokens
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import StoredText
@@ -125,5 +125,5 @@ class ActivationsSource:
 def _make_text(columns: Sequence[np.ndarray], model: "Model | None") -> StoredText:
     token_ids, doc_ids, positions = columns
     known = model is not None and model.tokenizer is not None
-    strings, parts = read_vocabulary(model.tokenizer, token_ids) if known and model is not None else ({}, {})
-    return StoredText(token_ids=token_ids, doc_ids=doc_ids, positions=positions, strings=strings, parts=parts)
+    strings = token_strings(model.tokenizer, np.unique(token_ids).tolist()) if known and model is not None else {}
+    return StoredText(token_ids=token_ids, doc_ids=doc_ids, positions=positions, strings=strings)

@@ -6,10 +6,7 @@ from difflib import get_close_matches
 from functools import cache
 from typing import Any
 
-import numpy as np
-from jaxtyping import Integer
-
-from saelab.stores.spelling import BYTE, Spelling, name_bytes
+from saelab.stores.spelling import BYTE, Spelling, name_bytes, read_name
 
 NUMBER = re.compile("<([0-9]{1,9})>")
 AS_WRITTEN = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
@@ -86,23 +83,13 @@ def token_strings(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
     >>> list(token_strings(tokenizer, tokenizer("hi")["input_ids"]).values())
     ['<s>', 'h', 'i']
     """
-    return _name_all(tokenizer, token_bytes(tokenizer, token_ids))
-
-
-def _name_all(tokenizer: Any, raws: dict[int, bytes]) -> dict[int, str]:
+    raws = token_bytes(tokenizer, token_ids)
     pieces = {i: tokenizer.convert_ids_to_tokens(i) for i, raw in raws.items() if len(raw) == 1}
     named = {i: name_bytes(raw) or f"<{i}>" for i, raw in raws.items()}
     for i, piece in pieces.items():
         if isinstance(piece, str) and BYTE.fullmatch(piece) and _find_named(tokenizer, _spellings(named[i])) - {i}:
             named[i] = piece
     return named
-
-
-def read_vocabulary(tokenizer: Any, token_ids: Integer[np.ndarray, "..."]) -> tuple[dict[int, str], dict[int, bytes]]:
-    """How the tokens of a text read, and the bytes of those that read otherwise than what they add to it."""
-    raws = token_bytes(tokenizer, np.unique(token_ids).tolist())
-    named = _name_all(tokenizer, raws)
-    return named, {i: raw for i, raw in raws.items() if raw and named[i].encode("utf-8", "replace") != raw}
 
 
 def spell(tokenizer: Any, token_ids: Sequence[int]) -> Spelling:
@@ -145,17 +132,11 @@ def find_token_id(tokenizer: Any, text: str) -> int:
 
 def _spellings(text: str) -> list[str]:
     """Names that vocabularies may have for a token that reads so behind another."""
-    raw = _unname(text)
+    raw = read_name(text)
     letters = {byte: letter for letter, byte in _byte_letters().items()}
     names = [text, text.replace(" ", "\u2581"), "".join(letters[byte] for byte in raw), f"##{text}", text.strip()]
     names += [raw.decode("latin-1"), f"{text.strip()}</w>", *(f"<0x{byte:02X}>" for byte in raw[: len(raw) == 1])]
     return [*dict.fromkeys(names)]
-
-
-def _unname(text: str) -> bytes:
-    """The bytes that `name_bytes` has written."""
-    parts = BYTE.split(text)  # text, two digits, text, ...
-    return b"".join(bytes([int(p, 16)]) if i % 2 else p.encode("utf-8", "replace") for i, p in enumerate(parts))
 
 
 def _find_named(tokenizer: Any, names: Iterable[str]) -> set[int]:

@@ -9,9 +9,10 @@ import torch
 from saelab.lm.extent import find_context, find_row
 from saelab.lm.hooks import capture
 from saelab.lm.masks import TokenMask
-from saelab.lm.strings import token_strings
+from saelab.lm.strings import spell
 from saelab.lm.tokens import tokenize
 from saelab.stores.provenance import Provenance
+from saelab.stores.spelling import group_words
 
 if TYPE_CHECKING:
     from saelab.lm.models import Model
@@ -42,12 +43,24 @@ def _read(sae: "SAE", model: "Model", prompt: str, origin: Provenance) -> dict[s
     x = capture(model, ids, [origin.hook_point])[origin.hook_point][0].to(sae.device)
     codes = sae.encode_sparse(x)
     bounds = codes.offsets.tolist()
-    strings = token_strings(model.tokenizer, ids[0].tolist())
+    words = spell(model.tokenizer, ids[0].tolist()).words
     found = [_strongest(codes.indices[a:b], codes.values[a:b]) for a, b in pairwise(bounds)]
+    fires = [pairs if kept else [] for pairs, kept in zip(found, keep.tolist(), strict=True)]
+    groups = list(group_words(words))
     return {
-        "words": [strings[i] for i in ids[0].tolist()],
-        "codes": [pairs if kept else [] for pairs, kept in zip(found, keep.tolist(), strict=True)],
+        "words": ["".join(words[group]) for group in groups],
+        "codes": [_join(fires[group]) for group in groups],
     }
+
+
+def _join(codes: Sequence[list[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """What fires on a word: of a character of several tokens, each feature where its |z| is largest."""
+    if len(codes) == 1:
+        return codes[0]
+    found: dict[int, float] = {}
+    for feature, value in (pair for pairs in codes for pair in pairs):
+        found[feature] = max(found.get(feature, 0.0), value, key=abs)
+    return sorted(found.items(), key=lambda pair: -abs(pair[1]))[:N_SHOWN]
 
 
 def _mask_of(origin: Provenance) -> TokenMask:

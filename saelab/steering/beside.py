@@ -11,7 +11,7 @@ from saelab.functional.metrics import kl_divergence
 from saelab.lm.continuations import Continuations, read_continuations
 from saelab.lm.generation import Generated, generate
 from saelab.lm.models import Model
-from saelab.lm.strings import token_strings
+from saelab.lm.strings import spell
 from saelab.steering.doses import describe_intervention
 from saelab.steering.interventions import Intervention
 from saelab.steering.moving import steer_all
@@ -27,6 +27,7 @@ class Told:
 
     text: str
     words: tuple[str, ...]
+    """as they read; a character of several tokens stands at the first of them, the others are \"\""""
     log_probs: dict[str, tuple[float, ...]]
     """of each token, in nats at temperature 1, by the model that reads it: `unsteered`, and the steered one that wrote
     it; of an unsteered text every steered one"""
@@ -156,21 +157,19 @@ class _Rows:
 
     def read(self) -> tuple[TextRow, ...]:
         """A row for each unsteered text."""
-        every = [sample for texts in (self.plain, *self.steered.values()) for sample in texts]
-        strings = _strings_of(self.model, {i for sample in every for i in sample.ids})
         return tuple(
             TextRow(
                 prompt=plain.prompt,
-                unsteered=self._tell(UNSTEERED, plain, i, strings),
-                steered={name: self._tell(name, made[i], i, strings) for name, made in self.steered.items()},
+                unsteered=self._tell(UNSTEERED, plain, i),
+                steered={name: self._tell(name, made[i], i) for name, made in self.steered.items()},
                 kl={name: values[i] for name, values in self.kl.items()},
             )
             for i, plain in enumerate(self.plain)
         )
 
-    def _tell(self, writer: str, sample: Generated, i: int, strings: Mapping[int, str]) -> Told:
+    def _tell(self, writer: str, sample: Generated, i: int) -> Told:
         mine = {reader: rows[i] for (by, reader), rows in self.log_probs.items() if by == writer}
-        return Told(text=sample.text, words=tuple(strings[j] for j in sample.ids), log_probs=mine)
+        return Told(text=sample.text, words=_spell(self.model, sample), log_probs=mine)
 
 
 def _read(model: Model, batch: Sequence[Generated]) -> Continuations:
@@ -185,5 +184,8 @@ def _find_kl(p: Continuations, q: Continuations) -> list[float]:
     return [mean(row) for row in range(len(p.mask))]
 
 
-def _strings_of(model: Model, ids: set[int]) -> Mapping[int, str]:
-    return token_strings(model.tokenizer, ids) if model.tokenizer is not None else {i: f"<{i}>" for i in ids}
+def _spell(model: Model, sample: Generated) -> tuple[str, ...]:
+    """How what was written reads, token by token, behind its prompt."""
+    if model.tokenizer is None:
+        return tuple(f"<{i}>" for i in sample.ids)
+    return spell(model.tokenizer, sample.all_ids).words[len(sample.prompt_ids) :]

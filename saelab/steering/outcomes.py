@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from operator import index
+from typing import SupportsIndex, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -13,13 +15,13 @@ from saelab.lm.flow import Passing
 from saelab.lm.hooks import next_token_loss
 from saelab.lm.models import Model
 from saelab.lm.special import find_special_ids
-from saelab.lm.strings import token_strings
+from saelab.lm.strings import find_token_id, spell, token_strings
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.steering.places import Place, make_where
 
 Prompt: TypeAlias = str | Int[Tensor, "n"]
 """A text, which gets a BOS, or token ids as they are."""
-Target: TypeAlias = str | int | Int[Tensor, "n_texts"]
+Target: TypeAlias = str | int | np.integer | Int[Tensor, "n_texts"]
 """A token, by its text or id; or one for each text."""
 Metric: TypeAlias = Target | tuple[Target, Target] | Callable[[Tensor], Tensor]
 
@@ -43,10 +45,9 @@ class Texts:
         return torch.where(places < self.lengths[:, None], places, -1)
 
     def strings(self, model: Model, row: int = 0) -> tuple[str, ...]:
-        """How each token of a row reads."""
+        """How each token of a row reads; those that share a character all read as it."""
         ids = self.ids[row, : self.lengths[row]].tolist()
-        known = token_strings(model.tokenizer, ids) if model.tokenizer is not None else {i: f"<{i}>" for i in ids}
-        return tuple(known[i] for i in ids)
+        return spell(model.tokenizer, ids).touched if model.tokenizer is not None else tuple(f"<{i}>" for i in ids)
 
     def select(self, model: Model, where: Place) -> Bool[Tensor, "n_texts n"]:
         """The tokens of a place, special ones only where it asks for them; conditions are refused (ValueError)."""
@@ -124,7 +125,7 @@ def make_outcome(model: Model, metric: Metric) -> Outcome:
     """
     if isinstance(metric, str) and metric == "loss":
         return Outcome("loss", _loss)
-    if isinstance(metric, str | int | Tensor):
+    if isinstance(metric, str | int | np.integer | Tensor):
         target = _find_ids(model, metric)
         return Outcome(
             f"log p({_tell(model, metric)})", lambda logits, texts, rows: _log_p(logits, texts, rows, target)
@@ -163,23 +164,17 @@ def _find_ids(model: Model, target: Target) -> Tensor:
     return ids
 
 
-def find_token(model: Model, target: str | int) -> int:
-    """The id of a token that is given by its text, as it reads in the middle of a text, or by its id.
+def find_token(model: Model, target: str | SupportsIndex) -> int:
+    """The id of a token that is given by its text, as `token_strings` shows it, or by its id.
 
     >>> find_token(sl.tiny_model(), "a"), find_token(sl.tiny_model(), 5)
     (67, 5)
     """
-    if isinstance(target, int):
-        return target
-    tokenizer: Any = model.tokenizer
-    ids = tokenizer(target, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-        parts = list(token_strings(tokenizer, ids).values())[:5]
-        raise ValueError(f"A target must be one token of the model, got '{target}', which is {parts}; give an id.")
-    return int(ids[0])
+    return find_token_id(model.tokenizer, target) if isinstance(target, str) else index(target)
 
 
 def _tell(model: Model, target: Target) -> str:
-    if isinstance(target, int):
-        return repr(token_strings(model.tokenizer, [target])[target]) if model.tokenizer is not None else f"<{target}>"
+    if isinstance(target, int | np.integer):
+        i = int(target)
+        return repr(token_strings(model.tokenizer, [i])[i]) if model.tokenizer is not None else f"<{i}>"
     return "target" if isinstance(target, Tensor) else repr(target)

@@ -1,8 +1,7 @@
 """The text that a feature store was made from: every token once, kept by the mask or not."""
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from jaxtyping import Bool, Integer, Shaped
 from saelab.stores.files import checksum, save_tensors, write_json
 from saelab.stores.names import find_inside
 from saelab.stores.packing import smallest_int
-from saelab.stores.spelling import Spelling, spell_with
+from saelab.stores.spelling import BYTE, Spelling, read_name
 from saelab.stores.tensors import TensorFile
 from saelab.stores.validation import SEAL, check_seal, naming, read_json, require_object
 
-TOKENS, STRINGS, PARTS = "tokens.safetensors", "strings.json", "bytes.json"
+TOKENS, STRINGS = "tokens.safetensors", "strings.json"
 COLUMNS = ("token_ids", "doc_ids", "positions")
 LONGEST = 4
 """bytes of a character at most"""
@@ -33,12 +32,15 @@ class StoredText:
     positions: Integer[np.ndarray, "n_places"]
     """in the sequence, from 0"""
     strings: Mapping[int, str]
-    """how each token reads, spaces included; ids that are missing here read as <id>"""
-    parts: Mapping[int, bytes] = field(default_factory=dict)
-    """the bytes of tokens that do not read as what they add to a text: parts of characters"""
+    """how each token reads, spaces included; parts of characters read as bytes, <0xE4>, ids missing here as <id>"""
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @cached_property
+    def parts(self) -> dict[int, bytes]:
+        """The bytes of the tokens that hold parts of characters."""
+        return {i: read_name(text) for i, text in self.strings.items() if BYTE.search(text)}
 
     def window(self, place: int, before: int, after: int) -> tuple[int, int]:
         """First token and end of what surrounds a token in its document and sequence, at most so many on each side."""
@@ -65,8 +67,7 @@ class StoredText:
 
     def spelling(self, start: int, stop: int) -> Spelling:
         """What tokens start..stop say together."""
-        piece = spell_with(self.strings, self.parts)
-        return Spelling([piece(i) for i in self.token_ids[start:stop].tolist()])
+        return Spelling([read_name(self.strings.get(i, f"<{i}>")) for i in self.token_ids[start:stop].tolist()])
 
     def _reach(self, start: int, stop: int) -> tuple[int, int]:
         """Tokens that may share characters with these: some before and behind, in the same document."""
@@ -100,9 +101,7 @@ class StoredText:
                 raise ValueError(f"{path} must hold whole numbers of at least 0 as {name}, got others. Harvest again.")
         if bool((columns["doc_ids"][1:] < columns["doc_ids"][:-1]).any()):
             raise ValueError(f"{path} must hold documents in their order, got doc_ids that fall. Harvest again.")
-        # Stores of text whose tokens are all whole characters have no such file, nor have older ones.
-        parts = _read_parts(find_inside(folder, PARTS)) if (folder / PARTS).exists() else {}
-        return cls(**columns, strings=_Strings(folder / STRINGS), parts=parts)
+        return cls(**columns, strings=_Strings(folder / STRINGS))
 
 
 class _Strings(Mapping[int, str]):
@@ -131,24 +130,6 @@ class _Strings(Mapping[int, str]):
 
     def __len__(self) -> int:
         return len(self._known)
-
-
-def _read_texts(path: Path) -> dict[int, str]:
-    """Texts by token id."""
-    with naming(path):
-        held = require_object(read_json(path), "The strings of tokens")
-        if wrong := [i for i, text in held.items() if not (i.isdecimal() and len(i) < 12 and isinstance(text, str))]:
-            raise ValueError(f"Strings must be texts by token id, got {wrong[0][:40]!r}. Harvest again.")
-    return {int(i): text for i, text in held.items()}
-
-
-def _read_parts(path: Path) -> dict[int, bytes]:
-    """Bytes by token id, from hexadecimal digits."""
-    found = _read_texts(path)
-    with naming(path):
-        if wrong := [text for text in found.values() if not re.fullmatch("([0-9a-f]{2})+", text)]:
-            raise ValueError(f"Bytes must be pairs of hexadecimal digits, got {wrong[0][:40]!r}. Harvest again.")
-    return {i: bytes.fromhex(text) for i, text in found.items()}
 
 
 def split_documents(

@@ -1,7 +1,7 @@
 """Tokens as bytes: characters that are split over several tokens, whole again, and which tokens hold each of them."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +20,16 @@ def name_bytes(raw: bytes) -> str:
     """
     read = raw.decode("utf-8", "surrogateescape")
     return "".join(_name(c) for c in read) if _is_escaped(read) else read
+
+
+def read_name(text: str) -> bytes:
+    """The bytes that `name_bytes` has written.
+
+    >>> read_name("c<0xC3>")
+    b'c\\xc3'
+    """
+    parts = BYTE.split(text)  # text, two digits, text, ...
+    return b"".join(bytes([int(p, 16)]) if i % 2 else p.encode("utf-8", "replace") for i, p in enumerate(parts))
 
 
 def _is_escaped(text: str) -> bool:
@@ -123,15 +133,3 @@ def group_words(words: Sequence[str]) -> Iterator[slice]:
 def strongest(values: Sequence[float]) -> float:
     """The value of largest size, with its sign: what a group of tokens is shown with."""
     return max(values, key=abs, default=0.0)
-
-
-def spell_with(
-    strings: Mapping[int, str], parts: Mapping[int, bytes], missing: Callable[[int], str] = "<{}>".format
-) -> Callable[[int], bytes]:
-    """The bytes of a token id: those of its string, unless it is a part of a character."""
-
-    def spell(token_id: int) -> bytes:
-        raw = parts.get(token_id)
-        return strings.get(token_id, missing(token_id)).encode("utf-8", "replace") if raw is None else raw
-
-    return spell

@@ -1,5 +1,6 @@
 """Documents as characters: how their tokens read without white space, and which tokens of two versions overlap."""
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +11,11 @@ from saelab.labelling.views import SPECIAL
 from saelab.stores.corpus import StoredText
 
 PART = 0xFF
-"""Stands for a part of a character, which reads as U+FFFD; UTF-8 has no such byte."""
+"""Stands for a part of a character whose bytes are not known, U+FFFD; UTF-8 has no such byte."""
+SIZES = np.repeat([1, 0, 2, 3, 4, 0], [0x80, 0x40, 0x20, 0x10, 8, 8])
+"""bytes of a character, by its first; 0 for bytes inside one"""
+SPACES = re.compile(rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80")
+"""white space beyond ASCII, which may be split over tokens"""
 HIGH = bytes(range(0x80, 0x100))
 BLUR = bytes(range(0x80)) + bytes([PART]) * 0x80
 BEGINNING = 16
@@ -49,7 +54,7 @@ class Spelled:
     def read(cls, text: StoredText) -> "Spelled":
         """Spell every token once, then lay them out."""
         ids, kinds = np.unique(text.token_ids, return_inverse=True)
-        tokens = [Token.spell(text.strings.get(i)) for i in ids.tolist()]
+        tokens = [Token.spell(text.strings.get(i), text.parts.get(i)) for i in ids.tolist()]
         doc_ids, first, numbers = np.unique(text.doc_ids, return_index=True, return_inverse=True)
         order = np.argsort(first[numbers], kind="stable")  # mostly as it is: documents may be in pieces
         sizes = np.array([len(token.spelled) for token in tokens])
@@ -57,14 +62,16 @@ class Spelled:
         at = np.repeat((np.cumsum(sizes) - sizes)[kinds[order]] - (np.cumsum(lengths) - lengths), lengths)
         at += np.arange(len(at))
         spelled = np.frombuffer(b"".join(token.spelled for token in tokens), np.uint8)[at]
+        kept = _find_kept(spelled)
+        spelled = spelled[kept]
         borders = np.append(0, np.cumsum(np.bincount(numbers)[np.argsort(first)]))
-        starts = np.append(0, np.cumsum(lengths))[borders]
+        starts = np.append(0, np.cumsum(kept))[np.append(0, np.cumsum(lengths))[borders]]
         raw = spelled.tobytes()
         opaque = np.append(0, np.cumsum(np.array([token.opaque for token in tokens])[kinds[order]]))[borders]
         return cls(
             spelled=spelled,
-            shares=np.array([share for token in tokens for share in token.shares], np.float32)[at],
-            places=np.repeat(order, lengths),
+            shares=_share(spelled),
+            places=np.repeat(order, lengths)[kept],
             starts=starts,
             doc_ids=doc_ids[np.argsort(first)].tolist(),
             documents=[raw[i:j] for i, j in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)],
@@ -101,23 +108,40 @@ class Spelled:
         return why
 
 
+def _find_kept(spelled: np.ndarray) -> np.ndarray:
+    """Bytes that are of no white space beyond ASCII: that of whole tokens is left out before, and ASCII's."""
+    kept = np.ones(len(spelled), bool)
+    for match in SPACES.finditer(spelled.tobytes()):
+        kept[slice(*match.span())] = False
+    return kept
+
+
+def _share(spelled: np.ndarray) -> np.ndarray:
+    """How much of its character each byte is; 0 where that is not known."""
+    sizes = SIZES[spelled]
+    last = np.maximum.accumulate(np.where(sizes > 0, np.arange(len(spelled)), 0))
+    shares = 1 / np.maximum(sizes[last], 1)
+    return np.where(spelled == PART, 0, shares).astype(np.float32)
+
+
 class Token(NamedTuple):
     """What a token id adds to the characters of a text."""
 
     spelled: bytes = b""
-    shares: tuple[float, ...] = ()
     why: int = SPECIALS
     opaque: bool = False
 
     @classmethod
-    def spell(cls, string: str | None) -> "Token":
+    def spell(cls, string: str | None, raw: bytes | None = None) -> "Token":
+        """The bytes of a token without white space, from its string or, for a part of a character, as they are."""
+        if raw is not None:
+            return cls(b"".join(raw.split()), ELSEWHERE)
         if string is None or SPECIAL.fullmatch(string):
             return cls(opaque=string is None or "unk" in string.lower())
         parts = [
             bytes([PART]) if c == "\ufffd" else c.encode("utf-8", "surrogatepass") for c in "".join(string.split())
         ]
-        shares = tuple(share for part in parts for share in [part[0] != PART and 1 / len(part)] * len(part))
-        return cls(b"".join(parts), shares, ELSEWHERE if parts else WHITE)
+        return cls(b"".join(parts), ELSEWHERE if parts else WHITE)
 
 
 class Overlap(NamedTuple):
