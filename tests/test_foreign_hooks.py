@@ -53,9 +53,8 @@ def by_pre_hook(model: Any, calls: list) -> Iterator[None]:
 
 @contextmanager
 def by_transformer_lens(model: Any, calls: list) -> Iterator[None]:
-    handle = model.blocks[0].hook_out.add_hook(lambda x, hook: calls.append(x.shape) or x + 0.5)
+    model.blocks[0].hook_out.add_hook(lambda x, hook: calls.append(x.shape) or x + 0.5)
     yield
-    handle.hook.remove()
     model.blocks[0].hook_out.remove_hooks("fwd")
 
 

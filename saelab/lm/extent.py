@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from saelab.lm.admission import require_bridge
 from saelab.lm.models import Model
 
 # How configurations of Hugging Face name the longest row.
@@ -23,6 +24,7 @@ def find_context(model: Model) -> int:
     >>> sl.tiny_model(ctx_len=64).cfg.n_ctx, find_context(sl.tiny_model(ctx_len=64))
     (64, 64)
     """
+    require_bridge(model)
     config: Any = model.original_model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     unbounded = getattr(text, "alibi", False) or getattr(text, "model_type", "") in _RECURRENT

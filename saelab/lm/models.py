@@ -1,5 +1,6 @@
 """Loading a language model: from the Hub, from a folder, from an object, or a tiny one built on the spot."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,8 +11,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import nn
 
+from saelab.lm.admission import admit_config, admit_folder, admit_object, admit_tokenizer, admit_weights
 from saelab.lm.bars import hidden_bars
 from saelab.lm.plain import strip
+from saelab.lm.quiet import no_processes, offline, recorded_missing
 from saelab.lm.tokenizers import copy_tokenizer
 
 Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]
@@ -42,8 +45,9 @@ def load_model(
     for an object it may be left out where the folder it came from has one. Weights are Hugging Face's own;
     `weight_processing="folded"` folds norms and centres what is written to the residual stream, as TransformerLens 2
     did by default and many public SAEs expect. `progress=False` hides the bars of downloading and loading.
-    FileNotFoundError for a missing folder, ValueError for a wrong id, a folder that holds no model, or a device or
-    dtype beside an object.
+    Of a multimodal model the language tower is read; nothing is installed or started for the rest. FileNotFoundError
+    for a missing folder, TypeError for an object of another kind, ValueError for a wrong id, for what is no whole
+    causal model with its tokenizer, and for a device or dtype beside an object.
 
     >>> model = sl.load_model(sl.tiny_model())
     >>> model.cfg.n_layers
@@ -71,9 +75,13 @@ def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, token
                 f"`device` and `dtype` go with a name or a folder, got them with a {type(name_or_path).__name__}. "
                 "Move or cast the object first."
             )
-        if isinstance(name_or_path, TransformerBridge):
-            return name_or_path
-        return _wrap(name_or_path, tokenizer)
+        model = getattr(name_or_path, "_orig_mod", name_or_path)  # what `torch.compile` was given
+        return model if isinstance(model, TransformerBridge) else _wrap(admit_object(model), tokenizer)
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise TypeError(
+            f"`name_or_path` must be a name, a folder, a TransformerBridge or a Hugging Face model, got a "
+            f"{type(name_or_path).__name__}. Load models with saelab, or with transformers' `AutoModelForCausalLM`."
+        )
     name = str(name_or_path)
     folder = Path(name_or_path).expanduser()
     if name in BUILT_IN and not folder.is_dir():
@@ -82,19 +90,11 @@ def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, token
         return tiny_model().to(device or "cpu", dtype or torch.float32, print_details=False)
     if folder.is_dir():
         name = str(folder)
-        _require_config(folder)
+        admit_folder(folder, tokenizer is not None)
     elif isinstance(name_or_path, Path) or not _could_be_id(name):
         raise FileNotFoundError(f"`name_or_path` must be an existing folder or a Hub id, got '{name}': no such folder.")
     with _as_is() if progress else hidden_bars():
         return _boot(name, local=folder.is_dir(), device=device, dtype=dtype or torch.float32, tokenizer=tokenizer)
-
-
-def _require_config(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"A model folder must hold config.json, got '{folder}' without one. Give the folder that "
-            "`model.save_pretrained` wrote."
-        )
 
 
 def _could_be_id(name: str) -> bool:
@@ -105,18 +105,22 @@ def _could_be_id(name: str) -> bool:
 def _boot(name: str, *, local: bool, **options: Any) -> Model:
     """Load through the bridge; `local` keeps huggingface_hub off the network."""
     from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoConfig
 
-    try:
-        with _offline() if local else _as_is():
-            if (tokenizer := options.pop("tokenizer", None)) is None and "hf_model" not in options:
-                tokenizer = _load_tokenizer(name)
-            if tokenizer is not None:
-                options["tokenizer"] = copy_tokenizer(tokenizer, name)
-            options = {key: value for key, value in options.items() if value is not None}
+    with offline() if local else _as_is(), no_processes(), recorded_missing() as missing:
+        if "hf_model" not in options:
+            with _named(name, local):
+                config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+            admit_config(config)
+        if (tokenizer := options.pop("tokenizer", None)) is None and "hf_model" not in options:
+            tokenizer = _load_tokenizer(name)
+        if tokenizer is not None:
+            options["tokenizer"] = copy_tokenizer(tokenizer, name)
+        options = {key: value for key, value in options.items() if value is not None}
+        with _named(name, local):
             model = TransformerBridge.boot_transformers(name, **options)
-    except OSError as error:
-        where = "a model folder" if local else "a Hub id that can be reached, or a folder"
-        raise ValueError(f"`name_or_path` must be {where}, got '{name}': {str(error).splitlines()[0]}") from error
+    admit_weights(name, missing)
+    admit_tokenizer(model)
     model.eval()
     return model
 
@@ -132,20 +136,21 @@ def _load_tokenizer(name: str) -> Any:
 
 
 @contextmanager
-def _as_is() -> Iterator[None]:
-    yield
+def _named(name: str, local: bool) -> Iterator[None]:
+    """Whatever the libraries raise inside is a ValueError that begins with what was to be loaded."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        where = "a model folder that can be read" if local else "a Hub id that can be reached, or a folder"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"`name_or_path` must be {where}, got '{name}': {reason}") from error
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
-    """huggingface_hub and transformers stay off the network inside."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
+def _as_is() -> Iterator[None]:
+    yield
 
 
 def _wrap(hf_model: nn.Module, tokenizer: Any, name: str | None = None) -> Model:

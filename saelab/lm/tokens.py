@@ -155,9 +155,9 @@ def tokenize(
 
 
 def _require_sizes(model: Model, ctx_len: int, n_tokens: int | None) -> None:
+    longest = find_context(model)
     if model.tokenizer is None:
         raise ValueError("`tokenize` needs a model with a tokenizer, got one without. Load it with its tokenizer.")
-    longest = find_context(model)
     if not 1 <= ctx_len <= longest:
         raise ValueError(f"`ctx_len` must be in 1..{longest} (the model's context), got {ctx_len}.")
     if n_tokens is not None and n_tokens < 1:
