@@ -12,6 +12,7 @@ from saelab.collecting.conversion import convert_delphi
 from saelab.collecting.dense_conversion import convert_activations
 from saelab.collecting.harvesting import harvest
 from saelab.collecting.streaming import ActivationStream, stream
+from saelab.collecting.untrained import harvest_untrained
 from saelab.evaluation.concept_scores import ConceptScores
 from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.evaluation import evaluate
@@ -56,6 +57,7 @@ from saelab.sae.hooking import hook_sae
 from saelab.sae.registry import Activation, register_activation
 from saelab.sae.reviving import revive
 from saelab.sae.sae import SAE, fit
+from saelab.sae.untrained import make_untrained
 from saelab.steering.aims import ScoredConcept, TokenConcept, make_concept, world_concept
 from saelab.steering.amplifying import SteeringScores, score_steering
 from saelab.steering.attribution import attribute
@@ -219,6 +221,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "fit_attributes",
     "generate",
     "harvest",
+    "harvest_untrained",
     "hook_sae",
     "keep_concepts",
     "keep_one_to_one",
@@ -232,6 +235,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "make_concept",
     "make_predicates",
     "make_random",
+    "make_untrained",
     "match_keywords",
     "neighbours",
     "next_token_loss",

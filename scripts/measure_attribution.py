@@ -31,8 +31,8 @@ import torch
 from tqdm.auto import tqdm
 
 import saelab as sl
-from saelab.evaluation.baselines import prepare
 from saelab.lm.models import Model
+from saelab.sae.untrained import prepare
 from saelab.steering.attribution import attribute
 from saelab.steering.effects import Attribution
 from saelab.steering.patching import patch

@@ -107,12 +107,13 @@ def test_rows_of_unequal_lengths_are_multiplied_as_scipy_does() -> None:
         check_nearest(search(x, y, 40)[0], naive(x, y), 40, True)
 
 
-def test_shift_and_groups_and_sides_and_weights_are_what_they_say() -> None:
+def test_order_and_groups_and_sides_and_weights_are_what_they_say() -> None:
     rng = np.random.default_rng(2)
     x = codes(200, 12, rng)
     store = Made(x)
-    assert np.allclose(Codes(store).shifted(30).matrix(0, 200).toarray(), np.roll(x, -30, axis=0), atol=1e-5)
-    assert np.allclose(Codes(store).shifted(30).matrix(150, 190).toarray(), np.roll(x, -30, axis=0)[150:190], atol=1e-5)
+    order = rng.permutation(200)
+    assert np.allclose(Codes(store).moved(order).matrix(0, 200).toarray(), x[order], atol=1e-5)
+    assert np.allclose(Codes(store).moved(order).matrix(150, 190).toarray(), x[order[150:190]], atol=1e-5)
     groups = np.arange(200) // DOC
     means = Codes(store, groups=groups).matrix(0, 4).toarray()
     assert np.allclose(means, x.reshape(4, DOC, 12).mean(1), atol=1e-5)
@@ -349,3 +350,45 @@ def test_many_are_compared_two_by_two() -> None:
     assert "in all of the others: x 5, y 5, z 5" in str(found) and len(found.to_dict()["comparisons"]) == 3
     with pytest.raises(ValueError, match="two or more"):
         sl.compare_many([stores["x"]])
+
+
+@pytest.mark.parametrize("similarity", ["correlation", "phi", "jaccard"])
+@pytest.mark.parametrize("docs", ["one", "templates", "pairs"])
+def test_the_null_falls_where_the_text_is_periodic(docs: str, similarity: str) -> None:
+    """Codes that are a matter of the place in a template: turned round as a whole they would be what they were."""
+    n, period = 4000, {"one": 2, "templates": 10, "pairs": 2}[docs]
+    places = np.arange(n) % period
+    z = np.stack([(places == k) * (1.0 + k) for k in range(period)], 1)
+    store = Made(z)
+    numbers = {"one": np.zeros(n, int), "templates": np.arange(n) // period, "pairs": np.arange(n) // 2}[docs]
+    store.text.doc_ids[:] = numbers
+    found = sl.compare(store, store, similarity=similarity, n_null=period, n_shifts=40, progress=False)
+    assert found.a.chance[1] < 0.7 and (np.abs(found.a.similarity) > 0.99).all()
+    assert found.a.universal.all() and found.a.p.max() < 0.05
+
+
+def test_untrained_dictionaries_are_a_floor() -> None:
+    """Half of the features are those of tokens, which an untrained dictionary has too, less exactly."""
+    rng = np.random.default_rng(0)
+    n, d = 4000, 20
+    tokens = np.arange(n) % 26
+    token_codes = np.stack([tokens == j for j in range(d)], 1) * rng.gamma(4.0, 1.0, (n, d))
+    own = (rng.random((n, d)) < 0.05) * rng.gamma(2.0, 1.0, (n, d))
+    noisy = token_codes + (rng.random((n, d)) < 0.003) * rng.gamma(4.0, 1.0, (n, d))
+    a = np.concatenate([token_codes + 1.5 * (token_codes > 0) * rng.normal(size=(n, d)), own], 1)
+    b = np.concatenate([token_codes, own + 0.01 * (own > 0)], 1)
+    empty = np.concatenate([noisy, (rng.random((n, d)) < 0.05) * 1.0], 1)
+    plain = sl.compare(Made(a), Made(b), progress=False)
+    assert plain.a.untrained is None and plain.a.universal.all() and "no untrained dictionary" in str(plain)
+    floors = (Made(empty), Made(empty[:, rng.permutation(2 * d)]))
+    found = sl.compare(Made(a), Made(b), untrained=floors, progress=False)
+    assert found.a.untrained is not None
+    assert found.a.untrained.trained["count"] == 1.0 and found.a.untrained.shares["count"] == pytest.approx(0.5)
+    assert found.a.universal[d:].all() and found.a.universal[:d].sum() <= 0.1 * d
+    assert f"{0.5:.1%}" in str(found) and found.to_dict()["a"]["untrained"]["level"] == found.a.untrained.level
+    one = sl.compare(Made(a), Made(b), untrained=floors[1], progress=False)
+    assert one.b.untrained is not None and one.a.untrained is not None
+    many = sl.compare_many([Made(a), Made(b)], untrained=list(floors), progress=False)
+    assert many.floor("0", "1") == found.a.untrained.shares["count"] and "untrained" in str(many)
+    with pytest.raises(ValueError, match="stores beside stores"):
+        sl.compare(Made(a), Made(b), untrained=sl.SAE(sl.SAEConfig(d_in=4, d_sae=64)), progress=False)

@@ -1,18 +1,21 @@
 """`saelab compare`: which features of two stores, or of two SAEs, are the same."""
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, get_args
 
 from typer import Argument, Option
 
 from saelab.cli import options
+from saelab.cli.reporting import open_model, open_sae
 from saelab.cli.saying import say
+from saelab.collecting.untrained import harvest_untrained
 from saelab.pictures.reports import report
 from saelab.sae.checkpoint import CONFIG
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 from saelab.stores.files import write_json
-from saelab.universality.comparison import Similarity, compare
+from saelab.universality.comparison import Similarity, choose_similarity, compare
 from saelab.universality.matches import Method
 
 SHIFTS, EFFECT, FDR, COUNT, M = (
@@ -49,6 +52,14 @@ Html = Annotated[
     ),
 ]
 Top = Annotated[int, Option(help="Pairs to show.")]
+Floors = Annotated[
+    bool,
+    Option(
+        "--untrained/--no-untrained",
+        help="Compare with untrained dictionaries of both shapes, too, which read the text again; where the stores' "
+        "SAEs and models are at hand.",
+    ),
+]
 ON_PAGE = 200
 
 
@@ -67,6 +78,7 @@ def compare_folders(
     out: Out = None,
     html: Html = None,
     top: Top = 10,
+    untrained: Floors = True,
     progress: options.Progress = True,
 ) -> None:
     """Find the features that two dictionaries share, beside what chance would give.
@@ -81,19 +93,25 @@ def compare_folders(
         raise ValueError("`--html` shows features in text, so A and B must be feature stores, got SAEs.")
     if html is not None and sides:
         raise ValueError("`--html` shows whole features, got it with `--sides`. Leave one of them out.")
-    found = compare(
-        first,
-        second,
-        similarity=similarity,  # type: ignore[arg-type]
-        sides=sides,
-        m=nearest,
-        min_count=min_count,
-        n_shifts=shifts,
-        min_effect=min_effect,
-        fdr=fdr,
-        seed=seed,
-        progress=progress,
-    )
+    by = choose_similarity(similarity, isinstance(first, FeatureStore))
+    with tempfile.TemporaryDirectory() as folder:
+        floors: list[FeatureStore | None] = [None, None]
+        if untrained and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
+            floors = [_untrained(one, Path(folder) / str(i), progress) for i, one in enumerate((first, second))]
+        found = compare(
+            first,
+            second,
+            untrained=(floors[0], floors[1]),
+            similarity=by,
+            sides=sides,
+            m=nearest,
+            min_count=min_count,
+            n_shifts=shifts,
+            min_effect=min_effect,
+            fdr=fdr,
+            seed=seed,
+            progress=progress,
+        )
     pairs, values = found.match(method)  # type: ignore[arg-type]
     say(str(found))
     say(f"{'a':>8}{'b':>8}  {found.similarity}, {method}")
@@ -106,6 +124,19 @@ def compare_folders(
     if html is not None and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
         shown = list(dict.fromkeys(pairs[:, 0].tolist()))[:ON_PAGE]
         say(str(report(first, html, features=shown, compare=second, comparison=found, progress=progress)))
+
+
+def _untrained(store: FeatureStore, out: Path, progress: bool) -> FeatureStore | None:
+    """The same rows from an untrained dictionary, where the store's SAE and model are at hand."""
+    sae = open_sae(store, None)
+    model = open_model(store, None, progress) if sae is not None else None
+    if sae is None or model is None:
+        return None
+    try:
+        return harvest_untrained(store, sae, model, out, progress=progress)
+    except ValueError as error:
+        say(f"No untrained dictionary beside {store.folder}: {error}", err=True)
+        return None
 
 
 def _open(folder: Path) -> FeatureStore | SAE:

@@ -1,7 +1,6 @@
 """What an SAE must beat: reconstructions that were not trained, each at the sparsity they are compared at."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -11,8 +10,7 @@ from saelab.functional.metrics import exact
 from saelab.sae.activations import AbsTopK, TopK
 from saelab.sae.config import SAEConfig
 from saelab.sae.sae import SAE
-from saelab.sae.trainee import Trainee
-from saelab.training.config import TrainConfig
+from saelab.sae.untrained import make_untrained, prepare
 
 Reconstruction = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Maps activations (n, d_in) to their reconstructions (n, d_out) and the number of numbers each is made of (n)."""
@@ -39,7 +37,7 @@ def make_baselines(
 ) -> dict[str, Reconstruction]:
     """Three baselines for an SAE that uses `l0` latents a token, fitted to a sample of inputs and targets.
 
-    untrained: the SAE as training would start it, at whatever L0 that has.
+    untrained: the SAE as training would start it, at the L0 that the trained one has.
     random: the best k = round(l0) of `d_sae` random unit directions; the encoder is tied to them, up to a fitted scale
     (a transcoder's are of the input, and what they say of the target is fitted).
     pca: the sample's first k principal components, which need no dictionary wider than d_in.
@@ -51,26 +49,13 @@ def make_baselines(
     drawn = SAEConfig(d_in=cfg.d_in, d_sae=cfg.d_sae, d_out=cfg.d_out, activation=activation, normaliser="none")
     x, y = x.to(sae.device), y.to(sae.device)
     rivals = {
-        "untrained": reconstruct_by(prepare(cfg, x, seed, y)),
+        "untrained": reconstruct_by(make_untrained(sae, x, y, seed=seed)),
         "random": reconstruct_by(prepare(drawn, x, seed + 1, y)),
     }
     rank = min(round(l0), cfg.d_in, cfg.d_target)
     if cfg.d_out is None:
         return rivals | {"pca": make_pca(x, rank)}
     return rivals | {"linear": make_linear(x, y, min(cfg.d_in, cfg.d_out) if cfg.skip else rank)}
-
-
-def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tensor, "n d_out"] | None = None) -> SAE:
-    """An SAE at step 0 of its training: drawn from `seed`, fitted in place and scale to a sample; a transcoder's has
-    targets y.
-    """
-    sae = SAE(replace(cfg, aux=None), seed).to(x.device)
-    sample = x if cfg.d_out is None or y is None else torch.cat([x, y], dim=1)
-    trainee = Trainee(sae, TrainConfig(seed=seed))
-    trainee.prepare(sample)
-    if cfg.activation.threshold == "running":  # or its codes would depend on the batch
-        trainee.observe(trainee.objective(sample[:4096]))
-    return sae
 
 
 def make_pca(sample: Float[Tensor, "n d_in"], k: int) -> Reconstruction:

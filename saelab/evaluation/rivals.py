@@ -9,11 +9,11 @@ from jaxtyping import Float, Float32, Shaped
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from saelab.evaluation.baselines import prepare
 from saelab.evaluation.levels import Codes
 from saelab.functional.metrics import exact
 from saelab.sae.config import SAEConfig
 from saelab.sae.sae import SAE
+from saelab.sae.untrained import prepare
 from saelab.stores.corpus import split_documents
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ class Codes:
     """The codes of some rows of a store.
 
     `rows` chooses rows of the store, `weights` makes rows as sums of the store's rows (alignment of tokenizers),
-    `groups` takes means over runs of rows (documents), and `shift` turns the rows round, last.
+    `groups` takes means over runs of rows (documents), and `order` puts the rows elsewhere, last.
     """
 
     store: Encoded
@@ -44,7 +44,8 @@ class Codes:
     """number of each row's group, ascending from 0"""
     columns: Integer[np.ndarray, "m"] | None = None
     """some columns alone"""
-    shift: int = 0
+    order: Integer[np.ndarray, "n_rows"] | None = None
+    """the row that stands at each place; near ones near each other, for all between them are read"""
 
     @property
     def n_rows(self) -> int:
@@ -75,15 +76,11 @@ class Codes:
 
     def matrix(self, start: int, stop: int) -> "csr_matrix":
         """Rows start..stop."""
-        if not self.shift:
+        if self.order is None or stop <= start:
             return self._plain(start, stop)
-        from scipy.sparse import vstack
-
-        n = self.n_rows
-        first = (start + self.shift) % n
-        if first + stop - start <= n:
-            return self._plain(first, first + stop - start)
-        return vstack([self._plain(first, n), self._plain(0, first + stop - start - n)], format="csr")
+        rows = self.order[start:stop]
+        first = int(rows.min())
+        return self._plain(first, int(rows.max()) + 1)[rows - first]
 
     def _plain(self, start: int, stop: int) -> "csr_matrix":
         if self.groups is None:
@@ -133,9 +130,9 @@ class Codes:
         indices = 2 * found.indices + (found.data < 0)
         return csr_matrix((np.abs(found.data), indices, found.indptr), shape=(found.shape[0], self.full_width))
 
-    def shifted(self, shift: int) -> "Codes":
-        """The same with rows turned round."""
-        return replace(self, shift=shift)
+    def moved(self, order: Integer[np.ndarray, "n_rows"]) -> "Codes":
+        """The same with rows put elsewhere."""
+        return replace(self, order=order)
 
     def only(self, columns: Integer[np.ndarray, "m"]) -> "Codes":
         """Some columns alone."""

@@ -1,6 +1,7 @@
 """`compare`: which features of two dictionaries are the same, beside what chance would give."""
 
-from typing import Literal, get_args
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -8,6 +9,7 @@ from jaxtyping import Float, Int
 from saelab.labelling.significance import adjust
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
+from saelab.universality.floors import above, measure_floor
 from saelab.universality.matches import Comparison
 from saelab.universality.matching import assign, find_mutual, pooled_p
 from saelab.universality.nearest import Nearest
@@ -15,6 +17,7 @@ from saelab.universality.partners import Matches
 from saelab.universality.sources import DirectionSource, Source, StoreSource
 
 Similarity = Literal["correlation", "documents", "phi", "jaccard", "decoder", "encoder"]
+Untrained: TypeAlias = FeatureStore | SAE | tuple[FeatureStore | SAE | None, FeatureStore | SAE | None] | None
 EXACT = 2**22
 """Pairs of features up to which the assignment considers all of them."""
 
@@ -23,6 +26,7 @@ def compare(
     a: FeatureStore | SAE,
     b: FeatureStore | SAE,
     *,
+    untrained: Untrained = None,
     similarity: Similarity | None = None,
     sides: bool = False,
     m: int = 10,
@@ -42,11 +46,16 @@ def compare(
     positive and negative codes of signed stores are features of their own, 2 j and 2 j + 1. Stores of different
     tokenizers are aligned by the characters of their documents.
 
-    A match fires together on at least `min_count` tokens. Chance: the rows of `b` are turned round `n_shifts` times by
-    a random number of tokens, which keeps every run and rate, and the best partners of `n_null` features are sought
-    anew (for directions: of random ones). p is pooled over features that fire about as often and can be no less than
-    1 / (n_shifts x n_null + 1): small dictionaries need more shifts. q controls false discoveries; universal is what
-    has q <= `fdr` and a similarity of at least `min_effect`.
+    A match fires together on at least `min_count` tokens. Chance: the rows of `b` are put elsewhere `n_shifts` times,
+    in blocks within documents that change places and are turned round one by one, which keeps runs and rates but no
+    period of the text, and the best partners of `n_null` features are sought anew (for directions: of random ones). p
+    is pooled over features that fire about as often and can be no less than 1 / (n_shifts x n_null + 1): small
+    dictionaries need more shifts. q controls false discoveries; universal is what has q <= `fdr` and a similarity of at
+    least `min_effect`.
+
+    Chance is a low floor: an untrained dictionary shares much with any other of the same text. `untrained` is one of
+    b's shape on the same text (`sl.harvest_untrained`), or a pair of a's and b's, of which either may be None. What it
+    shares stands beside what a and b do, and what is universal must reach what 95 % of its features stay below, too.
 
     Memory: the codes of the text (up to 2^26 at a time) and 10 best partners a feature, never d_a x d_b. ValueError for
     sources of two kinds, a similarity they do not have, texts or spaces with nothing in common.
@@ -59,20 +68,48 @@ def compare(
     stores = isinstance(a, FeatureStore)
     if stores != isinstance(b, FeatureStore):
         raise ValueError("`compare` takes two feature stores or two SAEs, got one of each. Harvest the SAE first.")
-    similarity = similarity or ("correlation" if stores else "decoder")
-    allowed = get_args(Similarity)[:4] if stores else get_args(Similarity)[4:]
-    if similarity not in allowed or min(m, min_count, n_null) < 1 or n_shifts < 0 or not 0 < fdr < 1:
+    similarity = choose_similarity(similarity, stores)
+    if min(m, min_count, n_null) < 1 or n_shifts < 0 or not 0 < fdr < 1:
         raise ValueError(
-            f"`similarity` must be one of {list(allowed)}, `m`, `min_count`, `n_null` at least 1, `fdr` in 0..1, got "
-            f"{similarity!r}, {m}, {min_count}, {n_null}, {fdr}."
+            f"`m`, `min_count`, `n_null` must be at least 1, `n_shifts` at least 0, `fdr` in 0..1, got {m}, "
+            f"{min_count}, {n_null}, {n_shifts}, {fdr}."
         )
-    work: Source
-    if isinstance(a, FeatureStore) and isinstance(b, FeatureStore):
-        work = StoreSource.make(a, b, similarity, sides, min_count, progress)
-    else:
-        assert isinstance(a, SAE) and isinstance(b, SAE)
-        work = DirectionSource.make(a, b, similarity, progress)
-    return conclude(work, similarity, m, min_count, n_shifts, n_null, fdr, min_effect, seed)
+    of_a, of_b = untrained if isinstance(untrained, tuple) else (None, untrained)
+    if any(isinstance(one, FeatureStore) != stores for one in (of_a, of_b) if one is not None):
+        raise ValueError("`untrained` must be stores beside stores and SAEs beside SAEs, got another kind.")
+
+    def judge(one: Any, other: Any) -> Comparison:
+        work: Source
+        if stores:
+            work = StoreSource.make(one, other, similarity, sides, min_count, progress)
+        else:
+            work = DirectionSource.make(one, other, similarity, progress)
+        return conclude(work, similarity, m, min_count, n_shifts, n_null, fdr, min_effect, seed)
+
+    beside = [judge(one, other) for one, other in ((of_a, b), (a, of_b)) if one is not None and other is not None]
+    return raise_floor(judge(a, b), beside)
+
+
+def choose_similarity(similarity: str | None, stores: bool) -> Similarity:
+    """The similarity that is asked for, or that of the kind; ValueError for one that stores, or SAEs, do not have."""
+    kinds: tuple[Similarity, ...] = get_args(Similarity)
+    allowed = kinds[:4] if stores else kinds[4:]
+    found = next((kind for kind in allowed if similarity in (None, kind)), None)
+    if found is None:
+        raise ValueError(f"`similarity` must be one of {list(allowed)}, got {similarity!r}.")
+    return found
+
+
+def raise_floor(found: Comparison, beside: list[Comparison]) -> Comparison:
+    """The same with comparisons in which one side is untrained as a second floor of what is universal."""
+    if not beside:
+        return found
+    sides = []
+    for name in ("a", "b"):
+        side = getattr(found, name)
+        floor = measure_floor(side, [getattr(one, name) for one in beside])
+        sides.append(replace(side, universal=above(side, floor), untrained=floor))
+    return replace(found, a=sides[0], b=sides[1])
 
 
 def conclude(

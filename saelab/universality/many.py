@@ -32,6 +32,13 @@ class Comparisons(Result):
             return 1.0
         return self.found[a, b].a.share() if (a, b) in self.found else self.found[b, a].b.share()
 
+    def floor(self, a: str, b: str) -> float:
+        """The same share of an untrained dictionary in place of a trained one, where chance is the only floor; NaN
+        where none was compared.
+        """
+        side = self.found[a, b].a if (a, b) in self.found else self.found[b, a].b
+        return side.untrained.shares["count"] if side.untrained is not None else float("nan")
+
     def recurrence(self, name: str) -> Int[np.ndarray, "d_sae"]:
         """In how many of the others each feature of a dictionary is universal."""
         sides = [one.a if pair[0] == name else one.b for pair, one in self.found.items() if name in pair]
@@ -48,6 +55,11 @@ class Comparisons(Result):
         lines.append(" " * width + "".join(f"{name:>{width}}" for name in self.names))
         for a in self.names:
             lines.append(f"{a:<{width}}" + "".join(f"{self.share(a, b):>{width}.3f}" for b in self.names))
+        if any(one.a.untrained is not None for one in self.found.values()):
+            lines.append("share of an untrained dictionary in place of a trained one, beside chance alone")
+            for a in self.names:
+                cells = ("-" if a == b else f"{self.floor(a, b):.3f}" for b in self.names)
+                lines.append(f"{a:<{width}}" + "".join(f"{cell:>{width}}" for cell in cells))
         lines.append("in all of the others: " + ", ".join(f"{name} {self._in_all(name):,}" for name in self.names))
         chance = [side.chance[1] for one in self.found.values() for side in (one.a, one.b)]
         least = min(one.min_effect for one in self.found.values())
@@ -58,24 +70,33 @@ class Comparisons(Result):
         return int((self.recurrence(name) == len(self.names) - 1).sum())
 
 
-def compare_many(sources: Sources, *, progress: bool = True, **options: Any) -> Comparisons:
+def compare_many(
+    sources: Sources, *, untrained: Sources | None = None, progress: bool = True, **options: Any
+) -> Comparisons:
     """Compare every two of several stores or SAEs; `options` are those of `compare`.
 
-    Names are those of the mapping, or 0, 1, 2, ... False discoveries are controlled within each comparison. ValueError
-    for fewer than two, and as `compare` raises it.
+    `untrained` holds an untrained one of each, by the same names or in the same order. Names are those of the mapping,
+    or 0, 1, 2, ... False discoveries are controlled within each comparison. ValueError for fewer than two, and as
+    `compare` raises it.
 
     >>> saes = [sl.SAE(sl.SAEConfig(d_in=8, d_sae=40), seed=seed) for seed in (0, 0, 1)]
     >>> found = compare_many(saes, n_shifts=2, progress=False)
     >>> found.share("0", "1"), found.recurrence("0").min()
     (1.0, np.int64(1))
     """
-    listed = sources.items() if isinstance(sources, Mapping) else ((str(i), one) for i, one in enumerate(sources))
-    named: dict[str, Any] = dict(listed)
+    named, floors = _name(sources), _name(untrained or {})
     if len(named) < 2:
         raise ValueError(f"`sources` must be two or more stores or SAEs, got {len(named)}.")
+    if unknown := sorted(set(floors) - set(named)):
+        raise ValueError(f"`untrained` must have the names of `sources`, {list(named)}, got {unknown} besides.")
     from tqdm.auto import tqdm
 
     found = {}
     for a, b in tqdm(list(combinations(named, 2)), unit=" pairs", disable=hidden(progress)):
-        found[a, b] = compare(named[a], named[b], progress=False, **options)
+        beside = (floors.get(a), floors.get(b))
+        found[a, b] = compare(named[a], named[b], untrained=beside, progress=False, **options)
     return Comparisons(names=tuple(named), found=found)
+
+
+def _name(sources: Sources) -> dict[str, Any]:
+    return dict(sources.items() if isinstance(sources, Mapping) else ((str(i), one) for i, one in enumerate(sources)))

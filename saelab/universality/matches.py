@@ -1,5 +1,6 @@
 """`Comparison`: what `compare` found, as arrays, as pairs and as a table."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -82,7 +83,14 @@ class Comparison(Result):
         units = "documents" if self.similarity == "documents" else "tokens"
         rows = "" if self.n_rows is None else f" over {self.n_rows:,} common {units}"
         what = "sides of features" if self.sides else "features"
-        lines = [f"{what} by {self.similarity}{rows}; universal: q <= {self.fdr:g} and at least {self.min_effect:g}"]
+        floor = (
+            ""
+            if self.a.untrained is None and self.b.untrained is None
+            else ", and what 95 % of untrained ones stay below"
+        )
+        lines = [
+            f"{what} by {self.similarity}{rows}; universal: q <= {self.fdr:g} and at least {self.min_effect:g}{floor}"
+        ]
         titles = {"live": 8, "median": 9, "chance": 9, "(95 %)": 9, "universal": 11, "by freq.": 10, "by var.": 9}
         lines.append(" " * 4 + "".join(f"{title:>{width}}" for title, width in titles.items()))
         for name, side in (("a", self.a), ("b", self.b)):
@@ -92,6 +100,7 @@ class Comparison(Result):
             lines.append(
                 f"{name:<4}{int(side.live.sum()):>8,}{middle:>9.3f}{side.chance[0]:>9.3f}{side.chance[1]:>9.3f}{shares}"
             )
+        lines += _describe_floors(self)
         flipped = int((self.a.similarity[self.universal_pairs[:, 0]] < 0).sum())
         mean = float(np.abs(self.values).mean()) if len(self.values) else float("nan")
         kind = "" if self.exact else f", among the {self.m} nearest"
@@ -102,3 +111,16 @@ class Comparison(Result):
             counts = ", ".join(f"{kind} {sum(one.kind == kind for one in found):,}" for kind in kinds)
             lines.append(f"relations of {name}: {counts or 'none'}")
         return "\n".join([*lines, *([self.alignment] if self.alignment else [])])
+
+
+def _describe_floors(found: Comparison) -> Iterator[str]:
+    """Lines that set the shares beside those of untrained dictionaries."""
+    if found.a.untrained is None and found.b.untrained is None:
+        yield "no untrained dictionary was compared: what the text alone makes alike is among these"
+        return
+    yield "chance alone as the floor: share of this dictionary, and of an untrained one of its shape in its place"
+    yield " " * 4 + f"{'':>8}{'untrained':>18}{'(95 %)':>9}{'trained':>11}{'untrained':>11}"
+    for name, floor in (("a", found.a.untrained), ("b", found.b.untrained)):
+        if floor is not None:
+            shares = f"{floor.trained['count']:>11.1%}{floor.shares['count']:>11.1%}"
+            yield f"{name:<4}{'':>8}{floor.median:>18.3f}{floor.level:>9.3f}{shares}"

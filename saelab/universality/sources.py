@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 
+from saelab.functional.permuting import move_blocks
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 from saelab.stores.progress import hidden
@@ -61,6 +62,8 @@ class StoreSource(Source):
     seen: tuple[Moments, Moments]
     min_count: int
     jaccard: bool
+    documents: Int[np.ndarray, "n"] | None = None
+    """of each row; None where rows are documents, or nobody knows"""
 
     @classmethod
     def make(
@@ -77,7 +80,8 @@ class StoreSource(Source):
             "sources": (str(a.folder), str(b.folder)),
         }
         signed = similarity in ("correlation", "documents") and not sides and (a.signed or b.signed)
-        return cls.of(codes, similarity, signed, min_count, progress, facts)
+        documents = None if similarity == "documents" else number_documents(a.doc_ids[alignment.rows])
+        return cls.of(codes, similarity, signed, min_count, progress, facts, documents)
 
     @classmethod
     def of(
@@ -88,13 +92,14 @@ class StoreSource(Source):
         min_count: int,
         progress: bool,
         facts: dict[str, Any],
+        documents: Int[np.ndarray, "n"] | None = None,
     ) -> "StoreSource":
         """On rows that are there already."""
         seen = Moments.of(codes[0]), Moments.of(codes[1])
         return cls(
             signed=signed, progress=progress, fires=(seen[0].fires, seen[1].fires),
             weights=(seen[0].spread ** 2, seen[1].spread ** 2), facts=facts, a=codes[0], b=codes[1], seen=seen,
-            min_count=min_count, jaccard=similarity == "jaccard",
+            min_count=min_count, jaccard=similarity == "jaccard", documents=documents,
         )  # fmt: skip
 
     def blocks(self) -> Iterator[Block]:
@@ -103,12 +108,13 @@ class StoreSource(Source):
     def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
         n = self.a.n_rows
         for _ in range(n_shifts if n > 2 else 0):
-            shift = int(rng.integers(max(1, n // 20), n - n // 20))
+            grouped = self.a.groups is not None  # documents are alike in nothing but their order
+            order = rng.permutation(n) if grouped else move_blocks(self.documents, n, rng)
             for side, (one, other) in enumerate(((self.a, self.b), (self.b, self.a))):
                 known = np.flatnonzero(self.seen[side].scale(self.min_count))
                 chosen = np.sort(rng.permutation(known)[:n_null])
                 seen = self.seen[side].only(chosen), self.seen[1 - side]
-                blocks = correlation_blocks(one.only(chosen), other.shifted(shift), seen, self.min_count, self.jaccard)
+                blocks = correlation_blocks(one.only(chosen), other.moved(order), seen, self.min_count, self.jaccard)
                 yield side, chosen, find_nearest(blocks, len(chosen), other.width, 1, self.signed)[0]
 
     def count(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
@@ -128,9 +134,15 @@ def _common(
     second = Codes(b, values, rows=alignment.rows_b) if alignment.exact else Codes(b, values, weights=alignment.weights)
     if similarity != "documents":
         return first, second
-    docs = a.doc_ids[alignment.rows]
-    groups = np.cumsum(np.diff(docs, prepend=docs[:1]) != 0)
+    groups = number_documents(a.doc_ids[alignment.rows])
     return replace(first, groups=groups), replace(second, groups=groups)
+
+
+def number_documents(doc_ids: Integer[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """The documents of rows, counted from 0 in the order of the text."""
+    found = np.zeros(len(doc_ids), np.int64)
+    np.cumsum(doc_ids[1:] != doc_ids[:-1], out=found[1:])
+    return found
 
 
 @dataclass(frozen=True, eq=False)
