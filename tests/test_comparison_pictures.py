@@ -18,6 +18,7 @@ from saelab.cli.commands import dispatch
 from saelab.pictures import reports
 from saelab.universality.partners import Matches
 from saelab.universality.table import tell_p
+from tests.pages import with_script
 
 D_SAE, DEAD = 24, 5
 ORDER = np.random.default_rng(3).permutation(D_SAE)
@@ -258,7 +259,7 @@ class Plain(HTMLParser):
 def read(page: str) -> tuple[dict, dict[int, str]]:
     """The data and the cards of a report on one page."""
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
-    cards = re.search(r"<script>addCards\((.*?)\);</script>", page, re.S)
+    cards = re.search(r'<script type="application/json" id="cards">(.*?)</script>', page, re.S)
     assert data is not None and cards is not None
     return json.loads(data[1]), {int(feature): card for feature, card in json.loads(cards[1]).items()}
 
@@ -377,7 +378,7 @@ def test_a_browser_sorts_by_similarity_and_shows_partners_side_by_side(stores, f
     monkeypatch.setattr(reports, "ON_ONE_PAGE", 0)
     made = sl.report(stores[0], tmp_path / "out", compare=stores[1], comparison=found, **FEW)
     driven = Path(made.page).with_name("driven.html")
-    driven.write_text(Path(made.page).read_text().replace("</body>", f"<script>{DRIVER}</script></body>"))
+    driven.write_text(with_script(Path(made.page).read_text(), DRIVER))
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=5000"]
     command += ["--window-size=1200,900", "--dump-dom", driven.as_uri()]

@@ -14,6 +14,7 @@ import saelab as sl
 from saelab.cli.commands import dispatch
 from saelab.pictures import reports
 from saelab.pictures.prompts import read_prompts
+from tests.pages import with_script
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
 STRINGS = {0: " the", 1: " hot", 2: " cold", 3: HOSTILE, 4: "\n"}
@@ -240,7 +241,7 @@ def test_the_report_works_in_a_browser_from_the_disk_without_network(store, tmp_
     made = sl.report(store, tmp_path / "out", labels={1: HOSTILE}, title=HOSTILE, progress=False)
     page = Path(made.page)
     driven = page.with_name("driven.html")
-    driven.write_text(page.read_text().replace("</body>", f"<script>{DRIVER}</script></body>"))
+    driven.write_text(with_script(page.read_text(), DRIVER))
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=8000"]
     run = subprocess.run([*command, "--dump-dom", driven.as_uri()], capture_output=True, text=True, timeout=100)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from saelab.evaluation.concept_scores import ConceptScore, ConceptScores, PairScore
 from saelab.pictures.corpus import Corpus, examples
 from saelab.pictures.figures import Bar, draw_comparison
-from saelab.pictures.page import decimal, escape, paragraph, section, table
+from saelab.pictures.page import Scripted, decimal, escape, paragraph, section, table
 from saelab.pictures.tokens import colour
 
 if TYPE_CHECKING:
@@ -45,18 +45,20 @@ HEADER = [
 ]  # fmt: skip
 
 
-def show_comparison(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> str:
+def show_comparison(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> Scripted:
     """What the numbers say, the table and the figure."""
     bars = [_bar(trial.name, trial.scores, True) for trial in trials]
     bars += [_bar(name, scores, False) for name, scores in baselines.items()]
     header, rows = tabulate(trials, baselines)
-    return section(
+    figure = draw_comparison(bars)
+    shown = section(
         "Comparison",
         *(paragraph(finding) for finding in find(trials, baselines)),
         table(header, rows, frozenset(trial.name for trial in trials)),
-        f"<figure>{draw_comparison(bars)}<figcaption>{escape(CAPTION)}</figcaption></figure>",
+        f"<figure>{figure}<figcaption>{escape(CAPTION)}</figcaption></figure>",
         paragraph(READING, "small soft"),
     )
+    return Scripted.of(shown, figure)
 
 
 CEILING = "probe"  # the baseline that was given the truth

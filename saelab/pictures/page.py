@@ -1,6 +1,9 @@
 """One HTML page that needs nothing else: its style, its sections, its tables; all text escaped."""
 
+import base64
+import hashlib
 import html
+import re
 from collections.abc import Sequence
 
 STYLE = """
@@ -55,11 +58,49 @@ def escape(text: object) -> str:
     return html.escape(str(text), quote=True)
 
 
+class Scripted(str):
+    """HTML in which these scripts, and no others, may run."""
+
+    scripts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, html: str, figure: str) -> "Scripted":
+        """HTML that holds a figure whose scripts, as plotly writes them, may run."""
+        made = cls(html)
+        made.scripts = tuple(INLINE.findall(figure))
+        return made
+
+
+INLINE = re.compile(r"<script(?: type=\"text/javascript\")?>(.*?)</script>", re.DOTALL)
+
+
+def write_policy(scripts: Sequence[str] = (), files: str = "") -> str:
+    """The element that makes the browser itself refuse everything but these scripts, by their hashes, and `files`.
+
+    Whatever else a text may bring into the page, an event handler or a script, is not run; nothing is fetched from the
+    network, and nothing sent.
+    """
+    digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    allowed = " ".join([f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests] + files.split())
+    rules = {
+        "default-src": "'none'",
+        "style-src": "'unsafe-inline'",
+        "img-src": "data:",
+        "script-src": allowed or "'none'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    policy = "; ".join(f"{name} {value}" for name, value in rules.items())
+    return f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+
+
 def make_page(title: str, lead: str, sections: Sequence[str]) -> str:
-    """A whole page from its title and lead (plain text) and its sections (HTML)."""
+    """A whole page from its title and lead (plain text) and its sections (HTML), of which the `Scripted` run theirs."""
+    scripts = [script for part in sections if isinstance(part, Scripted) for script in part.scripts]
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            write_policy(scripts),
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
             f"<h1>{escape(title)}</h1>\n<p>{escape(lead)}</p>",

@@ -8,26 +8,27 @@ from saelab.analyses.dead import KINDS, DeadUnits
 from saelab.evaluation.results import ROWS, Evaluation
 from saelab.pictures.assets import read_asset
 from saelab.pictures.cards import style_card
-from saelab.pictures.page import STYLE, escape, facts, paragraph, section, table
+from saelab.pictures.page import STYLE, escape, facts, paragraph, section, table, write_policy
 from saelab.stores.features import FeatureStore
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'self' file:; form-action 'none'"
-"""The browser itself then refuses to fetch anything but the cards beside the page."""
+BESIDE = "'self' file:"
+"""Where cards may lie that a page loads when they are needed: beside it"""
 
 
-def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: str) -> str:
-    """The whole page: title as plain text, summary as HTML, data of the list, and a script that holds cards or none."""
+def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: Mapping[int, str]) -> str:
+    """The whole page: title as plain text, summary as HTML, data of the list, and the cards that stand in it."""
     views = read_asset("views.html").format(hidden="" if data["prompts"] else "hidden", summary=summary)
+    script = read_asset("report.js")
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            write_policy([script], BESIDE if data["files"] else ""),
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">',
             f"<title>{escape(title)}</title>\n<style>{STYLE}{read_asset('report.css')}</style>{style_card()}</head>",
             f"<body>\n<main>\n<header><h1>{escape(title)}</h1></header>\n{views}\n</main>",
             f'<script type="application/json" id="data">{to_script(data)}</script>',
-            f"<script>{read_asset('report.js')}</script>",
-            f"<script>{cards}</script>\n</body>\n</html>\n",
+            f'<script type="application/json" id="cards">{to_script(cards)}</script>',
+            f"<script>{script}</script>\n</body>\n</html>\n",
         ]
     )
 

@@ -138,7 +138,7 @@ class _Page:
     compared: str | None
     """by which similarity features have partners, if they have"""
 
-    def fill(self, rows: list[dict[str, Any]], files: list[str], cards: str) -> str:
+    def fill(self, rows: list[dict[str, Any]], files: list[str], cards: Mapping[int, str]) -> str:
         data = {"features": rows, "files": files, "per_file": PER_FILE, "prompts": self.prompts}
         data["compared"] = self.compared
         return fill_page(self.title, self.summary, data, cards)
@@ -209,7 +209,7 @@ def _write(page: _Page, target: Path, cards: Iterator[tuple[dict[str, Any], str]
             _write_page(page, folder / PAGE, cards)
         else:
             rows, files = _write_files(folder, cards)
-            write_atomic(folder / PAGE, page.fill(rows, files, "").encode())
+            write_atomic(folder / PAGE, page.fill(rows, files, {}).encode())
         write_atomic(folder / NAME, to_json({"kind": "report", "title": page.title}).encode())
     n_bytes = sum(file.stat().st_size for pattern in FILES for file in target.glob(pattern))
     return Report(page=str(target / PAGE), n_features=n_features, n_bytes=n_bytes)
@@ -220,7 +220,7 @@ def _write_page(page: _Page, path: Path, cards: Iterator[tuple[dict[str, Any], s
     for row, html in cards:
         rows.append(row)
         drawn[row["feature"]] = html
-    text = page.fill(rows, [], as_script(drawn)).encode()
+    text = page.fill(rows, [], drawn).encode()
     write_atomic(path, text)
     return Report(page=str(path), n_features=len(rows), n_bytes=len(text))
 

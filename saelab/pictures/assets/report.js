@@ -1,6 +1,7 @@
 "use strict";
-// The page's data stand in <script type="application/json">; cards come as HTML that Python has escaped, in this page or
-// in files beside it that are loaded when they are needed. Everything else is put in as text, never as HTML.
+// The page's data and the cards of a single page stand in <script type="application/json">, which runs nothing: this is
+// the only script that the page's policy lets run. Cards are HTML that Python has escaped; those of a large report lie in
+// files beside it that are loaded when they are needed. Everything else is put in as text, never as HTML.
 const byId = id => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
 const COLUMNS = ["feature", "text", "density", "balance", "peak", "kind"];
@@ -8,7 +9,7 @@ const NAMES = { feature: "feature", text: "label and text", density: "density", 
 NAMES.similarity = data.compared;
 if (data.compared) COLUMNS.push("similarity");
 const PAGE = 200;
-const cards = {}, asked = {};
+const cards = JSON.parse(byId("cards").textContent), asked = {};
 const rowOf = new Map(data.features.map((row, i) => [row.feature, i]));
 let sort = { column: "density", down: true }, found = data.features, shown = 0;
 
@@ -183,4 +184,4 @@ byId("previous").onclick = () => step(-1);
 byId("given").append(...data.prompts.map(drawPrompt));
 window.onhashchange = show;
 search();
-document.addEventListener("DOMContentLoaded", show);  // not before: cards of a single page stand behind this script
+show();
