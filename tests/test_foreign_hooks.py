@@ -65,6 +65,22 @@ def by_hooks_context(model: Any, calls: list) -> Iterator[None]:
 
 
 @contextmanager
+def by_the_bridge_itself(model: Any, calls: list) -> Iterator[None]:
+    """A pre-hook that sees the ids, and a hook that sees the logits: what the bridge's caller sees."""
+
+    def see(module: Any, args: tuple) -> None:
+        assert module is model and args[0].shape[1] > 0
+        calls.append(None)
+
+    def change(_module: Any, _args: tuple, output: Any) -> Any:
+        assert isinstance(output, Tensor)
+        return 2 * output
+
+    with model.register_forward_pre_hook(see), model.register_forward_hook(change):
+        yield
+
+
+@contextmanager
 def by_global_hook(model: Any, calls: list) -> Iterator[None]:
     """PyTorch's hook of all modules, which minds one."""
 
@@ -181,3 +197,39 @@ def test_weights_edited_inside_a_block(fresh: Any) -> None:
     assert len(calls) == 3
     torch.testing.assert_close(after, itself, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(after, before, atol=1e-3)
+
+
+def test_hooks_on_the_bridge_itself(model: Any) -> None:
+    ids, calls = some_ids(), []
+    clean, x = sl.logits(model, ids), sl.capture(model, ids, [PLACE])[PLACE]
+    texts = sl.generate(model, "ab", 5, temperature=0, progress=False).texts
+    with by_the_bridge_itself(model, calls):
+        torch.testing.assert_close(sl.logits(model, ids), 2 * clean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sl.capture(model, ids, [PLACE])[PLACE], x, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 2
+        assert sl.generate(model, "ab", 5, temperature=0, progress=False).texts == texts
+    assert torch.equal(sl.logits(model, ids), clean) and "forward" not in vars(model)
+
+
+def test_every_module_may_have_a_hook(fresh: Any) -> None:
+    """Hooks that only look change nothing, wherever they are."""
+    ids = some_ids()
+    clean = sl.logits(fresh, ids)
+    hooked = set()
+    for module in {*fresh.modules(), *fresh.original_model.modules()}:
+        module.register_forward_hook(lambda m, _i, _o: hooked.add(m))
+        module.register_forward_pre_hook(lambda _m, _a, _k: None, with_kwargs=True)
+    assert sl.verify_hooks(fresh).ok
+    torch.testing.assert_close(sl.logits(fresh, ids), clean, rtol=1e-4, atol=1e-5)
+    with sl.splice(fresh, {PLACE: lambda x: x.roll(1, -1)}):
+        assert not torch.allclose(sl.logits(fresh, ids), clean, atol=1e-3)
+    assert fresh in hooked and fresh.blocks[0] in hooked
+
+
+def test_hooks_of_an_object_are_not_on_its_copy(fresh: Any) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    hf_model = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2)).eval()
+    hf_model.transformer.h[0].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="hooks of its own"):
+        sl.load_model(hf_model, tokenizer=fresh.tokenizer)

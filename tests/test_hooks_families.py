@@ -145,3 +145,14 @@ def test_only_causal_models_behind_a_bridge() -> None:
     bridge = TransformerBridge.boot_transformers("bert", hf_model=bert, tokenizer=tiny_model().tokenizer, device="cpu")
     with pytest.raises(ValueError, match="later tokens"):
         capture(bridge, some_ids(), ["blocks.1.hook_out"])
+
+
+def test_folding_that_changes_predictions_is_refused(tmp_path: Any) -> None:
+    """transformer_lens 3.9 and 4.3 fold the norm into Qwen2-MoE's experts, and not into what gates the shared one."""
+    sizes = {"hidden_size": 32, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 32, **LLAMA_LIKE}
+    hf_model, raw = random_model("Qwen2MoeForCausalLM", "Qwen2MoeConfig", shared_expert_intermediate_size=32, **sizes)
+    hf_model.save_pretrained(tmp_path)
+    tiny_model().tokenizer.save_pretrained(tmp_path)
+    assert verify_hooks(raw).ok
+    with pytest.raises(ValueError, match="away from Hugging Face's then"):
+        load_model(tmp_path, device="cpu", weight_processing="folded", progress=False)

@@ -101,8 +101,9 @@ def _find_truth(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
     sites: dict[str, Site] = {
         name: (twins[home.components[path]], side) for name, (path, _, side) in zip(names, places, strict=True)
     }
-    layers = read_sites(model, sites, ids, stop=True)
-    states = model(ids, use_cache=False, output_hidden_states=True).hidden_states or ()
+    with home.hooks.aside():  # PyTorch's hooks of all modules
+        layers = read_sites(model, sites, ids, stop=True)
+        states = model(ids, use_cache=False, output_hidden_states=True).hidden_states or ()
     # The state nearest to a layer's input is the account of it, unless none is: then it has none of this place.
     accounts = {name: min(states, key=partial(_distance, x), default=x) for name, x in layers.items()}
     return {name: h if _distance(layers[name], h) < 1e-3 else layers[name] for name, h in accounts.items()}

@@ -3,11 +3,11 @@
 import difflib
 import logging
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saelab.lm.admission import require_bridge
 from saelab.lm.foreign import HookBooks
 from saelab.lm.models import Model
-from saelab.lm.plain import Site, attach, run, set_attention, strip
+from saelab.lm.plain import Site, WithOwnHooks, attach, make_probe, run, set_attention, strip
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,10 @@ class Door:
     def __init__(self, model: Model, *, was_right: bool = False) -> None:
         self.points, self.components = _find_points(model)
         self.bridged: nn.Module = model.original_model
+        self._bridge = weakref.ref(model)  # which keeps this door
         self.hooks = HookBooks(model, self.bridged, *self.points.values())
         self.n_spliced = 0  # edits that are on the plain twin as well as on the bridge
-        self.probe = _make_probe(model)
+        self.probe = make_probe(model)
         self.places: dict[str, Place] = {}
         self.attention = "eager"
         self._plain_hooks: HookBooks | None = None
@@ -210,7 +211,9 @@ class Door:
                 "Hooks on a bridge work only where it computes what its model does, got a bridge with other logits "
                 "than Hugging Face's and hooks on it. Take them away, or another release of transformer-lens."
             )
-        return self.bridged, [self.bridge_site(name) for name in names]
+        bridge: Any = self._bridge()
+        has_own = bridge is not None and any(getattr(bridge, book) for book in ("_forward_hooks", "_forward_pre_hooks"))
+        return WithOwnHooks(bridge) if has_own else self.bridged, [self.bridge_site(name) for name in names]
 
 
 def require_once(name: str, n_fired: int) -> None:
@@ -241,14 +244,6 @@ def _walk(model: Any, path: str) -> Any:
     return model
 
 
-def _make_probe(model: Any) -> Tensor:
-    """Two rows of random ids."""
-    length = min(16, model.cfg.n_ctx)
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(0, model.cfg.d_vocab, (2, length), generator=generator, device="cpu")
-    return probe.to(next(model.original_model.parameters()).device)
-
-
 def _require_causal(model: nn.Module, probe: Tensor, expected: Tensor) -> None:
     """ValueError where a token changes the logits of those before it."""
     changed = torch.cat([probe[:, :-1], probe[:, -1:].roll(1, 0)], 1)
@@ -277,7 +272,7 @@ def _close(x: Tensor, y: Tensor) -> bool:
     return float((x.double() - y.double()).norm()) <= tolerance * float(y.double().norm())
 
 
-_doors: WeakKeyDictionary[nn.Module, Door] = WeakKeyDictionary()
+_doors: weakref.WeakKeyDictionary[nn.Module, Door] = weakref.WeakKeyDictionary()
 
 
 def door(model: Model) -> Door:

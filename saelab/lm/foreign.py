@@ -1,5 +1,6 @@
 """Hooks of others on a model: whether there are any, and looking at the model without running them."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -64,6 +65,18 @@ class HookBooks:
                 _refill(hooks, found | {key: hook for key, hook in hooks.items() if key not in found})
             for holder, name, handles in lists:
                 holder[name] = handles
+
+
+def warn_of_hooks(model: nn.Module) -> None:
+    """A warning where a Hugging Face object has hooks, which the copy of its modules behind a bridge has not."""
+    if any(
+        not _is_inner(hook) for module in model.modules() for name in _BOOKS for hook in vars(module)[name].values()
+    ):
+        warnings.warn(
+            f"This {type(model).__name__} has hooks of its own, and a bridge around a copy of its modules has not. Put "
+            "them on the modules of the model that is returned.",
+            stacklevel=2,
+        )
 
 
 def _refill(hooks: dict[int, Any], content: dict[int, Any]) -> None:

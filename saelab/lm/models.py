@@ -13,7 +13,8 @@ from torch import nn
 
 from saelab.lm.admission import admit_config, admit_folder, admit_object, admit_tokenizer, admit_weights
 from saelab.lm.bars import hidden_bars
-from saelab.lm.plain import strip
+from saelab.lm.foreign import warn_of_hooks
+from saelab.lm.plain import make_probe, run, set_attention, strip
 from saelab.lm.quiet import no_processes, offline, recorded_missing
 from saelab.lm.tokenizers import copy_tokenizer
 
@@ -62,7 +63,22 @@ def load_model(
             "`weight_processing` 'folded' needs a name or a folder, got an object, whose weights it changes."
         )
     model = _find_model(name_or_path, device, dtype, tokenizer, progress)
+    return _fold(model)
+
+
+def _fold(model: Model) -> Model:
+    """The model with folded weights; ValueError where its predictions are no longer Hugging Face's."""
+    hf_model, _ = strip(model.original_model)
+    set_attention(hf_model, "eager")
+    probe = make_probe(model)
+    expected = run(hf_model, probe).log_softmax(-1)
     model.enable_compatibility_mode()
+    error = float((run(model.original_model, probe).log_softmax(-1) - expected).norm() / expected.norm())
+    if not error <= (1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05):
+        raise ValueError(
+            f"Folding weights must leave predictions as they are, but those of this {model.cfg.architecture} are "
+            f"{error:.1%} away from Hugging Face's then. Take `weight_processing='none'`."
+        )
     return model
 
 
@@ -155,6 +171,7 @@ def _as_is() -> Iterator[None]:
 
 def _wrap(hf_model: nn.Module, tokenizer: Any, name: str | None = None) -> Model:
     """Put a bridge around a copy of the module tree, so that the caller's object keeps its own modules."""
+    warn_of_hooks(hf_model)
     twin, _ = strip(hf_model)
     config: Any = twin.config
     name = name or getattr(config, "_name_or_path", "") or type(hf_model).__name__

@@ -95,6 +95,14 @@ def set_attention(model: nn.Module, implementation: str) -> bool:
     return True
 
 
+def make_probe(model: Any) -> Tensor:
+    """Two rows of random ids."""
+    length = min(16, model.cfg.n_ctx)
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(0, model.cfg.d_vocab, (2, length), generator=generator, device="cpu")
+    return probe.to(next(model.original_model.parameters()).device)
+
+
 @torch.no_grad()
 def run(model: nn.Module, ids: Tensor) -> Tensor:
     """`run_as_set` without gradient."""
@@ -110,6 +118,41 @@ def run_as_set(model: nn.Module, ids: Tensor) -> Tensor:
     with evaluating(model):
         logits: Tensor = model(ids, use_cache=False).logits
         return logits
+
+
+class WithOwnHooks(nn.Module):
+    """A bridge's wrapped model with the hooks that somebody registered on the bridge itself.
+
+    They get what they get when the bridge is called: the ids, and the logits as its output.
+    """
+
+    def __init__(self, bridge: Any) -> None:
+        super().__init__()
+        self.wrapped: nn.Module = bridge.original_model
+        self.__dict__["bridge"] = bridge  # not as a module, of which this would then be a part
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """The wrapped model's output, its logits those that the hooks left."""
+        outputs: list[Any] = []
+
+        def forward(*args: Any, **options: Any) -> Tensor:
+            outputs.append(self.wrapped(*args, **options))
+            logits: Tensor = outputs[-1].logits
+            return logits
+
+        self.bridge.__dict__["forward"] = forward
+        try:
+            logits = self.bridge(*args, **options)
+        finally:
+            del self.bridge.__dict__["forward"]
+        outputs[-1].logits = logits
+        return outputs[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("wrapped"), name)
 
 
 @contextmanager
