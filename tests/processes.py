@@ -36,9 +36,9 @@ class Child:
         assert self._process.pid is not None
         os.kill(self._process.pid, signum)
 
-    def wait(self) -> tuple[int | None, str]:
+    def wait(self, timeout: float = 60) -> tuple[int | None, str]:
         """Exit code, minus the signal's number where one ended it, and what it wrote to stderr."""
-        self._process.join(60)
+        self._process.join(timeout)
         return self._process.exitcode, self._errors.read_text()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from saelab.stores.disk import hold_folder
 from saelab.stores.files import (
     load_tensors,
     read_json,
@@ -64,7 +65,9 @@ def find_checkpoint(out: Path) -> Path | None:
     is none. For whoever holds the folder.
     """
     folder = out / FOLDER
-    settle(folder)
+    if folder.is_dir():
+        with hold_folder(folder):  # and its lock goes, if a killed process left one
+            settle(folder)
     if not (folder / PROGRESS).is_file():
         # saelab 0.1 wrote checkpoints beside their place; killed between two renames it left them hidden there
         hidden = [path.parent for path in out.glob(f".{FOLDER}.*.tmp/{PROGRESS}")]
