@@ -1,6 +1,7 @@
 # make demo    the main job on an embedded default        make check   everything CI runs
 # make test    the tests                                  make bench   the two benchmarks, beside the peers
 # make peers   SAEs read and written, beside the libraries they belong to
+# make kills   every command cut off at every one of its file events
 # Each makes the environment it needs by itself, once. `make test TL=3.9.0` and `make check TL=3.9.0` use another
 # transformer-lens, in an environment of its own; PYTHON=python3.12 another interpreter.
 
@@ -20,7 +21,7 @@ define install
 	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
 endef
 
-.PHONY: demo install test check lint types notebooks format bench peers
+.PHONY: demo install test check lint types notebooks format bench peers kills
 
 demo: $(VENV)/.installed
 	$(BIN)/saelab demo
@@ -69,3 +70,7 @@ bench: $(BENCH)/.installed
 # Their imports warn.
 peers: $(BENCH)/.installed
 	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q -W ignore tests/test_formats_peers.py
+
+# Every command cut off at every file event, and on a full disk at each of them.
+kills: $(VENV)/.installed
+	$(PYTEST) --dist load -m slow tests/test_kills.py

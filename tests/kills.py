@@ -151,7 +151,7 @@ class Stage:
         try:
             case.call()
         except (ValueError, OSError) as error:
-            print(f"failed: {error}", file=sys.stderr)
+            sys.stderr.write(f"failed: {error}\n")
             return 1
         return 0
 
@@ -216,9 +216,8 @@ def _read(path: Path) -> object:
     if path.suffix != ".sqlite":
         return path.read_bytes()
     with closing(sqlite3.connect(path)) as db:
-        return [
-            row for row in db.execute("SELECT feature, sign, text, kind, author, by_person, fixed FROM labels")
-        ] + db.execute("SELECT * FROM about").fetchall()
+        labels = db.execute("SELECT feature, sign, text, kind, author, by_person, fixed FROM labels").fetchall()
+        return labels + db.execute("SELECT * FROM about").fetchall()
 
 
 def prepare(templates: str, wanted: Sequence[str]) -> None:
@@ -256,7 +255,7 @@ def _harvested(sae: str, n: str, out: str) -> list[str]:
     return ["harvest", sae, "tiny", "text.txt", "--n-tokens", n, "--out", out]
 
 
-TRAIN = "--d-sae 32 --k 4 --n-tokens 512 --batch-size 64 --save-every-tokens 256 --no-progress".split()
+TRAIN = ["--d-sae", "32", "--k", "4", "--n-tokens", "512", "--batch-size", "64", "--save-every-tokens", "256"]
 TEXT = ("text.txt",)
 SCORES = ["evaluate", "sae-0", "tiny", "text.txt", "--n-tokens", "100", "--json", "eval.json", "--n-bootstrap", "2"]
 MAKING: dict[str, tuple[list[str], tuple[str, ...]]] = {
@@ -275,6 +274,11 @@ MAKING: dict[str, tuple[list[str], tuple[str, ...]]] = {
 def told_sae(folder: str) -> Callable[[], object]:
     """The sum of an SAE's weights and its k."""
     return lambda: (lambda sae: (str(sae), float(sae.W_dec.detach().sum())))(sl.SAE.from_pretrained(folder))
+
+
+def told_foreign(folder: str) -> Callable[[], object]:
+    how = {"model": "tiny-llama", "hook_point": HOOK}
+    return lambda: float(sl.SAE.from_pretrained(folder, **how).W_dec.detach().sum())
 
 
 def told_acts(folder: str) -> Callable[[], object]:
@@ -320,11 +324,14 @@ def cases() -> list[Case]:
     """Every command that writes, with and without something in its place."""
     quiet = ["--no-progress"]
     collect = [*_collected("out", "100"), *quiet]
-    train = ["train", "acts", *TRAIN, "--out", "out"]
+    train = ["train", "acts", *TRAIN, "--out", "out", *quiet]
     harvest = [*_harvested("sae-0", "200", "out"), *quiet]
     report = ["report", "store-0", "--out", "out", "--features", "1,3", "--title", "new", *quiet]
     evaluate = ["evaluate", "sae-0", "tiny", "text.txt", "--n-tokens", "120", "--n-bootstrap", "2", "--no-baselines"]
     steer = ["steer", "sae-0", "tiny", "One", "--feature", "3", "--n-tokens", "2", "--html", "out.html", *quiet]
+    curve = ["steer-curve", "sae-0", "tiny", "--feature", "3", "--concept", "a", "--strengths", "-1,1", "--n", "1"]
+    curve += ["--n-tokens", "2", "--store", "store-0", "--out", "out.html", "--json", "out.json"]
+    compare = ["compare", "store-0", "store-1", "--shifts", "2"]
     text, label = "text.txt", ["--no-lens", *quiet]
     found = [
         Case("save over an SAE", [], ("sae-0:sae",), call=save_over, read=told_sae("sae")),
@@ -346,19 +353,20 @@ def cases() -> list[Case]:
              read=told_file("eval.json")),
         Case("report", report, ("store-0", "sae-0"), read=told_report("out")),
         Case("report over a report", report, ("store-0", "sae-0", "report:out"), read=told_report("out")),
-        Case("report in a page", [*report[:3], "out.html", *report[4:]], ("store-0", "sae-0"), read=told_file("out.html")),
+        Case("report in a page", [*report[:3], "out.html", *report[4:]], ("store-0", "sae-0"),
+             read=told_file("out.html")),
         Case("label", ["label", "store-0", *label], ("store-0",), read=told_store("store-0")),
         Case("labels set", ["labels", "store-0", "set", "3", "new", "--author", "me"], ("store-0",),
              read=lambda: LabelBook.open("store-0")[3].text),
         Case("labels export", ["labels", "store-0", "export", "out.json"], ("store-0",), read=told_file("out.json")),
-        Case("compare", ["compare", "store-0", "store-1", "--shifts", "2", "--out", "out.json", "--html", "out", *quiet],
+        Case("compare", [*compare, "--out", "out.json", "--html", "out", *quiet],
              ("store-0", "store-1", "report:out"), read=told_report("out")),
         Case("steer", steer, ("sae-0",), read=told_file("out.html")),
+        Case("steer-curve", [*curve, *quiet], ("sae-0", "store-0"), read=told_file("out.html")),
     ]  # fmt: skip
     for form in ("saelens", "sparsify", "dictionary_learning"):
-        how = {"model": "tiny-llama", "hook_point": HOOK}
-        found.append(Case(f"convert to {form}", ["convert", "sae-0", "out", "--format", form], ("sae-0",),
-                          read=lambda: float(sl.SAE.from_pretrained("out", **how).W_dec.detach().sum())))  # fmt: skip
+        words = ["convert", "sae-0", "out", "--format", form]
+        found.append(Case(f"convert to {form}", words, ("sae-0",), read=told_foreign("out")))
     for form in ("delphi", "saedashboard"):
         found.append(Case(f"export to {form}", [], ("store-0:store",), call=export(form)))
     return found
@@ -375,6 +383,6 @@ def check(root: str, points: dict[str, int | None], hows: Sequence[str]) -> None
         for case in chosen:
             for how in hows:
                 n, found = stage.check(case, how, points[case.name])
-                print(f"{case.name}: {n} events, {how}, {len(found)} problems", file=file)
+                file.write(f"{case.name}: {n} events, {how}, {len(found)} problems\n")
                 problems += found if n else [f"{case.name} has no event", *found]
     assert not problems, "\n".join(problems)

@@ -128,7 +128,9 @@ def settle(folder: str | Path) -> None:
     staged = Path(folder) / STAGED
     if (staged / JOURNAL).is_file():
         _move_in(Path(folder), staged)
-    if staged.is_dir():
+    if staged.is_symlink():
+        staged.unlink()
+    elif staged.is_dir():
         shutil.rmtree(staged)
 
 
@@ -211,14 +213,13 @@ def _write_journal(folder: Path, last: str, stale: Sequence[str]) -> None:
 
 def _move_in(folder: Path, staged: Path) -> None:
     """Every step may be repeated: a killed process has done some of them."""
-    journal = read_json(staged / JOURNAL)
-    last, stale = folder / journal["last"], journal["stale"]
+    last, stale = _read_journal(staged)
     files = [file for file in _walk(staged) if file != staged / JOURNAL]
-    files.sort(key=lambda file: (file == staged / journal["last"], file))
-    if files and files[-1] == staged / journal["last"]:
-        last.unlink(missing_ok=True)
+    files.sort(key=lambda file: (file == staged / last, file))
+    if files and files[-1] == staged / last:
+        (folder / last).unlink(missing_ok=True)
     for name in stale:
-        if not Path(name).is_absolute() and ".." not in Path(name).parts:
+        if (folder / name).parent.resolve().is_relative_to(folder.resolve()):
             (folder / name).unlink(missing_ok=True)
     for file in files:
         place = folder / file.relative_to(staged)
@@ -226,6 +227,16 @@ def _move_in(folder: Path, staged: Path) -> None:
         os.replace(file, place)
     _sync(folder)
     (staged / JOURNAL).unlink()
+
+
+def _read_journal(staged: Path) -> tuple[str, list[str]]:
+    """The file that comes last, and those to remove; ValueError where a journal says what none of ours does."""
+    journal = read_json(staged / JOURNAL)
+    last, stale = (journal.get(name) for name in ("last", "stale")) if isinstance(journal, dict) else (None, None)
+    known = isinstance(last, str) and isinstance(stale, list) and all(isinstance(name, str) for name in stale)
+    if not known or staged.is_symlink() or any(Path(name).is_absolute() or ".." in Path(name).parts for name in stale):
+        raise ValueError(f"{staged} must be what saelab left there when it was cut off, got something else. Remove it.")
+    return last, stale
 
 
 def _walk(folder: Path) -> Iterator[Path]:
