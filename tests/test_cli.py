@@ -316,7 +316,7 @@ def uncut(acts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals as on Unix")
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
     kill: signal.Signals, acts: Path, uncut: Path, shell: Shell, tmp_path: Path
 ) -> None:
@@ -325,10 +325,10 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bytes(
     process.wait_until((tmp_path / "cut" / "checkpoint" / "progress.json").exists)
     process.send(kill)
     code, err = process.wait()
-    assert code == (1 if kill is signal.SIGINT else -kill), err
+    assert code == (-kill if kill is signal.SIGKILL else 1), err
     assert not (tmp_path / "cut" / "config.json").exists()
     assert "Traceback" not in err
-    if kill is signal.SIGINT:
+    if kill is not signal.SIGKILL:
         assert str(tmp_path / "cut" / "checkpoint") in err
         assert "--resume" in err
     assert "unfinished training run" in shell("info", tmp_path / "cut").out

@@ -12,6 +12,8 @@ from typing import Any
 from saelab.stores.files import read_json
 
 BOOK = "labels.sqlite"
+PATIENCE = 5.0
+"""seconds to wait for whoever is writing labels"""
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +63,7 @@ def _rename(path: Path, new: Path) -> None:
 @contextmanager
 def _alone_with(path: Path) -> Iterator[None]:
     """See that nobody is writing a database, and that what a killed process left half-written in it is undone."""
-    with closing(sqlite3.connect(path, timeout=5.0, isolation_level=None)) as db:
+    with closing(sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)) as db:
         try:
             db.execute("BEGIN EXCLUSIVE")
         except sqlite3.OperationalError as error:

@@ -95,12 +95,19 @@ class StoredText:
         columns = map_arrays(path)
         shapes = {name: columns[name].shape for name in COLUMNS if name in columns}
         if set(columns) != set(COLUMNS) or len(set(shapes.values())) > 1 or len(shapes["token_ids"]) != 1:
-            raise ValueError(f"{path} must hold {list(COLUMNS)}, of one length, got {shapes}. Harvest again.")
+            raise ValueError(
+                f"{path} must hold {list(COLUMNS)}, of one length, got {shapes}. Harvest again with resume=False."
+            )
         for name, column in columns.items():
             if column.dtype.kind not in "iu" or int(column.min(initial=0)) < 0:
-                raise ValueError(f"{path} must hold whole numbers of at least 0 as {name}, got others. Harvest again.")
+                raise ValueError(
+                    f"{path} must hold whole numbers of at least 0 as {name}, got others. "
+                    "Harvest again with resume=False."
+                )
         if bool((columns["doc_ids"][1:] < columns["doc_ids"][:-1]).any()):
-            raise ValueError(f"{path} must hold documents in their order, got doc_ids that fall. Harvest again.")
+            raise ValueError(
+                f"{path} must hold documents in their order, got doc_ids that fall. Harvest again with resume=False."
+            )
         return cls(**columns, strings=_Strings(folder / STRINGS))
 
 
@@ -119,7 +126,9 @@ class _Strings(Mapping[int, str]):
             if wrong := [
                 i for i, text in held.items() if not (i.isdecimal() and len(i) < 12 and isinstance(text, str))
             ]:
-                raise ValueError(f"Strings must be texts by token id, got {wrong[0][:40]!r}. Harvest again.")
+                raise ValueError(
+                    f"Strings must be texts by token id, got {wrong[0][:40]!r}. Harvest again with resume=False."
+                )
         return {int(i): text for i, text in held.items()}
 
     def __getitem__(self, token_id: int) -> str:

@@ -9,6 +9,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -23,8 +24,8 @@ from saelab.stores.tensors import load_tensors as load_tensors
 from saelab.stores.tensors import make_header
 from saelab.stores.tensors import map_tensor as map_tensor
 from saelab.stores.tensors import read_header as read_header
+from saelab.stores.validation import read_fields, seal
 from saelab.stores.validation import read_json as read_json
-from saelab.stores.validation import seal
 
 T = TypeVar("T")
 STAGED, JOURNAL = ".saelab-new", "journal.json"
@@ -91,6 +92,14 @@ def checksum(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             crc = zlib.crc32(chunk, crc)
     return f"{crc:08x}"
+
+
+@dataclass(frozen=True)
+class _Journal:
+    """What is still to be done where files are to take their places."""
+
+    last: str
+    stale: list[str]
 
 
 @contextmanager
@@ -231,12 +240,15 @@ def _move_in(folder: Path, staged: Path) -> None:
 
 def _read_journal(staged: Path) -> tuple[str, list[str]]:
     """The file that comes last, and those to remove; ValueError where a journal says what none of ours does."""
-    journal = read_json(staged / JOURNAL)
-    last, stale = (journal.get(name) for name in ("last", "stale")) if isinstance(journal, dict) else (None, None)
-    known = isinstance(last, str) and isinstance(stale, list) and all(isinstance(name, str) for name in stale)
-    if not known or staged.is_symlink() or any(Path(name).is_absolute() or ".." in Path(name).parts for name in stale):
-        raise ValueError(f"{staged} must be what saelab left there when it was cut off, got something else. Remove it.")
-    return last, stale
+    try:
+        journal = read_fields(_Journal, read_json(staged / JOURNAL))
+        if staged.is_symlink() or any(Path(name).is_absolute() or ".." in Path(name).parts for name in journal.stale):
+            raise ValueError("it leads out of the folder")
+    except ValueError as error:
+        raise ValueError(
+            f"{staged} must be what saelab left there when it was cut off, but {error}. Remove it."
+        ) from None
+    return journal.last, journal.stale
 
 
 def _walk(folder: Path) -> Iterator[Path]:

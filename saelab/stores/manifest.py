@@ -1,7 +1,8 @@
 """The manifest of a folder of shards: what lies in it, checked against the files before anything is read."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -151,14 +152,12 @@ class Manifest(ABC):
         """
         found = []
         for shard in self.shards:
-            path = find_inside(folder, shard.file)
-            file = TensorFile.open(path)
-            self._check_specs(path, file.specs, shard.n_tokens)
-            if verify and checksum(path) != shard.crc32:
-                raise ValueError(
-                    f"{path} must have the checksum in the manifest, got another. Run what wrote the folder again with "
-                    "resume=False: that deletes it and begins anew."
-                )
+            with _advised():
+                path = find_inside(folder, shard.file)
+                file = TensorFile.open(path)
+                self._check_specs(path, file.specs, shard.n_tokens)
+                if verify and checksum(path) != shard.crc32:
+                    raise ValueError(f"{path} must have the checksum in the manifest, got another.")
             found.append(file)
         return found
 
@@ -263,6 +262,16 @@ class FeatureManifest(Manifest):
     def with_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> "FeatureManifest":
         """The same with one more shard, and its codes counted."""
         return replace(super().with_shard(shard, tensors), n_entries=self.n_entries + len(tensors["latents"]))
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    """What is missing or damaged, and what helps: the same call alone opens a finished folder as it is."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        anew = "run what wrote the folder again with resume=False: that deletes it and begins anew"
+        raise type(error)(f"{error} Where there is no copy, {anew}.") from None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -42,11 +42,13 @@ class FeatureStatistics:
             names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
             raise ValueError(
                 f"statistics must be of {d_sae} features; {names[0]!r} should be {wanted.get(names[0])}, got "
-                f"{got.get(names[0])}. Harvest again."
+                f"{got.get(names[0])}. Harvest again with resume=False."
             )
         for name, array in arrays.items():
             if not (bool(np.isfinite(array).all()) and (name == "sums" or bool((array >= 0).all()))):
-                raise ValueError(f"statistics must be finite and at least 0, got others in `{name}`. Harvest again.")
+                raise ValueError(
+                    f"statistics must be finite and at least 0, got others in `{name}`. Harvest again with resume=False."
+                )
         return cls(**arrays)
 
     def add(self, offsets: Int[np.ndarray, "d_sae_1"], values: Float[np.ndarray, "nnz"]) -> None:
