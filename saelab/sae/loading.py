@@ -20,7 +20,6 @@ from saelab.sae.formats.readings import Asked, Origin, make_provenance
 from saelab.sae.formats.releases import find_release
 from saelab.sae.formats.sources import Source
 from saelab.sae.formats.writers import keep_origin
-from saelab.stores.files import read_settled
 from saelab.stores.provenance import Provenance
 from saelab.stores.validation import naming
 
@@ -51,12 +50,6 @@ def locate(source: str | Path, name: str | None, revision: str | None, asked: As
 
 def load(source: Source, asked: Asked, format: str | None, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
     """The SAE in a folder or file; ValueError where it is none, does not fit its config, or leaves something to ask."""
-    return read_settled(source.folder, lambda: _load(source, asked, format, latents, dtype))
-
-
-def _load(
-    source: Source, asked: Asked, format: str | None, latents: Sequence[int] | None, dtype: torch.dtype
-) -> Loaded:
     format = find_format(source, format)
     if format == OWN:
         return _load_own(source, asked, latents, dtype)

@@ -19,7 +19,7 @@ from saelab.sae.modelcard import write_card
 from saelab.sae.registry import Activation
 from saelab.sae.saebench import SAEBenchSAE
 from saelab.stores.disk import hold_folder
-from saelab.stores.files import write_atomic
+from saelab.stores.files import read_settled, write_atomic
 from saelab.stores.provenance import Provenance
 from saelab.stores.results import Result
 from saelab.stores.validation import naming
@@ -130,7 +130,7 @@ class SAE(Coder):
             scale=scale,
         )
         place, asked = locate(source, name, revision, asked)
-        sae = cls._make(load(place, asked, format, latents, dtype))
+        sae = read_settled(place.folder, lambda: cls._make(load(place, asked, format, latents, dtype)))
         sae.name_or_path = str(source) if name is None else f"{source}/{name}"
         return sae.to(device) if device is not None else sae
 

@@ -170,18 +170,18 @@ def read_settled(folder: str | Path, read: Callable[[], T]) -> T:
     while True:
         await_settled(folder)
         before = _identify(folder)
+        problem: Exception | None = None
         try:
             found = read()
-        except (OSError, ValueError):
-            if _identify(folder) == before or time.monotonic() > end:
-                raise
-        else:
-            if _identify(folder) == before:
-                return found
-            if time.monotonic() > end:
-                raise ValueError(
-                    f"{folder} must be left alone while it is read, but its files change. Try again later."
-                )
+        except (OSError, ValueError) as error:
+            problem = error
+        if before is not None and _identify(folder) == before:
+            break
+        if time.monotonic() > end:
+            raise ValueError(f"{folder} must be left alone while it is read, but its files change. Try again later.")
+    if problem is not None:
+        raise problem
+    return found
 
 
 def _identify(folder: str | Path) -> frozenset[tuple[str, int, int]] | None:

@@ -47,7 +47,8 @@ class FeatureStatistics:
         for name, array in arrays.items():
             if not (bool(np.isfinite(array).all()) and (name == "sums" or bool((array >= 0).all()))):
                 raise ValueError(
-                    f"statistics must be finite and at least 0, got others in `{name}`. Harvest again with resume=False."
+                    f"statistics must be finite and at least 0, got others in `{name}`. Harvest again "
+                    "with resume=False."
                 )
         return cls(**arrays)
 
