@@ -8,6 +8,7 @@ import torch
 from saelab.lm.door import door
 from saelab.lm.extent import find_context
 from saelab.lm.models import Model
+from saelab.lm.special import read_text
 
 
 @torch.no_grad()
@@ -39,7 +40,7 @@ def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -
         pad_token_id=end,
     )
     answer = made[0, ids.shape[1] :]
-    return tokenizer.decode(answer, skip_special_tokens=True), ids.shape[1], len(answer)
+    return read_text(model, answer.tolist()), ids.shape[1], len(answer)
 
 
 def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:

@@ -15,7 +15,8 @@ from saelab.lm.extent import find_context, find_row
 from saelab.lm.models import Model
 from saelab.lm.plain import evaluating
 from saelab.lm.sampling import Sampler
-from saelab.lm.special import find_ends, find_special_ids
+from saelab.lm.special import find_ends, read_text
+from saelab.lm.text import list_prompts
 from saelab.lm.tokens import tokenize
 from saelab.stores.progress import hidden
 from saelab.stores.results import Result
@@ -129,9 +130,9 @@ def _read_prompts(
     tokenizer: Any = model.tokenizer
     if isinstance(prompts, Tensor):
         rows = [row.long().cpu() for row in prompts]
-        texts = [tokenizer.decode(row.tolist(), skip_special_tokens=True) if tokenizer else "" for row in rows]
+        texts = [read_text(model, row.tolist()) if tokenizer else "" for row in rows]
         return rows, texts
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = list_prompts(prompts)
     if bad := [i for i, text in enumerate(texts) if not text.strip()]:
         raise ValueError(f"A prompt must hold text, prompt {bad[0]} is blank; to start from BOS alone give its id.")
     rows = []
@@ -161,11 +162,8 @@ def _read_sample(model: Model, text: str, prompt: Tensor, ids: list[int], log_pr
     tokenizer: Any = model.tokenizer
     made = ""
     if tokenizer is not None:
-        special = set(find_special_ids(model))
-        kept = [i for i in ids if i not in special]
         # Decoded together with the prompt: tokenizers put a space before a word or not by what stands in front of it.
-        before = tokenizer.decode([i for i in prompt.tolist() if i not in special])
-        made = tokenizer.decode([i for i in prompt.tolist() if i not in special] + kept)[len(before) :]
+        made = read_text(model, [*prompt.tolist(), *ids])[len(read_text(model, prompt.tolist())) :]
     return Generated(
         prompt=text, text=made, prompt_ids=tuple(prompt.tolist()), ids=tuple(ids), log_probs=tuple(log_probs)
     )

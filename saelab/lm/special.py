@@ -41,5 +41,16 @@ def find_special_ids(model: Model) -> tuple[int, ...]:
     return tuple(sorted(_known(model, ids)))
 
 
+def read_text(model: Model, ids: Iterable[int]) -> str:
+    """What ids say without special tokens; unknown words stay, which `skip_special_tokens` would take out.
+
+    >>> read_text(sl.tiny_model(), [0, 74, 75, 1])
+    'hi'
+    """
+    special = set(find_special_ids(model))
+    text: str = model.tokenizer.decode([i for i in map(int, ids) if i not in special])
+    return text
+
+
 def _known(model: Model, ids: Iterable[int]) -> list[int]:
     return [i for i in ids if i < model.cfg.d_vocab]

@@ -15,9 +15,7 @@ Row: TypeAlias = str | np.ndarray
 """a document: its text, or its token ids"""
 
 
-def read_documents(
-    texts: str | Path | Iterable[Any], *, separator: str | None = "<|endoftext|>", field: str = "text"
-) -> Iterator[str]:
+def read_documents(texts: Any, *, separator: str | None = "<|endoftext|>", field: str = "text") -> Iterator[str]:
     """Documents one by one, in order, never more than a block of them in memory; blank ones are left out.
 
     `texts` is a path or holds documents. Files go by their suffix: `.jsonl`, `.json`, `.csv`, `.tsv` and `.parquet`

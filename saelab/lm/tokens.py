@@ -1,8 +1,7 @@
 """Text as rows of token ids: packed, or one document a row; every token knows its document."""
 
 import hashlib
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -103,7 +102,7 @@ class Tokens:
 
 def tokenize(
     model: Model,
-    texts: str | os.PathLike[str] | Iterable[Any],
+    texts: Any,
     ctx_len: int = 128,
     *,
     packed: bool = True,

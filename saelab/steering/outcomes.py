@@ -16,6 +16,7 @@ from saelab.lm.hooks import next_token_loss
 from saelab.lm.models import Model
 from saelab.lm.special import find_special_ids
 from saelab.lm.strings import find_token_id, spell, token_strings
+from saelab.lm.text import list_prompts
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.steering.places import Place, make_where
 
@@ -67,7 +68,7 @@ def read_texts(model: Model, prompts: Prompt | Sequence[Prompt] | Tokens) -> Tex
     """
     if isinstance(prompts, Tokens):
         return Texts(prompts.ids.long(), prompts.attention_mask.sum(1), prompts.predicts)
-    several = [prompts] if isinstance(prompts, str | Tensor) else list(prompts)
+    several = [prompts] if isinstance(prompts, Tensor) else list_prompts(prompts)
     rows = [_read_prompt(model, prompt) for prompt in several]
     lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
     if not rows or not 1 <= int(lengths.min()) <= int(lengths.max()) <= find_context(model):
