@@ -77,14 +77,14 @@ def test_own_patterns_are_kept_or_named(store: Any) -> None:
 def test_windows_show_characters_whole(store: Any) -> None:
     characters = set("".join(TEXTS)) | {"<s>"}
     n_split = 0
-    for feature in range(store.d_sae):
+    for feature in range(6):
         for group in sl.examples(store, feature, before=5, after=4).groups:
             for example in group.examples:
                 assert len(example.words) == len(example.values) and all(example.words)
                 assert set(example.text.replace("<s>", "")) <= characters, example.text
                 assert abs(example.value) >= abs(store_value(store, feature, example.token))
                 n_split += any(len(word.encode()) > 1 and len(word) == 1 for word in example.words)
-    assert n_split > 100
+    assert n_split > 10
 
 
 def store_value(store: Any, feature: int, row: int) -> float:
@@ -97,12 +97,12 @@ def test_what_goes_out_has_no_replacement_characters(store: Any, tiny: Any, tmp_
     from saelab.labelling.prompts import explaining_prompt
 
     train = store.split(0.5)
-    cases = [build_case(store, j, 0, train, CaseConfig(width=12)) for j in range(store.d_sae)]
+    cases = [build_case(store, j, 0, train, CaseConfig(width=12)) for j in range(6)]
     prompts = [explaining_prompt(case)[0]["content"] for case in cases if case is not None]
     assert any("世" in prompt for prompt in prompts)
     sl.export_store(store, tmp_path / "out", format="saedashboard", features=[0, 1, 2], progress=False)
     written = "".join(path.read_text() for path in (tmp_path / "out").rglob("*.json"))
-    sl.report(store, tmp_path / "report", model=tiny, progress=False)
+    sl.report(store, tmp_path / "report", model=tiny, features=range(6), progress=False)
     pages = "".join(path.read_text() for path in (tmp_path / "report").rglob("*") if path.suffix in (".js", ".html"))
     for text in (*prompts, written, pages, *(str(sl.describe_feature(store, j)) for j in range(4))):
         assert "\ufffd" not in text and "\\ufffd" not in json.dumps(text)

@@ -67,7 +67,14 @@ class StoredText:
 
     def spelling(self, start: int, stop: int) -> Spelling:
         """What tokens start..stop say together."""
-        return Spelling([read_name(self.strings.get(i, f"<{i}>")) for i in self.token_ids[start:stop].tolist()])
+        known = self._pieces
+        return Spelling([known[i] if i in known else f"<{i}>".encode() for i in self.token_ids[start:stop].tolist()])
+
+    @cached_property
+    def _pieces(self) -> dict[int, bytes]:
+        return {
+            i: self.parts[i] if i in self.parts else text.encode("utf-8", "replace") for i, text in self.strings.items()
+        }
 
     def _reach(self, start: int, stop: int) -> tuple[int, int]:
         """Tokens that may share characters with these: some before and behind, in the same document."""

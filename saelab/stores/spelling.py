@@ -52,7 +52,7 @@ class Spelling:
     def _read(self) -> tuple[list[str], Int[np.ndarray, "n_chars"], Int[np.ndarray, "n_chars"]]:
         """Characters as they are shown, with the first and the last token of each."""
         chars = b"".join(self.pieces).decode("utf-8", "surrogateescape")
-        sizes = np.array([_size(c) for c in chars], dtype=np.int64)
+        sizes = _measure(chars)
         ends = np.cumsum(sizes)
         token = np.repeat(np.arange(len(self.pieces)), [len(piece) for piece in self.pieces])
         first, last = (token[at] for at in (ends - sizes, ends - 1))
@@ -109,12 +109,11 @@ class Spelling:
         return found
 
 
-def _size(c: str) -> int:
-    """Bytes of a character in UTF-8; an escaped byte is one."""
-    code = ord(c)
-    if code < 0x80 or 0xDC80 <= code <= 0xDCFF:
-        return 1
-    return 2 if code < 0x800 else 3 if code < 0x10000 else 4
+def _measure(chars: str) -> Int[np.ndarray, "n_chars"]:
+    """Bytes of each character in UTF-8; an escaped byte is one."""
+    codes = np.frombuffer(chars.encode("utf-32-le", "surrogatepass"), np.uint32)
+    escaped = (codes >= 0xDC80) & (codes <= 0xDCFF)
+    return np.where(escaped, 1, 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)).astype(np.int64)
 
 
 def group_words(words: Sequence[str]) -> Iterator[slice]:
