@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,54 @@ from typing import Any
 for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 
+import numpy as np
 import pytest
 import torch
 
 import saelab as sl
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # A suite started with `&` by a script inherits an ignored Ctrl-C, and so would the processes that its tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHARED_DATA = Path(__file__).parent / ".." / "shared" / "data"
+
+
+class _ShiftedGenerator(torch.Generator):
+    """PyTorch's generator, every seed moved: other planted worlds, other samples, other random weights."""
+
+    offset = 0
+
+    def manual_seed(self, seed: int) -> "torch.Generator":
+        return super().manual_seed(seed + self.offset)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seed-offset", type=int, default=0, help="Run on other planted worlds: all seeds, moved by this."
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _seed_offset(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Moves every seed of the tests and of the library, with `--seed-offset N`, by N million."""
+    offset = 1_000_000 * pytestconfig.getoption("--seed-offset")
+    if not offset:
+        yield
+        return
+    default_rng = np.random.default_rng
+
+    def shifted_rng(seed: Any = None) -> np.random.Generator:
+        if isinstance(seed, int | np.integer):
+            return default_rng(int(seed) + offset)
+        return default_rng([*seed, offset] if isinstance(seed, list | tuple) else seed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_ShiftedGenerator, "offset", offset)
+        patch.setattr(torch, "Generator", _ShiftedGenerator)
+        patch.setattr(np.random, "default_rng", shifted_rng)
+        yield
 
 
 @pytest.fixture(autouse=True)

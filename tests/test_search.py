@@ -7,10 +7,11 @@ import torch
 
 from saelab.functional import picking, search
 from saelab.functional.picking import pick_topk
-from saelab.functional.proximal import keep_group_max, keep_topk
+from saelab.functional.proximal import keep_group_max
 from saelab.functional.ranking import largest_places
 from saelab.functional.screening import Screen, choose_precision, quantise_rows
 from saelab.functional.search import search_batch_topk, search_group_max, search_topk
+from saelab.functional.ties import topk_latents
 
 SIGNED = pytest.mark.parametrize("signed", [False, True])
 PRECISIONS = ["float32", "bfloat16", "int8"]
@@ -362,11 +363,11 @@ def test_picked_latents_are_those_of_the_whole_product(make, signed):
 def test_few_rows_are_coded_whole_for_one_latent(monkeypatch):
     seen = []
 
-    def count(u, k, signed):
+    def count(u, *rest):
         seen.append(len(u))
-        return keep_topk(u, k, signed)
+        return topk_latents(u, *rest)
 
-    monkeypatch.setattr(picking, "keep_topk", count)
+    monkeypatch.setattr(picking, "topk_latents", count)
     x, W, bias = random_rows(n_rows=400, d_sae=4096)
     z = pick_topk(x, W, bias, torch.tensor([4000]), K, True)
     n_fires = int((z != 0).sum())

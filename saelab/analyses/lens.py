@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.functional.ranking import largest_first
 from saelab.lm.lens import read_out
 from saelab.lm.models import Model
 from saelab.lm.strings import token_strings
@@ -96,10 +97,10 @@ class _Tops:
     @classmethod
     def find(cls, features: list[int], effects: Float[Tensor, "n_features d_vocab"], n: int) -> "_Tops":
         effects = effects - effects.mean(1, keepdim=True)
-        largest, smallest = effects.topk(n, dim=1), effects.topk(n, dim=1, largest=False)
+        tops = largest_first(effects, n), largest_first(-effects, n)
         spread = effects.std(1)
         kurtosis = (effects / spread.clamp(min=1e-12)[:, None]).double().pow(4).mean(1) - 3
-        sides = tuple((top.indices.cpu(), top.values.cpu()) for top in (largest, smallest))
+        sides = tuple((tokens.cpu(), effects.gather(1, tokens).cpu()) for tokens in tops)
         return cls(features, sides, spread.cpu(), kurtosis.cpu())
 
 

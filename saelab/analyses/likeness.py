@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from saelab.functional.ranking import largest_first
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 from saelab.stores.results import Result
@@ -34,7 +35,7 @@ class Neighbours(Result):
         return list(zip(self.indices[feature][known].tolist(), self.values[feature][known].tolist(), strict=True))
 
     def __str__(self) -> str:
-        best = np.argsort(-np.nan_to_num(np.abs(self.values[:, 0]), nan=-1.0))[:10].tolist()
+        best = np.argsort(-np.nan_to_num(np.abs(self.values[:, 0]), nan=-1.0), kind="stable")[:10].tolist()
         over = "" if self.n_tokens is None else f" over {self.n_tokens:,} tokens"
         lines = [f"{len(self.indices):,} features, nearest by {self.by}{over}; the closest:"]
         lines += [f"{j:>8} {i:>8}  {value:+.3f}" for j in best for i, value in self.of(j)[:1]]
@@ -96,8 +97,7 @@ def _nearest(start: int, block: np.ndarray, m: int) -> tuple[np.ndarray, np.ndar
     """The m largest by size in each row, not counting the feature itself."""
     size = torch.from_numpy(np.nan_to_num(np.abs(block), nan=-1.0))
     size[torch.arange(len(block)), torch.arange(start, start + len(block))] = -2.0
-    top = size.topk(m, dim=1)
-    values = np.take_along_axis(block, top.indices.numpy(), 1)
-    missing = top.values.numpy() <= 0
-    indices = np.where(missing, -1, top.indices.numpy())
-    return indices, np.where(missing, np.nan, values)
+    top = largest_first(size, m)
+    values = np.take_along_axis(block, top.numpy(), 1)
+    missing = size.gather(1, top).numpy() <= 0
+    return np.where(missing, -1, top.numpy()), np.where(missing, np.nan, values)

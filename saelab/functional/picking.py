@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.functional.proximal import keep_topk
+from saelab.functional.proximal import keep_places
+from saelab.functional.ties import bound_rounding, topk_latents
 
 SAMPLE = 16  # times k latents are asked first: a latent of middling size is then beaten by k of them
 PART = 2**22  # pre-activations held at a time
@@ -18,7 +19,7 @@ def pick_topk(
     k: int,
     signed: bool,
 ) -> Float[Tensor, "n_rows n_latents"]:
-    """`keep_topk(x W^T + bias)` at some latents, differentiable.
+    """The codes of some latents where the k largest of `x W^T + bias` fire, differentiable.
 
     A latent that k others beat is none of the k largest, and most are beaten by k of the first few hundred: only rows
     where one is not, or not yet, are coded whole. Rows are taken by parts, so that memory does not grow with them.
@@ -38,14 +39,17 @@ def _pick_part(x: Tensor, W: Tensor, bias: Tensor, latents: Tensor, k: int, sign
     z = torch.zeros_like(u)
     if not len(rows):
         return z
-    return z.index_put((rows,), keep_topk(torch.addmm(bias, x[rows], W.T), k, signed)[:, latents])
+    whole = torch.addmm(bias, x[rows], W.T)
+    kept = keep_places(whole, topk_latents(whole, x[rows], W, bias, k, signed), signed)
+    return z.index_put((rows,), kept[:, latents])
 
 
+@torch.no_grad()
 def _find_unbeaten(x: Tensor, W: Tensor, bias: Tensor, u: Tensor, k: int, signed: bool) -> Tensor:
     """Rows where fewer than k of the first latents are larger than one of the asked."""
     n, asked = SAMPLE * k, (u.abs() if signed else u).amax(1, keepdim=True)
     if n >= len(W):
         return asked[:, 0] > 0
     first = torch.addmm(bias[:n], x, W[:n].T)
-    larger = (first.abs() if signed else first) > asked
-    return larger.sum(1) < k + u.shape[1]  # by rounding, an asked one may seem larger than itself
+    slack = 2 * bound_rounding(x, W, bias)[:, None]  # by rounding, an equal one may seem larger
+    return ((first.abs() if signed else first) > asked + slack).sum(1) < k

@@ -8,24 +8,37 @@ rows (arXiv:2412.06410).
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from saelab.functional.ranking import largest_first
 
 
 def keep_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
     """Keep the k largest of every row: by |u| where `signed`, else the positive ones among the k largest; the rest is
-    0.
+    0. Of equal ones the first are kept.
 
     >>> keep_topk(torch.tensor([3.0, -5.0, 1.0]), k=2, signed=True)
     tensor([ 3., -5.,  0.])
     """
-    places = (u.abs() if signed else u).topk(k, dim=-1).indices
+    return keep_places(u, largest_first((u.abs() if signed else u).detach(), k), signed)
+
+
+def keep_places(
+    u: Float[Tensor, "*batch d_sae"], places: Int[Tensor, "*batch k"], signed: bool
+) -> Float[Tensor, "*batch d_sae"]:
+    """Keep what is at some places of every row, only the positive ones unless `signed`; the rest is 0.
+
+    >>> keep_places(torch.tensor([3.0, -5.0, 1.0]), torch.tensor([0, 1]), signed=False)
+    tensor([3., 0., 0.])
+    """
     kept = u.gather(-1, places)
     return torch.zeros_like(u).scatter(-1, places, kept if signed else kept.relu())
 
 
 def keep_batch_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
-    """Keep the k * n_rows largest of the whole batch: by |u| where `signed`, else the positive ones among them.
+    """Keep the k * n_rows largest of the whole batch: by |u| where `signed`, else the positive ones among them. Of
+    equal ones the first are kept, row by row.
 
     >>> keep_batch_topk(torch.tensor([[3.0, 4.0], [1.0, 2.0]]), k=1, signed=False)
     tensor([[3., 4.],
@@ -36,7 +49,8 @@ def keep_batch_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> F
 
 
 def keep_group_max(u: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
-    """Keep the largest of each of k contiguous groups of a row, where it is positive; the rest is 0.
+    """Keep the largest of each of k contiguous groups of a row, the first of equal ones, where it is positive; the rest
+    is 0.
 
     >>> keep_group_max(torch.tensor([3.0, 5.0, -1.0, -2.0]), k=2)
     tensor([0., 5., 0., 0.])

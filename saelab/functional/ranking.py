@@ -1,4 +1,4 @@
-"""The largest of each row, unsorted: selection among sizes that are approximate anyway."""
+"""The largest of each row: in order, of equal ones the first; or unsorted, among sizes that are approximate anyway."""
 
 import torch
 from jaxtyping import Float, Int
@@ -28,3 +28,43 @@ def largest_places(sizes: Float[Tensor, "n_rows n"], k: int) -> tuple[Int[Tensor
     keys.numpy().partition(n - k, axis=1)  # in place
     kept = keys[:, n - k :]
     return (kept & (2**place_bits - 1)).long(), ((kept[:, 0] >> place_bits) + 1) / levels
+
+
+def largest_first(sizes: Float[Tensor, "*batch n"], k: int) -> Int[Tensor, "*batch k"]:
+    """Places of each row's k largest, largest first; of equal ones the lowest place.
+
+    `topk` alone breaks ties as it comes: by the processor, the length of the row, and k.
+
+    >>> largest_first(torch.tensor([1.0, 2.0, 1.0, 2.0]), 3)
+    tensor([1, 3, 0])
+    """
+    flat = sizes.reshape(-1, sizes.shape[-1])
+    best = flat.topk(min(k + 1, flat.shape[1]), dim=1)
+    places = best.indices[:, :k].contiguous()
+    tied = (best.values[:, 1:] == best.values[:, :-1]).any(1).nonzero()[:, 0]
+    for rows in tied.split(256):
+        part, last = flat[rows], best.values[rows, k - 1 : k]
+        above, equal = ~(part <= last), part == last  # so that NaN, the largest for `topk`, is above
+        members = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        within = members.nonzero()[:, 1].view(-1, k)
+        order = part.gather(1, within).sort(dim=1, descending=True, stable=True).indices
+        places[rows] = within.gather(1, order)
+    return places.view(*sizes.shape[:-1], k)
+
+
+def first_largest(sizes: Float[Tensor, "n"], k: int) -> Int[Tensor, "k"]:
+    """Places of the k largest, ascending; of equal ones the first.
+
+    >>> first_largest(torch.tensor([1.0, 2.0, 1.0, 2.0]), 3)
+    tensor([0, 1, 3])
+    """
+    if k >= len(sizes):
+        return torch.arange(len(sizes), device=sizes.device)
+    if k < 1:
+        return torch.arange(0, device=sizes.device)
+    floor = sizes.topk(k, sorted=False).values.amin()
+    places = (~(sizes < floor)).nonzero()[:, 0]  # NaN is the largest for `topk`
+    equal = (sizes[places] == floor).nonzero()[:, 0]
+    keep = torch.ones_like(places, dtype=torch.bool)
+    keep[equal[len(equal) - (len(places) - k) :]] = False
+    return places[keep]

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from saelab.functional.integers import has_exact_int8, multiply_int8
 from saelab.functional.ranking import largest_places
 from saelab.functional.scratch import scratch
 
@@ -99,7 +100,7 @@ class Screen:
     def multiply(self, x: Tensor, out: Tensor) -> Tensor:
         """The product itself, in low precision."""
         if self.precision == "int8":
-            return torch._int_mm(x, self.W.T, out=out)
+            return multiply_int8(x, self.W, out=out)
         return torch.addmm(self.bias, x.to(self.W.dtype), self.W.T, out=out)
 
 
@@ -199,24 +200,26 @@ def choose_precision(d_in: int, d_sae: int, device: torch.device) -> Precision:
 
 @functools.lru_cache
 def _fastest_on_cpu(n_threads: int) -> Precision:
-    """Int8 where the processor has instructions for it; elsewhere the fastest measured."""
+    """Int8 where its kernel is exact and the processor has instructions for it; elsewhere the fastest measured."""
     able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch in use
-    return "int8" if any(able.get(name) for name in INT8_INSTRUCTIONS) else _measure_precisions()
+    fast = any(able.get(name) for name in INT8_INSTRUCTIONS)
+    return "int8" if fast and has_exact_int8() else _measure_precisions()
 
 
 def _measure_precisions() -> Precision:
-    """Time one product in each precision, best of many rounds (0.3 s); a screen must win by a third.
+    """Time one product in each precision that is as exact as it should be, best of many rounds (0.3 s); a screen must
+    win by a third.
 
     Beside other work even that can be wrong, and the wrong choice costs a run dear: where the processor can be asked,
     it is.
     """
     x, W = torch.ones(256, 768), torch.ones(4096, 768)
     low_x, low_W, int_x, int_W = x.bfloat16(), W.bfloat16(), x.to(torch.int8), W.to(torch.int8)
-    products: dict[Precision, Callable[[], Tensor]] = {
-        "float32": lambda: x @ W.T,
-        "bfloat16": lambda: low_x @ low_W.T,
-        "int8": lambda: torch._int_mm(int_x, int_W.T),
-    }
+    products: dict[Precision, Callable[[], Tensor]] = {"float32": lambda: x @ W.T}
+    if _rounds_once():
+        products["bfloat16"] = lambda: low_x @ low_W.T
+    if has_exact_int8():
+        products["int8"] = lambda: multiply_int8(int_x, int_W)
     handicap = {"float32": 1 / 1.5, "bfloat16": 1.1, "int8": 1.0}
     seconds = dict.fromkeys(products, float("inf"))
     for i in range(ROUNDS):
@@ -224,6 +227,14 @@ def _measure_precisions() -> Precision:
             if i < 2 or seconds[name] < 4 * min(seconds.values()):  # what is hopeless need not be timed well
                 seconds[name] = min(seconds[name], _time(product))
     return min(seconds, key=lambda name: seconds[name] * handicap[name])
+
+
+def _rounds_once() -> bool:
+    """Whether bfloat16 products sum in float32 here, so that only their result is rounded (to 2^-9 of itself)."""
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 769, generator=generator).bfloat16() for n in (17, 33))
+    exact = x.double() @ W.double().T
+    return bool(((x @ W.T).double() - exact).abs().le(2**-8 * exact.abs() + 1e-3).all())
 
 
 def _time(call: Callable[[], Tensor]) -> float:

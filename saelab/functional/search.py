@@ -5,7 +5,7 @@ The candidates' own errors, in proportion to what each row's should be, say how 
 an unseen latent might still have won are searched again in float32. The result is the top-k of the float32 scores
 unless the screen errs on an unseen winner by more than `ERROR_MARGIN` times its largest such error on all candidates.
 That is a check, not a proof: scores can be built to pass it and lose a member (tests/test_search.py keeps one); no
-random data tried did.
+random data tried did. Of equal scores the lowest latent's wins, however it was found (`ties.py`).
 """
 
 import torch
@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
-from saelab.functional.kernels import sampled_dot
+from saelab.functional.ranking import first_largest
 from saelab.functional.screening import SCAN_ROWS, Precision, Screen, choose_precision
+from saelab.functional.ties import batch_topk_entries, group_max_latents, score, topk_latents
 
 DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
 ERROR_MARGIN = 1.25  # an unseen latent may be wrong by this many times the largest error seen on the candidates
@@ -42,15 +43,16 @@ def search_topk(
     parts = zip(*(c.top(n_candidates) for c in screen.chunks(x)), strict=True)
     approximate, candidates, unseen, noise = (torch.cat(part) for part in parts)
     rows = torch.arange(len(x), device=x.device)
-    exact = _rescore(x, W, bias, rows.repeat_interleave(n_candidates), candidates.flatten()).view(candidates.shape)
+    exact = score(x, W, bias, rows.repeat_interleave(n_candidates), candidates.flatten()).view(candidates.shape)
     size = exact.abs() if signed else exact
-    best = size.topk(k, dim=1)
-    indices, values = candidates.gather(1, best.indices), exact.gather(1, best.indices)
+    places = _first_of_tied(size, candidates, k)
+    indices, values = candidates.gather(1, places), exact.gather(1, places)
     if n_candidates < d_sae:
-        error = _bound_error((size - approximate).abs().amax(1) / noise, noise)
-        unsure = (unseen + error > best.values[:, -1].clamp(min=0)).nonzero().squeeze(1)
+        unseen = unseen + _bound_error((size - approximate).abs().amax(1) / noise, noise)
+        worst = size.gather(1, places[:, -1:])[:, 0]
+        unsure = ((unseen >= worst) & (unseen > 0)).nonzero().squeeze(1)
         indices[unsure], _ = _dense_topk(x[unsure], W, bias, k, signed)
-        values[unsure] = _rescore(x, W, bias, unsure.repeat_interleave(k), indices[unsure].flatten()).view(-1, k)
+        values[unsure] = score(x, W, bias, unsure.repeat_interleave(k), indices[unsure].flatten()).view(-1, k)
     return _keep_firing(indices, values, signed, d_sae)
 
 
@@ -62,10 +64,12 @@ def search_group_max(
     >>> search_group_max(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), k=2).indices
     tensor([0])
     """
-    parts = [torch.addmm(bias, rows, W.T).unflatten(1, (k, -1)).max(dim=2) for rows in x.split(256)]
-    values, within = (torch.cat(part) for part in zip(*parts, strict=True))
-    firsts = torch.arange(0, len(W), len(W) // k, device=x.device)
-    return _keep_firing(within + firsts, values, False, len(W))
+    values, latents = [], []
+    for rows in x.split(256):
+        u = torch.addmm(bias, rows, W.T)
+        latents.append(group_max_latents(u, rows, W, bias, k))
+        values.append(u.gather(1, latents[-1]))
+    return _keep_firing(torch.cat(latents), torch.cat(values), False, len(W))
 
 
 def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Precision | None) -> Screen | None:
@@ -81,19 +85,26 @@ def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tup
     values = x.new_empty(len(x), k)
     for rows in torch.arange(len(x), device=x.device).split(256):
         u = torch.addmm(bias, x[rows], W.T)
-        indices[rows] = (u.abs() if signed else u).topk(k, dim=1).indices
+        indices[rows] = topk_latents(u, x[rows], W, bias, k, signed)
         values[rows] = u.gather(1, indices[rows])
     return indices, values
+
+
+def _first_of_tied(size: Float[Tensor, "n m"], latents: Int[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
+    """Places of each row's k largest, largest first; of equal ones that of the lowest latent."""
+    best = size.topk(min(k + 1, size.shape[1]), dim=1)
+    places = best.indices[:, :k].contiguous()
+    tied = (best.values[:, 1:] == best.values[:, :-1]).any(1).nonzero().squeeze(1)
+    by_latent = latents[tied].argsort(1)
+    order = size[tied].gather(1, by_latent).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    places[tied] = by_latent.gather(1, order)
+    return places
 
 
 def _keep_firing(indices: Tensor, values: Tensor, signed: bool, d_sae: int) -> SparseCodes:
     """Compress (n_rows, k) codes, dropping zeros and, unless signed, what is below zero."""
     rows, place = ((values != 0) if signed else (values > 0)).nonzero(as_tuple=True)
     return SparseCodes.from_rows(indices[rows, place], values[rows, place], rows, (len(values), d_sae))
-
-
-def _rescore(x: Tensor, W: Tensor, bias: Tensor, rows: Tensor, indices: Tensor) -> Tensor:
-    return sampled_dot(rows, indices, x, W) + bias[indices]
 
 
 def search_batch_topk(
@@ -115,15 +126,29 @@ def search_batch_topk(
     screen = _make_screen(x, W, bias, signed, precision)
     if screen is None:
         u = torch.addmm(bias, x, W.T)
-        kept = _largest(u.abs() if signed else u, n_kept)
-        values = u.flatten()[kept]
-        kept, values = (part[(values != 0) if signed else (values > 0)] for part in (kept, values))
-        return SparseCodes.from_rows(kept % d_sae, values, kept // d_sae, (n_rows, d_sae))
+        rows, indices = batch_topk_entries(u, x, W, bias, n_kept, signed)
+        values = u[rows, indices]
+        firing = (values != 0) if signed else (values > 0)
+        return SparseCodes.from_rows(indices[firing], values[firing], rows[firing], (n_rows, d_sae))
     rows, indices, exact = _screen_batch(screen, x, W, bias, n_kept)
     size = exact.abs() if signed else exact
-    keep = size.topk(min(n_kept, len(size)), sorted=False).indices.sort().values
+    keep = _first_of_tied_entries(size, rows * d_sae + indices, n_kept)
     keep = keep[size[keep] > 0]
     return SparseCodes.from_rows(indices[keep], exact[keep], rows[keep], (n_rows, d_sae))
+
+
+def _first_of_tied_entries(size: Float[Tensor, "m"], entries: Int[Tensor, "m"], n: int) -> Int[Tensor, "n_kept"]:
+    """Places of the n largest, ascending; of equal ones those of the lowest entries."""
+    keep = first_largest(size, n)
+    if n >= len(size):
+        return keep
+    floor = size[keep].amin()
+    tied = (size == floor).nonzero().squeeze(1)
+    n_tied = int((size[keep] == floor).sum())
+    if n_tied == len(tied):  # none is left out, or none but one is
+        return keep
+    lowest = tied[entries[tied].argsort()[:n_tied]]
+    return torch.cat([keep[size[keep] != floor], lowest]).sort().values
 
 
 def _screen_batch(
@@ -135,12 +160,12 @@ def _screen_batch(
         floor = _estimate_floor(screen, x, n_kept / len(x) * surplus)
         parts = zip(*(c.above(floor) for c in screen.chunks(x)), strict=True)
         rows, indices, approximate, noise = (torch.cat(part) for part in parts)
-        exact = _rescore(x, W, bias, rows, indices)
+        exact = score(x, W, bias, rows, indices)
         size = exact.abs() if screen.signed else exact
         if len(size) >= n_kept:
             worst = size.topk(n_kept, sorted=False).values.amin().clamp(min=0)
-            error = _bound_error((size - approximate).abs() / noise[rows], noise)
-            unsure = floor + error > worst
+            unseen = floor + _bound_error((size - approximate).abs() / noise[rows], noise)
+            unsure = (unseen >= worst) & (unseen > 0)
             if unsure.sum() <= MAX_UNSURE * len(x):
                 return _search_again(unsure, (rows, indices, exact), x, W, bias, worst, screen.signed)
         if floor == -torch.inf:
@@ -160,7 +185,7 @@ def _search_again(
     sure = ~unsure[found[0]]
     rows = torch.cat([found[0][sure], lost[codes.rows]])
     indices = torch.cat([found[1][sure], codes.indices])
-    exact = torch.cat([found[2][sure], _rescore(x, W, bias, lost[codes.rows], codes.indices)])
+    exact = torch.cat([found[2][sure], score(x, W, bias, lost[codes.rows], codes.indices)])
     order = rows.argsort(stable=True)
     return rows[order], indices[order], exact[order]
 
@@ -169,18 +194,6 @@ def _bound_error(relative: Float[Tensor, "..."], noise: Float[Tensor, "n_rows"])
     """How wrong an unseen size may be in each row, from the candidates' errors relative to their row's noise."""
     worst = relative.nan_to_num().amax() if relative.numel() else noise.new_zeros(())
     return worst * noise * ERROR_MARGIN
-
-
-def _largest(size: Float[Tensor, "n_rows d_sae"], n: int) -> Int[Tensor, "n"]:
-    """Places of the n largest in the flattened tensor, ascending; a floor read off some rows leaves few to compare."""
-    sample, flat = size[::16].flatten(), size.flatten()
-    if n == len(flat):
-        return torch.arange(n, device=size.device)
-    floor = sample.topk(min(len(sample), int(1.3 * n * len(sample) / len(flat)) + 1), sorted=False).values.amin()
-    above = (flat >= floor).nonzero().squeeze(1)
-    if len(above) < n:
-        above = torch.arange(len(flat), device=size.device)
-    return above[flat[above].topk(n, sorted=False).indices].sort().values
 
 
 def _estimate_floor(screen: Screen, x: Tensor, k: float) -> Float[Tensor, ""]:

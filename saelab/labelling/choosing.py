@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
+from saelab.functional.ranking import largest_first
 from saelab.labelling.contingency import Counts, Side, Units
 from saelab.labelling.families import DISJOINT
 from saelab.labelling.predicates import Predicates
@@ -93,7 +95,7 @@ def _lists(
         return None
     m = min(LONGEST, len(family))
     columns = np.array(family)
-    chosen = columns[np.argpartition(-counts.f1[:, :, columns], m - 1, axis=2)[:, :, :m]]
+    chosen = columns[largest_first(torch.from_numpy(counts.f1[:, :, columns]), m).numpy()]
     hits, size = np.take_along_axis(counts.both, chosen, 2), counts.holds[chosen]
     order = np.argsort(-hits / np.maximum(size, 1), axis=2, kind="stable")
     chosen, hits, size = (np.take_along_axis(one, order, 2) for one in (chosen, hits, size))
@@ -120,7 +122,7 @@ def _candidates(
     lift = (both - expected) / np.sqrt(expected + 1)
     width = scores.shape[1]
     parts = [
-        np.argpartition(-values, min(n, width) - 1, axis=1)[:, :n]
+        largest_first(torch.from_numpy(values), min(n, width)).numpy()
         for values, n in ((scores, N_BY_F1), (lift, N_BY_LIFT))
     ]
     return np.sort(np.concatenate(parts, axis=1), axis=1)

@@ -11,6 +11,7 @@ from saelab.analyses.contexts import ExampleGroup, examples
 from saelab.analyses.lens import Promoted, logit_lens
 from saelab.analyses.likeness import Neighbours, neighbours
 from saelab.collecting.harvesting import require_harvested
+from saelab.functional.ranking import largest_first
 from saelab.lm.lens import read_out
 from saelab.lm.models import Model
 from saelab.sae.matching import match_weights
@@ -92,7 +93,7 @@ class Dashboards:
         if self.sae is None:
             return {f"neuron_alignment_{name}": [] for name in ("indices", "values", "l1")}
         row = self.sae.directions()[j].float().cpu()
-        top = row.abs().topk(min(N_ROWS, len(row))).indices
+        top = largest_first(row.abs(), min(N_ROWS, len(row)))
         shares = row[top].abs() / row.abs().sum().clamp(min=1e-12)
         return {
             "neuron_alignment_indices": top.tolist(),

@@ -62,7 +62,7 @@ def adjust(p: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     >>> adjust(np.array([0.01, 0.04, 1.0])).round(3).tolist()
     [0.03, 0.06, 1.0]
     """
-    order = np.argsort(p)
+    order = np.argsort(p, kind="stable")
     ranked = p[order] * len(p) / np.arange(1, len(p) + 1)
     found = np.empty(len(p))
     found[order] = np.minimum.accumulate(ranked[::-1])[::-1].clip(max=1.0)

@@ -45,7 +45,7 @@ class Sampler:
         if self.top_k is not None and self.top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k, 1).values[:, -1:], -torch.inf)
         if self.top_p is not None and self.top_p < 1:
-            ordered, order = logits.sort(1, descending=True)
+            ordered, order = logits.sort(dim=1, descending=True, stable=True)
             before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)  # mass of the likelier ones
             ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
             logits = logits.scatter(1, order, ordered)

@@ -8,8 +8,17 @@ from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
 from saelab.functional.picking import pick_topk
-from saelab.functional.proximal import jumprelu, keep_above, keep_batch_topk, keep_group_max, keep_topk, step_above
+from saelab.functional.proximal import (
+    jumprelu,
+    keep_above,
+    keep_batch_topk,
+    keep_group_max,
+    keep_places,
+    keep_topk,
+    step_above,
+)
 from saelab.functional.search import search_above, search_batch_topk, search_group_max, search_topk
+from saelab.functional.ties import batch_topk_entries, group_max_latents, topk_latents
 from saelab.sae.registry import Activation, register_activation
 
 SPARSE_FRAC = 0.05  # of the pre-activations: with more than this in use a training step is cheaper done densely
@@ -27,6 +36,9 @@ class TopK(Activation):
 
     def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         return keep_topk(u, self.k, self.signed)
+
+    def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
+        return keep_places(u, topk_latents(u, x, W, bias, self.k, self.signed), self.signed)
 
     def search(
         self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
@@ -65,6 +77,13 @@ class BatchTopK(Activation):
             return keep_batch_topk(u, self.k, self.signed)
         return keep_above(u, threshold, self.signed)
 
+    def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
+        if threshold is not None and not bool(threshold.isnan()):
+            return self(u, threshold)
+        kept = torch.zeros_like(u, dtype=torch.bool)
+        kept[batch_topk_entries(u, x, W, bias, self.k * len(u), self.signed)] = True
+        return (u if self.signed else u.relu()) * kept
+
     def search(
         self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
     ) -> SparseCodes | None:
@@ -101,6 +120,9 @@ class GroupMax(Activation):
 
     def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         return keep_group_max(u, self.k)
+
+    def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
+        return keep_places(u, group_max_latents(u, x, W, bias, self.k), False)
 
     def search(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool) -> SparseCodes:
         return search_group_max(x, W, bias, self.k)

@@ -106,7 +106,11 @@ class Coder(nn.Module):
         if isinstance(self.cfg.encoder, MatchingPursuit):
             codes = self.pursue(centred.reshape(-1, self.cfg.d_in), self.W_dec)
             return codes.to_dense().view(*x.shape[:-1], self.cfg.d_sae)
-        return self.cfg.activation(centred @ self.W_enc + self.b_enc, self.threshold)
+        flat = centred.reshape(-1, self.cfg.d_in)
+        u = flat @ self.W_enc + self.b_enc
+        return self.cfg.activation.code(u, flat, self.W_enc.T, self.b_enc, self.threshold).view(
+            *x.shape[:-1], self.cfg.d_sae
+        )
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:

@@ -46,7 +46,7 @@ class Activation:
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        for shortcut in ("search", "pick"):  # an inherited one would find other codes
+        for shortcut in ("code", "search", "pick"):  # an inherited one would find other codes
             if "__call__" in vars(cls) and shortcut not in vars(cls):
                 setattr(cls, shortcut, getattr(Activation, shortcut))
 
@@ -55,6 +55,19 @@ class Activation:
     ) -> Float[Tensor, "*batch d_sae"]:
         """The codes of dense pre-activations, differentiable."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__(u, threshold=None, training=False).")
+
+    def code(
+        self,
+        u: Float[Tensor, "n_rows d_sae"],
+        x: Float[Tensor, "n_rows d_in"],
+        W: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, "d_sae"],
+        threshold: Tensor | None,
+    ) -> Float[Tensor, "n_rows d_sae"]:
+        """The codes of dense `u = x W^T + bias`, differentiable. Where latents compete, those too close to call by a
+        product's rounding are told apart by x and W, as `search` does.
+        """
+        return self(u, threshold)
 
     def search(
         self,

@@ -12,6 +12,7 @@ from saelab.functional.codes import SparseCodes
 from saelab.functional.kernels import Entries, attach_encoder, nested_decode_error
 from saelab.functional.losses import nested_error, normalised_error
 from saelab.functional.metrics import ReconstructionSums
+from saelab.functional.ranking import largest_first
 from saelab.sae.activations import ReLU
 from saelab.sae.coder import Coder
 from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes
@@ -231,7 +232,7 @@ class Trainee:
         u = read @ W_enc.T + sae.b_enc[dead]
         # raw u, not relu(u): a dead latent whose u is negative everywhere would never hear of it
         k = min(aux.k or max(1, sae.cfg.d_target // 2), len(dead))
-        places = (u.abs() if sae.cfg.activation.signed else u).topk(k, dim=1).indices
+        places = largest_first((u.abs() if sae.cfg.activation.signed else u).detach(), k)
         z = torch.zeros_like(u).scatter(1, places, u.gather(1, places))
         return aux.coefficient * normalised_error(z @ W_dec.index_select(0, dead), residual[:n].detach())
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.collecting.harvesting import require_harvested
+from saelab.functional.ranking import largest_first
 from saelab.lm.forwards import FORWARD_TOKENS
 from saelab.lm.hooks import logits, splice
 from saelab.lm.lens import read_out
@@ -154,7 +155,7 @@ class _Sides:
         features, signs = block[places], 1 - 2 * columns
         signed = torch.from_numpy(signs)[:, None] * directions[features]
         effects = read_out(model, signed).cpu() if len(features) else torch.zeros(0, model.cfg.d_vocab)
-        promoted = effects.topk(min(n_top, effects.shape[1]), dim=1).indices
+        promoted = largest_first(effects, min(n_top, effects.shape[1]))
         return cls(features, signs, peaks[features, columns], signed, promoted)
 
     def score(
@@ -225,8 +226,7 @@ def _find_tops(rows: np.ndarray, sizes: np.ndarray, doc_ids: np.ndarray, n: int)
     """The strongest token of each of the `n` documents with the strongest tokens."""
     size = 8 * n
     while True:
-        some = np.argpartition(-sizes, size)[:size] if len(rows) > size else np.arange(len(rows))
-        order = rows[some[np.argsort(-sizes[some], kind="stable")]]
+        order = rows[largest_first(torch.from_numpy(sizes), min(size, len(rows))).numpy()]
         _, firsts = np.unique(doc_ids[order], return_index=True)
         if len(firsts) >= n or size >= len(rows):
             return order[np.sort(firsts)[:n]]

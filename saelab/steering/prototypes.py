@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.functional.ranking import largest_first
 from saelab.lm.models import Model
 from saelab.sae.sae import SAE
 from saelab.steering.directions import Direction
@@ -40,7 +41,7 @@ class Prototypes:
         """Only the `k` largest codes of each prototype, by size: the rest of a mean is many small firings."""
         if not 1 <= k <= self.codes.shape[1]:
             raise ValueError(f"`k` must be in 1..d_sae ({self.codes.shape[1]}), got {k}.")
-        top = self.codes.abs().topk(k, dim=1).indices
+        top = largest_first(self.codes.abs(), k)
         return replace(self, codes=torch.zeros_like(self.codes).scatter(1, top, self.codes.gather(1, top)))
 
     def difference(self, sae: SAE, target: str, other: str, hook_point: str | None = None) -> Direction:

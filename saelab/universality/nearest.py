@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
+from saelab.functional.ranking import largest_first
 from saelab.universality.products import Block
 
 GROUP = 64
@@ -19,7 +20,7 @@ GROUP = 64
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """The `m` largest similarities of each feature, largest first."""
+    """The `m` largest similarities of each feature, largest first, and of equal ones the lowest partner first."""
 
     indices: Int[np.ndarray, "d m"]
     """-1 where there are fewer"""
@@ -58,21 +59,21 @@ def _search_rows(start: int, found: Tensor, sizes: Tensor, m: int) -> Found:
     n_groups = sizes.shape[1] // GROUP
     features = np.arange(start, start + len(sizes))
     if n_groups < 2 * m:
-        indices = sizes.topk(min(m, sizes.shape[1]), dim=1).indices
+        indices = largest_first(sizes, min(m, sizes.shape[1]))
         return features, indices.numpy(), found.gather(1, indices).numpy()
     whole = n_groups * GROUP
-    groups = sizes[:, :whole].unflatten(1, (n_groups, GROUP)).amax(2).topk(m, dim=1).indices
+    groups = largest_first(sizes[:, :whole].unflatten(1, (n_groups, GROUP)).amax(2), m).sort(1).values
     among = (groups[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
     rest = torch.arange(whole, sizes.shape[1]).expand(len(sizes), -1)
     among = torch.cat([among, rest], 1)
-    indices = among.gather(1, sizes.gather(1, among).topk(m, dim=1).indices)
+    indices = among.gather(1, largest_first(sizes.gather(1, among), m))
     return features, indices.numpy(), found.gather(1, indices).numpy()
 
 
 def _search_columns(start: int, found: Tensor, sizes: Tensor, m: int, floor: np.ndarray) -> Found:
     """The `m` largest of each column that are above the smallest that is kept of it."""
     if not floor.any():
-        top = sizes.T.contiguous().topk(min(m, len(sizes)), dim=1).indices
+        top = largest_first(sizes.T.contiguous(), min(m, len(sizes)))
         return np.arange(sizes.shape[1]), top.numpy() + start, found.T.gather(1, top).numpy()
     rows, columns = np.nonzero((sizes > torch.from_numpy(floor)).numpy())
     order = np.lexsort((rows, -sizes.numpy()[rows, columns], columns))

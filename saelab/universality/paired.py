@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
+
+from saelab.functional.ranking import largest_first
 
 VARIANCE_FRAC = 0.99
 """Share of each side's variance that SVCCA keeps."""
@@ -259,4 +262,4 @@ def _nearest(related: np.ndarray) -> Int[np.ndarray, "n_items n_near"]:
     likeness = related @ related.T
     np.fill_diagonal(likeness, -np.inf)
     n_near = _n_near(len(related))
-    return np.argpartition(likeness, -n_near, axis=1)[:, -n_near:]
+    return largest_first(torch.from_numpy(likeness), n_near).numpy()
