@@ -1,15 +1,16 @@
 """`read_continuations`: what a model predicts of texts that go on from prompts, as if it were writing them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from saelab.lm.cache import Caching, place_columns
 from saelab.lm.door import door
 from saelab.lm.models import Model
+from saelab.lm.plain import evaluating
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,8 @@ class Continuations:
 
 @torch.no_grad()
 def read_continuations(model: Model, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> Continuations:
-    """The logits that `generate` would have met, writing these texts after these prompts: two forwards, with a cache.
+    """The logits that `generate` would have met, writing these texts after these prompts: two forwards, with a cache
+    where that is right.
 
     Edits of `splice` and `steer` apply, and know the prompts from what was generated. ValueError where a prompt or a
     text is empty, or there are not as many of one as of the other.
@@ -43,31 +45,57 @@ def read_continuations(model: Model, prompts: Sequence[Sequence[int]], texts: Se
             "texts, or an empty one among them."
         )
     module, _ = door(model).route([])
+    caching, lengths = door(model).caching(module), sorted({len(prompt) for prompt in prompts})
+    if len(lengths) == 1 or caching.pads(module, max(map(len, prompts)) + max(map(len, texts))):
+        return _read(module, caching, prompts, texts)
+    groups = [[i for i, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
+    parts = [_read(module, caching, [prompts[i] for i in rows], [texts[i] for i in rows]) for rows in groups]
+    return _join(parts, torch.tensor([i for rows in groups for i in rows]))
+
+
+def _read(
+    module: nn.Module, caching: Caching, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+) -> Continuations:
+    """Prompts in one forward, texts in another: with the cache of the first, or the whole again."""
     device = next(module.parameters()).device
-    start, is_prompt = (x.to(device) for x in _pad(prompts, left=True))
-    ids, is_text = (x.to(device) for x in _pad(texts, left=False))
-    real = torch.cat([is_prompt, is_text], 1)
-    first = module(start, use_cache=True, **_places(real, 0, start.shape[1]))
-    logits = first.logits[:, -1:]
-    if ids.shape[1] > 1:
-        places = _places(real, start.shape[1], start.shape[1] + ids.shape[1] - 1)
-        rest = module(ids[:, :-1], use_cache=True, past_key_values=first.past_key_values, **places)
-        logits = torch.cat([logits, rest.logits], 1)
+    start, is_prompt = (x.to(device) for x in pad_rows(prompts, left=True))
+    ids, is_text = (x.to(device) for x in pad_rows(texts, left=False))
+    real, n, end = torch.cat([is_prompt, is_text], 1), start.shape[1], start.shape[1] + ids.shape[1] - 1
+    use_cache = caching.in_pieces and caching.keeps(module, n, ids.shape[1])
+    with evaluating(module):
+        first = module(start, use_cache=use_cache, **place_columns(real, 0, n))
+        logits = first.logits[:, -1:]
+        if end > n and use_cache:
+            rest = module(ids[:, :-1], use_cache=True, **caching.go_on(first), **place_columns(real, n, end))
+            logits = torch.cat([logits, rest.logits], 1)
+        elif end > n:
+            rest = module(torch.cat([start, ids[:, :-1]], 1), use_cache=False, **place_columns(real, 0, end))
+            logits = torch.cat([logits, rest.logits[:, n:]], 1)
     return Continuations(start, first.logits, is_prompt, logits, ids, is_text)
 
 
-def _pad(rows: Sequence[Sequence[int]], left: bool) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+def _join(parts: Sequence[Continuations], order: Int[Tensor, "batch"]) -> Continuations:
+    """Parts as one batch, row i of them at place `order[i]`, padded alike."""
+    back = order.argsort()
+
+    def stack(name: str, left: bool) -> Tensor:
+        found = [getattr(part, name) for part in parts]
+        width = max(x.shape[1] for x in found)
+        whole = found[0].new_zeros((len(order), width, *found[0].shape[2:]))
+        rows = torch.arange(len(order)).split([len(x) for x in found])
+        for x, where in zip(found, rows, strict=True):
+            whole[where[0] : where[-1] + 1, width - x.shape[1] if left else 0 : width if left else x.shape[1]] = x
+        return whole[back.to(whole.device)]
+
+    before = ("prompt_ids", "prompt_logits", "prompt_mask")
+    return Continuations(**{f.name: stack(f.name, f.name in before) for f in fields(Continuations)})
+
+
+def pad_rows(rows: Sequence[Sequence[int]], left: bool) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+    """Rows of ids as one tensor, and where it is not padding."""
     longest = max(map(len, rows))
     ids, real = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.bool)
     for i, row in enumerate(rows):
         part = slice(longest - len(row), None) if left else slice(len(row))
         ids[i, part], real[i, part] = torch.tensor(list(row)), True
     return ids, real
-
-
-def _places(real: Tensor, begin: int, end: int) -> dict[str, Any]:
-    """Mask and positions of some columns; none where nothing is padded, which is faster."""
-    seen = real[:, :end]
-    if seen.all():
-        return {}
-    return {"attention_mask": seen.long(), "position_ids": (seen.cumsum(1) - 1).clamp_min(0)[:, begin:]}

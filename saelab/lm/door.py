@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from saelab.lm.admission import require_bridge
+from saelab.lm.cache import Caching, measure_caching
 from saelab.lm.foreign import HookBooks
 from saelab.lm.models import Model
 from saelab.lm.plain import Site, WithOwnHooks, attach, make_probe, run, set_attention, strip
@@ -46,6 +47,7 @@ class Door:
         self.n_spliced = 0  # edits that are on the plain twin as well as on the bridge
         self.probe = make_probe(model)
         self.places: dict[str, Place] = {}
+        self._caching: dict[nn.Module, Caching] = {}
         self.attention = "eager"
         self._plain_hooks: HookBooks | None = None
         # PyTorch keeps these dicts as long as their module: looking at them before each forward is quick.
@@ -195,6 +197,13 @@ class Door:
         with attach(site, lambda x: x * factors), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that an edit costs the bridge its fastest way
             return run(model, self.probe)
+
+    def caching(self, module: nn.Module) -> Caching:
+        """How the plain twin or the bridge may go on with a text, measured once."""
+        if module not in self._caching:
+            with self._aside():
+                self._caching[module] = measure_caching(module, self.probe)
+        return self._caching[module]
 
     def route(self, names: list[str]) -> tuple[nn.Module, list[Site]]:
         """The fastest model that serves these hook points truthfully, and where they are on it.

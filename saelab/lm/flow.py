@@ -1,5 +1,6 @@
 """`Flow`: which tokens a running forward carries, and where each stands in its text."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saelab.lm.cache import count_columns, find_given
 from saelab.lm.door import door
 from saelab.lm.models import Model
 from saelab.lm.plain import OwnHook
@@ -45,21 +47,37 @@ class Flow(OwnHook):
     n_forwards: int = 0
     seen: Tensor | None = None
     """ids of the text so far"""
+    ends: Tensor | None = None
+    """the place of each row's last token"""
     prompt: tuple[int, Tensor] = field(default_factory=lambda: (0, torch.zeros(0)))
 
-    def follow(self, _module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def follow(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Take note of a forward that begins (a pre-hook with keyword arguments)."""
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             raise ValueError("Steering needs forwards that get token ids (batch, n), got one without `input_ids`.")
-        n_past = _count_past(kwargs.get("past_key_values"))
+        kwargs = _name_arguments(module, args) | kwargs
+        n_past = self._count_past(find_given(kwargs))
         goes_on = self._goes_on(ids, n_past)
         self.seen = torch.cat([self.seen, ids], 1) if goes_on and n_past and self.seen is not None else ids
-        positions = _find_positions(ids, n_past, kwargs.get("attention_mask"))
+        before = self.ends if goes_on and n_past else None
+        positions = _find_positions(ids, n_past, kwargs.get("attention_mask"), before)
+        self.ends = positions[:, -1]
         if not goes_on:
             self.prompt = n_past + ids.shape[1], positions.max(1).values + 1
         self.now = Passing(ids, positions, n_past, *self.prompt)
         self.n_forwards += 1
+
+    def _count_past(self, cache: Any) -> int:
+        n_past = count_columns(cache)
+        if n_past is not None:
+            return n_past
+        if self.seen is None:
+            raise ValueError(
+                f"Steering must see a text from its first token where its state does not count them "
+                f"({type(cache).__name__}), got a forward in the middle. Run the whole text inside the block."
+            )
+        return self.seen.shape[1]
 
     def _goes_on(self, ids: Tensor, n_past: int) -> bool:
         if self.seen is None or len(ids) != len(self.seen):
@@ -68,18 +86,26 @@ class Flow(OwnHook):
         return n_past > 0 or (ids.shape[1] > n and torch.equal(ids[:, :n], self.seen))
 
 
-def _count_past(cache: Any) -> int:
-    """Columns in a Hugging Face cache, of the new kind or the old tuples."""
-    if cache is None:
-        return 0
-    return int(cache.get_seq_length() if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2])
+def _name_arguments(module: torch.nn.Module, args: tuple) -> dict[str, Any]:
+    """Arguments that came without their names."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if len(args) > 1 else {}
 
 
-def _find_positions(ids: Tensor, n_past: int, attention_mask: Tensor | None) -> Tensor:
-    """Places counted over real tokens; all are real where no mask over past and new columns is given."""
+def _find_positions(ids: Tensor, n_past: int, attention_mask: Any, before: Tensor | None) -> Tensor:
+    """Places counted over real tokens. Without a mask all are real and stand behind those of the forward before.
+
+    ValueError for a mask that does not say which columns are padding.
+    """
     n = ids.shape[1]
-    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.shape[1] < n_past + n:
-        return torch.arange(n_past, n_past + n, device=ids.device).expand(len(ids), n)
+    if attention_mask is None:
+        first = torch.full((len(ids),), n_past) if before is None else before + 1
+        return first.to(ids.device)[:, None] + torch.arange(n, device=ids.device)
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[1] < n_past + n:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"Steering needs to know padding: `attention_mask` must be (batch, {n_past + n}), past and new columns, or "
+            f"left out, got {got}."
+        )
     real = attention_mask[:, : n_past + n].bool()
     return (real.cumsum(1) - 1).masked_fill(~real, -1)[:, n_past:].to(ids.device)
 

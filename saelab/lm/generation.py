@@ -10,6 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelab.lm.cache import place_columns
+from saelab.lm.continuations import pad_rows
 from saelab.lm.door import door
 from saelab.lm.extent import find_context, find_row
 from saelab.lm.models import Model
@@ -96,7 +98,9 @@ def generate(
     `prompts` are texts (with BOS before each unless `bos=False`) or rows of token ids, taken as they are. The
     temperature divides the logits, 0 takes the most likely token; `top_k` and `top_p` keep the most likely tokens.
     Sample i of prompt p depends on `seed`, p and i alone: not on the other rows of its batch, nor on the cache.
-    Prompts of unequal length are padded on the left. ValueError for an empty prompt and for texts that do not fit the
+    Prompts of unequal length are padded on the left. Cache and padding are used where the model was seen to say the
+    same with them as without; else whole texts are read anew at each step, and rows of one length go together: slower,
+    never another text. ValueError for an empty prompt and for texts that do not fit the
     model's context.
 
     >>> made = sl.generate(sl.tiny_model(), ["One", "Two, three"], 4, n=2, seed=1)
@@ -108,18 +112,17 @@ def generate(
     rows, texts = _read_prompts(model, prompts, bos)
     _require_room(model, rows, n_tokens)
     jobs = [(p, i) for p in range(len(rows)) for i in range(n)]
-    samples: list[Generated] = []
+    made: dict[tuple[int, int], Generated] = {}
+    ends = find_ends(model) if stop_at_eos else frozenset()
     bar = tqdm(total=len(jobs) * n_tokens, unit="token", desc="generate", delay=2, disable=hidden(progress))
     with bar:
-        for first in range(0, len(jobs), batch_size):
-            batch = jobs[first : first + batch_size]
+        for batch in _find_batches(model, jobs, rows, n_tokens, batch_size):
             generators = [_seed(seed, p, i) for p, i in batch]
-            run = _Run(
-                model, [rows[p] for p, _ in batch], Sampler(float(temperature), top_k, top_p, generators), use_cache
-            )
-            ends = find_ends(model) if stop_at_eos else frozenset()
-            for (p, _), (ids, log_probs) in zip(batch, run.go(n_tokens, ends, bar), strict=True):
-                samples.append(_read_sample(model, texts[p], rows[p], ids, log_probs))
+            sampler = Sampler(float(temperature), top_k, top_p, generators)
+            run = _Run(model, [rows[p] for p, _ in batch], n_tokens, sampler, use_cache)
+            for (p, i), (ids, log_probs) in zip(batch, run.go(ends, bar), strict=True):
+                made[p, i] = _read_sample(model, texts[p], rows[p], ids, log_probs)
+    samples = [made[job] for job in jobs]
     return Generation(samples=tuple(samples), temperature=float(temperature), seed=seed)
 
 
@@ -153,6 +156,21 @@ def _require_room(model: Model, rows: list[Tensor], n_tokens: int) -> None:
         )
 
 
+def _find_batches(
+    model: Model, jobs: Sequence[tuple[int, int]], rows: Sequence[Tensor], n_tokens: int, batch_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """The jobs by batches: those of prompts of one length apart from others where padding would change their texts."""
+    home = door(model)
+    module, _ = home.route([])
+    if home.caching(module).pads(module, max(len(rows[p]) for p, _ in jobs) + n_tokens):
+        groups = [list(jobs)]
+    else:
+        lengths = sorted({len(rows[p]) for p, _ in jobs})
+        groups = [[(p, i) for p, i in jobs if len(rows[p]) == length] for length in lengths]
+    for group in groups:
+        yield from (group[first : first + batch_size] for first in range(0, len(group), batch_size))
+
+
 def _seed(*parts: int) -> torch.Generator:
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
@@ -172,23 +190,21 @@ def _read_sample(model: Model, text: str, prompt: Tensor, ids: list[int], log_pr
 class _Run:
     """One batch: rows padded on the left, one forward a token."""
 
-    def __init__(self, model: Model, rows: list[Tensor], sampler: Sampler, use_cache: bool) -> None:
-        self.module, _ = door(model).route([])
+    def __init__(self, model: Model, rows: list[Tensor], n_tokens: int, sampler: Sampler, use_cache: bool) -> None:
+        home = door(model)
+        self.module, _ = home.route([])
         self.device = next(self.module.parameters()).device
-        longest = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, longest - len(row) :], mask[i, longest - len(row) :] = row, 1
-        self.ids, self.mask = ids.to(self.device), mask.to(self.device)
-        self.is_padded = bool((mask == 0).any())
-        self.sampler, self.use_cache, self.cache = sampler, use_cache, None
+        ids, real = pad_rows([row.tolist() for row in rows], left=True)
+        self.ids, self.real = ids.to(self.device), real.to(self.device)
+        self.n_tokens, self.sampler, self.caching = n_tokens, sampler, home.caching(self.module)
+        self.use_cache = use_cache and self.caching.keeps(self.module, ids.shape[1], n_tokens)
+        self.more: dict[str, Any] = {}
 
-    def go(self, n_tokens: int, ends: frozenset[int], bar: Any) -> list[tuple[list[int], list[float]]]:
+    def go(self, ends: frozenset[int], bar: Any) -> list[tuple[list[int], list[float]]]:
         """Ids and log-probabilities of each row."""
         found: list[tuple[list[int], list[float]]] = [([], []) for _ in self.ids]
         open_rows = set(range(len(found)))
-        for _ in range(n_tokens):
+        for _ in range(self.n_tokens):
             logits = self.step()
             chosen = self.sampler(logits)
             log_probs = logits.log_softmax(1).gather(1, chosen[:, None])[:, 0].tolist()
@@ -202,21 +218,17 @@ class _Run:
             if not open_rows:
                 break
             self.ids = torch.cat([self.ids, chosen[:, None].to(self.device)], 1)
-            self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+            self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], 1)
         return found
 
     def step(self) -> Float[Tensor, "batch d_vocab"]:
         """Logits behind the last token, float32 on CPU."""
-        options: dict[str, Any] = {"use_cache": self.use_cache}
-        ids = self.ids
-        if self.cache is not None:
-            ids, options["past_key_values"] = ids[:, -1:], self.cache
-        if self.is_padded:
-            options["attention_mask"] = self.mask
-            options["position_ids"] = (self.mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        n = self.ids.shape[1]
+        begin = n - 1 if self.more else 0
+        options = {"use_cache": self.use_cache} | self.more | place_columns(self.real, begin, n)
         with evaluating(self.module):
-            out = self.module(ids, **options)
+            out = self.module(self.ids[:, begin:], **options)
         if self.use_cache:
-            self.cache = out.past_key_values
+            self.more = self.caching.go_on(out)
         last: Tensor = out.logits[:, -1].float().cpu()
         return last

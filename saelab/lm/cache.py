@@ -1,0 +1,201 @@
+"""What a model carries from one forward to the next, a key-value cache or a recurrent state, and whether it is right."""
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saelab.lm.plain import evaluating
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("cache", "past_key_values", "cache_params", "state")
+"""what Hugging Face's models call it, as an argument of the forward and as a field of its output: the first from
+transformers 5.24 on, the last two in state-space and recurrent models"""
+CHANGING = ("dynamic", "longrope")
+"""position schemes that turn all positions of a text otherwise once it is longer than they were made for"""
+
+
+def find_given(kwargs: Mapping[str, Any]) -> Any:
+    """The cache among the arguments of a forward, None where there is none.
+
+    ValueError where one goes by a name that is not known: it would be taken for none, and a token for the text's first.
+    """
+    from transformers import Cache
+
+    if unknown := [name for name, value in kwargs.items() if isinstance(value, Cache) and name not in NAMES]:
+        raise ValueError(
+            f"The cache of a forward must go by one of the names {NAMES}, got {unknown}. Another release of "
+            "transformers may use them; or run with use_cache=False."
+        )
+    return next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+
+
+def find_returned(out: Any) -> Any:
+    """The cache in the output of a forward; ValueError where it has none."""
+    fields = out.keys() if hasattr(out, "keys") else ()
+    for name in NAMES:
+        if name in fields and out[name] is not None:
+            return out[name]
+    raise ValueError(f"A forward with use_cache=True must return its cache as one of {NAMES}, got {list(fields)}.")
+
+
+def count_columns(cache: Any) -> int | None:
+    """Columns that a cache holds; None where it holds some, but does not count them (recurrent states).
+
+    ValueError for a kind of cache that is not known.
+    """
+    if cache is None:
+        return 0
+    if hasattr(cache, "get_seq_length"):
+        try:
+            return int(cache.get_seq_length())
+        except ValueError:  # layers without attention alone
+            return None if cache.has_previous_state() else 0
+    if isinstance(cache, list | tuple) and len(cache):
+        first = cache[0]
+        return None if isinstance(first, Tensor) else int(first[0].shape[-2])
+    raise ValueError(
+        f"A cache must be one of Hugging Face's, whose tokens can be counted, got {type(cache).__name__}; run with "
+        "use_cache=False."
+    )
+
+
+@dataclass(frozen=True)
+class Caching:
+    """How a model goes on with a text, as far as that was seen to be right on the model itself."""
+
+    argument: str | None
+    """of its forward, which takes the cache; None where steps with a cache give other logits than without, or fail"""
+    in_pieces: bool
+    """with a cache several tokens may be read at once"""
+    padded: bool
+    """rows that are padded on the left give what they give alone"""
+
+    def pads(self, model: nn.Module, n: int) -> bool:
+        """Whether rows of unequal length may go together, none of them longer than `n` in the end."""
+        border = find_border(model)
+        return self.padded and (border is None or n <= border[0])
+
+    def keeps(self, model: nn.Module, n_read: int, n_tokens: int) -> bool:
+        """Whether a cache stays right while a text of `n_read` tokens becomes `n_tokens` longer."""
+        border = find_border(model)
+        if self.argument is None or border is None:
+            return self.argument is not None
+        length, goes_on = border
+        return n_read + n_tokens <= length or (n_read > length and not goes_on)
+
+    def go_on(self, out: Any) -> dict[str, Any]:
+        """Arguments of the forward that goes on from an output."""
+        assert self.argument is not None
+        return {self.argument: find_returned(out)}
+
+
+@torch.no_grad()
+def measure_caching(model: nn.Module, ids: Tensor) -> Caching:
+    """How a model may go on with a text, seen in some short forwards on `ids`, two rows of 16 tokens or so.
+
+    One that may not use a cache, or must not be padded, is named in the log, once.
+    """
+    argument, n = _find_argument(model), ids.shape[1]
+    head, left = -(-n // 2), n // 4  # tokens read at once before single steps, and padding
+    with evaluating(model):
+        whole = _try(lambda: _read(model, ids, None, [n]))
+        alone = _try(lambda: _read(model, ids[1:, left:], None, [n - left]))
+        steps = [head, *[1] * (n - head)]
+        cached = argument is not None and _agree(_try(lambda: _read(model, ids, argument, steps)), whole)
+        known = argument if cached else None
+        pieces = cached and _agree(_try(lambda: _read(model, ids, known, [head, n - head])), whole)
+        real = torch.ones_like(ids)
+        real[1, :left] = 0
+        ways = [[n], *([steps] if cached else [])]
+        padded = all(_agree(_try(lambda way=way: _read(model, ids, known, way, real)[1:]), alone) for way in ways)
+    name = type(model).__name__
+    if not cached:
+        logger.warning("%s is run without a cache: steps with one give other logits than without, or fail.", name)
+    if not padded:
+        logger.warning("%s is run with rows of one length only: padding on the left changes its logits.", name)
+    return Caching(known, pieces, padded)
+
+
+def _find_argument(model: nn.Module) -> str | None:
+    """What the forward calls the cache that it takes."""
+    wanted = inspect.signature(model.forward).parameters
+    return next((name for name in NAMES if name in wanted), None)
+
+
+def _read(
+    model: nn.Module, ids: Tensor, argument: str | None, sizes: Sequence[int], real: Tensor | None = None
+) -> Tensor:
+    """Logits behind the last token, read in pieces of some sizes; in one piece without a cache."""
+    out, begin = None, 0
+    for size in sizes:
+        end = begin + size
+        options: dict[str, Any] = {"use_cache": len(sizes) > 1} | place_columns(real, begin, end)
+        if out is not None and argument is not None:
+            options[argument] = find_returned(out)
+        out = model(ids[:, begin:end], **options)
+        begin = end
+    assert out is not None
+    last: Tensor = out.logits[:, -1]
+    return last
+
+
+def place_columns(real: Tensor | None, begin: int, end: int) -> dict[str, Any]:
+    """Mask and positions of some columns of rows padded on the left; none where nothing is padded, which is faster."""
+    if real is None or bool(real[:, :end].all()):
+        return {}
+    seen = real[:, :end].long()
+    return {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp_min(0)[:, begin:]}
+
+
+def _try(read: Any) -> Tensor | None:
+    """What a model says, None where it cannot: whatever its cache raises only says that it is not to be used."""
+    try:
+        found: Tensor = read()
+    except Exception as error:
+        logger.info("A way to go on with a text is not open: %s: %s", type(error).__name__, error)
+        return None
+    return found
+
+
+def _agree(found: Tensor | None, expected: Tensor | None) -> bool:
+    """Equal up to another order of rounding: 0.1 % of the spread of the logits in float32, 5 % in half precision."""
+    if found is None or expected is None or found.shape != expected.shape:
+        return False
+    tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05
+    expected = expected.double()
+    spread = (expected - expected.mean(-1, keepdim=True)).norm()
+    return bool((found.double() - expected).norm() <= tolerance * spread)
+
+
+def find_border(model: nn.Module) -> tuple[int, bool] | None:
+    """The length from which on a text's positions are all turned otherwise, and whether they then go on changing.
+
+    None for schemes that leave positions as they were. A cache that was filled before the border is wrong behind it,
+    and so is one row beside a longer one that is there already.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for told in _read_schemes(text):
+        kind = told.get("rope_type", told.get("type"))
+        if kind in CHANGING:
+            length = told.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            return int(length or text.max_position_embeddings), kind == "dynamic"
+    return None
+
+
+def _read_schemes(config: Any) -> list[Mapping[str, Any]]:
+    """What a configuration says of rotary positions, one for all layers or by kind of layer."""
+    found = []
+    for name in ("rope_parameters", "rope_scaling"):
+        told = getattr(config, name, None)
+        if isinstance(told, Mapping):
+            found += [told, *(part for part in told.values() if isinstance(part, Mapping))]
+    return found
