@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import saelab as sl
+from saelab.lm.door import door
 from saelab.lm.flow import watch
+from saelab.lm.models import WORLD_MODELS
 from saelab.lm.sampling import Sampler
 
 PROMPTS = ["Once upon a time there was", "Tom saw a dog.", "Anna"]
@@ -22,10 +25,11 @@ def go_on(model: Any, prompts: Any = PROMPTS, n_tokens: int = 8, **options: Any)
 
 
 def test_greedy_texts_are_those_of_hugging_face(tales: Any) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(WORLD_MODELS / "tales")
     made = go_on(tales, temperature=0, stop_at_eos=False)
     for sample in made:
         ids = torch.tensor([sample.prompt_ids])
-        theirs = tales.original_model.generate(
+        theirs = plain.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8, pad_token_id=0, eos_token_id=-1
         )
         assert tuple(theirs[0].tolist()) == sample.all_ids
@@ -102,8 +106,10 @@ def test_a_flow_follows_both_ways_of_generating(tales: Any) -> None:
         longer, wider = torch.cat([ids, ids[:, :1]], 1), torch.cat([mask, mask[:, :1] * 0 + 1], 1)
         tales.original_model(longer, attention_mask=wider)
         assert flow.now.positions[:, -1].tolist() == [4, 3] and flow.now.n_prompt == 4  # the same text, without a cache
-        cache = tales.original_model(ids, attention_mask=mask, use_cache=True).past_key_values
-        tales.original_model(longer[:, -1:], attention_mask=wider, past_key_values=cache)
+        plain = door(tales).plain
+        assert plain is not None
+        cache = door(tales).caching(plain).go_on(plain(ids, attention_mask=mask, use_cache=True))
+        plain(longer[:, -1:], attention_mask=wider, **cache)
         assert flow.now.positions.tolist() == [[4], [3]] and flow.now.n_prompt == 4 and flow.now.n_past == 4
         tales.original_model(ids[:1])
         assert flow.now.positions.tolist() == [[0, 1, 2, 3]] and flow.now.n_prompt == 4

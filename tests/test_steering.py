@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import saelab as sl
+from saelab.lm.door import door
 
 PROMPTS = ["Once upon a time there was a girl", "Tom saw a dog.", "One day the big dog ran to the park and"]
 POINTS = ["blocks.2.hook_resid_post", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"]
@@ -110,7 +111,9 @@ def test_neutral_strengths_change_no_bit(model: Any, point: str) -> None:
         assert torch.equal(sl.logits(model, ids), clean)
 
 
-def test_the_bridges_own_generate_is_steered_alike(tales: Any) -> None:
+# transformer-lens 4.3 itself calls a cache by the name that transformers 5.24 gave up.
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+def test_the_bridges_own_generate_is_steered_alike_or_refused(tales: Any) -> None:
     sae, size = make_sae(tales), 3 * size_at(tales, POINT)
     tokens = sl.tokenize(tales, [PROMPTS[0]], 64, packed=False)
     ids = tokens.ids[:, : tokens.n_tokens].long()
@@ -118,9 +121,12 @@ def test_the_bridges_own_generate_is_steered_alike(tales: Any) -> None:
         with sl.steer(tales, sae, {3: size}, hook_point=POINT, where=place):  # type: ignore[arg-type]
             expected = go_on(tales, PROMPTS[0])
             for cached in (True, False):
-                made = tales.generate(
-                    ids, N, do_sample=False, use_past_kv_cache=cached, verbose=False, stop_at_eos=False
-                )
+                options = {"do_sample": False, "use_past_kv_cache": cached, "verbose": False, "stop_at_eos": False}
+                if cached and door(tales).caching(tales.original_model).argument is None:
+                    with pytest.raises(ValueError, match="model that loses it"):
+                        tales.generate(ids, N, **options)
+                    continue
+                made = tales.generate(ids, N, **options)
                 assert tuple(made[0, ids.shape[1] :].tolist()) == expected[0], (place, cached)
 
 

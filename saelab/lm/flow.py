@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from saelab.lm.cache import count_columns, find_given
-from saelab.lm.door import door
+from saelab.lm.door import Door, door
 from saelab.lm.models import Model
 from saelab.lm.plain import OwnHook
 
@@ -43,6 +43,7 @@ class Flow(OwnHook):
     the one before: so it is in generation, with and without a cache. Any other forward begins a new text.
     """
 
+    home: Door
     now: Passing | None = None
     n_forwards: int = 0
     seen: Tensor | None = None
@@ -57,12 +58,19 @@ class Flow(OwnHook):
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             raise ValueError("Steering needs forwards that get token ids (batch, n), got one without `input_ids`.")
         kwargs = _name_arguments(module, args) | kwargs
-        n_past = self._count_past(find_given(kwargs))
+        cache = find_given(kwargs)
+        if cache is not None and self.home.caching(module).argument is None:  # it may well hold nothing
+            raise ValueError(
+                "A forward may go on from a cache only where that gives the logits of the whole text, got one through "
+                "a model that loses it, as a TransformerBridge may with another release of transformers. Run with "
+                "use_cache=False (`use_past_kv_cache=False` for the bridge's own `generate`), or use `sl.generate`."
+            )
+        n_past = self._count_past(cache)
         goes_on = self._goes_on(ids, n_past)
         self.seen = torch.cat([self.seen, ids], 1) if goes_on and n_past and self.seen is not None else ids
         before = self.ends if goes_on and n_past else None
         positions = _find_positions(ids, n_past, kwargs.get("attention_mask"), before)
-        self.ends = positions[:, -1]
+        self.ends = positions.max(1).values
         if not goes_on:
             self.prompt = n_past + ids.shape[1], positions.max(1).values + 1
         self.now = Passing(ids, positions, n_past, *self.prompt)
@@ -113,7 +121,8 @@ def _find_positions(ids: Tensor, n_past: int, attention_mask: Any, before: Tenso
 @contextmanager
 def watch(model: Model) -> Iterator[Flow]:
     """Inside the block the `Flow` knows of every forward of the model, through the bridge or its plain twin."""
-    home, flow = door(model), Flow()
+    home = door(model)
+    flow = Flow(home)
     with ExitStack() as stack:
         for module in (home.bridged, home.plain):
             if module is not None:
