@@ -87,6 +87,7 @@ CALLS: dict[str, Callable] = {
         at.store, at.out, "saedashboard", sae=at.sae, model=at.model, features=[3], **QUIET
     ),
     "harvest": lambda at, **how: sl.harvest(at.sae, at.model, at.tokens[:2], at.out, **QUIET, **how),
+    "harvest_untrained": lambda at, **how: sl.harvest_untrained(at.store, at.sae, at.model, at.out, **QUIET, **how),
     "line_up": line_up,
     "logit_lens": lambda at, **how: sl.logit_lens(at.sae, at.model, [3], **how),
     "patch": lambda at, **how: sl.patch(at.model, "One", "Two", "e", sources=at.sae, **how),
@@ -104,7 +105,7 @@ CALLS: dict[str, Callable] = {
 }
 """Every public function that takes an SAE and a model, called on them."""
 
-ANY_POINT = {"logit_lens"}  # what features write is read at no hook point
+ANY_POINT = {"harvest_untrained", "logit_lens"}  # the store says it; what features write is read at no hook point
 BY_STORE = {"export_store", "report"}  # the store says what the model must be
 
 
@@ -165,7 +166,7 @@ def test_another_name_of_the_same_hook_point_is_no_other(name, trained, tmp_path
     CALLS[name](replace(trained, out=tmp_path / "out"), hook_point="blocks.1.hook_out")
 
 
-@pytest.mark.parametrize("name", ["export_store", "report", "score_steering"])
+@pytest.mark.parametrize("name", ["export_store", "harvest_untrained", "report", "score_steering"])
 def test_a_store_of_another_sae_is_refused(name, trained, tmp_path):
     other = sl.SAE(trained.sae.cfg, seed=5)
     other.provenance = trained.sae.provenance

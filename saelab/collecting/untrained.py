@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.collecting.harvesting import SHARD_TOKENS, ValueDtype, _Job, _run
+from saelab.collecting.harvesting import SHARD_TOKENS, ValueDtype, _Job, _run, require_harvested
 from saelab.collecting.reader import Reader
 from saelab.collecting.sources import Batch, TextSource
 from saelab.lm.forwards import FORWARD_TOKENS
@@ -46,6 +46,7 @@ def harvest_untrained(
     costs a forward over the text. A call that was cut off goes on when it is made again. ValueError as `harvest` raises
     it, and for a store of which nobody knows the text in rows.
     """
+    require_harvested(store, sae)
     place = match_model(sae, model, store.provenance.hook_point or None, EVERYTHING, allow_mismatch)
     tokens = rebuild_tokens(store.text)
     reader = Reader.make(

@@ -1,4 +1,4 @@
-"""What a model carries from one forward to the next, a cache of keys and values or a state, and whether it is right."""
+"""What a model carries from one forward to the next (keys and values, or a state), and whether it is right."""
 
 import inspect
 import logging

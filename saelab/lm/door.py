@@ -51,7 +51,7 @@ class Door:
         self.attention = "eager"
         self._plain_hooks: HookBooks | None = None
         # PyTorch keeps these dicts as long as their module: looking at them before each forward is quick.
-        self._weights = [weights for m in self.bridged.modules() for weights in (m._parameters, m._buffers)]
+        self._weights = [(m._parameters, m._buffers, m._non_persistent_buffers_set) for m in self.bridged.modules()]
         self._stamp = self._find_stamp(model)
         with self.hooks.aside():
             expected = run(self.bridged, self.probe)
@@ -95,7 +95,15 @@ class Door:
 
     def _find_stamp(self, model: Any) -> tuple:
         """Changes when a weight is edited in place or replaced, or the bridge processes its weights."""
-        found = [_stamp(w) for weights in self._weights if weights for w in weights.values() if w is not None]
+        found = [_stamp(w) for weights, _, _ in self._weights if weights for w in weights.values() if w is not None]
+        # Buffers that are not saved are the model's own notes: rotary angles change when a text passes their border.
+        found += [
+            _stamp(w)
+            for _, buffers, own in self._weights
+            if buffers
+            for name, w in buffers.items()
+            if w is not None and name not in own
+        ]
         return (model.compatibility_mode, *found)
 
     def is_current(self, model: Model) -> bool:
