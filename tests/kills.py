@@ -339,6 +339,7 @@ def cases() -> list[Case]:
         Case("collect", collect, (text,), read=told_acts("out")),
         Case("collect --overwrite", [*collect, "--overwrite"], (text, "acts-old:out"), read=told_acts("out")),
         Case("train", [*train, "--resume"], ("acts",), read=told_sae("out")),
+        Case("train, then --resume", train, ("acts",), again=[*train, "--resume"], read=told_sae("out")),
         Case("train --overwrite", [*train, "--overwrite"], ("acts", "sae-1:out"), read=told_sae("out")),
         Case("harvest", harvest, (text, "sae-0"), read=told_store("out")),
         Case(

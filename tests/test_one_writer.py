@@ -33,16 +33,6 @@ def hold(folder: str, ready: str) -> None:
         time.sleep(60)
 
 
-@pytest.fixture
-def writer(tmp_path):
-    """A process that writes in tmp_path/out."""
-    child = Child(tmp_path / "errors.txt", hold, str(tmp_path / "out"), str(tmp_path / "ready"))
-    child.wait_until((tmp_path / "ready").exists)
-    yield child
-    child.send(signal.SIGKILL)
-    child.wait()
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """A store with labels."""
@@ -101,6 +91,17 @@ def test_labelling_a_store_is_refused_while_it_is_written_and_reading_it_is_not(
     child.send(signal.SIGKILL)
     child.wait()
     (store / LOCK).unlink()
+
+
+def test_a_finished_folder_is_opened_where_nothing_may_be_written(tmp_path, store, monkeypatch) -> None:
+    def refuse(path: Path, wait: bool) -> None:
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr("saelab.stores.disk.open_locked", refuse)
+    monkeypatch.setattr("saelab.stores.files.open_locked", refuse)
+    harvest(store, seed=0)
+    with pytest.raises(PermissionError, match="may not be written to"):
+        harvest(tmp_path, seed=0)
 
 
 def test_a_thread_may_hold_a_folder_again_and_another_may_not(tmp_path) -> None:

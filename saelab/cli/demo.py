@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.cli import options
+from saelab.cli.labels import Context
 from saelab.cli.saying import say
 from saelab.collecting.collection import collect
 from saelab.evaluation.concept_scores import ConceptScores
@@ -25,6 +26,7 @@ from saelab.sae.config import SAEConfig
 from saelab.sae.sae import SAE, fit
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import split_documents
+from saelab.stores.disk import hold_folder
 from saelab.stores.files import write_atomic
 from saelab.stores.progress import hidden
 from saelab.training.config import TrainConfig
@@ -66,6 +68,7 @@ class Clock:
 
 
 def run_demo(
+    context: Context,
     out: options.OutDemo = Path("demo"),
     model: options.TalesModel = "tales",
     hook_point: options.DemoHookPoint = "blocks.2.hook_resid_post",
@@ -81,6 +84,7 @@ def run_demo(
     Needs no network, and three minutes at most on two cores. The page stands alone: open it from the disk, or send it.
     """
     clock = Clock()
+    context.with_resource(hold_folder(out))
     with clock.stage("telling stories"):
         lm, half = load_model(model, progress=progress), max(2, n_stories // 2)
         seen, unseen = tell(n_stories, STORY_SEED, FIRST), tell(half, STORY_SEED, FIRST + n_stories)

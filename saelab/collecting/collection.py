@@ -19,7 +19,6 @@ from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens
 from saelab.stores.activations import Activations
-from saelab.stores.disk import hold_folder
 from saelab.stores.manifest import ActivationsManifest, dtype_name
 from saelab.stores.progress import hidden
 
@@ -85,8 +84,7 @@ def _collect_to_folder(
             median_norms=calibrated.median_norms,
         )
 
-    with hold_folder(folder):
-        manifest = claim_folder(folder, request, ActivationsManifest, begin, resume)
+    with claim_folder(folder, request, ActivationsManifest, begin, resume) as manifest:
         if manifest.complete:
             return load_all(folder, list(reader.hook_points))
         reader = replace(reader, median_norms=manifest.median_norms)

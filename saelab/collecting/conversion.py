@@ -10,7 +10,6 @@ from torch import Tensor
 from saelab.collecting.delphi import DelphiCache, PlacedCodes
 from saelab.collecting.harvesting import SHARD_TOKENS
 from saelab.collecting.writers import ShardWriter, claim_folder
-from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore, save_statistics
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes
@@ -51,8 +50,7 @@ def convert_delphi(
     cache, out = DelphiCache.open(Path(folder), tokens, hook_point), Path(out)
     n_seq = max(1, shard_tokens // cache.tokens.ctx_len)
     request = cache.request() | {"tokenizer": getattr(tokenizer, "name_or_path", None), "shard_sequences": n_seq}
-    with hold_folder(out):
-        manifest = claim_folder(out, request, FeatureManifest, lambda: _begin(cache, request), resume)
+    with claim_folder(out, request, FeatureManifest, lambda: _begin(cache, request), resume) as manifest:
         if not manifest.complete:
             buffers = _Packer(cache.d_sae), _Packer(cache.d_sae)
             with ShardWriter(out, manifest, n_seq * cache.tokens.ctx_len, buffers) as writer:

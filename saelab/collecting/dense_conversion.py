@@ -12,7 +12,6 @@ from saelab.collecting.reader import Reading, require_finite
 from saelab.collecting.writers import FolderWriter, claim_folder, load_all
 from saelab.lm.masks import TokenMask
 from saelab.stores.activations import Activations
-from saelab.stores.disk import hold_folder
 from saelab.stores.manifest import ActivationsManifest, dtype_name
 from saelab.stores.progress import hidden
 from saelab.stores.provenance import Provenance
@@ -52,8 +51,7 @@ def convert_activations(
         request=request,
         provenance=origin.to_dict(),
     )
-    with hold_folder(out):
-        manifest = claim_folder(out, request, ActivationsManifest, lambda: fresh, resume)
+    with claim_folder(out, request, ActivationsManifest, lambda: fresh, resume) as manifest:
         if manifest.complete:
             return load_all(out, [cache.hook_point])[cache.hook_point]
         writer = FolderWriter(out, manifest, shard_tokens)

@@ -1,7 +1,7 @@
 """`harvest`: a corpus encoded once into sparse codes on disk."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,6 @@ from saelab.lm.tokens import Tokens
 from saelab.sae.matching import Match, match_activations, match_model, require_threshold
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
-from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore, save_statistics
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes, round_values, smallest_int
@@ -85,10 +84,8 @@ def harvest(
     else:
         source, at = _read_text(named, model, tokens, hook_point, mask, batch_size, allow_mismatch)
     with ExitStack() as held:
-        for name in named:
-            held.enter_context(hold_folder(Path(out) / name))
         jobs = [
-            _Job.start(sae, at[name], source, Path(out) / name, dtype, shard_tokens, resume)
+            held.enter_context(_Job.start(sae, at[name], source, Path(out) / name, dtype, shard_tokens, resume))
             for name, sae in named.items()
         ]
         _run([job for job in jobs if not job.done], source, progress)
@@ -155,10 +152,11 @@ class _Job:
     shard_tokens: int
 
     @classmethod
+    @contextmanager
     def start(
         cls, sae: SAE, hook_point: str, source: Source, folder: Path, dtype: str, shard_tokens: int, resume: bool
-    ) -> "_Job":
-        """Claim the folder, or take up what lies there."""
+    ) -> Iterator["_Job"]:
+        """Claim the folder for the block, or take up what lies there."""
         described = sae.describe()
         request = source.request() | {"sae": fingerprint(sae.state_dict()), "hook_point": hook_point}
         request |= {"values": dtype, "shard_tokens": shard_tokens}
@@ -170,8 +168,8 @@ class _Job:
             request=request,
             provenance=source.origin(hook_point, 0, {}).to_dict(),
         )
-        manifest = claim_folder(folder, request, FeatureManifest, lambda: fresh, resume)
-        return cls(sae, hook_point, folder, manifest, dtype, shard_tokens)
+        with claim_folder(folder, request, FeatureManifest, lambda: fresh, resume) as manifest:
+            yield cls(sae, hook_point, folder, manifest, dtype, shard_tokens)
 
     @property
     def done(self) -> bool:

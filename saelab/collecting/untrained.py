@@ -18,7 +18,6 @@ from saelab.sae.matching import match_model
 from saelab.sae.sae import SAE
 from saelab.sae.untrained import make_untrained
 from saelab.stores.corpus import StoredText
-from saelab.stores.disk import hold_folder
 from saelab.stores.features import FeatureStore
 
 SAMPLE_TOKENS = 8_192  # that the untrained dictionary is fitted to
@@ -57,8 +56,7 @@ def harvest_untrained(
     targets = x[reader.hook_points[1]] if sae.cfg.d_out is not None and len(reader.hook_points) > 1 else None
     made = make_untrained(sae, x[reader.hook_points[0]], targets, seed=seed)
     made.name_or_path = f"untrained, seed {seed}"
-    with hold_folder(Path(out)):
-        job = _Job.start(made, reader.hook_points[0], source, Path(out), dtype, SHARD_TOKENS, resume)
+    with _Job.start(made, reader.hook_points[0], source, Path(out), dtype, SHARD_TOKENS, resume) as job:
         _run([] if job.done else [job], source, progress)
         return FeatureStore.load(out)
 

@@ -1,8 +1,9 @@
 """Where collected rows go: into memory, or into a folder of shards that can be resumed."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,10 +15,13 @@ from torch import Tensor
 from saelab.collecting.keeping import make_way
 from saelab.collecting.reader import Reading
 from saelab.stores.activations import Activations
+from saelab.stores.disk import hold_folder
 from saelab.stores.files import is_empty, read_json, remove_leftovers, save_tensors
 from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest, AnyManifest, Manifest, Shard
 from saelab.stores.provenance import Provenance
 from saelab.training.interrupt import Terminable
+
+MANIFEST = "manifest.json"
 
 
 @runtime_checkable
@@ -193,17 +197,29 @@ def load_all(folder: Path, hook_points: list[str]) -> dict[str, Activations]:
     return {name: Activations.load(folder, name) for name in hook_points}
 
 
+@contextmanager
 def claim_folder(
     folder: Path, request: dict[str, Any], kind: type[AnyManifest], begin: Callable[[], AnyManifest], resume: bool
-) -> AnyManifest:
-    """The manifest in `folder` that the same request was begun with, or that of a new beginning, written already.
+) -> Iterator[AnyManifest]:
+    """Yield the manifest in `folder` that the same request was begun with, or that of a new beginning, written already.
 
-    With `resume=False` what the folder holds of the kind gives way: the new manifest takes the old one's place at one
-    stroke, then the old files go, so that a killed process leaves no half of it that passes for a whole. For whoever
-    holds the folder. ValueError when it holds something else than asked for.
+    The folder is held in the block; one that is finished is not, as nothing is to be written there. With `resume=False`
+    what it holds of the kind gives way: the new manifest takes the old one's place at one stroke, then the old files
+    go, so that a killed process leaves no half of it that passes for a whole. ValueError when it holds something else
+    than asked for, and where somebody else is writing there.
     """
+    if resume and (folder / MANIFEST).is_file() and kind.load(folder).complete:
+        yield _resume(folder, request, kind)
+    else:
+        with hold_folder(folder):
+            yield _claim_held(folder, request, kind, begin, resume)
+
+
+def _claim_held(
+    folder: Path, request: dict[str, Any], kind: type[AnyManifest], begin: Callable[[], AnyManifest], resume: bool
+) -> AnyManifest:
     remove_leftovers(folder)
-    described = folder / "manifest.json"
+    described = folder / MANIFEST
     if described.is_file() and resume:
         manifest = _resume(folder, request, kind)
     elif _is_of_kind(described, kind) or is_empty(folder, kind.kept_beside):

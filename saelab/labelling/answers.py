@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from saelab.labelling.clients import Answer, Messages
+from saelab.stores.disk import explained
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,10 @@ class AnswerLog:
     def _write(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = ("\n" if self._is_cut else "") + line + "\n"
-        with open(self.path, "ab") as file:  # one write at the end: several processes may share the file
+        with (
+            explained(self.path.parent),
+            open(self.path, "ab") as file,
+        ):  # one write at the end: several processes may share the file
             file.write(data.encode())
             file.flush()
             os.fsync(file.fileno())

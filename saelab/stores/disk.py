@@ -21,6 +21,7 @@ except ImportError:  # Windows has no such locks
 
 LOCK = ".saelab-lock"
 CAN_LOCK = fcntl is not None
+FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def open_locked(path: Path, wait: bool) -> int | None:
     there is no waiting. A file that is no longer at `path` once the lock is there does not count.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        descriptor = os.open(path, FLAGS, 0o666)
         try:
             if not _lock(descriptor, path, wait):
                 os.close(descriptor)
@@ -152,7 +153,7 @@ def _enter(key: str, folder: Path) -> None:
             _held[key] = _Hold(threading.get_ident(), descriptor)
             with suppress(OSError):  # a lock without a name is a lock, too
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def _leave(key: str, folder: Path) -> None:
@@ -161,9 +162,12 @@ def _leave(key: str, folder: Path) -> None:
         hold.depth -= 1
         if not hold.depth:
             del _held[key]
+            if not CAN_LOCK:  # Windows removes no open file
+                os.close(hold.descriptor)
             with suppress(OSError):
                 (folder / LOCK).unlink()  # before it is let go, so that it is not another's
-            os.close(hold.descriptor)
+            if CAN_LOCK:
+                os.close(hold.descriptor)
 
 
 def _read_owner(path: Path) -> str:
