@@ -38,6 +38,7 @@ from saelab.labelling.simulators import TokenSimulation, simulate_by_tokens
 from saelab.lm.agreement import HookAgreement, verify_hooks
 from saelab.lm.generation import Generated, Generation, generate
 from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss
+from saelab.lm.labelled import tokenize_labelled
 from saelab.lm.masks import MaskResult, TokenMask
 from saelab.lm.models import describe_model, load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
@@ -282,6 +283,7 @@ __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "text_pattern",
     "tiny_model",
     "tokenize",
+    "tokenize_labelled",
     "verify_hooks",
     "wandb_sink",
     "word_pattern",

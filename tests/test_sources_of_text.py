@@ -137,7 +137,7 @@ def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
             list(read_documents(missing))
 
 
-def test_rows_of_ids_are_taken_as_they_are(tiny: Any) -> None:
+def test_rows_of_ids_are_taken_as_they_are(tiny: Any, tmp_path: Path) -> None:
     from datasets import Dataset
 
     ids = [[5, 6, 7], [8, 9], [10]]
@@ -152,6 +152,14 @@ def test_rows_of_ids_are_taken_as_they_are(tiny: Any) -> None:
     made += [tokenize(tiny, given, ctx_len=4, bos=False, packed=False, field="input_ids") for given in held]
     for tokens in made:
         assert [tokens.ids[i][tokens.attention_mask[i]].tolist() for i in range(3)] == ids
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    write_table(pa.Table.from_pylist(rows), tmp_path / "ids.parquet")
+    (tmp_path / "ids.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("ids.parquet", "ids.jsonl"):
+        tokens = tokenize(tiny, tmp_path / name, ctx_len=6, bos=False, field="input_ids")
+        assert tokens.ids.tolist() == [[5, 6, 7, 8, 9, 10]] and tokens.doc_ids.tolist() == [[0, 0, 0, 1, 1, 2]]
     for dtype in (np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint32, np.uint64):
         assert tokenize(tiny, padded.numpy().astype(dtype), ctx_len=3, bos=False).ids.tolist() == padded.tolist()
     with_bos = tokenize(tiny, [[0, 5], [6]], ctx_len=2, packed=False)

@@ -17,6 +17,7 @@ from saelab.lm.foreign import warn_of_hooks
 from saelab.lm.plain import make_probe, run, set_attention, strip
 from saelab.lm.quiet import no_processes, offline, recorded_missing
 from saelab.lm.tokenizers import copy_tokenizer
+from saelab.stores.progress import hidden
 
 Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]
 """A language model as saelab knows it. A string, because importing the class takes seconds."""
@@ -109,7 +110,7 @@ def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, token
         admit_folder(folder, tokenizer is not None)
     elif isinstance(name_or_path, Path) or not _could_be_id(name):
         raise FileNotFoundError(f"`name_or_path` must be an existing folder or a Hub id, got '{name}': no such folder.")
-    with _as_is() if progress else hidden_bars():
+    with hidden_bars() if hidden(progress) else _as_is():
         return _boot(name, local=folder.is_dir(), device=device, dtype=dtype or torch.float32, tokenizer=tokenizer)
 
 

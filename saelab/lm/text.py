@@ -8,9 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from saelab.lm.textfiles import IDS, open_rows, tell_columns
+from saelab.lm.textfiles import IDS, MASK, open_rows, tell_columns
 
-MASK = "attention_mask"
 Row: TypeAlias = str | np.ndarray
 """a document: its text, or its token ids"""
 

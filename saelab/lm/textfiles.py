@@ -26,8 +26,8 @@ REFUSED = {
     ".npy": "Give numpy.load(path).",
     ".xlsx": "Give pandas.read_excel(path).",
 }
-IDS = "input_ids"
-"""what tokenized data sets call their ids, beside `attention_mask`"""
+IDS, MASK = "input_ids", "attention_mask"
+"""what tokenized data sets call their ids, and which of them are no padding"""
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -194,9 +194,9 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         with ParquetFile(path) as file:
             names = file.schema_arrow.names
             _require_column(field, names, path)
-            first = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field]):
-                yield from ((f"'{path}', row {first + i}", x) for i, x in enumerate(batch.column(0).to_pylist()))
+            columns, first = [field, *([MASK] if field == IDS and MASK in names else [])], 0
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                yield from ((f"'{path}', row {first + i}", row) for i, row in enumerate(batch.to_pylist()))
                 first += len(batch)
     except ArrowInvalid as error:
         raise ValueError(f"A parquet file must be whole, got '{path}': {str(error).splitlines()[0]}") from error
