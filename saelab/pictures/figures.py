@@ -72,7 +72,8 @@ def draw_comparison(bars: Sequence[Bar]) -> str:
         font={"family": "system-ui, sans-serif", "size": 12},
     )
     config = {"displayModeBar": False, "responsive": True}
-    drawn: str = figure.to_html(full_html=False, include_plotlyjs=True, config=config, post_script=FOLLOW_THE_PAGE)
+    how = {"config": config, "post_script": FOLLOW_THE_PAGE, "div_id": "comparison"}  # the only one of its page
+    drawn: str = figure.to_html(full_html=False, include_plotlyjs=True, **how)
     return drawn.replace("\r\n", "\n")  # as a browser reads it, and so hashes it
 
 

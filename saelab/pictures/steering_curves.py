@@ -130,8 +130,10 @@ def show_curve(curve: SteeringCurve, note: str = "") -> str:
 
 
 def _embed(i: int) -> dict:
+    """Arguments of `to_html` for the i-th figure of a page, whose bytes do not depend on chance."""
     config = {"displayModeBar": False, "responsive": True}
-    return {"full_html": False, "include_plotlyjs": i == 0, "config": config, "post_script": FOLLOW_THE_PAGE}
+    how = {"full_html": False, "include_plotlyjs": i == 0, "config": config, "post_script": FOLLOW_THE_PAGE}
+    return how | {"div_id": f"figure-{i}"}
 
 
 def _order(curve: SteeringCurve, source: str, neutral: bool) -> tuple[list[int], np.ndarray]:
