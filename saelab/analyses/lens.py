@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.ranking import largest_first
+from saelab.lm.extent import find_known_ids
 from saelab.lm.lens import read_out
 from saelab.lm.models import Model
 from saelab.lm.strings import token_strings
@@ -64,9 +65,9 @@ def logit_lens(
 
     `effect = (norm'(d)) W_U`, d the row of W_dec in the activations' own units, the norm linear at unit scale: adding
     z d to a residual stream of scale s adds `z effect / s` to the logits. Effects are centred over the vocabulary,
-    which the probabilities do not see. All features by default. ValueError for an SAE whose activations are not of the
-    residual stream's width, for one of another model or weight processing (unless `allow_mismatch`), and for features
-    that do not exist.
+    which the probabilities do not see; ids without a token (padded vocabularies) are left out. All features by default.
+    ValueError for an SAE whose activations are not of the residual stream's width, for one of another model or weight
+    processing (unless `allow_mismatch`), and for features that do not exist.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> len(logit_lens(sae, model, [3], n=5)[3].promoted)
@@ -77,11 +78,12 @@ def logit_lens(
         raise ValueError(f"`features` must be in 0..{sae.cfg.d_sae - 1}, got {bad[:5]}.")
     match_weights(sae.provenance, model, allow_mismatch)
     directions = sae.directions()
+    known = find_known_ids(model).nonzero()[:, 0]
     found: list[_Tops] = []
     for i in range(0, len(wanted), BLOCK):
         block = wanted[i : i + BLOCK]
-        found.append(_Tops.find(block, read_out(model, directions[block]), min(n, model.cfg.d_vocab)))
-    return LogitLens(features=tuple(_describe(found, model)), d_vocab=model.cfg.d_vocab)
+        found.append(_Tops.find(block, read_out(model, directions[block]), known, min(n, len(known))))
+    return LogitLens(features=tuple(_describe(found, model)), d_vocab=len(known))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +97,17 @@ class _Tops:
     kurtosis: Float[Tensor, "n_features"]
 
     @classmethod
-    def find(cls, features: list[int], effects: Float[Tensor, "n_features d_vocab"], n: int) -> "_Tops":
+    def find(
+        cls, features: list[int], effects: Float[Tensor, "n_features d_vocab"], known: Int[Tensor, "n_known"], n: int
+    ) -> "_Tops":
+        """Of the ids that have a token: others were never trained, and say nothing."""
+        known = known.to(effects.device)
+        effects = effects[:, known]
         effects = effects - effects.mean(1, keepdim=True)
         tops = largest_first(effects, n), largest_first(-effects, n)
         spread = effects.std(1)
         kurtosis = (effects / spread.clamp(min=1e-12)[:, None]).double().pow(4).mean(1) - 3
-        sides = tuple((tokens.cpu(), effects.gather(1, tokens).cpu()) for tokens in tops)
+        sides = tuple((known[places].cpu(), effects.gather(1, places).cpu()) for places in tops)
         return cls(features, sides, spread.cpu(), kurtosis.cpu())
 
 

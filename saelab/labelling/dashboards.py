@@ -12,6 +12,7 @@ from saelab.analyses.lens import Promoted, logit_lens
 from saelab.analyses.likeness import Neighbours, neighbours
 from saelab.collecting.harvesting import require_harvested
 from saelab.functional.ranking import largest_first
+from saelab.lm.extent import find_known_ids
 from saelab.lm.lens import read_out
 from saelab.lm.models import Model
 from saelab.sae.matching import match_weights
@@ -51,12 +52,14 @@ class Dashboards:
                 if self.sae and self.model
                 else None
             )
-            effects = read_out(self.model, self.sae.directions()[part]).cpu() if self.sae and self.model else None
+            effects = None
+            if self.sae and self.model:
+                effects = read_out(self.model, self.sae.directions()[part]).cpu()[:, find_known_ids(self.model)]
             for i, j in enumerate(part):
                 row = None if effects is None else effects[i].numpy()
                 yield self._make(j, lens[j] if lens else None, row)
 
-    def _make(self, j: int, effects: Promoted | None, logits: Float[np.ndarray, "d_vocab"] | None) -> dict[str, Any]:
+    def _make(self, j: int, effects: Promoted | None, logits: Float[np.ndarray, "n_known"] | None) -> dict[str, Any]:
         found = self.store.feature(j)
         heights, values = _histogram(found.values)
         logit_heights, logit_values = _histogram(logits) if logits is not None else ([], [])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saelab.collecting.harvesting import require_harvested
 from saelab.functional.ranking import largest_first
+from saelab.lm.extent import find_known_ids
 from saelab.lm.forwards import FORWARD_TOKENS
 from saelab.lm.hooks import logits, splice
 from saelab.lm.lens import read_out
@@ -155,7 +156,8 @@ class _Sides:
         features, signs = block[places], 1 - 2 * columns
         signed = torch.from_numpy(signs)[:, None] * directions[features]
         effects = read_out(model, signed).cpu() if len(features) else torch.zeros(0, model.cfg.d_vocab)
-        promoted = largest_first(effects, min(n_top, effects.shape[1]))
+        known = find_known_ids(model).nonzero()[:, 0]
+        promoted = known[largest_first(effects[:, known], min(n_top, len(known)))]
         return cls(features, signs, peaks[features, columns], signed, promoted)
 
     def score(
