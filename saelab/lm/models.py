@@ -134,7 +134,7 @@ def _boot(name: str, *, local: bool, **options: Any) -> Model:
         if tokenizer is not None:
             options["tokenizer"] = copy_tokenizer(tokenizer, name)
         options = {key: value for key, value in options.items() if value is not None}
-        with _named(name, local):
+        with _named(name, local, "hf_model" in options):
             model = TransformerBridge.boot_transformers(name, **options)
     admit_weights(name, missing)
     admit_tokenizer(model)
@@ -153,7 +153,7 @@ def _load_tokenizer(name: str) -> Any:
 
 
 @contextmanager
-def _named(name: str, local: bool) -> Iterator[None]:
+def _named(name: str, local: bool, is_object: bool = False) -> Iterator[None]:
     """Whatever the libraries raise inside is a ValueError that begins with what was to be loaded."""
     try:
         yield
@@ -161,7 +161,8 @@ def _named(name: str, local: bool) -> Iterator[None]:
         raise
     except Exception as error:
         where = "a model folder that can be read" if local else "a Hub id that can be reached, or a folder"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        where = "a model that transformer_lens has a bridge for" if is_object else where
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]  # some list all they know
         raise ValueError(f"`name_or_path` must be {where}, got '{name}': {reason}") from error
 
 
