@@ -161,7 +161,7 @@ def test_unknown_kinds_are_named_in_a_line(tmp_path: Path) -> None:
         load_model(folder, device="cpu")
     assert "\n" not in str(error.value)
     other = made("BioGptForCausalLM", "BioGptConfig", **SIZES)  # which transformer_lens has no bridge for
-    with pytest.raises(ValueError, match="has a bridge for, got .*supported architecture") as error:
+    with pytest.raises(ValueError, match=r"has a bridge for, got .*supported architecture") as error:
         load_model(other, tokenizer=tiny_model().tokenizer)
     assert len(str(error.value)) < 200
 

@@ -208,6 +208,7 @@ class Door:
 
     def caching(self, module: nn.Module) -> Caching:
         """How the plain twin or the bridge may go on with a text, measured once."""
+        module = module.wrapped if isinstance(module, WithOwnHooks) else module
         if module not in self._caching:
             with self._aside():
                 self._caching[module] = measure_caching(module, self.probe)

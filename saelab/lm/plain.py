@@ -189,9 +189,10 @@ class TapHook(OwnHook):
 
     def at_output(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
         """Tap the first tensor that comes out of a module."""
-        several = isinstance(output, tuple)
-        new = self.tap(output[0] if several else output)
-        return (new, *output[1:]) if several and new is not None else new
+        if not isinstance(output, tuple | list):
+            return self.tap(output)
+        new = self.tap(output[0])
+        return None if new is None else type(output)([new, *output[1:]])
 
 
 @contextmanager
