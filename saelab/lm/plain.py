@@ -192,7 +192,9 @@ class TapHook(OwnHook):
         if not isinstance(output, tuple | list):
             return self.tap(output)
         new = self.tap(output[0])
-        return None if new is None else type(output)([new, *output[1:]])
+        if new is None:
+            return None
+        return [new, *output[1:]] if isinstance(output, list) else (new, *output[1:])
 
 
 @contextmanager
