@@ -346,3 +346,34 @@ def test_token_tables_simulate_what_tokens_decide(text, at):
     for token in np.unique(text.token_ids):
         naive[text.token_ids == token] = codes[is_train & (text.token_ids == token), 1].mean()
     assert found.by_token[1] == pytest.approx(np.corrcoef(naive[~is_train], codes[~is_train, 1])[0, 1])
+
+
+def plain_text(ids, per_document, strings):
+    numbers = np.arange(len(ids))
+    return StoredText(
+        token_ids=ids, doc_ids=numbers // per_document, positions=numbers % per_document, strings=dict(enumerate(strings))
+    )
+
+
+def test_a_side_that_one_rare_token_tells_gets_that_rule():
+    """None of the tokens is among the frequent ones that predicates are made of."""
+    rng = np.random.default_rng(0)
+    n = 300 * 40
+    ids = np.where(rng.random(n) < 0.7, rng.integers(400, size=n), rng.integers(400, 500, size=n))
+    dense = np.stack([ids == 400 + j for j in range(40)], 1) * (1.0 + rng.random((n, 40)))
+    store = Planted(dense, plain_text(ids, 40, [f" w{i}x" for i in range(500)]))
+    few = make_predicates(store, size=90, sizes={"word": 0, "bigram": 0})
+    found = label_by_rules(store, few)
+    named = {row.rule for row in found.good if row.f1 > 0.99}
+    assert len(found.good) == 40 and named == {f"the token ' w{400 + j}x'" for j in range(40)}
+    assert not label_by_rules(store, few.without("token")).good  # none are added to what somebody chose
+
+
+def test_rules_of_a_periodic_text_are_found():
+    """Every second token is the same, and so are the firings: turning the text round would keep both or neither."""
+    n = 60 * 40
+    ids = np.arange(n) % 2
+    dense = np.stack([ids * (1 + np.random.default_rng(0).random(n)), np.zeros(n)], 1)
+    store = Planted(dense, plain_text(ids, 40, [" tock", " tick"]))
+    row = label_by_rules(store, make_predicates(store, size=80)).of(0)[0]
+    assert row.good and row.f1 == 1.0 and row.q < 0.05

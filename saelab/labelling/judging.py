@@ -12,6 +12,8 @@ from saelab.labelling.significance import adjust, dispersion, tail, window_auroc
 from saelab.labelling.views import TokenView
 from saelab.stores.features import FeatureStore
 
+N_BLOCKS = 64
+"""Blocks that are moved on their own, at least, where chance is measured."""
 PROMOTED_SHARE = 0.5
 """Tokens count as promoted whose effect is this share of the largest."""
 
@@ -66,6 +68,10 @@ class Judge:
     def __init__(self, side: Side, doc_ids: np.ndarray, seed: int) -> None:
         self.side, self.doc_ids, self.seed = side, doc_ids[side.rows], seed
         self._active = np.zeros(side.n_tokens, bool)
+        # documents, cut where they are few: what is moved together
+        size = max(1, side.n_tokens // N_BLOCKS) if len(np.unique(self.doc_ids)) < N_BLOCKS else side.n_tokens
+        _, documents = np.unique(self.doc_ids, return_inverse=True)
+        self._blocks = documents * N_BLOCKS + np.minimum(np.arange(side.n_tokens) // size, N_BLOCKS - 1)
 
     def test(
         self, holds: Callable[[np.ndarray], np.ndarray], size: int, fires: Integer[np.ndarray, "n"], unit: int
@@ -79,7 +85,7 @@ class Judge:
             auroc = window_auroc(holds, fires, self._active, self.doc_ids, rng)
             self._active[fires] = False
         if hits * n > len(fires) * size:
-            spread = dispersion(holds, fires, size / n, n, rng)
+            spread = dispersion(holds, fires, size / n, n, rng, self._blocks)
         return Verdict(hits, len(fires), size, n, auroc, spread)
 
 

@@ -17,6 +17,7 @@ from saelab.stores.features import FeatureStore
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
+N_PREDICATES = 1000
 N_FIXED = 60
 """Conditions that every text has, about; the rest of `size` is filled from the text."""
 
@@ -87,7 +88,7 @@ class Predicates:
 def make_predicates(
     store: FeatureStore,
     *,
-    size: int = 300,
+    size: int = N_PREDICATES,
     sizes: Mapping[str, int] | None = None,
     metadata: Mapping[int, str] | None = None,
     concepts: tuple[Any, Sequence[str]] | None = None,

@@ -17,8 +17,11 @@ from saelab.labelling.label import Kind
 from saelab.labelling.naming import alike, name_output, name_rule
 from saelab.labelling.predicates import Predicates, make_predicates
 from saelab.labelling.rule_labels import NO_RULE, RuleLabel, RuleLabels
+from saelab.labelling.side_tokens import add_side_tokens
 from saelab.stores.features import FeatureStore
 
+N_TOKENS = 400_000
+"""Of a longer text so many tokens are looked at."""
 T = TypeVar("T")
 U = TypeVar("U")
 PART_SHARE = 0.25
@@ -38,6 +41,7 @@ def label_by_rules(
     fdr: float = 0.05,
     min_skill: float = 0.25,
     min_count: int = 10,
+    n_tokens: int = N_TOKENS,
 ) -> RuleLabels:
     """The best rule for each sign of each feature, chosen on training documents and scored on the others.
 
@@ -48,10 +52,14 @@ def label_by_rules(
     round the documents, and q controls false discoveries over all of them. "No good rule" is the answer unless q is
     at most `fdr` and F1 above chance at least `min_skill`. With a `lens`, the tokens that a sign promotes are tried
     as a rule for the next token. Kinds: input, position, output, polysemantic (two things on different tokens), none.
-    `predicates` are those of `make_predicates` by default. ValueError for a matrix of another length and settings out
+    `predicates` are those of `make_predicates` by default, on `n_tokens` spread over the text where it is longer: memory
+    does not grow with it (give predicates of `store.spread(n)` and that store for another number). Where tokens are
+    among them, those that tell of single sides in training documents are added, however rare. ValueError for a matrix of another length and settings out
     of range.
     """
-    predicates = make_predicates(store) if predicates is None else predicates
+    if predicates is None:
+        store = store.spread(n_tokens)
+        predicates = make_predicates(store)
     if predicates.matrix.shape[0] != len(store):
         raise ValueError(
             f"`predicates` must have a row for each of the {len(store)} tokens, got {predicates.matrix.shape[0]}."
@@ -61,6 +69,7 @@ def label_by_rules(
             f"`fdr` and `min_skill` must be in 0..1 and `min_count` at least 1, got {fdr}, {min_skill}, {min_count}."
         )
     is_train = store.split(train_frac, seed)
+    predicates = add_side_tokens(store, predicates, is_train)
     work = _Work(store, predicates, is_train, lens, min_count, seed)
     drafts = [draft for counted in _one_ahead(work.count, work.blocks(features)) for draft in work.label(*counted)]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 N_SHIFTS = 24
 SHIFTED_FIRINGS = 512
@@ -16,17 +16,20 @@ def dispersion(
     rate: float,
     n_tokens: int,
     rng: np.random.Generator,
+    blocks: Int[np.ndarray, "n_tokens"] | None = None,
 ) -> float:
     """How much wider hits spread by chance than if tokens were independent, at least 1.
 
     Firings and rules both come in runs, so a token more is less than a fact more. The firings are moved round the
-    documents by random steps, which keeps their runs and breaks every tie to the text; the variance of the hits is
-    compared with that of independent ones, of which a share `rate` would hit.
+    documents by random steps, those of one block (a document, or a piece of one) together: that keeps their runs and
+    breaks every tie to the text, also where the text repeats with a period. The variance of the hits is compared with
+    that of independent ones, of which a share `rate` would hit.
     """
     if len(fires) > SHIFTED_FIRINGS:
         start = int(rng.integers(len(fires)))
         fires = fires.take(np.arange(start, start + SHIFTED_FIRINGS), mode="wrap")
-    steps = rng.integers(1, max(n_tokens, 2), size=(N_SHIFTS, 1))
+    own = np.unique(blocks[fires], return_inverse=True)[1] if blocks is not None else np.zeros(len(fires), np.int64)
+    steps = rng.integers(1, max(n_tokens, 2), size=(N_SHIFTS, int(own.max(initial=0)) + 1))[:, own]
     hits = np.count_nonzero(holds((fires + steps) % n_tokens), axis=1)
     expected = len(fires) * rate * (1 - rate)
     spread = float(np.mean((hits - len(fires) * rate) ** 2))

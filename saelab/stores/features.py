@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +20,7 @@ from saelab.stores.packing import as_csr
 from saelab.stores.provenance import Provenance
 from saelab.stores.results import Drawn
 from saelab.stores.shards import ShardArrays
-from saelab.stores.statistics import FeatureStatistics
+from saelab.stores.statistics import FeatureStatistics, measure
 from saelab.stores.tensors import TensorFile
 from saelab.stores.validation import naming
 
@@ -179,6 +179,18 @@ class FeatureStore:
         """Which rows are of training documents; whole documents are on one side."""
         return split_documents(self.doc_ids, train_frac, seed)
 
+    def spread(self, n_tokens: int) -> "FeatureStore":
+        """About so many of its tokens as a store of their own: shards evenly from the whole text; itself where it has
+        no more. Rows are counted anew; the folder, and with it the book of labels, is the same.
+        """
+        if len(self) <= n_tokens:
+            return self
+        shards = len(self._shards)
+        n = max(1, round(shards * n_tokens / len(self)))
+        if n >= shards:
+            return self
+        return _part(self, [round(i * (shards - 1) / max(1, n - 1)) for i in range(n)])
+
     def token(self, i: int) -> Firings:
         """The features that fire at a token."""
         if not -len(self) <= i < len(self):
@@ -250,6 +262,33 @@ class FeatureStore:
         part = int(offsets[0]), int(offsets[-1])
         values = arrays.part("values", *part).astype(np.float32)
         return as_csr(values, arrays.part("latents", *part), offsets - offsets[0], (end - first, self.d_sae))
+
+
+def _part(store: FeatureStore, shards: Sequence[int]) -> FeatureStore:
+    """Some shards of a store; of the text what lies between the first and the last place of each."""
+    chosen = [store._shards[i] for i in shards]
+    manifest = replace(
+        store.manifest,
+        shards=[store.manifest.shards[i] for i in shards],
+        n_entries=sum(len(arrays["latents"]) for arrays in chosen),
+    )
+    part = FeatureStore(store.folder, manifest, [])
+    part._shards = chosen
+    spans, places, offset = list[slice](), [], 0
+    for own in (arrays["places"] for arrays in chosen):
+        first, stop = int(own[0]), int(own[-1]) + 1
+        places.append(own - np.int32(first - offset))
+        spans.append(slice(first, stop))
+        offset += stop - first
+    columns = {
+        name: np.concatenate([getattr(store.text, name)[span] for span in spans])
+        for name in ("token_ids", "doc_ids", "positions")
+    }
+    orders = ((arrays["feature_offsets"], arrays["feature_values"]) for arrays in chosen)
+    part.__dict__["text"] = StoredText(**columns, strings=store.text.strings)
+    part.__dict__["places"] = np.concatenate(places)
+    part.__dict__["statistics"] = measure(store.d_sae, orders)
+    return part
 
 
 def _slice(arrays: ShardArrays, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
