@@ -220,6 +220,46 @@ def test_unknown_words_leave_their_document_out():
     assert found.left_out["a"] == {"tokens that do not tell their text": 1}
 
 
+def test_around_unknown_words_the_rest_of_the_document_is_aligned():
+    """On either side, and on both at different words."""
+    words = [
+        "once",
+        "upon",
+        "a",
+        "time",
+        "there",
+        "was",
+        "a",
+        "small",
+        "fox",
+        "who",
+        "met",
+        "nobody",
+        "at",
+        "the",
+        "river",
+        "all",
+        "day",
+        "long",
+    ]
+    tokens = [f" {word}" for word in words]
+    unknown = [" <unk>" if word in ("small", "nobody") else token for word, token in zip(words, tokens, strict=True)]
+    other = [" <unk>" if word in ("river",) else token for word, token in zip(words, tokens, strict=True)]
+    plain = [" once upon", " a time", *tokens[4:]]
+    for a, b, missing in ((unknown, plain, ("small", "nobody")), (unknown, other, ("small", "nobody", "river"))):
+        found = align_rows(store_of(a), store_of(b, seed=1))
+        assert [words[i] for i in found.rows] == [word for word in words if word not in missing]
+        assert found.n_documents == 1 and not found.left_out
+        np.testing.assert_allclose(dense(found)[found.rows].sum(1), 1)
+        back = align_rows(store_of(b), store_of(a, seed=1))
+        assert len(back.rows_b) == len(found.rows)
+
+
+def test_documents_that_differ_are_no_versions_of_one_for_an_unknown_word():
+    a, b = store_of([" <unk>", " fox", " ran"], ["fine"]), store_of(["the", " hen", " sat"], ["fine"], seed=1)
+    assert align_rows(a, b).left_out["a"] == {"tokens that do not tell their text": 1}
+
+
 def test_tokens_that_hold_several_bytes_of_a_character():
     """Of a quotation mark's three bytes two are one token: which is not to be seen, but that they make it up is."""
     split = ["He", " \ufffd", PART, "Hi", "!"]

@@ -70,7 +70,8 @@ def label(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str,
 
 def test_rules_name_features_and_own_predicates_are_taken(store: Path, tmp_path: Path, capsys) -> None:
     code, out, err = label(capsys, store)
-    assert code == 0 and "labels added" in out and "SAE '' could not be opened" in err and "--sae" in err
+    assert code == 0, err
+    assert "labels added" in out and "SAE '' could not be opened" in err and "--sae" in err
     book = LabelBook.open(store)
     assert "hot" in book[0, 1].text and "cold" in book[0, -1].text and book[0, 1].scores["f1"] == 1.0
     assert book[0].kind == "two-sided" and 2 not in book and book.authors() == {"rules": 4}

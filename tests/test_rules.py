@@ -351,7 +351,10 @@ def test_token_tables_simulate_what_tokens_decide(text, at):
 def plain_text(ids, per_document, strings):
     numbers = np.arange(len(ids))
     return StoredText(
-        token_ids=ids, doc_ids=numbers // per_document, positions=numbers % per_document, strings=dict(enumerate(strings))
+        token_ids=ids,
+        doc_ids=numbers // per_document,
+        positions=numbers % per_document,
+        strings=dict(enumerate(strings)),
     )
 
 

@@ -1,7 +1,9 @@
 """`saelab label`: names for the features of a store, by rules or by a language model, into the store's book."""
 
 import runpy
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +15,15 @@ from saelab.cli.labels import Context, make_printable
 from saelab.cli.reporting import open_model, open_sae, read_numbers
 from saelab.cli.saying import say
 from saelab.collecting.harvesting import require_harvested
+from saelab.collecting.untrained import harvest_untrained
 from saelab.labelling.book import LabelBook
 from saelab.labelling.clients import Client, LocalClient, OpenAIClient
 from saelab.labelling.exchange import Exchange
 from saelab.labelling.explaining import estimate_labels, explain_features
 from saelab.labelling.label import BOTH, Label
-from saelab.labelling.predicates import Predicate, Predicates, make_predicates
+from saelab.labelling.predicates import N_PREDICATES, Predicate, Predicates, make_predicates
 from saelab.labelling.questions import AskConfig
-from saelab.labelling.rules import label_by_rules
+from saelab.labelling.rules import N_TOKENS, label_by_rules
 from saelab.lm.models import load_model
 from saelab.sae.matching import match_weights
 from saelab.stores.disk import hold_folder
@@ -36,6 +39,18 @@ Rules = Annotated[
         "which are run.",
         metavar="NAMES",
         show_default="builtin, where no language model is asked",
+    ),
+]
+Size = Annotated[int, Option("--predicates", help="Built-in predicates that rules are made of, about.", metavar="N")]
+RuleTokens = Annotated[
+    int,
+    Option("--rule-tokens", help="Tokens that rules are chosen and scored on; of a longer text, spread.", metavar="N"),
+]
+Floor = Annotated[
+    bool,
+    Option(
+        "--untrained/--no-untrained",
+        help="Try rules on an untrained dictionary of the same shape, too, which reads the text again.",
     ),
 ]
 Lens = Annotated[bool, Option("--lens/--no-lens", help="Try the tokens that features promote as rules, too, or not.")]
@@ -78,6 +93,9 @@ def label_features(
     context: Context,
     store: options.StoreFolder,
     rules: Rules = None,
+    predicates: Size = N_PREDICATES,
+    rule_tokens: RuleTokens = N_TOKENS,
+    untrained: Floor = False,
     lens: Lens = True,
     sae: options.ReportSAE = None,
     lens_model: LensModel = None,
@@ -114,7 +132,11 @@ def label_features(
     if rules is not None or client is None:
         wanted = _wanted(opened, RULES, numbers, resume)
         found = _read_lens(opened, wanted, sae, lens_model, progress) if lens and wanted != [] else None
-        _by_rules(opened, rules or BUILTIN, wanted, found)
+        floor = _open_floor(opened, sae, lens_model, progress) if untrained and wanted != [] else None
+        part = opened.spread(rule_tokens)
+        with floor or nullcontext() as beside:
+            beside = None if beside is None else beside.spread(rule_tokens)
+            _by_rules(part, read_predicates(part, rules or BUILTIN, predicates), wanted, found, beside)
     if client is None:
         return
     signs, names = (1, -1) if opened.signed else (BOTH,), [name for name in scorers.split(",") if name]
@@ -133,13 +155,13 @@ def label_features(
         _exchange(client, export_prompts)
 
 
-def read_predicates(store: FeatureStore, names: str) -> Predicates:
+def read_predicates(store: FeatureStore, names: str, size: int = N_PREDICATES) -> Predicates:
     """The predicates of `--rules`: the built-in ones, those of files, or both."""
     parts = [part for part in names.split(",") if part]
     own = [predicate for part in parts if part != BUILTIN for predicate in _run_file(Path(part))]
     if not parts:
         raise ValueError(f"`--rules` must name {BUILTIN} or files, got '{names}'.")
-    made = make_predicates(store, own=own)
+    made = make_predicates(store, size=size, own=own)
     if BUILTIN in parts:
         return made
     return made.without(*set(made.kinds) - {predicate.kind for predicate in own})
@@ -190,12 +212,31 @@ def _wanted(
     return [j for j in asked if any(counts[j] and (j, sign) not in done for sign, counts in sides.items())]
 
 
-def _by_rules(store: FeatureStore, rules: str, wanted: list[int] | None, lens: LogitLens | None) -> None:
-    predicates = read_predicates(store, rules)
+@contextmanager
+def _open_floor(
+    store: FeatureStore, sae: str | None, model: str | None, progress: bool
+) -> Iterator[FeatureStore | None]:
+    """The same rows from an untrained dictionary, for a while; None where the store's SAE and model are not at hand."""
+    coder = open_sae(store, sae)
+    lm = open_model(store, model, progress, "--lens-model") if coder is not None else None
+    if coder is None or lm is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield harvest_untrained(store, coder, lm, Path(folder) / "untrained", progress=progress)
+
+
+def _by_rules(
+    store: FeatureStore,
+    predicates: Predicates,
+    wanted: list[int] | None,
+    lens: LogitLens | None,
+    untrained: FeatureStore | None,
+) -> None:
     if wanted == []:
         say(f"No feature is left to label by {RULES}.", err=True)
         return
-    found = label_by_rules(store, predicates, features=wanted, lens=lens)
+    found = label_by_rules(store, predicates, features=wanted, lens=lens, untrained=untrained)
     _keep(store, found.labels(), str(found), afresh=True)
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
+
 from saelab.labelling.label import Kind, Label
 from saelab.stores.results import Result
 
@@ -69,6 +71,9 @@ class RuleLabels(Result):
     """held-out tokens"""
     signed: bool
     source: str
+    untrained: dict[str, float] | None = None
+    """of an untrained dictionary on the same tokens: n_sides that fire, the share that is good, and the median f1 of
+    those; None where none was labelled"""
 
     def of(self, feature: int) -> tuple[RuleLabel, ...]:
         """The rows of a feature, the positive sign first."""
@@ -86,9 +91,17 @@ class RuleLabels(Result):
             f"{len(good):,} of {len(self.rows):,} signs of features have a good rule ({counts})",
             f"rules of {self.n_predicates} predicates, chosen on {self.n_train:,} tokens, scored on {self.n_tokens:,}; "
             f"good: q <= {self.fdr:g}, F1 above chance >= {self.min_skill:g}",
+            self._tell_floor(),
             f"{'feature':>8}{'F1':>7}{'chance':>8}{'prec.':>7}{'recall':>8}{'AUROC':>7}{'share':>7}  rule",
         ]
         return "\n".join([*lines, *map(_line, good[:20])])
+
+    def _tell_floor(self) -> str:
+        f1 = f"median F1 {np.median([row.f1 for row in self.good]):.2f}" if self.good else "none"
+        mine = f"trained {len(self.good) / max(1, len(self.rows)):.1%} good, {f1}"
+        if self.untrained is None:
+            return f"{mine}; no untrained dictionary was labelled beside it"
+        return f"{mine}; an untrained dictionary {self.untrained['good']:.1%}, median F1 {self.untrained['f1']:.2f}"
 
     def labels(self) -> list[Label]:
         """As labels: one for each sign, or of the whole feature (sign 0) where codes have no sign, and one for the two

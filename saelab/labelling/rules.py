@@ -42,6 +42,7 @@ def label_by_rules(
     min_skill: float = 0.25,
     min_count: int = 10,
     n_tokens: int = N_TOKENS,
+    untrained: FeatureStore | None = None,
 ) -> RuleLabels:
     """The best rule for each sign of each feature, chosen on training documents and scored on the others.
 
@@ -52,14 +53,21 @@ def label_by_rules(
     round the documents, and q controls false discoveries over all of them. "No good rule" is the answer unless q is
     at most `fdr` and F1 above chance at least `min_skill`. With a `lens`, the tokens that a sign promotes are tried
     as a rule for the next token. Kinds: input, position, output, polysemantic (two things on different tokens), none.
-    `predicates` are those of `make_predicates` by default, on `n_tokens` spread over the text where it is longer: memory
-    does not grow with it (give predicates of `store.spread(n)` and that store for another number). Where tokens are
-    among them, those that tell of single sides in training documents are added, however rare. ValueError for a matrix of another length and settings out
-    of range.
+    `predicates` are those of `make_predicates` by default, on `n_tokens` spread over the text where it is longer:
+    memory does not grow with it (give predicates of `store.spread(n)` and that store for another number). Where
+    tokens are among them, those that tell of single sides in training documents are added, however rare.
+    `untrained` is a store of the same tokens by an untrained dictionary (`sl.harvest_untrained`), which is labelled
+    in the same way: how many of its sides have a good rule stands beside. ValueError for a matrix of another length
+    and settings out of range.
     """
     if predicates is None:
-        store = store.spread(n_tokens)
+        store, untrained = store.spread(n_tokens), None if untrained is None else untrained.spread(n_tokens)
         predicates = make_predicates(store)
+    if untrained is not None and not np.array_equal(untrained.token_ids, store.token_ids):
+        raise ValueError(
+            f"`untrained` must be a store of the same {len(store)} tokens, got {len(untrained)} tokens, or others; "
+            "make it with `harvest_untrained`."
+        )
     if predicates.matrix.shape[0] != len(store):
         raise ValueError(
             f"`predicates` must have a row for each of the {len(store)} tokens, got {predicates.matrix.shape[0]}."
@@ -68,6 +76,14 @@ def label_by_rules(
         raise ValueError(
             f"`fdr` and `min_skill` must be in 0..1 and `min_count` at least 1, got {fdr}, {min_skill}, {min_count}."
         )
+    floor = None
+    if untrained is not None:
+        floor = _floor_of(
+            label_by_rules(
+                untrained, predicates, features=features, train_frac=train_frac, seed=seed, fdr=fdr,
+                min_skill=min_skill, min_count=min_count,
+            )
+        )  # fmt: skip
     is_train = store.split(train_frac, seed)
     predicates = add_side_tokens(store, predicates, is_train)
     work = _Work(store, predicates, is_train, lens, min_count, seed)
@@ -82,8 +98,15 @@ def label_by_rules(
     return RuleLabels(
         rows=tuple(rows), n_predicates=len(predicates), n_tested=len(q), fdr=fdr, min_skill=min_skill,
         min_count=min_count, train_frac=train_frac, seed=seed, n_train=work.train.n_tokens,
-        n_tokens=work.held.n_tokens, signed=store.signed, source=str(store.folder),
+        n_tokens=work.held.n_tokens, signed=store.signed, source=str(store.folder), untrained=floor,
     )  # fmt: skip
+
+
+def _floor_of(found: RuleLabels) -> dict[str, float]:
+    """What an untrained dictionary's rules are like, beside which trained ones stand."""
+    f1 = [row.f1 for row in found.good]
+    n = max(1, len(found.rows))
+    return {"n_sides": len(found.rows), "good": len(f1) / n, "f1": float(np.median(f1)) if f1 else float("nan")}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,9 @@
-"""Tokens that single sides of features fire on, as predicates: those that are too rare to be among the most frequent."""
+"""Tokens that single sides of features fire on, as predicates, however rare they are."""
 
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Integer
 
 from saelab.labelling.contingency import feature_blocks
 from saelab.labelling.families import one_of_each
@@ -12,7 +12,7 @@ from saelab.labelling.views import TokenView
 from saelab.stores.features import FeatureStore
 
 if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
+    pass
 
 LEVELS = (0.0, 0.4, 0.7)
 """Shares of a side's largest |z| at which tokens are held against it."""
@@ -47,7 +47,7 @@ def add_side_tokens(store: FeatureStore, predicates: Predicates, is_train: Bool[
     )
 
 
-def find_side_tokens(store: FeatureStore, is_train: Bool[np.ndarray, "n_tokens"]) -> Int[np.ndarray, "n"]:
+def find_side_tokens(store: FeatureStore, is_train: Bool[np.ndarray, "n_tokens"]) -> Integer[np.ndarray, "n"]:
     """The tokens that tell best of some side of some feature, in training documents."""
     ids, numbers = np.unique(store.token_ids, return_inverse=True)
     holds = np.bincount(numbers[is_train], minlength=len(ids))

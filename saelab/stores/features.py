@@ -269,7 +269,7 @@ def _part(store: FeatureStore, shards: Sequence[int]) -> FeatureStore:
     chosen = [store._shards[i] for i in shards]
     manifest = replace(
         store.manifest,
-        shards=[store.manifest.shards[i] for i in shards],
+        shards=tuple(store.manifest.shards[i] for i in shards),
         n_entries=sum(len(arrays["latents"]) for arrays in chosen),
     )
     part = FeatureStore(store.folder, manifest, [])

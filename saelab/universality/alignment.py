@@ -69,7 +69,8 @@ def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
     rows of b cover. White space and special tokens are no characters: spaces may stand in any token, and tokens of
     nothing else have no partner. Documents are found by their text, in any order; copies of one text are paired in
     their order, and where one side was cut the beginning is aligned. A document is left out where its text reads
-    otherwise on the other side, and where a token does not tell its text (<unk>).
+    otherwise on the other side. A token that does not tell its text (<unk>) has no partner, nor what it stands for on
+    the other side; such documents are found by their number, and what is around is aligned.
 
     Parts of characters, which read as U+FFFD, are told apart by counting bytes. Where such a token holds several bytes,
     the stretch from the ASCII character before it to the one behind has partners only if it is of a single token on one
@@ -134,8 +135,10 @@ class _Matching:
     found: dict[tuple[int, int], Overlap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        readable = ((i for i, raw in enumerate(side.documents) if raw and not side.opaque[i]) for side in self.sides)
+        kinds = [[i for i, raw in enumerate(side.documents) if raw] for side in self.sides]
+        readable = [[i for i in every if not side.opaque[i]] for side, every in zip(self.sides, kinds, strict=True)]
         self._free = [dict.fromkeys(documents) for documents in readable]
+        self._all = kinds
 
     def match(self) -> None:
         """Whole texts, then whole texts but for what cannot be read, then documents that were cut."""
@@ -145,6 +148,10 @@ class _Matching:
         self._match_equal(lambda side, i: side.doc_ids[i])
         for short in (0, 1):
             self._match_beginnings(short)
+        # what has unknown tokens, by the number of the document: its text is no key
+        taken = [{pair[k] for pair in self.found} for k in (0, 1)]
+        self._free = [dict.fromkeys(i for i in self._all[k] if i not in taken[k]) for k in (0, 1)]
+        self._match_equal(lambda side, i: side.doc_ids[i])
 
     def _match_equal(self, key: Callable[[Spelled, int], Any]) -> None:
         """Documents with the same key, in their order; None is no key."""

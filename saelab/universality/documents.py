@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Integer, UInt8
 
 from saelab.labelling.views import SPECIAL
 from saelab.stores.corpus import StoredText
+from saelab.universality.unknown import UNKNOWN, bridge
 
 PART = 0xFF
 """Stands for a part of a character whose bytes are not known, U+FFFD; UTF-8 has no such byte."""
@@ -136,8 +137,10 @@ class Token(NamedTuple):
         """The bytes of a token without white space, from its string or, for a part of a character, as they are."""
         if raw is not None:
             return cls(b"".join(raw.split()), ELSEWHERE)
-        if string is None or SPECIAL.fullmatch(string):
-            return cls(opaque=string is None or "unk" in string.lower())
+        if string is None or "unk" in (SPECIAL.fullmatch(string) or [""])[0].lower():
+            return cls(bytes([UNKNOWN]), ELSEWHERE, opaque=True)
+        if SPECIAL.fullmatch(string):
+            return cls()
         parts = [
             bytes([PART]) if c == "\ufffd" else c.encode("utf-8", "surrogatepass") for c in "".join(string.split())
         ]
@@ -160,6 +163,8 @@ class Overlap(NamedTuple):
 def find_overlap(a: Spelled, b: Spelled, i: int, j: int) -> Overlap | None:
     """The beginning that two documents share; None where one does not go on as the other does."""
     mine, theirs = a.documents[i], b.documents[j]
+    if a.opaque[i] or b.opaque[j]:
+        return _bridge(a, b, i, j)
     n = min(len(mine), len(theirs))
     if mine[:n] == theirs[:n]:
         at = a.starts[i] + np.arange(n), b.starts[j] + np.arange(n)
@@ -169,6 +174,19 @@ def find_overlap(a: Spelled, b: Spelled, i: int, j: int) -> Overlap | None:
     skeletons = a.skeleton(i), b.skeleton(j)
     n = min(map(len, skeletons))
     return _reconcile(a, b, i, j, 2 * n) if skeletons[0][:n] == skeletons[1][:n] else None
+
+
+def _bridge(a: Spelled, b: Spelled, i: int, j: int) -> Overlap | None:
+    """The overlap of documents with tokens that do not tell their text."""
+    found = bridge(a.documents[i], b.documents[j])
+    if found is None:
+        return None
+    at = found[0] + a.starts[i], found[1] + b.starts[j]
+    sizes = len(a.documents[i]), len(b.documents[j])
+    ends = bool(found[0][-1] == sizes[0] - 1), bool(found[1][-1] == sizes[1] - 1)
+    within = [side.starts[k] + np.arange(size) for side, k, size in ((a, i, sizes[0]), (b, j, sizes[1]))]
+    unclear = np.setdiff1d(within[0][: found[0][-1] + 1], at[0]), np.setdiff1d(within[1][: found[1][-1] + 1], at[1])
+    return Overlap(at, _shares(a, b, *at), ends, unclear)
 
 
 def _shares(a: Spelled, b: Spelled, at_a: np.ndarray, at_b: np.ndarray) -> np.ndarray:

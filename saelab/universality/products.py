@@ -1,6 +1,7 @@
 """All similarities of the features of two dictionaries, block by block."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 BLOCK_CELLS = 2**22
 """Similarities held at once by each thread, where the codes are read once."""
-CHUNK_ENTRIES = 2**26
+CHUNK_ENTRIES = 2**22
 """Codes of one side held at once; a text with more is gone through again for every block of features."""
 LARGE_BLOCK_CELLS = 2**27
 """Similarities held where the codes are read again and again."""
@@ -119,10 +120,21 @@ class _Products:
         for part in self.parts:
             columns, rows = self.kept or self._read(*part)
             if isinstance(rows, Rows):
-                rows.add_products(columns, first, found)
+                self._add(rows, columns, first, found)
             else:
                 found += torch.from_numpy((columns[:, first:end].T @ rows).toarray())
         return found
+
+    def _add(self, rows: "Rows", columns: "csc_matrix", first: int, into: Tensor) -> None:
+        """The products of a chunk: where blocks are few and large, their rows are worked on side by side."""
+        n = 1 if self.kept is not None else max(1, torch.get_num_threads())
+        size = -(-len(into) // n)
+        if n == 1:
+            rows.add_products(columns, first, into)
+            return
+        with ThreadPoolExecutor(n) as pool:
+            starts = range(0, len(into), size)
+            list(pool.map(lambda a: rows.add_products(columns, first + a, into[a : a + size]), starts))
 
 
 @dataclass(frozen=True, eq=False)

@@ -145,10 +145,12 @@ def _choose_activation(name: str, held: Mapping[str, Any], trainer: dict[str, An
 def _read_facts(settings: dict[str, Any]) -> Facts:
     """Only a submodule that names its place says where the dictionary stands; a layer's number alone does not."""
     trainer, buffer = settings.get("trainer") or {}, settings.get("buffer") or {}
-    named = re.fullmatch(r"resid_post_layer_(\d+)", str(trainer.get("submodule_name")))
+    submodule = str(trainer.get("submodule_name"))
+    named = re.fullmatch(r"resid_post_layer_(\d+)", submodule)
+    written = submodule if re.fullmatch(r"(blocks\.\d+\.)?([\w]+\.)*hook_\w+", submodule) else None  # by `describe`
     return Facts(
         model=trainer.get("lm_name"),
-        hook_point=f"blocks.{named[1]}.hook_resid_post" if named else None,
+        hook_point=f"blocks.{named[1]}.hook_resid_post" if named else written,
         ctx_len=buffer.get("ctx_len"),
     )
 
