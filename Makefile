@@ -2,6 +2,7 @@
 # make test    the tests                                  make bench   the two benchmarks, beside the peers
 # make peers   SAEs read and written, beside the libraries they belong to
 # make kills   every command cut off at every one of its file events
+# make test-machines   the tests as older processors, more threads and other seeds run them: ROWS="old seeds" for some
 # Each makes the environment it needs by itself, once. `make test TL=3.9.0` and `make check TL=3.9.0` use another
 # transformer-lens, in an environment of its own; PYTHON=python3.12 another interpreter.
 
@@ -21,7 +22,7 @@ define install
 	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
 endef
 
-.PHONY: demo install test check lint types notebooks format bench peers kills
+.PHONY: demo install test check lint types notebooks format bench peers kills test-machines
 
 demo: $(VENV)/.installed
 	$(BIN)/saelab demo
@@ -74,3 +75,8 @@ peers: $(BENCH)/.installed
 # Every command cut off at every file event, and on a full disk at each of them.
 kills: $(VENV)/.installed
 	$(PYTEST) --dist load -m slow tests/test_kills.py
+
+# The rows are in the script. Tests run side by side only where a row leaves processors for it.
+ROWS ?=
+test-machines: $(VENV)/.installed
+	$(BIN)/python scripts/test_machines.py $(ROWS) -- -n auto --maxprocesses 4 --dist loadfile

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +24,34 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED_DATA = Path(__file__).parent / ".." / "shared" / "data"
 
 
-class _ShiftedGenerator(torch.Generator):
-    """PyTorch's generator, every seed moved: other planted worlds, other samples, other random weights."""
-
-    offset = 0
-
-    def manual_seed(self, seed: int) -> "torch.Generator":
-        return super().manual_seed(seed + self.offset)
+PLANTED = tuple(str(Path(__file__).parent / folder) + os.sep for folder in ("tests", "saelab/worlds"))
+"""where worlds are planted and samples drawn"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--seed-offset", type=int, default=0, help="Run on other planted worlds: all seeds, moved by this."
-    )
+    parser.addoption("--seed-offset", type=int, default=0, help="Other planted worlds: moves the tests' seeds.")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _seed_offset(pytestconfig: pytest.Config) -> Iterator[None]:
-    """Moves every seed of the tests and of the library, with `--seed-offset N`, by N million."""
-    offset = 1_000_000 * pytestconfig.getoption("--seed-offset")
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--seed-offset N` every seed that a test or a planted world sets is moved, before any test is read."""
+    offset = 1_000_000 * config.getoption("--seed-offset")
     if not offset:
-        yield
         return
     default_rng = np.random.default_rng
 
-    def shifted_rng(seed: Any = None) -> np.random.Generator:
-        if isinstance(seed, int | np.integer):
-            return default_rng(int(seed) + offset)
-        return default_rng([*seed, offset] if isinstance(seed, list | tuple) else seed)
+    def is_planted() -> bool:
+        return sys._getframe(2).f_code.co_filename.startswith(PLANTED)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_ShiftedGenerator, "offset", offset)
-        patch.setattr(torch, "Generator", _ShiftedGenerator)
-        patch.setattr(np.random, "default_rng", shifted_rng)
-        yield
+    class ShiftedGenerator(torch.Generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            return super().manual_seed(seed + offset * is_planted())
+
+    def shifted_rng(seed: Any = None) -> np.random.Generator:
+        if not is_planted() or seed is None or isinstance(seed, np.random.Generator):
+            return default_rng(seed)
+        return default_rng([*seed, offset] if isinstance(seed, list | tuple) else int(seed) + offset)
+
+    torch.Generator, np.random.default_rng = ShiftedGenerator, shifted_rng
 
 
 @pytest.fixture(autouse=True)

@@ -152,8 +152,11 @@ def test_probes_name_the_sides_of_a_planted_concept(probes, ranking):
     two = next(p for p in probes.probes if (p.ranking, p.k) == (ranking, 2))
     one = next(p for p in probes.probes if (p.ranking, p.k) == (ranking, 1))
     assert {(f.feature, f.sign) for f in two.features} == {(3, 1), (5, -1)} and all(f.weight > 0 for f in two.features)
-    assert two.held_out == dataclasses.replace(two.held_out, f1=1.0, auroc=1.0, accuracy=1.0, balanced=1.0)
-    assert two.held_out.mcc == pytest.approx(1) and two.held_out.yes == pytest.approx(probes.rate)
+    # What is told apart in training may lie beyond its extremes held out: as much text there, so m tokens with 2^-m.
+    few, n_true = 10, probes.rate * probes.n_tokens
+    wanted = dataclasses.replace(two.held_out, f1=1.0, auroc=1.0, accuracy=1.0, balanced=1.0, mcc=1.0, yes=probes.rate)
+    found, wanted = dataclasses.asdict(two.held_out), dataclasses.asdict(wanted)
+    assert found == pytest.approx(wanted, abs=few / n_true)
     assert 0.55 < one.held_out.f1 < 0.8  # either side alone has half of it
     assert two.shuffled.f1 < 0.3 and abs(two.shuffled.auroc - 0.5) < 0.15
     assert probes.random[2].f1 < 0.5

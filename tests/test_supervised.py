@@ -229,7 +229,7 @@ def test_name_prompts_differ_in_what_they_say():
 
 # taking a concept out
 
-N_WORDS, ATOMS = 24, 6
+N_WORDS, ATOMS = 240, 6
 
 
 @pytest.fixture(scope="module")
@@ -270,17 +270,24 @@ def removal(planted):
 def test_the_planted_feature_is_chosen_and_what_it_leaves_is_chance_or_less(removal):
     assert removal.features == (0,) and removal.signs == (1,) and len(removal.rows[0].others) == ATOMS - 1
     first = removal["untouched"]
-    assert first.concept.accuracy == 1 == first.accuracy_of_others and first.size == 0 == first.n
+    rare = 6 / (N_WORDS / 3) / 2  # see below
+    assert first.concept.accuracy > 1 - rare and first.accuracy_of_others > 1 - rare and first.size == 0 == first.n
     # one side alone leaves the other, so absence is still told; and nothing is taken from tokens without the concept
-    assert removal["features"].concept.accuracy == 1 and removal["features"].size == 0
+    assert removal["features"].concept.accuracy > 1 - rare and removal["features"].size == 0
 
 
 @pytest.mark.parametrize("method", ["means", "erasure"])
 def test_directions_leave_nothing_of_the_concept_and_all_of_the_others(removal, method):
-    row = removal[method]
-    assert row.concept.accuracy < 0.65 and row.concept.auroc < 0.65 and row.n == 1
-    assert row.accuracy_of_others > 0.99 and abs(removal.harmed(method)[0][1]) < 0.02
-    assert removal["random direction"].concept.accuracy > 0.99
+    row, n = removal[method], N_WORDS / 3
+    # Tokens of a word are one activation, so words are the sample: of 240, half of the documents show about two thirds,
+    # and at least n of each answer. The cut between two orders of chance that is best in training is off by half a
+    # Kolmogorov-Smirnov distance, below 2.2 * sqrt(2 / n) but in 1 of 10,000 samples; AUROC has n's standard error.
+    assert row.concept.accuracy < 0.5 + 2.2 * (2 / n) ** 0.5 / 2 and row.n == 1
+    assert abs(row.concept.auroc - 0.5) < 4 * ((2 * n + 1) / (12 * n * n)) ** 0.5
+    # A word not seen in training lies beyond the last one seen with 1 / n; balanced, that costs half of it.
+    rare = 6 / n / 2
+    assert row.accuracy_of_others > 1 - rare and abs(removal.harmed(method)[0][1]) < rare
+    assert removal["random direction"].concept.accuracy > 1 - rare
     assert removal["random direction"].n == 1
 
 
@@ -331,7 +338,7 @@ def test_random_sides_fire_as_often_and_are_others(planted):
     features, signs = choose_sides(
         codes, labels["bit 0"].flatten().numpy(), 1, "effect", (sae.W_dec @ sae.W_dec[0]).detach().numpy()
     )
-    assert (features, signs) == ((0,), (1,))
+    assert features == (0,) and signs in ((1,), (-1,)), "its two sides pull alike, and noise decides"
     drawn = {draw_like(codes, features, signs, np.random.default_rng(i)) for i in range(8)}
     assert len(drawn) > 1 and all(pair != (features, signs) for pair in drawn)
     with pytest.raises(ValueError, match="`k` must be at most the number of sides"):

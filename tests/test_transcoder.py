@@ -116,7 +116,8 @@ def test_it_learns_the_target_and_a_skip_connection_what_is_linear():
     (x, y), run = data(2000), sl.TrainConfig(n_tokens=8000, batch_size=200)
     by_line = (y - make_linear(x, y, k=D_OUT)(x)[0]).square().sum() / (y - y.mean(0)).square().sum()
     plain, skip = (fit(config(skip=skip), (x, y), run).history_[-1]["held_out_fvu"] for skip in (False, True))
-    assert skip < 0.8 * plain < 0.6 * by_line
+    # No worse than the best line where the target is all but linear: an FVU of n tokens is sqrt(2 / n) of itself wrong.
+    assert skip < 0.8 * plain and skip < (1 + 4 * (2 / (len(x) // 10)) ** 0.5) * by_line
     straight = fit(config(skip=True), (x, x @ torch.ones(D_IN, D_OUT) + 3.0 * x[:, :D_OUT]), run)
     assert straight.history_[-1]["held_out_fvu"] < 0.05
 
