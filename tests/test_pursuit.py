@@ -153,3 +153,16 @@ def test_what_a_pursuit_cannot_be_is_named():
         MatchingPursuit(residual_threshold=-1.0)
     with pytest.raises(ValueError, match="`encoder` must be one of"), unchecked():
         sl.SAEConfig(**plain | {"encoder": "linaer"}, activation=sl.TopK(k=3))
+
+
+def test_more_steps_than_latents_are_legal(tmp_path):
+    """Without an end at the first repeat, steps go on adding to the latents that there are."""
+    cfg = sl.SAEConfig(
+        d_in=4, d_sae=6, activation=sl.TopK(k=9), encoder=sl.MatchingPursuit(stop_on_repeat=False), normaliser="none"
+    )
+    sae, x = sl.SAE(cfg, seed=0), torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    sae.save_pretrained(tmp_path)
+    assert torch.equal(sl.SAE.from_pretrained(tmp_path).encode(x), sae.encode(x))
+    assert int((sae.encode(x) != 0).sum(1).max()) <= 6
+    with pytest.raises(ValueError, match="at least 1 step"):
+        sl.SAEConfig(d_in=4, d_sae=6, activation=sl.TopK(k=0), encoder=sl.MatchingPursuit(), normaliser="none")
