@@ -1,6 +1,7 @@
 # make demo    the main job on an embedded default        make check   everything CI runs
 # make test    the tests                                  make bench   the two benchmarks, beside the peers
 # make peers   SAEs read and written, beside the libraries they belong to
+# make families  every model family in every use, as a page: docs/supported_models.md
 # make kills   every command cut off at every one of its file events
 # make test-machines   the tests as older processors, more threads and other seeds run them: ROWS="old seeds" for some
 # Each makes the environment it needs by itself, once. `make test TL=3.9.0` and `make check TL=3.9.0` use another
@@ -22,7 +23,7 @@ define install
 	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
 endef
 
-.PHONY: demo install test check lint types notebooks format bench peers kills test-machines
+.PHONY: demo install test check lint types notebooks format bench peers kills test-machines families
 
 demo: $(VENV)/.installed
 	$(BIN)/saelab demo
@@ -80,3 +81,7 @@ kills: $(VENV)/.installed
 ROWS ?=
 test-machines: $(VENV)/.installed
 	$(BIN)/python scripts/test_machines.py $(ROWS) -- -n auto --maxprocesses 4 --dist loadfile
+
+# Tiny random models of all architectures that both libraries list, against Hugging Face's own modules.
+families: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/families/run.py

@@ -1,0 +1,117 @@
+"""Every family and every use, as a page: `python tests/families/run.py` writes docs/supported_models.md."""
+
+import argparse
+import datetime
+import logging
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from multiprocessing import TimeoutError, get_context
+from pathlib import Path
+
+import torch
+from table import build, list_architectures
+from uses import USES, Family, Wrong
+
+from saelab.lm.quiet import no_processes
+
+PAGE = Path(__file__).parents[2] / "docs" / "supported_models.md"
+MARKS = {"right": "yes", "refused": "refused", "wrong": "WRONG"}
+
+
+def judge(name: str) -> dict[str, tuple[str, str]]:
+    """Verdict and reason of each use; of "loading" alone where that ends it, and of nothing for what is untested."""
+    try:
+        theirs = build(name)
+    except Exception as error:
+        return {"untested": ("untested", _line(error))}
+    try:
+        with no_processes():
+            family = Family(theirs)
+    except Exception as error:
+        return {"loading": (_tell(error), _line(error))}
+    found = {}
+    for use, check in USES.items():
+        try:
+            check(family)
+            found[use] = ("right", "")
+        except Exception as error:
+            found[use] = (_tell(error), _line(error))
+    return found
+
+
+def _tell(error: Exception) -> str:
+    refused = isinstance(error, ValueError | NotImplementedError | TypeError) and " got " in str(error)
+    fired = isinstance(error, RuntimeError) and "must fire exactly once" in str(error)
+    return "refused" if refused or fired else "wrong"
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    kind = "" if isinstance(error, Wrong | ValueError) else f"{type(error).__name__}: "
+    return (kind + text).replace("|", "/")[:240]
+
+
+def write(found: dict[str, dict[str, tuple[str, str]]], page: Path) -> None:
+    """The table of families by uses, and the reasons below it."""
+    tested = {name: row for name, row in found.items() if set(row) >= set(USES)}
+    cells = [verdict for row in tested.values() for verdict, _ in row.values()]
+    counts = ", ".join(f"{cells.count(kind)} {kind}" for kind in MARKS)
+    versions = ", ".join(f"{p} {version(p)}" for p in ("transformers", "transformer-lens", "torch"))
+    lines = [
+        "# Model families",
+        "",
+        f"Written by `make families` on {datetime.date.today()} with {versions}. Not edited by hand.",
+        "",
+        f"Tiny random models of the {len(found)} text architectures that both libraries list: {len(tested)} tried, "
+        f"{counts}. Each cell is held against Hugging Face's own modules, or a derivative measured on the model.",
+        "",
+        "| family | " + " | ".join(USES) + " |",
+        "|---" * (len(USES) + 1) + "|",
+    ]
+    lines += [f"| {n} | " + " | ".join(MARKS[row[use][0]] for use in USES) + " |" for n, row in tested.items()]
+    lines += ["", "## What is refused, and what is wrong", ""]
+    lines += [f"- {n}, {use}: {v}: {why}" for n, row in tested.items() for use, (v, why) in row.items() if why]
+    refused = {n: row["loading"] for n, row in found.items() if "loading" in row}
+    lines += ["", "## Not loaded", "", *(f"- {n}: {v}: {why}" for n, (v, why) in refused.items())]
+    untested = {n: row["untested"][1] for n, row in found.items() if "untested" in row}
+    lines += ["", "## Untested", "", "No tiny model of these was made.", ""]
+    lines += [f"- {n}: {why}" for n, why in untested.items()]
+    page.parent.mkdir(exist_ok=True)
+    page.write_text("\n".join(lines) + "\n")
+
+
+def _be_quiet() -> None:
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="families that take longer are untested")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    _be_quiet()
+    names, begin = options.only or list_architectures(), time.monotonic()
+    left = {"untested": ("untested", "the run was ended before it")}
+    found = dict.fromkeys(names, left)
+    with get_context("fork").Pool(options.workers) as pool:
+        waiting = {name: pool.apply_async(judge, (name,)) for name in names}
+        for name, result in waiting.items():
+            try:
+                found[name] = result.get(max(0.01, options.seconds - (time.monotonic() - begin)))
+            except TimeoutError:
+                continue
+            told = " ".join(f"{use}={v}" + (f" [{why[:150]}]" if why else "") for use, (v, why) in found[name].items())
+            print(name, told, flush=True)  # noqa: T201
+        pool.terminate()
+    write(found, options.page)
+    return int(any(verdict == "wrong" for row in found.values() for verdict, _ in row.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
