@@ -40,6 +40,11 @@ def describe_folder(path: Path) -> str:
     """What lies in a folder, as a table; FileNotFoundError or ValueError where it is nothing of ours."""
     if not path.exists():
         raise FileNotFoundError(f"PATH must be a folder or a file, got '{path}', where there is none.")
+    with naming(path):
+        return _describe(path)
+
+
+def _describe(path: Path) -> str:
     if is_own(Source.open(path)):
         return describe_sae(path)
     if (path / "manifest.json").is_file():
@@ -209,4 +214,6 @@ def _aux(cfg: SAEConfig) -> str:
 
 def _table(title: str, rows: Rows) -> str:
     width = max(len(name) for name, _ in rows)
-    return printable("\n".join([title, *(f"  {name:<{width}}  {' '.join(value.split())}" for name, value in rows)]))
+    return printable(
+        "\n".join([title, *(f"  {name:<{width}}  {' '.join(str(value).split())}" for name, value in rows)])
+    )

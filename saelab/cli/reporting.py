@@ -1,5 +1,7 @@
 """`saelab report`: a feature store as a page."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -67,10 +69,29 @@ def open_sae(store: FeatureStore, named: str | None) -> SAE | None:
     try:
         if not recorded:
             raise ValueError("it was harvested before it was saved")
-        return SAE.from_pretrained(recorded)
+        with offline():
+            return SAE.from_pretrained(find_recorded(store, recorded))
     except (OSError, ValueError) as error:
         _leave_out(f"SAE '{recorded}'", error, "--sae")
     return None
+
+
+def find_recorded(store: FeatureStore, recorded: str) -> str:
+    """What a store says that it was made with: a folder beside it or here where there is one, else the name itself."""
+    near = [store.folder / recorded, store.folder.parent / recorded, Path(recorded)]
+    return next((str(place) for place in near if place.is_dir()), recorded)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """The Hub is asked for nothing: a store says what name it likes, and only the user says what is fetched."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def open_model(store: FeatureStore, named: str | None, progress: bool, option: str = "--model") -> "Model | None":
@@ -80,7 +101,8 @@ def open_model(store: FeatureStore, named: str | None, progress: bool, option: s
         return load_model(named, weight_processing=processing, progress=progress)
     recorded = store.provenance.model
     try:
-        return load_model(recorded, weight_processing=processing, progress=progress)
+        with offline():
+            return load_model(find_recorded(store, recorded), weight_processing=processing, progress=progress)
     except (OSError, ValueError) as error:
         _leave_out(f"model '{recorded}'", error, option)
     return None

@@ -9,6 +9,7 @@ from jaxtyping import Int32, Integer
 
 from saelab.stores.features import FeatureStore
 from saelab.stores.files import replace_folder, save_tensors, write_json
+from saelab.stores.names import as_file_name, shareable
 
 CONFIG = "config.json"
 N_SPLITS = 5
@@ -31,19 +32,19 @@ def write_delphi(
     if not 1 <= n_splits <= store.d_sae:
         raise ValueError(f"`n_splits` must be in 1..{store.d_sae}, got {n_splits}.")
     origin = store.provenance
-    place = Path(folder) / origin.hook_point
+    place = Path(folder) / as_file_name(origin.hook_point)
     tokens, places = _lay_out(store, pad_id)
     ids = torch.from_numpy(tokens.astype(np.int64))
     ends = np.linspace(0, store.d_sae, n_splits + 1).astype(int).tolist()
     config = {
-        "dataset_repo": origin.text,
+        "dataset_repo": shareable(origin.text),
         "dataset_split": "",
         "dataset_name": "",
         "batch_size": 1,
         "ctx_len": int(tokens.shape[1]),
         "n_tokens": int(tokens.size),
         "n_splits": n_splits,
-        "model_name": origin.model,
+        "model_name": shareable(origin.model),
     }
     with replace_folder(place, last=CONFIG, stale=(CONFIG, "[0-9]*_[0-9]*.safetensors")) as temp:
         for first, stop in pairwise(ends):

@@ -24,6 +24,7 @@ from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.features import FeatureStore, save_statistics
 from saelab.stores.manifest import FeatureManifest
+from saelab.stores.names import relative_place
 from saelab.stores.packing import pack_codes, round_values, smallest_int
 from saelab.stores.progress import hidden
 from saelab.stores.statistics import measure
@@ -163,7 +164,7 @@ class _Job:
         fresh = FeatureManifest(
             d_sae=sae.cfg.d_sae,
             dtype=dtype,
-            sae=described | {"name_or_path": sae.name_or_path},
+            sae=described | {"name_or_path": relative_place(sae.name_or_path, folder)},
             source=repr(sae),
             request=request,
             provenance=source.origin(hook_point, 0, {}).to_dict(),

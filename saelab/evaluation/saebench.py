@@ -8,6 +8,7 @@ from typing import Any
 from saelab.evaluation.results import Evaluation
 from saelab.sae.sae import SAE
 from saelab.stores.files import write_json
+from saelab.stores.names import shareable
 
 NOT_MEASURED = {
     "reconstruction_quality": ("explained_variance_legacy", "mse"),
@@ -52,7 +53,7 @@ def describe_core(evaluation: Evaluation, sae: SAE | None = None) -> dict[str, A
         "eval_result_details": [],
         "sae_bench_commit_hash": f"saelab {version}",
         "sae_lens_id": "custom_sae",
-        "sae_lens_release_id": (sae.name_or_path if sae is not None else "") or evaluation.sae,
+        "sae_lens_release_id": shareable((sae.name_or_path if sae is not None else "") or evaluation.sae),
         "sae_lens_version": f"saelab {version}",
         "sae_cfg_dict": sae.cfg.to_dict() if sae is not None else {},
         "eval_result_unstructured": {"intervals": evaluation.intervals, "baselines": evaluation.baselines},

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from saelab.lm.chat import answer
 from saelab.lm.models import Model
+from saelab.stores.names import find_secrets, hide_password, shareable
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
 """A conversation: each with its "role", user or assistant, and its "content"."""
@@ -82,13 +83,14 @@ class OpenAIClient:
                 f"`key_from` must name an environment variable with a key, got {key_from}, which is empty."
             )
         self.name, self.base_url = model, base_url
+        self._place = hide_password(base_url) if base_url is not None else None
         self._more = dict({"temperature": 0, "max_tokens": 512} if settings is None else settings)
         self.settings: Mapping[str, Any] = {"model": model, **self._more}
         # It would try again by itself, uncounted: `Asker` does that.
         self._openai = openai.OpenAI(api_key=self._key or "none", base_url=base_url, max_retries=0, timeout=timeout)
 
     def __repr__(self) -> str:
-        return f"OpenAIClient({self.name!r}, {self.base_url!r})"
+        return f"OpenAIClient({self.name!r}, {self._place!r})"
 
     def close(self) -> None:
         """Close its connections."""
@@ -115,7 +117,7 @@ class OpenAIClient:
         said = self._clean(said)
         if status in HOPELESS:
             return ValueError(
-                f"The endpoint {self.base_url or 'of OpenAI'} must know the model '{self.name}' and accept the key, "
+                f"The endpoint {self._place or 'of OpenAI'} must know the model '{self.name}' and accept the key, "
                 f"got {status}: {said} Check the model's name, the URL and the key."
             )
         if status in (408, 409, 425, 429) or status >= 500:
@@ -123,8 +125,10 @@ class OpenAIClient:
         return NotAnswered(f"{status}: {said}")
 
     def _clean(self, text: str) -> str:
-        """Servers repeat keys; nothing that is shown or written may."""
-        return (text.replace(self._key, "***") if self._key else text)[:300]
+        """Servers and connections repeat keys and addresses; nothing that is shown or written may."""
+        for secret in filter(None, (self._key, *find_secrets(self.base_url or ""))):
+            text = text.replace(secret, "***")
+        return text[:300]
 
 
 def _import_openai() -> Any:
@@ -174,7 +178,7 @@ class LocalClient:
     def __init__(self, model: Model, *, n_tokens: int = 256) -> None:
         self._model, self._n_tokens = model, n_tokens
         self._lock = threading.Lock()  # one model runs one prompt at a time
-        self.name = str(model.cfg.model_name)
+        self.name = shareable(str(model.cfg.model_name))
         self.settings: Mapping[str, Any] = {"model": self.name, "n_tokens": n_tokens, "local": True}
 
     def complete(self, messages: Messages) -> Answer:

@@ -14,6 +14,7 @@ from saelab.labelling.dashboards import Dashboards
 from saelab.labelling.formats import Entry, write_entries
 from saelab.stores.features import FeatureStore
 from saelab.stores.files import replace_folder, to_json, write_atomic
+from saelab.stores.names import as_file_name, shareable
 
 PER_FILE = 128
 STRENGTH = 10.0
@@ -53,7 +54,7 @@ class BulkImport:
 
     def write(self, folder: Path, made: Iterator[dict[str, Any]]) -> Path:
         """Write the records of these dashboards, and the store's chosen labels; returns the dictionary's folder."""
-        root = folder / self.source.model / self.source.id
+        root = folder / as_file_name(self.source.model) / as_file_name(self.source.id)
         with replace_folder(root, last="source.jsonl", stale=("*.jsonl", "*/batch-*.jsonl.gz")) as temp:
             for name, head in self.heads().items():
                 write_atomic(temp / f"{name}.jsonl", _to_line(head))
@@ -75,7 +76,7 @@ class BulkImport:
         nowhere = ("saelensConfig", "saelensRelease", "saelensSaeId", "hfRepoId", "hfFolderId")
         return {
             "release": {"name": source.set, "description": repr(store), "creatorName": self.creator, **made},
-            "model": {"id": source.model, "displayName": origin.model, **made},
+            "model": {"id": source.model, "displayName": shareable(origin.model), **made},
             "sourceset": {
                 "modelId": source.model,
                 "name": source.set,

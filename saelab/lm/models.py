@@ -17,6 +17,7 @@ from saelab.lm.foreign import warn_of_hooks
 from saelab.lm.plain import make_probe, run, set_attention, strip
 from saelab.lm.quiet import no_processes, offline, recorded_missing
 from saelab.lm.tokenizers import copy_tokenizer
+from saelab.stores.names import shareable
 from saelab.stores.progress import hidden
 
 Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]
@@ -264,6 +265,8 @@ class ModelDescription(NamedTuple):
 def describe_model(model: Model) -> ModelDescription:
     """The model's name, weight processing and library versions, as kept in the provenance of activations.
 
+    Of a local folder the name is its last part: what is shared says nothing of the machine.
+
     "none" means raw Hugging Face weights; "folded" means that the bridge's compatibility mode folded and centred them,
     so that activations differ from the raw ones.
 
@@ -275,7 +278,7 @@ def describe_model(model: Model) -> ModelDescription:
     name = str(model.cfg.model_name)
     if Path(name).parent == WORLD_MODELS:  # wherever the package lies, its models are the same
         name = Path(name).name
-    return ModelDescription(name, "folded" if processed else "none", versions)
+    return ModelDescription(shareable(name), "folded" if processed else "none", versions)
 
 
 def is_same_model(one: str, other: str) -> bool:

@@ -10,6 +10,7 @@ from saelab.pictures.assets import read_asset
 from saelab.pictures.cards import style_card
 from saelab.pictures.page import STYLE, escape, facts, paragraph, section, table, write_policy
 from saelab.stores.features import FeatureStore
+from saelab.stores.names import shareable, shareable_words
 
 BESIDE = "'self' file:"
 """Where cards may lie that a page loads when they are needed: beside it"""
@@ -51,10 +52,10 @@ def summarise(store: FeatureStore, found: DeadUnits, evaluation: Evaluation | Ma
     """What was encoded, which units are dead, and how good the SAE is, as HTML."""
     origin = store.provenance
     about = {
-        "SAE": store.manifest.source,
-        "Model": f"{origin.model} (weight processing: {origin.weight_processing})",
+        "SAE": shareable_words(store.manifest.source),
+        "Model": f"{shareable(origin.model)} (weight processing: {origin.weight_processing})",
         "Hook point": origin.hook_point,
-        "Text": f"{origin.text}, rows of {origin.ctx_len} tokens",
+        "Text": f"{shareable(origin.text)}, rows of {origin.ctx_len} tokens",
         "Tokens": f"{len(store):,}, in {len(set(store.doc_ids.tolist())):,} documents",
         "L0": f"{store.l0:.2f} codes a token, {'of both signs' if store.signed else 'all positive'}",
         "Trained on": _tell_training(store.manifest.sae.get("training")),

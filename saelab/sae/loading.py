@@ -53,10 +53,11 @@ def load(source: Source, asked: Asked, format: str | None, latents: Sequence[int
     format = find_format(source, format)
     if format == OWN:
         return _load_own(source, asked, latents, dtype)
-    reading = read_foreign(source, format, asked)
-    composed = compose(reading.parts, reading.how, latents, dtype)
-    origin = keep_origin(reading, composed.changed) if latents is None else None
-    provenance = make_provenance(reading, asked)
+    with naming(source.place):
+        reading = read_foreign(source, format, asked)
+        composed = compose(reading.parts, reading.how, latents, dtype)
+        origin = keep_origin(reading, composed.changed) if latents is None else None
+        provenance = make_provenance(reading, asked)
     return Loaded(composed.cfg, composed.tensors, provenance, None, origin, source.place)
 
 

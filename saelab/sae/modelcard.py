@@ -1,9 +1,11 @@
 """The README.md of an SAE on the Hub."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from saelab.sae.coder import Coder
+from saelab.stores.names import shareable
 from saelab.stores.results import Result
 
 LOADERS = {
@@ -20,11 +22,12 @@ LOADERS = {
 def write_card(sae: Coder, repo_id: str, format: str, evaluation: Result | None) -> str:
     """Markdown with the Hub's header: what the SAE is, what it was trained on, how it is loaded, how good it is."""
     origin: Any = getattr(sae, "provenance", None)
-    model = origin.model if origin else None
+    model = shareable(origin.model) if origin else None
+    on_hub = model is not None and model.count("/") == 1 and not Path(model).exists()
     header = {
         "library_name": format,
         "tags": ["sparse-autoencoder", "interpretability", "saelab"],
-        **({"base_model": model} if model and model.count("/") == 1 and not model.startswith((".", "/")) else {}),
+        **({"base_model": model} if on_hub else {}),
     }
     facts = {
         "kind": "transcoder" if sae.cfg.d_out else "sparse autoencoder",
@@ -32,7 +35,7 @@ def write_card(sae: Coder, repo_id: str, format: str, evaluation: Result | None)
         "widths": f"d_in {sae.cfg.d_in}, d_sae {sae.cfg.d_sae}" + (f", d_out {sae.cfg.d_out}" if sae.cfg.d_out else ""),
         "model": f"{model} (weight processing: {origin.weight_processing})" if origin else "unknown",
         "place": origin.place if origin else "unknown",
-        "text": origin.text if origin else "unknown",
+        "text": shareable(origin.text) if origin else "unknown",
     }
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", "", f"# {repo_id}", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items()), ""]

@@ -20,6 +20,7 @@ from saelab.sae.registry import Activation
 from saelab.sae.saebench import SAEBenchSAE
 from saelab.stores.disk import hold_folder
 from saelab.stores.files import read_settled, write_atomic
+from saelab.stores.names import shareable
 from saelab.stores.provenance import Provenance
 from saelab.stores.results import Result
 from saelab.stores.validation import naming
@@ -188,7 +189,7 @@ class SAE(Coder):
         nested = f", prefixes={cfg.prefixes}" if cfg.prefixes else ""
         widths = f"d_in={cfg.d_in}, d_sae={cfg.d_sae}" + (f", d_out={cfg.d_out}" if cfg.d_out else "")
         more = (", skip" if cfg.skip else "") + (f", {cfg.encoder}" if cfg.encoder != "linear" else "")
-        at = f", {self.provenance.place} of {self.provenance.model}" if self.provenance else ""
+        at = f", {self.provenance.place} of {shareable(self.provenance.model)}" if self.provenance else ""
         return f"SAE({cfg.activation}, {widths}{more}{nested}{at})"
 
 

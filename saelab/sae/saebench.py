@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saelab.sae.coder import Coder
 from saelab.sae.formats.readings import dtype_name
+from saelab.stores.names import shareable
 from saelab.stores.provenance import Provenance
 
 
@@ -104,7 +105,7 @@ def _describe(sae: Coder, origin: Provenance, n_tokens: int | None) -> SAEBenchC
     layer = re.match(r"blocks\.(\d+)\.", origin.hook_point)
     processing = {"center_writing_weights": True, "fold_ln": True} if origin.weight_processing == "folded" else {}
     return SAEBenchConfig(
-        model_name=origin.model,
+        model_name=shareable(origin.model),
         d_in=sae.cfg.d_in,
         d_sae=sae.cfg.d_sae,
         hook_layer=int(layer[1]) if layer else 0,

@@ -13,6 +13,7 @@ from saelab.stores.batches import BUFFER_TOKENS, ShuffledBatches
 from saelab.stores.files import map_tensor
 from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest
 from saelab.stores.provenance import Provenance
+from saelab.stores.validation import naming
 
 
 @runtime_checkable
@@ -56,7 +57,9 @@ class Activations:
         """
         manifest = ActivationsManifest.load_complete(folder)
         name = _choose(manifest, folder, hook_point)
-        provenance = Provenance.from_dict(manifest.provenance).at(name, (manifest.median_norms or {}).get(name))
+        with naming(Path(folder) / "manifest.json"):
+            origin = Provenance.from_dict(manifest.provenance)
+        provenance = origin.at(name, (manifest.median_norms or {}).get(name))
         return cls(_FolderRows(Path(folder), manifest, verify), name, provenance)
 
     @classmethod

@@ -124,7 +124,8 @@ class FeatureStore:
     @property
     def provenance(self) -> Provenance:
         """Where the activations came from that were encoded."""
-        return Provenance.from_dict(self.manifest.provenance)
+        with naming(self.folder / "manifest.json"):
+            return Provenance.from_dict(self.manifest.provenance)
 
     def __repr__(self) -> str:
         size = f"{self.n_tokens:,} tokens, {self.d_sae:,} features, l0 {self.l0:.4g}"

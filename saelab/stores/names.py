@@ -1,5 +1,6 @@
 """Names that files say: each is that of one file in a folder, or it is refused; and names fit to be shared."""
 
+import os
 import re
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -65,6 +66,34 @@ def shareable(name: str) -> str:
     return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if local or deep else name
 
 
+def relative_place(name: str, folder: str | Path) -> str:
+    """Where a local folder lies, seen from another that is near; its last part alone where they share no more than a
+    root or a home, and a name that is no local folder as it is.
+
+    >>> relative_place("/work/ada/sae", "/work/ada/store")
+    '../sae'
+    """
+    if not name or not (Path(name).is_absolute() or name.startswith("~") or Path(name).exists()):
+        return name
+    there, here = Path(name).expanduser().absolute(), Path(folder).expanduser().absolute()
+    try:
+        shared = Path(os.path.commonpath([there, here]))
+    except ValueError:  # on two drives
+        return there.name
+    if len(shared.parts) <= 2 or shared in (Path.home(), Path.home().parent):
+        return there.name
+    return Path(os.path.relpath(there, here)).as_posix()
+
+
+def shareable_words(text: str) -> str:
+    """A sentence in which every absolute path gives its last part alone.
+
+    >>> shareable_words("SAE(TopK(k=2), at blocks.0 of /home/ada/tiny)")
+    'SAE(TopK(k=2), at blocks.0 of tiny)'
+    """
+    return re.sub(r"(?<![\w/:.])(?:~|[A-Za-z]:)?(?:[\\/][^\s,;()\\/]+)+", lambda path: shareable(path[0]), text)
+
+
 def hide_password(url: str) -> str:
     """An address without the name and password that it may hold.
 
@@ -74,6 +103,16 @@ def hide_password(url: str) -> str:
     parts = urlsplit(url)
     _, at, host = parts.netloc.rpartition("@")
     return urlunsplit(parts._replace(netloc=f"***@{host}")) if at else url
+
+
+def find_secrets(url: str) -> list[str]:
+    """The password of an address, and its name and password as they stand there.
+
+    >>> find_secrets("https://ada:secret@host/v1")
+    ['ada:secret', 'secret']
+    """
+    secret, at, _ = urlsplit(url).netloc.rpartition("@")
+    return [part for part in (secret, secret.partition(":")[2]) if part] if at else []
 
 
 def printable(text: str) -> str:

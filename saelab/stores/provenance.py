@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from saelab.stores.names import shareable
 from saelab.stores.validation import read_fields
 
 
@@ -48,8 +49,8 @@ class Provenance:
     "What the mask's norm rule is relative to there."
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON; those of a second hook point only where there is one."""
-        plain = asdict(self)
+        """The fields, ready for JSON; those of a second hook point only where there is one, and no local path."""
+        plain = asdict(self) | {"model": shareable(self.model), "text": shareable(self.text)}
         if self.hook_point_out is None:
             del plain["hook_point_out"], plain["median_norm_out"]
         return plain

@@ -269,7 +269,7 @@ def _read_spec(path: Path, name: str, entry: Any, start: int) -> TensorSpec:
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise _refusal(path, f"its header does not say dtype, shape and data_offsets of '{name}'") from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(
             f"{path} must hold tensors of {', '.join(DTYPES)}, got {str(dtype)[:40]!r} for '{name}', which PyTorch "
             "has no name for. Convert that tensor, for example to F16."

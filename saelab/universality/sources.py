@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Integer
 from saelab.functional.permuting import move_blocks
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
+from saelab.stores.names import shareable
 from saelab.stores.progress import hidden
 from saelab.universality.alignment import Alignment, align_rows
 from saelab.universality.codes import Codes
@@ -165,7 +166,7 @@ class DirectionSource(Source):
         fires = tuple((np.linalg.norm(x, axis=1) > 0).astype(np.int64) for x in (first, second))
         weights = tuple(np.ones(len(x)) for x in (first, second))
         signed = any(sae.cfg.activation.signed for sae in (a, b))
-        facts = {"sources": (str(a.name_or_path or a), str(b.name_or_path or b)), "sides": False}
+        facts = {"sources": (shareable(a.name_or_path) or str(a), shareable(b.name_or_path) or str(b)), "sides": False}
         return cls(signed=signed, progress=progress, fires=fires, weights=weights, facts=facts, a=first, b=second)  # type: ignore[arg-type]
 
     @property

@@ -4,6 +4,7 @@ Ours is `z = activation((normalise(x) - b_dec) W_enc + b_enc)`, `x_hat = unnorma
 what differs from that; `compose` brings it in exactly, and says which tensors it had to change.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -163,6 +164,11 @@ def _keep_b_dec(now: dict[str, Tensor], how: Convention) -> None:
     if isinstance(how.encoder, MatchingPursuit):  # tied: what is not taken away is not added either
         now["b_dec"] = torch.zeros_like(now["b_dec"])
         return
+    if len(now["b_dec"]) != len(now["W_enc"]):
+        raise ValueError(
+            f"b_dec must be as wide as what the encoder reads ({len(now['W_enc'])}) to be subtracted from it, got "
+            f"{len(now['b_dec'])}; the configuration does not go with the weights."
+        )
     given_back = read_with(now["W_enc"], now["b_dec"])
     now["b_enc"] = now["b_enc"].float() + (-given_back if how.transcodes else given_back)
 
@@ -189,6 +195,8 @@ def _set_threshold(now: dict[str, Tensor], how: Convention) -> None:
 def _configure(now: Parts, how: Convention) -> SAEConfig:
     d_sae, d_out = now["W_dec"].shape
     d_in = now["W_enc"].shape[0] if "W_enc" in now else d_out
+    if not all(0 < scale < math.inf for scale in (how.scale, how.scale_out)):
+        raise ValueError(f"`scale` must be positive and finite, got {how.scale} and {how.scale_out}.")
     scaled = (how.scale, how.scale_out) != (1.0, 1.0)
     if scaled and how.normaliser != "none":
         raise ValueError(f"`scale` must not go with normaliser '{how.normaliser}', got {how.scale}; leave one out.")

@@ -20,6 +20,7 @@ from saelab.sae.formats.readings import Asked, Facts, Reading
 from saelab.sae.formats.sources import Source
 from saelab.sae.registry import Activation
 from saelab.stores.files import write_atomic, write_json
+from saelab.stores.names import shareable
 from saelab.stores.provenance import Provenance
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
@@ -180,7 +181,7 @@ def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
         "activation_dim": cfg.d_in,
         "dict_size": cfg.d_sae,
         "k": getattr(activation, "k", None),
-        "lm_name": provenance.model if provenance else None,
+        "lm_name": shareable(provenance.model) if provenance else None,
         "layer": _find_layer(provenance),
         "submodule_name": _name_submodule(provenance),
     }

@@ -65,7 +65,7 @@ def recognise_second(source: Source) -> bool:
 
 def read_second(source: Source, asked: Asked) -> Reading:
     """An SAE or transcoder; ValueError for a crosscoder, whose W_dec has three axes."""
-    settings = source.json(CONFIG)
+    settings = source.settings(CONFIG)
     held = _capitalise(source.tensors(WEIGHTS))
     parts = require_tensors(held, NAMES, source.folder / WEIGHTS)
     if parts["W_dec"].ndim != 2:

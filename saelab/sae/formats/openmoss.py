@@ -54,7 +54,7 @@ def _unwrap(held: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def read(source: Source, asked: Asked) -> Reading:
     """An SAE or transcoder; ValueError for other types, and for thresholds and norms that are not in the file."""
-    settings, name = source.json(CONFIG), _find_weights(source)
+    settings, name = source.settings(CONFIG), _find_weights(source)
     assert name is not None
     place = source.folder / name
     _refuse(settings, source)
@@ -153,7 +153,7 @@ def read_llama_scope(source: Source, asked: Asked) -> Reading:
     `jump_relu_threshold` is in the units of the activations themselves, h in those of norm sqrt(d_model): h fires above
     `s_in jump_relu_threshold`. Decoder norms do not enter, as in SAELens' loader, which its authors corrected.
     """
-    settings = source.json(HYPERPARAMETERS)
+    settings = source.settings(HYPERPARAMETERS)
     place = source.folder / HYPERPARAMETERS
     parts = _name_parts(source.tensors(FINAL), bool(settings.get("use_decoder_bias", True)), source)
     norms = settings.get("dataset_average_activation_norm") or {}

@@ -45,7 +45,7 @@ def recognise(source: Source) -> bool:
 def read(source: Source, asked: Asked) -> Reading:
     """The SAE in a folder; ValueError for an architecture that is none of ours, and for what must be asked for."""
     place = source.folder
-    settings = source.json(CONFIG)
+    settings = source.settings(CONFIG)
     cfg = modernise(settings)
     held = dict(source.tensors(WEIGHTS))
     ours = cfg["metadata"].get(OURS) or {}

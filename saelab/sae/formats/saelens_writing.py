@@ -12,6 +12,7 @@ from saelab.sae.config import MatchingPursuit
 from saelab.sae.formats.readings import dtype_name
 from saelab.sae.formats.saelens import BATCHED, CODE_SCALE, CONFIG, OURS, PER_TOKEN, WEIGHTS
 from saelab.stores.files import save_tensors, write_json
+from saelab.stores.names import shareable
 from saelab.stores.provenance import Provenance
 
 VERSION = "6.0.0"
@@ -35,7 +36,7 @@ def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
     metadata = {
         "sae_lens_version": VERSION,
         "training_architecture": activation.name,
-        "model_name": origin.model if origin else None,
+        "model_name": shareable(origin.model) if origin else None,
         "model_class_name": "HookedTransformer",
         "model_from_pretrained_kwargs": _name_kwargs(origin),
         "hook_name": origin.hook_point if origin else None,

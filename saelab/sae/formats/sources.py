@@ -1,5 +1,6 @@
 """`Source`: the folder, or the one file in it, that may hold an SAE; every path is opened through it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from saelab.sae.formats.said import Said
 from saelab.sae.formats.tensorfiles import PICKLES, read_tensors
 from saelab.stores.files import await_settled, read_json
+from saelab.stores.validation import check_settings
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,20 @@ class Source:
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file of the folder; ValueError where it holds another thing."""
-        held = read_json(self.folder / inside(name))
+        held = read_json(self.folder / inside(name), constants=True)
         if not isinstance(held, dict):
             raise ValueError(f"{self.folder / name} must hold an object, got a {type(held).__name__}. Was it edited?")
         return held
 
+    def settings(self, name: str) -> dict[str, Any]:
+        """A configuration in a JSON file: what we read of it is of the type that it must be, else ValueError."""
+        held = self.json(name)
+        check_settings(Said, held, str(self.folder / name))
+        return held
+
     def json_if_there(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file, or an empty one where there is no such file."""
-        return self.json(name) if (self.folder / inside(name)).is_file() else {}
+        """A configuration in a JSON file, or an empty one where there is no such file."""
+        return self.settings(name) if (self.folder / inside(name)).is_file() else {}
 
     def tensors(self, name: str) -> Mapping[str, Any]:
         """What a file of weights holds, mapped."""
@@ -91,6 +100,6 @@ def require_tensors(held: Mapping[str, Any], names: tuple[str, ...], place: Path
 def require_number(settings: Mapping[str, Any], name: str, place: Path) -> Any:
     """A number of a configuration; ValueError where it is missing or something else."""
     value = settings.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{place} must say a number for `{name}`, got {value!r}. Was it edited?")
     return value

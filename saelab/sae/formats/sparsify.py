@@ -32,7 +32,7 @@ def read(source: Source, asked: Asked) -> Reading:
 
     The folder above may hold the run's `config.json`, which names the model; no file names the hook point.
     """
-    place, settings = source.folder, source.json(CONFIG)
+    place, settings = source.folder, source.settings(CONFIG)
     held = source.tensors(WEIGHTS)
     names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
     parts = _to_parts(require_tensors(held, names, place / WEIGHTS))

@@ -6,6 +6,7 @@ Tensors are mapped into memory, so that names, shapes and dtypes are known befor
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,19 @@ class _Checked(Mapping[str, Tensor]):
 
 def _read_pickle(path: Path) -> Mapping[str, Any]:
     """A dictionary that `torch.save` wrote. Only tensors and plain values are unpickled; anything else is refused."""
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            _refuse_compressed(path, archive)
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                _refuse_compressed(path, archive)
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, OverflowError, KeyError) as error:
+        raise ValueError(f"{path} must be a whole PyTorch file, got a damaged one ({error}). Copy it again.") from None
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (
+        *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError),
+        *(OSError, IndexError, OverflowError, MemoryError, AssertionError, ImportError, NotImplementedError),
+    ) as error:
         raise ValueError(
             f"{path} must be a whole PyTorch file of tensors and plain values, got {_name_cause(error)}. It was not "
             "unpickled further: what it holds could run code. Ask for safetensors, or copy it again."
@@ -96,7 +103,16 @@ def _read_archive(path: Path) -> Mapping[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             return {info.filename.removesuffix(".npy"): _read_array(path, archive, info) for info in archive.infolist()}
-    except (zipfile.BadZipFile, EOFError, KeyError, SyntaxError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        OSError,
+        EOFError,
+        KeyError,
+        SyntaxError,
+        OverflowError,
+        IndexError,
+    ) as error:
         raise ValueError(f"{path} must be a whole npz file, got another ({error}). Was it cut off?") from None
 
 
