@@ -4,6 +4,7 @@
 # make families  every model family in every use, as a page: docs/supported_models.md
 # make kills   every command cut off at every one of its file events
 # make test-machines   the tests as older processors, more threads and other seeds run them: ROWS="old seeds" for some
+# make fuzz    5,000 damaged files of every kind, each read in a process of its own; and 1,000 flipped bits
 # Each makes the environment it needs by itself, once. `make test TL=3.9.0` and `make check TL=3.9.0` use another
 # transformer-lens, in an environment of its own; PYTHON=python3.12 another interpreter.
 
@@ -23,7 +24,7 @@ define install
 	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
 endef
 
-.PHONY: demo install test check lint types notebooks format bench peers kills test-machines families
+.PHONY: demo install test check lint types notebooks format bench peers kills test-machines families fuzz
 
 demo: $(VENV)/.installed
 	$(BIN)/saelab demo
@@ -85,3 +86,8 @@ test-machines: $(VENV)/.installed
 # Tiny random models of all architectures that both libraries list, against Hugging Face's own modules.
 families: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python tests/families/run.py
+
+# Files of every kind, damaged: read, or refused by name.
+fuzz: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m tests.fuzz 5000
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slow tests/test_hostile.py

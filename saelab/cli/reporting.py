@@ -1,7 +1,5 @@
 """`saelab report`: a feature store as a page."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +8,7 @@ import typer
 from saelab.cli import options
 from saelab.cli.saying import say
 from saelab.lm.models import Model, load_model
+from saelab.lm.quiet import offline
 from saelab.pictures.reports import report
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
@@ -80,18 +79,6 @@ def find_recorded(store: FeatureStore, recorded: str) -> str:
     """What a store says that it was made with: a folder beside it or here where there is one, else the name itself."""
     near = [store.folder / recorded, store.folder.parent / recorded, Path(recorded)]
     return next((str(place) for place in near if place.is_dir()), recorded)
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """The Hub is asked for nothing: a store says what name it likes, and only the user says what is fetched."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def open_model(store: FeatureStore, named: str | None, progress: bool, option: str = "--model") -> "Model | None":

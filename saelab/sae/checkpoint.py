@@ -57,7 +57,7 @@ def check_config(folder: Path) -> None:
     check_seal(folder / CONFIG, read_json(folder / CONFIG))
 
 
-def read_sae(folder: Path) -> tuple[dict[str, Any], Mapping[str, Tensor], Origin | None]:
+def read_sae(folder: Path) -> tuple[dict[str, Any], Mapping[str, Any], Origin | None]:
     """Read config.json, and map the weights and what is kept of another format: no value is read yet."""
     described = read_config(folder)
     origin = None

@@ -70,7 +70,7 @@ def _load_own(source: Source, asked: Asked, latents: Sequence[int] | None, dtype
         cfg = SAEConfig.from_dict(described["config"])
         provenance = Provenance.from_dict(described["provenance"]) if described["provenance"] else None
     if latents is not None:
-        tensors, cfg, origin = take_latents(tensors, latents), _narrow_config(cfg, len(latents)), None
+        tensors, cfg, origin = take_latents(dict(tensors), latents), _narrow_config(cfg, len(latents)), None
     held = {name: own(tensor, dtype, latent_major=name == "W_enc") for name, tensor in tensors.items()}
     return Loaded(
         cfg, held, provenance, described["training"], origin, source.place, partial(check_config, source.folder)

@@ -9,7 +9,7 @@ from saelab.stores.tensors import TensorFile
 Array = np.ndarray
 
 
-class ShardArrays(Mapping[str, Array]):
+class ShardArrays(Mapping):  # a type checker at run time would read what it holds
     """The arrays of a shard by name, memory-mapped.
 
     Before anybody gets a part, its checksum is compared, and its numbers are held against what they point at: offsets

@@ -73,7 +73,7 @@ class TrainingRun:
         for key, value in self.settings.items():
             if before.get(key) != value:
                 raise ValueError(
-                    f"A resumed run must keep `{key}` ({before.get(key)}), got {value}; "
+                    f"A resumed run must keep `{key}` of {self.checkpoint} ({before.get(key)}), got {value}; "
                     "give the same settings, or another folder."
                 )
         progress = load_checkpoint(self.checkpoint, self.trainables, self.optimisers, self.batches)

@@ -118,7 +118,10 @@ def _find_scales(
     if norm != "dataset-wise":
         raise ValueError(f"`norm_activation` must not depend on the batch, got '{norm}'.")
     root = math.sqrt(require_number(settings, "d_model", place))
-    scales = [root / float(held[NORM + point]) for point in points if isinstance(held.get(NORM + point), Tensor)]
+    norms = [float(held[NORM + point].sum()) for point in points if isinstance(held.get(NORM + point), Tensor)]
+    if any(not norm > 0 for norm in norms):
+        raise ValueError(f"The mean norms of activations must be positive, got {norms} beside {place}. Is the file whole?")
+    scales = [root / norm for norm in norms]
     if len(scales) == 2:
         return scales[0], scales[1]
     scale = require(asked.scale, "scale", "the mean norm of the activations (sqrt(d_model) / it)", "2.5")
@@ -158,7 +161,7 @@ def read_llama_scope(source: Source, asked: Asked) -> Reading:
     parts = _name_parts(source.tensors(FINAL), bool(settings.get("use_decoder_bias", True)), source)
     norms = settings.get("dataset_average_activation_norm") or {}
     root = math.sqrt(require_number(settings, "d_model", place))
-    scale, scale_out = (root / require_number(norms, side, place) for side in ("in", "out"))
+    scale, scale_out = (root / max(require_number(norms, side, place), 1e-30) for side in ("in", "out"))
     if (name := settings.get("act_fn", "jumprelu")) != "jumprelu":
         raise ValueError(f"`act_fn` in {place} must be jumprelu, got '{name}'.")
     parts["threshold"] = torch.tensor(scale * require_number(settings, "jump_relu_threshold", place))

@@ -80,7 +80,7 @@ class Origin:
     settings: dict[str, Any]
     dtypes: dict[str, str]
     """of the source's tensors"""
-    kept: Mapping[str, Tensor]
+    kept: Mapping[str, Any]
     """those tensors of the source that are not in the SAE as they were; mapped, and read only to be written"""
 
     def __repr__(self) -> str:
@@ -96,7 +96,7 @@ class Origin:
         }
 
     @classmethod
-    def from_dict(cls, plain: Any, kept: Mapping[str, Tensor]) -> "Origin":
+    def from_dict(cls, plain: Any, kept: Mapping[str, Any]) -> "Origin":
         """Build from `to_dict`'s form and the tensors kept; ValueError where one of them is missing."""
         plain = require_object(plain, "`origin`")
         said = check_settings(_Said, plain, "`origin`")

@@ -44,7 +44,7 @@ def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
         "hook_head_index": None,
         "context_size": origin.ctx_len if origin else None,
         "exclude_special_tokens": origin.mask.get("special") if origin else None,
-        "dataset_path": origin.text if origin else None,
+        "dataset_path": shareable(origin.text) if origin else None,
         OURS: ours,
     }
     return {

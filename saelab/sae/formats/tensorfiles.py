@@ -40,7 +40,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     return _Checked(TensorFile.open(path))
 
 
-class _Checked(Mapping[str, Tensor]):
+class _Checked(Mapping):  # a type checker at run time would read what it holds
     """The tensors of a safetensors file: each is compared with its checksums, if it has any, when it is asked for."""
 
     def __init__(self, file: TensorFile) -> None:
