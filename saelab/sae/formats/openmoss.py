@@ -120,7 +120,9 @@ def _find_scales(
     root = math.sqrt(require_number(settings, "d_model", place))
     norms = [float(held[NORM + point].sum()) for point in points if isinstance(held.get(NORM + point), Tensor)]
     if any(not norm > 0 for norm in norms):
-        raise ValueError(f"The mean norms of activations must be positive, got {norms} beside {place}. Is the file whole?")
+        raise ValueError(
+            f"The mean norms of activations must be positive, got {norms} beside {place}. Is the file whole?"
+        )
     scales = [root / norm for norm in norms]
     if len(scales) == 2:
         return scales[0], scales[1]
