@@ -5,12 +5,16 @@
 # make kills   every command cut off at every one of its file events
 # make test-machines   the tests as older processors, more threads and other seeds run them: ROWS="old seeds" for some
 # make fuzz    5,000 damaged files of every kind, each read in a process of its own; and 1,000 flipped bits
+# make test-oldest, make test-newest   the tests with the lowest versions that pyproject.toml allows, and with today's
 # Each makes the environment it needs by itself, once. `make test TL=3.9.0` and `make check TL=3.9.0` use another
-# transformer-lens, in an environment of its own; PYTHON=python3.12 another interpreter.
+# transformer-lens, in an environment of its own; `make test VERSIONS=oldest` or `newest` all other versions;
+# PYTHON=python3.12 another interpreter.
 
 PYTHON ?= python3
 TL ?=
-VENV := .venv$(addprefix -tl-,$(TL))
+VERSIONS ?=
+CONSTRAINTS := $(if $(VERSIONS),constraints-$(VERSIONS).txt,constraints.txt)
+VENV := .venv$(addprefix -tl-,$(TL))$(addprefix -,$(VERSIONS))
 BENCH := .venv-bench
 BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
@@ -20,24 +24,27 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 # $(1) environment, $(2) extra, $(3) transformer-lens version, if not the one in constraints.txt
 define install
 	$(PYTHON) -m venv $(1)
-	sed -e '$(if $(3),s/^transformer-lens==.*/transformer-lens==$(3)/)' constraints.txt > $(1)/constraints.txt
+	sed -e '$(if $(3),s/^transformer-lens==.*/transformer-lens==$(3)/)' $(CONSTRAINTS) > $(1)/constraints.txt
 	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
 endef
 
-.PHONY: demo install test check lint types notebooks format bench peers kills test-machines families fuzz
+.PHONY: demo install test test-oldest test-newest check lint types notebooks format bench peers kills test-machines families fuzz
 
 demo: $(VENV)/.installed
 	$(BIN)/saelab demo
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(call install,$(VENV),dev,$(TL))
 	@touch $@
 
 test: $(VENV)/.installed
 	$(PYTEST)
 	@touch $(VENV)/.tested
+
+test-oldest test-newest:
+	$(MAKE) test VERSIONS=$(@:test-%=%)
 
 # `make check` runs the tests (units, doctests, floors, README blocks) unless they passed since the last change.
 $(VENV)/.tested: $(VENV)/.installed $(SOURCES)

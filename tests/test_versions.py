@@ -1,0 +1,48 @@
+"""The versions that are tested are those that pyproject.toml promises."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TOOLS = {"mypy", "pre-commit", "pre-commit-hooks", "ruff"}  # they decide nothing about results
+
+
+def read_bounds() -> dict[str, str]:
+    """The lower bound of every requirement but the peers' and the loggers', by name."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lists = [
+        re.search(rf"^{name} = \[(.*?)\]$", text, re.M | re.S) for name in ("dependencies", "datasets", "llm", "dev")
+    ]
+    found = [bound for part in lists if part for bound in re.findall(r'"([\w-]+)>=([\d.]+)', part[1])]
+    assert len(found) > 20
+    return {name: version for name, version in found if name not in TOOLS}
+
+
+def test_the_oldest_versions_are_the_lower_bounds() -> None:
+    if not (ROOT / "constraints-oldest.txt").is_file():
+        pytest.skip("no constraints here: installed without its repository")
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    assert pinned == read_bounds()
+
+
+def test_what_is_imported_is_declared() -> None:
+    declared = {name.lower().replace("-", "_") for name in read_bounds()}
+    imported = {"scikit_learn" if name == "sklearn" else name for name in find_imports()}
+    # What declared packages bring along (pandas, tokenizers, IPython), and what is asked for where it is missing.
+    assert imported - declared <= {"pandas", "tokenizers", "ipython", "wandb", "tensorboard", "polars", "filelock"}
+
+
+def find_imports() -> set[str]:
+    """The packages outside the standard library that saelab imports anywhere."""
+    found = set()
+    for path in (ROOT / "saelab").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            found |= {name.partition(".")[0] for name in names}
+    return {name.lower() for name in found - sys.stdlib_module_names - {"saelab"}}
