@@ -341,7 +341,7 @@ def test_output_scores_are_those_of_steering_one_by_one(tiny, sae, store):
         assert row.input == pytest.approx(np.mean([token in promoted for token in tops.values()]))
 
 
-def test_a_feature_that_writes_a_token_steers_best(tiny, store):
+def test_a_feature_that_writes_a_token_steers_best(tiny, tiny_tokens, tmp_path):
     """The direction of one token's unembedding, among random ones."""
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=40, activation=sl.AbsTopK(k=4), normaliser="none"), seed=0)
     token = 70
@@ -350,6 +350,7 @@ def test_a_feature_that_writes_a_token_steers_best(tiny, store):
         sae.W_dec[6] = torch.nn.functional.normalize(
             weight[token] if weight.shape[1] == 32 else weight[:, token], dim=0
         )
+    store = sl.harvest(sae, tiny, tiny_tokens[:8], tmp_path / "store", hook_point=POINT, progress=False)
     found = score_steering(tiny, sae, store, [5, 6], prompts="The", strength=1000.0, n_top=1, hook_point=POINT)
     best = found.top(1)[0]
     assert (best.feature, best.sign, best.token) == (6, 1, tiny.tokenizer.decode([token]))
