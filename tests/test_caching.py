@@ -113,6 +113,10 @@ def test_a_cache_of_a_name_or_kind_that_is_not_known_is_an_error() -> None:
     assert find_given({"past_key_values": cache}) is cache is find_given({"cache": cache})
     with pytest.raises(ValueError, match="must go by one of the names"):
         find_given({"memory": cache})
+    for given in ({"layer_states": [torch.zeros(1)]}, {"kv_cache": {}}, {"held": cache}):
+        with pytest.raises(ValueError, match="must go by one of the names"):
+            find_given(given)
+    assert find_given({"output_hidden_states": True, "encoder_hidden_states": torch.zeros(1), "past_length": 3}) is None
     with pytest.raises(ValueError, match="must return its cache"):
         find_returned(transformers.modeling_outputs.CausalLMOutput(logits=torch.zeros(1)))
     assert count_columns(None) == 0 == count_columns(cache)
@@ -120,6 +124,17 @@ def test_a_cache_of_a_name_or_kind_that_is_not_known_is_an_error() -> None:
     assert count_columns([torch.zeros(1, 8, 2)]) is None
     with pytest.raises(ValueError, match="got Wallet"):
         count_columns(type("Wallet", (), {})())
+
+
+@pytest.mark.parametrize("told", [{"attention_mask": torch.ones(1, 5)}, {"position_ids": torch.tensor([[4]])}])
+def test_a_forward_in_the_middle_without_a_cache_that_is_known_is_an_error(told) -> None:
+    model = sl.tiny_model()
+    direction = sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
+    with (
+        sl.steer(model, direction, 1.0, where="generated"),
+        pytest.raises(ValueError, match="must bring its whole text"),
+    ):
+        model.original_model(torch.tensor([[7]]), **told)
 
 
 def test_borders_of_positions_are_read_from_the_configuration() -> None:

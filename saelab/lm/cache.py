@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 NAMES = ("cache", "past_key_values", "cache_params", "state")
 """what Hugging Face's models call it, as an argument of the forward and as a field of its output: the first from
 transformers 5.24 on, the last two in state-space and recurrent models"""
+_WORDS = ("cache", "past", "state", "mem")
 CHANGING = ("dynamic", "longrope")
 """position schemes that turn all positions of a text otherwise once it is longer than they were made for"""
 
@@ -25,14 +26,32 @@ def find_given(kwargs: Mapping[str, Any]) -> Any:
 
     ValueError where one goes by a name that is not known: it would be taken for none, and a token for the text's first.
     """
-    from transformers import Cache
-
-    if unknown := [name for name, value in kwargs.items() if isinstance(value, Cache) and name not in NAMES]:
+    if unknown := [name for name, value in kwargs.items() if name not in NAMES and _holds_a_past(name, value)]:
         raise ValueError(
             f"The cache of a forward must go by one of the names {NAMES}, got {unknown}. Another release of "
             "transformers may use them; or run with use_cache=False."
         )
     return next((kwargs[name] for name in NAMES if kwargs.get(name) is not None), None)
+
+
+def _holds_a_past(name: str, value: Any) -> bool:
+    """Whether an argument can only be a cache: by its name or its methods, and not a switch, a number or one tensor."""
+    plain = value is None or isinstance(value, bool | int | float | str | Tensor)
+    return not plain and (hasattr(value, "get_seq_length") or any(word in name for word in _WORDS))
+
+
+def require_whole(n: int, kwargs: Mapping[str, Any]) -> None:
+    """ValueError for `n` ids that came without a cache, where mask or positions say that more of the text is before."""
+    mask = kwargs.get("attention_mask")
+    reach = {"attention_mask": mask.shape[-1] if isinstance(mask, Tensor) else 0}
+    for name in ("position_ids", "cache_position"):
+        places = kwargs.get(name)
+        reach[name] = int(places.max()) + 1 if isinstance(places, Tensor) and places.numel() else 0
+    if told := [f"`{name}` up to {end}" for name, end in reach.items() if end > n]:
+        raise ValueError(
+            f"A forward without a cache must bring its whole text, got {n} ids with {' and '.join(told)}: its past is "
+            f"held by something that is not known (a cache is one of {NAMES}). Run with use_cache=False."
+        )
 
 
 def find_returned(out: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.lm.cache import count_columns, find_given
+from saelab.lm.cache import count_columns, find_given, require_whole
 from saelab.lm.door import Door, door
 from saelab.lm.models import Model
 from saelab.lm.plain import OwnHook
@@ -65,6 +65,8 @@ class Flow(OwnHook):
                 "a model that loses it, as a TransformerBridge may with another release of transformers. Run with "
                 "use_cache=False (`use_past_kv_cache=False` for the bridge's own `generate`), or use `sl.generate`."
             )
+        if cache is None:
+            require_whole(ids.shape[1], kwargs)
         n_past = self._count_past(cache)
         goes_on = self._goes_on(ids, n_past)
         self.seen = torch.cat([self.seen, ids], 1) if goes_on and n_past and self.seen is not None else ids
