@@ -136,12 +136,13 @@ class Door:
         """
         if name not in self.places:
             self.find(name)
-            with self._aside():
+            with self.aside():
                 self.places[name] = self._measure(name)
         return self.places[name]
 
     @contextmanager
-    def _aside(self) -> Iterator[None]:
+    def aside(self) -> Iterator[None]:
+        """Inside the block no hook is on the model, whoever put it there."""
         with ExitStack() as stack:
             for books in (self.hooks, self._plain_hooks):
                 if books is not None:
@@ -210,7 +211,7 @@ class Door:
         """How the plain twin or the bridge may go on with a text, measured once."""
         module = module.wrapped if isinstance(module, WithOwnHooks) else module
         if module not in self._caching:
-            with self._aside():
+            with self.aside():
                 self._caching[module] = measure_caching(module, self.probe)
         return self._caching[module]
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelab.lm.door import door
+from saelab.lm.door import Door, door
 from saelab.lm.models import Model
 from saelab.lm.plain import Site, attach, run_as_set
 
@@ -26,7 +26,13 @@ def read_out(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tens
             f"Directions must have the residual stream's width ({model.cfg.d_model}), got {directions.shape[1]}; "
             "features of another place have no direct effect on the logits."
         )
-    running, (norm, head) = door(model).route(["ln_final.hook_out", "unembed.hook_out"])
+    home = door(model)
+    with home.aside():  # neither a user's hooks nor edits take part
+        return _read(home, directions)
+
+
+def _read(home: Door, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+    running, (norm, head) = home.route(["ln_final.hook_out", "unembed.hook_out"])
     weight = next(head[0].parameters())
     zero, ones = torch.zeros(1, 1, directions.shape[1]).to(weight), torch.ones(1, 1, directions.shape[1]).to(weight)
     bias = norm[0](zero)
