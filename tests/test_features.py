@@ -121,25 +121,34 @@ def test_a_dead_feature_has_only_random_windows(tiny, tokens, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
-def test_the_read_out_is_exact(tiny, kind, monkeypatch):
+def test_the_read_out_is_exact(kind):
     """Against a direct computation: the logits of a residual with and without the direction, the norm's scale held."""
     d = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    norm = torch.nn.LayerNorm(32) if kind == "layer" else torch.nn.RMSNorm(32, eps=1e-6)
+    model = sl.tiny_model(architecture="gpt2" if kind == "layer" else "llama")
+    norm = model.ln_final
     with torch.no_grad():
         for p in norm.parameters():
             p.copy_(torch.randn(32, generator=torch.Generator().manual_seed(1)))
-    monkeypatch.setitem(tiny._modules, "ln_final", norm)
     x = torch.randn(32, generator=torch.Generator().manual_seed(2))
     centred = x - x.mean() if kind == "layer" else x
     scale = centred.square().mean().sqrt()
     moved = d - d.mean(1, keepdim=True) if kind == "layer" else d
-    direct = (moved / scale * norm.weight) @ tiny.W_U
-    torch.testing.assert_close(read_out(tiny, d) / scale, direct.detach(), rtol=1e-3, atol=1e-4)
+    direct = (moved / scale * norm.weight) @ model.W_U
+    torch.testing.assert_close(read_out(model, d) / scale, direct.detach(), rtol=1e-3, atol=1e-4)
     # and as a small step of the whole thing: the part along the residual aside, which also changes the scale
     step = 1e-3 * (d - (d @ centred)[:, None] * centred / centred.square().sum())
     with torch.no_grad():
-        there, here = (tiny.unembed(tiny.ln_final(r[None]))[0] for r in (x + step, x[None]))
-    torch.testing.assert_close(read_out(tiny, step) / scale, there - here, rtol=2e-2, atol=1e-5)
+        there, here = (model.unembed(norm(r[None]))[0] for r in (x + step, x[None]))
+    torch.testing.assert_close(read_out(model, step) / scale, there - here, rtol=2e-2, atol=1e-5)
+
+
+def test_folded_weights_are_read_as_they_are():
+    model = sl.load_model("tiny", weight_processing="folded")
+    d = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    d = d - d.mean(1, keepdim=True)
+    found, direct = read_out(model, d), (d @ model.W_U).detach()  # the norm's weight is in W_U, its scale is 1
+    centred = [x - x.mean(1, keepdim=True) for x in (found, direct)]  # folding centres the unembedding
+    torch.testing.assert_close(centred[0], centred[1], rtol=1e-3, atol=1e-4)
 
 
 def test_the_lens_ranks_the_vocabulary(tiny, sae):

@@ -286,7 +286,7 @@ def test_evaluated_by_splicing_at_its_target(trained, tiny, tiny_tokens):
         edit = torch.where(keep[..., None], value, y)
         with sl.splice(tiny, {WRITTEN: lambda x, edit=edit: edit}):
             loss = sl.next_token_loss(sl.logits(tiny, tokens.ids), tokens.ids)
-        counts = keep[:, :-1] & tokens.attention_mask[:, 1:]
+        counts = keep[:, :-1] & (tokens.doc_ids[:, 1:] == tokens.doc_ids[:, :-1])
         assert getattr(found, name) == pytest.approx(float(loss[counts].mean()), rel=1e-5), name
     assert found.prefixes[64] == pytest.approx(found.fvu, rel=1e-4) and found.prefixes[16] > found.fvu
     assert found.hook_point_out == WRITTEN and f"from {READ} to {WRITTEN}" in str(found)

@@ -32,15 +32,17 @@ def read_out(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tens
 
 
 def _read(home: Door, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-    running, (norm, head) = home.route(["ln_final.hook_out", "unembed.hook_out"])
-    weight = next(head[0].parameters())
+    running, (site, _) = home.route(["ln_final.hook_out", "unembed.hook_out"])
+    parts = [home.components[name] for name in ("ln_final", "unembed")]
+    norm, head = (home.twins[part] for part in parts) if running is home.plain else parts
+    weight = next(head.parameters())
     zero, ones = torch.zeros(1, 1, directions.shape[1]).to(weight), torch.ones(1, 1, directions.shape[1]).to(weight)
-    bias = norm[0](zero)
-    centres = bool((norm[0](BIG * ones) - bias).abs().amax() < 1e-3)  # nothing is left of a constant
+    bias = norm(zero)
+    centres = bool((norm(BIG * ones) - bias).abs().amax() < 1e-3)  # nothing is left of a constant
     x = directions.to(weight)[:, None]
     scale = (x - x.mean(-1, keepdim=True) if centres else x).square().mean(-1, keepdim=True).sqrt()
-    folded = (norm[0](BIG * x / scale.clamp(min=1e-12)) - bias) * scale
-    return _unembed(running, norm, head[0], folded)[:, 0].float()
+    folded = (norm(BIG * x / scale.clamp(min=1e-12)) - bias) * scale
+    return _unembed(running, site, head, folded)[:, 0].float()
 
 
 def _unembed(running: nn.Module, norm: Site, head: nn.Module, x: Float[Tensor, "n 1 d"]) -> Float[Tensor, "n 1 v"]:
