@@ -747,7 +747,7 @@ def test_explainers_and_scorers_may_be_anybodys(store, tmp_path):
 
 def test_wrong_arguments_are_refused(store, tmp_path, monkeypatch):
     for options, error, said in (
-        ({"features": [4]}, IndexError, "`features`"),
+        ({"features": [4]}, ValueError, "`features`"),
         ({"signs": [2]}, ValueError, "`signs`"),
         ({"scorers": ["magic"]}, ValueError, "`scorers`"),
     ):

@@ -158,7 +158,7 @@ def test_what_does_not_exist_is_refused(tiny, settings, complaint):
 
 
 def test_features_must_exist_and_say_where(tiny, sae):
-    with pytest.raises(ValueError, match=r"Features must be in 0\.\.47, got \[48\]"):
+    with pytest.raises(ValueError, match=r"Features` must be in 0\.\.47, got \[48\]"):
         patch(tiny, CLEAN, CORRUPT, METRIC, sources=(sae, [48]), hook_point=HOOK)
     with pytest.raises(ValueError, match="`hook_point` must be given"):
         patch(tiny, CLEAN, CORRUPT, METRIC, sources=(sae, [4]))

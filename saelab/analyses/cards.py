@@ -1,7 +1,7 @@
 """`describe_feature`: all that is known of one feature, as its card in Jupyter and in the report shows it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class FeatureCard(Result):
 
 def describe_feature(
     store: FeatureStore,
-    feature: int,
+    feature: SupportsIndex,
     *,
     label: str = "",
     lens: LogitLens | None = None,

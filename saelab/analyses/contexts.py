@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Bool, Integer
 
+from saelab.functional.feature_ids import read_feature
 from saelab.stores.features import FeatureStore, Firings
 from saelab.stores.results import Result
 from saelab.stores.spelling import group_words, strongest
@@ -85,7 +87,7 @@ class FeatureExamples(Result):
 
 def examples(
     store: FeatureStore,
-    feature: int,
+    feature: SupportsIndex,
     *,
     n_top: int = 10,
     n_quantiles: int = 5,
@@ -104,6 +106,7 @@ def examples(
     stands and the feature does not fire, and `n_random` tokens drawn from all. `rows` limits what is looked at, to one
     side of `store.split()` for instance. `seed` draws. A group with nothing in it is left out.
     """
+    feature = read_feature(feature)
     rng = np.random.default_rng((seed, feature))
     view = _View(store, store.feature(feature), rows, before, after)
     groups: list[ExampleGroup] = []

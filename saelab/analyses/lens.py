@@ -1,6 +1,6 @@
 """`logit_lens`: what features push the model to say, and not to say."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saelab.functional.feature_ids import FeatureIds, read_features
 from saelab.functional.ranking import largest_first
 from saelab.lm.extent import find_known_ids
 from saelab.lm.lens import read_out
@@ -59,7 +60,7 @@ class LogitLens(Result):
 
 @torch.no_grad()
 def logit_lens(
-    sae: SAE, model: Model, features: Sequence[int] | None = None, *, n: int = 10, allow_mismatch: bool = False
+    sae: SAE, model: Model, features: FeatureIds | None = None, *, n: int = 10, allow_mismatch: bool = False
 ) -> LogitLens:
     """The tokens that each feature's direction promotes and suppresses most, through final norm and unembedding.
 
@@ -73,9 +74,7 @@ def logit_lens(
     >>> len(logit_lens(sae, model, [3], n=5)[3].promoted)
     5
     """
-    wanted = list(range(sae.cfg.d_sae) if features is None else features)
-    if bad := [j for j in wanted if not 0 <= j < sae.cfg.d_sae]:
-        raise ValueError(f"`features` must be in 0..{sae.cfg.d_sae - 1}, got {bad[:5]}.")
+    wanted = read_features(range(sae.cfg.d_sae) if features is None else features, sae.cfg.d_sae)
     match_weights(sae.provenance, model, allow_mismatch)
     directions = sae.directions()
     known = find_known_ids(model).nonzero()[:, 0]

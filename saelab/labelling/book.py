@@ -9,8 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
+from saelab.functional.feature_ids import read_feature
 from saelab.labelling.database import BEST_FIRST, FILE, connect, explained, tell_damage, transaction
 from saelab.labelling.finding import rank_texts
 from saelab.labelling.formats import Entry, Format, name_format, read_entries, write_entries
@@ -71,7 +72,7 @@ class LabelBook:
         self.close()
 
     # ---- reading
-    def __getitem__(self, key: int | tuple[int, int]) -> Label:
+    def __getitem__(self, key: SupportsIndex | tuple[SupportsIndex, int]) -> Label:
         """The chosen label of `book[feature, sign]`; of `book[feature]` that of the whole feature, else of + or of -.
 
         KeyError where it has none.
@@ -96,11 +97,11 @@ class LabelBook:
     def __iter__(self) -> Iterator[Label]:
         return iter(self.chosen())
 
-    def chosen(self, feature: int | None = None) -> list[Label]:
+    def chosen(self, feature: SupportsIndex | None = None) -> list[Label]:
         """The chosen labels, of a feature or of all: of the whole feature, of its positive side, of its negative."""
         return [entry.label for entry in self._entries(feature) if entry.chosen]
 
-    def labels(self, feature: int | None = None) -> list[Label]:
+    def labels(self, feature: SupportsIndex | None = None) -> list[Label]:
         """All labels, of a feature or of all; of each sign the chosen one first."""
         return [entry.label for entry in self._entries(feature)]
 
@@ -134,26 +135,34 @@ class LabelBook:
         with self._writing() as db:
             for feature, author in {(label.feature, label.author) for label in added if afresh}:
                 sql = "DELETE FROM labels WHERE feature = ? AND author = ? AND NOT by_person AND NOT fixed"
-                db.execute(sql, (int(feature), author))
+                db.execute(sql, (read_feature(feature), author))
             for label in added:
                 self._put(db, label)
         return len(added)
 
-    def set(self, feature: int, text: str, *, author: str, sign: int = BOTH, kind: Kind = "free") -> Label:
+    def set(self, feature: SupportsIndex, text: str, *, author: str, sign: int = BOTH, kind: Kind = "free") -> Label:
         """Add a person's label and choose it, whatever was chosen before; returns it."""
-        label = Label(feature=feature, sign=sign, text=text, kind=kind, author=author, by_person=True, time=tell_time())
+        label = Label(
+            feature=read_feature(feature),
+            sign=sign,
+            text=text,
+            kind=kind,
+            author=author,
+            by_person=True,
+            time=tell_time(),
+        )
         with self._writing() as db:
             fix_choice(db, label.feature, sign, self._put(db, label))
         return label
 
-    def choose(self, feature: int, author: str | None, *, sign: int = BOTH) -> Label:
+    def choose(self, feature: SupportsIndex, author: str | None, *, sign: int = BOTH) -> Label:
         """Choose, as a person, the newest label of an author, or with None what was added last; returns it.
 
         ValueError where there is none.
         """
         with self._writing() as db:
             sql = f"SELECT id, author FROM labels WHERE feature = ? AND sign = ? ORDER BY {BEST_FIRST}"
-            found = db.execute(sql, (int(feature), sign)).fetchall()
+            found = db.execute(sql, (read_feature(feature), sign)).fetchall()
             ids = [number for number, name in found if author in (None, name)]
             if not ids:
                 names = list(dict.fromkeys(name for _, name in found))[:5]
@@ -161,14 +170,16 @@ class LabelBook:
                     f"`author` must be one with a label of feature {feature} and sign {sign}, got {author!r}; "
                     f"there are {names}."
                 )
-            fix_choice(db, int(feature), sign, None if author is None else max(ids))
+            fix_choice(db, read_feature(feature), sign, None if author is None else max(ids))
         return self[feature, sign]
 
-    def delete(self, feature: int | None = None, *, sign: int | None = None, author: str | None = None) -> int:
+    def delete(
+        self, feature: SupportsIndex | None = None, *, sign: int | None = None, author: str | None = None
+    ) -> int:
         """Delete the labels of a feature, of a sign of it, of an author, or of both; returns how many there were."""
         if feature is None and author is None:
             raise ValueError("`delete` needs `feature` or `author`, got neither; say whose labels are to go.")
-        given = {"feature": feature, "sign": sign, "author": author}
+        given = {"feature": None if feature is None else read_feature(feature), "sign": sign, "author": author}
         where = {name: value for name, value in given.items() if value is not None}
         with self._writing() as db:
             sql = f"DELETE FROM labels WHERE {' AND '.join(f'{name} = ?' for name in where)}"
@@ -211,8 +222,8 @@ class LabelBook:
         return len(entries)
 
     # ---- the file
-    def _entries(self, feature: int | None = None, order: str = BY_FEATURE) -> list[Entry]:
-        where, values = ("", ()) if feature is None else ("WHERE feature = ?", (int(feature),))
+    def _entries(self, feature: SupportsIndex | None = None, order: str = BY_FEATURE) -> list[Entry]:
+        where, values = ("", ()) if feature is None else ("WHERE feature = ?", (read_feature(feature),))
         rows = self._read(f"SELECT {', '.join(FIELDS)}, place FROM places {where} ORDER BY {order}", values)
         try:
             return [unpack_row(row) for row in rows]

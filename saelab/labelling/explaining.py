@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from saelab.functional.feature_ids import FeatureIds, read_features
 from saelab.labelling.asking import Asker
 from saelab.labelling.cases import Case, CaseConfig, build_case
 from saelab.labelling.clients import Client
@@ -68,7 +69,7 @@ class Labelling(Result):
 def explain_features(
     store: FeatureStore,
     explainer: Client | Explainer,
-    features: Sequence[int] | None = None,
+    features: FeatureIds | None = None,
     *,
     signs: Sequence[int] = (1, -1),
     scorers: Sequence[str | Scorer] = ("detection", "fuzzing"),
@@ -82,7 +83,7 @@ def explain_features(
     `explainer` is a client, which scores too, or an `Explainer` of one's own beside scorers that are objects. All
     features that fire by default; sign 0 stands for both at once. Every answer is kept in `answers`, the file
     answers.jsonl in the store's folder by default: made again, a call asks only what has no answer yet. What cannot be
-    answered is in `missing` with the reason. Raises as `Asker.ask` does, IndexError for features that do not exist.
+    answered is in `missing` with the reason. Raises as `Asker.ask` does, ValueError for features that do not exist.
 
     `cases` says how many windows are shown, `asking` how many requests go out at once, prices and budget.
     """
@@ -136,7 +137,7 @@ def score_labels(
 def estimate_labels(
     store: FeatureStore,
     client: Client,
-    features: Sequence[int] | None = None,
+    features: FeatureIds | None = None,
     *,
     signs: Sequence[int] = (1, -1),
     scorers: Sequence[str] = ("detection", "fuzzing"),
@@ -272,12 +273,10 @@ def _make_scorer(scorer: str | Scorer, asker: Asker | None, seed: int) -> Scorer
     return SCORERS[scorer](asker, seed)
 
 
-def _sides(store: FeatureStore, features: Sequence[int] | None, signs: Sequence[int]) -> list[tuple[int, int]]:
+def _sides(store: FeatureStore, features: FeatureIds | None, signs: Sequence[int]) -> list[tuple[int, int]]:
     """Features and signs that fire at all."""
     fires = store.statistics.fires
-    wanted = np.flatnonzero(fires.sum(1)).tolist() if features is None else list(features)
-    if bad := [j for j in wanted if not 0 <= j < store.d_sae]:
-        raise IndexError(f"`features` must be in 0..{store.d_sae - 1}, got {bad[:5]}.")
+    wanted = read_features(np.flatnonzero(fires.sum(1)) if features is None else features, store.d_sae)
     if bad := [sign for sign in signs if sign not in (-1, BOTH, 1)]:
         raise ValueError(f"`signs` must be among 1, -1 and 0 for both, got {bad[:5]}.")
     counts = {1: fires[:, 0], -1: fires[:, 1], BOTH: fires.sum(1)}

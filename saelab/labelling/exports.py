@@ -1,11 +1,12 @@
 """`export_store`: a feature store as other tools read it: delphi, SAEDashboard, Neuronpedia."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from saelab.collecting.delphi_writing import N_SPLITS, write_delphi
+from saelab.functional.feature_ids import FeatureIds, read_features
 from saelab.labelling.dashboards import Dashboards
 from saelab.labelling.neuronpedia import PER_FILE, BulkImport, Source, in_files
 from saelab.lm.models import Model
@@ -25,7 +26,7 @@ def export_store(
     *,
     sae: SAE | None = None,
     model: "Model | None" = None,
-    features: Sequence[int] | None = None,
+    features: FeatureIds | None = None,
     source_set: str = "saelab",
     creator: str = "saelab",
     n_splits: int = N_SPLITS,
@@ -47,9 +48,7 @@ def export_store(
     if format == "delphi":
         return write_delphi(store, folder, n_splits=n_splits, pad_id=pad_id)
     fires = store.statistics.fires.sum(1) > 0
-    wanted = fires.nonzero()[0].tolist() if features is None else list(features)
-    if bad := [j for j in wanted if not 0 <= j < store.d_sae]:
-        raise ValueError(f"`features` must be in 0..{store.d_sae - 1}, got {bad[:5]}.")
+    wanted = read_features(fires.nonzero()[0] if features is None else features, store.d_sae)
     boards, source = Dashboards.open(store, sae, model), Source.of(store, source_set)
     made = _show_progress(boards.make(wanted), len(wanted), progress)
     if format == "neuronpedia":

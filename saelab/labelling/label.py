@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from saelab.functional.feature_ids import read_feature
+
 Kind = Literal["input", "output", "position", "two-sided", "polysemantic", "none", "free"]
 """input: what the feature fires on; output: what it promotes; position: where it fires; two-sided: an axis;
 polysemantic: several things; none: no good name was found; free: a text whose kind nobody told."""
@@ -37,6 +39,8 @@ class Label:
     """ISO 8601, UTC; empty until it is stored"""
 
     def __post_init__(self) -> None:
+        for name in ("feature", "sign"):
+            object.__setattr__(self, name, read_feature(getattr(self, name), name))
         if self.sign not in (-1, BOTH, 1):
             raise ValueError(f"`sign` must be 1, -1, or 0 for the whole feature, got {self.sign}.")
         if self.feature < 0:

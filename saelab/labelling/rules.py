@@ -1,7 +1,7 @@
 """`label_by_rules`: a name for each sign of each feature without a language model, and how far it can be trusted."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from saelab.analyses.lens import LogitLens
+from saelab.functional.feature_ids import FeatureIds, read_features
 from saelab.labelling.choosing import FRACTIONS, Rule, choose_rules
 from saelab.labelling.contingency import Counts, Side, Units, feature_blocks
 from saelab.labelling.judging import Judge, NextTokens, Verdict, q_values
@@ -34,7 +35,7 @@ def label_by_rules(
     store: FeatureStore,
     predicates: Predicates | None = None,
     *,
-    features: Sequence[int] | None = None,
+    features: FeatureIds | None = None,
     lens: LogitLens | None = None,
     train_frac: float = 0.5,
     seed: int = 0,
@@ -143,12 +144,12 @@ class _Work:
         self.judge = Judge(self.held, store.doc_ids, seed)
         self.next = NextTokens(store, lens, self.held) if lens is not None else None
 
-    def blocks(self, features: Sequence[int] | None) -> Iterator[Int[np.ndarray, "m"]]:
+    def blocks(self, features: FeatureIds | None) -> Iterator[Int[np.ndarray, "m"]]:
         """Runs of features to work on together: all of them, or those that are asked for."""
         for start, stop in feature_blocks(self.store):
             wanted = np.arange(start, stop)
             if features is not None:
-                wanted = np.intersect1d(wanted, np.asarray(features))
+                wanted = np.intersect1d(wanted, read_features(features, self.store.d_sae))
             if len(wanted):
                 yield wanted
 

@@ -13,6 +13,7 @@ from saelab.analyses.lens import LogitLens, logit_lens
 from saelab.analyses.likeness import Neighbours, neighbours
 from saelab.collecting.harvesting import require_harvested
 from saelab.evaluation.results import Evaluation
+from saelab.functional.feature_ids import FeatureIds, read_features
 from saelab.labelling.book import LabelBook
 from saelab.labelling.label import Label
 from saelab.labelling.wording import join_texts
@@ -57,7 +58,7 @@ def report(
     out: str | Path,
     model: "Model | None" = None,
     labels: Mapping[int, str] | LabelBook | None = None,
-    features: Sequence[int] | None = None,
+    features: FeatureIds | None = None,
     *,
     sae: "SAE | None" = None,
     prompts: Sequence[str] = (),
@@ -84,7 +85,8 @@ def report(
     or are not those of the `comparison`, and where `out` holds something that is not a report
     or somebody else is writing there.
     """
-    wanted = list(range(store.d_sae)) if features is None else list(dict.fromkeys(features))
+    everything = range(store.d_sae)
+    wanted = list(dict.fromkeys(read_features(everything if features is None else features, store.d_sae)))
     _check(store, wanted, sae, model, prompts)
     names = _read_names(store, labels)
     with _claim(Path(out)) as target:
@@ -152,8 +154,6 @@ def _name(store: FeatureStore) -> str:
 def _check(
     store: FeatureStore, wanted: list[int], sae: "SAE | None", model: "Model | None", prompts: Sequence[str]
 ) -> None:
-    if bad := [j for j in wanted if not 0 <= j < store.d_sae]:
-        raise ValueError(f"`features` must be in 0..{store.d_sae - 1}, got {bad[:5]}.")
     if not wanted:
         raise ValueError("`features` must name at least one feature, got none.")
     if prompts and (sae is None or model is None):

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.collecting.harvesting import require_harvested
+from saelab.functional.feature_ids import FeatureIds, read_features
 from saelab.functional.ranking import largest_first
 from saelab.lm.extent import find_known_ids
 from saelab.lm.forwards import FORWARD_TOKENS
@@ -83,7 +84,7 @@ def score_steering(
     model: Model,
     sae: SAE,
     store: FeatureStore,
-    features: Sequence[int] | None = None,
+    features: FeatureIds | None = None,
     *,
     prompts: str | Int[Tensor, "n"] | Sequence[str | Int[Tensor, "n"]] = NEUTRAL,
     strength: float = 10.0,
@@ -104,9 +105,8 @@ def score_steering(
     for activations of another width than the residual stream's, and for an SAE of another model, weight processing or
     hook point (unless `allow_mismatch`). Source: arXiv:2505.20063.
     """
-    wanted = np.arange(sae.cfg.d_sae) if features is None else np.asarray(features, np.int64)
-    if len(bad := wanted[(wanted < 0) | (wanted >= sae.cfg.d_sae)]):
-        raise ValueError(f"`features` must be in 0..{sae.cfg.d_sae - 1}, got {bad[:5].tolist()}.")
+    everything = range(sae.cfg.d_sae)
+    wanted = np.array(read_features(everything if features is None else features, sae.cfg.d_sae), np.int64)
     require_harvested(store, sae)
     intervention = Intervention(sae, (), hook_point=hook_point, allow_mismatch=allow_mismatch)
     intervention.require_match(model)

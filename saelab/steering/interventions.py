@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.functional.feature_ids import FeatureIds, read_feature
 from saelab.lm.hooks import find_hook_point
 from saelab.lm.models import Model
 from saelab.sae.matching import match_places
@@ -21,7 +22,7 @@ Mode = Literal["add", "clamp", "at-least", "scale", "ablate"]
 Unit = Literal["raw", "max", "norm"]
 Error = Literal["keep", "drop"]
 Strength: TypeAlias = float | int | Float[Tensor, ""]
-Features: TypeAlias = Mapping[int, Strength] | Iterable[int] | Strength
+Features: TypeAlias = Mapping[SupportsIndex, Strength] | FeatureIds | Strength
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,15 +194,20 @@ def _find_rows(source: SAE | Direction, features: list[int]) -> Float[Tensor, "n
     return source.vector[None] if isinstance(source, Direction) else source.directions()[features]
 
 
+def _is_number(features: Any) -> bool:
+    """A strength, not a list of features: tensors can be either."""
+    return isinstance(features, Tensor) and features.ndim == 0
+
+
 def _read_features(features: Features, source: SAE | Direction, mode: Mode) -> dict[int, Strength]:
     """Strengths by feature; features without strengths are for ablation only."""
     if isinstance(source, Direction) and not isinstance(features, Mapping):
         given: Any = {} if isinstance(features, tuple | list) and not features else {0: features}
         strengths = {0: 0.0} if not given and mode == "ablate" else given
     elif isinstance(features, Mapping):
-        strengths = {int(i): s for i, s in features.items()}
-    elif mode == "ablate" and isinstance(features, Iterable) and not isinstance(features, Tensor):
-        strengths = {int(i): 0.0 for i in features}
+        strengths = {read_feature(i, "features"): s for i, s in features.items()}
+    elif mode == "ablate" and isinstance(features, Iterable) and not _is_number(features):
+        strengths = {read_feature(i, "features"): 0.0 for i in features}
     elif isinstance(features, tuple | list) and not features:
         strengths = {}
     else:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.functional.feature_ids import FeatureIds, read_features
 from saelab.lm.forwards import FORWARD_TOKENS
 from saelab.lm.hooks import capture, logits, splice
 from saelab.lm.models import Model
@@ -21,7 +22,7 @@ from saelab.steering.outcomes import Metric, Outcome, Prompt, Texts, make_outcom
 from saelab.steering.subspaces import Subspace, as_subspace
 from saelab.stores.results import Result
 
-Source: TypeAlias = str | Direction | Subspace | SAE | tuple[SAE, Sequence[int]]
+Source: TypeAlias = str | Direction | Subspace | SAE | tuple[SAE, FeatureIds]
 """A hook point, what lies along directions there, all features of an SAE, or some of them."""
 Positions: TypeAlias = Literal["each", "all"] | Sequence[int | Sequence[int]]
 
@@ -206,16 +207,15 @@ def _make_piece(model: Model, source: Source, hook_point: str | None, allow_mism
     if isinstance(source, Direction | Subspace):
         space = as_subspace(source)
         return _Piece(space.name, space.hook_point, lambda clean, corrupt: space.project(clean - corrupt))
-    sae, features = (source, None) if isinstance(source, SAE) else source
+    sae, given = (source, None) if isinstance(source, SAE) else source
     require_autoencoder(sae)
     point = match_source(sae, model, hook_point, allow_mismatch)
+    features = None if given is None else list(dict.fromkeys(read_features(given, sae.cfg.d_sae, "Features")))
     return _Piece(_tell_features(features), point, _carry_features(sae, features))
 
 
 def _carry_features(sae: SAE, features: Sequence[int] | None) -> Callable[[Tensor, Tensor], Tensor]:
-    chosen = list(range(sae.cfg.d_sae)) if features is None else list(dict.fromkeys(features))
-    if bad := [i for i in chosen if not 0 <= i < sae.cfg.d_sae]:
-        raise ValueError(f"Features must be in 0..{sae.cfg.d_sae - 1}, got {bad[:5]}.")
+    chosen = list(range(sae.cfg.d_sae)) if features is None else list(features)
 
     @torch.no_grad()
     def carry(clean: Tensor, corrupt: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Integer
 
+from saelab.functional.feature_ids import read_feature
 from saelab.stores.corpus import StoredText, split_documents
 from saelab.stores.files import checksum, load_tensors, save_tensors
 from saelab.stores.manifest import FeatureManifest
@@ -203,8 +204,9 @@ class FeatureStore:
         latents, values = (arrays.part(name, start, stop) for name in ("latents", "values"))
         return Firings(latents.astype(np.int64), values.astype(np.float32))
 
-    def feature(self, j: int) -> Feature:
+    def feature(self, j: SupportsIndex) -> Feature:
         """The tokens at which a feature fires; in Jupyter, its card."""
+        j = read_feature(j)
         if not -self.d_sae <= j < self.d_sae:
             raise IndexError(f"Feature must be in -{self.d_sae}..{self.d_sae - 1}, got {j}.")
         j %= self.d_sae

@@ -1,0 +1,39 @@
+"""Numbers of features, as people give them: Python's integers, NumPy's, torch's, ranges and arrays of them."""
+
+import operator
+from collections.abc import Iterable
+from typing import Any, SupportsIndex, TypeAlias
+
+FeatureIds: TypeAlias = Iterable[SupportsIndex]
+"""lists, ranges, arrays and tensors of integers"""
+
+
+def read_feature(value: Any, name: str = "feature") -> int:
+    """A feature's number as an `int`; TypeError for what is no integer, a truth value among them.
+
+    >>> import numpy as np
+    >>> read_feature(np.int64(3)), read_feature(torch.tensor(4))
+    (3, 4)
+    """
+    try:
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"`{name}` must be an integer, got {value!r} ({type(value).__name__}). Of a mask give the places that are "
+            "true (`mask.nonzero()`)."
+        ) from None
+
+
+def read_features(values: FeatureIds, d_sae: int, name: str = "features") -> list[int]:
+    """Numbers of features as a list of `int`; ValueError for those that are not in 0..d_sae - 1.
+
+    >>> import numpy as np
+    >>> read_features(np.arange(3), 8)
+    [0, 1, 2]
+    """
+    wanted = [read_feature(value, name) for value in values]
+    if bad := [j for j in wanted if not 0 <= j < d_sae]:
+        raise ValueError(f"`{name}` must be in 0..{d_sae - 1}, got {bad[:5]}.")
+    return wanted
