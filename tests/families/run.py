@@ -5,6 +5,7 @@ import datetime
 import logging
 import sys
 import time
+import traceback
 import warnings
 from importlib.metadata import version
 from multiprocessing import TimeoutError, get_context
@@ -14,9 +15,11 @@ import torch
 from table import build, list_architectures
 from uses import USES, Family, Wrong
 
+import saelab
 from saelab.lm.quiet import no_processes
 
 PAGE = Path(__file__).parents[2] / "docs" / "supported_models.md"
+SAELAB = Path(saelab.__file__).parent
 MARKS = {"right": "yes", "refused": "refused", "wrong": "WRONG"}
 
 
@@ -42,9 +45,13 @@ def judge(name: str) -> dict[str, tuple[str, str]]:
 
 
 def _tell(error: Exception) -> str:
-    refused = isinstance(error, ValueError | NotImplementedError | TypeError) and " got " in str(error)
-    fired = isinstance(error, RuntimeError) and "must fire exactly once" in str(error)
-    return "refused" if refused or fired else "wrong"
+    """A refusal is a sentence of saelab's own, raised by it; whatever comes out of a library below is wrong."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    told = str(error)
+    said = any(rule in told for rule in (" got ", "must fire exactly once", "must carry one vector"))
+    said = said and "unexpected keyword" not in told
+    known = isinstance(error, ValueError | TypeError | RuntimeError)
+    return "refused" if known and said and SAELAB in raised_in.parents else "wrong"
 
 
 def _line(error: Exception) -> str:

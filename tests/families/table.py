@@ -61,7 +61,7 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def list_architectures() -> list[str]:
-    """The names that both libraries' registries of text models have, in order."""
+    """The names that both libraries' registries of text models have, those that take pictures last."""
     from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
     from transformers.models.auto import modeling_auto as known
 
@@ -69,7 +69,7 @@ def list_architectures() -> list[str]:
     for mapping in (known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
         for entry in mapping.values():
             names |= {entry} if isinstance(entry, str) else set(entry)
-    return sorted(names & set(SUPPORTED_ARCHITECTURES))
+    return sorted(names & set(SUPPORTED_ARCHITECTURES), key=lambda name: ("ConditionalGeneration" in name, name))
 
 
 def build(name: str) -> Any:
@@ -90,4 +90,6 @@ def build(name: str) -> Any:
     n = sum(weight.numel() for weight in model.parameters())
     if n > 2_000_000:
         raise MemoryError(f"{n:,} weights are no tiny model")
+    with torch.no_grad():
+        model(torch.arange(3, 15)[None], use_cache=False)  # sizes that do not go together are no fault of saelab's
     return model

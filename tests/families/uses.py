@@ -42,6 +42,15 @@ class Family:
         paths = [path for path, module in self.model.original_model.named_modules() if module is wrapper]
         return self.theirs.get_submodule(paths[0].replace("._original_component", ""))
 
+    def widened(self) -> "Family":
+        """Hugging Face's model in float64, its experts one by one: their grouped products know no float64."""
+        wide = Family.__new__(Family)
+        wide.theirs, wide.model, wide.ids = copy.deepcopy(self.theirs), self.model, self.ids
+        if wide.theirs._can_set_experts_implementation():
+            wide.theirs.set_experts_implementation("eager")
+        wide.theirs.double()
+        return wide
+
     @contextmanager
     def by_hand(self, edit: Callable[[Tensor], Tensor]):
         """The edit on what block 1 hands on, by a hook of PyTorch's."""
@@ -90,6 +99,13 @@ def use_hooks(family: Family) -> None:
         raise Wrong("verify_hooks: " + ", ".join(f"{e:.0e}" for e in (*agreement.captured, *agreement.bridge)))
 
 
+def use_stream(family: Family) -> None:
+    """The block's input, attention and MLP add up to its output, where the family has these hook points."""
+    names = [f"blocks.1.hook_{part}" for part in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+    before, attention, mlp, after = sl.capture(family.model, family.ids, names).values()
+    _same(before + attention + mlp, after, "resid_pre + attn_out + mlp_out")
+
+
 def use_cached(family: Family) -> None:
     """Greedy text of one prompt, with a cache and without."""
     expected = family.write(PROMPTS[0])
@@ -117,10 +133,12 @@ def use_borders(family: Family) -> None:
 
 
 def use_steering(family: Family) -> None:
-    """Steered texts, cached, uncached, in a batch."""
+    """Steered logits, and texts cached, uncached, in a batch."""
     with family.by_hand(lambda x: x + SHIFT.to(x) / SHIFT.norm() * 10):
         expected = [family.write(prompt) for prompt in PROMPTS]
+        logits = family.run(family.ids)
     with sl.steer(family.model, sl.Direction(SHIFT, POINT), 10.0, where=sl.Where(special=True)):
+        _same(sl.logits(family.model, family.ids), logits, "steered logits")
         for use_cache in (True, False):
             if _texts(family, PROMPTS, use_cache=use_cache) != expected:
                 raise Wrong(f"steered texts with use_cache={use_cache}")
@@ -141,6 +159,43 @@ def use_loss(family: Family) -> None:
     _same(found, -log_probs.gather(2, family.ids[:, 1:, None])[..., 0], "losses")
 
 
+def _make_sae() -> sl.SAE:
+    return sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)), seed=0)
+
+
+def use_evaluation(family: Family) -> None:
+    """The clean loss of `evaluate`, of an untrained SAE: Hugging Face's own logits, by hand."""
+    rows = torch.arange(len(family.ids))[:, None].expand_as(family.ids)
+    tokens = sl.Tokens(ids=family.ids.int(), doc_ids=rows.int(), packed=False)
+    options: dict[str, Any] = {"hook_point": POINT, "n_bootstrap": 0, "baselines": False, "progress": False}
+    found = sl.evaluate(_make_sae(), family.model, tokens, **options).ce_clean
+    log_probs = family.run(family.ids).double().log_softmax(-1)[:, :-1]
+    expected = -log_probs.gather(2, family.ids[:, 1:, None]).mean()
+    _same(torch.tensor(found), expected, "clean loss")
+
+
+def use_attribution(family: Family) -> None:
+    """The effect of the largest active feature before the last token: a central difference on Hugging Face's model."""
+    sae = _make_sae()
+    found = sl.attribute(family.model, sae, PROMPTS[0], 7, hook_point=POINT, progress=False)
+    ids = torch.tensor([family.model.tokenizer(PROMPTS[0])["input_ids"]])
+    inner = [i for i, place in enumerate(found.positions) if 0 < place < ids.shape[1] - 1]
+    node = max(inner, key=lambda i: abs(float(found.effects[i])))
+    place, along = int(found.positions[node]), sae.directions()[int(found.features[node])].detach()
+    wide = family.widened()
+
+    def by_hand(size: float) -> float:
+        def push(x: Tensor) -> Tensor:
+            return torch.cat([x[:, :place], x[:, place : place + 1] + size * along.to(x), x[:, place + 1 :]], 1)
+
+        with wide.by_hand(push):
+            return float(wide.run(ids)[0, -1].log_softmax(-1)[7])
+
+    measured = -float(found.codes[node]) * (by_hand(2e-3) - by_hand(-2e-3)) / 4e-3
+    if not abs(float(found.effects[node]) - measured) <= 1e-2 * abs(measured) + 1e-4:
+        raise Wrong(f"effect {found.effects[node]:.4f} for {measured:.4f}")
+
+
 def use_gradient(family: Family) -> None:
     """The gradient that attribution goes by, at block 1: central differences."""
     along = torch.randn(32, generator=torch.Generator().manual_seed(2))
@@ -155,8 +210,7 @@ def use_gradient(family: Family) -> None:
 
     step = torch.zeros((), requires_grad=True)
     (slope,) = torch.autograd.grad(run(step), step)
-    wide = Family.__new__(Family)  # of its own weights, in float64
-    wide.theirs, wide.model, wide.ids = copy.deepcopy(family.theirs).double(), family.model, family.ids
+    wide = family.widened()
 
     def by_hand(size: float) -> Tensor:
         def push(x: Tensor) -> Tensor:
@@ -222,7 +276,8 @@ def use_foreign(family: Family) -> None:
 
 
 USES: dict[str, Callable[[Family], None]] = {
-    "logits": use_logits, "hooks": use_hooks, "text": use_cached, "batch": use_batched, "borders": use_borders,
-    "steering": use_steering, "splicing": use_splice, "loss": use_loss, "gradient": use_gradient, "lens": use_lens,
+    "logits": use_logits, "hooks": use_hooks, "stream": use_stream, "text": use_cached, "batch": use_batched,
+    "borders": use_borders, "steering": use_steering, "splicing": use_splice, "loss": use_loss,
+    "evaluation": use_evaluation, "gradient": use_gradient, "attribution": use_attribution, "lens": use_lens,
     "foreign hook": use_foreign,
 }  # fmt: skip
