@@ -143,7 +143,7 @@ def has_right_words(
 
 def chance(store: sl.FeatureStore, predicates: Predicates, n_moves: int, seed: int) -> tuple[float, float, float]:
     """Shares of moved sides with a good rule and with q <= 0.05, and of moves with any q <= 0.05."""
-    moved, rng = Moved(store.folder, store.manifest, store._specs), np.random.default_rng(seed)
+    moved, rng = Moved.load(store.folder), np.random.default_rng(seed)
     good, below, sides, runs = 0, 0, 0, 0
     for _ in range(n_moves):
         moved.steps = int(rng.integers(1000, len(store) - 1000))
