@@ -39,6 +39,7 @@ import saelab as sl
 from saelab.labelling.contingency import Side, Units, feature_blocks
 from saelab.labelling.predicates import Predicates, make_predicates
 from saelab.labelling.rules import RuleLabel, RuleLabels, label_by_rules
+from saelab.labelling.side_tokens import add_side_tokens
 from saelab.worlds.tales import Stories, tell
 
 HOOK = "blocks.2.hook_resid_post"
@@ -165,6 +166,7 @@ def measure(name: str, sae: sl.SAE, stories: Stories, seed: int, n_moves: int, f
     is_train = store.split(seed=seed)
     known = find_known(store, truth, is_train)
     given = make_predicates(store, size=400, sizes=SIZES, concepts=(truth, names))
+    given = add_side_tokens(store, given, is_train)  # as `label_by_rules` does: rules may name them
     plain = given.without("concept")
     same = equivalents(given, truth, is_train)
     told = _by_side(label_by_rules(store, given, seed=seed))
