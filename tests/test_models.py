@@ -126,6 +126,21 @@ def test_description_names_versions_and_processing() -> None:
     assert describe_model(model).weight_processing == "folded"
 
 
+@pytest.mark.parametrize("name", ["tiny", "tales"])
+def test_a_folder_does_not_stand_for_a_built_in_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_tiny().save_pretrained(tmp_path / name)
+    tiny_model().tokenizer.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=f"Write './{name}' for the folder"):
+        model = load_model(name, progress=False)
+    own = hf_tiny().config.hidden_size
+    assert model.cfg.d_model != own
+    for folder in (f"./{name}", Path(name)):
+        assert load_model(folder, progress=False).cfg.d_model == own
+
+
 def test_the_real_model_loads(shared_data: Path, no_network: list[Any]) -> None:
     model = load_model(str(shared_data / "stories260k"), device="cpu")
     assert (model.cfg.n_layers, model.cfg.d_model) == (5, 64)

@@ -1,6 +1,7 @@
 """Loading a language model: from the Hub, from a folder, from an object, or a tiny one built on the spot."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -41,8 +42,8 @@ def load_model(
 ) -> Model:
     """A causal language model behind a `TransformerBridge`, in evaluation mode.
 
-    `name_or_path` is "tales" or "tales-b" (the models of `saelab.worlds`, part of the package), a Hub id, a local
-    folder (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face model object (it stays as it is;
+    `name_or_path` is "tales" or "tales-b" (the models of `saelab.worlds`, part of the package; "./tales" is a folder
+    of that name), a Hub id, a local folder (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face model object (it stays as it is;
     the bridge shares its weights), or a bridge (returned as it is). `device` defaults to the best one present
     (built-in models stay on the CPU), `dtype` to float32; objects keep their own. `tokenizer` replaces the model's;
     for an object it may be left out where the folder it came from has one. Weights are Hugging Face's own;
@@ -102,10 +103,17 @@ def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, token
         )
     name = str(name_or_path)
     folder = Path(name_or_path).expanduser()
-    if name in BUILT_IN and not folder.is_dir():
+    if isinstance(name_or_path, str) and name in (*BUILT_IN, "tiny"):
+        if folder.is_dir():
+            warnings.warn(
+                f"'{name}' is saelab's own model; the folder of that name here is not read. "
+                f"Write './{name}' for the folder.",
+                UserWarning,
+                stacklevel=3,
+            )
+        if name == "tiny":
+            return tiny_model().to(device or "cpu", dtype or torch.float32, print_details=False)
         folder, device = WORLD_MODELS / name, device or "cpu"
-    if name == "tiny" and not folder.is_dir():
-        return tiny_model().to(device or "cpu", dtype or torch.float32, print_details=False)
     if folder.is_dir():
         name = str(folder)
         admit_folder(folder, tokenizer is not None)
