@@ -43,12 +43,12 @@ def load_model(
     """A causal language model behind a `TransformerBridge`, in evaluation mode.
 
     `name_or_path` is "tales" or "tales-b" (the models of `saelab.worlds`, part of the package; "./tales" is a folder
-    of that name), a Hub id, a local folder (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face model object (it stays as it is;
-    the bridge shares its weights), or a bridge (returned as it is). `device` defaults to the best one present
-    (built-in models stay on the CPU), `dtype` to float32; objects keep their own. `tokenizer` replaces the model's;
-    for an object it may be left out where the folder it came from has one. Weights are Hugging Face's own;
-    `weight_processing="folded"` folds norms and centres what is written to the residual stream, as TransformerLens 2
-    did by default and many public SAEs expect. `progress=False` hides the bars of downloading and loading.
+    of that name), a Hub id, a local folder (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face
+    model object (it stays as it is; the bridge shares its weights), or a bridge (returned as it is). `device` defaults
+    to the best one present (built-in models stay on the CPU), `dtype` to float32; objects keep their own.
+    `tokenizer` replaces the model's; for an object it may be left out where its folder has one. Weights are Hugging
+    Face's own; `weight_processing="folded"` folds norms and centres what is written to the residual stream, as
+    TransformerLens 2 did by default and many public SAEs expect. `progress=False` hides the bars.
     Of a multimodal model the language tower is read; nothing is installed or started for the rest. FileNotFoundError
     for a missing folder, TypeError for an object of another kind, ValueError for a wrong id, for what is no whole
     causal model with its tokenizer, and for a device or dtype beside an object.
