@@ -140,3 +140,11 @@ def test_a_forward_in_the_middle_without_a_cache_that_is_known_is_an_error(told)
 def test_borders_of_positions_are_read_from_the_configuration() -> None:
     assert find_border(build("phi3")[0]) == (16, False)
     assert find_border(build("llama")[0]) is None
+
+
+def test_positions_of_a_scheme_that_is_not_known_are_read_anew_behind_their_border() -> None:
+    model = build("llama")[0]
+    length = model.config.max_position_embeddings
+    for kind, border in (("yarn", None), ("spiral", (length, True)), ("dynamic", (length, True))):
+        model.config.rope_parameters = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+        assert find_border(model) == border

@@ -18,6 +18,7 @@ from unchecked import unchecked
 
 from saelab.cli.app import main
 from saelab.cli.commands import app, dispatch
+from saelab.cli.saying import find_base
 from saelab.cli.texts import count_overlap, read_head, read_tail
 from saelab.cli.training import read_activation, read_prefixes, train_sae
 from saelab.evaluation.concepts import score_concepts
@@ -457,3 +458,9 @@ def test_stores_refuse_what_makes_no_sense(acts: Path, folder: Path, shell: Shel
     assert refused.code == 2 and "--overwrite" in refused.err
     near = shell("features", tmp_path / "store", "--sort", "densty")
     assert near.code == 2 and "density" in near.err
+
+
+def test_classes_that_typer_has_no_more_are_an_error() -> None:
+    assert issubclass(typer.BadParameter, find_base(typer.BadParameter, "UsageError"))
+    with pytest.raises(ImportError, match="must be made from a class `Misuse`"):
+        find_base(typer.BadParameter, "Misuse")

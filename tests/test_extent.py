@@ -38,6 +38,16 @@ def test_positions_that_run_out_are_a_limit() -> None:
             sl.tokenize(model, ["a"], ctx_len=33)
 
 
+def test_a_limit_of_another_name_is_taken_and_told() -> None:
+    model = load(MambaForCausalLM(MambaConfig(vocab_size=259, hidden_size=16, num_hidden_layers=1)))
+    config: Any = model.original_model.config
+    config.longest_context, config.n_position_tables = 48, 64
+    with pytest.warns(UserWarning, match=r"'longest_context': 48.* 48 tokens"):
+        assert find_context(model) == 48
+    config.max_seq_len = 40
+    assert find_context(model) == 40
+
+
 @pytest.mark.parametrize("text", ["", "a", "\u4e16\u754c" * 40, "caf\u00e9 " * 9])
 def test_a_row_holds_its_text(tiny: Any, text: str) -> None:
     assert find_row(tiny, text) <= find_context(tiny)

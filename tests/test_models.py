@@ -122,8 +122,16 @@ def test_description_names_versions_and_processing() -> None:
     assert processing == "none"
     assert versions["torch"] == version("torch")
     assert set(versions) == {"saelab", "torch", "transformer-lens", "transformers"}
+    model.enable_compatibility_mode(no_processing=True)
+    assert describe_model(model).weight_processing == "none"
+    model.process_weights()
+    assert describe_model(model).weight_processing == "folded"
+    model = tiny_model()
     model.enable_compatibility_mode()
     assert describe_model(model).weight_processing == "folded"
+    del model._weights_processed
+    with pytest.raises(RuntimeError, match=r"must say .* whether its weights were processed"):
+        describe_model(model)
 
 
 @pytest.mark.parametrize("name", ["tiny", "tales"])

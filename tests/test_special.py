@@ -90,6 +90,13 @@ def test_a_tokenizer_with_an_end_alone_has_no_beginning() -> None:
         sl.tokenize(model, ["one"])
 
 
+def test_ends_that_a_model_does_not_name_are_an_error() -> None:
+    model = sl.load_model(llama(8), tokenizer=words("</s>", eos_token="</s>"))
+    model.original_model.generation_config = None
+    with pytest.raises(ValueError, match="which tokens end a text"):
+        find_ends(model)
+
+
 def test_names_given_later_are_the_users_own() -> None:
     tokenizer = words("</s>", eos_token="</s>")
     tokenizer.bos_token = "</s>"

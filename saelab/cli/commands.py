@@ -18,7 +18,7 @@ from saelab.cli.labelling import label_features
 from saelab.cli.labels import VERBS as LABEL_VERBS
 from saelab.cli.labels import open_book
 from saelab.cli.reporting import write_report
-from saelab.cli.saying import say
+from saelab.cli.saying import find_base, say
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.training import train_sae
 from saelab.training.interrupt import Terminable
@@ -35,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 failed or interrupted, 2 wrong use.",
 )
-UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of typer's own copy of click
+UsageError: type[Exception] = find_base(typer.BadParameter, "UsageError")
 
 
 @app.callback()

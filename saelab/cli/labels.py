@@ -9,7 +9,7 @@ import typer
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.saying import say
+from saelab.cli.saying import find_base, say
 from saelab.labelling.book import LabelBook
 from saelab.labelling.formats import FORMATS, name_format
 from saelab.labelling.label import BOTH, Label
@@ -18,7 +18,7 @@ from saelab.labelling.wording import MARKS, describe_origin
 if TYPE_CHECKING:
     from typer import Context
 else:
-    Context = typer.Context.__mro__[1]  # click's, or that of typer's own copy of click: what a command is given
+    Context = find_base(typer.Context, "Context")  # what a command is given
 
 Feature = Annotated[int, Argument(metavar="FEATURE", help="Number of the feature.")]
 Words = Annotated[

@@ -1,5 +1,6 @@
 """What may stand behind the door: everything else is refused in a sentence that says what it lacks."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,20 @@ def require_bridge(model: Any) -> None:
             f"`model` must be what `saelab.load_model` returns, a TransformerBridge, got a {type(model).__name__}. "
             "Give its name, folder or Hugging Face object to `saelab.load_model`."
         )
+
+
+def has_processed_weights(model: Any) -> bool:
+    """Whether a bridge has folded or centred its weights, so that activations are not Hugging Face's.
+
+    RuntimeError where the bridge no longer says so: taken for raw, folded weights would be read wrongly.
+    """
+    said = vars(model).get("_weights_processed")
+    if not isinstance(said, bool):
+        raise RuntimeError(
+            f"A TransformerBridge must say in `_weights_processed` whether its weights were processed, got {said!r}. "
+            "Take a release of transformer-lens that saelab was tested with (see README)."
+        )
+    return said
 
 
 def admit_object(model: Any) -> Any:
@@ -106,9 +121,17 @@ def admit_folder(folder: Path, has_tokenizer: bool) -> None:
         )
 
 
-def admit_weights(name: str, missing: set[str]) -> None:
-    """ValueError where weights were not in the files, which Hugging Face fills with random numbers."""
-    if missing:
+def admit_weights(name: str, reports: Sequence[set[str]]) -> None:
+    """ValueError where weights were not in the files, which Hugging Face fills with random numbers.
+
+    `reports` name what was missing, one for each model that was loaded; RuntimeError where nothing was reported.
+    """
+    if not reports:
+        raise RuntimeError(
+            f"Hugging Face must report which weights it did not find, got nothing of '{name}': this transformer-lens "
+            "loads otherwise. Take a release that saelab was tested with (see README)."
+        )
+    if missing := set().union(*reports):
         some = ", ".join(sorted(missing)[:3])
         raise ValueError(
             f"A model's files must hold all its weights, got '{name}' without {len(missing)} of them ({some}). A base "

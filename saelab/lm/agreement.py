@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from saelab.lm.admission import has_processed_weights, require_bridge
 from saelab.lm.door import Door, door
 from saelab.lm.hooks import capture, read_sites, to_model
 from saelab.lm.models import Model
@@ -59,7 +60,8 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
     >>> sl.verify_hooks(sl.tiny_model()).ok
     True
     """
-    if getattr(model, "_weights_processed", False):
+    require_bridge(model)
+    if has_processed_weights(model):
         raise ValueError(
             "`verify_hooks` needs raw weights, got a model whose weights were folded by `enable_compatibility_mode`. "
             "Load the model again."

@@ -17,8 +17,10 @@ NAMES = ("cache", "past_key_values", "cache_params", "state")
 """what Hugging Face's models call it, as an argument of the forward and as a field of its output: the first from
 transformers 5.24 on, the last two in state-space and recurrent models"""
 _WORDS = ("cache", "past", "state", "mem")
-CHANGING = ("dynamic", "longrope")
-"""position schemes that turn all positions of a text otherwise once it is longer than they were made for"""
+STAYING = (None, "default", "linear", "yarn", "llama3", "proportional", "mrope")
+"""position schemes that leave positions as they are, however long a text becomes. "longrope" turns all of them
+otherwise once, at the length it was made for, "dynamic" at every step from there on, and a scheme that is not known is
+taken for one like it: a text is then read anew from that length on, which is right with any"""
 
 
 def find_given(kwargs: Mapping[str, Any]) -> Any:
@@ -203,11 +205,11 @@ def find_border(model: nn.Module) -> tuple[int, bool] | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     for told in _read_schemes(text):
         kind = told.get("rope_type", told.get("type"))
-        if kind in CHANGING:
+        if kind not in STAYING:
             length = told.get("original_max_position_embeddings") or getattr(
                 text, "original_max_position_embeddings", None
             )
-            return int(length or text.max_position_embeddings), kind == "dynamic"
+            return int(length or text.max_position_embeddings), kind != "longrope"
     return None
 
 

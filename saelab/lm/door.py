@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saelab.lm.admission import require_bridge
+from saelab.lm.admission import has_processed_weights, require_bridge
 from saelab.lm.cache import Caching, measure_caching
 from saelab.lm.foreign import HookBooks
 from saelab.lm.models import Model
@@ -58,7 +58,7 @@ class Door:
             _require_causal(self.bridged, self.probe, expected)
             self._last = expected[:, -1]
             # Weights of the bridge's own, edited or processed since, are what the user wants: then it is right.
-            owns_weights = was_right or model.compatibility_mode or getattr(model, "_weights_processed", False)
+            owns_weights = was_right or model.compatibility_mode or has_processed_weights(model)
             self.plain, self.twins, self.bridge_is_right = self._find_plain(expected, owns_weights)
         if self.plain is not None:
             self._plain_hooks = HookBooks(self.plain)

@@ -12,7 +12,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import nn
 
-from saelab.lm.admission import admit_config, admit_folder, admit_object, admit_tokenizer, admit_weights
+from saelab.lm.admission import (
+    admit_config,
+    admit_folder,
+    admit_object,
+    admit_tokenizer,
+    admit_weights,
+    has_processed_weights,
+)
 from saelab.lm.bars import hidden_bars
 from saelab.lm.foreign import warn_of_hooks
 from saelab.lm.plain import make_probe, run, set_attention, strip
@@ -76,6 +83,11 @@ def _fold(model: Model) -> Model:
     probe = make_probe(model)
     expected = run(hf_model, probe).log_softmax(-1)
     model.enable_compatibility_mode()
+    if not has_processed_weights(model):
+        raise RuntimeError(
+            f"`enable_compatibility_mode` must process the weights and say so, got this {model.cfg.architecture} as it "
+            "was. Take a release of transformer-lens that saelab was tested with (see README)."
+        )
     error = float((run(model.original_model, probe).log_softmax(-1) - expected).norm() / expected.norm())
     if not error <= (1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05):
         raise ValueError(
@@ -145,7 +157,8 @@ def _boot(name: str, *, local: bool, **options: Any) -> Model:
         options = {key: value for key, value in options.items() if value is not None}
         with _named(name, local, "hf_model" in options):
             model = TransformerBridge.boot_transformers(name, **options)
-    admit_weights(name, missing)
+    if "hf_model" not in options:
+        admit_weights(name, missing)
     admit_tokenizer(model)
     model.eval()
     return model
@@ -281,12 +294,11 @@ def describe_model(model: Model) -> ModelDescription:
     >>> sl.describe_model(sl.tiny_model()).weight_processing
     'none'
     """
-    processed = bool(getattr(model, "_weights_processed", False))
     versions = {name: _version(name) for name in ("saelab", "torch", "transformer-lens", "transformers")}
     name = str(model.cfg.model_name)
     if Path(name).parent == WORLD_MODELS:  # wherever the package lies, its models are the same
         name = Path(name).name
-    return ModelDescription(shareable(name), "folded" if processed else "none", versions)
+    return ModelDescription(shareable(name), "folded" if has_processed_weights(model) else "none", versions)
 
 
 def is_same_model(one: str, other: str) -> bool:

@@ -183,7 +183,11 @@ class TapHook(OwnHook):
         if args and isinstance(args[0], Tensor):
             new = self.tap(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
-        name = next(name for name in _INPUTS if name in kwargs)
+        if (name := next((name for name in _INPUTS if name in kwargs), None)) is None:
+            raise RuntimeError(
+                f"A hook must find what goes into a module as its first argument or one of {_INPUTS}, got "
+                f"{sorted(kwargs)}. Choose the output of the module before it."
+            )
         new = self.tap(kwargs[name])
         return None if new is None else (args, {**kwargs, name: new})
 

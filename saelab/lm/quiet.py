@@ -49,16 +49,16 @@ def offline() -> Iterator[None]:
 
 
 @contextmanager
-def recorded_missing() -> Iterator[set[str]]:
-    """Names of the weights that Hugging Face does not find in the files of what is loaded inside."""
+def recorded_missing() -> Iterator[list[set[str]]]:
+    """Names of the weights that Hugging Face does not find in the files, a set for each model that is loaded inside."""
     from transformers import PreTrainedModel
 
-    missing: set[str] = set()
+    missing: list[set[str]] = []
 
     def record(load: Any) -> Any:
         def from_pretrained(cls: type, *args: Any, **options: Any) -> Any:
             model, found = load.__func__(cls, *args, **{**options, "output_loading_info": True})
-            missing.update(found["missing_keys"])
+            missing.append(set(found["missing_keys"]))
             return model
 
         return classmethod(from_pretrained)

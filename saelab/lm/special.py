@@ -15,11 +15,18 @@ def find_bos(model: Model) -> int | None:
 def find_ends(model: Model) -> frozenset[int]:
     """Tokens that end a text: the tokenizer's own EOS, and those of the model's generation settings.
 
+    ValueError for a model without such settings: it would be let run on behind its ends.
+
     >>> sorted(find_ends(sl.tiny_model()))
     [1]
     """
     settings: Any = getattr(model.original_model, "generation_config", None)
-    value = getattr(settings, "eos_token_id", None)
+    if not hasattr(settings, "eos_token_id"):
+        raise ValueError(
+            "A model must say which tokens end a text in `generation_config.eos_token_id` (None: none), got a "
+            f"{type(model.original_model).__name__} without. Give it a `transformers.GenerationConfig`."
+        )
+    value = settings.eos_token_id
     found = [] if value is None else [int(i) for i in (value if isinstance(value, list | tuple) else [value])]
     if model.tokenizer is not None:
         found += own_special_tokens(model.tokenizer).get("eos_token", ())
