@@ -153,8 +153,8 @@ def split_documents(
 ) -> Bool[np.ndarray, "n_tokens"]:
     """Which tokens are of training documents: `train_frac` of the documents, drawn by `seed`.
 
-    >>> split_documents(np.array([0, 0, 7, 7])).sum()
-    np.int64(2)
+    >>> int(split_documents(np.array([0, 0, 7, 7])).sum())
+    2
     """
     documents, places = np.unique(np.asarray(doc_ids), return_inverse=True)
     n_train = round(train_frac * len(documents))

@@ -81,8 +81,8 @@ def compare_many(
 
     >>> saes = [sl.SAE(sl.SAEConfig(d_in=8, d_sae=40), seed=seed) for seed in (0, 0, 1)]
     >>> found = compare_many(saes, n_shifts=2, progress=False)
-    >>> found.share("0", "1"), found.recurrence("0").min()
-    (1.0, np.int64(1))
+    >>> found.share("0", "1"), int(found.recurrence("0").min())
+    (1.0, 1)
     """
     named, floors = _name(sources), _name(untrained or {})
     if len(named) < 2:
