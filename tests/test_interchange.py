@@ -131,7 +131,10 @@ def write_arrow(folder: Path, acts: torch.Tensor, ids: torch.Tensor, n_files: in
     names = [f"data-{i:05d}-of-{n_files:05d}.arrow" for i in range(n_files)]
     for name, part, tokens in zip(names, acts.chunk(n_files), ids.chunk(n_files), strict=True):
         kind = pa.list_(pa.list_(pa.from_numpy_dtype(part.numpy().dtype)))
-        columns = [pa.array([[*map(list, row)] for row in part.numpy()], kind), pa.array(tokens.tolist(), pa.list_(pa.int32(), CTX_LEN))]
+        columns = [
+            pa.array([[*map(list, row)] for row in part.numpy()], kind),
+            pa.array(tokens.tolist(), pa.list_(pa.int32(), CTX_LEN)),
+        ]
         batch = pa.record_batch(columns, [PLACE, "token_ids"])
         with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)

@@ -1,8 +1,11 @@
 """The sparse products against naive dense ones, forward and backward."""
 
+import functools
+
 import pytest
 import torch
 
+from saelab.functional import kernels
 from saelab.functional.codes import SparseCodes
 from saelab.functional.kernels import Entries, attach_encoder, gather_sum, sampled_dot, sparse_decode, transpose_entries
 
@@ -47,6 +50,21 @@ def test_products_take_any_memory_order():
     torch.testing.assert_close(gather_sum(sparse.indices, sparse.values, sparse.offsets, table), z @ table)
     dots = sampled_dot(sparse.rows, sparse.indices, left, table)
     torch.testing.assert_close(dots, (left @ table.T)[sparse.rows, sparse.indices])
+
+
+def test_sampled_dot_needs_no_kernel_that_other_releases_may_not_have(monkeypatch):
+    assert kernels.has_dot_kernel("cpu")  # the fast way is taken with the releases that are tested
+
+    def gone(*_: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("no such kernel")
+
+    sparse, _ = codes(12, 10)
+    left, table = draw(12, 6), draw(10, 6, seed=2)
+    for other in (gone, lambda rows, indices, left, table: torch.zeros(len(rows))):
+        monkeypatch.setattr(kernels, "has_dot_kernel", functools.cache(kernels.has_dot_kernel.__wrapped__))
+        monkeypatch.setattr(kernels, "_dot_by_kernel", other)
+        dots = sampled_dot(sparse.rows, sparse.indices, left, table)
+        torch.testing.assert_close(dots, (left @ table.T)[sparse.rows, sparse.indices])
 
 
 def test_sampled_dot_reads_unsorted_repeated_entries():

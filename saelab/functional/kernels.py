@@ -46,21 +46,41 @@ def sampled_dot(
     """Inner products at the entries only: `out[e] = <left[rows[e]], table[indices[e]]>`.
 
     On CPU and CUDA this is the kernel behind the gradient of `embedding_bag`'s weights, which reads each row in
-    place; gathering the rows first (what other devices do here) moves several times the memory. The entries are
-    visited by column (in `order`, if that is known): a batch of rows fits the cache, the table does not.
+    place; gathering the rows first (what happens on other devices, and where the kernel is not what it was) moves
+    several times the memory. The entries are visited by column (in `order`, if that is known): a batch of rows fits the
+    cache, the table does not.
 
     >>> sampled_dot(torch.tensor([0, 1]), torch.tensor([2, 0]), torch.eye(2, 3), torch.ones(3, 3))
     tensor([1., 1.])
     """
     if indices.numel() == 0:
         return table.new_zeros(0)
-    if table.device.type in ("cpu", "cuda"):
+    if table.device.type in ("cpu", "cuda") and has_dot_kernel(table.device.type):
         order = indices.argsort() if order is None else order
-        bags = torch.zeros(1, dtype=indices.dtype, device=indices.device)
-        kernel = torch.ops.aten._embedding_bag_per_sample_weights_backward
-        products = kernel(left.contiguous(), table, indices[order], bags, rows[order], 0)
+        products = _dot_by_kernel(rows[order], indices[order], left.contiguous(), table)
         return torch.empty_like(products).index_copy_(0, order, products)
     return (left[rows] * table[indices]).sum(-1)
+
+
+def _dot_by_kernel(rows: Tensor, indices: Tensor, left: Tensor, table: Tensor) -> Tensor:
+    bags = torch.zeros(1, dtype=indices.dtype, device=indices.device)
+    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(left, table, indices, bags, rows, 0)
+    return products
+
+
+@functools.cache
+def has_dot_kernel(device_type: str) -> bool:
+    """Whether PyTorch has the kernel of `sampled_dot`, and it gives the products: tried once a process (1 ms).
+
+    PyTorch keeps the kernel to itself, so another release may take its arguments otherwise.
+    """
+    rows, indices = (torch.tensor(ids, device=device_type) for ids in ([2, 0, 2, 1], [0, 1, 1, 4]))
+    left, table = (torch.arange(4.0 * n, device=device_type).view(n, 4) - n for n in (3, 5))
+    expected = (left[rows] * table[indices]).sum(-1)  # whole numbers: exact in any order
+    try:
+        return torch.equal(_dot_by_kernel(rows, indices, left, table), expected)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 def transpose_entries(
