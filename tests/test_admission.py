@@ -191,6 +191,24 @@ MIXED: dict[str, Any] = {
 }
 
 
+QWEN = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 32}
+TURNS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+EYES = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 32}
+
+
+def test_libraries_that_prepare_pictures_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformer_lens' adapter of this family asks for torchvision before all else."""
+    adapters = pytest.importorskip("transformer_lens.model_bridge.supported_architectures.qwen3_vl")
+    monkeypatch.setattr(adapters.Qwen3VLArchitectureAdapter, "required_libraries", ["no_such_library"])
+    vision = EYES | {"deepstack_visual_indexes": [], "num_position_embeddings": 16}
+    text = {**SIZES, **QWEN, "rope_parameters": TURNS}
+    hf_model = made("Qwen3VLForConditionalGeneration", "Qwen3VLConfig", text_config=text, vision_config=vision)
+    model, ids = load_model(hf_model, tokenizer=tiny_model().tokenizer), some_ids()
+    with torch.no_grad():
+        expected = hf_model(ids, use_cache=False)
+    torch.testing.assert_close(logits(model, ids), expected.logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:Hook alias:UserWarning")  # transformer_lens 3.9, of its own map of CLIP
 @pytest.mark.parametrize("family", MIXED)
 def test_text_of_a_multimodal_model_without_a_processor(

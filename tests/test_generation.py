@@ -108,8 +108,8 @@ def test_a_flow_follows_both_ways_of_generating(tales: Any) -> None:
         assert flow.now.positions[:, -1].tolist() == [4, 3] and flow.now.n_prompt == 4  # the same text, without a cache
         plain = door(tales).plain
         assert plain is not None
-        cache = door(tales).caching(plain).go_on(plain(ids, attention_mask=mask, use_cache=True))
-        plain(longer[:, -1:], attention_mask=wider, **cache)
+        more = door(tales).caching(plain).go_on(plain(ids, attention_mask=mask, use_cache=True), wider, 4, 5)
+        plain(longer[:, -1:], **more)
         assert flow.now.positions.tolist() == [[4], [3]] and flow.now.n_prompt == 4 and flow.now.n_past == 4
         tales.original_model(ids[:1])
         assert flow.now.positions.tolist() == [[0, 1, 2, 3]] and flow.now.n_prompt == 4

@@ -57,6 +57,20 @@ def test_hooks_agree_in_families_that_count_hidden_states_otherwise(family: str)
     assert door(model).plain is not None
 
 
+def test_parts_that_a_model_has_not_stay_away() -> None:
+    """transformer_lens puts a wrapper of nothing where Granite's hybrids without positions have no rotary part."""
+    layers = {"layer_types": ["mamba", "attention"], "num_local_experts": 2, "num_experts_per_tok": 1}
+    mixer = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+    sizes: dict[str, Any] = {**LLAMA_LIKE, **layers, **mixer, "num_key_value_heads": 2, "intermediate_size": 32}
+    hf_model, model = random_model(
+        "GraniteMoeHybridForCausalLM", "GraniteMoeHybridConfig", hidden_size=32, shared_intermediate_size=32, **sizes
+    )
+    assert hf_model.model.rotary_emb is None and model.original_model.model.rotary_emb is None
+    with torch.no_grad():
+        assert torch.equal(logits(model, some_ids()), hf_model(some_ids(), use_cache=False).logits)
+    assert verify_hooks(model).ok
+
+
 def test_rows_of_all_texts_one_after_another_are_read_and_edited() -> None:
     """OPT's MLP sees (batch * n, d)."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}

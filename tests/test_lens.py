@@ -1,5 +1,6 @@
 """Direct effects on the logits, through all that a family does between its last norm and its logits."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 import saelab as sl
 from saelab.lm.extent import find_known_ids
-from saelab.lm.lens import read_out
+from saelab.lm.lens import _unembed, read_out
 
 POINT = "blocks.1.hook_resid_post"
 KEYS = {"num_key_value_heads": 2}
@@ -56,6 +57,36 @@ def test_read_out_is_the_measured_derivative(family: str) -> None:
         expected = expected * (1 - (sl.logits(model, ids)[0, -1].double() / 30).square())
     measured = measure(model, ids, along)
     assert float((expected - measured).norm() / measured.norm()) < 1e-3
+
+
+def test_a_head_with_layers_of_its_own_has_no_direct_effects() -> None:
+    sizes = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    name = "ModernBertDecoder"
+    _, model = random_model(f"{name}ForCausalLM", f"{name}Config", hidden_size=32, **sizes)
+    with pytest.raises(ValueError, match="head that is linear behind the final norm, got a ModernBertDecoder"):
+        read_out(model, torch.ones(1, 32))
+
+
+class Tail(torch.nn.Module):
+    """What stands behind a norm: a projection, a head, and a cap."""
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self.cap, self.norm = cap, torch.nn.Identity()
+        self.project, self.head = torch.nn.Linear(32, 16, bias=False), torch.nn.Linear(16, 40, bias=False)
+
+    def forward(self, ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        made = self.head(self.project(self.norm(ids[..., None].float().expand(-1, -1, 32))))
+        return SimpleNamespace(logits=self.cap * (made / self.cap).tanh())
+
+
+@pytest.mark.parametrize("cap", [0.5, 1e4])
+def test_a_cap_bends_each_logit_by_itself_and_is_taken_where_its_slope_is_one(cap: float) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tail, x = Tail(cap), torch.randn(5, 1, 32)
+    found = _unembed(tail, (tail.norm, "hook_out"), tail.head, x)
+    torch.testing.assert_close(found, tail.head(tail.project(x)), rtol=1e-4, atol=1e-5)
 
 
 def test_ids_without_a_token_do_not_rank_nor_count() -> None:

@@ -96,6 +96,8 @@ class Caching:
     """with a cache several tokens may be read at once"""
     padded: bool
     """rows that are padded on the left give what they give alone"""
+    placed: bool = False
+    """its forward takes positions: some models (Qwen-VL, GLM-4V) else go by what they noted of the last picture"""
 
     def pads(self, model: nn.Module, n: int) -> bool:
         """Whether rows of unequal length may go together, none of them longer than `n` in the end."""
@@ -110,10 +112,10 @@ class Caching:
         length, goes_on = border
         return n_read + n_tokens <= length or (n_read > length and not goes_on)
 
-    def go_on(self, out: Any) -> dict[str, Any]:
-        """Arguments of the forward that goes on from an output."""
+    def go_on(self, out: Any, real: Tensor, begin: int, end: int) -> dict[str, Any]:
+        """Arguments of the forward that goes on from an output with columns `begin` to `end` of rows."""
         assert self.argument is not None
-        return {self.argument: find_returned(out)}
+        return {self.argument: find_returned(out)} | place_columns(real, begin, end, self.placed)
 
 
 @torch.no_grad()
@@ -142,7 +144,7 @@ def measure_caching(model: nn.Module, ids: Tensor) -> Caching:
         logger.warning("%s is run without a cache: steps with one give other logits than without, or fail.", name)
     if not padded:
         logger.warning("%s is run with rows of one length only: padding on the left changes its logits.", name)
-    return Caching(known, pieces, padded)
+    return Caching(known, pieces, padded, _takes_positions(model))
 
 
 def _find_argument(model: nn.Module) -> str | None:
@@ -151,14 +153,19 @@ def _find_argument(model: nn.Module) -> str | None:
     return next((name for name in NAMES if name in wanted), None)
 
 
+def _takes_positions(model: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
 def _read(
     model: nn.Module, ids: Tensor, argument: str | None, sizes: Sequence[int], real: Tensor | None = None
 ) -> Tensor:
     """Logits behind all tokens, read in pieces of some sizes; in one piece without a cache."""
-    out, begin, found = None, 0, []
+    out, begin, found, placed = None, 0, [], _takes_positions(model)
+    real = torch.ones_like(ids) if real is None else real
     for size in sizes:
         end = begin + size
-        options: dict[str, Any] = {"use_cache": len(sizes) > 1} | place_columns(real, begin, end)
+        options: dict[str, Any] = {"use_cache": len(sizes) > 1} | place_columns(real, begin, end, placed)
         if out is not None and argument is not None:
             options[argument] = find_returned(out)
         out = model(ids[:, begin:end], **options)
@@ -167,12 +174,17 @@ def _read(
     return torch.cat(found, 1)
 
 
-def place_columns(real: Tensor | None, begin: int, end: int) -> dict[str, Any]:
-    """Mask and positions of some columns of rows padded on the left; none where nothing is padded, which is faster."""
-    if real is None or bool(real[:, :end].all()):
+def place_columns(real: Tensor, begin: int, end: int, placed: bool = False) -> dict[str, Any]:
+    """Mask and positions of some columns of rows padded on the left; where nothing is padded none, which is faster.
+
+    `placed`: positions all the same where the columns go on from others.
+    """
+    padded = not bool(real[:, :end].all())
+    if not padded and not (placed and begin):
         return {}
     seen = real[:, :end].long()
-    return {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp_min(0)[:, begin:]}
+    positions = {"position_ids": (seen.cumsum(1) - 1).clamp_min(0)[:, begin:]}
+    return {"attention_mask": seen} | positions if padded else positions
 
 
 def _try(read: Any) -> Tensor | None:

@@ -66,7 +66,7 @@ def _read(
         first = module(start, use_cache=use_cache, **place_columns(real, 0, n))
         logits = first.logits[:, -1:]
         if end > n and use_cache:
-            rest = module(ids[:, :-1], use_cache=True, **caching.go_on(first), **place_columns(real, n, end))
+            rest = module(ids[:, :-1], use_cache=True, **caching.go_on(first, real, n, end))
             logits = torch.cat([logits, rest.logits], 1)
         elif end > n:
             rest = module(torch.cat([start, ids[:, :-1]], 1), use_cache=False, **place_columns(real, 0, end))

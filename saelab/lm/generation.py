@@ -198,7 +198,7 @@ class _Run:
         self.ids, self.real = ids.to(self.device), real.to(self.device)
         self.n_tokens, self.sampler, self.caching = n_tokens, sampler, home.caching(self.module)
         self.use_cache = use_cache and self.caching.keeps(self.module, ids.shape[1], n_tokens)
-        self.more: dict[str, Any] = {}
+        self.before: Any = None  # the output of the step before, where it is gone on from
 
     def go(self, ends: frozenset[int], bar: Any) -> list[tuple[list[int], list[float]]]:
         """Ids and log-probabilities of each row."""
@@ -224,11 +224,11 @@ class _Run:
     def step(self) -> Float[Tensor, "batch d_vocab"]:
         """Logits behind the last token, float32 on CPU."""
         n = self.ids.shape[1]
-        begin = n - 1 if self.more else 0
-        options = {"use_cache": self.use_cache} | self.more | place_columns(self.real, begin, n)
+        begin = 0 if self.before is None else n - 1
+        more = self.caching.go_on(self.before, self.real, begin, n) if begin else place_columns(self.real, 0, n)
         with evaluating(self.module):
-            out = self.module(self.ids[:, begin:], **options)
+            out = self.module(self.ids[:, begin:], use_cache=self.use_cache, **more)
         if self.use_cache:
-            self.more = self.caching.go_on(out)
+            self.before = out
         last: Tensor = out.logits[:, -1].float().cpu()
         return last

@@ -19,7 +19,8 @@ def read_out(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tens
     With the norm's scale held fixed, adding `a d` to a residual of scale s (its root mean square, or its standard
     deviation where the norm subtracts the mean) adds `a / s` times these numbers to the logits, exactly; a cap on the
     logits comes after, and is taken where its slope is 1. They are found by running the model's own modules, whatever
-    stands between norm and logits (a scale, a projection). ValueError for directions of another width.
+    stands between norm and logits (a scale, a projection). ValueError for directions of another width, and for a model
+    whose head is not linear, where no such numbers exist.
     """
     if directions.shape[1] != model.cfg.d_model:
         raise ValueError(
@@ -57,23 +58,47 @@ def _unembed(running: nn.Module, norm: Site, head: nn.Module, x: Float[Tensor, "
     try:
         alone = (head(probe) - head(zero)).double()
     except RuntimeError:  # of another width than the stream
-        return _follow(running, norm, x)
+        return _follow_all(running, norm, x, probe, true)
     factor = (true * alone).sum() / alone.square().sum()
-    if not (factor * alone - true).norm() <= (1e-3 if x.dtype == torch.float32 else 0.05) * true.norm():
-        return _follow(running, norm, x)
+    if not (factor * alone - true).norm() <= _tolerance(x) * true.norm():
+        return _follow_all(running, norm, x, probe, true)
     exact = factor.round() if (factor - factor.round()).abs() < 1e-6 else factor
     made: Tensor = (head(x) - head(zero)) * exact.to(x)
     return made
 
 
-def _follow(running: nn.Module, norm: Site, x: Float[Tensor, "n 1 d"]) -> Float[Tensor, "n 1 v"]:
-    """The derivative of the model's own logits along rows behind its final norm, at 0, where a cap has slope 1."""
+def _follow_all(
+    running: nn.Module, norm: Site, x: Float[Tensor, "n 1 d"], probe: Tensor, at_zero: Tensor
+) -> Float[Tensor, "n 1 v"]:
+    """`_follow` of all rows, where that holds elsewhere than at 0 too: a cap only scales each logit by itself.
+
+    ValueError where it does not (a head with layers of its own, as ModernBERT's decoder has).
+    """
+    elsewhere = _follow(running, norm, probe, at=probe[:1].flip(-1)).double()
+    slopes = (elsewhere * at_zero).sum(0) / at_zero.square().sum(0).clamp(min=1e-30)
+    if not (slopes * at_zero - elsewhere).norm() <= _tolerance(x) * elsewhere.norm():
+        raise ValueError(
+            "Direct effects need a head that is linear behind the final norm, got a "
+            f"{type(running).__name__}, in whose head what a direction adds depends on the text. Use `sl.attribute`, "
+            "or steer along it."
+        )
+    return _follow(running, norm, x)
+
+
+def _tolerance(x: Tensor) -> float:
+    return 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.05
+
+
+def _follow(
+    running: nn.Module, norm: Site, x: Float[Tensor, "n 1 d"], at: Tensor | float = 0.0
+) -> Float[Tensor, "n 1 v"]:
+    """The derivative of the model's own logits along rows behind its final norm, by default at 0: a cap has slope 1."""
     ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-    zero = torch.zeros_like(x, requires_grad=True)
-    with torch.enable_grad(), attach(norm, lambda y: zero.to(y)):
+    place = (torch.zeros_like(x) + at).requires_grad_()
+    with torch.enable_grad(), attach(norm, lambda y: place.to(y)):
         made = run_as_set(running, ids)
         # Twice backward is once forward: the product with the transposed derivative is linear in its other factor.
         other = torch.zeros_like(made, requires_grad=True)
-        (product,) = torch.autograd.grad(made, zero, other, create_graph=True)
+        (product,) = torch.autograd.grad(made, place, other, create_graph=True)
         (tangent,) = torch.autograd.grad(product, other, x)
     return tangent

@@ -22,8 +22,8 @@ from saelab.lm.admission import (
 )
 from saelab.lm.bars import hidden_bars
 from saelab.lm.foreign import warn_of_hooks
-from saelab.lm.plain import make_probe, run, set_attention, strip
-from saelab.lm.quiet import no_processes, offline, recorded_missing
+from saelab.lm.plain import drop_hollow, make_probe, run, set_attention, strip
+from saelab.lm.quiet import no_processes, offline, recorded_missing, text_alone
 from saelab.lm.tokenizers import copy_tokenizer
 from saelab.stores.names import shareable
 from saelab.stores.progress import hidden
@@ -145,7 +145,7 @@ def _boot(name: str, *, local: bool, **options: Any) -> Model:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoConfig
 
-    with offline() if local else _as_is(), no_processes(), recorded_missing() as missing:
+    with offline() if local else _as_is(), no_processes(), text_alone(), recorded_missing() as missing:
         if "hf_model" not in options:
             with _named(name, local):
                 config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -159,6 +159,7 @@ def _boot(name: str, *, local: bool, **options: Any) -> Model:
             model = TransformerBridge.boot_transformers(name, **options)
     if "hf_model" not in options:
         admit_weights(name, missing)
+    drop_hollow(model)
     admit_tokenizer(model)
     model.eval()
     return model

@@ -77,6 +77,29 @@ def _copy_shell(module: nn.Module, configs: dict[int, Any]) -> nn.Module:
     return new
 
 
+def drop_hollow(bridge: Any) -> None:
+    """Give a bridge's model back its None where the bridge put a wrapper of nothing.
+
+    Hugging Face's models ask whether such a part is None: Granite's hybrids have rotary positions or none at all, and
+    the bridge's attention warns of rotary positions that it misses unless its configuration knows.
+    """
+    from transformer_lens.model_bridge.generalized_components import RotaryEmbeddingBridge
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    hollow: list[nn.Module] = []
+    for module in list(bridge.original_model.modules()):
+        parts = {} if isinstance(module, GeneralizedComponent) else dict(module._modules)
+        for name, part in parts.items():
+            if isinstance(part, GeneralizedComponent) and part.original_component is None:
+                module._modules[name] = None
+                hollow.append(part)
+    if any(isinstance(part, RotaryEmbeddingBridge) for part in hollow):
+        configs = [bridge.cfg, *(vars(module).get("config") for module in bridge.modules())]
+        for config in configs:
+            if hasattr(config, "positional_embedding_type"):
+                config.positional_embedding_type = "none"
+
+
 def set_attention(model: nn.Module, implementation: str) -> bool:
     """Choose a plain model's attention kernel, "sdpa" or "eager", and whether it has that one.
 

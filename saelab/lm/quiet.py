@@ -40,6 +40,21 @@ def no_processes() -> Iterator[None]:
 
 
 @contextmanager
+def text_alone() -> Iterator[None]:
+    """Inside, transformer_lens asks for no library by which a multimodal model prepares pictures: a text needs none.
+
+    What the model's own modules need is missed where they are made.
+    """
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+    if not hasattr(ArchitectureAdapter, "_check_required_libraries"):  # releases before 4
+        yield
+        return
+    with _replaced(ArchitectureAdapter, "_check_required_libraries", lambda _: lambda _adapter: None):
+        yield
+
+
+@contextmanager
 def offline() -> Iterator[None]:
     """huggingface_hub and transformers stay off the network inside."""
     from huggingface_hub import constants

@@ -12,8 +12,9 @@ from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 
 import torch
+from family import Family, Wrong
 from table import build, list_architectures
-from uses import USES, Family, Wrong
+from uses import USES
 
 import saelab
 from saelab.lm.quiet import no_processes

@@ -20,23 +20,50 @@ SIZES: dict[str, Any] = {
     "attention_window_size": 12, "block_types": ["recurrent", "recurrent", "attention"], "kv_channels": 8,
     "query_pre_attn_scalar": 8, "local_attention": 24, "vocab_size_per_layer_input": 272, "attention_types": None,
     "hidden_size_per_layer_input": 8, "layer_types": None, "mlp_layer_types": None, "no_rope_layers": None,
+    "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 8,
+    "moe_shared_expert_intermediate_size": 24, "moe_latent_size": None, "o_lora_rank": 8, "projector_hidden_size": 32,
     "num_attention_heads_per_layer": None, "per_layer_config": None, "original_max_position_embeddings": 16,
 }  # fmt: skip
 """what a configuration is given of these, where it has the field; None: it makes its own for so few layers"""
+
+TOWER: dict[str, Any] = {
+    "hidden_size": 32, "embed_dim": 32, "dim": 32, "num_hidden_layers": 2, "num_layers": 2, "depth": 2, "num_heads": 4,
+    "num_attention_heads": 4, "intermediate_size": 48, "image_size": 28, "patch_size": 14, "out_hidden_size": 32,
+    "projection_dim": 32, "vision_output_dim": 32, "num_groups": 4, "projector_input_dim": 32,
+    "projector_output_dim": 32,
+}  # fmt: skip
+"""the same for what sees or hears, which takes no part in a text"""
+MOST_WEIGHTS = 20_000_000
 
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "rope_theta": 1e4,
         "original_max_position_embeddings": 16}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 16,
           "low_freq_factor": 1.0, "high_freq_factor": 4.0}  # fmt: skip
+SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+LATENT = {"num_key_value_heads": 4}  # keys of all heads come from one latent vector
 OWN: dict[str, dict[str, Any]] = {
     "ApertusForCausalLM": {"rope_parameters": LLAMA3},
     "BambaForCausalLM": {"attn_layer_indices": [1], "mamba_d_head": 16},
     "CohereForCausalLM": {"logit_scale": 0.0625},
-    "DeepseekV2ForCausalLM": {"n_shared_experts": 1},
-    "DeepseekV3ForCausalLM": {"n_shared_experts": 1},
+    "DeepseekV2ForCausalLM": LATENT | {"n_shared_experts": 1},
+    "DeepseekV3ForCausalLM": LATENT | {"n_shared_experts": 1},
+    "Glm4MoeLiteForCausalLM": LATENT,
+    "GlmMoeDsaForCausalLM": LATENT,
+    "YoutuForCausalLM": LATENT,
+    "Zamba2ForCausalLM": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"], "n_mamba_heads": 8,
+                          "attention_hidden_size": 64, "head_dim": 16, "num_key_value_heads": 4},
+    "Emu3ForConditionalGeneration": {
+        "vocabulary_map": {"<image>": 260, "<|visual token 000001|>": 261},
+        "vq_config": {"base_channels": 32, "channel_multiplier": [1], "attn_resolutions": [], "codebook_size": 64}},
+    "Gemma3nForConditionalGeneration": {"text_config": {"intermediate_size": 48, "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": None, "laurel_rank": 8}},
+    "Glm4vForConditionalGeneration": {"text_config": {"rope_parameters": SECTIONS}},
+    "Qwen2_5_VLForConditionalGeneration": {"text_config": {"rope_parameters": SECTIONS}},
+    "Qwen3VLForConditionalGeneration": {"text_config": {"rope_parameters": SECTIONS}},
+    "Qwen3VLMoeForConditionalGeneration": {"text_config": {"rope_parameters": SECTIONS}},
     "FalconH1ForCausalLM": {"mamba_d_ssm": 32, "mamba_d_head": 8, "lm_head_multiplier": 0.3},
-    "FalconForCausalLM": {"new_decoder_architecture": True},
+    "FalconForCausalLM": {"multi_query": False, "num_kv_heads": 4},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local", "global"], 1]]},
     "GptOssForCausalLM": {"rope_parameters": YARN},
     "GraniteForCausalLM": {"logits_scaling": 8.0, "residual_multiplier": 0.22, "embedding_multiplier": 12.0},
@@ -73,23 +100,48 @@ def list_architectures() -> list[str]:
 
 
 def build(name: str) -> Any:
-    """A random Hugging Face model of an architecture, all of whose weights matter."""
+    """A random Hugging Face model of an architecture, all of whose weights matter.
+
+    MemoryError where that is no small one: weights are counted before any is made.
+    """
     import transformers
 
     kind = getattr(transformers, name)
-    fields = set(kind.config_class().to_dict()) | {"tie_word_embeddings"}
-    fields |= set(getattr(kind.config_class, "attribute_map", {}))
-    sizes = {key: value for key, value in SIZES.items() if key in fields and value is not None}
-    config = kind.config_class(**sizes | OWN.get(name, {}))
+    config = kind.config_class(**merge(choose_sizes(kind.config_class, SIZES), OWN.get(name, {})))
+    with torch.device("meta"):
+        n = sum(weight.numel() for weight in kind(config).parameters())
+    if n > MOST_WEIGHTS:
+        raise MemoryError(f"{n:,} weights are no tiny model")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = kind(config).eval()
         with torch.no_grad():
             for path, weight in model.named_parameters():
                 torch.nn.init.normal_(weight, mean=float("norm" in path and weight.ndim == 1), std=0.15)
-    n = sum(weight.numel() for weight in model.parameters())
-    if n > 2_000_000:
-        raise MemoryError(f"{n:,} weights are no tiny model")
-    with torch.no_grad():
-        model(torch.arange(3, 15)[None], use_cache=False)  # sizes that do not go together are no fault of saelab's
+    if not config.is_encoder_decoder:
+        with torch.no_grad():
+            model(torch.arange(3, 15)[None], use_cache=False)  # sizes that do not go together are no fault of saelab's
     return model
+
+
+def choose_sizes(kind: Any, sizes: dict[str, Any]) -> dict[str, Any]:
+    """Sizes by field of a kind of configuration, and of those inside it: a text's are `SIZES`, any other's `TOWER`."""
+    default = kind()
+    written = default.to_dict()
+    fields = set(written) | {"tie_word_embeddings"} | set(getattr(kind, "attribute_map", {}))
+    found = {key: value for key, value in sizes.items() if key in fields and value is not None}
+    for key in found:
+        if isinstance(written.get(key), list | tuple) and isinstance(found[key], int):
+            found[key] = [found[key]] * len(written[key])  # one for each stage
+    for key in getattr(kind, "sub_configs", {}):
+        own = getattr(default, key, None)
+        if own is not None and key not in found:
+            is_text = "text" in key or "coder" in key
+            found[key] = choose_sizes(type(own), SIZES if is_text else TOWER) | {"model_type": own.model_type}
+    return found
+
+
+def merge(sizes: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The sizes, with those of an architecture's own put over them, inside inner configurations too."""
+    inner = {key: merge(sizes[key], own[key]) for key in sizes.keys() & own.keys() if key.endswith("_config")}
+    return sizes | own | inner
