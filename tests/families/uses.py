@@ -5,7 +5,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from family import SHIFT, WIDTH, Edit, Family, N, Wrong, same, texts_of
+from family import SHIFT, WIDTH, Edit, Family, Wrong, same, texts_of
 from torch import Tensor
 
 import saelab as sl
