@@ -103,7 +103,8 @@ def open_large(store: sl.FeatureStore, folder: Path) -> float:
     folder.mkdir()
     for link in shards:
         os.link(store.folder / shard.file, folder / link.file)
-    replace(store.manifest, shards=tuple(shards)).save(folder)
+    n_entries = store.manifest.n_entries * len(shards)
+    replace(store.manifest, shards=tuple(shards), n_entries=n_entries).save(folder)
     assert len(sl.FeatureStore.load(folder)) >= N_OPENED
     return min(seconds(lambda: sl.FeatureStore.load(folder))[0] for _ in range(5))
 

@@ -5,6 +5,7 @@ An event is a file opened for writing, made whole (`fsync`), renamed or removed,
 Python's audit hook, before it happens. SQLite's own are not seen; a database is changed in one transaction.
 """
 
+import io
 import itertools
 import os
 import shutil
@@ -12,7 +13,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,8 +240,12 @@ def _make(name: str) -> None:
         animals = ["fox", "hen", "cow", "owl", "cat"]
         texts = [f"The {a} met the {b}." for a in animals for b in animals if a != b]
         Path(name).write_text("\n<|endoftext|>\n".join(texts))
-    elif dispatch([*words, "--no-progress"]):
-        raise RuntimeError(f"{words} failed")
+    else:
+        said = io.StringIO()
+        with redirect_stdout(said), redirect_stderr(said):
+            code = dispatch([*words, "--no-progress"])
+        if code:
+            raise RuntimeError(f"{words} failed: {said.getvalue()}")
     if name.startswith("store"):
         with LabelBook.open(name) as book:
             book.set(3, f"of {name}", author="me")

@@ -15,7 +15,7 @@ from torch import Tensor
 from saelab.collecting.keeping import make_way
 from saelab.collecting.reader import Reading
 from saelab.stores.activations import Activations
-from saelab.stores.disk import hold_folder
+from saelab.stores.disk import clear_lock, hold_folder
 from saelab.stores.files import is_empty, read_json, remove_leftovers, save_tensors
 from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest, AnyManifest, Manifest, Shard
 from saelab.stores.provenance import Provenance
@@ -209,6 +209,7 @@ def claim_folder(
     than asked for, and where somebody else is writing there.
     """
     if resume and (folder / MANIFEST).is_file() and kind.load(folder).complete:
+        clear_lock(folder)
         yield _resume(folder, request, kind)
     else:
         with hold_folder(folder):

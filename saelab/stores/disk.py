@@ -96,6 +96,13 @@ def hold_folder(path: str | Path) -> Iterator[None]:
                 one.rmdir()
 
 
+def clear_lock(path: str | Path) -> None:
+    """Remove the lock's file where the writer that made it was killed; nothing where it is held, or cannot be had."""
+    if (Path(path) / LOCK).is_file():
+        with suppress(OSError, FolderInUse), hold_folder(path):
+            pass
+
+
 def open_locked(path: Path, wait: bool) -> int | None:
     """A descriptor of a file, made if need be, that this process alone has locked; None where another one has and
     there is no waiting. A file that is no longer at `path` once the lock is there does not count.

@@ -7,10 +7,12 @@ data. `sealed` says that they must be there. A file of another writer has neithe
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ class TensorFile:
     ) -> None:
         self.path, self.specs, self.metadata = path, specs, metadata
         self._sums = sums
-        n_blocks = np.cumsum([0, *(spec.n_blocks for spec in specs.values())]).tolist()
+        n_blocks = [0, *accumulate(spec.n_blocks for spec in specs.values())]
         self._first = dict(zip(specs, n_blocks, strict=False))
         self._seen = np.zeros(n_blocks[-1], bool)
 
@@ -91,11 +93,12 @@ class TensorFile:
         Raises FileNotFoundError when missing, ValueError when the file is cut off, damaged or not safetensors.
         """
         path = Path(path)
-        if not path.is_file():
+        try:
+            return cls(path, *_read_header(path))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise FileNotFoundError(
                 f"`path` must be an existing safetensors file, got {path}. Check the folder's name."
-            )
-        return cls(path, *_read_header(path))
+            ) from None
 
     def map(self, name: str) -> Tensor:
         """One tensor, mapped and not checked."""
@@ -224,8 +227,8 @@ def _find_seal(text: bytes) -> int:
 
 
 def _read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str], list[int] | None]:
-    size = path.stat().st_size
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, MAX_HEADER):
             raise _refusal(path, "it is cut off before its header ends, or is of another kind")
