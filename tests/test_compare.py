@@ -114,7 +114,7 @@ def test_order_and_groups_and_sides_and_weights_are_what_they_say() -> None:
     order = rng.permutation(200)
     assert np.allclose(Codes(store).moved(order).matrix(0, 200).toarray(), x[order], atol=1e-5)
     assert np.allclose(Codes(store).moved(order).matrix(150, 190).toarray(), x[order[150:190]], atol=1e-5)
-    groups = np.arange(200) // DOC
+    groups = np.arange(0, 200, DOC)
     means = Codes(store, groups=groups).matrix(0, 4).toarray()
     assert np.allclose(means, x.reshape(4, DOC, 12).mean(1), atol=1e-5)
     sides = Codes(store, "sides").matrix(0, 200).toarray()

@@ -16,6 +16,8 @@ CANDIDATES = 8
 """Windows looked at for each one shown: the others repeat one that is shown already."""
 MANY = 2048
 """Rows of one word that near misses are drawn from."""
+PART = 2**16
+"""Rows that are counted at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,7 @@ class _View:
         """Rows among those looked at, at random; one may come twice."""
         if self.rows is None:
             return rng.integers(len(self.store), size=n)
-        return rng.choice(np.flatnonzero(self.rows), size=n)
+        return _find_true(self.rows, rng.integers(self.n_tokens, size=n))
 
     def choose(
         self, name: str, side: int, candidates: Integer[np.ndarray, "n"], pool: Firings | None, n: int
@@ -200,6 +202,17 @@ class _View:
             token=token,
             doc_id=doc_id,
         )
+
+
+def _find_true(rows: Bool[np.ndarray, "n_rows"], ranks: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n"]:
+    """The rows that are true and stand at some ranks among these; without a list of all of them."""
+    ends = np.cumsum([np.count_nonzero(rows[start : start + PART]) for start in range(0, len(rows), PART)])
+    parts, found = np.searchsorted(ends, ranks, "right"), np.empty(len(ranks), np.int64)
+    for part in np.unique(parts).tolist():
+        here, start = parts == part, part * PART
+        before = ends[part - 1] if part else 0
+        found[here] = np.flatnonzero(rows[start : start + PART])[ranks[here] - before] + start
+    return found
 
 
 def _near_misses(view: _View, groups: list[ExampleGroup], rng: np.random.Generator) -> Integer[np.ndarray, "n"]:

@@ -5,8 +5,10 @@ result itself as its chance; permuting all rows breaks the runs that make chance
 documents, and rows are moved in blocks that are turned round one by one.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Int, Integer, Shaped
 
 BLOCK_ROWS, N_BLOCKS = 256, 64
 """Rows of a block at most, and blocks at least where rows are few."""
@@ -65,30 +67,45 @@ def permute_labels(
     return moved[permute_within(doc_ids, rng)], EXCHANGED
 
 
-def move_blocks(doc_ids: Shaped[np.ndarray, "n"] | None, n: int, rng: np.random.Generator) -> Int[np.ndarray, "n"]:
-    """An order of rows in blocks that change places, each turned round by a step of its own.
+@dataclass(frozen=True, eq=False)
+class MovedBlocks:
+    """An order of rows in blocks: `order[start:stop]` are the rows that stand at those places, made when asked for."""
+
+    places: Int[np.ndarray, "n_blocks_1"]
+    """where each block stands now, and the number of rows"""
+    first: Int[np.ndarray, "n_blocks"]
+    """the row that each block begins with"""
+    steps: Int[np.ndarray, "n_blocks"]
+    """rows by which it is turned round"""
+
+    def __len__(self) -> int:
+        return int(self.places[-1])
+
+    def __getitem__(self, part: slice) -> Int[np.ndarray, "n"]:
+        at = np.arange(*part.indices(len(self)))
+        block = np.searchsorted(self.places, at, "right") - 1
+        begin, length = self.places[block], np.diff(self.places)[block]
+        return self.first[block] + (at - begin + self.steps[block]) % length
+
+
+def move_blocks(doc_starts: Integer[np.ndarray, "n_docs"] | None, n: int, rng: np.random.Generator) -> MovedBlocks:
+    """An order of `n` rows in blocks that change places, each turned round by a step of its own.
 
     A block is at most 256 rows of one document (fewer where there would be less than 64 blocks), so that runs stay
-    together and periods do not. Places change within 32,768 rows. Without documents all rows are one.
+    together and periods do not. Places change within 32,768 rows. `doc_starts` are the rows that documents begin with;
+    without them all rows are one.
 
-    >>> order = move_blocks(None, 1000, np.random.default_rng(0))
+    >>> order = move_blocks(None, 1000, np.random.default_rng(0))[:]
     >>> sorted(order.tolist()) == list(range(1000)), bool((np.diff(order) == 1).mean() > 0.5)
     (True, True)
     """
     size = int(np.clip(n // N_BLOCKS, 1, BLOCK_ROWS))
-    begins = np.zeros(n, bool)
-    begins[::WINDOW_ROWS] = True
-    if doc_ids is not None and n > 1:
-        begins[1:] |= doc_ids[1:] != doc_ids[:-1]
-    starts = np.flatnonzero(begins)
+    starts = np.arange(0, n, WINDOW_ROWS)
+    starts = starts if doc_starts is None else np.union1d(starts, doc_starts)
     lengths = np.diff(np.append(starts, n))
     pieces = -(-lengths // size)
     first = np.repeat(starts, pieces) + size * (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces))
     lengths = np.diff(np.append(first, n))
     steps = (rng.random(len(first)) * lengths).astype(np.int64)
-    at = np.arange(n) - np.repeat(first, lengths)
-    turned = np.repeat(first, lengths) + (at + np.repeat(steps, lengths)) % np.repeat(lengths, lengths)
     places = np.lexsort((rng.random(len(first)), first // WINDOW_ROWS))
-    begin = np.repeat(first[places], lengths[places])
-    offsets = np.arange(n) - np.repeat(np.cumsum(lengths[places]) - lengths[places], lengths[places])
-    return turned[begin + offsets]
+    return MovedBlocks(np.append(0, np.cumsum(lengths[places])), first[places], steps[places])

@@ -144,10 +144,10 @@ def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> Boo
     """
     column, around = store.feature(feature), _halves(width)
     hits = column.indices[(column.values != 0) if sign == BOTH else (column.values * sign > 0)]
-    edges = np.zeros(len(store) + 1, np.int64)
+    edges = np.zeros(len(store) + 1, np.int32)
     np.add.at(edges, np.maximum(hits - around["after"], 0), 1)
     np.add.at(edges, np.minimum(hits + around["before"] + 1, len(store)), -1)
-    return np.cumsum(edges[:-1]) == 0
+    return np.cumsum(edges[:-1], dtype=np.int32, out=edges[:-1]) == 0
 
 
 def _alike(store: FeatureStore, fires: Iterable[Example]) -> Bool[np.ndarray, "n_tokens"]:

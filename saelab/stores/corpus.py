@@ -156,7 +156,9 @@ def split_documents(
     >>> int(split_documents(np.array([0, 0, 7, 7])).sum())
     2
     """
-    documents, places = np.unique(np.asarray(doc_ids), return_inverse=True)
+    doc_ids = np.asarray(doc_ids)
+    starts = np.flatnonzero(np.append(True, doc_ids[1:] != doc_ids[:-1])[: len(doc_ids)])
+    documents, runs = np.unique(doc_ids[starts], return_inverse=True)  # a document may be in pieces
     n_train = round(train_frac * len(documents))
     if not 0 < n_train < len(documents):
         raise ValueError(
@@ -164,7 +166,7 @@ def split_documents(
         )
     chosen = np.zeros(len(documents), bool)
     chosen[np.random.default_rng(seed).permutation(len(documents))[:n_train]] = True
-    return chosen[places]
+    return np.repeat(chosen[runs], np.diff(np.append(starts, len(doc_ids))))
 
 
 def map_arrays(path: Path) -> dict[str, np.ndarray]:

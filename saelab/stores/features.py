@@ -20,7 +20,7 @@ from saelab.stores.names import find_inside
 from saelab.stores.packing import as_csr
 from saelab.stores.provenance import Provenance
 from saelab.stores.results import Drawn
-from saelab.stores.shards import ShardArrays
+from saelab.stores.shards import MapBudget, ShardArrays
 from saelab.stores.statistics import FeatureStatistics, measure
 from saelab.stores.tensors import TensorFile
 from saelab.stores.validation import naming
@@ -68,7 +68,8 @@ class FeatureStore:
     def __init__(self, folder: Path, manifest: FeatureManifest, files: Sequence[TensorFile]) -> None:
         self.folder, self.manifest = folder, manifest
         self._starts = [0, *accumulate(shard.n_tokens for shard in manifest.shards)]
-        self._shards = [ShardArrays(file, manifest.d_sae) for file in files]
+        budget = MapBudget()
+        self._shards = [ShardArrays(file, manifest.d_sae, budget) for file in files]
 
     @classmethod
     def load(cls, folder: str | Path) -> "FeatureStore":
@@ -174,7 +175,7 @@ class FeatureStore:
 
     @cached_property
     def _sorted_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        order = np.argsort(self.token_ids, kind="stable")
+        order = np.argsort(self.token_ids, kind="stable").astype(np.int32)
         return order, self.token_ids[order]
 
     def split(self, train_frac: float = 0.5, seed: int = 0) -> Bool[np.ndarray, "n_tokens"]:

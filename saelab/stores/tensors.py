@@ -140,6 +140,10 @@ class TensorFile:
     def _bytes(self) -> memoryview:
         return torch.from_file(str(self.path), False, self.path.stat().st_size, dtype=torch.uint8).numpy().data
 
+    def release(self) -> None:
+        """Let go of the map that checksums are read through; it is made again when one is asked for."""
+        self.__dict__.pop("_bytes", None)
+
     def map_all(self) -> dict[str, Tensor]:
         """Every tensor, mapped and not checked: what stands there now, whoever replaces the file later."""
         assert self._bytes is not None
@@ -151,10 +155,11 @@ class TensorFile:
         if len(new) == 0:
             return range(0)
         if self._sums is not None:
+            raw = self._bytes
             for block in new.tolist():
                 start = spec.offset + block * BLOCK
                 size = min(BLOCK, spec.n_bytes - block * BLOCK)
-                if zlib.crc32(self._bytes[start : start + size]) != self._sums[first + block]:
+                if zlib.crc32(raw[start : start + size]) != self._sums[first + block]:
                     raise ValueError(
                         f"{self.path} must hold what was written, but bytes {start} to {start + size} (of '{name}') "
                         "have another checksum: the file was damaged or edited. Copy it again, or make it anew."

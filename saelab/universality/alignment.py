@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from jaxtyping import Integer
@@ -16,6 +16,10 @@ from saelab.universality.documents import BEGINNING, BLUR, HIGH, MASKED, REASONS
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+
+ROWS_AT_ONCE = 2**20
+"""Tokens that are looked at at once."""
+CommonRows: TypeAlias = tuple[Integer[np.ndarray, "n"], Integer[np.ndarray, "n"]] | tuple[None, None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,9 +90,8 @@ def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
     >>> align_rows(store, store).exact
     True
     """
-    if _same_tokens(a.text, b.text):
-        pairs, n_documents = _Pairs.of_each(len(a.text)), len(np.unique(a.text.doc_ids))
-        return _assemble(a, b, pairs, exact=True, n_documents=n_documents, n_cut=0, left_out={})
+    if (common := find_common_rows(a, b)) is not None:
+        return _align_equal(a, b, common)
     matching = _Matching((Spelled.read(a.text), Spelled.read(b.text)))
     matching.match()
     found, left_out = matching.found, matching.left_out()
@@ -101,12 +104,62 @@ def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
     return _assemble(a, b, matching.pairs(), exact=False, n_documents=len(found), n_cut=n_cut, left_out=left_out)
 
 
+def find_common_rows(a: FeatureStore, b: FeatureStore) -> CommonRows | None:
+    """The rows of two stores of the same tokens that stand at places which both masks kept, None for all rows of both;
+    nothing where their tokens differ. ValueError where the masks have no place in common.
+    """
+    if not _same_tokens(a.text, b.text):
+        return None
+    if np.array_equal(a.places, b.places):
+        return None, None
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for start in range(0, len(a), ROWS_AT_ONCE):
+        places = a.places[start : start + ROWS_AT_ONCE]
+        at = np.minimum(np.searchsorted(b.places, places), len(b) - 1)
+        same = np.flatnonzero(b.places[at] == places)
+        found.append(((same + start).astype(np.int32), at[same].astype(np.int32)))
+    rows, rows_b = (np.concatenate(side) for side in zip(*found, strict=True))
+    if len(rows) == 0:
+        raise ValueError(
+            "`a` and `b` must have rows in common, got none, though they have the same tokens. Harvest with masks that "
+            "keep the same text."
+        )
+    return rows, rows_b
+
+
 def _same_tokens(a: StoredText, b: StoredText) -> bool:
     """Whether both texts are the same tokens, document by document; ids that only one side can read say nothing."""
-    if len(a) != len(b) or not np.array_equal(a.token_ids, b.token_ids) or not np.array_equal(a.doc_ids, b.doc_ids):
+    if len(a) != len(b):
         return False
-    strings = ((a.strings.get(i), b.strings.get(i)) for i in np.unique(a.token_ids).tolist())
+    ids = np.zeros(0, np.int64)
+    for start in range(0, len(a), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        if not all(np.array_equal(getattr(a, x)[part], getattr(b, x)[part]) for x in ("token_ids", "doc_ids")):
+            return False
+        ids = np.union1d(ids, a.token_ids[part])
+    strings = ((a.strings.get(i), b.strings.get(i)) for i in ids.tolist())
     return all(mine == theirs or None in (mine, theirs) for mine, theirs in strings)
+
+
+def _align_equal(a: FeatureStore, b: FeatureStore, common: CommonRows) -> Alignment:
+    """Every row with the one at its place."""
+    from scipy.sparse import csr_matrix
+
+    rows, rows_b = (np.arange(len(a)) if one is None else one.astype(np.int64) for one in common)
+    n, n_documents = len(rows), len(np.unique(a.text.doc_ids))
+    missing = {name: len(store) - n for name, store in zip("ab", (a, b), strict=True)}
+    return Alignment(
+        rows=rows,
+        rows_b=rows_b,
+        weights=csr_matrix((np.ones(n, np.float32), rows_b, np.arange(n + 1)), shape=(n, len(b))),
+        exact=True,
+        n_rows=(len(a), len(b)),
+        one_to_one=1.0,
+        n_documents=n_documents,
+        n_cut=0,
+        left_out={},
+        unaligned={name: {REASONS[MASKED]: k} for name, k in missing.items() if k},
+    )
 
 
 class _Pairs(NamedTuple):
@@ -119,12 +172,6 @@ class _Pairs(NamedTuple):
     """pairs of tokens with the same characters, all of them"""
     why: tuple[np.ndarray, np.ndarray]
     """for every token of each side, why its row has no partner where it has none"""
-
-    @classmethod
-    def of_each(cls, n: int) -> "_Pairs":
-        """Every token with itself."""
-        every, masked = np.arange(n), np.full(n, MASKED)
-        return cls((every, every), np.ones(n), np.ones(n, bool), (masked, masked))
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from saelab.stores.activations import Activations
 from saelab.universality.codes import Codes
 from saelab.universality.comparison import conclude
 from saelab.universality.matches import Comparison
-from saelab.universality.sources import StoreSource, number_documents
+from saelab.universality.sources import StoreSource, begin_documents
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -53,7 +53,7 @@ def compare_bases(
     sides = Codes(_Axes.of(a, basis)), Codes(_Axes.of(b, basis))
     names = tuple(f"{basis} of {acts.hook_point or 'activations'}" for acts in (a, b))
     facts = {"sources": names, "sides": False, "n_rows": len(a), "n_tokens": len(a)}
-    documents = None if a.doc_ids is None else number_documents(a.doc_ids.numpy())
+    documents = None if a.doc_ids is None else begin_documents(a.doc_ids.numpy())
     work = StoreSource.of(sides, "correlation", True, 1, progress, facts, documents)
     return conclude(work, "correlation", m, 1, n_shifts, n_null, fdr, min_effect, seed)
 

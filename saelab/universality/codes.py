@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer
 
+from saelab.functional.permuting import MovedBlocks
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 Values = Literal["codes", "firing", "sides"]
 """codes with their sign; 1 where a feature fires; sizes of positive and negative codes, as columns 2 j and 2 j + 1"""
+
+SPREAD = 2
+"""Rows that are put elsewhere are read with what stands between them where that is so many times as much at most."""
 
 
 @runtime_checkable
@@ -33,24 +38,25 @@ class Codes:
     """The codes of some rows of a store.
 
     `rows` chooses rows of the store, `weights` makes rows as sums of the store's rows (alignment of tokenizers),
-    `groups` takes means over runs of rows (documents), and `order` puts the rows elsewhere, last.
+    `groups` takes means over runs of rows (documents), and `order` puts the rows elsewhere, last. Nothing here has the
+    length of the text but `rows` and `weights`, where they are needed.
     """
 
     store: Encoded
     values: Values = "codes"
     rows: Integer[np.ndarray, "n"] | None = None
     weights: "csr_matrix | None" = None
-    groups: Integer[np.ndarray, "n"] | None = None
-    """number of each row's group, ascending from 0"""
+    groups: Integer[np.ndarray, "n_groups"] | None = None
+    """the row that each group begins with"""
     columns: Integer[np.ndarray, "m"] | None = None
     """some columns alone"""
-    order: Integer[np.ndarray, "n_rows"] | None = None
-    """the row that stands at each place; near ones near each other, for all between them are read"""
+    order: Integer[np.ndarray, "n_rows"] | MovedBlocks | None = None
+    """the row that stands at each place; what stands near each other is read at once"""
 
     @property
     def n_rows(self) -> int:
         """Rows, or groups of rows."""
-        return self.n_tokens if self.groups is None else int(self.groups[-1]) + 1
+        return self.n_tokens if self.groups is None else len(self.groups)
 
     @property
     def n_tokens(self) -> int:
@@ -79,23 +85,30 @@ class Codes:
         if self.order is None or stop <= start:
             return self._plain(start, stop)
         rows = self.order[start:stop]
-        first = int(rows.min())
-        return self._plain(first, int(rows.max()) + 1)[rows - first]
+        first, end = int(rows.min()), int(rows.max()) + 1
+        if end - first <= SPREAD * len(rows):
+            return self._plain(first, end)[rows - first]
+        from scipy.sparse import vstack
+
+        ordered = np.sort(rows)
+        runs = np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1)
+        found = vstack([self._plain(int(run[0]), int(run[-1]) + 1) for run in runs], format="csr")
+        return found[np.searchsorted(ordered, rows)]
 
     def _plain(self, start: int, stop: int) -> "csr_matrix":
         if self.groups is None:
             found = self._tokens(start, stop)
         else:
-            first, end = np.searchsorted(self.groups, [start, stop])
-            found = self._means(int(first), int(end), start, stop)
+            ends = np.append(self.groups[start : stop + 1], self.n_tokens)[: stop - start + 1]
+            found = self._means(ends)
         return found if self.columns is None else found[:, self.columns]
 
-    def _means(self, first: int, end: int, start: int, stop: int) -> "csr_matrix":
+    def _means(self, ends: Integer[np.ndarray, "n_1"]) -> "csr_matrix":
         from scipy.sparse import csr_matrix
 
-        groups = self.groups[first:end] - start  # type: ignore[index]
-        share = 1 / np.bincount(groups, minlength=stop - start)[groups]
-        sums = csr_matrix((share.astype(np.float32), (groups, np.arange(end - first))), (stop - start, end - first))
+        sizes, first, end = np.diff(ends), int(ends[0]), int(ends[-1])
+        shares = np.repeat(1 / sizes, sizes).astype(np.float32)
+        sums = csr_matrix((shares, np.arange(end - first), ends - first), (len(sizes), end - first))
         return sums @ self._tokens(first, end)
 
     def _tokens(self, start: int, stop: int) -> "csr_matrix":
@@ -130,7 +143,7 @@ class Codes:
         indices = 2 * found.indices + (found.data < 0)
         return csr_matrix((np.abs(found.data), indices, found.indptr), shape=(found.shape[0], self.full_width))
 
-    def moved(self, order: Integer[np.ndarray, "n_rows"]) -> "Codes":
+    def moved(self, order: Integer[np.ndarray, "n_rows"] | MovedBlocks) -> "Codes":
         """The same with rows put elsewhere."""
         return replace(self, order=order)
 

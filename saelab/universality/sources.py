@@ -12,7 +12,7 @@ from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 from saelab.stores.names import shareable
 from saelab.stores.progress import hidden
-from saelab.universality.alignment import Alignment, align_rows
+from saelab.universality.alignment import ROWS_AT_ONCE, Alignment, CommonRows, align_rows, find_common_rows
 from saelab.universality.codes import Codes
 from saelab.universality.nearest import Nearest, find_nearest
 from saelab.universality.products import Block, Moments, chunks, correlation_blocks, cosine_blocks, count_both
@@ -63,25 +63,26 @@ class StoreSource(Source):
     seen: tuple[Moments, Moments]
     min_count: int
     jaccard: bool
-    documents: Int[np.ndarray, "n"] | None = None
-    """of each row; None where rows are documents, or nobody knows"""
+    documents: Int[np.ndarray, "n_docs"] | None = None
+    """the row that each begins with; None where rows are documents, or nobody knows"""
 
     @classmethod
     def make(
         cls, a: FeatureStore, b: FeatureStore, similarity: str, sides: bool, min_count: int, progress: bool
     ) -> "StoreSource":
         """On the rows that two stores have in common."""
-        alignment = align_rows(a, b)
-        codes = _common(a, b, alignment, similarity, sides)
+        common = find_common_rows(a, b) or align_rows(a, b)
+        starts = find_documents(a, common.rows if isinstance(common, Alignment) else common[0])
+        codes = _common(a, b, common, similarity, sides, starts)
         facts = {
-            "alignment": "" if alignment.exact else str(alignment),
+            "alignment": str(common) if isinstance(common, Alignment) else "",
             "n_rows": codes[0].n_rows,
             "n_tokens": codes[0].n_tokens,
             "sides": sides,
             "sources": (str(a.folder), str(b.folder)),
         }
         signed = similarity in ("correlation", "documents") and not sides and (a.signed or b.signed)
-        documents = None if similarity == "documents" else number_documents(a.doc_ids[alignment.rows])
+        documents = None if similarity == "documents" else starts
         return cls.of(codes, similarity, signed, min_count, progress, facts, documents)
 
     @classmethod
@@ -93,7 +94,7 @@ class StoreSource(Source):
         min_count: int,
         progress: bool,
         facts: dict[str, Any],
-        documents: Int[np.ndarray, "n"] | None = None,
+        documents: Int[np.ndarray, "n_docs"] | None = None,
     ) -> "StoreSource":
         """On rows that are there already."""
         seen = Moments.of(codes[0]), Moments.of(codes[1])
@@ -127,23 +128,32 @@ class StoreSource(Source):
 
 
 def _common(
-    a: FeatureStore, b: FeatureStore, alignment: Alignment, similarity: str, sides: bool
+    a: FeatureStore, b: FeatureStore, common: CommonRows | Alignment, similarity: str, sides: bool, starts: np.ndarray
 ) -> tuple[Codes, Codes]:
-    """Both stores on the rows that they have in common."""
+    """Both stores on the rows that they have in common, or on the documents that begin with some of these."""
     values: Any = "sides" if sides else "firing" if similarity in ("phi", "jaccard") else "codes"
-    first = Codes(a, values, rows=alignment.rows)
-    second = Codes(b, values, rows=alignment.rows_b) if alignment.exact else Codes(b, values, weights=alignment.weights)
+    if isinstance(common, Alignment):
+        first, second = Codes(a, values, rows=common.rows), Codes(b, values, weights=common.weights)
+    else:
+        first, second = (Codes(store, values, rows=rows) for store, rows in zip((a, b), common, strict=True))
     if similarity != "documents":
         return first, second
-    groups = number_documents(a.doc_ids[alignment.rows])
-    return replace(first, groups=groups), replace(second, groups=groups)
+    return replace(first, groups=starts), replace(second, groups=starts)
 
 
-def number_documents(doc_ids: Integer[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
-    """The documents of rows, counted from 0 in the order of the text."""
-    found = np.zeros(len(doc_ids), np.int64)
-    np.cumsum(doc_ids[1:] != doc_ids[:-1], out=found[1:])
-    return found
+def begin_documents(doc_ids: Integer[np.ndarray, "n"]) -> Int[np.ndarray, "n_docs"]:
+    """The rows that documents begin with."""
+    return np.flatnonzero(np.append(True, doc_ids[1:] != doc_ids[:-1])[: len(doc_ids)])
+
+
+def find_documents(store: FeatureStore, rows: Integer[np.ndarray, "n"] | None) -> Int[np.ndarray, "n_docs"]:
+    """Which of some rows of a store, all of them for None, a document begins with; as places among these rows."""
+    n, found = len(store) if rows is None else len(rows), [np.zeros(0, np.int64)]
+    for start in range(0, n, ROWS_AT_ONCE):
+        part = slice(max(0, start - 1), start + ROWS_AT_ONCE)  # with the one before, which tells if it goes on
+        ids = store.text.doc_ids[store.places[part if rows is None else rows[part]]]
+        found.append(begin_documents(ids)[min(start, 1) :] + part.start)
+    return np.concatenate(found)
 
 
 @dataclass(frozen=True, eq=False)

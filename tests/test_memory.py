@@ -1,0 +1,115 @@
+"""What is held of a text does not grow with it: maps are let go, and orders of rows are made piece by piece."""
+
+import numpy as np
+import pytest
+
+import saelab as sl
+from saelab.functional.permuting import WINDOW_ROWS, move_blocks
+from saelab.stores import shards
+from saelab.universality.alignment import find_common_rows
+from saelab.universality.codes import Codes
+from saelab.universality.sources import StoreSource, begin_documents
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="module")
+def store(tiny, tmp_path_factory):
+    tokens = sl.tokenize(tiny, ["The fox saw the owl. Then it ran!"] * 40, ctx_len=20)
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4)), seed=0)
+    folder = tmp_path_factory.mktemp("store")
+    return sl.harvest(sae, tiny, tokens, folder, hook_point=HOOK, shard_tokens=200, progress=False)
+
+
+def test_maps_are_let_go_after_so_many_bytes_and_read_the_same(store, monkeypatch):
+    whole = store.matrix().toarray()
+    monkeypatch.setattr(shards, "MAPPED_BYTES", 3 * shards.FAULT_BYTES)
+    opened = sl.FeatureStore.load(store.folder)
+    held = []
+    for start in range(0, len(opened), 150):
+        assert np.array_equal(opened.matrix(start, start + 150).toarray(), whole[start : start + 150])
+        held.append(sum(len(arrays._maps) for arrays in opened._shards))
+    assert max(held) <= 4 < 3 * len(opened._shards)  # of three arrays a shard
+    for j in range(5):
+        assert np.array_equal(opened.feature(j).indices, np.flatnonzero(whole[:, j]))
+
+
+def test_a_file_that_took_the_place_of_one_let_go_is_refused(store, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shards, "MAPPED_BYTES", 0)
+    folder = shutil.copytree(store.folder, tmp_path / "store")
+    opened = sl.FeatureStore.load(folder)
+    opened.feature(0)
+    file = next(folder.glob("shard-*"))
+    shutil.copy(file, tmp_path / "other")
+    (tmp_path / "other").replace(file)
+    with pytest.raises(ValueError, match="Load the store again"):
+        opened.feature(0)
+
+
+@pytest.mark.parametrize("n", [1, 700, 2 * WINDOW_ROWS + 17])
+def test_an_order_of_blocks_is_the_same_in_pieces(n):
+    rng = np.random.default_rng(n)
+    starts = np.unique(np.append(0, rng.integers(0, n, n // 100)))
+    order = move_blocks(starts, n, rng)
+    whole = order[0:n]
+    assert np.array_equal(np.sort(whole), np.arange(n)) and len(order) == n
+    assert np.array_equal(np.concatenate([order[i : i + 333] for i in range(0, n, 333)]), whole)
+    assert np.array_equal(whole // WINDOW_ROWS, np.arange(n) // WINDOW_ROWS)
+    sizes = [array.size for array in (order.places, order.first, order.steps)]
+    assert max(sizes) <= 2 * len(starts) + n // min(256, max(1, n // 64)) + 3
+
+
+def test_documents_far_apart_are_read_one_by_one(store):
+    """Chance of `documents` puts them anywhere: what lies between is not read, and the means are those of all."""
+    starts = begin_documents(store.doc_ids)
+    codes = Codes(store, groups=starts)
+    means = codes.matrix(0, len(starts)).toarray()
+    order = np.random.default_rng(0).permutation(len(starts))
+    read = []
+
+    class Watched:
+        d_sae, l0 = store.d_sae, store.l0
+
+        def __len__(self):
+            return len(store)
+
+        def matrix(self, start=0, stop=None):
+            read.append(stop - start)
+            return store.matrix(start, stop)
+
+    found = Codes(Watched(), groups=starts).moved(order).matrix(3, 8).toarray()
+    assert np.array_equal(found, means[order[3:8]])
+    assert sum(read) < len(store) // 4
+
+
+def test_stores_of_the_same_tokens_need_no_list_of_rows(store):
+    assert find_common_rows(store, store) == (None, None)
+    source = StoreSource.make(store, store, "correlation", False, 1, False)
+    assert source.a.rows is None and source.b.rows is None and len(source.documents) == len(np.unique(store.doc_ids))
+
+
+def test_masks_that_differ_leave_the_rows_that_both_kept(tiny, tmp_path):
+    tokens = sl.tokenize(tiny, ["The fox saw the owl."] * 9, ctx_len=12)
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4)), seed=0)
+    masks = [sl.TokenMask(), sl.TokenMask(special=False)]
+    a, b = (
+        sl.harvest(sae, tiny, tokens, tmp_path / str(i), hook_point=HOOK, mask=mask, progress=False)
+        for i, mask in enumerate(masks)
+    )
+    assert len(a) < len(b)
+    rows, rows_b = find_common_rows(a, b)
+    assert np.array_equal(a.places[rows], b.places[rows_b]) and len(rows) == len(np.intersect1d(a.places, b.places))
+    found = sl.compare(a, b, min_count=1, n_shifts=1, progress=False)
+    live = found.a.partners >= 0
+    assert live.any() and np.allclose(np.abs(found.a.similarity[live]), 1.0, atol=1e-4)
+
+
+def test_rows_drawn_from_a_mask_are_those_of_numpys_choice():
+    from saelab.analyses.contexts import _find_true
+
+    rows = np.random.default_rng(0).random(200_000) < 0.01
+    n = int(rows.sum())
+    drawn = _find_true(rows, np.random.default_rng(1).integers(n, size=50))
+    assert np.array_equal(drawn, np.random.default_rng(1).choice(np.flatnonzero(rows), size=50))
