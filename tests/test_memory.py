@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 import saelab as sl
-from saelab.functional.permuting import WINDOW_ROWS, move_blocks
+from saelab.functional.permuting import WINDOW_ROWS, find_runs, move_blocks
 from saelab.stores import shards
 from saelab.universality.alignment import find_common_rows
 from saelab.universality.codes import Codes
-from saelab.universality.sources import StoreSource, begin_documents
+from saelab.universality.sources import StoreSource
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -63,7 +63,7 @@ def test_an_order_of_blocks_is_the_same_in_pieces(n):
 
 def test_documents_far_apart_are_read_one_by_one(store):
     """Chance of `documents` puts them anywhere: what lies between is not read, and the means are those of all."""
-    starts = begin_documents(store.doc_ids)
+    starts = find_runs(store.doc_ids)
     codes = Codes(store, groups=starts)
     means = codes.matrix(0, len(starts)).toarray()
     order = np.random.default_rng(0).permutation(len(starts))

@@ -67,6 +67,15 @@ def permute_labels(
     return moved[permute_within(doc_ids, rng)], EXCHANGED
 
 
+def find_runs(groups: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "n_runs"]:
+    """The rows that runs of one group begin with, documents for instance.
+
+    >>> find_runs(np.array([3, 3, 5, 5, 5])).tolist()
+    [0, 2]
+    """
+    return np.flatnonzero(np.append(True, groups[1:] != groups[:-1])[: len(groups)])
+
+
 @dataclass(frozen=True, eq=False)
 class MovedBlocks:
     """An order of rows in blocks: `order[start:stop]` are the rows that stand at those places, made when asked for."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
+from saelab.functional.permuting import find_runs, move_blocks
 from saelab.labelling.views import TokenView
 from saelab.stores.features import FeatureStore
 from saelab.stores.results import Result
@@ -29,7 +30,7 @@ class TokenSimulation(Result):
     by_pair: Float[np.ndarray, "d_sae"]
     """each pair of previous and present token has, backing off to the present token where it is rare"""
     by_token_chance: Float[np.ndarray, "d_sae"]
-    """the same against codes moved round the held-out documents"""
+    """the same against codes that stand elsewhere in the held-out documents"""
     by_pair_chance: Float[np.ndarray, "d_sae"]
     n_train: int
     n_tokens: int
@@ -60,10 +61,11 @@ def simulate_by_tokens(store: FeatureStore, *, train_frac: float = 0.5, seed: in
 
     A table of means from training documents, the simplest explanation of a feature there is: a name worth having
     should do better, or say the same in fewer words. A pair's mean is drawn towards that of its last token. Chance is
-    the same tables against codes moved round the documents by half of them.
+    the same tables against codes moved in blocks within the held-out documents, each turned round on its own, so that
+    it falls on periodic text too.
     """
     is_train = store.split(train_frac, seed)
-    tables = _Tables.make(store, is_train)
+    tables = _Tables.make(store, is_train, np.random.default_rng(seed))
     found = {
         name: np.full(store.d_sae, np.nan) for name in ("by_token", "by_pair", "by_token_chance", "by_pair_chance")
     }
@@ -100,7 +102,7 @@ class _Tables:
         return len(self.last)
 
     @classmethod
-    def make(cls, store: FeatureStore, is_train: np.ndarray) -> "_Tables":
+    def make(cls, store: FeatureStore, is_train: np.ndarray, rng: np.random.Generator) -> "_Tables":
         """Number the tokens and the pairs that are frequent in training documents."""
         view = TokenView(store.text)
         _, ids = np.unique(view.token_ids, return_inverse=True)
@@ -111,7 +113,7 @@ class _Tables:
         at = np.minimum(np.searchsorted(known, pairs), max(len(known) - 1, 0))
         groups = ids if len(known) == 0 else np.where(known[at] == pairs, n_ids + at, ids)
         held, moved = np.flatnonzero(~is_train), groups.copy()
-        moved[held] = np.roll(groups[held], -(len(held) // 2))
+        moved[held] = groups[held[move_blocks(find_runs(store.doc_ids[held]), len(held), rng)[:]]]
         return cls(groups, moved, np.concatenate([np.arange(n_ids), known % n_ids]), is_train, n_ids)
 
     def correlate(self, store: FeatureStore, start: int, stop: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Integer, Shaped
 
+from saelab.functional.permuting import find_runs
 from saelab.stores.files import checksum, save_tensors, write_json
 from saelab.stores.names import find_inside
 from saelab.stores.packing import smallest_int
@@ -157,7 +158,7 @@ def split_documents(
     2
     """
     doc_ids = np.asarray(doc_ids)
-    starts = np.flatnonzero(np.append(True, doc_ids[1:] != doc_ids[:-1])[: len(doc_ids)])
+    starts = find_runs(doc_ids)
     documents, runs = np.unique(doc_ids[starts], return_inverse=True)  # a document may be in pieces
     n_train = round(train_frac * len(documents))
     if not 0 < n_train < len(documents):

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from jaxtyping import Float
 
+from saelab.functional.permuting import find_runs
 from saelab.stores.activations import Activations
 from saelab.universality.codes import Codes
 from saelab.universality.comparison import conclude
 from saelab.universality.matches import Comparison
-from saelab.universality.sources import StoreSource, begin_documents
+from saelab.universality.sources import StoreSource
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -53,7 +54,7 @@ def compare_bases(
     sides = Codes(_Axes.of(a, basis)), Codes(_Axes.of(b, basis))
     names = tuple(f"{basis} of {acts.hook_point or 'activations'}" for acts in (a, b))
     facts = {"sources": names, "sides": False, "n_rows": len(a), "n_tokens": len(a)}
-    documents = None if a.doc_ids is None else begin_documents(a.doc_ids.numpy())
+    documents = None if a.doc_ids is None else find_runs(a.doc_ids.numpy())
     work = StoreSource.of(sides, "correlation", True, 1, progress, facts, documents)
     return conclude(work, "correlation", m, 1, n_shifts, n_null, fdr, min_effect, seed)
 

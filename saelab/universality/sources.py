@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
-from saelab.functional.permuting import move_blocks
+from saelab.functional.permuting import find_runs, move_blocks
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 from saelab.stores.names import shareable
@@ -141,18 +141,13 @@ def _common(
     return replace(first, groups=starts), replace(second, groups=starts)
 
 
-def begin_documents(doc_ids: Integer[np.ndarray, "n"]) -> Int[np.ndarray, "n_docs"]:
-    """The rows that documents begin with."""
-    return np.flatnonzero(np.append(True, doc_ids[1:] != doc_ids[:-1])[: len(doc_ids)])
-
-
 def find_documents(store: FeatureStore, rows: Integer[np.ndarray, "n"] | None) -> Int[np.ndarray, "n_docs"]:
     """Which of some rows of a store, all of them for None, a document begins with; as places among these rows."""
     n, found = len(store) if rows is None else len(rows), [np.zeros(0, np.int64)]
     for start in range(0, n, ROWS_AT_ONCE):
         part = slice(max(0, start - 1), start + ROWS_AT_ONCE)  # with the one before, which tells if it goes on
         ids = store.text.doc_ids[store.places[part if rows is None else rows[part]]]
-        found.append(begin_documents(ids)[min(start, 1) :] + part.start)
+        found.append(find_runs(ids)[min(start, 1) :] + part.start)
     return np.concatenate(found)
 
 

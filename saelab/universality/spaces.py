@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from tqdm.auto import tqdm
 
+from saelab.functional.permuting import find_runs, move_blocks
 from saelab.stores.progress import hidden
 from saelab.stores.results import Result
 from saelab.universality.paired import MEASURES, ROUNDING, Paired
@@ -43,6 +44,8 @@ class SpaceComparison(Result):
     n_components: tuple[int, int]
     """that SVCCA keeps of either side; 0 where a side does not vary"""
     n_shuffles: int
+    in_blocks: bool = False
+    """whether rows moved in blocks of neighbours, as those of tokens should"""
     seed: int
 
     def __getitem__(self, measure: str) -> SpaceScore:
@@ -50,7 +53,8 @@ class SpaceComparison(Result):
 
     def __str__(self) -> str:
         kept = "{} and {}".format(*self.n_components)
-        lines = [f"{self.n_pairs:,} pairs, {self.n_shuffles:,} shuffled pairings, {kept} components"]
+        how = "pairings shuffled in blocks" if self.in_blocks else "shuffled pairings"
+        lines = [f"{self.n_pairs:,} pairs, {self.n_shuffles:,} {how}, {kept} components"]
         lines.append(f"{'':<19}{'value':>8}{'chance':>8}{'95 %':>8}{'excess':>8}{'p':>10}")
         for name, score in self.scores.items():
             values = (score.value, score.chance, score.chance_95, score.excess)
@@ -67,6 +71,7 @@ def compare_spaces(
     x: Float[np.ndarray, "n_x d_x"],
     y: Float[np.ndarray, "n_y d_y"],
     *,
+    doc_ids: Shaped[np.ndarray, "n_rows"] | None = None,
     measures: Iterable[str] | None = None,
     n_shuffles: int = 100,
     seed: int = 0,
@@ -77,6 +82,10 @@ def compare_spaces(
     Every measure is 1 for equal spaces and higher is more alike; most are above 0 by chance, so read the excess. A
     row that stands in several pairs raises all of them: give one-to-one pairs, or both. Each side is decomposed
     once, so the cost is linear in pairs: 5,000 pairs of 768 numbers and 100 shuffles take a minute on one core.
+
+    Features are shuffled one by one. Neighbouring tokens are alike on either side, whatever the other, so a token more
+    is less than a fact more: give `doc_ids`, the document of each row, where rows are tokens, and rows move in blocks
+    of neighbours, turned round one by one.
     ValueError for other shapes, values that are not finite, or unknown measures.
 
     >>> x = np.random.default_rng(0).normal(size=(200, 8))
@@ -90,6 +99,9 @@ def compare_spaces(
         raise ValueError(
             f"`measures` must be among {', '.join(MEASURES)}, and `n_shuffles` at least 1, got {names}, {n_shuffles}."
         )
+    if doc_ids is not None and len(doc_ids) != len(x):
+        raise ValueError(f"`doc_ids` must be one for each of the {len(x)} rows, got {len(doc_ids)}.")
+    starts = None if doc_ids is None else find_runs(doc_ids)
     sampling, shuffling = np.random.default_rng(seed).spawn(2)
     paired = Paired.make(x, y, sampling)
     faults = {name: paired.fault(name) for name in names}
@@ -97,7 +109,8 @@ def compare_spaces(
     values = {name: MEASURES[name](paired) for name in sound}
     shuffled: dict[str, list[float]] = {name: [] for name in sound}
     for _ in tqdm(range(n_shuffles if sound else 0), desc="shuffle", delay=2, leave=False, disable=hidden(progress)):
-        other = replace(paired, order=shuffling.permutation(paired.n))
+        order = shuffling.permutation(paired.n) if starts is None else move_blocks(starts, paired.n, shuffling)[:]
+        other = replace(paired, order=order)
         for name in sound:
             shuffled[name].append(MEASURES[name](other))
     scores = {
@@ -105,7 +118,10 @@ def compare_spaces(
         for name in names
     }
     kept = (paired.x.n_kept, paired.y.n_kept)
-    return SpaceComparison(scores=scores, n_pairs=paired.n, n_components=kept, n_shuffles=n_shuffles, seed=seed)
+    return SpaceComparison(
+        scores=scores, n_pairs=paired.n, n_components=kept, n_shuffles=n_shuffles, in_blocks=starts is not None,
+        seed=seed,
+    )  # fmt: skip
 
 
 def _score(value: float, shuffled: list[float], note: str) -> SpaceScore:
