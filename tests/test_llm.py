@@ -725,6 +725,20 @@ def test_a_chat_template_is_used_where_there_is_one(tiny, monkeypatch):
 # --- arguments
 
 
+def test_a_local_model_answers_alike_through_its_bridge() -> None:
+    """A user's hook has the bridge run, which loses its cache with transformers 5.24: the answer is the same."""
+    plain, hooked = sl.tiny_model(), sl.tiny_model()
+    with torch.no_grad():
+        for model in (plain, hooked):
+            generator = torch.Generator().manual_seed(0)
+            for weight in model.original_model.parameters():
+                weight.copy_(0.3 * torch.randn(weight.shape, generator=generator))
+    hooked.blocks[0].hook_out.add_hook(lambda x, hook: None)
+    question = [{"role": "user", "content": "Say it again and again"}]
+    expected = LocalClient(plain, n_tokens=12).complete(question)
+    assert LocalClient(hooked, n_tokens=12).complete(question) == expected
+
+
 def test_explainers_and_scorers_may_be_anybodys(store, tmp_path):
     class Known:
         name = "known"

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
-from saelab.lm.door import door
 from saelab.lm.extent import find_context
+from saelab.lm.generation import generate
 from saelab.lm.models import Model
 from saelab.lm.special import read_text
 
 
-@torch.no_grad()
 def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -> tuple[str, int, int]:
     """The most likely answer, token by token, with the numbers of tokens of prompt and answer.
 
@@ -22,25 +21,14 @@ def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -
     >>> n_in, n_out
     (4, 3)
     """
-    tokenizer = model.tokenizer
-    ids = _encode(tokenizer, messages).to(next(model.parameters()).device)
+    ids = _encode(model.tokenizer, messages)
     if ids.shape[1] + n_tokens > find_context(model):
         raise ValueError(
             f"A prompt must fit the model's context of {find_context(model)} tokens beside {n_tokens} of the answer, "
             f"got {ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
         )
-    end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    module: Any = door(model).route([])[0]
-    made = module.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=n_tokens,
-        pad_token_id=end,
-    )
-    answer = made[0, ids.shape[1] :]
-    return read_text(model, answer.tolist()), ids.shape[1], len(answer)
+    made = generate(model, ids, n_tokens, temperature=0.0, progress=False).samples[0]
+    return read_text(model, made.ids), ids.shape[1], len(made.ids)
 
 
 def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:
