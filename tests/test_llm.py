@@ -173,6 +173,44 @@ def test_a_perfect_pair_scores_one(store, tmp_path):
     assert "4 labels" in str(found) and Label.from_dict(json.loads(json.dumps(found.labels[0].to_dict())))
 
 
+def test_an_untrained_dictionary_stands_beside_the_scores(store, tmp_path):
+    """Codes that fire anywhere get names too, which are worth nothing: the same questions say so."""
+    x = np.random.default_rng(0).permutation(store.matrix().toarray())
+    columns = {name: torch.from_numpy(np.array(getattr(store.text, name))).int()
+               for name in ("token_ids", "doc_ids", "positions")}  # fmt: skip
+    sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.AbsTopK(k=3), normaliser="none"))
+    with torch.no_grad():
+        for weight in (sae.W_enc, sae.W_dec):
+            weight.copy_(torch.eye(4))
+        sae.b_enc.zero_(), sae.b_dec.zero_()
+    where = replace(store.provenance, text="moved")
+    acts = sl.Activations.from_tensor(torch.from_numpy(x), where, **columns)
+    moved = sl.harvest(sae, None, acts, tmp_path / "moved", allow_mismatch=True, progress=False)
+    moved.text = store.text
+
+    class Eager(Oracle):
+        def name_it(self, rows):
+            return json.dumps({"label": json.loads(super().name_it(rows))["label"] or "river"})
+
+    found = label_all(store, Eager(), tmp_path, untrained=moved)
+    alone = label_all(store, Eager(), tmp_path)
+    assert alone.untrained is None and "no untrained dictionary was labelled" in str(alone)
+    assert found.labels == alone.labels and found.n_sides == 4 and found.untrained["named"] == 1.0
+    assert np.mean([label.scores["detection"] for label in found.labels]) > 0.9
+    # four sides, sixteen to twenty windows each
+    assert abs(found.untrained["detection"] - 0.5) < 4 * 0.5 / np.sqrt(4 * 16)
+    assert f"untrained {found.untrained['detection']:.2f}, chance 0.5" in str(found)
+    with pytest.raises(ValueError, match="the same 8000 tokens"):
+        label_all(store, Eager(), tmp_path, untrained=_cut(moved))
+
+
+def _cut(store):
+    part = sl.FeatureStore(store.folder, store.manifest, [])
+    part.__dict__["token_ids"] = store.token_ids[:-1]
+    part._starts = [0, len(store) - 1]
+    return part
+
+
 @pytest.mark.parametrize("yes", [False, True])
 def test_one_answer_to_everything_scores_chance(store, tmp_path, yes):
     found = score_labels(

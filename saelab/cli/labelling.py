@@ -50,7 +50,8 @@ Floor = Annotated[
     bool,
     Option(
         "--untrained/--no-untrained",
-        help="Try rules on an untrained dictionary of the same shape, too, which reads the text again.",
+        help="Label an untrained dictionary of the same shape, too, which reads the text again and, of a language "
+        "model, asks for as much again.",
     ),
 ]
 Lens = Annotated[bool, Option("--lens/--no-lens", help="Try the tokens that features promote as rules, too, or not.")]
@@ -129,27 +130,27 @@ def label_features(
     cfg = AskConfig(n_parallel=parallel, budget=budget, price_in=price_in, price_out=price_out)
     if not estimate:
         context.with_resource(hold_folder(store))
-    if rules is not None or client is None:
-        wanted = _wanted(opened, RULES, numbers, resume)
+    by_rules = rules is not None or client is None
+    wanted = _wanted(opened, RULES, numbers, resume) if by_rules else []
+    signs, names = (1, -1) if opened.signed else (BOTH,), [name for name in scorers.split(",") if name]
+    asked_of = _wanted(opened, client.name, numbers, resume, scored=bool(names)) if client is not None else []
+    floor = untrained and not estimate and (wanted != [] or asked_of != [])
+    beside = context.with_resource(_open_floor(opened, sae, lens_model, progress) if floor else nullcontext())
+    if by_rules:
         found = _read_lens(opened, wanted, sae, lens_model, progress) if lens and wanted != [] else None
-        floor = _open_floor(opened, sae, lens_model, progress) if untrained and wanted != [] else None
-        part = opened.spread(rule_tokens)
-        with floor or nullcontext() as beside:
-            beside = None if beside is None else beside.spread(rule_tokens)
-            _by_rules(part, read_predicates(part, rules or BUILTIN, predicates), wanted, found, beside)
+        part, other = opened.spread(rule_tokens), None if beside is None else beside.spread(rule_tokens)
+        _by_rules(part, read_predicates(part, rules or BUILTIN, predicates), wanted, found, other)
     if client is None:
         return
-    signs, names = (1, -1) if opened.signed else (BOTH,), [name for name in scorers.split(",") if name]
     asked: dict[str, Any] = {"signs": signs, "scorers": names, "asking": cfg}
-    wanted = _wanted(opened, client.name, numbers, resume, scored=bool(names))
-    if wanted == []:
+    if asked_of == []:
         say(f"No feature is left to label by {client.name}.", err=True)
         return
     if not isinstance(client, Exchange):
-        say(str(estimate_labels(opened, client, wanted, **asked)), err=not estimate)
+        say(str(estimate_labels(opened, client, asked_of, **asked).times(2.0 if untrained else 1.0)), err=not estimate)
     if estimate:
         return
-    named = explain_features(opened, client, wanted, progress=progress, **asked)
+    named = explain_features(opened, client, asked_of, untrained=beside, progress=progress, **asked)
     _keep(opened, named.labels, str(named))
     if isinstance(client, Exchange):
         _exchange(client, export_prompts)

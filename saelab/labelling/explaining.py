@@ -12,6 +12,7 @@ from saelab.labelling.asking import Asker
 from saelab.labelling.cases import Case, CaseConfig, build_case
 from saelab.labelling.clients import Client
 from saelab.labelling.explainers import Explainer, LLMExplainer
+from saelab.labelling.floors import average_scores, require_same_tokens, tell_floor
 from saelab.labelling.label import BOTH, Kind, Label
 from saelab.labelling.prompts import N_WORDS
 from saelab.labelling.questions import AskConfig, Estimate, Question, Reply, Usage
@@ -45,6 +46,11 @@ class Labelling(Result):
     labels: tuple[Label, ...]
     missing: tuple[Unlabelled, ...]
     usage: Usage
+    n_sides: int = 0
+    """features, or signs of them, that were to be labelled"""
+    untrained: dict[str, float] | None = None
+    """of an untrained dictionary on the same tokens: the share of sides with a name, and the mean of each score; None
+    where none was labelled"""
 
     @property
     def n_waiting(self) -> int:
@@ -53,6 +59,12 @@ class Labelling(Result):
 
     def __str__(self) -> str:
         lines = [f"{len(self.labels):,} labels, {len(self.missing):,} missing, {self.n_waiting:,} of them waiting"]
+        if self.labels and self.n_sides:
+            own = average_scores(self.labels, self.n_sides)
+            chance = {
+                n: next(x.scores[f"{n}_chance"] for x in self.labels if n in x.scores) for n in own if n != "named"
+            }
+            lines.append(tell_floor(own, self.untrained, chance))
         for label in self.labels[:20]:
             scores = "  ".join(
                 f"{name} {value:.2f} (chance {label.scores[name + '_chance']:g})"
@@ -73,6 +85,7 @@ def explain_features(
     *,
     signs: Sequence[int] = (1, -1),
     scorers: Sequence[str | Scorer] = ("detection", "fuzzing"),
+    untrained: FeatureStore | None = None,
     answers: str | Path | None = None,
     asking: AskConfig | None = None,
     cases: CaseConfig | None = None,
@@ -85,12 +98,26 @@ def explain_features(
     answers.jsonl in the store's folder by default: made again, a call asks only what has no answer yet. What cannot be
     answered is in `missing` with the reason. Raises as `Asker.ask` does, ValueError for features that do not exist.
 
+    `untrained` is a store of the same tokens by an untrained dictionary (`sl.harvest_untrained`), whose features of the
+    same numbers are named and scored likewise, for as much again: the means of its scores stand beside.
     `cases` says how many windows are shown, `asking` how many requests go out at once, prices and budget.
     """
+    if untrained is not None:
+        require_same_tokens(store, untrained)
     plan = _Plan.make(store, explainer, scorers, answers, asking, cases, progress)
+    sides, floor = _sides(store, features, signs), None
+    found = _explain(plan, sides)
+    if untrained is not None:
+        wanted = _sides(untrained, sorted({feature for feature, _ in sides}), signs)
+        floor = average_scores(_explain(replace(plan, store=untrained), wanted).labels, len(wanted))
+    return replace(found.result(plan.usage), n_sides=len(sides), untrained=floor)
+
+
+def _explain(plan: "_Plan", sides: list[tuple[int, int]]) -> "_Found":
+    """Labels and scores of some sides, a block at a time."""
     assert plan.explainer is not None
     found = _Found()
-    for block in plan.blocks(_sides(store, features, signs), found):
+    for block in plan.blocks(sides, found):
         built = plan.build(block, found)
         replies = plan.explainer.explain(built)
         named: list[tuple[Label, Case]] = []
@@ -100,7 +127,7 @@ def explain_features(
             else:
                 named.append((plan.label(case, reply.value), case))
         found.labels += plan.score(named, found)
-    return found.result(plan.usage)
+    return found
 
 
 def score_labels(

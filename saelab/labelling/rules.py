@@ -13,6 +13,7 @@ from saelab.analyses.lens import LogitLens
 from saelab.functional.feature_ids import FeatureIds, read_features
 from saelab.labelling.choosing import FRACTIONS, Rule, choose_rules
 from saelab.labelling.contingency import Counts, Side, Units, feature_blocks
+from saelab.labelling.floors import require_same_tokens
 from saelab.labelling.judging import Judge, NextTokens, Verdict, q_values
 from saelab.labelling.label import Kind
 from saelab.labelling.naming import alike, name_output, name_rule
@@ -64,11 +65,8 @@ def label_by_rules(
     if predicates is None:
         store, untrained = store.spread(n_tokens), None if untrained is None else untrained.spread(n_tokens)
         predicates = make_predicates(store)
-    if untrained is not None and not np.array_equal(untrained.token_ids, store.token_ids):
-        raise ValueError(
-            f"`untrained` must be a store of the same {len(store)} tokens, got {len(untrained)} tokens, or others; "
-            "make it with `harvest_untrained`."
-        )
+    if untrained is not None:
+        require_same_tokens(store, untrained)
     if predicates.matrix.shape[0] != len(store):
         raise ValueError(
             f"`predicates` must have a row for each of the {len(store)} tokens, got {predicates.matrix.shape[0]}."
