@@ -11,6 +11,10 @@ import pytest
 import torch
 
 import saelab as sl
+from saelab.collecting.reader import Reader
+from saelab.lm.masks import TokenMask
+from saelab.lm.sketch import is_same_weights, sketch_weights
+from saelab.sae.matching import match_weights
 from saelab.steering.editing import TOLD, EditTask
 
 HOOK, OTHER = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
@@ -177,3 +181,39 @@ def test_a_store_of_another_sae_is_refused(name, trained, tmp_path):
     wide = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
     with pytest.raises(ValueError, match="`store` must be of the SAE that is steered, 64 features"):
         sl.Intervention(wide, {60: 1.0}, unit="max", store=trained.store, hook_point=HOOK)
+
+
+def test_weights_tell_models_of_one_name_and_names_do_not_part_equal_weights() -> None:
+    def told(model: Any) -> Any:
+        tokens = sl.tokenize(model, ["Once upon a time"], ctx_len=8)
+        return Reader.make(model, tokens, [HOOK], TokenMask(), None).origins(tokens, 8, {})[HOOK]
+
+    def renamed(model: Any) -> Any:
+        model.cfg.model_name = "checkpoint-1000"
+        return model
+
+    mine, other, third = (renamed(sl.tiny_model(seed=seed, n_layers=n)) for seed, n in ((0, 2), (1, 2), (0, 3)))
+    origin = told(mine)
+    match_weights(origin, mine)
+    for stranger in (other, third):
+        with pytest.raises(ValueError, match=r"another model of that name .*checkpoint-1000 with other weights"):
+            match_weights(origin, stranger)
+    match_weights(replace(origin, model_sketch=None), other)  # files of before say the name alone
+    match_weights(origin, mine.to(torch.bfloat16))
+    match_weights(replace(origin, model="of_the_same_weights"), mine)
+    laid_out = origin.versions | {"transformers": "5.0.0"}
+    match_weights(replace(origin, versions=laid_out), third)  # parameters may have other shapes there
+    with pytest.raises(ValueError, match="with other weights"):
+        match_weights(replace(origin, versions=laid_out), other)
+
+
+def test_a_sketch_leaves_the_model_alone_and_says_nothing_of_quantized_weights() -> None:
+    model = sl.tiny_model()
+    before = sketch_weights(model)
+    with sl.steer(model, sl.Direction(torch.ones(32), HOOK), 1.0):
+        assert sketch_weights(model) == before
+    with torch.no_grad():
+        model.blocks[0].mlp.out.weight.add_(0.01)
+    after = sketch_weights(model)
+    assert before is not None and after is not None and not is_same_weights(before, after)
+    assert sketch_weights(torch.nn.Linear(4, 4, device="meta")) is None

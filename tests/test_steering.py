@@ -113,6 +113,43 @@ def test_neutral_strengths_change_no_bit(model: Any, point: str) -> None:
 
 # transformer-lens 4.3 itself calls a cache by the name that transformers 5.24 gave up.
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("where", ["prompt", "generated"])
+def test_beams_are_steered_alike_with_and_without_cache(where: str) -> None:
+    model = sl.tiny_model()
+    hf_model, ids = model.original_model, torch.tensor([[0, 80, 81, 82, 83, 84]])
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+    def search(strength: float, **how: bool) -> list[list[int]]:
+        with sl.steer(model, sl.Direction(direction, "blocks.0.hook_out"), strength, where=where):
+            return hf_model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, num_beams=3, do_sample=False,
+                pad_token_id=1, **how,
+            ).tolist()  # fmt: skip
+
+    assert search(3.0) == search(3.0, use_cache=False) != search(0.0)
+
+
+def test_another_text_in_the_same_block_begins_anew() -> None:
+    model = sl.tiny_model()
+    direction, ids = sl.Direction(torch.ones(32), "blocks.1.hook_resid_post"), torch.arange(70, 77)[None]
+
+    def read(*texts: Any) -> Any:
+        with sl.steer(model, direction, 3.0, where="prompt"):
+            return [sl.logits(model, text) for text in texts][-1]
+
+    torch.testing.assert_close(read(ids[:, :4], ids), read(ids), rtol=0, atol=0)
+
+    def write(*texts: list[int]) -> list[int]:
+        with sl.steer(model, direction, 30.0, where="generated"):
+            return [
+                model.original_model.generate(torch.tensor([text]), max_new_tokens=5, do_sample=False, pad_token_id=1)
+                for text in texts
+            ][-1][0].tolist()
+
+    first = write(ids[0].tolist())
+    assert write(ids[0].tolist(), first) == write(first)
+
+
 def test_the_bridges_own_generate_is_steered_alike_or_refused(tales: Any) -> None:
     sae, size = make_sae(tales), 3 * size_at(tales, POINT)
     tokens = sl.tokenize(tales, [PROMPTS[0]], 64, packed=False)

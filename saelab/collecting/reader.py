@@ -12,6 +12,7 @@ from saelab.lm.forwards import find_median_norms, norms_of, require_finite
 from saelab.lm.hooks import capture, find_hook_point
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model, describe_model
+from saelab.lm.sketch import sketch_weights
 from saelab.lm.tokens import Tokens
 from saelab.stores.manifest import dtype_name
 from saelab.stores.provenance import Provenance
@@ -124,6 +125,7 @@ class Reader:
             seed=seed,
             versions=dict(model.versions),
             removed=removed,
+            model_sketch=sketch_weights(self.model),
         )
 
     def _capture(self, batch: Tokens) -> dict[str, Tensor]:

@@ -39,8 +39,9 @@ class Passing:
 class Flow(OwnHook):
     """Follows a model's forwards, whoever runs them: with a key-value cache, without one, padded on either side.
 
-    A forward goes on with the text of the one before where it brings a cache, or where its ids begin with all ids of
-    the one before: so it is in generation, with and without a cache. Any other forward begins a new text.
+    A forward goes on with the text of the one before where it brings a cache, or where each of its rows is a row of the
+    one before and one token more: so it is in generation, with and without a cache, of several beams too. Any other
+    forward begins a new text, and so does one with an empty cache.
     """
 
     home: Door
@@ -68,7 +69,7 @@ class Flow(OwnHook):
         if cache is None:
             require_whole(ids.shape[1], kwargs)
         n_past = self._count_past(cache)
-        goes_on = self._goes_on(ids, n_past)
+        goes_on = self._goes_on(ids, n_past) and (n_past > 0 or cache is None)
         self.seen = torch.cat([self.seen, ids], 1) if goes_on and n_past and self.seen is not None else ids
         before = self.ends if goes_on and n_past else None
         positions = _find_positions(ids, n_past, kwargs.get("attention_mask"), before)
@@ -92,8 +93,12 @@ class Flow(OwnHook):
     def _goes_on(self, ids: Tensor, n_past: int) -> bool:
         if self.seen is None or len(ids) != len(self.seen):
             return False
-        n = self.seen.shape[1]
-        return n_past > 0 or (ids.shape[1] > n and torch.equal(ids[:, :n], self.seen))
+        if n_past > 0 or ids.shape[1] != self.seen.shape[1] + 1:
+            return n_past > 0
+        before = ids[:, :-1]
+        same = before == self.seen
+        strays = before[~same.all(1)]  # a search puts its best beams first
+        return bool((strays[:, None] == self.seen).all(2).any(1).all())
 
 
 def _name_arguments(module: torch.nn.Module, args: tuple) -> dict[str, Any]:

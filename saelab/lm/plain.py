@@ -31,21 +31,26 @@ Site = tuple[nn.Module, str]
 """A module and its side, "hook_in" or "hook_out"."""
 
 
+def unwrap(module: nn.Module) -> nn.Module:
+    """Hugging Face's own module behind the bridge's wrappers of it; any other module as it is."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    while isinstance(module, GeneralizedComponent) and module.original_component is not None:
+        module = module.original_component
+    return module
+
+
 def strip(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
     """A copy of a module tree without bridge wrappers and hooks, sharing every parameter, and the map from old to new.
 
     Only the tree is copied, not the weights, and the copy is in evaluation mode. Raises TypeError for a module whose
     `forward` was replaced on the instance (offloaded or patched models): its copy would still run the original.
     """
-    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
-
     twins: dict[nn.Module, nn.Module] = {}
     configs: dict[int, Any] = {}
 
     def twin(wrapper: nn.Module) -> nn.Module:
-        module = wrapper
-        while isinstance(module, GeneralizedComponent) and module.original_component is not None:
-            module = module.original_component
+        module = unwrap(wrapper)
         if module not in twins:
             twins[module] = _copy_shell(module, configs)
             children = {name: child if child is None else twin(child) for name, child in module._modules.items()}

@@ -1,15 +1,19 @@
 """Is this the model, and the place in it, that the SAE was trained on?"""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from saelab.lm.door import door
 from saelab.lm.masks import TokenMask
-from saelab.lm.models import Model, ModelDescription, describe_model, is_same_model
+from saelab.lm.models import Model, describe_model, is_same_model
+from saelab.lm.sketch import is_same_shape, is_same_weights, sketch_weights
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.provenance import Provenance
+
+LAYOUT = ("transformers", "transformer-lens")
+"""packages whose releases may lay the same weights out in other parameters"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +81,7 @@ def match_places(
 def match_weights(origin: Provenance | None, model: Model, allow_mismatch: bool = False) -> None:
     """ValueError where an SAE, or a store, is of another model or weight processing: the check without a hook point."""
     if origin and not allow_mismatch:
-        here = describe_model(model)
-        _refuse(_differ(_model_of(origin, here)))
+        _refuse(_differ(_model_of(origin, _origin_of(model, origin))))
 
 
 def _choose_places(sae: SAE, given: str | tuple[str, str] | None) -> tuple[str, ...]:
@@ -106,10 +109,10 @@ def match_activations(sae: SAE, acts: Activations, allow_mismatch: bool) -> None
 def find_mismatches(origin: Provenance, model: Model, hook_point: str, hook_point_out: str | None = None) -> list[str]:
     """What differs between an SAE's origin and where it is about to be used, in words.
 
-    Names are compared by `is_same_model`.
+    Models are compared by their weights where both are known, else by name: see `is_same_model`.
     """
-    here, known = describe_model(model), door(model).points
-    pairs = _model_of(origin, here)
+    known = door(model).points
+    pairs = _model_of(origin, _origin_of(model, origin))
     places = [("hook point", origin.hook_point, hook_point)]
     if origin.hook_point_out is not None and hook_point_out is not None:
         places.append(("target", origin.hook_point_out, hook_point_out))
@@ -117,10 +120,39 @@ def find_mismatches(origin: Provenance, model: Model, hook_point: str, hook_poin
     return _differ(pairs)
 
 
-def _model_of(origin: Provenance, here: ModelDescription | Provenance) -> list[tuple[str, str, str]]:
-    name = here.name if isinstance(here, ModelDescription) else here.model
-    models = [] if is_same_model(origin.model, name) else [("model", Path(origin.model).name, Path(name).name)]
-    return [*models, ("weight processing", origin.weight_processing, here.weight_processing)]
+def _origin_of(model: Model, like: Provenance) -> Provenance:
+    """The provenance that activations of this model would have; weights are looked at where the other's are known."""
+    here = describe_model(model)
+    sketch = sketch_weights(model) if like.model_sketch is not None else None
+    return replace(
+        like,
+        model=here.name,
+        weight_processing=here.weight_processing,
+        versions=dict(here.versions),
+        model_sketch=sketch,
+    )
+
+
+def _model_of(origin: Provenance, here: Provenance) -> list[tuple[str, str, str]]:
+    pairs = [("weight processing", origin.weight_processing, here.weight_processing)]
+    same_name = is_same_model(origin.model, here.model)
+    same_weights = _have_same_weights(origin, here)
+    if same_weights or (same_weights is None and same_name):
+        return pairs
+    if same_name:
+        return [("model of that name", origin.model, f"{here.model} with other weights"), *pairs]
+    return [("model", Path(origin.model).name, Path(here.model).name), *pairs]
+
+
+def _have_same_weights(origin: Provenance, here: Provenance) -> bool | None:
+    """None where that cannot be told: a sketch is missing, or releases that lay weights out otherwise were used."""
+    one, other = origin.model_sketch, here.model_sketch
+    if one is None or other is None or origin.weight_processing != here.weight_processing:
+        return None
+    releases = [tuple(about.versions.get(name) for name in LAYOUT) for about in (origin, here)]
+    if not is_same_shape(one, other) and releases[0] != releases[1]:
+        return None
+    return is_same_weights(one, other)
 
 
 def _differ(pairs: list[tuple[str, str, str]]) -> list[str]:

@@ -47,12 +47,16 @@ class Provenance:
     "Place whose activations a transcoder reconstructs, where these are pairs."
     median_norm_out: float | None = None
     "What the mask's norm rule is relative to there."
+    model_sketch: tuple[float, ...] | None = None
+    "A few numbers of the language model's weights, whatever it is called."
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, ready for JSON; those of a second hook point only where there is one, and no local path."""
         plain = asdict(self) | {"model": shareable(self.model), "text": shareable(self.text)}
         if self.hook_point_out is None:
             del plain["hook_point_out"], plain["median_norm_out"]
+        if self.model_sketch is None:
+            del plain["model_sketch"]
         return plain
 
     @classmethod
