@@ -272,3 +272,14 @@ def test_importance_does_not_depend_on_how_a_unit_is_scaled(tiny, tokens):
     for size in (5, 20):
         assert one.get("energy", size).fvu == pytest.approx(other.get("energy", size).fvu, rel=1e-4)
         assert one.get("energy", size).ce == pytest.approx(other.get("energy", size).ce, rel=1e-4)
+
+
+def test_columns_of_tables_never_touch():
+    from saelab.stores.results import align_columns
+
+    rng = np.random.default_rng(0)
+    rows = [
+        ["x" * rng.integers(0, 60), *("9" * rng.integers(0, 20) for _ in range(rng.integers(1, 5)))] for _ in range(9)
+    ]
+    for line, row in zip(align_columns(rows), rows, strict=True):
+        assert line.split() == [cell for cell in row if cell]

@@ -336,3 +336,18 @@ def test_evaluate_takes_anybodys_sae_and_writes_for_saebench(
     held = json.loads(out.read_text())
     assert held["eval_result_metrics"]["sparsity"]["l0"] == pytest.approx(4.0)
     assert held["sae_cfg_dict"]["d_sae"] == 48 and held["eval_config"]["model_name"] == tiny.cfg.model_name
+
+
+@pytest.mark.parametrize(
+    "hook_point",
+    ["blocks.1.hook_resid_post", "blocks.3.hook_mlp_out", "blocks.0.attn.hook_z", "blocks.2.ln1.hook_normalized"],
+)
+def test_dictionary_learning_knows_model_and_hook_point_there_and_back(tmp_path: Path, hook_point: str) -> None:
+    from dataclasses import replace
+
+    sae = some_sae("relu")
+    sae.provenance = replace(some_provenance(), model="some/model", hook_point=hook_point)
+    sae.save_pretrained(tmp_path, "dictionary_learning")
+    again = sl.SAE.from_pretrained(tmp_path)
+    assert again.provenance is not None
+    assert (again.provenance.model, again.provenance.hook_point) == ("some/model", hook_point)

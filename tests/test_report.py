@@ -7,10 +7,12 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import saelab as sl
+from saelab.analyses.dead import dead_units
 from saelab.cli.commands import dispatch
 from saelab.pictures import reports
 from saelab.pictures.prompts import read_prompts
@@ -94,18 +96,40 @@ def test_both_sides_of_a_bipolar_unit_are_shown_where_they_belong(store) -> None
     assert paths == {"up", "down"} and "up" in str(Parsed(store.feature(1)._repr_html_()).tags)
 
 
+@pytest.mark.parametrize("strong", [1, -1])
+def test_the_strong_side_comes_first(store, strong, monkeypatch) -> None:
+    """Whatever its sign: in the card, its windows, and the line of the list; the other side is there too."""
+    from saelab.pictures.reports import _row
+    from saelab.stores.features import Feature
+
+    whole = store.feature(0)
+    values = np.where(whole.values * strong > 0, whole.values, whole.values / 4).astype(np.float32)
+    monkeypatch.setattr(
+        sl.FeatureStore, "feature", lambda self, j: Feature(whole.indices, values, self, 0), raising=True
+    )
+    card = sl.describe_feature(store, 0)
+    assert [side.sign for side in card.sides] == [strong, -strong]
+    assert card.examples.groups[0].side == strong and {g.side for g in card.examples.groups} >= {1, -1}
+    row = _row(card, dead_units(store))
+    words = {1: "hot", -1: "cold"}
+    assert row["snippet"][1].strip() == words[strong] and words[-strong] in row["search"]
+    lines = str(card).splitlines()
+    assert lines[2].startswith("+" if strong > 0 else "-")
+
+
 def test_a_card_counts_what_the_store_holds(store) -> None:
     card = sl.describe_feature(store, 0, label="temperature", neighbours=sl.neighbours(store))
     codes = store.matrix().toarray()[:, 0]
-    assert [side.n_firings for side in card.sides] == [(codes > 0).sum(), (codes < 0).sum()]
+    by_sign = {side.sign: side for side in card.sides}
+    assert [by_sign[sign].n_firings for sign in (1, -1)] == [(codes > 0).sum(), (codes < 0).sum()]
     assert card.density == (codes != 0).mean()
-    assert [side.peak for side in card.sides] == [codes.max(), -codes.min()]
+    assert [by_sign[sign].peak for sign in (1, -1)] == [codes.max(), -codes.min()]
     expected = [
         ((codes >= a) & (codes < b) & (codes != 0)).sum() for a, b in zip(card.edges, card.edges[1:], strict=False)
     ]
     expected[-1] += (codes == card.edges[-1]).sum()
     assert list(card.counts) == expected and sum(card.counts) == card.n_firings
-    assert 0.0 in card.edges and card.sides[0].words == ((" hot", 1.0),)
+    assert 0.0 in card.edges and by_sign[1].words == ((" hot", 1.0),)
     assert "temperature" in str(card) and card.to_dict()["feature"] == 0
     dead = sl.describe_feature(store, 3)
     assert dead.n_firings == 0 and "Never fired on 240 tokens" in dead._repr_html_()

@@ -1,6 +1,6 @@
 """`describe_feature`: all that is known of one feature, as its card in Jupyter and in the report shows it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -38,7 +38,7 @@ class FeatureCard(Result):
     label: str
     """empty where it has none"""
     sides: tuple[Side, ...]
-    """of the signs that occur"""
+    """of the signs that occur, that with the largest |z| first; examples are in the same order"""
     edges: tuple[float, ...]
     """of the histogram's bins, in the units of the codes"""
     counts: tuple[int, ...]
@@ -93,14 +93,19 @@ def describe_feature(
     """
     firings = store.feature(feature)
     counts, edges = _count(firings)
+    sides = [side for sign in (1, -1) if (side := _look(store, firings, sign)) is not None]
+    sides.sort(key=lambda side: -side.peak)
+    order = [side.sign for side in sides] + [0]
+    found = examples(store, firings.feature, **choice)
+    groups = sorted((group for group in found.groups), key=lambda group: order.index(group.side))
     return FeatureCard(
         feature=firings.feature,
         n_tokens=len(store),
         label=label,
-        sides=tuple(side for sign in (1, -1) if (side := _look(store, firings, sign)) is not None),
+        sides=tuple(sides),
         edges=edges,
         counts=counts,
-        examples=examples(store, firings.feature, **choice),
+        examples=replace(found, groups=tuple(groups)),
         effects=lens[firings.feature] if lens is not None else None,
         neighbours=tuple(neighbours.of(firings.feature)) if neighbours is not None else (),
         likeness=neighbours.by if neighbours is not None else "",

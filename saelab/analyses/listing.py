@@ -8,7 +8,7 @@ import numpy as np
 
 from saelab.analyses.contexts import top_words
 from saelab.stores.features import FeatureStore
-from saelab.stores.results import Result
+from saelab.stores.results import Result, align_columns
 
 COLUMNS = ("feature", "density", "n_positive", "n_negative", "balance", "mean", "peak")
 
@@ -27,13 +27,13 @@ class FeatureTable(Result):
 
     def __str__(self) -> str:
         lines = [f"{len(self.rows):,} of {self.d_sae:,} features on {self.n_tokens:,} tokens, by {self.sort}"]
-        lines.append(f"{'feature':>8}{'density':>10}{'+':>10}{'-':>10}{'balance':>9}{'mean':>9}{'peak':>9}  words")
+        table = [["feature", "density", "+", "-", "balance", "mean", "peak", "words"]]
         for row in self.rows:
-            counts = f"{row['n_positive']:>10,}{row['n_negative']:>10,}{row['balance']:>9.2f}"
-            sizes = f"{row['mean']:>9.3g}{row['peak']:>9.3g}"
+            counts = f"{row['n_positive']:,}", f"{row['n_negative']:,}", f"{row['balance']:.2f}"
+            sizes = f"{row['mean']:.3g}", f"{row['peak']:.3g}"
             words = "  ".join(repr(word) for word in row["words"])
-            lines.append(f"{row['feature']:>8}{row['density']:>10.2e}{counts}{sizes}  {words}")
-        return "\n".join(lines)
+            table.append([str(row["feature"]), f"{row['density']:.2e}", *counts, *sizes, words])
+        return "\n".join([*lines, *align_columns(table, left=(len(table[0]) - 1,))])
 
 
 def list_features(

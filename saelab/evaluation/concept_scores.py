@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from saelab.stores.results import Result
+from saelab.stores.results import Result, align_columns
 
 SUMMARY = {
     "coverage": "coverage: mean F1",
@@ -231,16 +231,19 @@ class ConceptScores(Result):
             f"{len(self.scored)} of {len(self.concepts)} concepts scored on {self.n_tokens:,} tokens"
             f" of {self.n_stories:,} stories; features chosen on {self.n_train:,} of {self.n_train_stories:,} others",
             "",
-            _line(["", "over", *columns]),
-            _line(["features", "", *(f"{scores.n_features:,}" for scores in columns.values())]),
-            _line(["l0", "", *(f"{scores.l0:.4g}" for scores in columns.values())]),
+        ]
+        table = [
+            ["", "over", *columns],
+            ["features", "", *(f"{scores.n_features:,}" for scores in columns.values())],
+            ["l0", "", *(f"{scores.l0:.4g}" for scores in columns.values())],
         ]
         for name, title in SUMMARY.items():
             numbers = [f"{getattr(scores, name):.3f}" for scores in columns.values()]
-            lines.append(_line([title, over.get(name, ""), *numbers]))
+            table.append([title, over.get(name, ""), *numbers])
         for kind, pairs in (("opposed", self.opposed_pairs), ("control", self.control_pairs)):
             numbers = [str(getattr(scores, f"n_{kind}_on_two_sides")) for scores in columns.values()]
-            lines.append(_line([f"{kind} pairs on two sides", f"{len(pairs)} pairs", *numbers]))
+            table.append([f"{kind} pairs on two sides", f"{len(pairs)} pairs", *numbers])
+        lines += align_columns(table)
         reasons = Counter(row.reason for row in self.concepts if row.reason)
         if reasons:
             lines += ["", *(f"not scored, {n} concepts: {reason}" for reason, n in reasons.items())]
@@ -257,8 +260,3 @@ class ConceptScores(Result):
 def _mean(values: Iterable[float]) -> float:
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
-
-
-def _line(cells: list[str]) -> str:
-    name, over, *numbers = cells
-    return f"{name:<34}{over:>24}" + "".join(f"{cell:>11}" for cell in numbers)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from saelab.stores.results import Result
+from saelab.stores.results import Result, align_columns
 
 ROWS = (
     "fvu", "explained_variance", "cosine", "bias", "l0", "dead_frac", "ce_clean", "ce_sae", "ce_zero", "ce_mean",
@@ -93,10 +93,9 @@ class Evaluation(Result):
             f"Evaluated {places} of {self.model}.",
             f"{self.n_tokens:,} tokens, {self.n_documents:,} documents of {self.text} (left out: {removed or 'none'})",
             "",
-            _line(["", "SAE", "95 % interval", *self.baselines]),
-            *(_line(self._row(name)) for name in ROWS),
         ]
-        lines += [_line([f"fvu, first {n}", _number(fvu)]) for n, fvu in self.prefixes.items()]
+        table = [["", "SAE", "95 % interval", *self.baselines], *map(self._row, ROWS)]
+        lines += align_columns(table + [[f"fvu, first {n}", _number(fvu)] for n, fvu in self.prefixes.items()])
         bins = zip(self.density_edges, self.density_counts, strict=False)
         lines += ["", "latents by log10 density: " + "  ".join(f"{edge:g}:{n}" for edge, n in bins)]
         lines += [f"{name}: {reason}" for name, reason in self.reasons.items()]
@@ -112,9 +111,3 @@ class Evaluation(Result):
 
 def _number(x: float) -> str:
     return f"{x:.4g}"
-
-
-def _line(cells: list[str]) -> str:
-    name, *numbers = cells
-    widths = (9, 20, *(11 for _ in numbers[2:]))
-    return f"{name:<20}" + "".join(f"{cell:>{width}}" for cell, width in zip(numbers, widths, strict=False))

@@ -32,7 +32,7 @@ class CaseConfig:
     n_scored: int = 4
     """held-out windows of each group, for scoring; as many more in which the feature is silent, half of them hard"""
     width: int = 24
-    """tokens of a window"""
+    """tokens of a window; of the default settings four times as many where tokens are hardly more than characters"""
     train_frac: float = 0.5
     """of the documents: they explain, the others score"""
     seed: int = 0

@@ -228,7 +228,7 @@ class _Plan:
         cases: CaseConfig | None,
         progress: bool,
     ) -> "_Plan":
-        cases = cases or CaseConfig()
+        cases = cases or CaseConfig(width=store.text.widen(CaseConfig.width))
         asker = None
         if isinstance(who, Client):
             asker = Asker(who, answers or store.folder / ANSWERS, asking, progress=progress)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from saelab.labelling.label import Kind, Label
-from saelab.stores.results import Result
+from saelab.stores.results import Result, align_columns
 
 NO_RULE = "no good rule"
 
@@ -92,9 +92,9 @@ class RuleLabels(Result):
             f"rules of {self.n_predicates} predicates, chosen on {self.n_train:,} tokens, scored on {self.n_tokens:,}; "
             f"good: q <= {self.fdr:g}, F1 above chance >= {self.min_skill:g}",
             self._tell_floor(),
-            f"{'feature':>8}{'F1':>7}{'chance':>8}{'prec.':>7}{'recall':>8}{'AUROC':>7}{'share':>7}  rule",
         ]
-        return "\n".join([*lines, *map(_line, good[:20])])
+        titles = ["feature", "F1", "chance", "prec.", "recall", "AUROC", "share", "rule"]
+        return "\n".join([*lines, *align_columns([titles, *map(_cells, good[:20])], left=(len(titles) - 1,))])
 
     def _tell_floor(self) -> str:
         f1 = f"median F1 {np.median([row.f1 for row in self.good]):.2f}" if self.good else "none"
@@ -147,9 +147,7 @@ class RuleLabels(Result):
         return {name: getattr(self, name) for name in names}
 
 
-def _line(row: RuleLabel) -> str:
-    sign = "+" if row.sign > 0 else "-"
-    sizes = (
-        f"{row.f1:>7.2f}{row.f1_chance:>8.3f}{row.precision:>7.2f}{row.recall:>8.2f}{row.auroc:>7.2f}{row.share:>7.2f}"
-    )
-    return f"{row.feature:>7}{sign}{sizes}  {row.text}"
+def _cells(row: RuleLabel) -> list[str]:
+    scores = (row.precision, row.recall, row.auroc, row.share)
+    sizes = [f"{row.f1:.2f}", f"{row.f1_chance:.3f}", *(f"{score:.2f}" for score in scores)]
+    return [f"{row.feature}{'+' if row.sign > 0 else '-'}", *sizes, row.text]

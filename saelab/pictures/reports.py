@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from saelab.sae.sae import SAE
 
 PER_FILE = 100
+N_SEARCHED = 6
+"""Windows by which a feature is found, of both sides."""
 PAGE, NAME = "index.html", "report.json"
 FILES = (PAGE, NAME, "cards-*.js")
 ON_ONE_PAGE = 200
@@ -248,7 +250,8 @@ def _write_files(folder: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> t
 
 def _row(card: FeatureCard, found: DeadUnits) -> dict[str, Any]:
     """A line of the list, and the text it is found by."""
-    tops = [example for group in card.examples.groups if group.name == "top" for example in group.examples]
+    groups = [group.examples for group in card.examples.groups if group.name == "top"]  # the strong side first
+    tops = [example for group in groups for example in group[: N_SEARCHED // len(groups)]]
     snippet = ["", "", ""]
     if tops:
         words, center = tops[0].words, tops[0].center
@@ -259,7 +262,7 @@ def _row(card: FeatureCard, found: DeadUnits) -> dict[str, Any]:
         "label": card.label,
         "text": card.label or "".join(snippet).strip(),
         "snippet": [part.replace("\n", " ") for part in snippet],
-        "search": " ".join(example.text for example in tops[:6]),
+        "search": " ".join(example.text for example in tops),
         "density": card.density,
         "balance": n_negative / card.n_firings if card.n_firings else None,
         "peak": max((side.peak for side in card.sides), default=0.0),

@@ -14,7 +14,7 @@ from saelab.steering.editing import TOLD, EditTask, edit_sparsely, weigh_codes
 from saelab.steering.interventions import match_source
 from saelab.steering.supervised import Attributes, Fit, fit_attributes
 from saelab.steering.telling import AttributeScore, mark_values, score_attributes
-from saelab.stores.results import Result
+from saelab.stores.results import Result, align_columns
 
 KS = (1, 2, 4, 8, 16, 32)
 ENCODE_ROWS = 4096
@@ -87,13 +87,12 @@ class ControlTable(Result):
         lines = [
             f"{self.hook_point} at {', '.join(self.places)}: {self.n_prompts} prompts (fitted and chosen on "
             f"{self.n_train} others); margin {self.margin:.2f}, mean ablation {self.margin_ablated:.2f}",
-            f"{'':<26}{'features':>9}{'l0':>7}{'live':>7}{'suffices':>10}{'needed':>9}",
         ]
+        table = [["", "features", "l0", "live", "suffices", "needed"]]
         for row in self.rows:
-            lines.append(
-                f"{row.name:<26}{row.n_features:>9,}{row.l0:>7.1f}{row.n_live:>7,}{row.sufficiency:>10.3f}"
-                f"{row.necessity:>9.3f}"
-            )
+            counts = f"{row.n_features:,}", f"{row.l0:.1f}", f"{row.n_live:,}"
+            table.append([row.name, *counts, f"{row.sufficiency:.3f}", f"{row.necessity:.3f}"])
+        lines += align_columns(table)
         lines += self._list_edits() + self._list_attributes()
         return "\n".join(lines)
 
@@ -112,23 +111,23 @@ class ControlTable(Result):
                     f"{edit}: patching changes {changed:.1%} of predictions; agreement is {least[0]:.3f} at least"
                 )
                 continue
-            title = f"{edit} (no edit {1 - changed:.3f})"
-            lines.append(f"{title:<26}" + "".join(f"{f'k={k}':>14}" for k in ks))
+            table = [[f"{edit} (no edit {1 - changed:.3f})", *(f"k={k}" for k in ks)]]
             for row in self.rows:
                 cells = [f"{one.agreement:.3f} / {one.magnitude:.2f}" for one in (row.edit(edit, k) for k in ks)]
-                lines.append(f"  {row.name:<24}" + "".join(f"{cell:>14}" for cell in cells))
+                table.append([f"  {row.name}", *cells])
+            lines += align_columns(table)
         return lines
 
     def _list_attributes(self) -> list[str]:
         titles = ("values", "always", "best", "union", "probe", "sides", "found", "split", "occluded")
-        lines = ["", f"{'F1 of values':<40}" + "".join(f"{title:>9}" for title in titles)]
+        table = [["F1 of values", *titles]]
         for row in self.rows:
             for one in row.attributes:
-                f1 = "".join(f"{v:>9.3f}" for v in (one.f1_always, one.f1, one.f1_union, one.f1_probe))
-                counts = "".join(f"{v:>9}" for v in (one.n_found, one.n_split, one.n_occluded))
+                f1 = [f"{v:.3f}" for v in (one.f1_always, one.f1, one.f1_union, one.f1_probe)]
+                counts = [str(v) for v in (one.n_found, one.n_split, one.n_occluded)]
                 where = f"{row.name}, {one.attribute} at {one.place}"
-                lines.append(f"{where:<40}{one.n_values:>9}{f1}{one.n_sides:>9.1f}{counts}")
-        return lines
+                table.append([where, str(one.n_values), *f1, f"{one.n_sides:.1f}", *counts])
+        return ["", *align_columns(table)]
 
 
 def compare_control(

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from saelab.steering.estimates import NAN, Best, Estimate, draw_weights, make_estimates
 from saelab.steering.frontiers import find_frontier, mean_gain, read_cost, read_gain
-from saelab.stores.results import Result
+from saelab.stores.results import Result, align_columns
 
 MATCHED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
 """KL in nats at which sources are compared: the largest that all of them reach"""
@@ -212,13 +212,7 @@ class SteeringCurve(Result):
 
     def __str__(self) -> str:
         header, rows = self.tell_rows()
-        widths = [max(len(row[i]) for row in [header, *rows]) + 2 for i in range(len(header))]
-        lines = [
-            row[0][: widths[0]].ljust(widths[0])
-            + "".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-            for row in [header, *rows]
-        ]
-        return "\n".join([self.title, self.baseline, *(line.rstrip() for line in lines)])
+        return "\n".join([self.title, self.baseline, *align_columns([header, *rows])])
 
     @property
     def _doses(self) -> list[tuple[int, tuple[str, float]]]:

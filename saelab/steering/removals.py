@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from saelab.steering.erasing import Edit
-from saelab.stores.results import Result
+from saelab.stores.results import Result, align_columns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,21 +88,22 @@ class Removal(Result):
             f"{self.concept} ({self.rate:.2%} of tokens) taken out at {self.hook_point}, probed at {self.read_at}: "
             f"fresh probes of {self.n_train:,} tokens, tested on {self.n_tokens:,} of other documents; "
             f"{len(first.others)} other concepts; {self.n_predictions:,} predictions without it",
-            f"{'':<28}{'n':>4}{'accuracy':>10}{'AUROC':>8}{'others':>8}{'worst':>8}{'loss without':>14}{'with':>8}"
-            f"{'size':>8}",
         ]
+        table = [["", "n", "accuracy", "AUROC", "others", "worst", "loss without", "with", "size"]]
         for row in self.rows:
             worst = self.harmed(row.name, 1) if row is not first else ()
             sign, base = ("", 0) if row is first else ("+", 1)
-            cells = (
-                f"{row.accuracy_of_others - base * first.accuracy_of_others:>{sign}8.3f}",
-                f"{-worst[0][1]:>+8.3f}" if worst else f"{'':>8}",
-                f"{row.loss_without - base * first.loss_without:>{sign}14.4f}",
-                f"{row.loss_with - base * first.loss_with:>{sign}8.3f}{row.size:>8.4f}",
-            )
-            scores = f"{row.concept.accuracy:>10.3f}{row.concept.auroc:>8.3f}"
-            lines.append(f"{row.name:<28}{row.n:>4}{scores}{''.join(cells)}")
-        return "\n".join([*lines, "others, worst and losses of edits are changes from the first row"])
+            cells = [
+                f"{row.accuracy_of_others - base * first.accuracy_of_others:{sign}.3f}",
+                f"{-worst[0][1]:+.3f}" if worst else "",
+                f"{row.loss_without - base * first.loss_without:{sign}.4f}",
+                f"{row.loss_with - base * first.loss_with:{sign}.3f}",
+                f"{row.size:.4f}",
+            ]
+            table.append([row.name, str(row.n), f"{row.concept.accuracy:.3f}", f"{row.concept.auroc:.3f}", *cells])
+        return "\n".join(
+            [*lines, *align_columns(table), "others, worst and losses of edits are changes from the first row"]
+        )
 
 
 def average_scores(name: str, scores: list[RemovalScore]) -> RemovalScore:

@@ -22,6 +22,8 @@ TOKENS, STRINGS = "tokens.safetensors", "strings.json"
 COLUMNS = ("token_ids", "doc_ids", "positions")
 LONGEST = 4
 """bytes of a character at most"""
+SAMPLE_TOKENS, SHORT, CHARACTERS = 2**16, 1.5, 4
+"""Tokens by which it is told whether they are mostly characters: of fewer than 1.5 each; a word has four or so."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -42,6 +44,12 @@ class StoredText:
     def parts(self) -> dict[int, bytes]:
         """The bytes of the tokens that hold parts of characters."""
         return {i: read_name(text) for i, text in self.strings.items() if BYTE.search(text)}
+
+    def widen(self, n: int) -> int:
+        """So many tokens, or four times as many where tokens are hardly more than a character: a readable window."""
+        ids, counts = np.unique(self.token_ids[:SAMPLE_TOKENS], return_counts=True)
+        length = sum(len(self.strings.get(i, "")) * n for i, n in zip(ids.tolist(), counts.tolist(), strict=True))
+        return n if length >= SHORT * counts.sum() else CHARACTERS * n
 
     def window(self, place: int, before: int, after: int) -> tuple[int, int]:
         """First token and end of what surrounds a token in its document and sequence, at most so many on each side."""

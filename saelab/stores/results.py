@@ -1,7 +1,7 @@
 """`Result`: what every result can do beside printing itself."""
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,24 @@ class Result(Drawn):
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON, NaN as null."""
         write_json(path, self.to_dict())
+
+
+def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+    """Rows of cells as lines: every column is as wide as its widest cell, two spaces from the next, and right-aligned
+    but for those of `left`. Rows may end early.
+
+    >>> align_columns([["", "n"], ["a long name", "1,234"], ["b", "5"]])
+    ['                 n', 'a long name  1,234', 'b                5']
+    """
+    n = max((len(row) for row in rows), default=0)
+    widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(n)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _plain(value: Any) -> Any:

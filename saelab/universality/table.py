@@ -8,7 +8,7 @@ import numpy as np
 from saelab.labelling.book import LabelBook
 from saelab.labelling.wording import join_texts
 from saelab.stores.features import FeatureStore
-from saelab.stores.results import Result
+from saelab.stores.results import Result, align_columns
 from saelab.universality.matches import Comparison
 from saelab.universality.partners import Matches
 
@@ -35,14 +35,11 @@ class UniversalTable(Result):
 
     def __str__(self) -> str:
         lines = [f"{len(self.rows):,} of {self.n_pairs:,} universal pairs by {self.similarity}"]
-        lines.append(f"{'a':>8}{'b':>8}{'similar':>9}{'p':>11}{'both':>10}  what they fire on")
+        table = [["a", "b", "similar", "p", "both", "what they fire on"]]
         for row in self.rows:
-            numbers = "".join(
-                f"{cell:>{width}}" for cell, width in zip(self.cells(row), (8, 8, 9, 11, 10), strict=True)
-            )
             said = [" ".join(filter(None, (row[f"label_{x}"], tell_words(row[f"words_{x}"])))) for x in "ab"]
-            lines.append(f"{numbers}  {said[0]} | {said[1]}")
-        return "\n".join(lines)
+            table.append([*map(str, self.cells(row)), f"{said[0]} | {said[1]}"])
+        return "\n".join([*lines, *align_columns(table, left=(5,))])
 
     @staticmethod
     def cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
