@@ -108,7 +108,7 @@ def examples(
     stands and the feature does not fire, and `n_random` tokens drawn from all. `rows` limits what is looked at, to one
     side of `store.split()` for instance. `seed` draws. A group with nothing in it is left out.
     """
-    feature = read_feature(feature)
+    feature = read_feature(feature, d_sae=store.d_sae)
     rng = np.random.default_rng((seed, feature))
     view = _View(store, store.feature(feature), rows, before, after)
     groups: list[ExampleGroup] = []

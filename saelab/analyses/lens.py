@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.functional.feature_ids import FeatureIds, read_features
+from saelab.functional.feature_ids import FeatureIds, read_feature, read_features
 from saelab.functional.ranking import largest_first
 from saelab.lm.extent import find_known_ids
 from saelab.lm.lens import read_out
@@ -47,7 +48,8 @@ class LogitLens(Result):
     def _places(self) -> dict[int, int]:
         return {row.feature: i for i, row in enumerate(self.features)}
 
-    def __getitem__(self, feature: int) -> Promoted:
+    def __getitem__(self, feature: SupportsIndex) -> Promoted:
+        feature = read_feature(feature)
         if feature not in self._places:
             raise KeyError(f"Feature must be one of those asked for, got {feature}.")
         return self.features[self._places[feature]]

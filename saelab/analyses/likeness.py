@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from saelab.functional.feature_ids import read_feature
 from saelab.functional.ranking import largest_first
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
@@ -29,8 +30,9 @@ class Neighbours(Result):
     values: Float[np.ndarray, "d_sae m"]
     """similarity in -1 to 1; NaN where there is none"""
 
-    def of(self, feature: int) -> list[tuple[int, float]]:
+    def of(self, feature: SupportsIndex) -> list[tuple[int, float]]:
         """A feature's neighbours and their similarity."""
+        feature = read_feature(feature, d_sae=len(self.indices))
         known = self.indices[feature] >= 0
         return list(zip(self.indices[feature][known].tolist(), self.values[feature][known].tolist(), strict=True))
 

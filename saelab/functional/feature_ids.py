@@ -8,8 +8,10 @@ FeatureIds: TypeAlias = Iterable[SupportsIndex]
 """lists, ranges, arrays and tensors of integers"""
 
 
-def read_feature(value: Any, name: str = "feature") -> int:
+def read_feature(value: Any, name: str = "feature", d_sae: int | None = None) -> int:
     """A feature's number as an `int`; TypeError for what is no integer, a truth value among them.
+
+    ValueError where it is not in 0..d_sae - 1, if `d_sae` is given.
 
     >>> import numpy as np
     >>> read_feature(np.int64(3)), read_feature(torch.tensor(4))
@@ -18,21 +20,27 @@ def read_feature(value: Any, name: str = "feature") -> int:
     try:
         if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
             raise TypeError
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(
             f"`{name}` must be an integer, got {value!r} ({type(value).__name__}). Of a mask give the places that are "
             "true (`mask.nonzero()`)."
         ) from None
+    if d_sae is not None and not 0 <= number < d_sae:
+        raise ValueError(f"`{name}` must be in 0..{d_sae - 1}, got {number}.")
+    return number
 
 
 def read_features(values: FeatureIds, d_sae: int, name: str = "features") -> list[int]:
-    """Numbers of features as a list of `int`; ValueError for those that are not in 0..d_sae - 1.
+    """Numbers of features as a list of `int`; ValueError for those that are not in 0..d_sae - 1, TypeError for one
+    alone.
 
     >>> import numpy as np
     >>> read_features(np.arange(3), 8)
     [0, 1, 2]
     """
+    if not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
+        raise TypeError(f"`{name}` must be a list of integers, got {values!r}. Of a single one give a list: [3].")
     wanted = [read_feature(value, name) for value in values]
     if bad := [j for j in wanted if not 0 <= j < d_sae]:
         raise ValueError(f"`{name}` must be in 0..{d_sae - 1}, got {bad[:5]}.")

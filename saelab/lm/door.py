@@ -265,6 +265,11 @@ def _walk(model: Any, path: str) -> Any:
 
 def _require_causal(model: nn.Module, probe: Tensor, expected: Tensor) -> None:
     """ValueError where a token changes the logits of those before it."""
+    if not expected.isfinite().all():
+        raise ValueError(
+            f"A model's logits must be finite, got {type(model).__name__} with NaN or infinite ones. Are its weights "
+            "whole, and is its dtype wide enough?"
+        )
     changed = torch.cat([probe[:, :-1], probe[:, -1:].roll(1, 0)], 1)
     rounding = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 1e-2
     if not _distance(run(model, changed)[:, :-1], expected[:, :-1]) <= rounding:

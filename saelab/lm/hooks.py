@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.lm.door import Door, door, require_once
+from saelab.lm.extent import find_context
 from saelab.lm.models import Model
 from saelab.lm.plain import OwnHook, Site, Tap, attach, run, run_as_set
 
@@ -50,7 +51,8 @@ def capture(
     """
     names = list(dict.fromkeys(hook_points))
     plain_or_bridge, sites = door(model).route(names)
-    return read_sites(plain_or_bridge, dict(zip(names, sites, strict=True)), to_model(model, ids), stop=stop)
+    with _within_context(model, ids):
+        return read_sites(plain_or_bridge, dict(zip(names, sites, strict=True)), to_model(model, ids), stop=stop)
 
 
 def read_sites(model: nn.Module, sites: dict[str, Site], ids: Tensor, *, stop: bool) -> dict[str, Tensor]:
@@ -91,8 +93,26 @@ def _rows_of(name: str, x: Tensor, ids: Tensor) -> Tensor:
     return x
 
 
+@contextmanager
+def _within_context(model: Model, ids: Tensor) -> Iterator[None]:
+    """Rows that are too long are said to be; only the model knows which lengths it can compute."""
+    try:
+        yield
+    except IndexError as error:
+        if ids.shape[1] <= find_context(model):
+            raise
+        raise ValueError(
+            f"A row must fit the model's context of {find_context(model)} tokens, got {ids.shape[1]}. Cut it."
+        ) from error
+
+
 def to_model(model: Model, ids: Tensor) -> Tensor:
-    """Ids as the model takes them: int64, on its device."""
+    """Ids as the model takes them: int64, on its device. ValueError for those that it does not have."""
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < model.cfg.d_vocab:
+        raise ValueError(
+            f"Token ids must be in 0..{model.cfg.d_vocab - 1}, got {int(ids.min())}..{int(ids.max())}. Has the "
+            "tokenizer tokens that were added behind the model's?"
+        )
     return ids.to(device=next(model.original_model.parameters()).device, dtype=torch.long)
 
 
@@ -203,7 +223,7 @@ def logits(
     torch.Size([1, 4, 259])
     """
     plain_or_bridge, _ = door(model).route([])
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), _within_context(model, ids):
         return run_as_set(plain_or_bridge, to_model(model, ids))
 
 

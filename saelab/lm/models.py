@@ -123,6 +123,8 @@ def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, token
                 UserWarning,
                 stacklevel=3,
             )
+        if name == "tiny" and tokenizer is not None:
+            raise ValueError("`tokenizer` must be left out for 'tiny', which has its own, got one.")
         if name == "tiny":
             return tiny_model().to(device or "cpu", dtype or torch.float32, print_details=False)
         folder, device = WORLD_MODELS / name, device or "cpu"

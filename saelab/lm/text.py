@@ -107,6 +107,10 @@ def _open_columns(texts: Any, field: str) -> Iterable[Any]:
         return _values(texts)
     if field not in names:
         raise ValueError(f"`field` must be a column of `texts`, got {field!r}. {tell_columns(field, names)}")
+    if names.count(field) > 1:
+        raise ValueError(
+            f"`field` must be one column of `texts`, got {field!r}, which {names.count(field)} are called."
+        )
     if field == IDS and MASK in names:
         pairs = zip(_values(column(IDS)), _values(column(MASK)), strict=True)
         return ({IDS: ids, MASK: mask} for ids, mask in pairs)
@@ -123,7 +127,7 @@ def _find_columns(texts: Any) -> tuple[list[str] | None, Callable[[str], Any]]:
         return list(texts.column_names), texts.column
     if hasattr(texts, "columns") and hasattr(texts, "__getitem__"):  # pandas, polars
         named = {str(name): name for name in texts.columns}
-        return list(named), lambda name: texts[named[name]]
+        return [str(name) for name in texts.columns], lambda name: texts[named[name]]
     if hasattr(texts, "schema") and hasattr(texts, "column"):  # a RecordBatch
         return list(texts.schema.names), texts.column
     return None, lambda name: None

@@ -184,7 +184,7 @@ def _encode(model: Model, documents: Iterator[Row], first: list[int]) -> Iterato
     while block := list(islice(documents, 256)):
         made = iter(_encode_texts(model.tokenizer, [row for row in block if isinstance(row, str)]))
         for row in block:
-            ids = np.array(next(made), np.int64) if isinstance(row, str) else _require_ids(model, row)
+            ids = _require_ids(model, np.array(next(made), np.int64) if isinstance(row, str) else row)
             begins = len(ids) == 0 or ids[: len(first)].tolist() == first
             yield (ids if begins else np.concatenate([first, ids])).astype(np.int32)
 
@@ -203,7 +203,8 @@ def _require_ids(model: Model, ids: np.ndarray) -> np.ndarray:
     if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < model.cfg.d_vocab:
         raise ValueError(
             f"Token ids must be in 0..{model.cfg.d_vocab - 1}, got {int(ids.min())}..{int(ids.max())}. Were they made "
-            "with another tokenizer, or padded? Give `attention_mask` beside padded ids."
+            "with another tokenizer, with tokens that were added behind the model's, or padded? Give `attention_mask` "
+            "beside padded ids."
         )
     return ids.astype(np.int64)
 

@@ -1,11 +1,10 @@
 """`revive`: dead units begun again where the dictionary reconstructs worst."""
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.functional.feature_ids import FeatureIds, read_features
 from saelab.sae.coder import Coder
 from saelab.training.optimiser import name_optimised
 
@@ -18,7 +17,7 @@ PART = 4096
 def revive(
     sae: Coder,
     acts: Float[Tensor, "n_tokens d_in"],
-    units: Sequence[int],
+    units: FeatureIds,
     *,
     optimiser: torch.optim.Optimizer | None = None,
     seed: int = 0,
@@ -41,11 +40,11 @@ def revive(
         raise ValueError(
             f"`revive` must be given an SAE that a row and its encoder can be set in, got {wrong[0]}; use AuxK."
         )
-    chosen = torch.tensor(list(units), dtype=torch.long)
+    chosen = torch.tensor(read_features(units, sae.cfg.d_sae, "units"), dtype=torch.long)
     if len(chosen) == 0:
         return []
-    if len(chosen.unique()) < len(chosen) or int(chosen.min()) < 0 or int(chosen.max()) >= sae.cfg.d_sae:
-        raise ValueError(f"`units` must be different and in 0..{sae.cfg.d_sae - 1}, got {list(units)[:5]}.")
+    if len(chosen.unique()) < len(chosen):
+        raise ValueError(f"`units` must be different, got {chosen.tolist()[:5]}.")
     tokens, residual = _draw(sae, acts, len(chosen), seed)
     directions = residual / residual.norm(dim=1, keepdim=True)
     others = torch.ones(sae.cfg.d_sae, dtype=torch.bool)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from saelab.collecting.harvesting import require_harvested
 from saelab.functional.codes import SparseCodes
 from saelab.lm.forwards import FORWARD_TOKENS
 from saelab.lm.hooks import capture, logits, splice
@@ -228,9 +229,9 @@ def _read_means(sae: SAE, baseline: Baseline, store: FeatureStore | None) -> Flo
     """Codes in the place of those that fire."""
     if baseline == "zero":
         return torch.zeros(sae.cfg.d_sae)
-    if store is None or store.d_sae != sae.cfg.d_sae:
-        got = None if store is None else f"one of {store.d_sae} features"
-        raise ValueError(f"`baseline='mean'` needs `store`, with the means of {sae.cfg.d_sae} features, got {got}.")
+    if store is None:
+        raise ValueError(f"`baseline='mean'` needs `store`, with the means of {sae.cfg.d_sae} features, got None.")
+    require_harvested(store, sae)
     sums = store.statistics.sums
     return torch.from_numpy((sums[:, 0] - sums[:, 1]) / len(store)).float()
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.collecting.harvesting import require_harvested
 from saelab.functional.feature_ids import FeatureIds, read_feature
 from saelab.lm.hooks import find_hook_point
 from saelab.lm.models import Model
@@ -70,6 +71,8 @@ class Intervention:
         object.__setattr__(self, "places", make_where(self.where))
         strengths = _read_features(self.features, self.source, self.mode)
         if self.unit == "max" and self.mode not in ("scale", "ablate"):
+            if self.store is not None and isinstance(self.source, SAE):
+                require_harvested(self.store, self.source)
             strengths = {i: s * self._peak(i) for i, s in strengths.items()}
         object.__setattr__(self, "strengths", strengths)
         object.__setattr__(self, "rows", _find_rows(self.source, list(strengths)))
@@ -100,11 +103,6 @@ class Intervention:
         """What a strength of unit "max" is a multiple of."""
         if isinstance(self.source, Direction):
             peak, of = self.source.peak or 0.0, "a direction with a `peak`"
-        elif self.store is not None and self.store.d_sae != self.source.cfg.d_sae:
-            raise ValueError(
-                f"`store` must be of the SAE that is steered, {self.source.cfg.d_sae} features, got one of "
-                f"{self.store.d_sae}; harvest that SAE."
-            )
         elif self.store is None:
             raise ValueError("Strengths of unit 'max' need `store`, the features' maxima, got None; harvest one.")
         else:

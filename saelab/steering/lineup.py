@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from saelab.collecting.harvesting import require_harvested
 from saelab.lm.extent import find_context
 from saelab.lm.generation import generate
 from saelab.lm.models import Model
@@ -75,6 +76,7 @@ def line_up(
     for direction in [*directions, make_random(directions[0], seed)]:
         found[direction.name] = _steer_alike(direction, own, length)
     if store is not None:
+        require_harvested(store, sae)
         [other] = find_rival(store, feature)
         found[f"feature {other}"] = replace(own, features={other: 1.0})
     return found

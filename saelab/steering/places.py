@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saelab.functional.feature_ids import read_feature
 from saelab.lm.flow import Passing
 from saelab.sae.sae import SAE
 from saelab.steering.directions import Direction
@@ -32,6 +33,12 @@ class When:
     """where the SAE was trained, unless given"""
     allow_mismatch: bool = False
     """read it on a model, weight processing or hook point other than those that the SAE was trained on"""
+
+    def __post_init__(self) -> None:
+        if self.side not in get_args(Side):
+            raise ValueError(f"`side` must be one of {get_args(Side)}, got {self.side!r}.")
+        n = self.source.cfg.d_sae if isinstance(self.source, SAE) else 1
+        object.__setattr__(self, "feature", read_feature(self.feature, d_sae=n))
 
     def holds(self, x: Float[Tensor, "*batch d_in"]) -> Bool[Tensor, "*batch"]:
         """Whether the feature fires on each activation."""

@@ -1,13 +1,14 @@
 """What a feature of an SAE must beat at moving a concept: directions found without one, and a feature like it."""
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saelab.functional.feature_ids import read_feature
 from saelab.steering.directions import Direction
 from saelab.stores.features import FeatureStore, Firings
 
@@ -87,7 +88,7 @@ def _split_in_two(x: Tensor, _y: Tensor, seed: int) -> Tensor:
 
 def find_rival(
     store: FeatureStore,
-    feature: int,
+    feature: SupportsIndex,
     labels: Bool[np.ndarray, "n_tokens"] | None = None,
     *,
     n: int = 1,
@@ -100,9 +101,10 @@ def find_rival(
     `most_correlated` in size with `labels`, or where there are none with the feature's own. `avoid` leaves features
     out. ValueError for a feature that never fires, and where there are too few of such features.
     """
+    feature = read_feature(feature, d_sae=store.d_sae)
     firings = store.statistics.fires.sum(1)
-    if not 0 <= feature < store.d_sae or firings[feature] == 0:
-        raise ValueError(f"`feature` must be one that fires, in 0..{store.d_sae - 1}, got {feature}.")
+    if firings[feature] == 0:
+        raise ValueError(f"`feature` must be one that fires, got {feature}, which never does.")
     target = _Column.of(store.feature(feature), len(store)) if labels is None else _Column.mark(labels, len(store))
     live = np.flatnonzero(firings > 0)
     order = live[np.argsort(np.abs(np.log(firings[live] / firings[feature])), kind="stable")]
