@@ -192,8 +192,10 @@ def test_nothing_is_left_behind_even_after_errors(model: Any) -> None:
     for failing in (broken, lambda x: x[:, :1], lambda x: 3.0):
         with pytest.raises((KeyError, ValueError)), splice(model, {POST: failing, "blocks.2.hook_out": torch.relu}):
             logits(model, ids)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"ids must be in 0\.\."):
         capture(model, ids + 10_000, [POST])
+    with pytest.raises(IndexError), torch.no_grad():
+        model(torch.full((1, 2), 10_000))
     assert count_hooks(model) == before
     assert all(torch.equal(p, parameters[name]) for name, p in model.named_parameters())
     assert not capture(model, ids, [POST])[POST].requires_grad
