@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import logging
+import re
 import sys
 import time
 import traceback
@@ -10,6 +11,7 @@ import warnings
 from importlib.metadata import version
 from multiprocessing import TimeoutError, get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from family import Family, Wrong
@@ -25,11 +27,22 @@ MARKS = {"right": "yes", "refused": "refused", "wrong": "WRONG"}
 
 
 def judge(name: str) -> dict[str, tuple[str, str]]:
-    """Verdict and reason of each use; of "loading" alone where that ends it, and of nothing for what is untested."""
+    """Verdict and reason of each use; of "loading" alone where that ends it, and of nothing for what is untested.
+
+    What was warned of on the way stands beside them as "warned".
+    """
     try:
         theirs = build(name)
     except Exception as error:
         return {"untested": ("untested", _line(error))}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = _use(theirs)
+    told = dict.fromkeys(f"{one.category.__name__}: {_shorten(str(one.message))}" for one in said)
+    return found | ({"warned": ("warned", "; ".join(told))} if told else {})
+
+
+def _use(theirs: Any) -> dict[str, tuple[str, str]]:
     try:
         with no_processes():
             family = Family(theirs)
@@ -56,38 +69,59 @@ def _tell(error: Exception) -> str:
 
 
 def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = str(error) or type(error).__name__
     kind = "" if isinstance(error, Wrong | ValueError) else f"{type(error).__name__}: "
-    return (kind + text).replace("|", "/")[:240]
+    return _shorten(kind + text)
+
+
+def _shorten(text: str) -> str:
+    return " ".join(text.split()).replace("|", "/")[:240]
 
 
 def write(found: dict[str, dict[str, tuple[str, str]]], page: Path) -> None:
-    """The table of families by uses, and the reasons below it."""
+    """The table of families by uses, and the reasons below it, each once for a family."""
     tested = {name: row for name, row in found.items() if set(row) >= set(USES)}
-    cells = [verdict for row in tested.values() for verdict, _ in row.values()]
+    cells = [row[use][0] for row in tested.values() for use in USES]
     counts = ", ".join(f"{cells.count(kind)} {kind}" for kind in MARKS)
     versions = ", ".join(f"{p} {version(p)}" for p in ("transformers", "transformer-lens", "torch"))
+    others = {kind: {n: row[kind] for n, row in found.items() if kind in row} for kind in ("loading", "untested")}
     lines = [
         "# Model families",
         "",
         f"Written by `make families` on {datetime.date.today()} with {versions}. Not edited by hand.",
         "",
-        f"Tiny random models of the {len(found)} text architectures that both libraries list: {len(tested)} tried, "
-        f"{counts}. Each cell is held against Hugging Face's own modules, or a derivative measured on the model.",
+        f"Tiny random models of the {len(found)} text architectures that both libraries list: {len(tested)} tried in "
+        f"{len(USES)} uses ({counts}), {len(others['loading'])} not loaded, {len(others['untested'])} untested. Each "
+        "cell is held against Hugging Face's own modules, or a derivative measured on the model; what is not right is "
+        "refused in a sentence of saelab's own.",
         "",
         "| family | " + " | ".join(USES) + " |",
         "|---" * (len(USES) + 1) + "|",
     ]
     lines += [f"| {n} | " + " | ".join(MARKS[row[use][0]] for use in USES) + " |" for n, row in tested.items()]
-    lines += ["", "## What is refused, and what is wrong", ""]
-    lines += [f"- {n}, {use}: {v}: {why}" for n, row in tested.items() for use, (v, why) in row.items() if why]
-    refused = {n: row["loading"] for n, row in found.items() if "loading" in row}
-    lines += ["", "## Not loaded", "", *(f"- {n}: {v}: {why}" for n, (v, why) in refused.items())]
-    untested = {n: row["untested"][1] for n, row in found.items() if "untested" in row}
-    lines += ["", "## Untested", "", "No tiny model of these was made.", ""]
-    lines += [f"- {n}: {why}" for n, why in untested.items()]
+    lines += ["", "What is done in each use:", ""]
+    lines += [f"- {use}: {' '.join((check.__doc__ or '').split())}" for use, check in USES.items()]
+    lines += ["", "## What is refused, or wrong", "", *_list_reasons(tested)]
+    lines += ["", "## Not loaded", "", *(f"- {n}: {v}: {why}" for n, (v, why) in others["loading"].items())]
+    if others["untested"]:
+        lines += ["", "## Untested", "", "No tiny model of these was made.", ""]
+        lines += [f"- {n}: {why}" for n, (_, why) in others["untested"].items()]
+    if told := [f"- {n}: {row['warned'][1]}" for n, row in found.items() if "warned" in row]:
+        lines += ["", "## What was warned of", "", *told]
     page.parent.mkdir(exist_ok=True)
     page.write_text("\n".join(lines) + "\n")
+
+
+def _list_reasons(tested: dict[str, dict[str, tuple[str, str]]]) -> list[str]:
+    """One line for each family and sentence, however many uses it ends; numbers and hook points in it are the first."""
+    alike: dict[tuple[str, str, str], tuple[list[str], str]] = {}
+    for name, row in tested.items():
+        for use in USES:
+            verdict, why = row[use]
+            if verdict != "right":
+                uses, _ = alike.setdefault((name, verdict, re.sub(r"\d|_in|_out", "", why)), ([], why))
+                uses.append(use)
+    return [f"- {n} ({', '.join(uses)}): {verdict}: {why}" for (n, verdict, _), (uses, why) in alike.items()]
 
 
 def _be_quiet() -> None:
