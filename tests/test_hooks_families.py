@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import saelab as sl
 from saelab.lm.agreement import verify_hooks
 from saelab.lm.door import door
 from saelab.lm.hooks import capture, logits, splice
@@ -146,6 +147,27 @@ def test_where_the_bridge_is_wrong_hugging_face_is_right() -> None:
     wrong.blocks[0].hook_out.add_hook(lambda x, hook: None)
     with pytest.raises(ValueError, match="hooks on it"):
         logits(wrong, ids)
+
+
+def test_where_the_bridge_fails_hugging_face_is_right() -> None:
+    """As transformer_lens 4.3's of CodeGen does with transformers 5.24; hooks of the bridge's own are refused."""
+    hf_model, model = random_model("LlamaForCausalLM", "LlamaConfig", hidden_size=32, **LLAMA_LIKE)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AttributeError("no attribute 'embed_positions'")
+
+    vars(model.blocks[0])["forward"] = fail  # set as an attribute it would go to Hugging Face's module
+    with torch.no_grad(), pytest.warns(UserWarning, match="this one fails .AttributeError: no attribute 'embed_positi"):
+        assert torch.equal(logits(model, some_ids()), hf_model(some_ids(), use_cache=False).logits)
+    found = verify_hooks(model)
+    assert not found.ok and max(found.captured) < 1e-4 and min(found.bridge) == float("inf")
+    with (
+        sl.steer(model, sl.Direction(torch.ones(32), POST), 1.0),
+        pytest.raises(ValueError, match="Steering follows a bri"),
+    ):
+        model.original_model(some_ids())
+    with pytest.raises(ValueError, match="Hugging Face's modules where the bridge computes"):
+        capture(model, some_ids(), ["blocks.0.attn.hook_pattern"])
 
 
 def test_only_causal_models_behind_a_bridge() -> None:

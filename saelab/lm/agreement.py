@@ -70,9 +70,8 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
     ids = home.probe if ids is None else to_model(model, ids)
     names = _find_residuals(home)
     truth = _find_truth(home, ids, names)
-    through_bridge = {name: home.bridge_site(name) for name in names}
     captured = _distances(capture(model, ids, names), truth)
-    bridge = _distances(read_sites(home.bridged, through_bridge, ids, stop=True), truth)
+    bridge = _distances(_read_bridge(home, ids, names), truth)
     return HookAgreement(
         hook_points=tuple(names),
         captured=captured,
@@ -80,6 +79,16 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
         tolerance=1e-4 if truth[names[0]].dtype == torch.float32 else 0.02,
         n_tokens=ids.numel(),
     )
+
+
+def _read_bridge(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """What flows through the bridge; nothing at all (at no distance that can be told) where it is known to fail."""
+    try:
+        return read_sites(home.bridged, {name: home.bridge_site(name) for name in names}, ids, stop=True)
+    except Exception:
+        if home.bridge_is_right:
+            raise
+        return {name: torch.zeros(0) for name in names}
 
 
 def _find_residuals(home: Door) -> list[str]:

@@ -54,32 +54,42 @@ class Door:
         self._weights = [(m._parameters, m._buffers, m._non_persistent_buffers_set) for m in self.bridged.modules()]
         self._stamp = self._find_stamp(model)
         with self.hooks.aside():
-            expected = run(self.bridged, self.probe)
-            _require_causal(self.bridged, self.probe, expected)
-            self._last = expected[:, -1]
+            said = _try_bridge(self.bridged, self.probe)
             # Weights of the bridge's own, edited or processed since, are what the user wants: then it is right.
             owns_weights = was_right or model.compatibility_mode or has_processed_weights(model)
-            self.plain, self.twins, self.bridge_is_right = self._find_plain(expected, owns_weights)
+            self.plain, self.twins, self.bridge_is_right = self._find_plain(said, owns_weights)
+            right = self.plain if self.plain is not None and not self.bridge_is_right else self.bridged
+            expected = said if isinstance(said, Tensor) and self.bridge_is_right else run(right, self.probe)
+            _require_causal(right, self.probe, expected)
+            self._last = expected[:, -1]
         if self.plain is not None:
             self._plain_hooks = HookBooks(self.plain)
 
-    def _find_plain(self, expected: Tensor, owns_weights: bool) -> tuple[nn.Module | None, dict, bool]:
+    def _find_plain(self, said: Tensor | Exception, owns_weights: bool) -> tuple[nn.Module | None, dict, bool]:
         """The plain twin with the fastest attention that gives the bridge's logits, and whether the bridge's are right.
 
-        Where they differ Hugging Face's own modules are right, unless the bridge has weights that they have not.
+        Where they differ, or the bridge fails, Hugging Face's own modules are right, unless the bridge has weights that
+        they have not.
         """
         try:
             plain, twins = strip(self.bridged)
         except (TypeError, ValueError) as error:
+            if isinstance(said, Exception):
+                raise said from error
             logger.info("This model runs through its bridge, at about half the speed: %s", error)
             return None, {}, True
         found: dict[str, Tensor] = {}
         for self.attention in ("sdpa", "eager"):
             if set_attention(plain, self.attention):
                 found[self.attention] = run(plain, self.probe)
-                if _close(found[self.attention], expected):
+                if isinstance(said, Tensor) and _close(found[self.attention], said):
                     return plain, twins, True
-        reason = f"the bridge's logits are {_distance(expected, found['eager']):.1%} away from Hugging Face's"
+        if isinstance(said, Exception):
+            if owns_weights:
+                raise said
+            reason = f"this one fails ({type(said).__name__}: {said})"
+        else:
+            reason = f"the bridge's logits are {_distance(said, found['eager']):.1%} away from Hugging Face's"
         if owns_weights:
             logger.info("This model runs through its bridge, at about half the speed: %s", reason)
             return None, {}, True
@@ -233,6 +243,16 @@ class Door:
         bridge: Any = self._bridge()
         has_own = bridge is not None and any(getattr(bridge, book) for book in ("_forward_hooks", "_forward_pre_hooks"))
         return WithOwnHooks(bridge) if has_own else self.bridged, [self.bridge_site(name) for name in names]
+
+
+def _try_bridge(model: nn.Module, ids: Tensor) -> Tensor | Exception:
+    """A bridge's logits, or why it has none: it may be made for another release of transformers."""
+    try:
+        return run(model, ids)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return error
 
 
 def require_once(name: str, n_fired: int) -> None:

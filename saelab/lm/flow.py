@@ -58,6 +58,11 @@ class Flow(OwnHook):
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             raise ValueError("Steering needs forwards that get token ids (batch, n), got one without `input_ids`.")
+        if module is self.home.bridged and not self.home.bridge_is_right:
+            raise ValueError(
+                "Steering follows a bridge only where it computes what its model does, got one with other logits than "
+                "Hugging Face's. Use `sl.logits` and `sl.generate`, which run Hugging Face's own modules."
+            )
         kwargs = _name_arguments(module, args) | kwargs
         cache = find_given(kwargs)
         if cache is not None and self.home.caching(module).argument is None:  # it may well hold nothing

@@ -20,7 +20,7 @@ def read_out(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tens
     deviation where the norm subtracts the mean) adds `a / s` times these numbers to the logits, exactly; a cap on the
     logits comes after, and is taken where its slope is 1. They are found by running the model's own modules, whatever
     stands between norm and logits (a scale, a projection). ValueError for directions of another width, and for a model
-    whose head is not linear, where no such numbers exist.
+    without a final norm or with a head that is not linear, where no such numbers exist.
     """
     if directions.shape[1] != model.cfg.d_model:
         raise ValueError(
@@ -28,6 +28,11 @@ def read_out(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tens
             "features of another place have no direct effect on the logits."
         )
     home = door(model)
+    if "ln_final" not in home.components:
+        raise ValueError(
+            f"Direct effects need a norm behind the last block, got a {type(home.bridged).__name__} without one. Use "
+            "`sl.attribute`, or steer along the direction."
+        )
     with home.aside():  # neither a user's hooks nor edits take part
         return _read(home, directions)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from family import Family, Wrong
-from table import build, list_architectures
+from table import VARIANTS, build, list_architectures
 from uses import USES
 
 import saelab
@@ -90,8 +90,9 @@ def write(found: dict[str, dict[str, tuple[str, str]]], page: Path) -> None:
         "",
         f"Written by `make families` on {datetime.date.today()} with {versions}. Not edited by hand.",
         "",
-        f"Tiny random models of the {len(found)} text architectures that both libraries list: {len(tested)} tried in "
-        f"{len(USES)} uses ({counts}), {len(others['loading'])} not loaded, {len(others['untested'])} untested. Each "
+        f"Tiny random models of the {sum(',' not in name for name in found)} text architectures that both libraries "
+        f"list, and of {sum(',' in name for name in found)} other members of some: {len(tested)} tried in {len(USES)} "
+        f"uses ({counts}), {len(others['loading'])} not loaded, {len(others['untested'])} untested. Each "
         "cell is held against Hugging Face's own modules, or a derivative measured on the model; what is not right is "
         "refused in a sentence of saelab's own.",
         "",
@@ -138,7 +139,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     _be_quiet()
-    names, begin = options.only or list_architectures(), time.monotonic()
+    names, begin = options.only or [*list_architectures(), *VARIANTS], time.monotonic()
     left = {"untested": ("untested", "the run was ended before it")}
     found = dict.fromkeys(names, left)
     with get_context("fork").Pool(options.workers) as pool:

@@ -85,6 +85,32 @@ OWN: dict[str, dict[str, Any]] = {
                               "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}},
 }  # fmt: skip
 """what an architecture needs besides, or is interesting with"""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "BloomForCausalLM, residual of norms": {"apply_residual_connection_post_layernorm": True},
+    "CohereForCausalLM, norms of queries": {"use_qk_norm": True, "logit_scale": 0.0625},
+    "DeepseekV2ForCausalLM, full queries": LATENT | {"q_lora_rank": None},
+    "FalconForCausalLM, ALiBi": {"alibi": True, "multi_query": False, "num_kv_heads": 4},
+    "FalconForCausalLM, one key for all heads": {"multi_query": True},
+    "FalconForCausalLM, new decoder": {"new_decoder_architecture": True},
+    "GPT2LMHeadModel, scaled by layer": {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True},
+    "GPTBigCodeForCausalLM, keys of each head": {"multi_query": False},
+    "GPTNeoXForCausalLM, one branch after another": {"use_parallel_residual": False},
+    "Gemma2ForCausalLM, no caps": {"final_logit_softcapping": None, "attn_logit_softcapping": None},
+    "Gemma4ForCausalLM, experts": {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+                                   "moe_intermediate_size": 24},
+    "GraniteMoeHybridForCausalLM, rotary": {"layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                                            "position_embedding_type": "rope"},
+    "LlamaForCausalLM, YaRN, biases, untied": {"rope_parameters": YARN, "attention_bias": True, "mlp_bias": True,
+                                               "tie_word_embeddings": False},
+    "LlamaForCausalLM, linear positions": {
+        "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "MptForCausalLM, learned positions": {"attn_config": {"alibi": False}},
+    "OPTForCausalLM, norms behind, projected": {"do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "Qwen2ForCausalLM, window": {"use_sliding_window": True, "max_window_layers": 1},
+    "RwkvForCausalLM, rescaled": {"rescale_every": 2},
+    "StableLmForCausalLM, parallel": {"use_parallel_residual": True, "qk_layernorm": True},
+}  # fmt: skip
+"""other members of some architectures"""
 
 
 def list_architectures() -> list[str]:
@@ -100,14 +126,14 @@ def list_architectures() -> list[str]:
 
 
 def build(name: str) -> Any:
-    """A random Hugging Face model of an architecture, all of whose weights matter.
+    """A random Hugging Face model of an architecture or one of its `VARIANTS`, all of whose weights matter.
 
     MemoryError where that is no small one: weights are counted before any is made.
     """
     import transformers
 
-    kind = getattr(transformers, name)
-    config = kind.config_class(**merge(choose_sizes(kind.config_class, SIZES), OWN.get(name, {})))
+    kind, own = getattr(transformers, name.partition(",")[0]), OWN | VARIANTS
+    config = kind.config_class(**merge(choose_sizes(kind.config_class, SIZES), own.get(name, {})))
     with torch.device("meta"):
         n = sum(weight.numel() for weight in kind(config).parameters())
     if n > MOST_WEIGHTS:
