@@ -55,13 +55,16 @@ class Door:
         self._stamp = self._find_stamp(model)
         with self.hooks.aside():
             said = _try_bridge(self.bridged, self.probe)
+            if isinstance(said, Tensor):
+                _require_causal(self.bridged, self.probe, said)
             # Weights of the bridge's own, edited or processed since, are what the user wants: then it is right.
             owns_weights = was_right or model.compatibility_mode or has_processed_weights(model)
             self.plain, self.twins, self.bridge_is_right = self._find_plain(said, owns_weights)
-            right = self.plain if self.plain is not None and not self.bridge_is_right else self.bridged
-            expected = said if isinstance(said, Tensor) and self.bridge_is_right else run(right, self.probe)
-            _require_causal(right, self.probe, expected)
-            self._last = expected[:, -1]
+            if isinstance(said, Exception):
+                assert self.plain is not None
+                said = run(self.plain, self.probe)
+                _require_causal(self.plain, self.probe, said)
+            self._last = said[:, -1]
         if self.plain is not None:
             self._plain_hooks = HookBooks(self.plain)
 
