@@ -274,6 +274,23 @@ def test_importance_does_not_depend_on_how_a_unit_is_scaled(tiny, tokens):
         assert one.get("energy", size).ce == pytest.approx(other.get("energy", size).ce, rel=1e-4)
 
 
+def test_windows_of_characters_are_as_long_as_those_of_words(store):
+    """A token of a character says a quarter of what a word does: defaults are four times as wide, given numbers not."""
+    from dataclasses import replace
+
+    text = store.text
+    assert replace(text, strings={i: f" word{i}" for i in range(400)}).widen(16) == 16
+    letters = replace(text, strings={i: chr(97 + i % 26) for i in range(400)})
+    assert letters.widen(16) == 64
+    wide = sl.FeatureStore.load(store.folder)
+    wide.text = replace(letters, doc_ids=np.zeros(len(text), np.int32), positions=np.arange(len(text), dtype=np.int32))
+    longest = {}
+    for before in (None, 5):
+        groups = sl.examples(wide, 0, before=before, after=before).groups
+        longest[before] = max(len(example.text) for group in groups for example in group.examples)
+    assert longest == {None: 64 + 32 + 1, 5: 11}
+
+
 def test_columns_of_tables_never_touch():
     from saelab.stores.results import align_columns
 

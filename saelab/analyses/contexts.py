@@ -14,6 +14,8 @@ from saelab.stores.spelling import group_words, strongest
 
 CANDIDATES = 8
 """Windows looked at for each one shown: the others repeat one that is shown already."""
+BEFORE, AFTER = 16, 8
+"""Tokens of a window, by default."""
 MANY = 2048
 """Rows of one word that near misses are drawn from."""
 PART = 2**16
@@ -96,12 +98,14 @@ def examples(
     n_each: int = 4,
     n_near: int = 4,
     n_random: int = 4,
-    before: int = 16,
-    after: int = 8,
+    before: int | None = None,
+    after: int | None = None,
     rows: Bool[np.ndarray, "n_tokens"] | None = None,
     seed: int = 0,
 ) -> FeatureExamples:
     """Windows of `before` and `after` tokens around a feature's firings, inside one document, none shown twice.
+
+    These are 16 and 8 by default, four times as many where tokens are hardly more than characters.
 
     For each sign of the codes: the `n_top` largest |z|, and `n_each` drawn from each of `n_quantiles` groups of equally
     many firings, weakest first. For both together: `n_near` near misses, where a token of the top windows' centers
@@ -110,6 +114,7 @@ def examples(
     """
     feature = read_feature(feature, d_sae=store.d_sae)
     rng = np.random.default_rng((seed, feature))
+    before, after = (store.text.widen(n) if own is None else own for own, n in ((before, BEFORE), (after, AFTER)))
     view = _View(store, store.feature(feature), rows, before, after)
     groups: list[ExampleGroup] = []
     for side in (1, -1):
