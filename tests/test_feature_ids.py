@@ -70,3 +70,26 @@ def test_what_is_no_feature_is_said(sae, store):
     for wrong in ([48], np.array([-1]), [np.int64(99)]):
         with pytest.raises(ValueError, match=r"must be in 0\.\.47"):
             read_features(wrong, 48)
+
+
+@pytest.mark.parametrize("bad", [-1, 64, True])
+def test_one_number_is_checked_where_it_enters(bad: int) -> None:
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
+    with pytest.raises((TypeError, ValueError), match=r"must be (an integer|in 0\.\.63), got"):
+        sl.When(sae, bad)
+    with pytest.raises((TypeError, ValueError), match=r"must be (an integer|in 0\.\.63), got"):
+        sl.revive(sae, torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), [bad])
+    with pytest.raises((TypeError, ValueError), match=r"must be (an integer|in 0\.\.63), got"):
+        sl.neighbours(sae).of(bad)
+    with pytest.raises((TypeError, KeyError), match=r"must be (an integer|one of those asked for), got"):
+        sl.logit_lens(sae, sl.tiny_model(), [3])[bad]
+
+
+def test_a_list_is_asked_for() -> None:
+    with pytest.raises(TypeError, match="`features` must be a list of integers, got"):
+        read_features(np.array([[1, 2]]), 8)
+
+
+def test_an_entry_of_the_lens_is_found_by_any_integer() -> None:
+    lens = sl.logit_lens(sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4))), sl.tiny_model(), [3])
+    assert lens[torch.tensor(3)] is lens[np.int64(3)] is lens[3]

@@ -351,3 +351,20 @@ def test_dictionary_learning_knows_model_and_hook_point_there_and_back(tmp_path:
     again = sl.SAE.from_pretrained(tmp_path)
     assert again.provenance is not None
     assert (again.provenance.model, again.provenance.hook_point) == ("some/model", hook_point)
+
+
+@pytest.mark.parametrize("first", ["saelab", "saelens", "sparsify", "dictionary_learning"])
+def test_a_folder_holds_one_sae(first: str, tmp_path: Path) -> None:
+    provenance = Provenance(
+        model="m", weight_processing="none", hook_point=PLACE["hook_point"], text="t", tokens_sha256="0", mask={},
+        dtype="float32", ctx_len=4, n_tokens=0, seed=None, versions={},
+    )  # fmt: skip
+    sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, activation=sl.TopK(k=2), normaliser="none"))
+    sae.provenance = provenance
+    sae.save_pretrained(tmp_path, format=first)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for other in {"saelab", "saelens", "sparsify", "dictionary_learning"} - {first}:
+        with pytest.raises(ValueError, match=f"A folder must hold one SAE, got .* which holds one of {first}"):
+            sae.save_pretrained(tmp_path, format=other)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    sae.save_pretrained(tmp_path, format=first)

@@ -25,7 +25,7 @@ from saelab.sae.modelcard import write_card
 from saelab.stores import tensors as reading
 from saelab.stores.files import load_tensors, read_json, save_tensors, write_json
 from saelab.stores.tensors import TensorFile
-from saelab.stores.validation import parse_json
+from saelab.stores.validation import parse_json, read_sealed
 from saelab.training.loop import Diverged
 from tests import fuzz
 
@@ -391,3 +391,16 @@ def test_every_page_runs_its_own_scripts_alone(valid, tmp_path, monkeypatch) -> 
     pages += [make_page("t", HOSTILE, [Scripted.of(section(HOSTILE, figure), figure)]), make_page("t", "lead", [])]
     for page in pages:
         check_policy(page)
+
+
+def test_what_was_read_is_what_its_checksum_is_held_against(tmp_path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"k": 1}, sealed=True)
+    held, check = read_sealed(path)
+    write_json(path, {"k": 2}, sealed=True)  # somebody puts a new one in its place
+    check()
+    assert held["k"] == 1
+    path.write_text(path.read_text().replace("2", "3", 1))
+    _, check = read_sealed(path)
+    with pytest.raises(ValueError, match="another checksum"):
+        check()

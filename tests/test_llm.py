@@ -436,7 +436,7 @@ class Handler(BaseHTTPRequestHandler):
         return None
 
     def act(self, fault: str, messages: list) -> None:
-        time.sleep(0.5 if fault == "slow" else self.server.delay)
+        time.sleep(1.5 if fault == "slow" else self.server.delay)
         text = self.server.oracle.say(messages[0]["content"])
         good = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 50, "completion_tokens": 5}}
         if fault == "429":
@@ -478,7 +478,7 @@ def serve(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     opened = []
 
-    def start(plan=("ok",), model="right", timeout=0.25):
+    def start(plan=("ok",), model="right", timeout=0.75):
         server = Server(plan)
         client = OpenAIClient(model, server.url, timeout=timeout)
         opened.extend([server, client])

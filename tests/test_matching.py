@@ -179,7 +179,7 @@ def test_a_store_of_another_sae_is_refused(name, trained, tmp_path):
     with pytest.raises(ValueError, match="must be the one that was harvested"):
         sl.dead_units(trained.store, other)
     wide = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
-    with pytest.raises(ValueError, match="`store` must be of the SAE that is steered, 64 features"):
+    with pytest.raises(ValueError, match="must be the one that was harvested, 48 features"):
         sl.Intervention(wide, {60: 1.0}, unit="max", store=trained.store, hook_point=HOOK)
 
 
@@ -217,3 +217,36 @@ def test_a_sketch_leaves_the_model_alone_and_says_nothing_of_quantized_weights()
     after = sketch_weights(model)
     assert before is not None and after is not None and not is_same_weights(before, after)
     assert sketch_weights(torch.nn.Linear(4, 4, device="meta")) is None
+
+
+def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path: Path) -> None:
+    model = sl.tiny_model()
+    tokens = sl.tokenize(model, ["The fox met the hen."] * 4, ctx_len=8)
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=4)))
+    at = {"hook_point": HOOK}
+    enter(sl.steer(model, sae, {3: 1.0}, **at))  # seen to be whole
+    with torch.no_grad():
+        sae.W_enc[0, 0] = torch.nan
+    for use in (
+        lambda: sl.evaluate(sae, model, tokens, **at),
+        lambda: sl.harvest(sae, model, tokens, tmp_path / "store", **at, **QUIET),
+        lambda: enter(sl.steer(model, sae, {3: 1.0}, **at)),
+        lambda: sl.logit_lens(sae, model, [3]),
+        lambda: sl.stability([sae, sae]),
+    ):
+        with pytest.raises(ValueError, match="weights must be finite, got NaN or infinite ones in W_enc"):
+            use()
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_of_another_sae_is_no_unit(tmp_path: Path) -> None:
+    model = sl.tiny_model()
+    tokens = sl.tokenize(model, ["The fox met the hen."] * 4, ctx_len=8)
+    cfg = sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=4))
+    mine, other = sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=1)
+    store = sl.harvest(mine, model, tokens, tmp_path, hook_point=HOOK, **QUIET)
+    fires = int(store.statistics.fires.sum(1).argmax())
+    how = {"unit": "max", "store": store, "hook_point": HOOK}
+    enter(sl.steer(model, mine, {fires: 1.0}, **how))
+    with pytest.raises(ValueError, match="`sae` must be the one that was harvested"):
+        enter(sl.steer(model, other, {fires: 1.0}, **how))

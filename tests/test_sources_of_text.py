@@ -200,3 +200,19 @@ def test_bars_are_hidden_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     for value, wanted in (("1", True), ("true", True), ("0", False), ("", False)):
         monkeypatch.setenv("TQDM_DISABLE", value)
         assert hidden(True) is wanted
+
+
+def test_two_columns_of_one_name_are_no_column(tiny: Any) -> None:
+    pd = pytest.importorskip("pandas")
+    with pytest.raises(ValueError, match="must be one column of `texts`, got 'text', which 2 are called"):
+        tokenize(tiny, pd.DataFrame([["a", "b"]], columns=["text", "text"]))
+
+
+def test_ids_of_tokens_added_behind_the_models_are_refused() -> None:
+    import saelab as sl
+
+    model = sl.tiny_model()
+    model.tokenizer.add_tokens(["<|much later|>"] + [f"<|{i}|>" for i in range(8)])
+    with pytest.raises(ValueError, match=r"ids must be in 0\.\.258, got .* added behind the model's"):
+        tokenize(model, ["One <|7|> two"])
+    assert len(tokenize(model, ["One two"])) == 1

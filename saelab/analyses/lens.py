@@ -15,7 +15,7 @@ from saelab.lm.extent import find_known_ids
 from saelab.lm.lens import read_out
 from saelab.lm.models import Model
 from saelab.lm.strings import token_strings
-from saelab.sae.matching import match_weights
+from saelab.sae.matching import match_weights, require_finite
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result
 
@@ -77,6 +77,7 @@ def logit_lens(
     5
     """
     wanted = read_features(range(sae.cfg.d_sae) if features is None else features, sae.cfg.d_sae)
+    require_finite(sae)
     match_weights(sae.provenance, model, allow_mismatch)
     directions = sae.directions()
     known = find_known_ids(model).nonzero()[:, 0]

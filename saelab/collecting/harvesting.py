@@ -19,7 +19,7 @@ from saelab.lm.forwards import FORWARD_TOKENS, forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model
 from saelab.lm.tokens import Tokens
-from saelab.sae.matching import Match, match_activations, match_model, require_threshold
+from saelab.sae.matching import Match, match_activations, match_model, require_finite, require_threshold
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.features import FeatureStore, save_statistics
@@ -73,6 +73,7 @@ def harvest(
         raise ValueError(f"`saes` and `shard_tokens` must be at least one, got {len(named)} and {shard_tokens}.")
     for sae in named.values():
         require_threshold(sae)
+        require_finite(sae)
     if isinstance(tokens, Activations):
         if hook_point is not None or mask is not None:
             raise ValueError(

@@ -51,7 +51,7 @@ def describe_source(texts: Any) -> str:
     return type(texts).__name__
 
 
-def list_prompts(prompts: Any) -> list[Any]:
+def list_prompts(prompts: Any, name: str = "Prompts") -> list[Any]:
     """Prompts as a list, one alone too; TypeError for what is no list of texts, such as a mapping.
 
     >>> list_prompts("One"), list_prompts(("Two", "three"))
@@ -60,7 +60,7 @@ def list_prompts(prompts: Any) -> list[Any]:
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, bytes | Mapping | set | frozenset) or hasattr(prompts, "columns"):
-        raise TypeError(f"Prompts must be a text or a list of texts, got {type(prompts).__name__}; give a list.")
+        raise TypeError(f"{name} must be a text or a list of texts, got {type(prompts).__name__}; give a list.")
     return list(prompts)
 
 

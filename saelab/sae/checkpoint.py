@@ -12,7 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 from saelab.sae.formats.readings import Origin
 from saelab.sae.formats.tensorfiles import read_tensors
 from saelab.stores.files import read_json, replace_folder, save_tensors, write_json
-from saelab.stores.validation import SEAL, check_seal, check_settings, naming
+from saelab.stores.validation import SEAL, check_settings, naming, read_sealed
 
 SCHEMA_VERSION = 1
 CONFIG, WEIGHTS, KEPT = "config.json", "model.safetensors", "origin.safetensors"
@@ -54,7 +54,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def check_config(folder: Path) -> None:
     """Compare config.json with its checksum, after what it says was understood; ValueError where it was edited."""
-    check_seal(folder / CONFIG, read_json(folder / CONFIG))
+    _, check_seal = read_sealed(folder / CONFIG)
+    check_seal()
 
 
 def read_sae(folder: Path) -> tuple[dict[str, Any], Mapping[str, Any], Origin | None]:

@@ -234,6 +234,11 @@ class Coder(nn.Module):
         return folded
 
     def _check_width(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"Activations must be a torch.Tensor (*batch, {self.cfg.d_in}), got {type(x).__name__}. Convert them: "
+                "torch.as_tensor(x, dtype=torch.float32)."
+            )
         if x.shape[-1] != self.cfg.d_in:
             raise ValueError(
                 f"Activations must have d_in ({self.cfg.d_in}) as their last axis, got shape {tuple(x.shape)}; "

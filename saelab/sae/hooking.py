@@ -73,7 +73,9 @@ def hook_sae(
     what the block is given. `edit` changes the dense codes (*batch, d_sae) before they are decoded; with
     `replace=False` the SAE's error is kept then: `x + decode(edit(z)) - decode(z)`. `keep` names the tokens that
     change, such as all but BOS. `side` is the first tensor that goes into the module or comes out of it; a transcoder
-    reads the one and replaces the other. Gradients flow. Blocks nest; nothing stays behind, also after an error.
+    reads the one and replaces the other. Gradients flow. Blocks nest; nothing stays behind, also after an error. What
+    Hugging Face's `output_hidden_states` shows of that module is read by hooks of its own: x where they were attached
+    before the block, `x_hat` where the block was first.
 
     >>> layer, sae = torch.nn.Linear(4, 4), sl.SAE(sl.SAEConfig(d_in=4, d_sae=8, activation=sl.TopK(k=2)))
     >>> with hook_sae(layer, sae) as hooked:

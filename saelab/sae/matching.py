@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from saelab.lm.door import door
 from saelab.lm.masks import TokenMask
@@ -12,6 +13,7 @@ from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.provenance import Provenance
 
+_seen_finite: WeakKeyDictionary[SAE, list[tuple[int, int]]] = WeakKeyDictionary()
 LAYOUT = ("transformers", "transformer-lens")
 """packages whose releases may lay the same weights out in other parameters"""
 
@@ -70,6 +72,7 @@ def match_places(
     Raises:
         ValueError: Where one of them differs, where nobody says the hook point, or the model has none of that name.
     """
+    require_finite(sae)
     names = _choose_places(sae, hook_point)
     for name in names:
         door(model).find(name)
@@ -173,6 +176,20 @@ def mask_of(origin: Provenance) -> TokenMask:
     if "positions" in rules:
         rules["positions"] = tuple(rules["positions"])  # JSON made it a list
     return TokenMask(**rules)
+
+
+def require_finite(sae: SAE) -> None:
+    """ValueError for an SAE with NaN or infinite weights; they are looked at once, and again where they changed."""
+    weights = dict(sae.named_parameters())
+    stamp = [(id(weight), 0 if weight.is_inference() else weight._version) for weight in weights.values()]
+    if _seen_finite.get(sae) == stamp:
+        return
+    if wrong := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise ValueError(
+            f"An SAE's weights must be finite, got NaN or infinite ones in {', '.join(wrong)}. Take an earlier "
+            "checkpoint, or train again with a lower learning rate."
+        )
+    _seen_finite[sae] = stamp
 
 
 def require_threshold(sae: SAE) -> None:

@@ -12,6 +12,7 @@ from saelab.sae.checkpoint import write_sae
 from saelab.sae.coder import Coder
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import Data, HeldOut, describe_training, finish_run, make_run, open_data, origin_of
+from saelab.sae.formats.readers import require_room
 from saelab.sae.formats.readings import Asked, Origin
 from saelab.sae.formats.writers import write_foreign
 from saelab.sae.loading import Loaded, fill, load, locate, on_meta
@@ -74,8 +75,10 @@ class SAE(Coder):
 
         `format` is "saelab", "saelens", "sparsify" or "dictionary_learning". An SAE that was read from that library's
         files and is unchanged is written as it was, bit for bit; otherwise a normaliser is folded into the weights, and
-        BatchTopK becomes the threshold it has. ValueError with the reason for what a library has no words for.
+        BatchTopK becomes the threshold it has. ValueError with the reason for what a library has no words for, and
+        for a folder that holds an SAE of another format.
         """
+        require_room(Path(folder), format)
         if format != "saelab":
             write_foreign(Path(folder), self, self.provenance, self.origin, format)
             return

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from saelab.lm.models import Model
 from saelab.lm.special import find_special_ids
 from saelab.lm.strings import token_strings
+from saelab.lm.text import list_prompts
 from saelab.worlds.concepts import CONCEPT_IDS, concepts_of_word
 from saelab.worlds.lexicon import MOODS
 from saelab.worlds.vocabulary import SPECIAL, VOCABULARY
@@ -60,7 +61,7 @@ def make_concepts(model: Model, aims: Mapping[str, Aim], *, first_token: bool = 
             found.append(ScoredConcept(name or getattr(aim, "__name__", "score"), aim))
         else:
             reads = reads or _read_vocabulary(model)
-            words = [word for part in ([aim] if isinstance(aim, str) else aim) for word in part.split(",")]
+            words = [word for part in list_prompts(aim, "Words") for word in part.split(",")]
             found.append(_gather(model, reads, [word.strip() for word in words if word.strip()], name, first_token))
     return found
 

@@ -15,6 +15,7 @@ from saelab.lm.continuations import Continuations, read_continuations
 from saelab.lm.generation import Generated, Generation, generate
 from saelab.lm.models import Model
 from saelab.lm.special import find_special_ids
+from saelab.lm.text import list_prompts
 from saelab.steering.aims import Aim, Concept, ScoredConcept, TokenConcept, make_concept, make_concepts
 from saelab.steering.curves import SteeringCurve
 from saelab.steering.doses import Dose, Source, make_doses
@@ -78,7 +79,7 @@ def steering_curve(
     if rest and not all(isinstance(one, TokenConcept) for one in [target, *rest]):
         raise ValueError("`others` go with concepts of tokens, got one that is scored; leave `others` out.")
     doses = make_doses(model, sources, strengths, unit, mode, where, store, allow_mismatch)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = list_prompts(prompts)
     table = _Table(model, target, rest, len(doses) + 1, n * len(texts))
     writing = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "progress": False}
     with tqdm(total=2 * len(doses), unit="dose", desc="steer", delay=2, disable=hidden(progress)) as bar:

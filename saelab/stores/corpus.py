@@ -16,7 +16,7 @@ from saelab.stores.names import find_inside
 from saelab.stores.packing import smallest_int
 from saelab.stores.spelling import BYTE, Spelling, read_name
 from saelab.stores.tensors import TensorFile
-from saelab.stores.validation import SEAL, check_seal, naming, read_json, require_object
+from saelab.stores.validation import SEAL, naming, read_sealed, require_object
 
 TOKENS, STRINGS = "tokens.safetensors", "strings.json"
 COLUMNS = ("token_ids", "doc_ids", "positions")
@@ -136,8 +136,9 @@ class _Strings(Mapping[int, str]):
     @cached_property
     def _known(self) -> dict[int, str]:
         with naming(self._path):
-            held = require_object(read_json(self._path), "The strings of tokens")
-            check_seal(self._path, held)
+            found, check_seal = read_sealed(self._path)
+            held = require_object(found, "The strings of tokens")
+            check_seal()
             held.pop(SEAL, None)
             if wrong := [
                 i for i, text in held.items() if not (i.isdecimal() and len(i) < 12 and isinstance(text, str))

@@ -14,7 +14,7 @@ from saelab.stores.files import checksum, write_json
 from saelab.stores.names import find_inside, require_file_name
 from saelab.stores.packing import smallest_int
 from saelab.stores.tensors import TensorFile, TensorSpec
-from saelab.stores.validation import SEAL, check_seal, naming, read_fields, read_json, refuse_unknown, require_object
+from saelab.stores.validation import SEAL, naming, read_fields, read_sealed, refuse_unknown, require_object
 
 SCHEMA_VERSION = 1
 MAX_SIZE = 2**48
@@ -85,7 +85,7 @@ class Manifest(ABC):
     def load(cls: type[AnyManifest], folder: str | Path) -> AnyManifest:
         """Read `manifest.json`; FileNotFoundError when missing, ValueError when it is not one of ours or was edited."""
         path = Path(folder) / "manifest.json"
-        data = read_json(path)
+        data, check_seal = read_sealed(path)
         if not isinstance(data, dict) or data.get("kind") != cls.kind:
             raise ValueError(f"{path} must be of kind '{cls.kind}'. Give a folder that `{cls.verb}` wrote.")
         if (version := data.get("schema_version")) != SCHEMA_VERSION:
@@ -95,7 +95,7 @@ class Manifest(ABC):
             )
         with naming(path):
             manifest = cls._read(data)
-        check_seal(path, data)
+        check_seal()
         return manifest
 
     @classmethod

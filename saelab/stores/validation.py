@@ -6,7 +6,7 @@ Types, ranges and unknown keys are pydantic's to check, by the annotations of th
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
@@ -52,10 +52,25 @@ def parse_json(text: bytes | str, *, constants: bool = False) -> Any:
 def read_json(path: str | Path, *, constants: bool = False) -> Any:
     """Read a JSON file; FileNotFoundError when missing, ValueError when it is not JSON: see `parse_json`.
 
-    Where the text says its own checksum (`seal`), that is compared by whoever reads the rest: see `check_seal`.
+    Where the text says its own checksum (`seal`), that is compared by whoever reads the rest: see `read_sealed`.
     """
+    return _parse(path, _read_bytes(path), constants)
+
+
+def read_sealed(path: str | Path) -> tuple[Any, Callable[[], None]]:
+    """Read a JSON file as `read_json` does; the second value compares its text with the checksum that it says.
+
+    That comes after what is said was understood, so that a wrong value is named; the file is read once, as another
+    writer may put a new one in its place. The comparison raises ValueError where it was damaged or edited.
+    """
+    text = _read_bytes(path)
+    held = _parse(path, text, constants=False)
+    return held, lambda: _check_seal(path, text, held)
+
+
+def _parse(path: str | Path, text: bytes, constants: bool) -> Any:
     try:
-        return parse_json(_read_bytes(path), constants=constants)
+        return parse_json(text, constants=constants)
     except ValueError as error:
         cause = str(error) or type(error).__name__
         raise ValueError(f"{path} must hold JSON, got something else ({cause}). Was it edited or cut off?") from None
@@ -116,14 +131,9 @@ def seal(text: str) -> bytes:
     return f'{body}{comma}{gap}"{SEAL}": "{_sum_up(text.encode())}"{end}'.encode()
 
 
-def check_seal(path: str | Path, held: Mapping[str, Any]) -> None:
-    """Compare the checksum that a JSON file says of itself, if it says one; ValueError where it was damaged or edited.
-
-    `held` is what was read of it.
-    """
-    if SEAL not in held:
+def _check_seal(path: str | Path, text: bytes, held: Any) -> None:
+    if not isinstance(held, dict) or SEAL not in held:
         return
-    text = _read_bytes(path)
     if not _SEAL_TEXT.search(text) or _sum_up(_SEAL_TEXT.sub(b"", text)) != held[SEAL]:
         raise ValueError(
             f"{path} must hold what was written, but it has another checksum: it was damaged or edited. If you changed "

@@ -19,7 +19,7 @@ from saelab.stores.files import (
     settle,
     write_json,
 )
-from saelab.stores.validation import SEAL, check_seal, check_settings, naming, refuse_unknown
+from saelab.stores.validation import SEAL, check_settings, naming, read_sealed, refuse_unknown
 from saelab.training.optimiser import name_optimised
 from saelab.training.protocols import Batches, Trainable
 
@@ -97,7 +97,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
     """How far a checkpoint's run had come; ValueError where it is damaged, edited, or of another version."""
     path = folder / PROGRESS
     with naming(path):
-        progress: dict[str, Any] = check_settings(_Progress, read_json(path), "A checkpoint")
+        held, check_seal = read_sealed(path)
+        progress: dict[str, Any] = check_settings(_Progress, held, "A checkpoint")
         if (version := progress.get("schema_version")) != SCHEMA_VERSION:
             raise ValueError(
                 f"A checkpoint must have schema_version {SCHEMA_VERSION}, got {version} in {folder}; train with the "
@@ -106,7 +107,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
         if min(progress["step"], progress["since_log"]) < 0:
             raise ValueError(f"`step` must be at least 0, got {progress['step']}. Was it edited?")
         refuse_unknown(progress, [*get_type_hints(_Progress), SEAL], "A checkpoint")
-        check_seal(path, progress)
+        check_seal()
     return progress
 
 

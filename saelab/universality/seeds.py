@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.sae.matching import require_finite
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.features import FeatureStore
@@ -147,6 +148,8 @@ def stability(
     """
     acts = Activations.from_tensor(acts) if isinstance(acts, Tensor) else acts
     _check(saes, acts, stores)
+    for sae in saes:
+        require_finite(sae)
     d_in, d_sae = saes[0].cfg.d_target, saes[0].cfg.d_sae
     rank = rank or max(1, d_in // 4)
     if not 1 <= rank <= d_in or not 0 < threshold <= 1:

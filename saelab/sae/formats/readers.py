@@ -1,7 +1,9 @@
 """Which format a folder or file is of, by what it holds, and its reader."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from saelab.sae.formats import dictionary_learning, gemma_scope, openmoss, pickles, saelens, sparsify
 from saelab.sae.formats.readings import Asked, Reading
@@ -49,6 +51,21 @@ FORMATS = (OWN, *READERS)
 def is_own(source: Source) -> bool:
     """Whether the files are of our own writing."""
     return source.file is None and source.has("config.json") and source.json("config.json").get("kind") == "sae"
+
+
+def require_room(folder: Path, format: str) -> None:
+    """ValueError where a folder holds an SAE of another format: a second one would make both hard to open."""
+    if not folder.is_dir():
+        return
+    source, others = Source.open(folder), []
+    for name, recognise in [(OWN, is_own), *((name, reader.recognise) for name, reader in READERS.items())]:
+        with suppress(ValueError):  # damaged files may be written over
+            others += [name] * (name != format and recognise(source))
+    if others:
+        raise ValueError(
+            f"A folder must hold one SAE, got {folder} for {format}, which holds one of {' and '.join(others)}. Choose "
+            "another folder."
+        )
 
 
 def find_format(source: Source, named: str | None = None) -> str:
