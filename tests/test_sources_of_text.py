@@ -190,6 +190,8 @@ def test_prompts_are_texts_not_keys() -> None:
     for wrong in ({"a": "One"}, b"One", {"One"}):
         with pytest.raises(TypeError, match="list of texts"):
             list_prompts(wrong)
+    with pytest.raises(TypeError, match="must be texts, got a dict among them"):
+        list_prompts([{"role": "user", "content": "One"}])
 
 
 def test_bars_are_hidden_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,10 @@ def list_prompts(prompts: Any, name: str = "Prompts") -> list[Any]:
         return [prompts]
     if isinstance(prompts, bytes | Mapping | set | frozenset) or hasattr(prompts, "columns"):
         raise TypeError(f"{name} must be a text or a list of texts, got {type(prompts).__name__}; give a list.")
-    return list(prompts)
+    found = list(prompts)
+    if bad := [prompt for prompt in found if isinstance(prompt, Mapping | bytes)]:
+        raise TypeError(f"{name} must be texts, got a {type(bad[0]).__name__} among them.{_advise([bad[0]])}")
+    return found
 
 
 def _find_rows(texts: Any, separator: str | None, field: str) -> Iterator[tuple[str, Any]]:
