@@ -1,6 +1,8 @@
 """Interventions: exact against the plainest loop, alike with and without a cache, leaving nothing behind."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -113,6 +115,15 @@ def test_neutral_strengths_change_no_bit(model: Any, point: str) -> None:
 
 # transformer-lens 4.3 itself calls a cache by the name that transformers 5.24 gave up.
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@contextmanager
+def refused_or_alike() -> Iterator[None]:
+    """Where a bridge's modules lose the cache, as with transformers 5.24, a forward that has one is refused."""
+    try:
+        yield
+    except ValueError as error:
+        assert "a model that loses it" in str(error)
+
+
 @pytest.mark.parametrize("where", ["prompt", "generated"])
 def test_beams_are_steered_alike_with_and_without_cache(where: str) -> None:
     model = sl.tiny_model()
@@ -126,7 +137,10 @@ def test_beams_are_steered_alike_with_and_without_cache(where: str) -> None:
                 pad_token_id=1, **how,
             ).tolist()  # fmt: skip
 
-    assert search(3.0) == search(3.0, use_cache=False) != search(0.0)
+    without = search(3.0, use_cache=False)
+    assert without != search(0.0, use_cache=False)
+    with refused_or_alike():
+        assert search(3.0) == without
 
 
 def test_another_text_in_the_same_block_begins_anew() -> None:
@@ -146,8 +160,9 @@ def test_another_text_in_the_same_block_begins_anew() -> None:
                 for text in texts
             ][-1][0].tolist()
 
-    first = write(ids[0].tolist())
-    assert write(ids[0].tolist(), first) == write(first)
+    with refused_or_alike():
+        first = write(ids[0].tolist())
+        assert write(ids[0].tolist(), first) == write(first)
 
 
 def test_the_bridges_own_generate_is_steered_alike_or_refused(tales: Any) -> None:
