@@ -197,6 +197,20 @@ def test_a_direction_that_matters_loses_more_than_random_ones(tiny):
     assert "main" in str(found)
 
 
+def test_a_random_direction_beats_random_ones_as_often_as_chance_says(tiny):
+    # the text repeats itself and the stream has a few large directions: what tempts a null to be too small
+    n, n_random = 24, 4
+    changes = []
+    for seed in range(n):
+        drawn = torch.randn(32, generator=torch.Generator().manual_seed(1000 + seed))
+        found = sl.resample(tiny, ["abab" * 6, "baba" * 6], sl.Direction(drawn, HOOK), n_random=n_random, seed=seed)
+        [row] = found.rows
+        changes.append([abs(value - found.clean) for value in (row.value, *row.random)])
+    won = sum(max(row) == row[0] for row in changes)
+    chance = 1 / (n_random + 1)
+    assert abs(won - n * chance) <= 4 * (n * chance * (1 - chance)) ** 0.5
+
+
 def test_resampling_needs_rivals_and_tokens(tiny):
     direction = sl.Direction(torch.ones(32), HOOK)
     with pytest.raises(ValueError, match="`n_random` must be at least 4"):
