@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import saelab as sl
+from saelab.functional.marking import ChosenRuns, MarkedRows, draw_rows
 from saelab.functional.permuting import WINDOW_ROWS, find_runs, move_blocks
 from saelab.stores import shards
 from saelab.universality.alignment import find_common_rows
@@ -100,16 +101,29 @@ def test_masks_that_differ_leave_the_rows_that_both_kept(tiny, tmp_path):
     )
     assert len(a) < len(b)
     rows, rows_b = find_common_rows(a, b)
-    assert np.array_equal(a.places[rows], b.places[rows_b]) and len(rows) == len(np.intersect1d(a.places, b.places))
+    assert np.array_equal(a.places[rows[:]], b.places[rows_b[:]]) and len(rows) == len(
+        np.intersect1d(a.places, b.places)
+    )
     found = sl.compare(a, b, min_count=1, n_shifts=1, progress=False)
     live = found.a.partners >= 0
     assert live.any() and np.allclose(np.abs(found.a.similarity[live]), 1.0, atol=1e-4)
 
 
 def test_rows_drawn_from_a_mask_are_those_of_numpys_choice():
-    from saelab.analyses.contexts import _find_true
-
     rows = np.random.default_rng(0).random(200_000) < 0.01
-    n = int(rows.sum())
-    drawn = _find_true(rows, np.random.default_rng(1).integers(n, size=50))
+    drawn = draw_rows(lambda start, stop: rows[start:stop], len(rows), 50, np.random.default_rng(1))
     assert np.array_equal(drawn, np.random.default_rng(1).choice(np.flatnonzero(rows), size=50))
+    marked = MarkedRows(rows)
+    assert len(marked) == rows.sum() and np.array_equal(marked[5:1500], np.flatnonzero(rows)[5:1500])
+    assert len(marked[7:7]) == len(marked[len(marked) :]) == len(MarkedRows(rows[:0])[:]) == 0
+
+
+def test_runs_are_read_like_one_bool_a_row():
+    rng = np.random.default_rng(0)
+    starts = np.unique(np.append(0, rng.integers(0, 1000, 40)))
+    runs = ChosenRuns(starts, rng.random(len(starts)) < 0.5, 1000)
+    whole = np.repeat(runs.chosen, np.diff(np.append(starts, 1000)))
+    assert runs.sum() == whole.sum() and np.array_equal((~runs)[:], ~whole)
+    for start, stop in ((0, 1000), (17, 17), (3, 4), (990, 1200), (1000, 1000), (starts[3], starts[5])):
+        assert np.array_equal(runs[start:stop], whole[start:stop])
+    assert np.array_equal(runs[np.array([999, 0, 500])], whole[[999, 0, 500]])

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Integer
 
 from saelab.functional.feature_ids import read_feature
+from saelab.functional.marking import PART, ChosenRuns, Marks, draw_rows
 from saelab.stores.features import FeatureStore, Firings
 from saelab.stores.results import Result
 from saelab.stores.spelling import group_words, strongest
@@ -18,8 +19,6 @@ BEFORE, AFTER = 16, 8
 """Tokens of a window, by default."""
 MANY = 2048
 """Rows of one word that near misses are drawn from."""
-PART = 2**16
-"""Rows that are counted at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,7 @@ def examples(
     n_random: int = 4,
     before: int | None = None,
     after: int | None = None,
-    rows: Bool[np.ndarray, "n_tokens"] | None = None,
+    rows: Bool[np.ndarray, "n_tokens"] | ChosenRuns | None = None,
     seed: int = 0,
 ) -> FeatureExamples:
     """Windows of `before` and `after` tokens around a feature's firings, inside one document, none shown twice.
@@ -129,17 +128,32 @@ def examples(
             chosen = rng.permutation(at.indices[part])
             name = f"quantile {i + 1} of {n_quantiles}"
             groups.append(view.choose(name, side, chosen, Firings(at.indices[part], at.values[part]), n_each))
-    groups.append(view.choose("near miss", 0, _near_misses(view, groups, rng), None, n_near))
-    groups.append(view.choose("random", 0, view.draw(CANDIDATES * n_random, rng), None, n_random))
+    if n_near or n_random:  # what is drawn second depends on what was drawn first
+        groups.append(view.choose("near miss", 0, _near_misses(view, groups, rng), None, n_near))
+        groups.append(view.choose("random", 0, view.draw(CANDIDATES * n_random, rng), None, n_random))
     return FeatureExamples(
         feature=feature, n_tokens=view.n_tokens, groups=tuple(group for group in groups if group.examples)
     )
 
 
+def draw_examples(
+    store: FeatureStore, feature: SupportsIndex, marks: Marks, n: int, before: int, after: int, seed: int = 0
+) -> tuple[Example, ...]:
+    """Windows around `n` rows drawn from those that are marked: the random ones of `examples`, without one mark a row
+    being held.
+    """
+    feature = read_feature(feature, d_sae=store.d_sae)
+    view = _View(store, store.feature(feature), None, before, after)
+    drawn = draw_rows(marks, len(store), CANDIDATES * n, np.random.default_rng((seed, feature)))
+    return view.choose("random", 0, drawn, None, n).examples
+
+
 class _View:
     """One feature in the rows that are looked at."""
 
-    def __init__(self, store: FeatureStore, column: Firings, rows: np.ndarray | None, before: int, after: int) -> None:
+    def __init__(
+        self, store: FeatureStore, column: Firings, rows: np.ndarray | ChosenRuns | None, before: int, after: int
+    ) -> None:
         if rows is not None and len(rows) != len(store):
             raise ValueError(
                 f"`rows` must say of each of the {len(store)} tokens whether to look at it, got {len(rows)}."
@@ -159,7 +173,8 @@ class _View:
         """Rows among those looked at, at random; one may come twice."""
         if self.rows is None:
             return rng.integers(len(self.store), size=n)
-        return _find_true(self.rows, rng.integers(self.n_tokens, size=n))
+        rows = self.rows
+        return draw_rows(lambda start, stop: rows[start:stop], len(self.store), n, rng)
 
     def choose(
         self, name: str, side: int, candidates: Integer[np.ndarray, "n"], pool: Firings | None, n: int
@@ -182,7 +197,7 @@ class _View:
         for token in tokens:
             if len(spans) == n:
                 return
-            place = int(self.store.places[token])
+            place = int(self.store.where[token : token + 1][0])
             start, stop = self.store.text.window(place, self.before, self.after)
             words = tuple(self.store.text.words(start, stop))
             if words in seen or any(a <= place < b for a, b in spans):
@@ -192,12 +207,12 @@ class _View:
             yield self._example(token, place, start, stop, words)
 
     def _example(self, token: int, place: int, start: int, stop: int, words: tuple[str, ...]) -> Example:
-        places = self.store.places
-        ends = np.array((start, stop), places.dtype)  # of another type, the search would convert every place first
-        first, end = np.searchsorted(places, ends)
+        least = max(0, token - (place - start))  # rows are at least as near to each other as their places
+        places = self.store.where[least : token + stop - place]
+        first, end = least + np.searchsorted(places, (start, stop))
         values = np.zeros(stop - start, np.float32)
         a, b = np.searchsorted(self.column.indices, (first, end))
-        values[places[self.column.indices[a:b]] - start] = self.column.values[a:b]
+        values[places[self.column.indices[a:b] - least] - start] = self.column.values[a:b]
         doc_id = int(self.store.text.doc_ids[place])
         groups, center = list(group_words(words)), place - start
         return Example(
@@ -209,31 +224,32 @@ class _View:
         )
 
 
-def _find_true(rows: Bool[np.ndarray, "n_rows"], ranks: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n"]:
-    """The rows that are true and stand at some ranks among these; without a list of all of them."""
-    ends = np.cumsum([np.count_nonzero(rows[start : start + PART]) for start in range(0, len(rows), PART)])
-    parts, found = np.searchsorted(ends, ranks, "right"), np.empty(len(ranks), np.int64)
-    for part in np.unique(parts).tolist():
-        here, start = parts == part, part * PART
-        before = ends[part - 1] if part else 0
-        found[here] = np.flatnonzero(rows[start : start + PART])[ranks[here] - before] + start
-    return found
-
-
 def _near_misses(view: _View, groups: list[ExampleGroup], rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
     """Rows, in random order, whose token stands at a top window's center but where the feature does not fire."""
     tops = [example.token for group in groups if group.name == "top" for example in group.examples]
-    found = [np.empty(0, np.int64)]
-    for token_id in np.unique(view.store.token_ids[tops]).tolist():
-        alike = view.store.rows_of_token(token_id)
-        found.append(alike if len(alike) <= MANY else rng.choice(alike, MANY, replace=False))
-    rows = np.concatenate(found)
+    ids = np.unique([view.store.read_tokens(row, row + 1) for row in tops]).tolist()
+    counts = view.store.count_tokens(ids)
+    ranks = [np.arange(n) if n <= MANY else rng.choice(n, MANY, replace=False) for n in counts]
+    rows = np.concatenate([np.empty(0, np.int64), *_rows_of_tokens(view.store, ids, ranks)])
     fires = view.column.indices
     places = np.minimum(np.searchsorted(fires, rows), max(len(fires) - 1, 0))
     silent = fires[places] != rows if len(fires) else np.ones(len(rows), bool)
     if view.rows is not None:
         silent &= view.rows[rows]
     return rng.permutation(rows[silent])
+
+
+def _rows_of_tokens(store: FeatureStore, ids: list[int], ranks: list[np.ndarray]) -> list[np.ndarray]:
+    """Of the rows at which each token stands those at some ranks among them; gone through once."""
+    found, seen = [np.empty(len(own), np.int64) for own in ranks], [0] * len(ids)
+    for start in range(0, len(store), PART) if ids else ():
+        tokens = store.read_tokens(start, start + PART)
+        for k, token_id in enumerate(ids):
+            rows = np.flatnonzero(tokens == token_id)
+            here = (ranks[k] >= seen[k]) & (ranks[k] < seen[k] + len(rows))
+            found[k][here] = rows[ranks[k][here] - seen[k]] + start
+            seen[k] += len(rows)
+    return found
 
 
 def _mark(example: Example) -> str:

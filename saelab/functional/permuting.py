@@ -16,6 +16,8 @@ WINDOW_ROWS = 2**15
 """Rows within which blocks change places, so that a store is read in pieces."""
 INSIDE = 0.9
 """Share of a label's variance that lies within documents, from which tokens are permuted within their documents."""
+ROWS_AT_ONCE = 2**18
+"""Rows that are looked at at once, so that a mapped column is never held."""
 WITHIN, EXCHANGED = "tokens permuted within documents", "documents exchanged and their tokens permuted"
 
 
@@ -73,7 +75,11 @@ def find_runs(groups: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "n_runs"]:
     >>> find_runs(np.array([3, 3, 5, 5, 5])).tolist()
     [0, 2]
     """
-    return np.flatnonzero(np.append(True, groups[1:] != groups[:-1])[: len(groups)])
+    found = [np.zeros(min(1, len(groups)), np.int64)]
+    for start in range(1, len(groups), ROWS_AT_ONCE):
+        part = groups[start - 1 : start + ROWS_AT_ONCE]
+        found.append(np.flatnonzero(part[1:] != part[:-1]) + start)
+    return np.concatenate(found)
 
 
 @dataclass(frozen=True, eq=False)

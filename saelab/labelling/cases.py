@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool
 
-from saelab.analyses.contexts import Example, FeatureExamples, examples
+from saelab.analyses.contexts import Example, FeatureExamples, draw_examples, examples
+from saelab.functional.marking import ChosenRuns, Marks
 from saelab.labelling.label import BOTH
 from saelab.stores.features import FeatureStore
 
@@ -85,9 +86,11 @@ class Case:
 
 
 def build_case(
-    store: FeatureStore, feature: int, sign: int, train: Bool[np.ndarray, "n_tokens"], cfg: CaseConfig
+    store: FeatureStore, feature: int, sign: int, train: Bool[np.ndarray, "n_tokens"] | ChosenRuns, cfg: CaseConfig
 ) -> Case | None:
-    """The case of one side of a feature; `train` is `store.split(...)`. None where it does not fire in training."""
+    """The case of one side of a feature; `train` is `store.split(...)`, or `split_runs`. None where it does not fire in
+    training.
+    """
     learnt = examples(
         store, feature, rows=train, n_top=cfg.n_top, n_quantiles=cfg.n_quantiles, n_each=cfg.n_each,
         n_near=SPARE * cfg.n_silent, n_random=0, seed=cfg.seed, **_halves(cfg.width),
@@ -108,28 +111,36 @@ def _hold_out(
     store: FeatureStore,
     feature: int,
     sign: int,
-    rows: Bool[np.ndarray, "n_tokens"],
+    rows: Bool[np.ndarray, "n_tokens"] | ChosenRuns,
     seen: set[tuple[str, ...]],
     cfg: CaseConfig,
 ) -> tuple[tuple[Example, ...], ...]:
     """Firing windows, and as many verified silent ones, half of them hard where there are so many."""
     n, rng = cfg.n_scored * cfg.n_quantiles, np.random.default_rng((cfg.seed, feature, sign % 3))
     # Wider than a window on both sides: cut, so that the firing token may stand at any place.
-    wide = {"before": cfg.width - 1, "after": cfg.width - 1, "n_near": 0, "seed": cfg.seed}
+    wide = {"before": cfg.width - 1, "after": cfg.width - 1, "seed": cfg.seed}
     held = examples(
-        store, feature, rows=rows, n_top=n, n_quantiles=cfg.n_quantiles, n_each=cfg.n_scored, n_random=0, **wide
-    )
+        store, feature, rows=rows, n_top=n, n_quantiles=cfg.n_quantiles, n_each=cfg.n_scored, n_near=0, n_random=0,
+        **wide,
+    )  # fmt: skip
 
     def cut(found: Iterable[Example]) -> list[Example]:
         return _unlike((_crop(example, cfg.width, rng) for example in found), seen)
 
     fires = cut(_pick(held, sign, "quantile"))
-    quiet = rows & _find_quiet(store, feature, sign, cfg.width)
-    near = _draw(store, feature, quiet & _alike(store, fires), SPARE * n // 2, **wide)
+    silent, alike = _find_quiet(store, feature, sign, cfg.width), _alike(store, fires)
+
+    def quiet(start: int, stop: int) -> np.ndarray:
+        return rows[start:stop] & silent(start, stop)
+
+    def hard_rows(start: int, stop: int) -> np.ndarray:
+        return quiet(start, stop) & alike(start, stop)
+
+    near = draw_examples(store, feature, hard_rows, SPARE * n // 2, **wide)
     opposite = _pick(held, -sign, "top") if sign != BOTH else []
     hard = [example for example in cut([*near, *opposite]) if not _has_hit(example, sign)][: len(fires) // 2]
     taken = {example.words for example in hard}
-    plain = cut(_draw(store, feature, quiet, 2 * n, **wide))
+    plain = cut(draw_examples(store, feature, quiet, 2 * n, **wide))
     easy = [example for example in plain if not _has_hit(example, sign) and example.words not in taken]
     return tuple(fires), tuple(hard), tuple(easy[: len(fires) - len(hard)])
 
@@ -138,34 +149,27 @@ def _halves(width: int) -> dict[str, int]:
     return {"before": width // 2, "after": width - 1 - width // 2}
 
 
-def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> Bool[np.ndarray, "n_tokens"]:
+def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> Marks:
     """Rows with no firing of a sign in the window around them: drawing at random would rarely find any of a feature
     that fires often. Rows are at least as near to each other as their places in the text.
     """
     column, around = store.feature(feature), _halves(width)
     hits = column.indices[(column.values != 0) if sign == BOTH else (column.values * sign > 0)]
-    edges = np.zeros(len(store) + 1, np.int32)
-    np.add.at(edges, np.maximum(hits - around["after"], 0), 1)
-    np.add.at(edges, np.minimum(hits + around["before"] + 1, len(store)), -1)
-    return np.cumsum(edges[:-1], dtype=np.int32, out=edges[:-1]) == 0
+
+    def marks(start: int, stop: int) -> np.ndarray:
+        first, end = np.searchsorted(hits, (start - around["before"], stop + around["after"]))
+        own, n = hits[first:end] - start, stop - start
+        begins, ends = np.maximum(own - around["after"], 0), np.minimum(own + around["before"] + 1, n)
+        edges = np.bincount(begins, minlength=n + 1) - np.bincount(ends, minlength=n + 1)
+        return np.cumsum(edges[:-1]) == 0
+
+    return marks
 
 
-def _alike(store: FeatureStore, fires: Iterable[Example]) -> Bool[np.ndarray, "n_tokens"]:
+def _alike(store: FeatureStore, fires: Iterable[Example]) -> Marks:
     """Rows of the tokens on which a feature fires."""
-    rows = np.zeros(len(store), bool)
-    for token_id in {int(store.token_ids[example.token]) for example in fires}:
-        rows[store.rows_of_token(token_id)] = True
-    return rows
-
-
-def _draw(
-    store: FeatureStore, feature: int, rows: Bool[np.ndarray, "n_tokens"], n: int, **window: int
-) -> tuple[Example, ...]:
-    """Windows around rows drawn at random."""
-    if n == 0 or not rows.any():
-        return ()
-    found = examples(store, feature, rows=rows, n_top=0, n_quantiles=0, n_random=n, **window)
-    return found.group("random", 0).examples
+    ids = sorted({int(store.read_tokens(example.token, example.token + 1)[0]) for example in fires})
+    return lambda start, stop: np.isin(store.read_tokens(start, stop), ids)
 
 
 def _pick(found: FeatureExamples, sign: int, name: str) -> list[Example]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from saelab.functional.feature_ids import FeatureIds, read_features
+from saelab.functional.marking import ChosenRuns
 from saelab.labelling.asking import Asker
 from saelab.labelling.cases import Case, CaseConfig, build_case
 from saelab.labelling.clients import Client
@@ -210,7 +211,7 @@ class _Plan:
     """Who explains and scores, and on which windows."""
 
     store: FeatureStore
-    train: Any
+    train: ChosenRuns
     """rows of training documents"""
     cases: CaseConfig
     asker: Asker | None
@@ -234,7 +235,7 @@ class _Plan:
             asker = Asker(who, answers or store.folder / ANSWERS, asking, progress=progress)
         explainer = LLMExplainer(asker) if asker is not None else who if isinstance(who, Explainer) else None
         made = tuple(_make_scorer(scorer, asker, cases.seed) for scorer in scorers)
-        return cls(store, store.split(cases.train_frac, cases.seed), cases, asker, explainer, made)
+        return cls(store, store.split_runs(cases.train_frac, cases.seed), cases, asker, explainer, made)
 
     @property
     def usage(self) -> Usage:

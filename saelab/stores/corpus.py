@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Integer, Shaped
 
-from saelab.functional.permuting import find_runs
+from saelab.functional.permuting import ROWS_AT_ONCE, find_runs
 from saelab.stores.files import checksum, save_tensors, write_json
 from saelab.stores.names import find_inside
 from saelab.stores.packing import smallest_int
@@ -120,7 +120,7 @@ class StoredText:
                     f"{path} must hold whole numbers of at least 0 as {name}, got others. "
                     "Harvest again with resume=False."
                 )
-        if bool((columns["doc_ids"][1:] < columns["doc_ids"][:-1]).any()):
+        if not ascends(columns["doc_ids"]):
             raise ValueError(
                 f"{path} must hold documents in their order, got doc_ids that fall. Harvest again with resume=False."
             )
@@ -168,7 +168,12 @@ def split_documents(
     """
     doc_ids = np.asarray(doc_ids)
     starts = find_runs(doc_ids)
-    documents, runs = np.unique(doc_ids[starts], return_inverse=True)  # a document may be in pieces
+    return np.repeat(choose_documents(doc_ids[starts], train_frac, seed), np.diff(np.append(starts, len(doc_ids))))
+
+
+def choose_documents(run_ids: Shaped[np.ndarray, "n_runs"], train_frac: float, seed: int) -> Bool[np.ndarray, "n_runs"]:
+    """Which runs of tokens of one document are of training documents, by the document of each."""
+    documents, runs = np.unique(run_ids, return_inverse=True)  # a document may be in pieces
     n_train = round(train_frac * len(documents))
     if not 0 < n_train < len(documents):
         raise ValueError(
@@ -176,7 +181,15 @@ def split_documents(
         )
     chosen = np.zeros(len(documents), bool)
     chosen[np.random.default_rng(seed).permutation(len(documents))[:n_train]] = True
-    return np.repeat(chosen[runs], np.diff(np.append(starts, len(doc_ids))))
+    return chosen[runs]
+
+
+def ascends(numbers: Integer[np.ndarray, "n"], strictly: bool = False) -> bool:
+    """Whether none is smaller than the one before, or with `strictly` each is larger; looked at part by part."""
+    compare = np.greater if strictly else np.greater_equal
+    starts = range(0, len(numbers), ROWS_AT_ONCE)
+    parts = (numbers[start : start + ROWS_AT_ONCE + 1] for start in starts)
+    return all(bool(compare(part[1:], part[:-1]).all()) for part in parts)
 
 
 def map_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -1,23 +1,27 @@
 """`FeatureStore`: a corpus encoded once, read by token or by feature through memory maps."""
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Integer
+from jaxtyping import Bool, Float32, Int, Integer
 
 from saelab.functional.feature_ids import read_feature
-from saelab.stores.corpus import StoredText, split_documents
+from saelab.functional.marking import ChosenRuns
+from saelab.functional.permuting import ROWS_AT_ONCE, find_runs
+from saelab.stores.corpus import StoredText, choose_documents
 from saelab.stores.files import checksum, load_tensors, save_tensors
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.names import find_inside
 from saelab.stores.packing import as_csr
+from saelab.stores.places import Places
 from saelab.stores.provenance import Provenance
 from saelab.stores.results import Drawn
 from saelab.stores.shards import MapBudget, ShardArrays
@@ -149,13 +153,46 @@ class FeatureStore:
     @cached_property
     def places(self) -> Integer[np.ndarray, "n_tokens"]:
         """Where in `text` each row stands."""
-        places = np.concatenate([np.zeros(0, np.int32), *(shard["places"] for shard in self._shards)])
-        if len(places) and (int(places[0]) < 0 or int(places[-1]) >= len(self.text) or not _ascends(places)):
-            raise ValueError(
-                f"`places` of {self.folder} must ascend within its {len(self.text)} tokens of text, got others. It was "
-                "edited or written wrongly: harvest again."
-            )
-        return places
+        return self.where[:]
+
+    @property
+    def where(self) -> Places:
+        """The same in pieces; of all of them only where somebody asked for `places` before."""
+        if "places" in self.__dict__:
+            return Places([len(self)], lambda _, start, stop: self.places[start:stop], len(self.text), self.folder)
+        return self._where
+
+    @cached_property
+    def _where(self) -> Places:
+        sizes = np.diff(self._starts).tolist()
+        shards = self._shards
+        return Places(sizes, lambda i, *part: shards[i].part("places", *part), len(self.text), self.folder)
+
+    def find_documents(self, rows: Any = None) -> Int[np.ndarray, "n_runs"]:
+        """Which of some rows, all of them for None, a document begins with; as places among these rows."""
+        return self._find_runs(rows)[0]
+
+    def _find_runs(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Where runs of one document begin among some rows, and the document of each."""
+        n, starts, documents = (
+            len(self) if rows is None else len(rows),
+            [np.zeros(0, np.int64)],
+            [np.zeros(0, np.int64)],
+        )
+        for start in range(0, n, ROWS_AT_ONCE):
+            part = slice(max(0, start - 1), start + ROWS_AT_ONCE)  # with the one before, which tells if it goes on
+            ids = self.text.doc_ids[self._places_of(part, rows)]
+            new = find_runs(ids)[min(start, 1) :]
+            starts.append(new + part.start)
+            documents.append(ids[new])
+        return np.concatenate(starts), np.concatenate(documents)
+
+    def _places_of(self, part: slice, rows: Any) -> np.ndarray:
+        if rows is None:
+            return self.where[part]
+        chosen = rows[part]
+        first = int(chosen[0])
+        return self.where[first : int(chosen[-1]) + 1][chosen - first]
 
     @cached_property
     def doc_ids(self) -> Integer[np.ndarray, "n_tokens"]:
@@ -167,20 +204,30 @@ class FeatureStore:
         """The token id of each row."""
         return self.text.token_ids[self.places]
 
-    def rows_of_token(self, token_id: int) -> Integer[np.ndarray, "n"]:
-        """The rows at which a token stands, in increasing order."""
-        order, ids = self._sorted_tokens
-        first, end = (np.searchsorted(ids, ids.dtype.type(token_id), side) for side in ("left", "right"))
-        return order[first:end]
+    def read_tokens(self, start: int, stop: int) -> Integer[np.ndarray, "n"]:
+        """The token ids of rows start..stop."""
+        return self.text.token_ids[self.where[start:stop]]
+
+    def count_tokens(self, ids: Iterable[int]) -> list[int]:
+        """At how many rows each of some tokens stands."""
+        return [self._token_counts[i] for i in ids]
 
     @cached_property
-    def _sorted_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        order = np.argsort(self.token_ids, kind="stable").astype(np.int32)
-        return order, self.token_ids[order]
+    def _token_counts(self) -> Counter[int]:
+        counts: Counter[int] = Counter()
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            ids, n = np.unique(self.read_tokens(start, start + ROWS_AT_ONCE), return_counts=True)
+            counts.update(dict(zip(ids.tolist(), n.tolist(), strict=True)))
+        return counts
 
     def split(self, train_frac: float = 0.5, seed: int = 0) -> Bool[np.ndarray, "n_tokens"]:
         """Which rows are of training documents; whole documents are on one side."""
-        return split_documents(self.doc_ids, train_frac, seed)
+        return self.split_runs(train_frac, seed)[:]
+
+    def split_runs(self, train_frac: float = 0.5, seed: int = 0) -> ChosenRuns:
+        """The same without a number for each row: what is held is by document."""
+        starts, documents = self._find_runs(None)
+        return ChosenRuns(starts, choose_documents(documents, train_frac, seed), len(self))
 
     def spread(self, n_tokens: int) -> "FeatureStore":
         """About so many of its tokens as a store of their own: shards evenly from the whole text; itself where it has
@@ -300,10 +347,6 @@ def _slice(arrays: ShardArrays, start: int, stop: int) -> tuple[np.ndarray, np.n
     offsets = arrays.part("feature_offsets", start, stop + 1).astype(np.int64)
     part = int(offsets[0]), int(offsets[-1])
     return offsets - offsets[0], arrays.part("feature_tokens", *part), arrays.part("feature_values", *part)
-
-
-def _ascends(numbers: np.ndarray) -> bool:
-    return bool((numbers[1:] > numbers[:-1]).all())
 
 
 def save_statistics(folder: Path, statistics: FeatureStatistics) -> dict[str, str]:

@@ -1,41 +1,35 @@
 """`align_rows`: the rows of two stores of the same documents brought together by the characters that they cover."""
 
-from bisect import bisect_left
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Integer
 
+from saelab.functional.marking import MarkedRows
+from saelab.functional.permuting import ROWS_AT_ONCE, find_runs
 from saelab.stores.corpus import StoredText
 from saelab.stores.features import FeatureStore
 from saelab.stores.results import Result
-from saelab.universality.documents import BEGINNING, BLUR, HIGH, MASKED, REASONS, Overlap, Spelled, find_overlap
+from saelab.universality.aligned import AlignedRows
+from saelab.universality.documents import MASKED, REASONS, find_ids
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-ROWS_AT_ONCE = 2**20
-"""Tokens that are looked at at once."""
-CommonRows: TypeAlias = tuple[Integer[np.ndarray, "n"], Integer[np.ndarray, "n"]] | tuple[None, None]
+CommonRows: TypeAlias = tuple[MarkedRows, MarkedRows] | tuple[None, None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Alignment(Result):
-    """Which rows of store b cover the characters of store a's: `weights @ z_b` are codes of b for `rows` of a."""
+class Overview(Result):
+    """How much of two stores is aligned."""
 
-    rows: Integer[np.ndarray, "n_aligned"]
-    """rows of a that have a partner, in increasing order"""
-    rows_b: Integer[np.ndarray, "n_aligned_b"]
-    """rows of b that have a partner, in increasing order"""
-    weights: "csr_matrix"
-    """(n_aligned, rows of b), float32: of the characters of a's token that rows of b cover, the share of each"""
     exact: bool
     """whether both texts have the same tokens, so that `rows_b[i]` is the partner of `rows[i]`, and the only one"""
     n_rows: tuple[int, int]
     """of a and of b"""
+    n_aligned: tuple[int, int]
+    """of these, rows that have a partner"""
     one_to_one: float
     """share of a's aligned rows whose characters are those of exactly one token of b"""
     n_documents: int
@@ -49,21 +43,46 @@ class Alignment(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """The counts, ready for JSON; neither rows nor weights."""
-        arrays = ("rows", "rows_b", "weights")
-        counts = {name: value for name, value in vars(self).items() if name not in arrays}
-        return counts | {"n_rows": list(self.n_rows), "n_aligned": [len(self.rows), len(self.rows_b)]}
+        counts = {field.name: getattr(self, field.name) for field in fields(Overview)}
+        return counts | {"n_rows": list(self.n_rows), "n_aligned": list(self.n_aligned)}
 
     def __str__(self) -> str:
         lines = [f"documents in common: {self.n_documents:,}, of them cut short on one side: {self.n_cut:,}"]
         lines.append("the same tokens on both sides" if self.exact else "aligned by the characters of tokens")
         lines += ["", f"{'':<4}{'rows':>12}{'aligned':>12}{'share':>8}"]
-        for name, n_rows, rows in zip("ab", self.n_rows, (self.rows, self.rows_b), strict=True):
-            lines.append(f"{name:<4}{n_rows:>12,}{len(rows):>12,}{len(rows) / n_rows:>8.3f}")
+        for name, n_rows, n in zip("ab", self.n_rows, self.n_aligned, strict=True):
+            lines.append(f"{name:<4}{n_rows:>12,}{n:>12,}{n / n_rows:>8.3f}")
         lines += ["", f"one to one: {self.one_to_one:.3f} of the aligned rows of a"]
         for what, found in (("documents of {} left out", self.left_out), ("rows of {} unaligned", self.unaligned)):
             for name, counts in found.items():
                 lines.append(f"{what.format(name)}: " + ", ".join(f"{n:,} {why}" for why, n in counts.items()))
         return "\n".join(lines)
+
+
+def tell_counts(found: AlignedRows) -> dict[str, Any]:
+    """The fields of `Overview` for rows that are aligned by characters."""
+    return {
+        "exact": False,
+        "n_rows": (len(found.stores[0]), len(found.stores[1])),
+        "n_aligned": found.n_aligned,
+        "one_to_one": found.n_sole / len(found),
+        "n_documents": len(found.documents),
+        "n_cut": found.n_cut,
+        "left_out": found.left_out,
+        "unaligned": {name: counts for name, counts in found.unaligned.items() if counts},
+    }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Alignment(Overview):
+    """Which rows of store b cover the characters of store a's: `weights @ z_b` are codes of b for `rows` of a."""
+
+    rows: Integer[np.ndarray, "n_aligned"]
+    """rows of a that have a partner, in increasing order"""
+    rows_b: Integer[np.ndarray, "n_aligned_b"]
+    """rows of b that have a partner, in increasing order"""
+    weights: "csr_matrix"
+    """(n_aligned, rows of b), float32: of the characters of a's token that rows of b cover, the share of each"""
 
 
 def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
@@ -92,16 +111,10 @@ def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
     """
     if (common := find_common_rows(a, b)) is not None:
         return _align_equal(a, b, common)
-    matching = _Matching((Spelled.read(a.text), Spelled.read(b.text)))
-    matching.match()
-    found, left_out = matching.found, matching.left_out()
-    if not found:
-        raise ValueError(
-            f"`a` and `b` must have documents in common, got none (left out: {left_out}). "
-            "Harvest both on one text, with tokenizers that tell how their tokens read."
-        )
-    n_cut = sum(not all(overlap.ends) for overlap in found.values())
-    return _assemble(a, b, matching.pairs(), exact=False, n_documents=len(found), n_cut=n_cut, left_out=left_out)
+    found = AlignedRows(a, b)
+    weights = found[:]
+    rows_b = np.unique(weights.indices).astype(np.int64)
+    return Alignment(rows=found.rows[:], rows_b=rows_b, weights=weights, **tell_counts(found))
 
 
 def find_common_rows(a: FeatureStore, b: FeatureStore) -> CommonRows | None:
@@ -110,15 +123,14 @@ def find_common_rows(a: FeatureStore, b: FeatureStore) -> CommonRows | None:
     """
     if not _same_tokens(a.text, b.text):
         return None
-    if np.array_equal(a.places, b.places):
+    if _same_places(a, b):
         return None, None
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    marks, marks_b = np.zeros(len(a), bool), np.zeros(len(b), bool)
     for start in range(0, len(a), ROWS_AT_ONCE):
-        places = a.places[start : start + ROWS_AT_ONCE]
-        at = np.minimum(np.searchsorted(b.places, places), len(b) - 1)
-        same = np.flatnonzero(b.places[at] == places)
-        found.append(((same + start).astype(np.int32), at[same].astype(np.int32)))
-    rows, rows_b = (np.concatenate(side) for side in zip(*found, strict=True))
+        at = b.where.find(a.where[start : start + ROWS_AT_ONCE])[1]
+        marks[start : start + ROWS_AT_ONCE] = at >= 0
+        marks_b[at[at >= 0]] = True
+    rows, rows_b = MarkedRows(marks), MarkedRows(marks_b)
     if len(rows) == 0:
         raise ValueError(
             "`a` and `b` must have rows in common, got none, though they have the same tokens. Harvest with masks that "
@@ -127,17 +139,20 @@ def find_common_rows(a: FeatureStore, b: FeatureStore) -> CommonRows | None:
     return rows, rows_b
 
 
+def _same_places(a: FeatureStore, b: FeatureStore) -> bool:
+    parts = (slice(start, start + ROWS_AT_ONCE) for start in range(0, len(a), ROWS_AT_ONCE))
+    return len(a) == len(b) and all(np.array_equal(a.where[part], b.where[part]) for part in parts)
+
+
 def _same_tokens(a: StoredText, b: StoredText) -> bool:
     """Whether both texts are the same tokens, document by document; ids that only one side can read say nothing."""
     if len(a) != len(b):
         return False
-    ids = np.zeros(0, np.int64)
     for start in range(0, len(a), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         if not all(np.array_equal(getattr(a, x)[part], getattr(b, x)[part]) for x in ("token_ids", "doc_ids")):
             return False
-        ids = np.union1d(ids, a.token_ids[part])
-    strings = ((a.strings.get(i), b.strings.get(i)) for i in ids.tolist())
+    strings = ((a.strings.get(i), b.strings.get(i)) for i in find_ids(a.token_ids).tolist())
     return all(mine == theirs or None in (mine, theirs) for mine, theirs in strings)
 
 
@@ -145,8 +160,8 @@ def _align_equal(a: FeatureStore, b: FeatureStore, common: CommonRows) -> Alignm
     """Every row with the one at its place."""
     from scipy.sparse import csr_matrix
 
-    rows, rows_b = (np.arange(len(a)) if one is None else one.astype(np.int64) for one in common)
-    n, n_documents = len(rows), len(np.unique(a.text.doc_ids))
+    rows, rows_b = (np.arange(len(a)) if one is None else one[:] for one in common)
+    n, n_documents = len(rows), len(np.unique(a.text.doc_ids[find_runs(a.text.doc_ids)]))
     missing = {name: len(store) - n for name, store in zip("ab", (a, b), strict=True)}
     return Alignment(
         rows=rows,
@@ -154,147 +169,10 @@ def _align_equal(a: FeatureStore, b: FeatureStore, common: CommonRows) -> Alignm
         weights=csr_matrix((np.ones(n, np.float32), rows_b, np.arange(n + 1)), shape=(n, len(b))),
         exact=True,
         n_rows=(len(a), len(b)),
+        n_aligned=(n, n),
         one_to_one=1.0,
         n_documents=n_documents,
         n_cut=0,
         left_out={},
         unaligned={name: {REASONS[MASKED]: k} for name, k in missing.items() if k},
     )
-
-
-class _Pairs(NamedTuple):
-    """Tokens of both sides that share characters."""
-
-    places: tuple[np.ndarray, np.ndarray]
-    shared: np.ndarray
-    """characters"""
-    sole: np.ndarray
-    """pairs of tokens with the same characters, all of them"""
-    why: tuple[np.ndarray, np.ndarray]
-    """for every token of each side, why its row has no partner where it has none"""
-
-
-@dataclass(eq=False)
-class _Matching:
-    """Finds the documents that both sides have."""
-
-    sides: tuple[Spelled, Spelled]
-    found: dict[tuple[int, int], Overlap] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        kinds = [[i for i, raw in enumerate(side.documents) if raw] for side in self.sides]
-        readable = [[i for i in every if not side.opaque[i]] for side, every in zip(self.sides, kinds, strict=True)]
-        self._free = [dict.fromkeys(documents) for documents in readable]
-        self._all = kinds
-
-    def match(self) -> None:
-        """Whole texts, then whole texts but for what cannot be read, then documents that were cut."""
-        self._match_equal(lambda side, i: side.documents[i])
-        self._match_equal(lambda side, i: side.documents[i].translate(BLUR))
-        self._match_equal(lambda side, i: side.skeleton(i) or None)
-        self._match_equal(lambda side, i: side.doc_ids[i])
-        for short in (0, 1):
-            self._match_beginnings(short)
-        # what has unknown tokens, by the number of the document: its text is no key
-        taken = [{pair[k] for pair in self.found} for k in (0, 1)]
-        self._free = [dict.fromkeys(i for i in self._all[k] if i not in taken[k]) for k in (0, 1)]
-        self._match_equal(lambda side, i: side.doc_ids[i])
-
-    def _match_equal(self, key: Callable[[Spelled, int], Any]) -> None:
-        """Documents with the same key, in their order; None is no key."""
-        waiting: dict[Any, deque[int]] = defaultdict(deque)
-        for j in self._free[1]:
-            waiting[key(self.sides[1], j)].append(j)
-        waiting.pop(None, None)
-        for i in list(self._free[0]):
-            queue = waiting[key(self.sides[0], i)]
-            taken = next((j for j in queue if self._take(i, j)), None)
-            if taken is not None:
-                queue.remove(taken)
-
-    def _match_beginnings(self, short: int) -> None:
-        """Documents of one side with those of the other that begin like them, but for what cannot be read."""
-        mine, other = self.sides[short], self.sides[1 - short]
-        ordered = sorted((other.skeleton(j), j) for j in self._free[1 - short])
-        keys = [skeleton for skeleton, _ in ordered]
-        for i in list(self._free[short]):
-            if skeleton := mine.skeleton(i):
-                first, stop = bisect_left(keys, skeleton), bisect_left(keys, skeleton + HIGH[:1])
-                longer = sorted(j for _, j in ordered[first:stop] if j in self._free[1 - short])
-                any(self._take(*((j, i) if short else (i, j))) for j in longer)  # up to the first that fits
-
-    def _take(self, i: int, j: int) -> bool:
-        """Pair two documents if they agree."""
-        overlap = find_overlap(*self.sides, i, j)
-        if overlap is None or len(overlap.shares) == 0:
-            return False
-        self.found[i, j] = overlap
-        del self._free[0][i], self._free[1][j]
-        return True
-
-    def _documents(self, side: int) -> list[int]:
-        return [pair[side] for pair in sorted(self.found)]
-
-    def left_out(self) -> dict[str, dict[str, int]]:
-        """Documents that have no partner, by reason."""
-        left = [sorted({*range(len(side.documents))} - {*self._documents(k)}) for k, side in enumerate(self.sides)]
-        known = [{side.skeleton(i)[:BEGINNING] for i in left[k]} - {b""} for k, side in enumerate(self.sides)]
-        whys = [Counter(side.why_left(i, known[1 - k]) for i in left[k]) for k, side in enumerate(self.sides)]
-        return {name: dict(why) for name, why in zip("ab", whys, strict=True) if why}
-
-    def pairs(self) -> _Pairs:
-        """All tokens that share characters, and what became of the others."""
-        overlaps = [self.found[pair] for pair in sorted(self.found)]
-        at = [np.concatenate([overlap.at[k] for overlap in overlaps]) for k in (0, 1)]
-        unclear = [np.concatenate([overlap.unclear[k] for overlap in overlaps]) for k in (0, 1)]
-        a, b = (side.places[mine] for side, mine in zip(self.sides, at, strict=True))
-        first = np.flatnonzero(np.append(True, (np.diff(a) != 0) | (np.diff(b) != 0)))
-        shared = np.add.reduceat(np.concatenate([overlap.shares for overlap in overlaps]), first)
-        places = a[first], b[first]
-        sole = [side.whole(at[k])[mine] for k, (side, mine) in enumerate(zip(self.sides, places, strict=True))]
-        sole += [np.bincount(mine)[mine] == 1 for mine in places]
-        why = [side.judge(self._documents(k), at[k], unclear[k]) for k, side in enumerate(self.sides)]
-        return _Pairs(places, shared, np.logical_and.reduce(sole), (why[0], why[1]))
-
-
-def _assemble(a: FeatureStore, b: FeatureStore, pairs: _Pairs, **facts: Any) -> Alignment:
-    """The weights between rows of the pairs of tokens."""
-    from scipy.sparse import csr_matrix
-
-    stores = a, b
-    mine, theirs = (_rows_at(store)[places] for store, places in zip(stores, pairs.places, strict=True))
-    kept = (mine >= 0) & (theirs >= 0)
-    mine, theirs, shared = mine[kept], theirs[kept], pairs.shared[kept]
-    rows, rows_b = np.flatnonzero(np.bincount(mine)), np.flatnonzero(np.bincount(theirs))
-    unaligned = {
-        name: _count_reasons(why[np.delete(store.places, own)])
-        for name, store, why, own in zip("ab", stores, pairs.why, (rows, rows_b), strict=True)
-    }
-    if len(rows) == 0:
-        raise ValueError(
-            f"`a` and `b` must have rows in common, got none in {facts['n_documents']} common documents (without a "
-            f"partner: {unaligned}). Harvest with masks that keep the same text."
-        )
-    weights = (shared / np.bincount(mine, shared)[mine]).astype(np.float32)
-    numbers = np.searchsorted(rows, mine)
-    return Alignment(
-        rows=rows,
-        rows_b=rows_b,
-        weights=csr_matrix((weights, (numbers, theirs)), shape=(len(rows), len(b))),
-        n_rows=(len(a), len(b)),
-        one_to_one=float(pairs.sole[kept].sum() / len(rows)),
-        unaligned={name: counts for name, counts in unaligned.items() if counts},
-        **facts,
-    )
-
-
-def _rows_at(store: FeatureStore) -> np.ndarray:
-    """The row of each token; -1 where the mask dropped it."""
-    rows = np.full(len(store.text), -1)
-    rows[store.places] = np.arange(len(store))
-    return rows
-
-
-def _count_reasons(why: np.ndarray) -> dict[str, int]:
-    counts = np.bincount(why, minlength=len(REASONS)).tolist()
-    return {reason: n for reason, n in zip(REASONS, counts, strict=True) if n}

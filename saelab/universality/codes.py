@@ -1,12 +1,15 @@
 """`Codes`: what two dictionaries are compared on: rows that both have, columns for features or for their sides."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
 
+from saelab.functional.marking import number_rows
 from saelab.functional.permuting import MovedBlocks
+from saelab.stores.packing import as_csr
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -33,19 +36,38 @@ class Encoded(Protocol):
     def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix": ...
 
 
+@runtime_checkable
+class Chosen(Protocol):
+    """Some rows of a store in increasing order: an array, or what makes parts of one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """A sparse matrix, or what makes rows of one."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def __getitem__(self, part: slice, /) -> "csr_matrix": ...
+
+
 @dataclass(frozen=True, eq=False)
 class Codes:
     """The codes of some rows of a store.
 
     `rows` chooses rows of the store, `weights` makes rows as sums of the store's rows (alignment of tokenizers),
     `groups` takes means over runs of rows (documents), and `order` puts the rows elsewhere, last. Nothing here has the
-    length of the text but `rows` and `weights`, where they are needed.
+    length of the text but what `rows` and `weights` may hold themselves.
     """
 
     store: Encoded
     values: Values = "codes"
-    rows: Integer[np.ndarray, "n"] | None = None
-    weights: "csr_matrix | None" = None
+    rows: Chosen | None = None
+    weights: Weights | None = None
     groups: Integer[np.ndarray, "n_groups"] | None = None
     """the row that each group begins with"""
     columns: Integer[np.ndarray, "m"] | None = None
@@ -85,15 +107,8 @@ class Codes:
         if self.order is None or stop <= start:
             return self._plain(start, stop)
         rows = self.order[start:stop]
-        first, end = int(rows.min()), int(rows.max()) + 1
-        if end - first <= SPREAD * len(rows):
-            return self._plain(first, end)[rows - first]
-        from scipy.sparse import vstack
-
         ordered = np.sort(rows)
-        runs = np.split(ordered, np.flatnonzero(np.diff(ordered) > 1) + 1)
-        found = vstack([self._plain(int(run[0]), int(run[-1]) + 1) for run in runs], format="csr")
-        return found[np.searchsorted(ordered, rows)]
+        return _read(self._plain, ordered)[np.searchsorted(ordered, rows)]
 
     def _plain(self, start: int, stop: int) -> "csr_matrix":
         if self.groups is None:
@@ -114,9 +129,10 @@ class Codes:
     def _tokens(self, start: int, stop: int) -> "csr_matrix":
         if self.weights is not None:
             part = self.weights[start:stop]
-            low, high = (int(part.indices.min()), int(part.indices.max()) + 1) if part.nnz else (0, 0)
-            found = self.store.matrix(low, high)
-            sums = part[:, low:high] @ (self._split(found) if self.values == "sides" else found)
+            rows, numbers = number_rows(part.indices)
+            found = _read(self.store.matrix, rows)
+            shares = as_csr(part.data, numbers, part.indptr, (part.shape[0], len(rows)))
+            sums = shares @ (self._split(found) if self.values == "sides" else found)
             return self._mark(sums) if self.values == "firing" else sums
         if self.rows is None:
             return self._turn(self.store.matrix(start, stop))
@@ -150,3 +166,17 @@ class Codes:
     def only(self, columns: Integer[np.ndarray, "m"]) -> "Codes":
         """Some columns alone."""
         return replace(self, columns=columns)
+
+
+def _read(matrix: "Callable[[int, int], csr_matrix]", rows: Integer[np.ndarray, "n"]) -> "csr_matrix":
+    """Some rows in increasing order: with what stands between them where that is not much, else run by run."""
+    if len(rows) == 0:
+        return matrix(0, 0)
+    first, end = int(rows[0]), int(rows[-1]) + 1
+    if end - first <= SPREAD * len(rows):
+        found = matrix(first, end)
+        return found if len(rows) == end - first else found[rows - first]
+    from scipy.sparse import vstack
+
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+    return vstack([matrix(int(run[0]), int(run[-1]) + 1) for run in runs], format="csr")

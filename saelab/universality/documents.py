@@ -1,12 +1,15 @@
 """Documents as characters: how their tokens read without white space, and which tokens of two versions overlap."""
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Integer, UInt8
+from jaxtyping import Bool, Float, Int, Integer
 
+from saelab.functional.permuting import ROWS_AT_ONCE, find_runs
 from saelab.labelling.views import SPECIAL
 from saelab.stores.corpus import StoredText
 from saelab.universality.unknown import UNKNOWN, bridge
@@ -21,6 +24,9 @@ HIGH = bytes(range(0x80, 0x100))
 BLUR = bytes(range(0x80)) + bytes([PART]) * 0x80
 BEGINNING = 16
 """ASCII characters by which two documents are told to be versions of one."""
+TOKENS_AT_ONCE = 2**15
+"""Tokens whose characters are held at once."""
+VOCABULARY = 2**22
 REASONS = (
     "special tokens",
     "of white space",
@@ -34,51 +40,23 @@ SPECIALS, WHITE, ELSEWHERE, BEHIND, SPLIT, MASKED = range(len(REASONS))
 
 @dataclass(frozen=True, eq=False)
 class Spelled:
-    """The characters of a text as bytes, document by document."""
+    """The characters of some documents as bytes; documents, tokens and bytes are counted within these."""
 
-    spelled: UInt8[np.ndarray, "n_bytes"]
-    """UTF-8 without white space, or PART"""
     shares: Float[np.ndarray, "n_bytes"]
     """1 / bytes of the character; 0 for a part of one"""
-    places: Integer[np.ndarray, "n_bytes"]
+    tokens: Integer[np.ndarray, "n_bytes"]
     """the token of each byte"""
+    places: Integer[np.ndarray, "n_tokens"]
+    """where each token stands in the text"""
     starts: Integer[np.ndarray, "n_docs_1"]
-    """where the bytes of each document begin, in the order in which documents first appear"""
+    """where the bytes of each document begin"""
     doc_ids: list[int]
     documents: list[bytes]
+    """UTF-8 without white space, PART or UNKNOWN"""
     opaque: Bool[np.ndarray, "n_docs"]
     """documents with tokens that do not tell their text"""
-    why: Integer[np.ndarray, "n_places"]
+    why: Integer[np.ndarray, "n_tokens"]
     """SPECIALS, WHITE, or for tokens with characters ELSEWHERE"""
-
-    @classmethod
-    def read(cls, text: StoredText) -> "Spelled":
-        """Spell every token once, then lay them out."""
-        ids, kinds = np.unique(text.token_ids, return_inverse=True)
-        tokens = [Token.spell(text.strings.get(i), text.parts.get(i)) for i in ids.tolist()]
-        doc_ids, first, numbers = np.unique(text.doc_ids, return_index=True, return_inverse=True)
-        order = np.argsort(first[numbers], kind="stable")  # mostly as it is: documents may be in pieces
-        sizes = np.array([len(token.spelled) for token in tokens])
-        lengths = sizes[kinds[order]]
-        at = np.repeat((np.cumsum(sizes) - sizes)[kinds[order]] - (np.cumsum(lengths) - lengths), lengths)
-        at += np.arange(len(at))
-        spelled = np.frombuffer(b"".join(token.spelled for token in tokens), np.uint8)[at]
-        kept = _find_kept(spelled)
-        spelled = spelled[kept]
-        borders = np.append(0, np.cumsum(np.bincount(numbers)[np.argsort(first)]))
-        starts = np.append(0, np.cumsum(kept))[np.append(0, np.cumsum(lengths))[borders]]
-        raw = spelled.tobytes()
-        opaque = np.append(0, np.cumsum(np.array([token.opaque for token in tokens])[kinds[order]]))[borders]
-        return cls(
-            spelled=spelled,
-            shares=_share(spelled),
-            places=np.repeat(order, lengths)[kept],
-            starts=starts,
-            doc_ids=doc_ids[np.argsort(first)].tolist(),
-            documents=[raw[i:j] for i, j in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)],
-            opaque=np.diff(opaque) > 0,
-            why=np.array([token.why for token in tokens])[kinds],
-        )
 
     def skeleton(self, i: int) -> bytes:
         """The ASCII characters of a document: what no tokenizer splits."""
@@ -94,33 +72,133 @@ class Spelled:
 
     def whole(self, at: np.ndarray) -> np.ndarray:
         """Which tokens have all of their bytes among these."""
-        seen = np.zeros(len(self.places), bool)
+        seen = np.zeros(len(self.tokens), bool)
         seen[at] = True
-        n = len(self.why)
-        return np.bincount(self.places[seen], minlength=n) == np.bincount(self.places, minlength=n)
+        n = len(self.places)
+        return np.bincount(self.tokens[seen], minlength=n) == np.bincount(self.tokens, minlength=n)
 
-    def judge(self, documents: list[int], at: np.ndarray, unclear: np.ndarray) -> np.ndarray:
-        """Why the row of each token has no partner where it has none."""
-        why, shared = self.why.copy(), np.zeros(len(self.documents), bool)
-        shared[documents] = True
-        why[self.places[np.repeat(shared, np.diff(self.starts))]] = BEHIND
-        why[self.places[unclear]] = SPLIT
-        why[self.places[at]] = MASKED
+    def judge(self, at: np.ndarray, unclear: np.ndarray) -> np.ndarray:
+        """Why the row of each token has no partner where it has none; all documents have one."""
+        why = self.why.copy()
+        why[self.tokens] = BEHIND
+        why[self.tokens[unclear]] = SPLIT
+        why[self.tokens[at]] = MASKED
         return why
 
 
-def _find_kept(spelled: np.ndarray) -> np.ndarray:
+class SpelledText:
+    """A text whose documents are spelled when they are asked for: what is held is by token id and by document.
+
+    Documents are counted in the order in which they first appear; one may be in pieces.
+    """
+
+    def __init__(self, text: StoredText) -> None:
+        self.text = text
+        self._ids = find_ids(text.token_ids)
+        tokens = [Token.spell(text.strings.get(i), text.parts.get(i)) for i in self._ids.tolist()]
+        self._spelled = np.frombuffer(b"".join(token.spelled for token in tokens), np.uint8)
+        self._sizes = np.array([len(token.spelled) for token in tokens])
+        self._begins = np.cumsum(self._sizes) - self._sizes
+        self._opaque = np.array([token.opaque for token in tokens])
+        self._why = np.array([token.why for token in tokens], np.int8)
+        starts = find_runs(text.doc_ids)
+        ids, first, numbers = np.unique(text.doc_ids[starts], return_index=True, return_inverse=True)
+        by_place, order = np.argsort(first), np.argsort(first[numbers], kind="stable")
+        self.doc_ids = ids[by_place]
+        self._runs = np.stack([starts, np.append(starts[1:], len(text))])[:, order]
+        self._borders = np.append(0, np.cumsum(np.bincount(numbers)[by_place]))
+        self.sizes = np.add.reduceat(np.diff(self._runs, axis=0)[0], self._borders[:-1])
+        """tokens of each document"""
+
+    def __len__(self) -> int:
+        return len(self.doc_ids)
+
+    def span(self, documents: Integer[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray]:
+        """The first place of each of some documents, and the end of its last."""
+        return self._runs[0, self._borders[documents]], self._runs[1, self._borders[documents + 1] - 1]
+
+    def batches(self, documents: Iterable[int]) -> Iterator[list[int]]:
+        """Documents of at most TOKENS_AT_ONCE tokens together, or a longer one alone."""
+        batch, size = list[int](), 0
+        for i in documents:
+            if batch and size + self.sizes[i] > TOKENS_AT_ONCE:
+                yield batch
+                batch, size = [], 0
+            batch.append(i)
+            size += int(self.sizes[i])
+        if batch:
+            yield batch
+
+    @cached_property
+    def _numbers(self) -> Int[np.ndarray, "n"] | None:
+        """Which of all ids each is, where ids are no larger than those of a vocabulary: looking up beats searching."""
+        if len(self._ids) == 0 or self._ids[-1] >= VOCABULARY:
+            return None
+        numbers = np.zeros(int(self._ids[-1]) + 1, np.int32)
+        numbers[self._ids] = np.arange(len(self._ids))
+        return numbers
+
+    def _number(self, ids: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n"]:
+        return np.searchsorted(self._ids, ids) if self._numbers is None else self._numbers[ids]
+
+    def spell(self, documents: Sequence[int]) -> Spelled:
+        """Some documents, in this order."""
+        chosen = np.array(documents, np.int64)
+        starts, ends = self._runs[:, _expand(self._borders[chosen], self._borders[chosen + 1])]
+        places = _expand(starts, ends)
+        kinds = self._number(self.text.token_ids[places])
+        lengths = self._sizes[kinds]
+        spelled = self._spelled[_expand(self._begins[kinds], self._begins[kinds] + lengths)]
+        of_documents = np.append(0, np.cumsum(self.sizes[chosen]))  # where tokens of each begin
+        borders = np.append(0, np.cumsum(lengths))[of_documents]
+        kept = _find_kept(spelled, borders)
+        spelled, starts = spelled[kept], np.append(0, np.cumsum(kept))[borders]
+        raw = spelled.tobytes()
+        return Spelled(
+            shares=_share(spelled, starts),
+            tokens=np.repeat(np.arange(len(places)), lengths)[kept],
+            places=places,
+            starts=starts,
+            doc_ids=self.doc_ids[chosen].tolist(),
+            documents=[raw[i:j] for i, j in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)],
+            opaque=np.diff(np.append(0, np.cumsum(self._opaque[kinds]))[of_documents]) > 0,
+            why=self._why[kinds],
+        )
+
+
+def find_ids(column: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n_ids"]:
+    """Every id of a column once, in order; looked at part by part."""
+    found = column[:0]
+    for start in range(0, len(column), ROWS_AT_ONCE):
+        found = np.union1d(found, column[start : start + ROWS_AT_ONCE])
+    return found
+
+
+def _expand(starts: Integer[np.ndarray, "n"], ends: Integer[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
+    """The numbers start..end of each pair, one after another."""
+    lengths = ends - starts
+    behind = np.cumsum(lengths)
+    return np.repeat(starts - behind + lengths, lengths) + np.arange(behind[-1] if len(behind) else 0)
+
+
+def _find_kept(spelled: np.ndarray, borders: np.ndarray) -> np.ndarray:
     """Bytes that are of no white space beyond ASCII: that of whole tokens is left out before, and ASCII's."""
     kept = np.ones(len(spelled), bool)
     for match in SPACES.finditer(spelled.tobytes()):
-        kept[slice(*match.span())] = False
+        start, stop = match.span()
+        if borders[np.searchsorted(borders, start, "right")] >= stop:  # of one document
+            kept[start:stop] = False
     return kept
 
 
-def _share(spelled: np.ndarray) -> np.ndarray:
-    """How much of its character each byte is; 0 where that is not known."""
+def _share(spelled: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """How much of its character each byte is; 0 where that is not known. No character begins in another document."""
+    if not (spelled >= HIGH[0]).any():
+        return np.ones(len(spelled), np.float32)
     sizes = SIZES[spelled]
-    last = np.maximum.accumulate(np.where(sizes > 0, np.arange(len(spelled)), 0))
+    begins = sizes > 0
+    begins[starts[starts < len(spelled)]] = True
+    last = np.maximum.accumulate(np.where(begins, np.arange(len(spelled)), 0))
     shares = 1 / np.maximum(sizes[last], 1)
     return np.where(spelled == PART, 0, shares).astype(np.float32)
 
@@ -239,7 +317,7 @@ def _stretch(
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Bytes of one cell spread over each other, where they are of a single token on one side."""
     at_a, at_b = np.arange(mine.start, mine.stop), np.arange(theirs.start, theirs.stop)
-    own_a, own_b = a.places[at_a + a.starts[i]], b.places[at_b + b.starts[j]]
+    own_a, own_b = a.tokens[at_a + a.starts[i]], b.tokens[at_b + b.starts[j]]
     single_a, single_b = own_a[0] == own_a[-1], own_b[0] == own_b[-1]
     if not (single_a or single_b):
         return []

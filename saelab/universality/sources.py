@@ -5,14 +5,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int
 
-from saelab.functional.permuting import find_runs, move_blocks
+from saelab.functional.permuting import move_blocks
 from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 from saelab.stores.names import shareable
 from saelab.stores.progress import hidden
-from saelab.universality.alignment import ROWS_AT_ONCE, Alignment, CommonRows, align_rows, find_common_rows
+from saelab.universality.aligned import AlignedRows
+from saelab.universality.alignment import CommonRows, Overview, find_common_rows, tell_counts
 from saelab.universality.codes import Codes
 from saelab.universality.nearest import Nearest, find_nearest
 from saelab.universality.products import Block, Moments, chunks, correlation_blocks, cosine_blocks, count_both
@@ -71,11 +72,11 @@ class StoreSource(Source):
         cls, a: FeatureStore, b: FeatureStore, similarity: str, sides: bool, min_count: int, progress: bool
     ) -> "StoreSource":
         """On the rows that two stores have in common."""
-        common = find_common_rows(a, b) or align_rows(a, b)
-        starts = find_documents(a, common.rows if isinstance(common, Alignment) else common[0])
+        common = find_common_rows(a, b) or AlignedRows(a, b)
+        starts = a.find_documents(common.rows if isinstance(common, AlignedRows) else common[0])
         codes = _common(a, b, common, similarity, sides, starts)
         facts = {
-            "alignment": str(common) if isinstance(common, Alignment) else "",
+            "alignment": str(Overview(**tell_counts(common))) if isinstance(common, AlignedRows) else "",
             "n_rows": codes[0].n_rows,
             "n_tokens": codes[0].n_tokens,
             "sides": sides,
@@ -128,27 +129,17 @@ class StoreSource(Source):
 
 
 def _common(
-    a: FeatureStore, b: FeatureStore, common: CommonRows | Alignment, similarity: str, sides: bool, starts: np.ndarray
+    a: FeatureStore, b: FeatureStore, common: CommonRows | AlignedRows, similarity: str, sides: bool, starts: np.ndarray
 ) -> tuple[Codes, Codes]:
     """Both stores on the rows that they have in common, or on the documents that begin with some of these."""
     values: Any = "sides" if sides else "firing" if similarity in ("phi", "jaccard") else "codes"
-    if isinstance(common, Alignment):
-        first, second = Codes(a, values, rows=common.rows), Codes(b, values, weights=common.weights)
+    if isinstance(common, AlignedRows):
+        first, second = Codes(a, values, rows=common.rows), Codes(b, values, weights=common)
     else:
         first, second = (Codes(store, values, rows=rows) for store, rows in zip((a, b), common, strict=True))
     if similarity != "documents":
         return first, second
     return replace(first, groups=starts), replace(second, groups=starts)
-
-
-def find_documents(store: FeatureStore, rows: Integer[np.ndarray, "n"] | None) -> Int[np.ndarray, "n_docs"]:
-    """Which of some rows of a store, all of them for None, a document begins with; as places among these rows."""
-    n, found = len(store) if rows is None else len(rows), [np.zeros(0, np.int64)]
-    for start in range(0, n, ROWS_AT_ONCE):
-        part = slice(max(0, start - 1), start + ROWS_AT_ONCE)  # with the one before, which tells if it goes on
-        ids = store.text.doc_ids[store.places[part if rows is None else rows[part]]]
-        found.append(find_runs(ids)[min(start, 1) :] + part.start)
-    return np.concatenate(found)
 
 
 @dataclass(frozen=True, eq=False)
