@@ -1,12 +1,22 @@
 """What is held of a text does not grow with it: maps are let go, and orders of rows are made piece by piece."""
 
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import saelab as sl
+from saelab.analyses import contexts
+from saelab.functional import marking, permuting
 from saelab.functional.marking import ChosenRuns, MarkedRows, draw_rows
 from saelab.functional.permuting import WINDOW_ROWS, find_runs, move_blocks
-from saelab.stores import shards
+from saelab.labelling.cases import CaseConfig, build_case
+from saelab.stores import corpus, features, shards
+from saelab.stores.corpus import StoredText
+from saelab.stores.features import Feature
+from saelab.universality import aligned, documents
+from saelab.universality.aligned import AlignedRows
 from saelab.universality.alignment import find_common_rows
 from saelab.universality.codes import Codes
 from saelab.universality.sources import StoreSource
@@ -89,6 +99,82 @@ def test_stores_of_the_same_tokens_need_no_list_of_rows(store):
     assert find_common_rows(store, store) == (None, None)
     source = StoreSource.make(store, store, "correlation", False, 1, False)
     assert source.a.rows is None and source.b.rows is None and len(source.documents) == len(np.unique(store.doc_ids))
+
+
+def test_comparing_leaves_no_column_of_the_text_behind(store):
+    a, b = (sl.FeatureStore.load(store.folder) for _ in range(2))
+    sl.compare(a, b, min_count=1, n_shifts=1, progress=False)
+    held = {"places", "doc_ids", "token_ids"}
+    assert not held & {*a.__dict__, *b.__dict__}
+    assert np.array_equal(a.where[3:450], store.places[3:450]) and len(a.where[450:450]) == 0
+    places = np.arange(len(store.text))[::-1]
+    before, rows = a.where.find(places)
+    assert np.array_equal(before, np.searchsorted(store.places, places))
+    assert np.array_equal(np.flatnonzero(rows[::-1] >= 0), store.places)
+    assert np.array_equal(rows[rows >= 0], np.arange(len(store))[::-1])
+
+
+class Planted(sl.FeatureStore):
+    """Words of documents, of which feature 0 fires on few, whatever the size; cut in halves with `split`."""
+
+    def __init__(self, n_docs, split=False):
+        words = [f" w{i:03d}" for i in range(100)]
+        drawn = np.random.default_rng(0).integers(100, size=n_docs * DOC)
+        ids, strings = drawn, words
+        if split:
+            ids = np.stack([drawn, drawn + 100], 1).ravel()
+            strings = [word[:3] for word in words] + [word[3:] for word in words]
+        at = np.arange(len(ids))
+        text = StoredText(
+            token_ids=ids.astype(np.int32), doc_ids=at // (len(at) // n_docs), positions=at % DOC,
+            strings=dict(enumerate(strings)),
+        )  # fmt: skip
+        self._starts, self.folder = [0, len(ids)], Path("planted")
+        self.__dict__.update(text=text, places=at.astype(np.int32))
+
+    d_sae = 1
+
+    def feature(self, j):
+        rows = np.linspace(0, len(self) - 1, 60).astype(np.int64)
+        return Feature(rows, np.linspace(0.1, 1, 60).astype(np.float32), self, j)
+
+
+DOC = 400
+
+
+def bytes_a_token(work, monkeypatch, *sizes):
+    """How much more is held at most for each further token, where work is done in small parts."""
+    parts = {"TOKENS_AT_ONCE": (800, documents, aligned), "PART": (4096, contexts, marking)}
+    parts["ROWS_AT_ONCE"] = 4096, documents, corpus, features, permuting
+    for name, (size, *modules) in parts.items():
+        for module in modules:
+            monkeypatch.setattr(module, name, size)
+    peaks = []
+    for n_docs in (4, *sizes):  # the first warms up
+        stores = Planted(n_docs), Planted(n_docs, split=True)
+        tracemalloc.start()
+        held = work(*stores)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        del held
+    return (peaks[2] - peaks[1]) / (sizes[1] - sizes[0]) / DOC
+
+
+def test_rows_of_other_tokens_are_aligned_without_a_list_of_tokens(monkeypatch):
+    def work(a, b):
+        found = AlignedRows(a, b)
+        assert found.n_aligned == (len(a), len(b)) and found[5:9].nnz == 8
+        return found
+
+    # one bool a row is held; digests, numbers and sizes of a document are some 500 bytes, here of 400 tokens
+    assert bytes_a_token(work, monkeypatch, 8, 24) < 4
+
+
+def test_windows_of_a_feature_are_found_without_a_mark_a_token(monkeypatch):
+    def work(a, b):
+        return build_case(a, 0, 1, a.split_runs(), CaseConfig(n_scored=1))
+
+    assert bytes_a_token(work, monkeypatch, 20, 60) < 0.5
 
 
 def test_masks_that_differ_leave_the_rows_that_both_kept(tiny, tmp_path):

@@ -155,17 +155,12 @@ class FeatureStore:
         """Where in `text` each row stands."""
         return self.where[:]
 
-    @property
+    @cached_property
     def where(self) -> Places:
-        """The same in pieces; of all of them only where somebody asked for `places` before."""
+        """The same, read when it is asked for, unless all of it is held already."""
         if "places" in self.__dict__:
             return Places([len(self)], lambda _, start, stop: self.places[start:stop], len(self.text), self.folder)
-        return self._where
-
-    @cached_property
-    def _where(self) -> Places:
-        sizes = np.diff(self._starts).tolist()
-        shards = self._shards
+        sizes, shards = np.diff(self._starts).tolist(), self._shards
         return Places(sizes, lambda i, *part: shards[i].part("places", *part), len(self.text), self.folder)
 
     def find_documents(self, rows: Any = None) -> Int[np.ndarray, "n_runs"]:
