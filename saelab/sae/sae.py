@@ -64,8 +64,8 @@ class SAE(Coder):
 
         `acts` is what `collect` or `stream` give, or a plain tensor; for a transcoder (inputs, targets), two of the
         first or the last whose rows are of the same tokens, or a stream of pairs. With `out`, history and checkpoints
-        are written there, and `resume=True` goes on from the last one, bit for bit on CPU. Ctrl-C and
-        SIGTERM save and say where.
+        are written there, and `resume=True` goes on from the last one, bit for bit on a CPU
+        with the same number of threads. Ctrl-C and SIGTERM save and say where.
         """
         fit([self], acts, cfg, out=out, resume=resume, held_out=held_out, sinks=sinks, progress=progress)
         return self

@@ -1,4 +1,7 @@
-"""Checkpoints of a training run: one folder, replaced as a whole, from which the run goes on bit for bit."""
+"""Checkpoints of a training run: one folder, replaced as a whole, from which the run goes on bit for bit.
+
+Some processors' matrix products round by the number of threads, so that this number must be the same.
+"""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
