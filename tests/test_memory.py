@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
 
 import saelab as sl
 from saelab.analyses import contexts
@@ -93,6 +94,17 @@ def test_documents_far_apart_are_read_one_by_one(store):
     found = Codes(Watched(), groups=starts).moved(order).matrix(3, 8).toarray()
     assert np.array_equal(found, means[order[3:8]])
     assert sum(read) < len(store) // 4
+
+
+@pytest.mark.parametrize("width", [40, 400])
+def test_weights_on_rows_far_apart_read_these_alone(store, width):
+    """Documents of the other side stand in any order."""
+    rng = np.random.default_rng(width)
+    at = np.sort(rng.permutation(width)[:30]) + 11
+    weights = csr_matrix((rng.random(60, np.float32), (np.arange(60) % 20, rng.permutation(np.tile(at, 2)))))
+    weights.resize(20, len(store))
+    expected = weights[3:17].toarray() @ store.matrix().toarray()
+    np.testing.assert_allclose(Codes(store, weights=weights).matrix(3, 17).toarray(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_stores_of_the_same_tokens_need_no_list_of_rows(store):
