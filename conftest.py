@@ -34,13 +34,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """With `--seed-offset N` every seed that a test or a planted world sets is moved, before any test is read."""
-    offset = 1_000_000 * config.getoption("--seed-offset")
+    move_seeds(config.getoption("--seed-offset"))
+
+
+def move_seeds(n: int) -> None:
+    """See `--seed-offset`; in processes that tests start, too, which find it in their environment."""
+    os.environ["SAELAB_SEED_OFFSET"] = str(n)
+    offset = 1_000_000 * n
     if not offset:
         return
     default_rng = np.random.default_rng
 
     def is_planted() -> bool:
-        return sys._getframe(2).f_code.co_filename.startswith(PLANTED)
+        file = sys._getframe(2).f_code.co_filename
+        return file.startswith(PLANTED) and not file.endswith("same_seeds.py")
 
     class ShiftedGenerator(torch.Generator):
         def manual_seed(self, seed: int) -> torch.Generator:

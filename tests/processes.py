@@ -43,6 +43,9 @@ class Child:
 
 
 def _run(errors: Path, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    from conftest import move_seeds
+
+    move_seeds(int(os.environ.get("SAELAB_SEED_OFFSET", "0")))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # as conftest.py has it: some kernels round by it
     with errors.open("w", buffering=1) as file:
         sys.stderr = file

