@@ -116,7 +116,7 @@ def absorption_of(sae, x, atoms, has_child):
     return float(recall), float(coherence)
 
 
-def prefixes_keep_parents(n_steps, n_seeds, batch_size=256):
+def prefixes_keep_parents(n_steps, n_seeds, margin, batch_size=256):
     """Averaged over seeds, and only so: a single seed may go either way."""
     measured = []
     for seed in range(n_seeds):
@@ -128,14 +128,14 @@ def prefixes_keep_parents(n_steps, n_seeds, batch_size=256):
         saes = train(configs, x, seed, n_steps, batch_size)
         measured.append([absorption_of(sae, x[:8000], atoms, has_child[:8000]) for sae in saes])
     (flat_recall, flat_coherence), (recall, coherence) = torch.tensor(measured).mean(0).tolist()
-    assert recall > flat_recall + 0.04
-    assert coherence < flat_coherence - 0.04
+    assert recall > flat_recall + margin
+    assert coherence < flat_coherence - margin
 
 
 def test_prefixes_keep_parents_from_being_absorbed():
-    prefixes_keep_parents(150, 3, batch_size=512)  # larger batches: less chance, and fewer seeds to see past it
+    prefixes_keep_parents(150, 3, 0.04, batch_size=512)  # larger batches: less chance, and fewer seeds to see past it
 
 
 @pytest.mark.slow
 def test_prefixes_at_length():
-    prefixes_keep_parents(2500, 8)
+    prefixes_keep_parents(2500, 8, 0.02)  # by then the flat one has caught up
