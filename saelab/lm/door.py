@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from saelab.lm.cache import Caching, measure_caching
 from saelab.lm.foreign import HookBooks
 from saelab.lm.models import Model
 from saelab.lm.plain import Site, WithOwnHooks, attach, make_probe, run, set_attention, strip
+from saelab.lm.sketch import Sketch, sketch_weights
 
 logger = logging.getLogger(__name__)
 
@@ -108,16 +110,21 @@ class Door:
 
     def _find_stamp(self, model: Any) -> tuple:
         """Changes when a weight is edited in place or replaced, or the bridge processes its weights."""
-        found = [_stamp(w) for weights, _, _ in self._weights if weights for w in weights.values() if w is not None]
+        found = [stamp(w) for weights, _, _ in self._weights if weights for w in weights.values() if w is not None]
         # Buffers that are not saved are the model's own notes: rotary angles change when a text passes their border.
         found += [
-            _stamp(w)
+            stamp(w)
             for _, buffers, own in self._weights
             if buffers
             for name, w in buffers.items()
             if w is not None and name not in own
         ]
         return (model.compatibility_mode, *found)
+
+    @cached_property
+    def sketch(self) -> Sketch | None:
+        """The numbers that tell the model's weights from another's, which stay as long as the door does."""
+        return sketch_weights(self.bridged)
 
     def is_current(self, model: Model) -> bool:
         """Whether the model's weights are still those that this door was made with."""
@@ -302,7 +309,8 @@ def _require_causal(model: nn.Module, probe: Tensor, expected: Tensor) -> None:
         )
 
 
-def _stamp(weight: Tensor) -> tuple[int, int]:
+def stamp(weight: Tensor) -> tuple[int, int]:
+    """Another one where a tensor was replaced, or edited as autograd's count of versions knows."""
     return id(weight), 0 if weight.is_inference() else weight._version
 
 

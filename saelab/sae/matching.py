@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from saelab.lm.door import door
+from saelab.lm.door import door, stamp
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import Model, describe_model, is_same_model
-from saelab.lm.sketch import is_same_shape, is_same_weights, sketch_weights
+from saelab.lm.sketch import is_same_shape, is_same_weights
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.provenance import Provenance
@@ -126,7 +126,7 @@ def find_mismatches(origin: Provenance, model: Model, hook_point: str, hook_poin
 def _origin_of(model: Model, like: Provenance) -> Provenance:
     """The provenance that activations of this model would have; weights are looked at where the other's are known."""
     here = describe_model(model)
-    sketch = sketch_weights(model) if like.model_sketch is not None else None
+    sketch = door(model).sketch if like.model_sketch is not None else None
     return replace(
         like,
         model=here.name,
@@ -181,15 +181,15 @@ def mask_of(origin: Provenance) -> TokenMask:
 def require_finite(sae: SAE) -> None:
     """ValueError for an SAE with NaN or infinite weights; they are looked at once, and again where they changed."""
     weights = dict(sae.named_parameters())
-    stamp = [(id(weight), 0 if weight.is_inference() else weight._version) for weight in weights.values()]
-    if _seen_finite.get(sae) == stamp:
+    stamps = [stamp(weight) for weight in weights.values()]
+    if _seen_finite.get(sae) == stamps:
         return
     if wrong := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise ValueError(
             f"An SAE's weights must be finite, got NaN or infinite ones in {', '.join(wrong)}. Take an earlier "
             "checkpoint, or train again with a lower learning rate."
         )
-    _seen_finite[sae] = stamp
+    _seen_finite[sae] = stamps
 
 
 def require_threshold(sae: SAE) -> None:
