@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -394,6 +395,15 @@ def test_unknown_activations_and_settings_are_named():
         SAEConfig.from_dict(plain | {"activation": {"name": "tpk", "k": 3}})
     with pytest.raises(ValueError, match=r"takes \['k'\], got \['kk'\]"):
         SAEConfig.from_dict(plain | {"activation": {"name": "topk", "kk": 3}})
+
+
+@unchecked()
+def test_activations_must_be_tensors():
+    sae = sl.SAE(sl.SAEConfig(d_in=12, d_sae=16, activation=sl.TopK(k=2)))
+    for use in (sae, sae.encode, sae.encode_sparse):
+        for x in (np.zeros((3, 12), np.float32), [[0.0] * 12]):
+            with pytest.raises(TypeError, match=r"must be a torch.Tensor \(\*batch, 12\), got (ndarray|list)"):
+                use(x)
 
 
 def test_wrong_width_is_named():

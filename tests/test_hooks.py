@@ -316,3 +316,11 @@ def test_the_real_model_agrees_with_hugging_face(shared_data: Path) -> None:
     result = verify_hooks(model, some_ids(4, 64))
     assert max(result.captured) <= 1e-6 and max(result.bridge) <= 1e-5
     assert door(model).plain is not None and door(model).attention == "sdpa"
+
+
+def test_rows_beyond_learned_positions_are_said_to_be_too_long() -> None:
+    model = tiny_model(architecture="gpt2", ctx_len=16)
+    ids = torch.ones(1, 20, dtype=torch.long)
+    for read in (lambda: logits(model, ids), lambda: capture(model, ids, [POST])):
+        with pytest.raises(ValueError, match="must fit the model's context of 16 tokens, got 20"):
+            read()

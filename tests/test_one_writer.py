@@ -104,6 +104,19 @@ def test_a_finished_folder_is_opened_where_nothing_may_be_written(tmp_path, stor
         harvest(tmp_path, seed=0)
 
 
+def test_the_lock_of_a_killed_writer_goes_when_its_finished_folder_is_opened_again(tmp_path) -> None:
+    model = sl.tiny_model()
+    tokens = sl.tokenize(model, ["The fox met the hen."] * 4, ctx_len=8)
+
+    def collect() -> None:
+        sl.collect(model, tokens, "blocks.1.hook_resid_post", tmp_path / "acts", progress=False)
+
+    collect()
+    (tmp_path / "acts" / LOCK).write_text("process 1 on nowhere\n")
+    collect()
+    assert not (tmp_path / "acts" / LOCK).exists()
+
+
 def test_a_thread_may_hold_a_folder_again_and_another_may_not(tmp_path) -> None:
     refused: list[BaseException] = []
 

@@ -143,6 +143,19 @@ def test_beams_are_steered_alike_with_and_without_cache(where: str) -> None:
         assert search(3.0) == without
 
 
+def test_rows_that_change_places_go_on_with_their_texts() -> None:
+    model, rows, new = sl.tiny_model(), torch.arange(70, 82).view(3, 4), torch.tensor([[90], [91], [92]])
+    direction, order = sl.Direction(torch.ones(32), "blocks.1.hook_resid_post"), [2, 0, 1]
+
+    def step(before: Any) -> Any:
+        with sl.steer(model, direction, 3.0, where="generated"):
+            sl.logits(model, before)
+            return sl.logits(model, torch.cat([rows[order], new], 1))
+
+    torch.testing.assert_close(step(rows), step(rows[order]), rtol=0, atol=0)
+    assert not torch.equal(step(rows), step(rows + 1))  # whose rows are another text's
+
+
 def test_another_text_in_the_same_block_begins_anew() -> None:
     model = sl.tiny_model()
     direction, ids = sl.Direction(torch.ones(32), "blocks.1.hook_resid_post"), torch.arange(70, 77)[None]
