@@ -17,6 +17,7 @@ from saelab.labelling.rules import NO_RULE, label_by_rules
 from saelab.labelling.significance import adjust, tail
 from saelab.labelling.simulators import simulate_by_tokens
 from saelab.labelling.views import TokenView
+from saelab.labelling.wording import describe_scores
 from saelab.stores.corpus import StoredText
 from saelab.stores.statistics import measure
 
@@ -142,6 +143,14 @@ def test_planted_features_get_their_rules(planted, labels):
     assert row("loud").text == "the token ' far'" and row("loud").fraction > 0 and row("loud").share < 0.7
     assert row("chance").text == NO_RULE and row("chance").kind == "none"
     assert not labels.of(names.index("silent"))
+
+
+def test_scores_of_the_strongest_firings_say_so(planted, labels):
+    by_feature = {label.feature: label for label in labels.labels() if label.sign > 0}
+    loud, every = (by_feature[planted[0].index(name)] for name in ("loud", "token"))
+    assert f"; of codes with |z| from {labels.of(loud.feature)[0].threshold:.3g} on, " in describe_scores(loud)
+    assert describe_scores(loud).endswith(f"{loud.scores['share']:.2g} of the firings")
+    assert every.scores["share"] == 1 and "of codes" not in describe_scores(every)
 
 
 def test_a_union_of_two_is_polysemantic(text, at):

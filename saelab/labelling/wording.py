@@ -38,7 +38,8 @@ def describe_origin(label: Label) -> str:
 
 
 def describe_scores(label: Label) -> str:
-    """The first scores of a label in words, each with its interval and beside its chance level where it has them.
+    """The first scores of a label in words, each with its interval and beside its chance level where it has them; and
+    of how many firings they are, where a rule is about the strongest alone.
 
     >>> describe_scores(Label(feature=0, text="hot", author="me", scores={"f1": 0.91, "f1_chance": 0.5}))
     'f1 0.91 (chance 0.5)'
@@ -52,4 +53,11 @@ def describe_scores(label: Label) -> str:
         beside = [] if low is None or high is None else [f"{low:.2g} to {high:.2g}"]
         beside += [] if chance is None else [f"chance {chance:.2g}"]
         said.append(f"{name} {value:.2g}" + (f" ({', '.join(beside)})" if beside else ""))
-    return ", ".join(said[:MOST_SCORES])
+    return ", ".join(said[:MOST_SCORES]) + _describe_share(label)
+
+
+def _describe_share(label: Label) -> str:
+    share, threshold = label.scores.get("share"), label.evidence.get("threshold")
+    if share is None or isnan(share) or share >= 1 or not isinstance(threshold, int | float):
+        return ""
+    return f"; of codes with |z| from {threshold:.3g} on, {share:.2g} of the firings"
