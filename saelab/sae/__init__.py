@@ -1,3 +1,3 @@
-"""The sparse autoencoder: one module, composed of an activation, prefixes, a dictionary, a normaliser and an
-initialisation.
+"""Sparse autoencoders and transcoders: one module, configured by activation function, prefixes, dictionary, normaliser
+and initialisation.
 """

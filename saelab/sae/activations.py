@@ -1,4 +1,6 @@
-"""The activation axis: which pre-activations become codes. Each choice is a small frozen object."""
+"""Activation functions that map pre-activations to sparse codes: TopK, BatchTopK, ReLU, JumpReLU and variants, each a
+small frozen dataclass.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -27,32 +29,60 @@ SPARSE_FRAC = 0.05  # of the pre-activations: with more than this in use a train
 @register_activation("topk")
 @dataclass(frozen=True)
 class TopK(Activation):
-    """The positive ones among each token's k largest pre-activations (arXiv:2406.04093)."""
+    """Keeps the positive ones among each token's k largest pre-activations (arXiv:2406.04093)."""
 
     transcoder_lr_scale: ClassVar[float] = 4.0
 
     k: int = 32
-    """latents kept a token"""
+    """latents kept per token"""
 
     def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         return keep_topk(u, self.k, self.signed)
 
     def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
+        """Codes of each row's k largest pre-activations; of equal ones the latent with the lower index is kept.
+
+        Args:
+            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it; used only to decide between near-equal
+                latents.
+            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
+            bias: (d_sae,) encoder biases.
+            threshold: ignored, as nothing is thresholded.
+        """
         return keep_places(u, topk_latents(u, x, W, bias, self.k, self.signed), self.signed)
 
     def search(
         self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
     ) -> SparseCodes | None:
+        """Sparse codes of each row's k largest pre-activations, without the dense tensor; None where dense is faster.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: ignored, as nothing is thresholded.
+            training: ignored, as both modes keep the same latents.
+        """
         return search_topk(x, W, bias, self.k, self.signed)
 
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        """(n_rows, n_latents) codes of the given latents, reading only as much of the encoder as it takes to rank them.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
+            bias: (d_sae,) encoder biases of all latents.
+            threshold: ignored, as nothing is thresholded.
+            latents: (n_latents,) indices of the latents wanted.
+        """
         return pick_topk(x, W, bias, latents, self.k, self.signed)
 
 
 @register_activation("abstopk")
 @dataclass(frozen=True)
 class AbsTopK(TopK):
-    """Each token's k largest pre-activations by magnitude, with their signs (arXiv:2510.00404)."""
+    """Keeps each token's k largest pre-activations by magnitude, with their signs (arXiv:2510.00404)."""
 
     signed: ClassVar[bool] = True
     transcoder_lr_scale: ClassVar[float] = 1.0
@@ -61,16 +91,18 @@ class AbsTopK(TopK):
 @register_activation("batchtopk")
 @dataclass(frozen=True)
 class BatchTopK(Activation):
-    """The k * n_tokens largest of a training batch; a fixed threshold afterwards (arXiv:2412.06410).
+    """Keeps the k * n_tokens largest pre-activations of a training batch; uses a fixed threshold afterwards
+    (arXiv:2412.06410).
 
-    The threshold is the running mean of the smallest kept magnitude, so that a token's codes never depend on its batch.
+    The threshold is the running mean of each batch's smallest kept magnitude, so that in inference a token's codes do
+    not depend on its batch.
     """
 
     threshold: ClassVar[Literal["none", "running", "learned"]] = "running"
     transcoder_lr_scale: ClassVar[float] = 4.0
 
     k: int = 32
-    """latents kept a token, on average"""
+    """latents kept per token, on average"""
 
     def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         if training or threshold is None or bool(threshold.isnan()):
@@ -78,6 +110,17 @@ class BatchTopK(Activation):
         return keep_above(u, threshold, self.signed)
 
     def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
+        """Codes above the threshold, or the batch's k * n_rows largest where training has not set a threshold yet.
+
+        Args:
+            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it; used only to decide between near-equal
+                latents.
+            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
+            bias: (d_sae,) encoder biases.
+            threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
+                before training.
+        """
         if threshold is not None and not bool(threshold.isnan()):
             return self(u, threshold)
         kept = torch.zeros_like(u, dtype=torch.bool)
@@ -87,11 +130,33 @@ class BatchTopK(Activation):
     def search(
         self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
     ) -> SparseCodes | None:
+        """Sparse codes above the threshold, or of the batch's k * n_rows largest pre-activations in training; None
+        where dense is faster.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
+                before training.
+            training: whether latents compete over the batch, rather than being compared with the threshold.
+        """
         if training or threshold is None or bool(threshold.isnan()):
             return search_batch_topk(x, W, bias, self.k, self.signed)
         return search_above(x, W, bias, threshold, self.signed)
 
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor | None:
+        """(n_rows, n_latents) codes of the given latents above the threshold; None without a threshold, as then all
+        latents compete.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
+            bias: (d_sae,) encoder biases of all latents.
+            threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
+                before training.
+            latents: (n_latents,) indices of the latents wanted.
+        """
         if threshold is None or bool(threshold.isnan()):
             return None
         return self(_score(x, W, bias, latents), threshold)
@@ -100,7 +165,7 @@ class BatchTopK(Activation):
 @register_activation("batchabstopk")
 @dataclass(frozen=True)
 class BatchAbsTopK(BatchTopK):
-    """BatchTopK by magnitude, with signs: |u| competes over the batch, |u| > threshold afterwards."""
+    """BatchTopK by magnitude, keeping signs: the largest |u| of the batch in training, |u| > threshold afterwards."""
 
     signed: ClassVar[bool] = True
     transcoder_lr_scale: ClassVar[float] = 1.0
@@ -109,22 +174,41 @@ class BatchAbsTopK(BatchTopK):
 @register_activation("groupmax")
 @dataclass(frozen=True)
 class GroupMax(Activation):
-    """The largest pre-activation of each of k groups of neighbouring latents, where it is positive (sparsify's
+    """Keeps the largest pre-activation of each of k groups of adjacent latents, where it is positive (sparsify's
     groupmax).
     """
 
     transcoder_lr_scale: ClassVar[float] = 4.0
 
     k: int = 32
-    """groups, and so latents kept a token at most; d_sae is a multiple of it"""
+    """number of groups, and so the maximum number of latents kept per token; must divide d_sae"""
 
     def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         return keep_group_max(u, self.k)
 
     def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
+        """Codes of each group's largest pre-activation; of equal ones the latent with the lower index is kept.
+
+        Args:
+            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it; used only to decide between near-equal
+                latents.
+            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
+            bias: (d_sae,) encoder biases.
+            threshold: ignored, as nothing is thresholded.
+        """
         return keep_places(u, group_max_latents(u, x, W, bias, self.k), False)
 
     def search(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool) -> SparseCodes:
+        """Sparse codes of each group's largest pre-activation.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: ignored, as nothing is thresholded.
+            training: ignored, as both modes keep the same latents.
+        """
         return search_group_max(x, W, bias, self.k)
 
     def check(self, d_sae: int) -> None:
@@ -135,12 +219,14 @@ class GroupMax(Activation):
 
 @dataclass(frozen=True)
 class _Penalised(Activation):
-    """An activation whose sparsity is paid for; the weight is fixed, or steered to a target L0."""
+    """Activation trained with a sparsity penalty, whose weight is fixed or controlled to reach a target L0."""
 
     target_l0: float = 32.0
-    """mean latents a token the penalty's weight is steered to, where `coefficient` is None"""
+    """mean number of active latents per token that the penalty's weight is controlled to reach, where `coefficient` is
+    None
+    """
     coefficient: float | None = None
-    """fixed weight of the penalty; None steers it to `target_l0`"""
+    """fixed weight of the penalty; None adapts it to reach `target_l0`"""
 
     def check(self, d_sae: int) -> None:
         if not 0 < self.target_l0 <= d_sae:
@@ -161,9 +247,27 @@ class ReLU(_Penalised):
     def search(
         self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
     ) -> SparseCodes | None:
+        """Sparse codes of the positive pre-activations; None where so many are positive that dense is faster.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: ignored: it is 0.
+            training: whether a gradient is needed, in which case dense is faster at lower L0.
+        """
         return search_above(x, W, bias, bias.new_zeros(()), False, SPARSE_FRAC if training else 1.0)
 
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        """(n_rows, n_latents) codes of the given latents.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
+            bias: (d_sae,) encoder biases of all latents.
+            threshold: ignored: it is 0.
+            latents: (n_latents,) indices of the latents wanted.
+        """
         return self(_score(x, W, bias, latents))
 
     def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
@@ -180,7 +284,7 @@ class JumpReLU(_Penalised):
     threshold: ClassVar[Literal["none", "running", "learned"]] = "learned"
 
     bandwidth: float = 0.1
-    """width of the gradient's window around the threshold, in units of u"""
+    """width of the window around the threshold in which the straight-through gradient is non-zero, in units of u"""
     start: float = 0.1
     """threshold at the start of training, in units of u"""
 
@@ -191,6 +295,16 @@ class JumpReLU(_Penalised):
     def search(
         self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
     ) -> SparseCodes | None:
+        """Pre-activations above their threshold; in training also those just below it, which carry a gradient to the
+        threshold.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: (d_sae,) learned thresholds; must be given.
+            training: whether to include the `bandwidth / 2` below the threshold; `fire` then sets those codes to 0.
+        """
         assert threshold is not None
         if not training:
             return search_above(x, W, bias, threshold, False)
@@ -198,6 +312,15 @@ class JumpReLU(_Penalised):
         return search_above(x, W, bias, threshold - self.bandwidth / 2, False, SPARSE_FRAC)
 
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        """(n_rows, n_latents) codes of the given latents.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
+            bias: (d_sae,) encoder biases of all latents.
+            threshold: (d_sae,) learned thresholds of all latents; must be given.
+            latents: (n_latents,) indices of the latents wanted.
+        """
         assert threshold is not None
         return self(_score(x, W, bias, latents), threshold[latents])
 
@@ -214,5 +337,5 @@ class JumpReLU(_Penalised):
 
 
 def _score(x: Tensor, W: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
-    """Pre-activations of some latents."""
+    """(n_rows, n_latents) pre-activations of the given latents."""
     return torch.addmm(bias[latents], x, W[latents].T)

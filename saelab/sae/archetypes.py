@@ -1,9 +1,9 @@
-"""The archetypal dictionary: atoms that stay near the convex hull of the data (arXiv:2502.12892).
+"""Archetypal dictionaries: decoder rows kept near the convex hull of the data (arXiv:2502.12892).
 
     W_dec = rows of  W C + Lambda  at unit length,      W >= 0,  W 1 = 1,  ||Lambda_i|| <= delta
 
-C holds points among the activations, centred; what is trained is W and Lambda. An atom's length goes into its code, so
-that W_dec has unit rows like the default dictionary's, and whatever ranks by |z| stays true.
+C holds points among the activations, mean-centred; W and Lambda are trained. Rows are normalised, so a row's length
+moves into its code: W_dec has unit rows like the default dictionary's, and rankings by |z| keep their meaning.
 """
 
 import math
@@ -16,20 +16,21 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class Archetypal:
-    """Relaxed archetypal dictionary (arXiv:2502.12892): atoms are convex combinations of points, and a little more.
+    """Settings of a relaxed archetypal dictionary (arXiv:2502.12892): decoder rows are convex combinations of data
+    points plus a bounded deviation.
 
-    The points are k-means centroids of the activations that `fit` sees first; the memory of training grows with d_sae
-    * n_points. As they are centred, the hull surrounds the origin and no direction is forbidden: the further an atom
-    turns from all points, the shorter `W C` becomes and the more `delta` can turn it.
+    The points are k-means centroids of the activations that `fit` sees first; the memory of training grows with d_sae *
+    n_points. As the points are mean-centred, their hull surrounds the origin and no direction is excluded: the further
+    a row turns from all points, the shorter `W C` becomes and the more `delta` can turn it.
 
     >>> sl.SAEConfig(d_in=8, d_sae=32, dictionary=Archetypal(n_points=64)).dictionary
     Archetypal(n_points=64, delta=0.1)
     """
 
     n_points: int | None = None
-    """candidate points; None is d_sae"""
+    """number of candidate points; None is d_sae"""
     delta: float = 0.1
-    """how far an atom may leave the hull, in units of the points' root mean square norm; 0 keeps it inside"""
+    """largest distance of a row from the hull, in units of the points' root mean square norm; 0 keeps it inside"""
 
     def __post_init__(self) -> None:
         if self.n_points is not None and self.n_points < 2:
@@ -39,10 +40,11 @@ class Archetypal:
 
 
 class Archetypes(nn.Module):
-    """W, Lambda and C of a dictionary; called, it gives W_dec, differentiable in W and Lambda.
+    """Parameters W and Lambda and points C of an archetypal dictionary; calling it returns W_dec, differentiable in W
+    and Lambda.
 
-    Each atom starts at a point of its own, drawn from the generator; those beyond n_points somewhere between two.
-    Without a generator others bring the numbers.
+    Each row starts at a point of its own, drawn with the generator; rows beyond n_points start between two points.
+    Without a generator the tensors are left empty, to be filled by loading.
     """
 
     points: Float[Tensor, "n_points d_in"]
@@ -62,20 +64,20 @@ class Archetypes(nn.Module):
         self.relaxation = nn.Parameter(torch.zeros(d_sae, d_in), requires_grad=cfg.delta > 0)
 
     def forward(self) -> Float[Tensor, "d_sae d_in"]:
-        """The atoms at unit length."""
+        """(d_sae, d_in) dictionary rows at unit length."""
         atoms = self.weights @ self.points + self.relaxation
         return atoms / atoms.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
     @torch.no_grad()
     def place(self, centred: Float[Tensor, "n_tokens d_in"], seed: int) -> None:
-        """Find the points among centred activations; their mean square norm becomes 1."""
+        """Set the points to centroids of mean-centred activations, scaled to a mean square norm of 1."""
         points = find_points(centred, len(self.points), seed)
         scale = points.square().sum(1).mean().sqrt()
         self.points.copy_(points / scale if scale > 0 else points)
 
     @torch.no_grad()
     def constrain(self) -> None:
-        """Bring rows of W back to the simplex and those of Lambda back into their ball."""
+        """Project rows of W onto the simplex, and rows of Lambda onto the ball of radius delta, in place."""
         self.weights.copy_(project_simplex(self.weights))
         norms = self.relaxation.norm(dim=1, keepdim=True).clamp(min=1e-12)
         self.relaxation.mul_((self.delta / norms).clamp(max=1.0))
@@ -91,8 +93,8 @@ def _draw_weights(d_sae: int, n_points: int, generator: torch.Generator) -> Tens
 
 
 def find_points(x: Float[Tensor, "n_tokens d_in"], n: int, seed: int) -> Float[Tensor, "n d_in"]:
-    """k-means centroids of `x`; where it has no more than `n` different rows those themselves, some twice, for they
-    span the same hull.
+    """(n, d_in) k-means centroids of `x`; where `x` has at most `n` distinct rows, those rows, repeated (they span the
+    same hull).
     """
     from sklearn.cluster import MiniBatchKMeans
 
@@ -104,10 +106,11 @@ def find_points(x: Float[Tensor, "n_tokens d_in"], n: int, seed: int) -> Float[T
 
 
 def project_simplex(x: Float[Tensor, "n_rows n"]) -> Float[Tensor, "n_rows n"]:
-    """The nearest rows with entries >= 0 that sum to 1: `max(x - t, 0)`, t found row by row.
+    """Nearest rows with entries >= 0 that sum to 1 (Euclidean projection): `max(x - t, 0)`, with `t` found per row.
 
-    A step on one weight takes as much from the others as it gives, however many they are; an entry at 0 comes back as
-    soon as a step lifts it above t, which clipping and dividing by the sum does not allow for both.
+    The projection shifts all positive entries of a row equally, so a gradient step on one weight is balanced by all
+    others, and an entry at 0 returns as soon as a step lifts it above t; clipping and dividing by the sum has neither
+    property.
 
     >>> project_simplex(torch.tensor([[1.0, 0.5, -1.0]]))
     tensor([[0.7500, 0.2500, 0.0000]])

@@ -1,5 +1,5 @@
-"""The SAE's folder: `config.json` and `model.safetensors`, Hugging Face style; beside them `origin.safetensors` where
-it was read from another format.
+"""Reading and writing a saved SAE: `config.json` and `model.safetensors` in one folder, Hugging Face style, and
+`origin.safetensors` where the SAE was converted from another library's format.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,15 @@ class _Described(TypedDict):
 
 
 def write_sae(folder: Path, described: dict[str, Any], tensors: Mapping[str, Tensor], origin: Origin | None) -> None:
-    """Write the files, all of them or none, in the place of an older SAE; what else the folder holds stays."""
+    """Write an SAE's files atomically, replacing an older SAE in the folder; other files in the folder are kept.
+
+    Args:
+        folder: folder to write to.
+        described: configuration, provenance and training as `SAE.describe` returns them.
+        tensors: the state dict.
+        origin: settings and unchanged tensors of the foreign file that the SAE was loaded from, so that it can be
+            written back exactly; None for an SAE of saelab.
+    """
     with replace_folder(folder, last=CONFIG, stale=(CONFIG, WEIGHTS, KEPT)) as temp:
         save_tensors(temp / WEIGHTS, tensors, {"format": "pt"})
         if origin is not None:
@@ -37,7 +45,12 @@ def write_sae(folder: Path, described: dict[str, Any], tensors: Mapping[str, Ten
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read config.json; FileNotFoundError, or ValueError for what is not an SAE of this version."""
+    """Contents of config.json as a dictionary with the keys "config", "provenance" and "training".
+
+    Raises:
+        FileNotFoundError: where there is no config.json.
+        ValueError: for what is not an SAE of this schema version.
+    """
     described = read_json(folder / CONFIG)
     if not isinstance(described, dict) or described.get("kind") != "sae":
         raise ValueError(f"{folder / CONFIG} must describe an SAE ('kind': 'sae'); give what save_pretrained wrote.")
@@ -53,13 +66,17 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_config(folder: Path) -> None:
-    """Compare config.json with its checksum, after what it says was understood; ValueError where it was edited."""
+    """Compare config.json with its checksum; ValueError where it was edited. Call it after its contents were validated,
+    whose messages are more precise.
+    """
     _, check_seal = read_sealed(folder / CONFIG)
     check_seal()
 
 
 def read_sae(folder: Path) -> tuple[dict[str, Any], Mapping[str, Any], Origin | None]:
-    """Read config.json, and map the weights and what is kept of another format: no value is read yet."""
+    """Contents of config.json, the weights by name, and the foreign file's settings; tensors are memory-mapped and not
+    yet read.
+    """
     described = read_config(folder)
     origin = None
     with naming(folder / CONFIG):

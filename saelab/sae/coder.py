@@ -1,4 +1,4 @@
-"""`Coder`: the map from activations to sparse codes and back."""
+"""The module behind `SAE`: weights, encoding to sparse codes and decoding back."""
 
 import copy
 from collections.abc import Sequence
@@ -21,22 +21,22 @@ DENSE_NUMBERS = 2**25  # pre-activations held at a time where codes are found de
 
 
 class Coder(nn.Module):
-    """A sparse autoencoder's or transcoder's weights and its two directions.
+    """Weights of a sparse autoencoder or transcoder, with `encode` and `decode`.
 
         z     = activation( (normalise(x) - b_dec) W_enc + b_enc )
         x_hat = unnormalise( z W_dec + b_dec )
 
-    With `cfg.d_out` it is a transcoder: what it reconstructs are other activations y, with a normaliser of their own,
-    and nothing is subtracted from its input:
+    With `cfg.d_out` it is a transcoder: it reconstructs other activations y, with a normaliser of their own, and
+    nothing is subtracted from its input:
 
         z     = activation( normalise(x) W_enc + b_enc )
         y_hat = unnormalise_target( z W_dec + b_dec + normalise(x) W_skip )
 
-    W_skip is there with `cfg.skip` only. All weights are in the normalisers' units, and so in the activations' own for
-    normaliser "none". Weights are float32 and drawn from `seed` on CPU. What is random is the dictionary: rows of W_dec
-    are random directions, W_enc is their transpose (a transcoder's are random too), and is stored latent by latent, so
-    that reading a few latents touches a few rows of memory. Matching pursuit reads with W_dec: there `W_enc` is its
-    transpose, `b_enc` zero, and neither a parameter.
+    W_skip exists with `cfg.skip` only. All weights are in the normalisers' units, and so in the activations' own for
+    normaliser "none". Weights are float32 and drawn from `seed` on CPU; None leaves them uninitialised, to be filled by
+    loading. Rows of W_dec are random unit directions and W_enc is their transpose (a transcoder's W_enc is drawn
+    separately); W_enc is stored latent by latent, so that reading a few latents touches a few rows of memory. Matching
+    pursuit encodes with W_dec: there `W_enc` is its transpose, `b_enc` zero, and neither a parameter.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -79,27 +79,27 @@ class Coder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are."""
+        """Dtype of the weights."""
         return self.W_dec.dtype
 
     @property
     def out_normaliser(self) -> Normaliser:
-        """That of what is reconstructed: `target_normaliser`, or an autoencoder's only one."""
+        """Normaliser of what is reconstructed: a transcoder's `target_normaliser`, an autoencoder's `normaliser`."""
         return self.normaliser if self.target_normaliser is None else self.target_normaliser
 
     def centre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """What W_enc reads: `normalise(x) - b_dec`, or a transcoder's `normalise(x)`."""
+        """Input of the encoder: `normalise(x) - b_dec`, or a transcoder's `normalise(x)`."""
         normalised = self.normaliser.normalise(x.to(self.W_dec))
         return normalised - self.b_dec if self.cfg.d_out is None else normalised
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Dense codes z of activations, differentiable; signed for signed activations, so a latent fires where `z !=
-        0`.
+        """Dense codes z of activations, differentiable; a latent is active where `z != 0` (codes of signed activation
+        functions may be negative).
         """
         self._check_width(x)
         centred = self.centre(x)
@@ -114,7 +114,9 @@ class Coder(nn.Module):
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
-        """The non-zero codes only, as indices and values; the same codes as `encode`, without the dense tensor."""
+        """Codes of activations in sparse form, indices and values of the non-zero ones; equal to `encode`, without the
+        dense tensor and without gradients.
+        """
         self._check_width(x)
         flat = x.reshape(-1, self.cfg.d_in)
         codes = self.search(self.centre(flat), training=False)
@@ -123,8 +125,8 @@ class Coder(nn.Module):
         return replace(codes, batch_shape=tuple(x.shape[:-1]))
 
     def encode_some(self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int]) -> Float[Tensor, "*batch n_latents"]:
-        """Codes of some latents, `encode(x)[..., latents]`, without the rest of the encoder where that can be told;
-        differentiable.
+        """Codes of the given latents, equal to `encode(x)[..., latents]`, differentiable; computes only their part of
+        the encoder where their codes do not depend on other latents.
         """
         self._check_width(x)
         flat, chosen = x.reshape(-1, self.cfg.d_in), torch.tensor(latents, dtype=torch.long, device=self.device)
@@ -137,7 +139,9 @@ class Coder(nn.Module):
         return z.view(*x.shape[:-1], len(latents))
 
     def search(self, centred: Float[Tensor, "n_rows d_in"], training: bool) -> SparseCodes | None:
-        """The pre-activations that may fire, of rows that `centre` gave; None where dense is the way to find them."""
+        """Pre-activations that may be active, in sparse form, for rows that `centre` returned; None where the dense
+        computation must or should be used instead.
+        """
         if isinstance(self.cfg.encoder, MatchingPursuit):
             return self.pursue(centred, self.W_dec)
         return self.cfg.activation.search(centred, self.W_enc.T, self.b_enc, self.threshold, training=training)
@@ -168,10 +172,16 @@ class Coder(nn.Module):
         *,
         x: Float[Tensor, "*batch d_in"] | None = None,
     ) -> Float[Tensor, "*batch d_out"]:
-        """The reconstruction of dense or sparse codes; with `prefix`, of the first `prefix` latents alone.
+        """Reconstruction of dense or sparse codes, (*batch, d_out).
 
-        A skip connection adds what it makes of the activations `x`; without `x` it is left out. A normaliser that
-        measures every token needs `x` too, else ValueError.
+        Args:
+            z: dense (*batch, d_sae) or sparse codes.
+            prefix: use only the first `prefix` latents, 1..d_sae; None uses all.
+            x: the activations that were encoded. A skip connection's contribution is computed from them, and left out
+                without them; a normaliser with per-token statistics needs them.
+
+        Raises:
+            ValueError: for a `prefix` out of range, and for a missing `x` that the normaliser needs.
         """
         n = self.cfg.d_sae if prefix is None else prefix
         if not 1 <= n <= self.cfg.d_sae:
@@ -186,21 +196,24 @@ class Coder(nn.Module):
         return self.out_normaliser.unnormalise(summed, x)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
-        """The reconstruction, in the activations' own dtype and on their own device; a transcoder's is of its target,
-        skip connection included.
+        """Reconstruction in the activations' own dtype and on their device; a transcoder's is of its target, skip
+        connection included.
         """
         codes = self.encode(x) if torch.is_grad_enabled() else self.encode_sparse(x)
         return self.decode(codes, x=x).to(x)
 
     def stretch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
-        """How much more than `directions` a code of 1 adds at each token: 1, unless the normaliser measures tokens."""
+        """Factor by which a code of 1 adds more than the row of `directions` at each token: 1, unless the normaliser
+        has per-token statistics.
+        """
         return self.out_normaliser.stretch(x)
 
     @torch.no_grad()
     def directions(self) -> Float[Tensor, "d_sae d_out"]:
-        """What a code of 1 adds to the reconstruction, by latent: rows of W_dec in the units of what is reconstructed.
+        """What a code of 1 adds to the reconstruction, per latent: rows of W_dec in the units of the activations that
+        are reconstructed.
 
-        A transcoder's are of the target's width, and mean something where its target is written.
+        A transcoder's have the target's width, and are directions at the hook point of its target.
         """
         rows, normaliser = self.W_dec.detach(), self.out_normaliser
         return rows if normaliser.kind == "none" else normaliser.apply_matrix(rows, normaliser.inverse)
@@ -209,10 +222,13 @@ class Coder(nn.Module):
     def fold(self) -> "Coder":
         """An equal SAE without a normaliser: the same codes and reconstructions from the weights alone.
 
-        With `normalise(x) = (x - mean) M`: W_enc <- M W_enc, W_dec <- W_dec M^-1, b_dec <- b_dec M^-1 + mean; b_enc
-        and threshold stay. A transcoder has (mean, M) of its input and (mean', M') of its target: b_enc <- b_enc - mean
-        M W_enc, W_dec <- W_dec M'^-1, W_skip <- M W_skip M'^-1, b_dec <- b_dec M'^-1 + mean' - mean W_skip. The rows of
+        With `normalise(x) = (x - mean) M`: W_enc <- M W_enc, W_dec <- W_dec M^-1, b_dec <- b_dec M^-1 + mean; b_enc and
+        threshold stay. A transcoder has (mean, M) of its input and (mean', M') of its target: b_enc <- b_enc - mean M
+        W_enc, W_dec <- W_dec M'^-1, W_skip <- M W_skip M'^-1, b_dec <- b_dec M'^-1 + mean' - mean W_skip. The rows of
         W_dec are then no longer of unit norm.
+
+        Raises:
+            ValueError: for a normaliser with per-token statistics, which no weights can express.
         """
         folded = copy.deepcopy(self)
         if self.cfg.normaliser == "none":

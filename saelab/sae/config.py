@@ -1,4 +1,6 @@
-"""`SAEConfig`: a point in the space of sparse autoencoders, one choice on each axis."""
+"""`SAEConfig` and its parts: widths, activation function, Matryoshka prefixes, dictionary, normaliser, initialisation,
+encoder and AuxK loss.
+"""
 
 import itertools
 from dataclasses import asdict, dataclass
@@ -17,19 +19,20 @@ Init = Literal["tied", "data", "subspace"]
 
 @dataclass(frozen=True, kw_only=True)
 class RandomPrefixes:
-    """Prefixes drawn anew each training step: sizes log-uniform in [`smallest`, d_sae), and d_sae itself
-    (arXiv:2503.17547).
+    """Matryoshka prefixes drawn at random in each training step: sizes log-uniform in [`smallest`, d_sae), and d_sae
+    itself (arXiv:2503.17547).
     """
 
     n: int = 5
-    """prefixes a step, the whole dictionary included"""
+    """number of prefixes per step, the whole dictionary included"""
     smallest: int = 16
-    """smallest prefix drawn"""
+    """lower bound of the sizes drawn"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuxK:
-    """The loss that brings dead latents back (arXiv:2406.04093, A.2): they reconstruct the residual of the others.
+    """Settings of the AuxK loss, which revives dead latents by having them reconstruct the residual of the others
+    (arXiv:2406.04093, A.2).
 
     Its value is normalised by the residual's variance, the reconstruction loss by the activations' variance, so
     `coefficient` weighs two numbers of the same kind. Dead latents are ranked by |u| where codes are signed; the
@@ -39,11 +42,11 @@ class AuxK:
     coefficient: float = 1 / 32
     """weight of the loss"""
     k: int | None = None
-    """dead latents used a token; None is d_in / 2"""
+    """dead latents used per token; None is half the reconstruction's width"""
     dead_after_tokens: int | None = None
     """tokens without firing after which a latent is dead; None is 10 million, or 5 % of a shorter run"""
     token_frac: float = 0.125
-    """share of each batch's tokens the loss is taken on; its gradient stays unbiased, its cost small"""
+    """fraction of each batch's tokens on which the loss is computed; its gradient stays unbiased, its cost small"""
 
     def __post_init__(self) -> None:
         if not 0 < self.token_frac <= 1:
@@ -56,20 +59,21 @@ class AuxK:
 
 @dataclass(frozen=True, kw_only=True)
 class MatchingPursuit:
-    """Codes found latent by latent, each time the one that explains most of what is left (arXiv:2506.03093).
+    """Settings of a matching-pursuit encoder: codes are found one latent at a time, each time the one that explains
+    most of the residual (arXiv:2506.03093).
 
     Each step takes the row d of W_dec with the largest product <r, d> with the residual r, adds that product to its
-    code and takes it times d from r. The activation says how many steps there are at most and whether products may be
-    negative: `TopK(k)` or `AbsTopK(k)`. Nothing but W_dec and b_dec is learned.
+    code and subtracts that product times d from r. The activation sets the maximum number of steps and whether products
+    may be negative: `TopK(k)` or `AbsTopK(k)`. Only W_dec and b_dec are learned.
 
     >>> SAEConfig(d_in=8, d_sae=32, activation=TopK(k=4), encoder=MatchingPursuit(), normaliser="none").encoder
     MatchingPursuit(residual_threshold=0.0, stop_on_repeat=True)
     """
 
     residual_threshold: float = 0.0
-    """a token whose residual is shorter than this gets no further latents; in the activations' units"""
+    """stop for a token whose residual's norm is below this; in the activations' units"""
     stop_on_repeat: bool = True
-    """a token that gets a latent for the second time, or none, gets no further ones"""
+    """stop for a token when a latent is selected for the second time, or none is"""
 
     def __post_init__(self) -> None:
         if not self.residual_threshold >= 0:
@@ -78,7 +82,8 @@ class MatchingPursuit:
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """What an SAE is: widths and one choice on each axis. Training has its own `TrainConfig`.
+    """Configuration of an SAE or transcoder: its widths and every architectural choice. Training has its own
+    `TrainConfig`.
 
     With `d_out` it is a transcoder: it reconstructs other activations, of that width, from those it reads.
 
@@ -91,24 +96,33 @@ class SAEConfig:
     d_sae: int
     """number of latents"""
     activation: Activation = TopK()  # noqa: RUF009 - frozen, so it can be shared
-    """which pre-activations become codes"""
+    """activation function that maps pre-activations to codes"""
     prefixes: tuple[int, ...] | RandomPrefixes | None = None
-    """Matryoshka: dictionary sizes that must each reconstruct on their own; fixed ones increase and end at d_sae"""
+    """Matryoshka: sizes of dictionary prefixes that must each reconstruct on their own; fixed sizes increase and end at
+    d_sae; None trains the whole dictionary alone
+    """
     dictionary: Dictionary | Archetypal = "unit"
-    """rows of W_dec: of unit norm, free, frozen at their initial values (a baseline), or `Archetypal(...)`"""
+    """constraint on rows of W_dec: of unit norm, free, frozen at their initial values (a baseline), or
+    `Archetypal(...)`
+    """
     normaliser: Kind = "scale"
-    """none; scale: mean-centred, E||x||^2 = d_in; whiten: principal components of unit variance"""
+    """none; scale: mean-centred, E||x||^2 = d_in; whiten: principal components of unit variance; token_norm and
+    layer_norm: per token, see `Normaliser`
+    """
     init: Init = "tied"
-    """rows of W_dec at the start: random directions, activations, or random directions in the subspace that activations
-    fill; W_enc is tied to them"""
+    """initial rows of W_dec: "tied": random directions; "data": activations; "subspace": random directions in the
+    subspace spanned by the activations; W_enc is tied to them
+    """
     aux: AuxK | None = AuxK()
-    """the loss on dead latents, or None"""
+    """auxiliary loss on dead latents, or None"""
     d_out: int | None = None
     """width of the activations that a transcoder reconstructs (arXiv:2406.11944); None for an autoencoder"""
     skip: bool = False
-    """a transcoder's linear map from input to reconstruction beside the latents, W_skip (arXiv:2501.18823)"""
+    """whether a transcoder has a linear map from input to reconstruction in addition to the latents, W_skip
+    (arXiv:2501.18823)
+    """
     encoder: Literal["linear"] | MatchingPursuit = "linear"
-    """one linear step, or `MatchingPursuit(...)` along the rows of W_dec"""
+    """"linear", or `MatchingPursuit(...)` along the rows of W_dec"""
 
     def __post_init__(self) -> None:
         if isinstance(self.prefixes, list):
@@ -141,7 +155,7 @@ class SAEConfig:
 
     @property
     def d_target(self) -> int:
-        """Width of what is reconstructed: d_out, or d_in for an autoencoder."""
+        """Width of what is reconstructed: `d_out`, or `d_in` for an autoencoder."""
         return self.d_in if self.d_out is None else self.d_out
 
     def _check_encoder(self) -> None:
@@ -177,7 +191,9 @@ class SAEConfig:
                 raise ValueError(f"`prefixes` must end at d_sae ({self.d_sae}), got {sizes}; append d_sae.")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, the inverse of `from_dict`; `d_out`, `skip` and `encoder` only where they say something."""
+        """Configuration as a dictionary for JSON, the inverse of `from_dict`; `d_out`, `skip` and `encoder` are left
+        out at their defaults.
+        """
         plain = asdict(self)
         for name in ("d_out", "skip", "encoder"):
             if getattr(self, name) == SAEConfig.__dataclass_fields__[name].default:
@@ -189,7 +205,11 @@ class SAEConfig:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "SAEConfig":
-        """Build from `to_dict`'s form; ValueError for an unknown key (with near ones) and a value of another type."""
+        """Configuration from `to_dict`'s form.
+
+        Raises:
+            ValueError: for an unknown key (with similar names) and for a value of another type.
+        """
         values = dict(require_object(plain, "An SAE's config"))
         values["activation"] = read_activation(values.get("activation"))
         parts = {"prefixes": RandomPrefixes, "dictionary": Archetypal, "encoder": MatchingPursuit, "aux": AuxK}

@@ -1,6 +1,6 @@
-"""`SparseCoder`: an SAE with scikit-learn's manners, for arrays and pipelines.
+"""`SparseCoder`: an SAE as a scikit-learn transformer, for arrays and pipelines.
 
-The only file that needs scikit-learn when it is imported, which nothing else in the package does.
+The only module of the package that imports scikit-learn at import time; no other module imports it.
 """
 
 from typing import Any
@@ -25,7 +25,8 @@ ROWS = 8192  # encoded at a time
 
 
 class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
-    """A sparse autoencoder as a scikit-learn transformer: rows in, sparse codes out, and back.
+    """A sparse autoencoder as a scikit-learn transformer: `transform` returns sparse codes of rows, `inverse_transform`
+    reconstructions.
 
     `transform` gives the codes (n_samples, d_sae), a scipy CSR matrix with `sparse_output`; `inverse_transform` their
     reconstructions; `score` the explained variance, so that searches over parameters work. Computes in float32. Fitted,
@@ -52,9 +53,20 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         sparse_output: bool = False,
         random_state: Any = 0,
     ) -> None:
-        """d_sae: number of latents; None is 8 a feature. activation: None is `TopK` of a quarter of the features, at
-        most 32. n_tokens: rows to train on, data that is shorter is passed over again. batch_size: rows a step, at most
-        all. lr: None follows widths and length. random_state: of weights and order. The rest as in `SAEConfig`.
+        """Store the parameters; `fit` checks them.
+
+        Args:
+            d_sae: number of latents; None is 8 per input feature.
+            activation: activation function; None is `TopK` with k a quarter of the input features, at most 32.
+            prefixes: Matryoshka prefixes, as in `SAEConfig`.
+            dictionary: constraint on the dictionary's rows, as in `SAEConfig`.
+            normaliser: as in `SAEConfig`.
+            init: initial dictionary, as in `SAEConfig`.
+            n_tokens: rows to train on in total; shorter data is passed over several times.
+            batch_size: rows per step, at most all.
+            lr: peak learning rate; None derives it from widths and length, see `Trainee.default_lr`.
+            sparse_output: whether `transform` returns a CSR matrix.
+            random_state: seed or generator for weights and order of rows.
         """
         self.d_sae = d_sae
         self.activation = activation
@@ -69,7 +81,7 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         self.random_state = random_state
 
     def fit(self, X: Any, y: Any = None) -> "SparseCoder":
-        """Learn a dictionary of the rows of X (n_samples, n_features); y is ignored. Returns self."""
+        """Train an SAE on the rows of X (n_samples, n_features) and return self; y is ignored."""
         rows = torch.from_numpy(validate_data(self, X, dtype=np.float32, ensure_min_samples=2))
         d_in = rows.shape[1]
         cfg = SAEConfig(
@@ -91,7 +103,7 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
 
     @torch.no_grad()
     def transform(self, X: Any) -> Any:
-        """Codes of the rows of X, signed for a signed activation: dense, or CSR with `sparse_output`."""
+        """Codes of the rows of X, signed for a signed activation: a dense array, or CSR with `sparse_output`."""
         from scipy.sparse import csr_matrix, vstack
 
         parts = [self.sae_.encode_sparse(rows) for rows in self._rows(X).split(ROWS)]
@@ -110,7 +122,9 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
 
     @torch.no_grad()
     def score(self, X: Any, y: Any = None) -> float:
-        """Explained variance of the rows of X: 1 - FVU; at most 1, higher is better, 0 is the mean."""
+        """Explained variance of the rows of X, 1 - FVU; at most 1, higher is better, 0 is as good as predicting the
+        mean.
+        """
         sums = ReconstructionSums(self.n_features_in_)
         for rows in self._rows(X).split(ROWS):
             sums.add(rows, self.sae_(rows))

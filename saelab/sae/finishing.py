@@ -1,4 +1,6 @@
-"""What is done when training ends: the mean L0 is brought to its target, and the SAE that is saved is measured."""
+"""Steps after training: adjusting thresholds so that the mean L0 is the target, and measuring the saved SAE on held-out
+tokens.
+"""
 
 import math
 import warnings
@@ -24,13 +26,23 @@ MAX_PASSES = 40
 
 
 def finish(sae: Coder, held_out: Float[Tensor, "n width"] | None, others: Float[Tensor, "m width"]) -> dict[str, Any]:
-    """What the trained SAE is like on tokens that training has not seen; brings its L0 to the target first.
+    """Metrics of the trained SAE on tokens that training has not seen; first adjusts its mean L0 to the target, in
+    place.
 
-    Of the held-out tokens one half sets the cut (few serve for both), the other is measured; without any,
-    `others` serve for both. A batch activation gets the one threshold at which k latents fire a token,
-    ReLU and JumpReLU, steered to their target within a quarter, the last few percent by one number for all latents, as
-    steering does it in training. A target missed by more than 5 % is warned of. Keys: n_tokens, l0, fvu, dead_frac (of
-    latents that fire on none of them), held_out (whether they were), target_l0 and met (None without a target).
+    One half of the held-out tokens sets the adjustment (if they are few, all serve for both), the other half is
+    measured; without any, `others` serve for both. A batch activation gets the single threshold at which k latents are
+    active per token on average. ReLU and JumpReLU, if training ended within a quarter of their target, are corrected by
+    one number for all latents, as during training. Warns of a target missed by more than 5 %.
+
+    Args:
+        sae: the trained SAE; its thresholds or biases may change.
+        held_out: (n, width) tokens left out of training, or None; a transcoder's rows are inputs with their targets
+            appended.
+        others: (m, width) tokens used where none were held out.
+
+    Returns:
+        Keys n_tokens, l0, fvu, dead_frac (fraction of latents active on none of the tokens), held_out (whether the
+        tokens were held out), target_l0 and met (None without a target).
     """
     target = target_l0(sae)
     first, second = _split(held_out, others)
@@ -49,7 +61,7 @@ def finish(sae: Coder, held_out: Float[Tensor, "n width"] | None, others: Float[
 
 
 def target_l0(sae: Coder) -> float | None:
-    """The mean L0 that an SAE was to have: where a mean is asked for, not a number for every token."""
+    """Mean L0 that the SAE's configuration asks for; None where L0 is fixed for each token (TopK) or has no target."""
     activation = sae.cfg.activation
     if isinstance(sae.cfg.encoder, MatchingPursuit):
         return None
@@ -60,8 +72,14 @@ def target_l0(sae: Coder) -> float | None:
 
 @torch.no_grad()
 def cut_to(sae: Coder, rows: Float[Tensor, "n width"], target: float, reach: float = math.inf) -> bool:
-    """Bring the mean L0 on some tokens to a target by one number: a factor of all thresholds, or for ReLU a shift of
-    all biases. Returns whether it is there; leaves an SAE as it is that is further off than `reach` of the target.
+    """Adjust the mean L0 on some tokens to a target by one number, in place: a common factor of all thresholds, or for
+    ReLU a common shift of all biases. Returns whether the target was reached.
+
+    Args:
+        sae: the SAE to adjust.
+        rows: (n, width) tokens to measure L0 on.
+        target: mean number of active latents per token to reach.
+        reach: largest relative distance from the target at the start; an SAE further away is left as it is.
     """
     threshold = sae.threshold
     if threshold is None and not isinstance(sae.cfg.activation, ReLU):
@@ -111,14 +129,16 @@ def _solve(excess: Any, start: float, undo: Any) -> bool:
 
 
 def mean_l0(sae: Coder, rows: Float[Tensor, "n width"]) -> float:
-    """Latents that fire a token."""
+    """Mean number of active latents per token."""
     parts = (part[:, : sae.cfg.d_in].to(sae.W_dec) for part in rows.split(PART))
     return sum(int(sae.encode_sparse(part).l0.sum()) for part in parts) / len(rows)
 
 
 @torch.no_grad()
 def measure(sae: Coder, rows: Float[Tensor, "n width"]) -> dict[str, Any]:
-    """L0, FVU and the share of latents that never fire, on some tokens (and their targets, for a transcoder)."""
+    """Number of tokens, L0, FVU and fraction of latents that are never active, on some tokens (with their targets, for
+    a transcoder).
+    """
     cfg = sae.cfg
     sums, fires = ReconstructionSums(cfg.d_target), FiringSums(cfg.d_sae)
     for part in rows.split(PART):
@@ -136,7 +156,7 @@ def measure(sae: Coder, rows: Float[Tensor, "n width"]) -> dict[str, Any]:
 
 
 def _split(held_out: Tensor | None, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens to set the cut on, and tokens to measure on."""
+    """Tokens to set thresholds on, and tokens to measure on."""
     if held_out is None or len(held_out) == 0:
         return others[:MAX_TOKENS].float(), others[:MAX_TOKENS].float()
     if len(held_out) < SPLIT_TOKENS:

@@ -1,4 +1,6 @@
-"""What `fit` does around training: a run made of SAEs and their data, and what is kept of it."""
+"""Building a training run from SAEs and activations, and recording its results: the parts of `fit` before and after the
+training loop.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ HeldOut: TypeAlias = (
     | tuple[Float[Tensor, "n_held d_in"], Float[Tensor, "n_held d_out"]]
 )
 Data: TypeAlias = Activations | ActivationPairs | Batches | Float[Tensor, "n d_in"] | Pair
+"""Training data: collected activations, pairs of them, a stream of batches, or tensors."""
 
 
 def make_run(
@@ -35,12 +38,22 @@ def make_run(
     out: str | Path | None,
     resume: bool,
 ) -> TrainingRun:
-    """A run, ready for `train`, of SAEs on one stream of activations, as if each were trained alone with its seed.
+    """Training run of SAEs on one stream of activations, ready for `train`; each SAE is trained as if alone with its
+    seed.
 
-    `acts` is collected activations, a plain tensor, or a stream; for transcoders a pair of the first two, or a stream
-    of pairs. Of all but streams the last tokens are held out to measure FVU; a stream brings none, so give `held_out`.
-    With `out`, history and checkpoints are written there. Raises ValueError for widths that differ, pairs that are not
-    of the same tokens, too little data, and a folder that does not go with `resume`.
+    Args:
+        saes: the SAEs, trained on the same batches.
+        acts: collected activations, a plain tensor, or a stream of batches; for transcoders a pair of the first two, or
+            a stream of pairs.
+        cfg: training configuration.
+        held_out: activations to measure FVU on. None holds out the last tokens of `acts`; a stream has none to hold
+            out, so give them for a stream.
+        out: folder for history and checkpoints; None writes nothing.
+        resume: whether to continue the run in `out`.
+
+    Raises:
+        ValueError: for widths that differ, pairs that are not of the same tokens, too little data, and a folder that
+            does not go with `resume`.
     """
     acts = open_data(acts)
     for sae in saes:
@@ -58,7 +71,9 @@ def make_run(
 
 
 def open_data(acts: Data) -> Activations | ActivationPairs | Batches:
-    """Tensors as activations, and two of them as pairs; ValueError where those are not of the same tokens."""
+    """Activations or batches behind what the user passed: tensors become `Activations`, two of them `ActivationPairs`;
+    ValueError where those are not of the same tokens.
+    """
     if isinstance(acts, tuple):
         inputs, targets = (Activations.from_tensor(part) if isinstance(part, Tensor) else part for part in acts)
         return ActivationPairs(inputs, targets)
@@ -108,16 +123,16 @@ def _make_folder(out: str | Path | None, resume: bool) -> Path | None:
 
 
 def finish_run(run: TrainingRun, saes: Sequence[Coder]) -> list[dict[str, Any]]:
-    """Bring trained SAEs to their targets, and measure them as they are saved: on held-out tokens, or on those that
-    come next where there are none.
+    """Metrics of each trained SAE as it is saved, from `finish`: on held-out tokens, or on the tokens that come next
+    where there are none.
     """
     others = run.peek(MAX_TOKENS) if run.held_out is None or len(run.held_out) == 0 else run.held_out[:0]
     return [finish(sae, run.held_out, others) for sae in saes]
 
 
 def describe_training(run: TrainingRun, i: int, saved: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says of the training: its settings, its last entry of the history with L0 and FVU of the SAE
-    that is saved, and what else is known of that.
+    """Record of the training for config.json: its settings, learning rate, tokens seen, dead latents, the last entry of
+    the history with L0 and FVU of the saved SAE, and the metrics of `finish`.
     """
     last: dict[str, Any] = run.history[-1] if run.history else {}
     prefix = f"{i}/"
@@ -131,6 +146,6 @@ def describe_training(run: TrainingRun, i: int, saved: dict[str, Any]) -> dict[s
 
 
 def origin_of(acts: Any) -> Provenance | None:
-    """Where activations come from, if they say."""
+    """Provenance of activations, or None where they have none."""
     origin = getattr(acts, "provenance", None)
     return origin if isinstance(origin, Provenance) else None

@@ -1,4 +1,4 @@
-"""`hook_sae`: an SAE or transcoder inside any torch module, such as a plain Hugging Face model's."""
+"""`hook_sae`: run an SAE or transcoder inside any torch module, such as a plain Hugging Face model."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,7 +16,7 @@ Side = Literal["input", "output"]
 
 
 class HookedSAE:
-    """What an SAE sees while it is hooked: the codes of each forward, the oldest first."""
+    """Handle of a hooked SAE: `codes` holds the sparse codes of each forward pass, oldest first."""
 
     def __init__(
         self,
@@ -31,11 +31,11 @@ class HookedSAE:
         self._inputs: list[Tensor] = []
 
     def read(self, x: Float[Tensor, "*batch d_in"]) -> None:
-        """Remember a transcoder's input until its target comes."""
+        """Keep a transcoder's input until the module's output, its target, is computed."""
         self._inputs[:] = [x]
 
     def change(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"] | None:
-        """What flows on in place of y, None for y itself."""
+        """Replacement for the activations y in the forward pass; None leaves y as it is."""
         sae = self.sae
         x = (self._inputs.pop() if sae.cfg.d_out is not None else y).to(sae.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (self._replace or self._edit is not None)):
@@ -67,15 +67,27 @@ def hook_sae(
     edit: Callable[[Tensor], Tensor] | None = None,
     keep: Bool[Tensor, "*batch"] | None = None,
 ) -> Iterator[HookedSAE]:
-    """Inside the block, the activations at a module pass through an SAE in every forward.
+    """Context manager in which the activations at a module pass through an SAE in every forward pass; yields a
+    `HookedSAE` that records the codes.
 
-    What flows on is `x_hat`, or with `replace=False` x itself: the codes are recorded in either case, as `.codes` of
-    what the block is given. `edit` changes the dense codes (*batch, d_sae) before they are decoded; with
-    `replace=False` the SAE's error is kept then: `x + decode(edit(z)) - decode(z)`. `keep` names the tokens that
-    change, such as all but BOS. `side` is the first tensor that goes into the module or comes out of it; a transcoder
-    reads the one and replaces the other. Gradients flow. Blocks nest; nothing stays behind, also after an error. What
-    Hugging Face's `output_hidden_states` shows of that module is read by hooks of its own: x where they were attached
-    before the block, `x_hat` where the block was first.
+    Gradients flow. Blocks can be nested; all hooks are removed at the end, also after an error. What Hugging Face's
+    `output_hidden_states` shows of that module is read by hooks of its own: x where they were attached before the
+    block, `x_hat` where the block was first.
+
+    Args:
+        module: module whose input or output is read; a transcoder reads its input and replaces its output.
+        sae: the SAE or transcoder.
+        side: which activations an SAE reads and replaces: the first tensor that goes into the module ("input") or comes
+            out of it ("output"); "output" for a transcoder.
+        replace: whether the reconstruction `x_hat` replaces x. With False x stays, and codes are only recorded; with
+            `edit` the SAE's error is added back then: `x + decode(edit(z)) - decode(z)`.
+        edit: function of the dense codes (*batch, d_sae) applied before they are decoded; None decodes them as they
+            are.
+        keep: (*batch) tokens at which the activations are replaced, such as all but BOS; None is all.
+
+    Raises:
+        ValueError: for an unknown `side`, "input" for a transcoder, and, in the forward pass, a `keep` of another shape
+            than the tokens.
 
     >>> layer, sae = torch.nn.Linear(4, 4), sl.SAE(sl.SAEConfig(d_in=4, d_sae=8, activation=sl.TopK(k=2)))
     >>> with hook_sae(layer, sae) as hooked:

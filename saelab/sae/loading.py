@@ -1,4 +1,6 @@
-"""From a name or a folder to the tensors of an SAE, whoever wrote it, at the cost of one copy of what is needed."""
+"""Loading an SAE of any supported format from a local path, the Hugging Face Hub or a release name; each tensor that is
+needed is copied once.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ from saelab.stores.validation import naming
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """What an SAE is made of."""
+    """Parts of a loaded SAE: configuration, tensors, provenance, training record and foreign origin."""
 
     cfg: SAEConfig
     tensors: dict[str, Tensor]
@@ -35,11 +37,19 @@ class Loaded:
     origin: Origin | None
     place: Path
     check: Callable[[], None] = lambda: None
-    """last: whether the configuration is as it was written"""
+    """checks, after everything else, that the configuration file is unchanged since it was written"""
 
 
 def locate(source: str | Path, name: str | None, revision: str | None, asked: Asked) -> tuple[Source, Asked]:
-    """Where an SAE lies, fetched if need be, and what is known of it: what was asked, else what its release says."""
+    """Folder or file of an SAE, downloaded if necessary, and the facts known about it: what the caller gave, else what
+    its release entry gives.
+
+    Args:
+        source: local path, Hub id `owner/name`, or name of a release.
+        name: sub-folder or file in it, or the release's SAE id; None for the source itself.
+        revision: git revision on the Hub; None is the default branch.
+        asked: facts that the caller gave.
+    """
     release = None if Path(source).expanduser().exists() else find_release(str(source), name)
     if release is None:
         return find_source(source, name, revision), asked
@@ -49,7 +59,19 @@ def locate(source: str | Path, name: str | None, revision: str | None, asked: As
 
 
 def load(source: Source, asked: Asked, format: str | None, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
-    """The SAE in a folder or file; ValueError where it is none, does not fit its config, or leaves something to ask."""
+    """Parts of the SAE in a folder or file, of whatever format.
+
+    Args:
+        source: the folder or file.
+        asked: facts that the caller gave; these override the file's.
+        format: name of the format, needed only where a folder holds several; None detects it.
+        latents: indices of the latents to load, in that order; None is all.
+        dtype: dtype of the weights.
+
+    Raises:
+        ValueError: where the files are no SAE, do not fit their configuration, or leave out a fact that the caller did
+            not give.
+    """
     format = find_format(source, format)
     if format == OWN:
         return _load_own(source, asked, latents, dtype)
@@ -86,7 +108,9 @@ def _narrow_config(cfg: SAEConfig, d_sae: int) -> SAEConfig:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Modules made here take no memory, whatever widths a file claims; ValueError for widths that no memory has."""
+    """Context manager in which modules are created without allocating memory, whatever widths a file claims; ValueError
+    for widths that overflow.
+    """
     try:
         with torch.device("meta"):
             yield
@@ -95,7 +119,9 @@ def on_meta() -> Iterator[None]:
 
 
 def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], place: Path) -> None:
-    """Make the tensors a module's own, without a copy; ValueError where they do not fit or are not finite."""
+    """Assign tensors to a module's parameters and buffers without a copy; ValueError where they do not fit or are not
+    finite.
+    """
     try:
         module.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -105,9 +131,10 @@ def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], place: Path) ->
 
 
 def check_weights(name: str, tensor: Tensor, place: Path) -> None:
-    """ValueError for NaN and infinities among weights.
+    """Raise ValueError for NaN or infinite values in a weight tensor.
 
-    A threshold may be infinite, of a latent that never fires, and one that training has not set yet is NaN.
+    A threshold may be infinite, for a latent that is never active; a scalar threshold that training has not set yet is
+    NaN.
     """
     if bool(tensor.sum().isfinite()):
         return

@@ -1,4 +1,4 @@
-"""Is this the model, and the place in it, that the SAE was trained on?"""
+"""Check that a model, its weight processing and the hook point match the SAE's training data."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,23 +15,25 @@ from saelab.stores.provenance import Provenance
 
 _seen_finite: WeakKeyDictionary[SAE, list[tuple[int, int]]] = WeakKeyDictionary()
 LAYOUT = ("transformers", "transformer-lens")
-"""packages whose releases may lay the same weights out in other parameters"""
+"""packages whose releases may store the same weights in differently shaped parameters"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Match:
-    """Where an SAE is used: a hook point of a model, and the tokens that count there."""
+    """Where an SAE is used: hook points of a model, and the token mask that applies there."""
 
     hook_point: str
     mask: TokenMask
     hook_point_out: str | None = None
-    """whose activations are reconstructed, where a transcoder's is known"""
+    """hook point of a transcoder's target, where known"""
     median_norms: dict[str, float] = field(default_factory=dict)
-    """what the mask's norm rule is relative to, by hook point, where training has measured it"""
+    """median activation norm by hook point, which the mask's norm rule is relative to; only where training has measured
+    it
+    """
 
     @property
     def hook_points(self) -> tuple[str, ...]:
-        """The one, or both."""
+        """All hook points: input, and a transcoder's target."""
         return (self.hook_point,) if self.hook_point_out is None else (self.hook_point, self.hook_point_out)
 
 
@@ -42,9 +44,17 @@ def match_model(
     mask: TokenMask | None,
     allow_mismatch: bool,
 ) -> Match:
-    """Hook point and mask given, or those of the SAE's provenance; ValueError where it disagrees with the model.
+    """Hook points and token mask for using an SAE on a model: those given, else those of the SAE's provenance.
 
-    A transcoder has two hook points: that of its input and, behind it, that of its target.
+    Args:
+        sae: the SAE; its provenance holds model, weight processing, hook point and mask of its training.
+        model: model on which it is about to be used.
+        hook_point: hook point, or a transcoder's (input, target); None is that of the provenance.
+        mask: tokens that count; None is the mask of the provenance, or the default mask.
+        allow_mismatch: accept a model, weight processing or hook point that differs from the provenance.
+
+    Raises:
+        ValueError: where one of them differs, where no hook point is known, or the model has none of that name.
     """
     origin = sae.provenance
     names = match_places(sae, model, hook_point, allow_mismatch)
@@ -59,18 +69,19 @@ def match_model(
 def match_places(
     sae: SAE, model: Model, hook_point: str | tuple[str, str] | None = None, allow_mismatch: bool = False
 ) -> tuple[str, ...]:
-    """The hook points at which an SAE is used, given or from its provenance; a transcoder's target comes second.
+    """Names of the hook points at which an SAE is used, given or from its provenance; a transcoder's target comes
+    second.
 
-    Every function that takes an SAE and a model asks here.
+    Every function that takes an SAE and a model calls this check.
 
     Args:
-        sae: Whose provenance says the model, its weight processing and the hook point.
-        model: On which it is about to be used.
-        hook_point: Where, if not where it was trained; of a transcoder the input's, or input's and target's.
-        allow_mismatch: Go ahead where model, weight processing or hook point differ from the provenance's.
+        sae: the SAE; its provenance holds model, weight processing and hook point of its training.
+        model: model on which it is about to be used.
+        hook_point: hook point, if not that of the provenance; of a transcoder the input's, or (input, target).
+        allow_mismatch: accept a model, weight processing or hook point that differs from the provenance.
 
     Raises:
-        ValueError: Where one of them differs, where nobody says the hook point, or the model has none of that name.
+        ValueError: where one of them differs, where no hook point is known, or the model has none of that name.
     """
     require_finite(sae)
     names = _choose_places(sae, hook_point)
@@ -82,7 +93,9 @@ def match_places(
 
 
 def match_weights(origin: Provenance | None, model: Model, allow_mismatch: bool = False) -> None:
-    """ValueError where an SAE, or a store, is of another model or weight processing: the check without a hook point."""
+    """Raise ValueError where the provenance of an SAE or a store is of another model or weight processing; checks no
+    hook point.
+    """
     if origin and not allow_mismatch:
         _refuse(_differ(_model_of(origin, _origin_of(model, origin))))
 
@@ -102,7 +115,9 @@ def _choose_places(sae: SAE, given: str | tuple[str, str] | None) -> tuple[str, 
 
 
 def match_activations(sae: SAE, acts: Activations, allow_mismatch: bool) -> None:
-    """ValueError where activations come from another model, weight processing or hook point than the SAE's."""
+    """Raise ValueError where activations come from another model, weight processing or hook point than the SAE's
+    training data.
+    """
     trained, here = sae.provenance, acts.provenance
     if trained and here and not allow_mismatch:
         hook_points = [("hook point", trained.hook_point, here.hook_point)]
@@ -110,9 +125,15 @@ def match_activations(sae: SAE, acts: Activations, allow_mismatch: bool) -> None
 
 
 def find_mismatches(origin: Provenance, model: Model, hook_point: str, hook_point_out: str | None = None) -> list[str]:
-    """What differs between an SAE's origin and where it is about to be used, in words.
+    """Descriptions of the differences between an SAE's provenance and where it is about to be used; empty if none.
 
     Models are compared by their weights where both are known, else by name: see `is_same_model`.
+
+    Args:
+        origin: provenance of the SAE.
+        model: model on which it is about to be used.
+        hook_point: hook point there; two names of the same place are equal.
+        hook_point_out: hook point of a transcoder's target; None is not compared.
     """
     known = door(model).points
     pairs = _model_of(origin, _origin_of(model, origin))
@@ -124,7 +145,9 @@ def find_mismatches(origin: Provenance, model: Model, hook_point: str, hook_poin
 
 
 def _origin_of(model: Model, like: Provenance) -> Provenance:
-    """The provenance that activations of this model would have; weights are looked at where the other's are known."""
+    """Provenance that activations of this model would have; a weight fingerprint is computed only where the other has
+    one.
+    """
     here = describe_model(model)
     sketch = door(model).sketch if like.model_sketch is not None else None
     return replace(
@@ -148,7 +171,9 @@ def _model_of(origin: Provenance, here: Provenance) -> list[tuple[str, str, str]
 
 
 def _have_same_weights(origin: Provenance, here: Provenance) -> bool | None:
-    """None where that cannot be told: a sketch is missing, or releases that lay weights out otherwise were used."""
+    """Whether two provenances are of the same weights; None where unknown: a fingerprint is missing, or package
+    releases that store weights in different shapes were used.
+    """
     one, other = origin.model_sketch, here.model_sketch
     if one is None or other is None or origin.weight_processing != here.weight_processing:
         return None
@@ -171,7 +196,7 @@ def _refuse(differing: list[str]) -> None:
 
 
 def mask_of(origin: Provenance) -> TokenMask:
-    """The token mask that activations were collected with."""
+    """Token mask that the activations of a provenance were collected with."""
     rules: dict[str, Any] = dict(origin.mask)
     if "positions" in rules:
         rules["positions"] = tuple(rules["positions"])  # JSON made it a list
@@ -179,7 +204,7 @@ def mask_of(origin: Provenance) -> TokenMask:
 
 
 def require_finite(sae: SAE) -> None:
-    """ValueError for an SAE with NaN or infinite weights; they are looked at once, and again where they changed."""
+    """Raise ValueError for an SAE with NaN or infinite weights; unchanged weights are checked only once."""
     weights = dict(sae.named_parameters())
     stamps = [stamp(weight) for weight in weights.values()]
     if _seen_finite.get(sae) == stamps:
@@ -193,7 +218,9 @@ def require_finite(sae: SAE) -> None:
 
 
 def require_threshold(sae: SAE) -> None:
-    """ValueError for an SAE whose codes would depend on the batch, because training has set no threshold yet."""
+    """Raise ValueError for an SAE whose inference threshold has not been set by training, as its codes would depend on
+    the batch.
+    """
     if sae.cfg.activation.threshold == "running" and (sae.threshold is None or bool(sae.threshold.isnan())):
         raise ValueError(
             f"{type(sae.cfg.activation).__name__} must have its inference threshold to be used, got none; "

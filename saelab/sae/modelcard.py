@@ -1,4 +1,4 @@
-"""The README.md of an SAE on the Hub."""
+"""The model card (README.md) of an SAE on the Hugging Face Hub."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,15 @@ LOADERS = {
 
 
 def write_card(sae: Coder, repo_id: str, format: str, evaluation: Result | None) -> str:
-    """Markdown with the Hub's header: what the SAE is, what it was trained on, how it is loaded, how good it is."""
+    """Markdown of the model card, with the Hub's header: what the SAE is, its training data, how to load it, and its
+    metrics.
+
+    Args:
+        sae: the SAE; its provenance, where it has one, gives model, hook point and text.
+        repo_id: 'owner/name' on the Hub.
+        format: library whose files are uploaded; chooses the loading example.
+        evaluation: result of `evaluate`, shown as a table; None leaves that section out.
+    """
     origin: Any = getattr(sae, "provenance", None)
     model = shareable(origin.model) if origin else None
     on_hub = model is not None and model.count("/") == 1 and not Path(model).exists()

@@ -1,4 +1,4 @@
-"""The normaliser axis: an invertible map between activations and what the dictionary sees, affine for most kinds."""
+"""Normalisation of activations before encoding: an invertible map, affine for most kinds."""
 
 from typing import Literal
 
@@ -18,15 +18,16 @@ LAYER_EPSILON = 1e-5  # what layer_norm adds to the deviation it divides by
 
 
 class Normaliser(nn.Module):
-    """`normalise(x) = (x - mean) M` and its inverse; saved with the weights.
+    """Invertible map `normalise(x) = (x - mean) M`, saved with the SAE's weights.
 
     `none`: the identity. `scale`: M is one number, so that E||(x - mean) M||^2 = d_in. `whiten`: M maps principal
     components to unit variance (arXiv:2412.16247), those of almost no variance kept small. Learned by `fit`; the
     identity until then.
 
-    Two kinds measure every token for itself, so that their inverse needs `x` again and folds into no weight.
+    Two kinds have per-token statistics, so that their inverse needs `x` again and cannot be folded into weights.
     `token_norm`: `x sqrt(d_in) / ||x||`. `layer_norm`: `(x - mean(x)) / (std(x) + 1e-5)` over the token's own entries,
-    with the deviation of a sample; its inverse multiplies by `std(x)` alone, as those who use it do.
+    with the sample standard deviation; its inverse multiplies by `std(x)` alone, as in OpenAI's and SAELens'
+    implementations.
     """
 
     mean: Float[Tensor, "d_in"]
@@ -45,7 +46,7 @@ class Normaliser(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Float[Tensor, "n_tokens d_in"]) -> None:
-        """Learn mean and M from a sample of activations, in float64."""
+        """Estimate mean and M from a sample of activations, in float64."""
         if self.kind == "none" or self.kind in PER_TOKEN:
             return
         x = exact(x)
@@ -64,7 +65,7 @@ class Normaliser(nn.Module):
         self.inverse.copy_((directions * roots).T)
 
     def normalise(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """`(x - mean) M`, or the token's own."""
+        """Normalised activations: `(x - mean) M`, or with the token's own statistics for per-token kinds."""
         if self.kind == "none":
             return x
         if self.kind in PER_TOKEN:
@@ -75,7 +76,9 @@ class Normaliser(nn.Module):
     def unnormalise(
         self, x_hat: Float[Tensor, "*batch d_in"], x: Float[Tensor, "*batch d_read"] | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """`x_hat M^-1 + mean`; a kind that measures every token needs the activations `x` too, else ValueError."""
+        """Inverse of `normalise`: `x_hat M^-1 + mean`; a per-token kind needs the original activations `x` too, else
+        ValueError.
+        """
         if self.kind == "none":
             return x_hat
         if self.kind not in PER_TOKEN:
@@ -89,12 +92,12 @@ class Normaliser(nn.Module):
         return x_hat * scale + shift
 
     def stretch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
-        """What a kind that measures every token multiplies by to undo itself; 1 for the others."""
+        """Factor by which the inverse multiplies each token, for per-token kinds; 1 for the others."""
         return self._measure(x)[1] if self.kind in PER_TOKEN else 1.0
 
     def fold_into(self, weight: Float[Tensor, "d_in n"]) -> Float[Tensor, "d_in n"]:
-        """`M weight`: what does to `x - mean` what the weight does to `normalise(x)`; ValueError where it is not
-        linear.
+        """`M weight`: the weight that does to `x - mean` what the given one does to `normalise(x)`; ValueError for
+        per-token kinds, which are not linear.
         """
         if self.kind in PER_TOKEN:
             raise ValueError(
@@ -104,7 +107,7 @@ class Normaliser(nn.Module):
         return self.matrix @ weight if self.matrix.ndim else self.matrix * weight
 
     def _measure(self, x: Float[Tensor, "*batch d_in"]) -> tuple[Tensor, Tensor]:
-        """What is subtracted from each token, and what it is divided by."""
+        """Per-token shift and scale."""
         if self.kind == "layer_norm":
             return x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
         norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -112,5 +115,5 @@ class Normaliser(nn.Module):
 
     @staticmethod
     def apply_matrix(x: Float[Tensor, "*batch d_in"], matrix: Tensor) -> Float[Tensor, "*batch d_in"]:
-        """`x M`, for a matrix or a single number."""
+        """`x M`, for a matrix or a scalar M."""
         return x @ matrix if matrix.ndim else x * matrix

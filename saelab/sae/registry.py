@@ -1,6 +1,6 @@
-"""`Activation`: what maps pre-activations to codes, found by name.
+"""`Activation`, the base class of activation functions, and their registry by name.
 
-A variant of your own is one class; training, saving, loading and every analysis then know it:
+To add a variant, define and register one class; training, saving, loading and all analyses can then use it:
 
     @register_activation("soft_topk")
     @dataclass(frozen=True)
@@ -30,19 +30,21 @@ A = TypeVar("A", bound="type[Activation]")
 
 @dataclass(frozen=True)
 class Activation:
-    """Maps pre-activations u to codes z. Subclass it as a frozen dataclass and register it; only `__call__` is
-    required.
+    """Base class of activation functions, which map pre-activations u to codes z. Subclass it as a frozen dataclass and
+    register it; only `__call__` is required.
     """
 
     name: ClassVar[str]
     signed: ClassVar[bool] = False
-    """codes of both signs; latents are ranked by |u|"""
+    """whether codes may be negative; latents are ranked by |u|"""
     threshold: ClassVar[Literal["none", "running", "learned"]] = "none"
-    """what `threshold` holds: nothing, a running scalar kept by training, or one learned value a latent"""
+    """what the SAE's `threshold` holds: nothing, a running scalar estimated in training, or one learned value per
+    latent
+    """
     lr_scale: ClassVar[float] = 1.0
-    """what the default learning rate is multiplied by"""
+    """factor on the default learning rate"""
     transcoder_lr_scale: ClassVar[float] = 1.0
-    """what that of a transcoder is multiplied by besides (LOG.md)"""
+    """further factor on the default learning rate of a transcoder (LOG.md)"""
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -53,7 +55,13 @@ class Activation:
     def __call__(
         self, u: Float[Tensor, "*batch d_sae"], threshold: Tensor | None = None, training: bool = False
     ) -> Float[Tensor, "*batch d_sae"]:
-        """The codes of dense pre-activations, differentiable."""
+        """Codes of dense pre-activations, differentiable.
+
+        Args:
+            u: (*batch, d_sae) pre-activations.
+            threshold: the SAE's threshold, a scalar or (d_sae,); None for an activation without one.
+            training: whether the codes are for a training step, where e.g. BatchTopK compares latents over the batch.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define __call__(u, threshold=None, training=False).")
 
     def code(
@@ -64,8 +72,18 @@ class Activation:
         bias: Float[Tensor, "d_sae"],
         threshold: Tensor | None,
     ) -> Float[Tensor, "n_rows d_sae"]:
-        """The codes of dense `u = x W^T + bias`, differentiable. Where latents compete, those too close to call by a
-        product's rounding are told apart by x and W, as `search` does.
+        """Codes of dense pre-activations `u = x W^T + bias`, differentiable.
+
+        Where latents compete (top k), pre-activations that differ by no more than the rounding error of the matrix
+        product are compared again from x and W, as in `search`, so that both choose the same latents.
+
+        Args:
+            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it; used only to decide between near-equal
+                latents.
+            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
+            bias: (d_sae,) encoder biases.
+            threshold: the SAE's threshold, a scalar or (d_sae,); None for an activation without one.
         """
         return self(u, threshold)
 
@@ -77,10 +95,17 @@ class Activation:
         threshold: Tensor | None,
         training: bool,
     ) -> SparseCodes | None:
-        """The pre-activations that may fire (or, in training, carry a gradient) of `x W^T + bias`, without holding
-        all of them.
+        """Pre-activations of `x W^T + bias` that may be active (in training, those that carry a gradient), in sparse
+        form, without materialising all of them.
 
-        None where dense is the only way, or the cheaper one. `fire` makes codes of what is found.
+        None where the dense computation is the only way, or the faster one. `fire` turns the values found into codes.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: the SAE's threshold, a scalar or (d_sae,); None for an activation without one.
+            training: whether the codes are for a training step.
         """
         return None
 
@@ -92,33 +117,42 @@ class Activation:
         threshold: Tensor | None,
         latents: Int[Tensor, "n_latents"],
     ) -> Float[Tensor, "n_rows n_latents"] | None:
-        """The codes of some latents in inference, differentiable; None where all must be found for that."""
+        """(n_rows, n_latents) codes of the given latents in inference, differentiable; None where that requires the
+        codes of all latents.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
+            bias: (d_sae,) encoder biases of all latents.
+            threshold: the SAE's threshold, a scalar or (d_sae,); None for an activation without one.
+            latents: (n_latents,) indices of the latents wanted.
+        """
         return None
 
     def fire(self, u: Float[Tensor, "nnz"], threshold: Tensor | None) -> Float[Tensor, "nnz"]:
-        """The codes of pre-activations that `search` found; `threshold` is one number, or one for each."""
+        """Codes of the pre-activations that `search` found; `threshold` is a scalar, or one value for each of them."""
         return u
 
     def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor | None:
-        """A sparsity loss of each pre-activation, summed over latents and averaged over tokens; None where sparsity
-        is structural.
+        """Sparsity loss of each pre-activation, to be summed over latents and averaged over tokens; None where sparsity
+        is structural (top k).
         """
         return None
 
     @property
     def penalty_weight(self) -> float | None:
-        """The weight of the penalty where it is fixed: the field `coefficient`."""
+        """Weight of the penalty where it is fixed: the field `coefficient`."""
         return getattr(self, "coefficient", None)
 
     @property
     def penalty_target(self) -> float | None:
-        """The mean L0 to which training steers the penalty's weight: the field `target_l0`, where no weight is
+        """Mean L0 that training controls the penalty's weight to reach: the field `target_l0`, where no weight is
         fixed.
         """
         return getattr(self, "target_l0", None) if self.penalty_weight is None else None
 
     def check_penalty(self) -> None:
-        """Refuse a penalty whose weight nobody says (ValueError)."""
+        """Raise ValueError for an activation with a penalty that defines neither a fixed weight nor a target L0."""
         unsaid = self.penalty_weight is None and self.penalty_target is None
         if type(self).penalty is not Activation.penalty and unsaid:
             raise ValueError(
@@ -127,23 +161,23 @@ class Activation:
             )
 
     def initial_threshold(self, d_sae: int) -> Tensor | None:
-        """The threshold to start from: NaN means that training has not set it yet."""
+        """Threshold at the start of training, or None; NaN means that training has not set it yet."""
         return torch.tensor(torch.nan) if self.threshold == "running" else None
 
     def check(self, d_sae: int) -> None:
-        """Refuse settings that do not fit the width; raises ValueError."""
+        """Raise ValueError for settings that do not fit the number of latents."""
         k = getattr(self, "k", None)
         if k is not None and not 1 <= k <= d_sae:
             raise ValueError(f"`k` must be in 1..d_sae ({d_sae}), got {k}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Name and settings, as they stand in config.json."""
+        """Name and settings as a dictionary, as in config.json."""
         return {"name": self.name, **asdict(self)}
 
 
 def register_activation(name: str) -> Callable[[A], A]:
-    """Make an activation known under a name, for config files and the command line; a taken name is refused
-    (ValueError).
+    """Class decorator that registers an activation under a name, for config files and the command line; ValueError for
+    a name in use.
     """
 
     def register(cls: A) -> A:
@@ -158,7 +192,7 @@ def register_activation(name: str) -> Callable[[A], A]:
 
 
 def make_activation(name: str, **settings: Any) -> Activation:
-    """Build a registered activation; an unknown name or setting raises ValueError with near ones.
+    """Instance of a registered activation; an unknown name or setting raises ValueError with similar ones.
 
     >>> make_activation("abstopk", k=16)
     AbsTopK(k=16)
@@ -167,7 +201,7 @@ def make_activation(name: str, **settings: Any) -> Activation:
 
 
 def read_activation(plain: Any) -> Activation:
-    """The activation that a file says, by name and settings; ValueError for what is none."""
+    """Activation from its `to_dict` form in a file; ValueError for anything else."""
     settings = dict(require_object(plain, "`activation`"))
     name = settings.pop("name", None)
     if not isinstance(name, str):

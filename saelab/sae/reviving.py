@@ -1,4 +1,4 @@
-"""`revive`: dead units begun again where the dictionary reconstructs worst."""
+"""`revive`: re-initialise dead latents from tokens that the SAE reconstructs badly."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,9 @@ from saelab.sae.coder import Coder
 from saelab.training.optimiser import name_optimised
 
 ENCODER_SHARE = 0.2
-"""Norm of a revived unit's encoder, as a share of the others' mean: it must win tokens, not take over."""
+"""Norm of a revived latent's encoder, as a fraction of the others' mean: large enough to become active, too small to
+take over.
+"""
 PART = 4096
 
 
@@ -22,14 +24,23 @@ def revive(
     optimiser: torch.optim.Optimizer | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """Begin units again from badly reconstructed tokens, in place; returns the token that each took.
+    """Re-initialise latents from badly reconstructed tokens, in place; returns the index of the token used for each.
 
-    Tokens are drawn without repetition with probability in proportion to their squared error ||x - x_hat||^4, as in
-    Anthropic's resampling (transformer-circuits.pub/2023/monosemantic-features). A unit's row of W_dec becomes the
-    direction of its token's residual, W_enc the same with a fifth of the other units' mean norm, b_enc 0, a learned
-    threshold the others' median. Adam's moments of all these are set to zero, where the optimiser is given. ValueError
-    for units that do not exist or repeat, for fewer tokens with an error than units, and for what has no row or encoder
-    to set so: an archetypal dictionary, a transcoder, matching pursuit.
+    Tokens are drawn without replacement with probability proportional to their squared loss ||x - x_hat||^4, as in
+    Anthropic's resampling (transformer-circuits.pub/2023/monosemantic-features). A latent's row of W_dec becomes the
+    direction of its token's residual, its column of W_enc the same with a fifth of the other latents' mean norm, b_enc
+    0, a learned threshold the others' median.
+
+    Args:
+        sae: the SAE; its weights change.
+        acts: (n_tokens, d_in) activations to draw tokens from.
+        units: indices of the latents to re-initialise.
+        optimiser: optimiser whose Adam moments of these latents are set to zero; None leaves them.
+        seed: seed of the draw.
+
+    Raises:
+        ValueError: for latents that do not exist or repeat, for fewer tokens with an error than latents, and for an SAE
+            without independent rows and encoders: an archetypal dictionary, a transcoder, matching pursuit.
     """
     kinds = {
         "an archetypal one": sae.archetypes is not None,
@@ -62,7 +73,7 @@ def revive(
 
 
 def _draw(sae: Coder, acts: Tensor, n: int, seed: int) -> tuple[list[int], Tensor]:
-    """Tokens in proportion to their error squared, and their residuals in normalised units."""
+    """Tokens drawn in proportion to their squared loss, and their residuals in normalised units."""
     rows = []
     for x in acts.split(PART):
         x = x.to(sae.W_enc)
@@ -81,7 +92,9 @@ def _draw(sae: Coder, acts: Tensor, n: int, seed: int) -> tuple[list[int], Tenso
 
 
 def _forget(sae: Coder, units: Tensor, optimiser: torch.optim.Optimizer) -> None:
-    """Zero the optimiser's moments of some units; W_enc is stored unit by unit there, as every weight but b_dec."""
+    """Zero the optimiser's moments of some latents; all parameters but b_dec have latents as their first axis in
+    storage, W_enc too.
+    """
     for name, parameter in name_optimised(sae, optimiser).items():
         if name == "b_dec" or (name == "threshold" and parameter.ndim == 0):
             continue

@@ -1,4 +1,6 @@
-"""`SAE`: the coder with its life: made, trained, saved, loaded, shared."""
+"""`SAE`, a sparse autoencoder or transcoder that can be trained, saved, loaded and shared; and `fit`, which trains
+several.
+"""
 
 import tempfile
 from collections.abc import Sequence
@@ -31,10 +33,11 @@ from saelab.training.sinks import Entry, Sink
 
 
 class SAE(Coder):
-    """A sparse autoencoder: `x_hat = unnormalise(z W_dec + b_dec)`, `z = activation((normalise(x) - b_dec) W_enc +
-    b_enc)`.
+    """A sparse autoencoder: `x_hat = unnormalise(z W_dec + b_dec)`,
+    `z = activation((normalise(x) - b_dec) W_enc + b_enc)`.
 
-    Every variant is this class with another `SAEConfig`. Weights are float32, drawn from `seed`.
+    Every variant is this class with another `SAEConfig`; with `d_out` it is a transcoder, see `Coder` for its formula.
+    Weights are float32, drawn from `seed`.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=8, activation=sl.AbsTopK(k=2)), seed=0)
     >>> sae.encode(torch.ones(3, 4)).count_nonzero(dim=1).tolist()
@@ -62,10 +65,21 @@ class SAE(Coder):
     ) -> "SAE":
         """Train on activations and return self; the losses are in `history_`, the settings in `training_`.
 
-        `acts` is what `collect` or `stream` give, or a plain tensor; for a transcoder (inputs, targets), two of the
-        first or the last whose rows are of the same tokens, or a stream of pairs. With `out`, history and checkpoints
-        are written there, and `resume=True` goes on from the last one, bit for bit on a CPU
-        with the same number of threads. Ctrl-C and SIGTERM save and say where.
+        Ctrl-C and SIGTERM save a checkpoint and report where.
+
+        Args:
+            acts: activations from `collect` or `stream`, or a plain tensor (n, d_in). For a transcoder (inputs,
+                targets) of the same tokens, each collected activations or a tensor; or a stream of pairs.
+            cfg: training configuration; None is `TrainConfig()`.
+            out: folder for history and checkpoints; None writes nothing.
+            resume: continue from the last checkpoint in `out`, on a CPU with the same number of threads bit for bit.
+            held_out: activations to measure FVU on; None holds out the last tokens of `acts`, except of a stream.
+            sinks: loggers that receive each entry of the history.
+            progress: whether to show a progress bar.
+
+        Raises:
+            ValueError: for widths that differ, pairs that are not of the same tokens, too little data, and a folder
+                that does not go with `resume`.
         """
         fit([self], acts, cfg, out=out, resume=resume, held_out=held_out, sinks=sinks, progress=progress)
         return self
@@ -73,10 +87,16 @@ class SAE(Coder):
     def save_pretrained(self, folder: str | Path, format: str = "saelab") -> None:
         """Write `config.json` and `model.safetensors` into a folder, or the files of another library.
 
-        `format` is "saelab", "saelens", "sparsify" or "dictionary_learning". An SAE that was read from that library's
-        files and is unchanged is written as it was, bit for bit; otherwise a normaliser is folded into the weights, and
-        BatchTopK becomes the threshold it has. ValueError with the reason for what a library has no words for, and
-        for a folder that holds an SAE of another format.
+        An SAE that was loaded from that library's files and is unchanged is written as it was, bit for bit; otherwise a
+        normaliser is folded into the weights, and BatchTopK becomes a threshold.
+
+        Args:
+            folder: folder to write to; made if need be.
+            format: "saelab", "saelens", "sparsify" or "dictionary_learning".
+
+        Raises:
+            ValueError: with the reason, for an SAE that the other library's format cannot express, and for a folder
+                that holds an SAE of another format.
         """
         require_room(Path(folder), format)
         if format != "saelab":
@@ -86,7 +106,7 @@ class SAE(Coder):
         self.name_or_path = str(folder)
 
     def describe(self) -> dict[str, Any]:
-        """Config, origin of the activations and training, ready for JSON."""
+        """Configuration, provenance of the activations and training record as a dictionary for JSON."""
         origin = self.provenance.to_dict() if self.provenance else None
         return {"config": self.cfg.to_dict(), "provenance": origin, "training": self.training_}
 
@@ -109,20 +129,35 @@ class SAE(Coder):
         threshold: float | None = None,
         scale: float | None = None,
     ) -> "SAE":
-        """Load an SAE or transcoder that anybody wrote: its codes and reconstructions are those of its own library.
+        """Load an SAE or transcoder of any supported format; its codes and reconstructions equal those of the library
+        that wrote it.
 
-        `source` is a folder or file, a Hub id `owner/name`, or a release that SAELens lists; `name` the sub-folder or
-        file in it, or the release's SAE id. The format is found by what the files hold: saelab, saelens (and what it
-        wrote before 6.0), sparsify, dictionary_learning, gemma_scope, gemma_scope_2, llama_scope, openmoss, openai,
-        qwen_scope; `format` chooses where a folder holds several.
+        The format is detected from the files: saelab, saelens (also from before 6.0), sparsify, dictionary_learning,
+        gemma_scope, gemma_scope_2, llama_scope, openmoss, openai, qwen_scope. Facts that a file leaves out have to be
+        given; those given override the file's. Files are memory-mapped, shapes checked before weights are read, and
+        nothing is executed.
 
-        What files do not say has to be given: `model`, `hook_point` (and a transcoder's `hook_point_out`), the
-        `activation` with its k, the `threshold` of inference, the `scale` that activations are multiplied by first;
-        `weight_processing` is "none" or "folded". `latents` loads some latents only, in that order, where their codes
-        do not depend on the others. Files are mapped, shapes checked before weights are read, and nothing is executed.
+        Args:
+            source: folder or file, Hub id `owner/name`, or a release that SAELens lists.
+            name: sub-folder or file in it, or the release's SAE id.
+            device: device of the weights; None is the CPU.
+            dtype: dtype of the weights.
+            latents: indices of the latents to load, in that order, where their codes do not depend on the others; None
+                is all.
+            revision: git revision on the Hub; None is the default branch.
+            format: one of the formats above, where a folder holds several; None detects it.
+            model: name of the model that the SAE is for.
+            hook_point: hook point that it reads.
+            hook_point_out: hook point that a transcoder writes.
+            weight_processing: processing of the model's weights in training, "none" or "folded".
+            activation: activation function with its k.
+            threshold: threshold of inference.
+            scale: factor by which activations are multiplied before the encoder.
 
-        Raises FileNotFoundError where there is none; ValueError for what is of no format or of two, is damaged, does
-        not fit its config, or leaves something open.
+        Raises:
+            FileNotFoundError: where there is nothing, or the Hub cannot be reached.
+            ValueError: for files of no known format or of two, that are damaged, that do not fit their configuration,
+                or that leave out a fact which was not given.
         """
         asked = Asked(
             model=model,
@@ -140,7 +175,7 @@ class SAE(Coder):
 
     @classmethod
     def _make(cls, loaded: Loaded) -> "SAE":
-        """An SAE of these tensors, drawing no weights of its own first."""
+        """SAE of loaded tensors, without drawing random weights first."""
         with naming(loaded.place), on_meta():
             sae = cls(loaded.cfg, seed=None)
         fill(sae, loaded.tensors, loaded.place)
@@ -157,10 +192,16 @@ class SAE(Coder):
         private: bool = False,
         token: str | None = None,
     ) -> str:
-        """Upload the files and a model card to a Hub model repository, made if need be; returns its address.
+        """Upload the files and a model card to a Hub model repository, created if need be; returns its address.
 
-        The card says what the SAE is for and how to load it; `evaluation` is what `evaluate` gave. `format` as in
-        `save_pretrained`.
+        The card describes the SAE and how to load it.
+
+        Args:
+            repo_id: 'owner/name' on the Hub.
+            format: format of the files, as in `save_pretrained`.
+            evaluation: result of `evaluate`, shown on the card; None leaves it out.
+            private: whether a new repository is private.
+            token: Hub access token; None uses the stored login.
         """
         from huggingface_hub import HfApi
 
@@ -172,16 +213,16 @@ class SAE(Coder):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload SAE"))
 
     def for_saebench(self) -> SAEBenchSAE:
-        """The same SAE under the attributes and methods that SAEBench expects, rows of W_dec at unit length.
+        """The same SAE with the attributes and methods that SAEBench expects, rows of W_dec at unit length.
 
-        Raises ValueError for a transcoder, for an SAE without provenance, and for a normaliser that measures every
-        token.
+        Raises:
+            ValueError: for a transcoder, for an SAE without provenance, and for a normaliser with per-token statistics.
         """
         return SAEBenchSAE(self, self.provenance, (self.training_ or {}).get("n_tokens_seen"))
 
     def fold(self) -> "SAE":
-        """An equal SAE without a normaliser: same codes, same reconstructions; its dictionary rows are no longer
-        unit.
+        """An equal SAE without a normaliser: same codes, same reconstructions; its dictionary rows are no longer of
+        unit norm. See `Coder.fold`.
         """
         folded = super().fold()
         assert isinstance(folded, SAE)
@@ -209,7 +250,20 @@ def fit(
 ) -> list[SAE]:
     """Train several SAEs on the same batches in one pass, each exactly as it would be trained alone; returns them.
 
-    Arguments are those of `SAE.fit`; in the history, entries of the i-th SAE start with `i/`.
+    In the history, entries of the i-th SAE start with `i/`.
+
+    Args:
+        saes: the SAEs; their widths must be the activations'.
+        acts: activations to train on, as in `SAE.fit`.
+        cfg: training configuration shared by all; None is `TrainConfig()`.
+        out: folder for history and checkpoints; None writes nothing.
+        resume: continue from the last checkpoint in `out`, on a CPU with the same number of threads bit for bit.
+        held_out: activations to measure FVU on; None holds out the last tokens of `acts`, except of a stream.
+        sinks: loggers that receive each entry of the history.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: as `SAE.fit`.
     """
     acts = open_data(acts)
     with nullcontext() if out is None else hold_folder(out):

@@ -1,4 +1,4 @@
-"""`SAEBenchSAE`: an SAE under the names and habits that SAEBench expects of a custom SAE."""
+"""`SAEBenchSAE`: an adapter that gives an SAE the attributes and methods that SAEBench expects of a custom SAE."""
 
 import re
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from saelab.stores.provenance import Provenance
 
 @dataclass
 class SAEBenchConfig:
-    """What SAEBench reads of a custom SAE's `cfg`; it sets some of it itself, so it is no frozen one."""
+    """The fields of a custom SAE's `cfg` that SAEBench reads; not frozen, as SAEBench sets some of them."""
 
     model_name: str
     d_in: int
@@ -43,16 +43,16 @@ class SAEBenchConfig:
     neuronpedia_id: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields."""
+        """All fields as a dictionary."""
         return asdict(self)
 
 
 class SAEBenchSAE(nn.Module):
-    """The same SAE with rows of W_dec at unit length, which most of SAEBench's evaluations take for granted.
+    """An SAE with rows of W_dec at unit length, which most of SAEBench's evaluations assume.
 
-    With n_i = ||d_i||, d_i what a code of 1 adds to the reconstruction: codes are n_i z_i, W_dec_i is d_i / n_i, and
-    so reconstructions are those of the SAE. W_enc and b_enc read activations as they are and are multiplied by n too.
-    Codes of both signs stay so; some of SAEBench's evaluations count only positive ones.
+    With n_i = ||d_i||, d_i what a code of 1 adds to the reconstruction: codes are n_i z_i, W_dec_i is d_i / n_i, and so
+    reconstructions are those of the SAE. W_enc and b_enc apply to activations as they are, normaliser included, and are
+    multiplied by n too. Signed codes stay signed; some of SAEBench's evaluations count only positive ones.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -80,24 +80,24 @@ class SAEBenchSAE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.W_dec.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are."""
+        """Dtype of the weights."""
         return self.W_dec.dtype
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
-        """Dense codes, in the units of rows of unit length."""
+        """Dense codes, scaled for decoder rows of unit length."""
         return self.sae.encode(x) * self.norms
 
     def decode(self, z: Float[Tensor, "*batch d_sae"]) -> Float[Tensor, "*batch d_in"]:
-        """The reconstruction."""
+        """Reconstruction of dense codes."""
         return z.to(self.W_dec) @ self.W_dec + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Reconstructions of activations."""
+        """Reconstruction of activations."""
         return self.decode(self.encode(x))
 
 

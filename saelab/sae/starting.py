@@ -1,4 +1,4 @@
-"""Where training starts: biases, directions and scale from a sample of the activations."""
+"""Initialisation of an SAE from a sample of activations: biases, dictionary directions and encoder scale."""
 
 import math
 
@@ -15,10 +15,16 @@ SCALE_TOKENS = 1024  # of the sample, that the encoder's scale is matched to; al
 
 @torch.no_grad()
 def place_weights(sae: Coder, x: Float[Tensor, "n_tokens d_in"], y: Float[Tensor, "n_tokens d_out"], seed: int) -> None:
-    """Place biases and directions by a sample of inputs and targets, both normalised; an autoencoder's are one.
+    """Initialise biases and dictionary from a sample of inputs and targets, in place.
 
-    b_dec is the targets' mean, directions are those of `cfg.init`. A transcoder's b_enc takes the inputs' mean out, and
-    its rows of W_dec are what its random codes say of the targets: Z^T (y - b_dec), at unit length.
+    b_dec is the targets' mean, directions are those of `cfg.init`. A transcoder's b_enc cancels the inputs' mean, and
+    its rows of W_dec are the mean targets of its random codes: Z^T (y - b_dec), at unit length.
+
+    Args:
+        sae: the SAE; its weights change.
+        x: (n_tokens, d_in) normalised inputs.
+        y: (n_tokens, d_out) normalised targets; `x` again for an autoencoder.
+        seed: seed of archetypal points, or of the activations drawn as directions for `init="data"`.
     """
     sae.b_dec.copy_(y.mean(0))
     centred = x - x.mean(0)
@@ -47,7 +53,7 @@ def _unit(rows: Tensor) -> Tensor:
 
 
 def _draw_rows(centred: Tensor, random: Tensor, seed: int) -> Tensor:
-    """Activations as directions."""
+    """Activations drawn at random, as directions."""
     generator = torch.Generator().manual_seed(seed)
     rows = centred[centred.norm(dim=1) > 0]
     if len(rows) == 0:  # constant activations show no direction: the random ones stay
@@ -59,10 +65,11 @@ def _draw_rows(centred: Tensor, random: Tensor, seed: int) -> Tensor:
 
 
 def _turn_inside(centred: Tensor, random: Tensor) -> Tensor:
-    """Random directions in the subspace that activations fill (arXiv:2508.16929): elsewhere a latent never fires.
+    """Random directions in the subspace spanned by the activations (arXiv:2508.16929): a latent outside of it is never
+    active.
 
-    Its dimension is the effective rank of the singular values, which no few large directions can pull down to a
-    handful, as they pull down the number of components that hold 99 % of the variance.
+    The dimension is the effective rank of the singular values. Unlike the number of components that hold 99 % of the
+    variance, it is not reduced to a handful by a few dominant directions.
     """
     moments = exact(centred).T @ exact(centred)
     variances, directions = torch.linalg.eigh(moments)
@@ -71,7 +78,9 @@ def _turn_inside(centred: Tensor, random: Tensor) -> Tensor:
 
 
 def _answer(sae: Coder, x: Tensor, y: Tensor) -> None:
-    """Turn each row of W_dec to where the targets lie when its latent fires; those of silent latents stay random."""
+    """Set each row of W_dec to the mean direction of the targets where its latent is active; rows of inactive latents
+    stay random.
+    """
     sums = torch.zeros_like(sae.W_dec)
     for part, target in zip(x.split(SCALE_TOKENS), y.split(SCALE_TOKENS), strict=True):
         sums += _codes(sae, part).T @ (target - sae.b_dec)
@@ -79,7 +88,9 @@ def _answer(sae: Coder, x: Tensor, y: Tensor) -> None:
 
 
 def _match_scale(sae: Coder, x: Tensor, y: Tensor) -> None:
-    """Scale the encoder by the c that minimises ||y - b_dec - c z W_dec||^2: random weights overshoot many times."""
+    """Scale the encoder by the c that minimises ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
+    many times too large.
+    """
     centred, y_hat = y - sae.b_dec, _codes(sae, x) @ sae.W_dec
     energy = y_hat.square().sum()
     if energy > 0 and (scale := (centred * y_hat).sum() / energy) > 0:
@@ -88,6 +99,6 @@ def _match_scale(sae: Coder, x: Tensor, y: Tensor) -> None:
 
 
 def _codes(sae: Coder, x: Tensor) -> Tensor:
-    """The codes that training begins with, of normalised inputs."""
+    """Codes at the start of training, of normalised inputs."""
     read = x - sae.b_dec if sae.cfg.d_out is None else x
     return sae.cfg.activation(read @ sae.W_enc + sae.b_enc, sae.threshold, training=True)

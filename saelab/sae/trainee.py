@@ -1,4 +1,4 @@
-"""`Trainee`: an SAE in training. Its losses, its constraints, and what is counted along the way."""
+"""An SAE in training: losses, constraints on weights, dead-latent counters and control of the sparsity penalty."""
 
 import math
 from dataclasses import dataclass
@@ -32,17 +32,21 @@ MIN_THRESHOLD = 1e-4  # a learned threshold stays positive
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """One batch's losses, weighted, and what `observe` needs to know of the codes."""
+    """Weighted losses of one batch, and the statistics of its codes that `Trainee.observe` needs."""
 
     terms: dict[str, Float[Tensor, ""]]
+    """weighted losses by name: reconstruction, sparsity, aux"""
     fired: Bool[Tensor, "d_sae"]
+    """latents that were active in the batch"""
     l0: Float[Tensor, ""]
+    """mean number of active latents per token"""
     smallest: Float[Tensor, ""]
+    """smallest non-zero magnitude of a code; NaN if none"""
     n_tokens: int
 
     @property
     def total(self) -> Float[Tensor, ""]:
-        """The loss that is differentiated."""
+        """Sum of the losses, which is differentiated."""
         return torch.stack(list(self.terms.values())).sum()
 
 
@@ -57,9 +61,10 @@ def _smallest(size: Tensor) -> Tensor:
 
 
 class Trainee:
-    """Wraps an SAE for the training loop; all it keeps beside the weights is in `state`, saved in checkpoints.
+    """An SAE with what the training loop needs; everything besides the weights that a checkpoint must hold is in
+    `state`.
 
-    A batch's rows are activations; for a transcoder inputs with their targets behind them, (n_tokens, d_in + d_out).
+    A batch's rows are activations; for a transcoder inputs with their targets appended, (n_tokens, d_in + d_out).
     """
 
     def __init__(self, sae: Coder, cfg: TrainConfig, trained: bool = False) -> None:
@@ -78,17 +83,19 @@ class Trainee:
 
     @property
     def module(self) -> Coder:
-        """What the optimiser moves."""
+        """Module whose parameters are optimised."""
         return self.sae
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged."""
+        """Settings that a resumed run must not change."""
         return self.sae.cfg.to_dict()
 
     @torch.no_grad()
     def prepare(self, sample: Float[Tensor, "n_tokens width"]) -> None:
-        """Fit the normalisers, place biases and directions, and match the encoder's scale to the data."""
+        """Fit the normalisers and initialise biases, directions and encoder scale from a sample; an SAE that was
+        trained before keeps its weights.
+        """
         sae, sample = self.sae, sample.to(self.sae.W_dec)
         if not self.trained:
             sae.normaliser.fit(sample[:, : sae.cfg.d_in])
@@ -101,7 +108,7 @@ class Trainee:
             place_weights(sae, x, y, self.cfg.seed)
 
     def _read(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, both normalised; an autoencoder's are one."""
+        """Normalised inputs and targets; the same tensor for an autoencoder."""
         sae = self.sae
         x = sae.normaliser.normalise(batch[:, : sae.cfg.d_in].to(sae.W_dec))
         if sae.target_normaliser is None:
@@ -109,7 +116,9 @@ class Trainee:
         return x.contiguous(), sae.target_normaliser.normalise(batch[:, sae.cfg.d_in :].to(sae.W_dec))
 
     def objective(self, batch: Float[Tensor, "n_tokens width"]) -> Objective:
-        """The losses of one batch. Pure: counters and thresholds move in `observe`, weights in the optimiser."""
+        """Losses of one batch. No side effects: counters and thresholds are updated in `observe`, weights by the
+        optimiser.
+        """
         sae = self.sae
         x, y = self._read(batch)
         W_dec = sae.W_dec if sae.archetypes is None else sae.archetypes()
@@ -131,7 +140,7 @@ class Trainee:
         return Objective(terms, *seen, n_tokens=len(x))
 
     def _sparse_step(self, x: Tensor, y: Tensor, W_dec: Tensor, centred: Tensor, found: SparseCodes) -> _Step:
-        """The prefixes' errors from the codes found, at the cost of their entries."""
+        """Errors of the prefixes from sparse codes, at a cost proportional to the number of active entries."""
         sae, transcodes = self.sae, self.sae.cfg.d_out is not None
         entries = Entries(found.indices, found.rows, found.offsets).with_columns(sae.cfg.d_sae)
         b_dec = None if transcodes else sae.b_dec
@@ -144,7 +153,7 @@ class Trainee:
         return self._decode_step(values, entries, y, W_dec, None if transcodes else centred, penalty)
 
     def _pursuit_step(self, x: Tensor, W_dec: Tensor) -> _Step:
-        """The same for matching pursuit, whose products carry the gradients."""
+        """Errors of the prefixes for matching pursuit, whose products are differentiable."""
         codes = self.sae.pursue(x - self.sae.b_dec, W_dec)
         entries = Entries(codes.indices, codes.rows, codes.offsets).with_columns(self.sae.cfg.d_sae)
         return self._decode_step(codes.values, entries, x, W_dec, None, None)
@@ -158,7 +167,7 @@ class Trainee:
         centred: Tensor | None,
         penalty: Tensor | None,
     ) -> _Step:
-        """The prefixes' errors of codes at some entries; `centred` is y - b_dec, if known."""
+        """Errors of the prefixes from codes at the given entries; `centred` is y - b_dec, if known."""
         sae, n, indices = self.sae, len(y), entries.indices
         size = values.detach().abs()
         fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=y.device)
@@ -177,7 +186,7 @@ class Trainee:
         return errors, residual, penalty, seen
 
     def _dense_step(self, x: Tensor, y: Tensor, W_dec: Tensor) -> _Step:
-        """The same for any activation, through dense codes."""
+        """Errors of the prefixes for any activation, from dense codes."""
         sae = self.sae
         u = (x - sae.b_dec if sae.cfg.d_out is None else x) @ sae.W_enc + sae.b_enc
         z = sae.cfg.activation(u, sae.threshold, training=True)
@@ -191,18 +200,18 @@ class Trainee:
         return errors, residual, penalty, (fires.any(0), fires.sum() / len(x), _smallest(size))
 
     def _spare(self, name: str) -> list[Tensor]:
-        """Memory of the last step's gradient of a weight, to be written over."""
+        """Memory of the last step's gradient of a weight, to be reused; empty if there is none."""
         return [self.spare.pop(name)] if name in self.spare else []
 
     def recycle_gradients(self) -> None:
-        """Drop the gradients, keeping the memory of the two large ones for the next step."""
+        """Clear the gradients, keeping the memory of the two large ones for reuse in the next step."""
         for name, parameter in self.sae.named_parameters():
             if name in ("W_enc", "W_dec") and parameter.grad is not None:
                 self.spare[name] = parameter.grad.T if name == "W_enc" else parameter.grad
         self.sae.zero_grad(set_to_none=True)
 
     def _prefixes(self) -> list[int]:
-        """Where the prefixes of this step end."""
+        """Sizes of this step's prefixes."""
         d_sae, prefixes = self.sae.cfg.d_sae, self.sae.cfg.prefixes
         if not isinstance(prefixes, RandomPrefixes):
             return list(prefixes or (d_sae,))
@@ -219,8 +228,8 @@ class Trainee:
         return given or (10_000_000 if self.cfg.n_tokens >= 100_000_000 else max(1, self.cfg.n_tokens // 20))
 
     def _aux(self, x: Tensor, W_dec: Tensor, residual: Tensor, aux: AuxK) -> Tensor:
-        """AuxK, on the first share of the batch: the dead latents' reconstruction of the (detached) residual; 0 if
-        none is.
+        """AuxK loss on the first `token_frac` of the batch: the dead latents' reconstruction of the (detached)
+        residual; 0 if no latent is dead.
         """
         sae = self.sae
         dead = (self.state["tokens_since_fired"] >= self.dead_after_tokens).nonzero().squeeze(1)
@@ -238,7 +247,7 @@ class Trainee:
 
     @torch.no_grad()
     def observe(self, seen: Objective) -> None:
-        """Count firings, follow the running threshold, steer the sparsity coefficient: once a step, logging or not."""
+        """Update firing counters, the running threshold and the sparsity coefficient; called once per step."""
         sae, state = self.sae, self.state
         state["n_steps"] += 1
         state["tokens_since_fired"] = (state["tokens_since_fired"] + seen.n_tokens).masked_fill_(seen.fired, 0)
@@ -251,7 +260,7 @@ class Trainee:
             self._steer(seen.l0)
 
     def _steer(self, l0: Float[Tensor, ""]) -> None:
-        """Move the penalty's coefficient, and all thresholds or biases alike, towards the target L0."""
+        """Move the penalty's coefficient, and all thresholds or biases by the same amount, towards the target L0."""
         sae, state, target = self.sae, self.state, self.sae.cfg.activation.penalty_target
         assert target is not None
         off = (l0.clamp(min=1e-3) / target).log().clamp(-STEER_LIMIT, STEER_LIMIT)
@@ -266,7 +275,9 @@ class Trainee:
 
     @torch.no_grad()
     def constrain_gradients(self) -> None:
-        """Remove the part of each dictionary row's gradient that only changes its length."""
+        """Remove the component of each dictionary row's gradient parallel to the row, which would only change its
+        length.
+        """
         grad = self.sae.W_dec.grad
         if self.sae.cfg.dictionary != "unit" or grad is None:
             return
@@ -275,7 +286,9 @@ class Trainee:
 
     @torch.no_grad()
     def constrain_weights(self) -> None:
-        """Bring dictionary rows back to unit norm, or to their archetypes, and keep learned thresholds positive."""
+        """Project dictionary rows to unit norm, or to their archetypal constraint, and keep learned thresholds
+        positive.
+        """
         if self.sae.cfg.dictionary == "unit":
             for w in self.sae.W_dec.split(256):
                 w /= torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp(min=1e-12)
@@ -287,19 +300,19 @@ class Trainee:
 
     @torch.no_grad()
     def held_out_fvu(self, held_out: Float[Tensor, "n_tokens width"]) -> float:
-        """FVU on activations that training does not see, with the codes of inference."""
+        """FVU on held-out activations, with codes as in inference."""
         cfg, sums = self.sae.cfg, ReconstructionSums(self.sae.cfg.d_target)
         for part in held_out.split(4096):
             sums.add(part[:, -cfg.d_target :], self.sae(part[:, : cfg.d_in]))
         return sums.fvu
 
     def default_lr(self) -> float:
-        """The peak rate used where none is given: it follows widths, batch and length of the run.
+        """Peak learning rate used where none is given; depends on widths, batch size and length of the run.
 
         `0.54 / (d_in^1/2 d_sae^1/4) * (batch_size / 4096)^1/2 * min(1, (500 / n_steps)^1/4)`, fitted to the sweeps of
-        LOG.md: unit rows have entries of size d_in^-1/2; wider dictionaries and longer runs want smaller steps. An
-        activation's `lr_scale` multiplies it, and for a transcoder, whose width is the larger one,
-        `transcoder_lr_scale`, of which runs of less than 150 steps get less.
+        LOG.md: unit rows have entries of size d_in^-1/2; wider dictionaries and longer runs need smaller steps. For a
+        transcoder d_in is the larger of its two widths. An activation's `lr_scale` multiplies it, and for a transcoder
+        also `transcoder_lr_scale`, reduced (to no less than 1) in runs of fewer than 150 steps.
         """
         cfg = self.sae.cfg
         rate = 0.54 / (max(cfg.d_in, cfg.d_target) ** 0.5 * cfg.d_sae**0.25) * (self.cfg.batch_size / 4096) ** 0.5

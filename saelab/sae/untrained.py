@@ -1,4 +1,4 @@
-"""Untrained dictionaries: what training has to beat, at the same number of active codes."""
+"""Untrained SAEs with the same number of active latents: baselines for trained ones."""
 
 import math
 from dataclasses import replace
@@ -15,8 +15,13 @@ from saelab.training.config import TrainConfig
 
 
 def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tensor, "n d_out"] | None = None) -> SAE:
-    """An SAE at step 0 of its training: drawn from `seed`, fitted in place and scale to a sample; a transcoder's has
-    targets y.
+    """SAE as it is before its first training step: random weights, fitted in location and scale to a sample.
+
+    Args:
+        cfg: its configuration; the AuxK loss is ignored.
+        x: (n, d_in) sample of activations.
+        seed: seed of the weights.
+        y: (n, d_out) targets of the same tokens, for a transcoder.
     """
     sae = SAE(replace(cfg, aux=None), seed).to(x.device)
     sample = x if cfg.d_out is None or y is None else torch.cat([x, y], dim=1)
@@ -30,10 +35,17 @@ def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tens
 def make_untrained(
     sae: SAE, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"] | None = None, *, seed: int = 0
 ) -> SAE:
-    """An untrained SAE of the same configuration and place, with as many active codes a token as `sae` has on `x`.
+    """Untrained SAE of the same configuration and hook point, with as many active latents per token as `sae` has on
+    `x`.
 
-    It is what training starts from: random directions, biases and scale fitted to the sample `x` (a transcoder's also
-    to targets `y`). Where L0 is not fixed by k, one number for all thresholds or biases brings it there.
+    Its weights are those that training starts from: random directions, with biases and scale fitted to the sample.
+    Where L0 is not fixed by k, all thresholds or biases are adjusted by one number to match it.
+
+    Args:
+        sae: the trained SAE to match.
+        x: (n, d_in) sample of activations.
+        y: (n, d_out) targets of the same tokens, for a transcoder.
+        seed: seed of the weights.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=32, activation=sl.TopK(k=4)), seed=0)
     >>> make_untrained(sae, torch.randn(100, 8, generator=torch.Generator().manual_seed(0)), seed=1).cfg.activation
