@@ -162,6 +162,7 @@ def read_beside_a_writer(folder: str) -> None:
         while time.monotonic() < end:
             for sae in saes:
                 sae.save_pretrained(folder)
+                time.sleep(0.005)  # on a busy machine a writer that never rests leaves no time to read
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -179,6 +180,30 @@ def test_readers_beside_a_writer_find_one_sae_or_the_other(tmp_path) -> None:
     child = Child(tmp_path / "errors.txt", read_beside_a_writer, str(tmp_path / "sae"))
     assert child.wait() == (0, "")
     assert sorted(os.listdir(tmp_path / "sae")) == ["config.json", "model.safetensors"]
+
+
+def test_a_writer_waits_for_a_reader_that_finishes_what_another_left(tmp_path, monkeypatch) -> None:
+    """Readers keep nobody out, so not while they move a killed writer's last files either."""
+    with pytest.raises(KeyboardInterrupt), replace_folder(tmp_path / "sae", last="a") as temp:
+        (temp / "a").write_text("new")
+        monkeypatch.setattr("saelab.stores.files.settle", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.undo()
+    assert (tmp_path / "sae" / STAGED / JOURNAL).is_file()
+    settling, go_on = threading.Event(), threading.Event()
+
+    def dawdle(folder: str) -> None:
+        settling.set()
+        go_on.wait()
+        settle(folder)
+
+    monkeypatch.setattr("saelab.stores.files.settle", dawdle)
+    reader = threading.Thread(target=await_settled, args=(str(tmp_path / "sae"),))
+    reader.start()
+    settling.wait()
+    threading.Timer(0.05, go_on.set).start()
+    with hold_folder(tmp_path / "sae"):
+        assert not (tmp_path / "sae" / STAGED).exists() and (tmp_path / "sae" / "a").read_text() == "new"
+    reader.join()
 
 
 def test_other_files_stay_and_stale_ones_go(tmp_path) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ LOCK = ".saelab-lock"
 CAN_LOCK = fcntl is not None
 FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
+BRIEFLY = ", which reads it"
+PATIENCE = 10.0  # seconds for a reader to finish what a killed writer left
 logger = logging.getLogger(__name__)
 
 
@@ -74,18 +77,19 @@ def explained(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def hold_folder(path: str | Path) -> Iterator[None]:
+def hold_folder(path: str | Path, brief: bool = False) -> Iterator[None]:
     """Keep every other writer out of a folder, which is made; readers are not kept out.
 
-    The same thread may hold a folder several times. A folder that was made for this and stays empty goes again. Raises
-    FolderInUse, a ValueError, naming the process that writes there.
+    The same thread may hold a folder several times. A folder that was made for this and stays empty goes again. A
+    `brief` hold is a reader's, who finishes what a killed writer left: a writer waits for its end. Raises FolderInUse,
+    a ValueError, naming the process that writes there.
     """
     folder = Path(path)
     key = os.path.realpath(folder)
     with explained(folder):
         made = _make(folder)
     try:
-        _enter(key, folder)
+        _enter(key, folder, brief)
         try:
             yield
         finally:
@@ -144,23 +148,34 @@ def _make(folder: Path) -> list[Path]:
     return missing
 
 
-def _enter(key: str, folder: Path) -> None:
+def _enter(key: str, folder: Path, brief: bool) -> None:
+    end = time.monotonic() + PATIENCE
+    while not _try_to_enter(key, folder, brief):
+        owner = _read_owner(folder / LOCK)
+        passing = owner is None or owner.endswith(BRIEFLY)  # a name is written just after the lock is there
+        if brief or not passing or time.monotonic() > end:
+            raise FolderInUse(
+                f"{folder} must have one writer at a time, and {owner or 'another process'} is writing there. "
+                "Wait until that has ended, or choose another folder."
+            )
+        time.sleep(0.005)
+
+
+def _try_to_enter(key: str, folder: Path, brief: bool) -> bool:
     with _guard:
         hold = _held.get(key)
         if hold is not None and hold.thread == threading.get_ident():
             hold.depth += 1
-            return
+            return True
         with explained(folder):
             descriptor = None if hold is not None else open_locked(folder / LOCK, wait=False)
             if descriptor is None:
-                raise FolderInUse(
-                    f"{folder} must have one writer at a time, and {_read_owner(folder / LOCK)} is writing there. "
-                    "Wait until that has ended, or choose another folder."
-                )
+                return False
             _held[key] = _Hold(threading.get_ident(), descriptor)
             with suppress(OSError):  # a lock without a name is a lock, too
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}{BRIEFLY * brief}\n".encode())
+            return True
 
 
 def _leave(key: str, folder: Path) -> None:
@@ -177,9 +192,10 @@ def _leave(key: str, folder: Path) -> None:
                 os.close(hold.descriptor)
 
 
-def _read_owner(path: Path) -> str:
+def _read_owner(path: Path) -> str | None:
+    """Who holds the lock, as the file says; None where it says nothing, or is gone already."""
     try:
         said = path.read_bytes()[:200].decode(errors="replace").strip()
     except OSError:
-        said = ""
-    return said if said.isprintable() and said else "another process"
+        return None
+    return said if said.isprintable() and said else None

@@ -151,7 +151,7 @@ def await_settled(folder: str | Path) -> None:
     journal, end = Path(folder) / STAGED / JOURNAL, time.monotonic() + PATIENCE
     while journal.is_file():
         try:
-            with hold_folder(folder):
+            with hold_folder(folder, brief=True):
                 settle(folder)
         except FolderInUse:
             if time.monotonic() > end:
