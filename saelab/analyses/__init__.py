@@ -1,1 +1,1 @@
-"""What feature stores and dictionaries tell: one verb a file, each returning a frozen result."""
+"""Analyses of SAEs and feature stores: examples, dead latents, logit effects, similarity of features, pruning."""

@@ -1,4 +1,4 @@
-"""`describe_feature`: all that is known of one feature, as its card in Jupyter and in the report shows it."""
+"""Feature dashboard: firing statistics, histogram, examples, logit effects and similar features of one feature."""
 
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
@@ -17,7 +17,7 @@ N_WORDS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """The firings of one sign."""
+    """Statistics of the firings of one sign of the codes."""
 
     sign: int
     n_firings: int
@@ -31,7 +31,7 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureCard(Result):
-    """One feature: how often, how strongly and where it fires, both signs apart."""
+    """Everything measured about one feature, with positive and negative codes kept apart."""
 
     feature: int
     n_tokens: int
@@ -45,20 +45,20 @@ class FeatureCard(Result):
     """firings in each bin"""
     examples: FeatureExamples
     effects: Promoted | None
-    """what a code of +1 pushes the model to say; None where that was not measured"""
+    """direct effect of a code of +1 on the logits; None where it was not measured"""
     neighbours: tuple[tuple[int, float], ...]
-    """the features most like it, and how much"""
+    """the most similar features and their similarity"""
     likeness: str
-    """by what they are alike; empty where that was not measured"""
+    """name of the similarity measure; empty where it was not measured"""
 
     @property
     def n_firings(self) -> int:
-        """Tokens on which the feature fires."""
+        """Number of tokens on which the feature fires."""
         return sum(side.n_firings for side in self.sides)
 
     @property
     def density(self) -> float:
-        """Share of tokens on which it fires."""
+        """Share of tokens on which the feature fires."""
         return self.n_firings / self.n_tokens
 
     def __str__(self) -> str:
@@ -86,10 +86,20 @@ def describe_feature(
     neighbours: Neighbours | None = None,
     **choice: Any,
 ) -> FeatureCard:
-    """The card of a feature: its firings by sign, histogram, examples, and where given its effects and neighbours.
+    """The dashboard of one feature: firings by sign, histogram and examples; logit effects and similar features where
+    given.
 
-    `lens` and `neighbours` are what `logit_lens` and `neighbours` gave for the same SAE; `choice` goes to `examples`.
-    IndexError for a feature that does not exist, KeyError for one that the lens does not have.
+    Args:
+        store: feature store that holds the feature's codes.
+        feature: number of the feature, 0 to d_sae - 1.
+        label: text shown as the feature's name; empty for none.
+        lens: result of `logit_lens` for the same SAE; None leaves the logit effects out.
+        neighbours: result of `neighbours` for the same SAE or store; None leaves the similar features out.
+        **choice: options of `examples`, such as `n_top`.
+
+    Raises:
+        IndexError: the feature does not exist.
+        KeyError: `lens` does not include the feature.
     """
     firings = store.feature(feature)
     counts, edges = _count(firings)
@@ -122,7 +132,7 @@ def _look(store: FeatureStore, firings: Firings, sign: int) -> Side | None:
 
 
 def _count(firings: Firings) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Bins of equal width from the smallest code, or 0, to the largest, or 0; 0 is an edge, so no bin has two signs."""
+    """Histogram with bins of equal width over the codes and 0; 0 is an edge, so no bin mixes the two signs."""
     if len(firings) == 0:
         return (), ()
     low, high = min(0.0, float(firings.values.min())), max(0.0, float(firings.values.max()))

@@ -1,4 +1,4 @@
-"""Why a unit may be silent: what its weights say, beside those of the units that fire."""
+"""Likely causes of dead latents, found by comparing their weights with those of the latents that fire."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from saelab.sae.sae import SAE
 from saelab.stores.features import FeatureStore
 
 COLLAPSED = 0.1
-"""Encoder norm as a share of the live units' median."""
+"""Encoder norm as a share of the live latents' median."""
 ALIKE = 0.95
-"""Decoder cosine to a live unit."""
+"""Decoder cosine to a live latent."""
 FAR = 3.0
-"""Robust deviations by which a bias lies below the live units'."""
+"""Robust deviations by which a bias lies below those of the live latents."""
 NEAR = 0.9
-"""Of the smallest code that fires."""
+"""Share of the smallest code that fires."""
 BLOCK = 1024
 
 
@@ -24,12 +24,25 @@ BLOCK = 1024
 def find_causes(
     sae: SAE, store: FeatureStore, silent: Sequence[int], acts: Tensor | None = None
 ) -> dict[int, tuple[str, ...]]:
-    """The likely causes of each silent unit, none where its weights are like those of the others.
+    """The likely causes of each dead latent, as a dictionary from latent to names of causes.
 
-    encoder norm collapsed: ||W_enc|| below a tenth of the live median. bias too low: b_enc (for learned thresholds,
-    b_enc minus the threshold) more than 3 robust deviations below the live median. duplicate, antipode: decoder cosine
-    with a live unit above 0.95, or below -0.95. With `acts`, never near selection: on none of them does the
-    pre-activation come within a tenth of the smallest that fires.
+    - "encoder norm collapsed": ||W_enc|| is below a tenth of the live median.
+    - "bias too low": b_enc (for learned thresholds, b_enc minus the threshold) is more than 3 robust deviations below
+      the live median.
+    - "duplicate of a live unit", "antipode of a live unit": the decoder cosine with a live latent is above 0.95, or
+      below -0.95.
+    - "never near selection": on no row of `acts` does the pre-activation come within a tenth of the smallest code that
+      fires.
+
+    Args:
+        sae: the SAE whose weights are compared.
+        store: feature store harvested with the SAE; latents that fire in it are live.
+        silent: latents to explain; they never count as live.
+        acts: (n, d_in) activations in the units of the SAE's input, on which "never near selection" is tested; None
+            leaves that test out.
+
+    Returns:
+        Only latents with at least one cause; empty where no latent is live.
     """
     is_live = torch.from_numpy(store.statistics.fires.sum(1) > 0)
     is_live[list(silent)] = False
@@ -55,8 +68,10 @@ def find_causes(
 
 @torch.no_grad()
 def find_reach(sae: SAE, acts: Float[Tensor, "n d_in"], units: Int[Tensor, "n_units"]) -> Float[Tensor, "n_units"]:
-    """The largest share of the smallest code that fires at a token, over tokens, to which each unit's pre-activation
-    comes; its size where codes are signed. At 1 it would fire.
+    """For each latent, how near its pre-activation comes to firing: its largest ratio, over tokens, to the smallest
+    code that fires on the token.
+
+    At 1 the latent would fire. Where codes are signed, pre-activations count by size.
     """
     reach = torch.full((len(units),), -torch.inf)
     for x in acts.split(BLOCK):
@@ -70,7 +85,7 @@ def find_reach(sae: SAE, acts: Float[Tensor, "n d_in"], units: Int[Tensor, "n_un
 
 
 def _bias_of(sae: SAE) -> Tensor:
-    """How far from firing a unit is where its encoder sees nothing."""
+    """The encoder bias of each latent, less its threshold where thresholds are learned."""
     bias = sae.b_enc.detach().cpu()
     if sae.cfg.activation.threshold == "learned" and sae.threshold is not None:
         bias = bias - sae.threshold.detach().cpu()
@@ -78,7 +93,7 @@ def _bias_of(sae: SAE) -> Tensor:
 
 
 def _nearest_cosine(W_dec: Tensor, units: Tensor, live: Tensor) -> Tensor:
-    """The cosine to the live unit whose direction is most alike or most opposed."""
+    """For each of `units`, the decoder cosine of largest size with a live latent, with its sign."""
     rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
     found = []
     for part in units.split(BLOCK):

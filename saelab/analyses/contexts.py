@@ -1,4 +1,4 @@
-"""`examples`: windows of text in which a feature fires, from its strongest firings to those it just misses."""
+"""Max-activating examples: windows of text around firings of each strength, near misses and random tokens."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,23 +14,23 @@ from saelab.stores.results import Result
 from saelab.stores.spelling import group_words, strongest
 
 CANDIDATES = 8
-"""Windows looked at for each one shown: the others repeat one that is shown already."""
+"""Candidate windows drawn for each one shown; windows that repeat one already shown are skipped."""
 BEFORE, AFTER = 16, 8
-"""Tokens of a window, by default."""
+"""Default numbers of tokens before and after the center of a window."""
 MANY = 2048
-"""Rows of one word that near misses are drawn from."""
+"""Near misses are drawn from at most so many occurrences of one token."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A window of text with one feature's codes."""
+    """A window of text with one feature's code at each word."""
 
     words: tuple[str, ...]
-    """tokens as they read, spaces included; those that only share a character are one word"""
+    """decoded tokens, spaces included; tokens that share a character are one word"""
     values: tuple[float, ...]
     """codes, 0 where the feature does not fire or the mask left the token out; of several tokens the largest |z|"""
     center: int
-    """which word the window was chosen for"""
+    """index of the word that the window was chosen for"""
     token: int
     """the store's row of that word"""
     doc_id: int
@@ -48,15 +48,16 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleGroup:
-    """Windows chosen alike."""
+    """Windows that were selected by the same rule."""
 
     name: str
     """top, quantile i of n (from the weakest), near miss, random"""
     side: int
     """1 or -1, the sign of the codes; 0 where the feature does not fire at the centers"""
     low: float
-    """the smallest and the largest |z| that the group was chosen from"""
+    """the smallest |z| among the firings that the group was chosen from"""
     high: float
+    """the largest |z| among them"""
     n_firings: int
     """firings it was chosen from"""
     examples: tuple[Example, ...]
@@ -64,15 +65,15 @@ class ExampleGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureExamples(Result):
-    """Where one feature fires, both signs apart."""
+    """Example windows of one feature, with positive and negative codes kept apart."""
 
     feature: int
     n_tokens: int
-    """tokens looked at"""
+    """tokens among which firings were searched"""
     groups: tuple[ExampleGroup, ...]
 
     def group(self, name: str, side: int = 1) -> ExampleGroup:
-        """The group of a name and side; KeyError where there is none."""
+        """The group with a given name and side; KeyError where there is none."""
         for group in self.groups:
             if (group.name, group.side) == (name, side):
                 return group
@@ -102,14 +103,24 @@ def examples(
     rows: Bool[np.ndarray, "n_tokens"] | ChosenRuns | None = None,
     seed: int = 0,
 ) -> FeatureExamples:
-    """Windows of `before` and `after` tokens around a feature's firings, inside one document, none shown twice.
+    """Windows of text around a feature's firings, each within one document, none shown twice.
 
-    These are 16 and 8 by default, four times as many where tokens are hardly more than characters.
+    For each sign of the codes there is a group "top" and one group per quantile; for both signs together the groups
+    "near miss" and "random". A group with nothing in it is left out.
 
-    For each sign of the codes: the `n_top` largest |z|, and `n_each` drawn from each of `n_quantiles` groups of equally
-    many firings, weakest first. For both together: `n_near` near misses, where a token of the top windows' centers
-    stands and the feature does not fire, and `n_random` tokens drawn from all. `rows` limits what is looked at, to one
-    side of `store.split()` for instance. `seed` draws. A group with nothing in it is left out.
+    Args:
+        store: feature store that holds the feature's codes and the text.
+        feature: number of the feature, 0 to d_sae - 1.
+        n_top: windows with the largest |z|, for each sign.
+        n_quantiles: number of groups of equally many firings, weakest first, for each sign.
+        n_each: windows drawn from each quantile.
+        n_near: near misses: windows whose center is a token that also stands at the center of a top window, but where
+            the feature does not fire.
+        n_random: windows around tokens drawn from all.
+        before: tokens shown before the center; None is 16, or 64 where tokens are hardly more than characters.
+        after: tokens shown after the center; None is 8, or 32 where tokens are hardly more than characters.
+        rows: rows of the store to search, one side of `store.split()` for instance; None searches all.
+        seed: seed of all draws.
     """
     feature = read_feature(feature, d_sae=store.d_sae)
     rng = np.random.default_rng((seed, feature))
@@ -139,8 +150,18 @@ def examples(
 def draw_examples(
     store: FeatureStore, feature: SupportsIndex, marks: Marks, n: int, before: int, after: int, seed: int = 0
 ) -> tuple[Example, ...]:
-    """Windows around `n` rows drawn from those that are marked: the random ones of `examples`, without one mark a row
-    being held.
+    """Windows around random rows of those that are marked, as in the group "random" of `examples`.
+
+    No list with one entry per row of the store is held.
+
+    Args:
+        store: feature store that holds the feature's codes and the text.
+        feature: number of the feature, 0 to d_sae - 1.
+        marks: the rows to draw from.
+        n: windows to return; fewer where fewer differ.
+        before: tokens shown before the center.
+        after: tokens shown after the center.
+        seed: seed of the draw.
     """
     feature = read_feature(feature, d_sae=store.d_sae)
     view = _View(store, store.feature(feature), None, before, after)
@@ -149,7 +170,7 @@ def draw_examples(
 
 
 class _View:
-    """One feature in the rows that are looked at."""
+    """One feature's firings within the rows that are searched."""
 
     def __init__(
         self, store: FeatureStore, column: Firings, rows: np.ndarray | ChosenRuns | None, before: int, after: int
@@ -163,14 +184,14 @@ class _View:
         self.n_tokens = len(store) if rows is None else int(rows.sum())
 
     def firings(self, side: int) -> Firings:
-        """Of one sign, in the rows looked at."""
+        """Firings of one sign in the rows that are searched."""
         kept = self.column.values * side > 0
         if self.rows is not None:
             kept &= self.rows[self.column.indices]
         return Firings(self.column.indices[kept], self.column.values[kept])
 
     def draw(self, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
-        """Rows among those looked at, at random; one may come twice."""
+        """Random rows among those that are searched, drawn with replacement."""
         if self.rows is None:
             return rng.integers(len(self.store), size=n)
         rows = self.rows
@@ -260,7 +281,7 @@ def _mark(example: Example) -> str:
 
 
 def top_words(store: FeatureStore, firings: Firings, n: int = 10) -> list[tuple[str, float]]:
-    """The tokens that carry most of a feature's firings, and their share of them."""
+    """The tokens on which a feature fires most often, each with its share of the firings."""
     if len(firings) == 0:
         return []
     ids, counts = np.unique(store.token_ids[firings.indices], return_counts=True)

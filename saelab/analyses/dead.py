@@ -1,4 +1,4 @@
-"""`dead_units`: which units fire too seldom or too often, how sure that is, and why it may be."""
+"""Dead, near-dead, dense and outlier latents, with confidence intervals of firing rates and likely causes."""
 
 import math
 from collections import Counter
@@ -24,13 +24,13 @@ OUTLIER = 5.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeadUnits(Result):
-    """What every unit is, from how often it fires (z != 0, either sign) in the tokens of a store."""
+    """The kind of every latent, by how often it fires (z != 0, either sign) on the tokens of a store."""
 
     n_tokens: int
     kinds: tuple[str, ...]
-    """by unit: dead, near-dead, live, dense, or outlier (live, with a norm far from the others')"""
+    """for each latent: dead, near-dead, live, dense, or outlier (live, with a norm far from the others')"""
     fires: Integer[np.ndarray, "d_sae"]
-    """tokens on which each unit fires"""
+    """number of tokens on which each latent fires"""
     low: Float[np.ndarray, "d_sae"]
     """lower end of the firing rate's Clopper-Pearson interval"""
     high: Float[np.ndarray, "d_sae"]
@@ -39,25 +39,26 @@ class DeadUnits(Result):
     near_dead_rate: float
     dense_rate: float
     groups: dict[str, dict[str, int]]
-    """units of each kind by prefix group; one group where there are no prefixes"""
+    """latents of each kind by prefix group; one group where there are no prefixes"""
     causes: dict[int, tuple[str, ...]]
-    """of dead and near-dead units, where the SAE was given"""
+    """likely causes for dead and near-dead latents; empty without the SAE"""
     training: dict[str, int] | None
-    """units dead at the end of training and here: both, training only, store only; None where training kept no count"""
+    """number of latents dead both at the end of training and here, at the end of training only, and in the store only;
+    None where training kept no count"""
 
     def units(self, kind: str) -> list[int]:
-        """The units of a kind; ValueError for another word."""
+        """The latents of a given kind; ValueError where the kind does not exist."""
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {list(KINDS)}, got '{kind}'.")
         return [i for i, mine in enumerate(self.kinds) if mine == kind]
 
     @property
     def rates(self) -> Float[np.ndarray, "d_sae"]:
-        """Share of tokens on which each unit fires."""
+        """Share of tokens on which each latent fires."""
         return self.fires / self.n_tokens
 
     def share(self, kind: str) -> float:
-        """Share of the units that are of a kind."""
+        """Share of the latents that are of a given kind."""
         return len(self.units(kind)) / len(self.kinds)
 
     def __str__(self) -> str:
@@ -84,14 +85,29 @@ def dead_units(
     dense_rate: float = 0.1,
     confidence: float = 0.95,
 ) -> DeadUnits:
-    """Tell every unit's kind from its firing rate r = #(z != 0) / N over the store's N tokens, both signs counted.
+    """The kind of every latent, from its firing rate r = #(z != 0) / N over the store's N tokens, both signs counted.
 
-    dead: r = 0. near-dead: r < `near_dead_rate`. dense: r > `dense_rate`. outlier: otherwise live, with log-norms of
-    W_enc or W_dec more than 5 robust standard deviations from the median. live: the rest. Intervals are Clopper and
-    Pearson's. With the `sae`, likely causes of dead and near-dead units are looked for in its weights, and with some of
-    its activations `acts`, in how near they come to firing. Training's own count is held against the store's.
+    - dead: r = 0.
+    - near-dead: 0 < r < `near_dead_rate`.
+    - dense: r > `dense_rate`.
+    - outlier: otherwise live, but the log-norm of W_enc or W_dec is more than 5 robust standard deviations from the
+      median.
+    - live: the rest.
 
-    Raises ValueError where rates are not in order or the SAE has another width.
+    Firing rates come with Clopper-Pearson intervals. Where training counted dead latents, its count is compared with
+    the store's.
+
+    Args:
+        store: feature store with the codes of all latents.
+        sae: the SAE that the store was harvested with, for outliers and likely causes; None leaves both out.
+        acts: (n, d_in) activations in the units of the SAE's input, to see how near dead latents come to firing; None
+            leaves this out.
+        near_dead_rate: firing rate below which a latent is near-dead, as a share of tokens.
+        dense_rate: firing rate above which a latent is dense, as a share of tokens.
+        confidence: level of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: the rates are not in order, or `sae` is not the SAE of the store.
     """
     if not 0 <= near_dead_rate < dense_rate <= 1 or not 0 < confidence < 1:
         raise ValueError(
@@ -121,7 +137,10 @@ def dead_units(
 
 
 def drift(results: Sequence[DeadUnits]) -> list[dict[str, int]]:
-    """From each result to the next (checkpoints of one SAE on one text): units that died, revived, and stayed dead."""
+    """Numbers of latents that died, revived and stayed dead from each result to the next.
+
+    The results are those of successive checkpoints of one SAE on one text; ValueError where their widths differ.
+    """
     found = []
     for before, after in pairwise(results):
         if len(before.kinds) != len(after.kinds):
@@ -134,10 +153,10 @@ def drift(results: Sequence[DeadUnits]) -> list[dict[str, int]]:
 def clopper_pearson(
     fires: Integer[np.ndarray, "n"], n_tokens: int, confidence: float
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Exact limits of a rate from `fires` successes in `n_tokens` independent trials.
+    """Exact (Clopper-Pearson) confidence limits of a rate with `fires` successes in `n_tokens` independent trials.
 
     Where there was no success the upper limit is one-sided, `1 - (1 - confidence)^(1 / N)`, just below 3 / N at 0.95.
-    Tokens of a document depend on one another, so that real intervals are wider.
+    Tokens of a document depend on one another, so true intervals are wider.
 
     >>> low, high = clopper_pearson(np.array([0, 5]), 100, 0.95)
     >>> [round(float(x), 4) for x in (*low, *high)]
@@ -152,7 +171,7 @@ def clopper_pearson(
 
 
 def find_outliers(sae: SAE) -> Bool[np.ndarray, "d_sae"]:
-    """Units whose W_enc or W_dec has a norm far from the others': by more than 5 robust deviations of its logarithm."""
+    """Latents whose W_enc or W_dec log-norm lies more than 5 robust standard deviations from the median."""
     found = np.zeros(sae.cfg.d_sae, bool)
     for norms in (sae.W_enc.norm(dim=0), sae.W_dec.norm(dim=1)):
         logs = norms.detach().clamp(min=1e-12).log().cpu().double().numpy()

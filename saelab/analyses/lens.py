@@ -1,4 +1,4 @@
-"""`logit_lens`: what features push the model to say, and not to say."""
+"""Direct logit attribution of features: the tokens that each decoder direction promotes and suppresses most."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Promoted:
-    """One feature's strongest direct effects on the next token's logits, for a code of +1."""
+    """One feature's largest and most negative direct effects on the next token's logits, for a code of +1."""
 
     feature: int
     promoted: tuple[tuple[str, float], ...]
-    """tokens and effects, largest first"""
+    """(token, effect) pairs, largest effect first"""
     suppressed: tuple[tuple[str, float], ...]
-    """tokens and effects, most negative first"""
+    """(token, effect) pairs, most negative effect first"""
     spread: float
     """standard deviation of the effect over the vocabulary"""
     kurtosis: float
@@ -39,7 +39,10 @@ class Promoted:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitLens(Result):
-    """Direct effects of features on the logits, at a residual stream of unit scale; a code of -1 has the opposite."""
+    """Direct effects of features on the logits, at a residual stream of unit scale.
+
+    A code of -1 has the opposite effects.
+    """
 
     features: tuple[Promoted, ...]
     d_vocab: int
@@ -64,13 +67,24 @@ class LogitLens(Result):
 def logit_lens(
     sae: SAE, model: Model, features: FeatureIds | None = None, *, n: int = 10, allow_mismatch: bool = False
 ) -> LogitLens:
-    """The tokens that each feature's direction promotes and suppresses most, through final norm and unembedding.
+    """The tokens that each feature's decoder direction promotes and suppresses most, through final norm and
+    unembedding.
 
-    `effect = (norm'(d)) W_U`, d the row of W_dec in the activations' own units, the norm linear at unit scale: adding
-    z d to a residual stream of scale s adds `z effect / s` to the logits. Effects are centred over the vocabulary,
-    which the probabilities do not see; ids without a token (padded vocabularies) are left out. All features by default.
-    ValueError for an SAE whose activations are not of the residual stream's width, for one of another model or weight
-    processing (unless `allow_mismatch`), and for features that do not exist.
+    `effect = (norm'(d)) W_U`, where d is the row of W_dec in the activations' own units and norm' the final norm made
+    linear at unit scale: adding z d to a residual stream of scale s adds `z effect / s` to the logits. Effects are
+    centred over the vocabulary, which leaves the probabilities as they are; ids without a token (padded vocabularies)
+    are left out.
+
+    Args:
+        sae: the SAE whose decoder directions are read.
+        model: the language model that the SAE was trained on.
+        features: numbers of the features; None takes all.
+        n: tokens returned at each end, at most the size of the vocabulary.
+        allow_mismatch: True accepts an SAE that was trained on another model or weight processing.
+
+    Raises:
+        ValueError: the SAE's activations are not as wide as the residual stream, the SAE is of another model or weight
+            processing, or a feature does not exist.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> len(logit_lens(sae, model, [3], n=5)[3].promoted)
@@ -90,7 +104,7 @@ def logit_lens(
 
 @dataclass(frozen=True, eq=False)
 class _Tops:
-    """What is kept of a block of features' effects on the whole vocabulary."""
+    """The extreme effects of a block of features, and the spread over the whole vocabulary."""
 
     features: list[int]
     sides: tuple[tuple[Int[Tensor, "n_features n"], Float[Tensor, "n_features n"]], ...]
@@ -102,7 +116,7 @@ class _Tops:
     def find(
         cls, features: list[int], effects: Float[Tensor, "n_features d_vocab"], known: Int[Tensor, "n_known"], n: int
     ) -> "_Tops":
-        """Of the ids that have a token: others were never trained, and say nothing."""
+        """The extremes over ids that have a token; other ids were never trained, so their effects mean nothing."""
         known = known.to(effects.device)
         effects = effects[:, known]
         effects = effects - effects.mean(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""`neighbours`: for every feature those most like it, by direction, by activation, or by firing together."""
+"""Similarity of features: the nearest others of every feature by decoder cosine, correlation of codes, or co-firing."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,18 +20,19 @@ BLOCK = 512
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Neighbours(Result):
-    """The `m` most similar others of each feature, largest first by size; the sign says whether they go together."""
+    """The `m` most similar other features of each feature, sorted by size of the similarity, largest first."""
 
     by: str
+    """name of the similarity"""
     n_tokens: int | None
     """tokens the similarity rests on; None for directions"""
     indices: Int[np.ndarray, "d_sae m"]
-    """-1 where a feature has fewer neighbours"""
+    """features; -1 where a feature has fewer than m"""
     values: Float[np.ndarray, "d_sae m"]
-    """similarity in -1 to 1; NaN where there is none"""
+    """similarity in -1 to 1, negative where features exclude or oppose each other; NaN where there is none"""
 
     def of(self, feature: SupportsIndex) -> list[tuple[int, float]]:
-        """A feature's neighbours and their similarity."""
+        """The nearest features of one feature, as (feature, similarity) pairs."""
         feature = read_feature(feature, d_sae=len(self.indices))
         known = self.indices[feature] >= 0
         return list(zip(self.indices[feature][known].tolist(), self.values[feature][known].tolist(), strict=True))
@@ -45,11 +46,14 @@ class Neighbours(Result):
 
 
 def neighbours(source: FeatureStore | SAE, by: By | None = None, *, m: int = 10) -> Neighbours:
-    """The `m` features most similar to each, over all features, by size of similarity.
+    """The `m` most similar other features of every feature, by size of the similarity.
 
-    correlation (default for a store): Pearson's r of the codes over all tokens, zeros too; phi: the same of firing at
-    all, whatever the sign; cosine (default for an SAE): of the rows of W_dec. A feature that never fires, or always
-    with one value, has no correlation with any other. ValueError for a similarity that the source cannot give.
+    - "correlation" (default for a store): Pearson's r of the codes over all tokens, zeros included.
+    - "phi": Pearson's r of firing (0 or 1) over all tokens, whatever the sign of the code.
+    - "cosine" (default for an SAE): cosine of rows of W_dec.
+
+    A feature that never fires, or always with one value, has no correlation with any other. ValueError for a similarity
+    that the source cannot give.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=40))
     >>> neighbours(sae, m=2).indices.shape
@@ -96,7 +100,7 @@ def _correlations(store: FeatureStore, firing: bool) -> Iterator[tuple[int, np.n
 
 
 def _nearest(start: int, block: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """The m largest by size in each row, not counting the feature itself."""
+    """The m largest by size in each row, the feature itself left out."""
     size = torch.from_numpy(np.nan_to_num(np.abs(block), nan=-1.0))
     size[torch.arange(len(block)), torch.arange(start, start + len(block))] = -2.0
     top = largest_first(size, m)

@@ -1,4 +1,4 @@
-"""`list_features`: the features of a store as a table: how often, how strongly, with which sign and on which words."""
+"""Table of a store's features: firing density, counts and sizes by sign, and most frequent tokens."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,15 +15,15 @@ COLUMNS = ("feature", "density", "n_positive", "n_negative", "balance", "mean", 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureTable(Result):
-    """Rows of features, with how many tokens they rest on; `pandas.DataFrame(table.rows)` takes it as it is."""
+    """A table of features and the number of tokens it was measured on; `pandas.DataFrame(table.rows)` converts it."""
 
     n_tokens: int
     d_sae: int
     sort: str
     rows: tuple[dict[str, Any], ...]
-    """by feature: density, the share of tokens on which it fires; n_positive and n_negative firings; balance, the
-    lesser sign's share of them, 0 to 0.5, NaN without firings; mean and peak |z| over firings; words, the three that
-    carry most firings"""
+    """one per feature, with density, the share of tokens on which it fires; n_positive and n_negative, its firings by
+    sign; balance, the share of the less frequent sign among them, 0 to 0.5, NaN without firings; mean and peak |z| over
+    firings; words, the three tokens with most firings"""
 
     def __str__(self) -> str:
         lines = [f"{len(self.rows):,} of {self.d_sae:,} features on {self.n_tokens:,} tokens, by {self.sort}"]
@@ -39,9 +39,16 @@ class FeatureTable(Result):
 def list_features(
     store: FeatureStore, *, sort: str = "density", top: int | None = 20, descending: bool = True
 ) -> FeatureTable:
-    """The first `top` features by a column (all of them with None), ties by number; NaN comes last.
+    """The first `top` features sorted by one column of the table; equal values by feature number, NaN last.
 
-    ValueError for a column that does not exist and for fewer than one row.
+    Args:
+        store: feature store that is summarized.
+        sort: column to sort by: feature, density, n_positive, n_negative, balance, mean or peak.
+        top: number of rows; None returns all features.
+        descending: True puts the largest values first.
+
+    Raises:
+        ValueError: the column does not exist, or `top` is below 1.
     """
     if sort not in COLUMNS:
         near = get_close_matches(sort, COLUMNS, n=5) or list(COLUMNS[:5])

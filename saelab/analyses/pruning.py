@@ -1,4 +1,4 @@
-"""`progressive`: how much of a dictionary is needed, when its units are taken in order of importance."""
+"""Progressive coding: reconstruction quality when only the most important latents of an SAE are kept."""
 
 import math
 from collections import defaultdict
@@ -21,44 +21,44 @@ from saelab.sae.sae import SAE
 from saelab.stores.results import Result
 
 WINDOW = (0.02, 0.5)
-"""Ranks that the power law is fitted to, as shares of the units that ever fire."""
+"""Ranks that the power law is fitted to, as shares of the latents that ever fire."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Granularity:
-    """The dictionary cut down to its first units in some order, everything else of it as it was."""
+    """Quality of a dictionary when only the first `size` latents of an order are kept."""
 
     order: str
-    """energy: by E[z^2] ||d||^2; frequency: by firing rate; random; prefix: as they stand, for Matryoshka sizes"""
+    """energy: by E[z^2] ||d||^2; frequency: by firing rate; random; prefix: by index, for Matryoshka sizes"""
     size: int
     fvu: float
     """fraction of variance unexplained; lower is better"""
     l0: float
-    """codes left per token: pruning takes away some that were selected"""
+    """mean number of codes left per token; pruning removes some that were selected"""
     ce: float
-    """the model's loss with this in place of the activations, nats a token; lower is better"""
+    """the model's loss with the pruned reconstruction in place of the activations, nats per token; lower is better"""
     loss_recovered: float
     """(ce_zero - ce) / (ce_zero - ce_clean); NaN where zero ablation does no harm"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progressive(Result):
-    """Quality by dictionary size, importance measured on other documents than quality."""
+    """Reconstruction quality by dictionary size; importance and quality are measured on different documents."""
 
     rows: tuple[Granularity, ...]
     exponent: float
-    """a of importance ~ rank^-a"""
+    """a of the fit importance ~ rank^-a"""
     r2: float
-    """of that fit in logarithms, over ranks 2 % to 50 % of the units that fire"""
+    """R^2 of that fit in logarithms, over ranks 2 % to 50 % of the latents that fire"""
     ce_clean: float
     ce_zero: float
     n_tokens: int
-    """that quality rests on"""
+    """tokens on which quality was measured"""
     n_tokens_ranked: int
-    """that importance rests on"""
+    """tokens on which importance was measured"""
 
     def get(self, order: str, size: int) -> Granularity:
-        """One row; KeyError where there is none."""
+        """The row of a given order and size; KeyError where there is none."""
         for row in self.rows:
             if (row.order, row.size) == (order, size):
                 return row
@@ -89,12 +89,27 @@ def progressive(
     seed: int = 0,
     allow_mismatch: bool = False,
 ) -> Progressive:
-    """Encode once, keep the codes of the `sizes` most important units, and see what is lost (arXiv:2505.00190).
+    """Reconstruction quality when only the codes of the `sizes` most important latents are kept (arXiv:2505.00190).
 
-    Importance is E[z_i^2] ||d_i||^2, measured on the first half of the rows; quality on the other half. Beside it the
-    same cut by firing rate, in random order (drawn by `seed`), and, for fixed Matryoshka prefixes, as the units stand.
-    Sizes default to the prefixes, or to d_sae divided by 16, 8, 4, 2 and 1. ValueError as in `evaluate`, for sizes
-    outside 1..d_sae, and for fewer than two rows.
+    Activations are encoded once with the whole dictionary. Importance is E[z_i^2] ||d_i||^2, measured on the first half
+    of the rows; quality is measured on the other half. The same sizes are also cut by firing rate, in random order and,
+    for fixed Matryoshka prefixes, by index.
+
+    Args:
+        sae: the SAE to prune.
+        model: the language model that it was trained on.
+        tokens: two or more rows of text; the first half ranks the latents, the rest measures quality.
+        sizes: numbers of latents kept, each in 1..d_sae; None takes the Matryoshka prefixes, or d_sae divided by 16, 8,
+            4, 2 and 1.
+        hook_point: where the reconstruction replaces the activations, or (input, target) for a transcoder; None takes
+            the SAE's own.
+        mask: tokens that are measured and replaced; None takes the mask that the SAE was trained with.
+        batch_size: sequences per forward pass; None takes about 4096 tokens' worth.
+        seed: seed of the random order.
+        allow_mismatch: True accepts another model, weight processing or hook point than those of training.
+
+    Raises:
+        ValueError: a size is outside 1..d_sae, there are fewer than two rows, or as in `evaluate`.
     """
     require_threshold(sae)
     sizes = sizes or _default_sizes(sae)
@@ -112,7 +127,9 @@ def progressive(
 
 
 def fit_power_law(importance: Float[Tensor, "d_sae"]) -> tuple[float, float]:
-    """Exponent a and R^2 of `log I = c - a log rank`, over ranks 2 % to 50 % of what is above 0; NaN for too few.
+    """Exponent a and R^2 of the fit `log I = c - a log rank`, over ranks 2 % to 50 % of the importances above 0.
+
+    Both are NaN where too few are left.
 
     >>> a, r2 = fit_power_law(torch.arange(1, 1001).double() ** -1.5)
     >>> round(a, 6), round(r2, 6)
@@ -137,7 +154,7 @@ def _default_sizes(sae: SAE) -> tuple[int, ...]:
 
 
 def _rank(sae: SAE, stage: Stage, tokens: Tokens, n_seq: int) -> tuple[Tensor, Tensor, int]:
-    """Energy and firings of every unit."""
+    """Energy and number of firings of every latent."""
     energy, fires = (torch.zeros(sae.cfg.d_sae, dtype=torch.float64) for _ in range(2))
     n_tokens = 0
     for batch in batches_of(tokens, n_seq):
@@ -151,7 +168,7 @@ def _rank(sae: SAE, stage: Stage, tokens: Tokens, n_seq: int) -> tuple[Tensor, T
 
 
 def _orders(sae: SAE, energy: Tensor, fires: Tensor, seed: int) -> dict[str, Int[Tensor, "d_sae"]]:
-    """The units by each order, most important first."""
+    """The latents in each order, most important first."""
     drawn = torch.randperm(sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
     orders = {"energy": energy.argsort(descending=True, stable=True)}
     orders |= {"frequency": fires.argsort(descending=True, stable=True), "random": drawn}

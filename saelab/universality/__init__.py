@@ -1,1 +1,1 @@
-"""Which features recur: across seeds, layers, sizes and models, each beside its chance level."""
+"""Universal features: which features recur across seeds, layers, sizes and models, compared with null distributions."""

@@ -1,4 +1,4 @@
-"""`AlignedRows`: the weights between rows of two stores of other tokens, made document by document when asked for."""
+"""Lazy alignment matrix between the rows of two feature stores with different tokenizers."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,23 +22,24 @@ class _Pairs(NamedTuple):
     at: tuple[np.ndarray, np.ndarray]
     """bytes that belong together, in the order of both"""
     unclear: tuple[np.ndarray, np.ndarray]
-    """bytes whose partners cannot be told"""
+    """bytes whose partners are not known"""
     tokens: tuple[np.ndarray, np.ndarray]
     shared: np.ndarray
-    """characters"""
+    """number of characters that both tokens cover"""
 
     @property
     def sole(self) -> Bool[np.ndarray, "n_pairs"]:
-        """Pairs of tokens with the same characters, all of them."""
+        """Pairs of tokens that cover exactly the same characters."""
         whole = [side.whole(at)[own] for side, at, own in zip(self.sides, self.at, self.tokens, strict=True)]
         return np.logical_and.reduce(whole + [np.bincount(own)[own] == 1 for own in self.tokens])
 
 
 class AlignedRows:
-    """`self[start:stop] @ z_b` are codes of b for `rows[start:stop]` of a. Held are numbers by document, and one bool a
-    row of a.
+    """Sparse alignment weights, computed slice by slice: `self[start:stop] @ z_b` are codes of b for `rows[start:stop]`
+    of a.
 
-    Documents of a are taken in groups that lie apart, mostly one each, so that rows ascend.
+    Memory: a few numbers per document and one bool per row of a. Documents of a are processed in groups that do not
+    overlap, mostly one each, so that rows ascend.
     """
 
     def __init__(self, a: FeatureStore, b: FeatureStore) -> None:
@@ -59,7 +60,7 @@ class AlignedRows:
         self._survey(a.where.find(first[groups])[0], [versions.without(k) for k in (0, 1)])
 
     def _survey(self, borders: Int[np.ndarray, "n_groups"], left: list[list[int]]) -> None:
-        """Count what is aligned, by group, and what is not, by reason."""
+        """Count the aligned rows of each group, and the unaligned ones by reason."""
         marks, counts = np.zeros(len(self.stores[0]), bool), np.zeros(len(borders), np.int64)
         whys = np.zeros((2, len(REASONS)), np.int64)
         n_sole = n_rows_b = 0
@@ -92,7 +93,7 @@ class AlignedRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Aligned rows of a, rows of b."""
+        """Number of aligned rows of a, and of rows of b."""
         return len(self.rows), len(self.stores[1])
 
     def __len__(self) -> int:

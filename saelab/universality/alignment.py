@@ -1,4 +1,4 @@
-"""`align_rows`: the rows of two stores of the same documents brought together by the characters that they cover."""
+"""Alignment of two feature stores of the same documents, by the characters that their tokens cover."""
 
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,27 +22,27 @@ CommonRows: TypeAlias = tuple[MarkedRows, MarkedRows] | tuple[None, None]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Overview(Result):
-    """How much of two stores is aligned."""
+    """Counts of aligned and unaligned rows and documents of two stores."""
 
     exact: bool
-    """whether both texts have the same tokens, so that `rows_b[i]` is the partner of `rows[i]`, and the only one"""
+    """whether both texts have the same tokens; then `rows_b[i]` is the only partner of `rows[i]`"""
     n_rows: tuple[int, int]
-    """of a and of b"""
+    """number of rows of a and of b"""
     n_aligned: tuple[int, int]
-    """of these, rows that have a partner"""
+    """number of rows of a and of b that have a partner"""
     one_to_one: float
     """share of a's aligned rows whose characters are those of exactly one token of b"""
     n_documents: int
-    """documents in common"""
+    """number of documents in common"""
     n_cut: int
-    """of these, documents that end earlier on one side"""
+    """number of common documents that end earlier on one side"""
     left_out: dict[str, dict[str, int]]
-    """other documents of a and of b, by reason"""
+    """number of documents of a and of b without a partner, by reason"""
     unaligned: dict[str, dict[str, int]]
-    """rows of a and of b without a partner, by reason"""
+    """number of rows of a and of b without a partner, by reason"""
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts, ready for JSON; neither rows nor weights."""
+        """The counts, ready for JSON, without rows and weights."""
         counts = {field.name: getattr(self, field.name) for field in fields(Overview)}
         return counts | {"n_rows": list(self.n_rows), "n_aligned": list(self.n_aligned)}
 
@@ -60,7 +60,7 @@ class Overview(Result):
 
 
 def tell_counts(found: AlignedRows) -> dict[str, Any]:
-    """The fields of `Overview` for rows that are aligned by characters."""
+    """The fields of `Overview` for rows aligned by characters, as keyword arguments."""
     return {
         "exact": False,
         "n_rows": (len(found.stores[0]), len(found.stores[1])),
@@ -75,32 +75,34 @@ def tell_counts(found: AlignedRows) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Alignment(Overview):
-    """Which rows of store b cover the characters of store a's: `weights @ z_b` are codes of b for `rows` of a."""
+    """Row alignment of two stores: `weights @ z_b` are codes of b for `rows` of a."""
 
     rows: Integer[np.ndarray, "n_aligned"]
     """rows of a that have a partner, in increasing order"""
     rows_b: Integer[np.ndarray, "n_aligned_b"]
     """rows of b that have a partner, in increasing order"""
     weights: "csr_matrix"
-    """(n_aligned, rows of b), float32: of the characters of a's token that rows of b cover, the share of each"""
+    """(n_aligned, rows of b), float32: of the characters of a's token that rows of b cover, the share that each row
+    covers"""
 
 
 def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
-    """Align two stores of the same documents by what their tokens cover, whatever tokenizers, models and masks.
+    """The alignment of two stores of the same documents by the characters that their tokens cover.
 
-    Entry (i, j) of the weights is the share of a-token i's characters that b-token j covers; rows sum to 1 over what
-    rows of b cover. White space and special tokens are no characters: spaces may stand in any token, and tokens of
-    nothing else have no partner. Documents are found by their text, in any order; copies of one text are paired in
-    their order, and where one side was cut the beginning is aligned. A document is left out where its text reads
-    otherwise on the other side. A token that does not tell its text (<unk>) has no partner, nor what it stands for on
-    the other side; such documents are found by their number, and what is around is aligned.
+    Tokenizers, models and masks may differ. Entry (i, j) of the weights is the share of a-token i's characters that
+    b-token j covers; each row sums to 1 over the characters that rows of b cover. White space and special tokens count
+    as no characters, as tokenizers put spaces into different tokens, and tokens of nothing else have no partner.
+    Documents are matched by their text, in any order; copies of one text are paired in their order, and where one side
+    was cut the beginning is aligned. A document is left out where its text differs on the other side. A token whose
+    text is not known (<unk>) has no partner, nor has the text on the other side that it stands for; such documents are
+    matched by their number, and the text around the token is aligned.
 
-    Parts of characters, which read as U+FFFD, are told apart by counting bytes. Where such a token holds several bytes,
-    the stretch from the ASCII character before it to the one behind has partners only if it is of a single token on one
-    side; the parts on the other then count alike. Stores with the same tokens need none of this: every token, white
-    and special ones too, is its own partner.
+    Parts of characters, which decode to U+FFFD, are distinguished by counting bytes. Where such a token holds several
+    bytes, the stretch between the ASCII characters before and after it has partners only if it is of a single token on
+    one side; the parts on the other side then have equal weights. Stores with the same tokens need none of this: every
+    token, white space and special ones too, is its own partner.
 
-    Memory and time are linear in the tokens. ValueError where no row has a partner.
+    Memory and time are linear in the number of tokens. ValueError where no row has a partner.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4)))
     >>> import tempfile
@@ -118,8 +120,10 @@ def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
 
 
 def find_common_rows(a: FeatureStore, b: FeatureStore) -> CommonRows | None:
-    """The rows of two stores of the same tokens that stand at places which both masks kept, None for all rows of both;
-    nothing where their tokens differ. ValueError where the masks have no place in common.
+    """The rows of two stores of the same tokens at the positions that both masks kept, or None where their tokens
+    differ.
+
+    A pair of Nones stands for all rows of both. ValueError where the masks have no position in common.
     """
     if not _same_tokens(a.text, b.text):
         return None
@@ -145,7 +149,7 @@ def _same_places(a: FeatureStore, b: FeatureStore) -> bool:
 
 
 def _same_tokens(a: StoredText, b: StoredText) -> bool:
-    """Whether both texts are the same tokens, document by document; ids that only one side can read say nothing."""
+    """Whether both texts are the same tokens, document by document; ids without a string on one side are ignored."""
     if len(a) != len(b):
         return False
     for start in range(0, len(a), ROWS_AT_ONCE):
@@ -157,7 +161,7 @@ def _same_tokens(a: StoredText, b: StoredText) -> bool:
 
 
 def _align_equal(a: FeatureStore, b: FeatureStore, common: CommonRows) -> Alignment:
-    """Every row with the one at its place."""
+    """Alignment of every row with the one at the same position."""
     from scipy.sparse import csr_matrix
 
     rows, rows_b = (np.arange(len(a)) if one is None else one[:] for one in common)

@@ -1,4 +1,4 @@
-"""`compare_bases`: neurons, or principal directions, matched as features are: what a dictionary has to beat."""
+"""Baselines for `compare`: neurons or principal components of two activation spaces, matched as features are."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -33,11 +33,25 @@ def compare_bases(
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """The baseline of `compare`: the axes of two spaces, or their principal directions, in place of features.
+    """The comparison of `compare` for neurons, or principal components, of two activation spaces instead of features.
 
-    Their values on the same tokens are correlated, by size, with the same assignment, chance and effect as those of
-    features: a dictionary tells something where its features recur more than these do. ValueError unless both sides are
-    of the same tokens.
+    Their values on the same tokens are correlated, by size, with the same assignment, null distribution and effect size
+    as for features. A dictionary adds something where its features recur more often than these do.
+
+    Args:
+        a: activations of one model at one hook point.
+        b: activations on the same tokens, of another model or hook point.
+        basis: "neurons" takes the axes of the space, "pca" the eigenvectors of the covariance.
+        m: nearest axes considered for each.
+        n_shifts: permutations of the rows of `b` that the null distribution is taken from.
+        n_null: axes whose best partner is searched in each permutation.
+        fdr: false discovery rate, in (0, 1), up to which a match is universal.
+        min_effect: similarity that a universal match must reach.
+        seed: seed of the permutations.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the basis does not exist, or the two sides are not of the same tokens.
 
     >>> acts = sl.Activations.from_tensor(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)))
     >>> found = compare_bases(acts, acts, "pca", n_shifts=2, progress=False)
@@ -65,7 +79,7 @@ def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class _Axes:
-    """Activations in a basis, as rows of codes."""
+    """Activations in a basis, readable as rows of codes."""
 
     acts: Activations
     mean: Float[torch.Tensor, "d"]
@@ -73,7 +87,7 @@ class _Axes:
 
     @classmethod
     def of(cls, acts: Activations, basis: str) -> "_Axes":
-        """The axes themselves, or the eigenvectors of the covariance."""
+        """Activations in the basis of neurons, or of the covariance's eigenvectors."""
         total, squares = torch.zeros(acts.d_in).double(), torch.zeros(acts.d_in, acts.d_in).double()
         for start in range(0, len(acts), CHUNK):
             x = acts[start : start + CHUNK].double()
@@ -87,19 +101,19 @@ class _Axes:
 
     @property
     def d_sae(self) -> int:
-        """Directions."""
+        """Number of directions."""
         return self.acts.d_in
 
     @property
     def l0(self) -> float:
-        """Nothing is sparse here."""
+        """Number of directions: no value is 0."""
         return float(self.acts.d_in)
 
     def __len__(self) -> int:
         return len(self.acts)
 
     def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
-        """Centred values."""
+        """Centred values of some rows."""
         from scipy.sparse import csr_matrix
 
         return csr_matrix(((self.acts[start:stop].float() - self.mean) @ self.directions).numpy())

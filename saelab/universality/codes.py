@@ -1,4 +1,4 @@
-"""`Codes`: what two dictionaries are compared on: rows that both have, columns for features or for their sides."""
+"""Code matrices of a feature store with rows and columns selected, aligned, averaged by document or permuted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 Values = Literal["codes", "firing", "sides"]
-"""codes with their sign; 1 where a feature fires; sizes of positive and negative codes, as columns 2 j and 2 j + 1"""
+"""codes with their sign; 1 where a feature fires; |z| of positive and negative codes, as columns 2 j and 2 j + 1"""
 
 SPREAD = 2
-"""Rows that are put elsewhere are read with what stands between them where that is so many times as much at most."""
+"""Permuted rows are read in one stretch where that is at most so many times as many rows as are asked for."""
 
 
 @runtime_checkable
 class Encoded(Protocol):
-    """Rows of codes: a feature store, or what looks like one."""
+    """Protocol for rows of codes: a feature store, or an object that reads like one."""
 
     @property
     def d_sae(self) -> int: ...
@@ -38,7 +38,7 @@ class Encoded(Protocol):
 
 @runtime_checkable
 class Chosen(Protocol):
-    """Some rows of a store in increasing order: an array, or what makes parts of one."""
+    """Protocol for some rows of a store in increasing order: an array, or an object that computes slices of one."""
 
     def __len__(self) -> int: ...
 
@@ -47,7 +47,7 @@ class Chosen(Protocol):
 
 @runtime_checkable
 class Weights(Protocol):
-    """A sparse matrix, or what makes rows of one."""
+    """Protocol for a sparse matrix, or an object that computes row slices of one."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -57,11 +57,11 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """The codes of some rows of a store.
+    """The codes of some rows of a store, as sparse matrices read slice by slice.
 
-    `rows` chooses rows of the store, `weights` makes rows as sums of the store's rows (alignment of tokenizers),
-    `groups` takes means over runs of rows (documents), and `order` puts the rows elsewhere, last. Nothing here has the
-    length of the text but what `rows` and `weights` may hold themselves.
+    Steps are applied in this order: `rows` selects rows of the store, `weights` makes each row a weighted sum of the
+    store's rows (alignment of tokenizers), `groups` averages runs of rows (documents), and `order` permutes the rows.
+    Nothing here grows with the text but what `rows` and `weights` may hold themselves.
     """
 
     store: Encoded
@@ -69,41 +69,41 @@ class Codes:
     rows: Chosen | None = None
     weights: Weights | None = None
     groups: Integer[np.ndarray, "n_groups"] | None = None
-    """the row that each group begins with"""
+    """first row of each group"""
     columns: Integer[np.ndarray, "m"] | None = None
-    """some columns alone"""
+    """columns selected; None for all"""
     order: Integer[np.ndarray, "n_rows"] | MovedBlocks | None = None
-    """the row that stands at each place; what stands near each other is read at once"""
+    """the row that stands at each position; neighbours in it are read together"""
 
     @property
     def n_rows(self) -> int:
-        """Rows, or groups of rows."""
+        """Number of rows, or of groups of rows."""
         return self.n_tokens if self.groups is None else len(self.groups)
 
     @property
     def n_tokens(self) -> int:
-        """Rows before they are grouped."""
+        """Number of rows before they are grouped."""
         if self.weights is not None:
             return int(self.weights.shape[0])
         return len(self.store) if self.rows is None else len(self.rows)
 
     @property
     def width(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return self.full_width if self.columns is None else len(self.columns)
 
     @property
     def full_width(self) -> int:
-        """Columns before some are chosen."""
+        """Number of columns before some are selected."""
         return self.store.d_sae * (2 if self.values == "sides" else 1)
 
     @property
     def n_entries(self) -> float:
-        """Codes that are not zero, about."""
+        """Approximate number of codes that are not zero."""
         return self.store.l0 * self.n_tokens
 
     def matrix(self, start: int, stop: int) -> "csr_matrix":
-        """Rows start..stop."""
+        """The sparse matrix of rows start to stop - 1."""
         if self.order is None or stop <= start:
             return self._plain(start, stop)
         rows = self.order[start:stop]
@@ -144,7 +144,7 @@ class Codes:
         return self._turn(found if whole else found[rows - rows[0]])
 
     def _turn(self, found: "csr_matrix") -> "csr_matrix":
-        """Codes as the values that are asked for."""
+        """Codes converted to the values asked for: codes, firing or sides."""
         if self.values == "firing":
             return self._mark(found)
         return self._split(found) if self.values == "sides" else found
@@ -160,16 +160,16 @@ class Codes:
         return csr_matrix((np.abs(found.data), indices, found.indptr), shape=(found.shape[0], self.full_width))
 
     def moved(self, order: Integer[np.ndarray, "n_rows"] | MovedBlocks) -> "Codes":
-        """The same with rows put elsewhere."""
+        """The same codes with their rows permuted."""
         return replace(self, order=order)
 
     def only(self, columns: Integer[np.ndarray, "m"]) -> "Codes":
-        """Some columns alone."""
+        """The same codes with some of the columns."""
         return replace(self, columns=columns)
 
 
 def _read(matrix: "Callable[[int, int], csr_matrix]", rows: Integer[np.ndarray, "n"]) -> "csr_matrix":
-    """Some rows in increasing order: with what stands between them where that is not much, else run by run."""
+    """Some rows in increasing order, read with the rows between them where those are few, else run by run."""
     if len(rows) == 0:
         return matrix(0, 0)
     first, end = int(rows[0]), int(rows[-1]) + 1

@@ -1,4 +1,4 @@
-"""`compare`: which features of two dictionaries are the same, beside what chance would give."""
+"""Matching of features between two dictionaries, with p values from a permutation test."""
 
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
@@ -19,7 +19,7 @@ from saelab.universality.sources import DirectionSource, Source, StoreSource
 Similarity = Literal["correlation", "documents", "phi", "jaccard", "decoder", "encoder"]
 Untrained: TypeAlias = FeatureStore | SAE | tuple[FeatureStore | SAE | None, FeatureStore | SAE | None] | None
 EXACT = 2**22
-"""Pairs of features up to which the assignment considers all of them."""
+"""Number of pairs of features up to which the assignment considers all of them."""
 
 
 def compare(
@@ -38,27 +38,45 @@ def compare(
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
-    """For every feature of two stores of the same text, or of two SAEs of one space, its best partner in the other.
+    """The best partner of every feature of one dictionary in another, with p values and false discovery rates.
 
-    correlation (default for stores): Pearson's r of the codes over all common tokens, zeros too; documents: of their
-    means by document; phi: of firing at all; jaccard: |both fire| / |either fires|; decoder (default for SAEs) and
-    encoder: cosine of directions. Signed codes are matched by |r|, and a negative r means flipped; with `sides` the
-    positive and negative codes of signed stores are features of their own, 2 j and 2 j + 1. Stores of different
+    The dictionaries are two stores of the same text, or two SAEs of one activation space. Stores of different
     tokenizers are aligned by the characters of their documents.
 
-    A match fires together on at least `min_count` tokens. Chance: the rows of `b` are put elsewhere `n_shifts` times,
-    in blocks within documents that change places and are turned round one by one, which keeps runs and rates but no
-    period of the text, and the best partners of `n_null` features are sought anew (for directions: of random ones). p
-    is pooled over features that fire about as often and can be no less than 1 / (n_shifts x n_null + 1): small
-    dictionaries need more shifts. q controls false discoveries; universal is what has q <= `fdr` and a similarity of at
-    least `min_effect`.
+    Null distribution: the rows of `b` are permuted `n_shifts` times, in blocks within documents that change places and
+    are each rotated by a random step, which keeps runs and firing rates but no period of the text; the best partners of
+    `n_null` features are then searched again (for directions: of random ones). p is pooled over features that fire
+    about as often and is at least 1 / (n_shifts x n_null + 1), so small dictionaries need more permutations. q is the
+    false discovery rate; a match is universal where q <= `fdr` and the similarity is at least `min_effect`.
 
-    Chance is a low floor: an untrained dictionary shares much with any other of the same text. `untrained` is one of
-    b's shape on the same text (`sl.harvest_untrained`), or a pair of a's and b's, of which either may be None. What it
-    shares stands beside what a and b do, and what is universal must reach what 95 % of its features stay below, too.
+    This null is a weak one: an untrained dictionary shares much with any other of the same text. With `untrained`, its
+    matches are reported next to those of a and b, and a universal match must also exceed the best similarities of 95 %
+    of its features.
 
-    Memory: the codes of the text (up to 2^26 at a time) and 10 best partners a feature, never d_a x d_b. ValueError for
-    sources of two kinds, a similarity they do not have, texts or spaces with nothing in common.
+    Memory: the codes of the text (up to 2^26 at a time) and 10 best partners a feature, never d_a x d_b.
+
+    Args:
+        a: feature store or SAE.
+        b: feature store of the same text, or SAE of the same activation space.
+        untrained: untrained dictionary of b's shape on the same text (`sl.harvest_untrained`), or a pair of a's and
+            b's, of which either may be None; None compares with none.
+        similarity: for stores "correlation" (default), Pearson's r of the codes over all common tokens, zeros included;
+            "documents", the same of codes averaged by document; "phi", the same of firing (0 or 1); "jaccard", |both
+            fire| / |either fires|. For SAEs "decoder" (default) or "encoder", the cosine of directions. Signed codes
+            are matched by |r|, and a negative r means flipped.
+        sides: True treats positive and negative codes of signed stores as features of their own, 2 j and 2 j + 1.
+        m: nearest features considered for each.
+        min_count: number of tokens on which a matched pair must fire together.
+        n_shifts: permutations that the null distribution is taken from.
+        n_null: features whose best partner is searched in each permutation.
+        fdr: false discovery rate, in (0, 1), up to which a match is universal.
+        min_effect: similarity that a universal match must reach.
+        seed: seed of the permutations.
+        progress: whether to show progress bars.
+
+    Raises:
+        ValueError: one source is a store and the other an SAE, the similarity does not exist for them, an option is out
+            of range, or the texts or spaces have nothing in common.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=40))
     >>> found = compare(sae, sae, progress=False)
@@ -91,7 +109,7 @@ def compare(
 
 
 def choose_similarity(similarity: str | None, stores: bool) -> Similarity:
-    """The similarity that is asked for, or that of the kind; ValueError for one that stores, or SAEs, do not have."""
+    """The similarity that is asked for, or the default; ValueError for one that stores, or SAEs, do not have."""
     kinds: tuple[Similarity, ...] = get_args(Similarity)
     allowed = kinds[:4] if stores else kinds[4:]
     found = next((kind for kind in allowed if similarity in (None, kind)), None)
@@ -101,7 +119,11 @@ def choose_similarity(similarity: str | None, stores: bool) -> Similarity:
 
 
 def raise_floor(found: Comparison, beside: list[Comparison]) -> Comparison:
-    """The same with comparisons in which one side is untrained as a second floor of what is universal."""
+    """The same comparison with universal matches limited to those that exceed the similarities of untrained
+    dictionaries.
+
+    `beside` are comparisons in which one side is untrained; empty leaves the comparison as it is.
+    """
     if not beside:
         return found
     sides = []
@@ -123,7 +145,19 @@ def conclude(
     min_effect: float,
     seed: int,
 ) -> Comparison:
-    """Partners, chance and assignment."""
+    """The finished comparison of two sources: partners, p values and one-to-one assignment.
+
+    Args:
+        work: the two sides that are compared, with their similarities.
+        similarity: name of the similarity, stored in the result.
+        m: nearest features considered for each.
+        min_count: number of rows on which a matched pair must fire together.
+        n_shifts: permutations that the null distribution is taken from.
+        n_null: features whose best partner is searched in each permutation.
+        fdr: false discovery rate, in (0, 1), up to which a match is universal.
+        min_effect: similarity that a universal match must reach.
+        seed: seed of the permutations.
+    """
     d_a, d_b = (len(fires) for fires in work.fires)
     exact = d_a * d_b <= EXACT
     wide = max(d_a, d_b) if exact else m
@@ -154,7 +188,7 @@ def _judge(
     fdr: float,
     min_effect: float,
 ) -> Matches:
-    """The partners of one side, and what chance makes of them."""
+    """The partners of one side's features, with p and q from the null distribution."""
     partners, values, both = _choose(work, side, found, m, min_count)
     fires, rates, sizes = work.fires[side], work.rates[side], np.abs(values)
     by_chance = np.concatenate([np.nan_to_num(np.abs(other.values[:, 0])) for _, other in chance] or [np.empty(0)])
@@ -197,5 +231,5 @@ def _choose(
 
 
 def _enough(both: np.ndarray, min_count: int) -> np.ndarray:
-    """-1 is for what cannot be counted, -2 for what was not yet."""
+    """Whether counts reach `min_count`; -1 marks what cannot be counted, -2 what was not counted yet."""
     return (both >= min_count) | (both == -1)

@@ -1,4 +1,4 @@
-"""What one dictionary is like: how many dimensions its directions fill, how crowded they are, how near to the data."""
+"""Geometry and usage of one dictionary: rank, coherence, distance to the data, firing density and energy."""
 
 import math
 from dataclasses import dataclass
@@ -15,38 +15,38 @@ from saelab.stores.features import FeatureStore
 from saelab.stores.results import Result
 
 PART = 4096
+"""Tokens encoded at a time."""
 BLOCK_CELLS = 2**23  # cosines held at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class DictionaryFigures(Result):
-    """The shape of a dictionary D, rows d_i at unit length (arXiv:2502.12892, appendix)."""
+    """Geometry of a dictionary D with rows d_i of unit length (arXiv:2502.12892, appendix)."""
 
     stable_rank: float
     """`||D||_F^2 / ||D||_2^2`, 1 to d_in: small where rows lean towards one direction"""
     effective_rank: float
     """exp of the entropy of the singular values' shares, 1 to d_in"""
     coherence: float
-    """`max_{i != j} |<d_i, d_j>|`, 0 to 1: one pair of twins is enough for 1"""
+    """`max_{i != j} |<d_i, d_j>|`, 0 to 1; one pair of equal rows makes it 1"""
     crowding: float
     """`mean_i max_{j != i} |<d_i, d_j>|`, 0 to 1"""
     ood: float
-    """`1 - mean_i max_t cos(d_i, x_t)`, lower is nearer to the data; NaN without any. It falls with the number of
-    tokens
-    """
+    """`1 - mean_i max_t cos(d_i, x_t)`, out-of-distribution score: lower is nearer to the data, and it falls with the
+    number of tokens; NaN without data"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Usage(Result):
-    """How a dictionary's features are used on some tokens."""
+    """How often and how strongly a dictionary's features fire on some tokens."""
 
     n_tokens: int
     fvu: float
     """NaN where only codes are known"""
     density: Float[np.ndarray, "d_sae"]
-    """share of tokens on which each fires"""
+    """share of tokens on which each feature fires"""
     energy: Float[np.ndarray, "d_sae"]
-    """mean of `z^2 ||W_dec||^2`: what each gives to the reconstruction, squared"""
+    """mean of `z^2 ||W_dec||^2` for each feature: the squared size of its contribution to the reconstruction"""
 
     @property
     def dead_frac(self) -> float:
@@ -58,9 +58,10 @@ class Usage(Result):
 def measure_directions(
     rows: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "n_tokens d_in"] | None = None, signed: bool = False
 ) -> DictionaryFigures:
-    """Ranks, coherence and, beside centred activations, the out-of-distribution score of a dictionary's directions.
+    """Ranks and coherence of a dictionary's directions and, with centred activations `x`, the out-of-distribution
+    score.
 
-    Cosines with activations count by size where codes are signed. No matrix of d_sae x d_sae is ever held.
+    Cosines with activations count by size where codes are signed. No d_sae x d_sae matrix is held.
 
     >>> found = measure_directions(torch.eye(4), torch.eye(4)[:2])
     >>> found.stable_rank, found.effective_rank, found.coherence, found.ood
@@ -80,7 +81,7 @@ def measure_directions(
 
 
 def measure_usage(sae: SAE, acts: Activations) -> Usage:
-    """FVU, firings and energy of an SAE's features on activations."""
+    """FVU, firing density and energy of an SAE's features on activations."""
     sums, fires = ReconstructionSums(sae.cfg.d_in), FiringSums(sae.cfg.d_sae)
     squares = torch.zeros(sae.cfg.d_sae, dtype=torch.float64)
     with torch.no_grad():
@@ -94,7 +95,7 @@ def measure_usage(sae: SAE, acts: Activations) -> Usage:
 
 
 def read_usage(sae: SAE, store: FeatureStore) -> Usage:
-    """The same but FVU, from the store that was harvested with the SAE."""
+    """Firing density and energy of an SAE's features, from the store that was harvested with it; FVU is NaN."""
     seen = store.statistics
     return _usage(sae, torch.from_numpy(seen.fires.sum(1)), torch.from_numpy(seen.squares.sum(1)), len(store), math.nan)
 
@@ -112,7 +113,7 @@ def _unit(rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
 def _largest_cosines(
     rows: Float[Tensor, "d_sae d_in"], others: Float[Tensor, "n d_in"], signed: bool, itself: bool
 ) -> Float[Tensor, "d_sae"]:
-    """The largest cosine (|cosine| where signed) of each row with any of the others, or any but itself."""
+    """The largest cosine (|cosine| where signed) of each row with the others; with `itself`, its own index too."""
     step = max(1, BLOCK_CELLS // len(others))
     found = []
     for start in range(0, len(rows), step):

@@ -1,4 +1,4 @@
-"""Documents as characters: how their tokens read without white space, and which tokens of two versions overlap."""
+"""Documents as byte strings without white space, and the overlap of two versions of a document."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,17 +15,17 @@ from saelab.stores.corpus import StoredText
 from saelab.universality.unknown import UNKNOWN, bridge
 
 PART = 0xFF
-"""Stands for a part of a character whose bytes are not known, U+FFFD; UTF-8 has no such byte."""
+"""Byte for a part of a character whose bytes are not known (U+FFFD); UTF-8 has no such byte."""
 SIZES = np.repeat([1, 0, 2, 3, 4, 0], [0x80, 0x40, 0x20, 0x10, 8, 8])
-"""bytes of a character, by its first; 0 for bytes inside one"""
+"""number of bytes of a character, by its first byte; 0 for bytes inside one"""
 SPACES = re.compile(rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80")
 """white space beyond ASCII, which may be split over tokens"""
 HIGH = bytes(range(0x80, 0x100))
 BLUR = bytes(range(0x80)) + bytes([PART]) * 0x80
 BEGINNING = 16
-"""ASCII characters by which two documents are told to be versions of one."""
+"""Number of leading ASCII characters by which two documents are recognized as versions of one."""
 TOKENS_AT_ONCE = 2**15
-"""Tokens whose characters are held at once."""
+"""Number of tokens whose characters are held at once."""
 VOCABULARY = 2**22
 REASONS = (
     "special tokens",
@@ -40,30 +40,33 @@ SPECIALS, WHITE, ELSEWHERE, BEHIND, SPLIT, MASKED = range(len(REASONS))
 
 @dataclass(frozen=True, eq=False)
 class Spelled:
-    """The characters of some documents as bytes; documents, tokens and bytes are counted within these."""
+    """The characters of some documents as bytes, without white space.
+
+    Documents, tokens and bytes are numbered within these documents.
+    """
 
     shares: Float[np.ndarray, "n_bytes"]
-    """1 / bytes of the character; 0 for a part of one"""
+    """1 / bytes of the character; 0 for a part of a character"""
     tokens: Integer[np.ndarray, "n_bytes"]
     """the token of each byte"""
     places: Integer[np.ndarray, "n_tokens"]
-    """where each token stands in the text"""
+    """position of each token in the text"""
     starts: Integer[np.ndarray, "n_docs_1"]
-    """where the bytes of each document begin"""
+    """first byte of each document"""
     doc_ids: list[int]
     documents: list[bytes]
-    """UTF-8 without white space, PART or UNKNOWN"""
+    """UTF-8 without white space; bytes PART and UNKNOWN stand for what is not known"""
     opaque: Bool[np.ndarray, "n_docs"]
-    """documents with tokens that do not tell their text"""
+    """documents with tokens whose text is not known"""
     why: Integer[np.ndarray, "n_tokens"]
-    """SPECIALS, WHITE, or for tokens with characters ELSEWHERE"""
+    """reason for no characters, SPECIALS or WHITE; ELSEWHERE for tokens with characters"""
 
     def skeleton(self, i: int) -> bytes:
-        """The ASCII characters of a document: what no tokenizer splits."""
+        """The ASCII characters of a document, which no tokenizer splits."""
         return self.documents[i].translate(None, HIGH)
 
     def why_left(self, i: int, beginnings: set[bytes]) -> str:
-        """The reason for which a document has no partner; `beginnings` are those of the other side that have none."""
+        """The reason why a document has no partner; `beginnings` are those of the other side's left-out documents."""
         if self.opaque[i]:
             return "tokens that do not tell their text"
         if not self.documents[i]:
@@ -71,14 +74,14 @@ class Spelled:
         return "text differs" if self.skeleton(i)[:BEGINNING] in beginnings else "not on the other side"
 
     def whole(self, at: np.ndarray) -> np.ndarray:
-        """Which tokens have all of their bytes among these."""
+        """Whether each token has all of its bytes among those at `at`."""
         seen = np.zeros(len(self.tokens), bool)
         seen[at] = True
         n = len(self.places)
         return np.bincount(self.tokens[seen], minlength=n) == np.bincount(self.tokens, minlength=n)
 
     def judge(self, at: np.ndarray, unclear: np.ndarray) -> np.ndarray:
-        """Why the row of each token has no partner where it has none; all documents have one."""
+        """For each token the reason why its row has no partner, if it has none; every document must have a partner."""
         why = self.why.copy()
         why[self.tokens] = BEHIND
         why[self.tokens[unclear]] = SPLIT
@@ -87,9 +90,9 @@ class Spelled:
 
 
 class SpelledText:
-    """A text whose documents are spelled when they are asked for: what is held is by token id and by document.
+    """Documents of a text as bytes, computed on demand; memory grows with token ids and documents only.
 
-    Documents are counted in the order in which they first appear; one may be in pieces.
+    Documents are numbered in the order in which they first appear; one may be in several pieces.
     """
 
     def __init__(self, text: StoredText) -> None:
@@ -114,11 +117,11 @@ class SpelledText:
         return len(self.doc_ids)
 
     def span(self, documents: Integer[np.ndarray, "n"]) -> tuple[np.ndarray, np.ndarray]:
-        """The first place of each of some documents, and the end of its last."""
+        """The first position of each of some documents, and the end of its last piece."""
         return self._runs[0, self._borders[documents]], self._runs[1, self._borders[documents + 1] - 1]
 
     def batches(self, documents: Iterable[int]) -> Iterator[list[int]]:
-        """Documents of at most TOKENS_AT_ONCE tokens together, or a longer one alone."""
+        """Batches of documents with at most TOKENS_AT_ONCE tokens together; a longer document is a batch of its own."""
         batch, size = list[int](), 0
         for i in documents:
             if batch and size + self.sizes[i] > TOKENS_AT_ONCE:
@@ -131,7 +134,9 @@ class SpelledText:
 
     @cached_property
     def _numbers(self) -> Int[np.ndarray, "n"] | None:
-        """Which of all ids each is, where ids are no larger than those of a vocabulary: looking up beats searching."""
+        """Index of each id among all ids, where ids are no larger than those of a vocabulary: a table is faster than a
+        search.
+        """
         if len(self._ids) == 0 or self._ids[-1] >= VOCABULARY:
             return None
         numbers = np.zeros(int(self._ids[-1]) + 1, np.int32)
@@ -142,7 +147,7 @@ class SpelledText:
         return np.searchsorted(self._ids, ids) if self._numbers is None else self._numbers[ids]
 
     def spell(self, documents: Sequence[int]) -> Spelled:
-        """Some documents, in this order."""
+        """The bytes of some documents, in this order."""
         chosen = np.array(documents, np.int64)
         starts, ends = self._runs[:, _expand(self._borders[chosen], self._borders[chosen + 1])]
         places = _expand(starts, ends)
@@ -167,7 +172,7 @@ class SpelledText:
 
 
 def find_ids(column: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n_ids"]:
-    """Every id of a column once, in order; looked at part by part."""
+    """The different ids of a column in increasing order, found part by part."""
     found = column[:0]
     for start in range(0, len(column), ROWS_AT_ONCE):
         found = np.union1d(found, column[start : start + ROWS_AT_ONCE])
@@ -182,7 +187,7 @@ def _expand(starts: Integer[np.ndarray, "n"], ends: Integer[np.ndarray, "n"]) ->
 
 
 def _find_kept(spelled: np.ndarray, borders: np.ndarray) -> np.ndarray:
-    """Bytes that are of no white space beyond ASCII: that of whole tokens is left out before, and ASCII's."""
+    """Bytes that are not white space beyond ASCII; ASCII's and that of whole tokens was left out before."""
     kept = np.ones(len(spelled), bool)
     for match in SPACES.finditer(spelled.tobytes()):
         start, stop = match.span()
@@ -192,7 +197,7 @@ def _find_kept(spelled: np.ndarray, borders: np.ndarray) -> np.ndarray:
 
 
 def _share(spelled: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """How much of its character each byte is; 0 where that is not known. No character begins in another document."""
+    """The share of its character that each byte is; 0 where it is not known. No character spans two documents."""
     if not (spelled >= HIGH[0]).any():
         return np.ones(len(spelled), np.float32)
     sizes = SIZES[spelled]
@@ -204,7 +209,7 @@ def _share(spelled: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 class Token(NamedTuple):
-    """What a token id adds to the characters of a text."""
+    """The bytes that a token id adds to a text."""
 
     spelled: bytes = b""
     why: int = SPECIALS
@@ -212,7 +217,7 @@ class Token(NamedTuple):
 
     @classmethod
     def spell(cls, string: str | None, raw: bytes | None = None) -> "Token":
-        """The bytes of a token without white space, from its string or, for a part of a character, as they are."""
+        """The bytes of a token without white space, from its string or, for a part of a character, its raw bytes."""
         if raw is not None:
             return cls(b"".join(raw.split()), ELSEWHERE)
         if string is None or "unk" in (SPECIAL.fullmatch(string) or [""])[0].lower():
@@ -226,20 +231,27 @@ class Token(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """What two documents have in common, byte by byte in the order of both."""
+    """The common part of two documents, byte by byte in the order of both."""
 
     at: tuple[np.ndarray, np.ndarray]
-    """bytes of each side that belong together"""
+    """bytes of each side that correspond"""
     shares: np.ndarray
-    """how much of a character they are"""
+    """share of a character that each byte is"""
     ends: tuple[bool, bool]
-    """whether each document ends here"""
+    """whether the overlap reaches the end of each document"""
     unclear: tuple[np.ndarray, np.ndarray] = (np.arange(0), np.arange(0))
-    """bytes whose partners cannot be told"""
+    """bytes whose partners are not known"""
 
 
 def find_overlap(a: Spelled, b: Spelled, i: int, j: int) -> Overlap | None:
-    """The beginning that two documents share; None where one does not go on as the other does."""
+    """The common beginning of two documents; None where they differ before either ends.
+
+    Args:
+        a: documents of one side.
+        b: documents of the other side.
+        i: index of the document in a.
+        j: index of the document in b.
+    """
     mine, theirs = a.documents[i], b.documents[j]
     if a.opaque[i] or b.opaque[j]:
         return _bridge(a, b, i, j)
@@ -255,7 +267,7 @@ def find_overlap(a: Spelled, b: Spelled, i: int, j: int) -> Overlap | None:
 
 
 def _bridge(a: Spelled, b: Spelled, i: int, j: int) -> Overlap | None:
-    """The overlap of documents with tokens that do not tell their text."""
+    """The overlap of two documents with tokens whose text is not known."""
     found = bridge(a.documents[i], b.documents[j])
     if found is None:
         return None
@@ -268,13 +280,15 @@ def _bridge(a: Spelled, b: Spelled, i: int, j: int) -> Overlap | None:
 
 
 def _shares(a: Spelled, b: Spelled, at_a: np.ndarray, at_b: np.ndarray) -> np.ndarray:
-    """How much of a character each byte is, from the side that can read it; what neither can counts as one."""
+    """The share of a character that each byte is, from the side that knows it; 1 where neither does."""
     known = np.maximum(a.shares[at_a], b.shares[at_b]).astype(np.float64)
     return np.where(known > 0, known, 1.0)
 
 
 def _reconcile(a: Spelled, b: Spelled, i: int, j: int, last: int) -> Overlap | None:
-    """Two documents with parts of characters, by cells, of which the one numbered `last` is the end of one of them."""
+    """The overlap of two documents with parts of characters, cell by cell; cell number `last` is the end of one of
+    them.
+    """
     x, y = (np.frombuffer(side.documents[k], np.uint8) for side, k in ((a, i), (b, j)))
     cells = _number_cells(x, last), _number_cells(y, last)
     counts = [np.bincount(mine, minlength=last + 2) for mine in cells]

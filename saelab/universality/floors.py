@@ -1,4 +1,4 @@
-"""What untrained dictionaries share: the floor that stands beside chance."""
+"""Similarity level of untrained dictionaries, which universal features must exceed."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,10 @@ LEVEL = 0.95
 
 
 def measure_floor(side: Matches, beside: Sequence[Matches]) -> Untrained:
-    """The larger of what several comparisons with untrained dictionaries give, each by its side that stands for this.
+    """Similarity level and universal shares of untrained dictionaries, the larger of several comparisons.
 
-    The share is that of the comparison with the larger one by number.
+    Each comparison is given by its side that stands for this one. Shares are those of the comparison with the largest
+    share by number.
     """
     sizes = [np.nan_to_num(np.abs(other.similarity[other.live])) for other in beside]
     sizes = [one if len(one) else np.zeros(1) for one in sizes]
@@ -27,5 +28,5 @@ def measure_floor(side: Matches, beside: Sequence[Matches]) -> Untrained:
 
 
 def above(side: Matches, floor: Untrained) -> Bool[np.ndarray, "d"]:
-    """What is universal by chance alone, and reaches the floor of untrained dictionaries too."""
+    """Features that are universal by the null distribution and also reach the level of untrained dictionaries."""
     return side.universal & (np.nan_to_num(np.abs(side.similarity)) >= floor.level)

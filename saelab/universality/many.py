@@ -1,4 +1,4 @@
-"""`compare_many`: every pair of several dictionaries, and in how many of the others each feature recurs."""
+"""Pairwise comparisons of several dictionaries, and in how many of the others each feature recurs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,27 +20,28 @@ Sources = Mapping[str, FeatureStore] | Mapping[str, SAE] | Sequence[FeatureStore
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparisons(Result):
-    """The comparison of every two of several dictionaries."""
+    """The comparisons of every pair of several dictionaries."""
 
     names: tuple[str, ...]
     found: Mapping[tuple[str, str], Comparison] = field(repr=False)
-    """by the two names, in the order of `names`"""
+    """comparisons by the two names, in the order of `names`"""
 
     def share(self, a: str, b: str) -> float:
-        """Share of the live features of `a` that are universal in `b`; 1 of a dictionary in itself."""
+        """Share of the live features of `a` that are universal in `b`; 1 for a dictionary and itself."""
         if a == b:
             return 1.0
         return self.found[a, b].a.share() if (a, b) in self.found else self.found[b, a].b.share()
 
     def floor(self, a: str, b: str) -> float:
-        """The same share of an untrained dictionary in place of a trained one, where chance is the only floor; NaN
-        where none was compared.
+        """The same share with an untrained dictionary in place of a trained one, tested against chance only.
+
+        NaN where no untrained dictionary was compared.
         """
         side = self.found[a, b].a if (a, b) in self.found else self.found[b, a].b
         return side.untrained.shares["count"] if side.untrained is not None else float("nan")
 
     def recurrence(self, name: str) -> Int[np.ndarray, "d_sae"]:
-        """In how many of the others each feature of a dictionary is universal."""
+        """For each feature of a dictionary, the number of other dictionaries in which it is universal."""
         sides = [one.a if pair[0] == name else one.b for pair, one in self.found.items() if name in pair]
         return np.sum([side.universal for side in sides], axis=0).astype(np.int64)
 
@@ -73,11 +74,19 @@ class Comparisons(Result):
 def compare_many(
     sources: Sources, *, untrained: Sources | None = None, progress: bool = True, **options: Any
 ) -> Comparisons:
-    """Compare every two of several stores or SAEs; `options` are those of `compare`.
+    """The comparison of every pair of several stores or SAEs.
 
-    `untrained` holds an untrained one of each, by the same names or in the same order. Names are those of the mapping,
-    or 0, 1, 2, ... False discoveries are controlled within each comparison. ValueError for fewer than two, and as
-    `compare` raises it.
+    False discoveries are controlled within each comparison.
+
+    Args:
+        sources: two or more stores or SAEs; names are those of the mapping, or 0, 1, 2, ... for a sequence.
+        untrained: an untrained dictionary for each source, by the same names or in the same order; some may be left
+            out.
+        progress: whether to show a progress bar over pairs.
+        **options: options of `compare`.
+
+    Raises:
+        ValueError: there are fewer than two sources, `untrained` has other names, or as in `compare`.
 
     >>> saes = [sl.SAE(sl.SAEConfig(d_in=8, d_sae=40), seed=seed) for seed in (0, 0, 1)]
     >>> found = compare_many(saes, n_shifts=2, progress=False)

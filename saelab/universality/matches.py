@@ -1,4 +1,4 @@
-"""`Comparison`: what `compare` found, as arrays, as pairs and as a table."""
+"""Result of a comparison of two dictionaries: matched pairs, similarities and relations, as arrays and as a table."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,28 +13,29 @@ from saelab.universality.partners import Matches
 from saelab.universality.relations import Relation, relate
 
 Method = Literal["best", "mutual", "hungarian"]
-"""of every feature of a its best partner; those that are each other's best; one to one"""
+"""best: the best partner of every feature of a; mutual: pairs that are each other's best; hungarian: one-to-one pairs
+"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison(Result):
-    """Partners of the features of two dictionaries in each other, and how far chance explains them."""
+    """Matches between the features of two dictionaries, with p values from a null distribution."""
 
     similarity: str
     a: Matches = field(repr=False)
     b: Matches = field(repr=False)
     mutual: Int[np.ndarray, "n 2"] = field(repr=False)
-    """pairs that are each other's best, whether or not they beat chance"""
+    """pairs that are each other's best, significant or not"""
     pairs: Int[np.ndarray, "m 2"] = field(repr=False)
-    """one-to-one (Hungarian)"""
+    """one-to-one pairs (Hungarian)"""
     values: Float[np.ndarray, "m"] = field(repr=False)
-    """their similarities"""
+    """similarities of the one-to-one pairs"""
     exact: bool
-    """the assignment considered every pair, not only the m nearest of either side"""
+    """whether the assignment considered every pair, not only the m nearest of either side"""
     signed: bool
-    """similarities count by size, and negative ones mean flipped"""
+    """whether similarities count by size, so that negative ones mean flipped"""
     sides: bool
-    """features are sides: 2 j and 2 j + 1"""
+    """whether features are the positive and negative sides of codes, 2 j and 2 j + 1"""
     m: int
     n_shifts: int
     fdr: float
@@ -42,7 +43,7 @@ class Comparison(Result):
     seed: int
     sources: tuple[str, str]
     n_rows: int | None = None
-    """tokens, or documents, that similarities rest on; None for directions"""
+    """number of tokens, or documents, that similarities were measured on; None for directions"""
     n_tokens: int | None = None
     alignment: str = ""
 
@@ -54,7 +55,7 @@ class Comparison(Result):
         return pairs[np.argsort(-np.abs(self.a.similarity[pairs[:, 0]]), kind="stable")]
 
     def match(self, method: Method) -> tuple[Int[np.ndarray, "n 2"], Float[np.ndarray, "n"]]:
-        """The pairs of a method and their similarities, the most similar first; those of chance are among them."""
+        """The pairs of a matching method and their similarities, the most similar first, significant or not."""
         known = np.flatnonzero(self.a.partners >= 0)
         pairs = {
             "best": np.stack([known, self.a.partners[known]], 1), "mutual": self.mutual, "hungarian": self.pairs,
@@ -65,15 +66,17 @@ class Comparison(Result):
 
     @cached_property
     def relations(self) -> tuple[tuple[Relation, ...], tuple[Relation, ...]]:
-        """Of every universal feature of either side: the same, flipped, split, halves, copies, or part of another."""
+        """The relation of every universal feature of either side: same, flipped, split, halves, copies, or part of
+        another.
+        """
         return relate(self.a, self.b), relate(self.b, self.a)
 
     def signs(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
-        """1 or -1 for each mutual pair: multiply the rows of one side by it before spaces are compared."""
+        """1 or -1 for each mutual pair, by which rows of one side are multiplied before `compare_spaces`."""
         return np.where(self.a.similarity[pairs[:, 0]] < 0, -1, 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field but the m best of each feature, ready for JSON."""
+        """All fields, ready for JSON, without the m nearest of each feature."""
         plain = ("similarity", "exact", "signed", "sides", "m", "n_shifts", "fdr", "min_effect", "seed", "n_rows")
         found: dict[str, Any] = {name: getattr(self, name) for name in (*plain, "n_tokens", "alignment")}
         found |= {name: getattr(self, name).tolist() for name in ("mutual", "pairs", "values")}
@@ -114,7 +117,7 @@ class Comparison(Result):
 
 
 def _describe_floors(found: Comparison) -> Iterator[str]:
-    """Lines that set the shares beside those of untrained dictionaries."""
+    """Lines that compare the universal shares with those of untrained dictionaries."""
     if found.a.untrained is None and found.b.untrained is None:
         yield "no untrained dictionary was compared: what the text alone makes alike is among these"
         return

@@ -1,4 +1,4 @@
-"""One-to-one assignments, and chance levels, from the nearest features of either side."""
+"""One-to-one assignment and pooled p values, computed from the nearest features of either side."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -6,11 +6,12 @@ from jaxtyping import Float, Int
 from saelab.universality.nearest import Nearest
 
 N_BINS, POOL = 8, 200
-"""Groups of equally many features by firings, of which chance is told apart; fewer where one would be smaller."""
+"""Number of groups of equally many features by firing count, each with its own null distribution, and the smallest size
+of a group; fewer groups where one would be smaller."""
 
 
 def find_mutual(of_a: Int[np.ndarray, "d_a"], of_b: Int[np.ndarray, "d_b"]) -> Int[np.ndarray, "n 2"]:
-    """Pairs of which each is the other's best; -1 stands for none.
+    """Pairs of features that are each other's best partner; -1 stands for no partner.
 
     >>> find_mutual(np.array([1, 1, -1]), np.array([0, 1])).tolist()
     [[1, 1]]
@@ -22,10 +23,10 @@ def find_mutual(of_a: Int[np.ndarray, "d_a"], of_b: Int[np.ndarray, "d_b"]) -> I
 
 
 def assign(of_a: Nearest, of_b: Nearest) -> tuple[Int[np.ndarray, "n 2"], Float[np.ndarray, "n"]]:
-    """The one-to-one pairs with the largest sum of |similarity| (Hungarian), and their similarities.
+    """The one-to-one pairs with the largest sum of |similarity| (Hungarian algorithm), and their similarities.
 
-    Only pairs among the nearest of either side are considered: where those are all, it is exact. Features may stay
-    alone.
+    Only pairs among the nearest of either side are considered; where those are all pairs, the result is exact. A
+    feature may stay without a partner.
     """
     from scipy.sparse import csr_matrix, hstack
     from scipy.sparse.csgraph import min_weight_full_bipartite_matching
@@ -54,11 +55,16 @@ def pooled_p(
     fires: Int[np.ndarray, "n"],
     fires_by_chance: Int[np.ndarray, "n_null"],
 ) -> Float[np.ndarray, "n"]:
-    """(1 + how many by chance are as large) / (1 + how many there are).
+    """The p value of each similarity: (1 + how many of the null are as large) / (1 + size of the null).
 
-    Rare features reach large similarities by chance more easily, so values are counted in quartile ranges above the
-    median of what chance gives to features that fire about as often; then all of chance is one pool. NaN values have
-    p 1; p is never 0.
+    Rare features reach large similarities by chance more easily, so values are standardized by the median and
+    interquartile range of the null of features that fire about as often; after that the null is one pool. p is never 0.
+
+    Args:
+        values: best similarities; NaN has p = 1.
+        by_chance: best similarities under the null hypothesis.
+        fires: number of rows on which the feature of each value fires.
+        fires_by_chance: number of rows on which the feature of each null value fires.
     """
     n_bins = int(np.clip(len(by_chance) // POOL, 1, N_BINS))
     borders = np.quantile(fires_by_chance, np.linspace(0, 1, n_bins + 1)[1:-1]) if len(fires_by_chance) else []

@@ -1,4 +1,4 @@
-"""`find_nearest`: of similarities that come in blocks, the largest of every feature on both sides."""
+"""Search for the largest similarities of every feature on both sides, over similarities computed in blocks."""
 
 import os
 from collections import deque
@@ -15,24 +15,30 @@ from saelab.functional.ranking import largest_first
 from saelab.universality.products import Block
 
 GROUP = 64
-"""Neighbouring features of which the largest similarity is found first."""
+"""Number of neighbouring features whose largest similarity is found first."""
 
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """The `m` largest similarities of each feature, largest first, and of equal ones the lowest partner first."""
+    """The `m` largest similarities of each feature, largest first; of equal ones the lowest partner comes first."""
 
     indices: Int[np.ndarray, "d m"]
-    """-1 where there are fewer"""
+    """partners; -1 where there are fewer"""
     values: Float[np.ndarray, "d m"]
-    """with their sign; NaN where there are fewer"""
+    """similarities with their sign; NaN where there are fewer"""
 
 
 def find_nearest(blocks: Iterable[Block], d_a: int, d_b: int, m: int, signed: bool) -> tuple[Nearest, Nearest]:
-    """The `m` largest of each feature of a side over all of the other, for both sides; by size where `signed`.
+    """The `m` largest similarities of each feature with all features of the other side, for both sides.
 
-    Only what is not 0 counts, and without `signed` only what is above. Blocks are worked on side by side; how many at a
-    time does not change the answer.
+    Blocks are computed in parallel; the number of threads does not change the result.
+
+    Args:
+        blocks: similarities, block by block of features of a.
+        d_a: number of features of a.
+        d_b: number of features of b.
+        m: number kept for each feature, at most the number of features on the other side.
+        signed: True ranks by size and ignores only zeros; False keeps only similarities above 0.
     """
     of_a, of_b = _Best(d_a, min(m, d_b)), _Best(d_b, min(m, d_a))
     n_threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
@@ -51,7 +57,7 @@ def find_nearest(blocks: Iterable[Block], d_a: int, d_b: int, m: int, signed: bo
 
 
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Some features, and for each of them partners and similarities; -1 and 0 where there are fewer."""
+"""Some features, with partners and similarities of each; -1 and 0 where there are fewer."""
 
 
 def _search_rows(start: int, found: Tensor, sizes: Tensor, m: int) -> Found:
@@ -71,7 +77,7 @@ def _search_rows(start: int, found: Tensor, sizes: Tensor, m: int) -> Found:
 
 
 def _search_columns(start: int, found: Tensor, sizes: Tensor, m: int, floor: np.ndarray) -> Found:
-    """The `m` largest of each column that are above the smallest that is kept of it."""
+    """The `m` largest of each column that exceed the smallest similarity kept for it so far."""
     if not floor.any():
         top = largest_first(sizes.T.contiguous(), min(m, len(sizes)))
         return np.arange(sizes.shape[1]), top.numpy() + start, found.T.gather(1, top).numpy()
@@ -88,7 +94,7 @@ def _search_columns(start: int, found: Tensor, sizes: Tensor, m: int, floor: np.
 
 
 def _in_order(pool: ThreadPoolExecutor, n: int, work: Callable, items: Iterable) -> Iterator:
-    """`work` of each item in order, `n` at a time and no more in memory."""
+    """Results of `work` for each item in order, computed `n` at a time with no more held in memory."""
     waiting: deque[Future] = deque()
     for item in items:
         waiting.append(pool.submit(work, item))
@@ -99,7 +105,7 @@ def _in_order(pool: ThreadPoolExecutor, n: int, work: Callable, items: Iterable)
 
 
 class _Best:
-    """The largest similarities so far."""
+    """The largest similarities found so far."""
 
     def __init__(self, d: int, m: int) -> None:
         self.indices = np.full((d, m), -1)
@@ -107,11 +113,11 @@ class _Best:
 
     @property
     def floor(self) -> Float32[np.ndarray, "d"]:
-        """The size of the smallest that is kept of each feature."""
+        """The size of the smallest similarity kept for each feature."""
         return np.abs(self.values[:, -1])
 
     def merge(self, features: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
-        """More of some features; of equal ones those that came first stay."""
+        """Add similarities of some features; of equal ones the earlier stay."""
         all_indices = np.concatenate([self.indices[features], indices], 1)
         all_values = np.concatenate([self.values[features], values], 1)
         keep = np.argsort(-np.abs(all_values), axis=1, kind="stable")[:, : self.indices.shape[1]]
@@ -119,6 +125,6 @@ class _Best:
         self.values[features] = np.take_along_axis(all_values, keep, 1)
 
     def result(self) -> Nearest:
-        """Without what is no similarity at all."""
+        """The similarities kept, with zeros as missing."""
         missing = (self.indices < 0) | (self.values == 0)
         return Nearest(np.where(missing, -1, self.indices), np.where(missing, np.nan, self.values))

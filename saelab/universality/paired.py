@@ -1,4 +1,4 @@
-"""`Paired`: two matrices of paired rows, decomposed once, so that a measure of shuffled pairs costs one product."""
+"""Representational similarity measures of two matrices with paired rows, decomposed once for many permutations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from saelab.functional.ranking import largest_first
 VARIANCE_FRAC = 0.99
 """Share of each side's variance that SVCCA keeps."""
 LEADING = 10
-"""Principal components whose span `principal_angles` compares."""
+"""Number of leading principal components whose span `principal_angles` compares."""
 ENOUGH = 5
-"""Pairs a component, of both sides together, below which canonical correlations are high by chance."""
+"""Pairs per component, of both sides together, below which canonical correlations are high by chance."""
 SAMPLED_ROWS = 2000
-"""Rows drawn by seed where a measure compares all rows with each other."""
+"""Number of rows drawn where a measure compares all rows with each other."""
 N_ANCHORS, N_NEIGHBOURS = 300, 10
 ROUNDING = 1e-7
-"""Differences that say nothing."""
+"""Differences up to this size are rounding errors."""
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One matrix, decomposed when first asked; nothing here depends on how the rows are paired."""
+    """One matrix with its decompositions, computed on first use; nothing here depends on how rows are paired."""
 
     rows: Float[np.ndarray, "n d"]
     sample: Int[np.ndarray, "m"]
@@ -38,20 +38,22 @@ class Side:
 
     @cached_property
     def centred(self) -> Float[np.ndarray, "n d"]:
-        """Rows about their mean, in units of the largest number: no measure sees the scale, and no power overflows."""
+        """Centred rows, divided by their largest absolute value: no measure depends on the scale, and no power
+        overflows.
+        """
         centred = self.rows - self.rows.mean(0)
         return centred / np.abs(centred).max()
 
     @cached_property
     def parts(self) -> tuple[Float[np.ndarray, "n r"], Float[np.ndarray, "r"]]:
-        """Principal components with unit norm, and their singular values, as many as there are."""
+        """Principal components of unit norm and their singular values, as many as the rank."""
         u, s, _ = np.linalg.svd(self.centred, full_matrices=False)
         rank = np.count_nonzero(s > s[0] * max(self.rows.shape) * np.finfo(s.dtype).eps)
         return u[:, :rank], s[:rank]
 
     @cached_property
     def n_kept(self) -> int:
-        """Components that hold `VARIANCE_FRAC` of the variance."""
+        """Number of components that hold `VARIANCE_FRAC` of the variance."""
         if len(self.rows) == 0 or self.is_constant:
             return 0
         variance = np.cumsum(self.parts[1] ** 2)
@@ -64,18 +66,18 @@ class Side:
 
     @cached_property
     def hsic(self) -> float:
-        """Of the side with itself."""
+        """Hilbert-Schmidt criterion of the side with itself."""
         return _hsic(self.squares, self.squares, float((self.parts[1] ** 4).sum()))
 
     @cached_property
     def flat_rows(self) -> int:
-        """Rows of the sample with the same number everywhere, which correlate with nothing."""
+        """Number of sampled rows that are constant, and so correlate with nothing."""
         rows = self.rows[self.sample]
         return int(np.count_nonzero(np.ptp(rows, axis=1) <= ROUNDING * np.abs(rows).max(1)))
 
     @cached_property
     def ranks(self) -> Float[np.ndarray, "m m"]:
-        """Of the rows' correlations with each other, every two once: mean 0 and norm 1; all 0 where they are equal."""
+        """Ranks of the correlations of every two rows, with mean 0 and norm 1; all 0 where correlations are equal."""
         from scipy.stats import rankdata
 
         likeness = np.corrcoef(self.rows[self.sample])
@@ -88,20 +90,22 @@ class Side:
 
     @cached_property
     def cosines(self) -> Float[np.ndarray, "m m"]:
+        """Cosines of every two rows of the sample."""
         unit = _unit(self.centred[self.sample])
         return unit @ unit.T
 
     def relate(self, order: Int[np.ndarray, "m"]) -> Float[np.ndarray, "n_items n_anchors"]:
-        """Each row's cosines to the anchors, of unit norm, with the rows in another order."""
+        """Relative representations: each row's cosines to the anchors, of unit norm, with rows permuted by `order`."""
         return _unit(self.cosines[np.ix_(order[~self.is_anchor], order[self.is_anchor])])
 
     @cached_property
     def related(self) -> Float[np.ndarray, "n_items n_anchors"]:
+        """Relative representations of the rows in their own order."""
         return self.relate(np.arange(len(self.sample)))
 
     @cached_property
     def nearest(self) -> Bool[np.ndarray, "n_items n_items"]:
-        """Whether a row is among the nearest of another."""
+        """Whether each row is among the nearest neighbours of another."""
         found = np.zeros((len(self.related), len(self.related)), bool)
         np.put_along_axis(found, _nearest(self.related), True, axis=1)
         return found
@@ -109,7 +113,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Paired:
-    """Row i of `x` beside row `order[i]` of `y`."""
+    """Two matrices with paired rows: row i of `x` and row `order[i]` of `y`."""
 
     x: Side
     y: Side
@@ -117,6 +121,7 @@ class Paired:
 
     @classmethod
     def make(cls, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> "Paired":
+        """The pairing of row i of `x` with row i of `y`; `rng` draws the sample and the anchors."""
         if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
             raise ValueError(f"`x` and `y` must have one row a pair, as many on both sides, got {x.shape}, {y.shape}.")
         if not (np.isfinite(x).all() and np.isfinite(y).all()):
@@ -129,24 +134,28 @@ class Paired:
 
     @property
     def n(self) -> int:
+        """Number of pairs."""
         return len(self.order)
 
     @cached_property
     def sampled_order(self) -> Int[np.ndarray, "m"]:
-        """The shuffle within the sample: the order itself where all rows are in it."""
+        """The permutation within the sample: the order itself where all rows are sampled."""
         return self.order[self.order < len(self.x.sample)]
 
     @cached_property
     def cross(self) -> Float[np.ndarray, "r_x r_y"]:
-        """Correlations of all principal components; all that a shuffle changes for most measures."""
+        """Correlations of all principal components of both sides; for most measures the only part that a permutation
+        changes.
+        """
         return self.x.parts[0].T @ self.y.parts[0][self.order]
 
     @cached_property
     def related(self) -> Float[np.ndarray, "n_items n_anchors"]:
+        """Relative representations of `y` in the order of the pairing."""
         return self.y.relate(self.sampled_order)
 
     def fault(self, measure: str) -> str:
-        """Why a measure means nothing here, empty where it means something."""
+        """The reason why a measure is undefined for these rows; empty where it is defined."""
         least = {"linear_cka": 4, "relative_agreement": 6, "neighbour_overlap": 6}.get(measure, 3)
         if self.n < least:
             return f"needs {least} pairs"
@@ -162,7 +171,7 @@ class Paired:
         return ""
 
     def note(self, measure: str) -> str:
-        """What a measure was computed from, where that is not all, and warnings."""
+        """What a measure was computed from, where that is not all rows, and warnings."""
         n_kept, m = self.x.n_kept + self.y.n_kept, len(self.x.sample)
         if measure == "svcca" and self.n < ENOUGH * n_kept:
             return f"fewer than {ENOUGH} pairs a component: high by chance, read the excess"
@@ -241,7 +250,7 @@ def _hsic(x: np.ndarray, y: np.ndarray, total: float) -> float:
 
 
 def _singular_sum(matrix: np.ndarray) -> float:
-    """Of the singular values; by the smaller square, which takes half the time."""
+    """The sum of the singular values; from the smaller Gram matrix, which takes half the time."""
     wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
     return float(np.sqrt(np.linalg.eigvalsh(wide @ wide.T).clip(min=0)).sum())
 

@@ -1,4 +1,4 @@
-"""Which matched pairs count: pairs about words, pairs of different features, pairs about one subject."""
+"""Filters for matched pairs: tokens that are words, one-to-one pairs, keywords; and decoder rows of matched pairs."""
 
 import re
 import unicodedata
@@ -20,12 +20,12 @@ SPECIAL = re.compile(
     r"<\|[^\s|]+\|>|\|[be]os\||</?(?:s|[bes]os|pad|unk|mask|cls|sep|start_of_turn|end_of_turn)>|\[(?:CLS|SEP|PAD|UNK|MASK)\]",
     re.IGNORECASE,
 )
-"""How tokenizers write the boundaries of texts and the like."""
+"""Special tokens as tokenizers write them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class KeptPairs(Result):
-    """The pairs that rules keep, and how many each rule removed.
+    """Pairs that pass a filter, and how many each rule removed.
 
     A pair is counted for the first rule that removes it, so `n_kept` and the counts add up to all pairs.
     """
@@ -44,17 +44,17 @@ class KeptPairs(Result):
         return "\n".join(f"{name:<16} {n:>9,} {n / total:>8.2%}" for name, n in rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts only, ready for JSON: `removed` by rule and `n_kept`."""
+        """The counts, ready for JSON: `removed` by rule and `n_kept`."""
         return {"removed": dict(self.removed), "n_kept": self.n_kept}
 
 
 def keep_concepts(tops_a: Tops, tops_b: Tops, *, special: Iterable[str] = ()) -> KeptPairs:
-    """Leave out pairs that share no top token, or have one on either side that is no word; arXiv:2410.06981.
+    """The pairs that share a top token and whose top tokens are all words (arXiv:2410.06981).
 
-    Rules, in this order: "nothing shared"; "special", as tokenizers write them or one of `special`; "blank", new lines
-    and what cannot be seen among them; "punctuation", mathematical and currency signs among it, emoji not. Tokens are
-    shared whatever their case and the space around them, so that tokenizers compare. A side without top tokens
-    shares nothing. ValueError where the sides differ in number.
+    Rules, in this order: "nothing shared"; "special", as tokenizers write them or one of `special`; "blank", including
+    new lines and invisible characters; "punctuation", including mathematical and currency signs, but not emoji. Case
+    and surrounding spaces are ignored when tokens are compared, so that different tokenizers compare. A side without
+    top tokens shares nothing. ValueError where the sides differ in number.
 
     >>> keep_concepts([[" Rain", "snow"], ["day", "."], ["a"]], [["rain"], [" day"], ["b"]]).removed
     {'nothing shared': 1, 'special': 0, 'blank': 0, 'punctuation': 1}
@@ -80,10 +80,11 @@ def keep_concepts(tops_a: Tops, tops_b: Tops, *, special: Iterable[str] = ()) ->
 def keep_one_to_one(
     features_a: Int[np.ndarray, "n_a"], features_b: Int[np.ndarray, "n_b"], strength: Float[np.ndarray, "n_strength"]
 ) -> KeptPairs:
-    """Keep of every feature that stands in several pairs the strongest, by size of `strength`, the first of equals.
+    """One-to-one pairs: of the pairs that share a feature only the strongest, by size of `strength`; the first of
+    equals.
 
-    Pairs are taken from the strongest down, each unless one of its features is taken; NaN comes last. Counts are of
-    pairs whose feature of `a` was taken, and of those where that of `b` alone was. ValueError for unequal lengths.
+    Pairs are accepted from the strongest down, each unless one of its features is already used; NaN comes last. Removed
+    pairs are counted by whether the feature of `a` was used, or that of `b` alone. ValueError for unequal lengths.
 
     >>> keep_one_to_one(np.array([3, 3, 5]), np.array([0, 1, 1]), np.array([0.5, -0.9, 0.7])).keep.tolist()
     [False, True, False]
@@ -104,9 +105,9 @@ def keep_one_to_one(
 
 
 def match_keywords(tops: Tops, keywords: Iterable[str]) -> Bool[np.ndarray, "n_pairs"]:
-    """Whether one of a pair's top tokens is one of the keywords, whatever the case and the space around it.
+    """Whether one of each pair's top tokens is one of the keywords; case and surrounding spaces are ignored.
 
-    Whole tokens count: "may" is not found in "maybe". ValueError where no keyword has a letter to look for.
+    Whole tokens are compared: "may" does not match "maybe". ValueError where no keyword has a letter.
 
     >>> match_keywords([[" May", "x"], ["maybe"], []], ["may", "June"]).tolist()
     [True, False, False]
@@ -118,9 +119,9 @@ def match_keywords(tops: Tops, keywords: Iterable[str]) -> Bool[np.ndarray, "n_p
 
 
 def find_features(book: LabelBook, text: str) -> Int[np.ndarray, "n_features"]:
-    """The features whose chosen label has the words of `text`, best first; for `np.isin(features, ...)`.
+    """The features whose chosen label contains the words of `text`, best match first, for `np.isin(features, ...)`.
 
-    Labels that say that there is no good name do not count.
+    Labels of kind "none" (no good name) are ignored.
     """
     found = dict.fromkeys(label.feature for label in book.search(text) if label.kind != "none")
     return np.array(list(found), dtype=np.int64)
@@ -141,7 +142,7 @@ def _is_special(token: str) -> bool:
 
 
 def _is_blank(token: str) -> bool:
-    """Separators, control and formatting characters alone, or nothing."""
+    """Whether a token is empty or consists of separators, control and formatting characters."""
     return all(unicodedata.category(char)[0] in "ZC" for char in token)
 
 
@@ -153,10 +154,18 @@ def _is_punctuation(token: str) -> bool:
 def pair_rows(
     found: Comparison, a: SAE, b: SAE, method: Method = "hungarian", *, universal: bool = True
 ) -> tuple[Float[np.ndarray, "n d_a"], Float[np.ndarray, "n d_b"]]:
-    """The decoder rows of matched pairs, those of flipped ones negated in b: what `compare_spaces` compares.
+    """The decoder rows of matched pairs, as `compare_spaces` takes them; rows of flipped pairs are negated in b.
 
-    Of all pairs of a method, or only of those whose features are both universal. Report "best" (many to one, which
-    repeats rows and so inflates every measure) beside "hungarian". ValueError where SAEs have other features.
+    Args:
+        found: comparison of the features of a and b.
+        a: the first SAE that was compared.
+        b: the second SAE.
+        method: "hungarian" (one-to-one), "mutual" or "best". "best" is many-to-one, which repeats rows and so inflates
+            every measure; report it together with "hungarian".
+        universal: True keeps only pairs whose features are both universal.
+
+    Raises:
+        ValueError: the SAEs do not have the features that were compared.
     """
     if (a.cfg.d_sae, b.cfg.d_sae) != (len(found.a.fires), len(found.b.fires)):
         raise ValueError(

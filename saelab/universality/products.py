@@ -1,4 +1,4 @@
-"""All similarities of the features of two dictionaries, block by block."""
+"""All similarities between the features of two dictionaries, computed in blocks."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
 BLOCK_CELLS = 2**22
-"""Similarities held at once by each thread, where the codes are read once."""
+"""Similarities held at once by each thread, where the codes are read only once."""
 CHUNK_ENTRIES = 2**22
-"""Codes of one side held at once; a text with more is gone through again for every block of features."""
+"""Codes of one side held at once; a longer text is read again for every block of features."""
 LARGE_BLOCK_CELLS = 2**27
-"""Similarities held where the codes are read again and again."""
+"""Similarities held at once where the codes are read several times."""
 
 Block = tuple[int, Callable[[], Tensor]]
-"""The first feature of a block, and what makes its similarities with all features of the other side."""
+"""The first feature of a block, and a function that computes its similarities with all features of the other side."""
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Sums over rows by column."""
+    """Firing counts, sums and sums of squares of each column of codes."""
 
     n: int
     fires: Int[np.ndarray, "d"]
@@ -38,7 +38,7 @@ class Moments:
 
     @classmethod
     def of(cls, codes: Codes) -> "Moments":
-        """Of all rows, chunk by chunk."""
+        """The moments over all rows, chunk by chunk."""
         fires = np.zeros(codes.width, np.int64)
         sums, squares = np.zeros(codes.width), np.zeros(codes.width)
         for start, stop in chunks(codes):
@@ -50,22 +50,22 @@ class Moments:
 
     @cached_property
     def spread(self) -> Float[np.ndarray, "d"]:
-        """Standard deviations times sqrt(n); 0 for what never varies."""
+        """Standard deviations times sqrt(n); 0 for columns that never vary."""
         found = np.sqrt(np.maximum(self.squares - self.sums**2 / max(self.n, 1), 0))
         return np.where(found < 1e-6 * np.sqrt(self.squares), 0.0, found)
 
     def only(self, columns: Int[np.ndarray, "m"]) -> "Moments":
-        """Of some columns."""
+        """The moments of some columns."""
         return Moments(self.n, self.fires[columns], self.sums[columns], self.squares[columns])
 
     def scale(self, min_count: int) -> Float[np.ndarray, "d"]:
-        """1 / spread; 0 for what fires on fewer than `min_count` rows or never varies."""
+        """1 / spread; 0 for columns that fire on fewer than `min_count` rows or never vary."""
         known = (self.fires >= min_count) & (self.spread > 0)
         return np.divide(1, self.spread, out=np.zeros_like(self.spread), where=known)
 
 
 def chunks(*sides: Codes) -> Iterator[tuple[int, int]]:
-    """Runs of rows with not too many codes of any side."""
+    """Ranges of rows in which no side has too many codes to hold."""
     n_rows = sides[0].n_rows
     per_row = max(1.0, *(side.n_entries / max(n_rows, 1) for side in sides))
     step = max(1, int(CHUNK_ENTRIES / per_row))
@@ -75,10 +75,17 @@ def chunks(*sides: Codes) -> Iterator[tuple[int, int]]:
 def correlation_blocks(
     a: Codes, b: Codes, seen: tuple[Moments, Moments], min_count: int, jaccard: bool = False
 ) -> Iterator[Block]:
-    """`(sum x y - sum x sum y / n) / (spread x spread y)` of columns, zeros too; or |both| / |either| of firing.
+    """Pearson correlations, or Jaccard indices, between all columns of a and of b, block by block of columns of a.
 
-    Columns with fewer than `min_count` firings have similarity 0 with all. The products are sparse: the cost is that of
-    the pairs of codes on one row, linear in rows.
+    Correlation is `(sum x y - sum x sum y / n) / (spread x spread y)`, zeros included; the Jaccard index is |both fire|
+    / |either fires|. Products are sparse: the cost is the number of pairs of codes on one row, linear in rows.
+
+    Args:
+        a: codes of one side.
+        b: codes of the other side, on the same rows.
+        seen: moments of a and of b.
+        min_count: columns with fewer firings have similarity 0 with all.
+        jaccard: True computes Jaccard indices of firing instead of correlations.
     """
     parts = list(chunks(a, b))
     work = _Products(a, b, parts)
@@ -93,7 +100,7 @@ def correlation_blocks(
 
 
 def cosine_blocks(a: Float[np.ndarray, "d_a d"], b: Float[np.ndarray, "d_b d"]) -> Iterator[Block]:
-    """Cosines of rows; 0 for a row of zeros."""
+    """Cosines between all rows of a and of b, block by block of rows of a; 0 for a row of zeros."""
     a, b = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30) for rows in (a, b))
     step = max(1, BLOCK_CELLS // max(1, len(b)))
 
@@ -104,7 +111,7 @@ def cosine_blocks(a: Float[np.ndarray, "d_a d"], b: Float[np.ndarray, "d_b d"]) 
 
 
 class _Products:
-    """Sums over rows of x y for a block of columns of a side against all of the other."""
+    """Sums over rows of x y for a block of columns of one side and all columns of the other."""
 
     def __init__(self, a: Codes, b: Codes, parts: list[tuple[int, int]]) -> None:
         self.a, self.b, self.parts = a, b, parts
@@ -115,7 +122,7 @@ class _Products:
         return self.a.matrix(start, stop).tocsc(), Rows.pad(rows) or rows
 
     def block(self, first: int, end: int) -> Float[Tensor, "n d_b"]:
-        """Sums in float32."""
+        """The sums of one block, in float32."""
         found = torch.zeros(end - first, self.b.width)
         for part in self.parts:
             columns, rows = self.kept or self._read(*part)
@@ -126,7 +133,7 @@ class _Products:
         return found
 
     def _add(self, rows: "Rows", columns: "csc_matrix", first: int, into: Tensor) -> None:
-        """The products of a chunk: where blocks are few and large, their rows are worked on side by side."""
+        """Add the products of a chunk; where blocks are few and large, the rows of a block are computed in parallel."""
         n = 1 if self.kept is not None else max(1, torch.get_num_threads())
         size = -(-len(into) // n)
         if n == 1:
@@ -139,14 +146,16 @@ class _Products:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Rows of about equally many codes, as two rectangles: adding whole rows is three times faster than scipy's way."""
+    """Sparse rows with about equally many codes, padded to rectangles: adding whole rows is three times faster than
+    scipy.
+    """
 
     columns: Int32[Tensor, "n k"]
     values: Float32[Tensor, "n k"]
 
     @classmethod
     def pad(cls, matrix: "csr_matrix") -> "Rows | None":
-        """With zeros in column 0 behind shorter rows; None where that would take more than twice the room."""
+        """Rows padded with zeros in column 0; None where that would take more than twice the memory."""
         counts = np.diff(matrix.indptr)
         n, k = len(counts), int(counts.max(initial=0))
         if matrix.nnz == 0 or n * k > 2 * matrix.nnz:
@@ -160,7 +169,7 @@ class Rows:
         return cls(torch.from_numpy(columns.astype(np.int32, copy=False)), torch.from_numpy(values))
 
     def add_products(self, side: "csc_matrix", first: int, into: Float[Tensor, "m d_b"]) -> None:
-        """Add to row i of `into` these rows, each times its code in column first + i of the other side."""
+        """Add to row i of `into` these rows, each multiplied by its code in column first + i of the other side."""
         for i, sums in enumerate(into):
             part = slice(*side.indptr[first + i : first + i + 2])
             if part.stop > part.start:
@@ -199,7 +208,14 @@ def _finish_jaccard(seen: tuple[Moments, Moments], min_count: int) -> Callable[[
 def count_both(
     a: "csc_matrix", b: "csc_matrix", pairs: Int[np.ndarray, "n 2"], wanted: Bool[np.ndarray, "n"] | None = None
 ) -> Int[np.ndarray, "n"]:
-    """Rows on which both columns of each pair are not zero; columns with ascending rows; -1 where not `wanted`."""
+    """For each pair of columns, the number of rows on which both are not zero; -1 where not `wanted`.
+
+    Args:
+        a: codes of one side, with row indices ascending in each column.
+        b: codes of the other side, likewise.
+        pairs: (column of a, column of b).
+        wanted: pairs to count; None counts all.
+    """
     found = np.full(len(pairs), -1)
     for k in np.flatnonzero(wanted) if wanted is not None else range(len(pairs)):
         i, j = pairs[k]

@@ -1,4 +1,4 @@
-"""How features of one dictionary stand to those of another: the same, flipped, split, halved, copied, a part."""
+"""Relations between features of two dictionaries: same, flipped, split, halves, copies or part."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,16 +9,18 @@ from saelab.universality.partners import Matches
 
 Kind = Literal["same", "flipped", "split", "halves", "copies", "part"]
 COPIED = 1.3
-"""Firings of its parts, as a multiple of a feature's own, from which on they are copies and no split."""
+"""If the partners' joint firings are more than so many times a feature's own, they are copies, else a split."""
 
 
 @dataclass(frozen=True)
 class Relation:
-    """One feature and its partners.
+    """The relation of one feature to its partners in another dictionary.
 
-    same, flipped: one partner, and each is the other's best. split: several features have it as their best partner and
-    share its firings; halves: some of them go with its positive codes, some with its negative ones; copies: they fire
-    where it fires, all of them. part: its best partner is one of those that are split, halved or copied.
+    - same, flipped: one partner, and each is the other's best.
+    - split: several features have it as their best partner and share its firings.
+    - halves: some of its partners go with its positive codes, some with its negative ones.
+    - copies: its partners fire where it fires, all of them.
+    - part: its best partner is one that is split, halved or copied.
     """
 
     feature: int
@@ -28,7 +30,7 @@ class Relation:
 
 
 def relate(mine: Matches, theirs: Matches) -> tuple[Relation, ...]:
-    """The relations of one side; features that are not universal have none."""
+    """The relations of one side's features; features that are not universal have none."""
     followers: dict[int, list[int]] = {}
     for j in np.flatnonzero(theirs.universal).tolist():
         followers.setdefault(int(theirs.partners[j]), []).append(j)

@@ -1,4 +1,4 @@
-"""`stability`: how much of a dictionary comes back when it is trained again from another seed."""
+"""Stability of dictionaries across random seeds: cosines of one-to-one matched decoder directions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,31 +28,32 @@ from saelab.universality.nearest import find_nearest
 from saelab.universality.products import cosine_blocks
 
 EXACT = 2**24
-"""Pairs of features up to which the assignment considers all of them."""
+"""Number of pairs of features up to which the assignment considers all of them."""
 CANDIDATES = 16
-"""Nearest features of either side that it considers beyond that."""
+"""Number of nearest features of either side that the assignment considers in larger dictionaries."""
 OOD_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Agreement(Result):
-    """How alike several dictionaries are, by pair; cosines count by size where codes are signed."""
+    """Similarity of every pair of several dictionaries; cosines count by size where codes are signed."""
 
     matched: Float[np.ndarray, "n_pairs"]
     """mean cosine of the one-to-one pairs (Hungarian): the stability of arXiv:2502.12892; 1 is the same dictionary"""
     nearest: Float[np.ndarray, "n_pairs"]
-    """mean of the largest cosine of each feature with any of the other dictionary, over both; a lower bar"""
+    """mean over the features of both dictionaries of the largest cosine with any feature of the other; a lower bar than
+    `matched`"""
     overlap: Float[np.ndarray, "n_pairs"]
-    """mean squared cosine of the principal angles between the subspaces of most energy"""
+    """mean squared cosine of the principal angles between the subspaces of highest energy"""
     found: Float[np.ndarray, "n_saes"]
-    """share of features whose one-to-one partners in all other dictionaries are similar enough"""
+    """share of features whose one-to-one partners in all other dictionaries reach the threshold"""
     features: Float[np.ndarray, "n_saes d_sae"] = field(repr=False)
     """each feature's mean cosine with its partners"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stability(Result):
-    """What `stability` found, beside two kinds of chance."""
+    """Agreement of trained dictionaries, compared with two kinds of random ones."""
 
     d_in: int
     d_sae: int
@@ -62,23 +63,27 @@ class Stability(Result):
     rank: int
     """dimensions of the subspaces whose overlap is measured"""
     exact: bool
-    """the assignment considered every pair, not only the nearest of either side"""
+    """whether the assignment considered every pair, not only the nearest of either side"""
     trained: Agreement
+    """agreement of the dictionaries given"""
     random: Agreement
-    """of random dictionaries of the same shape"""
+    """agreement of random dictionaries of the same shape"""
     alike: Agreement
-    """of random dictionaries that also have each dictionary's own second moments: equally crowded, equally spread"""
+    """agreement of random dictionaries with the second moments of each dictionary's directions (the stricter null)"""
     figures: tuple[DictionaryFigures, ...]
-    """of each dictionary, as training sees it"""
+    """geometry of each dictionary in the normalized space of training"""
     random_figures: DictionaryFigures
+    """geometry of one random dictionary of the same shape"""
     usage: tuple[Usage, ...] = field(repr=False)
-    """of each dictionary, where activations or stores are given"""
+    """firing density and energy of each dictionary, where activations or stores are given"""
     seed: int
 
     @cached_property
     def trends(self) -> dict[str, float]:
-        """Spearman's rank correlation of a feature's stability with its density and energy, live features of all
-        dictionaries; empty where their use is not known. Above 0: the rare, or the weak, are the unstable.
+        """Spearman's rank correlations of a feature's stability with its density and energy, over live features of all
+        dictionaries.
+
+        Above 0, rare or weak features are the unstable ones. Empty where usage is not known.
         """
         from scipy.stats import spearmanr
 
@@ -93,7 +98,7 @@ class Stability(Result):
 
     @cached_property
     def quarters(self) -> Float[np.ndarray, "n"]:
-        """Mean stability of the live features of all dictionaries by quarter of density, the rarest first."""
+        """Mean stability of the live features of all dictionaries by quartile of density, the rarest first."""
         if not self.usage:
             return np.zeros(0)
         density = np.stack([one.density for one in self.usage])
@@ -133,13 +138,23 @@ def stability(
     rank: int | None = None,
     seed: int = 0,
 ) -> Stability:
-    """How alike SAEs of one activation space are, pair by pair, and which features are not found again.
+    """Pairwise agreement of SAEs of one activation space, and which features are not found again (arXiv:2502.12892).
 
-    Directions are compared in the activations' own units, by cosine; by |cosine| where any of the SAEs is signed. With
-    `acts`, or one store a dictionary, subspaces are those of most energy and stability is set against density and
-    energy; `acts` also give FVU, dead features and the out-of-distribution score, over at most 16,384 of the tokens.
-    `rank` is the number of principal dimensions compared; None is d_in / 4. Every number stands beside that of random
-    dictionaries. ValueError for fewer than two SAEs, or other shapes. Source: arXiv:2502.12892.
+    Directions are compared in the activations' own units, by cosine; by |cosine| where any of the SAEs is signed. Every
+    figure comes with that of random dictionaries.
+
+    Args:
+        saes: two or more SAEs of one shape, usually trained with different seeds.
+        acts: (n_tokens, d_in) activations. Subspaces are then those of highest energy, stability is correlated with
+            density and energy, and FVU, dead features and the out-of-distribution score are measured; the latter on at
+            most 16,384 of the tokens.
+        stores: one feature store per SAE, as another source of density and energy.
+        threshold: cosine, in (0, 1], from which a feature counts as found again.
+        rank: number of principal dimensions compared, in 1..d_in; None is d_in / 4.
+        seed: seed of the random dictionaries.
+
+    Raises:
+        ValueError: there are fewer than two SAEs, their shapes differ, or an option is out of range.
 
     >>> cfg = sl.SAEConfig(d_in=32, d_sae=48)
     >>> found = stability([sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=0)])
@@ -193,13 +208,13 @@ def _check(saes: Sequence[SAE], acts: Activations | None, stores: Sequence[Featu
 
 
 def _bring_back(sae: SAE, rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
-    """Directions drawn where the SAE learns, in the activations' own units as its own are."""
+    """Random directions of the normalized space, converted to the activations' own units as the SAE's are."""
     normaliser = sae.out_normaliser
     return rows if normaliser.kind == "none" else normaliser.apply_matrix(rows, normaliser.inverse.cpu())
 
 
 def _draw_alike(rows: Float[Tensor, "d_sae d_in"], generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:
-    """Random directions of unit length with the second moments of the rows at unit length."""
+    """Random unit directions with the second moments of the given rows at unit length."""
     squares, axes = torch.linalg.eigh(_unit(rows).double().T @ _unit(rows).double() / len(rows))
     squares = squares.clamp(min=0)
     drawn = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
@@ -211,7 +226,7 @@ def _draw_alike(rows: Float[Tensor, "d_sae d_in"], generator: torch.Generator) -
 
 
 def _centre(sae: SAE, acts: Activations | None) -> Float[Tensor, "n d_in"] | None:
-    """Some activations as the dictionary sees them, evenly from all."""
+    """Some activations, evenly spaced, in the normalized space of the SAE; None without activations."""
     if acts is None:
         return None
     places = torch.linspace(0, acts.n_tokens - 1, min(OOD_TOKENS, acts.n_tokens), dtype=torch.float64).long()
@@ -245,9 +260,10 @@ def _agree(
 def match_rows(
     a: Float[np.ndarray, "d d_in"], b: Float[np.ndarray, "d d_in"], signed: bool
 ) -> tuple[Float[np.ndarray, "d"], Float[np.ndarray, "d"], float]:
-    """Each row's cosine with its one-to-one partner on the other side, and the mean of the largest of all rows.
+    """Each row's cosine with its one-to-one partner on the other side, and the mean largest cosine over the rows of
+    both.
 
-    Of very wide dictionaries only the nearest of either side are candidates, and a row left alone counts as 0.
+    In very wide dictionaries only the nearest of either side are candidates, and a row without a partner counts as 0.
     """
     if len(a) * len(b) > EXACT:
         return _match_nearest(a, b, signed)
@@ -271,7 +287,7 @@ def _match_nearest(a: np.ndarray, b: np.ndarray, signed: bool) -> tuple[np.ndarr
 def _principal(
     rows: Float[Tensor, "d_sae d_in"], weights: Float[Tensor, "d_sae"], rank: int
 ) -> Float[Tensor, "d_in rank"]:
-    """Orthonormal axes of most energy: of `sum_i w_i d_i d_i^T` with unit d_i."""
+    """Orthonormal axes of highest energy: leading eigenvectors of `sum_i w_i d_i d_i^T` with unit d_i."""
     unit = _unit(rows).double()
     moments = (unit * weights.double()[:, None]).T @ unit
     return torch.linalg.eigh(moments).eigenvectors[:, -rank:]

@@ -1,4 +1,4 @@
-"""What `compare` works on: codes of two stores on common rows, or directions of two dictionaries."""
+"""The two sides of a comparison: codes of two stores on common rows, or directions of two dictionaries."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,34 +21,41 @@ from saelab.universality.products import Block, Moments, chunks, correlation_blo
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What is compared: two stores on common rows, or the directions of two SAEs."""
+    """Base class of the two sides of a comparison: two stores on common rows, or the directions of two SAEs."""
 
     signed: bool
     progress: bool
     fires: tuple[Int[np.ndarray, "d_a"], Int[np.ndarray, "d_b"]]
     weights: tuple[Float[np.ndarray, "d_a"], Float[np.ndarray, "d_b"]]
-    """what each feature counts for, by variance"""
+    """weight of each feature in shares by variance"""
     facts: dict[str, Any]
 
     def blocks(self) -> Iterator[Block]:
-        """All similarities."""
+        """All similarities, block by block."""
         raise NotImplementedError
 
     def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
-        """Side, features and their best partners where nothing is in common."""
+        """The null distribution: side, features, and their best partners after the other side's rows are permuted."""
         raise NotImplementedError
 
     def count(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
-        """Rows on which both fire; -1 for directions."""
+        """Number of rows on which both features of each pair fire; -1 for directions."""
         return np.full(len(pairs), -1)
 
     @property
     def rates(self) -> tuple[Int[np.ndarray, "d_a"], Int[np.ndarray, "d_b"]]:
-        """What chance depends on: firings; directions have none."""
+        """Number of firings of each feature, on which the null depends; 0 for directions."""
         return self.fires
 
     def nearest(self, blocks: Iterator[Block], d_a: int, d_b: int, m: int) -> tuple[Nearest, Nearest]:
-        """The best partners of both sides, with a bar over blocks."""
+        """The best partners of the features of both sides, searched with a progress bar over blocks.
+
+        Args:
+            blocks: similarities, block by block of features of a.
+            d_a: number of features of a.
+            d_b: number of features of b.
+            m: number of partners kept for each feature.
+        """
         from tqdm.auto import tqdm
 
         listed = list(blocks)
@@ -57,7 +64,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class StoreSource(Source):
-    """Codes on common rows."""
+    """Codes of two stores on common rows."""
 
     a: Codes
     b: Codes
@@ -65,13 +72,22 @@ class StoreSource(Source):
     min_count: int
     jaccard: bool
     documents: Int[np.ndarray, "n_docs"] | None = None
-    """the row that each begins with; None where rows are documents, or nobody knows"""
+    """first row of each document; None where rows are documents, or documents are not known"""
 
     @classmethod
     def make(
         cls, a: FeatureStore, b: FeatureStore, similarity: str, sides: bool, min_count: int, progress: bool
     ) -> "StoreSource":
-        """On the rows that two stores have in common."""
+        """The codes of two stores on the rows that both have.
+
+        Args:
+            a: the first store.
+            b: the second store, of the same text.
+            similarity: "correlation", "documents", "phi" or "jaccard".
+            sides: True treats positive and negative codes as features of their own.
+            min_count: features with fewer firings match nothing.
+            progress: whether to show progress bars.
+        """
         common = find_common_rows(a, b) or AlignedRows(a, b)
         starts = a.find_documents(common.rows if isinstance(common, AlignedRows) else common[0])
         codes = _common(a, b, common, similarity, sides, starts)
@@ -97,7 +113,17 @@ class StoreSource(Source):
         facts: dict[str, Any],
         documents: Int[np.ndarray, "n_docs"] | None = None,
     ) -> "StoreSource":
-        """On rows that are there already."""
+        """The source of two code matrices whose rows already correspond.
+
+        Args:
+            codes: codes of a and of b.
+            similarity: "correlation", "documents", "phi" or "jaccard".
+            signed: True ranks similarities by size.
+            min_count: features with fewer firings match nothing.
+            progress: whether to show progress bars.
+            facts: further fields of the resulting `Comparison`.
+            documents: first row of each document, within which the null moves rows; None for none.
+        """
         seen = Moments.of(codes[0]), Moments.of(codes[1])
         return cls(
             signed=signed, progress=progress, fires=(seen[0].fires, seen[1].fires),
@@ -131,7 +157,7 @@ class StoreSource(Source):
 def _common(
     a: FeatureStore, b: FeatureStore, common: CommonRows | AlignedRows, similarity: str, sides: bool, starts: np.ndarray
 ) -> tuple[Codes, Codes]:
-    """Both stores on the rows that they have in common, or on the documents that begin with some of these."""
+    """The codes of both stores on their common rows, averaged by document for similarity "documents"."""
     values: Any = "sides" if sides else "firing" if similarity in ("phi", "jaccard") else "codes"
     if isinstance(common, AlignedRows):
         first, second = Codes(a, values, rows=common.rows), Codes(b, values, weights=common)
@@ -144,13 +170,21 @@ def _common(
 
 @dataclass(frozen=True, eq=False)
 class DirectionSource(Source):
-    """Rows of two dictionaries of one space."""
+    """Decoder or encoder directions of two dictionaries of one activation space."""
 
     a: Float[np.ndarray, "d_a d"]
     b: Float[np.ndarray, "d_b d"]
 
     @classmethod
     def make(cls, a: SAE, b: SAE, similarity: str, progress: bool) -> "DirectionSource":
+        """The directions of two SAEs; ValueError where they are not of one space.
+
+        Args:
+            a: the first SAE.
+            b: the second SAE.
+            similarity: "decoder" compares rows of W_dec, "encoder" columns of W_enc.
+            progress: whether to show progress bars.
+        """
         rows = [sae.W_dec if similarity == "decoder" else sae.W_enc.T for sae in (a, b)]
         d_a, d_b = (x.shape[1] for x in rows)
         if d_a != d_b:

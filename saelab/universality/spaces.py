@@ -1,8 +1,8 @@
-"""`compare_spaces`: how alike two spaces are in which the same things lie, by eight measures, each beside its chance.
+"""Representational similarity of two spaces with paired rows: SVCCA, CKA, RSA, Procrustes and others, with a null.
 
-Row i of `x` and row i of `y` are two views of one thing: the decoder rows of a matched pair of features, or the
-activations at a token in two models. Pairs that match flipped are the caller's to turn: give `y * sign[:, None]`.
-A measure alone is NaN where it means nothing; `compare_spaces` says why.
+Row i of `x` and row i of `y` belong together: the decoder rows of a matched pair of features, or the activations at a
+token in two models. Pairs that match with a negative sign must be flipped by the caller: pass `y * sign[:, None]`. The
+measures alone return NaN where they are undefined; `compare_spaces` gives the reason.
 """
 
 from collections.abc import Iterable
@@ -20,32 +20,32 @@ from saelab.universality.paired import MEASURES, ROUNDING, Paired
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceScore:
-    """One measure of how alike two spaces are, and the same with the pairs shuffled; NaN where it means nothing."""
+    """One similarity measure, with its values under shuffled pairings; NaN where it is undefined."""
 
     value: float
     chance: float
     """mean over shuffled pairings"""
     chance_95: float
-    """which 5 % of shuffled pairings exceed"""
+    """95th percentile over shuffled pairings"""
     excess: float
     """`value - chance`"""
     p: float
-    """share of shuffled pairings that reach the value, it counted among them; never below 1 / (n_shuffles + 1)"""
+    """share of shuffled pairings that reach the value, which is counted among them; at least 1 / (n_shuffles + 1)"""
     note: str
-    """what it was computed from, a warning, or why it is NaN"""
+    """what the value was computed from, a warning, or why it is NaN"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpaceComparison(Result):
-    """Measures of how alike two spaces are, by name, each beside shuffled pairings."""
+    """Similarity measures of two spaces by name, each with its null of shuffled pairings."""
 
     scores: dict[str, SpaceScore]
     n_pairs: int
     n_components: tuple[int, int]
-    """that SVCCA keeps of either side; 0 where a side does not vary"""
+    """number of components that SVCCA keeps of either side; 0 where a side does not vary"""
     n_shuffles: int
     in_blocks: bool = False
-    """whether rows moved in blocks of neighbours, as those of tokens should"""
+    """whether rows were shuffled in blocks of neighbours, as rows of tokens should be"""
     seed: int
 
     def __getitem__(self, measure: str) -> SpaceScore:
@@ -77,16 +77,25 @@ def compare_spaces(
     seed: int = 0,
     progress: bool = True,
 ) -> SpaceComparison:
-    """Compare two spaces by their paired rows, by all `MEASURES` or those named, and with the rows of `y` shuffled.
+    """Similarity measures of two spaces with paired rows, each with its null distribution over shuffled rows of `y`.
 
-    Every measure is 1 for equal spaces and higher is more alike; most are above 0 by chance, so read the excess. A
-    row that stands in several pairs raises all of them: give one-to-one pairs, or both. Each side is decomposed
+    Every measure is 1 for equal spaces and higher is more alike; most are above 0 by chance, so read the excess. A row
+    that stands in several pairs raises all measures: give one-to-one pairs, or report both. Each side is decomposed
     once, so the cost is linear in pairs: 5,000 pairs of 768 numbers and 100 shuffles take a minute on one core.
 
-    Features are shuffled one by one. Neighbouring tokens are alike on either side, whatever the other, so a token more
-    is less than a fact more: give `doc_ids`, the document of each row, where rows are tokens, and rows move in blocks
-    of neighbours, turned round one by one.
-    ValueError for other shapes, values that are not finite, or unknown measures.
+    Args:
+        x: (n, d_x) rows of one space.
+        y: (n, d_y) rows of the other space, row i paired with row i of `x`.
+        doc_ids: document of each row, where rows are tokens; rows are then shuffled in blocks of neighbours, each
+            rotated by a random step, because neighbouring tokens are alike and so are not independent samples. None,
+            for features, shuffles rows one by one.
+        measures: names among `MEASURES`; None computes all.
+        n_shuffles: number of shuffled pairings, at least 1.
+        seed: seed of the shuffles, and of samples of rows.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: shapes do not fit, values are not finite, or a measure does not exist.
 
     >>> x = np.random.default_rng(0).normal(size=(200, 8))
     >>> found = compare_spaces(x, 3 * x[:, ::-1], measures=["svcca", "procrustes"], n_shuffles=20)
@@ -149,7 +158,7 @@ def svcca(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> float
 
 
 def svcca_one(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> float:
-    """|Pearson's r| of the two first principal components, 0 to 1: what is published as SVCCA in arXiv:2410.06981.
+    """|Pearson's r| of the two first principal components, 0 to 1: the figure published as SVCCA in arXiv:2410.06981.
 
     The code behind that paper keeps one component of either side, so its numbers compare with this and not with
     `svcca`. Shuffled pairs give `sqrt(2 / (pi * n))` on average.
@@ -160,8 +169,8 @@ def svcca_one(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> f
 def principal_angles(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> float:
     """Mean cosine of the principal angles between the spans of the ten leading components of either side, 0 to 1.
 
-    It stands between `svcca_one` and `svcca`: hundreds of pairs are enough, and small variance does not count.
-    Invariant to rotation, shift and scale.
+    A compromise between `svcca_one` and `svcca`: hundreds of pairs are enough, and directions of small variance do not
+    count. Invariant to rotation, shift and scale.
     """
     return _measure("principal_angles", x, y)
 
@@ -187,10 +196,11 @@ def procrustes(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> 
 
 
 def rsa(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"], *, seed: int = 0) -> float:
-    """Spearman's rank correlation of the two tables of similarity of all rows with each other, -1 to 1.
+    """Representational similarity analysis: Spearman's rank correlation of the two row-by-row similarity matrices, -1
+    to 1.
 
-    Rows are compared by Pearson's r over their coordinates, and every two rows count once. Invariant to scale and
-    shift of single rows and to the order of coordinates, not to rotation. Of many rows 2,000 are drawn by `seed`.
+    Rows are compared by Pearson's r over their coordinates, and every two rows count once. Invariant to scale and shift
+    of single rows and to the order of coordinates, not to rotation. Of many rows 2,000 are drawn by `seed`.
     """
     return _measure("rsa", x, y, seed)
 

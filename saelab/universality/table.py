@@ -1,4 +1,4 @@
-"""`list_universal`: the most similar of the universal pairs, with what either feature is called and fires on."""
+"""Table of the most similar universal pairs, with each feature's label and most frequent tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,23 +15,23 @@ from saelab.universality.partners import Matches
 N_WORDS = 3
 SIGNS = {1: "+", -1: "-"}
 FAINT = 0.1
-"""share of |z| below which a sign is not worth telling"""
+"""a sign with a smaller share of |z| is not shown"""
 CLEAR = 0.05
-"""p above which nobody asks whether chance could have given less"""
+"""above this p, the value is shown as it is, without a "<" before it"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniversalTable(Result):
-    """Rows of universal pairs, the most similar first; `pandas.DataFrame(table.rows)` takes it as it is."""
+    """A table of universal pairs, the most similar first; `pandas.DataFrame(table.rows)` converts it."""
 
     similarity: str
     n_pairs: int
-    """universal pairs, of which the rows are the first"""
+    """number of universal pairs, of which the rows are the first"""
     rows: tuple[dict[str, Any], ...]
-    """by pair: a and b, the features; side_a and side_b, 1 or -1 where sides were compared, else 0; similarity with its
-    sign; n_both, rows on which both fire, -1 for directions; p and q, the larger of both features; p_text, with < where
-    chance never gave so much; label_a and label_b, empty where there is none; words_a and words_b, by sign the tokens
-    with most of the sum of |z|"""
+    """one per pair, with a and b, the features; side_a and side_b, 1 or -1 where sides were compared, else 0;
+    similarity with its sign; n_both, rows on which both fire, -1 for directions; p and q, the larger of both features;
+    p_text, with < where no null value was so large; label_a and label_b, empty where there is none; words_a and
+    words_b, by sign the tokens with the largest shares of the sum of |z|"""
 
     def __str__(self) -> str:
         lines = [f"{len(self.rows):,} of {self.n_pairs:,} universal pairs by {self.similarity}"]
@@ -43,7 +43,7 @@ class UniversalTable(Result):
 
     @staticmethod
     def cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:
-        """Features, similarity, p and rows in common of a row as text."""
+        """Features, similarity, p and number of common rows of a table row, as text."""
         a, b = (f"{row[x]}{SIGNS.get(row[f'side_{x}'], '')}" for x in "ab")
         both = "-" if row["n_both"] < 0 else f"{row['n_both']:,}"
         return a, b, f"{row['similarity']:+.3f}", row["p_text"], both
@@ -52,10 +52,18 @@ class UniversalTable(Result):
 def list_universal(
     comparison: Comparison, store_a: FeatureStore, store_b: FeatureStore, *, top: int | None = 20
 ) -> UniversalTable:
-    """The first `top` universal pairs by size of similarity (all with None), labelled by the books beside the stores.
+    """A table of the first `top` universal pairs by size of similarity, with labels from the stores' label books.
 
-    The pairs are each other's best and universal on both sides. Stores are those that were compared, or, where
-    directions were, those of the same SAEs. ValueError for other stores, and for fewer than one row.
+    The pairs are each other's best and universal on both sides.
+
+    Args:
+        comparison: result of `compare`.
+        store_a: the first store compared or, where directions were compared, a store of the same SAE.
+        store_b: the second, likewise.
+        top: number of pairs; None lists all.
+
+    Raises:
+        ValueError: the stores are not those of the comparison, or `top` is below 1.
     """
     check_stores(comparison, store_a, store_b)
     if top is not None and top < 1:
@@ -69,7 +77,7 @@ def list_universal(
 
 
 def check_stores(comparison: Comparison, store_a: FeatureStore, store_b: FeatureStore) -> None:
-    """ValueError where the stores cannot be those that were compared: by their widths, and by what fires more often."""
+    """ValueError where the stores are not those compared, judged by their widths and firing counts."""
     for name, side, store in (("a", comparison.a, store_a), ("b", comparison.b, store_b)):
         width = len(side.fires) // (2 if comparison.sides else 1)
         if store.d_sae != width:
@@ -87,14 +95,16 @@ def check_stores(comparison: Comparison, store_a: FeatureStore, store_b: Feature
 
 
 def split_side(comparison: Comparison, number: int) -> tuple[int, int]:
-    """The feature that a number of the comparison stands for, and 1 or -1 where it is one side of it, else 0."""
+    """The feature that a number of the comparison stands for, and its side: 1 or -1, or 0 where sides were not
+    compared.
+    """
     return (number // 2, 1 - 2 * (number % 2)) if comparison.sides else (number, 0)
 
 
 def tell_p(side: Matches, number: int) -> str:
-    """p of a feature, as below 1 / (n + 1) where none of n by chance is as large.
+    """p of a feature as text, such as "< 1/1,025" where none of 1,024 null values is as large.
 
-    The lowest of one side are 1 / (n + 1), with an n that is about the same for rare and frequent features.
+    The lowest p of one side is 1 / (n + 1), with an n that is about the same for rare and frequent features.
     """
     p, lowest = float(side.p[number]), float(side.p.min())
     n = round(1 / p)
@@ -102,7 +112,7 @@ def tell_p(side: Matches, number: int) -> str:
 
 
 def tell_words(words: dict[str, list[str]]) -> str:
-    """Tokens by sign on one line; the sign is left out where it is + alone."""
+    """Tokens by sign as one line of text; the sign is left out where there is only +."""
     plain = list(words) == ["+"]
     return "  ".join(("" if plain else f"{sign} ") + " ".join(map(repr, some)) for sign, some in words.items())
 
@@ -132,7 +142,7 @@ def _describe(
 
 
 def _words(store: FeatureStore, feature: int, side: int) -> dict[str, list[str]]:
-    """By sign the tokens with most of the sum of |z|: for one side, or for those with a tenth of it or more."""
+    """By sign the tokens with most of the sum of |z|: of one side, or of each side with a tenth of it or more."""
     at = store.feature(feature)
     ids, sums = store.token_ids[at.indices], np.abs(at.values.astype(np.float64))
     words = {}

@@ -1,19 +1,20 @@
-"""Documents with tokens that do not tell their text: what stands between them is found on the other side."""
+"""Alignment of documents with tokens whose text is unknown (<unk>): the other side supplies what they stand for."""
 
 import numpy as np
 from jaxtyping import Int
 
 UNKNOWN = 0xFE
-"""Stands for a token that does not tell its text; UTF-8 has no such byte."""
+"""Byte for a token whose text is not known; UTF-8 has no such byte."""
 ANCHOR, REACH = 5, 400
-"""Bytes by which the place behind an unknown token is found, and how far it is sought."""
+"""Number of bytes that must agree after an unknown token, and number of bytes searched for them."""
 
 
 def bridge(a: bytes, b: bytes) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]] | None:
-    """Places in two spellings of one document that belong together; None where the texts differ otherwise.
+    """Corresponding byte positions in two spellings of one document; None where the texts differ apart from unknown
+    tokens.
 
-    Each unknown token may stand for any characters. Behind one, the two go on at the nearest place at which they agree
-    again on the next five bytes.
+    Each unknown token may stand for any characters. After one, the spellings continue at the nearest position where the
+    next five bytes agree.
 
     >>> at = bridge(b"the" + bytes([UNKNOWN]) + b"ranaway.", b"thefoxranaway.")
     >>> at[0].tolist(), at[1].tolist()
@@ -42,14 +43,14 @@ def bridge(a: bytes, b: bytes) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n
 
 
 def _agree(x: np.ndarray, y: np.ndarray) -> int:
-    """How many bytes two spellings have in common from here on, unknown ones not."""
+    """Number of leading bytes on which two spellings agree, unknown tokens excluded."""
     n = min(len(x), len(y))
     differ = np.flatnonzero((x[:n] != y[:n]) | (x[:n] == UNKNOWN))
     return int(differ[0]) if len(differ) else n
 
 
 def _resume(a: bytes, b: bytes, i: int, j: int) -> tuple[int, int] | None:
-    """The nearest places from which both go on alike."""
+    """The nearest positions from which both spellings agree again."""
     least_a, least_b = int(b[j] == UNKNOWN), int(a[i] == UNKNOWN)  # it stands for something
     for start in range(i + least_a, i + REACH):
         anchor = a[start : start + ANCHOR]

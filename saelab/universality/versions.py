@@ -1,4 +1,4 @@
-"""Which documents of two texts are versions of one, by what they read; spelled a batch of documents at a time."""
+"""Search for the documents that two texts have in common, by their characters, in batches of documents."""
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
@@ -12,12 +12,12 @@ from jaxtyping import Bool
 from saelab.universality.documents import BEGINNING, BLUR, HIGH, Spelled, SpelledText, find_overlap
 
 PREFIX = 256
-"""ASCII characters by which documents that go on as a shorter one does are sought."""
+"""Number of leading ASCII characters by which longer versions of a cut document are searched."""
 Key = Callable[[Spelled, int], bytes | None]
 
 
 class Versions:
-    """Finds the documents that both sides have; of each document a digest is held, not its text."""
+    """The common documents of two texts; for each document a digest is held instead of its text."""
 
     def __init__(self, sides: tuple[SpelledText, SpelledText]) -> None:
         self.sides = sides
@@ -34,7 +34,7 @@ class Versions:
         self._match_equal(_number)
 
     def _match_readable(self) -> None:
-        """Whole texts, then whole texts but for what cannot be read, then documents that were cut."""
+        """Match equal texts, then texts equal but for unknown parts of characters, then documents that were cut."""
         self._match_equal(lambda side, i: side.documents[i])
         self._match_equal(lambda side, i: side.documents[i].translate(BLUR))
         self._match_equal(lambda side, i: side.skeleton(i) or None)
@@ -43,7 +43,7 @@ class Versions:
             self._match_beginnings(short)
 
     def _match_equal(self, key: Key) -> None:
-        """Documents with the same key, in their order; None is no key."""
+        """Match documents with the same key, in their order; None is no key."""
         waiting: dict[bytes, list[int]] = defaultdict(list)
         for batch, spelled in self._spell(1):
             for j, digest in zip(batch, _digest(spelled, key), strict=True):
@@ -60,7 +60,9 @@ class Versions:
                     queue.remove(taken)
 
     def _match_beginnings(self, short: int) -> None:
-        """Documents of one side with those of the other that begin like them, but for what cannot be read."""
+        """Match documents of one side with those of the other that begin like them, but for unknown parts of
+        characters.
+        """
         ordered = sorted(
             (spelled.skeleton(k)[:PREFIX], j)
             for batch, spelled in self._spell(1 - short, hold=False)
@@ -78,14 +80,14 @@ class Versions:
                 any(self._take_longer(short, i, spelled.skeleton(k), j) for j in longer[k])  # up to the first that fits
 
     def _take_longer(self, short: int, i: int, skeleton: bytes, j: int) -> bool:
-        """Pair a document with a free one of the other side if that goes on where it ends."""
+        """Match a document with an unmatched one of the other side that continues it."""
         if j not in self._free[1 - short]:
             return False
         other, k = self._find(1 - short, j)
         return other.skeleton(k).startswith(skeleton) and self._take(*((j, i) if short else (i, j)))
 
     def _take(self, i: int, j: int) -> bool:
-        """Pair two documents if they agree."""
+        """Match two documents if they agree."""
         (a, mine), (b, theirs) = self._find(0, i), self._find(1, j)
         overlap = find_overlap(a, b, mine, theirs)
         if overlap is None or len(overlap.shares) == 0:
@@ -96,7 +98,7 @@ class Versions:
         return True
 
     def _spell(self, side: int, hold: bool = True) -> Iterator[tuple[list[int], Spelled]]:
-        """The free documents of a side, batch by batch; each is at hand until the next."""
+        """The unmatched documents of a side, batch by batch; each batch is held until the next."""
         for batch in self.sides[side].batches(list(self._free[side])):
             spelled = self.sides[side].spell(batch)
             if hold:
@@ -105,7 +107,7 @@ class Versions:
         self._open[side] = {}
 
     def _hold(self, side: int, documents: list[int]) -> None:
-        """Spell documents that are likely to be asked for."""
+        """Spell documents that are likely to be needed, and hold them."""
         spelled = self.sides[side].spell(documents)
         self._open[side] = {i: (spelled, k) for k, i in enumerate(documents)}
 
@@ -140,7 +142,7 @@ class Versions:
 
 
 def _sort_out(side: SpelledText) -> tuple[Bool[np.ndarray, "n_docs"], Bool[np.ndarray, "n_docs"]]:
-    """Which documents have characters, and which of these tell all of them."""
+    """Which documents have characters, and which of these are known completely."""
     filled, opaque = np.zeros((2, len(side)), bool)
     for batch in side.batches(range(len(side))):
         spelled = side.spell(batch)
@@ -149,7 +151,7 @@ def _sort_out(side: SpelledText) -> tuple[Bool[np.ndarray, "n_docs"], Bool[np.nd
 
 
 def _list(documents: Bool[np.ndarray, "n_docs"]) -> dict[int, None]:
-    """Documents in their order, from which one is taken at once."""
+    """Documents in their order, as a dictionary: removing one takes constant time."""
     return dict.fromkeys(np.flatnonzero(documents).tolist())
 
 
@@ -158,6 +160,6 @@ def _number(side: Spelled, i: int) -> bytes:
 
 
 def _digest(spelled: Spelled, key: Key) -> list[bytes | None]:
-    """The keys of some documents, however long, as sixteen bytes."""
+    """The keys of some documents, hashed to sixteen bytes each; None is no key."""
     keys: Iterable[bytes | None] = (key(spelled, i) for i in range(len(spelled.documents)))
     return [None if one is None else blake2b(one, digest_size=16).digest() for one in keys]
