@@ -1,1 +1,3 @@
-"""Other people's SAEs: one file a family of formats, and one for the arithmetic between their conventions and ours."""
+"""Reading and writing SAEs of other libraries: one module per format, and one for the conversion between their
+conventions and saelab's.
+"""

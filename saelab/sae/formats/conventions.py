@@ -1,7 +1,8 @@
-"""How others mean their weights, and the one place where their numbers become ours.
+"""Conversion of another library's weights into saelab's formula.
 
-Ours is `z = activation((normalise(x) - b_dec) W_enc + b_enc)`, `x_hat = unnormalise(z W_dec + b_dec)`. A convention is
-what differs from that; `compose` brings it in exactly, and says which tensors it had to change.
+saelab's is `z = activation((normalise(x) - b_dec) W_enc + b_enc)`, `x_hat = unnormalise(z W_dec + b_dec)`. A
+`Convention` lists how a source differs from that; `compose` converts exactly, and reports which tensors it had to
+change.
 """
 
 import math
@@ -29,35 +30,36 @@ b_gate and b_mag instead of b_enc; code_scale (d_sae), which codes are multiplie
 
 @dataclass(frozen=True, kw_only=True)
 class Convention:
-    """What a source means by its weights, where that is not what we mean."""
+    """How a source uses its weights, where that differs from saelab."""
 
     activation: Activation
-    """which pre-activations become codes"""
+    """activation function that maps pre-activations to codes"""
     encoder: Literal["linear"] | MatchingPursuit = "linear"
     """as in `SAEConfig`"""
     prefixes: tuple[int, ...] | None = None
-    """Matryoshka groups, by where they end"""
+    """sizes of the Matryoshka prefixes"""
     transcodes: bool = False
-    """whether W_dec writes other activations than W_enc reads"""
+    """whether W_dec reconstructs other activations than W_enc reads"""
     subtracts_b_dec: bool = True
-    """whether W_enc reads `x - b_dec`, not `x`"""
+    """whether the encoder is applied to `x - b_dec`, not `x`"""
     decoder_norms: Literal["none", "codes", "choice"] = "none"
-    """what ||W_dec_i|| multiplies: nothing; pre-activations and so codes, W_dec being used at unit length; or only what
-    the activation looks at when it chooses"""
+    """what is multiplied by ||W_dec_i||: "none"; "codes": pre-activations and so codes, with W_dec used at unit length;
+    or "choice": only the values by which the activation selects latents
+    """
     scale: float = 1.0
-    """what `x` is multiplied by before W_enc reads it"""
+    """factor on `x` before the encoder"""
     scale_out: float = 1.0
-    """what the reconstruction is divided by"""
+    """divisor of the reconstruction"""
     normaliser: Kind = "none"
-    """none, or what measures every token"""
+    """"none", or a kind with per-token statistics"""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, the inverse of `from_dict`."""
+        """Dictionary for JSON, the inverse of `from_dict`."""
         return asdict(self) | {"activation": self.activation.to_dict()}
 
     @classmethod
     def from_dict(cls, plain: Any) -> "Convention":
-        """Build from `to_dict`'s form; ValueError for an unknown key."""
+        """Convention from `to_dict`'s form; ValueError for an unknown key."""
         values = require_object(plain, "A convention")
         values = values | {"activation": read_activation(values.get("activation"))}
         if isinstance(values.get("encoder"), dict):
@@ -65,7 +67,7 @@ class Convention:
         return read_fields(cls, values)
 
     def describe(self) -> list[str]:
-        """What is done to the source's numbers, in words."""
+        """Descriptions of how the source's weights were converted; empty if nothing was changed."""
         subtracts = self.subtracts_b_dec
         said = {
             "its encoder reads x, not x - b_dec: b_enc holds b_dec W_enc more": not (self.transcodes or subtracts),
@@ -80,23 +82,30 @@ class Convention:
 
 @dataclass(frozen=True, eq=False)
 class Composed:
-    """A source in our terms."""
+    """A source's SAE converted to saelab's convention."""
 
     cfg: SAEConfig
     tensors: dict[str, Tensor]
-    """as `SAE.state_dict` has them"""
+    """state dict for `SAE`"""
     changed: frozenset[str]
-    """parts of the source that are not there as they were"""
+    """names of the source's tensors that are not in the state dict unchanged"""
 
 
 @torch.no_grad()
 def compose(
     parts: Parts, how: Convention, latents: Sequence[int] | None = None, dtype: torch.dtype = torch.float32
 ) -> Composed:
-    """Our configuration and tensors of a source's parts; only what is needed of them is read.
+    """Configuration and state dict of a source's weights in saelab's convention; only tensors that are needed are read.
 
-    With `latents` only those are kept; ValueError where the codes of a latent depend on the others, and for parts
-    whose shapes do not fit one another.
+    Args:
+        parts: the source's tensors by saelab's names; see `Parts`.
+        how: how the source uses them.
+        latents: indices of the latents to keep, in that order; None is all.
+        dtype: dtype of the weights in the state dict.
+
+    Raises:
+        ValueError: for `latents` where codes depend on other latents, and for tensors whose shapes do not fit one
+            another.
     """
     check_shapes(parts, how)
     if latents is not None:
@@ -111,21 +120,24 @@ def compose(
 
 
 def compose_config(parts: Parts, how: Convention) -> SAEConfig:
-    """The configuration alone: of the weights, only shapes are looked at. ValueError as of `compose`."""
+    """Configuration of a source's SAE without its weights: only shapes are read. Raises ValueError as `compose`
+    does.
+    """
     check_shapes(parts, how)
     return _configure(parts, how)
 
 
 def own(tensor: Tensor, dtype: torch.dtype, *, latent_major: bool = False) -> Tensor:
-    """The tensor in memory of its own, in a dtype; `latent_major` puts a column's numbers side by side."""
+    """Copy of the tensor in its own memory, in a dtype; `latent_major` stores the entries of a column contiguously."""
     turned = tensor.T if latent_major else tensor
     held = torch.empty(turned.shape, dtype=dtype).copy_(turned)
     return held.T if latent_major else held
 
 
 def _merge_gate(now: dict[str, Tensor], how: Convention) -> None:
-    """A gated encoder is a JumpReLU (arXiv:2404.16014): with p = x W_enc and e = exp(r_mag) a latent fires where
-    p + b_gate > 0 and is e p + b_mag there, so its pre-activation is e p + b_mag and its threshold b_mag - e b_gate.
+    """A gated encoder as a JumpReLU (arXiv:2404.16014): with p = x W_enc and e = exp(r_mag) a latent is active where p
+    + b_gate > 0 and its code is e p + b_mag there, so its pre-activation is e p + b_mag and its threshold b_mag - e
+    b_gate.
     """
     if "r_mag" not in now:
         return
@@ -135,8 +147,8 @@ def _merge_gate(now: dict[str, Tensor], how: Convention) -> None:
 
 
 def _weigh(now: dict[str, Tensor], how: Convention) -> None:
-    """Norms of W_dec's rows go into codes and W_dec; a choice that one latent makes for itself only moves its
-    threshold, a choice among latents brings its codes in the units of rows of unit length.
+    """Move norms of W_dec's rows into codes and W_dec. Where each latent is selected on its own, only its threshold
+    changes; where latents compete, codes are scaled to rows of unit length.
     """
     if how.decoder_norms == "none" or (how.decoder_norms == "choice" and isinstance(how.activation, ReLU)):
         return
@@ -156,8 +168,8 @@ def _scale_codes(now: dict[str, Tensor], how: Convention) -> None:
 
 
 def _keep_b_dec(now: dict[str, Tensor], how: Convention) -> None:
-    """Where our encoder subtracts b_dec and the source's does not, b_enc gives it back, and the other way round for a
-    transcoder, which subtracts nothing here: (x - b_dec) W_enc + (b_enc + b_dec W_enc) = x W_enc + b_enc.
+    """Correct b_enc where saelab's encoder subtracts b_dec and the source's does not, and the other way round for a
+    transcoder, whose encoder subtracts nothing in saelab: (x - b_dec) W_enc + (b_enc + b_dec W_enc) = x W_enc + b_enc.
     """
     if how.transcodes != how.subtracts_b_dec:
         return
@@ -174,13 +186,13 @@ def _keep_b_dec(now: dict[str, Tensor], how: Convention) -> None:
 
 
 def read_with(W_enc: Float[Tensor, "d_in d_sae"], b_dec: Float[Tensor, "d_in"]) -> Float[Tensor, "d_sae"]:
-    """`b_dec W_enc` in float64, a part of the latents at a time."""
+    """`b_dec W_enc`, computed in float64 and in chunks of latents."""
     parts = [rows.double() @ b_dec.double() for rows in W_enc.T.split(CHUNK)]
     return torch.cat(parts).float()
 
 
 def _set_threshold(now: dict[str, Tensor], how: Convention) -> None:
-    """Sources take max(u, 0) first, so that a threshold below 0 lets no negative code through; ours is 0 then."""
+    """Clamp thresholds at 0: sources apply max(u, 0) first, so that their threshold below 0 admits no negative code."""
     if "threshold" not in now or how.activation.threshold == "none":
         now.pop("threshold", None)
         return
@@ -221,7 +233,7 @@ def _configure(now: Parts, how: Convention) -> SAEConfig:
 
 
 def _normaliser_tensors(cfg: SAEConfig, how: Convention) -> dict[str, Tensor]:
-    """The buffers of one normaliser, or of a transcoder's two, that multiply by the source's scales."""
+    """Buffers of the normaliser (of a transcoder's two) that multiplies by the source's scale."""
     if cfg.normaliser == "none":
         return {}
     sides = {"normaliser": (how.scale, cfg.d_in)}
@@ -235,7 +247,9 @@ def _normaliser_tensors(cfg: SAEConfig, how: Convention) -> dict[str, Tensor]:
 
 
 def fit_width(activation: Activation, d_sae: int) -> Activation:
-    """The activation, with a mean L0 in training that so many latents can have; it says nothing about their codes."""
+    """The activation with its training target (target L0, or BatchTopK's k) reduced to the number of latents; codes in
+    inference do not change.
+    """
     if isinstance(activation, ReLU | JumpReLU) and activation.target_l0 > d_sae:
         return replace(activation, target_l0=float(d_sae))
     if isinstance(activation, BatchTopK) and activation.k > d_sae:
@@ -244,7 +258,9 @@ def fit_width(activation: Activation, d_sae: int) -> Activation:
 
 
 def take_latents(parts: Parts, latents: Sequence[int]) -> dict[str, Tensor]:
-    """The parts of some latents alone; nothing else of a mapped tensor is read. ValueError for a number outside."""
+    """The tensors restricted to the given latents; the rest of a mapped tensor is not read. ValueError for an index out
+    of range or repeated.
+    """
     d_sae = len(parts["W_dec"])
     index = torch.as_tensor(list(latents), dtype=torch.int64)
     if len(index) == 0 or int(index.min()) < 0 or int(index.max()) >= d_sae:
@@ -259,7 +275,7 @@ def take_latents(parts: Parts, latents: Sequence[int]) -> dict[str, Tensor]:
 
 
 def narrow(how: Convention, d_sae: int) -> Convention:
-    """The convention of fewer latents; ValueError where the codes of a latent depend on those left out."""
+    """The convention for a subset of latents; ValueError where the codes of a latent depend on the others."""
     if not isinstance(how.activation, ReLU | JumpReLU | BatchTopK) or how.encoder != "linear":
         raise ValueError(
             f"`latents` needs codes that do not depend on one another, got {how.activation}: which latents it keeps is "
@@ -269,7 +285,9 @@ def narrow(how: Convention, d_sae: int) -> Convention:
 
 
 def check_shapes(parts: Parts, how: Convention) -> None:
-    """ValueError naming the first part that is missing, or whose shape does not fit W_dec and b_dec."""
+    """Raise ValueError naming the first tensor that is missing, has a shape that does not fit W_dec and b_dec, or is
+    not floating point.
+    """
     pursues = isinstance(how.encoder, MatchingPursuit)
     needed = ["W_dec", "b_dec"] if pursues else ["W_enc", "W_dec", "b_dec"]
     needed += [] if pursues else ["r_mag", "b_gate", "b_mag"] if "r_mag" in parts else ["b_enc"]

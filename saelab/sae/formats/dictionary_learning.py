@@ -1,7 +1,7 @@
-"""dictionary_learning: `ae.pt` and, of a training run, `config.json`; seven classes, told apart by their keys.
+"""dictionary_learning's format: `ae.pt` and, of a training run, `config.json`; seven classes, recognised by their keys.
 
 Orientations and biases differ between classes. AutoEncoderNew and JumpReluAutoEncoder subtract nothing from their
-input; the others subtract their decoder's bias, whatever they call it.
+input; the others subtract their decoder's bias, under whatever name.
 """
 
 import io
@@ -42,14 +42,14 @@ KEYS: dict[str, dict[str, str]] = {
     "MatryoshkaBatchTopKSAE": PLAIN | {"threshold": "threshold"},
     "JumpReluAutoEncoder": PLAIN | {"threshold": "threshold"},
 }
-"""our name for each key of a class"""
+"""saelab's name for each key of a class"""
 SUBTRACTS_NOTHING = ("AutoEncoderNew", "JumpReluAutoEncoder")
 LINEAR_SPELLED = {"encoder_linear.": "encoder.", "decoder_linear.": "decoder."}
-"""what others call the layers of the same class"""
+"""other spellings of the layers of the same class"""
 
 
 def recognise(source: Source) -> bool:
-    """Whether the file has the keys of one of the classes."""
+    """Whether the file has the keys of one of dictionary_learning's classes."""
     return source.pickle is not None and bool(_find_classes(_respell(source.tensors(source.pickle))))
 
 
@@ -60,7 +60,7 @@ def _respell(held: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find_classes(held: Mapping[str, Any]) -> list[str]:
-    """The classes whose keys these are: one, or the two that have the same."""
+    """Names of the classes with these keys: one, or the two that share their keys."""
     keys = {key for key, value in held.items() if isinstance(value, Tensor)}
     if "W_enc" in keys:
         if not {*PLAIN, "threshold"} <= keys:
@@ -73,8 +73,10 @@ def _find_classes(held: Mapping[str, Any]) -> list[str]:
 
 
 def read(source: Source, asked: Asked) -> Reading:
-    """The dictionary in a file; ValueError where the file does not say which of two classes it is, or where a threshold
-    was never set.
+    """Weights and convention of the dictionary in a file.
+
+    Raises:
+        ValueError: where the file does not determine which of two classes it is, or a threshold was never set.
     """
     assert source.pickle is not None
     place, held = source.folder / source.pickle, _respell(source.tensors(source.pickle))
@@ -106,7 +108,9 @@ def read(source: Source, asked: Asked) -> Reading:
 
 
 def _choose_class(found: list[str], said: str | None, asked: Asked, place: Path) -> str:
-    """TopK and BatchTopK have the same keys; the run's configuration, or the caller's activation, tells them apart."""
+    """Name of the class. TopK and BatchTopK have the same keys; the run's configuration, or the caller's activation,
+    decides.
+    """
     if len(found) == 1:
         return found[0]
     if asked.activation is not None:
@@ -121,7 +125,7 @@ def _choose_class(found: list[str], said: str | None, asked: Asked, place: Path)
 
 
 def _require_threshold(threshold: Tensor, asked: Asked, place: Path) -> Tensor:
-    """The threshold of inference; -1 is dictionary_learning's word for none yet."""
+    """Threshold of inference; dictionary_learning writes -1 where training has not set one."""
     if asked.threshold is not None:
         return torch.tensor(asked.threshold)
     if float(threshold) < 0:
@@ -144,7 +148,9 @@ def _choose_activation(name: str, held: Mapping[str, Any], trainer: dict[str, An
 
 
 def _read_facts(settings: dict[str, Any]) -> Facts:
-    """Only a submodule that names its place says where the dictionary stands; a layer's number alone does not."""
+    """Model, hook point and context length; the hook point only where the submodule's name determines it, not from a
+    layer's number alone.
+    """
     trainer, buffer = settings.get("trainer") or {}, settings.get("buffer") or {}
     submodule = str(trainer.get("submodule_name"))
     named = re.fullmatch(r"resid_post_layer_(\d+)", submodule)
@@ -157,7 +163,7 @@ def _read_facts(settings: dict[str, Any]) -> Facts:
 
 
 def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
-    """Class and configuration that say the same as the coder; ValueError where none does."""
+    """Class name and configuration that express the SAE; ValueError where none does."""
     cfg, activation = coder.cfg, coder.cfg.activation
     if cfg.d_out is not None or cfg.encoder != "linear":
         what = "a transcoder" if cfg.d_out is not None else "matching pursuit"
@@ -202,7 +208,7 @@ def _name_submodule(provenance: Provenance | None) -> str | None:
 
 
 def find_parts(coder: Coder) -> dict[str, Tensor]:
-    """The coder's weights as its class means them."""
+    """Weights as the SAE's class in dictionary_learning uses them."""
     parts = {name: getattr(coder, name).detach() for name in PLAIN}
     activation = coder.cfg.activation
     if type(activation) is JumpReLU:  # its class subtracts nothing
@@ -213,7 +219,7 @@ def find_parts(coder: Coder) -> dict[str, Tensor]:
 
 
 def find_extras(coder: Coder) -> dict[str, Tensor]:
-    """The buffers that a class has beside its weights."""
+    """Buffers that a class has in addition to its weights."""
     activation, prefixes = coder.cfg.activation, coder.cfg.prefixes
     extras: dict[str, Tensor] = {}
     if type(activation) in (TopK, BatchTopK):
@@ -227,7 +233,14 @@ def find_extras(coder: Coder) -> dict[str, Tensor]:
 
 
 def write(folder: Path, settings: dict[str, Any], parts: Mapping[str, Tensor], extras: Mapping[str, Tensor]) -> None:
-    """Write the dictionary, and the run's configuration where there is one."""
+    """Write the weights, and the run's configuration where there is one.
+
+    Args:
+        folder: folder to write to.
+        settings: configuration of the format, as `describe` returns it or as it was read.
+        parts: weights by saelab's names, as `find_parts` returns them or as they were read.
+        extras: further tensors by the format's own names, written unchanged.
+    """
     keys = KEYS[settings["class"]]
     named = {theirs: parts[ours] for theirs, ours in keys.items()}
     if "encoder.weight" in keys:

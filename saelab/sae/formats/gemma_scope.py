@@ -1,4 +1,5 @@
-"""Gemma Scope: `params.npz` of the first (arXiv:2408.05147), `config.json` and `params.safetensors` of the second.
+"""Gemma Scope's formats: `params.npz` of the first (arXiv:2408.05147), `config.json` and `params.safetensors` of the
+second.
 
 Both are JumpReLU with a threshold for each latent, W_enc (d_in, d_sae) and W_dec (d_sae, d_out), and subtract nothing
 from their input. The second's affine connection is (d_in, d_out).
@@ -24,11 +25,11 @@ PLACES = {
     "pre_feedforward_layernorm.output": "ln2.hook_out",
     "post_feedforward_layernorm.output": "hook_mlp_out",
 }
-"""Hugging Face's places in a layer of Gemma 3, in TransformerLens spelling"""
+"""TransformerLens hook names for module inputs and outputs in a Hugging Face layer of Gemma 3"""
 
 
 def recognise_first(source: Source) -> bool:
-    """Whether it is an SAE of the first Gemma Scope."""
+    """Whether the file is an SAE of the first Gemma Scope."""
     name = _find_archive(source)
     return name is not None and set(NAMES) <= set(_capitalise(source.tensors(name)))
 
@@ -40,12 +41,14 @@ def _find_archive(source: Source) -> str | None:
 
 
 def _capitalise(held: Mapping[str, Any]) -> dict[str, Any]:
-    """`w_enc` and `w_dec` are spelled either way."""
+    """Tensors by `W_enc` and `W_dec`; files spell them in either case."""
     return {f"W{name[1:]}" if name.startswith("w_") else name: value for name, value in held.items()}
 
 
 def read_first(source: Source, asked: Asked) -> Reading:
-    """An SAE or, where `hook_point_out` is given, a transcoder; the file holds nothing but weights."""
+    """Weights and convention of an SAE, or of a transcoder where `hook_point_out` is given; the file holds nothing but
+    weights.
+    """
     name = _find_archive(source)
     assert name is not None
     parts = require_tensors(_capitalise(source.tensors(name)), NAMES, source.folder / name)
@@ -57,14 +60,16 @@ def _mean(*, transcodes: bool) -> Convention:
 
 
 def recognise_second(source: Source) -> bool:
-    """Whether it is an SAE or transcoder of the second Gemma Scope."""
+    """Whether the files are an SAE or transcoder of the second Gemma Scope."""
     if not source.has(CONFIG, WEIGHTS):
         return False
     return source.json(CONFIG).get("architecture") == "jump_relu" and "w_enc" in source.tensors(WEIGHTS)
 
 
 def read_second(source: Source, asked: Asked) -> Reading:
-    """An SAE or transcoder; ValueError for a crosscoder, whose W_dec has three axes."""
+    """Weights and convention of an SAE or transcoder; ValueError for a cross-layer transcoder, whose W_dec has three
+    axes.
+    """
     settings = source.settings(CONFIG)
     held = _capitalise(source.tensors(WEIGHTS))
     parts = require_tensors(held, NAMES, source.folder / WEIGHTS)
@@ -85,6 +90,8 @@ def read_second(source: Source, asked: Asked) -> Reading:
 
 
 def _translate(place: str | None) -> str | None:
-    """Such as 'blocks.3.hook_resid_post' for 'model.layers.3.output'; None for a place that is not in the list."""
+    """TransformerLens hook point, such as 'blocks.3.hook_resid_post' for 'model.layers.3.output'; None for one that is
+    not in the list.
+    """
     found = re.fullmatch(r"(?:model\.)?(?:language_model\.)?layers\.(\d+)\.(.+)", place or "")
     return f"blocks.{found[1]}.{PLACES[found[2]]}" if found and found[2] in PLACES else None

@@ -1,4 +1,4 @@
-"""Fetching one SAE of a repository on the Hugging Face Hub: its own files, not those of its hundreds of neighbours."""
+"""Downloading a single SAE from a Hugging Face Hub repository: only its own files, not those of other SAEs there."""
 
 from pathlib import Path, PurePosixPath
 
@@ -12,9 +12,11 @@ WEIGHT_SUFFIXES = (*PICKLES, *ARCHIVES, ".safetensors")
 
 
 def find_source(source: str | Path, name: str | None = None, revision: str | None = None) -> Source:
-    """The local folder or file, or what is fetched of the Hub repository 'owner/name'; `name` is a sub-folder or file.
+    """Local folder or file of an SAE, downloaded from the Hub repository 'owner/name' where `source` is no local path;
+    `name` is a sub-folder or file.
 
-    Raises FileNotFoundError for what is neither, and where the Hub cannot be reached.
+    Raises:
+        FileNotFoundError: for what is neither a path nor a repository, and where the Hub cannot be reached.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -29,7 +31,9 @@ def find_source(source: str | Path, name: str | None = None, revision: str | Non
 
 
 def list_files(name: str | None) -> list[str]:
-    """The files that an SAE may consist of: those of a sub-folder, or a single file and what stands beside it."""
+    """Paths of all files that an SAE may consist of: those of a sub-folder, or a single file and the configuration next
+    to it.
+    """
     known = dict.fromkeys([*OWN_FILES, *(file for reader in READERS.values() for file in reader.files)])
     place = PurePosixPath(inside(name)) if name is not None else PurePosixPath()
     if place.suffix in WEIGHT_SUFFIXES:

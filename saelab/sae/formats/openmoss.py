@@ -1,10 +1,10 @@
-"""OpenMOSS (Language-Model-SAEs, Llamascopium) and its Llama Scope (arXiv:2410.20526).
+"""OpenMOSS' formats (Language-Model-SAEs, Llamascopium), and its Llama Scope (arXiv:2410.20526).
 
     h = s_in x W_E + b_E,    z = h where it is chosen,    y_hat = (z W_D + b_D) / s_out
 
 with s = sqrt(d_model) / (mean norm of the activations) on each side, 1 where norms are folded already. Nothing is
-subtracted from the input. With `sparsity_include_decoder_norm` the choice looks at h ||W_D_i||: a threshold is divided
-by the norm; codes of TopK come in the units of rows of unit length, as `transform_to_unit_decoder_norm` means them.
+subtracted from the input. With `sparsity_include_decoder_norm` latents are chosen by h ||W_D_i||: a threshold is
+divided by the norm; codes of TopK are scaled to rows of unit length, as `transform_to_unit_decoder_norm` does.
 """
 
 import math
@@ -29,11 +29,11 @@ THRESHOLDS = ("activation_function.log_jumprelu_threshold", "log_jumprelu_thresh
 LANGUAGE_MODEL = "lm_config.json"
 NORM = "dataset_average_activation_norm."
 ELSEWHERE = "sae_pretrained_name_or_path"
-"""a setting that names other weights than those of the folder"""
+"""a setting that refers to weights outside of the folder"""
 
 
 def recognise(source: Source) -> bool:
-    """Whether the files are OpenMOSS'."""
+    """Whether the files are in OpenMOSS' format."""
     name = _find_weights(source)
     if name is None or not source.has(CONFIG) or "d_model" not in source.json(CONFIG):
         return False
@@ -42,7 +42,7 @@ def recognise(source: Source) -> bool:
 
 
 def _find_weights(source: Source) -> str | None:
-    """Weights of a run's end, or of its last checkpoint."""
+    """Name of the weights file: of a finished run, or of its last checkpoint."""
     names = (WEIGHTS, PICKLED, FINAL, FINAL.replace(".safetensors", ".pt"))
     return next((name for name in names if source.has(name)), None)
 
@@ -53,7 +53,9 @@ def _unwrap(held: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def read(source: Source, asked: Asked) -> Reading:
-    """An SAE or transcoder; ValueError for other types, and for thresholds and norms that are not in the file."""
+    """Weights and convention of an SAE or transcoder; ValueError for other types, and for thresholds and norms that are
+    not in the file.
+    """
     settings, name = source.settings(CONFIG), _find_weights(source)
     assert name is not None
     place = source.folder / name
@@ -111,7 +113,7 @@ def _name_parts(held: Mapping[str, Any], has_bias: bool, source: Source) -> dict
 def _find_scales(
     settings: dict[str, Any], held: Mapping[str, Any], points: tuple[str, str], asked: Asked, place: Path
 ) -> tuple[float, float]:
-    """What activations are multiplied by on each side."""
+    """Factors on the activations of input and target."""
     norm = settings.get("norm_activation", "dataset-wise")
     if norm in ("inference", "token-wise"):
         return 1.0, 1.0
@@ -153,10 +155,10 @@ def recognise_llama_scope(source: Source) -> bool:
 
 
 def read_llama_scope(source: Source, asked: Asked) -> Reading:
-    """An SAE or transcoder of Llama Scope: a JumpReLU with one threshold for all latents.
+    """Weights and convention of an SAE or transcoder of Llama Scope: a JumpReLU with one threshold for all latents.
 
-    `jump_relu_threshold` is in the units of the activations themselves, h in those of norm sqrt(d_model): h fires above
-    `s_in jump_relu_threshold`. Decoder norms do not enter, as in SAELens' loader, which its authors corrected.
+    `jump_relu_threshold` is in the units of the activations themselves, h in those of norm sqrt(d_model): h is active
+    above `s_in jump_relu_threshold`. Decoder norms do not enter, as in SAELens' loader, which its authors corrected.
     """
     settings = source.settings(HYPERPARAMETERS)
     place = source.folder / HYPERPARAMETERS

@@ -1,4 +1,4 @@
-"""Single PyTorch files that hold nothing but weights: OpenAI's (arXiv:2406.04093) and Qwen Scope's."""
+"""OpenAI's (arXiv:2406.04093) and Qwen Scope's formats: single PyTorch files that hold only weights."""
 
 from typing import Any
 
@@ -20,9 +20,10 @@ def recognise_openai(source: Source) -> bool:
 
 
 def read_openai(source: Source, asked: Asked) -> Reading:
-    """`z = activation((norm(x) - pre_bias) encoder^T + latent_bias)`, `x_hat = (z decoder^T + pre_bias) std + mean`.
+    """Weights and convention of OpenAI's file: `z = activation((norm(x) - pre_bias) encoder^T + latent_bias)`,
+    `x_hat = (z decoder^T + pre_bias) std + mean`.
 
-    TopK files normalise every token by its own mean and deviation, ReLU files do not: the file says no more of it.
+    TopK files normalise every token by its own mean and deviation, ReLU files do not; the file does not record this.
     """
     assert source.pickle is not None
     place, held = source.folder / source.pickle, source.tensors(source.pickle)
@@ -46,7 +47,7 @@ def _choose_activation(said: Any, state: Any, place: Any) -> Activation:
 
 
 def recognise_qwen_scope(source: Source) -> bool:
-    """Whether the file is of Qwen Scope: W_enc (d_sae, d_in) and W_dec (d_in, d_sae), which no one else writes."""
+    """Whether the file is of Qwen Scope: W_enc is (d_sae, d_in) and W_dec (d_in, d_sae), which no other format uses."""
     if source.pickle is None:
         return False
     held = source.tensors(source.pickle)
@@ -58,7 +59,9 @@ def recognise_qwen_scope(source: Source) -> bool:
 
 
 def read_qwen_scope(source: Source, asked: Asked) -> Reading:
-    """`z = TopK(x W_enc^T + b_enc)`; the file does not say k, and nothing is subtracted."""
+    """Weights and convention of Qwen Scope's file, `z = TopK(x W_enc^T + b_enc)`; the file does not hold k, and nothing
+    is subtracted from the input.
+    """
     assert source.pickle is not None
     parts = require_tensors(source.tensors(source.pickle), QWEN, source.folder / source.pickle)
     parts["W_enc"], parts["W_dec"] = parts["W_enc"].T, parts["W_dec"].T

@@ -1,4 +1,4 @@
-"""Which format a folder or file is of, by what it holds, and its reader."""
+"""Registry of formats that can be read, and detection of the format of a folder or file."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,12 +14,12 @@ OWN = "saelab"
 
 @dataclass(frozen=True)
 class Reader:
-    """One format: whether a source is of it, and how it is read."""
+    """Functions of one format: `recognise` tests whether a source has the format, `read` reads it."""
 
     recognise: Callable[[Source], bool]
     read: Callable[[Source, Asked], Reading]
     files: tuple[str, ...]
-    """what to fetch of a folder on the Hub"""
+    """files to download from a folder on the Hub"""
 
 
 READERS = {
@@ -49,12 +49,12 @@ FORMATS = (OWN, *READERS)
 
 
 def is_own(source: Source) -> bool:
-    """Whether the files are of our own writing."""
+    """Whether the files are an SAE that saelab wrote."""
     return source.file is None and source.has("config.json") and source.json("config.json").get("kind") == "sae"
 
 
 def require_room(folder: Path, format: str) -> None:
-    """ValueError where a folder holds an SAE of another format: a second one would make both hard to open."""
+    """Raise ValueError where a folder holds an SAE of another format: with a second one, neither could be detected."""
     if not folder.is_dir():
         return
     source, others = Source.open(folder), []
@@ -69,7 +69,7 @@ def require_room(folder: Path, format: str) -> None:
 
 
 def find_format(source: Source, named: str | None = None) -> str:
-    """The format of a source; ValueError where it is of none, or of several and none was named."""
+    """Name of a source's format; ValueError where it has none, or several and none was named."""
     if named is not None and named not in FORMATS:
         raise ValueError(f"`format` must be one of {list(FORMATS)}, got '{named}'.")
     found = [name for name, reader in READERS.items() if reader.recognise(source)]
@@ -96,5 +96,5 @@ def find_format(source: Source, named: str | None = None) -> str:
 
 
 def read_foreign(source: Source, format: str, asked: Asked) -> Reading:
-    """What a source of somebody else's format holds."""
+    """Weights and convention of a source in another library's format."""
     return READERS[format].read(source, asked)

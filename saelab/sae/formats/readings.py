@@ -1,4 +1,6 @@
-"""What a reader finds in somebody's files, what the user adds to it, and what is kept of it in an SAE."""
+"""Intermediate results of loading an SAE: what a file holds, what the caller adds, and what is kept in the SAE to write
+it back.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,14 +17,16 @@ from saelab.stores.provenance import Provenance
 from saelab.stores.validation import check_settings, require_object
 
 ALIASES = {"gpt2-small": "gpt2"}
-"""names that TransformerLens has for models, where the Hub's last part is another"""
+"""TransformerLens' names of models that differ from the last part of their Hub id"""
 RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-"""places where folding layer norms changes nothing, and centring what is written there changes all"""
+"""hook points where folding layer norms changes nothing, and centring what is written to the residual stream is all
+that matters
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What the caller of `from_pretrained` says, because files often do not; it goes before what they say."""
+    """Facts that the caller of `from_pretrained` gave, because files often lack them; they override the file's."""
 
     model: str | None = None
     hook_point: str | None = None
@@ -35,7 +39,7 @@ class Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a file says of the activations its SAE is for."""
+    """What a file records of the activations its SAE was trained on."""
 
     model: str | None = None
     hook_point: str | None = None
@@ -44,25 +48,25 @@ class Facts:
     text: str = "unknown"
     ctx_len: int | None = None
     mask: dict[str, Any] = field(default_factory=dict)
-    """fields of the token mask; none where the file says nothing"""
+    """fields of the token mask; empty where the file has none"""
     provenance: dict[str, Any] | None = None
-    """the whole of it, in files of our own writing"""
+    """the full provenance, in files that saelab wrote"""
     complete: bool = False
-    """whether the file is of our own writing, so that what it does not say is not known"""
+    """whether saelab wrote the file, so that what it leaves out is unknown"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """An SAE in its source's numbers, under our names and orientations."""
+    """An SAE with the source's values, under saelab's names and orientations."""
 
     format: str
     parts: Mapping[str, Tensor]
     how: Convention
     facts: Facts = Facts()
     settings: dict[str, Any] = field(default_factory=dict)
-    """the source's own configuration, to write it back"""
+    """the source's own configuration, kept to write it back"""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """tensors that say nothing about codes or reconstructions, to write them back"""
+    """tensors that do not affect codes or reconstructions, kept to write them back"""
 
 
 class _Said(TypedDict):
@@ -73,21 +77,23 @@ class _Said(TypedDict):
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Where an SAE was read from, and what composing had to change: enough to write it back bit for bit."""
+    """Format that an SAE was read from, and the tensors that conversion changed: enough to write it back bit for
+    bit.
+    """
 
     format: str
     how: Convention
     settings: dict[str, Any]
     dtypes: dict[str, str]
-    """of the source's tensors"""
+    """dtypes of the source's tensors"""
     kept: Mapping[str, Any]
-    """those tensors of the source that are not in the SAE as they were; mapped, and read only to be written"""
+    """the source's tensors that are not in the SAE unchanged; memory-mapped, and read only to be written"""
 
     def __repr__(self) -> str:
         return f"Origin({self.format}: {'; '.join(self.how.describe()) or 'as it is'})"
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the tensors, ready for JSON."""
+        """All but the tensors as a dictionary for JSON."""
         return {
             "format": self.format,
             "convention": self.how.to_dict(),
@@ -97,7 +103,9 @@ class Origin:
 
     @classmethod
     def from_dict(cls, plain: Any, kept: Mapping[str, Any]) -> "Origin":
-        """Build from `to_dict`'s form and the tensors kept; ValueError where one of them is missing."""
+        """Origin from `to_dict`'s form and the tensors kept; ValueError where it is malformed or names an unknown
+        dtype.
+        """
         plain = require_object(plain, "`origin`")
         said = check_settings(_Said, plain, "`origin`")
         how = Convention.from_dict(plain.get("convention"))
@@ -110,14 +118,23 @@ class Origin:
 
 
 def require(value: Any, name: str, what: str, example: str) -> Any:
-    """The value; ValueError that asks for it where the file does not say it."""
+    """The value itself; ValueError that asks the caller for it where the file leaves it out.
+
+    Args:
+        value: what the caller or the file gave; None raises.
+        name: parameter of `from_pretrained` that supplies it.
+        what: description of what the file leaves out, for the message.
+        example: example of a value, for the message.
+    """
     if value is None:
         raise ValueError(f"`{name}` must be given, as this file does not say {what}, got none; pass {name}={example}.")
     return value
 
 
 def make_provenance(reading: Reading, asked: Asked) -> Provenance | None:
-    """The provenance of an SAE that was read: what was asked for, else what the file says; ValueError if neither."""
+    """Provenance of a loaded SAE: what the caller gave, else what the file records; ValueError if model or hook point
+    is in neither.
+    """
     facts = reading.facts
     if facts.complete and not (asked.model or asked.hook_point or asked.hook_point_out or asked.weight_processing):
         return Provenance.from_dict(facts.provenance) if facts.provenance else None
@@ -146,10 +163,10 @@ def make_provenance(reading: Reading, asked: Asked) -> Provenance | None:
 
 
 def name_processing(hook_point: str | None, *, centred: bool, folded: bool) -> str:
-    """What TransformerLens did to the model's weights, in our words.
+    """Weight processing of the model in saelab's terms, from the TransformerLens options it was loaded with.
 
-    "folded" is what the bridge's compatibility mode makes: layer norms folded, what is written to the residual stream
-    centred. Where that is read, centring alone is the same.
+    "folded" is what the bridge's compatibility mode makes: layer norms folded, and weights that write to the residual
+    stream centred. At hook points of the residual stream centring alone gives the same activations.
     """
     reads_residual = hook_point is not None and hook_point.rpartition(".")[2] in RESIDUAL
     if centred and (folded or reads_residual):
@@ -160,7 +177,7 @@ def name_processing(hook_point: str | None, *, centred: bool, folded: bool) -> s
 
 
 def describe_mask(excludes_special: bool | None, start: int = 0, stop: int | None = None) -> dict[str, Any]:
-    """Fields of the token mask that a source trained with; None where it does not say."""
+    """Fields of the token mask that a source trained with; empty where it does not record one."""
     if excludes_special is None:
         return {}
     rules = TokenMask(special=excludes_special, positions=(start, stop)).to_dict()
@@ -168,5 +185,5 @@ def describe_mask(excludes_special: bool | None, start: int = 0, stop: int | Non
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Such as 'bfloat16'."""
+    """Name of a dtype, such as 'bfloat16'."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Names under which published SAEs are known, as SAELens lists them, and where on the Hub they lie.
+"""Names of published SAE releases, as SAELens lists them, and their locations on the Hub.
 
 `releases.json` holds facts only, a line for each family: a pattern of release names and one of SAE ids; the repository
 and the path in it; the model, the hook point and what else the files leave out. `{...}` stands for a group of either.
@@ -21,13 +21,15 @@ TABLE = Path(__file__).parent / "releases.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """One family of published SAEs; the texts may refer to groups of `name` and `id`, and to `{id}` itself."""
+    """One family of published SAEs; string fields may refer to named groups of `name` and `id`, and to `{id}`
+    itself.
+    """
 
     name: str
-    """pattern of the release's name"""
+    """regular expression of the release's name"""
     repo: str
     id: str = ".+"
-    """pattern of an SAE's id in it"""
+    """regular expression of an SAE's id in it"""
     path: str = "{id}"
     """sub-folder or file"""
     model: str | None = None
@@ -35,13 +37,13 @@ class Release:
     hook_point_out: str | None = None
     weight_processing: str | None = None
     activation: dict[str, Any] | None = None
-    """name and settings, where the files do not say them"""
+    """name and settings of the activation function, where the files lack them"""
     scale: float | None = None
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one SAE lies, and what is known of it."""
+    """Location of one SAE on the Hub, and the facts known about it."""
 
     repo: str
     path: str
@@ -64,10 +66,23 @@ def register_release(
     activation: Activation | None = None,
     scale: float | None = None,
 ) -> None:
-    """Make a release known to `SAE.from_pretrained(name, id)`; one of the same name goes before the table's.
+    """Register a release for `SAE.from_pretrained(name, id)`; it overrides a listed one of the same name.
 
-    `name` and `id` are regular expressions; `{id}` and their named groups may stand in the other texts. ValueError for
-    a pattern that is none, or a path that leaves the repository.
+    Args:
+        name: regular expression of the release's name.
+        repo: Hub repository 'owner/name'.
+        path: sub-folder or file in the repository; like all strings below it may contain `{id}` and named groups of
+            `name` and `id`.
+        id: regular expression of an SAE's id.
+        model: name of the model; None leaves this and the following to the files.
+        hook_point: hook point that the SAE reads.
+        hook_point_out: hook point that a transcoder writes.
+        weight_processing: processing of the model's weights in training, "none" or "folded".
+        activation: activation function with its k.
+        scale: factor by which activations are multiplied before the encoder.
+
+    Raises:
+        ValueError: for an invalid regular expression, and for a path that leaves the repository.
 
     >>> register_release("mine", "me/saes", id=r"layer_(?P<layer>\\d+)", model="gpt2",
     ...     hook_point="blocks.{layer}.hook_resid_post")
@@ -103,7 +118,9 @@ def _read_table() -> tuple[Release, ...]:
 
 
 def find_release(name: str, id: str | None) -> Place | None:
-    """Where an SAE of a release lies; None for no release's name, ValueError for an id that the release has not."""
+    """Location of an SAE of a release; None where no release has that name, ValueError for an id that the release
+    lacks.
+    """
     found = [(entry, match) for entry in (*_added, *_read_table()) if (match := re.fullmatch(entry.name, name))]
     if not found:
         return None

@@ -1,7 +1,7 @@
-"""SAELens: `cfg.json` and `sae_weights.safetensors`; W_enc is (d_in, d_sae), W_dec (d_sae, d_out), but W_skip (d_out,
-d_in).
+"""Reading SAELens' format: `cfg.json` and `sae_weights.safetensors`; W_enc is (d_in, d_sae), W_dec (d_sae, d_out), but
+W_skip (d_out, d_in).
 
-Read are the architectures of SAELens 6, its training checkpoints of BatchTopK, and configurations from before 6.0.
+Supports the architectures of SAELens 6, its training checkpoints of BatchTopK, and configurations from before 6.0.
 """
 
 import re
@@ -26,24 +26,26 @@ TRANSCODERS = {
     "jumprelu_transcoder": True,
     "jumprelu_skip_transcoder": True,
 }
-"""whether they have thresholds"""
+"""transcoder architectures, and whether they have thresholds"""
 BATCHED = ("batchtopk", "matryoshka_batchtopk")
-"""architectures of training checkpoints: when training ends they become jumprelu"""
+"""architectures of training checkpoints, which SAELens converts to jumprelu at the end of training"""
 PER_TOKEN: dict[str, Kind] = {"constant_norm_rescale": "token_norm", "layer_norm": "layer_norm"}
 SCALED = "expected_average_only_in"
 CODE_SCALE = "scaling_factor"
-"""what files from before 6.0 may multiply codes by before they are decoded"""
+"""factor on codes before decoding, in files from before 6.0"""
 OURS = "saelab"
-"""the key in `metadata` under which we say what SAELens has no words for"""
+"""key in `metadata` under which saelab stores what SAELens' format cannot express"""
 
 
 def recognise(source: Source) -> bool:
-    """Whether the files are SAELens'."""
+    """Whether the files are in SAELens' format."""
     return source.has(CONFIG, WEIGHTS) and "W_dec" in source.tensors(WEIGHTS) and "d_in" in source.json(CONFIG)
 
 
 def read(source: Source, asked: Asked) -> Reading:
-    """The SAE in a folder; ValueError for an architecture that is none of ours, and for what must be asked for."""
+    """Weights and convention of the SAE in a folder; ValueError for an unsupported architecture, and for facts that the
+    caller has to give.
+    """
     place = source.folder
     settings = source.settings(CONFIG)
     cfg = modernise(settings)
@@ -77,7 +79,7 @@ def read(source: Source, asked: Asked) -> Reading:
 
 
 def modernise(settings: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as SAELens 6 has it, with its metadata; those from before 6.0 are flat."""
+    """Configuration in the form of SAELens 6, with its metadata; those from before 6.0 are flat."""
     cfg = dict(settings)
     metadata = dict(cfg.get("metadata") or {})
     version = cfg.get("sae_lens_version") or metadata.get("sae_lens_version")
@@ -97,7 +99,7 @@ def modernise(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _name_parts(cfg: dict[str, Any], held: Mapping[str, Any]) -> tuple[str, ...]:
-    """The tensors that an architecture has; ValueError for one that is no point on our axes."""
+    """Names of an architecture's tensors; ValueError for an unsupported one."""
     architecture = cfg.get("architecture")
     basic = ("W_enc", "b_enc", "W_dec", "b_dec")
     if architecture in TRANSCODERS:
@@ -151,14 +153,14 @@ def _choose_encoder(cfg: dict[str, Any]) -> Any:
 
 
 def _one_threshold(threshold: Tensor | None, place: Path) -> Tensor:
-    """The single number behind a vector of equal thresholds."""
+    """The common value of a vector of equal thresholds."""
     if threshold is None or not bool((threshold == threshold.flatten()[0]).all()):
         raise ValueError(f"{place} must hold one threshold for all latents of a BatchTopK SAE, got others or none.")
     return threshold.flatten()[0]
 
 
 def _find_code_scale(cfg: dict[str, Any], held: Mapping[str, Any], place: Path) -> dict[str, Tensor]:
-    """What codes are multiplied by before they are decoded, where an SAE was fine-tuned so."""
+    """Factors on the codes before decoding, where an SAE was fine-tuned with them; else empty."""
     scale = held.get(CODE_SCALE)
     if not isinstance(scale, Tensor) or bool((scale == 1).all()):
         return {}
@@ -171,8 +173,8 @@ def _find_code_scale(cfg: dict[str, Any], held: Mapping[str, Any], place: Path) 
 
 
 def _find_scale(cfg: dict[str, Any], source: Source, asked: Asked) -> float:
-    """What activations are multiplied by first. SAELens folds it when training ends, and so a file that still asks for
-    it does not hold it; training checkpoints have it beside them.
+    """Factor on the activations before the encoder. SAELens folds it at the end of training, so a file that still asks
+    for it does not hold it; training checkpoints have it in a file next to them.
     """
     normalize = cfg["normalize_activations"]
     if normalize not in ("none", SCALED, *PER_TOKEN):

@@ -1,4 +1,4 @@
-"""Writing SAELens' `cfg.json` and `sae_weights.safetensors`."""
+"""Writing SAELens' format, `cfg.json` and `sae_weights.safetensors`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +16,14 @@ from saelab.stores.names import shareable
 from saelab.stores.provenance import Provenance
 
 VERSION = "6.0.0"
-"""whose configuration is written"""
+"""SAELens version whose configuration is written"""
 
 
 def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
-    """The configuration that SAELens wants for a coder without a linear normaliser; ValueError for what it cannot say.
+    """SAELens configuration of an SAE without a linear normaliser; ValueError for what SAELens cannot express.
 
-    BatchTopK becomes the JumpReLU that it is once its threshold stands; prefixes, and where activations came from, go
-    into the metadata under a key of our own.
+    BatchTopK is written as the JumpReLU that it is equivalent to once its threshold is set; prefixes and provenance go
+    into the metadata under a key of saelab's own.
     """
     cfg, activation = coder.cfg, coder.cfg.activation
     architecture, extra = _name_architecture(coder)
@@ -100,7 +100,7 @@ def _name_architecture(coder: Coder) -> tuple[str, dict[str, Any]]:
 
 
 def find_parts(coder: Coder) -> dict[str, Tensor]:
-    """The coder's weights as SAELens has them."""
+    """Weights as SAELens uses them."""
     names: tuple[str, ...] = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold")
     if isinstance(coder.cfg.encoder, MatchingPursuit):
         names = ("W_dec", "b_dec")
@@ -111,7 +111,14 @@ def find_parts(coder: Coder) -> dict[str, Tensor]:
 
 
 def write(folder: Path, settings: dict[str, Any], parts: Mapping[str, Tensor], extras: Mapping[str, Tensor]) -> None:
-    """Write the two files."""
+    """Write weights and configuration.
+
+    Args:
+        folder: folder to write to.
+        settings: configuration of the format, as `describe` returns it or as it was read.
+        parts: weights by saelab's names, as `find_parts` returns them or as they were read.
+        extras: further tensors by the format's own names, written unchanged.
+    """
     named = dict(parts)
     if "W_skip" in named:
         named["W_skip"] = named["W_skip"].T

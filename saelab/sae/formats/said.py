@@ -1,6 +1,6 @@
-"""What is read of other libraries' configurations, key by key: of which type it must be.
+"""Types of the keys that are read from other libraries' configurations, for validation.
 
-Numbers that must be there are asked for by `require_number`.
+Numbers that must be present are checked by `require_number`.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 
 class Metadata(TypedDict, total=False):
-    """Where an SAE of SAELens came from; in files from before 6.0 the same stands in the configuration itself."""
+    """Metadata of a SAELens SAE; in files from before 6.0 the same keys are in the configuration itself."""
 
     sae_lens_version: str | None
     model_name: str | None
@@ -24,7 +24,7 @@ class Metadata(TypedDict, total=False):
 
 
 class Trainer(TypedDict, total=False):
-    """Of a run of dictionary_learning."""
+    """The "trainer" section of a dictionary_learning run."""
 
     dict_class: str | None
     k: float | None
@@ -33,13 +33,13 @@ class Trainer(TypedDict, total=False):
 
 
 class Buffer(TypedDict, total=False):
-    """Of a run of dictionary_learning."""
+    """The "buffer" section of a dictionary_learning run."""
 
     ctx_len: int | None
 
 
 class Said(Metadata, total=False):
-    """A configuration of anybody's."""
+    """Configuration of any supported library."""
 
     metadata: Metadata | None
     trainer: Trainer | None

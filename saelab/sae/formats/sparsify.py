@@ -1,7 +1,7 @@
-"""sparsify (eai-sparsify): `cfg.json` and `sae.safetensors`, a folder for each hook point.
+"""sparsify's (eai-sparsify) format: `cfg.json` and `sae.safetensors`, a folder for each hook point.
 
 `encoder.weight` is (d_sae, d_in), `W_dec` (d_sae, d_out), not transposed, `W_skip` (d_out, d_in). A transcoder
-subtracts nothing from its input; everything else subtracts b_dec, whatever `normalize_decoder` says.
+subtracts nothing from its input; everything else subtracts b_dec, whatever `normalize_decoder` is.
 """
 
 from collections.abc import Mapping
@@ -23,12 +23,13 @@ CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
 
 
 def recognise(source: Source) -> bool:
-    """Whether the files are sparsify's."""
+    """Whether the files are in sparsify's format."""
     return source.has(CONFIG, WEIGHTS) and "encoder.weight" in source.tensors(WEIGHTS)
 
 
 def read(source: Source, asked: Asked) -> Reading:
-    """The SAE or transcoder in a folder; ValueError where its configuration does not fit its weights.
+    """Weights and convention of the SAE or transcoder in a folder; ValueError where its configuration does not fit its
+    weights.
 
     The folder above may hold the run's `config.json`, which names the model; no file names the hook point.
     """
@@ -60,7 +61,9 @@ def _to_parts(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_width(settings: dict[str, Any], parts: Mapping[str, Tensor], place: Path) -> None:
-    """`num_latents` 0 means `d_in * expansion_factor`."""
+    """Raise ValueError where the weights' shape is not the configuration's; `num_latents` 0 means
+    `d_in * expansion_factor`.
+    """
     d_in = require_number(settings, "d_in", place / CONFIG)
     d_sae = settings.get("num_latents") or d_in * require_number(settings, "expansion_factor", place / CONFIG)
     if tuple(parts["W_enc"].shape) != (d_in, d_sae):
@@ -91,7 +94,7 @@ def _read_facts(run: Path) -> Facts:
 
 
 def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
-    """The configuration that sparsify wants; ValueError for what it cannot say."""
+    """sparsify configuration of an SAE; ValueError for what sparsify cannot express."""
     cfg, activation = coder.cfg, coder.cfg.activation
     if type(activation) not in (TopK, GroupMax) or cfg.encoder != "linear":
         raise ValueError(f"sparsify knows TopK and GroupMax with a linear encoder, got {activation}; write saelens.")
@@ -115,13 +118,20 @@ def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
 
 
 def find_parts(coder: Coder) -> dict[str, Tensor]:
-    """The coder's weights as sparsify means them."""
+    """Weights as sparsify uses them."""
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
     return {name: part for name in names if (part := getattr(coder, name)) is not None}
 
 
 def write(folder: Path, settings: dict[str, Any], parts: Mapping[str, Tensor], extras: Mapping[str, Tensor]) -> None:
-    """Write the two files."""
+    """Write weights and configuration.
+
+    Args:
+        folder: folder to write to.
+        settings: configuration of the format, as `describe` returns it or as it was read.
+        parts: weights by saelab's names, as `find_parts` returns them or as they were read.
+        extras: further tensors by the format's own names, written unchanged.
+    """
     named = {
         "encoder.weight": parts["W_enc"].T,
         "encoder.bias": parts["b_enc"],

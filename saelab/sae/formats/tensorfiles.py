@@ -1,6 +1,7 @@
-"""Tensors in files that others wrote: safetensors, PyTorch's zip, NumPy's npz. Nothing in them is executed.
+"""Safe reading of tensors from files of other libraries: safetensors, PyTorch's zip format, NumPy's npz. Nothing in
+them is executed.
 
-Tensors are mapped into memory, so that names, shapes and dtypes are known before any value is read.
+Tensors are memory-mapped, so that names, shapes and dtypes are known before any value is read.
 """
 
 import pickle
@@ -26,10 +27,12 @@ LOCAL_HEADER = 30  # bytes before a name in a zip file
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
-    """What a file holds by name: tensors, mapped and not yet read, and the plain values that stand beside them.
+    """Contents of a weights file by name: tensors, memory-mapped and not yet read, and plain values stored with them.
 
-    Raises FileNotFoundError where there is no file; ValueError for one that is cut off, that is no such file, that
-    would have to run code to be read, or whose arrays are larger than their bytes can hold.
+    Raises:
+        FileNotFoundError: where there is no file.
+        ValueError: for one that is cut off, is no such file, would have to run code to be read, or declares arrays
+            larger than its bytes can hold.
     """
     if not path.is_file():
         raise FileNotFoundError(f"An SAE's weights must be a file, got {path}, where there is none. Check the name.")
@@ -41,7 +44,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
 
 
 class _Checked(Mapping):  # a type checker at run time would read what it holds
-    """The tensors of a safetensors file: each is compared with its checksums, if it has any, when it is asked for."""
+    """The tensors of a safetensors file; each is compared with its checksum, if it has one, on access."""
 
     def __init__(self, file: TensorFile) -> None:
         self._file = file
@@ -86,7 +89,7 @@ def _read_pickle(path: Path) -> Mapping[str, Any]:
 
 
 def _name_cause(error: Exception) -> str:
-    """What stopped the unpickler; not PyTorch's own words, which advise to run the code."""
+    """What stopped the unpickler, without PyTorch's own message, which advises to run the code."""
     found = NAMED.search(str(error))
     return f"one that names {found[1]}" if found else f"another ({type(error).__name__})"
 
@@ -99,7 +102,7 @@ def _refuse_compressed(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _read_archive(path: Path) -> Mapping[str, Tensor]:
-    """The arrays of an npz: those stored as they are get mapped, small or little compressed ones are read."""
+    """Arrays of an npz file: uncompressed ones are memory-mapped; small or slightly compressed ones are read."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {info.filename.removesuffix(".npy"): _read_array(path, archive, info) for info in archive.infolist()}
@@ -154,7 +157,7 @@ def _read_array_header(
 
 
 def _find_data(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin: behind its local header, a name and an extra field."""
+    """Offset of a stored member's data: after its local header, a name and an extra field."""
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         header = file.read(LOCAL_HEADER)

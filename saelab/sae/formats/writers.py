@@ -1,4 +1,6 @@
-"""Writing an SAE as other tools read it: as it was read, bit for bit, or in a format's own terms where it has them."""
+"""Writing an SAE in another library's format: bit for bit as it was read, or converted where the format can
+express it.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,13 +23,15 @@ Named = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Writer:
-    """One format: what it can say of an SAE, the weights as it means them, and its files."""
+    """Functions of one format: `describe` gives the configuration, `find_parts` the weights, `write` writes the
+    files.
+    """
 
     describe: Callable[[Coder, Provenance | None], dict[str, Any]]
     find_parts: Callable[[Coder], dict[str, Tensor]]
     write: Callable[[Path, dict[str, Any], Named, Named], None]
     last: str
-    """the file that tells what the folder holds"""
+    """the file by which the format is recognised; written last"""
     find_extras: Callable[[Coder], dict[str, Tensor]] = lambda coder: {}
 
 
@@ -49,10 +53,20 @@ WRITERS = {
 def write_foreign(
     folder: Path, coder: Coder, provenance: Provenance | None, origin: Origin | None, format: str
 ) -> None:
-    """Write a coder into a folder in somebody else's format.
+    """Write an SAE into a folder in another library's format.
 
     One that was read from that format and is unchanged is written as it was. Otherwise a linear normaliser is folded
-    into the weights. ValueError with the reason where the format has no words for it.
+    into the weights.
+
+    Args:
+        folder: folder to write to; an SAE of that format in it is replaced.
+        coder: the SAE.
+        provenance: provenance of its activations, for formats that record it.
+        origin: what was kept when it was read from another library's format; None otherwise.
+        format: "saelens", "sparsify" or "dictionary_learning".
+
+    Raises:
+        ValueError: with the reason, where the format cannot express the SAE.
     """
     if format not in WRITERS:
         raise ValueError(f"`format` must be 'saelab' or one of {list(WRITERS)}, got '{format}'.")
@@ -76,7 +90,9 @@ def _require_threshold(coder: Coder) -> None:
 
 
 def keep_origin(reading: Reading, changed: frozenset[str]) -> Origin:
-    """What to keep of a reading, so that it can be written back; of formats that are not written, no tensors."""
+    """Origin of a reading, so that the SAE can be written back; tensors are kept only for formats that can be
+    written.
+    """
     writes = reading.format in WRITERS
     kept = {name: reading.parts[name] for name in changed} | dict(reading.extras) if writes else {}
     dtypes = {name: dtype_name(part.dtype) for name, part in reading.parts.items()}
@@ -85,7 +101,7 @@ def keep_origin(reading: Reading, changed: frozenset[str]) -> Origin:
 
 @torch.no_grad()
 def restore(origin: Origin, coder: Coder) -> dict[str, Tensor] | None:
-    """The parts that were read, from those kept and the coder's own; None where they are not this coder any more."""
+    """The tensors that were read, from those kept and the SAE's own; None where the SAE has changed since."""
     own = coder.state_dict()
     parts = {}
     for name, dtype in origin.dtypes.items():
@@ -102,7 +118,7 @@ def restore(origin: Origin, coder: Coder) -> dict[str, Tensor] | None:
 
 
 def _same(again: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
-    """Equal up to what another machine's order of summation explains."""
+    """Whether two sets of tensors are equal up to rounding differences of summation order."""
     return set(again) == set(own) and all(
         again[name].shape == own[name].shape
         and torch.allclose(again[name].float(), own[name].cpu().float(), rtol=1e-6, atol=1e-8)
