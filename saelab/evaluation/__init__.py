@@ -1,1 +1,1 @@
-"""Evaluation: how well an SAE reconstructs, how sparse it is, and what its language model makes of that."""
+"""Evaluation of SAEs: reconstruction, sparsity, effect on the language model's loss, scores on known concepts."""

@@ -1,4 +1,4 @@
-"""What an SAE must beat: reconstructions that were not trained, each at the sparsity they are compared at."""
+"""Baselines for reconstruction at the SAE's sparsity: untrained SAE, random dictionary, PCA, linear map, ablations."""
 
 from collections.abc import Callable
 
@@ -13,11 +13,12 @@ from saelab.sae.sae import SAE
 from saelab.sae.untrained import make_untrained, prepare
 
 Reconstruction = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps activations (n, d_in) to their reconstructions (n, d_out) and the number of numbers each is made of (n)."""
+"""A function of activations (n, d_in) that returns reconstructions (n, d_out) and the number of nonzero codes of each
+(n)."""
 
 
 def reconstruct_by(sae: SAE) -> Reconstruction:
-    """An SAE's reconstruction and the latents that fire."""
+    """An SAE as a reconstruction function, with the number of latents that fire."""
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.to(sae.device)
@@ -28,20 +29,27 @@ def reconstruct_by(sae: SAE) -> Reconstruction:
 
 
 def make_constant(value: Float[Tensor, "d_out"]) -> Reconstruction:
-    """An ablation: the same vector for every token."""
+    """Ablation: a reconstruction function that returns the same vector for every token."""
     return lambda x: (value.to(x).expand(len(x), -1), torch.zeros(len(x), dtype=torch.int64))
 
 
 def make_baselines(
     sae: SAE, l0: float, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"], seed: int
 ) -> dict[str, Reconstruction]:
-    """Three baselines for an SAE that uses `l0` latents a token, fitted to a sample of inputs and targets.
+    """Baseline reconstruction functions for an SAE by name, fitted to a sample of inputs and targets.
 
-    untrained: the SAE as training would start it, at the L0 that the trained one has.
-    random: the best k = round(l0) of `d_sae` random unit directions; the encoder is tied to them, up to a fitted scale
-    (a transcoder's are of the input, and what they say of the target is fitted).
-    pca: the sample's first k principal components, which need no dictionary wider than d_in.
-    linear, for a transcoder instead: the best affine map of rank k, or of any rank beside a skip connection.
+    untrained: the SAE as initialized before training, at the trained SAE's L0. random: the best k = round(l0) of
+    `d_sae` random unit directions; the encoder is tied to them, up to a fitted scale (a transcoder's are directions of
+    the input, and its decoder to the target is fitted). pca: the sample's first k principal components, which need no
+    dictionary wider than d_in. linear, for a transcoder in place of pca: the best affine map of rank k, or of full rank
+    where the transcoder has a skip connection.
+
+    Args:
+        sae: the trained SAE or transcoder.
+        l0: number of latents that fire on a token, on average.
+        x: inputs of the sample.
+        y: targets of the sample; for an autoencoder its inputs.
+        seed: of the random directions.
     """
     cfg = sae.cfg
     k = min(max(1, round(l0)), cfg.d_sae)
@@ -59,7 +67,7 @@ def make_baselines(
 
 
 def make_pca(sample: Float[Tensor, "n d_in"], k: int) -> Reconstruction:
-    """The best reconstruction of the sample from its mean and k directions."""
+    """The reconstruction from the sample's mean and its first k principal components."""
     mean = exact(sample).mean(0)
     centred = exact(sample) - mean
     directions = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :k]
@@ -72,9 +80,9 @@ def make_pca(sample: Float[Tensor, "n d_in"], k: int) -> Reconstruction:
 
 
 def make_linear(x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"], k: int) -> Reconstruction:
-    """The affine map of rank k that reconstructs the sample's targets best (reduced-rank regression).
+    """The affine map of rank k with the least squared error on the sample's targets (reduced-rank regression).
 
-    It is the least-squares map, cut down to the k principal components of what that map predicts.
+    It is the least-squares map, projected on the first k principal components of its predictions.
     """
     mean_x, mean_y = exact(x).mean(0), exact(y).mean(0)
     centred, target = exact(x) - mean_x, exact(y) - mean_y

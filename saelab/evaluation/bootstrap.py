@@ -1,4 +1,4 @@
-"""Sums by document, and what they would be with other documents: the bootstrap behind every interval."""
+"""Sums of metrics by document, and the bootstrap over documents for 95 % intervals."""
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +9,8 @@ LEVEL = 0.95
 
 
 class DocumentSums:
-    """Sums of per-token terms for every document, in float64: tokens of one depend on each other, documents do not.
+    """Sums of per-token terms for each document, in float64; documents are the bootstrap's unit, as their tokens depend
+    on each other.
 
     >>> sums = DocumentSums(torch.tensor([[0, 0, 7, -1]]))
     >>> sums.add(torch.tensor([0, 0, 7]), {"n_tokens": torch.ones(3)})
@@ -22,7 +23,7 @@ class DocumentSums:
         self.columns: dict[str, Tensor] = {}
 
     def add(self, doc_ids: Int[Tensor, "n"], terms: dict[str, Float[Tensor, "n"]]) -> None:
-        """Add terms of tokens to the sums of their documents."""
+        """Add per-token terms to the sums of their documents."""
         places = torch.searchsorted(self.documents, doc_ids)
         for name, values in terms.items():
             if name not in self.columns:
@@ -31,15 +32,15 @@ class DocumentSums:
 
     @property
     def n_documents(self) -> int:
-        """Documents of which at least one token counted."""
+        """Number of documents with at least one token counted."""
         return int((self.columns["n_tokens"] > 0).sum())
 
     def total(self) -> dict[str, Float[Tensor, ""]]:
-        """Every sum over all documents."""
+        """Sum of each term over all documents."""
         return {name: column.sum() for name, column in self.columns.items()}
 
     def resample(self, n_draws: int, seed: int) -> dict[str, Float[Tensor, "n_draws"]]:
-        """Every sum over as many documents drawn with replacement, `n_draws` times; the same draws for every sum."""
+        """Bootstrap draws of each total: as many documents with replacement, `n_draws` times, the same for all."""
         counted = self.columns["n_tokens"] > 0
         table = torch.stack([column[counted] for column in self.columns.values()], dim=1)
         n, generator = len(table), torch.Generator().manual_seed(seed)
@@ -54,7 +55,7 @@ class DocumentSums:
 
 
 def find_interval(draws: Float[Tensor, "n_draws"]) -> tuple[float, float]:
-    """The middle 95 % of bootstrap draws; draws that are NaN are left out.
+    """The 95 % interval of bootstrap draws, from their quantiles; draws that are NaN are left out.
 
     >>> [round(end, 6) for end in find_interval(torch.arange(1001.0))]
     [25.0, 975.0]

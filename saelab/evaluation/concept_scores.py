@@ -1,4 +1,4 @@
-"""`ConceptScores`: what a dictionary knows of a world's concepts; prints itself, draws in Jupyter, saves as JSON."""
+"""`ConceptScores`: result of `score_concepts`, features as classifiers of known concepts."""
 
 import math
 from collections import Counter
@@ -22,7 +22,7 @@ SUMMARY = {
 
 
 class Best(NamedTuple):
-    """The feature that tells a concept best: it says yes where `side * z > threshold`."""
+    """The best feature for a concept, as the classifier `side * z > threshold`."""
 
     feature: int | None
     side: int
@@ -32,18 +32,18 @@ class Best(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptScore:
-    """One concept and the feature chosen for it on training stories; the scores are of held-out stories."""
+    """Scores of the best feature for one concept; chosen on training stories, scored on held-out ones."""
 
     name: str
     kind: str
     feature: int | None = None
-    """None where there is none: not scored, or no feature ever fires with the concept in training stories"""
+    """index of the feature; None where the concept is not scored, or no feature fires with it in training stories"""
     side: int = 1
     """1 or -1: the sign of the codes that count"""
     threshold: float = math.nan
-    """a token counts where `side * z > threshold`"""
+    """a token is classified as the concept where `side * z > threshold`"""
     fraction: float = math.nan
-    """the threshold as a fraction of the side's largest value in training stories"""
+    """the threshold as a fraction of the largest code of that sign in training stories"""
     f1: float = math.nan
     precision: float = math.nan
     """NaN where the feature does not fire"""
@@ -52,33 +52,32 @@ class ConceptScore:
     """of max(side z, 0), ties counted half"""
     f1_train: float = math.nan
     f1_always: float
-    """F1 of saying yes always, which is high for what is true of many tokens"""
+    """F1 of always predicting the concept, which is high for a frequent one"""
     n_split: int | None = None
-    """features whose union tells the concept better, each by more than 0.03 F1 in training stories; 1 is no split"""
+    """feature splitting: features in a greedy union, each of which raises F1 by more than 0.03 in training stories; 1
+    is no split"""
     n_train: int
     """training tokens of the concept"""
     n_tokens: int
     """held-out tokens of the concept"""
     n_fires: int
-    """held-out tokens on which the feature says yes"""
+    """held-out tokens that the feature classifies as the concept"""
     reason: str = ""
     """why the scores are NaN"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParentScore:
-    """How often the parent's feature fires where a child is true, and so the parent is; absorption makes it fail
-    there.
-    """
+    """Recall of a parent concept's feature on tokens of a child concept; low recall is a sign of feature absorption."""
 
     parent: str
     child: str
     recall: float
-    """of the parent's feature among the child's held-out tokens"""
+    """of the parent's feature on the child's held-out tokens"""
     parent_recall: float
-    """the same among all tokens of the parent"""
+    """of the same on all held-out tokens of the parent"""
     parent_f1: float
-    """low where the parent has no feature worth the name"""
+    """of the same; where it is low, the parent has no feature of its own"""
     n_tokens: int
     """held-out tokens of the child"""
     n_parent: int
@@ -87,26 +86,27 @@ class ParentScore:
 
 @dataclass(frozen=True, kw_only=True)
 class PairScore:
-    """Whether one feature holds two concepts, one on each side: the feature with the highest lesser kappa in training
-    stories.
+    """Whether one signed feature represents two concepts, one with each sign; the best feature by the lesser kappa in
+    training.
     """
 
     a: str
     b: str
     opposed: bool
-    """False for a control pair"""
+    """False for a control pair of concepts that are not opposites"""
     feature: int | None = None
     side_of_a: int = 1
+    """1 or -1: sign of the codes that stand for a"""
     f1_a: float = math.nan
     f1_b: float = math.nan
     kappa_a: float = math.nan
-    """F1 above chance (Cohen's kappa): what is true of half the tokens has F1 0.5 by chance, kappa 0"""
+    """F1 above chance (Cohen's kappa): for a concept on half of the tokens, chance gives F1 0.5 and kappa 0"""
     kappa_b: float = math.nan
     best_f1_a: float = math.nan
     """of the best feature for a alone"""
     best_f1_b: float = math.nan
     on_two_sides: bool = False
-    """both kappa exceed 0.3, and so both F1; and both F1 half of the best for their concept"""
+    """both kappa exceed 0.3 (and so both F1), and both F1 half of that of the best feature for the concept"""
     n_a: int
     """held-out tokens of a"""
     n_b: int
@@ -121,9 +121,9 @@ class PairScore:
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptScores(Result):
-    """A dictionary against the truth, and its baselines against the same; all scores are in [0, 1], higher is better.
+    """Scores of a dictionary against known concepts of tokens, and of its baselines; all in [0, 1], higher is better.
 
-    Features, sides and thresholds are chosen on training stories; every score but `f1_train` is of held-out ones.
+    Features, signs and thresholds are chosen on training stories; every score but `f1_train` is of held-out ones.
     """
 
     concepts: tuple[ConceptScore, ...]
@@ -134,14 +134,14 @@ class ConceptScores(Result):
     """F1 over all (token, concept) pairs: a concept is predicted where any feature fires that had precision 0.95 for it
     and 10 firings in training stories"""
     reconstruction_macro: float
-    """the same by token, averaged over tokens that have a true or a predicted concept"""
+    """the same for each token, averaged over tokens with a true or a predicted concept"""
     reconstruction_fraction: float
-    """the threshold used there, chosen on training stories"""
+    """the threshold used for it, chosen on training stories"""
     n_precise: int
-    """feature sides that predict some concept there"""
+    """features (by sign) that predict some concept for it"""
     n_features: int
     l0: float
-    """values that are not zero per token"""
+    """number of nonzero codes for a token"""
     n_train: int
     """training tokens"""
     n_tokens: int
@@ -164,7 +164,7 @@ class ConceptScores(Result):
 
     @property
     def coverage_always(self) -> float:
-        """Mean F1 of saying yes always, over the same concepts: the floor under `coverage`."""
+        """Mean F1 of always predicting a concept, over the same concepts: a baseline for `coverage`."""
         return _mean(row.f1_always for row in self.scored)
 
     @property
@@ -179,7 +179,7 @@ class ConceptScores(Result):
 
     @property
     def parent_recall(self) -> float:
-        """Mean recall of a parent's feature where a child is true; read it beside `parent_f1`."""
+        """Mean recall of a parent's feature on tokens of its child; to be read together with `parent_f1`."""
         return _mean(pair.recall for pair in self.parents)
 
     @property
@@ -204,16 +204,18 @@ class ConceptScores(Result):
 
     @property
     def n_opposed_on_two_sides(self) -> int:
-        """Opposed pairs that sit on the two sides of one feature."""
+        """Number of opposed pairs represented by the two signs of one feature."""
         return sum(pair.on_two_sides for pair in self.opposed_pairs)
 
     @property
     def n_control_on_two_sides(self) -> int:
-        """Control pairs that do: what chance and frequency give."""
+        """Number of control pairs of which the same is true: what chance and frequency give."""
         return sum(pair.on_two_sides for pair in self.control_pairs)
 
     def best(self, name: str) -> Best:
-        """The feature chosen for a concept, its side and threshold, and its held-out F1; KeyError for no concept."""
+        """The feature chosen for a concept, its sign and threshold, and its held-out F1; KeyError for an unknown
+        concept.
+        """
         for row in self.concepts:
             if row.name == name:
                 return Best(row.feature, row.side, row.threshold, row.f1)

@@ -1,4 +1,4 @@
-"""`score_concepts`: a dictionary against a world whose concepts are known token by token."""
+"""`score_concepts`: scores of a dictionary on synthetic text whose concepts are known for every token."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -47,17 +47,28 @@ def score_concepts(
     control_pairs: Sequence[tuple[str, str]] | None = None,
     baselines: Mapping[str, Codes] | None = None,
 ) -> ConceptScores:
-    """Score codes against the concepts of a world: features chosen on training stories, scored on held-out ones.
+    """Scores of features as classifiers of known concepts, chosen on training stories and scored on held-out ones.
 
-    For each concept the best of all (feature, side, threshold) by F1, with thresholds t f_max, t in {0, 0.1, ..., 0.9},
-    f_max the side's largest value in training stories; coverage and reconstruction as in arXiv:2408.00113. `codes` are
-    sparse or dense, (n_tokens, d_sae); signed codes fire where z != 0 and each sign is a side of its own. `truth` is
-    (n_tokens, n_concepts), scipy sparse or an array, columns as in `table`; stories are split by `seed`. Concepts with
-    fewer than `min_count` tokens on either side of the split are NaN, with the reason.
+    For each concept the best of all (feature, sign, threshold) by F1, with thresholds t f_max, t in {0, 0.1, ..., 0.9},
+    f_max the largest code of that sign in training stories. Coverage and reconstruction are defined in
+    arXiv:2408.00113. Unsigned codes have one sign, so none of their features can represent a pair of opposites.
 
-    Opposed pairs are those of `table`; `control_pairs` are held against them (default: its one-sided concepts, each
-    with the next). Unsigned codes have one side, so none of their features can hold a pair. `baselines` are other codes
-    of the same tokens, see `concept_baselines`. Raises ValueError where sizes disagree or stories cannot be split.
+    Args:
+        codes: (n_tokens, d_sae), sparse or dense; a code fires where z != 0, and each sign is a classifier of its own.
+        truth: (n_tokens, n_concepts) which concepts are true of each token, scipy sparse or an array, columns as in
+            `table`.
+        table: the concepts, with parents and opposites.
+        story_ids: story of each token; stories are split as a whole.
+        train_frac: share of stories for training.
+        min_count: fewest tokens of a concept on either side of the split; scores of rarer ones are NaN, with the
+            reason.
+        seed: of the split.
+        control_pairs: pairs of concepts that are not opposites, to compare the opposed pairs of `table` with; by
+            default each one-sided concept with the next.
+        baselines: other codes of the same tokens by name, such as those of `concept_baselines`.
+
+    Raises:
+        ValueError: where sizes disagree, stories cannot be split, or a control pair names no concept of `table`.
     """
     is_train = split_documents(story_ids, train_frac, seed)
     if min_count < 1:
@@ -77,7 +88,7 @@ def score_concepts(
 
 @dataclass(frozen=True, eq=False)
 class _World:
-    """The truth on the two sides of the split, and what is asked of it."""
+    """Concept labels on the two sides of the split, with the pairs to score."""
 
     table: Sequence[Concept]
     pairs: list[tuple[str, str, bool]]

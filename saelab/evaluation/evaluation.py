@@ -1,4 +1,4 @@
-"""`evaluate`: an SAE measured, and spliced into its language model, beside ablations and baselines."""
+"""`evaluate`: reconstruction, sparsity and spliced-in loss of an SAE, with ablations and baselines."""
 
 import torch
 
@@ -33,16 +33,28 @@ def evaluate(
     allow_mismatch: bool = False,
     progress: bool = True,
 ) -> Evaluation:
-    """Measure an SAE on tokens of its language model; the numbers are explained in `Evaluation`.
+    """Reconstruction metrics of an SAE, and its language model's loss with the reconstructions spliced in.
 
-    A transcoder reads at one hook point, and its reconstruction replaces what comes out at another: (input, target).
-    Hook point and mask default to those the SAE was trained with. Tokens that the mask leaves out are neither measured
-    nor replaced, and the same predictions count in every run. `batch_size` is the number of sequences in a forward;
-    results do not depend on it. `n_bootstrap` draws of documents give the intervals; `seed` draws them and the
-    baselines. Neither the SAE nor the model is changed.
+    The metrics are explained in `Evaluation`. A transcoder reads at one hook point, and its reconstruction replaces the
+    activation at another. Tokens that the mask leaves out are neither measured nor replaced, and the same predictions
+    count in every run. Neither the SAE nor the model is changed.
 
-    Raises ValueError where the SAE was trained on another model, weight processing or hook point (`allow_mismatch=True`
-    goes ahead), for an SAE that has no hook point or threshold yet, and for activations that are not finite.
+    Args:
+        sae: SAE or transcoder.
+        model: language model it was trained on.
+        tokens: text to evaluate on.
+        hook_point: where the SAE reads, for a transcoder a pair (input, target); by default where it was trained.
+        mask: tokens that count; by default the mask that the SAE was trained with.
+        batch_size: sequences in a forward pass; by default chosen for memory. Results do not depend on it.
+        n_bootstrap: draws of documents for the 95 % intervals; 0 for none.
+        baselines: evaluate the untrained SAE, a random dictionary and PCA (a linear map for a transcoder), too.
+        seed: of the bootstrap and the baselines.
+        allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for an SAE of another model, weight processing or hook point (unless `allow_mismatch`), an SAE that
+            has no hook point or threshold yet, and activations that are not finite.
 
     >>> model = sl.tiny_model()
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)

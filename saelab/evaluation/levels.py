@@ -1,4 +1,4 @@
-"""`Levels`: how far up its range each feature is at each token, in one byte that answers for every threshold."""
+"""`Levels`: codes quantized to ten thresholds of each feature's range, for F1 at every threshold in one pass."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ Codes: TypeAlias = Any
 """Codes or activations of tokens: scipy sparse (n_tokens, d_sae), `SparseCodes`, or a dense tensor or array."""
 N_LEVELS = 10
 FRACTIONS = np.arange(N_LEVELS) / N_LEVELS
-"""Thresholds, as fractions of a side's largest value in training stories."""
+"""Thresholds as fractions of the largest code of that sign in training stories."""
 NOTHING = -1
-"""Stands for the unit of a concept with which no feature fires."""
+"""In place of a unit's number, for a concept with which no feature fires."""
 BLOCK_ENTRIES = 2**22  # entries of a block of columns held at a time
 
 
 def read_values(codes: Codes) -> Any:
-    """Codes as a scipy csr matrix, dense activations as an array; ValueError unless finite and of two axes."""
+    """Codes as a scipy csr matrix, dense activations as an array; ValueError unless finite and two-dimensional."""
     from scipy.sparse import csr_matrix, issparse
 
     values: Any
@@ -46,7 +46,7 @@ def read_values(codes: Codes) -> Any:
 
 
 def select_rows(values: Any, rows: np.ndarray) -> Any:
-    """Rows of `read_values`' result by column: csc without stored zeros, or an array stored column by column."""
+    """Rows of the result of `read_values`, stored by column: csc without stored zeros, or an array in Fortran order."""
     from scipy.sparse import issparse
 
     if not issparse(values):
@@ -58,7 +58,7 @@ def select_rows(values: Any, rows: np.ndarray) -> Any:
 
 
 def find_peaks(values: Any) -> Float[np.ndarray, "n_features 2"]:
-    """The largest value of each feature on its positive and on its negative side; 0 for a side that never fires."""
+    """The largest magnitude of each feature's positive and negative codes; 0 for a sign that never occurs."""
     from scipy.sparse import issparse
 
     ends = [values.max(axis=0), -values.min(axis=0)]
@@ -68,21 +68,21 @@ def find_peaks(values: Any) -> Float[np.ndarray, "n_features 2"]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Levels:
-    """Tokens by features, each the number of thresholds passed, 0 to 10, with the sign of its side.
+    """For each token and feature the number of thresholds that the code exceeds, 0 to 10, with the code's sign.
 
-    A unit is one feature's side at one threshold; unit `(2 feature + (side < 0)) 10 + i` fires where the level of its
-    side exceeds i, that is `side z > FRACTIONS[i] peak`.
+    A unit is one feature with one sign at one threshold; unit `(2 feature + (side < 0)) 10 + i` fires where the level
+    of that sign exceeds i, that is `side z > FRACTIONS[i] peak`.
     """
 
     table: "csc_matrix | Int8[np.ndarray, 'n_tokens n_features']"
 
     @property
     def n_features(self) -> int:
-        """Features, each of two sides."""
+        """Number of features, each with two signs."""
         return int(self.table.shape[1])
 
     def tokens(self, unit: int) -> Int[np.ndarray, "n_fires"]:
-        """Where a unit fires."""
+        """Indices of the tokens on which a unit fires."""
         if unit == NOTHING:
             return np.zeros(0, np.int64)
         column, level = divmod(unit, N_LEVELS)
@@ -95,7 +95,9 @@ class Levels:
         return self.table.indices[part][there < -level if negative else there > level]
 
     def blocks(self) -> Iterator[tuple[slice, Int[np.ndarray, "n"], Int[np.ndarray, "n"]]]:
-        """Blocks of features: which, and token and highest unit of each entry; units count from the block's first."""
+        """Blocks of features: the slice, and the token and highest unit of each entry, units counted from the block's
+        first.
+        """
         n_entries = self.table.size if isinstance(self.table, np.ndarray) else self.table.nnz
         width = max(1, BLOCK_ENTRIES * self.n_features // max(1, n_entries))
         for start in range(0, self.n_features, width):
@@ -112,7 +114,7 @@ class Levels:
 
 
 def grade(values: Any, peaks: Float[np.ndarray, "n_features 2"]) -> Levels:
-    """The levels of `select_rows`' result; a side whose peak is 0 is at level 0."""
+    """The levels of the result of `select_rows`; codes of a sign whose peak is 0 get level 0."""
     from scipy.sparse import csc_matrix
 
     ceilings = np.where(peaks > 0, peaks, np.inf)
@@ -139,9 +141,9 @@ def _grade(z: Shaped[np.ndarray, "n"], ceilings: Float[np.ndarray, "2"]) -> Int8
 
 
 def count_units(levels: Levels, truth: "csr_matrix") -> tuple[np.ndarray, np.ndarray]:
-    """How often each unit fires with each concept (n_concepts, n_units), and at all (n_units), by sparse products.
+    """How often each unit fires with each concept, (n_concepts, n_units), and in total, (n_units,), by sparse products.
 
-    Levels are counted once, each at its highest unit; the thresholds below follow by summing down.
+    Entries are counted once, at their highest unit; counts of lower thresholds are cumulative sums.
     """
     from scipy.sparse import csr_matrix
 

@@ -1,4 +1,4 @@
-"""The two passes over the tokens: one that looks at activations only, one that splices."""
+"""The two passes of `evaluate`: statistics of the activations, then forward passes with reconstructions spliced in."""
 
 import math
 from collections import Counter
@@ -24,20 +24,31 @@ SAMPLE_TOKENS = 16384  # about what training fits its start to
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """What the first pass finds."""
+    """Result of the first pass: statistics of activations and codes."""
 
     mean: Float[Tensor, "d_out"]
-    """of what is reconstructed, over all tokens kept; float64"""
+    """mean of the targets over all tokens kept; float64"""
     inputs: Float[Tensor, "n d_in"]
-    """activations of sequences spread evenly over the tokens"""
+    """activations of a sample of sequences spread evenly over the tokens"""
     targets: Float[Tensor, "n d_out"]
-    """what a transcoder reconstructs of them; an autoencoder's inputs"""
+    """targets of a transcoder on the same sample; an autoencoder's inputs"""
     firings: FiringSums
     removed: dict[str, int]
 
 
 def survey(sae: SAE, stage: Stage, tokens: Tokens, n_seq: int, progress: bool) -> Survey:
-    """Go over the activations once, for what must be known before any are compared: mean, sample, the SAE's L0."""
+    """First pass over the activations: their mean, a sample for fitting baselines, and the SAE's L0 and densities.
+
+    Args:
+        sae: SAE or transcoder.
+        stage: model, hook points and mask.
+        tokens: the text.
+        n_seq: sequences in a forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: where the mask keeps no token.
+    """
     stride = max(1, math.ceil(tokens.n_tokens / SAMPLE_TOKENS))
     total, firings = torch.zeros(sae.cfg.d_target, dtype=torch.float64), FiringSums(sae.cfg.d_sae)
     inputs: list[Tensor] = []
@@ -77,7 +88,20 @@ def measure(
     rivals: dict[str, Reconstruction],
     progress: bool,
 ) -> DocumentSums:
-    """Sums by document for the SAE and its rivals: shared terms by name, the others as `sae.error`, `pca.ce`, ..."""
+    """Second pass: sums by document of reconstruction errors and of losses with each reconstruction spliced in.
+
+    Args:
+        sae: SAE or transcoder.
+        stage: model, hook points and mask.
+        tokens: the text.
+        n_seq: sequences in a forward pass.
+        mean: mean of the targets, from the first pass.
+        rivals: baselines and ablations by name.
+        progress: show a progress bar.
+
+    Returns:
+        terms that all share by name, the others with their reconstruction's name: `sae.error`, `pca.ce`, ...
+    """
     sums = DocumentSums(tokens.doc_ids)
     reconstructions = {"sae": reconstruct_by(sae), **rivals}
     for _, batch in _watched(tokens, n_seq, "splices", progress):
@@ -98,7 +122,7 @@ def measure(
 
 
 def prefixes_of(sae: SAE) -> tuple[int, ...]:
-    """Dictionary sizes to report on; those of random prefixes are spread evenly over the range they are drawn from."""
+    """Prefix lengths of a Matryoshka SAE to report on; for random prefixes evenly spaced (in log) over their range."""
     prefixes, d_sae = sae.cfg.prefixes, sae.cfg.d_sae
     if not isinstance(prefixes, RandomPrefixes):
         return prefixes or ()

@@ -1,4 +1,4 @@
-"""Truth told from codes: a concept is predicted where a feature fires that was precise about it before."""
+"""F1 of concepts predicted from codes: a concept is predicted where a feature with high precision for it fires."""
 
 import math
 from collections.abc import Sequence
@@ -24,9 +24,15 @@ def reconstruct_truth(
     held_truth: "csr_matrix",
     scored: Bool[np.ndarray, "n_concepts"],
 ) -> dict[str, Any]:
-    """Fields of `ConceptScores` on reconstruction: the threshold with the best pooled F1 on training, then held-out F1.
+    """Fields of `ConceptScores` on reconstruction: F1 at the threshold with the best pooled F1 on training stories.
 
-    `counts` are of training stories; concepts that are not scored are left out.
+    Args:
+        levels: quantized codes of training stories.
+        held: quantized codes of held-out stories.
+        counts: of units in training stories.
+        truth: (n_tokens, n_concepts) of training stories.
+        held_truth: (n_tokens, n_concepts) of held-out stories.
+        scored: concepts that count; the others are left out.
     """
     from scipy.sparse import diags
 

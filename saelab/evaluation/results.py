@@ -1,4 +1,4 @@
-"""`Evaluation`: the numbers, their intervals and their baselines; prints itself, draws in Jupyter, saves as JSON."""
+"""`Evaluation`: result of `evaluate`, metrics with intervals and baselines."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +13,11 @@ ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Result):
-    """How well an SAE reconstructs activations, and what its model makes of the reconstructions.
+    """Metrics of an SAE's reconstructions, and of its language model with the reconstructions spliced in.
 
-    A transcoder's activations are its targets.
-    Means are over the tokens that the mask keeps; cross-entropies (`ce_*`) and `kl*` are in nats a prediction. A number
-    that cannot be told is NaN, and `reasons` says why. The formulas are in `saelab.functional.metrics`.
+    For a transcoder, activations means its targets. Means are over the tokens that the mask keeps; cross-entropies
+    (`ce_*`) and `kl*` are in nats a prediction. An undefined metric is NaN, and `reasons` explains why. The formulas
+    are in `saelab.functional.metrics`.
     """
 
     fvu: float
@@ -33,7 +33,7 @@ class Evaluation(Result):
     dead_frac: float
     """share of latents that fired on none of the `n_tokens` tokens"""
     ce_clean: float
-    """cross-entropy of the untouched model"""
+    """cross-entropy of the unmodified model"""
     ce_sae: float
     """with the SAE's reconstructions spliced in"""
     ce_zero: float
@@ -55,7 +55,7 @@ class Evaluation(Result):
     n_predictions: int
     """next-token predictions that `ce_*` and `kl*` are means over"""
     n_documents: int
-    """documents the tokens are of; the intervals draw them anew"""
+    """number of documents, which the intervals resample"""
     removed: dict[str, int]
     """tokens left out, by rule of the mask"""
     density_edges: list[float]
@@ -67,8 +67,8 @@ class Evaluation(Result):
     intervals: dict[str, tuple[float, float]]
     """95 % intervals of the numbers above, from the document bootstrap"""
     baselines: dict[str, dict[str, float]]
-    """the same numbers for the untrained SAE, a random dictionary and PCA, or a linear map for a transcoder; `ce` is
-    what `ce_sae` is for the SAE"""
+    """the same metrics for the untrained SAE, a random dictionary and PCA, or a linear map for a transcoder; `ce`
+    corresponds to the SAE's `ce_sae`"""
     reasons: dict[str, str]
     """why a number is NaN"""
     sae: str
@@ -78,10 +78,10 @@ class Evaluation(Result):
     text: str
     mask: dict[str, Any]
     provenance: dict[str, Any] | None
-    """where the activations came from that the SAE was trained on"""
+    """record of the activations that the SAE was trained on"""
     versions: dict[str, str]
     hook_point_out: str | None = None
-    """where a transcoder's reconstructions replace what comes out; it reads at `hook_point`"""
+    """where a transcoder's reconstructions replace the activation; it reads at `hook_point`"""
 
     def __str__(self) -> str:
         removed = ", ".join(f"{rule} {n:,}" for rule, n in self.removed.items() if n)

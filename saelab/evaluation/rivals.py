@@ -1,4 +1,4 @@
-"""What a dictionary must beat on a world, and what no dictionary can: codes of the same tokens without training it."""
+"""Baselines for concept scores (neurons, PCA, random and untrained dictionary) and a supervised linear probe."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -33,12 +33,20 @@ def concept_baselines(
     train_frac: float = 0.5,
     seed: int = 0,
 ) -> dict[str, Codes]:
-    """Codes of the same tokens from what was not trained on them as a dictionary is, for `score_concepts`.
+    """Baseline codes of the same tokens by name, for `score_concepts`.
 
-    neurons: the activations, centred. pca: their principal components. random: `cfg` at step 0, with random unit
-    directions. untrained: the same with training activations as directions. probe: logistic regression on the truth,
-    one column a concept: the ceiling for what is read off a line. Each is fitted to at most 40,000 tokens of the
-    training stories that `score_concepts` draws with the same `train_frac` and `seed`.
+    neurons: the centered activations. pca: their principal components. random: an SAE of `cfg` before training, with
+    random unit directions. untrained: the same with training activations as directions. probe: logistic regression on
+    the concept labels, one column a concept: the ceiling for linear classifiers. Each is fitted to at most 40,000
+    tokens of the training stories that `score_concepts` selects with the same `train_frac` and `seed`.
+
+    Args:
+        acts: activations of the tokens.
+        cfg: configuration of the untrained SAEs.
+        truth: (n_tokens, n_concepts) scipy sparse concept labels.
+        story_ids: story of each token.
+        train_frac: share of stories for training.
+        seed: of the split, the sample and the random directions.
     """
     train = torch.from_numpy(split_documents(story_ids, train_frac, seed)).nonzero().squeeze(1)
     generator = torch.Generator().manual_seed(seed)
@@ -63,7 +71,7 @@ def concept_baselines(
 
 @torch.no_grad()
 def read_codes(sae: SAE, acts: Float[Tensor, "n_tokens d_in"]) -> "csr_matrix":
-    """The codes of many tokens as one scipy matrix (n_tokens, d_sae), encoded part by part."""
+    """The codes of many tokens as one scipy matrix (n_tokens, d_sae), encoded in batches."""
     from scipy.sparse import csr_matrix, vstack
 
     parts = []
@@ -75,7 +83,7 @@ def read_codes(sae: SAE, acts: Float[Tensor, "n_tokens d_in"]) -> "csr_matrix":
 
 
 def fit_probe(x: Float32[Tensor, "n d"], labels: Float32[Tensor, "n n_concepts"]) -> torch.nn.Linear:
-    """Logistic regression of all concepts at once, with a penalty of half the squared weights on the summed loss."""
+    """A logistic regression on all concepts at once, with half the squared weights added to the summed loss."""
     rate = (labels.sum(0) + 0.5) / (len(x) + 1)
     with torch.random.fork_rng(devices=[]):  # layers draw weights from the global generator
         probe = torch.nn.Linear(x.shape[1], labels.shape[1])

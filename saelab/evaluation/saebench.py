@@ -1,4 +1,4 @@
-"""An evaluation as SAEBench's core evaluation writes it, so that its plots and tables take it in."""
+"""Export of an evaluation in the format of SAEBench's core evaluation."""
 
 import time
 import uuid
@@ -23,19 +23,19 @@ NOT_MEASURED = {
         "average_max_decoder_cosine_sim",
     ),
 }
-"""null here: SAEBench would write -1 for some, which is a number like any other"""
+"""null in the export: SAEBench would write -1 for some, which can be mistaken for a value"""
 
 
 def save_saebench(evaluation: Evaluation, path: str | Path, sae: SAE | None = None) -> None:
-    """Write `{core evaluation}` in SAEBench's schema; what saelab does not measure, or could not tell, is null.
+    """Write an evaluation as JSON in the schema of SAEBench's core evaluation; what saelab does not measure is null.
 
-    `sae` adds its configuration and where it was loaded from.
+    `sae` adds its configuration and where it was loaded from. Metrics that are undefined are null, too.
     """
     write_json(path, describe_core(evaluation, sae))
 
 
 def describe_core(evaluation: Evaluation, sae: SAE | None = None) -> dict[str, Any]:
-    """The record that `save_saebench` writes."""
+    """The record that `save_saebench` writes, as a dictionary."""
     version = evaluation.versions.get("saelab", "")
     return {
         "eval_type_id": "core",

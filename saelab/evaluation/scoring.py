@@ -1,4 +1,4 @@
-"""From sums to numbers: point values, intervals, and the reasons where a number cannot be told."""
+"""Metrics and their intervals from sums by document, with reasons for those that are undefined."""
 
 import math
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ RECOVERED = {"loss_recovered": "zero", "loss_recovered_mean": "mean"}
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The SAE's numbers by field of `Evaluation`, and its rivals'."""
+    """Metrics of the SAE by field of `Evaluation`, and of its baselines."""
 
     sae: dict[str, float]
     rivals: dict[str, dict[str, float]]
@@ -26,7 +26,15 @@ class Scores:
 
 
 def score(sums: DocumentSums, rivals: Iterable[str], prefixes: Iterable[int], n_bootstrap: int, seed: int) -> Scores:
-    """Every number, and for the SAE's its 95 % interval over documents."""
+    """All metrics from the sums, with 95 % intervals of the SAE's.
+
+    Args:
+        sums: by document, from `measure`.
+        rivals: names of the baselines.
+        prefixes: prefix lengths whose FVU is reported.
+        n_bootstrap: draws of documents; 0 for no intervals.
+        seed: of the draws.
+    """
     total = sums.total()
     sae = {name: float(value) for name, value in read_sae(total).items()}
     others = {rival: {name: float(v) for name, v in read_rival(total, rival).items()} for rival in rivals}
@@ -48,7 +56,7 @@ def score(sums: DocumentSums, rivals: Iterable[str], prefixes: Iterable[int], n_
 
 
 def read_sae(sums: dict[str, Float[Tensor, "*draws"]]) -> dict[str, Float[Tensor, "*draws"]]:
-    """The SAE's metrics by field name, with those of the untouched and the ablated model."""
+    """The SAE's metrics by field name, with the cross-entropies of the unmodified and the ablated model."""
     scores, n = read_rival(sums, "sae"), sums["n_predictions"]
     scores["ce_sae"] = scores.pop("ce")
     references = {"ce_clean": "ce_clean", "ce_zero": "zero.ce", "ce_mean": "mean.ce", "kl_zero": "zero.kl"}
@@ -56,14 +64,14 @@ def read_sae(sums: dict[str, Float[Tensor, "*draws"]]) -> dict[str, Float[Tensor
 
 
 def read_rival(sums: dict[str, Float[Tensor, "*draws"]], name: str) -> dict[str, Float[Tensor, "*draws"]]:
-    """The metrics of one reconstruction."""
+    """The metrics of one reconstruction, given its name in the sums."""
     own = {key.removeprefix(f"{name}."): values for key, values in sums.items() if key.startswith(f"{name}.")}
     ablated = {"ce_zero": sums["zero.ce"], "ce_mean": sums["mean.ce"], "kl_zero": sums["zero.kl"]}
     return read_scores(sums | ablated | own)
 
 
 def find_unsure(sae: dict[str, float], draws: dict[str, Tensor]) -> dict[str, str]:
-    """The ratios to an ablation's damage that mean nothing, because there is none beyond noise; with the reason."""
+    """The ratios to an ablation's damage that are undefined because the damage is within noise, with the reasons."""
     unsure = {}
     for name, ablation in RECOVERED.items():
         damage = sae[f"ce_{ablation}"] - sae["ce_clean"]
@@ -78,7 +86,7 @@ def find_unsure(sae: dict[str, float], draws: dict[str, Tensor]) -> dict[str, st
 
 
 def explain(sae: dict[str, float], known: dict[str, str]) -> dict[str, str]:
-    """Reasons for what else is NaN."""
+    """Reasons for the other metrics that are NaN."""
     causes = {
         "fvu": "The activations do not vary.",
         "explained_variance": "The activations do not vary.",

@@ -1,4 +1,4 @@
-"""`Stage`: one hook point of a language model, read and replaced at the tokens that count."""
+"""`Stage`: where an SAE is evaluated: model, hook points, mask; reads activations and splices reconstructions in."""
 
 from dataclasses import dataclass, field, replace
 
@@ -18,9 +18,10 @@ from saelab.sae.sae import SAE
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Where an SAE is judged: tokens that the mask leaves out are neither measured nor replaced.
+    """Where an SAE is evaluated; tokens that the mask leaves out are neither measured nor replaced.
 
-    A transcoder reads at `hook_point` and is judged at `hook_point_out`, an autoencoder does both at one place.
+    A transcoder reads at `hook_point` and its reconstructions replace `hook_point_out`; for an autoencoder both are
+    one.
     """
 
     model: Model
@@ -28,11 +29,11 @@ class Stage:
     mask: TokenMask
     hook_point_out: str | None = None
     median_norms: dict[str, float] = field(default_factory=dict)
-    """what the mask's norm rule is relative to, by hook point"""
+    """median activation norm by hook point, which the mask's norm rule refers to"""
 
     @classmethod
     def at(cls, model: Model, sae: SAE, place: Match) -> "Stage":
-        """The stage of an SAE; ValueError for a transcoder whose target is not known."""
+        """The stage for an SAE; ValueError for a transcoder whose target hook point is unknown."""
         if sae.cfg.d_out is not None and place.hook_point_out is None:
             raise ValueError(
                 f"`hook_point` must be a pair for a transcoder without provenance, got '{place.hook_point}'; give "
@@ -53,18 +54,18 @@ class Stage:
 
     @property
     def places(self) -> list[str]:
-        """The hook points read, the input's first."""
+        """The hook points read, that of the input first."""
         return list(dict.fromkeys([self.hook_point, self.target]))
 
     def read(self, batch: Tokens) -> tuple[Float[Tensor, "n_kept d_in"], Float[Tensor, "n_kept d_out"], MaskResult]:
-        """Inputs and targets of the tokens kept, from a forward that stops behind them."""
+        """Inputs and targets of the tokens kept, from a forward pass that stops after the hook points."""
         acts = self._capture(batch)
         kept = self._select(batch, acts)
         x = self.rows_of(self.hook_point, acts, kept.keep)
         return x, x if self.hook_point_out is None else self.rows_of(self.target, acts, kept.keep), kept
 
     def run(self, batch: Tokens) -> "CleanRun":
-        """The untouched model's activations and predictions, from one forward, or another that stops at the inputs."""
+        """Activations and predictions of the unmodified model; a transcoder's inputs take a second, shorter forward."""
         seen = {} if self.hook_point_out is None else capture(self.model, batch.ids, [self.hook_point])
 
         def record(x: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class Stage:
         return CleanRun(stage=self, batch=batch, acts=seen, keep=keep, predicts=predicts, logits=clean)
 
     def calibrated(self, tokens: Tokens, n_seq: int) -> "Stage":
-        """The same stage with the median norms that the mask's norm rule is relative to, where it has that rule."""
+        """The same stage with median norms filled in, where the mask has a norm rule."""
         if self.mask.max_norm_ratio is None or self.median_norms.keys() >= set(self.places):
             return self
         return replace(self, median_norms=find_median_norms(self._capture, tokens, self.mask, n_seq))
@@ -105,7 +106,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class CleanRun:
-    """One batch's activations and predictions in the untouched model, to compare others with."""
+    """Activations and predictions of the unmodified model on one batch, to compare spliced runs with."""
 
     stage: Stage
     batch: Tokens
@@ -119,12 +120,12 @@ class CleanRun:
 
     @property
     def rows(self) -> Float[Tensor, "n_kept d_in"]:
-        """Activations that are read, of the tokens kept."""
+        """Inputs of the SAE at the tokens kept."""
         return self.stage.rows_of(self.stage.hook_point, self.acts, self.keep)
 
     @property
     def targets(self) -> Float[Tensor, "n_kept d_out"]:
-        """Activations that are reconstructed: an autoencoder's `rows`."""
+        """Activations that are reconstructed at the tokens kept: for an autoencoder `rows`."""
         return self.stage.rows_of(self.stage.target, self.acts, self.keep)
 
     def losses(self, logits: Float[Tensor, "n_seq ctx_len d_vocab"]) -> Float[Tensor, "n_predictions"]:
@@ -133,7 +134,10 @@ class CleanRun:
         return loss[self.predicts[:, :-1].to(loss.device)]
 
     def splice(self, x_hat: Float[Tensor, "n_kept d_out"]) -> dict[str, Float[Tensor, "n_predictions"]]:
-        """`ce` and `kl` of each prediction, with `x_hat` in place of the targets of the tokens kept."""
+        """Cross-entropy `ce` and KL `kl` of each prediction, with `x_hat` in place of the targets of the tokens kept.
+
+        Both are in nats.
+        """
         device = self.acts[self.stage.target].device
         keep, predicts = self.keep.to(device), self.predicts.to(device)
 

@@ -1,4 +1,4 @@
-"""Units, each one feature's side at one threshold, and how the best of them are chosen for concepts."""
+"""Counts and F1 of units (a feature with one sign at one threshold), and the choice of the best ones for concepts."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ SPLIT_GAIN, MAX_SPLIT = 0.03, 10
 
 @dataclass(frozen=True, eq=False)
 class UnitCounts:
-    """How often units fire, with each concept and at all."""
+    """How often units fire with each concept, and in total."""
 
     hits: Int[np.ndarray, "n_concepts n_units"]
     fires: Int[np.ndarray, "n_units"]
@@ -22,13 +22,13 @@ class UnitCounts:
     n_tokens: int
 
     def f1(self, c: int) -> Float[np.ndarray, "n_units"]:
-        """F1 of every unit for a concept."""
+        """F1 of every unit as classifier of a concept."""
         return 2 * self.hits[c] / np.maximum(self.fires + self.n_true[c], 1)
 
     def kappa(self, c: int) -> Float[np.ndarray, "n_units"]:
-        """F1 above chance, `(F1 - E) / (1 - E)`, E the F1 of as many firings at random: Cohen's kappa.
+        """F1 above chance, `(F1 - E) / (1 - E)`, E the F1 of as many random firings: Cohen's kappa.
 
-        A unit that always fires has F1 0.67 for what is true of every second token, and kappa 0.
+        A unit that always fires has F1 0.67 for a concept on every second token, and kappa 0.
         """
         size = np.maximum(self.fires + self.n_true[c], 1)
         chance = 2.0 * self.fires * (self.n_true[c] / self.n_tokens) / size
@@ -36,14 +36,14 @@ class UnitCounts:
 
 
 def best_unit(counts: UnitCounts, c: int) -> int:
-    """The unit with the highest F1 for a concept."""
+    """The unit with the highest F1 for a concept; `NOTHING` where none has any."""
     f1 = counts.f1(c)
     unit = int(f1.argmax())
     return unit if f1[unit] > 0 else NOTHING
 
 
 def best_pair(counts: UnitCounts, a: int, b: int) -> tuple[int, int]:
-    """The units of one feature, one for a and one for b on the other side, whose lesser kappa is highest."""
+    """The pair of units of one feature, one sign for a and the other for b, whose lesser kappa is highest."""
     of_a, of_b = (counts.kappa(c).reshape(-1, 2, N_LEVELS) for c in (a, b))
     lesser = np.minimum(of_a.max(2), of_b.max(2)[:, ::-1])
     feature, side = np.unravel_index(int(lesser.argmax()), lesser.shape)
@@ -54,9 +54,17 @@ def best_pair(counts: UnitCounts, a: int, b: int) -> tuple[int, int]:
 
 
 def split_units(levels: Levels, counts: UnitCounts, c: int, first: int, true: Int[np.ndarray, "n_true"]) -> list[int]:
-    """Units whose union tells a concept, at most 10: each adds what most raises F1, as long as that is more than 0.03.
+    """The greedy union of at most 10 units for a concept, each added while it raises F1 by more than 0.03.
 
-    What a unit can add is bounded by its own counts, so only those are looked at whose bound beats the best so far.
+    A unit's possible gain is bounded by its own counts, so only units are tried whose bound exceeds the best gain so
+    far.
+
+    Args:
+        levels: quantized codes.
+        counts: of units on the same tokens.
+        c: index of the concept.
+        first: the best unit, which the union starts with; `NOTHING` for an empty union.
+        true: tokens with the concept.
     """
     is_true = np.zeros(levels.table.shape[0], bool)
     is_true[true] = True
@@ -93,14 +101,14 @@ def _bound_unions(counts: UnitCounts, c: int, hits: int, fires: int) -> Float[np
 
 
 class Ranks:
-    """Ranks of tokens by one side of a feature, `max(side z, 0)`; each side is ranked once."""
+    """Ranks of tokens by the codes of one sign of a feature, `max(side z, 0)`, cached for each."""
 
     def __init__(self, values: Any) -> None:
         self.values = values
         self.known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def auroc(self, column: int, true: Int[np.ndarray, "n_true"]) -> float:
-        """Chance that a token among `true` is above another, ties counted half; `column` is 2 feature + (side < 0)."""
+        """AUROC of one sign of a feature for the tokens `true`; ties count half, `column` is 2 feature + (side < 0)."""
         if column not in self.known:
             self.known[column] = self._rank(column)
         tokens, ranks = self.known[column]

@@ -1,1 +1,1 @@
-"""Moving features of a running model, and measuring what that did and what it cost."""
+"""Steering with SAE features and directions, its effect and cost, attribution, patching and concept erasure."""

@@ -1,4 +1,4 @@
-"""What steering aims at: a set of tokens, or what a function says of texts."""
+"""Target concepts of steering: a set of tokens, or a function that scores texts."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from saelab.worlds.vocabulary import SPECIAL, VOCABULARY
 
 @dataclass(frozen=True)
 class TokenConcept:
-    """A concept as the tokens that name it."""
+    """A target concept given as the set of token ids that express it."""
 
     name: str
     ids: tuple[int, ...]
@@ -25,24 +25,34 @@ class TokenConcept:
 
 @dataclass(frozen=True, eq=False)
 class ScoredConcept:
-    """A concept as a number for every text, such as the probability that a classifier gives; best in [0, 1]."""
+    """A target concept given as a function from texts to scores, such as a classifier's probability; best in [0, 1]."""
 
     name: str
     scorer: Callable[[list[str]], Sequence[float]]
+    """takes generated texts without their prompts, returns one finite number for each"""
 
 
 Concept: TypeAlias = TokenConcept | ScoredConcept
 Aim: TypeAlias = Concept | str | Iterable[str] | Callable[[list[str]], Sequence[float]]
-"""A concept, its words (in a list, or joined by commas), or a function from texts to numbers"""
+"""A concept, its words (a list, or one string separated by commas), or a function from texts to scores"""
 
 
 def make_concept(model: Model, aim: Aim, name: str = "", *, first_token: bool = False) -> Concept:
-    """The concept that words or a function stand for.
+    """The target concept for a list of words or a scoring function.
 
-    A word stands for every token that reads like it, whatever its capitals, with and without a space in front. A word
-    that the model has no token of its own for is an error (ValueError naming it), unless `first_token`: then the first
-    token of it counts, which other words may begin with, too. A function gets the texts that were generated, without
-    their prompts, and returns a number for each.
+    A word stands for every token that spells it, in any capitalization, with or without a leading space.
+
+    Args:
+        model: language model whose vocabulary is searched.
+        aim: a concept (returned as it is, but for its name), words (a list, or one string separated by commas), or a
+            function from texts to scores. A function receives the generated texts without their prompts and returns one
+            number for each.
+        name: name of the concept; by default the concept's own, the first three words, or the function's name.
+        first_token: accept words of several tokens and use the first token of each, with which other words may begin,
+            too.
+
+    Raises:
+        ValueError: for a word that is no single token of the model (unless `first_token`); the message names it.
 
     >>> make_concept(sl.tiny_model(), "a,b").ids
     (35, 36, 67, 68)
@@ -51,7 +61,7 @@ def make_concept(model: Model, aim: Aim, name: str = "", *, first_token: bool = 
 
 
 def make_concepts(model: Model, aims: Mapping[str, Aim], *, first_token: bool = False) -> list[Concept]:
-    """`make_concept` for several aims by name, reading the vocabulary once; concepts take the names given here."""
+    """`make_concept` for several targets by name, reading the vocabulary once; concepts take the names given here."""
     found: list[Concept] = []
     reads: dict[str, list[int]] = {}
     for name, aim in aims.items():
@@ -67,7 +77,8 @@ def make_concepts(model: Model, aims: Mapping[str, Aim], *, first_token: bool = 
 
 
 def world_concept(model: Model, name: str) -> TokenConcept:
-    """A concept of saelab's own stories, as the words that mean it wherever they stand; for a model that knows them.
+    """A concept of the synthetic stories (`tales`) as the set of words that always mean it; for a model of that
+    vocabulary.
 
     ValueError for a concept that is not in the table, or that no word means by itself.
 

@@ -1,4 +1,4 @@
-"""`score_steering`: which features steer? What they make a model say when amplified, and what they fire on."""
+"""`score_steering`: output and input scores of features (arXiv:2505.20063), which show how well each steers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,38 +31,38 @@ N_SHOWN = 10
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringScore:
-    """How well one side of a feature steers."""
+    """Output and input score of one sign of a feature."""
 
     feature: int
     sign: int
-    """1 or -1: of the codes"""
+    """1 or -1: sign of the codes scored"""
     output: float
-    """[0, 1]; high where amplifying the feature makes the model say what the feature promotes"""
+    """[0, 1]; high where amplifying the feature raises the probability of the tokens it promotes"""
     input: float
     """[0, 1]; share of the strongest contexts in which it fires on a token that it promotes"""
     token: str
-    """of those that it promotes, the one that the amplified model is likeliest to say"""
+    """the promoted token with the highest probability under the amplified model"""
     probability: float
-    """of that token"""
+    """of that token, under the amplified model"""
     peak: float
-    """the largest |z| on this side"""
+    """largest |z| of this sign in the store"""
     n_contexts: int
-    """documents that the input score looks at"""
+    """documents that the input score is computed on"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SteeringScores(Result):
-    """What `score_steering` found, one row for each side of each feature that fires."""
+    """Result of `score_steering`: one row for each sign of each feature that fires."""
 
     rows: tuple[SteeringScore, ...]
     prompts: tuple[str, ...]
     strength: float
-    """multiples of a side's largest code"""
+    """multiple of the largest code of each feature and sign"""
     n_top: int
     """tokens that count as promoted"""
 
     def top(self, n: int = N_SHOWN, by: str = "output") -> tuple[SteeringScore, ...]:
-        """The `n` best sides by "output" or "input"."""
+        """The `n` rows with the highest score, `by` "output" or "input"."""
         if by not in ("output", "input"):
             raise ValueError(f"`by` must be 'output' or 'input', got '{by}'.")
         return tuple(sorted(self.rows, key=lambda row: -getattr(row, by))[:n])
@@ -93,17 +93,33 @@ def score_steering(
     hook_point: str | None = None,
     allow_mismatch: bool = False,
 ) -> SteeringScores:
-    """Output and input scores of features, both sides of signed ones: those of high output score are worth steering.
+    """Output and input scores of features, for both signs of signed ones; features with a high output score steer well.
 
         output = max_t p'(t) (1 - min_t rank'(t) / |V|)     t the `n_top` tokens that the side promotes (logit lens)
         input  = share of the `n_contexts` documents with the largest |z| whose strongest token is among those t
 
-    p' is the model's prediction behind a neutral prompt with the side amplified at its last token, `x + strength peak
-    sign d`, the reconstruction error kept, and ranks count from 0; of several prompts the mean. All features by
-    default; sides that never fire in `store` have no row. Thousands of features take seconds on a small model: each row
-    of a batch amplifies another one. ValueError for features that do not exist, for words that the model does not know,
-    for activations of another width than the residual stream's, and for an SAE of another model, weight processing or
-    hook point (unless `allow_mismatch`). Source: arXiv:2505.20063.
+    t runs over the `n_top` tokens that the feature promotes most by the logit lens; p' is the model's next-token
+    distribution after a neutral prompt with the feature amplified at the last token, `x + strength peak sign d`, the
+    reconstruction error kept; ranks count from 0; several prompts are averaged. Each row of a batch amplifies another
+    feature, so thousands take seconds on a small model. Source: arXiv:2505.20063.
+
+    Args:
+        model: language model the SAE belongs to.
+        sae: SAE whose features are scored; it must write to the residual stream.
+        store: codes of the SAE on some text: maxima for the amplification, contexts for the input score. Signs that
+            never fire in it get no row.
+        features: feature indices; by default all.
+        prompts: one or several neutral prompts, texts or token ids, for the output score.
+        strength: multiple of the largest |z| of that sign in the store.
+        n_top: number of promoted tokens.
+        n_contexts: number of documents, those with the largest |z|, for the input score.
+        hook_point: where the SAE reads; by default where it was trained.
+        allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: for features that do not exist, prompts with words unknown to the model, activations of another
+            width than the residual stream's, and an SAE of another model, weight processing or hook point (unless
+            `allow_mismatch`).
     """
     everything = range(sae.cfg.d_sae)
     wanted = np.array(read_features(everything if features is None else features, sae.cfg.d_sae), np.int64)

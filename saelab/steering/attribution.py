@@ -1,4 +1,4 @@
-"""`attribute`: what each active feature at each token does to a metric, estimated by gradients or measured."""
+"""`attribute`: effect of each active feature at each token on a metric, by gradients or by ablating it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -46,22 +46,43 @@ def attribute(
     allow_mismatch: bool = False,
     progress: bool = True,
 ) -> Attribution:
-    """The effect of each active feature at each token of `where` on a metric of the model's predictions.
+    """The effect of each active feature at each token on a metric of the model's predictions.
 
         x = sum_i z_i d_i + b + e          the reconstruction error e of each token is a node of its own
         gradient      (z'_i - z_i) dm/dz_i                                       one forward and backward
         integrated    (z'_i - z_i) int_0^1 dm/dz_i da, at x + a (x' - x)         Gauss-Legendre, `n_steps` points
         exact         m(z_i replaced by z'_i alone) - m(z)                       one row of a forward a feature
 
-    The other codes z' and errors e' are 0 (`baseline="zero"`), the features' means over `store` where they fire and
-    e' = 0 ("mean"), or those of a `counterfactual` prompt of as many tokens. A negative effect means that the metric is
-    lower without the feature. Integrated effects of all nodes add up to m(x') - m(x): how far they do is
-    `completeness`. Where `n_steps` is not given, 32 points become twice as many until the sum is right to 0.5 %, or
-    there are 1024 of them. `metric` is what `make_outcome` knows: a token or its id (log-probability of coming next), a
-    pair (logit difference), "loss", or a function of the logits. `check=True` measures the exact effects too, and the
-    result tells how the estimates correlate with them. ValueError for settings that do not exist, a metric that is no
-    number a row, prompts of unequal length, a transcoder, and an SAE of another model, weight processing or hook point
-    (unless `allow_mismatch`). Sources: arXiv:2403.19647, arXiv:1703.01365.
+    z' and e' are the replacing codes and errors. A negative effect means that replacing the feature lowers the metric.
+    Integrated effects of all nodes add up to m(x') - m(x); `completeness` of the result is the ratio reached. Sources:
+    arXiv:2403.19647, arXiv:1703.01365.
+
+    Args:
+        model: language model the SAE belongs to.
+        sae: an SAE that reconstructs its own input (no transcoder).
+        prompt: a text, which gets a BOS, or token ids.
+        metric: as in `make_outcome`: a token or its id (log-probability of coming next), a pair (logit difference),
+            "loss", or a function of the logits.
+        method: "gradient" (one forward and backward), "integrated" (integrated gradients) or "exact" (each feature
+            replaced alone).
+        baseline: "zero" replaces codes and errors by 0; "mean" replaces the codes of features that fire by their means
+            over `store`, and errors by 0.
+        counterfactual: a prompt of as many tokens whose codes and errors replace those of `prompt`; `baseline` is then
+            not used.
+        store: codes of the SAE on some text, for `baseline="mean"`.
+        where: tokens whose features are attributed; special tokens are left out unless asked for.
+        n_steps: Gauss-Legendre points of "integrated"; by default 32, doubled until the effects add up to within 0.5 %,
+            at most 1024.
+        check: measure the exact effects too; `agreement` of the result gives the correlations of the estimates with
+            them.
+        hook_point: where the SAE reads; by default where it was trained.
+        allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
+        progress: show a progress bar while exact effects are measured.
+
+    Raises:
+        ValueError: for an unknown method or baseline, a metric that does not give one number a row, prompts of unequal
+            length, a transcoder, and an SAE of another model, weight processing or hook point (unless
+            `allow_mismatch`).
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     >>> found = attribute(model, sae, "Hello", "!", hook_point="blocks.1.hook_resid_post")
@@ -116,14 +137,14 @@ def _require(method: str, baseline: str, n_steps: int | None, sae: SAE) -> None:
 
 
 def require_autoencoder(sae: SAE) -> None:
-    """Refuse a transcoder, whose codes add up to other activations than those they are read from (ValueError)."""
+    """Raise ValueError for a transcoder, whose codes add up to activations of another place than they are read from."""
     if sae.cfg.d_out is not None:
         raise ValueError("`sae` must reconstruct what it reads, got a transcoder; use one trained on its own input.")
 
 
 @dataclass(frozen=True, eq=False)
 class _Nodes:
-    """What is moved, one by one or together: features at tokens, and the error of each token."""
+    """Nodes of the attribution: features at tokens, and the reconstruction error of each token."""
 
     tokens: Int[Tensor, "n_nodes"]
     features: Int[Tensor, "n_nodes"]
@@ -131,7 +152,7 @@ class _Nodes:
     codes: Float[Tensor, "n_nodes"]
     """z; 0 for an error"""
     vectors: Float[Tensor, "n_nodes d_in"]
-    """what replacing the node adds to its token's activation"""
+    """change of its token's activation when the node is replaced"""
 
     def total(self, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """x' - x, all nodes replaced."""
@@ -147,7 +168,7 @@ class _Nodes:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One prompt, its activations at a hook point, and what is asked of the predictions."""
+    """A prompt, its activations at a hook point, and the metric to attribute."""
 
     model: Model
     hook_point: str
@@ -157,11 +178,11 @@ class Scene:
 
     @property
     def batch(self) -> int:
-        """Copies of the prompt in a forward."""
+        """Number of copies of the prompt in one forward pass."""
         return max(1, FORWARD_TOKENS // len(self.x))
 
     def values(self, moves: Float[Tensor, "batch n d_in"]) -> Float[Tensor, "batch"]:
-        """The metric with activations moved, a copy of the prompt for each row; differentiable in the moves."""
+        """The metric with `moves` added to the activations, one copy of the prompt a row; differentiable in `moves`."""
         rows = torch.zeros(len(moves), dtype=torch.long)
         with splice(self.model, {self.hook_point: lambda x: x.detach() + moves.to(x.dtype)}):
             found = logits(self.model, self.texts.ids[rows], grad=moves.requires_grad)
@@ -169,13 +190,13 @@ class Scene:
             return self.outcome(found, self.texts, rows)
 
     def gradient(self, moves: Float[Tensor, "batch n d_in"]) -> Float[Tensor, "batch n d_in"]:
-        """dm/dx of each row; the user's parameters get no gradients."""
+        """Gradient dm/dx of each row; the model's parameters get no gradients."""
         leaf = moves.detach().requires_grad_()
         with torch.enable_grad():
             return torch.autograd.grad(self.values(leaf).sum(), leaf)[0]
 
     def estimate(self, nodes: _Nodes, n_steps: int) -> Float[Tensor, "n_nodes"]:
-        """Effects by the gradient here, or by its mean at so many points of the way."""
+        """Effects by the gradient at x (`n_steps` 0), or by its mean over `n_steps` points from x to x'."""
         total = nodes.total(self.x)
         points, weights = (0.0,), (1.0,)
         if n_steps:
@@ -190,7 +211,7 @@ class Scene:
         return (nodes.vectors * mean[nodes.tokens.to(mean.device)]).sum(1).float().cpu()
 
     def measure(self, nodes: _Nodes, progress: bool) -> Float[Tensor, "n_nodes"]:
-        """Effects of each node replaced alone."""
+        """Exact effect of each node, replaced alone."""
         clean = self.values(0 * self.x[None])
         found = []
         with tqdm(total=len(nodes.tokens), unit="node", desc="exact", delay=2, disable=hidden(progress)) as bar:
@@ -201,7 +222,14 @@ class Scene:
 
 
 def make_scene(model: Model, point: str, prompt: Prompt, metric: Metric) -> Scene:
-    """What attribution works on, at a hook point."""
+    """The prompt, activations and metric that attribution works on.
+
+    Args:
+        model: language model.
+        point: hook point whose activations are read and edited.
+        prompt: a text, which gets a BOS, or token ids.
+        metric: as in `make_outcome`.
+    """
     texts = read_texts(model, prompt)
     x = capture(model, texts.ids, [point])[point][0]
     return Scene(model, point, texts, make_outcome(model, metric), x.float())
@@ -217,7 +245,7 @@ def _read_other(scene: Scene, counterfactual: Prompt | None) -> Float[Tensor, "n
 
 
 def require_aligned(texts: Texts, others: Texts) -> None:
-    """Two prompts are held against each other token by token (ValueError)."""
+    """Raise ValueError unless two prompts have the same number of tokens, as comparing them token by token needs."""
     if texts.ids.shape != others.ids.shape:
         raise ValueError(
             f"The two prompts must have equally many tokens, got {int(texts.lengths[0])} and {int(others.lengths[0])}; "

@@ -1,4 +1,4 @@
-"""What a label can be told by without a dictionary: all numbers of an activation, and the best single one of them."""
+"""Baseline classifiers of a label without an SAE: always yes, a linear probe on activations, the best single neuron."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from saelab.steering.labelled import draw_rows
 
 
 def tell_always(rate: float) -> Told:
-    """Saying yes always, of what is true of a share `rate` of tokens.
+    """Scores of the classifier that always predicts true, for a label that is true of a share `rate` of tokens.
 
     >>> tell_always(0.5).f1, tell_always(0.5).balanced
     (0.6666666666666666, 0.5)
@@ -26,10 +26,18 @@ def tell_by_activations(
     n_fit: int,
     seed: int,
 ) -> dict[str, Told]:
-    """How well held-out labels are told by activations: by a logistic regression on all of them, and by one neuron.
+    """Held-out scores of a logistic regression on all activations, "activations", and of the best single coordinate,
+    "best neuron".
 
-    The neuron is the coordinate whose means differ most in standard deviations, either way up. Both are fitted to at
-    most `n_fit` training tokens of each label; thresholds as those of `probe_features`.
+    The neuron is the coordinate whose class means differ most in standard deviations, with either sign. Decision
+    thresholds are chosen on training tokens as in `probe_features`.
+
+    Args:
+        x: (n, d_in) activations of tokens.
+        y: (n) whether the label is true of each.
+        is_train: (n) tokens to fit on; the others are scored.
+        n_fit: most training tokens of each class that the regression is fitted to.
+        seed: draws them.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -50,7 +58,7 @@ def tell_by_activations(
 
 
 def read_rows(acts: Any, keep: Bool[np.ndarray, "n"]) -> Float[np.ndarray, "m d_in"]:
-    """The activations of the tokens that are kept; ValueError where there is not one row for each token."""
+    """Activations of the tokens kept, float32; ValueError where `acts` does not have one row for each token."""
     if len(acts) != len(keep):
         raise ValueError(f"`acts` must have a row for each of the {len(keep)} tokens, got {len(acts)}.")
     rows = np.flatnonzero(keep)

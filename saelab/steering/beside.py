@@ -1,4 +1,4 @@
-"""`steer_texts`: what a model writes steered and unsteered, side by side, token by token."""
+"""`steer_texts`: generated texts with and without steering, side by side, with log-probabilities of each token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,23 +23,23 @@ UNSTEERED = "unsteered"
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """One text, token by token."""
+    """A generated text, token by token."""
 
     text: str
     words: tuple[str, ...]
-    """as they read; a character of several tokens stands at the first of them, the others are \"\""""
+    """text of each token; a character made of several tokens stands at the first of them, the others are \"\""""
     log_probs: dict[str, tuple[float, ...]]
-    """of each token, in nats at temperature 1, by the model that reads it: `unsteered`, and the steered one that wrote
-    it; of an unsteered text every steered one"""
+    """log-probability of each token, in nats at temperature 1, by the model that scores it: `unsteered`, and the
+    steered model that generated the text; for an unsteered text every steered model"""
 
     def perplexity(self, reader: str = UNSTEERED) -> float:
-        """`exp(-mean log p)` under a model."""
+        """`exp(-mean log p)` under the model named `reader`."""
         return float(np.exp(-np.mean(self.log_probs[reader])))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextRow:
-    """What came behind one prompt, from the same noise."""
+    """The continuations of one prompt, unsteered and steered, sampled with the same seed."""
 
     prompt: str
     unsteered: Told
@@ -50,7 +50,9 @@ class TextRow:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SteeredTexts(Result):
-    """Texts side by side: unsteered, and by every intervention, which `interventions` describes by name."""
+    """Result of `steer_texts`: texts without steering and under each intervention; `interventions` describes them by
+    name.
+    """
 
     rows: tuple[TextRow, ...]
     interventions: dict[str, str]
@@ -65,12 +67,12 @@ class SteeredTexts(Result):
 
     @property
     def title(self) -> str:
-        """What was done, in a line."""
+        """Interventions, temperature and seed in one line."""
         told = "; ".join(f"{name}: {what}" for name, what in self.interventions.items())
         return f"{told}; temperature {self.temperature:g}, seed {self.seed}"
 
     def tell_cost(self, row: TextRow, name: str) -> str:
-        """Perplexities of a steered text, and the KL behind its prompt."""
+        """The perplexities of a steered text and its KL, as a line of text."""
         told = row.steered[name]
         return (
             f"perplexity {told.perplexity():.3g} to the unsteered model, {told.perplexity(name):.3g} to its own, "
@@ -102,10 +104,25 @@ def steer_texts(
     bos: bool | None = True,
     progress: bool = True,
 ) -> SteeredTexts:
-    """`n` texts for each prompt, unsteered and steered, from the same noise, and what either model thinks of either.
+    """Texts with and without steering, sampled with the same seed, each scored under the steered and the unsteered
+    model.
 
-    `interventions` are one or several at once; by name, each name gives a text of its own, such as one up and one
-    down. The rest is as in `generate`. ValueError for a name 'unsteered', and what `generate` and `steer` raise.
+    Args:
+        model: language model.
+        interventions: one or several applied together; or a mapping, whose names each give texts of their own, such as
+            one for each sign.
+        prompts: one or several texts to continue.
+        n_tokens: most tokens generated for each text.
+        n: texts for each prompt.
+        seed: of the sampling; the same for all texts compared.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: sample from this many most likely tokens; None for all.
+        top_p: sample from the most likely tokens that together have this probability; None for all.
+        bos: put a BOS before each prompt, as in `generate`.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for an intervention named 'unsteered', and for what `generate` and `steer` refuse.
 
     >>> model, up = sl.tiny_model(), sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
     >>> texts = steer_texts(model, sl.Intervention(up, 0.0), "One", 4)
@@ -128,7 +145,7 @@ def steer_texts(
 
 
 class _Rows:
-    """Texts as they come in, and log-probabilities of their tokens."""
+    """Generated texts and the log-probabilities of their tokens, collected model by model."""
 
     def __init__(self, model: Model, plain: Sequence[Generated]) -> None:
         self.model, self.plain = model, plain
@@ -138,7 +155,7 @@ class _Rows:
         self.kl: dict[str, list[float]] = {}
 
     def add(self, name: str, block: Sequence[Intervention], made: Sequence[Generated]) -> None:
-        """Let both models read both texts, so many at a time."""
+        """Score both texts under both models, a batch at a time."""
         self.steered[name], self.kl[name] = made, []
         for first in range(0, len(made), BATCH):
             part = slice(first, first + BATCH)

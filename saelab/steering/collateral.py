@@ -1,4 +1,4 @@
-"""`RemovalBench`: a text under an edit: what fresh probes still tell of each concept, and what predictions lose."""
+"""`RemovalBench`: evaluation of an edit: accuracy of retrained probes for each concept, and next-token loss."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ MIN_COUNT = 20
 
 @dataclass(frozen=True, eq=False)
 class RemovalBench:
-    """A text, and what is measured on it under any edit."""
+    """Labelled text on which any edit of activations is evaluated in the same way."""
 
     model: Model
     tokens: Tokens
     truth: dict[str, Bool[Tensor, "n_seq ctx_len"]]
-    """of the concepts that are frequent enough"""
+    """labels of the concepts with at least 20 true and 20 false tokens on both sides of the split"""
     concept: str
     hook_point: str
     read_at: str
@@ -36,7 +36,7 @@ class RemovalBench:
     train: Bool[Tensor, "n_seq ctx_len"]
     """tokens that probes are fitted to"""
     held: Bool[Tensor, "n_seq ctx_len"]
-    """tokens that they are tested on"""
+    """tokens that probes are tested on"""
     is_held: Bool[Tensor, "n_seq ctx_len"]
     """all tokens of held-out documents"""
 
@@ -51,6 +51,20 @@ class RemovalBench:
         read_at: str | None,
         draw: tuple[float, int, int],
     ) -> "RemovalBench":
+        """The benchmark for one concept: documents split into training and held-out, rare concepts left out.
+
+        Args:
+            model: language model.
+            tokens: text to measure on.
+            labels: for each concept by name, (n_seq, ctx_len) whether it is true of each token.
+            concept: the one to be removed.
+            hook_point: where edits apply.
+            read_at: hook point whose activations probes are trained on; None for the last residual stream.
+            draw: share of documents for training, most tokens for probes on each side, and seed.
+
+        Raises:
+            ValueError: where the concept is unknown or true, or false, of fewer than 20 tokens on a side.
+        """
         train_frac, n_rows, seed = draw
         if concept not in labels:
             raise ValueError(f"`concept` must be one of the labels, got '{concept}'; there are {list(labels)[:5]}...")
@@ -72,14 +86,16 @@ class RemovalBench:
         return cls(model, tokens, truth, concept, hook_point, last, keep, train, held, keep & ~is_train)
 
     def predictions(self, with_concept: bool) -> Bool[Tensor, "n_seq ctx_len_1"]:
-        """Held-out predictions inside a document, at the concept's tokens and right before them, or all others."""
+        """Held-out predictions inside a document with the concept at the token or the next one (`with_concept`), or all
+        others.
+        """
         has = self.truth[self.concept]
         either = has[:, 1:] | has[:, :-1]
         inside = self.tokens.predicts[:, :-1] & self.is_held[:, 1:] & self.is_held[:, :-1]
         return inside & (either == with_concept)
 
     def score(self, name: str, edit: Edit | None, n: int) -> RemovalScore:
-        """Everything about one edit."""
+        """Probe accuracies and losses under one edit; `n` is the number of features or directions it removes."""
         seen, (loss_without, loss_with), size = self._run(edit)
         probed = {one.concept: one for one in self._probe(seen)}
         return RemovalScore(
@@ -123,7 +139,7 @@ class RemovalBench:
 
 @dataclass(frozen=True, eq=False)
 class _Reading:
-    """Keeps the activations of chosen tokens."""
+    """Hook that stores the activations of chosen tokens."""
 
     chosen: Bool[Tensor, "batch ctx_len"]
     rows: list[Tensor]
@@ -135,7 +151,7 @@ class _Reading:
 
 @dataclass(frozen=True, eq=False)
 class _Editing:
-    """An edit of the tokens that a mask keeps, and the sums of squares of its changes."""
+    """Hook that edits the tokens kept and adds up squared changes and squared activations, in `sums`."""
 
     edit: Edit
     keep: Bool[Tensor, "batch ctx_len"]

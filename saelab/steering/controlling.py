@@ -1,4 +1,4 @@
-"""`compare_control`: can a dictionary rebuild what a task needs, edit it with few features, and be read?"""
+"""`compare_control`: approximation, sparse control and interpretability of dictionaries (arXiv:2405.08366)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,57 +23,58 @@ CHANGES = 0.02  # of predictions: with fewer, agreement says little
 
 @dataclass(frozen=True, kw_only=True)
 class EditScore:
-    """Edits of one kind with at most k features at each place."""
+    """Score of one kind of edit with at most k features at each position."""
 
     edit: str
     k: int
     agreement: float
-    """share of prompts where the edited model predicts what the patched one does; higher is better"""
+    """share of prompts where the edited model predicts what the patched model predicts; higher is better"""
     magnitude: float
-    """share of the reconstruction that the edit takes out, mean over prompts and places; lower is more targeted"""
+    """share of the reconstruction that the edit removes, mean over prompts and positions; lower is more targeted"""
     unexplained: float
-    """what is left of the difference of activations, squared, over that difference squared"""
+    """squared norm of the difference of activations left after the edit, over that of the difference itself"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DictionaryScore:
-    """One dictionary at the task."""
+    """All scores of one dictionary on the task."""
 
     name: str
     n_features: int
     l0: float
-    """mean over places"""
+    """mean over positions"""
     n_live: int
     """features that fire on any prompt"""
     sufficiency: float
-    """margin with x_hat in the place of x: 1 as untouched, 0 as with mean ablation"""
+    """margin with x replaced by x_hat: 1 as the unmodified model, 0 as with mean ablation"""
     necessity: float
-    """1 less the margin that the error alone, `mean + x - x_hat`, still gives: 1 where nothing is left"""
+    """1 less the margin with x replaced by `mean + x - x_hat`, the error alone: 1 where nothing is left"""
     edits: tuple[EditScore, ...]
-    """at each k; of edits that change less than 2 % of predictions, where agreement says little, at the last alone"""
+    """for each k; for edits where patching changes less than 2 % of predictions, and agreement means little, the
+    largest k alone"""
     attributes: tuple[AttributeScore, ...]
     """empty for a supervised dictionary, whose rows are the attributes"""
 
     def edit(self, edit: str, k: int) -> EditScore:
-        """The score of a kind of edit at k."""
+        """The score of one kind of edit at k."""
         return next(score for score in self.edits if (score.edit, score.k) == (edit, k))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ControlTable(Result):
-    """What `compare_control` found."""
+    """Result of `compare_control`: one row for each dictionary."""
 
     hook_point: str
     places: tuple[str, ...]
     rows: tuple[DictionaryScore, ...]
     margin: float
-    """logit of the answer less that of the other, untouched"""
+    """logit of the answer less that of the alternative, in the unmodified model"""
     margin_ablated: float
-    """with the mean of training prompts at the places"""
+    """the same with the mean of training prompts at the edited positions"""
     changed: dict[str, float]
     """by edit: share of prompts whose prediction patching changes; without any edit, agreement is 1 less this"""
     right: dict[str, float]
-    """by edit: share of prompts where the patched model predicts what the prompt told otherwise makes it predict"""
+    """by edit: share of prompts where the patched model predicts what the model predicts for the edited prompt"""
     n_prompts: int
     n_train: int
 
@@ -139,16 +140,26 @@ def compare_control(
     supervised: Sequence[Fit] = ("means", "least-squares"),
     allow_mismatch: bool = False,
 ) -> ControlTable:
-    """Hold dictionaries against supervised ones, at the places where a task's attributes are read.
+    """Scores of SAEs at reconstructing, editing and interpreting a task, compared with supervised dictionaries.
 
-    Approximation: `sufficiency` puts x_hat in the place of x, `necessity` puts `mean + x - x_hat` there; both are
-    shares of the margin (logit of the answer less that of the other), 0 at mean ablation, 1 untouched. Sparse control:
-    for prompts told otherwise the codes of at most k features a place go from theirs to those of the other version,
-    greedily nearest to its activation, and the edited model must predict what the patched one does. Interpretability:
-    F1 of features against the attributes' values, over and above single ones for unions, split and occluded values.
-    The supervised dictionaries, the ceiling, and all choices see the prompts of `train` alone. Errors of
-    reconstruction are kept in edits. ValueError for an SAE of another width, and for one of another model, weight
-    processing or hook point than the task's (unless `allow_mismatch`). Source: arXiv:2405.08366.
+    Approximation: `sufficiency` replaces x by x_hat, `necessity` replaces it by `mean + x - x_hat`; both are shares of
+    the margin (logit of the answer less that of the alternative), 0 at mean ablation, 1 unmodified. Sparse control: the
+    codes of at most k features a position are changed to those of the counterfactual prompt, greedily nearest to its
+    activation; the edited model must predict what the patched one does; reconstruction errors are kept.
+    Interpretability: F1 of features as classifiers of the attributes' values, single ones and unions, with split and
+    occluded values. Source: arXiv:2405.08366.
+
+    Args:
+        task: prompts to score on, with their counterfactual versions.
+        train: other prompts of the same task, on which supervised dictionaries are fitted and all choices are made.
+        dictionaries: SAEs by name.
+        ks: most features changed at each position.
+        supervised: how the supervised dictionaries, the ceiling, are fitted; see `fit_attributes`.
+        allow_mismatch: go ahead with SAEs of another model, weight processing or hook point than the task's.
+
+    Raises:
+        ValueError: for an SAE of another width, and for one of another model, weight processing or hook point than the
+            task's (unless `allow_mismatch`).
     """
     means = torch.stack([x.mean(0) for x in _pool(train)[0].unbind(1)])
     for sae in dictionaries.values():
@@ -182,7 +193,7 @@ def _pool(task: EditTask) -> tuple[Float[Tensor, "n n_places d_in"], list[Attrib
 
 @dataclass(frozen=True, eq=False)
 class _Coded:
-    """What one dictionary makes of activations at each place."""
+    """One dictionary's encoder, decoder rows and offsets at each position."""
 
     rows: tuple[Float[Tensor, "n_features d_in"], ...]
     offsets: tuple[Float[Tensor, "d_in"], ...]
@@ -192,7 +203,7 @@ class _Coded:
 
 @dataclass(frozen=True, eq=False)
 class _Scorer:
-    """A task, and what every dictionary is held against."""
+    """The task and the reference predictions that every dictionary is scored against."""
 
     task: EditTask
     train: EditTask
@@ -200,9 +211,9 @@ class _Scorer:
     margins: tuple[float, float]
     """untouched and with mean ablation"""
     clean: Int[Tensor, "n_prompts"]
-    """what the untouched model predicts"""
+    """predictions of the unmodified model"""
     patched: dict[str, Int[Tensor, "n_prompts"]]
-    """what the patched model predicts, by edit"""
+    """predictions of the patched model, by edit"""
 
     @cached_property
     def changed(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""`SteeringCurve`: what every strength of every source did and cost, and what follows from that."""
+"""`SteeringCurve`: effect and cost of steering by source and strength; frontier, area under it, best strength."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,20 +35,20 @@ SIDES = {1: "upwards", -1: "downwards"}
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SteeringCurve(Result):
-    """Measures of `steering_curve` at `points`, sources and strengths, of which the first is the unsteered model.
+    """Measures of `steering_curve` at each point, a source and a strength; the first point is the unsteered model.
 
-    `values(measure)` takes any of `saelab.steering.measures`; `gain NAME` is that of another concept, and `extra_`
-    before a measure its difference to unsteered text. Intervals are of prompts drawn with replacement, with all of
-    their texts (of texts, where there is one prompt). Side 1 is that of positive strengths, which raise the concept,
-    side -1 that of negative ones, which lower it.
+    `values(measure)` takes any name of `saelab.steering.measures`; `gain NAME` is the gain of another concept, and the
+    prefix `extra_` gives a measure's difference to unsteered text. Intervals come from a bootstrap of prompts with all
+    of their texts (of texts, where there is one prompt). Side 1 means positive strengths, which raise the concept, side
+    -1 negative ones, which lower it.
     """
 
     concept: str
     others: tuple[str, ...]
     sources: dict[str, str]
-    """what was steered, by name"""
+    """description of what was steered, by name"""
     neutral: dict[str, float]
-    """the strength of each source that stands for the unsteered model"""
+    """the strength of each source that leaves the model unsteered"""
     points: tuple[tuple[str, float], ...]
     cells: dict[str, Float[np.ndarray, "n_points n_prompts n"]]
     """sums over the tokens of each text, `n` texts a prompt"""
@@ -61,37 +61,39 @@ class SteeringCurve(Result):
 
     @property
     def scored(self) -> bool:
-        """Whether the concept is a function's numbers."""
+        """Whether the concept is given by a scoring function."""
         return "score" in self.cells
 
     @property
     def effect(self) -> str:
-        """The measure that is read where no other is asked for: the gain, or for a scored concept its score's."""
+        """The default measure of effect: "gain", or "extra_score" for a scored concept."""
         return "extra_score" if self.scored else "gain"
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """The names that `values` knows, but for those that begin with `extra_`."""
+        """The names that `values` accepts, apart from those with the prefix `extra_`."""
         sums = [name for name, (part, _) in RATIOS.items() if part in self.cells]
         gains = [] if self.scored else ["gain", *(f"gain {name}" for name in self.others)]
         return (*sums, *gains, "perplexity", *self.diversity)
 
     def values(self, measure: str) -> Float[np.ndarray, "n_points"]:
-        """A measure at every point; ValueError for one that is not known."""
+        """A measure at every point; ValueError for an unknown one."""
         return self._read(measure, np.ones((1, self._n_clusters)))[:, 0]
 
     def draws(self, measure: str) -> Float[np.ndarray, "n_points n_draws"]:
-        """The same with prompts drawn anew, the same ones for every measure; NaN where there is one text."""
+        """Bootstrap draws of a measure at every point, the same prompts for all measures; NaN if there is one text."""
         return self._read(measure, self._weights)
 
     def estimate(self, measure: str) -> list[Estimate]:
-        """A measure at every point with its interval; distinct n-grams, which are not sums over texts, have none."""
+        """A measure at every point with its 95 % interval; none for distinct n-grams, which are not sums over texts."""
         if measure.removeprefix("extra_") in self.diversity:
             return [Estimate(value) for value in self.values(measure).tolist()]
         return make_estimates(self.values(measure), self.draws(measure))
 
     def line(self, source: str, side: int = 1) -> list[int]:
-        """Points of a source on one side of the unsteered model, weakest first; ValueError for another source."""
+        """Indices of a source's points on one side of the unsteered model, weakest first; ValueError for another
+        source.
+        """
         if source not in self.sources or side not in SIDES:
             known = list(self.sources)[:5]
             raise ValueError(f"`source` must be one of {known} and `side` 1 or -1, got {source!r} and {side}.")
@@ -99,30 +101,52 @@ class SteeringCurve(Result):
         return [i for _, i in sorted(steps) if side * (self.points[i][1] - self.neutral[source]) >= 0]
 
     def frontier(self, source: str | None = None, side: int = 1, measure: str | None = None) -> list[tuple[str, float]]:
-        """Sources and strengths that no other beats in effect (or measure) and KL, of one source or of all, by KL."""
+        """The Pareto frontier of effect (or `measure`) against KL, as (source, strength), of one source or of all, by
+        KL.
+        """
         names = self.sources if source is None else [source]
         mine = np.array([i for name in names for i in self.line(name, side)], dtype=int)
         found = find_frontier(side * self.values(measure or self.effect)[mine], self.values("kl")[mine])
         return [self.points[i] for i in mine[found].tolist()]
 
     def at_kl(self, kl: float, source: str, side: int = 1, measure: str | None = None) -> Estimate:
-        """The effect, or another measure, where a source first costs a KL, interpolated along its strengths.
+        """The effect, or another measure, where a source first reaches a KL, interpolated along its strengths.
 
-        NaN, with the reason, where its strengths do not go so far.
+        Args:
+            kl: cost in nats.
+            source: name of the source.
+            side: 1 for strengths that raise the concept, -1 for those that lower it.
+            measure: any name that `values` accepts; by default `effect`.
+
+        Returns:
+            the value with its interval; NaN, with the reason, where the strengths do not reach that KL.
         """
         return self._along(source, side, measure, kl, lambda gain, cost: read_gain(gain, cost, kl))
 
     def kl_at(self, value: float, source: str, side: int = 1, measure: str | None = None) -> Estimate:
-        """The KL at which the effect, or another measure, of a source is first as far as `value`, interpolated so too.
+        """The KL, in nats, at which the effect, or another measure, first reaches a value, interpolated along the
+        strengths.
 
-        On side -1 the value is negative. NaN, with the reason, where the strengths do not go so far.
+        Args:
+            value: of the measure; negative on side -1.
+            source: name of the source.
+            side: 1 for strengths that raise the concept, -1 for those that lower it.
+            measure: any name that `values` accepts; by default `effect`.
+
+        Returns:
+            the KL with its interval; NaN, with the reason, where the strengths do not reach that value.
         """
         return self._along(source, side, measure, value, lambda gain, cost: read_cost(side * gain, cost, side * value))
 
     def area(self, source: str, side: int = 1, max_kl: float | None = None, measure: str | None = None) -> Estimate:
-        """The mean, over budgets of KL from 0 to `max_kl`, of the largest effect (or measure) within the budget.
+        """The mean, over KL budgets from 0 to `max_kl`, of the largest effect (or measure) within the budget.
 
-        `max_kl` is `common_kl(side)` by default. On side -1 it is the largest fall, as a negative number.
+        Args:
+            source: name of the source.
+            side: 1 for strengths that raise the concept; on -1 the result is the largest decrease, as a negative
+                number.
+            max_kl: largest budget in nats; by default `common_kl(side)`.
+            measure: any name that `values` accepts; by default `effect`.
         """
         limit = self.common_kl(side) if max_kl is None else max_kl
         return self._along(
@@ -130,12 +154,14 @@ class SteeringCurve(Result):
         )
 
     def common_kl(self, side: int = 1) -> float:
-        """The largest of 1, 0.5, 0.2, ... nats that every source with strengths on a side reaches; NaN for none."""
+        """The largest KL of 1, 0.5, 0.2, ... nats that every source with strengths on a side reaches; NaN for none."""
         tops = [self.values("kl")[line].max() for name in self.sources if (line := self.line(name, side))]
         return next((kl for kl in MATCHED if tops and kl <= min(tops)), NAN)
 
     def best(self, source: str, side: int = 1) -> Best:
-        """The strength with the best balance of effect and fluency on every other prompt, judged on the rest."""
+        """The strength with the best balance of effect and fluency, chosen on every other prompt and scored on the
+        rest.
+        """
         line = self.line(source, side)
         if not line or len(self.prompts) < 2:
             return Best.none("it takes two prompts" if line else "no strength on this side")
@@ -150,11 +176,11 @@ class SteeringCurve(Result):
 
     @property
     def sides(self) -> tuple[int, ...]:
-        """The sides on which a source has strengths beside the neutral one."""
+        """The sides, 1 and -1, on which a source has strengths other than the neutral one."""
         return tuple(side for side in SIDES if any(side * (s - self.neutral[name]) > 0 for _, (name, s) in self._doses))
 
     def summarise(self) -> list[dict[str, Any]]:
-        """A row for each side and source: measures at the KL that all reach, area up to there, best strength."""
+        """A row for each side and source: measures at `common_kl`, area up to it, and the best strength."""
         wanted = ["extra_score"] if self.scored else ["lift", *(["selectivity"] if self.others else []), "gain"]
         rows = []
         for side in self.sides:
@@ -166,7 +192,7 @@ class SteeringCurve(Result):
         return rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, every measure at every point, and the summary."""
+        """Every field, every measure at every point, and the summary, ready for JSON."""
         rows: list[dict[str, Any]] = [{"source": name, "strength": strength} for name, strength in self.points]
         for measure in self.measures:
             for row, found in zip(rows, self.estimate(measure), strict=True):
@@ -196,14 +222,14 @@ class SteeringCurve(Result):
 
     @property
     def title(self) -> str:
-        """What was measured, in a line."""
+        """Concept, number of prompts and texts, and temperature in one line."""
         against = f" against {', '.join(self.others)}" if self.others else ""
         size = f"{len(self.prompts)} prompts, {self.n} texts of {self.n_tokens} tokens for each"
         return f"Steering {self.concept}{against}: {size}, temperature {self.temperature:g}"
 
     @property
     def baseline(self) -> str:
-        """What unsteered text is like, in a line."""
+        """Perplexity, rate or score, repetition and distinct_1 of unsteered text, in one line."""
         names = ("perplexity", "score" if self.scored else "rate", "repetition", "distinct_1")
         return "unsteered text: " + ", ".join(f"{name} {self.values(name)[0]:.3g}" for name in names)
 

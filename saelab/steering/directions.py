@@ -1,4 +1,4 @@
-"""`Direction`: one unit vector at a hook point, steered and ablated like a feature of an SAE."""
+"""`Direction`: a unit vector at a hook point, which can be steered and ablated like an SAE feature."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A direction `v` of activations, scaled to norm 1; its code is `z = x . v`, so that x is `z v` plus the rest.
+    """A direction `v` in activation space, scaled to norm 1; its code is `z = x . v`, so that x is `z v` plus the rest.
 
-    Raises ValueError for a vector that is not finite or has no direction.
+    Raises:
+        ValueError: for a vector that is zero or not finite.
 
     >>> Direction(torch.tensor([3.0, 4.0]), "blocks.0.hook_resid_post").vector
     tensor([0.6000, 0.8000])
@@ -22,7 +23,7 @@ class Direction:
     hook_point: str
     name: str = "direction"
     peak: float | None = None
-    """the largest |z| seen on data: what strengths of unit "max" are multiples of"""
+    """largest |z| on data: strengths of unit "max" are multiples of it"""
 
     def __post_init__(self) -> None:
         norm = float(self.vector.detach().norm())
@@ -36,15 +37,15 @@ class Direction:
         return len(self.vector)
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"]:
-        """The one code, `x . v`."""
+        """The code `x . v` of each activation, in a last axis of size 1."""
         return (x.to(self.vector) @ self.vector)[..., None]
 
     def encode_some(self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int]) -> Float[Tensor, "*batch n_latents"]:
-        """The code, as often as 0 is among `latents`."""
+        """`encode(x)` repeated once for each requested index, all of which must be 0."""
         return self.encode(x)[..., list(latents)]
 
     def stretch(self, x: Float[Tensor, "*batch d_in"]) -> float:
-        """1: a code adds the same at every token."""
+        """1.0, the scale of a code of 1 at every token; an SAE's may differ by token."""
         return 1.0
 
     def __neg__(self) -> "Direction":
@@ -52,7 +53,7 @@ class Direction:
 
 
 def make_random(like: Direction, seed: int = 0) -> Direction:
-    """A random unit vector at the same hook point, with the same peak: the baseline that any direction must beat.
+    """A random unit vector at the same hook point with the same peak, as a baseline for any direction.
 
     >>> a = Direction(torch.ones(3), "blocks.0.hook_resid_post")
     >>> round(float(make_random(a, seed=1).vector.norm()), 6)

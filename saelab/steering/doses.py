@@ -1,4 +1,4 @@
-"""What is steered, at which strengths: sources of every kind as blocks to run a model in."""
+"""Sources of steering (features, directions, interventions, functions) and their strengths, as context managers."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -19,7 +19,8 @@ Source: TypeAlias = (
     tuple[SAE, Mapping[int, float | int] | int] | Direction | Intervention | Sequence[Intervention] | Block
 )
 """An SAE with one feature or weights of several, a direction, interventions whose strengths are weights, or a function
-from a strength to a `with` block"""
+from a strength to a context manager
+"""
 
 GRIDS: dict[str, tuple[float, ...]] = {
     "max": (-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0),
@@ -29,16 +30,16 @@ GRIDS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class Dose:
-    """One strength of one source."""
+    """One source of steering at one strength."""
 
     source: str
     strength: float
     block: Callable[[], AbstractContextManager]
-    """inside which the model is steered"""
+    """returns the context manager inside which the model is steered"""
     told: str
-    """what is steered, and how"""
+    """description of what is steered, and how"""
     neutral: float
-    """the strength that stands for the unsteered model"""
+    """the strength that leaves the model unsteered"""
 
 
 def make_doses(
@@ -51,7 +52,22 @@ def make_doses(
     store: FeatureStore | Mapping[str, FeatureStore] | None,
     allow_mismatch: bool = False,
 ) -> list[Dose]:
-    """Every source at every strength, checked; ValueError for one that cannot be steered so."""
+    """Every source at every strength, each as a context manager in which the model is steered.
+
+    Args:
+        model: language model; sources must match it.
+        sources: what to steer, by name; no name may be 'unsteered'.
+        strengths: for all sources, or by source; None for the grid of the unit in `GRIDS` (units "max" and "norm" of
+            mode "add", "clamp" or "at-least").
+        unit: of the strengths of SAE features and directions, as in `Intervention`; interventions bring their own.
+        mode: the same for their mode; not "ablate", which has no strengths.
+        where: tokens that SAE features and directions are steered at.
+        store: codes for unit "max", for all sources or by source.
+        allow_mismatch: steer SAEs of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: for no sources, mode "ablate", missing strengths, and sources that do not match the model.
+    """
     if not sources or "unsteered" in sources:
         raise ValueError("`sources` must name at least one, none of them 'unsteered', which is the model as it is.")
     if mode == "ablate":
@@ -106,7 +122,7 @@ def _make_dose(model: Model, name: str, source: Source, interventions: Sequence[
 
 
 def scale_intervention(one: Intervention, factor: float) -> Intervention:
-    """The same intervention with every strength times a factor."""
+    """A copy of an intervention with every strength multiplied by a factor."""
     return replace(one, features={i: factor * float(s) for i, s in _weights_of(one.features).items()})
 
 
@@ -117,7 +133,7 @@ def _weights_of(features: Any) -> dict[int, float]:
 
 
 def describe_intervention(one: Intervention) -> str:
-    """What an intervention does, in a line.
+    """An intervention in one line of text.
 
     >>> describe_intervention(Intervention(Direction(torch.ones(4), "blocks.0.hook_out", "glad"), 2.0))
     'glad +2 (add, raw) at blocks.0.hook_out, all tokens'

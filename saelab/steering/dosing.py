@@ -1,4 +1,4 @@
-"""`steering_curve`: what steering does to a concept, and what it costs, over strengths, sources and seeds."""
+"""`steering_curve`: effect and cost of steering toward a concept, over strengths, sources and sampled texts."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,22 +52,39 @@ def steering_curve(
     allow_mismatch: bool = False,
     progress: bool = True,
 ) -> SteeringCurve:
-    """Effect and cost of steering toward a concept, for several sources on the same axes.
+    """Effect and cost of steering toward a concept, for several sources at several strengths.
 
-    Every source is steered at every strength: (SAE, feature), (SAE, {feature: weight}) and directions as `steer` does
-    with `unit`, `mode`, `where` and `store` (one, or by source); interventions of their own unit and mode, whose
-    strengths count as weights; or a function from a strength to a `with` block. Turn weights so that positive strengths
-    mean more of the concept: side 1 of the result takes them as raising it, side -1 negative ones as lowering it.
-    `strengths` (for all, or by source) default to halves and doubles of what the unit counts.
+    The unsteered model continues each prompt. On these texts and on the prompts the steered predictions are compared
+    with the unsteered ones: lift, selectivity, KL. Then each source at each strength generates texts with the same
+    sampling seed: rate of the concept, nll under the unsteered model, repetition, distinct n-grams. Definitions are in
+    `saelab.steering.measures`. A scored concept has a score instead of a lift.
 
-    The plain model goes on with each prompt, `n` times for `n_tokens`. On these texts and on the prompts all
-    predictions are compared with the plain model's: lift, selectivity against `others`, KL. Then each dose writes texts
-    of its own from the same noise: rate of the concept, their nll under the plain model, repetition, distinct n-grams.
-    Definitions are those of `saelab.steering.measures`. A scored concept has a score in place of lift, and no `others`.
-    Take prompts that nothing was chosen on. Memory is bounded by `batch_size` texts (default: by their logits).
+    Args:
+        model: language model.
+        sources: what to steer, by name: (SAE, feature) or (SAE, {feature: weight}), a `Direction`, interventions (with
+            their own unit and mode; strengths multiply theirs), or a function from a strength to a context manager.
+            Give weights signs such that positive strengths mean more of the concept: side 1 of the result takes
+            positive strengths as raising it, side -1 negative ones as lowering it.
+        concept: target: words, token ids or a scoring function, as in `make_concept`.
+        prompts: texts to continue; take prompts that no choice was made on.
+        strengths: for all sources, or by source; by default a grid of halves and doubles for units "norm" and "max".
+        unit: of the strengths, as in `Intervention`.
+        mode: as in `Intervention`; not "ablate", which has no strengths.
+        where: tokens that are steered, as in `steer`.
+        store: codes of the SAE for unit "max", one store or one by source.
+        others: other concepts of tokens by name, for selectivity; none with a scored concept.
+        n: texts for each prompt.
+        n_tokens: most tokens generated for each text.
+        seed: of the sampling, the same for every strength.
+        temperature: of the sampling; 0 takes the most likely token.
+        top_k: sample from this many most likely tokens; None for all.
+        top_p: sample from the most likely tokens that together have this probability; None for all.
+        batch_size: texts scored at a time, which bounds memory; by default so many that their logits are 2^25 numbers.
+        allow_mismatch: steer SAEs, given with features, of another model, weight processing or hook point.
+        progress: show a progress bar.
 
-    ValueError for what `make_concept` or `steer` refuse (`allow_mismatch` is for SAEs given with features), and for
-    prompts that leave no room for text.
+    Raises:
+        ValueError: for what `make_concept` or `steer` refuse, and for prompts that leave no room for text.
 
     >>> model, up = sl.tiny_model(), sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
     >>> curve = steering_curve(model, {"up": up}, "a", "One", strengths=[0], n=2, n_tokens=4)
@@ -119,7 +136,7 @@ def _find_diversity(written: list[list[list[int]]], n: int) -> dict[str, np.ndar
 
 
 class _Table:
-    """Sums by point and text; texts are in the order of `generate`, those of a prompt one after another."""
+    """Sums for each point and text; texts are in the order of `generate`, those of one prompt together."""
 
     def __init__(self, model: Model, target: Concept, others: list[Concept], n_points: int, n_texts: int) -> None:
         self.model, self.target = model, target
@@ -127,10 +144,10 @@ class _Table:
         self.special = torch.tensor(find_special_ids(model))
         self.cells: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((n_points, n_texts)))
         self.written: list[list[list[int]]] = []
-        """tokens by point and text, special ones left out"""
+        """generated tokens for each point and text, without special ones"""
 
     def add_texts(self, point: int, made: Generation, size: int) -> None:
-        """Count what was written, and read it with the plain model."""
+        """Count concept tokens and repetitions in generated texts, and score the texts under the unsteered model."""
         special = set(self.special.tolist())
         words = [[i for i in sample.ids if i not in special] for sample in made]
         self.written.append(words)
@@ -150,7 +167,7 @@ class _Table:
             self._add("n_written", point, rows, read.mask, None)
 
     def compare(self, plain: Generation, doses: Sequence[Dose], size: int, bar: Any) -> None:
-        """Predictions on prompts and on what the plain model wrote, without and with every dose."""
+        """Compare predictions with and without steering on the prompts and on the unsteered model's texts."""
         for rows, batch in _batches(plain, size):
             before = _read(self.model, batch)
             self._add_terms(0, rows, before, before)

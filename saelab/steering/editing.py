@@ -1,4 +1,4 @@
-"""Prompts with one thing told otherwise, and edits of their activations: by hand, by dictionary, as few as can be."""
+"""Prompts with counterfactual versions, reading and patching their activations, and sparse edits of codes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ TOLD = "as told"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EditTask:
-    """Prompts "as told", and by edit the same prompts with something told otherwise, of the same lengths.
+    """Prompts ("as told") and counterfactual versions of them ("edits"), in which one attribute has another value.
 
-    Activations are read and edited at some places of each prompt, the same in all its versions. Rows of ids are padded
-    on the right. ValueError where versions do not match.
+    Activations are read and edited at the same positions of all versions of a prompt. Versions have the same lengths;
+    rows of ids are padded on the right. ValueError where versions do not match.
     """
 
     model: Model
@@ -32,13 +32,13 @@ class EditTask:
     """positions, negative ones from a prompt's end"""
     place_names: tuple[str, ...]
     attributes: Mapping[str, Sequence[Attributes]]
-    """of each version of each prompt"""
+    """values of the attributes of each prompt, by version"""
     joined: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """attributes that features may tell beside: a value holds where any of some attributes has it"""
+    """additional attributes for interpretability, each a union of some: a value holds where any of them has it"""
     answers: Int[Tensor, "n_prompts"]
-    """the token that a prompt as told forces"""
+    """the token that each original prompt determines"""
     other_answers: Int[Tensor, "n_prompts"]
-    """what it is held against"""
+    """the alternative whose logit is subtracted"""
 
     def __post_init__(self) -> None:
         shapes = {tuple(ids.shape) for ids in self.ids.values()}
@@ -54,17 +54,17 @@ class EditTask:
 
     @property
     def edits(self) -> tuple[str, ...]:
-        """The versions but the first."""
+        """Names of the counterfactual versions."""
         return tuple(name for name in self.ids if name != TOLD)
 
     @cached_property
     def positions(self) -> Int[Tensor, "n_prompts n_places"]:
-        """Places counted from 0."""
+        """Positions counted from 0."""
         return torch.where(self.places < 0, self.places + self.lengths[:, None], self.places)
 
     @cached_property
     def activations(self) -> dict[str, Float[Tensor, "n_prompts n_places d_in"]]:
-        """At the places, by version."""
+        """Activations at the positions, by version."""
         return {name: self._read(ids) for name, ids in self.ids.items()}
 
     def _read(self, ids: Tensor) -> Tensor:
@@ -77,7 +77,9 @@ class EditTask:
     def predict(
         self, x: Float[Tensor, "n_prompts n_places d_in"] | None = None, version: str = TOLD
     ) -> Float[Tensor, "n_prompts d_vocab"]:
-        """Logits behind the prompts, with other activations at the places where they are given."""
+        """Logits after the last token of each prompt, with `x` in place of the activations at the positions where it is
+        given.
+        """
         parts = []
         for rows in self._batches():
             ids, ends = self.ids[version][rows], self.lengths[rows] - 1
@@ -91,7 +93,7 @@ class EditTask:
         return torch.cat(parts)
 
     def margins(self, predicted: Float[Tensor, "n_prompts d_vocab"]) -> Float[Tensor, "n_prompts"]:
-        """Logit of the answer less that of the other one."""
+        """Logit of the answer less that of the alternative."""
         rows = torch.arange(len(self))
         return predicted[rows, self.answers] - predicted[rows, self.other_answers]
 
@@ -106,7 +108,7 @@ def _put(x: Tensor, places: tuple[Tensor, Tensor], new: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class FeatureEdit:
-    """A change of codes of a few features on each row."""
+    """A change of the codes of a few features in each row: the change of the activation, and the features chosen."""
 
     change: Float[Tensor, "n d_in"]
     chosen: Bool[Tensor, "n n_features"]
@@ -119,10 +121,17 @@ def edit_sparsely(
     delta: Float[Tensor, "n d_in"],
     ks: Sequence[int],
 ) -> dict[int, FeatureEdit]:
-    """For each k the change of at most k features, from their codes `z` to those of the goal, that is nearest `delta`.
+    """For each k, the change of at most k features' codes from `z` to `goal` that comes nearest to `delta`.
 
-    Greedy: each step takes the feature that brings what is left of delta nearest to 0, as long as one does. A feature
-    whose code changes counts once, also where it changes its sign. Source: arXiv:2405.08366.
+    Greedy: each step takes the feature that most reduces the norm of what is left of delta, as long as one does. A
+    feature whose code changes sign counts once. Source: arXiv:2405.08366.
+
+    Args:
+        z: codes to start from.
+        goal: codes that chosen features are set to.
+        rows: decoder row of each feature.
+        delta: wanted change of the activations.
+        ks: largest numbers of features.
 
     >>> z, goal = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[0.0, 3.0, 2.0]])
     >>> edit_sparsely(z, goal, torch.eye(3), torch.tensor([[-1.0, 3.0, 0.0]]), ks=[1])[1].change
@@ -146,7 +155,7 @@ def edit_sparsely(
 def weigh_codes(
     z: Float[Tensor, "n n_features"], rows: Float[Tensor, "n_features d_in"]
 ) -> Float[Tensor, "n n_features"]:
-    """Each feature's share in a reconstruction, `(z_i d_i) . y / ||y||^2` with `y = sum_i z_i d_i`; they add up to 1.
+    """Each feature's share in the reconstruction, `(z_i d_i) . y / ||y||^2` with `y = sum_i z_i d_i`; they add up to 1.
 
     >>> weigh_codes(torch.tensor([[1.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
     tensor([[0.9000, 0.1000]])

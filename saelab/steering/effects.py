@@ -1,4 +1,4 @@
-"""`Attribution`: effects of features at tokens on a metric, how far they add up, and how well they are estimated."""
+"""`Attribution`: effects of features at tokens on a metric, their completeness and agreement with exact effects."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,56 +12,56 @@ from saelab.stores.results import Result
 N_SHUFFLES = 20
 N_SHOWN = 10
 NOTHING = 1e-5
-"""A difference of the metric below this share of its size is rounding."""
+"""Differences of the metric below this share of its size count as rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How estimated effects of features go with exact ones; correlations in [-1, 1]."""
+    """Correlations of estimated with exact effects of features, in [-1, 1]."""
 
     pearson: float
     spearman: float
     shuffled: float
-    """mean Spearman where each estimate meets the exact effect of another feature of the same token"""
+    """mean Spearman with estimates shuffled among the features of the same token"""
     top: float
-    """share of the ten largest exact effects that are among the ten largest estimates, by size"""
+    """share of the ten largest exact effects by magnitude that are among the ten largest estimates"""
     size: float
-    """Spearman of |exact effect| with how far the activation is moved: what one knows without any gradient"""
+    """Spearman of |exact effect| with the norm of the change of the activation: a baseline without gradients"""
     size_estimate: float
-    """Spearman of |exact effect| with |estimate|, to hold `size` against"""
+    """Spearman of |exact effect| with |estimate|, to compare `size` with"""
     n: int
     """features at tokens"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Attribution(Result):
-    """What `attribute` found; entry i of the arrays is feature `features[i]` at token `positions[i]`."""
+    """Result of `attribute`; entry i of the arrays is feature `features[i]` at token `positions[i]`."""
 
     hook_point: str
     metric: str
     method: str
     baseline: str
-    """what codes and errors are replaced by"""
+    """what replaces codes and errors: "zero", "mean" or "counterfactual" values"""
     n_steps: int
     """points of integration; 0 for other methods"""
     clean: float
-    """the metric as it is"""
+    """the metric of the unmodified model"""
     patched: float
     """the metric with every code and error of these tokens replaced"""
     tokens: tuple[str, ...]
-    """all of the prompt's"""
+    """all tokens of the prompt"""
     positions: Int[np.ndarray, "n_nodes"] = field(repr=False)
     features: Int[np.ndarray, "n_nodes"] = field(repr=False)
     codes: Float[np.ndarray, "n_nodes"] = field(repr=False)
-    """z, before"""
+    """z, before replacement"""
     sizes: Float[np.ndarray, "n_nodes"] = field(repr=False)
-    """norm of what replacing the code adds to the activation"""
+    """norm of the change of the activation when the code is replaced"""
     effects: Float[np.ndarray, "n_nodes"] = field(repr=False)
-    """metric with the code replaced less the metric as it is, in the metric's units"""
+    """metric with the code replaced less the clean metric, in the metric's units"""
     errors: Float[np.ndarray, "n_tokens"] = field(repr=False)
-    """the same for the reconstruction error of each token, 0 for tokens left out"""
+    """the same for the reconstruction error of each token; 0 for tokens that were not attributed"""
     exact: Float[np.ndarray, "n_nodes"] | None = field(default=None, repr=False)
-    """measured effects of features, where they were asked for"""
+    """exact effects of features, where requested"""
 
     @property
     def completeness(self) -> float:
@@ -78,21 +78,21 @@ class Attribution(Result):
 
     @cached_property
     def by_feature(self) -> dict[int, float]:
-        """Effects summed over tokens, the largest by size first."""
+        """Effects summed over tokens, by feature, the largest in magnitude first."""
         features, where = np.unique(self.features, return_inverse=True)
         sums = np.bincount(where, self.effects, len(features))
         order = np.argsort(-np.abs(sums), kind="stable")
         return {int(features[i]): float(sums[i]) for i in order}
 
     def top(self, n: int = N_SHOWN) -> list[tuple[int, int, float, float]]:
-        """Token position, feature, code and effect of the `n` largest effects by size."""
+        """Token position, feature, code and effect of the `n` largest effects in magnitude."""
         order = _largest(self.effects, n)
         columns = (self.positions[order], self.features[order], self.codes[order], self.effects[order])
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     @cached_property
     def agreement(self) -> Agreement | None:
-        """Correlations with exact effects; None where those were not asked for."""
+        """Correlations with exact effects; None where those were not requested."""
         return None if self.exact is None else _hold_against(self, self.exact)
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Attribution(Result):
 
 
 def tell_agreement(agreement: Agreement) -> str:
-    """In a line.
+    """The correlations with exact effects in one line of text.
 
     >>> tell_agreement(Agreement(pearson=1.0, spearman=0.9, shuffled=0.0, top=0.7, size=0.5, size_estimate=0.95, n=70))
     'with exact effects: Pearson 1.000, Spearman 0.900 (shuffled 0.000), 70% of the top 10; by size 0.950, moved 0.500'
@@ -162,7 +162,7 @@ def _shuffle(groups: Int[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.n
 
 
 def correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
-    """Pearson's; NaN for fewer than three or where one side does not vary.
+    """Pearson's correlation; NaN for fewer than three values or where one side does not vary.
 
     >>> correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
     1.0
@@ -173,7 +173,7 @@ def correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
 
 
 def rank_correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
-    """Spearman's, ties shared.
+    """Spearman's rank correlation, ties sharing their mean rank.
 
     >>> rank_correlation(np.array([1.0, 2.0, 30.0]), np.array([2.0, 4.0, 5.0]))
     1.0

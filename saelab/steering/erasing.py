@@ -1,4 +1,4 @@
-"""Edits of activations that take a concept out: sides of features, directions, the least-squares erasure."""
+"""Edits that erase a concept from activations: ablated features, ablated directions, least-squares erasure (LEACE)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +17,19 @@ from saelab.steering.rivals import find_direction
 Edit: TypeAlias = Callable[[Tensor], Tensor]
 """Activations (*batch, d_in) to activations."""
 To = Literal["usual", "zero"]
+"""What codes along an erased direction become: their usual value where the label is false, or zero"""
 NEAREST = 10
 SMALLEST = 1e-6  # of the largest variance: what is below is no direction of the data
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureErasure:
-    """Takes the codes of some sides of features to 0: `x' = x - sum_i z_i d_i` over those of the chosen signs."""
+    """Sets the codes of some features to 0 where they have the given signs: `x' = x - sum_i z_i d_i` over these."""
 
     sae: SAE
     features: tuple[int, ...]
     signs: tuple[int, ...]
-    """of the codes that are taken out; the other side of a feature stays"""
+    """sign of the codes that are set to 0; codes of the other sign stay"""
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
@@ -44,7 +45,9 @@ class FeatureErasure:
 
 @dataclass(frozen=True, eq=False)
 class AffineErasure:
-    """`x' = x - ((x - centre) A^T) B`: along B, as far as A reads; a projection where they are one orthonormal set."""
+    """The affine edit `x' = x - ((x - centre) A^T) B`, A `read` and B `write`; a projection where both are one
+    orthonormal set.
+    """
 
     centre: Float[Tensor, "d_in"]
     read: Float[Tensor, "rank d_in"]
@@ -62,10 +65,24 @@ def choose_sides(
     ranking: "Ranking | Literal['effect']",
     pull: Float[np.ndarray, "d_sae"],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Features and signs of the k best sides that fire more, or stronger, where a label holds.
+    """The k features, each with one sign of its codes, that best predict a label, among those with larger codes where
+    it is true.
 
-    "effect" ranks by what taking a side out takes off a probe's distance between the two means (arXiv:2411.18895):
-    `(mean(z | y) - mean(z | not y)) d . w`, with `pull` the products d . w of all features.
+    "effect" ranks by how much setting the codes to 0 reduces the distance of the two class means along a probe
+    (arXiv:2411.18895): `(mean(z | y) - mean(z | not y)) d . w`.
+
+    Args:
+        codes: (n, d_sae) scipy sparse codes.
+        y: (n) the label.
+        k: number of features with sign.
+        ranking: one of `probe_features`' rankings, or "effect".
+        pull: products d . w of each decoder row with the probe's weights, for "effect".
+
+    Returns:
+        indices and signs of the features, the best first.
+
+    Raises:
+        ValueError: where fewer than k features have larger codes where the label is true.
     """
     sides = Sides.split(codes, np.ones(len(y), bool))
     labelled = Labelled(Columns(sides.matrix), y, np.arange(len(y)))
@@ -81,7 +98,17 @@ def choose_sides(
 def draw_like(
     codes: Any, features: tuple[int, ...], signs: tuple[int, ...], rng: np.random.Generator
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """As many other sides at random, each among the ten that fire about as often as the one it stands for."""
+    """Random control features: for each given one, another among the ten nearest in firing rate.
+
+    Args:
+        codes: (n, d_sae) scipy sparse codes.
+        features: indices of the features to be matched, none of which is drawn.
+        signs: their signs.
+        rng: draws them.
+
+    Returns:
+        indices and signs of the control features.
+    """
     sides = Sides.split(codes, np.ones(codes.shape[0], bool))
     counts = np.diff(sides.matrix.indptr)
     place = {pair: i for i, pair in enumerate(zip(sides.features.tolist(), sides.signs.tolist(), strict=True))}
@@ -103,10 +130,19 @@ def erase_direction(
     n_directions: int = 1,
     to: To = "usual",
 ) -> AffineErasure:
-    """Directional ablation: codes along directions that tell a label become 0, or what is usual where it does not hold.
+    """Directional ablation: the edit that sets codes along the directions of a label to 0, or to their mean where it is
+    false.
 
-    Several directions are found one after another, each in what those before leave (arXiv:2004.07667); between means
-    there is only one.
+    Args:
+        x: (n, d_in) activations.
+        y: (n) the label.
+        hook_point: where the activations are from.
+        method: "means" (difference of means) or "probe" (logistic regression) finds the directions.
+        n_directions: how many, each found in what is left by those before (INLP, arXiv:2004.07667); 1 for "means".
+        to: "usual" for the mean of activations where the label is false, "zero" for the origin.
+
+    Raises:
+        ValueError: for several directions with "means".
     """
     if method == "means" and n_directions != 1:
         raise ValueError(f"`n_directions` between means must be 1, got {n_directions}; use 'probe'.")
@@ -122,22 +158,22 @@ def erase_direction(
 
 
 def project_out(basis: Float[Tensor, "rank d_in"], centre: Float[Tensor, "d_in"]) -> AffineErasure:
-    """The projection along an orthonormal basis, on the plane through a centre."""
+    """The edit that removes the component along an orthonormal basis: projection on the plane through `centre`."""
     return AffineErasure(centre, basis, basis)
 
 
 def draw_directions(like: AffineErasure, seed: int) -> AffineErasure:
-    """As many random directions, on the plane through the same centre."""
+    """The edit for equally many random directions about the same centre, as a control."""
     drawn = torch.randn(like.read.shape[::-1], generator=torch.Generator().manual_seed(seed))
     return project_out(torch.linalg.qr(drawn).Q.T.contiguous(), like.centre)
 
 
 def erase_least(x: Float[Tensor, "n d_in"], y: Bool[Tensor, "n"]) -> AffineErasure:
-    """The smallest change after which no linear probe does better than a constant (arXiv:2306.03819).
+    """The smallest edit after which no linear probe beats a constant predictor (LEACE, arXiv:2306.03819).
 
         x' = x - ((x - mean) . a) b        a = S^-1/2 u, b = S^1/2 u, u = S^-1/2 (mean(x | y) - mean) / its norm
 
-    S is the covariance of x. The means of both labels become the same, at the least cost in `(x' - x)^2` over S.
+    S is the covariance of x. The means of both classes become equal, at the least cost in `(x' - x)^2` over S.
 
     >>> x = torch.tensor([[0.0, 1.0], [1.0, 0.0], [4.0, 0.0], [5.0, 1.0]])
     >>> y = torch.tensor([False, False, True, True])

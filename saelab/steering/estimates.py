@@ -1,4 +1,4 @@
-"""`Estimate` and `Best`: numbers with their intervals, or with the reason why there are none."""
+"""`Estimate` and `Best`: values with bootstrap intervals, or with the reason why there are none."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ N_DRAWS = 500
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval; NaN where there is none, with the reason.
+    """A value with its 95 % interval; NaN where there is none, with the reason.
 
     >>> str(Estimate(1.0, 0.5, 1.5))
     '1 [0.5, 1.5]'
@@ -35,11 +35,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Best:
-    """The strength with the best balance on every other prompt, and what it does on the rest of the prompts.
+    """The strength chosen on every other prompt for its balance of effect and fluency, with its scores on the rest.
 
-    The score is the harmonic mean of effect and fluency, each in [0, 1]. The effect is `1 - exp(-gain)` (of a scored
-    concept the gain in score), the fluency `exp(-extra nll) (1 - extra repetition)`, where what would be better than
-    unsteered text counts as 0: text that repeats itself is likely, and no less broken for that.
+    The score is the harmonic mean of effect and fluency, each in [0, 1]. The effect is `1 - exp(-gain)` (for a scored
+    concept the increase of the score), the fluency `exp(-extra nll) (1 - extra repetition)`. An nll or repetition lower
+    than unsteered text's counts as no difference: repetitive text is likely, but broken.
     """
 
     strength: float
@@ -47,20 +47,20 @@ class Best:
     effect: float
     fluency: float
     chosen_score: float
-    """on the prompts that it was chosen on"""
+    """on the prompts that the strength was chosen on"""
     reason: str = ""
-    """why there is none"""
+    """why no strength was chosen"""
 
     @classmethod
     def none(cls, reason: str) -> "Best":
-        """Where no strength can be chosen."""
+        """The value where no strength can be chosen, with the reason."""
         return cls(NAN, NAN, NAN, NAN, NAN, reason)
 
 
 def make_estimates(
     values: Float[np.ndarray, "n"], draws: Float[np.ndarray, "n n_draws"], reason: str = ""
 ) -> list[Estimate]:
-    """Numbers with the intervals of their draws, those that are NaN left out."""
+    """Values with the 95 % intervals of their bootstrap draws; draws that are NaN are left out."""
     tail = (1 - LEVEL) / 2
     low, high = np.full_like(values, NAN), np.full_like(values, NAN)
     known = ~np.isnan(draws).all(1)
@@ -70,7 +70,7 @@ def make_estimates(
 
 
 def draw_weights(n: int, n_draws: int = N_DRAWS) -> Float[np.ndarray, "n_draws n"]:
-    """How often each of `n` is drawn, with replacement; NaN where there is only one.
+    """Bootstrap weights: how often each of `n` items is drawn with replacement; NaN where there is only one item.
 
     >>> draw_weights(4, 2).sum(1).tolist()
     [4.0, 4.0]

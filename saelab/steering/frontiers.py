@@ -1,4 +1,4 @@
-"""Effect against cost: what is not dominated, the effect at a given cost, the area below; for many draws at once."""
+"""Pareto frontier of effect and cost, effect at a given cost, and mean effect over budgets; vectorized over draws."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -7,9 +7,9 @@ STEPS = 16  # between two strengths
 
 
 def find_frontier(gain: Float[np.ndarray, "n"], cost: Float[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
-    """The points that no other beats, with at least their gain at no more than their cost, by growing cost.
+    """Indices of the Pareto-optimal points, which no other beats in gain at no higher cost, by increasing cost.
 
-    Of equal points the first counts; NaN is left out.
+    The first of equal points counts; NaN is left out.
 
     >>> find_frontier(np.array([1.0, 3.0, 2.0]), np.array([0.1, 0.2, 0.3])).tolist()
     [0, 1]
@@ -23,10 +23,10 @@ def find_frontier(gain: Float[np.ndarray, "n"], cost: Float[np.ndarray, "n"]) ->
 def read_gain(
     gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], at: float
 ) -> Float[np.ndarray, "n_draws"]:
-    """The gain where a curve first reaches a cost; NaN where it does not.
+    """The gain where a curve first reaches a cost, interpolated; NaN where it does not.
 
-    Points stand in the order of growing strength; the curve begins at no gain for no cost. Between two points the gain
-    is linear in the square root of the cost, as both are in the strength where it is small: a KL grows with its square.
+    Points are in order of increasing strength; the curve starts at gain 0 and cost 0. Between points the gain is linear
+    in the square root of the cost, since for small strengths a KL grows with the square of the strength.
 
     >>> read_gain(np.array([[1.0], [2.0]]), np.array([[0.01], [0.04]]), 0.01)
     array([1.])
@@ -50,10 +50,11 @@ def read_cost(
 def mean_gain(
     gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], limit: float
 ) -> Float[np.ndarray, "n_draws"]:
-    """The area below the frontier over its width: the mean, over budgets from 0 to `limit`, of the best gain in budget.
+    """The mean, over budgets from 0 to `limit`, of the best gain within the budget: area under the frontier over its
+    width.
 
-    The best gain of a budget is the largest of the points on the curve (see `read_gain`) that cost no more; at least 0,
-    that of doing nothing.
+    The best gain within a budget is the largest of the points on the curve (see `read_gain`) that cost no more; at
+    least 0, the gain of no steering.
 
     >>> mean_gain(np.array([[1.0]]), np.array([[0.0]]), 1.0)
     array([1.])

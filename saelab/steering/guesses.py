@@ -1,4 +1,4 @@
-"""How well scores tell a label."""
+"""Metrics of binary classifiers: F1, MCC, AUROC, accuracy, and the choice of a decision threshold."""
 
 import math
 from dataclasses import dataclass
@@ -9,27 +9,27 @@ from jaxtyping import Bool, Float
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """How well a probe tells a label of held-out documents."""
+    """Held-out metrics of a binary classifier."""
 
     f1: float
-    """[0, 1]; for what is rarely true, any guess that is mostly yes scores near 2 p / (1 + p)"""
+    """[0, 1]; for a label with rate p, a classifier that mostly predicts true scores near 2 p / (1 + p)"""
     mcc: float
     """Matthews correlation, [-1, 1]; 0 is chance"""
     auroc: float
     """[0, 1]; 0.5 is chance"""
     accuracy: float
-    """[0, 1]; saying the more frequent answer always has `max(p, 1 - p)`"""
+    """[0, 1]; always predicting the more frequent class scores `max(p, 1 - p)`"""
     balanced: float
-    """balanced accuracy, the mean of the shares told right of true and of other tokens, [0, 1]; 0.5 is chance"""
+    """balanced accuracy, the mean of the accuracies on true and on false tokens, [0, 1]; 0.5 is chance"""
     yes: float
-    """share of tokens that are told to be true; 1 is "always yes", whatever F1 says"""
+    """share of tokens predicted true; 1 is a classifier that always predicts true, whatever its F1"""
 
 
 UNKNOWN = Told(f1=math.nan, mcc=math.nan, auroc=math.nan, accuracy=math.nan, balanced=math.nan, yes=math.nan)
 
 
 def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], threshold: float) -> Told:
-    """How well `score >= threshold` tells a label, and the scores' order.
+    """Metrics of the classifier `score >= threshold`; its AUROC is that of the scores.
 
     >>> score_guess(np.array([0.0, 1.0, 1.0]), np.array([False, True, False]), 1.0).auroc
     0.75
@@ -49,10 +49,10 @@ def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], thresh
 
 
 def choose_threshold(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> tuple[float, float]:
-    """The threshold `score >= t` with the best F1 above chance, and its F1; equal scores are on one side of it.
+    """The threshold t of `score >= t` with the highest Cohen's kappa, and its F1; equal scores are on one side of it.
 
-    F1 alone would say yes always where scores tell little. Above chance is Cohen's kappa, which is 0 for that. F1 above
-    the F1 of as many guesses at random, over the most that can be above.
+    F1 alone would favor always predicting true where scores are uninformative; kappa, the F1 above that of as many
+    random predictions over the most that can be gained, is 0 for that.
 
     >>> choose_threshold(np.array([0.0, 0.0, 2.0, 1.0]), np.array([False, False, True, True]))
     (1.0, 1.0)
@@ -68,7 +68,9 @@ def choose_threshold(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -
 
 
 def auroc(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> float:
-    """The chance that a true token scores above one that is not, equal scores half; 0.5 is chance."""
+    """The area under the ROC curve: probability that a true row scores above a false one, ties counted half; 0.5 is
+    chance.
+    """
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(y, scores))

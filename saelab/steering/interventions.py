@@ -1,4 +1,4 @@
-"""`Intervention`: what happens to activations, token by token: codes before, codes after, and the change they make."""
+"""`Intervention`: an edit of activations through the codes of SAE features or of a direction."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ Features: TypeAlias = Mapping[SupportsIndex, Strength] | FeatureIds | Strength
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """A change of features of one SAE, or of one direction, at one hook point.
+    """An edit of the codes of some features of an SAE, or of a direction, at one hook point.
 
         x' = x + sum_i (z'_i - z_i) d_i          z = encode(x), d_i the feature's row in the activations' own units
 
@@ -40,29 +40,37 @@ class Intervention:
         scale      s_i z_i
         ablate     0
 
-    `unit` says what a strength counts: "raw" codes, "max" multiples of the largest |z_i| in `store` (or of a
-    direction's peak), "norm" such a code that its row has s_i times the norm of the token's own activation. Factors of
-    `scale` have no unit. All features of an intervention are read before any is changed. Signed features take
-    strengths of both signs. ValueError for features, units, modes and hook points that do not exist.
+    All features of an intervention are read before any is changed. Signed features take strengths of both signs.
+
+    Raises:
+        ValueError: for features, units, modes and hook points that do not exist.
     """
 
     source: SAE | Direction
     features: Features = ()
+    """strengths s_i by feature; for mode "ablate" a list of features; for a direction its strength"""
     mode: Mode = "add"
     where: Place = "all"
+    """tokens that are changed, see `Where`"""
     unit: Unit = "raw"
+    """of strengths: "raw" codes, "max" multiples of the largest |z_i| in `store` (or of a direction's peak), "norm"
+    multiples of the norm of the token's own activation; factors of "scale" have no unit"""
     store: FeatureStore | None = None
+    """codes of the SAE on some text, for unit "max"."""
     error: Error = "keep"
+    """"keep" the reconstruction error, or "drop" it"""
     hook_point: str | None = None
+    """where codes are read; by default where the SAE was trained"""
     allow_mismatch: bool = False
-    """steer a model, weight processing or hook point other than those that the SAE was trained on"""
+    """edit a model, weight processing or hook point other than those that the SAE was trained on"""
     strengths: dict[int, Strength] = field(init=False, repr=False)
     """by feature, in codes (unit "norm": in norms of the token's activation)"""
     places: Where = field(init=False, repr=False)
+    """`where` as a `Where`"""
     rows: Float[Tensor, "n_features d_out"] = field(init=False, repr=False)
-    """what a code of 1 of each feature adds, from the weights as they are now"""
+    """change of the activation for a code of 1 of each feature, from the weights as they are now"""
     _shift: Float[Tensor, "d_out"] | None = field(init=False, repr=False)
-    """what every token gets, where that is the same"""
+    """the change of every token, where it is the same for all"""
 
     def __post_init__(self) -> None:
         for name, choices in (("mode", Mode), ("unit", Unit), ("error", Error)):
@@ -112,7 +120,7 @@ class Intervention:
         return peak
 
     def require_match(self, model: Model) -> None:
-        """ValueError where the SAE, or that of a condition, was not trained on this model at this hook point."""
+        """Raise ValueError unless the SAE, and that of a condition, were trained on this model at this hook point."""
         when = self.places.when
         match_source(self.source, model, self.hook_point, self.allow_mismatch)
         if when is not None:
@@ -126,20 +134,22 @@ class Intervention:
 
     @property
     def writes_at(self) -> str:
-        """The hook point that is changed: another one for a transcoder."""
+        """The hook point that is changed: for a transcoder that of its output."""
         provenance = None if isinstance(self.source, Direction) else self.source.provenance
         return (provenance and provenance.hook_point_out) or self.reads_at
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether every strength is the one that leaves activations as they are, bit for bit."""
+        """Whether all strengths leave the activations as they are, bit for bit."""
         if self.error == "drop" or self.mode in ("ablate", "clamp"):
             return self.error == "keep" and not self.strengths
         neutral = 1.0 if self.mode == "scale" else 0.0
         return all(not isinstance(s, Tensor) and s == neutral for s in self.strengths.values())
 
     def change(self, written: Float[Tensor, "n d_out"], read: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
-        """Activations after the intervention, of tokens that it applies to; differentiable in all that it rests on."""
+        """Activations after the intervention, at tokens that it applies to; differentiable in activations and
+        strengths.
+        """
         if isinstance(self.source, SAE) and self.error == "drop":
             written = self.source(read).to(written)
         if not self.strengths:
@@ -170,7 +180,7 @@ class Intervention:
 
 
 def hook_point_of(source: SAE | Direction) -> str | None:
-    """Where a source was trained, or belongs, if it says so."""
+    """The hook point of a direction, or the one an SAE was trained at; None where it is not known."""
     if isinstance(source, Direction):
         return source.hook_point
     return source.provenance.hook_point if source.provenance is not None else None
@@ -179,9 +189,18 @@ def hook_point_of(source: SAE | Direction) -> str | None:
 def match_source(
     source: SAE | Direction, model: Model, hook_point: str | None = None, allow_mismatch: bool = False
 ) -> str:
-    """The hook point that a source's codes are read from; ValueError where an SAE was not trained on this model there.
+    """The hook point that an SAE or direction reads, after a check that an SAE was trained on this model there.
 
-    A direction does not say which model it is of: its hook point must exist.
+    A direction does not record its model: its hook point must exist.
+
+    Args:
+        source: SAE or direction.
+        model: language model.
+        hook_point: where to read; by default where the SAE was trained, or the direction's own.
+        allow_mismatch: accept an SAE of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: for an SAE that does not match (unless `allow_mismatch`), and for a hook point that does not exist.
     """
     if isinstance(source, SAE):
         return match_places(source, model, hook_point, allow_mismatch)[0]

@@ -1,4 +1,4 @@
-"""Activations of labelled tokens, read from as little of the text as gives enough of both kinds."""
+"""Activations of labelled tokens, a balanced sample of tokens where the label is true and where it is false."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ ALL_BUT_SPECIAL = TokenMask()
 
 @dataclass(frozen=True, eq=False)
 class LabelledRows:
-    """Activations of chosen tokens, what is true of each, and the document it comes from."""
+    """Activations of sampled tokens with the label and document of each."""
 
     x: Float[Tensor, "n d_in"]
     y: Bool[Tensor, "n"]
@@ -43,10 +43,23 @@ def read_labelled(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> LabelledRows:
-    """Activations at a hook point of tokens of which a label holds, and of as many of which it does not.
+    """Activations of a balanced sample of tokens: half of them where a label is true, half where it is false.
 
-    At most `n_tokens / 2` of each kind, drawn by `seed` among the tokens that `mask` keeps; only their texts are run,
-    and only they are held. ValueError where either kind is missing.
+    Only the sampled tokens' sequences are run and only their activations are held.
+
+    Args:
+        model: language model.
+        tokens: the text.
+        labels: (n_seq, ctx_len) the label of each token.
+        hook_point: where activations are read.
+        n_tokens: most tokens in the sample; at most half of each class.
+        mask: tokens to sample from; by default all but special ones.
+        batch_size: sequences in a forward pass; by default chosen for memory.
+        seed: draws the sample.
+
+    Raises:
+        ValueError: where the label is true of none or of all tokens kept, and for labels of another shape than the
+            tokens.
 
     >>> model = sl.tiny_model()
     >>> tokens = sl.tokenize(model, ["a tin can"] * 4, ctx_len=8)
@@ -75,9 +88,16 @@ def read_chosen(
     *,
     batch_size: int | None = None,
 ) -> Float[Tensor, "n d_in"]:
-    """Activations of chosen tokens in the order of the text, float32 on the CPU; other texts are not run.
+    """Activations of chosen tokens in the order of the text, float32 on the CPU; sequences without any are not run.
 
-    Edits of `splice` and `steer` apply.
+    Edits by `splice` and `steer` blocks around the call apply.
+
+    Args:
+        model: language model.
+        tokens: the text.
+        chosen: (n_seq, ctx_len) tokens to return.
+        hook_point: where activations are read.
+        batch_size: sequences in a forward pass; by default chosen for memory.
 
     >>> model = sl.tiny_model()
     >>> tokens = sl.tokenize(model, ["a tin can"] * 4, ctx_len=8)
@@ -94,7 +114,7 @@ def read_chosen(
 
 
 def require_labels(labels: Mapping[str, Tensor], tokens: Tokens) -> None:
-    """ValueError unless there are labels and each has a mark for each token."""
+    """Raise ValueError unless there are labels and each has one value for each token."""
     if not labels:
         raise ValueError("`labels` must name at least one concept, got none.")
     for marks in labels.values():
@@ -109,7 +129,7 @@ def _require_shape(marks: Tensor, tokens: Tokens) -> None:
 
 
 def draw_rows(keep: Bool[np.ndarray, "n"], n: int, seed: int) -> Bool[np.ndarray, "n"]:
-    """At most `n` of the rows that are kept, drawn by `seed`.
+    """A mask of at most `n` of the rows kept, sampled with `seed`.
 
     >>> int(draw_rows(np.ones(9, bool), 4, seed=0).sum())
     4

@@ -1,4 +1,4 @@
-"""`line_up`: a feature, and beside it what it must beat at steering a concept, all of one length."""
+"""`line_up`: a feature and baseline sources (directions, control feature) for steering toward the same concept."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from saelab.steering.rivals import find_direction, find_rival
 from saelab.stores.features import FeatureStore
 
 LEAST = 10
-"""tokens before words of a concept that directions are found from"""
+"""fewest tokens before words of a concept that directions are fitted from"""
 OWN_TEXTS, OWN_TOKENS = 128, 60
 
 
@@ -43,14 +43,31 @@ def line_up(
     allow_mismatch: bool = False,
     seed: int = 0,
 ) -> dict[str, Source]:
-    """A feature and its rivals by name, for `steering_curve`: at one strength all add vectors of one length.
+    """A feature and baselines of the same length by name, as sources for `steering_curve`.
 
-    means and probe are the difference in means and a logistic regression between the activations of tokens that a word
-    of the concept follows in `tokens`, and of others; random is a random direction; with a `store`, a feature that
-    fires as often and has nothing to do with this one is there, too. All point to the concept, and so does the feature:
-    on the side, 1 or -1, where its mean code before such words lies, unless `sign` says otherwise. ValueError where the
-    concept's words are too few, and for an SAE of another model, weight processing or hook point (unless
-    `allow_mismatch`).
+    "means" is the difference in means, and "probe" a logistic regression, between activations of tokens followed by a
+    word of the concept in `tokens` and of others; "random" is a random direction; with a `store` there is also a
+    control feature with about the same firing rate and codes that are uncorrelated. All point toward the concept.
+
+    Args:
+        model: language model.
+        sae: SAE the feature is of.
+        feature: index of the feature.
+        concept: target concept of tokens.
+        tokens: text to fit directions on.
+        unit: of strengths, as in `Intervention`.
+        mode: as in `Intervention`.
+        where: tokens that are steered, as in `Intervention`.
+        store: codes of the SAE on some text, for unit "max" and for the control feature.
+        sign: 1 or -1, the sign of the feature's codes that means more of the concept; by default that of the difference
+            of its mean code before words of the concept to the mean code elsewhere.
+        hook_point: where the SAE reads; by default where it was trained.
+        allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
+        seed: of the sample of tokens and of the random direction.
+
+    Raises:
+        ValueError: where fewer than 10 tokens precede words of the concept, and for an SAE of another model, weight
+            processing or hook point (unless `allow_mismatch`).
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> tokens = sl.tokenize(model, ["a tin can, a bin"] * 9, ctx_len=32)
@@ -84,7 +101,7 @@ def line_up(
 
 @torch.no_grad()
 def _find_side(sae: SAE, feature: int, rows: LabelledRows) -> int:
-    """The sign of a feature's codes where a label holds, beside those where it does not."""
+    """Sign of the difference of a feature's mean codes where the label is true and where it is false."""
     z = sae.encode_some(rows.x.to(sae.device), [feature])[:, 0].cpu()
     return -1 if z[rows.y].mean() < z[~rows.y].mean() else 1
 
@@ -97,7 +114,7 @@ def _steer_alike(direction: Direction, own: Intervention, length: float) -> Inte
 
 
 def mark_before(tokens: Tokens, concept: TokenConcept) -> Bool[Tensor, "n_seq ctx_len"]:
-    """The tokens that one of a concept follows in the same document."""
+    """Mask of the tokens directly before a token of the concept in the same document."""
     next_is = torch.isin(tokens.ids, torch.tensor(concept.ids, dtype=tokens.ids.dtype)).roll(-1, 1)
     same = (tokens.doc_ids.roll(-1, 1) == tokens.doc_ids) & tokens.attention_mask
     same[:, -1] = False
@@ -105,7 +122,14 @@ def mark_before(tokens: Tokens, concept: TokenConcept) -> Bool[Tensor, "n_seq ct
 
 
 def write_own(model: Model, prompts: list[str], seed: int = 0, *, progress: bool = True) -> Tokens:
-    """Text of the model itself, some 7,000 tokens behind the prompts: what to read where no other text is given."""
+    """Text sampled from the model itself, about 7,000 tokens, for use where no other text is given.
+
+    Args:
+        model: language model.
+        prompts: texts to continue.
+        seed: of the sampling.
+        progress: show a progress bar.
+    """
     n = -(-OWN_TEXTS // len(prompts))
     room = find_context(model) - 16
     made = generate(model, prompts, min(OWN_TOKENS, room), n=n, seed=seed, progress=progress)

@@ -1,4 +1,4 @@
-"""`steer` and `splice`: features moved, and activations replaced, in any forward of a model inside a `with` block."""
+"""`steer` and `splice`: context managers that steer features, or replace activations, in all forward passes inside."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -33,14 +33,29 @@ def steer(
     hook_point: str | None = None,
     allow_mismatch: bool = False,
 ) -> Iterator[Model]:
-    """Inside the block features are moved in every forward of the model, whoever runs it, at every token of `where`.
+    """A context in which features are steered in every forward pass of the model, at every token of `where`.
 
-    `features` maps features to strengths; for a `Direction` it is the strength. Modes, units and the formula are those
-    of `Intervention`, places those of `Where`. Blocks nest: an inner one reads what the outer ones left. With and
-    without a key-value cache, alone and in a padded batch, the same tokens are changed; special tokens are not unless
-    asked for. A strength that changes nothing leaves every bit as it is. Nothing stays behind, also after an error.
-    Gradients flow to strengths and activations where PyTorch records them. ValueError for what does not exist, and for
-    an SAE of another model, weight processing or hook point, unless `allow_mismatch`.
+    Contexts nest: an inner one reads what the outer ones left. The same tokens are changed with and without a key-value
+    cache, alone and in a padded batch. Strengths without effect leave every bit as it is. No hook remains afterwards,
+    also after an error. Gradients flow to strengths and activations where PyTorch records them.
+
+    Args:
+        model: language model.
+        source: SAE or direction.
+        features: strengths by feature; for mode "ablate" a list of features; for a `Direction` its strength.
+        mode: how codes change, by the formulas of `Intervention`: "add", "clamp", "at-least", "scale" or "ablate".
+        where: tokens that are changed: "all", "prompt", "generated", positions, a mask, a condition or a `Where`.
+            Special tokens are not changed unless asked for.
+        unit: of strengths: "raw" codes, "max" multiples of the largest |z| in `store`, "norm" multiples of the norm of
+            the token's activation.
+        store: codes of the SAE on some text, for unit "max".
+        error: "keep" or "drop" the reconstruction error.
+        hook_point: where codes are read; by default where the SAE was trained.
+        allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: for features, units, modes and hook points that do not exist, and for an SAE of another model,
+            weight processing or hook point (unless `allow_mismatch`).
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
     >>> ids = torch.full((1, 4), 65)
@@ -56,9 +71,9 @@ def steer(
 
 @contextmanager
 def steer_all(model: Model, interventions: Sequence[Intervention]) -> Iterator[Model]:
-    """`steer` with several interventions at once: several SAEs, hook points, modes and places.
+    """A context like `steer` with several interventions together: several SAEs, hook points, modes and places.
 
-    At one hook point they run in their order, each reading what the one before left.
+    At one hook point they apply in their order, each reading what the one before left.
 
     >>> model, point = sl.tiny_model(), "blocks.1.hook_resid_post"
     >>> up = sl.Intervention(sl.Direction(torch.ones(32), point), 2.0)
@@ -87,15 +102,25 @@ def splice(
     hook_point: str | None = None,
     allow_mismatch: bool = False,
 ) -> Iterator[Model]:
-    """Inside the block activations are replaced: by an SAE's reconstructions, or by a function of them.
+    """A context in which activations are replaced by an SAE's reconstructions, or by functions of them.
 
-    With an SAE, `x' = x_hat` at the tokens of `where`, special tokens left as they are; `error="keep"` gives
-    `x' = x_hat + (x - x_hat)`, which is x bit for bit, with gradients through the reconstruction alone. With a
-    dictionary, `edits[hook_point]` gets (batch, ctx_len, d) in the model's dtype (a copy, free to be changed) and
-    returns the same shape. Blocks nest, edits of one hook point run in order of entry, and nothing stays behind, also
-    after an error.
-    ValueError for a wrong name or shape and for an SAE of another model, weight processing or hook point (unless
-    `allow_mismatch`), RuntimeError for a hook point that does not fire exactly once in a forward.
+    With an SAE, `x' = x_hat`; `error="keep"` gives `x' = x_hat + (x - x_hat)`, which is x bit for bit, with gradients
+    through the reconstruction alone. Contexts nest, edits of one hook point apply in order of entry, and no hook
+    remains afterwards, also after an error.
+
+    Args:
+        model: language model.
+        source: an SAE; or functions by hook point, each of which takes activations (batch, ctx_len, d) in the model's
+            dtype (a copy, free to be changed) and returns the same shape.
+        error: "drop" or "keep" the reconstruction error.
+        where: tokens that an SAE's reconstructions replace; special tokens are left as they are unless asked for.
+        hook_point: where an SAE reads; by default where it was trained.
+        allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: for a wrong name or shape, and for an SAE of another model, weight processing or hook point (unless
+            `allow_mismatch`).
+        RuntimeError: for a hook point that does not fire exactly once in a forward pass.
 
     >>> model, ids = sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)
     >>> with sl.splice(model, {"blocks.0.hook_resid_post": torch.zeros_like}):
@@ -120,7 +145,7 @@ def splice(
 
 @dataclass(eq=False)
 class _Later:
-    """The flow, known once every edit is attached: attaching may probe the model, which is no text of the user's."""
+    """The flow of the model's forward passes, set after every edit is attached, since attaching may probe the model."""
 
     flow: Flow | None = None
 
@@ -136,7 +161,7 @@ class _Later:
 
 
 class _Reading:
-    """What flows through a hook point in the forward that is running."""
+    """The activations at a hook point in the current forward pass."""
 
     def __init__(self, hook_point: str, flow: _Later) -> None:
         self.hook_point, self.flow = hook_point, flow

@@ -1,4 +1,4 @@
-"""`Outcome`: what is asked of a model's predictions, one number a text; and the texts that it is asked of."""
+"""`Outcome`: a metric of the model's predictions, one number for each text; and prompts as padded token ids."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from saelab.steering.places import Place, make_where
 Prompt: TypeAlias = str | Int[Tensor, "n"]
 """A text, which gets a BOS, or token ids as they are."""
 Target: TypeAlias = str | int | np.integer | Int[Tensor, "n_texts"]
-"""A token, by its text or id; or one for each text."""
+"""A token, by its text or id; or one id for each text"""
 Metric: TypeAlias = Target | tuple[Target, Target] | Callable[[Tensor], Tensor]
 
 
@@ -34,24 +34,24 @@ class Texts:
     ids: Int[Tensor, "n_texts n"]
     lengths: Int[Tensor, "n_texts"]
     predicts: Bool[Tensor, "n_texts n"] | None = None
-    """where the next token is of the same document; None: everywhere in a text"""
+    """whether the next token is of the same document; None: everywhere in a text"""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
     def positions(self) -> Int[Tensor, "n_texts n"]:
-        """Places in each text, from 0; -1 at padding."""
+        """Positions in each text, from 0; -1 at padding."""
         places = torch.arange(self.ids.shape[1]).expand_as(self.ids)
         return torch.where(places < self.lengths[:, None], places, -1)
 
     def strings(self, model: Model, row: int = 0) -> tuple[str, ...]:
-        """How each token of a row reads; those that share a character all read as it."""
+        """The text of each token of a row; tokens that share a character all show it."""
         ids = self.ids[row, : self.lengths[row]].tolist()
         return spell(model.tokenizer, ids).touched if model.tokenizer is not None else tuple(f"<{i}>" for i in ids)
 
     def select(self, model: Model, where: Place) -> Bool[Tensor, "n_texts n"]:
-        """The tokens of a place, special ones only where it asks for them; conditions are refused (ValueError)."""
+        """Mask of the tokens of a place, special ones only where it asks for them; ValueError for a condition."""
         place = make_where(where)
         if place.when is not None:
             raise ValueError("`where` must be a part, positions or a mask here, got a condition; give a mask of it.")
@@ -60,7 +60,7 @@ class Texts:
 
 
 def read_texts(model: Model, prompts: Prompt | Sequence[Prompt] | Tokens) -> Texts:
-    """Prompts as rows of ids; ValueError for one that is empty or does not fit the model's context.
+    """Prompts as padded rows of token ids; ValueError for one that is empty or does not fit the model's context.
 
     >>> texts = read_texts(sl.tiny_model(), ["One", torch.tensor([0, 70])])
     >>> texts.ids.shape, texts.lengths
@@ -93,7 +93,7 @@ def _read_prompt(model: Model, prompt: Prompt) -> Int[Tensor, "n"]:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """One number a text, from the logits: how it is called, and how it is read from logits, texts and their numbers."""
+    """A metric with one number for each text: its name, and a function of logits, texts and the texts' row numbers."""
 
     name: str
     read: Callable[[Tensor, Texts, Tensor], Tensor]
@@ -101,8 +101,8 @@ class Outcome:
     def __call__(
         self, logits: Float[Tensor, "batch n d_vocab"], texts: Texts, rows: Int[Tensor, "batch"]
     ) -> Float[Tensor, "batch"]:
-        """The number of each row of the logits, which belongs to text `rows[i]`; ValueError where a user's function
-        gives anything else.
+        """The metric of each row of the logits, which belongs to text `rows[i]`; ValueError where a user's function
+        returns another shape.
         """
         values = self.read(logits, texts, rows.to(logits.device))
         if not isinstance(values, Tensor) or values.shape != logits.shape[:1] or not values.is_floating_point():
@@ -112,9 +112,9 @@ class Outcome:
 
 
 def make_outcome(model: Model, metric: Metric) -> Outcome:
-    """What a short form of a metric stands for.
+    """The metric for a short form of it.
 
-        "word", 42                   log-probability of the token behind the text, in nats (a tensor: one for each text)
+        "word", 42                   log-probability of that next token after the text, in nats (a tensor: one a text)
         ("word", "other")            its logit less the other's
         "loss"                       mean cross-entropy of the text's own next tokens, in nats (a token: by its id)
         f(logits)                    a function of (batch, n, d_vocab) that gives (batch,), row by row, differentiable
@@ -166,7 +166,7 @@ def _find_ids(model: Model, target: Target) -> Tensor:
 
 
 def find_token(model: Model, target: str | SupportsIndex) -> int:
-    """The id of a token that is given by its text, as `token_strings` shows it, or by its id.
+    """The id of a token given by its text, as `token_strings` shows it, or by its id.
 
     >>> find_token(sl.tiny_model(), "a"), find_token(sl.tiny_model(), 5)
     (67, 5)

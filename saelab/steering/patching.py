@@ -1,4 +1,4 @@
-"""`patch`: pieces of a clean run put into a corrupt one, hook points by positions: which of them carry the answer?"""
+"""`patch`: activation patching, parts of a clean run put into a corrupt one, hook points by positions."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,16 +23,16 @@ from saelab.steering.subspaces import Subspace, as_subspace
 from saelab.stores.results import Result
 
 Source: TypeAlias = str | Direction | Subspace | SAE | tuple[SAE, FeatureIds]
-"""A hook point, what lies along directions there, all features of an SAE, or some of them."""
+"""A hook point; a direction or subspace, whose component is patched; all features of an SAE, or some of them"""
 Positions: TypeAlias = Literal["each", "all"] | Sequence[int | Sequence[int]]
 
 NOTHING = 1e-3
-"""A difference between clean and corrupt below this share of their size says nothing about either."""
+"""Where clean and corrupt metric differ by less than this share of their size, scores are undefined."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Patching(Result):
-    """What `patch` found, sources by groups of positions."""
+    """Result of `patch`: metric by source and group of positions."""
 
     metric: str
     clean: float
@@ -41,7 +41,7 @@ class Patching(Result):
     """the metric of the corrupt prompt"""
     sources: tuple[str, ...]
     positions: tuple[tuple[int, ...], ...]
-    """of each column, patched together"""
+    """positions of each column, patched together"""
     clean_tokens: tuple[str, ...]
     corrupt_tokens: tuple[str, ...]
     values: Float[np.ndarray, "n_sources n_columns"] = field(repr=False)
@@ -57,14 +57,16 @@ class Patching(Result):
 
     @property
     def scores(self) -> Float[np.ndarray, "n_sources n_columns"]:
-        """Denoising score, `(patched - corrupt) / (clean - corrupt)`: 0 as corrupt, 1 as clean, below and above both
-        possible; NaN where `reason` says why.
+        """Denoising scores `(patched - corrupt) / (clean - corrupt)`: 0 as corrupt, 1 as clean; NaN where `reason`
+        explains it.
+
+        Scores below 0 and above 1 are possible.
         """
         gap = float("nan") if self.reason else self.clean - self.corrupt
         return (self.values - self.corrupt) / gap
 
     def name_column(self, column: int) -> str:
-        """Its tokens, in both prompts where they differ."""
+        """The tokens of a group of positions, in both prompts where they differ."""
         return " ".join(self._name_token(i) for i in self.positions[column])
 
     def _name_token(self, i: int) -> str:
@@ -99,17 +101,28 @@ def patch(
     hook_point: str | None = None,
     allow_mismatch: bool = False,
 ) -> Patching:
-    """What restores a metric of the corrupt prompt: pieces of the clean run put into it, each source at each position.
+    """The metric of a corrupt prompt with parts of the clean run patched in, each source at each position.
 
         a hook point       x' = x_clean
         directions         x' = x + P (x_clean - x)              P projects on what they span
         features           x' = x + sum_i (z_clean,i - z_i) d_i  the corrupt run's own error stays
 
-    `sources` default to the residual stream behind every block; `positions` are "each" alone, "all" together, or single
-    ones and groups, special tokens included. `metric` is what `make_outcome` knows, mostly a pair of answers; the
-    `scores` are `(patched - corrupt) / (clean - corrupt)`. The prompts must have equally many tokens. ValueError for
-    what does not exist, for transcoders, and for SAEs of another model, weight processing or hook point (unless
-    `allow_mismatch`). Source: arXiv:2309.16042.
+    The `scores` are `(patched - corrupt) / (clean - corrupt)`. Source: arXiv:2309.16042.
+
+    Args:
+        model: language model.
+        clean: prompt whose activations are patched in; as many tokens as `corrupt`.
+        corrupt: prompt whose run is patched.
+        metric: as in `make_outcome`, mostly a pair of answers (logit difference).
+        sources: one or several hook points, directions, subspaces, SAEs, or pairs (SAE, features); by default the
+            residual stream after every block.
+        positions: "each" alone, "all" together, or single positions and groups of them; special tokens are included.
+        hook_point: where SAEs read; by default where each was trained.
+        allow_mismatch: go ahead with SAEs of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: for sources and positions that do not exist, prompts of unequal length, transcoders, and SAEs of
+            another model, weight processing or hook point (unless `allow_mismatch`).
 
     >>> found = patch(sl.tiny_model(), "I see Ann", "I see Tom", ("A", "T"))
     >>> found.scores.shape, float(found.scores[2, -1].round(4))
@@ -135,12 +148,12 @@ def patch(
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """A source: where it is, and what of the difference between two runs it carries."""
+    """A source: its hook point, and the change of the corrupt activations that it causes."""
 
     name: str
     hook_point: str
     carry: Callable[[Tensor, Tensor], Tensor]
-    """of clean and corrupt activations (n, d): what is added to the corrupt ones"""
+    """from clean and corrupt activations (n, d) to what is added to the corrupt ones"""
 
 
 @dataclass(frozen=True, eq=False)

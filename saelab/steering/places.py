@@ -1,4 +1,4 @@
-"""`Where`: the tokens that an intervention changes."""
+"""`Where` and `When`: the tokens that an intervention changes, by part of the text, position, mask or condition."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,20 +19,24 @@ Side = Literal["both", "positive", "negative"]
 
 @dataclass(frozen=True, eq=False)
 class When:
-    """A condition on a token: that a feature fires on it, `|z| > above`, on one side of the feature or on both.
+    """A condition on tokens: that a feature fires, `|z| > above`, with one sign or with either.
 
-    The condition is read at its own hook point, which must not lie behind what is steered, from what flows there:
-    changes of enclosing blocks included, those of its own block not.
+    Codes are read at the condition's own hook point, which must not come after the steered one in the forward pass.
+    Changes by enclosing contexts are included, those of its own are not.
     """
 
     source: SAE | Direction
+    """SAE or direction whose code is read"""
     feature: int = 0
+    """index of the feature; 0 for a direction"""
     above: float = 0.0
+    """threshold on the code"""
     side: Side = "both"
+    """sign of the codes that count: "both", "positive" or "negative"."""
     hook_point: str | None = None
-    """where the SAE was trained, unless given"""
+    """where codes are read; by default where the SAE was trained"""
     allow_mismatch: bool = False
-    """read it on a model, weight processing or hook point other than those that the SAE was trained on"""
+    """read codes on a model, weight processing or hook point other than those that the SAE was trained on"""
 
     def __post_init__(self) -> None:
         if self.side not in get_args(Side):
@@ -41,34 +45,34 @@ class When:
         object.__setattr__(self, "feature", read_feature(self.feature, d_sae=n))
 
     def holds(self, x: Float[Tensor, "*batch d_in"]) -> Bool[Tensor, "*batch"]:
-        """Whether the feature fires on each activation."""
+        """Mask of the activations on which the feature fires."""
         z = self.source.encode_some(x, [self.feature])[..., 0]
         return (z.abs() if self.side == "both" else z if self.side == "positive" else -z) > self.above
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Where:
-    """Tokens by several rules, all of which must hold; padding is never changed.
-
-    Generated are the tokens behind the prompt: the first of them is chosen before anything generated passes, so it
-    comes from the prompt alone. Positions count a row's own tokens from 0 (BOS included, padding not); negative ones
-    count back from the end of its prompt.
-    """
+    """A selection of tokens by several rules, all of which must hold; padding is never changed."""
 
     part: Part = "all"
+    """"prompt", "generated" or "all" tokens; the first generated token is chosen from the last prompt token, before any
+    generated token is processed, so with "generated" it is not affected"""
     positions: slice | Sequence[int] | None = None
+    """positions in a row's own tokens from 0 (BOS included, padding not); negative ones count back from the end of the
+    prompt"""
     tokens: Bool[Tensor, "batch ctx_len"] | Bool[Tensor, "ctx_len"] | None = None
-    """true where the prompt's columns are changed, special tokens included; nothing behind them is"""
+    """mask of the prompt's columns, special tokens included; no token after them is changed"""
     when: When | None = None
+    """a condition on the codes of a feature"""
     special: bool = False
-    """change BOS and other special tokens too, whose large norms other tokens lean on"""
+    """change BOS and other special tokens, too; their large norms serve attention as a sink"""
 
     def __post_init__(self) -> None:
         if self.part not in get_args(Part):
             raise ValueError(f"`where` must be one of {get_args(Part)}, or a `Where(...)`, got '{self.part}'.")
 
     def select(self, passing: Passing, special_ids: Tensor) -> Bool[Tensor, "batch n"]:
-        """The tokens of a forward that these rules leave, the condition `when` not asked."""
+        """Mask of the tokens of a forward pass by these rules, without the condition `when`."""
         keep = passing.positions >= 0
         if self.part != "all":
             keep = keep & ((passing.columns < passing.n_prompt) == (self.part == "prompt"))
@@ -82,11 +86,11 @@ class Where:
 
 
 Place: TypeAlias = Part | slice | Sequence[int] | Bool[Tensor, "..."] | When | Where
-"""What `where` may be: part of the text, positions, a mask of the prompt's tokens, a condition, or all of them"""
+"""What `where` accepts: part of the text, positions, a mask of the prompt's tokens, a condition, or a `Where`"""
 
 
 def make_where(place: Place) -> Where:
-    """The `Where` that a shorter form stands for.
+    """The `Where` for a short form of it.
 
     >>> make_where("prompt").part, make_where([0, 3]).positions, make_where(slice(1, None)).positions
     ('prompt', [0, 3], slice(1, None, None))

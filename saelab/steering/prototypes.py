@@ -1,4 +1,4 @@
-"""`steer_to`: codes moved towards the mean codes of labelled examples, by gradient descent at each token."""
+"""`steer_to`: codes moved toward the mean codes of a label's examples, by gradient descent at each token."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,29 +24,41 @@ BLOCK = 8192  # activations encoded at a time
 
 @dataclass(frozen=True, eq=False)
 class Prototypes:
-    """The mean codes of labelled examples, one row a label (prototypical networks, arXiv:1703.05175)."""
+    """The mean codes of labelled examples, one row for each label (prototypical networks, arXiv:1703.05175)."""
 
     names: tuple[str, ...]
     codes: Float[Tensor, "n_labels d_sae"]
     counts: tuple[int, ...]
-    """examples of each label"""
+    """number of examples of each label"""
 
     def find(self, name: str) -> int:
-        """The row of a label; ValueError for one that is not known."""
+        """The row of a label; ValueError for an unknown one."""
         if name not in self.names:
             raise ValueError(f"`target` must be one of the labels {self.names[:5]}, got '{name}'.")
         return self.names.index(name)
 
     def keep(self, k: int) -> "Prototypes":
-        """Only the `k` largest codes of each prototype, by size: the rest of a mean is many small firings."""
+        """A copy with only the `k` largest codes of each prototype in magnitude; the rest of a mean is many small
+        codes.
+        """
         if not 1 <= k <= self.codes.shape[1]:
             raise ValueError(f"`k` must be in 1..d_sae ({self.codes.shape[1]}), got {k}.")
         top = largest_first(self.codes.abs(), k)
         return replace(self, codes=torch.zeros_like(self.codes).scatter(1, top, self.codes.gather(1, top)))
 
     def difference(self, sae: SAE, target: str, other: str, hook_point: str | None = None) -> Direction:
-        """The direction from one prototype to another in the activations' space, for plain addition with `steer`; its
-        peak is the distance, so that a strength of 1 in units of "max" moves by the whole difference.
+        """The direction from one prototype to another in activation space, for addition with `steer`.
+
+        Its peak is its length, so that a strength of 1 in units of "max" moves by the whole difference.
+
+        Args:
+            sae: SAE whose decoder maps codes to activations.
+            target: label of the prototype moved to.
+            other: label of the prototype moved from.
+            hook_point: of the direction; by default where the SAE was trained.
+
+        Raises:
+            ValueError: for an unknown label, and where no hook point is known.
         """
         step = self.codes[self.find(target)] - self.codes[self.find(other)]
         vector = step.to(sae.device) @ sae.directions()
@@ -62,7 +74,7 @@ class Prototypes:
 
 @torch.no_grad()
 def find_prototypes(sae: SAE, x: Float[Tensor, "n d_in"], labels: Sequence[Hashable] | Int[Tensor, "n"]) -> Prototypes:
-    """Mean codes of the activations of each label, labels in order of their names.
+    """The mean codes of each label's activations, labels in order of their names.
 
     ValueError where there is not one label a row, or fewer than two different ones.
 
@@ -87,10 +99,9 @@ def find_prototypes(sae: SAE, x: Float[Tensor, "n d_in"], labels: Sequence[Hasha
 
 @dataclass(frozen=True, eq=False)
 class Pull(Intervention):
-    """An intervention that moves codes towards the prototype of a label; `steer_to` says how.
+    """The intervention of `steer_to`, which moves codes toward the prototype of a label.
 
-    `features` and `strengths` are those of the prototype, for reading; the codes of a token that the prototype does not
-    have are moved too.
+    `features` and `strengths` are those of the prototype, for display; other active codes of a token are moved, too.
     """
 
     prototypes: Prototypes | None = None
@@ -127,7 +138,7 @@ class Pull(Intervention):
         return self.eta == 0 or self.n_steps == 0
 
     def change(self, written: Float[Tensor, "n d_out"], read: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
-        """Activations after the steps, the reconstruction error as it was."""
+        """Activations after the gradient steps, the reconstruction error unchanged."""
         assert isinstance(self.source, SAE)
         read = read.to(self.source.device)
         z = self.source.encode(read)
@@ -139,7 +150,7 @@ class Pull(Intervention):
         return moved * norms.to(moved)
 
     def descend(self, z: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_sae"]:
-        """Codes after the steps: those of the token and of the prototype move, the rest stays."""
+        """Codes after the gradient steps: those active in the token or the prototype move, the others stay 0."""
         assert self.prototypes is not None and isinstance(self.source, SAE)
         row = self.prototypes.find(self.target)
         wanted = self._codes[row]
@@ -177,20 +188,37 @@ def steer_to(
     hook_point: str | None = None,
     allow_mismatch: bool = False,
 ) -> Iterator[Model]:
-    """Inside the block, codes of every token of `where` descend towards the prototype c of a label, as with `steer`.
+    """A context in which the codes of every token of `where` descend toward the prototype c of a label, as with
+    `steer`.
 
         z <- z - eta grad L(z), `n_steps` times, over codes that are active in the token or in c
         x' = x + (z' - z) D
         distance   L = ||z - c||^2                                  z' = c + (1 - 2 eta)^n_steps (z - c)
         contrast   L = -log softmax_y(-||z - c_y||^2)[target]       grad = 2 (sum_y p_y c_y - c)
 
-    So the distance pulls every token to one point and wipes out what else it says; the contrast adds differences of
-    prototypes, weighted by 1 - p, until the token is nearer to the target than to the others: addition, where it is
-    needed. How far that is, `eta * n_steps` says, in the codes' own units: measure it on data. Codes that cannot be
-    negative are cut at 0 in the end. `keep_norm` gives x' the norm of x. The reconstruction error stays, 0 steps change
-    nothing bit for bit, and blocks nest. ValueError for a label, loss or prototypes that do not fit, for steps of the
-    distance that overshoot (eta above 1/2), and for an SAE of another model, weight processing or hook point (unless
-    `allow_mismatch`). Descent on sparse codes: arXiv:2502.18644; the two losses are a reading of it.
+    So "distance" moves every token to one point and erases its other information; "contrast" adds differences of
+    prototypes, weighted by 1 - p, until the token is nearer to the target than to the other prototypes: addition, where
+    it is needed. Codes that cannot be negative are cut at 0 in the end. The reconstruction error stays, 0 steps change
+    nothing bit for bit, and contexts nest. Descent on sparse codes: arXiv:2502.18644; the two losses are an
+    interpretation of it.
+
+    Args:
+        model: language model.
+        sae: SAE whose codes are moved.
+        prototypes: mean codes by label, from `find_prototypes`.
+        target: label whose prototype is approached.
+        eta: step size; `eta * n_steps`, in the codes' own units, is how far codes move: choose it on data. At most 1/2
+            for "distance".
+        n_steps: number of gradient steps.
+        loss: "contrast" or "distance".
+        keep_norm: scale x' to the norm of x.
+        where: tokens that are changed; special tokens are not unless asked for.
+        hook_point: where the SAE reads; by default where it was trained.
+        allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: for a label, loss or prototypes that do not fit, for steps of "distance" that overshoot (eta above
+            1/2), and for an SAE of another model, weight processing or hook point (unless `allow_mismatch`).
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
     >>> moods = find_prototypes(sae, torch.randn(8, 32), ["glad", "sad"] * 4)

@@ -1,4 +1,4 @@
-"""Rankings of feature sides by what they tell of a label, on training rows."""
+"""Rankings of features, each sign on its own, by how well they predict a label on training tokens."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +20,7 @@ PENALTY = 0.1  # C of the regressions that rank
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """Codes by side: column i holds |z| of `features[i]` where z has the sign `signs[i]`, 0 elsewhere."""
+    """Codes split by sign: column i holds |z| of `features[i]` where z has the sign `signs[i]`, 0 elsewhere."""
 
     matrix: "csc_matrix"
     features: Int[np.ndarray, "n_sides"]
@@ -28,7 +28,7 @@ class Sides:
 
     @classmethod
     def split(cls, codes: "csr_matrix", live: Bool[np.ndarray, "n_tokens"]) -> "Sides":
-        """Both sides of every feature; those that fire on no row of `live` are left out."""
+        """Both signs of every feature; those that fire on no row of `live` are left out."""
         from scipy.sparse import hstack
 
         parts = [codes.maximum(0), (-codes).maximum(0)]
@@ -44,28 +44,28 @@ class Sides:
 
 @dataclass(frozen=True, eq=False)
 class Columns:
-    """Sides on training rows, and what of them no label changes."""
+    """Split codes on training rows, with statistics that do not depend on labels."""
 
     matrix: "csc_matrix"
 
     @cached_property
     def rows(self) -> "csr_matrix":
-        """The same by row."""
+        """The matrix by row."""
         return self.matrix.tocsr()
 
     @cached_property
     def counts(self) -> Int[np.ndarray, "n_sides"]:
-        """Rows on which each side fires."""
+        """Number of rows on which each column is not 0."""
         return np.diff(self.matrix.indptr)
 
     @cached_property
     def sums(self) -> Float[np.ndarray, "n_sides"]:
-        """Of each column."""
+        """Sum of each column."""
         return np.asarray(self.matrix.sum(0)).ravel().astype(np.float64)
 
     @cached_property
     def peaks(self) -> Float[np.ndarray, "n_sides"]:
-        """The largest of each column, 1 where it is all 0."""
+        """Maximum of each column, 1 where it is all 0."""
         found = self.matrix.max(axis=0).toarray().ravel()
         return np.where(found > 0, found, 1)
 
@@ -79,7 +79,7 @@ class Columns:
 
     @cached_property
     def cells(self) -> Int[np.ndarray, "nnz"]:
-        """Column and bin of each entry as one number: bins 1 to 4 are quarters of a column's entries, by size."""
+        """Column and bin of each entry as one number: bins 1 to 4 are the quarters of a column's entries by size."""
         columns = np.repeat(np.arange(len(self.counts)), self.counts)
         order = np.argsort(self.matrix.data, kind="stable")
         short = columns[order].astype(smallest_int(len(self.counts)))  # integers of 16 bits sort quickly
@@ -90,11 +90,11 @@ class Columns:
 
     @cached_property
     def binned(self) -> Int[np.ndarray, "n_sides n_bins"]:
-        """Rows in each bin; those on which a side does not fire are in bin 0."""
+        """Number of rows in each bin; rows where a column is 0 are in bin 0."""
         return self.count_bins(np.ones(self.matrix.shape[0], bool))
 
     def count_bins(self, y: Bool[np.ndarray, "n"]) -> Int[np.ndarray, "n_sides n_bins"]:
-        """The same, of rows of which a label holds."""
+        """Number of rows in each bin, among those where a label is true."""
         cells, n = self.cells[y[self.matrix.indices]], len(self.counts)
         found = np.bincount(cells, minlength=n * (N_BINS + 1)).reshape(n, N_BINS + 1)
         found[:, 0] = y.sum() - found.sum(1)
@@ -103,12 +103,12 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class Labelled:
-    """Training rows with labels."""
+    """Split codes on training rows with a label."""
 
     columns: Columns
     y: Bool[np.ndarray, "n"]
     sample: Int[np.ndarray, "n_sample"]
-    """rows that regressions are fitted to, both labels among them"""
+    """rows that regressions are fitted to, both classes among them"""
 
     @cached_property
     def _sampled(self) -> "csc_matrix":
@@ -116,13 +116,13 @@ class Labelled:
 
     @cached_property
     def differences(self) -> Float[np.ndarray, "n_sides"]:
-        """Mean where the label holds, less the mean where it does not."""
+        """Mean where the label is true, less the mean where it is false, of each column."""
         here = np.asarray(self.columns.matrix.T @ self.y.astype(np.float64))
         n_true = int(self.y.sum())
         return here / n_true - (self.columns.sums - here) / (len(self.y) - n_true)
 
     def order(self, ranking: Ranking) -> Int[np.ndarray, "n_sides"]:
-        """Columns, the most telling first."""
+        """Columns in order of a ranking, the most predictive first."""
         if ranking in ("l1", "pruning"):
             return self._by_l1() if ranking == "l1" else self._by_pruning()
         scores = {"means": self._by_means, "f": lambda: self._f, "information": self._by_information}
@@ -162,7 +162,9 @@ class Labelled:
             left, lost = left[:half], [left[half:], *lost]
 
     def fit(self, columns: Int[np.ndarray, "k"], *, c: float = 1.0, l1: bool = False) -> Float[np.ndarray, "k"]:
-        """Weights of a logistic regression on columns over 10 standard deviations, both labels weighed alike."""
+        """Weights of a logistic regression on columns over 10 standard deviations, with balanced classes; `c` inverse
+        penalty.
+        """
         from scipy.sparse import diags
         from sklearn.linear_model import LogisticRegression
 

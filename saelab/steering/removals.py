@@ -1,4 +1,4 @@
-"""`Removal`: what is left of a concept after an edit, and what the edit cost the others."""
+"""`Removal`: result of `ablate_concept`: probe accuracies and losses after each edit."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,56 +11,57 @@ from saelab.stores.results import Result, align_columns
 
 @dataclass(frozen=True, kw_only=True)
 class ProbedConcept:
-    """How well fresh probes on the edited activations tell one concept, in held-out documents."""
+    """Held-out scores of a probe for one concept, retrained on edited activations."""
 
     concept: str
     accuracy: float
-    """mean of the accuracies where it holds and where it does not, threshold chosen in training; 0.5 is chance"""
+    """balanced accuracy at the threshold chosen in training; 0.5 is chance"""
     auroc: float
     """0.5 is chance"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalScore:
-    """What one edit left and what it cost."""
+    """Probe accuracies and losses under one edit."""
 
     name: str
     n: int
-    """sides of features, or directions, taken out"""
+    """number of features (with sign), or directions, removed"""
     concept: ProbedConcept
     others: tuple[ProbedConcept, ...]
     loss_without: float
-    """nats a token where the concept does not hold: the collateral"""
+    """nats a token where the concept is not present: the collateral damage"""
     loss_with: float
-    """nats a token where it holds"""
+    """nats a token where it is present"""
     size: float
     """mean squared change over mean squared activation, of tokens without the concept"""
 
     @property
     def accuracy_of_others(self) -> float:
-        """Mean over the other concepts."""
+        """Mean balanced accuracy over the other concepts."""
         return float(np.mean([one.accuracy for one in self.others])) if self.others else float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Removal(Result):
-    """What `ablate_concept` found; `untouched` is the first row."""
+    """Result of `ablate_concept`, one row for each edit; the first row, `untouched`, is the unmodified model."""
 
     concept: str
     hook_point: str
     read_at: str
     rows: tuple[RemovalScore, ...]
     features: tuple[int, ...]
-    """taken out by "features", and the signs of their codes"""
+    """features removed by "features"."""
     signs: tuple[int, ...]
+    """signs of their codes"""
     rate: float
-    """share of held-out tokens of which the concept is true"""
+    """share of held-out tokens with the concept"""
     n_train: int
     """tokens that probes are fitted to"""
     n_tokens: int
-    """held-out tokens that they are tested on"""
+    """held-out tokens that probes are tested on"""
     n_predictions: int
-    """held-out predictions behind `loss_without`"""
+    """number of held-out predictions that `loss_without` averages"""
     edits: dict[str, Edit] = field(repr=False)
     """by name, for `sl.splice(model, {hook_point: edit})`; not saved"""
 
@@ -71,7 +72,7 @@ class Removal(Result):
         raise KeyError(f"Must be one of {[row.name for row in self.rows]}, got '{name}'.")
 
     def harmed(self, name: str, n: int = 5) -> tuple[tuple[str, float], ...]:
-        """The other concepts that lost most accuracy by an edit, and how much."""
+        """The `n` other concepts that lost most accuracy by an edit, and how much each lost."""
         before = {one.concept: one.accuracy for one in self.rows[0].others}
         lost = [(one.concept, before[one.concept] - one.accuracy) for one in self[name].others]
         return tuple(sorted(lost, key=lambda pair: -pair[1])[:n])
@@ -107,7 +108,7 @@ class Removal(Result):
 
 
 def average_scores(name: str, scores: list[RemovalScore]) -> RemovalScore:
-    """Means over random draws."""
+    """The mean of scores over random draws, as one row."""
 
     def mean(values: list[float]) -> float:
         return float(np.mean(values))

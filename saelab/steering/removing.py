@@ -1,4 +1,4 @@
-"""`ablate_concept`: a concept taken out of a model's activations, what is left of it, and what it cost the others."""
+"""`ablate_concept`: a concept erased from activations, with probe accuracies and losses before and after."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,21 +54,42 @@ def ablate_concept(
     seed: int = 0,
     allow_mismatch: bool = False,
 ) -> Removal:
-    """Take one concept out at a hook point, and tell what is left of it, what others lost, and what predictions cost.
+    """Probe accuracies and losses after a concept is erased at a hook point by several methods and by random controls.
 
-        features  the `k` sides of features that best tell the concept (`probe_features`' rankings, of those that fire
-                  more where it holds) become 0, the reconstruction error kept
+        features  the codes of the `k` features, each with one sign, that best predict the concept and fire more where
+                  it is true become 0, the reconstruction error kept
         means     directional ablation along the difference of means, `x - ((x - c) . v) v`
         probe     the same along `n_directions` logistic probes, one after another
-        erasure   the smallest affine change that leaves linear probes nothing (arXiv:2306.03819)
+        erasure   the smallest affine edit that defeats linear probes (LEACE, arXiv:2306.03819)
 
-    c is the mean of tokens without the concept (`to="zero"`: the origin). Beside the first stand as many random sides
-    that fire as often, beside the others as many random directions, means of `n_random` draws. Everything is chosen and
-    fitted on `train_frac` of the documents, `n_rows` tokens, and scored on the others: accuracy and AUROC of fresh
-    probes on the edited activations downstream, at `read_at` (default: the last residual stream), of every concept of
-    `labels` with 20 tokens on both sides; and the loss where the concept does not hold, at the token or the next one.
-    ValueError where the concept is unknown or too rare, and for an SAE of another model, weight processing or hook
-    point (unless `allow_mismatch`).
+    c is the mean of tokens without the concept. Controls: for "features" as many random features with similar firing
+    rates, for the others as many random directions. Everything is chosen and fitted on training documents and scored on
+    the others: balanced accuracy and AUROC of probes retrained on the edited activations at `read_at`, for every
+    concept with 20 true and 20 false tokens on each side of the split; and the loss on predictions with the concept
+    neither at the token nor at the next one.
+
+    Args:
+        model: language model.
+        tokens: the text.
+        labels: for each concept by name, (n_seq, ctx_len) whether it is true of each token.
+        concept: name of the one to erase.
+        sae: SAE for "features".
+        hook_point: where activations are edited; by default where the SAE was trained.
+        read_at: hook point downstream where probes are trained; by default the last residual stream.
+        methods: any of the four; by default all (without "features" if there is no SAE).
+        k: number of features for "features".
+        ranking: how they are chosen: one of `probe_features`' rankings, or "effect" (arXiv:2411.18895).
+        n_directions: number of probes' directions for "probe".
+        to: "usual" for c, "zero" for the origin in its place.
+        n_random: random draws that each control is the mean of; 0 for none.
+        train_frac: share of documents for training.
+        n_rows: most tokens for probes on each side of the split.
+        seed: of the split, the samples and the controls.
+        allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: where the concept is unknown or too rare, and for an SAE of another model, weight processing or hook
+            point (unless `allow_mismatch`).
     """
     require_labels(labels, tokens)
     point = _find_point(model, sae, hook_point, allow_mismatch)
@@ -116,7 +137,7 @@ def _count(edit: Edit) -> int:
 
 @dataclass(frozen=True, eq=False)
 class _Chooser:
-    """Makes edits from training tokens, and random ones like them."""
+    """Makes the edits from training tokens, and their random controls."""
 
     sae: SAE | None
     bench: RemovalBench

@@ -1,4 +1,4 @@
-"""`resample`: what is lost where a direction says what it says elsewhere, beside random directions."""
+"""Resample ablation: the component along a direction is replaced by another token's; random directions as controls."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ FEWEST = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Resampled:
-    """One direction or subspace: the metric with it resampled, and with random ones of its rank."""
+    """Metric with one direction or subspace resampled, and with random ones of the same rank."""
 
     name: str
     hook_point: str
@@ -33,11 +33,11 @@ class Resampled:
 
 @dataclass(frozen=True, kw_only=True)
 class Resampling(Result):
-    """What `resample` found, in the order of the directions."""
+    """Result of `resample`, in the order of the directions."""
 
     metric: str
     clean: float
-    """mean over texts, untouched"""
+    """mean over texts, in the unmodified model"""
     rows: tuple[Resampled, ...]
     n_texts: int
     n_tokens: int
@@ -66,15 +66,26 @@ def resample(
     n_random: int = FEWEST,
     seed: int = 0,
 ) -> Resampling:
-    """Put into each direction what it says at another token, and see what becomes of a metric's mean over texts.
+    """The mean of a metric with the component along each direction replaced by that of another token.
 
         x' = x + P (x_other - x)        P projects on the direction or subspace; `other` is a random token of `where`
 
-    What lies along the direction keeps its distribution and loses its place: milder than setting it to zero, which
-    takes the model where it never is. Each is held against `n_random` (at least 4) random directions of its rank with
-    the same permutation of the tokens. `metric` is what `make_outcome` knows, with one target for each text where it is
-    a tensor; a function of the logits sees some rows at a time. ValueError for fewer random directions, and for fewer
-    than two tokens. Source: arXiv:2310.15154.
+    The component keeps its distribution and loses its relation to the token: milder than setting it to zero, which
+    moves activations off their distribution. Source: arXiv:2310.15154.
+
+    Args:
+        model: language model.
+        prompts: texts or token ids.
+        directions: one or several directions or subspaces, each ablated on its own.
+        metric: as in `make_outcome`, with one target for each text where it is a tensor; a function of the logits is
+            called on some rows at a time.
+        where: tokens that are resampled.
+        n_random: random directions of the same rank to compare with, under the same permutation of the tokens; at least
+            4.
+        seed: of the permutation and of the random directions.
+
+    Raises:
+        ValueError: for fewer than 4 random directions, and for fewer than two tokens.
 
     >>> model, point = sl.tiny_model(), "blocks.1.hook_resid_post"
     >>> found = resample(model, ["One, two", "Three"], sl.Direction(torch.ones(32), point))
@@ -109,7 +120,7 @@ class _Runs:
     order: Int[Tensor, "n_tokens"]
 
     def compare(self, space: Subspace, n_random: int, seed: int) -> Resampled:
-        """A subspace beside random ones."""
+        """The metric with a subspace resampled, and with random ones."""
         x = self._read(space.hook_point)
         spaces = [space, *make_random_subspaces(space, n_random, seed)]
         value, *random = [self.mean((one.hook_point, one.project(x[self.order] - x))) for one in spaces]

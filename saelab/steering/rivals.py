@@ -1,4 +1,4 @@
-"""What a feature of an SAE must beat at moving a concept: directions found without one, and a feature like it."""
+"""Baselines for a steered feature: directions fitted to labelled activations, and control features."""
 
 from dataclasses import replace
 from typing import Literal, SupportsIndex, get_args
@@ -24,16 +24,26 @@ def find_direction(
     name: str | None = None,
     seed: int = 0,
 ) -> Direction:
-    """The direction along which labelled activations differ, pointing to where the label holds.
+    """The direction that separates labelled activations, pointing to where the label is true.
 
         means    mean(x | y) - mean(x | not y)
         probe    weights of a logistic regression on x over its one scale, classes weighed alike (L2, C = 1)
         pca      first principal component about the midpoint of the two means, classes weighed alike
         kmeans   difference of two centroids (10 starts, drawn by `seed`)
 
-    Labels give the last two their sign alone: mean(x | y) lies further along the direction than mean(x | not y), as
-    for all of them. `peak` is the largest |x . v| of the data. ValueError where either label is missing or the means
-    are the same. Source: arXiv:2310.15154.
+    For "pca" and "kmeans" the label sets the sign alone: mean(x | y) lies further along the direction than mean(x | not
+    y), as for all methods. `peak` is the largest |x . v| of the data. Source: arXiv:2310.15154.
+
+    Args:
+        x: (n, d_in) activations.
+        y: (n) the label.
+        hook_point: where the activations are from.
+        method: "means", "probe", "pca" or "kmeans".
+        name: of the direction; by default the method.
+        seed: of the starts of k-means.
+
+    Raises:
+        ValueError: where a class is missing or the class means are the same.
 
     >>> x = torch.tensor([[2.0, 1.0], [0.0, 1.0], [2.1, -1.0], [0.0, -1.0]])
     >>> find_direction(x, torch.tensor([True, False, True, False]), "blocks.0.hook_resid_post").vector
@@ -95,11 +105,21 @@ def find_rival(
     most_correlated: float = 0.05,
     avoid: tuple[int, ...] = (),
 ) -> list[int]:
-    """The `n` features that fire about as often as a feature and have nothing to do with its concept.
+    """Control features for a feature: about the same firing rate, and codes uncorrelated with its concept.
 
-    They are the nearest in log density among those whose codes, and whose sizes |z|, correlate by at most
-    `most_correlated` in size with `labels`, or where there are none with the feature's own. `avoid` leaves features
-    out. ValueError for a feature that never fires, and where there are too few of such features.
+    They are the nearest in log density among the features with |correlation| of at most `most_correlated`, both of
+    codes and of |z|, with `labels`, or without labels with the feature's own codes.
+
+    Args:
+        store: codes of all features on some text.
+        feature: index of the feature.
+        labels: (n_tokens) the concept; None for the feature's own codes.
+        n: number of control features.
+        most_correlated: largest |correlation| allowed.
+        avoid: features to leave out.
+
+    Raises:
+        ValueError: for a feature that never fires, and where there are too few such features.
     """
     feature = read_feature(feature, d_sae=store.d_sae)
     firings = store.statistics.fires.sum(1)

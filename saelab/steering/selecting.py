@@ -1,4 +1,4 @@
-"""`probe_features`: the few features that tell a labelled concept, found on some documents and scored on others."""
+"""`probe_features`: sparse probing, the few features that best predict a labelled concept (arXiv:2305.01610)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,18 +28,18 @@ MOVES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class ProbedFeature:
-    """One side of a feature in a probe."""
+    """A feature, with one sign of its codes, in a sparse probe."""
 
     feature: int
     sign: int
-    """1 or -1: of the codes that tell of the concept"""
+    """1 or -1: sign of the codes that count"""
     weight: float
-    """of |z| on that side, over its standard deviation; negative where it tells that the concept is absent"""
+    """of |z| with that sign, over its standard deviation; negative where it predicts that the concept is absent"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseProbe:
-    """A logistic regression on k sides of features."""
+    """A logistic regression on k features, each with one sign of its codes."""
 
     ranking: str
     k: int
@@ -50,27 +50,27 @@ class SparseProbe:
     f1_train: float
     held_out: Told
     shuffled: Told
-    """the same from the ranking on, with labels put elsewhere (`SparseProbes.null`): what chance gives; NaN where that
-    leaves a side with one label alone"""
+    """the same from the ranking on, with permuted labels (`SparseProbes.null`): chance level; NaN where permuting
+    leaves a side of the split with one class alone"""
     untrained: Told
-    """the same from the ranking on, with the codes of an untrained dictionary; NaN where none is given"""
+    """the same from the ranking on, with the codes of an untrained SAE; NaN where none is given"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SparseProbes(Result):
-    """What `probe_features` found."""
+    """Result of `probe_features`."""
 
     concept: str
     probes: tuple[SparseProbe, ...]
     random: dict[int, Told]
-    """by k: as many sides drawn at random, with the true labels"""
+    """by k: as many features drawn at random, with the true labels"""
     beside: dict[str, Told]
-    """what needs no choice of features: "always yes", a regression on "all features", and, where activations are given,
-    on all "activations" and by the "best neuron" """
+    """baselines without a choice of features: "always yes", a regression on "all features", and, where activations are
+    given, on all "activations" and by the "best neuron" alone"""
     null: str
-    """how labels were put elsewhere for `shuffled`"""
+    """how labels were permuted for `shuffled`"""
     rate: float
-    """share of held-out tokens of which the concept is true"""
+    """share of held-out tokens with the concept"""
     n_train: int
     n_tokens: int
     """held-out tokens"""
@@ -79,11 +79,11 @@ class SparseProbes(Result):
 
     @property
     def f1_always(self) -> float:
-        """F1 of saying yes always, `2 p / (1 + p)`."""
+        """F1 of always predicting true, `2 p / (1 + p)`."""
         return 2 * self.rate / (1 + self.rate)
 
     def best(self, k: int | None = None) -> SparseProbe:
-        """The best probe by F1 in training documents: of size k, or the smallest within 0.01 of the best of all."""
+        """The probe with the best F1 in training documents: of size k, or the smallest within 0.01 of the best F1."""
         some = [probe for probe in self.probes if k in (None, probe.k)]
         if not some:
             sizes = sorted({probe.k for probe in self.probes})
@@ -93,7 +93,7 @@ class SparseProbes(Result):
 
     @property
     def features(self) -> tuple[ProbedFeature, ...]:
-        """Those of the best probe."""
+        """Features of the best probe."""
         return self.best().features
 
     def __str__(self) -> str:
@@ -141,24 +141,39 @@ def probe_features(
     untrained: FeatureStore | Any = None,
     seed: int = 0,
 ) -> SparseProbes:
-    """The features that tell a concept: logistic regressions on the k best sides of features, scored elsewhere.
+    """Sparse probes of a concept: logistic regressions on the k most predictive features, with held-out scores and
+    controls.
 
-    Each sign of a feature's codes is a side of its own, so that signed features count on both. Rankings:
+    Each sign of a feature's codes counts as a feature of its own ("side"), so that signed features count with both.
+    Rankings:
 
-        means        difference of means, over the side's largest code
+        means        difference of means, over the largest code of that sign
         f            ANOVA F, `(n - 2) r^2 / (1 - r^2)`
         information  mutual information with the code in 5 bins: 0, and quarters of the others
         l1           weights of an L1 logistic regression on the 512 best by F (C = 0.1)
-        pruning      what is left when a regression on those 512 loses its weaker half again and again
+        pruning      what is left when a regression on those 512 repeatedly drops its weaker half
 
-    Ranking, fitting (both labels weighed alike, up to 10,000 tokens of each) and the choice of the threshold (the best
-    F1 above chance, so that "always yes" is none) see the documents of the training side alone, `train_frac` of them;
-    all scores are of the others. Beside each stands what chance gives (labels permuted within documents, or documents
-    exchanged where labels are a matter of whole documents), what the codes of an untrained dictionary give
-    (`untrained`, of the same tokens: `sl.harvest_untrained`), and sides drawn at random; beside all, saying yes always,
-    a regression on all features, and with `acts`, the activations of the same tokens, one on those and the best neuron.
-    `codes` is a store, or what `score_concepts` takes, with `doc_ids`; of more than `n_tokens` tokens, documents are
-    drawn by `seed`. ValueError where a side has no token of a label. Source: arXiv:2305.01610.
+    Ranking, fitting (balanced classes, up to 10,000 tokens of each) and the choice of the threshold (best Cohen's
+    kappa, 0 for always predicting true) use training documents alone; all scores are of held-out ones. Controls for
+    each probe: permuted labels (within documents, or documents exchanged where a label is the same throughout each
+    document), an untrained SAE, and randomly drawn features. Baselines for all: always predicting true, a regression on
+    all features, and with `acts` one on all activations and the best single neuron. Source: arXiv:2305.01610.
+
+    Args:
+        codes: a store, or codes as `score_concepts` takes them.
+        labels: (n_tokens) whether the concept is true of each token.
+        doc_ids: document of each token, needed where `codes` is no store.
+        concept: name, for display.
+        ks: numbers of features.
+        rankings: any of the five above.
+        train_frac: share of documents for training.
+        n_tokens: most tokens used; of more, documents are drawn by `seed`.
+        acts: (n_tokens, d_in) activations of the same tokens, for baselines.
+        untrained: codes of an untrained SAE on the same tokens, as `sl.harvest_untrained` makes them.
+        seed: of the split, the samples, the permutation and the random features.
+
+    Raises:
+        ValueError: where a side of the split has no token of a class, and for sizes that disagree.
 
     >>> z = np.tile(np.eye(4), (25, 1))
     >>> found = probe_features(z, z[:, 2] > 0, np.arange(100) // 4, ks=(1,), rankings=("f",))
@@ -261,7 +276,7 @@ class _Fitted:
 
 @dataclass(frozen=True, eq=False)
 class _Bench:
-    """The sides of one dictionary on training and on held-out tokens."""
+    """Split codes of one dictionary on training and on held-out tokens."""
 
     sides: Sides
     columns: Columns

@@ -1,4 +1,4 @@
-"""`Subspace`: what several directions span, orthonormal, so that projecting on it is what it says."""
+"""`Subspace`: the span of several directions with an orthonormal basis, for projection and ablation."""
 
 from dataclasses import dataclass, field
 
@@ -13,11 +13,11 @@ INDEPENDENT = 1e-5  # of the largest singular value: what is below adds no direc
 
 @dataclass(frozen=True, eq=False)
 class Subspace:
-    """The span of vectors at a hook point, held as an orthonormal basis: `P x = x Q^T Q`.
+    """The span of vectors at a hook point, held as an orthonormal basis Q: `P x = x Q^T Q`.
 
-    Unit vectors that are not orthogonal do not make a projection of `x V^T V`: the basis Q comes from their singular
-    value decomposition, and vectors that depend on others add nothing to it. ValueError for vectors that are not finite
-    or all zero.
+    `x V^T V` of unit vectors V that are not orthogonal is no projection: Q comes from their singular value
+    decomposition, and linearly dependent vectors add nothing to it. ValueError for vectors that are not finite or all
+    zero.
 
     >>> plane = Subspace(torch.tensor([[1.0, 0, 0], [1, 1, 0]]), "blocks.0.hook_resid_post")
     >>> plane.project(torch.tensor([1.0, 2.0, 3.0])).round(decimals=4) + 0.0
@@ -37,24 +37,24 @@ class Subspace:
         object.__setattr__(self, "basis", basis[sizes > INDEPENDENT * sizes[0]].float())
 
     def project(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """The part of activations that lies in the subspace."""
+        """The component of activations in the subspace."""
         basis = self.basis.to(x)
         return (x @ basis.T) @ basis
 
     def remove(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """The rest: directional ablation, as in `sl.splice(model, {subspace.hook_point: subspace.remove})`."""
+        """Directional ablation, `x - P x`, as in `sl.splice(model, {subspace.hook_point: subspace.remove})`."""
         return x - self.project(x)
 
 
 def as_subspace(source: Direction | Subspace) -> Subspace:
-    """A direction as the line that it spans."""
+    """A direction as a subspace of rank 1; a subspace as it is."""
     if isinstance(source, Subspace):
         return source
     return Subspace(source.vector.cpu()[None], source.hook_point, source.name)
 
 
 def make_random_subspaces(like: Subspace, n: int, seed: int = 0) -> list[Subspace]:
-    """`n` random subspaces of the same rank at the same hook point.
+    """Random subspaces, `n` of them, of the same rank at the same hook point.
 
     >>> [one.basis.shape for one in make_random_subspaces(Subspace(torch.eye(4)[:2], "blocks.0.hook_resid_post"), 1)]
     [torch.Size([2, 4])]

@@ -1,4 +1,4 @@
-"""`fit_attributes`: a dictionary made from what is known of each prompt: what any other one can be held against."""
+"""`fit_attributes`: a supervised dictionary, one vector for each value of each known attribute (arXiv:2405.08366)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from saelab.functional.metrics import exact
 
 Fit = Literal["means", "least-squares"]
 Attributes = Mapping[str, str]
-"""What is true of a prompt: the value of each attribute."""
+"""The attributes of a prompt: their values by name"""
 
 
 @dataclass(frozen=True, eq=False)
 class AttributeDictionary:
-    """Activations as `x_hat = mean + sum over attributes of u(attribute = value)`, one row a value."""
+    """Supervised dictionary, `x_hat = mean + sum over attributes of u(attribute = value)`, one row for each value."""
 
     mean: Float[Tensor, "d_in"]
     rows: Float[Tensor, "n_values d_in"]
@@ -28,7 +28,7 @@ class AttributeDictionary:
         return f"AttributeDictionary({len(self.names)} values of {sorted({name for name, _ in self.names})})"
 
     def encode(self, attributes: Sequence[Attributes]) -> Float[Tensor, "n n_values"]:
-        """1 where a prompt has a value, else 0; ValueError for a value that the dictionary does not know."""
+        """Indicator codes, 1 where a prompt has a value, else 0; ValueError for a value unknown to the dictionary."""
         return _mark(attributes, {pair: i for i, pair in enumerate(self.names)})
 
     def decode(self, z: Float[Tensor, "n n_values"]) -> Float[Tensor, "n d_in"]:
@@ -38,20 +38,20 @@ class AttributeDictionary:
     def edit(
         self, x: Float[Tensor, "n d_in"], before: Sequence[Attributes], after: Sequence[Attributes]
     ) -> Float[Tensor, "n d_in"]:
-        """Activations with other values of their attributes, `x - u_before + u_after`."""
+        """Activations with the values of their attributes exchanged, `x - u_before + u_after`."""
         return x + (self.encode(after) - self.encode(before)) @ self.rows
 
 
 def fit_attributes(
     x: Float[Tensor, "n d_in"], attributes: Sequence[Attributes], method: Fit = "means"
 ) -> AttributeDictionary:
-    """The supervised dictionary of activations whose attributes are known.
+    """The supervised dictionary of activations with known attributes.
 
         means           u(a = v) = mean(x | a = v) - mean(x)
         least-squares   the u that make the squared error of x_hat least; of all such u, the shortest
 
-    Means of attributes that go together count what they share twice, least squares do not. ValueError unless each row
-    has the same attributes. Source: arXiv:2405.08366.
+    Means count twice what correlated attributes share, least squares do not. ValueError unless each row has the same
+    attributes. Source: arXiv:2405.08366.
 
     >>> told = [{"who": "Ann", "when": "now"}, {"who": "Tom", "when": "now"}]
     >>> fit_attributes(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), told).rows

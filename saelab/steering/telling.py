@@ -1,4 +1,6 @@
-"""Which features tell an attribute's values: best single ones, unions of some, and what a linear probe could."""
+"""Features as classifiers of an attribute's values: best single ones, unions of some, and a linear probe to compare
+with.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,27 +22,27 @@ GAIN = 0.03
 
 @dataclass(frozen=True, kw_only=True)
 class AttributeScore:
-    """How the values of one attribute sit in a dictionary at one place; F1 on held-out prompts, means over values."""
+    """F1 of features as classifiers of one attribute's values at a position, on held-out prompts, means over values."""
 
     attribute: str
     place: str
     n_values: int
     f1: float
-    """of the best side of a feature, `1[side fires]`, chosen on training prompts"""
+    """of the best feature, `1[z has a given sign]`, chosen on training prompts"""
     f1_union: float
-    """of up to 10 sides, any of which fires, added on training prompts while F1 grows by 0.03"""
+    """of the union of up to 10 features, each added on training prompts while F1 grows by 0.03"""
     f1_probe: float
-    """of logistic regression on the activations: what is there to be found on a line"""
+    """of logistic regression on the activations: the ceiling for linear classifiers"""
     f1_always: float
     """of a feature that always fires, `2 p / (1 + p)`"""
     n_sides: float
-    """sides in the union"""
+    """features in the union"""
     n_found: int
-    """values that the best side tells: F1 of 0.6, and half way from that of always yes to 1"""
+    """values that the best feature classifies well: F1 of 0.6, and half way from that of always predicting true to 1"""
     n_split: int
-    """other values that the union tells: over-splitting"""
+    """other values that the union classifies well: over-splitting"""
     n_occluded: int
-    """values that neither tells, although the probe does"""
+    """values that neither classifies well, although the probe does"""
 
 
 def score_attributes(
@@ -50,10 +52,17 @@ def score_attributes(
     is_train: Bool[np.ndarray, "n"],
     place: str = "",
 ) -> list[AttributeScore]:
-    """For each attribute, how well features tell its values: on both sides of signed ones, none that never fires.
+    """Scores of features as classifiers of each attribute's values, with both signs of signed features.
 
-    `truth` marks, by attribute, the rows that have each value; more than one of them may hold of a row. Values that are
-    missing on a side of the split are left out. Source: arXiv:2405.08366.
+    Values that are missing on a side of the split are left out, and so are features that never fire. Source:
+    arXiv:2405.08366.
+
+    Args:
+        z: (n, n_features) codes.
+        x: (n, d_in) activations, for the linear probe.
+        truth: by attribute, (n, n_values) which rows have each value; several values may be true of a row.
+        is_train: (n) rows to choose and fit on; the others are scored.
+        place: name of the position, for display.
 
     >>> z = torch.eye(2).repeat(8, 1)
     >>> found = score_attributes(z, z, {"which": z.numpy() > 0}, np.arange(16) < 8)[0]
@@ -71,7 +80,9 @@ def score_attributes(
 def mark_values(
     attributes: Sequence[Attributes], joined: Mapping[str, Sequence[str]] | None = None
 ) -> dict[str, Bool[np.ndarray, "n n_values"]]:
-    """Which row has which value, by attribute; `joined` are more attributes: a value holds where any of some has it.
+    """Mask of the rows that have each value, by attribute.
+
+    `joined` defines more attributes as unions of some: a value holds where any of them has it.
 
     >>> told = [{"a": "x", "b": "y"}, {"a": "y", "b": "y"}]
     >>> mark_values(told, {"either": ("a", "b")})["either"].tolist()

@@ -1,1 +1,1 @@
-"""Worlds whose concepts are known token by token."""
+"""Synthetic stories ("tales") with known concepts for every token: grammar, vocabulary, concept labels, prompts."""

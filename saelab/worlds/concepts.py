@@ -1,4 +1,4 @@
-"""The table of what can be true of a token in tales."""
+"""The table of concepts of the synthetic stories, and the concepts of each word."""
 
 from saelab.worlds import lexicon as lex
 from saelab.worlds.lexicon import Concept
@@ -109,7 +109,7 @@ CONCEPT_IDS = {concept.name: i for i, concept in enumerate(CONCEPTS)}
 
 
 def concepts_of_word(word: str) -> tuple[str, ...]:
-    """What a word means wherever it stands, whatever its case.
+    """The concepts that a word has in every context, in any capitalization.
 
     >>> concepts_of_word("queen")
     ('queen', 'noble', 'person', 'female')

@@ -1,4 +1,4 @@
-"""The grammar of tales: the plan of a story, and the slots of its lines."""
+"""The grammar of the synthetic stories: the plan of a story, and a method for each slot of the sentence templates."""
 
 from collections.abc import Iterator
 
@@ -11,17 +11,17 @@ SOLID_FOODS = [w for name, words in lex.CLASSES["food"].items() if name != "drin
 GIFTS = WORDS["toy"] + WORDS["instrument"] + WORDS["clothing"]
 TRAITS = {**lex.AXES, **lex.ONE_SIDED}
 POLES = [(name, i) for name, axis in TRAITS.items() for i, pole in enumerate(axis.poles) if pole]
-"""every pole as likely as every one-sided trait"""
+"""each pole of an axis, and each one-sided trait, equally likely"""
 NAMES = {name: gender for gender, names in lex.HEROES.items() for name in names}
 PLURALS = {{"wolves": "wolf", "foxes": "fox"}.get(word, word[:-1]): word for word in lex.PLURALS}
 SPECIALS = ("gift", "gift", "gift", "town", "town", "lore", "recipe", "forecast")
 
 
 class Tale(Teller):
-    """One story: an opening, two paragraphs of one topic each, something special after each, an ending."""
+    """One synthetic story: an opening, two paragraphs of one topic each, a special passage after each, an ending."""
 
     def tell(self) -> "Tale":
-        """The whole story."""
+        """Generate the whole story and return it."""
         with self.during("opening"):
             self.say(self.pick(lines.OPENINGS))
             self.say(self.pick(lines.FRIENDS))
@@ -37,7 +37,7 @@ class Tale(Teller):
         return self
 
     def paragraph(self) -> None:
-        """An arrival somewhere, then three to five sentences, none of a kind twice."""
+        """Write an arrival at a place, then three to five sentences of different kinds."""
         self.say(self.pick(lines.ARRIVALS))
         left = dict(lines.BODY)
         for i in range(5):
@@ -48,17 +48,20 @@ class Tale(Teller):
             self.say(self.pick(left.pop(kind)[0]))
 
     def special_gift(self) -> None:
+        """Write a passage in which one person gives the other something."""
         self.forget("one", "gift", "giver")
         self.say(self.pick(lines.MEETINGS))
         self.say(self.pick(lines.GIFTS))
 
     def special_town(self) -> None:
+        """Write two facts about an invented town."""
         self.forget("town")
         for line in self._two_of(lines.TOWN_FACTS + lines.TOWN_USES):
             self.say(line)
         self._lasting -= {s for s in self._lasting if s.startswith("about ")}
 
     def special_lore(self) -> None:
+        """Write two sentences of different relations: young animals, animal homes, partners."""
         kinds = {"young-of": lines.YOUNGS, "home-of": lines.HOMES, "partner-of": lines.PARTNERS}
         for relation in self._two_of(tuple(kinds)):
             self.forget("parent", "owner", "man")
@@ -66,11 +69,13 @@ class Tale(Teller):
                 self.say(self.pick(kinds[relation]))
 
     def special_recipe(self) -> None:
+        """Write a recipe."""
         with self.during("recipe"):
             for line in lines.RECIPES:
                 self.say(line)
 
     def special_forecast(self) -> None:
+        """Write a weather report."""
         with self.during("weather-report"):
             self.say(lines.FORECASTS[0])
             for line in self._two_of(lines.FORECASTS[1:]):
@@ -192,7 +197,7 @@ class Tale(Teller):
                     self.write(word)
 
     def slot_opposite(self) -> None:
-        """The other pole; for a one-sided trait, where there is none, any other one-sided trait."""
+        """Write the opposite pole; a one-sided trait has none, so any other one-sided trait."""
         axis, pole = self._trait()
         others = axis.words[1 - pole] or " ".join(other.words[0] for other in lex.ONE_SIDED.values() if other != axis)
         self.write(self.pick(others.split()))

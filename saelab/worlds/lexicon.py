@@ -1,4 +1,4 @@
-"""The words of tales and what each of them means: classes within classes, opposed poles, topics, towns."""
+"""The words of the synthetic stories and their meanings: classes, opposed pairs, topics, towns."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -68,7 +68,7 @@ VEGETABLES = ["carrots", "onions", "beans", "turnips"]
 
 
 class Axis(NamedTuple):
-    """Two poles of one thing: words for each, and what follows from each."""
+    """Two opposed poles of a property: their names, words for each, and a consequence of each."""
 
     poles: tuple[str, str]
     words: tuple[str, str]
@@ -100,7 +100,7 @@ AXES = {
         ("wet", "dry"), ("wet damp soaked", "dry dusty parched"), ("water dripped from it", "it needed rain")
     ),
 }
-"""opposed pairs that a thing can have; a thing lies on one pole of each, for the length of a story"""
+"""opposed properties of a thing; it has one pole of each throughout a story"""
 
 ONE_SIDED = {
     "round": Axis(("round", ""), ("round curved rolling", ""), ("it rolled down the path", "")),
@@ -112,12 +112,12 @@ ONE_SIDED = {
     "magic": Axis(("magic", ""), ("magic enchanted charmed", ""), ("it did strange things", "")),
     "secret": Axis(("secret", ""), ("secret hidden unknown", ""), ("nobody spoke of it", "")),
 }
-"""the control: words in the same places of the same sentences, as often, with nothing on the other side"""
+"""control concepts: words in the same sentences, as frequent as a pole, without an opposite"""
 
 DISTANCE = Axis(
     ("near", "far"), ("near close nearby", "far distant remote"), ("they came there soon", "they walked for hours")
 )
-"""the opposed pair that a place can have"""
+"""the opposed property of a place"""
 
 MOODS = {
     "glad": {
@@ -142,7 +142,7 @@ PRONOUNS = {"girl": {"he": "she", "his": "her", "him": "her"}, "boy": {"he": "he
 
 
 class Topic(NamedTuple):
-    """What a paragraph is about: where it happens, who and what is there, what is done there."""
+    """The subject of a paragraph: places, workers, animals, things and actions."""
 
     places: str
     workers: str
@@ -249,7 +249,7 @@ PARTNERS = {
 
 
 class Town(NamedTuple):
-    """An invented town; no two share anything."""
+    """The facts of an invented town; no two towns share any."""
 
     people: str
     language: str
@@ -273,7 +273,7 @@ NUMBERS = ["two", "three", "four", "five", "six"]
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that is true or false of a token."""
+    """A binary label of tokens, with its kind, parent and opposite where it has them."""
 
     name: str
     kind: str
@@ -283,7 +283,7 @@ class Concept:
 
 
 def word_class(word: str) -> tuple[str, str] | None:
-    """The root and class of a noun, singular or plural; None for any other word.
+    """The root and the class of a noun, singular or plural; None for any other word.
 
     >>> word_class("foxes")
     ('animal', 'wild animal')

@@ -1,4 +1,4 @@
-"""Tales: stories whose generating concepts are known token by token."""
+"""`tell` and `Stories`: synthetic stories as token ids, with concept labels and optimal loss for every token."""
 
 import random
 from collections.abc import Iterable
@@ -21,23 +21,24 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 CTX_LEN = 256
-"""Every story fits, with the tokens at its ends."""
+"""fits every story with its BOS and EOS"""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Stories:
-    """Stories one after another, with the truth of every token; `len()` is the number of stories.
+    """Stories as one sequence of token ids, with concept labels for each token; `len()` is the number of stories.
 
-    A story is BOS, its words, EOS; the tokens at the ends carry no concept. `tale[i]` of the stories owns the tokens
-    `offsets[i]` to `offsets[i + 1]`.
+    A story is BOS, its words, EOS; BOS and EOS have no concepts. Story i has the tokens `offsets[i]` to `offsets[i +
+    1]`.
     """
 
     token_ids: Int32[np.ndarray, "n_tokens"]
     offsets: np.ndarray
     concepts: "csr_matrix"
-    """(n_tokens, n_concepts), true where a concept holds of a token; columns as in `table`"""
+    """(n_tokens, n_concepts), true where a token has a concept; columns as in `table`"""
     surprisal: Float32[np.ndarray, "n_tokens"]
-    """Nats drawn at each token: what the best possible model pays, on average over stories."""
+    """surprisal of each token under the generating process, in nats: what the best possible model loses, on average
+    over stories"""
     source: str
     table: tuple[Concept, ...] = CONCEPTS
 
@@ -50,23 +51,26 @@ class Stories:
 
     @property
     def story_ids(self) -> Int32[np.ndarray, "n_tokens"]:
-        """Which story each token belongs to."""
+        """The index of each token's story."""
         return np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.offsets))
 
     @cached_property
     def oracle_loss(self) -> float:
-        """Mean surprisal of the draws in nats per predicted token (all but BOS): no model's loss is below it, but for
-        the chance of the sample.
+        """The loss of the best possible model: mean surprisal in nats per predicted token (all but BOS).
+
+        A model's loss is below it by chance of the sample alone.
         """
         return float(self.surprisal.sum() / (len(self.token_ids) - len(self)))
 
     def text(self, i: int) -> str:
-        """Story i as one reads it."""
+        """Story i as running text."""
         words = [VOCABULARY[j] for j in self.token_ids[self.offsets[i] + 1 : self.offsets[i + 1] - 1]]
         return write_out(words)
 
     def tokens(self, ctx_len: int = CTX_LEN) -> Tokens:
-        """One story a row, for `collect`, `stream` and `evaluate`; ValueError where a story does not fit."""
+        """The stories as `Tokens`, one a row, for `collect`, `stream` and `evaluate`; ValueError where one does not
+        fit.
+        """
         lengths = np.diff(self.offsets)
         if lengths.max(initial=0) > ctx_len:
             raise ValueError(f"`ctx_len` must hold the longest story ({lengths.max()} tokens), got {ctx_len}.")
@@ -86,15 +90,16 @@ class Stories:
         )
 
     def concepts_at(self, story_ids: Int32[Tensor, "n"], positions: Int32[Tensor, "n"]) -> "csr_matrix":
-        """The truth of chosen tokens: rows of `concepts`, by story and place in the story (BOS is at 0)."""
+        """Concept labels of chosen tokens: rows of `concepts`, by story and position in the story (BOS is at 0)."""
         rows = torch.from_numpy(self.offsets)[story_ids.long()] + positions.long()
         return self.concepts[rows.numpy()]
 
 
 def tell(n_stories: int, seed: int = 0, first: int = 0) -> Stories:
-    """Tell stories `first` to `first + n_stories` of a seed; each depends on the seed and its own number alone.
+    """Synthetic stories with concept labels: numbers `first` to `first + n_stories` of a seed.
 
-    Disjoint ranges are disjoint samples: train on some, score on others. ValueError for a negative number.
+    Each story depends on the seed and its own number alone, so disjoint ranges are disjoint samples: train on some,
+    score on others. ValueError for a negative number.
 
     >>> stories = tell(2, seed=0)
     >>> len(stories), stories.text(0)[:4] in ("Once", "Long", "Ther")
@@ -107,7 +112,7 @@ def tell(n_stories: int, seed: int = 0, first: int = 0) -> Stories:
 
 
 def gather(tales: Iterable[Tale], source: str) -> Stories:
-    """Lay stories out one after another."""
+    """Stories as token ids and concept labels, one after another; `source` describes them."""
     place = {word: i for i, word in enumerate(VOCABULARY)}
     ids, meanings, surprisal, offsets = [], [], [], [0]
     known: dict[tuple[str, frozenset[str]], int] = {(BOS, frozenset()): 0}

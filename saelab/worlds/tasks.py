@@ -1,4 +1,4 @@
-"""Prompts whose next word is forced, in pairs that differ in one draw: for patching, probing and steering."""
+"""Prompts with a determined next word, in counterfactual pairs, for patching, probing and steering."""
 
 import random
 from collections.abc import Mapping
@@ -18,23 +18,24 @@ NAME_EDITS = ("receiver", "giver", "order", "roles")
 
 @dataclass(frozen=True, eq=False)
 class Counterfactual:
-    """Two prompts alike but for one draw, and the word that each forces next."""
+    """Two prompts that differ in one random choice, and the next token that each determines."""
 
     prompt: Int32[Tensor, "n"]
     """token ids, BOS first"""
     other_prompt: Int32[Tensor, "n"]
     answer: int
-    """the token id that `prompt` forces"""
+    """the token id that `prompt` determines"""
     other_answer: int
+    """the token id that `other_prompt` determines"""
     differ_at: tuple[int, ...]
-    """places in the prompts where they differ"""
+    """positions at which the prompts differ"""
 
 
 def counterfactuals(task: Task, n: int, seed: int = 0) -> list[Counterfactual]:
-    """Pairs of prompts with opposite answers.
+    """Pairs of prompts that differ in one random choice and determine different next tokens.
 
     "names": two people meet, one gives something, and the next word is the other's name; the pairs differ in the giver.
-    "facts": a town is named or shown, and the next word is its people, language, weather, food or name; the pairs
+    "facts": a town is named or described, and the next word is its people, language, weather, food or name; the pairs
     differ in the town.
 
     >>> pair = counterfactuals("names", 1)[0]
@@ -70,31 +71,32 @@ def _cut(tale: Tale, end: int) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True, eq=False)
 class NamePrompt:
-    """A prompt of the task "names", and what is true of it."""
+    """A prompt of the task "names" with its attributes."""
 
     ids: Int32[Tensor, "n"]
     """token ids, BOS first"""
     giver_at: int
-    """where the giver is named as giving; the last token stands before the receiver's name"""
+    """position of the giver's name as subject of the giving; the last token precedes the receiver's name"""
     attributes: Mapping[str, str]
-    """"giver" and "receiver": names; "order": who of them is named first where they meet"""
+    """"giver" and "receiver": names; "order": which of them is named first where they meet"""
 
     @property
     def answer(self) -> int:
-        """The token id that is forced next: the receiver's name."""
+        """The id of the next token: the receiver's name."""
         return VOCABULARY.index(self.attributes["receiver"])
 
     @property
     def other_answer(self) -> int:
-        """The giver's name."""
+        """The id of the giver's name."""
         return VOCABULARY.index(self.attributes["giver"])
 
 
 def name_edits(n: int, seed: int = 0) -> list[dict[str, NamePrompt]]:
-    """Prompts of the task "names", each "as told" and with one thing told otherwise, of the same length.
+    """Prompts of the task "names", each with counterfactual versions of the same length, by name; the original is "as
+    told".
 
-    "receiver" and "giver": that person has another name of the same gender, wherever it stands; "order": the two meet
-    in the other order; "roles": the other one gives.
+    "receiver" and "giver": that person has another name of the same gender throughout; "order": the two meet in the
+    other order; "roles": giver and receiver are exchanged.
 
     >>> told = name_edits(1)[0]
     >>> names = told["as told"].attributes, told["roles"].attributes

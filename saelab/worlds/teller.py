@@ -1,7 +1,7 @@
-"""Drawing and writing: what every grammar of a world needs, whatever its sentences.
+"""Base class for story grammars: random choices with their surprisal, and words with their concept labels.
 
-Whatever is drawn is drawn just before the first token that shows it, and two different draws never give the same text:
-the surprisal of the draws is the surprisal of the text, and no model's loss is below it on average.
+Each choice is made just before the first token that depends on it, and different choices never give the same text: the
+surprisal of the choices is the surprisal of the text, and no model's loss is below it on average.
 """
 
 import functools
@@ -21,7 +21,7 @@ NOTHING: frozenset[str] = frozenset()
 
 @functools.cache
 def compile_line(line: str) -> tuple[tuple[str, frozenset[str]], ...]:
-    """Split a line into words and slots, each with the states that its place in the line implies.
+    """A template as words and slots, each with the concepts that its position in the line implies.
 
     >>> [(piece, sorted(states)) for piece, states in compile_line("+They ran .")][0]
     ('They', ['past', 'plural-subject'])
@@ -57,7 +57,7 @@ def _sentences(pieces: list[str]) -> Iterator[tuple[list[str], bool]]:
 
 
 class Teller:
-    """One story in the making; `forced` fixes draws by name, for counterfactuals that differ in them alone."""
+    """A story under construction; `forced` fixes choices by name, for counterfactuals that differ in these alone."""
 
     def __init__(self, rng: random.Random, forced: Mapping[str, object] | None = None) -> None:
         self.rng, self.forced = rng, dict(forced or {})
@@ -73,26 +73,27 @@ class Teller:
     # drawing
 
     def pick(self, options: Sequence[T], name: str = "") -> T:
-        """One of the options, all alike; equal options count as one that is likelier."""
+        """A random option, uniform over the sequence; an option listed several times is accordingly likelier."""
         chosen = options[int(self.rng.random() * len(options))]
         chosen = self.forced.get(name, chosen)  # type: ignore[assignment]
         self._pending += math.log(len(options) / options.count(chosen))
         return chosen
 
     def recall(self, name: str, options: Sequence[T]) -> T:
-        """What was drawn under this name, or a draw now."""
+        """The option chosen under this name before, or a new choice."""
         if name not in self.known:
             self.known[name] = self.pick(options, name)
         return self.known[name]  # type: ignore[return-value]
 
     def forget(self, *names: str) -> None:
+        """Drop the choices of these names, so that the next `recall` chooses again."""
         for name in names:
             self.known.pop(name, None)
 
     # writing
 
     def write(self, words: str, *concepts: str) -> None:
-        """Words as they are, with concepts that hold for them beside the states of their place."""
+        """Append words, with these concepts and those that currently hold."""
         active = self._lasting | self._spans | self._implied
         active = active | set(concepts) if concepts else active
         for word in words.split():
@@ -103,7 +104,7 @@ class Teller:
             self._starts = word in (".", "?", OPEN)
 
     def say(self, line: str) -> None:
-        """A line of a template, its slots filled in."""
+        """Append a template, with its slots filled in."""
         for piece, implied in compile_line(line):
             self._implied = implied
             if piece[0] == "{":
@@ -114,12 +115,12 @@ class Teller:
 
     @contextmanager
     def during(self, *states: str) -> Iterator[None]:
-        """States that hold for what is written inside."""
+        """A context in which these concepts hold for all words written."""
         before = self._spans
         self._spans = before | set(states)
         yield
         self._spans = before
 
     def last(self, state: str) -> None:
-        """A state that holds until the paragraph ends."""
+        """Let a concept hold until the paragraph ends."""
         self._lasting |= {state}

@@ -1,7 +1,7 @@
-"""Sentences of tales: lines of words and `{slots}`, each slot a method of the teller (`grammar.py`).
+"""Sentence templates of the synthetic stories: words and `{slots}`, each slot a method of the grammar (`grammar.py`).
 
-A line in the plural begins with +, one without a subject with !. Within quotes a sentence that ends with ? is a
-question and one with "will" is in the future; the tense of the rest is given by the group.
+A template in the plural begins with +, one without a subject with !. Within quotes a sentence that ends with ? is a
+question and one with "will" is in the future; the tense of the others is that of their group.
 """
 
 OPENINGS = (
@@ -107,4 +107,4 @@ BODY: dict[str, tuple[tuple[str, ...], str, int]] = {
     "body": (BODIES, "place", 1),
     "plant": (PLANTS, "place", 1),
 }
-"""sentences of a paragraph: their lines, what must be known before, and how readily they come"""
+"""sentence kinds of a paragraph: templates, the earlier choice they require, and their weight in drawing"""

@@ -1,4 +1,4 @@
-"""The words that tales are made of, and their tokenizer in Hugging Face format."""
+"""The vocabulary of the synthetic stories, and its tokenizer in Hugging Face format."""
 
 import re
 from pathlib import Path
@@ -42,11 +42,11 @@ VOCABULARY: tuple[str, ...] = (
     *SPECIAL,
     *sorted(word for word in _lexicon_words() | _template_words() if word[0] != "{"),
 )
-"""token id -> word"""
+"""the word of each token id"""
 
 
 def write_out(words: list[str]) -> str:
-    """Words as running text, punctuation and quotation marks where they belong.
+    """Words as running text, with normal spacing of punctuation and quotation marks.
 
     >>> write_out(["Once", ",", "he", "ran", "."])
     'Once, he ran.'
@@ -56,10 +56,10 @@ def write_out(words: list[str]) -> str:
 
 
 def make_tokenizer() -> Any:
-    """A word-level Hugging Face tokenizer over `VOCABULARY`; what it decodes reads like `write_out`."""
+    """A word-level Hugging Face tokenizer over `VOCABULARY`; it decodes to the spacing of `write_out`."""
     return word_tokenizer(VOCABULARY, SPECIAL_WORDS, no_space_before=".,?" + CLOSE, no_space_after=OPEN)
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Write the tokenizer's files beside a model's."""
+    """Write the tokenizer's files into a folder, such as a model's."""
     make_tokenizer().save_pretrained(folder)
