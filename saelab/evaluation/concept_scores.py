@@ -36,6 +36,7 @@ class ConceptScore:
 
     name: str
     kind: str
+    """kind of concept: "class", "pole", "state", ..."""
     feature: int | None = None
     """index of the feature; None where the concept is not scored, or no feature fires with it in training stories"""
     side: int = 1
@@ -48,6 +49,7 @@ class ConceptScore:
     precision: float = math.nan
     """NaN where the feature does not fire"""
     recall: float = math.nan
+    """of the concept's held-out tokens"""
     auroc: float = math.nan
     """of max(side z, 0), ties counted half"""
     f1_train: float = math.nan
@@ -115,7 +117,7 @@ class PairScore:
 
     @property
     def f1(self) -> float:
-        """The lesser F1 of the two sides."""
+        """The smaller F1 of the two concepts."""
         return min(self.f1_a, self.f1_b)
 
 
@@ -140,6 +142,7 @@ class ConceptScores(Result):
     n_precise: int
     """features (by sign) that predict some concept for it"""
     n_features: int
+    """features of the dictionary"""
     l0: float
     """number of nonzero codes for a token"""
     n_train: int
@@ -151,6 +154,7 @@ class ConceptScores(Result):
     """held-out stories"""
     min_count: int
     baselines: "dict[str, ConceptScores]"
+    """the same scores for other codes of the same tokens, by name"""
 
     @property
     def scored(self) -> tuple[ConceptScore, ...]:

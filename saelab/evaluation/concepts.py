@@ -131,7 +131,7 @@ def _split_truth(truth: Any, is_train: np.ndarray) -> "tuple[csr_matrix, csr_mat
 
 
 def _score(codes: Codes, world: _World, baselines: dict[str, ConceptScores]) -> ConceptScores:
-    """Everything about one dictionary: choose on training tokens, then test what was chosen on the others."""
+    """All scores of one dictionary: features chosen on training tokens, then scored on the others."""
     values, is_train = read_values(codes), world.is_train
     if len(is_train) != values.shape[0]:
         raise ValueError(f"`codes` must have a row for each of the {len(is_train)} tokens, got {values.shape[0]}.")
@@ -183,7 +183,7 @@ def _concept_rows(
     ranks: Ranks,
     peaks: Float[np.ndarray, "n_features 2"],
 ) -> tuple[ConceptScore, ...]:
-    """One row a concept; its unit is in its own place among those tested."""
+    """One row for each concept; its unit has the concept's index among those tested."""
     train, held = world.train.tocsc(), world.held.tocsc()
     rows = []
     for c, (concept, unit) in enumerate(zip(world.table, best, strict=True)):
@@ -215,7 +215,7 @@ def _concept_rows(
 
 
 def _parent_rows(world: _World, tested: UnitCounts) -> tuple[ParentScore, ...]:
-    """One row a concept with a parent, where both are scored; the parent's unit is in the parent's place."""
+    """One row for each concept with a parent, where both are scored; the parent's unit has the parent's index."""
     rows = []
     for c, concept in enumerate(world.table):
         p = world.places.get(concept.parent or "")
@@ -236,7 +236,7 @@ def _parent_rows(world: _World, tested: UnitCounts) -> tuple[ParentScore, ...]:
 
 
 def _pair_rows(world: _World, both: list[tuple[int, int]], tested: UnitCounts) -> tuple[PairScore, ...]:
-    """One row a pair; its two units follow those of the concepts, in the pairs' order."""
+    """One row for each pair; the two units of each follow those of the concepts, in the pairs' order."""
     rows = []
     for i, ((a, b, opposed), (unit, _)) in enumerate(zip(world.pairs, both, strict=True)):
         at, place = (world.places[a], world.places[b]), len(world.table) + 2 * i

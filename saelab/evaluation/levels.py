@@ -75,6 +75,7 @@ class Levels:
     """
 
     table: "csc_matrix | Int8[np.ndarray, 'n_tokens n_features']"
+    """signed levels, sparse or dense"""
 
     @property
     def n_features(self) -> int:

@@ -33,7 +33,9 @@ class Survey:
     targets: Float[Tensor, "n d_out"]
     """targets of a transcoder on the same sample; an autoencoder's inputs"""
     firings: FiringSums
+    """firing counts of the latents"""
     removed: dict[str, int]
+    """tokens that the mask leaves out, by rule"""
 
 
 def survey(sae: SAE, stage: Stage, tokens: Tokens, n_seq: int, progress: bool) -> Survey:

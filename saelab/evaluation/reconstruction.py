@@ -24,7 +24,7 @@ def reconstruct_truth(
     held_truth: "csr_matrix",
     scored: Bool[np.ndarray, "n_concepts"],
 ) -> dict[str, Any]:
-    """Fields of `ConceptScores` on reconstruction: F1 at the threshold with the best pooled F1 on training stories.
+    """Fields of `ConceptScores` on reconstruction: held-out F1 at the threshold with the best pooled F1 in training.
 
     Args:
         levels: quantized codes of training stories.
@@ -57,7 +57,7 @@ def reconstruct_truth(
 def _predict(
     levels: Levels, precise: Bool[np.ndarray, "n_concepts n_sides n_levels"], chosen: Sequence[int]
 ) -> "list[csr_matrix]":
-    """For each of the levels chosen, tokens by concepts: 1 where a side fires above it that is precise there."""
+    """Predictions (n_tokens, n_concepts) for each chosen level: 1 where a precise feature fires above that level."""
     from scipy.sparse import csr_matrix
 
     n_tokens, useful = levels.table.shape[0], np.any(precise, axis=0)

@@ -76,10 +76,13 @@ class Evaluation(Result):
     hook_point: str
     model: str
     text: str
+    """source of the tokens"""
     mask: dict[str, Any]
+    """rules of the mask"""
     provenance: dict[str, Any] | None
     """record of the activations that the SAE was trained on"""
     versions: dict[str, str]
+    """of the libraries that computed the metrics"""
     hook_point_out: str | None = None
     """where a transcoder's reconstructions replace the activation; it reads at `hook_point`"""
 

@@ -20,9 +20,13 @@ class Scores:
 
     sae: dict[str, float]
     rivals: dict[str, dict[str, float]]
+    """metrics of each baseline"""
     prefixes: dict[int, float]
+    """FVU by prefix length"""
     intervals: dict[str, tuple[float, float]]
+    """95 % intervals of the SAE's metrics"""
     reasons: dict[str, str]
+    """why a metric is NaN"""
 
 
 def score(sums: DocumentSums, rivals: Iterable[str], prefixes: Iterable[int], n_bootstrap: int, seed: int) -> Scores:

@@ -26,8 +26,10 @@ class Stage:
 
     model: Model
     hook_point: str
+    """where the SAE reads"""
     mask: TokenMask
     hook_point_out: str | None = None
+    """where a transcoder's reconstructions go; None for an autoencoder"""
     median_norms: dict[str, float] = field(default_factory=dict)
     """median activation norm by hook point, which the mask's norm rule refers to"""
 

@@ -17,8 +17,11 @@ class UnitCounts:
     """How often units fire with each concept, and in total."""
 
     hits: Int[np.ndarray, "n_concepts n_units"]
+    """tokens with the concept on which the unit fires"""
     fires: Int[np.ndarray, "n_units"]
+    """tokens on which the unit fires"""
     n_true: Int[np.ndarray, "n_concepts"]
+    """tokens with the concept"""
     n_tokens: int
 
     def f1(self, c: int) -> Float[np.ndarray, "n_units"]:
@@ -94,7 +97,7 @@ def _best_addition(levels: Levels, counts: UnitCounts, c: int, predicted: np.nda
 
 
 def _bound_unions(counts: UnitCounts, c: int, hits: int, fires: int) -> Float[np.ndarray, "n_units"]:
-    """The most that F1 of a union with each unit can be: its hits all new, its false alarms old where possible."""
+    """Upper bound on F1 of a union with each unit: its hits all new, its false positives old where possible."""
     new_hits = np.minimum(counts.hits[c], counts.n_true[c] - hits)
     new_alarms = np.maximum(counts.fires - counts.hits[c] - (fires - hits), 0)
     return 2 * (hits + new_hits) / (counts.n_true[c] + fires + new_hits + new_alarms)

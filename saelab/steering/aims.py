@@ -98,7 +98,7 @@ def world_concept(model: Model, name: str) -> TokenConcept:
 
 
 def _read_vocabulary(model: Model) -> dict[str, list[int]]:
-    """Tokens by what they read like, capitals and the spaces around them taken off; special and unknown ones not."""
+    """Token ids by lower-cased text without surrounding spaces; special and unknown tokens are left out."""
     tokenizer: Any = model.tokenizer
     if tokenizer is None:
         raise ValueError("Words need a model with a tokenizer, got one without; give the ids as a `TokenConcept`.")
@@ -128,7 +128,7 @@ def _gather(
 
 
 def _first_ids(model: Model, word: str) -> list[int]:
-    """What a word begins with, alone and behind a space."""
+    """First token of a word, with and without a leading space."""
     tokenizer: Any = model.tokenizer
     found = []
     for spelling in (word, " " + word):

@@ -56,6 +56,7 @@ class SteeringScores(Result):
 
     rows: tuple[SteeringScore, ...]
     prompts: tuple[str, ...]
+    """the neutral prompts"""
     strength: float
     """multiple of the largest code of each feature and sign"""
     n_top: int
@@ -147,7 +148,7 @@ def score_steering(
 
 
 def _read_prompt(model: Model, prompt: str | Int[Tensor, "n"]) -> Int[Tensor, "1 n"]:
-    """Ids of one prompt; of words that the model does not know none is neutral."""
+    """Ids of one prompt; a prompt with words unknown to the model is not neutral and refused."""
     ids, unknown = read_texts(model, prompt).ids, getattr(model.tokenizer, "unk_token_id", None)
     if isinstance(prompt, str) and unknown is not None and bool((ids == unknown).any()):
         raise ValueError(f"`prompts` must be of words that the model knows, got '{prompt}'; give others.")
@@ -156,13 +157,13 @@ def _read_prompt(model: Model, prompt: str | Int[Tensor, "n"]) -> Int[Tensor, "1
 
 @dataclass(frozen=True, eq=False)
 class _Sides:
-    """The sides of some features that fire."""
+    """The features that fire in the store, each with one sign of its codes."""
 
     features: Int[np.ndarray, "n"]
     signs: Int[np.ndarray, "n"]
     peaks: Float[np.ndarray, "n"]
     directions: Float[Tensor, "n d_out"]
-    """what amplifying each side adds to"""
+    """change of the activation for amplifying each by 1"""
     promoted: Int[Tensor, "n n_top"]
     """tokens, the most promoted first"""
 
@@ -179,7 +180,7 @@ class _Sides:
     def score(
         self, model: Model, runs: list[Float[Tensor, "n d_vocab"]], inputs: list[tuple[float, int]]
     ) -> Iterator[SteeringScore]:
-        """One row a side."""
+        """One row for each feature and sign."""
         outputs = torch.stack([_score_output(p, self.promoted) for p in runs]).mean(0)
         of_promoted = torch.stack([p.gather(1, self.promoted) for p in runs]).mean(0)
         probability, places = of_promoted.max(1)
@@ -201,7 +202,7 @@ class _Sides:
 def _amplify(
     model: Model, ids: Int[Tensor, "1 n"], writes_at: str, steps: Float[Tensor, "n_sides d_out"]
 ) -> Float[Tensor, "n_sides d_vocab"]:
-    """Next-token probabilities behind a prompt, each row with another step at its last token."""
+    """Next-token probabilities after a prompt, each row with another change at its last token."""
     found = []
     for part in steps.split(max(1, FORWARD_TOKENS // ids.shape[1])):
 
@@ -215,14 +216,14 @@ def _amplify(
 
 
 def _score_output(p: Float[Tensor, "n d_vocab"], promoted: Int[Tensor, "n n_top"]) -> Float[Tensor, "n"]:
-    """`max_t p(t) (1 - min_t rank(t) / |V|)`; the likeliest of the tokens has both the maximum and the minimum."""
+    """`max_t p(t) (1 - min_t rank(t) / |V|)`; the most probable promoted token attains both maximum and minimum."""
     best = p.gather(1, promoted).amax(1)
     ranks = (p > best[:, None]).sum(1)
     return best * (1 - ranks / p.shape[1])
 
 
 def _count_contexts(store: FeatureStore, sides: _Sides, n_contexts: int) -> list[tuple[float, int]]:
-    """The input score of each side and the number of documents behind it."""
+    """The input score of each feature and sign, and the number of documents it is computed on."""
     first, last = int(sides.features.min()), int(sides.features.max()) + 1
     dense = last - first <= 4 * len(sides.features)
     columns: Any = store.columns(first, last) if dense else None

@@ -122,7 +122,7 @@ def attribute(
 
 
 def _is_off(effects: Float[Tensor, "n_nodes"], clean: float, patched: float) -> bool:
-    """Whether the effects do not add up to the difference, where that is more than rounding."""
+    """Whether the effects do not add up to `patched - clean`, where that is more than rounding."""
     rounding = NOTHING * max(abs(clean), abs(patched))
     return abs(float(effects.double().sum()) - (patched - clean)) > max(TOLERANCE * abs(patched - clean), rounding)
 
@@ -175,6 +175,7 @@ class Scene:
     texts: Texts
     outcome: Outcome
     x: Float[Tensor, "n d_in"]
+    """activations of the prompt"""
 
     @property
     def batch(self) -> int:
@@ -254,7 +255,7 @@ def require_aligned(texts: Texts, others: Texts) -> None:
 
 
 def _read_means(sae: SAE, baseline: Baseline, store: FeatureStore | None) -> Float[Tensor, "d_sae"]:
-    """Codes in the place of those that fire."""
+    """The codes that replace those of features that fire."""
     if baseline == "zero":
         return torch.zeros(sae.cfg.d_sae)
     if store is None:
@@ -266,7 +267,7 @@ def _read_means(sae: SAE, baseline: Baseline, store: FeatureStore | None) -> Flo
 
 @torch.no_grad()
 def _find_nodes(scene: Scene, sae: SAE, where: Place, other: Tensor | None, means: Tensor) -> _Nodes:
-    """Features that fire at the tokens of a place, here or in the other prompt, and the errors of these tokens."""
+    """Features that fire at the tokens of a place, in either prompt, and the errors of these tokens."""
     keep = scene.texts.select(scene.model, where)[0].nonzero()[:, 0]
     x = scene.x[keep.to(scene.x.device)].to(sae.device)
     z = sae.encode(x)

@@ -43,7 +43,9 @@ class TextRow:
 
     prompt: str
     unsteered: Told
+    """the text without steering"""
     steered: dict[str, Told]
+    """the steered texts, by intervention"""
     kl: dict[str, float]
     """mean KL(p || p') over the predictions of the unsteered text, in nats, by steered model"""
 
@@ -55,7 +57,9 @@ class SteeredTexts(Result):
     """
 
     rows: tuple[TextRow, ...]
+    """one for each prompt and sample"""
     interventions: dict[str, str]
+    """what each does, in a line"""
     temperature: float
     seed: int
 
@@ -202,7 +206,7 @@ def _find_kl(p: Continuations, q: Continuations) -> list[float]:
 
 
 def _spell(model: Model, sample: Generated) -> tuple[str, ...]:
-    """How what was written reads, token by token, behind its prompt."""
+    """Text of each generated token after the prompt."""
     if model.tokenizer is None:
         return tuple(f"<{i}>" for i in sample.ids)
     return spell(model.tokenizer, sample.all_ids).words[len(sample.prompt_ids) :]

@@ -30,9 +30,13 @@ class RemovalBench:
     truth: dict[str, Bool[Tensor, "n_seq ctx_len"]]
     """labels of the concepts with at least 20 true and 20 false tokens on both sides of the split"""
     concept: str
+    """the one to be removed"""
     hook_point: str
+    """where edits apply"""
     read_at: str
+    """where probes are trained"""
     keep: Bool[Tensor, "n_seq ctx_len"]
+    """tokens that edits change: all but special ones"""
     train: Bool[Tensor, "n_seq ctx_len"]
     """tokens that probes are fitted to"""
     held: Bool[Tensor, "n_seq ctx_len"]
@@ -109,7 +113,9 @@ class RemovalBench:
         )
 
     def _run(self, edit: Edit | None) -> tuple[Tensor, tuple[float, float], float]:
-        """Downstream activations of the tokens probed, mean losses without and with the concept, size of the change."""
+        """Activations at `read_at` of the probed tokens, mean losses without and with the concept, relative size of the
+        change.
+        """
         rows: list[Tensor] = []
         wanted, places = self.train | self.held, [self.predictions(with_concept) for with_concept in (False, True)]
         sums, changes = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
@@ -126,7 +132,7 @@ class RemovalBench:
         return torch.cat(rows), (float(means[0]), float(means[1])), float(changes[0] / changes[1].clamp(min=1e-30))
 
     def _probe(self, x: Float[Tensor, "n d"]) -> Iterator[ProbedConcept]:
-        """Fresh probes of all concepts."""
+        """Scores of newly trained probes of all concepts."""
         wanted = self.train | self.held
         is_train = self.train[wanted]
         labels = torch.stack([marks[wanted] for marks in self.truth.values()], 1)
@@ -170,7 +176,7 @@ class _Editing:
 
 
 def _test(scores: Tensor, y: Tensor, held_scores: Tensor, y_held: Tensor) -> tuple[float, float]:
-    """Balanced accuracy at the threshold that was best in training, and AUROC."""
+    """Balanced accuracy at the threshold that is best in training, and AUROC."""
     order = scores.argsort(descending=True, stable=True)
     hits, alarms = (part[order].double().cumsum(0) / part.sum() for part in (y, ~y))
     guess = held_scores >= scores[order][(hits - alarms).argmax()]

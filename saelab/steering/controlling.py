@@ -26,6 +26,7 @@ class EditScore:
     """Score of one kind of edit with at most k features at each position."""
 
     edit: str
+    """name of the counterfactual version"""
     k: int
     agreement: float
     """share of prompts where the edited model predicts what the patched model predicts; higher is better"""
@@ -66,6 +67,7 @@ class ControlTable(Result):
 
     hook_point: str
     places: tuple[str, ...]
+    """names of the positions edited"""
     rows: tuple[DictionaryScore, ...]
     margin: float
     """logit of the answer less that of the alternative, in the unmodified model"""
@@ -77,6 +79,7 @@ class ControlTable(Result):
     """by edit: share of prompts where the patched model predicts what the model predicts for the edited prompt"""
     n_prompts: int
     n_train: int
+    """prompts of the training task, all versions counted"""
 
     def __getitem__(self, name: str) -> DictionaryScore:
         for row in self.rows:
@@ -209,7 +212,7 @@ class _Scorer:
     train: EditTask
     means: Float[Tensor, "n_places d_in"]
     margins: tuple[float, float]
-    """untouched and with mean ablation"""
+    """of the unmodified model and with mean ablation"""
     clean: Int[Tensor, "n_prompts"]
     """predictions of the unmodified model"""
     patched: dict[str, Int[Tensor, "n_prompts"]]
@@ -258,7 +261,7 @@ class _Scorer:
         return [coded.encode(place, part, known) for place, part in enumerate(x.unbind(1))]
 
     def _recover(self, x: Float[Tensor, "n_prompts n_places d_in"]) -> float:
-        """The margin with other activations: 0 as with mean ablation, 1 as untouched."""
+        """The margin with other activations: 0 as with mean ablation, 1 as in the unmodified model."""
         whole, nothing = self.margins
         return (float(self.task.margins(self.task.predict(x)).mean()) - nothing) / (whole - nothing)
 
@@ -286,7 +289,7 @@ class _Scorer:
             )
 
     def _tell(self, coded: _Coded) -> Iterator[AttributeScore]:
-        """Interpretability at each place: chosen on the prompts of `train`, tested on those of the task."""
+        """Interpretability at each position: chosen on the prompts of `train`, scored on those of the task."""
         (x, known), (x_held, known_held) = _pool(self.train), _pool(self.task)
         is_train = np.arange(len(x) + len(x_held)) < len(x)
         truth = mark_values(known + known_held, self.task.joined)

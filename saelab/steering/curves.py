@@ -45,17 +45,22 @@ class SteeringCurve(Result):
 
     concept: str
     others: tuple[str, ...]
+    """names of the concepts for selectivity"""
     sources: dict[str, str]
     """description of what was steered, by name"""
     neutral: dict[str, float]
     """the strength of each source that leaves the model unsteered"""
     points: tuple[tuple[str, float], ...]
+    """source and strength of each"""
     cells: dict[str, Float[np.ndarray, "n_points n_prompts n"]]
     """sums over the tokens of each text, `n` texts a prompt"""
     diversity: dict[str, Float[np.ndarray, "n_points n"]]
+    """distinct n-grams by measure, over the texts of all prompts with the same sample number"""
     prompts: tuple[str, ...]
     n: int
+    """texts for each prompt"""
     n_tokens: int
+    """most tokens generated for each text"""
     temperature: float
     seed: int
 
@@ -252,7 +257,9 @@ class SteeringCurve(Result):
         goal: float,
         read: Callable[[np.ndarray, np.ndarray], np.ndarray],
     ) -> Estimate:
-        """What `read` makes of a measure and of KL along a source's strengths; `goal` is what it looks for."""
+        """The result of `read` on a measure and KL along a source's strengths, with its interval; `goal` is the value
+        looked up.
+        """
         line, measure = self.line(source, side), measure or self.effect
         if goal != goal or not line:
             return Estimate(NAN, reason="no KL that all sources reach" if line else "no strength on this side")

@@ -20,6 +20,7 @@ class Direction:
     """
 
     vector: Float[Tensor, "d_in"]
+    """scaled to norm 1, float32"""
     hook_point: str
     name: str = "direction"
     peak: float | None = None

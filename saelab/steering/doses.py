@@ -86,7 +86,7 @@ def make_doses(
 def _read_source(
     source: Source, unit: Unit, mode: Mode, where: Place, store: FeatureStore | None, allow_mismatch: bool
 ) -> list[Intervention]:
-    """Interventions of strength 1; none for a function, which makes blocks of its own."""
+    """Interventions of strength 1; none for a function, which makes its own context manager."""
     if isinstance(source, Direction):
         return [Intervention(source, 1.0, mode, where, unit)]
     if isinstance(source, Intervention):

@@ -128,7 +128,7 @@ def steering_curve(
 
 
 def _find_diversity(written: list[list[list[int]]], n: int) -> dict[str, np.ndarray]:
-    """By point and sample: of the texts that all prompts have with one number."""
+    """Distinct n-grams by point and sample number, each over the texts of all prompts with that number."""
     return {
         f"distinct_{size}": np.array([[distinct(texts[i::n], size) for i in range(n)] for texts in written])
         for size in (1, 2)
@@ -190,7 +190,7 @@ class _Table:
         self._add("n_prompt", point, rows, kept, None)
 
     def _terms(self, p: Float[Tensor, "n d_vocab"], q: Float[Tensor, "n d_vocab"]) -> dict[str, Float[Tensor, "n"]]:
-        """Of each prediction, from plain and steered logits."""
+        """Measures of each prediction, from unsteered and steered logits."""
         log_p, log_q = p.log_softmax(1), q.log_softmax(1)
         terms = {"kl": kl_divergence(p, q), "entropy": entropy(log_q)}
         lifts = []
@@ -206,7 +206,7 @@ class _Table:
         return terms
 
     def _add(self, name: str, point: int, rows: slice, mask: Bool[Tensor, "batch n"], values: Tensor | None) -> None:
-        """Sums over a text's tokens; of ones where no values are given."""
+        """Add sums over each text's tokens; numbers of tokens where no values are given."""
         sums = torch.zeros(mask.shape, dtype=torch.float64)
         sums[mask.cpu()] = 1.0 if values is None else values.cpu().double()
         self.cells[name][point, rows] = sums.sum(1).numpy()
@@ -223,7 +223,7 @@ def _batches(made: Generation, size: int) -> Iterator[tuple[slice, list[Generate
 
 
 def _score(concept: ScoredConcept, made: Generation) -> list[float]:
-    """A user's numbers, one a text."""
+    """Scores of a user's function, one for each text."""
     found = [float(x) for x in concept.scorer([sample.text for sample in made])]
     if len(found) != len(made) or not np.isfinite(found).all():
         raise ValueError(

@@ -26,11 +26,14 @@ class EditTask:
 
     model: Model
     hook_point: str
+    """where activations are read and edited"""
     ids: Mapping[str, Int[Tensor, "n_prompts n"]]
+    """token ids by version, the original under "as told"."""
     lengths: Int[Tensor, "n_prompts"]
     places: Int[Tensor, "n_prompts n_places"]
     """positions, negative ones from a prompt's end"""
     place_names: tuple[str, ...]
+    """names of the positions"""
     attributes: Mapping[str, Sequence[Attributes]]
     """values of the attributes of each prompt, by version"""
     joined: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -111,7 +114,9 @@ class FeatureEdit:
     """A change of the codes of a few features in each row: the change of the activation, and the features chosen."""
 
     change: Float[Tensor, "n d_in"]
+    """of the activations"""
     chosen: Bool[Tensor, "n n_features"]
+    """features whose codes change"""
 
 
 def edit_sparsely(

@@ -155,7 +155,7 @@ def _largest(values: Float[np.ndarray, "n"], n: int = N_SHOWN) -> Int[np.ndarray
 
 
 def _shuffle(groups: Int[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
-    """A permutation within groups; groups are in order or not."""
+    """A random permutation within groups, whose members need not be adjacent."""
     found = np.empty(len(groups), np.int64)
     found[np.argsort(groups, kind="stable")] = np.lexsort((rng.random(len(groups)), groups))
     return found

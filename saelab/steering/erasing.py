@@ -28,6 +28,7 @@ class FeatureErasure:
 
     sae: SAE
     features: tuple[int, ...]
+    """one for each sign that is erased"""
     signs: tuple[int, ...]
     """sign of the codes that are set to 0; codes of the other sign stay"""
 

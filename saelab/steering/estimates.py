@@ -23,6 +23,7 @@ class Estimate:
     low: float = NAN
     high: float = NAN
     reason: str = ""
+    """why there is no value"""
 
     def __neg__(self) -> "Estimate":
         return Estimate(0.0 - self.value, 0.0 - self.high, 0.0 - self.low, self.reason)
@@ -44,6 +45,7 @@ class Best:
 
     strength: float
     score: float
+    """on the rest of the prompts"""
     effect: float
     fluency: float
     chosen_score: float

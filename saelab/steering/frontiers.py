@@ -70,13 +70,13 @@ def mean_gain(
 
 
 def _from_origin(gain: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """With the unsteered model in front; the costs' roots."""
+    """Gains with the unsteered model first, and square roots of the costs."""
     zero = np.zeros_like(gain[:1])
     return np.concatenate([zero, gain]), np.sqrt(np.concatenate([zero, np.maximum(cost, 0)]))
 
 
 def _meet(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
-    """y where lines of points first have x >= at."""
+    """y, interpolated, where a line through points first has x >= at."""
     beyond = x >= at
     after = beyond.argmax(0)
     before = np.maximum(after - 1, 0)
@@ -86,7 +86,7 @@ def _meet(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
 
 
 def _between(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Values at places between the rows."""
+    """Values interpolated at fractional row numbers."""
     low = np.minimum(places.astype(int), len(values) - 2)
     share = (places - low)[:, None]
     return values[low] * (1 - share) + values[low + 1] * share

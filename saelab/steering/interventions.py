@@ -47,9 +47,11 @@ class Intervention:
     """
 
     source: SAE | Direction
+    """SAE or direction whose codes are edited"""
     features: Features = ()
     """strengths s_i by feature; for mode "ablate" a list of features; for a direction its strength"""
     mode: Mode = "add"
+    """how codes change, see above"""
     where: Place = "all"
     """tokens that are changed, see `Where`"""
     unit: Unit = "raw"
@@ -98,7 +100,7 @@ class Intervention:
 
     @property
     def _fixed(self) -> bool:
-        """Whether strengths are plain numbers, which nobody changes or asks gradients of."""
+        """Whether strengths are plain numbers, without gradients."""
         return not any(isinstance(s, Tensor) for s in self.strengths.values())
 
     def _goal(self, rows: Tensor) -> Float[Tensor, "n_features"]:
@@ -108,7 +110,7 @@ class Intervention:
         return torch.stack([torch.as_tensor(s, dtype=rows.dtype, device=rows.device) for s in self.strengths.values()])
 
     def _peak(self, feature: int) -> float:
-        """What a strength of unit "max" is a multiple of."""
+        """The value that strengths of unit "max" are multiples of."""
         if isinstance(self.source, Direction):
             peak, of = self.source.peak or 0.0, "a direction with a `peak`"
         elif self.store is None:
@@ -163,7 +165,7 @@ class Intervention:
     def _steps(
         self, read: Tensor, written: Tensor, rows: Tensor, stretch: Tensor | float
     ) -> Float[Tensor, "n n_features"]:
-        """z' - z of each token and feature."""
+        """z' - z for each token and feature."""
         goal = self._goal(rows)
         if self.unit == "norm" and self.mode != "scale":
             goal = goal * written.float().norm(dim=1, keepdim=True).to(rows.device) / (rows.norm(dim=1) * stretch)
@@ -212,7 +214,7 @@ def _find_rows(source: SAE | Direction, features: list[int]) -> Float[Tensor, "n
 
 
 def _is_number(features: Any) -> bool:
-    """A strength, not a list of features: tensors can be either."""
+    """Whether a tensor is a strength, not a list of features."""
     return isinstance(features, Tensor) and features.ndim == 0
 
 

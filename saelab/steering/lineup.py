@@ -107,7 +107,7 @@ def _find_side(sae: SAE, feature: int, rows: LabelledRows) -> int:
 
 
 def _steer_alike(direction: Direction, own: Intervention, length: float) -> Intervention:
-    """The intervention that adds as much along a direction; `length` is what a code of 1 adds."""
+    """The intervention of equal length along a direction; `length` is the norm of the change for a code of 1."""
     code = float(next(iter(own.strengths.values())))  # its largest, of unit "max"
     weight = length if own.unit == "raw" and own.mode != "scale" else 1.0
     return Intervention(replace(direction, peak=code * length), weight, own.mode, own.where, own.unit)

@@ -35,9 +35,10 @@ def steer(
 ) -> Iterator[Model]:
     """A context in which features are steered in every forward pass of the model, at every token of `where`.
 
-    Contexts nest: an inner one reads what the outer ones left. The same tokens are changed with and without a key-value
-    cache, alone and in a padded batch. Strengths without effect leave every bit as it is. No hook remains afterwards,
-    also after an error. Gradients flow to strengths and activations where PyTorch records them.
+    All forward passes count, also those run by other libraries. Contexts nest: an inner one reads what the outer ones
+    left. The same tokens are changed with and without a key-value cache, alone and in a padded batch. Strengths without
+    effect leave every bit as it is. No hook remains afterwards, also after an error. Gradients flow to strengths and
+    activations where PyTorch records them.
 
     Args:
         model: language model.
@@ -182,7 +183,7 @@ class _Reading:
 
 
 def _attach(stack: ExitStack, model: Model, intervention: Intervention, flow: _Later) -> None:
-    """Readings first, then the edit, so that all of them see what enclosing blocks left."""
+    """Attach the readings first, then the edit, so that all of them see the changes of enclosing contexts."""
     writes_at, when = intervention.writes_at, intervention.places.when
     source = _read_at(stack, model, intervention.reads_at, writes_at, flow)
     condition = None if when is None else _read_at(stack, model, _point_of(when), writes_at, flow)
@@ -199,7 +200,7 @@ def _attach(stack: ExitStack, model: Model, intervention: Intervention, flow: _L
 
 
 def _read_at(stack: ExitStack, model: Model, hook_point: str, writes_at: str, flow: _Later) -> _Reading | None:
-    """A reading at another hook point than the one that is changed; there, what comes in is at hand."""
+    """A reading at a hook point other than the edited one; None where both are one and the edit's own input serves."""
     if hook_point == writes_at:
         return None
     reading = _Reading(hook_point, flow)

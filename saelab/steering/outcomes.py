@@ -152,7 +152,7 @@ def _loss(logits: Tensor, texts: Texts, rows: Tensor) -> Tensor:
 
 
 def _log_p(logits: Tensor, texts: Texts, rows: Tensor, target: Tensor) -> Tensor:
-    """Behind the last token of each text."""
+    """Log-probability of the target after the last token of each text."""
     last = logits[torch.arange(len(rows)), texts.lengths.to(rows)[rows] - 1].float().log_softmax(1)
     wanted = target.to(rows).expand(len(texts))[rows]
     return last.gather(1, wanted[:, None])[:, 0]

@@ -40,6 +40,7 @@ class Patching(Result):
     corrupt: float
     """the metric of the corrupt prompt"""
     sources: tuple[str, ...]
+    """names of the hook points, directions or features patched"""
     positions: tuple[tuple[int, ...], ...]
     """positions of each column, patched together"""
     clean_tokens: tuple[str, ...]
@@ -194,7 +195,7 @@ def _measure(model: Model, texts: Texts, outcome: Outcome) -> float:
 
 
 def _read(model: Model, texts: Texts, pieces: Sequence[_Piece]) -> dict[str, Tensor]:
-    """Activations of the only text by hook point."""
+    """Activations of the text by hook point."""
     points = [point for point, _ in groupby(sorted(piece.hook_point for piece in pieces))]
     return {name: x[0] for name, x in capture(model, texts.ids, points, stop=False).items()}
 
@@ -210,7 +211,7 @@ def _list_sources(model: Model, sources: Source | Sequence[Source] | None) -> li
 
 
 def _is_features(source: Any) -> bool:
-    """An SAE and features, not two SAEs."""
+    """Whether a pair is an SAE with features, not two SAEs."""
     return isinstance(source, tuple) and len(source) == 2 and [isinstance(one, SAE) for one in source] == [True, False]
 
 

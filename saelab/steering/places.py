@@ -61,7 +61,7 @@ class Where:
     """positions in a row's own tokens from 0 (BOS included, padding not); negative ones count back from the end of the
     prompt"""
     tokens: Bool[Tensor, "batch ctx_len"] | Bool[Tensor, "ctx_len"] | None = None
-    """mask of the prompt's columns, special tokens included; no token after them is changed"""
+    """mask of the prompt's columns, True for tokens to change, special ones included; no token after them is changed"""
     when: When | None = None
     """a condition on the codes of a feature"""
     special: bool = False
@@ -122,7 +122,7 @@ def _resolve(place: int, lengths: Tensor) -> Tensor:
 
 
 def _cut(tokens: Tensor, columns: Tensor, n_rows: int) -> Bool[Tensor, "batch n"]:
-    """A mask's columns, false behind its end."""
+    """The columns of a mask, False after its end."""
     mask = tokens.expand(n_rows, -1) if tokens.ndim == 1 else tokens
     if len(mask) != n_rows:
         raise ValueError(f"A token mask must have a row for each of the {n_rows} texts, got {len(mask)}.")

@@ -27,7 +27,9 @@ class Prototypes:
     """The mean codes of labelled examples, one row for each label (prototypical networks, arXiv:1703.05175)."""
 
     names: tuple[str, ...]
+    """the labels"""
     codes: Float[Tensor, "n_labels d_sae"]
+    """mean codes of each label"""
     counts: tuple[int, ...]
     """number of examples of each label"""
 
@@ -160,8 +162,10 @@ class Pull(Intervention):
         return moved if self.source.cfg.activation.signed else moved.clamp_min(0)
 
     def _mix(self, z: Tensor, support: Tensor, row: int) -> Float[Tensor, "n d_sae"]:
-        """Every gradient is a mixture of the prototypes, and so are all steps together: only the few weights of the
-        mixture change from step to step, and the products that they need are taken once.
+        """Codes after the steps of "contrast", from the weights of the prototypes.
+
+        Every gradient is a mixture of the prototypes, and so are all steps together: only the few weights of the
+        mixture change from step to step, and the products that they need are computed once.
         """
         codes, n_labels = self._codes, len(self._codes)
         products = (support @ (codes[:, None] * codes).flatten(0, 1).T).unflatten(1, (n_labels, n_labels))

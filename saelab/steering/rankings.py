@@ -107,6 +107,7 @@ class Labelled:
 
     columns: Columns
     y: Bool[np.ndarray, "n"]
+    """the label of each row"""
     sample: Int[np.ndarray, "n_sample"]
     """rows that regressions are fitted to, both classes among them"""
 
@@ -151,7 +152,7 @@ class Labelled:
         return np.concatenate([first[np.argsort(-weights, kind="stable")], order[PREFILTER:]])
 
     def _by_pruning(self) -> np.ndarray:
-        """A dense regression loses the weaker half of its columns again and again; what is left longest is first."""
+        """Columns in reverse order of removal by a dense regression that repeatedly drops its weaker half."""
         order = self.order("f")
         left, lost = order[:PREFILTER], [order[PREFILTER:]]
         while True:

@@ -48,7 +48,9 @@ class Removal(Result):
 
     concept: str
     hook_point: str
+    """where activations are edited"""
     read_at: str
+    """where probes are trained"""
     rows: tuple[RemovalScore, ...]
     features: tuple[int, ...]
     """features removed by "features"."""

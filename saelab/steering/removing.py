@@ -158,7 +158,7 @@ class _Chooser:
     codes: Any = field(init=False, repr=False)
 
     def make(self, kind: Method) -> Edit:
-        """The edit of a kind."""
+        """The edit of one method."""
         if kind == "features":
             assert self.sae is not None
             probe = find_direction(self.x, self.y, self.bench.hook_point, "probe").vector
@@ -170,7 +170,7 @@ class _Chooser:
         return erase_direction(self.x, self.y, self.bench.hook_point, kind, n, self.to)
 
     def draw(self, edits: dict[str, Edit], n: int) -> Iterator[tuple[str, list[Edit]]]:
-        """Random edits, for sides of features and for each number of directions among the edits."""
+        """Random controls, for features and for each number of directions among the edits."""
         rng, done = np.random.default_rng(self.seed), set()
         for edit in edits.values() if n else ():
             if isinstance(edit, FeatureErasure):

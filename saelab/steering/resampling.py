@@ -28,7 +28,9 @@ class Resampled:
     hook_point: str
     rank: int
     value: float
+    """the metric's mean with it resampled"""
     random: tuple[float, ...]
+    """the same for each random one"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +134,7 @@ class _Runs:
         return torch.arange(len(self.texts)).split(max(1, FORWARD_TOKENS // self.texts.ids.shape[1]))
 
     def _read(self, hook_point: str) -> Float[Tensor, "n_tokens d_in"]:
-        """Activations of the tokens that count, on the CPU."""
+        """Activations of the selected tokens, on the CPU."""
         parts = [
             capture(self.model, self.texts.ids[rows], [hook_point])[hook_point].cpu()[self.keep[rows]]
             for rows in self._chunks()
@@ -140,7 +142,7 @@ class _Runs:
         return torch.cat(parts).float()
 
     def mean(self, change: tuple[str, Float[Tensor, "n_tokens d_in"]] | None) -> float:
-        """The metric's mean over texts, with activations changed at the tokens that count."""
+        """The metric's mean over texts, with activations changed at the selected tokens."""
         found, done = [], 0
         for rows in self._chunks():
             keep = self.keep[rows]

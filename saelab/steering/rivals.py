@@ -71,7 +71,9 @@ def _subtract_means(x: Tensor, y: Tensor, _seed: int) -> Tensor:
 
 
 def _fit_probe(x: Tensor, y: Tensor, _seed: int) -> Tensor:
-    """One scale for all dimensions, so that the penalty does not turn the direction."""
+    """Weights of a logistic regression; one scale for all dimensions, so that the penalty does not rotate the
+    direction.
+    """
     from sklearn.linear_model import LogisticRegression
 
     centred = x - x.mean(0)
@@ -161,7 +163,7 @@ class _Column:
         return cls(labels.astype(np.float64))
 
     def correlate(self, firings: Firings) -> float:
-        """The larger |r| of the codes and of their sizes."""
+        """The larger |r| of the codes and of their magnitudes."""
         there, n, found = self.values[firings.indices], len(self.values), [0.0]
         for z in (firings.values.astype(np.float64), np.abs(firings.values).astype(np.float64)):
             size = np.sqrt(max((z**2).sum() - z.sum() ** 2 / n, 0)) * self.size

@@ -48,7 +48,9 @@ class SparseProbe:
     threshold: float
     """on the regression's score, with the best F1 above chance (kappa) in training documents"""
     f1_train: float
+    """F1 in training documents at that threshold"""
     held_out: Told
+    """scores in held-out documents"""
     shuffled: Told
     """the same from the ranking on, with permuted labels (`SparseProbes.null`): chance level; NaN where permuting
     leaves a side of the split with one class alone"""
@@ -72,6 +74,7 @@ class SparseProbes(Result):
     rate: float
     """share of held-out tokens with the concept"""
     n_train: int
+    """training tokens"""
     n_tokens: int
     """held-out tokens"""
     n_documents: int
@@ -222,7 +225,7 @@ def _check(ks: Sequence[int], rankings: Sequence[str]) -> None:
 
 
 def _choose_rows(codes: Any, doc_ids: Any, n_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens are looked at, of some documents where there are too many; and the documents of all."""
+    """Mask of the tokens used, those of some documents where there are too many, and the document of every token."""
     if doc_ids is None and not isinstance(codes, FeatureStore):
         raise ValueError("`doc_ids` must be given with codes that are no store, got None.")
     documents = codes.doc_ids if isinstance(codes, FeatureStore) else np.asarray(doc_ids)
@@ -237,7 +240,7 @@ def _read_labels(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def _read(codes: Any, keep: np.ndarray, name: str = "codes") -> "csr_matrix":
-    """The codes of the tokens that are looked at."""
+    """Codes of the tokens used."""
     from scipy.sparse import csr_matrix, vstack
 
     values: Any = codes if isinstance(codes, FeatureStore) else csr_matrix(read_values(codes))
@@ -254,7 +257,7 @@ def _read(codes: Any, keep: np.ndarray, name: str = "codes") -> "csr_matrix":
 def _permute(
     y: np.ndarray, documents: np.ndarray, is_train: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray | None, str]:
-    """Labels put elsewhere, and how; None where that leaves a side without one of them."""
+    """Permuted labels, and how they were permuted; None where every try leaves a side of the split with one class."""
     null = ""
     for _ in range(MOVES):
         moved, null = permute_labels(y, documents, rng)
@@ -298,14 +301,14 @@ class _Bench:
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """One labelling of the tokens."""
+    """One labelling of the tokens, with the codes to predict it."""
 
     train: Labelled
     held: "csc_matrix"
     y_held: Bool[np.ndarray, "n"]
 
     def fit(self, columns: Int[np.ndarray, "k"], c: float = 1.0) -> _Fitted:
-        """Fit, choose the threshold, score elsewhere."""
+        """A regression on some columns, with threshold and held-out scores."""
         weights = self.train.fit(columns, c=c)
         by_size = np.argsort(-np.abs(weights), kind="stable")
         columns, weights = columns[by_size], weights[by_size]
@@ -318,7 +321,7 @@ class _Trial:
 def _probe(
     sides: Sides, true: _Trial, others: tuple[_Trial | None, _Trial | None], ranking: Ranking, ks: Sequence[int]
 ) -> Iterator[SparseProbe]:
-    """The probes of one ranking, beside those of other labels and of other codes."""
+    """The probes of one ranking, with those for permuted labels and for the untrained SAE's codes."""
     order = true.train.order(ranking)
     beside = [None if other is None else other.train.order(ranking) for other in others]
     for k in ks:

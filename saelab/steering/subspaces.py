@@ -28,6 +28,7 @@ class Subspace:
     hook_point: str
     name: str = "subspace"
     basis: Float[Tensor, "rank d_in"] = field(init=False, repr=False)
+    """orthonormal rows Q"""
 
     def __post_init__(self) -> None:
         vectors = self.vectors.detach().double()

@@ -21,6 +21,7 @@ class AttributeDictionary:
 
     mean: Float[Tensor, "d_in"]
     rows: Float[Tensor, "n_values d_in"]
+    """u(attribute = value)"""
     names: tuple[tuple[str, str], ...]
     """attribute and value of each row"""
 

@@ -125,7 +125,7 @@ def _score(
 
 
 def _unite(train: Any, y: np.ndarray) -> list[int]:
-    """Sides of which any fires where the label holds, the best first; none where nothing fires with it."""
+    """Columns whose union predicts a label, the best first; none where no column fires with it."""
     predicted, best = np.zeros(len(y), bool), 0.0
     sides: list[int] = []
     fires = np.asarray(train.sum(0)).ravel()
@@ -150,7 +150,7 @@ def _test(held: Any, sides: Sequence[int], y: np.ndarray) -> float:
 
 
 def _probe(x: Tensor, truth: Mapping[str, np.ndarray], is_train: np.ndarray) -> dict[str, np.ndarray]:
-    """Held-out F1 of each value by attribute, of one regression of all of them."""
+    """Held-out F1 of each value, by attribute, from one regression on all of them."""
     train = torch.from_numpy(is_train)
     x = (x - x[train].mean(0)) / x[train].std(0).clamp(min=1e-6)
     labels = torch.from_numpy(np.concatenate(list(truth.values()), 1))

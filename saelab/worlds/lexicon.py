@@ -72,7 +72,9 @@ class Axis(NamedTuple):
 
     poles: tuple[str, str]
     words: tuple[str, str]
+    """adjectives of each pole, separated by spaces"""
     results: tuple[str, str]
+    """a clause that follows from each pole"""
 
 
 AXES = {
@@ -277,8 +279,11 @@ class Concept:
 
     name: str
     kind: str
+    """kind of concept, such as "class", "word", "pole", "one-sided", "state" or "topic"; control pairs default to the "one-sided" ones"""
     parent: str | None = None
+    """name of the more general concept, which is true wherever this one is"""
     opposite: str | None = None
+    """name of the opposed concept"""
     topic: str | None = None
 
 

@@ -34,6 +34,7 @@ class Stories:
 
     token_ids: Int32[np.ndarray, "n_tokens"]
     offsets: np.ndarray
+    """start of each story, and the end of the last"""
     concepts: "csr_matrix"
     """(n_tokens, n_concepts), true where a token has a concept; columns as in `table`"""
     surprisal: Float32[np.ndarray, "n_tokens"]

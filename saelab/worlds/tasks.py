@@ -59,7 +59,7 @@ def _make_pair(task: Task, seed: str) -> Counterfactual:
 
 
 def _last_forced(tale: Tale, mark: str) -> int:
-    """The last forced word of a kind in the first paragraph's sequel."""
+    """Position of the last determined word of a kind in the passage after the first paragraph."""
     end = dict(reversed(tale.marks))["special end"]
     return max(place for name, place in tale.marks if name == mark and place < end)
 
