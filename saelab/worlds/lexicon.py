@@ -279,7 +279,7 @@ class Concept:
 
     name: str
     kind: str
-    """kind of concept, such as "class", "word", "pole", "one-sided", "state" or "topic"; control pairs default to the "one-sided" ones"""
+    """such as "class", "word", "pole" or "state"; default control pairs are of "one-sided" ones"""
     parent: str | None = None
     """name of the more general concept, which is true wherever this one is"""
     opposite: str | None = None
