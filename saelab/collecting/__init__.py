@@ -1,1 +1,3 @@
-"""From tokens to activations: a folder of shards, memory, or a stream."""
+"""Running models over text to get activations and SAE codes: in memory, as a folder of shards, or as a stream; and
+conversion of other tools' caches.
+"""

@@ -1,4 +1,6 @@
-"""Activations that others cached: SAELens' Arrow files and OpenMOSS' chunks, piece by piece as they were written."""
+"""Reading activation caches of other tools, SAELens' Arrow files and OpenMOSS' chunks, in the pieces in which they were
+written.
+"""
 
 import re
 from abc import ABC, abstractmethod
@@ -22,30 +24,30 @@ CHUNK = re.compile(r"(?:shard-(\d+)-)?chunk-(\d+)\.(safetensors|pt)")
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some sequences' activations."""
+    """Activations and token ids of some sequences."""
 
     acts: Float[Tensor, "n_seq ctx_len d_in"]
     token_ids: Int32[Tensor, "n_seq ctx_len"]
     keep: Bool[Tensor, "n_seq ctx_len"]
-    """which of them count"""
+    """tokens that are not masked"""
 
 
 @dataclass(frozen=True, eq=False)
 class Cache(ABC):
-    """Somebody's cached activations of one hook point."""
+    """Base class of caches of one hook point's activations."""
 
     hook_point: str
     paths: list[Path]
     sizes: list[int]
-    """sequences in each piece"""
+    """number of sequences in each piece"""
 
     @abstractmethod
     def read(self, i: int) -> Piece:
-        """One piece."""
+        """Activations and token ids of piece i."""
 
 
 def open_cache(folder: Path, hook_point: str | None) -> Cache:
-    """The cache in a folder, by what it holds; FileNotFoundError where there is none."""
+    """Cache in a folder, its format detected from its files; FileNotFoundError where there is none."""
     if (folder / STATE).is_file():
         return SAELensCache.open(folder, hook_point)
     place = folder / inside(hook_point) if hook_point is not None and (folder / inside(hook_point)).is_dir() else folder
@@ -59,17 +61,18 @@ def open_cache(folder: Path, hook_point: str | None) -> Cache:
 
 @dataclass(frozen=True, eq=False)
 class SAELensCache(Cache):
-    """A folder of `datasets`: Arrow streams of record batches, a column of activations (n, ctx_len, d_in), one of ids.
+    """A folder written by `datasets`: Arrow record batches, a column of activations (n, ctx_len, d_in), one of token
+    ids.
 
     Ids are read as the integers they are, whatever the dtype of the activations: as float16, 50256 would be 50240.
     """
 
     batches: list[Any]
-    """of records, mapped"""
+    """record batches, memory-mapped"""
 
     @classmethod
     def open(cls, folder: Path, hook_point: str | None) -> "SAELensCache":
-        """Find the record batches and the column; ValueError where there are several columns, or no ids."""
+        """Cache in a folder; ValueError where several columns could be the activations, or token ids are missing."""
         listed = read_json(folder / STATE)
         try:
             paths = [folder / inside(entry["filename"]) for entry in listed["_data_files"]]
@@ -91,7 +94,7 @@ class SAELensCache(Cache):
         return cls(hook_point, paths, [batch.num_rows for batch in batches], batches)
 
     def read(self, i: int) -> Piece:
-        """One record batch."""
+        """Activations and token ids of record batch i."""
         ids = _to_array(self.batches[i].column(TOKENS), 1)
         acts = _to_array(self.batches[i].column(self.hook_point), 2)
         token_ids = torch.from_numpy(ids.astype(np.int32))
@@ -99,7 +102,7 @@ class SAELensCache(Cache):
 
 
 def _open_stream(path: Path) -> list[Any]:
-    """Record batches of an Arrow file, mapped."""
+    """Record batches of an Arrow file, memory-mapped."""
     from pyarrow import ArrowInvalid, ipc, memory_map
 
     if not path.is_file():
@@ -111,7 +114,7 @@ def _open_stream(path: Path) -> list[Any]:
 
 
 def _to_array(column: Any, depth: int) -> np.ndarray:
-    """Nested lists of equal length as an array of `depth` axes more than rows."""
+    """Nested lists of equal length as an array with `depth` further axes."""
     inner = getattr(column, "storage", column)
     shape = [len(inner)]
     for _ in range(depth):
@@ -125,18 +128,18 @@ def _to_array(column: Any, depth: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class OpenMOSSCache(Cache):
-    """A folder of chunks: `activation` (n_seq, ctx_len, d_in) or (n, d_in), `tokens`, and masks of what counts."""
+    """A folder of chunks: `activation` (n_seq, ctx_len, d_in) or (n, d_in), `tokens`, and masks of valid tokens."""
 
     @classmethod
     def open(cls, folder: Path, hook_point: str) -> "OpenMOSSCache":
-        """Find the chunks, by number of shard and chunk."""
+        """Cache in a folder, its chunks ordered by shard and chunk number."""
         named = [(CHUNK.fullmatch(path.name), path) for path in folder.iterdir()]
         paths = [path for _, _, path in sorted((int(m[1] or 0), int(m[2]), path) for m, path in named if m)]
         shapes = [read_tensors(path).get("tokens", torch.empty(0)).shape for path in paths]
         return cls(hook_point, paths, [shape[0] if len(shape) > 1 else 1 for shape in shapes])
 
     def read(self, i: int) -> Piece:
-        """One chunk; rows that are not in sequences are taken as one."""
+        """Activations and token ids of chunk i; a chunk without a sequence axis is read as one sequence."""
         held = read_tensors(self.paths[i])
         if missing := [name for name in ("activation", "tokens") if not isinstance(held.get(name), Tensor)]:
             raise ValueError(f"{self.paths[i]} must hold `activation` and `tokens`, got none for {missing}.")
@@ -156,5 +159,5 @@ class OpenMOSSCache(Cache):
 
 
 def describe_files(paths: list[Path]) -> dict[str, str]:
-    """Checksums by name."""
+    """Checksum of each file, by name."""
     return {path.name: checksum(path) for path in paths}

@@ -1,4 +1,4 @@
-"""`collect`: the activations of a text at some hook points, in memory or in a folder that can be resumed."""
+"""`collect`: activations of a text at hook points, in memory or in a folder of shards."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,16 +38,28 @@ def collect(
     progress: bool = True,
     resume: bool = True,
 ) -> Activations | dict[str, Activations]:
-    """Activations at one hook point, or at several by name, from one forward for all of them.
+    """Activations at one hook point, or a dictionary of several, from one forward pass for all of them.
 
-    With `out` they go to a folder, shard by shard of `shard_tokens` rows, each written whole or not at all. An
-    interrupted call goes on where it stopped when it is made again, and ends with the same bytes; a finished one is
-    opened at once. Without `out` they stay in memory. `dtype` is that of the stored rows (default: the model's),
-    `batch_size` the number of sequences in a forward (default: about 4096 tokens). One mask serves all hook points: a
-    token whose norm is an outlier at one is dropped at all. What each rule removed is in `provenance.removed`.
+    With `out` they are written to a folder, shard by shard, each atomically. An interrupted call continues where it
+    stopped when it is made again, and ends with the same bytes; a finished one is opened at once. What each rule of the
+    mask removed is in `provenance.removed`.
 
-    Raises ValueError for a wrong hook point, for NaN or infinity, for a mask that keeps nothing, and for a folder begun
-    with other arguments (`resume=False` deletes it and begins anew); OSError when the disk is full or not writable.
+    Args:
+        model: the language model.
+        tokens: rows of token ids to run it on.
+        hook_points: name of a hook point, or several.
+        out: folder to write to; None keeps the activations in memory.
+        dtype: dtype of the stored rows; None is the model's.
+        mask: tokens to keep, the same for all hook points: a token whose norm is an outlier at one is dropped at all.
+        batch_size: sequences per forward pass; None is about 4096 tokens' worth.
+        shard_tokens: rows per shard.
+        progress: whether to show a progress bar.
+        resume: continue an interrupted call; False deletes what `out` holds and starts over.
+
+    Raises:
+        ValueError: for a wrong hook point, NaN or infinity, a mask that keeps nothing, and a folder begun with other
+            arguments.
+        OSError: where the disk is full or not writable.
 
     >>> model = sl.tiny_model()
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)

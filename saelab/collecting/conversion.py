@@ -1,4 +1,4 @@
-"""`convert_delphi`: a latent cache that delphi wrote, as a feature store."""
+"""`convert_delphi`: convert a latent cache written by delphi into a feature store."""
 
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,27 @@ def convert_delphi(
     progress: bool = True,
     resume: bool = True,
 ) -> FeatureStore:
-    """Make a feature store in `out` of the latent cache that delphi (EleutherAI) wrote for one hook point.
+    """Feature store made in `out` from the latent cache that delphi (EleutherAI) wrote for one hook point.
 
-    `folder` is the hook point's own: `config.json` and files `{first}_{last}.safetensors`. Codes keep sign and value to
-    the bit (delphi has left out |z| <= 1e-5); zeros are dropped. Every token is a row, as delphi masks none, and every
-    sequence a document, as it knows of none. `tokens` are the ids that were cached, needed where the cache was saved
-    without; `tokenizer` tells how they read, else they read as <id>. `hook_point` is its name in TransformerLens
-    spelling, by default delphi's own. Memory stays within the tokens and the codes of `shard_tokens` rows or one
-    sequence. An interrupted call goes on where it stopped when it is made again, and ends with the same bytes.
+    Codes keep sign and value to the bit (delphi has left out |z| <= 1e-5); zeros are dropped. Every token is a row, as
+    delphi has no token mask, and every sequence is a document, as it does not record documents. Memory use is the
+    tokens and the codes of `shard_tokens` rows or one sequence. An interrupted call continues where it stopped when it
+    is made again, and ends with the same bytes.
 
-    Raises FileNotFoundError where no cache is; ValueError naming the file where latents are missing or there twice, for
-    locations outside the tokens, values that are not finite and tokens that differ; and for an `out` begun with other
-    arguments (`resume=False` deletes it).
+    Args:
+        folder: folder of the hook point: `config.json` and files `{first}_{last}.safetensors`.
+        out: folder of the feature store.
+        tokens: (n_seq, ctx_len) ids that were cached; needed where the cache was saved without them.
+        tokenizer: gives the strings of tokens; None shows them as <id>.
+        hook_point: name of the hook point in TransformerLens' spelling; None is delphi's name.
+        shard_tokens: rows per shard, rounded down to whole sequences.
+        progress: whether to show a progress bar.
+        resume: continue an interrupted call; False deletes what `out` holds and starts over.
+
+    Raises:
+        FileNotFoundError: where there is no cache.
+        ValueError: naming the file, where latents are missing or occur twice, for locations outside the tokens, values
+            that are not finite and tokens that differ; and for an `out` begun with other arguments.
 
     >>> convert_delphi("latents/layers.2", "store")
     Traceback (most recent call last):
@@ -71,7 +80,7 @@ def _begin(cache: DelphiCache, request: dict[str, Any]) -> FeatureManifest:
 
 
 def _write_shards(cache: DelphiCache, writer: ShardWriter, n_seq: int, progress: bool) -> None:
-    """A shard for every `n_seq` sequences."""
+    """Write a shard for every `n_seq` sequences."""
     from tqdm.auto import tqdm
 
     ctx_len, n_all = cache.tokens.ctx_len, len(cache.tokens)
@@ -85,7 +94,7 @@ def _write_shards(cache: DelphiCache, writer: ShardWriter, n_seq: int, progress:
 
 
 def _finish(cache: DelphiCache, writer: ShardWriter, tokenizer: Any) -> None:
-    """Write what is left, the text and the statistics."""
+    """Write remaining rows, the text and the statistics."""
     writer.flush()
     manifest = writer.manifest
     assert isinstance(manifest, FeatureManifest)
@@ -96,18 +105,18 @@ def _finish(cache: DelphiCache, writer: ShardWriter, tokenizer: Any) -> None:
 
 
 class _Packer:
-    """The codes that become the next shard, all of them at once."""
+    """Codes of the next shard, added all at once."""
 
     def __init__(self, d_sae: int) -> None:
         self._d_sae = d_sae
 
     def add(self, reading: PlacedCodes, start: int, stop: int) -> None:
-        """Take them."""
+        """Set the shard's codes."""
         assert (start, stop) == (0, len(reading.places))
         self._codes = reading
 
     def take(self) -> dict[str, Tensor]:
-        """Both orders of them."""
+        """The codes ordered by token and by feature."""
         codes = self._codes
         packed = pack_codes(codes.offsets, codes.latents, codes.values, self._d_sae) | {"places": codes.places}
         return {name: torch.from_numpy(array) for name, array in packed.items()}

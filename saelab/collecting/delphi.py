@@ -1,4 +1,6 @@
-"""delphi's latent cache of one hook point: files of safetensors, each with the codes of some latents on all tokens."""
+"""Reading delphi's latent cache of one hook point: safetensors files, each with the codes of a range of latents on all
+tokens.
+"""
 
 import re
 from bisect import bisect_left
@@ -26,7 +28,7 @@ LARGEST_ID = 2**31 - 1
 
 @dataclass(frozen=True, eq=False)
 class PlacedCodes:
-    """The codes of some sequences, by token, and where these tokens stand in the text."""
+    """Codes of some sequences in CSR form by token, and the indices of these tokens in the text."""
 
     offsets: Integer[np.ndarray, "n_1"]
     latents: Integer[np.ndarray, "nnz"]
@@ -36,17 +38,17 @@ class PlacedCodes:
 
 @dataclass(frozen=True, eq=False)
 class _Split:
-    """One file: the codes of the latents first to last in the order of the text, read where asked for."""
+    """One file: the codes of latents `first` to `last` in text order, read on demand."""
 
     path: Path
     first: int
     last: int
     arrays: dict[str, Any]
-    """slices by name: nothing is read before it is indexed"""
+    """slices by name; nothing is read before it is indexed"""
 
     @classmethod
     def open(cls, path: Path, first: int, last: int) -> "_Split":
-        """Check names, shapes and dtypes."""
+        """File whose names, shapes and dtypes are checked."""
         try:
             file: Any = safe_open(path, framework="numpy")
             arrays = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
@@ -65,7 +67,7 @@ class _Split:
         return cls(path, first, last, arrays)
 
     def require_within(self, shape: Sequence[int]) -> None:
-        """No code may lie beyond the last sequence, and a file's own tokens must have the shape of all."""
+        """Raise ValueError for a code beyond the last sequence, or tokens of another shape than given."""
         n = self.arrays["activations"].get_shape()[0]
         if (entry := self._find(shape[0])) < n:
             raise ValueError(
@@ -76,7 +78,9 @@ class _Split:
             self._refuse_tokens()
 
     def read(self, first: int, stop: int, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Row, latent and value of each code in some sequences with these tokens; rows are counted from 0."""
+        """Row, latent and value of each code in sequences `first` to `stop` with these tokens; rows are counted
+        from 0.
+        """
         if "tokens" in self.arrays and not np.array_equal(self.arrays["tokens"][first:stop], ids):
             self._refuse_tokens()
         entries = slice(self._find(first), self._find(stop))
@@ -96,7 +100,7 @@ class _Split:
         return rows, locations[fires, 2] + self.first, values[fires]
 
     def _find(self, seq: int) -> int:
-        """The first entry of a sequence or of one behind it."""
+        """Index of the first entry of a sequence or of a later one."""
         locations = self.arrays["locations"]
         return bisect_left(range(locations.get_shape()[0]), seq, key=lambda i: int(locations[i : i + 1][0, 0]))
 
@@ -106,7 +110,7 @@ class _Split:
 
 @dataclass(frozen=True, eq=False)
 class DelphiCache:
-    """All files of one hook point, and its tokens: each sequence is a document."""
+    """All files of one hook point, and its tokens; each sequence is a document."""
 
     folder: Path
     config: dict[str, Any]
@@ -116,7 +120,7 @@ class DelphiCache:
 
     @classmethod
     def open(cls, folder: Path, ids: Integer[Tensor, "n_seq ctx_len"] | None, hook_point: str | None) -> "DelphiCache":
-        """Check that every latent is there once, and that there are tokens."""
+        """Cache in a folder; ValueError unless every latent occurs exactly once and token ids are known."""
         ranges = _find_ranges(folder)
         config = read_json(folder / "config.json")
         if not isinstance(config, dict) or "model_name" not in config:
@@ -133,18 +137,18 @@ class DelphiCache:
 
     @property
     def d_sae(self) -> int:
-        """Latents in all files."""
+        """Number of latents in all files."""
         return self.splits[-1].last + 1
 
     @property
     def dtype(self) -> str:
-        """Of the values."""
+        """Dtype of the values: "float32" where any file has it, else "float16"."""
         return (
             "float32" if any(split.arrays["activations"].get_dtype() == "F32" for split in self.splits) else "float16"
         )
 
     def read(self, first: int, stop: int) -> PlacedCodes:
-        """The codes of some sequences, from all files."""
+        """Codes of sequences `first` to `stop`, from all files."""
         from scipy.sparse import csr_matrix
 
         ids = self.tokens.ids[first:stop].numpy()
@@ -162,20 +166,20 @@ class DelphiCache:
         return PlacedCodes(by_token.indptr, by_token.indices, by_token.data.view(values.dtype), places)
 
     def text(self, tokenizer: Any) -> StoredText:
-        """Every token; those of no tokenizer have no strings."""
+        """All tokens of the cache, with their strings where a tokenizer is given."""
         ids, doc_ids = self.tokens.ids.flatten().numpy(), self.tokens.doc_ids.flatten().numpy()
         positions = np.tile(np.arange(self.tokens.ctx_len, dtype=np.int32), len(self.tokens))
         strings = token_strings(tokenizer, np.unique(ids).tolist()) if tokenizer is not None else {}
         return StoredText(token_ids=ids, doc_ids=doc_ids, positions=positions, strings=strings)
 
     def request(self) -> dict[str, Any]:
-        """What decides the bytes of a store made from this."""
+        """File checksums, token hash and hook point: what determines the bytes of a store made from this cache."""
         paths = [self.folder / "config.json", *(split.path for split in self.splits)]
         files = {path.name: checksum(path) for path in paths}
         return {"files": files, "tokens_sha256": self.tokens.sha256, "hook_point": self.hook_point}
 
     def origin(self) -> Provenance:
-        """What is known of it. delphi reads models as Hugging Face loads them, and masks no token."""
+        """Provenance as far as it is recorded. delphi loads models as Hugging Face does, and masks no token."""
         return Provenance(
             model=self.config["model_name"],
             weight_processing="none",
@@ -192,7 +196,9 @@ class DelphiCache:
 
 
 def _find_ranges(folder: Path) -> list[tuple[Path, int, int]]:
-    """The files with their first and last latent, in order; together they must hold every latent once."""
+    """Files with their first and last latent, in order; ValueError unless together they hold every latent exactly
+    once.
+    """
     named = [(path, NAME.fullmatch(path.stem)) for path in folder.glob("*.safetensors")]
     found = sorted((int(match[1]), int(match[2]), path) for path, match in named if match)
     if not found:
@@ -221,7 +227,7 @@ def _own_ids(folder: Path, splits: Sequence[_Split]) -> np.ndarray:
 
 
 def _given_ids(ids: Tensor, config: dict[str, Any]) -> np.ndarray:
-    """Those given must not be more than were cached: every firing rate would be wrong."""
+    """Token ids that the caller gave; ValueError for more than were cached, as every firing rate would be wrong."""
     n_tokens, ctx_len = config.get("n_tokens", ids.numel()), config.get("ctx_len", ids.shape[1])
     if ids.numel() > n_tokens or ids.shape[1] != ctx_len:
         raise ValueError(

@@ -1,4 +1,6 @@
-"""A feature store as the latent cache that delphi (EleutherAI) reads, so that its explainers and scorers run on it."""
+"""`write_delphi`: write a feature store as a latent cache that delphi (EleutherAI) reads, to run its explainers and
+scorers.
+"""
 
 from itertools import pairwise
 from pathlib import Path
@@ -22,12 +24,19 @@ def write_delphi(
 ) -> Path:
     """Write `{hook point}/{first}_{last}.safetensors` and `config.json` into a folder; returns the hook point's folder.
 
-    Each of the `n_splits` files has the codes of some latents: `locations` (n, 3) of sequence, position and latent from
-    the first of the file, in the order of the text, `activations` in float16, and all `tokens`. Codes of |z| <= 1e-5
-    are left out, as delphi does; negative ones are written, though delphi itself counts only positive ones as firing.
-    Tokens that the mask left out are there, without codes. `pad_id` fills short sequences up.
+    Each file has the codes of a range of latents: `locations` (n, 3) of sequence, position and latent counted from the
+    file's first, in text order, `activations` in float16, and all `tokens`. Codes of |z| <= 1e-5 are left out, as
+    delphi does; negative ones are written, though delphi itself counts only positive ones as active. Tokens that the
+    mask removed are included, without codes.
 
-    Raises ValueError where sequences are of different lengths and there is no `pad_id`.
+    Args:
+        store: the feature store.
+        folder: folder in which the hook point's folder is made.
+        n_splits: number of files to divide the latents into.
+        pad_id: token id that fills up sequences shorter than the longest; None requires all to be of one length.
+
+    Raises:
+        ValueError: where sequences are of different lengths and there is no `pad_id`.
     """
     if not 1 <= n_splits <= store.d_sae:
         raise ValueError(f"`n_splits` must be in 1..{store.d_sae}, got {n_splits}.")
@@ -56,7 +65,7 @@ def write_delphi(
 
 
 def _lay_out(store: FeatureStore, pad_id: int | None) -> tuple[Int32[np.ndarray, "n_seq ctx_len"], np.ndarray]:
-    """The text in rows, and where each token of it stands there: sequence * ctx_len + position."""
+    """Token ids in rows, and the index of each token of the text there: sequence * ctx_len + position."""
     text = store.text
     positions = np.asarray(text.positions, np.int64)
     begins = np.flatnonzero(np.diff(positions, prepend=positions[:1] + 1) <= 0)
@@ -76,7 +85,7 @@ def _lay_out(store: FeatureStore, pad_id: int | None) -> tuple[Int32[np.ndarray,
 def _locate(
     store: FeatureStore, first: int, stop: int, places: Integer[np.ndarray, "n"], ctx_len: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Locations and values of the codes of some latents, in the order of the text."""
+    """Locations and values of the codes of a range of latents, in text order."""
     rows = store.columns(first, stop).tocsr()
     rows.sort_indices()
     at = np.repeat(places[store.places], np.diff(rows.indptr))

@@ -1,4 +1,4 @@
-"""`convert_activations`: activations that SAELens or OpenMOSS cached, as a folder that `collect` might have written."""
+"""`convert_activations`: convert activation caches of SAELens or OpenMOSS into a folder as `collect` writes it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,15 +28,26 @@ def convert_activations(
     progress: bool = True,
     resume: bool = True,
 ) -> Activations:
-    """Make a folder of activations in `out` of those that SAELens (Arrow files) or OpenMOSS (chunks) cached.
+    """Activations in `out`, converted from a cache that SAELens (Arrow files) or OpenMOSS (chunks) wrote.
 
-    Rows keep their dtype and value, token ids theirs; tokens that OpenMOSS' masks leave out are dropped, SAELens has no
-    mask. The caches do not say which `model` they are of; `hook_point` chooses where they hold several. Every sequence
-    counts as a document. Memory stays within a piece of the cache and a shard. An interrupted call goes on where it
-    stopped when it is made again. Needs pyarrow for SAELens' files.
+    Rows keep their dtype and value, token ids theirs; tokens that OpenMOSS' masks exclude are dropped, SAELens has no
+    mask. Every sequence counts as a document. Memory use is a piece of the cache and a shard. An interrupted call
+    continues where it stopped when it is made again. Needs pyarrow for SAELens' files.
 
-    Raises FileNotFoundError where no cache is; ValueError naming the file for what is damaged, for values that are not
-    finite, and for an `out` begun with other arguments (`resume=False` deletes it).
+    Args:
+        folder: folder of the cache.
+        out: folder to write to.
+        model: name of the model, which the caches do not record.
+        hook_point: which hook point to convert; needed where the cache holds several.
+        weight_processing: processing of the model's weights, "none" or "folded".
+        shard_tokens: rows per shard.
+        progress: whether to show a progress bar.
+        resume: continue an interrupted call; False deletes what `out` holds and starts over.
+
+    Raises:
+        FileNotFoundError: where there is no cache.
+        ValueError: naming the file, for one that is damaged and for values that are not finite; and for an `out` begun
+            with other arguments.
     """
     if shard_tokens < 1:
         raise ValueError(f"`shard_tokens` must be at least 1, got {shard_tokens}.")
@@ -69,7 +80,7 @@ def _run(cache: Cache, writer: FolderWriter, origin: Provenance, progress: bool)
 
 
 def _to_reading(cache: Cache, i: int) -> Reading:
-    """The rows of a piece that count."""
+    """Rows of a piece that are not masked."""
     piece = cache.read(i)
     index = piece.keep.flatten().nonzero().squeeze(1)
     n_seq, ctx_len = piece.token_ids.shape

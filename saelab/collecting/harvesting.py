@@ -1,4 +1,4 @@
-"""`harvest`: a corpus encoded once into sparse codes on disk."""
+"""`harvest`: encode a corpus with an SAE and store the sparse codes in a folder, a feature store."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -50,17 +50,33 @@ def harvest(
     progress: bool = True,
     resume: bool = True,
 ) -> FeatureStore | dict[str, FeatureStore]:
-    """Encode a corpus into a feature store: the codes by token and by feature, the tokens, and running statistics.
+    """Feature store of a corpus: SAE codes ordered by token and by feature, the tokens, and statistics of each feature.
 
-    Several SAEs by name share one forward and get a folder each, `out`/name. `tokens` may be activations collected
-    before; the model, which may then be None, only tells how their tokens read. Hook point and mask default to those
-    the SAE was trained with. Values are stored in `dtype`: float16 errs by at most 2^-11 of a value (2^-24 below
-    2^-14), and no code becomes 0. An interrupted call goes on where it stopped when it is made again, and ends with the
-    same bytes; a finished one is opened at once. Memory stays within a shard of `shard_tokens` rows.
+    Several SAEs share one forward pass and get a folder each, `out`/name. An interrupted call continues where it
+    stopped when it is made again, and ends with the same bytes; a finished one is opened at once. Memory use is a
+    shard.
 
-    Raises ValueError where an SAE was trained on something else (`allow_mismatch=True` goes ahead) or has no threshold
-    yet, for masks that differ between SAEs, for activations that are not finite, for values beyond float16's 65504, and
-    for a folder begun with other arguments (`resume=False` deletes it); OSError when the disk is full or not writable.
+    Args:
+        saes: the SAE, or several by name; then a dictionary of stores is returned.
+        model: the language model. May be None for collected activations, where it only gives the strings of tokens.
+        tokens: rows of token ids, or activations collected before.
+        out: folder of the store.
+        hook_point: where the SAE reads; None is where it was trained. Leave it out for collected activations.
+        mask: tokens to encode; None is the mask the SAE was trained with. Leave it out for collected activations.
+        dtype: dtype of the stored values; float16 has a relative error of at most 2^-11 (absolute 2^-24 below 2^-14),
+            and no non-zero code becomes 0.
+        batch_size: sequences per forward pass (rows per step of collected activations); None is about 4096 tokens'
+            worth.
+        shard_tokens: rows per shard.
+        allow_mismatch: accept a model, weight processing or hook point that differs from the SAE's training.
+        progress: whether to show a progress bar.
+        resume: continue an interrupted call; False deletes what `out` holds and starts over.
+
+    Raises:
+        ValueError: where an SAE was trained on something else or has no threshold yet, for masks that differ between
+            SAEs, activations that are not finite, values beyond float16's 65504, and a folder begun with other
+            arguments.
+        OSError: where the disk is full or not writable.
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4)))
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
@@ -104,7 +120,7 @@ def _read_text(
     batch_size: int | None,
     allow_mismatch: bool,
 ) -> tuple[TextSource, dict[str, str]]:
-    """A source that reads all the SAEs' hook points in one forward, and the hook point of each."""
+    """Source that reads all the SAEs' hook points in one forward pass, and the hook point of each SAE."""
     if model is None:
         raise ValueError("`model` must be given to harvest from tokens, got None; only activations need none.")
     places = {name: match_model(sae, model, hook_point, mask, allow_mismatch) for name, sae in saes.items()}
@@ -130,9 +146,9 @@ def _common_mask(places: Mapping[str, Match]) -> TokenMask:
 
 
 def require_harvested(store: FeatureStore, sae: SAE) -> None:
-    """ValueError for an SAE other than the one whose codes a store holds, told by its weights.
+    """Raise ValueError for an SAE other than the one whose codes a store holds, compared by a hash of its weights.
 
-    A store that was converted from another tool's files does not say whose codes it holds: there only the width counts.
+    A store that was converted from another tool's files records no hash: there only the number of features is compared.
     """
     recorded, made = store.manifest.request.get("sae"), fingerprint(sae.state_dict())
     if sae.cfg.d_sae != store.d_sae or recorded not in (None, made):
@@ -144,7 +160,7 @@ def require_harvested(store: FeatureStore, sae: SAE) -> None:
 
 @dataclass(eq=False)
 class _Job:
-    """One SAE and the folder that its codes go to."""
+    """One SAE and the folder that its codes are written to."""
 
     sae: SAE
     hook_point: str
@@ -158,7 +174,7 @@ class _Job:
     def start(
         cls, sae: SAE, hook_point: str, source: Source, folder: Path, dtype: str, shard_tokens: int, resume: bool
     ) -> Iterator["_Job"]:
-        """Claim the folder for the block, or take up what lies there."""
+        """Context manager that claims the folder for the block, or continues the store that is in it."""
         described = sae.describe()
         request = source.request() | {"sae": fingerprint(sae.state_dict()), "hook_point": hook_point}
         request |= {"values": dtype, "shard_tokens": shard_tokens}
@@ -175,21 +191,21 @@ class _Job:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the store is finished."""
         return self.manifest.complete
 
     def writer(self) -> ShardWriter:
-        """Writes this job's shards."""
+        """Writer of this job's shards."""
         first, second = (_CodesBuffer(self.sae.cfg.d_sae, self.dtype) for _ in range(2))
         return ShardWriter(self.folder, self.manifest, self.shard_tokens, (first, second))
 
     def encode(self, batch: Batch) -> "_Codes":
-        """The codes of a batch."""
+        """Sparse codes of a batch."""
         codes = self.sae.encode_sparse(batch.acts[self.hook_point].to(self.sae.device))
         return _Codes(codes, batch.places)
 
     def finish(self, writer: ShardWriter, source: Source) -> None:
-        """Write what is left, the text and the statistics."""
+        """Write remaining rows, the text and the statistics."""
         writer.flush()
         manifest = writer.manifest
         assert isinstance(manifest, FeatureManifest)
@@ -222,14 +238,14 @@ def _run(jobs: list[_Job], source: Source, progress: bool) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Codes:
-    """The codes of a batch and where its rows stand."""
+    """Sparse codes of a batch and the indices of its rows in the text."""
 
     codes: SparseCodes
     places: Int64[Tensor, "n"]
 
 
 class _CodesBuffer:
-    """Codes that wait to become a shard, in the types of the shard."""
+    """Codes of the next shard, in the shard's dtypes."""
 
     def __init__(self, d_sae: int, dtype: str) -> None:
         self._d_sae, self._dtype = d_sae, dtype
@@ -246,7 +262,7 @@ class _CodesBuffer:
         self._parts.append({"latents": latents, "values": values, "places": places, "counts": counts})
 
     def take(self) -> dict[str, Tensor]:
-        """The shard of the rows added since the last time."""
+        """Tensors of a shard of the rows added since the last call."""
         parts, self._parts = self._parts, []
         whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         offsets = np.concatenate([[0], np.cumsum(whole["counts"])]).astype(np.int32)

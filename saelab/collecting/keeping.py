@@ -1,4 +1,4 @@
-"""What becomes of a store's labels when another harvest takes its place: those of another SAE are kept aside."""
+"""Preserving labels when a feature store is overwritten: labels of another SAE are moved to a file of their own."""
 
 import logging
 import os
@@ -13,15 +13,19 @@ from saelab.stores.files import read_json
 
 BOOK = "labels.sqlite"
 PATIENCE = 5.0
-"""seconds to wait for whoever is writing labels"""
+"""seconds to wait for another process that is writing labels"""
 logger = logging.getLogger(__name__)
 
 
 def make_way(folder: Path, request: dict[str, Any]) -> None:
-    """Before a store in `folder` gives way to one of `request`: put its labels aside where they are of another SAE.
+    """Move the labels of a store that is about to be overwritten to another file, unless the new store is of the same
+    SAE.
 
-    They go to labels-SAE.sqlite beside it, and come back from there when that SAE is harvested again. For whoever holds
-    the folder. TimeoutError where another process is writing the labels.
+    They go to labels-SAE.sqlite in the same folder, and return from there when that SAE is harvested again. The caller
+    must hold the folder's lock.
+
+    Raises:
+        TimeoutError: where another process is writing the labels.
     """
     before = read_json(folder / "manifest.json").get("request") or {}
     if before == request or (before.get("sae") is not None and before.get("sae") == request.get("sae")):
@@ -62,7 +66,9 @@ def _rename(path: Path, new: Path) -> None:
 
 @contextmanager
 def _alone_with(path: Path) -> Iterator[None]:
-    """See that nobody is writing a database, and that what a killed process left half-written in it is undone."""
+    """Context manager that holds a database's exclusive lock, after rolling back what a killed process left
+    half-written.
+    """
     with closing(sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)) as db:
         try:
             db.execute("BEGIN EXCLUSIVE")

@@ -1,4 +1,4 @@
-"""`Reader`: one forward in, the rows that the mask keeps out."""
+"""`Reader`: run one batch through the model and return the activations of the tokens that the mask keeps."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -22,21 +22,21 @@ DEFAULT_MASK = TokenMask()
 
 @dataclass(frozen=True)
 class Reading:
-    """The kept rows of one batch of sequences."""
+    """Activations and tokens of the kept rows of one batch of sequences."""
 
     acts: dict[str, Tensor]
-    "By hook point, (n, d_in), finite, on the model's device."
+    """Activations by hook point, (n, d_in), finite, on the model's device."""
     columns: dict[str, Tensor]
-    "token_ids, doc_ids and positions of the rows, int32."
+    """Columns token_ids, doc_ids and positions of the rows, int32."""
     index: Tensor
-    "Where each row stands in the batch, row of sequences after row."
+    """Index of each row in the flattened batch (sequence * ctx_len + position)."""
     removed: dict[str, int]
-    "Tokens removed by each rule of the mask."
+    """Number of tokens removed by each rule of the mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Reads activations at some hook points under one mask; what is not kept is counted by rule."""
+    """Reads activations at several hook points under one token mask, and counts the tokens that each rule removes."""
 
     model: Model
     hook_points: tuple[str, ...]
@@ -48,7 +48,19 @@ class Reader:
     def make(
         cls, model: Model, tokens: Tokens, hook_points: Sequence[str], mask: TokenMask, dtype: torch.dtype | None
     ) -> "Reader":
-        """A reader whose arguments are checked; `dtype` defaults to the model's."""
+        """Reader whose arguments are checked.
+
+        Args:
+            model: the language model.
+            tokens: rows of token ids that will be read.
+            hook_points: names of the hook points, all different.
+            mask: tokens to keep.
+            dtype: dtype of the rows; None is the model's.
+
+        Raises:
+            ValueError: for an unknown or repeated hook point, a dtype that is not floating point, and a mask that keeps
+                nothing.
+        """
         names = tuple(find_hook_point(model, name) for name in hook_points)
         if not names or len(set(names)) < len(names):
             raise ValueError(f"`hook_points` must be at least one and all different, got {list(names)}.")
@@ -61,15 +73,15 @@ class Reader:
         return reader
 
     def count_rows(self, tokens: Tokens) -> int:
-        """Rows that the mask keeps before its norm rule, which is known only with the activations."""
+        """Number of rows that the mask keeps before its norm rule, which needs the activations."""
         return int(replace(self.mask, max_norm_ratio=None).apply(tokens).keep.sum())
 
     def widths(self, tokens: Tokens) -> dict[str, int]:
-        """d_in by hook point, from a forward of one sequence."""
+        """Width of the activations by hook point, from a forward pass over one sequence."""
         return {name: x.shape[-1] for name, x in self._capture(tokens[:1]).items()}
 
     def calibrated(self, tokens: Tokens, n_seq: int) -> "Reader":
-        """The same reader with the median norms that the mask's norm rule is relative to, where it has that rule.
+        """The same reader with the median norms that the mask's norm rule compares with, where the mask has that rule.
 
         The medians are taken over the kept tokens among the first 16384 of `tokens`.
         """
@@ -78,7 +90,9 @@ class Reader:
         return replace(self, median_norms=find_median_norms(self._capture, tokens, self.mask, n_seq))
 
     def read(self, batch: Tokens) -> Reading:
-        """One forward. ValueError naming the hook point where a kept row is not finite in the stored dtype."""
+        """Kept rows of one batch, from one forward pass; ValueError naming the hook point where a row is not finite in
+        the stored dtype.
+        """
         acts = self._capture(batch)
         kept = self.mask.apply(batch, **self._outliers(acts))
         index = kept.keep.flatten().nonzero().squeeze(1)
@@ -90,7 +104,7 @@ class Reader:
         return Reading(rows, {name: column.flatten()[index] for name, column in columns.items()}, index, kept.removed)
 
     def request(self, tokens: Tokens) -> dict[str, Any]:
-        """The arguments that decide what is read, ready for JSON."""
+        """The arguments that determine what is read, as a dictionary for JSON."""
         model = describe_model(self.model)
         return {
             "model": model.name,
@@ -105,7 +119,14 @@ class Reader:
     def origins(
         self, tokens: Tokens, n_tokens: int, removed: dict[str, int], seed: int | None = None
     ) -> dict[str, Provenance]:
-        """Where what was read comes from, by hook point."""
+        """Provenance of what was read, by hook point.
+
+        Args:
+            tokens: the rows of token ids that were read.
+            n_tokens: number of rows kept so far.
+            removed: number of tokens removed by each rule of the mask.
+            seed: seed of the order of sequences; None for the text's own order.
+        """
         medians = self.median_norms or {}
         first = self._provenance(tokens, n_tokens, removed, seed)
         return {name: first.at(name, medians.get(name)) for name in self.hook_points}
@@ -132,9 +153,10 @@ class Reader:
         return capture(self.model, batch.ids, self.hook_points)
 
     def _outliers(self, acts: dict[str, Tensor]) -> dict[str, Any]:
-        """Norms relative to the median, the largest over the hook points: an outlier at one is dropped at all.
+        """Arguments of `TokenMask.apply` for the norm rule: norms relative to the median, the largest over the hook
+        points, so that an outlier at one is dropped at all.
 
-        A row that is not finite counts as ordinary here, or the rule would hide what must be refused.
+        Rows that are not finite count as ordinary here, so that they are reported rather than masked.
         """
         if self.median_norms is None:
             return {}
@@ -143,7 +165,9 @@ class Reader:
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A hash of the weights' shapes and of some 64 evenly spaced values of each; tells a model from its fine-tune."""
+    """Hash of the weights' names, shapes and dtypes and of about 64 evenly spaced values of each; differs between a
+    model and its fine-tune.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

@@ -1,4 +1,4 @@
-"""What a feature store is made from: a text and its model, or activations that were collected before."""
+"""Inputs of `harvest`: text with its model, or activations collected before."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ from saelab.stores.provenance import Provenance
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows to encode."""
+    """Activations to encode, and their indices in the text."""
 
     acts: Mapping[str, Float[Tensor, "n d_in"]]
-    """by hook point"""
+    """activations by hook point"""
     places: Int64[Tensor, "n"]
-    """where each row stands in the source's text"""
+    """index of each row in the source's text"""
     removed: dict[str, int]
-    """tokens left out, by rule"""
+    """number of tokens left out, by rule"""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Rows in a fixed order, read `size` units (sequences, or rows) at a time."""
+    """Protocol of inputs: rows in a fixed order, read `size` units (sequences, or rows) at a time."""
 
     n_units: int
     size: int
@@ -50,45 +50,47 @@ class Source(Protocol):
 
 
 class TextSource:
-    """Tokens, read by forwards of their model."""
+    """Rows of token ids, whose activations are read by forward passes of the model."""
 
     def __init__(self, reader: Reader, tokens: Tokens, n_seq: int) -> None:
         self.reader, self.tokens = reader, tokens
         self.n_units, self.size = len(tokens), n_seq
 
     def read(self, start: int) -> Batch:
-        """One forward."""
+        """Activations of the batch that starts at a sequence, from one forward pass."""
         reading = self.reader.read(self.tokens[start : start + self.size])
         places = self._places[start * self.tokens.ctx_len + reading.index]
         return Batch(reading.acts, places, reading.removed)
 
     def count(self, start: int, stop: int) -> int:
-        """Tokens in some sequences."""
+        """Number of tokens in sequences `start` to `stop`."""
         return self.tokens[start:stop].n_tokens
 
     @cached_property
     def _places(self) -> Tensor:
-        """The number of each token among those that are not padding."""
+        """Index of each token among those that are not padding."""
         return self.tokens.attention_mask.flatten().cumsum(0) - 1
 
     def text(self) -> StoredText:
-        """All tokens, those that the mask leaves out too."""
+        """All tokens, including those that the mask leaves out."""
         kept, tokens = self.tokens.attention_mask.flatten(), self.tokens
         positions = torch.arange(tokens.ctx_len).expand_as(tokens.ids)
         columns = (tokens.ids, tokens.doc_ids, positions)
         return _make_text([column.flatten()[kept].numpy() for column in columns], self.reader.model)
 
     def request(self) -> dict[str, Any]:
-        """What decides the rows."""
+        """The arguments that determine the rows, as a dictionary for JSON."""
         return self.reader.request(self.tokens) | {"batch_size": self.size}
 
     def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
-        """Of the rows at a hook point."""
+        """Provenance of the rows at a hook point."""
         return self.reader.origins(self.tokens, n_tokens, removed)[hook_point]
 
 
 class ActivationsSource:
-    """Activations of one hook point; the text around their tokens is what the mask kept of it."""
+    """Activations of one hook point, collected before; the stored text consists of their tokens only, so those that the
+    mask removed are missing.
+    """
 
     def __init__(self, acts: Activations, model: "Model | None", n_rows: int) -> None:
         if acts.provenance is None or acts.token_ids is None or acts.doc_ids is None or acts.positions is None:
@@ -100,25 +102,25 @@ class ActivationsSource:
         self.n_units, self.size = len(acts), n_rows
 
     def read(self, start: int) -> Batch:
-        """Some rows."""
+        """The batch of activations that starts at a row."""
         x = self.acts[start : start + self.size]
         return Batch({self.acts.hook_point: x.float()}, torch.arange(start, start + len(x)), {})
 
     def count(self, start: int, stop: int) -> int:
-        """Rows."""
+        """Number of rows from `start` to `stop`."""
         return stop - start
 
     def text(self) -> StoredText:
-        """The rows' tokens."""
+        """The tokens of the rows."""
         columns = (self.acts.token_ids, self.acts.doc_ids, self.acts.positions)
         return _make_text([column.numpy() for column in columns if column is not None], self.model)
 
     def request(self) -> dict[str, Any]:
-        """What decides the rows."""
+        """The arguments that determine the rows, as a dictionary for JSON."""
         return {"activations": self._origin.to_dict(), "rows": len(self.acts), "batch_size": self.size}
 
     def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
-        """Of the activations."""
+        """Provenance of the activations."""
         return self._origin
 
 

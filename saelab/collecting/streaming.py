@@ -1,4 +1,6 @@
-"""`stream`: activations straight from the model to training, mixed in memory, with a state that can be saved."""
+"""`stream`: shuffled activation batches computed on the fly for training, without storing them on disk; its state can
+be saved.
+"""
 
 import hashlib
 import json
@@ -20,9 +22,9 @@ BUFFER_TOKENS = 1 << 16
 
 
 class ActivationStream:
-    """Iterator over batches (batch_size, d_in) of fresh activations, on the model's device; see `stream`.
+    """Iterator over shuffled batches (batch_size, d_in) of activations, on the model's device; made by `stream`.
 
-    Of a pair of hook points the batches are (batch_size, d_in + d_out): each input, and behind it its target.
+    With a pair of hook points the batches are (batch_size, d_in + d_out): each input with its target appended.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class ActivationStream:
 
     @property
     def provenance(self) -> Provenance:
-        """The origin of the activations, with the number of rows read so far."""
+        """Provenance of the activations, with the number of rows read so far."""
         origins = self._reader.origins(self._tokens, self._n_tokens, dict(self.removed), self._seed)
         first, *target = (origins[name] for name in self._reader.hook_points)
         return first.paired(*target) if target else first
@@ -65,13 +67,13 @@ class ActivationStream:
         return self._ring.sample(self.batch_size)
 
     def state_dict(self) -> dict[str, Tensor | int | str]:
-        """Everything needed to go on: the place in the tokens, the unread rows, the generator."""
+        """State to resume from: position in the tokens, unread rows, random generator."""
         ring = {f"ring.{name}": value for name, value in self._ring.state_dict().items()}
         counts = {"epoch": self._epoch, "next_seq": self._next_seq, "n_tokens": self._n_tokens}
         return ring | counts | self._settings() | {"removed": json.dumps(self.removed)}
 
     def load_state_dict(self, state: dict[str, Tensor | int | str]) -> None:
-        """Go on, bit for bit, where `state` was taken; ValueError when it belongs to another stream."""
+        """Resume, bit for bit, where `state` was saved; ValueError where it belongs to another stream."""
         for key, value in self._settings().items():
             if state[key] != value:
                 raise ValueError(
@@ -115,7 +117,7 @@ class ActivationStream:
 
 
 def _side_by_side(reading: Reading) -> Tensor:
-    """The rows of one hook point, or each with its row of the other behind it."""
+    """Rows of one hook point, or each with its row of the other appended."""
     acts = list(reading.acts.values())
     return acts[0] if len(acts) == 1 else torch.cat(acts, dim=1)
 
@@ -133,13 +135,26 @@ def stream(
     n_seq: int | None = None,
     epochs: int | None = None,
 ) -> ActivationStream:
-    """Shuffled batches of activations at one hook point, made while they are used; nothing is written to disk.
+    """Iterator over shuffled batches of activations at one hook point, computed on the fly; nothing is written to disk.
 
-    Of two hook points it gives the pairs that a transcoder is trained on, each input with its target behind it.
-    Each epoch takes the sequences in a new seeded order, `n_seq` in a forward (default: about 4096 tokens). Their rows
-    go through a ring buffer of `buffer_tokens` rows that is filled again whenever half of it is served.
-    With `epochs=None` the tokens are gone through again and again; otherwise StopIteration comes when the rows left
-    do not fill a batch. Raises ValueError for a wrong hook point, NaN or infinity, and a buffer that is too small.
+    Each epoch takes the sequences in a new seeded order. Their rows go through a ring buffer that is refilled whenever
+    half of it is served.
+
+    Args:
+        model: the language model.
+        tokens: rows of token ids to run it on.
+        hook_point: name of the hook point; of two it gives the (input, target) pairs that a transcoder is trained on.
+        batch_size: rows per batch.
+        buffer_tokens: rows in the shuffle buffer, at least twice a batch and twice a forward pass.
+        seed: seed of the order of sequences and rows.
+        mask: tokens to keep.
+        dtype: dtype of the rows; None is the model's.
+        n_seq: sequences per forward pass; None is about 4096 tokens' worth.
+        epochs: passes over the tokens, after which the iterator stops once the rows left do not fill a batch; None
+            repeats without end.
+
+    Raises:
+        ValueError: for a wrong hook point, NaN or infinity, and a buffer that is too small.
 
     >>> model = sl.tiny_model()
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)

@@ -1,4 +1,4 @@
-"""`harvest_untrained`: the codes of an untrained dictionary on the tokens of a store, row by row beside its own."""
+"""`harvest_untrained`: feature store of an untrained SAE on the same tokens as an existing store, as a baseline."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +37,26 @@ def harvest_untrained(
     progress: bool = True,
     resume: bool = True,
 ) -> FeatureStore:
-    """A store of the same rows as `store`, encoded by an untrained dictionary of the same shape as its `sae`.
+    """Feature store with the same rows as `store`, encoded by an untrained SAE of the same shape as `sae`.
 
-    That has the same configuration and number of active codes (`make_untrained`, drawn from `seed`), and stands beside
-    the trained one in `compare(..., untrained=)`, `label_by_rules(..., untrained=)`, `explain_features` and
-    `probe_features(..., untrained=)`. The text is the store's own, so nothing but its SAE and its model is needed;
-    costs a forward over the text. A call that was cut off goes on when it is made again. ValueError as `harvest` raises
-    it, and for a store of which nobody knows the text in rows.
+    The untrained SAE has the same configuration and number of active codes (`make_untrained`). The result is the
+    baseline for `compare(..., untrained=)`, `label_by_rules(..., untrained=)`, `explain_features` and
+    `probe_features(..., untrained=)`. The text is the store's own; the cost is a forward pass over it. An interrupted
+    call continues where it stopped when it is made again.
+
+    Args:
+        store: feature store of the trained SAE.
+        sae: the SAE that `store` was harvested with.
+        model: its language model.
+        out: folder of the new store.
+        seed: seed of the untrained SAE's weights.
+        dtype: dtype of the stored values, as in `harvest`.
+        allow_mismatch: accept a model, weight processing or hook point that differs from the SAE's training.
+        progress: whether to show a progress bar.
+        resume: continue an interrupted call; False deletes what `out` holds and starts over.
+
+    Raises:
+        ValueError: as `harvest`, for an SAE that is not the store's, and for a store whose text has gaps in its rows.
     """
     require_harvested(store, sae)
     place = match_model(sae, model, store.provenance.hook_point or None, EVERYTHING, allow_mismatch)
@@ -62,7 +75,9 @@ def harvest_untrained(
 
 
 def rebuild_tokens(text: StoredText) -> Tokens:
-    """The rows of tokens that a model read, from the text of a store; padding is behind each row."""
+    """Rows of token ids as the model read them, from the text of a store; padded on the right. ValueError where the
+    text has gaps.
+    """
     positions = np.asarray(text.positions).astype(np.int64)
     begins = np.append(True, positions[1:] <= positions[:-1]) if len(positions) else np.zeros(0, bool)
     row, ctx_len = np.cumsum(begins) - 1, int(positions.max(initial=0)) + 1
@@ -76,7 +91,7 @@ def rebuild_tokens(text: StoredText) -> Tokens:
 
 
 class _SameRows(TextSource):
-    """The tokens of a text at given places."""
+    """A text source restricted to the tokens at given indices of the text."""
 
     def __init__(self, reader: Reader, tokens: Tokens, n_seq: int, places: np.ndarray) -> None:
         super().__init__(reader, tokens, n_seq)
@@ -84,14 +99,14 @@ class _SameRows(TextSource):
         self.kept[torch.from_numpy(np.asarray(places).astype(np.int64))] = True
 
     def read(self, start: int) -> Batch:
-        """One forward, of which the rows that the store has are kept."""
+        """Rows of the batch that the store has, from one forward pass."""
         batch = super().read(start)
         here = self.kept[batch.places]
         acts = {name: x[here.to(x.device)] for name, x in batch.acts.items()}
         return replace(batch, acts=acts, places=batch.places[here])
 
     def sample(self, n_tokens: int) -> dict[str, Tensor]:
-        """Activations of about so many rows, from the beginning of the text."""
+        """Activations of at most `n_tokens` rows by hook point, from the beginning of the text."""
         parts: list[dict[str, Tensor]] = []
         for start in range(0, self.n_units, self.size):
             parts.append(dict(self.read(start).acts))

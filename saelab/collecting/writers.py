@@ -1,4 +1,4 @@
-"""Where collected rows go: into memory, or into a folder of shards that can be resumed."""
+"""Storing collected rows, in memory or in a folder of shards that can be resumed."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 
 @runtime_checkable
 class Writer(Protocol):
-    """Takes the readings of successive batches of sequences."""
+    """Protocol of writers, which receive the readings of successive batches of sequences."""
 
     next_seq: int
     n_tokens: int
@@ -38,7 +38,7 @@ class Writer(Protocol):
 
 
 class MemoryWriter:
-    """Rows that stay in memory."""
+    """Keeps rows in memory, for `collect` without a folder."""
 
     def __init__(self, n_rows: int, widths: dict[str, int], dtype: torch.dtype) -> None:
         self.next_seq = 0
@@ -47,7 +47,7 @@ class MemoryWriter:
         self._buffer = RowBuffer(n_rows, widths, dtype)
 
     def add_reading(self, reading: Reading, n_seq: int) -> None:
-        """Append a reading."""
+        """Append the rows of a batch."""
         n_rows = len(reading.columns["token_ids"])
         self._buffer.add(reading, 0, n_rows)
         self.n_tokens += n_rows
@@ -55,7 +55,7 @@ class MemoryWriter:
         self.next_seq += n_seq
 
     def open(self, origins: dict[str, Provenance]) -> dict[str, Activations]:
-        """The activations by hook point."""
+        """Activations by hook point."""
         columns = self._buffer.take()
         ints = {name: columns[name] for name in INT_COLUMNS}
         return {name: Activations.from_tensor(columns[name], origin, **ints) for name, origin in origins.items()}
@@ -63,7 +63,7 @@ class MemoryWriter:
 
 @runtime_checkable
 class Buffer(Protocol):
-    """Rows that wait to become a shard."""
+    """Protocol of buffers, which hold the rows of the next shard."""
 
     def add(self, reading: Any, start: int, stop: int) -> None: ...
 
@@ -72,7 +72,7 @@ class Buffer(Protocol):
 
 
 class RowBuffer:
-    """Dense rows, in preallocated tensors."""
+    """Buffer of dense rows, in preallocated tensors."""
 
     def __init__(self, n_rows: int, widths: dict[str, int], dtype: torch.dtype) -> None:
         self._columns = _allocate(n_rows, widths, dtype)
@@ -85,17 +85,18 @@ class RowBuffer:
         self._n += stop - start
 
     def take(self) -> dict[str, Tensor]:
-        """The rows added since the last time, as views."""
+        """The rows added since the last call, as views."""
         n, self._n = self._n, 0
         return {name: column[:n] for name, column in self._columns.items()}
 
 
 class ShardWriter:
-    """Rows in shards of exactly `shard_tokens` (the last may be shorter), whose bytes do not depend on interruptions.
+    """Writes rows in shards of exactly `shard_tokens` (the last may be shorter), whose bytes do not depend on
+    interruptions.
 
-    The manifest is rewritten after each shard and says where to go on: the first sequence with rows outside the shards,
-    and how many rows of its batch are in them already. One shard is written in the background while the next is filled;
-    leaving the `with` block waits for it.
+    The manifest is rewritten after each shard and records where to continue: the first sequence with rows outside the
+    shards, and how many rows of its batch are in them already. One shard is written in the background while the next is
+    filled; leaving the `with` block waits for it.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int, buffers: tuple[Buffer, Buffer]) -> None:
@@ -125,7 +126,14 @@ class ShardWriter:
             ) from None
 
     def add(self, reading: Any, n_rows: int, n_seq: int, removed: dict[str, int]) -> None:
-        """Append the rows of a batch that are not in the shards yet; write each shard that becomes full."""
+        """Append the rows of a batch that are not in the shards yet; write each shard that becomes full.
+
+        Args:
+            reading: the batch, in the form that the buffers take.
+            n_rows: number of rows in it.
+            n_seq: number of sequences (or other units of the source) that it covers.
+            removed: number of tokens that each rule of the mask removed from it.
+        """
         done, self._to_skip = self._to_skip, 0
         while done < n_rows:
             take = min(n_rows - done, self._shard_tokens - self._n_buffered)
@@ -141,19 +149,19 @@ class ShardWriter:
             self._flush(skip_rows=0)
 
     def finish(self, provenance: Provenance, **changes: Any) -> None:
-        """Write what is left, and in the manifest that nothing is missing, with other `changes` of its fields."""
+        """Write remaining rows, and mark the manifest complete, with further `changes` of its fields."""
         self.flush()
         changes |= {"complete": True, "removed": dict(self.removed), "provenance": provenance.to_dict()}
         self._save(replace(self.manifest, **changes))
 
     def flush(self) -> None:
-        """Write what is left, and wait until it is written."""
+        """Write remaining rows, and wait until they are written."""
         if self._n_buffered:
             self._flush(skip_rows=0)
         self._wait()
 
     def _flush(self, skip_rows: int) -> None:
-        """Hand the buffer over to be written, once the one before is."""
+        """Hand the buffer to the background thread, once it has written the previous one."""
         self._wait()
         place = {"next_seq": self.next_seq, "skip_rows": skip_rows, "removed": dict(self.removed)}
         self._pending = self._background.submit(self._write, self._buffer, self._n_buffered, place)
@@ -176,24 +184,24 @@ class ShardWriter:
 
 
 class FolderWriter(ShardWriter):
-    """Activations, for `collect`."""
+    """Writes activations to a folder of shards, for `collect`."""
 
     def __init__(self, folder: Path, manifest: ActivationsManifest, shard_tokens: int) -> None:
         first, second = (RowBuffer(shard_tokens, manifest.d_in, getattr(torch, manifest.dtype)) for _ in range(2))
         super().__init__(folder, manifest, shard_tokens, (first, second))
 
     def add_reading(self, reading: Reading, n_seq: int) -> None:
-        """Append a reading."""
+        """Append the rows of a batch."""
         self.add(reading, len(reading.columns["token_ids"]), n_seq, reading.removed)
 
     def open(self, origins: dict[str, Provenance]) -> dict[str, Activations]:
-        """Write what is left and open the folder."""
+        """Write remaining rows and open the folder: activations by hook point."""
         self.finish(next(iter(origins.values())))
         return load_all(self.folder, list(origins))
 
 
 def load_all(folder: Path, hook_points: list[str]) -> dict[str, Activations]:
-    """The activations of a finished folder by hook point."""
+    """Activations of a finished folder, by hook point."""
     return {name: Activations.load(folder, name) for name in hook_points}
 
 
@@ -201,12 +209,23 @@ def load_all(folder: Path, hook_points: list[str]) -> dict[str, Activations]:
 def claim_folder(
     folder: Path, request: dict[str, Any], kind: type[AnyManifest], begin: Callable[[], AnyManifest], resume: bool
 ) -> Iterator[AnyManifest]:
-    """Yield the manifest in `folder` that the same request was begun with, or that of a new beginning, written already.
+    """Context manager that yields the manifest of a folder: that of an unfinished or finished call with the same
+    arguments, or a new one, already written.
 
-    The folder is held in the block; one that is finished is not, as nothing is to be written there. With `resume=False`
-    what it holds of the kind gives way: the new manifest takes the old one's place at one stroke, then the old files
-    go, so that a killed process leaves no half of it that passes for a whole. ValueError when it holds something else
-    than asked for, and where somebody else is writing there.
+    The folder is locked in the block, unless the call was finished, as then nothing will be written. With
+    `resume=False` the new manifest replaces the old one atomically before old files are deleted, so that a killed
+    process leaves no partial store that looks complete.
+
+    Args:
+        folder: folder to write to.
+        request: arguments that determine the folder's contents; they must equal those that an existing manifest
+            records.
+        kind: class of the manifest.
+        begin: makes the manifest of a new folder.
+        resume: continue or open what the folder holds; False replaces it.
+
+    Raises:
+        ValueError: where the folder holds something else than requested, and where another process is writing there.
     """
     if resume and (folder / MANIFEST).is_file() and kind.load(folder).complete:
         clear_lock(folder)
@@ -256,7 +275,7 @@ def _resume(folder: Path, request: dict[str, Any], kind: type[AnyManifest]) -> A
 
 
 def _remove_strangers(folder: Path, manifest: Manifest) -> None:
-    """Remove files of a manifest's kind that it does not list: those of a store that stood here before."""
+    """Delete files of a manifest's kind that it does not list: those of a store that was here before."""
     own = {shard.file for shard in manifest.shards}
     for pattern in manifest.files_of_kind:
         for file in folder.glob(pattern):

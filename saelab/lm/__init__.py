@@ -1,1 +1,3 @@
-"""The language model's door: the only package that imports transformer_lens and transformers."""
+"""Language models: loading, tokenizing, reading and editing activations, generation. The only package that imports
+transformer_lens and transformers.
+"""

@@ -1,4 +1,4 @@
-"""What may stand behind the door: everything else is refused in a sentence that says what it lacks."""
+"""Checks that a model and its tokenizer are supported; each error names what is missing."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.jso
 
 
 def require_bridge(model: Any) -> None:
-    """TypeError for anything but a bridge, such as a HookedTransformer or a Hugging Face model."""
+    """Raise TypeError for anything but a TransformerBridge, such as a HookedTransformer or a Hugging Face model."""
     from transformer_lens.model_bridge import TransformerBridge
 
     if not isinstance(model, TransformerBridge):
@@ -20,9 +20,9 @@ def require_bridge(model: Any) -> None:
 
 
 def has_processed_weights(model: Any) -> bool:
-    """Whether a bridge has folded or centred its weights, so that activations are not Hugging Face's.
+    """Whether a bridge has folded or centred its weights, so that activations differ from Hugging Face's.
 
-    RuntimeError where the bridge no longer says so: taken for raw, folded weights would be read wrongly.
+    RuntimeError where the bridge does not record it: folded weights must not be taken for raw ones.
     """
     said = vars(model).get("_weights_processed")
     if not isinstance(said, bool):
@@ -34,9 +34,11 @@ def has_processed_weights(model: Any) -> bool:
 
 
 def admit_object(model: Any) -> Any:
-    """The causal Hugging Face model that an object is; of a compiled one the model that was compiled.
+    """The causal Hugging Face model behind an object; of a compiled one, the model that was compiled.
 
-    TypeError for an object of another kind, ValueError for one whose weights or outputs saelab cannot read.
+    Raises:
+        TypeError: for an object of another kind.
+        ValueError: for a model whose weights or outputs saelab cannot read.
     """
     model = getattr(model, "_orig_mod", model)
     kind = type(model).__name__
@@ -79,7 +81,7 @@ def _quantised(got: str) -> ValueError:
 
 
 def admit_config(config: Any, kind: str | None = None) -> None:
-    """ValueError unless a configuration is of a causal language model with float weights."""
+    """Raise ValueError unless a configuration is of a causal language model with floating-point weights."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
     names = [kind] if kind else getattr(config, "architectures", None) or [type(config).__name__]
@@ -108,7 +110,7 @@ def admit_config(config: Any, kind: str | None = None) -> None:
 
 
 def admit_folder(folder: Path, has_tokenizer: bool) -> None:
-    """ValueError unless a folder holds a configuration and a tokenizer, or that is given otherwise."""
+    """Raise ValueError unless a folder holds a configuration and a tokenizer, or a tokenizer is given separately."""
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"A model folder must hold config.json, got '{folder}' without one. Give the folder that "
@@ -122,9 +124,9 @@ def admit_folder(folder: Path, has_tokenizer: bool) -> None:
 
 
 def admit_weights(name: str, reports: Sequence[set[str]]) -> None:
-    """ValueError where weights were not in the files, which Hugging Face fills with random numbers.
+    """Raise ValueError where weights were missing from the files, which Hugging Face fills with random numbers.
 
-    `reports` name what was missing, one for each model that was loaded; RuntimeError where nothing was reported.
+    `reports` are the names of missing weights, a set for each model that was loaded; RuntimeError without any report.
     """
     if not reports:
         raise RuntimeError(
@@ -140,7 +142,7 @@ def admit_weights(name: str, reports: Sequence[set[str]]) -> None:
 
 
 def admit_tokenizer(model: Any) -> None:
-    """ValueError for a tokenizer without ordinary tokens, or whose tokens the model does not all have."""
+    """Raise ValueError for a tokenizer without ordinary tokens, or with token ids outside of the model's vocabulary."""
     tokenizer = model.tokenizer
     if tokenizer is None:
         return

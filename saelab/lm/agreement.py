@@ -1,4 +1,6 @@
-"""Do the hooks read what Hugging Face computes? The residual stream, layer by layer, against `hidden_states`."""
+"""Verification that hooks return what Hugging Face computes: the residual stream at each layer against
+`hidden_states`.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +23,8 @@ from saelab.stores.results import Result
 class HookAgreement(Result):
     """Relative distance |x - h| / |h| between hooked activations x and Hugging Face's hidden states h, per hook point.
 
-    In [0, inf), lower is better, 0 is bit-equal. `captured` is what `capture` returns, `bridge` what flows through the
-    bridge when it runs by itself.
+    In [0, inf), lower is better, 0 is bit-equal. `captured` is for the values that `capture` returns, `bridge` for
+    those in a forward pass of the bridge itself.
     """
 
     hook_points: tuple[str, ...]
@@ -46,16 +48,20 @@ class HookAgreement(Result):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and `ok`, ready for JSON."""
+        """All fields and `ok`, as a dictionary for JSON."""
         return super().to_dict() | {"ok": self.ok}
 
 
 def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) -> HookAgreement:
-    """Compare every residual hook point with what flows between the layers of the plain Hugging Face model.
+    """Distances between every residual hook point and the values between the layers of the plain Hugging Face model.
 
-    `ids` defaults to 32 random tokens. Hugging Face's own account, its hidden states, is taken where it has one of the
-    place: families differ in whether that begins with the embeddings and ends behind the last norm. ValueError for a
-    model with folded weights, whose activations differ from Hugging Face's on purpose, or without `blocks`.
+    Hugging Face's hidden states are the reference where one of them is of that place (families differ in whether they
+    begin with the embeddings and end after the last norm), else the layer's own input or output. `ids` defaults to two
+    rows of random tokens.
+
+    Raises:
+        ValueError: for a model with folded weights, whose activations differ from Hugging Face's on purpose, or without
+            `blocks`.
 
     >>> sl.verify_hooks(sl.tiny_model()).ok
     True
@@ -82,7 +88,7 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
 
 
 def _read_bridge(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """What flows through the bridge; nothing at all (at no distance that can be told) where it is known to fail."""
+    """Activations in the bridge; empty tensors (infinite distance) where the bridge is known to fail."""
     try:
         return read_sites(home.bridged, {name: home.bridge_site(name) for name in names}, ids, stop=True)
     except Exception:
@@ -92,7 +98,7 @@ def _read_bridge(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]
 
 
 def _find_residuals(home: Door) -> list[str]:
-    """What goes into each block, and what comes out of the last."""
+    """Hook points of the input of each block, and of the output of the last."""
     names = list(takewhile(lambda name: name in home.points, (f"blocks.{i}.hook_in" for i in count())))
     if not names:
         raise ValueError(
@@ -104,7 +110,9 @@ def _find_residuals(home: Door) -> list[str]:
 
 @torch.no_grad()
 def _find_truth(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """The residual stream in a copy of Hugging Face's modules that nobody hooked: hidden states, or the layers' own."""
+    """Residual stream in an unhooked copy of Hugging Face's modules: hidden states, or inputs and outputs of the
+    layers.
+    """
     reference, twins = strip(home.bridged)
     model: Any = reference
     set_attention(model, home.attention)
@@ -121,7 +129,7 @@ def _find_truth(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
 
 
 def _distance(x: Tensor, h: Tensor) -> float:
-    """Relative to h; infinite between different shapes."""
+    """Distance relative to h; infinite between different shapes."""
     return float((x.double() - h.double()).norm() / h.double().norm()) if x.shape == h.shape else float("inf")
 
 

@@ -1,4 +1,4 @@
-"""The progress bars of transformers and huggingface_hub, which they show wherever they load something."""
+"""Hiding the progress bars that transformers and huggingface_hub show when loading."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def hidden_bars() -> Iterator[None]:
-    """No such bars inside; afterwards both libraries show them, or not, as before."""
+    """Context manager without progress bars of transformers and huggingface_hub; their previous settings are
+    restored.
+    """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 

@@ -1,4 +1,6 @@
-"""What a model carries from one forward to the next (keys and values, or a state), and whether it is right."""
+"""Key-value caches and recurrent states: how a model takes and returns them, and whether continuing from them is
+correct.
+"""
 
 import inspect
 import logging
@@ -14,19 +16,22 @@ from saelab.lm.plain import evaluating
 logger = logging.getLogger(__name__)
 
 NAMES = ("cache", "past_key_values", "cache_params", "state")
-"""what Hugging Face's models call it, as an argument of the forward and as a field of its output: the first from
-transformers 5.24 on, the last two in state-space and recurrent models"""
+"""names of the cache in Hugging Face's models, as an argument of the forward pass and as a field of its output: the
+first from transformers 5.24 on, the last two in state-space and recurrent models
+"""
 _WORDS = ("cache", "past", "state", "mem")
 STAYING = (None, "default", "linear", "yarn", "llama3", "proportional", "mrope")
-"""position schemes that leave positions as they are, however long a text becomes. "longrope" turns all of them
-otherwise once, at the length it was made for, "dynamic" at every step from there on, and a scheme that is not known is
-taken for one like it: a text is then read anew from that length on, which is right with any"""
+"""rotary position types whose angles do not depend on the text's length. "longrope" changes all angles once, at the
+length it was made for, "dynamic" at every step from there on, and an unknown type is treated like "dynamic": from that
+length on the whole text is run again, which is right with any type
+"""
 
 
 def find_given(kwargs: Mapping[str, Any]) -> Any:
-    """The cache among the arguments of a forward, None where there is none.
+    """Cache among the arguments of a forward pass, or None.
 
-    ValueError where one goes by a name that is not known: it would be taken for none, and a token for the text's first.
+    ValueError where there is a cache under an unknown name: it would be ignored, and a token taken for the text's
+    first.
     """
     if unknown := [name for name, value in kwargs.items() if name not in NAMES and _holds_a_past(name, value)]:
         raise ValueError(
@@ -43,7 +48,9 @@ def _holds_a_past(name: str, value: Any) -> bool:
 
 
 def require_whole(n: int, kwargs: Mapping[str, Any]) -> None:
-    """ValueError for `n` ids that came without a cache, where mask or positions say that more of the text is before."""
+    """Raise ValueError for `n` ids without a cache, where mask or positions show that earlier tokens of the text are
+    missing.
+    """
     mask = kwargs.get("attention_mask")
     reach = {"attention_mask": mask.shape[-1] if isinstance(mask, Tensor) else 0}
     for name in ("position_ids", "cache_position"):
@@ -57,7 +64,7 @@ def require_whole(n: int, kwargs: Mapping[str, Any]) -> None:
 
 
 def find_returned(out: Any) -> Any:
-    """The cache in the output of a forward; ValueError where it has none."""
+    """Cache in the output of a forward pass; ValueError where it has none."""
     fields = out.keys() if hasattr(out, "keys") else ()
     for name in NAMES:
         if name in fields and out[name] is not None:
@@ -66,9 +73,9 @@ def find_returned(out: Any) -> Any:
 
 
 def count_columns(cache: Any) -> int | None:
-    """Columns that a cache holds; None where it holds some, but does not count them (recurrent states).
+    """Number of tokens that a cache holds; None where it holds some, but does not count them (recurrent states).
 
-    ValueError for a kind of cache that is not known.
+    ValueError for an unknown kind of cache.
     """
     if cache is None:
         return 0
@@ -88,24 +95,28 @@ def count_columns(cache: Any) -> int | None:
 
 @dataclass(frozen=True)
 class Caching:
-    """How a model goes on with a text, as far as that was seen to be right on the model itself."""
+    """Which ways of continuing a text give the same logits as running it whole, as measured on the model itself."""
 
     argument: str | None
-    """of its forward, which takes the cache; None where steps with a cache give other logits than without, or fail"""
+    """name of the argument of the forward pass that takes the cache; None where steps with a cache give other logits
+    than without, or fail
+    """
     in_pieces: bool
-    """with a cache several tokens may be read at once"""
+    """whether several tokens at once may be run with a cache"""
     padded: bool
-    """rows that are padded on the left give what they give alone"""
+    """whether rows padded on the left give the logits that they give alone"""
     placed: bool = False
-    """its forward takes positions: some models (Qwen-VL, GLM-4V) else go by what they noted of the last picture"""
+    """whether the forward pass takes positions, which some models (Qwen-VL, GLM-4V) otherwise derive from the last
+    picture they saw
+    """
 
     def pads(self, model: nn.Module, n: int) -> bool:
-        """Whether rows of unequal length may go together, none of them longer than `n` in the end."""
+        """Whether rows of unequal length may be batched, none of them longer than `n` in the end."""
         border = find_border(model)
         return self.padded and (border is None or n <= border[0])
 
     def keeps(self, model: nn.Module, n_read: int, n_tokens: int) -> bool:
-        """Whether a cache stays right while a text of `n_read` tokens becomes `n_tokens` longer."""
+        """Whether a cache stays valid while a text of `n_read` tokens becomes `n_tokens` longer."""
         border = find_border(model)
         if self.argument is None or border is None:
             return self.argument is not None
@@ -113,16 +124,23 @@ class Caching:
         return n_read + n_tokens <= length or (n_read > length and not goes_on)
 
     def go_on(self, out: Any, real: Tensor, begin: int, end: int) -> dict[str, Any]:
-        """Arguments of the forward that goes on from an output with columns `begin` to `end` of rows."""
+        """Arguments of the forward pass that continues from an output with columns `begin` to `end` of the rows.
+
+        Args:
+            out: output of the forward pass before, with its cache.
+            real: (batch, n) mask of tokens that are not padding, all columns so far.
+            begin: first new column.
+            end: column after the last new one.
+        """
         assert self.argument is not None
         return {self.argument: find_returned(out)} | place_columns(real, begin, end, self.placed)
 
 
 @torch.no_grad()
 def measure_caching(model: nn.Module, ids: Tensor) -> Caching:
-    """How a model may go on with a text, seen in some short forwards on `ids`, two rows of 16 tokens or so.
+    """How the model may continue a text, from a few short forward passes on `ids`, two rows of about 16 tokens.
 
-    One that may not use a cache, or must not be padded, is named in the log, once.
+    A model that may not use a cache, or must not be padded, is logged once.
     """
     argument, n = _find_argument(model), ids.shape[1]
     head, left = -(-n // 2), n // 4  # tokens read at once before single steps, and padding
@@ -148,7 +166,7 @@ def measure_caching(model: nn.Module, ids: Tensor) -> Caching:
 
 
 def _find_argument(model: nn.Module) -> str | None:
-    """What the forward calls the cache that it takes."""
+    """Name of the argument of the forward pass that takes a cache."""
     wanted = inspect.signature(model.forward).parameters
     return next((name for name in NAMES if name in wanted), None)
 
@@ -160,7 +178,7 @@ def _takes_positions(model: nn.Module) -> bool:
 def _read(
     model: nn.Module, ids: Tensor, argument: str | None, sizes: Sequence[int], real: Tensor | None = None
 ) -> Tensor:
-    """Logits behind all tokens, read in pieces of some sizes; in one piece without a cache."""
+    """Logits of all tokens, run in pieces of the given sizes; a single piece uses no cache."""
     out, begin, found, placed = None, 0, [], _takes_positions(model)
     real = torch.ones_like(ids) if real is None else real
     for size in sizes:
@@ -175,9 +193,13 @@ def _read(
 
 
 def place_columns(real: Tensor, begin: int, end: int, placed: bool = False) -> dict[str, Any]:
-    """Mask and positions of some columns of rows padded on the left; where nothing is padded none, which is faster.
+    """Attention mask and positions of some columns of left-padded rows; empty where nothing is padded, which is faster.
 
-    `placed`: positions all the same where the columns go on from others.
+    Args:
+        real: (batch, n) mask of tokens that are not padding.
+        begin: first column to run.
+        end: column after the last.
+        placed: give positions even without padding, where the columns continue from others.
     """
     padded = not bool(real[:, :end].all())
     if not padded and not (placed and begin):
@@ -188,7 +210,7 @@ def place_columns(real: Tensor, begin: int, end: int, placed: bool = False) -> d
 
 
 def _try(read: Any) -> Tensor | None:
-    """What a model says, None where it cannot: whatever its cache raises only says that it is not to be used."""
+    """Logits, or None where the model raises: any error only means that this way of continuing is not used."""
     try:
         found: Tensor = read()
     except Exception as error:
@@ -198,7 +220,7 @@ def _try(read: Any) -> Tensor | None:
 
 
 def _agree(found: Tensor | None, expected: Tensor | None) -> bool:
-    """Equal at every token, up to another order of rounding: 0.1 % of the logits' spread, 5 % in half precision."""
+    """Whether logits are equal at every token up to rounding: 0.1 % of the logits' spread, 5 % in half precision."""
     if found is None or expected is None or found.shape != expected.shape:
         return False
     tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.05
@@ -208,10 +230,10 @@ def _agree(found: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def find_border(model: nn.Module) -> tuple[int, bool] | None:
-    """The length from which on a text's positions are all turned otherwise, and whether they then go on changing.
+    """Length at which all rotary angles change, and whether they keep changing afterwards; None for angles that never
+    change.
 
-    None for schemes that leave positions as they were. A cache that was filled before the border is wrong behind it,
-    and so is one row beside a longer one that is there already.
+    A cache filled before that length is wrong after it, and so is a short row batched with one that is already longer.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -226,7 +248,7 @@ def find_border(model: nn.Module) -> tuple[int, bool] | None:
 
 
 def _read_schemes(config: Any) -> list[Mapping[str, Any]]:
-    """What a configuration says of rotary positions, one for all layers or by kind of layer."""
+    """Rotary position settings of a configuration, one for all layers or per kind of layer."""
     found = []
     for name in ("rope_parameters", "rope_scaling"):
         told = getattr(config, name, None)

@@ -1,4 +1,4 @@
-"""Answers of a causal language model to a conversation, greedily."""
+"""Answers of a causal language model to a conversation, decoded greedily."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,10 +12,10 @@ from saelab.lm.special import read_text
 
 
 def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -> tuple[str, int, int]:
-    """The most likely answer, token by token, with the numbers of tokens of prompt and answer.
+    """Greedy answer to a conversation, with the numbers of tokens of prompt and answer.
 
-    The conversation is written with the tokenizer's chat template where it has one, else as plain text, one part after
-    the other. ValueError where prompt and answer do not fit the model's context.
+    The prompt is made with the tokenizer's chat template where it has one, else the messages are joined as plain text.
+    ValueError where prompt and answer do not fit the model's context.
 
     >>> text, n_in, n_out = answer(sl.tiny_model(), [{"role": "user", "content": "Hi"}], 3)
     >>> n_in, n_out

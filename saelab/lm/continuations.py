@@ -1,4 +1,4 @@
-"""`read_continuations`: what a model predicts of texts that go on from prompts, as if it were writing them."""
+"""Logits of given texts as continuations of prompts, computed as in generation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -15,25 +15,27 @@ from saelab.lm.plain import evaluating
 
 @dataclass(frozen=True, eq=False)
 class Continuations:
-    """Logits of a batch of prompts and of the texts behind them; the masks are false at padding."""
+    """Logits of a batch of prompts and of their continuations; the masks are False at padding."""
 
     prompt_ids: Int[Tensor, "batch n_prompt"]
     prompt_logits: Float[Tensor, "batch n_prompt d_vocab"]
-    """behind each token of a prompt; prompts are padded on the left"""
+    """logits after each token of a prompt; prompts are padded on the left"""
     prompt_mask: Bool[Tensor, "batch n_prompt"]
     logits: Float[Tensor, "batch n_text d_vocab"]
-    """what each token of a text was drawn from: the first behind the prompt's last token; padded on the right"""
+    """logits that each token of a continuation is predicted by, the first of them after the prompt's last token; padded
+    on the right
+    """
     ids: Int[Tensor, "batch n_text"]
     mask: Bool[Tensor, "batch n_text"]
 
 
 @torch.no_grad()
 def read_continuations(model: Model, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> Continuations:
-    """The logits that `generate` would have met, writing these texts after these prompts: two forwards, with a cache
-    where that is right.
+    """Logits of texts as continuations of prompts, equal to those of `generate` writing them; two forward passes, with
+    a cache where that is correct.
 
-    Edits of `splice` and `steer` apply, and know the prompts from what was generated. ValueError where a prompt or a
-    text is empty, or there are not as many of one as of the other.
+    Edits of `splice` and `steer` apply, with the same distinction of prompt and generated tokens. ValueError where a
+    prompt or a text is empty, or their numbers differ.
 
     >>> found = read_continuations(sl.tiny_model(), [[65, 66], [67]], [[68, 69, 70], [71]])
     >>> found.logits.shape, found.mask.sum(1).tolist()
@@ -56,7 +58,9 @@ def read_continuations(model: Model, prompts: Sequence[Sequence[int]], texts: Se
 def _read(
     module: nn.Module, caching: Caching, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
 ) -> Continuations:
-    """Prompts in one forward, texts in another: with the cache of the first, or the whole again."""
+    """Logits of one batch: prompts in one forward pass, continuations in another, with the first one's cache or from
+    the start.
+    """
     device = next(module.parameters()).device
     start, is_prompt = (x.to(device) for x in pad_rows(prompts, left=True))
     ids, is_text = (x.to(device) for x in pad_rows(texts, left=False))
@@ -75,7 +79,7 @@ def _read(
 
 
 def _join(parts: Sequence[Continuations], order: Int[Tensor, "batch"]) -> Continuations:
-    """Parts as one batch, row i of them at place `order[i]`, padded alike."""
+    """Several parts as one batch, row i of them at index `order[i]`, padded to a common length."""
     back = order.argsort()
 
     def stack(name: str, left: bool) -> Tensor:
@@ -92,7 +96,7 @@ def _join(parts: Sequence[Continuations], order: Int[Tensor, "batch"]) -> Contin
 
 
 def pad_rows(rows: Sequence[Sequence[int]], left: bool) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
-    """Rows of ids as one tensor, and where it is not padding."""
+    """Rows of ids as one padded tensor, and the mask of what is not padding."""
     longest = max(map(len, rows))
     ids, real = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.bool)
     for i, row in enumerate(rows):

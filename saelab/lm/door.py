@@ -1,4 +1,4 @@
-"""What saelab knows of one bridge: its hook points, and where each can be read fastest and still truthfully."""
+"""Hook points of a TransformerBridge, and for each the fastest module on which it has identical values."""
 
 import difflib
 import logging
@@ -25,20 +25,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """What short forwards found out about one hook point."""
+    """Measured properties of one hook point."""
 
     agrees: bool
-    """the plain twin has the bridge's tensor there, and answers an edit alike"""
+    """whether the plain Hugging Face model has the bridge's tensor there, and responds to an edit identically"""
     felt: bool
-    """an edit there changes the logits"""
+    """whether an edit there changes the logits"""
     flat: bool
-    """rows of all texts one after another, (batch * n, d), as OPT and mixtures of experts lay them out"""
+    """whether the rows of all texts are concatenated, (batch * n, d), as in OPT and mixtures of experts"""
 
 
 class Door:
-    """One bridge's hook points by name, its plain twin, and which hook points agree on both (measured, not assumed).
+    """Hook points of a bridge by name, the plain Hugging Face model that shares its weights (the plain twin), and which
+    hook points agree on both.
 
-    Whatever is measured runs none of the hooks that are on the model, whosever they are.
+    Agreement is measured in short forward passes, not assumed. Hooks on the model, whoever registered them, do not run
+    in these.
     """
 
     def __init__(self, model: Model, *, was_right: bool = False) -> None:
@@ -71,10 +73,11 @@ class Door:
             self._plain_hooks = HookBooks(self.plain)
 
     def _find_plain(self, said: Tensor | Exception, owns_weights: bool) -> tuple[nn.Module | None, dict, bool]:
-        """The plain twin with the fastest attention that gives the bridge's logits, and whether the bridge's are right.
+        """The plain Hugging Face model with the fastest attention that gives the bridge's logits, and whether the
+        bridge's are right.
 
         Where they differ, or the bridge fails, Hugging Face's own modules are right, unless the bridge has weights that
-        they have not.
+        they lack.
         """
         try:
             plain, twins = strip(self.bridged)
@@ -109,7 +112,7 @@ class Door:
         return plain, twins, False
 
     def _find_stamp(self, model: Any) -> tuple:
-        """Changes when a weight is edited in place or replaced, or the bridge processes its weights."""
+        """Value that changes when a weight is edited in place or replaced, or the bridge processes its weights."""
         found = [stamp(w) for weights, _, _ in self._weights if weights for w in weights.values() if w is not None]
         # Buffers that are not saved are the model's own notes: rotary angles change when a text passes their border.
         found += [
@@ -123,15 +126,15 @@ class Door:
 
     @cached_property
     def sketch(self) -> Sketch | None:
-        """The numbers that tell the model's weights from another's, which stay as long as the door does."""
+        """Fingerprint of the model's weights, computed once."""
         return sketch_weights(self.bridged)
 
     def is_current(self, model: Model) -> bool:
-        """Whether the model's weights are still those that this door was made with."""
+        """Whether the model's weights are unchanged since this object was made."""
         return self._stamp == self._find_stamp(model)
 
     def find(self, name: str) -> Any:
-        """The HookPoint called `name`, in the old or the canonical spelling; else ValueError with near names."""
+        """HookPoint called `name`, in the old or the canonical spelling; else ValueError with similar names."""
         if name not in self.points:
             near = difflib.get_close_matches(name, self.points, n=5, cutoff=0.4)
             hint = f"Did you mean one of {near}?" if near else "Names look like 'blocks.0.hook_resid_post'."
@@ -139,20 +142,21 @@ class Door:
         return self.points[name]
 
     def bridge_site(self, name: str) -> Site:
-        """Where the bridge fires a hook point."""
+        """Module and side at which the bridge fires a hook point."""
         return self.find(name), "hook_out"
 
     def plain_site(self, name: str) -> Site | None:
-        """The plain module and side that should carry the same tensor, where there is one."""
+        """Module and side of the plain Hugging Face model that should carry the same tensor, or None."""
         path, _, side = str(self.find(name).name).rpartition(".")
         twin = self.twins.get(self.components[path]) if path in self.components else None
         return (twin, side) if twin is not None and side in ("hook_in", "hook_out") else None
 
     def look(self, name: str) -> Place:
-        """What there is to know of a hook point, measured once in at most four short forwards.
+        """Measured properties of a hook point, from at most four short forward passes, once.
 
-        RuntimeError unless it fires once in a forward; ValueError where only a bridge that computes other logits than
-        Hugging Face has it.
+        Raises:
+            RuntimeError: unless it fires exactly once in a forward pass.
+            ValueError: where only the bridge has it, and the bridge computes other logits than Hugging Face.
         """
         if name not in self.places:
             self.find(name)
@@ -162,7 +166,7 @@ class Door:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside the block no hook is on the model, whoever put it there."""
+        """Context manager in which no hooks are on the model, whoever registered them."""
         with ExitStack() as stack:
             for books in (self.hooks, self._plain_hooks):
                 if books is not None:
@@ -183,7 +187,7 @@ class Door:
         return Place(agrees, self._is_felt(moved, value), self._is_flat(self.bridged, self.bridge_site(name), value))
 
     def _measure_plain(self, name: str, site: Site | None) -> Place:
-        """As `_measure`, of a hook point that the bridge has no right value for."""
+        """As `_measure`, for a bridge whose values are wrong: measured on the plain model alone."""
         if self.plain is None or site is None:
             raise ValueError(
                 f"`hook_point` must be the input or output of one of Hugging Face's modules where the bridge computes "
@@ -200,7 +204,7 @@ class Door:
         return not value.is_floating_point() or not torch.equal(moved[:, -1], self._last)
 
     def _is_flat(self, model: nn.Module, site: Site, value: Tensor) -> bool:
-        """Whether the rows of all texts follow one another: texts in another order move their rows with them."""
+        """Whether the rows of all texts are concatenated: permuting the texts permutes the rows."""
         if value.ndim != 2 or len(value) != self.probe.numel():
             return False
         swapped = self._read(model, site, self.probe.flip(0))[0]
@@ -219,7 +223,7 @@ class Door:
         return seen[0]
 
     def _move(self, model: nn.Module, site: Site, value: Tensor) -> Tensor:
-        """Logits when every entry at a site is scaled by its own factor: a common one would be lost on norms."""
+        """Logits when every entry at a site is scaled by its own factor; a common factor would be removed by norms."""
         if not value.is_floating_point():
             return run(model, self.probe)
         factors = 1 + torch.arange(value.numel(), device=value.device).cos().view(value.shape).to(value) / 2
@@ -228,7 +232,7 @@ class Door:
             return run(model, self.probe)
 
     def caching(self, module: nn.Module) -> Caching:
-        """How the plain twin or the bridge may go on with a text, measured once."""
+        """How the plain model or the bridge may continue a text, measured once."""
         module = module.wrapped if isinstance(module, WithOwnHooks) else module
         if module not in self._caching:
             with self.aside():
@@ -236,9 +240,9 @@ class Door:
         return self._caching[module]
 
     def route(self, names: list[str]) -> tuple[nn.Module, list[Site]]:
-        """The fastest model that serves these hook points truthfully, and where they are on it.
+        """The fastest model that has correct values at these hook points, and the module and side of each.
 
-        That is the bridge itself where somebody else has hooks on it, or a hook point exists only there.
+        That is the bridge itself where other hooks than saelab's are on it, or a hook point exists only there.
         """
         is_hooked = self.hooks.has_foreign()
         trusted = [self.look(name).agrees for name in names]  # all of them, so that a wrong name is always reported
@@ -256,7 +260,7 @@ class Door:
 
 
 def _try_bridge(model: nn.Module, ids: Tensor) -> Tensor | Exception:
-    """A bridge's logits, or why it has none: it may be made for another release of transformers."""
+    """A bridge's logits, or the error it raised: it may be made for another release of transformers."""
     try:
         return run(model, ids)
     except torch.OutOfMemoryError:
@@ -266,7 +270,7 @@ def _try_bridge(model: nn.Module, ids: Tensor) -> Tensor | Exception:
 
 
 def require_once(name: str, n_fired: int) -> None:
-    """RuntimeError naming the hook and its count, unless it fired exactly once in a forward."""
+    """Raise RuntimeError with the hook point's name and count, unless it fired exactly once in a forward pass."""
     if n_fired != 1:
         raise RuntimeError(
             f"A hook point must fire exactly once in a forward; '{name}' fired {n_fired} times. "
@@ -294,7 +298,7 @@ def _walk(model: Any, path: str) -> Any:
 
 
 def _require_causal(model: nn.Module, probe: Tensor, expected: Tensor) -> None:
-    """ValueError where a token changes the logits of those before it."""
+    """Raise ValueError where a token changes the logits of those before it."""
     if not expected.isfinite().all():
         raise ValueError(
             f"A model's logits must be finite, got {type(model).__name__} with NaN or infinite ones. Are its weights "
@@ -310,17 +314,17 @@ def _require_causal(model: nn.Module, probe: Tensor, expected: Tensor) -> None:
 
 
 def stamp(weight: Tensor) -> tuple[int, int]:
-    """Another one where a tensor was replaced, or edited as autograd's count of versions knows."""
+    """Value that changes when a tensor is replaced, or edited in place as counted by autograd."""
     return id(weight), 0 if weight.is_inference() else weight._version
 
 
 def _distance(x: Tensor, y: Tensor) -> float:
-    """Relative, in the Euclidean norm."""
+    """Relative distance in the Euclidean norm."""
     return float((x.double() - y.double()).norm() / y.double().norm())
 
 
 def _close(x: Tensor, y: Tensor) -> bool:
-    """Equal up to what another order of rounding explains: 0.1 % in float32, 5 % in half precision (relative norm)."""
+    """Whether tensors are equal up to rounding: relative distance of 0.1 % in float32, 5 % in half precision."""
     if x.shape != y.shape:
         return False
     tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.05
@@ -331,9 +335,11 @@ _doors: weakref.WeakKeyDictionary[nn.Module, Door] = weakref.WeakKeyDictionary()
 
 
 def door(model: Model) -> Door:
-    """The `Door` of a model, made anew when its weights changed since.
+    """The `Door` of a model, rebuilt when its weights have changed.
 
-    TypeError for anything but a bridge, ValueError for one whose model is not causal.
+    Raises:
+        TypeError: for anything but a bridge.
+        ValueError: for a model that is not causal.
     """
     known = _doors.get(model)
     if known is None or not known.is_current(model):

@@ -1,4 +1,4 @@
-"""How far a model reaches: the longest row it can take, and which of its ids have a token."""
+"""Limits of a model: its maximum context length, and which ids of its vocabulary are tokens."""
 
 import re
 import sys
@@ -15,16 +15,16 @@ from saelab.lm.models import Model
 # How configurations of Hugging Face name the longest row; most others of their names are kept as aliases of the first.
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_context_length", "max_sequence_length")
 _LIKE_LIMITS = re.compile(r"position|context|ctx|seq\w*_len|max_len")
-"""what a limit of another name would have in its name"""
+"""pattern of names that a context length may have in unknown configurations"""
 _RECURRENT = ("rwkv",)  # its `context_length` sizes a training kernel; a state has no positions
 
 
 def find_context(model: Model) -> int:
-    """The longest row that the model can represent, in tokens; `sys.maxsize` where nothing limits it.
+    """Maximum length of a row in tokens; `sys.maxsize` where nothing limits it.
 
-    A limit is what the model's own configuration names: learned positions end there, rotary ones were made for no more.
-    State-space and recurrent models and those with ALiBi have none; the bridge writes 2,048 where it finds none. A
-    warning where only numbers of other names may be the limit: then the smallest of them is taken.
+    The limit is the one in the model's own configuration: learned positions end there, rotary ones were trained up to
+    it. State-space and recurrent models and those with ALiBi have none, although the bridge reports 2,048 for them.
+    Warns where only fields of unknown names may be the limit; then the smallest of them is taken.
 
     >>> sl.tiny_model(ctx_len=64).cfg.n_ctx, find_context(sl.tiny_model(ctx_len=64))
     (64, 64)
@@ -40,7 +40,7 @@ def find_context(model: Model) -> int:
 
 
 def _guess_limit(config: Any) -> int:
-    """The smallest number that a configuration gives by a name like that of a limit, which a warning tells."""
+    """Smallest value of the fields whose names look like a context length, with a warning."""
     told = {name: n for name, n in config.to_dict().items() if type(n) is int and n > 1 and _LIKE_LIMITS.search(name)}
     if told:
         warnings.warn(
@@ -52,15 +52,15 @@ def _guess_limit(config: Any) -> int:
 
 
 def find_row(model: Model, text: str) -> int:
-    """A row length that surely holds a text, and is no longer than the model's context."""
+    """Row length that is sufficient for a text, at most the model's context."""
     return min(find_context(model), 4 * len(text.encode(errors="replace")) + 16)
 
 
 def find_known_ids(model: Model) -> Bool[Tensor, "d_vocab"]:
-    """Which of the model's ids the tokenizer has a token for.
+    """Boolean mask of the model's ids that the tokenizer has a token for.
 
-    Vocabularies are often padded to a round number: logits behind the last token name nothing and were never trained.
-    All are known to a model without a tokenizer.
+    Vocabularies are often padded to a round number: logits beyond the last token have no meaning and were never
+    trained. All True for a model without a tokenizer.
 
     >>> bool(find_known_ids(sl.tiny_model()).all())
     True

@@ -1,4 +1,4 @@
-"""`Flow`: which tokens a running forward carries, and where each stands in its text."""
+"""`Flow`: tracking which tokens each forward pass processes, and their positions in the text."""
 
 import inspect
 from collections.abc import Iterator
@@ -18,30 +18,30 @@ from saelab.lm.plain import OwnHook
 
 @dataclass(frozen=True, eq=False)
 class Passing:
-    """The tokens of one forward: `n` new columns behind `n_past` columns that the key-value cache holds."""
+    """Tokens of one forward pass: `n` new columns after `n_past` columns in the key-value cache."""
 
     ids: Int[Tensor, "batch n"]
     positions: Int[Tensor, "batch n"]
-    """places in the text, from 0 at a row's first token that is not padding; -1 for padding"""
+    """positions in the text, from 0 at a row's first token that is not padding; -1 for padding"""
     n_past: int
     n_prompt: int
-    """columns of the text's first forward: what is behind them was generated"""
+    """number of columns of the text's first forward pass; later columns were generated"""
     lengths: Int[Tensor, "batch"]
-    """tokens of each row's prompt, padding not counted"""
+    """number of tokens of each row's prompt, without padding"""
 
     @property
     def columns(self) -> Int[Tensor, "n"]:
-        """Of the text, padding counted."""
+        """Indices of the new columns in the text, padding included."""
         return torch.arange(self.n_past, self.n_past + self.ids.shape[1], device=self.ids.device)
 
 
 @dataclass(eq=False)
 class Flow(OwnHook):
-    """Follows a model's forwards, whoever runs them: with a key-value cache, without one, padded on either side.
+    """Tracks the tokens of a model's forward passes, with or without a key-value cache, padded on either side.
 
-    A forward goes on with the text of the one before where it brings a cache, or where each of its rows is a row of the
-    one before and one token more: so it is in generation, with and without a cache, of several beams too. Any other
-    forward begins a new text, and so does one with an empty cache.
+    A forward pass continues the text of the one before where it brings a cache, or where each of its rows is a row of
+    the one before plus one token, as in generation with and without a cache, beam search included. Any other forward
+    pass begins a new text, and so does one with an empty cache.
     """
 
     home: Door
@@ -50,11 +50,13 @@ class Flow(OwnHook):
     seen: Tensor | None = None
     """ids of the text so far"""
     ends: Tensor | None = None
-    """the place of each row's last token"""
+    """position of each row's last token"""
     prompt: tuple[int, Tensor] = field(default_factory=lambda: (0, torch.zeros(0)))
 
     def follow(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Take note of a forward that begins (a pre-hook with keyword arguments)."""
+        """Record a forward pass that begins (a pre-hook with keyword arguments); ValueError where its tokens cannot be
+        tracked.
+        """
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
             raise ValueError("Steering needs forwards that get token ids (batch, n), got one without `input_ids`.")
@@ -107,14 +109,14 @@ class Flow(OwnHook):
 
 
 def _name_arguments(module: torch.nn.Module, args: tuple) -> dict[str, Any]:
-    """Arguments that came without their names."""
+    """Positional arguments by name."""
     return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if len(args) > 1 else {}
 
 
 def _find_positions(ids: Tensor, n_past: int, attention_mask: Any, before: Tensor | None) -> Tensor:
-    """Places counted over real tokens. Without a mask all are real and stand behind those of the forward before.
+    """Positions counted over real tokens. Without a mask all are real and follow those of the forward pass before.
 
-    ValueError for a mask that does not say which columns are padding.
+    ValueError for a mask that does not show which columns are padding.
     """
     n = ids.shape[1]
     if attention_mask is None:
@@ -132,7 +134,9 @@ def _find_positions(ids: Tensor, n_past: int, attention_mask: Any, before: Tenso
 
 @contextmanager
 def watch(model: Model) -> Iterator[Flow]:
-    """Inside the block the `Flow` knows of every forward of the model, through the bridge or its plain twin."""
+    """Context manager that yields a `Flow` tracking every forward pass of the model, through the bridge or the plain
+    Hugging Face model.
+    """
     home = door(model)
     flow = Flow(home)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Hooks of others on a model: whether there are any, and looking at the model without running them."""
+"""Hooks that others registered on a model: detecting them, and running the model without them."""
 
 import warnings
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ _LIBRARIES = (
 
 
 class HookBooks:
-    """The dicts in which PyTorch keeps the hooks of all parts of some models, and those of all modules anywhere.
+    """The dictionaries in which PyTorch keeps the hooks of all modules of some models, and its global hooks.
 
-    PyTorch keeps a dict as long as its module, so looking into all of them before a forward is quick.
+    A dictionary lives as long as its module, so checking all of them before a forward pass is quick.
     """
 
     def __init__(self, *trees: nn.Module) -> None:
@@ -36,7 +36,7 @@ class HookBooks:
         self._elsewhere += [getattr(torch_module, f"_global{name}") for name in _BOOKS]
 
     def has_foreign(self) -> bool:
-        """Whether somebody has hooks here: neither saelab's edits of hook points nor the libraries' own."""
+        """Whether there are hooks other than saelab's edits of hook points and the libraries' own."""
         at_points = (hook for hooks in self._at_points if hooks for hook in hooks.values())
         elsewhere = (hook for hooks in self._elsewhere if hooks for hook in hooks.values())
         return any(not is_ours(hook) and not _is_inner(hook) for hook in at_points) or any(
@@ -45,12 +45,12 @@ class HookBooks:
         )
 
     def count_ours(self) -> int:
-        """Edits of saelab's now on hook points."""
+        """Number of saelab's edits that are now on hook points."""
         return sum(is_ours(hook) for hooks in self._at_points if hooks for hook in hooks.values())
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Inside the block only the libraries' own hooks are there: nothing else runs in a forward, nothing is lost."""
+        """Context manager in which only the libraries' own hooks are registered; all others are restored afterwards."""
         books = [(hooks, dict(hooks)) for hooks in (*self._at_points, *self._elsewhere)]
         holders = [(vars(point), name) for point in self._points for name in ("fwd_hooks", "bwd_hooks")]
         lists = [(holder, name, holder[name]) for holder, name in holders if holder[name]]
@@ -68,7 +68,7 @@ class HookBooks:
 
 
 def warn_of_hooks(model: nn.Module) -> None:
-    """A warning where a Hugging Face object has hooks, which the copy of its modules behind a bridge has not."""
+    """Warn where a Hugging Face object has hooks, as the copy of its modules behind a bridge does not have them."""
     if any(
         not _is_inner(hook) for module in model.modules() for name in _BOOKS for hook in vars(module)[name].values()
     ):
@@ -86,7 +86,7 @@ def _refill(hooks: dict[int, Any], content: dict[int, Any]) -> None:
 
 
 def _is_inner(hook: Any) -> bool:
-    """Hooks by which the two libraries do their own work, whoever registers them in the end."""
+    """Whether a hook is one by which the two libraries do their own work, whoever registered it in the end."""
     while True:
         if isinstance(hook, partial):
             hook = hook.func

@@ -1,4 +1,4 @@
-"""Many forwards over tokens: how many sequences one takes, and what the rows they give must be like."""
+"""Batching of forward passes: sequences per batch, median activation norms, and a check that activations are finite."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,7 +15,9 @@ CALIBRATION_TOKENS = 16384
 
 
 def forward_size(tokens: Tokens, n_seq: int | None, most_tokens: int = FORWARD_TOKENS) -> int:
-    """Sequences in a forward: `n_seq`, or about 4096 tokens' worth, and `most_tokens` where that is less."""
+    """Number of sequences per forward pass: `n_seq`, or about 4096 tokens' worth, and `most_tokens` where that is
+    less.
+    """
     if n_seq is not None and n_seq < 1:
         raise ValueError(
             f"`batch_size` (`n_seq` of a stream) must be at least 1 sequence, got {n_seq}; use None for the default."
@@ -24,14 +26,14 @@ def forward_size(tokens: Tokens, n_seq: int | None, most_tokens: int = FORWARD_T
 
 
 def batches_of(tokens: Tokens, n_seq: int) -> Iterator[Tokens]:
-    """The sequences in order, `n_seq` at a time."""
+    """Iterator over the sequences in order, `n_seq` at a time."""
     return (tokens[start : start + n_seq] for start in range(0, len(tokens), n_seq))
 
 
 def norms_of(x: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
-    """Euclidean norms in float32, on the CPU where the masks are; 0 where not finite.
+    """Euclidean norms in float32, on the CPU like the masks; 0 where not finite.
 
-    A mask's norm rule would drop a broken row as an outlier: so it stays, and is refused.
+    Rows that are not finite get norm 0 so that a mask's norm rule keeps them and the finiteness check can raise.
     """
     return x.float().norm(dim=-1).nan_to_num(0.0, 0.0).cpu()
 
@@ -39,10 +41,19 @@ def norms_of(x: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
 def find_median_norms(
     read: Callable[[Tokens], dict[str, Tensor]], tokens: Tokens, mask: TokenMask, n_seq: int
 ) -> dict[str, float]:
-    """What a mask's norm rule is relative to, by hook point: medians over what its other rules keep.
+    """Median activation norms by hook point, which a mask's norm rule compares with: over the tokens that its other
+    rules keep.
 
-    Only the first 16384 of the tokens are looked at. `read` gives a batch's activations (n_seq, ctx_len, d) by hook
-    point. ValueError where a kept row is not finite.
+    Only the first 16384 of the tokens are used.
+
+    Args:
+        read: function from a batch of tokens to activations (n_seq, ctx_len, d) by hook point.
+        tokens: rows of token ids.
+        mask: the mask; its norm rule is ignored.
+        n_seq: sequences per batch.
+
+    Raises:
+        ValueError: where a kept row is not finite.
     """
     others = replace(mask, max_norm_ratio=None)
     norms: dict[str, list[Tensor]] = {}
@@ -56,7 +67,7 @@ def find_median_norms(
 
 
 def require_finite(name: str, x: Float[Tensor, "n d"]) -> None:
-    """Refuse a hook point's rows that hold NaN or infinity (ValueError)."""
+    """Raise ValueError for rows of a hook point that hold NaN or infinity."""
     # One pass and no copy, unlike isfinite: NaN comes through both, an infinity through one.
     if len(x) and not torch.stack(torch.aminmax(x)).isfinite().all():
         n_bad = int((~x.isfinite().all(1)).sum())

@@ -1,4 +1,6 @@
-"""`generate`: texts that a model goes on with, the same with and without a cache, alone and in a batch."""
+"""`generate`: sampling continuations of prompts; a sample does not depend on cache, padding or the rest of its
+batch.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,26 +30,28 @@ BATCH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """One text that the model went on with."""
+    """One continuation of a prompt."""
 
     prompt: str
     text: str
-    """what was generated, without special tokens"""
+    """generated text, without special tokens"""
     prompt_ids: tuple[int, ...]
     ids: tuple[int, ...]
-    """generated; ends with an end-of-text token where the model wrote one"""
+    """generated token ids; they end with an end-of-text token where the model produced one"""
     log_probs: tuple[float, ...]
-    """of each generated token under the model that wrote it, edits included, in nats, at temperature 1"""
+    """log-probability of each generated token under the model that generated it, edits included, in nats, at
+    temperature 1
+    """
 
     @property
     def all_ids(self) -> tuple[int, ...]:
-        """Prompt and text."""
+        """Token ids of prompt and continuation."""
         return self.prompt_ids + self.ids
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation(Result):
-    """Texts from one call of `generate`, `n` for each prompt, in the order of the prompts."""
+    """Continuations from one call of `generate`, `n` for each prompt, in the order of the prompts."""
 
     samples: tuple[Generated, ...]
     temperature: float
@@ -64,12 +68,12 @@ class Generation(Result):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Prompt and what was generated, as one reads it."""
+        """Text of each prompt with its continuation."""
         return tuple(sample.prompt + sample.text for sample in self.samples)
 
     @property
     def n_tokens(self) -> int:
-        """Generated tokens."""
+        """Number of generated tokens."""
         return sum(len(sample.ids) for sample in self.samples)
 
     def __str__(self) -> str:
@@ -93,15 +97,32 @@ def generate(
     batch_size: int = BATCH,
     progress: bool = True,
 ) -> Generation:
-    """`n` texts for each prompt, up to `n_tokens` tokens each; edits of `splice` and `steer` apply.
+    """Sampled continuations of prompts, `n` for each, up to `n_tokens` tokens each; edits of `splice` and `steer`
+    apply.
 
-    `prompts` are texts (with BOS before each unless `bos=False`) or rows of token ids, taken as they are. The
-    temperature divides the logits, 0 takes the most likely token; `top_k` and `top_p` keep the most likely tokens.
-    Sample i of prompt p depends on `seed`, p and i alone: not on the other rows of its batch, nor on the cache.
-    Prompts of unequal length are padded on the left. Cache and padding are used where the model was seen to say the
-    same with them as without; else whole texts are read anew at each step, and rows of one length go together: slower,
-    never another text. ValueError for an empty prompt and for texts that do not fit the
-    model's context.
+    Sample i of prompt p depends on `seed`, p and i alone, not on the other rows of its batch, nor on the cache. Prompts
+    of unequal length are padded on the left. Cache and padding are used where they were measured not to change the
+    model's logits; otherwise whole texts are run again at each step, and only rows of one length are batched, which is
+    slower but gives the same text.
+
+    Args:
+        model: the language model.
+        prompts: text or texts, or rows of token ids, which are used as they are.
+        n_tokens: largest number of tokens to generate per sample.
+        n: number of samples per prompt.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_k: sample only from the k most likely tokens; None is all.
+        top_p: sample only from the smallest set of most likely tokens whose probabilities sum to at least p, in (0, 1];
+            None is all.
+        seed: seed of the samples.
+        bos: whether BOS is put before each text; None does as the tokenizer by itself.
+        stop_at_eos: whether a sample ends at an end-of-text token.
+        use_cache: whether to use a key-value cache where it is correct.
+        batch_size: samples per batch.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: for an empty prompt, for texts that do not fit the model's context, and for settings out of range.
 
     >>> made = sl.generate(sl.tiny_model(), ["One", "Two, three"], 4, n=2, seed=1)
     >>> len(made), made.n_tokens
@@ -129,7 +150,7 @@ def generate(
 def _read_prompts(
     model: Model, prompts: str | Sequence[str] | Tensor, bos: bool | None
 ) -> tuple[list[Tensor], list[str]]:
-    """Ids and texts, one a prompt."""
+    """Token ids and text of each prompt."""
     tokenizer: Any = model.tokenizer
     if isinstance(prompts, Tensor):
         rows = [row.long().cpu() for row in prompts]
@@ -159,7 +180,7 @@ def _require_room(model: Model, rows: list[Tensor], n_tokens: int) -> None:
 def _find_batches(
     model: Model, jobs: Sequence[tuple[int, int]], rows: Sequence[Tensor], n_tokens: int, batch_size: int
 ) -> Iterator[list[tuple[int, int]]]:
-    """The jobs by batches: those of prompts of one length apart from others where padding would change their texts."""
+    """The jobs in batches; prompts of different lengths are kept apart where padding would change their logits."""
     home = door(model)
     module, _ = home.route([])
     if home.caching(module).pads(module, max(len(rows[p]) for p, _ in jobs) + n_tokens):
@@ -188,7 +209,7 @@ def _read_sample(model: Model, text: str, prompt: Tensor, ids: list[int], log_pr
 
 
 class _Run:
-    """One batch: rows padded on the left, one forward a token."""
+    """Generation of one batch: rows padded on the left, one forward pass per token."""
 
     def __init__(self, model: Model, rows: list[Tensor], n_tokens: int, sampler: Sampler, use_cache: bool) -> None:
         home = door(model)
@@ -201,7 +222,7 @@ class _Run:
         self.before: Any = None  # the output of the step before, where it is gone on from
 
     def go(self, ends: frozenset[int], bar: Any) -> list[tuple[list[int], list[float]]]:
-        """Ids and log-probabilities of each row."""
+        """Generated ids and log-probabilities of each row."""
         found: list[tuple[list[int], list[float]]] = [([], []) for _ in self.ids]
         open_rows = set(range(len(found)))
         for _ in range(self.n_tokens):
@@ -222,7 +243,7 @@ class _Run:
         return found
 
     def step(self) -> Float[Tensor, "batch d_vocab"]:
-        """Logits behind the last token, float32 on CPU."""
+        """Logits after the last token, float32 on the CPU."""
         n = self.ids.shape[1]
         begin = 0 if self.before is None else n - 1
         more = self.caching.go_on(self.before, self.real, begin, n) if begin else place_columns(self.real, 0, n)

@@ -15,14 +15,14 @@ from saelab.lm.plain import OwnHook, Site, Tap, attach, run, run_as_set
 
 
 class _Stop(Exception):
-    """Ends a forward once everything asked for has been seen."""
+    """Ends a forward pass once all hook points asked for have fired."""
 
 
 def find_hook_point(model: Model, name: str) -> str:
-    """`name` itself, when the model has a hook point of that name.
+    """The name itself, if the model has a hook point of that name.
 
-    Both the old spellings ("blocks.2.hook_resid_post") and the canonical ones ("blocks.2.hook_out") are known.
-    ValueError otherwise, with at most five near names.
+    Both the old spellings ("blocks.2.hook_resid_post") and the canonical ones ("blocks.2.hook_out") are accepted.
+    ValueError otherwise, with at most five similar names.
 
     >>> sl.find_hook_point(sl.tiny_model(), "blocks.0.hook_resid_post")
     'blocks.0.hook_resid_post'
@@ -38,11 +38,20 @@ def capture(
     *,
     stop: bool = True,
 ) -> dict[str, Float[Tensor, "batch ctx_len _"]]:
-    """Activations at the named hook points in one forward, each (batch, ctx_len, d) in the model's dtype.
+    """Activations at the named hook points in one forward pass, each (batch, ctx_len, d) in the model's dtype, without
+    gradient.
 
-    The forward ends after the last hook point needed (`stop=False` runs it to the end). No gradient. Rows are padded on
-    the right. Leaves no hook behind, also after an error. ValueError for a wrong name or a hook point without one
-    vector per token; RuntimeError for one that does not fire exactly once.
+    No hook remains afterwards, also after an error.
+
+    Args:
+        model: the language model.
+        ids: (batch, ctx_len) token ids, padded on the right.
+        hook_points: names of the hook points.
+        stop: end the forward pass after the last hook point needed; False runs it to the end.
+
+    Raises:
+        ValueError: for a wrong name or a hook point without one vector per token.
+        RuntimeError: for a hook point that does not fire exactly once.
 
     >>> model = sl.tiny_model()
     >>> x = sl.capture(model, torch.ones(2, 5, dtype=torch.long), ["blocks.1.hook_resid_post"])
@@ -56,7 +65,14 @@ def capture(
 
 
 def read_sites(model: nn.Module, sites: dict[str, Site], ids: Tensor, *, stop: bool) -> dict[str, Tensor]:
-    """`capture` on the bridge or its plain twin, at sites already found."""
+    """Activations as `capture` returns them, on the bridge or the plain model, at modules already found.
+
+    Args:
+        model: the bridge's wrapped model or the plain Hugging Face model.
+        sites: module and side by name of the hook point.
+        ids: (batch, ctx_len) token ids, padded on the right.
+        stop: end the forward pass after the last hook point needed.
+    """
     seen: dict[str, list[Tensor]] = {name: [] for name in sites}
     with ExitStack() as stack:
         for name, site in sites.items():
@@ -69,7 +85,7 @@ def read_sites(model: nn.Module, sites: dict[str, Site], ids: Tensor, *, stop: b
 
 
 def _keep(seen: dict[str, list[Tensor]], name: str, stop: bool) -> Tap:
-    """A tap that stores what passes and ends the forward when nothing is missing any more."""
+    """A hook that stores its activations and ends the forward pass when all are there."""
 
     def tap(x: Tensor) -> None:
         done = stop and all(values or other == name for other, values in seen.items())
@@ -82,7 +98,7 @@ def _keep(seen: dict[str, list[Tensor]], name: str, stop: bool) -> Tap:
 
 
 def _rows_of(name: str, x: Tensor, ids: Tensor) -> Tensor:
-    """One vector per token, also where the model has the rows of all texts one after another."""
+    """Activations with one vector per token, also where the model concatenates the rows of all texts."""
     if x.ndim == 2 and len(x) == ids.numel():
         x = x.view(*ids.shape, -1)
     if x.ndim != 3 or x.shape[:2] != ids.shape:
@@ -95,7 +111,9 @@ def _rows_of(name: str, x: Tensor, ids: Tensor) -> Tensor:
 
 @contextmanager
 def _within_context(model: Model, ids: Tensor) -> Iterator[None]:
-    """Rows that are too long are said to be; only the model knows which lengths it can compute."""
+    """Context manager that explains an IndexError of a row that exceeds the context; only the model knows which lengths
+    it can compute.
+    """
     try:
         yield
     except IndexError as error:
@@ -107,7 +125,7 @@ def _within_context(model: Model, ids: Tensor) -> Iterator[None]:
 
 
 def to_model(model: Model, ids: Tensor) -> Tensor:
-    """Ids as the model takes them: int64, on its device. ValueError for those that it does not have."""
+    """Token ids as the model takes them: int64, on its device. ValueError for ids outside of its vocabulary."""
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < model.cfg.d_vocab:
         raise ValueError(
             f"Token ids must be in 0..{model.cfg.d_vocab - 1}, got {int(ids.min())}..{int(ids.max())}. Has the "
@@ -118,12 +136,16 @@ def to_model(model: Model, ids: Tensor) -> Tensor:
 
 @contextmanager
 def splice(model: Model, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[Model]:
-    """Inside the block, what flows on from each hook point is `edits[hook_point](x)`, in any forward of the model.
+    """Context manager in which activations at each hook point are replaced by `edits[hook_point](x)`, in any forward
+    pass of the model.
 
-    The function gets (batch, ctx_len, d) in the model's dtype (a copy, free to be changed) and returns the same shape;
-    its dtype and device are brought back to the model's. Blocks nest; edits of one hook point run in order of entry.
-    Nothing stays behind, also after an error. ValueError for a wrong name or shape and for a hook point beside the
-    model's path, where an edit changes nothing; RuntimeError for one that does not fire exactly once in a forward.
+    The function gets (batch, ctx_len, d) in the model's dtype (a copy that it may change) and returns the same shape;
+    the result is cast to the model's dtype and device. Blocks can be nested; edits of one hook point run in order of
+    entry. No hook remains afterwards, also after an error.
+
+    Raises:
+        ValueError: for a wrong name or shape, and for a changing edit at a hook point that the logits do not depend on.
+        RuntimeError: for a hook point that does not fire exactly once in a forward pass.
 
     >>> model, ids = sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)
     >>> with sl.splice(model, {"blocks.0.hook_resid_post": torch.zeros_like}):
@@ -139,7 +161,7 @@ def splice(model: Model, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterat
 
 
 class _Shape(OwnHook):
-    """Remembers the batch and length of the forward that runs."""
+    """Records batch size and length of the running forward pass."""
 
     def __init__(self) -> None:
         self.now: tuple[int, ...] = ()
@@ -151,7 +173,7 @@ class _Shape(OwnHook):
 
 @contextmanager
 def _split(home: Door, tap: Tap) -> Iterator[Tap]:
-    """A tap for rows of all texts one after another, from one that wants a text's together."""
+    """Hook for concatenated rows of all texts, made from one that takes (batch, n, d)."""
     shape = _Shape()
 
     def split(x: Tensor) -> Tensor | None:
@@ -167,7 +189,7 @@ def _split(home: Door, tap: Tap) -> Iterator[Tap]:
 
 @contextmanager
 def _edited(home: Door, name: str, tap: Tap) -> Iterator[None]:
-    """The tap on the bridge's hook point, and on the plain twin where that is the same place."""
+    """Context manager with a hook on the bridge's hook point, and on the plain model where that is the same place."""
     place = home.look(name)
     if not place.felt:
         tap = _only_reading(name, tap)
@@ -184,7 +206,7 @@ def _edited(home: Door, name: str, tap: Tap) -> Iterator[None]:
 
 
 def _only_reading(name: str, tap: Tap) -> Tap:
-    """The same tap where the model does not use what it returns: ValueError for anything but what came in."""
+    """The same hook at a place that the logits do not depend on: ValueError if it returns anything but its input."""
 
     def read(x: Tensor) -> None:
         new = tap(x)
@@ -198,7 +220,7 @@ def _only_reading(name: str, tap: Tap) -> Tap:
 
 
 def _replace(name: str, edit: Callable[[Tensor], Tensor]) -> Tap:
-    """A tap that applies an edit to a copy and checks what comes back."""
+    """A hook that applies an edit to a copy and checks the shape of the result."""
 
     def tap(x: Tensor) -> Tensor:
         new = edit(x.clone())
@@ -215,9 +237,9 @@ def _replace(name: str, edit: Callable[[Tensor], Tensor]) -> Tap:
 def logits(
     model: Model, ids: Int[Tensor, "batch ctx_len"], *, grad: bool = False
 ) -> Float[Tensor, "batch ctx_len d_vocab"]:
-    """The model's logits for right-padded rows of ids, in its dtype. Edits of `splice` and `steer` apply.
+    """Logits of the model for right-padded rows of ids, in its dtype; edits of `splice` and `steer` apply.
 
-    Without gradient, unless `grad=True`: then it flows to whatever the edits bring in.
+    Without gradient, unless `grad=True`: then it flows to tensors that the edits use.
 
     >>> sl.logits(sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)).shape
     torch.Size([1, 4, 259])

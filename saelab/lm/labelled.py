@@ -1,4 +1,4 @@
-"""`tokenize_labelled`: labels of words or of stretches of text, laid on the tokens that hold their characters."""
+"""Tokenizing text with labels on words or character ranges, and assigning the labels to tokens."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
@@ -14,13 +14,13 @@ from saelab.lm.tokens import Tokens, tokenize
 
 Part = Literal["all", "first", "last"]
 Names: TypeAlias = str | Iterable[str] | None
-"""of what is true of a word: one, several, or none ("", None)"""
+"""labels of a word: one, several, or none ("", None)"""
 LabelledText: TypeAlias = Sequence[tuple[str, Names]] | tuple[str, Sequence[tuple[int, int, str]]]
-"""A document: its words, each with its labels; or its text, with labels from one character to before another."""
+"""A document: its words, each with its labels; or its text, with labels of character ranges (start, stop, label)."""
 
 
 class _Spans(NamedTuple):
-    """A document's text, and what is said of its characters."""
+    """A document's text, and its labelled character ranges."""
 
     text: str
     labels: list[tuple[int, int, str]]
@@ -36,22 +36,25 @@ def tokenize_labelled(
     packed: bool = True,
     bos: bool | None = True,
 ) -> tuple[Tokens, dict[str, Bool[Tensor, "n_seq ctx_len"]]]:
-    """Tokens of labelled documents, and by label which of them it is true of: what probes are fitted to and held to.
+    """Tokens of labelled documents, and for each label a boolean mask of the tokens that have it: the data that probes
+    are fitted to.
 
-    A label is true of every token that holds a character of its word or stretch, white space not counted, however the
-    tokenizer cuts the text: a word of several tokens, a token of several words, a character of several tokens. Special
-    tokens and padding have no label.
+    A label applies to every token that holds a character of its word or range, white space not counted, however the
+    tokenizer splits the text: a word of several tokens, a token of several words, a character of several tokens.
+    Special tokens and padding have no label.
 
     Args:
-        documents: Lists of (word, labels), or pairs (text, [(start, stop, label), ...]) in characters.
-        ctx_len: Length of a row.
-        part: All tokens of a word or stretch, its "first" or its "last" alone.
-        joined: What stands between words: nothing in languages without spaces.
-        packed: As in `tokenize`, `bos` too.
+        model: the language model, for its tokenizer.
+        documents: lists of (word, labels), or pairs (text, [(start, stop, label), ...]) in characters.
+        ctx_len: length of a row.
+        part: which tokens of a word or range get its label: "all", the "first" or the "last".
+        joined: text between words; "" for languages without spaces.
+        packed: whether rows hold documents one after another, as in `tokenize`.
+        bos: whether BOS is put before each document, as in `tokenize`.
 
     Raises:
-        ValueError: A blank document, a stretch outside its text, or a tokenizer that does not tell which characters
-            its tokens hold.
+        ValueError: for a blank document, a range outside its text, or a tokenizer whose tokens cannot be assigned to
+            characters.
 
     >>> tokens, labels = tokenize_labelled(sl.tiny_model(), [[("hi", ""), ("you", "pronoun")]], ctx_len=8)
     >>> labels["pronoun"].tolist()
@@ -91,7 +94,9 @@ def _read_document(document: Any, i: int, joined: str) -> _Spans:
 
 
 def _lay(tokenizer: Any, one: _Spans, ids: Int[np.ndarray, "n"], part: str) -> dict[str, Int[np.ndarray, "n_true"]]:
-    """By label, which tokens of a document it is true of; the document may have a BOS before it, or lack its end."""
+    """For each label, the indices of a document's tokens that have it; the document may have a BOS before it, or lack
+    its end.
+    """
     whole = tokenizer(one.text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     n_before = len(ids) - len(whole) if len(ids) > len(whole) else int(ids[: len(whole)].tolist() != whole[: len(ids)])
     starts, stops = locate_tokens(tokenizer, one.text, whole)[:, : len(ids) - n_before]
@@ -103,10 +108,11 @@ def _lay(tokenizer: Any, one: _Spans, ids: Int[np.ndarray, "n"], part: str) -> d
 
 
 def locate_tokens(tokenizer: Any, text: str, ids: Sequence[int]) -> Int[np.ndarray, "2 n"]:
-    """First character of each token of a text, and the one behind its last, the white space around it left out.
+    """Character range of each token in a text: first character, and the one after the last; surrounding white space is
+    excluded.
 
-    By the bytes of the tokens where these are the text; else, where the tokenizer changes letters, by the offsets that
-    it tells, or by reading on. ValueError where none of them leads through.
+    Found from the bytes of the tokens where these equal the text; else, where the tokenizer changes characters, from
+    its offset mapping, or by searching for each token after the one before. ValueError where none of these works.
 
     >>> tokenizer = sl.tiny_model().tokenizer
     >>> locate_tokens(tokenizer, "é t", tokenizer("é t", add_special_tokens=False)["input_ids"]).tolist()
@@ -131,7 +137,9 @@ def locate_tokens(tokenizer: Any, text: str, ids: Sequence[int]) -> Int[np.ndarr
 
 
 def _locate_by_bytes(tokenizer: Any, text: str, ids: Sequence[int]) -> Int[np.ndarray, "2 n"] | None:
-    """None where the tokens do not say the text, but for a space before it."""
+    """Character ranges by bytes; None where the bytes of the tokens are not those of the text, up to a space
+    before it.
+    """
     known = token_bytes(tokenizer, ids)
     pieces, raw = [known[int(i)] for i in ids], text.encode()
     joined = b"".join(pieces)
@@ -147,7 +155,7 @@ def _locate_by_bytes(tokenizer: Any, text: str, ids: Sequence[int]) -> Int[np.nd
 
 
 def _locate_by_reading(tokenizer: Any, text: str, ids: Sequence[int]) -> Int[np.ndarray, "2 n"]:
-    """Each token behind the one before it, whatever its capitals."""
+    """Character ranges by searching for each token after the one before it, ignoring case."""
     folded, at = [c.casefold()[:1] for c in text], 0
     places = []
     for word in spell(tokenizer, ids).words:

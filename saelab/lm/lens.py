@@ -1,4 +1,4 @@
-"""What a direction in the residual stream says to the next token: the last norm and the unembedding, linearised."""
+"""Direct effect of residual-stream directions on the logits, through the final norm and the unembedding."""
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,13 @@ def read_out(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tens
     """Logits that each direction adds to a residual stream of unit scale, the final norm's weight folded in.
 
     With the norm's scale held fixed, adding `a d` to a residual of scale s (its root mean square, or its standard
-    deviation where the norm subtracts the mean) adds `a / s` times these numbers to the logits, exactly; a cap on the
-    logits comes after, and is taken where its slope is 1. They are found by running the model's own modules, whatever
-    stands between norm and logits (a scale, a projection). ValueError for directions of another width, and for a model
-    without a final norm or with a head that is not linear, where no such numbers exist.
+    deviation where the norm subtracts the mean) adds `a / s` times these numbers to the logits, exactly; a softcap of
+    the logits comes after, and is taken where its slope is 1. They are found by running the model's own modules,
+    including anything between norm and logits (a scale, a projection).
+
+    Raises:
+        ValueError: for directions of another width, and for a model without a final norm or with a head that is not
+            linear, where these numbers are not defined.
     """
     if directions.shape[1] != model.cfg.d_model:
         raise ValueError(
@@ -52,10 +55,11 @@ def _read(home: Door, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "
 
 
 def _unembed(running: nn.Module, norm: Site, head: nn.Module, x: Float[Tensor, "n 1 d"]) -> Float[Tensor, "n 1 v"]:
-    """What rows behind the final norm add to the logits.
+    """Logits that vectors after the final norm add.
 
-    The head alone is faster than a forward, and right up to a factor in most models: the factor is measured on a few
-    rows (Granite, Cohere, Falcon-H1), and where there is none (a projection in between) every row goes through.
+    The head alone is faster than a forward pass, and right up to a factor in most models: the factor is measured on a
+    few rows (Granite, Cohere, Falcon-H1); where there is none (a projection in between), every row goes through the
+    model.
     """
     probe = torch.randn(N_PROBE, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
     true = _follow(running, norm, probe).double()
@@ -75,9 +79,10 @@ def _unembed(running: nn.Module, norm: Site, head: nn.Module, x: Float[Tensor, "
 def _follow_all(
     running: nn.Module, norm: Site, x: Float[Tensor, "n 1 d"], probe: Tensor, at_zero: Tensor
 ) -> Float[Tensor, "n 1 v"]:
-    """`_follow` of all rows, where that holds elsewhere than at 0 too: a cap only scales each logit by itself.
+    """`_follow` of all rows, after a check that the derivative is the same elsewhere up to a factor per logit, as a
+    softcap has.
 
-    ValueError where it does not (a head with layers of its own, as ModernBERT's decoder has).
+    ValueError where it is not (a head with layers of its own, as ModernBERT's decoder has).
     """
     elsewhere = _follow(running, norm, probe, at=probe[:1].flip(-1)).double()
     slopes = (elsewhere * at_zero).sum(0) / at_zero.square().sum(0).clamp(min=1e-30)
@@ -97,7 +102,9 @@ def _tolerance(x: Tensor) -> float:
 def _follow(
     running: nn.Module, norm: Site, x: Float[Tensor, "n 1 d"], at: Tensor | float = 0.0
 ) -> Float[Tensor, "n 1 v"]:
-    """The derivative of the model's own logits along rows behind its final norm, by default at 0: a cap has slope 1."""
+    """Derivative of the model's logits along vectors after its final norm, by default at 0, where a softcap has slope
+    1.
+    """
     ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
     place = (torch.zeros_like(x) + at).requires_grad_()
     with torch.enable_grad(), attach(norm, lambda y: place.to(y)):

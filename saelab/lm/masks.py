@@ -1,4 +1,4 @@
-"""Which tokens count: one rule for collecting, training, evaluation and everything after."""
+"""`TokenMask`: rules for which tokens are used, shared by collection, training, evaluation and analyses."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,9 +14,10 @@ from saelab.stores.results import Result
 
 @dataclass(frozen=True, kw_only=True)
 class MaskResult(Result):
-    """The tokens a mask keeps, and how many each rule removed.
+    """Tokens that a mask keeps, and how many each rule removed.
 
-    A token is counted for the first rule that removes it, so `n_kept` and the counts add up to every place in the rows.
+    A token is counted for the first rule that removes it, so `n_kept` and the counts add up to the total, padding
+    included.
     """
 
     keep: Bool[Tensor, "n_seq ctx_len"]
@@ -33,16 +34,16 @@ class MaskResult(Result):
         return "\n".join(f"{name:<10} {n:>12,} {n / total:>8.2%}" for name, n in rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Counts only, ready for JSON: `removed` by rule and `n_kept`."""
+        """Counts only, as a dictionary for JSON: `removed` by rule and `n_kept`."""
         return {"removed": dict(self.removed), "n_kept": self.n_kept}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMask:
-    """Rules for leaving tokens out, applied in this order: padding (always), special, positions, norm.
+    """Rules for excluding tokens, applied in this order: padding (always), special, positions, norm.
 
-    Padding goes by document id -1 and never by token id, so a model whose padding is also its EOS or BOS loses
-    nothing by it. Special tokens go by id, wherever they stand.
+    Padding is recognised by document id -1 and never by token id, so a model whose padding token is also its EOS or BOS
+    loses none of those. Special tokens are recognised by id, at any position.
 
     >>> tokens = sl.tokenize(sl.tiny_model(), ["one", "two"], ctx_len=6)
     >>> sl.TokenMask(positions=(1, None)).apply(tokens).removed
@@ -50,11 +51,13 @@ class TokenMask:
     """
 
     special: bool = True
-    """Leave out BOS, EOS and the like (`Tokens.special_ids`)."""
+    """Exclude BOS, EOS and the like (`Tokens.special_ids`)."""
     positions: tuple[int, int | None] = (0, None)
     """Keep positions start <= position < stop in a row; None is the row's end."""
     max_norm_ratio: float | None = None
-    """Leave out activations whose norm exceeds this many times the median norm, such as attention sinks; None: keep."""
+    """Exclude activations whose norm exceeds this many times the median norm, such as attention sinks; None keeps
+    them.
+    """
 
     def __post_init__(self) -> None:
         start, stop = self.positions
@@ -69,10 +72,15 @@ class TokenMask:
         norms: Float[Tensor, "n_seq ctx_len"] | None = None,
         median: float | None = None,
     ) -> MaskResult:
-        """The tokens to keep and how many each rule removed.
+        """Tokens to keep, and how many each rule removed.
 
-        `norms` are the activations' Euclidean norms, needed with `max_norm_ratio`; `median` is the norm they are
-        compared with, by default the median over the tokens that the other rules keep. ValueError without norms.
+        Args:
+            tokens: rows of token ids.
+            norms: Euclidean norms of the activations; needed with `max_norm_ratio`.
+            median: norm that they are compared with; None is the median over the tokens that the other rules keep.
+
+        Raises:
+            ValueError: for `max_norm_ratio` without norms.
         """
         if self.max_norm_ratio is not None and norms is None:
             raise ValueError(f"`max_norm_ratio={self.max_norm_ratio}` needs the activations' norms, got none.")
@@ -87,7 +95,7 @@ class TokenMask:
     def _rules(
         self, tokens: Tokens, norms: Tensor | None, median: float | None
     ) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
-        """Name of each rule, and what it leaves of the tokens that those before it keep."""
+        """Name of each rule, and the function that applies it to the tokens kept so far."""
         return [
             ("padding", lambda keep: keep & tokens.attention_mask),
             ("special", lambda keep: keep & self._find_ordinary(tokens) if self.special else keep),
@@ -116,5 +124,5 @@ class TokenMask:
         return norms <= self.max_norm_ratio * median
 
     def to_dict(self) -> dict[str, Any]:
-        """All rules, ready for JSON and provenance."""
+        """All rules, as a dictionary for JSON and provenance."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Loading a language model: from the Hub, from a folder, from an object, or a tiny one built on the spot."""
+"""Loading language models: from the Hub, a folder or an object, the built-in models, or a tiny random one."""
 
 import os
 import warnings
@@ -29,13 +29,13 @@ from saelab.stores.names import shareable
 from saelab.stores.progress import hidden
 
 Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]
-"""A language model as saelab knows it. A string, because importing the class takes seconds."""
+"""A language model in saelab: a TransformerBridge. A string, because importing the class takes seconds."""
 
 
 Processing = Literal["none", "folded"]
 BUILT_IN = ("tales", "tales-b")
 WORLD_MODELS = Path(__file__).parents[1] / "worlds" / "models"
-"""the built-in models' folders"""
+"""folder of the built-in models"""
 
 
 def load_model(
@@ -47,18 +47,27 @@ def load_model(
     tokenizer: Any = None,
     progress: bool = True,
 ) -> Model:
-    """A causal language model behind a `TransformerBridge`, in evaluation mode.
+    """A causal language model as a `TransformerBridge`, in evaluation mode.
 
-    `name_or_path` is "tales" or "tales-b" (the models of `saelab.worlds`, part of the package; "./tales" is a folder
-    of that name), a Hub id, a local folder (nothing touches the network), "tiny" for `tiny_model()`, a Hugging Face
-    model object (it stays as it is; the bridge shares its weights), or a bridge (returned as it is). `device` defaults
-    to the best one present (built-in models stay on the CPU), `dtype` to float32; objects keep their own.
-    `tokenizer` replaces the model's; for an object it may be left out where its folder has one. Weights are Hugging
-    Face's own; `weight_processing="folded"` folds norms and centres what is written to the residual stream, as
-    TransformerLens 2 did by default and many public SAEs expect. `progress=False` hides the bars.
-    Of a multimodal model the language tower is read; nothing is installed or started for the rest. FileNotFoundError
-    for a missing folder, TypeError for an object of another kind, ValueError for a wrong id, for what is no whole
-    causal model with its tokenizer, and for a device or dtype beside an object.
+    Of a multimodal model the language tower is used; nothing is installed or started for the rest.
+
+    Args:
+        name_or_path: "tales" or "tales-b" (the models of `saelab.worlds`, part of the package; "./tales" is a folder of
+            that name), a Hub id, a local folder (the network is not used), "tiny" for `tiny_model()`, a Hugging Face
+            model object (unchanged; the bridge shares its weights), or a bridge (returned as it is).
+        device: None is the best one present (the CPU for built-in models); not allowed for an object, which keeps its
+            own.
+        dtype: dtype of the weights; None is float32; not allowed for an object.
+        weight_processing: "none" keeps Hugging Face's own weights; "folded" folds norms and centres what is written to
+            the residual stream, as TransformerLens 2 did by default and many public SAEs expect.
+        tokenizer: replaces the model's; may be left out for an object whose folder has one.
+        progress: whether to show progress bars.
+
+    Raises:
+        FileNotFoundError: for a missing folder.
+        TypeError: for an object of another kind.
+        ValueError: for a wrong id, for what is not a complete causal model with its tokenizer, and for a device or
+            dtype together with an object.
 
     >>> model = sl.load_model(sl.tiny_model())
     >>> model.cfg.n_layers
@@ -77,7 +86,7 @@ def load_model(
 
 
 def _fold(model: Model) -> Model:
-    """The model with folded weights; ValueError where its predictions are no longer Hugging Face's."""
+    """The model with folded weights; ValueError where its predictions then differ from Hugging Face's."""
     hf_model, _ = strip(model.original_model)
     set_attention(hf_model, "eager")
     probe = make_probe(model)
@@ -138,12 +147,12 @@ def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, token
 
 
 def _could_be_id(name: str) -> bool:
-    """Hub ids are "name" or "owner/name"."""
+    """Whether a string may be a Hub id: "name" or "owner/name"."""
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
 def _boot(name: str, *, local: bool, **options: Any) -> Model:
-    """Load through the bridge; `local` keeps huggingface_hub off the network."""
+    """Load a model through TransformerBridge; `local` keeps huggingface_hub off the network."""
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoConfig
 
@@ -168,7 +177,9 @@ def _boot(name: str, *, local: bool, **options: Any) -> Model:
 
 
 def _load_tokenizer(name: str) -> Any:
-    """The tokenizer as it is: the bridge would have it begin every text with BOS. None: left to the bridge."""
+    """The tokenizer as it is, whereas the bridge would make it put BOS before every text; None leaves it to the
+    bridge.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -179,7 +190,9 @@ def _load_tokenizer(name: str) -> Any:
 
 @contextmanager
 def _named(name: str, local: bool, is_object: bool = False) -> Iterator[None]:
-    """Whatever the libraries raise inside is a ValueError that begins with what was to be loaded."""
+    """Context manager that turns any error of the libraries into a ValueError that begins with what was to be
+    loaded.
+    """
     try:
         yield
     except torch.OutOfMemoryError:
@@ -197,7 +210,7 @@ def _as_is() -> Iterator[None]:
 
 
 def _wrap(hf_model: nn.Module, tokenizer: Any, name: str | None = None) -> Model:
-    """Put a bridge around a copy of the module tree, so that the caller's object keeps its own modules."""
+    """A bridge around a copy of the module tree, so that the caller's object keeps its own modules."""
     warn_of_hooks(hf_model)
     twin, _ = strip(hf_model)
     config: Any = twin.config
@@ -223,11 +236,18 @@ def tiny_model(
     ctx_len: int = 256,
     seed: int = 0,
 ) -> Model:
-    """A small random causal model with a byte-level tokenizer, built on the spot: for tests, examples and the demo.
+    """A small random causal model with a byte-level tokenizer, for tests, examples and the demo.
 
     Nothing is downloaded. Its tokenizer knows the 256 bytes and the special tokens `<s>`, `</s>` and `<pad>` ("llama"),
-    or one `<|endoftext|>` for all three parts ("gpt2"). It has learned nothing: its loss is about ln(vocabulary).
-    The same seed gives the same weights; global random state is left alone.
+    or one `<|endoftext|>` as all three ("gpt2"). It is untrained: its loss is about ln(vocabulary). The same seed gives
+    the same weights; the global random state is not changed.
+
+    Args:
+        architecture: "llama" or "gpt2".
+        d_model: width of the residual stream; a multiple of 8, for 4 heads of even width.
+        n_layers: number of layers.
+        ctx_len: maximum context length in tokens.
+        seed: seed of the weights.
 
     >>> model = sl.tiny_model(n_layers=2, seed=1)
     >>> model.tokenizer.decode(model.tokenizer("a tin can", add_special_tokens=False)["input_ids"])
@@ -263,7 +283,7 @@ def _random_hf_model(architecture: str, d_model: int, n_layers: int, ctx_len: in
 
 
 def _byte_tokenizer(special: tuple[str, str, str]) -> Any:
-    """Every byte is a token; texts begin with the first special token."""
+    """A tokenizer with a token for every byte; texts begin with the first special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -279,7 +299,7 @@ def _byte_tokenizer(special: tuple[str, str, str]) -> Any:
 
 
 class ModelDescription(NamedTuple):
-    """What activations owe to their model: its name, how its weights were processed, and the versions in use."""
+    """Name of a model, how its weights were processed, and versions of the libraries: what activations depend on."""
 
     name: str
     weight_processing: Processing
@@ -287,12 +307,11 @@ class ModelDescription(NamedTuple):
 
 
 def describe_model(model: Model) -> ModelDescription:
-    """The model's name, weight processing and library versions, as kept in the provenance of activations.
+    """The model's name, weight processing and library versions, as recorded in the provenance of activations.
 
-    Of a local folder the name is its last part: what is shared says nothing of the machine.
-
-    "none" means raw Hugging Face weights; "folded" means that the bridge's compatibility mode folded and centred them,
-    so that activations differ from the raw ones.
+    Of a local folder the name is its last part only, so that shared files do not reveal paths of the machine. "none"
+    means raw Hugging Face weights; "folded" means that the bridge's compatibility mode folded and centred them, so that
+    activations differ from the raw ones.
 
     >>> sl.describe_model(sl.tiny_model()).weight_processing
     'none'
@@ -305,9 +324,11 @@ def describe_model(model: Model) -> ModelDescription:
 
 
 def is_same_model(one: str, other: str) -> bool:
-    """Whether two names mean one model: its last part counts, case does not, and TransformerLens' aliases are known.
+    """Whether two names refer to one model: the last part is compared, ignoring case, and TransformerLens' aliases are
+    resolved.
 
-    One model has several folders (the Hub's cache among them), owners on the Hub, and short names.
+    One model can be in several folders (the Hub's cache among them), under several owners on the Hub, and under short
+    names.
 
     >>> is_same_model("google/gemma-2-2b", "/data/gemma-2-2b/"), is_same_model("gpt2-small", "openai-community/gpt2")
     (True, True)
@@ -325,7 +346,7 @@ def _last_part(name: str) -> str:
 
 @cache
 def _official_names() -> dict[str, str]:
-    """TransformerLens' short names, and the model's own."""
+    """The model's own name for each of TransformerLens' short names."""
     from transformer_lens.supported_models import MODEL_ALIASES
 
     return {alias.lower(): _last_part(name) for name, aliases in MODEL_ALIASES.items() for alias in aliases}

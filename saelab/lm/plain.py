@@ -1,4 +1,4 @@
-"""A bridge's Hugging Face model without its wrappers: the same weights, run at Hugging Face's own speed.
+"""The plain Hugging Face model behind a TransformerBridge, without wrappers: the same weights at Hugging Face's speed.
 
 `TransformerBridge` computes attention and norms itself so that every intermediate value has a hook; that takes about
 twice the time of the model it wraps. Most hook points are the input or the output of a Hugging Face module, so the same
@@ -26,7 +26,7 @@ _HOOK_BOOKS = (
 _INPUTS = ("hidden_states", "input", "input_ids", "x", "inputs_embeds")
 
 Tap = Callable[[Tensor], Tensor | None]
-"""What runs at a hook point: gets the activation, returns its replacement or None."""
+"""A hook function: takes the activation, returns its replacement or None."""
 Site = tuple[nn.Module, str]
 """A module and its side, "hook_in" or "hook_out"."""
 
@@ -41,7 +41,8 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def strip(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
-    """A copy of a module tree without bridge wrappers and hooks, sharing every parameter, and the map from old to new.
+    """A copy of a module tree without bridge wrappers and hooks, sharing every parameter, and the map from old to new
+    modules.
 
     Only the tree is copied, not the weights, and the copy is in evaluation mode. Raises TypeError for a module whose
     `forward` was replaced on the instance (offloaded or patched models): its copy would still run the original.
@@ -62,7 +63,9 @@ def strip(model: nn.Module) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
 
 
 def _copy_shell(module: nn.Module, configs: dict[int, Any]) -> nn.Module:
-    """One module with books of its own (hooks, config, names of weights) and the same Parameter objects."""
+    """A copy of one module with its own dictionaries (hooks, config, names of weights) and the same Parameter
+    objects.
+    """
     patch = vars(module).get("forward")
     if patch is not None and not str(getattr(patch, "__module__", "")).startswith("transformer_lens."):
         raise TypeError(
@@ -83,10 +86,10 @@ def _copy_shell(module: nn.Module, configs: dict[int, Any]) -> nn.Module:
 
 
 def drop_hollow(bridge: Any) -> None:
-    """Give a bridge's model back its None where the bridge put a wrapper of nothing.
+    """Set modules of a bridge's model back to None where the bridge put an empty wrapper.
 
-    Hugging Face's models ask whether such a part is None: Granite's hybrids have rotary positions or none at all, and
-    the bridge's attention warns of rotary positions that it misses unless its configuration knows.
+    Hugging Face's models test whether such a module is None: Granite's hybrids have rotary positions or none at all,
+    and the bridge's attention warns of missing rotary positions unless its configuration says that there are none.
     """
     from transformer_lens.model_bridge.generalized_components import RotaryEmbeddingBridge
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
@@ -106,9 +109,9 @@ def drop_hollow(bridge: Any) -> None:
 
 
 def set_attention(model: nn.Module, implementation: str) -> bool:
-    """Choose a plain model's attention kernel, "sdpa" or "eager", and whether it has that one.
+    """Set a plain model's attention implementation, "sdpa" or "eager"; returns whether the model supports it.
 
-    The bridge asks for eager and for attention maps.
+    Also switches off attention maps, which the bridge asks for.
     """
     config: Any = model.config
     config.output_attentions = False
@@ -124,7 +127,7 @@ def set_attention(model: nn.Module, implementation: str) -> bool:
 
 
 def make_probe(model: Any) -> Tensor:
-    """Two rows of random ids."""
+    """Two rows of random token ids for short test forward passes."""
     length = min(16, model.cfg.n_ctx)
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(0, model.cfg.d_vocab, (2, length), generator=generator, device="cpu")
@@ -133,14 +136,15 @@ def make_probe(model: Any) -> Tensor:
 
 @torch.no_grad()
 def run(model: nn.Module, ids: Tensor) -> Tensor:
-    """`run_as_set` without gradient."""
+    """Logits without gradient; see `run_as_set`."""
     return run_as_set(model, ids)
 
 
 def run_as_set(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits of a plain or wrapped Hugging Face model, in evaluation mode and without a cache, gradients as set.
+    """Logits of a plain or wrapped Hugging Face model, in evaluation mode and without a cache; gradients as enabled by
+    the caller.
 
-    Rows are padded on the right, where a causal model cannot look, so no attention mask is needed and positions count
+    Rows are padded on the right, where a causal model does not look, so no attention mask is needed and positions count
     from 0 in every row.
     """
     with evaluating(model):
@@ -149,9 +153,9 @@ def run_as_set(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 class WithOwnHooks(nn.Module):
-    """A bridge's wrapped model with the hooks that somebody registered on the bridge itself.
+    """A bridge's wrapped model together with the hooks that were registered on the bridge itself.
 
-    They get what they get when the bridge is called: the ids, and the logits as its output.
+    These hooks get what they get when the bridge is called: the ids, and the logits as its output.
     """
 
     def __init__(self, bridge: Any) -> None:
@@ -160,7 +164,7 @@ class WithOwnHooks(nn.Module):
         self.__dict__["bridge"] = bridge  # not as a module, of which this would then be a part
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        """The wrapped model's output, its logits those that the hooks left."""
+        """The wrapped model's output, with the logits that the hooks returned."""
         outputs: list[Any] = []
 
         def forward(*args: Any, **options: Any) -> Tensor:
@@ -185,7 +189,7 @@ class WithOwnHooks(nn.Module):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode inside the block, and as it was behind it."""
+    """Context manager in which the model is in evaluation mode; restored afterwards."""
     training = [module for module in model.modules() if module.training] if model.training else []
     for module in training:
         module.training = False
@@ -197,17 +201,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class OwnHook:
-    """Base of what saelab registers with PyTorch: its type tells saelab's hooks from the user's."""
+    """Base class of objects whose methods saelab registers as PyTorch hooks, to distinguish them from the user's."""
 
 
 class TapHook(OwnHook):
-    """A `Tap` as a PyTorch hook."""
+    """A hook function (`Tap`) as a PyTorch hook."""
 
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
 
     def at_input(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Tap the first tensor that goes into a module."""
+        """Apply the hook function to the first tensor among a module's inputs."""
         if args and isinstance(args[0], Tensor):
             new = self.tap(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
@@ -220,7 +224,7 @@ class TapHook(OwnHook):
         return None if new is None else (args, {**kwargs, name: new})
 
     def at_output(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
-        """Tap the first tensor that comes out of a module."""
+        """Apply the hook function to the first tensor among a module's outputs."""
         if not isinstance(output, tuple | list):
             return self.tap(output)
         new = self.tap(output[0])
@@ -231,7 +235,7 @@ class TapHook(OwnHook):
 
 @contextmanager
 def attach(site: Site, tap: Tap) -> Iterator[None]:
-    """Inside the block, `tap` runs at a site."""
+    """Context manager in which the hook function `tap` runs at a site."""
     module, side = site
     hook = TapHook(tap)
     if side == "hook_in":
@@ -244,7 +248,9 @@ def attach(site: Site, tap: Tap) -> Iterator[None]:
 
 @contextmanager
 def _announced(module: Any, handle: RemovableHandle) -> Iterator[None]:
-    """Some parts of the bridge fire a hook point only where its own list of hooks is not empty."""
+    """Context manager that lists a hook in the bridge's own registry; some parts of the bridge fire a hook point only
+    if that is not empty.
+    """
     if not hasattr(module, "fwd_hooks"):
         yield
         return

@@ -1,4 +1,4 @@
-"""What the libraries behind a model do unasked: start processes, reach the network, fill in weights at random."""
+"""Suppressing side effects of loading a model: started processes, network access, and weights filled in at random."""
 
 import logging
 import os
@@ -15,9 +15,10 @@ _STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen"
 
 @contextmanager
 def no_processes() -> Iterator[None]:
-    """Whatever wants to start a process inside, on this thread, gets a PermissionError, and the log a line of it.
+    """Context manager in which starting a process on this thread raises PermissionError and is logged.
 
-    transformer_lens installs torchvision by pip where it misses a processor, and goes on without where it cannot.
+    transformer_lens installs torchvision by pip where a processor is missing, and continues without it where that
+    fails.
     """
     thread = threading.get_ident()
 
@@ -41,9 +42,10 @@ def no_processes() -> Iterator[None]:
 
 @contextmanager
 def text_alone() -> Iterator[None]:
-    """Inside, transformer_lens asks for no library by which a multimodal model prepares pictures: a text needs none.
+    """Context manager in which transformer_lens does not require the image libraries of a multimodal model, as text
+    needs none.
 
-    What the model's own modules need is missed where they are made.
+    What the model's own modules need is still required where they are made.
     """
     from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
@@ -56,7 +58,7 @@ def text_alone() -> Iterator[None]:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """huggingface_hub and transformers stay off the network inside."""
+    """Context manager in which huggingface_hub and transformers do not use the network."""
     from huggingface_hub import constants
 
     with _replaced(constants, "HF_HUB_OFFLINE", lambda _: True):
@@ -65,7 +67,9 @@ def offline() -> Iterator[None]:
 
 @contextmanager
 def recorded_missing() -> Iterator[list[set[str]]]:
-    """Names of the weights that Hugging Face does not find in the files, a set for each model that is loaded inside."""
+    """Context manager that yields the names of weights that Hugging Face does not find in the files, a set for each
+    model loaded in it.
+    """
     from transformers import PreTrainedModel
 
     missing: list[set[str]] = []
@@ -84,7 +88,7 @@ def recorded_missing() -> Iterator[list[set[str]]]:
 
 @contextmanager
 def _replaced(holder: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """What `make` makes of an attribute in its place inside."""
+    """Context manager in which an attribute is replaced by what `make` returns for it."""
     before = vars(holder)[name]
     setattr(holder, name, make(before))
     try:

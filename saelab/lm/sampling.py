@@ -1,4 +1,4 @@
-"""`Sampler`: the next token of each row of a batch, with noise of the row's own."""
+"""`Sampler`: draws the next token of each row of a batch, with a random generator per row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from torch import Generator, Tensor
 
 @dataclass(frozen=True, eq=False)
 class Sampler:
-    """Draws from softmax(logits / temperature), or takes the largest at temperature 0.
+    """Samples tokens from softmax(logits / temperature), or takes the most likely at temperature 0.
 
-    Row i draws with `generators[i]` alone, the same number of times at every step, so that what it draws depends on
-    nothing else in the batch; two models sampled with the same seeds meet the same noise.
+    Row i draws with `generators[i]` alone, the same number of times at every step, so that its sample does not depend
+    on the rest of the batch, and two models sampled with the same seeds use the same noise.
     """
 
     temperature: float
@@ -30,7 +30,7 @@ class Sampler:
             raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}.")
 
     def __call__(self, logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, "batch"]:
-        """One token a row."""
+        """(batch,) token ids, one per row."""
         if self.temperature == 0:
             return logits.argmax(1)
         kept = self._cut(logits / self.temperature)
@@ -41,7 +41,7 @@ class Sampler:
         return (kept - waits.log()).argmax(1)
 
     def _cut(self, logits: Tensor) -> Tensor:
-        """-inf for what top-k and top-p leave out."""
+        """Logits with -inf for tokens that top-k and top-p exclude."""
         if self.top_k is not None and self.top_k < logits.shape[1]:
             logits = logits.masked_fill(logits < logits.topk(self.top_k, 1).values[:, -1:], -torch.inf)
         if self.top_p is not None and self.top_p < 1:

@@ -1,4 +1,4 @@
-"""A few numbers that tell one model's weights from another's, whatever either is called."""
+"""Fingerprints of model weights, to tell whether two models have the same weights whatever their names."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from saelab.lm.plain import unwrap
 
 N_ENTRIES = 16
-"""of each parameter, evenly spaced"""
+"""number of entries of each parameter, evenly spaced"""
 N_SUMS = 4
 TOLERANCE = 0.25
-"""of the coarser dtype's resolution, as a share of the sum of magnitudes: rounding moves sums by a tenth of that
-where there are some hundred parameters, other random weights move them by a hundredth of the sum"""
+"""largest difference, as a fraction of the sum of magnitudes times the coarser dtype's resolution: rounding moves sums
+by a tenth of that with some hundred parameters, other random weights move them by a hundredth of the sum itself
+"""
 FINEST = 1e-6
-"""resolution that is asked for: folded weights were rounded once more, by each machine in its own order"""
+"""finest resolution required: folded weights were rounded once more, by each machine in its own order"""
 WHOLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """dtypes whose rounding stays below the tolerance"""
 
@@ -23,10 +24,11 @@ Sketch = tuple[float, ...]
 
 
 def sketch_weights(model: nn.Module) -> Sketch | None:
-    """Numbers of a model's weights: a checksum of the parameters' shapes, the resolution of their dtype, the sum of the
-    magnitudes of 16 entries of each parameter, and 4 sums of these entries times fixed factors. They do not depend on
-    the parameters' order, but for rounding not on the dtype, and not on hooks or the bridge. None where weights are
-    quantized or have not been loaded.
+    """Fingerprint of a model's weights; None where weights are quantized or have not been loaded.
+
+    It consists of a checksum of the parameters' shapes, the resolution of their dtype, the sum of the magnitudes of 16
+    entries of each parameter, and 4 sums of these entries times fixed factors. It does not depend on the parameters'
+    order, up to rounding not on the dtype, and not on hooks or the bridge.
 
     >>> sketch_weights(sl.tiny_model(seed=0)) == sketch_weights(sl.tiny_model(seed=0))
     True
@@ -45,18 +47,18 @@ def sketch_weights(model: nn.Module) -> Sketch | None:
 
 
 def is_same_shape(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two sketches are of models with parameters of the same shapes."""
+    """Whether two fingerprints are of models with parameters of the same shapes."""
     return one[0] == other[0]
 
 
 def is_same_weights(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether two sketches are of the same weights, as far as the coarser dtype can tell."""
+    """Whether two fingerprints are of the same weights, up to the rounding of the coarser dtype."""
     allowed = TOLERANCE * max(one[1], other[1]) * max(one[2], other[2])
     return is_same_shape(one, other) and all(abs(a - b) <= allowed for a, b in zip(one[2:], other[2:], strict=True))
 
 
 def _find_weights(model: nn.Module) -> Iterator[Tensor]:
-    """The parameters of Hugging Face's own modules, each once, without those that the bridge has made of them."""
+    """Parameters of Hugging Face's own modules, each once, without those that the bridge derived from them."""
     seen: set[int] = set()
     waiting = [unwrap(getattr(model, "original_model", model))]
     while waiting:

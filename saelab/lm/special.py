@@ -1,4 +1,4 @@
-"""Special tokens: those that the tokenizer itself marks, not those that the bridge has filled in."""
+"""Special tokens: those that the tokenizer itself defines, not those that the bridge has filled in."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,14 +8,14 @@ from saelab.lm.tokenizers import marked_special, own_special_tokens
 
 
 def find_bos(model: Model) -> int | None:
-    """The id of the tokenizer's own BOS, None where it has none or the model does not know it."""
+    """Id of the tokenizer's own BOS token; None where it has none or the id is outside of the model's vocabulary."""
     return next((i for i in _known(model, own_special_tokens(model.tokenizer).get("bos_token", ()))), None)
 
 
 def find_ends(model: Model) -> frozenset[int]:
-    """Tokens that end a text: the tokenizer's own EOS, and those of the model's generation settings.
+    """Ids of tokens that end a text: the tokenizer's own EOS, and those of the model's generation settings.
 
-    ValueError for a model without such settings: it would be let run on behind its ends.
+    ValueError for a model without such settings, as generation would not stop.
 
     >>> sorted(find_ends(sl.tiny_model()))
     [1]
@@ -34,9 +34,9 @@ def find_ends(model: Model) -> frozenset[int]:
 
 
 def find_special_ids(model: Model) -> tuple[int, ...]:
-    """Ids of all that the tokenizer marks as special, named or not, except what stands for unknown words.
+    """Ids of all tokens that the tokenizer marks as special, named or not, except the unknown token.
 
-    Unknown words are ordinary text; where the same token is BOS or EOS too, as GPT-2's, it is special.
+    Unknown words are ordinary text; where the same token is BOS or EOS too, as in GPT-2, it is special.
 
     >>> find_special_ids(sl.tiny_model())
     (0, 1, 2)
@@ -49,7 +49,7 @@ def find_special_ids(model: Model) -> tuple[int, ...]:
 
 
 def read_text(model: Model, ids: Iterable[int]) -> str:
-    """What ids say without special tokens; unknown words stay, which `skip_special_tokens` would take out.
+    """Text of token ids without special tokens; unknown words stay, which `skip_special_tokens` would remove.
 
     >>> read_text(sl.tiny_model(), [0, 74, 75, 1])
     'hi'

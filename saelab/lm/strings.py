@@ -1,4 +1,6 @@
-"""How tokens read, one by one and in a row, and which token a string means: one mapping, there and back."""
+"""Conversion between token ids and strings that are unique per token, including tokens that are parts of a
+character.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,12 +15,13 @@ AS_WRITTEN = {"skip_special_tokens": False, "clean_up_tokenization_spaces": Fals
 
 
 def token_bytes(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, bytes]:
-    """The bytes that each token adds to a text behind another token: what several of them say is their join.
+    """Bytes that each token adds to a text after another token; the text of several tokens is the concatenation of
+    their bytes.
 
-    Decoding a token alone would lose the space that some tokenizers keep apart, so each is decoded behind an anchor,
-    whose own text is cut off. A token that is a part of a character has no text of its own: its bytes are read from
-    its name in the vocabulary, and held against what the tokenizer makes of it. Special tokens read as they are
-    written; an id of no token, and one that adds nothing, has no bytes.
+    Decoding a token alone would lose the space that some tokenizers keep apart, so each is decoded after an anchor
+    token, whose own text is cut off. A token that is a part of a character has no text of its own: its bytes are read
+    from its name in the vocabulary, and checked against what the tokenizer decodes. Special tokens are spelled as in
+    the vocabulary; an id without a token, and one that adds nothing, has no bytes.
 
     >>> tokenizer = sl.tiny_model().tokenizer
     >>> list(token_bytes(tokenizer, tokenizer("é")["input_ids"]).values())
@@ -41,7 +44,7 @@ def token_bytes(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, bytes]:
 
 
 def _read_bytes(piece: Any, read: str, alone: str) -> bytes:
-    """The bytes of a token from its name, where the tokenizer reads them alike; else those of its text."""
+    """Bytes of a token from its name, where the tokenizer decodes them identically; else those of its text."""
     for raw in _guess_bytes(piece):
         if any(raw.decode("utf-8", errors) in (read, alone) for errors in ("replace", "ignore")):
             return raw
@@ -49,7 +52,9 @@ def _read_bytes(piece: Any, read: str, alone: str) -> bytes:
 
 
 def _guess_bytes(piece: Any) -> list[bytes]:
-    """What the name of a token may stand for: bytes, <0xE4>, GPT-2's letters for bytes, or characters below 256."""
+    """Bytes that the name of a token may represent: bytes, <0xE4>, GPT-2's letters for bytes, or characters below
+    256.
+    """
     if isinstance(piece, bytes):
         return [piece]
     if not isinstance(piece, str) or not piece:
@@ -67,17 +72,20 @@ def _guess_bytes(piece: Any) -> list[bytes]:
 
 @cache
 def _byte_letters() -> dict[str, int]:
-    """The letters by which byte-level tokenizers write bytes: printable ones as they are, the others from U+0100 on."""
+    """Byte for each letter of byte-level vocabularies: printable ones stand for themselves, the others begin at
+    U+0100.
+    """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(rest)}
 
 
 def token_strings(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
-    """How each token reads behind another, so that no two read alike: "the" inside a sentence is " the".
+    """String of each token as it appears after another one, different for every token: "the" inside a sentence is "
+    the".
 
-    Bytes that are no character by themselves read as <0xE4>, also those of an ASCII character that has another token,
-    and a token that adds nothing to a text reads as its number, <17>. `find_token_id` is the way back.
+    Bytes that are no character by themselves are shown as <0xE4>, also those of an ASCII character that has another
+    token, and a token that adds nothing to a text as its number, <17>. `find_token_id` is the inverse.
 
     >>> tokenizer = sl.tiny_model().tokenizer
     >>> list(token_strings(tokenizer, tokenizer("hi")["input_ids"]).values())
@@ -93,7 +101,7 @@ def token_strings(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
 
 
 def spell(tokenizer: Any, token_ids: Sequence[int]) -> Spelling:
-    """What the tokens of a row say together: their text, and their words, which join to it.
+    """Text of a row of tokens, and the part of it that each token contributes (`words`), which join to the text.
 
     >>> tokenizer = sl.tiny_model().tokenizer
     >>> spell(tokenizer, tokenizer("né")["input_ids"]).words
@@ -104,10 +112,12 @@ def spell(tokenizer: Any, token_ids: Sequence[int]) -> Spelling:
 
 
 def find_token_id(tokenizer: Any, text: str) -> int:
-    """The token that reads like a text, as `token_strings` shows it: " was" and "was" are two tokens.
+    """Id of the token with a given string, as `token_strings` shows it: " was" and "was" are two tokens.
 
-    Where none reads exactly so, the one token that the tokenizer makes of the text counts. ValueError where there is
-    none, or where several read alike: it names them.
+    Where no token has exactly that string, the single token that the tokenizer encodes the text to is returned.
+
+    Raises:
+        ValueError: where there is none, or where several tokens have the same string, which it names.
 
     >>> find_token_id(sl.tiny_model().tokenizer, "a"), find_token_id(sl.tiny_model().tokenizer, "<0xC3>")
     (67, 130)
@@ -131,7 +141,7 @@ def find_token_id(tokenizer: Any, text: str) -> int:
 
 
 def _spellings(text: str) -> list[str]:
-    """Names that vocabularies may have for a token that reads so behind another."""
+    """Names that vocabularies may have for a token with this string after another token."""
     raw = read_name(text)
     letters = {byte: letter for letter, byte in _byte_letters().items()}
     names = [text, text.replace(" ", "\u2581"), "".join(letters[byte] for byte in raw), f"##{text}", text.strip()]
@@ -140,7 +150,7 @@ def _spellings(text: str) -> list[str]:
 
 
 def _find_named(tokenizer: Any, names: Iterable[str]) -> set[int]:
-    """The tokens of these names, and a number in angle brackets."""
+    """Ids of the tokens with these names, or of a number in angle brackets."""
     found = set()
     for name in names:
         i = tokenizer.convert_tokens_to_ids(name)

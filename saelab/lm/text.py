@@ -1,4 +1,4 @@
-"""Documents from lists, tables, data sets and files, one at a time: each read as what it is, or refused by name."""
+"""Reading documents one at a time from lists, tables, data sets and files; anything ambiguous raises an error."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,15 +15,21 @@ Row: TypeAlias = str | np.ndarray
 
 
 def read_documents(texts: Any, *, separator: str | None = "<|endoftext|>", field: str = "text") -> Iterator[str]:
-    """Documents one by one, in order, never more than a block of them in memory; blank ones are left out.
+    """Iterator over documents as strings, in order, with at most a block of them in memory; blank ones are left out.
 
-    `texts` is a path or holds documents. Files go by their suffix: `.jsonl`, `.json`, `.csv`, `.tsv` and `.parquet`
-    have a text in each row; everything else is UTF-8 text whose documents are divided by lines equal to `separator`, or
-    are the lines themselves with `separator=None`. All but parquet may be compressed: `.gz`, `.bz2`, `.xz`. What holds
-    documents is a list, an iterator, an array or column of strings, or has rows or columns, such as a data set
-    (streaming or not), a DataFrame, a table or a dict of columns; `field` names the text in it. FileNotFoundError for a
-    path that is not there, ValueError or TypeError for what has no text: bytes, sets, all splits of a data set at once,
-    a missing column, missing values.
+    A path is read by its suffix: `.jsonl`, `.json`, `.csv`, `.tsv` and `.parquet` have a text in each row; everything
+    else is UTF-8 text. All but parquet may be compressed: `.gz`, `.bz2`, `.xz`.
+
+    Args:
+        texts: a path, or what holds documents: a list, an iterator, an array or column of strings, or an object with
+            rows or columns, such as a data set (streaming or not), a DataFrame, a table or a dict of columns.
+        separator: line that divides the documents of a text file; None makes each line a document.
+        field: name of the column or key that holds the text.
+
+    Raises:
+        FileNotFoundError: for a path that does not exist.
+        ValueError, TypeError: for what has no text: bytes, sets, all splits of a data set at once, a missing column,
+            missing values.
 
     >>> from saelab.lm.text import read_documents
     >>> list(read_documents([{"text": "one"}, " ", "two"])), list(read_documents({"text": ["three"]}))
@@ -36,13 +42,15 @@ def read_documents(texts: Any, *, separator: str | None = "<|endoftext|>", field
 
 
 def read_rows(texts: Any, *, separator: str | None = "<|endoftext|>", field: str = "text") -> Iterator[Row]:
-    """Documents as in `read_documents`, of which each may also be token ids: a list, array or tensor of integers."""
+    """Iterator over documents as in `read_documents`, each a string or token ids: a list, array or tensor of
+    integers.
+    """
     rows = (_read_row(row, field, where) for where, row in _find_rows(texts, separator, field))
     return (row for row in rows if (row.strip() if isinstance(row, str) else len(row)))
 
 
 def describe_source(texts: Any) -> str:
-    """Where the text came from, in a few words, for provenance."""
+    """Short description of where text came from, for provenance."""
     if isinstance(texts, str | os.PathLike):
         return Path(texts).name
     info = getattr(texts, "info", None)
@@ -52,7 +60,7 @@ def describe_source(texts: Any) -> str:
 
 
 def list_prompts(prompts: Any, name: str = "Prompts") -> list[Any]:
-    """Prompts as a list, one alone too; TypeError for what is no list of texts, such as a mapping.
+    """Prompts as a list, also of a single one; TypeError for anything but texts, such as a mapping.
 
     >>> list_prompts("One"), list_prompts(("Two", "three"))
     (['One'], ['Two', 'three'])
@@ -68,7 +76,7 @@ def list_prompts(prompts: Any, name: str = "Prompts") -> list[Any]:
 
 
 def _find_rows(texts: Any, separator: str | None, field: str) -> Iterator[tuple[str, Any]]:
-    """Rows, each with the words that say where it is."""
+    """Rows, each with a description of its location for messages."""
     if isinstance(texts, str | os.PathLike):
         yield from open_rows(texts, separator, field)
         return
@@ -78,7 +86,7 @@ def _find_rows(texts: Any, separator: str | None, field: str) -> Iterator[tuple[
 
 
 def _require_documents(texts: Any) -> None:
-    """TypeError or ValueError for objects that would be iterated as something else than documents."""
+    """Raise TypeError or ValueError for objects whose iteration would not give documents."""
     kind = type(texts).__name__
     if isinstance(texts, bytes | bytearray | memoryview):
         raise TypeError(f"`texts` must hold strings, got {kind}. Decode them: [data.decode('utf-8')].")
@@ -99,12 +107,12 @@ def _require_documents(texts: Any) -> None:
 
 
 def _is_data_set(value: Any) -> bool:
-    """A split: rows of named columns."""
+    """Whether an object is a split: rows of named columns."""
     return hasattr(value, "column_names") or hasattr(value, "columns")
 
 
 def _open_columns(texts: Any, field: str) -> Iterable[Any]:
-    """The rows of anything that has them, or the values of the column that is wanted."""
+    """Rows of anything that has rows, or the values of the requested column."""
     names, column = _find_columns(texts)
     if names is None:
         return _values(texts)
@@ -121,7 +129,7 @@ def _open_columns(texts: Any, field: str) -> Iterable[Any]:
 
 
 def _find_columns(texts: Any) -> tuple[list[str] | None, Callable[[str], Any]]:
-    """Names of the columns and how to get one; None for what has no columns, or gives its rows by itself."""
+    """Names of the columns and how to get one; None for what has no columns, or iterates over its rows by itself."""
     if isinstance(texts, Mapping):
         return [str(name) for name in texts], lambda name: _require_column(texts[name], name)
     if hasattr(texts, "column_names"):  # a data set gives rows, with all that a row needs; a table of pyarrow does not
@@ -146,7 +154,7 @@ def _require_column(values: Any, name: str) -> Any:
 
 
 def _values(column: Any) -> Iterable[Any]:
-    """What is in a column, array or list, as Python values."""
+    """Values of a column, array or list, as Python values."""
     if isinstance(column, np.ndarray | torch.Tensor):
         if column.ndim == 0 or column.ndim > 2 or getattr(column.dtype, "names", None):
             raise ValueError(
@@ -163,7 +171,7 @@ def _values(column: Any) -> Iterable[Any]:
 
 
 def _read_row(row: Any, field: str, where: str) -> Row:
-    """The text or the ids in a row; TypeError or ValueError saying where there are none."""
+    """Text or ids of a row; TypeError or ValueError naming its location where there are none."""
     seen = None
     if isinstance(row, Mapping):
         if field not in row:
@@ -181,7 +189,7 @@ def _read_row(row: Any, field: str, where: str) -> Row:
 
 
 def _as_ids(row: Any) -> np.ndarray | None:
-    """Token ids as they are; None for anything else."""
+    """Token ids unchanged; None for anything else."""
     if isinstance(row, torch.Tensor):
         row = row.detach().cpu().numpy()
     if isinstance(row, list | tuple):
@@ -192,7 +200,7 @@ def _as_ids(row: Any) -> np.ndarray | None:
 
 
 def _advise(row: Any) -> str:
-    """What to do with something that is no document."""
+    """Advice for a value that is no document, for messages."""
     if isinstance(row, bytes):
         return " Decode it: data.decode('utf-8')."
     if isinstance(row, list | tuple) and row and isinstance(row[0], str):
@@ -207,7 +215,7 @@ def _advise(row: Any) -> str:
 
 
 def _require_characters(text: str, where: str) -> str:
-    """A text that can be written as UTF-8."""
+    """The text itself; ValueError where it cannot be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Files of documents: text, JSON lines, tables, compressed or not."""
+"""Reading rows of documents from files: text, JSON, JSON lines, CSV and parquet, compressed or not."""
 
 import bz2
 import csv
@@ -27,12 +27,12 @@ REFUSED = {
     ".xlsx": "Give pandas.read_excel(path).",
 }
 IDS, MASK = "input_ids", "attention_mask"
-"""what tokenized data sets call their ids, and which of them are no padding"""
+"""names of the token ids and of the mask of what is not padding in tokenized data sets"""
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def open_rows(path: str | os.PathLike[str], separator: str | None, field: str) -> Iterator[tuple[str, Any]]:
-    """The documents or rows of a file, each with the words that say where it is."""
+    """Iterator over the documents or rows of a file, each with a description of its location for messages."""
     found = _require_file(path)
     packed = found.suffix.lower() if found.suffix.lower() in OPENERS else ""
     suffix = Path(found.stem).suffix.lower() if packed else found.suffix.lower()
@@ -53,7 +53,7 @@ def _number(rows: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
 
 
 def _require_file(given: str | os.PathLike[str]) -> Path:
-    """The path; FileNotFoundError for one that is not there, ValueError for a folder."""
+    """The path; FileNotFoundError where it does not exist, ValueError for a folder."""
     name = os.fsdecode(given)
     shown = name if len(name) <= 60 else name[:57] + "..."
     try:
@@ -77,7 +77,9 @@ def _require_file(given: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 file as text, a byte order mark left out; ValueError naming the file for anything else."""
+    """Context manager with a UTF-8 file opened as text, without a byte order mark; ValueError naming the file for
+    anything else.
+    """
     opener = OPENERS.get(path.suffix.lower(), open)
     try:
         with opener(path, "rb") as raw:
@@ -96,7 +98,7 @@ def _opened(path: Path) -> Iterator[TextIO]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines, ending in \\n whatever they end in; ValueError for bytes that no text has."""
+    """Lines, ending in \\n whatever the file's line endings; ValueError for bytes that are no text."""
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if "\0" in line:
@@ -127,7 +129,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """A list of rows, or a row a line."""
+    """Rows of a JSON list, or one row per line."""
     with _opened(path) as file:
         start = file.read(1)
         while start.isspace():
@@ -148,7 +150,7 @@ def _parse(text: str, where: str, what: str) -> Any:
 
 
 def _read_table(path: Path, comma: str, field: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a table whose first line names the columns."""
+    """Values of a column in the rows of a table whose first line names the columns."""
     rows = csv.DictReader(_lines(path), delimiter=comma, strict=True)
     try:
         _require_column(field, rows.fieldnames or [], path)
@@ -161,7 +163,7 @@ def _read_table(path: Path, comma: str, field: str) -> Iterator[tuple[str, Any]]
 
 
 def _next_row(rows: "csv.DictReader[str]") -> dict[str, Any] | None:
-    """A row with values of any length: the module's limit holds for everybody, and is put back."""
+    """A row with values of any length; the csv module's global limit is raised and restored."""
     before = csv.field_size_limit(2**31 - 1)
     try:
         return next(rows, None)
@@ -175,7 +177,7 @@ def _require_column(field: str, names: Iterable[str], path: Path) -> None:
 
 
 def tell_columns(field: str, names: Iterable[str]) -> str:
-    """Columns near a name that is not there, all of them, and what to do."""
+    """Message that lists similar names and the existing columns for a missing one."""
     names = [str(name) for name in names]
     near = get_close_matches(field.lower(), [name.lower() for name in names], n=3)
     listed = [name for name in names if name.lower() in near]

@@ -1,14 +1,16 @@
-"""What a tokenizer has of its own, and a copy of it that the bridge may fill in."""
+"""Special tokens that a tokenizer itself defines, and a copy of the tokenizer that the bridge may modify."""
 
 import copy
 from typing import Any
 
 FILLED = ("bos_token", "eos_token", "pad_token")
-"""what transformer-lens names on a tokenizer that has none: EOS `<|endoftext|>`, BOS and padding after it"""
+"""special tokens that transformer-lens adds to a tokenizer without them: EOS `<|endoftext|>`, BOS and padding
+after it
+"""
 
 
 def own_special_tokens(tokenizer: Any) -> dict[str, tuple[int, ...]]:
-    """Ids by name (bos_token, eos_token, ...) of the special tokens that a tokenizer has of its own.
+    """Ids by name (bos_token, eos_token, ...) of the special tokens that a tokenizer itself defines.
 
     The bridge gives every tokenizer a BOS, an EOS and a padding token. Those that the tokenizer was not made with do
     not count, nor does a name that is no token of the vocabulary, whose id is that of unknown words.
@@ -28,13 +30,13 @@ def own_special_tokens(tokenizer: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _find_id(tokenizer: Any, token: str) -> int | None:
-    """The id of a token of the vocabulary: of any other, a tokenizer gives that of unknown words."""
+    """Id of a token of the vocabulary, or None; for any other string a tokenizer returns the id of unknown words."""
     i = tokenizer.convert_tokens_to_ids(token)
     return int(i) if i is not None and tokenizer.convert_ids_to_tokens(int(i)) == token else None
 
 
 def marked_special(tokenizer: Any) -> set[int]:
-    """Tokens that the tokenizer marks as special, with a name of their own or without, but for what was filled in."""
+    """Ids of tokens that the tokenizer marks as special, named or not, without those that the bridge added."""
     own = {str(token) for token in (tokenizer.init_kwargs.get("added_tokens_decoder") or {}).values()}
     names = {str(getattr(tokenizer, name)) for name in FILLED if not tokenizer.init_kwargs.get(name)} - own
     marked = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -43,9 +45,11 @@ def marked_special(tokenizer: Any) -> set[int]:
 
 
 def copy_tokenizer(tokenizer: Any, name: str) -> Any:
-    """A copy for the bridge, which names BOS, EOS and padding on it where they are missing; it keeps what was there.
+    """A copy of the tokenizer for the bridge, which sets missing BOS, EOS and padding tokens on it; the original stays
+    unchanged.
 
-    The bridge would load a tokenizer anew, by name, unless it says that BOS is taken care of: saelab adds BOS itself.
+    The copy is marked as adding BOS, as otherwise the bridge would load the tokenizer again, by name; saelab adds BOS
+    itself.
     """
     twin = copy.deepcopy(tokenizer)
     own = {key: getattr(twin, key, None) for key in FILLED}

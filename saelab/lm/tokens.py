@@ -1,4 +1,4 @@
-"""Text as rows of token ids: packed, or one document a row; every token knows its document."""
+"""Tokenizing text into rows of token ids, packed or one document per row, with the document of each token."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from saelab.lm.special import find_bos, find_special_ids
 from saelab.lm.text import Row, describe_source, read_rows
 
 PADDING = -1
-"""The document id of padding."""
+"""Document id of padding."""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -29,9 +29,9 @@ class Tokens:
     """
 
     ids: Int32[Tensor, "n_seq ctx_len"]
-    """Token ids; at padding some id the model knows."""
+    """Token ids; at padding an arbitrary id of the vocabulary."""
     doc_ids: Int32[Tensor, "n_seq ctx_len"]
-    """Which document each token belongs to, counted from 0; -1 is padding, whatever the id there."""
+    """Index of the document that each token belongs to, from 0; -1 is padding, whatever the id there."""
     special_ids: tuple[int, ...] = ()
     """Ids of BOS, EOS, padding and the like (not of unknown words), in increasing order."""
     source: str = "unknown"
@@ -39,9 +39,9 @@ class Tokens:
     bos: bool = False
     """Whether every document begins with BOS."""
     packed: bool = True
-    """Documents one after another, or one document a row."""
+    """Whether rows hold documents one after another, rather than one document each."""
     n_truncated: int = 0
-    """Documents that lost their end because they were longer than a row (never when packed)."""
+    """Number of documents that were cut because they were longer than a row (0 when packed)."""
 
     def __post_init__(self) -> None:
         if self.ids.shape != self.doc_ids.shape or self.ids.ndim != 2:
@@ -75,9 +75,10 @@ class Tokens:
 
     @property
     def predicts(self) -> Bool[Tensor, "n_seq ctx_len"]:
-        """True where the next token of the row belongs to the same document: the predictions that a loss counts.
+        """True where the next token of the row belongs to the same document: the predictions that a loss is averaged
+        over.
 
-        What begins the next document of a packed row cannot be known from the one before.
+        The first token of the next document in a packed row cannot be predicted from the one before.
 
         >>> sl.tokenize(sl.tiny_model(), ["a", "b"], ctx_len=4).predicts.tolist()
         [[True, False, True, False]]
@@ -93,7 +94,7 @@ class Tokens:
 
     @cached_property
     def sha256(self) -> str:
-        """Fingerprint of ids, document ids and shape."""
+        """SHA-256 hash of ids, document ids and shape."""
         digest = hashlib.sha256(str(tuple(self.ids.shape)).encode())
         for part in (self.ids, self.doc_ids):
             digest.update(part.contiguous().numpy().tobytes())
@@ -111,21 +112,29 @@ def tokenize(
     separator: str | None = "<|endoftext|>",
     field: str = "text",
 ) -> Tokens:
-    """Token ids of documents in rows of `ctx_len`, with the model's own tokenizer.
-
-    `texts`, `separator` and `field` are as in `read_documents`: a file, a list, a column, a table or a data set. A
-    document may also be token ids that are there already: a list, array or tensor of integers, or a row with
-    `field="input_ids"`, of which an `attention_mask` beside it takes the padding out.
+    """Token ids of documents in rows of `ctx_len`, from the model's own tokenizer.
 
     Packed rows join all documents and only the last row has padding; a row may begin inside a document, and the model
-    looks across the borders. Otherwise each document has a row of its own and loses what does not fit
-    (`Tokens.n_truncated` counts them). `bos`: True puts BOS before every document that does not begin with it, False
-    before none, None does as the tokenizer by itself. Documents of which the tokenizer makes no token have a number,
-    but no row. `n_tokens` stops after exactly that many (fewer if the text ends), BOS included.
+    attends across document borders. Otherwise each document has a row of its own and is cut to its length
+    (`Tokens.n_truncated` counts those). A document for which the tokenizer produces no token is numbered, but has no
+    row.
+
+    Args:
+        model: the language model, for its tokenizer and context length.
+        texts: a file, a list, a column, a table or a data set, as in `read_documents`. A document may also be token
+            ids: a list, array or tensor of integers, or a row with `field="input_ids"`, from which an `attention_mask`
+            in the same row removes the padding.
+        ctx_len: length of a row.
+        packed: whether rows hold documents one after another.
+        bos: True puts BOS before every document that does not begin with it, False before none, None does as the
+            tokenizer by itself.
+        n_tokens: stop after exactly that many tokens (fewer if the text ends), BOS included; None takes all.
+        separator: line that divides the documents of a text file; None makes each line a document.
+        field: name of the column or key that holds the text.
 
     Raises:
-        ValueError: no tokens in any document, a row longer than the model's context, `bos=True` and a tokenizer
-            without BOS, ids that the model does not know.
+        ValueError: for no tokens in any document, a row longer than the model's context, `bos=True` and a tokenizer
+            without BOS, ids outside of the model's vocabulary, and as `read_documents`.
         TypeError, FileNotFoundError: as `read_documents`.
 
     >>> tokens = sl.tokenize(sl.tiny_model(), ["one", "two"], ctx_len=6)
@@ -164,7 +173,7 @@ def _require_sizes(model: Model, ctx_len: int, n_tokens: int | None) -> None:
 
 
 def _bos_ids(model: Model, bos: bool | None) -> list[int]:
-    """What goes before every document: [BOS] or nothing."""
+    """Ids put before every document: [BOS] or nothing."""
     tokenizer: Any = model.tokenizer
     own = find_bos(model)
     if bos is None:
@@ -180,7 +189,7 @@ def _fill_id(model: Model) -> int:
 
 
 def _encode(model: Model, documents: Iterator[Row], first: list[int]) -> Iterator[np.ndarray]:
-    """Ids of each document, tokenized 256 at a time and only as they are asked for."""
+    """Iterator over the ids of each document, tokenized 256 at a time and on demand."""
     while block := list(islice(documents, 256)):
         made = iter(_encode_texts(model.tokenizer, [row for row in block if isinstance(row, str)]))
         for row in block:

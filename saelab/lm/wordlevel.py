@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 
 class SpecialWords(NamedTuple):
-    """Words of the vocabulary that are no text."""
+    """Words of the vocabulary that are special tokens."""
 
     bos: str
     eos: str
@@ -16,8 +16,14 @@ class SpecialWords(NamedTuple):
 def word_tokenizer(words: Sequence[str], special: SpecialWords, *, no_space_before: str, no_space_after: str) -> Any:
     """A `PreTrainedTokenizerFast` whose token i is `words[i]`; texts begin with BOS.
 
-    Words are runs of letters and digits; every other mark is a token. Decoding puts one space between tokens, but none
-    before the marks in `no_space_before` and none after those in `no_space_after`.
+    Words are runs of letters and digits; every other character is a token of its own. Decoding puts one space between
+    tokens, with the exceptions below.
+
+    Args:
+        words: the vocabulary in order of ids, special tokens included.
+        special: which of the words are BOS, EOS, padding and the unknown token.
+        no_space_before: characters that are decoded without a space before them.
+        no_space_after: characters that are decoded without a space after them.
 
     >>> words = ["<pad>", "<bos>", "<eos>", "<unk>", "Hello", "you", "."]
     >>> special = SpecialWords("<bos>", "<eos>", "<pad>", "<unk>")
