@@ -2,6 +2,8 @@
 # make test    the tests                                  make bench   the two benchmarks, beside the peers
 # make peers   SAEs read and written, beside the libraries they belong to
 # make families  every model family in every use, as a page: docs/supported_models.md
+# make package   the archives of a release built, checked, installed and tested as installed
+# make coverage  the tests, and which lines they run: build/coverage/, docs/coverage.md
 # make kills   every command cut off at every one of its file events
 # make test-machines   the tests as older processors, more threads and other seeds run them: ROWS="old seeds" for some
 # make fuzz    5,000 damaged files of every kind, each read in a process of its own; and 1,000 flipped bits
@@ -28,7 +30,7 @@ define install
 	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
 endef
 
-.PHONY: demo install test test-oldest test-newest check lint types notebooks format bench peers kills test-machines families fuzz
+.PHONY: demo install test test-oldest test-newest check package coverage lint types notebooks format bench peers kills test-machines families fuzz
 
 demo: $(VENV)/.installed
 	$(BIN)/saelab demo
@@ -50,7 +52,7 @@ test-oldest test-newest:
 $(VENV)/.tested: $(VENV)/.installed $(SOURCES)
 	$(MAKE) test
 
-check: lint types $(VENV)/.tested notebooks
+check: lint types $(VENV)/.tested notebooks package
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -61,6 +63,19 @@ types: $(VENV)/.installed
 
 notebooks: $(VENV)/.installed
 	$(if $(NOTEBOOKS),SAELAB_FAST=1 $(PYTEST) --nbmake --nbmake-timeout=300 $(NOTEBOOKS))
+
+# The archives of a release, built, checked and installed; one in ONE_IN tests of each file, from the unpacked archive.
+ONE_IN ?= 12
+package: $(VENV)/.installed
+	$(BIN)/python scripts/check_package.py --constraints $(VENV)/constraints.txt --one-in $(ONE_IN) \
+	    -n auto --maxprocesses 4 --dist loadfile
+
+# Which lines the tests run: a table, build/coverage/ and the page docs/coverage.md. Twice as slow as `make test`.
+COVERAGE := build/coverage
+coverage: $(VENV)/.installed
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=xml:$(COVERAGE)/coverage.xml \
+	    --cov-report=html:$(COVERAGE)/html --cov-report=json:$(COVERAGE)/coverage.json
+	$(BIN)/python scripts/show_coverage.py $(COVERAGE)/coverage.json docs/coverage.md
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,19 @@ PLANTED = tuple(str(Path(__file__).parent / folder) + os.sep for folder in ("tes
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed-offset", type=int, default=0, help="Other planted worlds: moves the tests' seeds.")
+    parser.addoption("--one-in", type=int, default=1, help="Runs one in N tests of each file, the first among them.")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--one-in N` all tests are collected, and one in N that are not deselected otherwise runs, in every file."""
+    n = config.getoption("--one-in")
+    left_out = []
+    for _, tests in groupby(list(items), key=lambda item: item.path):
+        left_out += [item for i, item in enumerate(tests) if i % n]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,5 +1,7 @@
 """saelab finds, names, compares and moves the features of a language model, with sparse autoencoders."""
 
+from importlib import metadata as _metadata
+
 from saelab.analyses.cards import FeatureCard, describe_feature
 from saelab.analyses.contexts import FeatureExamples, examples
 from saelab.analyses.dead import DeadUnits, dead_units, drift
@@ -105,7 +107,10 @@ from saelab.universality.seeds import Stability, stability
 from saelab.universality.spaces import SpaceComparison, compare_spaces
 from saelab.universality.table import UniversalTable, list_universal
 
-__version__ = "0.1.0"
+try:
+    __version__ = _metadata.version("saelab")
+except _metadata.PackageNotFoundError:  # a checkout on the path that was never installed
+    __version__ = "0+unknown"
 
 __all__ = [  # noqa: RUF022 - plain order, as the test of exports has it
     "AbsTopK",

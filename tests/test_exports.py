@@ -1,9 +1,10 @@
 """The public names: listed, sorted, described, and cheap to import."""
 
 import inspect
+import runpy
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -42,7 +43,15 @@ def test_public_name_is_described_and_typed(name: str) -> None:
 
 
 def test_version_is_the_installed_one() -> None:
-    assert saelab.__version__ == version("saelab")
+    assert saelab.__version__ == metadata.version("saelab")
+
+
+def test_a_checkout_that_is_not_installed_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_nothing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", find_nothing)
+    assert runpy.run_path(saelab.__file__)["__version__"] == "0+unknown"
 
 
 def test_import_is_light() -> None:

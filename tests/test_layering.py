@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "saelab"
+import saelab
+
+PACKAGE = Path(saelab.__file__).parent
 FLOORS = {
     "functional": 0,
     "stores": 1,
