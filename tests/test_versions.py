@@ -48,6 +48,16 @@ def test_what_is_imported_is_declared() -> None:
     assert imported - declared <= {"pandas", "tokenizers", "ipython", "wandb", "tensorboard", "polars", "filelock"}
 
 
+def test_the_citation_and_the_changelog_are_of_this_version() -> None:
+    if not (ROOT / "CITATION.cff").is_file():
+        pytest.skip("no citation here: installed without its repository")
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M)
+    assert version
+    assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert newest and newest[1] in ("Unreleased", version[1])
+
+
 def find_imports() -> set[str]:
     """The packages outside the standard library that saelab imports anywhere."""
     found = set()
