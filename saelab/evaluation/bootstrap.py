@@ -9,8 +9,9 @@ LEVEL = 0.95
 
 
 class DocumentSums:
-    """Sums of per-token terms for each document, in float64; documents are the bootstrap's unit, as their tokens depend
-    on each other.
+    """Sums of per-token terms for each document, in float64.
+
+    Tokens of a document depend on each other, documents do not: the bootstrap draws documents.
 
     >>> sums = DocumentSums(torch.tensor([[0, 0, 7, -1]]))
     >>> sums.add(torch.tensor([0, 0, 7]), {"n_tokens": torch.ones(3)})

@@ -88,8 +88,9 @@ class ParentScore:
 
 @dataclass(frozen=True, kw_only=True)
 class PairScore:
-    """Whether one signed feature represents two concepts, one with each sign; the best feature by the lesser kappa in
-    training.
+    """Whether one signed feature represents two concepts, one with each sign.
+
+    The feature is the one whose lesser kappa of the two is highest in training stories.
     """
 
     a: str
@@ -217,9 +218,7 @@ class ConceptScores(Result):
         return sum(pair.on_two_sides for pair in self.control_pairs)
 
     def best(self, name: str) -> Best:
-        """The feature chosen for a concept, its sign and threshold, and its held-out F1; KeyError for an unknown
-        concept.
-        """
+        """The feature chosen for a concept, with sign, threshold and held-out F1; KeyError for an unknown concept."""
         for row in self.concepts:
             if row.name == name:
                 return Best(row.feature, row.side, row.threshold, row.f1)

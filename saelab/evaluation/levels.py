@@ -96,8 +96,9 @@ class Levels:
         return self.table.indices[part][there < -level if negative else there > level]
 
     def blocks(self) -> Iterator[tuple[slice, Int[np.ndarray, "n"], Int[np.ndarray, "n"]]]:
-        """Blocks of features: the slice, and the token and highest unit of each entry, units counted from the block's
-        first.
+        """Blocks of features: the slice, and for each entry its token and highest unit.
+
+        Units count from the block's first.
         """
         n_entries = self.table.size if isinstance(self.table, np.ndarray) else self.table.nnz
         width = max(1, BLOCK_ENTRIES * self.n_features // max(1, n_entries))

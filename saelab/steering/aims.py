@@ -77,8 +77,7 @@ def make_concepts(model: Model, aims: Mapping[str, Aim], *, first_token: bool = 
 
 
 def world_concept(model: Model, name: str) -> TokenConcept:
-    """A concept of the synthetic stories (`tales`) as the set of words that always mean it; for a model of that
-    vocabulary.
+    """A concept of the synthetic stories (`tales`) as the words that always mean it; for a model of their vocabulary.
 
     ValueError for a concept that is not in the table, or that no word means by itself.
 

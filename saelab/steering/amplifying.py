@@ -43,7 +43,7 @@ class SteeringScore:
     token: str
     """the promoted token with the highest probability under the amplified model"""
     probability: float
-    """of that token, under the amplified model"""
+    """of that token, under the amplified model, mean over prompts"""
     peak: float
     """largest |z| of this sign in the store"""
     n_contexts: int

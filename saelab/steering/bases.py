@@ -26,17 +26,16 @@ def tell_by_activations(
     n_fit: int,
     seed: int,
 ) -> dict[str, Told]:
-    """Held-out scores of a logistic regression on all activations, "activations", and of the best single coordinate,
-    "best neuron".
+    """Held-out scores of two classifiers on activations: a logistic regression and the best single coordinate.
 
-    The neuron is the coordinate whose class means differ most in standard deviations, with either sign. Decision
-    thresholds are chosen on training tokens as in `probe_features`.
+    They are named "activations" and "best neuron". The neuron is the coordinate whose class means differ most in
+    standard deviations, with either sign. Decision thresholds are chosen on training tokens as in `probe_features`.
 
     Args:
         x: (n, d_in) activations of tokens.
         y: (n) whether the label is true of each.
         is_train: (n) tokens to fit on; the others are scored.
-        n_fit: most training tokens of each class that the regression is fitted to.
+        n_fit: most training tokens of each class that both are fitted to.
         seed: draws them.
     """
     from sklearn.linear_model import LogisticRegression

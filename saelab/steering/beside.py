@@ -52,9 +52,7 @@ class TextRow:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SteeredTexts(Result):
-    """Result of `steer_texts`: texts without steering and under each intervention; `interventions` describes them by
-    name.
-    """
+    """Result of `steer_texts`: texts without steering and under each intervention."""
 
     rows: tuple[TextRow, ...]
     """one for each prompt and sample"""
@@ -108,8 +106,7 @@ def steer_texts(
     bos: bool | None = True,
     progress: bool = True,
 ) -> SteeredTexts:
-    """Texts with and without steering, sampled with the same seed, each scored under the steered and the unsteered
-    model.
+    """Texts with and without steering, sampled with the same seed and scored under both models.
 
     Args:
         model: language model.

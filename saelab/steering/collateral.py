@@ -90,8 +90,10 @@ class RemovalBench:
         return cls(model, tokens, truth, concept, hook_point, last, keep, train, held, keep & ~is_train)
 
     def predictions(self, with_concept: bool) -> Bool[Tensor, "n_seq ctx_len_1"]:
-        """Held-out predictions inside a document with the concept at the token or the next one (`with_concept`), or all
-        others.
+        """Mask of the held-out predictions near the concept (`with_concept`), or of all others.
+
+        A prediction is near it if the concept is true of its token or of the next one; only predictions inside a
+        document count.
         """
         has = self.truth[self.concept]
         either = has[:, 1:] | has[:, :-1]

@@ -96,8 +96,9 @@ class SteeringCurve(Result):
         return make_estimates(self.values(measure), self.draws(measure))
 
     def line(self, source: str, side: int = 1) -> list[int]:
-        """Indices of a source's points on one side of the unsteered model, weakest first; ValueError for another
-        source.
+        """Indices of a source's points on one side of the unsteered model, weakest first.
+
+        ValueError for another source or side.
         """
         if source not in self.sources or side not in SIDES:
             known = list(self.sources)[:5]
@@ -106,8 +107,9 @@ class SteeringCurve(Result):
         return [i for _, i in sorted(steps) if side * (self.points[i][1] - self.neutral[source]) >= 0]
 
     def frontier(self, source: str | None = None, side: int = 1, measure: str | None = None) -> list[tuple[str, float]]:
-        """The Pareto frontier of effect (or `measure`) against KL, as (source, strength), of one source or of all, by
-        KL.
+        """The Pareto frontier of effect (or `measure`) against KL: its points (source, strength) in order of KL.
+
+        It is that of one source, or of all.
         """
         names = self.sources if source is None else [source]
         mine = np.array([i for name in names for i in self.line(name, side)], dtype=int)
@@ -129,8 +131,7 @@ class SteeringCurve(Result):
         return self._along(source, side, measure, kl, lambda gain, cost: read_gain(gain, cost, kl))
 
     def kl_at(self, value: float, source: str, side: int = 1, measure: str | None = None) -> Estimate:
-        """The KL, in nats, at which the effect, or another measure, first reaches a value, interpolated along the
-        strengths.
+        """The KL at which the effect, or another measure, first reaches a value, interpolated along the strengths.
 
         Args:
             value: of the measure; negative on side -1.
@@ -139,7 +140,7 @@ class SteeringCurve(Result):
             measure: any name that `values` accepts; by default `effect`.
 
         Returns:
-            the KL with its interval; NaN, with the reason, where the strengths do not reach that value.
+            the KL in nats with its interval; NaN, with the reason, where the strengths do not reach that value.
         """
         return self._along(source, side, measure, value, lambda gain, cost: read_cost(side * gain, cost, side * value))
 
@@ -164,8 +165,10 @@ class SteeringCurve(Result):
         return next((kl for kl in MATCHED if tops and kl <= min(tops)), NAN)
 
     def best(self, source: str, side: int = 1) -> Best:
-        """The strength with the best balance of effect and fluency, chosen on every other prompt and scored on the
-        rest.
+        """The strength with the best balance of effect and fluency, chosen on half of the prompts, scored on the
+        others.
+
+        It is chosen on every other prompt; `Best` defines the score.
         """
         line = self.line(source, side)
         if not line or len(self.prompts) < 2:

@@ -65,7 +65,7 @@ def steering_curve(
             their own unit and mode; strengths multiply theirs), or a function from a strength to a context manager.
             Give weights signs such that positive strengths mean more of the concept: side 1 of the result takes
             positive strengths as raising it, side -1 negative ones as lowering it.
-        concept: target: words, token ids or a scoring function, as in `make_concept`.
+        concept: target: words, a `TokenConcept` or a scoring function, as in `make_concept`.
         prompts: texts to continue; take prompts that no choice was made on.
         strengths: for all sources, or by source; by default a grid of halves and doubles for units "norm" and "max".
         unit: of the strengths, as in `Intervention`.

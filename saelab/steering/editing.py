@@ -80,8 +80,9 @@ class EditTask:
     def predict(
         self, x: Float[Tensor, "n_prompts n_places d_in"] | None = None, version: str = TOLD
     ) -> Float[Tensor, "n_prompts d_vocab"]:
-        """Logits after the last token of each prompt, with `x` in place of the activations at the positions where it is
-        given.
+        """Logits after the last token of each prompt, where `x` is given with it in place of the activations.
+
+        `version` chooses the prompts; `x` replaces activations at the positions alone.
         """
         parts = []
         for rows in self._batches():

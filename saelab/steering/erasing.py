@@ -46,9 +46,7 @@ class FeatureErasure:
 
 @dataclass(frozen=True, eq=False)
 class AffineErasure:
-    """The affine edit `x' = x - ((x - centre) A^T) B`, A `read` and B `write`; a projection where both are one
-    orthonormal set.
-    """
+    """The affine edit `x' = x - ((x - centre) read^T) write`; a projection where both are one orthonormal set."""
 
     centre: Float[Tensor, "d_in"]
     read: Float[Tensor, "rank d_in"]
@@ -66,11 +64,11 @@ def choose_sides(
     ranking: "Ranking | Literal['effect']",
     pull: Float[np.ndarray, "d_sae"],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The k features, each with one sign of its codes, that best predict a label, among those with larger codes where
-    it is true.
+    """The k features, each with one sign of its codes, that best predict a label.
 
-    "effect" ranks by how much setting the codes to 0 reduces the distance of the two class means along a probe
-    (arXiv:2411.18895): `(mean(z | y) - mean(z | not y)) d . w`.
+    Only signs whose mean code is larger where the label is true are considered. "effect" ranks by how much setting the
+    codes to 0 reduces the distance of the two class means along a probe (arXiv:2411.18895): `(mean(z | y) - mean(z |
+    not y)) d . w`.
 
     Args:
         codes: (n, d_sae) scipy sparse codes.
@@ -83,7 +81,7 @@ def choose_sides(
         indices and signs of the features, the best first.
 
     Raises:
-        ValueError: where fewer than k features have larger codes where the label is true.
+        ValueError: where fewer than k such signs exist.
     """
     sides = Sides.split(codes, np.ones(len(y), bool))
     labelled = Labelled(Columns(sides.matrix), y, np.arange(len(y)))
@@ -131,8 +129,7 @@ def erase_direction(
     n_directions: int = 1,
     to: To = "usual",
 ) -> AffineErasure:
-    """Directional ablation: the edit that sets codes along the directions of a label to 0, or to their mean where it is
-    false.
+    """Directional ablation: the edit that sets codes along the directions of a label to a constant.
 
     Args:
         x: (n, d_in) activations.
@@ -140,7 +137,7 @@ def erase_direction(
         hook_point: where the activations are from.
         method: "means" (difference of means) or "probe" (logistic regression) finds the directions.
         n_directions: how many, each found in what is left by those before (INLP, arXiv:2004.07667); 1 for "means".
-        to: "usual" for the mean of activations where the label is false, "zero" for the origin.
+        to: the constant: "usual" for the mean code where the label is false, "zero" for 0.
 
     Raises:
         ValueError: for several directions with "means".

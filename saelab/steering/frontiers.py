@@ -50,11 +50,10 @@ def read_cost(
 def mean_gain(
     gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], limit: float
 ) -> Float[np.ndarray, "n_draws"]:
-    """The mean, over budgets from 0 to `limit`, of the best gain within the budget: area under the frontier over its
-    width.
+    """The mean, over budgets from 0 to `limit`, of the best gain within the budget.
 
-    The best gain within a budget is the largest of the points on the curve (see `read_gain`) that cost no more; at
-    least 0, the gain of no steering.
+    That is the area under the frontier over its width. The best gain within a budget is the largest of the points on
+    the curve (see `read_gain`) that cost no more; at least 0, the gain of no steering.
 
     >>> mean_gain(np.array([[1.0]]), np.array([[0.0]]), 1.0)
     array([1.])

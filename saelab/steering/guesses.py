@@ -68,9 +68,7 @@ def choose_threshold(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -
 
 
 def auroc(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> float:
-    """The area under the ROC curve: probability that a true row scores above a false one, ties counted half; 0.5 is
-    chance.
-    """
+    """The area under the ROC curve: P(score of a true row > score of a false one), ties counted half; 0.5 is chance."""
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(y, scores))

@@ -149,9 +149,7 @@ class Intervention:
         return all(not isinstance(s, Tensor) and s == neutral for s in self.strengths.values())
 
     def change(self, written: Float[Tensor, "n d_out"], read: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
-        """Activations after the intervention, at tokens that it applies to; differentiable in activations and
-        strengths.
-        """
+        """Activations after the intervention, at the tokens it applies to; differentiable in all that it depends on."""
         if isinstance(self.source, SAE) and self.error == "drop":
             written = self.source(read).to(written)
         if not self.strengths:

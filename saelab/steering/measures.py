@@ -36,8 +36,7 @@ def log_mass(log_probs: Float[Tensor, "*shape d_vocab"], ids: Int[Tensor, "n"]) 
 
 
 def entropy(log_probs: Float[Tensor, "*shape d_vocab"]) -> Float[Tensor, "*shape"]:
-    """The entropy `-sum_v p_v log p_v` in nats: 0 where one token has probability 1, log(d_vocab) for a uniform
-    distribution.
+    """The entropy `-sum_v p_v log p_v` in nats: 0 for a certain token, log(d_vocab) for a uniform distribution.
 
     >>> round(float(entropy(torch.zeros(8).log_softmax(0))), 4)
     2.0794

@@ -101,8 +101,9 @@ class Outcome:
     def __call__(
         self, logits: Float[Tensor, "batch n d_vocab"], texts: Texts, rows: Int[Tensor, "batch"]
     ) -> Float[Tensor, "batch"]:
-        """The metric of each row of the logits, which belongs to text `rows[i]`; ValueError where a user's function
-        returns another shape.
+        """The metric of each row of the logits, which belongs to text `rows[i]`.
+
+        ValueError where a user's function returns anything but one number a row.
         """
         values = self.read(logits, texts, rows.to(logits.device))
         if not isinstance(values, Tensor) or values.shape != logits.shape[:1] or not values.is_floating_point():
@@ -112,7 +113,7 @@ class Outcome:
 
 
 def make_outcome(model: Model, metric: Metric) -> Outcome:
-    """The metric for a short form of it.
+    """The metric for a token, a pair of tokens, "loss", or a function of the logits.
 
         "word", 42                   log-probability of that next token after the text, in nats (a tensor: one a text)
         ("word", "other")            its logit less the other's

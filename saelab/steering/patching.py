@@ -58,10 +58,9 @@ class Patching(Result):
 
     @property
     def scores(self) -> Float[np.ndarray, "n_sources n_columns"]:
-        """Denoising scores `(patched - corrupt) / (clean - corrupt)`: 0 as corrupt, 1 as clean; NaN where `reason`
-        explains it.
+        """Denoising scores `(patched - corrupt) / (clean - corrupt)`: 0 as corrupt, 1 as clean.
 
-        Scores below 0 and above 1 are possible.
+        Scores below 0 and above 1 are possible; NaN where `reason` explains it.
         """
         gap = float("nan") if self.reason else self.clean - self.corrupt
         return (self.values - self.corrupt) / gap

@@ -90,7 +90,7 @@ Place: TypeAlias = Part | slice | Sequence[int] | Bool[Tensor, "..."] | When | W
 
 
 def make_where(place: Place) -> Where:
-    """The `Where` for a short form of it.
+    """The `Where` for any form that `where` accepts: a part of the text, positions, a mask or a condition.
 
     >>> make_where("prompt").part, make_where([0, 3]).positions, make_where(slice(1, None)).positions
     ('prompt', [0, 3], slice(1, None, None))

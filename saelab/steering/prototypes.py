@@ -40,8 +40,9 @@ class Prototypes:
         return self.names.index(name)
 
     def keep(self, k: int) -> "Prototypes":
-        """A copy with only the `k` largest codes of each prototype in magnitude; the rest of a mean is many small
-        codes.
+        """A copy with only the `k` largest codes of each prototype in magnitude.
+
+        The rest of a mean is many small codes.
         """
         if not 1 <= k <= self.codes.shape[1]:
             raise ValueError(f"`k` must be in 1..d_sae ({self.codes.shape[1]}), got {k}.")
@@ -192,8 +193,7 @@ def steer_to(
     hook_point: str | None = None,
     allow_mismatch: bool = False,
 ) -> Iterator[Model]:
-    """A context in which the codes of every token of `where` descend toward the prototype c of a label, as with
-    `steer`.
+    """A context in which the codes of every token of `where` descend toward the prototype c of a label.
 
         z <- z - eta grad L(z), `n_steps` times, over codes that are active in the token or in c
         x' = x + (z' - z) D
@@ -203,8 +203,8 @@ def steer_to(
     So "distance" moves every token to one point and erases its other information; "contrast" adds differences of
     prototypes, weighted by 1 - p, until the token is nearer to the target than to the other prototypes: addition, where
     it is needed. Codes that cannot be negative are cut at 0 in the end. The reconstruction error stays, 0 steps change
-    nothing bit for bit, and contexts nest. Descent on sparse codes: arXiv:2502.18644; the two losses are an
-    interpretation of it.
+    nothing bit for bit, and contexts nest, as with `steer`. Descent on sparse codes: arXiv:2502.18644; the two losses
+    are an interpretation of it.
 
     Args:
         model: language model.

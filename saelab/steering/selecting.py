@@ -144,8 +144,7 @@ def probe_features(
     untrained: FeatureStore | Any = None,
     seed: int = 0,
 ) -> SparseProbes:
-    """Sparse probes of a concept: logistic regressions on the k most predictive features, with held-out scores and
-    controls.
+    """Sparse probes of a concept: logistic regressions on the k best features, with held-out scores and controls.
 
     Each sign of a feature's codes counts as a feature of its own ("side"), so that signed features count with both.
     Rankings:

@@ -69,8 +69,9 @@ class Stories:
         return write_out(words)
 
     def tokens(self, ctx_len: int = CTX_LEN) -> Tokens:
-        """The stories as `Tokens`, one a row, for `collect`, `stream` and `evaluate`; ValueError where one does not
-        fit.
+        """The stories as `Tokens`, one a row, for `collect`, `stream` and `evaluate`.
+
+        ValueError where a story does not fit.
         """
         lengths = np.diff(self.offsets)
         if lengths.max(initial=0) > ctx_len:

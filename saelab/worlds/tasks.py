@@ -92,11 +92,10 @@ class NamePrompt:
 
 
 def name_edits(n: int, seed: int = 0) -> list[dict[str, NamePrompt]]:
-    """Prompts of the task "names", each with counterfactual versions of the same length, by name; the original is "as
-    told".
+    """Prompts of the task "names", each with counterfactual versions of the same length.
 
-    "receiver" and "giver": that person has another name of the same gender throughout; "order": the two meet in the
-    other order; "roles": giver and receiver are exchanged.
+    Each is a dictionary by version; the original is "as told". "receiver" and "giver": that person has another name of
+    the same gender throughout; "order": the two meet in the other order; "roles": giver and receiver are exchanged.
 
     >>> told = name_edits(1)[0]
     >>> names = told["as told"].attributes, told["roles"].attributes
