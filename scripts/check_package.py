@@ -100,6 +100,8 @@ def main() -> None:
     parser.add_argument("--constraints", type=Path, default=ROOT / "constraints.txt", help="versions that pip may take")
     parser.add_argument("--one-in", type=int, default=12, help="of so many tests of a file, one runs")
     args, pytest_args = parser.parse_known_args()
+    if not (ROOT / ".git").exists():
+        sys.exit(f"An archive is held against the repository's list of files, which {ROOT} lacks. Run this in a clone.")
     names = list_files()
     with tempfile.TemporaryDirectory(prefix="saelab-package-") as name:
         folder = Path(name)
