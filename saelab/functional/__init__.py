@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: proximal operators, sparse kernels, exact search, losses, metrics. No files, no models."""
+"""Functions of tensors alone: activation functions, sparse kernels, top-k search, losses and metrics."""

@@ -1,4 +1,4 @@
-"""Sparse codes in compressed rows: what an encoder gives, what a decoder takes, and what lies on disk."""
+"""`SparseCodes`: the non-zero codes of a batch in compressed rows, as encoders return and decoders take them."""
 
 from dataclasses import dataclass, replace
 
@@ -32,7 +32,13 @@ class SparseCodes:
         rows: Int[Tensor, "nnz"],
         shape: tuple[int, int],
     ) -> "SparseCodes":
-        """Compress entries sorted by row; `shape` is (n_rows, d_sae).
+        """Codes from entries that are sorted by row.
+
+        Args:
+            indices: latent of each entry, in 0..d_sae - 1.
+            values: code of each entry.
+            rows: row of each entry, ascending.
+            shape: (n_rows, d_sae) of the dense codes; rows without an entry are empty.
 
         >>> SparseCodes.from_rows(torch.tensor([3, 1]), torch.ones(2), torch.tensor([0, 2]), (3, 4)).offsets
         tensor([0, 1, 1, 2])
@@ -42,7 +48,7 @@ class SparseCodes:
 
     @classmethod
     def from_dense(cls, z: Float[Tensor, "*batch d_sae"]) -> "SparseCodes":
-        """Keep the non-zero entries of dense codes, signed ones too.
+        """The non-zero entries of dense codes, negative ones included.
 
         >>> SparseCodes.from_dense(torch.tensor([[0.0, -2.0], [1.0, 0.0]])).values
         tensor([-2.,  1.])
@@ -58,7 +64,7 @@ class SparseCodes:
         return dense.index_put((self.rows, self.indices), self.values).view(*self.batch_shape, self.d_sae)
 
     def columns(self, latents: Int[Tensor, "n_latents"]) -> Float[Tensor, "*batch n_latents"]:
-        """The codes of some latents as a dense tensor."""
+        """Dense codes of the given latents, in the order given."""
         entries, which = (self.indices[:, None] == latents).nonzero(as_tuple=True)
         dense = self.values.new_zeros(len(self), len(latents))
         return dense.index_put((self.rows[entries], which), self.values[entries]).view(*self.batch_shape, len(latents))
@@ -73,7 +79,7 @@ class SparseCodes:
         return self._keep(self.indices < n_latents)
 
     def select(self, latents: Bool[Tensor, "d_sae"]) -> "SparseCodes":
-        """The codes of some latents only, those that are true."""
+        """The codes of the latents whose entry of the mask is True; all other codes are dropped."""
         return self._keep(latents[self.indices])
 
     def _keep(self, keep: Bool[Tensor, "nnz"]) -> "SparseCodes":
@@ -84,7 +90,7 @@ class SparseCodes:
 
     @property
     def l0(self) -> Int[Tensor, "n_rows"]:
-        """How many latents fire in each row (z != 0)."""
+        """Number of latents that fire (z != 0) in each row."""
         return self.offsets.diff()
 
     def __len__(self) -> int:

@@ -1,24 +1,32 @@
-"""Numbers of features, as people give them: Python's integers, NumPy's, torch's, ranges and arrays of them."""
+"""Feature indices as users pass them (integers of Python, NumPy or torch, ranges, arrays), converted to `int`."""
 
 import operator
 from collections.abc import Iterable
-from typing import Any, SupportsIndex, TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 FeatureIds: TypeAlias = Iterable[SupportsIndex]
 """lists, ranges, arrays and tensors of integers"""
 
 
-def read_feature(value: Any, name: str = "feature", d_sae: int | None = None) -> int:
-    """A feature's number as an `int`; TypeError for what is no integer, a truth value among them.
+def read_feature(value: object, name: str = "feature", d_sae: int | None = None) -> int:
+    """A feature index as an `int`.
 
-    ValueError where it is not in 0..d_sae - 1, if `d_sae` is given.
+    Args:
+        value: an integer of Python, NumPy or torch.
+        name: what error messages call the argument.
+        d_sae: number of features; without it the range is not checked.
+
+    Raises:
+        TypeError: `value` is not an integer; booleans are refused, too.
+        ValueError: `d_sae` is given and the index is not in 0..d_sae - 1.
 
     >>> import numpy as np
     >>> read_feature(np.int64(3)), read_feature(torch.tensor(4))
     (3, 4)
     """
     try:
-        if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+        is_boolean = isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+        if is_boolean or not isinstance(value, SupportsIndex):
             raise TypeError
         number = operator.index(value)
     except TypeError:
@@ -32,8 +40,11 @@ def read_feature(value: Any, name: str = "feature", d_sae: int | None = None) ->
 
 
 def read_features(values: FeatureIds, d_sae: int, name: str = "features") -> list[int]:
-    """Numbers of features as a list of `int`; ValueError for those that are not in 0..d_sae - 1, TypeError for one
-    alone.
+    """Feature indices as a list of `int`.
+
+    Raises:
+        TypeError: `values` is a single index, or holds something that is not an integer.
+        ValueError: an index is not in 0..d_sae - 1.
 
     >>> import numpy as np
     >>> read_features(np.arange(3), 8)

@@ -1,8 +1,9 @@
-"""Products of int8 matrices that are exact on every processor, and whether this one has a kernel for them.
+"""Matrix products of int8 that are exact on every processor, and the check whether the int8 kernel can be used here.
 
-Below VNNI, oneDNN sums pairs of int8 products in 16 bits and saturates them: `torch._int_mm` is then wrong by up to
-the size of its own entries, without a word. The instructions of a processor do not tell: oneDNN may be held to older
-ones (ONEDNN_MAX_CPU_ISA, read once a process). So the kernel is tried, and used only where it is exact.
+Without VNNI instructions oneDNN sums pairs of int8 products in 16 bits, with saturation: `torch._int_mm` is then
+silently wrong by up to the size of its own entries. The processor's instruction set does not decide this, as oneDNN
+may be restricted to older instructions (ONEDNN_MAX_CPU_ISA, read once per process). So the kernel is tried once, and
+used only where it is exact.
 """
 
 import functools
@@ -18,7 +19,9 @@ TRIED_SHAPES = ((1, 25, 560), (17, 16, 16), (70, 33, 512), (30, 129, 1024), (64,
 def multiply_int8(
     a: Int8[Tensor, "n d"], b: Int8[Tensor, "m d"], out: Int[Tensor, "n m"] | None = None
 ) -> Int[Tensor, "n m"]:
-    """`a b^T` in int32: by the int8 kernel where that is exact here, else by way of float32, at its cost.
+    """`a b^T` in int32, exact: by the int8 kernel where that is exact here, else through float32 and as slow as that.
+
+    The result is written into `out` where that is given.
 
     >>> multiply_int8(torch.full((1, 2), -128, dtype=torch.int8), torch.full((1, 2), -128, dtype=torch.int8))
     tensor([[32768]], dtype=torch.int32)
@@ -26,14 +29,14 @@ def multiply_int8(
     if a.device.type == "cpu" and has_exact_int8():
         return torch._int_mm(a, b.T) if out is None else torch._int_mm(a, b.T, out=out)
     out = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device) if out is None else out.zero_()
-    for columns in torch.arange(a.shape[1], device=a.device).split(1024):  # 1024 * 128^2 = 2^24: float32 is exact
+    for columns in torch.split(torch.arange(a.shape[1], device=a.device), 1024):  # 1024 * 128^2 = 2^24: exact
         part = slice(int(columns[0]), int(columns[-1]) + 1)
         out += (a[:, part].float() @ b[:, part].float().T).int()
     return out
 
 
 def has_exact_int8() -> bool:
-    """Whether `torch._int_mm` gives what whole numbers give, tried once a process and setting of PyTorch (10 ms)."""
+    """Whether `torch._int_mm` is exact here; tried once per process, thread count and oneDNN setting (10 ms)."""
     return _try_int8(torch.get_num_threads(), torch.backends.mkldnn.enabled)
 
 

@@ -1,8 +1,7 @@
-"""Products that touch only the non-zero codes: the sparse half of a training step.
+"""Sparse matrix products over the non-zero codes, forward and backward: decoding and the gradients of a training step.
 
-A batch of codes is held in compressed rows: `indices` and `values` of its entries, row after row, and `offsets`
-saying where each row starts. Two products are enough for everything a sparse autoencoder does with it, forward and
-backward:
+A batch of codes is held in compressed rows: `indices` and `values` of its entries, row after row, and `offsets`, the
+number of the entry that each row starts with. All of it is built from two products:
 
     gather_sum    out[r] = sum over entries e of row r:  values[e] * table[indices[e]]       (sparse x dense)
     sampled_dot   out[e] = < left[rows[e]], table[indices[e]] >                              (dense x dense, at the
@@ -11,6 +10,7 @@ backward:
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,13 @@ def gather_sum(
     offsets: Int[Tensor, "n_rows_1"],
     table: Float[Tensor, "n d"],
 ) -> Float[Tensor, "n_rows d"]:
-    """Sum weighted rows of `table`: `out[r] = sum_e values[e] * table[indices[e]]` over the entries e of row r.
+    """Weighted sums of rows of `table`: `out[r] = sum_e values[e] * table[indices[e]]` over the entries e of row r.
+
+    Args:
+        indices: row of `table` that each entry takes.
+        values: weight of each entry.
+        offsets: (n_rows + 1,) row r owns the entries `offsets[r]` to `offsets[r + 1]`.
+        table: the dense matrix, such as W_dec.
 
     >>> gather_sum(torch.tensor([0, 2, 1]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 3]), torch.eye(3))
     tensor([[1., 0., 2.],
@@ -46,9 +52,16 @@ def sampled_dot(
     """Inner products at the entries only: `out[e] = <left[rows[e]], table[indices[e]]>`.
 
     On CPU and CUDA this is the kernel behind the gradient of `embedding_bag`'s weights, which reads each row in
-    place; gathering the rows first (what happens on other devices, and where the kernel is not what it was) moves
-    several times the memory. The entries are visited by column (in `order`, if that is known): a batch of rows fits the
-    cache, the table does not.
+    place; gathering the rows first (as on other devices, and where the kernel has changed) moves several times the
+    memory.
+
+    Args:
+        rows: row of `left` of each entry.
+        indices: row of `table` of each entry.
+        left: first factors, one row per token.
+        table: second factors, one row per latent.
+        order: permutation that sorts the entries by `indices`, if known; else it is computed. Entries are visited in
+            this order because a batch of rows of `left` fits the cache and `table` does not.
 
     >>> sampled_dot(torch.tensor([0, 1]), torch.tensor([2, 0]), torch.eye(2, 3), torch.ones(3, 3))
     tensor([1., 1.])
@@ -70,9 +83,9 @@ def _dot_by_kernel(rows: Tensor, indices: Tensor, left: Tensor, table: Tensor) -
 
 @functools.cache
 def has_dot_kernel(device_type: str) -> bool:
-    """Whether PyTorch has the kernel of `sampled_dot`, and it gives the products: tried once a process (1 ms).
+    """Whether PyTorch's kernel for `sampled_dot` exists and is correct; tried once per process and device type (1 ms).
 
-    PyTorch keeps the kernel to itself, so another release may take its arguments otherwise.
+    The kernel is private to PyTorch, so another release may order its arguments differently.
     """
     rows, indices = (torch.tensor(ids, device=device_type) for ids in ([2, 0, 2, 1], [0, 1, 1, 4]))
     left, table = (torch.arange(4.0 * n, device=device_type).view(n, 4) - n for n in (3, 5))
@@ -86,7 +99,7 @@ def has_dot_kernel(device_type: str) -> bool:
 def transpose_entries(
     indices: Int[Tensor, "nnz"], n_columns: int
 ) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "n_columns_1"]]:
-    """Order the entries by column: the permutation, and where each column starts in it (compressed columns).
+    """Compressed columns of the entries: the permutation that sorts them by column, and where each column starts in it.
 
     >>> transpose_entries(torch.tensor([2, 0, 2]), 3)
     (tensor([1, 0, 2]), tensor([0, 1, 1, 3]))
@@ -97,8 +110,8 @@ def transpose_entries(
 
 
 class Entries(NamedTuple):
-    """Where a batch's entries are: latent `indices`, `rows`, and `offsets`; `columns` is their `transpose_entries`,
-    if known.
+    """Positions of a batch's non-zero codes: latent `indices`, `rows` and `offsets`; `columns` is the result of
+    `transpose_entries`, if known.
     """
 
     indices: Int[Tensor, "nnz"]
@@ -107,18 +120,18 @@ class Entries(NamedTuple):
     columns: tuple[Int[Tensor, "nnz"], Int[Tensor, "n_columns_1"]] | None = None
 
     def with_columns(self, n_columns: int) -> "Entries":
-        """The same entries, their order by column worked out once for every product that needs it."""
+        """The same entries with `columns` computed, so that several products share the sort."""
         return self if self.columns else self._replace(columns=transpose_entries(self.indices, n_columns))
 
     @property
     def order(self) -> Int[Tensor, "nnz"] | None:
-        """The entries by column, if known."""
+        """Permutation that sorts the entries by latent, if known."""
         return self.columns[0] if self.columns else None
 
 
 Spare = list[Tensor]
-"""memory for one weight gradient (d_sae, d_in), used once; fresh memory of that size costs more than the product
-itself
+"""Holds memory for one weight gradient (d_sae, d_in), which is taken from the list when it is used; allocating that
+much costs more than the product itself.
 """
 
 
@@ -129,7 +142,14 @@ def weight_gradient(
     d_sae: int,
     spare: Spare | None = None,
 ) -> Float[Tensor, "d_sae d_in"]:
-    """`Z^T left`, for the sparse Z of the entries and their values: the gradient of W_dec, and of W_enc transposed.
+    """`Z^T left` for sparse codes Z: the gradient of W_dec, and that of W_enc transposed.
+
+    Args:
+        entries: positions of the non-zero entries of Z.
+        values: the entries of Z.
+        left: dense rows, one per row of Z.
+        d_sae: number of columns of Z.
+        spare: list that may hold a (d_sae, d_in) tensor to write the result into; None allocates one.
 
     >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     >>> weight_gradient(entries, torch.tensor([2.0]), torch.ones(1, 3), d_sae=2)
@@ -150,8 +170,8 @@ def weight_gradient(
 
 @functools.cache
 def _acknowledge_beta() -> None:
-    """Torch warns once a process that compressed tensors are young; the tests hold what is used of them to the naive
-    result.
+    """Suppress PyTorch's warning, given once per process, that compressed tensors are in beta; tests compare the
+    operations used here with a naive result.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -175,6 +195,9 @@ class _Decode(torch.autograd.Function):
         grad_values = sampled_dot(entries.rows, entries.indices, grad, W_dec, entries.order)
         grad_W = weight_gradient(entries, values, grad, len(W_dec)) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W, None
+
+
+_decode: Callable[[Tensor, Tensor, Entries], Tensor] = _Decode.apply
 
 
 class _NestedDecode(torch.autograd.Function):
@@ -219,6 +242,11 @@ class _NestedDecode(torch.autograd.Function):
         return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None, None
 
 
+_nested_decode: Callable[
+    [Tensor, Tensor, Tensor, Tensor, Entries, int, Spare, Tensor | None], tuple[Tensor, Tensor]
+] = _NestedDecode.apply
+
+
 class _Encode(torch.autograd.Function):
     """(x - b_dec) W_enc + b_enc at chosen entries; W_enc is read as rows of its transpose."""
 
@@ -255,6 +283,11 @@ class _Encode(torch.autograd.Function):
         return grad_x, grad_W, grad_b, grad_b_dec, None, None, None, None
 
 
+_encode: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Entries, Spare, Tensor | None], Tensor] = (
+    _Encode.apply
+)
+
+
 def sparse_decode(
     values: Float[Tensor, "nnz"],
     W_dec: Float[Tensor, "d_sae d_in"],
@@ -262,14 +295,20 @@ def sparse_decode(
     rows: Int[Tensor, "nnz"],
     offsets: Int[Tensor, "n_rows_1"],
 ) -> Float[Tensor, "n_rows d_in"]:
-    """Decode compressed codes: `z W_dec`, differentiable in the values and in W_dec, at the cost of the non-zero
-    entries.
+    """`z W_dec` for compressed codes z, differentiable in the values and W_dec, at the cost of the non-zero entries.
+
+    Args:
+        values: the non-zero codes.
+        W_dec: decoder, one row per latent.
+        indices: latent of each code.
+        rows: row of each code, ascending.
+        offsets: (n_rows + 1,) row r owns the codes `offsets[r]` to `offsets[r + 1]`.
 
     >>> one = torch.ones(1)
     >>> sparse_decode(one, torch.eye(2), torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     tensor([[0., 1.]])
     """
-    return _Decode.apply(values, W_dec, Entries(indices, rows, offsets))
+    return _decode(values, W_dec, Entries(indices, rows, offsets))
 
 
 def nested_decode_error(
@@ -284,15 +323,25 @@ def nested_decode_error(
 ) -> tuple[Float[Tensor, "n_groups"], Float[Tensor, "n_rows d_in"]]:
     """Squared error of every prefix, `||x - b_dec - sum_{h <= g} z_h W_dec||^2`, and the last one's residual, detached.
 
-    The entries' rows are those of n_groups stacked batches: row `g * n_rows + r` holds what group g of the latents
-    gives to token r. Differentiable in values, W_dec, x and b_dec, at the cost of the non-zero entries; all prefixes
-    cost one decode. `centred` is x - b_dec, if known. Source: the Matryoshka loss of arXiv:2503.17547.
+    Differentiable in values, W_dec, x and b_dec, at the cost of the non-zero entries; all prefixes cost one decode.
+    Source: the Matryoshka loss of arXiv:2503.17547.
+
+    Args:
+        values: the non-zero codes.
+        W_dec: decoder, one row per latent.
+        x: activations to reconstruct.
+        b_dec: decoder bias.
+        entries: positions of the codes in n_groups stacked batches: row `g * n_rows + r` holds the codes of group g
+            of the latents for token r.
+        n_groups: number of groups of latents, one more joining in each prefix.
+        spare: list that may hold memory for the gradient of W_dec; see `weight_gradient`.
+        centred: x - b_dec, if known.
 
     >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     >>> nested_decode_error(torch.ones(1), torch.eye(2), torch.ones(1, 2), torch.zeros(2), entries)
     (tensor([1.]), tensor([[1., 0.]]))
     """
-    return _NestedDecode.apply(values, W_dec, x, b_dec, entries, n_groups, spare or [], centred)
+    return _nested_decode(values, W_dec, x, b_dec, entries, n_groups, spare or [], centred)
 
 
 def attach_encoder(
@@ -305,10 +354,18 @@ def attach_encoder(
     spare: Spare | None = None,
     centred: Float[Tensor, "n_rows d_in"] | None = None,
 ) -> Float[Tensor, "nnz"]:
-    """Give pre-activations found by a search without gradients their gradients back, at the entries kept.
+    """The same pre-activations with gradients to the encoder, as if the dense product had been differentiated.
 
-    `values[e]` must equal `((x - b_dec) W_enc + b_enc)[rows[e], indices[e]]`. The result has the same values, and its
-    gradient reaches x, W_enc, b_enc and b_dec as if the dense product had been differentiated. `centred` is x -
-    b_dec, if known. Without `b_dec` nothing is taken from x.
+    For values that a search found without gradients. The gradient reaches x, W_enc, b_enc and b_dec.
+
+    Args:
+        values: pre-activations at the entries, equal to `((x - b_dec) W_enc + b_enc)[rows[e], indices[e]]`.
+        x: activations that were encoded.
+        W_enc: encoder.
+        b_enc: encoder bias.
+        b_dec: bias that was subtracted from x; None where nothing was.
+        entries: positions of the values.
+        spare: list that may hold memory for the gradient of W_enc transposed; see `weight_gradient`.
+        centred: x - b_dec, if known.
     """
-    return _Encode.apply(x, W_enc, b_enc, b_dec, values, entries, spare or [], centred)
+    return _encode(x, W_enc, b_enc, b_dec, values, entries, spare or [], centred)

@@ -1,5 +1,6 @@
-"""Training losses that a composed SAE adds up; each is unitless and about 1 for a dictionary that explains nothing."""
+"""Reconstruction losses of SAE training; each is unitless and about 1 for a dictionary that explains nothing."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ class _NestedError(torch.autograd.Function):
         return -grad_parts[0], grad_parts
 
 
+_nested_error: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _NestedError.apply
+
+
 def nested_error(
     target: Float[Tensor, "n_rows d_in"], parts: Float[Tensor, "n_groups n_rows d_in"]
 ) -> tuple[Float[Tensor, "n_groups"], Float[Tensor, "n_rows d_in"]]:
@@ -40,7 +44,7 @@ def nested_error(
     >>> nested_error(torch.ones(1, 2), torch.ones(2, 1, 2))[0].round()
     tensor([0., 2.])
     """
-    return _NestedError.apply(target, parts)
+    return _nested_error(target, parts)
 
 
 def normalised_error(estimate: Float[Tensor, "n_rows d_in"], target: Float[Tensor, "n_rows d_in"]) -> Float[Tensor, ""]:

@@ -1,22 +1,22 @@
-"""Rows of a text that are chosen, by what is small beside it: a mark a row, or whole runs of rows."""
+"""Subsets of the rows of a text in little memory: one boolean per row, or one boolean per run of rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer
+from numpy.typing import NDArray
 
 PART = 2**16
-"""Rows that are counted at once."""
+"""Rows that are processed at a time."""
 SPREAD = 16
-"""Rows lie close together where they are at least one of so many between the first and the last."""
+"""Rows are dense where at least one in this many between the first and the last is among them."""
 
 
 @dataclass(frozen=True, eq=False)
 class MarkedRows:
-    """The rows that are marked, in order: `rows[start:stop]` are made when asked for.
+    """The numbers of the marked rows, ascending; a slice `rows[start:stop]` is computed when it is read.
 
     >>> rows = MarkedRows(np.array([True, False, True, True]))
     >>> len(rows), rows[1:3].tolist()
@@ -27,7 +27,7 @@ class MarkedRows:
 
     @cached_property
     def _ends(self) -> Int[np.ndarray, "n_parts_1"]:
-        """How many are marked before each part of the rows, and in all."""
+        """Number of marked rows before each part, and in total."""
         counts = [np.count_nonzero(self.marks[start : start + PART]) for start in range(0, len(self.marks), PART)]
         return np.cumsum([0, *counts])
 
@@ -37,12 +37,12 @@ class MarkedRows:
     def __getitem__(self, part: slice) -> Int[np.ndarray, "n"]:
         start, stop, _ = part.indices(len(self))
         first, last = np.searchsorted(self._ends, (start, max(start, stop - 1)), "right") - 1
-        rows = np.flatnonzero(self.marks[first * PART : (last + 1) * PART]) + first * PART
+        rows: NDArray[np.int64] = np.flatnonzero(self.marks[first * PART : (last + 1) * PART]) + first * PART
         return rows[start - self._ends[first] : max(start, stop) - self._ends[first]]
 
 
 def number_rows(rows: Integer[np.ndarray, "n"]) -> tuple[Integer[np.ndarray, "m"], Integer[np.ndarray, "n"]]:
-    """Every row once, in order, and for each which of these it is: `np.unique`, faster where they lie close together.
+    """The distinct rows, sorted, and the index of each row among them: `np.unique`, faster where rows are dense.
 
     >>> [found.tolist() for found in number_rows(np.array([7, 5, 7]))]
     [[5, 7], [1, 0, 1]]
@@ -59,7 +59,7 @@ def number_rows(rows: Integer[np.ndarray, "n"]) -> tuple[Integer[np.ndarray, "m"
 
 @dataclass(frozen=True, eq=False)
 class ChosenRuns:
-    """Whether each row is of a chosen run, of a training document for instance: read like an array of one bool a row.
+    """Boolean mask of the rows of chosen runs, such as training documents: indexed like an array with one bool per row.
 
     >>> rows = ChosenRuns(np.array([0, 2]), np.array([False, True]), 5)
     >>> len(rows), rows.sum(), rows[1:3].tolist(), (~rows)[np.array([4, 0])].tolist()
@@ -67,16 +67,17 @@ class ChosenRuns:
     """
 
     starts: Integer[np.ndarray, "n_runs"]
-    """the row that each run begins with"""
+    """first row of each run"""
     chosen: Bool[np.ndarray, "n_runs"]
     n_rows: int
 
     def __len__(self) -> int:
         return self.n_rows
 
-    def __getitem__(self, rows: Any) -> Bool[np.ndarray, "n"]:
+    def __getitem__(self, rows: slice | Integer[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
         if not isinstance(rows, slice):
-            return self.chosen[np.searchsorted(self.starts, rows, "right") - 1]
+            mask: NDArray[np.bool_] = self.chosen[np.searchsorted(self.starts, rows, "right") - 1]
+            return mask
         start, stop, _ = rows.indices(self.n_rows)
         first, end = np.searchsorted(self.starts, start, "right") - 1, np.searchsorted(self.starts, stop)
         borders = np.clip(np.append(self.starts[first:end], stop), start, max(start, stop))
@@ -86,17 +87,22 @@ class ChosenRuns:
         return ChosenRuns(self.starts, ~self.chosen, self.n_rows)
 
     def sum(self) -> int:
-        """Rows of chosen runs."""
+        """Number of rows in chosen runs."""
         return int(np.diff(np.append(self.starts, self.n_rows))[self.chosen].sum())
 
 
-Marks = Callable[[int, int], np.ndarray]
-"""Whether each of the rows start..stop is meant."""
+Marks = Callable[[int, int], NDArray[np.bool_]]
+"""Function of (start, stop) that returns a boolean for each of the rows start..stop."""
 
 
 def draw_rows(marks: Marks, n_rows: int, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
-    """`n` of the rows that are marked, drawn with replacement, as `rng.choice` would draw them from a list of all of
-    them; empty where none is. Marks are made twice, part by part.
+    """Random marked rows, drawn with replacement as `rng.choice` draws from the list of them; empty where none is.
+
+    Args:
+        marks: function of (start, stop) that returns whether each of these rows is marked; called twice per part.
+        n_rows: number of rows, marked or not.
+        n: number of draws.
+        rng: source of the draws.
 
     >>> draw_rows(lambda start, stop: np.arange(start, stop) == 7, 10, 2, np.random.default_rng(0)).tolist()
     [7, 7]

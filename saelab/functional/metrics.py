@@ -1,4 +1,4 @@
-"""Metrics: one definition each, in streamed float64 sums, so that any amount of data fits in the memory of one batch.
+"""Reconstruction and next-token metrics, from float64 sums over batches: memory does not grow with the data.
 
 With x the activations, x_hat their reconstructions, z the codes, sums over all tokens, mean(x) that of every dimension:
 
@@ -28,7 +28,7 @@ from saelab.functional.codes import SparseCodes
 
 
 class ReconstructionSums:
-    """Running sums from which every reconstruction metric follows; `add` batches, read at the end.
+    """Reconstruction metrics from running sums: `add` batches, then read the properties.
 
     >>> sums = ReconstructionSums(2)
     >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
@@ -39,12 +39,12 @@ class ReconstructionSums:
 
     def __init__(self, d_in: int) -> None:
         self.n_tokens = 0
-        self._shift: Tensor | None = None  # a first mean: keeps the variance exact beside a large offset
+        self._shift: Tensor | None = None  # a first mean: keeps the variance exact under a large offset
         self._sum = torch.zeros(d_in, dtype=torch.float64)
         self._squares = self._error = self._hat_squares = self._inner = self._cosine = 0.0
 
     def add(self, x: Float[Tensor, "n_tokens d_in"], x_hat: Float[Tensor, "n_tokens d_in"]) -> None:
-        """Count a batch of activations and their reconstructions."""
+        """Add a batch of activations and their reconstructions."""
         if len(x) == 0:
             return
         x, x_hat = exact(x), exact(x_hat)
@@ -82,12 +82,12 @@ class ReconstructionSums:
 
     @property
     def bias(self) -> float:
-        """Relative reconstruction bias; NaN where reconstructions have nothing in common with the activations."""
+        """Relative reconstruction bias, 1 for none; NaN where reconstructions are orthogonal to the activations."""
         return _ratio(self._hat_squares, self._inner)
 
 
 class FiringSums:
-    """Running counts of firings, by sign; `add` codes, read at the end.
+    """L0, density and dead latents from running counts of firings by sign: `add` codes, then read the properties.
 
     >>> sums = FiringSums(3)
     >>> sums.add(SparseCodes.from_dense(torch.tensor([[0.0, -2.0, 1.0], [0.0, 3.0, 0.0]])))
@@ -101,14 +101,14 @@ class FiringSums:
         self.negative = torch.zeros(d_sae, dtype=torch.int64)
 
     def add(self, codes: SparseCodes) -> None:
-        """Count a batch of codes."""
+        """Add a batch of codes."""
         self.positive += torch.bincount(codes.indices[codes.values > 0].cpu(), minlength=codes.d_sae)
         self.negative += torch.bincount(codes.indices[codes.values < 0].cpu(), minlength=codes.d_sae)
         self.n_tokens += len(codes)
 
     @property
     def firings(self) -> Int[Tensor, "d_sae"]:
-        """Tokens on which each latent fired, with either sign."""
+        """Number of tokens on which each latent fired, with either sign."""
         return self.positive + self.negative
 
     @property
@@ -123,14 +123,14 @@ class FiringSums:
 
     @property
     def dead_frac(self) -> float:
-        """Share of latents that fired on no token counted."""
+        """Share of latents that fired on none of the tokens added."""
         return float((self.firings == 0).double().mean())
 
 
 def token_terms(
     x: Float[Tensor, "n_tokens d_in"], x_hat: Float[Tensor, "n_tokens d_in"]
 ) -> dict[str, Float[Tensor, "n_tokens"]]:
-    """Each token's terms in the sums that `read_scores` divides, in float64.
+    """Per-token terms of the sums that `read_scores` divides, in float64.
 
     >>> token_terms(torch.ones(1, 2), torch.zeros(1, 2))["error"]
     tensor([2.], dtype=torch.float64)
@@ -146,11 +146,13 @@ def token_terms(
 
 
 def read_scores(sums: Mapping[str, Float[Tensor, "*draws"]]) -> dict[str, Float[Tensor, "*draws"]]:
-    """The metrics that are ratios of sums over tokens, for one set of sums or for many bootstrap draws of them at once.
+    """The metrics that are ratios of sums over tokens, by name; for one set of sums or many bootstrap draws at once.
 
-    `sums` holds those of `token_terms`, of `variance`, `n_tokens`, `firings`, and over predictions of `n_predictions`,
-    `ce`, `ce_clean`, `ce_zero`, `ce_mean`, `kl`, `kl_zero`. A metric whose denominator is 0 is NaN, and so is a loss
-    recovered where ablation does not hurt.
+    A metric whose denominator is 0 is NaN, and so is a loss recovered where ablation does not hurt.
+
+    Args:
+        sums: over tokens, those of `token_terms`, `variance`, `n_tokens` and `firings`; over predictions,
+            `n_predictions`, `ce`, `ce_clean`, `ce_zero`, `ce_mean`, `kl` and `kl_zero`.
     """
     n_tokens, n_predictions = sums["n_tokens"], sums["n_predictions"]
     fvu = ratio(sums["error"], sums["variance"])
@@ -171,7 +173,7 @@ def read_scores(sums: Mapping[str, Float[Tensor, "*draws"]]) -> dict[str, Float[
 def loss_recovered(
     ce: Float[Tensor, "*draws"], ce_clean: Float[Tensor, "*draws"], ce_ablated: Float[Tensor, "*draws"]
 ) -> Float[Tensor, "*draws"]:
-    """`(ce_ablated - ce) / (ce_ablated - ce_clean)`; NaN where ablation does not hurt: there is nothing to recover.
+    """`(ce_ablated - ce) / (ce_ablated - ce_clean)`; NaN where ablation does not raise the loss.
 
     >>> loss_recovered(torch.tensor([2.0, 2.0]), torch.tensor([1.0, 5.0]), torch.tensor([5.0, 4.0]))
     tensor([0.7500,    nan])
@@ -192,7 +194,9 @@ def kl_divergence(logits: Float[Tensor, "n d_vocab"], other: Float[Tensor, "n d_
 
 
 def log_histogram(density: Float[Tensor, "d_sae"], n_tokens: int) -> tuple[list[float], list[int]]:
-    """Edges in log10, half a decade apart from 1 / n_tokens to 1, and the number of latents between; dead ones in none.
+    """Bin edges in log10, half a decade apart from 1 / n_tokens to 1, and the number of latents in each bin.
+
+    Latents of density 0 are in no bin.
 
     >>> log_histogram(torch.tensor([0.0, 0.01, 0.5, 1.0]), n_tokens=100)
     ([-2.0, -1.5, -1.0, -0.5, 0.0], [1, 0, 0, 2])
@@ -205,7 +209,7 @@ def log_histogram(density: Float[Tensor, "d_sae"], n_tokens: int) -> tuple[list[
 
 
 def effective_rank(spectrum: Float[Tensor, "n"]) -> float:
-    """How many directions share a spectrum: `exp(-sum p log p)`, p the spectrum over its sum; 1 to n, n when flat.
+    """Effective number of directions in a spectrum: `exp(-sum p log p)`, p the spectrum over its sum; 1 to n (flat).
 
     >>> effective_rank(torch.tensor([2.0, 2.0, 0.0]))
     2.0

@@ -1,28 +1,29 @@
-"""Chance for data in documents: labels and rows put elsewhere, so that no order of the text survives.
+"""Permutations of labels and rows for null distributions on text that consists of documents.
 
-Turning rows round keeps whatever is periodic (alternating labels, one template for all documents) and would give the
-result itself as its chance; permuting all rows breaks the runs that make chance wide. So labels are permuted within
-documents, and rows are moved in blocks that are turned round one by one.
+A circular shift of all rows keeps whatever is periodic (alternating labels, one template for all documents), so that
+the null would equal the result; permuting all rows breaks the runs that widen the null. So labels are permuted within
+documents, and rows are moved in blocks, each shifted circularly by itself.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer, Shaped
+from numpy.typing import NDArray
 
 BLOCK_ROWS, N_BLOCKS = 256, 64
-"""Rows of a block at most, and blocks at least where rows are few."""
+"""Largest number of rows in a block, and smallest number of blocks where rows are few."""
 WINDOW_ROWS = 2**15
-"""Rows within which blocks change places, so that a store is read in pieces."""
+"""Rows within which blocks are permuted, so that a store can be read in pieces."""
 INSIDE = 0.9
-"""Share of a label's variance that lies within documents, from which tokens are permuted within their documents."""
+"""Tokens are permuted within their documents where at least this share of the label's variance lies within these."""
 ROWS_AT_ONCE = 2**18
-"""Rows that are looked at at once, so that a mapped column is never held."""
+"""Rows that are processed at a time, so that a memory-mapped column is never held as a whole."""
 WITHIN, EXCHANGED = "tokens permuted within documents", "documents exchanged and their tokens permuted"
 
 
 def permute_within(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
-    """An order in which every row is followed by one of its own group: `rows[order]` are permuted within groups.
+    """A random order that keeps every row's group: `rows[order]` are the rows permuted within groups.
 
     >>> groups = np.array([0, 0, 1, 1, 1])
     >>> bool((groups[permute_within(groups, np.random.default_rng(0))] == groups).all())
@@ -36,7 +37,7 @@ def permute_within(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) ->
 
 
 def share_inside(y: Bool[np.ndarray, "n"], groups: Shaped[np.ndarray, "n"]) -> float:
-    """Share of the variance of a label that lies within groups, 0 to 1: 0 where each group has one label throughout.
+    """Share of a label's variance that lies within groups, 0 to 1; 0 where all rows of each group have the same label.
 
     >>> share_inside(np.array([True, False, True, False]), np.array([0, 0, 1, 1]))
     1.0
@@ -50,11 +51,16 @@ def share_inside(y: Bool[np.ndarray, "n"], groups: Shaped[np.ndarray, "n"]) -> f
 def permute_labels(
     y: Bool[np.ndarray, "n"], doc_ids: Shaped[np.ndarray, "n"], rng: np.random.Generator
 ) -> tuple[Bool[np.ndarray, "n"], str]:
-    """The labels of a text put elsewhere, and how.
+    """Permuted labels of a text for a null distribution, and a description of the permutation.
 
-    Where they differ within documents, they are permuted there: each document keeps its rate, and no period and no
-    place survives. Where they are mostly a matter of whole documents that would leave them as they are, so documents
-    change places first; a document's labels are stretched to the length of the one that gets them.
+    Where labels vary within documents, they are permuted there: each document keeps its rate, and neither periods nor
+    positions survive. Where they vary mostly between documents that would change little, so documents are exchanged
+    first: each receives the labels of another, stretched to its length, and these are then permuted within it.
+
+    Args:
+        y: label of each token.
+        doc_ids: document of each token.
+        rng: source of the permutation.
     """
     if share_inside(y, doc_ids) >= INSIDE:
         return y[permute_within(doc_ids, rng)], WITHIN
@@ -70,7 +76,7 @@ def permute_labels(
 
 
 def find_runs(groups: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "n_runs"]:
-    """The rows that runs of one group begin with, documents for instance.
+    """First row of each run of rows of one group, such as a document.
 
     >>> find_runs(np.array([3, 3, 5, 5, 5])).tolist()
     [0, 2]
@@ -84,14 +90,14 @@ def find_runs(groups: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "n_runs"]:
 
 @dataclass(frozen=True, eq=False)
 class MovedBlocks:
-    """An order of rows in blocks: `order[start:stop]` are the rows that stand at those places, made when asked for."""
+    """A permutation of rows by blocks: a slice `order[start:stop]` of it is computed when it is read."""
 
     places: Int[np.ndarray, "n_blocks_1"]
-    """where each block stands now, and the number of rows"""
+    """place of the first row of each block after the permutation, and the number of rows"""
     first: Int[np.ndarray, "n_blocks"]
-    """the row that each block begins with"""
+    """first row of each block before the permutation"""
     steps: Int[np.ndarray, "n_blocks"]
-    """rows by which it is turned round"""
+    """rows by which each block is shifted circularly"""
 
     def __len__(self) -> int:
         return int(self.places[-1])
@@ -100,15 +106,20 @@ class MovedBlocks:
         at = np.arange(*part.indices(len(self)))
         block = np.searchsorted(self.places, at, "right") - 1
         begin, length = self.places[block], np.diff(self.places)[block]
-        return self.first[block] + (at - begin + self.steps[block]) % length
+        rows: NDArray[np.int64] = self.first[block] + (at - begin + self.steps[block]) % length
+        return rows
 
 
 def move_blocks(doc_starts: Integer[np.ndarray, "n_docs"] | None, n: int, rng: np.random.Generator) -> MovedBlocks:
-    """An order of `n` rows in blocks that change places, each turned round by a step of its own.
+    """A random permutation of rows by blocks, each block shifted circularly by a random step of its own.
 
-    A block is at most 256 rows of one document (fewer where there would be less than 64 blocks), so that runs stay
-    together and periods do not. Places change within 32,768 rows. `doc_starts` are the rows that documents begin with;
-    without them all rows are one.
+    A block is at most 256 rows of one document (fewer where there would be less than 64 blocks), so that runs survive
+    and periods do not. Blocks are permuted within windows of 32,768 rows.
+
+    Args:
+        doc_starts: first row of each document; None where all rows are one document.
+        n: number of rows.
+        rng: source of the permutation.
 
     >>> order = move_blocks(None, 1000, np.random.default_rng(0))[:]
     >>> sorted(order.tolist()) == list(range(1000)), bool((np.diff(order) == 1).mean() > 0.5)

@@ -1,4 +1,4 @@
-"""Codes of a few latents, reading no more of the encoder than it takes."""
+"""Codes of a few chosen latents of a top-k SAE, without encoding every row in full."""
 
 import torch
 from jaxtyping import Float, Int
@@ -7,7 +7,7 @@ from torch import Tensor
 from saelab.functional.proximal import keep_places
 from saelab.functional.ties import bound_rounding, topk_latents
 
-SAMPLE = 16  # times k latents are asked first: a latent of middling size is then beaten by k of them
+SAMPLE = 16  # times k latents are computed first: k of these usually exceed a latent of average size
 PART = 2**22  # pre-activations held at a time
 
 
@@ -19,17 +19,26 @@ def pick_topk(
     k: int,
     signed: bool,
 ) -> Float[Tensor, "n_rows n_latents"]:
-    """The codes of some latents where the k largest of `x W^T + bias` fire, differentiable.
+    """Dense codes of the given latents where only the k largest of `x W^T + bias` fire, differentiable.
 
-    A latent that k others beat is none of the k largest, and most are beaten by k of the first few hundred: only rows
-    where one is not, or not yet, are coded whole. Rows are taken by parts, so that memory does not grow with them.
+    If k latents exceed latent j, j is not among the k largest, and k of the first few hundred latents usually suffice
+    to show it: only rows where they do not are encoded in full. Rows are processed in parts, so that memory does not
+    grow with their number.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        latents: the latents whose codes are returned, in this order.
+        k: latents that fire in each row.
+        signed: whether the largest are those of |u| (negative codes are kept); else only positive ones fire.
 
     >>> x, W = torch.tensor([[1.0, -3.0], [4.0, 2.0]]), torch.eye(2)
     >>> pick_topk(x, W, torch.zeros(2), torch.tensor([1]), k=1, signed=True)
     tensor([[-3.],
             [ 0.]])
     """
-    parts = x.split(max(1, PART // len(W)))
+    parts = torch.split(x, max(1, PART // len(W)))
     return torch.cat([_pick_part(part, W, bias, latents, k, signed) for part in parts])
 
 
@@ -46,7 +55,7 @@ def _pick_part(x: Tensor, W: Tensor, bias: Tensor, latents: Tensor, k: int, sign
 
 @torch.no_grad()
 def _find_unbeaten(x: Tensor, W: Tensor, bias: Tensor, u: Tensor, k: int, signed: bool) -> Tensor:
-    """Rows where fewer than k of the first latents are larger than one of the asked."""
+    """Rows where fewer than k of the first latents exceed the largest of the chosen ones."""
     n, asked = SAMPLE * k, (u.abs() if signed else u).amax(1, keepdim=True)
     if n >= len(W):
         return asked[:, 0] > 0

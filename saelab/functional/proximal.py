@@ -1,10 +1,11 @@
-"""Proximal operators of sparse coding: dense pre-activations u in, sparse codes z out, differentiable.
+"""Sparse activation functions (TopK, BatchTopK, GroupMax, JumpReLU and signed versions): pre-activations u to codes z.
 
-Each is the proximal map of a sparsity penalty (arXiv:2510.00404): ReLU of l1 on z >= 0, JumpReLU of l0 on z >= 0,
-TopK and AbsTopK of the k-sparse set with and without z >= 0. The batch operators share k * n_rows places between the
-rows (arXiv:2412.06410).
+Each is differentiable and the proximal operator of a sparsity penalty (arXiv:2510.00404): ReLU of l1 on z >= 0,
+JumpReLU of l0 on z >= 0, TopK and AbsTopK of the k-sparse set with and without z >= 0. The batch operators keep
+k * n_rows codes in all, shared between the rows (arXiv:2412.06410).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from saelab.functional.ranking import largest_first
 
 
 def keep_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
-    """Keep the k largest of every row: by |u| where `signed`, else the positive ones among the k largest; the rest is
-    0. Of equal ones the first are kept.
+    """`u` where it is among the k largest of its row, else 0: TopK, or AbsTopK where `signed`.
+
+    Where `signed` the largest are those of |u|, else negative ones among the k largest become 0. Of equal ones the
+    first are kept.
 
     >>> keep_topk(torch.tensor([3.0, -5.0, 1.0]), k=2, signed=True)
     tensor([ 3., -5.,  0.])
@@ -27,7 +30,7 @@ def keep_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[T
 def keep_places(
     u: Float[Tensor, "*batch d_sae"], places: Int[Tensor, "*batch k"], signed: bool
 ) -> Float[Tensor, "*batch d_sae"]:
-    """Keep what is at some places of every row, only the positive ones unless `signed`; the rest is 0.
+    """`u` at the given places of every row, else 0; negative values become 0 unless `signed`.
 
     >>> keep_places(torch.tensor([3.0, -5.0, 1.0]), torch.tensor([0, 1]), signed=False)
     tensor([3., 0., 0.])
@@ -37,8 +40,9 @@ def keep_places(
 
 
 def keep_batch_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
-    """Keep the k * n_rows largest of the whole batch: by |u| where `signed`, else the positive ones among them. Of
-    equal ones the first are kept, row by row.
+    """`u` where it is among the k * n_rows largest of the batch, else 0: BatchTopK, or by |u| where `signed`.
+
+    Unless `signed`, negative ones among them become 0. Of equal ones the first are kept, row by row.
 
     >>> keep_batch_topk(torch.tensor([[3.0, 4.0], [1.0, 2.0]]), k=1, signed=False)
     tensor([[3., 4.],
@@ -49,13 +53,14 @@ def keep_batch_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> F
 
 
 def keep_group_max(u: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
-    """Keep the largest of each of k contiguous groups of a row, the first of equal ones, where it is positive; the rest
-    is 0.
+    """`u` where it is positive and the largest of its group, one of k contiguous groups of a row; else 0.
+
+    Of equal ones the first is kept.
 
     >>> keep_group_max(torch.tensor([3.0, 5.0, -1.0, -2.0]), k=2)
     tensor([0., 5., 0., 0.])
     """
-    grouped = u.unflatten(-1, (k, -1))
+    grouped = torch.unflatten(u, -1, (k, -1))
     places = grouped.argmax(-1, keepdim=True)
     return torch.zeros_like(grouped).scatter(-1, places, grouped.gather(-1, places).relu()).flatten(-2)
 
@@ -63,7 +68,7 @@ def keep_group_max(u: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*
 def keep_above(
     u: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, "..."], signed: bool
 ) -> Float[Tensor, "*batch d_sae"]:
-    """Keep what exceeds a threshold: |u| > threshold where `signed`, else u > threshold and u > 0.
+    """`u` where it exceeds a threshold, else 0: |u| > threshold where `signed`, else u > threshold and u > 0.
 
     >>> keep_above(torch.tensor([3.0, -5.0, 1.0]), torch.tensor(2.0), signed=True)
     tensor([ 3., -5.,  0.])
@@ -88,6 +93,9 @@ class _JumpReLU(torch.autograd.Function):
         return grad * (u > threshold), grad_threshold, None
 
 
+_jumprelu: Callable[[Tensor, Tensor, float], Tensor] = _JumpReLU.apply
+
+
 class _Step(torch.autograd.Function):
     """1 where u > threshold; the kernel estimate looks at u, before the jump, so that it sees both sides of it."""
 
@@ -104,6 +112,9 @@ class _Step(torch.autograd.Function):
         return None, (grad * near / -ctx.bandwidth).sum_to_size(threshold.shape), None
 
 
+_step: Callable[[Tensor, Tensor, float], Tensor] = _Step.apply
+
+
 def jumprelu(
     u: Float[Tensor, "*batch n"], threshold: Float[Tensor, "*batch_or_none n"], bandwidth: float
 ) -> Float[Tensor, "*batch n"]:
@@ -114,7 +125,7 @@ def jumprelu(
     >>> jumprelu(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
     tensor([[0., 2.]])
     """
-    return _JumpReLU.apply(u, threshold, bandwidth)
+    return _jumprelu(u, threshold, bandwidth)
 
 
 def step_above(
@@ -128,4 +139,4 @@ def step_above(
     >>> step_above(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
     tensor([[0., 1.]])
     """
-    return _Step.apply(u, threshold, bandwidth)
+    return _step(u, threshold, bandwidth)

@@ -1,4 +1,4 @@
-"""Matching pursuit: sparse codes found one latent at a time along the rows of a dictionary (arXiv:2506.03093)."""
+"""Matching pursuit: sparse codes over the rows of a dictionary, one latent at a time (arXiv:2506.03093)."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,12 +17,20 @@ def pursue(
     residual_threshold: float = 0.0,
     stop_on_repeat: bool = True,
 ) -> SparseCodes:
-    """Codes z of `x ~ z W`: each step adds <r, w> to the code of the row w that fits the residual r best.
+    """Codes z of `x ~ z W` by matching pursuit: each step adds <r, w> to the code of the row w that fits the residual
+    r best.
 
-    The best row has the largest product, of either sign where `signed`, else a positive one. A row of x is done once
-    its residual's norm is below `residual_threshold`, and with `stop_on_repeat` once a step adds nothing or adds to a
-    latent it has; that last addition stays. Differentiable in x and W; choices are not. Products are not divided by
-    ||w||^2, so rows of W should be of unit norm.
+    Differentiable in x and W; the choice of rows is not. Products are not divided by ||w||^2, so rows of W should be
+    of unit norm.
+
+    Args:
+        x: activations to encode.
+        W: dictionary, one row per latent.
+        n_steps: largest number of steps per row of x.
+        signed: whether the best row has the largest |<r, w>|; else the largest positive <r, w>.
+        residual_threshold: a row of x is done once the norm of its residual is below this; 0 for no such stop.
+        stop_on_repeat: whether a row of x is done once a step adds nothing, or adds to a latent that it already has;
+            that last addition is kept.
 
     >>> pursue(torch.tensor([[3.0, 1.0]]), torch.eye(2), n_steps=5).values
     tensor([3., 1.])
@@ -47,7 +55,7 @@ def pursue(
 def _choose(residual: Tensor, W: Tensor, signed: bool) -> Int[Tensor, "n_rows"]:
     """The row of W with the largest product with each residual, a part of the residuals at a time."""
     best = []
-    for part in residual.split(max(1, SCAN_NUMBERS // len(W))):
+    for part in torch.split(residual, max(1, SCAN_NUMBERS // len(W))):
         u = part @ W.T
         best.append((u.abs_() if signed else u).argmax(1))
     return torch.cat(best)
@@ -61,8 +69,8 @@ def _is_done(
 
 
 def _gather(chosen: Int[Tensor, "n_rows n"], added: Float[Tensor, "n_rows n"], d_sae: int) -> SparseCodes:
-    """The sums of what each latent was given, latents that were given nothing left out."""
+    """Codes as sums of each latent's steps; latents without a step that added something are left out."""
     rows, steps = added.nonzero(as_tuple=True)
-    places, which = (rows * d_sae + chosen[rows, steps]).unique(return_inverse=True)
+    places, which = torch.unique(rows * d_sae + chosen[rows, steps], return_inverse=True)
     values = added.new_zeros(len(places)).index_add(0, which, added[rows, steps])
     return SparseCodes.from_rows(places % d_sae, values, places // d_sae, (len(chosen), d_sae))

@@ -1,4 +1,4 @@
-"""The largest of each row: in order, of equal ones the first; or unsorted, among sizes that are approximate anyway."""
+"""Places of the largest entries of each row: sorted with ties broken by the lowest place, or unsorted and fast."""
 
 import torch
 from jaxtyping import Float, Int
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 def largest_places(sizes: Float[Tensor, "n_rows n"], k: int) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows"]]:
-    """Places of each row's k largest, in no order, and a bound that every other entry of the row keeps below.
+    """Places of each row's k largest entries, unsorted, and an upper bound of the row's other entries.
 
     On CPU size and place share a 32-bit key, the size in its upper bits, and numpy's vectorised partition selects among
-    the keys; a top-k of (size, place) pairs costs several times as much. Sizes that the upper bits do not tell apart
-    count as equal; the bound allows for that.
+    the keys; a top-k of (size, place) pairs costs several times as much. Sizes with the same upper bits count as equal;
+    the bound allows for that.
 
     >>> places, bound = largest_places(torch.tensor([[3.0, -1.0, 2.0]]), 1)
     >>> places.tolist(), 3 <= float(bound) < 3.01
@@ -31,9 +31,9 @@ def largest_places(sizes: Float[Tensor, "n_rows n"], k: int) -> tuple[Int[Tensor
 
 
 def largest_first(sizes: Float[Tensor, "*batch n"], k: int) -> Int[Tensor, "*batch k"]:
-    """Places of each row's k largest, largest first; of equal ones the lowest place.
+    """Places of each row's k largest entries, largest first; of equal entries the lowest place.
 
-    `topk` alone breaks ties as it comes: by the processor, the length of the row, and k.
+    `torch.topk` alone breaks ties arbitrarily: by processor, length of the row, and k.
 
     >>> largest_first(torch.tensor([1.0, 2.0, 1.0, 2.0]), 3)
     tensor([1, 3, 0])
@@ -42,7 +42,7 @@ def largest_first(sizes: Float[Tensor, "*batch n"], k: int) -> Int[Tensor, "*bat
     best = flat.topk(min(k + 1, flat.shape[1]), dim=1)
     places = best.indices[:, :k].contiguous()
     tied = (best.values[:, 1:] == best.values[:, :-1]).any(1).nonzero()[:, 0]
-    for rows in tied.split(256):
+    for rows in torch.split(tied, 256):
         part, last = flat[rows], best.values[rows, k - 1 : k]
         above, equal = ~(part <= last), part == last  # so that NaN, the largest for `topk`, is above
         members = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
@@ -53,7 +53,7 @@ def largest_first(sizes: Float[Tensor, "*batch n"], k: int) -> Int[Tensor, "*bat
 
 
 def first_largest(sizes: Float[Tensor, "n"], k: int) -> Int[Tensor, "k"]:
-    """Places of the k largest, ascending; of equal ones the first.
+    """Places of the k largest entries, ascending; of equal entries the first.
 
     >>> first_largest(torch.tensor([1.0, 2.0, 1.0, 2.0]), 3)
     tensor([0, 1, 3])

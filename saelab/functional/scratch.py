@@ -1,4 +1,4 @@
-"""Memory that is written over at every call: for buffers whose first touch would cost as much as what fills them."""
+"""Reused buffers for intermediate results, where allocating memory would cost as much as computing what fills it."""
 
 import math
 import threading
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class _Kept(threading.local):
-    """One buffer a name and thread; the largest asked for so far."""
+    """Buffers of this thread by name, dtype and device; each as large as the largest requested so far."""
 
     def __init__(self) -> None:
         self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
@@ -18,7 +18,15 @@ _KEPT = _Kept()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised memory of a shape; the next call with the same name, dtype and device takes it back.
+    """An uninitialised buffer, which the next call with the same name, dtype and device in this thread reuses.
+
+    Do not keep the result beyond that call.
+
+    Args:
+        name: what the buffer is for; buffers of different names never share memory.
+        shape: shape of the result.
+        dtype: dtype of the result.
+        device: device of the result.
 
     >>> scratch("example", (2, 3), torch.float32, torch.device("cpu")).shape
     torch.Size([2, 3])

@@ -1,13 +1,13 @@
-"""Approximate sizes of every pre-activation, cheaply: the screen in front of an exact search.
+"""Screening: approximate pre-activations of all latents in low precision, from which a search takes its candidates.
 
-The encoder's product is the one dense product of a training step. Done in int8 or bfloat16 it costs a fraction of
-float32, and its error is small beside the gaps between the winners and the rest; the search (`search.py`) measures
-that error on the candidates it re-scores in float32 and repeats in float32 whatever the screen cannot vouch for.
+The encoder's product is the one dense product of a training step. In int8 or bfloat16 it costs a fraction of float32,
+and its error is small compared with the gaps between the largest and the rest; the search (`search.py`) measures that
+error on the candidates that it recomputes in float32, and repeats in float32 the rows that the screen cannot decide.
 
-The screen looks at blocks of 16 latents first: a block whose maximum loses holds no winner. Int8 gives every latent a
-step of its own; latents of like step share a block, so that whole blocks are compared as integers and only their
-maxima are scaled. A few dimensions of large activations would leave the others no resolution: int8 first moves half
-of each dimension's size over to the weights, which leaves the product as it is (arXiv:2211.10438).
+Blocks of 16 latents are compared first: a block whose maximum is too small has no candidate. In int8 every latent has
+a quantisation step of its own; latents of similar step share a block, so that whole blocks are compared as integers
+and only their maxima are scaled. A few dimensions of large activations would leave the others no resolution, so int8
+first moves half of each dimension's scale to the weights, which does not change the product (arXiv:2211.10438).
 """
 
 import functools
@@ -33,9 +33,15 @@ INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 class Screen:
-    """Approximate sizes of `u = x W^T + bias`, or of |u|, chunk by chunk of rows and block by block of latents.
+    """Approximate `u = x W^T + bias`, or |u|, in chunks of rows and blocks of latents.
 
-    `signed` asks for |u|. `like` are rows such as those to be screened; int8 reads the dimensions' sizes off them.
+    Args:
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        precision: dtype of the product.
+        signed: whether |u| is returned.
+        like: rows similar to those to be screened, from which int8 takes the scale of each dimension; without them
+            dimensions are not rescaled.
     """
 
     def __init__(
@@ -64,9 +70,9 @@ class Screen:
         self.step_by_block = by_block.T.contiguous()
 
     def _quantise(self, W: Tensor, bias: Tensor) -> None:
-        """Bring W to int8, latents of like step in one block; the latent at place p is in block p % n_blocks.
+        """Quantise W to int8, latents of similar step in one block; the latent at place p is in block p % n_blocks.
 
-        The bias becomes one more input dimension, as large as leaves the weights' range unchanged.
+        The bias becomes one more input dimension, scaled so that the weights' range does not change.
         """
         sample = W[::BLOCK] if self.balance is None else W[::BLOCK] * self.balance
         self.typical_norm = torch.linalg.vector_norm(sample, dim=1).square().mean().sqrt()
@@ -80,7 +86,7 @@ class Screen:
         torch.index_select(quantised, 0, self.latents, out=self.W)
 
     def chunks(self, x: Float[Tensor, "n_rows d_in"]) -> Iterator["ScreenedRows"]:
-        """Yield the screened rows of x in order; each chunk is gone when the next is asked for."""
+        """Iterator over the screened rows of x, in order; each chunk is overwritten by the next."""
         if self.precision == "int8":
             ones = x.new_full((x.shape[0], 1), self.one)
             x = x if self.balance is None else x / self.balance
@@ -98,18 +104,22 @@ class Screen:
             yield ScreenedRows(self, rows, sizes.abs_() if self.signed else sizes, scale[rows], noise[rows])
 
     def multiply(self, x: Tensor, out: Tensor) -> Tensor:
-        """The product itself, in low precision."""
+        """The product `x W^T + bias` in low precision, before scaling, written into `out`."""
         if self.precision == "int8":
             return multiply_int8(x, self.W, out=out)
         return torch.addmm(self.bias, x.to(self.W.dtype), self.W.T, out=out)
 
 
 class ScreenedRows:
-    """One chunk of screened rows: `rows` of the batch, raw `sizes` by place, and the `scale` that makes them sizes of
-    u.
+    """One chunk of screened rows.
 
-    A row's `noise` is what its errors are in proportion to: a token a hundred times as large is screened with errors a
-    hundred times as large.
+    Args:
+        screen: the screen that the rows passed.
+        rows: which rows of the batch.
+        sizes: (chunk, d_sae) products in low precision, by place.
+        scale: factor of each row that turns them into values of u.
+        noise: typical error of each row: a token a hundred times as large is screened with errors a hundred times as
+            large.
     """
 
     def __init__(
@@ -127,7 +137,7 @@ class ScreenedRows:
         self.bounds = largest * (step if screen.signed else torch.where(largest > 0, step, screen.smallest_step))
 
     def top(self, n: int) -> tuple[Float[Tensor, "chunk n"], Int[Tensor, "chunk n"], Float[Tensor, "chunk"], Tensor]:
-        """Sizes and latents of each row's n largest, unsorted, a bound that every other size keeps below, the noise."""
+        """Sizes and latents of each row's n largest, unsorted; an upper bound of the other sizes; and the noise."""
         screen = self.screen
         if 4 * n > screen.n_blocks:  # blocks would narrow nothing down
             sizes = self.sizes * screen.step
@@ -144,7 +154,7 @@ class ScreenedRows:
         return sizes.gather(1, best) * self.scale, screen.latents[places], unseen, self.noise
 
     def above(self, floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows of the batch, latents and sizes of the entries at or above `floor`, row by row; the rows' noise."""
+        """Rows of the batch, latents and sizes of the entries at or above `floor`, row by row; and the rows' noise."""
         limit = floor / self.scale
         row, block = (self.bounds >= limit).nonzero(as_tuple=True)
         blocks = self.sizes.view(-1, self.screen.width, self.screen.n_blocks)
@@ -157,8 +167,8 @@ class ScreenedRows:
 
 
 def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Float[Tensor, "d"]:
-    """The factor that W's dimensions are multiplied by, and x's divided by, to make both of like size; from an even
-    sample.
+    """The factor by which dimensions of W are multiplied and those of x divided to have similar scale; from every nth
+    row.
     """
     of_x = torch.linalg.vector_norm(x[:: max(1, len(x) // 256)], dim=0)
     of_W = torch.linalg.vector_norm(W[:: max(1, len(W) // 1024)], dim=0)
@@ -169,7 +179,9 @@ def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Flo
 def quantise_rows(
     x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"], scale: Float[Tensor, "d"] | None = None
 ) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
-    """Round each row of `[x * scale, last]` to int8, `~ q * step` with `step = max|.| / 127`; q is scratch memory.
+    """Rows of `[x * scale, last]` quantised to int8, and each row's step: `~ q * step`, `step = max|.| / 127`.
+
+    The int8 tensor is a scratch buffer, overwritten by the next call.
 
     >>> quantise_rows(torch.tensor([[1.0, -2.54]]), torch.tensor([[0.5]]))
     (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]))
@@ -187,7 +199,7 @@ def quantise_rows(
 
 
 def choose_precision(d_in: int, d_sae: int, device: torch.device) -> Precision:
-    """Pick the cheapest screening precision on this device, by what its processor can do or a short measurement.
+    """The fastest precision for screening on this device, from the processor's instructions or a short measurement.
 
     Small products stay in float32, where a screen saves nothing. The choice changes the speed only, never the result.
     """
@@ -207,11 +219,11 @@ def _fastest_on_cpu(n_threads: int) -> Precision:
 
 
 def _measure_precisions() -> Precision:
-    """Time one product in each precision that is as exact as it should be, best of many rounds (0.3 s); a screen must
-    win by a third.
+    """The fastest precision by timing one product in each that is accurate here, best of many rounds (0.3 s); low
+    precision must win by a third.
 
-    Beside other work even that can be wrong, and the wrong choice costs a run dear: where the processor can be asked,
-    it is.
+    On a busy machine even that can be wrong, and the wrong choice slows a whole run: where the processor reports its
+    instructions, those decide instead.
     """
     x, W = torch.ones(256, 768), torch.ones(4096, 768)
     low_x, low_W, int_x, int_W = x.bfloat16(), W.bfloat16(), x.to(torch.int8), W.to(torch.int8)

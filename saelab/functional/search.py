@@ -1,11 +1,12 @@
-"""Search for the largest pre-activations, without ever holding all of them.
+"""Top-k search over the encoder's pre-activations, without holding all of them: codes of TopK, BatchTopK and GroupMax.
 
-Both searches screen in low precision, keep more candidates than asked for, re-score those in float32 and select again.
-The candidates' own errors, in proportion to what each row's should be, say how far the screen can be wrong; rows where
-an unseen latent might still have won are searched again in float32. The result is the top-k of the float32 scores
-unless the screen errs on an unseen winner by more than `ERROR_MARGIN` times its largest such error on all candidates.
-That is a check, not a proof: scores can be built to pass it and lose a member (tests/test_search.py keeps one); no
-random data tried did. Of equal scores the lowest latent's wins, however it was found (`ties.py`).
+Both searches screen in low precision, keep more candidates than needed, recompute those in float32 and select again.
+The errors found on the candidates, relative to each row's expected error, bound the error of the screen; rows where
+another latent might still be among the largest are searched again in float32. The result is the top-k of the float32
+values unless the screen's error on a latent that was not recomputed exceeds `ERROR_MARGIN` times its largest relative
+error on all candidates. That is a check, not a proof: values can be constructed that pass it and lose a member
+(tests/test_search.py keeps one); no random data tried did. Of equal values that of the lowest latent is kept, however
+it was found (`ties.py`).
 """
 
 import torch
@@ -30,7 +31,15 @@ def search_topk(
     signed: bool,
     precision: Precision | None = None,
 ) -> SparseCodes:
-    """The k largest `u = x W^T + bias` of every row: by |u| where `signed`, else the positive ones among the k largest.
+    """Codes of the k largest `u = x W^T + bias` of every row: TopK, or AbsTopK where `signed`.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: latents kept in each row.
+        signed: whether the largest are those of |u|; else negative ones among the k largest are dropped.
+        precision: of the screen; None chooses one, and a dense product for small dictionaries.
 
     >>> search_topk(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), k=1, signed=True).values
     tensor([-3.])
@@ -59,13 +68,19 @@ def search_topk(
 def search_group_max(
     x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, "d_sae"], k: int
 ) -> SparseCodes:
-    """The largest `u = x W^T + bias` of each of k contiguous groups of latents, where it is positive.
+    """Codes of the largest `u = x W^T + bias` in each of k contiguous groups of latents, where it is positive.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: number of groups, which divides d_sae.
 
     >>> search_group_max(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), k=2).indices
     tensor([0])
     """
     values, latents = [], []
-    for rows in x.split(256):
+    for rows in torch.split(x, 256):
         u = torch.addmm(bias, rows, W.T)
         latents.append(group_max_latents(u, rows, W, bias, k))
         values.append(u.gather(1, latents[-1]))
@@ -73,17 +88,17 @@ def search_group_max(
 
 
 def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Precision | None) -> Screen | None:
-    """The screen for a search among these rows; None where a dense product costs less."""
+    """The screen for these rows; None where a dense product costs less."""
     if len(x) == 0 or (precision is None and len(W) < DENSE_WIDTH):
         return None
     return Screen(W, bias, precision or choose_precision(x.shape[1], len(W), x.device), signed, like=x)
 
 
 def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """Latents and values of each row's k largest, from the whole product, a part of the rows at a time."""
+    """Latents and values of each row's k largest, from the dense product, 256 rows at a time."""
     indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
     values = x.new_empty(len(x), k)
-    for rows in torch.arange(len(x), device=x.device).split(256):
+    for rows in torch.split(torch.arange(len(x), device=x.device), 256):
         u = torch.addmm(bias, x[rows], W.T)
         indices[rows] = topk_latents(u, x[rows], W, bias, k, signed)
         values[rows] = u.gather(1, indices[rows])
@@ -102,7 +117,7 @@ def _first_of_tied(size: Float[Tensor, "n m"], latents: Int[Tensor, "n m"], k: i
 
 
 def _keep_firing(indices: Tensor, values: Tensor, signed: bool, d_sae: int) -> SparseCodes:
-    """Compress (n_rows, k) codes, dropping zeros and, unless signed, what is below zero."""
+    """Compress (n_rows, k) codes, dropping zeros and, unless signed, negative ones."""
     rows, place = ((values != 0) if signed else (values > 0)).nonzero(as_tuple=True)
     return SparseCodes.from_rows(indices[rows, place], values[rows, place], rows, (len(values), d_sae))
 
@@ -115,8 +130,15 @@ def search_batch_topk(
     signed: bool,
     precision: Precision | None = None,
 ) -> SparseCodes:
-    """The k * n_rows largest `u = x W^T + bias` of the whole batch: by |u| where `signed`, else the positive ones
-    among them.
+    """Codes of the k * n_rows largest `u = x W^T + bias` of the batch: BatchTopK, or by |u| where `signed`.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: latents kept per row, on average.
+        signed: whether the largest are those of |u|; else negative ones among them are dropped.
+        precision: of the screen; None chooses one, and a dense product for small dictionaries.
 
     >>> search_batch_topk(torch.tensor([[9.0, 8.0], [1.0, 2.0]]), torch.eye(2), torch.zeros(2), k=1, signed=False).rows
     tensor([0, 0])
@@ -138,7 +160,7 @@ def search_batch_topk(
 
 
 def _first_of_tied_entries(size: Float[Tensor, "m"], entries: Int[Tensor, "m"], n: int) -> Int[Tensor, "n_kept"]:
-    """Places of the n largest, ascending; of equal ones those of the lowest entries."""
+    """Places of the n largest, ascending; of equal ones those with the lowest numbers in `entries`."""
     keep = first_largest(size, n)
     if n >= len(size):
         return keep
@@ -176,7 +198,7 @@ def _screen_batch(
 def _search_again(
     unsure: Tensor, found: tuple[Tensor, ...], x: Tensor, W: Tensor, bias: Tensor, worst: Tensor, signed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Replace what was found in the unsure rows by all that float32 finds there, down to `worst`."""
+    """Replace the entries of the unsure rows by all that a float32 search finds there, down to `worst`."""
     if not unsure.any():
         return found[0], found[1], found[2]
     lost = unsure.nonzero().squeeze(1)
@@ -191,13 +213,13 @@ def _search_again(
 
 
 def _bound_error(relative: Float[Tensor, "..."], noise: Float[Tensor, "n_rows"]) -> Float[Tensor, "n_rows"]:
-    """How wrong an unseen size may be in each row, from the candidates' errors relative to their row's noise."""
+    """Bound of the screen's error in each row, from the candidates' errors relative to their row's noise."""
     worst = relative.nan_to_num().amax() if relative.numel() else noise.new_zeros(())
     return worst * noise * ERROR_MARGIN
 
 
 def _estimate_floor(screen: Screen, x: Tensor, k: float) -> Float[Tensor, ""]:
-    """The size that about k entries a row exceed, from an even sample of the rows; -inf where k is most of the
+    """The size that about k entries per row exceed, from every nth row; -inf where k is at least half of the
     latents.
     """
     n = min(int(4 * k) + 1, len(screen.latents))
@@ -216,8 +238,15 @@ def search_above(
     signed: bool,
     max_frac: float = 1.0,
 ) -> SparseCodes | None:
-    """All `u = x W^T + bias` above a floor (one, or one a latent): |u| where `signed`; None where they are more than
-    `max_frac` of all.
+    """Codes of all `u = x W^T + bias` above a threshold; None where they are too many.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        floor: the threshold: one number, or one per latent.
+        signed: whether |u| is compared with the threshold.
+        max_frac: largest share of all n_rows * d_sae entries; with more the result is None.
 
     >>> search_above(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), torch.tensor(2.0), signed=True).values
     tensor([-3.])

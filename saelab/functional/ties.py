@@ -1,9 +1,9 @@
-"""Which latents win where scores are equal: the lowest, whatever path found them.
+"""Top-k with reproducible ties: of equal pre-activations that of the lowest latent is kept, however they were computed.
 
-Exact ties are common (latents that are copies of each other, whole numbers, a penalty's zeros), `topk` breaks them as
-it comes, and a matrix product gives equal columns different last bits by where they stand. So what is too close to
-call is scored again, each score by itself (`sampled_dot`), and of equal scores the lowest latent wins; of equal scores
-of a batch the first row's.
+Exact ties are common (latents that are copies of each other, whole numbers, a penalty's zeros), `torch.topk` breaks
+them arbitrarily, and a matrix product gives equal columns different last bits depending on their place. So values
+within rounding of each other are recomputed one by one (`sampled_dot`); of equal ones the lowest latent is kept, and
+across a batch the first row's.
 """
 
 import torch
@@ -23,17 +23,26 @@ def score(
     rows: Int[Tensor, "nnz"],
     latents: Int[Tensor, "nnz"],
 ) -> Float[Tensor, "nnz"]:
-    """`u = x W^T + bias` at some entries, the same bits for the same numbers wherever they stand."""
+    """`u = x W^T + bias` at the given entries, bit for bit the same wherever an entry stands.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        rows: row of x of each entry.
+        latents: latent of each entry.
+    """
     return sampled_dot(rows, latents, x, W) + bias[latents]
 
 
 def bound_rounding(
     x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, "d_sae"]
 ) -> Float[Tensor, "n_rows"]:
-    """How far a float32 product's scores of a row may be from those of `score`: both round at every step of a sum."""
+    """Bound of the difference between a matrix product and `score` in each row; both round at every step of a sum."""
     largest = torch.linalg.vector_norm(W, dim=1).amax()
     size = torch.linalg.vector_norm(x, dim=1) * largest * x.shape[1] ** 0.5 + bias.abs().amax()
-    return ROUNDINGS * torch.finfo(x.dtype).eps * size
+    bound: Tensor = ROUNDINGS * torch.finfo(x.dtype).eps * size
+    return bound
 
 
 @torch.no_grad()
@@ -45,7 +54,15 @@ def topk_latents(
     k: int,
     signed: bool,
 ) -> Int[Tensor, "n_rows k"]:
-    """Latents of each row's k largest `u = x W^T + bias`, by |u| where `signed`; of equal ones the lowest.
+    """Latents of each row's k largest `u = x W^T + bias`; of equal values the lowest latent.
+
+    Args:
+        u: (n_rows, d_sae) the product, already computed.
+        x: activations, for recomputing what is too close to decide.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: latents kept in each row.
+        signed: whether the largest are those of |u|.
 
     >>> x, W = torch.ones(1, 2), torch.ones(4, 2)
     >>> topk_latents(x @ W.T, x, W, torch.zeros(4), k=2, signed=False)
@@ -67,7 +84,7 @@ def topk_latents(
 def _settle(
     possible: Bool[Tensor, "n d_sae"], rows: Tensor, x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool
 ) -> Int[Tensor, "n k"]:
-    """The k largest of each row among the `possible`, scored one by one."""
+    """The k largest of each row among the `possible`, recomputed one by one."""
     row, latents = possible.nonzero(as_tuple=True)
     exact = score(x, W, bias, rows[row], latents)
     counts = possible.sum(1)
@@ -88,8 +105,18 @@ def batch_topk_entries(
     n: int,
     signed: bool,
 ) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
-    """Rows and latents of a batch's n largest `u = x W^T + bias`, row by row; of equal ones the first row's and the
-    lowest. What cannot fire is left out where others are too few.
+    """Rows and latents of the n largest `u = x W^T + bias` of a batch, row by row.
+
+    Of equal values the first row's are kept, and in a row those of the lowest latents. Fewer than n are returned where
+    fewer can fire.
+
+    Args:
+        u: (n_rows, d_sae) the product, already computed.
+        x: activations, for recomputing what is too close to decide.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        n: entries kept in the batch.
+        signed: whether the largest are those of |u|.
 
     >>> x, W = torch.ones(2, 2), torch.ones(2, 2)
     >>> batch_topk_entries(x @ W.T, x, W, torch.zeros(2), n=3, signed=False)
@@ -113,7 +140,7 @@ def batch_topk_entries(
 
 
 def _above_floor(size: Tensor, slack: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Entries among which the n largest are, within `slack`; a floor read off some rows leaves few to compare."""
+    """Entries that include the n largest, within `slack`; a threshold from every 16th row leaves few to compare."""
     sample, total = size[::16].flatten(), size.numel()
     if n < total:
         floor = sample.topk(min(len(sample), int(1.3 * n * len(sample) / total) + 1), sorted=False).values.amin()
@@ -134,11 +161,18 @@ def group_max_latents(
 ) -> Int[Tensor, "n_rows k"]:
     """The latent with the largest `u = x W^T + bias` in each of k contiguous groups of a row; of equal ones the lowest.
 
+    Args:
+        u: (n_rows, d_sae) the product, already computed.
+        x: activations, for recomputing what is too close to decide.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: number of groups, which divides d_sae.
+
     >>> x, W = torch.ones(1, 2), torch.ones(4, 2)
     >>> group_max_latents(x @ W.T, x, W, torch.zeros(4), k=2)
     tensor([[0, 2]])
     """
-    grouped = u.unflatten(1, (k, -1))
+    grouped = torch.unflatten(u, 1, (k, -1))
     largest, within = grouped.max(dim=2)
     width, slack = grouped.shape[2], 2 * bound_rounding(x, W, bias)
     near = grouped >= (largest - slack[:, None])[:, :, None]

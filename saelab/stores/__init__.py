@@ -1,1 +1,1 @@
-"""Folders on disk: atomic files, activations and their shuffled reading, the ring buffer."""
+"""Data on disk: atomic writing of files and folders, activation stores read in shuffled batches, feature stores."""

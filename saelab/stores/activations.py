@@ -1,9 +1,9 @@
-"""`Activations`: the rows of one hook point, in memory or memory-mapped from a folder of shards."""
+"""`Activations`: activations at one hook point, one row per token, in memory or memory-mapped from a folder."""
 
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, Int32
@@ -18,7 +18,7 @@ from saelab.stores.validation import naming
 
 @runtime_checkable
 class _Rows(Protocol):
-    """Columns of equal length, read piecewise."""
+    """Columns of equal length that can be copied in parts."""
 
     n_tokens: int
     columns: dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -29,10 +29,10 @@ class _Rows(Protocol):
 
 
 class Activations:
-    """Rows of activations at one hook point, each with its token id, document and position.
+    """Activations at one hook point, one row per token, with the token id, document and position of each.
 
-    Row i is one token that the mask kept, in the order of the text. A folder is read piecewise through memory maps:
-    opening one is instant whatever its size, and only the rows asked for are held.
+    Row i is one token that the mask kept, in the order of the text. A folder is read through memory maps: opening one
+    is instant whatever its size, and only the rows that are indexed are held in memory.
 
     >>> acts = Activations.from_tensor(torch.arange(6.0).view(3, 2))
     >>> acts[1:].tolist(), acts.d_in, len(acts)
@@ -49,11 +49,19 @@ class Activations:
 
     @classmethod
     def load(cls, folder: str | Path, hook_point: str | None = None, *, verify: bool = False) -> "Activations":
-        """Open a folder written by `collect`; `hook_point` is needed when it holds several.
+        """The activations at one hook point of a folder written by `collect`.
 
         Sizes, shapes and dtypes of every shard are checked against the manifest, the checksum of each block of 256 KiB
-        when it is first read; `verify=True` reads everything at once.
-        Raises FileNotFoundError or ValueError for a missing, truncated or edited file and for an unfinished folder.
+        when it is first read.
+
+        Args:
+            folder: the folder.
+            hook_point: which hook point; needed where the folder holds several.
+            verify: whether all checksums are compared now, which reads everything.
+
+        Raises:
+            FileNotFoundError: the folder or a file of it is missing.
+            ValueError: a file is truncated or edited, the folder is unfinished, or it has no such hook point.
         """
         manifest = ActivationsManifest.load_complete(folder)
         name = _choose(manifest, folder, hook_point)
@@ -69,7 +77,16 @@ class Activations:
         provenance: Provenance | None = None,
         **columns: Int32[Tensor, " n_tokens"],
     ) -> "Activations":
-        """Wrap a tensor without copying it; `token_ids`, `doc_ids` and `positions` may come along (int32)."""
+        """Activations that wrap a tensor without copying it.
+
+        Args:
+            x: (n_tokens, d_in) activations.
+            provenance: where they came from, hook point included.
+            **columns: `token_ids`, `doc_ids` and `positions` of the rows, int32; any of them may be missing.
+
+        Raises:
+            ValueError: a column has another name.
+        """
         if unknown := sorted(set(columns) - set(INT_COLUMNS)):
             raise ValueError(f"Columns must be among {INT_COLUMNS}, got {unknown[:5]}. Remove them.")
         hook_point = provenance.hook_point if provenance else ""
@@ -82,7 +99,7 @@ class Activations:
 
     @property
     def dtype(self) -> torch.dtype:
-        """As stored."""
+        """The dtype in which the activations are stored."""
         return self._rows.columns[self.hook_point][0]
 
     @property
@@ -113,7 +130,7 @@ class Activations:
         return self._column("positions")
 
     def __getitem__(self, index: int | slice | Int[Tensor, " n"]) -> Float[Tensor, "*n d_in"]:
-        """Copy of one row, a slice of rows, or the rows named by an integer tensor, in the stored dtype."""
+        """Copy of one row, of a slice of rows, or of the rows with the given numbers, in the stored dtype."""
         if isinstance(index, int):
             return self[_checked(torch.tensor([index]), len(self))][0]
         if isinstance(index, slice):
@@ -129,11 +146,11 @@ class Activations:
         return out
 
     def copy_slice(self, start: int, out: Float[Tensor, "n d_in"]) -> None:
-        """Fill `out` with the rows from `start` on."""
+        """Fill `out` with consecutive rows, the first of which is row `start`."""
         self._rows.copy_slice(self.hook_point, self._span[0] + start, out)
 
     def rows(self, start: int, stop: int) -> "Activations":
-        """The rows start..stop as a view that reads lazily, such as a held-out part."""
+        """The rows start..stop as a lazily read view, such as a held-out part; ValueError for an invalid range."""
         if not 0 <= start < stop <= len(self):
             raise ValueError(f"`start` and `stop` must satisfy 0 <= start < stop <= {len(self)}, got {start}, {stop}.")
         span = (self._span[0] + start, self._span[0] + stop)
@@ -148,7 +165,15 @@ class Activations:
         drop_last: bool = True,
         epochs: int | None = None,
     ) -> ShuffledBatches:
-        """Shuffled batches: the same for the same seed, whatever the shard sizes; see `ShuffledBatches`."""
+        """Iterator over shuffled batches, the same for the same seed whatever the shard sizes; see `ShuffledBatches`.
+
+        Args:
+            batch_size: rows per batch.
+            seed: of the order of the rows.
+            buffer_tokens: rows held in memory and shuffled together.
+            drop_last: whether a last, shorter batch of an epoch is left out.
+            epochs: passes over the rows; None for no end.
+        """
         return ShuffledBatches(self, batch_size, seed, buffer_tokens=buffer_tokens, drop_last=drop_last, epochs=epochs)
 
     def _column(self, name: str) -> Int32[Tensor, " n_tokens"] | None:
@@ -175,13 +200,13 @@ class _MemoryRows:
 
 
 class _FolderRows:
-    """Columns in safetensors shards, mapped anew for each read: a thousand shards cost no file descriptors."""
+    """Columns in safetensors shards, mapped for each read: a thousand shards keep no file descriptors open."""
 
     def __init__(self, folder: Path, manifest: ActivationsManifest, verify: bool) -> None:
         self.files = manifest.check_shards(folder, verify)
         self.starts = [0, *accumulate(shard.n_tokens for shard in manifest.shards)]
         self.n_tokens = self.starts[-1]
-        self.columns: dict[str, Any] = dict.fromkeys(INT_COLUMNS, (torch.int32, ()))
+        self.columns: dict[str, tuple[torch.dtype, tuple[int, ...]]] = dict.fromkeys(INT_COLUMNS, (torch.int32, ()))
         self.columns |= {name: (getattr(torch, manifest.dtype), (d_in,)) for name, d_in in manifest.d_in.items()}
 
     def copy_slice(self, column: str, start: int, out: Tensor) -> None:
@@ -202,7 +227,7 @@ class _FolderRows:
 
     def copy_rows(self, column: str, index: Tensor, out: Tensor) -> None:
         shards = torch.bucketize(index, torch.tensor(self.starts), right=True) - 1
-        for shard in shards.unique().tolist():
+        for shard in torch.unique(shards).tolist():
             here = (shards == shard).nonzero().squeeze(1)
             rows = index[here] - self.starts[shard]
             self.files[shard].check_rows(column, rows.numpy())

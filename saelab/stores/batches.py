@@ -1,4 +1,4 @@
-"""`ShuffledBatches`: an endless, seeded, restorable stream of shuffled rows in bounded memory."""
+"""`ShuffledBatches`: a seeded iterator over shuffled batches of rows in bounded memory, whose state can be saved."""
 
 import hashlib
 from bisect import bisect_right
@@ -14,7 +14,7 @@ BLOCK_TOKENS = 128
 
 @runtime_checkable
 class Rows(Protocol):
-    """Rows that can be copied out by slices."""
+    """A data source whose rows can be copied by slices."""
 
     @property
     def d_in(self) -> int: ...
@@ -31,9 +31,17 @@ class ShuffledBatches:
     """Iterator over shuffled batches (batch_size, d_in) of `rows`, in the stored dtype.
 
     The rows are cut into blocks of 128. Each epoch puts the blocks into a new random order and reads them, a window of
-    `buffer_tokens` rows at a time, into one preallocated tensor; the rows of a window are served in random order. What
-    comes depends on the rows, `seed` and `buffer_tokens` alone: not on shards, and not on the batches served before.
-    Every epoch serves each row at most once; with `drop_last` its last short batch is left out.
+    `buffer_tokens` rows at a time, into one preallocated tensor; the rows of a window are returned in random order. The
+    order depends on the rows, `seed` and `buffer_tokens` alone: not on shards or on the batches returned before. Every
+    epoch returns each row at most once.
+
+    Args:
+        rows: the data source, such as `Activations`.
+        batch_size: rows per batch, at most `len(rows)`.
+        seed: of the order of the rows.
+        buffer_tokens: rows held in memory and shuffled together, at least `batch_size`.
+        drop_last: whether a last, shorter batch of an epoch is left out.
+        epochs: passes over the rows; None for no end.
 
     >>> from saelab.stores.activations import Activations
     >>> batches = Activations.from_tensor(torch.arange(6.0).view(6, 1)).batches(3, seed=0, epochs=1)
@@ -81,7 +89,7 @@ class ShuffledBatches:
         return self._take(min(self.batch_size, left))
 
     def state_dict(self) -> dict[str, int]:
-        """Where the reading stands; a few integers."""
+        """Seed and position of the iterator, and what they depend on; a few integers."""
         return {
             "seed": self.seed,
             "epoch": self._epoch,
@@ -91,7 +99,7 @@ class ShuffledBatches:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on, bit for bit, where `state` was taken; ValueError when it belongs to other rows or another buffer."""
+        """Continue, bit for bit, from the position in `state`; ValueError if it is of other rows or another buffer."""
         for key in ("n_tokens", "buffer_tokens"):
             if state[key] != self.state_dict()[key]:
                 raise ValueError(

@@ -1,6 +1,6 @@
-"""The text that a feature store was made from: every token once, kept by the mask or not."""
+"""`StoredText`: all tokens of the text behind a feature store, masked ones included, and splits by document."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Integer, Shaped
+from numpy.typing import NDArray
 
 from saelab.functional.permuting import ROWS_AT_ONCE, find_runs
 from saelab.stores.files import checksum, save_tensors, write_json
@@ -21,9 +22,9 @@ from saelab.stores.validation import SEAL, naming, read_sealed, require_object
 TOKENS, STRINGS = "tokens.safetensors", "strings.json"
 COLUMNS = ("token_ids", "doc_ids", "positions")
 LONGEST = 4
-"""bytes of a character at most"""
+"""largest number of bytes of a character"""
 SAMPLE_TOKENS, SHORT, CHARACTERS = 2**16, 1.5, 4
-"""Tokens by which it is told whether they are mostly characters: of fewer than 1.5 each; a word has four or so."""
+"""Tokens in the sample that decides whether tokens are mostly characters: mean length below 1.5; a word has about 4."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,39 +36,48 @@ class StoredText:
     positions: Integer[np.ndarray, "n_places"]
     """in the sequence, from 0"""
     strings: Mapping[int, str]
-    """how each token reads, spaces included; parts of characters read as bytes, <0xE4>, ids missing here as <id>"""
+    """text of each token id, spaces included; parts of characters as bytes, <0xE4>; a missing id is shown as <id>"""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @cached_property
     def parts(self) -> dict[int, bytes]:
-        """The bytes of the tokens that hold parts of characters."""
+        """Bytes of the tokens that hold parts of characters, by token id."""
         return {i: read_name(text) for i, text in self.strings.items() if BYTE.search(text)}
 
     def widen(self, n: int) -> int:
-        """So many tokens, or four times as many where tokens are hardly more than a character: a readable window."""
+        """Number of tokens of a readable window: `n`, or four times as many where tokens are hardly longer than a
+        character.
+        """
         ids, counts = np.unique(self.token_ids[:SAMPLE_TOKENS], return_counts=True)
         length = sum(len(self.strings.get(i, "")) * n for i, n in zip(ids.tolist(), counts.tolist(), strict=True))
         return n if length >= SHORT * counts.sum() else CHARACTERS * n
 
     def window(self, place: int, before: int, after: int) -> tuple[int, int]:
-        """First token and end of what surrounds a token in its document and sequence, at most so many on each side."""
+        """Start and end of the window around a token, within its document and sequence.
+
+        Args:
+            place: the token.
+            before: largest number of tokens before it; the window may begin earlier, never inside a character.
+            after: largest number of tokens after it.
+        """
         start, stop = max(0, place - before), min(len(self), place + after + 1)
         joined = self._follows(start, stop)
         breaks = np.flatnonzero(~joined) + start + 1
         start = int(breaks[breaks <= place].max(initial=start))
-        while start > 0 and self.words(start, start + 1) == [""]:  # no window begins inside a character
+        while start > 0 and self.words(start, start + 1) == [""]:  # inside a character
             start -= 1
         return start, int(breaks[breaks > place].min(initial=stop))
 
     def _follows(self, start: int, stop: int) -> Bool[np.ndarray, "n"]:
-        """Whether each token but the first goes on where the one before it ended."""
+        """Whether each token but the first follows the previous one in the same document and sequence."""
         docs, positions = self.doc_ids[start:stop], self.positions[start:stop].astype(np.int64)
-        return (docs[1:] == docs[:-1]) & (positions[1:] > positions[:-1])
+        joined: NDArray[np.bool_] = (docs[1:] == docs[:-1]) & (positions[1:] > positions[:-1])
+        return joined
 
     def words(self, start: int, stop: int) -> list[str]:
-        """Tokens start..stop as they read; a character of several tokens stands at the first, the others are ""."""
+        """Text of the tokens start..stop; a character of several tokens is at the first of them, the others are ""."""
         ids = self.token_ids[start:stop].tolist()
         if not self.parts or not any(i in self.parts for i in ids):
             return [self.strings.get(i, f"<{i}>") for i in ids]
@@ -75,7 +85,7 @@ class StoredText:
         return list(self.spelling(first, end).words[start - first : stop - first])
 
     def spelling(self, start: int, stop: int) -> Spelling:
-        """What tokens start..stop say together."""
+        """The tokens start..stop as one text, with the tokens of every character."""
         known = self._pieces
         return Spelling([known[i] if i in known else f"<{i}>".encode() for i in self.token_ids[start:stop].tolist()])
 
@@ -86,18 +96,20 @@ class StoredText:
         }
 
     def _reach(self, start: int, stop: int) -> tuple[int, int]:
-        """Tokens that may share characters with these: some before and behind, in the same document."""
+        """Range of the tokens that may share characters with these: a few before and after, in the same document."""
         first, end = max(0, start - LONGEST + 1), min(len(self), stop + LONGEST - 1)
         breaks = np.flatnonzero(~self.goes_on(first, end)) + first + 1
         return int(breaks[breaks <= start].max(initial=first)), int(breaks[breaks >= stop].min(initial=end))
 
     def goes_on(self, start: int, stop: int) -> Bool[np.ndarray, "n"]:
-        """Whether the text goes on from each token but the last to the next, also where that begins a row."""
+        """Whether the text continues from each token but the last to the next, also across rows of a document."""
         docs, positions = self.doc_ids[start:stop], self.positions[start:stop].astype(np.int64)
-        return (docs[1:] == docs[:-1]) & ((positions[1:] == positions[:-1] + 1) | (positions[1:] == 0))
+        begins = positions[1:] == 0
+        joined: NDArray[np.bool_] = (docs[1:] == docs[:-1]) & ((positions[1:] == positions[:-1] + 1) | begins)
+        return joined
 
     def save(self, folder: Path) -> dict[str, str]:
-        """Write the columns, in the smallest integers that fit, and the strings; returns checksums by file."""
+        """Write columns (in the smallest integers that fit) and strings, and return checksums by file name."""
         columns = {"token_ids": self.token_ids, "doc_ids": self.doc_ids, "positions": self.positions}
         tensors = {name: torch.from_numpy(_shrink(column)) for name, column in columns.items()}
         crc32 = save_tensors(folder / TOKENS, tensors)
@@ -106,7 +118,12 @@ class StoredText:
 
     @classmethod
     def load(cls, folder: Path) -> "StoredText":
-        """Map what `save` wrote; ValueError where the columns are of different lengths or hold what is no text."""
+        """The text that `save` wrote, memory-mapped.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, columns differ in length, ids are negative or documents are not in order.
+        """
         path = find_inside(folder, TOKENS)
         columns = map_arrays(path)
         shapes = {name: columns[name].shape for name in COLUMNS if name in columns}
@@ -128,7 +145,7 @@ class StoredText:
 
 
 class _Strings(Mapping[int, str]):
-    """Read when first asked for."""
+    """Token strings of a JSON file, which is read on first use."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -151,7 +168,7 @@ class _Strings(Mapping[int, str]):
     def __getitem__(self, token_id: int) -> str:
         return self._known[token_id]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[int]:
         return iter(self._known)
 
     def __len__(self) -> int:
@@ -161,7 +178,12 @@ class _Strings(Mapping[int, str]):
 def split_documents(
     doc_ids: Shaped[Any, "n_tokens"], train_frac: float = 0.5, seed: int = 0
 ) -> Bool[np.ndarray, "n_tokens"]:
-    """Which tokens are of training documents: `train_frac` of the documents, drawn by `seed`.
+    """Boolean mask of the tokens of training documents.
+
+    Args:
+        doc_ids: document of each token.
+        train_frac: share of the documents that are drawn for training.
+        seed: of the draw.
 
     >>> int(split_documents(np.array([0, 0, 7, 7])).sum())
     2
@@ -172,7 +194,13 @@ def split_documents(
 
 
 def choose_documents(run_ids: Shaped[np.ndarray, "n_runs"], train_frac: float, seed: int) -> Bool[np.ndarray, "n_runs"]:
-    """Which runs of tokens of one document are of training documents, by the document of each."""
+    """Boolean mask of the runs that belong to training documents; ValueError where one side would have no document.
+
+    Args:
+        run_ids: document of each run of tokens; a document may have several runs.
+        train_frac: share of the documents that are drawn for training.
+        seed: of the draw.
+    """
     documents, runs = np.unique(run_ids, return_inverse=True)  # a document may be in pieces
     n_train = round(train_frac * len(documents))
     if not 0 < n_train < len(documents):
@@ -185,18 +213,18 @@ def choose_documents(run_ids: Shaped[np.ndarray, "n_runs"], train_frac: float, s
 
 
 def ascends(numbers: Integer[np.ndarray, "n"], strictly: bool = False) -> bool:
-    """Whether none is smaller than the one before, or with `strictly` each is larger; looked at part by part."""
+    """Whether numbers never fall, or with `strictly` always rise; compared in parts, so that a map is never loaded."""
     compare = np.greater if strictly else np.greater_equal
     starts = range(0, len(numbers), ROWS_AT_ONCE)
     parts = (numbers[start : start + ROWS_AT_ONCE + 1] for start in starts)
     return all(bool(compare(part[1:], part[:-1]).all()) for part in parts)
 
 
-def map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file as a memory-mapped array, its checksums compared."""
+def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Every tensor of a safetensors file as a memory-mapped array, by name; ValueError where a checksum differs."""
     file = TensorFile.open(path)
     return {name: file.read(name).numpy() for name in file.specs}
 
 
-def _shrink(column: np.ndarray) -> np.ndarray:
+def _shrink(column: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
     return column.astype(smallest_int(int(column.max(initial=0))))

@@ -1,7 +1,7 @@
-"""What the disk refuses said plainly, and one writer at a time for a file or a folder.
+"""Locks that give a file or folder one writer at a time, and clear error messages for what the disk refuses.
 
-Locks are the system's own (`flock`): they go with the process that holds them, so that a killed one leaves none. The
-file that carries a folder's lock lies in the folder while it is held, says by whom, and is removed with it.
+Locks are the operating system's (`flock`): they end with the process that holds them, also when it is killed. The file
+that carries a folder's lock lies in the folder while the lock is held, names the holder, and is removed with it.
 """
 
 import errno
@@ -23,14 +23,14 @@ except ImportError:  # Windows has no such locks
 LOCK = ".saelab-lock"
 CAN_LOCK = fcntl is not None
 FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # from file systems without locks
 BRIEFLY = ", which reads it"
 PATIENCE = 10.0  # seconds for a reader to finish what a killed writer left
 logger = logging.getLogger(__name__)
 
 
 class FolderInUse(ValueError):
-    """Another process, or another thread, is writing a folder."""
+    """Raised when another process or thread is writing a folder."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ _guard = threading.Lock()
 
 
 def _forget_held() -> None:
-    """In a forked process: the locks are its parent's."""
+    """Drop all locks in a forked process: they belong to its parent."""
     for hold in _held.values():
         os.close(hold.descriptor)
     _held.clear()
@@ -59,7 +59,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Errors of the disk in the block, with the folder and what to do; those that say so already pass."""
+    """Context in which an OSError of the disk is raised with the folder and what to do, unless it has been already."""
     try:
         yield
     except OSError as error:
@@ -78,11 +78,19 @@ def explained(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def hold_folder(path: str | Path, brief: bool = False) -> Iterator[None]:
-    """Keep every other writer out of a folder, which is made; readers are not kept out.
+    """Context that holds a folder's lock, so that nobody else writes there; readers are not affected.
 
-    The same thread may hold a folder several times. A folder that was made for this and stays empty goes again. A
-    `brief` hold is a reader's, who finishes what a killed writer left: a writer waits for its end. Raises FolderInUse,
-    a ValueError, naming the process that writes there.
+    The folder is made where it is missing, and removed again if it was made here and stays empty. The same thread may
+    hold a folder several times.
+
+    Args:
+        path: the folder.
+        brief: whether the caller is a reader that completes what a killed writer left; writers wait for its end
+            instead of being refused.
+
+    Raises:
+        FolderInUse: (a ValueError) somebody else holds the lock; the message names the process.
+        OSError: the folder cannot be made or written.
     """
     folder = Path(path)
     key = os.path.realpath(folder)
@@ -101,15 +109,20 @@ def hold_folder(path: str | Path, brief: bool = False) -> Iterator[None]:
 
 
 def clear_lock(path: str | Path) -> None:
-    """Remove the lock's file where the writer that made it was killed; nothing where it is held, or cannot be had."""
+    """Remove the lock file of a writer that was killed; does nothing where the lock is held or cannot be acquired."""
     if (Path(path) / LOCK).is_file():
         with suppress(OSError, FolderInUse), hold_folder(path):
             pass
 
 
 def open_locked(path: Path, wait: bool) -> int | None:
-    """A descriptor of a file, made if need be, that this process alone has locked; None where another one has and
-    there is no waiting. A file that is no longer at `path` once the lock is there does not count.
+    """Descriptor of a file, created if missing, with an exclusive lock; None where another process has locked it.
+
+    The lock is on the file that is at `path` when it is acquired, not on one that was replaced meanwhile.
+
+    Args:
+        path: the file.
+        wait: whether to wait for the lock instead of returning None.
     """
     while True:
         descriptor = os.open(path, FLAGS, 0o666)
@@ -142,7 +155,7 @@ def _lock(descriptor: int, path: Path, wait: bool) -> bool:
 
 
 def _make(folder: Path) -> list[Path]:
-    """Make a folder; returns those that were missing, the innermost first."""
+    """Make a folder and return the folders that were missing, the innermost first."""
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
@@ -193,7 +206,7 @@ def _leave(key: str, folder: Path) -> None:
 
 
 def _read_owner(path: Path) -> str | None:
-    """Who holds the lock, as the file says; None where it says nothing, or is gone already."""
+    """The holder of a lock by its lock file; None where the file is empty or gone."""
     try:
         said = path.read_bytes()[:200].decode(errors="replace").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""`FeatureStore`: a corpus encoded once, read by token or by feature through memory maps."""
+"""`FeatureStore`: the sparse feature activations of a corpus on disk, read by token or by feature."""
 
 from bisect import bisect_right
 from collections import Counter
@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int, Integer
+from numpy.typing import NDArray
 
 from saelab.functional.feature_ids import read_feature
-from saelab.functional.marking import ChosenRuns
+from saelab.functional.marking import ChosenRuns, MarkedRows
 from saelab.functional.permuting import ROWS_AT_ONCE, find_runs
 from saelab.stores.corpus import StoredText, choose_documents
 from saelab.stores.files import checksum, load_tensors, save_tensors
@@ -32,12 +33,13 @@ from saelab.stores.validation import naming
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
+IntegerArray: TypeAlias = NDArray[np.integer[Any]]
 STATISTICS = "statistics.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
 class Firings:
-    """Where a feature fires, or what fires at a token: places in increasing order, and the codes there."""
+    """Non-zero codes of one feature or one token: tokens (or features) in increasing order, and the code of each."""
 
     indices: Integer[np.ndarray, "n"]
     """tokens of a feature, or features of a token"""
@@ -50,7 +52,7 @@ class Firings:
 
 @dataclass(frozen=True, eq=False)
 class Feature(Firings, Drawn):
-    """The firings of one feature; as the last line of a notebook's cell, its card."""
+    """The non-zero codes of one feature; displayed as a card in Jupyter."""
 
     store: "FeatureStore"
     feature: int
@@ -62,11 +64,11 @@ class Feature(Firings, Drawn):
 
 
 class FeatureStore:
-    """The sparse codes of a corpus on disk, by token and by feature; what `harvest` writes and analyses read.
+    """The sparse feature activations of a corpus on disk, written by `harvest` and read by token or by feature.
 
     Row i is one token that the mask kept, in the order of the text. Opening is instant whatever the size: shards are
-    mapped when they are read, and only what is asked for is held. What is read for the first time is checked: its
-    checksum, and that its numbers are offsets, tokens, features and codes of this store.
+    memory-mapped when they are read, and only the parts that are read are held. Each part is checked when it is first
+    read: its checksum, and that its numbers are offsets, tokens, features and codes of this store.
     """
 
     def __init__(self, folder: Path, manifest: FeatureManifest, files: Sequence[TensorFile]) -> None:
@@ -77,9 +79,11 @@ class FeatureStore:
 
     @classmethod
     def load(cls, folder: str | Path) -> "FeatureStore":
-        """Open a folder that `harvest` wrote; sizes, shapes and dtypes of its files are checked.
+        """The store in a folder that `harvest` wrote; sizes, shapes and dtypes of its files are checked.
 
-        Raises FileNotFoundError or ValueError for a missing, truncated or edited file and for an unfinished store.
+        Raises:
+            FileNotFoundError: the folder or a file of it is missing.
+            ValueError: a file is truncated or edited, or the store is unfinished.
         """
         manifest = FeatureManifest.load_complete(folder)
         files = manifest.check_shards(folder)
@@ -90,7 +94,7 @@ class FeatureStore:
         return cls(Path(folder), manifest, files)
 
     def verify(self) -> None:
-        """Read every file and compare its checksum with the manifest; ValueError naming the first that is damaged."""
+        """Compare the checksum of every file with the manifest; ValueError naming the first that differs."""
         self.manifest.check_shards(self.folder, verify=True)
         for file, crc32 in self.manifest.files.items():
             path = find_inside(self.folder, file)
@@ -106,7 +110,7 @@ class FeatureStore:
 
     @property
     def n_tokens(self) -> int:
-        """Number of rows; equal to `len`."""
+        """Number of tokens (rows); equal to `len`."""
         return self._starts[-1]
 
     def __len__(self) -> int:
@@ -114,12 +118,12 @@ class FeatureStore:
 
     @property
     def n_entries(self) -> int:
-        """Codes that are not zero."""
+        """Number of non-zero codes."""
         return self.manifest.n_entries
 
     @property
     def l0(self) -> float:
-        """Codes that are not zero per token."""
+        """Mean number of features that fire per token."""
         return self.n_entries / self.n_tokens
 
     @property
@@ -129,7 +133,7 @@ class FeatureStore:
 
     @property
     def provenance(self) -> Provenance:
-        """Where the activations came from that were encoded."""
+        """Origin of the activations that were encoded: model, hook point, text, mask."""
         with naming(self.folder / "manifest.json"):
             return Provenance.from_dict(self.manifest.provenance)
 
@@ -139,12 +143,12 @@ class FeatureStore:
 
     @cached_property
     def text(self) -> StoredText:
-        """All tokens of the corpus."""
+        """All tokens of the corpus, those that the mask dropped included."""
         return StoredText.load(self.folder)
 
     @cached_property
     def statistics(self) -> FeatureStatistics:
-        """Firings, sums, extremes and histogram of every feature, by sign."""
+        """Firing counts, sums, maxima and histogram of every feature, by sign."""
         path = find_inside(self.folder, STATISTICS)
         with naming(path):
             arrays = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
@@ -152,59 +156,67 @@ class FeatureStore:
 
     @cached_property
     def places(self) -> Integer[np.ndarray, "n_tokens"]:
-        """Where in `text` each row stands."""
+        """Index in `text` of each row."""
         return self.where[:]
 
     @cached_property
     def where(self) -> Places:
-        """The same, read when it is asked for, unless all of it is held already."""
+        """Index in `text` of each row, read when it is sliced, unless `places` has read all of it already."""
         if "places" in self.__dict__:
             return Places([len(self)], lambda _, start, stop: self.places[start:stop], len(self.text), self.folder)
         sizes, shards = np.diff(self._starts).tolist(), self._shards
         return Places(sizes, lambda i, *part: shards[i].part("places", *part), len(self.text), self.folder)
 
-    def find_documents(self, rows: Any = None) -> Int[np.ndarray, "n_runs"]:
-        """Which of some rows, all of them for None, a document begins with; as places among these rows."""
+    def find_documents(self, rows: MarkedRows | None = None) -> Int[np.ndarray, "n_runs"]:
+        """Positions within `rows` at which a new document begins.
+
+        Args:
+            rows: the rows; None for all rows of the store.
+        """
         return self._find_runs(rows)[0]
 
-    def _find_runs(self, rows: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Where runs of one document begin among some rows, and the document of each."""
+    def _find_runs(self, rows: MarkedRows | None) -> tuple[IntegerArray, IntegerArray]:
+        """Positions within `rows` at which runs of one document begin, and the document of each."""
         n, starts, documents = (
             len(self) if rows is None else len(rows),
             [np.zeros(0, np.int64)],
             [np.zeros(0, np.int64)],
         )
         for start in range(0, n, ROWS_AT_ONCE):
-            part = slice(max(0, start - 1), start + ROWS_AT_ONCE)  # with the one before, which tells if it goes on
+            part = slice(max(0, start - 1), start + ROWS_AT_ONCE)  # with the row before, which may be of the same run
             ids = self.text.doc_ids[self._places_of(part, rows)]
             new = find_runs(ids)[min(start, 1) :]
             starts.append(new + part.start)
             documents.append(ids[new])
         return np.concatenate(starts), np.concatenate(documents)
 
-    def _places_of(self, part: slice, rows: Any) -> np.ndarray:
+    def _places_of(self, part: slice, rows: MarkedRows | None) -> IntegerArray:
         if rows is None:
             return self.where[part]
         chosen = rows[part]
         first = int(chosen[0])
-        return self.where[first : int(chosen[-1]) + 1][chosen - first]
+        places: IntegerArray = self.where[first : int(chosen[-1]) + 1][chosen - first]
+        return places
 
     @cached_property
     def doc_ids(self) -> Integer[np.ndarray, "n_tokens"]:
         """The document of each row."""
-        return self.text.doc_ids[self.places]
+        ids: IntegerArray = self.text.doc_ids[self.places]
+        return ids
 
     @cached_property
     def token_ids(self) -> Integer[np.ndarray, "n_tokens"]:
         """The token id of each row."""
-        return self.text.token_ids[self.places]
+        ids: IntegerArray = self.text.token_ids[self.places]
+        return ids
 
     def read_tokens(self, start: int, stop: int) -> Integer[np.ndarray, "n"]:
         """The token ids of rows start..stop."""
-        return self.text.token_ids[self.where[start:stop]]
+        ids: IntegerArray = self.text.token_ids[self.where[start:stop]]
+        return ids
 
     def count_tokens(self, ids: Iterable[int]) -> list[int]:
-        """At how many rows each of some tokens stands."""
+        """Number of rows of each of the given token ids."""
         return [self._token_counts[i] for i in ids]
 
     @cached_property
@@ -216,17 +228,22 @@ class FeatureStore:
         return counts
 
     def split(self, train_frac: float = 0.5, seed: int = 0) -> Bool[np.ndarray, "n_tokens"]:
-        """Which rows are of training documents; whole documents are on one side."""
+        """Boolean mask of the rows of training documents; every document is entirely on one side.
+
+        Args:
+            train_frac: share of the documents that are drawn for training.
+            seed: of the draw.
+        """
         return self.split_runs(train_frac, seed)[:]
 
     def split_runs(self, train_frac: float = 0.5, seed: int = 0) -> ChosenRuns:
-        """The same without a number for each row: what is held is by document."""
+        """The mask of `split` in memory that grows with documents instead of rows; arguments as there."""
         starts, documents = self._find_runs(None)
         return ChosenRuns(starts, choose_documents(documents, train_frac, seed), len(self))
 
     def spread(self, n_tokens: int) -> "FeatureStore":
-        """About so many of its tokens as a store of their own: shards evenly from the whole text; itself where it has
-        no more. Rows are counted anew; the folder, and with it the book of labels, is the same.
+        """A store of about `n_tokens` of these tokens: shards evenly spaced over the text, or this store if it has no
+        more. Rows are renumbered from 0; the folder, and with it the file of labels, is the same.
         """
         if len(self) <= n_tokens:
             return self
@@ -237,7 +254,7 @@ class FeatureStore:
         return _part(self, [round(i * (shards - 1) / max(1, n - 1)) for i in range(n)])
 
     def token(self, i: int) -> Firings:
-        """The features that fire at a token."""
+        """The features that fire at token `i`, and their codes; negative numbers count from the end."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"Token must be in -{len(self)}..{len(self) - 1}, got {i}.")
         i %= len(self)
@@ -248,7 +265,7 @@ class FeatureStore:
         return Firings(latents.astype(np.int64), values.astype(np.float32))
 
     def feature(self, j: SupportsIndex) -> Feature:
-        """The tokens at which a feature fires; in Jupyter, its card."""
+        """The tokens at which feature `j` fires, and its codes there; displayed as a card in Jupyter."""
         j = read_feature(j)
         if not -self.d_sae <= j < self.d_sae:
             raise IndexError(f"Feature must be in -{self.d_sae}..{self.d_sae - 1}, got {j}.")
@@ -261,7 +278,7 @@ class FeatureStore:
         return Feature(np.concatenate(tokens), np.concatenate(values), self, j)
 
     def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
-        """The codes of tokens start..stop as scipy rows, (n, d_sae), float32; all of them by default."""
+        """The codes of tokens start..stop as a scipy CSR matrix (n, d_sae), float32; of all by default."""
         from scipy.sparse import csr_matrix, vstack
 
         start, stop, _ = slice(start, stop).indices(len(self))
@@ -273,7 +290,7 @@ class FeatureStore:
         return vstack(pieces, format="csr")
 
     def columns(self, start: int = 0, stop: int | None = None) -> "csc_matrix":
-        """The codes of features start..stop as scipy columns, (n_tokens, n), float32; all of them by default."""
+        """The codes of features start..stop as a scipy CSC matrix (n_tokens, n), float32; of all by default."""
         from scipy.sparse import csc_matrix
 
         start, stop, _ = slice(start, stop).indices(self.d_sae)
@@ -289,7 +306,7 @@ class FeatureStore:
         return csc_matrix((values, tokens, ends), shape=(len(self), stop - start))
 
     def shard_matrices(self, start: int, stop: int) -> Iterator[tuple["csr_matrix", "csc_matrix"]]:
-        """Shard by shard the codes of all features as rows, and those of features start..stop as columns."""
+        """Iterator over shards: the codes of all features as CSR, and those of features start..stop as CSC."""
         from scipy.sparse import csc_matrix
 
         for shard, arrays in enumerate(self._shards):
@@ -299,7 +316,9 @@ class FeatureStore:
             yield self._rows(shard, 0, n), columns
 
     def shards(self) -> Iterator[tuple[int, Mapping[str, np.ndarray]]]:
-        """First row and mapped arrays of each shard: the way through everything in bounded memory."""
+        """Iterator over shards: the first row and the memory-mapped arrays of each, to process everything in bounded
+        memory.
+        """
         return zip(self._starts[:-1], self._shards, strict=True)
 
     def _rows(self, shard: int, first: int, end: int) -> "csr_matrix":
@@ -311,7 +330,7 @@ class FeatureStore:
 
 
 def _part(store: FeatureStore, shards: Sequence[int]) -> FeatureStore:
-    """Some shards of a store; of the text what lies between the first and the last place of each."""
+    """A store of some shards of another; of its text, what lies between the first and the last place of each."""
     chosen = [store._shards[i] for i in shards]
     manifest = replace(
         store.manifest,
@@ -345,6 +364,6 @@ def _slice(arrays: ShardArrays, start: int, stop: int) -> tuple[np.ndarray, np.n
 
 
 def save_statistics(folder: Path, statistics: FeatureStatistics) -> dict[str, str]:
-    """Write the statistics of a store; returns the checksum by file."""
+    """Write the statistics of a store and return their file's checksum, by file name."""
     tensors = {name: torch.from_numpy(array) for name, array in statistics.to_arrays().items()}
     return {STATISTICS: save_tensors(folder / STATISTICS, tensors)}

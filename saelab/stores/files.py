@@ -1,4 +1,4 @@
-"""Files and folders: every write is atomic, every failure says which folder and what to do."""
+"""Atomic writing of files, of safetensors and JSON, and of all files of a folder at once."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from saelab.stores.disk import CAN_LOCK, LOCK, FolderInUse, explained, hold_folder, open_locked
 
-# What is read again is offered here beside what writes it.
+# Readers are exported here next to the writers.
 from saelab.stores.tensors import TensorSpec as TensorSpec
 from saelab.stores.tensors import load_tensors as load_tensors
 from saelab.stores.tensors import make_header
@@ -30,13 +30,14 @@ from saelab.stores.validation import read_json as read_json
 T = TypeVar("T")
 STAGED, JOURNAL = ".saelab-new", "journal.json"
 PATIENCE = 10.0
-"""seconds that a reader waits for the files of a folder to take their places, which takes milliseconds"""
+"""seconds that a reader waits for the files of a folder to be moved into place, which takes milliseconds"""
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
     """Write `data` to `path` in full or not at all; missing folders are made.
 
-    Raises OSError naming the folder when the disk is full or the folder cannot be written to.
+    Raises:
+        OSError: the disk is full or the folder cannot be written to; the message names the folder.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +52,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 def write_json(path: str | Path, obj: Any, *, sealed: bool = False) -> None:
     """Write `obj` as indented JSON, atomically; NaN and infinities become null (JSON has neither).
 
-    With `sealed` its last key is its checksum, which whoever reads it again compares.
+    With `sealed`, which needs an object, its checksum is added as the last key; `read_sealed` compares it.
     """
     text = to_json(obj)
     write_atomic(path, (seal(text) if sealed else text.encode()) + b"\n")
@@ -69,7 +70,12 @@ def to_json(obj: Any) -> str:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """Write a safetensors file atomically and return the CRC-32 of its bytes in hexadecimal.
 
-    The same tensors give the same bytes, and no tensor on the CPU is copied on the way.
+    The same tensors give the same bytes, and contiguous tensors on the CPU are not copied.
+
+    Args:
+        path: the file.
+        tensors: tensors by name.
+        metadata: strings by name, for the file's header; checksums of the tensors are added.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +92,7 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
 
 
 def checksum(path: str | Path) -> str:
-    """The CRC-32 of a file in hexadecimal: it finds damage at a seventh of the cost of a cryptographic hash."""
+    """The CRC-32 of a file in hexadecimal; it detects damage at a seventh of the cost of a cryptographic hash."""
     crc = 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -96,7 +102,7 @@ def checksum(path: str | Path) -> str:
 
 @dataclass(frozen=True)
 class _Journal:
-    """What is still to be done where files are to take their places."""
+    """What is left to do before a folder's new files are in place."""
 
     last: str
     stale: list[str]
@@ -104,15 +110,21 @@ class _Journal:
 
 @contextmanager
 def replace_folder(path: str | Path, last: str = "", stale: Sequence[str] = ("*",)) -> Iterator[Path]:
-    """Yield an empty folder whose files take their places in `path` when the block ends well: all of them or none.
+    """Context with an empty folder whose files are moved into `path` when the block succeeds: all of them or none.
 
-    They are written aside, in `path` itself, and a journal after them. Once that stands, nothing is lost: what a killed
-    process did not put in place, the next writer or reader does. The old file `last`, which says what the folder holds,
-    goes first and the new one comes last, so that whoever knows nothing of the journal finds no mixture. Old files that
-    match a pattern in `stale`, by default all, and are not written anew are removed; others are left alone. After an
-    exception in the block `path` is as it was.
+    New files are written to a hidden folder in `path`, and a journal after them. Once the journal is written nothing is
+    lost: files that a killed process did not move are moved by the next writer or reader. After an exception in the
+    block `path` is as it was.
 
-    Raises FolderInUse where somebody else is writing there.
+    Args:
+        path: the folder; made where it is missing, and locked during the block.
+        last: file that describes the folder, such as its manifest. Its old version is removed first and the new one
+            moved last, so that a reader without knowledge of the journal never finds a mixture.
+        stale: patterns of old files that are removed unless they are written again, by default all; others are kept.
+
+    Raises:
+        FolderInUse: somebody else is writing there.
+        OSError: the disk is full or the folder cannot be written to.
     """
     folder = Path(path)
     staged = folder / STAGED
@@ -130,9 +142,9 @@ def replace_folder(path: str | Path, last: str = "", stale: Sequence[str] = ("*"
 
 
 def settle(folder: str | Path) -> None:
-    """Put the files of a replacement that was cut off in their places, or remove it where it was not whole.
+    """Complete an interrupted `replace_folder`: move its files into place, or remove them where not all were written.
 
-    For whoever holds the folder; a reader calls `await_settled`.
+    The caller must hold the folder; readers call `await_settled`.
     """
     staged = Path(folder) / STAGED
     if (staged / JOURNAL).is_file():
@@ -144,9 +156,10 @@ def settle(folder: str | Path) -> None:
 
 
 def await_settled(folder: str | Path) -> None:
-    """Before a folder is read: `settle` what a killed process left, or wait until a living one has done it.
+    """Make sure that a folder is complete before it is read: `settle` it, or wait for the process that is writing.
 
-    Raises ValueError where that cannot be.
+    Raises:
+        ValueError: the folder cannot be completed here, or (FolderInUse) is still being written after 10 seconds.
     """
     journal, end = Path(folder) / STAGED / JOURNAL, time.monotonic() + PATIENCE
     while journal.is_file():
@@ -165,7 +178,15 @@ def await_settled(folder: str | Path) -> None:
 
 
 def read_settled(folder: str | Path, read: Callable[[], T]) -> T:
-    """What `read` gives of a folder whose files nobody replaced meanwhile: read again where somebody did."""
+    """The result of `read` on a folder whose files did not change meanwhile; if they did, `read` is called again.
+
+    Args:
+        folder: the folder that is read.
+        read: called without arguments; an OSError or ValueError of it is raised if the folder did not change.
+
+    Raises:
+        ValueError: the folder kept changing for 10 seconds.
+    """
     end = time.monotonic() + PATIENCE
     while True:
         await_settled(folder)
@@ -185,7 +206,7 @@ def read_settled(folder: str | Path, read: Callable[[], T]) -> T:
 
 
 def _identify(folder: str | Path) -> frozenset[tuple[str, int, int]] | None:
-    """Which files a folder holds; None while they are being replaced."""
+    """Name, inode and time of the files of a folder; None while they are being replaced."""
     if (Path(folder) / STAGED / JOURNAL).is_file():
         return None
     with suppress(FileNotFoundError), os.scandir(folder) as files:
@@ -195,14 +216,19 @@ def _identify(folder: str | Path) -> frozenset[tuple[str, int, int]] | None:
 
 
 def is_empty(folder: str | Path, beside: Sequence[str] = ()) -> bool:
-    """Whether a folder is missing or holds but what a killed writer left, and files that match `beside`."""
+    """Whether a folder is missing, or holds nothing but leftovers of a killed writer and files that may be kept.
+
+    Args:
+        folder: the folder.
+        beside: patterns of the files that may be kept.
+    """
     ours = (LOCK, STAGED, ".*.tmp", *beside)
     folder = Path(folder)
     return not folder.exists() or all(any(map(file.match, ours)) for file in folder.iterdir())
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Remove the temporary files and folders that a killed process left in `folder`; for whoever holds it."""
+    """Remove the temporary files and folders that a killed process left in `folder`; the caller must hold it."""
     for leftover in Path(folder).glob(".*.tmp"):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
@@ -221,7 +247,7 @@ def _write_journal(folder: Path, last: str, stale: Sequence[str]) -> None:
 
 
 def _move_in(folder: Path, staged: Path) -> None:
-    """Every step may be repeated: a killed process has done some of them."""
+    """Carry out the journal; every step may be repeated, as a killed process may have done some of them."""
     last, stale = _read_journal(staged)
     files = [file for file in _walk(staged) if file != staged / JOURNAL]
     files.sort(key=lambda file: (file == staged / last, file))
@@ -239,7 +265,7 @@ def _move_in(folder: Path, staged: Path) -> None:
 
 
 def _read_journal(staged: Path) -> tuple[str, list[str]]:
-    """The file that comes last, and those to remove; ValueError where a journal says what none of ours does."""
+    """The file to move last, and those to remove; ValueError where the journal is not one that saelab wrote."""
     try:
         journal = read_fields(_Journal, read_json(staged / JOURNAL))
         if staged.is_symlink() or any(Path(name).is_absolute() or ".." in Path(name).parts for name in journal.stale):
@@ -257,7 +283,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """See that the names in a folder are on the disk, where the system can."""
+    """Flush a folder's entries to the disk, where the system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -268,10 +294,10 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends well.
+    """Context with a temporary file that replaces `path` when the block succeeds.
 
-    It has one name, so that the next writer of the same file takes over what a killed one left; a lock makes others
-    wait.
+    Its name is always the same, so that the next writer of the same file reuses what a killed one left; a lock makes
+    other writers wait.
     """
     temp = path.with_name(f".{path.name}.tmp")
     with explained(path.parent):
@@ -303,7 +329,7 @@ def _write(file: BinaryIO, chunks: list[Any]) -> str:
 
 
 def _reserve(descriptor: int, n_bytes: int) -> None:
-    """Claim the room where the system can: writing then costs a quarter of the CPU, and a full disk shows at once."""
+    """Allocate space where the system supports it: writing costs a quarter of the CPU, and a full disk fails early."""
     if n_bytes and hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, n_bytes)

@@ -1,4 +1,4 @@
-"""The manifest of a folder of shards: what lies in it, checked against the files before anything is read."""
+"""Manifests of activation and feature stores: the files of a folder, which are checked against it when it is opened."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -34,46 +34,46 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(ABC):
-    """What a folder of shards holds and how far its writing has come; one subclass a kind of folder."""
+    """Contents of a folder of shards and progress of writing it; one subclass per kind of folder."""
 
     kind: ClassVar[str]
     verb: ClassVar[str]
-    "The function that writes such folders."
+    "Name of the function that writes such folders."
     files_of_kind: ClassVar[tuple[str, ...]] = ("shard-*.safetensors",)
-    "Patterns of the files beside the manifest."
+    "Patterns of the files of such a folder, the manifest aside."
     kept_beside: ClassVar[tuple[str, ...]] = ()
-    "Patterns of files that others keep there."
+    "Patterns of other files that may be kept in it, such as labels."
     later: ClassVar[tuple[str, ...]] = ()
-    "Fields that older folders do not have."
+    "Fields that folders of older versions lack."
 
     request: dict[str, Any]
     "The arguments that decide the bytes; resuming with others is refused."
     provenance: dict[str, Any]
-    "Of the first hook point."
+    "Origin of the activations at the first hook point."
     shards: tuple[Shard, ...] = ()
     next_seq: int = 0
-    "First sequence that has rows outside the shards."
+    "First sequence that is not entirely in the shards."
     skip_rows: int = 0
-    "Rows of the batch starting there that are in the shards already."
+    "Rows of the batch starting at that sequence that are in the shards already."
     removed: dict[str, int] = field(default_factory=dict)
-    "Tokens removed by each rule of the mask before that sequence."
+    "Number of tokens removed by each rule of the mask before that sequence."
     complete: bool = False
 
     @property
     def n_tokens(self) -> int:
-        """Rows in all shards."""
+        """Number of rows in all shards."""
         return sum(shard.n_tokens for shard in self.shards)
 
     @abstractmethod
     def counts(self) -> dict[str, Any]:
-        """What is written beside the fields, and must agree with them when read."""
+        """Derived values that are saved with the fields, and must agree with them when the manifest is read."""
 
     @abstractmethod
     def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of each tensor of a shard of `n_tokens` rows whose header is `specs`."""
 
     def with_shard(self: AnyManifest, shard: Shard, tensors: Mapping[str, Tensor]) -> AnyManifest:
-        """The same with one more shard, which holds `tensors`."""
+        """A copy of the manifest with one more shard, which holds `tensors`."""
         return replace(self, shards=(*self.shards, shard))
 
     def save(self, folder: str | Path) -> None:
@@ -83,7 +83,12 @@ class Manifest(ABC):
 
     @classmethod
     def load(cls: type[AnyManifest], folder: str | Path) -> AnyManifest:
-        """Read `manifest.json`; FileNotFoundError when missing, ValueError when it is not one of ours or was edited."""
+        """The manifest in `manifest.json` of a folder.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            ValueError: it is of another kind or version, or was damaged or edited.
+        """
         path = Path(folder) / "manifest.json"
         data, check_seal = read_sealed(path)
         if not isinstance(data, dict) or data.get("kind") != cls.kind:
@@ -114,7 +119,7 @@ class Manifest(ABC):
         return manifest
 
     def check(self) -> None:
-        """Refuse names that are paths, and sizes that no folder has; raises ValueError."""
+        """Check file names and sizes; ValueError for a name that is a path, and for a size out of range."""
         for shard in self.shards:
             require_file_name(shard.file)
         if len({shard.file for shard in self.shards}) < len(self.shards):
@@ -130,12 +135,12 @@ class Manifest(ABC):
             raise ValueError(f"`{wrong[0]}` must be a size, at least 0 and below 2^48. Was it edited?")
 
     def sizes(self) -> dict[str, int]:
-        """Further numbers that must be at least 1."""
+        """Further numbers that must be at least 1, by name."""
         return {}
 
     @classmethod
     def load_complete(cls: type[AnyManifest], folder: str | Path) -> AnyManifest:
-        """`load`, for reading what the folder holds: ValueError where its writing has not come to the end."""
+        """The manifest of a folder that is to be read; ValueError as for `load`, and where the folder is unfinished."""
         manifest = cls.load(folder)
         if not manifest.complete:
             raise ValueError(
@@ -145,10 +150,15 @@ class Manifest(ABC):
         return manifest
 
     def check_shards(self, folder: str | Path, verify: bool = False) -> list[TensorFile]:
-        """Compare every shard's header and size (with `verify` its checksum too) with the manifest.
+        """The shards as open files, whose headers and sizes agree with the manifest; blocks are checked when read.
 
-        Returns the shards as files whose blocks are checked when they are read. Raises FileNotFoundError or ValueError
-        naming the shard.
+        Args:
+            folder: the folder of the manifest.
+            verify: whether checksums are compared too, which reads every shard.
+
+        Raises:
+            FileNotFoundError: a shard is missing.
+            ValueError: a shard is truncated, edited, or of another shape or dtype; the message names it.
         """
         found = []
         for shard in self.shards:
@@ -174,28 +184,28 @@ class Manifest(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationsManifest(Manifest):
-    """Of a folder that `collect` writes."""
+    """Manifest of a folder of activations, which `collect` writes."""
 
     kind = "activations"
     verb = "collect"
 
     d_in: dict[str, int]
-    "Width by hook point, in the order asked for."
+    "Width of the activations by hook point, in the order requested."
     dtype: str
-    "Of the activations; token ids, document ids and positions are int32."
+    "Dtype of the activations; token ids, document ids and positions are int32."
     median_norms: dict[str, float] | None = None
-    "By hook point, where the mask has a norm rule."
+    "Median norm by hook point, where the mask has a norm rule."
 
     def counts(self) -> dict[str, Any]:
-        """Hook points and rows."""
+        """Names of the hook points, and number of rows."""
         return {"hook_points": list(self.d_in), "n_tokens": self.n_tokens}
 
     def sizes(self) -> dict[str, int]:
-        """Widths."""
+        """Width of the activations at each hook point."""
         return {f"d_in of {name}": d_in for name, d_in in self.d_in.items()}
 
     def check(self) -> None:
-        """Refuse a dtype that is none besides; raises ValueError."""
+        """Check names, sizes, hook points and dtype; ValueError where one cannot be right."""
         super().check()
         if not self.d_in:
             raise ValueError("`d_in` must name a hook point at least, got none. Was it edited?")
@@ -203,14 +213,14 @@ class ActivationsManifest(Manifest):
             raise ValueError(f"`dtype` must be one of {list(FLOATS)}, got {self.dtype[:40]!r}. Was it edited?")
 
     def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """One matrix a hook point, and the columns."""
+        """Dtype and shape of the activations of each hook point, and of the integer columns."""
         wanted: dict[str, Any] = {name: (self.dtype, (n_tokens, d_in)) for name, d_in in self.d_in.items()}
         return wanted | dict.fromkeys(INT_COLUMNS, ("int32", (n_tokens,)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureManifest(Manifest):
-    """Of a feature store, which `harvest` writes."""
+    """Manifest of a feature store, which `harvest` writes."""
 
     kind = "features"
     verb = "harvest"
@@ -219,26 +229,26 @@ class FeatureManifest(Manifest):
 
     d_sae: int
     dtype: str
-    "Of the codes' values, float16 or float32."
+    "Dtype of the codes, float16 or float32."
     sae: dict[str, Any]
-    "The SAE's config, origin and training, and what it was loaded from."
+    "The SAE's config, origin and training, and where it was loaded from."
     source: str = ""
-    "The SAE in words."
+    "Description of the SAE in one line."
     n_entries: int = 0
-    "Codes that are not zero, in all shards."
+    "Number of non-zero codes in all shards."
     files: dict[str, str] = field(default_factory=dict)
-    "Checksums of the files beside the shards."
+    "Checksums of the files that are not shards, by name."
 
     def counts(self) -> dict[str, Any]:
-        """Rows."""
+        """Number of rows."""
         return {"n_tokens": self.n_tokens}
 
     def sizes(self) -> dict[str, int]:
-        """Width, and codes."""
+        """Number of features, and of codes plus one."""
         return {"d_sae": self.d_sae, "n_entries": self.n_entries + 1}
 
     def check(self) -> None:
-        """Refuse other files than a store's, and a dtype that is none of codes; raises ValueError."""
+        """Check names, sizes, dtype and the SAE's config; ValueError where one cannot be right."""
         super().check()
         for file in self.files:
             require_file_name(file)
@@ -249,7 +259,7 @@ class FeatureManifest(Manifest):
         require_object(self.sae.get("config", {}), "`config` of `sae`")
 
     def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Both orders of the codes, and where each row stands in the text."""
+        """Dtype and shape of the codes by token and by feature, and of the rows' places in the text."""
         shape = specs["latents"].shape if "latents" in specs else (0,)
         latents, tokens = (str(smallest_int(size - 1)) for size in (self.d_sae, n_tokens))
         wanted: dict[str, Any] = {
@@ -260,13 +270,13 @@ class FeatureManifest(Manifest):
         return wanted | dict.fromkeys(("values", "feature_values"), (self.dtype, shape))
 
     def with_shard(self, shard: Shard, tensors: Mapping[str, Tensor]) -> "FeatureManifest":
-        """The same with one more shard, and its codes counted."""
+        """A copy of the manifest with one more shard, whose codes are added to `n_entries`."""
         return replace(super().with_shard(shard, tensors), n_entries=self.n_entries + len(tensors["latents"]))
 
 
 @contextmanager
 def _advised() -> Iterator[None]:
-    """What is missing or damaged, and what helps: the same call alone opens a finished folder as it is."""
+    """Context in which errors about a missing or damaged shard add how to write the folder again."""
     try:
         yield
     except (FileNotFoundError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Names that files say: each is that of one file in a folder, or it is refused; and names fit to be shared."""
+"""Safe names: checks of file names read from files, and text without local paths, passwords or control codes."""
 
 import os
 import re
@@ -8,11 +8,11 @@ from urllib.parse import urlsplit, urlunsplit
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""What moves a terminal's cursor or turns the direction of its text"""
+"""Characters that move a terminal's cursor or reverse the direction of its text"""
 
 
 def require_file_name(name: str) -> str:
-    """The name where it is that of a file in the folder itself; ValueError for a path, and for what a system keeps.
+    """The same name, if it is that of a file and no path; ValueError for a path and for names that Windows reserves.
 
     >>> require_file_name("shard-00000.safetensors")
     'shard-00000.safetensors'
@@ -26,7 +26,7 @@ def require_file_name(name: str) -> str:
 
 
 def as_file_name(text: str) -> str:
-    """A text as the name of a file or folder: what is not a letter, a digit, '.', '_' or '-' becomes '-'.
+    """A file or folder name made from a text: characters other than letters, digits, '.', '_' and '-' become '-'.
 
     >>> as_file_name("../blocks.0.hook_resid_post")
     '-blocks.0.hook_resid_post'
@@ -36,9 +36,12 @@ def as_file_name(text: str) -> str:
 
 
 def find_inside(folder: str | Path, name: str) -> Path:
-    """Where a named file of a folder lies; ValueError for a name that is a path and for a link that leads elsewhere.
+    """Path of a named file in a folder.
 
-    A link into the blobs beside its own snapshot, as the Hub's cache has them, is none.
+    Links of the Hugging Face cache, from a snapshot to its repository's blobs, are followed.
+
+    Raises:
+        ValueError: the name is a path, or the file is a link that leads out of the folder.
     """
     path = Path(folder) / require_file_name(name)
     if path.is_symlink():
@@ -52,9 +55,9 @@ def find_inside(folder: str | Path, name: str) -> Path:
 
 
 def shareable(name: str) -> str:
-    """What may be said of a model, a text or a folder to others: a local path gives its last part alone.
+    """A name without private parts: a local path is cut to its last part.
 
-    A Hub id and an address on the web are kept, the latter without a password.
+    A Hugging Face id is kept, and so is a URL, without its password.
 
     >>> shareable("/home/ada/models/tiny"), shareable("EleutherAI/pythia-70m")
     ('tiny', 'EleutherAI/pythia-70m')
@@ -67,8 +70,10 @@ def shareable(name: str) -> str:
 
 
 def relative_place(name: str, folder: str | Path) -> str:
-    """Where a local folder lies, seen from another that is near; its last part alone where they share no more than a
-    root or a home, and a name that is no local folder as it is.
+    """The path of a local folder relative to another, so that it reveals no home directory.
+
+    Only its last part is returned where the two share no more than the root or a home directory, and a name that is no
+    local folder is returned as it is.
 
     >>> relative_place("/work/ada/sae", "/work/ada/store")
     '../sae'
@@ -86,7 +91,7 @@ def relative_place(name: str, folder: str | Path) -> str:
 
 
 def shareable_words(text: str) -> str:
-    """A sentence in which every absolute path gives its last part alone.
+    """A text in which every absolute path is cut to its last part.
 
     >>> shareable_words("SAE(TopK(k=2), at blocks.0 of /home/ada/tiny)")
     'SAE(TopK(k=2), at blocks.0 of tiny)'
@@ -95,7 +100,7 @@ def shareable_words(text: str) -> str:
 
 
 def hide_password(url: str) -> str:
-    """An address without the name and password that it may hold.
+    """A URL whose user name and password, if any, are replaced by `***`.
 
     >>> hide_password("https://ada:secret@host:1234/v1")
     'https://***@host:1234/v1'
@@ -106,7 +111,7 @@ def hide_password(url: str) -> str:
 
 
 def find_secrets(url: str) -> list[str]:
-    """The password of an address, and its name and password as they stand there.
+    """The secrets in a URL: `name:password` and the password alone; empty without one.
 
     >>> find_secrets("https://ada:secret@host/v1")
     ['ada:secret', 'secret']
@@ -116,7 +121,7 @@ def find_secrets(url: str) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """The text without what a terminal would obey: control characters and marks of direction are shown as their codes.
+    """A text that is safe to print: control characters and marks of text direction are replaced by their escape codes.
 
     >>> printable("a\x1b[2J" + chr(10) + "b")
     'a\\\\x1b[2J\\nb'

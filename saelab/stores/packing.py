@@ -1,4 +1,4 @@
-"""Sparse codes as a shard holds them: by token and by feature, in the smallest integers that fit."""
+"""Sparse codes in the form of a feature store's shards: by token and by feature, in the smallest integers that fit."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,13 @@ def pack_codes(
     values: Float[np.ndarray, "nnz"],
     d_sae: int,
 ) -> dict[str, np.ndarray]:
-    """Both orders of some tokens' codes: by token (latents ascending) and by feature (tokens ascending).
+    """The arrays of a shard by name: codes ordered by token (latents ascending) and by feature (tokens ascending).
 
-    Values keep their dtype, float16 or float32; they are moved as bits.
+    Args:
+        offsets: (n_tokens + 1,) token i owns the codes `offsets[i]` to `offsets[i + 1]`.
+        latents: latent of each code.
+        values: the codes, float16 or float32; they keep their dtype and bits.
+        d_sae: number of latents.
     """
     bits = values.view(np.int16 if values.dtype == np.float16 else np.int32)  # scipy does not sort float16
     n = len(offsets) - 1
@@ -41,7 +45,7 @@ def pack_codes(
 
 
 def _ascend(latents: np.ndarray, offsets: np.ndarray) -> bool:
-    """Whether the latents of every token ascend."""
+    """Whether the latents of every token are in ascending order."""
     if len(latents) < 2:
         return True
     rises = latents[1:] > latents[:-1]
@@ -51,7 +55,14 @@ def _ascend(latents: np.ndarray, offsets: np.ndarray) -> bool:
 
 
 def as_csr(values: Any, indices: Any, offsets: Any, shape: tuple[int, int]) -> "csr_matrix":
-    """A scipy matrix of compressed rows, whose parts are neither checked nor copied where their types allow."""
+    """A scipy CSR matrix made from its arrays without checks, and without copies where their types allow.
+
+    Args:
+        values: the non-zero entries, row by row.
+        indices: column of each entry.
+        offsets: (n_rows + 1,) row i owns the entries `offsets[i]` to `offsets[i + 1]`.
+        shape: (n_rows, n_columns).
+    """
     from scipy.sparse import csr_matrix
 
     found = csr_matrix(shape, dtype=values.dtype)
@@ -60,10 +71,12 @@ def as_csr(values: Any, indices: Any, offsets: Any, shape: tuple[int, int]) -> "
 
 
 def round_values(values: Float[np.ndarray, "nnz"], dtype: str) -> Float[np.ndarray, "nnz"]:
-    """Values as stored: "float32" as they are, "float16" rounded to nearest, but never to 0.
+    """Codes in the dtype of a store: "float32" unchanged, "float16" rounded to nearest, but never to 0.
 
-    The error of float16 is at most 2^-11 of the value, and at most 2^-24 for values below 2^-14. ValueError for values
-    beyond 65504, which float16 has not.
+    The error of float16 is at most 2^-11 of the value, and at most 2^-24 for values below 2^-14.
+
+    Raises:
+        ValueError: a value is not finite, or beyond 65504, the largest float16.
 
     >>> round_values(np.array([1.0, -1e-12], np.float32), "float16").tolist()
     [1.0, -5.960464477539063e-08]
@@ -85,7 +98,7 @@ def round_values(values: Float[np.ndarray, "nnz"], dtype: str) -> Float[np.ndarr
 
 
 def smallest_int(largest: int) -> np.dtype[Any]:
-    """The smallest of uint8, uint16 and int32 that holds 0..largest.
+    """The smallest of uint8, uint16 and int32 that holds 0..largest; ValueError from 2^31 on.
 
     >>> smallest_int(24_575)
     dtype('uint16')

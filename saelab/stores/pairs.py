@@ -1,4 +1,4 @@
-"""`ActivationPairs`: the rows of two hook points, token by token, side by side."""
+"""`ActivationPairs`: activations at two hook points for the same tokens, concatenated for training a transcoder."""
 
 import torch
 from jaxtyping import Float
@@ -13,10 +13,15 @@ PART_TOKENS = 1 << 20
 
 
 class ActivationPairs:
-    """What a transcoder reads and what it reconstructs, of the same tokens; rows are (d_in + d_out) wide.
+    """Inputs and targets of a transcoder for the same tokens; rows are (d_in + d_out) wide.
 
-    Raises ValueError where the rows are not of the same tokens, as far as the two know: their number, token ids,
-    documents, positions and origin.
+    Args:
+        inputs: activations that the transcoder encodes.
+        targets: activations that it reconstructs.
+
+    Raises:
+        ValueError: the two are not of the same tokens: number of rows, token ids, documents, positions and origin are
+            compared, as far as both have them.
 
     >>> x = Activations.from_tensor(torch.arange(6.0).view(3, 2))
     >>> pairs = ActivationPairs(x, Activations.from_tensor(torch.ones(3, 1)))
@@ -51,12 +56,12 @@ class ActivationPairs:
 
     @property
     def d_in(self) -> int:
-        """Width of an input."""
+        """Width of the input activations."""
         return self.inputs.d_in
 
     @property
     def d_out(self) -> int:
-        """Width of a target."""
+        """Width of the target activations."""
         return self.targets.d_in
 
     @property
@@ -68,11 +73,11 @@ class ActivationPairs:
         return len(self.inputs)
 
     def __getitem__(self, index: slice) -> Float[Tensor, "n d_in_d_out"]:
-        """Copy of some pairs: each input, and behind it its target."""
+        """Copy of a slice of pairs, each an input followed by its target."""
         return torch.cat([self.inputs[index], self.targets[index]], dim=1)
 
     def rows(self, start: int, stop: int) -> "ActivationPairs":
-        """The pairs start..stop as a view that reads lazily."""
+        """The pairs start..stop as a lazily read view."""
         part = object.__new__(ActivationPairs)
         part.inputs, part.targets = self.inputs.rows(start, stop), self.targets.rows(start, stop)
         part.provenance = self.provenance
@@ -81,7 +86,14 @@ class ActivationPairs:
     def batches(
         self, batch_size: int, seed: int = 0, *, buffer_tokens: int = BUFFER_TOKENS, epochs: int | None = None
     ) -> ShuffledBatches:
-        """Shuffled batches of pairs (batch_size, d_in + d_out); see `ShuffledBatches`."""
+        """Iterator over shuffled batches of pairs (batch_size, d_in + d_out); see `ShuffledBatches`.
+
+        Args:
+            batch_size: pairs per batch.
+            seed: of the order of the pairs.
+            buffer_tokens: pairs held in memory and shuffled together.
+            epochs: passes over the pairs; None for no end.
+        """
         return ShuffledBatches(_Joined(self), batch_size, seed, buffer_tokens=buffer_tokens, epochs=epochs)
 
 
@@ -97,6 +109,6 @@ class _Joined:
         return len(self.pairs)
 
     def copy_slice(self, start: int, out: Float[Tensor, "n d"]) -> None:
-        """Fill `out` with the pairs from `start` on."""
+        """Fill `out` with consecutive pairs, the first of which is pair `start`."""
         self.pairs.inputs.copy_slice(start, out[:, : self.pairs.d_in])
         self.pairs.targets.copy_slice(start, out[:, self.pairs.d_in :])

@@ -1,4 +1,4 @@
-"""`Places`: where in the text each row of a store stands, read a shard at a time."""
+"""`Places`: the index in the text of each row of a feature store, read one shard at a time."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
@@ -13,8 +13,16 @@ from saelab.stores.corpus import ascends
 
 
 class Places:
-    """The places of all rows in pieces, none of which is held; `read` makes a piece. ValueError on the first use where
-    they do not ascend within the text.
+    """Index in the text of each row, read in pieces of which none is kept; indexed by slices of rows.
+
+    Args:
+        sizes: number of rows of each piece.
+        read: function of (piece, start, stop) that returns the places of rows start..stop of a piece.
+        n_text: number of tokens of the text.
+        folder: the store's folder, for error messages.
+
+    Raises:
+        ValueError: on first use, where places do not ascend within the text.
     """
 
     def __init__(
@@ -36,8 +44,10 @@ class Places:
         return np.concatenate(found)
 
     def find(self, places: Integer[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-        """For some places of the text, in any order: how many rows stand before each, and its row, -1 where the mask
-        dropped it.
+        """Number of rows before each of the given places of the text, and the row at it, -1 where the mask dropped it.
+
+        Args:
+            places: indices in the text, in any order.
         """
         before, rows = np.zeros(len(places), np.int64), np.full(len(places), -1)
         pieces = np.searchsorted(self._first, places, "right") - 1
@@ -52,7 +62,7 @@ class Places:
 
     @cached_property
     def _first(self) -> Int[np.ndarray, "n_pieces"]:
-        """Where each piece begins in the text."""
+        """First place of each piece in the text."""
         first, last = [], -1
         for piece, size in enumerate(self._sizes):
             own = self._read(piece, 0, size)

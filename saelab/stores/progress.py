@@ -1,12 +1,12 @@
-"""Whether progress bars are shown: as the caller asks, unless the environment has switched all of them off."""
+"""Progress bars: shown as the caller requests, unless TQDM_DISABLE switches them off."""
 
 import os
 
 
 def hidden(progress: bool) -> bool:
-    """Whether a bar stays hidden: without `progress`, or with the environment variable TQDM_DISABLE.
+    """Value for tqdm's `disable`: True without `progress`, or where the environment variable TQDM_DISABLE is set.
 
-    tqdm reads the variable only where nobody says `disable`, and would show the bar.
+    tqdm itself ignores the variable where `disable` is passed.
 
     >>> hidden(False)
     True

@@ -1,4 +1,4 @@
-"""Where activations came from; it travels with everything made from them."""
+"""`Provenance`: model, hook point, text and mask of activations, saved with everything that is made from them."""
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -9,7 +9,7 @@ from saelab.stores.validation import read_fields
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """The whole origin of one hook point's activations.
+    """Origin of the activations at one hook point: model, text, mask and versions.
 
     >>> origin = Provenance(model="gpt2", weight_processing="none", hook_point="blocks.0.hook_resid_post", text="a.txt",
     ...     tokens_sha256="", mask={}, dtype="float32", ctx_len=128, n_tokens=10, seed=None, versions={})
@@ -20,38 +20,38 @@ class Provenance:
     model: str
     "Name or folder of the language model."
     weight_processing: str
-    "What was done to its weights, such as folding layer norms."
+    "How its weights were processed, such as folding of layer norms."
     hook_point: str
-    "Place in the model, in TransformerLens spelling."
+    "Place in the model, by its TransformerLens name."
     text: str
-    "Where the text came from."
+    "Source of the text: a file, a data set or a description."
     tokens_sha256: str
     "Hash of the token ids and document ids."
     mask: dict[str, Any]
     "Fields of the token mask."
     dtype: str
-    "Of the stored activations."
+    "Dtype of the stored activations."
     ctx_len: int | None
     "Tokens in a sequence."
     n_tokens: int
-    "Rows kept."
+    "Number of rows that the mask kept."
     seed: int | None
-    "Of the order of sequences, where it was drawn."
+    "Seed of the order of sequences, where it is random."
     versions: dict[str, str]
-    "Of saelab, torch, transformer-lens and transformers."
+    "Versions of saelab, torch, transformer-lens and transformers."
     removed: dict[str, int] = field(default_factory=dict)
-    "Tokens removed by each rule of the mask."
+    "Number of tokens removed by each rule of the mask."
     median_norm: float | None = None
-    "What the mask's norm rule is relative to."
+    "Median norm that the mask's norm rule refers to."
     hook_point_out: str | None = None
-    "Place whose activations a transcoder reconstructs, where these are pairs."
+    "Hook point whose activations a transcoder reconstructs, where these are pairs."
     median_norm_out: float | None = None
-    "What the mask's norm rule is relative to there."
+    "Median norm that the mask's norm rule refers to at that hook point."
     model_sketch: tuple[float, ...] | None = None
-    "A few numbers of the language model's weights, whatever it is called."
+    "A few numbers computed from the language model's weights, which identify it whatever its name."
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, ready for JSON; those of a second hook point only where there is one, and no local path."""
+        """The fields as JSON values, without local paths; those of a second hook point only where there is one."""
         plain = asdict(self) | {"model": shareable(self.model), "text": shareable(self.text)}
         if self.hook_point_out is None:
             del plain["hook_point_out"], plain["median_norm_out"]
@@ -61,23 +61,24 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Provenance":
-        """Build from `to_dict`'s output; ValueError on an unknown or missing field, and on a value of another type."""
+        """The provenance in the output of `to_dict`; ValueError for an unknown or missing field or a wrong type."""
         return read_fields(cls, data)
 
     def at(self, hook_point: str, median_norm: float | None = None) -> "Provenance":
-        """The same origin at another hook point, whose median norm is its own."""
+        """A copy at another hook point, with the median norm there."""
         return replace(self, hook_point=hook_point, median_norm=median_norm)
 
     @property
     def place(self) -> str:
-        """The hook point in words: `at A`, or `from A to B` of pairs."""
+        """Text naming the hook point: `at A`, or `from A to B` for pairs."""
         out = self.hook_point_out
         return f"at {self.hook_point}" if out is None else f"from {self.hook_point} to {out}"
 
     def paired(self, target: "Provenance") -> "Provenance":
-        """The origin of pairs: rows of these activations, each with the same token's row of `target`.
+        """The origin of pairs of these activations with those of `target`, token by token.
 
-        ValueError where the two were not read from the same tokens of one model.
+        Raises:
+            ValueError: the two are not of the same tokens, mask and model.
         """
         for name in ("model", "weight_processing", "tokens_sha256", "mask", "n_tokens"):
             if (mine := getattr(self, name)) != (other := getattr(target, name)):

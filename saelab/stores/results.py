@@ -1,4 +1,4 @@
-"""`Result`: what every result can do beside printing itself."""
+"""`Result`: base class of results, which are displayed in Jupyter and saved as JSON; and alignment of text tables."""
 
 import html
 from collections.abc import Callable, Collection, Sequence
@@ -14,12 +14,19 @@ _drawings: dict[type, Callable[[Any], str]] = {}
 
 
 def register_drawing(kind: type, draw: Callable[[Any], str]) -> None:
-    """Say how objects of a type look in Jupyter, as HTML: pictures stand on a higher floor than what they show."""
+    """Register the function that draws objects of a type as HTML in Jupyter.
+
+    A registry, because drawing code is on a higher floor than the types that it draws.
+
+    Args:
+        kind: the type; subclasses are not included.
+        draw: function from an object of the type to HTML.
+    """
     _drawings[kind] = draw
 
 
 class Drawn:
-    """Base of what draws itself in Jupyter: by its registered drawing, else as it prints itself."""
+    """Base of objects that are displayed in Jupyter: by their registered drawing, else as their text."""
 
     def _repr_html_(self) -> str:
         draw = _drawings.get(type(self))
@@ -27,21 +34,24 @@ class Drawn:
 
 
 class Result(Drawn):
-    """Base of frozen dataclasses that print themselves: they draw themselves in Jupyter, and are written as JSON."""
+    """Base of result dataclasses, which print as a table, are displayed in Jupyter and save as JSON."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ready for JSON: lists for tuples and arrays, strings for keys."""
+        """Every field by name, as JSON values: lists for tuples and arrays, strings for keys."""
         found: dict[str, Any] = _plain(asdict(self))  # type: ignore[call-overload]
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON, NaN as null."""
+        """Write `to_dict()` as JSON, atomically; NaN becomes null."""
         write_json(path, self.to_dict())
 
 
 def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    """Rows of cells as lines: every column is as wide as its widest cell, two spaces from the next, and right-aligned
-    but for those of `left`. Rows may end early.
+    """A table as lines of text: columns as wide as their widest cell, two spaces apart.
+
+    Args:
+        rows: cells of each row; rows may be shorter than others.
+        left: columns that are left-aligned; all others are right-aligned.
 
     >>> align_columns([["", "n"], ["a long name", "1,234"], ["b", "5"]])
     ['                 n', 'a long name  1,234', 'b                5']

@@ -1,4 +1,4 @@
-"""`RingBuffer`: rows go in, shuffled rows come out, and the memory is taken once."""
+"""`RingBuffer`: a preallocated shuffle buffer of rows, for activations that are streamed instead of stored."""
 
 import torch
 from jaxtyping import Float
@@ -6,12 +6,18 @@ from torch import Tensor
 
 
 class RingBuffer:
-    """A preallocated, seeded buffer that mixes rows.
+    """A preallocated buffer that shuffles rows: rows are added, and batches sampled from them without replacement.
 
-    `_order` is a permutation of the slots: those before `_cursor` are free, those behind it hold unread rows in random
-    order. A batch is therefore the next piece of the permutation, and new rows overwrite served ones in place. Fill it,
-    serve until it is `half_empty`, fill it again: every batch is drawn evenly and without replacement from all unread
-    rows.
+    Fill it, sample until it is `half_empty`, and fill it again: every batch is a uniform sample of all unread rows.
+    `_order` is a permutation of the slots: those before `_cursor` are free, the others hold unread rows in random
+    order. A batch is therefore the next part of the permutation, and new rows overwrite sampled ones in place.
+
+    Args:
+        capacity: rows of the buffer, at least 2.
+        d_in: width of a row.
+        dtype: dtype of the buffer.
+        seed: of the order of the rows.
+        device: device of the buffer.
 
     >>> ring = RingBuffer(capacity=4, d_in=1, seed=0)
     >>> ring.add(torch.arange(4.0).view(4, 1))
@@ -40,21 +46,21 @@ class RingBuffer:
 
     @property
     def n_unread(self) -> int:
-        """Rows that can be sampled."""
+        """Number of rows that can be sampled."""
         return self.capacity - self._cursor
 
     @property
     def n_free(self) -> int:
-        """Rows that can be added."""
+        """Number of rows that can be added."""
         return self._cursor
 
     @property
     def half_empty(self) -> bool:
-        """Whether it is time to add rows: at most half of the capacity is unread."""
+        """Whether at most half of the capacity is unread, so that rows should be added."""
         return self.n_unread <= self.capacity // 2
 
     def add(self, rows: Float[Tensor, "n d_in"]) -> None:
-        """Store rows in the place of served ones, in the buffer's dtype; ValueError when they do not fit."""
+        """Add rows in the place of sampled ones, in the buffer's dtype; ValueError where they do not fit."""
         if len(rows) > self.n_free:
             raise ValueError(f"`rows` must be at most n_free ({self.n_free}), got {len(rows)}. Sample first.")
         if rows.shape[1] != self.d_in:
@@ -65,7 +71,10 @@ class RingBuffer:
         self._mixed = False
 
     def sample(self, batch_size: int, out: Float[Tensor, "batch d_in"] | None = None) -> Float[Tensor, "batch d_in"]:
-        """Take `batch_size` random unread rows, into `out` where given; ValueError when fewer are unread."""
+        """A batch of random unread rows, which count as read; ValueError where fewer than `batch_size` are unread.
+
+        The batch is written into `out` where that is given.
+        """
         if not 1 <= batch_size <= self.n_unread:
             raise ValueError(
                 f"`batch_size` must be in 1..n_unread ({self.n_unread}), got {batch_size}. Add rows first."
@@ -77,7 +86,7 @@ class RingBuffer:
         return torch.index_select(self._rows, 0, slots, out=out)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The unread rows in the order in which they will come, and the generator."""
+        """The unread rows in the order of their sampling, and the state of the generator."""
         return {
             "rows": self._rows[self._order[self._cursor :]],
             "mixed": torch.tensor(self._mixed),
@@ -85,14 +94,14 @@ class RingBuffer:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on, bit for bit, where `state` was taken; ValueError when it does not fit this buffer."""
+        """Continue, bit for bit, from the state in `state`; ValueError where it does not fit this buffer."""
         rows = state["rows"]
         if rows.shape[1] != self.d_in or len(rows) > self.capacity or rows.dtype != self._rows.dtype:
             raise ValueError(
                 f"The state must fit a buffer of {self.capacity} rows of d_in {self.d_in} in {self._rows.dtype}, got "
                 f"{tuple(rows.shape)} in {rows.dtype}. Build the buffer with the arguments it was saved with."
             )
-        # Which slot a row lies in is never seen outside, so the rows may be laid down in order.
+        # The slot of a row is not visible outside, so the rows may be stored in order.
         self._order = torch.arange(self.capacity, device=self._rows.device)
         self._cursor = self.capacity - len(rows)
         self._rows[self._cursor :] = rows.to(self._rows.device)

@@ -1,24 +1,26 @@
-"""One shard of a feature store as arrays: what is read of it for the first time is checked, by part."""
+"""One shard of a feature store as memory-mapped arrays, whose parts are checked when they are first read."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from saelab.stores.tensors import TensorFile
 
-Array = np.ndarray
+Array: TypeAlias = NDArray[Any]
 MAPPED_BYTES = 2**25
-"""Of a store's mapped files so much is read before the maps are let go: what was read stays resident until then."""
+"""Bytes read of a store's mapped files before the maps are released; what was read stays resident until then."""
 FAULT_BYTES = 2**16
-"""What the system may map around a single number that is read."""
+"""Bytes that the system may map for a single number that is read."""
 
 
 class MapBudget:
-    """Lets go of all maps of a store's shards whenever `MAPPED_BYTES` were read through them.
+    """Bounds the resident memory of a store: releases the maps of all shards whenever `MAPPED_BYTES` were read.
 
-    Arrays that somebody still holds keep their own map, and what is asked for next is mapped again, without new checks.
+    Arrays that are still in use keep their own map; the next read maps again, without repeating checks.
     """
 
     def __init__(self) -> None:
@@ -26,11 +28,11 @@ class MapBudget:
         self._release: list[Callable[[], None]] = []
 
     def add(self, release: Callable[[], None]) -> None:
-        """One more shard, with what lets go of its maps."""
+        """Add a shard by the function that releases its maps."""
         self._release.append(release)
 
     def count(self, n_bytes: int) -> None:
-        """Note that so much was read."""
+        """Count bytes that were read, and release all maps where the budget is used up."""
         self._read += max(n_bytes, FAULT_BYTES)
         if self._read > MAPPED_BYTES:
             self._read = 0
@@ -38,12 +40,26 @@ class MapBudget:
                 release()
 
 
-class ShardArrays(Mapping):  # a type checker at run time would read what it holds
+if TYPE_CHECKING:
+    ArraysByName = Mapping[str, Array]
+else:
+    ArraysByName = Mapping  # a type checker at run time would read what it holds
+
+
+class ShardArrays(ArraysByName):
     """The arrays of a shard by name, memory-mapped.
 
-    Before anybody gets a part, its checksum is compared, and its numbers are held against what they point at: offsets
-    rise from 0 to the number of codes, latents are below d_sae, tokens below the number of rows, and codes are finite
-    and not 0. Nothing that multiplies or gathers looks at them again. Raises ValueError naming the file.
+    Before a part is returned, its checksum and its numbers are checked: offsets rise from 0 to the number of codes,
+    latents are below d_sae, tokens below the number of rows, and codes are finite and not 0. Code that multiplies or
+    gathers does not check them again.
+
+    Args:
+        file: the shard's file.
+        d_sae: number of features.
+        budget: of the store, shared by its shards.
+
+    Raises:
+        ValueError: on reading, where a part is damaged or the file was replaced; the message names it.
     """
 
     def __init__(self, file: TensorFile, d_sae: int, budget: MapBudget) -> None:
@@ -65,7 +81,7 @@ class ShardArrays(Mapping):  # a type checker at run time would read what it hol
         return len(self._file.specs)
 
     def part(self, name: str, start: int, stop: int) -> Array:
-        """Entries start..stop of an array, checked."""
+        """Entries start..stop of an array, checked when they are first read; ValueError for damage."""
         array = self._maps.get(name)
         if array is None:
             array = self._maps[name] = self._map(name)
@@ -82,7 +98,7 @@ class ShardArrays(Mapping):  # a type checker at run time would read what it hol
         return part
 
     def _map(self, name: str) -> Array:
-        """One array; ValueError where another file stands there than the one that was checked."""
+        """One array; ValueError where the file is no longer the one that was checked."""
         if _identify(self._file.path) != self._identity:
             raise ValueError(
                 f"{self._file.path} must stay as it was opened, but it was replaced or edited. Load the store again."
@@ -94,7 +110,7 @@ class ShardArrays(Mapping):  # a type checker at run time would read what it hol
         self._file.release()
 
     def _find_fault(self, name: str, array: Array, start: int, stop: int) -> str:
-        """What is wrong with entries start..stop, or nothing."""
+        """Description of what is wrong with entries start..stop; empty where nothing is."""
         if name.endswith("offsets"):
             return self._find_fault_of_offsets(array, start, stop)
         part = array[start:stop]
@@ -115,6 +131,6 @@ class ShardArrays(Mapping):  # a type checker at run time would read what it hol
 
 
 def _identify(path: Path) -> tuple[int, ...]:
-    """What differs between a file and one that took its place."""
+    """Values that differ between a file and one that replaced it."""
     found = os.stat(path)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

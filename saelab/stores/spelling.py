@@ -1,4 +1,4 @@
-"""Tokens as bytes: characters that are split over several tokens, whole again, and which tokens hold each of them."""
+"""Text of byte-level tokens: characters that are split over several tokens, and the tokens that hold each character."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
-"""how a byte that is no character by itself is written, as SentencePiece names it"""
+"""how a byte that is not a character by itself is written, as in SentencePiece"""
 
 
 def name_bytes(raw: bytes) -> str:
-    """Bytes as text: whole characters as they are, parts of characters as <0xE4>.
+    """Bytes as text: whole characters decoded, bytes of incomplete characters written as <0xE4>.
 
     >>> name_bytes("c".encode() + "é".encode()[:1])
     'c<0xC3>'
@@ -23,7 +23,7 @@ def name_bytes(raw: bytes) -> str:
 
 
 def read_name(text: str) -> bytes:
-    """The bytes that `name_bytes` has written.
+    """The bytes of a text that `name_bytes` returned.
 
     >>> read_name("c<0xC3>")
     b'c\\xc3'
@@ -37,16 +37,16 @@ def _is_escaped(text: str) -> bool:
 
 
 def _name(c: str) -> str:
-    """A character as it is, a byte that belongs to none by its number."""
+    """The character itself, or <0xE4> for an escaped byte."""
     return f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c
 
 
 @dataclass(frozen=True, eq=False)
 class Spelling:
-    """Tokens in a row as one text: what the bytes of all of them say together."""
+    """Consecutive tokens as one text, decoded from their bytes together."""
 
     pieces: Sequence[bytes]
-    """what each token adds to the text"""
+    """bytes of each token"""
 
     @cached_property
     def _read(self) -> tuple[list[str], Int[np.ndarray, "n_chars"], Int[np.ndarray, "n_chars"]]:
@@ -60,12 +60,12 @@ class Spelling:
 
     @cached_property
     def text(self) -> str:
-        """What the tokens say; bytes that belong to no character read as <0xE4>."""
+        """The text of the tokens; bytes that belong to no character are written as <0xE4>."""
         return "".join(self._read[0])
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The characters that begin in each token: "" for one that only goes on with a character. They join to `text`.
+        """The characters that begin in each token, "" where it only continues one; joined they are `text`.
 
         >>> Spelling(["é".encode()[:1], "é".encode()[1:], b"t"]).words
         ('é', '', 't')
@@ -78,7 +78,7 @@ class Spelling:
 
     @cached_property
     def touched(self) -> tuple[str, ...]:
-        """The characters of which each token holds a byte: one that is split stands at all of its tokens.
+        """The characters of which each token holds a byte; a character that is split is listed for all of its tokens.
 
         >>> Spelling(["é".encode()[:1], "é".encode()[1:], b"t"]).touched
         ('é', 'é', 't')
@@ -92,16 +92,16 @@ class Spelling:
 
     @cached_property
     def _borders(self) -> Int[np.ndarray, "n_chars_1"]:
-        """Where each character begins in `text`: a byte of no character is shown by six."""
+        """Where each character begins in `text`; a byte of no character is written with six characters."""
         return np.cumsum([0, *map(len, self._read[0])])
 
     def tokens_of(self, start: int, stop: int) -> slice:
-        """The tokens that hold a byte of `text[start:stop]`, which is not empty."""
+        """The range of tokens that hold a byte of `text[start:stop]`, which must not be empty."""
         a, b = np.searchsorted(self._borders, [start, stop - 1], "right") - 1
         return slice(int(self._read[1][a]), int(self._read[2][b]) + 1)
 
     def find(self, pattern: "re.Pattern[str]") -> Bool[np.ndarray, "n_tokens"]:
-        """The tokens that a match in the text touches."""
+        """Boolean mask of the tokens that hold a byte of a match of the pattern in `text`."""
         found = np.zeros(len(self.pieces), bool)
         for match in pattern.finditer(self.text):
             if match.end() > match.start():
@@ -110,14 +110,14 @@ class Spelling:
 
 
 def _measure(chars: str) -> Int[np.ndarray, "n_chars"]:
-    """Bytes of each character in UTF-8; an escaped byte is one."""
+    """Number of bytes of each character in UTF-8; 1 for an escaped byte."""
     codes = np.frombuffer(chars.encode("utf-32-le", "surrogatepass"), np.uint32)
     escaped = (codes >= 0xDC80) & (codes <= 0xDCFF)
     return np.where(escaped, 1, 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)).astype(np.int64)
 
 
 def group_words(words: Sequence[str]) -> Iterator[slice]:
-    """Tokens that are read together: one that begins a character, and those that only go on with it (words of "").
+    """Iterator over groups of tokens that share characters: one with a word, and those after it whose word is "".
 
     >>> list(group_words(["a", "é", "", "t"]))
     [slice(0, 1, None), slice(1, 3, None), slice(3, 4, None)]
@@ -130,5 +130,5 @@ def group_words(words: Sequence[str]) -> Iterator[slice]:
 
 
 def strongest(values: Sequence[float]) -> float:
-    """The value of largest size, with its sign: what a group of tokens is shown with."""
+    """The value of largest magnitude, with its sign, which represents a group of tokens; 0 for none."""
     return max(values, key=abs, default=0.0)

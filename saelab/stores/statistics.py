@@ -1,4 +1,4 @@
-"""What is counted of every feature once, when a store is made: firings, sums, extremes, a histogram, by sign."""
+"""Statistics of every feature, computed when a store is written: firing counts, sums, maxima, histogram; by sign."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -13,29 +13,33 @@ LOWEST = -24
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Sums over the tokens of a store, by feature and sign: column 0 is positive codes, column 1 negative ones."""
+    """Statistics over the tokens of a store, by feature and sign: column 0 is positive codes, column 1 negative."""
 
     fires: Int[np.ndarray, "d_sae 2"]
-    """tokens on which the feature fires"""
+    """number of tokens on which the feature fires"""
     sums: Float[np.ndarray, "d_sae 2"]
-    """of |z|"""
+    """sum of |z|"""
     squares: Float[np.ndarray, "d_sae 2"]
-    """of z^2"""
+    """sum of z^2"""
     peaks: Float[np.ndarray, "d_sae 2"]
-    """the largest |z|; 0 where there is none"""
+    """largest |z|; 0 where there is none"""
     histogram: Int[np.ndarray, "d_sae 2 n_bins"]
-    """firings by the magnitude's octave"""
+    """number of firings by octave of |z|"""
 
     @classmethod
     def zeros(cls, d_sae: int) -> "FeatureStatistics":
-        """Of no tokens at all."""
+        """Statistics of no tokens, to which shards are added."""
         counts, floats = np.zeros((d_sae, 2), np.int64), np.zeros((d_sae, 2))
         histogram = np.zeros((d_sae, 2, N_BINS), np.int64)
         return cls(counts, floats, floats.copy(), floats.copy(), histogram)
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], d_sae: int) -> "FeatureStatistics":
-        """What `to_arrays` gave; ValueError for other names, shapes, or numbers that no store has."""
+        """The statistics in the output of `to_arrays`.
+
+        Raises:
+            ValueError: names, shapes or dtypes differ, or a value is not finite, or negative where that cannot be.
+        """
         wanted = {name: (array.dtype, array.shape) for name, array in cls.zeros(d_sae).to_arrays().items()}
         got = {name: (array.dtype, array.shape) for name, array in arrays.items()}
         if got != wanted:
@@ -53,7 +57,12 @@ class FeatureStatistics:
         return cls(**arrays)
 
     def add(self, offsets: Int[np.ndarray, "d_sae_1"], values: Float[np.ndarray, "nnz"]) -> None:
-        """Add a shard's codes in the order of features; feature j owns offsets[j] to offsets[j + 1]."""
+        """Add a shard's codes in order of features.
+
+        Args:
+            offsets: (d_sae + 1,) feature j owns the codes `offsets[j]` to `offsets[j + 1]`.
+            values: the codes.
+        """
         fired = np.flatnonzero(np.diff(offsets))
         if len(fired) == 0:
             return
@@ -73,12 +82,16 @@ class FeatureStatistics:
         np.add(self.histogram, cells.reshape(self.histogram.shape), out=self.histogram)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """The fields by name."""
+        """The fields as arrays, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def measure(d_sae: int, shards: Iterable[tuple[np.ndarray, np.ndarray]]) -> FeatureStatistics:
-    """Statistics of all features from the (offsets, values) of each shard in the order of features.
+    """Statistics of all features.
+
+    Args:
+        d_sae: number of features.
+        shards: (offsets, values) of each shard's codes in order of features.
 
     >>> found = measure(2, [(np.array([0, 1, 3]), np.array([0.5, 2.0, -1.0], np.float16))])
     >>> found.fires.tolist(), found.peaks.tolist()

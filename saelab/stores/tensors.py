@@ -1,8 +1,9 @@
-"""Reading safetensors files: where each tensor lies, mapped into memory, its bytes checked when they are first read.
+"""Memory-mapped reading of safetensors files, with checksums that are compared when a part is first read.
 
-Our own files carry their checksums in the header's metadata, under `crc32`: eight hexadecimal digits for the header
-itself (counted with these eight as zeros), then eight for each block of 256 KiB of each tensor, in the order of the
-data. `sealed` says that they must be there. A file of another writer has neither and is read as it is.
+Files written by saelab have their checksums in the header's metadata, under `crc32`: eight hexadecimal digits for the
+header itself (computed with these eight as zeros), then eight for each block of 256 KiB of each tensor, in the order
+of the data. The key `sealed` marks that they must be there. Files of other writers have neither and are read as they
+are.
 """
 
 import json
@@ -24,7 +25,7 @@ from torch import Tensor
 from saelab.stores.validation import parse_json
 
 BLOCK = 1 << 18
-"""Bytes that one checksum covers: what a single row costs to check, and 32,768 times what its checksum takes"""
+"""Bytes that one checksum covers: what must be read to check a single row, and 32,768 times the size of a checksum"""
 SEAL, SEALED = "crc32", "sealed"
 UNSEALED = "0" * 8
 MAX_HEADER = 100_000_000
@@ -52,7 +53,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Where one tensor lies in a safetensors file: dtype, shape, first byte."""
+    """Position of one tensor in a safetensors file: dtype, shape and offset of its first byte."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -60,22 +61,29 @@ class TensorSpec:
 
     @property
     def n_bytes(self) -> int:
-        """Length in bytes."""
+        """Size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def n_blocks(self) -> int:
-        """Blocks that have a checksum each."""
+        """Number of blocks, each of which has a checksum."""
         return -(-self.n_bytes // BLOCK)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one entry of the first axis."""
+        """Size in bytes of one entry of the first axis."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class TensorFile:
-    """One safetensors file: where its tensors lie, and which of their blocks have been checked."""
+    """One safetensors file: the positions of its tensors, and which of their blocks have been checked.
+
+    Args:
+        path: the file.
+        specs: position of each tensor, in the order of the data.
+        metadata: metadata of the header, checksums aside.
+        sums: checksum of each block, in the order of the data; None for a file without checksums.
+    """
 
     def __init__(
         self, path: Path, specs: dict[str, TensorSpec], metadata: dict[str, str], sums: Sequence[int] | None
@@ -88,9 +96,11 @@ class TensorFile:
 
     @classmethod
     def open(cls, path: str | Path) -> "TensorFile":
-        """Read the header alone.
+        """The file at a path, of which only the header is read.
 
-        Raises FileNotFoundError when missing, ValueError when the file is cut off, damaged or not safetensors.
+        Raises:
+            FileNotFoundError: the file is missing.
+            ValueError: the file is truncated, damaged or not safetensors.
         """
         path = Path(path)
         try:
@@ -101,18 +111,27 @@ class TensorFile:
             ) from None
 
     def map(self, name: str) -> Tensor:
-        """One tensor, mapped and not checked."""
+        """One tensor, memory-mapped, without comparing checksums."""
         return map_tensor(self.path, self.specs[name])
 
     def read(self, name: str) -> Tensor:
-        """One tensor, mapped; all its blocks are checked."""
+        """One tensor, memory-mapped, after comparing all its checksums; ValueError for damage."""
         self.check(name)
         return self.map(name)
 
     def check(self, name: str, start: int = 0, stop: int | None = None) -> range:
-        """Check the blocks that hold rows start..stop of a tensor, where they have not been checked before.
+        """Compare the checksums of rows start..stop of a tensor, where that has not been done before.
 
-        Returns the rows that were looked at for the first time, those in between included; ValueError for damage.
+        Args:
+            name: the tensor.
+            start: first row.
+            stop: row after the last; None for all.
+
+        Returns:
+            The range of rows that were checked for the first time, with all rows between the first and the last.
+
+        Raises:
+            ValueError: a block is damaged; the message names the file, tensor and bytes.
         """
         spec = self.specs[name]
         stop = (spec.shape[0] if spec.shape else 1) if stop is None else stop
@@ -120,19 +139,19 @@ class TensorFile:
         return self._check(name, np.arange(start * size // BLOCK, -(-stop * size // BLOCK)))
 
     def check_rows(self, name: str, rows: Int[np.ndarray, "n"]) -> None:
-        """The same of single rows."""
+        """Compare the checksums of single rows of a tensor, as `check` does for a range; ValueError for damage."""
         size = self.specs[name].row_bytes
         first, last = rows * size // BLOCK, ((rows + 1) * size - 1) // BLOCK
         widest = int((last - first).max(initial=0))
         self._check(name, np.unique(np.minimum(first[:, None] + np.arange(widest + 1), last[:, None])))
 
     def forget(self, name: str) -> None:
-        """Count no block of a tensor as checked: who reads it again meets the same refusal."""
+        """Mark all blocks of a tensor as unchecked, so that the next read raises the same error."""
         first = self._first[name]
         self._seen[first : first + self.specs[name].n_blocks] = False
 
     def check_all(self) -> None:
-        """Check every block of every tensor; ValueError naming the first tensor that is damaged."""
+        """Compare the checksums of every tensor; ValueError naming the first that is damaged."""
         for name in self.specs:
             self.check(name)
 
@@ -141,11 +160,11 @@ class TensorFile:
         return torch.from_file(str(self.path), False, self.path.stat().st_size, dtype=torch.uint8).numpy().data
 
     def release(self) -> None:
-        """Let go of the map that checksums are read through; it is made again when one is asked for."""
+        """Release the memory map through which checksums are computed; it is made again when needed."""
         self.__dict__.pop("_bytes", None)
 
     def map_all(self) -> dict[str, Tensor]:
-        """Every tensor, mapped and not checked: what stands there now, whoever replaces the file later."""
+        """Every tensor by name, memory-mapped without comparing checksums; unaffected if the file is replaced later."""
         assert self._bytes is not None
         return {name: self.map(name) for name in self.specs}
 
@@ -171,10 +190,10 @@ class TensorFile:
 
 
 def map_tensor(path: str | Path, spec: TensorSpec) -> Tensor:
-    """Map one tensor of a safetensors file into memory: nothing is read before it is touched.
+    """One tensor of a safetensors file, memory-mapped: data is read when it is accessed.
 
-    Writing to the tensor changes a private copy of the page, never the file. The mapping holds no file
-    descriptor and goes with the tensor.
+    Writing to the tensor changes a private copy of the page, never the file. The mapping holds no file descriptor and
+    ends with the tensor.
     """
     if spec.n_bytes == 0:
         return torch.empty(spec.shape, dtype=spec.dtype)
@@ -186,24 +205,35 @@ def map_tensor(path: str | Path, spec: TensorSpec) -> Tensor:
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read every tensor of a safetensors file into memory; ValueError when it is cut off, damaged or not
-    safetensors.
+    """Every tensor of a safetensors file by name, read into memory.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is truncated, damaged or not safetensors.
     """
     file = TensorFile.open(path)
     return {name: file.read(name).clone() for name in file.specs}
 
 
 def read_header(path: str | Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
-    """Read where each tensor of a safetensors file lies, and its metadata, without reading the tensors.
+    """Position of each tensor of a safetensors file, and its metadata, without reading the tensors.
 
-    Raises FileNotFoundError when missing, ValueError when the file is cut off or is not safetensors.
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is truncated or not safetensors.
     """
     file = TensorFile.open(path)
     return file.specs, file.metadata
 
 
 def make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, chunks: Sequence[Any]) -> bytes:
-    """The header of a file that holds `tensors` in this order, with the checksums of `chunks`, their bytes."""
+    """The header of a safetensors file, checksums included.
+
+    Args:
+        tensors: tensors by name, in the order of the data.
+        metadata: strings by name; None for none.
+        chunks: bytes of each tensor.
+    """
     sums = "".join(f"{zlib.crc32(part):08x}" for chunk in chunks for part in _blocks(chunk))
     header: dict[str, Any] = {"__metadata__": {**(metadata or {}), SEALED: SEAL, SEAL: UNSEALED + sums}}
     end = 0
@@ -226,7 +256,7 @@ def _seal(text: bytes) -> bytes:
 
 
 def _find_seal(text: bytes) -> int:
-    """Where the checksums begin; a name cannot hold the mark, as its quotation marks are escaped."""
+    """Where the checksums begin; no tensor's name can contain the marker, as its quotation marks would be escaped."""
     mark = f'"{SEAL}":"'.encode()
     return text.index(mark) + len(mark)
 
@@ -292,7 +322,7 @@ def _read_spec(path: Path, name: str, entry: Any, start: int) -> TensorSpec:
 
 
 def _check_layout(path: Path, specs: Mapping[str, TensorSpec], start: int, size: int) -> None:
-    """Tensors stand one behind the other and fill the file."""
+    """Refuse a file whose tensors overlap, leave gaps or do not fill it."""
     end = start
     for name, spec in specs.items():
         if spec.offset != end:

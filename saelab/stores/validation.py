@@ -1,6 +1,6 @@
-"""What a file says, held against what it may say: the one reader of configurations, manifests and their JSON.
+"""Validated reading of JSON files: configurations and manifests, checked against a dataclass or TypedDict.
 
-Types, ranges and unknown keys are pydantic's to check, by the annotations of the dataclass or TypedDict that is read.
+Types, ranges and unknown keys are checked by pydantic, from the annotations of the dataclass or TypedDict.
 """
 
 import json
@@ -18,17 +18,22 @@ T = TypeVar("T")
 
 MAX_DEPTH = 64
 MAX_DIGITS = 19
-"""of a whole number: no size, seed or count of ours needs more than 64 bits"""
+"""largest number of digits of an integer: no size, seed or count needs more than 64 bits"""
 SEAL = "crc32"
 SHOWN = 80
 _SEAL_TEXT = re.compile(rb',?\s*"crc32":\s*"[0-9a-f]{8}"(?=\s*\}\s*$)')
 
 
 def parse_json(text: bytes | str, *, constants: bool = False) -> Any:
-    """The value that a JSON text stands for.
+    """The value of a JSON text.
 
-    ValueError for what is no JSON in UTF-8, for a key that comes twice, nesting beyond 64 levels and whole numbers
-    beyond 64 bits; for NaN and Infinity too, which JSON has not, unless `constants` are allowed.
+    Args:
+        text: JSON, in UTF-8 where it is bytes.
+        constants: whether NaN and Infinity, which are no JSON, are allowed.
+
+    Raises:
+        ValueError: the text is not JSON, has a key twice, nests deeper than 64 levels, or has an integer beyond 64
+            bits.
 
     >>> parse_json('{"k": 16}')
     {'k': 16}
@@ -50,18 +55,28 @@ def parse_json(text: bytes | str, *, constants: bool = False) -> Any:
 
 
 def read_json(path: str | Path, *, constants: bool = False) -> Any:
-    """Read a JSON file; FileNotFoundError when missing, ValueError when it is not JSON: see `parse_json`.
+    """The value of a JSON file. Its own checksum (`seal`), if any, is not compared: see `read_sealed`.
 
-    Where the text says its own checksum (`seal`), that is compared by whoever reads the rest: see `read_sealed`.
+    Args:
+        path: the file.
+        constants: whether NaN and Infinity, which are no JSON, are allowed.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is not JSON; see `parse_json`.
     """
     return _parse(path, _read_bytes(path), constants)
 
 
 def read_sealed(path: str | Path) -> tuple[Any, Callable[[], None]]:
-    """Read a JSON file as `read_json` does; the second value compares its text with the checksum that it says.
+    """The value of a JSON file, and a function that compares the file's text with the checksum in it.
 
-    That comes after what is said was understood, so that a wrong value is named; the file is read once, as another
-    writer may put a new one in its place. The comparison raises ValueError where it was damaged or edited.
+    Call the function after the value has been validated, so that errors name the wrong value; it raises ValueError
+    where the file was damaged or edited. The file is read once, as another writer may replace it.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is not JSON; see `parse_json`.
     """
     text = _read_bytes(path)
     held = _parse(path, text, constants=False)
@@ -119,7 +134,7 @@ def _check_depth(found: Any) -> None:
 
 
 def seal(text: str) -> bytes:
-    """A JSON object's text with a last key that holds the checksum of the others, white space left out.
+    """The text of a JSON object with its checksum added as the last key; white space does not count.
 
     >>> seal('{"k": 1}')
     b'{"k": 1, "crc32": "1cabb40e"}'
@@ -147,7 +162,7 @@ def _sum_up(text: bytes) -> str:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Errors about what a file says name the file."""
+    """Context in which a ValueError about the contents of a file names the file."""
     try:
         yield
     except ValueError as error:
@@ -157,10 +172,15 @@ def naming(path: str | Path) -> Iterator[None]:
 
 
 def read_fields(cls: type[T], plain: Any, *, extra: bool = False) -> T:
-    """A dataclass built from what a file says; values that are instances of dataclasses already are taken as they are.
+    """An instance of the dataclass `cls` from a JSON object, validated against its annotations.
 
-    ValueError for another type than annotated, for a number that is not finite, for a missing key, and, unless
-    `extra` ones are let pass, for an unknown one (with near ones).
+    Args:
+        plain: the JSON object; values may also be instances of dataclasses already.
+        extra: whether unknown keys are ignored.
+
+    Raises:
+        ValueError: a value has another type than annotated or is not finite, a key is missing, or a key is unknown;
+            similar keys are suggested.
     """
     plain = require_object(plain, cls.__name__)
     known = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]
@@ -171,7 +191,13 @@ def read_fields(cls: type[T], plain: Any, *, extra: bool = False) -> T:
 
 
 def refuse_unknown(plain: Mapping[str, Any], known: list[str], name: str) -> None:
-    """ValueError for a key that is not known, with near ones."""
+    """Raise ValueError for a key that is not known, suggesting similar ones.
+
+    Args:
+        plain: the JSON object.
+        known: keys that it may have.
+        name: what the error message calls the object.
+    """
     for key in plain:
         if key not in known:
             near = get_close_matches(key, known, n=5) or known[:5]
@@ -179,16 +205,22 @@ def refuse_unknown(plain: Mapping[str, Any], known: list[str], name: str) -> Non
 
 
 def require_object(plain: Any, name: str) -> dict[str, Any]:
-    """The value where it is a JSON object, else ValueError."""
+    """The same value, if it is a JSON object; else ValueError, in which it is called `name`."""
     if not isinstance(plain, dict):
         raise ValueError(f"{name} must be a JSON object, got {_show(plain)}. Was it edited?")
     return plain
 
 
 def check_settings(shape: type, plain: Any, name: str) -> Any:
-    """What somebody else's configuration says, as the TypedDict `shape` has it; keys that are not in it are kept.
+    """A JSON object whose known keys are validated; others are kept. For configurations of other libraries.
 
-    ValueError for a value of another type; a key that is null counts as missing.
+    Args:
+        shape: TypedDict with the known keys.
+        plain: the JSON object; a key with the value null counts as missing.
+        name: what error messages call the object.
+
+    Raises:
+        ValueError: a value has another type than annotated, or a required key is missing.
     """
     plain = require_object(plain, name)
     hints = _hints(shape)
@@ -215,7 +247,7 @@ def _validate(shape: type, given: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _as_tuple(hint: Any, value: Any) -> Any:
-    """JSON has lists where a field is a tuple."""
+    """A JSON list as a tuple, where the field is one."""
     wants = any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
     return tuple(value) if wants and isinstance(value, list) else value
 
@@ -238,11 +270,12 @@ def _make_shape(cls: type) -> type:
     assert is_dataclass(cls)
     try:
         hints = get_type_hints(cls)
-    except NameError:  # a class of somebody's own, annotated with what only its own scope knows
+    except NameError:  # a user's class, whose annotations have names of its own scope
         hints = {field.name: Any for field in fields(cls)}
     needed = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(cls)}
     shape = {name: hints[name] if must else NotRequired[hints[name]] for name, must in needed.items()}
-    return TypedDict(cls.__name__, shape)  # type: ignore[operator]
+    # a type checker knows no TypedDict that is made at run time
+    return TypedDict(cls.__name__, shape)  # type: ignore[operator, no-any-return]
 
 
 @cache

@@ -1,1 +1,1 @@
-"""The training loop: it sees an iterator of batches and things that have losses, and knows neither models nor SAEs."""
+"""The training loop for any modules with losses, and its configuration, checkpoints, optimizer and loggers."""

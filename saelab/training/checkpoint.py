@@ -1,6 +1,6 @@
-"""Checkpoints of a training run: one folder, replaced as a whole, from which the run goes on bit for bit.
+"""Checkpoints of a training run: one folder, replaced as a whole, from which the run continues bit for bit.
 
-Some processors' matrix products round by the number of threads, so that this number must be the same.
+That needs the same number of threads, as on some processors the rounding of matrix products depends on it.
 """
 
 import os
@@ -29,7 +29,7 @@ from saelab.training.protocols import Batches, Trainable
 SCHEMA_VERSION = 1
 FOLDER = "checkpoint"
 PROGRESS = "progress.json"
-"""written last: where it stands the checkpoint is whole"""
+"""written last: where this file exists the checkpoint is complete"""
 
 
 class _Progress(TypedDict):
@@ -49,8 +49,16 @@ def save_checkpoint(
     optimisers: Sequence[torch.optim.Optimizer],
     batches: Batches,
 ) -> None:
-    """Write weights, counters, optimiser state, place in the data and history; the old checkpoint stands until this
-    one is whole.
+    """Write a checkpoint: weights, counters, optimizer state, position in the data and history.
+
+    The old checkpoint is kept until this one is complete.
+
+    Args:
+        folder: the checkpoint's folder.
+        progress: config, step, history and running sums, as JSON values; see `read_progress`.
+        trainables: what is trained.
+        optimisers: the optimizer of each trainable.
+        batches: the data, whose position is saved.
     """
     plain, tensors = _divide(batches.state_dict())
     with replace_folder(folder, last=PROGRESS) as temp:
@@ -64,15 +72,16 @@ def save_checkpoint(
 
 
 def find_checkpoint(out: Path) -> Path | None:
-    """The whole checkpoint in a run's folder, put in order where a killed process left it unfinished; None where there
-    is none. For whoever holds the folder.
+    """Folder of the complete checkpoint in a run's folder, or None; an interrupted replacement is completed first.
+
+    The caller must hold the run's folder.
     """
     folder = out / FOLDER
     if folder.is_dir():
         with hold_folder(folder):  # and its lock goes, if a killed process left one
             settle(folder)
     if not (folder / PROGRESS).is_file():
-        # saelab 0.1 wrote checkpoints beside their place; killed between two renames it left them hidden there
+        # saelab 0.1 wrote checkpoints to a hidden folder; killed between two renames it left them there
         hidden = [path.parent for path in out.glob(f".{FOLDER}.*.tmp/{PROGRESS}")]
         if hidden:
             os.replace(max(hidden, key=lambda one: int(read_json(one / PROGRESS)["step"])), folder)
@@ -83,7 +92,18 @@ def find_checkpoint(out: Path) -> Path | None:
 def load_checkpoint(
     folder: Path, trainables: Sequence[Trainable], optimisers: Sequence[torch.optim.Optimizer], batches: Batches
 ) -> dict[str, Any]:
-    """Restore what `save_checkpoint` wrote and return its progress; ValueError where it belongs to another version."""
+    """Restore the state that `save_checkpoint` wrote, and return its progress.
+
+    Args:
+        folder: the checkpoint's folder.
+        trainables: what is trained; weights and counters are restored in place.
+        optimisers: the optimizer of each trainable; their state is restored in place.
+        batches: the data, which continues from the saved position.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: the checkpoint is damaged, edited, of another version, or of other modules or data.
+    """
     progress = read_progress(folder)
     for i, (trainable, optimiser) in enumerate(zip(trainables, optimisers, strict=True)):
         _fill(folder / f"weights_{i}.safetensors", trainable.module.load_state_dict)
@@ -97,7 +117,12 @@ def load_checkpoint(
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """How far a checkpoint's run had come; ValueError where it is damaged, edited, or of another version."""
+    """Config, step, history and running sums of a checkpoint, as written by `save_checkpoint`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged, edited or of another version.
+    """
     path = folder / PROGRESS
     with naming(path):
         held, check_seal = read_sealed(path)
@@ -115,7 +140,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
 
 
 def _fill(path: Path, load: Callable[[dict[str, Tensor]], Any]) -> None:
-    """Hand the tensors of a file over; ValueError where they are not those of this run."""
+    """Pass the tensors of a file to `load`; ValueError where they are not those of this run."""
     held = load_tensors(path)
     try:
         load(held)

@@ -1,4 +1,4 @@
-"""`TrainConfig`: how long, how fast and how often; and the learning-rate schedule it implies."""
+"""`TrainConfig`: length, learning rate and its schedule, and intervals of logging and saving of a training run."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -9,28 +9,28 @@ MAX_WARMUP_STEPS = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How an SAE is trained. Everything has a default that follows the length of the run; budgets are in tokens.
+    """Configuration of a training run. Defaults scale with the length of the run; all budgets are in tokens.
 
     >>> TrainConfig(n_tokens=2_000_000).n_steps
     488
     """
 
     n_tokens: int = 2_000_000
-    """tokens to train on; data that is shorter is passed over again, reshuffled"""
+    """tokens to train on; shorter data is repeated, shuffled again for each pass"""
     batch_size: int = 4096
-    """tokens a step"""
+    """tokens per step"""
     lr: float | None = None
-    """peak learning rate; None follows width, batch and length of the run"""
+    """peak learning rate; None derives it from width, batch size and length of the run"""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's two averages"""
+    """Adam's decay rates of the first and second moment"""
     warmup_frac: float = 0.05
-    """share of the run over which the rate rises linearly from 0, at most 1000 steps"""
+    """share of the run over which the learning rate rises linearly from 0, at most 1000 steps"""
     decay_frac: float = 0.2
-    """last share of the run, over which the rate falls linearly to 0"""
+    """last share of the run, over which the learning rate falls linearly to 0"""
     clip_norm: float = 1.0
-    """largest norm of the whole gradient"""
+    """largest norm of all gradients together; larger ones are scaled down"""
     seed: int = 0
-    """order of the data and everything else that training draws"""
+    """seed of the order of the data and of everything else that is random in training"""
     n_held_out: int = 16_384
     """tokens kept out of training to measure FVU on (at most a tenth of the data); 0 keeps none"""
     log_every_tokens: int | None = None
@@ -64,21 +64,21 @@ class TrainConfig:
 
     @property
     def n_steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Number of optimizer steps of the run."""
         return self.n_tokens // self.batch_size
 
     @property
     def log_every_steps(self) -> int:
-        """Steps between entries of the history."""
+        """Number of steps between entries of the history."""
         return max(1, (self.log_every_tokens or self.n_tokens // 100) // self.batch_size)
 
     @property
     def save_every_steps(self) -> int:
-        """Steps between checkpoints."""
+        """Number of steps between checkpoints."""
         return max(1, (self.save_every_tokens or self.n_tokens // 10) // self.batch_size)
 
     def lr_scale(self, step: int) -> float:
-        """The share of the peak rate used at a step, counted from 0: linear warm-up, plateau, linear decay to 0.
+        """Share of the peak learning rate at a step, counted from 0: linear warm-up, constant, linear decay to 0.
 
         >>> [round(TrainConfig(n_tokens=10 * 4096, warmup_frac=0.2).lr_scale(s), 2) for s in (0, 1, 5, 9)]
         [0.5, 1.0, 1.0, 0.5]
@@ -90,5 +90,5 @@ class TrainConfig:
         return max(0.0, min(1.0, rise, fall))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """The fields as JSON values."""
         return asdict(self) | {"betas": list(self.betas)}

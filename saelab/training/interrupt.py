@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM, which clusters send before they kill: at the end of a step where something is to be saved first.
+"""Handling of Ctrl-C and of SIGTERM (which clusters send before they kill): stop after a step, so that it can be saved.
 
-Handlers are put in the main thread alone, where Python allows them, never in the place of a signal that is ignored, and
-are taken back at the end of the block.
+Handlers are installed in the main thread only, where Python allows them, never for a signal that is ignored, and are
+restored at the end of the block.
 """
 
 import os
@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Handlers:
-    """Within the block `_handle` is called for `signals`."""
+    """Context in which `_handle` is called for `signals`."""
 
     signals: tuple[signal.Signals, ...] = ()
 
@@ -37,8 +37,10 @@ class _Handlers:
 
 
 class DeferredInterrupt(_Handlers):
-    """Within the block the first Ctrl-C or SIGTERM only sets `requested`; a second one stops at once, by an exception
-    or, SIGTERM, by the end of the process. Outside the main thread it does nothing.
+    """Context in which the first Ctrl-C or SIGTERM only sets `requested`, to be checked after each step.
+
+    A second one stops at once: Ctrl-C by KeyboardInterrupt, SIGTERM by ending the process. Outside the main thread it
+    does nothing.
     """
 
     signals = SIGNALS
@@ -53,8 +55,9 @@ class DeferredInterrupt(_Handlers):
 
 
 class Terminable(_Handlers):
-    """Within the block SIGTERM is what Ctrl-C is, a KeyboardInterrupt; a second one ends the process. Outside the main
-    thread it does nothing.
+    """Context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does; a second one ends the process.
+
+    Outside the main thread it does nothing.
     """
 
     signals = (signal.SIGTERM,)
@@ -65,7 +68,7 @@ class Terminable(_Handlers):
     def __exit__(self, *about: Any) -> None:
         outer = getattr(self._before.get(signal.SIGTERM), "__self__", None)
         if self._was_sent and isinstance(outer, Terminable):
-            outer._was_sent = True  # so that the next one is the second there, too
+            outer._was_sent = True  # so that the next one is the second for the outer block, too
         super().__exit__(*about)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""The one optimisation loop: several trainables, one stream of batches, one pass."""
+"""The training loop: one or several modules trained on the same batches, with logging, checkpoints and resuming."""
 
 import itertools
 import math
@@ -19,15 +19,26 @@ from saelab.training.optimiser import clip_gradients, make_adam, step_adam
 from saelab.training.protocols import Batches, Trainable
 from saelab.training.sinks import Entry, FileSink, Sink
 
-SAMPLE_TOKENS = 16_384  # what normalisers and initialisations look at
+SAMPLE_TOKENS = 16_384  # size of the sample for normalization and initialization
 
 
 class Diverged(ValueError):
-    """A run whose losses or weights are not finite any more: what it holds is not worth saving."""
+    """Raised when losses or weights of a run are no longer finite; its state is not saved."""
 
 
 class TrainingRun:
-    """A run of training: its optimisers, its place, its history; made by `train`, driven step by step."""
+    """State of a training run: modules, optimizers, step and history; `train` runs it to its end.
+
+    Args:
+        trainables: what is trained, each with an optimizer of its own, on the same batches.
+        batches: iterator of batches (batch, d_in) whose position can be saved.
+        cfg: configuration of the run.
+        held_out: (n_tokens, d_in) activations on which FVU is measured; None for none.
+        out: folder for history and checkpoints; None to write nothing.
+
+    Raises:
+        ValueError: held-out activations or weights are not finite.
+    """
 
     def __init__(
         self,
@@ -49,12 +60,12 @@ class TrainingRun:
 
     @property
     def checkpoint(self) -> Path | None:
-        """Where the checkpoint is kept, if anywhere."""
+        """Folder of the checkpoint; None for a run without a folder."""
         return None if self.out is None else self.out / FOLDER
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must stay the same when the run is resumed: its own settings and those of what it trains."""
+        """Settings of the run and of its trainables, which must be the same when the run is resumed."""
         trained = [
             (self._name(i, key), value) for i, t in enumerate(self.trainables) for key, value in t.settings.items()
         ]
@@ -62,11 +73,11 @@ class TrainingRun:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether the folder holds a checkpoint to go on from."""
+        """Whether the run's folder has a checkpoint to resume from."""
         return self.out is not None and find_checkpoint(self.out) is not None
 
     def resume(self) -> bool:
-        """Go on from the checkpoint, if there is one; ValueError where it belongs to other settings."""
+        """Restore the checkpoint and return True, or False where there is none; ValueError for other settings."""
         if self.checkpoint is None or not self.has_checkpoint:
             return False
         before = read_progress(self.checkpoint)["config"]
@@ -83,7 +94,7 @@ class TrainingRun:
         return True
 
     def save(self) -> None:
-        """Write the checkpoint, if the run has a folder; ValueError where the weights are not finite any more."""
+        """Write a checkpoint, if the run has a folder; raises Diverged (a ValueError) where weights are not finite."""
         self._check_going({}, f"after step {self.step}")
         if self.checkpoint is None:
             return
@@ -97,7 +108,7 @@ class TrainingRun:
         save_checkpoint(self.checkpoint, progress, self.trainables, self.optimisers, self.batches)
 
     def prepare(self) -> None:
-        """Let the trainables see the first batches, and go back to the start of the data."""
+        """Initialize the trainables from a sample of the first batches; the position in the data does not change."""
         start = self.batches.state_dict()
         n_batches = min(self.cfg.n_steps, max(1, SAMPLE_TOKENS // self.cfg.batch_size))
         sample = torch.cat(list(itertools.islice(self._checked(), n_batches)))
@@ -106,7 +117,7 @@ class TrainingRun:
             trainable.prepare(sample.float())
 
     def peek(self, n_tokens: int) -> Tensor:
-        """The batches that come next, about so many tokens, as many as there are; the place in the data stays."""
+        """The next batches as one tensor of at least `n_tokens` rows, if there are as many; the position is kept."""
         start = self.batches.state_dict()
         parts: list[Tensor] = []
         while len(parts) * self.cfg.batch_size < n_tokens and (batch := next(self.batches, None)) is not None:
@@ -115,7 +126,7 @@ class TrainingRun:
         return torch.cat(parts) if parts else torch.zeros(0, self.batches.d_in)
 
     def _checked(self) -> Iterator[Tensor]:
-        """The batches, refused where they are not finite."""
+        """Iterator over the batches; ValueError for one that is not finite, and where the data ends too early."""
         while True:
             try:
                 batch = next(self.batches)
@@ -128,7 +139,7 @@ class TrainingRun:
             yield batch
 
     def check_finite(self, batch: Tensor) -> None:
-        """Refuse a batch that holds NaN or inf (ValueError)."""
+        """Raise ValueError for a batch that holds NaN or infinity."""
         # the sum is finite unless an entry is not, or the sum itself overflows
         if bool(batch.sum(dtype=torch.float32).isfinite()) or bool(batch.isfinite().all()):
             return
@@ -139,7 +150,7 @@ class TrainingRun:
         )
 
     def _check_start(self, held_out: Tensor | None) -> None:
-        """Refuse held-out rows and weights that are not finite, before anything is written (ValueError)."""
+        """Raise ValueError for held-out rows or weights that are not finite, before anything is written."""
         if held_out is not None and not bool(held_out.sum(dtype=torch.float32).isfinite()):
             wrong = (~held_out.isfinite()).any(1).nonzero()[:, 0]
             if len(wrong):
@@ -155,7 +166,7 @@ class TrainingRun:
                 )
 
     def _check_going(self, values: Mapping[str, float], where: str) -> None:
-        """Refuse to go on, or to put a checkpoint in the place of a good one, once a run has diverged."""
+        """Raise Diverged where a value or weight is not finite, before a good checkpoint is replaced."""
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         broken = [self._name(i, name) for i, t in enumerate(self.trainables) if (name := _find_broken(t))]
         if wrong or broken:
@@ -166,7 +177,7 @@ class TrainingRun:
             )
 
     def train_on(self, batch: Tensor) -> None:
-        """One optimiser step of every trainable."""
+        """Take one optimizer step of every trainable."""
         for i, (trainable, optimiser, lr) in enumerate(zip(self.trainables, self.optimisers, self.lrs, strict=True)):
             optimiser.param_groups[0]["lr"] = lr * self.cfg.lr_scale(self.step)
             objective = trainable.objective(batch)
@@ -182,7 +193,7 @@ class TrainingRun:
         self._since_log += 1
 
     def _add(self, i: int, values: dict[str, Tensor]) -> None:
-        """Sum up on the device; nothing is read back before an entry is due."""
+        """Add to the running sums on the device; nothing is copied to the CPU before an entry is due."""
         for key, value in values.items():
             name = self._name(i, key)
             self._sums[name] = self._sums.get(name, 0) + exact(value)
@@ -191,7 +202,9 @@ class TrainingRun:
         return key if len(self.trainables) == 1 else f"{i}/{key}"
 
     def entry(self) -> Entry:
-        """The history's next entry: means since the last one, rate, dead share and, where due, held-out FVU."""
+        """The history's next entry: mean losses and L0 since the last one, learning rate, share of dead latents, and
+        held-out FVU where it is due.
+        """
         entry: Entry = {"step": self.step, "n_tokens": self.step * self.cfg.batch_size}
         for i, trainable in enumerate(self.trainables):
             for key in [key for key in self._sums if len(self.trainables) == 1 or key.startswith(f"{i}/")]:
@@ -210,10 +223,21 @@ class TrainingRun:
 
 
 def train(run: TrainingRun, *, resume: bool = False, sinks: Sequence[Sink] = (), progress: bool = True) -> TrainingRun:
-    """Drive a run to its end, logging and saving on the way.
+    """The same run, trained to its end, with logging and checkpoints.
 
-    With `resume` it goes on from its folder's checkpoint. Ctrl-C, SIGTERM and faulty data end it after a whole step,
-    saved, with a message that says where; a killed process loses what came after the last checkpoint.
+    Ctrl-C, SIGTERM and invalid data stop it after a complete step with a checkpoint; a killed process loses the steps
+    since the last checkpoint.
+
+    Args:
+        run: the run.
+        resume: whether to continue from the checkpoint in the run's folder, if there is one.
+        sinks: functions that receive every entry of the history.
+        progress: whether a progress bar is shown.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the message names the checkpoint.
+        Diverged: losses or weights are no longer finite.
+        ValueError: a batch is not finite, the data ends too early, or the checkpoint is of other settings.
     """
     if not (resume and run.resume()):
         run.prepare()
@@ -254,7 +278,7 @@ def _drive(
 
 
 def _find_broken(trainable: Trainable) -> str:
-    """The name of the first trained weight that is not finite, or nothing."""
+    """The name of the first weight that is not finite, or ""."""
     for name, weight in trainable.module.named_parameters():
         if not bool(weight.detach().sum().isfinite()) and not bool(weight.detach().isfinite().all()):
             return name

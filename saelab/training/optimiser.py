@@ -1,4 +1,4 @@
-"""Adam and clipping, on weights whatever their order in memory."""
+"""Adam and gradient clipping, for weights stored as they are or transposed."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from saelab.training.config import TrainConfig
 def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Adam:
     """A fused Adam (arXiv:1412.6980) over the trained parameters; weights and both moments are float32.
 
-    Weights stored transposed are given to it as their contiguous transpose: the same memory, without a copy a step.
+    Weights that are stored transposed are passed as their contiguous transpose, which shares their memory, so that no
+    step copies them.
     """
     trained = [_in_memory_order(p) for p in module.parameters() if p.requires_grad]
     fused = trained[0].device.type in ("cpu", "cuda")
@@ -17,23 +18,23 @@ def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Ada
 
 
 def step_adam(module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
-    """One update from the gradients on the module's own parameters."""
+    """Update the module's parameters from their gradients by one step of the optimizer."""
     for mine, parameter in zip(optimiser.param_groups[0]["params"], _trained(module), strict=True):
         grad = parameter.grad
         mine.grad = grad if grad is None or parameter.is_contiguous() else grad.T
     optimiser.step()
     for mine, parameter in zip(optimiser.param_groups[0]["params"], _trained(module), strict=True):
-        mine.grad = mine.grad if mine is parameter else None  # hold on to no gradient but the module's own
+        mine.grad = mine.grad if mine is parameter else None  # keep no gradient but the module's own
 
 
 def name_optimised(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """The optimiser's parameters by their names in the module."""
+    """The optimizer's parameters by their names in the module."""
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     return dict(zip(names, optimiser.param_groups[0]["params"], strict=True))
 
 
 def clip_gradients(module: nn.Module, limit: float) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
+    """Scale all gradients so that their joint norm is at most `limit`, and return the norm before."""
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     flat = [(grad if grad.is_contiguous() else grad.T).reshape(-1) for grad in grads]
     norm = torch.stack([torch.dot(grad, grad) for grad in flat]).sum().sqrt()  # twice as fast as vector_norm

@@ -1,4 +1,4 @@
-"""What the loop needs of the data and of what it trains."""
+"""Protocols of the training loop: batches of data, losses, and modules that can be trained."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Batches(Protocol):
-    """An iterator of batches (batch, d_in) whose place can be saved."""
+    """An iterator of batches (batch, d_in) whose position can be saved and restored."""
 
     @property
     def d_in(self) -> int: ...
@@ -22,7 +22,7 @@ class Batches(Protocol):
 
 @runtime_checkable
 class Losses(Protocol):
-    """One batch's losses: `total` is differentiated, `terms` are logged."""
+    """Losses of one batch: `total` is differentiated, `terms` are logged, `l0` is the mean L0."""
 
     @property
     def terms(self) -> dict[str, Tensor]: ...
@@ -36,9 +36,7 @@ class Losses(Protocol):
 
 @runtime_checkable
 class Trainable(Protocol):
-    """Something with a module, losses and constraints; `state` is everything beside the weights that a checkpoint
-    must hold.
-    """
+    """A module with losses and constraints; `state` is everything but the weights that a checkpoint must hold."""
 
     state: dict[str, Tensor]
 

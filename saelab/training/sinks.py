@@ -1,7 +1,7 @@
-"""Where a run's history goes: JSONL and CSV files beside the checkpoints, TensorBoard or Weights & Biases if asked for.
+"""Loggers of a training run's history: JSONL and CSV files in the run's folder, TensorBoard, Weights & Biases.
 
-A sink is any callable that takes one entry, a flat dictionary of numbers; it sees the history and cannot change the
-run. Entries hold no clock times, so that a resumed run leaves the same bytes as an uninterrupted one.
+A sink is any callable that takes one entry of the history, a flat dictionary of numbers. Entries have no clock times,
+so that a resumed run writes the same bytes as an uninterrupted one.
 """
 
 import csv
@@ -20,8 +20,11 @@ Sink = Callable[[Entry], None]
 
 
 class FileSink:
-    """Writes the history as `history.jsonl` and `history.csv` in a folder; starts from the entries a checkpoint
-    holds.
+    """A sink that writes the history to `history.jsonl` and `history.csv` in a folder.
+
+    Args:
+        folder: the folder.
+        history: entries so far, such as those of a checkpoint; the files are written again with these.
     """
 
     def __init__(self, folder: Path, history: list[Entry]) -> None:
@@ -51,7 +54,7 @@ def _as_csv(entry: Entry) -> str:
 
 
 def _finite(entry: Entry) -> Entry:
-    """NaN and infinities as None: JSON has neither."""
+    """The entry with None for NaN and infinities, which JSON lacks."""
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
 
 
