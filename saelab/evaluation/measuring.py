@@ -102,7 +102,7 @@ def measure(
         progress: show a progress bar.
 
     Returns:
-        terms that all share by name, the others with their reconstruction's name: `sae.error`, `pca.ce`, ...
+        terms shared by all under their names, those of one reconstruction under `sae.error`, `pca.ce` and so on.
     """
     sums = DocumentSums(tokens.doc_ids)
     reconstructions = {"sae": reconstruct_by(sae), **rivals}
