@@ -38,15 +38,20 @@ class Source(Protocol):
     n_units: int
     size: int
 
-    def read(self, start: int) -> Batch: ...
+    def read(self, start: int) -> Batch:
+        """Activations of the batch that starts at a unit."""
 
-    def count(self, start: int, stop: int) -> int: ...
+    def count(self, start: int, stop: int) -> int:
+        """Number of tokens in units `start` to `stop`."""
 
-    def text(self) -> StoredText: ...
+    def text(self) -> StoredText:
+        """The text that the rows' `places` refer to."""
 
-    def request(self) -> dict[str, Any]: ...
+    def request(self) -> dict[str, Any]:
+        """The arguments that determine the rows, as a dictionary for JSON."""
 
-    def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance: ...
+    def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
+        """Provenance of the rows at a hook point."""
 
 
 class TextSource:

@@ -20,7 +20,7 @@ from saelab.sae.untrained import make_untrained
 from saelab.stores.corpus import StoredText
 from saelab.stores.features import FeatureStore
 
-SAMPLE_TOKENS = 8_192  # that the untrained dictionary is fitted to
+SAMPLE_TOKENS = 8_192  # tokens to which the untrained SAE's location and scale are fitted
 EVERYTHING = TokenMask(special=False)
 
 

@@ -32,9 +32,11 @@ class Writer(Protocol):
     n_tokens: int
     removed: Counter[str]
 
-    def add_reading(self, reading: Reading, n_seq: int) -> None: ...
+    def add_reading(self, reading: Reading, n_seq: int) -> None:
+        """Append the rows of a batch of `n_seq` sequences."""
 
-    def open(self, origins: dict[str, Provenance]) -> dict[str, Activations]: ...
+    def open(self, origins: dict[str, Provenance]) -> dict[str, Activations]:
+        """Finish writing; returns the activations by hook point."""
 
 
 class MemoryWriter:
@@ -65,7 +67,8 @@ class MemoryWriter:
 class Buffer(Protocol):
     """Protocol of buffers, which hold the rows of the next shard."""
 
-    def add(self, reading: Any, start: int, stop: int) -> None: ...
+    def add(self, reading: Any, start: int, stop: int) -> None:
+        """Append rows start..stop of a batch."""
 
     def take(self) -> dict[str, Tensor]:
         """All rows as a shard's tensors; called in the background, before rows are added again."""

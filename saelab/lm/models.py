@@ -238,7 +238,7 @@ def tiny_model(
 ) -> Model:
     """A small random causal model with a byte-level tokenizer, for tests, examples and the demo.
 
-    Nothing is downloaded. Its tokenizer knows the 256 bytes and the special tokens `<s>`, `</s>` and `<pad>` ("llama"),
+    Nothing is downloaded. The vocabulary is the 256 bytes and the special tokens `<s>`, `</s>` and `<pad>` ("llama"),
     or one `<|endoftext|>` as all three ("gpt2"). It is untrained: its loss is about ln(vocabulary). The same seed gives
     the same weights; the global random state is not changed.
 

@@ -111,7 +111,7 @@ def drop_hollow(bridge: Any) -> None:
 def set_attention(model: nn.Module, implementation: str) -> bool:
     """Set a plain model's attention implementation, "sdpa" or "eager"; returns whether the model supports it.
 
-    Also switches off attention maps, which the bridge asks for.
+    Also switches off the output of attention maps, which the bridge switches on.
     """
     config: Any = model.config
     config.output_attentions = False

@@ -1,4 +1,4 @@
-"""Fingerprints of model weights, to tell whether two models have the same weights whatever their names."""
+"""Fingerprints of model weights, which identify a model by its weights, whatever its name."""
 
 import zlib
 from collections.abc import Iterator, Sequence

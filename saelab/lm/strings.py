@@ -72,7 +72,7 @@ def _guess_bytes(piece: Any) -> list[bytes]:
 
 @cache
 def _byte_letters() -> dict[str, int]:
-    """Byte for each letter of byte-level vocabularies: printable ones stand for themselves, the others begin at
+    """Byte for each letter of byte-level vocabularies: printable ones represent themselves, the others begin at
     U+0100.
     """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

@@ -23,7 +23,7 @@ from saelab.functional.search import search_above, search_batch_topk, search_gro
 from saelab.functional.ties import batch_topk_entries, group_max_latents, topk_latents
 from saelab.sae.registry import Activation, register_activation
 
-SPARSE_FRAC = 0.05  # of the pre-activations: with more than this in use a training step is cheaper done densely
+SPARSE_FRAC = 0.05  # of the pre-activations: with more than this needed, a dense training step is faster
 
 
 @register_activation("topk")
@@ -212,6 +212,7 @@ class GroupMax(Activation):
         return search_group_max(x, W, bias, self.k)
 
     def check(self, d_sae: int) -> None:
+        """Raise ValueError for a k that is out of range or does not divide the number of latents."""
         super().check(d_sae)
         if d_sae % self.k:
             raise ValueError(f"`k` of GroupMax must divide d_sae ({d_sae}) into equal groups, got {self.k}.")
@@ -229,6 +230,7 @@ class _Penalised(Activation):
     """fixed weight of the penalty; None adapts it to reach `target_l0`"""
 
     def check(self, d_sae: int) -> None:
+        """Raise ValueError for a target L0 that is out of range."""
         if not 0 < self.target_l0 <= d_sae:
             raise ValueError(f"`target_l0` must be in (0, d_sae ({d_sae})], got {self.target_l0}.")
 
@@ -271,6 +273,7 @@ class ReLU(_Penalised):
         return self(_score(x, W, bias, latents))
 
     def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
+        """L1: the codes themselves."""
         return z
 
 
@@ -325,14 +328,17 @@ class JumpReLU(_Penalised):
         return self(_score(x, W, bias, latents), threshold[latents])
 
     def fire(self, u: Tensor, threshold: Tensor | None) -> Tensor:
+        """Codes of the given pre-activations: u above the threshold, else 0."""
         assert threshold is not None
         return jumprelu(u, threshold, self.bandwidth)
 
     def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
+        """L0: 1 above the threshold, else 0, with a straight-through gradient to the threshold."""
         assert threshold is not None
         return step_above(u, threshold, self.bandwidth)
 
     def initial_threshold(self, d_sae: int) -> Tensor:
+        """(d_sae,) thresholds, all equal to `start`."""
         return torch.full((d_sae,), self.start)
 
 

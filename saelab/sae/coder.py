@@ -17,7 +17,7 @@ from saelab.sae.archetypes import Archetypal, Archetypes
 from saelab.sae.config import MatchingPursuit, SAEConfig
 from saelab.sae.normaliser import Normaliser
 
-DENSE_NUMBERS = 2**25  # pre-activations held at a time where codes are found densely
+DENSE_NUMBERS = 2**25  # pre-activations in memory at a time in dense encoding
 
 
 class Coder(nn.Module):
@@ -51,7 +51,7 @@ class Coder(nn.Module):
     def __init__(self, cfg: SAEConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.cfg = cfg
-        generator = None if seed is None else torch.Generator().manual_seed(seed)  # None: others bring the weights
+        generator = None if seed is None else torch.Generator().manual_seed(seed)  # None: weights are loaded later
         directions = _draw_directions(cfg.d_sae, cfg.d_target, generator)
         self.archetypes = None
         if isinstance(cfg.dictionary, Archetypal):

@@ -16,12 +16,12 @@ from saelab.sae.coder import Coder
 from saelab.sae.config import MatchingPursuit
 
 PART = 4096  # tokens encoded at a time
-MAX_TOKENS = 16_384  # looked at to set the cut
-SPLIT_TOKENS = 2_048  # held out, from which one half sets the cut and the other is measured
-TURN_TOKENS = 128  # neighbours that are of one half
-NEAR = 0.002  # of the target, at which the search ends
-TOLERANCE = 0.05  # of the target, from which a miss is said
-REACH = 0.25  # of the target; steering that ends further off is not mended, for those are other codes
+MAX_TOKENS = 16_384  # tokens on which thresholds are set
+SPLIT_TOKENS = 2_048  # held-out tokens from which on one half sets thresholds and the other is measured
+TURN_TOKENS = 128  # consecutive tokens assigned to the same half
+NEAR = 0.002  # relative distance from the target at which the search ends
+TOLERANCE = 0.05  # relative distance from the target that is warned of
+REACH = 0.25  # relative distance from the target beyond which L0 is not corrected: codes would change too much
 MAX_PASSES = 40
 
 
@@ -161,5 +161,5 @@ def _split(held_out: Tensor | None, others: Tensor) -> tuple[Tensor, Tensor]:
         return others[:MAX_TOKENS].float(), others[:MAX_TOKENS].float()
     if len(held_out) < SPLIT_TOKENS:
         return held_out.float(), held_out.float()
-    first = torch.arange(len(held_out)) // TURN_TOKENS % 2 == 0  # in turns: the text may drift
+    first = torch.arange(len(held_out)) // TURN_TOKENS % 2 == 0  # alternating blocks, as the text may drift
     return held_out[first][:MAX_TOKENS].float(), held_out[~first].float()

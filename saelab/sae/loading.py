@@ -48,7 +48,7 @@ def locate(source: str | Path, name: str | None, revision: str | None, asked: As
         source: local path, Hub id `owner/name`, or name of a release.
         name: sub-folder or file in it, or the release's SAE id; None for the source itself.
         revision: git revision on the Hub; None is the default branch.
-        asked: facts that the caller gave.
+        asked: facts given by the caller; these override the release's.
     """
     release = None if Path(source).expanduser().exists() else find_release(str(source), name)
     if release is None:

@@ -13,7 +13,7 @@ Kind = Literal["none", "scale", "whiten", "token_norm", "layer_norm"]
 KINDS: tuple[Kind, ...] = ("none", "scale", "whiten", "token_norm", "layer_norm")
 PER_TOKEN: tuple[Kind, ...] = ("token_norm", "layer_norm")
 
-RIDGE = 1e-6  # of the largest variance: directions with less than this are not amplified further
+RIDGE = 1e-6  # fraction of the largest variance added to every one, which bounds how much the smallest are amplified
 LAYER_EPSILON = 1e-5  # what layer_norm adds to the deviation it divides by
 
 

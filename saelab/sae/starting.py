@@ -10,7 +10,7 @@ from saelab.functional.metrics import effective_rank, exact
 from saelab.sae.coder import Coder
 from saelab.sae.config import MatchingPursuit
 
-SCALE_TOKENS = 1024  # of the sample, that the encoder's scale is matched to; also the part looked at at a time
+SCALE_TOKENS = 1024  # tokens used to set the encoder's scale; also the chunk size
 
 
 @torch.no_grad()

@@ -19,10 +19,10 @@ from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes
 from saelab.sae.starting import place_weights
 from saelab.training.config import TrainConfig
 
-THRESHOLD_RATE = 0.01  # of the running threshold's average, once as many steps are behind it as that needs
-STEER_RATE = 0.03  # of the sparsity coefficient, per step, at an L0 wrong by a factor e
-STEER_DAMPING = 1.0  # how much of a change in L0 the coefficient follows at once, so that it does not overshoot
-STEER_LIMIT = 2.0  # largest log-ratio of L0 to its target that the steering acts on
+THRESHOLD_RATE = 0.01  # of the running threshold's exponential average, after its first 100 steps, which average evenly
+STEER_RATE = 0.03  # change of the log sparsity coefficient per step where L0 is off by a factor e
+STEER_DAMPING = 1.0  # share of a change in log L0 that the coefficient follows at once, to prevent overshooting
+STEER_LIMIT = 2.0  # clamp of the log-ratio of L0 to its target
 # The coefficient acts through the optimiser, slowly; near the target all thresholds (ReLU: biases) follow L0 at once.
 CUT_LIMIT = 0.5
 THRESHOLD_STEP = 0.02  # of log thresholds, per step and unit of log-ratio

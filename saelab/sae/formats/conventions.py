@@ -21,7 +21,7 @@ from saelab.sae.registry import Activation, read_activation
 from saelab.stores.validation import read_fields, require_object
 
 LATENT_AXIS = dict.fromkeys(("b_enc", "W_dec", "threshold", "r_mag", "b_gate", "b_mag", "code_scale"), 0) | {"W_enc": 1}
-CHUNK = 4096  # latents whose encoder is held in float64 at a time
+CHUNK = 4096  # latents converted to float64 at a time
 
 Parts = Mapping[str, Tensor]
 """W_enc (d_in, d_sae), b_enc, W_dec (d_sae, d_out), b_dec, threshold, W_skip (d_in, d_out); of a gated SAE r_mag,

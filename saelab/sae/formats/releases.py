@@ -1,7 +1,8 @@
 """Names of published SAE releases, as SAELens lists them, and their locations on the Hub.
 
-`releases.json` holds facts only, a line for each family: a pattern of release names and one of SAE ids; the repository
-and the path in it; the model, the hook point and what else the files leave out. `{...}` stands for a group of either.
+`releases.json` holds facts only, an entry per family: regular expressions of release names and of SAE ids; the
+repository and the path in it; the model, the hook point and whatever else the files leave out. `{...}` is replaced by a
+named group of either expression.
 """
 
 import re

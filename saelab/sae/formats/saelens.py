@@ -173,8 +173,8 @@ def _find_code_scale(cfg: dict[str, Any], held: Mapping[str, Any], place: Path) 
 
 
 def _find_scale(cfg: dict[str, Any], source: Source, asked: Asked) -> float:
-    """Factor on the activations before the encoder. SAELens folds it at the end of training, so a file that still asks
-    for it does not hold it; training checkpoints have it in a file next to them.
+    """Factor on the activations before the encoder. SAELens folds it into the weights at the end of training, so a file
+    whose configuration still has one lacks its value; training checkpoints have it in a file next to them.
     """
     normalize = cfg["normalize_activations"]
     if normalize not in ("none", SCALED, *PER_TOKEN):

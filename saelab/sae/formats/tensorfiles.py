@@ -20,8 +20,8 @@ from saelab.stores.tensors import TensorFile, TensorSpec, map_tensor
 
 ARCHIVES = (".npz",)
 PICKLES = (".pt", ".pth", ".bin")
-SMALL = 2**24  # bytes that a compressed array may have, however well it was compressed
-MAX_RATIO = 20  # of a larger one's size to what it takes in the file: weights hardly compress at all
+SMALL = 2**24  # bytes up to which a compressed array may have any compression ratio
+MAX_RATIO = 20  # largest compression ratio of a larger array: weights hardly compress
 NAMED = re.compile(r"GLOBAL ([\w.]+)")  # a function or class that a pickle wants, in PyTorch's message
 LOCAL_HEADER = 30  # bytes before a name in a zip file
 
