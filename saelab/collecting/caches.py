@@ -27,7 +27,9 @@ class Piece:
     """Activations and token ids of some sequences."""
 
     acts: Float[Tensor, "n_seq ctx_len d_in"]
+    """activations in the dtype of the cache"""
     token_ids: Int32[Tensor, "n_seq ctx_len"]
+    """token ids"""
     keep: Bool[Tensor, "n_seq ctx_len"]
     """tokens that are not masked"""
 
@@ -37,7 +39,9 @@ class Cache(ABC):
     """Base class of caches of one hook point's activations."""
 
     hook_point: str
+    """name of the hook point"""
     paths: list[Path]
+    """its files"""
     sizes: list[int]
     """number of sequences in each piece"""
 

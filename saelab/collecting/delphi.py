@@ -31,9 +31,13 @@ class PlacedCodes:
     """Codes of some sequences in CSR form by token, and the indices of these tokens in the text."""
 
     offsets: Integer[np.ndarray, "n_1"]
+    """where each token's entries begin, and the end of the last"""
     latents: Integer[np.ndarray, "nnz"]
+    """latent of each entry"""
     values: Float[np.ndarray, "nnz"]
+    """code of each entry"""
     places: Int32[np.ndarray, "n"]
+    """index of each token in the text"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +160,7 @@ class DelphiCache:
         rows, latents, values = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         values = values.astype(self.dtype)
         bits = values.view(np.int16 if self.dtype == "float16" else np.int32)  # scipy does not sort float16
-        by_token = csr_matrix((bits, (rows, latents)), shape=(ids.size, self.d_sae))  # one of those there twice is left
+        by_token = csr_matrix((bits, (rows, latents)), shape=(ids.size, self.d_sae))  # duplicates are summed
         if n_more := len(bits) - by_token.nnz:
             raise ValueError(
                 f"{self.folder} must hold one value for each latent at a token, got {n_more} more in the sequences "

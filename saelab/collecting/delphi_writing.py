@@ -15,7 +15,7 @@ from saelab.stores.names import as_file_name, shareable
 
 CONFIG = "config.json"
 N_SPLITS = 5
-SMALLEST = 1e-5  # delphi leaves smaller codes out
+SMALLEST = 1e-5  # delphi omits codes up to this magnitude
 SHORT, WIDE = np.uint16, np.uint32
 
 

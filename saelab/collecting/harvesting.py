@@ -29,7 +29,7 @@ from saelab.stores.packing import pack_codes, round_values, smallest_int
 from saelab.stores.progress import hidden
 from saelab.stores.statistics import measure
 
-SHARD_TOKENS = 65536  # a token's number in its shard fits 16 bits
+SHARD_TOKENS = 65536  # so that row numbers within a shard fit 16 bits
 
 ValueDtype = Literal["float16", "float32"]
 
@@ -126,7 +126,7 @@ def _read_text(
     places = {name: match_model(sae, model, hook_point, mask, allow_mismatch) for name, sae in saes.items()}
     shared = _common_mask(places)
     hook_points = list(dict.fromkeys(place.hook_point for place in places.values()))
-    if shared.max_norm_ratio is not None:  # an outlier among the targets counts as one
+    if shared.max_norm_ratio is not None:  # a norm outlier among a transcoder's targets is dropped too
         hook_points = list(dict.fromkeys(name for place in places.values() for name in place.hook_points))
     reader = Reader.make(model, tokens, hook_points, shared, torch.float32)
     at = dict(zip(hook_points, reader.hook_points, strict=True))

@@ -48,7 +48,7 @@ def make_way(folder: Path, request: dict[str, Any]) -> None:
 
 
 def _name(sae: object, n: int = 0) -> str:
-    fingerprint = re.sub(r"[^0-9A-Za-z]", "", str(sae or "unknown"))[:16]  # a name from a file is not to be a path
+    fingerprint = re.sub(r"[^0-9A-Za-z]", "", str(sae or "unknown"))[:16]  # no path, whatever the file holds
     return f"labels-{fingerprint}{f'-{n}' if n else ''}.sqlite"
 
 
@@ -77,6 +77,6 @@ def _alone_with(path: Path) -> Iterator[None]:
                 raise TimeoutError(
                     f"{path} is being written by another process. Try again when that has ended."
                 ) from None
-        except sqlite3.DatabaseError:  # damaged: kept as it is
+        except sqlite3.DatabaseError:  # damaged: moved as it is
             pass
         yield

@@ -39,10 +39,15 @@ class Reader:
     """Reads activations at several hook points under one token mask, and counts the tokens that each rule removes."""
 
     model: Model
+    """the language model"""
     hook_points: tuple[str, ...]
+    """names of the hook points"""
     mask: TokenMask
+    """tokens to keep"""
     dtype: torch.dtype
+    """dtype of the rows"""
     median_norms: dict[str, float] | None = None
+    """median activation norm by hook point, that the mask's norm rule compares with; None before `calibrated`"""
 
     @classmethod
     def make(
@@ -178,7 +183,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    # As JSON would give it back, so that a stored mask equals a new one.
+    # Lists as after JSON, so that a stored mask equals a new one.
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 

@@ -38,6 +38,18 @@ class ActivationStream:
         epochs: int | None,
         d_in: int,
     ) -> None:
+        """Set up the iterator; `stream` checks the arguments.
+
+        Args:
+            reader: reader of one hook point, or of a pair.
+            tokens: rows of token ids to run the model on.
+            ring: shuffle buffer.
+            batch_size: rows per batch.
+            n_seq: sequences per forward pass.
+            seed: seed of the order of sequences.
+            epochs: passes over the tokens; None repeats without end.
+            d_in: width of the (input) activations.
+        """
         self.d_in = d_in
         self.d_out = ring.d_in - d_in or None
         "Width of the targets, where the stream is of pairs."

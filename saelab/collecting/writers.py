@@ -103,6 +103,14 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int, buffers: tuple[Buffer, Buffer]) -> None:
+        """Continue a folder where its manifest ends.
+
+        Args:
+            folder: the folder, which the caller has locked.
+            manifest: its manifest.
+            shard_tokens: rows per shard.
+            buffers: two empty buffers: one is filled while the other is written.
+        """
         self.folder, self.manifest = folder, manifest
         self.next_seq = manifest.next_seq
         self.removed = Counter(manifest.removed)
@@ -173,7 +181,7 @@ class ShardWriter:
 
     def _wait(self) -> None:
         if self._pending is not None:
-            self._pending.result()  # raises what writing raised
+            self._pending.result()  # re-raises errors of the background thread
 
     def _write(self, buffer: Buffer, n_tokens: int, place: dict[str, Any]) -> None:
         file, tensors = f"shard-{len(self.manifest.shards):05d}.safetensors", buffer.take()
@@ -183,7 +191,7 @@ class ShardWriter:
 
     def _save(self, manifest: Manifest) -> None:
         manifest.save(self.folder)
-        self.manifest = manifest  # only now, so that after Ctrl-C it does not promise more than is on disk
+        self.manifest = manifest  # set after saving, so that on Ctrl-C it does not list more than is on disk
 
 
 class FolderWriter(ShardWriter):
@@ -249,7 +257,7 @@ def _claim_held(
         if described.is_file() and kind.kept_beside:
             make_way(folder, request)
         manifest = begin()
-        manifest.save(folder)  # finds out before the work whether it can be written
+        manifest.save(folder)  # fails early where the folder is not writable
     else:
         raise ValueError(f"`out` must be empty or hold what `{kind.verb}` wrote, got {folder}. Choose another folder.")
     if not manifest.complete:

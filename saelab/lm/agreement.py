@@ -28,10 +28,15 @@ class HookAgreement(Result):
     """
 
     hook_points: tuple[str, ...]
+    """names of the residual hook points, in order of layers"""
     captured: tuple[float, ...]
+    """distance of the values that `capture` returns, per hook point"""
     bridge: tuple[float, ...]
+    """distance of the values in a forward pass of the bridge itself, per hook point"""
     tolerance: float
+    """largest distance that rounding explains"""
     n_tokens: int
+    """number of tokens compared"""
 
     @property
     def ok(self) -> bool:
@@ -120,10 +125,10 @@ def _find_truth(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
     sites: dict[str, Site] = {
         name: (twins[home.components[path]], side) for name, (path, _, side) in zip(names, places, strict=True)
     }
-    with home.hooks.aside():  # PyTorch's hooks of all modules
+    with home.hooks.aside():  # also without PyTorch's global hooks
         layers = read_sites(model, sites, ids, stop=True)
         states = model(ids, use_cache=False, output_hidden_states=True).hidden_states or ()
-    # The state nearest to a layer's input is the account of it, unless none is: then it has none of this place.
+    # The hidden state nearest to a layer's input is the reference; where none is near, the input itself.
     accounts = {name: min(states, key=partial(_distance, x), default=x) for name, x in layers.items()}
     return {name: h if _distance(layers[name], h) < 1e-3 else layers[name] for name, h in accounts.items()}
 

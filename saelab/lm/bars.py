@@ -13,7 +13,7 @@ def hidden_bars() -> Iterator[None]:
     from transformers.utils import logging
 
     shown, hub_hidden = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
-    logging.disable_progress_bar()  # the hub's with them
+    logging.disable_progress_bar()  # also disables those of huggingface_hub
     try:
         yield
     finally:

@@ -82,7 +82,7 @@ def count_columns(cache: Any) -> int | None:
     if hasattr(cache, "get_seq_length"):
         try:
             return int(cache.get_seq_length())
-        except ValueError:  # layers without attention alone
+        except ValueError:  # no layer has attention
             return None if cache.has_previous_state() else 0
     if isinstance(cache, list | tuple) and len(cache):
         first = cache[0]
@@ -143,7 +143,7 @@ def measure_caching(model: nn.Module, ids: Tensor) -> Caching:
     A model that may not use a cache, or must not be padded, is logged once.
     """
     argument, n = _find_argument(model), ids.shape[1]
-    head, left = -(-n // 2), n // 4  # tokens read at once before single steps, and padding
+    head, left = -(-n // 2), n // 4  # tokens run at once before single steps; padded tokens
     with evaluating(model):
         whole = _try(lambda: _read(model, ids, None, [n]))
         alone = _try(lambda: _read(model, ids[1:, left:], None, [n - left]))

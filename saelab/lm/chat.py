@@ -36,7 +36,7 @@ def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tens
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
         )
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template adds its own special tokens
     else:
         ids = tokenizer("\n\n".join(message["content"] for message in messages) + "\n")["input_ids"]
     return torch.tensor([ids])

@@ -18,15 +18,19 @@ class Continuations:
     """Logits of a batch of prompts and of their continuations; the masks are False at padding."""
 
     prompt_ids: Int[Tensor, "batch n_prompt"]
+    """token ids of the prompts"""
     prompt_logits: Float[Tensor, "batch n_prompt d_vocab"]
     """logits after each token of a prompt; prompts are padded on the left"""
     prompt_mask: Bool[Tensor, "batch n_prompt"]
+    """which of them are not padding"""
     logits: Float[Tensor, "batch n_text d_vocab"]
     """logits that each token of a continuation is predicted by, the first of them after the prompt's last token; padded
     on the right
     """
     ids: Int[Tensor, "batch n_text"]
+    """token ids of the continuations"""
     mask: Bool[Tensor, "batch n_text"]
+    """which of them are not padding"""
 
 
 @torch.no_grad()

@@ -46,22 +46,22 @@ class Door:
     def __init__(self, model: Model, *, was_right: bool = False) -> None:
         self.points, self.components = _find_points(model)
         self.bridged: nn.Module = model.original_model
-        self._bridge = weakref.ref(model)  # which keeps this door
+        self._bridge = weakref.ref(model)  # weak, as `_doors` would otherwise never free the bridge
         self.hooks = HookBooks(model, self.bridged, *self.points.values())
-        self.n_spliced = 0  # edits that are on the plain twin as well as on the bridge
+        self.n_spliced = 0  # edits registered on both the plain twin and the bridge
         self.probe = make_probe(model)
         self.places: dict[str, Place] = {}
         self._caching: dict[nn.Module, Caching] = {}
         self.attention = "eager"
         self._plain_hooks: HookBooks | None = None
-        # PyTorch keeps these dicts as long as their module: looking at them before each forward is quick.
+        # These dictionaries live as long as their module, so checking them before each forward pass is quick.
         self._weights = [(m._parameters, m._buffers, m._non_persistent_buffers_set) for m in self.bridged.modules()]
         self._stamp = self._find_stamp(model)
         with self.hooks.aside():
             said = _try_bridge(self.bridged, self.probe)
             if isinstance(said, Tensor):
                 _require_causal(self.bridged, self.probe, said)
-            # Weights of the bridge's own, edited or processed since, are what the user wants: then it is right.
+            # Weights that were edited or processed in the bridge are intended: then its logits are the right ones.
             owns_weights = was_right or model.compatibility_mode or has_processed_weights(model)
             self.plain, self.twins, self.bridge_is_right = self._find_plain(said, owns_weights)
             if isinstance(said, Exception):
@@ -114,7 +114,7 @@ class Door:
     def _find_stamp(self, model: Any) -> tuple:
         """Value that changes when a weight is edited in place or replaced, or the bridge processes its weights."""
         found = [stamp(w) for weights, _, _ in self._weights if weights for w in weights.values() if w is not None]
-        # Buffers that are not saved are the model's own notes: rotary angles change when a text passes their border.
+        # Non-persistent buffers do not count: rotary angles change when a text exceeds the original context length.
         found += [
             stamp(w)
             for _, buffers, own in self._weights
@@ -228,7 +228,7 @@ class Door:
             return run(model, self.probe)
         factors = 1 + torch.arange(value.numel(), device=value.device).cos().view(value.shape).to(value) / 2
         with attach(site, lambda x: x * factors), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that an edit costs the bridge its fastest way
+            warnings.simplefilter("ignore")  # the bridge warns that an edit disables its fastest path
             return run(model, self.probe)
 
     def caching(self, module: nn.Module) -> Caching:
@@ -245,7 +245,7 @@ class Door:
         That is the bridge itself where other hooks than saelab's are on it, or a hook point exists only there.
         """
         is_hooked = self.hooks.has_foreign()
-        trusted = [self.look(name).agrees for name in names]  # all of them, so that a wrong name is always reported
+        trusted = [self.look(name).agrees for name in names]  # looks at all of them, so that a wrong name always raises
         plain_sees_all = not is_hooked and self.hooks.count_ours() == self.n_spliced
         if self.plain is not None and plain_sees_all and all(trusted):
             return self.plain, [site for name in names if (site := self.plain_site(name)) is not None]
@@ -287,7 +287,7 @@ def _find_points(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     for path, holder in components.items():
         aliases = {name: value for name, value in vars(holder).items() if isinstance(value, HookPoint)}
         points.update({f"{path}.{name}".lstrip("."): value for name, value in aliases.items()})
-    components.pop("", None)  # the bridge itself, which would keep its own entry alive
+    components.pop("", None)  # the bridge itself would keep its own entry in `_doors` alive
     return points, components
 
 

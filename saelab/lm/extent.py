@@ -12,7 +12,7 @@ from torch import Tensor
 from saelab.lm.admission import require_bridge
 from saelab.lm.models import Model
 
-# How configurations of Hugging Face name the longest row; most others of their names are kept as aliases of the first.
+# Names of the context length in Hugging Face's configurations; most other names are aliases of the first.
 _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_context_length", "max_sequence_length")
 _LIKE_LIMITS = re.compile(r"position|context|ctx|seq\w*_len|max_len")
 """pattern of names that a context length may have in unknown configurations"""

@@ -21,9 +21,11 @@ class Passing:
     """Tokens of one forward pass: `n` new columns after `n_past` columns in the key-value cache."""
 
     ids: Int[Tensor, "batch n"]
+    """token ids of the new columns"""
     positions: Int[Tensor, "batch n"]
     """positions in the text, from 0 at a row's first token that is not padding; -1 for padding"""
     n_past: int
+    """number of columns in the cache"""
     n_prompt: int
     """number of columns of the text's first forward pass; later columns were generated"""
     lengths: Int[Tensor, "batch"]
@@ -45,13 +47,17 @@ class Flow(OwnHook):
     """
 
     home: Door
+    """hook points of the model"""
     now: Passing | None = None
+    """tokens of the running or last forward pass"""
     n_forwards: int = 0
+    """number of forward passes so far"""
     seen: Tensor | None = None
     """ids of the text so far"""
     ends: Tensor | None = None
     """position of each row's last token"""
     prompt: tuple[int, Tensor] = field(default_factory=lambda: (0, torch.zeros(0)))
+    """number of columns of the text's first forward pass, and tokens of each row in it"""
 
     def follow(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Record a forward pass that begins (a pre-hook with keyword arguments); ValueError where its tokens cannot be
@@ -67,7 +73,7 @@ class Flow(OwnHook):
             )
         kwargs = _name_arguments(module, args) | kwargs
         cache = find_given(kwargs)
-        if cache is not None and self.home.caching(module).argument is None:  # it may well hold nothing
+        if cache is not None and self.home.caching(module).argument is None:  # even if it is empty
             raise ValueError(
                 "A forward may go on from a cache only where that gives the logits of the whole text, got one through "
                 "a model that loses it, as a TransformerBridge may with another release of transformers. Run with "
@@ -104,7 +110,7 @@ class Flow(OwnHook):
             return n_past > 0
         before = ids[:, :-1]
         same = before == self.seen
-        strays = before[~same.all(1)]  # a search puts its best beams first
+        strays = before[~same.all(1)]  # beam search reorders its rows
         return bool((strays[:, None] == self.seen).all(2).any(1).all())
 
 

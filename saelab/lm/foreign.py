@@ -41,7 +41,7 @@ class HookBooks:
         elsewhere = (hook for hooks in self._elsewhere if hooks for hook in hooks.values())
         return any(not is_ours(hook) and not _is_inner(hook) for hook in at_points) or any(
             isinstance(getattr(hook, "__self__", None), TapHook) or not (is_ours(hook) or _is_inner(hook))
-            for hook in elsewhere  # an SAE that somebody put on a module of the bridge is on no hook point
+            for hook in elsewhere  # `hook_sae` on a module of the bridge is at no hook point
         )
 
     def count_ours(self) -> int:
@@ -61,7 +61,7 @@ class HookBooks:
                 holder[name] = [handle for handle in handles if _is_inner(handle.user_hook)]
             yield
         finally:
-            for hooks, found in books:  # some parts of the bridge register their own in their first forward
+            for hooks, found in books:  # some parts of the bridge register hooks in their first forward pass
                 _refill(hooks, found | {key: hook for key, hook in hooks.items() if key not in found})
             for holder, name, handles in lists:
                 holder[name] = handles
@@ -91,7 +91,7 @@ def _is_inner(hook: Any) -> bool:
         if isinstance(hook, partial):
             hook = hook.func
         elif getattr(hook, "__module__", None) == "transformer_lens.hook_points" and getattr(hook, "__closure__", None):
-            inside = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))  # around what a user gives
+            inside = dict(zip(hook.__code__.co_freevars, hook.__closure__, strict=True))  # around a user's function
             hook = next(inside[name].cell_contents for name in ("full_hook", "hook") if name in inside)
         else:
             return str(getattr(hook, "__module__", "")).startswith(_LIBRARIES)

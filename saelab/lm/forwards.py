@@ -68,7 +68,7 @@ def find_median_norms(
 
 def require_finite(name: str, x: Float[Tensor, "n d"]) -> None:
     """Raise ValueError for rows of a hook point that hold NaN or infinity."""
-    # One pass and no copy, unlike isfinite: NaN comes through both, an infinity through one.
+    # One pass and no copy, unlike isfinite: NaN shows in both minimum and maximum, an infinity in one of them.
     if len(x) and not torch.stack(torch.aminmax(x)).isfinite().all():
         n_bad = int((~x.isfinite().all(1)).sum())
         raise ValueError(

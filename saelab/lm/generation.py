@@ -33,9 +33,11 @@ class Generated:
     """One continuation of a prompt."""
 
     prompt: str
+    """the prompt as text"""
     text: str
     """generated text, without special tokens"""
     prompt_ids: tuple[int, ...]
+    """token ids of the prompt, BOS included"""
     ids: tuple[int, ...]
     """generated token ids; they end with an end-of-text token where the model produced one"""
     log_probs: tuple[float, ...]
@@ -54,8 +56,11 @@ class Generation(Result):
     """Continuations from one call of `generate`, `n` for each prompt, in the order of the prompts."""
 
     samples: tuple[Generated, ...]
+    """the continuations"""
     temperature: float
+    """temperature they were sampled at"""
     seed: int
+    """seed they were sampled with"""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -201,7 +206,7 @@ def _read_sample(model: Model, text: str, prompt: Tensor, ids: list[int], log_pr
     tokenizer: Any = model.tokenizer
     made = ""
     if tokenizer is not None:
-        # Decoded together with the prompt: tokenizers put a space before a word or not by what stands in front of it.
+        # Decoded together with the prompt: whether a tokenizer puts a space before a word depends on what precedes it.
         made = read_text(model, [*prompt.tolist(), *ids])[len(read_text(model, prompt.tolist())) :]
     return Generated(
         prompt=text, text=made, prompt_ids=tuple(prompt.tolist()), ids=tuple(ids), log_probs=tuple(log_probs)
@@ -219,7 +224,7 @@ class _Run:
         self.ids, self.real = ids.to(self.device), real.to(self.device)
         self.n_tokens, self.sampler, self.caching = n_tokens, sampler, home.caching(self.module)
         self.use_cache = use_cache and self.caching.keeps(self.module, ids.shape[1], n_tokens)
-        self.before: Any = None  # the output of the step before, where it is gone on from
+        self.before: Any = None  # output of the previous step, where its cache is used
 
     def go(self, ends: frozenset[int], bar: Any) -> list[tuple[list[int], list[float]]]:
         """Generated ids and log-probabilities of each row."""

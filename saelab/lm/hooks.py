@@ -89,7 +89,7 @@ def _keep(seen: dict[str, list[Tensor]], name: str, stop: bool) -> Tap:
 
     def tap(x: Tensor) -> None:
         done = stop and all(values or other == name for other, values in seen.items())
-        # Cloned when the forward goes on: some models add to the residual stream in place.
+        # Cloned where the forward pass continues: some models add to the residual stream in place.
         seen[name].append(x.detach() if done else x.detach().clone())
         if done:
             raise _Stop

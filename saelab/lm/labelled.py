@@ -67,7 +67,7 @@ def tokenize_labelled(
     names = dict.fromkeys(name for one in texts for _, _, name in one.labels)
     found = {name: torch.zeros(tokens.ids.shape, dtype=torch.bool) for name in names}
     doc_ids, ids = tokens.doc_ids.flatten().numpy(), tokens.ids.flatten().numpy()
-    order = np.argsort(doc_ids, kind="stable")  # padding first, then each document's tokens as they follow
+    order = np.argsort(doc_ids, kind="stable")  # padding first, then each document's tokens in order
     bounds = np.searchsorted(doc_ids[order], np.arange(len(texts) + 1))
     for i, one in enumerate(texts):
         places = order[bounds[i] : bounds[i + 1]]
@@ -124,7 +124,7 @@ def locate_tokens(tokenizer: Any, text: str, ids: Sequence[int]) -> Int[np.ndarr
         found = np.array(told["offset_mapping"], np.int64).reshape(-1, 2).T
     if found is None:
         found = _locate_by_reading(tokenizer, text, ids)
-    white = np.cumsum([0, *(not c.isspace() for c in text)])  # characters before each place that are no white space
+    white = np.cumsum([0, *(not c.isspace() for c in text)])  # number of non-space characters before each index
     solid = np.flatnonzero(np.diff(white))
     if len(solid) == 0:
         return found

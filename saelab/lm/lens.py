@@ -8,7 +8,7 @@ from saelab.lm.door import Door, door
 from saelab.lm.models import Model
 from saelab.lm.plain import Site, attach, run_as_set
 
-BIG = 1e4  # so that the norm's epsilon vanishes
+BIG = 1e4  # input scale at which the norm's epsilon is negligible
 N_PROBE = 4
 
 
@@ -36,7 +36,7 @@ def read_out(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tens
             f"Direct effects need a norm behind the last block, got a {type(home.bridged).__name__} without one. Use "
             "`sl.attribute`, or steer along the direction."
         )
-    with home.aside():  # neither a user's hooks nor edits take part
+    with home.aside():  # without the user's hooks and edits
         return _read(home, directions)
 
 
@@ -47,7 +47,7 @@ def _read(home: Door, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "
     weight = next(head.parameters())
     zero, ones = torch.zeros(1, 1, directions.shape[1]).to(weight), torch.ones(1, 1, directions.shape[1]).to(weight)
     bias = norm(zero)
-    centres = bool((norm(BIG * ones) - bias).abs().amax() < 1e-3)  # nothing is left of a constant
+    centres = bool((norm(BIG * ones) - bias).abs().amax() < 1e-3)  # the norm maps constants to 0
     x = directions.to(weight)[:, None]
     scale = (x - x.mean(-1, keepdim=True) if centres else x).square().mean(-1, keepdim=True).sqrt()
     folded = (norm(BIG * x / scale.clamp(min=1e-12)) - bias) * scale
@@ -66,7 +66,7 @@ def _unembed(running: nn.Module, norm: Site, head: nn.Module, x: Float[Tensor, "
     zero = torch.zeros_like(x[:1])
     try:
         alone = (head(probe) - head(zero)).double()
-    except RuntimeError:  # of another width than the stream
+    except RuntimeError:  # the head has another input width than the residual stream
         return _follow_all(running, norm, x, probe, true)
     factor = (true * alone).sum() / alone.square().sum()
     if not (factor * alone - true).norm() <= _tolerance(x) * true.norm():

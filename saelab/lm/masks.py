@@ -21,7 +21,9 @@ class MaskResult(Result):
     """
 
     keep: Bool[Tensor, "n_seq ctx_len"]
+    """True at tokens that are kept"""
     removed: dict[str, int]
+    """number of tokens removed by each rule"""
 
     @property
     def n_kept(self) -> int:

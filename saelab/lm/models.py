@@ -115,7 +115,7 @@ def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, token
                 f"`device` and `dtype` go with a name or a folder, got them with a {type(name_or_path).__name__}. "
                 "Move or cast the object first."
             )
-        model = getattr(name_or_path, "_orig_mod", name_or_path)  # what `torch.compile` was given
+        model = getattr(name_or_path, "_orig_mod", name_or_path)  # the module behind `torch.compile`
         return model if isinstance(model, TransformerBridge) else _wrap(admit_object(model), tokenizer)
     if not isinstance(name_or_path, str | os.PathLike):
         raise TypeError(
@@ -200,7 +200,7 @@ def _named(name: str, local: bool, is_object: bool = False) -> Iterator[None]:
     except Exception as error:
         where = "a model folder that can be read" if local else "a Hub id that can be reached, or a folder"
         where = "a model that transformer_lens has a bridge for" if is_object else where
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]  # some list all they know
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]  # some messages are very long
         raise ValueError(f"`name_or_path` must be {where}, got '{name}': {reason}") from error
 
 
@@ -215,7 +215,7 @@ def _wrap(hf_model: nn.Module, tokenizer: Any, name: str | None = None) -> Model
     twin, _ = strip(hf_model)
     config: Any = twin.config
     name = name or getattr(config, "_name_or_path", "") or type(hf_model).__name__
-    config.architectures = config.architectures or [type(hf_model).__name__]  # what the bridge goes by
+    config.architectures = config.architectures or [type(hf_model).__name__]  # by which the bridge chooses its adapter
     set_attention: Any = twin.set_attn_implementation
     set_attention("eager")  # hooks on attention scores need it; older bridges leave the choice to the model
     device = next(hf_model.parameters()).device
@@ -318,7 +318,7 @@ def describe_model(model: Model) -> ModelDescription:
     """
     versions = {name: _version(name) for name in ("saelab", "torch", "transformer-lens", "transformers")}
     name = str(model.cfg.model_name)
-    if Path(name).parent == WORLD_MODELS:  # wherever the package lies, its models are the same
+    if Path(name).parent == WORLD_MODELS:  # built-in models keep their name wherever the package is installed
         name = Path(name).name
     return ModelDescription(shareable(name), "folded" if has_processed_weights(model) else "none", versions)
 

@@ -76,8 +76,8 @@ def _copy_shell(module: nn.Module, configs: dict[int, Any]) -> nn.Module:
     books = {name: type(vars(module)[name])() for name in _HOOK_BOOKS}
     weights = {name: dict(vars(module)[name]) for name in ("_parameters", "_buffers")}
     new.__dict__.update({**vars(module), **books, **weights})
-    # The bridge's patch of a forward, what `compile()` made of the original, and Hugging Face's mark of models whose
-    # recording hooks are installed: the copy is without them.
+    # Left out: the bridge's patched `forward`, the compiled original, and Hugging Face's flag of models whose
+    # recording hooks are installed, as the copy has no hooks.
     for name in ("forward", "_compiled_call_impl", "_output_capturing_hooks_installed"):
         new.__dict__.pop(name, None)
     if (config := vars(module).get("config")) is not None:
@@ -121,7 +121,7 @@ def set_attention(model: nn.Module, implementation: str) -> bool:
     set_implementation: Any = model.set_attn_implementation
     try:
         set_implementation(implementation)
-    except ValueError:  # without attention there is nothing to choose, and what runs anyway is called eager
+    except ValueError:  # a model without attention has no choice; its only implementation is called eager
         return implementation == "eager"
     return True
 
@@ -161,7 +161,7 @@ class WithOwnHooks(nn.Module):
     def __init__(self, bridge: Any) -> None:
         super().__init__()
         self.wrapped: nn.Module = bridge.original_model
-        self.__dict__["bridge"] = bridge  # not as a module, of which this would then be a part
+        self.__dict__["bridge"] = bridge  # bypasses nn.Module, so that the bridge is not registered as a submodule
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """The wrapped model's output, with the logits that the hooks returned."""
@@ -256,7 +256,7 @@ def _announced(module: Any, handle: RemovableHandle) -> Iterator[None]:
         return
     from transformer_lens.hook_points import LensHandle
 
-    entry = LensHandle(handle, is_permanent=True)  # which `reset_hooks` leaves alone
+    entry = LensHandle(handle, is_permanent=True)  # permanent: not removed by `reset_hooks`
     module.fwd_hooks.append(entry)
     try:
         yield

@@ -17,9 +17,13 @@ class Sampler:
     """
 
     temperature: float
+    """divisor of the logits; 0 takes the most likely token"""
     top_k: int | None
+    """sample only from the k most likely tokens; None is all"""
     top_p: float | None
+    """sample only from the smallest set of most likely tokens whose probabilities sum to at least p; None is all"""
     generators: Sequence[Generator]
+    """one generator per row; its state advances with each call"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -37,7 +41,7 @@ class Sampler:
         waits = torch.empty_like(kept)
         for row, generator in zip(waits, self.generators, strict=True):
             row.exponential_(generator=generator)
-        # The first of exponential clocks with rates p rings with probability p.
+        # Exponential race: among exponential times with rates p, the minimum is at i with probability p_i.
         return (kept - waits.log()).argmax(1)
 
     def _cut(self, logits: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ class Sampler:
             logits = logits.masked_fill(logits < logits.topk(self.top_k, 1).values[:, -1:], -torch.inf)
         if self.top_p is not None and self.top_p < 1:
             ordered, order = logits.sort(dim=1, descending=True, stable=True)
-            before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)  # mass of the likelier ones
+            before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)  # probability of all more likely tokens
             ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
             logits = logits.scatter(1, order, ordered)
         return logits

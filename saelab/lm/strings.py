@@ -38,7 +38,7 @@ def token_bytes(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, bytes]:
         read = text[len(before) :] if is_behind else tokenizer.decode([i], **AS_WRITTEN)
         if is_behind and read and "\ufffd" not in read:
             found[i] = read.encode("utf-8", "replace")
-        else:  # a part of a character, mostly
+        else:  # mostly parts of a character
             found[i] = _read_bytes(tokenizer.convert_ids_to_tokens(i), read, tokenizer.decode([i], **AS_WRITTEN))
     return found
 

@@ -132,7 +132,7 @@ def _find_columns(texts: Any) -> tuple[list[str] | None, Callable[[str], Any]]:
     """Names of the columns and how to get one; None for what has no columns, or iterates over its rows by itself."""
     if isinstance(texts, Mapping):
         return [str(name) for name in texts], lambda name: _require_column(texts[name], name)
-    if hasattr(texts, "column_names"):  # a data set gives rows, with all that a row needs; a table of pyarrow does not
+    if hasattr(texts, "column_names"):  # data sets iterate over rows; pyarrow tables do not
         if not hasattr(texts, "to_pydict") or hasattr(texts, "features"):
             return None, texts.__getitem__
         return list(texts.column_names), texts.column

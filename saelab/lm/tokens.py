@@ -235,7 +235,7 @@ def _lay_out(pieces: list[np.ndarray], ctx_len: int, packed: bool, fill: int) ->
     """Rows of ids and of document ids."""
     lengths = np.array([len(piece) for piece in pieces])
     numbers = np.arange(len(pieces), dtype=np.int32)
-    if not packed:  # no row of padding alone
+    if not packed:  # no row for documents without tokens
         numbers, lengths = numbers[lengths > 0], lengths[lengths > 0]
     n_seq = -(-int(lengths.sum()) // ctx_len) if packed else len(lengths)
     if packed:

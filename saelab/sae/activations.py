@@ -311,7 +311,7 @@ class JumpReLU(_Penalised):
         assert threshold is not None
         if not training:
             return search_above(x, W, bias, threshold, False)
-        # just below its threshold a pre-activation is no code, but it still moves the threshold
+        # a pre-activation just below its threshold has code 0, but a gradient to the threshold
         return search_above(x, W, bias, threshold - self.bandwidth / 2, False, SPARSE_FRAC)
 
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ def project_simplex(x: Float[Tensor, "n_rows n"]) -> Float[Tensor, "n_rows n"]:
     tensor([[0.7500, 0.2500, 0.0000]])
     """
     kept = torch.ones_like(x, dtype=torch.bool)
-    while True:  # Michelot's algorithm: the entries that stay positive, fewer each time
+    while True:  # Michelot's algorithm: the set of positive entries shrinks in each iteration
         bound = ((x * kept).sum(1, keepdim=True) - 1) / kept.sum(1, keepdim=True)
         fewer = kept & (x > bound)
         if torch.equal(fewer, kept):

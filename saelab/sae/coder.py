@@ -245,7 +245,7 @@ class Coder(nn.Module):
             folded.b_dec.copy_(exact(folded.b_dec) - exact(read.mean) @ exact(folded.W_skip))
         folded.cfg = replace(self.cfg, normaliser="none", dictionary="free")
         folded.normaliser = Normaliser("none", self.cfg.d_in)
-        folded.archetypes = None  # W and Lambda make the rows before they were brought into the activations' units
+        folded.archetypes = None  # W and Lambda give the rows in the normaliser's units
         folded.W_dec.requires_grad_(True)
         return folded
 

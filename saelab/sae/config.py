@@ -146,7 +146,7 @@ class SAEConfig:
         self._check_dictionary()
         _check_choice("normaliser", self.normaliser, KINDS)
         _check_choice("init", self.init, get_args(Init))
-        if not isinstance(self.encoder, MatchingPursuit):  # k is its number of steps there, of which any will do
+        if not isinstance(self.encoder, MatchingPursuit):  # whose k is a number of steps, which may exceed d_sae
             self.activation.check(self.d_sae)
         elif getattr(self.activation, "k", 1) < 1:
             raise ValueError(f"`k` of matching pursuit must be at least 1 step, got {self.activation}.")

@@ -125,7 +125,7 @@ def _solve(excess: Any, start: float, undo: Any) -> bool:
         if abs(here) <= NEAR or high - low < 1e-6:
             return True
         low, at_low, high, at_high = (middle, here, high, at_high) if here > 0 else (low, at_low, middle, here)
-    return True  # steps in L0 are larger than the tolerance
+    return True  # L0 jumps over the target: as close as it gets
 
 
 def mean_l0(sae: Coder, rows: Float[Tensor, "n width"]) -> float:

@@ -61,7 +61,7 @@ def make_run(
     kept = open_data(held_out)[:] if held_out is not None else None  # type: ignore[index]
     batches, kept = (acts, kept) if isinstance(acts, Batches) else _hold_out(acts, cfg, kept)
     folder = _make_folder(out, resume)
-    # an SAE that was trained before goes on from its weights
+    # an SAE that was trained before continues from its weights
     trained = [getattr(sae, "training_", None) is not None for sae in saes]
     trainees = [Trainee(sae, cfg, before) for sae, before in zip(saes, trained, strict=True)]
     run = TrainingRun(trainees, batches, cfg, kept, folder)

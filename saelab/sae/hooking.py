@@ -25,6 +25,14 @@ class HookedSAE:
         edit: Callable[[Tensor], Tensor] | None,
         keep: Bool[Tensor, "*batch"] | None,
     ) -> None:
+        """Store the arguments of `hook_sae`.
+
+        Args:
+            sae: the SAE or transcoder.
+            replace: whether the reconstruction replaces the activations.
+            edit: function of the dense codes applied before they are decoded, or None.
+            keep: (*batch) tokens at which activations are replaced; None is all.
+        """
         self.sae = sae
         self.codes: list[SparseCodes] = []
         self._replace, self._edit, self._keep = replace, edit, keep
@@ -44,7 +52,7 @@ class HookedSAE:
             if not self._replace and self._edit is None:
                 return None
             y_hat = sae.decode(z if self._edit is None else self._edit(z), x=x)
-            if not self._replace:  # the error stays: what changes is what the edit does
+            if not self._replace:  # the SAE's error is kept, so that only the edit changes y
                 y_hat = y + (y_hat - sae.decode(z, x=x)).to(y)
             y_hat = y_hat.to(y)
         if self._keep is None:

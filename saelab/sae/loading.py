@@ -31,11 +31,17 @@ class Loaded:
     """Parts of a loaded SAE: configuration, tensors, provenance, training record and foreign origin."""
 
     cfg: SAEConfig
+    """configuration"""
     tensors: dict[str, Tensor]
+    """state dict"""
     provenance: Provenance | None
+    """provenance of the activations it was trained on, where known"""
     training: dict[str, Any] | None
+    """training record, of an SAE that saelab wrote"""
     origin: Origin | None
+    """what is kept of another library's file, to write it back"""
     place: Path
+    """path that it was loaded from"""
     check: Callable[[], None] = lambda: None
     """checks, after everything else, that the configuration file is unchanged since it was written"""
 

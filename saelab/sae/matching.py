@@ -23,7 +23,9 @@ class Match:
     """Where an SAE is used: hook points of a model, and the token mask that applies there."""
 
     hook_point: str
+    """hook point that the SAE reads"""
     mask: TokenMask
+    """tokens that count"""
     hook_point_out: str | None = None
     """hook point of a transcoder's target, where known"""
     median_norms: dict[str, float] = field(default_factory=dict)
@@ -199,7 +201,7 @@ def mask_of(origin: Provenance) -> TokenMask:
     """Token mask that the activations of a provenance were collected with."""
     rules: dict[str, Any] = dict(origin.mask)
     if "positions" in rules:
-        rules["positions"] = tuple(rules["positions"])  # JSON made it a list
+        rules["positions"] = tuple(rules["positions"])  # a list after JSON
     return TokenMask(**rules)
 
 

@@ -48,7 +48,7 @@ class Activation:
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
-        for shortcut in ("code", "search", "pick"):  # an inherited one would find other codes
+        for shortcut in ("code", "search", "pick"):  # an inherited one would not match the new `__call__`
             if "__call__" in vars(cls) and shortcut not in vars(cls):
                 setattr(cls, shortcut, getattr(Activation, shortcut))
 

@@ -84,7 +84,7 @@ def _draw(sae: Coder, acts: Tensor, n: int, seed: int) -> tuple[list[int], Tenso
         raise ValueError(
             f"`acts` must hold a badly reconstructed token for each of {n} units, got {int((weights > 0).sum())}."
         )
-    # Gumbel's trick: the largest of log w plus Gumbel noise are a draw without repetition, of any number of tokens
+    # Gumbel top-k: the largest of log w plus Gumbel noise are a weighted sample without replacement
     noise = torch.rand(len(weights), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     keys = weights.log() - (-noise.clamp(min=1e-300).log()).log()
     tokens = keys.topk(n).indices

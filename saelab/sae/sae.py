@@ -47,7 +47,7 @@ class SAE(Coder):
     def __init__(self, cfg: SAEConfig, seed: int | None = 0) -> None:
         super().__init__(cfg, seed)
         self.provenance: Provenance | None = None
-        self.origin: Origin | None = None  # the files of another library that it was read from
+        self.origin: Origin | None = None  # of an SAE that was read from another library's files
         self.training_: dict[str, Any] | None = None
         self.history_: list[Entry] = []
         self.name_or_path = ""  # where it was loaded from or saved to

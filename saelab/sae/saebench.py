@@ -68,7 +68,7 @@ class SAEBenchSAE(nn.Module):
         if origin is None:
             raise ValueError("SAEBench asks for the model and the hook point, got an SAE without provenance; set it.")
         self.sae = sae
-        folded = sae.fold()  # ValueError for what measures every token: decode alone would not know how
+        folded = sae.fold()  # ValueError for per-token normalisers, which `decode` cannot undo without x
         norms = folded.W_dec.detach().norm(dim=1).clamp(min=1e-12)
         self.register_buffer("norms", norms)
         self.W_enc = nn.Parameter(folded.W_enc.detach() * norms)

@@ -56,10 +56,10 @@ def _draw_rows(centred: Tensor, random: Tensor, seed: int) -> Tensor:
     """Activations drawn at random, as directions."""
     generator = torch.Generator().manual_seed(seed)
     rows = centred[centred.norm(dim=1) > 0]
-    if len(rows) == 0:  # constant activations show no direction: the random ones stay
+    if len(rows) == 0:  # constant activations have no direction: keep the random ones
         return random
     chosen = rows[torch.randint(len(rows), (len(random),), generator=generator)]
-    # a little of the random direction keeps repeated rows apart
+    # adding some of the random direction makes repeated rows differ
     directions = chosen / chosen.norm(dim=1, keepdim=True) + 0.1 * random
     return directions / directions.norm(dim=1, keepdim=True)
 

@@ -25,9 +25,9 @@ STEER_DAMPING = 1.0  # share of a change in log L0 that the coefficient follows 
 STEER_LIMIT = 2.0  # clamp of the log-ratio of L0 to its target
 # The coefficient acts through the optimiser, slowly; near the target all thresholds (ReLU: biases) follow L0 at once.
 CUT_LIMIT = 0.5
-THRESHOLD_STEP = 0.02  # of log thresholds, per step and unit of log-ratio
-BIAS_STEP = 0.003  # of biases
-MIN_THRESHOLD = 1e-4  # a learned threshold stays positive
+THRESHOLD_STEP = 0.02  # change of log thresholds per step and unit of log-ratio
+BIAS_STEP = 0.003  # change of biases per step and unit of log-ratio, in units of u
+MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class Trainee:
         x, y = self._read(sample)
         variance = (y - y.mean(0)).square().sum(1).mean()
         self.state["variance"].copy_(variance if variance > 0 else torch.ones_like(variance))
-        if not self.trained:  # or training goes on from the weights as they are
+        if not self.trained:  # a trained SAE continues from its weights
             place_weights(sae, x, y, self.cfg.seed)
 
     def _read(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ class Trainee:
         x, y = self._read(batch)
         W_dec = sae.W_dec if sae.archetypes is None else sae.archetypes()
         if sae.W_skip is not None:
-            y = y - x @ sae.W_skip  # what is left to the latents
+            y = y - x @ sae.W_skip  # the part that the latents reconstruct
         if isinstance(sae.cfg.encoder, MatchingPursuit):
             step = self._pursuit_step(x, W_dec)
         else:
@@ -135,7 +135,7 @@ class Trainee:
         terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
         if penalty is not None:
             terms["sparsity"] = self.state["coefficient"] * penalty.sum() / len(x)
-        if sae.cfg.aux is not None:  # dead latents or not, so that every entry of a history has the same columns
+        if sae.cfg.aux is not None:  # also without dead latents, so that all entries of the history have the same keys
             terms["aux"] = self._aux(x, W_dec, residual, sae.cfg.aux)
         return Objective(terms, *seen, n_tokens=len(x))
 
@@ -174,7 +174,7 @@ class Trainee:
         fired[indices[size > 0]] = True
         seen = (fired, (size > 0).sum() / n, _smallest(size))
         ends = self._prefixes()
-        if len(ends) > 1:  # one virtual row a token and group, group after group
+        if len(ends) > 1:  # one virtual row per token and group, ordered by group
             group = torch.bucketize(indices, torch.tensor(ends, device=indices.device), right=True)
             rows, order = (group * n + entries.rows).sort(stable=True)
             indices, values = indices[order], values.index_select(0, order)
@@ -215,7 +215,7 @@ class Trainee:
         d_sae, prefixes = self.sae.cfg.d_sae, self.sae.cfg.prefixes
         if not isinstance(prefixes, RandomPrefixes):
             return list(prefixes or (d_sae,))
-        # a generator keyed by the step needs no state of its own
+        # seeded by the step, so that no generator state has to be saved
         generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + int(self.state["n_steps"]))
         drawn = torch.rand(prefixes.n - 1, generator=generator) * math.log(d_sae / prefixes.smallest)
         return sorted({min(d_sae, int(prefixes.smallest * math.exp(t))) for t in drawn.tolist()} | {d_sae})
@@ -239,7 +239,7 @@ class Trainee:
         W_enc = sae.W_enc.T.index_select(0, dead)
         read = x[:n] - sae.b_dec if sae.cfg.d_out is None else x[:n]
         u = read @ W_enc.T + sae.b_enc[dead]
-        # raw u, not relu(u): a dead latent whose u is negative everywhere would never hear of it
+        # raw u, not relu(u): a dead latent whose u is negative everywhere would get no gradient
         k = min(aux.k or max(1, sae.cfg.d_target // 2), len(dead))
         places = largest_first((u.abs() if sae.cfg.activation.signed else u).detach(), k)
         z = torch.zeros_like(u).scatter(1, places, u.gather(1, places))
@@ -255,7 +255,7 @@ class Trainee:
             before = torch.where(sae.threshold.isnan(), seen.smallest, sae.threshold)
             rate = (1 / state["n_steps"]).clamp(min=THRESHOLD_RATE).clamp(max=1.0)
             moved = before + rate * (seen.smallest - before)
-            sae.threshold.copy_(torch.where(moved.isnan(), sae.threshold, moved))  # no code at all in this batch
+            sae.threshold.copy_(torch.where(moved.isnan(), sae.threshold, moved))  # NaN: no active latent in this batch
         if self.steered:
             self._steer(seen.l0)
 
@@ -281,7 +281,7 @@ class Trainee:
         grad = self.sae.W_dec.grad
         if self.sae.cfg.dictionary != "unit" or grad is None:
             return
-        for g, w in zip(grad.split(256), self.sae.W_dec.split(256), strict=True):  # by pieces that fit the cache
+        for g, w in zip(grad.split(256), self.sae.W_dec.split(256), strict=True):  # in chunks that fit the CPU cache
             g.addcmul_(torch.linalg.vecdot(g, w).unsqueeze(1), w, value=-1)
 
     @torch.no_grad()

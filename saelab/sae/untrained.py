@@ -27,7 +27,7 @@ def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tens
     sample = x if cfg.d_out is None or y is None else torch.cat([x, y], dim=1)
     trainee = Trainee(sae, TrainConfig(seed=seed))
     trainee.prepare(sample)
-    if cfg.activation.threshold == "running":  # or its codes would depend on the batch
+    if cfg.activation.threshold == "running":  # sets the threshold, as codes would depend on the batch without
         trainee.observe(trainee.objective(sample[:4096]))
     return sae
 

@@ -153,7 +153,7 @@ def _weigh(now: dict[str, Tensor], how: Convention) -> None:
     if how.decoder_norms == "none" or (how.decoder_norms == "choice" and isinstance(how.activation, ReLU)):
         return
     norms = now["W_dec"].float().norm(dim=1)
-    empty = norms == 0  # such a latent is never chosen
+    empty = norms == 0  # a latent with a zero row is never selected
     if how.decoder_norms == "choice" and isinstance(how.activation, JumpReLU):
         never = torch.finfo(torch.float32).max
         now["threshold"] = (now["threshold"].float() / norms).masked_fill(empty, never)
@@ -173,7 +173,7 @@ def _keep_b_dec(now: dict[str, Tensor], how: Convention) -> None:
     """
     if how.transcodes != how.subtracts_b_dec:
         return
-    if isinstance(how.encoder, MatchingPursuit):  # tied: what is not taken away is not added either
+    if isinstance(how.encoder, MatchingPursuit):  # tied: b_dec is neither subtracted nor added
         now["b_dec"] = torch.zeros_like(now["b_dec"])
         return
     if len(now["b_dec"]) != len(now["W_enc"]):

@@ -211,7 +211,7 @@ def find_parts(coder: Coder) -> dict[str, Tensor]:
     """Weights as the SAE's class in dictionary_learning uses them."""
     parts = {name: getattr(coder, name).detach() for name in PLAIN}
     activation = coder.cfg.activation
-    if type(activation) is JumpReLU:  # its class subtracts nothing
+    if type(activation) is JumpReLU:  # JumpReluAutoEncoder does not subtract b_dec
         parts["b_enc"] = parts["b_enc"].float() - read_with(parts["W_enc"], parts["b_dec"])
     if coder.threshold is not None:
         parts["threshold"] = coder.threshold.detach()

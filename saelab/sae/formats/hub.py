@@ -47,7 +47,7 @@ def _fetch(repo: str, files: list[str], revision: str | None) -> Path:
 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
-    except OSError as error:  # the Hub's own errors derive from it
+    except OSError as error:  # base class of huggingface_hub's errors
         raise FileNotFoundError(
             f"'{repo}' is no local folder and could not be fetched from the Hub ({type(error).__name__}); "
             "check the name and the connection."

@@ -29,12 +29,19 @@ class Asked:
     """Facts that the caller of `from_pretrained` gave, because files often lack them; they override the file's."""
 
     model: str | None = None
+    """name of the model that the SAE is for"""
     hook_point: str | None = None
+    """hook point that it reads"""
     hook_point_out: str | None = None
+    """hook point that a transcoder writes"""
     weight_processing: str | None = None
+    """processing of the model's weights in training: "none", or "folded" as in TransformerLens 2"""
     activation: Activation | None = None
+    """activation function with its k"""
     threshold: float | None = None
+    """threshold of inference"""
     scale: float | None = None
+    """factor by which activations are multiplied before the encoder"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +49,17 @@ class Facts:
     """What a file records of the activations its SAE was trained on."""
 
     model: str | None = None
+    """name of the model"""
     hook_point: str | None = None
+    """hook point that the SAE reads"""
     hook_point_out: str | None = None
+    """hook point that a transcoder writes"""
     weight_processing: str = "none"
+    """processing of the model's weights, "none" where the file has nothing about it"""
     text: str = "unknown"
+    """data set or file that the activations were collected from"""
     ctx_len: int | None = None
+    """length of its rows in tokens"""
     mask: dict[str, Any] = field(default_factory=dict)
     """fields of the token mask; empty where the file has none"""
     provenance: dict[str, Any] | None = None
@@ -60,9 +73,13 @@ class Reading:
     """An SAE with the source's values, under saelab's names and orientations."""
 
     format: str
+    """name of the format"""
     parts: Mapping[str, Tensor]
+    """weights by saelab's names; see `Parts`"""
     how: Convention
+    """how the source uses them"""
     facts: Facts = Facts()
+    """what it records of its activations"""
     settings: dict[str, Any] = field(default_factory=dict)
     """the source's own configuration, kept to write it back"""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
@@ -82,8 +99,11 @@ class Origin:
     """
 
     format: str
+    """name of the format"""
     how: Convention
+    """how the source uses its weights"""
     settings: dict[str, Any]
+    """the source's own configuration"""
     dtypes: dict[str, str]
     """dtypes of the source's tensors"""
     kept: Mapping[str, Any]
@@ -114,7 +134,7 @@ class Origin:
         return cls(said["format"], how, said["settings"], said["dtypes"], kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
-        return self  # nothing in it is ever changed, and what it maps need not be read
+        return self  # immutable, and copying would read the mapped tensors
 
 
 def require(value: Any, name: str, what: str, example: str) -> Any:
@@ -181,7 +201,7 @@ def describe_mask(excludes_special: bool | None, start: int = 0, stop: int | Non
     if excludes_special is None:
         return {}
     rules = TokenMask(special=excludes_special, positions=(start, stop)).to_dict()
-    return rules | {"positions": [start, stop]}  # as JSON would give it back
+    return rules | {"positions": [start, stop]}  # a list, as after JSON
 
 
 def dtype_name(dtype: torch.dtype) -> str:

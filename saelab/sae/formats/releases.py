@@ -29,17 +29,20 @@ class Release:
     name: str
     """regular expression of the release's name"""
     repo: str
+    """Hub repository 'owner/name'"""
     id: str = ".+"
     """regular expression of an SAE's id in it"""
     path: str = "{id}"
-    """sub-folder or file"""
+    """sub-folder or file in the repository"""
     model: str | None = None
+    """name of the model; None leaves this and the following to the files"""
     hook_point: str | None = None
     hook_point_out: str | None = None
     weight_processing: str | None = None
     activation: dict[str, Any] | None = None
     """name and settings of the activation function, where the files lack them"""
     scale: float | None = None
+    """factor by which activations are multiplied before the encoder"""
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def write(folder: Path, settings: dict[str, Any], parts: Mapping[str, Tensor], e
         named["W_skip"] = named["W_skip"].T
     if "code_scale" in named:
         named[CODE_SCALE] = named.pop("code_scale")
-    if settings.get("architecture") in BATCHED:  # theirs is among the extras
+    if settings.get("architecture") in BATCHED:  # the file's own threshold is among the extras
         named.pop("threshold")
     elif "threshold" in named and named["threshold"].ndim == 0:
         named["threshold"] = named["threshold"].expand(len(named["W_dec"]))

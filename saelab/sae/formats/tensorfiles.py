@@ -22,8 +22,8 @@ ARCHIVES = (".npz",)
 PICKLES = (".pt", ".pth", ".bin")
 SMALL = 2**24  # bytes up to which a compressed array may have any compression ratio
 MAX_RATIO = 20  # largest compression ratio of a larger array: weights hardly compress
-NAMED = re.compile(r"GLOBAL ([\w.]+)")  # a function or class that a pickle wants, in PyTorch's message
-LOCAL_HEADER = 30  # bytes before a name in a zip file
+NAMED = re.compile(r"GLOBAL ([\w.]+)")  # function or class that a pickle refers to, in PyTorch's message
+LOCAL_HEADER = 30  # bytes before a member's name in a zip file
 
 
 def read_tensors(path: Path) -> Mapping[str, Any]:
@@ -43,7 +43,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     return _Checked(TensorFile.open(path))
 
 
-class _Checked(Mapping):  # a type checker at run time would read what it holds
+class _Checked(Mapping):  # unparametrised, as a runtime type checker would read its values
     """The tensors of a safetensors file; each is compared with its checksum, if it has one, on access."""
 
     def __init__(self, file: TensorFile) -> None:
