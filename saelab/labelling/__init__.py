@@ -1,1 +1,1 @@
-"""Names for features, with and without a language model, and how far each can be trusted."""
+"""Feature labels: automated interpretability with and without a language model, scores, and a database of labels."""

@@ -1,4 +1,4 @@
-"""`AnswerLog`: every prompt with its answer, in a file that only grows: what a resumed run need not ask again."""
+"""Cache of language model responses in an append-only JSONL file, so that a resumed run repeats no request."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def make_key(settings: Mapping[str, Any], messages: Messages) -> str:
-    """What an answer is kept under: the same for the same messages and settings, on any machine.
+    """The cache key of a request: equal for equal messages and settings, on any machine.
 
     >>> make_key({"model": "m"}, [{"role": "user", "content": "Hi"}])[:8]
     'b058d498'
@@ -27,10 +27,11 @@ def make_key(settings: Mapping[str, Any], messages: Messages) -> str:
 
 
 class AnswerLog:
-    """One JSON line for each answer: key, settings, messages, answer, tokens, seconds, time.
+    """Append-only response cache with one JSON line per response: key, settings, messages, answer, tokens, seconds,
+    time.
 
-    Each line is on the disk before the next prompt is sent. A line that a killed process cut off is passed over, and
-    what it asked is asked again.
+    Each line is on the disk before the next prompt is sent. A line that a killed process left incomplete is ignored,
+    and its request is sent again.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -45,18 +46,29 @@ class AnswerLog:
         return len(self._known)
 
     def find(self, key: str) -> Answer | None:
-        """The answer kept under a key."""
+        """The cached response of a key; None where there is none."""
         known = self._known.get(key)
         return known[0] if known else None
 
     @property
     def seconds(self) -> float | None:
-        """The mean time that an answer took; None where nobody measured."""
+        """Mean response time in seconds; None where none was measured."""
         times = [seconds for _, seconds in self._known.values() if seconds > 0]
         return sum(times) / len(times) if times else None
 
     def add(self, key: str, settings: Mapping[str, Any], messages: Messages, answer: Answer, seconds: float) -> None:
-        """Keep an answer; OSError where the file cannot be written."""
+        """Append a response to the cache.
+
+        Args:
+            key: cache key, from `make_key`.
+            settings: the client's settings, stored with the response.
+            messages: the prompt.
+            answer: the response and its token counts.
+            seconds: response time.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         entry = {
             "key": key,
             "settings": dict(settings),

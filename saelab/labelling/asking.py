@@ -1,4 +1,4 @@
-"""`Asker`: many questions to a client at once: retried, kept, within a budget, stopped without losing an answer."""
+"""Queue of language model requests: parallel, retried, cached, within a budget, interruptible without loss."""
 
 import random
 import threading
@@ -18,13 +18,14 @@ from saelab.training.interrupt import DeferredInterrupt
 
 T = TypeVar("T")
 FAILURES = 10
-"""Prompts in a row that nobody answered, at which the endpoint counts as broken."""
+"""Prompts in a row without a response after which the endpoint counts as broken."""
 
 
 class Asker:
-    """Sends questions to a client, keeps every answer in the file `path`, and asks nothing that is kept there.
+    """Sends requests to a client and caches every response in the file `path`; cached responses are not requested
+    again.
 
-    Budget, usage and file are shared by all that is asked through one `Asker`.
+    Budget, usage and cache are shared by all requests made through one `Asker`.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Asker:
         self._open_at = 0.0  # when the server takes prompts again
 
     def estimate(self, questions: Sequence[Question[Any]]) -> Estimate:
-        """Requests, tokens, cost and time of questions, about, before they are asked."""
+        """Approximate number of requests, tokens, cost and time of questions, before they are sent."""
         by_key = {self._key(question.messages): question for question in questions}
         new = [question for key, question in by_key.items() if self.log.find(key) is None]
         tokens_in, tokens_out = sum_tokens(new)
@@ -56,7 +57,7 @@ class Asker:
         )
 
     def peek(self, question: Question[T]) -> T | None:
-        """The value of a kept answer; None where there is none that can be read."""
+        """The value of a cached response; None where there is none that can be parsed."""
         kept = self.log.find(self._key(question.messages))
         try:
             return None if kept is None else question.read(kept.text)
@@ -64,11 +65,14 @@ class Asker:
             return None
 
     def ask(self, questions: Sequence[Question[T]], what: str = "ask") -> list[Reply[T]]:
-        """A reply to each question, in order; equal ones are asked once.
+        """A reply to each question, in order; equal questions are sent once.
 
-        KeyboardInterrupt after the first Ctrl-C, once what is under way has come back and is kept; a second one stops
-        at once. What the client raises beside RetryLater and NotAnswered ends the run in the same way, and so does a
-        ConnectionError after ten prompts in a row that nobody answered.
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once requests under way are finished and cached; a second Ctrl-C stops at
+                once.
+            ConnectionError: ten prompts in a row had no response; other requests under way are finished and cached
+                first.
+            Exception: any error of the client other than RetryLater and NotAnswered ends the run in the same way.
         """
         from tqdm.auto import tqdm
 
@@ -99,7 +103,7 @@ class Asker:
         return make_key(self.client.settings, messages)
 
     def _settle(self, job: tuple[str, Question[T]]) -> Reply[T]:
-        """Ask until an answer can be read, a limited number of times; an answer is never made up."""
+        """Send a question until its response can be parsed, a limited number of times; a response is never made up."""
         question, problem = job[1], ""
         messages = question.messages
         for _ in range(self.cfg.n_asks):
@@ -115,7 +119,7 @@ class Asker:
         return Reply(problem=f"no readable answer in {self.cfg.n_asks}: {problem}")
 
     def _answer(self, messages: Messages, tokens_out: int) -> Answer:
-        """The answer kept for a prompt, or a new one."""
+        """The cached response of a prompt, or a new one."""
         key = self._key(messages)
         known = self.log.find(key)
         if known is not None:
@@ -135,7 +139,7 @@ class Asker:
                 self._reserved -= expected
 
     def _reserve(self, tokens_in: int, tokens_out: int) -> float:
-        """Set aside what a prompt may cost; Waiting where the budget has no room for it, or for one before it."""
+        """Reserve what a prompt may cost; Waiting where the budget has no room, or had none for an earlier prompt."""
         if self.cfg.budget is None:
             return 0.0
         expected = self.cfg.cost(tokens_in, tokens_out) or 0.0
@@ -162,7 +166,7 @@ class Asker:
             )
 
     def _send(self, key: str, messages: Messages) -> tuple[Answer, float]:
-        """Send a prompt until it is answered; Waiting where the tries run out or the run is stopped."""
+        """Send a prompt until it is answered; Waiting where retries are used up or the run is stopped."""
         problem = ""
         for n in range(self.cfg.n_tries):
             self._pause(key, n)
@@ -185,7 +189,7 @@ class Asker:
         raise Waiting(f"no answer: {problem}")
 
     def _pause(self, key: str, n: int) -> None:
-        """Wait before try `n`, longer each time, and for as long as the server asked anybody to wait."""
+        """Wait before retry `n`: longer each time, and at least as long as the server last asked of any request."""
         spread = random.Random(f"{self.cfg.seed} {key} {n}").uniform(0.5, 1.5)
         delay = min(self.cfg.wait * 2 ** (n - 1), self.cfg.longest_wait) * spread if n else 0.0
         delay = max(delay, self._open_at - time.monotonic())
@@ -193,7 +197,7 @@ class Asker:
             raise Waiting("the run was stopped")
 
     def _fail(self, problem: str) -> None:
-        """Note a prompt without an answer; ConnectionError where that was the last of many in a row."""
+        """Count a prompt without a response; ConnectionError where it was the last of many in a row."""
         with self._lock:
             self._n_failed += 1
             n_failed = self._n_failed

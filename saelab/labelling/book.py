@@ -1,4 +1,4 @@
-"""`LabelBook`: the names of a store's features, many a feature and one of them chosen, in a file beside the store."""
+"""SQLite database of a feature store's labels: many per feature, one of them chosen."""
 
 import gzip
 import os
@@ -26,16 +26,25 @@ BY_FEATURE = "feature, CASE sign WHEN 0 THEN 0 WHEN 1 THEN 1 ELSE 2 END, place" 
 
 
 class LabelBook:
-    """Labels of features in SQLite, beside the feature store that they are about.
+    """Labels of features in an SQLite file in the folder of their feature store.
 
-    A feature, and each of its signs, may have many labels; one is chosen. That is the one a person chose, by `set` or
-    by `choose`, and nothing that a rule or a model adds later takes its place; without a person's choice it is the
-    one added last, where labels that say that there is no good name come behind all others. Scores do not decide:
-    those of different scorers do not compare.
+    A feature, and each of its signs, may have many labels, one of which is chosen. A label that a person chose, by
+    `set` or `choose`, stays chosen whatever a rule or a model adds later. Otherwise the label added last is chosen,
+    where labels of kind "none" (no good name) come after all others. Scores do not decide, as scores of different
+    scorers do not compare.
 
-    The file is made by the first label; until then the book is empty. Several threads and processes may read and
-    write at once. Raises ValueError for a damaged file and for labels of another SAE, TimeoutError where another
-    process keeps it locked for `timeout` seconds, PermissionError where it may not be written; nothing is lost then.
+    The file is created by the first label; until then the database is empty. Several threads and processes may read and
+    write at once.
+
+    Args:
+        path: the SQLite file.
+        manifest: manifest of the feature store, by which labels of another SAE are refused; None checks nothing.
+        timeout: seconds to wait for another process's lock.
+
+    Raises:
+        ValueError: the file is damaged, or holds labels of another SAE.
+        TimeoutError: another process keeps the file locked for `timeout` seconds; nothing is lost.
+        PermissionError: the file may not be written.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, LabelBook(f"{folder}/labels.sqlite") as book:
@@ -53,13 +62,13 @@ class LabelBook:
 
     @classmethod
     def open(cls, store: FeatureStore | str | Path, timeout: float = TIMEOUT) -> "LabelBook":
-        """The book of a store, given as such or by its folder; FileNotFoundError where there is no store."""
+        """The label database of a store, given as object or folder; FileNotFoundError where there is no store."""
         if isinstance(store, FeatureStore):
             return cls(store.folder / FILE, store.manifest, timeout)
         return cls(Path(store) / FILE, FeatureManifest.load(store), timeout)
 
     def close(self) -> None:
-        """Let go of the file; the next use opens it again."""
+        """Close the file; the next use opens it again."""
         with self._lock:
             if self._connection is not None:
                 self._connection[2]()
@@ -73,9 +82,9 @@ class LabelBook:
 
     # ---- reading
     def __getitem__(self, key: SupportsIndex | tuple[SupportsIndex, int]) -> Label:
-        """The chosen label of `book[feature, sign]`; of `book[feature]` that of the whole feature, else of + or of -.
+        """The chosen label of a feature and sign; of `book[feature]` that of the whole feature, else of +, else of -.
 
-        KeyError where it has none.
+        KeyError where there is none.
         """
         feature, sign = key if isinstance(key, tuple) else (key, None)
         found = [label for label in self.chosen(feature) if sign in (None, label.sign)]
@@ -90,7 +99,7 @@ class LabelBook:
         return isinstance(feature, int) and any(sign in (None, label.sign) for label in self.chosen(feature))
 
     def __len__(self) -> int:
-        """Number of chosen labels: of features and signs that have a name."""
+        """Number of chosen labels, of features and of their signs."""
         rows = self._read("SELECT count(*) FROM places WHERE place = 1")
         return int(rows[0][0]) if rows else 0
 
@@ -98,15 +107,17 @@ class LabelBook:
         return iter(self.chosen())
 
     def chosen(self, feature: SupportsIndex | None = None) -> list[Label]:
-        """The chosen labels, of a feature or of all: of the whole feature, of its positive side, of its negative."""
+        """The chosen labels of one feature or of all: of the whole feature, then of its positive side, then of its
+        negative side.
+        """
         return [entry.label for entry in self._entries(feature) if entry.chosen]
 
     def labels(self, feature: SupportsIndex | None = None) -> list[Label]:
-        """All labels, of a feature or of all; of each sign the chosen one first."""
+        """All labels of one feature or of all, of each sign the chosen one first."""
         return [entry.label for entry in self._entries(feature)]
 
     def search(self, text: str, every: bool = False) -> list[Label]:
-        """The chosen labels (with `every`, all) that have the words of `text`, best first; see `rank_texts`."""
+        """The chosen labels (with `every`, all labels) that match a text query, best match first; see `rank_texts`."""
         entries = [entry for entry in self._entries() if every or entry.chosen]
         return [entries[i].label for i in rank_texts([entry.label.text for entry in entries], text)]
 
@@ -125,11 +136,12 @@ class LabelBook:
 
     # ---- writing
     def add(self, labels: Iterable[Label], *, afresh: bool = False) -> int:
-        """Add labels, all of them or none, and say how many; whose `time` is empty gets that of now.
+        """Add labels, all of them or none; returns how many were added.
 
-        Of one author a feature and sign keep the newest label alone, and the one that a person chose where that
-        reads otherwise; with `afresh` all that an author said before of the features is gone, but for what a person
-        chose. A person's label is chosen unless another person's choice stands.
+        A label with an empty `time` gets the current time. For each feature and sign only the newest label of an author
+        is kept, besides one that a person chose and that has another text. With `afresh`, all earlier labels of these
+        authors on these features are removed, except those that a person chose. A person's label becomes chosen unless
+        another person's choice stands.
         """
         added = [replace(label, time=label.time or tell_time()) for label in labels]
         with self._writing() as db:
@@ -141,7 +153,15 @@ class LabelBook:
         return len(added)
 
     def set(self, feature: SupportsIndex, text: str, *, author: str, sign: int = BOTH, kind: Kind = "free") -> Label:
-        """Add a person's label and choose it, whatever was chosen before; returns it."""
+        """Add a person's label and choose it, whatever was chosen before; returns the label.
+
+        Args:
+            feature: number of the feature.
+            text: the label.
+            author: who gave it.
+            sign: 1 or -1 for the codes of one sign, 0 for the whole feature.
+            kind: what the label describes, one of `Kind`.
+        """
         label = Label(
             feature=read_feature(feature),
             sign=sign,
@@ -156,7 +176,7 @@ class LabelBook:
         return label
 
     def choose(self, feature: SupportsIndex, author: str | None, *, sign: int = BOTH) -> Label:
-        """Choose, as a person, the newest label of an author, or with None what was added last; returns it.
+        """Choose, as a person, an author's newest label, or with None the label added last; returns the label.
 
         ValueError where there is none.
         """
@@ -176,7 +196,7 @@ class LabelBook:
     def delete(
         self, feature: SupportsIndex | None = None, *, sign: int | None = None, author: str | None = None
     ) -> int:
-        """Delete the labels of a feature, of a sign of it, of an author, or of both; returns how many there were."""
+        """Delete the labels of a feature, of one of its signs, of an author, or of both; returns their number."""
         if feature is None and author is None:
             raise ValueError("`delete` needs `feature` or `author`, got neither; say whose labels are to go.")
         given = {"feature": None if feature is None else read_feature(feature), "sign": sign, "author": author}
@@ -187,12 +207,16 @@ class LabelBook:
 
     # ---- files
     def save(self, path: str | Path, form: Format | None = None, *, model_id: str = "", source_id: str = "") -> int:
-        """Write all labels to a file and say how many; `load` gives back the same book.
+        """Write all labels to a file that `load` reads back; returns how many were written.
 
-        As JSON, as CSV, or as Neuronpedia's explanation records, a JSON object a line: by `form`, else by the
-        file's ending: .json, .csv, or .jsonl; compressed where it ends in .gz. In CSV a text that a spreadsheet would
-        run as a formula stands behind an apostrophe. Neuronpedia's names of model and source are the store's model
-        and hook point where they are not given; labels that say that there is no good name are left out there.
+        Args:
+            path: file to write; an ending .gz compresses it.
+            form: "json", "csv", or "neuronpedia" for Neuronpedia's explanation records, one JSON object a line; None
+                goes by the file's ending: .json, .csv or .jsonl. In CSV a text that a spreadsheet would run as a
+                formula is prefixed with an apostrophe; for Neuronpedia labels of kind "none" (no good name) are left
+                out.
+            model_id: Neuronpedia's name of the model; empty for the name of the store's model.
+            source_id: Neuronpedia's name of the SAE; empty for the store's hook point.
         """
         path, form = Path(path), form or name_format(Path(path))
         entries = self._entries(order="id")
@@ -206,10 +230,10 @@ class LabelBook:
         return len(entries)
 
     def load(self, path: str | Path) -> int:
-        """Add the labels of a file, all of them or none, with their choices, and say how many.
+        """Add the labels of a file with their choices, all of them or none; returns how many were added.
 
-        Reads what `save` wrote, Neuronpedia's records, and CSV with the columns feature and text. A person's choice
-        in the book stays. FileNotFoundError or ValueError for a file that is none of these.
+        Reads what `save` wrote, Neuronpedia's records, and CSV with the columns feature and text. A person's choice in
+        the database stays. FileNotFoundError, or ValueError for a file in none of these formats.
         """
         entries = read_entries(Path(path))
         with self._writing() as db:
@@ -236,7 +260,7 @@ class LabelBook:
         return put_label(db, label)
 
     def _read(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Rows, none where there is no file."""
+        """Rows of a query; none where there is no file."""
         with self._lock, explained(self.path):
             db = self._open()
             return db.execute(sql, values).fetchall() if db is not None else []
@@ -252,7 +276,7 @@ class LabelBook:
                 yield db
 
     def _open(self, create: bool = False) -> sqlite3.Connection | None:
-        """The connection, made when it is first needed and again where the file was replaced or the process forked."""
+        """The connection, opened on first use and again after the file was replaced or the process forked."""
         if self._connection is not None:
             if self._connection[0] == _identify(self.path):
                 return self._connection[1]

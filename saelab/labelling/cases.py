@@ -1,4 +1,4 @@
-"""`Case`: the windows by which one side of a feature is explained, and those by which that is scored."""
+"""Example windows of one feature: training windows to explain it by, and held-out windows to score labels on."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,37 +12,41 @@ from saelab.labelling.label import BOTH
 from saelab.stores.features import FeatureStore
 
 LEVELS = 10
+"""Number of levels to which codes are rounded in prompts."""
 SPARE = 4
-"""Near misses drawn for each one wanted: in the others the feature fires somewhere, or they were shown already."""
+"""Near misses drawn for each one wanted: in the others the feature fires somewhere, or they repeat a window."""
 FEWEST = 4
-"""Held-out windows of either kind below which nothing is scored."""
+"""Held-out windows, firing or silent, below which no label is scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseConfig:
-    """How many windows a feature is shown by, and from which documents."""
+    """Numbers of example windows per feature, and the documents they are taken from."""
 
     n_top: int = 8
     """strongest windows, for explaining"""
     n_quantiles: int = 5
     """groups of equally many firings"""
     n_each: int = 2
-    """windows of each group, for explaining"""
+    """windows of each quantile group, for explaining"""
     n_silent: int = 5
     """near misses, for explaining"""
     n_scored: int = 4
-    """held-out windows of each group, for scoring; as many more in which the feature is silent, half of them hard"""
+    """held-out windows of each quantile group, for scoring; as many windows without firing are added, half hard"""
     width: int = 24
-    """tokens of a window; of the default settings four times as many where tokens are hardly more than characters"""
+    """tokens of a window; the default is four times as large where tokens are hardly more than characters"""
     train_frac: float = 0.5
-    """of the documents: they explain, the others score"""
+    """share of the documents used for explaining; the rest is used for scoring"""
     seed: int = 0
-    """of the split, and of what is drawn"""
+    """seed of the split and of all draws"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One feature, or one of its signs. ValueError where a document is on both sides."""
+    """Example windows of one feature, or of one of its signs.
+
+    ValueError where a document is on both sides of the split.
+    """
 
     feature: int
     sign: int
@@ -50,15 +54,15 @@ class Case:
     peak: float
     """the largest |z| of this sign in the training documents"""
     shown: tuple[Example, ...]
-    """it fires here: the strongest windows, then the quantiles, strongest first; training documents"""
+    """firing windows of training documents: the strongest, then the quantiles, strongest first"""
     silent: tuple[Example, ...]
-    """the same tokens, and it does not fire anywhere in the window; training documents"""
+    """training windows with the same tokens in which the feature does not fire anywhere"""
     fires: tuple[Example, ...]
-    """it fires here; held-out documents"""
+    """held-out windows in which it fires"""
     hard: tuple[Example, ...]
-    """it does not fire, though the same token stands there, or the other sign fires; held-out documents"""
+    """held-out windows in which it does not fire although the same token occurs or the other sign fires"""
     easy: tuple[Example, ...]
-    """it does not fire, drawn at random; held-out documents"""
+    """held-out windows in which it does not fire, drawn at random"""
 
     def __post_init__(self) -> None:
         explaining = {example.doc_id for example in (*self.shown, *self.silent)}
@@ -68,18 +72,18 @@ class Case:
 
     @property
     def problem(self) -> str:
-        """Why it cannot be scored; empty where it can."""
+        """The reason why labels cannot be scored on these windows; empty where they can."""
         n_silent = len(self.hard) + len(self.easy)
         if min(len(self.fires), n_silent) >= FEWEST:
             return ""
         return f"{len(self.fires)} firing and {n_silent} silent held-out windows, {FEWEST} of each are needed"
 
     def fires_at(self, example: Example) -> list[bool]:
-        """At which tokens of a window it fires with this sign."""
+        """For each token of a window, whether the feature fires with this sign."""
         return _hits(example, self.sign)
 
     def level(self, value: float) -> int:
-        """A code as a whole number: 1 to 10 by |z| beside the peak, 0 where this sign does not fire."""
+        """A code rounded to a whole number: 1 to 10 by |z| relative to the peak, 0 where this sign does not fire."""
         if value == 0 or value * self.sign < 0:
             return 0
         return int(min(LEVELS, max(1, np.ceil(LEVELS * abs(value) / self.peak))))
@@ -88,8 +92,14 @@ class Case:
 def build_case(
     store: FeatureStore, feature: int, sign: int, train: Bool[np.ndarray, "n_tokens"] | ChosenRuns, cfg: CaseConfig
 ) -> Case | None:
-    """The case of one side of a feature; `train` is `store.split(...)`, or `split_runs`. None where it does not fire in
-    training.
+    """The example windows of one side of a feature; None where it does not fire in training documents.
+
+    Args:
+        store: feature store that holds the codes and the text.
+        feature: number of the feature.
+        sign: 1 or -1 for codes of one sign, 0 for both.
+        train: rows of training documents, from `store.split(...)` or `split_runs`.
+        cfg: numbers and width of the windows.
     """
     learnt = examples(
         store, feature, rows=train, n_top=cfg.n_top, n_quantiles=cfg.n_quantiles, n_each=cfg.n_each,
@@ -115,7 +125,7 @@ def _hold_out(
     seen: set[tuple[str, ...]],
     cfg: CaseConfig,
 ) -> tuple[tuple[Example, ...], ...]:
-    """Firing windows, and as many verified silent ones, half of them hard where there are so many."""
+    """Held-out firing windows, and as many without firing, half of them hard if there are so many."""
     n, rng = cfg.n_scored * cfg.n_quantiles, np.random.default_rng((cfg.seed, feature, sign % 3))
     # Wider than a window on both sides: cut, so that the firing token may stand at any place.
     wide = {"before": cfg.width - 1, "after": cfg.width - 1, "seed": cfg.seed}
@@ -150,8 +160,10 @@ def _halves(width: int) -> dict[str, int]:
 
 
 def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> Marks:
-    """Rows with no firing of a sign in the window around them: drawing at random would rarely find any of a feature
-    that fires often. Rows are at least as near to each other as their places in the text.
+    """Rows with no firing of a sign in the window around them.
+
+    Random draws would rarely find any for a feature that fires often. Rows are at least as near to each other as their
+    positions in the text.
     """
     column, around = store.feature(feature), _halves(width)
     hits = column.indices[(column.values != 0) if sign == BOTH else (column.values * sign > 0)]
@@ -167,13 +179,13 @@ def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> Mar
 
 
 def _alike(store: FeatureStore, fires: Iterable[Example]) -> Marks:
-    """Rows of the tokens on which a feature fires."""
+    """Rows of all tokens on which a feature fires in the given windows."""
     ids = sorted({int(store.read_tokens(example.token, example.token + 1)[0]) for example in fires})
     return lambda start, stop: np.isin(store.read_tokens(start, stop), ids)
 
 
 def _pick(found: FeatureExamples, sign: int, name: str) -> list[Example]:
-    """The windows of the groups of a name and sign; all signs for 0."""
+    """The windows of the groups with a given name and sign; sign 0 takes all."""
     groups = [group for group in found.groups if group.name.startswith(name)]
     return [example for group in groups if _is_side(group.side, sign) for example in group.examples]
 
@@ -191,7 +203,7 @@ def _hits(example: Example, sign: int) -> list[bool]:
 
 
 def _unlike(found: Iterable[Example], seen: set[tuple[str, ...]] | None = None) -> list[Example]:
-    """Each window once, and none of those seen before."""
+    """Each different window once, without those seen before."""
     seen, kept = set(seen or ()), []
     for example in found:
         if example.words not in seen:
@@ -201,8 +213,10 @@ def _unlike(found: Iterable[Example], seen: set[tuple[str, ...]] | None = None) 
 
 
 def _crop(example: Example, width: int, rng: np.random.Generator) -> Example:
-    """`width` tokens around the center, which stands anywhere in their last three quarters: its place must not give it
-    away, and what stands before it is what it was made from.
+    """A window of `width` tokens around the center, which is placed at random in the last three quarters.
+
+    A random place gives nothing away, and most of the context stands before the token, where the code was computed
+    from.
     """
     first, last = max(0, example.center - width + 1), min(example.center - width // 4, len(example.words) - width)
     start = int(rng.integers(first, max(first, last) + 1))

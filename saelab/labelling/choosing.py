@@ -1,4 +1,4 @@
-"""The best rule of each unit in training documents: one predicate, two of them, or a list of one family."""
+"""Rule search: the predicate, pair or list of predicates with the highest F1 for each feature side."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,36 +14,47 @@ from saelab.labelling.predicates import Predicates
 
 Joined = Literal["", "and", "or"]
 FRACTIONS = np.array([0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9])
-"""Levels: shares of a unit's largest |z| in training documents."""
+"""Levels: thresholds as shares of a feature side's largest |z| in training documents."""
 HALF_COST = 0.0125
-"""F1 that a level must gain each time that it speaks of half as many firings, for it says less about the unit."""
+"""F1 that a level must gain for each halving of the firings it covers, because it describes less of the feature."""
 PAIR_COST, PART_COST = 0.01, 0.02
-"""F1 that a rule of several parts must gain over one, and each time that their number doubles."""
+"""F1 that a rule of several parts must gain over a single predicate, and for each doubling of its parts."""
 GIVEN = ("own", "concept", "document")
 FAVOUR = 0.01
-"""F1 by which what the caller gave is preferred to what was found in the text."""
+"""F1 by which the caller's own predicates are preferred to those found in the text."""
 MIN_SHARE = 0.01
-"""Share of a unit's firings that a level must keep."""
+"""Share of a feature side's firings that a level must keep."""
 N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 16
 PAIR_ROWS = 768
-"""Firings that pairs are chosen on, drawn from those of training documents."""
+"""Firings in training documents, drawn at random, on which pairs are selected."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Predicates by column, joined by "and" or "or"; it tells where a unit reaches a level."""
+    """Predicates joined by "and" or "or" that predict where a feature side reaches a level."""
 
     parts: tuple[int, ...]
+    """columns of the predicates"""
     joined: Joined
     level: int
     f1: float
-    """in training documents; of two parts, on the firings drawn"""
+    """F1 in training documents; of two parts, on the firings drawn"""
 
 
 def choose_rules(
     counts: Counts, units: Units, side: Side, predicates: Predicates, min_count: int, seed: int
 ) -> list[Rule | None]:
-    """For each unit the rule with the highest F1 after costs; None where it fires with no predicate often enough."""
+    """For each feature side the rule with the highest F1 after costs; None where no predicate holds on enough of its
+    firings.
+
+    Args:
+        counts: contingency counts of feature sides and predicates in training documents.
+        units: firings of each feature side, by level.
+        side: the training documents.
+        predicates: names and kinds of the predicates.
+        min_count: number of firings that a level needs.
+        seed: seed of the firings that pairs are selected on.
+    """
     favour = np.array([FAVOUR * (kind in GIVEN) for kind in predicates.kinds])
     cost = _cost(counts.fires, min_count)
     best, scores = _singles(counts, favour, min_count)
@@ -70,7 +81,7 @@ def choose_rules(
 
 
 def _cost(fires: Int[np.ndarray, "n_units n_levels"], min_count: int) -> Float[np.ndarray, "n_units n_levels"]:
-    """What each level costs, infinite where too few firings are left."""
+    """The cost of each level in F1; infinite where too few firings reach it."""
     enough = fires >= np.maximum(min_count, MIN_SHARE * fires[:, :1])
     return np.where(enough, HALF_COST * np.log2(np.maximum(fires[:, :1], 1) / np.maximum(fires, 1)), np.inf)
 
@@ -87,9 +98,9 @@ def _singles(
 def _lists(
     family: list[int], counts: Counts
 ) -> tuple[Int[np.ndarray, "n_units n_levels m"], np.ndarray, np.ndarray, np.ndarray] | None:
-    """The best list of members of a family that do not overlap: those of highest F1, the most precise ones first.
+    """The best list of mutually exclusive predicates of one family: those with the highest F1, the most precise first.
 
-    For each unit and level the members in order, how many of them to take, their F1 together and its score.
+    For each feature side and level: the members in order, how many of them to take, their joint F1 and its score.
     """
     if len(family) < 2:
         return None
@@ -117,7 +128,9 @@ def _of_list(
 def _candidates(
     scores: np.ndarray, both: np.ndarray, fires: np.ndarray, counts: Counts
 ) -> Int[np.ndarray, "n_units m"]:
-    """Predicates that pairs are made of: those of highest F1, and those that hold far more often than by chance."""
+    """Predicates that pairs are built from: those with the highest F1, and those that hold far more often than by
+    chance.
+    """
     expected = fires[:, None] * counts.holds / counts.n_tokens
     lift = (both - expected) / np.sqrt(expected + 1)
     width = scores.shape[1]
@@ -137,7 +150,7 @@ def _pairs(
     favour: np.ndarray,
     rng: np.random.Generator,
 ) -> list[tuple[float, Rule]]:
-    """The best conjunction and the best union of two, with their scores."""
+    """The best conjunction and the best union of two predicates, with their scores."""
     if len(rows) > PAIR_ROWS:
         rows = rows[rng.integers(len(rows), size=PAIR_ROWS)]
     if len(rows) == 0:  # all that were drawn are of held-out documents

@@ -1,4 +1,4 @@
-"""`Client`: whoever answers a prompt. Here: any OpenAI-compatible endpoint, and a language model loaded on the spot."""
+"""Language model clients: any OpenAI-compatible endpoint, or a model loaded locally."""
 
 import os
 import threading
@@ -11,24 +11,24 @@ from saelab.lm.models import Model
 from saelab.stores.names import find_secrets, hide_password, shareable
 
 Messages: TypeAlias = Sequence[Mapping[str, str]]
-"""A conversation: each with its "role", user or assistant, and its "content"."""
+"""A conversation: messages with "role" (user or assistant) and "content"."""
 
 HOPELESS = (401, 403, 404)
-"""Answers that no other prompt would change: the key, the rights, the model's name."""
+"""HTTP errors that no other prompt would avoid: wrong key, missing rights, unknown model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back for one prompt."""
+    """The response to one prompt, with its token counts."""
 
     text: str
     tokens_in: int = 0
-    """of the prompt, 0 where nobody counted"""
+    """tokens of the prompt; 0 where not counted"""
     tokens_out: int = 0
 
 
 class RetryLater(Exception):
-    """The same prompt may well be answered when it is sent again."""
+    """Raised for a temporary failure: the same prompt may succeed when it is sent again."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -37,34 +37,47 @@ class RetryLater(Exception):
 
 
 class NotAnswered(Exception):
-    """This prompt has no answer, and would have none if it were sent again; others may."""
+    """Raised for a permanent failure of one prompt, such as a refusal; other prompts may succeed."""
 
 
 class Waiting(NotAnswered):
-    """This prompt was not asked, or has no answer yet: another run may bring one."""
+    """Raised for a prompt that was not sent or has no response yet; a later run may succeed."""
 
 
 @runtime_checkable
 class Client(Protocol):
-    """Answers prompts. `complete` may be called from several threads at once."""
+    """Protocol for language model clients; `complete` may be called from several threads at once."""
 
     name: str
-    """the author of its labels"""
+    """author of the labels that the client gives"""
     settings: Mapping[str, Any]
-    """what beside the messages decides an answer: answers are kept under both"""
+    """settings that, besides the messages, determine a response; both are part of the cache key"""
 
     def complete(self, messages: Messages) -> Answer:
-        """The answer; RetryLater, NotAnswered or Waiting for this prompt alone, any other exception ends the run."""
+        """The response to a prompt.
+
+        Raises:
+            RetryLater, NotAnswered, Waiting: this prompt alone has no response.
+            Exception: any other error ends the run.
+        """
         ...
 
 
 class OpenAIClient:
-    """A model behind any OpenAI-compatible endpoint.
+    """Client for any OpenAI-compatible endpoint; needs `pip install 'saelab[llm]'`.
 
-    `base_url` is OpenAI's own by default; the key is read from the environment variable `key_from`, which a server of
-    one's own may do without, and is kept out of every message and file. `settings` go with each request; some models
-    want `max_completion_tokens` in the place of `max_tokens`, or no temperature. Needs `pip install 'saelab[llm]'`.
-    ValueError for a missing or refused key and for a model that the endpoint does not know.
+    The API key is kept out of every message and file.
+
+    Args:
+        model: the model's name at the endpoint.
+        base_url: address of the endpoint; None is OpenAI's own.
+        key_from: environment variable that holds the API key; a server of one's own may do without.
+        timeout: seconds to wait for a response.
+        settings: sent with each request; None is temperature 0 and at most 512 tokens. Some models take
+            `max_completion_tokens` instead of `max_tokens`, or no temperature.
+
+    Raises:
+        ValueError: the key is missing or refused, or the endpoint does not know the model.
     """
 
     def __init__(
@@ -93,11 +106,11 @@ class OpenAIClient:
         return f"OpenAIClient({self.name!r}, {self._place!r})"
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the client's connections."""
         self._openai.close()
 
     def complete(self, messages: Messages) -> Answer:
-        """One request, never repeated here."""
+        """The response to one request, which is never repeated here."""
         openai = _import_openai()
         try:
             given = self._openai.chat.completions.create(
@@ -125,7 +138,7 @@ class OpenAIClient:
         return NotAnswered(f"{status}: {said}")
 
     def _clean(self, text: str) -> str:
-        """Servers and connections repeat keys and addresses; nothing that is shown or written may."""
+        """The text without key and address: servers repeat them in errors, and neither may be shown or written."""
         for secret in filter(None, (self._key, *find_secrets(self.base_url or ""))):
             text = text.replace(secret, "***")
         return text[:300]
@@ -142,7 +155,7 @@ def _import_openai() -> Any:
 
 
 def _read_completion(given: Any) -> Answer:
-    """Text and usage of a completion; servers leave out what they like, and some answer with anything at all."""
+    """Text and token usage of a completion; servers leave fields out, and some respond with anything at all."""
     text = given.choices[0].message.content
     if not isinstance(text, str):
         raise ValueError("its content is no text")
@@ -169,7 +182,9 @@ def _read_wait(headers: Mapping[str, str]) -> float | None:
 
 
 class LocalClient:
-    """A causal language model on this machine, greedy; by its chat template where it has one, else as plain text.
+    """Client that runs a causal language model on this machine with greedy decoding.
+
+    The model's chat template is used where it has one, else plain text.
 
     >>> LocalClient(sl.tiny_model(), n_tokens=4).complete([{"role": "user", "content": "Hello"}]).tokens_out
     4
@@ -182,7 +197,7 @@ class LocalClient:
         self.settings: Mapping[str, Any] = {"model": self.name, "n_tokens": n_tokens, "local": True}
 
     def complete(self, messages: Messages) -> Answer:
-        """Generate until the model ends its answer, or up to `n_tokens`."""
+        """The text generated until the model ends it, at most `n_tokens` tokens."""
         with self._lock:
             try:
                 text, tokens_in, tokens_out = answer(self._model, messages, self._n_tokens)

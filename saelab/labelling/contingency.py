@@ -1,4 +1,4 @@
-"""Counts of features against predicates: all of them by sparse products, single tokens by packed bits."""
+"""Contingency counts of features and predicates: by sparse products for all, by packed bits for chosen tokens."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,33 +16,33 @@ if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
 BLOCK_ENTRIES = 4_000_000
-"""Codes held at once, where one feature alone has not more."""
+"""Codes held at once, unless one feature alone has more."""
 BLOCK_FEATURES = 4096
 PACKED_ROWS = 65536
 
 
 @dataclass(frozen=True, eq=False)
 class PackedBits:
-    """The rows of a boolean matrix, eight columns a byte: reading chosen columns at chosen rows is quick."""
+    """A boolean matrix packed to eight columns per byte, for fast reads of chosen rows and columns."""
 
     bits: np.ndarray
 
     @classmethod
     def pack(cls, matrix: "csr_matrix") -> "PackedBits":
-        """All rows, a block at a time."""
+        """The packed form of a sparse matrix, computed a block of rows at a time."""
         bits = np.empty((matrix.shape[0], -(-matrix.shape[1] // 8)), np.uint8)
         for a in range(0, len(bits), PACKED_ROWS):
             bits[a : a + PACKED_ROWS] = np.packbits(matrix[a : a + PACKED_ROWS].toarray() != 0, axis=1)
         return cls(bits)
 
     def at(self, rows: Integer[np.ndarray, "n"], columns: Integer[np.ndarray, "m"]) -> Bool[np.ndarray, "n m"]:
-        """Whether predicates hold at rows."""
+        """Whether predicates hold at tokens, for chosen rows and columns."""
         masks = (128 >> (columns & 7)).astype(np.uint8)
         return (self.bits[rows][:, columns >> 3] & masks) != 0
 
 
 def feature_blocks(store: FeatureStore) -> Iterator[tuple[int, int]]:
-    """First and end of runs of features with not too many codes together."""
+    """Ranges of features, as first and end, that together have few enough codes to hold."""
     ends = np.cumsum(store.statistics.fires.sum(1))
     start = 0
     while start < store.d_sae:
@@ -55,20 +55,22 @@ def feature_blocks(store: FeatureStore) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The codes of some features by unit: unit 2 j + side is one sign of feature j, side 1 the negative one.
+    """The firings of a block of features by side and level.
 
-    A level is a threshold as a share of the unit's largest |z| in training documents.
+    Side 2 j holds the positive codes of feature j, side 2 j + 1 its negative ones. A level is a threshold as a share of
+    the side's largest |z| in training documents.
     """
 
     rows: Int32[np.ndarray, "nnz"]
-    """tokens of the store: unit by unit, the highest level first"""
+    """tokens of the store: side by side, within each the highest level first"""
     ends: Int[np.ndarray, "n_units n_levels"]
     """where the codes that reach each level end in `rows`"""
     peaks: Float[np.ndarray, "n_units"]
+    """largest |z| of each side in training documents"""
 
     @classmethod
     def sort(cls, columns: "csc_matrix", is_train: Bool[np.ndarray, "n_tokens"], fractions: np.ndarray) -> "Units":
-        """Order the codes of a block of features by sign and level."""
+        """The codes of a block of features, ordered by sign and level."""
         n_units, n_levels = 2 * columns.shape[1], len(fractions)
         sides = np.repeat(np.arange(0, n_units, 2, dtype=np.uint16), np.diff(columns.indptr))
         sides += columns.data < 0
@@ -87,13 +89,13 @@ class Units:
         return len(self.ends)
 
     def of(self, unit: int, level: int) -> Int32[np.ndarray, "n"]:
-        """The tokens on which a unit reaches a level."""
+        """The tokens on which a feature side reaches a level."""
         start = self.ends[unit - 1, 0] if unit else 0
         return self.rows[start : self.ends[unit, level]]
 
 
 def _largest(sizes: np.ndarray, columns: "csc_matrix") -> np.ndarray:
-    """Of each feature's positive and negative codes."""
+    """Largest |z| of each feature's positive and negative codes."""
     found = np.zeros((columns.shape[1], 2))
     full = np.flatnonzero(np.diff(columns.indptr))
     if len(full):
@@ -104,7 +106,7 @@ def _largest(sizes: np.ndarray, columns: "csc_matrix") -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """How often units and predicates hold in some documents, and both at once."""
+    """Numbers of tokens on which feature sides fire, predicates hold, and both at once."""
 
     both: Int[np.ndarray, "n_units n_levels n_predicates"]
     fires: Int[np.ndarray, "n_units n_levels"]
@@ -113,12 +115,12 @@ class Counts:
 
     @cached_property
     def f1(self) -> Float[np.ndarray, "n_units n_levels n_predicates"]:
-        """2 both / (fires + holds)."""
+        """F1 of each predicate for each feature side and level: 2 both / (fires + holds)."""
         return 2 * self.both / np.maximum(self.fires[:, :, None] + self.holds, 1)
 
 
 class Side:
-    """The predicates in the training documents, or in the others; tokens are counted within the side."""
+    """Predicates restricted to the training documents, or to the held-out ones; tokens are numbered within these."""
 
     def __init__(self, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> None:
         self.chosen, self.rows = chosen, np.flatnonzero(chosen).astype(np.int32)
@@ -128,17 +130,17 @@ class Side:
 
     @property
     def n_tokens(self) -> int:
-        """Of this side."""
+        """Number of tokens on this side of the split."""
         return len(self.rows)
 
     @cached_property
     def pairs(self) -> Int[np.ndarray, "n_predicates n_predicates"]:
-        """Tokens on which two predicates hold."""
+        """Number of tokens on which each two predicates hold together."""
         return (self._by_predicate.T @ self.matrix).toarray().astype(np.int64)
 
     @cached_property
     def bits(self) -> PackedBits:
-        """The same as bits, by token."""
+        """The predicates as packed bits, by token."""
         return PackedBits.pack(self.matrix)
 
     @cached_property
@@ -146,12 +148,12 @@ class Side:
         return self.matrix.tocsc()
 
     def here(self, rows: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "m"]:
-        """Which of some tokens of the store are on this side, as places in it, ascending."""
+        """Those of some tokens of the store that are on this side, as ascending positions in it."""
         places = self.places[rows]
         return np.sort(places[places >= 0])
 
     def mark(self, columns: Sequence[int], joined: str = "") -> Bool[np.ndarray, "n"]:
-        """The tokens of which all ("and") or any of some predicates hold."""
+        """The tokens on which all ("and") or any of some predicates hold."""
         by_predicate, found = self._by_predicate, np.zeros(self.n_tokens, bool)
         lists = [by_predicate.indices[slice(*by_predicate.indptr[j : j + 2])] for j in columns]
         found[lists[0]] = True
@@ -165,7 +167,9 @@ class Side:
         return found
 
     def count(self, units: Units) -> Counts:
-        """All contingencies of a block by one sparse product: each code counts once, at the level it reaches."""
+        """All contingency counts of a block of features, by one sparse product that counts each code at the level it
+        reaches.
+        """
         places = self.places[units.rows]
         here = places >= 0
         ends = units.ends[:, ::-1].ravel()
@@ -177,5 +181,5 @@ class Side:
 
 
 def _from_above(counts: np.ndarray) -> np.ndarray:
-    """Sums over a level and those above it, lowest first, from counts with the highest first."""
+    """Cumulative sums over each level and those above, lowest level first, from counts with the highest first."""
     return np.cumsum(counts, axis=1, dtype=np.int64)[:, ::-1]

@@ -1,4 +1,4 @@
-"""Features as Neuronpedia shows them: the numbers of one dashboard, from a store, its SAE and its model."""
+"""Feature dashboards with the fields of SAEDashboard and Neuronpedia, from a store, its SAE and its model."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from saelab.stores.features import FeatureStore
 
 N_TOP, N_EACH, N_QUANTILES, N_BINS, N_ROWS, N_LOGITS = 20, 5, 10, 50, 3, 10
 TOP = -1
-"""what stands for the bounds of the strongest examples"""
+"""value of the bounds of the top examples"""
 BLOCK = 64
 
 
 @dataclass(frozen=True, eq=False)
 class Dashboards:
-    """What dashboards are made from; without `sae` and `model` some of their parts stay empty."""
+    """Inputs of feature dashboards; without `sae` and `model` some fields stay empty."""
 
     store: FeatureStore
     sae: SAE | None
@@ -36,7 +36,7 @@ class Dashboards:
 
     @classmethod
     def open(cls, store: FeatureStore, sae: SAE | None, model: "Model | None") -> "Dashboards":
-        """Measures which features go together, over all of them."""
+        """The inputs, with the correlations of all features measured."""
         if sae is not None:
             require_harvested(store, sae)
         if model is not None:
@@ -44,7 +44,7 @@ class Dashboards:
         return cls(store, sae, model, neighbours(store, m=N_ROWS))
 
     def make(self, features: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The dashboard of each feature, by the names that SAEDashboard writes."""
+        """The dashboard of each feature, with SAEDashboard's field names."""
         for start in range(0, len(features), BLOCK):
             part = list(features[start : start + BLOCK])
             lens = (
@@ -92,7 +92,7 @@ class Dashboards:
         }
 
     def _align(self, j: int) -> dict[str, Any]:
-        """The neurons that the feature's direction lies along most, and their share of its L1 norm."""
+        """The neurons with the largest components of the feature's direction, and their shares of its L1 norm."""
         if self.sae is None:
             return {f"neuron_alignment_{name}": [] for name in ("indices", "values", "l1")}
         row = self.sae.directions()[j].float().cpu()
@@ -119,7 +119,7 @@ def _histogram(values: Float[np.ndarray, "n"]) -> tuple[list[int], list[float]]:
 
 
 def _describe(group: ExampleGroup, n_tokens: int) -> Iterator[dict[str, Any]]:
-    """The windows of a group. Bounds are codes with their sign: those of negative firings are below 0."""
+    """The windows of a group; bounds are codes with their sign, below 0 for negative firings."""
     low, high = (group.low, group.high) if group.side > 0 else (-group.high, -group.low)
     share = group.n_firings / n_tokens
     bounds = (TOP, TOP, TOP) if group.name == "top" and group.side > 0 else (low, high, share)

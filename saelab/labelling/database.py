@@ -1,8 +1,8 @@
-"""The file of a label book: an SQLite database opened, checked and locked, whose errors say what to do.
+"""Connections to the SQLite file of labels: opening, checks, locks, and SQLite's errors with advice.
 
 Nothing is written to a file that is damaged, of another kind or of another version. Every change is one transaction
-that waits for those of other processes; the journal is SQLite's own, so that one file holds everything at rest and
-can be read where nothing may be written.
+that waits for those of other processes; the journal is SQLite's own, so that one file holds everything at rest and can
+be read where nothing may be written.
 """
 
 import errno
@@ -40,10 +40,11 @@ PRAGMA user_version = {SCHEMA_VERSION};
 
 
 def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection | None:
-    """A connection to an intact book of this version; None where there is no book yet, unless one is to be created.
+    """A connection to an intact label file of this version; None where there is none yet, unless `create` is set.
 
-    Raises ValueError for a damaged file, another kind of file and another schema version, TimeoutError where another
-    process keeps it locked for `timeout` seconds.
+    Raises:
+        ValueError: the file is damaged, of another kind or of another schema version.
+        TimeoutError: another process keeps it locked for `timeout` seconds.
     """
     if not create and not path.exists():
         return None
@@ -66,7 +67,7 @@ def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection | No
 
 @contextmanager
 def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All of the block's changes or, after an exception, none; other processes wait until it ends."""
+    """Context manager: all changes of the block, or none after an exception; other processes wait until it ends."""
     db.execute("BEGIN IMMEDIATE")
     try:
         yield
@@ -79,7 +80,7 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """SQLite's errors in the block as TimeoutError (locked), OSError (may not be written, full) or ValueError."""
+    """Context manager that turns SQLite's errors into TimeoutError (locked), OSError (no access) or ValueError."""
     try:
         yield
     except sqlite3.DatabaseError as error:
@@ -98,7 +99,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _check(db: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file is a book; False where it is empty. In one transaction: nobody writes meanwhile."""
+    """Whether the file is a label database; False where it is empty. One transaction, so nobody writes meanwhile."""
     db.execute("BEGIN")
     (n_tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
     size = path.stat().st_size
@@ -124,7 +125,7 @@ def _check(db: sqlite3.Connection, path: Path) -> bool:
 
 
 def tell_damage(path: Path, found: str) -> str:
-    """What to say of a damaged file."""
+    """The error message for a damaged file."""
     reason = " ".join(found.split())
     return (
         f"{path} must be an intact book of labels, got a damaged file ({reason}). It is left as it is: put a copy in "
@@ -133,7 +134,7 @@ def tell_damage(path: Path, found: str) -> str:
 
 
 def _found(db: sqlite3.Connection) -> None:
-    """Make the tables, unless another process has just done so."""
+    """Create the tables, unless another process has just done so."""
     with transaction(db):
         if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             for statement in SCHEMA.split(";"):

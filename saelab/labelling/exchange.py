@@ -1,4 +1,4 @@
-"""`Exchange`: prompts to a file here, answers from a file later, so that no key is needed where the data is."""
+"""Offline language model client: prompts are exported to a file and responses read from one."""
 
 import json
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from saelab.stores.results import Result
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeReport(Result):
-    """How prompts and answers go together."""
+    """Numbers of exported prompts with, without and with unmatched responses."""
 
     n_prompts: int
     """prompts of the run"""
     n_answered: int
     missing: tuple[str, ...]
-    """ids of prompts without an answer: `Exchange.export` writes them"""
+    """ids of prompts without a response, which `Exchange.export` writes"""
     unknown: tuple[str, ...]
-    """ids of answers that no prompt has: of another store, other settings, or edited"""
+    """ids of responses that match no prompt: of another store, other settings, or edited"""
     duplicated: tuple[str, ...]
-    """ids that came twice with the same answer; with two answers the file is refused"""
+    """ids that occur twice with the same response; a file with two different ones is refused"""
 
     def __str__(self) -> str:
         lines = [f"{self.n_answered:,} of {self.n_prompts:,} prompts answered"]
@@ -35,10 +35,10 @@ class ExchangeReport(Result):
 
 
 class Exchange:
-    """A client that looks answers up in a file, and notes the prompts that have none.
+    """Client that reads responses from a file and collects the prompts that have none; it needs no API key.
 
-    The file has lines `{"id": ..., "answer": ...}`, the ids those of `export`. `name` is the author of the labels; it
-    does not change the ids. ValueError for a line that is not such a line, and for an id with two different answers.
+    The file has lines `{"id": ..., "answer": ...}` with the ids of `export`. `name` is the author of the labels; it
+    does not change the ids. ValueError for a line in another form, and for an id with two different responses.
     """
 
     settings: Mapping[str, Any] = {"exchange": 1}
@@ -53,7 +53,7 @@ class Exchange:
             self._read(Path(answers))
 
     def complete(self, messages: Messages) -> Answer:
-        """The answer in the file; Waiting where there is none yet."""
+        """The response in the file; Waiting where there is none yet."""
         key = make_key(self.settings, messages)
         self._asked[key] = messages
         if key not in self._answers:
@@ -61,13 +61,13 @@ class Exchange:
         return Answer(text=self._answers[key])
 
     def note(self, messages: Messages) -> None:
-        """A prompt that an earlier run has the answer of."""
+        """Record a prompt whose response an earlier run already cached."""
         key = make_key(self.settings, messages)
         self._asked[key] = messages
         self._known.add(key)
 
     def export(self, path: str | Path) -> int:
-        """Write the prompts that have no answer as lines `{"id": ..., "messages": [...]}`; returns how many."""
+        """Write the prompts without a response as lines `{"id": ..., "messages": [...]}`; returns how many."""
         waiting = self._missing()
         lines = [
             json.dumps({"id": key, "messages": [dict(message) for message in self._asked[key]]}) for key in waiting
@@ -79,7 +79,7 @@ class Exchange:
         return [key for key in self._asked if key not in self._answers and key not in self._known]
 
     def report(self) -> ExchangeReport:
-        """What is missing, unknown and duplicated, of the prompts that came by so far."""
+        """Missing, unknown and duplicated responses, for the prompts seen so far."""
         missing = self._missing()
         return ExchangeReport(
             n_prompts=len(self._asked),

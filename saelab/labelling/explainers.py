@@ -1,4 +1,4 @@
-"""`Explainer`: whoever names what a feature fires on; `LLMExplainer` asks a language model."""
+"""Explainers: objects that label features from example windows, here with a language model."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -11,18 +11,18 @@ from saelab.labelling.questions import Question, Reply
 
 @runtime_checkable
 class Explainer(Protocol):
-    """Names cases by their training windows, `shown` and `silent`."""
+    """Protocol for explainers, which label features by their training windows `shown` and `silent`."""
 
     name: str
-    """the author of its labels"""
+    """author of the labels that the explainer gives"""
 
     def explain(self, cases: Sequence[Case]) -> list[Reply[str]]:
-        """A label for each case, the empty text where nothing fits, or why there is none."""
+        """A label for each case, an empty text where no label fits, or the reason why there is none."""
         ...
 
 
 class LLMExplainer:
-    """Shows a language model the windows, firing tokens marked, and asks for a phrase."""
+    """Explainer that shows a language model the windows with firing tokens marked, and requests a short phrase."""
 
     def __init__(self, asker: Asker) -> None:
         self.asker, self.name = asker, asker.client.name
@@ -32,7 +32,7 @@ class LLMExplainer:
         return [Question(messages=explaining_prompt(case), read=_read, tokens_out=25) for case in cases]
 
     def explain(self, cases: Sequence[Case]) -> list[Reply[str]]:
-        """Ask about all cases at once."""
+        """A label for each case, requested for all cases at once."""
         return self.asker.ask(self.questions(cases), "explain")
 
 

@@ -1,4 +1,4 @@
-"""`explain_features` and `score_labels`: names for many features by a language model, and how good they are."""
+"""Automated interpretability: labels for many features from a language model, and scores of labels on held-out text."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,40 +22,41 @@ from saelab.stores.features import FeatureStore
 from saelab.stores.results import Result
 
 BLOCK = 64
-"""Features whose windows are held at a time."""
+"""Number of features whose windows are held at a time."""
 ANSWERS = "answers.jsonl"
 TYPICAL = " ".join(["something"] * N_WORDS)  # stands for labels that are not known yet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unlabelled(Result):
-    """A feature, or one of its signs, that has no label, or lacks a score."""
+    """A feature, or one of its signs, that has no label or lacks a score, and why."""
 
     feature: int
     sign: int
     stage: str
-    """explain, the scorer's name, windows where there are none to show, asking where the budget was used up"""
+    """step that failed: explain, the scorer's name, windows where there are none to show, asking where the budget was
+    used up"""
     problem: str
     is_waiting: bool
-    """another run may bring it: it was not asked, or has no answer yet"""
+    """not requested or not answered yet; a later run may fill it in"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labelling(Result):
-    """What a run brought: labels, what is missing and why, and what was asked."""
+    """Labels and scores from one run, what is missing and why, and the requests made."""
 
     labels: tuple[Label, ...]
     missing: tuple[Unlabelled, ...]
     usage: Usage
     n_sides: int = 0
-    """features, or signs of them, that were to be labelled"""
+    """number of features, or signs of them, that were to be labelled"""
     untrained: dict[str, float] | None = None
-    """of an untrained dictionary on the same tokens: the share of sides with a name, and the mean of each score; None
+    """for an untrained dictionary on the same tokens, the share of sides with a label and the mean of each score; None
     where none was labelled"""
 
     @property
     def n_waiting(self) -> int:
-        """How much of what is missing another run may bring."""
+        """Number of missing labels and scores that a later run may fill in."""
         return sum(entry.is_waiting for entry in self.missing)
 
     def __str__(self) -> str:
@@ -92,16 +93,29 @@ def explain_features(
     cases: CaseConfig | None = None,
     progress: bool = True,
 ) -> Labelling:
-    """Name features by a language model, one label for each sign, and score the labels on other documents.
+    """Labels for features from a language model, one per sign, scored on other documents than they were made from.
 
-    `explainer` is a client, which scores too, or an `Explainer` of one's own beside scorers that are objects. All
-    features that fire by default; sign 0 stands for both at once. Every answer is kept in `answers`, the file
-    answers.jsonl in the store's folder by default: made again, a call asks only what has no answer yet. What cannot be
-    answered is in `missing` with the reason. Raises as `Asker.ask` does, ValueError for features that do not exist.
+    Every response is cached, so a repeated call requests only what has none yet. What has no label or score is in
+    `missing`, with the reason.
 
-    `untrained` is a store of the same tokens by an untrained dictionary (`sl.harvest_untrained`), whose features of the
-    same numbers are named and scored likewise, for as much again: the means of its scores stand beside.
-    `cases` says how many windows are shown, `asking` how many requests go out at once, prices and budget.
+    Args:
+        store: feature store that holds codes and text.
+        explainer: a client, which explains and scores, or an `Explainer`; with the latter, scorers must be objects.
+        features: numbers of the features; None takes all that fire.
+        signs: signs to label separately, 1 and -1; 0 stands for both together.
+        scorers: names among "detection", "fuzzing", "contrast" and "simulation", which use the client, or `Scorer`
+            objects.
+        untrained: store of the same tokens by an untrained dictionary (`sl.harvest_untrained`), whose features of the
+            same numbers are labelled and scored likewise, at the same cost again; the means of its scores are in the
+            result.
+        answers: file of cached responses; None is answers.jsonl in the store's folder.
+        asking: number of parallel requests, retries, prices and budget.
+        cases: number and width of the example windows.
+        progress: whether to show progress bars.
+
+    Raises:
+        ValueError: a feature does not exist, or `untrained` is not of the same tokens.
+        KeyboardInterrupt, ConnectionError: as in `Asker.ask`.
     """
     if untrained is not None:
         require_same_tokens(store, untrained)
@@ -142,10 +156,20 @@ def score_labels(
     cases: CaseConfig | None = None,
     progress: bool = True,
 ) -> Labelling:
-    """Score labels, whoever gave them, on documents that `explain_features` does not show; all of them come back.
+    """Labels, whoever gave them, with scores on documents that `explain_features` does not show; all are returned.
 
-    A scorer is "detection", "fuzzing", "contrast" or "simulation", which ask the client, or an object. Options are
-    those of `explain_features`; scores of the same name are replaced.
+    Scores of the same name are replaced.
+
+    Args:
+        store: feature store that holds codes and text.
+        client: language model client; None where all scorers are objects.
+        labels: labels to score.
+        scorers: names among "detection", "fuzzing", "contrast" and "simulation", which use the client, or `Scorer`
+            objects.
+        answers: file of cached responses; None is answers.jsonl in the store's folder.
+        asking: number of parallel requests, retries, prices and budget.
+        cases: number and width of the example windows.
+        progress: whether to show progress bars.
     """
     plan = _Plan.make(store, client, scorers, answers, asking, cases, progress)
     found = _Found()
@@ -173,7 +197,20 @@ def estimate_labels(
     asking: AskConfig | None = None,
     cases: CaseConfig | None = None,
 ) -> Estimate:
-    """What `explain_features` would ask with these arguments, about; from a sample where there are many features."""
+    """Approximate number of requests, tokens, cost and time of `explain_features` with the same arguments.
+
+    For many features the estimate is extrapolated from a sample.
+
+    Args:
+        store: feature store that holds codes and text.
+        client: language model client; it is not called.
+        features: numbers of the features; None takes all that fire.
+        signs: signs to label separately, 1 and -1; 0 stands for both together.
+        scorers: names among "detection", "fuzzing", "contrast" and "simulation".
+        answers: file of cached responses, which cost nothing; None is answers.jsonl in the store's folder.
+        asking: number of parallel requests, retries, prices and budget.
+        cases: number and width of the example windows.
+    """
     plan = _Plan.make(store, client, scorers, answers, asking, cases, False)
     assert plan.asker is not None
     sides = _sides(store, features, signs)
@@ -190,25 +227,25 @@ def estimate_labels(
 
 
 class _Found:
-    """What a run has brought so far."""
+    """Labels and missing items of a run so far."""
 
     def __init__(self) -> None:
         self.labels: list[Label] = []
         self.missing: list[Unlabelled] = []
 
     def miss(self, feature: int, sign: int, stage: str, reply: Reply[Any]) -> None:
-        """Note what is missing, and why."""
+        """Record what is missing, and why."""
         entry = Unlabelled(feature=feature, sign=sign, stage=stage, problem=reply.problem, is_waiting=reply.is_waiting)
         self.missing.append(entry)
 
     def result(self, usage: Usage) -> Labelling:
-        """All of it."""
+        """The result of the run."""
         return Labelling(labels=tuple(self.labels), missing=tuple(self.missing), usage=usage)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Who explains and scores, and on which windows."""
+    """Explainer, scorers and windows of a run."""
 
     store: FeatureStore
     train: ChosenRuns
@@ -239,11 +276,11 @@ class _Plan:
 
     @property
     def usage(self) -> Usage:
-        """What was asked so far."""
+        """Requests made so far."""
         return self.asker.usage if self.asker is not None else Usage()
 
     def blocks(self, sides: list[tuple[int, int]], found: _Found) -> Iterator[list[tuple[int, int]]]:
-        """A few sides at a time, until the budget is used up; what comes after is noted as waiting."""
+        """Blocks of sides, until the budget is used up; the remaining sides are recorded as waiting."""
         for start in range(0, len(sides), BLOCK):
             block = sides[start : start + BLOCK]
             if self.usage.stopped:
@@ -253,7 +290,7 @@ class _Plan:
                 yield block
 
     def build(self, sides: Sequence[tuple[int, int]], found: _Found) -> list[Case]:
-        """The windows of each side; those that do not fire in training documents are noted."""
+        """The windows of each side; sides that do not fire in training documents are recorded as missing."""
         built = []
         for feature, sign in sides:
             case = build_case(self.store, feature, sign, self.train, self.cases)
@@ -264,7 +301,7 @@ class _Plan:
         return built
 
     def label(self, case: Case, text: str) -> Label:
-        """The label that an explainer gave."""
+        """The label for a text that the explainer gave."""
         assert self.explainer is not None
         two_sided = case.sign == BOTH and len({value > 0 for e in case.shown for value in e.values if value}) == 2
         kind: Kind = "none" if not text else "two-sided" if two_sided else "input"
@@ -278,7 +315,7 @@ class _Plan:
         )  # fmt: skip
 
     def score(self, pairs: Sequence[tuple[Label, Case]], found: _Found) -> list[Label]:
-        """The labels with their scores; those without a text have none."""
+        """The labels with their scores; labels without a text have none."""
         labels = [label for label, _ in pairs]
         named = [i for i, (label, _) in enumerate(pairs) if label.text]
         for scorer in self.scorers:

@@ -1,4 +1,4 @@
-"""`export_store`: a feature store as other tools read it: delphi, SAEDashboard, Neuronpedia."""
+"""Export of a feature store to the file formats of delphi, SAEDashboard and Neuronpedia."""
 
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -33,15 +33,28 @@ def export_store(
     pad_id: int | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a store in somebody else's format; returns the folder that holds it.
+    """Write a feature store in another tool's format; returns the folder that holds it.
 
-    "delphi": the latent cache that delphi explains and scores, in `n_splits` files; `pad_id` fills short sequences up.
-    "saedashboard": `run_settings.json`, `skipped_indexes.json` and `batch-{i}.json`, as SAEDashboard writes them for
-    Neuronpedia. "neuronpedia": the files of its bulk import, with the store's chosen labels as explanations, under
-    `{model}/{layer}-{source_set}`. The last two are of `features` (default: all that fire); `sae` gives directions,
-    `model` beside it the logits they promote. What was not measured stays empty or null. Codes keep their sign.
+    What was not measured stays empty or null. Codes keep their sign.
 
-    Raises ValueError for another format, for features that do not exist, and for what `write_delphi` refuses.
+    Args:
+        store: feature store to export.
+        folder: folder to write to.
+        format: "delphi", the latent cache that delphi explains and scores; "saedashboard", `run_settings.json`,
+            `skipped_indexes.json` and `batch-{i}.json` as SAEDashboard writes them for Neuronpedia; "neuronpedia", the
+            files of its bulk import under `{model}/{layer}-{source_set}`, with the store's chosen labels as
+            explanations.
+        sae: the SAE of the store, for decoder directions; not used for delphi.
+        model: the language model, for promoted logits; needs `sae`, not used for delphi.
+        features: numbers of the features; None takes all that fire. Not used for delphi.
+        source_set: Neuronpedia's name of the set of SAEs.
+        creator: name of the records' creator, for "neuronpedia".
+        n_splits: number of files, for "delphi".
+        pad_id: token id that fills up short sequences, for "delphi".
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the format or a feature does not exist, or as in `write_delphi`.
     """
     if format not in get_args(StoreFormat):
         raise ValueError(f"`format` must be one of {list(get_args(StoreFormat))}, got '{format}'.")
@@ -66,7 +79,7 @@ def _show_progress(items: Iterator[dict[str, Any]], n: int, progress: bool) -> I
 def _write_batches(
     folder: Path, store: FeatureStore, source: Source, made: Iterator[dict[str, Any]], silent: list[int]
 ) -> Path:
-    """SAEDashboard's files for Neuronpedia."""
+    """Write the dashboards in SAEDashboard's files for Neuronpedia."""
     head = {"model_id": source.model, "layer": source.layer, "sae_set": source.set, "sae_id_suffix": None}
     with replace_folder(folder, last=SETTINGS, stale=(SETTINGS, SKIPPED, "batch-*.json")) as temp:
         for i, part in enumerate(in_files(made)):

@@ -1,4 +1,4 @@
-"""What predicates can say of tokens: a fixed list of conditions, and families filled from the text."""
+"""Predicates on tokens: a fixed list of conditions, and families of the most frequent tokens, words and affixes."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -14,13 +14,13 @@ SHARES = {
     "token": 0.3, "word": 0.15, "word end": 0.12, "bigram": 0.12, "previous token": 0.08, "next token": 0.05,
     "suffix": 0.08, "prefix": 0.04, "stem": 0.06,
 }  # fmt: skip
-"""of the predicates that are filled from the text"""
+"""share of each family among the predicates that are taken from the text"""
 DISJOINT = ("token", "word", "word end", "bigram", "previous token", "next token")
-"""Kinds of which no two hold of one token."""
+"""Families of which at most one member holds on each token."""
 
 
 def fixed(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
-    """Kind, name and tokens of the conditions that every text has."""
+    """Kind, name and tokens of each condition that does not depend on the text."""
     yield from _shapes(view)
     yield from _neighbours(view)
     yield from _sentences(view)
@@ -100,7 +100,7 @@ def _sentences(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
 
 
 def _first_words(view: TokenView) -> Marks:
-    """The tokens of each sentence's first word."""
+    """The tokens of the first word of each sentence."""
     words = np.cumsum(~view.goes_on)
     at_start = np.zeros(int(words[-1]) + 1, bool)
     at_start[words[view.starts_sentence]] = True
@@ -137,7 +137,7 @@ def _repetitions(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
 
 
 def one_of_each(view: TokenView, kind: str, n: int) -> tuple[list[str], Int[np.ndarray, "n"]]:
-    """Names of the `n` most frequent members of a family, and which of them holds at each token, -1 for none."""
+    """Names of the `n` most frequent members of a family, and the index of the one that holds on each token, or -1."""
     if kind == "token":
         keys, spell = view.token_ids, lambda i: f"the token {view.strings[i]!r}"
     elif kind == "previous token":
@@ -172,7 +172,14 @@ def _most_frequent(keys: np.ndarray, spell: Callable[[int], str], n: int) -> tup
 
 
 def affixes(view: TokenView, kind: str, n: int, part: Part = "all") -> Iterator[tuple[str, str, Marks]]:
-    """The `n` most frequent endings, beginnings or stems that several words share."""
+    """Kind, name and tokens of the `n` most frequent suffixes, prefixes or stems that several words share.
+
+    Args:
+        view: tokens of the text.
+        kind: "suffix", "prefix" or "stem".
+        n: largest number of predicates.
+        part: which tokens of a split word a predicate marks.
+    """
     uses = np.bincount(view.word_ids[view.ends_word], minlength=len(view.words))
     counts: Counter[str] = Counter()
     members: defaultdict[str, set[int]] = defaultdict(set)
@@ -190,7 +197,7 @@ def affixes(view: TokenView, kind: str, n: int, part: Part = "all") -> Iterator[
 
 
 def pieces(word: str, kind: str) -> list[str]:
-    """The endings, beginnings or the stem of a word, which leave two letters of it.
+    """The suffixes, prefixes or the stem of a word; each leaves at least two letters of it.
 
     >>> pieces("jumping", "suffix"), pieces("jumping", "stem")
     (['ng', 'ing', 'ping'], ['jump'])

@@ -1,4 +1,4 @@
-"""Which texts have the words of a query: by word stems, best first, where SQLite can; else by letters."""
+"""Text search over labels: by word stems (SQLite FTS5), ranked; otherwise by substrings."""
 
 import re
 import sqlite3
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def rank_texts(texts: Sequence[str], query: str, stems: bool = True) -> list[int]:
-    """Places of the texts that match, best first.
+    """Indices of the texts that match a query, best match first.
 
-    A text matches where it has every word of the query, as it stands, longer or in another form: "storm" finds
-    "storms" and "stormy". Where no text does, those that contain the query's words as letters do: "storm" finds
-    "snowstorm". The index lives in memory while it is asked, so a book reads the same in every build of SQLite; in
-    one without FTS5, or with `stems` off, letters alone decide. No query is an error: it holds words and no syntax.
+    A text matches if it has every word of the query, exactly, longer or in another form: "storm" finds "storms" and
+    "stormy". If no text matches, substrings are searched: "storm" finds "snowstorm". The index is built in memory for
+    each query, so label files are the same for every build of SQLite; in a build without FTS5, or with `stems` off,
+    only substrings are searched. No query is an error: it has words and no syntax.
 
     >>> rank_texts(["rainy days", "the train", "sun"], "rain")
     [0]
@@ -30,7 +30,7 @@ def has_stems() -> bool:
 
 
 def _rank_by_stems(texts: Sequence[str], words: Sequence[str]) -> list[int] | None:
-    """None where SQLite has no FTS5."""
+    """Indices of the texts that match by word stems; None where SQLite has no FTS5."""
     db = sqlite3.connect(":memory:")
     try:
         db.execute("CREATE VIRTUAL TABLE found USING fts5(text, content='', tokenize='porter unicode61')")

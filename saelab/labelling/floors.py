@@ -1,4 +1,4 @@
-"""What labels of an untrained dictionary are worth: the floor that stands beside those of a trained one."""
+"""Label scores of an untrained dictionary, as a baseline for those of a trained one."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from saelab.stores.features import FeatureStore
 
 
 def require_same_tokens(store: FeatureStore, untrained: FeatureStore) -> None:
-    """ValueError where an untrained dictionary's store is not of the tokens that it stands beside."""
+    """ValueError where an untrained dictionary's store is not of the same tokens as the trained one's."""
     if not np.array_equal(untrained.token_ids, store.token_ids):
         raise ValueError(
             f"`untrained` must be a store of the same {len(store)} tokens, got {len(untrained)} tokens, or others; "
@@ -18,7 +18,7 @@ def require_same_tokens(store: FeatureStore, untrained: FeatureStore) -> None:
 
 
 def average_scores(labels: Sequence[Label], n_sides: int) -> dict[str, float]:
-    """Share of sides with a name as `named`, and the mean of each score that has a chance level, over labels with it.
+    """The share of sides with a label as "named", and the mean of each score that has a chance level.
 
     >>> made = [Label(feature=i, text="x", author="me", scores={"a": i / 4, "a_chance": 0.5}) for i in (2, 3)]
     >>> average_scores(made, 4)
@@ -31,7 +31,7 @@ def average_scores(labels: Sequence[Label], n_sides: int) -> dict[str, float]:
 
 
 def tell_floor(trained: dict[str, float], untrained: dict[str, float] | None, chance: dict[str, float]) -> str:
-    """Means of both beside each other and beside chance, in a line.
+    """One line with the mean scores of trained and untrained dictionaries and the chance levels.
 
     >>> tell_floor({"named": 1.0, "a": 0.75}, {"named": 0.5, "a": 0.625}, {"a": 0.5})
     'sides named 100% (untrained 50%), mean a 0.75 (untrained 0.62, chance 0.5)'

@@ -1,6 +1,6 @@
-"""Labels as files that other programs read: JSON, CSV and Neuronpedia's explanation records.
+"""File formats of labels: JSON, CSV and Neuronpedia's explanation records.
 
-All three give back the same labels and choices, except that NaN and infinities are null, read back as NaN.
+All three preserve labels and choices, except that NaN and infinities are written as null and read as NaN.
 """
 
 import csv
@@ -24,23 +24,23 @@ SCHEMA_VERSION = 1
 PACKED = ("scores", "evidence", "provenance")
 COLUMNS = ("feature", "sign", "text", "kind", "author", "by_person", "chosen", "fixed", "time", *PACKED)
 FORMULA = re.compile("^'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
-"""cells that a spreadsheet would run, and those that look like one made harmless"""
+"""cells that a spreadsheet would run as a formula, and cells that look like an escaped one"""
 LONGEST_CELL = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A label as a book holds it."""
+    """A label with its state in the database."""
 
     label: Label
     chosen: bool = False
-    """whether it is the one to show"""
+    """whether it is the label to show"""
     fixed: bool = False
     """whether a person chose it"""
 
 
 def name_format(path: Path) -> Format:
-    """The format that a file's ending stands for; ValueError where it stands for none."""
+    """The file format of a path's ending; ValueError for an ending of none."""
     forms: dict[str, Format] = {".json": "json", ".csv": "csv", ".jsonl": "neuronpedia"}
     ending = next((suffix for suffix in reversed(path.suffixes) if suffix != ".gz"), "")
     if ending not in forms:
@@ -49,7 +49,14 @@ def name_format(path: Path) -> Format:
 
 
 def write_entries(entries: Sequence[Entry], form: Format, model_id: str = "", source_id: str = "") -> str:
-    """The text of a file; `model_id` and `source_id` are Neuronpedia's names of the model and of the dictionary."""
+    """The text of a label file.
+
+    Args:
+        entries: labels to write.
+        form: "json", "csv" or "neuronpedia".
+        model_id: Neuronpedia's name of the model; used for "neuronpedia" only.
+        source_id: Neuronpedia's name of the SAE; used for "neuronpedia" only.
+    """
     if form == "csv":
         return _write_csv(entries)
     if form == "neuronpedia":
@@ -60,10 +67,10 @@ def write_entries(entries: Sequence[Entry], form: Format, model_id: str = "", so
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """The labels of a file that `write_entries` wrote, of a table of features and texts, or of Neuronpedia's records.
+    """The labels of a file: one that `write_entries` wrote, a table of features and texts, or Neuronpedia's records.
 
-    What a file is shows in what it holds; it may be compressed by gzip. FileNotFoundError where there is none,
-    ValueError naming the file and the first record that is no label.
+    The format is recognized from the content, which may be compressed by gzip. FileNotFoundError where there is no
+    file, ValueError with the file and its first invalid record otherwise.
     """
     if not path.is_file():
         raise FileNotFoundError(f"`path` must be an existing file of labels, got {path}. Check its name.")
@@ -179,7 +186,7 @@ def _to_record(entry: Entry, model_id: str, source_id: str) -> dict[str, Any]:
 
 
 def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a label; one of somebody else is by its model and type, and says where it came from."""
+    """The fields of a label from a Neuronpedia record; another tool's model and type become its author."""
     fields = {"feature": record["index"], "text": record["description"], "time": record.get("createdAt") or ""}
     scores = record.get("scores") or []
     fields["scores"] = {str(score["explanationScoreTypeName"]): score["value"] for score in scores}

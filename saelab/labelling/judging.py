@@ -1,4 +1,4 @@
-"""What chosen rules are worth on held-out documents."""
+"""Tests of chosen rules on held-out documents."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,27 +13,30 @@ from saelab.labelling.views import TokenView
 from saelab.stores.features import FeatureStore
 
 N_BLOCKS = 64
-"""Blocks that are moved on their own, at least, where chance is measured."""
+"""Smallest number of blocks that are shifted independently when the null is measured."""
 PROMOTED_SHARE = 0.5
-"""Tokens count as promoted whose effect is this share of the largest."""
+"""A token counts as promoted if its effect is at least this share of the largest."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A rule against a unit on held-out tokens."""
+    """Result of one rule for one feature side on held-out tokens."""
 
     hits: int
-    """tokens on which the unit fires and the rule holds"""
+    """number of tokens on which the feature fires and the rule holds"""
     fires: int
+    """number of tokens on which the feature fires"""
     holds: int
+    """number of tokens on which the rule holds"""
     n_tokens: int
     auroc: float
+    """AUROC of the rule in windows around firings; 0.5 is chance"""
     spread: float
-    """how much wider than of independent tokens the hits spread by chance"""
+    """variance of the hits under the null, relative to independent tokens"""
 
     @property
     def precision(self) -> float:
-        """Share of the rule's tokens on which the unit fires; NaN where the rule holds of none."""
+        """Share of the rule's tokens on which the feature fires; NaN where the rule holds on none."""
         return self.hits / self.holds if self.holds else float("nan")
 
     @property
@@ -48,22 +51,22 @@ class Verdict:
 
     @property
     def f1_chance(self) -> float:
-        """F1 if the rule held as often, but on any tokens."""
+        """F1 of a rule that holds as often, independently of the feature."""
         return 2 * self.fires * self.holds / self.n_tokens / max(1, self.fires + self.holds)
 
     @property
     def skill(self) -> float:
-        """F1 above chance, as a share of what there is: 0 is chance, 1 is perfect."""
+        """(F1 - F1_chance) / (1 - F1_chance): 0 is chance, 1 is perfect."""
         return (self.f1 - self.f1_chance) / max(1e-12, 1 - self.f1_chance)
 
     @property
     def lift(self) -> float:
-        """Firing where the rule holds, over firing anywhere."""
+        """Firing rate where the rule holds, divided by the firing rate on all tokens."""
         return self.precision / (self.fires / self.n_tokens) if self.fires else float("nan")
 
 
 class Judge:
-    """Held-out documents, on which each chosen rule is tried once."""
+    """The held-out documents, on which each chosen rule is tested once."""
 
     def __init__(self, side: Side, doc_ids: np.ndarray, seed: int) -> None:
         self.side, self.doc_ids, self.seed = side, doc_ids[side.rows], seed
@@ -76,7 +79,14 @@ class Judge:
     def test(
         self, holds: Callable[[np.ndarray], np.ndarray], size: int, fires: Integer[np.ndarray, "n"], unit: int
     ) -> Verdict:
-        """One rule, which holds of `size` tokens, against the tokens of the side on which a unit fires."""
+        """The result of one rule for one feature side on the held-out tokens.
+
+        Args:
+            holds: function from token positions to whether the rule holds there.
+            size: number of held-out tokens on which the rule holds.
+            fires: positions at which the feature side fires.
+            unit: number of the feature side, which seeds the random draws.
+        """
         rng = np.random.default_rng((self.seed, unit))
         n, hits = self.side.n_tokens, int(np.count_nonzero(holds(fires)))
         auroc, spread = float("nan"), 1.0
@@ -90,7 +100,7 @@ class Judge:
 
 
 def q_values(verdicts: list[Verdict]) -> tuple[np.ndarray, np.ndarray]:
-    """p of each verdict, and the false discovery rate at which it counts among all of them."""
+    """The p value of each result, and its false discovery rate among all of them (Benjamini-Hochberg)."""
     if not verdicts:
         return np.empty(0), np.empty(0)
     columns = np.array([(v.hits, v.fires, v.holds, v.spread) for v in verdicts], float)
@@ -100,7 +110,7 @@ def q_values(verdicts: list[Verdict]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class NextTokens:
-    """The token after each of a store, against those that features promote."""
+    """Tokens that follow each token of a store, for rules on what a feature promotes."""
 
     def __init__(self, store: FeatureStore, lens: LogitLens, side: Side) -> None:
         view = TokenView(store.text)
@@ -112,7 +122,7 @@ class NextTokens:
             self._ids.setdefault(view.strings[i], []).append(i)
 
     def promoted(self, feature: int, sign: int) -> tuple[list[str], Int[np.ndarray, "n"]]:
-        """The tokens that a sign pushes most, and the ids among them that occur in the text."""
+        """The tokens that a sign of a feature promotes most, and the ids of those that occur in the text."""
         try:
             found = self.lens[feature]
         except KeyError:
@@ -123,7 +133,9 @@ class NextTokens:
         return words, np.array([i for word in words for i in self._ids.get(word, [])], np.int64)
 
     def follow(self, ids: Int[np.ndarray, "n"]) -> tuple[Callable[[np.ndarray], Bool[np.ndarray, "*n"]], int]:
-        """Whether one of these comes next after tokens of the side, and after how many of all it does."""
+        """Whether one of these tokens follows each given position, as a function, and the number of positions where it
+        does.
+        """
         table = np.zeros(len(self.counts) + 1, bool)
         table[ids] = True  # the last place is for tokens with none after them
         return lambda at: table[self.next_ids[at]], int(self.counts[ids].sum())

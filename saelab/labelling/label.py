@@ -1,4 +1,4 @@
-"""`Label`: a name for a feature, or for one of its signs, with who gave it and how far it can be trusted."""
+"""Label of a feature, or of one of its signs, with author, scores and provenance."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -7,14 +7,17 @@ from typing import Any, Literal, get_args
 from saelab.functional.feature_ids import read_feature
 
 Kind = Literal["input", "output", "position", "two-sided", "polysemantic", "none", "free"]
-"""input: what the feature fires on; output: what it promotes; position: where it fires; two-sided: an axis;
-polysemantic: several things; none: no good name was found; free: a text whose kind nobody told."""
+"""What a label describes.
+
+input: the tokens that the feature fires on; output: the tokens that it promotes; position: where it fires; two-sided:
+an axis; polysemantic: several things; none: no good name was found; free: kind not specified.
+"""
 BOTH = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
-    """One name of one feature.
+    """One label of one feature.
 
     >>> Label(feature=3, text="words for weather", author="me").sign
     0
@@ -22,19 +25,19 @@ class Label:
 
     feature: int
     sign: int = BOTH
-    """1 or -1: the codes of that sign; 0: the whole feature"""
+    """1 or -1 for the codes of that sign; 0 for the whole feature"""
     text: str
     kind: Kind = "free"
     author: str
-    """a rule set, a model, or a person"""
+    """name of a rule set, a model, or a person"""
     by_person: bool = False
-    """a person's choice is never overwritten by another author"""
+    """whether a person gave it; other authors never replace a person's choice"""
     scores: Mapping[str, float] = field(default_factory=dict)
-    """by name, on held-out documents; each beside its chance level as name + "_chance" where it has one"""
+    """scores on held-out documents by name, with the chance level as name + "_chance" where there is one"""
     evidence: Mapping[str, Any] = field(default_factory=dict)
-    """what the name rests on, ready for JSON"""
+    """data that the label is based on, ready for JSON"""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """the store, the split, the settings"""
+    """store, split and settings that the label was made with"""
     time: str = ""
     """ISO 8601, UTC; empty until it is stored"""
 
@@ -51,12 +54,12 @@ class Label:
             raise ValueError("`author` must say who gave the label, got an empty text.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field, ready for JSON."""
+        """All fields, ready for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Label":
-        """Build from `to_dict`'s output; ValueError on an unknown or missing field."""
+        """The label of `to_dict`'s output; ValueError for an unknown or missing field."""
         try:
             return cls(**data)
         except TypeError as error:

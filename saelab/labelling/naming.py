@@ -1,4 +1,4 @@
-"""Rules in words."""
+"""Names of rules in English."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ QUOTED = re.compile(r"'([^']+)'|\"([^\"]+)\"")
 
 
 def name_rule(names: Sequence[str], joined: str) -> str:
-    """A rule in words from the names of its predicates.
+    """A rule in English, from the names of its predicates.
 
     >>> name_rule(["the token ' cat'", "the token ' dog'"], "or"), name_rule(["numbers", "in a question"], "and")
     ("the token ' cat' or ' dog'", 'numbers and also in a question')
@@ -24,7 +24,7 @@ def name_rule(names: Sequence[str], joined: str) -> str:
 
 
 def _name_both(first: str, second: str) -> str:
-    """Of two things at once, in fewer words where one of them is a token."""
+    """The conjunction of two predicates in English, shortened where one of them is a token."""
     for token, other in ((first, second), (second, first)):
         if token.startswith(TOKEN) and " after " not in token:
             if other.startswith("after " + TOKEN):
@@ -35,7 +35,7 @@ def _name_both(first: str, second: str) -> str:
 
 
 def name_output(tokens: Sequence[str]) -> str:
-    """What a unit promotes, in words.
+    """The tokens that a feature promotes, in English.
 
     >>> name_output([" cat", " dog"])
     "says ' cat' or ' dog'"
@@ -44,7 +44,7 @@ def name_output(tokens: Sequence[str]) -> str:
 
 
 def alike(a: str, b: str) -> bool:
-    """Whether two names quote the same word but for case, space and ending.
+    """Whether two names quote the same word, ignoring case, spaces and endings.
 
     >>> alike("the token ' cat'", "the token ' Cats'"), alike("the token ' cat'", "the token ' dog'")
     (True, False)

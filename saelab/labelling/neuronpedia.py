@@ -1,4 +1,4 @@
-"""Neuronpedia's bulk import: a dictionary, its features and their examples as records of its database."""
+"""Neuronpedia's bulk import format: an SAE, its features and their examples as records of its database."""
 
 import gzip
 import hashlib
@@ -18,12 +18,12 @@ from saelab.stores.names import as_file_name, shareable
 
 PER_FILE = 128
 STRENGTH = 10.0
-"""what Neuronpedia steers with, over the largest code"""
+"""steering strength that Neuronpedia uses, as a multiple of the largest code"""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What Neuronpedia calls a dictionary: a place in a model, and the set that it is of."""
+    """Neuronpedia's identifier of an SAE: model, layer and set."""
 
     model: str
     layer: int
@@ -31,29 +31,29 @@ class Source:
 
     @classmethod
     def of(cls, store: FeatureStore, set: str) -> "Source":
-        """The source of a store; the layer of a place outside the blocks is 0."""
+        """The identifier of a store; the layer of a hook point outside the blocks is 0."""
         origin = store.provenance
         layer = re.match(r"blocks\.(\d+)\.", origin.hook_point)
         return cls(Path(origin.model).name, int(layer[1]) if layer else 0, set)
 
     @property
     def id(self) -> str:
-        """Such as 6-res."""
+        """Layer and set, such as 6-res."""
         return f"{self.layer}-{self.set}"
 
 
 @dataclass(frozen=True)
 class BulkImport:
-    """The records of one dictionary; what was not measured is null, or an empty list."""
+    """The records of one SAE; what was not measured is null, or an empty list."""
 
     boards: Dashboards
     source: Source
     creator: str
     now: str
-    """ISO 8601"""
+    """time of export, ISO 8601"""
 
     def write(self, folder: Path, made: Iterator[dict[str, Any]]) -> Path:
-        """Write the records of these dashboards, and the store's chosen labels; returns the dictionary's folder."""
+        """Write the records of these dashboards, and the store's chosen labels; returns the SAE's folder."""
         root = folder / as_file_name(self.source.model) / as_file_name(self.source.id)
         with replace_folder(root, last="source.jsonl", stale=("*.jsonl", "*/batch-*.jsonl.gz")) as temp:
             for name, head in self.heads().items():
@@ -70,7 +70,7 @@ class BulkImport:
         return root
 
     def heads(self) -> dict[str, dict[str, Any]]:
-        """The records above those of features, by their file's name."""
+        """The records of model, release, set and SAE, by file name."""
         store, source = self.boards.store, self.source
         origin, made = store.provenance, {"createdAt": self.now}
         nowhere = ("saelensConfig", "saelensRelease", "saelensSaeId", "hfRepoId", "hfFolderId")
@@ -101,7 +101,7 @@ class BulkImport:
         }
 
     def feature(self, one: dict[str, Any]) -> dict[str, Any]:
-        """A dashboard's numbers as a record."""
+        """The record of a feature, from its dashboard."""
         j, sae = one["feature_index"], self.boards.sae
         peak = float(self.boards.store.statistics.peaks[j].max())
         return {
@@ -123,7 +123,7 @@ class BulkImport:
         }
 
     def activation(self, j: int, n: int, window: dict[str, Any]) -> dict[str, Any]:
-        """The n-th window of a feature as a record."""
+        """The record of the n-th window of a feature."""
         values = window["values"]
         largest = max(range(len(values)), key=values.__getitem__)
         name = json.dumps([self.source.model, self.source.id, j, n, window["tokens"], values])
@@ -151,7 +151,7 @@ class BulkImport:
 
 
 def in_files(items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """The items, so many at a time as go into a file."""
+    """The items in groups, one for each file."""
     part: list[dict[str, Any]] = []
     for item in items:
         part.append(item)

@@ -1,4 +1,4 @@
-"""`make_predicates`: what can be said of the tokens of a store, as one sparse boolean matrix with names."""
+"""Predicates on the tokens of a store, as a sparse boolean matrix with one named column each."""
 
 import re
 import warnings
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 N_PREDICATES = 1000
 N_FIXED = 60
-"""Conditions that every text has, about; the rest of `size` is filled from the text."""
+"""Approximate number of conditions that do not depend on the text; the rest of `size` is taken from the text."""
 
 
 @dataclass(frozen=True)
 class Predicate:
-    """A condition of one's own: `holds` gives a boolean for each token of a view.
+    """A user-defined condition: `holds` returns a boolean for each token of a `TokenView`.
 
     >>> Predicate("three-letter words", lambda view: view.mark_words(lambda word: len(word) == 3)).kind
     'own'
@@ -36,27 +36,30 @@ class Predicate:
 
 
 def word_pattern(pattern: str, name: str | None = None, part: Part = "all") -> Predicate:
-    """The words that a regular expression matches as a whole; `part` says which of a split word's tokens it marks."""
+    """A predicate for words that a regular expression matches completely.
+
+    `part` chooses which tokens of a split word it marks.
+    """
     compiled = re.compile(pattern)
     return Predicate(name or f"words like /{pattern}/", lambda view: view.mark_words(compiled.fullmatch, part))
 
 
 def text_pattern(pattern: str, name: str | None = None) -> Predicate:
-    """The tokens touched by a match of a regular expression in the running text of a sequence."""
+    """A predicate for tokens that overlap a match of a regular expression in the running text of a sequence."""
     re.compile(pattern)
     return Predicate(name or f"text like /{pattern}/", lambda view: view.find(pattern))
 
 
 @dataclass(frozen=True, eq=False)
 class Predicates:
-    """Conditions on the tokens of a store: column j of `matrix` is true where `names[j]` holds."""
+    """Conditions on the tokens of a store: column j of `matrix` is true where the condition `names[j]` holds."""
 
     matrix: "csr_matrix"
     """(n_tokens, n_predicates), boolean"""
     names: tuple[str, ...]
     kinds: tuple[str, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """why, by the name of each condition that is not here"""
+    """reason for each condition that was left out, by name"""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -71,15 +74,15 @@ class Predicates:
         return {name: j for j, name in enumerate(self.names)}
 
     def column(self, name: str) -> Bool[np.ndarray, "n_tokens"]:
-        """The tokens of which a predicate holds; KeyError for one that is not here."""
+        """The tokens on which a predicate holds; KeyError where there is none of that name."""
         return self.matrix[:, [self.places[name]]].toarray().ravel()
 
     def family(self, kind: str) -> list[int]:
-        """The columns of a kind."""
+        """The columns of one kind."""
         return [j for j, mine in enumerate(self.kinds) if mine == kind]
 
     def without(self, *kinds: str) -> "Predicates":
-        """The same but for some kinds."""
+        """The predicates without some kinds."""
         kept = [j for j, kind in enumerate(self.kinds) if kind not in kinds]
         names, kinds = (tuple(listed[j] for j in kept) for listed in (self.names, self.kinds))
         return Predicates(self.matrix[:, kept], names, kinds, self.left_out)
@@ -94,18 +97,27 @@ def make_predicates(
     concepts: tuple[Any, Sequence[str]] | None = None,
     own: Sequence[Predicate] = (),
 ) -> Predicates:
-    """About `size` conditions on the tokens of a store, and those given: what rules are made of.
+    """About `size` conditions on the tokens of a store, and the caller's own, from which rules are built.
 
-    Some sixty are fixed: case, digits, punctuation, place in word, sentence, document and sequence, quotes, brackets,
-    repetition, neighbours. The others are the most frequent tokens, words, pairs of tokens, previous and next tokens,
-    suffixes, prefixes and stems of the text; `sizes` sets the number of one of these families ("token", "word", "word
-    end", "bigram", "previous token", "next token", "suffix", "prefix", "stem"). A predicate on words holds of all
-    tokens of a word; "word end" of the last token of words of several tokens, where the word is complete.
+    About sixty do not depend on the text: case, digits, punctuation, place in word, sentence, document and sequence,
+    quotes, brackets, repetition, neighbours. The others are the most frequent tokens, words, pairs of tokens, previous
+    and next tokens, suffixes, prefixes and stems of the text. A predicate on words holds on all tokens of a word; "word
+    end" holds on the last token of words of several tokens, where the word is complete.
 
-    `metadata` tells something of each document by its id; each value is a predicate. `concepts` is a sparse boolean
-    matrix with a row for each token of the store, and its columns' names. `own` are yours. Predicates that hold of
-    no token or of all, or have the name of another, are left out: `left_out` tells why, and a warning names those that
-    you gave. ValueError for a family that does not exist and for arrays of another length.
+    Predicates that hold on no token or on all, or have the name of another, are left out: `left_out` has the reasons,
+    and a warning names those that the caller gave.
+
+    Args:
+        store: feature store whose text is described.
+        size: approximate number of predicates.
+        sizes: number of predicates of single families: "token", "word", "word end", "bigram", "previous token", "next
+            token", "suffix", "prefix", "stem".
+        metadata: a value for each document id; each different value becomes a predicate.
+        concepts: sparse boolean matrix with one row per token of the store, and the names of its columns.
+        own: the caller's own conditions.
+
+    Raises:
+        ValueError: a family does not exist, or an array has another length than the store.
     """
     wanted = {kind: round(share * max(0, size - N_FIXED)) for kind, share in SHARES.items()} | dict(sizes or {})
     if unknown := set(wanted) - set(SHARES):
@@ -148,7 +160,7 @@ def _asked(predicate: Predicate, view: TokenView) -> np.ndarray:
 
 
 class _Parts:
-    """Columns as they come, for the rows of a store."""
+    """Columns collected for the rows of a store."""
 
     def __init__(self, store: FeatureStore) -> None:
         self.places, self.n_tokens = store.places, len(store)
@@ -158,18 +170,18 @@ class _Parts:
         self.kinds: list[str] = []
 
     def add(self, kind: str, name: str, marks: Bool[np.ndarray, "n"]) -> None:
-        """One condition, told of every token of the text."""
+        """Add one condition, given for every token of the text."""
         rows = np.flatnonzero(marks[self.places]).astype(np.int32)
         self._append(kind, [name], rows, np.zeros(len(rows), np.int32))
 
     def add_family(self, kind: str, names: Sequence[str], numbers: np.ndarray) -> None:
-        """Conditions of which at most one holds of each token: its number, or -1."""
+        """Add conditions of which at most one holds on each token, given as its number, or -1."""
         here = numbers[self.places]
         rows = np.flatnonzero(here >= 0)
         self._append(kind, names, rows.astype(np.int32), here[rows].astype(np.int32))
 
     def add_matrix(self, kind: str, matrix: Any, names: Sequence[str]) -> None:
-        """Columns that are there already."""
+        """Add columns that exist already."""
         from scipy.sparse import coo_matrix
 
         if matrix.shape != (self.n_tokens, len(names)):
@@ -187,7 +199,7 @@ class _Parts:
         self.kinds += [kind] * len(names)
 
     def join(self) -> Predicates:
-        """All that hold somewhere but not everywhere, each name once."""
+        """All conditions that hold on some but not all tokens, each name once."""
         from scipy.sparse import csr_matrix
 
         rows, columns = np.concatenate(self.rows), np.concatenate(self.columns)

@@ -1,4 +1,4 @@
-"""Our prompts, and how their answers are read. Text of the corpus stands in them as data and cannot leave its place."""
+"""Prompts for explaining and scoring features, and parsers of the responses; corpus text is quoted as inert data."""
 
 import json
 import re
@@ -12,11 +12,11 @@ from saelab.labelling.clients import Messages
 from saelab.labelling.label import BOTH
 
 N_WORDS = 12
-"""asked for"""
+"""words requested"""
 MOST_WORDS = 20
-"""accepted"""
+"""words accepted"""
 OPEN, CLOSE = "<*", "*>"
-"""around a token that fires; `quote` leaves no < or > in any text"""
+"""marks around a token that fires; `quote` leaves no < or > in any text"""
 INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 DOUBTFUL = re.compile(r"[<>\[\x7f]|[^\x00-\x7f]")
 
@@ -82,7 +82,7 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def explaining_prompt(case: Case) -> Messages:
-    """What one side of a feature fires on, from training documents."""
+    """The prompt that requests a label for one side of a feature, from its training windows."""
     parts = [ABOUT, EXPLAIN]
     if case.sign == BOTH and any(value < 0 for example in case.shown for value in example.values):
         parts.append(TWO_SIDED)
@@ -93,19 +93,19 @@ def explaining_prompt(case: Case) -> Messages:
 
 
 def detection_prompt(label: str, windows: Sequence[Example]) -> Messages:
-    """In which windows a unit of that label fires."""
+    """The prompt that asks in which windows a feature with this label fires."""
     lines = (f'{{"n": {i}, "text": {quote(window.text)}}}\n' for i, window in enumerate(windows, 1))
     return _say([ABOUT, _claim(label), DETECT, "".join(lines), FLAGS], n=len(windows))
 
 
 def fuzzing_prompt(label: str, windows: Sequence[tuple[Example, Sequence[bool]]]) -> Messages:
-    """In which windows the marked tokens are those on which a unit of that label fires."""
+    """The prompt that asks in which windows the marked tokens are those on which a feature with this label fires."""
     lines = (f'{{"n": {i}, "text": {_mark(*window)}}}\n' for i, window in enumerate(windows, 1))
     return _say([ABOUT, _claim(label), FUZZ, "".join(lines), FLAGS], n=len(windows))
 
 
 def contrast_prompt(label: str, pairs: Sequence[tuple[Example, Example]]) -> Messages:
-    """In which window of each pair a unit of that label fires."""
+    """The prompt that asks in which window of each pair a feature with this label fires."""
     lines = (
         f'{{"n": {i}, "first": {quote(first.text)}, "second": {quote(second.text)}}}\n'
         for i, (first, second) in enumerate(pairs, 1)
@@ -114,7 +114,7 @@ def contrast_prompt(label: str, pairs: Sequence[tuple[Example, Example]]) -> Mes
 
 
 def simulation_prompt(label: str, windows: Sequence[Example]) -> Messages:
-    """How strongly a unit of that label fires on each token; tokens are numbered through all windows."""
+    """The prompt that asks how strongly a feature with this label fires on each token, numbered through all windows."""
     lines, number = [], 0
     for window in windows:
         tokens = ", ".join(f"[{number + i}, {quote(word)}]" for i, word in enumerate(window.words))
@@ -128,7 +128,7 @@ def _claim(label: str) -> str:
 
 
 def _say(parts: Iterable[str], **numbers: int) -> Messages:
-    """One message; only our own sentences are formatted, and lines of data begin with a brace of their own."""
+    """One message; only the fixed sentences are formatted, as lines of data contain braces of their own."""
     filled = (part.format(**numbers) if numbers and part in (DETECT, FUZZ, FLAGS, CONTRAST, SIDES, STRENGTHS) else part
               for part in parts)  # fmt: skip
     return [{"role": "user", "content": "\n".join(filled)}]
@@ -151,7 +151,7 @@ def _mark(example: Example, marked: Sequence[bool]) -> str:
 
 
 def read_label(answer: str) -> str | None:
-    """The label of an answer, None where the model found none; ValueError for anything else.
+    """The label in a response, None where the model found none; ValueError for anything else.
 
     >>> read_label('Sure! {"label": "names of rivers"}')
     'names of rivers'
@@ -168,7 +168,7 @@ def read_label(answer: str) -> str | None:
 
 
 def read_flags(answer: str, n: int, allowed: Sequence[int]) -> list[int]:
-    """A list of `n` whole numbers, each an allowed one; ValueError for anything else."""
+    """The list of `n` whole numbers in a response, each among `allowed`; ValueError for anything else."""
     found = _last_json(answer, list)
     if len(found) != n or any(flag not in allowed for flag in found):
         raise ValueError(f"it must be a list of {n} numbers, each one of {list(allowed)}.")
@@ -176,7 +176,8 @@ def read_flags(answer: str, n: int, allowed: Sequence[int]) -> list[int]:
 
 
 def read_strengths(answer: str, n: int) -> list[float]:
-    """The strength of each of `n` tokens, 0 where it is not named; ValueError for anything else.
+    """The predicted strength of each of `n` tokens, 0 where the response does not name it; ValueError for anything
+    else.
 
     >>> read_strengths('{"1": 8}', 3)
     [0.0, 8.0, 0.0]
@@ -191,7 +192,7 @@ def read_strengths(answer: str, n: int) -> list[float]:
 
 
 def _last_json(answer: str, kind: type) -> Any:
-    """The last JSON value of a type in an answer: models think aloud first, and wrap what they say."""
+    """The last JSON value of a type in a response: models think aloud first, and wrap what they answer."""
     answer = answer.rpartition("</think>")[2][-20_000:]
     decoder, opening, found, start = json.JSONDecoder(), "{" if kind is dict else "[", None, 0
     while (start := answer.find(opening, start)) >= 0:

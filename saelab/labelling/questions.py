@@ -1,4 +1,4 @@
-"""What is asked of a client, how it is sent, and what that takes."""
+"""Requests to a language model, their settings, and their cost."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,55 +9,55 @@ from saelab.stores.results import Result
 
 T = TypeVar("T")
 BYTES_PER_TOKEN = 3.5
-"""of English with much JSON in it, about"""
+"""approximate value for English with much JSON in it"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question(Generic[T]):
-    """A prompt, and how its answer is read: `read` raises ValueError, saying what is wrong, where it cannot be."""
+    """A prompt with the parser of its response; `read` raises ValueError with the fault where it cannot be parsed."""
 
     messages: Messages
     read: Callable[[str], T]
     tokens_out: int = 40
-    """of an answer, about"""
+    """approximate length of a response"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reply(Generic[T]):
-    """What became of a question: a value, or the reason why there is none."""
+    """The result of a question: a value, or the reason why there is none."""
 
     value: T | None = None
     problem: str = ""
     is_waiting: bool = False
-    """it was not asked, or has no answer yet: another run may bring one"""
+    """not requested or not answered yet; a later run may fill it in"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AskConfig:
-    """How prompts are sent.
+    """Settings of requests: parallelism, retries, prices and budget.
 
     >>> AskConfig(price_in=0.15, price_out=0.6).cost(2_000_000, 500_000)
     0.6
     """
 
     n_parallel: int = 4
-    """requests at a time"""
+    """requests in flight at once"""
     n_tries: int = 6
-    """of one request, where the server is busy, fails or cannot be reached"""
+    """attempts per request, where the server is busy, fails or cannot be reached"""
     n_asks: int = 3
-    """of one question, where the answer cannot be read"""
+    """requests per question, where the response cannot be parsed"""
     wait: float = 1.0
-    """seconds before the second try; doubles each time, and is spread by half of itself either way"""
+    """seconds before the second attempt; doubled each time, with a random factor of 0.5 to 1.5"""
     longest_wait: float = 60.0
-    """seconds; a server that asks for more has the prompt left for another run"""
+    """seconds; if a server asks for a longer wait, the prompt is left for a later run"""
     price_in: float | None = None
-    """of a million tokens of prompts, in any currency; None where unknown"""
+    """price of a million prompt tokens, in any currency; None where unknown"""
     price_out: float | None = None
-    """of a million tokens of answers"""
+    """price of a million response tokens"""
     budget: float | None = None
-    """what one run may cost; needs the prices"""
+    """largest cost of one run, in the currency of the prices, which must be given; None for no limit"""
     seed: int = 0
-    """of the spread of waits"""
+    """seed of the random factor of waits"""
 
     def __post_init__(self) -> None:
         for name in ("n_parallel", "n_tries", "n_asks"):
@@ -67,7 +67,7 @@ class AskConfig:
             raise ValueError("`budget` needs `price_in` and `price_out`, per million tokens; got it without them.")
 
     def cost(self, tokens_in: int, tokens_out: int) -> float | None:
-        """What so many tokens cost; None without prices."""
+        """The cost of so many prompt and response tokens; None without prices."""
         if self.price_in is None or self.price_out is None:
             return None
         return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
@@ -75,12 +75,12 @@ class AskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage(Result):
-    """What one run asked and what that cost."""
+    """Requests, tokens and cost of one run."""
 
     n_requests: int = 0
-    """answers that came from the client"""
+    """responses received from the client"""
     n_kept: int = 0
-    """answers that an earlier run had kept"""
+    """responses taken from the cache"""
     n_retries: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
@@ -88,7 +88,7 @@ class Usage(Result):
     """None without prices"""
     seconds: float = 0.0
     stopped: str = ""
-    """why prompts were left unasked; empty where none were"""
+    """reason why prompts were not sent; empty where all were"""
 
     def __str__(self) -> str:
         lines = [f"{self.n_requests:,} answers asked for, {self.n_kept:,} kept from before, {self.n_retries:,} retries"]
@@ -100,7 +100,7 @@ class Usage(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(Result):
-    """What questions would take, about; those answered before cost nothing."""
+    """Approximate requests, tokens, cost and time of some questions; cached responses cost nothing."""
 
     n_requests: int
     n_kept: int
@@ -110,7 +110,7 @@ class Estimate(Result):
     """None without prices"""
     seconds: float
     seconds_each: float
-    """the mean of the answers kept so far; two seconds where there are none"""
+    """mean time of the cached responses; two seconds where there are none"""
 
     def __str__(self) -> str:
         return (
@@ -119,7 +119,7 @@ class Estimate(Result):
         )
 
     def times(self, factor: float) -> "Estimate":
-        """For so many times the questions."""
+        """The estimate for `factor` times as many questions."""
         names = ("n_requests", "n_kept", "tokens_in", "tokens_out")
         counts = {name: round(getattr(self, name) * factor) for name in names}
         cost = None if self.cost is None else self.cost * factor
@@ -127,7 +127,7 @@ class Estimate(Result):
 
 
 def count_tokens(messages: Messages) -> int:
-    """Tokens of a prompt, about: nobody here knows the model's tokenizer.
+    """Approximate number of tokens of a prompt, from its bytes, as the model's tokenizer is not known here.
 
     >>> count_tokens([{"role": "user", "content": "x" * 700}])
     204
@@ -136,7 +136,7 @@ def count_tokens(messages: Messages) -> int:
 
 
 def remind(messages: Messages, answer: str, problem: str) -> Messages:
-    """The conversation after an answer that could not be read: another prompt, so it is kept apart from the first."""
+    """The conversation that asks again after a response that could not be parsed; it has a cache key of its own."""
     shown = answer[:2000].strip() or "(nothing)"
     again = f"That answer could not be read: {problem} Answer again, with the JSON that was asked for and nothing else."
     return [*messages, {"role": "assistant", "content": shown}, {"role": "user", "content": again}]
@@ -147,5 +147,5 @@ def _price(cost: float | None) -> str:
 
 
 def sum_tokens(questions: Sequence[Question]) -> tuple[int, int]:
-    """Tokens in and out of questions, about."""
+    """Approximate numbers of prompt and response tokens of some questions."""
     return sum(count_tokens(q.messages) for q in questions), sum(q.tokens_out for q in questions)

@@ -1,4 +1,4 @@
-"""Labels as rows of a book's table: how they are packed, replaced and chosen."""
+"""Labels as rows of the SQLite table: conversion, replacement and choice."""
 
 import json
 import sqlite3
@@ -15,9 +15,10 @@ PLACE = "feature = ? AND sign = ?"
 
 
 def put_label(db: sqlite3.Connection, label: Label) -> int:
-    """Insert a label in place of its author's older ones, but for one that a person chose and that reads otherwise.
+    """Insert a label in place of its author's older ones of the same side; returns the row's id.
 
-    A person's label is chosen unless another person's choice stands; one that takes a chosen one's place stays chosen.
+    An older one that a person chose and that has another text is kept. A person's label becomes chosen unless another
+    person's choice stands; one that replaces a chosen label is chosen.
     """
     packed = _pack(label)
     place, author = packed[:2], (label.author, label.by_person)
@@ -34,12 +35,19 @@ def put_label(db: sqlite3.Connection, label: Label) -> int:
 
 
 def fix_choice(db: sqlite3.Connection, feature: int, sign: int, number: int | None) -> None:
-    """Let a person choose the label of a row, or with None nobody."""
+    """Mark one label of a feature and sign as chosen by a person, or none of them.
+
+    Args:
+        db: the open database.
+        feature: number of the feature.
+        sign: 1, -1 or 0.
+        number: id of the chosen row; None leaves the choice to the order of labels.
+    """
     db.execute(f"UPDATE labels SET fixed = (id IS ?) WHERE {PLACE}", (number, feature, sign))
 
 
 def unpack_row(row: Sequence[Any]) -> Entry:
-    """The label of FIELDS and its place among those of its feature and sign; ValueError where it is none."""
+    """The label of a row of FIELDS and its rank among those of its feature and sign; ValueError for an invalid row."""
     *values, fixed, place = row
     fields = dict(zip(FIELDS, values, strict=False))
     packed = {name: json.loads(fields[name]) for name in PACKED}
@@ -47,7 +55,7 @@ def unpack_row(row: Sequence[Any]) -> Entry:
 
 
 def tell_time() -> str:
-    """Now, in UTC."""
+    """The current time in UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -70,7 +78,7 @@ def _pack(label: Label) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and their numbers as lists and numbers."""
+    """Arrays and their numbers as lists and plain numbers."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not")

@@ -1,4 +1,4 @@
-"""`RuleLabels`: what `label_by_rules` found, as a table and as labels."""
+"""Results of rule-based labelling, as a table and as labels."""
 
 from dataclasses import asdict, dataclass, field
 
@@ -12,76 +12,76 @@ NO_RULE = "no good rule"
 
 @dataclass(frozen=True, kw_only=True)
 class RuleLabel:
-    """The best rule for one sign of a feature; all scores are of held-out documents."""
+    """The best rule for one sign of a feature; all scores are measured on held-out documents."""
 
     feature: int
     sign: int
     text: str
-    """the rule in words; "no good rule" where it is not good"""
+    """the rule in English; "no good rule" where it is not good enough"""
     kind: Kind
     rule: str
-    """the best rule in words, good or not; empty where there is none"""
+    """the best rule in English, good or not; empty where there is none"""
     parts: tuple[str, ...] = ()
-    """names of its predicates, or the tokens it promotes"""
+    """names of its predicates, or the promoted tokens"""
     joined: str = ""
-    """and, or, nothing; "next" for the tokens promoted"""
+    """"and", "or", or empty for one predicate; "next" for promoted tokens"""
     fraction: float = 0.0
     threshold: float = 0.0
-    """the rule is about codes with |z| at least this, `fraction` of the largest in training documents"""
+    """the rule predicts codes with |z| at least this, `fraction` of the largest in training documents"""
     n_firings: int = 0
-    """held-out tokens on which the code reaches the threshold"""
+    """number of held-out tokens on which the code reaches the threshold"""
     share: float = float("nan")
-    """of all held-out firings of this sign"""
+    """share of all held-out firings of this sign that reach the threshold"""
     f1: float = float("nan")
     f1_chance: float = float("nan")
-    """of a rule that holds as often, on any tokens"""
+    """F1 of a rule that holds as often, independently of the feature"""
     f1_train: float = float("nan")
     precision: float = float("nan")
     recall: float = float("nan")
     auroc: float = float("nan")
-    """of the rule for which tokens fire, in windows around firings; 0.5 is chance"""
+    """AUROC of the rule in windows around firings; 0.5 is chance"""
     lift: float = float("nan")
-    """firing where the rule holds, over firing anywhere"""
+    """firing rate where the rule holds, divided by the firing rate on all tokens"""
     p: float = 1.0
     q: float = 1.0
-    """false discovery rate at which it counts, among all rules tried on held-out documents"""
+    """false discovery rate at which the rule is significant, among all rules tested on held-out documents"""
 
     @property
     def good(self) -> bool:
-        """Whether the rule is a name."""
+        """Whether the rule is good enough to be a label."""
         return self.kind != "none"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuleLabels(Result):
-    """The best rule for each sign of each feature that fires, and which of them are good enough to be names."""
+    """The best rule for each sign of each feature that fires, and which of them are good enough to be labels."""
 
     rows: tuple[RuleLabel, ...] = field(repr=False)
     n_predicates: int
     n_tested: int
-    """rules tried on held-out documents, over which false discoveries are controlled"""
+    """number of rules tested on held-out documents, over which false discoveries are controlled"""
     fdr: float
     min_skill: float
-    """a name must have (F1 - F1_chance) / (1 - F1_chance) of at least this, and q of at most `fdr`"""
+    """smallest (F1 - F1_chance) / (1 - F1_chance) of a good rule, whose q is also at most `fdr`"""
     min_count: int
     train_frac: float
     seed: int
     n_train: int
     n_tokens: int
-    """held-out tokens"""
+    """number of held-out tokens"""
     signed: bool
     source: str
     untrained: dict[str, float] | None = None
-    """of an untrained dictionary on the same tokens: n_sides that fire, the share that is good, and the median f1 of
-    those; None where none was labelled"""
+    """for an untrained dictionary on the same tokens: n_sides that fire, the share with a good rule, and the median f1
+    of those; None where none was labelled"""
 
     def of(self, feature: int) -> tuple[RuleLabel, ...]:
-        """The rows of a feature, the positive sign first."""
+        """The rows of one feature, the positive sign first."""
         return tuple(row for row in self.rows if row.feature == feature)
 
     @property
     def good(self) -> tuple[RuleLabel, ...]:
-        """The rows with a good rule, by F1."""
+        """The rows with a good rule, sorted by F1."""
         return tuple(sorted((row for row in self.rows if row.good), key=lambda row: -row.f1))
 
     def __str__(self) -> str:
@@ -104,8 +104,9 @@ class RuleLabels(Result):
         return f"{mine}; an untrained dictionary {self.untrained['good']:.1%}, median F1 {self.untrained['f1']:.2f}"
 
     def labels(self) -> list[Label]:
-        """As labels: one for each sign, or of the whole feature (sign 0) where codes have no sign, and one for the two
-        sides together where both have a good rule.
+        """The rows as labels: one for each sign, or of the whole feature (sign 0) where codes have no sign.
+
+        Where both signs have a good rule, one label for the two sides together is added.
         """
         found = [self._label(row) for row in self.rows]
         by_sign = {(row.feature, row.sign): row for row in self.rows if row.good}

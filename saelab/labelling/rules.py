@@ -1,4 +1,4 @@
-"""`label_by_rules`: a name for each sign of each feature without a language model, and how far it can be trusted."""
+"""Rule-based labelling: for each sign of each feature the best rule on tokens, tested on held-out documents."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,13 +23,13 @@ from saelab.labelling.side_tokens import add_side_tokens
 from saelab.stores.features import FeatureStore
 
 N_TOKENS = 400_000
-"""Of a longer text so many tokens are looked at."""
+"""Number of tokens that are used of a longer text."""
 T = TypeVar("T")
 U = TypeVar("U")
 PART_SHARE = 0.25
-"""Share of the covered firings that each part of a polysemantic unit has."""
+"""Share of the covered firings that each part of a polysemantic feature must have."""
 OVERLAP = 0.05
-"""Share of the rarer part's tokens that may be the other's too."""
+"""Share of the rarer part's tokens that may also be of the other part."""
 
 
 def label_by_rules(
@@ -46,21 +46,34 @@ def label_by_rules(
     n_tokens: int = N_TOKENS,
     untrained: FeatureStore | None = None,
 ) -> RuleLabels:
-    """The best rule for each sign of each feature, chosen on training documents and scored on the others.
+    """The best rule for each sign of each feature, chosen on training documents and scored on held-out ones.
 
     A rule is a predicate, a conjunction or union of two, or a list of tokens (words, pairs, ...) of one family. It
-    says where |z| reaches a share of its largest (0, 0.2, 0.4, 0.6 or 0.8), chosen with it: F1 after small costs for
-    thresholds and parts. Units with fewer than `min_count` firings in training documents have no rule. Every chosen
-    rule is tested once on held-out documents, against hits by chance whose spread is measured by moving the firings
-    round the documents, and q controls false discoveries over all of them. "No good rule" is the answer unless q is
-    at most `fdr` and F1 above chance at least `min_skill`. With a `lens`, the tokens that a sign promotes are tried
-    as a rule for the next token. Kinds: input, position, output, polysemantic (two things on different tokens), none.
-    `predicates` are those of `make_predicates` by default, on `n_tokens` spread over the text where it is longer:
-    memory does not grow with it (give predicates of `store.spread(n)` and that store for another number). Where
-    tokens are among them, those that tell of single sides in training documents are added, however rare.
-    `untrained` is a store of the same tokens by an untrained dictionary (`sl.harvest_untrained`), which is labelled
-    in the same way: how many of its sides have a good rule stands beside. ValueError for a matrix of another length
-    and settings out of range.
+    predicts where |z| reaches a share of its largest (0, 0.2, 0.4, 0.6, 0.7, 0.8 or 0.9), chosen with it by F1 after
+    small costs for thresholds and parts. Every chosen rule is tested once on held-out documents, against a null
+    distribution of hits whose spread is measured by shifting the firings through the documents; q controls false
+    discoveries over all rules. The label is "no good rule" unless q is at most `fdr` and the F1 above chance at least
+    `min_skill`. Kinds of labels: input, position, output, polysemantic (two things on different tokens), none.
+
+    Args:
+        store: feature store that holds codes and text.
+        predicates: conditions that rules are built from; None takes those of `make_predicates`. Where tokens are among
+            them, tokens that predict single sides in training documents are added, however rare.
+        features: numbers of the features; None takes all.
+        lens: direct logit effects of the features; the tokens that a sign promotes are then tested as a rule for the
+            next token.
+        train_frac: share of the documents that rules are chosen on.
+        seed: seed of the split and of all draws.
+        fdr: largest false discovery rate of a good rule, in (0, 1).
+        min_skill: smallest (F1 - F1_chance) / (1 - F1_chance) of a good rule.
+        min_count: a side with fewer firings in training documents has no rule.
+        n_tokens: tokens used, spread over the text where it is longer, so that memory does not grow with it; applies
+            only without `predicates` (else give predicates of `store.spread(n)`, and that store).
+        untrained: store of the same tokens by an untrained dictionary (`sl.harvest_untrained`), which is labelled in
+            the same way; its share of good rules is in the result.
+
+    Raises:
+        ValueError: `predicates` have another length than the store, or a setting is out of range.
     """
     if predicates is None:
         store, untrained = store.spread(n_tokens), None if untrained is None else untrained.spread(n_tokens)
@@ -102,7 +115,7 @@ def label_by_rules(
 
 
 def _floor_of(found: RuleLabels) -> dict[str, float]:
-    """What an untrained dictionary's rules are like, beside which trained ones stand."""
+    """Number of sides, share of good rules and median F1 of an untrained dictionary."""
     f1 = [row.f1 for row in found.good]
     n = max(1, len(found.rows))
     return {"n_sides": len(found.rows), "good": len(f1) / n, "f1": float(np.median(f1)) if f1 else float("nan")}
@@ -110,7 +123,7 @@ def _floor_of(found: RuleLabels) -> dict[str, float]:
 
 @dataclass(frozen=True, eq=False)
 class _Draft:
-    """A unit with what was tried for it, before false discoveries are counted."""
+    """A feature side with its tested rules, before false discoveries are controlled."""
 
     feature: int
     sign: int
@@ -118,14 +131,14 @@ class _Draft:
     n_firings: int
     rule: Rule | None
     verdicts: tuple[Verdict, ...]
-    """of the rule, of the promoted tokens: those there are, in this order"""
+    """results of the rule and of the promoted tokens, those that exist, in this order"""
     promoted: tuple[str, ...]
     disjoint: bool
-    """two parts that share no token, each with its part of the firings"""
+    """whether two parts share no token, each with its part of the firings"""
 
 
 class _Work:
-    """What is made once for all features."""
+    """Data shared by all features."""
 
     def __init__(
         self,
@@ -143,7 +156,7 @@ class _Work:
         self.next = NextTokens(store, lens, self.held) if lens is not None else None
 
     def blocks(self, features: FeatureIds | None) -> Iterator[Int[np.ndarray, "m"]]:
-        """Runs of features to work on together: all of them, or those that are asked for."""
+        """Blocks of features: of all of them, or of those asked for."""
         for start, stop in feature_blocks(self.store):
             wanted = np.arange(start, stop)
             if features is not None:
@@ -160,7 +173,7 @@ class _Work:
         return wanted, units, self.train.count(units)
 
     def label(self, wanted: Int[np.ndarray, "m"], units: Units, counts: Counts) -> Iterator[_Draft]:
-        """Choose and test the rules of a block; units that never fire are left out."""
+        """Choose and test the rules of a block; sides that never fire are left out."""
         rules = choose_rules(counts, units, self.train, self.predicates, self.min_count, self.seed)
         for unit, rule in enumerate(rules):
             if len(units.of(unit, 0)):
@@ -190,7 +203,7 @@ class _Work:
         return bool(apart and min(a.sum(), b.sum()) >= PART_SHARE * max(1, (a | b).sum()))
 
     def decide(self, draft: _Draft, p: np.ndarray, q: np.ndarray, fdr: float, min_skill: float) -> RuleLabel:
-        """The row of a unit: its rule, or its promoted tokens where these are the better name."""
+        """The row of a feature side: its rule, or its promoted tokens where these are the better label."""
         tried = list(zip(draft.verdicts, p.tolist(), q.tolist(), strict=True))
         good = [one for one in tried if one[2] <= fdr and one[0].skill >= min_skill]
         if not tried:
@@ -234,7 +247,9 @@ def _describe_output(draft: _Draft) -> tuple[str, Kind, tuple[str, ...], str]:
 
 
 def _one_ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """`work` of each item, in order; that of the next is done in the background, for it leaves the interpreter free."""
+    """Results of `work` for each item in order, the next one computed in the background, as it leaves the interpreter
+    free.
+    """
     with ThreadPoolExecutor(max_workers=1) as background:
         waiting: deque[Future[U]] = deque()
         for item in items:

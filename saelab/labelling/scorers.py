@@ -1,4 +1,4 @@
-"""`Scorer`: how far a label can be trusted, on windows it was not made from; four of them ask a language model."""
+"""Scorers of labels on held-out windows: detection, fuzzing, contrast and simulation by a language model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,59 +24,60 @@ from saelab.stores.results import Result
 
 T = TypeVar("T")
 N_EACH = 10
-"""Windows, or pairs, in a prompt."""
+"""Windows, or pairs, per prompt."""
 N_LONG = 5
-"""Windows in a prompt that lists every token."""
+"""Windows per prompt that lists every token."""
 CONFIDENCE = 0.95
 N_DRAWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Result):
-    """How well a label tells where a feature fires, on held-out documents."""
+    """How well a label predicts where a feature fires, on held-out documents."""
 
     name: str
     value: float
     """balanced accuracy, or Pearson's r for simulation; higher is better, 1 is perfect"""
     chance: float
-    """what no knowledge of the feature gives, "always yes" and "always no" among it"""
+    """score without any knowledge of the feature, such as by always answering yes or no"""
     low: float
-    """of an interval that holds the value of all held-out documents with 95 % or more"""
+    """lower end of a 95 % confidence interval for the value on all held-out documents"""
     high: float
+    """upper end"""
     n_windows: int
 
     def __str__(self) -> str:
         return f"{self.name} {self.value:.2f} ({self.low:.2f} to {self.high:.2f}, chance {self.chance:g})"
 
     def flat(self) -> dict[str, float]:
-        """As `Label.scores` holds it."""
+        """The score as entries of `Label.scores`."""
         ends = {"chance": self.chance, "low": self.low, "high": self.high}
         return {self.name: self.value} | {f"{self.name}_{end}": value for end, value in ends.items()}
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """Scores labels by the held-out windows of their cases."""
+    """Protocol for scorers, which score labels on the held-out windows of their cases."""
 
     name: str
 
     def score(self, texts: Sequence[str], cases: Sequence[Case]) -> list[Reply[Score]]:
-        """A score for each label text and its case, or why there is none."""
+        """A score for each label text on its case, or the reason why there is none."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One prompt, and what a perfect answer would be."""
+    """One prompt and its correct answer."""
 
     question: Question[list[Any]]
     truth: tuple[float, ...]
     windows: tuple[int, ...] = ()
-    """which window each part of the truth is of, where it has several"""
+    """window of each entry of the truth, where a window has several"""
 
 
 class LLMScorer:
-    """Asks a language model; the kinds differ in what they ask and in how that is judged."""
+    """Base class of scorers that use a language model; they differ in their prompts and in how answers are scored."""
 
     name = ""
 
@@ -84,11 +85,11 @@ class LLMScorer:
         self.asker, self.seed = asker, seed
 
     def tasks(self, text: str, case: Case) -> list[Task]:
-        """The prompts of one label, and their truth."""
+        """The prompts for one label, with their correct answers."""
         raise NotImplementedError
 
     def judge(self, tasks: Sequence[Task], answers: Sequence[list[Any]]) -> Score:
-        """The score that answers earn."""
+        """The score of the answers."""
         truth = [bool(value) for task in tasks for value in task.truth]
         return balance(self.name, truth, [bool(flag) for answer in answers for flag in answer])
 
@@ -97,7 +98,7 @@ class LLMScorer:
         return [task.question for tasks in self._plan(texts, cases) for task in tasks]
 
     def score(self, texts: Sequence[str], cases: Sequence[Case]) -> list[Reply[Score]]:
-        """Ask about all labels at once; a label with a prompt that has no answer has no score."""
+        """A score for each label, requested for all labels at once; a label with an unanswered prompt has none."""
         plan = self._plan(texts, cases)
         replies = iter(self.asker.ask([task.question for tasks in plan for task in tasks], self.name))
         return [
@@ -121,27 +122,32 @@ class LLMScorer:
 
 
 class Detection(LLMScorer):
-    """Which windows does the feature fire in? Balanced accuracy over firing and silent ones, half of these hard."""
+    """Detection score: how well a language model with the label recognizes the windows in which the feature fires.
+
+    Balanced accuracy over firing and silent windows, half of the latter hard.
+    """
 
     name = "detection"
 
     def tasks(self, text: str, case: Case) -> list[Task]:
-        """Firing and silent windows in random order."""
+        """Firing and silent windows in random order, a few per prompt."""
         windows = [(w, True) for w in case.fires] + [(w, False) for w in (*case.hard, *case.easy)]
         return _flag_tasks(partial(detection_prompt, text), _shuffle(windows, self._rng(case)))
 
 
 class Fuzzing(LLMScorer):
-    """Are the marked tokens those on which the feature fires? Balanced accuracy over right and wrong marks.
+    """Fuzzing score: how well a language model with the label recognizes windows whose marked tokens are the firing
+    ones.
 
-    Wrong are as many marks on silent tokens of firing windows, and on the same token where it is silent: there, too,
-    as many marks as a firing window has, for their number must not give it away.
+    Balanced accuracy over correct and wrong marks. Wrong marks are on as many silent tokens of firing windows, or on
+    the same token where it is silent; there, too, as many tokens are marked as a firing window has, because their
+    number must not give the answer away.
     """
 
     name = "fuzzing"
 
     def tasks(self, text: str, case: Case) -> list[Task]:
-        """Every other firing window rightly marked, the rest and the near misses wrongly, in random order."""
+        """Windows in random order: every other firing window marked correctly, the rest and the near misses wrongly."""
         rng = self._rng(case)
         order = rng.permutation(len(case.fires)).tolist()
         right, wrong = order[::2], order[1::2]
@@ -155,12 +161,15 @@ class Fuzzing(LLMScorer):
 
 
 class Contrast(LLMScorer):
-    """In which window of a pair does the feature fire? Balanced accuracy over pairs with it first and second."""
+    """Contrast score: how often a language model with the label picks the firing window of a pair.
+
+    Balanced accuracy over pairs with the firing window first and second.
+    """
 
     name = "contrast"
 
     def tasks(self, text: str, case: Case) -> list[Task]:
-        """Pairs of a firing and a silent window, each used once; the firing one is first in every other pair."""
+        """Pairs of a firing and a silent window, each window used once; the firing one is first in every other pair."""
         rng = self._rng(case)
         pairs = list(zip(case.fires, _shuffle([*case.hard, *case.easy], rng), strict=False))
         sides = [
@@ -171,15 +180,16 @@ class Contrast(LLMScorer):
 
 
 class Simulation(LLMScorer):
-    """How strongly does the feature fire on each token? Pearson's r of predicted and true |z| over all tokens.
+    """Simulation score: how well a language model with the label predicts the feature's strength on each token.
 
-    An answer without any variation says nothing and scores 0. The interval is the bootstrap's, over windows.
+    Pearson's r of predicted and true |z| over all tokens. A constant prediction scores 0. The interval is a bootstrap
+    over windows.
     """
 
     name = "simulation"
 
     def tasks(self, text: str, case: Case) -> list[Task]:
-        """Firing and silent windows in random order."""
+        """Firing and silent windows in random order, a few per prompt."""
         windows = _shuffle([*case.fires, *case.hard, *case.easy], self._rng(case))
         return [
             self._task(text, case, windows[start : start + N_LONG], start) for start in range(0, len(windows), N_LONG)
@@ -196,7 +206,7 @@ class Simulation(LLMScorer):
         return Task(question=question, truth=tuple(truth), windows=numbers)
 
     def judge(self, tasks: Sequence[Task], answers: Sequence[list[Any]]) -> Score:
-        """Pearson's r over tokens, and its bootstrap over windows."""
+        """Pearson's r over tokens, with its bootstrap interval over windows."""
         true = np.array([value for task in tasks for value in task.truth])
         said = np.array([value for answer in answers for value in answer], float)
         windows = np.array([window for task in tasks for window in task.windows])
@@ -215,9 +225,9 @@ SCORERS = {kind.name: kind for kind in (Detection, Fuzzing, Contrast, Simulation
 
 
 def balance(name: str, truth: Sequence[bool], said: Sequence[bool]) -> Score:
-    """Balanced accuracy, the mean of the shares of true and of false ones that are told; chance is 1/2.
+    """Balanced accuracy: the mean of the true positive and true negative rates; chance is 1/2.
 
-    The interval adds up Clopper and Pearson's for the two shares, each wide enough for both to hold in 95 %.
+    The interval averages the Clopper-Pearson intervals of the two rates, each wide enough for both to hold in 95 %.
 
     >>> balance("detection", [True, True, False, False], [True, True, True, True]).value
     0.5
@@ -237,7 +247,7 @@ def balance(name: str, truth: Sequence[bool], said: Sequence[bool]) -> Score:
 def _flag_tasks(
     prompt: Callable[[list[Any]], Any], items: list[tuple[Any, bool]], read: Callable[..., list[int]] | None = None
 ) -> list[Task]:
-    """Items with their truth, a few to a prompt; none where all of them have one truth."""
+    """Items with their correct answers, a few per prompt; none where all have the same answer."""
     if len({truth for _, truth in items}) < 2:
         return []
     tasks = []
@@ -268,7 +278,7 @@ def _misplace(case: Case, window: Example, rng: np.random.Generator) -> tuple[Ex
 
 
 def _mark_near(case: Case, window: Example, like: Example, rng: np.random.Generator) -> tuple[Example, list[bool]]:
-    """Marks on the center of a silent window, and on others until they are as many as the firings of another."""
+    """Marks on the center of a silent window and on random others, as many as another window has firings."""
     others = [i for i in range(len(window.words)) if i != window.center]
     n = min(sum(case.fires_at(like)) - 1, len(others))
     chosen = {window.center, *rng.choice(others, n, replace=False).tolist()}
@@ -286,7 +296,7 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def _resample(x: np.ndarray, y: np.ndarray, windows: np.ndarray, seed: int) -> tuple[float, float]:
-    """The middle 95 % of Pearson's r over windows drawn with replacement, by the sums of each."""
+    """The middle 95 % of Pearson's r over windows drawn with replacement, computed from sums by window."""
     sums = np.stack([np.bincount(windows, term) for term in (np.ones_like(x), x, y, x * x, y * y, x * y)], 1)
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=N_DRAWS)

@@ -1,4 +1,4 @@
-"""Tokens that single sides of features fire on, as predicates, however rare they are."""
+"""Additional predicates: tokens that predict single feature sides, however rare they are."""
 
 from typing import TYPE_CHECKING
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     pass
 
 LEVELS = (0.0, 0.4, 0.7)
-"""Shares of a side's largest |z| at which tokens are held against it."""
+"""Shares of a side's largest |z| at which tokens are compared with it."""
 LEAST_F1 = 0.5
-"""With which a token is worth a predicate of its own."""
+"""Smallest F1 with which a token becomes a predicate."""
 
 
 def add_side_tokens(store: FeatureStore, predicates: Predicates, is_train: Bool[np.ndarray, "n_tokens"]) -> Predicates:
-    """The same with a predicate for each token that tells, in training documents, of a side of a feature at F1 0.5.
+    """The predicates, with one more for each token that predicts some feature side in training documents.
 
-    Predicates without tokens among them are left as they are: somebody chose them.
+    Tokens count from F1 0.5 on. Predicates without any of kind "token" are returned unchanged, as they were selected by
+    the caller.
     """
     if not predicates.family("token"):
         return predicates
@@ -48,7 +49,7 @@ def add_side_tokens(store: FeatureStore, predicates: Predicates, is_train: Bool[
 
 
 def find_side_tokens(store: FeatureStore, is_train: Bool[np.ndarray, "n_tokens"]) -> Integer[np.ndarray, "n"]:
-    """The tokens that tell best of some side of some feature, in training documents."""
+    """The tokens that best predict some side of some feature in training documents."""
     ids, numbers = np.unique(store.token_ids, return_inverse=True)
     holds = np.bincount(numbers[is_train], minlength=len(ids))
     found = np.zeros(len(ids), bool)
@@ -67,7 +68,7 @@ def find_side_tokens(store: FeatureStore, is_train: Bool[np.ndarray, "n_tokens"]
 
 
 def _best_tokens(unit: np.ndarray, tokens: np.ndarray, holds: np.ndarray) -> np.ndarray:
-    """The best token of each unit, where it is good enough."""
+    """The best token of each side, where its F1 is large enough."""
     pairs, both = np.unique(unit.astype(np.int64) * len(holds) + tokens, return_counts=True)
     units, which = pairs // len(holds), pairs % len(holds)
     f1 = 2 * both / (np.bincount(unit)[units] + holds[which])

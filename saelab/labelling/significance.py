@@ -1,4 +1,4 @@
-"""Whether a rule tells more than chance: tails of counts whose tokens are not independent, and false discoveries."""
+"""Significance of rules: tail probabilities of counts over dependent tokens, and false discovery rates."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int, Integer, Shaped
 
 N_SHIFTS = 24
 SHIFTED_FIRINGS = 512
-"""Neighbouring firings on which the spread of chance is measured."""
+"""Number of neighbouring firings on which the spread of the null is measured."""
 
 
 def dispersion(
@@ -18,12 +18,19 @@ def dispersion(
     rng: np.random.Generator,
     blocks: Int[np.ndarray, "n_tokens"] | None = None,
 ) -> float:
-    """How much wider hits spread by chance than if tokens were independent, at least 1.
+    """Overdispersion: variance of a rule's hits under the null, relative to independent tokens; at least 1.
 
-    Firings and rules both come in runs, so a token more is less than a fact more. The firings are moved round the
-    documents by random steps, those of one block (a document, or a piece of one) together: that keeps their runs and
-    breaks every tie to the text, also where the text repeats with a period. The variance of the hits is compared with
-    that of independent ones, of which a share `rate` would hit.
+    Firings and rules both come in runs, so tokens are not independent samples. The firings are shifted circularly
+    through the documents by random steps, those of one block together, which keeps their runs and breaks every tie to
+    the text, also where the text is periodic. The variance of the hits is divided by that of independent ones.
+
+    Args:
+        holds: function from token positions to whether the rule holds there.
+        fires: positions at which the feature fires.
+        rate: share of all tokens on which the rule holds.
+        n_tokens: number of tokens.
+        rng: generator of the random steps.
+        blocks: number of the block (a document, or a piece of one) of each token; None shifts all firings together.
     """
     if len(fires) > SHIFTED_FIRINGS:
         start = int(rng.integers(len(fires)))
@@ -43,10 +50,18 @@ def tail(
     n_tokens: int,
     spread: Float[np.ndarray, "n"],
 ) -> Float[np.ndarray, "n"]:
-    """Probability of at least so many hits by chance, with every count divided by `spread`.
+    """Probability of at least so many hits under the null, with every count divided by `spread`.
 
-    The binomial tail `I_q(hits, trials - hits + 1)`, the larger of taking firings or the rule's tokens as trials. It is
-    above the hypergeometric one (Fisher's exact test) beyond the mean, and stays accurate where that underflows.
+    The binomial tail `I_q(hits, trials - hits + 1)`, the larger of taking firings or the rule's tokens as trials.
+    Beyond the mean it is above the hypergeometric tail (Fisher's exact test), and it stays accurate where that
+    underflows.
+
+    Args:
+        hits: number of tokens on which feature and rule coincide, one per rule.
+        fires: number of tokens on which the feature fires.
+        holds: number of tokens on which the rule holds.
+        n_tokens: number of tokens.
+        spread: overdispersion of each rule, from `dispersion`.
     """
     from scipy.special import betainc
 
@@ -60,7 +75,7 @@ def tail(
 
 
 def adjust(p: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """Benjamini-Hochberg: the smallest false discovery rate at which each hypothesis would be a discovery.
+    """Benjamini-Hochberg q values: the smallest false discovery rate at which each hypothesis would be a discovery.
 
     >>> adjust(np.array([0.01, 0.04, 1.0])).round(3).tolist()
     [0.03, 0.06, 1.0]
@@ -82,9 +97,18 @@ def window_auroc(
     reach: int = 8,
     n_windows: int = 64,
 ) -> float:
-    """How well a rule tells which tokens fire in windows around firings: AUROC of yes and no, 0.5 is chance.
+    """AUROC of a yes/no rule for which tokens fire, in windows around firings; 0.5 is chance.
 
-    Near a firing the topic is the same, so that a rule must know the token. NaN where all tokens of the windows fire.
+    Near a firing the topic is the same, so the rule must identify the token. NaN where all tokens of the windows fire.
+
+    Args:
+        holds: function from token positions to whether the rule holds there.
+        fires: positions at which the feature fires.
+        active: whether the feature fires, for each token.
+        doc_ids: document of each token; windows end at its borders.
+        rng: generator that draws the windows.
+        reach: tokens on each side of a firing.
+        n_windows: largest number of windows, drawn where there are more firings.
     """
     chosen = fires if len(fires) <= n_windows else fires[rng.integers(len(fires), size=n_windows)]
     near = chosen[:, None] + np.arange(-reach, reach + 1)

@@ -1,4 +1,4 @@
-"""`simulate_by_tokens`: how well a feature's codes follow from its token, or from two, without a language model."""
+"""Token baseline of simulation: how well a feature's codes are predicted by the current token, or the last two."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,35 +12,37 @@ from saelab.stores.features import FeatureStore
 from saelab.stores.results import Result
 
 CELLS = 2**22
-"""Sums held at once."""
+"""Number of sums held at once."""
 MIN_PAIR = 3
-"""Training tokens of a pair of tokens below which the last token alone is looked up."""
+"""Pairs of tokens with fewer occurrences in training documents are looked up by the last token alone."""
 BACK_OFF = 5.0
-"""Tokens' worth of weight that the last token alone has in the value of a pair."""
+"""Weight of the last token's mean in the value of a pair, as a number of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenSimulation(Result):
-    """Pearson's r of simulated and true codes over all held-out tokens, by feature; NaN where it does not fire on
-    both sides of the split.
+    """Pearson's r of predicted and true codes over all held-out tokens, for each feature.
+
+    NaN where a feature does not fire on both sides of the split.
     """
 
     by_token: Float[np.ndarray, "d_sae"]
-    """each token has the mean code that it had in training documents"""
+    """prediction: the token's mean code in training documents"""
     by_pair: Float[np.ndarray, "d_sae"]
-    """each pair of previous and present token has, backing off to the present token where it is rare"""
+    """prediction: the mean code of the pair of previous and current token, backing off to the current token where it is
+    rare"""
     by_token_chance: Float[np.ndarray, "d_sae"]
-    """the same against codes that stand elsewhere in the held-out documents"""
+    """`by_token` against codes that were moved to other places of the held-out documents"""
     by_pair_chance: Float[np.ndarray, "d_sae"]
     n_train: int
     n_tokens: int
-    """held-out tokens"""
+    """number of held-out tokens"""
     n_pairs: int
     train_frac: float
     seed: int
 
     def scores(self, feature: int) -> dict[str, float]:
-        """The four values of a feature, as a label's scores have them."""
+        """The four values of a feature, as entries of a label's scores."""
         names = ("by_token", "by_pair", "by_token_chance", "by_pair_chance")
         return {f"simulation_{name}": float(getattr(self, name)[feature]) for name in names}
 
@@ -57,12 +59,12 @@ class TokenSimulation(Result):
 
 
 def simulate_by_tokens(store: FeatureStore, *, train_frac: float = 0.5, seed: int = 0) -> TokenSimulation:
-    """Look up every feature's signed code by its token, and by that and the one before; compare on held-out documents.
+    """Correlation of every feature's signed codes with their prediction from the token, and from the last two tokens.
 
-    A table of means from training documents, the simplest explanation of a feature there is: a name worth having
-    should do better, or say the same in fewer words. A pair's mean is drawn towards that of its last token. Chance is
-    the same tables against codes moved in blocks within the held-out documents, each turned round on its own, so that
-    it falls on periodic text too.
+    Predictions are means over training documents, compared with the codes of held-out ones: the simplest explanation of
+    a feature, which a good label should beat, or match in fewer words. A pair's mean is shrunk towards that of its last
+    token. Chance is measured with codes moved in blocks within the held-out documents, each block rotated by a random
+    step, so that it falls on periodic text too.
     """
     is_train = store.split(train_frac, seed)
     tables = _Tables.make(store, is_train, np.random.default_rng(seed))
@@ -85,7 +87,7 @@ def _blocks(d_sae: int, n_groups: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class _Tables:
-    """Groups of tokens that are looked up together: first one for each token id, then one for each frequent pair."""
+    """Groups of tokens that share a prediction: first one for each token id, then one for each frequent pair."""
 
     groups: Integer[np.ndarray, "n_tokens"]
     """the pair of each token of the store, or its id where the pair is rare"""
@@ -98,12 +100,12 @@ class _Tables:
 
     @property
     def n_groups(self) -> int:
-        """Tokens and pairs."""
+        """Number of token ids and frequent pairs."""
         return len(self.last)
 
     @classmethod
     def make(cls, store: FeatureStore, is_train: np.ndarray, rng: np.random.Generator) -> "_Tables":
-        """Number the tokens and the pairs that are frequent in training documents."""
+        """The groups of a store's tokens, with the pairs that are frequent in training documents."""
         view = TokenView(store.text)
         _, ids = np.unique(view.token_ids, return_inverse=True)
         previous, n_ids = view.before(ids), int(ids.max()) + 1
@@ -117,7 +119,7 @@ class _Tables:
         return cls(groups, moved, np.concatenate([np.arange(n_ids), known % n_ids]), is_train, n_ids)
 
     def correlate(self, store: FeatureStore, start: int, stop: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Pearson's r of a block of features by name of the table."""
+        """Pearson's r of a block of features, by name of the prediction."""
         columns = store.columns(start, stop)
         features = np.repeat(np.arange(stop - start), np.diff(columns.indptr))
         rows, values = columns.indices, columns.data.astype(np.float64)
@@ -140,7 +142,7 @@ class _Tables:
         return np.bincount(cells, values, minlength=self.n_groups * width).reshape(self.n_groups, width)
 
     def _means(self, sums: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The value of each group by its last token alone, and by the pair as far as there is one."""
+        """The prediction of each group from its last token alone, and from the pair where there is one."""
         by_token, n = np.zeros((self.n_ids, sums.shape[1])), np.zeros(self.n_ids)
         np.add.at(by_token, self.last, sums)
         np.add.at(n, self.last, counts)
@@ -153,7 +155,7 @@ class _Tables:
 def _pearson(
     table: np.ndarray, sums: np.ndarray, counts: np.ndarray, moments: list[np.ndarray]
 ) -> Float[np.ndarray, "n_features"]:
-    """Of the codes, summed by group, with the table's value for each group; sums over all held-out tokens."""
+    """Pearson's r of codes, summed by group, with the prediction of each group, over all held-out tokens."""
     n = counts.sum()
     mean, square = (counts @ table) / n, (counts @ table**2) / n
     both = (table * sums).sum(0) / n

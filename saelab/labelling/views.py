@@ -1,4 +1,4 @@
-"""`TokenView`: the text of a store as predicates see it: words over several tokens, sentences, quotes, documents."""
+"""Text of a store as arrays over tokens: words of several tokens, sentences, quotes and documents."""
 
 import re
 from collections.abc import Callable
@@ -13,20 +13,21 @@ from jaxtyping import Bool, Int, Integer, Shaped
 from saelab.stores.corpus import StoredText
 
 Part = Literal["all", "first", "last"]
-"""Which tokens of a word that is split over several a predicate marks."""
+"""Which tokens of a split word a predicate marks."""
 ENDS = ".?!"
 OPENING, CLOSING = "([{", ")]}"
 CURLY = "\u201c", "\u201d"
 SPECIAL = re.compile(r"\s*(<\|.*\|>|</?s>|<(bos|eos|pad|unk)>|\[(CLS|SEP|PAD|UNK|MASK|BOS|EOS)\])\s*", re.IGNORECASE)
-"""Tokens that are no text."""
+"""Special tokens as tokenizers write them."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenView:
-    """Every token of a text with what surrounds it; all arrays have one element a token, in the order of the text.
+    """Properties of every token of a text and its context, as arrays with one element per token in the order of the
+    text.
 
     A word is a run of letters, digits and apostrophes, whatever tokens it is split into; a sentence ends with . ? ! or
-    a new line. Neither goes on from one sequence or document to the next.
+    a new line. Neither continues from one sequence or document to the next.
     """
 
     text: StoredText
@@ -36,7 +37,7 @@ class TokenView:
 
     @cached_property
     def token_ids(self) -> Int[np.ndarray, "n"]:
-        """The tokens."""
+        """The token ids."""
         return np.asarray(self.text.token_ids).astype(np.int64)
 
     @cached_property
@@ -46,7 +47,7 @@ class TokenView:
 
     @cached_property
     def strings(self) -> list[str]:
-        """How each token id reads, from 0 to the largest in the text."""
+        """The decoded string of each token id, from 0 to the largest in the text."""
         return [self.text.strings.get(i, f"<{i}>") for i in range(int(self.token_ids.max(initial=0)) + 1)]
 
     @cached_property
@@ -54,34 +55,34 @@ class TokenView:
         return _Readings.of(self.text, self.token_ids, self.strings)
 
     def mark(self, holds: Callable[[str], Any]) -> Bool[np.ndarray, "n"]:
-        """The tokens whose string fulfils a condition, which is asked once for each string.
+        """The tokens whose string satisfies a condition, which is evaluated once for each different string.
 
-        A token that shares a character with others is asked with the whole character.
+        For a token that shares a character with others, the condition gets the whole character.
         """
         found = self._readings
         return np.array([bool(holds(string)) for string in found.touched])[found.kinds]
 
     @cached_property
     def begins(self) -> Bool[np.ndarray, "n"]:
-        """Tokens with nothing before them in their sequence or document."""
+        """The first tokens of sequences and documents."""
         return np.concatenate([[True], ~self.text._follows(0, len(self))])[: len(self)]
 
     def before(self, values: Shaped[np.ndarray, "n"], n: int = 1, missing: Any = -1) -> Shaped[np.ndarray, "n"]:
-        """What stands `n` tokens earlier in the same sequence."""
+        """The value `n` tokens earlier in the same sequence; `missing` where there is none."""
         found = values
         for _ in range(n):
             found = np.where(self.begins, missing, np.roll(found, 1))
         return found
 
     def after(self, values: Shaped[np.ndarray, "n"], missing: Any = -1) -> Shaped[np.ndarray, "n"]:
-        """What stands one token later in the same sequence."""
+        """The value one token later in the same sequence; `missing` where there is none."""
         return np.where(
             np.roll(self.begins, -1) | (np.arange(len(self)) == len(self) - 1), missing, np.roll(values, -1)
         )
 
     @cached_property
     def special(self) -> Bool[np.ndarray, "n"]:
-        """Tokens that are no text, such as <s>."""
+        """Special tokens, such as <s>."""
         return self.mark(SPECIAL.fullmatch)
 
     @cached_property
@@ -91,7 +92,7 @@ class TokenView:
 
     @cached_property
     def goes_on(self) -> Bool[np.ndarray, "n"]:
-        """Tokens that continue the word of the token before."""
+        """Tokens that continue the word of the previous token."""
         opens = self.mark(lambda string: string[:1].isalnum() or string[:1] == "'")
         closes = self.mark(lambda string: string[-1:].isalnum() or string[-1:] == "'")
         within = self.in_word | self.mark(lambda string: string == "'")
@@ -99,12 +100,12 @@ class TokenView:
 
     @cached_property
     def word_ids(self) -> Int[np.ndarray, "n"]:
-        """The number of each token's word in `words`; -1 for tokens of no word."""
+        """The index of each token's word in `words`; -1 for tokens outside words."""
         return self._vocabulary[1]
 
     @property
     def words(self) -> list[str]:
-        """The different words, without the spaces around them."""
+        """The different words, without surrounding spaces."""
         return self._vocabulary[0]
 
     @cached_property
@@ -124,7 +125,7 @@ class TokenView:
         return words.tolist(), np.where(self.in_word | self.goes_on, found, -1)
 
     def _hashes(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """One number for the tokens of each word: sums of random numbers by token, weighted by place."""
+        """A hash of the tokens of each word: sums of random numbers by token, weighted by place."""
         rng = np.random.default_rng(0)
         keys = rng.integers(1, 2**63, len(self._readings.spelled), dtype=np.uint64)
         places = np.arange(len(self)) - np.repeat(starts, lengths)
@@ -133,7 +134,7 @@ class TokenView:
 
     @cached_property
     def ends_word(self) -> Bool[np.ndarray, "n"]:
-        """The last token of each word; of a word of one token, that one."""
+        """The last token of each word; for a word of one token, that token."""
         return (self.word_ids >= 0) & ~self.after(self.goes_on, missing=False)
 
     @cached_property
@@ -142,19 +143,19 @@ class TokenView:
         return (self.word_ids >= 0) & ~self.goes_on
 
     def part(self, part: Part) -> Bool[np.ndarray, "n"]:
-        """The tokens that a predicate on words marks; ValueError for another word than all, first, last."""
+        """The tokens that a predicate on words marks; ValueError for a `part` other than all, first, last."""
         if part not in get_args(Part):
             raise ValueError(f"`part` must be one of {list(get_args(Part))}, got {part!r}.")
         return {"all": self.word_ids >= 0, "first": self.starts_word, "last": self.ends_word}[part]
 
     def mark_words(self, holds: Callable[[str], Any], part: Part = "all") -> Bool[np.ndarray, "n"]:
-        """The tokens of the words that fulfil a condition, which is asked once for each word."""
+        """The tokens of the words that satisfy a condition, which is evaluated once for each different word."""
         table = np.array([*(bool(holds(word)) for word in self.words), False])
         return table[self.word_ids] & self.part(part)
 
     @cached_property
     def starts_sentence(self) -> Bool[np.ndarray, "n"]:
-        """First tokens of sentences; marks that close the sentence before belong to it."""
+        """First tokens of sentences; closing punctuation belongs to the sentence before."""
         ends = self.special | self.mark(lambda string: "\n" in string or string.rstrip().endswith(tuple(ENDS)))
         closing = self.mark(lambda string: not any(map(str.isalnum, string)) and string[:1] != " ")
         closing &= ~self.mark(lambda string: string.startswith((*OPENING, CURLY[0])))
@@ -167,32 +168,32 @@ class TokenView:
 
     @cached_property
     def sentence_ids(self) -> Int[np.ndarray, "n"]:
-        """Sentences, counted through the text."""
+        """The number of each token's sentence, counted through the text."""
         return np.cumsum(self.starts_sentence) - 1
 
     @cached_property
     def in_sentence(self) -> Int[np.ndarray, "n"]:
-        """Tokens of the sentence before this one."""
+        """Number of tokens of the sentence before each token."""
         return _count_since(self.sentence_ids, ~self.special)
 
     @cached_property
     def in_document(self) -> Int[np.ndarray, "n"]:
-        """Tokens of the document's text before this one."""
+        """Number of text tokens of the document before each token."""
         return _count_since(self.doc_ids, ~self.special)
 
     @cached_property
     def to_end(self) -> Int[np.ndarray, "n"]:
-        """Tokens of the document's text after this one."""
+        """Number of text tokens of the document after each token."""
         return _count_since(self.doc_ids[::-1], ~self.special[::-1])[::-1]
 
     def sentences_with(self, tokens: Bool[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-        """All tokens of the sentences in which one of these stands."""
+        """All tokens of the sentences that contain one of the given tokens."""
         found = np.zeros(int(self.sentence_ids[-1]) + 1, bool)
         found[self.sentence_ids[tokens]] = True
         return found[self.sentence_ids]
 
     def depth(self, opening: str, closing: str) -> Int[np.ndarray, "n"]:
-        """Brackets open at each token, counted from the start of its sequence; closing ones count as inside."""
+        """Number of brackets open at each token, counted from the start of its sequence; closing ones are inside."""
         change = self._count(opening) - self._count(closing)
         level = np.cumsum(change)
         starts = np.flatnonzero(self.begins)
@@ -201,7 +202,7 @@ class TokenView:
 
     @cached_property
     def in_quotes(self) -> Bool[np.ndarray, "n"]:
-        """Between quotation marks: straight ones open and close by turns in a paragraph, curly ones as drawn."""
+        """Tokens between quotation marks: straight ones alternate within a paragraph, curly ones go by their shape."""
         marks = self._count('"') % 2
         fresh = self.begins | self.mark(lambda string: "\n" in string)
         level = np.cumsum(marks)
@@ -216,7 +217,7 @@ class TokenView:
         return np.array([sum(map(string.count, characters)) for string in found.spelled])[found.kinds]
 
     def seen(self, values: Integer[np.ndarray, "n"]) -> Bool[np.ndarray, "n"]:
-        """Whether the same value, 0 or more, stands earlier in the document."""
+        """Whether the same value, 0 or more, occurs earlier in the document."""
         keys = (self.doc_ids - self.doc_ids.min()) * (int(values.max()) + 2) + values + 1
         _, first = np.unique(keys, return_index=True)
         again = np.ones(len(self), bool)
@@ -224,7 +225,7 @@ class TokenView:
         return again & (values >= 0)
 
     def find(self, pattern: "str | re.Pattern[str]") -> Bool[np.ndarray, "n"]:
-        """The tokens that a match in the running text touches, sequence by sequence."""
+        """The tokens that overlap a match of a regular expression in the running text, sequence by sequence."""
         compiled, found = re.compile(pattern), np.zeros(len(self), bool)
         kinds, spelled, touched = self._readings
         lengths = np.array([len(string) for string in spelled])[kinds]
@@ -243,14 +244,14 @@ class TokenView:
 
 
 class _Readings(NamedTuple):
-    """How each token of a text reads where it stands; `kinds` numbers the different readings."""
+    """The decoded text of each token in its context; `kinds` numbers the different ones."""
 
     kinds: Int[np.ndarray, "n"]
     """a token's id, unless it shares characters with its neighbours"""
     spelled: list[str]
     """the characters that begin in the token"""
     touched: list[str]
-    """those of which it holds a part"""
+    """the characters of which the token holds a part"""
 
     @classmethod
     def of(cls, text: StoredText, token_ids: Int[np.ndarray, "n"], strings: list[str]) -> "_Readings":
@@ -272,7 +273,7 @@ class _Readings(NamedTuple):
 
 
 def _count_since(groups: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """How many are counted before each element in its run of one group."""
+    """For each element, the number of counted elements before it in its run of one group."""
     before = np.cumsum(counted) - counted
     starts = np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1))
     return before - np.repeat(before[starts], np.diff(np.append(starts, len(groups))))

@@ -1,4 +1,4 @@
-"""Labels in words: of one feature together, and how far each can be trusted. Plain text, not escaped."""
+"""Labels as display text: the labels of one feature joined, and their origin and scores; plain text, not escaped."""
 
 from collections.abc import Sequence
 from math import isnan
@@ -11,9 +11,9 @@ MOST_SCORES = 4
 
 
 def join_texts(labels: Sequence[Label]) -> str:
-    """The names among the labels of one feature as one line, each side marked; empty where there is no good name.
+    """The labels of one feature as one line, each side marked; empty where there is no good name.
 
-    Where both sides have a name, one of the axis between them says nothing new.
+    A label of the axis between both sides is left out where both sides have one of their own.
 
     >>> join_texts([Label(feature=0, sign=sign, text=text, author="a") for sign, text in ((1, "hot"), (-1, "cold"))])
     '+ hot; \u2212 cold'
@@ -27,7 +27,7 @@ def join_texts(labels: Sequence[Label]) -> str:
 
 
 def describe_origin(label: Label) -> str:
-    """Who gave a label, and its scores on held-out text.
+    """The author of a label and its scores on held-out text, as one line.
 
     >>> describe_origin(Label(feature=0, text="hot", author="me", by_person=True))
     'by me, a person'
@@ -38,8 +38,9 @@ def describe_origin(label: Label) -> str:
 
 
 def describe_scores(label: Label) -> str:
-    """The first scores of a label in words, each with its interval and beside its chance level where it has them; and
-    of how many firings they are, where a rule is about the strongest alone.
+    """The first scores of a label as text, each with its interval and chance level where it has them.
+
+    For a rule on the strongest firings alone, the share of firings that it covers is added.
 
     >>> describe_scores(Label(feature=0, text="hot", author="me", scores={"f1": 0.91, "f1_chance": 0.5}))
     'f1 0.91 (chance 0.5)'

@@ -1,4 +1,4 @@
-"""Jobs on several threads, stopped by Ctrl-C without losing what is under way."""
+"""Jobs on several threads, interrupted by Ctrl-C without losing those under way."""
 
 import queue
 import threading
@@ -15,9 +15,17 @@ LOOK = 0.05  # seconds between two looks at whether Ctrl-C was pressed
 def run_jobs(
     work: Callable[[J], R], jobs: Sequence[J], n_parallel: int, stop: threading.Event, interrupt: DeferredInterrupt
 ) -> Iterator[tuple[J, R]]:
-    """Jobs and results as they come; after Ctrl-C or an error nothing new is begun, and what is under way is awaited.
+    """Pairs of job and result in order of completion.
 
-    `stop` is set then, for jobs that wait for something. The first error is raised at the end.
+    After Ctrl-C or an error no new job is started, and those under way are awaited; the first error is raised at the
+    end.
+
+    Args:
+        work: function from a job to its result, called on several threads.
+        jobs: the jobs.
+        n_parallel: number of threads.
+        stop: event that is set after Ctrl-C or an error, for jobs that wait for something.
+        interrupt: deferred Ctrl-C, which is checked twenty times a second.
     """
     results: queue.SimpleQueue[tuple[J, R] | BaseException | None] = queue.SimpleQueue()
     todo: queue.SimpleQueue[J] = queue.SimpleQueue()
