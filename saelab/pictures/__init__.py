@@ -1,1 +1,1 @@
-"""Pages that show what was found."""
+"""Figures, feature cards and HTML pages; all plotting with plotly happens here."""

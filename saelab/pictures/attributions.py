@@ -1,4 +1,4 @@
-"""Which features, and which places, carry an answer: heat maps of attributions and of patches."""
+"""Heat maps of attribution and activation patching results, and their display in Jupyter."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,10 +24,11 @@ RGB = {True: "222 110 24", False: "38 112 214"}
 
 
 def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
-    """A heat map of effects: features with the largest ones by tokens of the prompt, other features and errors below.
+    """A heat map of attribution effects: the features with the largest effects by tokens of the prompt.
 
-    x: tokens; y: the `n` features whose effects have the largest summed size; colour: the metric with the code replaced
-    less the metric as it is, in its own units, blue where it falls. ValueError for `n` below 1.
+    Two more rows show the summed effects of all other features and of the reconstruction errors. x: tokens; y: the `n`
+    features whose effects have the largest summed size; colour: change of the metric when the code is replaced, in the
+    metric's units, blue where the metric falls. ValueError for `n` below 1.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     >>> from saelab.steering.attribution import attribute
@@ -55,10 +56,10 @@ def _effects_of(attribution: Attribution, chosen: np.ndarray) -> Float[np.ndarra
 
 
 def plot_patching(patching: Patching) -> "Figure":
-    """A heat map of denoising scores: sources by positions, first source at the bottom, as layers are drawn.
+    """A heat map of denoising scores from activation patching, with the first source at the bottom.
 
-    x: positions, as corrupt>clean where the prompts differ; y: what was patched; colour: the share of the difference
-    between corrupt (0) and clean (1) that it restores. Without scores, the figure says why.
+    x: positions, as corrupt>clean where the prompts differ; y: what was patched; colour: share of the difference
+    between corrupt (0) and clean (1) that the patch restores. Without scores, the figure shows the reason as text.
     """
     columns = [patching.name_column(i) for i in range(len(patching.positions))]
     differ = [i for i, name in enumerate(columns) if ">" in name]
@@ -78,7 +79,7 @@ def _number(tokens: Sequence[str]) -> list[str]:
 def _draw_cells(
     cells: np.ndarray, rows: list[str], columns: list[str], most: float | None = None, named: Sequence[int] = ()
 ) -> "Figure":
-    """Cells whose colour runs from -most to most; rows from the top; columns that are `named` always are."""
+    """A heat map with colours from -most to most and rows from the top; columns in `named` always show their names."""
     from plotly.graph_objects import Figure, Heatmap
 
     known = np.abs(cells[np.isfinite(cells)])
@@ -104,7 +105,9 @@ def _draw_cells(
 
 
 def draw_attribution(attribution: Attribution) -> str:
-    """The prompt with each token coloured by the effects of its features, and the largest of them; all text escaped."""
+    """An HTML view of an attribution: the prompt with tokens coloured by effect, and the largest effects; text is
+    escaped.
+    """
     lines = str(attribution).split("\n")
     said = lines[: 2 + (attribution.agreement is not None)]
     scale = float(np.abs(attribution.by_token).max(initial=0)) or 1.0
@@ -128,7 +131,7 @@ register_drawing(Attribution, draw_attribution)
 
 
 def draw_patching(patching: Patching) -> str:
-    """Scores as a table, sources by the positions where most is restored; all text escaped."""
+    """An HTML table of denoising scores, sources by the positions where most is restored; text is escaped."""
     if patching.reason:
         return paragraph(str(patching).split("\n")[0])
     scores = patching.scores

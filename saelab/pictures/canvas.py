@@ -1,4 +1,4 @@
-"""What figures share: colours that are read on white and on dark, one layout, text that plotly shows as it is."""
+"""Common style of all figures: colours for light and dark backgrounds, layout, and escaping of text for plotly."""
 
 import html
 import textwrap
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 # between the light and the dark of the page's style
 PLUS, MINUS, OWN, OTHER = "#e07422", "#387ddf", "#37919a", "#848e99"
 SERIES = (OWN, "#c2559d", "#b58a1a", "#8066cf", "#6f9440", OTHER)
-"""Of lines that mean no sign."""
+"""Colours of lines that stand for no sign."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"
 TITLE_HEIGHT, LINE_HEIGHT, LEGEND_WIDTH = 44, 22, 28
 
 
 def say(text: object, width: int = 60) -> str:
-    """Anybody's text as plotly shows it word for word: no tag, no formula, in lines of `width`, at most four.
+    """Text escaped so that plotly shows it literally, without tags or formulas, in at most four lines of `width`.
 
     >>> say("<b>$x$</b>")
     '&lt;b&gt;&#36;x&#36;&lt;/b&gt;'
@@ -28,7 +28,14 @@ def say(text: object, width: int = 60) -> str:
 
 
 def dress(figure: "Figure", title: str, note: str, height: int = 420) -> "Figure":
-    """The layout of all figures: a title and a note (plain text) above, light lines, the background of the template."""
+    """The figure with the common layout: title and note above, light grid lines, the template's background.
+
+    Args:
+        figure: plotly figure, changed in place.
+        title: plain text.
+        note: plain text below the title, such as the number of tokens.
+        height: height of the plot area in pixels; title and note come on top.
+    """
     small = say(note, 105)
     top = TITLE_HEIGHT + LINE_HEIGHT * (small.count("<br>") + 1)
     figure.update_layout(
@@ -54,17 +61,17 @@ def dress(figure: "Figure", title: str, note: str, height: int = 420) -> "Figure
 
 
 def write_over(figure: "Figure", text: str) -> None:
-    """Say in the middle of a figure why there is nothing to see."""
+    """Write the reason why a figure is empty into its middle."""
     figure.add_annotation(text=say(text), showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5, font={"size": 15})
 
 
 def line_of(i: int) -> dict[str, Any]:
-    """Colour and dash of the i-th of many lines."""
+    """Colour and dash of the i-th line of a figure with many."""
     return {"color": SERIES[i % len(SERIES)], "dash": DASHES[i // len(SERIES) % len(DASHES)]}
 
 
 def count_tokens(counts: Iterable[int]) -> str:
-    """Of one or several results.
+    """Number of tokens of one result, or the range of several, as text.
 
     >>> count_tokens([4096]), count_tokens([4096, 1024])
     ('4,096 tokens', '1,024 to 4,096 tokens')

@@ -1,4 +1,4 @@
-"""One feature as HTML: the card that Jupyter and the report show."""
+"""Feature cards as HTML, for Jupyter and the report."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -20,11 +20,11 @@ SHOWN_OPEN = ("top",)
 
 
 def draw_card(card: FeatureCard, labels: Sequence[Label] = (), beside: str = "") -> str:
-    """A feature's card as one HTML element; neighbours are links to `#feature=12`. All text is escaped.
+    """A feature dashboard as one HTML element, with links `#feature=12` to similar features; all text is escaped.
 
-    `labels` are the chosen ones: below the card's own label it is told who gave them and how well they score.
-    `beside` is HTML that stands under the head: a partner in another store. Positive codes are orange, negative ones
-    blue, as strong as |z| beside the feature's largest; the underlined token is the one that a window was chosen for.
+    Positive codes are orange, negative ones blue, with an opacity that grows with |z| relative to the feature's
+    largest; the token that a window was chosen for is underlined. `labels` are the feature's chosen labels, shown with
+    their authors and scores. `beside` is HTML that is placed below the head, such as the partner in another store.
     """
     aside = [_histogram(card), *(_words(side, len(card.sides)) for side in card.sides), _effects(card), _near(card)]
     scale = max((side.peak for side in card.sides), default=0.0)
@@ -34,14 +34,14 @@ def draw_card(card: FeatureCard, labels: Sequence[Label] = (), beside: str = "")
 
 
 def draw_window(example: Example, scale: float) -> str:
-    """A window of text, each token an element of its own, coloured by its code and with the value as its title."""
+    """A window of text as HTML, each token an element coloured by its code, with the value as its title."""
     words = zip(example.words, example.values, strict=True)
     inside = (_token(word, value, scale, i == example.center) for i, (word, value) in enumerate(words))
     return f'<div class="win">{"".join(inside)}</div>'
 
 
 def list_windows(examples: Iterable[Example], scale: float) -> str:
-    """Windows as a list, each behind the code at its center."""
+    """Windows as an HTML list, each after the code at its center."""
     rows = (
         f"<li><span>{f'{example.value:+.3g}' if example.value else '0'}</span>{draw_window(example, scale)}</li>"
         for example in examples
@@ -50,18 +50,18 @@ def list_windows(examples: Iterable[Example], scale: float) -> str:
 
 
 def style_card() -> str:
-    """The style that cards need, as an element."""
+    """The style element that cards need."""
     return f"<style>{read_asset('card.css')}</style>"
 
 
 @lru_cache(maxsize=1 << 16)  # a corpus has few distinct tokens
 def show_text(token: str) -> str:
-    """A token with its line breaks and tabs visible, escaped."""
+    """A token, escaped, with its line breaks and tabs made visible."""
     return escape(token).replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\r", "\u240d")
 
 
 def show_code(token: str) -> str:
-    """A token that stands alone, as an element."""
+    """A token as an HTML element of its own."""
     return f"<code>{show_text(token)}</code>"
 
 
@@ -84,7 +84,7 @@ def _head(card: FeatureCard, labels: Sequence[Label]) -> str:
 
 
 def _tell_label(label: Label, alone: bool) -> str:
-    """Where a label comes from; what it says too, where the heading holds several or none."""
+    """Author and scores of a label; also its text where the heading holds several labels or none."""
     text = "" if alone and label.kind != "none" else f"{MARKS[label.sign]}{label.text or 'no name'}, "
     return f'<p class="dim">{escape(text + describe_origin(label))}</p>'
 
@@ -95,7 +95,7 @@ def _tell(side: Side) -> str:
 
 
 def _histogram(card: FeatureCard) -> str:
-    """Firings by code, counts on a log axis: negative codes on the left, in blue."""
+    """Histogram of codes as SVG, counts on a log axis, negative codes on the left in blue."""
     if not card.counts:
         return ""
     low, high, most = card.edges[0], card.edges[-1], max(card.counts)
@@ -163,7 +163,7 @@ register_drawing(FeatureCard, _draw_alone)
 
 
 def _draw_feature(feature: Feature) -> str:
-    """With the labels of the book beside the store."""
+    """The card of a feature, with the labels of its store."""
     note = ""
     with LabelBook.open(feature.store) as book:
         try:

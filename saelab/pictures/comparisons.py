@@ -1,4 +1,4 @@
-"""What recurs, as figures and tables: best partners beside chance, layers by layers, and comparisons in Jupyter."""
+"""Figures and tables of comparisons: similarity histograms with their null, heat maps by layer, display in Jupyter."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 N_BINS = 40
 NONE = -2.5 / N_BINS
-"""Where the bar of features without a partner stands."""
+"""Position of the bar of features without a partner."""
 Value = Literal["count", "variance", "one_to_one", "median"]
 VALUES: dict[str, str] = {
     "count": "Share of features that are universal",
@@ -28,15 +28,16 @@ VALUES: dict[str, str] = {
     "median": "Median similarity to the best partner",
 }
 ABOVE_CHANCE = [[0.0, "rgba(128,128,128,0.08)"], [1.0, "rgba(55,145,154,0.65)"]]
-"""Colours through which text is read on white and on dark."""
+"""Colours on which text is readable with light and dark backgrounds."""
 
 
 def plot_matches(comparison: Comparison) -> "Figure":
-    """A histogram of how similar the best partner of every live feature is, for both dictionaries, beside chance.
+    """A histogram of the similarity of every live feature's best partner, for both dictionaries, with null
+    distribution.
 
-    x: |similarity|, 0 to 1; y: features. Universal ones are told from others, and where codes are signed those that
-    match flipped from the rest. Features without a partner, which fire with none often enough, stand apart at the left.
-    Lines: the median, and 95 %, of the same where nothing is in common.
+    x: |similarity|, 0 to 1; y: number of features. Universal features have a colour of their own, as have flipped
+    matches where codes are signed. Features without a partner, which fire together with none often enough, are a
+    separate bar at the left. Lines mark the median and the 95th percentile under the null.
     """
     from plotly.subplots import make_subplots
 
@@ -61,7 +62,7 @@ def plot_matches(comparison: Comparison) -> "Figure":
 
 
 def _kinds(side: Matches, signed: bool) -> dict[str, tuple[str, np.ndarray]]:
-    """Colour and features of each kind that is told apart, from the lowest in the stack."""
+    """Colour and features of each kind of match, from the lowest in the stack."""
     common, flipped = side.live & side.universal, np.nan_to_num(side.similarity) < 0
     rest = "not universal", (OTHER, side.live & ~side.universal)
     if not signed:
@@ -91,7 +92,7 @@ def _count_matches(side: Matches, chosen: np.ndarray, name: str, colour: str, le
 
 
 def _mark_chance(figure: "Figure", row: int, name: str, level: float) -> None:
-    """A line, named at its top: the median on its left, 95 % on its right."""
+    """Add a vertical line named at its top: the median on its left, the 95th percentile on its right."""
     label = {"text": f" {name} {level:.2f} ", "font": {"size": 12}, "showarrow": False, "yanchor": "bottom"}
     anchor = "left" if name == "95 %" else "right"
     figure.add_vline(level, line={"dash": "dot" if anchor == "left" else "solid", "width": 1.5}, row=row, col=1)
@@ -99,13 +100,20 @@ def _mark_chance(figure: "Figure", row: int, name: str, level: float) -> None:
 
 
 def plot_layers(comparisons: Mapping[tuple[str, str], Comparison], value: Value = "count") -> "Figure":
-    """A heat map, layers by layers: how much of the row's features is found in the column, and under it chance.
+    """A heat map of comparisons, layers by layers: how many of the row's features are found in the column.
 
-    `comparisons[row, column]` is `compare(row, column)`. Where names stand on both sides it is one square: a pair that
-    is given once fills both cells, each about its own row's features. count, variance: the share of what is universal,
-    beside the `fdr` of it that may be false; median: of the best similarity of live features, beside the same by
-    chance; one_to_one: the mean of the assignment, beside the median best similarity by chance. The colour is
-    (value - chance) / (1 - chance): 0 at chance, whatever its level. ValueError for no comparisons or another value.
+    The colour is (value - chance) / (1 - chance): 0 at chance, whatever its level. Names that occur as rows and columns
+    make the map square: a pair that is given once fills both cells, each for its own row's features. ValueError for no
+    comparisons or another value.
+
+    - "count", "variance": share of universal features, by number or by variance; chance is the `fdr` of it that may be
+    false.
+    - "median": median best similarity of live features; chance is the same under the null.
+    - "one_to_one": mean similarity of the one-to-one assignment; chance is the median best similarity under the null.
+
+    Args:
+        comparisons: results of `compare(row, column)` by the names (row, column).
+        value: quantity shown.
     """
     from plotly.graph_objects import Figure, Heatmap
 
@@ -152,7 +160,7 @@ class _Cell:
 
     @property
     def excess(self) -> float | None:
-        """Where between chance and 1; None where the value is not known."""
+        """(value - chance) / (1 - chance); None where the value is not known."""
         level = 0.0 if self.chance != self.chance else self.chance
         return None if self.value != self.value else max(0.0, (self.value - level) / max(1 - level, 1e-9))
 
@@ -184,7 +192,7 @@ def _read(comparisons: Mapping[tuple[str, str], Comparison], row: str, column: s
 
 
 def _measure(found: Comparison, side: Matches, value: str) -> tuple[float, float]:
-    """The number, and what chance gives."""
+    """The value of a cell and its chance level."""
     nan = float("nan")
     if value in ("count", "variance"):
         share = side.share("count" if value == "count" else "variance")
@@ -200,13 +208,13 @@ def _names(names: list[str]) -> list[str]:
 
 
 def _basis(comparisons: list[Comparison]) -> str:
-    """How many tokens numbers rest on."""
+    """Number of tokens, as text, that the comparisons were measured on."""
     counts = [one.n_tokens for one in comparisons if one.n_tokens is not None]
     return f"over {count_tokens(counts)}" if counts else "of directions, no tokens"
 
 
 def draw_comparison(comparison: Comparison) -> str:
-    """A comparison as it prints itself, its numbers as an HTML table; all text escaped."""
+    """An HTML view of a comparison: its printed summary with the numbers as a table; text is escaped."""
     first, *lines = str(comparison).split("\n")
     header = ["", "live", "median", "chance", "95 %", "universal", "by frequency", "by variance"]
     sides = [_tell_side(name, side) for name, side in (("a", comparison.a), ("b", comparison.b))]
@@ -226,7 +234,7 @@ register_drawing(Comparison, draw_comparison)
 
 
 def draw_universal(found: UniversalTable) -> str:
-    """Universal pairs as an HTML table; all text escaped."""
+    """Universal pairs as an HTML table; text is escaped."""
     header = ["a", "b", "similarity", "p", "both fire", "a is called", "b is called", "a fires on", "b fires on"]
     rows = []
     for row in found.rows:

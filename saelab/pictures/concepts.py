@@ -1,4 +1,4 @@
-"""The sections of a page that holds dictionaries against known concepts."""
+"""Page sections that compare dictionaries by how well their features detect known concepts."""
 
 import math
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A dictionary that was trained, its codes of the corpus, and its scores."""
+    """A trained dictionary with its codes of the corpus and its concept scores."""
 
     name: str
     codes: "csr_matrix"
     """(n_tokens, d_sae)"""
     scores: ConceptScores
     fvu: float
-    """fraction of variance unexplained on activations kept out of training"""
+    """fraction of variance unexplained on held-out activations"""
     signed: bool = False
-    """whether its codes have two signs"""
+    """whether its codes have both signs"""
 
     def row(self, concept: str) -> ConceptScore:
         """The scores of one concept."""
@@ -34,7 +34,7 @@ class Trial:
 
 
 def tabulate(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the comparison, trained dictionaries first."""
+    """Header and rows of the comparison table, trained dictionaries first."""
     rows = [_compare(trial.name, trial.scores, trial.fvu) for trial in trials]
     return HEADER, rows + [_compare(name, scores, math.nan) for name, scores in baselines.items()]
 
@@ -46,7 +46,7 @@ HEADER = [
 
 
 def show_comparison(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> Scripted:
-    """What the numbers say, the table and the figure."""
+    """The section with findings in sentences, the table and the figure."""
     bars = [_bar(trial.name, trial.scores, True) for trial in trials]
     bars += [_bar(name, scores, False) for name, scores in baselines.items()]
     header, rows = tabulate(trials, baselines)
@@ -74,7 +74,7 @@ READING = (
 
 
 def find(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> list[str]:
-    """What the numbers say in sentences, whichever way they fall."""
+    """The main findings as sentences, whichever way the numbers fall."""
     first = trials[0].scores
     pairs = ", ".join(f"{trial.name} {trial.scores.n_opposed_on_two_sides}" for trial in trials)
     control = ", ".join(f"{trial.name} {trial.scores.n_control_on_two_sides}" for trial in trials)
@@ -99,7 +99,7 @@ def _rank(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> str:
 
 
 def show_features(corpus: Corpus, trials: Sequence[Trial], names: Sequence[str]) -> str:
-    """A card for an opposed pair on one signed feature, if there is one, and one for each named concept."""
+    """Cards of an opposed pair on one signed feature, if there is one, and of each named concept."""
     pair = next((card for trial in trials if trial.signed if (card := _pair_card(corpus, trial))), "")
     cards = [_concept_card(corpus, trials, name) for name in names]
     return section("Features and where they fire", paragraph(LEGEND, "small soft"), pair, *cards)
@@ -115,7 +115,7 @@ LEGEND = (
 
 
 def show_failures(trials: Sequence[Trial], baselines: dict[str, ConceptScores], n: int = 15) -> str:
-    """The concepts that even the best dictionary tells worst, and what could not be scored."""
+    """The concepts with the lowest scores in even the best dictionary, and those that could not be scored."""
     scored = trials[0].scores.scored
     best = {row.name: max(_known(trial.row(row.name).f1) for trial in trials) for row in scored}
     worst = sorted(scored, key=lambda row: best[row.name])[:n]

@@ -1,4 +1,4 @@
-"""`Corpus`: the scored tokens as text, with the truth; and the sentences in which a feature is looked at."""
+"""Tokens of a synthetic corpus with their true concepts, and example sentences of features in it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,24 +20,24 @@ SHORT = 9  # tokens: a shorter sentence is shown with the one before
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Tokens in the order of the text, one row of the codes each, story after story."""
+    """Tokens in the order of the text, story after story, with one row of codes each."""
 
     words: Sequence[str]
     story_ids: Int[np.ndarray, "n_tokens"]
     truth: "csr_matrix"
-    """(n_tokens, n_concepts), true where a concept holds of a token"""
+    """(n_tokens, n_concepts), true where a concept holds on a token"""
     table: Sequence[Concept]
-    """of concepts, as the columns of `truth`"""
+    """concepts, in the order of the columns of `truth`"""
     shown: Bool[np.ndarray, "n_tokens"]
     """tokens of the stories that sentences are taken from"""
 
     def holds(self, name: str) -> Int[np.ndarray, "n"]:
-        """The shown tokens of which a concept is true."""
+        """The tokens of the shown stories on which a concept holds."""
         column = next(i for i, concept in enumerate(self.table) if concept.name == name)
         return np.flatnonzero(self.truth[:, [column]].toarray().ravel() & self.shown)
 
     def span(self, token: int) -> tuple[int, int]:
-        """First token and end of the sentence a token is in; a short one brings the one before it in the story."""
+        """First token and end of a token's sentence; a short sentence includes the one before it in the story."""
         start, stop = self._start(token), token + 1
         while not self._ends(stop - 1):
             stop += 1
@@ -68,8 +68,15 @@ def examples(
 ) -> list[Sentence]:
     """Up to `n` sentences of different stories: the strongest firings, one on the median token, and a mistake if any.
 
-    The feature says that the concept `name` holds where `side * column > threshold`. Where that side never fires,
-    sentences in which the concept holds are shown instead.
+    Where that side of the feature never fires, sentences in which the concept holds are returned instead.
+
+    Args:
+        corpus: tokens with their true concepts.
+        column: the feature's code at every token.
+        side: 1 or -1, the sign of the codes looked at.
+        threshold: the feature predicts the concept where `side * column` is larger.
+        name: name of the concept.
+        n: largest number of sentences.
     """
     z, true = np.where(corpus.shown, side * column, 0), corpus.holds(name)
     firing = np.flatnonzero(z > 0)
@@ -90,7 +97,7 @@ def examples(
 
 
 def _mistakes(z: Float[np.ndarray, "n_tokens"], true: Int[np.ndarray, "n"], threshold: float) -> list[tuple[int, str]]:
-    """The tokens of the commoner kind of mistake: false alarms, the strongest first, or misses from the middle on."""
+    """The tokens of the more frequent kind of error: false positives, strongest first, or misses from the middle on."""
     says = np.flatnonzero(z > threshold)
     false_alarms, misses = np.setdiff1d(says, true), np.setdiff1d(true, says)
     if len(false_alarms) > len(misses):

@@ -1,4 +1,4 @@
-"""Quality over training, over sparsity and over size."""
+"""Training curves, sparsity-fidelity frontiers, and quality by dictionary size."""
 
 import json
 import math
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter
 
 History: TypeAlias = str | Path | Sequence[Entry]
-"""The folder of a run, or `history_` of its SAE."""
+"""The folder of a training run, or `history_` of its SAE."""
 Quality: TypeAlias = Literal["fvu", "loss_recovered"]
 
 PANELS = {
@@ -35,12 +35,12 @@ SYMBOLS = {"untrained": "triangle-up-open", "random": "x-thin-open", "pca": "dia
 
 
 def plot_training(source: History | Mapping[str, History]) -> "Figure":
-    """Training curves of a run, or of several by name: losses, L0, dead latents, learning rate, a panel each.
+    """Training curves of one run, or of several by name: losses, L0, dead latents and learning rate, a panel each.
 
-    x: tokens seen; y: the mean since the entry before, losses as shares of the activations' variance, L0 in latents
-    per token, dead ones as a share of latents. A run is the folder that `fit` wrote to, or an SAE's `history_`; SAEs
-    that were trained together are told apart by number. FileNotFoundError for a folder without a history, ValueError
-    for an empty or damaged one.
+    x: tokens seen; y: mean since the previous entry, losses as shares of the activations' variance, L0 in latents per
+    token, dead latents as a share. A run is the folder that `fit` wrote to, or an SAE's `history_`; SAEs that were
+    trained together are distinguished by number. FileNotFoundError for a folder without a history, ValueError for an
+    empty or damaged one.
 
     >>> plot_training({"mine": [{"n_tokens": 64, "l0": 4.0}, {"n_tokens": 128, "l0": 3.5}]}).data[0].y
     (4.0, 3.5)
@@ -73,7 +73,7 @@ def plot_training(source: History | Mapping[str, History]) -> "Figure":
 
 
 def _read(source: History) -> list[Entry]:
-    """The entries of a run; NaN is None."""
+    """The entries of a run, with NaN as None."""
     if not isinstance(source, str | Path):
         history, where = list(source), "the history"
     else:
@@ -91,7 +91,7 @@ def _read(source: History) -> list[Entry]:
 
 
 def _split(name: str, history: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
-    """The histories of the SAEs that were trained in one run; the keys of the i-th start with `i/`."""
+    """The histories of the SAEs of one run; the keys of the i-th start with `i/`."""
     numbers = {key.split("/")[0]: None for key in history[0] if "/" in key}
     if not numbers:
         yield name, history
@@ -123,9 +123,9 @@ def plot_frontier(
 ) -> "Figure":
     """Fidelity against sparsity of SAEs by name; evaluations in a list are joined by a line.
 
-    x: L0, the latents that fire on a token, log scale; y: FVU, log scale, or the loss recovered; bars are the 95 %
-    intervals of `evaluate`. Baselines are open marks in grey, each at its own L0. What has no finite `y` above
-    or no L0 is left out and counted in the note; ValueError where nothing remains.
+    x: L0, latents that fire per token, log scale; y: FVU, log scale, or the loss recovered; bars are the 95 % intervals
+    of `evaluate`. Baselines are open grey marks, each at its own L0. Evaluations without a positive L0 or a finite `y`
+    (above 0 for FVU) are left out and counted in the note; ValueError where none remains.
     """
     from plotly.graph_objects import Figure
 
@@ -200,11 +200,11 @@ def _draw_rival(rival: str, groups: Mapping[str, Sequence[Evaluation]], y: Quali
 
 
 def plot_prefixes(result: Progressive | Evaluation, y: Quality = "fvu") -> "Figure":
-    """Quality against the number of units that are kept of a dictionary.
+    """Quality against the number of latents that are kept of a dictionary.
 
-    x: units, log scale; y: FVU, log scale, or the loss recovered. A `Progressive` gives one line for each order the
-    units were taken in, an `Evaluation` the FVU of its SAE's Matryoshka prefixes. ValueError for an evaluation of an
-    SAE that has none, for another `y` of it, and where no quality is known.
+    x: latents, log scale; y: FVU, log scale, or the loss recovered. A `Progressive` gives one line for each order of
+    latents, an `Evaluation` the FVU of its SAE's Matryoshka prefixes. ValueError for an evaluation of an SAE without
+    prefixes, for another `y` of it, and where no quality is known.
     """
     from plotly.graph_objects import Figure, Scatter
 
@@ -242,7 +242,7 @@ def plot_prefixes(result: Progressive | Evaluation, y: Quality = "fvu") -> "Figu
 
 
 def _sizes_of(result: Progressive | Evaluation, y: Quality) -> dict[str, list[tuple[int, float, str]]]:
-    """Size, quality and what else is said of each point, by order."""
+    """Size, quality and hover text of each point, by order."""
     if isinstance(result, Evaluation):
         return {"prefix": [(size, fvu, "") for size, fvu in sorted(result.prefixes.items())]}
     lines: dict[str, list[tuple[int, float, str]]] = {row.order: [] for row in result.rows}

@@ -1,4 +1,4 @@
-"""How often features fire, how strongly, and which fire too seldom."""
+"""Histograms of firing rates and of codes, and bars of dead latents."""
 
 import math
 from itertools import pairwise
@@ -20,12 +20,12 @@ LEGIBLE = 0.05  # share of a bar from which its count is written inside
 
 
 def plot_density(store: FeatureStore, *, near_dead_rate: float = 1e-5, dense_rate: float = 0.1) -> "Figure":
-    """A histogram of the features' firing rates, from the store's own counts.
+    """A histogram of the features' firing rates, from the counts of a store.
 
-    x: share of tokens on which a feature fires (z != 0), log10, five bins a decade; y: features. Those that never fire
-    in N tokens stand apart at the left: all that is known of their rate is that it is below 3 / N. For signed codes
-    two more panels count the firings of each sign alone. Lines mark the limits of near-dead and of dense units.
-    ValueError where the limits are not in order.
+    x: share of tokens on which a feature fires (z != 0), log10, five bins a decade; y: number of features. Features
+    that never fire in N tokens are a separate bar at the left, as their rate is only known to be below 3 / N. For
+    signed codes two more panels count the firings of each sign alone. Lines mark the limits of near-dead and of dense
+    features. ValueError where the limits are not in order.
     """
     from plotly.subplots import make_subplots
 
@@ -71,12 +71,12 @@ def _scale_rates(figure: "Figure", n_tokens: int) -> None:
 
 
 def _never(n_tokens: int) -> float:
-    """Where the bar of features that never fire stands: left of a single firing."""
+    """Position of the bar of features that never fire: left of a single firing."""
     return -math.log10(n_tokens) - 2.5 / PER_DECADE
 
 
 def _count_rates(fires: np.ndarray, n_tokens: int, name: str, colour: str) -> "Bar":
-    """Features by the logarithm of their firings; integers are told apart exactly."""
+    """Bars of features by the logarithm of their firing counts; bin borders are exact for integers."""
     from plotly.graph_objects import Bar
 
     n_bins = math.floor(PER_DECADE * math.log10(n_tokens) + 1e-9) + 1
@@ -97,8 +97,8 @@ def _count_rates(fires: np.ndarray, n_tokens: int, name: str, colour: str) -> "B
 def plot_activations(store: FeatureStore, feature: int) -> "Figure":
     """A histogram of one feature's codes where it fires, negative ones left of 0 and positive ones right.
 
-    x: the code z, in the SAE's own units; y: tokens, log scale. No bin holds both signs. A feature that never fires
-    gives an empty figure that says so; IndexError for one that does not exist.
+    x: the code z, in the SAE's own units; y: number of tokens, log scale. No bin holds both signs. For a feature that
+    never fires the figure is empty, with a note; IndexError for a feature that does not exist.
     """
     from plotly.graph_objects import Bar, Figure
 
@@ -135,9 +135,10 @@ def plot_activations(store: FeatureStore, feature: int) -> "Figure":
 
 
 def plot_dead(dead_units: DeadUnits) -> "Figure":
-    """Units of each kind by prefix group, as stacked bars.
+    """Stacked bars of the latents of each kind (dead, near-dead, live, ...) by prefix group.
 
-    x: share of the group's units; y: the group, as numbers of its units. Counts stand in the bars and on hover.
+    x: share of the group's latents; y: the group, as a range of latent numbers. Counts are written in the bars and
+    shown on hover.
     """
     from plotly.graph_objects import Bar, Figure
 

@@ -1,4 +1,4 @@
-"""The figure of the comparison, as HTML that carries plotly.js along."""
+"""Bar chart that compares dictionaries on concept scores, as self-contained HTML."""
 
 import math
 from collections.abc import Sequence
@@ -23,20 +23,22 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 
 @dataclass(frozen=True)
 class Bar:
-    """One dictionary's numbers in the three panels, shares in [0, 1] or NaN; `own` where it was trained here."""
+    """One dictionary's values in the three panels, shares in [0, 1] or NaN; `own` marks dictionaries trained here."""
 
     name: str
     own: bool
     coverage: float
     parent_recall: float
     opposed: float
-    """share of opposed pairs on the two sides of one feature"""
+    """share of opposed pairs that are on the two sides of one feature"""
     control: float
-    """the same of control pairs"""
+    """the same share of control pairs"""
 
 
 def draw_comparison(bars: Sequence[Bar]) -> str:
-    """Three panels of horizontal bars, one line a dictionary; the share of control pairs is a mark beside its bar."""
+    """Three panels of horizontal bars, one row per dictionary, as HTML; a mark at each bar shows its control pairs'
+    share.
+    """
     from plotly.graph_objects import Bar as Bars
     from plotly.graph_objects import Scatter
     from plotly.subplots import make_subplots

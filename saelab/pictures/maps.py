@@ -1,4 +1,4 @@
-"""A map of the features, on which like ones lie together."""
+"""Two-dimensional map (t-SNE) of features by similarity."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -28,14 +28,25 @@ def plot_neighbours(
     limit: int = 2000,
     seed: int = 0,
 ) -> "Figure":
-    """A map in two dimensions that puts features beside those they are like (t-SNE); near means like, far means little.
+    """A t-SNE map of features in which similar ones are near each other; large distances mean little.
 
-    Likeness is the cosine of an SAE's decoder rows, its size where codes are signed; or that of the rows of what
-    `neighbours` found, signs left aside, so that sharing neighbours counts. The axes have no unit. Dead features are
-    left out: those silent in the `store`, or without one those dead at the end of training; and those without any
-    neighbour. Of more than `limit` live ones that many are drawn by `seed`, labelled ones first (2,000 take about ten
-    seconds). Pointing at a feature tells its number, label and, with a store, firings; the rate is then its colour.
-    ValueError for a store of another width, labels of features that do not exist and fewer than 4 features to draw.
+    Similarity is the cosine of decoder rows, its size where codes are signed, or the cosine of rows of a `Neighbours`
+    result, without signs, so that features with the same neighbours are near. The axes have no unit. Hovering shows a
+    feature's number, label and, with a store, firings, and the colour is then the firing rate. Dead features are left
+    out: those that never fire in the `store` or, without one, were dead at the end of training; and features without
+    any neighbour.
+
+    Args:
+        source: SAE whose decoder rows are compared, or result of `neighbours`.
+        store: feature store of the same features, for firing rates; None leaves them out.
+        labels: text by feature, shown on the map.
+        limit: largest number of features shown, at least 4; of more live ones so many are drawn at random, those with
+            labels first. 2,000 take about ten seconds.
+        seed: seed of the draw and of t-SNE.
+
+    Raises:
+        ValueError: the store has another width, a label is of a feature that does not exist, or fewer than 4 features
+            remain.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=12, activation=sl.TopK(k=2)))
     >>> len(plot_neighbours(sae, labels={3: "cats"}).data[0].x)
@@ -82,7 +93,7 @@ def _choose(alive: Int[np.ndarray, "n"], labels: Mapping[int, str], limit: int, 
 
 
 def _compare(source: SAE | Neighbours, shown: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n n"]:
-    """Cosines between the features shown, of their directions or of their rows of similarities."""
+    """Cosines between the features shown, of their decoder rows or of their rows of similarities."""
     if isinstance(source, SAE):
         rows = source.W_dec.detach().float().cpu().numpy()[shown]
         cosines = (rows := rows / np.linalg.norm(rows, axis=1, keepdims=True)) @ rows.T
@@ -151,7 +162,7 @@ def _measure(source: SAE | Neighbours) -> str:
 
 
 def _tokens(source: SAE | Neighbours, store: FeatureStore | None) -> str:
-    """How many tokens the picture rests on."""
+    """Number of tokens, as text, that the figure was measured on."""
     if store is not None:
         return f"firing rates over {count_tokens([len(store)])}"
     if isinstance(source, Neighbours):

@@ -1,4 +1,4 @@
-"""A feature's partner in another store, beside it: what a report that compares shows of each feature."""
+"""Report sections on a feature's best partner in another store."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from saelab.universality.relations import Relation
 from saelab.universality.table import check_stores, split_side, tell_p
 
 N_SHOWN = 3
-"""windows of each sign"""
+"""number of windows shown of each sign"""
 CHOICE: dict[str, Any] = {"n_top": N_SHOWN, "n_quantiles": 0, "n_near": 0, "n_random": 0}
 MOST_PARTNERS = 6
 MARKS = {1: "+", 0: "", -1: "\u2212"}
@@ -26,14 +26,14 @@ SEVERAL = {"split": "split there into", "halves": "its signs are apart there:", 
 
 @dataclass(frozen=True, eq=False)
 class Matched:
-    """A comparison as the features of its first store have it."""
+    """A comparison from the point of view of its first store's features."""
 
     comparison: Comparison
     other: FeatureStore
     name: str
-    """of the other store"""
+    """name of the other store"""
     labels: Mapping[int, str]
-    """of the other store's features"""
+    """labels of the other store's features"""
 
     @classmethod
     def make(
@@ -44,18 +44,29 @@ class Matched:
         labels: Mapping[int, str],
         progress: bool,
     ) -> "Matched":
-        """Compare, or take a comparison that was made; ValueError where it is one of other stores."""
+        """The matches of a store's features in another store, from a given comparison or a new one.
+
+        Args:
+            store: store of the report.
+            other: store that it is compared with.
+            comparison: result of `compare(store, other)`; None computes it with default options.
+            labels: labels of the other store's features.
+            progress: whether to show a progress bar.
+
+        Raises:
+            ValueError: the comparison is not of these stores.
+        """
         if comparison is None:
             comparison = compare(store, other, progress=progress)
         check_stores(comparison, store, other)
         return cls(comparison, other, _tell_apart(store, other), labels)
 
     def summarise(self) -> str:
-        """The comparison as a section of the summary."""
+        """The section of the report's summary on the comparison, as HTML."""
         return section(f"Compared with {self.name}", draw_comparison(self.comparison))
 
     def describe(self, feature: int) -> dict[str, Any]:
-        """What the list shows of a feature: similarity, None without a partner, and whether it is universal."""
+        """Fields of a feature in the report's list: similarity, None without a partner, and whether it is universal."""
         side = self.comparison.a
         known = [number for number in self._numbers(feature) if side.partners[number] >= 0]
         if not known:
@@ -67,12 +78,12 @@ class Matched:
         return row | {"partner": " ".join(filter(None, (self._name(partner), called)))}
 
     def draw(self, card: FeatureCard) -> str:
-        """The partner beside the feature, as HTML for its card; all text escaped."""
+        """The partner of a feature as HTML for its card; text is escaped."""
         parts = "".join(self._draw(card, number) for number in self._numbers(card.feature))
         return f'<section class="match">{parts}</section>'
 
     def _numbers(self, feature: int) -> tuple[int, ...]:
-        """A feature in the comparison: itself, or both its sides."""
+        """The numbers of a feature in the comparison: itself, or its two sides."""
         return (2 * feature, 2 * feature + 1) if self.comparison.sides else (feature,)
 
     def _name(self, number: int) -> str:
@@ -97,7 +108,7 @@ class Matched:
         return f'{head}<p class="dim">{escape(self._tell(number))}</p><div class="both">{"".join(columns)}</div>'
 
     def _tell(self, number: int) -> str:
-        """How alike, how far chance explains it, and what else there is."""
+        """Similarity, significance and relation of a match, as text."""
         found, side = self.comparison, self.comparison.a
         partner, unit = int(side.partners[number]), "documents" if found.similarity == "documents" else "tokens"
         median, high = (decimal(level) for level in side.chance)
@@ -131,19 +142,19 @@ class Matched:
 
 
 def _tell_apart(store: FeatureStore, other: FeatureStore) -> str:
-    """The other's folder, with the one above it where both are called the same."""
+    """The name of the other store's folder, with the parent folder where both stores have the same name."""
     folder = other.folder.resolve()
     return folder.name if folder.name != store.folder.resolve().name else f"{folder.parent.name}/{folder.name}"
 
 
 def _signs(card: FeatureCard, partner: FeatureCard, turned: int) -> list[int]:
-    """The signs that occur here, or there where the partner is turned round."""
+    """The signs that occur in the feature, or in the partner where that is flipped."""
     found = {side.sign for side in card.sides} | {side.sign * turned for side in partner.sides}
     return sorted(found, reverse=True)
 
 
 def _draw_side(place: str, card: FeatureCard, sign: int) -> str:
-    """One sign of a feature: its tokens and its strongest windows."""
+    """One sign of a feature as HTML: its tokens and its strongest windows."""
     side = next((side for side in card.sides if side.sign == sign), None)
     head = f"<h4>{place} {MARKS[sign]}</h4>"
     if side is None:

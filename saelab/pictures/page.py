@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: its style, its sections, its tables; all text escaped."""
+"""Self-contained HTML pages: style, sections and tables, with all text escaped."""
 
 import base64
 import hashlib
@@ -50,7 +50,7 @@ figure { margin: 1rem 0; }
 
 
 def escape(text: object) -> str:
-    """Text made safe for elements and for attributes in double quotes.
+    """Text escaped for HTML elements and for attributes in double quotes.
 
     >>> escape('<b title="x">')
     '&lt;b title=&quot;x&quot;&gt;'
@@ -59,13 +59,13 @@ def escape(text: object) -> str:
 
 
 class Scripted(str):
-    """HTML in which these scripts, and no others, may run."""
+    """HTML with the scripts in it that are allowed to run; no others are."""
 
     scripts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, html: str, figure: str) -> "Scripted":
-        """HTML that holds a figure whose scripts, as plotly writes them, may run."""
+        """HTML with a plotly figure in it whose scripts are allowed to run."""
         made = cls(html)
         made.scripts = tuple(INLINE.findall(figure))
         return made
@@ -75,10 +75,10 @@ INLINE = re.compile(r"<script(?: type=\"text/javascript\")?>(.*?)</script>", re.
 
 
 def write_policy(scripts: Sequence[str] = (), files: str = "") -> str:
-    """The element that makes the browser itself refuse everything but these scripts, by their hashes, and `files`.
+    """The Content-Security-Policy element that allows only these scripts, by their hashes, and scripts from `files`.
 
-    Whatever else a text may bring into the page, an event handler or a script, is not run; nothing is fetched from the
-    network, and nothing sent.
+    Event handlers and other scripts that text may bring into the page are not run; nothing is fetched from the network,
+    and nothing sent.
     """
     digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
     allowed = " ".join([f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests] + files.split())
@@ -95,7 +95,9 @@ def write_policy(scripts: Sequence[str] = (), files: str = "") -> str:
 
 
 def make_page(title: str, lead: str, sections: Sequence[str]) -> str:
-    """A whole page from its title and lead (plain text) and its sections (HTML), of which the `Scripted` run theirs."""
+    """A complete HTML page from title and lead (plain text) and sections (HTML), of which only `Scripted` ones run
+    scripts.
+    """
     scripts = [script for part in sections if isinstance(part, Scripted) for script in part.scripts]
     return "\n".join(
         [
@@ -111,24 +113,24 @@ def make_page(title: str, lead: str, sections: Sequence[str]) -> str:
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading (plain text) and what stands under it (HTML)."""
+    """A section with a heading (plain text) and its content (HTML)."""
     return "\n".join([f"<section>\n<h2>{escape(title)}</h2>", *parts, "</section>"])
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Plain text as a paragraph of a style class."""
+    """Plain text as a paragraph with a style class."""
     return f'<p class="{escape(kind)}">{escape(text)}</p>'
 
 
 def facts(rows: dict[str, str]) -> str:
-    """Names and what belongs to them, as plain text."""
+    """A description list of names and values, given as plain text."""
     return (
         "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows.items()) + "</dl>"
     )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], own: frozenset[str] = frozenset()) -> str:
-    """Plain text in cells; rows whose first cell is in `own` stand out."""
+    """An HTML table with plain text in its cells; rows whose first cell is in `own` are emphasized."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     lines = []
     for row in rows:
@@ -138,5 +140,5 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], own: frozenset[s
 
 
 def decimal(x: float, digits: int = 2) -> str:
-    """A number with fixed digits; a dash where there is none."""
+    """A number with a fixed number of digits; a dash for NaN."""
     return "-" if x != x else f"{x:.{digits}f}"

@@ -1,4 +1,4 @@
-"""The report's page: its frame, its summary, and data put into scripts so that no text can end them."""
+"""HTML page of the report: its frame and summary, and data embedded safely in scripts."""
 
 import json
 from collections.abc import Mapping
@@ -13,11 +13,18 @@ from saelab.stores.features import FeatureStore
 from saelab.stores.names import shareable, shareable_words
 
 BESIDE = "'self' file:"
-"""Where cards may lie that a page loads when they are needed: beside it"""
+"""Content-Security-Policy sources for card files in the page's own folder, loaded when they are needed"""
 
 
 def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: Mapping[int, str]) -> str:
-    """The whole page: title as plain text, summary as HTML, data of the list, and the cards that stand in it."""
+    """The complete HTML page of a report.
+
+    Args:
+        title: plain text.
+        summary: HTML.
+        data: data of the feature list and the prompts, embedded as JSON.
+        cards: cards in the page itself, HTML by feature.
+    """
     views = read_asset("views.html").format(hidden="" if data["prompts"] else "hidden", summary=summary)
     script = read_asset("report.js")
     return "\n".join(
@@ -35,12 +42,12 @@ def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: Mapping[
 
 
 def as_script(cards: Mapping[int, str]) -> str:
-    """A script that hands cards, HTML by feature, to the page."""
+    """A script that passes cards, HTML by feature, to the page."""
     return f"addCards({to_script(cards)});"
 
 
 def to_script(value: Any) -> str:
-    """JSON that is safe between script tags: no `<` is left, nor a line end that JavaScript alone knows.
+    """JSON that is safe between script tags: without `<` and without line ends that only JavaScript recognizes.
 
     >>> to_script("</script>")
     '"\\\\u003c/script>"'
@@ -49,7 +56,7 @@ def to_script(value: Any) -> str:
 
 
 def summarise(store: FeatureStore, found: DeadUnits, evaluation: Evaluation | Mapping[str, Any] | None) -> str:
-    """What was encoded, which units are dead, and how good the SAE is, as HTML."""
+    """The summary of the report as HTML: data encoded, dead latents, and quality of the SAE."""
     origin = store.provenance
     about = {
         "SAE": shareable_words(store.manifest.source),

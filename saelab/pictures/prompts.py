@@ -1,4 +1,4 @@
-"""Chosen prompts token by token: which features fire where."""
+"""Features that fire on each token of chosen prompts."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,14 +19,23 @@ if TYPE_CHECKING:
     from saelab.sae.sae import SAE
 
 N_SHOWN = 12
-"""features a token, the strongest first"""
+"""number of features shown per token, the strongest first"""
 
 
 def read_prompts(sae: "SAE", model: "Model", prompts: Sequence[str], origin: Provenance) -> list[dict[str, Any]]:
     """The words of each prompt, and for each word the features that fire there with their codes, largest |z| first.
 
-    Read at the place of `origin`, under its mask without the norm rule, which is relative to a corpus: a token that the
-    mask leaves out has no codes. ValueError for a prompt that is blank or longer than the model's context.
+    The model is read at the hook point of `origin`, with its mask except for the norm rule, which is relative to a
+    corpus: a token that the mask leaves out has no codes.
+
+    Args:
+        sae: the SAE that encodes.
+        model: the language model that it was trained on.
+        prompts: texts to show.
+        origin: provenance of the feature store, which has hook point and mask.
+
+    Raises:
+        ValueError: a prompt is blank or longer than the model's context.
     """
     return [_read(sae, model, prompt, origin) for prompt in prompts]
 
@@ -54,7 +63,7 @@ def _read(sae: "SAE", model: "Model", prompt: str, origin: Provenance) -> dict[s
 
 
 def _join(codes: Sequence[list[tuple[int, float]]]) -> list[tuple[int, float]]:
-    """What fires on a word: of a character of several tokens, each feature where its |z| is largest."""
+    """The codes of a word of several tokens: for each feature the one with the largest |z|."""
     if len(codes) == 1:
         return codes[0]
     found: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""`report`: a feature store as a page that is searched, sorted and read in a browser, with no server and no network."""
+"""Report of a feature store: an HTML page to search, sort and read in a browser, without server and network."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
 
 PER_FILE = 100
 N_SEARCHED = 6
-"""Windows by which a feature is found, of both sides."""
+"""Number of windows whose text the search covers for each feature, of both signs."""
 PAGE, NAME = "index.html", "report.json"
 FILES = (PAGE, NAME, "cards-*.js")
 ON_ONE_PAGE = 200
-"""Features up to which a folder holds one page and nothing else to load."""
+"""Number of features up to which a folder holds one page and no further files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Result):
-    """A report that was written."""
+    """Path and size of a report."""
 
     page: str
-    """what to open in a browser"""
+    """path of the page to open in a browser"""
     n_features: int
     n_bytes: int
 
@@ -72,20 +72,33 @@ def report(
     progress: bool = True,
     **choice: Any,
 ) -> Report:
-    """Write a report of a store: a list of features to search and sort, a card for each, and a summary.
+    """Write a report of a feature store: a searchable list of features, a card for each, and a summary.
 
-    `out` is a folder, or one page where it ends in .html; either opens from the disk, with nothing to load from the
-    network. With the `sae` that was harvested neighbours are by decoder direction, else by correlation; with `model`
-    too, cards tell what a feature promotes, and `prompts` are shown token by token. `near` puts other neighbours in
-    place of those, `choice` goes to `examples`. All features by default. `labels` are those that are chosen in the
-    book beside the store, unless others are given. With another store to `compare`, every card shows the best partner
-    there and the list its similarity: by `compare` with its defaults, or by a `comparison` of both that was made
-    before. What is from outside is escaped.
+    The report opens from the disk and loads nothing from the network. Text from outside is escaped.
 
-    Raises what a LabelBook raises, and ValueError for features that the store does not have, for an SAE other than the
-    harvested one, for a model other than the store's, for prompts without SAE and model, for stores that do not compare
-    or are not those of the `comparison`, and where `out` holds something that is not a report
-    or somebody else is writing there.
+    Args:
+        store: feature store to report on.
+        out: folder to write to, or a single page where it ends in .html.
+        model: language model of the store; with `sae`, cards also show the tokens that a feature promotes.
+        labels: text by feature, or a label database; None takes the chosen labels of the store's own.
+        features: numbers of the features; None takes all.
+        sae: the SAE that the store was harvested with; similar features are then found by decoder direction, without it
+            by correlation of codes.
+        prompts: texts shown token by token; needs `sae` and `model`.
+        evaluation: result of `evaluate`, shown in the summary.
+        near: result of `neighbours` to show as similar features instead.
+        compare: another store of the same text; each card then shows the best partner there, and the list its
+            similarity.
+        comparison: result of `compare(store, other)` for the two stores; None computes it with default options.
+        title: title of the page; empty names the store.
+        progress: whether to show progress bars.
+        **choice: options of `examples`, such as `n_top`.
+
+    Raises:
+        ValueError: a feature does not exist, the SAE or model is not the store's, prompts are given without SAE and
+            model, the stores do not compare or are not those of `comparison`, `out` holds something other than a
+            report, or another process is writing there.
+        TimeoutError, PermissionError: as in `LabelBook`.
     """
     everything = range(store.d_sae)
     wanted = list(dict.fromkeys(read_features(everything if features is None else features, store.d_sae)))
@@ -105,7 +118,7 @@ def report(
 
 @dataclass(frozen=True)
 class _Name:
-    """What a feature is called, and the labels that say so, where it is known who gave them."""
+    """Display name of a feature, and the labels that it comes from, where these are known."""
 
     text: str
     labels: Sequence[Label] = ()
@@ -134,13 +147,13 @@ def _match(
 
 @dataclass(frozen=True)
 class _Page:
-    """What a report shows beside its features."""
+    """Parts of a report other than its features."""
 
     title: str
     summary: str
     prompts: list[dict[str, Any]]
     compared: str | None
-    """by which similarity features have partners, if they have"""
+    """similarity by which features have partners; None without a comparison"""
 
     def fill(self, rows: list[dict[str, Any]], files: list[str], cards: Mapping[int, str]) -> str:
         data = {"features": rows, "files": files, "per_file": PER_FILE, "prompts": self.prompts}
@@ -168,7 +181,7 @@ def _check(
 
 @contextmanager
 def _claim(out: Path) -> Iterator[Path]:
-    """Where the report goes, a folder of it held; ValueError where something else is that would be lost."""
+    """Context manager for the report's path, with its folder locked; ValueError where other files would be lost."""
     if out.suffix == ".html":
         yield out
         return
@@ -193,7 +206,7 @@ def _cards(
     matched: Matched | None,
     progress: bool,
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Each feature's line of the list, and its card as it is drawn."""
+    """Each feature's row of the list and its card as HTML."""
     from tqdm.auto import tqdm
 
     for j in tqdm(wanted, unit=" features", disable=hidden(progress)):
@@ -228,7 +241,7 @@ def _write_page(page: _Page, path: Path, cards: Iterator[tuple[dict[str, Any], s
 
 
 def _write_files(folder: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Cards in scripts of `PER_FILE`, which alone are held in memory; the rows of the list, and the files."""
+    """Write cards into scripts of `PER_FILE`, one in memory at a time; returns the rows of the list and file names."""
     rows: list[dict[str, Any]] = []
     files: list[str] = []
     drawn: dict[int, str] = {}
@@ -249,7 +262,7 @@ def _write_files(folder: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> t
 
 
 def _row(card: FeatureCard, found: DeadUnits) -> dict[str, Any]:
-    """A line of the list, and the text it is found by."""
+    """A feature's row of the list, with the text that the search covers."""
     groups = [group.examples for group in card.examples.groups if group.name == "top"]  # the strong side first
     tops = [example for group in groups for example in group[: N_SEARCHED // len(groups)]]
     snippet = ["", "", ""]

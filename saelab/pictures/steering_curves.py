@@ -1,4 +1,4 @@
-"""What steering did at every strength, and at what cost."""
+"""Dose-response and trade-off figures of steering: effects and side effects by strength."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -47,10 +47,10 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 
 
 def plot_doses(curve: SteeringCurve, measures: Sequence[str] = ()) -> "Figure":
-    """Dose-response curves: measures against strength, a panel each, a line for each source, bands for intervals.
+    """Dose-response curves: measures against steering strength, a panel each, a line per source, bands for intervals.
 
-    By default what steering did to the concept (gain and selectivity, or score), the KL that it cost, and the
-    perplexity of what was written to the unsteered model; KL and perplexity on a log axis. Lines pass through the
+    By default: the effect on the concept (gain and selectivity, or score), the KL divergence it costs, and the
+    perplexity of the generated text under the unsteered model; KL and perplexity on a log axis. Lines pass through the
     unsteered model at the strength that changes nothing. ValueError for a measure that the curve does not have.
     """
     from plotly.subplots import make_subplots
@@ -78,11 +78,11 @@ def plot_doses(curve: SteeringCurve, measures: Sequence[str] = ()) -> "Figure":
 
 
 def plot_tradeoff(curve: SteeringCurve, measure: str | None = None) -> "Figure":
-    """Effect against cost: what every strength of every source does to the concept, and the KL that it takes.
+    """Effect against cost: the change of the concept and the KL divergence at every strength of every source.
 
-    x: KL to the unsteered model on text that this one wrote, log scale; y: the gain (a scored concept: the score above
+    x: KL to the unsteered model on text that it wrote, log scale; y: the gain (for a scored concept, the score above
     unsteered text) or another measure, up where the concept is raised. Each source is a line through its strengths, on
-    each side from the weakest; bars are 95 % intervals. The broad line behind joins the points that no other beats.
+    each side from the weakest; bars are 95 % intervals. The broad line behind joins the Pareto-optimal points.
     """
     from plotly.graph_objects import Figure
 
@@ -117,7 +117,7 @@ def plot_tradeoff(curve: SteeringCurve, measure: str | None = None) -> "Figure":
 
 
 def show_curve(curve: SteeringCurve, note: str = "") -> str:
-    """A page of its own: the summary, both figures, and every number; all text escaped."""
+    """A self-contained HTML page of a steering curve: summary, both figures, and all numbers; text is escaped."""
     figures = [plot_tradeoff(curve), plot_doses(curve)]
     drawn = [figure.update_layout(paper_bgcolor=CLEAR).to_html(**_embed(i)) for i, figure in enumerate(figures)]
     told = [paragraph(f"{name}: {what}", "small") for name, what in curve.sources.items()]
@@ -130,14 +130,14 @@ def show_curve(curve: SteeringCurve, note: str = "") -> str:
 
 
 def _embed(i: int) -> dict:
-    """Arguments of `to_html` for the i-th figure of a page, whose bytes do not depend on chance."""
+    """Arguments of `to_html` for the i-th figure of a page, with a fixed id so that equal figures have equal bytes."""
     config = {"displayModeBar": False, "responsive": True}
     how = {"full_html": False, "include_plotlyjs": i == 0, "config": config, "post_script": FOLLOW_THE_PAGE}
     return how | {"div_id": f"figure-{i}"}
 
 
 def _order(curve: SteeringCurve, source: str, neutral: bool) -> tuple[list[int], np.ndarray]:
-    """A source's points by strength, the unsteered model in its place."""
+    """A source's points sorted by strength, the unsteered model included."""
     mine = [(s, i) for i, (name, s) in enumerate(curve.points) if name == source and i]
     zero = curve.neutral[source]
     if neutral and zero not in [s for s, _ in mine]:
@@ -164,7 +164,7 @@ def _draw_line(x: np.ndarray, y: np.ndarray, source: str, measure: str, i: int, 
 
 
 def _draw_band(x: np.ndarray, low: np.ndarray, high: np.ndarray, i: int) -> "Scatter":
-    """The area between the ends of intervals; nothing where there are none."""
+    """The area between the ends of intervals; empty where there are none."""
     from plotly.graph_objects import Scatter
 
     known = ~np.isnan(low + high)
@@ -227,7 +227,7 @@ def _list_points(curve: SteeringCurve) -> str:
 
 
 def draw_curve(curve: SteeringCurve) -> str:
-    """A curve in Jupyter: its summary, and every point folded up; all text escaped."""
+    """An HTML view of a steering curve for Jupyter: summary, and all points in a closed section; text is escaped."""
     points = f"<details><summary>every strength</summary>{_list_points(curve)}</details>"
     return paragraph(curve.title) + paragraph(curve.baseline) + _summarise(curve) + points
 

@@ -1,4 +1,4 @@
-"""Steered and unsteered text side by side, coloured by what steering did to every token."""
+"""Steered and unsteered texts in columns, each token coloured by how steering changed its log-probability."""
 
 from collections.abc import Mapping
 
@@ -13,11 +13,11 @@ COLUMNS = "grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)
 
 
 def draw_texts(texts: SteeredTexts) -> str:
-    """Texts side by side as one HTML element, a card for each prompt; all text is escaped.
+    """Texts in columns as one HTML element, a card for each prompt; all text is escaped.
 
-    A token's colour is log p' - log p, its log-probability under the steered model less that under the unsteered one:
-    orange where steering made it likelier, blue where it made it less likely, strongest at six nats. Both stand in its
-    title. Unsteered text beside several steered ones is not coloured.
+    A token's colour is log p' - log p, its log-probability under the steered model minus that under the unsteered one:
+    orange where steering made it more likely, blue where less likely, strongest at six nats. Both are in the token's
+    title. Unsteered text next to several steered ones is not coloured.
     """
     legend = "Orange: tokens that steering made likelier, blue: less likely; strongest at 6 nats."
     told = "".join(f'<p class="dim">{escape(f"{name}: {what}")}</p>' for name, what in texts.interventions.items())
@@ -52,7 +52,7 @@ def _draw_token(word: str, log_probs: Mapping[str, float], steered: str | None) 
 
 
 def show_texts(texts: SteeredTexts) -> str:
-    """A page of its own with the texts side by side; all text escaped."""
+    """A self-contained HTML page with steered and unsteered texts in columns; text is escaped."""
     return make_page("Steered and unsteered", texts.title, [_draw_alone(texts)])
 
 

@@ -1,4 +1,4 @@
-"""Sentences whose tokens are coloured by a feature's activation and underlined where a concept holds."""
+"""Sentences as HTML, tokens coloured by a feature's activation and underlined where a concept holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ STRONGEST = 0.72  # opacity of the largest activation: the text stays readable o
 
 @dataclass(frozen=True)
 class Sentence:
-    """Tokens in a row, each with the feature's activation and the names of what is true of it."""
+    """Tokens of a sentence, each with the feature's activation and the names of its true concepts."""
 
     words: Sequence[str]
     values: Sequence[float]
     concepts: Sequence[Sequence[str]]
     note: str = ""
-    """why it is shown"""
+    """reason why the sentence is shown"""
 
 
 def colour(sentence: Sentence, scale: float, underline: str = "") -> str:
     """The sentence as HTML, every token a span with its value and its concepts as the title.
 
-    Positive activations are orange, negative ones blue, as strong as |value| / `scale`; tokens of which the concept
-    `underline` is true are underlined. ValueError where the columns differ in length.
+    Positive activations are orange, negative ones blue, with opacity |value| / `scale`; tokens on which the concept
+    `underline` holds are underlined. ValueError where the columns differ in length.
     """
     columns = list(zip(sentence.words, sentence.values, sentence.concepts, strict=True))
     pieces, glued = [], True

@@ -1,4 +1,4 @@
-"""Styles and scripts of the pages, as files."""
+"""Style, markup and script of the report page, read from files in this folder."""
 
 from functools import cache
 from importlib.resources import files
@@ -6,5 +6,5 @@ from importlib.resources import files
 
 @cache
 def read_asset(name: str) -> str:
-    """The text of a file beside this one."""
+    """The text of a file in this folder."""
     return files(__name__).joinpath(name).read_text(encoding="utf-8")
