@@ -10,9 +10,10 @@ from typing import Any
 
 HEAD = """# Coverage
 
-Which statements of saelab run in `make test`, doctests among it, without the slow tests, without what tests start in
-processes of their own, and with the real model and text beside the repository where they are. This page is written by
-`make coverage`, which also makes a page per file (`build/coverage/html`) and `build/coverage/coverage.xml`.
+The share of saelab's statements that run in `make test`: tests and doctests, without those marked slow, and without
+what tests start in processes of their own. Tests that need a real model and text outside the repository are skipped
+where these are missing. The page is written by `make coverage`, which also writes a page per file
+(`build/coverage/html`) and `build/coverage/coverage.xml`.
 
 """
 
