@@ -300,5 +300,7 @@ def _allocate(n_rows: int, widths: dict[str, int], dtype: torch.dtype) -> dict[s
 
 
 def _empty(n: int, dtype: torch.dtype) -> Tensor:
-    """Like `torch.empty`, but NumPy asks the system for huge pages: the first writing is several times faster."""
+    """Like `torch.empty`, but allocated by NumPy, which requests huge pages: the first write is several times
+    faster.
+    """
     return torch.from_numpy(np.empty(n * dtype.itemsize, np.uint8)).view(dtype)

@@ -34,15 +34,14 @@ def finish(sae: Coder, held_out: Float[Tensor, "n width"] | None, others: Float[
     active per token on average. ReLU and JumpReLU, if training ended within a quarter of their target, are corrected by
     one number for all latents, as during training. Warns of a target missed by more than 5 %.
 
+    The keys of the result are n_tokens, l0, fvu, dead_frac (fraction of latents active on none of the tokens), held_out
+    (whether the tokens were held out), target_l0 and met (None without a target).
+
     Args:
         sae: the trained SAE; its thresholds or biases may change.
         held_out: (n, width) tokens left out of training, or None; a transcoder's rows are inputs with their targets
             appended.
         others: (m, width) tokens used where none were held out.
-
-    Returns:
-        Keys n_tokens, l0, fvu, dead_frac (fraction of latents active on none of the tokens), held_out (whether the
-        tokens were held out), target_l0 and met (None without a target).
     """
     target = target_l0(sae)
     first, second = _split(held_out, others)
@@ -102,7 +101,9 @@ def cut_to(sae: Coder, rows: Float[Tensor, "n width"], target: float, reach: flo
 
 
 def _solve(excess: Any, start: float, undo: Any) -> bool:
-    """Find the step at which a falling function is 0, by doubling and then by false position and halves in turn."""
+    """Find the step at which a falling function is 0: brackets it by doubling, then alternates false position and
+    bisection.
+    """
     low, high, at_low, at_high = 0.0, 0.0, start, start
     step, passes = math.copysign(0.05, start), 0
     while at_low <= 0 or at_high >= 0:

@@ -81,7 +81,7 @@ def open_data(acts: Data) -> Activations | ActivationPairs | Batches:
 
 
 def _check_widths(sae: Coder, d_in: int, d_out: int | None) -> None:
-    """ValueError where activations, or pairs (d_out is not None), do not go with the SAE."""
+    """Raise ValueError where activations, or pairs (d_out is not None), have other widths than the SAE."""
     cfg = sae.cfg
     if cfg.d_out is not None and d_out is None:
         raise ValueError(
@@ -102,7 +102,7 @@ def _check_widths(sae: Coder, d_in: int, d_out: int | None) -> None:
 def _hold_out(
     acts: Activations | ActivationPairs, cfg: TrainConfig, held_out: Tensor | None
 ) -> tuple[Batches, Tensor | None]:
-    """Batches to train on, and the last tokens, left out of them to measure FVU unless others are given for that."""
+    """Batches to train on, and the last tokens, held out to measure FVU unless other activations are given for that."""
     n_held = 0 if held_out is not None else min(cfg.n_held_out, acts.n_tokens // 10)
     rest = acts.rows(0, acts.n_tokens - n_held)
     if rest.n_tokens < cfg.batch_size:

@@ -103,7 +103,7 @@ def match_weights(origin: Provenance | None, model: Model, allow_mismatch: bool 
 
 
 def _choose_places(sae: SAE, given: str | tuple[str, str] | None) -> tuple[str, ...]:
-    """The hook points that are known, the input's first."""
+    """Names of the hook points, given or from the provenance, the input's first."""
     origin = sae.provenance
     if isinstance(given, tuple) and sae.cfg.d_out is None:
         raise ValueError(f"`hook_point` must be one for an autoencoder, got {given}; name where it was trained.")

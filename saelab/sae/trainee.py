@@ -222,7 +222,7 @@ class Trainee:
 
     @property
     def dead_after_tokens(self) -> int:
-        """Tokens without firing after which a latent counts as dead."""
+        """Number of tokens without firing after which a latent counts as dead."""
         aux = self.sae.cfg.aux
         given = aux.dead_after_tokens if aux is not None else None
         return given or (10_000_000 if self.cfg.n_tokens >= 100_000_000 else max(1, self.cfg.n_tokens // 20))
