@@ -1,5 +1,6 @@
 """Sums of metrics by document, and the bootstrap over documents for 95 % intervals."""
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -53,6 +54,30 @@ class DocumentSums:
             counts = torch.bincount(places.flatten(), minlength=drawn.numel()).view(-1, n)
             chunks.append(counts.double() @ table)
         return dict(zip(self.columns, torch.cat(chunks).unbind(1), strict=True))
+
+
+def find_reach(draws: Float[np.ndarray, "n n_draws"], n_clusters: int, n_groups: int = 1) -> Float[np.ndarray, "n"]:
+    """Half the width of 95 % intervals, `t sd sqrt(m / (m - g))`, t Student's of m - g degrees of freedom.
+
+    Quantiles of the draws are too narrow for a few clusters: those of two exclude a mean of 0 half of the time. NaN
+    where there are too few clusters, or draws, for a spread.
+
+    Args:
+        draws: numbers with clusters drawn with replacement; NaN is left out.
+        n_clusters: m, how many clusters there are to draw from, prompts or documents for instance.
+        n_groups: g, groups that clusters were drawn within.
+
+    >>> find_reach(np.array([[-1.0, 1.0]]), 1000).round(2).tolist(), find_reach(np.array([[-1.0, 1.0]]), 1).tolist()
+    ([1.96], [nan])
+    """
+    from scipy.stats import t
+
+    reach, freedom = np.full(len(draws), np.nan), n_clusters - n_groups
+    known = (~np.isnan(draws)).sum(1) > 1
+    if known.any() and freedom > 0:
+        scale = float(t.ppf((1 + LEVEL) / 2, freedom)) * np.sqrt(n_clusters / freedom)
+        reach[known] = scale * np.nanstd(draws[known], axis=1)
+    return reach
 
 
 def find_interval(draws: Float[Tensor, "n_draws"]) -> tuple[float, float]:

@@ -52,6 +52,11 @@ class ConceptScore:
     """of the concept's held-out tokens"""
     auroc: float = math.nan
     """of max(side z, 0), ties counted half"""
+    kappa: float = math.nan
+    """F1 above that of as many firings at random (Cohen's kappa), with a 95 % interval of held-out stories: an interval
+    that holds 0 is no evidence, as for what is true of a few whole stories"""
+    kappa_low: float = math.nan
+    kappa_high: float = math.nan
     f1_train: float = math.nan
     f1_always: float
     """F1 of always predicting the concept, which is high for a frequent one"""
@@ -156,6 +161,10 @@ class ConceptScores(Result):
     min_count: int
     baselines: "dict[str, ConceptScores]"
     """the same scores for other codes of the same tokens, by name"""
+    moved: "ConceptScores | None"
+    """the same scores for labels permuted at random, with features chosen in the same way: what the best of many
+    features reaches by chance. Tokens are permuted within stories; where a concept is true of whole stories, stories
+    are exchanged too. None within `moved` itself"""
 
     @property
     def scored(self) -> tuple[ConceptScore, ...]:
@@ -225,7 +234,7 @@ class ConceptScores(Result):
         raise KeyError(f"`name` must be a concept of the world, got '{name}'; `scores.concepts` lists them.")
 
     def __str__(self) -> str:
-        columns = {"codes": self, **self.baselines}
+        columns = {"codes": self, **({"labels moved": self.moved} if self.moved else {}), **self.baselines}
         n_child = sum(pair.n_tokens for pair in self.parents)
         over = {
             "coverage": f"{len(self.scored)} concepts",
@@ -259,7 +268,8 @@ class ConceptScores(Result):
         names = (*SUMMARY, "n_opposed_on_two_sides", "n_control_on_two_sides")
         summary = {name: getattr(self, name) for name in names}
         baselines = {name: scores.to_dict() for name, scores in self.baselines.items()}
-        return super().to_dict() | summary | {"baselines": baselines}
+        moved = self.moved.to_dict() if self.moved else None
+        return super().to_dict() | summary | {"baselines": baselines, "moved": moved}
 
 
 def _mean(values: Iterable[float]) -> float:

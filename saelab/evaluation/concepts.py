@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from saelab.evaluation.levels import (
     read_values,
     select_rows,
 )
+from saelab.evaluation.luck import kappa_intervals
+from saelab.evaluation.moved import move_truth
 from saelab.evaluation.reconstruction import reconstruct_truth
 from saelab.evaluation.units import Ranks, UnitCounts, best_pair, best_unit, ratio, split_units
 from saelab.stores.corpus import split_documents
@@ -51,7 +53,9 @@ def score_concepts(
 
     For each concept the best of all (feature, sign, threshold) by F1, with thresholds t f_max, t in {0, 0.1, ..., 0.9},
     f_max the largest code of that sign in training stories. Coverage and reconstruction are defined in
-    arXiv:2408.00113. Unsigned codes have one sign, so none of their features can represent a pair of opposites.
+    arXiv:2408.00113. All scores are computed a second time with permuted labels (`ConceptScores.moved`), which gives
+    the chance level of choosing the best of so many features. Unsigned codes have one sign, so none of their features
+    can represent a pair of opposites.
 
     Args:
         codes: (n_tokens, d_sae), sparse or dense; a code fires where z != 0, and each sign is a classifier of its own.
@@ -62,7 +66,7 @@ def score_concepts(
         train_frac: share of stories for training.
         min_count: fewest tokens of a concept on either side of the split; scores of rarer ones are NaN, with the
             reason.
-        seed: of the split.
+        seed: of the split, and of the permuted labels.
         control_pairs: pairs of concepts that are not opposites, to compare the opposed pairs of `table` with; by
             default each one-sided concept with the next.
         baselines: other codes of the same tokens by name, such as those of `concept_baselines`.
@@ -80,10 +84,16 @@ def score_concepts(
         )
     train, held = _split_truth(truth, is_train)
     stories = np.asarray(story_ids)
-    n_stories = len(np.unique(stories[is_train])), len(np.unique(stories[~is_train]))
-    world = _World(table, _pairs_of(table, control_pairs), is_train, train, held, n_stories, min_count)
-    others = {name: _score(values, world, {}) for name, values in (baselines or {}).items()}
-    return _score(codes, world, others)
+    pairs = _pairs_of(table, control_pairs)
+    world = _World(table, pairs, is_train, train, held, stories, min_count, seed)
+    moved = replace(
+        world, train=move_truth(train, stories[is_train], seed), held=move_truth(held, stories[~is_train], seed)
+    )
+
+    def judge(values: Codes, others: dict[str, ConceptScores]) -> ConceptScores:
+        return _score(values, world, others, _score(values, moved, {}, None))
+
+    return judge(codes, {name: judge(values, {}) for name, values in (baselines or {}).items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +106,9 @@ class _World:
     is_train: Bool[np.ndarray, "n_tokens"]
     train: "csr_matrix"
     held: "csr_matrix"
-    n_stories: tuple[int, int]
+    stories: Shaped[np.ndarray, "n_tokens"]
     min_count: int
+    seed: int
 
     @cached_property
     def n_train(self) -> Int[np.ndarray, "n_concepts"]:
@@ -106,6 +117,11 @@ class _World:
     @cached_property
     def n_held(self) -> Int[np.ndarray, "n_concepts"]:
         return np.asarray(self.held.sum(0)).ravel()
+
+    @cached_property
+    def n_stories(self) -> tuple[int, int]:
+        """On the training side, and on the other."""
+        return len(np.unique(self.stories[self.is_train])), len(np.unique(self.stories[~self.is_train]))
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -130,7 +146,9 @@ def _split_truth(truth: Any, is_train: np.ndarray) -> "tuple[csr_matrix, csr_mat
     return whole[is_train], whole[~is_train]
 
 
-def _score(codes: Codes, world: _World, baselines: dict[str, ConceptScores]) -> ConceptScores:
+def _score(
+    codes: Codes, world: _World, baselines: dict[str, ConceptScores], moved: ConceptScores | None
+) -> ConceptScores:
     """All scores of one dictionary: features chosen on training tokens, then scored on the others."""
     values, is_train = read_values(codes), world.is_train
     if len(is_train) != values.shape[0]:
@@ -142,8 +160,9 @@ def _score(codes: Codes, world: _World, baselines: dict[str, ConceptScores]) -> 
     best = [best_unit(counts, c) if ok else NOTHING for c, ok in enumerate(world.scored)]
     both = [best_pair(counts, world.places[a], world.places[b]) for a, b, _ in world.pairs]
     tested = _test(held, world, [*best, *itertools.chain(*both)])
+    kappas = kappa_intervals(held, world.held, best, world.stories[~is_train], world.seed)
     return ConceptScores(
-        concepts=_concept_rows(world, levels, counts, best, tested, Ranks(unseen), peaks),
+        concepts=_concept_rows(world, levels, counts, best, tested, Ranks(unseen), peaks, kappas),
         parents=_parent_rows(world, tested),
         pairs=_pair_rows(world, both, tested),
         **reconstruct_truth(levels, held, counts, world.train, world.held, world.scored),
@@ -155,6 +174,7 @@ def _score(codes: Codes, world: _World, baselines: dict[str, ConceptScores]) -> 
         n_stories=world.n_stories[1],
         min_count=world.min_count,
         baselines=baselines,
+        moved=moved,
     )
 
 
@@ -182,6 +202,7 @@ def _concept_rows(
     tested: UnitCounts,
     ranks: Ranks,
     peaks: Float[np.ndarray, "n_features 2"],
+    kappas: Float[np.ndarray, "n_concepts 3"],
 ) -> tuple[ConceptScore, ...]:
     """One row for each concept; its unit has the concept's index among those tested."""
     train, held = world.train.tocsc(), world.held.tocsc()
@@ -195,6 +216,7 @@ def _concept_rows(
             column, level = divmod(unit, N_LEVELS)
             scores |= {"feature": column // 2, "side": -1 if column % 2 else 1, "fraction": float(FRACTIONS[level])}
             scores["threshold"] = scores["fraction"] * float(peaks[column // 2, column % 2])
+            scores |= dict(zip(("kappa", "kappa_low", "kappa_high"), kappas[c].tolist(), strict=True))
             scores["precision"] = ratio(tested.hits[c, c], tested.fires[c])
             scores["auroc"] = ranks.auroc(column, held[:, [c]].indices)
             scores["f1_train"] = float(counts.f1(c)[unit])

@@ -64,15 +64,25 @@ def permute_labels(
     """
     if share_inside(y, doc_ids) >= INSIDE:
         return y[permute_within(doc_ids, rng)], WITHIN
-    _, numbers, sizes = np.unique(doc_ids, return_inverse=True, return_counts=True)
+    return y[exchange_groups(doc_ids, rng)], EXCHANGED
+
+
+def exchange_groups(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+    """An order in which groups change places, each stretched to the length of the one that gets it, and permuted there.
+
+    >>> order = exchange_groups(np.array([4, 4, 7, 7]), np.random.default_rng(1))
+    >>> sorted(order[:2].tolist()) in ([0, 1], [2, 3]), sorted(order.tolist())
+    (True, [0, 1, 2, 3])
+    """
+    _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     rows, starts = np.argsort(numbers, kind="stable"), np.cumsum(sizes) - sizes
     source = rng.permutation(len(sizes))
-    places = np.arange(len(y)) - np.repeat(starts, sizes)  # within each document
+    places = np.arange(len(groups)) - np.repeat(starts, sizes)  # within each group
     lengths = np.repeat(sizes[source], sizes)
     stretched = places * lengths // np.repeat(sizes, sizes)
-    moved = np.empty_like(y)
-    moved[rows] = y[rows[np.repeat(starts[source], sizes) + stretched]]
-    return moved[permute_within(doc_ids, rng)], EXCHANGED
+    order = np.empty(len(groups), np.int64)
+    order[rows] = rows[np.repeat(starts[source], sizes) + stretched]
+    return order[permute_within(groups, rng)]
 
 
 def find_runs(groups: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "n_runs"]:

@@ -24,9 +24,11 @@ from saelab.steering.outcomes import read_texts
 from saelab.stores.features import FeatureStore
 from saelab.stores.results import Result
 
+NAN = float("nan")
 NEUTRAL = "From my experience,"
 BLOCK = 512  # features looked at together
 N_SHOWN = 10
+N_OTHERS, N_RANDOM = 8, 32  # sides whose promoted tokens give the chance of one, and random directions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,10 @@ class SteeringScore:
     """[0, 1]; high where amplifying the feature raises the probability of the tokens it promotes"""
     input: float
     """[0, 1]; share of the strongest contexts in which it fires on a token that it promotes"""
+    output_chance: float
+    """the output score with tokens that other sides promote: high where any change makes the model say these"""
+    input_chance: float
+    """the input score with tokens that other sides promote: high where they are frequent; NaN for a side alone"""
     token: str
     """the promoted token with the highest probability under the amplified model"""
     probability: float
@@ -61,6 +67,19 @@ class SteeringScores(Result):
     """multiple of the largest code of each feature and sign"""
     n_top: int
     """tokens that count as promoted"""
+    random: tuple[float, ...]
+    """output scores of random directions as long as the sides' steps, each with the tokens that it promotes"""
+    seed: int
+
+    @property
+    def random_95(self) -> float:
+        """The output score that 5 % of random directions exceed; NaN where no side fires."""
+        return float(np.quantile(self.random, 0.95)) if self.random else float("nan")
+
+    @property
+    def above_random_frac(self) -> float:
+        """Share of the sides whose output score exceeds `random_95`: 0.05 by chance."""
+        return float(np.mean([row.output > self.random_95 for row in self.rows])) if self.rows else float("nan")
 
     def top(self, n: int = N_SHOWN, by: str = "output") -> tuple[SteeringScore, ...]:
         """The `n` rows with the highest score, `by` "output" or "input"."""
@@ -72,11 +91,14 @@ class SteeringScores(Result):
         lines = [
             f"{len(self.rows):,} sides of features, amplified {self.strength:g} times their maximum behind "
             f"{len(self.prompts)} prompt(s); the best {min(N_SHOWN, len(self.rows))} by output score",
-            f"{'feature':>9}{'output':>8}{'input':>8}{'says':>8}  token",
+            f"{self.above_random_frac:.1%} of the sides have an output score above {self.random_95:.3f}, that of "
+            "95 % of random directions",
+            f"{'feature':>9}{'output':>8}{'chance':>8}{'input':>8}{'chance':>8}{'says':>8}  token",
         ]
         for row in self.top():
             name = f"{row.feature}{'+' if row.sign > 0 else '-'}"
-            lines.append(f"{name:>9}{row.output:>8.3f}{row.input:>8.3f}{row.probability:>8.3f}  {row.token!r}")
+            scores = (row.output, row.output_chance, row.input, row.input_chance, row.probability)
+            lines.append(f"{name:>9}" + "".join(f"{score:>8.3f}" for score in scores) + f"  {row.token!r}")
         return "\n".join(lines)
 
 
@@ -93,6 +115,7 @@ def score_steering(
     n_contexts: int = 100,
     hook_point: str | None = None,
     allow_mismatch: bool = False,
+    seed: int = 0,
 ) -> SteeringScores:
     """Output and input scores of features, for both signs of signed ones; features with a high output score steer well.
 
@@ -103,6 +126,10 @@ def score_steering(
     distribution after a neutral prompt with the feature amplified at the last token, `x + strength peak sign d`, the
     reconstruction error kept; ranks count from 0; several prompts are averaged. Each row of a batch amplifies another
     feature, so thousands take seconds on a small model. Source: arXiv:2505.20063.
+
+    Chance levels: each score has its mean with the promoted tokens of eight other features in place of its own, and the
+    output scores are compared with those of 32 random directions of the same lengths, since any large step makes the
+    model predict what it promotes.
 
     Args:
         model: language model the SAE belongs to.
@@ -116,6 +143,7 @@ def score_steering(
         n_contexts: number of documents, those with the largest |z|, for the input score.
         hook_point: where the SAE reads; by default where it was trained.
         allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
+        seed: of the random directions and of the choice of other features.
 
     Raises:
         ValueError: for features that do not exist, prompts with words unknown to the model, activations of another
@@ -131,19 +159,20 @@ def score_steering(
     given = [prompts] if isinstance(prompts, str | Tensor) else list(prompts)
     texts = [_read_prompt(model, prompt) for prompt in given]
     directions, peaks = sae.directions().cpu(), store.statistics.peaks
+    starts = range(0, len(wanted), BLOCK)
+    found = [_Sides.find(model, wanted[start : start + BLOCK], directions, peaks, n_top) for start in starts]
+    blocks, rng = [sides for sides in found if len(sides.features)], np.random.default_rng(seed)
     rows: list[SteeringScore] = []
-    for start in range(0, len(wanted), BLOCK):
-        block = wanted[start : start + BLOCK]
-        sides = _Sides.find(model, block, directions, peaks, n_top)
-        if len(sides.features):
-            steps = torch.from_numpy(strength * sides.peaks)[:, None].float() * sides.directions
-            runs = [_amplify(model, ids, writes_at, steps) for ids in texts]
-            rows += sides.score(model, runs, _count_contexts(store, sides, n_contexts))
+    for sides, others in zip(blocks, _draw_others(blocks, rng), strict=True):
+        runs = [_amplify(model, ids, writes_at, strength * sides.steps) for ids in texts]
+        rows += sides.score(model, runs, others, _count_contexts(store, sides, others, n_contexts))
     return SteeringScores(
         rows=tuple(rows),
         prompts=tuple(prompt if isinstance(prompt, str) else str(prompt.tolist()) for prompt in given),
         strength=float(strength),
         n_top=n_top,
+        random=_score_random(model, texts, writes_at, blocks, strength, rng),
+        seed=seed,
     )
 
 
@@ -172,31 +201,83 @@ class _Sides:
         places, columns = np.nonzero(peaks[block] > 0)
         features, signs = block[places], 1 - 2 * columns
         signed = torch.from_numpy(signs)[:, None] * directions[features]
-        effects = read_out(model, signed).cpu() if len(features) else torch.zeros(0, model.cfg.d_vocab)
-        known = find_known_ids(model).nonzero()[:, 0]
-        promoted = known[largest_first(effects[:, known], min(n_top, len(known)))]
-        return cls(features, signs, peaks[features, columns], signed, promoted)
+        return cls(features, signs, peaks[features, columns], signed, _find_promoted(model, signed, n_top))
+
+    @property
+    def steps(self) -> Float[Tensor, "n d_out"]:
+        """What the largest code of each side adds."""
+        return torch.from_numpy(self.peaks)[:, None].float() * self.directions
 
     def score(
-        self, model: Model, runs: list[Float[Tensor, "n d_vocab"]], inputs: list[tuple[float, int]]
+        self,
+        model: Model,
+        runs: list[Float[Tensor, "n d_vocab"]],
+        others: Int[Tensor, "n n_others n_top"],
+        inputs: list[tuple[float, float, int]],
     ) -> Iterator[SteeringScore]:
         """One row for each feature and sign."""
         outputs = torch.stack([_score_output(p, self.promoted) for p in runs]).mean(0)
+        chances = torch.stack(
+            [_score_output(p, tokens) for p in runs for tokens in others.unbind(1)] or [outputs * NAN]
+        )
         of_promoted = torch.stack([p.gather(1, self.promoted) for p in runs]).mean(0)
         probability, places = of_promoted.max(1)
         said = self.promoted.gather(1, places[:, None])[:, 0].tolist()
         strings = token_strings(model.tokenizer, said) if model.tokenizer is not None else {}
-        for i, (share, n) in enumerate(inputs):
+        for i, (share, chance, n) in enumerate(inputs):
             yield SteeringScore(
                 feature=int(self.features[i]),
                 sign=int(self.signs[i]),
                 output=float(outputs[i]),
                 input=share,
+                output_chance=float(chances[:, i].mean()),
+                input_chance=chance,
                 token=strings.get(said[i], f"<{said[i]}>"),
                 probability=float(probability[i]),
                 peak=float(self.peaks[i]),
                 n_contexts=n,
             )
+
+
+def _find_promoted(model: Model, directions: Float[Tensor, "n d_out"], n_top: int) -> Int[Tensor, "n n_top"]:
+    """The tokens that each direction promotes, the most promoted first."""
+    effects = read_out(model, directions).cpu() if len(directions) else torch.zeros(0, model.cfg.d_vocab)
+    known = find_known_ids(model).nonzero()[:, 0]
+    return known[largest_first(effects[:, known], min(n_top, len(known)))]
+
+
+def _draw_others(blocks: Sequence[_Sides], rng: np.random.Generator) -> Iterator[Int[Tensor, "n n_others n_top"]]:
+    """What other sides promote, of all blocks, by block."""
+    if not blocks:
+        return
+    promoted = torch.cat([sides.promoted for sides in blocks])
+    n = len(promoted)
+    steps = 1 + rng.permutation(n - 1)[:N_OTHERS]
+    order = torch.from_numpy(rng.permutation(n))
+    places = torch.from_numpy(np.argsort(order.numpy(), kind="stable"))
+    others = promoted[order[(places[:, None] + torch.from_numpy(steps)) % n]]
+    yield from others.split([len(sides.features) for sides in blocks])
+
+
+def _score_random(
+    model: Model,
+    texts: Sequence[Tensor],
+    writes_at: str,
+    blocks: Sequence[_Sides],
+    strength: float,
+    rng: np.random.Generator,
+) -> tuple[float, ...]:
+    """Output scores of random directions, as long as sides drawn from all."""
+    if not blocks:
+        return ()
+    lengths = torch.cat([sides.steps.norm(dim=1) for sides in blocks])
+    width = blocks[0].directions.shape[1]
+    drawn = torch.from_numpy(rng.standard_normal((N_RANDOM, width))).float()
+    unit = drawn / drawn.norm(dim=1, keepdim=True)
+    steps = strength * lengths[torch.from_numpy(rng.integers(len(lengths), size=N_RANDOM))][:, None] * unit
+    promoted = _find_promoted(model, unit, blocks[0].promoted.shape[1])
+    runs = [_score_output(_amplify(model, ids, writes_at, steps), promoted) for ids in texts]
+    return tuple(torch.stack(runs).mean(0).tolist())
 
 
 def _amplify(
@@ -222,14 +303,17 @@ def _score_output(p: Float[Tensor, "n d_vocab"], promoted: Int[Tensor, "n n_top"
     return best * (1 - ranks / p.shape[1])
 
 
-def _count_contexts(store: FeatureStore, sides: _Sides, n_contexts: int) -> list[tuple[float, int]]:
-    """The input score of each feature and sign, and the number of documents it is computed on."""
+def _count_contexts(
+    store: FeatureStore, sides: _Sides, others: Int[Tensor, "n n_others n_top"], n_contexts: int
+) -> list[tuple[float, float, int]]:
+    """The input score of each feature and sign, its chance level and the number of documents it is computed on."""
     first, last = int(sides.features.min()), int(sides.features.max()) + 1
     dense = last - first <= 4 * len(sides.features)
     columns: Any = store.columns(first, last) if dense else None
     token_ids, doc_ids = store.token_ids, store.doc_ids
     found = []
-    for feature, sign, promoted in zip(sides.features, sides.signs, sides.promoted.numpy(), strict=True):
+    promoted = torch.cat([sides.promoted[:, None], others], dim=1).numpy()
+    for feature, sign, tokens in zip(sides.features, sides.signs, promoted, strict=True):
         if dense:
             part = slice(*columns.indptr[feature - first : feature - first + 2])
             rows, values = columns.indices[part], columns.data[part]
@@ -237,7 +321,8 @@ def _count_contexts(store: FeatureStore, sides: _Sides, n_contexts: int) -> list
             firings = store.feature(int(feature))
             rows, values = firings.indices, firings.values
         tops = _find_tops(rows[values * sign > 0], np.abs(values[values * sign > 0]), doc_ids, n_contexts)
-        found.append((float(np.isin(token_ids[tops], promoted).mean()), len(tops)))
+        share, *chances = [float(np.isin(token_ids[tops], some).mean()) for some in tokens]
+        found.append((share, float(np.mean(chances)) if chances else NAN, len(tops)))
     return found
 
 

@@ -6,9 +6,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from saelab.steering.estimates import NAN, Best, Estimate, draw_weights, make_estimates
+from saelab.steering.estimates import N_DRAWS, NAN, Best, Estimate, draw_weights, make_estimates
 from saelab.steering.frontiers import find_frontier, mean_gain, read_cost, read_gain
 from saelab.stores.results import Result, align_columns
 
@@ -93,7 +93,7 @@ class SteeringCurve(Result):
         """A measure at every point with its 95 % interval; none for distinct n-grams, which are not sums over texts."""
         if measure.removeprefix("extra_") in self.diversity:
             return [Estimate(value) for value in self.values(measure).tolist()]
-        return make_estimates(self.values(measure), self.draws(measure))
+        return make_estimates(self.values(measure), self.draws(measure), self._n_clusters)
 
     def line(self, source: str, side: int = 1) -> list[int]:
         """Indices of a source's points on one side of the unsteered model, weakest first.
@@ -147,6 +147,10 @@ class SteeringCurve(Result):
     def area(self, source: str, side: int = 1, max_kl: float | None = None, measure: str | None = None) -> Estimate:
         """The mean, over KL budgets from 0 to `max_kl`, of the largest effect (or measure) within the budget.
 
+        The strength for each budget is chosen on every other prompt and its effect measured on the rest, and the other
+        way round: the largest of several effects is above 0 by chance alone, while an effect measured on other prompts
+        is 0 on average where there is none. For intervals, prompts are drawn within each half, which takes four.
+
         Args:
             source: name of the source.
             side: 1 for strengths that raise the concept; on -1 the result is the largest decrease, as a negative
@@ -155,9 +159,16 @@ class SteeringCurve(Result):
             measure: any name that `values` accepts; by default `effect`.
         """
         limit = self.common_kl(side) if max_kl is None else max_kl
-        return self._along(
-            source, side, measure, limit, lambda gain, cost: side * mean_gain(side * gain, cost, limit) + 0.0
-        )
+        line, measure = self.line(source, side), measure or self.effect
+        if limit != limit or not line:
+            return Estimate(NAN, reason="no KL that all sources reach" if line else "no strength on this side")
+        if self._n_clusters < 2:
+            return Estimate(NAN, reason="it takes two prompts, or two texts")
+        halves = [np.where(half, self._weights_in_halves, 0.0) for half in self._halves]
+        gains, costs = ([self._read(name, half)[line] for half in halves] for name in (measure, "kl"))
+        areas = [mean_gain(side * gains[i], costs[i], limit, side * gains[1 - i]) for i in (0, 1)]
+        found = side * np.mean(areas, axis=0) + 0.0
+        return make_estimates(found[:1], found[None, 1:], self._n_clusters, n_groups=2)[0]
 
     def common_kl(self, side: int = 1) -> float:
         """The largest KL of 1, 0.5, 0.2, ... nats that every source with strengths on a side reaches; NaN for none."""
@@ -173,14 +184,21 @@ class SteeringCurve(Result):
         line = self.line(source, side)
         if not line or len(self.prompts) < 2:
             return Best.none("it takes two prompts" if line else "no strength on this side")
-        halves = np.stack([np.arange(len(self.prompts)) % 2 == half for half in (0, 1)]).astype(float)
-        effect, fluency = self._weigh(halves, side)
+        effect, fluency = self._weigh(self._halves.astype(float), side)
         score = 2 * effect * fluency / np.maximum(effect + fluency, 1e-12)
         i = line[int(np.nan_to_num(score[line, 0]).argmax())]
         if not score[i, 0] > 0:
             return Best.none("no strength has an effect on this side")
-        held_out = [float(x[i, 1]) for x in (score, effect, fluency)]
-        return Best(self.points[i][1], held_out[0], held_out[1], held_out[2], float(score[i, 0]))
+        low, high = self._judge(i, side)
+        return Best(
+            strength=self.points[i][1],
+            score=float(score[i, 1]),
+            effect=float(effect[i, 1]),
+            fluency=float(fluency[i, 1]),
+            chosen_score=float(score[i, 0]),
+            effect_low=low,
+            effect_high=high,
+        )
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -272,7 +290,14 @@ class SteeringCurve(Result):
             gain, cost = (end[:, 0] for end in ends)
             told = f"KL up to {cost.max():.3g}, {measure} {gain.min():.3g} to {gain.max():.3g}"
             reason = f"its strengths on this side do not reach {goal:g}: {told}"
-        return make_estimates(found[:1], found[None, 1:], reason)[0]
+        return make_estimates(found[:1], found[None, 1:], self._n_clusters, reason)[0]
+
+    def _judge(self, point: int, side: int) -> tuple[float, float]:
+        """The interval of a point's effect on the second half of the prompts."""
+        gain = side * self._read(self.effect, np.where(self._halves[1], self._weights_in_halves, 0.0))[[point]]
+        [found] = make_estimates(gain[:, 0], gain[:, 1:], int(self._halves[1].sum()))
+        low, high = (min(x, 1) if self.scored else 1 - np.exp(-x) for x in (found.low, found.high))
+        return float(low), float(high)
 
     def _weigh(self, weights: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
         """Effect and fluency in [0, 1] of every point under weights of prompts."""
@@ -308,3 +333,16 @@ class SteeringCurve(Result):
     @cached_property
     def _weights(self) -> Float[np.ndarray, "n_draws n_clusters"]:
         return draw_weights(self._n_clusters)
+
+    @cached_property
+    def _halves(self) -> Bool[np.ndarray, "2 n_clusters"]:
+        """Every other prompt, and the rest."""
+        return np.stack([np.arange(self._n_clusters) % 2 == half for half in (0, 1)])
+
+    @cached_property
+    def _weights_in_halves(self) -> Float[np.ndarray, "n n_clusters"]:
+        """Each prompt once, then draws within either half."""
+        weights = np.ones((1 + N_DRAWS, self._n_clusters))
+        for seed, half in enumerate(self._halves):
+            weights[1:, half] = draw_weights(int(half.sum()), seed=seed)
+        return weights

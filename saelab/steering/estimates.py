@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from saelab.evaluation.bootstrap import LEVEL
+from saelab.evaluation.bootstrap import find_reach
 
 NAN = float("nan")
 N_DRAWS = 500
@@ -40,7 +40,8 @@ class Best:
 
     The score is the harmonic mean of effect and fluency, each in [0, 1]. The effect is `1 - exp(-gain)` (for a scored
     concept the increase of the score), the fluency `exp(-extra nll) (1 - extra repetition)`. An nll or repetition lower
-    than unsteered text's counts as no difference: repetitive text is likely, but broken.
+    than unsteered text's counts as no difference: repetitive text is likely, but broken. A decrease counts as no
+    effect, so score and effect are above 0 by chance alone: evidence of an effect is `effect_low` above 0.
     """
 
     strength: float
@@ -52,6 +53,11 @@ class Best:
     """on the prompts that the strength was chosen on"""
     reason: str = ""
     """why no strength was chosen"""
+    effect_low: float = NAN
+    """lower end of the effect's 95 % interval on the prompts it is measured on; below 0 for a decrease; NaN for one
+    prompt"""
+    effect_high: float = NAN
+    """upper end"""
 
     @classmethod
     def none(cls, reason: str) -> "Best":
@@ -60,18 +66,29 @@ class Best:
 
 
 def make_estimates(
-    values: Float[np.ndarray, "n"], draws: Float[np.ndarray, "n n_draws"], reason: str = ""
+    values: Float[np.ndarray, "n"],
+    draws: Float[np.ndarray, "n n_draws"],
+    n_clusters: int,
+    reason: str = "",
+    n_groups: int = 1,
 ) -> list[Estimate]:
-    """Values with the 95 % intervals of their bootstrap draws; draws that are NaN are left out."""
-    tail = (1 - LEVEL) / 2
-    low, high = np.full_like(values, NAN), np.full_like(values, NAN)
-    known = ~np.isnan(draws).all(1)
-    if known.any():
-        low[known], high[known] = np.nanquantile(draws[known], [tail, 1 - tail], axis=1)
-    return [Estimate(*ends, reason) for ends in zip(values.tolist(), low.tolist(), high.tolist(), strict=True)]
+    """Values with their 95 % intervals, from bootstrap draws by `find_reach`.
+
+    Args:
+        values: the numbers themselves.
+        draws: the same numbers with clusters drawn with replacement; NaN is left out.
+        n_clusters: number of clusters to draw from, such as prompts.
+        reason: why a number is NaN.
+        n_groups: number of groups that clusters were drawn within.
+    """
+    reach = find_reach(draws, n_clusters, n_groups)
+    return [
+        Estimate(value, value - half, value + half, reason)
+        for value, half in zip(values.tolist(), reach.tolist(), strict=True)
+    ]
 
 
-def draw_weights(n: int, n_draws: int = N_DRAWS) -> Float[np.ndarray, "n_draws n"]:
+def draw_weights(n: int, n_draws: int = N_DRAWS, seed: int = 0) -> Float[np.ndarray, "n_draws n"]:
     """Bootstrap weights: how often each of `n` items is drawn with replacement; NaN where there is only one item.
 
     >>> draw_weights(4, 2).sum(1).tolist()
@@ -79,4 +96,4 @@ def draw_weights(n: int, n_draws: int = N_DRAWS) -> Float[np.ndarray, "n_draws n
     """
     if n < 2:
         return np.full((1, n), NAN)
-    return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), n_draws).astype(float)
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws).astype(float)

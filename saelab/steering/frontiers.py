@@ -48,24 +48,38 @@ def read_cost(
 
 
 def mean_gain(
-    gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], limit: float
+    gain: Float[np.ndarray, "n n_draws"],
+    cost: Float[np.ndarray, "n n_draws"],
+    limit: float,
+    judged: Float[np.ndarray, "n n_draws"] | None = None,
 ) -> Float[np.ndarray, "n_draws"]:
     """The mean, over budgets from 0 to `limit`, of the best gain within the budget.
 
     That is the area under the frontier over its width. The best gain within a budget is the largest of the points on
     the curve (see `read_gain`) that cost no more; at least 0, the gain of no steering.
 
+    Args:
+        gain: by strength, the weakest first, and draw; the best point of each budget is chosen by it.
+        cost: of the same points.
+        limit: the largest budget.
+        judged: gains of the same points on other prompts, which are averaged in place of `gain`. The largest of several
+            gains is above 0 by chance alone; the gain of the same point on other prompts is not.
+
     >>> mean_gain(np.array([[1.0]]), np.array([[0.0]]), 1.0)
     array([1.])
     """
-    gain, root = _from_origin(gain, cost)
+    judged = gain if judged is None else judged
+    (gain, root), (judged, _) = _from_origin(gain, cost), _from_origin(judged, cost)
     places = np.linspace(0, len(gain) - 1, STEPS * (len(gain) - 1) + 1)
-    gain, cost = _between(gain, places), _between(root, places) ** 2
+    gain, judged, cost = _between(gain, places), _between(judged, places), _between(root, places) ** 2
     order = np.argsort(cost, axis=0, kind="stable")
-    best = np.maximum.accumulate(np.take_along_axis(gain, order, 0).clip(min=0), axis=0)
-    ends = np.take_along_axis(cost, order, 0).clip(max=limit)
+    gain, judged, ends = (np.take_along_axis(one, order, 0) for one in (gain, judged, cost.clip(max=limit)))
+    best = np.maximum.accumulate(gain.clip(min=0), axis=0)
+    is_new = np.diff(best, axis=0, prepend=0.0) > 0
+    last = np.maximum.accumulate(is_new * np.arange(len(gain))[:, None], axis=0)  # row 0 is that of doing nothing
+    chosen = np.where(best > 0, np.take_along_axis(judged, last, 0), 0.0)
     widths = np.diff(ends, axis=0, append=np.full_like(ends[:1], limit))
-    return (best * widths).sum(0) / limit
+    return (chosen * widths).sum(0) / limit
 
 
 def _from_origin(gain: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
