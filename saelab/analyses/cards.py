@@ -86,8 +86,8 @@ def describe_feature(
     neighbours: Neighbours | None = None,
     **choice: Any,
 ) -> FeatureCard:
-    """The dashboard of one feature: firings by sign, histogram and examples; logit effects and similar features where
-    given.
+    """The dashboard of one feature: firings by sign, histogram, examples and, where given, logit effects and similar
+    features.
 
     Args:
         store: feature store that holds the feature's codes.

@@ -68,8 +68,8 @@ def find_causes(
 
 @torch.no_grad()
 def find_reach(sae: SAE, acts: Float[Tensor, "n d_in"], units: Int[Tensor, "n_units"]) -> Float[Tensor, "n_units"]:
-    """For each latent, how near its pre-activation comes to firing: its largest ratio, over tokens, to the smallest
-    code that fires on the token.
+    """How near each latent's pre-activation comes to firing: its largest ratio to the smallest code that fires on the
+    token.
 
     At 1 the latent would fire. Where codes are signed, pre-activations count by size.
     """

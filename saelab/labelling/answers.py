@@ -27,8 +27,7 @@ def make_key(settings: Mapping[str, Any], messages: Messages) -> str:
 
 
 class AnswerLog:
-    """Append-only response cache with one JSON line per response: key, settings, messages, answer, tokens, seconds,
-    time.
+    """Append-only response cache: one JSON line per response, with key, settings, messages, answer, tokens and times.
 
     Each line is on the disk before the next prompt is sent. A line that a killed process left incomplete is ignored,
     and its request is sent again.

@@ -22,10 +22,15 @@ FAILURES = 10
 
 
 class Asker:
-    """Sends requests to a client and caches every response in the file `path`; cached responses are not requested
-    again.
+    """Sends requests to a client and caches every response; cached responses are not requested again.
 
     Budget, usage and cache are shared by all requests made through one `Asker`.
+
+    Args:
+        client: language model client.
+        path: file of cached responses, which is created when needed.
+        cfg: parallelism, retries, prices and budget; None takes the defaults.
+        progress: whether to show progress bars.
     """
 
     def __init__(

@@ -44,8 +44,7 @@ class Rule:
 def choose_rules(
     counts: Counts, units: Units, side: Side, predicates: Predicates, min_count: int, seed: int
 ) -> list[Rule | None]:
-    """For each feature side the rule with the highest F1 after costs; None where no predicate holds on enough of its
-    firings.
+    """For each feature side the rule with the highest F1 after costs; None where no predicate holds on enough firings.
 
     Args:
         counts: contingency counts of feature sides and predicates in training documents.

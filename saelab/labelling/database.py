@@ -13,7 +13,7 @@ from pathlib import Path
 
 FILE = "labels.sqlite"
 SCHEMA_VERSION = 1
-APPLICATION_ID = 0x5AE1AB  # tells our files from other people's
+APPLICATION_ID = 0x5AE1AB  # marks the file as one of saelab's
 BEST_FIRST = "fixed DESC, kind = 'none', id DESC"
 SCHEMA = f"""
 CREATE TABLE labels (
@@ -50,7 +50,7 @@ def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection | No
         return None
     with explained(path):
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
-        # Threads take turns by the book's own lock.
+        # LabelBook's own lock serializes threads.
         db = sqlite3.connect(uri, timeout, uri=True, isolation_level=None, check_same_thread=False)
         try:
             if _check(db, path):

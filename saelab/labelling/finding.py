@@ -35,7 +35,7 @@ def _rank_by_stems(texts: Sequence[str], words: Sequence[str]) -> list[int] | No
     try:
         db.execute("CREATE VIRTUAL TABLE found USING fts5(text, content='', tokenize='porter unicode61')")
         db.executemany("INSERT INTO found(rowid, text) VALUES (?, ?)", enumerate(texts))
-        # A word of letters and digits between quotes is a phrase whatever it says; * lets it go on.
+        # In quotes, a word of letters and digits is no FTS5 syntax; * also matches longer words.
         asked = " ".join(f'"{word}" *' for word in words)
         rows = db.execute("SELECT rowid FROM found WHERE found MATCH ? ORDER BY rank, rowid", (asked,))
         return [i for (i,) in rows]

@@ -9,7 +9,7 @@ from saelab.stores.features import FeatureStore
 
 
 def require_same_tokens(store: FeatureStore, untrained: FeatureStore) -> None:
-    """ValueError where an untrained dictionary's store is not of the same tokens as the trained one's."""
+    """Check that an untrained dictionary's store is of the trained one's tokens; ValueError where it is not."""
     if not np.array_equal(untrained.token_ids, store.token_ids):
         raise ValueError(
             f"`untrained` must be a store of the same {len(store)} tokens, got {len(untrained)} tokens, or others; "

@@ -71,7 +71,7 @@ class Judge:
     def __init__(self, side: Side, doc_ids: np.ndarray, seed: int) -> None:
         self.side, self.doc_ids, self.seed = side, doc_ids[side.rows], seed
         self._active = np.zeros(side.n_tokens, bool)
-        # documents, cut where they are few: what is moved together
+        # blocks that are shifted together: documents, cut into pieces where there are few
         size = max(1, side.n_tokens // N_BLOCKS) if len(np.unique(self.doc_ids)) < N_BLOCKS else side.n_tokens
         _, documents = np.unique(self.doc_ids, return_inverse=True)
         self._blocks = documents * N_BLOCKS + np.minimum(np.arange(side.n_tokens) // size, N_BLOCKS - 1)

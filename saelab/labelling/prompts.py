@@ -201,7 +201,7 @@ def _last_json(answer: str, kind: type) -> Any:
             found = value
         except ValueError:
             start += 1
-        except RecursionError:  # nobody means that
+        except RecursionError:  # nested too deeply to be an answer
             break
     if found is None:
         raise ValueError(f"it must hold a JSON {'object' if kind is dict else 'list'}.")

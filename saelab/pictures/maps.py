@@ -100,7 +100,7 @@ def _compare(source: SAE | Neighbours, shown: Int[np.ndarray, "n"]) -> Float[np.
         return np.abs(cosines) if source.cfg.activation.signed else cosines
     from scipy.sparse import csr_matrix
 
-    # neighbours that were not drawn still tell that two features are alike
+    # neighbours outside the drawn sample count for similarity too
     known = source.indices[shown] >= 0
     entries = np.abs(source.values[shown])[known], (np.nonzero(known)[0], source.indices[shown][known])
     itself = np.ones(len(shown)), (np.arange(len(shown)), shown)

@@ -35,11 +35,10 @@ class _Pairs(NamedTuple):
 
 
 class AlignedRows:
-    """Sparse alignment weights, computed slice by slice: `self[start:stop] @ z_b` are codes of b for `rows[start:stop]`
-    of a.
+    """Sparse alignment weights between the rows of two stores, computed slice by slice.
 
-    Memory: a few numbers per document and one bool per row of a. Documents of a are processed in groups that do not
-    overlap, mostly one each, so that rows ascend.
+    `self[start:stop] @ z_b` are codes of b for `rows[start:stop]` of a. Memory: a few numbers per document and one bool
+    per row of a. Documents of a are processed in groups that do not overlap, mostly one each, so that rows ascend.
     """
 
     def __init__(self, a: FeatureStore, b: FeatureStore) -> None:

@@ -119,8 +119,7 @@ def choose_similarity(similarity: str | None, stores: bool) -> Similarity:
 
 
 def raise_floor(found: Comparison, beside: list[Comparison]) -> Comparison:
-    """The same comparison with universal matches limited to those that exceed the similarities of untrained
-    dictionaries.
+    """The same comparison, universal matches limited to those above the similarity level of untrained dictionaries.
 
     `beside` are comparisons in which one side is untrained; empty leaves the comparison as it is.
     """
@@ -213,7 +212,7 @@ def _choose(
     """The best partner that each feature fires with often enough, its similarity, and how often."""
     indices, values = found.indices[:, :m], found.values[:, :m]
     both = np.full(indices.shape, -2)
-    for ranks in (slice(0, 1), slice(1, m)):  # nearly always the first will do
+    for ranks in (slice(0, 1), slice(1, m)):  # the first is nearly always enough
         here = np.zeros(indices.shape, bool)
         here[:, ranks] = indices[:, ranks] >= 0
         here &= ~_enough(both, min_count).any(1, keepdims=True)

@@ -39,7 +39,7 @@ def assign(of_a: Nearest, of_b: Nearest) -> tuple[Int[np.ndarray, "n 2"], Float[
     d_a, d_b = len(of_a.indices), len(of_b.indices)
     _, first = np.unique(i.astype(np.int64) * d_b + j, return_index=True)
     i, j, values = i[first], j[first], values[first]
-    # A partner of one's own for everybody, that gains nothing: so nobody has to be paired.
+    # A dummy partner without gain for every feature, so that none has to be paired.
     edges = csr_matrix((2 - np.abs(values), (i, j)), shape=(d_a, d_b))
     alone = csr_matrix((np.full(d_a, 2.0), (np.arange(d_a), np.arange(d_a))), shape=(d_a, d_a))
     matched, partners = min_weight_full_bipartite_matching(hstack([edges, alone], format="csr"))

@@ -82,7 +82,7 @@ class Side:
 
         likeness = np.corrcoef(self.rows[self.sample])
         below = np.tril_indices(len(likeness), -1)
-        ranks = rankdata(likeness[below].round(12))  # equal rows tie, whatever the last bit says
+        ranks = rankdata(likeness[below].round(12))  # equal rows tie despite rounding errors
         ranks -= ranks.mean()
         table = np.zeros_like(likeness)
         table[below] = ranks / max(np.linalg.norm(ranks), 1e-300)

@@ -30,7 +30,10 @@ class Relation:
 
 
 def relate(mine: Matches, theirs: Matches) -> tuple[Relation, ...]:
-    """The relations of one side's features; features that are not universal have none."""
+    """The relations of one side's features.
+
+    A feature that is neither universal nor the best partner of several universal ones has none.
+    """
     followers: dict[int, list[int]] = {}
     for j in np.flatnonzero(theirs.universal).tolist():
         followers.setdefault(int(theirs.partners[j]), []).append(j)

@@ -80,8 +80,7 @@ class Stability(Result):
 
     @cached_property
     def trends(self) -> dict[str, float]:
-        """Spearman's rank correlations of a feature's stability with its density and energy, over live features of all
-        dictionaries.
+        """Spearman's rank correlations of a feature's stability with its density and energy, over all live features.
 
         Above 0, rare or weak features are the unstable ones. Empty where usage is not known.
         """

@@ -35,7 +35,11 @@ class Source:
         raise NotImplementedError
 
     def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
-        """The null distribution: side, features, and their best partners after the other side's rows are permuted."""
+        """The null distribution of best partners, for sides that have nothing in common.
+
+        Yields:
+            The side (0 or 1), some of its features, and their best partners on the other side.
+        """
         raise NotImplementedError
 
     def count(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
@@ -132,12 +136,18 @@ class StoreSource(Source):
         )  # fmt: skip
 
     def blocks(self) -> Iterator[Block]:
+        """Correlations or Jaccard indices, block by block of a's features."""
         return correlation_blocks(self.a, self.b, self.seen, self.min_count, self.jaccard)
 
     def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+        """The null distribution: best partners of `n_null` features of each side after each of `n_shifts` permutations
+        of rows.
+
+        Rows move in blocks within documents; rows that are documents are permuted one by one.
+        """
         n = self.a.n_rows
         for _ in range(n_shifts if n > 2 else 0):
-            grouped = self.a.groups is not None  # documents are alike in nothing but their order
+            grouped = self.a.groups is not None  # rows are documents, which are exchangeable
             order = rng.permutation(n) if grouped else move_blocks(self.documents, n, rng)
             for side, (one, other) in enumerate(((self.a, self.b), (self.b, self.a))):
                 known = np.flatnonzero(self.seen[side].scale(self.min_count))
@@ -147,6 +157,7 @@ class StoreSource(Source):
                 yield side, chosen, find_nearest(blocks, len(chosen), other.width, 1, self.signed)[0]
 
     def count(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
+        """Number of rows on which both features of each pair fire."""
         found = np.zeros(len(pairs), np.int64)
         for start, stop in chunks(self.a, self.b) if len(pairs) else ():
             a, b = (side.matrix(start, stop).tocsc() for side in (self.a, self.b))
@@ -201,12 +212,15 @@ class DirectionSource(Source):
 
     @property
     def rates(self) -> tuple[Int[np.ndarray, "d_a"], Int[np.ndarray, "d_b"]]:
+        """Zeros: the null does not depend on the feature."""
         return np.zeros(len(self.a), np.int64), np.zeros(len(self.b), np.int64)
 
     def blocks(self) -> Iterator[Block]:
+        """Cosines, block by block of a's features."""
         return cosine_blocks(self.a, self.b)
 
     def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+        """The null distribution: best partners of `n_null` random directions on each side, `n_shifts` times."""
         for _ in range(n_shifts):
             for side, other in enumerate((self.b, self.a)):
                 random = rng.standard_normal((n_null, other.shape[1]), np.float32)

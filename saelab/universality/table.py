@@ -52,9 +52,10 @@ class UniversalTable(Result):
 def list_universal(
     comparison: Comparison, store_a: FeatureStore, store_b: FeatureStore, *, top: int | None = 20
 ) -> UniversalTable:
-    """A table of the first `top` universal pairs by size of similarity, with labels from the stores' label books.
+    """A table of the first `top` universal pairs by size of similarity, with the labels of the features.
 
-    The pairs are each other's best and universal on both sides.
+    The pairs are each other's best and universal on both sides; labels are the chosen ones of the stores' label
+    databases.
 
     Args:
         comparison: result of `compare`.
@@ -77,7 +78,7 @@ def list_universal(
 
 
 def check_stores(comparison: Comparison, store_a: FeatureStore, store_b: FeatureStore) -> None:
-    """ValueError where the stores are not those compared, judged by their widths and firing counts."""
+    """Check that two stores are those of a comparison, by widths and firing counts; ValueError where they are not."""
     for name, side, store in (("a", comparison.a, store_a), ("b", comparison.b, store_b)):
         width = len(side.fires) // (2 if comparison.sides else 1)
         if store.d_sae != width:

@@ -51,10 +51,10 @@ def _agree(x: np.ndarray, y: np.ndarray) -> int:
 
 def _resume(a: bytes, b: bytes, i: int, j: int) -> tuple[int, int] | None:
     """The nearest positions from which both spellings agree again."""
-    least_a, least_b = int(b[j] == UNKNOWN), int(a[i] == UNKNOWN)  # it stands for something
+    least_a, least_b = int(b[j] == UNKNOWN), int(a[i] == UNKNOWN)  # an unknown token stands for at least one byte
     for start in range(i + least_a, i + REACH):
         anchor = a[start : start + ANCHOR]
-        if len(anchor) < ANCHOR:  # few bytes are found anywhere: they must be the end of both, right behind
+        if len(anchor) < ANCHOR:  # too few for an anchor: only the end of both counts
             place = len(b) - len(anchor)
             ends = anchor and start == i + least_a and b.endswith(anchor) and place >= j + least_b
             return (start, place) if ends and UNKNOWN not in anchor else None

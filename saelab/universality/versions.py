@@ -29,7 +29,7 @@ class Versions:
         filled, readable = zip(*(_sort_out(side) for side in sides), strict=True)
         self._free = [_list(documents) for documents in readable]
         self._match_readable()
-        # what has unknown tokens, by the number of the document: its text is no key
+        # documents with unknown tokens are matched by their number: their text is no key
         self._free = [_list(documents & ~self._taken(k)) for k, documents in enumerate(filled)]
         self._match_equal(_number)
 
