@@ -82,8 +82,7 @@ def exchange_groups(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -
     stretched = places * lengths // np.repeat(sizes, sizes)
     order = np.empty(len(groups), np.int64)
     order[rows] = rows[np.repeat(starts[source], sizes) + stretched]
-    moved: Int[np.ndarray, "n"] = order[permute_within(groups, rng)]
-    return moved
+    return np.take(order, permute_within(groups, rng))
 
 
 def find_runs(groups: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "n_runs"]:
