@@ -17,14 +17,18 @@ class Rows(Protocol):
     """A data source whose rows can be copied by slices."""
 
     @property
-    def d_in(self) -> int: ...
+    def d_in(self) -> int:
+        """Width of a row."""
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Dtype in which the rows are stored."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Number of rows."""
 
-    def copy_slice(self, start: int, out: Float[Tensor, "n d_in"]) -> None: ...
+    def copy_slice(self, start: int, out: Float[Tensor, "n d_in"]) -> None:
+        """Fill `out` with consecutive rows, the first of which is row `start`."""
 
 
 class ShuffledBatches:

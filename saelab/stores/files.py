@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from torch import Tensor
 from saelab.stores.disk import CAN_LOCK, LOCK, FolderInUse, explained, hold_folder, open_locked
 
 # Readers are exported here next to the writers.
+from saelab.stores.tensors import Chunk, make_header
 from saelab.stores.tensors import TensorSpec as TensorSpec
 from saelab.stores.tensors import load_tensors as load_tensors
-from saelab.stores.tensors import make_header
 from saelab.stores.tensors import map_tensor as map_tensor
 from saelab.stores.tensors import read_header as read_header
 from saelab.stores.validation import read_fields, seal
@@ -49,7 +49,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         _write(file, [data])
 
 
-def write_json(path: str | Path, obj: Any, *, sealed: bool = False) -> None:
+def write_json(path: str | Path, obj: object, *, sealed: bool = False) -> None:
     """Write `obj` as indented JSON, atomically; NaN and infinities become null (JSON has neither).
 
     With `sealed`, which needs an object, its checksum is added as the last key; `read_sealed` compares it.
@@ -58,7 +58,7 @@ def write_json(path: str | Path, obj: Any, *, sealed: bool = False) -> None:
     write_atomic(path, (seal(text) if sealed else text.encode()) + b"\n")
 
 
-def to_json(obj: Any) -> str:
+def to_json(obj: object) -> str:
     """`obj` as indented JSON; NaN and infinities become null.
 
     >>> to_json(float("nan"))
@@ -319,7 +319,7 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
                 raise
 
 
-def _write(file: BinaryIO, chunks: list[Any]) -> str:
+def _write(file: BinaryIO, chunks: list[Chunk]) -> str:
     crc = 0
     _reserve(file.fileno(), sum(map(len, chunks)))
     for chunk in chunks:
@@ -338,13 +338,13 @@ def _reserve(descriptor: int, n_bytes: int) -> None:
                 raise
 
 
-def _bytes_of(tensor: Tensor) -> Any:
+def _bytes_of(tensor: Tensor) -> Chunk:
     if tensor.numel() == 0:  # an empty tensor cannot be viewed as bytes
         return b""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _finite(obj: Any) -> Any:
+def _finite(obj: object) -> object:
     if isinstance(obj, Mapping):
         return {str(key): _finite(value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)):

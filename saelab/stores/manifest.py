@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ MAX_SIZE = 2**48
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 INT_COLUMNS = ("token_ids", "doc_ids", "positions")
 AnyManifest = TypeVar("AnyManifest", bound="Manifest")
+Layout: TypeAlias = tuple[str, tuple[int, ...]]
+"""dtype and shape of a tensor"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ class Manifest(ABC):
         """Derived values that are saved with the fields, and must agree with them when the manifest is read."""
 
     @abstractmethod
-    def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, Layout]:
         """Dtype and shape of each tensor of a shard of `n_tokens` rows whose header is `specs`."""
 
     def with_shard(self: AnyManifest, shard: Shard, tensors: Mapping[str, Tensor]) -> AnyManifest:
@@ -212,10 +214,10 @@ class ActivationsManifest(Manifest):
         if self.dtype not in FLOATS:
             raise ValueError(f"`dtype` must be one of {list(FLOATS)}, got {self.dtype[:40]!r}. Was it edited?")
 
-    def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, Layout]:
         """Dtype and shape of the activations of each hook point, and of the integer columns."""
-        wanted: dict[str, Any] = {name: (self.dtype, (n_tokens, d_in)) for name, d_in in self.d_in.items()}
-        return wanted | dict.fromkeys(INT_COLUMNS, ("int32", (n_tokens,)))
+        wanted: dict[str, Layout] = {name: (self.dtype, (n_tokens, d_in)) for name, d_in in self.d_in.items()}
+        return {**wanted, **dict.fromkeys(INT_COLUMNS, ("int32", (n_tokens,)))}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,11 +260,11 @@ class FeatureManifest(Manifest):
             raise ValueError(f"`d_sae` must be below 2^31, got {self.d_sae}. Was it edited?")
         require_object(self.sae.get("config", {}), "`config` of `sae`")
 
-    def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def expect(self, n_tokens: int, specs: Mapping[str, TensorSpec]) -> dict[str, Layout]:
         """Dtype and shape of the codes by token and by feature, and of the rows' places in the text."""
         shape = specs["latents"].shape if "latents" in specs else (0,)
         latents, tokens = (str(smallest_int(size - 1)) for size in (self.d_sae, n_tokens))
-        wanted: dict[str, Any] = {
+        wanted: dict[str, Layout] = {
             "offsets": ("int32", (n_tokens + 1,)),
             "feature_offsets": ("int32", (self.d_sae + 1,)),
         }

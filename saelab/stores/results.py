@@ -2,18 +2,19 @@
 
 import html
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from saelab.stores.files import write_json
 
+T = TypeVar("T")
 _drawings: dict[type, Callable[[Any], str]] = {}
 
 
-def register_drawing(kind: type, draw: Callable[[Any], str]) -> None:
+def register_drawing(kind: type[T], draw: Callable[[T], str]) -> None:
     """Register the function that draws objects of a type as HTML in Jupyter.
 
     A registry, because drawing code is on a higher floor than the types that it draws.
@@ -38,8 +39,8 @@ class Result(Drawn):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, as JSON values: lists for tuples and arrays, strings for keys."""
-        found: dict[str, Any] = _plain(asdict(self))  # type: ignore[call-overload]
-        return found
+        assert is_dataclass(self)  # of every subclass
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON, atomically; NaN becomes null."""
@@ -67,7 +68,7 @@ def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -
     ]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from saelab.stores.validation import parse_json
 
+Chunk: TypeAlias = bytes | memoryview
+"""The bytes of one tensor"""
 BLOCK = 1 << 18
 """Bytes that one checksum covers: what must be read to check a single row, and 32,768 times the size of a checksum"""
 SEAL, SEALED = "crc32", "sealed"
@@ -226,7 +228,7 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorSpec], dict[str, str]
     return file.specs, file.metadata
 
 
-def make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, chunks: Sequence[Any]) -> bytes:
+def make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, chunks: Sequence[Chunk]) -> bytes:
     """The header of a safetensors file, checksums included.
 
     Args:
@@ -235,7 +237,7 @@ def make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | Non
         chunks: bytes of each tensor.
     """
     sums = "".join(f"{zlib.crc32(part):08x}" for chunk in chunks for part in _blocks(chunk))
-    header: dict[str, Any] = {"__metadata__": {**(metadata or {}), SEALED: SEAL, SEAL: UNSEALED + sums}}
+    header: dict[str, object] = {"__metadata__": {**(metadata or {}), SEALED: SEAL, SEAL: UNSEALED + sums}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
@@ -245,7 +247,7 @@ def make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | Non
     return len(text).to_bytes(8, "little") + _seal(text)
 
 
-def _blocks(chunk: Any) -> list[Any]:
+def _blocks(chunk: Chunk) -> list[Chunk]:
     return [chunk[i : i + BLOCK] for i in range(0, len(chunk), BLOCK)]
 
 
@@ -285,7 +287,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str], lis
     return specs, metadata, None if sums is None else _read_sums(path, sums, specs)
 
 
-def _check_seal(path: Path, text: bytes, sums: Any) -> None:
+def _check_seal(path: Path, text: bytes, sums: object) -> None:
     try:
         place = _find_seal(text)
         found = zlib.crc32(text[:place] + UNSEALED.encode() + text[place + 8 :])

@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ def read_json(path: str | Path, *, constants: bool = False) -> Any:
     return _parse(path, _read_bytes(path), constants)
 
 
-def read_sealed(path: str | Path) -> tuple[Any, Callable[[], None]]:
+def read_sealed(path: str | Path) -> tuple[object, Callable[[], None]]:
     """The value of a JSON file, and a function that compares the file's text with the checksum in it.
 
     Call the function after the value has been validated, so that errors name the wrong value; it raises ValueError
@@ -114,11 +114,11 @@ def _read_int(digits: str) -> int:
     return int(digits)
 
 
-def _refuse_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON; NaN and infinities are written as null")
 
 
-def _check_depth(found: Any) -> None:
+def _check_depth(found: object) -> None:
     level = [found]
     for _ in range(MAX_DEPTH + 1):
         level = [
@@ -146,7 +146,7 @@ def seal(text: str) -> bytes:
     return f'{body}{comma}{gap}"{SEAL}": "{_sum_up(text.encode())}"{end}'.encode()
 
 
-def _check_seal(path: str | Path, text: bytes, held: Any) -> None:
+def _check_seal(path: str | Path, text: bytes, held: object) -> None:
     if not isinstance(held, dict) or SEAL not in held:
         return
     if not _SEAL_TEXT.search(text) or _sum_up(_SEAL_TEXT.sub(b"", text)) != held[SEAL]:
@@ -171,7 +171,7 @@ def naming(path: str | Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def read_fields(cls: type[T], plain: Any, *, extra: bool = False) -> T:
+def read_fields(cls: type[T], plain: object, *, extra: bool = False) -> T:
     """An instance of the dataclass `cls` from a JSON object, validated against its annotations.
 
     Args:
@@ -183,14 +183,15 @@ def read_fields(cls: type[T], plain: Any, *, extra: bool = False) -> T:
             similar keys are suggested.
     """
     plain = require_object(plain, cls.__name__)
-    known = [field.name for field in fields(cls) if field.init]  # type: ignore[arg-type]
+    assert is_dataclass(cls)
+    known = [field.name for field in fields(cls) if field.init]
     if not extra:
         refuse_unknown(plain, known, cls.__name__)
     given = {name: plain[name] for name in known if name in plain}
-    return cls(**_validate(_make_shape(cls), given, cls.__name__))  # type: ignore[arg-type]
+    return cls(**_validate(_make_shape(cls), given, cls.__name__))
 
 
-def refuse_unknown(plain: Mapping[str, Any], known: list[str], name: str) -> None:
+def refuse_unknown(plain: Mapping[str, object], known: list[str], name: str) -> None:
     """Raise ValueError for a key that is not known, suggesting similar ones.
 
     Args:
@@ -204,14 +205,14 @@ def refuse_unknown(plain: Mapping[str, Any], known: list[str], name: str) -> Non
             raise ValueError(f"{name} has no key '{key[:SHOWN]}'. Did you mean one of {near}?")
 
 
-def require_object(plain: Any, name: str) -> dict[str, Any]:
+def require_object(plain: object, name: str) -> dict[str, Any]:
     """The same value, if it is a JSON object; else ValueError, in which it is called `name`."""
     if not isinstance(plain, dict):
         raise ValueError(f"{name} must be a JSON object, got {_show(plain)}. Was it edited?")
     return plain
 
 
-def check_settings(shape: type, plain: Any, name: str) -> Any:
+def check_settings(shape: type, plain: object, name: str) -> Any:
     """A JSON object whose known keys are validated; others are kept. For configurations of other libraries.
 
     Args:
@@ -246,13 +247,13 @@ def _validate(shape: type, given: dict[str, Any], name: str) -> dict[str, Any]:
         ) from None
 
 
-def _as_tuple(hint: Any, value: Any) -> Any:
+def _as_tuple(hint: object, value: object) -> object:
     """A JSON list as a tuple, where the field is one."""
     wants = any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
     return tuple(value) if wants and isinstance(value, list) else value
 
 
-def _show(value: Any) -> str:
+def _show(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
 

@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def _finite(entry: Entry) -> Entry:
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
 
 
-def _row(values: list[Any]) -> str:
+def _row(values: Sequence[object]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerow(values)
     return text.getvalue()
