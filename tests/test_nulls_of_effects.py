@@ -1,9 +1,10 @@
 """Nulls beside effects on a running model and scores of concepts: data made to tempt them, and truth planted in it.
 
-A verdict at level 5 % over 40 draws is false at most seven times but once in a thousand (binomial).
+A verdict at level 5 % over 24 draws is false at most five times but in one of a thousand runs (binomial).
 """
 
 import numpy as np
+import pytest
 import torch
 from scipy.sparse import csr_matrix
 from scipy.stats import binom
@@ -12,11 +13,12 @@ import saelab as sl
 from saelab.evaluation.concepts import score_concepts
 from saelab.steering.amplifying import score_steering
 from saelab.steering.curves import SteeringCurve
+from saelab.steering.effects import Attribution
 from saelab.steering.frontiers import mean_gain
 from saelab.worlds.lexicon import Concept
 
-N_DRAWN, N_SCORED = 40, 24
-MOST, MOST_SCORED = (int(binom.ppf(0.999, n, 0.05)) for n in (N_DRAWN, N_SCORED))
+N_DRAWN = 24
+MOST = int(binom.ppf(0.999, N_DRAWN, 0.05))
 POINT = "blocks.1.hook_resid_post"
 
 
@@ -104,15 +106,15 @@ def stories(seed: int, real: bool = False):
 
 def test_the_best_of_many_features_knows_nothing_of_other_stories() -> None:
     """Stories are few, and so one feature of forty goes with any concept of whole stories in some of them."""
-    found = [score_concepts(*stories(seed), seed=seed) for seed in range(N_SCORED)]
+    found = [score_concepts(*stories(seed), seed=seed) for seed in range(N_DRAWN)]
     rows = [row for one in found for row in one.concepts]
     assert np.mean([row.f1_train for row in rows]) > 0.5 and np.mean([one.reconstruction for one in found]) > 0.3
     for c in range(4):
-        assert sum(one.concepts[c].kappa_low > 0 for one in found) <= MOST_SCORED
+        assert sum(one.concepts[c].kappa_low > 0 for one in found) <= MOST
     for name in ("coverage", "auroc", "reconstruction"):
         value, moved = (np.array([getattr(one, name) for one in some]) for some in (found, [x.moved for x in found]))
         difference = value - moved
-        assert abs(difference.mean()) < 4 * difference.std() / N_SCORED**0.5, name
+        assert abs(difference.mean()) < 4 * difference.std() / N_DRAWN**0.5, name
     pairs = [(one.n_opposed_on_two_sides, one.moved.n_opposed_on_two_sides) for one in found]
     both = np.sum(pairs, 0)  # discordant draws fall on either side alike
     assert abs(both[0] - both[1]) <= 4 * max(1, sum(a != b for a, b in pairs)) ** 0.5
@@ -165,3 +167,75 @@ def test_a_share_of_random_directions_says_what_it_promotes(tiny, tiny_tokens, t
     n = min(len(one.rows) for one in found)
     spread = (0.05 * 0.95 * (1 / n + 1 / 32) / 5) ** 0.5
     assert np.mean([one.above_random_frac for one in found]) < 0.05 + 4 * spread
+
+
+# --- attribution
+
+
+def attributed(seed: int, exact_too: bool) -> Attribution:
+    """Three features at each of twelve tokens, which differ in how much they matter; estimates know only that."""
+    rng, positions = np.random.default_rng(seed), np.repeat(np.arange(12), 3)
+    exact = (rng.standard_normal(36) + 0.7 * positions).astype(np.float32)
+    effects = (exact if exact_too else rng.standard_normal(36) + 0.7 * positions).astype(np.float32)
+    ones = np.ones(36, np.float32)
+    return Attribution(
+        hook_point=POINT, metric="m", method="gradient", baseline="zero", n_steps=0, clean=0.0, patched=1.0,
+        tokens=("t",) * 12, positions=positions, features=np.arange(36), codes=ones, sizes=ones, effects=effects,
+        errors=np.zeros(12, np.float32), exact=exact,
+    )  # fmt: skip
+
+
+def test_estimates_that_know_only_the_token_agree_with_no_effect() -> None:
+    """Correlations and shares of the largest are high where tokens differ, and above their null in 5 % of draws."""
+    found = [attributed(seed, False).agreement for seed in range(N_DRAWN)]
+    assert np.mean([one.spearman for one in found]) > 0.7 and np.mean([one.top for one in found]) > 0.5  # what tempts
+    assert sum(one.spearman > one.shuffled_95 for one in found) <= MOST
+    difference = np.array([one.top - one.top_shuffled for one in found])
+    assert abs(difference.mean()) < 4 * difference.std() / N_DRAWN**0.5
+    real = attributed(0, True).agreement
+    assert real.spearman > real.shuffled_95 and real.top == 1 > real.top_shuffled + 0.1
+
+
+# --- patching
+
+
+def test_patches_of_what_does_not_differ_restore_nothing(tiny) -> None:
+    """A prompt that differs from the fourth token on, random directions, and the direction in which the runs differ."""
+    clean, corrupt, metric = "I see Ann", "I see Tom", ("A", "T")
+    ids = [sl.tokenize(tiny, [text], 32, packed=False, separator=None) for text in (clean, corrupt)]
+    ours, theirs = (sl.capture(tiny, one.ids[:, : one.n_tokens], [POINT])[POINT][0] for one in ids)
+    first = int((ours - theirs).abs().sum(1).nonzero()[0])
+    step = (ours - theirs)[-1]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(32, generator=generator) for _ in range(24)]
+    sources = [sl.Direction(step, POINT, "difference"), *(sl.Direction(v, POINT, "random") for v in drawn)]
+    found = sl.patch(tiny, clean, corrupt, metric, sources=sources)
+    assert first > 3 and (found.scores[:, :first] == 0).all()
+    alone = sl.patch(tiny, clean, corrupt, metric, sources=sources, positions=[-1]).scores[:, 0]
+    whole = float(sl.patch(tiny, clean, corrupt, metric, sources=POINT, positions=[-1]).scores[0, 0])
+    assert alone[0] == pytest.approx(whole, rel=1e-3)
+    # a random direction carries a share v (v . step) of the change: 1 / 32 on average
+    assert abs(alone[1:].mean() - whole / 32) < 4 * alone[1:].std() / len(drawn) ** 0.5
+    across = torch.linalg.qr(torch.stack([step, *drawn[:5]], 1)).Q[:, 1:].T
+    none = sl.patch(tiny, clean, corrupt, metric, sources=[sl.Direction(v, POINT) for v in across], positions=[-1])
+    assert np.abs(none.scores).max() < 1e-2 * abs(whole)
+
+
+# --- a concept taken out
+
+
+def test_a_label_of_whole_documents_is_not_read_off_other_documents() -> None:
+    """Tokens of a document go together, and so a probe fits a random label of documents; held-out ones stay at .5."""
+    model, generator = sl.tiny_model(seed=3), torch.Generator().manual_seed(0)
+    own = torch.randint(3, 250, (24, 4), generator=generator)  # each document has words of its own
+    ids = own.gather(1, torch.randint(4, (24, 16), generator=generator)).int()
+    doc_ids = torch.arange(24, dtype=torch.int32)[:, None].expand(-1, 16).contiguous()
+    tokens = sl.Tokens(ids=ids, doc_ids=doc_ids, special_ids=(0, 1, 2), source="words", bos=False, packed=False)
+    how = {"hook_point": "blocks.0.hook_resid_pre", "read_at": "blocks.0.hook_resid_pre", "methods": ["means"]}
+    aurocs = []
+    for seed in range(20):
+        which = torch.rand(24, generator=generator) < 0.5
+        labels = {"label": which[:, None].expand(-1, 16).clone()}
+        found = sl.ablate_concept(model, tokens, labels, "label", n_random=0, seed=seed, **how)
+        aurocs.append(found["untouched"].concept.auroc)
+    assert abs(np.mean(aurocs) - 0.5) < 4 * np.std(aurocs) / 20**0.5

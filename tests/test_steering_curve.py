@@ -346,6 +346,11 @@ def test_a_feature_stands_beside_its_rivals(tiny, tmp_path) -> None:
         z = sae.encode(x)[..., feature].detach()
         for up in (means.encode(x)[..., 0], z * own.strengths[feature]):  # both grow where the concept comes next
             assert up[before].mean() > up[~before & (tokens.ids > 2)].mean()
+    several = line_up(tiny, sae, feature, concept, tokens, n_random=3, hook_point=HOOK)
+    drawn = torch.stack([several[name].source.vector for name in ("random", "random 2", "random 3")])
+    assert torch.linalg.matrix_rank(drawn) == 3 and torch.equal(drawn[0], found["random"].source.vector)
+    with pytest.raises(ValueError, match="`n_random` must be at least 1, got 0"):
+        line_up(tiny, sae, feature, concept, tokens, n_random=0, hook_point=HOOK)
     with pytest.raises(ValueError, match="Directions need 10 tokens before words of the concept, got 0"):
         line_up(tiny, sae, 3, make_concept(tiny, "z"), tokens, hook_point=HOOK)
 

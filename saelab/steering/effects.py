@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 
 from saelab.stores.results import Result
 
-N_SHUFFLES = 20
+N_SHUFFLES = 99
 N_SHOWN = 10
 NOTHING = 1e-5
 """Differences of the metric below this share of its size count as rounding."""
@@ -23,8 +23,12 @@ class Agreement:
     spearman: float
     shuffled: float
     """mean Spearman with estimates shuffled among the features of the same token"""
+    shuffled_95: float
+    """the Spearman that 5 % of the shuffles exceed: what is below is no agreement"""
     top: float
     """share of the ten largest exact effects by magnitude that are among the ten largest estimates"""
+    top_shuffled: float
+    """mean of the same with estimates shuffled: high where there are not many more than ten features"""
     size: float
     """Spearman of |exact effect| with the norm of the change of the activation: a baseline without gradients"""
     size_estimate: float
@@ -126,28 +130,38 @@ class Attribution(Result):
 def tell_agreement(agreement: Agreement) -> str:
     """The correlations with exact effects in one line of text.
 
-    >>> tell_agreement(Agreement(pearson=1.0, spearman=0.9, shuffled=0.0, top=0.7, size=0.5, size_estimate=0.95, n=70))
-    'with exact effects: Pearson 1.000, Spearman 0.900 (shuffled 0.000), 70% of the top 10; by size 0.950, moved 0.500'
+    >>> null = {"shuffled": 0.0, "shuffled_95": 0.2, "top_shuffled": 0.1}
+    >>> one = Agreement(pearson=1.0, spearman=0.9, top=0.7, size=0.5, size_estimate=0.9, n=70, **null)
+    >>> tell_agreement(one)[36:]
+    'Spearman 0.900 (shuffled 0.000, 95 % below 0.200), 70% of the top 10 (shuffled 10%); by size 0.900, moved 0.500'
     """
     one = agreement
-    signed = f"Pearson {one.pearson:.3f}, Spearman {one.spearman:.3f} (shuffled {one.shuffled:.3f})"
-    sizes = f"{one.top:.0%} of the top {N_SHOWN}; by size {one.size_estimate:.3f}, moved {one.size:.3f}"
-    return f"with exact effects: {signed}, {sizes}"
+    shuffled = f"shuffled {one.shuffled:.3f}, 95 % below {one.shuffled_95:.3f}"
+    signed = f"Pearson {one.pearson:.3f}, Spearman {one.spearman:.3f} ({shuffled})"
+    top = f"{one.top:.0%} of the top {N_SHOWN} (shuffled {one.top_shuffled:.0%})"
+    return f"with exact effects: {signed}, {top}; by size {one.size_estimate:.3f}, moved {one.size:.3f}"
 
 
 def _hold_against(found: Attribution, exact: np.ndarray) -> Agreement:
     estimates = found.effects
     rng = np.random.default_rng(0)
-    shuffled = [rank_correlation(estimates[_shuffle(found.positions, rng)], exact) for _ in range(N_SHUFFLES)]
+    others = [estimates[_shuffle(found.positions, rng)] for _ in range(N_SHUFFLES)]
+    shuffled = [rank_correlation(other, exact) for other in others]
     return Agreement(
         pearson=correlation(estimates, exact),
         spearman=rank_correlation(estimates, exact),
         shuffled=float(np.mean(shuffled)),
-        top=float(np.isin(_largest(estimates), _largest(exact)).mean()) if len(exact) else float("nan"),
+        shuffled_95=float(np.quantile(shuffled, 0.95)),
+        top=_share_top(estimates, exact),
+        top_shuffled=float(np.mean([_share_top(other, exact) for other in others])),
         size=rank_correlation(found.sizes, np.abs(exact)),
         size_estimate=rank_correlation(np.abs(estimates), np.abs(exact)),
         n=len(exact),
     )
+
+
+def _share_top(estimates: Float[np.ndarray, "n"], exact: Float[np.ndarray, "n"]) -> float:
+    return float(np.isin(_largest(estimates), _largest(exact)).mean()) if len(exact) else float("nan")
 
 
 def _largest(values: Float[np.ndarray, "n"], n: int = N_SHOWN) -> Int[np.ndarray, "m"]:

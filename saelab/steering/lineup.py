@@ -41,13 +41,15 @@ def line_up(
     sign: int | None = None,
     hook_point: str | None = None,
     allow_mismatch: bool = False,
+    n_random: int = 1,
     seed: int = 0,
 ) -> dict[str, Source]:
     """A feature and baselines of the same length by name, as sources for `steering_curve`.
 
     "means" is the difference in means, and "probe" a logistic regression, between activations of tokens followed by a
-    word of the concept in `tokens` and of others; "random" is a random direction; with a `store` there is also a
-    control feature with about the same firing rate and codes that are uncorrelated. All point toward the concept.
+    word of the concept in `tokens` and of others; "random" is a random direction, or several; with a `store` there is
+    also a control feature with about the same firing rate and codes that are uncorrelated. All point toward the
+    concept.
 
     Args:
         model: language model.
@@ -63,11 +65,13 @@ def line_up(
             of its mean code before words of the concept to the mean code elsewhere.
         hook_point: where the SAE reads; by default where it was trained.
         allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
-        seed: of the sample of tokens and of the random direction.
+        n_random: number of random directions, "random", "random 2", ...; a direction of no meaning has a larger effect
+            than all of them with probability 1 / (n_random + 1), so 19 make a test at level 5 %.
+        seed: of the sample of tokens and of the random directions.
 
     Raises:
-        ValueError: where fewer than 10 tokens precede words of the concept, and for an SAE of another model, weight
-            processing or hook point (unless `allow_mismatch`).
+        ValueError: for no random direction, where fewer than 10 tokens precede words of the concept, and for an SAE of
+            another model, weight processing or hook point (unless `allow_mismatch`).
 
     >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> tokens = sl.tokenize(model, ["a tin can, a bin"] * 9, ctx_len=32)
@@ -79,6 +83,8 @@ def line_up(
         sae, {feature: 1.0}, mode, where, unit, store, hook_point=hook_point, allow_mismatch=allow_mismatch
     )
     own.require_match(model)
+    if n_random < 1:
+        raise ValueError(f"`n_random` must be at least 1, got {n_random}; a feature must beat a random direction.")
     before = mark_before(tokens, concept)
     if (n := int(before.sum())) < LEAST:
         raise ValueError(
@@ -90,8 +96,10 @@ def line_up(
     found: dict[str, Source] = {f"feature {feature}": replace(own, features={feature: float(side)})}
     directions = [find_direction(rows.x, rows.y, own.writes_at, method) for method in ("means", "probe")]
     length = float(own.rows[0].norm())
-    for direction in [*directions, make_random(directions[0], seed)]:
+    for direction in directions:
         found[direction.name] = _steer_alike(direction, own, length)
+    for i in range(n_random):
+        found[f"random {i + 1}" if i else "random"] = _steer_alike(make_random(directions[0], seed + i), own, length)
     if store is not None:
         require_harvested(store, sae)
         [other] = find_rival(store, feature)
