@@ -132,7 +132,7 @@ def tell_agreement(agreement: Agreement) -> str:
 
     >>> null = {"shuffled": 0.0, "shuffled_95": 0.2, "top_shuffled": 0.1}
     >>> one = Agreement(pearson=1.0, spearman=0.9, top=0.7, size=0.5, size_estimate=0.9, n=70, **null)
-    >>> tell_agreement(one)[36:]
+    >>> tell_agreement(one)[35:]
     'Spearman 0.900 (shuffled 0.000, 95 % below 0.200), 70% of the top 10 (shuffled 10%); by size 0.900, moved 0.500'
     """
     one = agreement
