@@ -7,10 +7,14 @@ restored at the end of the block.
 import os
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | None
+"""what `signal.signal` takes and returns"""
+AnyHandlers = TypeVar("AnyHandlers", bound="_Handlers")
 
 
 class _Handlers:
@@ -18,8 +22,8 @@ class _Handlers:
 
     signals: tuple[signal.Signals, ...] = ()
 
-    def __enter__(self) -> Any:
-        self._before: dict[signal.Signals, Any] = {}
+    def __enter__(self: AnyHandlers) -> AnyHandlers:
+        self._before: dict[signal.Signals, Handler] = {}
         if threading.current_thread() is threading.main_thread():
             for number in self.signals:
                 if signal.getsignal(number) not in (None, signal.SIG_IGN):
@@ -65,11 +69,13 @@ class Terminable(_Handlers):
     def __init__(self) -> None:
         self._was_sent = False
 
-    def __exit__(self, *about: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         outer = getattr(self._before.get(signal.SIGTERM), "__self__", None)
         if self._was_sent and isinstance(outer, Terminable):
             outer._was_sent = True  # so that the next one is the second for the outer block, too
-        super().__exit__(*about)
+        super().__exit__(kind, error, trace)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._was_sent:
