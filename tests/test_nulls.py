@@ -1,7 +1,8 @@
 """Nulls that are reported beside results: near chance where a structure tempts them, below the result where it is real.
 
 Those of probes, `compare` and rules are tested with them (`-k "null or periodic"` in test_selection, test_compare,
-test_rules), of stability and concept scores in test_stability and test_concepts.
+test_rules), those of stability in test_stability, too; those of effects of steering, attribution and patching and of
+scores of concepts in test_nulls_of_effects.
 """
 
 import json
