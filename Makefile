@@ -94,7 +94,7 @@ bench: $(BENCH)/.installed
 
 # Their imports warn.
 peers: $(BENCH)/.installed
-	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q -W ignore tests/test_formats_peers.py
+	HF_HUB_OFFLINE=1 $(BENCH)/bin/python -m pytest -q -W ignore tests/sae/formats/test_registry_peers.py
 
 # Every command cut off at every file event, and on a full disk at each of them.
 kills: $(VENV)/.installed
@@ -112,4 +112,4 @@ families: $(VENV)/.installed
 # Files of every kind, damaged: read, or refused by name.
 fuzz: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -W ignore -m tests.fuzz 5000
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slow tests/test_hostile.py
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slow tests/stores/test_validation.py

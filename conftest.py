@@ -25,7 +25,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 SHARED_DATA = Path(__file__).parent / ".." / "shared" / "data"
 
 
-PLANTED = tuple(str(Path(__file__).parent / folder) + os.sep for folder in ("tests", "saelab/worlds"))
+PLANTED = tuple(str(Path(__file__).parent / folder) + os.sep for folder in ("tests", "saelab/synthetic"))
 """where worlds are planted and samples drawn"""
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from saelab.collecting.collection import collect
 from saelab.lm.models import load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
-from saelab.stores.ring import RingBuffer
+from saelab.stores.shuffling import RingBuffer
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 COLLECT_GOAL, SPEED_GOAL, MEMORY_GOAL = 0.9, 5.0, 1.0

@@ -16,9 +16,8 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 import saelab as sl
-from saelab.universality.codes import Codes
-from saelab.universality.nearest import find_nearest
-from saelab.universality.products import Moments, correlation_blocks
+from saelab.universality.matching import find_nearest
+from saelab.universality.similarity import Codes, Moments, correlation_blocks
 
 
 class RandomStore(sl.FeatureStore):

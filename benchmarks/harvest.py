@@ -34,8 +34,8 @@ import torch
 
 import saelab as sl
 from pages import MAKERS, Job
-from saelab.lm.forwards import forward_size
-from saelab.lm.models import Model
+from saelab.lm.hooks import forward_size
+from saelab.lm.model_checks import Model
 from saelab.stores.packing import pack_codes
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"

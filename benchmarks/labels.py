@@ -18,11 +18,11 @@ import numpy as np
 from scipy.sparse import csc_matrix
 
 import saelab as sl
-from saelab.labelling.predicates import make_predicates
-from saelab.labelling.rules import label_by_rules
-from saelab.labelling.simulators import simulate_by_tokens
+from saelab.labels.autointerp.token_prediction import simulate_by_tokens
+from saelab.labels.rules.predicates import make_predicates
+from saelab.labels.rules.rule_search import label_by_rules
 from saelab.stores.corpus import StoredText
-from saelab.stores.statistics import measure
+from saelab.stores.feature_store import measure
 
 
 class RandomStore(sl.FeatureStore):

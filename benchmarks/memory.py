@@ -28,11 +28,10 @@ import saelab as sl
 from saelab.collecting.harvesting import SHARD_TOKENS, _Codes, _CodesBuffer
 from saelab.collecting.writers import ShardWriter
 from saelab.functional.codes import SparseCodes
-from saelab.labelling.clients import Answer
+from saelab.labels.autointerp.clients import Answer
 from saelab.stores.corpus import StoredText
-from saelab.stores.features import FeatureStore, save_statistics
+from saelab.stores.feature_store import FeatureStore, measure, save_statistics
 from saelab.stores.manifest import FeatureManifest
-from saelab.stores.statistics import measure
 
 D_SAE, K, CTX_LEN, N_WORDS = 1024, 16, 128, 4096
 DOCUMENT = 400

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 import saelab as sl
-from saelab.stores.files import load_tensors, save_tensors
+from saelab.stores.files import save_tensors
+from saelab.stores.tensors import load_tensors
 
 N_TRAINING = 262_144
 """Tokens the SAE is trained on: enough for features of many densities."""

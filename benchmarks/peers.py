@@ -9,10 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import count, pairwise
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 N_STEPS = 1_000_000
 """Length of the run each trainer believes it is in: long enough for constant schedules."""
@@ -57,10 +54,12 @@ class Library:
 
 def saelab(activation: str, sizes: Sizes) -> Subject:
     """saelab: one step of its training loop, the finiteness check on the batch included."""
-    from saelab import SAE, SAEConfig, TrainConfig
-    from saelab.sae.registry import make_activation
-    from saelab.sae.trainee import Trainee
+    from saelab.sae.activation_functions import make_activation
+    from saelab.sae.config import SAEConfig
+    from saelab.sae.sae import SAE
+    from saelab.sae.training_sae import Trainee
     from saelab.stores.activations import Activations
+    from saelab.training.config import TrainConfig
     from saelab.training.loop import TrainingRun
 
     matryoshka = activation == "matryoshka"

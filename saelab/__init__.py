@@ -2,110 +2,117 @@
 
 from importlib import metadata as _metadata
 
-from saelab.analyses.cards import FeatureCard, describe_feature
-from saelab.analyses.contexts import FeatureExamples, examples
-from saelab.analyses.dead import DeadUnits, dead_units, drift
-from saelab.analyses.lens import LogitLens, logit_lens
-from saelab.analyses.likeness import Neighbours, neighbours
-from saelab.analyses.listing import FeatureTable, list_features
-from saelab.analyses.pruning import Progressive, progressive
-from saelab.collecting.collection import collect
-from saelab.collecting.conversion import convert_delphi
-from saelab.collecting.dense_conversion import convert_activations
-from saelab.collecting.harvesting import harvest
-from saelab.collecting.streaming import ActivationStream, stream
-from saelab.collecting.untrained import harvest_untrained
-from saelab.evaluation.concept_scores import ConceptScores
+from saelab.analysis.dashboard import FeatureCard, FeatureTable, describe_feature, list_features
+from saelab.analysis.density import DeadUnits, dead_units, drift
+from saelab.analysis.direct_logits import LogitLens, logit_lens
+from saelab.analysis.feature_similarity import Neighbours, neighbours
+from saelab.analysis.max_activating import FeatureExamples, examples
+from saelab.analysis.pruning import Progressive, progressive
+from saelab.collecting.collection import ActivationStream, collect, stream
+from saelab.collecting.harvesting import harvest, harvest_untrained
+from saelab.evaluation.concept_units import concept_baselines, read_codes
 from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.evaluation import evaluate
-from saelab.evaluation.results import Evaluation
-from saelab.evaluation.rivals import concept_baselines, read_codes
-from saelab.evaluation.saebench import save_saebench
+from saelab.evaluation.results import ConceptScores, Evaluation
+from saelab.evaluation.sparse_control import ControlTable, compare_control
+from saelab.evaluation.supervised_dictionary import AttributeDictionary, fit_attributes
 from saelab.functional.codes import SparseCodes
-from saelab.labelling.asking import Asker
-from saelab.labelling.book import LabelBook
-from saelab.labelling.cases import CaseConfig
-from saelab.labelling.clients import Client, LocalClient, OpenAIClient
-from saelab.labelling.exchange import Exchange
-from saelab.labelling.explainers import Explainer, LLMExplainer
-from saelab.labelling.explaining import Labelling, estimate_labels, explain_features, score_labels
-from saelab.labelling.exports import export_store
-from saelab.labelling.label import Label
-from saelab.labelling.predicates import Predicate, Predicates, make_predicates, text_pattern, word_pattern
-from saelab.labelling.questions import AskConfig
-from saelab.labelling.rule_labels import RuleLabels
-from saelab.labelling.rules import label_by_rules
-from saelab.labelling.scorers import Contrast, Detection, Fuzzing, Scorer, Simulation
-from saelab.labelling.simulators import TokenSimulation, simulate_by_tokens
-from saelab.lm.agreement import HookAgreement, verify_hooks
+from saelab.interop.activation_caches import convert_activations
+from saelab.interop.delphi import convert_delphi
+from saelab.interop.neuronpedia import export_store
+from saelab.interop.saebench import save_saebench
+from saelab.interventions.attribution import Attribution, attribute
+from saelab.interventions.directions import Direction, Subspace, make_random
+from saelab.interventions.interventions import Intervention, When, Where
+from saelab.interventions.patching import Patching, patch
+from saelab.interventions.prototype_steering import Prototypes, find_prototypes, steer_to
+from saelab.interventions.resampling import Resampling, resample
+from saelab.interventions.steering_hooks import splice, steer, steer_all
+from saelab.labels.autointerp.clients import Client, LocalClient, OpenAIClient
+from saelab.labels.autointerp.example_windows import CaseConfig
+from saelab.labels.autointerp.explainers import (
+    Explainer,
+    Labelling,
+    LLMExplainer,
+    estimate_labels,
+    explain_features,
+    score_labels,
+)
+from saelab.labels.autointerp.requests import AskConfig, Asker
+from saelab.labels.autointerp.response_cache import Exchange
+from saelab.labels.autointerp.scorers import Contrast, Detection, Fuzzing, Scorer, Simulation
+from saelab.labels.autointerp.token_prediction import TokenSimulation, simulate_by_tokens
+from saelab.labels.label import Label
+from saelab.labels.label_store import LabelBook
+from saelab.labels.rules.predicates import Predicate, Predicates, make_predicates, text_pattern, word_pattern
+from saelab.labels.rules.rule_labels import RuleLabels
+from saelab.labels.rules.rule_search import label_by_rules
 from saelab.lm.generation import Generated, Generation, generate
 from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss
-from saelab.lm.labelled import tokenize_labelled
-from saelab.lm.masks import MaskResult, TokenMask
+from saelab.lm.masks import MaskResult, TokenMask, tokenize_labelled
 from saelab.lm.models import describe_model, load_model, tiny_model
 from saelab.lm.tokens import Tokens, tokenize
-from saelab.pictures.attributions import plot_attribution, plot_patching
-from saelab.pictures.comparisons import plot_layers, plot_matches
-from saelab.pictures.curves import plot_frontier, plot_prefixes, plot_training
-from saelab.pictures.distributions import plot_activations, plot_dead, plot_density
-from saelab.pictures.maps import plot_neighbours
-from saelab.pictures.reports import Report, report
-from saelab.pictures.steering_curves import plot_doses, plot_tradeoff, show_curve
-from saelab.pictures.steering_texts import show_texts
-from saelab.sae.activations import AbsTopK, BatchAbsTopK, BatchTopK, GroupMax, JumpReLU, ReLU, TopK
-from saelab.sae.archetypes import Archetypal
+from saelab.lm.verification import HookAgreement, verify_hooks
+from saelab.probing.concept_removal import Removal, ablate_concept
+from saelab.probing.labeled_activations import LabelledRows, read_labelled
+from saelab.probing.linear_directions import find_direction, find_rival
+from saelab.probing.sparse_probing import SparseProbes, probe_features
+from saelab.sae.activation_functions import (
+    AbsTopK,
+    Activation,
+    BatchAbsTopK,
+    BatchTopK,
+    GroupMax,
+    JumpReLU,
+    ReLU,
+    TopK,
+    register_activation,
+)
+from saelab.sae.adapters import hook_sae
+from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes, SAEConfig
-from saelab.sae.formats.releases import register_release
-from saelab.sae.hooking import hook_sae
-from saelab.sae.registry import Activation, register_activation
-from saelab.sae.reviving import revive
+from saelab.sae.formats.hub import register_release
+from saelab.sae.initialization import make_untrained, revive
 from saelab.sae.sae import SAE, fit
-from saelab.sae.untrained import make_untrained
-from saelab.steering.aims import ScoredConcept, TokenConcept, make_concept, world_concept
-from saelab.steering.amplifying import SteeringScores, score_steering
-from saelab.steering.attribution import attribute
-from saelab.steering.beside import SteeredTexts, steer_texts
-from saelab.steering.controlling import ControlTable, compare_control
+from saelab.steering.baselines import line_up
 from saelab.steering.curves import SteeringCurve
-from saelab.steering.directions import Direction, make_random
-from saelab.steering.dosing import steering_curve
-from saelab.steering.effects import Attribution
-from saelab.steering.interventions import Intervention
-from saelab.steering.labelled import LabelledRows, read_labelled
-from saelab.steering.lineup import line_up
-from saelab.steering.moving import splice, steer, steer_all
-from saelab.steering.patching import Patching, patch
-from saelab.steering.places import When, Where
-from saelab.steering.prototypes import Prototypes, find_prototypes, steer_to
-from saelab.steering.removals import Removal
-from saelab.steering.removing import ablate_concept
-from saelab.steering.resampling import Resampling, resample
-from saelab.steering.rivals import find_direction, find_rival
-from saelab.steering.selecting import SparseProbes, probe_features
-from saelab.steering.subspaces import Subspace
-from saelab.steering.supervised import AttributeDictionary, fit_attributes
-from saelab.stores.activations import Activations
-from saelab.stores.features import FeatureStore
-from saelab.stores.pairs import ActivationPairs
-from saelab.stores.provenance import Provenance
+from saelab.steering.dose_response import steering_curve
+from saelab.steering.feature_scores import SteeringScores, score_steering
+from saelab.steering.target_concepts import ScoredConcept, TokenConcept, make_concept, world_concept
+from saelab.steering.text_comparison import SteeredTexts, steer_texts
+from saelab.stores.activations import ActivationPairs, Activations
+from saelab.stores.feature_store import FeatureStore
+from saelab.stores.manifest import Provenance
 from saelab.training.config import TrainConfig
-from saelab.training.sinks import tensorboard_sink, wandb_sink
-from saelab.universality.bases import compare_bases
-from saelab.universality.comparison import compare
-from saelab.universality.many import Comparisons, compare_many
-from saelab.universality.matches import Comparison
-from saelab.universality.pairs import (
+from saelab.training.loop import tensorboard_sink, wandb_sink
+from saelab.universality.comparison import compare, compare_bases
+from saelab.universality.matching import Comparison, Matches
+from saelab.universality.representation_similarity import SpaceComparison, compare_spaces
+from saelab.universality.seed_comparison import Stability, stability
+from saelab.universality.universal_features import (
+    Comparisons,
     KeptPairs,
+    UniversalTable,
+    compare_many,
     find_features,
     keep_concepts,
     keep_one_to_one,
+    list_universal,
     match_keywords,
     pair_rows,
 )
-from saelab.universality.partners import Matches
-from saelab.universality.seeds import Stability, stability
-from saelab.universality.spaces import SpaceComparison, compare_spaces
-from saelab.universality.table import UniversalTable, list_universal
+from saelab.visualization.feature_plots import plot_activations, plot_dead, plot_density, plot_neighbours
+from saelab.visualization.intervention_plots import (
+    plot_attribution,
+    plot_doses,
+    plot_patching,
+    plot_tradeoff,
+    show_curve,
+    show_texts,
+)
+from saelab.visualization.reports import Report, report
+from saelab.visualization.training_plots import plot_frontier, plot_prefixes, plot_training
+from saelab.visualization.universality_plots import plot_layers, plot_matches
 
 try:
     __version__ = _metadata.version("saelab")

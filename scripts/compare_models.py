@@ -16,9 +16,9 @@ import torch
 from scipy.sparse import csr_matrix
 
 import saelab as sl
-from saelab.lm.models import Model
+from saelab.lm.model_checks import Model
 from saelab.stores.files import write_json
-from saelab.worlds.tales import Stories, tell
+from saelab.synthetic.tales import Stories, tell
 
 FIRST = 60_000_000  # number of the first story: no model has seen any from here on
 STORY_TOKENS = 150

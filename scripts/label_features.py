@@ -13,12 +13,13 @@ import argparse
 from pathlib import Path
 
 import saelab as sl
-from saelab.labelling.book import LabelBook
-from saelab.labelling.clients import OpenAIClient
-from saelab.labelling.explaining import estimate_labels, explain_features
-from saelab.labelling.label import BOTH
-from saelab.labelling.rules import RuleLabels, label_by_rules
-from saelab.lm.models import Model
+from saelab.labels.autointerp.clients import OpenAIClient
+from saelab.labels.autointerp.explainers import estimate_labels, explain_features
+from saelab.labels.label import BOTH
+from saelab.labels.label_store import LabelBook
+from saelab.labels.rules.rule_labels import RuleLabels
+from saelab.labels.rules.rule_search import label_by_rules
+from saelab.lm.model_checks import Model
 
 N_ASKED = 10
 

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 
 import saelab as sl
-from saelab.lm.models import Model
-from saelab.worlds.tales import tell
+from saelab.lm.model_checks import Model
+from saelab.synthetic.tales import tell
 
 N_EVALUATED = 20_000
 

@@ -31,18 +31,16 @@ import torch
 from tqdm.auto import tqdm
 
 import saelab as sl
-from saelab.lm.models import Model
-from saelab.sae.untrained import prepare
-from saelab.steering.attribution import attribute
-from saelab.steering.effects import Attribution
-from saelab.steering.patching import patch
-from saelab.steering.resampling import resample
-from saelab.steering.rivals import find_direction
-from saelab.worlds.concepts import CONCEPT_IDS
-from saelab.worlds.lexicon import MOODS
-from saelab.worlds.tales import Stories, tell
-from saelab.worlds.tasks import Counterfactual, Task, counterfactuals
-from saelab.worlds.vocabulary import VOCABULARY
+from saelab.interventions.attribution import Attribution, attribute
+from saelab.interventions.patching import patch
+from saelab.interventions.resampling import resample
+from saelab.lm.model_checks import Model
+from saelab.probing.linear_directions import find_direction
+from saelab.sae.initialization import prepare
+from saelab.synthetic.lexicon import MOODS
+from saelab.synthetic.tales import CONCEPT_IDS, Stories, tell
+from saelab.synthetic.tasks import Counterfactual, Task, counterfactuals
+from saelab.synthetic.vocabulary import VOCABULARY
 
 FIRST = 90_000_000  # number of the first story: neither model nor dictionary has seen any from here on
 HOOK = "blocks.2.hook_resid_post"

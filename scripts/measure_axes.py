@@ -17,7 +17,7 @@ Features are chosen in two steps on stories of their own: as candidates, the one
 the other pole's (difference of mean codes over their standard deviation) and those whose direction raises its words
 most in the logits; of these, the feature with the largest gain at a KL of 0.05 nats, summed over the poles that it is
 to raise, or with `--choice worse` the gain of the pole that it raises less. All sources are then measured on stories
-that nothing was chosen on, by `steering_curve`; `saelab.steering.measures` defines
+that nothing was chosen on, by `steering_curve`; `saelab.steering.dose_response` defines
 the words. KL x1.5 and KL x2 are the KL at which the expected number of the aim's words has grown so far; `lift` and
 `selectivity` (against the words of the other axes) and `gain` are read at a KL of 0.05 nats.
 """
@@ -36,15 +36,13 @@ from tqdm.auto import tqdm
 
 import saelab as sl
 from saelab.functional.metrics import kl_divergence
-from saelab.lm.lens import read_out
-from saelab.steering.aims import TokenConcept, make_concepts
-from saelab.steering.dosing import steering_curve
-from saelab.steering.frontiers import read_gain
-from saelab.steering.measures import log_mass
-from saelab.steering.rivals import find_direction
-from saelab.worlds.concepts import CONCEPT_IDS, FEMALE, MALE
-from saelab.worlds.lexicon import AXES, MOODS
-from saelab.worlds.tales import Stories, tell
+from saelab.lm.unembedding import read_out
+from saelab.probing.linear_directions import find_direction
+from saelab.steering.curves import read_gain
+from saelab.steering.dose_response import log_mass, steering_curve
+from saelab.steering.target_concepts import TokenConcept, make_concepts
+from saelab.synthetic.lexicon import AXES, MOODS
+from saelab.synthetic.tales import CONCEPT_IDS, FEMALE, MALE, Stories, tell
 
 HOOK = "blocks.2.hook_resid_post"
 TRAIN, CHOOSE, MEASURE = 60_000_000, 61_000_000, 62_000_000  # numbers of the first stories
@@ -256,8 +254,8 @@ def draw(rows: list[dict[str, Any]]) -> Any:
     """Gain against KL, means over seeds and poles at each strength, a panel an axis."""
     from plotly.subplots import make_subplots
 
-    from saelab.pictures.canvas import GRID as FAINT
-    from saelab.pictures.canvas import dress, line_of
+    from saelab.visualization.html import GRID as FAINT
+    from saelab.visualization.html import dress, line_of
 
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure = make_subplots(1, len(axes), subplot_titles=axes, shared_yaxes=True, horizontal_spacing=0.02)

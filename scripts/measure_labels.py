@@ -36,11 +36,11 @@ import torch
 from scipy.sparse import csc_matrix
 
 import saelab as sl
-from saelab.labelling.contingency import Side, Units, feature_blocks
-from saelab.labelling.predicates import Predicates, make_predicates
-from saelab.labelling.rules import RuleLabel, RuleLabels, label_by_rules
-from saelab.labelling.side_tokens import add_side_tokens
-from saelab.worlds.tales import Stories, tell
+from saelab.labels.rules.contingency import Side, Units, feature_blocks
+from saelab.labels.rules.predicates import Predicates, make_predicates
+from saelab.labels.rules.rule_labels import RuleLabel, RuleLabels
+from saelab.labels.rules.rule_search import add_side_tokens, label_by_rules
+from saelab.synthetic.tales import Stories, tell
 
 HOOK = "blocks.2.hook_resid_post"
 FIRST = 50_000_000  # number of the first story: neither model nor notebook has seen any from here on

@@ -32,14 +32,13 @@ from tqdm.auto import tqdm
 
 import saelab as sl
 from saelab.functional.metrics import kl_divergence
-from saelab.lm.models import Model
-from saelab.steering.aims import world_concept
-from saelab.steering.frontiers import read_gain
-from saelab.steering.measures import log_mass
-from saelab.steering.prototypes import Prototypes, find_prototypes, steer_to
-from saelab.steering.rivals import find_direction
-from saelab.worlds.concepts import CONCEPT_IDS
-from saelab.worlds.tales import tell
+from saelab.interventions.prototype_steering import Prototypes, find_prototypes, steer_to
+from saelab.lm.model_checks import Model
+from saelab.probing.linear_directions import find_direction
+from saelab.steering.curves import read_gain
+from saelab.steering.dose_response import log_mass
+from saelab.steering.target_concepts import world_concept
+from saelab.synthetic.tales import CONCEPT_IDS, tell
 
 FIRST = 95_000_000  # number of the first story: neither model nor dictionary has seen any from here on
 HOOK = "blocks.2.hook_resid_post"

@@ -16,10 +16,9 @@ import torch
 
 import saelab as sl
 from measure_supervised import FIRST, HOOK, train
-from saelab.steering.removing import ablate_concept
+from saelab.probing.concept_removal import ablate_concept
 from saelab.stores.files import write_json
-from saelab.worlds.concepts import CONCEPTS
-from saelab.worlds.tales import Stories, tell
+from saelab.synthetic.tales import CONCEPTS, Stories, tell
 
 UNSEEN = 70_000_000  # number of the first story here
 KINDS = ("root", "pole", "state", "topic", "role", "register", "relation")

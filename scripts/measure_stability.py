@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 import saelab as sl
-from saelab.lm.models import Model
+from saelab.lm.model_checks import Model
 from saelab.sae.fitting import make_run
-from saelab.universality.dictionaries import measure_usage
-from saelab.worlds.tales import tell
+from saelab.synthetic.tales import tell
+from saelab.universality.seed_comparison import measure_usage
 
 FIRST_STORY = 50_000_000  # beyond those that the models of tales were trained on
 N_HELD_OUT = 30_000

@@ -18,12 +18,11 @@ from statistics import mean
 import torch
 
 import saelab as sl
-from saelab.lm.models import Model
-from saelab.steering.controlling import ControlTable, EditScore, compare_control
-from saelab.steering.editing import TOLD, EditTask
+from saelab.evaluation.sparse_control import TOLD, ControlTable, EditScore, EditTask, compare_control
+from saelab.lm.model_checks import Model
 from saelab.stores.files import write_json
-from saelab.worlds.tales import tell
-from saelab.worlds.tasks import NAME_EDITS, NamePrompt, name_edits
+from saelab.synthetic.tales import tell
+from saelab.synthetic.tasks import NAME_EDITS, NamePrompt, name_edits
 
 HOOK = "blocks.2.hook_resid_post"
 FIRST = 50_000_000  # number of the first story that dictionaries are trained on: the model has seen none from here on

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 import saelab as sl
-from saelab.lm.models import Model
-from saelab.worlds.concepts import CONCEPTS
-from saelab.worlds.tales import Stories, tell
-from saelab.worlds.tasks import Task, counterfactuals
+from saelab.lm.model_checks import Model
+from saelab.synthetic.tales import CONCEPTS, Stories, tell
+from saelab.synthetic.tasks import Task, counterfactuals
 
 UNSEEN = 20_000_000  # number of the first story here; training began at 0, its held-out stories at 10,000,000
 MIN_COUNT = 20  # held-out tokens of a concept below which its AUROC says little

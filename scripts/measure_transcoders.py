@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import saelab as sl
-from saelab.sae.registry import make_activation
+from saelab.sae.activation_functions import make_activation
 
 READ, WRITTEN = "blocks.{}.ln2.hook_normalized", "blocks.{}.hook_mlp_out"
 

@@ -14,17 +14,16 @@ from pathlib import Path
 import torch
 
 import saelab as sl
-from saelab.lm.lens import read_out
-from saelab.lm.models import Model
-from saelab.lm.strings import token_strings
-from saelab.pictures.steering_curves import show_curve
-from saelab.pictures.steering_texts import show_texts
-from saelab.steering.aims import TokenConcept, make_concept
-from saelab.steering.amplifying import score_steering
-from saelab.steering.beside import steer_texts
-from saelab.steering.dosing import steering_curve
-from saelab.steering.lineup import line_up, write_own
+from saelab.lm.model_checks import Model
+from saelab.lm.tokenizers import token_strings
+from saelab.lm.unembedding import read_out
+from saelab.steering.baselines import line_up, write_own
+from saelab.steering.dose_response import steering_curve
+from saelab.steering.feature_scores import score_steering
+from saelab.steering.target_concepts import TokenConcept, make_concept
+from saelab.steering.text_comparison import steer_texts
 from saelab.stores.files import write_atomic
+from saelab.visualization.intervention_plots import show_curve, show_texts
 
 PROMPTS = ("Once upon a time", "One day", "She went to the", "The boy", "It was")
 HELD_OUT = ("There was a", "In the morning", "He saw a", "They", "The girl", "Then", "After a while", "Her friend")

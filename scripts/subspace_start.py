@@ -16,8 +16,8 @@ import torch
 
 import saelab as sl
 from saelab.functional.metrics import ReconstructionSums, effective_rank
-from saelab.lm.models import Model
-from saelab.worlds.tales import tell
+from saelab.lm.model_checks import Model
+from saelab.synthetic.tales import tell
 
 N_HELD_OUT = 100_000
 

@@ -2,7 +2,7 @@
 
     python scripts/test_machines.py             every row
     python scripts/test_machines.py old seed    the rows whose names begin so
-    python scripts/test_machines.py old -- tests/test_search.py -x    some tests only
+    python scripts/test_machines.py old -- tests/functional/test_topk.py -x    some tests only
 
 A row emulates one kind of machine by what PyTorch (ATEN_CPU_CAPABILITY), oneDNN (ONEDNN_MAX_CPU_ISA), MKL
 (MKL_ENABLE_INSTRUCTIONS) and numpy's OpenBLAS (OPENBLAS_CORETYPE) believe of the processor, so that every setting of

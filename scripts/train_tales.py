@@ -3,7 +3,7 @@
     python scripts/train_tales.py tales        # about 1 million parameters, 40 minutes on one core
     python scripts/train_tales.py tales-b
 
-Writes `saelab/worlds/models/<name>/` (config.json, 16-bit safetensors, tokenizer) and prints the curve.
+Writes `saelab/synthetic/models/<name>/` (config.json, 16-bit safetensors, tokenizer) and prints the curve.
 """
 
 import argparse
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from saelab.worlds.tales import CTX_LEN, Stories, tell
-from saelab.worlds.tasks import counterfactuals
-from saelab.worlds.vocabulary import BOS, EOS, PAD, VOCABULARY, save_tokenizer
+from saelab.synthetic.tales import CTX_LEN, Stories, tell
+from saelab.synthetic.tasks import counterfactuals
+from saelab.synthetic.vocabulary import BOS, EOS, PAD, VOCABULARY, save_tokenizer
 
 SHAPES = {
     "tales": {
@@ -162,11 +162,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="stories a step")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="default: saelab/worlds/models/<name>")
+    parser.add_argument("--out", type=Path, help="default: saelab/synthetic/models/<name>")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = train(args.name, args.steps, args.batch_size, args.lr)
-    save(model, args.out or Path(__file__).parents[1] / "saelab" / "worlds" / "models" / args.name)
+    save(model, args.out or Path(__file__).parents[1] / "saelab" / "synthetic" / "models" / args.name)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 import torch
 
 from saelab.stores.files import save_tensors
-from saelab.stores.manifest import ActivationsManifest, Shard, dtype_name
-from saelab.stores.provenance import Provenance
+from saelab.stores.manifest import ActivationsManifest, Provenance, Shard, dtype_name
 
 HOOK = "blocks.0.hook_resid_post"
 ORIGIN = Provenance(

@@ -27,9 +27,8 @@ import torch
 
 import saelab as sl
 from saelab.cli.info import describe_folder
-from saelab.labelling.book import LabelBook
-from saelab.labelling.formats import read_entries
-from saelab.labelling.label import Label
+from saelab.labels.label import Label, read_entries
+from saelab.labels.label_store import LabelBook
 from saelab.stores.files import save_tensors
 from tests import foreign
 

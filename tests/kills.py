@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import saelab as sl
-from saelab.cli.commands import dispatch
-from saelab.labelling.book import LabelBook
+from saelab.cli.app import dispatch
+from saelab.labels.label_store import LabelBook
 
 HOOK = "blocks.1.hook_resid_post"
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "sqlite3.connect"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import saelab as sl
-from saelab.labelling.views import TokenView
+from saelab.labels.rules.token_view import TokenView
 from saelab.stores.corpus import StoredText
 
 TEXTS = ["The café of 世界 is nice.", "“Straße” said née \U0001f600!", "plain words, no more", "世 and 界 and é"] * 4
@@ -93,8 +93,8 @@ def store_value(store: Any, feature: int, row: int) -> float:
 
 
 def test_what_goes_out_has_no_replacement_characters(store: Any, tiny: Any, tmp_path: Path) -> None:
-    from saelab.labelling.cases import CaseConfig, build_case
-    from saelab.labelling.prompts import explaining_prompt
+    from saelab.labels.autointerp.example_windows import CaseConfig, build_case
+    from saelab.labels.autointerp.prompts import explaining_prompt
 
     train = store.split(0.5)
     cases = [build_case(store, j, 0, train, CaseConfig(width=12)) for j in range(6)]

@@ -13,19 +13,22 @@ FLOORS = {
     "functional": 0,
     "stores": 1,
     "lm": 2,
-    "worlds": 3,
+    "synthetic": 3,
     "training": 3,
     "sae": 4,
     "collecting": 5,
-    "evaluation": 5,
-    "analyses": 6,
-    "labelling": 7,
-    "universality": 8,
-    "steering": 8,
-    "pictures": 9,
-    "cli": 10,
+    "interventions": 6,
+    "evaluation": 7,
+    "analysis": 8,
+    "probing": 8,
+    "labels": 9,
+    "steering": 9,
+    "universality": 10,
+    "interop": 10,
+    "visualization": 11,
+    "cli": 12,
 }
-DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "pictures"}
+DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "visualization"}
 ON_DEMAND = {"saelab.sae.estimator"}
 """modules that nobody else imports: they may import what is heavy at once"""
 HEAVY = {"transformer_lens", "transformers", "datasets", "scipy", "sklearn", "plotly", "pandas", "pyarrow", "wandb"}
@@ -115,12 +118,12 @@ def test_every_import_goes_down() -> None:
     [
         ("functional/sums.py", "from saelab.stores import files", "floor 0 may import only"),
         ("functional/sums.py", "def f():\n    import saelab.sae.module", "floor 0 may import only"),
-        ("evaluation/scores.py", "from saelab.collecting.collection import collect", "floor 5 may import only"),
+        ("collecting/scores.py", "from saelab.evaluation.evaluation import evaluate", "floor 5 may import only"),
         ("sae/module.py", "from saelab import evaluate", "floor 4 may import only"),
         ("sae/module.py", "from .config import SAEConfig", "imports relatively"),
         ("sae/module.py", "def f():\n    from transformers import AutoModel", "only saelab.lm may import"),
         ("cli/app.py", "def f():\n    import transformer_lens.model_bridge", "only saelab.lm may import"),
-        ("evaluation/scores.py", "def f():\n    import plotly.graph_objects", "only saelab.pictures may import"),
+        ("evaluation/scores.py", "def f():\n    import plotly.graph_objects", "only saelab.visualization may import"),
         ("lm/models.py", "from transformers import AutoModel", "import it inside the function"),
         ("lm/models.py", "if True:\n    import transformer_lens", "import it inside the function"),
         ("functional/sums.py", "class A:\n    from scipy import sparse", "import it inside the function"),

@@ -8,19 +8,18 @@ import pytest
 from scipy.sparse import csr_matrix
 
 import saelab as sl
-from saelab.analyses import contexts
-from saelab.functional import marking, permuting
-from saelab.functional.marking import ChosenRuns, MarkedRows, draw_rows
-from saelab.functional.permuting import WINDOW_ROWS, find_runs, move_blocks
-from saelab.labelling.cases import CaseConfig, build_case
-from saelab.stores import corpus, features, shards
+from saelab.analysis import max_activating
+from saelab.functional import indices, statistics
+from saelab.functional.indices import ChosenRuns, MarkedRows, draw_rows
+from saelab.functional.statistics import WINDOW_ROWS, find_runs, move_blocks
+from saelab.labels.autointerp.example_windows import CaseConfig, build_case
+from saelab.stores import corpus, feature_store, packing
 from saelab.stores.corpus import StoredText
-from saelab.stores.features import Feature
-from saelab.universality import aligned, documents
-from saelab.universality.aligned import AlignedRows
-from saelab.universality.alignment import find_common_rows
-from saelab.universality.codes import Codes
-from saelab.universality.sources import StoreSource
+from saelab.stores.feature_store import Feature
+from saelab.universality import alignment, document_text
+from saelab.universality.alignment import AlignedRows, find_common_rows
+from saelab.universality.comparison import StoreSource
+from saelab.universality.similarity import Codes
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -35,7 +34,7 @@ def store(tiny, tmp_path_factory):
 
 def test_maps_are_let_go_after_so_many_bytes_and_read_the_same(store, monkeypatch):
     whole = store.matrix().toarray()
-    monkeypatch.setattr(shards, "MAPPED_BYTES", 3 * shards.FAULT_BYTES)
+    monkeypatch.setattr(packing, "MAPPED_BYTES", 3 * packing.FAULT_BYTES)
     opened = sl.FeatureStore.load(store.folder)
     held = []
     for start in range(0, len(opened), 150):
@@ -49,7 +48,7 @@ def test_maps_are_let_go_after_so_many_bytes_and_read_the_same(store, monkeypatc
 def test_a_file_that_took_the_place_of_one_let_go_is_refused(store, tmp_path, monkeypatch):
     import shutil
 
-    monkeypatch.setattr(shards, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(packing, "MAPPED_BYTES", 0)
     folder = shutil.copytree(store.folder, tmp_path / "store")
     opened = sl.FeatureStore.load(folder)
     opened.feature(0)
@@ -156,8 +155,8 @@ DOC = 400
 
 def bytes_a_token(work, monkeypatch, *sizes):
     """How much more is held at most for each further token, where work is done in small parts."""
-    parts = {"TOKENS_AT_ONCE": (800, documents, aligned), "PART": (4096, contexts, marking)}
-    parts["ROWS_AT_ONCE"] = 4096, documents, corpus, features, permuting
+    parts = {"TOKENS_AT_ONCE": (800, document_text, alignment), "PART": (4096, max_activating, indices)}
+    parts["ROWS_AT_ONCE"] = 4096, document_text, corpus, feature_store, statistics
     for name, (size, *modules) in parts.items():
         for module in modules:
             monkeypatch.setattr(module, name, size)

@@ -16,19 +16,17 @@ from scipy.sparse import csc_matrix
 from torch.nn.functional import normalize
 
 import saelab as sl
-from saelab.labelling.answers import make_key
-from saelab.labelling.asking import Asker
-from saelab.labelling.cases import CaseConfig, build_case
-from saelab.labelling.clients import Answer
-from saelab.labelling.questions import AskConfig
-from saelab.labelling.scorers import SCORERS
-from saelab.labelling.simulators import simulate_by_tokens
-from saelab.steering.effects import _shuffle, rank_correlation
+from saelab.interventions.attribution import _shuffle, rank_correlation
+from saelab.labels.autointerp.clients import Answer
+from saelab.labels.autointerp.example_windows import CaseConfig, build_case
+from saelab.labels.autointerp.requests import AskConfig, Asker
+from saelab.labels.autointerp.response_cache import make_key
+from saelab.labels.autointerp.scorers import SCORERS
+from saelab.labels.autointerp.token_prediction import simulate_by_tokens
 from saelab.stores.corpus import StoredText
-from saelab.stores.features import Feature
-from saelab.stores.statistics import measure
-from saelab.universality.seeds import stability
-from saelab.universality.spaces import compare_spaces
+from saelab.stores.feature_store import Feature, measure
+from saelab.universality.representation_similarity import compare_spaces
+from saelab.universality.seed_comparison import stability
 
 N_TOKENS, DOC = 16_000, 80
 

@@ -11,11 +11,10 @@ from scipy.stats import binom
 
 import saelab as sl
 from saelab.evaluation.concepts import score_concepts
-from saelab.steering.amplifying import score_steering
-from saelab.steering.curves import SteeringCurve
-from saelab.steering.effects import Attribution
-from saelab.steering.frontiers import mean_gain
-from saelab.worlds.lexicon import Concept
+from saelab.interventions.attribution import Attribution
+from saelab.steering.curves import SteeringCurve, mean_gain
+from saelab.steering.feature_scores import score_steering
+from saelab.synthetic.lexicon import Concept
 
 N_DRAWN = 24
 MOST = int(binom.ppf(0.999, N_DRAWN, 0.05))

@@ -1,9 +1,124 @@
-"""The entry point `saelab`: the commands, and the demo."""
+"""The entry point `saelab`: the commands, and the demo.
 
+The commands, and how errors become one line and an exit code.
+"""
+
+import os
 import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Annotated
 
-from saelab.cli.commands import app, dispatch, guard
+import typer
+
+from saelab.cli.comparing import compare_folders
+from saelab.cli.converting import convert_sae
 from saelab.cli.demo import run_demo
+from saelab.cli.features import harvest_text, show_dead, show_features, write_report
+from saelab.cli.info import show_info
+from saelab.cli.inputs import find_base, say
+from saelab.cli.labeling import VERBS as LABEL_VERBS
+from saelab.cli.labeling import label_features, open_book
+from saelab.cli.steering import draw_curve, steer_prompts
+from saelab.cli.training import collect_text, evaluate_sae, train_sae
+from saelab.stores.jobs import Terminable
+
+DONE, FAILED, WRONG_USE = 0, 1, 2
+SPELLINGS = {"resume=False": "--overwrite", "resume=True": "--resume", "allow_mismatch=True": "--allow-mismatch"}
+"""how the library's advice reads in the shell"""
+
+app = typer.Typer(
+    name="saelab",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 failed or interrupted, 2 wrong use.",
+)
+UsageError: type[Exception] = find_base(typer.BadParameter, "UsageError")
+
+
+@app.callback()
+def start(
+    debug: Annotated[bool, typer.Option("--debug", envvar="SAELAB_DEBUG", help="Show tracebacks.")] = False,
+) -> None:
+    """Sparse autoencoders for language models: collect activations, train, evaluate, harvest features."""
+
+
+def dispatch(words: Sequence[str]) -> int:
+    """Run one command line, without the program's name; returns the exit code."""
+    try:
+        code = app(list(words), prog_name="saelab", standalone_mode=False)
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        place = context.command_path if context is not None else "saelab"
+        text = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        return _complain(f"{place}: {text} (see {place} --help)", WRONG_USE)
+    return code if isinstance(code, int) else DONE
+
+
+def guard(verb: Callable[..., None]) -> Callable[..., None]:
+    """The command with errors turned into one line on stderr; with --debug they pass through."""
+
+    @wraps(verb)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            with Terminable():
+                verb(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt as stop:
+            raise typer.Exit(_complain(_spell(stop) or "Interrupted.", FAILED)) from None
+        except Exception as error:
+            if "--debug" in sys.argv or os.environ.get("SAELAB_DEBUG"):
+                raise
+            raise typer.Exit(_report(error)) from None
+
+    return run
+
+
+def _report(error: Exception) -> int:
+    """Say what went wrong in one line; returns the exit code."""
+    if isinstance(error, ValueError | TypeError | FileNotFoundError):
+        return _complain(f"error: {_spell(error)}", WRONG_USE)
+    return _complain(f"failed: {type(error).__name__}: {_spell(error)} (saelab --debug shows where)", FAILED)
+
+
+def _spell(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    for python, shell in SPELLINGS.items():
+        text = text.replace(python, shell)
+    return text
+
+
+def _complain(line: str, code: int) -> int:
+    say(line, err=True)
+    return code
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "collect": collect_text,
+    "train": train_sae,
+    "evaluate": evaluate_sae,
+    "convert": convert_sae,
+    "harvest": harvest_text,
+    "features": show_features,
+    "dead": show_dead,
+    "label": label_features,
+    "compare": compare_folders,
+    "report": write_report,
+    "steer": steer_prompts,
+    "steer-curve": draw_curve,
+    "info": show_info,
+}
+for _name, _verb in VERBS.items():
+    app.command(_name)(guard(_verb))
+
+labels = typer.Typer(rich_markup_mode=None, context_settings=app.info.context_settings)
+labels.callback(invoke_without_command=True)(guard(open_book))
+for _name, _verb in LABEL_VERBS.items():
+    labels.command(_name)(guard(_verb))
+app.add_typer(labels, name="labels")
 
 app.command("demo")(guard(run_demo))
 

@@ -7,16 +7,15 @@ from typing import Annotated, get_args
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.reporting import open_model, open_sae
-from saelab.cli.saying import say
-from saelab.collecting.untrained import harvest_untrained
-from saelab.pictures.reports import report
-from saelab.sae.checkpoint import CONFIG
+from saelab.cli.inputs import open_model, open_sae, say
+from saelab.collecting.harvesting import harvest_untrained
+from saelab.sae.pretrained import CONFIG
 from saelab.sae.sae import SAE
-from saelab.stores.features import FeatureStore
+from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_json
 from saelab.universality.comparison import Similarity, choose_similarity, compare
-from saelab.universality.matches import Method
+from saelab.universality.matching import Method
+from saelab.visualization.reports import report
 
 SHIFTS, EFFECT, FDR, COUNT, M = (
     options.default_of(compare, name) for name in ("n_shifts", "min_effect", "fdr", "min_count", "m")

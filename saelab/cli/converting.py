@@ -7,13 +7,12 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from saelab.cli.saying import say
+from saelab.cli.inputs import say
 from saelab.cli.training import read_activation
-from saelab.sae.formats.readers import FORMATS, OWN
-from saelab.sae.formats.writers import WRITERS
+from saelab.sae.formats.registry import FORMATS, OWN, WRITERS
 from saelab.sae.sae import SAE
-from saelab.stores.disk import LOCK, hold_folder
 from saelab.stores.files import is_empty, settle
+from saelab.stores.jobs import LOCK, hold_folder
 
 UNSAID = "; where the files do not say it"
 SAID = "as the files say"

@@ -10,28 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from saelab.cli import options
-from saelab.cli.labels import Context
-from saelab.cli.saying import say
+from saelab.cli.inputs import say
+from saelab.cli.labeling import Context
 from saelab.collecting.collection import collect
-from saelab.evaluation.concept_scores import ConceptScores
+from saelab.evaluation.concept_units import concept_baselines, read_codes
 from saelab.evaluation.concepts import score_concepts
-from saelab.evaluation.rivals import concept_baselines, read_codes
+from saelab.evaluation.results import ConceptScores
 from saelab.lm.masks import TokenMask
-from saelab.lm.models import Model, describe_model, load_model
-from saelab.pictures.concepts import Trial, show_comparison, show_failures, show_features, tabulate
-from saelab.pictures.corpus import Corpus
-from saelab.pictures.page import facts, make_page, section
-from saelab.sae.activations import AbsTopK, BatchTopK, TopK
+from saelab.lm.model_checks import Model
+from saelab.lm.models import describe_model, load_model
+from saelab.sae.activation_functions import AbsTopK, BatchTopK, TopK
 from saelab.sae.config import SAEConfig
 from saelab.sae.sae import SAE, fit
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import split_documents
-from saelab.stores.disk import hold_folder
 from saelab.stores.files import write_atomic
-from saelab.stores.progress import hidden
+from saelab.stores.jobs import hidden, hold_folder
+from saelab.synthetic.tales import Stories, tell
+from saelab.synthetic.vocabulary import VOCABULARY
 from saelab.training.config import TrainConfig
-from saelab.worlds.tales import Stories, tell
-from saelab.worlds.vocabulary import VOCABULARY
+from saelab.visualization.demo_page import Corpus, Trial, show_comparison, show_failures, show_features, tabulate
+from saelab.visualization.html import facts, make_page, section
 
 STORY_SEED = 0
 FIRST = 20_000_000  # number of the first story: the models of tales were trained and measured on earlier ones

@@ -1,18 +1,24 @@
-"""`saelab harvest`, `saelab features`, `saelab dead`: a feature store, made and read."""
+"""`saelab harvest`, `saelab features`, `saelab dead`: a feature store, made and read.
 
-from typing import Any
+`saelab report`: a feature store as a page.
+"""
 
-from saelab.analyses.dead import dead_units
-from saelab.analyses.listing import list_features
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saelab.analysis.dashboard import list_features
+from saelab.analysis.density import dead_units
 from saelab.cli import options
 from saelab.cli.info import describe_store
-from saelab.cli.opening import open_pair
-from saelab.cli.saying import say
-from saelab.cli.texts import read_head
+from saelab.cli.inputs import open_model, open_pair, open_sae, read_head, read_numbers, say
 from saelab.collecting.harvesting import harvest
 from saelab.sae.sae import SAE
-from saelab.stores.features import FeatureStore
+from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import to_json
+from saelab.stores.validation import read_json
+from saelab.visualization.reports import report
 
 SORT, TOP = (options.default_of(list_features, name) for name in ("sort", "top"))
 VALUES = options.default_of(harvest, "dtype")
@@ -86,3 +92,49 @@ def show_dead(
 
 def _print(result: Any, as_json: bool) -> None:
     say(to_json(result.to_dict()) if as_json else str(result))
+
+
+Compare = Annotated[
+    Path | None,
+    typer.Option(
+        "--compare",
+        help="Another store of the same text: every card shows the best partner there.",
+        metavar="STORE",
+        show_default="none",
+    ),
+]
+
+
+def write_report(
+    store: options.StoreFolder,
+    out: options.OutReport,
+    prompt: options.Prompts = [],  # noqa: B006 - typer copies it
+    features: options.FeatureList = None,
+    sae: options.ReportSAE = None,
+    model: options.ReportModel = None,
+    evaluation: options.EvaluationFile = None,
+    compare: Compare = None,
+    title: options.Title = "",
+    progress: options.Progress = True,
+) -> None:
+    """Write a report to open in a browser: every feature with where it fires, to search and to sort.
+
+    SAE and model are those that the store was made with. Where they cannot be found what rests on them is left out: a
+    line on stderr says so.
+    """
+    opened = FeatureStore.load(store)
+    coder = open_sae(opened, sae)
+    lm = open_model(opened, model, progress) if coder is not None else None
+    made = report(
+        opened,
+        out,
+        lm,
+        features=read_numbers(features),
+        sae=coder,
+        prompts=prompt,
+        evaluation=read_json(evaluation) if evaluation is not None else None,
+        compare=FeatureStore.load(compare) if compare is not None else None,
+        title=title,
+        progress=progress,
+    )
+    say(str(made))

@@ -7,18 +7,16 @@ from typing import Annotated, Any
 from typer import Argument
 from typing_extensions import TypedDict
 
-from saelab.cli.saying import say
-from saelab.sae.checkpoint import CONFIG, check_config, read_config
+from saelab.cli.inputs import say
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.sae.formats.conventions import Convention, compose_config
-from saelab.sae.formats.readers import find_format, is_own, read_foreign
-from saelab.sae.formats.readings import Asked
+from saelab.sae.formats.origin import Asked
+from saelab.sae.formats.registry import find_format, is_own, read_foreign
 from saelab.sae.formats.sources import Source
-from saelab.stores.files import await_settled, read_json
-from saelab.stores.manifest import ActivationsManifest, FeatureManifest
-from saelab.stores.names import printable
-from saelab.stores.provenance import Provenance
-from saelab.stores.validation import check_settings, naming, require_object
+from saelab.sae.pretrained import CONFIG, check_config, read_config
+from saelab.stores.files import await_settled, printable
+from saelab.stores.manifest import ActivationsManifest, FeatureManifest, Provenance
+from saelab.stores.validation import check_settings, naming, read_json, require_object
 from saelab.training.checkpoint import FOLDER, PROGRESS, read_progress
 
 Rows = list[tuple[str, str]]

@@ -8,12 +8,12 @@ from typing import Annotated, Any, get_args
 import torch
 from typer import Argument, Option
 
-from saelab.analyses.listing import COLUMNS
+from saelab.analysis.dashboard import COLUMNS
 from saelab.lm.tokens import tokenize
-from saelab.sae.archetypes import Archetypal
+from saelab.sae.activation_functions import ACTIVATIONS
+from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import Dictionary, Init
-from saelab.sae.normaliser import KINDS
-from saelab.sae.registry import ACTIVATIONS
+from saelab.sae.normalizer import KINDS
 
 
 def default_of(function: Callable[..., Any], name: str) -> Any:

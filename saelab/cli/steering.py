@@ -6,26 +6,20 @@ from typing import Annotated, Any, get_args
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.opening import open_pair
-from saelab.cli.saying import say
-from saelab.cli.texts import read_head
-from saelab.lm.extent import find_context
-from saelab.lm.models import Model
+from saelab.cli.inputs import open_pair, read_head, say
+from saelab.interventions.interventions import Intervention, Mode, Part
+from saelab.interventions.steering_hooks import steer
+from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokens import Tokens
-from saelab.pictures.steering_curves import show_curve
-from saelab.pictures.steering_texts import show_texts
-from saelab.sae.matching import match_model
+from saelab.sae.compatibility import match_model
 from saelab.sae.sae import SAE
-from saelab.steering.aims import TokenConcept, make_concept, world_concept
-from saelab.steering.beside import steer_texts
-from saelab.steering.doses import Source
-from saelab.steering.dosing import steering_curve
-from saelab.steering.interventions import Intervention, Mode
-from saelab.steering.lineup import line_up, write_own
-from saelab.steering.moving import steer
-from saelab.steering.places import Part
-from saelab.stores.features import FeatureStore
+from saelab.steering.baselines import line_up, write_own
+from saelab.steering.dose_response import Source, steering_curve
+from saelab.steering.target_concepts import TokenConcept, make_concept, world_concept
+from saelab.steering.text_comparison import steer_texts
+from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import to_json, write_atomic
+from saelab.visualization.intervention_plots import show_curve, show_texts
 
 WORLD = "tales:"
 OPENINGS = (

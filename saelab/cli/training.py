@@ -1,23 +1,35 @@
-"""`saelab train`."""
+"""`saelab train`.
+
+`saelab collect`.
+
+`saelab evaluate`.
+"""
 
 import shutil
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+
 from saelab.cli import options
-from saelab.cli.info import describe_sae
-from saelab.cli.saying import say
-from saelab.sae.activations import TopK
-from saelab.sae.archetypes import Archetypal
-from saelab.sae.checkpoint import CONFIG, WEIGHTS
+from saelab.cli.info import describe_activations, describe_sae
+from saelab.cli.inputs import count_overlap, open_pair, read_head, read_tail, say
+from saelab.collecting.collection import SHARD_TOKENS, collect
+from saelab.evaluation.evaluation import evaluate
+from saelab.interop.saebench import save_saebench
+from saelab.lm.masks import TokenMask
+from saelab.lm.models import load_model
+from saelab.lm.tokens import Tokens
+from saelab.sae.activation_functions import ACTIVATIONS, Activation, TopK, make_activation
+from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
 from saelab.sae.fitting import Data
-from saelab.sae.registry import ACTIVATIONS, Activation, make_activation
+from saelab.sae.pretrained import CONFIG, WEIGHTS
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
-from saelab.stores.disk import hold_folder
 from saelab.stores.files import settle
-from saelab.stores.manifest import ActivationsManifest
+from saelab.stores.jobs import hold_folder
+from saelab.stores.manifest import ActivationsManifest, Provenance
 from saelab.training.checkpoint import FOLDER, find_checkpoint
 from saelab.training.config import TrainConfig
 
@@ -155,3 +167,108 @@ def claim_folder(out: Path, resume: bool, overwrite: bool) -> None:
     for name in WRITTEN:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / FOLDER, ignore_errors=True)
+
+
+def collect_text(
+    model: options.ModelName,
+    text: options.TextFile,
+    hook_point: options.HookPoints,
+    out: options.OutActs,
+    n_tokens: options.HeadTokens = None,
+    ctx_len: options.CtxLen = options.CTX_LEN,
+    dtype: options.DType = options.DTYPES[0],
+    max_norm_ratio: options.MaxNormRatio = TokenMask.max_norm_ratio,
+    batch_size: options.ForwardSize = None,
+    shard_tokens: options.ShardTokens = SHARD_TOKENS,
+    separator: options.Separator = options.SEPARATOR,
+    field: options.Field = options.FIELD,
+    bos: options.Bos = True,
+    weight_processing: options.WeightProcessing = "none",
+    device: options.Device = None,
+    overwrite: options.OverwriteActs = False,
+    progress: options.Progress = True,
+) -> None:
+    """Write the activations of a language model on a text to a folder.
+
+    Reads the text from its start. Special tokens are left out. A run that was cut off goes on where it stopped when
+    the same command is given again, and ends with the same bytes.
+    """
+    if dtype not in options.DTYPES:
+        raise ValueError(f"`--dtype` must be one of {', '.join(options.DTYPES)}, got '{dtype}'.")
+    lm = load_model(model, device=options.choose_device(device), weight_processing=weight_processing, progress=progress)
+    tokens = read_head(lm, text, n_tokens, ctx_len, bos, separator, field)
+    if n_tokens is not None and tokens.n_tokens < n_tokens:
+        say(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)
+    collect(
+        lm,
+        tokens,
+        hook_point,
+        out,
+        dtype=getattr(torch, dtype),
+        mask=TokenMask(max_norm_ratio=max_norm_ratio),
+        batch_size=batch_size,
+        shard_tokens=shard_tokens,
+        progress=progress,
+        resume=not overwrite,
+    )
+    say(describe_activations(out))
+
+
+N_TOKENS = 100_000
+BASELINES, N_BOOTSTRAP, SEED = (options.default_of(evaluate, name) for name in ("baselines", "n_bootstrap", "seed"))
+
+
+def evaluate_sae(
+    sae: options.SAEName,
+    model: options.ModelName,
+    text: options.TextFile,
+    n_tokens: options.EvalTokens = N_TOKENS,
+    ctx_len: options.EvalCtxLen = None,
+    from_start: options.FromStart = False,
+    json: options.JSONFile = None,
+    saebench: options.SAEBenchFile = None,
+    baselines: options.Baselines = BASELINES,
+    n_bootstrap: options.Draws = N_BOOTSTRAP,
+    seed: options.EvalSeed = SEED,
+    allow_mismatch: options.AllowMismatch = False,
+    separator: options.Separator = options.SEPARATOR,
+    field: options.Field = options.FIELD,
+    bos: options.Bos = True,
+    device: options.Device = None,
+    progress: options.Progress = True,
+) -> None:
+    """Evaluate an SAE in its language model, beside its baselines.
+
+    Documents are taken from the END of the text, the last one first, because `collect` reads from the start. A warning
+    says so when an evaluated document was trained on nevertheless, as far as the two file names tell.
+    """
+    coder, lm = open_pair(sae, model, device, progress)
+    origin = coder.provenance
+    length = ctx_len or (origin.ctx_len if origin else None) or options.CTX_LEN
+    if from_start:
+        tokens, n_before = read_head(lm, text, n_tokens, length, bos, separator, field), 0
+    else:
+        tokens, n_before = read_tail(lm, text, n_tokens, length, bos, separator, field)
+    _announce(tokens, n_before, origin)
+    result = evaluate(
+        coder,
+        lm,
+        tokens,
+        baselines=baselines,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+        allow_mismatch=allow_mismatch,
+        progress=progress,
+    )
+    say(str(result))
+    if json is not None:
+        result.save(json)
+    if saebench is not None:
+        save_saebench(result, saebench, coder)
+
+
+def _announce(tokens: Tokens, n_before: int, origin: Provenance | None) -> None:
+    """Say on stderr what is evaluated on, and how much of it the SAE has seen."""
+    if origin and (n_both := count_overlap(tokens, n_before, origin.text)):
+        say(f"warning: the SAE was trained on {n_both:,} of these documents ({origin.text}).", err=True)
+    say(f"Evaluating on {tokens.n_tokens:,} tokens of {tokens.source}.", err=True)

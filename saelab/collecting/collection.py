@@ -1,26 +1,30 @@
-"""`collect`: activations of a text at hook points, in memory or in a folder of shards."""
+"""`collect`: activations of a text at hook points, in memory or in a folder of shards.
 
+`stream`: shuffled activation batches computed on the fly for training, without storing them on disk; its state can
+be saved.
+"""
+
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from saelab.collecting.reader import DEFAULT_MASK, Reader
-from saelab.collecting.writers import (
-    FolderWriter,
-    MemoryWriter,
-    Writer,
-    claim_folder,
-    load_all,
-)
-from saelab.lm.forwards import forward_size
+from saelab.collecting.reader import DEFAULT_MASK, Reader, Reading
+from saelab.collecting.writers import FolderWriter, MemoryWriter, Writer, claim_folder, load_all
+from saelab.lm.hooks import forward_size
 from saelab.lm.masks import TokenMask
-from saelab.lm.models import Model
+from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.stores.activations import Activations
-from saelab.stores.manifest import ActivationsManifest, dtype_name
-from saelab.stores.progress import hidden
+from saelab.stores.jobs import hidden
+from saelab.stores.manifest import ActivationsManifest, Provenance, dtype_name
+from saelab.stores.shuffling import RingBuffer
 
 SHARD_TOKENS = 32768
 
@@ -116,3 +120,175 @@ def _run(reader: Reader, tokens: Tokens, writer: Writer, n_seq: int, progress: b
             writer.add_reading(reader.read(batch), len(batch))
             bar.update(batch.n_tokens)
     return writer.open(reader.origins(tokens, writer.n_tokens, dict(writer.removed)))
+
+
+BUFFER_TOKENS = 1 << 16
+
+
+class ActivationStream:
+    """Iterator over shuffled batches (batch_size, d_in) of activations, on the model's device; made by `stream`.
+
+    With a pair of hook points the batches are (batch_size, d_in + d_out): each input with its target appended.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        tokens: Tokens,
+        ring: RingBuffer,
+        batch_size: int,
+        n_seq: int,
+        seed: int,
+        epochs: int | None,
+        d_in: int,
+    ) -> None:
+        """Set up the iterator; `stream` checks the arguments.
+
+        Args:
+            reader: reader of one hook point, or of a pair.
+            tokens: rows of token ids to run the model on.
+            ring: shuffle buffer.
+            batch_size: rows per batch.
+            n_seq: sequences per forward pass.
+            seed: seed of the order of sequences.
+            epochs: passes over the tokens; None repeats without end.
+            d_in: width of the (input) activations.
+        """
+        self.d_in = d_in
+        self.d_out = ring.d_in - d_in or None
+        "Width of the targets, where the stream is of pairs."
+        self.batch_size = batch_size
+        self.removed: Counter[str] = Counter()
+        "Tokens removed so far by each rule of the mask."
+        self._reader, self._tokens, self._ring = reader, tokens, ring
+        self._n_seq, self._seed, self._epochs = n_seq, seed, epochs
+        self._n_tokens = 0
+        self._start(epoch=0, next_seq=0)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Provenance of the activations, with the number of rows read so far."""
+        origins = self._reader.origins(self._tokens, self._n_tokens, dict(self.removed), self._seed)
+        first, *target = (origins[name] for name in self._reader.hook_points)
+        return first.paired(*target) if target else first
+
+    def __iter__(self) -> "ActivationStream":
+        return self
+
+    def __next__(self) -> Float[Tensor, "batch d_in"]:
+        if self._ring.half_empty:
+            self._refill()
+        if self._ring.n_unread < self.batch_size:
+            raise StopIteration
+        return self._ring.sample(self.batch_size)
+
+    def state_dict(self) -> dict[str, Tensor | int | str]:
+        """State to resume from: position in the tokens, unread rows, random generator."""
+        ring = {f"ring.{name}": value for name, value in self._ring.state_dict().items()}
+        counts = {"epoch": self._epoch, "next_seq": self._next_seq, "n_tokens": self._n_tokens}
+        return ring | counts | self._settings() | {"removed": json.dumps(self.removed)}
+
+    def load_state_dict(self, state: dict[str, Tensor | int | str]) -> None:
+        """Resume, bit for bit, where `state` was saved; ValueError where it belongs to another stream."""
+        for key, value in self._settings().items():
+            if state[key] != value:
+                raise ValueError(
+                    f"`{key}` must be what it was when the state was saved ({state[key]}), got {value}. "
+                    "Build the stream with the same arguments, or start anew."
+                )
+        rings = {name.removeprefix("ring."): x for name, x in state.items() if isinstance(x, Tensor)}
+        self._ring.load_state_dict(rings)
+        self.removed = Counter(json.loads(str(state["removed"])))
+        self._n_tokens = int(state["n_tokens"])
+        self._start(int(state["epoch"]), int(state["next_seq"]))
+
+    def _settings(self) -> dict[str, Tensor | int | str]:
+        return {
+            "seed": self._seed,
+            "n_seq": self._n_seq,
+            "buffer_tokens": self._ring.capacity,
+            "tokens_sha256": self._tokens.sha256,
+            "hook_point": " to ".join(self._reader.hook_points),
+            "mask": json.dumps(self._reader.request(self._tokens)["mask"]),
+        }
+
+    def _start(self, epoch: int, next_seq: int) -> None:
+        digest = hashlib.sha256(repr((self._seed, "sequences", epoch)).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        self._epoch, self._next_seq = epoch, next_seq
+        self._order = torch.randperm(len(self._tokens), generator=generator)
+
+    def _refill(self) -> None:
+        while self._ring.n_free >= self._n_seq * self._tokens.ctx_len:
+            if self._next_seq >= len(self._tokens):
+                self._start(self._epoch + 1, next_seq=0)
+            if self._epochs is not None and self._epoch >= self._epochs:
+                return
+            chosen = self._order[self._next_seq : self._next_seq + self._n_seq]
+            reading = self._reader.read(self._tokens[chosen])
+            self._ring.add(_side_by_side(reading))
+            self._next_seq += len(chosen)
+            self._n_tokens += len(reading.columns["token_ids"])
+            self.removed.update(reading.removed)
+
+
+def _side_by_side(reading: Reading) -> Tensor:
+    """Rows of one hook point, or each with its row of the other appended."""
+    acts = list(reading.acts.values())
+    return acts[0] if len(acts) == 1 else torch.cat(acts, dim=1)
+
+
+def stream(
+    model: Model,
+    tokens: Tokens,
+    hook_point: str | tuple[str, str],
+    *,
+    batch_size: int = 4096,
+    buffer_tokens: int = BUFFER_TOKENS,
+    seed: int = 0,
+    mask: TokenMask = DEFAULT_MASK,
+    dtype: torch.dtype | None = None,
+    n_seq: int | None = None,
+    epochs: int | None = None,
+) -> ActivationStream:
+    """Iterator over shuffled batches of activations at one hook point, computed on the fly; nothing is written to disk.
+
+    Each epoch takes the sequences in a new seeded order. Their rows go through a ring buffer that is refilled whenever
+    half of it is served.
+
+    Args:
+        model: the language model.
+        tokens: rows of token ids to run it on.
+        hook_point: name of the hook point; of two it gives the (input, target) pairs that a transcoder is trained on.
+        batch_size: rows per batch.
+        buffer_tokens: rows in the shuffle buffer, at least twice a batch and twice a forward pass.
+        seed: seed of the order of sequences and rows.
+        mask: tokens to keep.
+        dtype: dtype of the rows; None is the model's.
+        n_seq: sequences per forward pass; None is about 4096 tokens' worth.
+        epochs: passes over the tokens, after which the iterator stops once the rows left do not fill a batch; None
+            repeats without end.
+
+    Raises:
+        ValueError: for a wrong hook point, NaN or infinity, and a buffer that is too small.
+
+    >>> model = sl.tiny_model()
+    >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
+    >>> batches = sl.stream(model, tokens, "blocks.1.hook_resid_post", batch_size=32, buffer_tokens=128, n_seq=2)
+    >>> next(batches).shape
+    torch.Size([32, 32])
+    """
+    n_seq = min(forward_size(tokens, n_seq), len(tokens))
+    smallest = 2 * max(batch_size, n_seq * tokens.ctx_len)
+    if batch_size < 1 or buffer_tokens < smallest:
+        raise ValueError(
+            f"`buffer_tokens` must be at least twice the batch ({batch_size}) and twice a forward of n_seq={n_seq} "
+            f"sequences, {smallest} in all, got {buffer_tokens}. Enlarge it, or take a smaller n_seq or batch_size."
+        )
+    names = [hook_point] if isinstance(hook_point, str) else list(hook_point)
+    reader = Reader.make(model, tokens, names, mask, dtype).calibrated(tokens, n_seq)
+    reading = reader.read(tokens[:1])
+    first = _side_by_side(reading)
+    ring = RingBuffer(buffer_tokens, first.shape[1], dtype=reader.dtype, seed=seed, device=first.device)
+    d_in = reading.acts[names[0]].shape[1]
+    return ActivationStream(reader, tokens, ring, batch_size, n_seq, seed, epochs, d_in)

@@ -1,33 +1,158 @@
-"""`harvest`: encode a corpus with an SAE and store the sparse codes in a folder, a feature store."""
+"""`harvest`: encode a corpus with an SAE and store the sparse codes in a folder, a feature store.
 
-from collections.abc import Iterator, Mapping
+Inputs of `harvest`: text with its model, or activations collected before.
+
+`harvest_untrained`: feature store of an untrained SAE on the same tokens as an existing store, as a baseline.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from saelab.collecting.reader import Reader, fingerprint
-from saelab.collecting.sources import ActivationsSource, Batch, Source, TextSource
 from saelab.collecting.writers import ShardWriter, claim_folder
 from saelab.functional.codes import SparseCodes
-from saelab.lm.forwards import FORWARD_TOKENS, forward_size
+from saelab.lm.hooks import FORWARD_TOKENS, forward_size
 from saelab.lm.masks import TokenMask
-from saelab.lm.models import Model
-from saelab.lm.tokens import Tokens
-from saelab.sae.matching import Match, match_activations, match_model, require_finite, require_threshold
+from saelab.lm.model_checks import Model
+from saelab.lm.tokenizers import token_strings
+from saelab.lm.tokens import PADDING, Tokens
+from saelab.sae.compatibility import Match, match_activations, match_model, require_finite, require_threshold
+from saelab.sae.initialization import make_untrained
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
-from saelab.stores.features import FeatureStore, save_statistics
-from saelab.stores.manifest import FeatureManifest
-from saelab.stores.names import relative_place
+from saelab.stores.corpus import StoredText
+from saelab.stores.feature_store import FeatureStore, measure, save_statistics
+from saelab.stores.files import relative_place
+from saelab.stores.jobs import hidden
+from saelab.stores.manifest import FeatureManifest, Provenance
 from saelab.stores.packing import pack_codes, round_values, smallest_int
-from saelab.stores.progress import hidden
-from saelab.stores.statistics import measure
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Activations to encode, and their indices in the text."""
+
+    acts: Mapping[str, Float[Tensor, "n d_in"]]
+    """activations by hook point"""
+    places: Int64[Tensor, "n"]
+    """index of each row in the source's text"""
+    removed: dict[str, int]
+    """number of tokens left out, by rule"""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Protocol of inputs: rows in a fixed order, read `size` units (sequences, or rows) at a time."""
+
+    n_units: int
+    size: int
+
+    def read(self, start: int) -> Batch:
+        """Activations of the batch that starts at a unit."""
+
+    def count(self, start: int, stop: int) -> int:
+        """Number of tokens in units `start` to `stop`."""
+
+    def text(self) -> StoredText:
+        """The text that the rows' `places` refer to."""
+
+    def request(self) -> dict[str, Any]:
+        """The arguments that determine the rows, as a dictionary for JSON."""
+
+    def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
+        """Provenance of the rows at a hook point."""
+
+
+class TextSource:
+    """Rows of token ids, whose activations are read by forward passes of the model."""
+
+    def __init__(self, reader: Reader, tokens: Tokens, n_seq: int) -> None:
+        self.reader, self.tokens = reader, tokens
+        self.n_units, self.size = len(tokens), n_seq
+
+    def read(self, start: int) -> Batch:
+        """Activations of the batch that starts at a sequence, from one forward pass."""
+        reading = self.reader.read(self.tokens[start : start + self.size])
+        places = self._places[start * self.tokens.ctx_len + reading.index]
+        return Batch(reading.acts, places, reading.removed)
+
+    def count(self, start: int, stop: int) -> int:
+        """Number of tokens in sequences `start` to `stop`."""
+        return self.tokens[start:stop].n_tokens
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Index of each token among those that are not padding."""
+        return self.tokens.attention_mask.flatten().cumsum(0) - 1
+
+    def text(self) -> StoredText:
+        """All tokens, including those that the mask leaves out."""
+        kept, tokens = self.tokens.attention_mask.flatten(), self.tokens
+        positions = torch.arange(tokens.ctx_len).expand_as(tokens.ids)
+        columns = (tokens.ids, tokens.doc_ids, positions)
+        return _make_text([column.flatten()[kept].numpy() for column in columns], self.reader.model)
+
+    def request(self) -> dict[str, Any]:
+        """The arguments that determine the rows, as a dictionary for JSON."""
+        return self.reader.request(self.tokens) | {"batch_size": self.size}
+
+    def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
+        """Provenance of the rows at a hook point."""
+        return self.reader.origins(self.tokens, n_tokens, removed)[hook_point]
+
+
+class ActivationsSource:
+    """Activations of one hook point, collected before; the stored text consists of their tokens only, so those that the
+    mask removed are missing.
+    """
+
+    def __init__(self, acts: Activations, model: "Model | None", n_rows: int) -> None:
+        if acts.provenance is None or acts.token_ids is None or acts.doc_ids is None or acts.positions is None:
+            raise ValueError(
+                "Activations must know their tokens, documents, positions and origin to be harvested, got some that do "
+                "not; give what `collect` returned."
+            )
+        self.acts, self.model, self._origin = acts, model, acts.provenance
+        self.n_units, self.size = len(acts), n_rows
+
+    def read(self, start: int) -> Batch:
+        """The batch of activations that starts at a row."""
+        x = self.acts[start : start + self.size]
+        return Batch({self.acts.hook_point: x.float()}, torch.arange(start, start + len(x)), {})
+
+    def count(self, start: int, stop: int) -> int:
+        """Number of rows from `start` to `stop`."""
+        return stop - start
+
+    def text(self) -> StoredText:
+        """The tokens of the rows."""
+        columns = (self.acts.token_ids, self.acts.doc_ids, self.acts.positions)
+        return _make_text([column.numpy() for column in columns if column is not None], self.model)
+
+    def request(self) -> dict[str, Any]:
+        """The arguments that determine the rows, as a dictionary for JSON."""
+        return {"activations": self._origin.to_dict(), "rows": len(self.acts), "batch_size": self.size}
+
+    def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
+        """Provenance of the activations."""
+        return self._origin
+
+
+def _make_text(columns: Sequence[np.ndarray], model: "Model | None") -> StoredText:
+    token_ids, doc_ids, positions = columns
+    known = model is not None and model.tokenizer is not None
+    strings = token_strings(model.tokenizer, np.unique(token_ids).tolist()) if known and model is not None else {}
+    return StoredText(token_ids=token_ids, doc_ids=doc_ids, positions=positions, strings=strings)
+
 
 SHARD_TOKENS = 65536  # so that row numbers within a shard fit 16 bits
 
@@ -270,3 +395,98 @@ class _CodesBuffer:
         return {name: torch.from_numpy(array) for name, array in packed.items()} | {
             "places": torch.from_numpy(whole["places"])
         }
+
+
+SAMPLE_TOKENS = 8_192  # tokens to which the untrained SAE's location and scale are fitted
+EVERYTHING = TokenMask(special=False)
+
+
+@torch.no_grad()
+def harvest_untrained(
+    store: FeatureStore,
+    sae: SAE,
+    model: Model,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    dtype: ValueDtype = "float16",
+    allow_mismatch: bool = False,
+    progress: bool = True,
+    resume: bool = True,
+) -> FeatureStore:
+    """Feature store with the same rows as `store`, encoded by an untrained SAE of the same shape as `sae`.
+
+    The untrained SAE has the same configuration and number of active codes (`make_untrained`). The result is the
+    baseline for `compare(..., untrained=)`, `label_by_rules(..., untrained=)`, `explain_features` and
+    `probe_features(..., untrained=)`. The text is the store's own; the cost is a forward pass over it. An interrupted
+    call continues where it stopped when it is made again.
+
+    Args:
+        store: feature store of the trained SAE.
+        sae: the SAE that `store` was harvested with.
+        model: its language model.
+        out: folder of the new store.
+        seed: seed of the untrained SAE's weights.
+        dtype: dtype of the stored values, as in `harvest`.
+        allow_mismatch: accept a model, weight processing or hook point that differs from the SAE's training.
+        progress: whether to show a progress bar.
+        resume: continue an interrupted call; False deletes what `out` holds and starts over.
+
+    Raises:
+        ValueError: as `harvest`, for an SAE that is not the store's, and for a store whose text has gaps in its rows.
+    """
+    require_harvested(store, sae)
+    place = match_model(sae, model, store.provenance.hook_point or None, EVERYTHING, allow_mismatch)
+    tokens = rebuild_tokens(store.text)
+    reader = Reader.make(
+        model, tokens, place.hook_points[: 1 if sae.cfg.d_out is None else 2], EVERYTHING, torch.float32
+    )
+    source = _SameRows(reader, tokens, max(1, FORWARD_TOKENS // tokens.ctx_len), store.places)
+    x = source.sample(SAMPLE_TOKENS)
+    targets = x[reader.hook_points[1]] if sae.cfg.d_out is not None and len(reader.hook_points) > 1 else None
+    made = make_untrained(sae, x[reader.hook_points[0]], targets, seed=seed)
+    made.name_or_path = f"untrained, seed {seed}"
+    with _Job.start(made, reader.hook_points[0], source, Path(out), dtype, SHARD_TOKENS, resume) as job:
+        _run([] if job.done else [job], source, progress)
+        return FeatureStore.load(out)
+
+
+def rebuild_tokens(text: StoredText) -> Tokens:
+    """Rows of token ids as the model read them, from the text of a store; padded on the right. ValueError where the
+    text has gaps.
+    """
+    positions = np.asarray(text.positions).astype(np.int64)
+    begins = np.append(True, positions[1:] <= positions[:-1]) if len(positions) else np.zeros(0, bool)
+    row, ctx_len = np.cumsum(begins) - 1, int(positions.max(initial=0)) + 1
+    ids = np.zeros((int(row[-1]) + 1, ctx_len), np.int32)
+    doc_ids = np.full_like(ids, PADDING)
+    ids[row, positions], doc_ids[row, positions] = text.token_ids, text.doc_ids
+    first = positions[begins]
+    if (first != 0).any() or (positions != np.arange(len(row)) - np.flatnonzero(begins)[row]).any():
+        raise ValueError("A store must hold its text in whole rows to be encoded again, got gaps; harvest from tokens.")
+    return Tokens(ids=torch.from_numpy(ids), doc_ids=torch.from_numpy(doc_ids), source="a feature store")
+
+
+class _SameRows(TextSource):
+    """A text source restricted to the tokens at given indices of the text."""
+
+    def __init__(self, reader: Reader, tokens: Tokens, n_seq: int, places: np.ndarray) -> None:
+        super().__init__(reader, tokens, n_seq)
+        self.kept = torch.zeros(tokens.n_tokens, dtype=torch.bool)
+        self.kept[torch.from_numpy(np.asarray(places).astype(np.int64))] = True
+
+    def read(self, start: int) -> Batch:
+        """Rows of the batch that the store has, from one forward pass."""
+        batch = super().read(start)
+        here = self.kept[batch.places]
+        acts = {name: x[here.to(x.device)] for name, x in batch.acts.items()}
+        return replace(batch, acts=acts, places=batch.places[here])
+
+    def sample(self, n_tokens: int) -> dict[str, Tensor]:
+        """Activations of at most `n_tokens` rows by hook point, from the beginning of the text."""
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, self.n_units, self.size):
+            parts.append(dict(self.read(start).acts))
+            if sum(len(next(iter(part.values()))) for part in parts) >= n_tokens:
+                break
+        return {name: torch.cat([part[name] for part in parts])[:n_tokens].float() for name in parts[0]}

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.lm.forwards import find_median_norms, norms_of, require_finite
-from saelab.lm.hooks import capture, find_hook_point
+from saelab.lm.hooks import capture, find_hook_point, find_median_norms, norms_of, require_finite
 from saelab.lm.masks import TokenMask
-from saelab.lm.models import Model, describe_model
-from saelab.lm.sketch import sketch_weights
+from saelab.lm.model_checks import Model, sketch_weights
+from saelab.lm.models import describe_model
 from saelab.lm.tokens import Tokens
-from saelab.stores.manifest import dtype_name
-from saelab.stores.provenance import Provenance
+from saelab.stores.manifest import Provenance, dtype_name
 
 DEFAULT_MASK = TokenMask()
 

@@ -1,6 +1,14 @@
-"""`score_concepts`: scores of a dictionary on synthetic text whose concepts are known for every token."""
+"""`score_concepts`: scores of a dictionary on synthetic text whose concepts are known for every token.
+
+How far a unit's F1 is above chance, Cohen's kappa, and what it would be with other stories.
+
+Truth about tokens put elsewhere: what concepts' labels would be if they had nothing to do with the text.
+
+F1 of concepts predicted from codes: a concept is predicted where a feature with high precision for it fires.
+"""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -10,28 +18,176 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from saelab.evaluation.concept_scores import ConceptScore, ConceptScores, PairScore, ParentScore
-from saelab.evaluation.levels import (
+from saelab.evaluation.concept_units import (
     FRACTIONS,
     N_LEVELS,
     NOTHING,
     Codes,
     Levels,
+    Ranks,
+    UnitCounts,
+    best_pair,
+    best_unit,
     count_units,
     find_peaks,
     grade,
+    ratio,
     read_values,
     select_rows,
+    split_units,
 )
-from saelab.evaluation.luck import kappa_intervals
-from saelab.evaluation.moved import move_truth
-from saelab.evaluation.reconstruction import reconstruct_truth
-from saelab.evaluation.units import Ranks, UnitCounts, best_pair, best_unit, ratio, split_units
+from saelab.evaluation.results import ConceptScore, ConceptScores, PairScore, ParentScore
+from saelab.functional.statistics import INSIDE, exchange_groups, find_reach, permute_within
 from saelab.stores.corpus import split_documents
-from saelab.worlds.lexicon import Concept
+from saelab.synthetic.lexicon import Concept
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+
+N_DRAWS = 500
+
+
+def kappa_intervals(
+    held: Levels, truth: "csr_matrix", units: Sequence[int], story_ids: Shaped[np.ndarray, "n_tokens"], seed: int
+) -> Float[np.ndarray, "n_concepts 3"]:
+    """Cohen's kappa of each concept's unit with the ends of its 95 % interval, stories drawn with replacement.
+
+    Args:
+        held: levels of held-out tokens.
+        truth: (n_tokens, n_concepts), of the same tokens.
+        units: the unit of each concept.
+        story_ids: the story of each token.
+        seed: of the draws.
+    """
+    _, numbers, sizes = np.unique(story_ids, return_inverse=True, return_counts=True)
+    weights = np.random.default_rng(seed).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_DRAWS)
+    weights = np.concatenate([np.ones((1, len(sizes)), np.int64), weights])
+    columns, found = truth.tocsc(), np.empty((len(units), 3))
+    for c, unit in enumerate(units):
+        fires, true = held.tokens(unit), columns[:, [c]].indices
+        sums = [np.bincount(numbers[rows], minlength=len(sizes)) for rows in (np.intersect1d(fires, true), fires, true)]
+        kappas = _kappa(*(weights @ one for one in (*sums, sizes)))
+        [reach] = find_reach(kappas[None, 1:], len(sizes))
+        found[c] = kappas[0], kappas[0] - reach, kappas[0] + reach
+    return found
+
+
+def _kappa(
+    hits: Int[np.ndarray, "n"], fires: Int[np.ndarray, "n"], true: Int[np.ndarray, "n"], n: Int[np.ndarray, "n"]
+) -> Float[np.ndarray, "n"]:
+    """F1 above that of as many firings at random; NaN where neither fires nor holds, or both always."""
+    whole, chance = fires + true, 2.0 * fires * true / n
+    room = whole - chance
+    return np.divide(2 * hits - chance, room, out=np.full(len(room), np.nan), where=room > 0)
+
+
+def move_truth(truth: "csr_matrix", story_ids: Shaped[np.ndarray, "n_tokens"], seed: int) -> "csr_matrix":
+    """The labels of all concepts put elsewhere, as `permute_labels` does it: tokens permuted within stories, or stories
+    exchanged where a concept is mostly a matter of whole stories.
+
+    Concepts that are moved in one way keep what they have to do with each other: what excludes another still does.
+
+    Args:
+        truth: (n_tokens, n_concepts), counts of 0 and 1.
+        story_ids: the story of each token.
+        seed: of both orders.
+
+    >>> from scipy.sparse import csr_matrix
+    >>> truth = csr_matrix(np.eye(4, 2, dtype=np.int32))
+    >>> move_truth(truth, np.array([0, 0, 1, 1]), seed=0).sum(0).tolist()
+    [[1, 1]]
+    """
+    from scipy.sparse import csr_matrix, diags
+
+    _, numbers, sizes = np.unique(story_ids, return_inverse=True, return_counts=True)
+    n_tokens = len(numbers)
+    of_story = csr_matrix((np.ones(n_tokens, np.int64), (numbers, np.arange(n_tokens))), shape=(len(sizes), n_tokens))
+    true = (of_story @ truth).toarray()
+    rates = true.sum(0) / n_tokens
+    inside = (true * (1 - true / sizes[:, None])).sum(0) / np.maximum(n_tokens * rates * (1 - rates), 1e-30)
+    rng = np.random.default_rng(seed)
+    orders = permute_within(numbers, rng), exchange_groups(numbers, rng)
+    masks = (
+        diags((inside >= INSIDE).astype(np.int32), dtype=np.int32),
+        diags((inside < INSIDE).astype(np.int32), dtype=np.int32),
+    )
+    moved = csr_matrix(sum(truth[order] @ mask for order, mask in zip(orders, masks, strict=True)).astype(np.int32))
+    moved.eliminate_zeros()
+    return moved
+
+
+PRECISION, MIN_FIRES = 0.95, 10
+
+
+def reconstruct_truth(
+    levels: Levels,
+    held: Levels,
+    counts: UnitCounts,
+    truth: "csr_matrix",
+    held_truth: "csr_matrix",
+    scored: Bool[np.ndarray, "n_concepts"],
+) -> dict[str, Any]:
+    """Fields of `ConceptScores` on reconstruction: held-out F1 at the threshold with the best pooled F1 in training.
+
+    Args:
+        levels: quantized codes of training stories.
+        held: quantized codes of held-out stories.
+        counts: of units in training stories.
+        truth: (n_tokens, n_concepts) of training stories.
+        held_truth: (n_tokens, n_concepts) of held-out stories.
+        scored: concepts that count; the others are left out.
+    """
+    from scipy.sparse import diags
+
+    keep = diags(scored.astype(np.int32), dtype=np.int32)
+    truth, held_truth = truth @ keep, held_truth @ keep
+    truth.eliminate_zeros()
+    held_truth.eliminate_zeros()
+    precise = (counts.fires >= MIN_FIRES) & (counts.hits >= PRECISION * counts.fires) & scored[:, None]
+    by_level: np.ndarray = precise.reshape(len(scored), -1, N_LEVELS)
+    trained = [_pooled_f1(predicted, truth) for predicted in _predict(levels, by_level, range(N_LEVELS))]
+    known = [i for i, f1 in enumerate(trained) if not math.isnan(f1)]
+    best = max(known, key=lambda i: trained[i], default=0)
+    predicted = _predict(held, by_level, [best])[0]
+    return {
+        "reconstruction": _pooled_f1(predicted, held_truth),
+        "reconstruction_macro": _mean_f1(predicted, held_truth),
+        "reconstruction_fraction": float(FRACTIONS[best]),
+        "n_precise": int(by_level[..., best].any(0).sum()),
+    }
+
+
+def _predict(
+    levels: Levels, precise: Bool[np.ndarray, "n_concepts n_sides n_levels"], chosen: Sequence[int]
+) -> "list[csr_matrix]":
+    """Predictions (n_tokens, n_concepts) for each chosen level: 1 where a precise feature fires above that level."""
+    from scipy.sparse import csr_matrix
+
+    n_tokens, useful = levels.table.shape[0], np.any(precise, axis=0)
+    predicted = [csr_matrix((n_tokens, len(precise)), dtype=np.int32) for _ in chosen]
+    for part, tokens, units in levels.blocks():
+        sides, passed = np.divmod(units, N_LEVELS)
+        mine = slice(2 * part.start, 2 * part.stop)
+        for i, level in enumerate(chosen):
+            there = np.flatnonzero((passed >= level) & useful[mine, level][sides])
+            ones, shape = np.ones(len(there), np.int32), (n_tokens, mine.stop - mine.start)
+            fired = csr_matrix((ones, (tokens[there], sides[there])), shape=shape)
+            predicted[i] = predicted[i] + fired @ csr_matrix(precise[:, mine, level].T.astype(np.int32))
+    for matrix in predicted:
+        matrix.data[:] = 1
+    return predicted
+
+
+def _pooled_f1(predicted: "csr_matrix", truth: "csr_matrix") -> float:
+    whole = predicted.nnz + truth.nnz
+    return 2 * int(predicted.multiply(truth).sum()) / whole if whole else math.nan
+
+
+def _mean_f1(predicted: "csr_matrix", truth: "csr_matrix") -> float:
+    hits, both = (np.asarray(m.sum(1)).ravel() for m in (predicted.multiply(truth), predicted + truth))
+    some = both.nonzero()[0]
+    return float((2 * hits[some] / both[some]).mean()) if len(some) else math.nan
+
 
 PAIR_KAPPA, PAIR_SHARE = 0.3, 0.5
 UNITS_AT_ONCE = 16  # rows of a product with the truth

@@ -1,7 +1,13 @@
-"""`Evaluation`: result of `evaluate`, metrics with intervals and baselines."""
+"""`Evaluation`: result of `evaluate`, metrics with intervals and baselines.
 
+`ConceptScores`: result of `score_concepts`, features as classifiers of known concepts.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from saelab.stores.results import Result, align_columns
 
@@ -114,3 +120,272 @@ class Evaluation(Result):
 
 def _number(x: float) -> str:
     return f"{x:.4g}"
+
+
+SUMMARY = {
+    "coverage": "coverage: mean F1",
+    "coverage_always": "  of saying yes always",
+    "auroc": "mean AUROC",
+    "reconstruction": "reconstruction: pooled F1",
+    "reconstruction_macro": "reconstruction: F1 a token",
+    "n_split": "features a concept is split into",
+    "parent_recall": "parent recall given the child",
+    "parent_recall_overall": "  recall of those parents",
+    "parent_f1": "  F1 of those parents",
+}
+
+
+class Best(NamedTuple):
+    """The best feature for a concept, as the classifier `side * z > threshold`."""
+
+    feature: int | None
+    side: int
+    threshold: float
+    f1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptScore:
+    """Scores of the best feature for one concept; chosen on training stories, scored on held-out ones."""
+
+    name: str
+    kind: str
+    """kind of concept: "class", "pole", "state", ..."""
+    feature: int | None = None
+    """index of the feature; None where the concept is not scored, or no feature fires with it in training stories"""
+    side: int = 1
+    """1 or -1: the sign of the codes that count"""
+    threshold: float = math.nan
+    """a token is classified as the concept where `side * z > threshold`"""
+    fraction: float = math.nan
+    """the threshold as a fraction of the largest code of that sign in training stories"""
+    f1: float = math.nan
+    precision: float = math.nan
+    """NaN where the feature does not fire"""
+    recall: float = math.nan
+    """of the concept's held-out tokens"""
+    auroc: float = math.nan
+    """of max(side z, 0), ties counted half"""
+    kappa: float = math.nan
+    """F1 above that of as many firings at random (Cohen's kappa), with a 95 % interval of held-out stories: an interval
+    that holds 0 is no evidence, as for what is true of a few whole stories"""
+    kappa_low: float = math.nan
+    kappa_high: float = math.nan
+    f1_train: float = math.nan
+    f1_always: float
+    """F1 of always predicting the concept, which is high for a frequent one"""
+    n_split: int | None = None
+    """feature splitting: features in a greedy union, each of which raises F1 by more than 0.03 in training stories; 1
+    is no split"""
+    n_train: int
+    """training tokens of the concept"""
+    n_tokens: int
+    """held-out tokens of the concept"""
+    n_fires: int
+    """held-out tokens that the feature classifies as the concept"""
+    reason: str = ""
+    """why the scores are NaN"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParentScore:
+    """Recall of a parent concept's feature on tokens of a child concept; low recall is a sign of feature absorption."""
+
+    parent: str
+    child: str
+    recall: float
+    """of the parent's feature on the child's held-out tokens"""
+    parent_recall: float
+    """of the same on all held-out tokens of the parent"""
+    parent_f1: float
+    """of the same; where it is low, the parent has no feature of its own"""
+    n_tokens: int
+    """held-out tokens of the child"""
+    n_parent: int
+    """held-out tokens of the parent"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScore:
+    """Whether one signed feature represents two concepts, one with each sign.
+
+    The feature is the one whose lesser kappa of the two is highest in training stories.
+    """
+
+    a: str
+    b: str
+    opposed: bool
+    """False for a control pair of concepts that are not opposites"""
+    feature: int | None = None
+    side_of_a: int = 1
+    """1 or -1: sign of the codes that stand for a"""
+    f1_a: float = math.nan
+    f1_b: float = math.nan
+    kappa_a: float = math.nan
+    """F1 above chance (Cohen's kappa): for a concept on half of the tokens, chance gives F1 0.5 and kappa 0"""
+    kappa_b: float = math.nan
+    best_f1_a: float = math.nan
+    """of the best feature for a alone"""
+    best_f1_b: float = math.nan
+    on_two_sides: bool = False
+    """both kappa exceed 0.3 (and so both F1), and both F1 half of that of the best feature for the concept"""
+    n_a: int
+    """held-out tokens of a"""
+    n_b: int
+    reason: str = ""
+    """why the scores are NaN"""
+
+    @property
+    def f1(self) -> float:
+        """The smaller F1 of the two concepts."""
+        return min(self.f1_a, self.f1_b)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptScores(Result):
+    """Scores of a dictionary against known concepts of tokens, and of its baselines; all in [0, 1], higher is better.
+
+    Features, signs and thresholds are chosen on training stories; every score but `f1_train` is of held-out ones.
+    """
+
+    concepts: tuple[ConceptScore, ...]
+    parents: tuple[ParentScore, ...]
+    pairs: tuple[PairScore, ...]
+    """opposed and control pairs"""
+    reconstruction: float
+    """F1 over all (token, concept) pairs: a concept is predicted where any feature fires that had precision 0.95 for it
+    and 10 firings in training stories"""
+    reconstruction_macro: float
+    """the same for each token, averaged over tokens with a true or a predicted concept"""
+    reconstruction_fraction: float
+    """the threshold used for it, chosen on training stories"""
+    n_precise: int
+    """features (by sign) that predict some concept for it"""
+    n_features: int
+    """features of the dictionary"""
+    l0: float
+    """number of nonzero codes for a token"""
+    n_train: int
+    """training tokens"""
+    n_tokens: int
+    """held-out tokens"""
+    n_train_stories: int
+    n_stories: int
+    """held-out stories"""
+    min_count: int
+    baselines: "dict[str, ConceptScores]"
+    """the same scores for other codes of the same tokens, by name"""
+    moved: "ConceptScores | None"
+    """the same scores for labels permuted at random, with features chosen in the same way: what the best of many
+    features reaches by chance. Tokens are permuted within stories; where a concept is true of whole stories, stories
+    are exchanged too. None within `moved` itself"""
+
+    @property
+    def scored(self) -> tuple[ConceptScore, ...]:
+        """The concepts with enough tokens."""
+        return tuple(row for row in self.concepts if not row.reason)
+
+    @property
+    def coverage(self) -> float:
+        """Mean F1 of the best features over scored concepts."""
+        return _mean(row.f1 for row in self.scored)
+
+    @property
+    def coverage_always(self) -> float:
+        """Mean F1 of always predicting a concept, over the same concepts: a baseline for `coverage`."""
+        return _mean(row.f1_always for row in self.scored)
+
+    @property
+    def auroc(self) -> float:
+        """Mean AUROC of the best features over scored concepts."""
+        return _mean(row.auroc for row in self.scored)
+
+    @property
+    def n_split(self) -> float:
+        """Mean number of features a scored concept is split into."""
+        return _mean(float(row.n_split) for row in self.scored if row.n_split is not None)
+
+    @property
+    def parent_recall(self) -> float:
+        """Mean recall of a parent's feature on tokens of its child; to be read together with `parent_f1`."""
+        return _mean(pair.recall for pair in self.parents)
+
+    @property
+    def parent_recall_overall(self) -> float:
+        """Mean recall of the same parents on all their tokens."""
+        return _mean(pair.parent_recall for pair in self.parents)
+
+    @property
+    def parent_f1(self) -> float:
+        """Mean F1 of the same parents."""
+        return _mean(pair.parent_f1 for pair in self.parents)
+
+    @property
+    def opposed_pairs(self) -> tuple[PairScore, ...]:
+        """Opposed pairs with enough tokens."""
+        return tuple(pair for pair in self.pairs if pair.opposed and not pair.reason)
+
+    @property
+    def control_pairs(self) -> tuple[PairScore, ...]:
+        """Control pairs with enough tokens."""
+        return tuple(pair for pair in self.pairs if not pair.opposed and not pair.reason)
+
+    @property
+    def n_opposed_on_two_sides(self) -> int:
+        """Number of opposed pairs represented by the two signs of one feature."""
+        return sum(pair.on_two_sides for pair in self.opposed_pairs)
+
+    @property
+    def n_control_on_two_sides(self) -> int:
+        """Number of control pairs of which the same is true: what chance and frequency give."""
+        return sum(pair.on_two_sides for pair in self.control_pairs)
+
+    def best(self, name: str) -> Best:
+        """The feature chosen for a concept, with sign, threshold and held-out F1; KeyError for an unknown concept."""
+        for row in self.concepts:
+            if row.name == name:
+                return Best(row.feature, row.side, row.threshold, row.f1)
+        raise KeyError(f"`name` must be a concept of the world, got '{name}'; `scores.concepts` lists them.")
+
+    def __str__(self) -> str:
+        columns = {"codes": self, **({"labels moved": self.moved} if self.moved else {}), **self.baselines}
+        n_child = sum(pair.n_tokens for pair in self.parents)
+        over = {
+            "coverage": f"{len(self.scored)} concepts",
+            "reconstruction": f"{self.n_tokens:,} tokens",
+            "parent_recall": f"{len(self.parents)} pairs, {n_child:,} tokens",
+        }
+        lines = [
+            f"{len(self.scored)} of {len(self.concepts)} concepts scored on {self.n_tokens:,} tokens"
+            f" of {self.n_stories:,} stories; features chosen on {self.n_train:,} of {self.n_train_stories:,} others",
+            "",
+        ]
+        table = [
+            ["", "over", *columns],
+            ["features", "", *(f"{scores.n_features:,}" for scores in columns.values())],
+            ["l0", "", *(f"{scores.l0:.4g}" for scores in columns.values())],
+        ]
+        for name, title in SUMMARY.items():
+            numbers = [f"{getattr(scores, name):.3f}" for scores in columns.values()]
+            table.append([title, over.get(name, ""), *numbers])
+        for kind, pairs in (("opposed", self.opposed_pairs), ("control", self.control_pairs)):
+            numbers = [str(getattr(scores, f"n_{kind}_on_two_sides")) for scores in columns.values()]
+            table.append([f"{kind} pairs on two sides", f"{len(pairs)} pairs", *numbers])
+        lines += align_columns(table)
+        reasons = Counter(row.reason for row in self.concepts if row.reason)
+        if reasons:
+            lines += ["", *(f"not scored, {n} concepts: {reason}" for reason, n in reasons.items())]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name and the summary's numbers, ready for JSON."""
+        names = (*SUMMARY, "n_opposed_on_two_sides", "n_control_on_two_sides")
+        summary = {name: getattr(self, name) for name in names}
+        baselines = {name: scores.to_dict() for name, scores in self.baselines.items()}
+        moved = self.moved.to_dict() if self.moved else None
+        return super().to_dict() | summary | {"baselines": baselines, "moved": moved}
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

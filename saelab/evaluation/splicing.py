@@ -7,12 +7,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.functional.metrics import kl_divergence
-from saelab.lm.forwards import find_median_norms, norms_of, require_finite
-from saelab.lm.hooks import capture, logits, next_token_loss, splice
+from saelab.lm.hooks import capture, find_median_norms, logits, next_token_loss, norms_of, require_finite, splice
 from saelab.lm.masks import MaskResult, TokenMask
-from saelab.lm.models import Model
+from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
-from saelab.sae.matching import Match
+from saelab.sae.compatibility import Match
 from saelab.sae.sae import SAE
 
 

@@ -1,12 +1,377 @@
-"""`SparseCodes`: the non-zero codes of a batch in compressed rows, as encoders return and decoders take them."""
+"""`SparseCodes`: the non-zero codes of a batch in compressed rows, as encoders return and decoders take them.
 
+Sparse matrix products over the non-zero codes, forward and backward: decoding and the gradients of a training step.
+
+A batch of codes is held in compressed rows: `indices` and `values` of its entries, row after row, and `offsets`, the
+number of the entry that each row starts with. All of it is built from two products:
+
+    gather_sum    out[r] = sum over entries e of row r:  values[e] * table[indices[e]]       (sparse x dense)
+    sampled_dot   out[e] = < left[rows[e]], table[indices[e]] >                              (dense x dense, at the
+    entries)
+"""
+
+import functools
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from saelab.functional.kernels import sparse_decode
+
+def gather_sum(
+    indices: Int[Tensor, "nnz"],
+    values: Float[Tensor, "nnz"],
+    offsets: Int[Tensor, "n_rows_1"],
+    table: Float[Tensor, "n d"],
+) -> Float[Tensor, "n_rows d"]:
+    """Weighted sums of rows of `table`: `out[r] = sum_e values[e] * table[indices[e]]` over the entries e of row r.
+
+    Args:
+        indices: row of `table` that each entry takes.
+        values: weight of each entry.
+        offsets: (n_rows + 1,) row r owns the entries `offsets[r]` to `offsets[r + 1]`.
+        table: the dense matrix, such as W_dec.
+
+    >>> gather_sum(torch.tensor([0, 2, 1]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 2, 3]), torch.eye(3))
+    tensor([[1., 0., 2.],
+            [0., 3., 0.]])
+    """
+    if indices.numel() == 0:
+        return table.new_zeros(offsets.numel() - 1, table.shape[1])
+    return embedding_bag(indices, table, offsets, per_sample_weights=values, mode="sum", include_last_offset=True)
+
+
+def sampled_dot(
+    rows: Int[Tensor, "nnz"],
+    indices: Int[Tensor, "nnz"],
+    left: Float[Tensor, "n_rows d"],
+    table: Float[Tensor, "n d"],
+    order: Int[Tensor, "nnz"] | None = None,
+) -> Float[Tensor, "nnz"]:
+    """Inner products at the entries only: `out[e] = <left[rows[e]], table[indices[e]]>`.
+
+    On CPU and CUDA this is the kernel behind the gradient of `embedding_bag`'s weights, which reads each row in
+    place; gathering the rows first (as on other devices, and where the kernel has changed) moves several times the
+    memory.
+
+    Args:
+        rows: row of `left` of each entry.
+        indices: row of `table` of each entry.
+        left: first factors, one row per token.
+        table: second factors, one row per latent.
+        order: permutation that sorts the entries by `indices`, if known; else it is computed. Entries are visited in
+            this order because a batch of rows of `left` fits the cache and `table` does not.
+
+    >>> sampled_dot(torch.tensor([0, 1]), torch.tensor([2, 0]), torch.eye(2, 3), torch.ones(3, 3))
+    tensor([1., 1.])
+    """
+    if indices.numel() == 0:
+        return table.new_zeros(0)
+    if table.device.type in ("cpu", "cuda") and has_dot_kernel(table.device.type):
+        order = indices.argsort() if order is None else order
+        products = _dot_by_kernel(rows[order], indices[order], left.contiguous(), table)
+        return torch.empty_like(products).index_copy_(0, order, products)
+    return (left[rows] * table[indices]).sum(-1)
+
+
+def _dot_by_kernel(rows: Tensor, indices: Tensor, left: Tensor, table: Tensor) -> Tensor:
+    bags = torch.zeros(1, dtype=indices.dtype, device=indices.device)
+    products: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(left, table, indices, bags, rows, 0)
+    return products
+
+
+@functools.cache
+def has_dot_kernel(device_type: str) -> bool:
+    """Whether PyTorch's kernel for `sampled_dot` exists and is correct; tried once per process and device type (1 ms).
+
+    The kernel is private to PyTorch, so another release may order its arguments differently.
+    """
+    rows, indices = (torch.tensor(ids, device=device_type) for ids in ([2, 0, 2, 1], [0, 1, 1, 4]))
+    left, table = (torch.arange(4.0 * n, device=device_type).view(n, 4) - n for n in (3, 5))
+    expected = (left[rows] * table[indices]).sum(-1)  # whole numbers: exact in any order
+    try:
+        return torch.equal(_dot_by_kernel(rows, indices, left, table), expected)
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def transpose_entries(
+    indices: Int[Tensor, "nnz"], n_columns: int
+) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "n_columns_1"]]:
+    """Compressed columns of the entries: the permutation that sorts them by column, and where each column starts in it.
+
+    >>> transpose_entries(torch.tensor([2, 0, 2]), 3)
+    (tensor([1, 0, 2]), tensor([0, 1, 1, 3]))
+    """
+    columns, order = torch.sort(indices, stable=True)
+    starts = torch.searchsorted(columns, torch.arange(n_columns + 1, device=indices.device, dtype=columns.dtype))
+    return order, starts
+
+
+class Entries(NamedTuple):
+    """Positions of a batch's non-zero codes: latent `indices`, `rows` and `offsets`; `columns` is the result of
+    `transpose_entries`, if known.
+    """
+
+    indices: Int[Tensor, "nnz"]
+    rows: Int[Tensor, "nnz"]
+    offsets: Int[Tensor, "n_rows_1"]
+    columns: tuple[Int[Tensor, "nnz"], Int[Tensor, "n_columns_1"]] | None = None
+
+    def with_columns(self, n_columns: int) -> "Entries":
+        """The same entries with `columns` computed, so that several products share the sort."""
+        return self if self.columns else self._replace(columns=transpose_entries(self.indices, n_columns))
+
+    @property
+    def order(self) -> Int[Tensor, "nnz"] | None:
+        """Permutation that sorts the entries by latent, if known."""
+        return self.columns[0] if self.columns else None
+
+
+Spare = list[Tensor]
+"""Holds memory for one weight gradient (d_sae, d_in), which is taken from the list when it is used; allocating that
+much costs more than the product itself.
+"""
+
+
+def weight_gradient(
+    entries: Entries,
+    values: Float[Tensor, "nnz"],
+    left: Float[Tensor, "n_rows d_in"],
+    d_sae: int,
+    spare: Spare | None = None,
+) -> Float[Tensor, "d_sae d_in"]:
+    """`Z^T left` for sparse codes Z: the gradient of W_dec, and that of W_enc transposed.
+
+    Args:
+        entries: positions of the non-zero entries of Z.
+        values: the entries of Z.
+        left: dense rows, one per row of Z.
+        d_sae: number of columns of Z.
+        spare: list that may hold a (d_sae, d_in) tensor to write the result into; None allocates one.
+
+    >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
+    >>> weight_gradient(entries, torch.tensor([2.0]), torch.ones(1, 3), d_sae=2)
+    tensor([[0., 0., 0.],
+            [2., 2., 2.]])
+    """
+    indices, rows = entries[0], entries[1]
+    order, starts = entries.columns or transpose_entries(indices, d_sae)
+    if left.device.type != "cpu":
+        return gather_sum(rows[order], values[order], starts, left)
+    _acknowledge_beta()
+    # spare memory or not, the sum must be made in the same order: a resumed run begins without
+    out = spare.pop() if spare else left.new_empty(d_sae, left.shape[1])
+    shape = (d_sae, left.shape[0])
+    transposed = torch.sparse_csr_tensor(starts, rows[order], values[order], shape, check_invariants=False)
+    return torch.addmm(out, transposed, left, beta=0, out=out)
+
+
+@functools.cache
+def _acknowledge_beta() -> None:
+    """Suppress PyTorch's warning, given once per process, that compressed tensors are in beta; tests compare the
+    operations used here with a naive result.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1), check_invariants=False)
+
+
+class _Decode(torch.autograd.Function):
+    """z W_dec from compressed rows; the gradients touch the entries only."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, entries: Entries) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.entries = entries
+        return gather_sum(entries[0], values, entries[2], W_dec)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, W_dec = ctx.saved_tensors
+        entries: Entries = ctx.entries.with_columns(len(W_dec))
+        grad = grad.contiguous()
+        grad_values = sampled_dot(entries.rows, entries.indices, grad, W_dec, entries.order)
+        grad_W = weight_gradient(entries, values, grad, len(W_dec)) if ctx.needs_input_grad[1] else None
+        return grad_values, grad_W, None
+
+
+_decode: Callable[[Tensor, Tensor, Entries], Tensor] = _Decode.apply
+
+
+class _NestedDecode(torch.autograd.Function):
+    """Squared errors of cumulative reconstructions; one buffer holds the parts, then the residuals."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        W_dec: Tensor,
+        x: Tensor,
+        b_dec: Tensor,
+        entries: Entries,
+        n_groups: int,
+        spare: Spare,
+        centred: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        indices, offsets = entries.indices, entries.offsets
+        residuals = gather_sum(indices, values, offsets, W_dec).view(n_groups, *x.shape)
+        above = x - b_dec if centred is None else centred
+        for residual in residuals:
+            torch.sub(above, residual, out=residual)
+            above = residual
+        ctx.save_for_backward(values, W_dec, residuals)
+        ctx.entries = entries
+        ctx.spare = spare
+        last = residuals[-1]
+        ctx.mark_non_differentiable(last)
+        return torch.linalg.vector_norm(residuals.flatten(1), dim=1).square(), last
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        values, W_dec, residuals = ctx.saved_tensors
+        entries: Entries = ctx.entries.with_columns(len(W_dec))
+        grad_parts = residuals * (-2 * grad).view(-1, 1, 1)
+        for g in range(len(residuals) - 2, -1, -1):  # part g enters every reconstruction from g on
+            grad_parts[g] += grad_parts[g + 1]
+        flat = grad_parts.view(-1, W_dec.shape[1])
+        grad_values = sampled_dot(entries.rows, entries.indices, flat, W_dec, entries.order)
+        grad_W = weight_gradient(entries, values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
+        grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
+        return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None, None
+
+
+_nested_decode: Callable[
+    [Tensor, Tensor, Tensor, Tensor, Entries, int, Spare, Tensor | None], tuple[Tensor, Tensor]
+] = _NestedDecode.apply
+
+
+class _Encode(torch.autograd.Function):
+    """(x - b_dec) W_enc + b_enc at chosen entries; W_enc is read as rows of its transpose."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor | None,
+        values: Tensor,
+        entries: Entries,
+        spare: Spare,
+        centred: Tensor | None,
+    ) -> Tensor:
+        if centred is None:
+            centred = x if b_dec is None else x - b_dec
+        ctx.save_for_backward(centred, W_enc)
+        ctx.entries = entries
+        ctx.spare = spare
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W_enc = ctx.saved_tensors
+        entries: Entries = ctx.entries
+        indices, offsets = entries.indices, entries.offsets
+        # index_add_ adds in the order of the entries, so one seed gives one result
+        grad_b = torch.zeros_like(W_enc[0]).index_add_(0, indices, grad)
+        grad_W = weight_gradient(entries, grad, centred, W_enc.shape[1], ctx.spare).T
+        grad_x = gather_sum(indices, grad, offsets, W_enc.T) if ctx.needs_input_grad[0] else None
+        # every token shares b_dec, so its gradient is one matrix-vector product
+        grad_b_dec = -(W_enc @ grad_b) if ctx.needs_input_grad[3] else None
+        return grad_x, grad_W, grad_b, grad_b_dec, None, None, None, None
+
+
+_encode: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, Entries, Spare, Tensor | None], Tensor] = (
+    _Encode.apply
+)
+
+
+def sparse_decode(
+    values: Float[Tensor, "nnz"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    indices: Int[Tensor, "nnz"],
+    rows: Int[Tensor, "nnz"],
+    offsets: Int[Tensor, "n_rows_1"],
+) -> Float[Tensor, "n_rows d_in"]:
+    """`z W_dec` for compressed codes z, differentiable in the values and W_dec, at the cost of the non-zero entries.
+
+    Args:
+        values: the non-zero codes.
+        W_dec: decoder, one row per latent.
+        indices: latent of each code.
+        rows: row of each code, ascending.
+        offsets: (n_rows + 1,) row r owns the codes `offsets[r]` to `offsets[r + 1]`.
+
+    >>> one = torch.ones(1)
+    >>> sparse_decode(one, torch.eye(2), torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
+    tensor([[0., 1.]])
+    """
+    return _decode(values, W_dec, Entries(indices, rows, offsets))
+
+
+def nested_decode_error(
+    values: Float[Tensor, "nnz"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    x: Float[Tensor, "n_rows d_in"],
+    b_dec: Float[Tensor, "d_in"],
+    entries: Entries,
+    n_groups: int = 1,
+    spare: Spare | None = None,
+    centred: Float[Tensor, "n_rows d_in"] | None = None,
+) -> tuple[Float[Tensor, "n_groups"], Float[Tensor, "n_rows d_in"]]:
+    """Squared error of every prefix, `||x - b_dec - sum_{h <= g} z_h W_dec||^2`, and the last one's residual, detached.
+
+    Differentiable in values, W_dec, x and b_dec, at the cost of the non-zero entries; all prefixes cost one decode.
+    Source: the Matryoshka loss of arXiv:2503.17547.
+
+    Args:
+        values: the non-zero codes.
+        W_dec: decoder, one row per latent.
+        x: activations to reconstruct.
+        b_dec: decoder bias.
+        entries: positions of the codes in n_groups stacked batches: row `g * n_rows + r` holds the codes of group g
+            of the latents for token r.
+        n_groups: number of groups of latents, one more joining in each prefix.
+        spare: list that may hold memory for the gradient of W_dec; see `weight_gradient`.
+        centred: x - b_dec, if known.
+
+    >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
+    >>> nested_decode_error(torch.ones(1), torch.eye(2), torch.ones(1, 2), torch.zeros(2), entries)
+    (tensor([1.]), tensor([[1., 0.]]))
+    """
+    return _nested_decode(values, W_dec, x, b_dec, entries, n_groups, spare or [], centred)
+
+
+def attach_encoder(
+    values: Float[Tensor, "nnz"],
+    x: Float[Tensor, "n_rows d_in"],
+    W_enc: Float[Tensor, "d_in d_sae"],
+    b_enc: Float[Tensor, "d_sae"],
+    b_dec: Float[Tensor, "d_in"] | None,
+    entries: Entries,
+    spare: Spare | None = None,
+    centred: Float[Tensor, "n_rows d_in"] | None = None,
+) -> Float[Tensor, "nnz"]:
+    """The same pre-activations with gradients to the encoder, as if the dense product had been differentiated.
+
+    For values that a search found without gradients. The gradient reaches x, W_enc, b_enc and b_dec.
+
+    Args:
+        values: pre-activations at the entries, equal to `((x - b_dec) W_enc + b_enc)[rows[e], indices[e]]`.
+        x: activations that were encoded.
+        W_enc: encoder.
+        b_enc: encoder bias.
+        b_dec: bias that was subtracted from x; None where nothing was.
+        entries: positions of the values.
+        spare: list that may hold memory for the gradient of W_enc transposed; see `weight_gradient`.
+        centred: x - b_dec, if known.
+    """
+    return _encode(x, W_enc, b_enc, b_dec, values, entries, spare or [], centred)
 
 
 @dataclass(frozen=True, eq=False)

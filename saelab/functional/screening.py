@@ -8,9 +8,22 @@ Blocks of 16 latents are compared first: a block whose maximum is too small has 
 a quantisation step of its own; latents of similar step share a block, so that whole blocks are compared as integers
 and only their maxima are scaled. A few dimensions of large activations would leave the others no resolution, so int8
 first moves half of each dimension's scale to the weights, which does not change the product (arXiv:2211.10438).
+
+Matrix products of int8 that are exact on every processor, and the check whether the int8 kernel can be used here.
+
+Without VNNI instructions oneDNN sums pairs of int8 products in 16 bits, with saturation: `torch._int_mm` is then
+silently wrong by up to the size of its own entries. The processor's instruction set does not decide this, as oneDNN
+may be restricted to older instructions (ONEDNN_MAX_CPU_ISA, read once per process). So the kernel is tried once, and
+used only where it is exact.
+
+Places of the largest entries of each row: sorted with ties broken by the lowest place, or unsorted and fast.
+
+Reused buffers for intermediate results, where allocating memory would cost as much as computing what fills it.
 """
 
 import functools
+import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
@@ -20,9 +33,144 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from saelab.functional.integers import has_exact_int8, multiply_int8
-from saelab.functional.ranking import largest_places
-from saelab.functional.scratch import scratch
+TRIED_SHAPES = ((1, 25, 560), (17, 16, 16), (70, 33, 512), (30, 129, 1024), (64, 769, 256))
+"""rows, width and columns: a vector, whole and broken tiles, and lengths of sum that meet every kernel's remainder"""
+
+
+def multiply_int8(
+    a: Int8[Tensor, "n d"], b: Int8[Tensor, "m d"], out: Int[Tensor, "n m"] | None = None
+) -> Int[Tensor, "n m"]:
+    """`a b^T` in int32, exact: by the int8 kernel where that is exact here, else through float32 and as slow as that.
+
+    The result is written into `out` where that is given.
+
+    >>> multiply_int8(torch.full((1, 2), -128, dtype=torch.int8), torch.full((1, 2), -128, dtype=torch.int8))
+    tensor([[32768]], dtype=torch.int32)
+    """
+    if a.device.type == "cpu" and has_exact_int8():
+        return torch._int_mm(a, b.T) if out is None else torch._int_mm(a, b.T, out=out)
+    out = torch.zeros(len(a), len(b), dtype=torch.int32, device=a.device) if out is None else out.zero_()
+    for columns in torch.split(torch.arange(a.shape[1], device=a.device), 1024):  # 1024 * 128^2 = 2^24: exact
+        part = slice(int(columns[0]), int(columns[-1]) + 1)
+        out += (a[:, part].float() @ b[:, part].float().T).int()
+    return out
+
+
+def has_exact_int8() -> bool:
+    """Whether `torch._int_mm` is exact here; tried once per process, thread count and oneDNN setting (10 ms)."""
+    return _try_int8(torch.get_num_threads(), torch.backends.mkldnn.enabled)
+
+
+@functools.cache
+def _try_int8(n_threads: int, with_onednn: bool) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    for n, d, m in TRIED_SHAPES:
+        a, b = (torch.randint(-128, 128, (rows, d), dtype=torch.int8, generator=generator) for rows in (n, m))
+        a[0], b[0] = -128, -128  # the largest sum there is
+        a[-1, ::2] = 127
+        try:
+            found = torch._int_mm(a, b.T)
+        except (AttributeError, RuntimeError):  # a private name, and not every build has the kernel
+            return False
+        if not torch.equal(found.double(), a.double() @ b.double().T):
+            return False
+    return True
+
+
+def largest_places(sizes: Float[Tensor, "n_rows n"], k: int) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows"]]:
+    """Places of each row's k largest entries, unsorted, and an upper bound of the row's other entries.
+
+    On CPU size and place share a 32-bit key, the size in its upper bits, and numpy's vectorised partition selects among
+    the keys; a top-k of (size, place) pairs costs several times as much. Sizes with the same upper bits count as equal;
+    the bound allows for that.
+
+    >>> places, bound = largest_places(torch.tensor([[3.0, -1.0, 2.0]]), 1)
+    >>> places.tolist(), 3 <= float(bound) < 3.01
+    ([[0]], True)
+    """
+    n = sizes.shape[1]
+    low, high = sizes.aminmax()
+    largest = torch.maximum(-low, high)
+    place_bits = (n - 1).bit_length()
+    if sizes.device.type != "cpu" or k == n or place_bits > 14 or not torch.isfinite(largest):
+        best = sizes.topk(k, dim=1, sorted=False)
+        return best.indices, best.values.amin(1)
+    levels = (2 ** (30 - place_bits) - 1) / largest.clamp(min=1e-30)
+    keys = torch.add(torch.arange(n, dtype=torch.int32), (sizes * levels).int(), alpha=2**place_bits)
+    keys.numpy().partition(n - k, axis=1)  # in place
+    kept = keys[:, n - k :]
+    return (kept & (2**place_bits - 1)).long(), ((kept[:, 0] >> place_bits) + 1) / levels
+
+
+def largest_first(sizes: Float[Tensor, "*batch n"], k: int) -> Int[Tensor, "*batch k"]:
+    """Places of each row's k largest entries, largest first; of equal entries the lowest place.
+
+    `torch.topk` alone breaks ties arbitrarily: by processor, length of the row, and k.
+
+    >>> largest_first(torch.tensor([1.0, 2.0, 1.0, 2.0]), 3)
+    tensor([1, 3, 0])
+    """
+    flat = sizes.reshape(-1, sizes.shape[-1])
+    best = flat.topk(min(k + 1, flat.shape[1]), dim=1)
+    places = best.indices[:, :k].contiguous()
+    tied = (best.values[:, 1:] == best.values[:, :-1]).any(1).nonzero()[:, 0]
+    for rows in torch.split(tied, 256):
+        part, last = flat[rows], best.values[rows, k - 1 : k]
+        above, equal = ~(part <= last), part == last  # so that NaN, the largest for `topk`, is above
+        members = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        within = members.nonzero()[:, 1].view(-1, k)
+        order = part.gather(1, within).sort(dim=1, descending=True, stable=True).indices
+        places[rows] = within.gather(1, order)
+    return places.view(*sizes.shape[:-1], k)
+
+
+def first_largest(sizes: Float[Tensor, "n"], k: int) -> Int[Tensor, "k"]:
+    """Places of the k largest entries, ascending; of equal entries the first.
+
+    >>> first_largest(torch.tensor([1.0, 2.0, 1.0, 2.0]), 3)
+    tensor([0, 1, 3])
+    """
+    if k >= len(sizes):
+        return torch.arange(len(sizes), device=sizes.device)
+    if k < 1:
+        return torch.arange(0, device=sizes.device)
+    floor = sizes.topk(k, sorted=False).values.amin()
+    places = (~(sizes < floor)).nonzero()[:, 0]  # NaN is the largest for `topk`
+    equal = (sizes[places] == floor).nonzero()[:, 0]
+    keep = torch.ones_like(places, dtype=torch.bool)
+    keep[equal[len(equal) - (len(places) - k) :]] = False
+    return places[keep]
+
+
+class _Kept(threading.local):
+    """Buffers of this thread by name, dtype and device; each as large as the largest requested so far."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+
+_KEPT = _Kept()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised buffer, which the next call with the same name, dtype and device in this thread reuses.
+
+    Do not keep the result beyond that call.
+
+    Args:
+        name: what the buffer is for; buffers of different names never share memory.
+        shape: shape of the result.
+        dtype: dtype of the result.
+        device: device of the result.
+
+    >>> scratch("example", (2, 3), torch.float32, torch.device("cpu")).shape
+    torch.Size([2, 3])
+    """
+    key, size = (name, dtype, device), math.prod(shape)
+    if key not in _KEPT.buffers or _KEPT.buffers[key].numel() < size:
+        _KEPT.buffers[key] = torch.empty(size, dtype=dtype, device=device)
+    return _KEPT.buffers[key][:size].view(shape)
+
 
 Precision = Literal["float32", "bfloat16", "int8"]
 

@@ -1,29 +1,177 @@
 """`generate`: sampling continuations of prompts; a sample does not depend on cache, padding or the rest of its
 batch.
+
+Logits of given texts as continuations of prompts, computed as in generation.
+
+`Sampler`: draws the next token of each row of a batch, with a random generator per row.
+
+Answers of a causal language model to a conversation, decoded greedily.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor, nn
 from tqdm.auto import tqdm
 
-from saelab.lm.cache import place_columns
-from saelab.lm.continuations import pad_rows
-from saelab.lm.door import door
-from saelab.lm.extent import find_context, find_row
-from saelab.lm.models import Model
-from saelab.lm.plain import evaluating
-from saelab.lm.sampling import Sampler
-from saelab.lm.special import find_ends, read_text
-from saelab.lm.text import list_prompts
+from saelab.lm.caching import Caching, place_columns
+from saelab.lm.documents import list_prompts
+from saelab.lm.hook_points import door
+from saelab.lm.model_checks import Model, find_context, find_row
+from saelab.lm.tokenizers import find_ends, read_text
 from saelab.lm.tokens import tokenize
-from saelab.stores.progress import hidden
+from saelab.lm.unwrapped import evaluating
+from saelab.stores.jobs import hidden
 from saelab.stores.results import Result
+
+
+@dataclass(frozen=True, eq=False)
+class Continuations:
+    """Logits of a batch of prompts and of their continuations; the masks are False at padding."""
+
+    prompt_ids: Int[Tensor, "batch n_prompt"]
+    """token ids of the prompts"""
+    prompt_logits: Float[Tensor, "batch n_prompt d_vocab"]
+    """logits after each token of a prompt; prompts are padded on the left"""
+    prompt_mask: Bool[Tensor, "batch n_prompt"]
+    """which of them are not padding"""
+    logits: Float[Tensor, "batch n_text d_vocab"]
+    """logits that each token of a continuation is predicted by, the first of them after the prompt's last token; padded
+    on the right
+    """
+    ids: Int[Tensor, "batch n_text"]
+    """token ids of the continuations"""
+    mask: Bool[Tensor, "batch n_text"]
+    """which of them are not padding"""
+
+
+@torch.no_grad()
+def read_continuations(model: Model, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> Continuations:
+    """Logits of texts as continuations of prompts, equal to those of `generate` writing them; two forward passes, with
+    a cache where that is correct.
+
+    Edits of `splice` and `steer` apply, with the same distinction of prompt and generated tokens. ValueError where a
+    prompt or a text is empty, or their numbers differ.
+
+    >>> found = read_continuations(sl.tiny_model(), [[65, 66], [67]], [[68, 69, 70], [71]])
+    >>> found.logits.shape, found.mask.sum(1).tolist()
+    (torch.Size([2, 3, 259]), [3, 1])
+    """
+    if len(prompts) != len(texts) or not all(map(len, (*prompts, *texts))) or not prompts:
+        raise ValueError(
+            f"Each prompt must have a text, both of at least one token, got {len(prompts)} prompts and {len(texts)} "
+            "texts, or an empty one among them."
+        )
+    module, _ = door(model).route([])
+    caching, lengths = door(model).caching(module), sorted({len(prompt) for prompt in prompts})
+    if len(lengths) == 1 or caching.pads(module, max(map(len, prompts)) + max(map(len, texts))):
+        return _read(module, caching, prompts, texts)
+    groups = [[i for i, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
+    parts = [_read(module, caching, [prompts[i] for i in rows], [texts[i] for i in rows]) for rows in groups]
+    return _join(parts, torch.tensor([i for rows in groups for i in rows]))
+
+
+def _read(
+    module: nn.Module, caching: Caching, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
+) -> Continuations:
+    """Logits of one batch: prompts in one forward pass, continuations in another, with the first one's cache or from
+    the start.
+    """
+    device = next(module.parameters()).device
+    start, is_prompt = (x.to(device) for x in pad_rows(prompts, left=True))
+    ids, is_text = (x.to(device) for x in pad_rows(texts, left=False))
+    real, n, end = torch.cat([is_prompt, is_text], 1), start.shape[1], start.shape[1] + ids.shape[1] - 1
+    use_cache = caching.in_pieces and caching.keeps(module, n, ids.shape[1])
+    with evaluating(module):
+        first = module(start, use_cache=use_cache, **place_columns(real, 0, n))
+        logits = first.logits[:, -1:]
+        if end > n and use_cache:
+            rest = module(ids[:, :-1], use_cache=True, **caching.go_on(first, real, n, end))
+            logits = torch.cat([logits, rest.logits], 1)
+        elif end > n:
+            rest = module(torch.cat([start, ids[:, :-1]], 1), use_cache=False, **place_columns(real, 0, end))
+            logits = torch.cat([logits, rest.logits[:, n:]], 1)
+    return Continuations(start, first.logits, is_prompt, logits, ids, is_text)
+
+
+def _join(parts: Sequence[Continuations], order: Int[Tensor, "batch"]) -> Continuations:
+    """Several parts as one batch, row i of them at index `order[i]`, padded to a common length."""
+    back = order.argsort()
+
+    def stack(name: str, left: bool) -> Tensor:
+        found = [getattr(part, name) for part in parts]
+        width = max(x.shape[1] for x in found)
+        whole = found[0].new_zeros((len(order), width, *found[0].shape[2:]))
+        rows = torch.arange(len(order)).split([len(x) for x in found])
+        for x, where in zip(found, rows, strict=True):
+            whole[where[0] : where[-1] + 1, width - x.shape[1] if left else 0 : width if left else x.shape[1]] = x
+        return whole[back.to(whole.device)]
+
+    before = ("prompt_ids", "prompt_logits", "prompt_mask")
+    return Continuations(**{f.name: stack(f.name, f.name in before) for f in fields(Continuations)})
+
+
+def pad_rows(rows: Sequence[Sequence[int]], left: bool) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+    """Rows of ids as one padded tensor, and the mask of what is not padding."""
+    longest = max(map(len, rows))
+    ids, real = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        part = slice(longest - len(row), None) if left else slice(len(row))
+        ids[i, part], real[i, part] = torch.tensor(list(row)), True
+    return ids, real
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Samples tokens from softmax(logits / temperature), or takes the most likely at temperature 0.
+
+    Row i draws with `generators[i]` alone, the same number of times at every step, so that its sample does not depend
+    on the rest of the batch, and two models sampled with the same seeds use the same noise.
+    """
+
+    temperature: float
+    """divisor of the logits; 0 takes the most likely token"""
+    top_k: int | None
+    """sample only from the k most likely tokens; None is all"""
+    top_p: float | None
+    """sample only from the smallest set of most likely tokens whose probabilities sum to at least p; None is all"""
+    generators: Sequence[Generator]
+    """one generator per row; its state advances with each call"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"`temperature` must be finite and at least 0, got {self.temperature}.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1, got {self.top_k}; use None for all tokens.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}.")
+
+    def __call__(self, logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, "batch"]:
+        """(batch,) token ids, one per row."""
+        if self.temperature == 0:
+            return logits.argmax(1)
+        kept = self._cut(logits / self.temperature)
+        waits = torch.empty_like(kept)
+        for row, generator in zip(waits, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        # Exponential race: among exponential times with rates p, the minimum is at i with probability p_i.
+        return (kept - waits.log()).argmax(1)
+
+    def _cut(self, logits: Tensor) -> Tensor:
+        """Logits with -inf for tokens that top-k and top-p exclude."""
+        if self.top_k is not None and self.top_k < logits.shape[1]:
+            logits = logits.masked_fill(logits < logits.topk(self.top_k, 1).values[:, -1:], -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            ordered, order = logits.sort(dim=1, descending=True, stable=True)
+            before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)  # probability of all more likely tokens
+            ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
+            logits = logits.scatter(1, order, ordered)
+        return logits
+
 
 BATCH = 64
 
@@ -258,3 +406,34 @@ class _Run:
             self.before = out
         last: Tensor = out.logits[:, -1].float().cpu()
         return last
+
+
+def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -> tuple[str, int, int]:
+    """Greedy answer to a conversation, with the numbers of tokens of prompt and answer.
+
+    The prompt is made with the tokenizer's chat template where it has one, else the messages are joined as plain text.
+    ValueError where prompt and answer do not fit the model's context.
+
+    >>> text, n_in, n_out = answer(sl.tiny_model(), [{"role": "user", "content": "Hi"}], 3)
+    >>> n_in, n_out
+    (4, 3)
+    """
+    ids = _encode(model.tokenizer, messages)
+    if ids.shape[1] + n_tokens > find_context(model):
+        raise ValueError(
+            f"A prompt must fit the model's context of {find_context(model)} tokens beside {n_tokens} of the answer, "
+            f"got {ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
+        )
+    made = generate(model, ids, n_tokens, temperature=0.0, progress=False).samples[0]
+    return read_text(model, made.ids), ids.shape[1], len(made.ids)
+
+
+def _encode(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> torch.Tensor:
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template adds its own special tokens
+    else:
+        ids = tokenizer("\n\n".join(message["content"] for message in messages) + "\n")["input_ids"]
+    return torch.tensor([ids])

@@ -1,17 +1,26 @@
-"""Reading and replacing activations of a language model at TransformerLens hook points."""
+"""Reading and replacing activations of a language model at TransformerLens hook points.
 
+`Flow`: tracking which tokens each forward pass processes, and their positions in the text.
+
+Batching of forward passes: sequences per batch, median activation norms, and a check that activations are finite.
+"""
+
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saelab.lm.door import Door, door, require_once
-from saelab.lm.extent import find_context
-from saelab.lm.models import Model
-from saelab.lm.plain import OwnHook, Site, Tap, attach, run, run_as_set
+from saelab.lm.caching import count_columns, find_given, require_whole
+from saelab.lm.hook_points import Door, door, require_once
+from saelab.lm.masks import TokenMask
+from saelab.lm.model_checks import Model, find_context
+from saelab.lm.tokens import Tokens
+from saelab.lm.unwrapped import OwnHook, Site, Tap, attach, run, run_as_set
 
 
 class _Stop(Exception):
@@ -263,3 +272,206 @@ def next_token_loss(
     flat = logits[:, :-1].float().flatten(0, 1)
     targets = ids[:, 1:].to(device=flat.device, dtype=torch.long).flatten()
     return torch.nn.functional.cross_entropy(flat, targets, reduction="none").unflatten(0, (len(ids), -1))
+
+
+@dataclass(frozen=True, eq=False)
+class Passing:
+    """Tokens of one forward pass: `n` new columns after `n_past` columns in the key-value cache."""
+
+    ids: Int[Tensor, "batch n"]
+    """token ids of the new columns"""
+    positions: Int[Tensor, "batch n"]
+    """positions in the text, from 0 at a row's first token that is not padding; -1 for padding"""
+    n_past: int
+    """number of columns in the cache"""
+    n_prompt: int
+    """number of columns of the text's first forward pass; later columns were generated"""
+    lengths: Int[Tensor, "batch"]
+    """number of tokens of each row's prompt, without padding"""
+
+    @property
+    def columns(self) -> Int[Tensor, "n"]:
+        """Indices of the new columns in the text, padding included."""
+        return torch.arange(self.n_past, self.n_past + self.ids.shape[1], device=self.ids.device)
+
+
+@dataclass(eq=False)
+class Flow(OwnHook):
+    """Tracks the tokens of a model's forward passes, with or without a key-value cache, padded on either side.
+
+    A forward pass continues the text of the one before where it brings a cache, or where each of its rows is a row of
+    the one before plus one token, as in generation with and without a cache, beam search included. Any other forward
+    pass begins a new text, and so does one with an empty cache.
+    """
+
+    home: Door
+    """hook points of the model"""
+    now: Passing | None = None
+    """tokens of the running or last forward pass"""
+    n_forwards: int = 0
+    """number of forward passes so far"""
+    seen: Tensor | None = None
+    """ids of the text so far"""
+    ends: Tensor | None = None
+    """position of each row's last token"""
+    prompt: tuple[int, Tensor] = field(default_factory=lambda: (0, torch.zeros(0)))
+    """number of columns of the text's first forward pass, and tokens of each row in it"""
+
+    def follow(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Record a forward pass that begins (a pre-hook with keyword arguments); ValueError where its tokens cannot be
+        tracked.
+        """
+        ids = args[0] if args else kwargs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            raise ValueError("Steering needs forwards that get token ids (batch, n), got one without `input_ids`.")
+        if module is self.home.bridged and not self.home.bridge_is_right:
+            raise ValueError(
+                "Steering follows a bridge only where it computes what its model does, got one with other logits than "
+                "Hugging Face's. Use `sl.logits` and `sl.generate`, which run Hugging Face's own modules."
+            )
+        kwargs = _name_arguments(module, args) | kwargs
+        cache = find_given(kwargs)
+        if cache is not None and self.home.caching(module).argument is None:  # even if it is empty
+            raise ValueError(
+                "A forward may go on from a cache only where that gives the logits of the whole text, got one through "
+                "a model that loses it, as a TransformerBridge may with another release of transformers. Run with "
+                "use_cache=False (`use_past_kv_cache=False` for the bridge's own `generate`), or use `sl.generate`."
+            )
+        if cache is None:
+            require_whole(ids.shape[1], kwargs)
+        n_past = self._count_past(cache)
+        goes_on = self._goes_on(ids, n_past) and (n_past > 0 or cache is None)
+        self.seen = torch.cat([self.seen, ids], 1) if goes_on and n_past and self.seen is not None else ids
+        before = self.ends if goes_on and n_past else None
+        positions = _find_positions(ids, n_past, kwargs.get("attention_mask"), before)
+        self.ends = positions.max(1).values
+        if not goes_on:
+            self.prompt = n_past + ids.shape[1], positions.max(1).values + 1
+        self.now = Passing(ids, positions, n_past, *self.prompt)
+        self.n_forwards += 1
+
+    def _count_past(self, cache: Any) -> int:
+        n_past = count_columns(cache)
+        if n_past is not None:
+            return n_past
+        if self.seen is None:
+            raise ValueError(
+                f"Steering must see a text from its first token where its state does not count them "
+                f"({type(cache).__name__}), got a forward in the middle. Run the whole text inside the block."
+            )
+        return self.seen.shape[1]
+
+    def _goes_on(self, ids: Tensor, n_past: int) -> bool:
+        if self.seen is None or len(ids) != len(self.seen):
+            return False
+        if n_past > 0 or ids.shape[1] != self.seen.shape[1] + 1:
+            return n_past > 0
+        before = ids[:, :-1]
+        same = before == self.seen
+        strays = before[~same.all(1)]  # beam search reorders its rows
+        return bool((strays[:, None] == self.seen).all(2).any(1).all())
+
+
+def _name_arguments(module: torch.nn.Module, args: tuple) -> dict[str, Any]:
+    """Positional arguments by name."""
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) if len(args) > 1 else {}
+
+
+def _find_positions(ids: Tensor, n_past: int, attention_mask: Any, before: Tensor | None) -> Tensor:
+    """Positions counted over real tokens. Without a mask all are real and follow those of the forward pass before.
+
+    ValueError for a mask that does not show which columns are padding.
+    """
+    n = ids.shape[1]
+    if attention_mask is None:
+        first = torch.full((len(ids),), n_past) if before is None else before + 1
+        return first.to(ids.device)[:, None] + torch.arange(n, device=ids.device)
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[1] < n_past + n:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"Steering needs to know padding: `attention_mask` must be (batch, {n_past + n}), past and new columns, or "
+            f"left out, got {got}."
+        )
+    real = attention_mask[:, : n_past + n].bool()
+    return (real.cumsum(1) - 1).masked_fill(~real, -1)[:, n_past:].to(ids.device)
+
+
+@contextmanager
+def watch(model: Model) -> Iterator[Flow]:
+    """Context manager that yields a `Flow` tracking every forward pass of the model, through the bridge or the plain
+    Hugging Face model.
+    """
+    home = door(model)
+    flow = Flow(home)
+    with ExitStack() as stack:
+        for module in (home.bridged, home.plain):
+            if module is not None:
+                stack.enter_context(module.register_forward_pre_hook(flow.follow, with_kwargs=True))
+        yield flow
+
+
+FORWARD_TOKENS = 4096
+CALIBRATION_TOKENS = 16384
+
+
+def forward_size(tokens: Tokens, n_seq: int | None, most_tokens: int = FORWARD_TOKENS) -> int:
+    """Number of sequences per forward pass: `n_seq`, or about 4096 tokens' worth, and `most_tokens` where that is
+    less.
+    """
+    if n_seq is not None and n_seq < 1:
+        raise ValueError(
+            f"`batch_size` (`n_seq` of a stream) must be at least 1 sequence, got {n_seq}; use None for the default."
+        )
+    return n_seq or max(1, min(FORWARD_TOKENS, most_tokens) // tokens.ctx_len)
+
+
+def batches_of(tokens: Tokens, n_seq: int) -> Iterator[Tokens]:
+    """Iterator over the sequences in order, `n_seq` at a time."""
+    return (tokens[start : start + n_seq] for start in range(0, len(tokens), n_seq))
+
+
+def norms_of(x: Float[Tensor, "*shape d"]) -> Float[Tensor, "*shape"]:
+    """Euclidean norms in float32, on the CPU like the masks; 0 where not finite.
+
+    Rows that are not finite get norm 0 so that a mask's norm rule keeps them and the finiteness check can raise.
+    """
+    return x.float().norm(dim=-1).nan_to_num(0.0, 0.0).cpu()
+
+
+def find_median_norms(
+    read: Callable[[Tokens], dict[str, Tensor]], tokens: Tokens, mask: TokenMask, n_seq: int
+) -> dict[str, float]:
+    """Median activation norms by hook point, which a mask's norm rule compares with: over the tokens that its other
+    rules keep.
+
+    Only the first 16384 of the tokens are used.
+
+    Args:
+        read: function from a batch of tokens to activations (n_seq, ctx_len, d) by hook point.
+        tokens: rows of token ids.
+        mask: the mask; its norm rule is ignored.
+        n_seq: sequences per batch.
+
+    Raises:
+        ValueError: where a kept row is not finite.
+    """
+    others = replace(mask, max_norm_ratio=None)
+    norms: dict[str, list[Tensor]] = {}
+    for batch in batches_of(tokens[: max(1, CALIBRATION_TOKENS // tokens.ctx_len)], n_seq):
+        keep = others.apply(batch).keep
+        for name, x in read(batch).items():
+            rows = x[keep.to(x.device)]
+            require_finite(name, rows)
+            norms.setdefault(name, []).append(norms_of(rows))
+    return {name: float(torch.cat(pieces).median()) for name, pieces in norms.items()}
+
+
+def require_finite(name: str, x: Float[Tensor, "n d"]) -> None:
+    """Raise ValueError for rows of a hook point that hold NaN or infinity."""
+    # One pass and no copy, unlike isfinite: NaN shows in both minimum and maximum, an infinity in one of them.
+    if len(x) and not torch.stack(torch.aminmax(x)).isfinite().all():
+        n_bad = int((~x.isfinite().all(1)).sum())
+        raise ValueError(
+            f"Activations must be finite in {x.dtype}; '{name}' has NaN or infinity in {n_bad} of {len(x)} rows of a "
+            "batch. Take bfloat16 or float32 where float16 overflows, or check the model's weights and dtype."
+        )

@@ -1,40 +1,155 @@
-"""Loading language models: from the Hub, a folder or an object, the built-in models, or a tiny random one."""
+"""Loading language models: from the Hub, a folder or an object, the built-in models, or a tiny random one.
 
+Hiding the progress bars that transformers and huggingface_hub show when loading.
+
+Suppressing side effects of loading a model: started processes, network access, and weights filled in at random.
+"""
+
+import logging
 import os
+import subprocess
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 
-from saelab.lm.admission import (
+from saelab.lm.model_checks import (
+    Model,
     admit_config,
     admit_folder,
     admit_object,
     admit_tokenizer,
     admit_weights,
     has_processed_weights,
+    warn_of_hooks,
 )
-from saelab.lm.bars import hidden_bars
-from saelab.lm.foreign import warn_of_hooks
-from saelab.lm.plain import drop_hollow, make_probe, run, set_attention, strip
-from saelab.lm.quiet import no_processes, offline, recorded_missing, text_alone
 from saelab.lm.tokenizers import copy_tokenizer
-from saelab.stores.names import shareable
-from saelab.stores.progress import hidden
+from saelab.lm.unwrapped import drop_hollow, make_probe, run, set_attention, strip
+from saelab.stores.files import shareable
+from saelab.stores.jobs import hidden
 
-Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]
+
+@contextmanager
+def hidden_bars() -> Iterator[None]:
+    """Context manager without progress bars of transformers and huggingface_hub; their previous settings are
+    restored.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    shown, hub_hidden = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    logging.disable_progress_bar()  # also disables those of huggingface_hub
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+        if are_progress_bars_disabled() != hub_hidden:
+            (disable_progress_bars if hub_hidden else enable_progress_bars)()
+
+
+logger = logging.getLogger(__name__)
+
+_STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile")
+
+
+@contextmanager
+def no_processes() -> Iterator[None]:
+    """Context manager in which starting a process on this thread raises PermissionError and is logged.
+
+    transformer_lens installs torchvision by pip where a processor is missing, and continues without it where that
+    fails.
+    """
+    thread = threading.get_ident()
+
+    def guard(start: Callable) -> Callable:
+        def refuse(*args: Any, **options: Any) -> Any:
+            if threading.get_ident() != thread:
+                return start(*args, **options)
+            wanted = next((arg for arg in args if isinstance(arg, str | bytes | list | tuple)), options.get("args", ""))
+            logger.info("Not started while a model was loaded, since nobody asked for it: %s", wanted)
+            raise PermissionError(f"Loading a model starts no process, a library wanted {wanted!r}. Run it yourself.")
+
+        return refuse
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(subprocess.Popen, "__init__", guard))
+        for name in _STARTERS:
+            if hasattr(os, name):
+                stack.enter_context(_replaced(os, name, guard))
+        yield
+
+
+@contextmanager
+def text_alone() -> Iterator[None]:
+    """Context manager in which transformer_lens does not require the image libraries of a multimodal model, as text
+    needs none.
+
+    What the model's own modules need is still required where they are made.
+    """
+    from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+    if not hasattr(ArchitectureAdapter, "_check_required_libraries"):  # releases before 4
+        yield
+        return
+    with _replaced(ArchitectureAdapter, "_check_required_libraries", lambda _: lambda _adapter: None):
+        yield
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Context manager in which huggingface_hub and transformers do not use the network."""
+    from huggingface_hub import constants
+
+    with _replaced(constants, "HF_HUB_OFFLINE", lambda _: True):
+        yield
+
+
+@contextmanager
+def recorded_missing() -> Iterator[list[set[str]]]:
+    """Context manager that yields the names of weights that Hugging Face does not find in the files, a set for each
+    model loaded in it.
+    """
+    from transformers import PreTrainedModel
+
+    missing: list[set[str]] = []
+
+    def record(load: Any) -> Any:
+        def from_pretrained(cls: type, *args: Any, **options: Any) -> Any:
+            model, found = load.__func__(cls, *args, **{**options, "output_loading_info": True})
+            missing.append(set(found["missing_keys"]))
+            return model
+
+        return classmethod(from_pretrained)
+
+    with _replaced(PreTrainedModel, "from_pretrained", record):
+        yield missing
+
+
+@contextmanager
+def _replaced(holder: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Context manager in which an attribute is replaced by what `make` returns for it."""
+    before = vars(holder)[name]
+    setattr(holder, name, make(before))
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
 """A language model in saelab: a TransformerBridge. A string, because importing the class takes seconds."""
 
 
 Processing = Literal["none", "folded"]
 BUILT_IN = ("tales", "tales-b")
-WORLD_MODELS = Path(__file__).parents[1] / "worlds" / "models"
+WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
 """folder of the built-in models"""
 
 
@@ -52,9 +167,9 @@ def load_model(
     Of a multimodal model the language tower is used; nothing is installed or started for the rest.
 
     Args:
-        name_or_path: "tales" or "tales-b" (the models of `saelab.worlds`, part of the package; "./tales" is a folder of
-            that name), a Hub id, a local folder (the network is not used), "tiny" for `tiny_model()`, a Hugging Face
-            model object (unchanged; the bridge shares its weights), or a bridge (returned as it is).
+        name_or_path: "tales" or "tales-b" (the models of `saelab.synthetic`, part of the package; "./tales" is a
+            folder of that name), a Hub id, a local folder (the network is not used), "tiny" for `tiny_model()`, a
+            Hugging Face model object (unchanged; the bridge shares its weights), or a bridge (returned as it is).
         device: None is the best one present (the CPU for built-in models); not allowed for an object, which keeps its
             own.
         dtype: dtype of the weights; None is float32; not allowed for an object.

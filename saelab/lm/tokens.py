@@ -12,10 +12,9 @@ import torch
 from jaxtyping import Bool, Int32
 from torch import Tensor
 
-from saelab.lm.extent import find_context
-from saelab.lm.models import Model
-from saelab.lm.special import find_bos, find_special_ids
-from saelab.lm.text import Row, describe_source, read_rows
+from saelab.lm.documents import Row, describe_source, read_rows
+from saelab.lm.model_checks import Model, find_context
+from saelab.lm.tokenizers import find_bos, find_special_ids
 
 PADDING = -1
 """Document id of padding."""

@@ -6,10 +6,9 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from saelab.sae.activations import AbsTopK, TopK
-from saelab.sae.archetypes import Archetypal
-from saelab.sae.normaliser import KINDS, PER_TOKEN, Kind
-from saelab.sae.registry import Activation, read_activation
+from saelab.sae.activation_functions import AbsTopK, Activation, TopK, read_activation
+from saelab.sae.archetypal import Archetypal
+from saelab.sae.normalizer import KINDS, PER_TOKEN, Kind
 from saelab.stores.validation import read_fields, require_object
 
 MAX_WIDTH = 2**31

@@ -13,11 +13,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from saelab.functional.metrics import ReconstructionSums
-from saelab.sae.activations import TopK
-from saelab.sae.archetypes import Archetypal
+from saelab.sae.activation_functions import Activation, TopK
+from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import Dictionary, Init, RandomPrefixes, SAEConfig
-from saelab.sae.normaliser import Kind
-from saelab.sae.registry import Activation
+from saelab.sae.normalizer import Kind
 from saelab.sae.sae import SAE
 from saelab.training.config import TrainConfig
 

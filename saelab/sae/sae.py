@@ -10,26 +10,21 @@ from typing import Any
 
 import torch
 
-from saelab.sae.checkpoint import write_sae
-from saelab.sae.coder import Coder
+from saelab.sae.activation_functions import Activation
+from saelab.sae.adapters import SAEBenchSAE
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import Data, HeldOut, describe_training, finish_run, make_run, open_data, origin_of
-from saelab.sae.formats.readers import require_room
-from saelab.sae.formats.readings import Asked, Origin
-from saelab.sae.formats.writers import write_foreign
-from saelab.sae.loading import Loaded, fill, load, locate, on_meta
-from saelab.sae.modelcard import write_card
-from saelab.sae.registry import Activation
-from saelab.sae.saebench import SAEBenchSAE
-from saelab.stores.disk import hold_folder
-from saelab.stores.files import read_settled, write_atomic
-from saelab.stores.names import shareable
-from saelab.stores.provenance import Provenance
+from saelab.sae.formats.origin import Asked, Origin
+from saelab.sae.formats.registry import require_room, write_foreign
+from saelab.sae.module import Coder
+from saelab.sae.pretrained import Loaded, fill, load, locate, on_meta, write_card, write_sae
+from saelab.stores.files import read_settled, shareable, write_atomic
+from saelab.stores.jobs import hold_folder
+from saelab.stores.manifest import Provenance
 from saelab.stores.results import Result
 from saelab.stores.validation import naming
 from saelab.training.config import TrainConfig
-from saelab.training.loop import train
-from saelab.training.sinks import Entry, Sink
+from saelab.training.loop import Entry, Sink, train
 
 
 class SAE(Coder):

@@ -1,1 +1,1 @@
-"""Steering with SAE features and directions, its effect and cost, attribution, patching and concept erasure."""
+"""Steering measured: effect and cost over strengths, against baselines."""

@@ -1,4 +1,9 @@
-"""`SteeringCurve`: effect and cost of steering by source and strength; frontier, area under it, best strength."""
+"""`SteeringCurve`: effect and cost of steering by source and strength; frontier, area under it, best strength.
+
+`Estimate` and `Best`: values with bootstrap intervals, or with the reason why there are none.
+
+Pareto frontier of effect and cost, effect at a given cost, and mean effect over budgets; vectorized over draws.
+"""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -6,11 +11,204 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from saelab.steering.estimates import N_DRAWS, NAN, Best, Estimate, draw_weights, make_estimates
-from saelab.steering.frontiers import find_frontier, mean_gain, read_cost, read_gain
+from saelab.functional.statistics import find_reach
 from saelab.stores.results import Result, align_columns
+
+NAN = float("nan")
+N_DRAWS = 500
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval; NaN where there is none, with the reason.
+
+    >>> str(Estimate(1.0, 0.5, 1.5))
+    '1 [0.5, 1.5]'
+    """
+
+    value: float
+    low: float = NAN
+    high: float = NAN
+    reason: str = ""
+    """why there is no value"""
+
+    def __neg__(self) -> "Estimate":
+        return Estimate(0.0 - self.value, 0.0 - self.high, 0.0 - self.low, self.reason)
+
+    def __str__(self) -> str:
+        if self.value != self.value:
+            return "-"
+        return f"{self.value:.2g}" + (f" [{self.low:.2g}, {self.high:.2g}]" if self.low == self.low else "")
+
+
+@dataclass(frozen=True)
+class Best:
+    """The strength chosen on every other prompt for its balance of effect and fluency, with its scores on the rest.
+
+    The score is the harmonic mean of effect and fluency, each in [0, 1]. The effect is `1 - exp(-gain)` (for a scored
+    concept the increase of the score), the fluency `exp(-extra nll) (1 - extra repetition)`. An nll or repetition lower
+    than unsteered text's counts as no difference: repetitive text is likely, but broken. A decrease counts as no
+    effect, so score and effect are above 0 by chance alone: evidence of an effect is `effect_low` above 0.
+    """
+
+    strength: float
+    score: float
+    """on the rest of the prompts"""
+    effect: float
+    fluency: float
+    chosen_score: float
+    """on the prompts that the strength was chosen on"""
+    reason: str = ""
+    """why no strength was chosen"""
+    effect_low: float = NAN
+    """lower end of the effect's 95 % interval on the prompts it is measured on; below 0 for a decrease; NaN for one
+    prompt"""
+    effect_high: float = NAN
+    """upper end"""
+
+    @classmethod
+    def none(cls, reason: str) -> "Best":
+        """The value where no strength can be chosen, with the reason."""
+        return cls(NAN, NAN, NAN, NAN, NAN, reason)
+
+
+def make_estimates(
+    values: Float[np.ndarray, "n"],
+    draws: Float[np.ndarray, "n n_draws"],
+    n_clusters: int,
+    reason: str = "",
+    n_groups: int = 1,
+) -> list[Estimate]:
+    """Values with their 95 % intervals, from bootstrap draws by `find_reach`.
+
+    Args:
+        values: the numbers themselves.
+        draws: the same numbers with clusters drawn with replacement; NaN is left out.
+        n_clusters: number of clusters to draw from, such as prompts.
+        reason: why a number is NaN.
+        n_groups: number of groups that clusters were drawn within.
+    """
+    reach = find_reach(draws, n_clusters, n_groups)
+    return [
+        Estimate(value, value - half, value + half, reason)
+        for value, half in zip(values.tolist(), reach.tolist(), strict=True)
+    ]
+
+
+def draw_weights(n: int, n_draws: int = N_DRAWS, seed: int = 0) -> Float[np.ndarray, "n_draws n"]:
+    """Bootstrap weights: how often each of `n` items is drawn with replacement; NaN where there is only one item.
+
+    >>> draw_weights(4, 2).sum(1).tolist()
+    [4.0, 4.0]
+    """
+    if n < 2:
+        return np.full((1, n), NAN)
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws).astype(float)
+
+
+STEPS = 16  # between two strengths
+
+
+def find_frontier(gain: Float[np.ndarray, "n"], cost: Float[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
+    """Indices of the Pareto-optimal points, which no other beats in gain at no higher cost, by increasing cost.
+
+    The first of equal points counts; NaN is left out.
+
+    >>> find_frontier(np.array([1.0, 3.0, 2.0]), np.array([0.1, 0.2, 0.3])).tolist()
+    [0, 1]
+    """
+    order = np.lexsort((np.arange(len(gain)), -gain, cost))
+    order = order[~np.isnan(gain[order] + cost[order])]
+    best = np.maximum.accumulate(np.concatenate([[-np.inf], gain[order]]))
+    return order[gain[order] > best[:-1]]
+
+
+def read_gain(
+    gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], at: float
+) -> Float[np.ndarray, "n_draws"]:
+    """The gain where a curve first reaches a cost, interpolated; NaN where it does not.
+
+    Points are in order of increasing strength; the curve starts at gain 0 and cost 0. Between points the gain is linear
+    in the square root of the cost, since for small strengths a KL grows with the square of the strength.
+
+    >>> read_gain(np.array([[1.0], [2.0]]), np.array([[0.01], [0.04]]), 0.01)
+    array([1.])
+    """
+    gain, root = _from_origin(gain, cost)
+    return _meet(root, gain, float(np.sqrt(at)))
+
+
+def read_cost(
+    gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], at: float
+) -> Float[np.ndarray, "n_draws"]:
+    """The cost at which a curve first reaches a gain, interpolated as in `read_gain`; NaN where it does not.
+
+    >>> read_cost(np.array([[1.0], [2.0]]), np.array([[0.01], [0.04]]), 1.5).round(6)
+    array([0.0225])
+    """
+    gain, root = _from_origin(gain, cost)
+    return _meet(gain, root, at) ** 2
+
+
+def mean_gain(
+    gain: Float[np.ndarray, "n n_draws"],
+    cost: Float[np.ndarray, "n n_draws"],
+    limit: float,
+    judged: Float[np.ndarray, "n n_draws"] | None = None,
+) -> Float[np.ndarray, "n_draws"]:
+    """The mean, over budgets from 0 to `limit`, of the best gain within the budget.
+
+    That is the area under the frontier over its width. The best gain within a budget is the largest of the points on
+    the curve (see `read_gain`) that cost no more; at least 0, the gain of no steering.
+
+    Args:
+        gain: by strength, the weakest first, and draw; the best point of each budget is chosen by it.
+        cost: of the same points.
+        limit: the largest budget.
+        judged: gains of the same points on other prompts, which are averaged in place of `gain`. The largest of several
+            gains is above 0 by chance alone; the gain of the same point on other prompts is not.
+
+    >>> mean_gain(np.array([[1.0]]), np.array([[0.0]]), 1.0)
+    array([1.])
+    """
+    judged = gain if judged is None else judged
+    (gain, root), (judged, _) = _from_origin(gain, cost), _from_origin(judged, cost)
+    places = np.linspace(0, len(gain) - 1, STEPS * (len(gain) - 1) + 1)
+    gain, judged, cost = _between(gain, places), _between(judged, places), _between(root, places) ** 2
+    order = np.argsort(cost, axis=0, kind="stable")
+    gain, judged, ends = (np.take_along_axis(one, order, 0) for one in (gain, judged, cost.clip(max=limit)))
+    best = np.maximum.accumulate(gain.clip(min=0), axis=0)
+    is_new = np.diff(best, axis=0, prepend=0.0) > 0
+    last = np.maximum.accumulate(is_new * np.arange(len(gain))[:, None], axis=0)  # row 0 is that of doing nothing
+    chosen = np.where(best > 0, np.take_along_axis(judged, last, 0), 0.0)
+    widths = np.diff(ends, axis=0, append=np.full_like(ends[:1], limit))
+    return (chosen * widths).sum(0) / limit
+
+
+def _from_origin(gain: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Gains with the unsteered model first, and square roots of the costs."""
+    zero = np.zeros_like(gain[:1])
+    return np.concatenate([zero, gain]), np.sqrt(np.concatenate([zero, np.maximum(cost, 0)]))
+
+
+def _meet(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
+    """y, interpolated, where a line through points first has x >= at."""
+    beyond = x >= at
+    after = beyond.argmax(0)
+    before = np.maximum(after - 1, 0)
+    (x0, x1), (y0, y1) = ([np.take_along_axis(z, i[None], 0)[0] for i in (before, after)] for z in (x, y))
+    share = np.divide(at - x0, x1 - x0, out=np.zeros_like(x0), where=x1 > x0)
+    return np.where(beyond.any(0), y0 + share * (y1 - y0), np.nan)
+
+
+def _between(values: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Values interpolated at fractional row numbers."""
+    low = np.minimum(places.astype(int), len(values) - 2)
+    share = (places - low)[:, None]
+    return values[low] * (1 - share) + values[low + 1] * share
+
 
 MATCHED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
 """KL in nats at which sources are compared: the largest that all of them reach"""
@@ -37,10 +235,10 @@ SIDES = {1: "upwards", -1: "downwards"}
 class SteeringCurve(Result):
     """Measures of `steering_curve` at each point, a source and a strength; the first point is the unsteered model.
 
-    `values(measure)` takes any name of `saelab.steering.measures`; `gain NAME` is the gain of another concept, and the
-    prefix `extra_` gives a measure's difference to unsteered text. Intervals come from a bootstrap of prompts with all
-    of their texts (of texts, where there is one prompt). Side 1 means positive strengths, which raise the concept, side
-    -1 negative ones, which lower it.
+    `values(measure)` takes any name of `saelab.steering.dose_response`; `gain NAME` is the gain of another concept, and
+    the prefix `extra_` gives a measure's difference to unsteered text. Intervals come from a bootstrap of prompts with
+    all of their texts (of texts, where there is one prompt). Side 1 means positive strengths, which raise the concept,
+    side -1 negative ones, which lower it.
     """
 
     concept: str

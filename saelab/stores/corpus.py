@@ -1,23 +1,155 @@
-"""`StoredText`: all tokens of the text behind a feature store, masked ones included, and splits by document."""
+"""`StoredText`: all tokens of the text behind a feature store, masked ones included, and splits by document.
 
-from collections.abc import Iterator, Mapping
+Text of byte-level tokens: characters that are split over several tokens, and the tokens that hold each character.
+
+`Places`: the index in the text of each row of a feature store, read one shard at a time.
+"""
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Integer, Shaped
+from jaxtyping import Bool, Int, Integer, Shaped
 from numpy.typing import NDArray
 
-from saelab.functional.permuting import ROWS_AT_ONCE, find_runs
-from saelab.stores.files import checksum, save_tensors, write_json
-from saelab.stores.names import find_inside
+from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
+from saelab.stores.files import checksum, find_inside, save_tensors, write_json
 from saelab.stores.packing import smallest_int
-from saelab.stores.spelling import BYTE, Spelling, read_name
 from saelab.stores.tensors import TensorFile
 from saelab.stores.validation import SEAL, naming, read_sealed, require_object
+
+BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
+"""how a byte that is not a character by itself is written, as in SentencePiece"""
+
+
+def name_bytes(raw: bytes) -> str:
+    """Bytes as text: whole characters decoded, bytes of incomplete characters written as <0xE4>.
+
+    >>> name_bytes("c".encode() + "é".encode()[:1])
+    'c<0xC3>'
+    """
+    read = raw.decode("utf-8", "surrogateescape")
+    return "".join(_name(c) for c in read) if _is_escaped(read) else read
+
+
+def read_name(text: str) -> bytes:
+    """The bytes of a text that `name_bytes` returned.
+
+    >>> read_name("c<0xC3>")
+    b'c\\xc3'
+    """
+    parts = BYTE.split(text)  # text, two digits, text, ...
+    return b"".join(bytes([int(p, 16)]) if i % 2 else p.encode("utf-8", "replace") for i, p in enumerate(parts))
+
+
+def _is_escaped(text: str) -> bool:
+    return any("\udc80" <= c <= "\udcff" for c in text)
+
+
+def _name(c: str) -> str:
+    """The character itself, or <0xE4> for an escaped byte."""
+    return f"<0x{ord(c) - 0xDC00:02X}>" if "\udc80" <= c <= "\udcff" else c
+
+
+@dataclass(frozen=True, eq=False)
+class Spelling:
+    """Consecutive tokens as one text, decoded from their bytes together."""
+
+    pieces: Sequence[bytes]
+    """bytes of each token"""
+
+    @cached_property
+    def _read(self) -> tuple[list[str], Int[np.ndarray, "n_chars"], Int[np.ndarray, "n_chars"]]:
+        """Characters as they are shown, with the first and the last token of each."""
+        chars = b"".join(self.pieces).decode("utf-8", "surrogateescape")
+        sizes = _measure(chars)
+        ends = np.cumsum(sizes)
+        token = np.repeat(np.arange(len(self.pieces)), [len(piece) for piece in self.pieces])
+        first, last = (token[at] for at in (ends - sizes, ends - 1))
+        return ([_name(c) for c in chars] if _is_escaped(chars) else list(chars)), first, last
+
+    @cached_property
+    def text(self) -> str:
+        """The text of the tokens; bytes that belong to no character are written as <0xE4>."""
+        return "".join(self._read[0])
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The characters that begin in each token, "" where it only continues one; joined they are `text`.
+
+        >>> Spelling(["é".encode()[:1], "é".encode()[1:], b"t"]).words
+        ('é', '', 't')
+        """
+        chars, first, _ = self._read
+        found = [""] * len(self.pieces)
+        for char, token in zip(chars, first.tolist(), strict=True):
+            found[token] += char
+        return tuple(found)
+
+    @cached_property
+    def touched(self) -> tuple[str, ...]:
+        """The characters of which each token holds a byte; a character that is split is listed for all of its tokens.
+
+        >>> Spelling(["é".encode()[:1], "é".encode()[1:], b"t"]).touched
+        ('é', 'é', 't')
+        """
+        chars, first, last = self._read
+        found = [""] * len(self.pieces)
+        for char, a, b in zip(chars, first.tolist(), last.tolist(), strict=True):
+            for token in range(a, b + 1):
+                found[token] += char
+        return tuple(found)
+
+    @cached_property
+    def _borders(self) -> Int[np.ndarray, "n_chars_1"]:
+        """Where each character begins in `text`; a byte of no character is written with six characters."""
+        return np.cumsum([0, *map(len, self._read[0])])
+
+    def tokens_of(self, start: int, stop: int) -> slice:
+        """The range of tokens that hold a byte of `text[start:stop]`, which must not be empty."""
+        a, b = np.searchsorted(self._borders, [start, stop - 1], "right") - 1
+        return slice(int(self._read[1][a]), int(self._read[2][b]) + 1)
+
+    def find(self, pattern: "re.Pattern[str]") -> Bool[np.ndarray, "n_tokens"]:
+        """Boolean mask of the tokens that hold a byte of a match of the pattern in `text`."""
+        found = np.zeros(len(self.pieces), bool)
+        for match in pattern.finditer(self.text):
+            if match.end() > match.start():
+                found[self.tokens_of(*match.span())] = True
+        return found
+
+
+def _measure(chars: str) -> Int[np.ndarray, "n_chars"]:
+    """Number of bytes of each character in UTF-8; 1 for an escaped byte."""
+    codes = np.frombuffer(chars.encode("utf-32-le", "surrogatepass"), np.uint32)
+    escaped = (codes >= 0xDC80) & (codes <= 0xDCFF)
+    return np.where(escaped, 1, 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)).astype(np.int64)
+
+
+def group_words(words: Sequence[str]) -> Iterator[slice]:
+    """Iterator over groups of tokens that share characters: one with a word, and those after it whose word is "".
+
+    >>> list(group_words(["a", "é", "", "t"]))
+    [slice(0, 1, None), slice(1, 3, None), slice(3, 4, None)]
+    """
+    start = 0
+    for stop in range(1, len(words) + 1):
+        if stop == len(words) or words[stop] != "":
+            yield slice(start, stop)
+            start = stop
+
+
+def strongest(values: Sequence[float]) -> float:
+    """The value of largest magnitude, with its sign, which represents a group of tokens; 0 for none."""
+    return max(values, key=abs, default=0.0)
+
 
 TOKENS, STRINGS = "tokens.safetensors", "strings.json"
 COLUMNS = ("token_ids", "doc_ids", "positions")
@@ -228,3 +360,67 @@ def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def _shrink(column: NDArray[np.integer[Any]]) -> NDArray[np.integer[Any]]:
     return column.astype(smallest_int(int(column.max(initial=0))))
+
+
+class Places:
+    """Index in the text of each row, read in pieces of which none is kept; indexed by slices of rows.
+
+    Args:
+        sizes: number of rows of each piece.
+        read: function of (piece, start, stop) that returns the places of rows start..stop of a piece.
+        n_text: number of tokens of the text.
+        folder: the store's folder, for error messages.
+
+    Raises:
+        ValueError: on first use, where places do not ascend within the text.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], read: Callable[[int, int, int], np.ndarray], n_text: int, folder: Path
+    ) -> None:
+        self._starts, self._read = [0, *accumulate(sizes)], read
+        self._sizes, self._n_text, self._folder = sizes, n_text, folder
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, part: slice) -> Integer[np.ndarray, "n"]:
+        start, stop, _ = part.indices(len(self))
+        found = [np.zeros(0, np.int32)]
+        if start < stop and len(self._first):  # this checks them
+            for piece in range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop)):
+                first, end = (min(max(at - self._starts[piece], 0), self._sizes[piece]) for at in (start, stop))
+                found.append(self._read(piece, first, end))
+        return np.concatenate(found)
+
+    def find(self, places: Integer[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+        """Number of rows before each of the given places of the text, and the row at it, -1 where the mask dropped it.
+
+        Args:
+            places: indices in the text, in any order.
+        """
+        before, rows = np.zeros(len(places), np.int64), np.full(len(places), -1)
+        pieces = np.searchsorted(self._first, places, "right") - 1
+        for piece in np.unique(pieces[pieces >= 0]).tolist():
+            own, here = self._read(piece, 0, self._sizes[piece]), pieces == piece
+            sought = places[here].astype(own.dtype)  # of another type, the search would convert every place first
+            at = np.searchsorted(own, sought)
+            before[here] = at + self._starts[piece]
+            if len(own):
+                rows[here] = np.where(own[np.minimum(at, len(own) - 1)] == sought, before[here], -1)
+        return before, rows
+
+    @cached_property
+    def _first(self) -> Int[np.ndarray, "n_pieces"]:
+        """First place of each piece in the text."""
+        first, last = [], -1
+        for piece, size in enumerate(self._sizes):
+            own = self._read(piece, 0, size)
+            if size and (int(own[0]) <= last or int(own[-1]) >= self._n_text or not ascends(own, strictly=True)):
+                raise ValueError(
+                    f"`places` of {self._folder} must ascend within its {self._n_text} tokens of text, got others. It "
+                    "was edited or written wrongly: harvest again."
+                )
+            first.append(int(own[0]) if size else last + 1)
+            last = int(own[-1]) if size else last
+        return np.array(first, np.int64)

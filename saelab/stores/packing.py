@@ -1,9 +1,18 @@
-"""Sparse codes in the form of a feature store's shards: by token and by feature, in the smallest integers that fit."""
+"""Sparse codes in the form of a feature store's shards: by token and by feature, in the smallest integers that fit.
 
-from typing import TYPE_CHECKING, Any
+One shard of a feature store as memory-mapped arrays, whose parts are checked when they are first read.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float, Integer
+from numpy.typing import NDArray
+
+from saelab.stores.tensors import TensorFile
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -107,3 +116,129 @@ def smallest_int(largest: int) -> np.dtype[Any]:
         if largest <= np.iinfo(dtype).max:
             return np.dtype(dtype)
     raise ValueError(f"Sizes must be below 2^31, got {largest}.")
+
+
+Array: TypeAlias = NDArray[Any]
+MAPPED_BYTES = 2**25
+"""Bytes read of a store's mapped files before the maps are released; what was read stays resident until then."""
+FAULT_BYTES = 2**16
+"""Bytes that the system may map for a single number that is read."""
+
+
+class MapBudget:
+    """Bounds the resident memory of a store: releases the maps of all shards whenever `MAPPED_BYTES` were read.
+
+    Arrays that are still in use keep their own map; the next read maps again, without repeating checks.
+    """
+
+    def __init__(self) -> None:
+        self._read = 0
+        self._release: list[Callable[[], None]] = []
+
+    def add(self, release: Callable[[], None]) -> None:
+        """Add a shard by the function that releases its maps."""
+        self._release.append(release)
+
+    def count(self, n_bytes: int) -> None:
+        """Count bytes that were read, and release all maps where the budget is used up."""
+        self._read += max(n_bytes, FAULT_BYTES)
+        if self._read > MAPPED_BYTES:
+            self._read = 0
+            for release in self._release:
+                release()
+
+
+if TYPE_CHECKING:
+    ArraysByName = Mapping[str, Array]
+else:
+    ArraysByName = Mapping  # a type checker at run time would read what it holds
+
+
+class ShardArrays(ArraysByName):
+    """The arrays of a shard by name, memory-mapped.
+
+    Before a part is returned, its checksum and its numbers are checked: offsets rise from 0 to the number of codes,
+    latents are below d_sae, tokens below the number of rows, and codes are finite and not 0. Code that multiplies or
+    gathers does not check them again.
+
+    Args:
+        file: the shard's file.
+        d_sae: number of features.
+        budget: of the store, shared by its shards.
+
+    Raises:
+        ValueError: on reading, where a part is damaged or the file was replaced; the message names it.
+    """
+
+    def __init__(self, file: TensorFile, d_sae: int, budget: MapBudget) -> None:
+        self._file, self._budget = file, budget
+        budget.add(self._release)
+        self._identity = _identify(file.path)
+        self._maps: dict[str, Array] = {}
+        n_tokens = file.specs["places"].shape[0]
+        self._bounds = {"latents": d_sae, "feature_tokens": n_tokens, "places": 2**31}
+        self._n_entries = file.specs["latents"].shape[0]
+
+    def __getitem__(self, name: str) -> Array:
+        return self.part(name, 0, self._file.specs[name].shape[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.specs)
+
+    def __len__(self) -> int:
+        return len(self._file.specs)
+
+    def part(self, name: str, start: int, stop: int) -> Array:
+        """Entries start..stop of an array, checked when they are first read; ValueError for damage."""
+        array = self._maps.get(name)
+        if array is None:
+            array = self._maps[name] = self._map(name)
+        if new := self._file.check(name, start, stop):
+            cause = self._find_fault(name, array, new.start, new.stop)
+            if cause:
+                self._file.forget(name)
+                raise ValueError(
+                    f"{self._file.path} must hold a store's codes, but its {name} {cause}. It was edited or written "
+                    "wrongly: harvest again."
+                )
+        part = array[start:stop]
+        self._budget.count(part.nbytes + len(new) * array.itemsize)
+        return part
+
+    def _map(self, name: str) -> Array:
+        """One array; ValueError where the file is no longer the one that was checked."""
+        if _identify(self._file.path) != self._identity:
+            raise ValueError(
+                f"{self._file.path} must stay as it was opened, but it was replaced or edited. Load the store again."
+            )
+        return self._file.map(name).numpy()
+
+    def _release(self) -> None:
+        self._maps.clear()
+        self._file.release()
+
+    def _find_fault(self, name: str, array: Array, start: int, stop: int) -> str:
+        """Description of what is wrong with entries start..stop; empty where nothing is."""
+        if name.endswith("offsets"):
+            return self._find_fault_of_offsets(array, start, stop)
+        part = array[start:stop]
+        if name.endswith("values"):
+            return "" if bool(np.isfinite(part).all()) and bool(part.all()) else "are not all finite and not 0"
+        low, high = int(part.min()), int(part.max())
+        if low < 0 or high >= self._bounds[name]:
+            return f"must be in 0..{self._bounds[name] - 1}, got {low} to {high}"
+        return ""
+
+    def _find_fault_of_offsets(self, array: Array, start: int, stop: int) -> str:
+        part = array[max(0, start - 1) : stop + 1]
+        ends = int(part[0]), int(part[-1])
+        whole = (start > 0 or ends[0] == 0) and (stop < len(array) or ends[1] == self._n_entries)
+        if not whole or ends[0] < 0 or ends[1] > self._n_entries or bool((part[1:] < part[:-1]).any()):
+            return f"must rise from 0 to {self._n_entries}"
+        return ""
+
+
+def _identify(path: Path) -> tuple[int, ...]:
+    """Values that differ between a file and one that replaced it."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

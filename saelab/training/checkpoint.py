@@ -12,19 +12,11 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from saelab.stores.disk import hold_folder
-from saelab.stores.files import (
-    load_tensors,
-    read_json,
-    remove_leftovers,
-    replace_folder,
-    save_tensors,
-    settle,
-    write_json,
-)
-from saelab.stores.validation import SEAL, check_settings, naming, read_sealed, refuse_unknown
-from saelab.training.optimiser import name_optimised
-from saelab.training.protocols import Batches, Trainable
+from saelab.stores.files import remove_leftovers, replace_folder, save_tensors, settle, write_json
+from saelab.stores.jobs import hold_folder
+from saelab.stores.tensors import load_tensors
+from saelab.stores.validation import SEAL, check_settings, naming, read_json, read_sealed, refuse_unknown
+from saelab.training.config import Batches, Trainable, name_optimised
 
 SCHEMA_VERSION = 1
 FOLDER = "checkpoint"

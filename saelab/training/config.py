@@ -1,8 +1,17 @@
-"""`TrainConfig`: length, learning rate and its schedule, and intervals of logging and saving of a training run."""
+"""`TrainConfig`: length, learning rate and its schedule, and intervals of logging and saving of a training run.
+
+Protocols of the training loop: batches of data, losses, and modules that can be trained.
+
+Adam and gradient clipping, for weights stored as they are or transposed.
+"""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
 
 MAX_WARMUP_STEPS = 1000
 
@@ -92,3 +101,128 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
         return asdict(self) | {"betas": list(self.betas)}
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """An iterator of batches (batch, d_in) whose position can be saved and restored."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+
+    def __next__(self) -> Tensor:
+        """The next batch (batch, d_in)."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The position in the data, as JSON values and tensors by name."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Continue from the position in the output of `state_dict`."""
+
+
+@runtime_checkable
+class Losses(Protocol):
+    """Losses of one batch: `total` is differentiated, `terms` are logged, `l0` is the mean L0."""
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """Each loss that is logged, by name; scalars."""
+
+    @property
+    def total(self) -> Tensor:
+        """The scalar loss to differentiate."""
+
+    @property
+    def l0(self) -> Tensor:
+        """Mean number of latents that fire on a token of the batch."""
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """A module with losses and constraints; `state` is everything but the weights that a checkpoint must hold."""
+
+    state: dict[str, Tensor]
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose parameters are trained."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that must be the same when a run is resumed, as JSON values."""
+
+    @property
+    def dead_after_tokens(self) -> int:
+        """Number of tokens without firing after which a latent counts as dead."""
+
+    def prepare(self, sample: Tensor) -> None:
+        """Fit normalization and initialize weights from a sample of the data, before the first step."""
+
+    def objective(self, x: Tensor) -> Any:
+        """Losses of one batch (`Losses`), without side effects."""
+
+    def observe(self, seen: Any) -> None:
+        """Update counters and thresholds from the losses of a step, after its weight update."""
+
+    def constrain_gradients(self) -> None:
+        """Project the gradients before the weight update."""
+
+    def recycle_gradients(self) -> None:
+        """Clear the gradients; their memory may be kept for the next step."""
+
+    def constrain_weights(self) -> None:
+        """Project the weights after the weight update."""
+
+    def default_lr(self) -> float:
+        """Peak learning rate where the configuration has none."""
+
+    def held_out_fvu(self, x: Tensor) -> float:
+        """FVU on held-out activations."""
+
+
+def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Adam:
+    """A fused Adam (arXiv:1412.6980) over the trained parameters; weights and both moments are float32.
+
+    Weights that are stored transposed are passed as their contiguous transpose, which shares their memory, so that no
+    step copies them.
+    """
+    trained = [_in_memory_order(p) for p in module.parameters() if p.requires_grad]
+    fused = trained[0].device.type in ("cpu", "cuda")
+    return torch.optim.Adam(trained, lr=lr, betas=cfg.betas, fused=fused)
+
+
+def step_adam(module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    """Update the module's parameters from their gradients by one step of the optimizer."""
+    for mine, parameter in zip(optimiser.param_groups[0]["params"], _trained(module), strict=True):
+        grad = parameter.grad
+        mine.grad = grad if grad is None or parameter.is_contiguous() else grad.T
+    optimiser.step()
+    for mine, parameter in zip(optimiser.param_groups[0]["params"], _trained(module), strict=True):
+        mine.grad = mine.grad if mine is parameter else None  # keep no gradient but the module's own
+
+
+def name_optimised(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The optimizer's parameters by their names in the module."""
+    names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return dict(zip(names, optimiser.param_groups[0]["params"], strict=True))
+
+
+def clip_gradients(module: nn.Module, limit: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `limit`, and return the norm before."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = [(grad if grad.is_contiguous() else grad.T).reshape(-1) for grad in grads]
+    norm = torch.stack([torch.dot(grad, grad) for grad in flat]).sum().sqrt()  # twice as fast as vector_norm
+    scale = (limit / (norm + 1e-12)).clamp(max=1.0)
+    if grads[0].device.type != "cpu" or scale < 1:
+        for grad in grads:
+            grad.mul_(scale)
+    return norm
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _in_memory_order(parameter: nn.Parameter) -> nn.Parameter:
+    return parameter if parameter.is_contiguous() else nn.Parameter(parameter.detach().T)

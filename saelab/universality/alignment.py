@@ -1,21 +1,339 @@
-"""Alignment of two feature stores of the same documents, by the characters that their tokens cover."""
+"""Alignment of two feature stores of the same documents, by the characters that their tokens cover.
 
+Search for the documents that two texts have in common, by their characters, in batches of documents.
+
+Lazy alignment matrix between the rows of two feature stores with different tokenizers.
+"""
+
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeAlias
+from hashlib import blake2b
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Bool, Int, Integer
 
-from saelab.functional.marking import MarkedRows
-from saelab.functional.permuting import ROWS_AT_ONCE, find_runs
+from saelab.functional.indices import MarkedRows, number_rows
+from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
 from saelab.stores.corpus import StoredText
-from saelab.stores.features import FeatureStore
+from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result
-from saelab.universality.aligned import AlignedRows
-from saelab.universality.documents import MASKED, REASONS, find_ids
+from saelab.universality.document_text import (
+    BEGINNING,
+    BLUR,
+    HIGH,
+    MASKED,
+    REASONS,
+    TOKENS_AT_ONCE,
+    Spelled,
+    SpelledText,
+    find_ids,
+    find_overlap,
+)
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
+
+PREFIX = 256
+"""Number of leading ASCII characters by which longer versions of a cut document are searched."""
+Key = Callable[[Spelled, int], bytes | None]
+
+
+class Versions:
+    """The common documents of two texts; for each document a digest is held instead of its text."""
+
+    def __init__(self, sides: tuple[SpelledText, SpelledText]) -> None:
+        self.sides = sides
+        self.partners = np.full(len(sides[0]), -1, np.int32)
+        """the document of b that each one of a has; -1 for none"""
+        self.n_cut = 0
+        """pairs of which one ends before the other"""
+        self._open: list[dict[int, tuple[Spelled, int]]] = [{}, {}]
+        filled, readable = zip(*(_sort_out(side) for side in sides), strict=True)
+        self._free = [_list(documents) for documents in readable]
+        self._match_readable()
+        # documents with unknown tokens are matched by their number: their text is no key
+        self._free = [_list(documents & ~self._taken(k)) for k, documents in enumerate(filled)]
+        self._match_equal(_number)
+
+    def _match_readable(self) -> None:
+        """Match equal texts, then texts equal but for unknown parts of characters, then documents that were cut."""
+        self._match_equal(lambda side, i: side.documents[i])
+        self._match_equal(lambda side, i: side.documents[i].translate(BLUR))
+        self._match_equal(lambda side, i: side.skeleton(i) or None)
+        self._match_equal(_number)
+        for short in (0, 1):
+            self._match_beginnings(short)
+
+    def _match_equal(self, key: Key) -> None:
+        """Match documents with the same key, in their order; None is no key."""
+        waiting: dict[bytes, list[int]] = defaultdict(list)
+        for batch, spelled in self._spell(1):
+            for j, digest in zip(batch, _digest(spelled, key), strict=True):
+                if digest is not None:
+                    waiting[digest].append(j)
+        for batch, spelled in self._spell(0) if waiting else ():
+            digests = _digest(spelled, key)
+            wanted = Counter(digest for digest in digests if digest in waiting)
+            self._hold(1, [j for digest, n in wanted.items() for j in islice(waiting[digest], n)])
+            for i, digest in zip(batch, digests, strict=True):
+                queue = waiting.get(digest, []) if digest is not None else []
+                taken = next((j for j in queue if self._take(i, j)), None)
+                if taken is not None:
+                    queue.remove(taken)
+
+    def _match_beginnings(self, short: int) -> None:
+        """Match documents of one side with those of the other that begin like them, but for unknown parts of
+        characters.
+        """
+        ordered = sorted(
+            (spelled.skeleton(k)[:PREFIX], j)
+            for batch, spelled in self._spell(1 - short, hold=False)
+            for k, j in enumerate(batch)
+        )
+        keys = [skeleton for skeleton, _ in ordered]
+        for batch, spelled in self._spell(short) if ordered else ():
+            longer = []
+            for k in range(len(batch)):
+                key = spelled.skeleton(k)[:PREFIX]
+                first, stop = bisect_left(keys, key), bisect_left(keys, key + HIGH[:1])
+                longer.append(sorted(j for _, j in ordered[first:stop]) if key else [])
+            self._hold(1 - short, sorted({found[0] for found in longer if found}))
+            for k, i in enumerate(batch):
+                any(self._take_longer(short, i, spelled.skeleton(k), j) for j in longer[k])  # up to the first that fits
+
+    def _take_longer(self, short: int, i: int, skeleton: bytes, j: int) -> bool:
+        """Match a document with an unmatched one of the other side that continues it."""
+        if j not in self._free[1 - short]:
+            return False
+        other, k = self._find(1 - short, j)
+        return other.skeleton(k).startswith(skeleton) and self._take(*((j, i) if short else (i, j)))
+
+    def _take(self, i: int, j: int) -> bool:
+        """Match two documents if they agree."""
+        (a, mine), (b, theirs) = self._find(0, i), self._find(1, j)
+        overlap = find_overlap(a, b, mine, theirs)
+        if overlap is None or len(overlap.shares) == 0:
+            return False
+        self.partners[i] = j
+        self.n_cut += not all(overlap.ends)
+        del self._free[0][i], self._free[1][j]
+        return True
+
+    def _spell(self, side: int, hold: bool = True) -> Iterator[tuple[list[int], Spelled]]:
+        """The unmatched documents of a side, batch by batch; each batch is held until the next."""
+        for batch in self.sides[side].batches(list(self._free[side])):
+            spelled = self.sides[side].spell(batch)
+            if hold:
+                self._open[side] = {i: (spelled, k) for k, i in enumerate(batch)}
+            yield batch, spelled
+        self._open[side] = {}
+
+    def _hold(self, side: int, documents: list[int]) -> None:
+        """Spell documents that are likely to be needed, and hold them."""
+        spelled = self.sides[side].spell(documents)
+        self._open[side] = {i: (spelled, k) for k, i in enumerate(documents)}
+
+    def _find(self, side: int, document: int) -> tuple[Spelled, int]:
+        if document in self._open[side]:
+            return self._open[side][document]
+        return self.sides[side].spell([document]), 0
+
+    def _taken(self, side: int) -> Bool[np.ndarray, "n_docs"]:
+        if side == 0:
+            return self.partners >= 0
+        taken = np.zeros(len(self.sides[1]), bool)
+        taken[self.partners[self.partners >= 0]] = True
+        return taken
+
+    def without(self, side: int) -> list[int]:
+        """The documents of a side that have no partner."""
+        return np.flatnonzero(~self._taken(side)).tolist()
+
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """How many documents have no partner, by reason."""
+        known = [set(self._tell_left(k, lambda spelled, i: spelled.skeleton(i)[:BEGINNING])) - {b""} for k in (0, 1)]
+        whys = [Counter(self._tell_left(k, lambda one, i, k=k: one.why_left(i, known[1 - k]))) for k in (0, 1)]  # type: ignore[misc]
+        return {
+            name: {str(reason): n for reason, n in why.items()} for name, why in zip("ab", whys, strict=True) if why
+        }
+
+    def _tell_left(self, side: int, tell: Callable[[Spelled, int], str | bytes]) -> Iterator[str | bytes]:
+        for batch in self.sides[side].batches(self.without(side)):
+            spelled = self.sides[side].spell(batch)
+            yield from (tell(spelled, i) for i in range(len(batch)))
+
+
+def _sort_out(side: SpelledText) -> tuple[Bool[np.ndarray, "n_docs"], Bool[np.ndarray, "n_docs"]]:
+    """Which documents have characters, and which of these are known completely."""
+    filled, opaque = np.zeros((2, len(side)), bool)
+    for batch in side.batches(range(len(side))):
+        spelled = side.spell(batch)
+        filled[batch], opaque[batch] = np.diff(spelled.starts) > 0, spelled.opaque
+    return filled, filled & ~opaque
+
+
+def _list(documents: Bool[np.ndarray, "n_docs"]) -> dict[int, None]:
+    """Documents in their order, as a dictionary: removing one takes constant time."""
+    return dict.fromkeys(np.flatnonzero(documents).tolist())
+
+
+def _number(side: Spelled, i: int) -> bytes:
+    return str(side.doc_ids[i]).encode()
+
+
+def _digest(spelled: Spelled, key: Key) -> list[bytes | None]:
+    """The keys of some documents, hashed to sixteen bytes each; None is no key."""
+    keys: Iterable[bytes | None] = (key(spelled, i) for i in range(len(spelled.documents)))
+    return [None if one is None else blake2b(one, digest_size=16).digest() for one in keys]
+
+
+class _Pairs(NamedTuple):
+    """Tokens of some documents of both sides that share characters."""
+
+    sides: tuple[Spelled, Spelled]
+    at: tuple[np.ndarray, np.ndarray]
+    """bytes that belong together, in the order of both"""
+    unclear: tuple[np.ndarray, np.ndarray]
+    """bytes whose partners are not known"""
+    tokens: tuple[np.ndarray, np.ndarray]
+    shared: np.ndarray
+    """number of characters that both tokens cover"""
+
+    @property
+    def sole(self) -> Bool[np.ndarray, "n_pairs"]:
+        """Pairs of tokens that cover exactly the same characters."""
+        whole = [side.whole(at)[own] for side, at, own in zip(self.sides, self.at, self.tokens, strict=True)]
+        return np.logical_and.reduce(whole + [np.bincount(own)[own] == 1 for own in self.tokens])
+
+
+class AlignedRows:
+    """Sparse alignment weights between the rows of two stores, computed slice by slice.
+
+    `self[start:stop] @ z_b` are codes of b for `rows[start:stop]` of a. Memory: a few numbers per document and one bool
+    per row of a. Documents of a are processed in groups that do not overlap, mostly one each, so that rows ascend.
+    """
+
+    def __init__(self, a: FeatureStore, b: FeatureStore) -> None:
+        self.stores = a, b
+        self.texts = SpelledText(a.text), SpelledText(b.text)
+        versions = Versions(self.texts)
+        self.left_out, self.n_cut, self.partners = versions.left_out(), versions.n_cut, versions.partners
+        self.documents = np.flatnonzero(self.partners >= 0)
+        if len(self.documents) == 0:
+            raise ValueError(
+                f"`a` and `b` must have documents in common, got none (left out: {self.left_out}). "
+                "Harvest both on one text, with tokenizers that tell how their tokens read."
+            )
+        first, end = self.texts[0].span(self.documents)
+        groups = np.flatnonzero(np.append(True, np.maximum.accumulate(end)[:-1] <= first[1:]))
+        self._groups = np.append(groups, len(self.documents))
+        self._n_tokens = np.cumsum(np.add.reduceat(self.texts[0].sizes[self.documents], groups))
+        self._survey(a.where.find(first[groups])[0], [versions.without(k) for k in (0, 1)])
+
+    def _survey(self, borders: Int[np.ndarray, "n_groups"], left: list[list[int]]) -> None:
+        """Count the aligned rows of each group, and the unaligned ones by reason."""
+        marks, counts = np.zeros(len(self.stores[0]), bool), np.zeros(len(borders), np.int64)
+        whys = np.zeros((2, len(REASONS)), np.int64)
+        n_sole = n_rows_b = 0
+        for first, end in self._batches(0, len(borders)):
+            pairs = self._pair(self._members(first, end))
+            found = [store.where.find(side.places)[1] for store, side in zip(self.stores, pairs.sides, strict=True)]
+            kept, (mine, theirs) = _find_rows(pairs, found)
+            n_sole += int(pairs.sole[kept].sum())
+            rows, rows_b = number_rows(mine)[0], number_rows(theirs)[0]
+            marks[rows], n_rows_b = True, n_rows_b + len(rows_b)
+            counts[first:end] = np.diff(np.append(np.searchsorted(rows, borders[first:end]), len(rows)))
+            for k, own in enumerate((rows, rows_b)):
+                why = pairs.sides[k].judge(pairs.at[k], pairs.unclear[k])
+                whys[k] += _count(why, (found[k] >= 0) & ~np.isin(found[k], own))
+        for k, (text, store) in enumerate(zip(self.texts, self.stores, strict=True)):
+            for batch in text.batches(left[k]):
+                spelled = text.spell(batch)
+                whys[k] += _count(spelled.why, store.where.find(spelled.places)[1] >= 0)
+        self.rows, self._offsets = MarkedRows(marks), np.append(0, np.cumsum(counts))
+        self.n_aligned, self.n_sole = (len(self.rows), n_rows_b), n_sole
+        self.unaligned = {
+            name: {reason: n for reason, n in zip(REASONS, own, strict=True) if n}
+            for name, own in zip("ab", whys.tolist(), strict=True)
+        }
+        if len(self.rows) == 0:
+            raise ValueError(
+                f"`a` and `b` must have rows in common, got none in {len(self.documents)} common documents (without a "
+                f"partner: {self.unaligned}). Harvest with masks that keep the same text."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of aligned rows of a, and of rows of b."""
+        return len(self.rows), len(self.stores[1])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> "csr_matrix":
+        from scipy.sparse import csr_matrix, vstack
+
+        start, stop, _ = part.indices(len(self))
+        if stop <= start:
+            return csr_matrix((0, self.shape[1]), dtype=np.float32)
+        first = int(np.searchsorted(self._offsets, start, "right")) - 1
+        end = int(np.searchsorted(self._offsets, stop))
+        parts = [self._weigh(self._members(*batch)) for batch in self._batches(first, end)]
+        return vstack(parts, format="csr")[start - self._offsets[first] : stop - self._offsets[first]]
+
+    def _batches(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """Groups of at most TOKENS_AT_ONCE tokens together, or a longer one alone."""
+        while first < end:
+            before = self._n_tokens[first - 1] if first else 0
+            fits = int(np.searchsorted(self._n_tokens, before + TOKENS_AT_ONCE, "right"))
+            stop = min(max(fits, first + 1), end)
+            yield first, stop
+            first = stop
+
+    def _members(self, first: int, end: int) -> Integer[np.ndarray, "n"]:
+        """The documents of some groups."""
+        return self.documents[self._groups[first] : self._groups[end]]
+
+    def _pair(self, documents: Integer[np.ndarray, "n"]) -> _Pairs:
+        """The tokens of some documents and of their partners that share characters."""
+        a, b = self.texts[0].spell(documents.tolist()), self.texts[1].spell(self.partners[documents].tolist())
+        overlaps = [find_overlap(a, b, k, k) for k in range(len(documents))]
+        known = [overlap for overlap in overlaps if overlap is not None]
+        assert len(known) == len(overlaps)  # they agreed when they were paired
+        at = [np.concatenate([overlap.at[k] for overlap in known]) for k in (0, 1)]
+        unclear = [np.concatenate([overlap.unclear[k] for overlap in known]) for k in (0, 1)]
+        mine, theirs = a.tokens[at[0]], b.tokens[at[1]]
+        first = np.flatnonzero(np.append(True, (np.diff(mine) != 0) | (np.diff(theirs) != 0)))
+        shared = np.add.reduceat(np.concatenate([overlap.shares for overlap in known]), first)
+        return _Pairs((a, b), (at[0], at[1]), (unclear[0], unclear[1]), (mine[first], theirs[first]), shared)
+
+    def _weigh(self, documents: Integer[np.ndarray, "n"]) -> "csr_matrix":
+        """The weights of all aligned rows of some documents, which are whole groups."""
+        from scipy.sparse import csr_matrix
+
+        pairs = self._pair(documents)
+        found = [store.where.find(side.places)[1] for store, side in zip(self.stores, pairs.sides, strict=True)]
+        kept, (mine, theirs) = _find_rows(pairs, found)
+        rows, numbers = number_rows(mine)
+        shared = pairs.shared[kept]
+        weights = (shared / np.bincount(numbers, shared)[numbers]).astype(np.float32)
+        return csr_matrix((weights, (numbers, theirs)), shape=(len(rows), self.shape[1]))
+
+
+def _find_rows(pairs: _Pairs, found: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Which pairs of tokens both masks kept, and the rows of these; `found` are those of all tokens."""
+    rows = [own[tokens] for own, tokens in zip(found, pairs.tokens, strict=True)]
+    kept = (rows[0] >= 0) & (rows[1] >= 0)
+    return kept, [own[kept] for own in rows]
+
+
+def _count(why: np.ndarray, which: np.ndarray) -> np.ndarray:
+    return np.bincount(why[which], minlength=len(REASONS))
+
 
 CommonRows: TypeAlias = tuple[MarkedRows, MarkedRows] | tuple[None, None]
 

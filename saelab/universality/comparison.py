@@ -1,23 +1,279 @@
-"""Matching of features between two dictionaries, with p values from a permutation test."""
+"""Matching of features between two dictionaries, with p values from a permutation test.
 
-from dataclasses import replace
-from typing import Any, Literal, TypeAlias, get_args
+Similarity level of untrained dictionaries, which universal features must exceed.
+
+The two sides of a comparison: codes of two stores on common rows, or directions of two dictionaries.
+
+Baselines for `compare`: neurons or principal components of two activation spaces, matched as features are.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 
-from saelab.labelling.significance import adjust
+from saelab.functional.statistics import adjust, find_runs, move_blocks
 from saelab.sae.sae import SAE
-from saelab.stores.features import FeatureStore
-from saelab.universality.floors import above, measure_floor
-from saelab.universality.matches import Comparison
-from saelab.universality.matching import assign, find_mutual, pooled_p
-from saelab.universality.nearest import Nearest
-from saelab.universality.partners import Matches
-from saelab.universality.sources import DirectionSource, Source, StoreSource
+from saelab.stores.activations import Activations
+from saelab.stores.feature_store import FeatureStore
+from saelab.stores.files import shareable
+from saelab.stores.jobs import hidden
+from saelab.universality.alignment import AlignedRows, CommonRows, Overview, find_common_rows, tell_counts
+from saelab.universality.matching import (
+    BY,
+    Comparison,
+    Matches,
+    Nearest,
+    Untrained,
+    assign,
+    find_mutual,
+    find_nearest,
+    pooled_p,
+)
+from saelab.universality.similarity import Block, Codes, Moments, chunks, correlation_blocks, cosine_blocks, count_both
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+LEVEL = 0.95
+
+
+def measure_floor(side: Matches, beside: Sequence[Matches]) -> Untrained:
+    """Similarity level and universal shares of untrained dictionaries, the larger of several comparisons.
+
+    Each comparison is given by its side that stands for this one. Shares are those of the comparison with the largest
+    share by number.
+    """
+    sizes = [np.nan_to_num(np.abs(other.similarity[other.live])) for other in beside]
+    sizes = [one if len(one) else np.zeros(1) for one in sizes]
+    most = max(beside, key=lambda other: np.nan_to_num(other.share()))
+    return Untrained(
+        level=max(float(np.quantile(one, LEVEL)) for one in sizes),
+        median=max(float(np.median(one)) for one in sizes),
+        shares={by: most.share(by) for by in BY},
+        trained={by: side.share(by) for by in BY},
+    )
+
+
+def above(side: Matches, floor: Untrained) -> Bool[np.ndarray, "d"]:
+    """Features that are universal by the null distribution and also reach the level of untrained dictionaries."""
+    return side.universal & (np.nan_to_num(np.abs(side.similarity)) >= floor.level)
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Base class of the two sides of a comparison: two stores on common rows, or the directions of two SAEs."""
+
+    signed: bool
+    progress: bool
+    fires: tuple[Int[np.ndarray, "d_a"], Int[np.ndarray, "d_b"]]
+    weights: tuple[Float[np.ndarray, "d_a"], Float[np.ndarray, "d_b"]]
+    """weight of each feature in shares by variance"""
+    facts: dict[str, Any]
+
+    def blocks(self) -> Iterator[Block]:
+        """All similarities, block by block."""
+        raise NotImplementedError
+
+    def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+        """The null distribution of best partners, for sides that have nothing in common.
+
+        Yields:
+            The side (0 or 1), some of its features, and their best partners on the other side.
+        """
+        raise NotImplementedError
+
+    def count(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
+        """Number of rows on which both features of each pair fire; -1 for directions."""
+        return np.full(len(pairs), -1)
+
+    @property
+    def rates(self) -> tuple[Int[np.ndarray, "d_a"], Int[np.ndarray, "d_b"]]:
+        """Number of firings of each feature, on which the null depends; 0 for directions."""
+        return self.fires
+
+    def nearest(self, blocks: Iterator[Block], d_a: int, d_b: int, m: int) -> tuple[Nearest, Nearest]:
+        """The best partners of the features of both sides, searched with a progress bar over blocks.
+
+        Args:
+            blocks: similarities, block by block of features of a.
+            d_a: number of features of a.
+            d_b: number of features of b.
+            m: number of partners kept for each feature.
+        """
+        from tqdm.auto import tqdm
+
+        listed = list(blocks)
+        return find_nearest(tqdm(listed, unit=" blocks", disable=hidden(self.progress)), d_a, d_b, m, self.signed)
+
+
+@dataclass(frozen=True, eq=False)
+class StoreSource(Source):
+    """Codes of two stores on common rows."""
+
+    a: Codes
+    b: Codes
+    seen: tuple[Moments, Moments]
+    min_count: int
+    jaccard: bool
+    documents: Int[np.ndarray, "n_docs"] | None = None
+    """first row of each document; None where rows are documents, or documents are not known"""
+
+    @classmethod
+    def make(
+        cls, a: FeatureStore, b: FeatureStore, similarity: str, sides: bool, min_count: int, progress: bool
+    ) -> "StoreSource":
+        """The codes of two stores on the rows that both have.
+
+        Args:
+            a: the first store.
+            b: the second store, of the same text.
+            similarity: "correlation", "documents", "phi" or "jaccard".
+            sides: True treats positive and negative codes as features of their own.
+            min_count: features with fewer firings match nothing.
+            progress: whether to show progress bars.
+        """
+        common = find_common_rows(a, b) or AlignedRows(a, b)
+        starts = a.find_documents(common.rows if isinstance(common, AlignedRows) else common[0])
+        codes = _common(a, b, common, similarity, sides, starts)
+        facts = {
+            "alignment": str(Overview(**tell_counts(common))) if isinstance(common, AlignedRows) else "",
+            "n_rows": codes[0].n_rows,
+            "n_tokens": codes[0].n_tokens,
+            "sides": sides,
+            "sources": (str(a.folder), str(b.folder)),
+        }
+        signed = similarity in ("correlation", "documents") and not sides and (a.signed or b.signed)
+        documents = None if similarity == "documents" else starts
+        return cls.of(codes, similarity, signed, min_count, progress, facts, documents)
+
+    @classmethod
+    def of(
+        cls,
+        codes: tuple[Codes, Codes],
+        similarity: str,
+        signed: bool,
+        min_count: int,
+        progress: bool,
+        facts: dict[str, Any],
+        documents: Int[np.ndarray, "n_docs"] | None = None,
+    ) -> "StoreSource":
+        """The source of two code matrices whose rows already correspond.
+
+        Args:
+            codes: codes of a and of b.
+            similarity: "correlation", "documents", "phi" or "jaccard".
+            signed: True ranks similarities by size.
+            min_count: features with fewer firings match nothing.
+            progress: whether to show progress bars.
+            facts: further fields of the resulting `Comparison`.
+            documents: first row of each document, within which the null moves rows; None for none.
+        """
+        seen = Moments.of(codes[0]), Moments.of(codes[1])
+        return cls(
+            signed=signed, progress=progress, fires=(seen[0].fires, seen[1].fires),
+            weights=(seen[0].spread ** 2, seen[1].spread ** 2), facts=facts, a=codes[0], b=codes[1], seen=seen,
+            min_count=min_count, jaccard=similarity == "jaccard", documents=documents,
+        )  # fmt: skip
+
+    def blocks(self) -> Iterator[Block]:
+        """Correlations or Jaccard indices, block by block of a's features."""
+        return correlation_blocks(self.a, self.b, self.seen, self.min_count, self.jaccard)
+
+    def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+        """The null distribution: best partners of `n_null` features of each side after each of `n_shifts` permutations
+        of rows.
+
+        Rows move in blocks within documents; rows that are documents are permuted one by one.
+        """
+        n = self.a.n_rows
+        for _ in range(n_shifts if n > 2 else 0):
+            grouped = self.a.groups is not None  # rows are documents, which are exchangeable
+            order = rng.permutation(n) if grouped else move_blocks(self.documents, n, rng)
+            for side, (one, other) in enumerate(((self.a, self.b), (self.b, self.a))):
+                known = np.flatnonzero(self.seen[side].scale(self.min_count))
+                chosen = np.sort(rng.permutation(known)[:n_null])
+                seen = self.seen[side].only(chosen), self.seen[1 - side]
+                blocks = correlation_blocks(one.only(chosen), other.moved(order), seen, self.min_count, self.jaccard)
+                yield side, chosen, find_nearest(blocks, len(chosen), other.width, 1, self.signed)[0]
+
+    def count(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
+        """Number of rows on which both features of each pair fire."""
+        found = np.zeros(len(pairs), np.int64)
+        for start, stop in chunks(self.a, self.b) if len(pairs) else ():
+            a, b = (side.matrix(start, stop).tocsc() for side in (self.a, self.b))
+            found += count_both(a, b, pairs)
+        return found
+
+
+def _common(
+    a: FeatureStore, b: FeatureStore, common: CommonRows | AlignedRows, similarity: str, sides: bool, starts: np.ndarray
+) -> tuple[Codes, Codes]:
+    """The codes of both stores on their common rows, averaged by document for similarity "documents"."""
+    values: Any = "sides" if sides else "firing" if similarity in ("phi", "jaccard") else "codes"
+    if isinstance(common, AlignedRows):
+        first, second = Codes(a, values, rows=common.rows), Codes(b, values, weights=common)
+    else:
+        first, second = (Codes(store, values, rows=rows) for store, rows in zip((a, b), common, strict=True))
+    if similarity != "documents":
+        return first, second
+    return replace(first, groups=starts), replace(second, groups=starts)
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionSource(Source):
+    """Decoder or encoder directions of two dictionaries of one activation space."""
+
+    a: Float[np.ndarray, "d_a d"]
+    b: Float[np.ndarray, "d_b d"]
+
+    @classmethod
+    def make(cls, a: SAE, b: SAE, similarity: str, progress: bool) -> "DirectionSource":
+        """The directions of two SAEs; ValueError where they are not of one space.
+
+        Args:
+            a: the first SAE.
+            b: the second SAE.
+            similarity: "decoder" compares rows of W_dec, "encoder" columns of W_enc.
+            progress: whether to show progress bars.
+        """
+        rows = [sae.W_dec if similarity == "decoder" else sae.W_enc.T for sae in (a, b)]
+        d_a, d_b = (x.shape[1] for x in rows)
+        if d_a != d_b:
+            raise ValueError(
+                f"Directions must be of one space to be compared, got d_in {d_a} and {d_b}. Harvest both SAEs on one "
+                "text, and compare the stores."
+            )
+        first, second = (x.detach().float().cpu().numpy() for x in rows)
+        fires = tuple((np.linalg.norm(x, axis=1) > 0).astype(np.int64) for x in (first, second))
+        weights = tuple(np.ones(len(x)) for x in (first, second))
+        signed = any(sae.cfg.activation.signed for sae in (a, b))
+        facts = {"sources": (shareable(a.name_or_path) or str(a), shareable(b.name_or_path) or str(b)), "sides": False}
+        return cls(signed=signed, progress=progress, fires=fires, weights=weights, facts=facts, a=first, b=second)  # type: ignore[arg-type]
+
+    @property
+    def rates(self) -> tuple[Int[np.ndarray, "d_a"], Int[np.ndarray, "d_b"]]:
+        """Zeros: the null does not depend on the feature."""
+        return np.zeros(len(self.a), np.int64), np.zeros(len(self.b), np.int64)
+
+    def blocks(self) -> Iterator[Block]:
+        """Cosines, block by block of a's features."""
+        return cosine_blocks(self.a, self.b)
+
+    def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+        """The null distribution: best partners of `n_null` random directions on each side, `n_shifts` times."""
+        for _ in range(n_shifts):
+            for side, other in enumerate((self.b, self.a)):
+                random = rng.standard_normal((n_null, other.shape[1]), np.float32)
+                found = find_nearest(cosine_blocks(random, other), n_null, len(other), 1, self.signed)[0]
+                yield side, np.zeros(n_null, np.int64), found
+
 
 Similarity = Literal["correlation", "documents", "phi", "jaccard", "decoder", "encoder"]
-Untrained: TypeAlias = FeatureStore | SAE | tuple[FeatureStore | SAE | None, FeatureStore | SAE | None] | None
+UntrainedSources: TypeAlias = FeatureStore | SAE | tuple[FeatureStore | SAE | None, FeatureStore | SAE | None] | None
 EXACT = 2**22
 """Number of pairs of features up to which the assignment considers all of them."""
 
@@ -26,7 +282,7 @@ def compare(
     a: FeatureStore | SAE,
     b: FeatureStore | SAE,
     *,
-    untrained: Untrained = None,
+    untrained: UntrainedSources = None,
     similarity: Similarity | None = None,
     sides: bool = False,
     m: int = 10,
@@ -232,3 +488,106 @@ def _choose(
 def _enough(both: np.ndarray, min_count: int) -> np.ndarray:
     """Whether counts reach `min_count`; -1 marks what cannot be counted, -2 what was not counted yet."""
     return (both >= min_count) | (both == -1)
+
+
+Basis = Literal["neurons", "pca"]
+CHUNK = 65536
+
+
+def compare_bases(
+    a: Activations,
+    b: Activations,
+    basis: Basis = "neurons",
+    *,
+    m: int = 10,
+    n_shifts: int = 8,
+    n_null: int = 1024,
+    fdr: float = 0.05,
+    min_effect: float = 0.5,
+    seed: int = 0,
+    progress: bool = True,
+) -> Comparison:
+    """The comparison of `compare` for neurons, or principal components, of two activation spaces instead of features.
+
+    Their values on the same tokens are correlated, by size, with the same assignment, null distribution and effect size
+    as for features. A dictionary adds something where its features recur more often than these do.
+
+    Args:
+        a: activations of one model at one hook point.
+        b: activations on the same tokens, of another model or hook point.
+        basis: "neurons" takes the axes of the space, "pca" the eigenvectors of the covariance.
+        m: nearest axes considered for each.
+        n_shifts: permutations of the rows of `b` that the null distribution is taken from.
+        n_null: axes whose best partner is searched in each permutation.
+        fdr: false discovery rate, in (0, 1), up to which a match is universal.
+        min_effect: similarity that a universal match must reach.
+        seed: seed of the permutations.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: the basis does not exist, or the two sides are not of the same tokens.
+
+    >>> acts = sl.Activations.from_tensor(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)))
+    >>> found = compare_bases(acts, acts, "pca", n_shifts=2, progress=False)
+    >>> [round(float(value), 3) for value in found.values]
+    [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    if basis not in ("neurons", "pca"):
+        raise ValueError(f"`basis` must be neurons or pca, got {basis!r}.")
+    if len(a) != len(b) or not _same(a.token_ids, b.token_ids) or not _same(a.doc_ids, b.doc_ids):
+        raise ValueError(
+            f"`a` and `b` must be of the same tokens, got {len(a)} and {len(b)} rows, or others. Collect both with one "
+            "mask on one text."
+        )
+    sides = Codes(_Axes.of(a, basis)), Codes(_Axes.of(b, basis))
+    names = tuple(f"{basis} of {acts.hook_point or 'activations'}" for acts in (a, b))
+    facts = {"sources": names, "sides": False, "n_rows": len(a), "n_tokens": len(a)}
+    documents = None if a.doc_ids is None else find_runs(a.doc_ids.numpy())
+    work = StoreSource.of(sides, "correlation", True, 1, progress, facts, documents)
+    return conclude(work, "correlation", m, 1, n_shifts, n_null, fdr, min_effect, seed)
+
+
+def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
+    return x is None or y is None or torch.equal(x, y)
+
+
+@dataclass(frozen=True, eq=False)
+class _Axes:
+    """Activations in a basis, readable as rows of codes."""
+
+    acts: Activations
+    mean: Float[torch.Tensor, "d"]
+    directions: Float[torch.Tensor, "d d"]
+
+    @classmethod
+    def of(cls, acts: Activations, basis: str) -> "_Axes":
+        """Activations in the basis of neurons, or of the covariance's eigenvectors."""
+        total, squares = torch.zeros(acts.d_in).double(), torch.zeros(acts.d_in, acts.d_in).double()
+        for start in range(0, len(acts), CHUNK):
+            x = acts[start : start + CHUNK].double()
+            total += x.sum(0)
+            squares += x.T @ x
+        mean = total / len(acts)
+        directions = torch.eye(acts.d_in).double()
+        if basis == "pca":
+            directions = torch.linalg.eigh(squares / len(acts) - torch.outer(mean, mean)).eigenvectors.flip(1)
+        return cls(acts, mean.float(), directions.float())
+
+    @property
+    def d_sae(self) -> int:
+        """Number of directions."""
+        return self.acts.d_in
+
+    @property
+    def l0(self) -> float:
+        """Number of directions: no value is 0."""
+        return float(self.acts.d_in)
+
+    def __len__(self) -> int:
+        return len(self.acts)
+
+    def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
+        """Centred values of some rows."""
+        from scipy.sparse import csr_matrix
+
+        return csr_matrix(((self.acts[start:stop].float() - self.mean) @ self.directions).numpy())

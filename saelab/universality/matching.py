@@ -1,9 +1,146 @@
-"""One-to-one assignment and pooled p values, computed from the nearest features of either side."""
+"""Result of a comparison of two dictionaries: matched pairs, similarities and relations, as arrays and as a table.
+
+Search for the largest similarities of every feature on both sides, over similarities computed in blocks.
+
+One-to-one assignment and pooled p values, computed from the nearest features of either side.
+
+Best partners of one dictionary's features in another, with p values and universal shares.
+
+Relations between features of two dictionaries: same, flipped, split, halves, copies or part.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Float32, Int
+from torch import Tensor
 
-from saelab.universality.nearest import Nearest
+from saelab.functional.screening import largest_first
+from saelab.stores.results import Result
+from saelab.universality.similarity import Block
+
+GROUP = 64
+"""Number of neighbouring features whose largest similarity is found first."""
+
+
+@dataclass(frozen=True, eq=False)
+class Nearest:
+    """The `m` largest similarities of each feature, largest first; of equal ones the lowest partner comes first."""
+
+    indices: Int[np.ndarray, "d m"]
+    """partners; -1 where there are fewer"""
+    values: Float[np.ndarray, "d m"]
+    """similarities with their sign; NaN where there are fewer"""
+
+
+def find_nearest(blocks: Iterable[Block], d_a: int, d_b: int, m: int, signed: bool) -> tuple[Nearest, Nearest]:
+    """The `m` largest similarities of each feature with all features of the other side, for both sides.
+
+    Blocks are computed in parallel; the number of threads does not change the result.
+
+    Args:
+        blocks: similarities, block by block of features of a.
+        d_a: number of features of a.
+        d_b: number of features of b.
+        m: number kept for each feature, at most the number of features on the other side.
+        signed: True ranks by size and ignores only zeros; False keeps only similarities above 0.
+    """
+    of_a, of_b = _Best(d_a, min(m, d_b)), _Best(d_b, min(m, d_a))
+    n_threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
+
+    def search(block: Block) -> tuple[Found, Found]:
+        start, make = block
+        found = make() if signed else make().clamp_(min=0)
+        sizes = found.abs() if signed else found
+        return _search_rows(start, found, sizes, m), _search_columns(start, found, sizes, m, of_b.floor)
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        for rows, columns in _in_order(pool, n_threads, search, blocks):
+            of_a.merge(*rows)
+            of_b.merge(*columns)
+    return of_a.result(), of_b.result()
+
+
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Some features, with partners and similarities of each; -1 and 0 where there are fewer."""
+
+
+def _search_rows(start: int, found: Tensor, sizes: Tensor, m: int) -> Found:
+    """The `m` largest of each row are among its `m` groups with the largest members."""
+    n_groups = sizes.shape[1] // GROUP
+    features = np.arange(start, start + len(sizes))
+    if n_groups < 2 * m:
+        indices = largest_first(sizes, min(m, sizes.shape[1]))
+        return features, indices.numpy(), found.gather(1, indices).numpy()
+    whole = n_groups * GROUP
+    groups = largest_first(sizes[:, :whole].unflatten(1, (n_groups, GROUP)).amax(2), m).sort(1).values
+    among = (groups[:, :, None] * GROUP + torch.arange(GROUP)).flatten(1)
+    rest = torch.arange(whole, sizes.shape[1]).expand(len(sizes), -1)
+    among = torch.cat([among, rest], 1)
+    indices = among.gather(1, largest_first(sizes.gather(1, among), m))
+    return features, indices.numpy(), found.gather(1, indices).numpy()
+
+
+def _search_columns(start: int, found: Tensor, sizes: Tensor, m: int, floor: np.ndarray) -> Found:
+    """The `m` largest of each column that exceed the smallest similarity kept for it so far."""
+    if not floor.any():
+        top = largest_first(sizes.T.contiguous(), min(m, len(sizes)))
+        return np.arange(sizes.shape[1]), top.numpy() + start, found.T.gather(1, top).numpy()
+    rows, columns = np.nonzero((sizes > torch.from_numpy(floor)).numpy())
+    order = np.lexsort((rows, -sizes.numpy()[rows, columns], columns))
+    rows, columns = rows[order], columns[order]
+    features, first, counts = np.unique(columns, return_index=True, return_counts=True)
+    ranks = np.arange(len(columns)) - np.repeat(first, counts)
+    kept, numbers = ranks < m, np.repeat(np.arange(len(features)), counts)
+    indices, values = np.full((len(features), m), -1), np.zeros((len(features), m), np.float32)
+    cells = numbers[kept], ranks[kept]
+    indices[cells], values[cells] = rows[kept] + start, found.numpy()[rows[kept], columns[kept]]
+    return features, indices, values
+
+
+def _in_order(pool: ThreadPoolExecutor, n: int, work: Callable, items: Iterable) -> Iterator:
+    """Results of `work` for each item in order, computed `n` at a time with no more held in memory."""
+    waiting: deque[Future] = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > n:
+            yield waiting.popleft().result()
+    for one in waiting:
+        yield one.result()
+
+
+class _Best:
+    """The largest similarities found so far."""
+
+    def __init__(self, d: int, m: int) -> None:
+        self.indices = np.full((d, m), -1)
+        self.values = np.zeros((d, m), np.float32)
+
+    @property
+    def floor(self) -> Float32[np.ndarray, "d"]:
+        """The size of the smallest similarity kept for each feature."""
+        return np.abs(self.values[:, -1])
+
+    def merge(self, features: np.ndarray, indices: np.ndarray, values: np.ndarray) -> None:
+        """Add similarities of some features; of equal ones the earlier stay."""
+        all_indices = np.concatenate([self.indices[features], indices], 1)
+        all_values = np.concatenate([self.values[features], values], 1)
+        keep = np.argsort(-np.abs(all_values), axis=1, kind="stable")[:, : self.indices.shape[1]]
+        self.indices[features] = np.take_along_axis(all_indices, keep, 1)
+        self.values[features] = np.take_along_axis(all_values, keep, 1)
+
+    def result(self) -> Nearest:
+        """The similarities kept, with zeros as missing."""
+        missing = (self.indices < 0) | (self.values == 0)
+        return Nearest(np.where(missing, -1, self.indices), np.where(missing, np.nan, self.values))
+
 
 N_BINS, POOL = 8, 200
 """Number of groups of equally many features by firing count, each with its own null distribution, and the smallest size
@@ -79,3 +216,241 @@ def pooled_p(
     pool.sort()
     larger = len(pool) - np.searchsorted(pool, scaled, "left")
     return np.where(np.isnan(scaled), 1.0, (1 + larger) / (1 + len(pool)))
+
+
+By = Literal["count", "frequency", "variance"]
+BY: tuple[By, ...] = get_args(By)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untrained:
+    """Similarities and universal shares when one of the two dictionaries is untrained, of the same shape on the same
+    tokens.
+    """
+
+    level: float
+    """95th percentile of the live features' best similarities there; universal features must reach it"""
+    median: float
+    shares: dict[str, float]
+    """universal share there, by number, by firings and by variance, tested against chance only"""
+    trained: dict[str, float]
+    """the same shares of this side's trained dictionary, tested against chance only: compare with `shares`"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return {"level": self.level, "median": self.median, "shares": self.shares, "trained": self.trained}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Matches:
+    """The best partner of each feature of one dictionary in the other; -1 and NaN where there is none."""
+
+    fires: Int[np.ndarray, "d"]
+    """number of rows on which each feature fires"""
+    variance: Float[np.ndarray, "d"]
+    """sum of squared deviations of each feature's codes from their mean; 1 for directions"""
+    partners: Int[np.ndarray, "d"]
+    """the feature of the other dictionary with the largest similarity"""
+    similarity: Float[np.ndarray, "d"]
+    n_both: Int[np.ndarray, "d"]
+    """number of rows on which both fire; -1 for directions"""
+    p: Float[np.ndarray, "d"]
+    """probability of so large a similarity under the null; never 0"""
+    q: Float[np.ndarray, "d"]
+    """smallest false discovery rate at which the match is significant, among all features that fire"""
+    universal: Bool[np.ndarray, "d"]
+    """whether the match is significant, reaches the minimum effect, and the level of untrained dictionaries where those
+    were compared"""
+    chance: tuple[float, float]
+    """median and 95th percentile of the best similarity under the null; NaN where it was not measured"""
+    nearest: Nearest
+    """the m best, before significance and counts are tested"""
+    untrained: Untrained | None = None
+    """matches with an untrained dictionary; None where none was compared"""
+
+    @property
+    def live(self) -> Bool[np.ndarray, "d"]:
+        """Whether each feature fires at all."""
+        return self.fires > 0
+
+    def share(self, by: By = "count") -> float:
+        """Share of universal features among those that fire: by number, by firings or by variance; NaN if none fire."""
+        weights = {"count": self.live.astype(float), "frequency": self.fires.astype(float), "variance": self.variance}
+        total = float(weights[by][self.live].sum())
+        return float(weights[by][self.universal].sum()) / total if total else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON, without the m best."""
+        names = ("fires", "variance", "partners", "similarity", "n_both", "p", "q", "universal")
+        found = {name: getattr(self, name).tolist() for name in names} | {"chance": list(self.chance)}
+        return found | {"untrained": None if self.untrained is None else self.untrained.to_dict()}
+
+
+Kind = Literal["same", "flipped", "split", "halves", "copies", "part"]
+COPIED = 1.3
+"""If the partners' joint firings are more than so many times a feature's own, they are copies, else a split."""
+
+
+@dataclass(frozen=True)
+class Relation:
+    """The relation of one feature to its partners in another dictionary.
+
+    - same, flipped: one partner, and each is the other's best.
+    - split: several features have it as their best partner and share its firings.
+    - halves: some of its partners go with its positive codes, some with its negative ones.
+    - copies: its partners fire where it fires, all of them.
+    - part: its best partner is one that is split, halved or copied.
+    """
+
+    feature: int
+    kind: Kind
+    partners: tuple[int, ...]
+    similarities: tuple[float, ...]
+
+
+def relate(mine: Matches, theirs: Matches) -> tuple[Relation, ...]:
+    """The relations of one side's features.
+
+    A feature that is neither universal nor the best partner of several universal ones has none.
+    """
+    followers: dict[int, list[int]] = {}
+    for j in np.flatnonzero(theirs.universal).tolist():
+        followers.setdefault(int(theirs.partners[j]), []).append(j)
+    found = [_relate(i, followers.get(i, []), mine, theirs) for i in range(len(mine.fires))]
+    return tuple(one for one in found if one is not None)
+
+
+def _relate(i: int, followers: list[int], mine: Matches, theirs: Matches) -> Relation | None:
+    if len(followers) > 1:
+        values = theirs.similarity[followers]
+        return Relation(i, _kind_of(i, followers, mine, theirs), tuple(followers), tuple(values.tolist()))
+    if not mine.universal[i]:
+        return None
+    partner, value = int(mine.partners[i]), float(mine.similarity[i])
+    kind: Kind = "part" if followers != [partner] else "flipped" if value < 0 else "same"
+    return Relation(i, kind, (partner,), (value,))
+
+
+def _kind_of(i: int, followers: list[int], mine: Matches, theirs: Matches) -> Kind:
+    values = theirs.similarity[followers]
+    if (values < 0).any() and (values > 0).any():
+        return "halves"
+    both = theirs.n_both[followers].sum()
+    return "copies" if both < 0 or both > COPIED * mine.fires[i] else "split"
+
+
+Method = Literal["best", "mutual", "hungarian"]
+"""best: the best partner of every feature of a; mutual: pairs that are each other's best; hungarian: one-to-one pairs
+"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison(Result):
+    """Matches between the features of two dictionaries, with p values from a null distribution."""
+
+    similarity: str
+    a: Matches = field(repr=False)
+    b: Matches = field(repr=False)
+    mutual: Int[np.ndarray, "n 2"] = field(repr=False)
+    """pairs that are each other's best, significant or not"""
+    pairs: Int[np.ndarray, "m 2"] = field(repr=False)
+    """one-to-one pairs (Hungarian)"""
+    values: Float[np.ndarray, "m"] = field(repr=False)
+    """similarities of the one-to-one pairs"""
+    exact: bool
+    """whether the assignment considered every pair, not only the m nearest of either side"""
+    signed: bool
+    """whether similarities count by size, so that negative ones mean flipped"""
+    sides: bool
+    """whether features are the positive and negative sides of codes, 2 j and 2 j + 1"""
+    m: int
+    n_shifts: int
+    fdr: float
+    min_effect: float
+    seed: int
+    sources: tuple[str, str]
+    n_rows: int | None = None
+    """number of tokens, or documents, that similarities were measured on; None for directions"""
+    n_tokens: int | None = None
+    alignment: str = ""
+
+    @cached_property
+    def universal_pairs(self) -> Int[np.ndarray, "n 2"]:
+        """Mutual pairs that are universal on both sides, the most similar first."""
+        kept = self.a.universal[self.mutual[:, 0]] & self.b.universal[self.mutual[:, 1]]
+        pairs = self.mutual[kept]
+        return pairs[np.argsort(-np.abs(self.a.similarity[pairs[:, 0]]), kind="stable")]
+
+    def match(self, method: Method) -> tuple[Int[np.ndarray, "n 2"], Float[np.ndarray, "n"]]:
+        """The pairs of a matching method and their similarities, the most similar first, significant or not."""
+        known = np.flatnonzero(self.a.partners >= 0)
+        pairs = {
+            "best": np.stack([known, self.a.partners[known]], 1), "mutual": self.mutual, "hungarian": self.pairs,
+        }[method]  # fmt: skip
+        values = self.values if method == "hungarian" else self.a.similarity[pairs[:, 0]]
+        order = np.argsort(-np.abs(values), kind="stable")
+        return pairs[order], values[order]
+
+    @cached_property
+    def relations(self) -> tuple[tuple[Relation, ...], tuple[Relation, ...]]:
+        """The relation of every universal feature of either side: same, flipped, split, halves, copies, or part of
+        another.
+        """
+        return relate(self.a, self.b), relate(self.b, self.a)
+
+    def signs(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
+        """1 or -1 for each mutual pair, by which rows of one side are multiplied before `compare_spaces`."""
+        return np.where(self.a.similarity[pairs[:, 0]] < 0, -1, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON, without the m nearest of each feature."""
+        plain = ("similarity", "exact", "signed", "sides", "m", "n_shifts", "fdr", "min_effect", "seed", "n_rows")
+        found: dict[str, Any] = {name: getattr(self, name) for name in (*plain, "n_tokens", "alignment")}
+        found |= {name: getattr(self, name).tolist() for name in ("mutual", "pairs", "values")}
+        return found | {"sources": list(self.sources), "a": self.a.to_dict(), "b": self.b.to_dict()}
+
+    def __str__(self) -> str:
+        units = "documents" if self.similarity == "documents" else "tokens"
+        rows = "" if self.n_rows is None else f" over {self.n_rows:,} common {units}"
+        what = "sides of features" if self.sides else "features"
+        floor = (
+            ""
+            if self.a.untrained is None and self.b.untrained is None
+            else ", and what 95 % of untrained ones stay below"
+        )
+        lines = [
+            f"{what} by {self.similarity}{rows}; universal: q <= {self.fdr:g} and at least {self.min_effect:g}{floor}"
+        ]
+        titles = {"live": 8, "median": 9, "chance": 9, "(95 %)": 9, "universal": 11, "by freq.": 10, "by var.": 9}
+        lines.append(" " * 4 + "".join(f"{title:>{width}}" for title, width in titles.items()))
+        for name, side in (("a", self.a), ("b", self.b)):
+            known = np.abs(side.similarity[~np.isnan(side.similarity)])
+            middle = float(np.median(known)) if len(known) else float("nan")
+            shares = f"{side.share():>11.1%}{side.share('frequency'):>10.1%}{side.share('variance'):>9.1%}"
+            lines.append(
+                f"{name:<4}{int(side.live.sum()):>8,}{middle:>9.3f}{side.chance[0]:>9.3f}{side.chance[1]:>9.3f}{shares}"
+            )
+        lines += _describe_floors(self)
+        flipped = int((self.a.similarity[self.universal_pairs[:, 0]] < 0).sum())
+        mean = float(np.abs(self.values).mean()) if len(self.values) else float("nan")
+        kind = "" if self.exact else f", among the {self.m} nearest"
+        lines.append(f"mutual pairs that are universal: {len(self.universal_pairs):,}, of them flipped {flipped:,}")
+        lines.append(f"one-to-one pairs: {len(self.pairs):,}, mean similarity {mean:.3f}{kind}")
+        for name, found in zip("ab", self.relations, strict=True):
+            kinds = sorted({one.kind for one in found})
+            counts = ", ".join(f"{kind} {sum(one.kind == kind for one in found):,}" for kind in kinds)
+            lines.append(f"relations of {name}: {counts or 'none'}")
+        return "\n".join([*lines, *([self.alignment] if self.alignment else [])])
+
+
+def _describe_floors(found: Comparison) -> Iterator[str]:
+    """Lines that compare the universal shares with those of untrained dictionaries."""
+    if found.a.untrained is None and found.b.untrained is None:
+        yield "no untrained dictionary was compared: what the text alone makes alike is among these"
+        return
+    yield "chance alone as the floor: share of this dictionary, and of an untrained one of its shape in its place"
+    yield " " * 4 + f"{'':>8}{'untrained':>18}{'(95 %)':>9}{'trained':>11}{'untrained':>11}"
+    for name, floor in (("a", found.a.untrained), ("b", found.b.untrained)):
+        if floor is not None:
+            shares = f"{floor.trained['count']:>11.1%}{floor.shares['count']:>11.1%}"
+            yield f"{name:<4}{'':>8}{floor.median:>18.3f}{floor.level:>9.3f}{shares}"

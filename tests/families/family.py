@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import saelab as sl
-from saelab.lm.door import door
-from saelab.lm.models import Model, _byte_tokenizer
+from saelab.lm.hook_points import door
+from saelab.lm.model_checks import Model
+from saelab.lm.models import _byte_tokenizer
 
 N = 6
 """tokens of a text"""

@@ -19,7 +19,7 @@ from table import VARIANTS, build, list_architectures
 from uses import USES
 
 import saelab
-from saelab.lm.quiet import no_processes
+from saelab.lm.models import no_processes
 
 PAGE = Path(__file__).parents[2] / "docs" / "supported_models.md"
 SAELAB = Path(saelab.__file__).parent

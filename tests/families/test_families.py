@@ -7,7 +7,7 @@ from run import judge
 from table import build, list_architectures
 from uses import USES
 
-from saelab.lm.door import door
+from saelab.lm.hook_points import door
 
 SOME = {
     "dense": "LlamaForCausalLM",

@@ -9,10 +9,10 @@ from family import SHIFT, WIDTH, Edit, Family, Wrong, same, texts_of
 from torch import Tensor
 
 import saelab as sl
-from saelab.lm.cache import find_border
-from saelab.lm.door import door
-from saelab.lm.extent import find_context
-from saelab.lm.lens import read_out
+from saelab.lm.caching import find_border
+from saelab.lm.hook_points import door
+from saelab.lm.model_checks import find_context
+from saelab.lm.unembedding import read_out
 
 PROMPTS = ["Hello you", "Hi", "a longer beginning"]
 N_CTX = 64

@@ -14,10 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.sae.activations import BatchTopK, JumpReLU, ReLU
+from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, read_activation
 from saelab.sae.config import MatchingPursuit, SAEConfig
-from saelab.sae.normaliser import Kind
-from saelab.sae.registry import Activation, read_activation
+from saelab.sae.normalizer import Kind
 from saelab.stores.validation import read_fields, require_object
 
 LATENT_AXIS = dict.fromkeys(("b_enc", "W_dec", "threshold", "r_mag", "b_gate", "b_mag", "code_scale"), 0) | {"W_enc": 1}

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.sae.activations import BatchTopK, JumpReLU, ReLU, TopK
-from saelab.sae.coder import Coder
+from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.formats.conventions import Convention, read_with
-from saelab.sae.formats.readings import Asked, Facts, Reading
+from saelab.sae.formats.origin import Asked, Facts, Reading
 from saelab.sae.formats.sources import Source
-from saelab.sae.registry import Activation
-from saelab.stores.files import write_atomic, write_json
-from saelab.stores.names import shareable
-from saelab.stores.provenance import Provenance
+from saelab.sae.module import Coder
+from saelab.stores.files import shareable, write_atomic, write_json
+from saelab.stores.manifest import Provenance
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from saelab.sae.activations import JumpReLU
+from saelab.sae.activation_functions import JumpReLU
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.readings import Asked, Facts, Reading
+from saelab.sae.formats.origin import Asked, Facts, Reading
 from saelab.sae.formats.sources import Source, require_tensors
 
 ARCHIVE, CONFIG, WEIGHTS = "params.npz", "config.json", "params.safetensors"

@@ -1,11 +1,24 @@
-"""Downloading a single SAE from a Hugging Face Hub repository: only its own files, not those of other SAEs there."""
+"""Downloading a single SAE from a Hugging Face Hub repository: only its own files, not those of other SAEs there.
 
+Names of published SAE releases, as SAELens lists them, and their locations on the Hub.
+
+`releases.json` holds facts only, an entry per family: regular expressions of release names and of SAE ids; the
+repository and the path in it; the model, the hook point and whatever else the files leave out. `{...}` is replaced by a
+named group of either expression.
+"""
+
+import re
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from saelab.sae.formats.readers import READERS
-from saelab.sae.formats.sources import Source, inside
+from saelab.sae.activation_functions import Activation, make_activation
+from saelab.sae.formats.origin import Asked
+from saelab.sae.formats.registry import READERS
+from saelab.sae.formats.sources import ARCHIVES, PICKLES, Source, inside
 from saelab.sae.formats.sparsify import RUN
-from saelab.sae.formats.tensorfiles import ARCHIVES, PICKLES
+from saelab.stores.validation import read_fields, read_json
 
 OWN_FILES = ("config.json", "model.safetensors", "origin.safetensors")
 WEIGHT_SUFFIXES = (*PICKLES, *ARCHIVES, ".safetensors")
@@ -52,3 +65,140 @@ def _fetch(repo: str, files: list[str], revision: str | None) -> Path:
             f"'{repo}' is no local folder and could not be fetched from the Hub ({type(error).__name__}); "
             "check the name and the connection."
         ) from error
+
+
+TABLE = Path(__file__).parent / "releases.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """One family of published SAEs; string fields may refer to named groups of `name` and `id`, and to `{id}`
+    itself.
+    """
+
+    name: str
+    """regular expression of the release's name"""
+    repo: str
+    """Hub repository 'owner/name'"""
+    id: str = ".+"
+    """regular expression of an SAE's id in it"""
+    path: str = "{id}"
+    """sub-folder or file in the repository"""
+    model: str | None = None
+    """name of the model; None leaves this and the following to the files"""
+    hook_point: str | None = None
+    hook_point_out: str | None = None
+    weight_processing: str | None = None
+    activation: dict[str, Any] | None = None
+    """name and settings of the activation function, where the files lack them"""
+    scale: float | None = None
+    """factor by which activations are multiplied before the encoder"""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Location of one SAE on the Hub, and the facts known about it."""
+
+    repo: str
+    path: str
+    facts: Asked
+
+
+_added: list[Release] = []
+
+
+def register_release(
+    name: str,
+    repo: str,
+    *,
+    path: str = "{id}",
+    id: str = ".+",
+    model: str | None = None,
+    hook_point: str | None = None,
+    hook_point_out: str | None = None,
+    weight_processing: str | None = None,
+    activation: Activation | None = None,
+    scale: float | None = None,
+) -> None:
+    """Register a release for `SAE.from_pretrained(name, id)`; it overrides a listed one of the same name.
+
+    Args:
+        name: regular expression of the release's name.
+        repo: Hub repository 'owner/name'.
+        path: sub-folder or file in the repository; like all strings below it may contain `{id}` and named groups of
+            `name` and `id`.
+        id: regular expression of an SAE's id.
+        model: name of the model; None leaves this and the following to the files.
+        hook_point: hook point that the SAE reads.
+        hook_point_out: hook point that a transcoder writes.
+        weight_processing: processing of the model's weights in training, "none" or "folded".
+        activation: activation function with its k.
+        scale: factor by which activations are multiplied before the encoder.
+
+    Raises:
+        ValueError: for an invalid regular expression, and for a path that leaves the repository.
+
+    >>> register_release("mine", "me/saes", id=r"layer_(?P<layer>\\d+)", model="gpt2",
+    ...     hook_point="blocks.{layer}.hook_resid_post")
+    >>> find_release("mine", "layer_3").facts.hook_point
+    'blocks.3.hook_resid_post'
+    """
+    for pattern in (name, id):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"`name` and `id` must be regular expressions, got '{pattern}' ({error}).") from None
+    inside(path)
+    _added.insert(
+        0,
+        Release(
+            name=name,
+            repo=repo,
+            id=id,
+            path=path,
+            model=model,
+            hook_point=hook_point,
+            hook_point_out=hook_point_out,
+            weight_processing=weight_processing,
+            activation=activation.to_dict() if activation else None,
+            scale=scale,
+        ),
+    )
+
+
+@cache
+def _read_table() -> tuple[Release, ...]:
+    return tuple(read_fields(Release, entry) for entry in read_json(TABLE))
+
+
+def find_release(name: str, id: str | None) -> Place | None:
+    """Location of an SAE of a release; None where no release has that name, ValueError for an id that the release
+    lacks.
+    """
+    found = [(entry, match) for entry in (*_added, *_read_table()) if (match := re.fullmatch(entry.name, name))]
+    if not found:
+        return None
+    for entry, match in found:
+        if id is not None and (of_id := re.fullmatch(entry.id, id)):
+            groups = {**match.groupdict(), **of_id.groupdict(), "id": id}
+            return _fill(entry, {key: value for key, value in groups.items() if value is not None})
+    patterns = [entry.id for entry, _ in found][:5]
+    raise ValueError(f"`name` must be an id of release '{name}', got {id!r}; ids look like {patterns}.")
+
+
+def _fill(entry: Release, groups: dict[str, str]) -> Place:
+    texts = {key: value.format(**groups) for key, value in asdict(entry).items() if isinstance(value, str)}
+    activation = None
+    if entry.activation is not None:
+        settings = {k: v.format(**groups) if isinstance(v, str) else v for k, v in entry.activation.items()}
+        numbers: dict[str, Any] = {k: int(v) if k == "k" else v for k, v in settings.items()}
+        activation = make_activation(**numbers)
+    facts = Asked(
+        model=texts.get("model"),
+        hook_point=texts.get("hook_point"),
+        hook_point_out=texts.get("hook_point_out"),
+        weight_processing=texts.get("weight_processing"),
+        activation=activation,
+        scale=entry.scale,
+    )
+    return Place(texts["repo"], inside(texts["path"]), facts)

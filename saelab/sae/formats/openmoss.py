@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.sae.activations import BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.readings import Asked, Facts, Reading, require
+from saelab.sae.formats.origin import Asked, Facts, Reading, require
 from saelab.sae.formats.sources import Source, inside, require_number, require_tensors
-from saelab.sae.registry import Activation
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "sae_weights.safetensors", "sae_weights.pt"
 HYPERPARAMETERS, FINAL = "hyperparams.json", "checkpoints/final.safetensors"

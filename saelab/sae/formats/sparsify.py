@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from saelab.sae.activations import AbsTopK, GroupMax, TopK
-from saelab.sae.coder import Coder
+from saelab.sae.activation_functions import AbsTopK, Activation, GroupMax, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.readings import Asked, Facts, Reading
+from saelab.sae.formats.origin import Asked, Facts, Reading
 from saelab.sae.formats.sources import Source, require_number, require_tensors
-from saelab.sae.registry import Activation
-from saelab.stores.files import read_json, save_tensors, write_json
-from saelab.stores.provenance import Provenance
+from saelab.sae.module import Coder
+from saelab.stores.files import save_tensors, write_json
+from saelab.stores.manifest import Provenance
+from saelab.stores.validation import read_json
 
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
 

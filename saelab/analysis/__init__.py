@@ -1,0 +1,1 @@
+"""What a feature store and a dictionary show: examples, dead latents, direct logit effects, similar features."""

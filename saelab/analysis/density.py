@@ -1,0 +1,304 @@
+"""Dead, near-dead, dense and outlier latents, with confidence intervals of firing rates and likely causes.
+
+Likely causes of dead latents, found by comparing their weights with those of the latents that fire.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Integer
+from torch import Tensor
+
+from saelab.collecting.harvesting import require_harvested
+from saelab.sae.sae import SAE
+from saelab.stores.feature_store import FeatureStore
+from saelab.stores.results import Result
+
+COLLAPSED = 0.1
+"""Encoder norm as a share of the live latents' median."""
+ALIKE = 0.95
+"""Decoder cosine to a live latent."""
+FAR = 3.0
+"""Robust deviations by which a bias lies below those of the live latents."""
+NEAR = 0.9
+"""Share of the smallest code that fires."""
+BLOCK = 1024
+
+
+@torch.no_grad()
+def find_causes(
+    sae: SAE, store: FeatureStore, silent: Sequence[int], acts: Tensor | None = None
+) -> dict[int, tuple[str, ...]]:
+    """The likely causes of each dead latent, as a dictionary from latent to names of causes.
+
+    - "encoder norm collapsed": ||W_enc|| is below a tenth of the live median.
+    - "bias too low": b_enc (for learned thresholds, b_enc minus the threshold) is more than 3 robust deviations below
+      the live median.
+    - "duplicate of a live unit", "antipode of a live unit": the decoder cosine with a live latent is above 0.95, or
+      below -0.95.
+    - "never near selection": on no row of `acts` does the pre-activation come within a tenth of the smallest code that
+      fires.
+
+    Args:
+        sae: the SAE whose weights are compared.
+        store: feature store harvested with the SAE; latents that fire in it are live.
+        silent: latents to explain; they never count as live.
+        acts: (n, d_in) activations in the units of the SAE's input, on which "never near selection" is tested; None
+            leaves that test out.
+
+    Returns:
+        Only latents with at least one cause; empty where no latent is live.
+    """
+    is_live = torch.from_numpy(store.statistics.fires.sum(1) > 0)
+    is_live[list(silent)] = False
+    live, units = is_live.nonzero().squeeze(1), torch.tensor(list(silent), dtype=torch.long)
+    if len(units) == 0 or len(live) == 0:
+        return {}
+    norms, bias = sae.W_enc.detach().norm(dim=0).cpu(), _bias_of(sae)
+    collapsed = norms[units] < COLLAPSED * norms[live].median()
+    spread = float(1.4826 * (bias[live] - bias[live].median()).abs().median())
+    low = bias[units] < bias[live].median() - FAR * max(spread, 1e-6)
+    cosine = _nearest_cosine(sae.W_dec.detach().cpu(), units, live)
+    reach = find_reach(sae, acts, units) if acts is not None else None
+    found: dict[int, tuple[str, ...]] = {}
+    for i, unit in enumerate(units.tolist()):
+        causes = ["encoder norm collapsed"] * bool(collapsed[i]) + ["bias too low"] * bool(low[i])
+        if abs(float(cosine[i])) > ALIKE:
+            causes.append(f"{'duplicate' if cosine[i] > 0 else 'antipode'} of a live unit")
+        if reach is not None and reach[i] < NEAR:
+            causes.append("never near selection")
+        found[unit] = tuple(causes)
+    return {unit: causes for unit, causes in found.items() if causes}
+
+
+@torch.no_grad()
+def find_reach(sae: SAE, acts: Float[Tensor, "n d_in"], units: Int[Tensor, "n_units"]) -> Float[Tensor, "n_units"]:
+    """How near each latent's pre-activation comes to firing: its largest ratio to the smallest code that fires on the
+    token.
+
+    At 1 the latent would fire. Where codes are signed, pre-activations count by size.
+    """
+    reach = torch.full((len(units),), -torch.inf)
+    for x in acts.split(BLOCK):
+        codes = sae.encode_sparse(x.to(sae.device))
+        smallest = torch.full((len(x),), torch.inf, device=sae.device)
+        smallest.scatter_reduce_(0, codes.rows, codes.values.abs(), "amin")
+        u = sae.centre(x) @ sae.W_enc[:, units] + sae.b_enc[units]
+        shares = (u.abs() if sae.cfg.activation.signed else u) / smallest[:, None]
+        reach = torch.maximum(reach, shares.amax(0).cpu())
+    return reach
+
+
+def _bias_of(sae: SAE) -> Tensor:
+    """The encoder bias of each latent, less its threshold where thresholds are learned."""
+    bias = sae.b_enc.detach().cpu()
+    if sae.cfg.activation.threshold == "learned" and sae.threshold is not None:
+        bias = bias - sae.threshold.detach().cpu()
+    return bias
+
+
+def _nearest_cosine(W_dec: Tensor, units: Tensor, live: Tensor) -> Tensor:
+    """For each of `units`, the decoder cosine of largest size with a live latent, with its sign."""
+    rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    found = []
+    for part in units.split(BLOCK):
+        cosines = rows[part] @ rows[live].T
+        found.append(cosines.gather(1, cosines.abs().argmax(1, keepdim=True)).squeeze(1))
+    return torch.cat(found)
+
+
+KINDS = ("dead", "near-dead", "live", "dense", "outlier")
+OUTLIER = 5.0
+"""Robust standard deviations of the logarithm of a norm."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DeadUnits(Result):
+    """The kind of every latent, by how often it fires (z != 0, either sign) on the tokens of a store."""
+
+    n_tokens: int
+    kinds: tuple[str, ...]
+    """for each latent: dead, near-dead, live, dense, or outlier (live, with a norm far from the others')"""
+    fires: Integer[np.ndarray, "d_sae"]
+    """number of tokens on which each latent fires"""
+    low: Float[np.ndarray, "d_sae"]
+    """lower end of the firing rate's Clopper-Pearson interval"""
+    high: Float[np.ndarray, "d_sae"]
+    """upper end; for no firing in N tokens the one-sided limit, just below 3 / N"""
+    confidence: float
+    near_dead_rate: float
+    dense_rate: float
+    groups: dict[str, dict[str, int]]
+    """latents of each kind by prefix group; one group where there are no prefixes"""
+    causes: dict[int, tuple[str, ...]]
+    """likely causes for dead and near-dead latents; empty without the SAE"""
+    training: dict[str, int] | None
+    """number of latents dead both at the end of training and here, at the end of training only, and in the store only;
+    None where training kept no count"""
+
+    def units(self, kind: str) -> list[int]:
+        """The latents of a given kind; ValueError where the kind does not exist."""
+        if kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {list(KINDS)}, got '{kind}'.")
+        return [i for i, mine in enumerate(self.kinds) if mine == kind]
+
+    @property
+    def rates(self) -> Float[np.ndarray, "d_sae"]:
+        """Share of tokens on which each latent fires."""
+        return self.fires / self.n_tokens
+
+    def share(self, kind: str) -> float:
+        """Share of the latents that are of a given kind."""
+        return len(self.units(kind)) / len(self.kinds)
+
+    def __str__(self) -> str:
+        limit = _no_firing_limit(self.n_tokens, self.confidence)
+        lines = [f"{len(self.kinds):,} units on {self.n_tokens:,} tokens; no firing means a rate below {limit:.2g}"]
+        lines.append(f"near-dead: below {self.near_dead_rate:g}; dense: above {self.dense_rate:g}")
+        lines += ["", f"{'units':<16}" + "".join(f"{kind:>11}" for kind in KINDS)]
+        for name, counts in self.groups.items():
+            lines.append(f"{name:<16}" + "".join(f"{counts.get(kind, 0):>11,}" for kind in KINDS))
+        why = Counter(cause for causes in self.causes.values() for cause in causes)
+        lines += ["", *(f"{n:>6,} {cause}" for cause, n in why.most_common())] if why else []
+        if self.training is not None:
+            agreement = ", ".join(f"{n} {where}" for where, n in self.training.items())
+            lines += ["", f"dead at the end of training and here: {agreement}"]
+        return "\n".join(lines)
+
+
+def dead_units(
+    store: FeatureStore,
+    sae: SAE | None = None,
+    acts: Float[Tensor, "n d_in"] | None = None,
+    *,
+    near_dead_rate: float = 1e-5,
+    dense_rate: float = 0.1,
+    confidence: float = 0.95,
+) -> DeadUnits:
+    """The kind of every latent, from its firing rate r = #(z != 0) / N over the store's N tokens, both signs counted.
+
+    - dead: r = 0.
+    - near-dead: 0 < r < `near_dead_rate`.
+    - dense: r > `dense_rate`.
+    - outlier: otherwise live, but the log-norm of W_enc or W_dec is more than 5 robust standard deviations from the
+      median.
+    - live: the rest.
+
+    Firing rates come with Clopper-Pearson intervals. Where training counted dead latents, its count is compared with
+    the store's.
+
+    Args:
+        store: feature store with the codes of all latents.
+        sae: the SAE that the store was harvested with, for outliers and likely causes; None leaves both out.
+        acts: (n, d_in) activations in the units of the SAE's input, to see how near dead latents come to firing; None
+            leaves this out.
+        near_dead_rate: firing rate below which a latent is near-dead, as a share of tokens.
+        dense_rate: firing rate above which a latent is dense, as a share of tokens.
+        confidence: level of the intervals, in (0, 1).
+
+    Raises:
+        ValueError: the rates are not in order, or `sae` is not the SAE of the store.
+    """
+    if not 0 <= near_dead_rate < dense_rate <= 1 or not 0 < confidence < 1:
+        raise ValueError(
+            "Rates must satisfy 0 <= near_dead_rate < dense_rate <= 1 and confidence lie in (0, 1), got "
+            f"{near_dead_rate}, {dense_rate} and {confidence}."
+        )
+    if sae is not None:
+        require_harvested(store, sae)
+    fires = store.statistics.fires.sum(1)
+    outlier = find_outliers(sae) if sae is not None else np.zeros(store.d_sae, bool)
+    kinds = _tell_kinds(fires / len(store), near_dead_rate, dense_rate, outlier)
+    low, high = clopper_pearson(fires, len(store), confidence)
+    silent = [i for i, kind in enumerate(kinds) if kind in KINDS[:2]]
+    return DeadUnits(
+        n_tokens=len(store),
+        kinds=kinds,
+        fires=fires,
+        low=low,
+        high=high,
+        confidence=confidence,
+        near_dead_rate=near_dead_rate,
+        dense_rate=dense_rate,
+        groups=_by_group(kinds, store.manifest.sae["config"].get("prefixes")),
+        causes=find_causes(sae, store, silent, acts) if sae is not None else {},
+        training=_compare_with_training(store, kinds),
+    )
+
+
+def drift(results: Sequence[DeadUnits]) -> list[dict[str, int]]:
+    """Numbers of latents that died, revived and stayed dead from each result to the next.
+
+    The results are those of successive checkpoints of one SAE on one text; ValueError where their widths differ.
+    """
+    found = []
+    for before, after in pairwise(results):
+        if len(before.kinds) != len(after.kinds):
+            raise ValueError(f"Checkpoints must be of one width, got {len(before.kinds)} and {len(after.kinds)} units.")
+        then, now = set(before.units("dead")), set(after.units("dead"))
+        found.append({"died": len(now - then), "revived": len(then - now), "stayed dead": len(now & then)})
+    return found
+
+
+def clopper_pearson(
+    fires: Integer[np.ndarray, "n"], n_tokens: int, confidence: float
+) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """Exact (Clopper-Pearson) confidence limits of a rate with `fires` successes in `n_tokens` independent trials.
+
+    Where there was no success the upper limit is one-sided, `1 - (1 - confidence)^(1 / N)`, just below 3 / N at 0.95.
+    Tokens of a document depend on one another, so true intervals are wider.
+
+    >>> low, high = clopper_pearson(np.array([0, 5]), 100, 0.95)
+    >>> [round(float(x), 4) for x in (*low, *high)]
+    [0.0, 0.0164, 0.0295, 0.1128]
+    """
+    from scipy.stats import beta
+
+    tail = (1 - confidence) / 2
+    low = np.where(fires > 0, beta.ppf(tail, np.maximum(fires, 1), n_tokens - fires + 1), 0.0)
+    high = np.where(fires < n_tokens, beta.ppf(1 - tail, fires + 1, np.maximum(n_tokens - fires, 1)), 1.0)
+    return low, np.where(fires == 0, _no_firing_limit(n_tokens, confidence), high)
+
+
+def find_outliers(sae: SAE) -> Bool[np.ndarray, "d_sae"]:
+    """Latents whose W_enc or W_dec log-norm lies more than 5 robust standard deviations from the median."""
+    found = np.zeros(sae.cfg.d_sae, bool)
+    for norms in (sae.W_enc.norm(dim=0), sae.W_dec.norm(dim=1)):
+        logs = norms.detach().clamp(min=1e-12).log().cpu().double().numpy()
+        off = np.abs(logs - np.median(logs))
+        found |= off > OUTLIER * max(1.4826 * float(np.median(off)), 1e-3)  # unit rows differ by rounding alone
+    return found
+
+
+def _no_firing_limit(n_tokens: int, confidence: float) -> float:
+    return -math.expm1(math.log1p(-confidence) / n_tokens)
+
+
+def _tell_kinds(rates: np.ndarray, near_dead: float, dense: float, outlier: np.ndarray) -> tuple[str, ...]:
+    kinds = np.full(len(rates), "live", dtype=object)
+    kinds[outlier] = "outlier"
+    kinds[rates > dense] = "dense"
+    kinds[rates < near_dead] = "near-dead"
+    kinds[rates == 0] = "dead"
+    return tuple(kinds.tolist())
+
+
+def _by_group(kinds: Sequence[str], prefixes: Any) -> dict[str, dict[str, int]]:
+    ends = prefixes if isinstance(prefixes, list) else [len(kinds)]
+    spans = list(zip([0, *ends], ends, strict=False))
+    groups = {f"{start:,} to {end - 1:,}": dict(Counter(kinds[start:end])) for start, end in spans}
+    return groups if len(spans) == 1 else groups | {"all": dict(Counter(kinds))}
+
+
+def _compare_with_training(store: FeatureStore, kinds: Sequence[str]) -> dict[str, int] | None:
+    training: Mapping[str, Any] = store.manifest.sae.get("training") or {}
+    if "dead" not in training:
+        return None
+    then, now = set(training["dead"]), {i for i, kind in enumerate(kinds) if kind == "dead"}
+    return {"both": len(then & now), "training only": len(then - now), "store only": len(now - then)}

@@ -1,0 +1,109 @@
+"""Similarity of features: the nearest others of every feature by decoder cosine, correlation of codes, or co-firing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, SupportsIndex, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from saelab.functional.indices import read_feature
+from saelab.functional.screening import largest_first
+from saelab.sae.sae import SAE
+from saelab.stores.feature_store import FeatureStore
+from saelab.stores.results import Result
+
+By = Literal["correlation", "phi", "cosine"]
+BLOCK = 512
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Neighbours(Result):
+    """The `m` most similar other features of each feature, sorted by size of the similarity, largest first."""
+
+    by: str
+    """name of the similarity"""
+    n_tokens: int | None
+    """tokens the similarity rests on; None for directions"""
+    indices: Int[np.ndarray, "d_sae m"]
+    """features; -1 where a feature has fewer than m"""
+    values: Float[np.ndarray, "d_sae m"]
+    """similarity in -1 to 1, negative where features exclude or oppose each other; NaN where there is none"""
+
+    def of(self, feature: SupportsIndex) -> list[tuple[int, float]]:
+        """The nearest features of one feature, as (feature, similarity) pairs."""
+        feature = read_feature(feature, d_sae=len(self.indices))
+        known = self.indices[feature] >= 0
+        return list(zip(self.indices[feature][known].tolist(), self.values[feature][known].tolist(), strict=True))
+
+    def __str__(self) -> str:
+        best = np.argsort(-np.nan_to_num(np.abs(self.values[:, 0]), nan=-1.0), kind="stable")[:10].tolist()
+        over = "" if self.n_tokens is None else f" over {self.n_tokens:,} tokens"
+        lines = [f"{len(self.indices):,} features, nearest by {self.by}{over}; the closest:"]
+        lines += [f"{j:>8} {i:>8}  {value:+.3f}" for j in best for i, value in self.of(j)[:1]]
+        return "\n".join(lines)
+
+
+def neighbours(source: FeatureStore | SAE, by: By | None = None, *, m: int = 10) -> Neighbours:
+    """The `m` most similar other features of every feature, by size of the similarity.
+
+    - "correlation" (default for a store): Pearson's r of the codes over all tokens, zeros included.
+    - "phi": Pearson's r of firing (0 or 1) over all tokens, whatever the sign of the code.
+    - "cosine" (default for an SAE): cosine of rows of W_dec.
+
+    A feature that never fires, or always with one value, has no correlation with any other. ValueError for a similarity
+    that the source cannot give.
+
+    >>> sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=40))
+    >>> neighbours(sae, m=2).indices.shape
+    (40, 2)
+    """
+    by = by or ("cosine" if isinstance(source, SAE) else "correlation")
+    allowed = ("cosine",) if isinstance(source, SAE) else tuple(set(get_args(By)) - {"cosine"})
+    if by not in allowed or m < 1:
+        what = "an SAE" if isinstance(source, SAE) else "a store"
+        raise ValueError(f"`by` must be one of {sorted(allowed)} for {what} and `m` at least 1, got {by!r} and {m}.")
+    blocks = _cosines(source) if isinstance(source, SAE) else _correlations(source, firing=by == "phi")
+    width = source.cfg.d_sae if isinstance(source, SAE) else source.d_sae
+    found = [_nearest(start, block, min(m, width - 1)) for start, block in blocks]
+    indices, values = (np.concatenate(part) for part in zip(*found, strict=True))
+    n_tokens = None if isinstance(source, SAE) else len(source)
+    return Neighbours(by=by, n_tokens=n_tokens, indices=indices, values=values)
+
+
+def _cosines(sae: SAE) -> Iterator[tuple[int, np.ndarray]]:
+    rows = sae.W_dec.detach().float().cpu()
+    rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    for start in range(0, len(rows), BLOCK):
+        yield start, (rows[start : start + BLOCK] @ rows.T).numpy()
+
+
+def _correlations(store: FeatureStore, firing: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """`(sum xy / N - mean x mean y) / (std x std y)` in blocks of rows, summed over shards of which one is held."""
+    n, seen = len(store), store.statistics
+    if firing:
+        mean = squares = seen.fires.sum(1) / n
+    else:
+        mean, squares = (seen.sums[:, 0] - seen.sums[:, 1]) / n, seen.squares.sum(1) / n
+    spread = np.sqrt(np.maximum(squares - mean**2, 0))
+    spread[spread < 1e-6 * np.sqrt(squares)] = 0
+    scale = np.divide(1, spread, out=np.full_like(spread, np.nan), where=spread > 0)
+    for start in range(0, store.d_sae, BLOCK):
+        part = slice(start, min(start + BLOCK, store.d_sae))
+        sums = np.zeros((part.stop - start, store.d_sae))
+        for rows, columns in store.shard_matrices(start, part.stop):
+            if firing:
+                rows.data, columns.data = np.ones_like(rows.data), np.ones_like(columns.data)
+            sums += (columns.T.tocsr() @ rows).toarray()
+        yield start, ((sums / n - mean[part, None] * mean) * scale[part, None] * scale).astype(np.float32)
+
+
+def _nearest(start: int, block: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
+    """The m largest by size in each row, the feature itself left out."""
+    size = torch.from_numpy(np.nan_to_num(np.abs(block), nan=-1.0))
+    size[torch.arange(len(block)), torch.arange(start, start + len(block))] = -2.0
+    top = largest_first(size, m)
+    values = np.take_along_axis(block, top.numpy(), 1)
+    missing = size.gather(1, top).numpy() <= 0
+    return np.where(missing, -1, top.numpy()), np.where(missing, np.nan, values)

@@ -1,0 +1,291 @@
+"""Max-activating examples: windows of text around firings of each strength, near misses and random tokens."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import SupportsIndex
+
+import numpy as np
+from jaxtyping import Bool, Integer
+
+from saelab.functional.indices import PART, ChosenRuns, Marks, draw_rows, read_feature
+from saelab.stores.corpus import group_words, strongest
+from saelab.stores.feature_store import FeatureStore, Firings
+from saelab.stores.results import Result
+
+CANDIDATES = 8
+"""Candidate windows drawn for each one shown; windows that repeat one already shown are skipped."""
+BEFORE, AFTER = 16, 8
+"""Default numbers of tokens before and after the center of a window."""
+MANY = 2048
+"""Near misses are drawn from at most so many occurrences of one token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A window of text with one feature's code at each word."""
+
+    words: tuple[str, ...]
+    """decoded tokens, spaces included; tokens that share a character are one word"""
+    values: tuple[float, ...]
+    """codes, 0 where the feature does not fire or the mask left the token out; of several tokens the largest |z|"""
+    center: int
+    """index of the word that the window was chosen for"""
+    token: int
+    """the store's row of that word"""
+    doc_id: int
+
+    @property
+    def value(self) -> float:
+        """The code at the center."""
+        return self.values[self.center]
+
+    @property
+    def text(self) -> str:
+        """The words joined."""
+        return "".join(self.words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleGroup:
+    """Windows that were selected by the same rule."""
+
+    name: str
+    """top, quantile i of n (from the weakest), near miss, random"""
+    side: int
+    """1 or -1, the sign of the codes; 0 where the feature does not fire at the centers"""
+    low: float
+    """the smallest |z| among the firings that the group was chosen from"""
+    high: float
+    """the largest |z| among them"""
+    n_firings: int
+    """firings it was chosen from"""
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureExamples(Result):
+    """Example windows of one feature, with positive and negative codes kept apart."""
+
+    feature: int
+    n_tokens: int
+    """tokens among which firings were searched"""
+    groups: tuple[ExampleGroup, ...]
+
+    def group(self, name: str, side: int = 1) -> ExampleGroup:
+        """The group with a given name and side; KeyError where there is none."""
+        for group in self.groups:
+            if (group.name, group.side) == (name, side):
+                return group
+        have = [(group.name, group.side) for group in self.groups]
+        raise KeyError(f"There must be a group ({name!r}, {side}), got only {have}.")
+
+    def __str__(self) -> str:
+        lines = [f"feature {self.feature} on {self.n_tokens:,} tokens"]
+        for group in self.groups:
+            sign = {1: "+", -1: "-", 0: " "}[group.side]
+            lines.append(f"{sign} {group.name}: {group.n_firings:,} firings, |z| {group.low:.3g} to {group.high:.3g}")
+            lines += [f"    {example.value:+8.3f}  {_mark(example)}" for example in group.examples]
+        return "\n".join(lines)
+
+
+def examples(
+    store: FeatureStore,
+    feature: SupportsIndex,
+    *,
+    n_top: int = 10,
+    n_quantiles: int = 5,
+    n_each: int = 4,
+    n_near: int = 4,
+    n_random: int = 4,
+    before: int | None = None,
+    after: int | None = None,
+    rows: Bool[np.ndarray, "n_tokens"] | ChosenRuns | None = None,
+    seed: int = 0,
+) -> FeatureExamples:
+    """Windows of text around a feature's firings, each within one document, none shown twice.
+
+    For each sign of the codes there is a group "top" and one group per quantile; for both signs together the groups
+    "near miss" and "random". A group with nothing in it is left out.
+
+    Args:
+        store: feature store that holds the feature's codes and the text.
+        feature: number of the feature, 0 to d_sae - 1.
+        n_top: windows with the largest |z|, for each sign.
+        n_quantiles: number of groups of equally many firings, weakest first, for each sign.
+        n_each: windows drawn from each quantile.
+        n_near: near misses: windows whose center is a token that also stands at the center of a top window, but where
+            the feature does not fire.
+        n_random: windows around tokens drawn from all.
+        before: tokens shown before the center; None is 16, or 64 where tokens are hardly more than characters.
+        after: tokens shown after the center; None is 8, or 32 where tokens are hardly more than characters.
+        rows: rows of the store to search, one side of `store.split()` for instance; None searches all.
+        seed: seed of all draws.
+    """
+    feature = read_feature(feature, d_sae=store.d_sae)
+    rng = np.random.default_rng((seed, feature))
+    before, after = (store.text.widen(n) if own is None else own for own, n in ((before, BEFORE), (after, AFTER)))
+    view = _View(store, store.feature(feature), rows, before, after)
+    groups: list[ExampleGroup] = []
+    for side in (1, -1):
+        at = view.firings(side)
+        if len(at) == 0:
+            continue
+        order = np.argsort(-np.abs(at.values), kind="stable")
+        groups.append(view.choose("top", side, at.indices[order], at, n_top))
+        for i, part in enumerate(np.array_split(order[::-1], n_quantiles)) if n_quantiles else ():
+            if len(part) == 0:  # fewer firings than groups
+                continue
+            chosen = rng.permutation(at.indices[part])
+            name = f"quantile {i + 1} of {n_quantiles}"
+            groups.append(view.choose(name, side, chosen, Firings(at.indices[part], at.values[part]), n_each))
+    if n_near or n_random:  # what is drawn second depends on what was drawn first
+        groups.append(view.choose("near miss", 0, _near_misses(view, groups, rng), None, n_near))
+        groups.append(view.choose("random", 0, view.draw(CANDIDATES * n_random, rng), None, n_random))
+    return FeatureExamples(
+        feature=feature, n_tokens=view.n_tokens, groups=tuple(group for group in groups if group.examples)
+    )
+
+
+def draw_examples(
+    store: FeatureStore, feature: SupportsIndex, marks: Marks, n: int, before: int, after: int, seed: int = 0
+) -> tuple[Example, ...]:
+    """Windows around random rows of those that are marked, as in the group "random" of `examples`.
+
+    No list with one entry per row of the store is held.
+
+    Args:
+        store: feature store that holds the feature's codes and the text.
+        feature: number of the feature, 0 to d_sae - 1.
+        marks: the rows to draw from.
+        n: windows to return; fewer where fewer differ.
+        before: tokens shown before the center.
+        after: tokens shown after the center.
+        seed: seed of the draw.
+    """
+    feature = read_feature(feature, d_sae=store.d_sae)
+    view = _View(store, store.feature(feature), None, before, after)
+    drawn = draw_rows(marks, len(store), CANDIDATES * n, np.random.default_rng((seed, feature)))
+    return view.choose("random", 0, drawn, None, n).examples
+
+
+class _View:
+    """One feature's firings within the rows that are searched."""
+
+    def __init__(
+        self, store: FeatureStore, column: Firings, rows: np.ndarray | ChosenRuns | None, before: int, after: int
+    ) -> None:
+        if rows is not None and len(rows) != len(store):
+            raise ValueError(
+                f"`rows` must say of each of the {len(store)} tokens whether to look at it, got {len(rows)}."
+            )
+        self.store, self.column, self.rows = store, column, rows
+        self.before, self.after = before, after
+        self.n_tokens = len(store) if rows is None else int(rows.sum())
+
+    def firings(self, side: int) -> Firings:
+        """Firings of one sign in the rows that are searched."""
+        kept = self.column.values * side > 0
+        if self.rows is not None:
+            kept &= self.rows[self.column.indices]
+        return Firings(self.column.indices[kept], self.column.values[kept])
+
+    def draw(self, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
+        """Random rows among those that are searched, drawn with replacement."""
+        if self.rows is None:
+            return rng.integers(len(self.store), size=n)
+        rows = self.rows
+        return draw_rows(lambda start, stop: rows[start:stop], len(self.store), n, rng)
+
+    def choose(
+        self, name: str, side: int, candidates: Integer[np.ndarray, "n"], pool: Firings | None, n: int
+    ) -> ExampleGroup:
+        """The first `n` candidates whose windows differ."""
+        sizes = np.abs(pool.values) if pool is not None else np.zeros(1)
+        return ExampleGroup(
+            name=name,
+            side=side,
+            low=float(sizes.min()),
+            high=float(sizes.max()),
+            n_firings=len(pool) if pool is not None else 0,
+            examples=tuple(self._unlike(candidates[: CANDIDATES * n].tolist(), n)),
+        )
+
+    def _unlike(self, tokens: Iterable[int], n: int) -> Iterator[Example]:
+        """Windows whose words were not seen and that no earlier window's center lies in."""
+        seen: set[tuple[str, ...]] = set()
+        spans: list[tuple[int, int]] = []
+        for token in tokens:
+            if len(spans) == n:
+                return
+            place = int(self.store.where[token : token + 1][0])
+            start, stop = self.store.text.window(place, self.before, self.after)
+            words = tuple(self.store.text.words(start, stop))
+            if words in seen or any(a <= place < b for a, b in spans):
+                continue
+            seen.add(words)
+            spans.append((start, stop))
+            yield self._example(token, place, start, stop, words)
+
+    def _example(self, token: int, place: int, start: int, stop: int, words: tuple[str, ...]) -> Example:
+        least = max(0, token - (place - start))  # rows are at least as near to each other as their places
+        places = self.store.where[least : token + stop - place]
+        first, end = least + np.searchsorted(places, (start, stop))
+        values = np.zeros(stop - start, np.float32)
+        a, b = np.searchsorted(self.column.indices, (first, end))
+        values[places[self.column.indices[a:b] - least] - start] = self.column.values[a:b]
+        doc_id = int(self.store.text.doc_ids[place])
+        groups, center = list(group_words(words)), place - start
+        return Example(
+            words=tuple("".join(words[group]) for group in groups),
+            values=tuple(strongest(values[group].tolist()) for group in groups),
+            center=next(i for i, group in enumerate(groups) if center < group.stop),
+            token=token,
+            doc_id=doc_id,
+        )
+
+
+def _near_misses(view: _View, groups: list[ExampleGroup], rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
+    """Rows, in random order, whose token stands at a top window's center but where the feature does not fire."""
+    tops = [example.token for group in groups if group.name == "top" for example in group.examples]
+    ids = np.unique([view.store.read_tokens(row, row + 1) for row in tops]).tolist()
+    counts = view.store.count_tokens(ids)
+    ranks = [np.arange(n) if n <= MANY else rng.choice(n, MANY, replace=False) for n in counts]
+    rows = np.concatenate([np.empty(0, np.int64), *_rows_of_tokens(view.store, ids, ranks)])
+    fires = view.column.indices
+    places = np.minimum(np.searchsorted(fires, rows), max(len(fires) - 1, 0))
+    silent = fires[places] != rows if len(fires) else np.ones(len(rows), bool)
+    if view.rows is not None:
+        silent &= view.rows[rows]
+    return rng.permutation(rows[silent])
+
+
+def _rows_of_tokens(store: FeatureStore, ids: list[int], ranks: list[np.ndarray]) -> list[np.ndarray]:
+    """Of the rows at which each token stands those at some ranks among them; gone through once."""
+    found, seen = [np.empty(len(own), np.int64) for own in ranks], [0] * len(ids)
+    for start in range(0, len(store), PART) if ids else ():
+        tokens = store.read_tokens(start, start + PART)
+        for k, token_id in enumerate(ids):
+            rows = np.flatnonzero(tokens == token_id)
+            here = (ranks[k] >= seen[k]) & (ranks[k] < seen[k] + len(rows))
+            found[k][here] = rows[ranks[k][here] - seen[k]] + start
+            seen[k] += len(rows)
+    return found
+
+
+def _mark(example: Example) -> str:
+    """The text with the center in brackets, on one line."""
+    words = list(example.words)
+    words[example.center] = f"[{words[example.center]}]"
+    return "".join(words).replace("\n", " ")
+
+
+def top_words(store: FeatureStore, firings: Firings, n: int = 10) -> list[tuple[str, float]]:
+    """The tokens on which a feature fires most often, each with its share of the firings."""
+    if len(firings) == 0:
+        return []
+    ids, counts = np.unique(store.token_ids[firings.indices], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:n]
+    return [
+        (store.text.strings.get(int(i), f"<{i}>"), float(c) / len(firings))
+        for i, c in zip(ids[order], counts[order], strict=True)
+    ]

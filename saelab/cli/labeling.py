@@ -1,0 +1,400 @@
+"""`saelab label`: names for the features of a store, by rules or by a language model, into the store's book.
+
+`saelab labels STORE ...`: the book of a store's labels, searched, read and written.
+"""
+
+import getpass
+import runpy
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import Argument, Option
+
+from saelab.analysis.direct_logits import LogitLens, logit_lens
+from saelab.cli import options
+from saelab.cli.inputs import find_base, open_model, open_sae, read_numbers, say
+from saelab.collecting.harvesting import harvest_untrained, require_harvested
+from saelab.labels.autointerp.clients import Client, LocalClient, OpenAIClient
+from saelab.labels.autointerp.explainers import estimate_labels, explain_features
+from saelab.labels.autointerp.requests import AskConfig
+from saelab.labels.autointerp.response_cache import Exchange
+from saelab.labels.label import BOTH, FORMATS, MARKS, Label, describe_origin, name_format
+from saelab.labels.label_store import LabelBook
+from saelab.labels.rules.predicates import N_PREDICATES, Predicate, Predicates, make_predicates
+from saelab.labels.rules.rule_search import N_TOKENS, label_by_rules
+from saelab.lm.models import load_model
+from saelab.sae.compatibility import match_weights
+from saelab.stores.feature_store import FeatureStore
+from saelab.stores.jobs import hold_folder
+
+if TYPE_CHECKING:
+    from typer import Context
+else:
+    Context = find_base(typer.Context, "Context")  # what a command is given
+
+Feature = Annotated[int, Argument(metavar="FEATURE", help="Number of the feature.")]
+Words = Annotated[
+    str, Argument(metavar="TEXT", help="Words that the label has, as they are, longer or in another form.")
+]
+Text = Annotated[str, Argument(metavar="TEXT", help="What the feature is called.")]
+Author = Annotated[str, Argument(metavar="AUTHOR", help="Whose label; `show` tells who gave some.")]
+Sign = Annotated[int, Option(help="1 or -1 for one side of the feature, 0 for the whole.", metavar="SIGN")]
+Giver = Annotated[str | None, Option("--author", help="Who says so.", metavar="NAME", show_default="your user name")]
+Every = Annotated[bool, Option("--all", help="Labels that are not chosen, too.")]
+Top = Annotated[int, Option(help="Labels to show.")]
+OutFile = Annotated[Path, Argument(metavar="FILE", help="File for the labels; compressed where it ends in .gz.")]
+InFile = Annotated[
+    Path, Argument(metavar="FILE", help="What `export` wrote, Neuronpedia's records, or a table as CSV.")
+]
+FormatName = Annotated[
+    str | None, Option("--format", help=f"{', '.join(FORMATS)}.", metavar="NAME", show_default="by the file's ending")
+]
+ModelId = Annotated[str, Option(help="Neuronpedia's name of the model.", metavar="NAME", show_default="the store's")]
+SourceId = Annotated[
+    str, Option(help="Neuronpedia's name of the dictionary.", metavar="NAME", show_default="the store's hook point")
+]
+
+
+def open_book(context: Context, store: options.StoreFolder) -> None:
+    """Search, read and write the labels of a store's features.
+
+    They lie in labels.sqlite in the store's folder. What a person calls a feature stands before what rules and models
+    call it. Without a command: how many there are.
+    """
+    context.obj = store
+    if context.invoked_subcommand is None:
+        say(make_printable(str(_open(context))))
+
+
+def search_labels(context: Context, text: Words, every: Every = False, top: Top = 20) -> None:
+    """Find features by their labels, the best first."""
+    _print(_open(context).search(text, every=every), top)
+
+
+def show_labels(context: Context, feature: Feature) -> None:
+    """Show all labels of a feature; of each side the chosen one is marked by *."""
+    book = _open(context)
+    chosen = book.chosen(feature)
+    for label in book.labels(feature):
+        say(f"{'*' if label in chosen else ' '} {_say(label)}")
+    if not chosen:
+        say(f"Feature {feature} has no label.", err=True)
+
+
+def set_label(context: Context, feature: Feature, text: Text, sign: Sign = BOTH, author: Giver = None) -> None:
+    """Give a feature a label and choose it: your word stands until a person says otherwise."""
+    say(_say(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
+
+
+def choose_label(context: Context, feature: Feature, author: Author, sign: Sign = BOTH) -> None:
+    """Choose the newest label that an author gave: it stands until a person says otherwise."""
+    say(_say(_open(context).choose(feature, author, sign=sign)))
+
+
+def delete_labels(context: Context, feature: Feature, author: Author, sign: Sign = BOTH) -> None:
+    """Delete an author's labels of a feature."""
+    n = _open(context).delete(feature, author=author, sign=sign)
+    say(f"{n} label{'' if n == 1 else 's'} deleted.")
+
+
+def export_labels(
+    context: Context,
+    file: OutFile,
+    form: FormatName = None,
+    model_id: ModelId = "",
+    source_id: SourceId = "",
+) -> None:
+    """Write all labels to a file: JSON, CSV, or Neuronpedia's explanation records, one a line."""
+    if form is not None and form not in FORMATS:
+        raise ValueError(f"`--format` must be one of {', '.join(FORMATS)}, got '{form}'.")
+    n = _open(context).save(file, form or name_format(file), model_id=model_id, source_id=source_id)
+    say(f"{n:,} labels in {file}.")
+
+
+def import_labels(context: Context, file: InFile) -> None:
+    """Add the labels of a file; a person's choice that stands already is kept."""
+    say(f"{_open(context).load(file):,} labels added.")
+
+
+VERBS: dict[str, Callable[..., None]] = {
+    "search": search_labels,
+    "show": show_labels,
+    "set": set_label,
+    "choose": choose_label,
+    "delete": delete_labels,
+    "export": export_labels,
+    "import": import_labels,
+}
+
+
+def _open(context: Context) -> LabelBook:
+    """The book of the store that was named, closed when the command ends."""
+    return context.with_resource(LabelBook.open(context.obj))
+
+
+def make_printable(text: str) -> str:
+    r"""Text with what would steer a terminal spelt out.
+
+    >>> make_printable("\x1b[2J")
+    '\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _say(label: Label) -> str:
+    return make_printable(
+        f"{label.feature:>6} {MARKS[label.sign]}{label.text} ({label.kind}, {describe_origin(label)})"
+    )
+
+
+def _print(labels: Sequence[Label], top: int) -> None:
+    for label in labels[:top]:
+        say(_say(label))
+    if not labels:
+        say("No label.", err=True)
+    elif len(labels) > top:
+        say(f"{len(labels) - top:,} more: give --top {len(labels)}.", err=True)
+
+
+BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
+SCORERS = ",".join(options.default_of(explain_features, "scorers"))
+
+Rules = Annotated[
+    str | None,
+    Option(
+        help="Predicates of rules, joined by commas: `builtin`, and files of Python whose PREDICATES lists your own, "
+        "which are run.",
+        metavar="NAMES",
+        show_default="builtin, where no language model is asked",
+    ),
+]
+Size = Annotated[int, Option("--predicates", help="Built-in predicates that rules are made of, about.", metavar="N")]
+RuleTokens = Annotated[
+    int,
+    Option("--rule-tokens", help="Tokens that rules are chosen and scored on; of a longer text, spread.", metavar="N"),
+]
+Floor = Annotated[
+    bool,
+    Option(
+        "--untrained/--no-untrained",
+        help="Label an untrained dictionary of the same shape, too, which reads the text again and, of a language "
+        "model, asks for as much again.",
+    ),
+]
+Lens = Annotated[bool, Option("--lens/--no-lens", help="Try the tokens that features promote as rules, too, or not.")]
+LensModel = Annotated[
+    str | None,
+    Option(help="The language model whose features they are.", metavar="MODEL", show_default="as the store has it"),
+]
+Endpoint = Annotated[
+    str | None,
+    Option(
+        "--llm",
+        help="URL of an OpenAI-compatible endpoint, or `local` for a model on this machine; the key is read from "
+        "OPENAI_API_KEY.",
+        metavar="URL",
+        show_default="OpenAI's, where --model is given",
+    ),
+]
+LLMName = Annotated[
+    str | None,
+    Option("--model", help="The language model that names and scores.", metavar="NAME", show_default="none is asked"),
+]
+Scorers = Annotated[str, Option(help="How its labels are scored: names joined by commas.", metavar="NAMES")]
+Budget = Annotated[float | None, Option(help="What the run may cost; needs the prices.", show_default="no limit")]
+PriceIn = Annotated[float | None, Option(help="Of a million tokens of prompts.", show_default="unknown")]
+PriceOut = Annotated[float | None, Option(help="Of a million tokens of answers.", show_default="unknown")]
+Parallel = Annotated[int, Option("--parallel", help="Requests at a time.")]
+EstimateOnly = Annotated[bool, Option("--estimate", help="Say what it would take, and ask nothing.")]
+GoOn = Annotated[bool, Option("--resume", help="Leave out features whose sides have scored labels of the same author.")]
+OutPrompts = Annotated[
+    Path | None,
+    Option("--export-prompts", help="File for the prompts without an answer.", metavar="FILE", show_default="none"),
+]
+InAnswers = Annotated[
+    Path | None,
+    Option("--import-answers", help="File of answers to such prompts.", metavar="FILE", show_default="none"),
+]
+
+
+def label_features(
+    context: Context,
+    store: options.StoreFolder,
+    rules: Rules = None,
+    predicates: Size = N_PREDICATES,
+    rule_tokens: RuleTokens = N_TOKENS,
+    untrained: Floor = False,
+    lens: Lens = True,
+    sae: options.ReportSAE = None,
+    lens_model: LensModel = None,
+    llm: Endpoint = None,
+    model: LLMName = None,
+    scorers: Scorers = SCORERS,
+    budget: Budget = None,
+    price_in: PriceIn = None,
+    price_out: PriceOut = None,
+    parallel: Parallel = AskConfig.n_parallel,
+    estimate: EstimateOnly = False,
+    features: options.FeatureList = None,
+    resume: GoOn = False,
+    export_prompts: OutPrompts = None,
+    import_answers: InAnswers = None,
+    progress: options.Progress = True,
+) -> None:
+    """Name the features of a store, by rules or by a language model, and keep the labels beside it.
+
+    Without a language model by rules: the best one for each side of a feature, on documents that it was not chosen on.
+    With --model by a language model, which scores them too. Its answers are kept: a run that was cut off, or came to
+    the end of its budget, goes on when the same command is given again. With --export-prompts and --import-answers the
+    language model may be anywhere: prompts of scores come once the labels are there.
+    """
+    opened, numbers = FeatureStore.load(store), read_numbers(features)
+    if bad := [j for j in numbers or () if not 0 <= j < opened.d_sae]:
+        raise ValueError(f"`--features` must be in 0..{opened.d_sae - 1}, got {bad[:5]}.")
+    client = _choose_client(llm, model, export_prompts, import_answers, progress)
+    if estimate and client is None:
+        raise ValueError("`--estimate` needs `--model`: rules cost nothing.")
+    cfg = AskConfig(n_parallel=parallel, budget=budget, price_in=price_in, price_out=price_out)
+    if not estimate:
+        context.with_resource(hold_folder(store))
+    by_rules = rules is not None or client is None
+    wanted = _wanted(opened, RULES, numbers, resume) if by_rules else []
+    signs, names = (1, -1) if opened.signed else (BOTH,), [name for name in scorers.split(",") if name]
+    asked_of = _wanted(opened, client.name, numbers, resume, scored=bool(names)) if client is not None else []
+    floor = untrained and not estimate and (wanted != [] or asked_of != [])
+    beside = context.with_resource(_open_floor(opened, sae, lens_model, progress) if floor else nullcontext())
+    if by_rules:
+        found = _read_lens(opened, wanted, sae, lens_model, progress) if lens and wanted != [] else None
+        part, other = opened.spread(rule_tokens), None if beside is None else beside.spread(rule_tokens)
+        _by_rules(part, read_predicates(part, rules or BUILTIN, predicates), wanted, found, other)
+    if client is None:
+        return
+    asked: dict[str, Any] = {"signs": signs, "scorers": names, "asking": cfg}
+    if asked_of == []:
+        say(f"No feature is left to label by {client.name}.", err=True)
+        return
+    if not isinstance(client, Exchange):
+        say(str(estimate_labels(opened, client, asked_of, **asked).times(2.0 if untrained else 1.0)), err=not estimate)
+    if estimate:
+        return
+    named = explain_features(opened, client, asked_of, untrained=beside, progress=progress, **asked)
+    _keep(opened, named.labels, str(named))
+    if isinstance(client, Exchange):
+        _exchange(client, export_prompts)
+
+
+def read_predicates(store: FeatureStore, names: str, size: int = N_PREDICATES) -> Predicates:
+    """The predicates of `--rules`: the built-in ones, those of files, or both."""
+    parts = [part for part in names.split(",") if part]
+    own = [predicate for part in parts if part != BUILTIN for predicate in _run_file(Path(part))]
+    if not parts:
+        raise ValueError(f"`--rules` must name {BUILTIN} or files, got '{names}'.")
+    made = make_predicates(store, size=size, own=own)
+    if BUILTIN in parts:
+        return made
+    return made.without(*set(made.kinds) - {predicate.kind for predicate in own})
+
+
+def _run_file(path: Path) -> list[Predicate]:
+    if not path.is_file():
+        raise FileNotFoundError(f"`--rules` must name {BUILTIN} or files of Python, got '{path}'. Check its name.")
+    try:
+        found = runpy.run_path(str(path)).get("PREDICATES")
+    except Exception as error:
+        raise ValueError(f"{path} must run as Python, got {type(error).__name__}: {error}.") from error
+    if not isinstance(found, list | tuple) or not all(isinstance(one, Predicate) for one in found):
+        raise ValueError(f"{path} must have a list PREDICATES of `Predicate`, got {type(found).__name__}.")
+    return list(found)
+
+
+def _choose_client(
+    llm: str | None, model: str | None, prompts: Path | None, answers: Path | None, progress: bool
+) -> Client | None:
+    """Who answers prompts; None where no language model is asked for."""
+    if prompts is not None or answers is not None:
+        if llm is not None:
+            raise ValueError("Prompts must go to a file or to `--llm`, got both. Give one of them.")
+        return Exchange(answers, name=model) if model is not None else Exchange(answers)
+    if model is None:
+        if llm is not None:
+            raise ValueError(f"`--llm` needs `--model`, the name of a language model there, got '{llm}' alone.")
+        return None
+    return LocalClient(load_model(model, progress=progress)) if llm == LOCAL else OpenAIClient(model, llm)
+
+
+def _wanted(
+    store: FeatureStore, author: str, numbers: list[int] | None, resume: bool, scored: bool = True
+) -> list[int] | None:
+    """The features to label: with `--resume` those of which a side that fires lacks a label, or its scores."""
+    if not resume:
+        return numbers
+    with LabelBook.open(store) as book:
+        done = {
+            (one.feature, one.sign)
+            for one in book.labels()
+            if one.author == author and (one.scores or not scored or not one.text)
+        }
+    fires = store.statistics.fires
+    sides = {sign: fires[:, column] for column, sign in enumerate((1, -1))} if store.signed else {BOTH: fires.sum(1)}
+    asked = range(store.d_sae) if numbers is None else numbers
+    return [j for j in asked if any(counts[j] and (j, sign) not in done for sign, counts in sides.items())]
+
+
+@contextmanager
+def _open_floor(
+    store: FeatureStore, sae: str | None, model: str | None, progress: bool
+) -> Iterator[FeatureStore | None]:
+    """The same rows from an untrained dictionary, for a while; None where the store's SAE and model are not at hand."""
+    coder = open_sae(store, sae)
+    lm = open_model(store, model, progress, "--lens-model") if coder is not None else None
+    if coder is None or lm is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield harvest_untrained(store, coder, lm, Path(folder) / "untrained", progress=progress)
+
+
+def _by_rules(
+    store: FeatureStore,
+    predicates: Predicates,
+    wanted: list[int] | None,
+    lens: LogitLens | None,
+    untrained: FeatureStore | None,
+) -> None:
+    if wanted == []:
+        say(f"No feature is left to label by {RULES}.", err=True)
+        return
+    found = label_by_rules(store, predicates, features=wanted, lens=lens, untrained=untrained)
+    _keep(store, found.labels(), str(found), afresh=True)
+
+
+def _read_lens(
+    store: FeatureStore, wanted: list[int] | None, sae: str | None, model: str | None, progress: bool
+) -> LogitLens | None:
+    """What features promote, where the store's SAE and model are at hand."""
+    coder = open_sae(store, sae)
+    lm = open_model(store, model, progress, "--lens-model") if coder is not None else None
+    if coder is None or lm is None:
+        return None
+    require_harvested(store, coder)
+    match_weights(store.provenance, lm)
+    return logit_lens(coder, lm, wanted, allow_mismatch=True)
+
+
+def _keep(store: FeatureStore, labels: Sequence[Label], said: str, afresh: bool = False) -> None:
+    """Put labels into the book and say what they are."""
+    with LabelBook.open(store) as book:
+        n = book.add(labels, afresh=afresh)
+        say("\n".join(map(make_printable, said.split("\n"))))
+        say(f"{n:,} labels added to {book.path}.")
+
+
+def _exchange(client: Exchange, prompts: Path | None) -> None:
+    """Write the prompts without an answer, and say how prompts and answers go together."""
+    if prompts is not None:
+        say(f"{client.export(prompts):,} prompts in {prompts}.")
+    say(str(client.report()))

@@ -1,0 +1,394 @@
+"""Counts and F1 of units (a feature with one sign at one threshold), and the choice of the best ones for concepts.
+
+`Levels`: codes quantized to ten thresholds of each feature's range, for F1 at every threshold in one pass.
+
+Baselines for concept scores (neurons, PCA, random and untrained dictionary) and a supervised linear probe.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int, Int8, Shaped
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from saelab.functional.codes import SparseCodes
+from saelab.functional.metrics import exact
+from saelab.sae.config import SAEConfig
+from saelab.sae.initialization import prepare
+from saelab.sae.sae import SAE
+from saelab.stores.corpus import split_documents
+
+if TYPE_CHECKING:
+    from scipy.sparse import csc_matrix, csr_matrix
+
+Codes: TypeAlias = Any
+"""Codes or activations of tokens: scipy sparse (n_tokens, d_sae), `SparseCodes`, or a dense tensor or array."""
+N_LEVELS = 10
+FRACTIONS = np.arange(N_LEVELS) / N_LEVELS
+"""Thresholds as fractions of the largest code of that sign in training stories."""
+NOTHING = -1
+"""In place of a unit's number, for a concept with which no feature fires."""
+BLOCK_ENTRIES = 2**22  # entries of a block of columns held at a time
+
+
+def read_values(codes: Codes) -> Any:
+    """Codes as a scipy csr matrix, dense activations as an array; ValueError unless finite and two-dimensional."""
+    from scipy.sparse import csr_matrix, issparse
+
+    values: Any
+    if isinstance(codes, SparseCodes):
+        parts = (codes.values.detach(), codes.indices, codes.offsets)
+        data, indices, offsets = (part.cpu().numpy() for part in parts)
+        values = csr_matrix((data, indices, offsets), shape=(len(codes), codes.d_sae))
+    elif issparse(codes):
+        values = codes.tocsr()
+    else:
+        values = codes.detach().float().cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
+    if values.ndim != 2:
+        raise ValueError(
+            f"`codes` must have two axes, tokens and features, got shape {values.shape}; flatten the batch."
+        )
+    if not np.isfinite(values.data if issparse(values) else values).all():
+        raise ValueError("`codes` must be finite, got NaN or infinity; check the activations they were made from.")
+    return values
+
+
+def select_rows(values: Any, rows: np.ndarray) -> Any:
+    """Rows of the result of `read_values`, stored by column: csc without stored zeros, or an array in Fortran order."""
+    from scipy.sparse import issparse
+
+    if not issparse(values):
+        return np.asfortranarray(values[rows])
+    chosen = values[rows].tocsc()
+    chosen.sum_duplicates()
+    chosen.eliminate_zeros()
+    return chosen
+
+
+def find_peaks(values: Any) -> Float[np.ndarray, "n_features 2"]:
+    """The largest magnitude of each feature's positive and negative codes; 0 for a sign that never occurs."""
+    from scipy.sparse import issparse
+
+    ends = [values.max(axis=0), -values.min(axis=0)]
+    sides = [end.toarray().ravel() if issparse(values) else end for end in ends]
+    return np.stack(sides, 1).clip(min=0).astype(np.float64)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Levels:
+    """For each token and feature the number of thresholds that the code exceeds, 0 to 10, with the code's sign.
+
+    A unit is one feature with one sign at one threshold; unit `(2 feature + (side < 0)) 10 + i` fires where the level
+    of that sign exceeds i, that is `side z > FRACTIONS[i] peak`.
+    """
+
+    table: "csc_matrix | Int8[np.ndarray, 'n_tokens n_features']"
+    """signed levels, sparse or dense"""
+
+    @property
+    def n_features(self) -> int:
+        """Number of features, each with two signs."""
+        return int(self.table.shape[1])
+
+    def tokens(self, unit: int) -> Int[np.ndarray, "n_fires"]:
+        """Indices of the tokens on which a unit fires."""
+        if unit == NOTHING:
+            return np.zeros(0, np.int64)
+        column, level = divmod(unit, N_LEVELS)
+        feature, negative = divmod(column, 2)
+        if isinstance(self.table, np.ndarray):
+            there = self.table[:, feature]
+            return np.flatnonzero(there < -level if negative else there > level)
+        part = slice(*self.table.indptr[feature : feature + 2])
+        there = self.table.data[part]
+        return self.table.indices[part][there < -level if negative else there > level]
+
+    def blocks(self) -> Iterator[tuple[slice, Int[np.ndarray, "n"], Int[np.ndarray, "n"]]]:
+        """Blocks of features: the slice, and for each entry its token and highest unit.
+
+        Units count from the block's first.
+        """
+        n_entries = self.table.size if isinstance(self.table, np.ndarray) else self.table.nnz
+        width = max(1, BLOCK_ENTRIES * self.n_features // max(1, n_entries))
+        for start in range(0, self.n_features, width):
+            part = slice(start, min(start + width, self.n_features))
+            tokens, columns, levels = self._entries(part)
+            yield part, tokens, (2 * columns + (levels < 0)) * N_LEVELS + np.abs(levels) - 1
+
+    def _entries(self, part: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if isinstance(self.table, np.ndarray):
+            columns, tokens = np.nonzero(self.table[:, part].T)
+            return tokens, columns, self.table[:, part][tokens, columns]
+        block = self.table[:, part]
+        return block.indices, np.repeat(np.arange(block.shape[1]), np.diff(block.indptr)), block.data
+
+
+def grade(values: Any, peaks: Float[np.ndarray, "n_features 2"]) -> Levels:
+    """The levels of the result of `select_rows`; codes of a sign whose peak is 0 get level 0."""
+    from scipy.sparse import csc_matrix
+
+    ceilings = np.where(peaks > 0, peaks, np.inf)
+    if isinstance(values, np.ndarray):
+        table = np.empty(values.shape, np.int8, order="F")
+        for j in range(values.shape[1]):
+            table[:, j] = _grade(values[:, j], ceilings[j])
+        return Levels(table)
+    data = np.empty(values.nnz, np.int8)
+    for j in range(values.shape[1]):
+        part = slice(*values.indptr[j : j + 2])
+        data[part] = _grade(values.data[part], ceilings[j])
+    levels = csc_matrix((data, values.indices, values.indptr), shape=values.shape)
+    if not data.all():
+        levels = levels.copy()  # or dropping the zeros would change `values`
+        levels.eliminate_zeros()
+    return Levels(levels)
+
+
+def _grade(z: Shaped[np.ndarray, "n"], ceilings: Float[np.ndarray, "2"]) -> Int8[np.ndarray, "n"]:
+    negative = z < 0
+    passed = np.searchsorted(FRACTIONS, np.abs(z) / ceilings[negative.astype(np.int8)])
+    return np.where(negative, -passed, passed).astype(np.int8)
+
+
+def count_units(levels: Levels, truth: "csr_matrix") -> tuple[np.ndarray, np.ndarray]:
+    """How often each unit fires with each concept, (n_concepts, n_units), and in total, (n_units,), by sparse products.
+
+    Entries are counted once, at their highest unit; counts of lower thresholds are cumulative sums.
+    """
+    from scipy.sparse import csr_matrix
+
+    n_tokens, n_concepts = truth.shape
+    hits = np.zeros((n_concepts, levels.n_features, 2, N_LEVELS), np.int32)
+    fires = np.zeros((levels.n_features, 2, N_LEVELS), np.int32)
+    for part, tokens, units in levels.blocks():
+        shape = (part.stop - part.start, 2, N_LEVELS)
+        n_units = int(np.prod(shape))
+        peaks = csr_matrix((np.ones(len(units), np.int32), (units, tokens)), shape=(n_units, n_tokens))
+        together = (peaks @ truth).toarray().reshape(*shape, n_concepts)
+        hits[:, part] = np.moveaxis(_sum_down(together, axis=2), -1, 0)
+        fires[part] = _sum_down(np.bincount(units, minlength=n_units).reshape(shape), axis=2)
+    return hits.reshape(n_concepts, -1), fires.reshape(-1)
+
+
+def _sum_down(counts: np.ndarray, axis: int) -> np.ndarray:
+    return np.flip(np.flip(counts, axis).cumsum(axis, dtype=np.int32), axis)
+
+
+SPLIT_GAIN, MAX_SPLIT = 0.03, 10
+
+
+@dataclass(frozen=True, eq=False)
+class UnitCounts:
+    """How often units fire with each concept, and in total."""
+
+    hits: Int[np.ndarray, "n_concepts n_units"]
+    """tokens with the concept on which the unit fires"""
+    fires: Int[np.ndarray, "n_units"]
+    """tokens on which the unit fires"""
+    n_true: Int[np.ndarray, "n_concepts"]
+    """tokens with the concept"""
+    n_tokens: int
+
+    def f1(self, c: int) -> Float[np.ndarray, "n_units"]:
+        """F1 of every unit as classifier of a concept."""
+        return 2 * self.hits[c] / np.maximum(self.fires + self.n_true[c], 1)
+
+    def kappa(self, c: int) -> Float[np.ndarray, "n_units"]:
+        """F1 above chance, `(F1 - E) / (1 - E)`, E the F1 of as many random firings: Cohen's kappa.
+
+        A unit that always fires has F1 0.67 for a concept on every second token, and kappa 0.
+        """
+        size = np.maximum(self.fires + self.n_true[c], 1)
+        chance = 2.0 * self.fires * (self.n_true[c] / self.n_tokens) / size
+        return (self.f1(c) - chance) / np.maximum(1 - chance, 1e-12)
+
+
+def best_unit(counts: UnitCounts, c: int) -> int:
+    """The unit with the highest F1 for a concept; `NOTHING` where none has any."""
+    f1 = counts.f1(c)
+    unit = int(f1.argmax())
+    return unit if f1[unit] > 0 else NOTHING
+
+
+def best_pair(counts: UnitCounts, a: int, b: int) -> tuple[int, int]:
+    """The pair of units of one feature, one sign for a and the other for b, whose lesser kappa is highest."""
+    of_a, of_b = (counts.kappa(c).reshape(-1, 2, N_LEVELS) for c in (a, b))
+    lesser = np.minimum(of_a.max(2), of_b.max(2)[:, ::-1])
+    feature, side = np.unravel_index(int(lesser.argmax()), lesser.shape)
+    if lesser[feature, side] <= 0:
+        return NOTHING, NOTHING
+    first, second = of_a[feature, side].argmax(), of_b[feature, 1 - side].argmax()
+    return int((2 * feature + side) * N_LEVELS + first), int((2 * feature + 1 - side) * N_LEVELS + second)
+
+
+def split_units(levels: Levels, counts: UnitCounts, c: int, first: int, true: Int[np.ndarray, "n_true"]) -> list[int]:
+    """The greedy union of at most 10 units for a concept, each added while it raises F1 by more than 0.03.
+
+    A unit's possible gain is bounded by its own counts, so only units are tried whose bound exceeds the best gain so
+    far.
+
+    Args:
+        levels: quantized codes.
+        counts: of units on the same tokens.
+        c: index of the concept.
+        first: the best unit, which the union starts with; `NOTHING` for an empty union.
+        true: tokens with the concept.
+    """
+    is_true = np.zeros(levels.table.shape[0], bool)
+    is_true[true] = True
+    predicted = np.zeros_like(is_true)
+    units, best = [], first
+    while best != NOTHING:
+        units.append(best)
+        predicted[levels.tokens(best)] = True
+        best = _best_addition(levels, counts, c, predicted, is_true) if len(units) < MAX_SPLIT else NOTHING
+    return units
+
+
+def _best_addition(levels: Levels, counts: UnitCounts, c: int, predicted: np.ndarray, is_true: np.ndarray) -> int:
+    hits, fires, n_true = int(is_true[predicted].sum()), int(predicted.sum()), int(counts.n_true[c])
+    best, goal = NOTHING, 2 * hits / (fires + n_true) + SPLIT_GAIN
+    bounds = _bound_unions(counts, c, hits, fires)
+    hopeful = np.flatnonzero(bounds > goal)
+    for unit in hopeful[np.argsort(-bounds[hopeful], kind="stable")].tolist():
+        if bounds[unit] <= goal:
+            break
+        added = levels.tokens(unit)
+        added = added[~predicted[added]]
+        union = 2 * (hits + int(is_true[added].sum())) / (fires + len(added) + n_true)
+        if union > goal:
+            best, goal = unit, union
+    return best
+
+
+def _bound_unions(counts: UnitCounts, c: int, hits: int, fires: int) -> Float[np.ndarray, "n_units"]:
+    """Upper bound on F1 of a union with each unit: its hits all new, its false positives old where possible."""
+    new_hits = np.minimum(counts.hits[c], counts.n_true[c] - hits)
+    new_alarms = np.maximum(counts.fires - counts.hits[c] - (fires - hits), 0)
+    return 2 * (hits + new_hits) / (counts.n_true[c] + fires + new_hits + new_alarms)
+
+
+class Ranks:
+    """Ranks of tokens by the codes of one sign of a feature, `max(side z, 0)`, cached for each."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = values
+        self.known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def auroc(self, column: int, true: Int[np.ndarray, "n_true"]) -> float:
+        """AUROC of one sign of a feature for the tokens `true`; ties count half, `column` is 2 feature + (side < 0)."""
+        if column not in self.known:
+            self.known[column] = self._rank(column)
+        tokens, ranks = self.known[column]
+        n, n_true = self.values.shape[0], len(true)
+        n_zero = n - len(tokens)
+        fired = np.isin(tokens, true, assume_unique=True)
+        total = (ranks[fired] + n_zero).sum() + (n_true - fired.sum()) * (n_zero + 1) / 2
+        return ratio(total - n_true * (n_true + 1) / 2, n_true * (n - n_true))
+
+    def _rank(self, column: int) -> tuple[np.ndarray, np.ndarray]:
+        feature, negative = divmod(column, 2)
+        if isinstance(self.values, np.ndarray):
+            z, tokens = self.values[:, feature], np.arange(len(self.values))
+        else:
+            part = slice(*self.values.indptr[feature : feature + 2])
+            z, tokens = self.values.data[part], self.values.indices[part]
+        there = z < 0 if negative else z > 0
+        _, places, counts = np.unique(np.abs(z[there]), return_inverse=True, return_counts=True)
+        return tokens[there], (counts.cumsum() - (counts - 1) / 2)[places]  # equal values share their mean rank
+
+
+def ratio(part: float | np.number, whole: int | np.number) -> float:
+    """`part / whole`, NaN where the whole is 0."""
+    return float(part / whole) if whole else math.nan
+
+
+SAMPLE_TOKENS = 40_000
+ENCODE_TOKENS = 2**15
+PROBE_STEPS = 30
+
+
+def concept_baselines(
+    acts: Float[Tensor, "n_tokens d_in"],
+    cfg: SAEConfig,
+    truth: Any,
+    story_ids: Shaped[Any, "n_tokens"],
+    *,
+    train_frac: float = 0.5,
+    seed: int = 0,
+) -> dict[str, Codes]:
+    """Baseline codes of the same tokens by name, for `score_concepts`.
+
+    neurons: the centered activations. pca: their principal components. random: an SAE of `cfg` before training, with
+    random unit directions. untrained: the same with training activations as directions. probe: logistic regression on
+    the concept labels, one column a concept: the ceiling for linear classifiers. Each is fitted to at most 40,000
+    tokens of the training stories that `score_concepts` selects with the same `train_frac` and `seed`.
+
+    Args:
+        acts: activations of the tokens.
+        cfg: configuration of the untrained SAEs.
+        truth: (n_tokens, n_concepts) scipy sparse concept labels.
+        story_ids: story of each token.
+        train_frac: share of stories for training.
+        seed: of the split, the sample and the random directions.
+    """
+    train = torch.from_numpy(split_documents(story_ids, train_frac, seed)).nonzero().squeeze(1)
+    generator = torch.Generator().manual_seed(seed)
+    rows = train[torch.randperm(len(train), generator=generator)[:SAMPLE_TOKENS]].sort().values
+    sample = acts[rows].float()
+    centred = exact(sample) - exact(sample).mean(0)
+    variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+    x = acts.float() - sample.mean(0)
+    components = x @ directions.flip(1).to(x)
+    scales = variances.flip(0).clamp(min=1e-6 * float(variances[-1]) or 1.0).sqrt().to(x)
+    whitened = components / scales
+    cfg = replace(cfg, dictionary="unit")  # the directions are random ones and tokens, whatever training makes of them
+    labels = torch.from_numpy(truth[rows.numpy()].toarray().astype(np.float32))
+    return {
+        "neurons": x,
+        "pca": components,
+        "random": read_codes(prepare(replace(cfg, init="tied"), sample, seed), acts),
+        "untrained": read_codes(prepare(replace(cfg, init="data"), sample, seed), acts),
+        "probe": fit_probe(whitened[rows], labels)(whitened).sigmoid(),
+    }
+
+
+@torch.no_grad()
+def read_codes(sae: SAE, acts: Float[Tensor, "n_tokens d_in"]) -> "csr_matrix":
+    """The codes of many tokens as one scipy matrix (n_tokens, d_sae), encoded in batches."""
+    from scipy.sparse import csr_matrix, vstack
+
+    parts = []
+    for x in acts.split(ENCODE_TOKENS):
+        codes = sae.encode_sparse(x.to(sae.device))
+        data, indices, offsets = (part.cpu().numpy() for part in (codes.values, codes.indices, codes.offsets))
+        parts.append(csr_matrix((data, indices, offsets), shape=(len(x), codes.d_sae)))
+    return vstack(parts, format="csr")
+
+
+def fit_probe(x: Float32[Tensor, "n d"], labels: Float32[Tensor, "n n_concepts"]) -> torch.nn.Linear:
+    """A logistic regression on all concepts at once, with half the squared weights added to the summed loss."""
+    rate = (labels.sum(0) + 0.5) / (len(x) + 1)
+    with torch.random.fork_rng(devices=[]):  # layers draw weights from the global generator
+        probe = torch.nn.Linear(x.shape[1], labels.shape[1])
+    torch.nn.init.zeros_(probe.weight)
+    probe.bias.data.copy_(rate.logit())
+    optimiser = torch.optim.LBFGS(
+        probe.parameters(), max_iter=PROBE_STEPS, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        fit = binary_cross_entropy_with_logits(probe(x), labels, reduction="sum")
+        total = (fit + 0.5 * probe.weight.square().sum()) / len(x)
+        total.backward()
+        return total
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    return probe.requires_grad_(False)

@@ -1,0 +1,215 @@
+"""Sparse activation functions (TopK, BatchTopK, GroupMax, JumpReLU and signed versions): pre-activations u to codes z.
+
+Each is differentiable and the proximal operator of a sparsity penalty (arXiv:2510.00404): ReLU of l1 on z >= 0,
+JumpReLU of l0 on z >= 0, TopK and AbsTopK of the k-sparse set with and without z >= 0. The batch operators keep
+k * n_rows codes in all, shared between the rows (arXiv:2412.06410).
+
+Matching pursuit: sparse codes over the rows of a dictionary, one latent at a time (arXiv:2506.03093).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelab.functional.codes import SparseCodes
+from saelab.functional.screening import largest_first
+
+
+def keep_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
+    """`u` where it is among the k largest of its row, else 0: TopK, or AbsTopK where `signed`.
+
+    Where `signed` the largest are those of |u|, else negative ones among the k largest become 0. Of equal ones the
+    first are kept.
+
+    >>> keep_topk(torch.tensor([3.0, -5.0, 1.0]), k=2, signed=True)
+    tensor([ 3., -5.,  0.])
+    """
+    return keep_places(u, largest_first((u.abs() if signed else u).detach(), k), signed)
+
+
+def keep_places(
+    u: Float[Tensor, "*batch d_sae"], places: Int[Tensor, "*batch k"], signed: bool
+) -> Float[Tensor, "*batch d_sae"]:
+    """`u` at the given places of every row, else 0; negative values become 0 unless `signed`.
+
+    >>> keep_places(torch.tensor([3.0, -5.0, 1.0]), torch.tensor([0, 1]), signed=False)
+    tensor([3., 0., 0.])
+    """
+    kept = u.gather(-1, places)
+    return torch.zeros_like(u).scatter(-1, places, kept if signed else kept.relu())
+
+
+def keep_batch_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
+    """`u` where it is among the k * n_rows largest of the batch, else 0: BatchTopK, or by |u| where `signed`.
+
+    Unless `signed`, negative ones among them become 0. Of equal ones the first are kept, row by row.
+
+    >>> keep_batch_topk(torch.tensor([[3.0, 4.0], [1.0, 2.0]]), k=1, signed=False)
+    tensor([[3., 4.],
+            [0., 0.]])
+    """
+    n_rows = u[..., 0].numel()
+    return keep_topk(u.reshape(-1), k * n_rows, signed).view_as(u)
+
+
+def keep_group_max(u: Float[Tensor, "*batch d_sae"], k: int) -> Float[Tensor, "*batch d_sae"]:
+    """`u` where it is positive and the largest of its group, one of k contiguous groups of a row; else 0.
+
+    Of equal ones the first is kept.
+
+    >>> keep_group_max(torch.tensor([3.0, 5.0, -1.0, -2.0]), k=2)
+    tensor([0., 5., 0., 0.])
+    """
+    grouped = torch.unflatten(u, -1, (k, -1))
+    places = grouped.argmax(-1, keepdim=True)
+    return torch.zeros_like(grouped).scatter(-1, places, grouped.gather(-1, places).relu()).flatten(-2)
+
+
+def keep_above(
+    u: Float[Tensor, "*batch d_sae"], threshold: Float[Tensor, "..."], signed: bool
+) -> Float[Tensor, "*batch d_sae"]:
+    """`u` where it exceeds a threshold, else 0: |u| > threshold where `signed`, else u > threshold and u > 0.
+
+    >>> keep_above(torch.tensor([3.0, -5.0, 1.0]), torch.tensor(2.0), signed=True)
+    tensor([ 3., -5.,  0.])
+    """
+    return u * (u.abs() > threshold) if signed else u.relu() * (u > threshold)
+
+
+class _JumpReLU(torch.autograd.Function):
+    """u where u > threshold; the threshold's gradient is a kernel estimate at the jump."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(u, threshold)
+        ctx.bandwidth = bandwidth
+        return u * (u > threshold)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        u, threshold = ctx.saved_tensors
+        near = (u - threshold).abs() < ctx.bandwidth / 2
+        grad_threshold = (grad * near * (-threshold / ctx.bandwidth)).sum_to_size(threshold.shape)
+        return grad * (u > threshold), grad_threshold, None
+
+
+_jumprelu: Callable[[Tensor, Tensor, float], Tensor] = _JumpReLU.apply
+
+
+class _Step(torch.autograd.Function):
+    """1 where u > threshold; the kernel estimate looks at u, before the jump, so that it sees both sides of it."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(u, threshold)
+        ctx.bandwidth = bandwidth
+        return (u > threshold).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        u, threshold = ctx.saved_tensors
+        near = (u - threshold).abs() < ctx.bandwidth / 2
+        return None, (grad * near / -ctx.bandwidth).sum_to_size(threshold.shape), None
+
+
+_step: Callable[[Tensor, Tensor, float], Tensor] = _Step.apply
+
+
+def jumprelu(
+    u: Float[Tensor, "*batch n"], threshold: Float[Tensor, "*batch_or_none n"], bandwidth: float
+) -> Float[Tensor, "*batch n"]:
+    """`u` where `u > threshold`, else 0, with a straight-through gradient for the threshold (arXiv:2407.14435, eq. 11).
+
+    d out / d threshold is estimated as `-(threshold / bandwidth) * [|u - threshold| < bandwidth / 2]`.
+
+    >>> jumprelu(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
+    tensor([[0., 2.]])
+    """
+    return _jumprelu(u, threshold, bandwidth)
+
+
+def step_above(
+    u: Float[Tensor, "*batch n"], threshold: Float[Tensor, "*batch_or_none n"], bandwidth: float
+) -> Float[Tensor, "*batch n"]:
+    """1 where `u > threshold`, else 0, with a straight-through gradient for the threshold (arXiv:2407.14435, eq. 12).
+
+    Its sum over latents is L0. The gradient is estimated on the pre-activation as `-[|u - threshold| < bandwidth / 2]
+    / bandwidth`.
+
+    >>> step_above(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
+    tensor([[0., 1.]])
+    """
+    return _step(u, threshold, bandwidth)
+
+
+SCAN_NUMBERS = 2**22  # products held at a time
+
+
+def pursue(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    n_steps: int,
+    signed: bool = False,
+    residual_threshold: float = 0.0,
+    stop_on_repeat: bool = True,
+) -> SparseCodes:
+    """Codes z of `x ~ z W` by matching pursuit: each step adds <r, w> to the code of the row w that fits the residual
+    r best.
+
+    Differentiable in x and W; the choice of rows is not. Products are not divided by ||w||^2, so rows of W should be
+    of unit norm.
+
+    Args:
+        x: activations to encode.
+        W: dictionary, one row per latent.
+        n_steps: largest number of steps per row of x.
+        signed: whether the best row has the largest |<r, w>|; else the largest positive <r, w>.
+        residual_threshold: a row of x is done once the norm of its residual is below this; 0 for no such stop.
+        stop_on_repeat: whether a row of x is done once a step adds nothing, or adds to a latent that it already has;
+            that last addition is kept.
+
+    >>> pursue(torch.tensor([[3.0, 1.0]]), torch.eye(2), n_steps=5).values
+    tensor([3., 1.])
+    """
+    residual, going = x, x.new_ones(len(x), dtype=torch.bool)
+    chosen = torch.empty(len(x), 0, dtype=torch.int64, device=x.device)
+    added = x.new_empty(len(x), 0)
+    for _ in range(n_steps):
+        latents = _choose(residual.detach(), W.detach(), signed)
+        rows = W[latents]
+        values = (residual * rows).sum(1)
+        values = (values if signed else values.relu()) * going
+        residual = residual - values[:, None] * rows
+        known = ((chosen == latents[:, None]) & (added != 0)).any(1)
+        chosen, added = torch.cat([chosen, latents[:, None]], 1), torch.cat([added, values[:, None]], 1)
+        going = going & ~_is_done(residual.detach(), known | (values == 0), residual_threshold, stop_on_repeat)
+        if not going.any():
+            break
+    return _gather(chosen, added, len(W))
+
+
+def _choose(residual: Tensor, W: Tensor, signed: bool) -> Int[Tensor, "n_rows"]:
+    """The row of W with the largest product with each residual, a part of the residuals at a time."""
+    best = []
+    for part in torch.split(residual, max(1, SCAN_NUMBERS // len(W))):
+        u = part @ W.T
+        best.append((u.abs_() if signed else u).argmax(1))
+    return torch.cat(best)
+
+
+def _is_done(
+    residual: Tensor, repeated: Bool[Tensor, "n_rows"], residual_threshold: float, stop_on_repeat: bool
+) -> Bool[Tensor, "n_rows"]:
+    done = repeated if stop_on_repeat else torch.zeros_like(repeated)
+    return done | (residual.norm(dim=1) < residual_threshold) if residual_threshold > 0 else done
+
+
+def _gather(chosen: Int[Tensor, "n_rows n"], added: Float[Tensor, "n_rows n"], d_sae: int) -> SparseCodes:
+    """Codes as sums of each latent's steps; latents without a step that added something are left out."""
+    rows, steps = added.nonzero(as_tuple=True)
+    places, which = torch.unique(rows * d_sae + chosen[rows, steps], return_inverse=True)
+    values = added.new_zeros(len(places)).index_add(0, which, added[rows, steps])
+    return SparseCodes.from_rows(places % d_sae, values, places // d_sae, (len(chosen), d_sae))

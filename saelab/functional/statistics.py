@@ -1,0 +1,427 @@
+"""Permutations of labels and rows for null distributions on text that consists of documents.
+
+A circular shift of all rows keeps whatever is periodic (alternating labels, one template for all documents), so that
+the null would equal the result; permuting all rows breaks the runs that widen the null. So labels are permuted within
+documents, and rows are moved in blocks, each shifted circularly by itself.
+
+Significance of rules: tail probabilities of counts over dependent tokens, and false discovery rates.
+
+Metrics of binary classifiers: F1, MCC, AUROC, accuracy, and the choice of a decision threshold.
+
+Sums of metrics by document, and the bootstrap over documents for 95 % intervals.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Integer, Shaped
+from numpy.typing import NDArray
+from torch import Tensor
+
+BLOCK_ROWS, N_BLOCKS = 256, 64
+"""Largest number of rows in a block, and smallest number of blocks where rows are few."""
+WINDOW_ROWS = 2**15
+"""Rows within which blocks are permuted, so that a store can be read in pieces."""
+INSIDE = 0.9
+"""Tokens are permuted within their documents where at least this share of the label's variance lies within these."""
+ROWS_AT_ONCE = 2**18
+"""Rows that are processed at a time, so that a memory-mapped column is never held as a whole."""
+WITHIN, EXCHANGED = "tokens permuted within documents", "documents exchanged and their tokens permuted"
+
+
+def permute_within(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+    """A random order that keeps every row's group: `rows[order]` are the rows permuted within groups.
+
+    >>> groups = np.array([0, 0, 1, 1, 1])
+    >>> bool((groups[permute_within(groups, np.random.default_rng(0))] == groups).all())
+    True
+    """
+    by_group = np.argsort(groups, kind="stable")
+    shuffled = np.lexsort((rng.random(len(groups)), groups))
+    order = np.empty(len(groups), np.int64)
+    order[by_group] = shuffled
+    return order
+
+
+def share_inside(y: Bool[np.ndarray, "n"], groups: Shaped[np.ndarray, "n"]) -> float:
+    """Share of a label's variance that lies within groups, 0 to 1; 0 where all rows of each group have the same label.
+
+    >>> share_inside(np.array([True, False, True, False]), np.array([0, 0, 1, 1]))
+    1.0
+    """
+    _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    true = np.bincount(numbers, y)
+    rate = y.mean()
+    return float((true * (1 - true / sizes)).sum() / max(len(y) * rate * (1 - rate), 1e-30))
+
+
+def permute_labels(
+    y: Bool[np.ndarray, "n"], doc_ids: Shaped[np.ndarray, "n"], rng: np.random.Generator
+) -> tuple[Bool[np.ndarray, "n"], str]:
+    """Permuted labels of a text for a null distribution, and a description of the permutation.
+
+    Where labels vary within documents, they are permuted there: each document keeps its rate, and neither periods nor
+    positions survive. Where they vary mostly between documents that would change little, so documents are exchanged
+    first: each receives the labels of another, stretched to its length, and these are then permuted within it.
+
+    Args:
+        y: label of each token.
+        doc_ids: document of each token.
+        rng: source of the permutation.
+    """
+    if share_inside(y, doc_ids) >= INSIDE:
+        return y[permute_within(doc_ids, rng)], WITHIN
+    return y[exchange_groups(doc_ids, rng)], EXCHANGED
+
+
+def exchange_groups(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+    """An order in which groups change places, each stretched to the length of the one that gets it, and permuted there.
+
+    >>> order = exchange_groups(np.array([4, 4, 7, 7]), np.random.default_rng(1))
+    >>> sorted(order[:2].tolist()) in ([0, 1], [2, 3]), sorted(order.tolist())
+    (True, [0, 1, 2, 3])
+    """
+    _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    rows, starts = np.argsort(numbers, kind="stable"), np.cumsum(sizes) - sizes
+    source = rng.permutation(len(sizes))
+    places = np.arange(len(groups)) - np.repeat(starts, sizes)  # within each group
+    lengths = np.repeat(sizes[source], sizes)
+    stretched = places * lengths // np.repeat(sizes, sizes)
+    order = np.empty(len(groups), np.int64)
+    order[rows] = rows[np.repeat(starts[source], sizes) + stretched]
+    return np.take(order, permute_within(groups, rng))
+
+
+def find_runs(groups: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "n_runs"]:
+    """First row of each run of rows of one group, such as a document.
+
+    >>> find_runs(np.array([3, 3, 5, 5, 5])).tolist()
+    [0, 2]
+    """
+    found = [np.zeros(min(1, len(groups)), np.int64)]
+    for start in range(1, len(groups), ROWS_AT_ONCE):
+        part = groups[start - 1 : start + ROWS_AT_ONCE]
+        found.append(np.flatnonzero(part[1:] != part[:-1]) + start)
+    return np.concatenate(found)
+
+
+@dataclass(frozen=True, eq=False)
+class MovedBlocks:
+    """A permutation of rows by blocks: a slice `order[start:stop]` of it is computed when it is read."""
+
+    places: Int[np.ndarray, "n_blocks_1"]
+    """place of the first row of each block after the permutation, and the number of rows"""
+    first: Int[np.ndarray, "n_blocks"]
+    """first row of each block before the permutation"""
+    steps: Int[np.ndarray, "n_blocks"]
+    """rows by which each block is shifted circularly"""
+
+    def __len__(self) -> int:
+        return int(self.places[-1])
+
+    def __getitem__(self, part: slice) -> Int[np.ndarray, "n"]:
+        at = np.arange(*part.indices(len(self)))
+        block = np.searchsorted(self.places, at, "right") - 1
+        begin, length = self.places[block], np.diff(self.places)[block]
+        rows: NDArray[np.int64] = self.first[block] + (at - begin + self.steps[block]) % length
+        return rows
+
+
+def move_blocks(doc_starts: Integer[np.ndarray, "n_docs"] | None, n: int, rng: np.random.Generator) -> MovedBlocks:
+    """A random permutation of rows by blocks, each block shifted circularly by a random step of its own.
+
+    A block is at most 256 rows of one document (fewer where there would be less than 64 blocks), so that runs survive
+    and periods do not. Blocks are permuted within windows of 32,768 rows.
+
+    Args:
+        doc_starts: first row of each document; None where all rows are one document.
+        n: number of rows.
+        rng: source of the permutation.
+
+    >>> order = move_blocks(None, 1000, np.random.default_rng(0))[:]
+    >>> sorted(order.tolist()) == list(range(1000)), bool((np.diff(order) == 1).mean() > 0.5)
+    (True, True)
+    """
+    size = int(np.clip(n // N_BLOCKS, 1, BLOCK_ROWS))
+    starts = np.arange(0, n, WINDOW_ROWS)
+    starts = starts if doc_starts is None else np.union1d(starts, doc_starts)
+    lengths = np.diff(np.append(starts, n))
+    pieces = -(-lengths // size)
+    first = np.repeat(starts, pieces) + size * (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces))
+    lengths = np.diff(np.append(first, n))
+    steps = (rng.random(len(first)) * lengths).astype(np.int64)
+    places = np.lexsort((rng.random(len(first)), first // WINDOW_ROWS))
+    return MovedBlocks(np.append(0, np.cumsum(lengths[places])), first[places], steps[places])
+
+
+N_SHIFTS = 24
+SHIFTED_FIRINGS = 512
+"""Number of neighbouring firings on which the spread of the null is measured."""
+
+
+def dispersion(
+    holds: Callable[[np.ndarray], np.ndarray],
+    fires: Integer[np.ndarray, "n"],
+    rate: float,
+    n_tokens: int,
+    rng: np.random.Generator,
+    blocks: Int[np.ndarray, "n_tokens"] | None = None,
+) -> float:
+    """Overdispersion: variance of a rule's hits under the null, relative to independent tokens; at least 1.
+
+    Firings and rules both come in runs, so tokens are not independent samples. The firings are shifted circularly
+    through the documents by random steps, those of one block together, which keeps their runs and breaks every tie to
+    the text, also where the text is periodic. The variance of the hits is divided by that of independent ones.
+
+    Args:
+        holds: function from token positions to whether the rule holds there.
+        fires: positions at which the feature fires.
+        rate: share of all tokens on which the rule holds.
+        n_tokens: number of tokens.
+        rng: generator of the random steps.
+        blocks: number of the block (a document, or a piece of one) of each token; None shifts all firings together.
+    """
+    if len(fires) > SHIFTED_FIRINGS:
+        start = int(rng.integers(len(fires)))
+        fires = fires.take(np.arange(start, start + SHIFTED_FIRINGS), mode="wrap")
+    own = np.unique(blocks[fires], return_inverse=True)[1] if blocks is not None else np.zeros(len(fires), np.int64)
+    steps = rng.integers(1, max(n_tokens, 2), size=(N_SHIFTS, int(own.max(initial=0)) + 1))[:, own]
+    hits = np.count_nonzero(holds((fires + steps) % n_tokens), axis=1)
+    expected = len(fires) * rate * (1 - rate)
+    spread = float(np.mean((hits - len(fires) * rate) ** 2))
+    return max(1.0, spread / expected) if expected > 0 else 1.0
+
+
+def tail(
+    hits: Float[np.ndarray, "n"],
+    fires: Float[np.ndarray, "n"],
+    holds: Float[np.ndarray, "n"],
+    n_tokens: int,
+    spread: Float[np.ndarray, "n"],
+) -> Float[np.ndarray, "n"]:
+    """Probability of at least so many hits under the null, with every count divided by `spread`.
+
+    The binomial tail `I_q(hits, trials - hits + 1)`, the larger of taking firings or the rule's tokens as trials.
+    Beyond the mean it is above the hypergeometric tail (Fisher's exact test), and it stays accurate where that
+    underflows.
+
+    Args:
+        hits: number of tokens on which feature and rule coincide, one per rule.
+        fires: number of tokens on which the feature fires.
+        holds: number of tokens on which the rule holds.
+        n_tokens: number of tokens.
+        spread: overdispersion of each rule, from `dispersion`.
+    """
+    from scipy.special import betainc
+
+    found = np.zeros(len(hits))
+    for trials, marked in ((fires, holds), (holds, fires)):
+        k, m = hits / spread, trials / spread
+        with np.errstate(invalid="ignore"):
+            p = betainc(np.maximum(k, 1e-9), m - k + 1, np.clip(marked / n_tokens, 0, 1))
+        found = np.maximum(found, np.where(hits > 0, p, 1.0))
+    return found
+
+
+def adjust(p: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """Benjamini-Hochberg q values: the smallest false discovery rate at which each hypothesis would be a discovery.
+
+    >>> adjust(np.array([0.01, 0.04, 1.0])).round(3).tolist()
+    [0.03, 0.06, 1.0]
+    """
+    order = np.argsort(p, kind="stable")
+    ranked = p[order] * len(p) / np.arange(1, len(p) + 1)
+    found = np.empty(len(p))
+    found[order] = np.minimum.accumulate(ranked[::-1])[::-1].clip(max=1.0)
+    return found
+
+
+def window_auroc(
+    holds: Callable[[np.ndarray], np.ndarray],
+    fires: Integer[np.ndarray, "n"],
+    active: Bool[np.ndarray, "n_tokens"],
+    doc_ids: Shaped[np.ndarray, "n_tokens"],
+    rng: np.random.Generator,
+    *,
+    reach: int = 8,
+    n_windows: int = 64,
+) -> float:
+    """AUROC of a yes/no rule for which tokens fire, in windows around firings; 0.5 is chance.
+
+    Near a firing the topic is the same, so the rule must identify the token. NaN where all tokens of the windows fire.
+
+    Args:
+        holds: function from token positions to whether the rule holds there.
+        fires: positions at which the feature fires.
+        active: whether the feature fires, for each token.
+        doc_ids: document of each token; windows end at its borders.
+        rng: generator that draws the windows.
+        reach: tokens on each side of a firing.
+        n_windows: largest number of windows, drawn where there are more firings.
+    """
+    chosen = fires if len(fires) <= n_windows else fires[rng.integers(len(fires), size=n_windows)]
+    near = chosen[:, None] + np.arange(-reach, reach + 1)
+    inside = (near >= 0) & (near < len(active))
+    near = np.clip(near, 0, len(active) - 1)
+    rows = np.sort(near[inside & (doc_ids[near] == doc_ids[chosen][:, None])])
+    rows = rows[np.diff(rows, prepend=-1) > 0]
+    truth, said = active[rows], holds(rows)
+    if truth.all():
+        return float("nan")
+    return 0.5 * (1 + float(said[truth].mean()) - float(said[~truth].mean()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """Held-out metrics of a binary classifier."""
+
+    f1: float
+    """[0, 1]; for a label with rate p, a classifier that mostly predicts true scores near 2 p / (1 + p)"""
+    mcc: float
+    """Matthews correlation, [-1, 1]; 0 is chance"""
+    auroc: float
+    """[0, 1]; 0.5 is chance"""
+    accuracy: float
+    """[0, 1]; always predicting the more frequent class scores `max(p, 1 - p)`"""
+    balanced: float
+    """balanced accuracy, the mean of the accuracies on true and on false tokens, [0, 1]; 0.5 is chance"""
+    yes: float
+    """share of tokens predicted true; 1 is a classifier that always predicts true, whatever its F1"""
+
+
+UNKNOWN = Told(f1=math.nan, mcc=math.nan, auroc=math.nan, accuracy=math.nan, balanced=math.nan, yes=math.nan)
+
+
+def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], threshold: float) -> Told:
+    """Metrics of the classifier `score >= threshold`; its AUROC is that of the scores.
+
+    >>> score_guess(np.array([0.0, 1.0, 1.0]), np.array([False, True, False]), 1.0).auroc
+    0.75
+    """
+    guess, n_true, n = scores >= threshold, int(y.sum()), len(y)
+    hits, fires = int((guess & y).sum()), int(guess.sum())
+    spread = math.sqrt(fires * (n - fires) * n_true * (n - n_true))
+    quiet = n - fires - n_true + hits  # told right of what is not true
+    return Told(
+        f1=2 * hits / max(1, fires + n_true),
+        mcc=(n * hits - fires * n_true) / spread if spread else 0.0,
+        auroc=auroc(scores, y),
+        accuracy=(hits + quiet) / max(1, n),
+        balanced=(hits / max(1, n_true) + quiet / max(1, n - n_true)) / 2,
+        yes=fires / max(1, n),
+    )
+
+
+def choose_threshold(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> tuple[float, float]:
+    """The threshold t of `score >= t` with the highest Cohen's kappa, and its F1; equal scores are on one side of it.
+
+    F1 alone would favor always predicting true where scores are uninformative; kappa, the F1 above that of as many
+    random predictions over the most that can be gained, is 0 for that.
+
+    >>> choose_threshold(np.array([0.0, 0.0, 2.0, 1.0]), np.array([False, False, True, True]))
+    (1.0, 1.0)
+    """
+    order = np.argsort(-scores, kind="stable")
+    ordered, hits, fires = scores[order], np.cumsum(y[order]), np.arange(1, len(y) + 1)
+    n_true, size = hits[-1], fires + hits[-1]
+    f1, chance = 2 * hits / size, 2 * fires * (n_true / len(y)) / size
+    last_of_equals = np.append(ordered[1:] < ordered[:-1], True)
+    kappa = (f1 - chance) / np.maximum(1 - chance, 1e-12)
+    at = int(np.where(last_of_equals, kappa, -np.inf).argmax())
+    return float(ordered[at]), float(f1[at])
+
+
+def auroc(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> float:
+    """The area under the ROC curve: P(score of a true row > score of a false one), ties counted half; 0.5 is chance."""
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(y, scores))
+
+
+CHUNK_NUMBERS = 2**22  # draws times documents held at a time
+LEVEL = 0.95
+
+
+class DocumentSums:
+    """Sums of per-token terms for each document, in float64.
+
+    Tokens of a document depend on each other, documents do not: the bootstrap draws documents.
+
+    >>> sums = DocumentSums(torch.tensor([[0, 0, 7, -1]]))
+    >>> sums.add(torch.tensor([0, 0, 7]), {"n_tokens": torch.ones(3)})
+    >>> sums.columns["n_tokens"].tolist(), float(sums.total()["n_tokens"])
+    ([2.0, 1.0], 3.0)
+    """
+
+    def __init__(self, doc_ids: Int[Tensor, "*shape"]) -> None:
+        self.documents = doc_ids[doc_ids >= 0].unique()
+        self.columns: dict[str, Tensor] = {}
+
+    def add(self, doc_ids: Int[Tensor, "n"], terms: dict[str, Float[Tensor, "n"]]) -> None:
+        """Add per-token terms to the sums of their documents."""
+        places = torch.searchsorted(self.documents, doc_ids)
+        for name, values in terms.items():
+            if name not in self.columns:
+                self.columns[name] = torch.zeros(len(self.documents), dtype=torch.float64)
+            self.columns[name].index_add_(0, places, values.cpu().double())
+
+    @property
+    def n_documents(self) -> int:
+        """Number of documents with at least one token counted."""
+        return int((self.columns["n_tokens"] > 0).sum())
+
+    def total(self) -> dict[str, Float[Tensor, ""]]:
+        """Sum of each term over all documents."""
+        return {name: column.sum() for name, column in self.columns.items()}
+
+    def resample(self, n_draws: int, seed: int) -> dict[str, Float[Tensor, "n_draws"]]:
+        """Bootstrap draws of each total: as many documents with replacement, `n_draws` times, the same for all."""
+        counted = self.columns["n_tokens"] > 0
+        table = torch.stack([column[counted] for column in self.columns.values()], dim=1)
+        n, generator = len(table), torch.Generator().manual_seed(seed)
+        size = max(1, CHUNK_NUMBERS // n)
+        chunks = []
+        for start in range(0, n_draws, size):
+            drawn = torch.randint(n, (min(size, n_draws - start), n), generator=generator)
+            places = drawn + n * torch.arange(len(drawn))[:, None]
+            counts = torch.bincount(places.flatten(), minlength=drawn.numel()).view(-1, n)
+            chunks.append(counts.double() @ table)
+        return dict(zip(self.columns, torch.cat(chunks).unbind(1), strict=True))
+
+
+def find_reach(draws: Float[np.ndarray, "n n_draws"], n_clusters: int, n_groups: int = 1) -> Float[np.ndarray, "n"]:
+    """Half the width of 95 % intervals, `t sd sqrt(m / (m - g))`, t Student's of m - g degrees of freedom.
+
+    Quantiles of the draws are too narrow for a few clusters: those of two exclude a mean of 0 half of the time. NaN
+    where there are too few clusters, or draws, for a spread.
+
+    Args:
+        draws: numbers with clusters drawn with replacement; NaN is left out.
+        n_clusters: m, how many clusters there are to draw from, prompts or documents for instance.
+        n_groups: g, groups that clusters were drawn within.
+
+    >>> find_reach(np.array([[-1.0, 1.0]]), 1000).round(2).tolist(), find_reach(np.array([[-1.0, 1.0]]), 1).tolist()
+    ([1.96], [nan])
+    """
+    from scipy.stats import t
+
+    reach, freedom = np.full(len(draws), np.nan), n_clusters - n_groups
+    known = (~np.isnan(draws)).sum(1) > 1
+    if known.any() and freedom > 0:
+        scale = float(t.ppf((1 + LEVEL) / 2, freedom)) * np.sqrt(n_clusters / freedom)
+        reach[known] = scale * np.nanstd(draws[known], axis=1)
+    return reach
+
+
+def find_interval(draws: Float[Tensor, "n_draws"]) -> tuple[float, float]:
+    """The 95 % interval of bootstrap draws, from their quantiles; draws that are NaN are left out.
+
+    >>> [round(end, 6) for end in find_interval(torch.arange(1001.0))]
+    [25.0, 975.0]
+    """
+    tail = (1 - LEVEL) / 2
+    low, high = draws.double().nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,0 +1,503 @@
+"""Top-k search over the encoder's pre-activations, without holding all of them: codes of TopK, BatchTopK and GroupMax.
+
+Both searches screen in low precision, keep more candidates than needed, recompute those in float32 and select again.
+The errors found on the candidates, relative to each row's expected error, bound the error of the screen; rows where
+another latent might still be among the largest are searched again in float32. The result is the top-k of the float32
+values unless the screen's error on a latent that was not recomputed exceeds `ERROR_MARGIN` times its largest relative
+error on all candidates. That is a check, not a proof: values can be constructed that pass it and lose a member
+(tests/test_search.py keeps one); no random data tried did. Of equal values that of the lowest latent is kept, however
+it was found (`ties.py`).
+
+Top-k with reproducible ties: of equal pre-activations that of the lowest latent is kept, however they were computed.
+
+Exact ties are common (latents that are copies of each other, whole numbers, a penalty's zeros), `torch.topk` breaks
+them arbitrarily, and a matrix product gives equal columns different last bits depending on their place. So values
+within rounding of each other are recomputed one by one (`sampled_dot`); of equal ones the lowest latent is kept, and
+across a batch the first row's.
+
+Codes of a few chosen latents of a top-k SAE, without encoding every row in full.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelab.functional.activation_functions import keep_places
+from saelab.functional.codes import SparseCodes, sampled_dot
+from saelab.functional.screening import SCAN_ROWS, Precision, Screen, choose_precision, first_largest, largest_first
+
+ROUNDINGS = 4.0  # how many times their expected size, eps * sqrt(d) * |x| |w|, errors of a product may be
+
+
+def score(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    rows: Int[Tensor, "nnz"],
+    latents: Int[Tensor, "nnz"],
+) -> Float[Tensor, "nnz"]:
+    """`u = x W^T + bias` at the given entries, bit for bit the same wherever an entry stands.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        rows: row of x of each entry.
+        latents: latent of each entry.
+    """
+    return sampled_dot(rows, latents, x, W) + bias[latents]
+
+
+def bound_rounding(
+    x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, "d_sae"]
+) -> Float[Tensor, "n_rows"]:
+    """Bound of the difference between a matrix product and `score` in each row; both round at every step of a sum."""
+    largest = torch.linalg.vector_norm(W, dim=1).amax()
+    size = torch.linalg.vector_norm(x, dim=1) * largest * x.shape[1] ** 0.5 + bias.abs().amax()
+    bound: Tensor = ROUNDINGS * torch.finfo(x.dtype).eps * size
+    return bound
+
+
+@torch.no_grad()
+def topk_latents(
+    u: Float[Tensor, "n_rows d_sae"],
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    k: int,
+    signed: bool,
+) -> Int[Tensor, "n_rows k"]:
+    """Latents of each row's k largest `u = x W^T + bias`; of equal values the lowest latent.
+
+    Args:
+        u: (n_rows, d_sae) the product, already computed.
+        x: activations, for recomputing what is too close to decide.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: latents kept in each row.
+        signed: whether the largest are those of |u|.
+
+    >>> x, W = torch.ones(1, 2), torch.ones(4, 2)
+    >>> topk_latents(x @ W.T, x, W, torch.zeros(4), k=2, signed=False)
+    tensor([[0, 1]])
+    """
+    size = u.abs() if signed else u
+    best = size.topk(min(k + 1, size.shape[1]), dim=1)
+    latents = best.indices[:, :k]
+    if k == size.shape[1] or not len(u):
+        return latents
+    slack = 2 * bound_rounding(x, W, bias)
+    last, next_one = best.values[:, k - 1], best.values[:, k]
+    close = ((last - next_one <= slack) & (last > -slack) & (last != 0)).nonzero()[:, 0]
+    if len(close):
+        latents[close] = _settle(size[close] >= (last - slack)[close, None], close, x, W, bias, k, signed)
+    return latents
+
+
+def _settle(
+    possible: Bool[Tensor, "n d_sae"], rows: Tensor, x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool
+) -> Int[Tensor, "n k"]:
+    """The k largest of each row among the `possible`, recomputed one by one."""
+    row, latents = possible.nonzero(as_tuple=True)
+    exact = score(x, W, bias, rows[row], latents)
+    counts = possible.sum(1)
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    sizes = x.new_full((len(possible), int(counts.max())), -torch.inf)
+    sizes[row, place] = exact.abs() if signed else exact
+    names = torch.zeros_like(sizes, dtype=torch.int64)
+    names[row, place] = latents
+    return names.gather(1, largest_first(sizes, k))
+
+
+@torch.no_grad()
+def batch_topk_entries(
+    u: Float[Tensor, "n_rows d_sae"],
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    n: int,
+    signed: bool,
+) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"]]:
+    """Rows and latents of the n largest `u = x W^T + bias` of a batch, row by row.
+
+    Of equal values the first row's are kept, and in a row those of the lowest latents. Fewer than n are returned where
+    fewer can fire.
+
+    Args:
+        u: (n_rows, d_sae) the product, already computed.
+        x: activations, for recomputing what is too close to decide.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        n: entries kept in the batch.
+        signed: whether the largest are those of |u|.
+
+    >>> x, W = torch.ones(2, 2), torch.ones(2, 2)
+    >>> batch_topk_entries(x @ W.T, x, W, torch.zeros(2), n=3, signed=False)
+    (tensor([0, 0, 1]), tensor([0, 1, 0]))
+    """
+    size = u.abs() if signed else u
+    slack = bound_rounding(x, W, bias)
+    rows, latents = _above_floor(size, slack, n)
+    may_fire = size[rows, latents] + slack[rows] > 0
+    rows, latents = rows[may_fire], latents[may_fire]
+    if n < len(rows):
+        sizes, off = size[rows, latents], slack[rows]
+        surely = (sizes - off).topk(n, sorted=False).values.amin()
+        at_most = (sizes + off).topk(n, sorted=False).values.amin()
+        kept = sizes - off > at_most
+        open_ = (~kept & (sizes + off >= surely)).nonzero()[:, 0]
+        exact = score(x, W, bias, rows[open_], latents[open_])
+        kept[open_[first_largest(exact.abs() if signed else exact, n - int(kept.sum()))]] = True
+        rows, latents = rows[kept], latents[kept]
+    return rows, latents
+
+
+def _above_floor(size: Tensor, slack: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Entries that include the n largest, within `slack`; a threshold from every 16th row leaves few to compare."""
+    sample, total = size[::16].flatten(), size.numel()
+    if n < total:
+        floor = sample.topk(min(len(sample), int(1.3 * n * len(sample) / total) + 1), sorted=False).values.amin()
+        rows, latents = (size >= (floor - 2 * slack)[:, None]).nonzero(as_tuple=True)
+        if int((size[rows, latents] - slack[rows] >= floor).sum()) >= n:
+            return rows, latents
+    every = torch.ones_like(size, dtype=torch.bool).nonzero(as_tuple=True)
+    return every[0], every[1]
+
+
+@torch.no_grad()
+def group_max_latents(
+    u: Float[Tensor, "n_rows d_sae"],
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    k: int,
+) -> Int[Tensor, "n_rows k"]:
+    """The latent with the largest `u = x W^T + bias` in each of k contiguous groups of a row; of equal ones the lowest.
+
+    Args:
+        u: (n_rows, d_sae) the product, already computed.
+        x: activations, for recomputing what is too close to decide.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: number of groups, which divides d_sae.
+
+    >>> x, W = torch.ones(1, 2), torch.ones(4, 2)
+    >>> group_max_latents(x @ W.T, x, W, torch.zeros(4), k=2)
+    tensor([[0, 2]])
+    """
+    grouped = torch.unflatten(u, 1, (k, -1))
+    largest, within = grouped.max(dim=2)
+    width, slack = grouped.shape[2], 2 * bound_rounding(x, W, bias)
+    near = grouped >= (largest - slack[:, None])[:, :, None]
+    rows, groups = (near.sum(2) > 1).nonzero(as_tuple=True)
+    if len(rows):
+        possible, place = near[rows, groups].nonzero(as_tuple=True)
+        exact = x.new_full((len(rows), width), -torch.inf)
+        exact[possible, place] = score(x, W, bias, rows[possible], groups[possible] * width + place)
+        within[rows, groups] = exact.argmax(1)
+    return within + torch.arange(k, device=u.device) * width
+
+
+DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
+ERROR_MARGIN = 1.25  # an unseen latent may be wrong by this many times the largest error seen on the candidates
+MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
+
+
+def search_topk(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    k: int,
+    signed: bool,
+    precision: Precision | None = None,
+) -> SparseCodes:
+    """Codes of the k largest `u = x W^T + bias` of every row: TopK, or AbsTopK where `signed`.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: latents kept in each row.
+        signed: whether the largest are those of |u|; else negative ones among the k largest are dropped.
+        precision: of the screen; None chooses one, and a dense product for small dictionaries.
+
+    >>> search_topk(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), k=1, signed=True).values
+    tensor([-3.])
+    """
+    d_sae = len(W)
+    screen = _make_screen(x, W, bias, signed, precision)
+    if screen is None:
+        return _keep_firing(*_dense_topk(x, W, bias, k, signed), signed, d_sae)
+    n_candidates = min(d_sae, 2 * k - k // 4 + 4 if screen.precision == "int8" else k + k // 4 + 8)
+    parts = zip(*(c.top(n_candidates) for c in screen.chunks(x)), strict=True)
+    approximate, candidates, unseen, noise = (torch.cat(part) for part in parts)
+    rows = torch.arange(len(x), device=x.device)
+    exact = score(x, W, bias, rows.repeat_interleave(n_candidates), candidates.flatten()).view(candidates.shape)
+    size = exact.abs() if signed else exact
+    places = _first_of_tied(size, candidates, k)
+    indices, values = candidates.gather(1, places), exact.gather(1, places)
+    if n_candidates < d_sae:
+        unseen = unseen + _bound_error((size - approximate).abs().amax(1) / noise, noise)
+        worst = size.gather(1, places[:, -1:])[:, 0]
+        unsure = ((unseen >= worst) & (unseen > 0)).nonzero().squeeze(1)
+        indices[unsure], _ = _dense_topk(x[unsure], W, bias, k, signed)
+        values[unsure] = score(x, W, bias, unsure.repeat_interleave(k), indices[unsure].flatten()).view(-1, k)
+    return _keep_firing(indices, values, signed, d_sae)
+
+
+def search_group_max(
+    x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, "d_sae"], k: int
+) -> SparseCodes:
+    """Codes of the largest `u = x W^T + bias` in each of k contiguous groups of latents, where it is positive.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: number of groups, which divides d_sae.
+
+    >>> search_group_max(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), k=2).indices
+    tensor([0])
+    """
+    values, latents = [], []
+    for rows in torch.split(x, 256):
+        u = torch.addmm(bias, rows, W.T)
+        latents.append(group_max_latents(u, rows, W, bias, k))
+        values.append(u.gather(1, latents[-1]))
+    return _keep_firing(torch.cat(latents), torch.cat(values), False, len(W))
+
+
+def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Precision | None) -> Screen | None:
+    """The screen for these rows; None where a dense product costs less."""
+    if len(x) == 0 or (precision is None and len(W) < DENSE_WIDTH):
+        return None
+    return Screen(W, bias, precision or choose_precision(x.shape[1], len(W), x.device), signed, like=x)
+
+
+def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """Latents and values of each row's k largest, from the dense product, 256 rows at a time."""
+    indices = torch.empty(len(x), k, dtype=torch.int64, device=x.device)
+    values = x.new_empty(len(x), k)
+    for rows in torch.split(torch.arange(len(x), device=x.device), 256):
+        u = torch.addmm(bias, x[rows], W.T)
+        indices[rows] = topk_latents(u, x[rows], W, bias, k, signed)
+        values[rows] = u.gather(1, indices[rows])
+    return indices, values
+
+
+def _first_of_tied(size: Float[Tensor, "n m"], latents: Int[Tensor, "n m"], k: int) -> Int[Tensor, "n k"]:
+    """Places of each row's k largest, largest first; of equal ones that of the lowest latent."""
+    best = size.topk(min(k + 1, size.shape[1]), dim=1)
+    places = best.indices[:, :k].contiguous()
+    tied = (best.values[:, 1:] == best.values[:, :-1]).any(1).nonzero().squeeze(1)
+    by_latent = latents[tied].argsort(1)
+    order = size[tied].gather(1, by_latent).sort(dim=1, descending=True, stable=True).indices[:, :k]
+    places[tied] = by_latent.gather(1, order)
+    return places
+
+
+def _keep_firing(indices: Tensor, values: Tensor, signed: bool, d_sae: int) -> SparseCodes:
+    """Compress (n_rows, k) codes, dropping zeros and, unless signed, negative ones."""
+    rows, place = ((values != 0) if signed else (values > 0)).nonzero(as_tuple=True)
+    return SparseCodes.from_rows(indices[rows, place], values[rows, place], rows, (len(values), d_sae))
+
+
+def search_batch_topk(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    k: int,
+    signed: bool,
+    precision: Precision | None = None,
+) -> SparseCodes:
+    """Codes of the k * n_rows largest `u = x W^T + bias` of the batch: BatchTopK, or by |u| where `signed`.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        k: latents kept per row, on average.
+        signed: whether the largest are those of |u|; else negative ones among them are dropped.
+        precision: of the screen; None chooses one, and a dense product for small dictionaries.
+
+    >>> search_batch_topk(torch.tensor([[9.0, 8.0], [1.0, 2.0]]), torch.eye(2), torch.zeros(2), k=1, signed=False).rows
+    tensor([0, 0])
+    """
+    n_rows, d_sae = x.shape[0], W.shape[0]
+    n_kept = k * n_rows
+    screen = _make_screen(x, W, bias, signed, precision)
+    if screen is None:
+        u = torch.addmm(bias, x, W.T)
+        rows, indices = batch_topk_entries(u, x, W, bias, n_kept, signed)
+        values = u[rows, indices]
+        firing = (values != 0) if signed else (values > 0)
+        return SparseCodes.from_rows(indices[firing], values[firing], rows[firing], (n_rows, d_sae))
+    rows, indices, exact = _screen_batch(screen, x, W, bias, n_kept)
+    size = exact.abs() if signed else exact
+    keep = _first_of_tied_entries(size, rows * d_sae + indices, n_kept)
+    keep = keep[size[keep] > 0]
+    return SparseCodes.from_rows(indices[keep], exact[keep], rows[keep], (n_rows, d_sae))
+
+
+def _first_of_tied_entries(size: Float[Tensor, "m"], entries: Int[Tensor, "m"], n: int) -> Int[Tensor, "n_kept"]:
+    """Places of the n largest, ascending; of equal ones those with the lowest numbers in `entries`."""
+    keep = first_largest(size, n)
+    if n >= len(size):
+        return keep
+    floor = size[keep].amin()
+    tied = (size == floor).nonzero().squeeze(1)
+    n_tied = int((size[keep] == floor).sum())
+    if n_tied == len(tied):  # none is left out, or none but one is
+        return keep
+    lowest = tied[entries[tied].argsort()[:n_tied]]
+    return torch.cat([keep[size[keep] != floor], lowest]).sort().values
+
+
+def _screen_batch(
+    screen: Screen, x: Tensor, W: Tensor, bias: Tensor, n_kept: int
+) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Float[Tensor, "nnz"]]:
+    """Rows, latents and exact u of a superset of the batch's n_kept largest, row by row."""
+    surplus = 1.6 if screen.precision == "int8" else 1.25
+    while True:
+        floor = _estimate_floor(screen, x, n_kept / len(x) * surplus)
+        parts = zip(*(c.above(floor) for c in screen.chunks(x)), strict=True)
+        rows, indices, approximate, noise = (torch.cat(part) for part in parts)
+        exact = score(x, W, bias, rows, indices)
+        size = exact.abs() if screen.signed else exact
+        if len(size) >= n_kept:
+            worst = size.topk(n_kept, sorted=False).values.amin().clamp(min=0)
+            unseen = floor + _bound_error((size - approximate).abs() / noise[rows], noise)
+            unsure = (unseen >= worst) & (unseen > 0)
+            if unsure.sum() <= MAX_UNSURE * len(x):
+                return _search_again(unsure, (rows, indices, exact), x, W, bias, worst, screen.signed)
+        if floor == -torch.inf:
+            return rows, indices, exact
+        surplus *= 4  # the floor was too high to be sure: screen again with a lower one
+
+
+def _search_again(
+    unsure: Tensor, found: tuple[Tensor, ...], x: Tensor, W: Tensor, bias: Tensor, worst: Tensor, signed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace the entries of the unsure rows by all that a float32 search finds there, down to `worst`."""
+    if not unsure.any():
+        return found[0], found[1], found[2]
+    lost = unsure.nonzero().squeeze(1)
+    codes = search_above(x[lost], W, bias, worst.nextafter(worst.new_tensor(-1.0)), signed)
+    assert codes is not None
+    sure = ~unsure[found[0]]
+    rows = torch.cat([found[0][sure], lost[codes.rows]])
+    indices = torch.cat([found[1][sure], codes.indices])
+    exact = torch.cat([found[2][sure], score(x, W, bias, lost[codes.rows], codes.indices)])
+    order = rows.argsort(stable=True)
+    return rows[order], indices[order], exact[order]
+
+
+def _bound_error(relative: Float[Tensor, "..."], noise: Float[Tensor, "n_rows"]) -> Float[Tensor, "n_rows"]:
+    """Bound of the screen's error in each row, from the candidates' errors relative to their row's noise."""
+    worst = relative.nan_to_num().amax() if relative.numel() else noise.new_zeros(())
+    return worst * noise * ERROR_MARGIN
+
+
+def _estimate_floor(screen: Screen, x: Tensor, k: float) -> Float[Tensor, ""]:
+    """The size that about k entries per row exceed, from every nth row; -inf where k is at least half of the
+    latents.
+    """
+    n = min(int(4 * k) + 1, len(screen.latents))
+    if 2 * k >= len(screen.latents):
+        return x.new_full((), -torch.inf)
+    sample = x[:: max(1, x.shape[0] // 256)]
+    sizes = torch.cat([chunk.top(n)[0] for chunk in screen.chunks(sample)]).flatten()
+    return sizes.topk(int(k * len(sample)) + 1).values[-1]
+
+
+def search_above(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    floor: Float[Tensor, "..."],
+    signed: bool,
+    max_frac: float = 1.0,
+) -> SparseCodes | None:
+    """Codes of all `u = x W^T + bias` above a threshold; None where they are too many.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        floor: the threshold: one number, or one per latent.
+        signed: whether |u| is compared with the threshold.
+        max_frac: largest share of all n_rows * d_sae entries; with more the result is None.
+
+    >>> search_above(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), torch.tensor(2.0), signed=True).values
+    tensor([-3.])
+    """
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    n_left = int(max_frac * len(x) * len(W))
+    for start in range(0, len(x), SCAN_ROWS):
+        u = torch.addmm(bias, x[start : start + SCAN_ROWS], W.T)
+        rows, indices = ((u.abs() if signed else u) > floor).nonzero(as_tuple=True)
+        n_left -= len(rows)
+        if n_left < 0:
+            return None
+        found.append((indices, u[rows, indices], rows + start))
+    if not found:
+        return search_topk(x, W, bias, 1, signed)
+    indices, values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return SparseCodes.from_rows(indices, values, rows, (len(x), len(W)))
+
+
+SAMPLE = 16  # times k latents are computed first: k of these usually exceed a latent of average size
+PART = 2**22  # pre-activations held at a time
+
+
+def pick_topk(
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    bias: Float[Tensor, "d_sae"],
+    latents: Int[Tensor, "n_latents"],
+    k: int,
+    signed: bool,
+) -> Float[Tensor, "n_rows n_latents"]:
+    """Dense codes of the given latents where only the k largest of `x W^T + bias` fire, differentiable.
+
+    If k latents exceed latent j, j is not among the k largest, and k of the first few hundred latents usually suffice
+    to show it: only rows where they do not are encoded in full. Rows are processed in parts, so that memory does not
+    grow with their number.
+
+    Args:
+        x: activations.
+        W: encoder, one row per latent.
+        bias: encoder bias.
+        latents: the latents whose codes are returned, in this order.
+        k: latents that fire in each row.
+        signed: whether the largest are those of |u| (negative codes are kept); else only positive ones fire.
+
+    >>> x, W = torch.tensor([[1.0, -3.0], [4.0, 2.0]]), torch.eye(2)
+    >>> pick_topk(x, W, torch.zeros(2), torch.tensor([1]), k=1, signed=True)
+    tensor([[-3.],
+            [ 0.]])
+    """
+    parts = torch.split(x, max(1, PART // len(W)))
+    return torch.cat([_pick_part(part, W, bias, latents, k, signed) for part in parts])
+
+
+def _pick_part(x: Tensor, W: Tensor, bias: Tensor, latents: Tensor, k: int, signed: bool) -> Tensor:
+    u = torch.addmm(bias[latents], x, W[latents].T)
+    rows = _find_unbeaten(x, W, bias, u, k, signed).nonzero()[:, 0]
+    z = torch.zeros_like(u)
+    if not len(rows):
+        return z
+    whole = torch.addmm(bias, x[rows], W.T)
+    kept = keep_places(whole, topk_latents(whole, x[rows], W, bias, k, signed), signed)
+    return z.index_put((rows,), kept[:, latents])
+
+
+@torch.no_grad()
+def _find_unbeaten(x: Tensor, W: Tensor, bias: Tensor, u: Tensor, k: int, signed: bool) -> Tensor:
+    """Rows where fewer than k of the first latents exceed the largest of the chosen ones."""
+    n, asked = SAMPLE * k, (u.abs() if signed else u).amax(1, keepdim=True)
+    if n >= len(W):
+        return asked[:, 0] > 0
+    first = torch.addmm(bias[:n], x, W[:n].T)
+    slack = 2 * bound_rounding(x, W, bias)[:, None]  # by rounding, an equal one may seem larger
+    return ((first.abs() if signed else first) > asked + slack).sum(1) < k

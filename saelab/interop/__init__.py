@@ -1,0 +1,1 @@
+"""Other tools' files: activation caches, delphi, SAEDashboard, Neuronpedia, SAEBench."""

@@ -1,0 +1,1 @@
+"""Features moved, patched, ablated and attributed in a running language model."""

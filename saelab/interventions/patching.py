@@ -1,0 +1,256 @@
+"""`patch`: activation patching, parts of a clean run put into a corrupt one, hook points by positions."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.functional.indices import FeatureIds, read_features
+from saelab.interventions.attribution import require_aligned, require_autoencoder
+from saelab.interventions.directions import Direction, Subspace, as_subspace
+from saelab.interventions.interventions import match_source
+from saelab.interventions.prompt_metrics import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
+from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, splice
+from saelab.lm.model_checks import Model
+from saelab.sae.sae import SAE
+from saelab.stores.results import Result
+
+Source: TypeAlias = str | Direction | Subspace | SAE | tuple[SAE, FeatureIds]
+"""A hook point; a direction or subspace, whose component is patched; all features of an SAE, or some of them"""
+Positions: TypeAlias = Literal["each", "all"] | Sequence[int | Sequence[int]]
+
+NOTHING = 1e-3
+"""Where clean and corrupt metric differ by less than this share of their size, scores are undefined."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Patching(Result):
+    """Result of `patch`: metric by source and group of positions."""
+
+    metric: str
+    clean: float
+    """the metric of the clean prompt"""
+    corrupt: float
+    """the metric of the corrupt prompt"""
+    sources: tuple[str, ...]
+    """names of the hook points, directions or features patched"""
+    positions: tuple[tuple[int, ...], ...]
+    """positions of each column, patched together"""
+    clean_tokens: tuple[str, ...]
+    corrupt_tokens: tuple[str, ...]
+    values: Float[np.ndarray, "n_sources n_columns"] = field(repr=False)
+    """the metric of the corrupt prompt with the source patched at these positions"""
+
+    @property
+    def reason(self) -> str:
+        """Why there are no scores; empty where there are."""
+        gap = abs(self.clean - self.corrupt)
+        if gap > NOTHING * max(abs(self.clean), abs(self.corrupt)):
+            return ""
+        return f"clean and corrupt prompt differ by no more than {gap:.2g}, so there is nothing to restore"
+
+    @property
+    def scores(self) -> Float[np.ndarray, "n_sources n_columns"]:
+        """Denoising scores `(patched - corrupt) / (clean - corrupt)`: 0 as corrupt, 1 as clean.
+
+        Scores below 0 and above 1 are possible; NaN where `reason` explains it.
+        """
+        gap = float("nan") if self.reason else self.clean - self.corrupt
+        return (self.values - self.corrupt) / gap
+
+    def name_column(self, column: int) -> str:
+        """The tokens of a group of positions, in both prompts where they differ."""
+        return " ".join(self._name_token(i) for i in self.positions[column])
+
+    def _name_token(self, i: int) -> str:
+        ours, theirs = self.clean_tokens[i].strip() or " ", self.corrupt_tokens[i].strip() or " "
+        return f"{i} {ours}" if ours == theirs else f"{i} {theirs}>{ours}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, scores and the reason there are none, ready for JSON."""
+        return super().to_dict() | {"scores": self.scores.tolist(), "reason": self.reason}
+
+    def __str__(self) -> str:
+        head = f"{self.metric}: clean {self.clean:.4g}, corrupt {self.corrupt:.4g}"
+        if self.reason:
+            return f"{head}; no scores: {self.reason}"
+        lines = [f"{head}; share of the difference that each patch restores, the three best positions"]
+        width = max(len(name) for name in self.sources)
+        for name, scores in zip(self.sources, self.scores, strict=True):
+            best = np.argsort(-scores, kind="stable")[:3]
+            told = "   ".join(f"{scores[j]:+.3f} [{self.name_column(int(j))}]" for j in best)
+            lines.append(f"{name:<{width}}  {told}")
+        return "\n".join(lines)
+
+
+def patch(
+    model: Model,
+    clean: Prompt,
+    corrupt: Prompt,
+    metric: Metric,
+    *,
+    sources: Source | Sequence[Source] | None = None,
+    positions: Positions = "each",
+    hook_point: str | None = None,
+    allow_mismatch: bool = False,
+) -> Patching:
+    """The metric of a corrupt prompt with parts of the clean run patched in, each source at each position.
+
+        a hook point       x' = x_clean
+        directions         x' = x + P (x_clean - x)              P projects on what they span
+        features           x' = x + sum_i (z_clean,i - z_i) d_i  the corrupt run's own error stays
+
+    The `scores` are `(patched - corrupt) / (clean - corrupt)`. Source: arXiv:2309.16042.
+
+    Args:
+        model: language model.
+        clean: prompt whose activations are patched in; as many tokens as `corrupt`.
+        corrupt: prompt whose run is patched.
+        metric: as in `make_outcome`, mostly a pair of answers (logit difference).
+        sources: one or several hook points, directions, subspaces, SAEs, or pairs (SAE, features); by default the
+            residual stream after every block.
+        positions: "each" alone, "all" together, or single positions and groups of them; special tokens are included.
+        hook_point: where SAEs read; by default where each was trained.
+        allow_mismatch: go ahead with SAEs of another model, weight processing or hook point.
+
+    Raises:
+        ValueError: for sources and positions that do not exist, prompts of unequal length, transcoders, and SAEs of
+            another model, weight processing or hook point (unless `allow_mismatch`).
+
+    >>> found = patch(sl.tiny_model(), "I see Ann", "I see Tom", ("A", "T"))
+    >>> found.scores.shape, float(found.scores[2, -1].round(4))
+    ((3, 10), 1.0)
+    """
+    ours, theirs = read_texts(model, clean), read_texts(model, corrupt)
+    require_aligned(ours, theirs)
+    pieces = [_make_piece(model, source, hook_point, allow_mismatch) for source in _list_sources(model, sources)]
+    columns = _list_columns(positions, ours.ids.shape[1])
+    outcome = make_outcome(model, metric)
+    runs = _Runs(model, theirs, outcome, *(_read(model, texts, pieces) for texts in (ours, theirs)))
+    return Patching(
+        metric=outcome.name,
+        clean=_measure(model, ours, outcome),
+        corrupt=_measure(model, theirs, outcome),
+        sources=tuple(piece.name for piece in pieces),
+        positions=columns,
+        clean_tokens=ours.strings(model),
+        corrupt_tokens=theirs.strings(model),
+        values=np.stack([runs.patch(piece, columns) for piece in pieces]),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A source: its hook point, and the change of the corrupt activations that it causes."""
+
+    name: str
+    hook_point: str
+    carry: Callable[[Tensor, Tensor], Tensor]
+    """from clean and corrupt activations (n, d) to what is added to the corrupt ones"""
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """The corrupt prompt, and the activations of both runs."""
+
+    model: Model
+    texts: Texts
+    outcome: Outcome
+    clean: dict[str, Tensor]
+    corrupt: dict[str, Tensor]
+
+    def patch(self, piece: _Piece, columns: Sequence[Sequence[int]]) -> Float[np.ndarray, "n_columns"]:
+        """The metric with the piece patched at each group of positions."""
+        before = self.corrupt[piece.hook_point]
+        change = piece.carry(self.clean[piece.hook_point].float(), before.float()).to(before)
+        found = []
+        for some in _split(columns, max(1, FORWARD_TOKENS // len(before))):
+            masks = torch.zeros(len(some), len(before), 1, device=before.device, dtype=before.dtype)
+            for mask, positions in zip(masks, some, strict=True):
+                mask[list(positions)] = 1
+            found.append(self._run(piece.hook_point, masks * change))
+        return torch.cat(found).double().numpy()
+
+    def _run(self, hook_point: str, moves: Tensor) -> Tensor:
+        rows = torch.zeros(len(moves), dtype=torch.long)
+        with splice(self.model, {hook_point: lambda x: x + moves}):
+            return self.outcome(logits(self.model, self.texts.ids[rows]), self.texts, rows).cpu()
+
+
+def _split(columns: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[Sequence[int]]]:
+    return (columns[i : i + size] for i in range(0, len(columns), size))
+
+
+def _measure(model: Model, texts: Texts, outcome: Outcome) -> float:
+    rows = torch.arange(len(texts))
+    return float(outcome(logits(model, texts.ids), texts, rows)[0])
+
+
+def _read(model: Model, texts: Texts, pieces: Sequence[_Piece]) -> dict[str, Tensor]:
+    """Activations of the text by hook point."""
+    points = [point for point, _ in groupby(sorted(piece.hook_point for piece in pieces))]
+    return {name: x[0] for name, x in capture(model, texts.ids, points, stop=False).items()}
+
+
+def _list_sources(model: Model, sources: Source | Sequence[Source] | None) -> list[Source]:
+    if sources is None:
+        return [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
+    if isinstance(sources, str | Direction | Subspace | SAE) or _is_features(sources):
+        return [sources]  # type: ignore[list-item]
+    if not sources:
+        raise ValueError("`sources` must name at least one, got none; leave it out for every block.")
+    return list(sources)  # type: ignore[arg-type]
+
+
+def _is_features(source: Any) -> bool:
+    """Whether a pair is an SAE with features, not two SAEs."""
+    return isinstance(source, tuple) and len(source) == 2 and [isinstance(one, SAE) for one in source] == [True, False]
+
+
+def _make_piece(model: Model, source: Source, hook_point: str | None, allow_mismatch: bool) -> _Piece:
+    if isinstance(source, str):
+        return _Piece(source, source, lambda clean, corrupt: clean - corrupt)
+    if isinstance(source, Direction | Subspace):
+        space = as_subspace(source)
+        return _Piece(space.name, space.hook_point, lambda clean, corrupt: space.project(clean - corrupt))
+    sae, given = (source, None) if isinstance(source, SAE) else source
+    require_autoencoder(sae)
+    point = match_source(sae, model, hook_point, allow_mismatch)
+    features = None if given is None else list(dict.fromkeys(read_features(given, sae.cfg.d_sae, "Features")))
+    return _Piece(_tell_features(features), point, _carry_features(sae, features))
+
+
+def _carry_features(sae: SAE, features: Sequence[int] | None) -> Callable[[Tensor, Tensor], Tensor]:
+    chosen = list(range(sae.cfg.d_sae)) if features is None else list(features)
+
+    @torch.no_grad()
+    def carry(clean: Tensor, corrupt: Tensor) -> Tensor:
+        codes = (sae.encode(x.to(sae.device)) * sae.stretch(x.to(sae.device)) for x in (clean, corrupt))
+        step = next(codes) - next(codes)
+        return (step[:, chosen] @ sae.directions()[chosen]).to(clean)
+
+    return carry
+
+
+def _tell_features(features: Sequence[int] | None) -> str:
+    if features is None:
+        return "all features"
+    told = ", ".join(str(i) for i in features[:5])
+    return f"feature{'s' if len(features) != 1 else ''} {told}{', ...' if len(features) > 5 else ''}"
+
+
+def _list_columns(positions: Positions, n: int) -> tuple[tuple[int, ...], ...]:
+    """Groups of positions, counted from 0."""
+    if isinstance(positions, str):
+        if positions not in ("each", "all"):
+            raise ValueError(f"`positions` must be 'each', 'all' or a list, got '{positions}'.")
+        return tuple((i,) for i in range(n)) if positions == "each" else (tuple(range(n)),)
+    groups = [(group,) if isinstance(group, int) else tuple(group) for group in positions]
+    if bad := [i for group in groups for i in group if not -n <= i < n]:
+        raise ValueError(f"`positions` must be in {-n}..{n - 1}, got {bad[:5]}.")
+    return tuple(tuple(i % n for i in group) for group in groups)

@@ -1,0 +1,162 @@
+"""Resample ablation: the component along a direction is replaced by another token's; random directions as controls."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from saelab.interventions.directions import Direction, Subspace, as_subspace, make_random_subspaces
+from saelab.interventions.interventions import Place
+from saelab.interventions.prompt_metrics import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
+from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, splice
+from saelab.lm.model_checks import Model
+from saelab.lm.tokens import Tokens
+from saelab.stores.results import Result
+
+FEWEST = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampled:
+    """Metric with one direction or subspace resampled, and with random ones of the same rank."""
+
+    name: str
+    hook_point: str
+    rank: int
+    value: float
+    """the metric's mean with it resampled"""
+    random: tuple[float, ...]
+    """the same for each random one"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resampling(Result):
+    """Result of `resample`, in the order of the directions."""
+
+    metric: str
+    clean: float
+    """mean over texts, in the unmodified model"""
+    rows: tuple[Resampled, ...]
+    n_texts: int
+    n_tokens: int
+    """tokens that were resampled"""
+    seed: int
+
+    def __str__(self) -> str:
+        head = f"{self.metric}: {self.clean:.4g} on {self.n_texts:,} texts, {self.n_tokens:,} tokens resampled"
+        lines = [head, f"{'change':>10} {'random, mean':>13} {'most':>9}  rank  direction"]
+        for row in self.rows:
+            random = [value - self.clean for value in row.random]
+            most = max(random, key=abs)
+            mean = sum(random) / len(random)
+            change = row.value - self.clean
+            lines.append(f"{change:+10.4f} {mean:+13.4f} {most:+9.4f} {row.rank:>5}  {row.name} ({row.hook_point})")
+        return "\n".join(lines)
+
+
+def resample(
+    model: Model,
+    prompts: Prompt | Sequence[Prompt] | Tokens,
+    directions: Direction | Subspace | Sequence[Direction | Subspace],
+    metric: Metric = "loss",
+    *,
+    where: Place = "all",
+    n_random: int = FEWEST,
+    seed: int = 0,
+) -> Resampling:
+    """The mean of a metric with the component along each direction replaced by that of another token.
+
+        x' = x + P (x_other - x)        P projects on the direction or subspace; `other` is a random token of `where`
+
+    The component keeps its distribution and loses its relation to the token: milder than setting it to zero, which
+    moves activations off their distribution. Source: arXiv:2310.15154.
+
+    Args:
+        model: language model.
+        prompts: texts or token ids.
+        directions: one or several directions or subspaces, each ablated on its own.
+        metric: as in `make_outcome`, with one target for each text where it is a tensor; a function of the logits is
+            called on some rows at a time.
+        where: tokens that are resampled.
+        n_random: random directions of the same rank to compare with, under the same permutation of the tokens; at least
+            4.
+        seed: of the permutation and of the random directions.
+
+    Raises:
+        ValueError: for fewer than 4 random directions, and for fewer than two tokens.
+
+    >>> model, point = sl.tiny_model(), "blocks.1.hook_resid_post"
+    >>> found = resample(model, ["One, two", "Three"], sl.Direction(torch.ones(32), point))
+    >>> len(found.rows[0].random), found.n_tokens
+    (4, 13)
+    """
+    if n_random < FEWEST:
+        raise ValueError(f"`n_random` must be at least {FEWEST}, got {n_random}.")
+    texts, outcome = read_texts(model, prompts), make_outcome(model, metric)
+    keep = texts.select(model, where)
+    if (n_tokens := int(keep.sum())) < 2:
+        raise ValueError(f"`where` must leave at least two tokens to resample from, got {n_tokens}.")
+    several = [directions] if isinstance(directions, Direction | Subspace) else list(directions)
+    order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(seed))
+    runs = _Runs(model, texts, outcome, keep, order)
+    return Resampling(
+        metric=outcome.name,
+        clean=runs.mean(None),
+        rows=tuple(runs.compare(as_subspace(one), n_random, seed) for one in several),
+        n_texts=len(texts),
+        n_tokens=n_tokens,
+        seed=seed,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    model: Model
+    texts: Texts
+    outcome: Outcome
+    keep: Bool[Tensor, "n_texts n"]
+    order: Int[Tensor, "n_tokens"]
+
+    def compare(self, space: Subspace, n_random: int, seed: int) -> Resampled:
+        """The metric with a subspace resampled, and with random ones."""
+        x = self._read(space.hook_point)
+        spaces = [space, *make_random_subspaces(space, n_random, seed)]
+        value, *random = [self.mean((one.hook_point, one.project(x[self.order] - x))) for one in spaces]
+        return Resampled(
+            name=space.name, hook_point=space.hook_point, rank=len(space.basis), value=value, random=tuple(random)
+        )
+
+    def _chunks(self) -> Sequence[Tensor]:
+        return torch.arange(len(self.texts)).split(max(1, FORWARD_TOKENS // self.texts.ids.shape[1]))
+
+    def _read(self, hook_point: str) -> Float[Tensor, "n_tokens d_in"]:
+        """Activations of the selected tokens, on the CPU."""
+        parts = [
+            capture(self.model, self.texts.ids[rows], [hook_point])[hook_point].cpu()[self.keep[rows]]
+            for rows in self._chunks()
+        ]
+        return torch.cat(parts).float()
+
+    def mean(self, change: tuple[str, Float[Tensor, "n_tokens d_in"]] | None) -> float:
+        """The metric's mean over texts, with activations changed at the selected tokens."""
+        found, done = [], 0
+        for rows in self._chunks():
+            keep = self.keep[rows]
+            edits = {}
+            if change is not None:
+                point, moves = change
+                edits[point] = _mover(keep, moves[done : done + int(keep.sum())])
+                done += int(keep.sum())
+            with splice(self.model, edits):
+                found.append(self.outcome(logits(self.model, self.texts.ids[rows]), self.texts, rows).double().cpu())
+        return float(torch.cat(found).mean())
+
+
+def _mover(keep: Bool[Tensor, "batch n"], moves: Float[Tensor, "n_kept d_in"]) -> Callable[[Tensor], Tensor]:
+    def edit(x: Tensor) -> Tensor:
+        x[keep.to(x.device)] += moves.to(x)
+        return x
+
+    return edit

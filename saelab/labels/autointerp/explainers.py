@@ -1,0 +1,379 @@
+"""Automated interpretability: labels for many features from a language model, and scores of labels on held-out text.
+
+Explainers: objects that label features from example windows, here with a language model.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from saelab.functional.indices import ChosenRuns, FeatureIds, read_features
+from saelab.labels.autointerp.clients import Client
+from saelab.labels.autointerp.example_windows import Case, CaseConfig, build_case
+from saelab.labels.autointerp.prompts import N_WORDS, explaining_prompt, read_label
+from saelab.labels.autointerp.requests import AskConfig, Asker, Estimate, Question, Reply, Usage
+from saelab.labels.autointerp.scorers import SCORERS, LLMScorer, Scorer
+from saelab.labels.label import BOTH, Kind, Label, average_scores, require_same_tokens, tell_floor
+from saelab.stores.feature_store import FeatureStore
+from saelab.stores.results import Result
+
+
+@runtime_checkable
+class Explainer(Protocol):
+    """Protocol for explainers, which label features by their training windows `shown` and `silent`."""
+
+    name: str
+    """author of the labels that the explainer gives"""
+
+    def explain(self, cases: Sequence[Case]) -> list[Reply[str]]:
+        """A label for each case, an empty text where no label fits, or the reason why there is none."""
+        ...
+
+
+class LLMExplainer:
+    """Explainer that shows a language model the windows with firing tokens marked, and requests a short phrase."""
+
+    def __init__(self, asker: Asker) -> None:
+        self.asker, self.name = asker, asker.client.name
+
+    def questions(self, cases: Sequence[Case]) -> list[Question[str]]:
+        """The prompt of each case."""
+        return [Question(messages=explaining_prompt(case), read=_read, tokens_out=25) for case in cases]
+
+    def explain(self, cases: Sequence[Case]) -> list[Reply[str]]:
+        """A label for each case, requested for all cases at once."""
+        return self.asker.ask(self.questions(cases), "explain")
+
+
+def _read(answer: str) -> str:
+    return read_label(answer) or ""
+
+
+BLOCK = 64
+"""Number of features whose windows are held at a time."""
+ANSWERS = "answers.jsonl"
+TYPICAL = " ".join(["something"] * N_WORDS)  # stands for labels that are not known yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unlabelled(Result):
+    """A feature, or one of its signs, that has no label or lacks a score, and why."""
+
+    feature: int
+    sign: int
+    stage: str
+    """step that failed: explain, the scorer's name, windows where there are none to show, asking where the budget was
+    used up"""
+    problem: str
+    is_waiting: bool
+    """not requested or not answered yet; a later run may fill it in"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling(Result):
+    """Labels and scores from one run, what is missing and why, and the requests made."""
+
+    labels: tuple[Label, ...]
+    missing: tuple[Unlabelled, ...]
+    usage: Usage
+    n_sides: int = 0
+    """number of features, or signs of them, that were to be labelled"""
+    untrained: dict[str, float] | None = None
+    """for an untrained dictionary on the same tokens, the share of sides with a label and the mean of each score; None
+    where none was labelled"""
+
+    @property
+    def n_waiting(self) -> int:
+        """Number of missing labels and scores that a later run may fill in."""
+        return sum(entry.is_waiting for entry in self.missing)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.labels):,} labels, {len(self.missing):,} missing, {self.n_waiting:,} of them waiting"]
+        if self.labels and self.n_sides:
+            own = average_scores(self.labels, self.n_sides)
+            chance = {
+                n: next(x.scores[f"{n}_chance"] for x in self.labels if n in x.scores) for n in own if n != "named"
+            }
+            lines.append(tell_floor(own, self.untrained, chance))
+        for label in self.labels[:20]:
+            scores = "  ".join(
+                f"{name} {value:.2f} (chance {label.scores[name + '_chance']:g})"
+                for name, value in label.scores.items()
+                if f"{name}_chance" in label.scores
+            )
+            lines.append(
+                f"{label.feature:>7} {'+' if label.sign > 0 else '-' if label.sign else ' '} {label.text!r}  {scores}"
+            )
+        lines += [f"{e.feature:>7} {e.stage}: {e.problem}" for e in self.missing[:10]]
+        return "\n".join([*lines, str(self.usage)])
+
+
+def explain_features(
+    store: FeatureStore,
+    explainer: Client | Explainer,
+    features: FeatureIds | None = None,
+    *,
+    signs: Sequence[int] = (1, -1),
+    scorers: Sequence[str | Scorer] = ("detection", "fuzzing"),
+    untrained: FeatureStore | None = None,
+    answers: str | Path | None = None,
+    asking: AskConfig | None = None,
+    cases: CaseConfig | None = None,
+    progress: bool = True,
+) -> Labelling:
+    """Labels for features from a language model, one per sign, scored on other documents than they were made from.
+
+    Every response is cached, so a repeated call requests only what has none yet. What has no label or score is in
+    `missing`, with the reason.
+
+    Args:
+        store: feature store that holds codes and text.
+        explainer: a client, which explains and scores, or an `Explainer`; with the latter, scorers must be objects.
+        features: numbers of the features; None takes all that fire.
+        signs: signs to label separately, 1 and -1; 0 stands for both together.
+        scorers: names among "detection", "fuzzing", "contrast" and "simulation", which use the client, or `Scorer`
+            objects.
+        untrained: store of the same tokens by an untrained dictionary (`sl.harvest_untrained`), whose features of the
+            same numbers are labelled and scored likewise, at the same cost again; the means of its scores are in the
+            result.
+        answers: file of cached responses; None is answers.jsonl in the store's folder.
+        asking: number of parallel requests, retries, prices and budget.
+        cases: number and width of the example windows.
+        progress: whether to show progress bars.
+
+    Raises:
+        ValueError: a feature does not exist, or `untrained` is not of the same tokens.
+        KeyboardInterrupt, ConnectionError: as in `Asker.ask`.
+    """
+    if untrained is not None:
+        require_same_tokens(store, untrained)
+    plan = _Plan.make(store, explainer, scorers, answers, asking, cases, progress)
+    sides, floor = _sides(store, features, signs), None
+    found = _explain(plan, sides)
+    if untrained is not None:
+        wanted = _sides(untrained, sorted({feature for feature, _ in sides}), signs)
+        floor = average_scores(_explain(replace(plan, store=untrained), wanted).labels, len(wanted))
+    return replace(found.result(plan.usage), n_sides=len(sides), untrained=floor)
+
+
+def _explain(plan: "_Plan", sides: list[tuple[int, int]]) -> "_Found":
+    """Labels and scores of some sides, a block at a time."""
+    assert plan.explainer is not None
+    found = _Found()
+    for block in plan.blocks(sides, found):
+        built = plan.build(block, found)
+        replies = plan.explainer.explain(built)
+        named: list[tuple[Label, Case]] = []
+        for case, reply in zip(built, replies, strict=True):
+            if reply.value is None:
+                found.miss(case.feature, case.sign, "explain", reply)
+            else:
+                named.append((plan.label(case, reply.value), case))
+        found.labels += plan.score(named, found)
+    return found
+
+
+def score_labels(
+    store: FeatureStore,
+    client: Client | None,
+    labels: Sequence[Label],
+    *,
+    scorers: Sequence[str | Scorer] = ("detection", "fuzzing"),
+    answers: str | Path | None = None,
+    asking: AskConfig | None = None,
+    cases: CaseConfig | None = None,
+    progress: bool = True,
+) -> Labelling:
+    """Labels, whoever gave them, with scores on documents that `explain_features` does not show; all are returned.
+
+    Scores of the same name are replaced.
+
+    Args:
+        store: feature store that holds codes and text.
+        client: language model client; None where all scorers are objects.
+        labels: labels to score.
+        scorers: names among "detection", "fuzzing", "contrast" and "simulation", which use the client, or `Scorer`
+            objects.
+        answers: file of cached responses; None is answers.jsonl in the store's folder.
+        asking: number of parallel requests, retries, prices and budget.
+        cases: number and width of the example windows.
+        progress: whether to show progress bars.
+    """
+    plan = _Plan.make(store, client, scorers, answers, asking, cases, progress)
+    found = _Found()
+    by_side: dict[tuple[int, int], list[Label]] = {}
+    for label in labels:
+        by_side.setdefault((label.feature, label.sign), []).append(label)
+    for block in plan.blocks(list(by_side), found):
+        built = {(case.feature, case.sign): case for case in plan.build(block, found)}
+        pairs = [(label, built[side]) for side in block if side in built for label in by_side[side]]
+        found.labels += plan.score(pairs, found)
+        found.labels += [label for side in block if side not in built for label in by_side[side]]
+    scored = {(label.feature, label.sign) for label in found.labels}
+    found.labels += [label for side, group in by_side.items() if side not in scored for label in group]
+    return found.result(plan.usage)
+
+
+def estimate_labels(
+    store: FeatureStore,
+    client: Client,
+    features: FeatureIds | None = None,
+    *,
+    signs: Sequence[int] = (1, -1),
+    scorers: Sequence[str] = ("detection", "fuzzing"),
+    answers: str | Path | None = None,
+    asking: AskConfig | None = None,
+    cases: CaseConfig | None = None,
+) -> Estimate:
+    """Approximate number of requests, tokens, cost and time of `explain_features` with the same arguments.
+
+    For many features the estimate is extrapolated from a sample.
+
+    Args:
+        store: feature store that holds codes and text.
+        client: language model client; it is not called.
+        features: numbers of the features; None takes all that fire.
+        signs: signs to label separately, 1 and -1; 0 stands for both together.
+        scorers: names among "detection", "fuzzing", "contrast" and "simulation".
+        answers: file of cached responses, which cost nothing; None is answers.jsonl in the store's folder.
+        asking: number of parallel requests, retries, prices and budget.
+        cases: number and width of the example windows.
+    """
+    plan = _Plan.make(store, client, scorers, answers, asking, cases, False)
+    assert plan.asker is not None
+    sides = _sides(store, features, signs)
+    sample = sides[:: max(1, len(sides) // BLOCK)]
+    explainer, questions = LLMExplainer(plan.asker), list[Question[Any]]()
+    built = plan.build(sample, _Found())
+    for case, question in zip(built, explainer.questions(built), strict=True):
+        text = plan.asker.peek(question)
+        questions.append(question)
+        for scorer in plan.scorers if text != "" else ():
+            assert isinstance(scorer, LLMScorer)
+            questions += scorer.questions([TYPICAL if text is None else text], [case])
+    return plan.asker.estimate(questions).times(len(sides) / max(1, len(sample)))
+
+
+class _Found:
+    """Labels and missing items of a run so far."""
+
+    def __init__(self) -> None:
+        self.labels: list[Label] = []
+        self.missing: list[Unlabelled] = []
+
+    def miss(self, feature: int, sign: int, stage: str, reply: Reply[Any]) -> None:
+        """Record what is missing, and why."""
+        entry = Unlabelled(feature=feature, sign=sign, stage=stage, problem=reply.problem, is_waiting=reply.is_waiting)
+        self.missing.append(entry)
+
+    def result(self, usage: Usage) -> Labelling:
+        """The result of the run."""
+        return Labelling(labels=tuple(self.labels), missing=tuple(self.missing), usage=usage)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Explainer, scorers and windows of a run."""
+
+    store: FeatureStore
+    train: ChosenRuns
+    """rows of training documents"""
+    cases: CaseConfig
+    asker: Asker | None
+    explainer: Explainer | None
+    scorers: tuple[Scorer, ...]
+
+    @classmethod
+    def make(
+        cls,
+        store: FeatureStore,
+        who: Client | Explainer | None,
+        scorers: Sequence[str | Scorer],
+        answers: str | Path | None,
+        asking: AskConfig | None,
+        cases: CaseConfig | None,
+        progress: bool,
+    ) -> "_Plan":
+        cases = cases or CaseConfig(width=store.text.widen(CaseConfig.width))
+        asker = None
+        if isinstance(who, Client):
+            asker = Asker(who, answers or store.folder / ANSWERS, asking, progress=progress)
+        explainer = LLMExplainer(asker) if asker is not None else who if isinstance(who, Explainer) else None
+        made = tuple(_make_scorer(scorer, asker, cases.seed) for scorer in scorers)
+        return cls(store, store.split_runs(cases.train_frac, cases.seed), cases, asker, explainer, made)
+
+    @property
+    def usage(self) -> Usage:
+        """Requests made so far."""
+        return self.asker.usage if self.asker is not None else Usage()
+
+    def blocks(self, sides: list[tuple[int, int]], found: _Found) -> Iterator[list[tuple[int, int]]]:
+        """Blocks of sides, until the budget is used up; the remaining sides are recorded as waiting."""
+        for start in range(0, len(sides), BLOCK):
+            block = sides[start : start + BLOCK]
+            if self.usage.stopped:
+                for feature, sign in block:
+                    found.miss(feature, sign, "asking", Reply(problem=self.usage.stopped, is_waiting=True))
+            else:
+                yield block
+
+    def build(self, sides: Sequence[tuple[int, int]], found: _Found) -> list[Case]:
+        """The windows of each side; sides that do not fire in training documents are recorded as missing."""
+        built = []
+        for feature, sign in sides:
+            case = build_case(self.store, feature, sign, self.train, self.cases)
+            if case is None:
+                found.miss(feature, sign, "windows", Reply(problem="it does not fire in the training documents"))
+            else:
+                built.append(case)
+        return built
+
+    def label(self, case: Case, text: str) -> Label:
+        """The label for a text that the explainer gave."""
+        assert self.explainer is not None
+        two_sided = case.sign == BOTH and len({value > 0 for e in case.shown for value in e.values if value}) == 2
+        kind: Kind = "none" if not text else "two-sided" if two_sided else "input"
+        provenance: dict[str, Any] = {"cases": asdict(self.cases)}
+        if self.asker is not None:
+            provenance |= {"client": dict(self.asker.client.settings), "answers": self.asker.log.path.name}
+        counts = {f"n_{name}": len(getattr(case, name)) for name in ("shown", "silent", "fires", "hard", "easy")}
+        return Label(
+            feature=case.feature, sign=case.sign, text=text, kind=kind, author=self.explainer.name,
+            evidence=counts, provenance=provenance,
+        )  # fmt: skip
+
+    def score(self, pairs: Sequence[tuple[Label, Case]], found: _Found) -> list[Label]:
+        """The labels with their scores; labels without a text have none."""
+        labels = [label for label, _ in pairs]
+        named = [i for i, (label, _) in enumerate(pairs) if label.text]
+        for scorer in self.scorers:
+            replies = scorer.score([labels[i].text for i in named], [pairs[i][1] for i in named])
+            for i, reply in zip(named, replies, strict=True):
+                if reply.value is None:
+                    found.miss(labels[i].feature, labels[i].sign, scorer.name, reply)
+                else:
+                    labels[i] = replace(labels[i], scores={**labels[i].scores, **reply.value.flat()})
+        return labels
+
+
+def _make_scorer(scorer: str | Scorer, asker: Asker | None, seed: int) -> Scorer:
+    if not isinstance(scorer, str):
+        return scorer
+    if scorer not in SCORERS:
+        raise ValueError(f"`scorers` must be among {list(SCORERS)}, or objects with a method `score`, got '{scorer}'.")
+    if asker is None:
+        raise ValueError(f"The scorer '{scorer}' asks a client, got none. Give a client, or scorers that are objects.")
+    return SCORERS[scorer](asker, seed)
+
+
+def _sides(store: FeatureStore, features: FeatureIds | None, signs: Sequence[int]) -> list[tuple[int, int]]:
+    """Features and signs that fire at all."""
+    fires = store.statistics.fires
+    wanted = read_features(np.flatnonzero(fires.sum(1)) if features is None else features, store.d_sae)
+    if bad := [sign for sign in signs if sign not in (-1, BOTH, 1)]:
+        raise ValueError(f"`signs` must be among 1, -1 and 0 for both, got {bad[:5]}.")
+    counts = {1: fires[:, 0], -1: fires[:, 1], BOTH: fires.sum(1)}
+    return [(j, sign) for j in wanted for sign in signs if counts[sign][j] > 0]

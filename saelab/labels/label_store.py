@@ -1,0 +1,559 @@
+"""SQLite database of a feature store's labels: many per feature, one of them chosen.
+
+Connections to the SQLite file of labels: opening, checks, locks, and SQLite's errors with advice.
+
+Nothing is written to a file that is damaged, of another kind or of another version. Every change is one transaction
+that waits for those of other processes; the journal is SQLite's own, so that one file holds everything at rest and can
+be read where nothing may be written.
+
+Text search over labels: by word stems (SQLite FTS5), ranked; otherwise by substrings.
+
+Labels as rows of the SQLite table: conversion, replacement and choice.
+"""
+
+import errno
+import gzip
+import json
+import os
+import re
+import sqlite3
+import threading
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+from saelab.functional.indices import read_feature
+from saelab.labels.label import BOTH, Entry, Format, Kind, Label, name_format, read_entries, write_entries
+from saelab.stores.feature_store import FeatureStore
+from saelab.stores.files import write_atomic
+from saelab.stores.manifest import FeatureManifest
+
+FILE = "labels.sqlite"
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x5AE1AB  # marks the file as one of saelab's
+BEST_FIRST = "fixed DESC, kind = 'none', id DESC"
+SCHEMA = f"""
+CREATE TABLE labels (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    feature INTEGER NOT NULL,
+    sign INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    author TEXT NOT NULL,
+    by_person INTEGER NOT NULL,
+    scores TEXT NOT NULL,
+    evidence TEXT NOT NULL,
+    provenance TEXT NOT NULL,
+    time TEXT NOT NULL,
+    fixed INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX labels_by_feature ON labels (feature, sign);
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE VIEW places AS SELECT *, row_number() OVER (PARTITION BY feature, sign ORDER BY {BEST_FIRST}) AS place
+    FROM labels;
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+
+def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection | None:
+    """A connection to an intact label file of this version; None where there is none yet, unless `create` is set.
+
+    Raises:
+        ValueError: the file is damaged, of another kind or of another schema version.
+        TimeoutError: another process keeps it locked for `timeout` seconds.
+    """
+    if not create and not path.exists():
+        return None
+    with explained(path):
+        uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+        # LabelBook's own lock serializes threads.
+        db = sqlite3.connect(uri, timeout, uri=True, isolation_level=None, check_same_thread=False)
+        try:
+            if _check(db, path):
+                return db
+            if create:
+                _found(db)
+                return db
+        except BaseException:
+            db.close()
+            raise
+        db.close()
+        return None
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """Context manager: all changes of the block, or none after an exception; other processes wait until it ends."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Context manager that turns SQLite's errors into TimeoutError (locked), OSError (no access) or ValueError."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        said, kept = str(error), "Nothing was changed"
+        if "locked" in said:
+            raise TimeoutError(f"{path} is locked by another process. {kept}: try again when that has ended.") from None
+        if "readonly" in said or "unable to open" in said:
+            why = f"Cannot open or write {path}: it or its folder may not be written to. {kept}"
+            raise PermissionError(errno.EACCES, f"{why}: change the permissions, or work on a copy") from None
+        if "full" in said or "I/O" in said:
+            why = f"Cannot write {path} ({said}). {kept}: free some space, then run again"
+            raise OSError(errno.ENOSPC if "full" in said else errno.EIO, why) from None
+        raise ValueError(tell_damage(path, said)) from None
+    except OverflowError:
+        raise ValueError("`feature` must be below 2**63, got more. Give the number of a feature.") from None
+
+
+def _check(db: sqlite3.Connection, path: Path) -> bool:
+    """Whether the file is a label database; False where it is empty. One transaction, so nobody writes meanwhile."""
+    db.execute("BEGIN")
+    (n_tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    size = path.stat().st_size
+    about = {
+        name: db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version", "page_size")
+    }
+    if n_tables == size == 0:
+        db.execute("COMMIT")
+        return False
+    if n_tables and about["application_id"] != APPLICATION_ID:
+        raise ValueError(f"{path} must be a book of labels, got another SQLite database. Move it away.")
+    if n_tables and about["user_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{path} must have schema_version {SCHEMA_VERSION}, got {about['user_version']}. Export its labels as JSON "
+            "with the saelab that wrote it, and import them here."
+        )
+    # SQLite takes the missing end of a last page for zeros, and a file without a whole page for an empty one.
+    found = "it was cut off" if size % about["page_size"] else db.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok" or not n_tables:
+        raise ValueError(tell_damage(path, found))
+    db.execute("COMMIT")
+    return True
+
+
+def tell_damage(path: Path, found: str) -> str:
+    """The error message for a damaged file."""
+    reason = " ".join(found.split())
+    return (
+        f"{path} must be an intact book of labels, got a damaged file ({reason}). It is left as it is: put a copy in "
+        "its place, or move it away and import the labels from an export."
+    )
+
+
+def _found(db: sqlite3.Connection) -> None:
+    """Create the tables, unless another process has just done so."""
+    with transaction(db):
+        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            for statement in SCHEMA.split(";"):
+                db.execute(statement)
+
+
+def rank_texts(texts: Sequence[str], query: str, stems: bool = True) -> list[int]:
+    """Indices of the texts that match a query, best match first.
+
+    A text matches if it has every word of the query, exactly, longer or in another form: "storm" finds "storms" and
+    "stormy". If no text matches, substrings are searched: "storm" finds "snowstorm". The index is built in memory for
+    each query, so label files are the same for every build of SQLite; in a build without FTS5, or with `stems` off,
+    only substrings are searched. No query is an error: it has words and no syntax.
+
+    >>> rank_texts(["rainy days", "the train", "sun"], "rain")
+    [0]
+    """
+    words = re.findall(r"\w+", query)
+    found = _rank_by_stems(texts, words) if words and stems else None
+    if found:
+        return found
+    parts = [part.casefold() for part in (words or query.split())]
+    return [i for i, text in enumerate(texts) if parts and all(part in text.casefold() for part in parts)]
+
+
+def has_stems() -> bool:
+    """Whether this build of SQLite has FTS5."""
+    return _rank_by_stems(["a"], ["a"]) is not None
+
+
+def _rank_by_stems(texts: Sequence[str], words: Sequence[str]) -> list[int] | None:
+    """Indices of the texts that match by word stems; None where SQLite has no FTS5."""
+    db = sqlite3.connect(":memory:")
+    try:
+        db.execute("CREATE VIRTUAL TABLE found USING fts5(text, content='', tokenize='porter unicode61')")
+        db.executemany("INSERT INTO found(rowid, text) VALUES (?, ?)", enumerate(texts))
+        # In quotes, a word of letters and digits is no FTS5 syntax; * also matches longer words.
+        asked = " ".join(f'"{word}" *' for word in words)
+        rows = db.execute("SELECT rowid FROM found WHERE found MATCH ? ORDER BY rank, rowid", (asked,))
+        return [i for (i,) in rows]
+    except sqlite3.OperationalError:
+        return None
+    finally:
+        db.close()
+
+
+PACKED = ("scores", "evidence", "provenance")
+FIELDS = ("feature", "sign", "text", "kind", "author", "by_person", *PACKED, "time", "fixed")
+PLACE = "feature = ? AND sign = ?"
+
+
+def put_label(db: sqlite3.Connection, label: Label) -> int:
+    """Insert a label in place of its author's older ones of the same side; returns the row's id.
+
+    An older one that a person chose and that has another text is kept. A person's label becomes chosen unless another
+    person's choice stands; one that replaces a chosen label is chosen.
+    """
+    packed = _pack(label)
+    place, author = packed[:2], (label.author, label.by_person)
+    sql = f"SELECT id, text, fixed FROM labels WHERE {PLACE} AND author = ? AND by_person = ?"
+    old = [row for row in db.execute(sql, (*place, *author)) if label.by_person or not row[2] or row[1] == label.text]
+    db.executemany("DELETE FROM labels WHERE id = ?", [(number,) for number, _, _ in old])
+    fixed = any(row[2] for row in old)
+    if label.by_person and not fixed:
+        fixed = db.execute(f"SELECT 1 FROM labels WHERE {PLACE} AND fixed", place).fetchone() is None
+    marks = ", ".join("?" * len(FIELDS))
+    added = db.execute(f"INSERT INTO labels ({', '.join(FIELDS)}) VALUES ({marks})", (*packed, fixed))
+    assert added.lastrowid is not None
+    return added.lastrowid
+
+
+def fix_choice(db: sqlite3.Connection, feature: int, sign: int, number: int | None) -> None:
+    """Mark one label of a feature and sign as chosen by a person, or none of them.
+
+    Args:
+        db: the open database.
+        feature: number of the feature.
+        sign: 1, -1 or 0.
+        number: id of the chosen row; None leaves the choice to the order of labels.
+    """
+    db.execute(f"UPDATE labels SET fixed = (id IS ?) WHERE {PLACE}", (number, feature, sign))
+
+
+def unpack_row(row: Sequence[Any]) -> Entry:
+    """The label of a row of FIELDS and its rank among those of its feature and sign; ValueError for an invalid row."""
+    *values, fixed, place = row
+    fields = dict(zip(FIELDS, values, strict=False))
+    packed = {name: json.loads(fields[name]) for name in PACKED}
+    return Entry(Label(**(fields | packed | {"by_person": bool(fields["by_person"])})), place == 1, bool(fixed))
+
+
+def tell_time() -> str:
+    """The current time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _pack(label: Label) -> tuple[Any, ...]:
+    for name in ("text", "author", "time"):
+        try:
+            getattr(label, name).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{name}` must be Unicode, got half a surrogate pair ({error.reason}). Replace what cannot be encoded."
+            ) from None
+    try:
+        packed = [json.dumps(dict(getattr(label, name)), default=_plain) for name in PACKED]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"A label's {', '.join(PACKED)} must be ready for JSON ({error}). Give plain values."
+        ) from None
+    head = (int(label.feature), int(label.sign), label.text, label.kind, label.author, bool(label.by_person))
+    return (*head, *packed, label.time)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and their numbers as lists and plain numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not")
+
+
+TIMEOUT = 30.0
+BY_FEATURE = "feature, CASE sign WHEN 0 THEN 0 WHEN 1 THEN 1 ELSE 2 END, place"  # the whole feature, then + and -
+
+
+class LabelBook:
+    """Labels of features in an SQLite file in the folder of their feature store.
+
+    A feature, and each of its signs, may have many labels, one of which is chosen. A label that a person chose, by
+    `set` or `choose`, stays chosen whatever a rule or a model adds later. Otherwise the label added last is chosen,
+    where labels of kind "none" (no good name) come after all others. Scores do not decide, as scores of different
+    scorers do not compare.
+
+    The file is created by the first label; until then the database is empty. Several threads and processes may read and
+    write at once.
+
+    Args:
+        path: the SQLite file.
+        manifest: manifest of the feature store, by which labels of another SAE are refused; None checks nothing.
+        timeout: seconds to wait for another process's lock.
+
+    Raises:
+        ValueError: the file is damaged, or holds labels of another SAE.
+        TimeoutError: another process keeps the file locked for `timeout` seconds; nothing is lost.
+        PermissionError: the file may not be written.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder, LabelBook(f"{folder}/labels.sqlite") as book:
+    ...     _ = book.set(123, "rain and storms", author="me")
+    ...     [label.text for label in book.search("storm")], book[123].by_person
+    (['rain and storms'], True)
+    """
+
+    def __init__(self, path: str | Path, manifest: FeatureManifest | None = None, timeout: float = TIMEOUT) -> None:
+        self.path, self.timeout = Path(path), timeout
+        self._manifest = manifest
+        self._sae = str(manifest.request.get("sae") or "") if manifest is not None else ""
+        self._lock = threading.RLock()
+        self._connection: tuple[tuple[int, ...], sqlite3.Connection, weakref.finalize] | None = None
+
+    @classmethod
+    def open(cls, store: FeatureStore | str | Path, timeout: float = TIMEOUT) -> "LabelBook":
+        """The label database of a store, given as object or folder; FileNotFoundError where there is no store."""
+        if isinstance(store, FeatureStore):
+            return cls(store.folder / FILE, store.manifest, timeout)
+        return cls(Path(store) / FILE, FeatureManifest.load(store), timeout)
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection[2]()
+                self._connection = None
+
+    def __enter__(self) -> "LabelBook":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- reading
+    def __getitem__(self, key: SupportsIndex | tuple[SupportsIndex, int]) -> Label:
+        """The chosen label of a feature and sign; of `book[feature]` that of the whole feature, else of +, else of -.
+
+        KeyError where there is none.
+        """
+        feature, sign = key if isinstance(key, tuple) else (key, None)
+        found = [label for label in self.chosen(feature) if sign in (None, label.sign)]
+        if not found:
+            raise KeyError(
+                f"Feature {feature} has no label{'' if sign is None else f' of sign {sign}'} in {self.path}."
+            )
+        return found[0]
+
+    def __contains__(self, key: object) -> bool:
+        feature, sign = key if isinstance(key, tuple) else (key, None)
+        return isinstance(feature, int) and any(sign in (None, label.sign) for label in self.chosen(feature))
+
+    def __len__(self) -> int:
+        """Number of chosen labels, of features and of their signs."""
+        rows = self._read("SELECT count(*) FROM places WHERE place = 1")
+        return int(rows[0][0]) if rows else 0
+
+    def __iter__(self) -> Iterator[Label]:
+        return iter(self.chosen())
+
+    def chosen(self, feature: SupportsIndex | None = None) -> list[Label]:
+        """The chosen labels of one feature or of all: of the whole feature, then of its positive side, then of its
+        negative side.
+        """
+        return [entry.label for entry in self._entries(feature) if entry.chosen]
+
+    def labels(self, feature: SupportsIndex | None = None) -> list[Label]:
+        """All labels of one feature or of all, of each sign the chosen one first."""
+        return [entry.label for entry in self._entries(feature)]
+
+    def search(self, text: str, every: bool = False) -> list[Label]:
+        """The chosen labels (with `every`, all labels) that match a text query, best match first; see `rank_texts`."""
+        entries = [entry for entry in self._entries() if every or entry.chosen]
+        return [entries[i].label for i in rank_texts([entry.label.text for entry in entries], text)]
+
+    def authors(self) -> dict[str, int]:
+        """Number of labels by author, most first."""
+        return dict(self._read("SELECT author, count(*) AS n FROM labels GROUP BY author ORDER BY n DESC, author"))
+
+    def __repr__(self) -> str:
+        return f"LabelBook({str(self.path)!r})"
+
+    def __str__(self) -> str:
+        n_features = len({label.feature for label in self if label.kind != "none"})
+        of = f" of {self._manifest.d_sae:,}" if self._manifest else ""
+        authors = ", ".join(f"{author} {n:,}" for author, n in self.authors().items())
+        return f"{self.path}: {n_features:,}{of} features named" + (f"; labels by {authors}" if authors else "")
+
+    # ---- writing
+    def add(self, labels: Iterable[Label], *, afresh: bool = False) -> int:
+        """Add labels, all of them or none; returns how many were added.
+
+        A label with an empty `time` gets the current time. For each feature and sign only the newest label of an author
+        is kept, besides one that a person chose and that has another text. With `afresh`, all earlier labels of these
+        authors on these features are removed, except those that a person chose. A person's label becomes chosen unless
+        another person's choice stands.
+        """
+        added = [replace(label, time=label.time or tell_time()) for label in labels]
+        with self._writing() as db:
+            for feature, author in {(label.feature, label.author) for label in added if afresh}:
+                sql = "DELETE FROM labels WHERE feature = ? AND author = ? AND NOT by_person AND NOT fixed"
+                db.execute(sql, (read_feature(feature), author))
+            for label in added:
+                self._put(db, label)
+        return len(added)
+
+    def set(self, feature: SupportsIndex, text: str, *, author: str, sign: int = BOTH, kind: Kind = "free") -> Label:
+        """Add a person's label and choose it, whatever was chosen before; returns the label.
+
+        Args:
+            feature: number of the feature.
+            text: the label.
+            author: who gave it.
+            sign: 1 or -1 for the codes of one sign, 0 for the whole feature.
+            kind: what the label describes, one of `Kind`.
+        """
+        label = Label(
+            feature=read_feature(feature),
+            sign=sign,
+            text=text,
+            kind=kind,
+            author=author,
+            by_person=True,
+            time=tell_time(),
+        )
+        with self._writing() as db:
+            fix_choice(db, label.feature, sign, self._put(db, label))
+        return label
+
+    def choose(self, feature: SupportsIndex, author: str | None, *, sign: int = BOTH) -> Label:
+        """Choose, as a person, an author's newest label, or with None the label added last; returns the label.
+
+        ValueError where there is none.
+        """
+        with self._writing() as db:
+            sql = f"SELECT id, author FROM labels WHERE feature = ? AND sign = ? ORDER BY {BEST_FIRST}"
+            found = db.execute(sql, (read_feature(feature), sign)).fetchall()
+            ids = [number for number, name in found if author in (None, name)]
+            if not ids:
+                names = list(dict.fromkeys(name for _, name in found))[:5]
+                raise ValueError(
+                    f"`author` must be one with a label of feature {feature} and sign {sign}, got {author!r}; "
+                    f"there are {names}."
+                )
+            fix_choice(db, read_feature(feature), sign, None if author is None else max(ids))
+        return self[feature, sign]
+
+    def delete(
+        self, feature: SupportsIndex | None = None, *, sign: int | None = None, author: str | None = None
+    ) -> int:
+        """Delete the labels of a feature, of one of its signs, of an author, or of both; returns their number."""
+        if feature is None and author is None:
+            raise ValueError("`delete` needs `feature` or `author`, got neither; say whose labels are to go.")
+        given = {"feature": None if feature is None else read_feature(feature), "sign": sign, "author": author}
+        where = {name: value for name, value in given.items() if value is not None}
+        with self._writing() as db:
+            sql = f"DELETE FROM labels WHERE {' AND '.join(f'{name} = ?' for name in where)}"
+            return db.execute(sql, tuple(where.values())).rowcount
+
+    # ---- files
+    def save(self, path: str | Path, form: Format | None = None, *, model_id: str = "", source_id: str = "") -> int:
+        """Write all labels to a file that `load` reads back; returns how many were written.
+
+        Args:
+            path: file to write; an ending .gz compresses it.
+            form: "json", "csv", or "neuronpedia" for Neuronpedia's explanation records, one JSON object a line; None
+                goes by the file's ending: .json, .csv or .jsonl. In CSV a text that a spreadsheet would run as a
+                formula is prefixed with an apostrophe; for Neuronpedia labels of kind "none" (no good name) are left
+                out.
+            model_id: Neuronpedia's name of the model; empty for the name of the store's model.
+            source_id: Neuronpedia's name of the SAE; empty for the store's hook point.
+        """
+        path, form = Path(path), form or name_format(Path(path))
+        entries = self._entries(order="id")
+        if form == "neuronpedia":
+            entries = [entry for entry in entries if entry.label.kind != "none"]
+        origin: Mapping[str, Any] = self._manifest.provenance if self._manifest else {}
+        model_id = model_id or Path(str(origin.get("model", ""))).name
+        source_id = source_id or str(origin.get("hook_point", ""))
+        text = write_entries(entries, form, model_id, source_id).encode()
+        write_atomic(path, gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+        return len(entries)
+
+    def load(self, path: str | Path) -> int:
+        """Add the labels of a file with their choices, all of them or none; returns how many were added.
+
+        Reads what `save` wrote, Neuronpedia's records, and CSV with the columns feature and text. A person's choice in
+        the database stays. FileNotFoundError, or ValueError for a file in none of these formats.
+        """
+        entries = read_entries(Path(path))
+        with self._writing() as db:
+            before = set(db.execute("SELECT feature, sign FROM labels WHERE fixed"))
+            for entry in entries:
+                label = replace(entry.label, time=entry.label.time or tell_time())
+                number = self._put(db, label)
+                if (label.feature, label.sign) not in before and (entry.fixed or label.by_person):
+                    fix_choice(db, label.feature, label.sign, number if entry.fixed else None)
+        return len(entries)
+
+    # ---- the file
+    def _entries(self, feature: SupportsIndex | None = None, order: str = BY_FEATURE) -> list[Entry]:
+        where, values = ("", ()) if feature is None else ("WHERE feature = ?", (read_feature(feature),))
+        rows = self._read(f"SELECT {', '.join(FIELDS)}, place FROM places {where} ORDER BY {order}", values)
+        try:
+            return [unpack_row(row) for row in rows]
+        except (ValueError, TypeError) as error:
+            raise ValueError(tell_damage(self.path, str(error))) from None
+
+    def _put(self, db: sqlite3.Connection, label: Label) -> int:
+        if self._manifest is not None and label.feature >= self._manifest.d_sae:
+            raise ValueError(f"`feature` must be in 0..{self._manifest.d_sae - 1}, got {label.feature}.")
+        return put_label(db, label)
+
+    def _read(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Rows of a query; none where there is no file."""
+        with self._lock, explained(self.path):
+            db = self._open()
+            return db.execute(sql, values).fetchall() if db is not None else []
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, explained(self.path):
+            db = self._open(create=True)
+            assert db is not None
+            with transaction(db):
+                if self._sae:
+                    db.execute("INSERT OR IGNORE INTO about VALUES ('sae', ?)", (self._sae,))
+                yield db
+
+    def _open(self, create: bool = False) -> sqlite3.Connection | None:
+        """The connection, opened on first use and again after the file was replaced or the process forked."""
+        if self._connection is not None:
+            if self._connection[0] == _identify(self.path):
+                return self._connection[1]
+            self.close()
+        db = connect(self.path, self.timeout, create)
+        if db is None:
+            return None
+        self._connection = _identify(self.path), db, weakref.finalize(self, db.close)
+        about = db.execute("SELECT value FROM about WHERE name = 'sae'").fetchone()
+        if about is not None and self._sae not in ("", about[0]):
+            self.close()
+            raise ValueError(
+                f"{self.path} must hold labels of the SAE that was harvested, fingerprint {self._sae}, got those of "
+                f"{about[0]}. Move it away, or harvest that SAE."
+            )
+        return db
+
+
+def _identify(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return os.getpid(), found.st_dev, found.st_ino

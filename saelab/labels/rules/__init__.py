@@ -1,0 +1,1 @@
+"""Labels by rules on tokens, without a language model."""

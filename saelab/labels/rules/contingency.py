@@ -1,0 +1,320 @@
+"""Contingency counts of features and predicates: by sparse products for all, by packed bits for chosen tokens.
+
+Tests of chosen rules on held-out documents.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int32, Integer
+
+from saelab.analysis.direct_logits import LogitLens
+from saelab.functional.statistics import adjust, dispersion, tail, window_auroc
+from saelab.labels.rules.predicates import Predicates
+from saelab.labels.rules.token_view import TokenView
+from saelab.stores.feature_store import FeatureStore
+from saelab.stores.packing import as_csr
+
+if TYPE_CHECKING:
+    from scipy.sparse import csc_matrix, csr_matrix
+
+BLOCK_ENTRIES = 4_000_000
+"""Codes held at once, unless one feature alone has more."""
+BLOCK_FEATURES = 4096
+PACKED_ROWS = 65536
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBits:
+    """A boolean matrix packed to eight columns per byte, for fast reads of chosen rows and columns."""
+
+    bits: np.ndarray
+
+    @classmethod
+    def pack(cls, matrix: "csr_matrix") -> "PackedBits":
+        """The packed form of a sparse matrix, computed a block of rows at a time."""
+        bits = np.empty((matrix.shape[0], -(-matrix.shape[1] // 8)), np.uint8)
+        for a in range(0, len(bits), PACKED_ROWS):
+            bits[a : a + PACKED_ROWS] = np.packbits(matrix[a : a + PACKED_ROWS].toarray() != 0, axis=1)
+        return cls(bits)
+
+    def at(self, rows: Integer[np.ndarray, "n"], columns: Integer[np.ndarray, "m"]) -> Bool[np.ndarray, "n m"]:
+        """Whether predicates hold at tokens, for chosen rows and columns."""
+        masks = (128 >> (columns & 7)).astype(np.uint8)
+        return (self.bits[rows][:, columns >> 3] & masks) != 0
+
+
+def feature_blocks(store: FeatureStore) -> Iterator[tuple[int, int]]:
+    """Ranges of features, as first and end, that together have few enough codes to hold."""
+    ends = np.cumsum(store.statistics.fires.sum(1))
+    start = 0
+    while start < store.d_sae:
+        before = ends[start - 1] if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + BLOCK_ENTRIES, "right")))
+        stop = min(stop, start + BLOCK_FEATURES, store.d_sae)
+        yield start, stop
+        start = stop
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The firings of a block of features by side and level.
+
+    Side 2 j holds the positive codes of feature j, side 2 j + 1 its negative ones. A level is a threshold as a share of
+    the side's largest |z| in training documents.
+    """
+
+    rows: Int32[np.ndarray, "nnz"]
+    """tokens of the store: side by side, within each the highest level first"""
+    ends: Int[np.ndarray, "n_units n_levels"]
+    """where the codes that reach each level end in `rows`"""
+    peaks: Float[np.ndarray, "n_units"]
+    """largest |z| of each side in training documents"""
+
+    @classmethod
+    def sort(cls, columns: "csc_matrix", is_train: Bool[np.ndarray, "n_tokens"], fractions: np.ndarray) -> "Units":
+        """The codes of a block of features, ordered by sign and level."""
+        n_units, n_levels = 2 * columns.shape[1], len(fractions)
+        sides = np.repeat(np.arange(0, n_units, 2, dtype=np.uint16), np.diff(columns.indptr))
+        sides += columns.data < 0
+        sizes = np.abs(columns.data)
+        peaks = _largest(sizes * is_train[columns.indices], columns)
+        share = sizes / np.maximum(peaks, 1e-30).astype(np.float32)[sides]
+        cells = sides * np.uint16(n_levels) + np.uint16(n_levels - 1)
+        for fraction in fractions[1:].tolist():
+            cells -= share >= np.float32(fraction)
+        order = np.argsort(cells, kind="stable")  # of 16 bits: a radix sort
+        ends = np.cumsum(np.bincount(cells, minlength=n_units * n_levels))
+        rows = columns.indices[order].astype(np.int32, copy=False)
+        return cls(rows, ends.reshape(n_units, n_levels)[:, ::-1], peaks)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def of(self, unit: int, level: int) -> Int32[np.ndarray, "n"]:
+        """The tokens on which a feature side reaches a level."""
+        start = self.ends[unit - 1, 0] if unit else 0
+        return self.rows[start : self.ends[unit, level]]
+
+
+def _largest(sizes: np.ndarray, columns: "csc_matrix") -> np.ndarray:
+    """Largest |z| of each feature's positive and negative codes."""
+    found = np.zeros((columns.shape[1], 2))
+    full = np.flatnonzero(np.diff(columns.indptr))
+    if len(full):
+        for side, signed in enumerate((columns.data > 0, columns.data < 0)):
+            found[full, side] = np.maximum.reduceat(sizes * signed, columns.indptr[full])
+    return found.ravel()
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """Numbers of tokens on which feature sides fire, predicates hold, and both at once."""
+
+    both: Int[np.ndarray, "n_units n_levels n_predicates"]
+    fires: Int[np.ndarray, "n_units n_levels"]
+    holds: Int[np.ndarray, "n_predicates"]
+    n_tokens: int
+
+    @cached_property
+    def f1(self) -> Float[np.ndarray, "n_units n_levels n_predicates"]:
+        """F1 of each predicate for each feature side and level: 2 both / (fires + holds)."""
+        return 2 * self.both / np.maximum(self.fires[:, :, None] + self.holds, 1)
+
+
+class Side:
+    """Predicates restricted to the training documents, or to the held-out ones; tokens are numbered within these."""
+
+    def __init__(self, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> None:
+        self.chosen, self.rows = chosen, np.flatnonzero(chosen).astype(np.int32)
+        self.places = np.where(chosen, np.cumsum(chosen, dtype=np.int32) - np.int32(1), np.int32(-1))
+        self.matrix = predicates.matrix[self.rows].astype(np.int32)
+        self.holds = np.asarray(self.matrix.sum(0)).ravel().astype(np.int64)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens on this side of the split."""
+        return len(self.rows)
+
+    @cached_property
+    def pairs(self) -> Int[np.ndarray, "n_predicates n_predicates"]:
+        """Number of tokens on which each two predicates hold together."""
+        return (self._by_predicate.T @ self.matrix).toarray().astype(np.int64)
+
+    @cached_property
+    def bits(self) -> PackedBits:
+        """The predicates as packed bits, by token."""
+        return PackedBits.pack(self.matrix)
+
+    @cached_property
+    def _by_predicate(self) -> "csc_matrix":
+        return self.matrix.tocsc()
+
+    def here(self, rows: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "m"]:
+        """Those of some tokens of the store that are on this side, as ascending positions in it."""
+        places = self.places[rows]
+        return np.sort(places[places >= 0])
+
+    def mark(self, columns: Sequence[int], joined: str = "") -> Bool[np.ndarray, "n"]:
+        """The tokens on which all ("and") or any of some predicates hold."""
+        by_predicate, found = self._by_predicate, np.zeros(self.n_tokens, bool)
+        lists = [by_predicate.indices[slice(*by_predicate.indptr[j : j + 2])] for j in columns]
+        found[lists[0]] = True
+        for tokens in lists[1:]:
+            if joined == "and":
+                both = tokens[found[tokens]]
+                found[:] = False
+                found[both] = True
+            else:
+                found[tokens] = True
+        return found
+
+    def count(self, units: Units) -> Counts:
+        """All contingency counts of a block of features, by one sparse product that counts each code at the level it
+        reaches.
+        """
+        places = self.places[units.rows]
+        here = places >= 0
+        ends = units.ends[:, ::-1].ravel()
+        offsets = np.concatenate([[0], np.cumsum(here)])[np.concatenate([[0], ends])].astype(np.int32)
+        codes = as_csr(np.ones(offsets[-1], np.int32), places[here], offsets, (len(ends), self.n_tokens))
+        shape = units.ends.shape
+        both = (codes @ self.matrix).toarray().reshape(*shape, -1)
+        return Counts(_from_above(both), _from_above(np.diff(offsets).reshape(shape)), self.holds, self.n_tokens)
+
+
+def _from_above(counts: np.ndarray) -> np.ndarray:
+    """Cumulative sums over each level and those above, lowest level first, from counts with the highest first."""
+    return np.cumsum(counts, axis=1, dtype=np.int64)[:, ::-1]
+
+
+N_BLOCKS = 64
+"""Smallest number of blocks that are shifted independently when the null is measured."""
+PROMOTED_SHARE = 0.5
+"""A token counts as promoted if its effect is at least this share of the largest."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Result of one rule for one feature side on held-out tokens."""
+
+    hits: int
+    """number of tokens on which the feature fires and the rule holds"""
+    fires: int
+    """number of tokens on which the feature fires"""
+    holds: int
+    """number of tokens on which the rule holds"""
+    n_tokens: int
+    auroc: float
+    """AUROC of the rule in windows around firings; 0.5 is chance"""
+    spread: float
+    """variance of the hits under the null, relative to independent tokens"""
+
+    @property
+    def precision(self) -> float:
+        """Share of the rule's tokens on which the feature fires; NaN where the rule holds on none."""
+        return self.hits / self.holds if self.holds else float("nan")
+
+    @property
+    def recall(self) -> float:
+        """Share of the firings that the rule covers; NaN where there are none."""
+        return self.hits / self.fires if self.fires else float("nan")
+
+    @property
+    def f1(self) -> float:
+        """2 hits / (fires + holds)."""
+        return 2 * self.hits / max(1, self.fires + self.holds)
+
+    @property
+    def f1_chance(self) -> float:
+        """F1 of a rule that holds as often, independently of the feature."""
+        return 2 * self.fires * self.holds / self.n_tokens / max(1, self.fires + self.holds)
+
+    @property
+    def skill(self) -> float:
+        """(F1 - F1_chance) / (1 - F1_chance): 0 is chance, 1 is perfect."""
+        return (self.f1 - self.f1_chance) / max(1e-12, 1 - self.f1_chance)
+
+    @property
+    def lift(self) -> float:
+        """Firing rate where the rule holds, divided by the firing rate on all tokens."""
+        return self.precision / (self.fires / self.n_tokens) if self.fires else float("nan")
+
+
+class Judge:
+    """The held-out documents, on which each chosen rule is tested once."""
+
+    def __init__(self, side: Side, doc_ids: np.ndarray, seed: int) -> None:
+        self.side, self.doc_ids, self.seed = side, doc_ids[side.rows], seed
+        self._active = np.zeros(side.n_tokens, bool)
+        # blocks that are shifted together: documents, cut into pieces where there are few
+        size = max(1, side.n_tokens // N_BLOCKS) if len(np.unique(self.doc_ids)) < N_BLOCKS else side.n_tokens
+        _, documents = np.unique(self.doc_ids, return_inverse=True)
+        self._blocks = documents * N_BLOCKS + np.minimum(np.arange(side.n_tokens) // size, N_BLOCKS - 1)
+
+    def test(
+        self, holds: Callable[[np.ndarray], np.ndarray], size: int, fires: Integer[np.ndarray, "n"], unit: int
+    ) -> Verdict:
+        """The result of one rule for one feature side on the held-out tokens.
+
+        Args:
+            holds: function from token positions to whether the rule holds there.
+            size: number of held-out tokens on which the rule holds.
+            fires: positions at which the feature side fires.
+            unit: number of the feature side, which seeds the random draws.
+        """
+        rng = np.random.default_rng((self.seed, unit))
+        n, hits = self.side.n_tokens, int(np.count_nonzero(holds(fires)))
+        auroc, spread = float("nan"), 1.0
+        if hits:
+            self._active[fires] = True
+            auroc = window_auroc(holds, fires, self._active, self.doc_ids, rng)
+            self._active[fires] = False
+        if hits * n > len(fires) * size:
+            spread = dispersion(holds, fires, size / n, n, rng, self._blocks)
+        return Verdict(hits, len(fires), size, n, auroc, spread)
+
+
+def q_values(verdicts: list[Verdict]) -> tuple[np.ndarray, np.ndarray]:
+    """The p value of each result, and its false discovery rate among all of them (Benjamini-Hochberg)."""
+    if not verdicts:
+        return np.empty(0), np.empty(0)
+    columns = np.array([(v.hits, v.fires, v.holds, v.spread) for v in verdicts], float)
+    hits, fires, holds, spread = columns.T
+    p = tail(hits, fires, holds, verdicts[0].n_tokens, spread)
+    return p, adjust(p)
+
+
+class NextTokens:
+    """Tokens that follow each token of a store, for rules on what a feature promotes."""
+
+    def __init__(self, store: FeatureStore, lens: LogitLens, side: Side) -> None:
+        view = TokenView(store.text)
+        self.next_ids = view.after(view.token_ids)[store.places[side.rows]]
+        self.counts = np.bincount(self.next_ids + 1, minlength=len(view.strings) + 1)[1:]
+        self.lens = lens
+        self._ids: dict[str, list[int]] = {}
+        for i in np.unique(view.token_ids).tolist():
+            self._ids.setdefault(view.strings[i], []).append(i)
+
+    def promoted(self, feature: int, sign: int) -> tuple[list[str], Int[np.ndarray, "n"]]:
+        """The tokens that a sign of a feature promotes most, and the ids of those that occur in the text."""
+        try:
+            found = self.lens[feature]
+        except KeyError:
+            return [], np.empty(0, np.int64)
+        listed = found.promoted if sign > 0 else found.suppressed
+        largest = listed[0][1] * sign if listed else 0.0
+        words = [text for text, effect in listed if largest > 0 and effect * sign >= PROMOTED_SHARE * largest]
+        return words, np.array([i for word in words for i in self._ids.get(word, [])], np.int64)
+
+    def follow(self, ids: Int[np.ndarray, "n"]) -> tuple[Callable[[np.ndarray], Bool[np.ndarray, "*n"]], int]:
+        """Whether one of these tokens follows each given position, as a function, and the number of positions where it
+        does.
+        """
+        table = np.zeros(len(self.counts) + 1, bool)
+        table[ids] = True  # the last place is for tokens with none after them
+        return lambda at: table[self.next_ids[at]], int(self.counts[ids].sum())

@@ -1,0 +1,428 @@
+"""Predicates on the tokens of a store, as a sparse boolean matrix with one named column each.
+
+Predicates on tokens: a fixed list of conditions, and families of the most frequent tokens, words and affixes.
+"""
+
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from saelab.labels.rules.token_view import CLOSING, CURLY, ENDS, OPENING, Part, TokenView
+from saelab.stores.feature_store import FeatureStore
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
+Marks = Bool[np.ndarray, "n"]
+SUFFIXES, PREFIXES, ENDINGS = (2, 3, 4), (2, 3), ("ing", "ed", "es", "ly", "er", "s")
+SHARES = {
+    "token": 0.3, "word": 0.15, "word end": 0.12, "bigram": 0.12, "previous token": 0.08, "next token": 0.05,
+    "suffix": 0.08, "prefix": 0.04, "stem": 0.06,
+}  # fmt: skip
+"""share of each family among the predicates that are taken from the text"""
+DISJOINT = ("token", "word", "word end", "bigram", "previous token", "next token")
+"""Families of which at most one member holds on each token."""
+
+
+def fixed(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+    """Kind, name and tokens of each condition that does not depend on the text."""
+    yield from _shapes(view)
+    yield from _neighbours(view)
+    yield from _sentences(view)
+    yield from _positions(view)
+    yield from _repetitions(view)
+
+
+def _shapes(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+    def strip(test: Callable[[str], bool]) -> Callable[[str], bool]:
+        return lambda string: test(string.strip())
+
+    tokens: dict[str, list[tuple[str, Callable[[str], bool]]]] = {
+        "case": [
+            ("tokens with a capital letter", lambda s: any(map(str.isupper, s))),
+            ("tokens of small letters", lambda s: s.islower()),
+            ("single letters", strip(lambda s: len(s) == 1 and s.isalpha())),
+        ],
+        "digits": [("tokens with a digit", lambda s: any(map(str.isdigit, s)))],
+        "punctuation": [
+            ("punctuation", strip(lambda s: bool(s) and not any(map(str.isalnum, s)))),
+            ("sentence-final punctuation", strip(lambda s: s.endswith(tuple(ENDS)))),
+            ("quotation marks", lambda s: any(c in s for c in ('"', *CURLY))),
+            ("brackets", lambda s: any(c in s for c in OPENING + CLOSING)),
+            ("new lines", lambda s: "\n" in s),
+            ("blanks", lambda s: s != "" and s.strip() == ""),
+        ],
+        "shape": [
+            ("tokens that are not ASCII", lambda s: not s.isascii()),
+            ("tokens with a space before them", lambda s: s[:1] == " " and s.strip() != ""),
+        ],
+    }
+    for kind, listed in tokens.items():
+        yield from ((kind, name, view.mark(test)) for name, test in listed)
+    yield "case", "capitalised words", view.mark_words(lambda w: w[:1].isupper() and not w[1:].isupper())
+    yield "case", "words in capitals", view.mark_words(lambda w: len(w) > 1 and w.isupper())
+    yield "digits", "numbers", view.mark_words(str.isdigit)
+    yield "shape", "words of one or two letters", view.mark_words(lambda w: len(w) < 3)
+    yield "shape", "words of eight letters or more", view.mark_words(lambda w: len(w) > 7)
+    yield "shape", "tokens that go on with a word", view.goes_on
+    yield "shape", "last tokens of words", view.ends_word
+    whole = view.starts_word & view.ends_word
+    yield "shape", "words that are one token", whole
+    yield "shape", "first tokens of words of several tokens", view.starts_word & ~whole
+    yield "shape", "last tokens of words of several tokens", view.ends_word & ~whole
+    yield "shape", "second tokens of words", view.goes_on & view.before(view.starts_word, missing=False)
+
+
+def _neighbours(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+    comma, ends = view.mark(lambda s: "," in s), view.mark(lambda s: s.rstrip().endswith(tuple(ENDS)))
+    for name, marks in (("a comma", comma), ("sentence-final punctuation", ends)):
+        yield "previous", f"after {name}", view.before(marks, missing=False)
+        yield "next", f"before {name}", view.after(marks, missing=False)
+    quote = view.mark(lambda s: any(c in s for c in ('"', *CURLY)))
+    yield "previous", "after a quotation mark", view.before(quote, missing=False)
+    yield "previous", "after a new line", view.before(view.mark(lambda s: "\n" in s), missing=False)
+    named = view.mark_words(lambda w: w[:1].isupper()) & ~view.starts_sentence
+    yield "previous", "after a capitalised word", view.before(named & view.ends_word, missing=False)
+    yield "next", "before a new word", view.after(view.starts_word, missing=False)
+
+
+def _sentences(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+    yield "sentence", "first token of a sentence", view.in_sentence == 0
+    yield "sentence", "second token of a sentence", view.in_sentence == 1
+    yield "sentence", "first five tokens of a sentence", view.in_sentence < 5
+    yield "sentence", "beyond the tenth token of a sentence", view.in_sentence >= 10
+    yield "sentence", "first word of a sentence", _first_words(view)
+    yield "sentence", "in a question", view.sentences_with(view.mark(lambda s: "?" in s))
+    yield "sentence", "in an exclamation", view.sentences_with(view.mark(lambda s: "!" in s))
+    yield (
+        "case",
+        "capitalised words inside a sentence",
+        (view.mark_words(lambda w: w[:1].isupper() and w != "I") & ~_first_words(view)),
+    )
+    yield "quotes", "inside quotation marks", view.in_quotes
+    inside = (view.depth(OPENING, CLOSING) > 0) & ~view.mark(lambda s: any(c in s for c in OPENING + CLOSING))
+    yield "quotes", "inside brackets", inside
+
+
+def _first_words(view: TokenView) -> Marks:
+    """The tokens of the first word of each sentence."""
+    words = np.cumsum(~view.goes_on)
+    at_start = np.zeros(int(words[-1]) + 1, bool)
+    at_start[words[view.starts_sentence]] = True
+    return at_start[words]
+
+
+def _positions(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+    for n in (1, 4, 16, 64):
+        name = "first token" if n == 1 else f"first {n} tokens"
+        yield "position", f"{name} of the document", view.in_document < n
+        if n < 64:
+            last = "last token" if n == 1 else f"last {n} tokens"
+            yield "position", f"{last} of the document", view.to_end < n
+    share = view.in_document / np.maximum(view.in_document + view.to_end, 1)
+    yield "position", "first half of the document", share < 0.5
+    yield "position", "last quarter of the document", share >= 0.75
+    positions = np.asarray(view.text.positions).astype(np.int64)
+    for n in (1, 2, 3):
+        yield "position", f"position {n} of the sequence", positions == n
+    for a in (4, 8, 16, 32, 64, 128):
+        if positions.max(initial=0) >= a:
+            yield "position", f"positions {a} to {2 * a - 1} of the sequence", (positions >= a) & (positions < 2 * a)
+
+
+def _repetitions(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+    yield "repetition", "tokens seen before in the document", view.seen(view.token_ids)
+    again = view.seen(np.where(view.starts_word, view.word_ids, -1))
+    words = np.cumsum(~view.goes_on)
+    starts = np.zeros(int(words[-1]) + 1, bool)
+    starts[words[again]] = True
+    yield "repetition", "words seen before in the document", starts[words] & (view.word_ids >= 0)
+    yield "repetition", "words new in the document", ~starts[words] & (view.word_ids >= 0)
+    yield "repetition", "tokens that repeat the one before", view.before(view.token_ids) == view.token_ids
+
+
+def one_of_each(view: TokenView, kind: str, n: int) -> tuple[list[str], Int[np.ndarray, "n"]]:
+    """Names of the `n` most frequent members of a family, and the index of the one that holds on each token, or -1."""
+    if kind == "token":
+        keys, spell = view.token_ids, lambda i: f"the token {view.strings[i]!r}"
+    elif kind == "previous token":
+        keys, spell = view.before(view.token_ids), lambda i: f"after the token {view.strings[i]!r}"
+    elif kind == "next token":
+        keys, spell = view.after(view.token_ids), lambda i: f"before the token {view.strings[i]!r}"
+    elif kind == "word":
+        keys, spell = view.word_ids, lambda i: f"the word {view.words[i]!r}"
+    elif kind == "word end":
+        split = view.ends_word & view.goes_on
+        keys, spell = np.where(split, view.word_ids, -1), lambda i: f"the last token of the word {view.words[i]!r}"
+    else:
+        keys, spell = _bigrams(view)
+    return _most_frequent(keys, spell, n)
+
+
+def _bigrams(view: TokenView) -> tuple[np.ndarray, Callable[[int], str]]:
+    previous, size = view.before(view.token_ids), len(view.strings)
+    keys = np.where(previous < 0, -1, previous * size + view.token_ids)
+    return keys, lambda key: f"the token {view.strings[key % size]!r} after {view.strings[key // size]!r}"
+
+
+def _most_frequent(keys: np.ndarray, spell: Callable[[int], str], n: int) -> tuple[list[str], np.ndarray]:
+    found, where, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    counts[found < 0] = 0
+    chosen = np.argsort(-counts, kind="stable")[: min(n, int((counts > 0).sum()))]
+    numbers = np.full(len(found), -1)
+    numbers[chosen] = np.arange(len(chosen))
+    names, uses = [spell(int(key)) for key in found[chosen]], Counter(spell(int(key)) for key in found[chosen])
+    named = [name if uses[name] == 1 else f"{name} <{key}>" for name, key in zip(names, found[chosen], strict=True)]
+    return named, numbers[where]
+
+
+def affixes(view: TokenView, kind: str, n: int, part: Part = "all") -> Iterator[tuple[str, str, Marks]]:
+    """Kind, name and tokens of the `n` most frequent suffixes, prefixes or stems that several words share.
+
+    Args:
+        view: tokens of the text.
+        kind: "suffix", "prefix" or "stem".
+        n: largest number of predicates.
+        part: which tokens of a split word a predicate marks.
+    """
+    uses = np.bincount(view.word_ids[view.ends_word], minlength=len(view.words))
+    counts: Counter[str] = Counter()
+    members: defaultdict[str, set[int]] = defaultdict(set)
+    for i, word in enumerate(view.words):
+        for piece in pieces(word.lower(), kind):
+            counts[piece] += int(uses[i])
+            members[piece].add(i)
+    shared = [piece for piece, _ in counts.most_common() if len({view.words[i].lower() for i in members[piece]}) > 1]
+    names = {"suffix": "words ending in {!r}", "prefix": "words beginning with {!r}", "stem": "words of the stem {!r}"}
+    marked = view.part(part)
+    for piece in shared[:n]:
+        table = np.zeros(len(view.words) + 1, bool)
+        table[list(members[piece])] = True
+        yield kind, names[kind].format(piece), table[view.word_ids] & marked
+
+
+def pieces(word: str, kind: str) -> list[str]:
+    """The suffixes, prefixes or the stem of a word; each leaves at least two letters of it.
+
+    >>> pieces("jumping", "suffix"), pieces("jumping", "stem")
+    (['ng', 'ing', 'ping'], ['jump'])
+    """
+    if not word.isalpha():
+        return []
+    if kind == "suffix":
+        return [word[-n:] for n in SUFFIXES if len(word) > n + 1]
+    if kind == "prefix":
+        return [word[:n] for n in PREFIXES if len(word) > n + 1]
+    ending = next((e for e in ENDINGS if word.endswith(e) and len(word) - len(e) > 2), "")
+    stem = word[: len(word) - len(ending)]
+    return [stem.rstrip("e") if len(stem) > 3 else stem] if len(stem) > 2 else []
+
+
+N_PREDICATES = 1000
+N_FIXED = 60
+"""Approximate number of conditions that do not depend on the text; the rest of `size` is taken from the text."""
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """A user-defined condition: `holds` returns a boolean for each token of a `TokenView`.
+
+    >>> Predicate("three-letter words", lambda view: view.mark_words(lambda word: len(word) == 3)).kind
+    'own'
+    """
+
+    name: str
+    holds: Callable[[TokenView], Any]
+    kind: str = "own"
+
+
+def word_pattern(pattern: str, name: str | None = None, part: Part = "all") -> Predicate:
+    """A predicate for words that a regular expression matches completely.
+
+    `part` chooses which tokens of a split word it marks.
+    """
+    compiled = re.compile(pattern)
+    return Predicate(name or f"words like /{pattern}/", lambda view: view.mark_words(compiled.fullmatch, part))
+
+
+def text_pattern(pattern: str, name: str | None = None) -> Predicate:
+    """A predicate for tokens that overlap a match of a regular expression in the running text of a sequence."""
+    re.compile(pattern)
+    return Predicate(name or f"text like /{pattern}/", lambda view: view.find(pattern))
+
+
+@dataclass(frozen=True, eq=False)
+class Predicates:
+    """Conditions on the tokens of a store: column j of `matrix` is true where the condition `names[j]` holds."""
+
+    matrix: "csr_matrix"
+    """(n_tokens, n_predicates), boolean"""
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """reason for each condition that was left out, by name"""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        n, per_token = self.matrix.shape[0], self.matrix.nnz / max(1, self.matrix.shape[0])
+        return f"Predicates({len(self)} on {n:,} tokens, {per_token:.1f} true of a token)"
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The column of each name."""
+        return {name: j for j, name in enumerate(self.names)}
+
+    def column(self, name: str) -> Bool[np.ndarray, "n_tokens"]:
+        """The tokens on which a predicate holds; KeyError where there is none of that name."""
+        return self.matrix[:, [self.places[name]]].toarray().ravel()
+
+    def family(self, kind: str) -> list[int]:
+        """The columns of one kind."""
+        return [j for j, mine in enumerate(self.kinds) if mine == kind]
+
+    def without(self, *kinds: str) -> "Predicates":
+        """The predicates without some kinds."""
+        kept = [j for j, kind in enumerate(self.kinds) if kind not in kinds]
+        names, kinds = (tuple(listed[j] for j in kept) for listed in (self.names, self.kinds))
+        return Predicates(self.matrix[:, kept], names, kinds, self.left_out)
+
+
+def make_predicates(
+    store: FeatureStore,
+    *,
+    size: int = N_PREDICATES,
+    sizes: Mapping[str, int] | None = None,
+    metadata: Mapping[int, str] | None = None,
+    concepts: tuple[Any, Sequence[str]] | None = None,
+    own: Sequence[Predicate] = (),
+) -> Predicates:
+    """About `size` conditions on the tokens of a store, and the caller's own, from which rules are built.
+
+    About sixty do not depend on the text: case, digits, punctuation, place in word, sentence, document and sequence,
+    quotes, brackets, repetition, neighbours. The others are the most frequent tokens, words, pairs of tokens, previous
+    and next tokens, suffixes, prefixes and stems of the text. A predicate on words holds on all tokens of a word; "word
+    end" holds on the last token of words of several tokens, where the word is complete.
+
+    Predicates that hold on no token or on all, or have the name of another, are left out: `left_out` has the reasons,
+    and a warning names those that the caller gave.
+
+    Args:
+        store: feature store whose text is described.
+        size: approximate number of predicates.
+        sizes: number of predicates of single families: "token", "word", "word end", "bigram", "previous token", "next
+            token", "suffix", "prefix", "stem".
+        metadata: a value for each document id; each different value becomes a predicate.
+        concepts: sparse boolean matrix with one row per token of the store, and the names of its columns.
+        own: the caller's own conditions.
+
+    Raises:
+        ValueError: a family does not exist, or an array has another length than the store.
+    """
+    wanted = {kind: round(share * max(0, size - N_FIXED)) for kind, share in SHARES.items()} | dict(sizes or {})
+    if unknown := set(wanted) - set(SHARES):
+        raise ValueError(f"`sizes` must name families among {list(SHARES)}, got {sorted(unknown)}.")
+    view = TokenView(store.text)
+    parts = _Parts(store)
+    for kind, name, marks in fixed(view):
+        parts.add(kind, name, marks)
+    for kind, n in wanted.items():
+        if kind in DISJOINT:
+            parts.add_family(kind, *one_of_each(view, kind, n))
+        else:
+            for found in affixes(view, kind, n):
+                parts.add(*found)
+    if metadata is not None:
+        values = [metadata.get(int(doc), "") for doc in np.unique(view.doc_ids)]
+        listed = sorted(set(values) - {""})
+        numbers = np.array([listed.index(value) if value else -1 for value in values])
+        where = numbers[np.searchsorted(np.unique(view.doc_ids), view.doc_ids)]
+        parts.add_family("document", [f"documents of {value!r}" for value in listed], where)
+    for predicate in own:
+        parts.add(predicate.kind, predicate.name, _asked(predicate, view))
+    if concepts is not None:
+        parts.add_matrix("concept", *concepts)
+    joined = parts.join()
+    given = [predicate.name for predicate in own] + list(concepts[1] if concepts is not None else ())
+    if lost := [f"'{name}' ({joined.left_out[name]})" for name in given if name in joined.left_out]:
+        warnings.warn(f"Predicates that tell nothing are left out: {', '.join(lost[:5])}.", stacklevel=2)
+    return joined
+
+
+def _asked(predicate: Predicate, view: TokenView) -> np.ndarray:
+    found = np.asarray(predicate.holds(view))
+    if found.shape != (len(view),) or found.dtype != bool:
+        raise ValueError(
+            f"Predicate '{predicate.name}' must give one boolean for each of the {len(view)} tokens of the view, got "
+            f"{found.dtype} of shape {found.shape}."
+        )
+    return found
+
+
+class _Parts:
+    """Columns collected for the rows of a store."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.places, self.n_tokens = store.places, len(store)
+        self.rows: list[np.ndarray] = []
+        self.columns: list[np.ndarray] = []
+        self.names: list[str] = []
+        self.kinds: list[str] = []
+
+    def add(self, kind: str, name: str, marks: Bool[np.ndarray, "n"]) -> None:
+        """Add one condition, given for every token of the text."""
+        rows = np.flatnonzero(marks[self.places]).astype(np.int32)
+        self._append(kind, [name], rows, np.zeros(len(rows), np.int32))
+
+    def add_family(self, kind: str, names: Sequence[str], numbers: np.ndarray) -> None:
+        """Add conditions of which at most one holds on each token, given as its number, or -1."""
+        here = numbers[self.places]
+        rows = np.flatnonzero(here >= 0)
+        self._append(kind, names, rows.astype(np.int32), here[rows].astype(np.int32))
+
+    def add_matrix(self, kind: str, matrix: Any, names: Sequence[str]) -> None:
+        """Add columns that exist already."""
+        from scipy.sparse import coo_matrix
+
+        if matrix.shape != (self.n_tokens, len(names)):
+            raise ValueError(
+                f"`concepts` must be (n_tokens, n_names), {(self.n_tokens, len(names))} here, got {matrix.shape}."
+            )
+        found = coo_matrix(matrix)
+        kept = found.data != 0
+        self._append(kind, names, found.row[kept].astype(np.int32), found.col[kept].astype(np.int32))
+
+    def _append(self, kind: str, names: Sequence[str], rows: np.ndarray, columns: np.ndarray) -> None:
+        self.rows.append(rows)
+        self.columns.append(columns + np.int32(len(self.names)))
+        self.names += list(names)
+        self.kinds += [kind] * len(names)
+
+    def join(self) -> Predicates:
+        """All conditions that hold on some but not all tokens, each name once."""
+        from scipy.sparse import csr_matrix
+
+        rows, columns = np.concatenate(self.rows), np.concatenate(self.columns)
+        counts = np.bincount(columns, minlength=len(self.names))
+        first = {name: j for j, name in reversed(list(enumerate(self.names)))}
+        kept = [j for j, name in enumerate(self.names) if first[name] == j and 0 < counts[j] < self.n_tokens]
+        numbers = np.full(len(self.names), -1, np.int32)
+        numbers[kept] = np.arange(len(kept), dtype=np.int32)
+        why = {name: self._tell(int(counts[j])) for j, name in enumerate(self.names) if numbers[first[name]] < 0}
+        why |= {name: "another has its name" for j, name in enumerate(self.names) if first[name] != j}
+        inside = numbers[columns] >= 0
+        rows, columns = rows[inside], numbers[columns[inside]]
+        shape = (self.n_tokens, len(kept))
+        matrix = csr_matrix((np.ones(len(rows), bool), (rows, columns)), shape=shape)
+        return Predicates(matrix, tuple(self.names[j] for j in kept), tuple(self.kinds[j] for j in kept), why)
+
+    def _tell(self, n: int) -> str:
+        return "holds of no token" if n == 0 else f"holds of {n:,} of {self.n_tokens:,} tokens"

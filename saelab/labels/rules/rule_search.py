@@ -1,0 +1,485 @@
+"""Rule-based labelling: for each sign of each feature the best rule on tokens, tested on held-out documents.
+
+Rule search: the predicate, pair or list of predicates with the highest F1 for each feature side.
+
+Additional predicates: tokens that predict single feature sides, however rare they are.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Integer
+
+from saelab.analysis.direct_logits import LogitLens
+from saelab.functional.indices import FeatureIds, read_features
+from saelab.functional.screening import largest_first
+from saelab.labels.label import Kind, require_same_tokens
+from saelab.labels.rules.contingency import Counts, Judge, NextTokens, Side, Units, Verdict, feature_blocks, q_values
+from saelab.labels.rules.predicates import DISJOINT, Predicates, make_predicates, one_of_each
+from saelab.labels.rules.rule_labels import NO_RULE, RuleLabel, RuleLabels, alike, name_output, name_rule
+from saelab.labels.rules.token_view import TokenView
+from saelab.stores.feature_store import FeatureStore
+
+Joined = Literal["", "and", "or"]
+FRACTIONS = np.array([0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9])
+"""Levels: thresholds as shares of a feature side's largest |z| in training documents."""
+HALF_COST = 0.0125
+"""F1 that a level must gain for each halving of the firings it covers, because it describes less of the feature."""
+PAIR_COST, PART_COST = 0.01, 0.02
+"""F1 that a rule of several parts must gain over a single predicate, and for each doubling of its parts."""
+GIVEN = ("own", "concept", "document")
+FAVOUR = 0.01
+"""F1 by which the caller's own predicates are preferred to those found in the text."""
+MIN_SHARE = 0.01
+"""Share of a feature side's firings that a level must keep."""
+N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 16
+PAIR_ROWS = 768
+"""Firings in training documents, drawn at random, on which pairs are selected."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Predicates joined by "and" or "or" that predict where a feature side reaches a level."""
+
+    parts: tuple[int, ...]
+    """columns of the predicates"""
+    joined: Joined
+    level: int
+    f1: float
+    """F1 in training documents; of two parts, on the firings drawn"""
+
+
+def choose_rules(
+    counts: Counts, units: Units, side: Side, predicates: Predicates, min_count: int, seed: int
+) -> list[Rule | None]:
+    """For each feature side the rule with the highest F1 after costs; None where no predicate holds on enough firings.
+
+    Args:
+        counts: contingency counts of feature sides and predicates in training documents.
+        units: firings of each feature side, by level.
+        side: the training documents.
+        predicates: names and kinds of the predicates.
+        min_count: number of firings that a level needs.
+        seed: seed of the firings that pairs are selected on.
+    """
+    favour = np.array([FAVOUR * (kind in GIVEN) for kind in predicates.kinds])
+    cost = _cost(counts.fires, min_count)
+    best, scores = _singles(counts, favour, min_count)
+    families = [_lists(predicates.family(kind), counts) for kind in DISJOINT]
+    lists = [family for family in families if family is not None]
+    levels = (np.maximum.reduce([scores, *(score for *_, score in lists)]) - cost).argmax(1)
+    here = np.arange(len(units))
+    f1, both, fires = counts.f1[here, levels], counts.both[here, levels], counts.fires[here, levels]
+    near = _candidates(f1 + favour, both, fires, counts)
+    rng = np.random.default_rng(seed)
+    found: list[Rule | None] = [None] * len(units)
+    for unit in np.flatnonzero(np.isfinite((scores - cost)[here, levels])).tolist():
+        level = int(levels[unit])
+        j = int(best[unit, level])
+        options = [(float(scores[unit, level]), Rule((j,), "", level, float(f1[unit, j])))]
+        options += [_of_list(unit, level, *one) for one in lists]
+        if max(score for score, _ in options) < 1 - PAIR_COST - PART_COST:
+            rows = units.of(unit, level)
+            if len(rows) > 4 * PAIR_ROWS:
+                rows = rows[rng.integers(len(rows), size=4 * PAIR_ROWS)]
+            options += _pairs(near[unit], level, side.here(rows), int(fires[unit]), side, favour, rng)
+        found[unit] = max(options, key=lambda option: option[0])[1]
+    return found
+
+
+def _cost(fires: Int[np.ndarray, "n_units n_levels"], min_count: int) -> Float[np.ndarray, "n_units n_levels"]:
+    """The cost of each level in F1; infinite where too few firings reach it."""
+    enough = fires >= np.maximum(min_count, MIN_SHARE * fires[:, :1])
+    return np.where(enough, HALF_COST * np.log2(np.maximum(fires[:, :1], 1) / np.maximum(fires, 1)), np.inf)
+
+
+def _singles(
+    counts: Counts, favour: np.ndarray, min_count: int
+) -> tuple[Int[np.ndarray, "n_units n_levels"], Float[np.ndarray, "n_units n_levels"]]:
+    """The best single predicate of each level, and its score; the score is -inf where there is none."""
+    scores = np.where(counts.both >= min(3, min_count), counts.f1 + favour, -np.inf)
+    best = scores.argmax(2)
+    return best, np.take_along_axis(scores, best[:, :, None], 2)[:, :, 0]
+
+
+def _lists(
+    family: list[int], counts: Counts
+) -> tuple[Int[np.ndarray, "n_units n_levels m"], np.ndarray, np.ndarray, np.ndarray] | None:
+    """The best list of mutually exclusive predicates of one family: those with the highest F1, the most precise first.
+
+    For each feature side and level: the members in order, how many of them to take, their joint F1 and its score.
+    """
+    if len(family) < 2:
+        return None
+    m = min(LONGEST, len(family))
+    columns = np.array(family)
+    chosen = columns[largest_first(torch.from_numpy(counts.f1[:, :, columns]), m).numpy()]
+    hits, size = np.take_along_axis(counts.both, chosen, 2), counts.holds[chosen]
+    order = np.argsort(-hits / np.maximum(size, 1), axis=2, kind="stable")
+    chosen, hits, size = (np.take_along_axis(one, order, 2) for one in (chosen, hits, size))
+    f1 = 2 * hits.cumsum(2) / np.maximum(counts.fires[:, :, None] + size.cumsum(2), 1)
+    scores = f1 - PAIR_COST - PART_COST * np.log2(np.arange(1, m + 1))
+    scores[:, :, 0] = -np.inf
+    at = scores.argmax(2)[:, :, None]
+    f1, scores = (np.take_along_axis(one, at, 2)[:, :, 0] for one in (f1, scores))
+    return chosen, at[:, :, 0] + 1, f1, scores
+
+
+def _of_list(
+    unit: int, level: int, chosen: np.ndarray, lengths: np.ndarray, f1: np.ndarray, scores: np.ndarray
+) -> tuple[float, Rule]:
+    parts = chosen[unit, level, : lengths[unit, level]].tolist()
+    return float(scores[unit, level]), Rule(tuple(parts), "or", level, float(f1[unit, level]))
+
+
+def _candidates(
+    scores: np.ndarray, both: np.ndarray, fires: np.ndarray, counts: Counts
+) -> Int[np.ndarray, "n_units m"]:
+    """Predicates that pairs are built from: those with the highest F1, and those that hold far more often than by
+    chance.
+    """
+    expected = fires[:, None] * counts.holds / counts.n_tokens
+    lift = (both - expected) / np.sqrt(expected + 1)
+    width = scores.shape[1]
+    parts = [
+        largest_first(torch.from_numpy(values), min(n, width)).numpy()
+        for values, n in ((scores, N_BY_F1), (lift, N_BY_LIFT))
+    ]
+    return np.sort(np.concatenate(parts, axis=1), axis=1)
+
+
+def _pairs(
+    candidates: np.ndarray,
+    level: int,
+    rows: np.ndarray,
+    n_fires: int,
+    side: Side,
+    favour: np.ndarray,
+    rng: np.random.Generator,
+) -> list[tuple[float, Rule]]:
+    """The best conjunction and the best union of two predicates, with their scores."""
+    if len(rows) > PAIR_ROWS:
+        rows = rows[rng.integers(len(rows), size=PAIR_ROWS)]
+    if len(rows) == 0:  # all that were drawn are of held-out documents
+        return []
+    columns = np.unique(candidates)
+    hits = side.bits.at(rows, columns).astype(np.float32)
+    both = (hits.T @ hits) * (n_fires / len(rows))
+    single, holds = both.diagonal(), side.holds[columns]
+    shared = side.pairs[np.ix_(columns, columns)]
+    unions = single[:, None] + single - both, holds[:, None] + holds - shared
+    found: list[tuple[float, Rule]] = []
+    for joined, (all_hits, size) in (("and", (both, shared)), ("or", unions)):
+        f1 = np.triu(2 * all_hits / np.maximum(n_fires + size, 1), 1)
+        i, j = divmod(int(f1.argmax()), len(columns))
+        if i != j:
+            pair = int(columns[i]), int(columns[j])
+            score = float(f1[i, j]) - PAIR_COST - PART_COST + float(favour[list(pair)].min())
+            found.append((score, Rule(pair, joined, level, float(f1[i, j]))))  # type: ignore[arg-type]
+    return found
+
+
+LEVELS = (0.0, 0.4, 0.7)
+"""Shares of a side's largest |z| at which tokens are compared with it."""
+LEAST_F1 = 0.5
+"""Smallest F1 with which a token becomes a predicate."""
+
+
+def add_side_tokens(store: FeatureStore, predicates: Predicates, is_train: Bool[np.ndarray, "n_tokens"]) -> Predicates:
+    """The predicates, with one more for each token that predicts some feature side in training documents.
+
+    Tokens count from F1 0.5 on. Predicates without any of kind "token" are returned unchanged, as they were selected by
+    the caller.
+    """
+    if not predicates.family("token"):
+        return predicates
+    from scipy.sparse import csr_matrix, hstack
+
+    wanted = find_side_tokens(store, is_train)
+    names, numbers = one_of_each(TokenView(store.text), "token", len(store.text))
+    here = numbers[store.places]
+    told = np.unique(here[np.isin(store.token_ids, wanted)])
+    new = np.array([j for j in told.tolist() if names[j] not in predicates.places], np.int64)
+    if len(new) == 0:
+        return predicates
+    columns = np.full(len(names), -1)
+    columns[new] = np.arange(len(new))
+    rows = np.flatnonzero(columns[here] >= 0)
+    added = csr_matrix((np.ones(len(rows), bool), (rows, columns[here[rows]])), shape=(len(store), len(new)))
+    return Predicates(
+        hstack([predicates.matrix, added], format="csr"),
+        predicates.names + tuple(names[j] for j in new.tolist()),
+        predicates.kinds + ("token",) * len(new),
+    )
+
+
+def find_side_tokens(store: FeatureStore, is_train: Bool[np.ndarray, "n_tokens"]) -> Integer[np.ndarray, "n"]:
+    """The tokens that best predict some side of some feature in training documents."""
+    ids, numbers = np.unique(store.token_ids, return_inverse=True)
+    holds = np.bincount(numbers[is_train], minlength=len(ids))
+    found = np.zeros(len(ids), bool)
+    for start, stop in feature_blocks(store):
+        columns = store.columns(start, stop)
+        kept = is_train[columns.indices]
+        feature = np.repeat(np.arange(stop - start), np.diff(columns.indptr))[kept]
+        codes, tokens = columns.data[kept], numbers[columns.indices[kept]]
+        unit, sizes = 2 * feature + (codes < 0), np.abs(codes)
+        peaks = np.zeros(2 * (stop - start), sizes.dtype)
+        np.maximum.at(peaks, unit, sizes)
+        for level in LEVELS:
+            here = sizes >= level * peaks[unit]
+            found[_best_tokens(unit[here], tokens[here], holds)] = True
+    return ids[found]
+
+
+def _best_tokens(unit: np.ndarray, tokens: np.ndarray, holds: np.ndarray) -> np.ndarray:
+    """The best token of each side, where its F1 is large enough."""
+    pairs, both = np.unique(unit.astype(np.int64) * len(holds) + tokens, return_counts=True)
+    units, which = pairs // len(holds), pairs % len(holds)
+    f1 = 2 * both / (np.bincount(unit)[units] + holds[which])
+    order = np.lexsort((-f1, units))
+    first = order[np.append(True, np.diff(units[order]) != 0)[: len(order)]]
+    return which[first[f1[first] >= LEAST_F1]]
+
+
+N_TOKENS = 400_000
+"""Number of tokens that are used of a longer text."""
+T = TypeVar("T")
+U = TypeVar("U")
+PART_SHARE = 0.25
+"""Share of the covered firings that each part of a polysemantic feature must have."""
+OVERLAP = 0.05
+"""Share of the rarer part's tokens that may also be of the other part."""
+
+
+def label_by_rules(
+    store: FeatureStore,
+    predicates: Predicates | None = None,
+    *,
+    features: FeatureIds | None = None,
+    lens: LogitLens | None = None,
+    train_frac: float = 0.5,
+    seed: int = 0,
+    fdr: float = 0.05,
+    min_skill: float = 0.25,
+    min_count: int = 10,
+    n_tokens: int = N_TOKENS,
+    untrained: FeatureStore | None = None,
+) -> RuleLabels:
+    """The best rule for each sign of each feature, chosen on training documents and scored on held-out ones.
+
+    A rule is a predicate, a conjunction or union of two, or a list of tokens (words, pairs, ...) of one family. It
+    predicts where |z| reaches a share of its largest (0, 0.2, 0.4, 0.6, 0.7, 0.8 or 0.9), chosen with it by F1 after
+    small costs for thresholds and parts. Every chosen rule is tested once on held-out documents, against a null
+    distribution of hits whose spread is measured by shifting the firings through the documents; q controls false
+    discoveries over all rules. The label is "no good rule" unless q is at most `fdr` and the F1 above chance at least
+    `min_skill`. Kinds of labels: input, position, output, polysemantic (two things on different tokens), none.
+
+    Args:
+        store: feature store that holds codes and text.
+        predicates: conditions that rules are built from; None takes those of `make_predicates`. Where tokens are among
+            them, tokens that predict single sides in training documents are added, however rare.
+        features: numbers of the features; None takes all.
+        lens: direct logit effects of the features; the tokens that a sign promotes are then tested as a rule for the
+            next token.
+        train_frac: share of the documents that rules are chosen on.
+        seed: seed of the split and of all draws.
+        fdr: largest false discovery rate of a good rule, in (0, 1).
+        min_skill: smallest (F1 - F1_chance) / (1 - F1_chance) of a good rule.
+        min_count: a side with fewer firings in training documents has no rule.
+        n_tokens: tokens used, spread over the text where it is longer, so that memory does not grow with it; applies
+            only without `predicates` (else give predicates of `store.spread(n)`, and that store).
+        untrained: store of the same tokens by an untrained dictionary (`sl.harvest_untrained`), which is labelled in
+            the same way; its share of good rules is in the result.
+
+    Raises:
+        ValueError: `predicates` have another length than the store, or a setting is out of range.
+    """
+    if predicates is None:
+        store, untrained = store.spread(n_tokens), None if untrained is None else untrained.spread(n_tokens)
+        predicates = make_predicates(store)
+    if untrained is not None:
+        require_same_tokens(store, untrained)
+    if predicates.matrix.shape[0] != len(store):
+        raise ValueError(
+            f"`predicates` must have a row for each of the {len(store)} tokens, got {predicates.matrix.shape[0]}."
+        )
+    if not 0 < fdr < 1 or min_count < 1 or not 0 <= min_skill <= 1:
+        raise ValueError(
+            f"`fdr` and `min_skill` must be in 0..1 and `min_count` at least 1, got {fdr}, {min_skill}, {min_count}."
+        )
+    floor = None
+    if untrained is not None:
+        floor = _floor_of(
+            label_by_rules(
+                untrained, predicates, features=features, train_frac=train_frac, seed=seed, fdr=fdr,
+                min_skill=min_skill, min_count=min_count,
+            )
+        )  # fmt: skip
+    is_train = store.split(train_frac, seed)
+    predicates = add_side_tokens(store, predicates, is_train)
+    work = _Work(store, predicates, is_train, lens, min_count, seed)
+    drafts = [draft for counted in _one_ahead(work.count, work.blocks(features)) for draft in work.label(*counted)]
+
+    p, q = q_values([verdict for draft in drafts for verdict in draft.verdicts])
+    rows, at = [], 0
+    for draft in drafts:
+        stop = at + len(draft.verdicts)
+        rows.append(work.decide(draft, p[at:stop], q[at:stop], fdr, min_skill))
+        at = stop
+    return RuleLabels(
+        rows=tuple(rows), n_predicates=len(predicates), n_tested=len(q), fdr=fdr, min_skill=min_skill,
+        min_count=min_count, train_frac=train_frac, seed=seed, n_train=work.train.n_tokens,
+        n_tokens=work.held.n_tokens, signed=store.signed, source=str(store.folder), untrained=floor,
+    )  # fmt: skip
+
+
+def _floor_of(found: RuleLabels) -> dict[str, float]:
+    """Number of sides, share of good rules and median F1 of an untrained dictionary."""
+    f1 = [row.f1 for row in found.good]
+    n = max(1, len(found.rows))
+    return {"n_sides": len(found.rows), "good": len(f1) / n, "f1": float(np.median(f1)) if f1 else float("nan")}
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """A feature side with its tested rules, before false discoveries are controlled."""
+
+    feature: int
+    sign: int
+    peak: float
+    n_firings: int
+    rule: Rule | None
+    verdicts: tuple[Verdict, ...]
+    """results of the rule and of the promoted tokens, those that exist, in this order"""
+    promoted: tuple[str, ...]
+    disjoint: bool
+    """whether two parts share no token, each with its part of the firings"""
+
+
+class _Work:
+    """Data shared by all features."""
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        predicates: Predicates,
+        is_train: np.ndarray,
+        lens: LogitLens | None,
+        min_count: int,
+        seed: int,
+    ) -> None:
+        self.store, self.predicates, self.is_train = store, predicates, is_train
+        self.min_count, self.seed = min_count, seed
+        self.train, self.held = Side(predicates, is_train), Side(predicates, ~is_train)
+        self.judge = Judge(self.held, store.doc_ids, seed)
+        self.next = NextTokens(store, lens, self.held) if lens is not None else None
+
+    def blocks(self, features: FeatureIds | None) -> Iterator[Int[np.ndarray, "m"]]:
+        """Blocks of features: of all of them, or of those asked for."""
+        for start, stop in feature_blocks(self.store):
+            wanted = np.arange(start, stop)
+            if features is not None:
+                wanted = np.intersect1d(wanted, read_features(features, self.store.d_sae))
+            if len(wanted):
+                yield wanted
+
+    def count(self, wanted: Int[np.ndarray, "m"]) -> tuple[Int[np.ndarray, "m"], Units, Counts]:
+        """Read the codes of a block of features, and count them against the predicates in training documents."""
+        start, stop = int(wanted[0]), int(wanted[-1]) + 1
+        columns = self.store.columns(start, stop)
+        columns = columns if len(wanted) == stop - start else columns[:, wanted - start]
+        units = Units.sort(columns, self.is_train, FRACTIONS)
+        return wanted, units, self.train.count(units)
+
+    def label(self, wanted: Int[np.ndarray, "m"], units: Units, counts: Counts) -> Iterator[_Draft]:
+        """Choose and test the rules of a block; sides that never fire are left out."""
+        rules = choose_rules(counts, units, self.train, self.predicates, self.min_count, self.seed)
+        for unit, rule in enumerate(rules):
+            if len(units.of(unit, 0)):
+                yield self._draft(int(wanted[unit // 2]), 1 - 2 * (unit % 2), unit, units, rule)
+
+    def _draft(self, feature: int, sign: int, unit: int, units: Units, rule: Rule | None) -> _Draft:
+        number = 2 * feature + (sign < 0)
+        fires = self.held.here(units.of(unit, rule.level if rule else 0))
+        verdicts: list[Verdict] = []
+        disjoint, words = False, list[str]()
+        if rule is not None:
+            marks = self.held.mark(rule.parts, rule.joined)
+            verdicts.append(self.judge.test(marks.__getitem__, int(np.count_nonzero(marks)), fires, number))
+            disjoint = self._disjoint(rule, fires)
+        if self.next is not None:
+            words, ids = self.next.promoted(feature, sign)
+            if len(ids) and len(fires):
+                verdicts.append(self.judge.test(*self.next.follow(ids), fires, number))
+        n_firings = int(np.count_nonzero(~self.is_train[units.of(unit, 0)]))
+        return _Draft(feature, sign, float(units.peaks[unit]), n_firings, rule, tuple(verdicts), tuple(words), disjoint)
+
+    def _disjoint(self, rule: Rule, fires: np.ndarray) -> bool:
+        if rule.joined != "or" or len(rule.parts) != 2 or alike(*(self.predicates.names[j] for j in rule.parts)):
+            return False
+        a, b = (self.held.mark([j])[fires] for j in rule.parts)
+        apart = self.train.pairs[rule.parts] <= OVERLAP * self.train.holds[list(rule.parts)].min()
+        return bool(apart and min(a.sum(), b.sum()) >= PART_SHARE * max(1, (a | b).sum()))
+
+    def decide(self, draft: _Draft, p: np.ndarray, q: np.ndarray, fdr: float, min_skill: float) -> RuleLabel:
+        """The row of a feature side: its rule, or its promoted tokens where these are the better label."""
+        tried = list(zip(draft.verdicts, p.tolist(), q.tolist(), strict=True))
+        good = [one for one in tried if one[2] <= fdr and one[0].skill >= min_skill]
+        if not tried:
+            return RuleLabel(feature=draft.feature, sign=draft.sign, text=NO_RULE, kind="none", rule="")
+        best = max(good or tried[:1], key=lambda one: one[0].f1)
+        is_rule = draft.rule is not None and best is tried[0]
+        level = draft.rule.level if draft.rule is not None else 0
+        text, kind, parts, joined = self._describe(draft) if is_rule else _describe_output(draft)
+        verdict = best[0]
+        scores = {
+            name: float(getattr(verdict, name)) for name in ("f1", "f1_chance", "precision", "recall", "auroc", "lift")
+        }
+        return RuleLabel(
+            feature=draft.feature,
+            sign=draft.sign,
+            text=text if good else NO_RULE,
+            kind=kind if good else "none",
+            rule=text,
+            parts=parts,
+            joined=joined,
+            fraction=float(FRACTIONS[level]),
+            threshold=float(FRACTIONS[level]) * draft.peak,
+            n_firings=verdict.fires,
+            share=verdict.fires / draft.n_firings if draft.n_firings else float("nan"),
+            f1_train=draft.rule.f1 if is_rule and draft.rule is not None else float("nan"),
+            p=best[1],
+            q=best[2],
+            **scores,
+        )
+
+    def _describe(self, draft: _Draft) -> tuple[str, Kind, tuple[str, ...], str]:
+        assert draft.rule is not None
+        names = tuple(self.predicates.names[j] for j in draft.rule.parts)
+        kinds = {self.predicates.kinds[j] for j in draft.rule.parts}
+        kind: Kind = "position" if kinds == {"position"} else "polysemantic" if draft.disjoint else "input"
+        return name_rule(names, draft.rule.joined), kind, names, draft.rule.joined
+
+
+def _describe_output(draft: _Draft) -> tuple[str, Kind, tuple[str, ...], str]:
+    return name_output(draft.promoted), "output", draft.promoted, "next"
+
+
+def _one_ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """Results of `work` for each item in order, the next one computed in the background, as it leaves the interpreter
+    free.
+    """
+    with ThreadPoolExecutor(max_workers=1) as background:
+        waiting: deque[Future[U]] = deque()
+        for item in items:
+            waiting.append(background.submit(work, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,0 +1,345 @@
+"""Hook points of a TransformerBridge, and for each the fastest module on which it has identical values."""
+
+import difflib
+import logging
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saelab.lm.caching import Caching, measure_caching
+from saelab.lm.model_checks import HookBooks, Model, Sketch, has_processed_weights, require_bridge, sketch_weights
+from saelab.lm.unwrapped import Site, WithOwnHooks, attach, make_probe, run, set_attention, strip
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Measured properties of one hook point."""
+
+    agrees: bool
+    """whether the plain Hugging Face model has the bridge's tensor there, and responds to an edit identically"""
+    felt: bool
+    """whether an edit there changes the logits"""
+    flat: bool
+    """whether the rows of all texts are concatenated, (batch * n, d), as in OPT and mixtures of experts"""
+
+
+class Door:
+    """Hook points of a bridge by name, the plain Hugging Face model that shares its weights (the plain twin), and which
+    hook points agree on both.
+
+    Agreement is measured in short forward passes, not assumed. Hooks on the model, whoever registered them, do not run
+    in these.
+    """
+
+    def __init__(self, model: Model, *, was_right: bool = False) -> None:
+        self.points, self.components = _find_points(model)
+        self.bridged: nn.Module = model.original_model
+        self._bridge = weakref.ref(model)  # weak, as `_doors` would otherwise never free the bridge
+        self.hooks = HookBooks(model, self.bridged, *self.points.values())
+        self.n_spliced = 0  # edits registered on both the plain twin and the bridge
+        self.probe = make_probe(model)
+        self.places: dict[str, Place] = {}
+        self._caching: dict[nn.Module, Caching] = {}
+        self.attention = "eager"
+        self._plain_hooks: HookBooks | None = None
+        # These dictionaries live as long as their module, so checking them before each forward pass is quick.
+        self._weights = [(m._parameters, m._buffers, m._non_persistent_buffers_set) for m in self.bridged.modules()]
+        self._stamp = self._find_stamp(model)
+        with self.hooks.aside():
+            said = _try_bridge(self.bridged, self.probe)
+            if isinstance(said, Tensor):
+                _require_causal(self.bridged, self.probe, said)
+            # Weights that were edited or processed in the bridge are intended: then its logits are the right ones.
+            owns_weights = was_right or model.compatibility_mode or has_processed_weights(model)
+            self.plain, self.twins, self.bridge_is_right = self._find_plain(said, owns_weights)
+            if isinstance(said, Exception):
+                assert self.plain is not None
+                said = run(self.plain, self.probe)
+                _require_causal(self.plain, self.probe, said)
+            self._last = said[:, -1]
+        if self.plain is not None:
+            self._plain_hooks = HookBooks(self.plain)
+
+    def _find_plain(self, said: Tensor | Exception, owns_weights: bool) -> tuple[nn.Module | None, dict, bool]:
+        """The plain Hugging Face model with the fastest attention that gives the bridge's logits, and whether the
+        bridge's are right.
+
+        Where they differ, or the bridge fails, Hugging Face's own modules are right, unless the bridge has weights that
+        they lack.
+        """
+        try:
+            plain, twins = strip(self.bridged)
+        except (TypeError, ValueError) as error:
+            if isinstance(said, Exception):
+                raise said from error
+            logger.info("This model runs through its bridge, at about half the speed: %s", error)
+            return None, {}, True
+        found: dict[str, Tensor] = {}
+        for self.attention in ("sdpa", "eager"):
+            if set_attention(plain, self.attention):
+                found[self.attention] = run(plain, self.probe)
+                if isinstance(said, Tensor) and _close(found[self.attention], said):
+                    return plain, twins, True
+        if isinstance(said, Exception):
+            if owns_weights:
+                raise said
+            reason = f"this one fails ({type(said).__name__}: {said})"
+        else:
+            reason = f"the bridge's logits are {_distance(said, found['eager']):.1%} away from Hugging Face's"
+        if owns_weights:
+            logger.info("This model runs through its bridge, at about half the speed: %s", reason)
+            return None, {}, True
+        if "sdpa" in found and _close(found["sdpa"], found["eager"]):
+            self.attention = "sdpa"
+            set_attention(plain, "sdpa")
+        warnings.warn(
+            f"A TransformerBridge must compute what its model does, but {reason}. Hugging Face's own modules are taken "
+            "instead; hook points that only the bridge has are refused. Another release of transformer-lens may agree.",
+            stacklevel=2,
+        )
+        return plain, twins, False
+
+    def _find_stamp(self, model: Any) -> tuple:
+        """Value that changes when a weight is edited in place or replaced, or the bridge processes its weights."""
+        found = [stamp(w) for weights, _, _ in self._weights if weights for w in weights.values() if w is not None]
+        # Non-persistent buffers do not count: rotary angles change when a text exceeds the original context length.
+        found += [
+            stamp(w)
+            for _, buffers, own in self._weights
+            if buffers
+            for name, w in buffers.items()
+            if w is not None and name not in own
+        ]
+        return (model.compatibility_mode, *found)
+
+    @cached_property
+    def sketch(self) -> Sketch | None:
+        """Fingerprint of the model's weights, computed once."""
+        return sketch_weights(self.bridged)
+
+    def is_current(self, model: Model) -> bool:
+        """Whether the model's weights are unchanged since this object was made."""
+        return self._stamp == self._find_stamp(model)
+
+    def find(self, name: str) -> Any:
+        """HookPoint called `name`, in the old or the canonical spelling; else ValueError with similar names."""
+        if name not in self.points:
+            near = difflib.get_close_matches(name, self.points, n=5, cutoff=0.4)
+            hint = f"Did you mean one of {near}?" if near else "Names look like 'blocks.0.hook_resid_post'."
+            raise ValueError(f"`hook_point` must be a hook point of this model, got '{name}'. {hint}")
+        return self.points[name]
+
+    def bridge_site(self, name: str) -> Site:
+        """Module and side at which the bridge fires a hook point."""
+        return self.find(name), "hook_out"
+
+    def plain_site(self, name: str) -> Site | None:
+        """Module and side of the plain Hugging Face model that should carry the same tensor, or None."""
+        path, _, side = str(self.find(name).name).rpartition(".")
+        twin = self.twins.get(self.components[path]) if path in self.components else None
+        return (twin, side) if twin is not None and side in ("hook_in", "hook_out") else None
+
+    def look(self, name: str) -> Place:
+        """Measured properties of a hook point, from at most four short forward passes, once.
+
+        Raises:
+            RuntimeError: unless it fires exactly once in a forward pass.
+            ValueError: where only the bridge has it, and the bridge computes other logits than Hugging Face.
+        """
+        if name not in self.places:
+            self.find(name)
+            with self.aside():
+                self.places[name] = self._measure(name)
+        return self.places[name]
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Context manager in which no hooks are on the model, whoever registered them."""
+        with ExitStack() as stack:
+            for books in (self.hooks, self._plain_hooks):
+                if books is not None:
+                    stack.enter_context(books.aside())
+            yield
+
+    def _measure(self, name: str) -> Place:
+        site = self.plain_site(name) if self.plain is not None else None
+        if not self.bridge_is_right:
+            return self._measure_plain(name, site)
+        value = self._read_once(name, self.bridged, self.bridge_site(name))
+        moved = self._move(self.bridged, self.bridge_site(name), value)
+        agrees = False
+        if self.plain is not None and site is not None:
+            seen = self._read(self.plain, site)
+            agrees = len(seen) == 1 and _close(seen[0], value)
+            agrees = agrees and _close(self._move(self.plain, site, value), moved)
+        return Place(agrees, self._is_felt(moved, value), self._is_flat(self.bridged, self.bridge_site(name), value))
+
+    def _measure_plain(self, name: str, site: Site | None) -> Place:
+        """As `_measure`, for a bridge whose values are wrong: measured on the plain model alone."""
+        if self.plain is None or site is None:
+            raise ValueError(
+                f"`hook_point` must be the input or output of one of Hugging Face's modules where the bridge computes "
+                f"other logits than they do, got '{name}'. Take such a one, or another release of transformer-lens."
+            )
+        value = self._read_once(name, self.plain, site)
+        with torch.no_grad():
+            before = run(self.plain, self.probe)[:, -1]
+        moved = self._move(self.plain, site, value)
+        felt = not value.is_floating_point() or not torch.equal(moved[:, -1], before)
+        return Place(True, felt, self._is_flat(self.plain, site, value))
+
+    def _is_felt(self, moved: Tensor, value: Tensor) -> bool:
+        return not value.is_floating_point() or not torch.equal(moved[:, -1], self._last)
+
+    def _is_flat(self, model: nn.Module, site: Site, value: Tensor) -> bool:
+        """Whether the rows of all texts are concatenated: permuting the texts permutes the rows."""
+        if value.ndim != 2 or len(value) != self.probe.numel():
+            return False
+        swapped = self._read(model, site, self.probe.flip(0))[0]
+        split = (*self.probe.shape, -1)
+        return _close(swapped.reshape(split), value.reshape(split).flip(0))
+
+    def _read(self, model: nn.Module, site: Site, ids: Tensor | None = None) -> list[Tensor]:
+        seen: list[Tensor] = []
+        with attach(site, lambda x: seen.append(x.clone())):
+            run(model, self.probe if ids is None else ids)
+        return seen
+
+    def _read_once(self, name: str, model: nn.Module, site: Site) -> Tensor:
+        seen = self._read(model, site)
+        require_once(name, len(seen))
+        return seen[0]
+
+    def _move(self, model: nn.Module, site: Site, value: Tensor) -> Tensor:
+        """Logits when every entry at a site is scaled by its own factor; a common factor would be removed by norms."""
+        if not value.is_floating_point():
+            return run(model, self.probe)
+        factors = 1 + torch.arange(value.numel(), device=value.device).cos().view(value.shape).to(value) / 2
+        with attach(site, lambda x: x * factors), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the bridge warns that an edit disables its fastest path
+            return run(model, self.probe)
+
+    def caching(self, module: nn.Module) -> Caching:
+        """How the plain model or the bridge may continue a text, measured once."""
+        module = module.wrapped if isinstance(module, WithOwnHooks) else module
+        if module not in self._caching:
+            with self.aside():
+                self._caching[module] = measure_caching(module, self.probe)
+        return self._caching[module]
+
+    def route(self, names: list[str]) -> tuple[nn.Module, list[Site]]:
+        """The fastest model that has correct values at these hook points, and the module and side of each.
+
+        That is the bridge itself where other hooks than saelab's are on it, or a hook point exists only there.
+        """
+        is_hooked = self.hooks.has_foreign()
+        trusted = [self.look(name).agrees for name in names]  # looks at all of them, so that a wrong name always raises
+        plain_sees_all = not is_hooked and self.hooks.count_ours() == self.n_spliced
+        if self.plain is not None and plain_sees_all and all(trusted):
+            return self.plain, [site for name in names if (site := self.plain_site(name)) is not None]
+        if not self.bridge_is_right:
+            raise ValueError(
+                "Hooks on a bridge work only where it computes what its model does, got a bridge with other logits "
+                "than Hugging Face's and hooks on it. Take them away, or another release of transformer-lens."
+            )
+        bridge: Any = self._bridge()
+        has_own = bridge is not None and any(getattr(bridge, book) for book in ("_forward_hooks", "_forward_pre_hooks"))
+        return WithOwnHooks(bridge) if has_own else self.bridged, [self.bridge_site(name) for name in names]
+
+
+def _try_bridge(model: nn.Module, ids: Tensor) -> Tensor | Exception:
+    """A bridge's logits, or the error it raised: it may be made for another release of transformers."""
+    try:
+        return run(model, ids)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return error
+
+
+def require_once(name: str, n_fired: int) -> None:
+    """Raise RuntimeError with the hook point's name and count, unless it fired exactly once in a forward pass."""
+    if n_fired != 1:
+        raise RuntimeError(
+            f"A hook point must fire exactly once in a forward; '{name}' fired {n_fired} times. "
+            "Choose another hook point; some fire only with an option of the bridge switched on."
+        )
+
+
+def _find_points(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Hook points by all their names, and the bridge's components by path."""
+    from transformer_lens.hook_points import HookPoint
+
+    points: dict[str, Any] = dict(model.hook_dict)
+    components = {path: _walk(model, path) for path in {name.rpartition(".")[0] for name in points}}
+    for path, holder in components.items():
+        aliases = {name: value for name, value in vars(holder).items() if isinstance(value, HookPoint)}
+        points.update({f"{path}.{name}".lstrip("."): value for name, value in aliases.items()})
+    components.pop("", None)  # the bridge itself would keep its own entry in `_doors` alive
+    return points, components
+
+
+def _walk(model: Any, path: str) -> Any:
+    for part in path.split(".") if path else []:
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model
+
+
+def _require_causal(model: nn.Module, probe: Tensor, expected: Tensor) -> None:
+    """Raise ValueError where a token changes the logits of those before it."""
+    if not expected.isfinite().all():
+        raise ValueError(
+            f"A model's logits must be finite, got {type(model).__name__} with NaN or infinite ones. Are its weights "
+            "whole, and is its dtype wide enough?"
+        )
+    changed = torch.cat([probe[:, :-1], probe[:, -1:].roll(1, 0)], 1)
+    rounding = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 1e-2
+    if not _distance(run(model, changed)[:, :-1], expected[:, :-1]) <= rounding:
+        raise ValueError(
+            "saelab reads causal language models, whose logits depend on earlier tokens only; in this one they depend "
+            f"on later tokens too ({type(model).__name__}). Take a decoder."
+        )
+
+
+def stamp(weight: Tensor) -> tuple[int, int]:
+    """Value that changes when a tensor is replaced, or edited in place as counted by autograd."""
+    return id(weight), 0 if weight.is_inference() else weight._version
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    """Relative distance in the Euclidean norm."""
+    return float((x.double() - y.double()).norm() / y.double().norm())
+
+
+def _close(x: Tensor, y: Tensor) -> bool:
+    """Whether tensors are equal up to rounding: relative distance of 0.1 % in float32, 5 % in half precision."""
+    if x.shape != y.shape:
+        return False
+    tolerance = 1e-3 if x.dtype in (torch.float32, torch.float64) else 0.05
+    return float((x.double() - y.double()).norm()) <= tolerance * float(y.double().norm())
+
+
+_doors: weakref.WeakKeyDictionary[nn.Module, Door] = weakref.WeakKeyDictionary()
+
+
+def door(model: Model) -> Door:
+    """The `Door` of a model, rebuilt when its weights have changed.
+
+    Raises:
+        TypeError: for anything but a bridge.
+        ValueError: for a model that is not causal.
+    """
+    known = _doors.get(model)
+    if known is None or not known.is_current(model):
+        require_bridge(model)
+        known = _doors[model] = Door(model, was_right=known is not None and known.bridge_is_right)
+    return known

@@ -1,0 +1,141 @@
+"""Verification that hooks return what Hugging Face computes: the residual stream at each layer against
+`hidden_states`.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, takewhile
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from saelab.lm.hook_points import Door, door
+from saelab.lm.hooks import capture, read_sites, to_model
+from saelab.lm.model_checks import Model, has_processed_weights, require_bridge
+from saelab.lm.unwrapped import Site, set_attention, strip
+from saelab.stores.results import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookAgreement(Result):
+    """Relative distance |x - h| / |h| between hooked activations x and Hugging Face's hidden states h, per hook point.
+
+    In [0, inf), lower is better, 0 is bit-equal. `captured` is for the values that `capture` returns, `bridge` for
+    those in a forward pass of the bridge itself.
+    """
+
+    hook_points: tuple[str, ...]
+    """names of the residual hook points, in order of layers"""
+    captured: tuple[float, ...]
+    """distance of the values that `capture` returns, per hook point"""
+    bridge: tuple[float, ...]
+    """distance of the values in a forward pass of the bridge itself, per hook point"""
+    tolerance: float
+    """largest distance that rounding explains"""
+    n_tokens: int
+    """number of tokens compared"""
+
+    @property
+    def ok(self) -> bool:
+        """Whether every distance is within the tolerance (rounding)."""
+        return all(error <= self.tolerance for error in (*self.captured, *self.bridge))
+
+    def __str__(self) -> str:
+        rows = zip(self.hook_points, self.captured, self.bridge, strict=True)
+        lines = [f"{name:<28} {captured:>10.2e} {bridge:>10.2e}" for name, captured, bridge in rows]
+        verdict = "agree" if self.ok else "DISAGREE"
+        head = f"{'|x - h| / |h|':<28} {'captured':>10} {'bridge':>10}"
+        return "\n".join(
+            [head, *lines, f"Hooks and Hugging Face {verdict} (tolerance {self.tolerance:g}, {self.n_tokens} tokens)."]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields and `ok`, as a dictionary for JSON."""
+        return super().to_dict() | {"ok": self.ok}
+
+
+def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) -> HookAgreement:
+    """Distances between every residual hook point and the values between the layers of the plain Hugging Face model.
+
+    Hugging Face's hidden states are the reference where one of them is of that place (families differ in whether they
+    begin with the embeddings and end after the last norm), else the layer's own input or output. `ids` defaults to two
+    rows of random tokens.
+
+    Raises:
+        ValueError: for a model with folded weights, whose activations differ from Hugging Face's on purpose, or without
+            `blocks`.
+
+    >>> sl.verify_hooks(sl.tiny_model()).ok
+    True
+    """
+    require_bridge(model)
+    if has_processed_weights(model):
+        raise ValueError(
+            "`verify_hooks` needs raw weights, got a model whose weights were folded by `enable_compatibility_mode`. "
+            "Load the model again."
+        )
+    home = door(model)
+    ids = home.probe if ids is None else to_model(model, ids)
+    names = _find_residuals(home)
+    truth = _find_truth(home, ids, names)
+    captured = _distances(capture(model, ids, names), truth)
+    bridge = _distances(_read_bridge(home, ids, names), truth)
+    return HookAgreement(
+        hook_points=tuple(names),
+        captured=captured,
+        bridge=bridge,
+        tolerance=1e-4 if truth[names[0]].dtype == torch.float32 else 0.02,
+        n_tokens=ids.numel(),
+    )
+
+
+def _read_bridge(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Activations in the bridge; empty tensors (infinite distance) where the bridge is known to fail."""
+    try:
+        return read_sites(home.bridged, {name: home.bridge_site(name) for name in names}, ids, stop=True)
+    except Exception:
+        if home.bridge_is_right:
+            raise
+        return {name: torch.zeros(0) for name in names}
+
+
+def _find_residuals(home: Door) -> list[str]:
+    """Hook points of the input of each block, and of the output of the last."""
+    names = list(takewhile(lambda name: name in home.points, (f"blocks.{i}.hook_in" for i in count())))
+    if not names:
+        raise ValueError(
+            "`verify_hooks` needs a model whose layers are `blocks`, got one without 'blocks.0.hook_in'. Compare "
+            "single hook points of `capture` instead."
+        )
+    return [*names, f"blocks.{len(names) - 1}.hook_out"]
+
+
+@torch.no_grad()
+def _find_truth(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
+    """Residual stream in an unhooked copy of Hugging Face's modules: hidden states, or inputs and outputs of the
+    layers.
+    """
+    reference, twins = strip(home.bridged)
+    model: Any = reference
+    set_attention(model, home.attention)
+    places = [name.rpartition(".") for name in names]
+    sites: dict[str, Site] = {
+        name: (twins[home.components[path]], side) for name, (path, _, side) in zip(names, places, strict=True)
+    }
+    with home.hooks.aside():  # also without PyTorch's global hooks
+        layers = read_sites(model, sites, ids, stop=True)
+        states = model(ids, use_cache=False, output_hidden_states=True).hidden_states or ()
+    # The hidden state nearest to a layer's input is the reference; where none is near, the input itself.
+    accounts = {name: min(states, key=partial(_distance, x), default=x) for name, x in layers.items()}
+    return {name: h if _distance(layers[name], h) < 1e-3 else layers[name] for name, h in accounts.items()}
+
+
+def _distance(x: Tensor, h: Tensor) -> float:
+    """Distance relative to h; infinite between different shapes."""
+    return float((x.double() - h.double()).norm() / h.double().norm()) if x.shape == h.shape else float("inf")
+
+
+def _distances(values: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, ...]:
+    return tuple(_distance(x, truth[name]) for name, x in values.items())

@@ -1,1 +1,0 @@
-"""Figures, feature cards and HTML pages; all plotting with plotly happens here."""

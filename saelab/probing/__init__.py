@@ -1,0 +1,1 @@
+"""Linear probes of concepts: directions, sparse probes on features, and concepts erased."""

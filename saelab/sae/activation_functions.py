@@ -1,0 +1,565 @@
+"""Activation functions that map pre-activations to sparse codes: TopK, BatchTopK, ReLU, JumpReLU and variants, each a
+small frozen dataclass.
+
+`Activation`, the base class of activation functions, and their registry by name.
+
+To add a variant, define and register one class; training, saving, loading and all analyses can then use it:
+
+    @register_activation("soft_topk")
+    @dataclass(frozen=True)
+    class SoftTopK(Activation):
+        k: int = 32
+
+        def __call__(self, u, threshold=None, training=False):
+            return (u - u.topk(self.k + 1, dim=-1).values[..., -1:]).relu()
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.functional.activation_functions import (
+    jumprelu,
+    keep_above,
+    keep_batch_topk,
+    keep_group_max,
+    keep_places,
+    keep_topk,
+    step_above,
+)
+from saelab.functional.codes import SparseCodes
+from saelab.functional.topk import (
+    batch_topk_entries,
+    group_max_latents,
+    pick_topk,
+    search_above,
+    search_batch_topk,
+    search_group_max,
+    search_topk,
+    topk_latents,
+)
+from saelab.stores.validation import read_fields, require_object
+
+ACTIVATIONS: dict[str, "type[Activation]"] = {}
+
+A = TypeVar("A", bound="type[Activation]")
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Base class of activation functions, which map pre-activations u to codes z. Subclass it as a frozen dataclass and
+    register it; only `__call__` is required.
+    """
+
+    name: ClassVar[str]
+    signed: ClassVar[bool] = False
+    """whether codes may be negative; latents are ranked by |u|"""
+    threshold: ClassVar[Literal["none", "running", "learned"]] = "none"
+    """what the SAE's `threshold` holds: nothing, a running scalar estimated in training, or one learned value per
+    latent
+    """
+    lr_scale: ClassVar[float] = 1.0
+    """factor on the default learning rate"""
+    transcoder_lr_scale: ClassVar[float] = 1.0
+    """further factor on the default learning rate of a transcoder (LOG.md)"""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        for shortcut in ("code", "search", "pick"):  # an inherited one would not match the new `__call__`
+            if "__call__" in vars(cls) and shortcut not in vars(cls):
+                setattr(cls, shortcut, getattr(Activation, shortcut))
+
+    def __call__(
+        self, u: Float[Tensor, "*batch d_sae"], threshold: Tensor | None = None, training: bool = False
+    ) -> Float[Tensor, "*batch d_sae"]:
+        """Codes of dense pre-activations, differentiable.
+
+        Args:
+            u: (*batch, d_sae) pre-activations.
+            threshold: the SAE's threshold, a scalar or (d_sae,); None for an activation without one.
+            training: whether the codes are for a training step, where e.g. BatchTopK compares latents over the batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(u, threshold=None, training=False).")
+
+    def code(
+        self,
+        u: Float[Tensor, "n_rows d_sae"],
+        x: Float[Tensor, "n_rows d_in"],
+        W: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, "d_sae"],
+        threshold: Tensor | None,
+    ) -> Float[Tensor, "n_rows d_sae"]:
+        """Codes of dense pre-activations `u = x W^T + bias`, differentiable.
+
+        Where latents compete (top k), pre-activations that differ by no more than the rounding error of the matrix
+        product are compared again from x and W, as in `search`, so that both choose the same latents.
+
+        Args:
+            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it; used only to decide between near-equal
+                latents.
+            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
+            bias: (d_sae,) encoder biases.
+            threshold: the SAE's threshold, a scalar or (d_sae,); None for an activation without one.
+        """
+        return self(u, threshold)
+
+    def search(
+        self,
+        x: Float[Tensor, "n_rows d_in"],
+        W: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, "d_sae"],
+        threshold: Tensor | None,
+        training: bool,
+    ) -> SparseCodes | None:
+        """Pre-activations of `x W^T + bias` that may be active (in training, those that carry a gradient), in sparse
+        form, without materialising all of them.
+
+        None where the dense computation is the only way, or the faster one. `fire` turns the values found into codes.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: the SAE's threshold, a scalar or (d_sae,); None for an activation without one.
+            training: whether the codes are for a training step.
+        """
+        return None
+
+    def pick(
+        self,
+        x: Float[Tensor, "n_rows d_in"],
+        W: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, "d_sae"],
+        threshold: Tensor | None,
+        latents: Int[Tensor, "n_latents"],
+    ) -> Float[Tensor, "n_rows n_latents"] | None:
+        """(n_rows, n_latents) codes of the given latents in inference, differentiable; None where that requires the
+        codes of all latents.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
+            bias: (d_sae,) encoder biases of all latents.
+            threshold: the SAE's threshold, a scalar or (d_sae,); None for an activation without one.
+            latents: (n_latents,) indices of the latents wanted.
+        """
+        return None
+
+    def fire(self, u: Float[Tensor, "nnz"], threshold: Tensor | None) -> Float[Tensor, "nnz"]:
+        """Codes of the pre-activations that `search` found; `threshold` is a scalar, or one value for each of them."""
+        return u
+
+    def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor | None:
+        """Sparsity loss of each pre-activation, to be summed over latents and averaged over tokens; None where sparsity
+        is structural (top k).
+        """
+        return None
+
+    @property
+    def penalty_weight(self) -> float | None:
+        """Weight of the penalty where it is fixed: the field `coefficient`."""
+        return getattr(self, "coefficient", None)
+
+    @property
+    def penalty_target(self) -> float | None:
+        """Mean L0 that training controls the penalty's weight to reach: the field `target_l0`, where no weight is
+        fixed.
+        """
+        return getattr(self, "target_l0", None) if self.penalty_weight is None else None
+
+    def check_penalty(self) -> None:
+        """Raise ValueError for an activation with a penalty that defines neither a fixed weight nor a target L0."""
+        unsaid = self.penalty_weight is None and self.penalty_target is None
+        if type(self).penalty is not Activation.penalty and unsaid:
+            raise ValueError(
+                f"An activation with a `penalty` must say what it weighs, got {self} without `coefficient` and "
+                "`target_l0`; give it a field of one of these names: a fixed weight, or the mean L0 to steer it to."
+            )
+
+    def initial_threshold(self, d_sae: int) -> Tensor | None:
+        """Threshold at the start of training, or None; NaN means that training has not set it yet."""
+        return torch.tensor(torch.nan) if self.threshold == "running" else None
+
+    def check(self, d_sae: int) -> None:
+        """Raise ValueError for settings that do not fit the number of latents."""
+        k = getattr(self, "k", None)
+        if k is not None and not 1 <= k <= d_sae:
+            raise ValueError(f"`k` must be in 1..d_sae ({d_sae}), got {k}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and settings as a dictionary, as in config.json."""
+        return {"name": self.name, **asdict(self)}
+
+
+def register_activation(name: str) -> Callable[[A], A]:
+    """Class decorator that registers an activation under a name, for config files and the command line; ValueError for
+    a name in use.
+    """
+
+    def register(cls: A) -> A:
+        taken = ACTIVATIONS.get(name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise ValueError(f"An activation's name must be free, '{name}' is {taken.__name__}; choose another.")
+        cls.name = name
+        ACTIVATIONS[name] = cls
+        return cls
+
+    return register
+
+
+def make_activation(name: str, **settings: Any) -> Activation:
+    """Instance of a registered activation; an unknown name or setting raises ValueError with similar ones.
+
+    >>> make_activation("abstopk", k=16)
+    AbsTopK(k=16)
+    """
+    return _find_kind(name, settings)(**settings)
+
+
+def read_activation(plain: Any) -> Activation:
+    """Activation from its `to_dict` form in a file; ValueError for anything else."""
+    settings = dict(require_object(plain, "`activation`"))
+    name = settings.pop("name", None)
+    if not isinstance(name, str):
+        raise ValueError(f"`activation` must have a name, got {str(name)[:40]!r}. Was it edited?")
+    return read_fields(_find_kind(name, settings), settings)
+
+
+def _find_kind(name: str, settings: Mapping[str, Any]) -> "type[Activation]":
+    if name not in ACTIVATIONS:
+        near = get_close_matches(name, ACTIVATIONS, n=5) or sorted(ACTIVATIONS)[:5]
+        raise ValueError(f"`activation` must be a registered name, got '{name[:80]}'. Did you mean one of {near}?")
+    known = {field.name for field in fields(ACTIVATIONS[name])}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(f"Activation '{name}' takes {sorted(known)}, got {unknown[:5]}; remove or rename them.")
+    return ACTIVATIONS[name]
+
+
+SPARSE_FRAC = 0.05  # of the pre-activations: with more than this needed, a dense training step is faster
+
+
+@register_activation("topk")
+@dataclass(frozen=True)
+class TopK(Activation):
+    """Keeps the positive ones among each token's k largest pre-activations (arXiv:2406.04093)."""
+
+    transcoder_lr_scale: ClassVar[float] = 4.0
+
+    k: int = 32
+    """latents kept per token"""
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        return keep_topk(u, self.k, self.signed)
+
+    def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
+        """Codes of each row's k largest pre-activations; of equal ones the latent with the lower index is kept.
+
+        Args:
+            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it; used only to decide between near-equal
+                latents.
+            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
+            bias: (d_sae,) encoder biases.
+            threshold: ignored, as nothing is thresholded.
+        """
+        return keep_places(u, topk_latents(u, x, W, bias, self.k, self.signed), self.signed)
+
+    def search(
+        self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
+    ) -> SparseCodes | None:
+        """Sparse codes of each row's k largest pre-activations, without the dense tensor; None where dense is faster.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: ignored, as nothing is thresholded.
+            training: ignored, as both modes keep the same latents.
+        """
+        return search_topk(x, W, bias, self.k, self.signed)
+
+    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        """(n_rows, n_latents) codes of the given latents, reading only as much of the encoder as it takes to rank them.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
+            bias: (d_sae,) encoder biases of all latents.
+            threshold: ignored, as nothing is thresholded.
+            latents: (n_latents,) indices of the latents wanted.
+        """
+        return pick_topk(x, W, bias, latents, self.k, self.signed)
+
+
+@register_activation("abstopk")
+@dataclass(frozen=True)
+class AbsTopK(TopK):
+    """Keeps each token's k largest pre-activations by magnitude, with their signs (arXiv:2510.00404)."""
+
+    signed: ClassVar[bool] = True
+    transcoder_lr_scale: ClassVar[float] = 1.0
+
+
+@register_activation("batchtopk")
+@dataclass(frozen=True)
+class BatchTopK(Activation):
+    """Keeps the k * n_tokens largest pre-activations of a training batch; uses a fixed threshold afterwards
+    (arXiv:2412.06410).
+
+    The threshold is the running mean of each batch's smallest kept magnitude, so that in inference a token's codes do
+    not depend on its batch.
+    """
+
+    threshold: ClassVar[Literal["none", "running", "learned"]] = "running"
+    transcoder_lr_scale: ClassVar[float] = 4.0
+
+    k: int = 32
+    """latents kept per token, on average"""
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        if training or threshold is None or bool(threshold.isnan()):
+            return keep_batch_topk(u, self.k, self.signed)
+        return keep_above(u, threshold, self.signed)
+
+    def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
+        """Codes above the threshold, or the batch's k * n_rows largest where training has not set a threshold yet.
+
+        Args:
+            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it; used only to decide between near-equal
+                latents.
+            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
+            bias: (d_sae,) encoder biases.
+            threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
+                before training.
+        """
+        if threshold is not None and not bool(threshold.isnan()):
+            return self(u, threshold)
+        kept = torch.zeros_like(u, dtype=torch.bool)
+        kept[batch_topk_entries(u, x, W, bias, self.k * len(u), self.signed)] = True
+        return (u if self.signed else u.relu()) * kept
+
+    def search(
+        self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
+    ) -> SparseCodes | None:
+        """Sparse codes above the threshold, or of the batch's k * n_rows largest pre-activations in training; None
+        where dense is faster.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
+                before training.
+            training: whether latents compete over the batch, rather than being compared with the threshold.
+        """
+        if training or threshold is None or bool(threshold.isnan()):
+            return search_batch_topk(x, W, bias, self.k, self.signed)
+        return search_above(x, W, bias, threshold, self.signed)
+
+    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor | None:
+        """(n_rows, n_latents) codes of the given latents above the threshold; None without a threshold, as then all
+        latents compete.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
+            bias: (d_sae,) encoder biases of all latents.
+            threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
+                before training.
+            latents: (n_latents,) indices of the latents wanted.
+        """
+        if threshold is None or bool(threshold.isnan()):
+            return None
+        return self(_score(x, W, bias, latents), threshold)
+
+
+@register_activation("batchabstopk")
+@dataclass(frozen=True)
+class BatchAbsTopK(BatchTopK):
+    """BatchTopK by magnitude, keeping signs: the largest |u| of the batch in training, |u| > threshold afterwards."""
+
+    signed: ClassVar[bool] = True
+    transcoder_lr_scale: ClassVar[float] = 1.0
+
+
+@register_activation("groupmax")
+@dataclass(frozen=True)
+class GroupMax(Activation):
+    """Keeps the largest pre-activation of each of k groups of adjacent latents, where it is positive (sparsify's
+    groupmax).
+    """
+
+    transcoder_lr_scale: ClassVar[float] = 4.0
+
+    k: int = 32
+    """number of groups, and so the maximum number of latents kept per token; must divide d_sae"""
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        return keep_group_max(u, self.k)
+
+    def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
+        """Codes of each group's largest pre-activation; of equal ones the latent with the lower index is kept.
+
+        Args:
+            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it; used only to decide between near-equal
+                latents.
+            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
+            bias: (d_sae,) encoder biases.
+            threshold: ignored, as nothing is thresholded.
+        """
+        return keep_places(u, group_max_latents(u, x, W, bias, self.k), False)
+
+    def search(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool) -> SparseCodes:
+        """Sparse codes of each group's largest pre-activation.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: ignored, as nothing is thresholded.
+            training: ignored, as both modes keep the same latents.
+        """
+        return search_group_max(x, W, bias, self.k)
+
+    def check(self, d_sae: int) -> None:
+        """Raise ValueError for a k that is out of range or does not divide the number of latents."""
+        super().check(d_sae)
+        if d_sae % self.k:
+            raise ValueError(f"`k` of GroupMax must divide d_sae ({d_sae}) into equal groups, got {self.k}.")
+
+
+@dataclass(frozen=True)
+class _Penalised(Activation):
+    """Activation trained with a sparsity penalty, whose weight is fixed or controlled to reach a target L0."""
+
+    target_l0: float = 32.0
+    """mean number of active latents per token that the penalty's weight is controlled to reach, where `coefficient` is
+    None
+    """
+    coefficient: float | None = None
+    """fixed weight of the penalty; None adapts it to reach `target_l0`"""
+
+    def check(self, d_sae: int) -> None:
+        """Raise ValueError for a target L0 that is out of range."""
+        if not 0 < self.target_l0 <= d_sae:
+            raise ValueError(f"`target_l0` must be in (0, d_sae ({d_sae})], got {self.target_l0}.")
+
+
+@register_activation("relu")
+@dataclass(frozen=True)
+class ReLU(_Penalised):
+    """max(u, 0) with an L1 penalty, sum_i |z_i|."""
+
+    lr_scale: ClassVar[float] = 2.0
+    transcoder_lr_scale: ClassVar[float] = 4.0
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        return u.relu()
+
+    def search(
+        self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
+    ) -> SparseCodes | None:
+        """Sparse codes of the positive pre-activations; None where so many are positive that dense is faster.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: ignored: it is 0.
+            training: whether a gradient is needed, in which case dense is faster at lower L0.
+        """
+        return search_above(x, W, bias, bias.new_zeros(()), False, SPARSE_FRAC if training else 1.0)
+
+    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        """(n_rows, n_latents) codes of the given latents.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
+            bias: (d_sae,) encoder biases of all latents.
+            threshold: ignored: it is 0.
+            latents: (n_latents,) indices of the latents wanted.
+        """
+        return self(_score(x, W, bias, latents))
+
+    def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
+        """L1: the codes themselves."""
+        return z
+
+
+@register_activation("jumprelu")
+@dataclass(frozen=True)
+class JumpReLU(_Penalised):
+    """u where u exceeds a learned threshold, else 0, with an L0 penalty and straight-through gradients
+    (arXiv:2407.14435).
+    """
+
+    threshold: ClassVar[Literal["none", "running", "learned"]] = "learned"
+
+    bandwidth: float = 0.1
+    """width of the window around the threshold in which the straight-through gradient is non-zero, in units of u"""
+    start: float = 0.1
+    """threshold at the start of training, in units of u"""
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        assert threshold is not None
+        return jumprelu(u, threshold, self.bandwidth)
+
+    def search(
+        self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
+    ) -> SparseCodes | None:
+        """Pre-activations above their threshold; in training also those just below it, which carry a gradient to the
+        threshold.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights, one row per latent.
+            bias: (d_sae,) encoder biases.
+            threshold: (d_sae,) learned thresholds; must be given.
+            training: whether to include the `bandwidth / 2` below the threshold; `fire` then sets those codes to 0.
+        """
+        assert threshold is not None
+        if not training:
+            return search_above(x, W, bias, threshold, False)
+        # a pre-activation just below its threshold has code 0, but a gradient to the threshold
+        return search_above(x, W, bias, threshold - self.bandwidth / 2, False, SPARSE_FRAC)
+
+    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        """(n_rows, n_latents) codes of the given latents.
+
+        Args:
+            x: (n_rows, d_in) what the encoder reads, as `Coder.centre` gives it.
+            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
+            bias: (d_sae,) encoder biases of all latents.
+            threshold: (d_sae,) learned thresholds of all latents; must be given.
+            latents: (n_latents,) indices of the latents wanted.
+        """
+        assert threshold is not None
+        return self(_score(x, W, bias, latents), threshold[latents])
+
+    def fire(self, u: Tensor, threshold: Tensor | None) -> Tensor:
+        """Codes of the given pre-activations: u above the threshold, else 0."""
+        assert threshold is not None
+        return jumprelu(u, threshold, self.bandwidth)
+
+    def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
+        """L0: 1 above the threshold, else 0, with a straight-through gradient to the threshold."""
+        assert threshold is not None
+        return step_above(u, threshold, self.bandwidth)
+
+    def initial_threshold(self, d_sae: int) -> Tensor:
+        """(d_sae,) thresholds, all equal to `start`."""
+        return torch.full((d_sae,), self.start)
+
+
+def _score(x: Tensor, W: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
+    """(n_rows, n_latents) pre-activations of the given latents."""
+    return torch.addmm(bias[latents], x, W[latents].T)

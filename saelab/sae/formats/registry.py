@@ -1,0 +1,219 @@
+"""Registry of formats that can be read, and detection of the format of a folder or file.
+
+Writing an SAE in another library's format: bit for bit as it was read, or converted where the format can
+express it.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saelab.sae.formats import dictionary_learning, gemma_scope, openai, openmoss, saelens, sparsify
+from saelab.sae.formats.conventions import compose
+from saelab.sae.formats.origin import Asked, Origin, Reading, dtype_name
+from saelab.sae.formats.sources import Source
+from saelab.sae.module import Coder
+from saelab.sae.normalizer import PER_TOKEN
+from saelab.stores.files import replace_folder
+from saelab.stores.manifest import Provenance
+
+OWN = "saelab"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Functions of one format: `recognise` tests whether a source has the format, `read` reads it."""
+
+    recognise: Callable[[Source], bool]
+    read: Callable[[Source, Asked], Reading]
+    files: tuple[str, ...]
+    """files to download from a folder on the Hub"""
+
+
+READERS = {
+    "saelens": Reader(saelens.recognise, saelens.read, (saelens.CONFIG, saelens.WEIGHTS, saelens.SCALER)),
+    "sparsify": Reader(sparsify.recognise, sparsify.read, (sparsify.CONFIG, sparsify.WEIGHTS)),
+    "dictionary_learning": Reader(
+        dictionary_learning.recognise,
+        dictionary_learning.read,
+        (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
+    ),
+    "gemma_scope": Reader(gemma_scope.recognise_first, gemma_scope.read_first, (gemma_scope.ARCHIVE,)),
+    "gemma_scope_2": Reader(
+        gemma_scope.recognise_second, gemma_scope.read_second, (gemma_scope.CONFIG, gemma_scope.WEIGHTS)
+    ),
+    "llama_scope": Reader(
+        openmoss.recognise_llama_scope, openmoss.read_llama_scope, (openmoss.HYPERPARAMETERS, openmoss.FINAL)
+    ),
+    "openmoss": Reader(
+        openmoss.recognise,
+        openmoss.read,
+        (openmoss.CONFIG, openmoss.WEIGHTS, openmoss.PICKLED, openmoss.FINAL, openmoss.LANGUAGE_MODEL),
+    ),
+    "openai": Reader(openai.recognise_openai, openai.read_openai, ()),
+    "qwen_scope": Reader(openai.recognise_qwen_scope, openai.read_qwen_scope, ()),
+}
+FORMATS = (OWN, *READERS)
+
+
+def is_own(source: Source) -> bool:
+    """Whether the files are an SAE that saelab wrote."""
+    return source.file is None and source.has("config.json") and source.json("config.json").get("kind") == "sae"
+
+
+def require_room(folder: Path, format: str) -> None:
+    """Raise ValueError where a folder holds an SAE of another format: with a second one, neither could be detected."""
+    if not folder.is_dir():
+        return
+    source, others = Source.open(folder), []
+    for name, recognise in [(OWN, is_own), *((name, reader.recognise) for name, reader in READERS.items())]:
+        with suppress(ValueError):  # damaged files may be written over
+            others += [name] * (name != format and recognise(source))
+    if others:
+        raise ValueError(
+            f"A folder must hold one SAE, got {folder} for {format}, which holds one of {' and '.join(others)}. Choose "
+            "another folder."
+        )
+
+
+def find_format(source: Source, named: str | None = None) -> str:
+    """Name of a source's format; ValueError where it has none, or several and none was named."""
+    if named is not None and named not in FORMATS:
+        raise ValueError(f"`format` must be one of {list(FORMATS)}, got '{named}'.")
+    found = [name for name, reader in READERS.items() if reader.recognise(source)]
+    if is_own(source):
+        found.insert(0, OWN)
+    if named is not None:
+        if named not in found:
+            raise ValueError(f"`format` must be what is there, {found or 'none that is known'}, got '{named}'.")
+        return named
+    if len(found) > 1:
+        raise ValueError(
+            f"An SAE's folder must hold one SAE, got those of {' and '.join(found)} in {source.place}; "
+            f"pass format='{found[0]}' or another of them."
+        )
+    if not found:
+        held = sorted(path.name for path in source.folder.iterdir())[:5]
+        if not held:
+            raise FileNotFoundError(f"An SAE's folder must hold its files, got {source.place}, which is empty.")
+        raise ValueError(
+            f"An SAE must be of a known format ({', '.join(FORMATS)}), got {source.place}, which holds {held}. Name "
+            "the sub-folder or the file as the second argument."
+        )
+    return found[0]
+
+
+def read_foreign(source: Source, format: str, asked: Asked) -> Reading:
+    """Weights and convention of a source in another library's format."""
+    return READERS[format].read(source, asked)
+
+
+Named = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Functions of one format: `describe` gives the configuration, `find_parts` the weights, `write` writes the
+    files.
+    """
+
+    describe: Callable[[Coder, Provenance | None], dict[str, Any]]
+    find_parts: Callable[[Coder], dict[str, Tensor]]
+    write: Callable[[Path, dict[str, Any], Named, Named], None]
+    last: str
+    """the file by which the format is recognised; written last"""
+    find_extras: Callable[[Coder], dict[str, Tensor]] = lambda coder: {}
+
+
+WRITERS = {
+    "saelens": Writer(saelens.describe, saelens.find_parts, saelens.write, saelens.CONFIG),
+    "sparsify": Writer(sparsify.describe, sparsify.find_parts, sparsify.write, sparsify.CONFIG),
+    "dictionary_learning": Writer(
+        dictionary_learning.describe,
+        dictionary_learning.find_parts,
+        dictionary_learning.write,
+        dictionary_learning.CONFIG,
+        dictionary_learning.find_extras,
+    ),
+}
+
+
+def write_foreign(
+    folder: Path, coder: Coder, provenance: Provenance | None, origin: Origin | None, format: str
+) -> None:
+    """Write an SAE into a folder in another library's format.
+
+    One that was read from that format and is unchanged is written as it was. Otherwise a linear normaliser is folded
+    into the weights.
+
+    Args:
+        folder: folder to write to; an SAE of that format in it is replaced.
+        coder: the SAE.
+        provenance: provenance of its activations, for formats that record it.
+        origin: what was kept when it was read from another library's format; None otherwise.
+        format: "saelens", "sparsify" or "dictionary_learning".
+
+    Raises:
+        ValueError: with the reason, where the format cannot express the SAE.
+    """
+    if format not in WRITERS:
+        raise ValueError(f"`format` must be 'saelab' or one of {list(WRITERS)}, got '{format}'.")
+    writer = WRITERS[format]
+    if origin is not None and origin.format == format and (parts := restore(origin, coder)) is not None:
+        extras = {name: tensor for name, tensor in origin.kept.items() if name not in parts}
+        files = origin.settings, parts, extras
+    else:
+        _require_threshold(coder)
+        folded = coder if coder.cfg.normaliser in PER_TOKEN else coder.fold()
+        files = writer.describe(folded, provenance), writer.find_parts(folded), writer.find_extras(folded)
+    with replace_folder(folder, last=writer.last, stale=()) as temp:
+        writer.write(temp, *files)
+
+
+def _require_threshold(coder: Coder) -> None:
+    if coder.cfg.activation.threshold == "running" and (coder.threshold is None or bool(coder.threshold.isnan())):
+        raise ValueError(
+            f"{coder.cfg.activation} must have its inference threshold to be written, got none; train the SAE first."
+        )
+
+
+def keep_origin(reading: Reading, changed: frozenset[str]) -> Origin:
+    """Origin of a reading, so that the SAE can be written back; tensors are kept only for formats that can be
+    written.
+    """
+    writes = reading.format in WRITERS
+    kept = {name: reading.parts[name] for name in changed} | dict(reading.extras) if writes else {}
+    dtypes = {name: dtype_name(part.dtype) for name, part in reading.parts.items()}
+    return Origin(reading.format, reading.how, reading.settings, dtypes, kept)
+
+
+@torch.no_grad()
+def restore(origin: Origin, coder: Coder) -> dict[str, Tensor] | None:
+    """The tensors that were read, from those kept and the SAE's own; None where the SAE has changed since."""
+    own = coder.state_dict()
+    parts = {}
+    for name, dtype in origin.dtypes.items():
+        part = origin.kept.get(name, own.get(name))
+        if part is None:
+            return None
+        parts[name] = part if name in origin.kept else part.cpu().to(getattr(torch, dtype))
+    try:
+        again = compose(parts, origin.how, dtype=coder.dtype)
+    except ValueError:
+        return None
+    same = replace(again.cfg, aux=coder.cfg.aux, init=coder.cfg.init) == coder.cfg and _same(again.tensors, own)
+    return parts if same else None
+
+
+def _same(again: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal up to rounding differences of summation order."""
+    return set(again) == set(own) and all(
+        again[name].shape == own[name].shape
+        and torch.allclose(again[name].float(), own[name].cpu().float(), rtol=1e-6, atol=1e-8)
+        for name in again
+    )

@@ -1,0 +1,160 @@
+"""Untrained SAEs with the same number of active latents: baselines for trained ones.
+
+`revive`: re-initialise dead latents from tokens that the SAE reconstructs badly.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saelab.functional.indices import FeatureIds, read_features
+from saelab.sae.config import SAEConfig
+from saelab.sae.fitting import cut_to, mean_l0
+from saelab.sae.module import Coder
+from saelab.sae.sae import SAE
+from saelab.sae.training_sae import Trainee
+from saelab.training.config import TrainConfig, name_optimised
+
+
+def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tensor, "n d_out"] | None = None) -> SAE:
+    """SAE as it is before its first training step: random weights, fitted in location and scale to a sample.
+
+    Args:
+        cfg: its configuration; the AuxK loss is ignored.
+        x: (n, d_in) sample of activations.
+        seed: seed of the weights.
+        y: (n, d_out) targets of the same tokens, for a transcoder.
+    """
+    sae = SAE(replace(cfg, aux=None), seed).to(x.device)
+    sample = x if cfg.d_out is None or y is None else torch.cat([x, y], dim=1)
+    trainee = Trainee(sae, TrainConfig(seed=seed))
+    trainee.prepare(sample)
+    if cfg.activation.threshold == "running":  # sets the threshold, as codes would depend on the batch without
+        trainee.observe(trainee.objective(sample[:4096]))
+    return sae
+
+
+def make_untrained(
+    sae: SAE, x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"] | None = None, *, seed: int = 0
+) -> SAE:
+    """Untrained SAE of the same configuration and hook point, with as many active latents per token as `sae` has on
+    `x`.
+
+    Its weights are those that training starts from: random directions, with biases and scale fitted to the sample.
+    Where L0 is not fixed by k, all thresholds or biases are adjusted by one number to match it.
+
+    Args:
+        sae: the trained SAE to match.
+        x: (n, d_in) sample of activations.
+        y: (n, d_out) targets of the same tokens, for a transcoder.
+        seed: seed of the weights.
+
+    >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=32, activation=sl.TopK(k=4)), seed=0)
+    >>> make_untrained(sae, torch.randn(100, 8, generator=torch.Generator().manual_seed(0)), seed=1).cfg.activation
+    TopK(k=4)
+    """
+    x = x.float().to(sae.device)
+    made = prepare(sae.cfg, x, seed, None if y is None else y.float().to(sae.device))
+    wanted = mean_l0(sae, x)
+    if abs(math.log(max(mean_l0(made, x), 1e-6) / max(wanted, 1e-6))) > 1e-3:
+        cut_to(made, x, wanted)
+    made.provenance = sae.provenance
+    return made
+
+
+ENCODER_SHARE = 0.2
+"""Norm of a revived latent's encoder, as a fraction of the others' mean: large enough to become active, too small to
+take over.
+"""
+PART = 4096
+
+
+@torch.no_grad()
+def revive(
+    sae: Coder,
+    acts: Float[Tensor, "n_tokens d_in"],
+    units: FeatureIds,
+    *,
+    optimiser: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+) -> list[int]:
+    """Re-initialise latents from badly reconstructed tokens, in place; returns the index of the token used for each.
+
+    Tokens are drawn without replacement with probability proportional to their squared loss ||x - x_hat||^4, as in
+    Anthropic's resampling (transformer-circuits.pub/2023/monosemantic-features). A latent's row of W_dec becomes the
+    direction of its token's residual, its column of W_enc the same with a fifth of the other latents' mean norm, b_enc
+    0, a learned threshold the others' median.
+
+    Args:
+        sae: the SAE; its weights change.
+        acts: (n_tokens, d_in) activations to draw tokens from.
+        units: indices of the latents to re-initialise.
+        optimiser: optimiser whose Adam moments of these latents are set to zero; None leaves them.
+        seed: seed of the draw.
+
+    Raises:
+        ValueError: for latents that do not exist or repeat, for fewer tokens with an error than latents, and for an SAE
+            without independent rows and encoders: an archetypal dictionary, a transcoder, matching pursuit.
+    """
+    kinds = {
+        "an archetypal one": sae.archetypes is not None,
+        "a transcoder": sae.cfg.d_out is not None,
+        "matching pursuit": sae.cfg.encoder != "linear",
+    }
+    if wrong := [name for name, is_so in kinds.items() if is_so]:
+        raise ValueError(
+            f"`revive` must be given an SAE that a row and its encoder can be set in, got {wrong[0]}; use AuxK."
+        )
+    chosen = torch.tensor(read_features(units, sae.cfg.d_sae, "units"), dtype=torch.long)
+    if len(chosen) == 0:
+        return []
+    if len(chosen.unique()) < len(chosen):
+        raise ValueError(f"`units` must be different, got {chosen.tolist()[:5]}.")
+    tokens, residual = _draw(sae, acts, len(chosen), seed)
+    directions = residual / residual.norm(dim=1, keepdim=True)
+    others = torch.ones(sae.cfg.d_sae, dtype=torch.bool)
+    others[chosen] = False
+    norms = sae.W_enc.norm(dim=0)[others] if others.any() else torch.ones(1)
+    chosen = chosen.to(sae.device)
+    sae.W_dec[chosen] = directions
+    sae.W_enc[:, chosen] = ENCODER_SHARE * norms.mean() * directions.T
+    sae.b_enc[chosen] = 0.0
+    if sae.cfg.activation.threshold == "learned" and sae.threshold is not None and others.any():
+        sae.threshold[chosen] = sae.threshold[others.to(sae.device)].median()
+    if optimiser is not None:
+        _forget(sae, chosen, optimiser)
+    return tokens
+
+
+def _draw(sae: Coder, acts: Tensor, n: int, seed: int) -> tuple[list[int], Tensor]:
+    """Tokens drawn in proportion to their squared loss, and their residuals in normalised units."""
+    rows = []
+    for x in acts.split(PART):
+        x = x.to(sae.W_enc)
+        rows.append(sae.normaliser.normalise(x) - sae.normaliser.normalise(sae.decode(sae.encode_sparse(x), x=x)))
+    residual = torch.cat(rows)
+    weights = residual.square().sum(1).cpu().double().square()
+    if int((weights > 0).sum()) < n:
+        raise ValueError(
+            f"`acts` must hold a badly reconstructed token for each of {n} units, got {int((weights > 0).sum())}."
+        )
+    # Gumbel top-k: the largest of log w plus Gumbel noise are a weighted sample without replacement
+    noise = torch.rand(len(weights), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    keys = weights.log() - (-noise.clamp(min=1e-300).log()).log()
+    tokens = keys.topk(n).indices
+    return tokens.tolist(), residual[tokens.to(residual.device)]
+
+
+def _forget(sae: Coder, units: Tensor, optimiser: torch.optim.Optimizer) -> None:
+    """Zero the optimiser's moments of some latents; all parameters but b_dec have latents as their first axis in
+    storage, W_enc too.
+    """
+    for name, parameter in name_optimised(sae, optimiser).items():
+        if name == "b_dec" or (name == "threshold" and parameter.ndim == 0):
+            continue
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in optimiser.state[parameter]:
+                optimiser.state[parameter][moment][units] = 0.0

@@ -1,0 +1,269 @@
+"""The module behind `SAE`: weights, encoding to sparse codes and decoding back."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from saelab.functional.activation_functions import pursue
+from saelab.functional.codes import SparseCodes
+from saelab.functional.metrics import exact
+from saelab.sae.activation_functions import TopK
+from saelab.sae.archetypal import Archetypal, Archetypes
+from saelab.sae.config import MatchingPursuit, SAEConfig
+from saelab.sae.normalizer import Normaliser
+
+DENSE_NUMBERS = 2**25  # pre-activations in memory at a time in dense encoding
+
+
+class Coder(nn.Module):
+    """Weights of a sparse autoencoder or transcoder, with `encode` and `decode`.
+
+        z     = activation( (normalise(x) - b_dec) W_enc + b_enc )
+        x_hat = unnormalise( z W_dec + b_dec )
+
+    With `cfg.d_out` it is a transcoder: it reconstructs other activations y, with a normaliser of their own, and
+    nothing is subtracted from its input:
+
+        z     = activation( normalise(x) W_enc + b_enc )
+        y_hat = unnormalise_target( z W_dec + b_dec + normalise(x) W_skip )
+
+    W_skip exists with `cfg.skip` only. All weights are in the normalisers' units, and so in the activations' own for
+    normaliser "none". Weights are float32 and drawn from `seed` on CPU; None leaves them uninitialised, to be filled by
+    loading. Rows of W_dec are random unit directions and W_enc is their transpose (a transcoder's W_enc is drawn
+    separately); W_enc is stored latent by latent, so that reading a few latents touches a few rows of memory. Matching
+    pursuit encodes with W_dec: there `W_enc` is its transpose, `b_enc` zero, and neither a parameter.
+    """
+
+    W_enc: Float[Tensor, "d_in d_sae"]
+    b_enc: Float[Tensor, "d_sae"]
+    W_dec: Float[Tensor, "d_sae d_out"]
+    b_dec: Float[Tensor, "d_out"]
+    W_skip: Float[Tensor, "d_in d_out"] | None
+    threshold: Tensor | None
+    archetypes: Archetypes | None
+    target_normaliser: Normaliser | None
+
+    def __init__(self, cfg: SAEConfig, seed: int | None = 0) -> None:
+        super().__init__()
+        self.cfg = cfg
+        generator = None if seed is None else torch.Generator().manual_seed(seed)  # None: weights are loaded later
+        directions = _draw_directions(cfg.d_sae, cfg.d_target, generator)
+        self.archetypes = None
+        if isinstance(cfg.dictionary, Archetypal):
+            self.archetypes = Archetypes(cfg.dictionary, cfg.d_sae, cfg.d_target, generator)
+            directions = directions if generator is None else self.archetypes().detach()
+        if cfg.encoder == "linear":
+            read = directions.clone() if cfg.d_out is None else _draw_directions(cfg.d_sae, cfg.d_in, generator)
+            self.W_enc = nn.Parameter(read.T)
+            self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
+        self.W_dec = nn.Parameter(directions, requires_grad=cfg.dictionary in ("unit", "free"))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_target))
+        self.W_skip = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_target)) if cfg.skip else None
+        threshold = cfg.activation.initial_threshold(cfg.d_sae)
+        if cfg.activation.threshold == "learned" and threshold is not None:
+            self.threshold = nn.Parameter(threshold)
+        else:
+            self.register_buffer("threshold", threshold)
+        self.normaliser = Normaliser(cfg.normaliser, cfg.d_in)
+        self.target_normaliser = None if cfg.d_out is None else Normaliser(cfg.normaliser, cfg.d_out)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("W_enc", "b_enc") and name not in self._parameters:
+            return self.W_dec.T if name == "W_enc" else self.W_dec.new_zeros(self.cfg.d_sae)
+        return super().__getattr__(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.W_dec.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.W_dec.dtype
+
+    @property
+    def out_normaliser(self) -> Normaliser:
+        """Normaliser of what is reconstructed: a transcoder's `target_normaliser`, an autoencoder's `normaliser`."""
+        return self.normaliser if self.target_normaliser is None else self.target_normaliser
+
+    def centre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Input of the encoder: `normalise(x) - b_dec`, or a transcoder's `normalise(x)`."""
+        normalised = self.normaliser.normalise(x.to(self.W_dec))
+        return normalised - self.b_dec if self.cfg.d_out is None else normalised
+
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
+        """Dense codes z of activations, differentiable; a latent is active where `z != 0` (codes of signed activation
+        functions may be negative).
+        """
+        self._check_width(x)
+        centred = self.centre(x)
+        if isinstance(self.cfg.encoder, MatchingPursuit):
+            codes = self.pursue(centred.reshape(-1, self.cfg.d_in), self.W_dec)
+            return codes.to_dense().view(*x.shape[:-1], self.cfg.d_sae)
+        flat = centred.reshape(-1, self.cfg.d_in)
+        u = flat @ self.W_enc + self.b_enc
+        return self.cfg.activation.code(u, flat, self.W_enc.T, self.b_enc, self.threshold).view(
+            *x.shape[:-1], self.cfg.d_sae
+        )
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
+        """Codes of activations in sparse form, indices and values of the non-zero ones; equal to `encode`, without the
+        dense tensor and without gradients.
+        """
+        self._check_width(x)
+        flat = x.reshape(-1, self.cfg.d_in)
+        codes = self.search(self.centre(flat), training=False)
+        if codes is None:
+            codes = self._encode_by_parts(flat)
+        return replace(codes, batch_shape=tuple(x.shape[:-1]))
+
+    def encode_some(self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int]) -> Float[Tensor, "*batch n_latents"]:
+        """Codes of the given latents, equal to `encode(x)[..., latents]`, differentiable; computes only their part of
+        the encoder where their codes do not depend on other latents.
+        """
+        self._check_width(x)
+        flat, chosen = x.reshape(-1, self.cfg.d_in), torch.tensor(latents, dtype=torch.long, device=self.device)
+        z = None
+        if not isinstance(self.cfg.encoder, MatchingPursuit):
+            z = self.cfg.activation.pick(self.centre(flat), self.W_enc.T, self.b_enc, self.threshold, chosen)
+        if z is None:
+            whole = len(flat) * self.cfg.d_sae <= DENSE_NUMBERS or torch.is_grad_enabled()
+            z = self.encode(flat)[:, chosen] if whole else self.encode_sparse(flat).columns(chosen)
+        return z.view(*x.shape[:-1], len(latents))
+
+    def search(self, centred: Float[Tensor, "n_rows d_in"], training: bool) -> SparseCodes | None:
+        """Pre-activations that may be active, in sparse form, for rows that `centre` returned; None where the dense
+        computation must or should be used instead.
+        """
+        if isinstance(self.cfg.encoder, MatchingPursuit):
+            return self.pursue(centred, self.W_dec)
+        return self.cfg.activation.search(centred, self.W_enc.T, self.b_enc, self.threshold, training=training)
+
+    def pursue(self, centred: Float[Tensor, "n_rows d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> SparseCodes:
+        """Codes by matching pursuit along the rows of `W_dec`, differentiable."""
+        encoder, activation = self.cfg.encoder, self.cfg.activation
+        assert isinstance(encoder, MatchingPursuit) and isinstance(activation, TopK)
+        return pursue(
+            centred, W_dec, activation.k, activation.signed, encoder.residual_threshold, encoder.stop_on_repeat
+        )
+
+    def _encode_by_parts(self, x: Tensor) -> SparseCodes:
+        size = max(1, DENSE_NUMBERS // self.cfg.d_sae)
+        parts = [SparseCodes.from_dense(self.encode(part)) for part in x.split(size)]
+        rows = [part.rows + i * size for i, part in enumerate(parts)]
+        return SparseCodes.from_rows(
+            torch.cat([part.indices for part in parts]),
+            torch.cat([part.values for part in parts]),
+            torch.cat(rows),
+            (len(x), self.cfg.d_sae),
+        )
+
+    def decode(
+        self,
+        z: Float[Tensor, "*batch d_sae"] | SparseCodes,
+        prefix: int | None = None,
+        *,
+        x: Float[Tensor, "*batch d_in"] | None = None,
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Reconstruction of dense or sparse codes, (*batch, d_out).
+
+        Args:
+            z: dense (*batch, d_sae) or sparse codes.
+            prefix: use only the first `prefix` latents, 1..d_sae; None uses all.
+            x: the activations that were encoded. A skip connection's contribution is computed from them, and left out
+                without them; a normaliser with per-token statistics needs them.
+
+        Raises:
+            ValueError: for a `prefix` out of range, and for a missing `x` that the normaliser needs.
+        """
+        n = self.cfg.d_sae if prefix is None else prefix
+        if not 1 <= n <= self.cfg.d_sae:
+            raise ValueError(f"`prefix` must be in 1..d_sae ({self.cfg.d_sae}), got {prefix}.")
+        if isinstance(z, SparseCodes):
+            summed = (z if prefix is None else z.prefix(n)).decode(self.W_dec)
+        else:
+            summed = z[..., :n] @ self.W_dec[:n]
+        summed = summed + self.b_dec
+        if self.W_skip is not None and x is not None:
+            summed = summed + self.centre(x) @ self.W_skip
+        return self.out_normaliser.unnormalise(summed, x)
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
+        """Reconstruction in the activations' own dtype and on their device; a transcoder's is of its target, skip
+        connection included.
+        """
+        codes = self.encode(x) if torch.is_grad_enabled() else self.encode_sparse(x)
+        return self.decode(codes, x=x).to(x)
+
+    def stretch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
+        """Factor by which a code of 1 adds more than the row of `directions` at each token: 1, unless the normaliser
+        has per-token statistics.
+        """
+        return self.out_normaliser.stretch(x)
+
+    @torch.no_grad()
+    def directions(self) -> Float[Tensor, "d_sae d_out"]:
+        """What a code of 1 adds to the reconstruction, per latent: rows of W_dec in the units of the activations that
+        are reconstructed.
+
+        A transcoder's have the target's width, and are directions at the hook point of its target.
+        """
+        rows, normaliser = self.W_dec.detach(), self.out_normaliser
+        return rows if normaliser.kind == "none" else normaliser.apply_matrix(rows, normaliser.inverse)
+
+    @torch.no_grad()
+    def fold(self) -> "Coder":
+        """An equal SAE without a normaliser: the same codes and reconstructions from the weights alone.
+
+        With `normalise(x) = (x - mean) M`: W_enc <- M W_enc, W_dec <- W_dec M^-1, b_dec <- b_dec M^-1 + mean; b_enc and
+        threshold stay. A transcoder has (mean, M) of its input and (mean', M') of its target: b_enc <- b_enc - mean M
+        W_enc, W_dec <- W_dec M'^-1, W_skip <- M W_skip M'^-1, b_dec <- b_dec M'^-1 + mean' - mean W_skip. The rows of
+        W_dec are then no longer of unit norm.
+
+        Raises:
+            ValueError: for a normaliser with per-token statistics, which no weights can express.
+        """
+        folded = copy.deepcopy(self)
+        if self.cfg.normaliser == "none":
+            return folded
+        read, written = self.normaliser, self.out_normaliser
+        folded.W_enc.copy_(read.fold_into(self.W_enc))
+        folded.W_dec.copy_(self.directions())
+        folded.b_dec.copy_(written.unnormalise(self.b_dec))
+        if self.cfg.d_out is not None:
+            folded.b_enc.copy_(exact(self.b_enc) - exact(read.mean) @ exact(folded.W_enc))
+            folded.target_normaliser = Normaliser("none", self.cfg.d_out)
+        if self.W_skip is not None and folded.W_skip is not None:
+            folded.W_skip.copy_(written.apply_matrix(read.fold_into(self.W_skip), written.inverse))
+            folded.b_dec.copy_(exact(folded.b_dec) - exact(read.mean) @ exact(folded.W_skip))
+        folded.cfg = replace(self.cfg, normaliser="none", dictionary="free")
+        folded.normaliser = Normaliser("none", self.cfg.d_in)
+        folded.archetypes = None  # W and Lambda give the rows in the normaliser's units
+        folded.W_dec.requires_grad_(True)
+        return folded
+
+    def _check_width(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"Activations must be a torch.Tensor (*batch, {self.cfg.d_in}), got {type(x).__name__}. Convert them: "
+                "torch.as_tensor(x, dtype=torch.float32)."
+            )
+        if x.shape[-1] != self.cfg.d_in:
+            raise ValueError(
+                f"Activations must have d_in ({self.cfg.d_in}) as their last axis, got shape {tuple(x.shape)}; "
+                "use the hook point this SAE was made for."
+            )
+
+
+def _draw_directions(n: int, d: int, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return torch.empty(n, d)
+    directions = torch.randn(n, d, generator=generator)
+    return directions / directions.norm(dim=1, keepdim=True)

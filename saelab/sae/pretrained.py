@@ -1,0 +1,282 @@
+"""Loading an SAE of any supported format from a local path, the Hugging Face Hub or a release name; each tensor that is
+needed is copied once.
+
+Reading and writing a saved SAE: `config.json` and `model.safetensors` in one folder, Hugging Face style, and
+`origin.safetensors` where the SAE was converted from another library's format.
+
+The model card (README.md) of an SAE on the Hugging Face Hub.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
+
+from saelab.sae.archetypal import Archetypal
+from saelab.sae.config import SAEConfig
+from saelab.sae.formats.conventions import Convention, compose, narrow, own, take_latents
+from saelab.sae.formats.hub import find_release, find_source
+from saelab.sae.formats.origin import Asked, Origin, make_provenance
+from saelab.sae.formats.registry import OWN, find_format, keep_origin, read_foreign
+from saelab.sae.formats.sources import Source, read_tensors
+from saelab.sae.module import Coder
+from saelab.stores.files import replace_folder, save_tensors, shareable, write_json
+from saelab.stores.manifest import Provenance
+from saelab.stores.results import Result
+from saelab.stores.validation import SEAL, check_settings, naming, read_json, read_sealed
+
+SCHEMA_VERSION = 1
+CONFIG, WEIGHTS, KEPT = "config.json", "model.safetensors", "origin.safetensors"
+KEYS = ("schema_version", "kind", "config", "provenance", "training", "origin")
+
+
+class _Described(TypedDict):
+    config: dict[str, Any]
+    provenance: NotRequired[dict[str, Any]]
+    training: NotRequired[dict[str, Any]]
+    origin: NotRequired[dict[str, Any]]
+
+
+def write_sae(folder: Path, described: dict[str, Any], tensors: Mapping[str, Tensor], origin: Origin | None) -> None:
+    """Write an SAE's files atomically, replacing an older SAE in the folder; other files in the folder are kept.
+
+    Args:
+        folder: folder to write to.
+        described: configuration, provenance and training as `SAE.describe` returns them.
+        tensors: the state dict.
+        origin: settings and unchanged tensors of the foreign file that the SAE was loaded from, so that it can be
+            written back exactly; None for an SAE of saelab.
+    """
+    with replace_folder(folder, last=CONFIG, stale=(CONFIG, WEIGHTS, KEPT)) as temp:
+        save_tensors(temp / WEIGHTS, tensors, {"format": "pt"})
+        if origin is not None:
+            described = described | {"origin": origin.to_dict()}
+            save_tensors(temp / KEPT, origin.kept, {"format": "pt"})
+        write_json(temp / CONFIG, {"schema_version": SCHEMA_VERSION, "kind": "sae", **described}, sealed=True)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Contents of config.json as a dictionary with the keys "config", "provenance" and "training".
+
+    Raises:
+        FileNotFoundError: where there is no config.json.
+        ValueError: for what is not an SAE of this schema version.
+    """
+    described = read_json(folder / CONFIG)
+    if not isinstance(described, dict) or described.get("kind") != "sae":
+        raise ValueError(f"{folder / CONFIG} must describe an SAE ('kind': 'sae'); give what save_pretrained wrote.")
+    if (version := described.get("schema_version")) != SCHEMA_VERSION:
+        raise ValueError(
+            f"An SAE must have schema_version {SCHEMA_VERSION}, got {version} in {folder}; upgrade saelab."
+        )
+    if unknown := sorted(set(described) - {*KEYS, SEAL}):
+        raise ValueError(f"{folder / CONFIG} must hold only {list(KEYS)}, got {unknown[:5]}; remove them.")
+    with naming(folder / CONFIG):
+        described = check_settings(_Described, described, "An SAE's description")
+    return {"provenance": None, "training": None} | described
+
+
+def check_config(folder: Path) -> None:
+    """Compare config.json with its checksum; ValueError where it was edited. Call it after its contents were validated,
+    whose messages are more precise.
+    """
+    _, check_seal = read_sealed(folder / CONFIG)
+    check_seal()
+
+
+def read_sae(folder: Path) -> tuple[dict[str, Any], Mapping[str, Any], Origin | None]:
+    """Contents of config.json, the weights by name, and the foreign file's settings; tensors are memory-mapped and not
+    yet read.
+    """
+    described = read_config(folder)
+    origin = None
+    with naming(folder / CONFIG):
+        if described.get("origin") is not None:
+            origin = Origin.from_dict(described["origin"], read_tensors(folder / KEPT))
+    return described, read_tensors(folder / WEIGHTS), origin
+
+
+LOADERS = {
+    "saelab": ("import saelab as sl", 'sae = sl.SAE.from_pretrained("{repo}")'),
+    "saelens": ("from sae_lens import SAE", 'sae = SAE.from_pretrained("{repo}", ".")'),
+    "sparsify": ("from sparsify import SparseCoder", 'sae = SparseCoder.load_from_hub("{repo}")'),
+    "dictionary_learning": (
+        "from dictionary_learning.utils import load_dictionary",
+        'sae, config = load_dictionary(folder, device="cpu")  # where the files of {repo} are',
+    ),
+}
+
+
+def write_card(sae: Coder, repo_id: str, format: str, evaluation: Result | None) -> str:
+    """Markdown of the model card, with the Hub's header: what the SAE is, its training data, how to load it, and its
+    metrics.
+
+    Args:
+        sae: the SAE; its provenance, where it has one, gives model, hook point and text.
+        repo_id: 'owner/name' on the Hub.
+        format: library whose files are uploaded; chooses the loading example.
+        evaluation: result of `evaluate`, shown as a table; None leaves that section out.
+    """
+    origin: Any = getattr(sae, "provenance", None)
+    model = shareable(origin.model) if origin else None
+    on_hub = model is not None and model.count("/") == 1 and not Path(model).exists()
+    header = {
+        "library_name": format,
+        "tags": ["sparse-autoencoder", "interpretability", "saelab"],
+        **({"base_model": model} if on_hub else {}),
+    }
+    facts = {
+        "kind": "transcoder" if sae.cfg.d_out else "sparse autoencoder",
+        "activation": str(sae.cfg.activation),
+        "widths": f"d_in {sae.cfg.d_in}, d_sae {sae.cfg.d_sae}" + (f", d_out {sae.cfg.d_out}" if sae.cfg.d_out else ""),
+        "model": f"{model} (weight processing: {origin.weight_processing})" if origin else "unknown",
+        "place": origin.place if origin else "unknown",
+        "text": shareable(origin.text) if origin else "unknown",
+    }
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", "", f"# {repo_id}", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in facts.items()), ""]
+    load = (line.format(repo=repo_id) for line in LOADERS[format])
+    lines += ["## Loading", "", "```python", *load, "```", ""]
+    if format != "saelab":
+        lines += [f'saelab reads it too: `saelab.SAE.from_pretrained("{repo_id}")`.', ""]
+    if evaluation is not None:
+        lines += ["## Evaluation", "", "```text", str(evaluation), "```", ""]
+    return "\n".join(lines)
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """Parts of a loaded SAE: configuration, tensors, provenance, training record and foreign origin."""
+
+    cfg: SAEConfig
+    """configuration"""
+    tensors: dict[str, Tensor]
+    """state dict"""
+    provenance: Provenance | None
+    """provenance of the activations it was trained on, where known"""
+    training: dict[str, Any] | None
+    """training record, of an SAE that saelab wrote"""
+    origin: Origin | None
+    """what is kept of another library's file, to write it back"""
+    place: Path
+    """path that it was loaded from"""
+    check: Callable[[], None] = lambda: None
+    """checks, after everything else, that the configuration file is unchanged since it was written"""
+
+
+def locate(source: str | Path, name: str | None, revision: str | None, asked: Asked) -> tuple[Source, Asked]:
+    """Folder or file of an SAE, downloaded if necessary, and the facts known about it: what the caller gave, else what
+    its release entry gives.
+
+    Args:
+        source: local path, Hub id `owner/name`, or name of a release.
+        name: sub-folder or file in it, or the release's SAE id; None for the source itself.
+        revision: git revision on the Hub; None is the default branch.
+        asked: facts given by the caller; these override the release's.
+    """
+    release = None if Path(source).expanduser().exists() else find_release(str(source), name)
+    if release is None:
+        return find_source(source, name, revision), asked
+    said = {field.name: getattr(asked, field.name) for field in fields(Asked)}
+    known = {key: getattr(release.facts, key) if value is None else value for key, value in said.items()}
+    return find_source(release.repo, release.path, revision), Asked(**known)
+
+
+def load(source: Source, asked: Asked, format: str | None, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
+    """Parts of the SAE in a folder or file, of whatever format.
+
+    Args:
+        source: the folder or file.
+        asked: facts that the caller gave; these override the file's.
+        format: name of the format, needed only where a folder holds several; None detects it.
+        latents: indices of the latents to load, in that order; None is all.
+        dtype: dtype of the weights.
+
+    Raises:
+        ValueError: where the files are no SAE, do not fit their configuration, or leave out a fact that the caller did
+            not give.
+    """
+    format = find_format(source, format)
+    if format == OWN:
+        return _load_own(source, asked, latents, dtype)
+    with naming(source.place):
+        reading = read_foreign(source, format, asked)
+        composed = compose(reading.parts, reading.how, latents, dtype)
+        origin = keep_origin(reading, composed.changed) if latents is None else None
+        provenance = make_provenance(reading, asked)
+    return Loaded(composed.cfg, composed.tensors, provenance, None, origin, source.place)
+
+
+def _load_own(source: Source, asked: Asked, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
+    if asked != Asked():
+        given = [field.name for field in fields(Asked) if getattr(asked, field.name) is not None]
+        raise ValueError(f"An SAE of saelab's own must be loaded as it says itself, got {given}; leave them out.")
+    described, tensors, origin = read_sae(source.folder)
+    with naming(source.folder / CONFIG):
+        cfg = SAEConfig.from_dict(described["config"])
+        provenance = Provenance.from_dict(described["provenance"]) if described["provenance"] else None
+    if latents is not None:
+        tensors, cfg, origin = take_latents(dict(tensors), latents), _narrow_config(cfg, len(latents)), None
+    held = {name: own(tensor, dtype, latent_major=name == "W_enc") for name, tensor in tensors.items()}
+    return Loaded(
+        cfg, held, provenance, described["training"], origin, source.place, partial(check_config, source.folder)
+    )
+
+
+def _narrow_config(cfg: SAEConfig, d_sae: int) -> SAEConfig:
+    if isinstance(cfg.dictionary, Archetypal):
+        raise ValueError("`latents` must be left out for an archetypal dictionary: all its rows are mixed from points.")
+    how = narrow(Convention(activation=cfg.activation, encoder=cfg.encoder), d_sae)
+    return replace(cfg, d_sae=d_sae, activation=how.activation, prefixes=None)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Context manager in which modules are created without allocating memory, whatever widths a file claims; ValueError
+    for widths that overflow.
+    """
+    try:
+        with torch.device("meta"):
+            yield
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"The widths must be those of an SAE, got larger ones than any memory ({error}).") from None
+
+
+def fill(module: torch.nn.Module, tensors: Mapping[str, Tensor], place: Path) -> None:
+    """Assign tensors to a module's parameters and buffers without a copy; ValueError where they do not fit or are not
+    finite.
+    """
+    try:
+        module.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {place} must fit its config.json: {error}") from error
+    for name, tensor in module.state_dict().items():
+        check_weights(name, tensor, place)
+
+
+def check_weights(name: str, tensor: Tensor, place: Path) -> None:
+    """Raise ValueError for NaN or infinite values in a weight tensor.
+
+    A threshold may be infinite, for a latent that is never active; a scalar threshold that training has not set yet is
+    NaN.
+    """
+    if bool(tensor.sum().isfinite()):
+        return
+    wrong = tensor.isnan() if name == "threshold" else ~tensor.isfinite()
+    if bool(wrong.any()) and not (name == "threshold" and tensor.ndim == 0):
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"The weights in {place} must be finite, {int(wrong.sum())} of {tensor.numel()} in {name} are NaN or "
+            f"infinite, the first at {where}. Training had failed, or the file was edited; take an earlier one."
+        )

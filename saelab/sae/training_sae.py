@@ -1,0 +1,415 @@
+"""An SAE in training: losses, constraints on weights, dead-latent counters and control of the sparsity penalty.
+
+Initialisation of an SAE from a sample of activations: biases, dictionary directions and encoder scale.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested_decode_error
+from saelab.functional.metrics import ReconstructionSums, effective_rank, exact, nested_error, normalised_error
+from saelab.functional.screening import largest_first
+from saelab.sae.activation_functions import ReLU
+from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes
+from saelab.sae.module import Coder
+from saelab.training.config import TrainConfig
+
+SCALE_TOKENS = 1024  # tokens used to set the encoder's scale; also the chunk size
+
+
+@torch.no_grad()
+def place_weights(sae: Coder, x: Float[Tensor, "n_tokens d_in"], y: Float[Tensor, "n_tokens d_out"], seed: int) -> None:
+    """Initialise biases and dictionary from a sample of inputs and targets, in place.
+
+    b_dec is the targets' mean, directions are those of `cfg.init`. A transcoder's b_enc cancels the inputs' mean, and
+    its rows of W_dec are the mean targets of its random codes: Z^T (y - b_dec), at unit length.
+
+    Args:
+        sae: the SAE; its weights change.
+        x: (n_tokens, d_in) normalised inputs.
+        y: (n_tokens, d_out) normalised targets; `x` again for an autoencoder.
+        seed: seed of archetypal points, or of the activations drawn as directions for `init="data"`.
+    """
+    sae.b_dec.copy_(y.mean(0))
+    centred = x - x.mean(0)
+    rows = sae.W_enc.T
+    if sae.archetypes is not None:
+        sae.archetypes.place(y - y.mean(0), seed)
+        sae.W_dec.copy_(sae.archetypes())
+        rows = sae.W_dec if sae.cfg.d_out is None else _unit(sae.W_dec @ (y - y.mean(0)).T @ centred)
+    elif sae.cfg.init == "data":
+        rows = _draw_rows(centred, rows, seed)
+    elif sae.cfg.init == "subspace":
+        rows = _turn_inside(centred, rows)
+    sae.W_enc.copy_(rows.T)
+    if sae.cfg.d_out is None:
+        sae.W_dec.copy_(rows)
+    else:
+        sae.b_enc.copy_(-x.mean(0) @ sae.W_enc)
+        if sae.archetypes is None:
+            _answer(sae, x, y)
+    if not isinstance(sae.cfg.encoder, MatchingPursuit):
+        _match_scale(sae, x[:SCALE_TOKENS], y[:SCALE_TOKENS])
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def _draw_rows(centred: Tensor, random: Tensor, seed: int) -> Tensor:
+    """Activations drawn at random, as directions."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = centred[centred.norm(dim=1) > 0]
+    if len(rows) == 0:  # constant activations have no direction: keep the random ones
+        return random
+    chosen = rows[torch.randint(len(rows), (len(random),), generator=generator)]
+    # adding some of the random direction makes repeated rows differ
+    directions = chosen / chosen.norm(dim=1, keepdim=True) + 0.1 * random
+    return directions / directions.norm(dim=1, keepdim=True)
+
+
+def _turn_inside(centred: Tensor, random: Tensor) -> Tensor:
+    """Random directions in the subspace spanned by the activations (arXiv:2508.16929): a latent outside of it is never
+    active.
+
+    The dimension is the effective rank of the singular values. Unlike the number of components that hold 99 % of the
+    variance, it is not reduced to a handful by a few dominant directions.
+    """
+    moments = exact(centred).T @ exact(centred)
+    variances, directions = torch.linalg.eigh(moments)
+    n = max(1, math.ceil(effective_rank(variances.clamp(min=0).sqrt())))
+    return _unit(random[:, :n] @ directions[:, -n:].T.to(random))
+
+
+def _answer(sae: Coder, x: Tensor, y: Tensor) -> None:
+    """Set each row of W_dec to the mean direction of the targets where its latent is active; rows of inactive latents
+    stay random.
+    """
+    sums = torch.zeros_like(sae.W_dec)
+    for part, target in zip(x.split(SCALE_TOKENS), y.split(SCALE_TOKENS), strict=True):
+        sums += _codes(sae, part).T @ (target - sae.b_dec)
+    sae.W_dec.copy_(torch.where(sums.norm(dim=1, keepdim=True) > 0, _unit(sums), sae.W_dec))
+
+
+def _match_scale(sae: Coder, x: Tensor, y: Tensor) -> None:
+    """Scale the encoder by the c that minimises ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
+    many times too large.
+    """
+    centred, y_hat = y - sae.b_dec, _codes(sae, x) @ sae.W_dec
+    energy = y_hat.square().sum()
+    if energy > 0 and (scale := (centred * y_hat).sum() / energy) > 0:
+        sae.W_enc.mul_(scale.clamp(0.05, 1.0))
+        sae.b_enc.mul_(scale.clamp(0.05, 1.0))
+
+
+def _codes(sae: Coder, x: Tensor) -> Tensor:
+    """Codes at the start of training, of normalised inputs."""
+    read = x - sae.b_dec if sae.cfg.d_out is None else x
+    return sae.cfg.activation(read @ sae.W_enc + sae.b_enc, sae.threshold, training=True)
+
+
+THRESHOLD_RATE = 0.01  # of the running threshold's exponential average, after its first 100 steps, which average evenly
+STEER_RATE = 0.03  # change of the log sparsity coefficient per step where L0 is off by a factor e
+STEER_DAMPING = 1.0  # share of a change in log L0 that the coefficient follows at once, to prevent overshooting
+STEER_LIMIT = 2.0  # clamp of the log-ratio of L0 to its target
+# The coefficient acts through the optimiser, slowly; near the target all thresholds (ReLU: biases) follow L0 at once.
+CUT_LIMIT = 0.5
+THRESHOLD_STEP = 0.02  # change of log thresholds per step and unit of log-ratio
+BIAS_STEP = 0.003  # change of biases per step and unit of log-ratio, in units of u
+MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """Weighted losses of one batch, and the statistics of its codes that `Trainee.observe` needs."""
+
+    terms: dict[str, Float[Tensor, ""]]
+    """weighted losses by name: reconstruction, sparsity, aux"""
+    fired: Bool[Tensor, "d_sae"]
+    """latents that were active in the batch"""
+    l0: Float[Tensor, ""]
+    """mean number of active latents per token"""
+    smallest: Float[Tensor, ""]
+    """smallest non-zero magnitude of a code; NaN if none"""
+    n_tokens: int
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """Sum of the losses, which is differentiated."""
+        return torch.stack(list(self.terms.values())).sum()
+
+
+_Step = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]
+"""errors of the prefixes, residual, sparsity penalty, and (fired, l0, smallest) of the codes"""
+
+
+def _smallest(size: Tensor) -> Tensor:
+    """The smallest size above 0, NaN where there is none."""
+    smallest = size.masked_fill(size == 0, torch.inf).amin() if size.numel() else size.new_tensor(torch.inf)
+    return torch.where(smallest.isinf(), torch.nan, smallest)
+
+
+class Trainee:
+    """An SAE with what the training loop needs; everything besides the weights that a checkpoint must hold is in
+    `state`.
+
+    A batch's rows are activations; for a transcoder inputs with their targets appended, (n_tokens, d_in + d_out).
+    """
+
+    def __init__(self, sae: Coder, cfg: TrainConfig, trained: bool = False) -> None:
+        self.sae, self.cfg, self.trained = sae, cfg, trained
+        activation = sae.cfg.activation
+        coefficient = activation.penalty_weight
+        self.state: dict[str, Tensor] = {
+            "n_steps": torch.zeros((), dtype=torch.int64),
+            "tokens_since_fired": torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device),
+            "variance": torch.tensor(float(sae.cfg.d_target), device=sae.device),
+            "off_target": torch.zeros((), device=sae.device),
+            "coefficient": torch.tensor(1e-3 if coefficient is None else coefficient, device=sae.device),
+        }
+        self.steered = activation.penalty_target is not None
+        self.spare: dict[str, Tensor] = {}
+
+    @property
+    def module(self) -> Coder:
+        """Module whose parameters are optimised."""
+        return self.sae
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that a resumed run must not change."""
+        return self.sae.cfg.to_dict()
+
+    @torch.no_grad()
+    def prepare(self, sample: Float[Tensor, "n_tokens width"]) -> None:
+        """Fit the normalisers and initialise biases, directions and encoder scale from a sample; an SAE that was
+        trained before keeps its weights.
+        """
+        sae, sample = self.sae, sample.to(self.sae.W_dec)
+        if not self.trained:
+            sae.normaliser.fit(sample[:, : sae.cfg.d_in])
+            if sae.target_normaliser is not None:
+                sae.target_normaliser.fit(sample[:, sae.cfg.d_in :])
+        x, y = self._read(sample)
+        variance = (y - y.mean(0)).square().sum(1).mean()
+        self.state["variance"].copy_(variance if variance > 0 else torch.ones_like(variance))
+        if not self.trained:  # a trained SAE continues from its weights
+            place_weights(sae, x, y, self.cfg.seed)
+
+    def _read(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[Tensor, Tensor]:
+        """Normalised inputs and targets; the same tensor for an autoencoder."""
+        sae = self.sae
+        x = sae.normaliser.normalise(batch[:, : sae.cfg.d_in].to(sae.W_dec))
+        if sae.target_normaliser is None:
+            return x, x
+        return x.contiguous(), sae.target_normaliser.normalise(batch[:, sae.cfg.d_in :].to(sae.W_dec))
+
+    def objective(self, batch: Float[Tensor, "n_tokens width"]) -> Objective:
+        """Losses of one batch. No side effects: counters and thresholds are updated in `observe`, weights by the
+        optimiser.
+        """
+        sae = self.sae
+        x, y = self._read(batch)
+        W_dec = sae.W_dec if sae.archetypes is None else sae.archetypes()
+        if sae.W_skip is not None:
+            y = y - x @ sae.W_skip  # the part that the latents reconstruct
+        if isinstance(sae.cfg.encoder, MatchingPursuit):
+            step = self._pursuit_step(x, W_dec)
+        else:
+            with torch.no_grad():
+                centred = x - sae.b_dec if sae.cfg.d_out is None else x
+                found = sae.search(centred, training=True)
+            step = self._dense_step(x, y, W_dec) if found is None else self._sparse_step(x, y, W_dec, centred, found)
+        errors, residual, penalty, seen = step
+        terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
+        if penalty is not None:
+            terms["sparsity"] = self.state["coefficient"] * penalty.sum() / len(x)
+        if sae.cfg.aux is not None:  # also without dead latents, so that all entries of the history have the same keys
+            terms["aux"] = self._aux(x, W_dec, residual, sae.cfg.aux)
+        return Objective(terms, *seen, n_tokens=len(x))
+
+    def _sparse_step(self, x: Tensor, y: Tensor, W_dec: Tensor, centred: Tensor, found: SparseCodes) -> _Step:
+        """Errors of the prefixes from sparse codes, at a cost proportional to the number of active entries."""
+        sae, transcodes = self.sae, self.sae.cfg.d_out is not None
+        entries = Entries(found.indices, found.rows, found.offsets).with_columns(sae.cfg.d_sae)
+        b_dec = None if transcodes else sae.b_dec
+        u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_dec, entries, self._spare("W_enc"), centred)
+        threshold = sae.threshold
+        if threshold is not None and threshold.ndim:
+            threshold = threshold.index_select(0, found.indices)
+        values = sae.cfg.activation.fire(u, threshold)
+        penalty = sae.cfg.activation.penalty(u, values, threshold)
+        return self._decode_step(values, entries, y, W_dec, None if transcodes else centred, penalty)
+
+    def _pursuit_step(self, x: Tensor, W_dec: Tensor) -> _Step:
+        """Errors of the prefixes for matching pursuit, whose products are differentiable."""
+        codes = self.sae.pursue(x - self.sae.b_dec, W_dec)
+        entries = Entries(codes.indices, codes.rows, codes.offsets).with_columns(self.sae.cfg.d_sae)
+        return self._decode_step(codes.values, entries, x, W_dec, None, None)
+
+    def _decode_step(
+        self,
+        values: Tensor,
+        entries: Entries,
+        y: Tensor,
+        W_dec: Tensor,
+        centred: Tensor | None,
+        penalty: Tensor | None,
+    ) -> _Step:
+        """Errors of the prefixes from codes at the given entries; `centred` is y - b_dec, if known."""
+        sae, n, indices = self.sae, len(y), entries.indices
+        size = values.detach().abs()
+        fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=y.device)
+        fired[indices[size > 0]] = True
+        seen = (fired, (size > 0).sum() / n, _smallest(size))
+        ends = self._prefixes()
+        if len(ends) > 1:  # one virtual row per token and group, ordered by group
+            group = torch.bucketize(indices, torch.tensor(ends, device=indices.device), right=True)
+            rows, order = (group * n + entries.rows).sort(stable=True)
+            indices, values = indices[order], values.index_select(0, order)
+            offsets = torch.searchsorted(rows, torch.arange(n * len(ends) + 1, device=rows.device))
+            entries = Entries(indices, rows, offsets)
+        errors, residual = nested_decode_error(
+            values, W_dec, y, sae.b_dec, entries, len(ends), self._spare("W_dec"), centred
+        )
+        return errors, residual, penalty, seen
+
+    def _dense_step(self, x: Tensor, y: Tensor, W_dec: Tensor) -> _Step:
+        """Errors of the prefixes for any activation, from dense codes."""
+        sae = self.sae
+        u = (x - sae.b_dec if sae.cfg.d_out is None else x) @ sae.W_enc + sae.b_enc
+        z = sae.cfg.activation(u, sae.threshold, training=True)
+        ends = self._prefixes()
+        groups = zip([0, *ends], ends, strict=False)
+        parts = torch.stack([z[:, start:end] @ W_dec[start:end] for start, end in groups])
+        errors, residual = nested_error(y - sae.b_dec, parts)
+        size = z.detach().abs()
+        fires = size > 0
+        penalty = sae.cfg.activation.penalty(u, z, sae.threshold)
+        return errors, residual, penalty, (fires.any(0), fires.sum() / len(x), _smallest(size))
+
+    def _spare(self, name: str) -> list[Tensor]:
+        """Memory of the last step's gradient of a weight, to be reused; empty if there is none."""
+        return [self.spare.pop(name)] if name in self.spare else []
+
+    def recycle_gradients(self) -> None:
+        """Clear the gradients, keeping the memory of the two large ones for reuse in the next step."""
+        for name, parameter in self.sae.named_parameters():
+            if name in ("W_enc", "W_dec") and parameter.grad is not None:
+                self.spare[name] = parameter.grad.T if name == "W_enc" else parameter.grad
+        self.sae.zero_grad(set_to_none=True)
+
+    def _prefixes(self) -> list[int]:
+        """Sizes of this step's prefixes."""
+        d_sae, prefixes = self.sae.cfg.d_sae, self.sae.cfg.prefixes
+        if not isinstance(prefixes, RandomPrefixes):
+            return list(prefixes or (d_sae,))
+        # seeded by the step, so that no generator state has to be saved
+        generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + int(self.state["n_steps"]))
+        drawn = torch.rand(prefixes.n - 1, generator=generator) * math.log(d_sae / prefixes.smallest)
+        return sorted({min(d_sae, int(prefixes.smallest * math.exp(t))) for t in drawn.tolist()} | {d_sae})
+
+    @property
+    def dead_after_tokens(self) -> int:
+        """Number of tokens without firing after which a latent counts as dead."""
+        aux = self.sae.cfg.aux
+        given = aux.dead_after_tokens if aux is not None else None
+        return given or (10_000_000 if self.cfg.n_tokens >= 100_000_000 else max(1, self.cfg.n_tokens // 20))
+
+    def _aux(self, x: Tensor, W_dec: Tensor, residual: Tensor, aux: AuxK) -> Tensor:
+        """AuxK loss on the first `token_frac` of the batch: the dead latents' reconstruction of the (detached)
+        residual; 0 if no latent is dead.
+        """
+        sae = self.sae
+        dead = (self.state["tokens_since_fired"] >= self.dead_after_tokens).nonzero().squeeze(1)
+        if len(dead) == 0:
+            return x.new_zeros(())
+        n = math.ceil(aux.token_frac * len(x))
+        W_enc = sae.W_enc.T.index_select(0, dead)
+        read = x[:n] - sae.b_dec if sae.cfg.d_out is None else x[:n]
+        u = read @ W_enc.T + sae.b_enc[dead]
+        # raw u, not relu(u): a dead latent whose u is negative everywhere would get no gradient
+        k = min(aux.k or max(1, sae.cfg.d_target // 2), len(dead))
+        places = largest_first((u.abs() if sae.cfg.activation.signed else u).detach(), k)
+        z = torch.zeros_like(u).scatter(1, places, u.gather(1, places))
+        return aux.coefficient * normalised_error(z @ W_dec.index_select(0, dead), residual[:n].detach())
+
+    @torch.no_grad()
+    def observe(self, seen: Objective) -> None:
+        """Update firing counters, the running threshold and the sparsity coefficient; called once per step."""
+        sae, state = self.sae, self.state
+        state["n_steps"] += 1
+        state["tokens_since_fired"] = (state["tokens_since_fired"] + seen.n_tokens).masked_fill_(seen.fired, 0)
+        if sae.cfg.activation.threshold == "running" and sae.threshold is not None:
+            before = torch.where(sae.threshold.isnan(), seen.smallest, sae.threshold)
+            rate = (1 / state["n_steps"]).clamp(min=THRESHOLD_RATE).clamp(max=1.0)
+            moved = before + rate * (seen.smallest - before)
+            sae.threshold.copy_(torch.where(moved.isnan(), sae.threshold, moved))  # NaN: no active latent in this batch
+        if self.steered:
+            self._steer(seen.l0)
+
+    def _steer(self, l0: Float[Tensor, ""]) -> None:
+        """Move the penalty's coefficient, and all thresholds or biases by the same amount, towards the target L0."""
+        sae, state, target = self.sae, self.state, self.sae.cfg.activation.penalty_target
+        assert target is not None
+        off = (l0.clamp(min=1e-3) / target).log().clamp(-STEER_LIMIT, STEER_LIMIT)
+        moved = (off - state["off_target"]) * (state["n_steps"] > 1)
+        state["coefficient"] *= (STEER_RATE * off + STEER_DAMPING * moved).exp()
+        state["off_target"] = off
+        near = off.clamp(-CUT_LIMIT, CUT_LIMIT)
+        if sae.threshold is not None:
+            sae.threshold.mul_((THRESHOLD_STEP * near).exp())
+        elif isinstance(sae.cfg.activation, ReLU):
+            sae.b_enc.sub_(BIAS_STEP * near)
+
+    @torch.no_grad()
+    def constrain_gradients(self) -> None:
+        """Remove the component of each dictionary row's gradient parallel to the row, which would only change its
+        length.
+        """
+        grad = self.sae.W_dec.grad
+        if self.sae.cfg.dictionary != "unit" or grad is None:
+            return
+        for g, w in zip(grad.split(256), self.sae.W_dec.split(256), strict=True):  # in chunks that fit the CPU cache
+            g.addcmul_(torch.linalg.vecdot(g, w).unsqueeze(1), w, value=-1)
+
+    @torch.no_grad()
+    def constrain_weights(self) -> None:
+        """Project dictionary rows to unit norm, or to their archetypal constraint, and keep learned thresholds
+        positive.
+        """
+        if self.sae.cfg.dictionary == "unit":
+            for w in self.sae.W_dec.split(256):
+                w /= torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp(min=1e-12)
+        if self.sae.archetypes is not None:
+            self.sae.archetypes.constrain()
+            self.sae.W_dec.copy_(self.sae.archetypes())
+        if self.sae.cfg.activation.threshold == "learned" and self.sae.threshold is not None:
+            self.sae.threshold.clamp_(min=MIN_THRESHOLD)
+
+    @torch.no_grad()
+    def held_out_fvu(self, held_out: Float[Tensor, "n_tokens width"]) -> float:
+        """FVU on held-out activations, with codes as in inference."""
+        cfg, sums = self.sae.cfg, ReconstructionSums(self.sae.cfg.d_target)
+        for part in held_out.split(4096):
+            sums.add(part[:, -cfg.d_target :], self.sae(part[:, : cfg.d_in]))
+        return sums.fvu
+
+    def default_lr(self) -> float:
+        """Peak learning rate used where none is given; depends on widths, batch size and length of the run.
+
+        `0.54 / (d_in^1/2 d_sae^1/4) * (batch_size / 4096)^1/2 * min(1, (500 / n_steps)^1/4)`, fitted to the sweeps of
+        LOG.md: unit rows have entries of size d_in^-1/2; wider dictionaries and longer runs need smaller steps. For a
+        transcoder d_in is the larger of its two widths. An activation's `lr_scale` multiplies it, and for a transcoder
+        also `transcoder_lr_scale`, reduced (to no less than 1) in runs of fewer than 150 steps.
+        """
+        cfg = self.sae.cfg
+        rate = 0.54 / (max(cfg.d_in, cfg.d_target) ** 0.5 * cfg.d_sae**0.25) * (self.cfg.batch_size / 4096) ** 0.5
+        if cfg.d_out is not None:
+            rate *= max(1.0, cfg.activation.transcoder_lr_scale * min(1.0, (self.cfg.n_steps / 150) ** 0.5))
+        return float(cfg.activation.lr_scale * rate * min(1.0, (500 / self.cfg.n_steps) ** 0.25))

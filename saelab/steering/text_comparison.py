@@ -1,0 +1,208 @@
+"""`steer_texts`: generated texts with and without steering, side by side, with log-probabilities of each token."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saelab.functional.metrics import kl_divergence
+from saelab.interventions.interventions import Intervention
+from saelab.interventions.steering_hooks import steer_all
+from saelab.lm.generation import Continuations, Generated, generate, read_continuations
+from saelab.lm.model_checks import Model
+from saelab.lm.tokenizers import spell
+from saelab.steering.dose_response import describe_intervention
+from saelab.stores.results import Result
+
+BATCH = 16
+UNSTEERED = "unsteered"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """A generated text, token by token."""
+
+    text: str
+    words: tuple[str, ...]
+    """text of each token; a character made of several tokens stands at the first of them, the others are \"\""""
+    log_probs: dict[str, tuple[float, ...]]
+    """log-probability of each token, in nats at temperature 1, by the model that scores it: `unsteered`, and the
+    steered model that generated the text; for an unsteered text every steered model"""
+
+    def perplexity(self, reader: str = UNSTEERED) -> float:
+        """`exp(-mean log p)` under the model named `reader`."""
+        return float(np.exp(-np.mean(self.log_probs[reader])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRow:
+    """The continuations of one prompt, unsteered and steered, sampled with the same seed."""
+
+    prompt: str
+    unsteered: Told
+    """the text without steering"""
+    steered: dict[str, Told]
+    """the steered texts, by intervention"""
+    kl: dict[str, float]
+    """mean KL(p || p') over the predictions of the unsteered text, in nats, by steered model"""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SteeredTexts(Result):
+    """Result of `steer_texts`: texts without steering and under each intervention."""
+
+    rows: tuple[TextRow, ...]
+    """one for each prompt and sample"""
+    interventions: dict[str, str]
+    """what each does, in a line"""
+    temperature: float
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        return f"SteeredTexts({len(self)} beside {', '.join(self.interventions)})"
+
+    @property
+    def title(self) -> str:
+        """Interventions, temperature and seed in one line."""
+        told = "; ".join(f"{name}: {what}" for name, what in self.interventions.items())
+        return f"{told}; temperature {self.temperature:g}, seed {self.seed}"
+
+    def tell_cost(self, row: TextRow, name: str) -> str:
+        """The perplexities of a steered text and its KL, as a line of text."""
+        told = row.steered[name]
+        return (
+            f"perplexity {told.perplexity():.3g} to the unsteered model, {told.perplexity(name):.3g} to its own, "
+            f"KL {row.kl[name]:.3g}"
+        )
+
+    def __str__(self) -> str:
+        lines = [self.title]
+        for row in self.rows:
+            lines += ["", row.prompt, f"  {UNSTEERED} (perplexity {row.unsteered.perplexity():.3g}):"]
+            lines.append(f"    {row.unsteered.text.strip()}")
+            for name, told in row.steered.items():
+                lines += [f"  {name} ({self.tell_cost(row, name)}):", f"    {told.text.strip()}"]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def steer_texts(
+    model: Model,
+    interventions: Intervention | Sequence[Intervention] | Mapping[str, Intervention | Sequence[Intervention]],
+    prompts: str | Sequence[str],
+    n_tokens: int = 50,
+    *,
+    n: int = 1,
+    seed: int = 0,
+    temperature: float | int = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    bos: bool | None = True,
+    progress: bool = True,
+) -> SteeredTexts:
+    """Texts with and without steering, sampled with the same seed and scored under both models.
+
+    Args:
+        model: language model.
+        interventions: one or several applied together; or a mapping, whose names each give texts of their own, such as
+            one for each sign.
+        prompts: one or several texts to continue.
+        n_tokens: most tokens generated for each text.
+        n: texts for each prompt.
+        seed: of the sampling; the same for all texts compared.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: sample from this many most likely tokens; None for all.
+        top_p: sample from the most likely tokens that together have this probability; None for all.
+        bos: put a BOS before each prompt, as in `generate`.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: for an intervention named 'unsteered', and for what `generate` and `steer` refuse.
+
+    >>> model, up = sl.tiny_model(), sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
+    >>> texts = steer_texts(model, sl.Intervention(up, 0.0), "One", 4)
+    >>> texts.rows[0].kl, texts.rows[0].steered["steered"].text == texts.rows[0].unsteered.text
+    ({'steered': 0.0}, True)
+    """
+    named = interventions if isinstance(interventions, Mapping) else {"steered": interventions}
+    blocks = {name: [one] if isinstance(one, Intervention) else list(one) for name, one in named.items()}
+    if not blocks or UNSTEERED in blocks:
+        raise ValueError(f"`interventions` must have names other than '{UNSTEERED}', got {list(blocks)}.")
+    writing = {"n": n, "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "bos": bos}
+    plain = generate(model, prompts, n_tokens, **writing, progress=progress)  # type: ignore[arg-type]
+    rows = _Rows(model, plain.samples)
+    for name, block in blocks.items():
+        with steer_all(model, block):
+            made = generate(model, prompts, n_tokens, **writing, progress=progress)  # type: ignore[arg-type]
+        rows.add(name, block, made.samples)
+    told = {name: "; ".join(map(describe_intervention, block)) for name, block in blocks.items()}
+    return SteeredTexts(rows=rows.read(), interventions=told, temperature=float(temperature), seed=seed)
+
+
+class _Rows:
+    """Generated texts and the log-probabilities of their tokens, collected model by model."""
+
+    def __init__(self, model: Model, plain: Sequence[Generated]) -> None:
+        self.model, self.plain = model, plain
+        self.steered: dict[str, Sequence[Generated]] = {}
+        self.log_probs: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+        """by writer and reader"""
+        self.kl: dict[str, list[float]] = {}
+
+    def add(self, name: str, block: Sequence[Intervention], made: Sequence[Generated]) -> None:
+        """Score both texts under both models, a batch at a time."""
+        self.steered[name], self.kl[name] = made, []
+        for first in range(0, len(made), BATCH):
+            part = slice(first, first + BATCH)
+            before = [_read(self.model, texts[part]) for texts in (self.plain, made)]
+            with steer_all(self.model, block):
+                after = [_read(self.model, texts[part]) for texts in (self.plain, made)]
+            for writer, (p, q) in zip((UNSTEERED, name), zip(before, after, strict=True), strict=True):
+                self._keep(writer, UNSTEERED, p, anew=first == 0)
+                self._keep(writer, name, q, anew=first == 0)
+            self.kl[name] += _find_kl(before[0], after[0])
+
+    def _keep(self, writer: str, reader: str, found: Continuations, anew: bool) -> None:
+        log_probs = found.logits.float().log_softmax(-1).gather(2, found.ids[..., None])[..., 0]
+        rows = [tuple(row[kept].tolist()) for row, kept in zip(log_probs, found.mask, strict=True)]
+        self.log_probs[writer, reader] = rows if anew else self.log_probs[writer, reader] + rows
+
+    def read(self) -> tuple[TextRow, ...]:
+        """A row for each unsteered text."""
+        return tuple(
+            TextRow(
+                prompt=plain.prompt,
+                unsteered=self._tell(UNSTEERED, plain, i),
+                steered={name: self._tell(name, made[i], i) for name, made in self.steered.items()},
+                kl={name: values[i] for name, values in self.kl.items()},
+            )
+            for i, plain in enumerate(self.plain)
+        )
+
+    def _tell(self, writer: str, sample: Generated, i: int) -> Told:
+        mine = {reader: rows[i] for (by, reader), rows in self.log_probs.items() if by == writer}
+        return Told(text=sample.text, words=_spell(self.model, sample), log_probs=mine)
+
+
+def _read(model: Model, batch: Sequence[Generated]) -> Continuations:
+    return read_continuations(model, [sample.prompt_ids for sample in batch], [sample.ids for sample in batch])
+
+
+def _find_kl(p: Continuations, q: Continuations) -> list[float]:
+    def mean(row: int) -> float:
+        kept: Tensor = p.mask[row]
+        return float(kl_divergence(p.logits[row, kept], q.logits[row, kept]).mean())
+
+    return [mean(row) for row in range(len(p.mask))]
+
+
+def _spell(model: Model, sample: Generated) -> tuple[str, ...]:
+    """Text of each generated token after the prompt."""
+    if model.tokenizer is None:
+        return tuple(f"<{i}>" for i in sample.ids)
+    return spell(model.tokenizer, sample.all_ids).words[len(sample.prompt_ids) :]

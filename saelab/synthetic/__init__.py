@@ -1,0 +1,1 @@
+"""Synthetic text and models whose concepts are known token by token."""

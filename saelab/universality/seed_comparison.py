@@ -1,0 +1,399 @@
+"""Stability of dictionaries across random seeds: cosines of one-to-one matched decoder directions.
+
+Geometry and usage of one dictionary: rank, coherence, distance to the data, firing density and energy.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.functional.metrics import FiringSums, ReconstructionSums, effective_rank, exact
+from saelab.sae.compatibility import require_finite
+from saelab.sae.sae import SAE
+from saelab.stores.activations import Activations
+from saelab.stores.feature_store import FeatureStore
+from saelab.stores.results import Result
+from saelab.universality.matching import assign, find_nearest
+from saelab.universality.similarity import cosine_blocks
+
+PART = 4096
+"""Tokens encoded at a time."""
+BLOCK_CELLS = 2**23  # cosines held at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class DictionaryFigures(Result):
+    """Geometry of a dictionary D with rows d_i of unit length (arXiv:2502.12892, appendix)."""
+
+    stable_rank: float
+    """`||D||_F^2 / ||D||_2^2`, 1 to d_in: small where rows lean towards one direction"""
+    effective_rank: float
+    """exp of the entropy of the singular values' shares, 1 to d_in"""
+    coherence: float
+    """`max_{i != j} |<d_i, d_j>|`, 0 to 1; one pair of equal rows makes it 1"""
+    crowding: float
+    """`mean_i max_{j != i} |<d_i, d_j>|`, 0 to 1"""
+    ood: float
+    """`1 - mean_i max_t cos(d_i, x_t)`, out-of-distribution score: lower is nearer to the data, and it falls with the
+    number of tokens; NaN without data"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Usage(Result):
+    """How often and how strongly a dictionary's features fire on some tokens."""
+
+    n_tokens: int
+    fvu: float
+    """NaN where only codes are known"""
+    density: Float[np.ndarray, "d_sae"]
+    """share of tokens on which each feature fires"""
+    energy: Float[np.ndarray, "d_sae"]
+    """mean of `z^2 ||W_dec||^2` for each feature: the squared size of its contribution to the reconstruction"""
+
+    @property
+    def dead_frac(self) -> float:
+        """Share of features that fire on no token."""
+        return float((self.density == 0).mean())
+
+
+@torch.no_grad()
+def measure_directions(
+    rows: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "n_tokens d_in"] | None = None, signed: bool = False
+) -> DictionaryFigures:
+    """Ranks and coherence of a dictionary's directions and, with centred activations `x`, the out-of-distribution
+    score.
+
+    Cosines with activations count by size where codes are signed. No d_sae x d_sae matrix is held.
+
+    >>> found = measure_directions(torch.eye(4), torch.eye(4)[:2])
+    >>> found.stable_rank, found.effective_rank, found.coherence, found.ood
+    (4.0, 4.0, 0.0, 0.5)
+    """
+    rows = _unit(rows.float().cpu())
+    squares = torch.linalg.eigvalsh(exact(rows).T @ exact(rows)).clamp(min=0)
+    beside = _largest_cosines(rows, rows, signed=True, itself=False)
+    near = None if x is None else _largest_cosines(rows, _unit(x.float().cpu()), signed, itself=True)
+    return DictionaryFigures(
+        stable_rank=round(float(squares.sum() / squares[-1]), 6),
+        effective_rank=effective_rank(squares.sqrt()),
+        coherence=float(beside.max()),
+        crowding=float(beside.mean()),
+        ood=math.nan if near is None else 1 - float(near.double().mean()),
+    )
+
+
+def measure_usage(sae: SAE, acts: Activations) -> Usage:
+    """FVU, firing density and energy of an SAE's features on activations."""
+    sums, fires = ReconstructionSums(sae.cfg.d_in), FiringSums(sae.cfg.d_sae)
+    squares = torch.zeros(sae.cfg.d_sae, dtype=torch.float64)
+    with torch.no_grad():
+        for start in range(0, acts.n_tokens, PART):
+            x = acts[start : start + PART].to(sae.W_enc)
+            codes = sae.encode_sparse(x)
+            sums.add(x, sae.decode(codes, x=x))
+            fires.add(codes)
+            squares.index_add_(0, codes.indices.cpu(), exact(codes.values).cpu().square())
+    return _usage(sae, fires.firings, squares, acts.n_tokens, sums.fvu)
+
+
+def read_usage(sae: SAE, store: FeatureStore) -> Usage:
+    """Firing density and energy of an SAE's features, from the store that was harvested with it; FVU is NaN."""
+    seen = store.statistics
+    return _usage(sae, torch.from_numpy(seen.fires.sum(1)), torch.from_numpy(seen.squares.sum(1)), len(store), math.nan)
+
+
+def _usage(sae: SAE, fires: Int[Tensor, "d_sae"], squares: Float[Tensor, "d_sae"], n: int, fvu: float) -> Usage:
+    lengths = exact(sae.W_dec).cpu().square().sum(1)
+    energy = squares.double() * lengths / max(1, n)
+    return Usage(n_tokens=n, fvu=fvu, density=(fires.double() / max(1, n)).numpy(), energy=energy.numpy())
+
+
+def _unit(rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
+
+
+def _largest_cosines(
+    rows: Float[Tensor, "d_sae d_in"], others: Float[Tensor, "n d_in"], signed: bool, itself: bool
+) -> Float[Tensor, "d_sae"]:
+    """The largest cosine (|cosine| where signed) of each row with the others; with `itself`, its own index too."""
+    step = max(1, BLOCK_CELLS // len(others))
+    found = []
+    for start in range(0, len(rows), step):
+        cosines = rows[start : start + step] @ others.T
+        cosines = cosines.abs_() if signed else cosines
+        if not itself:
+            cosines.diagonal(start).fill_(-1.0 if len(others) > 1 else 0.0)
+        found.append(cosines.amax(1))
+    return torch.cat(found).clamp(max=1.0)
+
+
+EXACT = 2**24
+"""Number of pairs of features up to which the assignment considers all of them."""
+CANDIDATES = 16
+"""Number of nearest features of either side that the assignment considers in larger dictionaries."""
+OOD_TOKENS = 16_384
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Agreement(Result):
+    """Similarity of every pair of several dictionaries; cosines count by size where codes are signed."""
+
+    matched: Float[np.ndarray, "n_pairs"]
+    """mean cosine of the one-to-one pairs (Hungarian): the stability of arXiv:2502.12892; 1 is the same dictionary"""
+    nearest: Float[np.ndarray, "n_pairs"]
+    """mean over the features of both dictionaries of the largest cosine with any feature of the other; a lower bar than
+    `matched`"""
+    overlap: Float[np.ndarray, "n_pairs"]
+    """mean squared cosine of the principal angles between the subspaces of highest energy"""
+    found: Float[np.ndarray, "n_saes"]
+    """share of features whose one-to-one partners in all other dictionaries reach the threshold"""
+    features: Float[np.ndarray, "n_saes d_sae"] = field(repr=False)
+    """each feature's mean cosine with its partners"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Stability(Result):
+    """Agreement of trained dictionaries, compared with two kinds of random ones."""
+
+    d_in: int
+    d_sae: int
+    signed: bool
+    threshold: float
+    """cosine from which a feature counts as found again"""
+    rank: int
+    """dimensions of the subspaces whose overlap is measured"""
+    exact: bool
+    """whether the assignment considered every pair, not only the nearest of either side"""
+    trained: Agreement
+    """agreement of the dictionaries given"""
+    random: Agreement
+    """agreement of random dictionaries of the same shape"""
+    alike: Agreement
+    """agreement of random dictionaries with the second moments of each dictionary's directions (the stricter null)"""
+    figures: tuple[DictionaryFigures, ...]
+    """geometry of each dictionary in the normalized space of training"""
+    random_figures: DictionaryFigures
+    """geometry of one random dictionary of the same shape"""
+    usage: tuple[Usage, ...] = field(repr=False)
+    """firing density and energy of each dictionary, where activations or stores are given"""
+    seed: int
+
+    @cached_property
+    def trends(self) -> dict[str, float]:
+        """Spearman's rank correlations of a feature's stability with its density and energy, over all live features.
+
+        Above 0, rare or weak features are the unstable ones. Empty where usage is not known.
+        """
+        from scipy.stats import spearmanr
+
+        if not self.usage:
+            return {}
+        density, energy = (np.stack([getattr(one, name) for one in self.usage]) for name in ("density", "energy"))
+        live = density > 0
+        return {
+            name: float(spearmanr(self.trained.features[live], values[live]).statistic)
+            for name, values in (("density", density), ("energy", energy))
+        }
+
+    @cached_property
+    def quarters(self) -> Float[np.ndarray, "n"]:
+        """Mean stability of the live features of all dictionaries by quartile of density, the rarest first."""
+        if not self.usage:
+            return np.zeros(0)
+        density = np.stack([one.density for one in self.usage])
+        order = np.argsort(density[density > 0], kind="stable")
+        return np.array([part.mean() for part in np.array_split(self.trained.features[density > 0][order], 4)])
+
+    def __str__(self) -> str:
+        n = len(self.figures)
+        kind = "by size" if self.signed else "with their sign"
+        lines = [f"{n} dictionaries of {self.d_sae:,} directions in {self.d_in:,} dimensions, cosines {kind}"]
+        lines.append(f"{'':<28}{'trained':>9}{'random':>9}{'alike':>9}")
+        families = (self.trained, self.random, self.alike)
+        names = {
+            "matched": "matched one to one",
+            "nearest": "nearest",
+            "found": f"found by all (>= {self.threshold:g})",
+        }
+        for name, title in (names | {"overlap": f"subspace of {self.rank} dimensions"}).items():
+            lines.append(f"{title:<28}" + "".join(f"{getattr(one, name).mean():>9.3f}" for one in families))
+        for name in ("stable_rank", "effective_rank", "coherence", "crowding", "ood"):
+            mean = np.mean([getattr(one, name) for one in self.figures])
+            lines.append(f"{name.replace('_', ' '):<28}{mean:>9.3f}{getattr(self.random_figures, name):>9.3f}")
+        if self.usage:
+            by_density = ", ".join(f"{value:.3f}" for value in self.quarters)
+            lines.append(f"matched, rarest quarter first: {by_density}")
+            trends = ", ".join(f"{name} {value:+.2f}" for name, value in self.trends.items())
+            lines.append(f"rank correlation with {trends}, over {self.usage[0].n_tokens:,} tokens")
+        return "\n".join(lines)
+
+
+def stability(
+    saes: Sequence[SAE],
+    acts: Activations | Float[Tensor, "n_tokens d_in"] | None = None,
+    *,
+    stores: Sequence[FeatureStore] | None = None,
+    threshold: float = 0.7,
+    rank: int | None = None,
+    seed: int = 0,
+) -> Stability:
+    """Pairwise agreement of SAEs of one activation space, and which features are not found again (arXiv:2502.12892).
+
+    Directions are compared in the activations' own units, by cosine; by |cosine| where any of the SAEs is signed. Every
+    figure comes with that of random dictionaries.
+
+    Args:
+        saes: two or more SAEs of one shape, usually trained with different seeds.
+        acts: (n_tokens, d_in) activations. Subspaces are then those of highest energy, stability is correlated with
+            density and energy, and FVU, dead features and the out-of-distribution score are measured; the latter on at
+            most 16,384 of the tokens.
+        stores: one feature store per SAE, as another source of density and energy.
+        threshold: cosine, in (0, 1], from which a feature counts as found again.
+        rank: number of principal dimensions compared, in 1..d_in; None is d_in / 4.
+        seed: seed of the random dictionaries.
+
+    Raises:
+        ValueError: there are fewer than two SAEs, their shapes differ, or an option is out of range.
+
+    >>> cfg = sl.SAEConfig(d_in=32, d_sae=48)
+    >>> found = stability([sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=0)])
+    >>> round(float(found.trained.matched.mean()), 3), float(found.random.matched.mean()) < 0.7
+    (1.0, True)
+    """
+    acts = Activations.from_tensor(acts) if isinstance(acts, Tensor) else acts
+    _check(saes, acts, stores)
+    for sae in saes:
+        require_finite(sae)
+    d_in, d_sae = saes[0].cfg.d_target, saes[0].cfg.d_sae
+    rank = rank or max(1, d_in // 4)
+    if not 1 <= rank <= d_in or not 0 < threshold <= 1:
+        raise ValueError(f"`rank` must be in 1..d_in ({d_in}) and `threshold` in (0, 1], got {rank} and {threshold}.")
+    signed = any(sae.cfg.activation.signed for sae in saes)
+    usage = [measure_usage(sae, acts) for sae in saes] if acts is not None else []
+    usage = usage or [read_usage(sae, store) for sae, store in zip(saes, stores or (), strict=False)]
+    generator = torch.Generator().manual_seed(seed)
+    trained = [sae.directions().float().cpu() for sae in saes]
+    random = [_bring_back(sae, torch.randn(d_sae, d_in, generator=generator)) for sae in saes]
+    alike = [_draw_alike(rows, generator) for rows in trained]
+    weights = [torch.from_numpy(one.energy) for one in usage]
+    drawn = torch.randn(d_sae, d_in, generator=generator)
+    return Stability(
+        d_in=d_in, d_sae=d_sae, signed=signed, threshold=threshold, rank=rank, exact=d_sae**2 <= EXACT,
+        trained=_agree(trained, signed, threshold, rank, weights),
+        random=_agree(random, signed, threshold, rank),
+        alike=_agree(alike, signed, threshold, rank),
+        figures=tuple(measure_directions(sae.W_dec, _centre(sae, acts), signed) for sae in saes),
+        random_figures=measure_directions(drawn, _centre(saes[0], acts), signed),
+        usage=tuple(usage), seed=seed,
+    )  # fmt: skip
+
+
+def _check(saes: Sequence[SAE], acts: Activations | None, stores: Sequence[FeatureStore] | None) -> None:
+    shapes = {(sae.cfg.d_sae, sae.cfg.d_target) for sae in saes}
+    if len(saes) < 2 or len(shapes) > 1:
+        raise ValueError(
+            f"`saes` must be two or more of one shape (d_sae, d_in), got {len(saes)} of {sorted(shapes)[:5]}."
+        )
+    d_sae, d_in = shapes.pop()
+    if acts is not None and any(sae.cfg.d_out is not None for sae in saes):
+        raise ValueError("`acts` must not be given for transcoders, whose directions are not theirs; give `stores`.")
+    if acts is not None and acts.d_in != d_in:
+        raise ValueError(f"`acts` must have the SAEs' d_in ({d_in}), got {acts.d_in}; use their hook point.")
+    if acts is not None and stores is not None:
+        raise ValueError("`acts` and `stores` must not both be given, got both; activations say more.")
+    if stores is not None and (len(stores) != len(saes) or any(store.d_sae != d_sae for store in stores)):
+        widths = [store.d_sae for store in stores][:5]
+        raise ValueError(f"`stores` must be one for each of {len(saes)} SAEs, {d_sae} wide, got widths {widths}.")
+
+
+def _bring_back(sae: SAE, rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
+    """Random directions of the normalized space, converted to the activations' own units as the SAE's are."""
+    normaliser = sae.out_normaliser
+    return rows if normaliser.kind == "none" else normaliser.apply_matrix(rows, normaliser.inverse.cpu())
+
+
+def _draw_alike(rows: Float[Tensor, "d_sae d_in"], generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:
+    """Random unit directions with the second moments of the given rows at unit length."""
+    squares, axes = torch.linalg.eigh(_unit(rows).double().T @ _unit(rows).double() / len(rows))
+    squares = squares.clamp(min=0)
+    drawn = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
+    scales = squares.sqrt()
+    for _ in range(50):  # bringing rows to unit length evens them out, so the scales must differ by more
+        found = _unit(drawn * scales).square().mean(0)
+        scales = scales * (squares / found.clamp(min=1e-30)).sqrt()
+    return (_unit(drawn * scales) @ axes.T).float()
+
+
+def _centre(sae: SAE, acts: Activations | None) -> Float[Tensor, "n d_in"] | None:
+    """Some activations, evenly spaced, in the normalized space of the SAE; None without activations."""
+    if acts is None:
+        return None
+    places = torch.linspace(0, acts.n_tokens - 1, min(OOD_TOKENS, acts.n_tokens), dtype=torch.float64).long()
+    return sae.centre(acts[places]).detach()
+
+
+def _agree(
+    dictionaries: Sequence[Float[Tensor, "d_sae d_in"]],
+    signed: bool,
+    threshold: float,
+    rank: int,
+    weights: Sequence[Float[Tensor, "d_sae"]] = (),
+) -> Agreement:
+    n, d_sae = len(dictionaries), len(dictionaries[0])
+    weights = weights or [torch.ones(d_sae)] * n
+    spaces = [_principal(rows, w, rank) for rows, w in zip(dictionaries, weights, strict=True)]
+    cosines, nearest, overlap = np.full((n, n, d_sae), np.nan), [], []
+    for i, j in combinations(range(n), 2):
+        cosines[i, j], cosines[j, i], near = match_rows(dictionaries[i].numpy(), dictionaries[j].numpy(), signed)
+        nearest.append(near)
+        overlap.append(float((spaces[i].T @ spaces[j]).square().sum()) / rank)
+    return Agreement(
+        matched=np.array([cosines[i, j].mean() for i, j in combinations(range(n), 2)]),
+        nearest=np.array(nearest),
+        overlap=np.array(overlap),
+        found=(np.nanmin(cosines, axis=1) >= threshold).mean(1),
+        features=np.nanmean(cosines, axis=1),
+    )
+
+
+def match_rows(
+    a: Float[np.ndarray, "d d_in"], b: Float[np.ndarray, "d d_in"], signed: bool
+) -> tuple[Float[np.ndarray, "d"], Float[np.ndarray, "d"], float]:
+    """Each row's cosine with its one-to-one partner on the other side, and the mean largest cosine over the rows of
+    both.
+
+    In very wide dictionaries only the nearest of either side are candidates, and a row without a partner counts as 0.
+    """
+    if len(a) * len(b) > EXACT:
+        return _match_nearest(a, b, signed)
+    from scipy.optimize import linear_sum_assignment
+
+    cosines = np.concatenate([block().numpy() for _, block in cosine_blocks(a, b)])
+    sizes = np.abs(cosines) if signed else cosines
+    rows, partners = linear_sum_assignment(sizes, maximize=True)
+    of_a = sizes[rows, partners].astype(np.float64)
+    return of_a, of_a[np.argsort(partners)], float(sizes.max(1).mean() + sizes.max(0).mean()) / 2
+
+
+def _match_nearest(a: np.ndarray, b: np.ndarray, signed: bool) -> tuple[np.ndarray, np.ndarray, float]:
+    sides = find_nearest(cosine_blocks(a, b), len(a), len(b), CANDIDATES, signed)
+    pairs, values = assign(*sides)
+    of_a, of_b = np.zeros(len(a)), np.zeros(len(b))
+    of_a[pairs[:, 0]] = of_b[pairs[:, 1]] = np.abs(values)
+    return of_a, of_b, float(np.mean([np.nan_to_num(np.abs(side.values[:, 0])).mean() for side in sides]))
+
+
+def _principal(
+    rows: Float[Tensor, "d_sae d_in"], weights: Float[Tensor, "d_sae"], rank: int
+) -> Float[Tensor, "d_in rank"]:
+    """Orthonormal axes of highest energy: leading eigenvectors of `sum_i w_i d_i d_i^T` with unit d_i."""
+    unit = _unit(rows).double()
+    moments = (unit * weights.double()[:, None]).T @ unit
+    return torch.linalg.eigh(moments).eigenvectors[:, -rank:]

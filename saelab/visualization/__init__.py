@@ -1,0 +1,1 @@
+"""Figures, feature cards and HTML reports."""

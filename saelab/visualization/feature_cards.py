@@ -1,0 +1,175 @@
+"""Feature cards as HTML, for Jupyter and the report."""
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from saelab.analysis.dashboard import FeatureCard, Side, describe_feature
+from saelab.analysis.max_activating import Example, ExampleGroup
+from saelab.labels.label import MARKS, Label, describe_origin, join_texts
+from saelab.labels.label_store import LabelBook
+from saelab.stores.feature_store import Feature
+from saelab.stores.results import register_drawing
+from saelab.visualization.html import escape, read_asset
+
+STRONGEST = 0.75  # opacity of the largest code: the text stays readable on it
+WIDTH, HEIGHT, FOOT = 300, 96, 14  # of the histogram, in its own units
+SHOWN_OPEN = ("top",)
+
+
+def draw_card(card: FeatureCard, labels: Sequence[Label] = (), beside: str = "") -> str:
+    """A feature dashboard as one HTML element, with links `#feature=12` to similar features; all text is escaped.
+
+    Positive codes are orange, negative ones blue, with an opacity that grows with |z| relative to the feature's
+    largest; the token that a window was chosen for is underlined. `labels` are the feature's chosen labels, shown with
+    their authors and scores. `beside` is HTML that is placed below the head, such as the partner in another store.
+    """
+    aside = [_histogram(card), *(_words(side, len(card.sides)) for side in card.sides), _effects(card), _near(card)]
+    scale = max((side.peak for side in card.sides), default=0.0)
+    groups = [_group(group, scale) for group in card.examples.groups]
+    parts = f'<div class="cols"><div>{"".join(aside)}</div><div>{"".join(groups)}</div></div>'
+    return f'<article class="fcard">{_head(card, labels)}{beside}{parts}</article>'
+
+
+def draw_window(example: Example, scale: float) -> str:
+    """A window of text as HTML, each token an element coloured by its code, with the value as its title."""
+    words = zip(example.words, example.values, strict=True)
+    inside = (_token(word, value, scale, i == example.center) for i, (word, value) in enumerate(words))
+    return f'<div class="win">{"".join(inside)}</div>'
+
+
+def list_windows(examples: Iterable[Example], scale: float) -> str:
+    """Windows as an HTML list, each after the code at its center."""
+    rows = (
+        f"<li><span>{f'{example.value:+.3g}' if example.value else '0'}</span>{draw_window(example, scale)}</li>"
+        for example in examples
+    )
+    return f"<ol>{''.join(rows)}</ol>"
+
+
+def style_card() -> str:
+    """The style element that cards need."""
+    return f"<style>{read_asset('card.css')}</style>"
+
+
+@lru_cache(maxsize=1 << 16)  # a corpus has few distinct tokens
+def show_text(token: str) -> str:
+    """A token, escaped, with its line breaks and tabs made visible."""
+    return escape(token).replace("\n", "\u21b5").replace("\t", "\u21e5").replace("\r", "\u240d")
+
+
+def show_code(token: str) -> str:
+    """A token as an HTML element of its own."""
+    return f"<code>{show_text(token)}</code>"
+
+
+def _token(word: str, value: float, scale: float, center: bool) -> str:
+    kinds = (["p" if value > 0 else "m"] if value else []) + (["at"] if center else [])
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
+    if not value or scale <= 0:
+        return f"<i{kind}>{show_text(word)}</i>"
+    alpha = STRONGEST * min(1.0, abs(value) / scale)
+    return f'<b{kind} style="--a:{alpha:.2f}" title="{value:+.3g}">{show_text(word)}</b>'
+
+
+def _head(card: FeatureCard, labels: Sequence[Label]) -> str:
+    label = escape(card.label) if card.label else '<span class="dim">no label</span>'
+    said = f"Never fired on {card.n_tokens:,} tokens: its rate is below {3 / card.n_tokens:.1e} (95 %)."
+    if card.sides:
+        said = f"Fires on {card.density:.3%} of {card.n_tokens:,} tokens: " + "; ".join(map(_tell, card.sides)) + "."
+    given = "".join(_tell_label(one, alone=len(labels) == 1) for one in labels)
+    return f'<h2><span>{card.feature}</span> {label}</h2>{given}<p class="dim">{said}</p>'
+
+
+def _tell_label(label: Label, alone: bool) -> str:
+    """Author and scores of a label; also its text where the heading holds several labels or none."""
+    text = "" if alone and label.kind != "none" else f"{MARKS[label.sign]}{label.text or 'no name'}, "
+    return f'<p class="dim">{escape(text + describe_origin(label))}</p>'
+
+
+def _tell(side: Side) -> str:
+    name = "positive" if side.sign > 0 else "negative"
+    return f"{side.n_firings:,} {name}, mean |z| {side.mean:.3g}, largest {side.peak:.3g}"
+
+
+def _histogram(card: FeatureCard) -> str:
+    """Histogram of codes as SVG, counts on a log axis, negative codes on the left in blue."""
+    if not card.counts:
+        return ""
+    low, high, most = card.edges[0], card.edges[-1], max(card.counts)
+    bars: dict[str, list[str]] = {"down": [], "up": []}
+    for left, right, count in zip(card.edges, card.edges[1:], card.counts, strict=False):
+        if count:
+            x, width = (left - low) / (high - low) * WIDTH, (right - left) / (high - low) * WIDTH
+            height = (HEIGHT - FOOT) * math.log1p(count) / math.log1p(most)
+            bars["up" if left >= 0 else "down"].append(_bar(x, width, height))
+    paths = "".join(f'<path class="{kind}" d="{"".join(path)}"/>' for kind, path in bars.items() if path)
+    ends = f'<text x="0" y="{HEIGHT - 2}">{low:.3g}</text>'
+    ends += f'<text x="{WIDTH}" y="{HEIGHT - 2}" text-anchor="end">{high:.3g}</text>'
+    title = f"Firings by code, counts on a log axis; the fullest bin has {most:,}"
+    return (
+        f'<h3>Codes</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><title>{title}</title>{paths}{ends}</svg>'
+        f'<p class="dim">firings by code, log counts, up to {most:,} in a bin</p>'
+    )
+
+
+def _bar(x: float, width: float, height: float) -> str:
+    return f"M{x + 0.5:.1f} {HEIGHT - FOOT:.1f}v{-height:.1f}h{max(width - 1, 0.5):.1f}v{height:.1f}z"
+
+
+def _words(side: Side, n_sides: int) -> str:
+    kind = "" if n_sides == 1 else " +" if side.sign > 0 else " \u2212"
+    return f"<h3>Fires on{kind}</h3>" + _rank((show_code(word), f"{share:.0%}") for word, share in side.words)
+
+
+def _effects(card: FeatureCard) -> str:
+    if card.effects is None:
+        return ""
+    lists = (("Promotes", card.effects.promoted), ("Suppresses", card.effects.suppressed))
+    said = "".join(
+        f"<h3>{name}</h3>" + _rank((show_code(token), f"{effect:+.2f}") for token, effect in tokens)
+        for name, tokens in lists
+    )
+    swapped = "; a negative code does the opposite" if any(side.sign < 0 for side in card.sides) else ""
+    return said + f'<p class="dim">logits, for a code of +1 at unit scale{swapped}</p>'
+
+
+def _near(card: FeatureCard) -> str:
+    if not card.likeness:
+        return ""
+    links = ((f'<a href="#feature={j}">{j}</a>', f"{value:+.2f}") for j, value in card.neighbours)
+    return f"<h3>Nearest by {escape(card.likeness)}</h3>" + (_rank(links) if card.neighbours else "<p>none</p>")
+
+
+def _rank(rows: Iterable[tuple[str, str]]) -> str:
+    return '<dl class="rank">' + "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in rows) + "</dl>"
+
+
+def _group(group: ExampleGroup, scale: float) -> str:
+    opened = " open" if group.name in SHOWN_OPEN else ""
+    sign = {1: " +", -1: " \u2212", 0: ""}[group.side]
+    pool = f"{group.n_firings:,} firings, |z| {group.low:.3g} to {group.high:.3g}" if group.n_firings else ""
+    name, windows = escape(group.name.capitalize()), list_windows(group.examples, scale)
+    return f"<details{opened}><summary>{name}{sign} <span>{pool}</span></summary>{windows}</details>"
+
+
+def _draw_alone(card: FeatureCard) -> str:
+    return style_card() + draw_card(card)
+
+
+register_drawing(FeatureCard, _draw_alone)
+
+
+def _draw_feature(feature: Feature) -> str:
+    """The card of a feature, with the labels of its store."""
+    note = ""
+    with LabelBook.open(feature.store) as book:
+        try:
+            labels = book.chosen(feature.feature)
+        except (OSError, ValueError) as error:  # a card without its label is better than none
+            labels, note = [], f'<p class="fcard">{escape(error)}</p>'
+    card = describe_feature(feature.store, feature.feature, label=join_texts(labels))
+    return style_card() + note + draw_card(card, labels)
+
+
+register_drawing(Feature, _draw_feature)

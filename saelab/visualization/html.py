@@ -1,0 +1,234 @@
+"""Self-contained HTML pages: style, sections and tables, with all text escaped.
+
+Common style of all figures: colours for light and dark backgrounds, layout, and escaping of text for plotly.
+
+Style, markup and script of the report page, read from files in this folder.
+"""
+
+import base64
+import hashlib
+import html
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --card: #f4f6f8; --ink: #19212b; --soft: #5b6673; --line: #d5dbe1;
+  --own: #1f6f78; --other: #a9b3bd; --plus: 222 110 24; --minus: 38 112 214; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #12171d; --card: #1b222a; --ink: #e4e9ee; --soft: #9aa6b2; --line: #323c47;
+    --own: #4fb3bd; --other: #5e6975; --plus: 226 122 44; --minus: 74 138 232; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
+main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.01em; text-wrap: balance; }
+h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; margin: 0; overflow-wrap: anywhere; }
+p { margin: .5rem 0; max-width: 46rem; }
+.soft, figcaption, dt, th, .note { color: var(--soft); }
+.small, figcaption, .note { font-size: .86rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 1rem 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-variant-numeric: tabular-nums;
+  font-size: .92rem; }
+th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { font-weight: 500; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: var(--paper); }
+tr.own td:first-child { font-weight: 600; color: var(--own); }
+figure { margin: 1rem 0; }
+.card { background: var(--card); border-radius: 8px; padding: 1rem 1.15rem; margin: 1rem 0; }
+.head { display: flex; flex-wrap: wrap; gap: .1rem .8rem; align-items: baseline; }
+.card ol { list-style: none; margin: .6rem 0 0; padding: 0; }
+.card li { margin: .5rem 0; }
+.tokens { font: 1.05rem/1.75 ui-serif, Georgia, "Noto Serif", "Times New Roman", serif; }
+.t { border-radius: 3px; padding: .08em .05em; box-decoration-break: clone; }
+.plus { background: rgb(var(--plus) / var(--a)); }
+.minus { background: rgb(var(--minus) / var(--a)); }
+.true { text-decoration: underline; text-decoration-thickness: 2px; text-underline-offset: .28em; }
+.note { display: block; line-height: 1.3; }
+.side { margin: .8rem 0 0; font-weight: 600; font-size: .92rem; }
+@media (max-width: 32rem) { main { padding: 1.5rem .9rem 3rem; } dl { grid-template-columns: 1fr; gap: 0; }
+  dd { margin-bottom: .5rem; } .card { padding: .8rem .85rem; } }
+"""
+
+
+def escape(text: object) -> str:
+    """Text escaped for HTML elements and for attributes in double quotes.
+
+    >>> escape('<b title="x">')
+    '&lt;b title=&quot;x&quot;&gt;'
+    """
+    return html.escape(str(text), quote=True)
+
+
+class Scripted(str):
+    """HTML with the scripts in it that are allowed to run; no others are."""
+
+    scripts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, html: str, figure: str) -> "Scripted":
+        """HTML with a plotly figure in it whose scripts are allowed to run."""
+        made = cls(html)
+        made.scripts = tuple(INLINE.findall(figure))
+        return made
+
+
+INLINE = re.compile(r"<script(?: type=\"text/javascript\")?>(.*?)</script>", re.DOTALL)
+
+
+def write_policy(scripts: Sequence[str] = (), files: str = "") -> str:
+    """The Content-Security-Policy element that allows only these scripts, by their hashes, and scripts from `files`.
+
+    Event handlers and other scripts that text may bring into the page are not run; nothing is fetched from the network,
+    and nothing sent.
+    """
+    digests = (hashlib.sha256(script.encode()).digest() for script in scripts)
+    allowed = " ".join([f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests] + files.split())
+    rules = {
+        "default-src": "'none'",
+        "style-src": "'unsafe-inline'",
+        "img-src": "data:",
+        "script-src": allowed or "'none'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    policy = "; ".join(f"{name} {value}" for name, value in rules.items())
+    return f'<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">'
+
+
+def make_page(title: str, lead: str, sections: Sequence[str]) -> str:
+    """A complete HTML page from title and lead (plain text) and sections (HTML), of which only `Scripted` ones run
+    scripts.
+    """
+    scripts = [script for part in sections if isinstance(part, Scripted) for script in part.scripts]
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            write_policy(scripts),
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
+            f"<h1>{escape(title)}</h1>\n<p>{escape(lead)}</p>",
+            *sections,
+            "</main>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    """A section with a heading (plain text) and its content (HTML)."""
+    return "\n".join([f"<section>\n<h2>{escape(title)}</h2>", *parts, "</section>"])
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """Plain text as a paragraph with a style class."""
+    return f'<p class="{escape(kind)}">{escape(text)}</p>'
+
+
+def facts(rows: dict[str, str]) -> str:
+    """A description list of names and values, given as plain text."""
+    return (
+        "<dl>" + "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in rows.items()) + "</dl>"
+    )
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], own: frozenset[str] = frozenset()) -> str:
+    """An HTML table with plain text in its cells; rows whose first cell is in `own` are emphasized."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    lines = []
+    for row in rows:
+        kind = ' class="own"' if row[0] in own else ""
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def decimal(x: float, digits: int = 2) -> str:
+    """A number with a fixed number of digits; a dash for NaN."""
+    return "-" if x != x else f"{x:.{digits}f}"
+
+
+# between the light and the dark of the page's style
+PLUS, MINUS, OWN, OTHER = "#e07422", "#387ddf", "#37919a", "#848e99"
+SERIES = (OWN, "#c2559d", "#b58a1a", "#8066cf", "#6f9440", OTHER)
+"""Colours of lines that stand for no sign."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"
+TITLE_HEIGHT, LINE_HEIGHT, LEGEND_WIDTH = 44, 22, 28
+
+
+def say(text: object, width: int = 60) -> str:
+    """Text escaped so that plotly shows it literally, without tags or formulas, in at most four lines of `width`.
+
+    >>> say("<b>$x$</b>")
+    '&lt;b&gt;&#36;x&#36;&lt;/b&gt;'
+    """
+    lines = textwrap.wrap(str(text), width, max_lines=4, placeholder=" ...")
+    return "<br>".join(html.escape(line, quote=False).replace("$", "&#36;") for line in lines)
+
+
+def dress(figure: "Figure", title: str, note: str, height: int = 420) -> "Figure":
+    """The figure with the common layout: title and note above, light grid lines, the template's background.
+
+    Args:
+        figure: plotly figure, changed in place.
+        title: plain text.
+        note: plain text below the title, such as the number of tokens.
+        height: height of the plot area in pixels; title and note come on top.
+    """
+    small = say(note, 105)
+    top = TITLE_HEIGHT + LINE_HEIGHT * (small.count("<br>") + 1)
+    figure.update_layout(
+        title={
+            "text": f'{say(title, 80)}<br><span style="font-size:12px">{small}</span>',
+            "font": {"size": 17},
+            "x": 0.01,
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 24},
+        },
+        font={"family": "system-ui, sans-serif"},
+        plot_bgcolor=CLEAR,
+        height=height + top,
+        margin={"l": 72, "r": 24, "t": top + 30, "b": 56},
+        hoverlabel={"align": "left"},
+        legend={"bgcolor": CLEAR},
+    )
+    figure.update_xaxes(gridcolor=GRID, linecolor=GRID, zerolinecolor=GRID, title_standoff=8)
+    figure.update_yaxes(gridcolor=GRID, linecolor=GRID, zerolinecolor=GRID, title_standoff=8)
+    return figure
+
+
+def write_over(figure: "Figure", text: str) -> None:
+    """Write the reason why a figure is empty into its middle."""
+    figure.add_annotation(text=say(text), showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5, font={"size": 15})
+
+
+def line_of(i: int) -> dict[str, Any]:
+    """Colour and dash of the i-th line of a figure with many."""
+    return {"color": SERIES[i % len(SERIES)], "dash": DASHES[i // len(SERIES) % len(DASHES)]}
+
+
+def count_tokens(counts: Iterable[int]) -> str:
+    """Number of tokens of one result, or the range of several, as text.
+
+    >>> count_tokens([4096]), count_tokens([4096, 1024])
+    ('4,096 tokens', '1,024 to 4,096 tokens')
+    """
+    low, high = min(counts := list(counts)), max(counts)
+    return f"{high:,} tokens" if low == high else f"{low:,} to {high:,} tokens"
+
+
+@cache
+def read_asset(name: str) -> str:
+    """The text of a file in this folder."""
+    return files("saelab.visualization").joinpath("assets", name).read_text(encoding="utf-8")

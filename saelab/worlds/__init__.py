@@ -1,1 +1,0 @@
-"""Synthetic stories ("tales") with known concepts for every token: grammar, vocabulary, concept labels, prompts."""

@@ -1,0 +1,292 @@
+"""Attribution: exact where the model is linear, complete along a path, and the same as ablating one by one."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from unchecked import unchecked
+
+import saelab as sl
+from saelab.interventions.attribution import Attribution, attribute, correlation, rank_correlation
+from saelab.interventions.patching import patch
+from saelab.interventions.prompt_metrics import find_token, make_outcome, read_texts
+from saelab.visualization.intervention_plots import plot_attribution
+
+HOOK = "blocks.0.hook_resid_post"
+PROMPT = "A fox sees"
+EPS = 1e12  # so large that norms only divide
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A model whose logits are linear in the residual stream: norms that only scale, attention to all alike, no MLP."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = sl.tiny_model().tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        intermediate_size=16, rms_norm_eps=EPS, initializer_range=0.3, bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        hf_model = LlamaForCausalLM(config)
+        for name, weight in hf_model.named_parameters():
+            if "norm" in name:
+                weight.fill_(math.sqrt(EPS))
+            if "q_proj" in name or "down_proj" in name:
+                weight.zero_()
+    return sl.load_model(hf_model.eval(), tokenizer=tokenizer)
+
+
+def make_sae(model, hook_point, activation=None, normaliser="none"):
+    cfg = sl.SAEConfig(
+        d_in=model.cfg.d_model, d_sae=48, activation=activation or sl.AbsTopK(k=4), normaliser=normaliser
+    )
+    sae = sl.SAE(cfg, seed=3)
+    tokens = sl.tokenize(model, ["The owl hears the cat and the dog."], ctx_len=32)
+    x = sl.capture(model, tokens.ids, [hook_point])[hook_point].flatten(0, 1)
+    sae.normaliser.fit(x)
+    if normaliser == "none":
+        sae.b_dec.data += x.mean(0)
+    return sae
+
+
+@pytest.fixture(scope="module")
+def tiny_sae(tiny):
+    return make_sae(tiny, HOOK, normaliser="scale")
+
+
+def read_effects(model, sae, position, feature, a, b):
+    """By hand: the feature's row through uniform attention, or along the residual stream, to two logits."""
+    weights = dict(model.original_model.named_parameters())
+
+    def find(name):
+        return next(w for key, w in weights.items() if name in key.replace("_original_component.", "")).detach()
+
+    n = len(read_texts(model, PROMPT).ids[0])
+    readout = find("lm_head.weight")[a] - find("lm_head.weight")[b]
+    mixed = find("layers.1.self_attn.o_proj.weight") @ find("layers.1.self_attn.v_proj.weight")
+    through = readout @ mixed / n + (readout if position == n - 1 else 0)
+    return float(sae.directions()[feature] @ through)
+
+
+@pytest.mark.parametrize("normaliser", ["token_norm", "layer_norm"])
+def test_features_of_normalisers_that_measure_tokens_add_up(linear, normaliser):
+    sae = make_sae(linear, HOOK, normaliser=normaliser)
+    other = "A cat sees"
+    for options in ({}, {"counterfactual": other}):
+        found = attribute(linear, sae, PROMPT, ("f", "c"), method="exact", hook_point=HOOK, **options)
+        total = found.effects.sum() + found.errors.sum()
+        assert total == pytest.approx(found.patched - found.clean, abs=1e-4) and abs(found.effects.sum()) > 0.05
+    whole = patch(linear, other, PROMPT, ("f", "c"), sources=HOOK, positions="all")
+    assert found.patched == pytest.approx(float(whole.values[0, 0]), abs=1e-4)
+
+    def empty(x):
+        x[:, 1:] = sae.decode(torch.zeros(1, x.shape[1] - 1, 48), x=x[:, 1:])  # BOS is left as it is
+        return x
+
+    texts, outcome = read_texts(linear, PROMPT), make_outcome(linear, ("f", "c"))
+    with sl.splice(linear, {HOOK: empty}):
+        bare = outcome(sl.logits(linear, texts.ids), texts, torch.tensor([0]))
+    found = attribute(linear, sae, PROMPT, ("f", "c"), method="exact", hook_point=HOOK)
+    assert found.patched == pytest.approx(float(bare), abs=1e-4)
+
+
+def test_in_a_linear_model_every_method_gives_the_truth(linear):
+    sae = make_sae(linear, HOOK)
+    a, b = find_token(linear, "x"), find_token(linear, "y")
+    found = {
+        method: attribute(linear, sae, PROMPT, ("x", "y"), method=method, hook_point=HOOK, n_steps=2)
+        for method in ("gradient", "integrated", "exact")
+    }
+    one = found["exact"]
+    zipped = zip(one.positions, one.features, one.codes, strict=True)
+    truth = np.array([-z * read_effects(linear, sae, p, i, a, b) for p, i, z in zipped])
+    assert np.abs(truth).max() > 0.01
+    for result in found.values():
+        np.testing.assert_allclose(result.effects, truth, rtol=1e-3, atol=1e-4)
+        assert result.completeness == pytest.approx(1, abs=1e-3)
+
+
+def test_estimates_agree_with_exact_effects_in_a_linear_model(linear):
+    found = attribute(linear, make_sae(linear, HOOK), PROMPT, "x", check=True, hook_point=HOOK)
+    # log-probabilities bend, but little over one feature
+    assert found.agreement.pearson > 0.98
+    assert found.agreement.spearman > 0.95
+    assert abs(found.agreement.shuffled) < 0.6
+
+
+def test_exact_effects_are_those_of_ablating_one_by_one(tiny, tiny_sae):
+    found = attribute(tiny, tiny_sae, PROMPT, "!", method="exact", hook_point=HOOK, progress=False)
+    texts, outcome = read_texts(tiny, PROMPT), make_outcome(tiny, "!")
+    clean = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+    for i in range(0, len(found.features), 5):
+        where = [int(found.positions[i])]
+        with sl.steer(tiny, tiny_sae, [int(found.features[i])], mode="ablate", where=where, hook_point=HOOK):
+            ablated = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+        assert found.effects[i] == pytest.approx(float(ablated - clean), abs=2e-5)
+    assert np.abs(found.effects).max() > 1e-3
+
+
+def test_error_of_a_token_is_what_dropping_it_does(tiny, tiny_sae):
+    found = attribute(tiny, tiny_sae, PROMPT, "!", method="exact", hook_point=HOOK)
+    texts, outcome = read_texts(tiny, PROMPT), make_outcome(tiny, "!")
+    clean = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+    with sl.splice(tiny, tiny_sae, error="drop", where=[4], hook_point=HOOK):
+        dropped = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+    assert found.errors[4] == pytest.approx(float(dropped - clean), abs=2e-5)
+    assert found.errors[0] == 0, "BOS is left as it is"
+
+
+@pytest.mark.parametrize("metric", ["!", ("a", "b"), "loss"])
+def test_integrated_gradients_add_up(tiny, tiny_sae, metric):
+    found = attribute(tiny, tiny_sae, PROMPT, metric, method="integrated", hook_point=HOOK)
+    assert found.completeness == pytest.approx(1, abs=0.005)
+    assert abs(attribute(tiny, tiny_sae, PROMPT, metric, hook_point=HOOK).completeness - 1) > 0.02
+
+
+def test_a_counterfactual_moves_the_whole_activation(tiny, tiny_sae):
+    other = "A cat sees"
+    found = attribute(
+        tiny, tiny_sae, PROMPT, ("f", "c"), method="integrated", counterfactual=other, n_steps=8, hook_point=HOOK
+    )
+    whole = patch(tiny, other, PROMPT, ("f", "c"), sources=HOOK, positions="all")
+    assert found.patched == pytest.approx(float(whole.values[0, 0]), abs=1e-4)
+    assert found.completeness == pytest.approx(1, abs=0.01)
+    assert set(found.positions.tolist()) == set(range(3, 11)), "before the first difference nothing changes"
+
+
+def test_mean_baseline_takes_means_where_features_fire(tiny, tiny_tokens, tmp_path):
+    sae = make_sae(tiny, HOOK, normaliser="scale")
+    acts = sl.collect(tiny, tiny_tokens[:4], HOOK, progress=False)
+    sae.provenance = acts.provenance
+    store = sl.harvest(sae, tiny, tiny_tokens[:4], tmp_path, progress=False)
+    found = attribute(tiny, sae, PROMPT, "!", baseline="mean", store=store, method="exact")
+    means = sae.encode(acts[:]).detach().mean(0)
+    i = int(np.abs(found.effects).argmax())
+    feature = int(found.features[i])
+    texts, outcome = read_texts(tiny, PROMPT), make_outcome(tiny, "!")
+    clean = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+    with sl.steer(tiny, sae, {feature: float(means[feature])}, mode="clamp", where=[int(found.positions[i])]):
+        moved = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+    assert found.effects[i] == pytest.approx(float(moved - clean), abs=1e-3)
+    with pytest.raises(ValueError, match="needs `store`"):
+        attribute(tiny, sae, PROMPT, "!", baseline="mean")
+
+
+def test_places_limit_what_is_attributed(tiny, tiny_sae):
+    found = attribute(tiny, tiny_sae, PROMPT, "!", where=[2, -1], hook_point=HOOK)
+    assert set(found.positions.tolist()) == {2, 10}
+    special = attribute(tiny, tiny_sae, PROMPT, "!", where=sl.Where(special=True), hook_point=HOOK)
+    assert 0 in special.positions
+    with pytest.raises(ValueError, match="got a condition"):
+        attribute(tiny, tiny_sae, PROMPT, "!", where=sl.When(tiny_sae, 1), hook_point=HOOK)
+
+
+def test_users_functions_are_metrics(tiny, tiny_sae):
+    token = find_token(tiny, "!")
+    own = attribute(tiny, tiny_sae, PROMPT, lambda out: out[:, -1].log_softmax(-1)[:, token], hook_point=HOOK)
+    known = attribute(tiny, tiny_sae, PROMPT, token, hook_point=HOOK)
+    np.testing.assert_allclose(own.effects, known.effects, atol=1e-6)
+    with pytest.raises(ValueError, match=r"a number a row, shape \(2,\)"):
+        attribute(tiny, tiny_sae, PROMPT, lambda out: out.sum(), hook_point=HOOK)
+
+
+def test_nothing_stays_behind(tiny, tiny_sae):
+    ids = read_texts(tiny, PROMPT).ids
+    before = sl.logits(tiny, ids)
+    with torch.no_grad():
+        quiet = attribute(tiny, tiny_sae, PROMPT, "!", hook_point=HOOK)
+    loud = attribute(tiny, tiny_sae, PROMPT, "!", hook_point=HOOK)
+    np.testing.assert_array_equal(quiet.effects, loud.effects)
+    assert all(weight.grad is None for weight in (*tiny.original_model.parameters(), *tiny_sae.parameters()))
+    with pytest.raises(ZeroDivisionError):
+        attribute(tiny, tiny_sae, PROMPT, lambda out: out[:, 0, 0] / (1 // 0), hook_point=HOOK)
+    assert torch.equal(sl.logits(tiny, ids), before)
+
+
+def test_inside_a_block_the_steered_model_is_attributed(tiny, tiny_sae):
+    plain = attribute(tiny, tiny_sae, PROMPT, "!", hook_point=HOOK)
+    with sl.steer(tiny, tiny_sae, {7: 20.0}, hook_point=HOOK):
+        steered = attribute(tiny, tiny_sae, PROMPT, "!", hook_point=HOOK)
+    assert steered.clean != plain.clean
+    assert 7 in steered.features
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"method": "guess"}, "`method` must be one of"),
+        ({"baseline": "one"}, "`baseline` must be one of"),
+        ({"n_steps": 0}, "`n_steps` must be at least 1"),
+        ({"metric": "hello"}, "must be one token"),
+        ({"metric": 9999}, r"must be a token id in 0\.\.258"),
+        ({"prompt": " "}, "must hold text"),
+        ({"prompt": "a" * 300}, "must fit the model's context"),
+        ({"counterfactual": "A cat"}, "equally many tokens, got 11 and 6"),
+        ({"hook_point": None}, "`hook_point` must be given"),
+    ],
+)
+@unchecked()
+def test_what_does_not_exist_is_refused(tiny, tiny_sae, settings, complaint):
+    asked = {"prompt": PROMPT, "metric": "!", "hook_point": HOOK} | settings
+    with pytest.raises(ValueError, match=complaint):
+        attribute(tiny, tiny_sae, asked.pop("prompt"), asked.pop("metric"), **asked)
+
+
+def make_result(**settings) -> Attribution:
+    n = np.arange(4)
+    plain = Attribution(
+        hook_point=HOOK, metric="<m>", method="exact", baseline="zero", n_steps=0, clean=1.0, patched=0.0,
+        tokens=("<a>", "b", "c"), positions=np.array([0, 0, 1, 2]), features=np.array([5, 6, 5, 7]),
+        codes=n + 1.0, sizes=n + 1.0, effects=np.array([-1.0, 0.25, 0.5, -0.5]), errors=np.array([0.0, -0.25, 0.0]),
+    )  # fmt: skip
+    return replace(plain, **settings)
+
+
+def test_result_sums_prints_and_saves(tmp_path):
+    found = make_result(exact=np.array([-1.0, 0.3, 0.6, -0.4]))
+    assert found.completeness == 1.0
+    assert found.by_token.tolist() == [-0.75, 0.5, -0.5]
+    assert found.by_feature == {5: -0.5, 7: -0.5, 6: 0.25}
+    assert found.top(2) == [(0, 5, 1.0, -1.0), (1, 5, 3.0, 0.5)]
+    assert "completeness 1.0000" in str(found)
+    assert f"Pearson {np.corrcoef(found.effects, found.exact)[0, 1]:.3f}" in str(found)
+    found.save(tmp_path / "found.json")
+    kept = json.loads((tmp_path / "found.json").read_text())
+    assert kept["completeness"] == 1.0 and kept["effects"] == [-1.0, 0.25, 0.5, -0.5]
+    assert kept["agreement"]["spearman"] == pytest.approx(1.0)
+
+
+def test_completeness_of_rounding_is_unknown():
+    found = make_result(patched=1.0 + 1e-9)
+    assert math.isnan(found.completeness)
+    assert "unknown" in str(found)
+
+
+def test_correlations_are_those_of_scipy():
+    from scipy.stats import pearsonr, spearmanr
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=30), rng.normal(size=30).round(1)
+    assert correlation(x, y) == pytest.approx(pearsonr(x, y).statistic)
+    assert rank_correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
+    assert math.isnan(correlation(np.ones(5), rng.normal(size=5)))
+
+
+def test_figures_hold_every_effect_and_no_tags():
+    found = make_result()
+    figure = plot_attribution(found, n=1)
+    assert [list(row) for row in figure.data[0].z] == [[-1.0, 0.5, 0.0], [0.25, 0.0, -0.5], [0.0, -0.25, 0.0]]
+    assert "<a>" not in found._repr_html_() and "&lt;a&gt;" in found._repr_html_()
+
+
+def test_as_many_points_as_it_takes(tiny, tiny_sae):
+    sharp = {"metric": lambda out: (60 * out[:, -1, 40]).sigmoid(), "hook_point": HOOK, "method": "integrated"}
+    few = attribute(tiny, tiny_sae, PROMPT, n_steps=3, **sharp)
+    enough = attribute(tiny, tiny_sae, PROMPT, **sharp)
+    assert few.n_steps == 3 and abs(few.completeness - 1) > 0.01
+    assert enough.n_steps >= 32 and abs(enough.completeness - 1) <= 0.005

@@ -1,0 +1,252 @@
+"""One check, at every function that takes an SAE and a model: is this where the SAE was trained?"""
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import saelab as sl
+from saelab.collecting.reader import Reader
+from saelab.evaluation.sparse_control import TOLD, EditTask
+from saelab.lm.masks import TokenMask
+from saelab.lm.model_checks import is_same_weights, sketch_weights
+from saelab.sae.compatibility import match_weights
+
+HOOK, OTHER = "blocks.1.hook_resid_post", "blocks.0.hook_resid_post"
+QUIET = {"progress": False}
+
+
+@dataclass(frozen=True)
+class At:
+    """What a call is made on."""
+
+    sae: sl.SAE
+    model: Any
+    tokens: sl.Tokens
+    store: sl.FeatureStore
+    out: Path
+
+    @property
+    def first(self) -> int:
+        """A token that is in every row."""
+        return int(self.tokens.ids[0, 4])
+
+
+def enter(block: AbstractContextManager) -> None:
+    with block:
+        pass
+
+
+def steer_to(at: At, **how) -> None:
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
+    enter(sl.steer_to(at.model, at.sae, sl.find_prototypes(at.sae, x, ["a", "b"] * 4), "a", **how))
+
+
+def steering_curve(at: At, **how) -> None:
+    options = {"strengths": [1], "n": 1, "n_tokens": 2, **QUIET}
+    if "hook_point" in how:
+        sl.steering_curve(at.model, {"a": sl.Intervention(at.sae, {3: 1.0}, **how)}, "a", "One", **options)
+    else:
+        sl.steering_curve(at.model, {"a": (at.sae, 3)}, "a", "One", **options, **how)
+
+
+def ablate_concept(at: At, **how) -> None:
+    labels = {"first": at.tokens.ids == at.first}
+    options = {"n_random": 1, "methods": ["features"], "n_rows": 200, "ranking": "f"}
+    sl.ablate_concept(at.model, at.tokens, labels, "first", at.sae, **options, **how)
+
+
+def compare_control(at: At, hook_point: str = HOOK, **how) -> None:
+    ids, answers = torch.tensor([[0, 70], [0, 71], [0, 72], [0, 73]]), torch.tensor([1, 1, 2, 2])
+    names = [{"letter": name} for name in "abcd"]
+    task = EditTask(
+        model=at.model, hook_point=hook_point, ids={TOLD: ids, "letter": ids.flip(0)}, lengths=torch.full((4,), 2),
+        places=torch.full((4, 1), -1), place_names=("end",), attributes={TOLD: names, "letter": names[::-1]},
+        answers=answers, other_answers=answers + 1,
+    )  # fmt: skip
+    sl.compare_control(task, task, {"a": at.sae}, ks=(1,), **how)
+
+
+def line_up(at: At, **how) -> None:
+    sl.line_up(at.model, at.sae, 3, sl.TokenConcept("a word", (at.first,)), at.tokens, **how)
+
+
+CALLS: dict[str, Callable] = {
+    "steer by nothing": lambda at, **how: enter(sl.steer(at.model, at.sae, {3: 0.0}, **how)),
+    "When": lambda at, **how: enter(
+        sl.steer(at.model, sl.Direction(torch.ones(32), HOOK), 1.0, where=sl.When(at.sae, 3, **how))
+    ),
+    "ablate_concept": ablate_concept,
+    "attribute": lambda at, **how: sl.attribute(at.model, at.sae, "One", "e", **QUIET, **how),
+    "compare_control": compare_control,
+    "evaluate": lambda at, **how: sl.evaluate(
+        at.sae, at.model, at.tokens[:2], n_bootstrap=0, baselines=False, **QUIET, **how
+    ),
+    "export_store": lambda at: sl.export_store(
+        at.store, at.out, "saedashboard", sae=at.sae, model=at.model, features=[3], **QUIET
+    ),
+    "harvest": lambda at, **how: sl.harvest(at.sae, at.model, at.tokens[:2], at.out, **QUIET, **how),
+    "harvest_untrained": lambda at, **how: sl.harvest_untrained(at.store, at.sae, at.model, at.out, **QUIET, **how),
+    "line_up": line_up,
+    "logit_lens": lambda at, **how: sl.logit_lens(at.sae, at.model, [3], **how),
+    "patch": lambda at, **how: sl.patch(at.model, "One", "Two", "e", sources=at.sae, **how),
+    "progressive": lambda at, **how: sl.progressive(at.sae, at.model, at.tokens[:4], (4,), **how),
+    "report": lambda at: sl.report(at.store, at.out, at.model, sae=at.sae, features=[3], **QUIET),
+    "score_steering": lambda at, **how: sl.score_steering(at.model, at.sae, at.store, [3], prompts="One", **how),
+    "splice": lambda at, **how: enter(sl.splice(at.model, at.sae, **how)),
+    "steer": lambda at, **how: enter(sl.steer(at.model, at.sae, {3: 1.0}, **how)),
+    "steer_all": lambda at, **how: enter(sl.steer_all(at.model, [sl.Intervention(at.sae, {3: 1.0}, **how)])),
+    "steer_texts": lambda at, **how: sl.steer_texts(
+        at.model, sl.Intervention(at.sae, {3: 1.0}, **how), "One", 2, **QUIET
+    ),
+    "steer_to": steer_to,
+    "steering_curve": steering_curve,
+}
+"""Every public function that takes an SAE and a model, called on them."""
+
+ANY_POINT = {"harvest_untrained", "logit_lens"}  # the store says it; what features write is read at no hook point
+BY_STORE = {"export_store", "report"}  # the store says what the model must be
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tiny_tokens, tmp_path_factory) -> At:
+    """An SAE where it belongs, with its store."""
+    tokens, out = tiny_tokens[:24], tmp_path_factory.mktemp("matching")
+    acts = sl.collect(tiny, tokens[:4], HOOK, **QUIET)
+    cfg = sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=4), normaliser="none")
+    sae = sl.SAE(cfg).fit(acts, sl.TrainConfig(n_tokens=128, batch_size=64), **QUIET)
+    return At(sae, tiny, tokens, sl.harvest(sae, tiny, tokens[:8], out / "store", **QUIET), out)
+
+
+@pytest.fixture(scope="module")
+def strangers() -> dict[str, Any]:
+    """Another model of the same width, and the right one with folded weights."""
+    return {"model": sl.tiny_model(seed=1), "weight processing": sl.load_model("tiny", weight_processing="folded")}
+
+
+def test_no_function_that_takes_an_sae_and_a_model_is_left_out():
+    found = set()
+    for name in sl.__all__:
+        thing = getattr(sl, name)
+        if not inspect.isfunction(thing):
+            continue
+        told = str(inspect.signature(thing))
+        if "TransformerBridge" in told and any(word in told for word in ("sae.SAE", "Intervention", "EditTask")):
+            found.add(name)
+    assert found >= {"attribute", "evaluate", "patch", "steer", "steering_curve"}  # the search itself works
+    assert found <= set(CALLS), found - set(CALLS)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_where_the_sae_was_trained_it_works(name, trained, tmp_path):
+    CALLS[name](replace(trained, out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("what", ["model", "weight processing"])
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_another_model_or_other_weights_are_refused_unless_asked_for(name, what, trained, strangers, tmp_path):
+    at = replace(trained, model=strangers[what], out=tmp_path / "out")
+    with pytest.raises(ValueError, match=f"must be used where it was trained, got another {what}"):
+        CALLS[name](at)
+    if name not in BY_STORE:
+        CALLS[name](at, allow_mismatch=True)
+
+
+@pytest.mark.parametrize("name", sorted(set(CALLS) - ANY_POINT - BY_STORE))
+def test_another_hook_point_is_refused_unless_asked_for(name, trained, tmp_path):
+    at = replace(trained, out=tmp_path / "out")
+    with pytest.raises(ValueError, match="got another hook point"):
+        CALLS[name](at, hook_point=OTHER)
+    CALLS[name](at, hook_point=OTHER, allow_mismatch=True)
+
+
+@pytest.mark.parametrize("name", ["steer", "attribute", "evaluate", "patch"])
+def test_another_name_of_the_same_hook_point_is_no_other(name, trained, tmp_path):
+    CALLS[name](replace(trained, out=tmp_path / "out"), hook_point="blocks.1.hook_out")
+
+
+@pytest.mark.parametrize("name", ["export_store", "harvest_untrained", "report", "score_steering"])
+def test_a_store_of_another_sae_is_refused(name, trained, tmp_path):
+    other = sl.SAE(trained.sae.cfg, seed=5)
+    other.provenance = trained.sae.provenance
+    with pytest.raises(ValueError, match="must be the one that was harvested"):
+        CALLS[name](replace(trained, sae=other, out=tmp_path / "out"))
+    with pytest.raises(ValueError, match="must be the one that was harvested"):
+        sl.dead_units(trained.store, other)
+    wide = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
+    with pytest.raises(ValueError, match="must be the one that was harvested, 48 features"):
+        sl.Intervention(wide, {60: 1.0}, unit="max", store=trained.store, hook_point=HOOK)
+
+
+def test_weights_tell_models_of_one_name_and_names_do_not_part_equal_weights() -> None:
+    def told(model: Any) -> Any:
+        tokens = sl.tokenize(model, ["Once upon a time"], ctx_len=8)
+        return Reader.make(model, tokens, [HOOK], TokenMask(), None).origins(tokens, 8, {})[HOOK]
+
+    def renamed(model: Any) -> Any:
+        model.cfg.model_name = "checkpoint-1000"
+        return model
+
+    mine, other, third = (renamed(sl.tiny_model(seed=seed, n_layers=n)) for seed, n in ((0, 2), (1, 2), (0, 3)))
+    origin = told(mine)
+    match_weights(origin, mine)
+    for stranger in (other, third):
+        with pytest.raises(ValueError, match=r"another model of that name .*checkpoint-1000 with other weights"):
+            match_weights(origin, stranger)
+    match_weights(replace(origin, model_sketch=None), other)  # files of before say the name alone
+    match_weights(origin, mine.to(torch.bfloat16))
+    match_weights(replace(origin, model="of_the_same_weights"), mine)
+    laid_out = origin.versions | {"transformers": "5.0.0"}
+    match_weights(replace(origin, versions=laid_out), third)  # parameters may have other shapes there
+    with pytest.raises(ValueError, match="with other weights"):
+        match_weights(replace(origin, versions=laid_out), other)
+
+
+def test_a_sketch_leaves_the_model_alone_and_says_nothing_of_quantized_weights() -> None:
+    model = sl.tiny_model()
+    before = sketch_weights(model)
+    with sl.steer(model, sl.Direction(torch.ones(32), HOOK), 1.0):
+        assert sketch_weights(model) == before
+    with torch.no_grad():
+        model.blocks[0].mlp.out.weight.add_(0.01)
+    after = sketch_weights(model)
+    assert before is not None and after is not None and not is_same_weights(before, after)
+    assert sketch_weights(torch.nn.Linear(4, 4, device="meta")) is None
+
+
+def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path: Path) -> None:
+    model = sl.tiny_model()
+    tokens = sl.tokenize(model, ["The fox met the hen."] * 4, ctx_len=8)
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=4)))
+    at = {"hook_point": HOOK}
+    enter(sl.steer(model, sae, {3: 1.0}, **at))  # seen to be whole
+    with torch.no_grad():
+        sae.W_enc[0, 0] = torch.nan
+    for use in (
+        lambda: sl.evaluate(sae, model, tokens, **at),
+        lambda: sl.harvest(sae, model, tokens, tmp_path / "store", **at, **QUIET),
+        lambda: enter(sl.steer(model, sae, {3: 1.0}, **at)),
+        lambda: sl.logit_lens(sae, model, [3]),
+        lambda: sl.stability([sae, sae]),
+    ):
+        with pytest.raises(ValueError, match="weights must be finite, got NaN or infinite ones in W_enc"):
+            use()
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_of_another_sae_is_no_unit(tmp_path: Path) -> None:
+    model = sl.tiny_model()
+    tokens = sl.tokenize(model, ["The fox met the hen."] * 4, ctx_len=8)
+    cfg = sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=4))
+    mine, other = sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=1)
+    store = sl.harvest(mine, model, tokens, tmp_path, hook_point=HOOK, **QUIET)
+    fires = int(store.statistics.fires.sum(1).argmax())
+    how = {"unit": "max", "store": store, "hook_point": HOOK}
+    enter(sl.steer(model, mine, {fires: 1.0}, **how))
+    with pytest.raises(ValueError, match="`sae` must be the one that was harvested"):
+        enter(sl.steer(model, other, {fires: 1.0}, **how))

@@ -1,0 +1,298 @@
+"""Cards and reports: both signs where they belong, text that stays text, and a page that works in a browser, alone."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import saelab as sl
+from saelab.analysis.density import dead_units
+from saelab.cli.app import dispatch
+from saelab.visualization import reports
+from saelab.visualization.reports import read_prompts
+from tests.pages import with_script
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
+STRINGS = {0: " the", 1: " hot", 2: " cold", 3: HOSTILE, 4: "\n"}
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+class Parsed(HTMLParser):
+    """Tags with their attributes and what text stands in each."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags:
+            self.texts.append((self.tags[-1][0], data))
+
+
+@pytest.fixture(scope="module")
+def sae(tmp_path_factory) -> sl.SAE:
+    """Unit 0 tells hot (+) from cold (-), unit 1 fires on what is hostile, unit 2 on everything else, 3 never."""
+    made = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.AbsTopK(k=1), normaliser="none"))
+    with torch.no_grad():
+        made.W_enc.copy_(torch.eye(4))
+        made.W_dec.copy_(torch.eye(4))
+        made.b_enc.zero_()
+        made.b_dec.zero_()
+    made.save_pretrained(tmp_path_factory.mktemp("sae"))
+    return made
+
+
+@pytest.fixture(scope="module")
+def store(sae: sl.SAE, tmp_path_factory) -> sl.FeatureStore:
+    """Documents of eight tokens: the hot the cold the <hostile> newline the."""
+    ids = torch.tensor([0, 1, 0, 2, 0, 3, 4, 0]).repeat(30).int()
+    x = torch.zeros(len(ids), 4)
+    strength = torch.linspace(1, 2, len(ids))
+    x[:, 0] = strength * ((ids == 1).float() - (ids == 2).float())
+    x[:, 1] = (ids == 3).float()
+    x[:, 2] = ((ids == 0) | (ids == 4)).float()
+    columns = {"token_ids": ids, "doc_ids": torch.arange(30).repeat_interleave(8).int()}
+    columns["positions"] = torch.arange(8).repeat(30).int()
+    folder = tmp_path_factory.mktemp("store")
+    where = sl.Provenance(
+        model="/nowhere/model", weight_processing="none", hook_point="", text=HOSTILE, tokens_sha256="", mask={},
+        dtype="float32", ctx_len=8, n_tokens=len(ids), seed=None, versions={},
+    )  # fmt: skip
+    acts = sl.Activations.from_tensor(x, where, **columns)
+    sl.harvest(sae, None, acts, folder, allow_mismatch=True, progress=False)
+    (folder / "strings.json").write_text(json.dumps({str(i): text for i, text in STRINGS.items()}))
+    return sl.FeatureStore.load(folder)
+
+
+def coloured(card: str) -> list[tuple[str, float]]:
+    """Class and value of every coloured token."""
+    tags = Parsed(card).tags
+    return [(str(attrs.get("class")), float(str(attrs["title"]))) for tag, attrs in tags if tag == "b"]
+
+
+def test_both_sides_of_a_bipolar_unit_are_shown_where_they_belong(store) -> None:
+    card = store.feature(0)._repr_html_()
+    said = coloured(card)
+    assert {kind.split()[0] for kind, _ in said} == {"p", "m"}
+    assert all((value > 0) == kind.startswith("p") for kind, value in said)
+    words = {kind: set(re.findall(rf'<b class="{kind}[^>]*>([^<]*)</b>', card)) for kind in "pm"}
+    assert words == {"p": {" hot"}, "m": {" cold"}}
+    assert "30 positive" in card and "30 negative" in card
+    assert card == sl.describe_feature(store, 0)._repr_html_()
+    paths = {attrs["class"] for tag, attrs in Parsed(card).tags if tag == "path"}
+    assert paths == {"up", "down"} and "up" in str(Parsed(store.feature(1)._repr_html_()).tags)
+
+
+@pytest.mark.parametrize("strong", [1, -1])
+def test_the_strong_side_comes_first(store, strong, monkeypatch) -> None:
+    """Whatever its sign: in the card, its windows, and the line of the list; the other side is there too."""
+    from saelab.stores.feature_store import Feature
+    from saelab.visualization.reports import _row
+
+    whole = store.feature(0)
+    values = np.where(whole.values * strong > 0, whole.values, whole.values / 4).astype(np.float32)
+    monkeypatch.setattr(
+        sl.FeatureStore, "feature", lambda self, j: Feature(whole.indices, values, self, 0), raising=True
+    )
+    card = sl.describe_feature(store, 0)
+    assert [side.sign for side in card.sides] == [strong, -strong]
+    assert card.examples.groups[0].side == strong and {g.side for g in card.examples.groups} >= {1, -1}
+    row = _row(card, dead_units(store))
+    words = {1: "hot", -1: "cold"}
+    assert row["snippet"][1].strip() == words[strong] and words[-strong] in row["search"]
+    lines = str(card).splitlines()
+    assert lines[2].startswith("+" if strong > 0 else "-")
+
+
+def test_a_card_counts_what_the_store_holds(store) -> None:
+    card = sl.describe_feature(store, 0, label="temperature", neighbours=sl.neighbours(store))
+    codes = store.matrix().toarray()[:, 0]
+    by_sign = {side.sign: side for side in card.sides}
+    assert [by_sign[sign].n_firings for sign in (1, -1)] == [(codes > 0).sum(), (codes < 0).sum()]
+    assert card.density == (codes != 0).mean()
+    assert [by_sign[sign].peak for sign in (1, -1)] == [codes.max(), -codes.min()]
+    expected = [
+        ((codes >= a) & (codes < b) & (codes != 0)).sum() for a, b in zip(card.edges, card.edges[1:], strict=False)
+    ]
+    expected[-1] += (codes == card.edges[-1]).sum()
+    assert list(card.counts) == expected and sum(card.counts) == card.n_firings
+    assert 0.0 in card.edges and by_sign[1].words == ((" hot", 1.0),)
+    assert "temperature" in str(card) and card.to_dict()["feature"] == 0
+    dead = sl.describe_feature(store, 3)
+    assert dead.n_firings == 0 and "Never fired on 240 tokens" in dead._repr_html_()
+
+
+def rows_of(page: str) -> list[dict]:
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert data is not None
+    return json.loads(data[1])["features"]
+
+
+def test_one_page_loads_nothing_and_hostile_text_stays_text(store, sae, tmp_path) -> None:
+    made = sl.report(store, tmp_path / "all.html", labels={1: HOSTILE}, sae=sae, title=HOSTILE, progress=False)
+    page = Path(made.page).read_text()
+    parsed = Parsed(page)
+    assert not {tag for tag, _ in parsed.tags} & {"img", "iframe", "link", "object", "embed"}
+    assert not any(name in attrs for _, attrs in parsed.tags for name in ("src", "onerror", "onload", "action"))
+    assert [tag for tag, _ in parsed.tags].count("script") == 3
+    policy = next(attrs["content"] for tag, attrs in parsed.tags if tag == "meta" and "http-equiv" in attrs)
+    assert policy is not None and policy.startswith("default-src 'none'")
+    assert "url(" not in page and "prefers-color-scheme: dark" in page
+    rows = rows_of(page)
+    assert [row["feature"] for row in rows] == [0, 1, 2, 3] and rows[1]["label"] == HOSTILE
+    assert [row["density"] for row in rows] == [60 / 240, 30 / 240, 150 / 240, 0]
+    assert [row["balance"] for row in rows] == [0.5, 0.0, 0.0, None]
+    assert [row["kind"] for row in rows] == ["dense", "dense", "dense", "dead"]
+    assert made.n_features == 4 and made.n_bytes == Path(made.page).stat().st_size and "4 features" in str(made)
+
+
+def test_a_folder_holds_every_card_once_in_files_of_a_size(store, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(reports, "ON_ONE_PAGE", 2)
+    monkeypatch.setattr(reports, "PER_FILE", 2)
+    made = sl.report(store, tmp_path / "out", features=[3, 0, 1], progress=False)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "cards-0000.js", "cards-0001.js", "index.html", "report.json",
+    ]  # fmt: skip
+    found = [json.loads(f.read_text()[len("addCards(") : -2]) for f in sorted((tmp_path / "out").glob("*.js"))]
+    assert [list(cards) for cards in found] == [["3", "0"], ["1"]]
+    assert all("<" not in file.read_text() for file in (tmp_path / "out").glob("*.js"))
+    assert [row["feature"] for row in rows_of(Path(made.page).read_text())] == [3, 0, 1]
+    sl.report(store, tmp_path / "out", features=[2], progress=False)  # a report takes the place of a report
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["index.html", "report.json"]
+
+
+def test_what_cannot_be_reported_is_refused_and_nothing_is_lost(store, sae, tmp_path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="`out`"):
+        sl.report(store, tmp_path, progress=False)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    for arguments, said in (
+        ({"features": [4]}, "`features`"),
+        ({"features": []}, "`features`"),
+        ({"prompts": ["hi"]}, "`prompts`"),
+        ({"sae": sl.SAE(sae.cfg, seed=7)}, "`sae`"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            sl.report(store, tmp_path / "new", progress=False, **arguments)
+    assert not (tmp_path / "new").exists()
+
+
+def test_prompts_show_the_codes_of_a_direct_encoding(tiny) -> None:
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=3)), seed=0)
+    hook_point = "blocks.1.hook_resid_post"
+    mask = {"special": True, "positions": [0, 4], "max_norm_ratio": None}
+    where = sl.Provenance(
+        model="tiny", weight_processing="none", hook_point=hook_point, text="", tokens_sha256="", mask=mask,
+        dtype="float32", ctx_len=8, n_tokens=1, seed=None, versions={},
+    )  # fmt: skip
+    (shown,) = read_prompts(sae, tiny, ["a fox"], where)
+    ids = sl.tokenize(tiny, ["a fox"], ctx_len=6).ids
+    z = sae.encode(sl.capture(tiny, ids, [hook_point])[hook_point][0]).detach()
+    assert shown["words"] == ["<s>", "a", " ", "f", "o", "x"]
+    assert [bool(codes) for codes in shown["codes"]] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]  # BOS; beyond position 4
+    for place, codes in enumerate(shown["codes"]):
+        assert all(value == pytest.approx(float(z[place, j])) for j, value in codes)
+        sizes = [abs(value) for _, value in codes]
+        assert sizes == sorted(sizes, reverse=True) and (not codes or len(codes) == 3)
+    with pytest.raises(ValueError, match="context"):
+        read_prompts(sae, tiny, ["a" * 5000], where)
+
+
+def test_the_command_writes_a_report_and_says_what_it_could_not_open(store, sae, tmp_path, capsys) -> None:
+    evaluation = tmp_path / "evaluation.json"
+    evaluation.write_text(json.dumps({"fvu": 0.25, "n_tokens": 10, "text": HOSTILE}))
+    words = ["report", str(store.folder), "--out", str(tmp_path / "r"), "--features", "0,2", "--no-progress"]
+    assert dispatch([*words, "--evaluation", str(evaluation)]) == 0
+    said = capsys.readouterr()
+    assert "2 features" in said.out and "model 'model' could not be opened" in said.err and "--model" in said.err
+    page = (tmp_path / "r" / "index.html").read_text()
+    assert "0.25" in page and "Nearest by cosine" in page  # the SAE was found where the store has it
+    assert dispatch([*words[:-3], "--features", "one", "--no-progress"]) == 2
+
+
+DRIVER = """
+const seen = {}, wait = ms => new Promise(done => setTimeout(done, ms));
+window.alert = () => { seen.alert = true; };
+const listed = () => [...document.querySelectorAll("#body tr")].map(tr => Number(tr.dataset.feature));
+const press = key => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
+const typed = text => {
+  byId("search").value = text; byId("search").dispatchEvent(new Event("input")); return listed();
+};
+(async () => {
+  seen.byDensity = listed();
+  byId("order").click(); seen.turned = listed();
+  document.querySelector('th[data-column="feature"] button').click(); seen.byFeature = listed();
+  seen.hot = typed("HOT"); seen.label = typed("onerror"); seen.nothing = typed("no such word"); typed("");
+  document.querySelector('#body tr[data-feature="1"]').click(); await wait(300);
+  seen.card = byId("card").textContent.includes("30 positive"); seen.hash = location.hash;
+  press("ArrowRight"); await wait(300); seen.next = location.hash;
+  seen.shown = byId("card").querySelector("h2").textContent;
+  press("Escape"); await wait(100); seen.list = !byId("view-list").hidden && byId("view-feature").hidden;
+  location.hash = "feature=99"; await wait(100); seen.unknown = byId("card").textContent;
+  location.hash = "summary"; await wait(100); seen.summary = !byId("view-summary").hidden;
+  seen.images = document.querySelectorAll("img").length;
+  document.body.append(Object.assign(document.createElement("pre"), { textContent: JSON.stringify(seen) }));
+})();
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+def test_the_report_works_in_a_browser_from_the_disk_without_network(store, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(reports, "ON_ONE_PAGE", 0)
+    monkeypatch.setattr(reports, "PER_FILE", 1)
+    made = sl.report(store, tmp_path / "out", labels={1: HOSTILE}, title=HOSTILE, progress=False)
+    page = Path(made.page)
+    driven = page.with_name("driven.html")
+    driven.write_text(with_script(page.read_text(), DRIVER))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=8000"]
+    run = subprocess.run([*command, "--dump-dom", driven.as_uri()], capture_output=True, text=True, timeout=100)
+    assert "CONSOLE" not in run.stderr, [line for line in run.stderr.splitlines() if "CONSOLE" in line]
+    verdict = next(text for tag, text in Parsed(run.stdout).texts if text.startswith('{"byDensity"'))
+    seen = json.loads(verdict)
+    assert seen == {
+        "byDensity": [2, 0, 1, 3],
+        "turned": [3, 1, 0, 2],
+        "byFeature": [0, 1, 2, 3],
+        "hot": [0, 1, 2],
+        "label": [0, 1, 2],
+        "nothing": [],
+        "card": True,
+        "hash": "#feature=1",
+        "next": "#feature=2",
+        "shown": "2 no label",
+        "list": True,
+        "unknown": "There is no feature 99 in this report.",
+        "summary": True,
+        "images": 0,
+    }
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to open the page in")
+def test_a_link_to_a_feature_of_a_single_page_opens_its_card(store, tmp_path) -> None:
+    made = sl.report(store, tmp_path / "page.html", progress=False)
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    link = Path(made.page).as_uri() + "#feature=1"
+    run = subprocess.run([*command, "--dump-dom", link], capture_output=True, text=True, timeout=100)
+    texts = [text for tag, text in Parsed(run.stdout).texts if tag != "script"]
+    assert not any("is missing" in text for text in texts) and any("30 positive" in text for text in texts)
