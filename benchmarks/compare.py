@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 
 import saelab as sl
 from saelab.universality.matching import find_nearest
-from saelab.universality.similarity import Codes, Moments, correlation_blocks
+from saelab.universality.similarity import ComparedCodes, Moments, correlation_blocks
 
 
 class RandomStore(sl.FeatureStore):
@@ -57,7 +57,7 @@ def compare_all(a: RandomStore, b: RandomStore, m: int) -> tuple[float, float]:
     """Seconds, and by how many GiB memory grew at the peak."""
     Path("/proc/self/clear_refs").write_text("5")
     before, start = resident("VmRSS"), time.perf_counter()
-    sides = Codes(a), Codes(b)
+    sides = ComparedCodes(a), ComparedCodes(b)
     seen = Moments.of(sides[0]), Moments.of(sides[1])
     found, _ = find_nearest(correlation_blocks(*sides, seen, 10), a.d_sae, b.d_sae, m, signed=True)
     elapsed = time.perf_counter() - start

@@ -68,7 +68,7 @@ def load(args: argparse.Namespace) -> tuple[Model, sl.Tokens, str]:
 def forward_and_encode(model: Model, sae: sl.SAE, tokens: sl.Tokens, hook_point: str) -> None:
     """What harvesting cannot do without."""
     for rows in torch.arange(len(tokens)).split(forward_size(tokens, None)):
-        x = sl.capture(model, tokens[rows].ids, [hook_point])[hook_point]
+        x = sl.lm.capture(model, tokens[rows].ids, [hook_point])[hook_point]
         sae.encode_sparse(x.flatten(0, 1))
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.sparse import csc_matrix
 
 import saelab as sl
-from saelab.labels.autointerp.token_prediction import simulate_by_tokens
+from saelab.labels.autointerp.token_prediction import token_baseline
 from saelab.labels.rules.predicates import make_predicates
 from saelab.labels.rules.rule_search import label_by_rules
 from saelab.stores.corpus import StoredText
@@ -70,7 +70,7 @@ def main() -> None:
         store = sl.FeatureStore.load(args.store) if args.store else RandomStore(1_000_000, 4096, 32)
         predicates, reading = seconds(lambda: make_predicates(store, size=args.size))  # noqa: B023 - called at once
         labels, ruling = seconds(lambda: label_by_rules(store, predicates))  # noqa: B023
-        _, simulating = seconds(lambda: simulate_by_tokens(store))  # noqa: B023
+        _, simulating = seconds(lambda: token_baseline(store))  # noqa: B023
         found.append({"predicates": reading, "rules": ruling, "simulation": simulating})
         print(f"{len(store):,} tokens, {store.d_sae:,} features, {predicates}, {labels.n_tested:,} rules tested")
         for name, times in found[-1].items():

@@ -49,7 +49,7 @@ def write_store(folder: Path, n_tokens: int, seed: int, split: bool = False) -> 
         ids, strings = N_WORDS - 1 - ids, {N_WORDS - 1 - i: text for i, text in strings.items()}
     text = StoredText(token_ids=ids, doc_ids=at // DOCUMENT, positions=at % DOCUMENT % CTX_LEN, strings=strings)
     folder.mkdir(parents=True)
-    where = sl.Provenance(
+    where = sl.stores.Provenance(
         model="random", weight_processing="none", hook_point="blocks.0.hook_resid_post", text="random",
         tokens_sha256="", mask={}, dtype="float32", ctx_len=CTX_LEN, n_tokens=n_tokens, seed=seed, versions={},
     )  # fmt: skip
@@ -85,12 +85,12 @@ class Silent:
 
 
 def label_rules(a: FeatureStore, b: FeatureStore, c: FeatureStore) -> Any:
-    return sl.label_by_rules(a)
+    return sl.labels.rules.label_by_rules(a)
 
 
 def label_examples(a: FeatureStore, b: FeatureStore, c: FeatureStore) -> Any:
     with tempfile.TemporaryDirectory() as folder:
-        return sl.explain_features(
+        return sl.labels.autointerp.explain_features(
             a, Silent(), range(0, D_SAE, 64), answers=Path(folder) / "answers.jsonl", progress=False
         )
 

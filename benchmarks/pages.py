@@ -77,7 +77,7 @@ def make_in_dashboard(job: Job, out: Path) -> dict[str, float]:
     from sae_dashboard.sae_vis_runner import SaeVisRunner
 
     theirs = as_saelens(job.sae)
-    x = sl.capture(job.model, job.tokens[:4].ids, [job.hook_point])[job.hook_point]
+    x = sl.lm.capture(job.model, job.tokens[:4].ids, [job.hook_point])[job.hook_point]
     torch.testing.assert_close(theirs.encode(x), job.sae.encode(x), atol=1e-3, rtol=1e-3)
     start = time.perf_counter()
     cfg = SaeVisConfig(hook_point=job.hook_point, features=job.features)

@@ -57,7 +57,7 @@ def saelab(activation: str, sizes: Sizes) -> Subject:
     from saelab.sae.activation_functions import make_activation
     from saelab.sae.config import SAEConfig
     from saelab.sae.sae import SAE
-    from saelab.sae.training_sae import Trainee
+    from saelab.sae.training_sae import TrainingSAE
     from saelab.stores.activations import Activations
     from saelab.training.config import TrainConfig
     from saelab.training.loop import TrainingRun
@@ -68,7 +68,7 @@ def saelab(activation: str, sizes: Sizes) -> Subject:
     prefixes = sizes.prefixes if matryoshka else None
     sae = SAE(SAEConfig(d_in=sizes.d_in, d_sae=sizes.d_sae, activation=chosen, prefixes=prefixes))
     cfg = TrainConfig(n_tokens=N_STEPS * sizes.n, batch_size=sizes.n)
-    trainee = Trainee(sae, cfg)
+    trainee = TrainingSAE(sae, cfg)
     run: TrainingRun | None = None
 
     def step(x: Tensor) -> None:

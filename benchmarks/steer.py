@@ -32,7 +32,9 @@ def find_ways(model: Any, sae: sl.SAE, point: str) -> dict[str, Callable[[], Abs
         "add": lambda: sl.steer(model, sae, {3: 4.0}, **at),
         "add 8 features": lambda: sl.steer(model, sae, dict.fromkeys(range(8), 4.0), **at),
         "clamp": lambda: sl.steer(model, sae, {3: 4.0}, mode="clamp", **at),
-        "add when another fires": lambda: sl.steer(model, sae, {3: 4.0}, where=sl.When(sae, 5, hook_point=point), **at),
+        "add when another fires": lambda: sl.steer(
+            model, sae, {3: 4.0}, where=sl.interventions.ActivationCondition(sae, 5, hook_point=point), **at
+        ),
     }
 
 
@@ -66,7 +68,7 @@ def main() -> None:
     if args.model:
         model = sl.load_model(args.model, progress=False)
     else:
-        model = sl.tiny_model(d_model=args.d_model, n_layers=args.n_layers, ctx_len=512)
+        model = sl.lm.tiny_model(d_model=args.d_model, n_layers=args.n_layers, ctx_len=512)
     sae = sl.SAE(sl.SAEConfig(d_in=model.cfg.d_model, d_sae=args.d_sae, activation=sl.AbsTopK(k=args.k)))
     point = f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
     ids = torch.randint(4, min(250, model.cfg.d_vocab), (args.batch, 8), generator=torch.Generator().manual_seed(0))

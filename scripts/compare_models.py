@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 import saelab as sl
 from saelab.lm.model_checks import Model
 from saelab.stores.files import write_json
-from saelab.synthetic.tales import Stories, tell
+from saelab.synthetic.tales import Stories, generate_stories
 
 FIRST = 60_000_000  # number of the first story: no model has seen any from here on
 STORY_TOKENS = 150
@@ -47,8 +47,8 @@ def parse() -> argparse.Namespace:
 def read(args: argparse.Namespace, model: Model) -> tuple[sl.Tokens, sl.Tokens, Stories | None]:
     """Tokens to train on, tokens to compare on, and the stories where they are saelab's own."""
     if args.text is None:
-        stories = tell(args.n_store // STORY_TOKENS, first=FIRST)
-        seen = tell(args.n_text // STORY_TOKENS, first=FIRST + len(stories))
+        stories = generate_stories(args.n_store // STORY_TOKENS, first=FIRST)
+        seen = generate_stories(args.n_text // STORY_TOKENS, first=FIRST + len(stories))
         return seen.tokens(), stories.tokens(), stories
     whole = sl.tokenize(model, args.text, ctx_len=128, n_tokens=args.n_text + args.n_store)
     n_rows = args.n_store // whole.ctx_len
@@ -99,7 +99,9 @@ def mean(values: list) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def match_concepts(found: sl.Comparison, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> str:
+def match_concepts(
+    found: sl.universality.Comparison, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]
+) -> str:
     """Of the concepts with a feature of F1 0.8 in both dictionaries, how many have a universal pair between the two."""
     common = np.flatnonzero((a[1] >= KNOWN_F1) & (b[1] >= KNOWN_F1))
     exact = [found.a.universal[i] and found.a.partners[i] == j for i, j in zip(a[0][common], b[0][common], strict=True)]

@@ -16,7 +16,7 @@ import saelab as sl
 from saelab.labels.autointerp.clients import OpenAIClient
 from saelab.labels.autointerp.explainers import estimate_labels, explain_features
 from saelab.labels.label import BOTH
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 from saelab.labels.rules.rule_labels import RuleLabels
 from saelab.labels.rules.rule_search import label_by_rules
 from saelab.lm.model_checks import Model
@@ -43,7 +43,7 @@ def open_origin(store: sl.FeatureStore) -> "tuple[sl.SAE | None, Model | None]":
         return None, None
 
 
-def ask(store: sl.FeatureStore, args: argparse.Namespace, ruled: RuleLabels, book: LabelBook) -> None:
+def ask(store: sl.FeatureStore, args: argparse.Namespace, ruled: RuleLabels, book: LabelStore) -> None:
     """Names and scores by a language model; made again it asks only what has no answer yet."""
     features = args.features or list(dict.fromkeys(row.feature for row in ruled.good))[:N_ASKED]
     signs = (1, -1) if store.signed else (BOTH,)
@@ -58,10 +58,10 @@ def main() -> None:
     args = parse()
     store = sl.FeatureStore.load(args.store)
     sae, model = open_origin(store)
-    lens = sl.logit_lens(sae, model) if sae is not None and model is not None else None
+    lens = sl.analysis.logit_lens(sae, model) if sae is not None and model is not None else None
     ruled = label_by_rules(store, lens=lens)
     print(ruled)
-    with LabelBook.open(store) as book:
+    with LabelStore.open(store) as book:
         book.add(ruled.labels(), afresh=True)
         if args.model is not None:
             ask(store, args, ruled, book)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import saelab as sl
 from saelab.lm.model_checks import Model
-from saelab.synthetic.tales import tell
+from saelab.synthetic.tales import generate_stories
 
 N_EVALUATED = 20_000
 
@@ -36,7 +36,7 @@ def read_tokens(model: Model, text: Path | None, n_tokens: int, seed: int) -> sl
     """Packed rows of the text, or of stories."""
     if text is not None:
         return sl.tokenize(model, text, ctx_len=128, n_tokens=n_tokens)
-    stories = tell(n_tokens // 120, first=70_000_000 + 1_000_000 * seed)
+    stories = generate_stories(n_tokens // 120, first=70_000_000 + 1_000_000 * seed)
     return sl.tokenize(model, [stories.text(i) for i in range(len(stories))], ctx_len=128, n_tokens=n_tokens)
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     print(evaluation)
     n_rows = max(1, args.n_store // tokens.ctx_len)
     store = sl.harvest(sae, model, tokens[:n_rows], args.out / "store")
-    print(sl.dead_units(store, sae))
+    print(sl.analysis.dead_features(store, sae))
     prompts = args.prompt or [model.tokenizer.decode(tokens.ids[-1, :64].tolist(), skip_special_tokens=True)]
     print(sl.report(store, args.out / "report", model, sae=sae, prompts=prompts, evaluation=evaluation))
 

@@ -33,13 +33,13 @@ from tqdm.auto import tqdm
 import saelab as sl
 from saelab.interventions.attribution import Attribution, attribute
 from saelab.interventions.patching import patch
-from saelab.interventions.resampling import resample
+from saelab.interventions.resampling import resample_ablation
 from saelab.lm.model_checks import Model
-from saelab.probing.linear_directions import find_direction
+from saelab.probing.linear_directions import fit_direction
 from saelab.sae.initialization import prepare
 from saelab.synthetic.lexicon import MOODS
-from saelab.synthetic.tales import CONCEPT_IDS, Stories, tell
-from saelab.synthetic.tasks import Counterfactual, Task, counterfactuals
+from saelab.synthetic.tales import CONCEPT_IDS, Stories, generate_stories
+from saelab.synthetic.tasks import Counterfactual, TaskName, counterfactuals
 from saelab.synthetic.vocabulary import VOCABULARY
 
 FIRST = 90_000_000  # number of the first story: neither model nor dictionary has seen any from here on
@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
 def read_prompts(model: Model, args: argparse.Namespace) -> list[tuple[torch.Tensor, int]]:
     """Beginnings of the last documents and the token behind each."""
     if args.text is None:
-        tokens = tell(args.n_prompts, first=FIRST).tokens()
+        tokens = generate_stories(args.n_prompts, first=FIRST).tokens()
     else:
         tokens = sl.tokenize(model, args.text, args.length + 1, packed=False)[-3 * args.n_prompts :]
     whole = (tokens.attention_mask.sum(1) > args.length).nonzero()[:, 0].tolist()[: args.n_prompts]
@@ -73,7 +73,7 @@ def read_saes(model: Model, args: argparse.Namespace) -> dict[str, sl.SAE]:
     if args.saes:
         return {Path(folder).name: sl.SAE.from_pretrained(folder) for folder in args.saes}
     if args.text is None:
-        tokens = tell(args.n_tokens // 450, first=FIRST - 10_000_000).tokens()
+        tokens = generate_stories(args.n_tokens // 450, first=FIRST - 10_000_000).tokens()
     else:
         tokens = sl.tokenize(model, args.text, n_tokens=args.n_tokens // 3)
     acts = sl.collect(model, tokens, HOOK, progress=False)
@@ -90,7 +90,7 @@ def kinds_of(saes: dict[str, sl.SAE], model: Model, prompts: list) -> Iterator[t
         alike = {name: sae for name, sae in saes.items() if sae.cfg == cfg}
         origin = next(iter(alike.values())).provenance
         yield f"{next(iter(alike)).split('-')[0]} ({len(alike)})", list(alike.values())
-        x = sl.capture(model, ids, [origin.hook_point])[origin.hook_point][:, 1:].flatten(0, 1)
+        x = sl.lm.capture(model, ids, [origin.hook_point])[origin.hook_point][:, 1:].flatten(0, 1)
         bare = prepare(cfg, x, seed=1)
         bare.provenance = origin
         yield "  untrained", [bare]
@@ -129,7 +129,7 @@ def tell_row(pairs: list[tuple[Attribution, Attribution]]) -> str:
     return f"{spread}{rest}{path}{own:>9.2f}{sum(len(a.effects) for a, _ in pairs):>9,}"
 
 
-def patch_layers(model: Model, task: Task, n: int) -> list[Counterfactual]:
+def patch_layers(model: Model, task: TaskName, n: int) -> list[Counterfactual]:
     """Scores of the residual stream, mean over pairs that the model gets right both ways; these pairs."""
     layers = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
     pairs = [pair for pair in counterfactuals(task, n, seed=2) if is_right(model, pair)]
@@ -149,7 +149,7 @@ def roles(pair: Counterfactual) -> list[list[int]]:
 
 def is_right(model: Model, pair: Counterfactual) -> bool:
     ends = [(pair.prompt, pair.answer), (pair.other_prompt, pair.other_answer)]
-    return all(int(sl.logits(model, ids[None])[0, -1].argmax()) == answer for ids, answer in ends)
+    return all(int(sl.lm.logits(model, ids[None])[0, -1].argmax()) == answer for ids, answer in ends)
 
 
 def patch_pair(model: Model, pair: Counterfactual, sources: list, positions: Any) -> np.ndarray:
@@ -176,7 +176,10 @@ def patch_features(model: Model, saes: list[sl.SAE], pairs: list[Counterfactual]
 
 def resample_moods(model: Model, n_stories: int) -> None:
     """The direction between moods, at words of a mood that has been shown before."""
-    train, test = tell(n_stories, first=FIRST + 1_000_000), tell(n_stories // 3, first=FIRST + 2_000_000)
+    train, test = (
+        generate_stories(n_stories, first=FIRST + 1_000_000),
+        generate_stories(n_stories // 3, first=FIRST + 2_000_000),
+    )
     prompts, targets = mood_prompts(test)
     print(f"\nlog p of {len(prompts)} mood words whose mood was shown before, with a direction resampled everywhere")
     points = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
@@ -185,8 +188,8 @@ def resample_moods(model: Model, n_stories: int) -> None:
         held = train.concepts_at(acts.doc_ids, acts.positions)[:, [CONCEPT_IDS["glad"], CONCEPT_IDS["sad"]]].toarray()
         either = torch.from_numpy(held.any(1))
         labels = torch.from_numpy(held[:, 0])[either]
-        directions.append(find_direction(acts[:][either], labels, point, name="glad - sad"))
-    print(resample(model, prompts, directions, targets, n_random=8))
+        directions.append(fit_direction(acts[:][either], labels, point, name="glad - sad"))
+    print(resample_ablation(model, prompts, directions, targets, n_random=8))
 
 
 def mood_prompts(stories: Stories) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -210,7 +213,7 @@ def main() -> None:
         for name, alike in kinds_of(saes, model, prompts):
             print(hold(name, model, alike, prompts, by), flush=True)
     if args.text is None:
-        tasks: tuple[Task, ...] = ("names", "facts")
+        tasks: tuple[TaskName, ...] = ("names", "facts")
         pairs = {task: patch_layers(model, task, args.n_pairs) for task in tasks}
         header = "".join(f"{name:>9}" for name in ("whole", "all", "top 1", "top 4", "top 16", "other 4", "other 16"))
         print(f"\nfeatures patched at all positions, by attribution on the pair\n  {'':<29}{header}")

@@ -37,12 +37,12 @@ from tqdm.auto import tqdm
 import saelab as sl
 from saelab.functional.metrics import kl_divergence
 from saelab.lm.unembedding import read_out
-from saelab.probing.linear_directions import find_direction
+from saelab.probing.linear_directions import fit_direction
 from saelab.steering.curves import read_gain
 from saelab.steering.dose_response import log_mass, steering_curve
 from saelab.steering.target_concepts import TokenConcept, make_concepts
 from saelab.synthetic.lexicon import AXES, MOODS
-from saelab.synthetic.tales import CONCEPT_IDS, FEMALE, MALE, Stories, tell
+from saelab.synthetic.tales import CONCEPT_IDS, FEMALE, MALE, Stories, generate_stories
 
 HOOK = "blocks.2.hook_resid_post"
 TRAIN, CHOOSE, MEASURE = 60_000_000, 61_000_000, 62_000_000  # numbers of the first stories
@@ -75,7 +75,7 @@ class Bench:
     def of(cls, model: Any, stories: Stories, n: int) -> "Bench":
         tokens = stories.tokens()[:n]
         ids = tokens.ids[:, :96].long()
-        return cls(model, ids, tokens.doc_ids[:, :96] >= 0, sl.logits(model, ids).log_softmax(-1))
+        return cls(model, ids, tokens.doc_ids[:, :96] >= 0, sl.lm.logits(model, ids).log_softmax(-1))
 
     def gains(self, source: Weights, aims: list[TokenConcept]) -> dict[tuple[str, int], float]:
         """By aim and sign the gain at the KL compared at, interpolated; the strongest dose's where that costs less."""
@@ -84,7 +84,7 @@ class Bench:
             gains, costs = [], []
             for strength in CHOICE_GRID:
                 with steered(self.model, source, sign * strength):
-                    log_q = sl.logits(self.model, self.ids).log_softmax(-1)
+                    log_q = sl.lm.logits(self.model, self.ids).log_softmax(-1)
                 gains.append([self.mass(log_q, aim) - before for aim, before in zip(aims, plain, strict=True)])
                 costs.append(float(kl_divergence(self.log_p[self.keep], log_q[self.keep]).mean()))
             for i, aim in enumerate(aims):
@@ -109,7 +109,9 @@ def train(seed: int, n_tokens: int, kept: Path) -> dict[str, sl.SAE]:
     folders = {name: kept / f"{name}-{seed}" for name in kinds}
     if all(folder.is_dir() for folder in folders.values()):
         return {name: sl.SAE.from_pretrained(folder) for name, folder in folders.items()}
-    acts = sl.collect(sl.load_model("tales", progress=False), tell(2400, first=TRAIN).tokens(), HOOK, progress=False)
+    acts = sl.collect(
+        sl.load_model("tales", progress=False), generate_stories(2400, first=TRAIN).tokens(), HOOK, progress=False
+    )
     saes = [
         sl.SAE(
             sl.SAEConfig(
@@ -140,7 +142,7 @@ class Labelled:
     @classmethod
     def of(cls, model: Any, stories: Stories, aims: Mapping[str, TokenConcept]) -> "Labelled":
         tokens = stories.tokens()
-        x = sl.capture(model, tokens.ids, [HOOK])[HOOK]
+        x = sl.lm.capture(model, tokens.ids, [HOOK])[HOOK]
         real = (tokens.doc_ids >= 0) & (tokens.ids > 2)
         truth = {name: np.asarray(stories.concepts[:, CONCEPT_IDS[name]].todense())[:, 0] for name in aims}
         on, before = {}, {}
@@ -182,9 +184,9 @@ def find_sources(
             found["TopK, two"] = (sae, {best[0]: 1.0}), (sae, {best[1]: 1.0})
     for name, labels in (("means", data.on), ("means after", data.before)):
         rows = labels[up] ^ labels[down]
-        direction = find_direction(data.x[rows], labels[up][rows], HOOK, name=name)
+        direction = fit_direction(data.x[rows], labels[up][rows], HOOK, name=name)
         found[name] = direction, -direction
-    drawn = sl.make_random(direction, args.seed)
+    drawn = sl.interventions.make_random(direction, args.seed)
     return {name: (found | {"random": (drawn, -drawn)})[name] for name in NAMES if name in args.sources}
 
 
@@ -193,7 +195,10 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     model = sl.load_model("tales", progress=False)
     words = {pole: said for poles in POLES.values() for pole, said in poles.items()}
     aims = {aim.name: aim for aim in make_concepts(model, words)}
-    chosen_on, measured_on = tell(args.n_stories, first=CHOOSE), tell(args.n_prompts, first=MEASURE)
+    chosen_on, measured_on = (
+        generate_stories(args.n_stories, first=CHOOSE),
+        generate_stories(args.n_prompts, first=MEASURE),
+    )
     data, bench = Labelled.of(model, chosen_on, aims), Bench.of(model, chosen_on, 16)
     prompts = [" ".join(measured_on.text(i).split()[:30]) for i in range(args.n_prompts)]
     jobs = [(seed, axis) for seed in args.seeds for axis in args.axes]
@@ -254,8 +259,7 @@ def draw(rows: list[dict[str, Any]]) -> Any:
     """Gain against KL, means over seeds and poles at each strength, a panel an axis."""
     from plotly.subplots import make_subplots
 
-    from saelab.visualization.html import GRID as FAINT
-    from saelab.visualization.html import dress, line_of
+    from saelab.visualization.html import GRID as FAINT, apply_layout, line_of
 
     axes = list(dict.fromkeys(row["axis"] for row in rows))
     figure = make_subplots(1, len(axes), subplot_titles=axes, shared_yaxes=True, horizontal_spacing=0.02)
@@ -277,7 +281,7 @@ def draw(rows: list[dict[str, Any]]) -> Any:
             )
     seeds = len({row["seed"] for row in rows})
     note = f"{seeds} seeds, both poles, {len(GRID)} strengths in norms of the token's activation; each point a strength"
-    dress(figure, "The aim's words, times as expected as before, against the KL that it costs", note, 380)
+    apply_layout(figure, "The aim's words, times as expected as before, against the KL that it costs", note, 380)
     figure.add_hline(y=1, line={"color": FAINT})
     figure.update_xaxes(type="log", title="KL, nats")
     figure.update_yaxes(type="log")

@@ -36,11 +36,11 @@ import torch
 from scipy.sparse import csc_matrix
 
 import saelab as sl
-from saelab.labels.rules.contingency import Side, Units, feature_blocks
+from saelab.labels.rules.contingency import SideCounts, Units, feature_blocks
 from saelab.labels.rules.predicates import Predicates, make_predicates
 from saelab.labels.rules.rule_labels import RuleLabel, RuleLabels
 from saelab.labels.rules.rule_search import add_side_tokens, label_by_rules
-from saelab.synthetic.tales import Stories, tell
+from saelab.synthetic.tales import Stories, generate_stories
 
 HOOK = "blocks.2.hook_resid_post"
 FIRST = 50_000_000  # number of the first story: neither model nor notebook has seen any from here on
@@ -78,7 +78,7 @@ def train(seed: int, n_tokens: int, n_stories: int, kept: Path) -> dict[str, sl.
     if all(folder.is_dir() for folder in folders.values()):
         return {name: sl.SAE.from_pretrained(folder) for name, folder in folders.items()}
     model = sl.load_model("tales", progress=False)
-    acts = sl.collect(model, tell(n_stories, first=FIRST).tokens(), HOOK, progress=False)
+    acts = sl.collect(model, generate_stories(n_stories, first=FIRST).tokens(), HOOK, progress=False)
     plain = sl.SAEConfig(d_in=acts.d_in, d_sae=D_SAE, activation=sl.TopK(k=K))
     configs = {
         "TopK": plain,
@@ -95,7 +95,7 @@ def train(seed: int, n_tokens: int, n_stories: int, kept: Path) -> dict[str, sl.
 def find_known(store: sl.FeatureStore, truth: Any, is_train: np.ndarray) -> list[Known]:
     """The sides with a concept of held-out F1 0.8 or more; at least 10 firings in training stories."""
     concepts = Predicates(truth.tocsr(), tuple(map(str, range(truth.shape[1]))), ("concept",) * truth.shape[1])
-    train_side, held_side = Side(concepts, is_train), Side(concepts, ~is_train)
+    train_side, held_side = SideCounts(concepts, is_train), SideCounts(concepts, ~is_train)
     found = []
     for start, stop in feature_blocks(store):
         units = Units.sort(store.columns(start, stop), is_train, FRACTIONS)
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    stories = tell(args.n_stories // 2, first=FIRST + args.n_stories)
+    stories = generate_stories(args.n_stories // 2, first=FIRST + args.n_stories)
     titles = ("sides", "good", "known", "named", "alone", "right", "labels", "q", "runs")
     lines = [
         f"{'':<11}{'seed':>5}{'tokens':>9}{'trained':>11}"

@@ -32,13 +32,13 @@ from tqdm.auto import tqdm
 
 import saelab as sl
 from saelab.functional.metrics import kl_divergence
-from saelab.interventions.prototype_steering import Prototypes, find_prototypes, steer_to
+from saelab.interventions.prototype_steering import Prototypes, mean_codes, steer_to_prototype
 from saelab.lm.model_checks import Model
-from saelab.probing.linear_directions import find_direction
+from saelab.probing.linear_directions import fit_direction
 from saelab.steering.curves import read_gain
 from saelab.steering.dose_response import log_mass
-from saelab.steering.target_concepts import world_concept
-from saelab.synthetic.tales import CONCEPT_IDS, tell
+from saelab.steering.target_concepts import synthetic_concept
+from saelab.synthetic.tales import CONCEPT_IDS, generate_stories
 
 FIRST = 95_000_000  # number of the first story: neither model nor dictionary has seen any from here on
 HOOK = "blocks.2.hook_resid_post"
@@ -65,9 +65,9 @@ class Bench:
 
     @classmethod
     def of(cls, model: Model, n_stories: int) -> "Bench":
-        stories = tell(n_stories, first=FIRST + 1_000_000)
+        stories = generate_stories(n_stories, first=FIRST + 1_000_000)
         tokens = stories.tokens(int(np.diff(stories.offsets).max()))
-        words = {mood: torch.tensor(world_concept(model, mood).ids) for mood in MOODS}
+        words = {mood: torch.tensor(synthetic_concept(model, mood).ids) for mood in MOODS}
         predicts, behind = tokens.attention_mask.clone(), torch.zeros_like(tokens.attention_mask)
         predicts[:, :-1] &= tokens.attention_mask[:, 1:]
         behind[:, :-1] = torch.isin(tokens.ids, torch.cat([*words.values()]))[:, 1:]
@@ -75,7 +75,7 @@ class Bench:
         return cls(model, bare.ids, predicts, bare.at_words, bare.predict(), words)
 
     def predict(self) -> torch.Tensor:
-        return torch.cat([sl.logits(self.model, ids).log_softmax(-1) for ids in self.ids.split(BATCH)])
+        return torch.cat([sl.lm.logits(self.model, ids).log_softmax(-1) for ids in self.ids.split(BATCH)])
 
     def measure(self, mood: str, block: Any) -> tuple[float, float, float]:
         """KL, gain and share inside a block."""
@@ -93,7 +93,7 @@ class Bench:
 
 def read_labelled(model: Model, n_stories: int) -> tuple[torch.Tensor, np.ndarray]:
     """Activations and what each token's mood is: glad, sad or none."""
-    stories = tell(n_stories, first=FIRST)
+    stories = generate_stories(n_stories, first=FIRST)
     acts = sl.collect(model, stories.tokens(), HOOK, progress=False)
     held = stories.concepts_at(acts.doc_ids, acts.positions)[:, [CONCEPT_IDS[mood] for mood in MOODS]].toarray()
     return acts[:], np.where(held[:, 0], MOODS[0], np.where(held[:, 1], MOODS[1], "none"))
@@ -109,21 +109,25 @@ def methods(
     """Ways of steering towards a mood: name, block by dose, and doses in growing order."""
     other = MOODS[1 - MOODS.index(mood)]
     marked = torch.from_numpy(labels != "none")
-    two = find_prototypes(sae, x[marked], labels[labels != "none"].tolist())
-    three = find_prototypes(sae, x, labels.tolist())
+    two = mean_codes(sae, x[marked], labels[labels != "none"].tolist())
+    three = mean_codes(sae, x, labels.tolist())
 
     def pulled(prototypes: Prototypes, **settings: Any) -> Block:
-        return lambda eta: steer_to(model, sae, prototypes, mood, eta=eta, **({"n_steps": 100} | settings))
+        return lambda eta: steer_to_prototype(model, sae, prototypes, mood, eta=eta, **({"n_steps": 100} | settings))
 
     yield "contrast", pulled(two), ETAS
     yield "  kept", pulled(two.keep(32)), ETAS
     yield "  three", pulled(three), ETAS
-    yield "distance", lambda share: steer_to(model, sae, two, mood, eta=share / 2, n_steps=1, loss="distance"), SHARES
+    yield (
+        "distance",
+        lambda share: steer_to_prototype(model, sae, two, mood, eta=share / 2, n_steps=1, loss="distance"),
+        SHARES,
+    )
     difference = two.difference(sae, mood, other)
     yield "difference", added(model, difference), NORMS
-    means = find_direction(x[marked], torch.from_numpy(labels == mood)[marked], HOOK)
+    means = fit_direction(x[marked], torch.from_numpy(labels == mood)[marked], HOOK)
     yield "means", added(model, means), NORMS
-    yield "random", added(model, sl.make_random(difference, seed=MOODS.index(mood))), NORMS
+    yield "random", added(model, sl.interventions.make_random(difference, seed=MOODS.index(mood))), NORMS
 
 
 def read_curve(bench: Bench, mood: str, block: Block, doses: tuple[float, ...]) -> list[float]:

@@ -16,9 +16,9 @@ import torch
 
 import saelab as sl
 from measure_supervised import FIRST, HOOK, train
-from saelab.probing.concept_removal import ablate_concept
+from saelab.probing.concept_removal import erase_concept
 from saelab.stores.files import write_json
-from saelab.synthetic.tales import CONCEPTS, Stories, tell
+from saelab.synthetic.tales import CONCEPTS, Stories, generate_stories
 
 UNSEEN = 70_000_000  # number of the first story here
 KINDS = ("root", "pole", "state", "topic", "role", "register", "relation")
@@ -51,10 +51,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = sl.load_model("tales", progress=False)
-    stories = tell(args.n_stories, first=UNSEEN)
+    stories = generate_stories(args.n_stories, first=UNSEEN)
     tokens = stories.tokens()
     labels = mark_concepts(stories, tokens)
-    acts = sl.collect(model, tell(args.n_trained, first=FIRST).tokens(), HOOK, progress=False)
+    acts = sl.collect(model, generate_stories(args.n_trained, first=FIRST).tokens(), HOOK, progress=False)
     saes = {seed: train(acts, seed, args.n_tokens, args.kept) for seed in args.seeds}
     found = {}
     for concept in args.concepts:
@@ -63,13 +63,13 @@ def main() -> None:
             ("directions to zero", {"methods": ("means", "probe"), "to": "zero", "n_random": 0}),
             ("8 directions", {"methods": ("probe",), "n_directions": 8}),
         ):
-            result = ablate_concept(model, tokens, labels, concept, hook_point=HOOK, **options)
+            result = erase_concept(model, tokens, labels, concept, hook_point=HOOK, **options)
             print(f"\n{title}\n{result}", flush=True)
             found[f"{concept}/{title}"] = result.to_dict()
         for seed, kinds in saes.items():
             for name, sae in kinds.items():
                 for k in args.ks if name != "frozen decoder" else ():
-                    result = ablate_concept(
+                    result = erase_concept(
                         model, tokens, labels, concept, sae, k=k, methods=("features",), n_random=1, seed=seed
                     )
                     print(f"\n{name}, seed {seed}\n{result}\n{result.harmed('features')}", flush=True)

@@ -19,7 +19,7 @@ import torch
 import saelab as sl
 from saelab.lm.model_checks import Model
 from saelab.sae.fitting import make_run
-from saelab.synthetic.tales import tell
+from saelab.synthetic.tales import generate_stories
 from saelab.universality.seed_comparison import measure_usage
 
 FIRST_STORY = 50_000_000  # beyond those that the models of tales were trained on
@@ -34,7 +34,7 @@ def read_tokens(model: Model, text: Path | None, n_tokens: int) -> sl.Tokens:
     """Packed text, or stories."""
     if text is not None:
         return sl.tokenize(model, text, ctx_len=128, n_tokens=n_tokens)
-    return tell(n_tokens // 155, first=FIRST_STORY).tokens()
+    return generate_stories(n_tokens // 155, first=FIRST_STORY).tokens()
 
 
 def families(d_in: int, args: argparse.Namespace) -> dict[str, sl.SAEConfig]:
@@ -58,13 +58,13 @@ def begin(cfg: sl.SAEConfig, x: torch.Tensor, runs: Sequence[sl.TrainConfig]) ->
 def measure(cfg: sl.SAEConfig, x: torch.Tensor, held_out: torch.Tensor, runs: Sequence[sl.TrainConfig]) -> str:
     """A row of the table: one SAE a run, each from its own seed."""
     saes = [sl.SAE(cfg, seed=seed).fit(x, run, progress=False) for seed, run in enumerate(runs)]
-    found = sl.stability(saes, held_out)
-    start = sl.stability(begin(cfg, x, runs)).trained.matched.mean()
+    found = sl.universality.seed_stability(saes, held_out)
+    start = sl.universality.seed_stability(begin(cfg, x, runs)).trained.matched.mean()
     used = [np.mean([getattr(one, name) for one in found.usage]) for name in ("fvu", "dead_frac")]
     return row([*used, start, *agreement(found), *shape(found.figures)])
 
 
-def agreement(found: sl.Stability) -> list[float]:
+def agreement(found: sl.universality.SeedStability) -> list[float]:
     trained, alike = found.trained, found.alike
     numbers = (trained.matched, alike.matched, trained.nearest, alike.nearest, trained.found, trained.overlap)
     return [float(one.mean()) for one in numbers]
@@ -79,7 +79,7 @@ def measure_chance(cfg: sl.SAEConfig, x: torch.Tensor, held_out: torch.Tensor, r
     """The same of random directions, the encoder tied to them."""
     saes = begin(cfg, x, [run, run])
     used = measure_usage(saes[0], sl.Activations.from_tensor(held_out))
-    found = sl.stability(saes, held_out)
+    found = sl.universality.seed_stability(saes, held_out)
     random, nan = found.random, float("nan")
     chance = [random.matched.mean(), nan, random.nearest.mean(), nan, random.found.mean(), random.overlap.mean()]
     return row([used.fvu, used.dead_frac, random.matched.mean(), *chance, *shape([found.random_figures])])

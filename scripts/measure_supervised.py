@@ -18,10 +18,10 @@ from statistics import mean
 import torch
 
 import saelab as sl
-from saelab.evaluation.sparse_control import TOLD, ControlTable, EditScore, EditTask, compare_control
+from saelab.evaluation.sparse_control import TOLD, EditScore, EditTask, SparseControlResult, evaluate_sparse_control
 from saelab.lm.model_checks import Model
 from saelab.stores.files import write_json
-from saelab.synthetic.tales import tell
+from saelab.synthetic.tales import generate_stories
 from saelab.synthetic.tasks import NAME_EDITS, NamePrompt, name_edits
 
 HOOK = "blocks.2.hook_resid_post"
@@ -71,7 +71,7 @@ def find_places(task: EditTask) -> str:
 def read_training(name: str, model: Model, n_stories: int, n_task: int) -> sl.Activations:
     """Activations of stories, or of both places of prompts of the task, in any order."""
     if name == "stories":
-        acts = sl.collect(model, tell(n_stories, first=FIRST).tokens(), HOOK, progress=False)
+        acts = sl.collect(model, generate_stories(n_stories, first=FIRST).tokens(), HOOK, progress=False)
         assert isinstance(acts, sl.Activations)
         return acts
     rows = torch.cat([x.flatten(0, 1) for x in make_task(model, name_edits(n_task, 3)).activations.values()])
@@ -99,7 +99,7 @@ def train(acts: sl.Activations, seed: int, n_tokens: int, kept: Path | None) -> 
     return {name: saes[name] for name in configs}
 
 
-def summarise(tables: Sequence[ControlTable]) -> str:
+def summarise(tables: Sequence[SparseControlResult]) -> str:
     """Means over seeds, with the range of the agreement."""
     first = tables[0]
     edits = [edit for edit, changed in first.changed.items() if changed > 0.02]
@@ -154,7 +154,7 @@ def main() -> None:
         tables = []
         for seed in args.seeds:
             saes = train(x, seed, args.n_tokens, args.kept / name if args.kept else None)
-            table = compare_control(task, fitted, saes)
+            table = evaluate_sparse_control(task, fitted, saes)
             print(f"\ntrained on {name} ({len(x):,} rows, {args.n_tokens:,} tokens), seed {seed}\n{table}", flush=True)
             found[f"{name}/{seed}"] = table.to_dict()
             tables.append(table)

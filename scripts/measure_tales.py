@@ -14,8 +14,8 @@ from torch import Tensor
 
 import saelab as sl
 from saelab.lm.model_checks import Model
-from saelab.synthetic.tales import CONCEPTS, Stories, tell
-from saelab.synthetic.tasks import Task, counterfactuals
+from saelab.synthetic.tales import CONCEPTS, Stories, generate_stories
+from saelab.synthetic.tasks import TaskName, counterfactuals
 
 UNSEEN = 20_000_000  # number of the first story here; training began at 0, its held-out stories at 10,000,000
 MIN_COUNT = 20  # held-out tokens of a concept below which its AUROC says little
@@ -26,24 +26,24 @@ def loss_of(model: Model, stories: Stories) -> float:
     tokens, total = stories.tokens(), 0.0
     for rows in torch.arange(len(tokens)).split(50):
         part = tokens[rows]
-        losses = sl.next_token_loss(sl.logits(model, part.ids), part.ids)
+        losses = sl.lm.next_token_loss(sl.lm.logits(model, part.ids), part.ids)
         total += float(losses[part.attention_mask[:, 1:]].sum())
     return total / (len(stories.token_ids) - len(stories))
 
 
 @torch.no_grad()
-def accuracy(model: Model, task: Task, n: int) -> float:
+def accuracy(model: Model, task: TaskName, n: int) -> float:
     """Share of prompts whose forced next word is the likeliest one."""
     right = 0
     for pair in counterfactuals(task, n, seed=1):
         for prompt, answer in ((pair.prompt, pair.answer), (pair.other_prompt, pair.other_answer)):
-            right += int(sl.logits(model, prompt[None])[0, -1].argmax()) == answer
+            right += int(sl.lm.logits(model, prompt[None])[0, -1].argmax()) == answer
     return right / (2 * n)
 
 
 def probe(model: Model, n_stories: int) -> dict[str, np.ndarray]:
     """Held-out AUROC of a linear probe for each concept (NaN for rare ones), by hook point."""
-    train, test = tell(n_stories, 0, UNSEEN), tell(n_stories // 3, 0, UNSEEN + n_stories)
+    train, test = generate_stories(n_stories, 0, UNSEEN), generate_stories(n_stories // 3, 0, UNSEEN + n_stories)
     return {
         hook_point: _auroc_by_concept(*_rows(model, train, hook_point), *_rows(model, test, hook_point))
         for hook_point in (f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers))
@@ -53,7 +53,7 @@ def probe(model: Model, n_stories: int) -> dict[str, np.ndarray]:
 def _rows(model: Model, stories: Stories, hook_point: str) -> tuple[Tensor, np.ndarray]:
     tokens = stories.tokens()
     parts = [
-        sl.capture(model, tokens[rows].ids, [hook_point])[hook_point] for rows in torch.arange(len(tokens)).split(50)
+        sl.lm.capture(model, tokens[rows].ids, [hook_point])[hook_point] for rows in torch.arange(len(tokens)).split(50)
     ]
     acts = torch.cat(parts)
     kept = tokens.attention_mask & (tokens.ids >= 4)  # words, not the ends
@@ -86,7 +86,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.names:
         model = sl.load_model(name)
-        stories = tell(args.n_stories, 0, UNSEEN)
+        stories = generate_stories(args.n_stories, 0, UNSEEN)
         print(f"{name}: loss {loss_of(model, stories):.4f}, oracle {stories.oracle_loss:.4f} nats a token ({stories})")
         for task in ("names", "facts"):
             print(f"  {task}: {accuracy(model, task, 300):.3f} of 600 prompts right")

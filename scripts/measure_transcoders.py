@@ -51,7 +51,7 @@ def mean_and_range(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
-def describe(name: str, found: Sequence[sl.Evaluation]) -> str:
+def describe(name: str, found: Sequence[sl.evaluation.Evaluation]) -> str:
     """A row of the table: means over seeds."""
 
     def mean(field: str) -> float:

@@ -17,13 +17,13 @@ import saelab as sl
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import token_strings
 from saelab.lm.unembedding import read_out
-from saelab.steering.baselines import line_up, write_own
+from saelab.steering.baselines import steering_baselines, write_own
 from saelab.steering.dose_response import steering_curve
-from saelab.steering.feature_scores import score_steering
-from saelab.steering.target_concepts import TokenConcept, make_concept
-from saelab.steering.text_comparison import steer_texts
+from saelab.steering.feature_scores import output_scores
+from saelab.steering.target_concepts import TokenConcept, concept_from_words
+from saelab.steering.text_comparison import compare_generations
 from saelab.stores.files import write_atomic
-from saelab.visualization.intervention_plots import show_curve, show_texts
+from saelab.visualization.intervention_plots import show_curve, show_generations
 
 PROMPTS = ("Once upon a time", "One day", "She went to the", "The boy", "It was")
 HELD_OUT = ("There was a", "In the morning", "He saw a", "They", "The girl", "Then", "After a while", "Her friend")
@@ -50,7 +50,7 @@ def choose(args: argparse.Namespace, model: Model, sae: sl.SAE, store: sl.Featur
     if args.features:
         peaks = store.statistics.peaks
         return [(feature, 1 if peaks[feature, 0] >= peaks[feature, 1] else -1) for feature in args.features]
-    scores = score_steering(model, sae, store, prompts="Once upon a time")
+    scores = output_scores(model, sae, store, prompts="Once upon a time")
     print(scores)
     words = [row for row in scores.top(len(scores.rows)) if len(row.token.strip()) > 2 and row.token.strip().isalpha()]
     return [(row.feature, row.sign) for row in words[: args.n]]
@@ -59,7 +59,7 @@ def choose(args: argparse.Namespace, model: Model, sae: sl.SAE, store: sl.Featur
 def find_concept(args: argparse.Namespace, model: Model, sae: sl.SAE, feature: int, sign: int) -> TokenConcept:
     """The words that are given, or what a side of a feature promotes."""
     if args.concept is not None:
-        return make_concept(model, args.concept)
+        return concept_from_words(model, args.concept)
     order = read_out(model, sign * sae.directions()[[feature]])[0].argsort(descending=True).tolist()
     strings = token_strings(model.tokenizer, order)
     ids = [i for i in order if strings[i].strip().isalpha()][:N_PROMOTED]
@@ -74,14 +74,14 @@ def steer_one(args: argparse.Namespace, model: Model, sae: sl.SAE, store: sl.Fea
         name: sl.Intervention(sae, {feature: side * sign * args.strength}, unit="max", store=store)
         for name, side in (("up", 1), ("down", -1))
     }
-    texts = steer_texts(model, ways, PROMPTS[:3], args.n_tokens, seed=args.seed, progress=False)
+    texts = compare_generations(model, ways, PROMPTS[:3], args.n_tokens, seed=args.seed, progress=False)
     print(texts)
     own = write_own(model, list(PROMPTS), args.seed + 1, progress=False)
-    rivals = line_up(model, sae, feature, concept, own, unit="max", store=store, sign=sign, seed=args.seed)
+    rivals = steering_baselines(model, sae, feature, concept, own, unit="max", store=store, sign=sign, seed=args.seed)
     curve = steering_curve(model, rivals, concept, HELD_OUT, unit="max", n_tokens=args.n_tokens, seed=args.seed)
     print(f"\n{curve}")
     curve.save(args.out / f"{feature}.json")
-    write_atomic(args.out / f"{feature}-texts.html", show_texts(texts).encode())
+    write_atomic(args.out / f"{feature}-texts.html", show_generations(texts).encode())
     write_atomic(args.out / f"{feature}-curve.html", show_curve(curve).encode())
 
 

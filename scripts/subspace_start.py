@@ -17,7 +17,7 @@ import torch
 import saelab as sl
 from saelab.functional.metrics import ReconstructionSums, effective_rank
 from saelab.lm.model_checks import Model
-from saelab.synthetic.tales import tell
+from saelab.synthetic.tales import generate_stories
 
 N_HELD_OUT = 100_000
 
@@ -26,7 +26,7 @@ def read_tokens(model: Model, text: Path | None, n_tokens: int) -> sl.Tokens:
     """Packed text, or stories where none is given."""
     if text is not None:
         return sl.tokenize(model, text, ctx_len=128, n_tokens=n_tokens)
-    stories = tell(n_tokens // 150, first=50_000_000)
+    stories = generate_stories(n_tokens // 150, first=50_000_000)
     return sl.tokenize(model, [stories.text(i) for i in range(len(stories))], ctx_len=128, n_tokens=n_tokens)
 
 

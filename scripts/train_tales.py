@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from saelab.synthetic.tales import CTX_LEN, Stories, tell
+from saelab.synthetic.tales import CTX_LEN, Stories, generate_stories
 from saelab.synthetic.tasks import counterfactuals
 from saelab.synthetic.vocabulary import BOS, EOS, PAD, VOCABULARY, save_tokenizer
 
@@ -71,7 +71,7 @@ def batches(batch_size: int) -> Iterator[Tensor]:
     first = 0
     generator = torch.Generator().manual_seed(0)
     while True:
-        rows = rows_of(tell(GROUP, STORY_SEED, first))
+        rows = rows_of(generate_stories(GROUP, STORY_SEED, first))
         first += GROUP
         for pair in zip(
             padded_batches(rows[: GROUP // 2], batch_size, generator),
@@ -106,7 +106,7 @@ def loss_of(model: torch.nn.Module, ids: Tensor, reduction: str = "mean") -> Ten
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, n_stories: int = 200) -> tuple[float, float]:
     """Loss in nats a token on unseen stories, and the oracle's on the same."""
-    stories = tell(n_stories, STORY_SEED, HELD_OUT)
+    stories = generate_stories(n_stories, STORY_SEED, HELD_OUT)
     total = sum(float(loss_of(model, row[None], "sum")) for row in rows_of(stories))
     return total / (len(stories.token_ids) - len(stories)), stories.oracle_loss
 

@@ -28,7 +28,7 @@ import torch
 import saelab as sl
 from saelab.cli.info import describe_folder
 from saelab.labels.label import Label, read_entries
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 from saelab.stores.files import save_tensors
 from tests import foreign
 
@@ -58,7 +58,7 @@ def write_sae(folder: Path, **cfg: Any) -> None:
 
 def activations(n: int = 600) -> Any:
     x = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
-    where = sl.Provenance(
+    where = sl.stores.Provenance(
         model="m", weight_processing="none", hook_point="blocks.0.hook_resid_post", text="t", tokens_sha256="",
         mask={}, dtype="float32", ctx_len=25, n_tokens=n, seed=None, versions={},
     )  # fmt: skip
@@ -91,7 +91,7 @@ def labels() -> list[Label]:
 
 
 def write_labels(folder: Path) -> None:
-    with LabelBook(folder / "labels.sqlite") as book:
+    with LabelStore(folder / "labels.sqlite") as book:
         book.add(labels())
         for suffix in ("json", "csv", "jsonl"):
             book.save(folder / f"labels.{suffix}")

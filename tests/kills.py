@@ -22,7 +22,7 @@ import torch
 
 import saelab as sl
 from saelab.cli.app import dispatch
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 
 HOOK = "blocks.1.hook_resid_post"
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "sqlite3.connect"}
@@ -103,7 +103,7 @@ class Stage:
         import saelab.lm.models
 
         self.templates, self.work, self.said = root / "templates", root / "work", root / "said.txt"
-        tiny = sl.tiny_model()
+        tiny = sl.lm.tiny_model()
         saelab.lm.models.tiny_model = lambda: tiny  # type: ignore[assignment]
         sys.argv = ["saelab"]
 
@@ -247,7 +247,7 @@ def _make(name: str) -> None:
         if code:
             raise RuntimeError(f"{words} failed: {said.getvalue()}")
     if name.startswith("store"):
-        with LabelBook.open(name) as book:
+        with LabelStore.open(name) as book:
             book.set(3, f"of {name}", author="me")
 
 
@@ -318,7 +318,7 @@ def save_over() -> None:
 def export(form: str) -> Callable[[], object]:
     def write() -> None:
         store = sl.FeatureStore.load("store")
-        sl.export_store(
+        sl.interop.export_store(
             store, "out", form, pad_id=0, progress=False, **({} if form == "delphi" else {"features": [1, 2]})
         )
 
@@ -363,7 +363,7 @@ def cases() -> list[Case]:
              read=told_file("out.html")),
         Case("label", ["label", "store-0", *label], ("store-0",), read=told_store("store-0")),
         Case("labels set", ["labels", "store-0", "set", "3", "new", "--author", "me"], ("store-0",),
-             read=lambda: LabelBook.open("store-0")[3].text),
+             read=lambda: LabelStore.open("store-0")[3].text),
         Case("labels export", ["labels", "store-0", "export", "out.json"], ("store-0",), read=told_file("out.json")),
         Case("compare", [*compare, "--out", "out.json", "--html", "out", *quiet],
              ("store-0", "store-1", "report:out"), read=told_report("out")),

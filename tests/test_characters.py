@@ -64,21 +64,32 @@ def test_words_are_whole_whatever_their_tokens(store: Any) -> None:
 
 
 def test_own_patterns_are_kept_or_named(store: Any) -> None:
-    kept = sl.make_predicates(store, own=[sl.text_pattern("世界"), sl.text_pattern("café"), sl.word_pattern("世界")])
+    kept = sl.labels.rules.make_predicates(
+        store,
+        own=[
+            sl.labels.rules.text_pattern("世界"),
+            sl.labels.rules.text_pattern("café"),
+            sl.labels.rules.word_pattern("世界"),
+        ],
+    )
     assert {"text like /世界/", "text like /café/", "words like /世界/"} <= set(kept.names)
     assert len(set(kept.names)) == len(kept.names)
     with pytest.warns(UserWarning, match=r"'text like /nowhere/' \(holds of no token\)"):
-        found = sl.make_predicates(store, own=[sl.text_pattern("nowhere"), sl.text_pattern("é")])
+        found = sl.labels.rules.make_predicates(
+            store, own=[sl.labels.rules.text_pattern("nowhere"), sl.labels.rules.text_pattern("é")]
+        )
     assert found.left_out["text like /nowhere/"] == "holds of no token" and "text like /é/" in found.names
     with pytest.warns(UserWarning, match="another has its name"):
-        sl.make_predicates(store, own=[sl.text_pattern("é", "x"), sl.text_pattern("a", "x")])
+        sl.labels.rules.make_predicates(
+            store, own=[sl.labels.rules.text_pattern("é", "x"), sl.labels.rules.text_pattern("a", "x")]
+        )
 
 
 def test_windows_show_characters_whole(store: Any) -> None:
     characters = set("".join(TEXTS)) | {"<s>"}
     n_split = 0
     for feature in range(6):
-        for group in sl.examples(store, feature, before=5, after=4).groups:
+        for group in sl.analysis.max_activating_examples(store, feature, before=5, after=4).groups:
             for example in group.examples:
                 assert len(example.words) == len(example.values) and all(example.words)
                 assert set(example.text.replace("<s>", "")) <= characters, example.text
@@ -93,18 +104,18 @@ def store_value(store: Any, feature: int, row: int) -> float:
 
 
 def test_what_goes_out_has_no_replacement_characters(store: Any, tiny: Any, tmp_path: Path) -> None:
-    from saelab.labels.autointerp.example_windows import CaseConfig, build_case
+    from saelab.labels.autointerp.example_windows import ExampleConfig, build_case
     from saelab.labels.autointerp.prompts import explaining_prompt
 
     train = store.split(0.5)
-    cases = [build_case(store, j, 0, train, CaseConfig(width=12)) for j in range(6)]
+    cases = [build_case(store, j, 0, train, ExampleConfig(width=12)) for j in range(6)]
     prompts = [explaining_prompt(case)[0]["content"] for case in cases if case is not None]
     assert any("世" in prompt for prompt in prompts)
-    sl.export_store(store, tmp_path / "out", format="saedashboard", features=[0, 1, 2], progress=False)
+    sl.interop.export_store(store, tmp_path / "out", format="saedashboard", features=[0, 1, 2], progress=False)
     written = "".join(path.read_text() for path in (tmp_path / "out").rglob("*.json"))
     sl.report(store, tmp_path / "report", model=tiny, features=range(6), progress=False)
     pages = "".join(path.read_text() for path in (tmp_path / "report").rglob("*") if path.suffix in (".js", ".html"))
-    for text in (*prompts, written, pages, *(str(sl.describe_feature(store, j)) for j in range(4))):
+    for text in (*prompts, written, pages, *(str(sl.analysis.describe_feature(store, j)) for j in range(4))):
         assert "\ufffd" not in text and "\\ufffd" not in json.dumps(text)
 
 

@@ -12,14 +12,14 @@ from saelab.analysis import max_activating
 from saelab.functional import indices, statistics
 from saelab.functional.indices import ChosenRuns, MarkedRows, draw_rows
 from saelab.functional.statistics import WINDOW_ROWS, find_runs, move_blocks
-from saelab.labels.autointerp.example_windows import CaseConfig, build_case
+from saelab.labels.autointerp.example_windows import ExampleConfig, build_case
 from saelab.stores import corpus, feature_store, packing
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_store import Feature
 from saelab.universality import alignment, document_text
 from saelab.universality.alignment import AlignedRows, find_common_rows
 from saelab.universality.comparison import StoreSource
-from saelab.universality.similarity import Codes
+from saelab.universality.similarity import ComparedCodes
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -75,7 +75,7 @@ def test_an_order_of_blocks_is_the_same_in_pieces(n):
 def test_documents_far_apart_are_read_one_by_one(store):
     """Chance of `documents` puts them anywhere: what lies between is not read, and the means are those of all."""
     starts = find_runs(store.doc_ids)
-    codes = Codes(store, groups=starts)
+    codes = ComparedCodes(store, groups=starts)
     means = codes.matrix(0, len(starts)).toarray()
     order = np.random.default_rng(0).permutation(len(starts))
     read = []
@@ -90,7 +90,7 @@ def test_documents_far_apart_are_read_one_by_one(store):
             read.append(stop - start)
             return store.matrix(start, stop)
 
-    found = Codes(Watched(), groups=starts).moved(order).matrix(3, 8).toarray()
+    found = ComparedCodes(Watched(), groups=starts).moved(order).matrix(3, 8).toarray()
     assert np.array_equal(found, means[order[3:8]])
     assert sum(read) < len(store) // 4
 
@@ -103,7 +103,9 @@ def test_weights_on_rows_far_apart_read_these_alone(store, width):
     weights = csr_matrix((rng.random(60, np.float32), (np.arange(60) % 20, rng.permutation(np.tile(at, 2)))))
     weights.resize(20, len(store))
     expected = weights[3:17].toarray() @ store.matrix().toarray()
-    np.testing.assert_allclose(Codes(store, weights=weights).matrix(3, 17).toarray(), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        ComparedCodes(store, weights=weights).matrix(3, 17).toarray(), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_stores_of_the_same_tokens_need_no_list_of_rows(store):
@@ -183,7 +185,7 @@ def test_rows_of_other_tokens_are_aligned_without_a_list_of_tokens(monkeypatch):
 
 def test_windows_of_a_feature_are_found_without_a_mark_a_token(monkeypatch):
     def work(a, b):
-        return build_case(a, 0, 1, a.split_runs(), CaseConfig(n_scored=1))
+        return build_case(a, 0, 1, a.split_runs(), ExampleConfig(n_scored=1))
 
     assert bytes_a_token(work, monkeypatch, 11, 31) < 0.5
 

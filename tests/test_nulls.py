@@ -18,15 +18,15 @@ from torch.nn.functional import normalize
 import saelab as sl
 from saelab.interventions.attribution import _shuffle, rank_correlation
 from saelab.labels.autointerp.clients import Answer
-from saelab.labels.autointerp.example_windows import CaseConfig, build_case
-from saelab.labels.autointerp.requests import AskConfig, Asker
+from saelab.labels.autointerp.example_windows import ExampleConfig, build_case
+from saelab.labels.autointerp.requests import RequestConfig, RequestQueue
 from saelab.labels.autointerp.response_cache import make_key
 from saelab.labels.autointerp.scorers import SCORERS
-from saelab.labels.autointerp.token_prediction import simulate_by_tokens
+from saelab.labels.autointerp.token_prediction import token_baseline
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_store import Feature, measure
 from saelab.universality.representation_similarity import compare_spaces
-from saelab.universality.seed_comparison import stability
+from saelab.universality.seed_comparison import seed_stability
 
 N_TOKENS, DOC = 16_000, 80
 
@@ -67,7 +67,7 @@ def test_chance_of_token_tables_falls_on_periodic_text(period):
     """Every document is one template, so that a shift by whole periods puts each code on its own token again."""
     ids = np.arange(N_TOKENS) % period
     codes = np.stack([ids == 1, np.where(ids == 1, 1.0, -0.5 * (ids == 0))], 1)
-    found = simulate_by_tokens(planted(codes, ids))
+    found = token_baseline(planted(codes, ids))
     assert found.by_token.min() > 0.99
     # a hundred held-out documents, each turned round by one step: r is 1 in a share 1 / period of them
     bound = 4 * 1.2 / np.sqrt(100 * (period - 1))
@@ -80,7 +80,7 @@ def test_chance_of_token_tables_is_not_raised_by_frequent_tokens():
     share = 1 / np.arange(1, 51)
     ids = rng.choice(50, N_TOKENS, p=share / share.sum())
     codes = np.stack([ids == 0, rng.random(N_TOKENS) < (ids == 0).mean()], 1)
-    found = simulate_by_tokens(planted(codes, ids))
+    found = token_baseline(planted(codes, ids))
     bound = 4 / np.sqrt(N_TOKENS / 2)
     assert found.by_token[0] > 0.99 and abs(found.by_token[1]) < 4 * bound  # fifty means of a table are noise
     assert np.abs(found.by_token_chance).max() < 2 * bound
@@ -134,7 +134,7 @@ def test_crowded_dictionaries_are_no_more_alike_than_chance_says():
         with torch.no_grad():
             sae.W_dec.copy_(normalize(torch.randn(64, 16, generator=g) * axes, dim=1))
         saes.append(sae)
-    found = stability(saes)
+    found = seed_stability(saes)
     trained, random, alike = (float(one.matched.mean()) for one in (found.trained, found.random, found.alike))
     assert trained > random + 0.1  # what tempts
     assert abs(trained - alike) < 4 * float(found.alike.features.std()) / np.sqrt(64)
@@ -212,12 +212,12 @@ def periodic():
         codes[here, j] = rng.gamma(4.0, 0.25, here.sum()) + 0.1
     store = planted(codes, ids)
     train = store.split()
-    return [build_case(store, j, 1, train, CaseConfig(n_scored=2)) for j in range(6)]
+    return [build_case(store, j, 1, train, ExampleConfig(n_scored=2)) for j in range(6)]
 
 
 @pytest.mark.parametrize("cheat", ["most frequent", "marks", "first half", "every other"])
 def test_what_is_not_in_the_label_tells_nothing(periodic, cheat, tmp_path):
-    asker = Asker(Cheat(cheat), tmp_path / "answers.jsonl", AskConfig(wait=0.01), progress=False)
+    asker = RequestQueue(Cheat(cheat), tmp_path / "answers.jsonl", RequestConfig(wait=0.01), progress=False)
     for name, kind in SCORERS.items():
         replies = kind(asker, 0).score([f"w{40 + j}" for j in range(6)], periodic)
         above = np.array([reply.value.value - reply.value.chance for reply in replies])

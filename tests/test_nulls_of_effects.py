@@ -13,7 +13,7 @@ import saelab as sl
 from saelab.evaluation.concepts import score_concepts
 from saelab.interventions.attribution import Attribution
 from saelab.steering.curves import SteeringCurve, mean_gain
-from saelab.steering.feature_scores import score_steering
+from saelab.steering.feature_scores import output_scores
 from saelab.synthetic.lexicon import Concept
 
 N_DRAWN = 24
@@ -138,7 +138,7 @@ def amplify(tiny, tokens, folder, seed: int, change=None, **how):
     with torch.no_grad():
         sae.W_dec.copy_(torch.nn.functional.normalize(drawn if change is None else change(drawn), dim=1))
     store = sl.harvest(sae, tiny, tokens, folder / str(seed), hook_point=POINT, progress=False)
-    return score_steering(tiny, sae, store, prompts="The", hook_point=POINT, seed=seed, **how)
+    return output_scores(tiny, sae, store, prompts="The", hook_point=POINT, seed=seed, **how)
 
 
 def test_scores_of_steering_stand_beside_what_any_direction_says(tiny, tiny_tokens, tmp_path) -> None:
@@ -203,21 +203,23 @@ def test_patches_of_what_does_not_differ_restore_nothing(tiny) -> None:
     """A prompt that differs from the fourth token on, random directions, and the direction in which the runs differ."""
     clean, corrupt, metric = "I see Ann", "I see Tom", ("A", "T")
     ids = [sl.tokenize(tiny, [text], 32, packed=False, separator=None) for text in (clean, corrupt)]
-    ours, theirs = (sl.capture(tiny, one.ids[:, : one.n_tokens], [POINT])[POINT][0] for one in ids)
+    ours, theirs = (sl.lm.capture(tiny, one.ids[:, : one.n_tokens], [POINT])[POINT][0] for one in ids)
     first = int((ours - theirs).abs().sum(1).nonzero()[0])
     step = (ours - theirs)[-1]
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randn(32, generator=generator) for _ in range(24)]
     sources = [sl.Direction(step, POINT, "difference"), *(sl.Direction(v, POINT, "random") for v in drawn)]
-    found = sl.patch(tiny, clean, corrupt, metric, sources=sources)
+    found = sl.interventions.patch(tiny, clean, corrupt, metric, sources=sources)
     assert first > 3 and (found.scores[:, :first] == 0).all()
-    alone = sl.patch(tiny, clean, corrupt, metric, sources=sources, positions=[-1]).scores[:, 0]
-    whole = float(sl.patch(tiny, clean, corrupt, metric, sources=POINT, positions=[-1]).scores[0, 0])
+    alone = sl.interventions.patch(tiny, clean, corrupt, metric, sources=sources, positions=[-1]).scores[:, 0]
+    whole = float(sl.interventions.patch(tiny, clean, corrupt, metric, sources=POINT, positions=[-1]).scores[0, 0])
     assert alone[0] == pytest.approx(whole, rel=1e-3)
     # a random direction carries a share v (v . step) of the change: 1 / 32 on average
     assert abs(alone[1:].mean() - whole / 32) < 4 * alone[1:].std() / len(drawn) ** 0.5
     across = torch.linalg.qr(torch.stack([step, *drawn[:5]], 1)).Q[:, 1:].T
-    none = sl.patch(tiny, clean, corrupt, metric, sources=[sl.Direction(v, POINT) for v in across], positions=[-1])
+    none = sl.interventions.patch(
+        tiny, clean, corrupt, metric, sources=[sl.Direction(v, POINT) for v in across], positions=[-1]
+    )
     assert np.abs(none.scores).max() < 1e-2 * abs(whole)
 
 
@@ -226,7 +228,7 @@ def test_patches_of_what_does_not_differ_restore_nothing(tiny) -> None:
 
 def test_a_label_of_whole_documents_is_not_read_off_other_documents() -> None:
     """Tokens of a document go together, and so a probe fits a random label of documents; held-out ones stay at .5."""
-    model, generator = sl.tiny_model(seed=3), torch.Generator().manual_seed(0)
+    model, generator = sl.lm.tiny_model(seed=3), torch.Generator().manual_seed(0)
     own = torch.randint(3, 250, (24, 4), generator=generator)  # each document has words of its own
     ids = own.gather(1, torch.randint(4, (24, 16), generator=generator)).int()
     doc_ids = torch.arange(24, dtype=torch.int32)[:, None].expand(-1, 16).contiguous()
@@ -236,6 +238,6 @@ def test_a_label_of_whole_documents_is_not_read_off_other_documents() -> None:
     for seed in range(20):
         which = torch.randperm(24, generator=generator) < 12
         labels = {"label": which[:, None].expand(-1, 16).clone()}
-        found = sl.ablate_concept(model, tokens, labels, "label", n_random=0, seed=seed, **how)
+        found = sl.probing.erase_concept(model, tokens, labels, "label", n_random=0, seed=seed, **how)
         aurocs.append(found["untouched"].concept.auroc)
     assert abs(np.mean(aurocs) - 0.5) < 4 * np.std(aurocs) / 20**0.5

@@ -1,1 +1,38 @@
 """What a feature store and a dictionary show: examples, dead latents, direct logit effects, similar features."""
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.analysis.dashboard import (
+        FeatureCard as FeatureCard,
+        FeatureSide as FeatureSide,
+        FeatureTable as FeatureTable,
+        describe_feature as describe_feature,
+        list_features as list_features,
+    )
+    from saelab.analysis.density import (
+        DeadFeatures as DeadFeatures,
+        dead_feature_changes as dead_feature_changes,
+        dead_features as dead_features,
+    )
+    from saelab.analysis.direct_logits import LogitLens as LogitLens, Promoted as Promoted, logit_lens as logit_lens
+    from saelab.analysis.feature_similarity import (
+        NearestFeatures as NearestFeatures,
+        SimilarityMeasure as SimilarityMeasure,
+        nearest_features as nearest_features,
+    )
+    from saelab.analysis.max_activating import (
+        Example as Example,
+        ExampleGroup as ExampleGroup,
+        FeatureExamples as FeatureExamples,
+        max_activating_examples as max_activating_examples,
+    )
+    from saelab.analysis.pruning import (
+        PrunedScore as PrunedScore,
+        PruningCurve as PruningCurve,
+        prune_dictionary as prune_dictionary,
+    )
+
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -10,8 +10,8 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from saelab.analysis.direct_logits import LogitLens, Promoted
-from saelab.analysis.feature_similarity import Neighbours
-from saelab.analysis.max_activating import FeatureExamples, examples, top_words
+from saelab.analysis.feature_similarity import NearestFeatures
+from saelab.analysis.max_activating import FeatureExamples, max_activating_examples, top_words
 from saelab.stores.feature_store import FeatureStore, Firings
 from saelab.stores.results import Result, align_columns
 
@@ -20,7 +20,7 @@ N_WORDS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Side:
+class FeatureSide:
     """Statistics of the firings of one sign of the codes."""
 
     sign: int
@@ -41,7 +41,7 @@ class FeatureCard(Result):
     n_tokens: int
     label: str
     """empty where it has none"""
-    sides: tuple[Side, ...]
+    sides: tuple[FeatureSide, ...]
     """of the signs that occur, that with the largest |z| first; examples are in the same order"""
     edges: tuple[float, ...]
     """of the histogram's bins, in the units of the codes"""
@@ -87,7 +87,7 @@ def describe_feature(
     *,
     label: str = "",
     lens: LogitLens | None = None,
-    neighbours: Neighbours | None = None,
+    neighbours: NearestFeatures | None = None,
     **choice: Any,
 ) -> FeatureCard:
     """The dashboard of one feature: firings by sign, histogram, examples and, where given, logit effects and similar
@@ -98,7 +98,7 @@ def describe_feature(
         feature: number of the feature, 0 to d_sae - 1.
         label: text shown as the feature's name; empty for none.
         lens: result of `logit_lens` for the same SAE; None leaves the logit effects out.
-        neighbours: result of `neighbours` for the same SAE or store; None leaves the similar features out.
+        neighbours: result of `nearest_features` for the same SAE or store; None leaves the similar features out.
         **choice: options of `examples`, such as `n_top`.
 
     Raises:
@@ -110,7 +110,7 @@ def describe_feature(
     sides = [side for sign in (1, -1) if (side := _look(store, firings, sign)) is not None]
     sides.sort(key=lambda side: -side.peak)
     order = [side.sign for side in sides] + [0]
-    found = examples(store, firings.feature, **choice)
+    found = max_activating_examples(store, firings.feature, **choice)
     groups = sorted((group for group in found.groups), key=lambda group: order.index(group.side))
     return FeatureCard(
         feature=firings.feature,
@@ -126,13 +126,15 @@ def describe_feature(
     )
 
 
-def _look(store: FeatureStore, firings: Firings, sign: int) -> Side | None:
+def _look(store: FeatureStore, firings: Firings, sign: int) -> FeatureSide | None:
     of_sign = firings.values * sign > 0
     if not of_sign.any():
         return None
     sizes = np.abs(firings.values[of_sign])
     words = top_words(store, Firings(firings.indices[of_sign], sizes), N_WORDS)
-    return Side(sign=sign, n_firings=len(sizes), mean=float(sizes.mean()), peak=float(sizes.max()), words=tuple(words))
+    return FeatureSide(
+        sign=sign, n_firings=len(sizes), mean=float(sizes.mean()), peak=float(sizes.max()), words=tuple(words)
+    )
 
 
 def _count(firings: Firings) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -119,7 +119,7 @@ OUTLIER = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class DeadUnits(Result):
+class DeadFeatures(Result):
     """The kind of every latent, by how often it fires (z != 0, either sign) on the tokens of a store."""
 
     n_tokens: int
@@ -172,7 +172,7 @@ class DeadUnits(Result):
         return "\n".join(lines)
 
 
-def dead_units(
+def dead_features(
     store: FeatureStore,
     sae: SAE | None = None,
     acts: Float[Tensor, "n d_in"] | None = None,
@@ -180,7 +180,7 @@ def dead_units(
     near_dead_rate: float = 1e-5,
     dense_rate: float = 0.1,
     confidence: float = 0.95,
-) -> DeadUnits:
+) -> DeadFeatures:
     """The kind of every latent, from its firing rate r = #(z != 0) / N over the store's N tokens, both signs counted.
 
     - dead: r = 0.
@@ -217,7 +217,7 @@ def dead_units(
     kinds = _tell_kinds(fires / len(store), near_dead_rate, dense_rate, outlier)
     low, high = clopper_pearson(fires, len(store), confidence)
     silent = [i for i, kind in enumerate(kinds) if kind in KINDS[:2]]
-    return DeadUnits(
+    return DeadFeatures(
         n_tokens=len(store),
         kinds=kinds,
         fires=fires,
@@ -232,7 +232,7 @@ def dead_units(
     )
 
 
-def drift(results: Sequence[DeadUnits]) -> list[dict[str, int]]:
+def dead_feature_changes(results: Sequence[DeadFeatures]) -> list[dict[str, int]]:
     """Numbers of latents that died, revived and stayed dead from each result to the next.
 
     The results are those of successive checkpoints of one SAE on one text; ValueError where their widths differ.

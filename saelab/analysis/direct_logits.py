@@ -85,7 +85,7 @@ def logit_lens(
         ValueError: the SAE's activations are not as wide as the residual stream, the SAE is of another model or weight
             processing, or a feature does not exist.
 
-    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
+    >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> len(logit_lens(sae, model, [3], n=5)[3].promoted)
     5
     """

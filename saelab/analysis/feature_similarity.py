@@ -14,12 +14,12 @@ from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result
 
-By = Literal["correlation", "phi", "cosine"]
+SimilarityMeasure = Literal["correlation", "phi", "cosine"]
 BLOCK = 512
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Neighbours(Result):
+class NearestFeatures(Result):
     """The `m` most similar other features of each feature, sorted by size of the similarity, largest first."""
 
     by: str
@@ -45,7 +45,9 @@ class Neighbours(Result):
         return "\n".join(lines)
 
 
-def neighbours(source: FeatureStore | SAE, by: By | None = None, *, m: int = 10) -> Neighbours:
+def nearest_features(
+    source: FeatureStore | SAE, by: SimilarityMeasure | None = None, *, m: int = 10
+) -> NearestFeatures:
     """The `m` most similar other features of every feature, by size of the similarity.
 
     - "correlation" (default for a store): Pearson's r of the codes over all tokens, zeros included.
@@ -56,11 +58,11 @@ def neighbours(source: FeatureStore | SAE, by: By | None = None, *, m: int = 10)
     that the source cannot give.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=40))
-    >>> neighbours(sae, m=2).indices.shape
+    >>> nearest_features(sae, m=2).indices.shape
     (40, 2)
     """
     by = by or ("cosine" if isinstance(source, SAE) else "correlation")
-    allowed = ("cosine",) if isinstance(source, SAE) else tuple(set(get_args(By)) - {"cosine"})
+    allowed = ("cosine",) if isinstance(source, SAE) else tuple(set(get_args(SimilarityMeasure)) - {"cosine"})
     if by not in allowed or m < 1:
         what = "an SAE" if isinstance(source, SAE) else "a store"
         raise ValueError(f"`by` must be one of {sorted(allowed)} for {what} and `m` at least 1, got {by!r} and {m}.")
@@ -69,7 +71,7 @@ def neighbours(source: FeatureStore | SAE, by: By | None = None, *, m: int = 10)
     found = [_nearest(start, block, min(m, width - 1)) for start, block in blocks]
     indices, values = (np.concatenate(part) for part in zip(*found, strict=True))
     n_tokens = None if isinstance(source, SAE) else len(source)
-    return Neighbours(by=by, n_tokens=n_tokens, indices=indices, values=values)
+    return NearestFeatures(by=by, n_tokens=n_tokens, indices=indices, values=values)
 
 
 def _cosines(sae: SAE) -> Iterator[tuple[int, np.ndarray]]:

@@ -7,7 +7,7 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Integer
 
-from saelab.functional.indices import PART, ChosenRuns, Marks, draw_rows, read_feature
+from saelab.functional.indices import PART, ChosenRuns, RowMarker, draw_rows, read_feature
 from saelab.stores.corpus import group_words, strongest
 from saelab.stores.feature_store import FeatureStore, Firings
 from saelab.stores.results import Result
@@ -88,7 +88,7 @@ class FeatureExamples(Result):
         return "\n".join(lines)
 
 
-def examples(
+def max_activating_examples(
     store: FeatureStore,
     feature: SupportsIndex,
     *,
@@ -147,7 +147,7 @@ def examples(
 
 
 def draw_examples(
-    store: FeatureStore, feature: SupportsIndex, marks: Marks, n: int, before: int, after: int, seed: int = 0
+    store: FeatureStore, feature: SupportsIndex, marks: RowMarker, n: int, before: int, after: int, seed: int = 0
 ) -> tuple[Example, ...]:
     """Windows around random rows of those that are marked, as in the group "random" of `examples`.
 

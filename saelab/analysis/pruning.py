@@ -25,7 +25,7 @@ WINDOW = (0.02, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Granularity:
+class PrunedScore:
     """Quality of a dictionary when only the first `size` latents of an order are kept."""
 
     order: str
@@ -42,10 +42,10 @@ class Granularity:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progressive(Result):
+class PruningCurve(Result):
     """Reconstruction quality by dictionary size; importance and quality are measured on different documents."""
 
-    rows: tuple[Granularity, ...]
+    rows: tuple[PrunedScore, ...]
     exponent: float
     """a of the fit importance ~ rank^-a"""
     r2: float
@@ -57,7 +57,7 @@ class Progressive(Result):
     n_tokens_ranked: int
     """tokens on which importance was measured"""
 
-    def get(self, order: str, size: int) -> Granularity:
+    def get(self, order: str, size: int) -> PrunedScore:
         """The row of a given order and size; KeyError where there is none."""
         for row in self.rows:
             if (row.order, row.size) == (order, size):
@@ -77,7 +77,7 @@ class Progressive(Result):
 
 
 @torch.no_grad()
-def progressive(
+def prune_dictionary(
     sae: SAE,
     model: Model,
     tokens: Tokens,
@@ -88,7 +88,7 @@ def progressive(
     batch_size: int | None = None,
     seed: int = 0,
     allow_mismatch: bool = False,
-) -> Progressive:
+) -> PruningCurve:
     """Reconstruction quality when only the codes of the `sizes` most important latents are kept (arXiv:2505.00190).
 
     Activations are encoded once with the whole dictionary. Importance is E[z_i^2] ||d_i||^2, measured on the first half
@@ -194,7 +194,7 @@ def _measure(
     exponent: float,
     r2: float,
     n_ranked: int,
-) -> Progressive:
+) -> PruningCurve:
     sums = [ReconstructionSums(sae.cfg.d_target) for _ in cuts]
     losses: dict[Any, float] = defaultdict(float)  # summed over predictions
     n_predictions = 0
@@ -218,8 +218,8 @@ def _measure(
     for i, (order, size, _) in enumerate(cuts):
         recovered = (ce["zero"] - ce[i]) / harm if harm > 0 else math.nan
         l0 = n_codes[i] / max(1, n)
-        rows.append(Granularity(order=order, size=size, fvu=sums[i].fvu, l0=l0, ce=ce[i], loss_recovered=recovered))
-    return Progressive(
+        rows.append(PrunedScore(order=order, size=size, fvu=sums[i].fvu, l0=l0, ce=ce[i], loss_recovered=recovered))
+    return PruningCurve(
         rows=tuple(rows),
         exponent=exponent,
         r2=r2,

@@ -16,9 +16,8 @@ from saelab.cli.converting import convert_sae
 from saelab.cli.demo import run_demo
 from saelab.cli.features import harvest_text, show_dead, show_features, write_report
 from saelab.cli.info import show_info
-from saelab.cli.inputs import find_base, say
-from saelab.cli.labeling import VERBS as LABEL_VERBS
-from saelab.cli.labeling import label_features, open_book
+from saelab.cli.inputs import echo, find_base
+from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.training import collect_text, evaluate_sae, train_sae
 from saelab.stores.jobs import Terminable
@@ -92,7 +91,7 @@ def _spell(error: BaseException) -> str:
 
 
 def _complain(line: str, code: int) -> int:
-    say(line, err=True)
+    echo(line, err=True)
     return code
 
 

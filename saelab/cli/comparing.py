@@ -7,14 +7,14 @@ from typing import Annotated, get_args
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.inputs import open_model, open_sae, say
+from saelab.cli.inputs import echo, open_model, open_sae
 from saelab.collecting.harvesting import harvest_untrained
 from saelab.sae.pretrained import CONFIG
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_json
 from saelab.universality.comparison import Similarity, choose_similarity, compare
-from saelab.universality.matching import Method
+from saelab.universality.matching import MatchingMethod
 from saelab.visualization.reports import report
 
 SHIFTS, EFFECT, FDR, COUNT, M = (
@@ -23,7 +23,7 @@ SHIFTS, EFFECT, FDR, COUNT, M = (
 
 Left = Annotated[Path, Argument(metavar="A", help="Folder of a feature store, or of an SAE.")]
 Right = Annotated[Path, Argument(metavar="B", help="Another one: a store of the same text, an SAE of the same space.")]
-By = Annotated[
+MeasureOption = Annotated[
     str | None,
     Option(
         help=f"How alike features are: {', '.join(get_args(Similarity))}.",
@@ -32,17 +32,17 @@ By = Annotated[
     ),
 ]
 MethodName = Annotated[
-    str, Option(help=f"Which pairs are matches: {', '.join(get_args(Method))} (one to one).", metavar="NAME")
+    str, Option(help=f"Which pairs are matches: {', '.join(get_args(MatchingMethod))} (one to one).", metavar="NAME")
 ]
-Sides = Annotated[bool, Option("--sides", help="Match positive and negative codes as features of their own.")]
-Nearest = Annotated[int, Option(metavar="N", help="Best partners to look at for each feature.")]
+SidesOption = Annotated[bool, Option("--sides", help="Match positive and negative codes as features of their own.")]
+NearestOption = Annotated[int, Option(metavar="N", help="Best partners to look at for each feature.")]
 MinCount = Annotated[int, Option(help="Tokens on which a match fires together, at least.", metavar="N")]
 Shifts = Annotated[int, Option(help="Times that chance is measured.", metavar="N")]
 MinEffect = Annotated[float, Option(help="Similarity of a universal feature, at least.", metavar="VALUE")]
 Rate = Annotated[float, Option("--fdr", help="Share of false discoveries among universal features.", metavar="SHARE")]
-Seed = Annotated[int, Option(help="Of what is drawn.", metavar="N")]
+NullSeed = Annotated[int, Option(help="Of what is drawn.", metavar="N")]
 Out = Annotated[Path | None, Option(help="File for everything, as JSON.", metavar="FILE", show_default="none")]
-Html = Annotated[
+ReportPage = Annotated[
     Path | None,
     Option(
         help="Page, or folder, with the matched features of two stores side by side, the most similar 200.",
@@ -50,7 +50,7 @@ Html = Annotated[
         show_default="none",
     ),
 ]
-Top = Annotated[int, Option(help="Pairs to show.")]
+PairsShown = Annotated[int, Option(help="Pairs to show.")]
 Floors = Annotated[
     bool,
     Option(
@@ -65,18 +65,18 @@ ON_PAGE = 200
 def compare_folders(
     a: Left,
     b: Right,
-    similarity: By = None,
+    similarity: MeasureOption = None,
     method: MethodName = "hungarian",
-    sides: Sides = False,
-    nearest: Nearest = M,
+    sides: SidesOption = False,
+    nearest: NearestOption = M,
     min_count: MinCount = COUNT,
     shifts: Shifts = SHIFTS,
     min_effect: MinEffect = EFFECT,
     fdr: Rate = FDR,
-    seed: Seed = 0,
+    seed: NullSeed = 0,
     out: Out = None,
-    html: Html = None,
-    top: Top = 10,
+    html: ReportPage = None,
+    top: PairsShown = 10,
     untrained: Floors = True,
     progress: options.Progress = True,
 ) -> None:
@@ -85,8 +85,8 @@ def compare_folders(
     Stores are compared on the documents that they have in common, whatever the tokenizers; SAEs of one space by
     direction.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"`--method` must be one of {', '.join(get_args(Method))}, got '{method}'.")
+    if method not in get_args(MatchingMethod):
+        raise ValueError(f"`--method` must be one of {', '.join(get_args(MatchingMethod))}, got '{method}'.")
     first, second = _open(a), _open(b)
     if html is not None and not (isinstance(first, FeatureStore) and isinstance(second, FeatureStore)):
         raise ValueError("`--html` shows features in text, so A and B must be feature stores, got SAEs.")
@@ -112,17 +112,17 @@ def compare_folders(
             progress=progress,
         )
     pairs, values = found.match(method)  # type: ignore[arg-type]
-    say(str(found))
-    say(f"{'a':>8}{'b':>8}  {found.similarity}, {method}")
+    echo(str(found))
+    echo(f"{'a':>8}{'b':>8}  {found.similarity}, {method}")
     for (i, j), value in list(zip(pairs.tolist(), values.tolist(), strict=True))[:top]:
-        say(f"{i:>8}{j:>8}  {value:+.3f}")
+        echo(f"{i:>8}{j:>8}  {value:+.3f}")
     if out is not None:
         matched = [[i, j, value] for (i, j), value in zip(pairs.tolist(), values.tolist(), strict=True)]
         write_json(out, found.to_dict() | {"method": method, "matched": matched})
-        say(f"{len(matched):,} pairs in {out}.")
+        echo(f"{len(matched):,} pairs in {out}.")
     if html is not None and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
         shown = list(dict.fromkeys(pairs[:, 0].tolist()))[:ON_PAGE]
-        say(str(report(first, html, features=shown, compare=second, comparison=found, progress=progress)))
+        echo(str(report(first, html, features=shown, compare=second, comparison=found, progress=progress)))
 
 
 def _untrained(store: FeatureStore, out: Path, progress: bool) -> FeatureStore | None:
@@ -134,7 +134,7 @@ def _untrained(store: FeatureStore, out: Path, progress: bool) -> FeatureStore |
     try:
         return harvest_untrained(store, sae, model, out, progress=progress)
     except ValueError as error:
-        say(f"No untrained dictionary beside {store.folder}: {error}", err=True)
+        echo(f"No untrained dictionary beside {store.folder}: {error}", err=True)
         return None
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from saelab.cli.inputs import say
+from saelab.cli.inputs import echo
 from saelab.cli.training import read_activation
 from saelab.sae.formats.registry import FORMATS, OWN, WRITERS
 from saelab.sae.sae import SAE
@@ -88,9 +88,9 @@ def convert_sae(
             _require_same(target, sae, format)
         else:
             sae.save_pretrained(target, format)
-    say(f"{sae}\n{target}: {format}")
+    echo(f"{sae}\n{target}: {format}")
     if sae.origin is not None:
-        say(f"read as {sae.origin.format}")
+        echo(f"read as {sae.origin.format}")
 
 
 def _refuse(target: Path) -> ValueError:
@@ -107,4 +107,4 @@ def _require_same(target: Path, sae: SAE, format: str) -> None:
         wanted = {file.name for file in Path(folder).iterdir()}
         if names != wanted or set(filecmp.cmpfiles(folder, target, wanted, shallow=False)[0]) != wanted:
             raise _refuse(target)
-    say("This SAE was converted already.")
+    echo("This SAE was converted already.")

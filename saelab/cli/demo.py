@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from saelab.cli import options
-from saelab.cli.inputs import say
+from saelab.cli.inputs import echo
 from saelab.cli.labeling import Context
 from saelab.collecting.collection import collect
-from saelab.evaluation.concept_units import concept_baselines, read_codes
+from saelab.evaluation.concept_units import concept_baselines, encode_csr
 from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.results import ConceptScores
 from saelab.lm.masks import TokenMask
@@ -26,7 +26,7 @@ from saelab.stores.activations import Activations
 from saelab.stores.corpus import split_documents
 from saelab.stores.files import write_atomic
 from saelab.stores.jobs import hidden, hold_folder
-from saelab.synthetic.tales import Stories, tell
+from saelab.synthetic.tales import Stories, generate_stories
 from saelab.synthetic.vocabulary import VOCABULARY
 from saelab.training.config import TrainConfig
 from saelab.visualization.demo_page import Corpus, Trial, show_comparison, show_failures, show_features, tabulate
@@ -56,7 +56,7 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Say what begins, and note how long it took."""
-        say(f"{name.capitalize()} ...")
+        echo(f"{name.capitalize()} ...")
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
@@ -86,7 +86,10 @@ def run_demo(
     context.with_resource(hold_folder(out))
     with clock.stage("telling stories"):
         lm, half = load_model(model, progress=progress), max(2, n_stories // 2)
-        seen, unseen = tell(n_stories, STORY_SEED, FIRST), tell(half, STORY_SEED, FIRST + n_stories)
+        seen, unseen = (
+            generate_stories(n_stories, STORY_SEED, FIRST),
+            generate_stories(half, STORY_SEED, FIRST + n_stories),
+        )
     with clock.stage("collecting activations"):
         acts, others = (collect_stories(lm, stories, hook_point, progress) for stories in (seen, unseen))
     with clock.stage("training three dictionaries in one pass"):
@@ -102,8 +105,8 @@ def run_demo(
         "Versions": ", ".join(f"{name} {version}" for name, version in describe_model(lm).versions.items()),
     }
     save_all(out, saes, trials, lay_out(ran, trials, baselines, read_corpus(others, unseen, seed)))
-    say(f"\n{write_rows(*tabulate(trials, baselines))}\n\n{clock}.")
-    say(
+    echo(f"\n{write_rows(*tabulate(trials, baselines))}\n\n{clock}.")
+    echo(
         f"Open {out / 'report.html'} in a browser; then try `saelab info {shlex.quote(str(out / 'abstopk'))}`, or "
         f"`saelab demo --k {max(1, k // 2)} --out {shlex.quote(str(out) + '-sparser')}`."
     )
@@ -142,7 +145,7 @@ def score_all(
     from tqdm.auto import tqdm
 
     truth, story_ids, x = read_truth(acts, stories), acts.doc_ids, acts[:]
-    codes: dict[str, Any] = {name: read_codes(sae, x) for name, sae in saes.items()}
+    codes: dict[str, Any] = {name: encode_csr(sae, x) for name, sae in saes.items()}
     cfg = next(iter(saes.values())).cfg
     rivals = concept_baselines(x, cfg, truth, story_ids, seed=seed)
     scores = {}

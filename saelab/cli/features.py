@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from saelab.analysis.dashboard import list_features
-from saelab.analysis.density import dead_units
+from saelab.analysis.density import dead_features
 from saelab.cli import options
 from saelab.cli.info import describe_store
-from saelab.cli.inputs import open_model, open_pair, open_sae, read_head, read_numbers, say
+from saelab.cli.inputs import echo, open_model, open_pair, open_sae, read_head, read_numbers
 from saelab.collecting.harvesting import harvest
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
@@ -22,7 +22,7 @@ from saelab.visualization.reports import report
 
 SORT, TOP = (options.default_of(list_features, name) for name in ("sort", "top"))
 VALUES = options.default_of(harvest, "dtype")
-NEAR_DEAD, DENSE = (options.default_of(dead_units, name) for name in ("near_dead_rate", "dense_rate"))
+NEAR_DEAD, DENSE = (options.default_of(dead_features, name) for name in ("near_dead_rate", "dense_rate"))
 
 
 def harvest_text(
@@ -62,7 +62,7 @@ def harvest_text(
         progress=progress,
         resume=not overwrite,
     )
-    say(describe_store(out))
+    echo(describe_store(out))
 
 
 def show_features(
@@ -87,11 +87,11 @@ def show_dead(
     """Count dead, near-dead, live and dense features; with --sae, say why the dead ones may be."""
     coder = SAE.from_pretrained(sae) if sae is not None else None
     opened = FeatureStore.load(store)
-    _print(dead_units(opened, coder, near_dead_rate=near_dead_rate, dense_rate=dense_rate), json)
+    _print(dead_features(opened, coder, near_dead_rate=near_dead_rate, dense_rate=dense_rate), json)
 
 
 def _print(result: Any, as_json: bool) -> None:
-    say(to_json(result.to_dict()) if as_json else str(result))
+    echo(to_json(result.to_dict()) if as_json else str(result))
 
 
 Compare = Annotated[
@@ -137,4 +137,4 @@ def write_report(
         title=title,
         progress=progress,
     )
-    say(str(made))
+    echo(str(made))

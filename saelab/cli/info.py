@@ -7,19 +7,19 @@ from typing import Annotated, Any
 from typer import Argument
 from typing_extensions import TypedDict
 
-from saelab.cli.inputs import say
+from saelab.cli.inputs import echo
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.sae.formats.conventions import Convention, compose_config
 from saelab.sae.formats.origin import Asked
 from saelab.sae.formats.registry import find_format, is_own, read_foreign
-from saelab.sae.formats.sources import Source
+from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.pretrained import CONFIG, check_config, read_config
 from saelab.stores.files import await_settled, printable
 from saelab.stores.manifest import ActivationsManifest, FeatureManifest, Provenance
 from saelab.stores.validation import check_settings, naming, read_json, require_object
 from saelab.training.checkpoint import FOLDER, PROGRESS, read_progress
 
-Rows = list[tuple[str, str]]
+TableRows = list[tuple[str, str]]
 
 
 def show_info(
@@ -31,7 +31,7 @@ def show_info(
     ],
 ) -> None:
     """Say what an SAE or a folder of activations or features is and where it came from."""
-    say(describe_folder(path))
+    echo(describe_folder(path))
 
 
 def describe_folder(path: Path) -> str:
@@ -43,7 +43,7 @@ def describe_folder(path: Path) -> str:
 
 
 def _describe(path: Path) -> str:
-    if is_own(Source.open(path)):
+    if is_own(SAEFiles.open(path)):
         return describe_sae(path)
     if (path / "manifest.json").is_file():
         kind = require_object(read_json(path / "manifest.json"), f"{path / 'manifest.json'}").get("kind")
@@ -76,9 +76,9 @@ def describe_sae(path: Path) -> str:
 
 def describe_foreign(path: Path) -> str:
     """What an SAE of another library is, and what it leaves to ask; ValueError for what is none that is known."""
-    source = Source.open(path)
+    source = SAEFiles.open(path)
     form = find_format(source)
-    rows: Rows = [("format", form)]
+    rows: TableRows = [("format", form)]
     try:
         reading = read_foreign(source, form, Asked())
         cfg = compose_config(reading.parts, reading.how)
@@ -155,7 +155,7 @@ class _Saved(TypedDict, total=False):
     n_tokens: int
 
 
-def _training_rows(training: dict[str, Any]) -> Rows:
+def _training_rows(training: dict[str, Any]) -> TableRows:
     said = check_settings(_Training, training, "`training`")
     settings = f"batch {said['batch_size']:,}, lr {said['lr']:.3g}, seed {said['seed']}"
     names = {"held_out_fvu": "held-out FVU", "l0": "L0", "dead_frac": "dead"}
@@ -170,7 +170,7 @@ def _training_rows(training: dict[str, Any]) -> Rows:
     return rows
 
 
-def _origin_rows(origin: dict[str, Any], hook_point: bool = True) -> Rows:
+def _origin_rows(origin: dict[str, Any], hook_point: bool = True) -> TableRows:
     come = Provenance.from_dict(origin)
     rows = [
         ("model", f"{come.model} (weight processing: {come.weight_processing})"),
@@ -187,7 +187,7 @@ def _origin_rows(origin: dict[str, Any], hook_point: bool = True) -> Rows:
     return rows if hook_point else [row for row in rows if row[0] not in ("hook point", "activations")]
 
 
-def _read_from(origin: dict[str, Any] | None) -> Rows:
+def _read_from(origin: dict[str, Any] | None) -> TableRows:
     """Of an SAE that was read from another library's files: which, and what its numbers meant there."""
     if origin is None:
         return []
@@ -210,7 +210,7 @@ def _aux(cfg: SAEConfig) -> str:
     return "no AuxK" if cfg.aux is None else f"AuxK {cfg.aux.coefficient:.3g}"
 
 
-def _table(title: str, rows: Rows) -> str:
+def _table(title: str, rows: TableRows) -> str:
     width = max(len(name) for name, _ in rows)
     return printable(
         "\n".join([title, *(f"  {name:<{width}}  {' '.join(str(value).split())}" for name, value in rows)])

@@ -42,7 +42,7 @@ def read_numbers(given: str | None) -> list[int] | None:
 
 def _leave_out(what: str, error: Exception, option: str) -> None:
     reason = " ".join(str(error).split())[:200]
-    say(f"The {what} could not be opened ({reason}). What rests on it is left out: give {option}.", err=True)
+    echo(f"The {what} could not be opened ({reason}). What rests on it is left out: give {option}.", err=True)
 
 
 def open_model(store: FeatureStore, named: str | None, progress: bool, option: str = "--model") -> "Model | None":
@@ -143,6 +143,6 @@ def find_base(cls: type, name: str) -> Any:
     )
 
 
-def say(text: str, err: bool = False) -> None:
+def echo(text: str, err: bool = False) -> None:
     """Print a text, on stderr with `err`; what a terminal would obey in it, whoever wrote it, is shown as its code."""
     typer.echo(printable(text), err=err)

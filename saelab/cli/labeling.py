@@ -16,14 +16,14 @@ from typer import Argument, Option
 
 from saelab.analysis.direct_logits import LogitLens, logit_lens
 from saelab.cli import options
-from saelab.cli.inputs import find_base, open_model, open_sae, read_numbers, say
+from saelab.cli.inputs import echo, find_base, open_model, open_sae, read_numbers
 from saelab.collecting.harvesting import harvest_untrained, require_harvested
 from saelab.labels.autointerp.clients import Client, LocalClient, OpenAIClient
 from saelab.labels.autointerp.explainers import estimate_labels, explain_features
-from saelab.labels.autointerp.requests import AskConfig
-from saelab.labels.autointerp.response_cache import Exchange
+from saelab.labels.autointerp.requests import RequestConfig
+from saelab.labels.autointerp.response_cache import OfflineClient
 from saelab.labels.label import BOTH, FORMATS, MARKS, Label, describe_origin, name_format
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 from saelab.labels.rules.predicates import N_PREDICATES, Predicate, Predicates, make_predicates
 from saelab.labels.rules.rule_search import N_TOKENS, label_by_rules
 from saelab.lm.models import load_model
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 else:
     Context = find_base(typer.Context, "Context")  # what a command is given
 
-Feature = Annotated[int, Argument(metavar="FEATURE", help="Number of the feature.")]
-Words = Annotated[
+FeatureNumber = Annotated[int, Argument(metavar="FEATURE", help="Number of the feature.")]
+SearchWords = Annotated[
     str, Argument(metavar="TEXT", help="Words that the label has, as they are, longer or in another form.")
 ]
 Text = Annotated[str, Argument(metavar="TEXT", help="What the feature is called.")]
@@ -45,7 +45,7 @@ Author = Annotated[str, Argument(metavar="AUTHOR", help="Whose label; `show` tel
 Sign = Annotated[int, Option(help="1 or -1 for one side of the feature, 0 for the whole.", metavar="SIGN")]
 Giver = Annotated[str | None, Option("--author", help="Who says so.", metavar="NAME", show_default="your user name")]
 Every = Annotated[bool, Option("--all", help="Labels that are not chosen, too.")]
-Top = Annotated[int, Option(help="Labels to show.")]
+LabelsShown = Annotated[int, Option(help="Labels to show.")]
 OutFile = Annotated[Path, Argument(metavar="FILE", help="File for the labels; compressed where it ends in .gz.")]
 InFile = Annotated[
     Path, Argument(metavar="FILE", help="What `export` wrote, Neuronpedia's records, or a table as CSV.")
@@ -67,38 +67,38 @@ def open_book(context: Context, store: options.StoreFolder) -> None:
     """
     context.obj = store
     if context.invoked_subcommand is None:
-        say(make_printable(str(_open(context))))
+        echo(make_printable(str(_open(context))))
 
 
-def search_labels(context: Context, text: Words, every: Every = False, top: Top = 20) -> None:
+def find_labels(context: Context, text: SearchWords, every: Every = False, top: LabelsShown = 20) -> None:
     """Find features by their labels, the best first."""
     _print(_open(context).search(text, every=every), top)
 
 
-def show_labels(context: Context, feature: Feature) -> None:
+def show_labels(context: Context, feature: FeatureNumber) -> None:
     """Show all labels of a feature; of each side the chosen one is marked by *."""
     book = _open(context)
     chosen = book.chosen(feature)
     for label in book.labels(feature):
-        say(f"{'*' if label in chosen else ' '} {_say(label)}")
+        echo(f"{'*' if label in chosen else ' '} {_say(label)}")
     if not chosen:
-        say(f"Feature {feature} has no label.", err=True)
+        echo(f"Feature {feature} has no label.", err=True)
 
 
-def set_label(context: Context, feature: Feature, text: Text, sign: Sign = BOTH, author: Giver = None) -> None:
+def set_label(context: Context, feature: FeatureNumber, text: Text, sign: Sign = BOTH, author: Giver = None) -> None:
     """Give a feature a label and choose it: your word stands until a person says otherwise."""
-    say(_say(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
+    echo(_say(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
 
 
-def choose_label(context: Context, feature: Feature, author: Author, sign: Sign = BOTH) -> None:
+def choose_label(context: Context, feature: FeatureNumber, author: Author, sign: Sign = BOTH) -> None:
     """Choose the newest label that an author gave: it stands until a person says otherwise."""
-    say(_say(_open(context).choose(feature, author, sign=sign)))
+    echo(_say(_open(context).choose(feature, author, sign=sign)))
 
 
-def delete_labels(context: Context, feature: Feature, author: Author, sign: Sign = BOTH) -> None:
+def delete_labels(context: Context, feature: FeatureNumber, author: Author, sign: Sign = BOTH) -> None:
     """Delete an author's labels of a feature."""
     n = _open(context).delete(feature, author=author, sign=sign)
-    say(f"{n} label{'' if n == 1 else 's'} deleted.")
+    echo(f"{n} label{'' if n == 1 else 's'} deleted.")
 
 
 def export_labels(
@@ -112,16 +112,16 @@ def export_labels(
     if form is not None and form not in FORMATS:
         raise ValueError(f"`--format` must be one of {', '.join(FORMATS)}, got '{form}'.")
     n = _open(context).save(file, form or name_format(file), model_id=model_id, source_id=source_id)
-    say(f"{n:,} labels in {file}.")
+    echo(f"{n:,} labels in {file}.")
 
 
 def import_labels(context: Context, file: InFile) -> None:
     """Add the labels of a file; a person's choice that stands already is kept."""
-    say(f"{_open(context).load(file):,} labels added.")
+    echo(f"{_open(context).load(file):,} labels added.")
 
 
 VERBS: dict[str, Callable[..., None]] = {
-    "search": search_labels,
+    "search": find_labels,
     "show": show_labels,
     "set": set_label,
     "choose": choose_label,
@@ -131,9 +131,9 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 
 
-def _open(context: Context) -> LabelBook:
+def _open(context: Context) -> LabelStore:
     """The book of the store that was named, closed when the command ends."""
-    return context.with_resource(LabelBook.open(context.obj))
+    return context.with_resource(LabelStore.open(context.obj))
 
 
 def make_printable(text: str) -> str:
@@ -153,11 +153,11 @@ def _say(label: Label) -> str:
 
 def _print(labels: Sequence[Label], top: int) -> None:
     for label in labels[:top]:
-        say(_say(label))
+        echo(_say(label))
     if not labels:
-        say("No label.", err=True)
+        echo("No label.", err=True)
     elif len(labels) > top:
-        say(f"{len(labels) - top:,} more: give --top {len(labels)}.", err=True)
+        echo(f"{len(labels) - top:,} more: give --top {len(labels)}.", err=True)
 
 
 BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
@@ -237,7 +237,7 @@ def label_features(
     budget: Budget = None,
     price_in: PriceIn = None,
     price_out: PriceOut = None,
-    parallel: Parallel = AskConfig.n_parallel,
+    parallel: Parallel = RequestConfig.n_parallel,
     estimate: EstimateOnly = False,
     features: options.FeatureList = None,
     resume: GoOn = False,
@@ -258,7 +258,7 @@ def label_features(
     client = _choose_client(llm, model, export_prompts, import_answers, progress)
     if estimate and client is None:
         raise ValueError("`--estimate` needs `--model`: rules cost nothing.")
-    cfg = AskConfig(n_parallel=parallel, budget=budget, price_in=price_in, price_out=price_out)
+    cfg = RequestConfig(n_parallel=parallel, budget=budget, price_in=price_in, price_out=price_out)
     if not estimate:
         context.with_resource(hold_folder(store))
     by_rules = rules is not None or client is None
@@ -275,15 +275,15 @@ def label_features(
         return
     asked: dict[str, Any] = {"signs": signs, "scorers": names, "asking": cfg}
     if asked_of == []:
-        say(f"No feature is left to label by {client.name}.", err=True)
+        echo(f"No feature is left to label by {client.name}.", err=True)
         return
-    if not isinstance(client, Exchange):
-        say(str(estimate_labels(opened, client, asked_of, **asked).times(2.0 if untrained else 1.0)), err=not estimate)
+    if not isinstance(client, OfflineClient):
+        echo(str(estimate_labels(opened, client, asked_of, **asked).times(2.0 if untrained else 1.0)), err=not estimate)
     if estimate:
         return
     named = explain_features(opened, client, asked_of, untrained=beside, progress=progress, **asked)
     _keep(opened, named.labels, str(named))
-    if isinstance(client, Exchange):
+    if isinstance(client, OfflineClient):
         _exchange(client, export_prompts)
 
 
@@ -318,7 +318,7 @@ def _choose_client(
     if prompts is not None or answers is not None:
         if llm is not None:
             raise ValueError("Prompts must go to a file or to `--llm`, got both. Give one of them.")
-        return Exchange(answers, name=model) if model is not None else Exchange(answers)
+        return OfflineClient(answers, name=model) if model is not None else OfflineClient(answers)
     if model is None:
         if llm is not None:
             raise ValueError(f"`--llm` needs `--model`, the name of a language model there, got '{llm}' alone.")
@@ -332,7 +332,7 @@ def _wanted(
     """The features to label: with `--resume` those of which a side that fires lacks a label, or its scores."""
     if not resume:
         return numbers
-    with LabelBook.open(store) as book:
+    with LabelStore.open(store) as book:
         done = {
             (one.feature, one.sign)
             for one in book.labels()
@@ -366,7 +366,7 @@ def _by_rules(
     untrained: FeatureStore | None,
 ) -> None:
     if wanted == []:
-        say(f"No feature is left to label by {RULES}.", err=True)
+        echo(f"No feature is left to label by {RULES}.", err=True)
         return
     found = label_by_rules(store, predicates, features=wanted, lens=lens, untrained=untrained)
     _keep(store, found.labels(), str(found), afresh=True)
@@ -387,14 +387,14 @@ def _read_lens(
 
 def _keep(store: FeatureStore, labels: Sequence[Label], said: str, afresh: bool = False) -> None:
     """Put labels into the book and say what they are."""
-    with LabelBook.open(store) as book:
+    with LabelStore.open(store) as book:
         n = book.add(labels, afresh=afresh)
-        say("\n".join(map(make_printable, said.split("\n"))))
-        say(f"{n:,} labels added to {book.path}.")
+        echo("\n".join(map(make_printable, said.split("\n"))))
+        echo(f"{n:,} labels added to {book.path}.")
 
 
-def _exchange(client: Exchange, prompts: Path | None) -> None:
+def _exchange(client: OfflineClient, prompts: Path | None) -> None:
     """Write the prompts without an answer, and say how prompts and answers go together."""
     if prompts is not None:
-        say(f"{client.export(prompts):,} prompts in {prompts}.")
-    say(str(client.report()))
+        echo(f"{client.export(prompts):,} prompts in {prompts}.")
+    echo(str(client.report()))

@@ -54,7 +54,7 @@ Device = Annotated[
 Progress = Annotated[bool, Option("--progress/--no-progress", help="Show progress on stderr, or not.")]
 
 # `saelab collect`
-HookPoints = Annotated[
+HookPointsOption = Annotated[
     list[str],
     Option(
         help="Place in the model, such as blocks.2.hook_resid_post; several by giving the flag again.", metavar="NAME"
@@ -124,7 +124,7 @@ HookPoint = Annotated[
     str | None,
     Option(help="Which one, where the folder holds several.", metavar="NAME", show_default="the only one"),
 ]
-Target = Annotated[
+TargetHookPoint = Annotated[
     str | None,
     Option(
         help="Hook point whose activations a transcoder reconstructs; it reads at the other one.",

@@ -6,20 +6,20 @@ from typing import Annotated, Any, get_args
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.inputs import open_pair, read_head, say
-from saelab.interventions.interventions import Intervention, Mode, Part
+from saelab.cli.inputs import echo, open_pair, read_head
+from saelab.interventions.interventions import Intervention, Mode, TextPart
 from saelab.interventions.steering_hooks import steer
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokens import Tokens
 from saelab.sae.compatibility import match_model
 from saelab.sae.sae import SAE
-from saelab.steering.baselines import line_up, write_own
-from saelab.steering.dose_response import Source, steering_curve
-from saelab.steering.target_concepts import TokenConcept, make_concept, world_concept
-from saelab.steering.text_comparison import steer_texts
+from saelab.steering.baselines import steering_baselines, write_own
+from saelab.steering.dose_response import SteeringSource, steering_curve
+from saelab.steering.target_concepts import TokenConcept, concept_from_words, synthetic_concept
+from saelab.steering.text_comparison import compare_generations
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import to_json, write_atomic
-from saelab.visualization.intervention_plots import show_curve, show_texts
+from saelab.visualization.intervention_plots import show_curve, show_generations
 
 WORLD = "tales:"
 OPENINGS = (
@@ -30,18 +30,18 @@ OPENINGS = (
 TEXT_TOKENS = 50_000
 MODE, WHERE, UNIT = (options.default_of(steer, name) for name in ("mode", "where", "unit"))
 N_TEXTS, N_TOKENS, SEED, TEMPERATURE = (
-    options.default_of(steer_texts, name) for name in ("n", "n_tokens", "seed", "temperature")
+    options.default_of(compare_generations, name) for name in ("n", "n_tokens", "seed", "temperature")
 )
 CURVE_UNIT, CURVE_N, CURVE_TOKENS = (options.default_of(steering_curve, name) for name in ("unit", "n", "n_tokens"))
 
 PromptList = Annotated[list[str], Argument(metavar="PROMPT", help="Text to go on with; several are all gone on with.")]
-Features = Annotated[list[int], Option("--feature", help="Number of a feature; may be given again.", metavar="N")]
+FeatureOption = Annotated[list[int], Option("--feature", help="Number of a feature; may be given again.", metavar="N")]
 Strengths = Annotated[
     list[float],
     Option("--strength", help="How far it is moved, for each feature or once for all.", metavar="X", show_default="1"),
 ]
 ModeName = Annotated[str, Option(help=f"What the strength is: {', '.join(get_args(Mode))}.", metavar="NAME")]
-WhereName = Annotated[str, Option(help=f"Tokens that are moved: {', '.join(get_args(Part))}.", metavar="NAME")]
+WhereName = Annotated[str, Option(help=f"Tokens that are moved: {', '.join(get_args(TextPart))}.", metavar="NAME")]
 UnitName = Annotated[
     str,
     Option(
@@ -54,15 +54,15 @@ Store = Annotated[
     Path | None,
     Option(help="Feature store of the SAE, for the features' maxima.", metavar="FOLDER", show_default="none"),
 ]
-Place = Annotated[
+HookPointOption = Annotated[
     str | None, Option(help="Where the SAE belongs.", metavar="NAME", show_default="where it was trained")
 ]
 NTexts = Annotated[int, Option("--n", help="Texts for each prompt.", metavar="N")]
 NTokens = Annotated[int, Option(help="Tokens in a text, at most.", metavar="N")]
 Temperature = Annotated[float, Option(help="Divides the logits; 0 takes the likeliest token.", metavar="X")]
-Seed = Annotated[int, Option(help="Of the texts.", metavar="N")]
-Html = Annotated[Path | None, Option(help="Page for the texts, coloured.", metavar="FILE", show_default="none")]
-Words = Annotated[
+TextSeed = Annotated[int, Option(help="Of the texts.", metavar="N")]
+TextPage = Annotated[Path | None, Option(help="Page for the texts, coloured.", metavar="FILE", show_default="none")]
+ConceptWords = Annotated[
     str, Option("--concept", help=f"Words joined by commas, or {WORLD}NAME for a concept of tales.", metavar="WORDS")
 ]
 OtherWords = Annotated[
@@ -70,7 +70,7 @@ OtherWords = Annotated[
     Option("--other", help="Words of another concept, to be left alone; may be given again.", metavar="WORDS"),
 ]
 FirstToken = Annotated[bool, Option("--first-token", help="Take a word of several tokens by its first.")]
-Baselines = Annotated[
+SteeringBaselines = Annotated[
     bool,
     Option(
         "--baselines/--no-baselines",
@@ -81,7 +81,7 @@ PromptOptions = Annotated[
     list[str],
     Option("--prompt", help="Text to go on with; may be given again.", metavar="TEXT", show_default="openings"),
 ]
-TextFile = Annotated[
+BaselineText = Annotated[
     Path | None,
     Option(
         "--text", help="Text that baselines learn the concept from.", metavar="FILE", show_default="the model's own"
@@ -98,19 +98,19 @@ def steer_prompts(
     sae: options.SAEName,
     model: options.ModelName,
     prompts: PromptList,
-    feature: Features,
+    feature: FeatureOption,
     strength: Strengths = [],  # noqa: B006 - typer copies it
     mode: ModeName = MODE,
     where: WhereName = WHERE,
     unit: UnitName = UNIT,
     store: Store = None,
-    hook_point: Place = None,
+    hook_point: HookPointOption = None,
     n: NTexts = N_TEXTS,
     n_tokens: NTokens = N_TOKENS,
     temperature: Temperature = TEMPERATURE,
-    seed: Seed = SEED,
+    seed: TextSeed = SEED,
     json: options.AsJSON = False,
-    html: Html = None,
+    html: TextPage = None,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
     progress: options.Progress = True,
@@ -127,32 +127,34 @@ def steer_prompts(
     peaks = FeatureStore.load(store) if store is not None else None
     how: dict[str, Any] = {"mode": mode, "where": where, "unit": unit, "store": peaks}
     intervention = Intervention(coder, moved, **how, hook_point=place, allow_mismatch=allow_mismatch)
-    found = steer_texts(lm, intervention, prompts, n_tokens, n=n, seed=seed, temperature=temperature, progress=progress)
-    say(to_json(found.to_dict()) if json else str(found))
+    found = compare_generations(
+        lm, intervention, prompts, n_tokens, n=n, seed=seed, temperature=temperature, progress=progress
+    )
+    echo(to_json(found.to_dict()) if json else str(found))
     if html is not None:
-        write_atomic(html, show_texts(found).encode())
+        write_atomic(html, show_generations(found).encode())
 
 
 def draw_curve(
     sae: options.SAEName,
     model: options.ModelName,
-    feature: Features,
-    concept: Words,
+    feature: FeatureOption,
+    concept: ConceptWords,
     other: OtherWords = [],  # noqa: B006
     first_token: FirstToken = False,
-    baselines: Baselines = False,
+    baselines: SteeringBaselines = False,
     prompt: PromptOptions = [],  # noqa: B006
-    text: TextFile = None,
+    text: BaselineText = None,
     strengths: Grid = None,
     mode: ModeName = MODE,
     where: WhereName = WHERE,
     unit: UnitName = CURVE_UNIT,
     store: Store = None,
-    hook_point: Place = None,
+    hook_point: HookPointOption = None,
     n: NTexts = CURVE_N,
     n_tokens: NTokens = CURVE_TOKENS,
     temperature: Temperature = TEMPERATURE,
-    seed: Seed = SEED,
+    seed: TextSeed = SEED,
     out: OutPage = None,
     json: options.JSONFile = None,
     allow_mismatch: options.AllowMismatch = False,
@@ -170,10 +172,10 @@ def draw_curve(
     openings = prompt or list(OPENINGS)
     how: dict[str, Any] = {"unit": unit, "mode": mode, "where": where, "store": opened}
     at: dict[str, Any] = {"hook_point": place, "allow_mismatch": allow_mismatch}
-    sources: dict[str, Source] = {f"feature {i}": Intervention(coder, {i: 1.0}, **how, **at) for i in feature}
+    sources: dict[str, SteeringSource] = {f"feature {i}": Intervention(coder, {i: 1.0}, **how, **at) for i in feature}
     if baselines:
         tokens = _read_text(lm, text, openings, seed, progress)
-        sources |= line_up(lm, coder, feature[0], aims[0], tokens, seed=seed, **how, **at)
+        sources |= steering_baselines(lm, coder, feature[0], aims[0], tokens, seed=seed, **how, **at)
     curve = steering_curve(
         lm,
         sources,
@@ -188,12 +190,12 @@ def draw_curve(
         progress=progress,
         **how,
     )
-    say(str(curve))
+    echo(str(curve))
     if json is not None:
         curve.save(json)
     if out is not None:
         write_atomic(out, show_curve(curve).encode())
-        say(f"{len(curve.points) - 1} strengths in {out}.")
+        echo(f"{len(curve.points) - 1} strengths in {out}.")
 
 
 def _open(
@@ -206,8 +208,8 @@ def _open(
 
 def _read_concept(model: Model, words: str, first_token: bool) -> TokenConcept:
     if words.startswith(WORLD):
-        return world_concept(model, words.removeprefix(WORLD))
-    found = make_concept(model, words, first_token=first_token)
+        return synthetic_concept(model, words.removeprefix(WORLD))
+    found = concept_from_words(model, words, first_token=first_token)
     assert isinstance(found, TokenConcept)
     return found
 

@@ -13,7 +13,7 @@ import torch
 
 from saelab.cli import options
 from saelab.cli.info import describe_activations, describe_sae
-from saelab.cli.inputs import count_overlap, open_pair, read_head, read_tail, say
+from saelab.cli.inputs import count_overlap, echo, open_pair, read_head, read_tail
 from saelab.collecting.collection import SHARD_TOKENS, collect
 from saelab.evaluation.evaluation import evaluate
 from saelab.interop.saebench import save_saebench
@@ -56,7 +56,7 @@ def train_sae(
     seed: options.TrainSeed = TrainConfig.seed,
     save_every_tokens: options.SaveEvery = TrainConfig.save_every_tokens,
     hook_point: options.HookPoint = None,
-    target: options.Target = None,
+    target: options.TargetHookPoint = None,
     skip: options.Skip = False,
     device: options.Device = None,
     resume: options.Resume = False,
@@ -96,8 +96,8 @@ def _train_into(out: Path, sae: SAE, rows: Data, budget: TrainConfig, resume: bo
     sae.fit(rows, budget, out=out, resume=resume, progress=progress)
     sae.save_pretrained(out)
     if finished:
-        say("This SAE was complete already.")
-    say(describe_sae(out))
+        echo("This SAE was complete already.")
+    echo(describe_sae(out))
 
 
 def load_activations(
@@ -172,7 +172,7 @@ def claim_folder(out: Path, resume: bool, overwrite: bool) -> None:
 def collect_text(
     model: options.ModelName,
     text: options.TextFile,
-    hook_point: options.HookPoints,
+    hook_point: options.HookPointsOption,
     out: options.OutActs,
     n_tokens: options.HeadTokens = None,
     ctx_len: options.CtxLen = options.CTX_LEN,
@@ -198,7 +198,7 @@ def collect_text(
     lm = load_model(model, device=options.choose_device(device), weight_processing=weight_processing, progress=progress)
     tokens = read_head(lm, text, n_tokens, ctx_len, bos, separator, field)
     if n_tokens is not None and tokens.n_tokens < n_tokens:
-        say(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)
+        echo(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)
     collect(
         lm,
         tokens,
@@ -211,7 +211,7 @@ def collect_text(
         progress=progress,
         resume=not overwrite,
     )
-    say(describe_activations(out))
+    echo(describe_activations(out))
 
 
 N_TOKENS = 100_000
@@ -260,7 +260,7 @@ def evaluate_sae(
         allow_mismatch=allow_mismatch,
         progress=progress,
     )
-    say(str(result))
+    echo(str(result))
     if json is not None:
         result.save(json)
     if saebench is not None:
@@ -270,5 +270,5 @@ def evaluate_sae(
 def _announce(tokens: Tokens, n_before: int, origin: Provenance | None) -> None:
     """Say on stderr what is evaluated on, and how much of it the SAE has seen."""
     if origin and (n_both := count_overlap(tokens, n_before, origin.text)):
-        say(f"warning: the SAE was trained on {n_both:,} of these documents ({origin.text}).", err=True)
-    say(f"Evaluating on {tokens.n_tokens:,} tokens of {tokens.source}.", err=True)
+        echo(f"warning: the SAE was trained on {n_both:,} of these documents ({origin.text}).", err=True)
+    echo(f"Evaluating on {tokens.n_tokens:,} tokens of {tokens.source}.", err=True)

@@ -1,3 +1,18 @@
 """Running models over text to get activations and SAE codes: in memory, as a folder of shards, or as a stream; and
 conversion of other tools' caches.
 """
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.collecting.collection import ActivationStream as ActivationStream, collect as collect, stream as stream
+    from saelab.collecting.harvesting import (
+        ValueDtype as ValueDtype,
+        harvest as harvest,
+        harvest_untrained as harvest_untrained,
+    )
+    from saelab.collecting.reader import ActivationReader as ActivationReader, ForwardRows as ForwardRows
+
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.collecting.reader import DEFAULT_MASK, Reader, Reading
-from saelab.collecting.writers import FolderWriter, MemoryWriter, Writer, claim_folder, load_all
+from saelab.collecting.reader import DEFAULT_MASK, ActivationReader, ForwardRows
+from saelab.collecting.writers import FolderWriter, MemoryWriter, RowWriter, claim_folder, load_all
 from saelab.lm.hooks import forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
@@ -65,7 +65,7 @@ def collect(
             arguments.
         OSError: where the disk is full or not writable.
 
-    >>> model = sl.tiny_model()
+    >>> model = sl.lm.tiny_model()
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
     >>> acts = sl.collect(model, tokens, "blocks.1.hook_resid_post", progress=False)
     >>> acts.d_in
@@ -74,7 +74,7 @@ def collect(
     names = [hook_points] if isinstance(hook_points, str) else list(hook_points)
     if shard_tokens < 1:
         raise ValueError(f"`shard_tokens` must be at least 1, got {shard_tokens}.")
-    reader = Reader.make(model, tokens, names, mask, dtype)
+    reader = ActivationReader.make(model, tokens, names, mask, dtype)
     n_seq = forward_size(tokens, batch_size)
     if out is None:
         reader = reader.calibrated(tokens, n_seq)
@@ -86,7 +86,7 @@ def collect(
 
 
 def _collect_to_folder(
-    reader: Reader, tokens: Tokens, folder: Path, n_seq: int, shard_tokens: int, progress: bool, resume: bool
+    reader: ActivationReader, tokens: Tokens, folder: Path, n_seq: int, shard_tokens: int, progress: bool, resume: bool
 ) -> dict[str, Activations]:
     request = reader.request(tokens) | {"batch_size": n_seq, "shard_tokens": shard_tokens}
 
@@ -109,7 +109,9 @@ def _collect_to_folder(
             return _run(reader, tokens, writer, n_seq, progress)
 
 
-def _run(reader: Reader, tokens: Tokens, writer: Writer, n_seq: int, progress: bool) -> dict[str, Activations]:
+def _run(
+    reader: ActivationReader, tokens: Tokens, writer: RowWriter, n_seq: int, progress: bool
+) -> dict[str, Activations]:
     from tqdm.auto import tqdm
 
     first = writer.next_seq
@@ -133,7 +135,7 @@ class ActivationStream:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ActivationReader,
         tokens: Tokens,
         ring: RingBuffer,
         batch_size: int,
@@ -232,7 +234,7 @@ class ActivationStream:
             self.removed.update(reading.removed)
 
 
-def _side_by_side(reading: Reading) -> Tensor:
+def _side_by_side(reading: ForwardRows) -> Tensor:
     """Rows of one hook point, or each with its row of the other appended."""
     acts = list(reading.acts.values())
     return acts[0] if len(acts) == 1 else torch.cat(acts, dim=1)
@@ -272,7 +274,7 @@ def stream(
     Raises:
         ValueError: for a wrong hook point, NaN or infinity, and a buffer that is too small.
 
-    >>> model = sl.tiny_model()
+    >>> model = sl.lm.tiny_model()
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
     >>> batches = sl.stream(model, tokens, "blocks.1.hook_resid_post", batch_size=32, buffer_tokens=128, n_seq=2)
     >>> next(batches).shape
@@ -286,7 +288,7 @@ def stream(
             f"sequences, {smallest} in all, got {buffer_tokens}. Enlarge it, or take a smaller n_seq or batch_size."
         )
     names = [hook_point] if isinstance(hook_point, str) else list(hook_point)
-    reader = Reader.make(model, tokens, names, mask, dtype).calibrated(tokens, n_seq)
+    reader = ActivationReader.make(model, tokens, names, mask, dtype).calibrated(tokens, n_seq)
     reading = reader.read(tokens[:1])
     first = _side_by_side(reading)
     ring = RingBuffer(buffer_tokens, first.shape[1], dtype=reader.dtype, seed=seed, device=first.device)

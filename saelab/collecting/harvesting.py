@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from saelab.collecting.reader import Reader, fingerprint
+from saelab.collecting.reader import ActivationReader, fingerprint
 from saelab.collecting.writers import ShardWriter, claim_folder
 from saelab.functional.codes import SparseCodes
 from saelab.lm.hooks import FORWARD_TOKENS, forward_size
@@ -50,7 +50,7 @@ class Batch:
 
 
 @runtime_checkable
-class Source(Protocol):
+class HarvestSource(Protocol):
     """Protocol of inputs: rows in a fixed order, read `size` units (sequences, or rows) at a time."""
 
     n_units: int
@@ -75,7 +75,7 @@ class Source(Protocol):
 class TextSource:
     """Rows of token ids, whose activations are read by forward passes of the model."""
 
-    def __init__(self, reader: Reader, tokens: Tokens, n_seq: int) -> None:
+    def __init__(self, reader: ActivationReader, tokens: Tokens, n_seq: int) -> None:
         self.reader, self.tokens = reader, tokens
         self.n_units, self.size = len(tokens), n_seq
 
@@ -203,7 +203,7 @@ def harvest(
             arguments.
         OSError: where the disk is full or not writable.
 
-    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4)))
+    >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4)))
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
     >>> import tempfile
     >>> harvest(sae, model, tokens, tempfile.mkdtemp(), hook_point="blocks.1.hook_out", progress=False).l0
@@ -222,7 +222,7 @@ def harvest(
             )
         for sae in named.values():
             match_activations(sae, tokens, allow_mismatch)
-        source: Source = ActivationsSource(tokens, model, batch_size or FORWARD_TOKENS)
+        source: HarvestSource = ActivationsSource(tokens, model, batch_size or FORWARD_TOKENS)
         at = dict.fromkeys(named, tokens.hook_point)
     else:
         source, at = _read_text(named, model, tokens, hook_point, mask, batch_size, allow_mismatch)
@@ -253,7 +253,7 @@ def _read_text(
     hook_points = list(dict.fromkeys(place.hook_point for place in places.values()))
     if shared.max_norm_ratio is not None:  # a norm outlier among a transcoder's targets is dropped too
         hook_points = list(dict.fromkeys(name for place in places.values() for name in place.hook_points))
-    reader = Reader.make(model, tokens, hook_points, shared, torch.float32)
+    reader = ActivationReader.make(model, tokens, hook_points, shared, torch.float32)
     at = dict(zip(hook_points, reader.hook_points, strict=True))
     medians = {at[name]: norm for place in places.values() for name, norm in place.median_norms.items() if name in at}
     if len(medians) == len(reader.hook_points):
@@ -297,7 +297,7 @@ class _Job:
     @classmethod
     @contextmanager
     def start(
-        cls, sae: SAE, hook_point: str, source: Source, folder: Path, dtype: str, shard_tokens: int, resume: bool
+        cls, sae: SAE, hook_point: str, source: HarvestSource, folder: Path, dtype: str, shard_tokens: int, resume: bool
     ) -> Iterator["_Job"]:
         """Context manager that claims the folder for the block, or continues the store that is in it."""
         described = sae.describe()
@@ -329,7 +329,7 @@ class _Job:
         codes = self.sae.encode_sparse(batch.acts[self.hook_point].to(self.sae.device))
         return _Codes(codes, batch.places)
 
-    def finish(self, writer: ShardWriter, source: Source) -> None:
+    def finish(self, writer: ShardWriter, source: HarvestSource) -> None:
         """Write remaining rows, the text and the statistics."""
         writer.flush()
         manifest = writer.manifest
@@ -341,7 +341,7 @@ class _Job:
         writer.finish(origin, files=files)
 
 
-def _run(jobs: list[_Job], source: Source, progress: bool) -> None:
+def _run(jobs: list[_Job], source: HarvestSource, progress: bool) -> None:
     from tqdm.auto import tqdm
 
     with ExitStack() as stack:
@@ -438,7 +438,7 @@ def harvest_untrained(
     require_harvested(store, sae)
     place = match_model(sae, model, store.provenance.hook_point or None, EVERYTHING, allow_mismatch)
     tokens = rebuild_tokens(store.text)
-    reader = Reader.make(
+    reader = ActivationReader.make(
         model, tokens, place.hook_points[: 1 if sae.cfg.d_out is None else 2], EVERYTHING, torch.float32
     )
     source = _SameRows(reader, tokens, max(1, FORWARD_TOKENS // tokens.ctx_len), store.places)
@@ -470,7 +470,7 @@ def rebuild_tokens(text: StoredText) -> Tokens:
 class _SameRows(TextSource):
     """A text source restricted to the tokens at given indices of the text."""
 
-    def __init__(self, reader: Reader, tokens: Tokens, n_seq: int, places: np.ndarray) -> None:
+    def __init__(self, reader: ActivationReader, tokens: Tokens, n_seq: int, places: np.ndarray) -> None:
         super().__init__(reader, tokens, n_seq)
         self.kept = torch.zeros(tokens.n_tokens, dtype=torch.bool)
         self.kept[torch.from_numpy(np.asarray(places).astype(np.int64))] = True

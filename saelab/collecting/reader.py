@@ -19,7 +19,7 @@ DEFAULT_MASK = TokenMask()
 
 
 @dataclass(frozen=True)
-class Reading:
+class ForwardRows:
     """Activations and tokens of the kept rows of one batch of sequences."""
 
     acts: dict[str, Tensor]
@@ -33,7 +33,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reader:
+class ActivationReader:
     """Reads activations at several hook points under one token mask, and counts the tokens that each rule removes."""
 
     model: Model
@@ -50,7 +50,7 @@ class Reader:
     @classmethod
     def make(
         cls, model: Model, tokens: Tokens, hook_points: Sequence[str], mask: TokenMask, dtype: torch.dtype | None
-    ) -> "Reader":
+    ) -> "ActivationReader":
         """Reader whose arguments are checked.
 
         Args:
@@ -83,7 +83,7 @@ class Reader:
         """Width of the activations by hook point, from a forward pass over one sequence."""
         return {name: x.shape[-1] for name, x in self._capture(tokens[:1]).items()}
 
-    def calibrated(self, tokens: Tokens, n_seq: int) -> "Reader":
+    def calibrated(self, tokens: Tokens, n_seq: int) -> "ActivationReader":
         """The same reader with the median norms that the mask's norm rule compares with, where the mask has that rule.
 
         The medians are taken over the kept tokens among the first 16384 of `tokens`.
@@ -92,7 +92,7 @@ class Reader:
             return self
         return replace(self, median_norms=find_median_norms(self._capture, tokens, self.mask, n_seq))
 
-    def read(self, batch: Tokens) -> Reading:
+    def read(self, batch: Tokens) -> ForwardRows:
         """Kept rows of one batch, from one forward pass; ValueError naming the hook point where a row is not finite in
         the stored dtype.
         """
@@ -104,7 +104,9 @@ class Reader:
         rows = {name: _select(x.flatten(0, 1), index).to(self.dtype) for name, x in acts.items()}
         for name, x in rows.items():
             require_finite(name, x)
-        return Reading(rows, {name: column.flatten()[index] for name, column in columns.items()}, index, kept.removed)
+        return ForwardRows(
+            rows, {name: column.flatten()[index] for name, column in columns.items()}, index, kept.removed
+        )
 
     def request(self, tokens: Tokens) -> dict[str, Any]:
         """The arguments that determine what is read, as a dictionary for JSON."""

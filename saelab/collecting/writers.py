@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saelab.collecting.reader import Reading
+from saelab.collecting.reader import ForwardRows
 from saelab.stores.activations import Activations
 from saelab.stores.files import is_empty, remove_leftovers, save_tensors
 from saelab.stores.jobs import Terminable, clear_lock, hold_folder
@@ -51,7 +51,7 @@ def make_way(folder: Path, request: dict[str, Any]) -> None:
         _rename(book, aside)
         logger.warning(
             "%s holds labels of the SAE that was harvested here before; they are no labels of this one and are kept in "
-            "%s. Write them to a file with `saelab.LabelBook(%r).save('labels.json')`.",
+            "%s. Write them to a file with `saelab.labels.LabelStore(%r).save('labels.json')`.",
             folder,
             aside,
             str(aside),
@@ -101,14 +101,14 @@ MANIFEST = "manifest.json"
 
 
 @runtime_checkable
-class Writer(Protocol):
+class RowWriter(Protocol):
     """Protocol of writers, which receive the readings of successive batches of sequences."""
 
     next_seq: int
     n_tokens: int
     removed: Counter[str]
 
-    def add_reading(self, reading: Reading, n_seq: int) -> None:
+    def add_reading(self, reading: ForwardRows, n_seq: int) -> None:
         """Append the rows of a batch of `n_seq` sequences."""
 
     def open(self, origins: dict[str, Provenance]) -> dict[str, Activations]:
@@ -124,7 +124,7 @@ class MemoryWriter:
         self.removed: Counter[str] = Counter()
         self._buffer = RowBuffer(n_rows, widths, dtype)
 
-    def add_reading(self, reading: Reading, n_seq: int) -> None:
+    def add_reading(self, reading: ForwardRows, n_seq: int) -> None:
         """Append the rows of a batch."""
         n_rows = len(reading.columns["token_ids"])
         self._buffer.add(reading, 0, n_rows)
@@ -140,7 +140,7 @@ class MemoryWriter:
 
 
 @runtime_checkable
-class Buffer(Protocol):
+class ArrayBuffer(Protocol):
     """Protocol of buffers, which hold the rows of the next shard."""
 
     def add(self, reading: Any, start: int, stop: int) -> None:
@@ -157,7 +157,7 @@ class RowBuffer:
         self._columns = _allocate(n_rows, widths, dtype)
         self._n = 0
 
-    def add(self, reading: Reading, start: int, stop: int) -> None:
+    def add(self, reading: ForwardRows, start: int, stop: int) -> None:
         """Append rows start..stop of a reading."""
         for name, column in (reading.acts | reading.columns).items():
             self._columns[name][self._n : self._n + stop - start] = column[start:stop]
@@ -178,7 +178,9 @@ class ShardWriter:
     filled; leaving the `with` block waits for it.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, shard_tokens: int, buffers: tuple[Buffer, Buffer]) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, shard_tokens: int, buffers: tuple[ArrayBuffer, ArrayBuffer]
+    ) -> None:
         """Continue a folder where its manifest ends.
 
         Args:
@@ -259,7 +261,7 @@ class ShardWriter:
         if self._pending is not None:
             self._pending.result()  # re-raises errors of the background thread
 
-    def _write(self, buffer: Buffer, n_tokens: int, place: dict[str, Any]) -> None:
+    def _write(self, buffer: ArrayBuffer, n_tokens: int, place: dict[str, Any]) -> None:
         file, tensors = f"shard-{len(self.manifest.shards):05d}.safetensors", buffer.take()
         crc32 = save_tensors(self.folder / file, tensors)
         shard = Shard(file=file, n_tokens=n_tokens, crc32=crc32)
@@ -277,7 +279,7 @@ class FolderWriter(ShardWriter):
         first, second = (RowBuffer(shard_tokens, manifest.d_in, getattr(torch, manifest.dtype)) for _ in range(2))
         super().__init__(folder, manifest, shard_tokens, (first, second))
 
-    def add_reading(self, reading: Reading, n_seq: int) -> None:
+    def add_reading(self, reading: ForwardRows, n_seq: int) -> None:
         """Append the rows of a batch."""
         self.add(reading, len(reading.columns["token_ids"]), n_seq, reading.removed)
 

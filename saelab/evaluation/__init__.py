@@ -1,1 +1,38 @@
 """Evaluation of SAEs: reconstruction, sparsity, effect on the language model's loss, scores on known concepts."""
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.evaluation.concept_units import (
+        CodeMatrix as CodeMatrix,
+        concept_baselines as concept_baselines,
+        encode_csr as encode_csr,
+    )
+    from saelab.evaluation.concepts import score_concepts as score_concepts
+    from saelab.evaluation.evaluation import evaluate as evaluate
+    from saelab.evaluation.results import (
+        BestFeature as BestFeature,
+        ConceptScore as ConceptScore,
+        ConceptScores as ConceptScores,
+        Evaluation as Evaluation,
+        PairScore as PairScore,
+        ParentScore as ParentScore,
+    )
+    from saelab.evaluation.sparse_control import (
+        DictionaryScore as DictionaryScore,
+        EditScore as EditScore,
+        EditTask as EditTask,
+        SparseControlResult as SparseControlResult,
+        evaluate_sparse_control as evaluate_sparse_control,
+    )
+    from saelab.evaluation.supervised_dictionary import (
+        Attributes as Attributes,
+        AttributeScore as AttributeScore,
+        Fit as Fit,
+        SupervisedDictionary as SupervisedDictionary,
+        fit_supervised_dictionary as fit_supervised_dictionary,
+    )
+
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -26,7 +26,7 @@ from saelab.stores.corpus import split_documents
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
-Codes: TypeAlias = Any
+CodeMatrix: TypeAlias = Any
 """Codes or activations of tokens: scipy sparse (n_tokens, d_sae), `SparseCodes`, or a dense tensor or array."""
 N_LEVELS = 10
 FRACTIONS = np.arange(N_LEVELS) / N_LEVELS
@@ -36,7 +36,7 @@ NOTHING = -1
 BLOCK_ENTRIES = 2**22  # entries of a block of columns held at a time
 
 
-def read_values(codes: Codes) -> Any:
+def read_values(codes: CodeMatrix) -> Any:
     """Codes as a scipy csr matrix, dense activations as an array; ValueError unless finite and two-dimensional."""
     from scipy.sparse import csr_matrix, issparse
 
@@ -321,7 +321,7 @@ def concept_baselines(
     *,
     train_frac: float = 0.5,
     seed: int = 0,
-) -> dict[str, Codes]:
+) -> dict[str, CodeMatrix]:
     """Baseline codes of the same tokens by name, for `score_concepts`.
 
     neurons: the centered activations. pca: their principal components. random: an SAE of `cfg` before training, with
@@ -352,14 +352,14 @@ def concept_baselines(
     return {
         "neurons": x,
         "pca": components,
-        "random": read_codes(prepare(replace(cfg, init="tied"), sample, seed), acts),
-        "untrained": read_codes(prepare(replace(cfg, init="data"), sample, seed), acts),
+        "random": encode_csr(prepare(replace(cfg, init="tied"), sample, seed), acts),
+        "untrained": encode_csr(prepare(replace(cfg, init="data"), sample, seed), acts),
         "probe": fit_probe(whitened[rows], labels)(whitened).sigmoid(),
     }
 
 
 @torch.no_grad()
-def read_codes(sae: SAE, acts: Float[Tensor, "n_tokens d_in"]) -> "csr_matrix":
+def encode_csr(sae: SAE, acts: Float[Tensor, "n_tokens d_in"]) -> "csr_matrix":
     """The codes of many tokens as one scipy matrix (n_tokens, d_sae), encoded in batches."""
     from scipy.sparse import csr_matrix, vstack
 

@@ -22,7 +22,7 @@ from saelab.evaluation.concept_units import (
     FRACTIONS,
     N_LEVELS,
     NOTHING,
-    Codes,
+    CodeMatrix,
     Levels,
     Ranks,
     UnitCounts,
@@ -194,7 +194,7 @@ UNITS_AT_ONCE = 16  # rows of a product with the truth
 
 
 def score_concepts(
-    codes: Codes,
+    codes: CodeMatrix,
     truth: Any,
     table: Sequence[Concept],
     story_ids: Shaped[Any, "n_tokens"],
@@ -203,7 +203,7 @@ def score_concepts(
     min_count: int = 20,
     seed: int = 0,
     control_pairs: Sequence[tuple[str, str]] | None = None,
-    baselines: Mapping[str, Codes] | None = None,
+    baselines: Mapping[str, CodeMatrix] | None = None,
 ) -> ConceptScores:
     """Scores of features as classifiers of known concepts, chosen on training stories and scored on held-out ones.
 
@@ -246,7 +246,7 @@ def score_concepts(
         world, train=move_truth(train, stories[is_train], seed), held=move_truth(held, stories[~is_train], seed)
     )
 
-    def judge(values: Codes, others: dict[str, ConceptScores]) -> ConceptScores:
+    def judge(values: CodeMatrix, others: dict[str, ConceptScores]) -> ConceptScores:
         return _score(values, world, others, _score(values, moved, {}, None))
 
     return judge(codes, {name: judge(values, {}) for name, values in (baselines or {}).items()})
@@ -303,7 +303,7 @@ def _split_truth(truth: Any, is_train: np.ndarray) -> "tuple[csr_matrix, csr_mat
 
 
 def _score(
-    codes: Codes, world: _World, baselines: dict[str, ConceptScores], moved: ConceptScores | None
+    codes: CodeMatrix, world: _World, baselines: dict[str, ConceptScores], moved: ConceptScores | None
 ) -> ConceptScores:
     """All scores of one dictionary: features chosen on training tokens, then scored on the others."""
     values, is_train = read_values(codes), world.is_train

@@ -394,7 +394,7 @@ def evaluate(
         ValueError: for an SAE of another model, weight processing or hook point (unless `allow_mismatch`), an SAE that
             has no hook point or threshold yet, and activations that are not finite.
 
-    >>> model = sl.tiny_model()
+    >>> model = sl.lm.tiny_model()
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
     >>> sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     >>> evaluate(sae, model, tokens, hook_point="blocks.1.hook_resid_post", progress=False).n_documents

@@ -135,7 +135,7 @@ SUMMARY = {
 }
 
 
-class Best(NamedTuple):
+class BestFeature(NamedTuple):
     """The best feature for a concept, as the classifier `side * z > threshold`."""
 
     feature: int | None
@@ -340,11 +340,11 @@ class ConceptScores(Result):
         """Number of control pairs of which the same is true: what chance and frequency give."""
         return sum(pair.on_two_sides for pair in self.control_pairs)
 
-    def best(self, name: str) -> Best:
+    def best(self, name: str) -> BestFeature:
         """The feature chosen for a concept, with sign, threshold and held-out F1; KeyError for an unknown concept."""
         for row in self.concepts:
             if row.name == name:
-                return Best(row.feature, row.side, row.threshold, row.f1)
+                return BestFeature(row.feature, row.side, row.threshold, row.f1)
         raise KeyError(f"`name` must be a concept of the world, got '{name}'; `scores.concepts` lists them.")
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""`compare_control`: approximation, sparse control and interpretability of dictionaries (arXiv:2405.08366).
+"""`evaluate_sparse_control`: approximation, sparse control and interpretability of dictionaries (arXiv:2405.08366).
 
 Prompts with counterfactual versions, reading and patching their activations, and sparse edits of codes.
 """
@@ -16,12 +16,12 @@ from saelab.evaluation.supervised_dictionary import (
     Attributes,
     AttributeScore,
     Fit,
-    fit_attributes,
+    fit_supervised_dictionary,
     mark_values,
     score_attributes,
 )
 from saelab.interventions.interventions import match_source
-from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, splice
+from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result, align_columns
@@ -104,7 +104,7 @@ class EditTask:
                 found = logits(self.model, ids)
             else:
                 places = torch.arange(len(rows))[:, None], self.positions[rows]
-                with splice(self.model, {self.hook_point: partial(_put, places=places, new=x[rows])}):
+                with replace_activations(self.model, {self.hook_point: partial(_put, places=places, new=x[rows])}):
                     found = logits(self.model, ids)
             parts.append(found[torch.arange(len(rows)), ends].float().cpu())
         return torch.cat(parts)
@@ -229,8 +229,8 @@ class DictionaryScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlTable(Result):
-    """Result of `compare_control`: one row for each dictionary."""
+class SparseControlResult(Result):
+    """Result of `evaluate_sparse_control`: one row for each dictionary."""
 
     hook_point: str
     places: tuple[str, ...]
@@ -301,7 +301,7 @@ class ControlTable(Result):
         return ["", *align_columns(table)]
 
 
-def compare_control(
+def evaluate_sparse_control(
     task: EditTask,
     train: EditTask,
     dictionaries: Mapping[str, SAE],
@@ -309,7 +309,7 @@ def compare_control(
     ks: Sequence[int] = KS,
     supervised: Sequence[Fit] = ("means", "least-squares"),
     allow_mismatch: bool = False,
-) -> ControlTable:
+) -> SparseControlResult:
     """Scores of SAEs at reconstructing, editing and interpreting a task, compared with supervised dictionaries.
 
     Approximation: `sufficiency` replaces x by x_hat, `necessity` replaces it by `mean + x - x_hat`; both are shares of
@@ -324,7 +324,7 @@ def compare_control(
         train: other prompts of the same task, on which supervised dictionaries are fitted and all choices are made.
         dictionaries: SAEs by name.
         ks: most features changed at each position.
-        supervised: how the supervised dictionaries, the ceiling, are fitted; see `fit_attributes`.
+        supervised: how the supervised dictionaries, the ceiling, are fitted; see `fit_supervised_dictionary`.
         allow_mismatch: go ahead with SAEs of another model, weight processing or hook point than the task's.
 
     Raises:
@@ -339,7 +339,7 @@ def compare_control(
     patched = {edit: task.predict(task.activations[edit]).argmax(1) for edit in task.edits}
     scorer = _Scorer(task, train, means, margins, clean.argmax(1), patched)
     sources: dict[str, SAE | Fit] = {f"supervised {fit}": fit for fit in supervised}
-    return ControlTable(
+    return SparseControlResult(
         hook_point=task.hook_point,
         places=task.place_names,
         rows=tuple(scorer.score(name, source, ks) for name, source in (sources | dict(dictionaries)).items()),
@@ -419,7 +419,7 @@ class _Scorer:
 
     def _fit(self, method: Fit) -> _Coded:
         x, known = _pool(self.train)
-        fits = [fit_attributes(part, known, method) for part in x.unbind(1)]
+        fits = [fit_supervised_dictionary(part, known, method) for part in x.unbind(1)]
         rows, means = tuple(fit.rows for fit in fits), tuple(fit.mean for fit in fits)
         return _Coded(rows, means, lambda place, _x, known: fits[place].encode(known))
 

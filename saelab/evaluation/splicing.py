@@ -7,7 +7,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.functional.metrics import kl_divergence
-from saelab.lm.hooks import capture, find_median_norms, logits, next_token_loss, norms_of, require_finite, splice
+from saelab.lm.hooks import (
+    capture,
+    find_median_norms,
+    logits,
+    next_token_loss,
+    norms_of,
+    replace_activations,
+    require_finite,
+)
 from saelab.lm.masks import MaskResult, TokenMask
 from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
@@ -73,7 +81,7 @@ class Stage:
             seen[self.target] = x.clone()  # the model may add to what flows on in place
             return x
 
-        with splice(self.model, {self.target: record}):
+        with replace_activations(self.model, {self.target: record}):
             clean = logits(self.model, batch.ids)
         keep = self._select(batch, seen).keep
         predicts = keep & batch.predicts
@@ -146,6 +154,6 @@ class CleanRun:
             x[keep] = x_hat.to(x)
             return x
 
-        with splice(self.stage.model, {self.stage.target: replace_kept}):
+        with replace_activations(self.stage.model, {self.stage.target: replace_kept}):
             spliced = logits(self.stage.model, self.batch.ids)
         return {"ce": self.losses(spliced), "kl": kl_divergence(self.logits[predicts], spliced[predicts])}

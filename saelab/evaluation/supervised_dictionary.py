@@ -1,4 +1,5 @@
-"""`fit_attributes`: a supervised dictionary, one vector for each value of each known attribute (arXiv:2405.08366).
+"""`fit_supervised_dictionary`: a supervised dictionary, one vector for each value of each known attribute
+(arXiv:2405.08366).
 
 Features as classifiers of an attribute's values: best single ones, unions of some, and a linear probe to compare
 with.
@@ -23,7 +24,7 @@ Attributes = Mapping[str, str]
 
 
 @dataclass(frozen=True, eq=False)
-class AttributeDictionary:
+class SupervisedDictionary:
     """Supervised dictionary, `x_hat = mean + sum over attributes of u(attribute = value)`, one row for each value."""
 
     mean: Float[Tensor, "d_in"]
@@ -50,9 +51,9 @@ class AttributeDictionary:
         return x + (self.encode(after) - self.encode(before)) @ self.rows
 
 
-def fit_attributes(
+def fit_supervised_dictionary(
     x: Float[Tensor, "n d_in"], attributes: Sequence[Attributes], method: Fit = "means"
-) -> AttributeDictionary:
+) -> SupervisedDictionary:
     """The supervised dictionary of activations with known attributes.
 
         means           u(a = v) = mean(x | a = v) - mean(x)
@@ -62,7 +63,7 @@ def fit_attributes(
     attributes. Source: arXiv:2405.08366.
 
     >>> told = [{"who": "Ann", "when": "now"}, {"who": "Tom", "when": "now"}]
-    >>> fit_attributes(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), told).rows
+    >>> fit_supervised_dictionary(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), told).rows
     tensor([[ 0.,  0.],
             [-1.,  0.],
             [ 1.,  0.]])
@@ -82,7 +83,7 @@ def fit_attributes(
         rows = (z.T @ (x - mean)) / z.sum(0)[:, None]
     else:
         rows = torch.linalg.lstsq(z, x - mean, driver="gelsd").solution  # the rows of an attribute add up to any vector
-    return AttributeDictionary(mean.float(), rows.float(), names)
+    return SupervisedDictionary(mean.float(), rows.float(), names)
 
 
 def _mark(attributes: Sequence[Attributes], places: Mapping[tuple[str, str], int]) -> Tensor:

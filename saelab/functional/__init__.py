@@ -1,1 +1,49 @@
 """Functions of tensors alone: activation functions, sparse kernels, top-k search, losses and metrics."""
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.functional.activation_functions import (
+        jumprelu as jumprelu,
+        keep_above as keep_above,
+        keep_batch_topk as keep_batch_topk,
+        keep_group_max as keep_group_max,
+        keep_places as keep_places,
+        keep_topk as keep_topk,
+        pursue as pursue,
+        step_above as step_above,
+    )
+    from saelab.functional.codes import SparseCodes as SparseCodes
+    from saelab.functional.indices import ChosenRuns as ChosenRuns, FeatureIds as FeatureIds, MarkedRows as MarkedRows
+    from saelab.functional.metrics import (
+        FiringSums as FiringSums,
+        ReconstructionSums as ReconstructionSums,
+        effective_rank as effective_rank,
+        exact as exact,
+        kl_divergence as kl_divergence,
+        log_histogram as log_histogram,
+        loss_recovered as loss_recovered,
+        nested_error as nested_error,
+        normalised_error as normalised_error,
+        ratio as ratio,
+        read_scores as read_scores,
+        token_terms as token_terms,
+    )
+    from saelab.functional.screening import Precision as Precision
+    from saelab.functional.statistics import ProbeScore as ProbeScore
+    from saelab.functional.topk import (
+        batch_topk_entries as batch_topk_entries,
+        bound_rounding as bound_rounding,
+        group_max_latents as group_max_latents,
+        pick_topk as pick_topk,
+        score as score,
+        search_above as search_above,
+        search_batch_topk as search_batch_topk,
+        search_group_max as search_group_max,
+        search_topk as search_topk,
+        topk_latents as topk_latents,
+    )
+
+__getattr__, __dir__, __all__ = attach(__name__)

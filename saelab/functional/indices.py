@@ -150,11 +150,11 @@ class ChosenRuns:
         return int(np.diff(np.append(self.starts, self.n_rows))[self.chosen].sum())
 
 
-Marks = Callable[[int, int], NDArray[np.bool_]]
+RowMarker = Callable[[int, int], NDArray[np.bool_]]
 """Function of (start, stop) that returns a boolean for each of the rows start..stop."""
 
 
-def draw_rows(marks: Marks, n_rows: int, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
+def draw_rows(marks: RowMarker, n_rows: int, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
     """Random marked rows, drawn with replacement as `rng.choice` draws from the list of them; empty where none is.
 
     Args:

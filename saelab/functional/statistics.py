@@ -275,7 +275,7 @@ def window_auroc(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class ProbeScore:
     """Held-out metrics of a binary classifier."""
 
     f1: float
@@ -292,10 +292,10 @@ class Told:
     """share of tokens predicted true; 1 is a classifier that always predicts true, whatever its F1"""
 
 
-UNKNOWN = Told(f1=math.nan, mcc=math.nan, auroc=math.nan, accuracy=math.nan, balanced=math.nan, yes=math.nan)
+UNKNOWN = ProbeScore(f1=math.nan, mcc=math.nan, auroc=math.nan, accuracy=math.nan, balanced=math.nan, yes=math.nan)
 
 
-def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], threshold: float) -> Told:
+def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], threshold: float) -> ProbeScore:
     """Metrics of the classifier `score >= threshold`; its AUROC is that of the scores.
 
     >>> score_guess(np.array([0.0, 1.0, 1.0]), np.array([False, True, False]), 1.0).auroc
@@ -305,7 +305,7 @@ def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], thresh
     hits, fires = int((guess & y).sum()), int(guess.sum())
     spread = math.sqrt(fires * (n - fires) * n_true * (n - n_true))
     quiet = n - fires - n_true + hits  # told right of what is not true
-    return Told(
+    return ProbeScore(
         f1=2 * hits / max(1, fires + n_true),
         mcc=(n * hits - fires * n_true) / spread if spread else 0.0,
         auroc=auroc(scores, y),
@@ -357,7 +357,7 @@ class DocumentSums:
     """
 
     def __init__(self, doc_ids: Int[Tensor, "*shape"]) -> None:
-        self.documents = doc_ids[doc_ids >= 0].unique()
+        self.documents: Tensor = torch.unique(doc_ids[doc_ids >= 0])
         self.columns: dict[str, Tensor] = {}
 
     def add(self, doc_ids: Int[Tensor, "n"], terms: dict[str, Float[Tensor, "n"]]) -> None:

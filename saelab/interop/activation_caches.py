@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
 from saelab.collecting.collection import SHARD_TOKENS
-from saelab.collecting.reader import Reading
+from saelab.collecting.reader import ForwardRows
 from saelab.collecting.writers import FolderWriter, claim_folder, load_all
 from saelab.lm.hooks import require_finite
 from saelab.lm.masks import TokenMask
@@ -239,7 +239,7 @@ def _run(cache: Cache, writer: FolderWriter, origin: Provenance, progress: bool)
     return writer.open({cache.hook_point: done})[cache.hook_point]
 
 
-def _to_reading(cache: Cache, i: int) -> Reading:
+def _to_reading(cache: Cache, i: int) -> ForwardRows:
     """Rows of a piece that are not masked."""
     piece = cache.read(i)
     index = piece.keep.flatten().nonzero().squeeze(1)
@@ -250,7 +250,7 @@ def _to_reading(cache: Cache, i: int) -> Reading:
     rows = piece.acts.flatten(0, 1)[index]
     require_finite(cache.hook_point, rows)
     kept = {name: column.flatten()[index] for name, column in columns.items()}
-    return Reading({cache.hook_point: rows}, kept, index, {"masked": piece.keep.numel() - len(index)})
+    return ForwardRows({cache.hook_point: rows}, kept, index, {"masked": piece.keep.numel() - len(index)})
 
 
 def _describe(cache: Cache, first: Piece, model: str, weight_processing: str) -> Provenance:

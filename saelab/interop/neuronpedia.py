@@ -19,14 +19,14 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from saelab.analysis.direct_logits import Promoted, logit_lens
-from saelab.analysis.feature_similarity import Neighbours, neighbours
-from saelab.analysis.max_activating import ExampleGroup, examples
+from saelab.analysis.feature_similarity import NearestFeatures, nearest_features
+from saelab.analysis.max_activating import ExampleGroup, max_activating_examples
 from saelab.collecting.harvesting import require_harvested
 from saelab.functional.indices import FeatureIds, read_features
 from saelab.functional.screening import largest_first
 from saelab.interop.delphi import N_SPLITS, write_delphi
-from saelab.labels.label import Entry, write_entries
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label import LabelEntry, write_entries
+from saelab.labels.label_store import LabelStore
 from saelab.lm.model_checks import Model, find_known_ids
 from saelab.lm.unembedding import read_out
 from saelab.sae.compatibility import match_weights
@@ -48,7 +48,7 @@ class Dashboards:
     store: FeatureStore
     sae: SAE | None
     model: "Model | None"
-    alike: Neighbours
+    alike: NearestFeatures
 
     @classmethod
     def open(cls, store: FeatureStore, sae: SAE | None, model: "Model | None") -> "Dashboards":
@@ -57,7 +57,7 @@ class Dashboards:
             require_harvested(store, sae)
         if model is not None:
             match_weights(store.provenance, model)
-        return cls(store, sae, model, neighbours(store, m=N_ROWS))
+        return cls(store, sae, model, nearest_features(store, m=N_ROWS))
 
     def make(self, features: Sequence[int]) -> Iterator[dict[str, Any]]:
         """The dashboard of each feature, with SAEDashboard's field names."""
@@ -121,7 +121,9 @@ class Dashboards:
         }
 
     def _examples(self, j: int) -> list[ExampleGroup]:
-        found = examples(self.store, j, n_top=N_TOP, n_each=N_EACH, n_quantiles=N_QUANTILES, n_near=0, n_random=0)
+        found = max_activating_examples(
+            self.store, j, n_top=N_TOP, n_each=N_EACH, n_quantiles=N_QUANTILES, n_near=0, n_random=0
+        )
         return [group for group in found.groups if group.side != 0]
 
 
@@ -156,7 +158,7 @@ STRENGTH = 10.0
 
 
 @dataclass(frozen=True)
-class Source:
+class NeuronpediaSource:
     """Neuronpedia's identifier of an SAE: model, layer and set."""
 
     model: str
@@ -164,7 +166,7 @@ class Source:
     set: str
 
     @classmethod
-    def of(cls, store: FeatureStore, set: str) -> "Source":
+    def of(cls, store: FeatureStore, set: str) -> "NeuronpediaSource":
         """The identifier of a store; the layer of a hook point outside the blocks is 0."""
         origin = store.provenance
         layer = re.match(r"blocks\.(\d+)\.", origin.hook_point)
@@ -181,7 +183,7 @@ class BulkImport:
     """The records of one SAE; what was not measured is null, or an empty list."""
 
     boards: Dashboards
-    source: Source
+    source: NeuronpediaSource
     creator: str
     now: str
     """time of export, ISO 8601"""
@@ -196,8 +198,8 @@ class BulkImport:
                 windows = ((one["feature_index"], n, w) for one in part for n, w in enumerate(one["activations"]))
                 _write_lines(temp / f"features/batch-{i}.jsonl.gz", map(self.feature, part))
                 _write_lines(temp / f"activations/batch-{i}.jsonl.gz", (self.activation(*window) for window in windows))
-            with LabelBook.open(self.boards.store) as book:
-                chosen = [Entry(label, chosen=True) for label in book.chosen()]
+            with LabelStore.open(self.boards.store) as book:
+                chosen = [LabelEntry(label, chosen=True) for label in book.chosen()]
             if chosen:
                 text = write_entries(chosen, "neuronpedia", self.source.model, self.source.id)
                 write_atomic(temp / "explanations/batch-0.jsonl.gz", gzip.compress(text.encode(), mtime=0))
@@ -351,7 +353,7 @@ def export_store(
         return write_delphi(store, folder, n_splits=n_splits, pad_id=pad_id)
     fires = store.statistics.fires.sum(1) > 0
     wanted = read_features(fires.nonzero()[0] if features is None else features, store.d_sae)
-    boards, source = Dashboards.open(store, sae, model), Source.of(store, source_set)
+    boards, source = Dashboards.open(store, sae, model), NeuronpediaSource.of(store, source_set)
     made = _show_progress(boards.make(wanted), len(wanted), progress)
     if format == "neuronpedia":
         now = datetime.now(timezone.utc).isoformat()
@@ -366,7 +368,7 @@ def _show_progress(items: Iterator[dict[str, Any]], n: int, progress: bool) -> I
 
 
 def _write_batches(
-    folder: Path, store: FeatureStore, source: Source, made: Iterator[dict[str, Any]], silent: list[int]
+    folder: Path, store: FeatureStore, source: NeuronpediaSource, made: Iterator[dict[str, Any]], silent: list[int]
 ) -> Path:
     """Write the dashboards in SAEDashboard's files for Neuronpedia."""
     head = {"model_id": source.model, "layer": source.layer, "sae_set": source.set, "sae_id_suffix": None}

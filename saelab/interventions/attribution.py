@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from saelab.collecting.harvesting import require_harvested
 from saelab.functional.codes import SparseCodes
-from saelab.interventions.interventions import Place, match_source
-from saelab.interventions.prompt_metrics import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
-from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, splice
+from saelab.interventions.interventions import TokenSelection, match_source
+from saelab.interventions.prompt_metrics import Metric, Prompt, PromptMetric, Texts, make_prompt_metric, read_texts
+from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
@@ -32,7 +32,7 @@ NOTHING = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class AttributionAgreement:
     """Correlations of estimated with exact effects of features, in [-1, 1]."""
 
     pearson: float
@@ -111,7 +111,7 @@ class Attribution(Result):
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     @cached_property
-    def agreement(self) -> Agreement | None:
+    def agreement(self) -> AttributionAgreement | None:
         """Correlations with exact effects; None where those were not requested."""
         return None if self.exact is None else _hold_against(self, self.exact)
 
@@ -130,7 +130,7 @@ class Attribution(Result):
             f"{how}: {len(self.effects):,} features at tokens; {shares}; completeness {self._tell_completeness()}",
         ]
         if self.agreement is not None:
-            lines.append(tell_agreement(self.agreement))
+            lines.append(format_agreement(self.agreement))
         lines.append(f"{'effect':>10} {'code':>9} {'feature':>8}  token")
         lines += [
             f"{effect:+10.4f} {code:+9.3f} {feature:>8}  {position} {self.tokens[position]!r}"
@@ -143,12 +143,12 @@ class Attribution(Result):
         return f"{share:.4f}" if share == share else "unknown, since replacing all changes nothing"
 
 
-def tell_agreement(agreement: Agreement) -> str:
+def format_agreement(agreement: AttributionAgreement) -> str:
     """The correlations with exact effects in one line of text.
 
     >>> null = {"shuffled": 0.0, "shuffled_95": 0.2, "top_shuffled": 0.1}
-    >>> one = Agreement(pearson=1.0, spearman=0.9, top=0.7, size=0.5, size_estimate=0.9, n=70, **null)
-    >>> tell_agreement(one)[35:]
+    >>> one = AttributionAgreement(pearson=1.0, spearman=0.9, top=0.7, size=0.5, size_estimate=0.9, n=70, **null)
+    >>> format_agreement(one)[35:]
     'Spearman 0.900 (shuffled 0.000, 95 % below 0.200), 70% of the top 10 (shuffled 10%); by size 0.900, moved 0.500'
     """
     one = agreement
@@ -158,12 +158,12 @@ def tell_agreement(agreement: Agreement) -> str:
     return f"with exact effects: {signed}, {top}; by size {one.size_estimate:.3f}, moved {one.size:.3f}"
 
 
-def _hold_against(found: Attribution, exact: np.ndarray) -> Agreement:
+def _hold_against(found: Attribution, exact: np.ndarray) -> AttributionAgreement:
     estimates = found.effects
     rng = np.random.default_rng(0)
     others = [estimates[_shuffle(found.positions, rng)] for _ in range(N_SHUFFLES)]
     shuffled = [rank_correlation(other, exact) for other in others]
-    return Agreement(
+    return AttributionAgreement(
         pearson=correlation(estimates, exact),
         spearman=rank_correlation(estimates, exact),
         shuffled=float(np.mean(shuffled)),
@@ -213,7 +213,7 @@ def rank_correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> fl
     return correlation(rankdata(x), rankdata(y))
 
 
-Method = Literal["gradient", "integrated", "exact"]
+AttributionMethod = Literal["gradient", "integrated", "exact"]
 Baseline = Literal["zero", "mean"]
 ERROR = -1  # in the place of a feature
 N_STEPS, MOST_STEPS, TOLERANCE = 32, 1024, 0.005
@@ -225,11 +225,11 @@ def attribute(
     prompt: Prompt,
     metric: Metric,
     *,
-    method: Method = "gradient",
+    method: AttributionMethod = "gradient",
     baseline: Baseline = "zero",
     counterfactual: Prompt | None = None,
     store: FeatureStore | None = None,
-    where: Place = "all",
+    where: TokenSelection = "all",
     n_steps: int | None = None,
     check: bool = False,
     hook_point: str | None = None,
@@ -251,8 +251,8 @@ def attribute(
         model: language model the SAE belongs to.
         sae: an SAE that reconstructs its own input (no transcoder).
         prompt: a text, which gets a BOS, or token ids.
-        metric: as in `make_outcome`: a token or its id (log-probability of coming next), a pair (logit difference),
-            "loss", or a function of the logits.
+        metric: as in `make_prompt_metric`: a token or its id (log-probability of coming next), a pair (logit
+            difference), "loss", or a function of the logits.
         method: "gradient" (one forward and backward), "integrated" (integrated gradients) or "exact" (each feature
             replaced alone).
         baseline: "zero" replaces codes and errors by 0; "mean" replaces the codes of features that fire by their means
@@ -274,7 +274,7 @@ def attribute(
             length, a transcoder, and an SAE of another model, weight processing or hook point (unless
             `allow_mismatch`).
 
-    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
+    >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     >>> found = attribute(model, sae, "Hello", "!", hook_point="blocks.1.hook_resid_post")
     >>> found.effects.shape, found.errors.shape
     ((20,), (6,))
@@ -318,7 +318,7 @@ def _is_off(effects: Float[Tensor, "n_nodes"], clean: float, patched: float) -> 
 
 
 def _require(method: str, baseline: str, n_steps: int | None, sae: SAE) -> None:
-    for name, value, choices in (("method", method, Method), ("baseline", baseline, Baseline)):
+    for name, value, choices in (("method", method, AttributionMethod), ("baseline", baseline, Baseline)):
         if value not in get_args(choices):
             raise ValueError(f"`{name}` must be one of {get_args(choices)}, got '{value}'.")
     if n_steps is not None and n_steps < 1:
@@ -363,7 +363,7 @@ class Scene:
     model: Model
     hook_point: str
     texts: Texts
-    outcome: Outcome
+    outcome: PromptMetric
     x: Float[Tensor, "n d_in"]
     """activations of the prompt"""
 
@@ -375,7 +375,7 @@ class Scene:
     def values(self, moves: Float[Tensor, "batch n d_in"]) -> Float[Tensor, "batch"]:
         """The metric with `moves` added to the activations, one copy of the prompt a row; differentiable in `moves`."""
         rows = torch.zeros(len(moves), dtype=torch.long)
-        with splice(self.model, {self.hook_point: lambda x: x.detach() + moves.to(x.dtype)}):
+        with replace_activations(self.model, {self.hook_point: lambda x: x.detach() + moves.to(x.dtype)}):
             found = logits(self.model, self.texts.ids[rows], grad=moves.requires_grad)
         with torch.set_grad_enabled(moves.requires_grad):
             return self.outcome(found, self.texts, rows)
@@ -419,11 +419,11 @@ def make_scene(model: Model, point: str, prompt: Prompt, metric: Metric) -> Scen
         model: language model.
         point: hook point whose activations are read and edited.
         prompt: a text, which gets a BOS, or token ids.
-        metric: as in `make_outcome`.
+        metric: as in `make_prompt_metric`.
     """
     texts = read_texts(model, prompt)
     x = capture(model, texts.ids, [point])[point][0]
-    return Scene(model, point, texts, make_outcome(model, metric), x.float())
+    return Scene(model, point, texts, make_prompt_metric(model, metric), x.float())
 
 
 def _read_other(scene: Scene, counterfactual: Prompt | None) -> Float[Tensor, "n d_in"] | None:
@@ -456,7 +456,7 @@ def _read_means(sae: SAE, baseline: Baseline, store: FeatureStore | None) -> Flo
 
 
 @torch.no_grad()
-def _find_nodes(scene: Scene, sae: SAE, where: Place, other: Tensor | None, means: Tensor) -> _Nodes:
+def _find_nodes(scene: Scene, sae: SAE, where: TokenSelection, other: Tensor | None, means: Tensor) -> _Nodes:
     """Features that fire at the tokens of a place, in either prompt, and the errors of these tokens."""
     keep = scene.texts.select(scene.model, where)[0].nonzero()[:, 0]
     x = scene.x[keep.to(scene.x.device)].to(sae.device)

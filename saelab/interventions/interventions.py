@@ -1,6 +1,7 @@
 """`Intervention`: an edit of activations through the codes of SAE features or of a direction.
 
-`Where` and `When`: the tokens that an intervention changes, by part of the text, position, mask or condition.
+`TokenSelector` and `ActivationCondition`: the tokens that an intervention changes, by part of the text, position, mask
+or condition.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,19 +15,19 @@ from torch import Tensor
 from saelab.collecting.harvesting import require_harvested
 from saelab.functional.indices import FeatureIds, read_feature
 from saelab.interventions.directions import Direction
-from saelab.lm.hooks import Passing, find_hook_point
+from saelab.lm.hooks import ForwardTokens, find_hook_point
 from saelab.lm.model_checks import Model
 from saelab.sae.compatibility import match_places
 from saelab.sae.normalizer import PER_TOKEN
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 
-Part = Literal["all", "prompt", "generated"]
-Side = Literal["both", "positive", "negative"]
+TextPart = Literal["all", "prompt", "generated"]
+CodeSign = Literal["both", "positive", "negative"]
 
 
 @dataclass(frozen=True, eq=False)
-class When:
+class ActivationCondition:
     """A condition on tokens: that a feature fires, `|z| > above`, with one sign or with either.
 
     Codes are read at the condition's own hook point, which must not come after the steered one in the forward pass.
@@ -39,7 +40,7 @@ class When:
     """index of the feature; 0 for a direction"""
     above: float = 0.0
     """threshold on the code"""
-    side: Side = "both"
+    side: CodeSign = "both"
     """sign of the codes that count: "both", "positive" or "negative"."""
     hook_point: str | None = None
     """where codes are read; by default where the SAE was trained"""
@@ -47,8 +48,8 @@ class When:
     """read codes on a model, weight processing or hook point other than those that the SAE was trained on"""
 
     def __post_init__(self) -> None:
-        if self.side not in get_args(Side):
-            raise ValueError(f"`side` must be one of {get_args(Side)}, got {self.side!r}.")
+        if self.side not in get_args(CodeSign):
+            raise ValueError(f"`side` must be one of {get_args(CodeSign)}, got {self.side!r}.")
         n = self.source.cfg.d_sae if isinstance(self.source, SAE) else 1
         object.__setattr__(self, "feature", read_feature(self.feature, d_sae=n))
 
@@ -59,10 +60,10 @@ class When:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Where:
+class TokenSelector:
     """A selection of tokens by several rules, all of which must hold; padding is never changed."""
 
-    part: Part = "all"
+    part: TextPart = "all"
     """"prompt", "generated" or "all" tokens; the first generated token is chosen from the last prompt token, before any
     generated token is processed, so with "generated" it is not affected"""
     positions: slice | Sequence[int] | None = None
@@ -70,16 +71,18 @@ class Where:
     prompt"""
     tokens: Bool[Tensor, "batch ctx_len"] | Bool[Tensor, "ctx_len"] | None = None
     """mask of the prompt's columns, True for tokens to change, special ones included; no token after them is changed"""
-    when: When | None = None
+    when: ActivationCondition | None = None
     """a condition on the codes of a feature"""
     special: bool = False
     """change BOS and other special tokens, too; their large norms serve attention as a sink"""
 
     def __post_init__(self) -> None:
-        if self.part not in get_args(Part):
-            raise ValueError(f"`where` must be one of {get_args(Part)}, or a `Where(...)`, got '{self.part}'.")
+        if self.part not in get_args(TextPart):
+            raise ValueError(
+                f"`where` must be one of {get_args(TextPart)}, or a `TokenSelector(...)`, got '{self.part}'."
+            )
 
-    def select(self, passing: Passing, special_ids: Tensor) -> Bool[Tensor, "batch n"]:
+    def select(self, passing: ForwardTokens, special_ids: Tensor) -> Bool[Tensor, "batch n"]:
         """Mask of the tokens of a forward pass by these rules, without the condition `when`."""
         keep = passing.positions >= 0
         if self.part != "all":
@@ -93,26 +96,27 @@ class Where:
         return keep & (passing.ids[..., None] != special_ids.to(passing.ids.device)).all(-1)
 
 
-Place: TypeAlias = Part | slice | Sequence[int] | Bool[Tensor, "..."] | When | Where
-"""What `where` accepts: part of the text, positions, a mask of the prompt's tokens, a condition, or a `Where`"""
+TokenSelection: TypeAlias = TextPart | slice | Sequence[int] | Bool[Tensor, "..."] | ActivationCondition | TokenSelector
+"""What `where` accepts: part of the text, positions, a mask of the prompt's tokens, a condition, or a `TokenSelector`
+"""
 
 
-def make_where(place: Place) -> Where:
-    """The `Where` for any form that `where` accepts: a part of the text, positions, a mask or a condition.
+def make_where(place: TokenSelection) -> TokenSelector:
+    """The `TokenSelector` for any form that `where` accepts: a part of the text, positions, a mask or a condition.
 
     >>> make_where("prompt").part, make_where([0, 3]).positions, make_where(slice(1, None)).positions
     ('prompt', [0, 3], slice(1, None, None))
     """
-    if isinstance(place, Where):
+    if isinstance(place, TokenSelector):
         return place
-    if isinstance(place, When):
-        return Where(when=place)
+    if isinstance(place, ActivationCondition):
+        return TokenSelector(when=place)
     if isinstance(place, str):
-        return Where(part=place)
-    return Where(tokens=place) if isinstance(place, Tensor) else Where(positions=place)
+        return TokenSelector(part=place)
+    return TokenSelector(tokens=place) if isinstance(place, Tensor) else TokenSelector(positions=place)
 
 
-def _stand_at(wanted: slice | Sequence[int], passing: Passing) -> Bool[Tensor, "batch n"]:
+def _stand_at(wanted: slice | Sequence[int], passing: ForwardTokens) -> Bool[Tensor, "batch n"]:
     lengths, positions = passing.lengths[:, None], passing.positions
     if not isinstance(wanted, slice):
         places = torch.tensor([list(wanted)], device=positions.device)
@@ -142,7 +146,7 @@ Mode = Literal["add", "clamp", "at-least", "scale", "ablate"]
 Unit = Literal["raw", "max", "norm"]
 Error = Literal["keep", "drop"]
 Strength: TypeAlias = float | int | Float[Tensor, ""]
-Features: TypeAlias = Mapping[SupportsIndex, Strength] | FeatureIds | Strength
+FeatureStrengths: TypeAlias = Mapping[SupportsIndex, Strength] | FeatureIds | Strength
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +171,12 @@ class Intervention:
 
     source: SAE | Direction
     """SAE or direction whose codes are edited"""
-    features: Features = ()
+    features: FeatureStrengths = ()
     """strengths s_i by feature; for mode "ablate" a list of features; for a direction its strength"""
     mode: Mode = "add"
     """how codes change, see above"""
-    where: Place = "all"
-    """tokens that are changed, see `Where`"""
+    where: TokenSelection = "all"
+    """tokens that are changed, see `TokenSelector`"""
     unit: Unit = "raw"
     """of strengths: "raw" codes, "max" multiples of the largest |z_i| in `store` (or of a direction's peak), "norm"
     multiples of the norm of the token's own activation; factors of "scale" have no unit"""
@@ -186,8 +190,8 @@ class Intervention:
     """edit a model, weight processing or hook point other than those that the SAE was trained on"""
     strengths: dict[int, Strength] = field(init=False, repr=False)
     """by feature, in codes (unit "norm": in norms of the token's activation)"""
-    places: Where = field(init=False, repr=False)
-    """`where` as a `Where`"""
+    places: TokenSelector = field(init=False, repr=False)
+    """`where` as a `TokenSelector`"""
     rows: Float[Tensor, "n_features d_out"] = field(init=False, repr=False)
     """change of the activation for a code of 1 of each feature, from the weights as they are now"""
     _shift: Float[Tensor, "d_out"] | None = field(init=False, repr=False)
@@ -335,7 +339,7 @@ def _is_number(features: Any) -> bool:
     return isinstance(features, Tensor) and features.ndim == 0
 
 
-def _read_features(features: Features, source: SAE | Direction, mode: Mode) -> dict[int, Strength]:
+def _read_features(features: FeatureStrengths, source: SAE | Direction, mode: Mode) -> dict[int, Strength]:
     """Strengths by feature; features without strengths are for ablation only."""
     if isinstance(source, Direction) and not isinstance(features, Mapping):
         given: Any = {} if isinstance(features, tuple | list) and not features else {0: features}

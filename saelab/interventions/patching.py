@@ -14,13 +14,13 @@ from saelab.functional.indices import FeatureIds, read_features
 from saelab.interventions.attribution import require_aligned, require_autoencoder
 from saelab.interventions.directions import Direction, Subspace, as_subspace
 from saelab.interventions.interventions import match_source
-from saelab.interventions.prompt_metrics import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
-from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, splice
+from saelab.interventions.prompt_metrics import Metric, Prompt, PromptMetric, Texts, make_prompt_metric, read_texts
+from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result
 
-Source: TypeAlias = str | Direction | Subspace | SAE | tuple[SAE, FeatureIds]
+PatchSource: TypeAlias = str | Direction | Subspace | SAE | tuple[SAE, FeatureIds]
 """A hook point; a direction or subspace, whose component is patched; all features of an SAE, or some of them"""
 Positions: TypeAlias = Literal["each", "all"] | Sequence[int | Sequence[int]]
 
@@ -94,7 +94,7 @@ def patch(
     corrupt: Prompt,
     metric: Metric,
     *,
-    sources: Source | Sequence[Source] | None = None,
+    sources: PatchSource | Sequence[PatchSource] | None = None,
     positions: Positions = "each",
     hook_point: str | None = None,
     allow_mismatch: bool = False,
@@ -111,7 +111,7 @@ def patch(
         model: language model.
         clean: prompt whose activations are patched in; as many tokens as `corrupt`.
         corrupt: prompt whose run is patched.
-        metric: as in `make_outcome`, mostly a pair of answers (logit difference).
+        metric: as in `make_prompt_metric`, mostly a pair of answers (logit difference).
         sources: one or several hook points, directions, subspaces, SAEs, or pairs (SAE, features); by default the
             residual stream after every block.
         positions: "each" alone, "all" together, or single positions and groups of them; special tokens are included.
@@ -122,7 +122,7 @@ def patch(
         ValueError: for sources and positions that do not exist, prompts of unequal length, transcoders, and SAEs of
             another model, weight processing or hook point (unless `allow_mismatch`).
 
-    >>> found = patch(sl.tiny_model(), "I see Ann", "I see Tom", ("A", "T"))
+    >>> found = patch(sl.lm.tiny_model(), "I see Ann", "I see Tom", ("A", "T"))
     >>> found.scores.shape, float(found.scores[2, -1].round(4))
     ((3, 10), 1.0)
     """
@@ -130,7 +130,7 @@ def patch(
     require_aligned(ours, theirs)
     pieces = [_make_piece(model, source, hook_point, allow_mismatch) for source in _list_sources(model, sources)]
     columns = _list_columns(positions, ours.ids.shape[1])
-    outcome = make_outcome(model, metric)
+    outcome = make_prompt_metric(model, metric)
     runs = _Runs(model, theirs, outcome, *(_read(model, texts, pieces) for texts in (ours, theirs)))
     return Patching(
         metric=outcome.name,
@@ -160,7 +160,7 @@ class _Runs:
 
     model: Model
     texts: Texts
-    outcome: Outcome
+    outcome: PromptMetric
     clean: dict[str, Tensor]
     corrupt: dict[str, Tensor]
 
@@ -178,7 +178,7 @@ class _Runs:
 
     def _run(self, hook_point: str, moves: Tensor) -> Tensor:
         rows = torch.zeros(len(moves), dtype=torch.long)
-        with splice(self.model, {hook_point: lambda x: x + moves}):
+        with replace_activations(self.model, {hook_point: lambda x: x + moves}):
             return self.outcome(logits(self.model, self.texts.ids[rows]), self.texts, rows).cpu()
 
 
@@ -186,7 +186,7 @@ def _split(columns: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[Seq
     return (columns[i : i + size] for i in range(0, len(columns), size))
 
 
-def _measure(model: Model, texts: Texts, outcome: Outcome) -> float:
+def _measure(model: Model, texts: Texts, outcome: PromptMetric) -> float:
     rows = torch.arange(len(texts))
     return float(outcome(logits(model, texts.ids), texts, rows)[0])
 
@@ -197,7 +197,7 @@ def _read(model: Model, texts: Texts, pieces: Sequence[_Piece]) -> dict[str, Ten
     return {name: x[0] for name, x in capture(model, texts.ids, points, stop=False).items()}
 
 
-def _list_sources(model: Model, sources: Source | Sequence[Source] | None) -> list[Source]:
+def _list_sources(model: Model, sources: PatchSource | Sequence[PatchSource] | None) -> list[PatchSource]:
     if sources is None:
         return [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
     if isinstance(sources, str | Direction | Subspace | SAE) or _is_features(sources):
@@ -212,7 +212,7 @@ def _is_features(source: Any) -> bool:
     return isinstance(source, tuple) and len(source) == 2 and [isinstance(one, SAE) for one in source] == [True, False]
 
 
-def _make_piece(model: Model, source: Source, hook_point: str | None, allow_mismatch: bool) -> _Piece:
+def _make_piece(model: Model, source: PatchSource, hook_point: str | None, allow_mismatch: bool) -> _Piece:
     if isinstance(source, str):
         return _Piece(source, source, lambda clean, corrupt: clean - corrupt)
     if isinstance(source, Direction | Subspace):

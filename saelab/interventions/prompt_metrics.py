@@ -1,4 +1,4 @@
-"""`Outcome`: a metric of the model's predictions, one number for each text; and prompts as padded token ids."""
+"""`PromptMetric`: a metric of the model's predictions, one number for each text; and prompts as padded token ids."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,18 +10,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from saelab.interventions.interventions import Place, make_where
+from saelab.interventions.interventions import TokenSelection, make_where
 from saelab.lm.documents import list_prompts
-from saelab.lm.hooks import Passing, next_token_loss
+from saelab.lm.hooks import ForwardTokens, next_token_loss
 from saelab.lm.model_checks import Model, find_context, find_row
 from saelab.lm.tokenizers import find_special_ids, find_token_id, spell, token_strings
 from saelab.lm.tokens import Tokens, tokenize
 
 Prompt: TypeAlias = str | Int[Tensor, "n"]
 """A text, which gets a BOS, or token ids as they are."""
-Target: TypeAlias = str | int | np.integer | Int[Tensor, "n_texts"]
+TargetToken: TypeAlias = str | int | np.integer | Int[Tensor, "n_texts"]
 """A token, by its text or id; or one id for each text"""
-Metric: TypeAlias = Target | tuple[Target, Target] | Callable[[Tensor], Tensor]
+Metric: TypeAlias = TargetToken | tuple[TargetToken, TargetToken] | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,19 +47,19 @@ class Texts:
         ids = self.ids[row, : self.lengths[row]].tolist()
         return spell(model.tokenizer, ids).touched if model.tokenizer is not None else tuple(f"<{i}>" for i in ids)
 
-    def select(self, model: Model, where: Place) -> Bool[Tensor, "n_texts n"]:
+    def select(self, model: Model, where: TokenSelection) -> Bool[Tensor, "n_texts n"]:
         """Mask of the tokens of a place, special ones only where it asks for them; ValueError for a condition."""
         place = make_where(where)
         if place.when is not None:
             raise ValueError("`where` must be a part, positions or a mask here, got a condition; give a mask of it.")
         special = torch.tensor(find_special_ids(model) if model.tokenizer is not None else (), dtype=torch.long)
-        return place.select(Passing(self.ids, self.positions, 0, self.ids.shape[1], self.lengths), special)
+        return place.select(ForwardTokens(self.ids, self.positions, 0, self.ids.shape[1], self.lengths), special)
 
 
 def read_texts(model: Model, prompts: Prompt | Sequence[Prompt] | Tokens) -> Texts:
     """Prompts as padded rows of token ids; ValueError for one that is empty or does not fit the model's context.
 
-    >>> texts = read_texts(sl.tiny_model(), ["One", torch.tensor([0, 70])])
+    >>> texts = read_texts(sl.lm.tiny_model(), ["One", torch.tensor([0, 70])])
     >>> texts.ids.shape, texts.lengths
     (torch.Size([2, 4]), tensor([4, 2]))
     """
@@ -89,7 +89,7 @@ def _read_prompt(model: Model, prompt: Prompt) -> Int[Tensor, "n"]:
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class PromptMetric:
     """A metric with one number for each text: its name, and a function of logits, texts and the texts' row numbers."""
 
     name: str
@@ -109,7 +109,7 @@ class Outcome:
         return values.float()
 
 
-def make_outcome(model: Model, metric: Metric) -> Outcome:
+def make_prompt_metric(model: Model, metric: Metric) -> PromptMetric:
     """The metric for a token, a pair of tokens, "loss", or a function of the logits.
 
         "word", 42                   log-probability of that next token after the text, in nats (a tensor: one a text)
@@ -119,14 +119,14 @@ def make_outcome(model: Model, metric: Metric) -> Outcome:
 
     ValueError for a text that is not one token, and for an id that the model does not know.
 
-    >>> make_outcome(sl.tiny_model(), ("a", "b")).name
+    >>> make_prompt_metric(sl.lm.tiny_model(), ("a", "b")).name
     "logit 'a' - logit 'b'"
     """
     if isinstance(metric, str) and metric == "loss":
-        return Outcome("loss", _loss)
+        return PromptMetric("loss", _loss)
     if isinstance(metric, str | int | np.integer | Tensor):
         target = _find_ids(model, metric)
-        return Outcome(
+        return PromptMetric(
             f"log p({_tell(model, metric)})", lambda logits, texts, rows: _log_p(logits, texts, rows, target)
         )
     if isinstance(metric, tuple):
@@ -135,8 +135,8 @@ def make_outcome(model: Model, metric: Metric) -> Outcome:
         def difference(logits: Tensor, texts: Texts, rows: Tensor) -> Tensor:
             return _log_p(logits, texts, rows, a) - _log_p(logits, texts, rows, b)
 
-        return Outcome(f"logit {_tell(model, metric[0])} - logit {_tell(model, metric[1])}", difference)
-    return Outcome(getattr(metric, "__name__", "metric"), lambda logits, _texts, _rows: metric(logits))
+        return PromptMetric(f"logit {_tell(model, metric[0])} - logit {_tell(model, metric[1])}", difference)
+    return PromptMetric(getattr(metric, "__name__", "metric"), lambda logits, _texts, _rows: metric(logits))
 
 
 def _loss(logits: Tensor, texts: Texts, rows: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def _log_p(logits: Tensor, texts: Texts, rows: Tensor, target: Tensor) -> Tensor
     return last.gather(1, wanted[:, None])[:, 0]
 
 
-def _find_ids(model: Model, target: Target) -> Tensor:
+def _find_ids(model: Model, target: TargetToken) -> Tensor:
     ids = target.reshape(-1) if isinstance(target, Tensor) else torch.tensor([find_token(model, target)])
     if len(ids) == 0 or int(ids.min()) < 0 or int(ids.max()) >= model.cfg.d_vocab:
         raise ValueError(f"A target must be a token id in 0..{model.cfg.d_vocab - 1}, got {ids.tolist()[:5]}.")
@@ -166,13 +166,13 @@ def _find_ids(model: Model, target: Target) -> Tensor:
 def find_token(model: Model, target: str | SupportsIndex) -> int:
     """The id of a token given by its text, as `token_strings` shows it, or by its id.
 
-    >>> find_token(sl.tiny_model(), "a"), find_token(sl.tiny_model(), 5)
+    >>> find_token(sl.lm.tiny_model(), "a"), find_token(sl.lm.tiny_model(), 5)
     (67, 5)
     """
     return find_token_id(model.tokenizer, target) if isinstance(target, str) else index(target)
 
 
-def _tell(model: Model, target: Target) -> str:
+def _tell(model: Model, target: TargetToken) -> str:
     if isinstance(target, int | np.integer):
         i = int(target)
         return repr(token_strings(model.tokenizer, [i])[i]) if model.tokenizer is not None else f"<{i}>"

@@ -1,4 +1,4 @@
-"""`steer_to`: codes moved toward the mean codes of a label's examples, by gradient descent at each token."""
+"""`steer_to_prototype`: codes moved toward the mean codes of a label's examples, by gradient descent at each token."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelab.functional.screening import largest_first
 from saelab.interventions.directions import Direction
-from saelab.interventions.interventions import Intervention, Place, hook_point_of
+from saelab.interventions.interventions import Intervention, TokenSelection, hook_point_of
 from saelab.interventions.steering_hooks import steer_all
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
@@ -75,13 +75,13 @@ class Prototypes:
 
 
 @torch.no_grad()
-def find_prototypes(sae: SAE, x: Float[Tensor, "n d_in"], labels: Sequence[Hashable] | Int[Tensor, "n"]) -> Prototypes:
+def mean_codes(sae: SAE, x: Float[Tensor, "n d_in"], labels: Sequence[Hashable] | Int[Tensor, "n"]) -> Prototypes:
     """The mean codes of each label's activations, labels in order of their names.
 
     ValueError where there is not one label a row, or fewer than two different ones.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=8, activation=sl.TopK(k=2)))
-    >>> find_prototypes(sae, torch.eye(4), ["glad", "sad", "glad", "glad"]).counts
+    >>> mean_codes(sae, torch.eye(4), ["glad", "sad", "glad", "glad"]).counts
     (3, 1)
     """
     told = [str(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
@@ -100,8 +100,8 @@ def find_prototypes(sae: SAE, x: Float[Tensor, "n d_in"], labels: Sequence[Hasha
 
 
 @dataclass(frozen=True, eq=False)
-class Pull(Intervention):
-    """The intervention of `steer_to`, which moves codes toward the prototype of a label.
+class PrototypeSteering(Intervention):
+    """The intervention of `steer_to_prototype`, which moves codes toward the prototype of a label.
 
     `features` and `strengths` are those of the prototype, for display; other active codes of a token are moved, too.
     """
@@ -116,7 +116,7 @@ class Pull(Intervention):
 
     def __post_init__(self) -> None:
         if self.prototypes is None or not isinstance(self.source, SAE):
-            raise ValueError("A pull needs an SAE and its `prototypes`, got none; `find_prototypes` makes them.")
+            raise ValueError("A pull needs an SAE and its `prototypes`, got none; `mean_codes` makes them.")
         if self.prototypes.codes.shape[1] != self.source.cfg.d_sae:
             got = self.prototypes.codes.shape[1]
             raise ValueError(f"`prototypes` must have the SAE's {self.source.cfg.d_sae} codes, got {got}.")
@@ -178,7 +178,7 @@ class Pull(Intervention):
 
 
 @contextmanager
-def steer_to(
+def steer_to_prototype(
     model: Model,
     sae: SAE,
     prototypes: Prototypes,
@@ -188,7 +188,7 @@ def steer_to(
     n_steps: int = 20,
     loss: Loss = "contrast",
     keep_norm: bool = False,
-    where: Place = "all",
+    where: TokenSelection = "all",
     hook_point: str | None = None,
     allow_mismatch: bool = False,
 ) -> Iterator[Model]:
@@ -208,7 +208,7 @@ def steer_to(
     Args:
         model: language model.
         sae: SAE whose codes are moved.
-        prototypes: mean codes by label, from `find_prototypes`.
+        prototypes: mean codes by label, from `mean_codes`.
         target: label whose prototype is approached.
         eta: step size; `eta * n_steps`, in the codes' own units, is how far codes move: choose it on data. At most 1/2
             for "distance".
@@ -223,12 +223,12 @@ def steer_to(
         ValueError: for a label, loss or prototypes that do not fit, for steps of "distance" that overshoot (eta above
             1/2), and for an SAE of another model, weight processing or hook point (unless `allow_mismatch`).
 
-    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
-    >>> moods = find_prototypes(sae, torch.randn(8, 32), ["glad", "sad"] * 4)
-    >>> with steer_to(model, sae, moods, "glad", hook_point="blocks.1.hook_resid_post"):
+    >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
+    >>> moods = mean_codes(sae, torch.randn(8, 32), ["glad", "sad"] * 4)
+    >>> with steer_to_prototype(model, sae, moods, "glad", hook_point="blocks.1.hook_resid_post"):
     ...     made = sl.generate(model, "So", 4)
     """
-    pull = Pull(
+    pull = PrototypeSteering(
         sae, where=where, hook_point=hook_point, prototypes=prototypes, target=target, eta=eta, n_steps=n_steps,
         loss=loss, keep_norm=keep_norm, allow_mismatch=allow_mismatch,
     )  # fmt: skip

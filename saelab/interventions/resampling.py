@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.interventions.directions import Direction, Subspace, as_subspace, make_random_subspaces
-from saelab.interventions.interventions import Place
-from saelab.interventions.prompt_metrics import Metric, Outcome, Prompt, Texts, make_outcome, read_texts
-from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, splice
+from saelab.interventions.interventions import TokenSelection
+from saelab.interventions.prompt_metrics import Metric, Prompt, PromptMetric, Texts, make_prompt_metric, read_texts
+from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
 from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.stores.results import Result
@@ -32,8 +32,8 @@ class Resampled:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Resampling(Result):
-    """Result of `resample`, in the order of the directions."""
+class ResampleAblation(Result):
+    """Result of `resample_ablation`, in the order of the directions."""
 
     metric: str
     clean: float
@@ -56,16 +56,16 @@ class Resampling(Result):
         return "\n".join(lines)
 
 
-def resample(
+def resample_ablation(
     model: Model,
     prompts: Prompt | Sequence[Prompt] | Tokens,
     directions: Direction | Subspace | Sequence[Direction | Subspace],
     metric: Metric = "loss",
     *,
-    where: Place = "all",
+    where: TokenSelection = "all",
     n_random: int = FEWEST,
     seed: int = 0,
-) -> Resampling:
+) -> ResampleAblation:
     """The mean of a metric with the component along each direction replaced by that of another token.
 
         x' = x + P (x_other - x)        P projects on the direction or subspace; `other` is a random token of `where`
@@ -77,8 +77,8 @@ def resample(
         model: language model.
         prompts: texts or token ids.
         directions: one or several directions or subspaces, each ablated on its own.
-        metric: as in `make_outcome`, with one target for each text where it is a tensor; a function of the logits is
-            called on some rows at a time.
+        metric: as in `make_prompt_metric`, with one target for each text where it is a tensor; a function of the logits
+            is called on some rows at a time.
         where: tokens that are resampled.
         n_random: random directions of the same rank to compare with, under the same permutation of the tokens; at least
             4.
@@ -87,21 +87,21 @@ def resample(
     Raises:
         ValueError: for fewer than 4 random directions, and for fewer than two tokens.
 
-    >>> model, point = sl.tiny_model(), "blocks.1.hook_resid_post"
-    >>> found = resample(model, ["One, two", "Three"], sl.Direction(torch.ones(32), point))
+    >>> model, point = sl.lm.tiny_model(), "blocks.1.hook_resid_post"
+    >>> found = resample_ablation(model, ["One, two", "Three"], sl.Direction(torch.ones(32), point))
     >>> len(found.rows[0].random), found.n_tokens
     (4, 13)
     """
     if n_random < FEWEST:
         raise ValueError(f"`n_random` must be at least {FEWEST}, got {n_random}.")
-    texts, outcome = read_texts(model, prompts), make_outcome(model, metric)
+    texts, outcome = read_texts(model, prompts), make_prompt_metric(model, metric)
     keep = texts.select(model, where)
     if (n_tokens := int(keep.sum())) < 2:
         raise ValueError(f"`where` must leave at least two tokens to resample from, got {n_tokens}.")
     several = [directions] if isinstance(directions, Direction | Subspace) else list(directions)
     order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(seed))
     runs = _Runs(model, texts, outcome, keep, order)
-    return Resampling(
+    return ResampleAblation(
         metric=outcome.name,
         clean=runs.mean(None),
         rows=tuple(runs.compare(as_subspace(one), n_random, seed) for one in several),
@@ -115,7 +115,7 @@ def resample(
 class _Runs:
     model: Model
     texts: Texts
-    outcome: Outcome
+    outcome: PromptMetric
     keep: Bool[Tensor, "n_texts n"]
     order: Int[Tensor, "n_tokens"]
 
@@ -149,7 +149,7 @@ class _Runs:
                 point, moves = change
                 edits[point] = _mover(keep, moves[done : done + int(keep.sum())])
                 done += int(keep.sum())
-            with splice(self.model, edits):
+            with replace_activations(self.model, edits):
                 found.append(self.outcome(logits(self.model, self.texts.ids[rows]), self.texts, rows).double().cpu())
         return float(torch.cat(found).mean())
 

@@ -9,9 +9,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from saelab.interventions.directions import Direction
-from saelab.interventions.interventions import Error, Features, Intervention, Mode, Place, Unit, When, hook_point_of
-from saelab.lm.hooks import Flow, Passing, watch
-from saelab.lm.hooks import splice as splice_edits
+from saelab.interventions.interventions import (
+    ActivationCondition,
+    Error,
+    FeatureStrengths,
+    Intervention,
+    Mode,
+    TokenSelection,
+    Unit,
+    hook_point_of,
+)
+from saelab.lm.hooks import ForwardTokens, TokenTracker, replace_activations as splice_edits, watch
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import find_special_ids
 from saelab.sae.sae import SAE
@@ -22,10 +30,10 @@ from saelab.stores.feature_store import FeatureStore
 def steer(
     model: Model,
     source: SAE | Direction,
-    features: Features = (),
+    features: FeatureStrengths = (),
     *,
     mode: Mode = "add",
-    where: Place = "all",
+    where: TokenSelection = "all",
     unit: Unit = "raw",
     store: FeatureStore | None = None,
     error: Error = "keep",
@@ -44,8 +52,8 @@ def steer(
         source: SAE or direction.
         features: strengths by feature; for mode "ablate" a list of features; for a `Direction` its strength.
         mode: how codes change, by the formulas of `Intervention`: "add", "clamp", "at-least", "scale" or "ablate".
-        where: tokens that are changed: "all", "prompt", "generated", positions, a mask, a condition or a `Where`.
-            Special tokens are not changed unless asked for.
+        where: tokens that are changed: "all", "prompt", "generated", positions, a mask, a condition or a
+            `TokenSelector`. Special tokens are not changed unless asked for.
         unit: of strengths: "raw" codes, "max" multiples of the largest |z| in `store`, "norm" multiples of the norm of
             the token's activation.
         store: codes of the SAE on some text, for unit "max".
@@ -57,11 +65,11 @@ def steer(
         ValueError: for features, units, modes and hook points that do not exist, and for an SAE of another model,
             weight processing or hook point (unless `allow_mismatch`).
 
-    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
+    >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
     >>> ids = torch.full((1, 4), 65)
     >>> with sl.steer(model, sae, {3: 5.0}, hook_point="blocks.1.hook_resid_post"):
-    ...     moved = sl.logits(model, ids)
-    >>> bool((moved != sl.logits(model, ids)).any())
+    ...     moved = sl.lm.logits(model, ids)
+    >>> bool((moved != sl.lm.logits(model, ids)).any())
     True
     """
     intervention = Intervention(source, features, mode, where, unit, store, error, hook_point, allow_mismatch)
@@ -75,10 +83,10 @@ def steer_all(model: Model, interventions: Sequence[Intervention]) -> Iterator[M
 
     At one hook point they apply in their order, each reading what the one before left.
 
-    >>> model, point = sl.tiny_model(), "blocks.1.hook_resid_post"
+    >>> model, point = sl.lm.tiny_model(), "blocks.1.hook_resid_post"
     >>> up = sl.Intervention(sl.Direction(torch.ones(32), point), 2.0)
-    >>> with sl.steer_all(model, [up, up]):
-    ...     x = sl.capture(model, torch.full((1, 4), 65), ["blocks.1.hook_out"])
+    >>> with sl.interventions.steer_all(model, [up, up]):
+    ...     x = sl.lm.capture(model, torch.full((1, 4), 65), ["blocks.1.hook_out"])
     """
     for intervention in interventions:
         intervention.require_match(model)
@@ -98,7 +106,7 @@ def splice(
     source: SAE | dict[str, Callable[[Tensor], Tensor]],
     *,
     error: Error = "drop",
-    where: Place = "all",
+    where: TokenSelection = "all",
     hook_point: str | None = None,
     allow_mismatch: bool = False,
 ) -> Iterator[Model]:
@@ -122,9 +130,9 @@ def splice(
             `allow_mismatch`).
         RuntimeError: for a hook point that does not fire exactly once in a forward pass.
 
-    >>> model, ids = sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)
+    >>> model, ids = sl.lm.tiny_model(), torch.ones(1, 4, dtype=torch.long)
     >>> with sl.splice(model, {"blocks.0.hook_resid_post": torch.zeros_like}):
-    ...     x = sl.capture(model, ids, ["blocks.0.hook_out"])["blocks.0.hook_out"]
+    ...     x = sl.lm.capture(model, ids, ["blocks.0.hook_out"])["blocks.0.hook_out"]
     >>> float(x.abs().max())
     0.0
     """
@@ -147,10 +155,10 @@ def splice(
 class _Later:
     """The flow of the model's forward passes, set after every edit is attached, since attaching may probe the model."""
 
-    flow: Flow | None = None
+    flow: TokenTracker | None = None
 
     @property
-    def now(self) -> Passing:
+    def now(self) -> ForwardTokens:
         assert self.flow is not None and self.flow.now is not None
         return self.flow.now
 
@@ -160,7 +168,7 @@ class _Later:
         return self.flow.n_forwards
 
 
-class _Reading:
+class _ReadActivations:
     """The activations at a hook point in the current forward pass."""
 
     def __init__(self, hook_point: str, flow: _Later) -> None:
@@ -198,16 +206,16 @@ def _attach(stack: ExitStack, model: Model, intervention: Intervention, flow: _L
     stack.enter_context(splice_edits(model, {writes_at: edit}))
 
 
-def _read_at(stack: ExitStack, model: Model, hook_point: str, writes_at: str, flow: _Later) -> _Reading | None:
+def _read_at(stack: ExitStack, model: Model, hook_point: str, writes_at: str, flow: _Later) -> _ReadActivations | None:
     """A reading at a hook point other than the edited one; None where both are one and the edit's own input serves."""
     if hook_point == writes_at:
         return None
-    reading = _Reading(hook_point, flow)
+    reading = _ReadActivations(hook_point, flow)
     stack.enter_context(splice_edits(model, {hook_point: reading.keep}))
     return reading
 
 
-def _point_of(when: When) -> str:
+def _point_of(when: ActivationCondition) -> str:
     point = when.hook_point or hook_point_of(when.source)
     if point is None:
         raise ValueError("`hook_point` of a condition must be given where its SAE does not say it, got None.")

@@ -28,7 +28,7 @@ from saelab.functional.indices import read_feature
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import to_json
 
-Kind = Literal["input", "output", "position", "two-sided", "polysemantic", "none", "free"]
+LabelKind = Literal["input", "output", "position", "two-sided", "polysemantic", "none", "free"]
 """What a label describes.
 
 input: the tokens that the feature fires on; output: the tokens that it promotes; position: where it fires; two-sided:
@@ -49,7 +49,7 @@ class Label:
     sign: int = BOTH
     """1 or -1 for the codes of that sign; 0 for the whole feature"""
     text: str
-    kind: Kind = "free"
+    kind: LabelKind = "free"
     author: str
     """name of a rule set, a model, or a person"""
     by_person: bool = False
@@ -70,8 +70,8 @@ class Label:
             raise ValueError(f"`sign` must be 1, -1, or 0 for the whole feature, got {self.sign}.")
         if self.feature < 0:
             raise ValueError(f"`feature` must be 0 or more, got {self.feature}.")
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"`kind` must be one of {list(get_args(Kind))}, got {self.kind!r}.")
+        if self.kind not in get_args(LabelKind):
+            raise ValueError(f"`kind` must be one of {list(get_args(LabelKind))}, got {self.kind!r}.")
         if not self.author:
             raise ValueError("`author` must say who gave the label, got an empty text.")
 
@@ -169,10 +169,10 @@ def average_scores(labels: Sequence[Label], n_sides: int) -> dict[str, float]:
     return found | {name: float(value) for name, value in means.items()}
 
 
-def tell_floor(trained: dict[str, float], untrained: dict[str, float] | None, chance: dict[str, float]) -> str:
+def format_floor(trained: dict[str, float], untrained: dict[str, float] | None, chance: dict[str, float]) -> str:
     """One line with the mean scores of trained and untrained dictionaries and the chance levels.
 
-    >>> tell_floor({"named": 1.0, "a": 0.75}, {"named": 0.5, "a": 0.625}, {"a": 0.5})
+    >>> format_floor({"named": 1.0, "a": 0.75}, {"named": 0.5, "a": 0.625}, {"a": 0.5})
     'sides named 100% (untrained 50%), mean a 0.75 (untrained 0.62, chance 0.5)'
     """
 
@@ -196,7 +196,7 @@ LONGEST_CELL = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Entry:
+class LabelEntry:
     """A label with its state in the database."""
 
     label: Label
@@ -215,7 +215,7 @@ def name_format(path: Path) -> Format:
     return forms[ending]
 
 
-def write_entries(entries: Sequence[Entry], form: Format, model_id: str = "", source_id: str = "") -> str:
+def write_entries(entries: Sequence[LabelEntry], form: Format, model_id: str = "", source_id: str = "") -> str:
     """The text of a label file.
 
     Args:
@@ -233,7 +233,7 @@ def write_entries(entries: Sequence[Entry], form: Format, model_id: str = "", so
     return to_json({"kind": "labels", "schema_version": SCHEMA_VERSION, "labels": listed}) + "\n"
 
 
-def read_entries(path: Path) -> list[Entry]:
+def read_entries(path: Path) -> list[LabelEntry]:
     """The labels of a file: one that `write_entries` wrote, a table of features and texts, or Neuronpedia's records.
 
     The format is recognized from the content, which may be compressed by gzip. FileNotFoundError where there is no
@@ -256,7 +256,7 @@ def read_entries(path: Path) -> list[Entry]:
     return entries
 
 
-def _to_entry(row: Mapping[str, Any], file: str) -> Entry:
+def _to_entry(row: Mapping[str, Any], file: str) -> LabelEntry:
     fields = _from_record(row) if "description" in row else dict(row)
     for name in ("feature", "text"):
         if name not in fields:
@@ -271,7 +271,7 @@ def _to_entry(row: Mapping[str, Any], file: str) -> Entry:
         raise ValueError(f"its `{wrong[0]}` must be a text")
     if wrong := [name for name in PACKED if not isinstance(fields.get(name, {}), dict)]:
         raise ValueError(f"its `{wrong[0]}` must be an object")
-    return Entry(Label.from_dict(fields), chosen, fixed)
+    return LabelEntry(Label.from_dict(fields), chosen, fixed)
 
 
 def _truth(value: Any) -> bool:
@@ -296,7 +296,7 @@ def _read_json(text: str) -> list[Any]:
 
 
 # ---- CSV: a cell that a spreadsheet would take for a formula gets an apostrophe, which reading takes away again
-def _write_csv(entries: Sequence[Entry]) -> str:
+def _write_csv(entries: Sequence[LabelEntry]) -> str:
     file = io.StringIO(newline="")
     writer = csv.writer(file, quoting=csv.QUOTE_ALL)  # so that a semicolon begins no cell either
     writer.writerow(COLUMNS)
@@ -332,7 +332,7 @@ def _from_cells(row: Mapping[str | None, Any]) -> dict[str, Any]:
 
 
 # ---- Neuronpedia: what it has no field for stands as JSON in its notes
-def _to_record(entry: Entry, model_id: str, source_id: str) -> dict[str, Any]:
+def _to_record(entry: LabelEntry, model_id: str, source_id: str) -> dict[str, Any]:
     label = entry.label
     rest = {name: value for name, value in label.to_dict().items() if name not in ("feature", "text", "scores", "time")}
     notes = json.dumps({"saelab": json.loads(to_json(rest | {"chosen": entry.chosen, "fixed": entry.fixed}))})

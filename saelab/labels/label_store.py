@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from saelab.functional.indices import read_feature
-from saelab.labels.label import BOTH, Entry, Format, Kind, Label, name_format, read_entries, write_entries
+from saelab.labels.label import BOTH, Format, Label, LabelEntry, LabelKind, name_format, read_entries, write_entries
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_atomic
 from saelab.stores.manifest import FeatureManifest
@@ -114,7 +114,7 @@ def explained(path: Path) -> Iterator[None]:
         if "full" in said or "I/O" in said:
             why = f"Cannot write {path} ({said}). {kept}: free some space, then run again"
             raise OSError(errno.ENOSPC if "full" in said else errno.EIO, why) from None
-        raise ValueError(tell_damage(path, said)) from None
+        raise ValueError(format_damage(path, said)) from None
     except OverflowError:
         raise ValueError("`feature` must be below 2**63, got more. Give the number of a feature.") from None
 
@@ -140,12 +140,12 @@ def _check(db: sqlite3.Connection, path: Path) -> bool:
     # SQLite takes the missing end of a last page for zeros, and a file without a whole page for an empty one.
     found = "it was cut off" if size % about["page_size"] else db.execute("PRAGMA quick_check(1)").fetchone()[0]
     if found != "ok" or not n_tables:
-        raise ValueError(tell_damage(path, found))
+        raise ValueError(format_damage(path, found))
     db.execute("COMMIT")
     return True
 
 
-def tell_damage(path: Path, found: str) -> str:
+def format_damage(path: Path, found: str) -> str:
     """The error message for a damaged file."""
     reason = " ".join(found.split())
     return (
@@ -239,15 +239,15 @@ def fix_choice(db: sqlite3.Connection, feature: int, sign: int, number: int | No
     db.execute(f"UPDATE labels SET fixed = (id IS ?) WHERE {PLACE}", (number, feature, sign))
 
 
-def unpack_row(row: Sequence[Any]) -> Entry:
+def unpack_row(row: Sequence[Any]) -> LabelEntry:
     """The label of a row of FIELDS and its rank among those of its feature and sign; ValueError for an invalid row."""
     *values, fixed, place = row
     fields = dict(zip(FIELDS, values, strict=False))
     packed = {name: json.loads(fields[name]) for name in PACKED}
-    return Entry(Label(**(fields | packed | {"by_person": bool(fields["by_person"])})), place == 1, bool(fixed))
+    return LabelEntry(Label(**(fields | packed | {"by_person": bool(fields["by_person"])})), place == 1, bool(fixed))
 
 
-def tell_time() -> str:
+def format_time() -> str:
     """The current time in UTC, ISO 8601."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -281,7 +281,7 @@ TIMEOUT = 30.0
 BY_FEATURE = "feature, CASE sign WHEN 0 THEN 0 WHEN 1 THEN 1 ELSE 2 END, place"  # the whole feature, then + and -
 
 
-class LabelBook:
+class LabelStore:
     """Labels of features in an SQLite file in the folder of their feature store.
 
     A feature, and each of its signs, may have many labels, one of which is chosen. A label that a person chose, by
@@ -303,7 +303,7 @@ class LabelBook:
         PermissionError: the file may not be written.
 
     >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder, LabelBook(f"{folder}/labels.sqlite") as book:
+    >>> with tempfile.TemporaryDirectory() as folder, LabelStore(f"{folder}/labels.sqlite") as book:
     ...     _ = book.set(123, "rain and storms", author="me")
     ...     [label.text for label in book.search("storm")], book[123].by_person
     (['rain and storms'], True)
@@ -317,7 +317,7 @@ class LabelBook:
         self._connection: tuple[tuple[int, ...], sqlite3.Connection, weakref.finalize] | None = None
 
     @classmethod
-    def open(cls, store: FeatureStore | str | Path, timeout: float = TIMEOUT) -> "LabelBook":
+    def open(cls, store: FeatureStore | str | Path, timeout: float = TIMEOUT) -> "LabelStore":
         """The label database of a store, given as object or folder; FileNotFoundError where there is no store."""
         if isinstance(store, FeatureStore):
             return cls(store.folder / FILE, store.manifest, timeout)
@@ -330,7 +330,7 @@ class LabelBook:
                 self._connection[2]()
                 self._connection = None
 
-    def __enter__(self) -> "LabelBook":
+    def __enter__(self) -> "LabelStore":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -399,7 +399,7 @@ class LabelBook:
         authors on these features are removed, except those that a person chose. A person's label becomes chosen unless
         another person's choice stands.
         """
-        added = [replace(label, time=label.time or tell_time()) for label in labels]
+        added = [replace(label, time=label.time or format_time()) for label in labels]
         with self._writing() as db:
             for feature, author in {(label.feature, label.author) for label in added if afresh}:
                 sql = "DELETE FROM labels WHERE feature = ? AND author = ? AND NOT by_person AND NOT fixed"
@@ -408,7 +408,9 @@ class LabelBook:
                 self._put(db, label)
         return len(added)
 
-    def set(self, feature: SupportsIndex, text: str, *, author: str, sign: int = BOTH, kind: Kind = "free") -> Label:
+    def set(
+        self, feature: SupportsIndex, text: str, *, author: str, sign: int = BOTH, kind: LabelKind = "free"
+    ) -> Label:
         """Add a person's label and choose it, whatever was chosen before; returns the label.
 
         Args:
@@ -425,7 +427,7 @@ class LabelBook:
             kind=kind,
             author=author,
             by_person=True,
-            time=tell_time(),
+            time=format_time(),
         )
         with self._writing() as db:
             fix_choice(db, label.feature, sign, self._put(db, label))
@@ -495,20 +497,20 @@ class LabelBook:
         with self._writing() as db:
             before = set(db.execute("SELECT feature, sign FROM labels WHERE fixed"))
             for entry in entries:
-                label = replace(entry.label, time=entry.label.time or tell_time())
+                label = replace(entry.label, time=entry.label.time or format_time())
                 number = self._put(db, label)
                 if (label.feature, label.sign) not in before and (entry.fixed or label.by_person):
                     fix_choice(db, label.feature, label.sign, number if entry.fixed else None)
         return len(entries)
 
     # ---- the file
-    def _entries(self, feature: SupportsIndex | None = None, order: str = BY_FEATURE) -> list[Entry]:
+    def _entries(self, feature: SupportsIndex | None = None, order: str = BY_FEATURE) -> list[LabelEntry]:
         where, values = ("", ()) if feature is None else ("WHERE feature = ?", (read_feature(feature),))
         rows = self._read(f"SELECT {', '.join(FIELDS)}, place FROM places {where} ORDER BY {order}", values)
         try:
             return [unpack_row(row) for row in rows]
         except (ValueError, TypeError) as error:
-            raise ValueError(tell_damage(self.path, str(error))) from None
+            raise ValueError(format_damage(self.path, str(error))) from None
 
     def _put(self, db: sqlite3.Connection, label: Label) -> int:
         if self._manifest is not None and label.feature >= self._manifest.d_sae:

@@ -1,3 +1,39 @@
 """Language models: loading, tokenizing, reading and editing activations, generation. The only package that imports
 transformer_lens and transformers.
 """
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.lm.caching import Caching as Caching
+    from saelab.lm.generation import Generated as Generated, Generation as Generation, generate as generate
+    from saelab.lm.hook_points import HookPoints as HookPoints, HookSite as HookSite, hook_points_of as hook_points_of
+    from saelab.lm.hooks import (
+        ForwardTokens as ForwardTokens,
+        capture as capture,
+        find_hook_point as find_hook_point,
+        logits as logits,
+        next_token_loss as next_token_loss,
+    )
+    from saelab.lm.masks import (
+        LabelledText as LabelledText,
+        MaskResult as MaskResult,
+        Names as Names,
+        TokenMask as TokenMask,
+        tokenize_labeled as tokenize_labeled,
+    )
+    from saelab.lm.model_checks import Model as Model, Sketch as Sketch
+    from saelab.lm.models import (
+        ModelDescription as ModelDescription,
+        Processing as Processing,
+        describe_model as describe_model,
+        load_model as load_model,
+        tiny_model as tiny_model,
+    )
+    from saelab.lm.tokens import Tokens as Tokens, tokenize as tokenize
+    from saelab.lm.unwrapped import Site as Site
+    from saelab.lm.verification import HookAgreement as HookAgreement, verify_hooks as verify_hooks
+
+__getattr__, __dir__, __all__ = attach(__name__)

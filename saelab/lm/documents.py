@@ -179,10 +179,10 @@ def _next_row(rows: "csv.DictReader[str]") -> dict[str, Any] | None:
 
 def _require_field(field: str, names: Iterable[str], path: Path) -> None:
     if field not in names:
-        raise ValueError(f"`field` must be a column of '{path}', got {field!r}. {tell_columns(field, names)}")
+        raise ValueError(f"`field` must be a column of '{path}', got {field!r}. {format_columns(field, names)}")
 
 
-def tell_columns(field: str, names: Iterable[str]) -> str:
+def format_columns(field: str, names: Iterable[str]) -> str:
     """Message that lists similar names and the existing columns for a missing one."""
     names = [str(name) for name in names]
     near = get_close_matches(field.lower(), [name.lower() for name in names], n=3)
@@ -317,7 +317,7 @@ def _open_columns(texts: Any, field: str) -> Iterable[Any]:
     if names is None:
         return _values(texts)
     if field not in names:
-        raise ValueError(f"`field` must be a column of `texts`, got {field!r}. {tell_columns(field, names)}")
+        raise ValueError(f"`field` must be a column of `texts`, got {field!r}. {format_columns(field, names)}")
     if names.count(field) > 1:
         raise ValueError(
             f"`field` must be one column of `texts`, got {field!r}, which {names.count(field)} are called."
@@ -376,7 +376,7 @@ def _read_row(row: Any, field: str, where: str) -> Row:
     if isinstance(row, Mapping):
         if field not in row:
             raise ValueError(
-                f"Every row must have the field {field!r}, got none at {where}. {tell_columns(field, row)}"
+                f"Every row must have the field {field!r}, got none at {where}. {format_columns(field, row)}"
             )
         seen = row.get(MASK) if field == IDS else None
         row = row[field]

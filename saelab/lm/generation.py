@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from saelab.lm.caching import Caching, place_columns
 from saelab.lm.documents import list_prompts
-from saelab.lm.hook_points import door
+from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model, find_context, find_row
 from saelab.lm.tokenizers import find_ends, read_text
 from saelab.lm.tokens import tokenize
@@ -57,7 +57,7 @@ def read_continuations(model: Model, prompts: Sequence[Sequence[int]], texts: Se
     Edits of `splice` and `steer` apply, with the same distinction of prompt and generated tokens. ValueError where a
     prompt or a text is empty, or their numbers differ.
 
-    >>> found = read_continuations(sl.tiny_model(), [[65, 66], [67]], [[68, 69, 70], [71]])
+    >>> found = read_continuations(sl.lm.tiny_model(), [[65, 66], [67]], [[68, 69, 70], [71]])
     >>> found.logits.shape, found.mask.sum(1).tolist()
     (torch.Size([2, 3, 259]), [3, 1])
     """
@@ -66,8 +66,8 @@ def read_continuations(model: Model, prompts: Sequence[Sequence[int]], texts: Se
             f"Each prompt must have a text, both of at least one token, got {len(prompts)} prompts and {len(texts)} "
             "texts, or an empty one among them."
         )
-    module, _ = door(model).route([])
-    caching, lengths = door(model).caching(module), sorted({len(prompt) for prompt in prompts})
+    module, _ = hook_points_of(model).route([])
+    caching, lengths = hook_points_of(model).caching(module), sorted({len(prompt) for prompt in prompts})
     if len(lengths) == 1 or caching.pads(module, max(map(len, prompts)) + max(map(len, texts))):
         return _read(module, caching, prompts, texts)
     groups = [[i for i, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
@@ -277,7 +277,7 @@ def generate(
     Raises:
         ValueError: for an empty prompt, for texts that do not fit the model's context, and for settings out of range.
 
-    >>> made = sl.generate(sl.tiny_model(), ["One", "Two, three"], 4, n=2, seed=1)
+    >>> made = sl.generate(sl.lm.tiny_model(), ["One", "Two, three"], 4, n=2, seed=1)
     >>> len(made), made.n_tokens
     (4, 16)
     """
@@ -334,7 +334,7 @@ def _find_batches(
     model: Model, jobs: Sequence[tuple[int, int]], rows: Sequence[Tensor], n_tokens: int, batch_size: int
 ) -> Iterator[list[tuple[int, int]]]:
     """The jobs in batches; prompts of different lengths are kept apart where padding would change their logits."""
-    home = door(model)
+    home = hook_points_of(model)
     module, _ = home.route([])
     if home.caching(module).pads(module, max(len(rows[p]) for p, _ in jobs) + n_tokens):
         groups = [list(jobs)]
@@ -365,7 +365,7 @@ class _Run:
     """Generation of one batch: rows padded on the left, one forward pass per token."""
 
     def __init__(self, model: Model, rows: list[Tensor], n_tokens: int, sampler: Sampler, use_cache: bool) -> None:
-        home = door(model)
+        home = hook_points_of(model)
         self.module, _ = home.route([])
         self.device = next(self.module.parameters()).device
         ids, real = pad_rows([row.tolist() for row in rows], left=True)
@@ -414,7 +414,7 @@ def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -
     The prompt is made with the tokenizer's chat template where it has one, else the messages are joined as plain text.
     ValueError where prompt and answer do not fit the model's context.
 
-    >>> text, n_in, n_out = answer(sl.tiny_model(), [{"role": "user", "content": "Hi"}], 3)
+    >>> text, n_in, n_out = answer(sl.lm.tiny_model(), [{"role": "user", "content": "Hi"}], 3)
     >>> n_in, n_out
     (4, 3)
     """

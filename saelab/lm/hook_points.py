@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Place:
+class HookSite:
     """Measured properties of one hook point."""
 
     agrees: bool
@@ -32,7 +32,7 @@ class Place:
     """whether the rows of all texts are concatenated, (batch * n, d), as in OPT and mixtures of experts"""
 
 
-class Door:
+class HookPoints:
     """Hook points of a bridge by name, the plain Hugging Face model that shares its weights (the plain twin), and which
     hook points agree on both.
 
@@ -47,7 +47,7 @@ class Door:
         self.hooks = HookBooks(model, self.bridged, *self.points.values())
         self.n_spliced = 0  # edits registered on both the plain twin and the bridge
         self.probe = make_probe(model)
-        self.places: dict[str, Place] = {}
+        self.places: dict[str, HookSite] = {}
         self._caching: dict[nn.Module, Caching] = {}
         self.attention = "eager"
         self._plain_hooks: HookBooks | None = None
@@ -148,7 +148,7 @@ class Door:
         twin = self.twins.get(self.components[path]) if path in self.components else None
         return (twin, side) if twin is not None and side in ("hook_in", "hook_out") else None
 
-    def look(self, name: str) -> Place:
+    def look(self, name: str) -> HookSite:
         """Measured properties of a hook point, from at most four short forward passes, once.
 
         Raises:
@@ -170,7 +170,7 @@ class Door:
                     stack.enter_context(books.aside())
             yield
 
-    def _measure(self, name: str) -> Place:
+    def _measure(self, name: str) -> HookSite:
         site = self.plain_site(name) if self.plain is not None else None
         if not self.bridge_is_right:
             return self._measure_plain(name, site)
@@ -181,9 +181,9 @@ class Door:
             seen = self._read(self.plain, site)
             agrees = len(seen) == 1 and _close(seen[0], value)
             agrees = agrees and _close(self._move(self.plain, site, value), moved)
-        return Place(agrees, self._is_felt(moved, value), self._is_flat(self.bridged, self.bridge_site(name), value))
+        return HookSite(agrees, self._is_felt(moved, value), self._is_flat(self.bridged, self.bridge_site(name), value))
 
-    def _measure_plain(self, name: str, site: Site | None) -> Place:
+    def _measure_plain(self, name: str, site: Site | None) -> HookSite:
         """As `_measure`, for a bridge whose values are wrong: measured on the plain model alone."""
         if self.plain is None or site is None:
             raise ValueError(
@@ -195,7 +195,7 @@ class Door:
             before = run(self.plain, self.probe)[:, -1]
         moved = self._move(self.plain, site, value)
         felt = not value.is_floating_point() or not torch.equal(moved[:, -1], before)
-        return Place(True, felt, self._is_flat(self.plain, site, value))
+        return HookSite(True, felt, self._is_flat(self.plain, site, value))
 
     def _is_felt(self, moved: Tensor, value: Tensor) -> bool:
         return not value.is_floating_point() or not torch.equal(moved[:, -1], self._last)
@@ -328,11 +328,11 @@ def _close(x: Tensor, y: Tensor) -> bool:
     return float((x.double() - y.double()).norm()) <= tolerance * float(y.double().norm())
 
 
-_doors: weakref.WeakKeyDictionary[nn.Module, Door] = weakref.WeakKeyDictionary()
+_doors: weakref.WeakKeyDictionary[nn.Module, HookPoints] = weakref.WeakKeyDictionary()
 
 
-def door(model: Model) -> Door:
-    """The `Door` of a model, rebuilt when its weights have changed.
+def hook_points_of(model: Model) -> HookPoints:
+    """The `HookPoints` of a model, rebuilt when its weights have changed.
 
     Raises:
         TypeError: for anything but a bridge.
@@ -341,5 +341,5 @@ def door(model: Model) -> Door:
     known = _doors.get(model)
     if known is None or not known.is_current(model):
         require_bridge(model)
-        known = _doors[model] = Door(model, was_right=known is not None and known.bridge_is_right)
+        known = _doors[model] = HookPoints(model, was_right=known is not None and known.bridge_is_right)
     return known

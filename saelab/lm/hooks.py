@@ -1,6 +1,6 @@
 """Reading and replacing activations of a language model at TransformerLens hook points.
 
-`Flow`: tracking which tokens each forward pass processes, and their positions in the text.
+`TokenTracker`: tracking which tokens each forward pass processes, and their positions in the text.
 
 Batching of forward passes: sequences per batch, median activation norms, and a check that activations are finite.
 """
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.lm.caching import count_columns, find_given, require_whole
-from saelab.lm.hook_points import Door, door, require_once
+from saelab.lm.hook_points import HookPoints, hook_points_of, require_once
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokens import Tokens
@@ -33,10 +33,10 @@ def find_hook_point(model: Model, name: str) -> str:
     Both the old spellings ("blocks.2.hook_resid_post") and the canonical ones ("blocks.2.hook_out") are accepted.
     ValueError otherwise, with at most five similar names.
 
-    >>> sl.find_hook_point(sl.tiny_model(), "blocks.0.hook_resid_post")
+    >>> sl.lm.find_hook_point(sl.lm.tiny_model(), "blocks.0.hook_resid_post")
     'blocks.0.hook_resid_post'
     """
-    door(model).find(name)
+    hook_points_of(model).find(name)
     return name
 
 
@@ -62,13 +62,13 @@ def capture(
         ValueError: for a wrong name or a hook point without one vector per token.
         RuntimeError: for a hook point that does not fire exactly once.
 
-    >>> model = sl.tiny_model()
-    >>> x = sl.capture(model, torch.ones(2, 5, dtype=torch.long), ["blocks.1.hook_resid_post"])
+    >>> model = sl.lm.tiny_model()
+    >>> x = sl.lm.capture(model, torch.ones(2, 5, dtype=torch.long), ["blocks.1.hook_resid_post"])
     >>> x["blocks.1.hook_resid_post"].shape
     torch.Size([2, 5, 32])
     """
     names = list(dict.fromkeys(hook_points))
-    plain_or_bridge, sites = door(model).route(names)
+    plain_or_bridge, sites = hook_points_of(model).route(names)
     with _within_context(model, ids):
         return read_sites(plain_or_bridge, dict(zip(names, sites, strict=True)), to_model(model, ids), stop=stop)
 
@@ -144,7 +144,7 @@ def to_model(model: Model, ids: Tensor) -> Tensor:
 
 
 @contextmanager
-def splice(model: Model, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[Model]:
+def replace_activations(model: Model, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[Model]:
     """Context manager in which activations at each hook point are replaced by `edits[hook_point](x)`, in any forward
     pass of the model.
 
@@ -156,13 +156,13 @@ def splice(model: Model, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterat
         ValueError: for a wrong name or shape, and for a changing edit at a hook point that the logits do not depend on.
         RuntimeError: for a hook point that does not fire exactly once in a forward pass.
 
-    >>> model, ids = sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)
+    >>> model, ids = sl.lm.tiny_model(), torch.ones(1, 4, dtype=torch.long)
     >>> with sl.splice(model, {"blocks.0.hook_resid_post": torch.zeros_like}):
-    ...     x = sl.capture(model, ids, ["blocks.0.hook_out"])["blocks.0.hook_out"]
+    ...     x = sl.lm.capture(model, ids, ["blocks.0.hook_out"])["blocks.0.hook_out"]
     >>> float(x.abs().max())
     0.0
     """
-    home = door(model)
+    home = hook_points_of(model)
     with ExitStack() as stack:
         for name, edit in edits.items():
             stack.enter_context(_edited(home, name, _replace(name, edit)))
@@ -181,7 +181,7 @@ class _Shape(OwnHook):
 
 
 @contextmanager
-def _split(home: Door, tap: Tap) -> Iterator[Tap]:
+def _split(home: HookPoints, tap: Tap) -> Iterator[Tap]:
     """Hook for concatenated rows of all texts, made from one that takes (batch, n, d)."""
     shape = _Shape()
 
@@ -197,7 +197,7 @@ def _split(home: Door, tap: Tap) -> Iterator[Tap]:
 
 
 @contextmanager
-def _edited(home: Door, name: str, tap: Tap) -> Iterator[None]:
+def _edited(home: HookPoints, name: str, tap: Tap) -> Iterator[None]:
     """Context manager with a hook on the bridge's hook point, and on the plain model where that is the same place."""
     place = home.look(name)
     if not place.felt:
@@ -250,10 +250,10 @@ def logits(
 
     Without gradient, unless `grad=True`: then it flows to tensors that the edits use.
 
-    >>> sl.logits(sl.tiny_model(), torch.ones(1, 4, dtype=torch.long)).shape
+    >>> sl.lm.logits(sl.lm.tiny_model(), torch.ones(1, 4, dtype=torch.long)).shape
     torch.Size([1, 4, 259])
     """
-    plain_or_bridge, _ = door(model).route([])
+    plain_or_bridge, _ = hook_points_of(model).route([])
     with torch.set_grad_enabled(grad), _within_context(model, ids):
         return run_as_set(plain_or_bridge, to_model(model, ids))
 
@@ -265,7 +265,7 @@ def next_token_loss(
 
     Entry t belongs to the prediction made at position t; nothing is masked or averaged here.
 
-    >>> loss = sl.next_token_loss(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))
+    >>> loss = sl.lm.next_token_loss(torch.zeros(1, 3, 8), torch.tensor([[1, 2, 3]]))
     >>> [round(float(x), 4) for x in loss[0]]
     [2.0794, 2.0794]
     """
@@ -275,7 +275,7 @@ def next_token_loss(
 
 
 @dataclass(frozen=True, eq=False)
-class Passing:
+class ForwardTokens:
     """Tokens of one forward pass: `n` new columns after `n_past` columns in the key-value cache."""
 
     ids: Int[Tensor, "batch n"]
@@ -296,7 +296,7 @@ class Passing:
 
 
 @dataclass(eq=False)
-class Flow(OwnHook):
+class TokenTracker(OwnHook):
     """Tracks the tokens of a model's forward passes, with or without a key-value cache, padded on either side.
 
     A forward pass continues the text of the one before where it brings a cache, or where each of its rows is a row of
@@ -304,9 +304,9 @@ class Flow(OwnHook):
     pass begins a new text, and so does one with an empty cache.
     """
 
-    home: Door
+    home: HookPoints
     """hook points of the model"""
-    now: Passing | None = None
+    now: ForwardTokens | None = None
     """tokens of the running or last forward pass"""
     n_forwards: int = 0
     """number of forward passes so far"""
@@ -327,7 +327,7 @@ class Flow(OwnHook):
         if module is self.home.bridged and not self.home.bridge_is_right:
             raise ValueError(
                 "Steering follows a bridge only where it computes what its model does, got one with other logits than "
-                "Hugging Face's. Use `sl.logits` and `sl.generate`, which run Hugging Face's own modules."
+                "Hugging Face's. Use `sl.lm.logits` and `sl.generate`, which run Hugging Face's own modules."
             )
         kwargs = _name_arguments(module, args) | kwargs
         cache = find_given(kwargs)
@@ -347,7 +347,7 @@ class Flow(OwnHook):
         self.ends = positions.max(1).values
         if not goes_on:
             self.prompt = n_past + ids.shape[1], positions.max(1).values + 1
-        self.now = Passing(ids, positions, n_past, *self.prompt)
+        self.now = ForwardTokens(ids, positions, n_past, *self.prompt)
         self.n_forwards += 1
 
     def _count_past(self, cache: Any) -> int:
@@ -397,12 +397,12 @@ def _find_positions(ids: Tensor, n_past: int, attention_mask: Any, before: Tenso
 
 
 @contextmanager
-def watch(model: Model) -> Iterator[Flow]:
-    """Context manager that yields a `Flow` tracking every forward pass of the model, through the bridge or the plain
-    Hugging Face model.
+def watch(model: Model) -> Iterator[TokenTracker]:
+    """Context manager that yields a `TokenTracker` tracking every forward pass of the model, through the bridge or the
+    plain Hugging Face model.
     """
-    home = door(model)
-    flow = Flow(home)
+    home = hook_points_of(model)
+    flow = TokenTracker(home)
     with ExitStack() as stack:
         for module in (home.bridged, home.plain):
             if module is not None:

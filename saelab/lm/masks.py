@@ -53,7 +53,7 @@ class TokenMask:
     Padding is recognised by document id -1 and never by token id, so a model whose padding token is also its EOS or BOS
     loses none of those. Special tokens are recognised by id, at any position.
 
-    >>> tokens = sl.tokenize(sl.tiny_model(), ["one", "two"], ctx_len=6)
+    >>> tokens = sl.tokenize(sl.lm.tiny_model(), ["one", "two"], ctx_len=6)
     >>> sl.TokenMask(positions=(1, None)).apply(tokens).removed
     {'padding': 4, 'special': 2, 'positions': 1, 'norm': 0}
     """
@@ -136,7 +136,7 @@ class TokenMask:
         return asdict(self)
 
 
-Part = Literal["all", "first", "last"]
+WordTokens = Literal["all", "first", "last"]
 Names: TypeAlias = str | Iterable[str] | None
 """labels of a word: one, several, or none ("", None)"""
 LabelledText: TypeAlias = Sequence[tuple[str, Names]] | tuple[str, Sequence[tuple[int, int, str]]]
@@ -150,7 +150,7 @@ class _Spans(NamedTuple):
     labels: list[tuple[int, int, str]]
 
 
-def tokenize_labelled(
+def tokenize_labeled(
     model: Model,
     documents: Sequence[LabelledText],
     ctx_len: int = 128,
@@ -180,12 +180,12 @@ def tokenize_labelled(
         ValueError: for a blank document, a range outside its text, or a tokenizer whose tokens cannot be assigned to
             characters.
 
-    >>> tokens, labels = tokenize_labelled(sl.tiny_model(), [[("hi", ""), ("you", "pronoun")]], ctx_len=8)
+    >>> tokens, labels = tokenize_labeled(sl.lm.tiny_model(), [[("hi", ""), ("you", "pronoun")]], ctx_len=8)
     >>> labels["pronoun"].tolist()
     [[False, False, False, False, True, True, True, False]]
     """
-    if part not in get_args(Part):
-        raise ValueError(f"`part` must be one of {list(get_args(Part))}, got {part!r}.")
+    if part not in get_args(WordTokens):
+        raise ValueError(f"`part` must be one of {list(get_args(WordTokens))}, got {part!r}.")
     texts = [_read_document(document, i, joined) for i, document in enumerate(documents)]
     tokens = tokenize(model, [one.text for one in texts], ctx_len, packed=packed, bos=bos)
     names = dict.fromkeys(name for one in texts for _, _, name in one.labels)
@@ -238,7 +238,7 @@ def locate_tokens(tokenizer: Any, text: str, ids: Sequence[int]) -> Int[np.ndarr
     Found from the bytes of the tokens where these equal the text; else, where the tokenizer changes characters, from
     its offset mapping, or by searching for each token after the one before. ValueError where none of these works.
 
-    >>> tokenizer = sl.tiny_model().tokenizer
+    >>> tokenizer = sl.lm.tiny_model().tokenizer
     >>> locate_tokens(tokenizer, "é t", tokenizer("é t", add_special_tokens=False)["input_ids"]).tolist()
     [[0, 0, 1, 2], [1, 1, 1, 3]]
     """

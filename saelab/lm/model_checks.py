@@ -290,9 +290,9 @@ def sketch_weights(model: nn.Module) -> Sketch | None:
     entries of each parameter, and 4 sums of these entries times fixed factors. It does not depend on the parameters'
     order, up to rounding not on the dtype, and not on hooks or the bridge.
 
-    >>> sketch_weights(sl.tiny_model(seed=0)) == sketch_weights(sl.tiny_model(seed=0))
+    >>> sketch_weights(sl.lm.tiny_model(seed=0)) == sketch_weights(sl.lm.tiny_model(seed=0))
     True
-    >>> is_same_weights(sketch_weights(sl.tiny_model(seed=0)), sketch_weights(sl.tiny_model(seed=1)))
+    >>> is_same_weights(sketch_weights(sl.lm.tiny_model(seed=0)), sketch_weights(sl.lm.tiny_model(seed=1)))
     False
     """
     weights = list(_find_weights(model))
@@ -352,7 +352,7 @@ def find_context(model: Model) -> int:
     it. State-space and recurrent models and those with ALiBi have none, although the bridge reports 2,048 for them.
     Warns where only fields of unknown names may be the limit; then the smallest of them is taken.
 
-    >>> sl.tiny_model(ctx_len=64).cfg.n_ctx, find_context(sl.tiny_model(ctx_len=64))
+    >>> sl.lm.tiny_model(ctx_len=64).cfg.n_ctx, find_context(sl.lm.tiny_model(ctx_len=64))
     (64, 64)
     """
     require_bridge(model)
@@ -388,7 +388,7 @@ def find_known_ids(model: Model) -> Bool[Tensor, "d_vocab"]:
     Vocabularies are often padded to a round number: logits beyond the last token have no meaning and were never
     trained. All True for a model without a tokenizer.
 
-    >>> bool(find_known_ids(sl.tiny_model()).all())
+    >>> bool(find_known_ids(sl.lm.tiny_model()).all())
     True
     """
     tokenizer: Any = model.tokenizer

@@ -184,7 +184,7 @@ def load_model(
         ValueError: for a wrong id, for what is not a complete causal model with its tokenizer, and for a device or
             dtype together with an object.
 
-    >>> model = sl.load_model(sl.tiny_model())
+    >>> model = sl.load_model(sl.lm.tiny_model())
     >>> model.cfg.n_layers
     3
     """
@@ -364,7 +364,7 @@ def tiny_model(
         ctx_len: maximum context length in tokens.
         seed: seed of the weights.
 
-    >>> model = sl.tiny_model(n_layers=2, seed=1)
+    >>> model = sl.lm.tiny_model(n_layers=2, seed=1)
     >>> model.tokenizer.decode(model.tokenizer("a tin can", add_special_tokens=False)["input_ids"])
     'a tin can'
     """
@@ -428,7 +428,7 @@ def describe_model(model: Model) -> ModelDescription:
     means raw Hugging Face weights; "folded" means that the bridge's compatibility mode folded and centred them, so that
     activations differ from the raw ones.
 
-    >>> sl.describe_model(sl.tiny_model()).weight_processing
+    >>> sl.lm.describe_model(sl.lm.tiny_model()).weight_processing
     'none'
     """
     versions = {name: _version(name) for name in ("saelab", "torch", "transformer-lens", "transformers")}

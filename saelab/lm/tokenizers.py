@@ -30,7 +30,7 @@ def own_special_tokens(tokenizer: Any) -> dict[str, tuple[int, ...]]:
     The bridge gives every tokenizer a BOS, an EOS and a padding token. Those that the tokenizer was not made with do
     not count, nor does a name that is no token of the vocabulary, whose id is that of unknown words.
 
-    >>> own_special_tokens(sl.tiny_model().tokenizer)
+    >>> own_special_tokens(sl.lm.tiny_model().tokenizer)
     {'bos_token': (0,), 'eos_token': (1,), 'pad_token': (2,)}
     """
     found = {}
@@ -86,7 +86,7 @@ def token_bytes(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, bytes]:
     from its name in the vocabulary, and checked against what the tokenizer decodes. Special tokens are spelled as in
     the vocabulary; an id without a token, and one that adds nothing, has no bytes.
 
-    >>> tokenizer = sl.tiny_model().tokenizer
+    >>> tokenizer = sl.lm.tiny_model().tokenizer
     >>> list(token_bytes(tokenizer, tokenizer("é")["input_ids"]).values())
     [b'<s>', b'\\xa9', b'\\xc3']
     """
@@ -150,7 +150,7 @@ def token_strings(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
     Bytes that are no character by themselves are shown as <0xE4>, also those of an ASCII character that has another
     token, and a token that adds nothing to a text as its number, <17>. `find_token_id` is the inverse.
 
-    >>> tokenizer = sl.tiny_model().tokenizer
+    >>> tokenizer = sl.lm.tiny_model().tokenizer
     >>> list(token_strings(tokenizer, tokenizer("hi")["input_ids"]).values())
     ['<s>', 'h', 'i']
     """
@@ -166,7 +166,7 @@ def token_strings(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, str]:
 def spell(tokenizer: Any, token_ids: Sequence[int]) -> Spelling:
     """Text of a row of tokens, and the part of it that each token contributes (`words`), which join to the text.
 
-    >>> tokenizer = sl.tiny_model().tokenizer
+    >>> tokenizer = sl.lm.tiny_model().tokenizer
     >>> spell(tokenizer, tokenizer("né")["input_ids"]).words
     ('<s>', 'n', 'é', '')
     """
@@ -182,7 +182,7 @@ def find_token_id(tokenizer: Any, text: str) -> int:
     Raises:
         ValueError: where there is none, or where several tokens have the same string, which it names.
 
-    >>> find_token_id(sl.tiny_model().tokenizer, "a"), find_token_id(sl.tiny_model().tokenizer, "<0xC3>")
+    >>> find_token_id(sl.lm.tiny_model().tokenizer, "a"), find_token_id(sl.lm.tiny_model().tokenizer, "<0xC3>")
     (67, 130)
     """
     found = sorted(i for i in _find_named(tokenizer, _spellings(text)) if token_strings(tokenizer, [i])[i] == text)
@@ -277,7 +277,7 @@ def find_ends(model: Model) -> frozenset[int]:
 
     ValueError for a model without such settings, as generation would not stop.
 
-    >>> sorted(find_ends(sl.tiny_model()))
+    >>> sorted(find_ends(sl.lm.tiny_model()))
     [1]
     """
     settings: Any = getattr(model.original_model, "generation_config", None)
@@ -298,7 +298,7 @@ def find_special_ids(model: Model) -> tuple[int, ...]:
 
     Unknown words are ordinary text; where the same token is BOS or EOS too, as in GPT-2, it is special.
 
-    >>> find_special_ids(sl.tiny_model())
+    >>> find_special_ids(sl.lm.tiny_model())
     (0, 1, 2)
     """
     tokenizer: Any = model.tokenizer
@@ -311,7 +311,7 @@ def find_special_ids(model: Model) -> tuple[int, ...]:
 def read_text(model: Model, ids: Iterable[int]) -> str:
     """Text of token ids without special tokens; unknown words stay, which `skip_special_tokens` would remove.
 
-    >>> read_text(sl.tiny_model(), [0, 74, 75, 1])
+    >>> read_text(sl.lm.tiny_model(), [0, 74, 75, 1])
     'hi'
     """
     special = set(find_special_ids(model))

@@ -79,7 +79,7 @@ class Tokens:
 
         The first token of the next document in a packed row cannot be predicted from the one before.
 
-        >>> sl.tokenize(sl.tiny_model(), ["a", "b"], ctx_len=4).predicts.tolist()
+        >>> sl.tokenize(sl.lm.tiny_model(), ["a", "b"], ctx_len=4).predicts.tolist()
         [[True, False, True, False]]
         """
         found = torch.zeros_like(self.doc_ids, dtype=torch.bool)
@@ -136,7 +136,7 @@ def tokenize(
             without BOS, ids outside of the model's vocabulary, and as `read_documents`.
         TypeError, FileNotFoundError: as `read_documents`.
 
-    >>> tokens = sl.tokenize(sl.tiny_model(), ["one", "two"], ctx_len=6)
+    >>> tokens = sl.tokenize(sl.lm.tiny_model(), ["one", "two"], ctx_len=6)
     >>> tokens.doc_ids.tolist()
     [[0, 0, 0, 0, 1, 1], [1, 1, -1, -1, -1, -1]]
     """

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelab.lm.hook_points import Door, door
+from saelab.lm.hook_points import HookPoints, hook_points_of
 from saelab.lm.model_checks import Model
 from saelab.lm.unwrapped import Site, attach, run_as_set
 
@@ -30,17 +30,17 @@ def read_out(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tens
             f"Directions must have the residual stream's width ({model.cfg.d_model}), got {directions.shape[1]}; "
             "features of another place have no direct effect on the logits."
         )
-    home = door(model)
+    home = hook_points_of(model)
     if "ln_final" not in home.components:
         raise ValueError(
             f"Direct effects need a norm behind the last block, got a {type(home.bridged).__name__} without one. Use "
-            "`sl.attribute`, or steer along the direction."
+            "`sl.interventions.attribute`, or steer along the direction."
         )
     with home.aside():  # without the user's hooks and edits
         return _read(home, directions)
 
 
-def _read(home: Door, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+def _read(home: HookPoints, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
     running, (site, _) = home.route(["ln_final.hook_out", "unembed.hook_out"])
     parts = [home.components[name] for name in ("ln_final", "unembed")]
     norm, head = (home.twins[part] for part in parts) if running is home.plain else parts
@@ -89,8 +89,8 @@ def _follow_all(
     if not (slopes * at_zero - elsewhere).norm() <= _tolerance(x) * elsewhere.norm():
         raise ValueError(
             "Direct effects need a head that is linear behind the final norm, got a "
-            f"{type(running).__name__}, in whose head what a direction adds depends on the text. Use `sl.attribute`, "
-            "or steer along it."
+            f"{type(running).__name__}, in whose head what a direction adds depends on the text. Use "
+            "`sl.interventions.attribute`, or steer along it."
         )
     return _follow(running, norm, x)
 

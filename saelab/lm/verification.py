@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from saelab.lm.hook_points import Door, door
+from saelab.lm.hook_points import HookPoints, hook_points_of
 from saelab.lm.hooks import capture, read_sites, to_model
 from saelab.lm.model_checks import Model, has_processed_weights, require_bridge
 from saelab.lm.unwrapped import Site, set_attention, strip
@@ -67,7 +67,7 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
         ValueError: for a model with folded weights, whose activations differ from Hugging Face's on purpose, or without
             `blocks`.
 
-    >>> sl.verify_hooks(sl.tiny_model()).ok
+    >>> sl.lm.verify_hooks(sl.lm.tiny_model()).ok
     True
     """
     require_bridge(model)
@@ -76,7 +76,7 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
             "`verify_hooks` needs raw weights, got a model whose weights were folded by `enable_compatibility_mode`. "
             "Load the model again."
         )
-    home = door(model)
+    home = hook_points_of(model)
     ids = home.probe if ids is None else to_model(model, ids)
     names = _find_residuals(home)
     truth = _find_truth(home, ids, names)
@@ -91,7 +91,7 @@ def verify_hooks(model: Model, ids: Int[Tensor, "batch ctx_len"] | None = None) 
     )
 
 
-def _read_bridge(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
+def _read_bridge(home: HookPoints, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
     """Activations in the bridge; empty tensors (infinite distance) where the bridge is known to fail."""
     try:
         return read_sites(home.bridged, {name: home.bridge_site(name) for name in names}, ids, stop=True)
@@ -101,7 +101,7 @@ def _read_bridge(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]
         return {name: torch.zeros(0) for name in names}
 
 
-def _find_residuals(home: Door) -> list[str]:
+def _find_residuals(home: HookPoints) -> list[str]:
     """Hook points of the input of each block, and of the output of the last."""
     names = list(takewhile(lambda name: name in home.points, (f"blocks.{i}.hook_in" for i in count())))
     if not names:
@@ -113,7 +113,7 @@ def _find_residuals(home: Door) -> list[str]:
 
 
 @torch.no_grad()
-def _find_truth(home: Door, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
+def _find_truth(home: HookPoints, ids: Tensor, names: list[str]) -> dict[str, Tensor]:
     """Residual stream in an unhooked copy of Hugging Face's modules: hidden states, or inputs and outputs of the
     layers.
     """

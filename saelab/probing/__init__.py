@@ -1,1 +1,34 @@
 """Linear probes of concepts: directions, sparse probes on features, and concepts erased."""
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.probing.concept_removal import (
+        ErasureMethod as ErasureMethod,
+        ErasureResult as ErasureResult,
+        ProbedConcept as ProbedConcept,
+        RemovalScore as RemovalScore,
+        erase_concept as erase_concept,
+    )
+    from saelab.probing.feature_ranking import Ranking as Ranking
+    from saelab.probing.labeled_activations import (
+        LabeledActivations as LabeledActivations,
+        collect_labeled as collect_labeled,
+    )
+    from saelab.probing.linear_directions import (
+        DirectionMethod as DirectionMethod,
+        Edit as Edit,
+        To as To,
+        density_matched_features as density_matched_features,
+        fit_direction as fit_direction,
+    )
+    from saelab.probing.sparse_probing import (
+        ProbedFeature as ProbedFeature,
+        SparseProbe as SparseProbe,
+        SparseProbes as SparseProbes,
+        probe_features as probe_features,
+    )
+
+__getattr__, __dir__, __all__ = attach(__name__)

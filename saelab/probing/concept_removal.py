@@ -1,6 +1,6 @@
-"""`ablate_concept`: a concept erased from activations, with probe accuracies and losses before and after.
+"""`erase_concept`: a concept erased from activations, with probe accuracies and losses before and after.
 
-`Removal`: result of `ablate_concept`: probe accuracies and losses after each edit.
+`ErasureResult`: result of `erase_concept`: probe accuracies and losses after each edit.
 
 `RemovalBench`: evaluation of an edit: accuracy of retrained probes for each concept, and next-token loss.
 """
@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.evaluation.concept_units import fit_probe, read_codes
+from saelab.evaluation.concept_units import encode_csr, fit_probe
 from saelab.functional.statistics import auroc
 from saelab.interventions.interventions import match_source
-from saelab.lm.hooks import find_hook_point, forward_size, logits, next_token_loss, splice
+from saelab.lm.hooks import find_hook_point, forward_size, logits, next_token_loss, replace_activations
 from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.probing.feature_ranking import Ranking
@@ -32,7 +32,7 @@ from saelab.probing.linear_directions import (
     draw_like,
     erase_direction,
     erase_least,
-    find_direction,
+    fit_direction,
 )
 from saelab.sae.sae import SAE
 from saelab.stores.corpus import split_documents
@@ -73,8 +73,8 @@ class RemovalScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Removal(Result):
-    """Result of `ablate_concept`, one row for each edit; the first row, `untouched`, is the unmodified model."""
+class ErasureResult(Result):
+    """Result of `erase_concept`, one row for each edit; the first row, `untouched`, is the unmodified model."""
 
     concept: str
     hook_point: str
@@ -269,7 +269,7 @@ class RemovalBench:
             counted = keep & ~self.truth[self.concept][batch, :n]
             reading = _Reading(wanted[batch, :n], rows)
             editing: dict[str, Edit] = {self.hook_point: _Editing(edit, keep, counted, changes)} if edit else {}
-            with splice(self.model, editing), splice(self.model, {self.read_at: reading}):
+            with replace_activations(self.model, editing), replace_activations(self.model, {self.read_at: reading}):
                 losses = next_token_loss(logits(self.model, ids), ids).cpu().double()
             sums += torch.stack([losses[place[batch, : n - 1]].sum() for place in places])
         means = sums / torch.stack([place.sum() for place in places])
@@ -328,10 +328,10 @@ def _test(scores: Tensor, y: Tensor, held_scores: Tensor, y_held: Tensor) -> tup
     return accuracy, auroc(held_scores.numpy(), y_held.numpy())
 
 
-Method = Literal["features", "means", "probe", "erasure"]
+ErasureMethod = Literal["features", "means", "probe", "erasure"]
 
 
-def ablate_concept(
+def erase_concept(
     model: Model,
     tokens: Tokens,
     labels: Mapping[str, Bool[Tensor, "n_seq ctx_len"]],
@@ -340,7 +340,7 @@ def ablate_concept(
     *,
     hook_point: str | None = None,
     read_at: str | None = None,
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[ErasureMethod] | None = None,
     k: int = 8,
     ranking: Ranking | Literal["effect"] = "pruning",
     n_directions: int = 1,
@@ -350,7 +350,7 @@ def ablate_concept(
     n_rows: int = 20_000,
     seed: int = 0,
     allow_mismatch: bool = False,
-) -> Removal:
+) -> ErasureResult:
     """Probe accuracies and losses after a concept is erased at a hook point by several methods and by random controls.
 
         features  the codes of the `k` features, each with one sign, that best predict the concept and fire more where
@@ -392,10 +392,10 @@ def ablate_concept(
     point = _find_point(model, sae, hook_point, allow_mismatch)
     bench = RemovalBench.make(model, tokens, labels, concept, point, read_at, (train_frac, n_rows, seed))
     kinds = list(
-        methods if methods is not None else [m for m in get_args(Method) if m != "features" or sae is not None]
+        methods if methods is not None else [m for m in get_args(ErasureMethod) if m != "features" or sae is not None]
     )
-    if bad := [kind for kind in kinds if kind not in get_args(Method) or (kind == "features" and sae is None)]:
-        raise ValueError(f"`methods` must be of {get_args(Method)}, 'features' with an SAE, got {bad}.")
+    if bad := [kind for kind in kinds if kind not in get_args(ErasureMethod) or (kind == "features" and sae is None)]:
+        raise ValueError(f"`methods` must be of {get_args(ErasureMethod)}, 'features' with an SAE, got {bad}.")
     chooser = _Chooser(sae, bench, k, ranking, n_directions, to, seed)
     edits: dict[str, Edit] = {}
     rows = [bench.score("untouched", None, 0)]
@@ -405,7 +405,7 @@ def ablate_concept(
     for name, drawn in chooser.draw(edits, n_random):
         rows.append(average_scores(name, [bench.score(name, edit, _count(edit)) for edit in drawn]))
     chosen = edits.get("features")
-    return Removal(
+    return ErasureResult(
         concept=concept,
         hook_point=point,
         read_at=bench.read_at,
@@ -448,17 +448,17 @@ class _Chooser:
         x = read_chosen(self.bench.model, self.bench.tokens, self.bench.train, self.bench.hook_point)
         object.__setattr__(self, "x", x)
         object.__setattr__(self, "y", self.bench.truth[self.bench.concept][self.bench.train])
-        object.__setattr__(self, "codes", read_codes(self.sae, x) if self.sae is not None else None)
+        object.__setattr__(self, "codes", encode_csr(self.sae, x) if self.sae is not None else None)
 
     x: Any = field(init=False, repr=False)
     y: Any = field(init=False, repr=False)
     codes: Any = field(init=False, repr=False)
 
-    def make(self, kind: Method) -> Edit:
+    def make(self, kind: ErasureMethod) -> Edit:
         """The edit of one method."""
         if kind == "features":
             assert self.sae is not None
-            probe = find_direction(self.x, self.y, self.bench.hook_point, "probe").vector
+            probe = fit_direction(self.x, self.y, self.bench.hook_point, "probe").vector
             pull = (self.sae.directions().detach().cpu() @ probe).numpy()
             return FeatureErasure(self.sae, *choose_sides(self.codes, self.y.numpy(), self.k, self.ranking, pull))
         if kind == "erasure":

@@ -19,7 +19,7 @@ PENALTY = 0.1  # C of the regressions that rank
 
 
 @dataclass(frozen=True, eq=False)
-class Sides:
+class RankedSides:
     """Codes split by sign: column i holds |z| of `features[i]` where z has the sign `signs[i]`, 0 elsewhere."""
 
     matrix: "csc_matrix"
@@ -27,7 +27,7 @@ class Sides:
     signs: Int[np.ndarray, "n_sides"]
 
     @classmethod
-    def split(cls, codes: "csr_matrix", live: Bool[np.ndarray, "n_tokens"]) -> "Sides":
+    def split(cls, codes: "csr_matrix", live: Bool[np.ndarray, "n_tokens"]) -> "RankedSides":
         """Both signs of every feature; those that fire on no row of `live` are left out."""
         from scipy.sparse import hstack
 

@@ -17,7 +17,7 @@ ALL_BUT_SPECIAL = TokenMask()
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledRows:
+class LabeledActivations:
     """Activations of sampled tokens with the label and document of each."""
 
     x: Float[Tensor, "n d_in"]
@@ -31,7 +31,7 @@ class LabelledRows:
         return f"LabelledRows({int(self.y.sum()):,} of {len(self):,} true, d_in={self.x.shape[1]})"
 
 
-def read_labelled(
+def collect_labeled(
     model: Model,
     tokens: Tokens,
     labels: Bool[Tensor, "n_seq ctx_len"],
@@ -41,7 +41,7 @@ def read_labelled(
     mask: TokenMask = ALL_BUT_SPECIAL,
     batch_size: int | None = None,
     seed: int = 0,
-) -> LabelledRows:
+) -> LabeledActivations:
     """Activations of a balanced sample of tokens: half of them where a label is true, half where it is false.
 
     Only the sampled tokens' sequences are run and only their activations are held.
@@ -60,9 +60,9 @@ def read_labelled(
         ValueError: where the label is true of none or of all tokens kept, and for labels of another shape than the
             tokens.
 
-    >>> model = sl.tiny_model()
+    >>> model = sl.lm.tiny_model()
     >>> tokens = sl.tokenize(model, ["a tin can"] * 4, ctx_len=8)
-    >>> read_labelled(model, tokens, tokens.ids == int(tokens.ids[0, 1]), "blocks.1.hook_resid_post", n_tokens=4)
+    >>> collect_labeled(model, tokens, tokens.ids == int(tokens.ids[0, 1]), "blocks.1.hook_resid_post", n_tokens=4)
     LabelledRows(2 of 4 true, d_in=32)
     """
     _require_shape(labels, tokens)
@@ -76,7 +76,7 @@ def read_labelled(
         drawn = found[torch.randperm(len(found), generator=generator)[: max(1, n_tokens // 2)]]
         chosen.view(-1)[drawn] = True
     x = read_chosen(model, tokens, chosen, hook_point, batch_size=batch_size)
-    return LabelledRows(x, labels[chosen], tokens.doc_ids[chosen])
+    return LabeledActivations(x, labels[chosen], tokens.doc_ids[chosen])
 
 
 def read_chosen(
@@ -98,7 +98,7 @@ def read_chosen(
         hook_point: where activations are read.
         batch_size: sequences in a forward pass; by default chosen for memory.
 
-    >>> model = sl.tiny_model()
+    >>> model = sl.lm.tiny_model()
     >>> tokens = sl.tokenize(model, ["a tin can"] * 4, ctx_len=8)
     >>> read_chosen(model, tokens, tokens.ids == int(tokens.ids[0, 1]), "blocks.1.hook_resid_post").shape
     torch.Size([8, 32])

@@ -15,18 +15,18 @@ from torch import Tensor
 from saelab.functional.indices import read_feature
 from saelab.functional.metrics import exact
 from saelab.interventions.directions import Direction
-from saelab.probing.feature_ranking import Columns, Labelled, Ranking, Sides
+from saelab.probing.feature_ranking import Columns, Labelled, RankedSides, Ranking
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore, Firings
 
-Method = Literal["means", "probe", "pca", "kmeans"]
+DirectionMethod = Literal["means", "probe", "pca", "kmeans"]
 
 
-def find_direction(
+def fit_direction(
     x: Float[Tensor, "n d_in"],
     y: Bool[Tensor, "n"],
     hook_point: str,
-    method: Method = "means",
+    method: DirectionMethod = "means",
     *,
     name: str | None = None,
     seed: int = 0,
@@ -53,11 +53,11 @@ def find_direction(
         ValueError: where a class is missing or the class means are the same.
 
     >>> x = torch.tensor([[2.0, 1.0], [0.0, 1.0], [2.1, -1.0], [0.0, -1.0]])
-    >>> find_direction(x, torch.tensor([True, False, True, False]), "blocks.0.hook_resid_post").vector
+    >>> fit_direction(x, torch.tensor([True, False, True, False]), "blocks.0.hook_resid_post").vector
     tensor([1., 0.])
     """
-    if method not in get_args(Method):
-        raise ValueError(f"`method` must be one of {get_args(Method)}, got '{method}'.")
+    if method not in get_args(DirectionMethod):
+        raise ValueError(f"`method` must be one of {get_args(DirectionMethod)}, got '{method}'.")
     if not (len(x) == len(y) and y.any() and not y.all()):
         raise ValueError(
             f"`y` must hold and not hold of some of the {len(x)} rows, got {len(y)} labels, {int(y.sum())} true."
@@ -105,7 +105,7 @@ def _split_in_two(x: Tensor, _y: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(centres[1] - centres[0]).float()
 
 
-def find_rival(
+def density_matched_features(
     store: FeatureStore,
     feature: SupportsIndex,
     labels: Bool[np.ndarray, "n_tokens"] | None = None,
@@ -247,7 +247,7 @@ def choose_sides(
     Raises:
         ValueError: where fewer than k such signs exist.
     """
-    sides = Sides.split(codes, np.ones(len(y), bool))
+    sides = RankedSides.split(codes, np.ones(len(y), bool))
     labelled = Labelled(Columns(sides.matrix), y, np.arange(len(y)))
     effects = labelled.differences * sides.signs * pull[sides.features]
     order = np.argsort(-effects, kind="stable") if ranking == "effect" else labelled.order(ranking)
@@ -272,7 +272,7 @@ def draw_like(
     Returns:
         indices and signs of the control features.
     """
-    sides = Sides.split(codes, np.ones(codes.shape[0], bool))
+    sides = RankedSides.split(codes, np.ones(codes.shape[0], bool))
     counts = np.diff(sides.matrix.indptr)
     place = {pair: i for i, pair in enumerate(zip(sides.features.tolist(), sides.signs.tolist(), strict=True))}
     own = [place[pair] for pair in zip(features, signs, strict=True)]
@@ -311,7 +311,7 @@ def erase_direction(
     basis: list[Tensor] = []
     left = x
     for _ in range(n_directions):
-        vector = find_direction(left, y, hook_point, method).vector
+        vector = fit_direction(left, y, hook_point, method).vector
         for other in basis:
             vector = vector - (vector @ other) * other
         basis.append(vector / vector.norm())

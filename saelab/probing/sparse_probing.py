@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 
 from saelab.evaluation.concept_units import read_values
-from saelab.functional.statistics import UNKNOWN, Told, choose_threshold, permute_labels, score_guess
-from saelab.probing.feature_ranking import PENALTY, Columns, Labelled, Ranking, Sides
+from saelab.functional.statistics import UNKNOWN, ProbeScore, choose_threshold, permute_labels, score_guess
+from saelab.probing.feature_ranking import PENALTY, Columns, Labelled, RankedSides, Ranking
 from saelab.probing.labeled_activations import draw_rows
 from saelab.stores.corpus import split_documents
 from saelab.stores.feature_store import FeatureStore
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
 
-def tell_always(rate: float) -> Told:
+def score_majority(rate: float) -> ProbeScore:
     """Scores of the classifier that always predicts true, for a label that is true of a share `rate` of tokens.
 
-    >>> tell_always(0.5).f1, tell_always(0.5).balanced
+    >>> score_majority(0.5).f1, score_majority(0.5).balanced
     (0.6666666666666666, 0.5)
     """
-    return Told(f1=2 * rate / (1 + rate), mcc=0.0, auroc=0.5, accuracy=rate, balanced=0.5, yes=1.0)
+    return ProbeScore(f1=2 * rate / (1 + rate), mcc=0.0, auroc=0.5, accuracy=rate, balanced=0.5, yes=1.0)
 
 
-def tell_by_activations(
+def probe_activations(
     x: Float[np.ndarray, "n d_in"],
     y: Bool[np.ndarray, "n"],
     is_train: Bool[np.ndarray, "n"],
     n_fit: int,
     seed: int,
-) -> dict[str, Told]:
+) -> dict[str, ProbeScore]:
     """Held-out scores of two classifiers on activations: a logistic regression and the best single coordinate.
 
     They are named "activations" and "best neuron". The neuron is the coordinate whose class means differ most in
@@ -107,12 +107,12 @@ class SparseProbe:
     """on the regression's score, with the best F1 above chance (kappa) in training documents"""
     f1_train: float
     """F1 in training documents at that threshold"""
-    held_out: Told
+    held_out: ProbeScore
     """scores in held-out documents"""
-    shuffled: Told
+    shuffled: ProbeScore
     """the same from the ranking on, with permuted labels (`SparseProbes.null`): chance level; NaN where permuting
     leaves a side of the split with one class alone"""
-    untrained: Told
+    untrained: ProbeScore
     """the same from the ranking on, with the codes of an untrained SAE; NaN where none is given"""
 
 
@@ -122,9 +122,9 @@ class SparseProbes(Result):
 
     concept: str
     probes: tuple[SparseProbe, ...]
-    random: dict[int, Told]
+    random: dict[int, ProbeScore]
     """by k: as many features drawn at random, with the true labels"""
-    beside: dict[str, Told]
+    beside: dict[str, ProbeScore]
     """baselines without a choice of features: "always yes", a regression on "all features", and, where activations are
     given, on all "activations" and by the "best neuron" alone"""
     null: str
@@ -179,7 +179,7 @@ class SparseProbes(Result):
 TITLES = {"F1": 7, "accuracy": 10, "balanced": 10, "MCC": 8, "AUROC": 7, "says yes": 10}
 
 
-def _cells(told: Told) -> str:
+def _cells(told: ProbeScore) -> str:
     values = (told.f1, told.accuracy, told.balanced, told.mcc, told.auroc, told.yes)
     return "".join(f"{value:>{width}.3f}" for value, width in zip(values, TITLES.values(), strict=True))
 
@@ -229,7 +229,7 @@ def probe_features(
         train_frac: share of documents for training.
         n_tokens: most tokens used; of more, documents are drawn by `seed`.
         acts: (n_tokens, d_in) activations of the same tokens, for baselines.
-        untrained: codes of an untrained SAE on the same tokens, as `sl.harvest_untrained` makes them.
+        untrained: codes of an untrained SAE on the same tokens, as `sl.collecting.harvest_untrained` makes them.
         seed: of the split, the samples, the permutation and the random features.
 
     Raises:
@@ -257,10 +257,10 @@ def probe_features(
     true = bench.trial(y)
     moved = None if elsewhere is None else bench.trial(elsewhere)
     other = None if untrained is None else _Bench.make(_read(untrained, keep, "untrained"), is_train, seed).trial(y)
-    beside = {"always yes": tell_always(float(y[~is_train].mean()))}
+    beside = {"always yes": score_majority(float(y[~is_train].mean()))}
     beside["all features"] = true.fit(np.arange(len(bench.sides)), c=PENALTY).told
     if acts is not None:
-        beside |= tell_by_activations(read_rows(acts, keep), y, is_train, SAMPLE_TOKENS, seed)
+        beside |= probe_activations(read_rows(acts, keep), y, is_train, SAMPLE_TOKENS, seed)
     return SparseProbes(
         concept=concept,
         probes=tuple(p for ranking in rankings for p in _probe(bench.sides, true, (moved, other), ranking, ks)),
@@ -331,14 +331,14 @@ class _Fitted:
     weights: Float[np.ndarray, "k"]
     threshold: float
     f1_train: float
-    told: Told
+    told: ProbeScore
 
 
 @dataclass(frozen=True, eq=False)
 class _Bench:
     """Split codes of one dictionary on training and on held-out tokens."""
 
-    sides: Sides
+    sides: RankedSides
     columns: Columns
     held: "csc_matrix"
     is_train: Bool[np.ndarray, "n"]
@@ -346,7 +346,7 @@ class _Bench:
 
     @classmethod
     def make(cls, matrix: "csr_matrix", is_train: np.ndarray, seed: int) -> "_Bench":
-        sides = Sides.split(matrix, is_train)
+        sides = RankedSides.split(matrix, is_train)
         by_row = sides.matrix.tocsr()
         return cls(sides, Columns(by_row[is_train].tocsc()), by_row[~is_train].tocsc(), is_train, seed)
 
@@ -376,7 +376,7 @@ class _Trial:
 
 
 def _probe(
-    sides: Sides, true: _Trial, others: tuple[_Trial | None, _Trial | None], ranking: Ranking, ks: Sequence[int]
+    sides: RankedSides, true: _Trial, others: tuple[_Trial | None, _Trial | None], ranking: Ranking, ks: Sequence[int]
 ) -> Iterator[SparseProbe]:
     """The probes of one ranking, with those for permuted labels and for the untrained SAE's codes."""
     order = true.train.order(ranking)

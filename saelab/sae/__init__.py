@@ -1,3 +1,47 @@
 """Sparse autoencoders and transcoders: one module, configured by activation function, prefixes, dictionary, normaliser
 and initialisation.
 """
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.sae import formats as formats
+    from saelab.sae.activation_functions import (
+        AbsTopK as AbsTopK,
+        Activation as Activation,
+        BatchAbsTopK as BatchAbsTopK,
+        BatchTopK as BatchTopK,
+        GroupMax as GroupMax,
+        JumpReLU as JumpReLU,
+        ReLU as ReLU,
+        TopK as TopK,
+        register_activation as register_activation,
+    )
+    from saelab.sae.adapters import (
+        HookedSAE as HookedSAE,
+        ModulePort as ModulePort,
+        SAEBenchSAE as SAEBenchSAE,
+        hook_sae as hook_sae,
+    )
+    from saelab.sae.archetypal import Archetypal as Archetypal, Archetypes as Archetypes
+    from saelab.sae.config import (
+        AuxK as AuxK,
+        Dictionary as Dictionary,
+        Init as Init,
+        MatchingPursuit as MatchingPursuit,
+        RandomPrefixes as RandomPrefixes,
+        SAEConfig as SAEConfig,
+    )
+    from saelab.sae.fitting import Data as Data, HeldOut as HeldOut, Pair as Pair
+    from saelab.sae.initialization import (
+        make_untrained as make_untrained,
+        resample_dead_latents as resample_dead_latents,
+    )
+    from saelab.sae.module import SAEModule as SAEModule
+    from saelab.sae.normalizer import Normaliser as Normaliser, NormalizerKind as NormalizerKind
+    from saelab.sae.sae import SAE as SAE, fit as fit
+    from saelab.sae.training_sae import Objective as Objective, TrainingSAE as TrainingSAE
+
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from saelab.functional.codes import SparseCodes
 from saelab.lm.unwrapped import attach
 from saelab.sae.formats.origin import dtype_name
-from saelab.sae.module import Coder
+from saelab.sae.module import SAEModule
 from saelab.stores.files import shareable
 from saelab.stores.manifest import Provenance
 
-Side = Literal["input", "output"]
+ModulePort = Literal["input", "output"]
 
 
 class HookedSAE:
@@ -28,7 +28,7 @@ class HookedSAE:
 
     def __init__(
         self,
-        sae: Coder,
+        sae: SAEModule,
         replace: bool,
         edit: Callable[[Tensor], Tensor] | None,
         keep: Bool[Tensor, "*batch"] | None,
@@ -76,9 +76,9 @@ class HookedSAE:
 @contextmanager
 def hook_sae(
     module: nn.Module,
-    sae: Coder,
+    sae: SAEModule,
     *,
-    side: Side = "output",
+    side: ModulePort = "output",
     replace: bool = True,
     edit: Callable[[Tensor], Tensor] | None = None,
     keep: Bool[Tensor, "*batch"] | None = None,
@@ -170,7 +170,7 @@ class SAEBenchSAE(nn.Module):
     b_dec: Float[Tensor, "d_in"]
     norms: Float[Tensor, "d_sae"]
 
-    def __init__(self, sae: Coder, origin: Provenance | None, n_tokens: int | None = None) -> None:
+    def __init__(self, sae: SAEModule, origin: Provenance | None, n_tokens: int | None = None) -> None:
         super().__init__()
         if sae.cfg.d_out is not None:
             raise ValueError(f"SAEBench measures autoencoders, got a transcoder {sae}; it has no measure of those.")
@@ -210,7 +210,7 @@ class SAEBenchSAE(nn.Module):
         return self.decode(self.encode(x))
 
 
-def _describe(sae: Coder, origin: Provenance, n_tokens: int | None) -> SAEBenchConfig:
+def _describe(sae: SAEModule, origin: Provenance, n_tokens: int | None) -> SAEBenchConfig:
     layer = re.match(r"blocks\.(\d+)\.", origin.hook_point)
     processing = {"center_writing_weights": True, "fold_ln": True} if origin.weight_processing == "folded" else {}
     return SAEBenchConfig(

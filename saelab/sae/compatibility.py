@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from saelab.lm.hook_points import door, stamp
+from saelab.lm.hook_points import hook_points_of, stamp
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, is_same_shape, is_same_weights
 from saelab.lm.models import describe_model, is_same_model
@@ -88,7 +88,7 @@ def match_places(
     require_finite(sae)
     names = _choose_places(sae, hook_point)
     for name in names:
-        door(model).find(name)
+        hook_points_of(model).find(name)
     if sae.provenance and not allow_mismatch:
         _refuse(find_mismatches(sae.provenance, model, *names))
     return names
@@ -137,7 +137,7 @@ def find_mismatches(origin: Provenance, model: Model, hook_point: str, hook_poin
         hook_point: hook point there; two names of the same place are equal.
         hook_point_out: hook point of a transcoder's target; None is not compared.
     """
-    known = door(model).points
+    known = hook_points_of(model).points
     pairs = _model_of(origin, _origin_of(model, origin))
     places = [("hook point", origin.hook_point, hook_point)]
     if origin.hook_point_out is not None and hook_point_out is not None:
@@ -151,7 +151,7 @@ def _origin_of(model: Model, like: Provenance) -> Provenance:
     one.
     """
     here = describe_model(model)
-    sketch = door(model).sketch if like.model_sketch is not None else None
+    sketch = hook_points_of(model).sketch if like.model_sketch is not None else None
     return replace(
         like,
         model=here.name,

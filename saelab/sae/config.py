@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from saelab.sae.activation_functions import AbsTopK, Activation, TopK, read_activation
 from saelab.sae.archetypal import Archetypal
-from saelab.sae.normalizer import KINDS, PER_TOKEN, Kind
+from saelab.sae.normalizer import KINDS, PER_TOKEN, NormalizerKind
 from saelab.stores.validation import read_fields, require_object
 
 MAX_WIDTH = 2**31
@@ -104,7 +104,7 @@ class SAEConfig:
     """constraint on rows of W_dec: of unit norm, free, frozen at their initial values (a baseline), or
     `Archetypal(...)`
     """
-    normaliser: Kind = "scale"
+    normaliser: NormalizerKind = "scale"
     """none; scale: mean-centred, E||x||^2 = d_in; whiten: principal components of unit variance; token_norm and
     layer_norm: per token, see `Normaliser`
     """

@@ -16,7 +16,7 @@ from saelab.functional.metrics import ReconstructionSums
 from saelab.sae.activation_functions import Activation, TopK
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import Dictionary, Init, RandomPrefixes, SAEConfig
-from saelab.sae.normalizer import Kind
+from saelab.sae.normalizer import NormalizerKind
 from saelab.sae.sae import SAE
 from saelab.training.config import TrainConfig
 
@@ -44,7 +44,7 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         *,
         prefixes: tuple[int, ...] | RandomPrefixes | None = None,
         dictionary: Dictionary | Archetypal = "unit",
-        normaliser: Kind = "scale",
+        normaliser: NormalizerKind = "scale",
         init: Init = "tied",
         n_tokens: int = 200_000,
         batch_size: int = 1024,
@@ -63,7 +63,7 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             init: initial dictionary, as in `SAEConfig`.
             n_tokens: rows to train on in total; shorter data is passed over several times.
             batch_size: rows per step, at most all.
-            lr: peak learning rate; None derives it from widths and length, see `Trainee.default_lr`.
+            lr: peak learning rate; None derives it from widths and length, see `TrainingSAE.default_lr`.
             sparse_output: whether `transform` returns a CSR matrix.
             random_state: seed or generator for weights and order of rows.
         """

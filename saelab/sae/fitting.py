@@ -18,8 +18,8 @@ from torch import Tensor
 from saelab.functional.metrics import FiringSums, ReconstructionSums
 from saelab.sae.activation_functions import ReLU
 from saelab.sae.config import MatchingPursuit
-from saelab.sae.module import Coder
-from saelab.sae.training_sae import Trainee
+from saelab.sae.module import SAEModule
+from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.activations import ActivationPairs, Activations
 from saelab.stores.manifest import Provenance
 from saelab.training.config import Batches, TrainConfig
@@ -35,7 +35,9 @@ REACH = 0.25  # relative distance from the target beyond which L0 is not correct
 MAX_PASSES = 40
 
 
-def finish(sae: Coder, held_out: Float[Tensor, "n width"] | None, others: Float[Tensor, "m width"]) -> dict[str, Any]:
+def finish(
+    sae: SAEModule, held_out: Float[Tensor, "n width"] | None, others: Float[Tensor, "m width"]
+) -> dict[str, Any]:
     """Metrics of the trained SAE on tokens that training has not seen; first adjusts its mean L0 to the target, in
     place.
 
@@ -69,7 +71,7 @@ def finish(sae: Coder, held_out: Float[Tensor, "n width"] | None, others: Float[
     return {**measured, "held_out": unseen, "target_l0": target, "met": met}
 
 
-def target_l0(sae: Coder) -> float | None:
+def target_l0(sae: SAEModule) -> float | None:
     """Mean L0 that the SAE's configuration asks for; None where L0 is fixed for each token (TopK) or has no target."""
     activation = sae.cfg.activation
     if isinstance(sae.cfg.encoder, MatchingPursuit):
@@ -80,7 +82,7 @@ def target_l0(sae: Coder) -> float | None:
 
 
 @torch.no_grad()
-def cut_to(sae: Coder, rows: Float[Tensor, "n width"], target: float, reach: float = math.inf) -> bool:
+def cut_to(sae: SAEModule, rows: Float[Tensor, "n width"], target: float, reach: float = math.inf) -> bool:
     """Adjust the mean L0 on some tokens to a target by one number, in place: a common factor of all thresholds, or for
     ReLU a common shift of all biases. Returns whether the target was reached.
 
@@ -139,14 +141,14 @@ def _solve(excess: Any, start: float, undo: Any) -> bool:
     return True  # L0 jumps over the target: as close as it gets
 
 
-def mean_l0(sae: Coder, rows: Float[Tensor, "n width"]) -> float:
+def mean_l0(sae: SAEModule, rows: Float[Tensor, "n width"]) -> float:
     """Mean number of active latents per token."""
     parts = (part[:, : sae.cfg.d_in].to(sae.W_dec) for part in rows.split(PART))
     return sum(int(sae.encode_sparse(part).l0.sum()) for part in parts) / len(rows)
 
 
 @torch.no_grad()
-def measure(sae: Coder, rows: Float[Tensor, "n width"]) -> dict[str, Any]:
+def measure(sae: SAEModule, rows: Float[Tensor, "n width"]) -> dict[str, Any]:
     """Number of tokens, L0, FVU and fraction of latents that are never active, on some tokens (with their targets, for
     a transcoder).
     """
@@ -188,7 +190,7 @@ Data: TypeAlias = Activations | ActivationPairs | Batches | Float[Tensor, "n d_i
 
 
 def make_run(
-    saes: Sequence[Coder],
+    saes: Sequence[SAEModule],
     acts: Data,
     cfg: TrainConfig,
     held_out: HeldOut | None,
@@ -220,7 +222,7 @@ def make_run(
     folder = _make_folder(out, resume)
     # an SAE that was trained before continues from its weights
     trained = [getattr(sae, "training_", None) is not None for sae in saes]
-    trainees = [Trainee(sae, cfg, before) for sae, before in zip(saes, trained, strict=True)]
+    trainees = [TrainingSAE(sae, cfg, before) for sae, before in zip(saes, trained, strict=True)]
     run = TrainingRun(trainees, batches, cfg, kept, folder)
     if run.has_checkpoint and not resume:
         raise ValueError(f"`out` must not hold another run, got {folder}; go on with resume=True, or choose another.")
@@ -237,7 +239,7 @@ def open_data(acts: Data) -> Activations | ActivationPairs | Batches:
     return Activations.from_tensor(acts) if isinstance(acts, Tensor) else acts
 
 
-def _check_widths(sae: Coder, d_in: int, d_out: int | None) -> None:
+def _check_widths(sae: SAEModule, d_in: int, d_out: int | None) -> None:
     """Raise ValueError where activations, or pairs (d_out is not None), have other widths than the SAE."""
     cfg = sae.cfg
     if cfg.d_out is not None and d_out is None:
@@ -279,7 +281,7 @@ def _make_folder(out: str | Path | None, resume: bool) -> Path | None:
     return None
 
 
-def finish_run(run: TrainingRun, saes: Sequence[Coder]) -> list[dict[str, Any]]:
+def finish_run(run: TrainingRun, saes: Sequence[SAEModule]) -> list[dict[str, Any]]:
     """Metrics of each trained SAE as it is saved, from `finish`: on held-out tokens, or on the tokens that come next
     where there are none.
     """

@@ -1,6 +1,6 @@
 """Untrained SAEs with the same number of active latents: baselines for trained ones.
 
-`revive`: re-initialise dead latents from tokens that the SAE reconstructs badly.
+`resample_dead_latents`: re-initialise dead latents from tokens that the SAE reconstructs badly.
 """
 
 import math
@@ -13,9 +13,9 @@ from torch import Tensor
 from saelab.functional.indices import FeatureIds, read_features
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import cut_to, mean_l0
-from saelab.sae.module import Coder
+from saelab.sae.module import SAEModule
 from saelab.sae.sae import SAE
-from saelab.sae.training_sae import Trainee
+from saelab.sae.training_sae import TrainingSAE
 from saelab.training.config import TrainConfig, name_optimised
 
 
@@ -30,7 +30,7 @@ def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tens
     """
     sae = SAE(replace(cfg, aux=None), seed).to(x.device)
     sample = x if cfg.d_out is None or y is None else torch.cat([x, y], dim=1)
-    trainee = Trainee(sae, TrainConfig(seed=seed))
+    trainee = TrainingSAE(sae, TrainConfig(seed=seed))
     trainee.prepare(sample)
     if cfg.activation.threshold == "running":  # sets the threshold, as codes would depend on the batch without
         trainee.observe(trainee.objective(sample[:4096]))
@@ -73,8 +73,8 @@ PART = 4096
 
 
 @torch.no_grad()
-def revive(
-    sae: Coder,
+def resample_dead_latents(
+    sae: SAEModule,
     acts: Float[Tensor, "n_tokens d_in"],
     units: FeatureIds,
     *,
@@ -106,7 +106,8 @@ def revive(
     }
     if wrong := [name for name, is_so in kinds.items() if is_so]:
         raise ValueError(
-            f"`revive` must be given an SAE that a row and its encoder can be set in, got {wrong[0]}; use AuxK."
+            f"`resample_dead_latents` must be given an SAE that a row and its encoder can be set in, got {wrong[0]}; "
+            "use AuxK."
         )
     chosen = torch.tensor(read_features(units, sae.cfg.d_sae, "units"), dtype=torch.long)
     if len(chosen) == 0:
@@ -129,7 +130,7 @@ def revive(
     return tokens
 
 
-def _draw(sae: Coder, acts: Tensor, n: int, seed: int) -> tuple[list[int], Tensor]:
+def _draw(sae: SAEModule, acts: Tensor, n: int, seed: int) -> tuple[list[int], Tensor]:
     """Tokens drawn in proportion to their squared loss, and their residuals in normalised units."""
     rows = []
     for x in acts.split(PART):
@@ -148,7 +149,7 @@ def _draw(sae: Coder, acts: Tensor, n: int, seed: int) -> tuple[list[int], Tenso
     return tokens.tolist(), residual[tokens.to(residual.device)]
 
 
-def _forget(sae: Coder, units: Tensor, optimiser: torch.optim.Optimizer) -> None:
+def _forget(sae: SAEModule, units: Tensor, optimiser: torch.optim.Optimizer) -> None:
     """Zero the optimiser's moments of some latents; all parameters but b_dec have latents as their first axis in
     storage, W_enc too.
     """

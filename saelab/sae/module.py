@@ -20,7 +20,7 @@ from saelab.sae.normalizer import Normaliser
 DENSE_NUMBERS = 2**25  # pre-activations in memory at a time in dense encoding
 
 
-class Coder(nn.Module):
+class SAEModule(nn.Module):
     """Weights of a sparse autoencoder or transcoder, with `encode` and `decode`.
 
         z     = activation( (normalise(x) - b_dec) W_enc + b_enc )
@@ -219,7 +219,7 @@ class Coder(nn.Module):
         return rows if normaliser.kind == "none" else normaliser.apply_matrix(rows, normaliser.inverse)
 
     @torch.no_grad()
-    def fold(self) -> "Coder":
+    def fold(self) -> "SAEModule":
         """An equal SAE without a normaliser: the same codes and reconstructions from the weights alone.
 
         With `normalise(x) = (x - mean) M`: W_enc <- M W_enc, W_dec <- W_dec M^-1, b_dec <- b_dec M^-1 + mean; b_enc and

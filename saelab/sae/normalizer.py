@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from saelab.functional.metrics import exact
 
-Kind = Literal["none", "scale", "whiten", "token_norm", "layer_norm"]
+NormalizerKind = Literal["none", "scale", "whiten", "token_norm", "layer_norm"]
 
-KINDS: tuple[Kind, ...] = ("none", "scale", "whiten", "token_norm", "layer_norm")
-PER_TOKEN: tuple[Kind, ...] = ("token_norm", "layer_norm")
+KINDS: tuple[NormalizerKind, ...] = ("none", "scale", "whiten", "token_norm", "layer_norm")
+PER_TOKEN: tuple[NormalizerKind, ...] = ("token_norm", "layer_norm")
 
 RIDGE = 1e-6  # fraction of the largest variance added to every one, which bounds how much the smallest are amplified
 LAYER_EPSILON = 1e-5  # what layer_norm adds to the deviation it divides by
@@ -34,7 +34,7 @@ class Normaliser(nn.Module):
     matrix: Tensor
     inverse: Tensor
 
-    def __init__(self, kind: Kind, d_in: int) -> None:
+    def __init__(self, kind: NormalizerKind, d_in: int) -> None:
         super().__init__()
         self.kind = kind
         if kind == "none":

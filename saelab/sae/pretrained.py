@@ -25,8 +25,8 @@ from saelab.sae.formats.conventions import Convention, compose, narrow, own, tak
 from saelab.sae.formats.hub import find_release, find_source
 from saelab.sae.formats.origin import Asked, Origin, make_provenance
 from saelab.sae.formats.registry import OWN, find_format, keep_origin, read_foreign
-from saelab.sae.formats.sources import Source, read_tensors
-from saelab.sae.module import Coder
+from saelab.sae.formats.sources import SAEFiles, read_tensors
+from saelab.sae.module import SAEModule
 from saelab.stores.files import replace_folder, save_tensors, shareable, write_json
 from saelab.stores.manifest import Provenance
 from saelab.stores.results import Result
@@ -114,7 +114,7 @@ LOADERS = {
 }
 
 
-def write_card(sae: Coder, repo_id: str, format: str, evaluation: Result | None) -> str:
+def write_card(sae: SAEModule, repo_id: str, format: str, evaluation: Result | None) -> str:
     """Markdown of the model card, with the Hub's header: what the SAE is, its training data, how to load it, and its
     metrics.
 
@@ -175,7 +175,7 @@ class Loaded:
     """checks, after everything else, that the configuration file is unchanged since it was written"""
 
 
-def locate(source: str | Path, name: str | None, revision: str | None, asked: Asked) -> tuple[Source, Asked]:
+def locate(source: str | Path, name: str | None, revision: str | None, asked: Asked) -> tuple[SAEFiles, Asked]:
     """Folder or file of an SAE, downloaded if necessary, and the facts known about it: what the caller gave, else what
     its release entry gives.
 
@@ -193,7 +193,9 @@ def locate(source: str | Path, name: str | None, revision: str | None, asked: As
     return find_source(release.repo, release.path, revision), Asked(**known)
 
 
-def load(source: Source, asked: Asked, format: str | None, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
+def load(
+    source: SAEFiles, asked: Asked, format: str | None, latents: Sequence[int] | None, dtype: torch.dtype
+) -> Loaded:
     """Parts of the SAE in a folder or file, of whatever format.
 
     Args:
@@ -218,7 +220,7 @@ def load(source: Source, asked: Asked, format: str | None, latents: Sequence[int
     return Loaded(composed.cfg, composed.tensors, provenance, None, origin, source.place)
 
 
-def _load_own(source: Source, asked: Asked, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
+def _load_own(source: SAEFiles, asked: Asked, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
     if asked != Asked():
         given = [field.name for field in fields(Asked) if getattr(asked, field.name) is not None]
         raise ValueError(f"An SAE of saelab's own must be loaded as it says itself, got {given}; leave them out.")

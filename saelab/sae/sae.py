@@ -16,7 +16,7 @@ from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import Data, HeldOut, describe_training, finish_run, make_run, open_data, origin_of
 from saelab.sae.formats.origin import Asked, Origin
 from saelab.sae.formats.registry import require_room, write_foreign
-from saelab.sae.module import Coder
+from saelab.sae.module import SAEModule
 from saelab.sae.pretrained import Loaded, fill, load, locate, on_meta, write_card, write_sae
 from saelab.stores.files import read_settled, shareable, write_atomic
 from saelab.stores.jobs import hold_folder
@@ -24,15 +24,15 @@ from saelab.stores.manifest import Provenance
 from saelab.stores.results import Result
 from saelab.stores.validation import naming
 from saelab.training.config import TrainConfig
-from saelab.training.loop import Entry, Sink, train
+from saelab.training.loop import HistoryEntry, Sink, train
 
 
-class SAE(Coder):
+class SAE(SAEModule):
     """A sparse autoencoder: `x_hat = unnormalise(z W_dec + b_dec)`,
     `z = activation((normalise(x) - b_dec) W_enc + b_enc)`.
 
-    Every variant is this class with another `SAEConfig`; with `d_out` it is a transcoder, see `Coder` for its formula.
-    Weights are float32, drawn from `seed`.
+    Every variant is this class with another `SAEConfig`; with `d_out` it is a transcoder, see `SAEModule` for its
+    formula. Weights are float32, drawn from `seed`.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=8, activation=sl.AbsTopK(k=2)), seed=0)
     >>> sae.encode(torch.ones(3, 4)).count_nonzero(dim=1).tolist()
@@ -44,7 +44,7 @@ class SAE(Coder):
         self.provenance: Provenance | None = None
         self.origin: Origin | None = None  # of an SAE that was read from another library's files
         self.training_: dict[str, Any] | None = None
-        self.history_: list[Entry] = []
+        self.history_: list[HistoryEntry] = []
         self.name_or_path = ""  # where it was loaded from or saved to
 
     def fit(
@@ -217,7 +217,7 @@ class SAE(Coder):
 
     def fold(self) -> "SAE":
         """An equal SAE without a normaliser: same codes, same reconstructions; its dictionary rows are no longer of
-        unit norm. See `Coder.fold`.
+        unit norm. See `SAEModule.fold`.
         """
         folded = super().fold()
         assert isinstance(folded, SAE)

@@ -16,14 +16,16 @@ from saelab.functional.metrics import ReconstructionSums, effective_rank, exact,
 from saelab.functional.screening import largest_first
 from saelab.sae.activation_functions import ReLU
 from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes
-from saelab.sae.module import Coder
+from saelab.sae.module import SAEModule
 from saelab.training.config import TrainConfig
 
 SCALE_TOKENS = 1024  # tokens used to set the encoder's scale; also the chunk size
 
 
 @torch.no_grad()
-def place_weights(sae: Coder, x: Float[Tensor, "n_tokens d_in"], y: Float[Tensor, "n_tokens d_out"], seed: int) -> None:
+def place_weights(
+    sae: SAEModule, x: Float[Tensor, "n_tokens d_in"], y: Float[Tensor, "n_tokens d_out"], seed: int
+) -> None:
     """Initialise biases and dictionary from a sample of inputs and targets, in place.
 
     b_dec is the targets' mean, directions are those of `cfg.init`. A transcoder's b_enc cancels the inputs' mean, and
@@ -86,7 +88,7 @@ def _turn_inside(centred: Tensor, random: Tensor) -> Tensor:
     return _unit(random[:, :n] @ directions[:, -n:].T.to(random))
 
 
-def _answer(sae: Coder, x: Tensor, y: Tensor) -> None:
+def _answer(sae: SAEModule, x: Tensor, y: Tensor) -> None:
     """Set each row of W_dec to the mean direction of the targets where its latent is active; rows of inactive latents
     stay random.
     """
@@ -96,7 +98,7 @@ def _answer(sae: Coder, x: Tensor, y: Tensor) -> None:
     sae.W_dec.copy_(torch.where(sums.norm(dim=1, keepdim=True) > 0, _unit(sums), sae.W_dec))
 
 
-def _match_scale(sae: Coder, x: Tensor, y: Tensor) -> None:
+def _match_scale(sae: SAEModule, x: Tensor, y: Tensor) -> None:
     """Scale the encoder by the c that minimises ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
     many times too large.
     """
@@ -107,7 +109,7 @@ def _match_scale(sae: Coder, x: Tensor, y: Tensor) -> None:
         sae.b_enc.mul_(scale.clamp(0.05, 1.0))
 
 
-def _codes(sae: Coder, x: Tensor) -> Tensor:
+def _codes(sae: SAEModule, x: Tensor) -> Tensor:
     """Codes at the start of training, of normalised inputs."""
     read = x - sae.b_dec if sae.cfg.d_out is None else x
     return sae.cfg.activation(read @ sae.W_enc + sae.b_enc, sae.threshold, training=True)
@@ -126,7 +128,7 @@ MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """Weighted losses of one batch, and the statistics of its codes that `Trainee.observe` needs."""
+    """Weighted losses of one batch, and the statistics of its codes that `TrainingSAE.observe` needs."""
 
     terms: dict[str, Float[Tensor, ""]]
     """weighted losses by name: reconstruction, sparsity, aux"""
@@ -154,14 +156,14 @@ def _smallest(size: Tensor) -> Tensor:
     return torch.where(smallest.isinf(), torch.nan, smallest)
 
 
-class Trainee:
+class TrainingSAE:
     """An SAE with what the training loop needs; everything besides the weights that a checkpoint must hold is in
     `state`.
 
     A batch's rows are activations; for a transcoder inputs with their targets appended, (n_tokens, d_in + d_out).
     """
 
-    def __init__(self, sae: Coder, cfg: TrainConfig, trained: bool = False) -> None:
+    def __init__(self, sae: SAEModule, cfg: TrainConfig, trained: bool = False) -> None:
         self.sae, self.cfg, self.trained = sae, cfg, trained
         activation = sae.cfg.activation
         coefficient = activation.penalty_weight
@@ -176,7 +178,7 @@ class Trainee:
         self.spare: dict[str, Tensor] = {}
 
     @property
-    def module(self) -> Coder:
+    def module(self) -> SAEModule:
         """Module whose parameters are optimised."""
         return self.sae
 

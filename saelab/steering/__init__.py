@@ -1,1 +1,35 @@
 """Steering measured: effect and cost over strengths, against baselines."""
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.steering.baselines import steering_baselines as steering_baselines
+    from saelab.steering.curves import BestPoint as BestPoint, Estimate as Estimate, SteeringCurve as SteeringCurve
+    from saelab.steering.dose_response import (
+        EditBlock as EditBlock,
+        SteeringSource as SteeringSource,
+        steering_curve as steering_curve,
+    )
+    from saelab.steering.feature_scores import (
+        OutputScores as OutputScores,
+        SteeringScore as SteeringScore,
+        output_scores as output_scores,
+    )
+    from saelab.steering.target_concepts import (
+        Aim as Aim,
+        ScoredConcept as ScoredConcept,
+        TargetConcept as TargetConcept,
+        TokenConcept as TokenConcept,
+        concept_from_words as concept_from_words,
+        synthetic_concept as synthetic_concept,
+    )
+    from saelab.steering.text_comparison import (
+        GenerationComparison as GenerationComparison,
+        ScoredText as ScoredText,
+        TextRow as TextRow,
+        compare_generations as compare_generations,
+    )
+
+__getattr__, __dir__, __all__ = attach(__name__)

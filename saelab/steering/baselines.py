@@ -1,4 +1,6 @@
-"""`line_up`: a feature and baseline sources (directions, control feature) for steering toward the same concept."""
+"""`steering_baselines`: a feature and baseline sources (directions, control feature) for steering toward the same
+concept.
+"""
 
 from dataclasses import replace
 
@@ -8,15 +10,15 @@ from torch import Tensor
 
 from saelab.collecting.harvesting import require_harvested
 from saelab.interventions.directions import Direction, make_random
-from saelab.interventions.interventions import Intervention, Mode, Place, Unit
+from saelab.interventions.interventions import Intervention, Mode, TokenSelection, Unit
 from saelab.lm.generation import generate
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokenizers import find_special_ids
 from saelab.lm.tokens import PADDING, Tokens
-from saelab.probing.labeled_activations import LabelledRows, read_labelled
-from saelab.probing.linear_directions import find_direction, find_rival
+from saelab.probing.labeled_activations import LabeledActivations, collect_labeled
+from saelab.probing.linear_directions import density_matched_features, fit_direction
 from saelab.sae.sae import SAE
-from saelab.steering.dose_response import Source
+from saelab.steering.dose_response import SteeringSource
 from saelab.steering.target_concepts import TokenConcept
 from saelab.stores.feature_store import FeatureStore
 
@@ -25,7 +27,7 @@ LEAST = 10
 OWN_TEXTS, OWN_TOKENS = 128, 60
 
 
-def line_up(
+def steering_baselines(
     model: Model,
     sae: SAE,
     feature: int,
@@ -34,14 +36,14 @@ def line_up(
     *,
     unit: Unit = "norm",
     mode: Mode = "add",
-    where: Place = "all",
+    where: TokenSelection = "all",
     store: FeatureStore | None = None,
     sign: int | None = None,
     hook_point: str | None = None,
     allow_mismatch: bool = False,
     n_random: int = 1,
     seed: int = 0,
-) -> dict[str, Source]:
+) -> dict[str, SteeringSource]:
     """A feature and baselines of the same length by name, as sources for `steering_curve`.
 
     "means" is the difference in means, and "probe" a logistic regression, between activations of tokens followed by a
@@ -71,10 +73,10 @@ def line_up(
         ValueError: for no random direction, where fewer than 10 tokens precede words of the concept, and for an SAE of
             another model, weight processing or hook point (unless `allow_mismatch`).
 
-    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
+    >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> tokens = sl.tokenize(model, ["a tin can, a bin"] * 9, ctx_len=32)
     >>> point = "blocks.1.hook_resid_post"
-    >>> list(line_up(model, sae, 3, TokenConcept("i", (int(tokens.ids[0, 4]),)), tokens, hook_point=point))
+    >>> list(steering_baselines(model, sae, 3, TokenConcept("i", (int(tokens.ids[0, 4]),)), tokens, hook_point=point))
     ['feature 3', 'means', 'probe', 'random']
     """
     own = Intervention(
@@ -89,10 +91,10 @@ def line_up(
             f"Directions need {LEAST} tokens before words of the concept, got {n} in {tokens.n_tokens:,} tokens of "
             f"{tokens.source}; give more text, or text with more of '{concept.name}'."
         )
-    rows = read_labelled(model, tokens, before, own.writes_at, seed=seed)
-    side = sign or _find_side(sae, feature, read_labelled(model, tokens, before, own.reads_at, seed=seed))
-    found: dict[str, Source] = {f"feature {feature}": replace(own, features={feature: float(side)})}
-    directions = [find_direction(rows.x, rows.y, own.writes_at, method) for method in ("means", "probe")]
+    rows = collect_labeled(model, tokens, before, own.writes_at, seed=seed)
+    side = sign or _find_side(sae, feature, collect_labeled(model, tokens, before, own.reads_at, seed=seed))
+    found: dict[str, SteeringSource] = {f"feature {feature}": replace(own, features={feature: float(side)})}
+    directions = [fit_direction(rows.x, rows.y, own.writes_at, method) for method in ("means", "probe")]
     length = float(own.rows[0].norm())
     for direction in directions:
         found[direction.name] = _steer_alike(direction, own, length)
@@ -100,13 +102,13 @@ def line_up(
         found[f"random {i + 1}" if i else "random"] = _steer_alike(make_random(directions[0], seed + i), own, length)
     if store is not None:
         require_harvested(store, sae)
-        [other] = find_rival(store, feature)
+        [other] = density_matched_features(store, feature)
         found[f"feature {other}"] = replace(own, features={other: 1.0})
     return found
 
 
 @torch.no_grad()
-def _find_side(sae: SAE, feature: int, rows: LabelledRows) -> int:
+def _find_side(sae: SAE, feature: int, rows: LabeledActivations) -> int:
     """Sign of the difference of a feature's mean codes where the label is true and where it is false."""
     z = sae.encode_some(rows.x.to(sae.device), [feature])[:, 0].cpu()
     return -1 if z[rows.y].mean() < z[~rows.y].mean() else 1

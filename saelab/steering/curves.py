@@ -44,7 +44,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Best:
+class BestPoint:
     """The strength chosen on every other prompt for its balance of effect and fluency, with its scores on the rest.
 
     The score is the harmonic mean of effect and fluency, each in [0, 1]. The effect is `1 - exp(-gain)` (for a scored
@@ -69,7 +69,7 @@ class Best:
     """upper end"""
 
     @classmethod
-    def none(cls, reason: str) -> "Best":
+    def none(cls, reason: str) -> "BestPoint":
         """The value where no strength can be chosen, with the reason."""
         return cls(NAN, NAN, NAN, NAN, NAN, reason)
 
@@ -373,7 +373,7 @@ class SteeringCurve(Result):
         tops = [self.values("kl")[line].max() for name in self.sources if (line := self.line(name, side))]
         return next((kl for kl in MATCHED if tops and kl <= min(tops)), NAN)
 
-    def best(self, source: str, side: int = 1) -> Best:
+    def best(self, source: str, side: int = 1) -> BestPoint:
         """The strength with the best balance of effect and fluency, chosen on half of the prompts, scored on the
         others.
 
@@ -381,14 +381,14 @@ class SteeringCurve(Result):
         """
         line = self.line(source, side)
         if not line or len(self.prompts) < 2:
-            return Best.none("it takes two prompts" if line else "no strength on this side")
+            return BestPoint.none("it takes two prompts" if line else "no strength on this side")
         effect, fluency = self._weigh(self._halves.astype(float), side)
         score = 2 * effect * fluency / np.maximum(effect + fluency, 1e-12)
         i = line[int(np.nan_to_num(score[line, 0]).argmax())]
         if not score[i, 0] > 0:
-            return Best.none("no strength has an effect on this side")
+            return BestPoint.none("no strength has an effect on this side")
         low, high = self._judge(i, side)
-        return Best(
+        return BestPoint(
             strength=self.points[i][1],
             score=float(score[i, 1]),
             effect=float(effect[i, 1]),
@@ -422,7 +422,7 @@ class SteeringCurve(Result):
             for row, found in zip(rows, self.estimate(measure), strict=True):
                 row[measure] = asdict(found)
         summary = [
-            {key: asdict(one) if isinstance(one, Estimate | Best) else one for key, one in row.items()}
+            {key: asdict(one) if isinstance(one, Estimate | BestPoint) else one for key, one in row.items()}
             for row in self.summarise()
         ]
         return super().to_dict() | {"rows": rows, "summary": summary}

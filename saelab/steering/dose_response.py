@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from saelab.functional.metrics import kl_divergence
 from saelab.interventions.directions import Direction
-from saelab.interventions.interventions import Intervention, Mode, Place, Unit, Where
+from saelab.interventions.interventions import Intervention, Mode, TokenSelection, TokenSelector, Unit
 from saelab.interventions.steering_hooks import steer_all
 from saelab.lm.documents import list_prompts
 from saelab.lm.generation import Continuations, Generated, Generation, generate, read_continuations
@@ -43,13 +43,20 @@ from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import find_special_ids
 from saelab.sae.sae import SAE
 from saelab.steering.curves import SteeringCurve
-from saelab.steering.target_concepts import Aim, Concept, ScoredConcept, TokenConcept, make_concept, make_concepts
+from saelab.steering.target_concepts import (
+    Aim,
+    ScoredConcept,
+    TargetConcept,
+    TokenConcept,
+    concept_from_words,
+    make_concepts,
+)
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.jobs import hidden
 
-Block: TypeAlias = Callable[[float], AbstractContextManager]
-Source: TypeAlias = (
-    tuple[SAE, Mapping[int, float | int] | int] | Direction | Intervention | Sequence[Intervention] | Block
+EditBlock: TypeAlias = Callable[[float], AbstractContextManager]
+SteeringSource: TypeAlias = (
+    tuple[SAE, Mapping[int, float | int] | int] | Direction | Intervention | Sequence[Intervention] | EditBlock
 )
 """An SAE with one feature or weights of several, a direction, interventions whose strengths are weights, or a function
 from a strength to a context manager
@@ -77,11 +84,11 @@ class Dose:
 
 def make_doses(
     model: Model,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, SteeringSource],
     strengths: Sequence[float | int] | Mapping[str, Sequence[float | int]] | None,
     unit: Unit,
     mode: Mode,
-    where: Place,
+    where: TokenSelection,
     store: FeatureStore | Mapping[str, FeatureStore] | None,
     allow_mismatch: bool = False,
 ) -> list[Dose]:
@@ -117,7 +124,12 @@ def make_doses(
 
 
 def _read_source(
-    source: Source, unit: Unit, mode: Mode, where: Place, store: FeatureStore | None, allow_mismatch: bool
+    source: SteeringSource,
+    unit: Unit,
+    mode: Mode,
+    where: TokenSelection,
+    store: FeatureStore | None,
+    allow_mismatch: bool,
 ) -> list[Intervention]:
     """Interventions of strength 1; none for a function, which makes its own context manager."""
     if isinstance(source, Direction):
@@ -144,7 +156,9 @@ def _strengths_of(
     return [float(s) for s in dict.fromkeys(given)]
 
 
-def _make_dose(model: Model, name: str, source: Source, interventions: Sequence[Intervention], strength: float) -> Dose:
+def _make_dose(
+    model: Model, name: str, source: SteeringSource, interventions: Sequence[Intervention], strength: float
+) -> Dose:
     if not interventions:
         assert callable(source)
         return Dose(name, strength, partial(source, strength), getattr(source, "__name__", "a block"), 0.0)
@@ -183,7 +197,7 @@ def _tell_feature(one: Intervention, i: int, strength: float) -> str:
     return name + amount.get(one.mode, f" {strength:+g}")
 
 
-def _tell_place(where: Where) -> str:
+def _tell_place(where: TokenSelector) -> str:
     rules = {
         str(where.part): where.part != "all",
         "chosen positions": where.positions is not None,
@@ -248,14 +262,14 @@ ON_PROMPTS = ("lift", "selectivity", "kl")
 @torch.no_grad()
 def steering_curve(
     model: Model,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, SteeringSource],
     concept: Aim,
     prompts: str | Sequence[str],
     *,
     strengths: Sequence[float | int] | Mapping[str, Sequence[float | int]] | None = None,
     unit: Unit = "norm",
     mode: Mode = "add",
-    where: Place = "all",
+    where: TokenSelection = "all",
     store: FeatureStore | Mapping[str, FeatureStore] | None = None,
     others: Mapping[str, Aim] | None = None,
     n: int = 3,
@@ -281,7 +295,7 @@ def steering_curve(
             their own unit and mode; strengths multiply theirs), or a function from a strength to a context manager.
             Give weights signs such that positive strengths mean more of the concept: side 1 of the result takes
             positive strengths as raising it, side -1 negative ones as lowering it.
-        concept: target: words, a `TokenConcept` or a scoring function, as in `make_concept`.
+        concept: target: words, a `TokenConcept` or a scoring function, as in `concept_from_words`.
         prompts: texts to continue; take prompts that no choice was made on.
         strengths: for all sources, or by source; by default a grid of halves and doubles for units "norm" and "max".
         unit: of the strengths, as in `Intervention`.
@@ -300,14 +314,14 @@ def steering_curve(
         progress: show a progress bar.
 
     Raises:
-        ValueError: for what `make_concept` or `steer` refuse, and for prompts that leave no room for text.
+        ValueError: for what `concept_from_words` or `steer` refuse, and for prompts that leave no room for text.
 
-    >>> model, up = sl.tiny_model(), sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
+    >>> model, up = sl.lm.tiny_model(), sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
     >>> curve = steering_curve(model, {"up": up}, "a", "One", strengths=[0], n=2, n_tokens=4)
     >>> curve.values("lift").tolist(), curve.values("kl").tolist()
     ([0.0, 0.0], [0.0, 0.0])
     """
-    target = make_concept(model, concept)
+    target = concept_from_words(model, concept)
     rest = make_concepts(model, others or {})
     if rest and not all(isinstance(one, TokenConcept) for one in [target, *rest]):
         raise ValueError("`others` go with concepts of tokens, got one that is scored; leave `others` out.")
@@ -354,7 +368,9 @@ def _find_diversity(written: list[list[list[int]]], n: int) -> dict[str, np.ndar
 class _Table:
     """Sums for each point and text; texts are in the order of `generate`, those of one prompt together."""
 
-    def __init__(self, model: Model, target: Concept, others: list[Concept], n_points: int, n_texts: int) -> None:
+    def __init__(
+        self, model: Model, target: TargetConcept, others: list[TargetConcept], n_points: int, n_texts: int
+    ) -> None:
         self.model, self.target = model, target
         self.sets = [one for one in (target, *others) if isinstance(one, TokenConcept)]
         self.special = torch.tensor(find_special_ids(model))

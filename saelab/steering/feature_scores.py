@@ -1,4 +1,4 @@
-"""`score_steering`: output and input scores of features (arXiv:2505.20063), which show how well each steers."""
+"""`output_scores`: output and input scores of features (arXiv:2505.20063), which show how well each steers."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from saelab.functional.indices import FeatureIds, read_features
 from saelab.functional.screening import largest_first
 from saelab.interventions.interventions import Intervention
 from saelab.interventions.prompt_metrics import read_texts
-from saelab.lm.hooks import FORWARD_TOKENS, logits, splice
+from saelab.lm.hooks import FORWARD_TOKENS, logits, replace_activations
 from saelab.lm.model_checks import Model, find_known_ids
 from saelab.lm.tokenizers import token_strings
 from saelab.lm.unembedding import read_out
@@ -55,8 +55,8 @@ class SteeringScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringScores(Result):
-    """Result of `score_steering`: one row for each sign of each feature that fires."""
+class OutputScores(Result):
+    """Result of `output_scores`: one row for each sign of each feature that fires."""
 
     rows: tuple[SteeringScore, ...]
     prompts: tuple[str, ...]
@@ -101,7 +101,7 @@ class SteeringScores(Result):
 
 
 @torch.no_grad()
-def score_steering(
+def output_scores(
     model: Model,
     sae: SAE,
     store: FeatureStore,
@@ -114,7 +114,7 @@ def score_steering(
     hook_point: str | None = None,
     allow_mismatch: bool = False,
     seed: int = 0,
-) -> SteeringScores:
+) -> OutputScores:
     """Output and input scores of features, for both signs of signed ones; features with a high output score steer well.
 
         output = max_t p'(t) (1 - min_t rank'(t) / |V|)     t the `n_top` tokens that the side promotes (logit lens)
@@ -164,7 +164,7 @@ def score_steering(
     for sides, others in zip(blocks, _draw_others(blocks, rng), strict=True):
         runs = [_amplify(model, ids, writes_at, strength * sides.steps) for ids in texts]
         rows += sides.score(model, runs, others, _count_contexts(store, sides, others, n_contexts))
-    return SteeringScores(
+    return OutputScores(
         rows=tuple(rows),
         prompts=tuple(prompt if isinstance(prompt, str) else str(prompt.tolist()) for prompt in given),
         strength=float(strength),
@@ -289,7 +289,7 @@ def _amplify(
             x[:, -1] += part.to(x)
             return x
 
-        with splice(model, {writes_at: push}):
+        with replace_activations(model, {writes_at: push}):
             found.append(logits(model, ids.expand(len(part), -1))[:, -1].float().softmax(-1).cpu())
     return torch.cat(found)
 

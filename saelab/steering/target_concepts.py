@@ -31,12 +31,12 @@ class ScoredConcept:
     """takes generated texts without their prompts, returns one finite number for each"""
 
 
-Concept: TypeAlias = TokenConcept | ScoredConcept
-Aim: TypeAlias = Concept | str | Iterable[str] | Callable[[list[str]], Sequence[float]]
+TargetConcept: TypeAlias = TokenConcept | ScoredConcept
+Aim: TypeAlias = TargetConcept | str | Iterable[str] | Callable[[list[str]], Sequence[float]]
 """A concept, its words (a list, or one string separated by commas), or a function from texts to scores"""
 
 
-def make_concept(model: Model, aim: Aim, name: str = "", *, first_token: bool = False) -> Concept:
+def concept_from_words(model: Model, aim: Aim, name: str = "", *, first_token: bool = False) -> TargetConcept:
     """The target concept for a list of words or a scoring function.
 
     A word stands for every token that spells it, in any capitalization, with or without a leading space.
@@ -53,15 +53,17 @@ def make_concept(model: Model, aim: Aim, name: str = "", *, first_token: bool = 
     Raises:
         ValueError: for a word that is no single token of the model (unless `first_token`); the message names it.
 
-    >>> make_concept(sl.tiny_model(), "a,b").ids
+    >>> concept_from_words(sl.lm.tiny_model(), "a,b").ids
     (35, 36, 67, 68)
     """
     return make_concepts(model, {name: aim}, first_token=first_token)[0]
 
 
-def make_concepts(model: Model, aims: Mapping[str, Aim], *, first_token: bool = False) -> list[Concept]:
-    """`make_concept` for several targets by name, reading the vocabulary once; concepts take the names given here."""
-    found: list[Concept] = []
+def make_concepts(model: Model, aims: Mapping[str, Aim], *, first_token: bool = False) -> list[TargetConcept]:
+    """`concept_from_words` for several targets by name, reading the vocabulary once; concepts take the names given
+    here.
+    """
+    found: list[TargetConcept] = []
     reads: dict[str, list[int]] = {}
     for name, aim in aims.items():
         if isinstance(aim, TokenConcept | ScoredConcept):
@@ -75,12 +77,12 @@ def make_concepts(model: Model, aims: Mapping[str, Aim], *, first_token: bool = 
     return found
 
 
-def world_concept(model: Model, name: str) -> TokenConcept:
+def synthetic_concept(model: Model, name: str) -> TokenConcept:
     """A concept of the synthetic stories (`tales`) as the words that always mean it; for a model of their vocabulary.
 
     ValueError for a concept that is not in the table, or that no word means by itself.
 
-    >>> concept = world_concept(sl.load_model("tales", progress=False), "hot")
+    >>> concept = synthetic_concept(sl.load_model("tales", progress=False), "hot")
     >>> len(concept.ids)
     3
     """
@@ -90,7 +92,7 @@ def world_concept(model: Model, name: str) -> TokenConcept:
     words += [word for word in VOCABULARY[len(SPECIAL) :] if name in concepts_of_word(word)]
     if not words:
         raise ValueError(f"A concept must have words of its own, '{name}' is a state that any word can stand in.")
-    found = make_concept(model, words, name)
+    found = concept_from_words(model, words, name)
     assert isinstance(found, TokenConcept)
     return found
 

@@ -1,4 +1,4 @@
-"""`steer_texts`: generated texts with and without steering, side by side, with log-probabilities of each token."""
+"""`compare_generations`: generated texts with and without steering, side by side, with log-probabilities by token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ UNSTEERED = "unsteered"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class ScoredText:
     """A generated text, token by token."""
 
     text: str
@@ -41,17 +41,17 @@ class TextRow:
     """The continuations of one prompt, unsteered and steered, sampled with the same seed."""
 
     prompt: str
-    unsteered: Told
+    unsteered: ScoredText
     """the text without steering"""
-    steered: dict[str, Told]
+    steered: dict[str, ScoredText]
     """the steered texts, by intervention"""
     kl: dict[str, float]
     """mean KL(p || p') over the predictions of the unsteered text, in nats, by steered model"""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class SteeredTexts(Result):
-    """Result of `steer_texts`: texts without steering and under each intervention."""
+class GenerationComparison(Result):
+    """Result of `compare_generations`: texts without steering and under each intervention."""
 
     rows: tuple[TextRow, ...]
     """one for each prompt and sample"""
@@ -91,7 +91,7 @@ class SteeredTexts(Result):
 
 
 @torch.no_grad()
-def steer_texts(
+def compare_generations(
     model: Model,
     interventions: Intervention | Sequence[Intervention] | Mapping[str, Intervention | Sequence[Intervention]],
     prompts: str | Sequence[str],
@@ -104,7 +104,7 @@ def steer_texts(
     top_p: float | None = None,
     bos: bool | None = True,
     progress: bool = True,
-) -> SteeredTexts:
+) -> GenerationComparison:
     """Texts with and without steering, sampled with the same seed and scored under both models.
 
     Args:
@@ -124,8 +124,8 @@ def steer_texts(
     Raises:
         ValueError: for an intervention named 'unsteered', and for what `generate` and `steer` refuse.
 
-    >>> model, up = sl.tiny_model(), sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
-    >>> texts = steer_texts(model, sl.Intervention(up, 0.0), "One", 4)
+    >>> model, up = sl.lm.tiny_model(), sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
+    >>> texts = compare_generations(model, sl.Intervention(up, 0.0), "One", 4)
     >>> texts.rows[0].kl, texts.rows[0].steered["steered"].text == texts.rows[0].unsteered.text
     ({'steered': 0.0}, True)
     """
@@ -135,16 +135,16 @@ def steer_texts(
         raise ValueError(f"`interventions` must have names other than '{UNSTEERED}', got {list(blocks)}.")
     writing = {"n": n, "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "bos": bos}
     plain = generate(model, prompts, n_tokens, **writing, progress=progress)  # type: ignore[arg-type]
-    rows = _Rows(model, plain.samples)
+    rows = _TextRows(model, plain.samples)
     for name, block in blocks.items():
         with steer_all(model, block):
             made = generate(model, prompts, n_tokens, **writing, progress=progress)  # type: ignore[arg-type]
         rows.add(name, block, made.samples)
     told = {name: "; ".join(map(describe_intervention, block)) for name, block in blocks.items()}
-    return SteeredTexts(rows=rows.read(), interventions=told, temperature=float(temperature), seed=seed)
+    return GenerationComparison(rows=rows.read(), interventions=told, temperature=float(temperature), seed=seed)
 
 
-class _Rows:
+class _TextRows:
     """Generated texts and the log-probabilities of their tokens, collected model by model."""
 
     def __init__(self, model: Model, plain: Sequence[Generated]) -> None:
@@ -184,9 +184,9 @@ class _Rows:
             for i, plain in enumerate(self.plain)
         )
 
-    def _tell(self, writer: str, sample: Generated, i: int) -> Told:
+    def _tell(self, writer: str, sample: Generated, i: int) -> ScoredText:
         mine = {reader: rows[i] for (by, reader), rows in self.log_probs.items() if by == writer}
-        return Told(text=sample.text, words=_spell(self.model, sample), log_probs=mine)
+        return ScoredText(text=sample.text, words=_spell(self.model, sample), log_probs=mine)
 
 
 def _read(model: Model, batch: Sequence[Generated]) -> Continuations:

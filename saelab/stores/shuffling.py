@@ -16,7 +16,7 @@ BLOCK_TOKENS = 128
 
 
 @runtime_checkable
-class Rows(Protocol):
+class RowSource(Protocol):
     """A data source whose rows can be copied by slices."""
 
     @property
@@ -58,7 +58,7 @@ class ShuffledBatches:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: RowSource,
         batch_size: int,
         seed: int = 0,
         *,

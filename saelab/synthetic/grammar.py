@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from saelab.synthetic import lexicon as lex
-from saelab.synthetic import templates as lines
+from saelab.synthetic import lexicon as lex, templates as lines
 from saelab.synthetic.vocabulary import T, Teller
 
 WORDS = {name: [w for words in classes.values() for w in words.split()] for name, classes in lex.CLASSES.items()}

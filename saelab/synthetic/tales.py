@@ -242,13 +242,13 @@ class Stories:
         return self.concepts[rows.numpy()]
 
 
-def tell(n_stories: int, seed: int = 0, first: int = 0) -> Stories:
+def generate_stories(n_stories: int, seed: int = 0, first: int = 0) -> Stories:
     """Synthetic stories with concept labels: numbers `first` to `first + n_stories` of a seed.
 
     Each story depends on the seed and its own number alone, so disjoint ranges are disjoint samples: train on some,
     score on others. ValueError for a negative number.
 
-    >>> stories = tell(2, seed=0)
+    >>> stories = generate_stories(2, seed=0)
     >>> len(stories), stories.text(0)[:4] in ("Once", "Long", "Ther")
     (2, True)
     """

@@ -12,7 +12,7 @@ from saelab.synthetic.grammar import NAMES, Tale
 from saelab.synthetic.lexicon import HEROES, TOWNS
 from saelab.synthetic.vocabulary import BOS, VOCABULARY
 
-Task = Literal["names", "facts"]
+TaskName = Literal["names", "facts"]
 NAME_EDITS = ("receiver", "giver", "order", "roles")
 
 
@@ -31,7 +31,7 @@ class Counterfactual:
     """positions at which the prompts differ"""
 
 
-def counterfactuals(task: Task, n: int, seed: int = 0) -> list[Counterfactual]:
+def counterfactuals(task: TaskName, n: int, seed: int = 0) -> list[Counterfactual]:
     """Pairs of prompts that differ in one random choice and determine different next tokens.
 
     "names": two people meet, one gives something, and the next word is the other's name; the pairs differ in the giver.
@@ -45,7 +45,7 @@ def counterfactuals(task: Task, n: int, seed: int = 0) -> list[Counterfactual]:
     return [_make_pair(task, f"{seed}/{task}/{i}") for i in range(n)]
 
 
-def _make_pair(task: Task, seed: str) -> Counterfactual:
+def _make_pair(task: TaskName, seed: str) -> Counterfactual:
     if task == "names":
         draws: tuple[dict[str, object], ...] = ({"special": "gift", "giver": 0}, {"special": "gift", "giver": 1})
     else:

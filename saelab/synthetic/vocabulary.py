@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from saelab.lm.tokenizers import SpecialWords, word_tokenizer
-from saelab.synthetic import lexicon as lex
-from saelab.synthetic import templates
-from saelab.synthetic import templates as lines
+from saelab.synthetic import lexicon as lex, templates, templates as lines
 
 T = TypeVar("T")
 

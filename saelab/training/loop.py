@@ -25,8 +25,8 @@ from saelab.stores.jobs import DeferredInterrupt, explained, hidden
 from saelab.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, read_progress, save_checkpoint
 from saelab.training.config import Batches, Trainable, TrainConfig, clip_gradients, make_adam, step_adam
 
-Entry = dict[str, Any]
-Sink = Callable[[Entry], None]
+HistoryEntry = dict[str, Any]
+Sink = Callable[[HistoryEntry], None]
 
 
 class FileSink:
@@ -37,12 +37,12 @@ class FileSink:
         history: entries so far, such as those of a checkpoint; the files are written again with these.
     """
 
-    def __init__(self, folder: Path, history: list[Entry]) -> None:
+    def __init__(self, folder: Path, history: list[HistoryEntry]) -> None:
         self.jsonl, self.csv = folder / "history.jsonl", folder / "history.csv"
         write_atomic(self.jsonl, "".join(_as_json(entry) for entry in history).encode())
         write_atomic(self.csv, "".join([_header(history), *(_as_csv(entry) for entry in history)]).encode())
 
-    def __call__(self, entry: Entry) -> None:
+    def __call__(self, entry: HistoryEntry) -> None:
         with explained(self.jsonl.parent):
             with self.jsonl.open("a", encoding="utf-8") as file:
                 file.write(_as_json(entry))
@@ -51,19 +51,19 @@ class FileSink:
                 file.write(text)
 
 
-def _as_json(entry: Entry) -> str:
+def _as_json(entry: HistoryEntry) -> str:
     return json.dumps(_finite(entry)) + "\n"
 
 
-def _header(history: list[Entry]) -> str:
+def _header(history: list[HistoryEntry]) -> str:
     return _row(list(history[0])) if history else ""
 
 
-def _as_csv(entry: Entry) -> str:
+def _as_csv(entry: HistoryEntry) -> str:
     return _row(list(_finite(entry).values()))
 
 
-def _finite(entry: Entry) -> Entry:
+def _finite(entry: HistoryEntry) -> HistoryEntry:
     """The entry with None for NaN and infinities, which JSON lacks."""
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in entry.items()}
 
@@ -82,7 +82,7 @@ def tensorboard_sink(folder: str | Path) -> Sink:
         raise ImportError("TensorBoard must be installed for this sink: pip install 'saelab[tensorboard]'.") from error
     writer = SummaryWriter(str(folder))
 
-    def write(entry: Entry) -> None:
+    def write(entry: HistoryEntry) -> None:
         for key, value in entry.items():
             if isinstance(value, int | float) and key != "n_tokens":
                 writer.add_scalar(key, value, entry["n_tokens"])
@@ -131,7 +131,7 @@ class TrainingRun:
         self.lrs = [cfg.lr or trainable.default_lr() for trainable in trainables]
         self.optimisers = [make_adam(t.module, lr, cfg) for t, lr in zip(self.trainables, self.lrs, strict=True)]
         self.step = 0
-        self.history: list[Entry] = []
+        self.history: list[HistoryEntry] = []
         self._sums: dict[str, Tensor] = {}
         self._since_log = 0
 
@@ -278,11 +278,11 @@ class TrainingRun:
     def _name(self, i: int, key: str) -> str:
         return key if len(self.trainables) == 1 else f"{i}/{key}"
 
-    def entry(self) -> Entry:
+    def entry(self) -> HistoryEntry:
         """The history's next entry: mean losses and L0 since the last one, learning rate, share of dead latents, and
         held-out FVU where it is due.
         """
-        entry: Entry = {"step": self.step, "n_tokens": self.step * self.cfg.batch_size}
+        entry: HistoryEntry = {"step": self.step, "n_tokens": self.step * self.cfg.batch_size}
         for i, trainable in enumerate(self.trainables):
             for key in [key for key in self._sums if len(self.trainables) == 1 or key.startswith(f"{i}/")]:
                 entry[key] = float(self._sums[key]) / self._since_log

@@ -1,1 +1,62 @@
 """Universal features: which features recur across seeds, layers, sizes and models, compared with null distributions."""
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.universality.alignment import Alignment as Alignment, Overview as Overview, align_rows as align_rows
+    from saelab.universality.comparison import (
+        Basis as Basis,
+        Similarity as Similarity,
+        UntrainedSources as UntrainedSources,
+        compare as compare,
+        compare_neurons_or_pcs as compare_neurons_or_pcs,
+    )
+    from saelab.universality.matching import (
+        Comparison as Comparison,
+        Matches as Matches,
+        MatchingMethod as MatchingMethod,
+        Nearest as Nearest,
+        RecurrenceWeight as RecurrenceWeight,
+        Relation as Relation,
+        RelationKind as RelationKind,
+        Untrained as Untrained,
+    )
+    from saelab.universality.representation_similarity import (
+        MEASURES as MEASURES,
+        SpaceComparison as SpaceComparison,
+        SpaceScore as SpaceScore,
+        compare_spaces as compare_spaces,
+        linear_cka as linear_cka,
+        neighbour_overlap as neighbour_overlap,
+        principal_angles as principal_angles,
+        procrustes as procrustes,
+        relative_agreement as relative_agreement,
+        rsa as rsa,
+        svcca as svcca,
+        svcca_one as svcca_one,
+    )
+    from saelab.universality.seed_comparison import (
+        DictionaryFigures as DictionaryFigures,
+        LatentUsage as LatentUsage,
+        SeedAgreement as SeedAgreement,
+        SeedStability as SeedStability,
+        seed_stability as seed_stability,
+    )
+    from saelab.universality.universal_features import (
+        Comparisons as Comparisons,
+        PairFilter as PairFilter,
+        Sources as Sources,
+        Tops as Tops,
+        UniversalTable as UniversalTable,
+        compare_many as compare_many,
+        filter_one_to_one as filter_one_to_one,
+        filter_token_pairs as filter_token_pairs,
+        list_universal as list_universal,
+        match_keywords as match_keywords,
+        matched_decoder_rows as matched_decoder_rows,
+        search_labels as search_labels,
+    )
+
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -377,7 +377,7 @@ class Overview(Result):
         return "\n".join(lines)
 
 
-def tell_counts(found: AlignedRows) -> dict[str, Any]:
+def format_counts(found: AlignedRows) -> dict[str, Any]:
     """The fields of `Overview` for rows aligned by characters, as keyword arguments."""
     return {
         "exact": False,
@@ -422,7 +422,7 @@ def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
 
     Memory and time are linear in the number of tokens. ValueError where no row has a partner.
 
-    >>> model, sae = sl.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4)))
+    >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4)))
     >>> import tempfile
     >>> here = {"out": tempfile.mkdtemp(), "hook_point": "blocks.1.hook_out", "progress": False}
     >>> store = sl.harvest(sae, model, sl.tokenize(model, ["Once upon a time."] * 8), **here)
@@ -434,7 +434,7 @@ def align_rows(a: FeatureStore, b: FeatureStore) -> Alignment:
     found = AlignedRows(a, b)
     weights = found[:]
     rows_b = np.unique(weights.indices).astype(np.int64)
-    return Alignment(rows=found.rows[:], rows_b=rows_b, weights=weights, **tell_counts(found))
+    return Alignment(rows=found.rows[:], rows_b=rows_b, weights=weights, **format_counts(found))
 
 
 def find_common_rows(a: FeatureStore, b: FeatureStore) -> CommonRows | None:

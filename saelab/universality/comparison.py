@@ -21,7 +21,7 @@ from saelab.stores.activations import Activations
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import shareable
 from saelab.stores.jobs import hidden
-from saelab.universality.alignment import AlignedRows, CommonRows, Overview, find_common_rows, tell_counts
+from saelab.universality.alignment import AlignedRows, CommonRows, Overview, find_common_rows, format_counts
 from saelab.universality.matching import (
     BY,
     Comparison,
@@ -33,7 +33,15 @@ from saelab.universality.matching import (
     find_nearest,
     pooled_p,
 )
-from saelab.universality.similarity import Block, Codes, Moments, chunks, correlation_blocks, cosine_blocks, count_both
+from saelab.universality.similarity import (
+    ComparedCodes,
+    Moments,
+    SimilarityBlock,
+    chunks,
+    correlation_blocks,
+    cosine_blocks,
+    count_both,
+)
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -64,7 +72,7 @@ def above(side: Matches, floor: Untrained) -> Bool[np.ndarray, "d"]:
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class ComparisonSource:
     """Base class of the two sides of a comparison: two stores on common rows, or the directions of two SAEs."""
 
     signed: bool
@@ -74,7 +82,7 @@ class Source:
     """weight of each feature in shares by variance"""
     facts: dict[str, Any]
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[SimilarityBlock]:
         """All similarities, block by block."""
         raise NotImplementedError
 
@@ -95,7 +103,7 @@ class Source:
         """Number of firings of each feature, on which the null depends; 0 for directions."""
         return self.fires
 
-    def nearest(self, blocks: Iterator[Block], d_a: int, d_b: int, m: int) -> tuple[Nearest, Nearest]:
+    def nearest(self, blocks: Iterator[SimilarityBlock], d_a: int, d_b: int, m: int) -> tuple[Nearest, Nearest]:
         """The best partners of the features of both sides, searched with a progress bar over blocks.
 
         Args:
@@ -111,11 +119,11 @@ class Source:
 
 
 @dataclass(frozen=True, eq=False)
-class StoreSource(Source):
+class StoreSource(ComparisonSource):
     """Codes of two stores on common rows."""
 
-    a: Codes
-    b: Codes
+    a: ComparedCodes
+    b: ComparedCodes
     seen: tuple[Moments, Moments]
     min_count: int
     jaccard: bool
@@ -140,7 +148,7 @@ class StoreSource(Source):
         starts = a.find_documents(common.rows if isinstance(common, AlignedRows) else common[0])
         codes = _common(a, b, common, similarity, sides, starts)
         facts = {
-            "alignment": str(Overview(**tell_counts(common))) if isinstance(common, AlignedRows) else "",
+            "alignment": str(Overview(**format_counts(common))) if isinstance(common, AlignedRows) else "",
             "n_rows": codes[0].n_rows,
             "n_tokens": codes[0].n_tokens,
             "sides": sides,
@@ -153,7 +161,7 @@ class StoreSource(Source):
     @classmethod
     def of(
         cls,
-        codes: tuple[Codes, Codes],
+        codes: tuple[ComparedCodes, ComparedCodes],
         similarity: str,
         signed: bool,
         min_count: int,
@@ -179,7 +187,7 @@ class StoreSource(Source):
             min_count=min_count, jaccard=similarity == "jaccard", documents=documents,
         )  # fmt: skip
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[SimilarityBlock]:
         """Correlations or Jaccard indices, block by block of a's features."""
         return correlation_blocks(self.a, self.b, self.seen, self.min_count, self.jaccard)
 
@@ -211,20 +219,20 @@ class StoreSource(Source):
 
 def _common(
     a: FeatureStore, b: FeatureStore, common: CommonRows | AlignedRows, similarity: str, sides: bool, starts: np.ndarray
-) -> tuple[Codes, Codes]:
+) -> tuple[ComparedCodes, ComparedCodes]:
     """The codes of both stores on their common rows, averaged by document for similarity "documents"."""
     values: Any = "sides" if sides else "firing" if similarity in ("phi", "jaccard") else "codes"
     if isinstance(common, AlignedRows):
-        first, second = Codes(a, values, rows=common.rows), Codes(b, values, weights=common)
+        first, second = ComparedCodes(a, values, rows=common.rows), ComparedCodes(b, values, weights=common)
     else:
-        first, second = (Codes(store, values, rows=rows) for store, rows in zip((a, b), common, strict=True))
+        first, second = (ComparedCodes(store, values, rows=rows) for store, rows in zip((a, b), common, strict=True))
     if similarity != "documents":
         return first, second
     return replace(first, groups=starts), replace(second, groups=starts)
 
 
 @dataclass(frozen=True, eq=False)
-class DirectionSource(Source):
+class DirectionSource(ComparisonSource):
     """Decoder or encoder directions of two dictionaries of one activation space."""
 
     a: Float[np.ndarray, "d_a d"]
@@ -259,7 +267,7 @@ class DirectionSource(Source):
         """Zeros: the null does not depend on the feature."""
         return np.zeros(len(self.a), np.int64), np.zeros(len(self.b), np.int64)
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self) -> Iterator[SimilarityBlock]:
         """Cosines, block by block of a's features."""
         return cosine_blocks(self.a, self.b)
 
@@ -314,8 +322,8 @@ def compare(
     Args:
         a: feature store or SAE.
         b: feature store of the same text, or SAE of the same activation space.
-        untrained: untrained dictionary of b's shape on the same text (`sl.harvest_untrained`), or a pair of a's and
-            b's, of which either may be None; None compares with none.
+        untrained: untrained dictionary of b's shape on the same text (`sl.collecting.harvest_untrained`), or a pair of
+            a's and b's, of which either may be None; None compares with none.
         similarity: for stores "correlation" (default), Pearson's r of the codes over all common tokens, zeros included;
             "documents", the same of codes averaged by document; "phi", the same of firing (0 or 1); "jaccard", |both
             fire| / |either fires|. For SAEs "decoder" (default) or "encoder", the cosine of directions. Signed codes
@@ -353,7 +361,7 @@ def compare(
         raise ValueError("`untrained` must be stores beside stores and SAEs beside SAEs, got another kind.")
 
     def judge(one: Any, other: Any) -> Comparison:
-        work: Source
+        work: ComparisonSource
         if stores:
             work = StoreSource.make(one, other, similarity, sides, min_count, progress)
         else:
@@ -390,7 +398,7 @@ def raise_floor(found: Comparison, beside: list[Comparison]) -> Comparison:
 
 
 def conclude(
-    work: Source,
+    work: ComparisonSource,
     similarity: str,
     m: int,
     min_count: int,
@@ -434,7 +442,7 @@ def conclude(
 
 
 def _judge(
-    work: Source,
+    work: ComparisonSource,
     side: int,
     found: Nearest,
     chance: list[tuple[np.ndarray, Nearest]],
@@ -463,7 +471,7 @@ def _judge(
 
 
 def _choose(
-    work: Source, side: int, found: Nearest, m: int, min_count: int
+    work: ComparisonSource, side: int, found: Nearest, m: int, min_count: int
 ) -> tuple[Int[np.ndarray, "d"], Float[np.ndarray, "d"], Int[np.ndarray, "d"]]:
     """The best partner that each feature fires with often enough, its similarity, and how often."""
     indices, values = found.indices[:, :m], found.values[:, :m]
@@ -494,7 +502,7 @@ Basis = Literal["neurons", "pca"]
 CHUNK = 65536
 
 
-def compare_bases(
+def compare_neurons_or_pcs(
     a: Activations,
     b: Activations,
     basis: Basis = "neurons",
@@ -528,7 +536,7 @@ def compare_bases(
         ValueError: the basis does not exist, or the two sides are not of the same tokens.
 
     >>> acts = sl.Activations.from_tensor(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)))
-    >>> found = compare_bases(acts, acts, "pca", n_shifts=2, progress=False)
+    >>> found = compare_neurons_or_pcs(acts, acts, "pca", n_shifts=2, progress=False)
     >>> [round(float(value), 3) for value in found.values]
     [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
@@ -539,7 +547,7 @@ def compare_bases(
             f"`a` and `b` must be of the same tokens, got {len(a)} and {len(b)} rows, or others. Collect both with one "
             "mask on one text."
         )
-    sides = Codes(_Axes.of(a, basis)), Codes(_Axes.of(b, basis))
+    sides = ComparedCodes(_Axes.of(a, basis)), ComparedCodes(_Axes.of(b, basis))
     names = tuple(f"{basis} of {acts.hook_point or 'activations'}" for acts in (a, b))
     facts = {"sources": names, "sides": False, "n_rows": len(a), "n_tokens": len(a)}
     documents = None if a.doc_ids is None else find_runs(a.doc_ids.numpy())

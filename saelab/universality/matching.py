@@ -24,7 +24,7 @@ from torch import Tensor
 
 from saelab.functional.screening import largest_first
 from saelab.stores.results import Result
-from saelab.universality.similarity import Block
+from saelab.universality.similarity import SimilarityBlock
 
 GROUP = 64
 """Number of neighbouring features whose largest similarity is found first."""
@@ -40,7 +40,9 @@ class Nearest:
     """similarities with their sign; NaN where there are fewer"""
 
 
-def find_nearest(blocks: Iterable[Block], d_a: int, d_b: int, m: int, signed: bool) -> tuple[Nearest, Nearest]:
+def find_nearest(
+    blocks: Iterable[SimilarityBlock], d_a: int, d_b: int, m: int, signed: bool
+) -> tuple[Nearest, Nearest]:
     """The `m` largest similarities of each feature with all features of the other side, for both sides.
 
     Blocks are computed in parallel; the number of threads does not change the result.
@@ -55,7 +57,7 @@ def find_nearest(blocks: Iterable[Block], d_a: int, d_b: int, m: int, signed: bo
     of_a, of_b = _Best(d_a, min(m, d_b)), _Best(d_b, min(m, d_a))
     n_threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
 
-    def search(block: Block) -> tuple[Found, Found]:
+    def search(block: SimilarityBlock) -> tuple[Found, Found]:
         start, make = block
         found = make() if signed else make().clamp_(min=0)
         sizes = found.abs() if signed else found
@@ -218,8 +220,8 @@ def pooled_p(
     return np.where(np.isnan(scaled), 1.0, (1 + larger) / (1 + len(pool)))
 
 
-By = Literal["count", "frequency", "variance"]
-BY: tuple[By, ...] = get_args(By)
+RecurrenceWeight = Literal["count", "frequency", "variance"]
+BY: tuple[RecurrenceWeight, ...] = get_args(RecurrenceWeight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +275,7 @@ class Matches:
         """Whether each feature fires at all."""
         return self.fires > 0
 
-    def share(self, by: By = "count") -> float:
+    def share(self, by: RecurrenceWeight = "count") -> float:
         """Share of universal features among those that fire: by number, by firings or by variance; NaN if none fire."""
         weights = {"count": self.live.astype(float), "frequency": self.fires.astype(float), "variance": self.variance}
         total = float(weights[by][self.live].sum())
@@ -286,7 +288,7 @@ class Matches:
         return found | {"untrained": None if self.untrained is None else self.untrained.to_dict()}
 
 
-Kind = Literal["same", "flipped", "split", "halves", "copies", "part"]
+RelationKind = Literal["same", "flipped", "split", "halves", "copies", "part"]
 COPIED = 1.3
 """If the partners' joint firings are more than so many times a feature's own, they are copies, else a split."""
 
@@ -303,7 +305,7 @@ class Relation:
     """
 
     feature: int
-    kind: Kind
+    kind: RelationKind
     partners: tuple[int, ...]
     similarities: tuple[float, ...]
 
@@ -327,11 +329,11 @@ def _relate(i: int, followers: list[int], mine: Matches, theirs: Matches) -> Rel
     if not mine.universal[i]:
         return None
     partner, value = int(mine.partners[i]), float(mine.similarity[i])
-    kind: Kind = "part" if followers != [partner] else "flipped" if value < 0 else "same"
+    kind: RelationKind = "part" if followers != [partner] else "flipped" if value < 0 else "same"
     return Relation(i, kind, (partner,), (value,))
 
 
-def _kind_of(i: int, followers: list[int], mine: Matches, theirs: Matches) -> Kind:
+def _kind_of(i: int, followers: list[int], mine: Matches, theirs: Matches) -> RelationKind:
     values = theirs.similarity[followers]
     if (values < 0).any() and (values > 0).any():
         return "halves"
@@ -339,7 +341,7 @@ def _kind_of(i: int, followers: list[int], mine: Matches, theirs: Matches) -> Ki
     return "copies" if both < 0 or both > COPIED * mine.fires[i] else "split"
 
 
-Method = Literal["best", "mutual", "hungarian"]
+MatchingMethod = Literal["best", "mutual", "hungarian"]
 """best: the best partner of every feature of a; mutual: pairs that are each other's best; hungarian: one-to-one pairs
 """
 
@@ -381,7 +383,7 @@ class Comparison(Result):
         pairs = self.mutual[kept]
         return pairs[np.argsort(-np.abs(self.a.similarity[pairs[:, 0]]), kind="stable")]
 
-    def match(self, method: Method) -> tuple[Int[np.ndarray, "n 2"], Float[np.ndarray, "n"]]:
+    def match(self, method: MatchingMethod) -> tuple[Int[np.ndarray, "n 2"], Float[np.ndarray, "n"]]:
         """The pairs of a matching method and their similarities, the most similar first, significant or not."""
         known = np.flatnonzero(self.a.partners >= 0)
         pairs = {

@@ -35,7 +35,7 @@ ROUNDING = 1e-7
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class SpaceSide:
     """One matrix with its decompositions, computed on first use; nothing here depends on how rows are paired."""
 
     rows: Float[np.ndarray, "n d"]
@@ -126,8 +126,8 @@ class Side:
 class Paired:
     """Two matrices with paired rows: row i of `x` and row `order[i]` of `y`."""
 
-    x: Side
-    y: Side
+    x: SpaceSide
+    y: SpaceSide
     order: Int[np.ndarray, "n"]
 
     @classmethod
@@ -140,7 +140,7 @@ class Paired:
         n, m = len(x), min(len(x), SAMPLED_ROWS)
         sample, is_anchor = np.sort(rng.permutation(n)[:m]), np.zeros(m, bool)
         is_anchor[rng.permutation(m)[: min(N_ANCHORS, m // 2)]] = True
-        left, right = (Side(rows.astype(np.float64), sample, is_anchor) for rows in (x, y))
+        left, right = (SpaceSide(rows.astype(np.float64), sample, is_anchor) for rows in (x, y))
         return cls(left, right, np.arange(n))
 
     @property

@@ -46,7 +46,7 @@ class DictionaryFigures(Result):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Usage(Result):
+class LatentUsage(Result):
     """How often and how strongly a dictionary's features fire on some tokens."""
 
     n_tokens: int
@@ -89,7 +89,7 @@ def measure_directions(
     )
 
 
-def measure_usage(sae: SAE, acts: Activations) -> Usage:
+def measure_usage(sae: SAE, acts: Activations) -> LatentUsage:
     """FVU, firing density and energy of an SAE's features on activations."""
     sums, fires = ReconstructionSums(sae.cfg.d_in), FiringSums(sae.cfg.d_sae)
     squares = torch.zeros(sae.cfg.d_sae, dtype=torch.float64)
@@ -103,16 +103,16 @@ def measure_usage(sae: SAE, acts: Activations) -> Usage:
     return _usage(sae, fires.firings, squares, acts.n_tokens, sums.fvu)
 
 
-def read_usage(sae: SAE, store: FeatureStore) -> Usage:
+def read_usage(sae: SAE, store: FeatureStore) -> LatentUsage:
     """Firing density and energy of an SAE's features, from the store that was harvested with it; FVU is NaN."""
     seen = store.statistics
     return _usage(sae, torch.from_numpy(seen.fires.sum(1)), torch.from_numpy(seen.squares.sum(1)), len(store), math.nan)
 
 
-def _usage(sae: SAE, fires: Int[Tensor, "d_sae"], squares: Float[Tensor, "d_sae"], n: int, fvu: float) -> Usage:
+def _usage(sae: SAE, fires: Int[Tensor, "d_sae"], squares: Float[Tensor, "d_sae"], n: int, fvu: float) -> LatentUsage:
     lengths = exact(sae.W_dec).cpu().square().sum(1)
     energy = squares.double() * lengths / max(1, n)
-    return Usage(n_tokens=n, fvu=fvu, density=(fires.double() / max(1, n)).numpy(), energy=energy.numpy())
+    return LatentUsage(n_tokens=n, fvu=fvu, density=(fires.double() / max(1, n)).numpy(), energy=energy.numpy())
 
 
 def _unit(rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
@@ -142,7 +142,7 @@ OOD_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Agreement(Result):
+class SeedAgreement(Result):
     """Similarity of every pair of several dictionaries; cosines count by size where codes are signed."""
 
     matched: Float[np.ndarray, "n_pairs"]
@@ -159,7 +159,7 @@ class Agreement(Result):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Stability(Result):
+class SeedStability(Result):
     """Agreement of trained dictionaries, compared with two kinds of random ones."""
 
     d_in: int
@@ -171,17 +171,17 @@ class Stability(Result):
     """dimensions of the subspaces whose overlap is measured"""
     exact: bool
     """whether the assignment considered every pair, not only the nearest of either side"""
-    trained: Agreement
+    trained: SeedAgreement
     """agreement of the dictionaries given"""
-    random: Agreement
+    random: SeedAgreement
     """agreement of random dictionaries of the same shape"""
-    alike: Agreement
+    alike: SeedAgreement
     """agreement of random dictionaries with the second moments of each dictionary's directions (the stricter null)"""
     figures: tuple[DictionaryFigures, ...]
     """geometry of each dictionary in the normalized space of training"""
     random_figures: DictionaryFigures
     """geometry of one random dictionary of the same shape"""
-    usage: tuple[Usage, ...] = field(repr=False)
+    usage: tuple[LatentUsage, ...] = field(repr=False)
     """firing density and energy of each dictionary, where activations or stores are given"""
     seed: int
 
@@ -235,7 +235,7 @@ class Stability(Result):
         return "\n".join(lines)
 
 
-def stability(
+def seed_stability(
     saes: Sequence[SAE],
     acts: Activations | Float[Tensor, "n_tokens d_in"] | None = None,
     *,
@@ -243,7 +243,7 @@ def stability(
     threshold: float = 0.7,
     rank: int | None = None,
     seed: int = 0,
-) -> Stability:
+) -> SeedStability:
     """Pairwise agreement of SAEs of one activation space, and which features are not found again (arXiv:2502.12892).
 
     Directions are compared in the activations' own units, by cosine; by |cosine| where any of the SAEs is signed. Every
@@ -263,7 +263,7 @@ def stability(
         ValueError: there are fewer than two SAEs, their shapes differ, or an option is out of range.
 
     >>> cfg = sl.SAEConfig(d_in=32, d_sae=48)
-    >>> found = stability([sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=0)])
+    >>> found = seed_stability([sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=0)])
     >>> round(float(found.trained.matched.mean()), 3), float(found.random.matched.mean()) < 0.7
     (1.0, True)
     """
@@ -284,7 +284,7 @@ def stability(
     alike = [_draw_alike(rows, generator) for rows in trained]
     weights = [torch.from_numpy(one.energy) for one in usage]
     drawn = torch.randn(d_sae, d_in, generator=generator)
-    return Stability(
+    return SeedStability(
         d_in=d_in, d_sae=d_sae, signed=signed, threshold=threshold, rank=rank, exact=d_sae**2 <= EXACT,
         trained=_agree(trained, signed, threshold, rank, weights),
         random=_agree(random, signed, threshold, rank),
@@ -345,7 +345,7 @@ def _agree(
     threshold: float,
     rank: int,
     weights: Sequence[Float[Tensor, "d_sae"]] = (),
-) -> Agreement:
+) -> SeedAgreement:
     n, d_sae = len(dictionaries), len(dictionaries[0])
     weights = weights or [torch.ones(d_sae)] * n
     spaces = [_principal(rows, w, rank) for rows, w in zip(dictionaries, weights, strict=True)]
@@ -354,7 +354,7 @@ def _agree(
         cosines[i, j], cosines[j, i], near = match_rows(dictionaries[i].numpy(), dictionaries[j].numpy(), signed)
         nearest.append(near)
         overlap.append(float((spaces[i].T @ spaces[j]).square().sum()) / rank)
-    return Agreement(
+    return SeedAgreement(
         matched=np.array([cosines[i, j].mean() for i, j in combinations(range(n), 2)]),
         nearest=np.array(nearest),
         overlap=np.array(overlap),

@@ -63,7 +63,7 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
+class ComparedCodes:
     """The codes of some rows of a store, as sparse matrices read slice by slice.
 
     Steps are applied in this order: `rows` selects rows of the store, `weights` makes each row a weighted sum of the
@@ -166,11 +166,11 @@ class Codes:
         indices = 2 * found.indices + (found.data < 0)
         return csr_matrix((np.abs(found.data), indices, found.indptr), shape=(found.shape[0], self.full_width))
 
-    def moved(self, order: Integer[np.ndarray, "n_rows"] | MovedBlocks) -> "Codes":
+    def moved(self, order: Integer[np.ndarray, "n_rows"] | MovedBlocks) -> "ComparedCodes":
         """The same codes with their rows permuted."""
         return replace(self, order=order)
 
-    def only(self, columns: Integer[np.ndarray, "m"]) -> "Codes":
+    def only(self, columns: Integer[np.ndarray, "m"]) -> "ComparedCodes":
         """The same codes with some of the columns."""
         return replace(self, columns=columns)
 
@@ -196,7 +196,7 @@ CHUNK_ENTRIES = 2**22
 LARGE_BLOCK_CELLS = 2**27
 """Similarities held at once where the codes are read several times."""
 
-Block = tuple[int, Callable[[], Tensor]]
+SimilarityBlock = tuple[int, Callable[[], Tensor]]
 """The first feature of a block, and a function that computes its similarities with all features of the other side."""
 
 
@@ -210,7 +210,7 @@ class Moments:
     squares: Float[np.ndarray, "d"]
 
     @classmethod
-    def of(cls, codes: Codes) -> "Moments":
+    def of(cls, codes: ComparedCodes) -> "Moments":
         """The moments over all rows, chunk by chunk."""
         fires = np.zeros(codes.width, np.int64)
         sums, squares = np.zeros(codes.width), np.zeros(codes.width)
@@ -237,7 +237,7 @@ class Moments:
         return np.divide(1, self.spread, out=np.zeros_like(self.spread), where=known)
 
 
-def chunks(*sides: Codes) -> Iterator[tuple[int, int]]:
+def chunks(*sides: ComparedCodes) -> Iterator[tuple[int, int]]:
     """Ranges of rows in which no side has too many codes to hold."""
     n_rows = sides[0].n_rows
     per_row = max(1.0, *(side.n_entries / max(n_rows, 1) for side in sides))
@@ -246,8 +246,8 @@ def chunks(*sides: Codes) -> Iterator[tuple[int, int]]:
 
 
 def correlation_blocks(
-    a: Codes, b: Codes, seen: tuple[Moments, Moments], min_count: int, jaccard: bool = False
-) -> Iterator[Block]:
+    a: ComparedCodes, b: ComparedCodes, seen: tuple[Moments, Moments], min_count: int, jaccard: bool = False
+) -> Iterator[SimilarityBlock]:
     """Pearson correlations, or Jaccard indices, between all columns of a and of b, block by block of columns of a.
 
     Correlation is `(sum x y - sum x sum y / n) / (spread x spread y)`, zeros included; the Jaccard index is |both fire|
@@ -272,7 +272,7 @@ def correlation_blocks(
     return ((start, partial(make, start)) for start in range(0, a.width, step))
 
 
-def cosine_blocks(a: Float[np.ndarray, "d_a d"], b: Float[np.ndarray, "d_b d"]) -> Iterator[Block]:
+def cosine_blocks(a: Float[np.ndarray, "d_a d"], b: Float[np.ndarray, "d_b d"]) -> Iterator[SimilarityBlock]:
     """Cosines between all rows of a and of b, block by block of rows of a; 0 for a row of zeros."""
     a, b = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30) for rows in (a, b))
     step = max(1, BLOCK_CELLS // max(1, len(b)))
@@ -286,26 +286,26 @@ def cosine_blocks(a: Float[np.ndarray, "d_a d"], b: Float[np.ndarray, "d_b d"]) 
 class _Products:
     """Sums over rows of x y for a block of columns of one side and all columns of the other."""
 
-    def __init__(self, a: Codes, b: Codes, parts: list[tuple[int, int]]) -> None:
+    def __init__(self, a: ComparedCodes, b: ComparedCodes, parts: list[tuple[int, int]]) -> None:
         self.a, self.b, self.parts = a, b, parts
         self.kept = self._read(*parts[0]) if len(parts) == 1 else None
 
-    def _read(self, start: int, stop: int) -> "tuple[csc_matrix, Rows | csr_matrix]":
+    def _read(self, start: int, stop: int) -> "tuple[csc_matrix, ComparedRows | csr_matrix]":
         rows = self.b.matrix(start, stop)
-        return self.a.matrix(start, stop).tocsc(), Rows.pad(rows) or rows
+        return self.a.matrix(start, stop).tocsc(), ComparedRows.pad(rows) or rows
 
     def block(self, first: int, end: int) -> Float[Tensor, "n d_b"]:
         """The sums of one block, in float32."""
         found = torch.zeros(end - first, self.b.width)
         for part in self.parts:
             columns, rows = self.kept or self._read(*part)
-            if isinstance(rows, Rows):
+            if isinstance(rows, ComparedRows):
                 self._add(rows, columns, first, found)
             else:
                 found += torch.from_numpy((columns[:, first:end].T @ rows).toarray())
         return found
 
-    def _add(self, rows: "Rows", columns: "csc_matrix", first: int, into: Tensor) -> None:
+    def _add(self, rows: "ComparedRows", columns: "csc_matrix", first: int, into: Tensor) -> None:
         """Add the products of a chunk; where blocks are few and large, the rows of a block are computed in parallel."""
         n = 1 if self.kept is not None else max(1, torch.get_num_threads())
         size = -(-len(into) // n)
@@ -318,7 +318,7 @@ class _Products:
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class ComparedRows:
     """Sparse rows with about equally many codes, padded to rectangles: adding whole rows is three times faster than
     scipy.
     """
@@ -327,7 +327,7 @@ class Rows:
     values: Float32[Tensor, "n k"]
 
     @classmethod
-    def pad(cls, matrix: "csr_matrix") -> "Rows | None":
+    def pad(cls, matrix: "csr_matrix") -> "ComparedRows | None":
         """Rows padded with zeros in column 0; None where that would take more than twice the memory."""
         counts = np.diff(matrix.indptr)
         n, k = len(counts), int(counts.max(initial=0))

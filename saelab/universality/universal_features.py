@@ -16,13 +16,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from saelab.labels.label import join_texts
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.jobs import hidden
 from saelab.stores.results import Result, align_columns
 from saelab.universality.comparison import compare
-from saelab.universality.matching import Comparison, Matches, Method
+from saelab.universality.matching import Comparison, Matches, MatchingMethod
 
 Tops = Sequence[Sequence[str]]
 """The strings of the top tokens of every pair, on one side."""
@@ -34,7 +34,7 @@ SPECIAL = re.compile(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class KeptPairs(Result):
+class PairFilter(Result):
     """Pairs that pass a filter, and how many each rule removed.
 
     A pair is counted for the first rule that removes it, so `n_kept` and the counts add up to all pairs.
@@ -58,7 +58,7 @@ class KeptPairs(Result):
         return {"removed": dict(self.removed), "n_kept": self.n_kept}
 
 
-def keep_concepts(tops_a: Tops, tops_b: Tops, *, special: Iterable[str] = ()) -> KeptPairs:
+def filter_token_pairs(tops_a: Tops, tops_b: Tops, *, special: Iterable[str] = ()) -> PairFilter:
     """The pairs that share a top token and whose top tokens are all words (arXiv:2410.06981).
 
     Rules, in this order: "nothing shared"; "special", as tokenizers write them or one of `special`; "blank", including
@@ -66,7 +66,7 @@ def keep_concepts(tops_a: Tops, tops_b: Tops, *, special: Iterable[str] = ()) ->
     and surrounding spaces are ignored when tokens are compared, so that different tokenizers compare. A side without
     top tokens shares nothing. ValueError where the sides differ in number.
 
-    >>> keep_concepts([[" Rain", "snow"], ["day", "."], ["a"]], [["rain"], [" day"], ["b"]]).removed
+    >>> filter_token_pairs([[" Rain", "snow"], ["day", "."], ["a"]], [["rain"], [" day"], ["b"]]).removed
     {'nothing shared': 1, 'special': 0, 'blank': 0, 'punctuation': 1}
     """
     _check_number(tops_a, tops_b)
@@ -84,19 +84,19 @@ def keep_concepts(tops_a: Tops, tops_b: Tops, *, special: Iterable[str] = ()) ->
         if rule is not None:
             keep[i] = False
             removed[rule] += 1
-    return KeptPairs(keep=keep, removed=removed)
+    return PairFilter(keep=keep, removed=removed)
 
 
-def keep_one_to_one(
+def filter_one_to_one(
     features_a: Int[np.ndarray, "n_a"], features_b: Int[np.ndarray, "n_b"], strength: Float[np.ndarray, "n_strength"]
-) -> KeptPairs:
+) -> PairFilter:
     """One-to-one pairs: of the pairs that share a feature only the strongest, by size of `strength`; the first of
     equals.
 
     Pairs are accepted from the strongest down, each unless one of its features is already used; NaN comes last. Removed
     pairs are counted by whether the feature of `a` was used, or that of `b` alone. ValueError for unequal lengths.
 
-    >>> keep_one_to_one(np.array([3, 3, 5]), np.array([0, 1, 1]), np.array([0.5, -0.9, 0.7])).keep.tolist()
+    >>> filter_one_to_one(np.array([3, 3, 5]), np.array([0, 1, 1]), np.array([0.5, -0.9, 0.7])).keep.tolist()
     [False, True, False]
     """
     _check_number(features_a, features_b, strength)
@@ -111,7 +111,7 @@ def keep_one_to_one(
         keep[i] = True
         taken_a.add(a)
         taken_b.add(b)
-    return KeptPairs(keep=keep, removed=removed)
+    return PairFilter(keep=keep, removed=removed)
 
 
 def match_keywords(tops: Tops, keywords: Iterable[str]) -> Bool[np.ndarray, "n_pairs"]:
@@ -128,7 +128,7 @@ def match_keywords(tops: Tops, keywords: Iterable[str]) -> Bool[np.ndarray, "n_p
     return np.array([not wanted.isdisjoint(map(_fold, tokens)) for tokens in tops], dtype=bool)
 
 
-def find_features(book: LabelBook, text: str) -> Int[np.ndarray, "n_features"]:
+def search_labels(book: LabelStore, text: str) -> Int[np.ndarray, "n_features"]:
     """The features whose chosen label contains the words of `text`, best match first, for `np.isin(features, ...)`.
 
     Labels of kind "none" (no good name) are ignored.
@@ -161,8 +161,8 @@ def _is_punctuation(token: str) -> bool:
     return bool(visible) and all(kind[0] == "P" or kind in ("Sm", "Sc", "Sk") for kind in visible)
 
 
-def pair_rows(
-    found: Comparison, a: SAE, b: SAE, method: Method = "hungarian", *, universal: bool = True
+def matched_decoder_rows(
+    found: Comparison, a: SAE, b: SAE, method: MatchingMethod = "hungarian", *, universal: bool = True
 ) -> tuple[Float[np.ndarray, "n d_a"], Float[np.ndarray, "n d_b"]]:
     """The decoder rows of matched pairs, as `compare_spaces` takes them; rows of flipped pairs are negated in b.
 
@@ -215,7 +215,7 @@ class UniversalTable(Result):
         lines = [f"{len(self.rows):,} of {self.n_pairs:,} universal pairs by {self.similarity}"]
         table = [["a", "b", "similar", "p", "both", "what they fire on"]]
         for row in self.rows:
-            said = [" ".join(filter(None, (row[f"label_{x}"], tell_words(row[f"words_{x}"])))) for x in "ab"]
+            said = [" ".join(filter(None, (row[f"label_{x}"], format_words(row[f"words_{x}"])))) for x in "ab"]
             table.append([*map(str, self.cells(row)), f"{said[0]} | {said[1]}"])
         return "\n".join([*lines, *align_columns(table, left=(5,))])
 
@@ -247,7 +247,7 @@ def list_universal(
     check_stores(comparison, store_a, store_b)
     if top is not None and top < 1:
         raise ValueError(f"`top` must be at least 1, or None for all, got {top}.")
-    with LabelBook.open(store_a) as book_a, LabelBook.open(store_b) as book_b:
+    with LabelStore.open(store_a) as book_a, LabelStore.open(store_b) as book_b:
         rows = tuple(
             _describe(comparison, pair, (store_a, store_b), (book_a, book_b))
             for pair in comparison.universal_pairs[:top].tolist()
@@ -280,7 +280,7 @@ def split_side(comparison: Comparison, number: int) -> tuple[int, int]:
     return (number // 2, 1 - 2 * (number % 2)) if comparison.sides else (number, 0)
 
 
-def tell_p(side: Matches, number: int) -> str:
+def format_p(side: Matches, number: int) -> str:
     """p of a feature as text, such as "< 1/1,025" where none of 1,024 null values is as large.
 
     The lowest p of one side is 1 / (n + 1), with an n that is about the same for rare and frequent features.
@@ -290,7 +290,7 @@ def tell_p(side: Matches, number: int) -> str:
     return f"< 1/{n:,}" if p < min(CLEAR, 2 * lowest) and abs(n * p - 1) < 1e-9 else f"{p:.2g}"
 
 
-def tell_words(words: dict[str, list[str]]) -> str:
+def format_words(words: dict[str, list[str]]) -> str:
     """Tokens by sign as one line of text; the sign is left out where there is only +."""
     plain = list(words) == ["+"]
     return "  ".join(("" if plain else f"{sign} ") + " ".join(map(repr, some)) for sign, some in words.items())
@@ -300,7 +300,7 @@ def _describe(
     comparison: Comparison,
     pair: list[int],
     stores: tuple[FeatureStore, FeatureStore],
-    books: tuple[LabelBook, LabelBook],
+    books: tuple[LabelStore, LabelStore],
 ) -> dict[str, Any]:
     sides = comparison.a, comparison.b
     weaker = int(sides[1].p[pair[1]] > sides[0].p[pair[0]])
@@ -309,7 +309,7 @@ def _describe(
         "n_both": int(sides[0].n_both[pair[0]]),
         "p": float(sides[weaker].p[pair[weaker]]),
         "q": max(float(side.q[j]) for side, j in zip(sides, pair, strict=True)),
-        "p_text": tell_p(sides[weaker], pair[weaker]),
+        "p_text": format_p(sides[weaker], pair[weaker]),
     }
     for name, number, store, book in zip("ab", pair, stores, books, strict=True):
         feature, sign = split_side(comparison, number)

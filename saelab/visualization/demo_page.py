@@ -57,8 +57,7 @@ def draw_comparison(bars: Sequence[Bar]) -> str:
     """Three panels of horizontal bars, one row per dictionary, as HTML; a mark at each bar shows its control pairs'
     share.
     """
-    from plotly.graph_objects import Bar as Bars
-    from plotly.graph_objects import Scatter
+    from plotly.graph_objects import Bar as Bars, Scatter
     from plotly.subplots import make_subplots
 
     names, meta = [bar.name for bar in bars], {"own": [bar.own for bar in bars]}

@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from saelab.analysis.dashboard import FeatureCard, Side, describe_feature
+from saelab.analysis.dashboard import FeatureCard, FeatureSide, describe_feature
 from saelab.analysis.max_activating import Example, ExampleGroup
 from saelab.labels.label import MARKS, Label, describe_origin, join_texts
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 from saelab.stores.feature_store import Feature
 from saelab.stores.results import register_drawing
 from saelab.visualization.html import escape, read_asset
@@ -87,7 +87,7 @@ def _tell_label(label: Label, alone: bool) -> str:
     return f'<p class="dim">{escape(text + describe_origin(label))}</p>'
 
 
-def _tell(side: Side) -> str:
+def _tell(side: FeatureSide) -> str:
     name = "positive" if side.sign > 0 else "negative"
     return f"{side.n_firings:,} {name}, mean |z| {side.mean:.3g}, largest {side.peak:.3g}"
 
@@ -117,7 +117,7 @@ def _bar(x: float, width: float, height: float) -> str:
     return f"M{x + 0.5:.1f} {HEIGHT - FOOT:.1f}v{-height:.1f}h{max(width - 1, 0.5):.1f}v{height:.1f}z"
 
 
-def _words(side: Side, n_sides: int) -> str:
+def _words(side: FeatureSide, n_sides: int) -> str:
     kind = "" if n_sides == 1 else " +" if side.sign > 0 else " \u2212"
     return f"<h3>Fires on{kind}</h3>" + _rank((show_code(word), f"{share:.0%}") for word, share in side.words)
 
@@ -163,7 +163,7 @@ register_drawing(FeatureCard, _draw_alone)
 def _draw_feature(feature: Feature) -> str:
     """The card of a feature, with the labels of its store."""
     note = ""
-    with LabelBook.open(feature.store) as book:
+    with LabelStore.open(feature.store) as book:
         try:
             labels = book.chosen(feature.feature)
         except (OSError, ValueError) as error:  # a card without its label is better than none

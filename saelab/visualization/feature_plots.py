@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from saelab.analysis.density import KINDS, DeadUnits
-from saelab.analysis.feature_similarity import Neighbours
+from saelab.analysis.density import KINDS, DeadFeatures
+from saelab.analysis.feature_similarity import NearestFeatures
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.visualization.html import MINUS, OTHER, OWN, PLUS, count_tokens, dress, say, write_over
+from saelab.visualization.html import MINUS, OTHER, OWN, PLUS, apply_layout, count_tokens, escape_plotly, write_over
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Bar, Figure, Scatter
@@ -55,7 +55,7 @@ def plot_density(store: FeatureStore, *, near_dead_rate: float = 1e-5, dense_rat
     figure.update_xaxes(title_text="share of tokens on which a feature fires (log scale)", row=len(sides), col=1)
     never = f"never: no firing, so a rate below 3/N = {3 / n:.2g} (95 %)"
     note = f"{store.d_sae:,} features on {count_tokens([n])}; {never}"
-    return dress(figure, "How often features fire", note, 300 if len(sides) == 1 else 560)
+    return apply_layout(figure, "How often features fire", note, 300 if len(sides) == 1 else 560)
 
 
 def _mark_rate(figure: "Figure", name: str, rate: float) -> None:
@@ -138,10 +138,10 @@ def plot_activations(store: FeatureStore, feature: int) -> "Figure":
         write_over(figure, f"It never fires in {n:,} tokens: its rate is below {3 / n:.2g}.")
     signs = f"{(values > 0).sum():,} positive, {(values < 0).sum():,} negative"
     note = f"fires on {len(values):,} of {count_tokens([n])} ({len(values) / n:.2g}): {signs}; zeros are not drawn"
-    return dress(figure, f"Codes of feature {feature % store.d_sae}", note, 320)
+    return apply_layout(figure, f"Codes of feature {feature % store.d_sae}", note, 320)
 
 
-def plot_dead(dead_units: DeadUnits) -> "Figure":
+def plot_dead_features(dead_units: DeadFeatures) -> "Figure":
     """Stacked bars of the latents of each kind (dead, near-dead, live, ...) by prefix group.
 
     x: share of the group's latents; y: the group, as a range of latent numbers. Counts are written in the bars and
@@ -151,7 +151,7 @@ def plot_dead(dead_units: DeadUnits) -> "Figure":
 
     figure, groups = Figure(), dead_units.groups
     sizes = [sum(counts.values()) for counts in groups.values()]
-    names = [f"{say(name)}<br>({size:,})" for name, size in zip(groups, sizes, strict=True)]
+    names = [f"{escape_plotly(name)}<br>({size:,})" for name, size in zip(groups, sizes, strict=True)]
     for kind in KINDS:
         counts = [group.get(kind, 0) for group in groups.values()]
         shares = [count / size for count, size in zip(counts, sizes, strict=True)]
@@ -179,7 +179,7 @@ def plot_dead(dead_units: DeadUnits) -> "Figure":
     note = f"{len(dead_units.kinds):,} units on {count_tokens([dead_units.n_tokens])}; dead: no firing"
     note += f", so a rate below {never[0]:.2g} ({dead_units.confidence:.0%})" if len(never) else ""
     note += f"; near-dead: below {dead_units.near_dead_rate:g}; dense: above {dead_units.dense_rate:g}"
-    return dress(figure, "Units by how often they fire", note, 150 + 52 * len(groups))
+    return apply_layout(figure, "Units by how often they fire", note, 150 + 52 * len(groups))
 
 
 FEWEST = 4
@@ -188,8 +188,8 @@ LABELLED, UNLABELLED = 11, 6
 RATES = [[0.0, OTHER], [0.5, OWN], [1.0, "#c2559d"]]
 
 
-def plot_neighbours(
-    source: SAE | Neighbours,
+def plot_feature_map(
+    source: SAE | NearestFeatures,
     *,
     store: FeatureStore | None = None,
     labels: Mapping[int, str] | None = None,
@@ -198,14 +198,15 @@ def plot_neighbours(
 ) -> "Figure":
     """A t-SNE map of features in which similar ones are near each other; large distances mean little.
 
-    Similarity is the cosine of decoder rows, its size where codes are signed, or the cosine of rows of a `Neighbours`
-    result, without signs, so that features with the same neighbours are near. The axes have no unit. Hovering shows a
-    feature's number, label and, with a store, firings, and the colour is then the firing rate. Dead features are left
+    Similarity is the cosine of decoder rows, its size where codes are signed, or the cosine of rows of a
+    `NearestFeatures` result, without signs, so that features with the same neighbours are near. The axes have no unit.
+    Hovering shows a feature's number, label and, with a store, firings, and the colour is then the firing rate. Dead
+    features are left
     out: those that never fire in the `store` or, without one, were dead at the end of training; and features without
     any neighbour.
 
     Args:
-        source: SAE whose decoder rows are compared, or result of `neighbours`.
+        source: SAE whose decoder rows are compared, or result of `nearest_features`.
         store: feature store of the same features, for firing rates; None leaves them out.
         labels: text by feature, shown on the map.
         limit: largest number of features shown, at least 4; of more live ones so many are drawn at random, those with
@@ -217,7 +218,7 @@ def plot_neighbours(
             remain.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=12, activation=sl.TopK(k=2)))
-    >>> len(plot_neighbours(sae, labels={3: "cats"}).data[0].x)
+    >>> len(plot_feature_map(sae, labels={3: "cats"}).data[0].x)
     12
     """
     from plotly.graph_objects import Figure
@@ -239,11 +240,11 @@ def plot_neighbours(
     note = (
         f"{counted}; {width - len(alive):,} dead left out; near: alike by {_measure(source)}; {_tokens(source, store)}"
     )
-    return dress(figure, "Features by likeness", note, 520)
+    return apply_layout(figure, "Features by likeness", note, 520)
 
 
-def _is_alive(source: SAE | Neighbours, store: FeatureStore | None) -> Bool[np.ndarray, "d_sae"]:
-    alive: Any = (source.indices >= 0).any(1) if isinstance(source, Neighbours) else _has_direction(source)
+def _is_alive(source: SAE | NearestFeatures, store: FeatureStore | None) -> Bool[np.ndarray, "d_sae"]:
+    alive: Any = (source.indices >= 0).any(1) if isinstance(source, NearestFeatures) else _has_direction(source)
     if store is not None:
         return alive & (store.statistics.fires.sum(1) > 0)
     if isinstance(source, SAE):
@@ -260,7 +261,7 @@ def _choose(alive: Int[np.ndarray, "n"], labels: Mapping[int, str], limit: int, 
     return np.sort(sorted(drawn, key=lambda j: j not in labels)[:limit])
 
 
-def _compare(source: SAE | Neighbours, shown: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n n"]:
+def _compare(source: SAE | NearestFeatures, shown: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n n"]:
     """Cosines between the features shown, of their decoder rows or of their rows of similarities."""
     if isinstance(source, SAE):
         rows = source.W_dec.detach().float().cpu().numpy()[shown]
@@ -316,24 +317,24 @@ def _colours(store: FeatureStore | None, shown: Int[np.ndarray, "n"]) -> dict[st
 
 
 def _describe(feature: int, labels: Mapping[int, str], store: FeatureStore | None) -> str:
-    lines = [f"feature {feature}", *([say(labels[feature])] if feature in labels else [])]
+    lines = [f"feature {feature}", *([escape_plotly(labels[feature])] if feature in labels else [])]
     if store is not None:
         positive, negative = store.statistics.fires[feature].tolist()
         lines.append(f"fires on {(positive + negative) / len(store):.2g} of tokens: {positive:,} +, {negative:,} -")
     return "<br>".join(lines)
 
 
-def _measure(source: SAE | Neighbours) -> str:
-    if isinstance(source, Neighbours):
+def _measure(source: SAE | NearestFeatures) -> str:
+    if isinstance(source, NearestFeatures):
         return f"|{source.by}| and by the neighbours they share"
     return "|cosine| of decoder rows" if source.cfg.activation.signed else "cosine of decoder rows"
 
 
-def _tokens(source: SAE | Neighbours, store: FeatureStore | None) -> str:
+def _tokens(source: SAE | NearestFeatures, store: FeatureStore | None) -> str:
     """Number of tokens, as text, that the figure was measured on."""
     if store is not None:
         return f"firing rates over {count_tokens([len(store)])}"
-    if isinstance(source, Neighbours):
+    if isinstance(source, NearestFeatures):
         return "of directions, no tokens" if source.n_tokens is None else f"over {count_tokens([source.n_tokens])}"
     seen = (source.training_ or {}).get("n_tokens_seen")
     return f"trained on {count_tokens([seen])}" if seen else "not trained"

@@ -165,17 +165,17 @@ CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"
 TITLE_HEIGHT, LINE_HEIGHT, LEGEND_WIDTH = 44, 22, 28
 
 
-def say(text: object, width: int = 60) -> str:
+def escape_plotly(text: object, width: int = 60) -> str:
     """Text escaped so that plotly shows it literally, without tags or formulas, in at most four lines of `width`.
 
-    >>> say("<b>$x$</b>")
+    >>> escape_plotly("<b>$x$</b>")
     '&lt;b&gt;&#36;x&#36;&lt;/b&gt;'
     """
     lines = textwrap.wrap(str(text), width, max_lines=4, placeholder=" ...")
     return "<br>".join(html.escape(line, quote=False).replace("$", "&#36;") for line in lines)
 
 
-def dress(figure: "Figure", title: str, note: str, height: int = 420) -> "Figure":
+def apply_layout(figure: "Figure", title: str, note: str, height: int = 420) -> "Figure":
     """The figure with the common layout: title and note above, light grid lines, the template's background.
 
     Args:
@@ -184,11 +184,11 @@ def dress(figure: "Figure", title: str, note: str, height: int = 420) -> "Figure
         note: plain text below the title, such as the number of tokens.
         height: height of the plot area in pixels; title and note come on top.
     """
-    small = say(note, 105)
+    small = escape_plotly(note, 105)
     top = TITLE_HEIGHT + LINE_HEIGHT * (small.count("<br>") + 1)
     figure.update_layout(
         title={
-            "text": f'{say(title, 80)}<br><span style="font-size:12px">{small}</span>',
+            "text": f'{escape_plotly(title, 80)}<br><span style="font-size:12px">{small}</span>',
             "font": {"size": 17},
             "x": 0.01,
             "y": 1,
@@ -210,7 +210,9 @@ def dress(figure: "Figure", title: str, note: str, height: int = 420) -> "Figure
 
 def write_over(figure: "Figure", text: str) -> None:
     """Write the reason why a figure is empty into its middle."""
-    figure.add_annotation(text=say(text), showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5, font={"size": 15})
+    figure.add_annotation(
+        text=escape_plotly(text), showarrow=False, xref="paper", yref="paper", x=0.5, y=0.5, font={"size": 15}
+    )
 
 
 def line_of(i: int) -> dict[str, Any]:

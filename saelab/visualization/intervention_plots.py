@@ -14,7 +14,7 @@ from jaxtyping import Float
 from saelab.interventions.attribution import Attribution
 from saelab.interventions.patching import Patching
 from saelab.steering.curves import SIDES, SteeringCurve
-from saelab.steering.text_comparison import UNSTEERED, SteeredTexts, TextRow, Told
+from saelab.steering.text_comparison import UNSTEERED, GenerationComparison, ScoredText, TextRow
 from saelab.stores.results import register_drawing
 from saelab.visualization.feature_cards import STRONGEST, show_text, style_card
 from saelab.visualization.html import (
@@ -23,12 +23,12 @@ from saelab.visualization.html import (
     MINUS,
     OTHER,
     PLUS,
-    dress,
+    apply_layout,
     escape,
+    escape_plotly,
     line_of,
     make_page,
     paragraph,
-    say,
     section,
     table,
     write_over,
@@ -70,7 +70,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 """
 
 
-def plot_doses(curve: SteeringCurve, measures: Sequence[str] = ()) -> "Figure":
+def plot_dose_response(curve: SteeringCurve, measures: Sequence[str] = ()) -> "Figure":
     """Dose-response curves: measures against steering strength, a panel each, a line per source, bands for intervals.
 
     By default: the effect on the concept (gain and selectivity, or score), the KL divergence it costs, and the
@@ -98,7 +98,7 @@ def plot_doses(curve: SteeringCurve, measures: Sequence[str] = ()) -> "Figure":
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
     figure.update_layout(legend=legend)
     note = f"{curve.title}; bands: 95 % intervals over {_clusters(curve)}"
-    return dress(figure, "What each strength does", note, 60 + 290 * n_rows)
+    return apply_layout(figure, "What each strength does", note, 60 + 290 * n_rows)
 
 
 def plot_tradeoff(curve: SteeringCurve, measure: str | None = None) -> "Figure":
@@ -137,12 +137,12 @@ def plot_tradeoff(curve: SteeringCurve, measure: str | None = None) -> "Figure":
     figure.update_yaxes(title_text=_axis(measure))
     figure.update_layout(showlegend=True)
     note = f"{curve.title}; bars: 95 % intervals over {_clusters(curve)}; broad: what nothing beats"
-    return dress(figure, "Effect and cost", note)
+    return apply_layout(figure, "Effect and cost", note)
 
 
 def show_curve(curve: SteeringCurve, note: str = "") -> str:
     """A self-contained HTML page of a steering curve: summary, both figures, and all numbers; text is escaped."""
-    figures = [plot_tradeoff(curve), plot_doses(curve)]
+    figures = [plot_tradeoff(curve), plot_dose_response(curve)]
     drawn = [figure.update_layout(paper_bgcolor=CLEAR).to_html(**_embed(i)) for i, figure in enumerate(figures)]
     told = [paragraph(f"{name}: {what}", "small") for name, what in curve.sources.items()]
     sections = [
@@ -178,11 +178,11 @@ def _draw_line(x: np.ndarray, y: np.ndarray, source: str, measure: str, i: int, 
         x=x,
         y=y,
         mode="lines+markers",
-        name=say(source, LEGEND_WIDTH),
+        name=escape_plotly(source, LEGEND_WIDTH),
         legendgroup=str(i),
         line=line_of(i),
         marker={"size": 7},
-        meta=say(measure, 40),
+        meta=escape_plotly(measure, 40),
         hovertemplate=f"%{{meta}} %{{y:.3g}}{more}, strength {strength}<extra>%{{fullData.name}}</extra>",
     )
 
@@ -225,10 +225,10 @@ def _draw_frontier(curve: SteeringCurve, measure: str, side: int) -> "Scatter":
 
 def _axis(measure: str) -> str:
     if measure.startswith("gain "):
-        return f"gain of {say(measure.removeprefix('gain '), 20)}"
+        return f"gain of {escape_plotly(measure.removeprefix('gain '), 20)}"
     if measure.startswith("extra_") and measure not in AXES:
-        return f"{AXES.get(measure.removeprefix('extra_'), say(measure, 30))},<br>above unsteered text"
-    return AXES.get(measure, say(measure, 30))
+        return f"{AXES.get(measure.removeprefix('extra_'), escape_plotly(measure, 30))},<br>above unsteered text"
+    return AXES.get(measure, escape_plotly(measure, 30))
 
 
 def _clusters(curve: SteeringCurve) -> str:
@@ -263,7 +263,7 @@ ROW = "border-top: 1px solid var(--rule); padding: .2rem 0 .6rem; margin: .6rem 
 COLUMNS = "grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: 0 1.6rem"
 
 
-def draw_texts(texts: SteeredTexts) -> str:
+def draw_texts(texts: GenerationComparison) -> str:
     """Texts in columns as one HTML element, a card for each prompt; all text is escaped.
 
     A token's colour is log p' - log p, its log-probability under the steered model minus that under the unsteered one:
@@ -276,14 +276,14 @@ def draw_texts(texts: SteeredTexts) -> str:
     return f'<article class="fcard">{told}<p class="dim">{legend}</p>{rows}</article>'
 
 
-def _draw_row(texts: SteeredTexts, row: TextRow) -> str:
+def _draw_row(texts: GenerationComparison, row: TextRow) -> str:
     columns = [_draw_column(UNSTEERED, f"perplexity {row.unsteered.perplexity():.3g}", row.unsteered)]
     columns += [_draw_column(name, texts.tell_cost(row, name), told) for name, told in row.steered.items()]
     prompt = f'<h3 class="win">{show_text(row.prompt)}</h3>'
     return f'<section style="{ROW}">{prompt}<div class="both" style="{COLUMNS}">{"".join(columns)}</div></section>'
 
 
-def _draw_column(name: str, cost: str, told: Told) -> str:
+def _draw_column(name: str, cost: str, told: ScoredText) -> str:
     readers = [reader for reader in told.log_probs if reader != UNSTEERED]
     inside = []
     for i, word in enumerate(told.words):
@@ -302,16 +302,16 @@ def _draw_token(word: str, log_probs: Mapping[str, float], steered: str | None) 
     return f'<b{kind} title="{escape(title)}">{show_text(word)}</b>'
 
 
-def show_texts(texts: SteeredTexts) -> str:
+def show_generations(texts: GenerationComparison) -> str:
     """A self-contained HTML page with steered and unsteered texts in columns; text is escaped."""
     return make_page("Steered and unsteered", texts.title, [_draw_alone(texts)])
 
 
-def _draw_alone(texts: SteeredTexts) -> str:
+def _draw_alone(texts: GenerationComparison) -> str:
     return style_card() + draw_texts(texts)
 
 
-register_drawing(SteeredTexts, _draw_alone)
+register_drawing(GenerationComparison, _draw_alone)
 
 SIGNED = [[0.0, MINUS], [0.5, "rgba(56,125,223,0.04)"], [0.5, "rgba(224,116,34,0.04)"], [1.0, PLUS]]
 EFFECT_OPACITY = 0.7  # opacity of the largest effect: the text stays readable on it
@@ -329,7 +329,7 @@ def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     >>> from saelab.interventions.attribution import attribute
-    >>> found = attribute(sl.tiny_model(), sae, "Hello", "!", hook_point="blocks.1.hook_resid_post")
+    >>> found = attribute(sl.lm.tiny_model(), sae, "Hello", "!", hook_point="blocks.1.hook_resid_post")
     >>> len(plot_attribution(found, n=3).data[0].y)
     5
     """
@@ -345,7 +345,7 @@ def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
     ends = f"{attribution.clean:.4g} as it is, {attribution.patched:.4g} with all replaced ({attribution.baseline})"
     how += f", completeness {attribution.completeness:.3f}"
     note = f"{attribution.metric} at {attribution.hook_point}; {ends}; {how}"
-    return dress(figure, "Effects of features", note, 120 + 26 * len(rows))
+    return apply_layout(figure, "Effects of features", note, 120 + 26 * len(rows))
 
 
 def _effects_of(attribution: Attribution, chosen: np.ndarray) -> Float[np.ndarray, "n_tokens"]:
@@ -366,7 +366,7 @@ def plot_patching(patching: Patching) -> "Figure":
     note = (
         f"{patching.metric}: clean {patching.clean:.4g}, corrupt {patching.corrupt:.4g}; share restored by each patch"
     )
-    return dress(figure, "What carries the answer", note, 140 + 30 * len(patching.sources))
+    return apply_layout(figure, "What carries the answer", note, 140 + 30 * len(patching.sources))
 
 
 def _number(tokens: Sequence[str]) -> list[str]:
@@ -382,7 +382,10 @@ def _draw_cells(
     known = np.abs(cells[np.isfinite(cells)])
     most = most or float(known.max(initial=0)) or 1.0
     hover = [
-        [f"{say(row)}<br>{say(column)}<br>{value:+.4g}" for column, value in zip(columns, line, strict=True)]
+        [
+            f"{escape_plotly(row)}<br>{escape_plotly(column)}<br>{value:+.4g}"
+            for column, value in zip(columns, line, strict=True)
+        ]
         for row, line in zip(rows, cells.tolist(), strict=True)
     ]
     shown = [[None if value != value else value for value in line] for line in cells.tolist()]
@@ -394,8 +397,8 @@ def _draw_cells(
     grid = {"showgrid": False, "zeroline": False}
     step = max(1, -(-len(columns) // WIDEST))
     ticks = sorted({*range(0, len(columns), step), *named})
-    figure.update_xaxes(tickvals=ticks, ticktext=[say(columns[i], 24) for i in ticks], tickangle=-60, **grid)
-    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[say(row, 40) for row in rows], **grid)
+    figure.update_xaxes(tickvals=ticks, ticktext=[escape_plotly(columns[i], 24) for i in ticks], tickangle=-60, **grid)
+    figure.update_yaxes(tickvals=list(range(len(rows))), ticktext=[escape_plotly(row, 40) for row in rows], **grid)
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(automargin=True)
     return figure

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from saelab.analysis.dashboard import FeatureCard, describe_feature
-from saelab.analysis.density import KINDS, DeadUnits, dead_units
+from saelab.analysis.density import KINDS, DeadFeatures, dead_features
 from saelab.analysis.direct_logits import LogitLens, logit_lens
-from saelab.analysis.feature_similarity import Neighbours, neighbours
+from saelab.analysis.feature_similarity import NearestFeatures, nearest_features
 from saelab.collecting.harvesting import require_harvested
 from saelab.evaluation.results import ROWS, Evaluation
 from saelab.functional.indices import FeatureIds, read_features
 from saelab.labels.label import Label, join_texts
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 from saelab.lm.hooks import capture
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import find_context, find_row
@@ -89,7 +89,7 @@ def to_script(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def summarise(store: FeatureStore, found: DeadUnits, evaluation: Evaluation | Mapping[str, Any] | None) -> str:
+def summarise(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation | Mapping[str, Any] | None) -> str:
     """The summary of the report as HTML: data encoded, dead latents, and quality of the SAE."""
     origin = store.provenance
     about = {
@@ -114,7 +114,7 @@ def _tell_training(training: Mapping[str, Any] | None) -> str:
     return f"{seen:,} tokens, batch {training['batch_size']:,}, lr {training['lr']:.3g}, seed {training['seed']}"
 
 
-def _count_kinds(found: DeadUnits) -> list[str]:
+def _count_kinds(found: DeadFeatures) -> list[str]:
     rows = [
         [name, *(f"{counts.get(kind, 0):,}" for kind in KINDS), f"{sum(counts.values()):,}"]
         for name, counts in found.groups.items()
@@ -233,13 +233,13 @@ def report(
     store: FeatureStore,
     out: str | Path,
     model: "Model | None" = None,
-    labels: Mapping[int, str] | LabelBook | None = None,
+    labels: Mapping[int, str] | LabelStore | None = None,
     features: FeatureIds | None = None,
     *,
     sae: "SAE | None" = None,
     prompts: Sequence[str] = (),
     evaluation: Evaluation | Mapping[str, Any] | None = None,
-    near: Neighbours | None = None,
+    near: NearestFeatures | None = None,
     compare: FeatureStore | None = None,
     comparison: Comparison | None = None,
     title: str = "",
@@ -260,7 +260,7 @@ def report(
             by correlation of codes.
         prompts: texts shown token by token; needs `sae` and `model`.
         evaluation: result of `evaluate`, shown in the summary.
-        near: result of `neighbours` to show as similar features instead.
+        near: result of `nearest_features` to show as similar features instead.
         compare: another store of the same text; each card then shows the best partner there, and the list its
             similarity.
         comparison: result of `compare(store, other)` for the two stores; None computes it with default options.
@@ -272,7 +272,7 @@ def report(
         ValueError: a feature does not exist, the SAE or model is not the store's, prompts are given without SAE and
             model, the stores do not compare or are not those of `comparison`, `out` holds something other than a
             report, or another process is writing there.
-        TimeoutError, PermissionError: as in `LabelBook`.
+        TimeoutError, PermissionError: as in `LabelStore`.
     """
     everything = range(store.d_sae)
     wanted = list(dict.fromkeys(read_features(everything if features is None else features, store.d_sae)))
@@ -280,9 +280,9 @@ def report(
     names = _read_names(store, labels)
     with _claim(Path(out)) as target:
         matched = _match(store, compare, comparison, progress)
-        near = near or (neighbours(sae) if sae is not None else neighbours(store))
+        near = near or (nearest_features(sae) if sae is not None else nearest_features(store))
         lens = logit_lens(sae, model, wanted, allow_mismatch=True) if sae is not None and model is not None else None
-        found = dead_units(store, sae)
+        found = dead_features(store, sae)
         shown = [] if sae is None or model is None else read_prompts(sae, model, prompts, store.provenance)
         cards = _cards(store, wanted, names, lens, near, choice, found, matched, progress)
         summary = summarise(store, found, evaluation) + (matched.summarise() if matched else "")
@@ -298,11 +298,11 @@ class _Name:
     labels: Sequence[Label] = ()
 
 
-def _read_names(store: FeatureStore, labels: Mapping[int, str] | LabelBook | None) -> dict[int, _Name]:
-    if labels is not None and not isinstance(labels, LabelBook):
+def _read_names(store: FeatureStore, labels: Mapping[int, str] | LabelStore | None) -> dict[int, _Name]:
+    if labels is not None and not isinstance(labels, LabelStore):
         return {feature: _Name(text) for feature, text in labels.items()}
     if labels is None:
-        with LabelBook.open(store) as book:
+        with LabelStore.open(store) as book:
             return _read_names(store, book)
     chosen = groupby(labels, key=lambda label: label.feature)
     return {feature: _Name(join_texts(own), own) for feature, group in chosen for own in [list(group)]}
@@ -374,9 +374,9 @@ def _cards(
     wanted: list[int],
     names: Mapping[int, _Name],
     lens: LogitLens | None,
-    near: Neighbours,
+    near: NearestFeatures,
     choice: dict[str, Any],
-    found: DeadUnits,
+    found: DeadFeatures,
     matched: Matched | None,
     progress: bool,
 ) -> Iterator[tuple[dict[str, Any], str]]:
@@ -435,7 +435,7 @@ def _write_files(folder: Path, cards: Iterator[tuple[dict[str, Any], str]]) -> t
     return rows, files
 
 
-def _row(card: FeatureCard, found: DeadUnits) -> dict[str, Any]:
+def _row(card: FeatureCard, found: DeadFeatures) -> dict[str, Any]:
     """A feature's row of the list, with the text that the search covers."""
     groups = [group.examples for group in card.examples.groups if group.name == "top"]  # the strong side first
     tops = [example for group in groups for example in group[: N_SEARCHED // len(groups)]]

@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from saelab.analysis.pruning import Progressive
+from saelab.analysis.pruning import PruningCurve
 from saelab.evaluation.results import Evaluation
-from saelab.training.loop import Entry
-from saelab.visualization.html import DASHES, LEGEND_WIDTH, OTHER, count_tokens, dress, line_of, say
+from saelab.training.loop import HistoryEntry
+from saelab.visualization.html import DASHES, LEGEND_WIDTH, OTHER, apply_layout, count_tokens, escape_plotly, line_of
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter
 
-History: TypeAlias = str | Path | Sequence[Entry]
+History: TypeAlias = str | Path | Sequence[HistoryEntry]
 """The folder of a training run, or `history_` of its SAE."""
 Quality: TypeAlias = Literal["fvu", "loss_recovered"]
 
@@ -54,7 +54,7 @@ def plot_training(source: History | Mapping[str, History]) -> "Figure":
     known = {key: None for history in runs.values() for key in history[0]}
     keys = [key for key in PANELS if key in known]
     keys += [key for key in known if key not in PANELS and key not in ("step", "n_tokens", "held_out_fvu")]
-    n_rows, titles = math.ceil(len(keys) / 2), [PANELS.get(key, (say(key), ""))[0] for key in keys]
+    n_rows, titles = math.ceil(len(keys) / 2), [PANELS.get(key, (escape_plotly(key), ""))[0] for key in keys]
     gaps = {"horizontal_spacing": 0.12, "vertical_spacing": 0.34 / n_rows}
     cells: list[list[dict[str, Any] | None]] = [[{}, {} if 2 * row + 1 < len(keys) else None] for row in range(n_rows)]
     figure = make_subplots(n_rows, 2, subplot_titles=titles, specs=cells, **gaps)
@@ -66,13 +66,13 @@ def plot_training(source: History | Mapping[str, History]) -> "Figure":
             if key == "reconstruction":
                 figure.add_trace(_draw_history(history, "held_out_fvu", name, i, "markers"), **place)
         scale = LOG if key == "reconstruction" else {"rangemode": "tozero"}
-        figure.update_yaxes(title_text=PANELS.get(key, ("", say(key)))[1], **scale, **place)
+        figure.update_yaxes(title_text=PANELS.get(key, ("", escape_plotly(key)))[1], **scale, **place)
     figure.update_xaxes(title_text="tokens seen", matches="x", rangemode="tozero")
     seen = count_tokens(history[-1]["n_tokens"] for history in runs.values())
-    return dress(figure, "Training", f"{seen} seen; each point is the mean since the one before", 250 * n_rows)
+    return apply_layout(figure, "Training", f"{seen} seen; each point is the mean since the one before", 250 * n_rows)
 
 
-def _read(source: History) -> list[Entry]:
+def _read(source: History) -> list[HistoryEntry]:
     """The entries of a run, with NaN as None."""
     if not isinstance(source, str | Path):
         history, where = list(source), "the history"
@@ -90,7 +90,7 @@ def _read(source: History) -> list[Entry]:
     return history
 
 
-def _split(name: str, history: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+def _split(name: str, history: list[HistoryEntry]) -> Iterator[tuple[str, list[HistoryEntry]]]:
     """The histories of the SAEs of one run; the keys of the i-th start with `i/`."""
     numbers = {key.split("/")[0]: None for key in history[0] if "/" in key}
     if not numbers:
@@ -101,7 +101,7 @@ def _split(name: str, history: list[Entry]) -> Iterator[tuple[str, list[Entry]]]
         yield f"{name} SAE {i}".strip(), entries
 
 
-def _draw_history(history: list[Entry], key: str, name: str, i: int, mode: str) -> "Scatter":
+def _draw_history(history: list[HistoryEntry], key: str, name: str, i: int, mode: str) -> "Scatter":
     from plotly.graph_objects import Scatter
 
     known = [entry for entry in history if entry.get(key) is not None]
@@ -109,7 +109,7 @@ def _draw_history(history: list[Entry], key: str, name: str, i: int, mode: str) 
         x=[entry["n_tokens"] for entry in known],
         y=[entry[key] for entry in known],
         mode=mode,
-        name=say(name, LEGEND_WIDTH),
+        name=escape_plotly(name, LEGEND_WIDTH),
         legendgroup=str(i),
         showlegend=False,
         line=line_of(i),
@@ -148,7 +148,7 @@ def plot_frontier(
     figure.update_layout(showlegend=True)
     note = f"evaluated on {count_tokens(one.n_tokens for one in every)}; bars: 95 % intervals over documents"
     note += f"; {n_lost} of {len(every)} left out: {y} or L0 unknown" if n_lost else ""
-    return dress(figure, "Fidelity and sparsity", note)
+    return apply_layout(figure, "Fidelity and sparsity", note)
 
 
 def _scale_quality(figure: "Figure", y: Quality) -> None:
@@ -169,7 +169,7 @@ def _draw_group(name: str, group: list[Evaluation], y: Quality, i: int) -> "Scat
         x=[one.l0 for one in group],
         y=values,
         mode="lines+markers",
-        name=say(name, LEGEND_WIDTH),
+        name=escape_plotly(name, LEGEND_WIDTH),
         line=line_of(i),
         marker={"size": 9},
         error_y={
@@ -178,7 +178,7 @@ def _draw_group(name: str, group: list[Evaluation], y: Quality, i: int) -> "Scat
             "array": [high - value for value, (_, high) in zip(values, ends, strict=True)],
             "arrayminus": [value - low for value, (low, _) in zip(values, ends, strict=True)],
         },
-        customdata=[say(one.sae) for one in group],
+        customdata=[escape_plotly(one.sae) for one in group],
         hovertemplate=f"{y} %{{y:.4g}}, L0 %{{x:.4g}}<br>%{{customdata}}<extra>%{{fullData.name}}</extra>",
     )
 
@@ -192,17 +192,17 @@ def _draw_rival(rival: str, groups: Mapping[str, Sequence[Evaluation]], y: Quali
         x=[scores["l0"] for _, scores in found],
         y=[scores[y] for _, scores in found],
         mode="markers",
-        name=say(rival, LEGEND_WIDTH),
+        name=escape_plotly(rival, LEGEND_WIDTH),
         marker={"symbol": SYMBOLS.get(rival, "circle-open"), "size": 10, "color": OTHER, "line": {"width": 1.5}},
-        customdata=[say(name) for name, _ in found],
+        customdata=[escape_plotly(name) for name, _ in found],
         hovertemplate=f"{y} %{{y:.4g}}, L0 %{{x:.4g}}<br>for %{{customdata}}<extra>%{{fullData.name}}</extra>",
     )
 
 
-def plot_prefixes(result: Progressive | Evaluation, y: Quality = "fvu") -> "Figure":
+def plot_prefixes(result: PruningCurve | Evaluation, y: Quality = "fvu") -> "Figure":
     """Quality against the number of latents that are kept of a dictionary.
 
-    x: latents, log scale; y: FVU, log scale, or the loss recovered. A `Progressive` gives one line for each order of
+    x: latents, log scale; y: FVU, log scale, or the loss recovered. A `PruningCurve` gives one line for each order of
     latents, an `Evaluation` the FVU of its SAE's Matryoshka prefixes. ValueError for an evaluation of an SAE without
     prefixes, for another `y` of it, and where no quality is known.
     """
@@ -211,7 +211,7 @@ def plot_prefixes(result: Progressive | Evaluation, y: Quality = "fvu") -> "Figu
     if isinstance(result, Evaluation) and (y != "fvu" or not result.prefixes):
         raise ValueError(
             f"An evaluation must have prefixes, and `y` be 'fvu', got {len(result.prefixes)} and '{y}'; "
-            "use `progressive`."
+            "use `prune_dictionary`."
         )
     lines = _sizes_of(result, y)
     if not any(math.isfinite(value) for points in lines.values() for _, value, _ in points):
@@ -236,12 +236,12 @@ def plot_prefixes(result: Progressive | Evaluation, y: Quality = "fvu") -> "Figu
     _scale_quality(figure, y)
     figure.update_layout(showlegend=True)
     note = f"quality on {count_tokens([result.n_tokens])}"
-    if isinstance(result, Progressive):
+    if isinstance(result, PruningCurve):
         note += f", order from {result.n_tokens_ranked:,} others; importance ~ rank^-{result.exponent:.2f}"
-    return dress(figure, "Quality by size of the dictionary", note)
+    return apply_layout(figure, "Quality by size of the dictionary", note)
 
 
-def _sizes_of(result: Progressive | Evaluation, y: Quality) -> dict[str, list[tuple[int, float, str]]]:
+def _sizes_of(result: PruningCurve | Evaluation, y: Quality) -> dict[str, list[tuple[int, float, str]]]:
     """Size, quality and hover text of each point, by order."""
     if isinstance(result, Evaluation):
         return {"prefix": [(size, fvu, "") for size, fvu in sorted(result.prefixes.items())]}

@@ -11,25 +11,25 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from saelab.analysis.dashboard import FeatureCard, Side, describe_feature
+from saelab.analysis.dashboard import FeatureCard, FeatureSide, describe_feature
 from saelab.analysis.max_activating import Example
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import register_drawing
 from saelab.universality.comparison import compare
 from saelab.universality.matching import Comparison, Matches, Relation
-from saelab.universality.universal_features import UniversalTable, check_stores, split_side, tell_p, tell_words
+from saelab.universality.universal_features import UniversalTable, check_stores, format_p, format_words, split_side
 from saelab.visualization.feature_cards import list_windows, show_code
 from saelab.visualization.html import (
     MINUS,
     OTHER,
     OWN,
     PLUS,
+    apply_layout,
     count_tokens,
     decimal,
-    dress,
     escape,
+    escape_plotly,
     paragraph,
-    say,
     section,
     table,
 )
@@ -78,7 +78,7 @@ def plot_matches(comparison: Comparison) -> "Figure":
     figure.update_layout(barmode="stack", bargap=0, legend={"orientation": "h", "y": 1.07, "yanchor": "bottom"})
     shares = (f"{name}: {side.share():.1%}" for name, side in (("a", comparison.a), ("b", comparison.b)))
     note = f"universal (q <= {comparison.fdr:g}, at least {comparison.min_effect:g}) of {', of '.join(shares)} of live "
-    return dress(figure, "How similar the best partners are", f"{note}features; {_basis([comparison])}", 460)
+    return apply_layout(figure, "How similar the best partners are", f"{note}features; {_basis([comparison])}", 460)
 
 
 def _kinds(side: Matches, signed: bool) -> dict[str, tuple[str, np.ndarray]]:
@@ -169,7 +169,7 @@ def plot_layers(comparisons: Mapping[tuple[str, str], Comparison], value: Value 
     kinds = sorted({one.similarity for one in comparisons.values()})
     below = "how much of it may be false" if value in ("count", "variance") else "the median of best partners by chance"
     note = f"by {', '.join(kinds)}; under each number {below}; {_basis(list(comparisons.values()))}"
-    return dress(figure, VALUES[value], note, 120 + 64 * len(rows))
+    return apply_layout(figure, VALUES[value], note, 120 + 64 * len(rows))
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,11 @@ def _read(comparisons: Mapping[tuple[str, str], Comparison], row: str, column: s
     side = found.b if turned else found.a
     number, chance = _measure(found, side, value)
     level = "chance was not measured" if chance != chance else f"chance: {chance:.3f}"
-    lines = [f"{say(row)} in {say(column)}: {number:.3f}", level, f"{side.live.sum():,} live features"]
+    lines = [
+        f"{escape_plotly(row)} in {escape_plotly(column)}: {number:.3f}",
+        level,
+        f"{side.live.sum():,} live features",
+    ]
     return _Cell(number, chance, "<br>".join([*lines, _basis([found])]))
 
 
@@ -224,7 +228,7 @@ def _measure(found: Comparison, side: Matches, value: str) -> tuple[float, float
 
 
 def _names(names: list[str]) -> list[str]:
-    return [say(name, 24) for name in names]
+    return [escape_plotly(name, 24) for name in names]
 
 
 def _basis(comparisons: list[Comparison]) -> str:
@@ -258,7 +262,7 @@ def draw_universal(found: UniversalTable) -> str:
     header = ["a", "b", "similarity", "p", "both fire", "a is called", "b is called", "a fires on", "b fires on"]
     rows = []
     for row in found.rows:
-        labels, words = [row["label_a"], row["label_b"]], [tell_words(row["words_a"]), tell_words(row["words_b"])]
+        labels, words = [row["label_a"], row["label_b"]], [format_words(row["words_a"]), format_words(row["words_b"])]
         cells = [cell.replace(" ", "\u00a0") for cell in found.cells(row)]
         rows.append([*cells, *labels, *words])
     said = f"{len(rows):,} of {found.n_pairs:,} universal pairs by {found.similarity}"
@@ -364,7 +368,7 @@ class Matched:
         partner, unit = int(side.partners[number]), "documents" if found.similarity == "documents" else "tokens"
         median, high = (decimal(level) for level in side.chance)
         said = [f"{found.similarity} {side.similarity[number]:+.3f} (chance {median}, 95 % {high})"]
-        said.append(f"p {tell_p(side, number)}, q {side.q[number]:.2g}")
+        said.append(f"p {format_p(side, number)}, q {side.q[number]:.2g}")
         if side.n_both[number] >= 0:
             said.append(f"both fire on {side.n_both[number]:,} {unit}")
         flipped = ["flipped"] if side.similarity[number] < 0 else []
@@ -420,5 +424,5 @@ def _draw_side(place: str, card: FeatureCard, sign: int) -> str:
     return f"<div>{head}<p>{_words(side)}</p>{list_windows(windows[:N_SHOWN], scale)}</div>"
 
 
-def _words(side: Side) -> str:
+def _words(side: FeatureSide) -> str:
     return " ".join(f'{show_code(word)} <span class="dim">{share:.0%}</span>' for word, share in side.words)

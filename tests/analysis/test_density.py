@@ -6,7 +6,7 @@ import torch
 from scipy.stats import binom
 
 import saelab as sl
-from saelab.analysis.density import clopper_pearson, drift, find_reach
+from saelab.analysis.density import clopper_pearson, dead_feature_changes, find_reach
 
 HOOK = "blocks.1.hook_resid_post"
 D_SAE = 64
@@ -35,7 +35,7 @@ def planted(activation):
 def test_planted_units_are_told_apart(tiny, tiny_tokens, acts, tmp_path):
     sae = planted(sl.AbsTopK(k=4))
     store = sl.harvest(sae, tiny, tiny_tokens, tmp_path, hook_point=HOOK, progress=False)
-    found = sl.dead_units(store, sae, acts[:512], dense_rate=0.5)
+    found = sl.analysis.dead_features(store, sae, acts[:512], dense_rate=0.5)
     assert {0, 2, 3, 4, 5} <= set(found.units("dead"))
     assert 6 in found.units("dense")
     assert "encoder norm collapsed" in found.causes[0] and "never near selection" in found.causes[0]
@@ -52,7 +52,7 @@ def test_a_low_bias_is_named(tiny, tiny_tokens, tmp_path):
     with torch.no_grad():
         sae.b_enc[20] = -1e3
     store = sl.harvest(sae, tiny, tiny_tokens, tmp_path, hook_point=HOOK, progress=False)
-    found = sl.dead_units(store, sae)
+    found = sl.analysis.dead_features(store, sae)
     assert found.causes[20] == ("bias too low",)
 
 
@@ -63,7 +63,7 @@ def test_kinds_follow_their_rates_and_signs_count(tiny, tiny_tokens, tmp_path):
         sae.b_enc[7] = -60.0
     store = sl.harvest(sae, tiny, tiny_tokens, tmp_path, hook_point=HOOK, progress=False)
     assert store.statistics.fires[7].tolist() == [0, len(store)]
-    found = sl.dead_units(store, near_dead_rate=0.01, dense_rate=0.6)
+    found = sl.analysis.dead_features(store, near_dead_rate=0.01, dense_rate=0.6)
     assert found.kinds[7] == "dense"
     for kind, rate in zip(found.kinds, found.rates, strict=True):
         wanted = "dead" if rate == 0 else "near-dead" if rate < 0.01 else "dense" if rate > 0.6 else "live"
@@ -85,7 +85,7 @@ def test_groups_and_training_are_held_against_the_store(tiny, tiny_tokens, acts,
     cfg = sl.SAEConfig(d_in=32, d_sae=512, activation=sl.TopK(k=4), prefixes=(16, 128, 512), aux=None)
     sae = sl.SAE(cfg, seed=0).fit(acts, sl.TrainConfig(n_tokens=16_384, batch_size=256), progress=False)
     store = sl.harvest(sae, tiny, tiny_tokens, tmp_path, progress=False)
-    found = sl.dead_units(store, sae)
+    found = sl.analysis.dead_features(store, sae)
     assert list(found.groups) == ["0 to 15", "16 to 127", "128 to 511", "all"]
     assert sum(sum(counts.values()) for name, counts in found.groups.items() if name != "all") == 512
     dead, then = set(found.units("dead")), set(sae.training_["dead"])
@@ -97,7 +97,7 @@ def test_groups_and_training_are_held_against_the_store(tiny, tiny_tokens, acts,
     assert len(dead & then) > 0
     assert str(found) and "all" in found._repr_html_()
     found.save(tmp_path / "dead.json")
-    steps = drift([found, sl.dead_units(store, near_dead_rate=0.0)])
+    steps = dead_feature_changes([found, sl.analysis.dead_features(store, near_dead_rate=0.0)])
     assert steps == [{"died": 0, "revived": 0, "stayed dead": len(dead)}]
 
 
@@ -113,8 +113,8 @@ def test_nonsense_is_refused(tiny, tiny_tokens, tmp_path):
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.TopK(k=2)))
     store = sl.harvest(sae, tiny, tiny_tokens, tmp_path, hook_point=HOOK, progress=False)
     with pytest.raises(ValueError, match="near_dead_rate < dense_rate"):
-        sl.dead_units(store, near_dead_rate=0.5, dense_rate=0.1)
+        sl.analysis.dead_features(store, near_dead_rate=0.5, dense_rate=0.1)
     with pytest.raises(ValueError, match="must be the one that was harvested, 64 features"):
-        sl.dead_units(store, sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.TopK(k=2))))
+        sl.analysis.dead_features(store, sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.TopK(k=2))))
     with pytest.raises(ValueError, match="`kind`"):
-        sl.dead_units(store).units("zombie")
+        sl.analysis.dead_features(store).units("zombie")

@@ -39,7 +39,7 @@ def busy(store):
 
 
 def test_examples_are_firings_of_their_sign_strongest_first(store, busy):
-    found = sl.examples(store, busy, n_top=6)
+    found = sl.analysis.max_activating_examples(store, busy, n_top=6)
     dense = store.matrix().toarray()[:, busy]
     for side in (1, -1):
         values = [example.value for example in found.group("top", side).examples]
@@ -58,7 +58,7 @@ def test_windows_show_the_codes_of_their_tokens(store, busy):
     dense = store.matrix().toarray()[:, busy]
     at_place = np.zeros(len(store.text))
     at_place[store.places] = dense
-    for group in sl.examples(store, busy, before=5, after=9).groups:
+    for group in sl.analysis.max_activating_examples(store, busy, before=5, after=9).groups:
         for example in group.examples:
             start = int(store.places[example.token]) - example.center
             assert np.array_equal(at_place[start : start + len(example.values)], example.values)
@@ -68,13 +68,13 @@ def test_windows_show_the_codes_of_their_tokens(store, busy):
 
 def test_no_window_is_shown_twice(store, busy):
     """The corpus repeats every document three times."""
-    for group in sl.examples(store, busy, n_top=30).groups:
+    for group in sl.analysis.max_activating_examples(store, busy, n_top=30).groups:
         texts = [example.words for example in group.examples]
         assert len(set(texts)) == len(texts)
 
 
 def test_quantiles_hold_equally_many_firings_and_ascend(store, busy):
-    found = sl.examples(store, busy, n_quantiles=4)
+    found = sl.analysis.max_activating_examples(store, busy, n_quantiles=4)
     groups = [found.group(f"quantile {i} of 4", 1) for i in range(1, 5)]
     sizes = [group.n_firings for group in groups]
     assert max(sizes) - min(sizes) <= 1 and sum(sizes) == store.statistics.fires[busy, 0]
@@ -84,30 +84,38 @@ def test_quantiles_hold_equally_many_firings_and_ascend(store, busy):
 
 def test_near_misses_share_the_word_and_rows_limit_the_view(store, busy):
     train = store.split(0.5, seed=0)
-    found = sl.examples(store, busy, rows=train)
+    found = sl.analysis.max_activating_examples(store, busy, rows=train)
     tops = {e.words[e.center] for g in found.groups if g.name == "top" for e in g.examples}
     for group in found.groups:
         assert all(train[example.token] for example in group.examples)
         if group.name == "near miss":
             assert {e.words[e.center] for e in group.examples} <= tops
     assert found.n_tokens == train.sum()
-    assert found == sl.examples(store, busy, rows=train) != sl.examples(store, busy, rows=train, seed=1)
+    assert (
+        found
+        == sl.analysis.max_activating_examples(store, busy, rows=train)
+        != sl.analysis.max_activating_examples(store, busy, rows=train, seed=1)
+    )
     with pytest.raises(ValueError, match="`rows`"):
-        sl.examples(store, busy, rows=train[:5])
+        sl.analysis.max_activating_examples(store, busy, rows=train[:5])
 
 
 def test_no_near_miss_fires(store):
     """Of the busiest features, and all of them: their tokens fire elsewhere, so that one too many would be seen."""
     busiest = store.statistics.fires.sum(1).argsort()[-4:].tolist()
     for feature in busiest:
-        near = sl.examples(store, feature, n_near=40, n_quantiles=0, n_random=0).group("near miss", 0).examples
+        near = (
+            sl.analysis.max_activating_examples(store, feature, n_near=40, n_quantiles=0, n_random=0)
+            .group("near miss", 0)
+            .examples
+        )
         assert len(near) > 4 and all(example.value == 0 for example in near)
 
 
 def test_a_feature_that_fires_less_often_than_there_are_groups(store):
     fires = store.statistics.fires
     rare = int(np.where(fires.sum(1) > 0, fires.sum(1), 10**9).argmin())
-    found = sl.examples(store, rare, n_quantiles=500)
+    found = sl.analysis.max_activating_examples(store, rare, n_quantiles=500)
     groups = [group for group in found.groups if group.name.startswith("quantile")]
     assert sum(group.n_firings for group in groups) == fires[rare].sum() and all(g.n_firings == 1 for g in groups)
 
@@ -116,15 +124,15 @@ def test_a_dead_feature_has_only_random_windows(tiny, tokens, tmp_path):
     silent = sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.ReLU(target_l0=4.0)), seed=0)
     silent.b_enc.data[3] = -1e6
     store = sl.harvest(silent, tiny, tokens, tmp_path, hook_point=HOOK, progress=False)
-    assert [group.name for group in sl.examples(store, 3).groups] == ["random"]
-    assert "feature 3" in str(sl.examples(store, 3))
+    assert [group.name for group in sl.analysis.max_activating_examples(store, 3).groups] == ["random"]
+    assert "feature 3" in str(sl.analysis.max_activating_examples(store, 3))
 
 
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_the_read_out_is_exact(kind):
     """Against a direct computation: the logits of a residual with and without the direction, the norm's scale held."""
     d = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    model = sl.tiny_model(architecture="gpt2" if kind == "layer" else "llama")
+    model = sl.lm.tiny_model(architecture="gpt2" if kind == "layer" else "llama")
     norm = model.ln_final
     with torch.no_grad():
         for p in norm.parameters():
@@ -152,18 +160,18 @@ def test_folded_weights_are_read_as_they_are():
 
 
 def test_the_lens_ranks_the_vocabulary(tiny, sae):
-    lens = sl.logit_lens(sae, tiny, [5, 2], n=4)
+    lens = sl.analysis.logit_lens(sae, tiny, [5, 2], n=4)
     effect = read_out(tiny, sae.fold().W_dec.detach()[[5]])[0]
     effect = effect - effect.mean()
     assert [value for _, value in lens[5].promoted] == pytest.approx(effect.topk(4).values.tolist())
     assert [value for _, value in lens[5].suppressed] == pytest.approx((-(-effect).topk(4).values).tolist())
     assert lens[5].spread == pytest.approx(float(effect.std()))
     assert repr(lens[5].promoted[0][0]) in str(lens) and repr(lens[5].suppressed[0][0]) in str(lens)
-    assert [row.feature for row in lens.features] == [5, 2] and len(sl.logit_lens(sae, tiny).features) == D_SAE
+    assert [row.feature for row in lens.features] == [5, 2] and len(sl.analysis.logit_lens(sae, tiny).features) == D_SAE
     with pytest.raises(ValueError, match="`features`"):
-        sl.logit_lens(sae, tiny, [D_SAE])
+        sl.analysis.logit_lens(sae, tiny, [D_SAE])
     with pytest.raises(ValueError, match="width"):
-        sl.logit_lens(sl.SAE(sl.SAEConfig(d_in=8, d_sae=40)), tiny)
+        sl.analysis.logit_lens(sl.SAE(sl.SAEConfig(d_in=8, d_sae=40)), tiny)
 
 
 @pytest.mark.parametrize("by", ["correlation", "phi"])
@@ -173,7 +181,7 @@ def test_neighbours_equal_the_dense_correlation(store, by):
     with np.errstate(invalid="ignore", divide="ignore"):
         r = np.nan_to_num(np.corrcoef(dense.T))
     np.fill_diagonal(r, 0)
-    found = sl.neighbours(store, by, m=5)
+    found = sl.analysis.nearest_features(store, by, m=5)
     for j in range(D_SAE):
         best = np.sort(np.abs(r[j]))[::-1][:5]
         assert np.allclose(np.abs(np.nan_to_num(found.values[j])), best, atol=1e-5)
@@ -185,11 +193,11 @@ def test_neighbours_by_direction_find_twins_and_antipodes(sae):
     twin = sl.SAE(sae.cfg, seed=0)
     with torch.no_grad():
         twin.W_dec[7], twin.W_dec[9] = twin.W_dec[3], -twin.W_dec[4]
-    found = sl.neighbours(twin, m=3)
+    found = sl.analysis.nearest_features(twin, m=3)
     assert found.of(7)[0] == (3, pytest.approx(1)) and found.of(9)[0] == (4, pytest.approx(-1))
     assert found.n_tokens is None and all(j not in dict(found.of(j)) for j in range(D_SAE))
     with pytest.raises(ValueError, match="`by`"):
-        sl.neighbours(twin, "phi")
+        sl.analysis.nearest_features(twin, "phi")
 
 
 def test_revived_units_take_the_worst_tokens(tiny, tokens):
@@ -204,9 +212,9 @@ def test_revived_units_take_the_worst_tokens(tiny, tokens):
     before_sae = copy.deepcopy(sae)
     errors = (sae(x) - x).square().sum(1).detach()
     units = [3, 11, 30]
-    many = sl.revive(copy.deepcopy(sae), x, list(range(D_SAE)), seed=2)
+    many = sl.sae.resample_dead_latents(copy.deepcopy(sae), x, list(range(D_SAE)), seed=2)
     assert len(set(many)) == D_SAE and errors[many].mean() > 1.1 * errors.mean()
-    taken = sl.revive(sae, x, units, optimiser=optimiser, seed=1)
+    taken = sl.sae.resample_dead_latents(sae, x, units, optimiser=optimiser, seed=1)
     residual = x[taken] - before_sae(x[taken])
     assert torch.nn.functional.cosine_similarity(residual, sae.W_dec[units]).min() > 0.999
     others = [j for j in range(D_SAE) if j not in units]
@@ -219,9 +227,9 @@ def test_revived_units_take_the_worst_tokens(tiny, tokens):
             moments = optimiser.state[parameter][moment]
             if len(moments) == D_SAE:
                 assert not moments[units].any() and moments[others].any()
-    assert sl.revive(sae, x, []) == []
+    assert sl.sae.resample_dead_latents(sae, x, []) == []
     with pytest.raises(ValueError, match="different"):
-        sl.revive(sae, x, [1, 1])
+        sl.sae.resample_dead_latents(sae, x, [1, 1])
 
 
 def test_the_subspace_start_lies_where_activations_are():
@@ -244,7 +252,7 @@ def test_progressive_keeps_what_matters(tiny, tokens):
     acts = sl.collect(tiny, tokens, HOOK, progress=False)
     cfg = sl.SAEConfig(d_in=32, d_sae=96, activation=sl.AbsTopK(k=6), prefixes=(12, 48, 96))
     sae = sl.SAE(cfg).fit(acts, sl.TrainConfig(n_tokens=10_000, batch_size=256), progress=False)
-    found = sl.progressive(sae, tiny, tokens)
+    found = sl.analysis.prune_dictionary(sae, tiny, tokens)
     whole = sl.evaluate(sae, tiny, tokens[len(tokens) // 2 :], baselines=False, n_bootstrap=0, progress=False)
     for order in ("energy", "frequency", "random", "prefix"):
         row = found.get(order, 96)
@@ -256,7 +264,7 @@ def test_progressive_keeps_what_matters(tiny, tokens):
         assert found.get("energy", size).l0 < found.get("energy", 96).l0
     assert found.n_tokens == whole.n_tokens and str(found)
     with pytest.raises(ValueError, match="`sizes`"):
-        sl.progressive(sae, tiny, tokens, (97,))
+        sl.analysis.prune_dictionary(sae, tiny, tokens, (97,))
 
 
 def test_importance_does_not_depend_on_how_a_unit_is_scaled(tiny, tokens):
@@ -268,7 +276,7 @@ def test_importance_does_not_depend_on_how_a_unit_is_scaled(tiny, tokens):
         scaled.W_enc.div_(scale)
         scaled.b_enc.div_(scale)
         scaled.W_dec.mul_(scale[:, None])
-    one, other = (sl.progressive(each, tiny, tokens, (5, 20), hook_point=HOOK) for each in (sae, scaled))
+    one, other = (sl.analysis.prune_dictionary(each, tiny, tokens, (5, 20), hook_point=HOOK) for each in (sae, scaled))
     for size in (5, 20):
         assert one.get("energy", size).fvu == pytest.approx(other.get("energy", size).fvu, rel=1e-4)
         assert one.get("energy", size).ce == pytest.approx(other.get("energy", size).ce, rel=1e-4)
@@ -286,7 +294,7 @@ def test_windows_of_characters_are_as_long_as_those_of_words(store):
     wide.text = replace(letters, doc_ids=np.zeros(len(text), np.int32), positions=np.arange(len(text), dtype=np.int32))
     longest = {}
     for before in (None, 5):
-        groups = sl.examples(wide, 0, before=before, after=before).groups
+        groups = sl.analysis.max_activating_examples(wide, 0, before=before, after=before).groups
         longest[before] = max(len(example.text) for group in groups for example in group.examples)
     assert longest == {None: 64 + 32 + 1, 5: 11}
 

@@ -26,7 +26,7 @@ from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.validation import read_json
-from saelab.synthetic.tales import CTX_LEN, tell
+from saelab.synthetic.tales import CTX_LEN, generate_stories
 from saelab.synthetic.vocabulary import VOCABULARY, save_tokenizer
 from saelab.training.config import TrainConfig
 
@@ -410,7 +410,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_writes_a_report(shell: Shell, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for long in (score_concepts, tell):  # their annotations are checked where they are tested
+    for long in (score_concepts, generate_stories):  # their annotations are checked where they are tested
         monkeypatch.setattr(f"saelab.cli.demo.{long.__name__}", unchecked()(long))
     small = ["--n-stories", "30", "--n-tokens", "4096", "--d-sae", "64", "--k", "4", "--hook-point", HOOK_POINT]
     run = shell("demo", "--model", untrained, "--out", tmp_path / "demo", *small, "--no-progress")

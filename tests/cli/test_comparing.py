@@ -17,7 +17,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     """Two SAEs of which the second has the first's latents turned round by two, two of them flipped; their stores."""
     generator = torch.Generator().manual_seed(0)
     n = 2000
-    where = sl.Provenance(
+    where = sl.stores.Provenance(
         model="/nowhere/m", weight_processing="none", hook_point="", text="", tokens_sha256="", mask={},
         dtype="float32", ctx_len=25, n_tokens=n, seed=None, versions={},
     )  # fmt: skip

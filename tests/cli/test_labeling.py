@@ -12,7 +12,7 @@ import saelab as sl
 from saelab.cli import labeling
 from saelab.cli.app import dispatch
 from saelab.labels.autointerp.clients import Answer, Messages
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 from saelab.stores.validation import read_json
 
 WORDS = ("hot", "cold", *(f"w{i}" for i in range(30)))
@@ -36,7 +36,7 @@ def harvested(tmp_path_factory) -> Path:
     x = torch.zeros(1000, 3)
     x[:, 0], x[:, 1] = (ids == 0).float() - (ids == 1).float(), (ids < 2).float()
     columns = {"doc_ids": (torch.arange(1000) // 25).int(), "positions": (torch.arange(1000) % 25).int()}
-    where = sl.Provenance(
+    where = sl.stores.Provenance(
         model="/nowhere/m", weight_processing="none", hook_point="", text="", tokens_sha256="", mask={},
         dtype="float32", ctx_len=25, n_tokens=1000, seed=None, versions={},
     )  # fmt: skip
@@ -72,7 +72,7 @@ def test_rules_name_features_and_own_predicates_are_taken(store: Path, tmp_path:
     code, out, err = label(capsys, store)
     assert code == 0, err
     assert "labels added" in out and "SAE '' could not be opened" in err and "--sae" in err
-    book = LabelBook.open(store)
+    book = LabelStore.open(store)
     assert "hot" in book[0, 1].text and "cold" in book[0, -1].text and book[0, 1].scores["f1"] == 1.0
     assert book[0].kind == "two-sided" and 2 not in book and book.authors() == {"rules": 4}
     (tmp_path / "mine.py").write_text("WORDS = {'hot', 'cold'}" + RULES)
@@ -117,7 +117,7 @@ def test_a_language_model_names_features_and_is_asked_nothing_twice(
     assert code == 0 and out.startswith("about 2 prompts") and Fake.n_asked == 0
     code, out, err = label(capsys, *command)
     assert code == 0 and Fake.n_asked == 2 and "2 labels added" in out and "about 2 prompts" in err
-    book = LabelBook.open(store)
+    book = LabelStore.open(store)
     assert {one.text for one in book} == {"words of <b>weather</b>"} and book.authors() == {"fake": 2}
     assert label(capsys, *command)[0] == 0 and Fake.n_asked == 2
     assert label(capsys, *command, "--rules", "builtin", "--no-lens", "--resume")[0] == 0
@@ -132,7 +132,7 @@ def test_prompts_go_out_and_answers_come_back_by_files(store: Path, quick: None,
         "".join(json.dumps({"id": one["id"], "answer": answer(one["messages"])}) + "\n" for one in asked)
     )
     code, out, _ = label(capsys, store, "--import-answers", answers, "--model", "gpt-x", "--export-prompts", prompts)
-    assert code == 0 and "3 labels added" in out and LabelBook.open(store).authors() == {"gpt-x": 3}
+    assert code == 0 and "3 labels added" in out and LabelStore.open(store).authors() == {"gpt-x": 3}
     more = int(re.findall(r"([\d,]+) prompts in", out)[0].replace(",", ""))
     assert more == len(prompts.read_text().splitlines()) > 0  # now those of scores
 

@@ -224,8 +224,8 @@ def test_nan_is_refused_and_nothing_half_written(model, tokens, whole, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(reader, "capture", planted)
         if max_norm_ratio:  # the medians are not what this test is about
-            real = reader.Reader.calibrated
-            patch.setattr(reader.Reader, "calibrated", lambda self, t, n: real(self, t[:8], n))
+            real = reader.ActivationReader.calibrated
+            patch.setattr(reader.ActivationReader, "calibrated", lambda self, t, n: real(self, t[:8], n))
         with pytest.raises(ValueError, match=rf"finite in torch.float32; '{LATER}' has NaN or infinity in 2 of"):
             collect(model, tokens, [HOOK, LATER], tmp_path / "out", mask=mask, **SIZES)
     assert not list((tmp_path / "out").glob(".*"))

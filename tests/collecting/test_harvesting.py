@@ -158,7 +158,7 @@ def test_a_shard_in_which_nothing_fires_is_a_shard(tiny, acts, tmp_path, dtype):
     store = sl.harvest(silent, tiny, acts, tmp_path, dtype=dtype, shard_tokens=100, progress=False)
     store.verify()
     assert len(store) == len(acts) and store.n_entries == store.matrix().nnz == store.columns().nnz == 0
-    assert len(store.feature(3)) == 0 and set(sl.dead_units(store).kinds) == {"dead"}
+    assert len(store.feature(3)) == 0 and set(sl.analysis.dead_features(store).kinds) == {"dead"}
 
 
 class PowerCut(RuntimeError):
@@ -198,7 +198,7 @@ def test_a_finished_store_is_opened_and_another_is_refused(tiny, tokens, tmp_pat
     sl.harvest(make_sae(), tiny, tokens, tmp_path, **SMALL)
     before = contents(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("saelab.collecting.reader.Reader.read", None)
+        patch.setattr("saelab.collecting.reader.ActivationReader.read", None)
         sl.harvest(make_sae(), tiny, tokens, tmp_path, **SMALL)
     with pytest.raises(ValueError, match="sae: there"):
         sl.harvest(make_sae(seed=1), tiny, tokens, tmp_path, **SMALL)

@@ -12,11 +12,11 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import f1_score, roc_auc_score
 
 import saelab as sl
-from saelab.evaluation.concept_units import concept_baselines, read_codes
+from saelab.evaluation.concept_units import concept_baselines, encode_csr
 from saelab.evaluation.concepts import score_concepts
 from saelab.stores.corpus import split_documents
 from saelab.synthetic.lexicon import Concept
-from saelab.synthetic.tales import tell
+from saelab.synthetic.tales import generate_stories
 
 N_STORIES, STORY = 60, 40
 STORY_IDS = np.repeat(np.arange(N_STORIES), STORY)
@@ -139,7 +139,7 @@ def test_the_fast_path_agrees_with_plain_arithmetic(truth) -> None:
 def test_codes_of_every_kind_are_read(truth) -> None:
     z = informed(truth)
     codes = torch.from_numpy(z)
-    for same in (z, codes, sl.SparseCodes.from_dense(codes)):
+    for same in (z, codes, sl.functional.SparseCodes.from_dense(codes)):
         assert score_concepts(same, truth, TABLE, STORY_IDS).to_dict() == score(z, truth).to_dict()
 
 
@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_refused(truth) -> None:
 
 def test_baselines_of_tales() -> None:
     """Concepts on random directions: the probe reads them all, and what is not trained for them is below it."""
-    stories = tell(40)
+    stories = generate_stories(40)
     rng = np.random.default_rng(6)
     truth = stories.concepts[:, :100]
     x = truth.astype(np.float32) @ rng.standard_normal((100, 48)).astype(np.float32)
@@ -337,7 +337,7 @@ def test_baselines_of_tales() -> None:
     rivals = concept_baselines(acts, cfg, truth, stories.story_ids)
     assert torch.equal(torch.get_rng_state(), state)
     assert list(rivals) == ["neurons", "pca", "random", "untrained", "probe"]
-    codes = read_codes(sl.SAE(cfg), acts)
+    codes = encode_csr(sl.SAE(cfg), acts)
     assert codes.shape == (len(acts), 96) and (np.diff(codes.indptr) == 6).all()
     scores = score_concepts(codes, truth, stories.table[:100], stories.story_ids, min_count=5, baselines=rivals)
     others = [rival.coverage for name, rival in scores.baselines.items() if name != "probe"]

@@ -281,7 +281,7 @@ def test_hook_point_and_mask_come_from_the_provenance(tiny, own_words, trained) 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_broken_row_is_refused_and_not_taken_for_an_outlier(tiny, own_words, trained, monkeypatch, bad) -> None:
     def planted(model, ids, names):
-        acts = sl.capture(model, ids, names)
+        acts = sl.lm.capture(model, ids, names)
         acts[HOOK][0, 3, 5] = bad
         return acts
 

@@ -8,10 +8,10 @@ import torch
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.evaluation.concept_units import read_codes
-from saelab.evaluation.sparse_control import TOLD, EditTask, compare_control, edit_sparsely, weigh_codes
-from saelab.evaluation.supervised_dictionary import fit_attributes, mark_values, score_attributes
-from saelab.probing.concept_removal import ablate_concept
+from saelab.evaluation.concept_units import encode_csr
+from saelab.evaluation.sparse_control import TOLD, EditTask, edit_sparsely, evaluate_sparse_control, weigh_codes
+from saelab.evaluation.supervised_dictionary import fit_supervised_dictionary, mark_values, score_attributes
+from saelab.probing.concept_removal import erase_concept
 from saelab.probing.linear_directions import (
     FeatureErasure,
     choose_sides,
@@ -37,7 +37,7 @@ def told(n=200, seed=0):
 
 def test_least_squares_find_planted_vectors_where_means_count_twice():
     x, attributes, (u, v) = told()
-    fits = {method: fit_attributes(x, attributes, method) for method in ("means", "least-squares")}
+    fits = {method: fit_supervised_dictionary(x, attributes, method) for method in ("means", "least-squares")}
     least = fits["least-squares"]
     torch.testing.assert_close(least.decode(least.encode(attributes)), x, rtol=1e-4, atol=1e-4)
     rows = dict(zip(least.names, least.rows, strict=True))
@@ -57,12 +57,12 @@ def test_an_edit_of_an_attribute_is_the_other_prompt():
     u = told()[2][0]
     who = torch.tensor([int(one["who"][1]) for one in attributes])
     wanted += u[(who + 1) % 4] - u[who]
-    edited = fit_attributes(x, attributes, "least-squares").edit(x, attributes, other)
+    edited = fit_supervised_dictionary(x, attributes, "least-squares").edit(x, attributes, other)
     torch.testing.assert_close(edited, wanted, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="must have values that were there"):
-        fit_attributes(x, attributes).encode([{"who": "nobody", "when": "t0"}])
+        fit_supervised_dictionary(x, attributes).encode([{"who": "nobody", "when": "t0"}])
     with pytest.raises(ValueError, match="must say the same things of each of the 200 rows"):
-        fit_attributes(x, [*attributes[:-1], {"who": "p0"}])
+        fit_supervised_dictionary(x, [*attributes[:-1], {"who": "p0"}])
 
 
 def test_sparse_edits_take_the_features_that_matter_first():
@@ -132,8 +132,8 @@ def letter_task(tiny, order):
         name: torch.cat([torch.full((len(v), 1), 0), v, torch.full((len(v), 2), 9)], 1) for name, v in versions.items()
     }
     letters = [LETTERS[i] for i in order]
-    x = sl.logits(tiny, rows[TOLD][:, :2])[:, -1].argmax(-1)
-    y = sl.logits(tiny, rows["letter"][:, :2])[:, -1].argmax(-1)
+    x = sl.lm.logits(tiny, rows[TOLD][:, :2])[:, -1].argmax(-1)
+    y = sl.lm.logits(tiny, rows["letter"][:, :2])[:, -1].argmax(-1)
     return EditTask(
         model=tiny,
         hook_point=LAST,
@@ -167,7 +167,7 @@ def control(task):
         exact.W_enc.copy_(torch.linalg.pinv(centred) * 8 / 7)
         exact.b_enc.zero_()
     untrained = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4), normaliser="none"))
-    return compare_control(task, task, {"exact": exact, "untrained": untrained}, ks=(0, 1, 2))
+    return evaluate_sparse_control(task, task, {"exact": exact, "untrained": untrained}, ks=(0, 1, 2))
 
 
 def test_a_dictionary_of_the_attributes_reaches_the_ceiling(control):
@@ -204,9 +204,11 @@ def test_tasks_must_match(task):
     with pytest.raises(ValueError, match="`place_names` must name 1 places"):
         replace(task, place_names=("a", "b"))
     with pytest.raises(ValueError, match="must rebuild activations of width 32"):
-        compare_control(task, task, {"narrow": sl.SAE(sl.SAEConfig(d_in=16, d_sae=32))})
+        evaluate_sparse_control(task, task, {"narrow": sl.SAE(sl.SAEConfig(d_in=16, d_sae=32))})
     with pytest.raises(ValueError, match="the same vectors at every token, got layer_norm"):
-        compare_control(task, task, {"normed": sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, normaliser="layer_norm"))})
+        evaluate_sparse_control(
+            task, task, {"normed": sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, normaliser="layer_norm"))}
+        )
 
 
 def test_name_prompts_differ_in_what_they_say():
@@ -236,7 +238,7 @@ def planted():
 
     Atom 0 is the concept; the SAE has one latent for each atom, and for no atom its opposite on the other side.
     """
-    model = sl.tiny_model(seed=3)
+    model = sl.lm.tiny_model(seed=3)
     atoms = torch.linalg.qr(torch.randn(32, ATOMS, generator=torch.Generator().manual_seed(0))).Q.T
     generator = torch.Generator().manual_seed(1)
     bits = torch.rand(N_WORDS, ATOMS, generator=generator) < 0.5
@@ -262,7 +264,7 @@ def planted():
 def removal(planted):
     model, tokens, labels, sae = planted
     options = {"hook_point": FIRST, "read_at": FIRST, "ranking": "f", "n_random": 1}
-    return ablate_concept(model, tokens, labels, "bit 0", sae, k=1, **options)
+    return erase_concept(model, tokens, labels, "bit 0", sae, k=1, **options)
 
 
 def test_the_planted_feature_is_chosen_and_what_it_leaves_is_chance_or_less(removal):
@@ -291,14 +293,14 @@ def test_directions_leave_nothing_of_the_concept_and_all_of_the_others(removal, 
 
 def test_both_sides_of_a_signed_feature_are_the_whole_concept(planted):
     model, tokens, labels, sae = planted
-    x = sl.capture(model, tokens.ids, [FIRST])[FIRST]
+    x = sl.lm.capture(model, tokens.ids, [FIRST])[FIRST]
     both = FeatureErasure(sae, (0, 0), (1, -1))(x)
     atom = sae.W_dec[0].detach()
     assert float((both @ atom).abs().max()) < 0.15 < 0.9 < float((x @ atom).abs().min())
     one = FeatureErasure(sae, (0,), (1,))(x)
     assert torch.equal(one[~labels["bit 0"]], x[~labels["bit 0"]])
     with sl.steer(model, sae, [0], mode="ablate", hook_point=FIRST):
-        steered = sl.capture(model, tokens.ids, ["blocks.0.hook_in"])["blocks.0.hook_in"]
+        steered = sl.lm.capture(model, tokens.ids, ["blocks.0.hook_in"])["blocks.0.hook_in"]
     torch.testing.assert_close(both, steered, rtol=1e-4, atol=1e-4)
 
 
@@ -315,7 +317,7 @@ def test_codes_of_a_normaliser_that_measures_tokens_are_taken_out_in_their_own_s
 
 def test_nothing_stays_behind_and_losses_are_those_of_the_text(planted, removal):
     model, tokens, labels, _ = planted
-    losses = sl.next_token_loss(sl.logits(model, tokens.ids), tokens.ids)
+    losses = sl.lm.next_token_loss(sl.lm.logits(model, tokens.ids), tokens.ids)
     from saelab.stores.corpus import split_documents
 
     held = torch.from_numpy(~split_documents(tokens.doc_ids.flatten().numpy(), 0.5, 0)).view_as(tokens.ids)
@@ -325,14 +327,14 @@ def test_nothing_stays_behind_and_losses_are_those_of_the_text(planted, removal)
     assert first.loss_with == pytest.approx(float(losses[held[:, 1:] & has].mean()), rel=1e-4)
     assert removal.n_predictions == int((held[:, 1:] & ~has).sum())
     with sl.splice(model, {FIRST: removal.edits["erasure"]}):
-        assert float((sl.next_token_loss(sl.logits(model, tokens.ids), tokens.ids) - losses).abs().max()) > 1e-3
+        assert float((sl.lm.next_token_loss(sl.lm.logits(model, tokens.ids), tokens.ids) - losses).abs().max()) > 1e-3
     assert "edits" not in removal.to_dict() and "random direction" in str(removal) and len(removal.edits) == 4
 
 
 def test_random_sides_fire_as_often_and_are_others(planted):
     model, tokens, labels, sae = planted
-    x = sl.capture(model, tokens.ids, [FIRST])[FIRST].flatten(0, 1)
-    codes = read_codes(sae, x)
+    x = sl.lm.capture(model, tokens.ids, [FIRST])[FIRST].flatten(0, 1)
+    codes = encode_csr(sae, x)
     features, signs = choose_sides(
         codes, labels["bit 0"].flatten().numpy(), 1, "effect", (sae.W_dec @ sae.W_dec[0]).detach().numpy()
     )
@@ -387,4 +389,4 @@ def test_removal_refuses_what_makes_no_sense(planted):
     ):
         options = {"concept": "bit 0", "labels": labels, "sae": sae, "hook_point": FIRST} | change
         with pytest.raises(ValueError, match=match):
-            ablate_concept(model, tokens, **options)
+            erase_concept(model, tokens, **options)

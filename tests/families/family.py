@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import saelab as sl
-from saelab.lm.hook_points import door
+from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model
 from saelab.lm.models import _byte_tokenizer
 
@@ -37,7 +37,9 @@ class Family:
     def blocks(self) -> list[str]:
         """The blocks' names, in order: "blocks.0", or the first of several stacks."""
         found = [
-            match for name in door(self.model).points if (match := re.fullmatch(r"(\w*blocks\.\d+)\.hook_out", name))
+            match
+            for name in hook_points_of(self.model).points
+            if (match := re.fullmatch(r"(\w*blocks\.\d+)\.hook_out", name))
         ]
         stack = sorted({match[1].partition(".")[0] for match in found}, key=lambda name: (name != "blocks", name))[0]
         names = {match[1] for match in found if match[1].startswith(f"{stack}.")}
@@ -54,7 +56,7 @@ class Family:
 
     def module(self, component: str) -> nn.Module:
         """Hugging Face's own module behind a component of the bridge; KeyError where that only groups others."""
-        wrapper, own = door(self.model).components[component], dict(self.theirs.named_modules())
+        wrapper, own = hook_points_of(self.model).components[component], dict(self.theirs.named_modules())
         inside = next(path for path, module in self.model.original_model.named_modules() if module is wrapper)
         return own[inside.replace("._original_component", "")]
 

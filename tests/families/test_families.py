@@ -7,7 +7,7 @@ from run import judge
 from table import build, list_architectures
 from uses import USES
 
-from saelab.lm.hook_points import door
+from saelab.lm.hook_points import hook_points_of
 
 SOME = {
     "dense": "LlamaForCausalLM",
@@ -39,7 +39,7 @@ def test_what_a_model_noted_of_a_picture_does_not_reach_a_text() -> None:
         if hook:
             point.add_hook(hook)
         assert texts_of(family, ["Hello you"]) == [expected]
-        running, _ = door(family.model).route([])
+        running, _ = hook_points_of(family.model).route([])
         noting = [module for module in running.modules() if hasattr(module, "rope_deltas")]
         assert len(noting) == 1
         noting[0].rope_deltas = torch.tensor([[5]])

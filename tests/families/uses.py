@@ -10,7 +10,7 @@ from torch import Tensor
 
 import saelab as sl
 from saelab.lm.caching import find_border
-from saelab.lm.hook_points import door
+from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import find_context
 from saelab.lm.unembedding import read_out
 
@@ -22,10 +22,10 @@ UNIT = SHIFT / SHIFT.norm() * 10
 
 def use_logits(family: Family) -> None:
     """Logits, of right-padded rows too."""
-    same(sl.logits(family.model, family.ids), family.run(family.ids), "logits")
+    same(sl.lm.logits(family.model, family.ids), family.run(family.ids), "logits")
     padded = torch.cat([family.ids[:1, :7], torch.full((1, 5), 2)], 1)
     rows = torch.cat([padded, family.ids[1:]])
-    same(sl.logits(family.model, rows)[:1, :7], family.run(family.ids[:1, :7]), "right-padded logits")
+    same(sl.lm.logits(family.model, rows)[:1, :7], family.run(family.ids[:1, :7]), "right-padded logits")
 
 
 def use_hooks(family: Family) -> None:
@@ -33,10 +33,10 @@ def use_hooks(family: Family) -> None:
     seen: list[Tensor] = []
     with family.by_hand(lambda x: seen.append(x.clone()) or x):
         family.run(family.ids)
-    same(sl.capture(family.model, family.ids, [family.point])[family.point], seen[0], family.point)
-    agreement = sl.verify_hooks(family.model)
+    same(sl.lm.capture(family.model, family.ids, [family.point])[family.point], seen[0], family.point)
+    agreement = sl.lm.verify_hooks(family.model)
     captured = all(error <= agreement.tolerance for error in agreement.captured)
-    if not captured or agreement.ok != door(family.model).bridge_is_right:
+    if not captured or agreement.ok != hook_points_of(family.model).bridge_is_right:
         raise Wrong("verify_hooks: " + ", ".join(f"{e:.0e}" for e in (*agreement.captured, *agreement.bridge)))
 
 
@@ -46,9 +46,9 @@ def use_stream(family: Family) -> None:
     A block hands on to the next what it gives out. Factors (multipliers of residuals, scalars of layers, halves of
     RWKV) are fitted: a dozen at most for 768 numbers, so that a part left out or a wrong one is seen.
     """
-    home, block, ids = door(family.model), family.blocks[1], family.ids
+    home, block, ids = hook_points_of(family.model), family.blocks[1], family.ids
     flow = [f"{block}.hook_in", f"{block}.hook_out", f"{family.blocks[2]}.hook_in"]
-    before, after, handed = sl.capture(family.model, ids, flow).values()
+    before, after, handed = sl.lm.capture(family.model, ids, flow).values()
     same(handed, (handed * after).sum() / after.square().sum() * after, "the next block's input")
     parts: dict[str, Any] = {}
     for name in home.components:
@@ -57,7 +57,7 @@ def use_stream(family: Family) -> None:
                 parts[name] = family.module(name)
     outputs = family.watch(parts, ids)
     for name, expected in outputs.items():
-        found = sl.capture(family.model, ids, [f"{name}.hook_out"])[f"{name}.hook_out"]
+        found = sl.lm.capture(family.model, ids, [f"{name}.hook_out"])[f"{name}.hook_out"]
         same(found, expected, f"{name}.hook_out")
     within = family.watch(dict(family.module(block).named_children()), ids)  # some parts have no hook point
     columns = torch.stack([x.double().flatten() for x in (before, *outputs.values(), *within.values())], 1)
@@ -101,7 +101,7 @@ def use_context(family: Family) -> None:
     except Exception:
         expected = None
     try:
-        found = sl.logits(family.model, ids)
+        found = sl.lm.logits(family.model, ids)
     except Exception:
         if expected is not None:
             raise
@@ -125,7 +125,9 @@ def use_context(family: Family) -> None:
 
 @contextmanager
 def _steered(family: Family):
-    with sl.steer(family.model, sl.Direction(SHIFT, family.point), 10.0, where=sl.Where(special=True)):
+    with sl.steer(
+        family.model, sl.Direction(SHIFT, family.point), 10.0, where=sl.interventions.TokenSelector(special=True)
+    ):
         yield
 
 
@@ -135,7 +137,7 @@ def use_steering(family: Family) -> None:
         expected = [family.write(prompt) for prompt in PROMPTS]
         logits = family.run(family.ids)
     with _steered(family):
-        same(sl.logits(family.model, family.ids), logits, "steered logits")
+        same(sl.lm.logits(family.model, family.ids), logits, "steered logits")
         for use_cache in (True, False):
             if texts_of(family, PROMPTS, use_cache=use_cache) != expected:
                 raise Wrong(f"steered texts with use_cache={use_cache}")
@@ -186,7 +188,7 @@ def use_splice(family: Family) -> None:
     with family.by_hand(lambda x: 0.5 * x + SHIFT.to(x)):
         expected = family.run(family.ids)
     with sl.splice(family.model, {family.point: lambda x: 0.5 * x + SHIFT.to(x)}):
-        same(sl.logits(family.model, family.ids), expected, "spliced logits")
+        same(sl.lm.logits(family.model, family.ids), expected, "spliced logits")
 
 
 def _make_sae() -> sl.SAE:
@@ -217,7 +219,7 @@ def _evaluate_by_hand(family: Family, sae: sl.SAE) -> Tensor:
 
 def use_evaluation(family: Family) -> None:
     """Losses, and those of `evaluate`: clean, through an untrained SAE, of zeros: Hugging Face's own, by hand."""
-    same(sl.next_token_loss(sl.logits(family.model, family.ids), family.ids), _measure_loss(family), "losses")
+    same(sl.lm.next_token_loss(sl.lm.logits(family.model, family.ids), family.ids), _measure_loss(family), "losses")
     sae = _make_sae()
     same(_evaluate(family, sae), _evaluate_by_hand(family, sae), "losses of evaluate")
 
@@ -225,7 +227,7 @@ def use_evaluation(family: Family) -> None:
 def use_attribution(family: Family) -> None:
     """The effect of the largest active feature before the last token: a central difference on Hugging Face's model."""
     sae = _make_sae()
-    found = sl.attribute(family.model, sae, PROMPTS[0], 7, hook_point=family.point, progress=False)
+    found = sl.interventions.attribute(family.model, sae, PROMPTS[0], 7, hook_point=family.point, progress=False)
     ids = torch.tensor([family.model.tokenizer(PROMPTS[0])["input_ids"]])
     inner = [i for i, place in enumerate(found.positions) if 0 < place < ids.shape[1] - 1]
     node = max(inner, key=lambda i: abs(float(found.effects[i])))
@@ -241,7 +243,7 @@ def use_gradient(family: Family) -> None:
     along, ids = torch.randn(WIDTH, generator=torch.Generator().manual_seed(2)), family.ids[:1]
     step = torch.zeros((), requires_grad=True)
     with sl.splice(family.model, {family.point: lambda x: _push(x, 4, step * along)}):
-        (slope,) = torch.autograd.grad(sl.logits(family.model, ids, grad=True)[0, -1, 7], step)
+        (slope,) = torch.autograd.grad(sl.lm.logits(family.model, ids, grad=True)[0, -1, 7], step)
     measured = _differ(family, ids, 4, along, lambda logits: logits[0, -1, 7])
     if not abs(float(slope) - measured) <= 1e-2 * abs(measured) + 1e-4:
         raise Wrong(f"gradient {float(slope):.4f} for {measured:.4f}")
@@ -266,7 +268,7 @@ def _differ(family: Family, ids: Tensor, place: int, along: Tensor, read: Callab
 def use_lens(family: Family) -> None:
     """`read_out`: the measured derivative at the last block, where the norm's scale stays as it is."""
     model, last = family.model, f"{family.blocks[-1]}.hook_out"
-    x = sl.capture(model, family.ids[:1], [last])[last][0, -1].double()
+    x = sl.lm.capture(model, family.ids[:1], [last])[last][0, -1].double()
     along = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for centred in (False, True):
         mid = x - x.mean() if centred else x
@@ -275,7 +277,7 @@ def use_lens(family: Family) -> None:
         found = read_out(model, way.float()).double() / mid.square().mean().sqrt()
         cap = _find_cap(family.theirs.config)
         if cap:
-            found = found * (1 - (sl.logits(model, family.ids[:1])[0, -1].double() / cap).square())
+            found = found * (1 - (sl.lm.logits(model, family.ids[:1])[0, -1].double() / cap).square())
         measured = torch.stack([_slope(family, row, 1e-2 * float(mid.square().mean().sqrt())) for row in way])
         error = float((found - measured).norm() / measured.norm().clamp(min=1e-9))
         if error < 5e-3:
@@ -298,8 +300,8 @@ def _slope(family: Family, along: Tensor, step: float) -> Tensor:
 
 def use_foreign(family: Family) -> None:
     """With hooks of transformer_lens' and of PyTorch's on the model they take part in whatever saelab does."""
-    home, sae = door(family.model), _make_sae()
-    sl.capture(family.model, family.ids, [family.point])  # one that never fires runs nobody's hooks
+    home, sae = hook_points_of(family.model), _make_sae()
+    sl.lm.capture(family.model, family.ids, [family.point])  # one that never fires runs nobody's hooks
     behind = home.components[family.blocks[2]]
 
     def turn(_module: Any, _args: Any, out: Any) -> Any:
@@ -312,17 +314,17 @@ def use_foreign(family: Family) -> None:
     family.model.hook_dict[family.point].add_hook(lambda x, hook: x + SHIFT.to(x))
     try:
         with behind.register_forward_hook(turn):
-            same(sl.logits(family.model, family.ids), plain, "logits with foreign hooks")
+            same(sl.lm.logits(family.model, family.ids), plain, "logits with foreign hooks")
             same(_evaluate(family, sae), losses, "losses with foreign hooks")
             if texts_of(family, PROMPTS[:1]) != [text]:
                 raise Wrong("text with foreign hooks")
             with _steered(family):
-                same(sl.logits(family.model, family.ids), moved, "steered logits with foreign hooks")
+                same(sl.lm.logits(family.model, family.ids), moved, "steered logits with foreign hooks")
                 if texts_of(family, PROMPTS[:1]) != [steered]:
                     raise Wrong("steered text with foreign hooks")
     finally:
         family.model.reset_hooks()
-    same(sl.logits(family.model, family.ids), family.run(family.ids), "logits when the hooks are gone")
+    same(sl.lm.logits(family.model, family.ids), family.run(family.ids), "logits when the hooks are gone")
 
 
 USES: dict[str, Callable[[Family], None]] = {

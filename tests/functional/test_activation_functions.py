@@ -10,7 +10,7 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.functional.activation_functions import pursue
 from saelab.sae.config import MatchingPursuit
-from saelab.sae.training_sae import Trainee
+from saelab.sae.training_sae import TrainingSAE
 
 D_IN, D_SAE = 6, 15
 
@@ -126,7 +126,7 @@ def test_codes_dense_and_sparse_saved_folded_and_by_prefix(activation, tmp_path)
 @each_sign
 def test_losses_reach_the_dictionary(activation):
     sae = pursuing(activation, aux=sl.AuxK(k=2, dead_after_tokens=10))
-    trainee = Trainee(sae, sl.TrainConfig(n_tokens=1000, batch_size=100))
+    trainee = TrainingSAE(sae, sl.TrainConfig(n_tokens=1000, batch_size=100))
     trainee.prepare(draw(100, D_IN))
     trainee.state["tokens_since_fired"][-3:] = 10
     objective = trainee.objective(draw(100, D_IN))

@@ -35,11 +35,11 @@ def store(sae, tiny, tiny_tokens, tmp_path_factory):
 def test_one_feature(kind, sae, store, tiny, tmp_path):
     j = KINDS[kind](3)
     assert store.feature(j).feature == 3 and type(store.feature(j).feature) is int
-    card = sl.describe_feature(store, j)
+    card = sl.analysis.describe_feature(store, j)
     card.save(tmp_path / "card.json")
     assert json.loads((tmp_path / "card.json").read_text())["feature"] == 3
-    assert str(sl.examples(store, j)) == str(sl.examples(store, 3))
-    with sl.LabelBook.open(store) as book:
+    assert str(sl.analysis.max_activating_examples(store, j)) == str(sl.analysis.max_activating_examples(store, 3))
+    with sl.labels.LabelStore.open(store) as book:
         book.set(j, "a name", author="me")
         assert book[j].text == "a name" and type(book.labels(j)[0].feature) is int
         assert book.delete(j) == 1
@@ -50,16 +50,16 @@ def test_one_feature(kind, sae, store, tiny, tmp_path):
 @pytest.mark.parametrize("kind", list(MANY))
 def test_several_features(kind, sae, store, tiny, tmp_path):
     ids = MANY[kind]([2, 3, 4])
-    assert [row.feature for row in sl.logit_lens(sae, tiny, ids, n=2).features] == [2, 3, 4]
+    assert [row.feature for row in sl.analysis.logit_lens(sae, tiny, ids, n=2).features] == [2, 3, 4]
     report = sl.report(store, tmp_path / "report.html", features=ids, progress=False)
     assert report is not None
-    sl.export_store(store, tmp_path / "out", "saedashboard", features=ids, progress=False)
+    sl.interop.export_store(store, tmp_path / "out", "saedashboard", features=ids, progress=False)
     told = json.loads((tmp_path / "out" / "batch-0.json").read_text())["features"]
     assert [row["feature_index"] for row in told] == [2, 3, 4]
     assert list(sl.Intervention(sae, ids, mode="ablate", hook_point=HOOK).strengths) == [2, 3, 4]
-    found = sl.patch(tiny, "One", "Two", "e", sources=(sae, ids), hook_point=HOOK)
+    found = sl.interventions.patch(tiny, "One", "Two", "e", sources=(sae, ids), hook_point=HOOK)
     assert "2, 3, 4" in found.sources[0]
-    scores = sl.score_steering(tiny, sae, store, ids, prompts="One", hook_point=HOOK)
+    scores = sl.steering.output_scores(tiny, sae, store, ids, prompts="One", hook_point=HOOK)
     assert {row.feature for row in scores.rows} <= {2, 3, 4}
 
 
@@ -76,13 +76,13 @@ def test_what_is_no_feature_is_said(sae, store):
 def test_one_number_is_checked_where_it_enters(bad: int) -> None:
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     with pytest.raises((TypeError, ValueError), match=r"must be (an integer|in 0\.\.63), got"):
-        sl.When(sae, bad)
+        sl.interventions.ActivationCondition(sae, bad)
     with pytest.raises((TypeError, ValueError), match=r"must be (an integer|in 0\.\.63), got"):
-        sl.revive(sae, torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), [bad])
+        sl.sae.resample_dead_latents(sae, torch.randn(50, 32, generator=torch.Generator().manual_seed(0)), [bad])
     with pytest.raises((TypeError, ValueError), match=r"must be (an integer|in 0\.\.63), got"):
-        sl.neighbours(sae).of(bad)
+        sl.analysis.nearest_features(sae).of(bad)
     with pytest.raises((TypeError, KeyError), match=r"must be (an integer|one of those asked for), got"):
-        sl.logit_lens(sae, sl.tiny_model(), [3])[bad]
+        sl.analysis.logit_lens(sae, sl.lm.tiny_model(), [3])[bad]
 
 
 def test_a_list_is_asked_for() -> None:
@@ -91,5 +91,7 @@ def test_a_list_is_asked_for() -> None:
 
 
 def test_an_entry_of_the_lens_is_found_by_any_integer() -> None:
-    lens = sl.logit_lens(sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4))), sl.tiny_model(), [3])
+    lens = sl.analysis.logit_lens(
+        sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4))), sl.lm.tiny_model(), [3]
+    )
     assert lens[torch.tensor(3)] is lens[np.int64(3)] is lens[3]

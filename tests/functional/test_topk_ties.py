@@ -10,7 +10,7 @@ from saelab.functional.screening import first_largest, largest_first
 from saelab.functional.topk import batch_topk_entries, search_batch_topk, search_group_max, search_topk, topk_latents
 from saelab.sae.activation_functions import AbsTopK, BatchAbsTopK, BatchTopK, GroupMax, TopK
 from saelab.sae.config import SAEConfig
-from saelab.sae.training_sae import Trainee
+from saelab.sae.training_sae import TrainingSAE
 from saelab.training.config import TrainConfig
 from saelab.universality.matching import find_nearest
 
@@ -138,7 +138,7 @@ def test_encode_encode_sparse_and_training_fire_the_same_latents(activation, d_s
         sae.b_enc.copy_(bias)
     dense, sparse = sae.encode(x) != 0, sae.encode_sparse(x)
     assert torch.equal(dense, sparse.to_dense() != 0)
-    trainee = Trainee(sae, TrainConfig(n_tokens=40, batch_size=40))
+    trainee = TrainingSAE(sae, TrainConfig(n_tokens=40, batch_size=40))
     assert torch.equal(trainee.objective(x).fired, dense.any(0))
     if not isinstance(activation, BatchTopK):
         assert torch.equal(sae.encode_some(x, list(range(0, d_sae, 3))) != 0, dense[:, ::3])

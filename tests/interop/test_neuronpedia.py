@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import saelab as sl
 from saelab.interop.activation_caches import convert_activations
 from saelab.interop.neuronpedia import export_store
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 
 PLACE = "blocks.1.hook_resid_post"
 N_SEQ, CTX_LEN, D_IN = 10, 6, 4
@@ -35,7 +35,7 @@ def store(sae: sl.SAE, tiny: Any, tiny_tokens: Any, tmp_path_factory: pytest.Tem
 def test_delphi_reads_every_code_with_its_sign(store: sl.FeatureStore, n_splits: int, tmp_path: Path) -> None:
     place = export_store(store, tmp_path / "cache", "delphi", n_splits=n_splits, pad_id=0)
     assert len(list(place.glob("*.safetensors"))) == n_splits and place.name == PLACE
-    again = sl.convert_delphi(place, tmp_path / "again", progress=False)
+    again = sl.interop.convert_delphi(place, tmp_path / "again", progress=False)
     assert store.signed and again.signed
     codes = again.matrix()[store.places]  # delphi has the tokens that our mask left out, without codes
     assert (codes != store.matrix()).nnz == 0 and again.n_entries == store.n_entries
@@ -67,7 +67,7 @@ def test_saedashboard_gets_its_batches(store: sl.FeatureStore, sae: sl.SAE, tiny
         assert one["frac_nonzero"] == pytest.approx(len(found) / len(store))
         assert sum(one["freq_hist_data_bar_heights"]) == len(found)
         assert sum(one["logits_hist_data_bar_heights"]) == tiny.cfg.d_vocab
-        lens = sl.logit_lens(sae, tiny, [one["feature_index"]])[one["feature_index"]]
+        lens = sl.analysis.logit_lens(sae, tiny, [one["feature_index"]])[one["feature_index"]]
         assert one["pos_str"] == [text for text, _ in lens.promoted]
         row = sae.directions()[one["feature_index"]]
         assert one["neuron_alignment_indices"][0] == int(row.abs().argmax())
@@ -78,7 +78,7 @@ def test_saedashboard_gets_its_batches(store: sl.FeatureStore, sae: sl.SAE, tiny
 
 
 def test_neuronpedia_gets_its_records(store: sl.FeatureStore, sae: sl.SAE, tmp_path: Path) -> None:
-    with LabelBook.open(store) as book:
+    with LabelStore.open(store) as book:
         book.set(3, "a name", author="me")
     root = export_store(store, tmp_path, "neuronpedia", sae=sae, source_set="mine", features=[3, 5], progress=False)
     assert root == tmp_path / store.provenance.model / "1-mine"

@@ -12,7 +12,7 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.interventions.attribution import Attribution, attribute, correlation, rank_correlation
 from saelab.interventions.patching import patch
-from saelab.interventions.prompt_metrics import find_token, make_outcome, read_texts
+from saelab.interventions.prompt_metrics import find_token, make_prompt_metric, read_texts
 from saelab.visualization.intervention_plots import plot_attribution
 
 HOOK = "blocks.0.hook_resid_post"
@@ -25,7 +25,7 @@ def linear():
     """A model whose logits are linear in the residual stream: norms that only scale, attention to all alike, no MLP."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = sl.tiny_model().tokenizer
+    tokenizer = sl.lm.tiny_model().tokenizer
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
         intermediate_size=16, rms_norm_eps=EPS, initializer_range=0.3, bos_token_id=0, eos_token_id=1, pad_token_id=2,
@@ -47,7 +47,7 @@ def make_sae(model, hook_point, activation=None, normaliser="none"):
     )
     sae = sl.SAE(cfg, seed=3)
     tokens = sl.tokenize(model, ["The owl hears the cat and the dog."], ctx_len=32)
-    x = sl.capture(model, tokens.ids, [hook_point])[hook_point].flatten(0, 1)
+    x = sl.lm.capture(model, tokens.ids, [hook_point])[hook_point].flatten(0, 1)
     sae.normaliser.fit(x)
     if normaliser == "none":
         sae.b_dec.data += x.mean(0)
@@ -88,9 +88,9 @@ def test_features_of_normalisers_that_measure_tokens_add_up(linear, normaliser):
         x[:, 1:] = sae.decode(torch.zeros(1, x.shape[1] - 1, 48), x=x[:, 1:])  # BOS is left as it is
         return x
 
-    texts, outcome = read_texts(linear, PROMPT), make_outcome(linear, ("f", "c"))
+    texts, outcome = read_texts(linear, PROMPT), make_prompt_metric(linear, ("f", "c"))
     with sl.splice(linear, {HOOK: empty}):
-        bare = outcome(sl.logits(linear, texts.ids), texts, torch.tensor([0]))
+        bare = outcome(sl.lm.logits(linear, texts.ids), texts, torch.tensor([0]))
     found = attribute(linear, sae, PROMPT, ("f", "c"), method="exact", hook_point=HOOK)
     assert found.patched == pytest.approx(float(bare), abs=1e-4)
 
@@ -121,22 +121,22 @@ def test_estimates_agree_with_exact_effects_in_a_linear_model(linear):
 
 def test_exact_effects_are_those_of_ablating_one_by_one(tiny, tiny_sae):
     found = attribute(tiny, tiny_sae, PROMPT, "!", method="exact", hook_point=HOOK, progress=False)
-    texts, outcome = read_texts(tiny, PROMPT), make_outcome(tiny, "!")
-    clean = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+    texts, outcome = read_texts(tiny, PROMPT), make_prompt_metric(tiny, "!")
+    clean = outcome(sl.lm.logits(tiny, texts.ids), texts, torch.tensor([0]))
     for i in range(0, len(found.features), 5):
         where = [int(found.positions[i])]
         with sl.steer(tiny, tiny_sae, [int(found.features[i])], mode="ablate", where=where, hook_point=HOOK):
-            ablated = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+            ablated = outcome(sl.lm.logits(tiny, texts.ids), texts, torch.tensor([0]))
         assert found.effects[i] == pytest.approx(float(ablated - clean), abs=2e-5)
     assert np.abs(found.effects).max() > 1e-3
 
 
 def test_error_of_a_token_is_what_dropping_it_does(tiny, tiny_sae):
     found = attribute(tiny, tiny_sae, PROMPT, "!", method="exact", hook_point=HOOK)
-    texts, outcome = read_texts(tiny, PROMPT), make_outcome(tiny, "!")
-    clean = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+    texts, outcome = read_texts(tiny, PROMPT), make_prompt_metric(tiny, "!")
+    clean = outcome(sl.lm.logits(tiny, texts.ids), texts, torch.tensor([0]))
     with sl.splice(tiny, tiny_sae, error="drop", where=[4], hook_point=HOOK):
-        dropped = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+        dropped = outcome(sl.lm.logits(tiny, texts.ids), texts, torch.tensor([0]))
     assert found.errors[4] == pytest.approx(float(dropped - clean), abs=2e-5)
     assert found.errors[0] == 0, "BOS is left as it is"
 
@@ -168,10 +168,10 @@ def test_mean_baseline_takes_means_where_features_fire(tiny, tiny_tokens, tmp_pa
     means = sae.encode(acts[:]).detach().mean(0)
     i = int(np.abs(found.effects).argmax())
     feature = int(found.features[i])
-    texts, outcome = read_texts(tiny, PROMPT), make_outcome(tiny, "!")
-    clean = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+    texts, outcome = read_texts(tiny, PROMPT), make_prompt_metric(tiny, "!")
+    clean = outcome(sl.lm.logits(tiny, texts.ids), texts, torch.tensor([0]))
     with sl.steer(tiny, sae, {feature: float(means[feature])}, mode="clamp", where=[int(found.positions[i])]):
-        moved = outcome(sl.logits(tiny, texts.ids), texts, torch.tensor([0]))
+        moved = outcome(sl.lm.logits(tiny, texts.ids), texts, torch.tensor([0]))
     assert found.effects[i] == pytest.approx(float(moved - clean), abs=1e-3)
     with pytest.raises(ValueError, match="needs `store`"):
         attribute(tiny, sae, PROMPT, "!", baseline="mean")
@@ -180,10 +180,12 @@ def test_mean_baseline_takes_means_where_features_fire(tiny, tiny_tokens, tmp_pa
 def test_places_limit_what_is_attributed(tiny, tiny_sae):
     found = attribute(tiny, tiny_sae, PROMPT, "!", where=[2, -1], hook_point=HOOK)
     assert set(found.positions.tolist()) == {2, 10}
-    special = attribute(tiny, tiny_sae, PROMPT, "!", where=sl.Where(special=True), hook_point=HOOK)
+    special = attribute(
+        tiny, tiny_sae, PROMPT, "!", where=sl.interventions.TokenSelector(special=True), hook_point=HOOK
+    )
     assert 0 in special.positions
     with pytest.raises(ValueError, match="got a condition"):
-        attribute(tiny, tiny_sae, PROMPT, "!", where=sl.When(tiny_sae, 1), hook_point=HOOK)
+        attribute(tiny, tiny_sae, PROMPT, "!", where=sl.interventions.ActivationCondition(tiny_sae, 1), hook_point=HOOK)
 
 
 def test_users_functions_are_metrics(tiny, tiny_sae):
@@ -197,7 +199,7 @@ def test_users_functions_are_metrics(tiny, tiny_sae):
 
 def test_nothing_stays_behind(tiny, tiny_sae):
     ids = read_texts(tiny, PROMPT).ids
-    before = sl.logits(tiny, ids)
+    before = sl.lm.logits(tiny, ids)
     with torch.no_grad():
         quiet = attribute(tiny, tiny_sae, PROMPT, "!", hook_point=HOOK)
     loud = attribute(tiny, tiny_sae, PROMPT, "!", hook_point=HOOK)
@@ -205,7 +207,7 @@ def test_nothing_stays_behind(tiny, tiny_sae):
     assert all(weight.grad is None for weight in (*tiny.original_model.parameters(), *tiny_sae.parameters()))
     with pytest.raises(ZeroDivisionError):
         attribute(tiny, tiny_sae, PROMPT, lambda out: out[:, 0, 0] / (1 // 0), hook_point=HOOK)
-    assert torch.equal(sl.logits(tiny, ids), before)
+    assert torch.equal(sl.lm.logits(tiny, ids), before)
 
 
 def test_inside_a_block_the_steered_model_is_attributed(tiny, tiny_sae):

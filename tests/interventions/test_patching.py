@@ -12,8 +12,8 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.interventions.directions import Subspace, make_random_subspaces
 from saelab.interventions.patching import patch
-from saelab.interventions.prompt_metrics import make_outcome, read_texts
-from saelab.interventions.resampling import resample
+from saelab.interventions.prompt_metrics import make_prompt_metric, read_texts
+from saelab.interventions.resampling import resample_ablation
 from saelab.visualization.intervention_plots import plot_patching
 
 HOOK = "blocks.1.hook_resid_post"
@@ -29,14 +29,14 @@ def sae():
 
 
 def read(model, prompt):
-    return sl.capture(model, read_texts(model, prompt).ids, [HOOK])[HOOK][0]
+    return sl.lm.capture(model, read_texts(model, prompt).ids, [HOOK])[HOOK][0]
 
 
 def measure(model, prompt, edit, hook_point=HOOK):
     """The metric with an edit of the (n, d) activations of the corrupt run."""
     texts = read_texts(model, prompt)
     with sl.splice(model, {hook_point: lambda x: edit(x[0])[None]}):
-        return float(make_outcome(model, METRIC)(sl.logits(model, texts.ids), texts, torch.tensor([0])))
+        return float(make_prompt_metric(model, METRIC)(sl.lm.logits(model, texts.ids), texts, torch.tensor([0])))
 
 
 def test_hook_points_restore_what_flows_through_them(tiny):
@@ -168,30 +168,30 @@ def test_features_must_exist_and_say_where(tiny, sae):
 def test_resampling_is_what_it_says(tiny):
     direction = sl.Direction(torch.randn(32, generator=torch.Generator().manual_seed(3)), HOOK)
     prompts = ["Once", "a longer text"]
-    found = resample(tiny, prompts, direction, seed=5)
+    found = resample_ablation(tiny, prompts, direction, seed=5)
     texts, v = read_texts(tiny, prompts), direction.vector
     keep = texts.select(tiny, "all")
     assert found.n_tokens == int(keep.sum()) == 17
-    x = sl.capture(tiny, texts.ids, [HOOK])[HOOK]
+    x = sl.lm.capture(tiny, texts.ids, [HOOK])[HOOK]
     rows = x[keep]
     order = torch.randperm(17, generator=generator_of(5))
     x[keep] += ((rows[order] - rows) @ v)[:, None] * v
     with sl.splice(tiny, {HOOK: lambda _: x}):
-        losses = sl.next_token_loss(sl.logits(tiny, texts.ids), texts.ids)
+        losses = sl.lm.next_token_loss(sl.lm.logits(tiny, texts.ids), texts.ids)
     by_hand = (losses[0, :4].mean() + losses[1].mean()) / 2
     assert found.rows[0].value == pytest.approx(float(by_hand), abs=1e-5)
     assert found.rows[0].value != pytest.approx(found.clean, abs=1e-5)
-    assert found == resample(tiny, prompts, direction, seed=5)
+    assert found == resample_ablation(tiny, prompts, direction, seed=5)
 
 
 def test_a_direction_that_matters_loses_more_than_random_ones(tiny):
     texts = [f"I see {name}" for name in ("Ann", "Tom", "Eve", "Bob", "Una", "Kim")]
     targets = torch.tensor([40, 50, 60, 70, 80, 90])
     last = "blocks.2.hook_resid_post"
-    x = sl.capture(tiny, read_texts(tiny, texts).ids, [last])[last][:, -1]
+    x = sl.lm.capture(tiny, read_texts(tiny, texts).ids, [last])[last][:, -1]
     # the line along which the last activations differ most is what their predictions differ by
     main = torch.linalg.svd(x - x.mean(0)).Vh[0]
-    found = resample(tiny, texts, sl.Direction(main, last, "main"), targets, where=[-1], n_random=8)
+    found = resample_ablation(tiny, texts, sl.Direction(main, last, "main"), targets, where=[-1], n_random=8)
     row = found.rows[0]
     assert len(row.random) == 8
     assert abs(row.value - found.clean) > np.mean([abs(value - found.clean) for value in row.random])
@@ -204,7 +204,9 @@ def test_a_random_direction_beats_random_ones_as_often_as_chance_says(tiny):
     changes = []
     for seed in range(n):
         drawn = torch.randn(32, generator=torch.Generator().manual_seed(1000 + seed))
-        found = sl.resample(tiny, ["abab" * 6, "baba" * 6], sl.Direction(drawn, HOOK), n_random=n_random, seed=seed)
+        found = sl.interventions.resample_ablation(
+            tiny, ["abab" * 6, "baba" * 6], sl.Direction(drawn, HOOK), n_random=n_random, seed=seed
+        )
         [row] = found.rows
         changes.append([abs(value - found.clean) for value in (row.value, *row.random)])
     won = sum(max(row) == row[0] for row in changes)
@@ -215,9 +217,9 @@ def test_a_random_direction_beats_random_ones_as_often_as_chance_says(tiny):
 def test_resampling_needs_rivals_and_tokens(tiny):
     direction = sl.Direction(torch.ones(32), HOOK)
     with pytest.raises(ValueError, match="`n_random` must be at least 4"):
-        resample(tiny, "One", direction, n_random=3)
+        resample_ablation(tiny, "One", direction, n_random=3)
     with pytest.raises(ValueError, match="at least two tokens"):
-        resample(tiny, "One", direction, where=[1])
+        resample_ablation(tiny, "One", direction, where=[1])
 
 
 def test_random_subspaces_are_orthonormal_and_seeded():
@@ -232,13 +234,13 @@ def test_random_subspaces_are_orthonormal_and_seeded():
 
 def test_outcomes_are_read_behind_the_last_token_of_each_text(tiny):
     texts = read_texts(tiny, ["One", "Three", "Seven"])
-    out = sl.logits(tiny, texts.ids)
+    out = sl.lm.logits(tiny, texts.ids)
     expected = out[torch.arange(3), texts.lengths - 1].log_softmax(-1)
     targets = torch.tensor([40, 41, 42])
     rows = torch.tensor([2, 0])
-    found = make_outcome(tiny, targets)(out[rows], texts, rows)
+    found = make_prompt_metric(tiny, targets)(out[rows], texts, rows)
     torch.testing.assert_close(found, expected[rows, targets[rows]])
-    loss = make_outcome(tiny, "loss")(out, texts, torch.arange(3))
+    loss = make_prompt_metric(tiny, "loss")(out, texts, torch.arange(3))
     alone = read_texts(tiny, "One")
-    torch.testing.assert_close(loss[0], sl.next_token_loss(sl.logits(tiny, alone.ids), alone.ids).mean())
+    torch.testing.assert_close(loss[0], sl.lm.next_token_loss(sl.lm.logits(tiny, alone.ids), alone.ids).mean())
     assert math.isfinite(float(loss.sum()))

@@ -7,7 +7,7 @@ import torch
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.interventions.prototype_steering import Prototypes, Pull, find_prototypes, steer_to
+from saelab.interventions.prototype_steering import Prototypes, PrototypeSteering, mean_codes, steer_to_prototype
 
 HOOK = "blocks.1.hook_resid_post"
 IDS = torch.tensor([[0, 70, 71, 72, 73]])
@@ -27,7 +27,7 @@ def moods(sae):
     x = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
     x[::3] += 2 * sae.W_dec[5].detach()
     x[1::3] -= 2 * sae.W_dec[5].detach()
-    return find_prototypes(sae, x, ["glad", "sad", "plain"] * 20).keep(6)
+    return mean_codes(sae, x, ["glad", "sad", "plain"] * 20).keep(6)
 
 
 def draw_codes(sae, n=7):
@@ -55,9 +55,9 @@ def descend(z, prototypes, target, pull, signed):
 @pytest.mark.parametrize("activation", [sl.AbsTopK(k=4), sl.TopK(k=4)])
 def test_steps_are_those_of_autograd(moods, loss, activation):
     sae = make_sae(activation)
-    prototypes = find_prototypes(sae, torch.randn(40, 32, generator=torch.Generator().manual_seed(2)), [0, 1] * 20)
+    prototypes = mean_codes(sae, torch.randn(40, 32, generator=torch.Generator().manual_seed(2)), [0, 1] * 20)
     z = draw_codes(sae)
-    pull = Pull(sae, hook_point=HOOK, prototypes=prototypes, target="1", eta=0.07, n_steps=9, loss=loss)
+    pull = PrototypeSteering(sae, hook_point=HOOK, prototypes=prototypes, target="1", eta=0.07, n_steps=9, loss=loss)
     by_hand = descend(z, prototypes, "1", pull, sae.cfg.activation.signed)
     torch.testing.assert_close(pull.descend(z), by_hand, rtol=1e-4, atol=1e-5)
     assert (by_hand - z).abs().max() > 0.01
@@ -71,7 +71,7 @@ def test_two_prototypes_add_their_difference_until_the_token_is_on_the_right_sid
     prototypes = Prototypes(("glad", "sad"), codes, (1, 1))
     z = torch.zeros(3, 24)
     z[:, 5] = torch.tensor([-4.0, 0.0, 4.0])
-    pull = Pull(sae, hook_point=HOOK, prototypes=prototypes, target="glad", eta=0.1, n_steps=30)
+    pull = PrototypeSteering(sae, hook_point=HOOK, prototypes=prototypes, target="glad", eta=0.1, n_steps=30)
     moved = (pull.descend(z) - z)[:, 5]
     # one number: z <- z + 2 eta (1 - p) 3, p = sigmoid(6 z), of which the last token has all already
     expected = z[:, 5].double()
@@ -84,7 +84,7 @@ def test_two_prototypes_add_their_difference_until_the_token_is_on_the_right_sid
 
 def test_distance_goes_all_the_way_to_the_prototype(sae, moods):
     z = draw_codes(sae)
-    pull = Pull(sae, hook_point=HOOK, prototypes=moods, target="sad", eta=0.5, n_steps=1, loss="distance")
+    pull = PrototypeSteering(sae, hook_point=HOOK, prototypes=moods, target="sad", eta=0.5, n_steps=1, loss="distance")
     wanted = moods.codes[moods.find("sad")]
     torch.testing.assert_close(pull.descend(z), wanted.expand(7, -1))
 
@@ -92,7 +92,7 @@ def test_distance_goes_all_the_way_to_the_prototype(sae, moods):
 def test_prototypes_are_means_by_label(sae):
     x = torch.randn(9, 32)
     labels = torch.tensor([2, 0, 2, 0, 2, 2, 0, 0, 0])
-    found = find_prototypes(sae, x, labels)
+    found = mean_codes(sae, x, labels)
     assert found.names == ("0", "2") and found.counts == (5, 4)
     torch.testing.assert_close(found.codes[1], sae.encode(x[labels == 2]).detach().mean(0))
     kept = found.keep(3)
@@ -110,28 +110,28 @@ def test_the_difference_is_a_direction_of_its_own_length(sae, moods):
 def test_a_block_moves_activations_as_the_formula_says(tiny, sae, moods, normaliser):
     if normaliser != "none":
         sae = sl.SAE(replace(sae.cfg, normaliser=normaliser), seed=2)
-    x = sl.capture(tiny, IDS, [HOOK])[HOOK]
-    with steer_to(tiny, sae, moods, "glad", hook_point=HOOK, where=[2, 4], n_steps=5):
-        moved = sl.capture(tiny, IDS, ["blocks.1.hook_out"])["blocks.1.hook_out"]
-    pull = Pull(sae, hook_point=HOOK, prototypes=moods, target="glad", n_steps=5)
+    x = sl.lm.capture(tiny, IDS, [HOOK])[HOOK]
+    with steer_to_prototype(tiny, sae, moods, "glad", hook_point=HOOK, where=[2, 4], n_steps=5):
+        moved = sl.lm.capture(tiny, IDS, ["blocks.1.hook_out"])["blocks.1.hook_out"]
+    pull = PrototypeSteering(sae, hook_point=HOOK, prototypes=moods, target="glad", n_steps=5)
     z = sae.encode(x[0]).detach()
     by_hand = sae.decode(pull.descend(z), x=x[0]) + x[0] - sae.decode(z, x=x[0])
     torch.testing.assert_close(moved[0, [2, 4]], by_hand[[2, 4]].detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(moved[0, [0, 1, 3]], x[0, [0, 1, 3]], rtol=0, atol=1e-6)
-    assert torch.equal(sl.capture(tiny, IDS, [HOOK])[HOOK], x), "nothing stays behind"
+    assert torch.equal(sl.lm.capture(tiny, IDS, [HOOK])[HOOK], x), "nothing stays behind"
 
 
 def test_no_step_changes_nothing(tiny, sae, moods):
-    before = sl.logits(tiny, IDS)
+    before = sl.lm.logits(tiny, IDS)
     for settings in ({"n_steps": 0}, {"eta": 0.0}):
-        with steer_to(tiny, sae, moods, "glad", hook_point=HOOK, **settings):
-            assert torch.equal(sl.logits(tiny, IDS), before)
+        with steer_to_prototype(tiny, sae, moods, "glad", hook_point=HOOK, **settings):
+            assert torch.equal(sl.lm.logits(tiny, IDS), before)
 
 
 def test_the_norm_is_kept_where_asked(tiny, sae, moods):
-    x = sl.capture(tiny, IDS, [HOOK])[HOOK]
-    with steer_to(tiny, sae, moods, "glad", hook_point=HOOK, loss="distance", keep_norm=True):
-        moved = sl.capture(tiny, IDS, ["blocks.1.hook_out"])["blocks.1.hook_out"]
+    x = sl.lm.capture(tiny, IDS, [HOOK])[HOOK]
+    with steer_to_prototype(tiny, sae, moods, "glad", hook_point=HOOK, loss="distance", keep_norm=True):
+        moved = sl.lm.capture(tiny, IDS, ["blocks.1.hook_out"])["blocks.1.hook_out"]
     torch.testing.assert_close(moved.norm(dim=-1), x.norm(dim=-1))
     assert (moved - x)[0, 1:].norm(dim=-1).min() > 0.1
 
@@ -139,7 +139,7 @@ def test_the_norm_is_kept_where_asked(tiny, sae, moods):
 def test_generation_is_steered_alike_with_and_without_a_cache(tiny, sae, moods):
     texts = {}
     for use_cache in (True, False):
-        with steer_to(tiny, sae, moods, "glad", hook_point=HOOK, eta=0.3, where="generated"):
+        with steer_to_prototype(tiny, sae, moods, "glad", hook_point=HOOK, eta=0.3, where="generated"):
             texts[use_cache] = sl.generate(tiny, ["One", "A fox"], 6, seed=3, use_cache=use_cache, progress=False)
     plain = sl.generate(tiny, ["One", "A fox"], 6, seed=3, progress=False)
     assert [one.ids for one in texts[True]] == [one.ids for one in texts[False]]
@@ -148,7 +148,7 @@ def test_generation_is_steered_alike_with_and_without_a_cache(tiny, sae, moods):
 
 def test_steered_tokens_are_nearest_to_their_target(tiny, sae, moods):
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(7))
-    pull = Pull(sae, hook_point=HOOK, prototypes=moods, target="sad", n_steps=60)
+    pull = PrototypeSteering(sae, hook_point=HOOK, prototypes=moods, target="sad", n_steps=60)
     z = sae.encode(x).detach()
     for codes, share in ((z, 0.6), (pull.descend(z), 1.0)):
         nearest = torch.cdist(codes, moods.codes).argmin(1)
@@ -172,12 +172,12 @@ def test_steered_tokens_are_nearest_to_their_target(tiny, sae, moods):
 def test_what_does_not_fit_is_refused(sae, moods, settings, complaint):
     asked = {"prototypes": moods, "target": "glad", "hook_point": HOOK} | settings
     with pytest.raises(ValueError, match=complaint):
-        Pull(sae, **asked)
+        PrototypeSteering(sae, **asked)
 
 
 def test_labels_must_be_two_and_one_a_row(sae):
     for labels in (["a"] * 4, ["a", "b", "a"]):
         with pytest.raises(ValueError, match="`labels` must name each of 4 rows"):
-            find_prototypes(sae, torch.randn(4, 32), labels)
+            mean_codes(sae, torch.randn(4, 32), labels)
     with pytest.raises(ValueError, match="`k` must be in"):
-        find_prototypes(sae, torch.randn(2, 32), ["a", "b"]).keep(25)
+        mean_codes(sae, torch.randn(2, 32), ["a", "b"]).keep(25)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.lm.hook_points import door
+from saelab.lm.hook_points import hook_points_of
 
 PROMPTS = ["Once upon a time there was a girl", "Tom saw a dog.", "One day the big dog ran to the park and"]
 POINTS = ["blocks.2.hook_resid_post", "blocks.1.hook_attn_out", "blocks.1.hook_mlp_out"]
@@ -37,10 +37,10 @@ def make_sae(model: Any, activation: Any = None, seed: int = 0, **options: Any) 
 def size_at(model: Any, point: str) -> float:
     """A strength that matters: the typical norm of activations."""
     tokens = sl.tokenize(model, PROMPTS, 12, packed=False)
-    return float(sl.capture(model, tokens.ids, [point])[point][:, 1:].norm(dim=-1).median())
+    return float(sl.lm.capture(model, tokens.ids, [point])[point][:, 1:].norm(dim=-1).median())
 
 
-def ids_of(generation: sl.Generation) -> list[tuple[int, ...]]:
+def ids_of(generation: sl.lm.Generation) -> list[tuple[int, ...]]:
     return [sample.ids for sample in generation]
 
 
@@ -59,7 +59,7 @@ def naive(model: Any, prompt: str, edit: Any, point: str) -> tuple[int, ...]:
 
     for _ in range(N):
         with sl.splice(model, {point: run}):
-            row = torch.cat([row, sl.logits(model, row)[:, -1:].argmax(-1)], 1)
+            row = torch.cat([row, sl.lm.logits(model, row)[:, -1:].argmax(-1)], 1)
     return tuple(row[0, n_prompt:].tolist())
 
 
@@ -99,18 +99,18 @@ def test_every_mode_is_alike_with_and_without_cache(model: Any, point: str, mode
 @pytest.mark.parametrize("point", POINTS)
 def test_neutral_strengths_change_no_bit(model: Any, point: str) -> None:
     sae, ids = make_sae(model), sl.tokenize(model, PROMPTS, 12, packed=False).ids
-    clean, texts = sl.logits(model, ids), go_on(model)
+    clean, texts = sl.lm.logits(model, ids), go_on(model)
     for options in ({"mode": "add"}, {"mode": "at-least"}, {"mode": "add", "unit": "norm"}):
         with sl.steer(model, sae, {3: 0.0, 5: -0.0}, hook_point=point, **options):
-            assert torch.equal(sl.logits(model, ids), clean) and go_on(model) == texts
+            assert torch.equal(sl.lm.logits(model, ids), clean) and go_on(model) == texts
             with torch.no_grad():
                 bridged = model(ids.long(), return_type="logits")
         with torch.no_grad():
             assert torch.equal(bridged, model(ids.long(), return_type="logits"))
     with sl.steer(model, sae, {3: 1.0}, mode="scale", hook_point=point):
-        assert torch.equal(sl.logits(model, ids), clean)
+        assert torch.equal(sl.lm.logits(model, ids), clean)
     with sl.splice(model, sae, error="keep", hook_point=point):
-        assert torch.equal(sl.logits(model, ids), clean)
+        assert torch.equal(sl.lm.logits(model, ids), clean)
 
 
 # transformer-lens 4.3 itself calls a cache by the name that transformers 5.24 gave up.
@@ -126,7 +126,7 @@ def refused_or_alike() -> Iterator[None]:
 
 @pytest.mark.parametrize("where", ["prompt", "generated"])
 def test_beams_are_steered_alike_with_and_without_cache(where: str) -> None:
-    model = sl.tiny_model()
+    model = sl.lm.tiny_model()
     hf_model, ids = model.original_model, torch.tensor([[0, 80, 81, 82, 83, 84]])
     direction = torch.randn(32, generator=torch.Generator().manual_seed(1))
 
@@ -144,25 +144,25 @@ def test_beams_are_steered_alike_with_and_without_cache(where: str) -> None:
 
 
 def test_rows_that_change_places_go_on_with_their_texts() -> None:
-    model, rows, new = sl.tiny_model(), torch.arange(70, 82).view(3, 4), torch.tensor([[90], [91], [92]])
+    model, rows, new = sl.lm.tiny_model(), torch.arange(70, 82).view(3, 4), torch.tensor([[90], [91], [92]])
     direction, order = sl.Direction(torch.ones(32), "blocks.1.hook_resid_post"), [2, 0, 1]
 
     def step(before: Any) -> Any:
         with sl.steer(model, direction, 3.0, where="generated"):
-            sl.logits(model, before)
-            return sl.logits(model, torch.cat([rows[order], new], 1))
+            sl.lm.logits(model, before)
+            return sl.lm.logits(model, torch.cat([rows[order], new], 1))
 
     torch.testing.assert_close(step(rows), step(rows[order]), rtol=0, atol=0)
     assert not torch.equal(step(rows), step(rows + 1))  # whose rows are another text's
 
 
 def test_another_text_in_the_same_block_begins_anew() -> None:
-    model = sl.tiny_model()
+    model = sl.lm.tiny_model()
     direction, ids = sl.Direction(torch.ones(32), "blocks.1.hook_resid_post"), torch.arange(70, 77)[None]
 
     def read(*texts: Any) -> Any:
         with sl.steer(model, direction, 3.0, where="prompt"):
-            return [sl.logits(model, text) for text in texts][-1]
+            return [sl.lm.logits(model, text) for text in texts][-1]
 
     torch.testing.assert_close(read(ids[:, :4], ids), read(ids), rtol=0, atol=0)
 
@@ -187,7 +187,7 @@ def test_the_bridges_own_generate_is_steered_alike_or_refused(tales: Any) -> Non
             expected = go_on(tales, PROMPTS[0])
             for cached in (True, False):
                 options = {"do_sample": False, "use_past_kv_cache": cached, "verbose": False, "stop_at_eos": False}
-                if cached and door(tales).caching(tales.original_model).argument is None:
+                if cached and hook_points_of(tales).caching(tales.original_model).argument is None:
                     with pytest.raises(ValueError, match="model that loses it"):
                         tales.generate(ids, N, **options)
                     continue
@@ -224,7 +224,10 @@ def test_a_mask_names_tokens_of_the_prompt_and_special_ones_are_spared(tales: An
     sae, ids = make_sae(tales), sl.tokenize(tales, PROMPTS, 8, packed=False).ids
     mask = torch.zeros(ids.shape, dtype=torch.bool)
     mask[0, 0] = mask[1, 2] = True
-    changed = [differs(tales, sae, ids, place) for place in (mask, "all", sl.Where(special=True), mask[1])]
+    changed = [
+        differs(tales, sae, ids, place)
+        for place in (mask, "all", sl.interventions.TokenSelector(special=True), mask[1])
+    ]
     assert torch.equal(changed[0], mask)
     assert torch.equal(changed[1], ~torch.isin(ids, torch.tensor(tales_special(tales))))
     assert changed[2][:, 0].all() and changed[3].nonzero()[:, 1].tolist() == [2, 2, 2]
@@ -238,31 +241,31 @@ def tales_special(model: Any) -> list[int]:
 
 def differs(model: Any, sae: sl.SAE, ids: torch.Tensor, place: Any) -> torch.Tensor:
     """Which tokens a steered forward changes at the hook point itself."""
-    before = sl.capture(model, ids, [POINT])[POINT]
+    before = sl.lm.capture(model, ids, [POINT])[POINT]
     with sl.steer(model, sae, {3: 5.0}, hook_point=POINT, where=place):
-        return (sl.capture(model, ids, [POINT])[POINT] != before).any(-1)
+        return (sl.lm.capture(model, ids, [POINT])[POINT] != before).any(-1)
 
 
 def test_a_condition_is_read_at_its_own_hook_point(tales: Any) -> None:
     sae, other = make_sae(tales), make_sae(tales, seed=1)
     ids = sl.tokenize(tales, PROMPTS, 8, packed=False).ids
-    z = other.encode(sl.capture(tales, ids, [POINTS[2]])[POINTS[2]])
+    z = other.encode(sl.lm.capture(tales, ids, [POINTS[2]])[POINTS[2]])
     ordinary = ~torch.isin(ids, torch.tensor(tales_special(tales)))
     feature = int((z[ordinary] != 0).float().mean(0).sub(0.5).abs().argmin())
     for side, fires in (("both", z != 0), ("positive", z > 0), ("negative", z < 0)):
-        when = sl.When(other, feature, hook_point=POINTS[2], side=side)  # type: ignore[arg-type]
+        when = sl.interventions.ActivationCondition(other, feature, hook_point=POINTS[2], side=side)  # type: ignore[arg-type]
         assert torch.equal(differs(tales, sae, ids, when), fires[..., feature] & ordinary)
-    here = sl.When(sae, 3, hook_point=POINT)
-    fires = sae.encode(sl.capture(tales, ids, [POINT])[POINT])[..., 3] != 0
+    here = sl.interventions.ActivationCondition(sae, 3, hook_point=POINT)
+    fires = sae.encode(sl.lm.capture(tales, ids, [POINT])[POINT])[..., 3] != 0
     assert torch.equal(differs(tales, sae, ids, here), fires & ordinary)
     with pytest.raises(RuntimeError, match="must lie before"):
-        differs(tales, sae, ids, sl.When(other, 0, hook_point="blocks.3.hook_resid_post"))
+        differs(tales, sae, ids, sl.interventions.ActivationCondition(other, 0, hook_point="blocks.3.hook_resid_post"))
 
 
 @pytest.mark.parametrize("activation", [sl.TopK(k=6), sl.AbsTopK(k=6), sl.BatchAbsTopK(k=6), sl.JumpReLU()])
 @pytest.mark.parametrize("normaliser", ["none", "scale", "whiten", "token_norm", "layer_norm"])
 def test_modes_do_what_their_formulas_say(activation: Any, normaliser: Any) -> None:
-    model = sl.tiny_model()
+    model = sl.lm.tiny_model()
     generator = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(40, 32, generator=generator) @ torch.randn(32, 32, generator=generator) + 1
     sae = make_sae(model, activation, normaliser=normaliser)
@@ -292,7 +295,7 @@ def test_codes_are_read_alike_densely_and_sparsely(monkeypatch: pytest.MonkeyPat
     from saelab.sae import module
     from saelab.sae.activation_functions import GroupMax
 
-    sae = make_sae(sl.tiny_model(), GroupMax(k=6))  # no shortcut to some latents
+    sae = make_sae(sl.lm.tiny_model(), GroupMax(k=6))  # no shortcut to some latents
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         dense = sae.encode_some(x, [3, 40, 7])
@@ -335,7 +338,7 @@ def test_directions_are_moved_and_ablated() -> None:
     torch.testing.assert_close(gone + v.encode(x) * v.vector, x)
     torch.testing.assert_close(sl.Intervention(v, 3.0, "clamp").change(x, x) @ v.vector, torch.full((6,), 3.0))
     torch.testing.assert_close(sl.Intervention(-v, 3.0).change(x, x), x - 3 * v.vector)
-    assert not torch.equal(sl.make_random(v, 0).vector, sl.make_random(v, 1).vector)
+    assert not torch.equal(sl.interventions.make_random(v, 0).vector, sl.interventions.make_random(v, 1).vector)
 
 
 def test_blocks_nest_and_several_saes_stand_side_by_side(model: Any) -> None:
@@ -346,34 +349,38 @@ def test_blocks_nest_and_several_saes_stand_side_by_side(model: Any) -> None:
         sl.Intervention(sae, {3: size, 4: -size}, mode, hook_point=point)  # type: ignore[arg-type]
         for sae, size, point, mode in zip(saes, sizes, POINTS, ("add", "clamp", "at-least"), strict=True)
     ]
-    with sl.steer_all(model, parts):
-        together, texts = sl.logits(model, ids), go_on(model)
+    with sl.interventions.steer_all(model, parts):
+        together, texts = sl.lm.logits(model, ids), go_on(model)
         assert go_on(model, use_cache=False, batch_size=1) == texts
-    with sl.steer_all(model, parts[:1]), sl.steer_all(model, parts[1:2]), sl.steer_all(model, parts[2:]):
-        assert torch.equal(sl.logits(model, ids), together)
+    with (
+        sl.interventions.steer_all(model, parts[:1]),
+        sl.interventions.steer_all(model, parts[1:2]),
+        sl.interventions.steer_all(model, parts[2:]),
+    ):
+        assert torch.equal(sl.lm.logits(model, ids), together)
     at = {"hook_point": POINT}
     with sl.steer(model, saes[0], {3: 2.0}, **at), sl.steer(model, saes[0], {3: 3.0}, **at):
-        twice = sl.logits(model, ids)
+        twice = sl.lm.logits(model, ids)
     with sl.steer(model, saes[0], {3: 5.0}, **at):
-        torch.testing.assert_close(sl.logits(model, ids), twice, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(sl.lm.logits(model, ids), twice, atol=1e-3, rtol=1e-3)
     with sl.steer(model, saes[0], {3: 9.0}, **at), sl.steer(model, saes[0], {3: 2.0}, mode="clamp", **at):
-        clamped = saes[0].encode(sl.capture(model, ids, [POINT])[POINT])  # the inner block has the last word
+        clamped = saes[0].encode(sl.lm.capture(model, ids, [POINT])[POINT])  # the inner block has the last word
     assert clamped.shape[-1] == 48
 
 
 def test_nothing_stays_behind_after_an_exception(model: Any) -> None:
     sae, ids = make_sae(model), sl.tokenize(model, PROMPTS, 12, packed=False).ids
-    clean, texts, hooks = sl.logits(model, ids), go_on(model), count_hooks(model)
+    clean, texts, hooks = sl.lm.logits(model, ids), go_on(model), count_hooks(model)
     with pytest.raises(ZeroDivisionError), sl.steer(model, sae, {3: 9.0}, hook_point=POINT):
         1 / 0  # noqa: B018
     with (
         pytest.raises(ValueError, match="width of the hook point"),
         sl.steer(model, sl.Direction(torch.ones(7), POINT), 9.0),
     ):
-        sl.logits(model, ids)
+        sl.lm.logits(model, ids)
     with pytest.raises(ValueError, match="hook point"), sl.steer(model, sae, {3: 9.0}, hook_point="blocks.2.nowhere"):
         pass
-    assert count_hooks(model) == hooks and torch.equal(sl.logits(model, ids), clean) and go_on(model) == texts
+    assert count_hooks(model) == hooks and torch.equal(sl.lm.logits(model, ids), clean) and go_on(model) == texts
 
 
 def count_hooks(model: Any) -> int:
@@ -385,7 +392,7 @@ def test_gradients_reach_strengths_and_pass_through_reconstructions(tales: Any) 
 
     def score(strength: Any) -> torch.Tensor:
         with sl.steer(tales, sae, {3: strength}, hook_point=POINT):
-            return sl.logits(tales, ids, grad=True).log_softmax(-1)[0, 5, 17]
+            return sl.lm.logits(tales, ids, grad=True).log_softmax(-1)[0, 5, 17]
 
     s = torch.tensor(4.0, requires_grad=True)
     (slope,) = torch.autograd.grad(score(s), s)
@@ -393,22 +400,22 @@ def test_gradients_reach_strengths_and_pass_through_reconstructions(tales: Any) 
     with sl.steer(tales, sae, {3: s}, hook_point=POINT):  # a step of learning after another, in one block
         slopes = []
         for _ in range(2):
-            out = sl.logits(tales, ids, grad=True).log_softmax(-1)[0, 5, 17]
+            out = sl.lm.logits(tales, ids, grad=True).log_softmax(-1)[0, 5, 17]
             slopes.append(float(torch.autograd.grad(out, s)[0]))
             s.data += 4.0
     assert slopes[0] == pytest.approx(float(slope)) and slopes[1] != pytest.approx(slopes[0], rel=1e-3)
     with sl.splice(tales, sae, error="keep", hook_point=POINT):
-        out = sl.logits(tales, ids, grad=True)[0, 5, 17]
+        out = sl.lm.logits(tales, ids, grad=True)[0, 5, 17]
         (through,) = torch.autograd.grad(out, sae.W_dec)
-    assert through.count_nonzero() > 0 and not sl.logits(tales, ids).requires_grad
+    assert through.count_nonzero() > 0 and not sl.lm.logits(tales, ids).requires_grad
     assert all(p.grad is None for p in tales.parameters())
 
 
 def test_reconstructions_replace_activations(tales: Any) -> None:
     sae, ids = make_sae(tales), sl.tokenize(tales, PROMPTS, 8, packed=False).ids
-    x = sl.capture(tales, ids, [POINT])[POINT]
+    x = sl.lm.capture(tales, ids, [POINT])[POINT]
     with sl.splice(tales, sae, hook_point=POINT, where=slice(2, None)):
-        spliced = sl.capture(tales, ids, [POINT])[POINT]
+        spliced = sl.lm.capture(tales, ids, [POINT])[POINT]
     ordinary = ~torch.isin(ids, torch.tensor(tales_special(tales)))
     changed = ordinary & (torch.arange(8) >= 2)
     torch.testing.assert_close(spliced[changed], sae(x)[changed])
@@ -426,7 +433,7 @@ def test_mistakes_are_explained(tales: Any) -> None:
         ({3: 1.0}, {**at, "where": slice(4, 0, -1)}, "forwards"),
     ]:
         with pytest.raises(ValueError, match=rule), sl.steer(tales, sae, features, **options):  # type: ignore[arg-type]
-            sl.logits(tales, torch.full((1, 5), 60))
+            sl.lm.logits(tales, torch.full((1, 5), 60))
     with pytest.raises(ValueError, match="reconstructs nothing"):
         sl.Intervention(sl.Direction(torch.ones(4), POINT), 1.0, error="drop")
     with pytest.raises(ValueError, match="not zero"):

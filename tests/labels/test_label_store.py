@@ -22,7 +22,7 @@ import saelab as sl
 from saelab.cli.app import app, dispatch
 from saelab.labels import label_store
 from saelab.labels.label import FORMATS, Label, join_texts
-from saelab.labels.label_store import FILE, LabelBook, has_stems, rank_texts
+from saelab.labels.label_store import FILE, LabelStore, has_stems, rank_texts
 from saelab.visualization.reports import report
 
 SCRIPT = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -43,8 +43,8 @@ def texts(labels: list[Label]) -> list[str]:
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> LabelBook:
-    return LabelBook(tmp_path / FILE)
+def book(tmp_path: Path) -> LabelStore:
+    return LabelStore(tmp_path / FILE)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def harvest(folder: Path, seed: int) -> sl.FeatureStore:
     x = torch.zeros(len(ids), 3)
     x[:, 0], x[:, 1] = (ids == 1).float() - (ids == 2).float(), (ids == 0).float()
     columns = {"doc_ids": torch.arange(12).repeat_interleave(4).int(), "positions": torch.arange(4).repeat(12).int()}
-    where = sl.Provenance(
+    where = sl.stores.Provenance(
         model="/nowhere/gpt-tiny", weight_processing="none", hook_point="blocks.1.hook_resid_post", text="",
         tokens_sha256="", mask={}, dtype="float32", ctx_len=4, n_tokens=len(ids), seed=None, versions={},
     )  # fmt: skip
@@ -75,12 +75,12 @@ def harvest(folder: Path, seed: int) -> sl.FeatureStore:
 
 
 # ---- what is chosen
-def test_a_book_is_empty_until_its_first_label_and_is_read_again(book: LabelBook) -> None:
+def test_a_book_is_empty_until_its_first_label_and_is_read_again(book: LabelStore) -> None:
     assert len(book) == 0 and list(book) == book.search("x") == book.labels(3) == [] and 3 not in book
     assert not book.path.exists()
     given = label(3, "hot words", sign=1, kind="input", scores={"f1": 0.5}, evidence={"rule": ["a", 1]})
     assert book.add([given, label(3, "cold words", sign=-1), label(1, "the", scores={"r": math.inf})]) == 3
-    with LabelBook(book.path) as again:
+    with LabelStore(book.path) as again:
         kept = again[3, 1]
         assert replace(kept, time="") == given and kept.time.endswith("+00:00")
         assert texts(list(again)) == ["the", "hot words", "cold words"] and len(again) == 3
@@ -92,7 +92,7 @@ def test_a_book_is_empty_until_its_first_label_and_is_read_again(book: LabelBook
                 again[missing]
 
 
-def test_the_last_label_is_chosen_and_one_of_the_same_author_takes_the_place_of_the_older(book: LabelBook) -> None:
+def test_the_last_label_is_chosen_and_one_of_the_same_author_takes_the_place_of_the_older(book: LabelStore) -> None:
     book.add([label(5, "first"), label(5, "second", "model")])
     assert book[5].text == "second"
     book.add([label(5, "third")])
@@ -106,7 +106,7 @@ def test_the_last_label_is_chosen_and_one_of_the_same_author_takes_the_place_of_
         book.delete()
 
 
-def test_no_rule_and_no_model_takes_the_place_of_a_persons_choice(book: LabelBook) -> None:
+def test_no_rule_and_no_model_takes_the_place_of_a_persons_choice(book: LabelStore) -> None:
     book.set(7, "rain and storms", author="me")
     book.add(
         [label(7, "tokens 'rain'"), label(7, "weather", "model"), label(7, "mine?", "me"), label(7, "cold", sign=-1)]
@@ -132,7 +132,7 @@ def test_no_rule_and_no_model_takes_the_place_of_a_persons_choice(book: LabelBoo
 
 
 def test_labels_are_added_all_or_not_at_all(store: sl.FeatureStore) -> None:
-    book = LabelBook.open(store)
+    book = LabelStore.open(store)
     with pytest.raises(ValueError, match=r"`feature` must be in 0\.\.2, got 3"):
         book.add([label(0, "a"), label(3, "b")])
     with pytest.raises(ValueError, match="surrogate"):
@@ -141,13 +141,13 @@ def test_labels_are_added_all_or_not_at_all(store: sl.FeatureStore) -> None:
         book.add([label(0, "a"), label(1, "b", evidence={"what": object()})])
     assert len(book) == 0
     with pytest.raises(ValueError, match="2\\*\\*63"):
-        LabelBook(store.folder / "free.sqlite").add([label(0, "a"), label(2**63, "b")])
+        LabelStore(store.folder / "free.sqlite").add([label(0, "a"), label(2**63, "b")])
 
 
 # ---- texts that harm nothing
-def test_hostile_texts_come_back_as_they_were_and_can_be_searched(book: LabelBook) -> None:
+def test_hostile_texts_come_back_as_they_were_and_can_be_searched(book: LabelStore) -> None:
     book.add([label(i, text, f"author {text}") for i, text in enumerate(HOSTILE)])
-    again = LabelBook(book.path)
+    again = LabelStore(book.path)
     assert texts(list(again)) == list(HOSTILE)
     assert [one.author for one in again] == [f"author {text}" for text in HOSTILE]
     for i, text in enumerate(HOSTILE):
@@ -176,7 +176,7 @@ def test_a_search_finds_all_words_in_any_form(stems: bool) -> None:
     assert rank_texts(said, "x " * 5000, stems) == []
 
 
-def test_a_search_reads_the_chosen_labels_unless_asked_for_all(book: LabelBook, monkeypatch) -> None:
+def test_a_search_reads_the_chosen_labels_unless_asked_for_all(book: LabelStore, monkeypatch) -> None:
     book.add([label(0, "storms"), label(0, "a kind of weather", "model"), label(1, "stormy", sign=-1)])
     for _ in range(2):
         assert texts(book.search("storm")) == ["stormy"] and texts(book.search("storm", every=True)) == [
@@ -187,9 +187,9 @@ def test_a_search_reads_the_chosen_labels_unless_asked_for_all(book: LabelBook, 
 
 
 # ---- files
-def full(path: Path) -> LabelBook:
+def full(path: Path) -> LabelStore:
     """Labels of every kind of choice, with every hostile text."""
-    book = LabelBook(path)
+    book = LabelStore(path)
     book.add([label(i, text, text or "nobody", scores={"f1": i / 7}) for i, text in enumerate(HOSTILE)])
     book.set(0, "mine", author="me")
     book.set(0, "yours", author="you")
@@ -201,11 +201,11 @@ def full(path: Path) -> LabelBook:
 
 
 @pytest.mark.parametrize("ending", [".json", ".csv", ".jsonl", ".csv.gz", ".jsonl.gz"])
-def test_a_book_comes_back_from_a_file(book: LabelBook, tmp_path: Path, ending: str) -> None:
+def test_a_book_comes_back_from_a_file(book: LabelStore, tmp_path: Path, ending: str) -> None:
     full(book.path)
     file = tmp_path / f"labels{ending}"
     n = book.save(file)
-    again = LabelBook(tmp_path / "again.sqlite")
+    again = LabelStore(tmp_path / "again.sqlite")
     assert again.load(file) == n == len(book.labels())
     assert repr(again.labels()) == repr(book.labels()) and repr(list(again)) == repr(list(book))  # NaN equals nothing
     again.save(tmp_path / f"again{ending}")
@@ -215,7 +215,7 @@ def test_a_book_comes_back_from_a_file(book: LabelBook, tmp_path: Path, ending: 
         assert texts([one[0], one[1, -1], one[2]]) == ["yours", "old", "newest"]
 
 
-def test_no_cell_of_a_table_is_a_formula(book: LabelBook, tmp_path: Path) -> None:
+def test_no_cell_of_a_table_is_a_formula(book: LabelStore, tmp_path: Path) -> None:
     full(book.path).delete(0, author="model")  # whose evidence exceeds what the csv module reads
     book.save(tmp_path / "labels.csv")
     raw = (tmp_path / "labels.csv").read_bytes().decode()
@@ -225,9 +225,9 @@ def test_no_cell_of_a_table_is_a_formula(book: LabelBook, tmp_path: Path) -> Non
     assert not [cell for cell in cells if cell.startswith(tuple("=+-@\t\r\uff1d"))]
 
 
-def test_a_file_adds_to_a_book_whose_persons_choices_stay(book: LabelBook, tmp_path: Path) -> None:
+def test_a_file_adds_to_a_book_whose_persons_choices_stay(book: LabelStore, tmp_path: Path) -> None:
     full(book.path).save(tmp_path / "labels.json")
-    other = LabelBook(tmp_path / "other.sqlite")
+    other = LabelStore(tmp_path / "other.sqlite")
     other.set(0, "here", author="somebody")
     other.add([label(2, "before", "before")])
     other.load(tmp_path / "labels.json")
@@ -236,7 +236,7 @@ def test_a_file_adds_to_a_book_whose_persons_choices_stay(book: LabelBook, tmp_p
 
 
 def test_records_of_neuronpedia_and_plain_tables_are_read(
-    book: LabelBook, store: sl.FeatureStore, tmp_path: Path
+    book: LabelStore, store: sl.FeatureStore, tmp_path: Path
 ) -> None:
     record = {
         "id": "c1", "modelId": "gpt2-small", "layer": "6-res-jb", "index": "12", "description": SCRIPT, "notes": None,
@@ -252,7 +252,7 @@ def test_records_of_neuronpedia_and_plain_tables_are_read(
         "feature.json": json.dumps({"modelId": "gpt2-small", "explanations": [record, other]}).encode(),
     }.items():
         (tmp_path / name).write_bytes(data)
-        read = LabelBook(tmp_path / f"{name}.sqlite")
+        read = LabelStore(tmp_path / f"{name}.sqlite")
         assert read.load(tmp_path / name) == 2
         assert (read[12].text, read[12].author, read[12].scores) == (
             SCRIPT,
@@ -264,7 +264,7 @@ def test_records_of_neuronpedia_and_plain_tables_are_read(
     (tmp_path / "plain.csv").write_text("\ufefffeature,text\r\n4,rain\r\n5,'=not a formula\r\n", encoding="utf-8")
     assert book.load(tmp_path / "plain.csv") == 2
     assert (book[4].text, book[4].author, book[5].text) == ("rain", "plain.csv", "=not a formula")
-    mine = LabelBook.open(store)
+    mine = LabelStore.open(store)
     mine.add([label(0, "hot", sign=1), label(1, "nothing", kind="none")])
     assert mine.save(tmp_path / "mine.jsonl") == 1
     written = json.loads((tmp_path / "mine.jsonl").read_text())
@@ -289,7 +289,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_file_of_something_else_adds_nothing(book: LabelBook, tmp_path: Path, name: str) -> None:
+def test_a_file_of_something_else_adds_nothing(book: LabelStore, tmp_path: Path, name: str) -> None:
     book.set(0, "here", author="me")
     (tmp_path / name).write_text(BAD[name])
     if name == "nothing.json":
@@ -316,17 +316,17 @@ def test_a_damaged_file_is_an_error_and_is_left_as_it_is(tmp_path: Path) -> None
         path = tmp_path / f"{i}.sqlite"
         path.write_bytes(damaged)
         for use in (list, len, str, lambda book: book.set(0, "x", author="me"), lambda book: book.search("x")):
-            with LabelBook(path) as book, pytest.raises(ValueError, match="damaged file"):
+            with LabelStore(path) as book, pytest.raises(ValueError, match="damaged file"):
                 use(book)
             assert path.read_bytes() == damaged
 
 
-def test_other_files_are_refused(tmp_path: Path, book: LabelBook) -> None:
+def test_other_files_are_refused(tmp_path: Path, book: LabelStore) -> None:
     with sqlite3.connect(tmp_path / "other.sqlite") as db:
         db.execute("CREATE TABLE labels (feature, text)")
     db.close()
     with pytest.raises(ValueError, match="another SQLite database"):
-        list(LabelBook(tmp_path / "other.sqlite"))
+        list(LabelStore(tmp_path / "other.sqlite"))
     book.set(0, "here", author="me")
     book.close()
     with sqlite3.connect(book.path) as db:
@@ -343,7 +343,7 @@ def test_other_files_are_refused(tmp_path: Path, book: LabelBook) -> None:
 
 
 def test_a_locked_file_is_waited_for_and_then_an_error(tmp_path: Path) -> None:
-    book = LabelBook(tmp_path / FILE, timeout=0.05)
+    book = LabelStore(tmp_path / FILE, timeout=0.05)
     book.set(0, "here", author="me")
     other = sqlite3.connect(book.path, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
@@ -353,25 +353,25 @@ def test_a_locked_file_is_waited_for_and_then_an_error(tmp_path: Path) -> None:
     other.execute("ROLLBACK")
     other.execute("BEGIN EXCLUSIVE")
     with pytest.raises(TimeoutError, match="locked"):
-        LabelBook(book.path, timeout=0.05).labels()
+        LabelStore(book.path, timeout=0.05).labels()
     other.execute("ROLLBACK")
     other.execute("BEGIN IMMEDIATE")
     other.execute("UPDATE labels SET text = 'meanwhile'")
     threading.Timer(0.2, other.execute, ["COMMIT"]).start()
-    patient = LabelBook(book.path)
+    patient = LabelStore(book.path)
     patient.add([label(0, "later")])  # waits for its turn, and sees what came before
     assert sorted(texts(patient.labels())) == ["later", "meanwhile"]
     other.close()
 
 
 def write_many(path: Path, author: str) -> int:
-    book = LabelBook(path)
+    book = LabelStore(path)
     for start in range(0, 200, 10):
         book.add([label(i, f"{author} {i}", author) for i in range(start, start + 10)])
     return 0
 
 
-def test_two_processes_write_at_once(tmp_path: Path, book: LabelBook) -> None:
+def test_two_processes_write_at_once(tmp_path: Path, book: LabelStore) -> None:
     children = [Child(tmp_path / f"{name}.err", write_many, book.path, name) for name in ("a", "b")]
     for child in children:
         assert child.wait() == (0, "")
@@ -379,7 +379,7 @@ def test_two_processes_write_at_once(tmp_path: Path, book: LabelBook) -> None:
     assert len(book) == 200
 
 
-def test_threads_write_at_once_and_a_replaced_file_is_seen(book: LabelBook, tmp_path: Path) -> None:
+def test_threads_write_at_once_and_a_replaced_file_is_seen(book: LabelStore, tmp_path: Path) -> None:
     threads = [
         threading.Thread(target=lambda i=i: book.add([label(j, "x", str(i)) for j in range(5)])) for i in range(8)
     ]
@@ -388,7 +388,7 @@ def test_threads_write_at_once_and_a_replaced_file_is_seen(book: LabelBook, tmp_
     for thread in threads:
         thread.join()
     assert len(book.labels()) == 40
-    copy = LabelBook(tmp_path / "copy.sqlite")
+    copy = LabelStore(tmp_path / "copy.sqlite")
     copy.set(1, "of the copy", author="me")
     copy.close()
     os.replace(copy.path, book.path)
@@ -400,19 +400,19 @@ def test_threads_write_at_once_and_a_replaced_file_is_seen(book: LabelBook, tmp_
 def test_a_book_that_may_not_be_written_is_read() -> None:
     folder = Path(tempfile.mkdtemp())
     try:
-        LabelBook(folder / FILE).set(0, "here", author="me")
+        LabelStore(folder / FILE).set(0, "here", author="me")
         (folder / FILE).chmod(0o444)
         folder.chmod(0o555)
         user = os.geteuid()
         if user == 0:
             os.seteuid(65534)  # root may write everywhere
         try:
-            book = LabelBook(folder / FILE)
+            book = LabelStore(folder / FILE)
             assert book[0].text == "here" and texts(book.search("here")) == ["here"]
             with pytest.raises(PermissionError, match="may not be written"):
                 book.set(0, "there", author="me")
             with pytest.raises(PermissionError):
-                LabelBook(folder / "new.sqlite").set(0, "there", author="me")
+                LabelStore(folder / "new.sqlite").set(0, "there", author="me")
             assert book[0].text == "here"
             book.close()
         finally:
@@ -423,20 +423,20 @@ def test_a_book_that_may_not_be_written_is_read() -> None:
 
 
 def test_labels_of_another_sae_are_not_taken_for_those_of_this_one(store: sl.FeatureStore, tmp_path: Path) -> None:
-    LabelBook.open(store.folder).set(0, "here", author="me")
+    LabelStore.open(store.folder).set(0, "here", author="me")
     other = harvest(tmp_path / "other", seed=1)
     shutil.copy(store.folder / FILE, other.folder / FILE)
     with pytest.raises(ValueError, match="SAE that was harvested"):
-        list(LabelBook.open(other))
+        list(LabelStore.open(other))
     with pytest.raises(FileNotFoundError):
-        LabelBook.open(tmp_path / "nowhere")
-    assert list(LabelBook.open(store)) == list(LabelBook(other.folder / FILE))
+        LabelStore.open(tmp_path / "nowhere")
+    assert list(LabelStore.open(store)) == list(LabelStore(other.folder / FILE))
 
 
 # ---- the report, the card, the shell
 def test_cards_show_the_chosen_labels_of_each_side_escaped(store: sl.FeatureStore) -> None:
     plain = store.feature(0)._repr_html_()
-    book = LabelBook.open(store)
+    book = LabelStore.open(store)
     book.add([label(0, SCRIPT, SCRIPT, sign=1, scores={"f1": 0.75, "f1_chance": 0.25}), label(0, "cold", sign=-1)])
     book.add([label(0, "not chosen", "model", sign=-1), label(1, "articles", "model")])
     book.set(0, "cold & ice", author="me", sign=-1)
@@ -458,7 +458,7 @@ def read_rows(page: str) -> dict[int, dict]:
 
 
 def test_the_report_shows_the_book_unless_labels_are_given(store: sl.FeatureStore, tmp_path: Path) -> None:
-    with LabelBook.open(store) as book:
+    with LabelStore.open(store) as book:
         book.add(
             [label(0, SCRIPT, SCRIPT, sign=1), label(0, "cold", sign=-1), label(1, "articles", scores={"f1": 0.5})]
         )
@@ -471,7 +471,7 @@ def test_the_report_shows_the_book_unless_labels_are_given(store: sl.FeatureStor
         assert SCRIPT not in page and "<img" not in page
         page = Path(report(store, tmp_path / "b.html", labels={2: "given"}, progress=False).page).read_text()
         assert {j: row["label"] for j, row in read_rows(page).items()} == {0: "", 1: "", 2: "given"}
-        other = LabelBook(tmp_path / "other.sqlite")
+        other = LabelStore(tmp_path / "other.sqlite")
         other.set(2, "theirs", author="me")
         page = Path(report(store, tmp_path / "c.html", labels=other, progress=False).page).read_text()
         assert read_rows(page)[2]["label"] == "theirs" and not read_rows(page)[0]["label"]
@@ -487,7 +487,7 @@ def test_the_commands(store: sl.FeatureStore, tmp_path: Path, capsys: pytest.Cap
         return code, said.out, said.err
 
     assert shell()[:2] == (0, f"{store.folder / FILE}: 0 of 3 features named\n")
-    LabelBook.open(store).add([label(1, "kinds of \x1b[2J weather", "rules")])
+    LabelStore.open(store).add([label(1, "kinds of \x1b[2J weather", "rules")])
     code, out, _ = shell("search", "weather")
     assert code == 0 and "kinds of \\x1b[2J weather" in out and "by rules" in out
     assert (

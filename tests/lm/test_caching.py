@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import saelab as sl
 from saelab.lm.caching import count_columns, find_border, find_given, find_returned
 from saelab.lm.generation import read_continuations
-from saelab.lm.hook_points import door
+from saelab.lm.hook_points import hook_points_of
 from saelab.lm.models import _byte_tokenizer
 
 N = 8
@@ -80,7 +80,7 @@ def test_texts_are_hugging_faces_cached_uncached_and_in_a_batch(family) -> None:
         expected.append(tuple(made[0].tolist()))
     assert go_on(model, prompts[:1]) == expected[:1] == go_on(model, prompts[:1], use_cache=False)
     assert go_on(model, prompts) == expected == go_on(model, prompts, use_cache=False)
-    padded = door(model).caching(door(model).route([])[0]).padded
+    padded = hook_points_of(model).caching(hook_points_of(model).route([])[0]).padded
     assert padded == (name not in RECURRENT), name
 
 
@@ -128,7 +128,7 @@ def test_a_cache_of_a_name_or_kind_that_is_not_known_is_an_error() -> None:
 
 @pytest.mark.parametrize("told", [{"attention_mask": torch.ones(1, 5)}, {"position_ids": torch.tensor([[4]])}])
 def test_a_forward_in_the_middle_without_a_cache_that_is_known_is_an_error(told) -> None:
-    model = sl.tiny_model()
+    model = sl.lm.tiny_model()
     direction = sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
     with (
         sl.steer(model, direction, 1.0, where="generated"),

@@ -213,7 +213,7 @@ def test_two_columns_of_one_name_are_no_column(tiny: Any) -> None:
 def test_ids_of_tokens_added_behind_the_models_are_refused() -> None:
     import saelab as sl
 
-    model = sl.tiny_model()
+    model = sl.lm.tiny_model()
     model.tokenizer.add_tokens(["<|much later|>"] + [f"<|{i}|>" for i in range(8)])
     with pytest.raises(ValueError, match=r"ids must be in 0\.\.258, got .* added behind the model's"):
         tokenize(model, ["One <|7|> two"])

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import saelab as sl
 from saelab.lm.generation import Sampler
-from saelab.lm.hook_points import door
+from saelab.lm.hook_points import hook_points_of
 from saelab.lm.hooks import watch
 from saelab.lm.models import WORLD_MODELS
 
@@ -20,7 +20,7 @@ def tales() -> Any:
     return sl.load_model("tales", progress=False)
 
 
-def go_on(model: Any, prompts: Any = PROMPTS, n_tokens: int = 8, **options: Any) -> sl.Generation:
+def go_on(model: Any, prompts: Any = PROMPTS, n_tokens: int = 8, **options: Any) -> sl.lm.Generation:
     return sl.generate(model, prompts, n_tokens, progress=False, **options)
 
 
@@ -52,7 +52,7 @@ def test_global_random_state_is_left_alone(tales: Any) -> None:
 
 
 def test_a_model_in_training_is_read_in_evaluation_and_left_in_training() -> None:
-    model = sl.tiny_model(architecture="gpt2")
+    model = sl.lm.tiny_model(architecture="gpt2")
     calm = go_on(model, "Tom", stop_at_eos=False)
     model.original_model.train()
     assert go_on(model, "Tom", stop_at_eos=False) == calm
@@ -62,7 +62,7 @@ def test_a_model_in_training_is_read_in_evaluation_and_left_in_training() -> Non
 def test_log_probabilities_are_those_of_one_forward(tales: Any) -> None:
     for sample in go_on(tales, seed=2, temperature=0.7):
         ids = torch.tensor([sample.all_ids])
-        log_p = sl.logits(tales, ids)[0, len(sample.prompt_ids) - 1 : -1].log_softmax(-1)
+        log_p = sl.lm.logits(tales, ids)[0, len(sample.prompt_ids) - 1 : -1].log_softmax(-1)
         expected = log_p.gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(sample.log_probs), expected, atol=1e-4, rtol=1e-3)
 
@@ -106,9 +106,9 @@ def test_a_flow_follows_both_ways_of_generating(tales: Any) -> None:
         longer, wider = torch.cat([ids, ids[:, :1]], 1), torch.cat([mask, mask[:, :1] * 0 + 1], 1)
         tales.original_model(longer, attention_mask=wider)
         assert flow.now.positions[:, -1].tolist() == [4, 3] and flow.now.n_prompt == 4  # the same text, without a cache
-        plain = door(tales).plain
+        plain = hook_points_of(tales).plain
         assert plain is not None
-        more = door(tales).caching(plain).go_on(plain(ids, attention_mask=mask, use_cache=True), wider, 4, 5)
+        more = hook_points_of(tales).caching(plain).go_on(plain(ids, attention_mask=mask, use_cache=True), wider, 4, 5)
         plain(longer[:, -1:], **more)
         assert flow.now.positions.tolist() == [[4], [3]] and flow.now.n_prompt == 4 and flow.now.n_past == 4
         tales.original_model(ids[:1])

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import saelab as sl
-from saelab.lm.hook_points import door
-from saelab.lm.hooks import capture, logits, splice
+from saelab.lm.hook_points import hook_points_of
+from saelab.lm.hooks import capture, logits, replace_activations
 from saelab.lm.models import load_model, tiny_model
 from saelab.lm.verification import verify_hooks
 
@@ -50,12 +50,12 @@ def test_hooks_agree_in_families_that_count_hidden_states_otherwise(family: str)
     sizes = {key: value for key, value in sizes.items() if (family, key) != ("opt", "intermediate_size")}
     hf_model, model = random_model(hf_class, config_class, hidden_size=32, **sizes)
     assert verify_hooks(model).ok
-    with splice(model, {"blocks.0.hook_out": lambda x: 1.01 * x + 0.01}):
+    with replace_activations(model, {"blocks.0.hook_out": lambda x: 1.01 * x + 0.01}):
         assert not verify_hooks(model).ok
     ids = some_ids()
     with torch.no_grad():
         assert torch.equal(logits(model, ids), hf_model(ids, use_cache=False).logits)
-    assert door(model).plain is not None
+    assert hook_points_of(model).plain is not None
 
 
 def test_parts_that_a_model_has_not_stay_away() -> None:
@@ -86,7 +86,7 @@ def test_rows_of_all_texts_one_after_another_are_read_and_edited() -> None:
     torch.testing.assert_close(x, seen[0].view(2, 5, 32))
     first_only = torch.tensor([2.0, 1.0])[:, None, None]
     clean = logits(model, ids)
-    with splice(model, {"blocks.0.hook_mlp_out": lambda x: x * first_only}):
+    with replace_activations(model, {"blocks.0.hook_mlp_out": lambda x: x * first_only}):
         moved, itself = logits(model, ids), model(ids)
     torch.testing.assert_close(moved, itself, rtol=1e-4, atol=1e-5)
     assert torch.equal(moved[1], clean[1]) and not torch.allclose(moved[0], clean[0], atol=1e-3)
@@ -102,7 +102,7 @@ def test_hook_points_that_fire_only_for_hooks_of_the_bridges_own_kind() -> None:
         before, after = (
             capture(model, ids, [f"blocks.1.hook_{side}"])[f"blocks.1.hook_{side}"] for side in ("in", "out")
         )
-        with splice(model, {name: torch.zeros_like}):
+        with replace_activations(model, {name: torch.zeros_like}):
             without = capture(model, ids, ["blocks.1.hook_out"])["blocks.1.hook_out"]
         if name == names[1]:  # the last thing added to the stream
             torch.testing.assert_close(after - without, x, rtol=1e-4, atol=1e-5)
@@ -116,14 +116,14 @@ def test_an_edit_that_the_model_does_not_feel_is_refused() -> None:
     sizes = {"hidden_size": 32, "num_key_value_heads": 2, "num_local_experts": 4, **LLAMA_LIKE}
     _, model = random_model("MixtralForCausalLM", "MixtralConfig", **sizes)
     ids, name = some_ids(), "blocks.0.mlp.gate.hook_out"
-    with pytest.raises(ValueError, match="beside its path"), splice(model, {name: torch.zeros_like}):
+    with pytest.raises(ValueError, match="beside its path"), replace_activations(model, {name: torch.zeros_like}):
         logits(model, ids)
     seen: list[Tensor] = []
-    with splice(model, {name: lambda x: seen.append(x) or x}):  # reading is no edit
+    with replace_activations(model, {name: lambda x: seen.append(x) or x}):  # reading is no edit
         logits(model, ids)
     torch.testing.assert_close(seen[0], capture(model, ids, [name])[name])
     with (
-        splice(model, {"blocks.0.ln1.hook_normalized": lambda x: x.mul_(0)}),
+        replace_activations(model, {"blocks.0.ln1.hook_normalized": lambda x: x.mul_(0)}),
         pytest.warns(UserWarning, match="hook edited"),
     ):
         assert not torch.allclose(logits(model, ids), model(ids) * 0, atol=1e-3)
@@ -140,7 +140,7 @@ def test_where_the_bridge_is_wrong_hugging_face_is_right() -> None:
     with pytest.warns(UserWarning, match="away from Hugging Face's"):
         assert torch.equal(logits(wrong, ids), expected[0])
     assert torch.equal(capture(wrong, ids, [POST])[POST], expected[1])
-    with splice(wrong, {POST: torch.zeros_like}), splice(model, {POST: torch.zeros_like}):
+    with replace_activations(wrong, {POST: torch.zeros_like}), replace_activations(model, {POST: torch.zeros_like}):
         assert torch.equal(logits(wrong, ids), logits(model, ids))
     with pytest.raises(ValueError, match=r"'blocks\.1\.attn\.hook_pattern'"):
         capture(wrong, ids, ["blocks.1.attn.hook_pattern"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saelab.lm.hook_points import door
-from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss, splice
+from saelab.lm.hook_points import hook_points_of
+from saelab.lm.hooks import capture, find_hook_point, logits, next_token_loss, replace_activations
 from saelab.lm.models import load_model, tiny_model
 from saelab.lm.verification import verify_hooks
 
@@ -24,7 +24,7 @@ def some_ids(rows: int = 3, length: int = 12, seed: int = 0) -> Tensor:
 
 def count_hooks(model: Any) -> int:
     """Every forward hook on the model and on its plain twin."""
-    trees = [model.original_model, door(model).plain]
+    trees = [model.original_model, hook_points_of(model).plain]
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for t in trees if t is not None for m in t.modules())
 
 
@@ -76,7 +76,7 @@ def test_the_forward_stops_after_the_last_hook_needed(fresh: Any, through_bridge
     names = ["blocks.0.hook_resid_post", "blocks.1.ln1.hook_normalized" if through_bridge else POST]
     capture(fresh, some_ids(), names)
     ran: list[str] = []
-    running: Any = fresh.original_model if through_bridge else door(fresh).plain
+    running: Any = fresh.original_model if through_bridge else hook_points_of(fresh).plain
     for name, module in running.named_modules():
         if name.rpartition(".")[2] in {"0", "1", "2", "lm_head"}:
             module.register_forward_pre_hook(lambda *_, name=name: ran.append(name[-1]))
@@ -94,7 +94,7 @@ def test_wrong_names_list_at_most_five_near_ones(model: Any) -> None:
     assert 1 <= str(error.value).count("blocks.") - 1 <= 5
     with pytest.raises(ValueError, match="got 'zzz'"):
         find_hook_point(model, "zzz")
-    with pytest.raises(ValueError), splice(model, {"nowhere": torch.zeros_like}):
+    with pytest.raises(ValueError), replace_activations(model, {"nowhere": torch.zeros_like}):
         pass
 
 
@@ -102,7 +102,7 @@ def test_a_hook_that_does_not_fire_is_an_error_with_its_count(model: Any) -> Non
     silent = "blocks.1.hook_q_input"  # fires only with an option of the bridge
     with pytest.raises(RuntimeError, match=f"'{silent}' fired 0 times"):
         capture(model, some_ids(), [silent])
-    with pytest.raises(RuntimeError, match="fired 0 times"), splice(model, {silent: torch.zeros_like}):
+    with pytest.raises(RuntimeError, match="fired 0 times"), replace_activations(model, {silent: torch.zeros_like}):
         pass
 
 
@@ -136,7 +136,7 @@ def test_splice_changes_what_flows_on_everywhere(fresh: Any, name: str) -> None:
 
     after = "blocks.2.hook_resid_post"
     clean = capture(fresh, ids, [after])[after]
-    with splice(fresh, {name: edit}):
+    with replace_activations(fresh, {name: edit}):
         inside = capture(fresh, ids, [name, after])
         spliced, by_itself = logits(fresh, ids), fresh(ids).detach()
     assert seen == [(*ids.shape, 32)] * 3  # never called by saelab's own probing
@@ -149,23 +149,23 @@ def test_splice_changes_what_flows_on_everywhere(fresh: Any, name: str) -> None:
 def test_an_identity_edit_changes_nothing(model: Any) -> None:
     ids = some_ids()
     clean = logits(model, ids)
-    with splice(model, {POST: lambda x: x}):
+    with replace_activations(model, {POST: lambda x: x}):
         assert torch.equal(logits(model, ids), clean)
 
 
 def test_edits_may_work_in_place(model: Any) -> None:
     ids, shift = some_ids(), torch.arange(32.0)
     name = "blocks.1.ln2.hook_in"  # the same tensor also goes around the MLP, where the edit must not show
-    with splice(model, {name: lambda x: x + shift}):
+    with replace_activations(model, {name: lambda x: x + shift}):
         expected = logits(model, ids)
-    with splice(model, {name: lambda x: x.add_(shift)}):
+    with replace_activations(model, {name: lambda x: x.add_(shift)}):
         assert torch.equal(logits(model, ids), expected)
 
 
 def test_splices_nest(model: Any) -> None:
     ids = some_ids()
-    with splice(model, {POST: lambda x: x + 1, "blocks.0.hook_mlp_out": torch.zeros_like}):
-        with splice(model, {POST: lambda x: 2 * x}):
+    with replace_activations(model, {POST: lambda x: x + 1, "blocks.0.hook_mlp_out": torch.zeros_like}):
+        with replace_activations(model, {POST: lambda x: 2 * x}):
             both = capture(model, ids, [POST])[POST]
         one = capture(model, ids, [POST])[POST]
     torch.testing.assert_close(both, 2 * one)
@@ -173,7 +173,7 @@ def test_splices_nest(model: Any) -> None:
 
 def test_a_new_hook_point_inside_a_splice_sees_the_edit(fresh: Any) -> None:
     calls: list[Tensor] = []
-    with splice(fresh, {"blocks.0.hook_resid_post": lambda x: calls.append(x) or torch.ones_like(x)}):
+    with replace_activations(fresh, {"blocks.0.hook_resid_post": lambda x: calls.append(x) or torch.ones_like(x)}):
         x = capture(fresh, some_ids(), ["blocks.1.hook_resid_pre"])["blocks.1.hook_resid_pre"]
     assert (x == 1).all()
     assert len(calls) == 1
@@ -190,7 +190,10 @@ def test_nothing_is_left_behind_even_after_errors(model: Any) -> None:
 
     capture(model, ids, [POST])
     for failing in (broken, lambda x: x[:, :1], lambda x: 3.0):
-        with pytest.raises((KeyError, ValueError)), splice(model, {POST: failing, "blocks.2.hook_out": torch.relu}):
+        with (
+            pytest.raises((KeyError, ValueError)),
+            replace_activations(model, {POST: failing, "blocks.2.hook_out": torch.relu}),
+        ):
             logits(model, ids)
     with pytest.raises(ValueError, match=r"ids must be in 0\.\."):
         capture(model, ids + 10_000, [POST])
@@ -202,18 +205,18 @@ def test_nothing_is_left_behind_even_after_errors(model: Any) -> None:
 
 
 def test_a_wrong_edit_is_named(model: Any) -> None:
-    with splice(model, {POST: lambda x: x[..., :-1]}), pytest.raises(ValueError, match=POST):
+    with replace_activations(model, {POST: lambda x: x[..., :-1]}), pytest.raises(ValueError, match=POST):
         logits(model, some_ids())
 
 
 def test_edits_come_back_to_the_models_dtype(model: Any) -> None:
-    with splice(model, {POST: lambda x: x.double()}):
+    with replace_activations(model, {POST: lambda x: x.double()}):
         assert logits(model, some_ids()).dtype == torch.float32
 
 
 def test_splice_lets_gradients_through(model: Any) -> None:
     shift = torch.zeros(32, requires_grad=True)
-    with splice(model, {POST: lambda x: x + shift}):
+    with replace_activations(model, {POST: lambda x: x + shift}):
         (gradient,) = torch.autograd.grad(model(some_ids()).square().mean(), shift)
     assert gradient.abs().max() > 0
 
@@ -233,11 +236,11 @@ def test_the_fast_way_is_found_again(fresh: Any) -> None:
     ids = some_ids()
     fresh.add_hook("blocks.0.hook_out", lambda x, hook: x + 1)
     slow = capture(fresh, ids, [POST, "blocks.1.hook_mlp_out"])
-    assert door(fresh).route([POST])[0] is fresh.original_model
+    assert hook_points_of(fresh).route([POST])[0] is fresh.original_model
     fresh.reset_hooks()
     fresh.run_with_cache(ids)
     fast = capture(fresh, ids, [POST])
-    assert door(fresh).route([POST, "blocks.1.hook_mlp_out"])[0] is door(fresh).plain
+    assert hook_points_of(fresh).route([POST, "blocks.1.hook_mlp_out"])[0] is hook_points_of(fresh).plain
     assert not torch.allclose(fast[POST], slow[POST], atol=1e-3)
 
 
@@ -292,7 +295,7 @@ def test_hooks_agree_with_hugging_face(model: Any) -> None:
 
 
 def test_verification_can_fail(model: Any) -> None:
-    with splice(model, {POST: lambda x: 1.01 * x + 0.01}):
+    with replace_activations(model, {POST: lambda x: 1.01 * x + 0.01}):
         result = verify_hooks(model)
     assert not result.ok
     assert max(result.captured[:2]) < 1e-6 and result.captured[2] > 1e-3 and result.bridge[2] > 1e-3
@@ -315,7 +318,7 @@ def test_the_real_model_agrees_with_hugging_face(shared_data: Path) -> None:
     model = load_model(shared_data / "stories260k", device="cpu")
     result = verify_hooks(model, some_ids(4, 64))
     assert max(result.captured) <= 1e-6 and max(result.bridge) <= 1e-5
-    assert door(model).plain is not None and door(model).attention == "sdpa"
+    assert hook_points_of(model).plain is not None and hook_points_of(model).attention == "sdpa"
 
 
 def test_rows_beyond_learned_positions_are_said_to_be_too_long() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import saelab as sl
-from saelab.lm.hook_points import door
+from saelab.lm.hook_points import hook_points_of
 from saelab.lm.models import tiny_model
 
 PLACE = "blocks.1.hook_resid_post"
@@ -109,7 +109,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     """A model with hooks put on before saelab has used it, or after."""
     made = tiny_model()
     if request.param:
-        sl.capture(made, some_ids(), [PLACE])
+        sl.lm.capture(made, some_ids(), [PLACE])
     return made
 
 
@@ -117,19 +117,19 @@ def model(request: pytest.FixtureRequest) -> Any:
 def test_a_hook_of_the_users_takes_part_and_is_not_probed(model: Any, way: Callable) -> None:
     ids, calls, edits = some_ids(), [], []
     with sl.splice(tiny_model(), {"blocks.0.hook_resid_post": lambda x: x + 0.5}) as same:
-        expected, x = sl.logits(same, ids), sl.capture(same, ids, [AFTER])[AFTER]
+        expected, x = sl.lm.logits(same, ids), sl.lm.capture(same, ids, [AFTER])[AFTER]
         with sl.splice(same, {PLACE: lambda x: 2 * x}):
-            doubled = sl.logits(same, ids)
+            doubled = sl.lm.logits(same, ids)
     with way(model, calls):
-        torch.testing.assert_close(sl.logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sl.lm.logits(model, ids), expected, rtol=1e-4, atol=1e-5)
         assert len(calls) == 1  # a forward of the user's, and no other
-        torch.testing.assert_close(sl.capture(model, ids, [AFTER])[AFTER], x, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sl.lm.capture(model, ids, [AFTER])[AFTER], x, rtol=1e-4, atol=1e-5)
         with sl.splice(model, {PLACE: lambda x: edits.append(x.shape) or 2 * x}):
             assert edits == [] and len(calls) == 2
-            torch.testing.assert_close(sl.logits(model, ids), doubled, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(sl.lm.logits(model, ids), doubled, rtol=1e-4, atol=1e-5)
         assert edits == [(2, 9, 32)] and len(calls) == 3
-    sl.logits(model, ids)
-    assert len(calls) == 3 and door(model).route([PLACE])[0] is door(model).plain
+    sl.lm.logits(model, ids)
+    assert len(calls) == 3 and hook_points_of(model).route([PLACE])[0] is hook_points_of(model).plain
 
 
 def test_gradients_run_through_hooks_of_the_users(fresh: Any) -> None:
@@ -139,7 +139,7 @@ def test_gradients_run_through_hooks_of_the_users(fresh: Any) -> None:
     def gradient(factor: float) -> Tensor:
         moved = torch.zeros(2, 9, 32, requires_grad=True)
         with sl.splice(fresh, {"blocks.0.hook_out": lambda x: x.detach() + moved}):
-            sl.logits(fresh, ids, grad=True).square().sum().backward()
+            sl.lm.logits(fresh, ids, grad=True).square().sum().backward()
         assert moved.grad is not None
         return moved.grad / factor
 
@@ -157,7 +157,7 @@ def test_all_uses_of_a_hooked_model(way: Callable, tiny_tokens: Any) -> None:
         model = tiny_model()
         with way(model, []) if hooked else sl.splice(model, {"blocks.0.hook_resid_post": lambda x: x + 0.5}):
             found = sl.evaluate(sae, model, tokens, hook_point=PLACE, progress=False)
-            effects = sl.attribute(model, sae, "ab", "c", hook_point=PLACE, progress=False)
+            effects = sl.interventions.attribute(model, sae, "ab", "c", hook_point=PLACE, progress=False)
             with sl.steer(model, sae, {3: 5.0}, hook_point=PLACE):
                 text = sl.generate(model, "ab", 5, temperature=0, progress=False).samples[0].ids
             results.append((text, found, effects))
@@ -171,29 +171,29 @@ def test_all_uses_of_a_hooked_model(way: Callable, tiny_tokens: Any) -> None:
 
 def test_a_door_is_kept(fresh: Any) -> None:
     fresh.add_hook("blocks.0.hook_out", lambda x, hook: None)
-    first_door = door(fresh)
-    sl.logits(fresh, some_ids())
+    first_door = hook_points_of(fresh)
+    sl.lm.logits(fresh, some_ids())
     with sl.splice(fresh, {PLACE: lambda x: x + 1}):
-        assert door(fresh) is first_door
+        assert hook_points_of(fresh) is first_door
 
 
 def test_an_sae_on_a_module_of_the_bridge_is_a_hook_too(fresh: Any) -> None:
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)), seed=1)
     ids = some_ids()
     with sl.splice(fresh, {PLACE: lambda x: sae(x)}):
-        expected = sl.logits(fresh, ids)
-    with sl.hook_sae(fresh.blocks[1], sae):
-        torch.testing.assert_close(sl.logits(fresh, ids), expected, rtol=1e-4, atol=1e-5)
+        expected = sl.lm.logits(fresh, ids)
+    with sl.sae.hook_sae(fresh.blocks[1], sae):
+        torch.testing.assert_close(sl.lm.logits(fresh, ids), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_edited_inside_a_block(fresh: Any) -> None:
     """The door is made anew then, with nothing that runs the edit."""
     ids, calls = some_ids(), []
     with sl.splice(fresh, {PLACE: lambda x: calls.append(1) or x + 1}), torch.no_grad():
-        before = sl.logits(fresh, ids)
+        before = sl.lm.logits(fresh, ids)
         for weight in fresh.blocks[2].parameters():
             weight.mul_(1.5)
-        after, itself = sl.logits(fresh, ids), fresh(ids)
+        after, itself = sl.lm.logits(fresh, ids), fresh(ids)
     assert len(calls) == 3
     torch.testing.assert_close(after, itself, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(after, before, atol=1e-3)
@@ -201,28 +201,28 @@ def test_weights_edited_inside_a_block(fresh: Any) -> None:
 
 def test_hooks_on_the_bridge_itself(model: Any) -> None:
     ids, calls = some_ids(), []
-    clean, x = sl.logits(model, ids), sl.capture(model, ids, [PLACE])[PLACE]
+    clean, x = sl.lm.logits(model, ids), sl.lm.capture(model, ids, [PLACE])[PLACE]
     texts = sl.generate(model, "ab", 5, temperature=0, progress=False).texts
     with by_the_bridge_itself(model, calls):
-        torch.testing.assert_close(sl.logits(model, ids), 2 * clean, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(sl.capture(model, ids, [PLACE])[PLACE], x, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sl.lm.logits(model, ids), 2 * clean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sl.lm.capture(model, ids, [PLACE])[PLACE], x, rtol=1e-4, atol=1e-5)
         assert len(calls) == 2
         assert sl.generate(model, "ab", 5, temperature=0, progress=False).texts == texts
-    assert torch.equal(sl.logits(model, ids), clean) and "forward" not in vars(model)
+    assert torch.equal(sl.lm.logits(model, ids), clean) and "forward" not in vars(model)
 
 
 def test_every_module_may_have_a_hook(fresh: Any) -> None:
     """Hooks that only look change nothing, wherever they are."""
     ids = some_ids()
-    clean = sl.logits(fresh, ids)
+    clean = sl.lm.logits(fresh, ids)
     hooked = set()
     for module in {*fresh.modules(), *fresh.original_model.modules()}:
         module.register_forward_hook(lambda m, _i, _o: hooked.add(m))
         module.register_forward_pre_hook(lambda _m, _a, _k: None, with_kwargs=True)
-    assert sl.verify_hooks(fresh).ok
-    torch.testing.assert_close(sl.logits(fresh, ids), clean, rtol=1e-4, atol=1e-5)
+    assert sl.lm.verify_hooks(fresh).ok
+    torch.testing.assert_close(sl.lm.logits(fresh, ids), clean, rtol=1e-4, atol=1e-5)
     with sl.splice(fresh, {PLACE: lambda x: x.roll(1, -1)}):
-        assert not torch.allclose(sl.logits(fresh, ids), clean, atol=1e-3)
+        assert not torch.allclose(sl.lm.logits(fresh, ids), clean, atol=1e-3)
     assert fresh in hooked and fresh.blocks[0] in hooked
 
 

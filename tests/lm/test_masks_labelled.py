@@ -60,7 +60,7 @@ def test_labels_are_true_of_the_tokens_of_their_words(kind: str, packed: bool) -
     model = sl.load_model(llama(len(tokenizer)), tokenizer=tokenizer)
     words = ["He", "was", "near", "the", "old", "river", "here"]
     documents = [[(word, "long" if len(word) > 3 else "") for word in words], [("the", ["short", "article"])]] * 3
-    tokens, labels = sl.tokenize_labelled(model, documents, 64, packed=packed, bos=False)
+    tokens, labels = sl.lm.tokenize_labeled(model, documents, 64, packed=packed, bos=False)
     assert set(labels) == {"long", "short", "article"} and torch.equal(labels["short"], labels["article"])
     assert not any((marks & ~tokens.attention_mask).any() for marks in labels.values())
     for doc in range(6):
@@ -74,15 +74,15 @@ def test_labels_are_true_of_the_tokens_of_their_words(kind: str, packed: bool) -
 
 def test_stretches_parts_and_cut_documents(tiny: Any) -> None:
     text = "né was 世界"
-    tokens, labels = sl.tokenize_labelled(tiny, [(text, [(0, 2, "name"), (7, 9, "world")])], 32)
+    tokens, labels = sl.lm.tokenize_labeled(tiny, [(text, [(0, 2, "name"), (7, 9, "world")])], 32)
     assert labels["name"].sum() == len("né".encode()) and labels["world"].sum() == len("世界".encode())
     assert labels["name"][0, 1] and not labels["name"][0, 0]  # behind BOS
     for part, place in (("first", 1), ("last", 3)):
-        _, only = sl.tokenize_labelled(tiny, [(text, [(0, 2, "name")])], 32, part=part)
+        _, only = sl.lm.tokenize_labeled(tiny, [(text, [(0, 2, "name")])], 32, part=part)
         assert only["name"].nonzero().tolist() == [[0, place]]
-    tokens, labels = sl.tokenize_labelled(tiny, [[("one", "a"), ("two", "b")]], 4, packed=False)
+    tokens, labels = sl.lm.tokenize_labeled(tiny, [[("one", "a"), ("two", "b")]], 4, packed=False)
     assert labels["a"].tolist() == [[False, True, True, True]] and not labels["b"].any() and tokens.n_truncated == 1
-    _, labels = sl.tokenize_labelled(tiny, [[("世", "a"), ("界", "b")]], 8, joined="")
+    _, labels = sl.lm.tokenize_labeled(tiny, [[("世", "a"), ("界", "b")]], 8, joined="")
     assert labels["a"].sum() == labels["b"].sum() == 3
 
 
@@ -93,6 +93,6 @@ def test_wrong_labels_are_named(tiny: Any) -> None:
         (("text", [(2, 2, "a")]), r"\(2, 2, 'a'\)"),
     ):
         with pytest.raises(ValueError, match=message):
-            sl.tokenize_labelled(tiny, [document])
+            sl.lm.tokenize_labeled(tiny, [document])
     with pytest.raises(ValueError, match="part"):
-        sl.tokenize_labelled(tiny, [[("a", "b")]], part="middle")
+        sl.lm.tokenize_labeled(tiny, [[("a", "b")]], part="middle")

@@ -147,7 +147,7 @@ def test_only_what_load_model_returns_is_a_model() -> None:
     plain, ids = llama(), some_ids()
     with unchecked():
         for use in (
-            lambda: sl.capture(plain, ids, ["a"]),
+            lambda: sl.lm.capture(plain, ids, ["a"]),
             lambda: sl.tokenize(plain, ["a"]),
             lambda: logits(plain, ids),
         ):
@@ -228,7 +228,7 @@ def test_text_of_a_multimodal_model_without_a_processor(
     with torch.no_grad():
         expected = hf_model(ids)
     torch.testing.assert_close(logits(model, ids), expected.logits, rtol=1e-4, atol=1e-5)
-    assert sl.verify_hooks(model, ids).ok
+    assert sl.lm.verify_hooks(model, ids).ok
     with pytest.raises(ValueError, match=r"1\.\.32"):
         sl.tokenize(model, ["text"], ctx_len=33)
     assert subprocess.Popen.__init__ is start

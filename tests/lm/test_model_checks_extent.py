@@ -27,7 +27,7 @@ def test_models_without_positions_take_rows_of_any_length(family: str) -> None:
     tokens = sl.tokenize(model, ["once more " * 250], ctx_len=2100)
     with torch.no_grad():
         expected = hf_model(tokens.ids.long(), use_cache=False).logits
-    torch.testing.assert_close(sl.logits(model, tokens.ids), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sl.lm.logits(model, tokens.ids), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_positions_that_run_out_are_a_limit() -> None:

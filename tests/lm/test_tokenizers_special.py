@@ -141,7 +141,7 @@ def test_only_predictions_inside_a_document_count(tiny: Any, bos: bool) -> None:
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
     mask = sl.TokenMask(special=False)
     found = sl.evaluate(sae, tiny, tokens, hook_point="blocks.1.hook_out", mask=mask, n_bootstrap=0, progress=False)
-    losses = sl.next_token_loss(sl.logits(tiny, tokens.ids), tokens.ids)
+    losses = sl.lm.next_token_loss(sl.lm.logits(tiny, tokens.ids), tokens.ids)
     inside = [
         float(losses[row, t])
         for row in range(len(tokens))

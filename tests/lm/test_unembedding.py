@@ -36,7 +36,7 @@ def measure(model: Any, ids: Tensor, along: Tensor, step: float = 1e-2) -> Tenso
                 return x
 
             with sl.splice(model, {POINT: push}):
-                sides.append(sl.logits(model, ids)[0, -1].double())
+                sides.append(sl.lm.logits(model, ids)[0, -1].double())
         found.append((sides[0] - sides[1]) / (2 * step))
     return torch.stack(found)
 
@@ -47,14 +47,14 @@ def test_read_out_is_the_measured_derivative(family: str) -> None:
     name, sizes = FAMILIES[family]
     _, model = random_model(f"{name}ForCausalLM", f"{name}Config", hidden_size=32, **LLAMA_LIKE, **sizes)
     ids = some_ids(1, 6)
-    x = sl.capture(model, ids, [POINT])[POINT][0, -1].double()
+    x = sl.lm.capture(model, ids, [POINT])[POINT][0, -1].double()
     along = torch.randn(3, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     if family == "cohere":  # a LayerNorm, which takes the mean away
         x, along = x - x.mean(), along - along.mean(1, keepdim=True)
     along -= (along @ x)[:, None] * x / (x @ x)  # so that the norm's scale stays as it is
     expected = read_out(model, along.float()) / x.square().mean().sqrt()
     if family == "gemma2":  # a cap's slope where the logits are
-        expected = expected * (1 - (sl.logits(model, ids)[0, -1].double() / 30).square())
+        expected = expected * (1 - (sl.lm.logits(model, ids)[0, -1].double() / 30).square())
     measured = measure(model, ids, along)
     assert float((expected - measured).norm() / measured.norm()) < 1e-3
 
@@ -97,10 +97,10 @@ def test_ids_without_a_token_do_not_rank_nor_count() -> None:
         hf_model = LlamaForCausalLM(LlamaConfig(vocab_size=320, hidden_size=32, **LLAMA_LIKE, **KEYS)).eval()
     with torch.no_grad():
         hf_model.lm_head.weight[259:] *= 100
-    model = sl.load_model(hf_model, tokenizer=sl.tiny_model().tokenizer)
+    model = sl.load_model(hf_model, tokenizer=sl.lm.tiny_model().tokenizer)
     assert int(find_known_ids(model).sum()) == 259
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48), seed=0)
-    lens = sl.logit_lens(sae, model, [3], n=400)
+    lens = sl.analysis.logit_lens(sae, model, [3], n=400)
     effects = read_out(model, sae.directions()[[3]])[0, :259]
     effects = effects - effects.mean()
     assert [value for _, value in lens[3].promoted] == pytest.approx(effects.sort(descending=True).values.tolist())

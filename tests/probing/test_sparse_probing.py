@@ -6,17 +6,16 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from scipy.sparse import csr_matrix
-from scipy.sparse import random as random_sparse
+from scipy.sparse import csr_matrix, random as random_sparse
 from unchecked import unchecked
 
 import saelab as sl
 from saelab.functional.statistics import choose_threshold, score_guess
 from saelab.lm.unembedding import read_out
-from saelab.probing.labeled_activations import read_chosen, read_labelled
-from saelab.probing.linear_directions import find_direction, find_rival
+from saelab.probing.labeled_activations import collect_labeled, read_chosen
+from saelab.probing.linear_directions import density_matched_features, fit_direction
 from saelab.probing.sparse_probing import probe_features
-from saelab.steering.feature_scores import score_steering
+from saelab.steering.feature_scores import output_scores
 
 POINT = "blocks.1.hook_resid_post"
 METHODS = ("means", "probe", "pca", "kmeans")
@@ -47,10 +46,10 @@ def planted(n=600, d=12, rate=0.5, apart=6.0, seed=0):
 @pytest.mark.parametrize("rate", [0.5, 0.15])
 def test_every_method_finds_a_planted_direction_and_its_sign(method, rate):
     x, y, v = planted(rate=rate, apart=8.0)
-    found = find_direction(x, y, POINT, method)
+    found = fit_direction(x, y, POINT, method)
     assert float(found.vector @ v) > 0.95 and found.hook_point == POINT and found.name == method
     assert found.peak == pytest.approx(float((x @ found.vector).abs().max()))
-    other = find_direction(x, ~y, POINT, method)
+    other = fit_direction(x, ~y, POINT, method)
     assert float(other.vector @ found.vector) < -0.99
 
 
@@ -59,10 +58,10 @@ def test_methods_say_what_they_are():
     x, y, v = planted(apart=4.0)
     nuisance = torch.linalg.qr(torch.stack([v, torch.ones_like(v)], 1)).Q[:, 1]
     x = x + 10 * torch.randn(len(x), 1, generator=torch.Generator().manual_seed(1)) * nuisance
-    cosines = {method: float(find_direction(x, y, POINT, method).vector @ v) for method in METHODS}
+    cosines = {method: float(fit_direction(x, y, POINT, method).vector @ v) for method in METHODS}
     assert cosines["probe"] > 0.9 and cosines["pca"] < 0.5 and cosines["kmeans"] < 0.5
     torch.testing.assert_close(
-        find_direction(x, y, POINT).vector, torch.nn.functional.normalize(x[y].mean(0) - x[~y].mean(0), dim=0)
+        fit_direction(x, y, POINT).vector, torch.nn.functional.normalize(x[y].mean(0) - x[~y].mean(0), dim=0)
     )
 
 
@@ -71,37 +70,37 @@ def test_directions_need_both_labels():
     x, y, _ = planted(n=20)
     for labels in (torch.ones_like(y), torch.zeros_like(y), y[:-1]):
         with pytest.raises(ValueError, match="must hold and not hold of some of the 20 rows"):
-            find_direction(x, labels, POINT)
+            fit_direction(x, labels, POINT)
     with pytest.raises(ValueError, match="must differ in their means"):
-        find_direction(torch.ones(20, 3), y, POINT)
+        fit_direction(torch.ones(20, 3), y, POINT)
     with pytest.raises(ValueError, match="`method` must be one of"):
-        find_direction(x, y, POINT, "svd")
+        fit_direction(x, y, POINT, "svd")
 
 
 def test_labelled_rows_are_those_of_collect_and_no_other_text_is_run(tiny, tiny_tokens, monkeypatch):
     labels = tiny_tokens.ids == int(tiny_tokens.ids[0, 3])
-    found = read_labelled(tiny, tiny_tokens, labels, POINT, n_tokens=40, seed=1)
+    found = collect_labeled(tiny, tiny_tokens, labels, POINT, n_tokens=40, seed=1)
     assert int(found.y.sum()) == 20 == int((~found.y).sum())
-    x = sl.capture(tiny, tiny_tokens.ids, [POINT])[POINT]
+    x = sl.lm.capture(tiny, tiny_tokens.ids, [POINT])[POINT]
     flat, doc_ids = x.flatten(0, 1), tiny_tokens.doc_ids.flatten()
     nearest = torch.cdist(found.x, flat).argmin(1)
     torch.testing.assert_close(found.x, flat[nearest], rtol=1e-4, atol=1e-4)
     assert torch.equal(found.doc_ids, doc_ids[nearest]) or len(flat.unique(dim=0)) < len(flat)
     assert torch.equal(labels.flatten()[nearest], found.y)
-    again = read_labelled(tiny, tiny_tokens, labels, POINT, n_tokens=40, seed=1)
+    again = collect_labeled(tiny, tiny_tokens, labels, POINT, n_tokens=40, seed=1)
     assert torch.equal(found.x, again.x)
     run = []
     monkeypatch.setattr(
-        "saelab.probing.labeled_activations.capture", lambda m, ids, p: run.append(len(ids)) or sl.capture(m, ids, p)
+        "saelab.probing.labeled_activations.capture", lambda m, ids, p: run.append(len(ids)) or sl.lm.capture(m, ids, p)
     )
     chosen = torch.zeros_like(labels)
     chosen[[5, 9], 2] = True
     torch.testing.assert_close(read_chosen(tiny, tiny_tokens, chosen, POINT), x[[5, 9], 2], rtol=1e-4, atol=1e-4)
     assert sum(run) == 2
     with pytest.raises(ValueError, match="got none True"):
-        read_labelled(tiny, tiny_tokens, torch.zeros_like(labels), POINT)
+        collect_labeled(tiny, tiny_tokens, torch.zeros_like(labels), POINT)
     with pytest.raises(ValueError, match="must have a mark for each token"):
-        read_labelled(tiny, tiny_tokens, labels[:3], POINT)
+        collect_labeled(tiny, tiny_tokens, labels[:3], POINT)
 
 
 def test_a_rival_fires_as_often_and_has_nothing_to_do_with_the_concept(store):
@@ -109,7 +108,7 @@ def test_a_rival_fires_as_often_and_has_nothing_to_do_with_the_concept(store):
     feature = int(np.argsort(fires)[len(fires) // 2])
     for labels in (None, dense[:, feature] > 0):
         limit = 0.1
-        rivals = find_rival(store, feature, labels, n=3, most_correlated=limit)
+        rivals = density_matched_features(store, feature, labels, n=3, most_correlated=limit)
         y = dense[:, feature] if labels is None else labels.astype(float)
         r = np.array([
             max(abs(np.corrcoef(column, y)[0, 1]), abs(np.corrcoef(np.abs(column), y)[0, 1])) if column.any() else 1.0
@@ -119,9 +118,9 @@ def test_a_rival_fires_as_often_and_has_nothing_to_do_with_the_concept(store):
         allowed = [j for j in range(len(fires)) if j != feature and fires[j] and r[j] <= limit]
         assert len(allowed) > 3 and sorted(apart[rivals]) == pytest.approx(sorted(apart[allowed])[:3])
         assert feature not in rivals and r[rivals].max() <= limit
-    assert rivals[0] not in find_rival(store, feature, n=2, most_correlated=limit, avoid=(rivals[0],))
+    assert rivals[0] not in density_matched_features(store, feature, n=2, most_correlated=limit, avoid=(rivals[0],))
     with pytest.raises(ValueError, match="must leave 41 features"):
-        find_rival(store, feature, n=41)
+        density_matched_features(store, feature, n=41)
 
 
 def concept_codes(seed=0, n=4000, d=60):
@@ -313,9 +312,7 @@ def test_probing_refuses_what_makes_no_sense():
 
 def test_output_scores_are_those_of_steering_one_by_one(tiny, sae, store):
     prompts, strength = ["The owl", "A fox sees"], 3.0
-    found = score_steering(
-        tiny, sae, store, prompts=prompts, strength=strength, n_top=5, n_contexts=7, hook_point=POINT
-    )
+    found = output_scores(tiny, sae, store, prompts=prompts, strength=strength, n_top=5, n_contexts=7, hook_point=POINT)
     peaks = store.statistics.peaks
     assert [(r.feature, r.sign) for r in found.rows] == [(j, 1 - 2 * s) for j, s in np.argwhere(peaks > 0).tolist()]
     effects = read_out(tiny, sae.directions())
@@ -326,7 +323,7 @@ def test_output_scores_are_those_of_steering_one_by_one(tiny, sae, store):
             ids = sl.tokenize(tiny, [prompt], 32, packed=False, separator=None)
             change = {row.feature: strength * float(peaks[row.feature, int(row.sign < 0)]) * row.sign}
             with sl.steer(tiny, sae, change, where=[-1], hook_point=POINT):
-                p = sl.logits(tiny, ids.ids[:, : ids.n_tokens])[0, -1].softmax(-1)
+                p = sl.lm.logits(tiny, ids.ids[:, : ids.n_tokens])[0, -1].softmax(-1)
             rank = min(int((p > p[t]).sum()) for t in promoted)
             scores.append(float(p[promoted].max()) * (1 - rank / len(p)))
             chances.append(p[promoted])
@@ -351,26 +348,26 @@ def test_a_feature_that_writes_a_token_steers_best(tiny, tiny_tokens, tmp_path):
             weight[token] if weight.shape[1] == 32 else weight[:, token], dim=0
         )
     store = sl.harvest(sae, tiny, tiny_tokens[:8], tmp_path / "store", hook_point=POINT, progress=False)
-    found = score_steering(tiny, sae, store, [5, 6], prompts="The", strength=1000.0, n_top=1, hook_point=POINT)
+    found = output_scores(tiny, sae, store, [5, 6], prompts="The", strength=1000.0, n_top=1, hook_point=POINT)
     best = found.top(1)[0]
     assert (best.feature, best.sign, best.token) == (6, 1, tiny.tokenizer.decode([token]))
     assert best.output > 3 * max(row.output for row in found.rows if row is not best)
     assert {row.feature for row in found.rows} == {5, 6} and "6+" in str(found)
     with pytest.raises(ValueError, match=r"`features` must be in 0\.\.39"):
-        score_steering(tiny, sae, store, [40], hook_point=POINT)
+        output_scores(tiny, sae, store, [40], hook_point=POINT)
     with pytest.raises(ValueError, match="`by` must be"):
         found.top(by="luck")
 
 
 def test_prompts_of_unknown_words_are_refused(sae, store):
     with pytest.raises(ValueError, match="must be of words that the model knows, got 'From my experience,'"):
-        score_steering(sl.load_model("tales", progress=False), sae, store, hook_point="blocks.2.hook_resid_post")
+        output_scores(sl.load_model("tales", progress=False), sae, store, hook_point="blocks.2.hook_resid_post")
 
 
 def test_blocks_do_not_matter(tiny, sae, store, monkeypatch):
-    whole = score_steering(tiny, sae, store, prompts="The", hook_point=POINT)
+    whole = output_scores(tiny, sae, store, prompts="The", hook_point=POINT)
     monkeypatch.setattr("saelab.steering.feature_scores.BLOCK", 7)
-    parts = score_steering(tiny, sae, store, prompts="The", hook_point=POINT)
+    parts = output_scores(tiny, sae, store, prompts="The", hook_point=POINT)
     for a, b in itertools.zip_longest(whole.rows, parts.rows):
         assert (a.feature, a.sign, a.input, a.n_contexts) == (b.feature, b.sign, b.input, b.n_contexts)
         assert a.output == pytest.approx(b.output, abs=1e-5)

@@ -18,7 +18,9 @@ RUN = sl.TrainConfig(n_tokens=12 * 40, batch_size=40, log_every_tokens=80, save_
 AUX = sl.AuxK(dead_after_tokens=120, k=3)
 
 
-def config(activation: sl.Activation | None = None, n_points: int | None = 30, delta: float = 0.1, **axes) -> SAEConfig:
+def config(
+    activation: sl.sae.Activation | None = None, n_points: int | None = 30, delta: float = 0.1, **axes
+) -> SAEConfig:
     dictionary = sl.Archetypal(n_points=n_points, delta=delta)
     return SAEConfig(
         d_in=D_IN, d_sae=D_SAE, activation=activation or sl.TopK(k=5), dictionary=dictionary, **{"aux": AUX} | axes
@@ -273,7 +275,7 @@ def test_folded_is_free_and_trains():
 def test_rivals_of_an_archetypal_dictionary_are_those_of_any_other():
     truth, stories = csr_matrix(torch.arange(200)[:, None].numpy() % 3 == 0), torch.arange(200) // 10
     plain = replace(config(), dictionary="unit")
-    found, same = (sl.concept_baselines(data(200), cfg, truth, stories) for cfg in (config(), plain))
+    found, same = (sl.evaluation.concept_baselines(data(200), cfg, truth, stories) for cfg in (config(), plain))
     for name in ("random", "untrained"):
         assert (found[name] != same[name]).nnz == 0
 
@@ -294,7 +296,7 @@ def test_made_on_the_meta_device():
         (lambda: sl.Archetypal(delta=float("inf")), "`delta` must be at least 0 and finite"),
         (lambda: config(init="data"), "`init` must be 'tied' for an archetypal dictionary"),
         (lambda: SAEConfig.from_dict(config().to_dict() | {"dictionary": {"points": 3}}), "Archetypal has no key"),
-        (lambda: sl.revive(fit(config()), data(), [0]), "got an archetypal one; use AuxK"),
+        (lambda: sl.sae.resample_dead_latents(fit(config()), data(), [0]), "got an archetypal one; use AuxK"),
     ],
 )
 def test_what_cannot_be_is_named(make, match):

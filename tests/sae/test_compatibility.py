@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.collecting.reader import Reader
+from saelab.collecting.reader import ActivationReader
 from saelab.evaluation.sparse_control import TOLD, EditTask
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import is_same_weights, sketch_weights
@@ -44,21 +44,25 @@ def enter(block: AbstractContextManager) -> None:
 
 def steer_to(at: At, **how) -> None:
     x = torch.randn(8, 32, generator=torch.Generator().manual_seed(0))
-    enter(sl.steer_to(at.model, at.sae, sl.find_prototypes(at.sae, x, ["a", "b"] * 4), "a", **how))
+    enter(
+        sl.interventions.steer_to_prototype(
+            at.model, at.sae, sl.interventions.mean_codes(at.sae, x, ["a", "b"] * 4), "a", **how
+        )
+    )
 
 
 def steering_curve(at: At, **how) -> None:
     options = {"strengths": [1], "n": 1, "n_tokens": 2, **QUIET}
     if "hook_point" in how:
-        sl.steering_curve(at.model, {"a": sl.Intervention(at.sae, {3: 1.0}, **how)}, "a", "One", **options)
+        sl.steering.steering_curve(at.model, {"a": sl.Intervention(at.sae, {3: 1.0}, **how)}, "a", "One", **options)
     else:
-        sl.steering_curve(at.model, {"a": (at.sae, 3)}, "a", "One", **options, **how)
+        sl.steering.steering_curve(at.model, {"a": (at.sae, 3)}, "a", "One", **options, **how)
 
 
 def ablate_concept(at: At, **how) -> None:
     labels = {"first": at.tokens.ids == at.first}
     options = {"n_random": 1, "methods": ["features"], "n_rows": 200, "ranking": "f"}
-    sl.ablate_concept(at.model, at.tokens, labels, "first", at.sae, **options, **how)
+    sl.probing.erase_concept(at.model, at.tokens, labels, "first", at.sae, **options, **how)
 
 
 def compare_control(at: At, hook_point: str = HOOK, **how) -> None:
@@ -69,42 +73,53 @@ def compare_control(at: At, hook_point: str = HOOK, **how) -> None:
         places=torch.full((4, 1), -1), place_names=("end",), attributes={TOLD: names, "letter": names[::-1]},
         answers=answers, other_answers=answers + 1,
     )  # fmt: skip
-    sl.compare_control(task, task, {"a": at.sae}, ks=(1,), **how)
+    sl.evaluation.evaluate_sparse_control(task, task, {"a": at.sae}, ks=(1,), **how)
 
 
 def line_up(at: At, **how) -> None:
-    sl.line_up(at.model, at.sae, 3, sl.TokenConcept("a word", (at.first,)), at.tokens, **how)
+    sl.steering.steering_baselines(
+        at.model, at.sae, 3, sl.steering.TokenConcept("a word", (at.first,)), at.tokens, **how
+    )
 
 
 CALLS: dict[str, Callable] = {
     "steer by nothing": lambda at, **how: enter(sl.steer(at.model, at.sae, {3: 0.0}, **how)),
-    "When": lambda at, **how: enter(
-        sl.steer(at.model, sl.Direction(torch.ones(32), HOOK), 1.0, where=sl.When(at.sae, 3, **how))
+    "ActivationCondition": lambda at, **how: enter(
+        sl.steer(
+            at.model,
+            sl.Direction(torch.ones(32), HOOK),
+            1.0,
+            where=sl.interventions.ActivationCondition(at.sae, 3, **how),
+        )
     ),
-    "ablate_concept": ablate_concept,
-    "attribute": lambda at, **how: sl.attribute(at.model, at.sae, "One", "e", **QUIET, **how),
-    "compare_control": compare_control,
+    "erase_concept": ablate_concept,
+    "attribute": lambda at, **how: sl.interventions.attribute(at.model, at.sae, "One", "e", **QUIET, **how),
+    "evaluate_sparse_control": compare_control,
     "evaluate": lambda at, **how: sl.evaluate(
         at.sae, at.model, at.tokens[:2], n_bootstrap=0, baselines=False, **QUIET, **how
     ),
-    "export_store": lambda at: sl.export_store(
+    "export_store": lambda at: sl.interop.export_store(
         at.store, at.out, "saedashboard", sae=at.sae, model=at.model, features=[3], **QUIET
     ),
     "harvest": lambda at, **how: sl.harvest(at.sae, at.model, at.tokens[:2], at.out, **QUIET, **how),
-    "harvest_untrained": lambda at, **how: sl.harvest_untrained(at.store, at.sae, at.model, at.out, **QUIET, **how),
-    "line_up": line_up,
-    "logit_lens": lambda at, **how: sl.logit_lens(at.sae, at.model, [3], **how),
-    "patch": lambda at, **how: sl.patch(at.model, "One", "Two", "e", sources=at.sae, **how),
-    "progressive": lambda at, **how: sl.progressive(at.sae, at.model, at.tokens[:4], (4,), **how),
+    "harvest_untrained": lambda at, **how: sl.collecting.harvest_untrained(
+        at.store, at.sae, at.model, at.out, **QUIET, **how
+    ),
+    "steering_baselines": line_up,
+    "logit_lens": lambda at, **how: sl.analysis.logit_lens(at.sae, at.model, [3], **how),
+    "patch": lambda at, **how: sl.interventions.patch(at.model, "One", "Two", "e", sources=at.sae, **how),
+    "prune_dictionary": lambda at, **how: sl.analysis.prune_dictionary(at.sae, at.model, at.tokens[:4], (4,), **how),
     "report": lambda at: sl.report(at.store, at.out, at.model, sae=at.sae, features=[3], **QUIET),
-    "score_steering": lambda at, **how: sl.score_steering(at.model, at.sae, at.store, [3], prompts="One", **how),
+    "output_scores": lambda at, **how: sl.steering.output_scores(at.model, at.sae, at.store, [3], prompts="One", **how),
     "splice": lambda at, **how: enter(sl.splice(at.model, at.sae, **how)),
     "steer": lambda at, **how: enter(sl.steer(at.model, at.sae, {3: 1.0}, **how)),
-    "steer_all": lambda at, **how: enter(sl.steer_all(at.model, [sl.Intervention(at.sae, {3: 1.0}, **how)])),
-    "steer_texts": lambda at, **how: sl.steer_texts(
+    "steer_all": lambda at, **how: enter(
+        sl.interventions.steer_all(at.model, [sl.Intervention(at.sae, {3: 1.0}, **how)])
+    ),
+    "compare_generations": lambda at, **how: sl.steering.compare_generations(
         at.model, sl.Intervention(at.sae, {3: 1.0}, **how), "One", 2, **QUIET
     ),
-    "steer_to": steer_to,
+    "steer_to_prototype": steer_to,
     "steering_curve": steering_curve,
 }
 """Every public function that takes an SAE and a model, called on them."""
@@ -126,13 +141,15 @@ def trained(tiny, tiny_tokens, tmp_path_factory) -> At:
 @pytest.fixture(scope="module")
 def strangers() -> dict[str, Any]:
     """Another model of the same width, and the right one with folded weights."""
-    return {"model": sl.tiny_model(seed=1), "weight processing": sl.load_model("tiny", weight_processing="folded")}
+    return {"model": sl.lm.tiny_model(seed=1), "weight processing": sl.load_model("tiny", weight_processing="folded")}
 
 
 def test_no_function_that_takes_an_sae_and_a_model_is_left_out():
     found = set()
-    for name in sl.__all__:
-        thing = getattr(sl, name)
+    packages = [getattr(sl, name) for name in sl.__all__ if inspect.ismodule(getattr(sl, name))]
+    packages += [sl.labels.autointerp, sl.labels.rules, sl.sae.formats]
+    things = {name: getattr(package, name) for package in packages for name in package.__all__}
+    for name, thing in things.items():
         if not inspect.isfunction(thing):
             continue
         told = str(inspect.signature(thing))
@@ -170,14 +187,14 @@ def test_another_name_of_the_same_hook_point_is_no_other(name, trained, tmp_path
     CALLS[name](replace(trained, out=tmp_path / "out"), hook_point="blocks.1.hook_out")
 
 
-@pytest.mark.parametrize("name", ["export_store", "harvest_untrained", "report", "score_steering"])
+@pytest.mark.parametrize("name", ["export_store", "harvest_untrained", "report", "output_scores"])
 def test_a_store_of_another_sae_is_refused(name, trained, tmp_path):
     other = sl.SAE(trained.sae.cfg, seed=5)
     other.provenance = trained.sae.provenance
     with pytest.raises(ValueError, match="must be the one that was harvested"):
         CALLS[name](replace(trained, sae=other, out=tmp_path / "out"))
     with pytest.raises(ValueError, match="must be the one that was harvested"):
-        sl.dead_units(trained.store, other)
+        sl.analysis.dead_features(trained.store, other)
     wide = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64))
     with pytest.raises(ValueError, match="must be the one that was harvested, 48 features"):
         sl.Intervention(wide, {60: 1.0}, unit="max", store=trained.store, hook_point=HOOK)
@@ -186,13 +203,13 @@ def test_a_store_of_another_sae_is_refused(name, trained, tmp_path):
 def test_weights_tell_models_of_one_name_and_names_do_not_part_equal_weights() -> None:
     def told(model: Any) -> Any:
         tokens = sl.tokenize(model, ["Once upon a time"], ctx_len=8)
-        return Reader.make(model, tokens, [HOOK], TokenMask(), None).origins(tokens, 8, {})[HOOK]
+        return ActivationReader.make(model, tokens, [HOOK], TokenMask(), None).origins(tokens, 8, {})[HOOK]
 
     def renamed(model: Any) -> Any:
         model.cfg.model_name = "checkpoint-1000"
         return model
 
-    mine, other, third = (renamed(sl.tiny_model(seed=seed, n_layers=n)) for seed, n in ((0, 2), (1, 2), (0, 3)))
+    mine, other, third = (renamed(sl.lm.tiny_model(seed=seed, n_layers=n)) for seed, n in ((0, 2), (1, 2), (0, 3)))
     origin = told(mine)
     match_weights(origin, mine)
     for stranger in (other, third):
@@ -208,7 +225,7 @@ def test_weights_tell_models_of_one_name_and_names_do_not_part_equal_weights() -
 
 
 def test_a_sketch_leaves_the_model_alone_and_says_nothing_of_quantized_weights() -> None:
-    model = sl.tiny_model()
+    model = sl.lm.tiny_model()
     before = sketch_weights(model)
     with sl.steer(model, sl.Direction(torch.ones(32), HOOK), 1.0):
         assert sketch_weights(model) == before
@@ -220,7 +237,7 @@ def test_a_sketch_leaves_the_model_alone_and_says_nothing_of_quantized_weights()
 
 
 def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path: Path) -> None:
-    model = sl.tiny_model()
+    model = sl.lm.tiny_model()
     tokens = sl.tokenize(model, ["The fox met the hen."] * 4, ctx_len=8)
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=4)))
     at = {"hook_point": HOOK}
@@ -231,8 +248,8 @@ def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path: Path) -> N
         lambda: sl.evaluate(sae, model, tokens, **at),
         lambda: sl.harvest(sae, model, tokens, tmp_path / "store", **at, **QUIET),
         lambda: enter(sl.steer(model, sae, {3: 1.0}, **at)),
-        lambda: sl.logit_lens(sae, model, [3]),
-        lambda: sl.stability([sae, sae]),
+        lambda: sl.analysis.logit_lens(sae, model, [3]),
+        lambda: sl.universality.seed_stability([sae, sae]),
     ):
         with pytest.raises(ValueError, match="weights must be finite, got NaN or infinite ones in W_enc"):
             use()
@@ -240,7 +257,7 @@ def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path: Path) -> N
 
 
 def test_a_store_of_another_sae_is_no_unit(tmp_path: Path) -> None:
-    model = sl.tiny_model()
+    model = sl.lm.tiny_model()
     tokens = sl.tokenize(model, ["The fox met the hen."] * 4, ctx_len=8)
     cfg = sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=4))
     mine, other = sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=1)

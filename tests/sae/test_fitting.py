@@ -127,7 +127,7 @@ def test_a_penalty_says_what_it_weighs(monkeypatch):
 
     @sl.register_activation("plain_penalty")
     @dataclass(frozen=True)
-    class Plain(sl.Activation):
+    class Plain(sl.sae.Activation):
         def __call__(self, u, threshold=None, training=False):
             return u.relu()
 
@@ -144,7 +144,7 @@ def test_a_penalty_says_what_it_weighs(monkeypatch):
         target_l0: float | None = None
 
     cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=Said())
-    trainee = training_sae.Trainee(sl.SAE(cfg), sl.TrainConfig())
+    trainee = training_sae.TrainingSAE(sl.SAE(cfg), sl.TrainConfig())
     assert trainee.state["coefficient"] == 0.5 and not trainee.steered
     aimed = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=replace(Said(), coefficient=None, target_l0=6.0))
     sae = sl.SAE(aimed, seed=0)

@@ -17,10 +17,10 @@ def test_as_many_codes_are_active_as_in_the_trained_one(activation) -> None:
     x = torch.randn(2048, 8, generator=torch.Generator().manual_seed(0))
     sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=48, activation=activation), seed=0)
     sae.fit(x, sl.TrainConfig(n_tokens=20_000, batch_size=256, n_held_out=0), progress=False)
-    made = sl.make_untrained(sae, x, seed=3)
+    made = sl.sae.make_untrained(sae, x, seed=3)
     assert mean_l0(made, x) == pytest.approx(mean_l0(sae, x), rel=0.01)
     assert made.cfg.activation == activation and made.cfg.d_sae == 48 and not torch.equal(made.W_dec, sae.W_dec)
-    assert torch.equal(made.W_dec, sl.make_untrained(sae, x, seed=3).W_dec)
+    assert torch.equal(made.W_dec, sl.sae.make_untrained(sae, x, seed=3).W_dec)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def pair(tiny, tiny_tokens, tmp_path_factory):
     sae.fit(acts, sl.TrainConfig(n_tokens=10_000, batch_size=256), progress=False)
     sae.save_pretrained(folder / "sae")
     store = sl.harvest(sae, tiny, tiny_tokens, folder / "store", progress=False)
-    return sae, store, sl.harvest_untrained(store, sae, tiny, folder / "untrained", progress=False)
+    return sae, store, sl.collecting.harvest_untrained(store, sae, tiny, folder / "untrained", progress=False)
 
 
 def test_its_store_has_the_rows_of_the_trained_one(pair, tiny, tiny_tokens) -> None:
@@ -43,7 +43,7 @@ def test_its_store_has_the_rows_of_the_trained_one(pair, tiny, tiny_tokens) -> N
     assert np.array_equal(made.places, store.places) and np.array_equal(made.token_ids, store.token_ids)
     assert made.d_sae == store.d_sae and made.l0 == pytest.approx(store.l0) and made.folder != store.folder
     x = sl.collect(tiny, tiny_tokens, POINT, progress=False)[:]
-    z = sl.make_untrained(sae, x[:8192]).encode(x).detach().numpy()
+    z = sl.sae.make_untrained(sae, x[:8192]).encode(x).detach().numpy()
     assert np.abs(made.matrix().toarray() - z).max() < 2e-3 * np.abs(z).max()
 
 
@@ -54,7 +54,7 @@ def test_it_stands_beside_comparisons_and_probes(pair) -> None:
         found.a.untrained is not None and 0 <= found.a.untrained.shares["count"] <= found.a.untrained.trained["count"]
     )
     y = np.asarray(store.token_ids == np.bincount(store.token_ids).argmax())
-    probes = sl.probe_features(store, y, untrained=made, ks=(1,), rankings=("f",))
+    probes = sl.probing.probe_features(store, y, untrained=made, ks=(1,), rankings=("f",))
     assert 0 < probes.probes[0].untrained.f1 <= 1
 
 

@@ -13,7 +13,7 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.sae.activation_functions import GroupMax
 from saelab.sae.config import SAEConfig
-from saelab.sae.training_sae import Trainee
+from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.files import write_json
 from saelab.stores.validation import read_json
 
@@ -22,7 +22,7 @@ D_IN, D_SAE, D_OUT, K = 12, 40, 9, 5
 
 @sl.register_activation("test_soft_topk")
 @dataclass(frozen=True)
-class SoftTopK(sl.Activation):
+class SoftTopK(sl.sae.Activation):
     """A user's own: what exceeds the (k+1)-th largest, by how much it does."""
 
     k: int = K
@@ -98,7 +98,7 @@ def rows(cfg, n=256, seed=0):
 def prepared(cfg, seed=0):
     """An SAE as training starts from, with a threshold where its activation keeps one."""
     sae = sl.SAE(cfg, seed)
-    trainee = Trainee(sae, sl.TrainConfig(n_tokens=256, batch_size=256))
+    trainee = TrainingSAE(sae, sl.TrainConfig(n_tokens=256, batch_size=256))
     trainee.prepare(rows(cfg))
     if cfg.activation.threshold == "running":
         trainee.observe(trainee.objective(rows(cfg)))

@@ -10,7 +10,7 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.evaluation.evaluation import make_linear
 from saelab.sae.activation_functions import GroupMax
-from saelab.sae.training_sae import Trainee
+from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.activations import ActivationPairs
 
 D_IN, D_OUT, D_SAE = 8, 5, 24
@@ -72,7 +72,7 @@ def test_the_sparse_step_has_the_gradients_of_the_formula(activation, prefixes, 
     d_out = D_IN if skip else D_OUT  # of one width or not, b_dec is the target's
     cfg = config(activation=activation, prefixes=prefixes, skip=skip, d_out=d_out, aux=None)
     sae, pairs = sl.SAE(cfg), torch.cat(data(64, d_out=d_out), 1)
-    trainee = Trainee(sae, RUN)
+    trainee = TrainingSAE(sae, RUN)
     trainee.prepare(pairs)
     with torch.no_grad():
         for i, weight in enumerate(sae.parameters()):  # W_skip starts at zero, where it would hide its own errors
@@ -98,7 +98,7 @@ def test_the_sparse_step_has_the_gradients_of_the_formula(activation, prefixes, 
 
 def test_dead_latents_hear_of_the_target():
     sae, pairs = sl.SAE(config(aux=sl.AuxK(k=2, dead_after_tokens=10))), torch.cat(data(64), 1)
-    trainee = Trainee(sae, RUN)
+    trainee = TrainingSAE(sae, RUN)
     trainee.prepare(pairs)
     with torch.no_grad():
         sae.b_enc[-4:] = -100.0
@@ -270,14 +270,14 @@ def test_it_says_where_it_reads_and_writes(trained, tmp_path):
     trained.save_pretrained(tmp_path)
     assert sl.SAE.from_pretrained(tmp_path).provenance == trained.provenance
     plain = replace(trained.provenance, hook_point_out=None)
-    assert "hook_point_out" not in plain.to_dict() and sl.Provenance.from_dict(plain.to_dict()) == plain
+    assert "hook_point_out" not in plain.to_dict() and sl.stores.Provenance.from_dict(plain.to_dict()) == plain
 
 
 def test_evaluated_by_splicing_at_its_target(trained, tiny, tiny_tokens):
     tokens = tiny_tokens[:8]
     found = sl.evaluate(trained, tiny, tokens, n_bootstrap=0, batch_size=3, progress=False)
     keep = sl.TokenMask().apply(tokens).keep
-    acts = sl.capture(tiny, tokens.ids, [READ, WRITTEN])
+    acts = sl.lm.capture(tiny, tokens.ids, [READ, WRITTEN])
     y, y_hat = acts[WRITTEN], trained(acts[READ]).detach()
     residual, variance = (y - y_hat)[keep].square().sum(), (y[keep] - y[keep].mean(0)).square().sum()
     assert found.fvu == pytest.approx(float(residual / variance), rel=1e-4)
@@ -285,7 +285,7 @@ def test_evaluated_by_splicing_at_its_target(trained, tiny, tiny_tokens):
     for name, value in {"ce_sae": y_hat, "ce_zero": 0 * y, "ce_mean": y[keep].mean(0).expand_as(y)}.items():
         edit = torch.where(keep[..., None], value, y)
         with sl.splice(tiny, {WRITTEN: lambda x, edit=edit: edit}):
-            loss = sl.next_token_loss(sl.logits(tiny, tokens.ids), tokens.ids)
+            loss = sl.lm.next_token_loss(sl.lm.logits(tiny, tokens.ids), tokens.ids)
         counts = keep[:, :-1] & (tokens.doc_ids[:, 1:] == tokens.doc_ids[:, :-1])
         assert getattr(found, name) == pytest.approx(float(loss[counts].mean()), rel=1e-5), name
     assert found.prefixes[64] == pytest.approx(found.fvu, rel=1e-4) and found.prefixes[16] > found.fvu
@@ -311,8 +311,8 @@ def test_harvest_lens_and_progressive_know_transcoders(trained, tiny, tiny_token
     with pytest.raises(ValueError, match="another hook point"):
         wrong = sl.collect(tiny, tiny_tokens[:8], WRITTEN, progress=False)
         sl.harvest(trained, tiny, wrong, tmp_path / "wrong", progress=False)
-    assert len(sl.logit_lens(trained, tiny, [3], n=4)[3].promoted) == 4
-    whole = sl.progressive(trained, tiny, tiny_tokens[:8], (64,)).get("energy", 64)
+    assert len(sl.analysis.logit_lens(trained, tiny, [3], n=4)[3].promoted) == 4
+    whole = sl.analysis.prune_dictionary(trained, tiny, tiny_tokens[:8], (64,)).get("energy", 64)
     rest = sl.evaluate(trained, tiny, tiny_tokens[4:8], baselines=False, n_bootstrap=0, progress=False)
     assert whole.fvu == pytest.approx(rest.fvu, rel=1e-3) and whole.ce == pytest.approx(rest.ce_sae, rel=1e-5)
 
@@ -348,7 +348,7 @@ def test_hook_normalized_is_the_stream_at_unit_scale_before_the_norms_weight(sha
     """The Bridge's `ln2.hook_normalized`; what the MLP reads is that times the norm's weight."""
     model = sl.load_model(shared_data / "stories260k", device="cpu")
     names = ["blocks.2.hook_resid_mid", "blocks.2.ln2.hook_normalized", "blocks.2.ln2.hook_out"]
-    acts = sl.capture(model, torch.arange(3, 43).view(2, 20), names)
+    acts = sl.lm.capture(model, torch.arange(3, 43).view(2, 20), names)
     stream, normalised, read = (acts[name] for name in names)
     scale = stream.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(normalised, stream / scale, rtol=1e-3, atol=1e-4)
@@ -359,13 +359,13 @@ def test_hook_normalized_is_the_stream_at_unit_scale_before_the_norms_weight(sha
 
 def test_other_analyses_know_transcoders_or_refuse_them(trained, tiny, tiny_tokens, tmp_path):
     store = sl.harvest(trained, tiny, tiny_tokens[:8], tmp_path / "store", progress=False)
-    assert float(sl.stability([trained, trained]).trained.matched.mean()) == pytest.approx(1.0)
-    x = sl.capture(tiny, tiny_tokens[:8].ids, [READ])[READ].flatten(0, 1)
+    assert float(sl.universality.seed_stability([trained, trained]).trained.matched.mean()) == pytest.approx(1.0)
+    x = sl.lm.capture(tiny, tiny_tokens[:8].ids, [READ])[READ].flatten(0, 1)
     with pytest.raises(ValueError, match="`acts` must not be given for transcoders"):
-        sl.stability([trained, trained], x)
-    assert "live" in str(sl.dead_units(store, trained, x))
+        sl.universality.seed_stability([trained, trained], x)
+    assert "live" in str(sl.analysis.dead_features(store, trained, x))
     with pytest.raises(ValueError, match="got a transcoder; use AuxK"):
-        sl.revive(trained, x, [0])
+        sl.sae.resample_dead_latents(trained, x, [0])
     page = tmp_path / "report.html"
     sl.report(store, page, tiny, features=[0, 1], sae=trained, prompts=["The cat."], progress=False)
     assert READ in page.read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.functional.activation_functions import jumprelu, step_above
 from saelab.functional.metrics import normalised_error
-from saelab.sae.training_sae import Trainee
+from saelab.sae.training_sae import TrainingSAE
 
 D_IN, D_SAE, K, N = 10, 48, 4, 64
 
@@ -43,7 +43,7 @@ def trainee_of(activation, n_dead=0, seed=0, aux=None, **axes):
             if activation.signed:
                 sae.W_enc[:, -n_dead:] *= 1e-3
                 sae.b_enc[-n_dead:] *= 1e-3
-    trainee = Trainee(sae, sl.TrainConfig(n_tokens=1_000_000, seed=seed))
+    trainee = TrainingSAE(sae, sl.TrainConfig(n_tokens=1_000_000, seed=seed))
     trainee.state["variance"].fill_(7.0)
     trainee.state["tokens_since_fired"][D_SAE - n_dead :] = 1000
     return trainee
@@ -275,7 +275,7 @@ def test_auxk_on_a_share_of_the_batch_is_unbiased():
 @pytest.mark.parametrize(("n_tokens", "after"), [(1_000_000, 50_000), (200_000_000, 10_000_000)])
 def test_default_age_of_death(n_tokens, after):
     sae = sl.SAE(sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=sl.TopK(k=K)))
-    assert Trainee(sae, sl.TrainConfig(n_tokens=n_tokens)).dead_after_tokens == after
+    assert TrainingSAE(sae, sl.TrainConfig(n_tokens=n_tokens)).dead_after_tokens == after
 
 
 # --- prefixes

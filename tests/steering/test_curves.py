@@ -10,12 +10,18 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.steering.baselines import line_up, mark_before
+from saelab.steering.baselines import mark_before, steering_baselines
 from saelab.steering.curves import SteeringCurve, find_frontier, mean_gain, read_cost, read_gain
 from saelab.steering.dose_response import distinct, entropy, log_mass, repetition, steering_curve
-from saelab.steering.target_concepts import ScoredConcept, TokenConcept, make_concept, make_concepts, world_concept
-from saelab.steering.text_comparison import steer_texts
-from saelab.visualization.intervention_plots import plot_doses, plot_tradeoff, show_curve, show_texts
+from saelab.steering.target_concepts import (
+    ScoredConcept,
+    TokenConcept,
+    concept_from_words,
+    make_concepts,
+    synthetic_concept,
+)
+from saelab.steering.text_comparison import compare_generations
+from saelab.visualization.intervention_plots import plot_dose_response, plot_tradeoff, show_curve, show_generations
 
 HOOK = "blocks.1.hook_resid_post"
 LAST = "blocks.2.hook_resid_post"
@@ -26,7 +32,7 @@ TAGS = {"<br>", "<extra>", "</extra>", '<span style="font-size:12px">', "</span>
 
 @pytest.fixture(scope="module")
 def concept(tiny):
-    return make_concept(tiny, "a,b,c", "letters")
+    return concept_from_words(tiny, "a,b,c", "letters")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,7 @@ def curve(tiny, concept, up):
     """A direction that raises the concept beside a random one, at strengths of both signs and at none."""
     return steering_curve(
         tiny,
-        {"up": up, "random": sl.make_random(up, seed=3)},
+        {"up": up, "random": sl.interventions.make_random(up, seed=3)},
         concept,
         PROMPTS,
         strengths=[-0.5, 0, 0.5, 1.0],
@@ -71,24 +77,24 @@ def test_measures_are_what_they_are_defined_as() -> None:
 
 
 def test_a_word_is_every_token_that_reads_like_it(tiny) -> None:
-    found = make_concept(tiny, "A, b", "ab")
+    found = concept_from_words(tiny, "A, b", "ab")
     assert found == TokenConcept("ab", tuple(sorted(tiny.tokenizer.convert_tokens_to_ids([*"abAB"]))))
     tales = sl.load_model("tales", progress=False)
-    assert tales.tokenizer.batch_decode([[i] for i in make_concept(tales, ["SHE"]).ids]) == ["She", "she"]
-    glad = world_concept(tales, "glad")
+    assert tales.tokenizer.batch_decode([[i] for i in concept_from_words(tales, ["SHE"]).ids]) == ["She", "she"]
+    glad = synthetic_concept(tales, "glad")
     assert {"happy", "smiled", "joy"} <= set(tales.tokenizer.batch_decode([[i] for i in glad.ids]))
     with pytest.raises(ValueError, match="any word can stand in"):
-        world_concept(tales, "quote")
+        synthetic_concept(tales, "quote")
     with pytest.raises(ValueError, match=r"got 'gladd'; near it are .*'glad'"):
-        world_concept(tales, "gladd")
+        synthetic_concept(tales, "gladd")
 
 
 def test_words_of_several_tokens_are_refused_or_taken_by_their_first(tiny) -> None:
     with pytest.raises(ValueError, match=re.escape("got ['bad'] (1 of 2 are not)")):
-        make_concept(tiny, "a,bad")
-    assert make_concept(tiny, "bad", first_token=True).ids == (tiny.tokenizer.convert_tokens_to_ids("b"),)
+        concept_from_words(tiny, "a,bad")
+    assert concept_from_words(tiny, "bad", first_token=True).ids == (tiny.tokenizer.convert_tokens_to_ids("b"),)
     with pytest.raises(ValueError, match="at least one word"):
-        make_concept(tiny, " ,")
+        concept_from_words(tiny, " ,")
     scored, known = make_concepts(tiny, {"long": len_of, "": TokenConcept("a", (67,))})
     assert isinstance(scored, ScoredConcept) and scored.name == "long" and known.name == "a"
 
@@ -107,9 +113,9 @@ def test_numbers_are_those_of_the_models_own_predictions(tiny, concept, curve, u
     terms: dict[str, list] = {name: [] for name in ("lift", "selectivity", "kl", "prompt_kl", "p", "q")}
     for sample in made:
         ids, start = torch.tensor([sample.all_ids]), len(sample.prompt_ids)
-        p = sl.logits(tiny, ids)[0].double().log_softmax(1)
+        p = sl.lm.logits(tiny, ids)[0].double().log_softmax(1)
         with sl.steer(tiny, up, 1.0, unit="norm"):
-            q = sl.logits(tiny, ids)[0].double().log_softmax(1)
+            q = sl.lm.logits(tiny, ids)[0].double().log_softmax(1)
         kl = (p.exp() * (p - q)).sum(1)
         terms["kl"] += kl[start - 1 : -1].tolist()
         terms["prompt_kl"] += kl[1:start].tolist()  # nothing is steered at BOS, and it does not count
@@ -129,7 +135,7 @@ def test_numbers_are_those_of_the_models_own_predictions(tiny, concept, curve, u
     assert at(curve, "rate", "up", 1.0) == pytest.approx(np.mean([i in concept.ids for i in words]))
     nll = []
     for sample in steered:
-        loss = sl.next_token_loss(sl.logits(tiny, torch.tensor([sample.all_ids])), torch.tensor([sample.all_ids]))
+        loss = sl.lm.next_token_loss(sl.lm.logits(tiny, torch.tensor([sample.all_ids])), torch.tensor([sample.all_ids]))
         nll += loss[0, len(sample.prompt_ids) - 1 :].tolist()
     assert at(curve, "nll", "up", 1.0) == pytest.approx(np.mean(nll), rel=1e-4)
     assert at(curve, "perplexity", "unsteered", 0.0) == pytest.approx(math.exp(curve.values("nll")[0]))
@@ -207,7 +213,7 @@ def test_a_scorer_is_an_effect_too(tiny, up) -> None:
         steering_curve(tiny, {"up": up}, broken, PROMPTS[:2], strengths=[1], n=1, n_tokens=2, progress=False)
 
 
-def _steered(tiny, up) -> Sequence[sl.Generated]:
+def _steered(tiny, up) -> Sequence[sl.lm.Generated]:
     with sl.steer(tiny, up, 2.0, unit="norm"):
         return list(sl.generate(tiny, PROMPTS[:2], 4, progress=False))
 
@@ -324,8 +330,8 @@ def test_a_feature_stands_beside_its_rivals(tiny, tmp_path) -> None:
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=8)), seed=0)
     tokens = sl.tokenize(tiny, ["a tin can, a bin, a pan"] * 9, ctx_len=24)
     store = sl.harvest(sae, tiny, tokens, tmp_path, hook_point=HOOK, progress=False)
-    concept = make_concept(tiny, "n")
-    before, x = mark_before(tokens, concept), sl.capture(tiny, tokens.ids, [HOOK])[HOOK]
+    concept = concept_from_words(tiny, "n")
+    before, x = mark_before(tokens, concept), sl.lm.capture(tiny, tokens.ids, [HOOK])[HOOK]
     assert tokens.ids[:, 1:][before[:, :-1]].unique().tolist() == list(concept.ids)[1:]
     ends = sl.Tokens(ids=torch.tensor([[5, 9, 5]]).int(), doc_ids=torch.tensor([[0, 0, 1]]).int())
     assert mark_before(ends, TokenConcept("five", (5,))).tolist() == [[False] * 3]  # not in the next document or row
@@ -333,7 +339,7 @@ def test_a_feature_stands_beside_its_rivals(tiny, tmp_path) -> None:
     assert not mark_before(round_, TokenConcept("five", (5,))).any()
     feature = int(store.statistics.fires.sum(1).argmax())
     for unit, given in (("norm", None), ("raw", None), ("max", store)):
-        found = line_up(tiny, sae, feature, concept, tokens, unit=unit, store=given, hook_point=HOOK)
+        found = steering_baselines(tiny, sae, feature, concept, tokens, unit=unit, store=given, hook_point=HOOK)
         assert list(found)[:4] == [f"feature {feature}", "means", "probe", "random"] and len(found) == 4 + (
             unit == "max"
         )
@@ -343,20 +349,22 @@ def test_a_feature_stands_beside_its_rivals(tiny, tmp_path) -> None:
         z = sae.encode(x)[..., feature].detach()
         for up in (means.encode(x)[..., 0], z * own.strengths[feature]):  # both grow where the concept comes next
             assert up[before].mean() > up[~before & (tokens.ids > 2)].mean()
-    several = line_up(tiny, sae, feature, concept, tokens, n_random=3, hook_point=HOOK)
+    several = steering_baselines(tiny, sae, feature, concept, tokens, n_random=3, hook_point=HOOK)
     drawn = torch.stack([several[name].source.vector for name in ("random", "random 2", "random 3")])
     assert torch.linalg.matrix_rank(drawn) == 3 and torch.equal(drawn[0], found["random"].source.vector)
     with pytest.raises(ValueError, match="`n_random` must be at least 1, got 0"):
-        line_up(tiny, sae, feature, concept, tokens, n_random=0, hook_point=HOOK)
+        steering_baselines(tiny, sae, feature, concept, tokens, n_random=0, hook_point=HOOK)
     with pytest.raises(ValueError, match="Directions need 10 tokens before words of the concept, got 0"):
-        line_up(tiny, sae, 3, make_concept(tiny, "z"), tokens, hook_point=HOOK)
+        steering_baselines(tiny, sae, 3, concept_from_words(tiny, "z"), tokens, hook_point=HOOK)
 
 
 # --- texts
 
 
 def test_texts_side_by_side_know_what_both_models_think(tiny, up) -> None:
-    found = steer_texts(tiny, sl.Intervention(up, 1.0, unit="norm"), PROMPTS[:2], 6, n=2, seed=4, progress=False)
+    found = compare_generations(
+        tiny, sl.Intervention(up, 1.0, unit="norm"), PROMPTS[:2], 6, n=2, seed=4, progress=False
+    )
     plain = sl.generate(tiny, PROMPTS[:2], 6, n=2, seed=4, progress=False)
     with sl.steer(tiny, up, 1.0, unit="norm"):
         steered = sl.generate(tiny, PROMPTS[:2], 6, n=2, seed=4, progress=False)
@@ -371,11 +379,11 @@ def test_texts_side_by_side_know_what_both_models_think(tiny, up) -> None:
     assert found.interventions == {"steered": f"up +1 (add, norm) at {LAST}, all tokens"}
     assert "perplexity" in str(found) and found.to_dict()["rows"][0]["prompt"] == "One"
     both = {"up": sl.Intervention(up, 1.0), "none": [sl.Intervention(up, 0.0)]}
-    [row] = steer_texts(tiny, both, "One", 4, progress=False).rows
+    [row] = compare_generations(tiny, both, "One", 4, progress=False).rows
     assert set(row.unsteered.log_probs) == {"unsteered", "up", "none"} and row.kl["none"] == 0.0
     assert row.steered["none"].log_probs["none"] == row.unsteered.log_probs["unsteered"]
     with pytest.raises(ValueError, match="names other than 'unsteered'"):
-        steer_texts(tiny, {"unsteered": sl.Intervention(up, 1.0)}, "One", 2)
+        compare_generations(tiny, {"unsteered": sl.Intervention(up, 1.0)}, "One", 2)
 
 
 # --- pictures
@@ -391,7 +399,7 @@ def strings(thing: Any) -> list[str]:
 
 
 def test_figures_show_what_was_measured(curve) -> None:
-    figure = plot_doses(curve)
+    figure = plot_dose_response(curve)
     line = next(trace for trace in figure.data if trace.name == "up")
     mine = [i for i, (name, _) in enumerate(curve.points) if name == "up"]
     assert line.x.tolist() == [-0.5, 0.0, 0.5, 1.0] and np.array_equal(line.y, curve.values("gain")[mine])
@@ -402,7 +410,7 @@ def test_figures_show_what_was_measured(curve) -> None:
     lines = [trace for trace in figure.data if trace.name == "up"]
     assert [list(trace.customdata) for trace in lines] == [["+0.5", "+1"], ["-0.5"]]
     assert np.array_equal(lines[0].x, curve.values("kl")[mine][2:]) and lines[1].y[0] < 0
-    assert len(plot_doses(curve, ["rate", "extra_nll", "gain digits"]).data) == 2 * 2 * 3
+    assert len(plot_dose_response(curve, ["rate", "extra_nll", "gain digits"]).data) == 2 * 2 * 3
 
 
 def test_nobodys_text_becomes_markup(tiny, up) -> None:
@@ -411,15 +419,15 @@ def test_nobodys_text_becomes_markup(tiny, up) -> None:
         tiny, {HOSTILE: bad}, TokenConcept(HOSTILE, (67,)), PROMPTS[:2], strengths=[1.0, -1.0], n=1, n_tokens=2,
         others={"": TokenConcept(HOSTILE + "2", (68,))}, progress=False,
     )  # fmt: skip
-    for figure in (plot_doses(found, ["gain", f"gain {HOSTILE}2"]), plot_tradeoff(found)):
+    for figure in (plot_dose_response(found, ["gain", f"gain {HOSTILE}2"]), plot_tradeoff(found)):
         said = strings(figure.to_plotly_json())
         assert {tag for s in said for tag in re.findall(r"<[^<>]*>", s)} <= TAGS
         assert not any("alert" in (trace.hovertemplate or "") for trace in figure.data)
     for html in (show_curve(found, HOSTILE), found._repr_html_()):
         assert "<script>alert" not in html and "&lt;script&gt;" in html and "<b>$x$" not in html
-    made = steer_texts(tiny, {HOSTILE: sl.Intervention(bad, 1.0)}, [HOSTILE], 3, progress=False)
+    made = compare_generations(tiny, {HOSTILE: sl.Intervention(bad, 1.0)}, [HOSTILE], 3, progress=False)
     html = made._repr_html_()
-    for page in (html, show_texts(made)):
+    for page in (html, show_generations(made)):
         assert "<script>alert" not in page and page.count("&lt;script&gt;") >= 3 and "<b>$x$" not in page
     rows = made.rows[0].steered[HOSTILE]
     assert html.count("<b ") == len(rows.words) + len(made.rows[0].unsteered.words)

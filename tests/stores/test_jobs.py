@@ -15,7 +15,7 @@ from processes import Child
 
 import saelab as sl
 from saelab.cli.app import dispatch
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 from saelab.stores.files import JOURNAL, STAGED, await_settled, is_empty, replace_folder, settle, write_json
 from saelab.stores.jobs import LOCK, DeferredInterrupt, FolderInUse, Terminable, hold_folder
 from saelab.training.checkpoint import find_checkpoint
@@ -37,7 +37,7 @@ def store(tmp_path_factory):
     """A store with labels."""
     folder = tmp_path_factory.mktemp("one") / "store"
     harvest(folder, seed=0)
-    with LabelBook.open(folder) as book:
+    with LabelStore.open(folder) as book:
         book.set(3, "rain", author="me")
     return folder
 
@@ -45,7 +45,7 @@ def store(tmp_path_factory):
 def harvest(folder: Path, seed: int, n: int = 200, **how: object) -> None:
     columns = {"token_ids": torch.arange(n, dtype=torch.int32) % 7, "doc_ids": (torch.arange(n) // 20).int()}
     columns["positions"] = (torch.arange(n) % 20).int()
-    where = sl.Provenance(
+    where = sl.stores.Provenance(
         model="m", weight_processing="none", hook_point="h", text="t", tokens_sha256=str(n), mask={}, dtype="float32",
         ctx_len=20, n_tokens=n, seed=None, versions={},
     )  # fmt: skip
@@ -64,7 +64,7 @@ def test_another_process_is_refused_by_name_and_a_dead_one_is_not(tmp_path, stor
         "convert": lambda: sae.save_pretrained(out, "saelens"),
         "harvest": lambda: harvest(out, 0),
         "report": lambda: sl.report(opened, out, features=[1], progress=False),
-        "export": lambda: sl.export_store(opened, out, "saedashboard", features=[1], progress=False),
+        "export": lambda: sl.interop.export_store(opened, out, "saedashboard", features=[1], progress=False),
     }
     said = (out / LOCK).read_text().split()
     assert said[0] == "process" and said[1].isdigit()
@@ -86,7 +86,7 @@ def test_labelling_a_store_is_refused_while_it_is_written_and_reading_it_is_not(
     child.wait_until((tmp_path / "ready").exists)
     assert dispatch(["label", str(store), "--no-lens", "--no-progress"]) == 2
     assert "is writing there" in capsys.readouterr().err
-    assert len(sl.FeatureStore.load(store)) == 200 and LabelBook.open(store)[3].text == "rain"
+    assert len(sl.FeatureStore.load(store)) == 200 and LabelStore.open(store)[3].text == "rain"
     child.send(signal.SIGKILL)
     child.wait()
     (store / LOCK).unlink()
@@ -104,7 +104,7 @@ def test_a_finished_folder_is_opened_where_nothing_may_be_written(tmp_path, stor
 
 
 def test_the_lock_of_a_killed_writer_goes_when_its_finished_folder_is_opened_again(tmp_path) -> None:
-    model = sl.tiny_model()
+    model = sl.lm.tiny_model()
     tokens = sl.tokenize(model, ["The fox met the hen."] * 4, ctx_len=8)
 
     def collect() -> None:
@@ -264,21 +264,23 @@ def test_checkpoints_that_lie_hidden_are_found(tmp_path) -> None:
 
 
 def labels_of(book: Path) -> list[str]:
-    with LabelBook(book) as opened:
+    with LabelStore(book) as opened:
         return [label.text for label in opened.labels()]
 
 
 def test_labels_outlive_the_store_of_their_sae(tmp_path, caplog) -> None:
     harvest(tmp_path, seed=0, n=100)
-    with LabelBook.open(tmp_path) as book:
+    with LabelStore.open(tmp_path) as book:
         book.set(3, "rain", author="me")
     harvest(tmp_path, seed=0, n=200, resume=False)
-    assert len(sl.FeatureStore.load(tmp_path)) == 200 and LabelBook.open(tmp_path)[3].text == "rain" and not caplog.text
+    assert (
+        len(sl.FeatureStore.load(tmp_path)) == 200 and LabelStore.open(tmp_path)[3].text == "rain" and not caplog.text
+    )
     harvest(tmp_path, seed=1, n=200, resume=False)
     aside = list(tmp_path.glob("labels-*.sqlite"))
-    assert len(aside) == 1 and labels_of(aside[0]) == ["rain"] and len(LabelBook.open(tmp_path)) == 0
+    assert len(aside) == 1 and labels_of(aside[0]) == ["rain"] and len(LabelStore.open(tmp_path)) == 0
     assert str(aside[0]) in caplog.text and "kept" in caplog.text
-    with LabelBook.open(tmp_path) as book:
+    with LabelStore.open(tmp_path) as book:
         book.set(5, "sun", author="me")
     harvest(tmp_path, seed=0, n=200, resume=False)
     assert labels_of(tmp_path / "labels.sqlite") == ["rain"]
@@ -288,11 +290,11 @@ def test_labels_outlive_the_store_of_their_sae(tmp_path, caplog) -> None:
 def test_labels_that_are_being_written_stop_an_overwrite_before_it_begins(tmp_path, monkeypatch) -> None:
     harvest(tmp_path, seed=0, n=100)
     monkeypatch.setattr("saelab.collecting.writers.PATIENCE", 0.1)
-    with LabelBook.open(tmp_path) as book:
+    with LabelStore.open(tmp_path) as book:
         book.set(3, "rain", author="me")
         with book._writing(), pytest.raises(TimeoutError, match="written by another process"):
             harvest(tmp_path, seed=1, resume=False)
-    assert len(sl.FeatureStore.load(tmp_path)) == 100 and LabelBook.open(tmp_path)[3].text == "rain"
+    assert len(sl.FeatureStore.load(tmp_path)) == 100 and LabelStore.open(tmp_path)[3].text == "rain"
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut off", "missing"])
@@ -354,13 +356,15 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 
 
 def wait_for_signals(kind: str, ready: str) -> None:
-    with DeferredInterrupt() if kind == "deferred" else Terminable():
-        for _ in range(2):
-            try:
-                Path(ready).touch()
-                time.sleep(60)
-            except KeyboardInterrupt:
-                pass
+    with DeferredInterrupt() if kind == "deferred" else Terminable() as block:
+        try:
+            Path(ready).touch()
+            while not getattr(block, "requested", False):
+                time.sleep(0.01)
+        except KeyboardInterrupt:
+            pass
+        Path(ready).with_name("noticed").touch()
+        time.sleep(60)
 
 
 @pytest.mark.parametrize("kind", ["deferred", "terminable"])
@@ -369,6 +373,6 @@ def test_the_second_sigterm_ends_the_process(kind, tmp_path) -> None:
     child = Child(tmp_path / "errors.txt", wait_for_signals, kind, str(ready))
     child.wait_until(ready.exists)
     child.send(signal.SIGTERM)
-    time.sleep(0.3)
+    child.wait_until((tmp_path / "noticed").exists)
     child.send(signal.SIGTERM)
     assert child.wait()[0] == -signal.SIGTERM

@@ -200,7 +200,7 @@ def test_exports_stay_in_the_folder_they_were_given(valid, tmp_path) -> None:
     store.manifest.__dict__["provenance"] = bad  # as a stranger's manifest says it
     inside = tmp_path / "deep" / "er" / "out"
     for form in ("delphi", "neuronpedia", "saedashboard"):
-        sl.export_store(store, inside / form, format=form, features=[0], pad_id=0, progress=False)
+        sl.interop.export_store(store, inside / form, format=form, features=[0], pad_id=0, progress=False)
     assert [path for path in tmp_path.iterdir() if path.name != "deep"] == []
     assert {path.name for path in (tmp_path / "deep" / "er").iterdir()} == {"out"}
 
@@ -320,7 +320,7 @@ def test_no_local_path_reaches_what_is_shared(tmp_path, monkeypatch) -> None:
     store = sl.harvest(sae, None, acts, home / "store", allow_mismatch=True, progress=False)
     sl.report(store, home / "report.html", features=[0], progress=False)
     for form in ("delphi", "neuronpedia", "saedashboard"):
-        sl.export_store(store, home / form, format=form, features=[0], pad_id=0, progress=False)
+        sl.interop.export_store(store, home / form, format=form, features=[0], pad_id=0, progress=False)
     sae.save_pretrained(home / "saelens", "saelens")
     (home / "card.md").write_text(write_card(sae, "ada/sae", "saelab", None))
     told = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}

@@ -14,7 +14,7 @@ from saelab.lm.models import BUILT_IN, load_model
 from saelab.lm.tokens import tokenize
 from saelab.synthetic import lexicon as lex
 from saelab.synthetic.grammar import Tale
-from saelab.synthetic.tales import CONCEPT_IDS, CONCEPTS, CTX_LEN, concepts_of_word, tell
+from saelab.synthetic.tales import CONCEPT_IDS, CONCEPTS, CTX_LEN, concepts_of_word, generate_stories
 from saelab.synthetic.tasks import counterfactuals
 from saelab.synthetic.vocabulary import CLOSE, OPEN, SPECIAL, VOCABULARY, make_tokenizer
 
@@ -22,7 +22,7 @@ from saelab.synthetic.vocabulary import CLOSE, OPEN, SPECIAL, VOCABULARY, make_t
 @pytest.fixture(scope="module")
 @unchecked()
 def stories():
-    return tell(400, seed=3)
+    return generate_stories(400, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -38,16 +38,16 @@ def truth(stories):
 
 
 def test_a_story_depends_on_its_seed_and_number_alone():
-    all_five, last_two = tell(5, seed=1), tell(2, seed=1, first=3)
+    all_five, last_two = generate_stories(5, seed=1), generate_stories(2, seed=1, first=3)
     start = all_five.offsets[3]
     assert np.array_equal(all_five.token_ids[start:], last_two.token_ids)
     assert (all_five.concepts[start:] != last_two.concepts).nnz == 0
-    assert not np.array_equal(all_five.token_ids, tell(5, seed=2).token_ids)
+    assert not np.array_equal(all_five.token_ids, generate_stories(5, seed=2).token_ids)
 
 
 def test_negative_numbers_are_refused():
     with pytest.raises(ValueError, match="must not be negative, got -1"):
-        tell(-1)
+        generate_stories(-1)
 
 
 def test_the_table_is_whole():
@@ -170,7 +170,7 @@ def test_surprisal_is_minus_the_log_of_the_frequency(part):
 
 
 def test_rows_of_tokens_and_their_truth(stories):
-    part = tell(20, seed=9)
+    part = generate_stories(20, seed=9)
     tokens = part.tokens()
     assert tokens.ids.shape == (20, CTX_LEN) and tokens.n_tokens == len(part.token_ids)
     rows, columns = tokens.attention_mask.nonzero(as_tuple=True)
@@ -220,7 +220,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def unseen():
-    return tell(24, seed=0, first=20_000_000)
+    return generate_stories(24, seed=0, first=20_000_000)
 
 
 def mean_loss(model, tokens):

@@ -520,18 +520,18 @@ def test_adam_is_adam():
     """Two steps of a run against the update rule, written out, on the transposed and the plain weights."""
     run = replace(RUN, n_tokens=80, lr=0.01, warmup_frac=0.0, decay_frac=0.0, clip_norm=math.inf)
     cfg = config(dictionary="free", aux=None, normaliser="none")
-    from saelab.sae.training_sae import Trainee
+    from saelab.sae.training_sae import TrainingSAE
     from saelab.training.loop import TrainingRun
 
     sae = sl.SAE(cfg)
-    loop = TrainingRun([Trainee(sae, run)], Faulty(99), run, None, None)
+    loop = TrainingRun([TrainingSAE(sae, run)], Faulty(99), run, None, None)
     weights = {name: p.detach().double().clone() for name, p in sae.named_parameters()}
     moments = {name: [torch.zeros_like(w), torch.zeros_like(w)] for name, w in weights.items()}
     for step in (1, 2):
         batch = data(40, seed=step)
         copy = sl.SAE(cfg)
         copy.load_state_dict(sae.state_dict())
-        Trainee(copy, run).objective(batch).total.backward()
+        TrainingSAE(copy, run).objective(batch).total.backward()
         loop.train_on(batch)
         for name, parameter in copy.named_parameters():
             grad, (m, v) = parameter.grad.double(), moments[name]

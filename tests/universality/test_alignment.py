@@ -13,7 +13,7 @@ import saelab as sl
 from saelab.lm.tokenizers import token_strings
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_store import measure
-from saelab.synthetic.tales import tell
+from saelab.synthetic.tales import generate_stories
 from saelab.synthetic.vocabulary import make_tokenizer
 from saelab.universality.alignment import align_rows
 
@@ -581,7 +581,7 @@ def test_planted_features_of_two_real_tokenizers(tiny, shared_data):
 
 
 def test_planted_features_of_words_and_bytes(tiny):
-    stories = tell(60, seed=3)
+    stories = generate_stories(60, seed=3)
     words = tokens_of(stories.tokens(), make_tokenizer())
     letters = tokens_of(sl.tokenize(tiny, [stories.text(i) for i in range(60)], ctx_len=100), tiny.tokenizer)
     found = check_planted((words, letters), TALE_WORDS)

@@ -10,10 +10,9 @@ from scipy.sparse import csr_matrix
 import saelab as sl
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_store import measure
-from saelab.universality import matching
-from saelab.universality import similarity as products
+from saelab.universality import matching, similarity as products
 from saelab.universality.matching import Nearest, assign, find_mutual, find_nearest, pooled_p
-from saelab.universality.similarity import Codes, Moments, Rows, correlation_blocks, count_both
+from saelab.universality.similarity import ComparedCodes, ComparedRows, Moments, correlation_blocks, count_both
 
 DOC = 50
 
@@ -63,7 +62,7 @@ def naive(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def search(x: np.ndarray, y: np.ndarray, m: int, signed: bool = True) -> tuple[Nearest, Nearest]:
-    sides = Codes(Made(x)), Codes(Made(y))
+    sides = ComparedCodes(Made(x)), ComparedCodes(Made(y))
     seen = Moments.of(sides[0]), Moments.of(sides[1])
     return find_nearest(correlation_blocks(*sides, seen, 1), x.shape[1], y.shape[1], m, signed)
 
@@ -100,7 +99,10 @@ def test_rows_of_unequal_lengths_are_multiplied_as_scipy_does() -> None:
     rng = np.random.default_rng(1)
     even, uneven = codes(300, 40, rng, rate=0.6), codes(300, 40, rng, rate=0.02)
     uneven[0] = 1.0
-    assert Rows.pad(csr_matrix(even.astype(np.float32))) is not None and Rows.pad(csr_matrix(uneven)) is None
+    assert (
+        ComparedRows.pad(csr_matrix(even.astype(np.float32))) is not None
+        and ComparedRows.pad(csr_matrix(uneven)) is None
+    )
     for y in (even, uneven):
         x = codes(300, 30, rng)
         check_nearest(search(x, y, 40)[0], naive(x, y), 40, True)
@@ -111,19 +113,21 @@ def test_order_and_groups_and_sides_and_weights_are_what_they_say() -> None:
     x = codes(200, 12, rng)
     store = Made(x)
     order = rng.permutation(200)
-    assert np.allclose(Codes(store).moved(order).matrix(0, 200).toarray(), x[order], atol=1e-5)
-    assert np.allclose(Codes(store).moved(order).matrix(150, 190).toarray(), x[order[150:190]], atol=1e-5)
+    assert np.allclose(ComparedCodes(store).moved(order).matrix(0, 200).toarray(), x[order], atol=1e-5)
+    assert np.allclose(ComparedCodes(store).moved(order).matrix(150, 190).toarray(), x[order[150:190]], atol=1e-5)
     groups = np.arange(0, 200, DOC)
-    means = Codes(store, groups=groups).matrix(0, 4).toarray()
+    means = ComparedCodes(store, groups=groups).matrix(0, 4).toarray()
     assert np.allclose(means, x.reshape(4, DOC, 12).mean(1), atol=1e-5)
-    sides = Codes(store, "sides").matrix(0, 200).toarray()
+    sides = ComparedCodes(store, "sides").matrix(0, 200).toarray()
     assert np.allclose(sides[:, ::2], np.maximum(x, 0), atol=1e-5) and np.allclose(
         sides[:, 1::2], np.maximum(-x, 0), atol=1e-5
     )
     weights = csr_matrix(np.eye(200, dtype=np.float32)[::2] * 0.5 + np.eye(200, dtype=np.float32)[1::2] * 0.5)
-    assert np.allclose(Codes(store, weights=weights).matrix(10, 60).toarray(), (x[::2] + x[1::2])[10:60] / 2, atol=1e-5)
+    assert np.allclose(
+        ComparedCodes(store, weights=weights).matrix(10, 60).toarray(), (x[::2] + x[1::2])[10:60] / 2, atol=1e-5
+    )
     rows = np.array([3, 5, 8, 150])
-    assert np.allclose(Codes(store, rows=rows).matrix(1, 4).toarray(), x[rows[1:]], atol=1e-5)
+    assert np.allclose(ComparedCodes(store, rows=rows).matrix(1, 4).toarray(), x[rows[1:]], atol=1e-5)
 
 
 def test_both_are_counted() -> None:
@@ -315,12 +319,15 @@ def test_rows_of_pairs_are_turned_where_they_are_flipped() -> None:
     with torch.no_grad():
         b.W_dec[:8], b.W_dec[8:16] = a.W_dec[:8], -a.W_dec[8:16]
     found = sl.compare(a, b, min_effect=0.95, progress=False)
-    x, y = sl.pair_rows(found, a, b)
+    x, y = sl.universality.matched_decoder_rows(found, a, b)
     assert len(x) == 16 and np.allclose(x, y, atol=1e-6)
-    assert len(sl.pair_rows(found, a, b, "best", universal=False)[0]) == 24
-    assert sl.compare_spaces(x, y, n_shuffles=9, measures=["linear_cka"], progress=False)["linear_cka"].value > 0.99
+    assert len(sl.universality.matched_decoder_rows(found, a, b, "best", universal=False)[0]) == 24
+    assert (
+        sl.universality.compare_spaces(x, y, n_shuffles=9, measures=["linear_cka"], progress=False)["linear_cka"].value
+        > 0.99
+    )
     with pytest.raises(ValueError, match="that were compared"):
-        sl.pair_rows(found, a, sl.SAE(sl.SAEConfig(d_in=16, d_sae=40)))
+        sl.universality.matched_decoder_rows(found, a, sl.SAE(sl.SAEConfig(d_in=16, d_sae=40)))
 
 
 def test_bases_are_matched_as_features_are() -> None:
@@ -329,12 +336,12 @@ def test_bases_are_matched_as_features_are() -> None:
     turn = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q
     a, b = sl.Activations.from_tensor(x), sl.Activations.from_tensor(x @ turn + 5)
     options = {"n_shifts": 4, "progress": False}
-    neurons, pca = (sl.compare_bases(a, b, basis, **options) for basis in ("neurons", "pca"))  # type: ignore[arg-type]
+    neurons, pca = (sl.universality.compare_neurons_or_pcs(a, b, basis, **options) for basis in ("neurons", "pca"))  # type: ignore[arg-type]
     assert np.abs(pca.values).min() > 0.98 > np.abs(neurons.values).mean() and pca.a.share() == 1
-    same = sl.compare_bases(a, sl.Activations.from_tensor(-x[:, [*range(1, 12), 0]]), **options)  # type: ignore[arg-type]
+    same = sl.universality.compare_neurons_or_pcs(a, sl.Activations.from_tensor(-x[:, [*range(1, 12), 0]]), **options)  # type: ignore[arg-type]
     assert same.a.partners.tolist() == [11, *range(11)] and (same.a.similarity < -0.999).all()
     with pytest.raises(ValueError, match="of the same tokens"):
-        sl.compare_bases(a, sl.Activations.from_tensor(x[:10]))
+        sl.universality.compare_neurons_or_pcs(a, sl.Activations.from_tensor(x[:10]))
 
 
 def test_many_are_compared_two_by_two() -> None:
@@ -342,13 +349,13 @@ def test_many_are_compared_two_by_two() -> None:
     third = codes(2000, 20, np.random.default_rng(13))
     third[:, :5] = x[:, :5]
     stores = {"x": Made(x), "y": Made(y), "z": Made(third)}
-    found = sl.compare_many(stores, progress=False)
+    found = sl.universality.compare_many(stores, progress=False)
     assert list(found.found) == [("x", "y"), ("x", "z"), ("y", "z")]
     assert found.recurrence("x")[:5].tolist() == [2] * 5 and set(found.recurrence("x")[42:].tolist()) == {0}
     assert found.share("z", "x") == found.found["x", "z"].b.share() == 5 / 20 and found.share("x", "x") == 1
     assert "in all of the others: x 5, y 5, z 5" in str(found) and len(found.to_dict()["comparisons"]) == 3
     with pytest.raises(ValueError, match="two or more"):
-        sl.compare_many([stores["x"]])
+        sl.universality.compare_many([stores["x"]])
 
 
 @pytest.mark.parametrize("similarity", ["correlation", "phi", "jaccard"])
@@ -387,7 +394,7 @@ def test_untrained_dictionaries_are_a_floor() -> None:
     assert f"{0.5:.1%}" in str(found) and found.to_dict()["a"]["untrained"]["level"] == found.a.untrained.level
     one = sl.compare(Made(a), Made(b), untrained=floors[1], progress=False)
     assert one.b.untrained is not None and one.a.untrained is not None
-    many = sl.compare_many([Made(a), Made(b)], untrained=list(floors), progress=False)
+    many = sl.universality.compare_many([Made(a), Made(b)], untrained=list(floors), progress=False)
     assert many.floor("0", "1") == found.a.untrained.shares["count"] and "untrained" in str(many)
     with pytest.raises(ValueError, match="stores beside stores"):
         sl.compare(Made(a), Made(b), untrained=sl.SAE(sl.SAEConfig(d_in=4, d_sae=64)), progress=False)

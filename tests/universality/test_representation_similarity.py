@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from unchecked import unchecked
 
 from saelab.labels.label import Label
-from saelab.labels.label_store import LabelBook
+from saelab.labels.label_store import LabelStore
 from saelab.universality import representation_similarity as paired_module
 from saelab.universality.representation_similarity import (
     MEASURES,
@@ -26,7 +26,7 @@ from saelab.universality.representation_similarity import (
     svcca,
     svcca_one,
 )
-from saelab.universality.universal_features import find_features, keep_concepts, keep_one_to_one, match_keywords
+from saelab.universality.universal_features import filter_one_to_one, filter_token_pairs, match_keywords, search_labels
 
 PUBLIC = {
     "svcca": svcca,
@@ -333,7 +333,7 @@ def test_concept_filters_count_each_pair_once():
     }
     pairs = [(tokens, tokens[::-1]) for tokens in good] + [pair for rule in bad.values() for pair in rule]
     order = np.random.default_rng(0).permutation(len(pairs)).tolist()
-    kept = keep_concepts([pairs[i][0] for i in order], [pairs[i][1] for i in order], special=["Q"])
+    kept = filter_token_pairs([pairs[i][0] for i in order], [pairs[i][1] for i in order], special=["Q"])
     assert [i < len(good) for i in order] == kept.keep.tolist()
     assert kept.removed == {name: len(listed) for name, listed in bad.items()}
     assert kept.n_kept + sum(kept.removed.values()) == len(pairs)
@@ -342,16 +342,16 @@ def test_concept_filters_count_each_pair_once():
 
 
 def test_tokens_are_shared_across_tokenizers():
-    assert keep_concepts([[" The", "a"]], [["the"]]).n_kept == 1
-    assert keep_concepts([], []).n_kept == 0 and "kept" in str(keep_concepts([], []))
+    assert filter_token_pairs([[" The", "a"]], [["the"]]).n_kept == 1
+    assert filter_token_pairs([], []).n_kept == 0 and "kept" in str(filter_token_pairs([], []))
     with pytest.raises(ValueError, match=r"one entry a pair, got \[1, 2\]"):
-        keep_concepts([["a"]], [["a"], ["b"]])
+        filter_token_pairs([["a"]], [["a"], ["b"]])
 
 
 def test_one_to_one_keeps_the_strongest():
     rng = np.random.default_rng(0)
     a, b, strength = rng.integers(40, size=300), rng.integers(30, size=300), rng.uniform(-1, 1, size=300)
-    kept = keep_one_to_one(a, b, strength)
+    kept = filter_one_to_one(a, b, strength)
     chosen = np.flatnonzero(kept.keep)
     assert len(set(a[chosen])) == len(chosen) == len(set(b[chosen]))
     assert kept.n_kept + sum(kept.removed.values()) == 300
@@ -361,13 +361,13 @@ def test_one_to_one_keeps_the_strongest():
 
 
 def test_one_to_one_of_many_to_one_and_of_equals():
-    many = keep_one_to_one(np.array([7, 7, 7, 2]), np.arange(4), np.array([0.1, np.nan, -0.8, 0.3]))
+    many = filter_one_to_one(np.array([7, 7, 7, 2]), np.arange(4), np.array([0.1, np.nan, -0.8, 0.3]))
     assert many.keep.tolist() == [False, False, True, True]
     assert many.removed == {"repeated in a": 2, "repeated in b": 0}
-    assert keep_one_to_one(np.array([1, 2]), np.array([0, 0]), np.ones(2)).keep.tolist() == [True, False]
-    assert keep_one_to_one(np.array([1, 2]), np.array([0, 0]), np.ones(2)).removed["repeated in b"] == 1
+    assert filter_one_to_one(np.array([1, 2]), np.array([0, 0]), np.ones(2)).keep.tolist() == [True, False]
+    assert filter_one_to_one(np.array([1, 2]), np.array([0, 0]), np.ones(2)).removed["repeated in b"] == 1
     with pytest.raises(ValueError, match="one entry a pair"):
-        keep_one_to_one(np.array([1]), np.array([0, 0]), np.ones(2))
+        filter_one_to_one(np.array([1]), np.array([0, 0]), np.ones(2))
 
 
 def test_keywords_are_whole_tokens():
@@ -379,11 +379,11 @@ def test_keywords_are_whole_tokens():
 
 
 def test_features_by_label(tmp_path):
-    with LabelBook(tmp_path / "labels.sqlite") as book:
+    with LabelStore(tmp_path / "labels.sqlite") as book:
         texts = {5: "heavy storms", 2: "storm", 9: "calm seas"}
         book.add(Label(feature=i, text=text, author="me") for i, text in texts.items())
         book.add([Label(feature=2, sign=-1, text="storm over", author="me")])
         book.add([Label(feature=3, text="no good name: storm", kind="none", author="me")])
-        assert sorted(find_features(book, "storm").tolist()) == [2, 5]
-        assert np.isin([9, 5], find_features(book, "storm")).tolist() == [False, True]
-        assert find_features(book, "desert").tolist() == []
+        assert sorted(search_labels(book, "storm").tolist()) == [2, 5]
+        assert np.isin([9, 5], search_labels(book, "storm")).tolist() == [False, True]
+        assert search_labels(book, "desert").tolist() == []

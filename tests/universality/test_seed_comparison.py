@@ -20,13 +20,13 @@ from saelab.universality.seed_comparison import (
     match_rows,
     measure_directions,
     measure_usage,
-    stability,
+    seed_stability,
 )
 
 D_IN, D_SAE = 16, 48
 
 
-def sae_of(rows: Tensor, activation: sl.Activation | None = None, **axes) -> sl.SAE:
+def sae_of(rows: Tensor, activation: sl.sae.Activation | None = None, **axes) -> sl.SAE:
     """An SAE with these directions, tied."""
     sae = sl.SAE(
         sl.SAEConfig(
@@ -64,7 +64,7 @@ def data(n: int = 3000, seed: int = 0) -> Tensor:
 
 
 def test_permutations_are_the_same_dictionary():
-    found = stability([sae_of(permuted(directions(), seed)) for seed in range(3)])
+    found = seed_stability([sae_of(permuted(directions(), seed)) for seed in range(3)])
     for numbers in (found.trained.matched, found.trained.nearest, found.trained.overlap, found.trained.found):
         np.testing.assert_allclose(numbers, 1, atol=1e-5)
     assert len(found.trained.matched) == 3 and found.trained.features.shape == (3, D_SAE)
@@ -74,16 +74,16 @@ def test_permutations_are_the_same_dictionary():
 def test_flipped_directions_are_the_same_only_where_codes_are_signed():
     rows = directions()
     flips = [sae_of(flipped(permuted(rows, seed), seed), sl.AbsTopK(k=4)) for seed in range(2)]
-    found = stability(flips)
+    found = seed_stability(flips)
     assert found.signed and found.trained.matched[0] == pytest.approx(1, abs=1e-5)
-    unsigned = stability([sae_of(sae.W_dec.detach()) for sae in flips])
+    unsigned = seed_stability([sae_of(sae.W_dec.detach()) for sae in flips])
     assert not unsigned.signed and unsigned.trained.matched[0] < 0.9 and unsigned.trained.found.max() < 0.9
-    mixed = stability([sae_of(rows), flips[0]])
+    mixed = seed_stability([sae_of(rows), flips[0]])
     assert mixed.signed and mixed.trained.matched[0] == pytest.approx(1, abs=1e-5)
 
 
 def test_random_dictionaries_are_at_chance():
-    found = stability([sae_of(directions(seed)) for seed in range(4)], seed=9)
+    found = seed_stability([sae_of(directions(seed)) for seed in range(4)], seed=9)
     for name in ("matched", "nearest", "overlap"):
         trained, random, alike = (getattr(one, name).mean() for one in (found.trained, found.random, found.alike))
         slack = 0.1 if name == "overlap" else 0.03
@@ -100,7 +100,7 @@ def test_chance_knows_how_the_rows_are_spread():
     def moments(x):
         return x.T @ x / len(x)
 
-    found = stability([sae_of(normalize(directions(seed) * stretch, dim=1)) for seed in range(2)])
+    found = seed_stability([sae_of(normalize(directions(seed) * stretch, dim=1)) for seed in range(2)])
     assert found.random.matched[0] < found.trained.matched[0] - 0.1
     assert found.alike.matched[0] == pytest.approx(found.trained.matched[0], abs=0.03)
     np.testing.assert_allclose(moments(alike), moments(rows), atol=0.06)
@@ -111,24 +111,24 @@ def test_the_shared_half_is_found():
     rows = directions()
     half = D_SAE // 2
     others = [torch.cat([rows[:half], directions(seed)[half:]]) for seed in (1, 2)]
-    found = stability([sae_of(rows), *(sae_of(permuted(other, 3)) for other in others)], threshold=0.97)
+    found = seed_stability([sae_of(rows), *(sae_of(permuted(other, 3)) for other in others)], threshold=0.97)
     np.testing.assert_allclose(found.trained.found, 0.5)
     np.testing.assert_allclose(found.trained.features[0, :half], 1, atol=1e-5)
     assert found.trained.features[0, half:].max() < 0.97
     # a feature that only one of the others has is not found by all
-    apart = stability(
+    apart = seed_stability(
         [sae_of(rows), *(sae_of(other) for other in (others[0], torch.cat([others[1][half:], rows[half:]])))],
         threshold=0.97,
     )
     assert apart.trained.found[0] == 0 and apart.trained.features[0].mean() > 0.7
-    everything = stability([sae_of(rows), *(sae_of(other) for other in others)], threshold=0.05)
+    everything = seed_stability([sae_of(rows), *(sae_of(other) for other in others)], threshold=0.05)
     assert everything.trained.found.min() > 0.9
 
 
 def test_rows_count_by_direction_and_in_the_activations_own_units():
     rows = directions()
     lengths = torch.linspace(0.1, 5, D_SAE)[:, None]
-    assert stability([sae_of(rows), sae_of(rows * lengths, dictionary="free")]).trained.matched[0] > 0.9999
+    assert seed_stability([sae_of(rows), sae_of(rows * lengths, dictionary="free")]).trained.matched[0] > 0.9999
     # one direction, seen through two ways of whitening
     whitened = []
     for seed in (0, 1):
@@ -137,7 +137,7 @@ def test_rows_count_by_direction_and_in_the_activations_own_units():
         with torch.no_grad():
             sae.W_dec.copy_(rows @ sae.normaliser.matrix)
         whitened.append(sae)
-    assert stability(whitened).trained.matched[0] == pytest.approx(1, abs=1e-3)
+    assert seed_stability(whitened).trained.matched[0] == pytest.approx(1, abs=1e-3)
 
 
 def test_subspaces_are_those_of_most_energy():
@@ -148,7 +148,7 @@ def test_subspaces_are_those_of_most_energy():
     saes = [sae_of(torch.cat(pair)) for pair in zip(loud, quiet, strict=True)]
     x = 5 * torch.randn(1000, 4, generator=torch.Generator().manual_seed(6)) @ axes[:4]
     x = x + 0.05 * torch.randn(1000, D_IN, generator=torch.Generator().manual_seed(7))
-    known = stability(saes, x, rank=4)
+    known = seed_stability(saes, x, rank=4)
     assert known.trained.overlap[0] > 0.95 > 2 * known.random.overlap[0]
     assert known.trained.matched[0] < 0.95
 
@@ -180,7 +180,7 @@ def test_wide_dictionaries_are_matched_among_candidates(signed, monkeypatch):
     np.testing.assert_allclose(sparse[0], whole[0], atol=1e-5)
     np.testing.assert_allclose(sparse[1], whole[1], atol=1e-5)
     assert sparse[2] == pytest.approx(whole[2], abs=1e-6)
-    assert not stability([sae_of(torch.from_numpy(rows)), sae_of(torch.from_numpy(other))]).exact
+    assert not seed_stability([sae_of(torch.from_numpy(rows)), sae_of(torch.from_numpy(other))]).exact
 
 
 # --- the figures of one dictionary
@@ -234,14 +234,14 @@ def test_the_rare_are_seen_to_be_unstable():
     for seed in range(3):  # the later, and rarer, the more each dictionary has its own mind
         noise = torch.linspace(0, 1.5, D_SAE)[:, None] * directions(seed + 10)
         saes.append(sae_of(permuted(normalize(rows + noise, dim=1), seed)))
-    found = stability(saes, data())
+    found = seed_stability(saes, data())
     assert found.trends["density"] > 0.4 and found.trends["energy"] > 0.4
     assert len(found.quarters) == 4 and found.quarters[0] < found.quarters[-1] - 0.1
     density = np.stack([measure_usage(sae, sl.Activations.from_tensor(data())).density for sae in saes])
     live = density > 0
     naive = spearmanr(found.trained.features[live], density[live]).statistic
     assert found.trends["density"] == pytest.approx(naive)
-    assert stability([sae_of(directions(s)) for s in (0, 1)]).trends == {}
+    assert seed_stability([sae_of(directions(s)) for s in (0, 1)]).trends == {}
 
 
 def test_stores_tell_use_as_activations_do(tmp_path):
@@ -251,7 +251,7 @@ def test_stores_tell_use_as_activations_do(tmp_path):
     for i, sae in enumerate(saes):
         sae.provenance = acts.provenance
         stores.append(sl.harvest(sae, None, acts, tmp_path / str(i), dtype="float32", progress=False))
-    by_acts, by_stores = stability(saes, acts), stability(saes, stores=stores)
+    by_acts, by_stores = seed_stability(saes, acts), seed_stability(saes, stores=stores)
     assert by_acts.usage[0].n_tokens == by_stores.usage[0].n_tokens == len(acts)
     np.testing.assert_allclose(by_acts.usage[0].energy, by_stores.usage[0].energy, rtol=1e-2, atol=1e-6)
     assert by_acts.trends["energy"] == pytest.approx(by_stores.trends["energy"], abs=0.02)
@@ -265,7 +265,7 @@ def test_stores_tell_use_as_activations_do(tmp_path):
 def test_prints_saves_and_repeats(tmp_path):
     saes, x = [sae_of(directions(seed)) for seed in range(2)], data(300)
     state = torch.get_rng_state()
-    found = stability(saes, x, seed=3)
+    found = seed_stability(saes, x, seed=3)
     assert torch.equal(state, torch.get_rng_state())
     text = str(found)
     for words in ("2 dictionaries of 48 directions", "matched one to one", "found by all (>= 0.7)", "alike", "quarter"):
@@ -274,9 +274,9 @@ def test_prints_saves_and_repeats(tmp_path):
     found.save(tmp_path / "stability.json")
     saved = json.loads((tmp_path / "stability.json").read_text())
     assert saved["trained"]["matched"] == found.trained.matched.tolist() and len(saved["figures"]) == 2
-    assert stability(saes, x, seed=3).to_dict() == found.to_dict()
-    assert not np.array_equal(stability(saes, x, seed=4).random.matched, found.random.matched)
-    assert "quarter" not in str(stability(saes))
+    assert seed_stability(saes, x, seed=3).to_dict() == found.to_dict()
+    assert not np.array_equal(seed_stability(saes, x, seed=4).random.matched, found.random.matched)
+    assert "quarter" not in str(seed_stability(saes))
 
 
 @pytest.mark.parametrize(
@@ -294,4 +294,4 @@ def test_prints_saves_and_repeats(tmp_path):
 )
 def test_what_cannot_be_compared_is_named(saes, more, match):
     with pytest.raises(ValueError, match=match):
-        stability([sae_of(directions(0, *shape)) for shape in saes], **more)
+        seed_stability([sae_of(directions(0, *shape)) for shape in saes], **more)

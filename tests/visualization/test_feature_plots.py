@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.analysis.pruning import Granularity
+from saelab.analysis.pruning import PrunedScore
 from saelab.stores.feature_store import FeatureStatistics
 from saelab.training.loop import FileSink
-from saelab.visualization.feature_plots import plot_activations, plot_dead, plot_density, plot_neighbours
+from saelab.visualization.feature_plots import plot_activations, plot_dead_features, plot_density, plot_feature_map
 from saelab.visualization.training_plots import plot_frontier, plot_prefixes, plot_training
 
 HOOK = "blocks.1.hook_resid_post"
@@ -50,9 +50,9 @@ def progress(evaluation):
     """Rows in no order, as if a caller had put them together."""
     sizes = [("energy", 40, 0.1), ("energy", 8, 0.4), ("random", 8, 0.9), ("random", 40, 0.1)]
     rows = [
-        Granularity(order=order, size=n, fvu=fvu, l0=n / 10, ce=1.0, loss_recovered=math.nan) for order, n, fvu in sizes
+        PrunedScore(order=order, size=n, fvu=fvu, l0=n / 10, ce=1.0, loss_recovered=math.nan) for order, n, fvu in sizes
     ]
-    return sl.Progressive(
+    return sl.analysis.PruningCurve(
         rows=tuple(rows), exponent=1.5, r2=0.9, ce_clean=1.0, ce_zero=2.0, n_tokens=1234, n_tokens_ranked=1200
     )
 
@@ -105,7 +105,7 @@ def test_a_store_in_which_nothing_fires_is_drawn(store, sae):
     figure = plot_activations(store, 5)
     assert not figure.data and "never fires" in figure.layout.annotations[0].text
     with pytest.raises(ValueError, match="4 live features"):
-        plot_neighbours(sae, store=silent)
+        plot_feature_map(sae, store=silent)
 
 
 def test_activations_stand_on_their_side_of_zero(store):
@@ -129,8 +129,8 @@ def test_activations_stand_on_their_side_of_zero(store):
 
 
 def test_dead_units_are_shares_of_their_group(store):
-    found = sl.dead_units(store, near_dead_rate=0.01, dense_rate=0.2)
-    figure = plot_dead(found)
+    found = sl.analysis.dead_features(store, near_dead_rate=0.01, dense_rate=0.2)
+    figure = plot_dead_features(found)
     assert list(found.groups) == ["0 to 7", "8 to 39", "all"]
     for i, counts in enumerate(found.groups.values()):
         assert {bars.name: bars.customdata[i] for bars in figure.data if bars.customdata[i]} == counts
@@ -218,7 +218,7 @@ def planted(activation):
 def test_like_features_lie_together(kind):
     """Antipodes are alike where codes are signed, and not where they are not."""
     sae = planted(sl.TopK(k=2) if kind == "unsigned" else sl.AbsTopK(k=2))
-    figure = plot_neighbours(sl.neighbours(sae, m=4) if kind == "neighbours" else sae)
+    figure = plot_feature_map(sl.analysis.nearest_features(sae, m=4) if kind == "neighbours" else sae)
     places = np.stack([figure.data[0].x, figure.data[0].y], 1)
     distances = np.linalg.norm(places[:, None] - places, axis=2)
     np.fill_diagonal(distances, np.inf)
@@ -231,8 +231,8 @@ def test_like_features_lie_together(kind):
 
 def test_the_map_shows_the_living_and_says_what_it_left_out(sae, store):
     torch_state, state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    figure = plot_neighbours(sae, store=store, labels={7: "cats", 12: "dogs"}, limit=20, seed=3)
-    again = plot_neighbours(sae, store=store, labels={7: "cats", 12: "dogs"}, limit=20, seed=3)
+    figure = plot_feature_map(sae, store=store, labels={7: "cats", 12: "dogs"}, limit=20, seed=3)
+    again = plot_feature_map(sae, store=store, labels={7: "cats", 12: "dogs"}, limit=20, seed=3)
     assert torch.equal(torch_state, torch.get_rng_state())
     assert np.array_equal(state, np.random.get_state()[1])  # noqa: NPY002
     [points] = figure.data
@@ -247,7 +247,7 @@ def test_the_map_shows_the_living_and_says_what_it_left_out(sae, store):
     assert points.marker.color[0] == pytest.approx(math.log10(store.statistics.fires[shown[0]].sum() / len(store)))
     trained = planted(sl.AbsTopK(k=2))
     trained.training_ = {"dead": [0, 4], "n_tokens_seen": 9000}
-    figure = plot_neighbours(trained)
+    figure = plot_feature_map(trained)
     assert {0, 4}.isdisjoint(figure.data[0].customdata) and "9,000 tokens" in figure.layout.title.text
     for wrong, message in (
         ({"store": store}, "30 features"),
@@ -255,7 +255,7 @@ def test_the_map_shows_the_living_and_says_what_it_left_out(sae, store):
         ({"limit": 3}, "`limit`"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
-            plot_neighbours(trained, **wrong)
+            plot_feature_map(trained, **wrong)
 
 
 def test_text_is_never_markup_and_every_figure_names_axes_and_tokens(store, sae, evaluation, progress):
@@ -263,10 +263,15 @@ def test_text_is_never_markup_and_every_figure_names_axes_and_tokens(store, sae,
     text = {
         "training": plot_training({HOSTILE: [entry | {HOSTILE: 1.0} for entry in history()]}),
         "frontier": plot_frontier({HOSTILE: hostile}),
-        "map": plot_neighbours(sae, store=store, labels={7: HOSTILE}),
+        "map": plot_feature_map(sae, store=store, labels={7: HOSTILE}),
     }
-    plain = [plot_density(store), plot_activations(store, 0), plot_dead(sl.dead_units(store)), plot_prefixes(progress)]
-    plain += [plot_neighbours(sl.neighbours(store))]
+    plain = [
+        plot_density(store),
+        plot_activations(store, 0),
+        plot_dead_features(sl.analysis.dead_features(store)),
+        plot_prefixes(progress),
+    ]
+    plain += [plot_feature_map(sl.analysis.nearest_features(store))]
     for figure in [*text.values(), *plain]:
         said = strings(figure.to_plotly_json())
         tags = {tag for s in said for tag in re.findall(r"<[^<>]*>", s)}

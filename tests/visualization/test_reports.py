@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.analysis.density import dead_units
+from saelab.analysis.density import dead_features
 from saelab.cli.app import dispatch
 from saelab.visualization import reports
 from saelab.visualization.reports import read_prompts
@@ -67,7 +67,7 @@ def store(sae: sl.SAE, tmp_path_factory) -> sl.FeatureStore:
     columns = {"token_ids": ids, "doc_ids": torch.arange(30).repeat_interleave(8).int()}
     columns["positions"] = torch.arange(8).repeat(30).int()
     folder = tmp_path_factory.mktemp("store")
-    where = sl.Provenance(
+    where = sl.stores.Provenance(
         model="/nowhere/model", weight_processing="none", hook_point="", text=HOSTILE, tokens_sha256="", mask={},
         dtype="float32", ctx_len=8, n_tokens=len(ids), seed=None, versions={},
     )  # fmt: skip
@@ -91,7 +91,7 @@ def test_both_sides_of_a_bipolar_unit_are_shown_where_they_belong(store) -> None
     words = {kind: set(re.findall(rf'<b class="{kind}[^>]*>([^<]*)</b>', card)) for kind in "pm"}
     assert words == {"p": {" hot"}, "m": {" cold"}}
     assert "30 positive" in card and "30 negative" in card
-    assert card == sl.describe_feature(store, 0)._repr_html_()
+    assert card == sl.analysis.describe_feature(store, 0)._repr_html_()
     paths = {attrs["class"] for tag, attrs in Parsed(card).tags if tag == "path"}
     assert paths == {"up", "down"} and "up" in str(Parsed(store.feature(1)._repr_html_()).tags)
 
@@ -107,10 +107,10 @@ def test_the_strong_side_comes_first(store, strong, monkeypatch) -> None:
     monkeypatch.setattr(
         sl.FeatureStore, "feature", lambda self, j: Feature(whole.indices, values, self, 0), raising=True
     )
-    card = sl.describe_feature(store, 0)
+    card = sl.analysis.describe_feature(store, 0)
     assert [side.sign for side in card.sides] == [strong, -strong]
     assert card.examples.groups[0].side == strong and {g.side for g in card.examples.groups} >= {1, -1}
-    row = _row(card, dead_units(store))
+    row = _row(card, dead_features(store))
     words = {1: "hot", -1: "cold"}
     assert row["snippet"][1].strip() == words[strong] and words[-strong] in row["search"]
     lines = str(card).splitlines()
@@ -118,7 +118,7 @@ def test_the_strong_side_comes_first(store, strong, monkeypatch) -> None:
 
 
 def test_a_card_counts_what_the_store_holds(store) -> None:
-    card = sl.describe_feature(store, 0, label="temperature", neighbours=sl.neighbours(store))
+    card = sl.analysis.describe_feature(store, 0, label="temperature", neighbours=sl.analysis.nearest_features(store))
     codes = store.matrix().toarray()[:, 0]
     by_sign = {side.sign: side for side in card.sides}
     assert [by_sign[sign].n_firings for sign in (1, -1)] == [(codes > 0).sum(), (codes < 0).sum()]
@@ -131,7 +131,7 @@ def test_a_card_counts_what_the_store_holds(store) -> None:
     assert list(card.counts) == expected and sum(card.counts) == card.n_firings
     assert 0.0 in card.edges and by_sign[1].words == ((" hot", 1.0),)
     assert "temperature" in str(card) and card.to_dict()["feature"] == 0
-    dead = sl.describe_feature(store, 3)
+    dead = sl.analysis.describe_feature(store, 3)
     assert dead.n_firings == 0 and "Never fired on 240 tokens" in dead._repr_html_()
 
 
@@ -194,13 +194,13 @@ def test_prompts_show_the_codes_of_a_direct_encoding(tiny) -> None:
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=3)), seed=0)
     hook_point = "blocks.1.hook_resid_post"
     mask = {"special": True, "positions": [0, 4], "max_norm_ratio": None}
-    where = sl.Provenance(
+    where = sl.stores.Provenance(
         model="tiny", weight_processing="none", hook_point=hook_point, text="", tokens_sha256="", mask=mask,
         dtype="float32", ctx_len=8, n_tokens=1, seed=None, versions={},
     )  # fmt: skip
     (shown,) = read_prompts(sae, tiny, ["a fox"], where)
     ids = sl.tokenize(tiny, ["a fox"], ctx_len=6).ids
-    z = sae.encode(sl.capture(tiny, ids, [hook_point])[hook_point][0]).detach()
+    z = sae.encode(sl.lm.capture(tiny, ids, [hook_point])[hook_point][0]).detach()
     assert shown["words"] == ["<s>", "a", " ", "f", "o", "x"]
     assert [bool(codes) for codes in shown["codes"]] == [
         False,

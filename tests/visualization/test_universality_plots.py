@@ -16,7 +16,7 @@ import torch
 import saelab as sl
 from saelab.cli.app import dispatch
 from saelab.universality.matching import Matches
-from saelab.universality.universal_features import tell_p
+from saelab.universality.universal_features import format_p
 from saelab.visualization import reports
 from tests.pages import with_script
 
@@ -51,7 +51,7 @@ def stores(saes, tmp_path_factory) -> tuple[sl.FeatureStore, sl.FeatureStore]:
     ids = torch.randint(20, (600,), generator=draw)
     x = 3 * torch.randn(20, 32, generator=draw)[ids] + torch.randn(600, 32, generator=draw)
     columns = {"token_ids": ids, "doc_ids": torch.arange(50).repeat_interleave(12), "positions": torch.arange(600) % 12}
-    where = sl.Provenance(
+    where = sl.stores.Provenance(
         model="/nowhere/model", weight_processing="none", hook_point="", text="", tokens_sha256="", mask={},
         dtype="float32", ctx_len=12, n_tokens=600, seed=None, versions={},
     )  # fmt: skip
@@ -61,18 +61,18 @@ def stores(saes, tmp_path_factory) -> tuple[sl.FeatureStore, sl.FeatureStore]:
         sl.harvest(sae, None, acts, folder / name, allow_mismatch=True, progress=False)
         (folder / name / "strings.json").write_text(json.dumps({str(i): f" {chr(97 + i)}{i}" for i in range(20)}))
         made.append(sl.FeatureStore.load(folder / name))
-    with sl.LabelBook.open(made[1]) as book:
+    with sl.labels.LabelStore.open(made[1]) as book:
         book.set(int(ORDER[0]), HOSTILE, author="me")
     return made[0], made[1]
 
 
 @pytest.fixture(scope="module")
-def found(stores) -> sl.Comparison:
+def found(stores) -> sl.universality.Comparison:
     return sl.compare(*stores, min_count=3, n_shifts=12, progress=False)
 
 
 @pytest.fixture(scope="module")
-def sides(stores) -> sl.Comparison:
+def sides(stores) -> sl.universality.Comparison:
     return sl.compare(*stores, sides=True, min_count=3, n_shifts=12, progress=False)
 
 
@@ -85,7 +85,7 @@ def strings(thing) -> list[str]:
     return [thing] if isinstance(thing, str) else []
 
 
-def edited(found: sl.Comparison, side: str, **changes) -> sl.Comparison:
+def edited(found: sl.universality.Comparison, side: str, **changes) -> sl.universality.Comparison:
     return replace(found, **{side: replace(getattr(found, side), **changes)})
 
 
@@ -99,7 +99,7 @@ def test_every_live_feature_is_counted_once_where_its_similarity_is(found) -> No
     similarity[lost], similarity[found.a.partners == ORDER[7]] = np.nan, 0.33
     universal = found.a.universal & ~np.isnan(similarity) & (np.abs(similarity) > 0.5)
     given = edited(found, "a", similarity=similarity, universal=universal)
-    figure = sl.plot_matches(given)
+    figure = sl.visualization.plot_matches(given)
     for row, side in ((1, given.a), (2, given.b)):
         bars = [trace for trace in figure.data if trace.yaxis == ("y" if row == 1 else "y2")]
         assert {bar.name for bar in bars} == {"universal, same sign", "universal, flipped", "not universal"}
@@ -116,10 +116,10 @@ def test_every_live_feature_is_counted_once_where_its_similarity_is(found) -> No
 
 def test_what_was_not_measured_is_not_drawn(saes) -> None:
     plain = sl.compare(*saes, n_shifts=0, progress=False)
-    figure = sl.plot_matches(replace(plain, signed=False))
+    figure = sl.visualization.plot_matches(replace(plain, signed=False))
     assert not figure.layout.shapes and "no tokens" in figure.layout.title.text
     assert {trace.name for trace in figure.data} == {"universal", "not universal"}
-    [cell] = sl.plot_layers({("x", "y"): plain}, "median").layout.annotations
+    [cell] = sl.visualization.plot_layers({("x", "y"): plain}, "median").layout.annotations
     assert cell.text == f"{np.median(known(plain.a)):.3f}"
 
 
@@ -128,7 +128,7 @@ def test_a_cell_is_about_the_features_of_its_row(found, value) -> None:
     """One pair fills both cells of a square: of each side its own number, beside its own chance."""
     given = edited(found, "b", universal=found.b.universal & (np.arange(D_SAE) % 2 == 0), chance=(0.31, 0.4))
     given = edited(given, "b", similarity=given.b.similarity * 0.8)
-    figure = sl.plot_layers({("L0", "L1"): given, ("L1", "L2"): found}, value)
+    figure = sl.visualization.plot_layers({("L0", "L1"): given, ("L1", "L2"): found}, value)
     [heat] = figure.data
     texts = {(int(cell.y), int(cell.x)): cell.text for cell in figure.layout.annotations}
     assert set(texts) == {(0, 1), (1, 0), (1, 2), (2, 1)}
@@ -149,22 +149,22 @@ def test_a_cell_is_about_the_features_of_its_row(found, value) -> None:
 
 def test_two_models_make_a_rectangle_and_chance_is_the_bottom(found) -> None:
     below = edited(found, "a", chance=(0.9999999, 1.0), similarity=found.a.similarity * 0.5)
-    figure = sl.plot_layers({("a 0", "b 0"): found, ("a 0", "b 1"): below}, "median")
+    figure = sl.visualization.plot_layers({("a 0", "b 0"): found, ("a 0", "b 1"): below}, "median")
     assert figure.layout.yaxis.ticktext == ("a 0",) and figure.layout.xaxis.ticktext == ("b 0", "b 1")
     assert figure.data[0].z[0][1] == 0 < figure.data[0].z[0][0]
     with pytest.raises(ValueError, match="`comparisons` not empty"):
-        sl.plot_layers({})
+        sl.visualization.plot_layers({})
 
 
 def test_names_in_figures_are_text(found) -> None:
-    figure = sl.plot_layers({("<script>$x$</script>", "b %{x}"): found})
+    figure = sl.visualization.plot_layers({("<script>$x$</script>", "b %{x}"): found})
     said = "".join(strings(figure.to_plotly_json()))
     assert "<script" not in said and "&lt;script&gt;" in said and "$x" not in said
     assert not any("%{x}" in (trace.hovertemplate or "") for trace in figure.data)
 
 
 def test_the_table_lists_the_planted_pairs_with_words_and_labels(found, stores) -> None:
-    table = sl.list_universal(found, *stores, top=None)
+    table = sl.universality.list_universal(found, *stores, top=None)
     assert len(table.rows) == table.n_pairs == len(found.universal_pairs) > 12
     assert all(ORDER[row["a"]] == row["b"] for row in table.rows)
     assert all((row["similarity"] < 0) == FLIPPED[row["a"]] for row in table.rows)
@@ -184,11 +184,11 @@ def test_the_table_lists_the_planted_pairs_with_words_and_labels(found, stores) 
     assert labelled["label_b"] == HOSTILE and labelled["label_a"] == ""
     shown = table._repr_html_()
     assert "<img" not in shown and "&lt;img" in shown and HOSTILE in str(table)
-    assert len(sl.list_universal(found, *stores, top=3).rows) == 3
+    assert len(sl.universality.list_universal(found, *stores, top=3).rows) == 3
 
 
 def test_sides_are_listed_as_sides(stores, sides) -> None:
-    table = sl.list_universal(sides, *stores, top=None)
+    table = sl.universality.list_universal(sides, *stores, top=None)
     assert table.rows
     for row in table.rows:
         assert ORDER[row["a"]] == row["b"] and row["similarity"] > 0
@@ -196,10 +196,10 @@ def test_sides_are_listed_as_sides(stores, sides) -> None:
         assert set(row["words_a"]) == {"+" if row["side_a"] > 0 else "-"}
     assert re.search(r"\d[+-] ", str(table))
     feature = next(row["a"] for row in table.rows if row["a"])
-    with sl.LabelBook.open(stores[0]) as book:
+    with sl.labels.LabelStore.open(stores[0]) as book:
         for sign, text in ((1, "warm"), (-1, "cool"), (0, "either")):
             book.set(feature, text, author="me", sign=sign)
-        again = sl.list_universal(sides, *stores, top=None)
+        again = sl.universality.list_universal(sides, *stores, top=None)
         book.delete(feature)
     said = {row["side_a"]: row["label_a"] for row in again.rows if row["a"] == feature}
     marked = {1: "warm", -1: f"{MINUS} cool"}
@@ -208,22 +208,22 @@ def test_sides_are_listed_as_sides(stores, sides) -> None:
 
 def test_other_stores_are_refused(found, stores) -> None:
     with pytest.raises(ValueError, match="`store_a`"):
-        sl.list_universal(found, stores[1], stores[0])
+        sl.universality.list_universal(found, stores[1], stores[0])
     short = sl.compare(
         *(sl.SAE(sl.SAEConfig(d_in=8, d_sae=12, activation=sl.TopK(k=2)), seed=i) for i in (0, 1)), progress=False
     )
     with pytest.raises(ValueError, match="of the 12 features"):
-        sl.list_universal(short, *stores)
+        sl.universality.list_universal(short, *stores)
     with pytest.raises(ValueError, match="`top`"):
-        sl.list_universal(found, *stores, top=0)
+        sl.universality.list_universal(found, *stores, top=0)
 
 
 def test_the_lowest_p_is_told_as_a_bound(found) -> None:
     p = np.ones(D_SAE)
     p[:4] = 1 / 513, 1 / 521, 2 / 513, 4 / 521
     side = replace(found.a, p=p)
-    assert [tell_p(side, i) for i in range(5)] == ["< 1/513", "< 1/521", "0.0039", "0.0077", "1"]
-    assert tell_p(replace(side, p=np.ones(D_SAE)), 0) == "1"  # chance was not measured
+    assert [format_p(side, i) for i in range(5)] == ["< 1/513", "< 1/521", "0.0039", "0.0077", "1"]
+    assert format_p(replace(side, p=np.ones(D_SAE)), 0) == "1"  # chance was not measured
 
 
 def test_a_comparison_draws_its_table(found) -> None:
@@ -290,7 +290,7 @@ def test_every_card_stands_beside_its_partner(found, page) -> None:
         assert row["similarity"] == pytest.approx(float(side.similarity[feature]))
         assert row["partner"].split()[0] == str(side.partners[feature]) and row["universal"] == side.universal[feature]
         assert f"Partner in second: {side.partners[feature]} " in text
-        assert f"correlation {side.similarity[feature]:+.3f}" in text and f"p {tell_p(side, feature)}," in text
+        assert f"correlation {side.similarity[feature]:+.3f}" in text and f"p {format_p(side, feature)}," in text
         assert f"{side.n_both[feature]:,} tokens" in text and ("flipped" in text) == (side.similarity[feature] < 0)
         assert ("not universal" in text) != side.universal[feature]
     assert "it never fires" in partner(cards[DEAD])

@@ -99,7 +99,7 @@ class OpenAIClient:
         self._place = hide_password(base_url) if base_url is not None else None
         self._more = dict({"temperature": 0, "max_tokens": 512} if settings is None else settings)
         self.settings: Mapping[str, Any] = {"model": model, **self._more}
-        # Retries of the library would not be counted: `Asker` retries.
+        # Retries of the library would not be counted: `RequestQueue` retries.
         self._openai = openai.OpenAI(api_key=self._key or "none", base_url=base_url, max_retries=0, timeout=timeout)
 
     def __repr__(self) -> str:
@@ -186,7 +186,7 @@ class LocalClient:
 
     The model's chat template is used where it has one, else plain text.
 
-    >>> LocalClient(sl.tiny_model(), n_tokens=4).complete([{"role": "user", "content": "Hello"}]).tokens_out
+    >>> LocalClient(sl.lm.tiny_model(), n_tokens=4).complete([{"role": "user", "content": "Hello"}]).tokens_out
     4
     """
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool
 
-from saelab.analysis.max_activating import Example, FeatureExamples, draw_examples, examples
-from saelab.functional.indices import ChosenRuns, Marks
+from saelab.analysis.max_activating import Example, FeatureExamples, draw_examples, max_activating_examples
+from saelab.functional.indices import ChosenRuns, RowMarker
 from saelab.labels.label import BOTH
 from saelab.stores.feature_store import FeatureStore
 
@@ -20,7 +20,7 @@ FEWEST = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaseConfig:
+class ExampleConfig:
     """Numbers of example windows per feature, and the documents they are taken from."""
 
     n_top: int = 8
@@ -42,7 +42,7 @@ class CaseConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
+class FeatureExamplesSplit:
     """Example windows of one feature, or of one of its signs.
 
     ValueError where a document is on both sides of the split.
@@ -90,8 +90,8 @@ class Case:
 
 
 def build_case(
-    store: FeatureStore, feature: int, sign: int, train: Bool[np.ndarray, "n_tokens"] | ChosenRuns, cfg: CaseConfig
-) -> Case | None:
+    store: FeatureStore, feature: int, sign: int, train: Bool[np.ndarray, "n_tokens"] | ChosenRuns, cfg: ExampleConfig
+) -> FeatureExamplesSplit | None:
     """The example windows of one side of a feature; None where it does not fire in training documents.
 
     Args:
@@ -101,7 +101,7 @@ def build_case(
         train: rows of training documents, from `store.split(...)` or `split_runs`.
         cfg: numbers and width of the windows.
     """
-    learnt = examples(
+    learnt = max_activating_examples(
         store, feature, rows=train, n_top=cfg.n_top, n_quantiles=cfg.n_quantiles, n_each=cfg.n_each,
         n_near=SPARE * cfg.n_silent, n_random=0, seed=cfg.seed, **_halves(cfg.width),
     )  # fmt: skip
@@ -111,7 +111,7 @@ def build_case(
     shown = _unlike([*_pick(learnt, sign, "top"), *_pick(learnt, sign, "quantile")[::-1]])
     silent = [example for example in _pick(learnt, BOTH, "near miss") if not _has_hit(example, sign)]
     fires, hard, easy = _hold_out(store, feature, sign, ~train, {example.words for example in shown}, cfg)
-    return Case(
+    return FeatureExamplesSplit(
         feature=feature, sign=sign, peak=peak, shown=tuple(shown), silent=tuple(silent[: cfg.n_silent]),
         fires=fires, hard=hard, easy=easy,
     )  # fmt: skip
@@ -123,13 +123,13 @@ def _hold_out(
     sign: int,
     rows: Bool[np.ndarray, "n_tokens"] | ChosenRuns,
     seen: set[tuple[str, ...]],
-    cfg: CaseConfig,
+    cfg: ExampleConfig,
 ) -> tuple[tuple[Example, ...], ...]:
     """Held-out firing windows, and as many without firing, half of them hard if there are so many."""
     n, rng = cfg.n_scored * cfg.n_quantiles, np.random.default_rng((cfg.seed, feature, sign % 3))
     # Wider than a window on both sides: cut, so that the firing token may stand at any place.
     wide = {"before": cfg.width - 1, "after": cfg.width - 1, "seed": cfg.seed}
-    held = examples(
+    held = max_activating_examples(
         store, feature, rows=rows, n_top=n, n_quantiles=cfg.n_quantiles, n_each=cfg.n_scored, n_near=0, n_random=0,
         **wide,
     )  # fmt: skip
@@ -159,7 +159,7 @@ def _halves(width: int) -> dict[str, int]:
     return {"before": width // 2, "after": width - 1 - width // 2}
 
 
-def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> Marks:
+def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> RowMarker:
     """Rows with no firing of a sign in the window around them.
 
     Random draws would rarely find any for a feature that fires often. Rows are at least as near to each other as their
@@ -178,7 +178,7 @@ def _find_quiet(store: FeatureStore, feature: int, sign: int, width: int) -> Mar
     return marks
 
 
-def _alike(store: FeatureStore, fires: Iterable[Example]) -> Marks:
+def _alike(store: FeatureStore, fires: Iterable[Example]) -> RowMarker:
     """Rows of all tokens on which a feature fires in the given windows."""
     ids = sorted({int(store.read_tokens(example.token, example.token + 1)[0]) for example in fires})
     return lambda start, stop: np.isin(store.read_tokens(start, stop), ids)

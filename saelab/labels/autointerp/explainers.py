@@ -12,11 +12,11 @@ import numpy as np
 
 from saelab.functional.indices import ChosenRuns, FeatureIds, read_features
 from saelab.labels.autointerp.clients import Client
-from saelab.labels.autointerp.example_windows import Case, CaseConfig, build_case
+from saelab.labels.autointerp.example_windows import ExampleConfig, FeatureExamplesSplit, build_case
 from saelab.labels.autointerp.prompts import N_WORDS, explaining_prompt, read_label
-from saelab.labels.autointerp.requests import AskConfig, Asker, Estimate, Question, Reply, Usage
+from saelab.labels.autointerp.requests import CostEstimate, Question, Reply, RequestConfig, RequestQueue, TokenUsage
 from saelab.labels.autointerp.scorers import SCORERS, LLMScorer, Scorer
-from saelab.labels.label import BOTH, Kind, Label, average_scores, require_same_tokens, tell_floor
+from saelab.labels.label import BOTH, Label, LabelKind, average_scores, format_floor, require_same_tokens
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result
 
@@ -28,7 +28,7 @@ class Explainer(Protocol):
     name: str
     """author of the labels that the explainer gives"""
 
-    def explain(self, cases: Sequence[Case]) -> list[Reply[str]]:
+    def explain(self, cases: Sequence[FeatureExamplesSplit]) -> list[Reply[str]]:
         """A label for each case, an empty text where no label fits, or the reason why there is none."""
         ...
 
@@ -36,14 +36,14 @@ class Explainer(Protocol):
 class LLMExplainer:
     """Explainer that shows a language model the windows with firing tokens marked, and requests a short phrase."""
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: RequestQueue) -> None:
         self.asker, self.name = asker, asker.client.name
 
-    def questions(self, cases: Sequence[Case]) -> list[Question[str]]:
+    def questions(self, cases: Sequence[FeatureExamplesSplit]) -> list[Question[str]]:
         """The prompt of each case."""
         return [Question(messages=explaining_prompt(case), read=_read, tokens_out=25) for case in cases]
 
-    def explain(self, cases: Sequence[Case]) -> list[Reply[str]]:
+    def explain(self, cases: Sequence[FeatureExamplesSplit]) -> list[Reply[str]]:
         """A label for each case, requested for all cases at once."""
         return self.asker.ask(self.questions(cases), "explain")
 
@@ -73,12 +73,12 @@ class Unlabelled(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Labelling(Result):
+class LabelingResult(Result):
     """Labels and scores from one run, what is missing and why, and the requests made."""
 
     labels: tuple[Label, ...]
     missing: tuple[Unlabelled, ...]
-    usage: Usage
+    usage: TokenUsage
     n_sides: int = 0
     """number of features, or signs of them, that were to be labelled"""
     untrained: dict[str, float] | None = None
@@ -97,7 +97,7 @@ class Labelling(Result):
             chance = {
                 n: next(x.scores[f"{n}_chance"] for x in self.labels if n in x.scores) for n in own if n != "named"
             }
-            lines.append(tell_floor(own, self.untrained, chance))
+            lines.append(format_floor(own, self.untrained, chance))
         for label in self.labels[:20]:
             scores = "  ".join(
                 f"{name} {value:.2f} (chance {label.scores[name + '_chance']:g})"
@@ -120,10 +120,10 @@ def explain_features(
     scorers: Sequence[str | Scorer] = ("detection", "fuzzing"),
     untrained: FeatureStore | None = None,
     answers: str | Path | None = None,
-    asking: AskConfig | None = None,
-    cases: CaseConfig | None = None,
+    asking: RequestConfig | None = None,
+    cases: ExampleConfig | None = None,
     progress: bool = True,
-) -> Labelling:
+) -> LabelingResult:
     """Labels for features from a language model, one per sign, scored on other documents than they were made from.
 
     Every response is cached, so a repeated call requests only what has none yet. What has no label or score is in
@@ -136,9 +136,9 @@ def explain_features(
         signs: signs to label separately, 1 and -1; 0 stands for both together.
         scorers: names among "detection", "fuzzing", "contrast" and "simulation", which use the client, or `Scorer`
             objects.
-        untrained: store of the same tokens by an untrained dictionary (`sl.harvest_untrained`), whose features of the
-            same numbers are labelled and scored likewise, at the same cost again; the means of its scores are in the
-            result.
+        untrained: store of the same tokens by an untrained dictionary (`sl.collecting.harvest_untrained`), whose
+            features of the same numbers are labelled and scored likewise, at the same cost again; the means of its
+            scores are in the result.
         answers: file of cached responses; None is answers.jsonl in the store's folder.
         asking: number of parallel requests, retries, prices and budget.
         cases: number and width of the example windows.
@@ -146,7 +146,7 @@ def explain_features(
 
     Raises:
         ValueError: a feature does not exist, or `untrained` is not of the same tokens.
-        KeyboardInterrupt, ConnectionError: as in `Asker.ask`.
+        KeyboardInterrupt, ConnectionError: as in `RequestQueue.ask`.
     """
     if untrained is not None:
         require_same_tokens(store, untrained)
@@ -166,7 +166,7 @@ def _explain(plan: "_Plan", sides: list[tuple[int, int]]) -> "_Found":
     for block in plan.blocks(sides, found):
         built = plan.build(block, found)
         replies = plan.explainer.explain(built)
-        named: list[tuple[Label, Case]] = []
+        named: list[tuple[Label, FeatureExamplesSplit]] = []
         for case, reply in zip(built, replies, strict=True):
             if reply.value is None:
                 found.miss(case.feature, case.sign, "explain", reply)
@@ -183,10 +183,10 @@ def score_labels(
     *,
     scorers: Sequence[str | Scorer] = ("detection", "fuzzing"),
     answers: str | Path | None = None,
-    asking: AskConfig | None = None,
-    cases: CaseConfig | None = None,
+    asking: RequestConfig | None = None,
+    cases: ExampleConfig | None = None,
     progress: bool = True,
-) -> Labelling:
+) -> LabelingResult:
     """Labels, whoever gave them, with scores on documents that `explain_features` does not show; all are returned.
 
     Scores of the same name are replaced.
@@ -225,9 +225,9 @@ def estimate_labels(
     signs: Sequence[int] = (1, -1),
     scorers: Sequence[str] = ("detection", "fuzzing"),
     answers: str | Path | None = None,
-    asking: AskConfig | None = None,
-    cases: CaseConfig | None = None,
-) -> Estimate:
+    asking: RequestConfig | None = None,
+    cases: ExampleConfig | None = None,
+) -> CostEstimate:
     """Approximate number of requests, tokens, cost and time of `explain_features` with the same arguments.
 
     For many features the estimate is extrapolated from a sample.
@@ -269,9 +269,9 @@ class _Found:
         entry = Unlabelled(feature=feature, sign=sign, stage=stage, problem=reply.problem, is_waiting=reply.is_waiting)
         self.missing.append(entry)
 
-    def result(self, usage: Usage) -> Labelling:
+    def result(self, usage: TokenUsage) -> LabelingResult:
         """The result of the run."""
-        return Labelling(labels=tuple(self.labels), missing=tuple(self.missing), usage=usage)
+        return LabelingResult(labels=tuple(self.labels), missing=tuple(self.missing), usage=usage)
 
 
 @dataclass(frozen=True)
@@ -281,8 +281,8 @@ class _Plan:
     store: FeatureStore
     train: ChosenRuns
     """rows of training documents"""
-    cases: CaseConfig
-    asker: Asker | None
+    cases: ExampleConfig
+    asker: RequestQueue | None
     explainer: Explainer | None
     scorers: tuple[Scorer, ...]
 
@@ -293,22 +293,22 @@ class _Plan:
         who: Client | Explainer | None,
         scorers: Sequence[str | Scorer],
         answers: str | Path | None,
-        asking: AskConfig | None,
-        cases: CaseConfig | None,
+        asking: RequestConfig | None,
+        cases: ExampleConfig | None,
         progress: bool,
     ) -> "_Plan":
-        cases = cases or CaseConfig(width=store.text.widen(CaseConfig.width))
+        cases = cases or ExampleConfig(width=store.text.widen(ExampleConfig.width))
         asker = None
         if isinstance(who, Client):
-            asker = Asker(who, answers or store.folder / ANSWERS, asking, progress=progress)
+            asker = RequestQueue(who, answers or store.folder / ANSWERS, asking, progress=progress)
         explainer = LLMExplainer(asker) if asker is not None else who if isinstance(who, Explainer) else None
         made = tuple(_make_scorer(scorer, asker, cases.seed) for scorer in scorers)
         return cls(store, store.split_runs(cases.train_frac, cases.seed), cases, asker, explainer, made)
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> TokenUsage:
         """Requests made so far."""
-        return self.asker.usage if self.asker is not None else Usage()
+        return self.asker.usage if self.asker is not None else TokenUsage()
 
     def blocks(self, sides: list[tuple[int, int]], found: _Found) -> Iterator[list[tuple[int, int]]]:
         """Blocks of sides, until the budget is used up; the remaining sides are recorded as waiting."""
@@ -320,7 +320,7 @@ class _Plan:
             else:
                 yield block
 
-    def build(self, sides: Sequence[tuple[int, int]], found: _Found) -> list[Case]:
+    def build(self, sides: Sequence[tuple[int, int]], found: _Found) -> list[FeatureExamplesSplit]:
         """The windows of each side; sides that do not fire in training documents are recorded as missing."""
         built = []
         for feature, sign in sides:
@@ -331,11 +331,11 @@ class _Plan:
                 built.append(case)
         return built
 
-    def label(self, case: Case, text: str) -> Label:
+    def label(self, case: FeatureExamplesSplit, text: str) -> Label:
         """The label for a text that the explainer gave."""
         assert self.explainer is not None
         two_sided = case.sign == BOTH and len({value > 0 for e in case.shown for value in e.values if value}) == 2
-        kind: Kind = "none" if not text else "two-sided" if two_sided else "input"
+        kind: LabelKind = "none" if not text else "two-sided" if two_sided else "input"
         provenance: dict[str, Any] = {"cases": asdict(self.cases)}
         if self.asker is not None:
             provenance |= {"client": dict(self.asker.client.settings), "answers": self.asker.log.path.name}
@@ -345,7 +345,7 @@ class _Plan:
             evidence=counts, provenance=provenance,
         )  # fmt: skip
 
-    def score(self, pairs: Sequence[tuple[Label, Case]], found: _Found) -> list[Label]:
+    def score(self, pairs: Sequence[tuple[Label, FeatureExamplesSplit]], found: _Found) -> list[Label]:
         """The labels with their scores; labels without a text have none."""
         labels = [label for label, _ in pairs]
         named = [i for i, (label, _) in enumerate(pairs) if label.text]
@@ -359,7 +359,7 @@ class _Plan:
         return labels
 
 
-def _make_scorer(scorer: str | Scorer, asker: Asker | None, seed: int) -> Scorer:
+def _make_scorer(scorer: str | Scorer, asker: RequestQueue | None, seed: int) -> Scorer:
     if not isinstance(scorer, str):
         return scorer
     if scorer not in SCORERS:

@@ -8,7 +8,7 @@ from typing import Any
 
 from saelab.analysis.max_activating import Example
 from saelab.labels.autointerp.clients import Messages
-from saelab.labels.autointerp.example_windows import LEVELS, Case
+from saelab.labels.autointerp.example_windows import LEVELS, FeatureExamplesSplit
 from saelab.labels.label import BOTH
 
 N_WORDS = 12
@@ -81,7 +81,7 @@ def _escape(match: re.Match[str]) -> str:
     return json.dumps(char)[1:-1] if unicodedata.category(char) in INVISIBLE else char
 
 
-def explaining_prompt(case: Case) -> Messages:
+def explaining_prompt(case: FeatureExamplesSplit) -> Messages:
     """The prompt that requests a label for one side of a feature, from its training windows."""
     parts = [ABOUT, EXPLAIN]
     if case.sign == BOTH and any(value < 0 for example in case.shown for value in example.values):
@@ -134,7 +134,7 @@ def _say(parts: Iterable[str], **numbers: int) -> Messages:
     return [{"role": "user", "content": "\n".join(filled)}]
 
 
-def _firing_line(case: Case, example: Example) -> str:
+def _firing_line(case: FeatureExamplesSplit, example: Example) -> str:
     hits = case.fires_at(example)
     sides = [-1 if case.sign == BOTH and value < 0 else 1 for value in example.values]
     firing = ", ".join(

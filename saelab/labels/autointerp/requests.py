@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from saelab.labels.autointerp.clients import Answer, Client, Messages, NotAnswered, RetryLater, Waiting
-from saelab.labels.autointerp.response_cache import AnswerLog, Exchange, make_key
+from saelab.labels.autointerp.response_cache import AnswerLog, OfflineClient, make_key
 from saelab.stores.jobs import DeferredInterrupt, hidden
 from saelab.stores.results import Result
 
@@ -45,10 +45,10 @@ class Reply(Generic[Parsed]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskConfig:
+class RequestConfig:
     """Settings of requests: parallelism, retries, prices and budget.
 
-    >>> AskConfig(price_in=0.15, price_out=0.6).cost(2_000_000, 500_000)
+    >>> RequestConfig(price_in=0.15, price_out=0.6).cost(2_000_000, 500_000)
     0.6
     """
 
@@ -86,7 +86,7 @@ class AskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Usage(Result):
+class TokenUsage(Result):
     """Requests, tokens and cost of one run."""
 
     n_requests: int = 0
@@ -111,7 +111,7 @@ class Usage(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate(Result):
+class CostEstimate(Result):
     """Approximate requests, tokens, cost and time of some questions; cached responses cost nothing."""
 
     n_requests: int
@@ -130,7 +130,7 @@ class Estimate(Result):
             f"{self.tokens_out:,} out, cost {_price(self.cost)}, {self.seconds:.0f} s at {self.seconds_each:.2g} s each"
         )
 
-    def times(self, factor: float) -> "Estimate":
+    def times(self, factor: float) -> "CostEstimate":
         """The estimate for `factor` times as many questions."""
         names = ("n_requests", "n_kept", "tokens_in", "tokens_out")
         counts = {name: round(getattr(self, name) * factor) for name in names}
@@ -235,10 +235,10 @@ FAILURES = 10
 """Prompts in a row without a response after which the endpoint counts as broken."""
 
 
-class Asker:
+class RequestQueue:
     """Sends requests to a client and caches every response; cached responses are not requested again.
 
-    Budget, usage and cache are shared by all requests made through one `Asker`.
+    Budget, usage and cache are shared by all requests made through one `RequestQueue`.
 
     Args:
         client: language model client.
@@ -248,24 +248,24 @@ class Asker:
     """
 
     def __init__(
-        self, client: Client, path: str | Path, cfg: AskConfig | None = None, *, progress: bool = True
+        self, client: Client, path: str | Path, cfg: RequestConfig | None = None, *, progress: bool = True
     ) -> None:
-        self.client, self.cfg, self.progress = client, cfg or AskConfig(), progress
+        self.client, self.cfg, self.progress = client, cfg or RequestConfig(), progress
         self.log = AnswerLog(path)
-        self.usage = Usage(cost=self.cfg.cost(0, 0))
+        self.usage = TokenUsage(cost=self.cfg.cost(0, 0))
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._reserved = 0.0  # what the prompts under way may cost
         self._n_failed = 0
         self._open_at = 0.0  # when the server takes prompts again
 
-    def estimate(self, questions: Sequence[Question[Any]]) -> Estimate:
+    def estimate(self, questions: Sequence[Question[Any]]) -> CostEstimate:
         """Approximate number of requests, tokens, cost and time of questions, before they are sent."""
         by_key = {self._key(question.messages): question for question in questions}
         new = [question for key, question in by_key.items() if self.log.find(key) is None]
         tokens_in, tokens_out = sum_tokens(new)
         each = self.log.seconds or 2.0
-        return Estimate(
+        return CostEstimate(
             n_requests=len(new),
             n_kept=len(by_key) - len(new),
             tokens_in=tokens_in,
@@ -344,7 +344,7 @@ class Asker:
         if known is not None:
             with self._lock:
                 self.usage = replace(self.usage, n_kept=self.usage.n_kept + 1)
-            if isinstance(self.client, Exchange):
+            if isinstance(self.client, OfflineClient):
                 self.client.note(messages)
             return known
         expected = self._reserve(count_tokens(messages), tokens_out)

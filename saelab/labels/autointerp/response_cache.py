@@ -123,7 +123,7 @@ class ExchangeReport(Result):
     """prompts of the run"""
     n_answered: int
     missing: tuple[str, ...]
-    """ids of prompts without a response, which `Exchange.export` writes"""
+    """ids of prompts without a response, which `OfflineClient.export` writes"""
     unknown: tuple[str, ...]
     """ids of responses that match no prompt: of another store, other settings, or edited"""
     duplicated: tuple[str, ...]
@@ -137,7 +137,7 @@ class ExchangeReport(Result):
         return "\n".join(lines)
 
 
-class Exchange:
+class OfflineClient:
     """Client that reads responses from a file and collects the prompts that have none; it needs no API key.
 
     The file has lines `{"id": ..., "answer": ...}` with the ids of `export`. `name` is the author of the labels; it

@@ -9,7 +9,7 @@ import numpy as np
 
 from saelab.analysis.density import clopper_pearson
 from saelab.analysis.max_activating import Example
-from saelab.labels.autointerp.example_windows import Case
+from saelab.labels.autointerp.example_windows import FeatureExamplesSplit
 from saelab.labels.autointerp.prompts import (
     contrast_prompt,
     detection_prompt,
@@ -18,7 +18,7 @@ from saelab.labels.autointerp.prompts import (
     read_strengths,
     simulation_prompt,
 )
-from saelab.labels.autointerp.requests import Asker, Question, Reply
+from saelab.labels.autointerp.requests import Question, Reply, RequestQueue
 from saelab.stores.results import Result
 
 T = TypeVar("T")
@@ -60,13 +60,13 @@ class Scorer(Protocol):
 
     name: str
 
-    def score(self, texts: Sequence[str], cases: Sequence[Case]) -> list[Reply[Score]]:
+    def score(self, texts: Sequence[str], cases: Sequence[FeatureExamplesSplit]) -> list[Reply[Score]]:
         """A score for each label text on its case, or the reason why there is none."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class ScoringTask:
     """One prompt and its correct answer."""
 
     question: Question[list[Any]]
@@ -80,23 +80,23 @@ class LLMScorer:
 
     name = ""
 
-    def __init__(self, asker: Asker, seed: int = 0) -> None:
+    def __init__(self, asker: RequestQueue, seed: int = 0) -> None:
         self.asker, self.seed = asker, seed
 
-    def tasks(self, text: str, case: Case) -> list[Task]:
+    def tasks(self, text: str, case: FeatureExamplesSplit) -> list[ScoringTask]:
         """The prompts for one label, with their correct answers."""
         raise NotImplementedError
 
-    def judge(self, tasks: Sequence[Task], answers: Sequence[list[Any]]) -> Score:
+    def judge(self, tasks: Sequence[ScoringTask], answers: Sequence[list[Any]]) -> Score:
         """The score of the answers."""
         truth = [bool(value) for task in tasks for value in task.truth]
         return balance(self.name, truth, [bool(flag) for answer in answers for flag in answer])
 
-    def questions(self, texts: Sequence[str], cases: Sequence[Case]) -> list[Question[list[Any]]]:
+    def questions(self, texts: Sequence[str], cases: Sequence[FeatureExamplesSplit]) -> list[Question[list[Any]]]:
         """All prompts."""
         return [task.question for tasks in self._plan(texts, cases) for task in tasks]
 
-    def score(self, texts: Sequence[str], cases: Sequence[Case]) -> list[Reply[Score]]:
+    def score(self, texts: Sequence[str], cases: Sequence[FeatureExamplesSplit]) -> list[Reply[Score]]:
         """A score for each label, requested for all labels at once; a label with an unanswered prompt has none."""
         plan = self._plan(texts, cases)
         replies = iter(self.asker.ask([task.question for tasks in plan for task in tasks], self.name))
@@ -104,10 +104,12 @@ class LLMScorer:
             self._conclude(case, tasks, [next(replies) for _ in tasks]) for case, tasks in zip(cases, plan, strict=True)
         ]
 
-    def _plan(self, texts: Sequence[str], cases: Sequence[Case]) -> list[list[Task]]:
+    def _plan(self, texts: Sequence[str], cases: Sequence[FeatureExamplesSplit]) -> list[list[ScoringTask]]:
         return [[] if case.problem else self.tasks(text, case) for text, case in zip(texts, cases, strict=True)]
 
-    def _conclude(self, case: Case, tasks: list[Task], replies: list[Reply[list[Any]]]) -> Reply[Score]:
+    def _conclude(
+        self, case: FeatureExamplesSplit, tasks: list[ScoringTask], replies: list[Reply[list[Any]]]
+    ) -> Reply[Score]:
         bad = [reply for reply in replies if reply.value is None]
         if bad or not tasks:
             return Reply(
@@ -116,7 +118,7 @@ class LLMScorer:
             )
         return Reply(value=self.judge(tasks, [reply.value for reply in replies if reply.value is not None]))
 
-    def _rng(self, case: Case) -> np.random.Generator:
+    def _rng(self, case: FeatureExamplesSplit) -> np.random.Generator:
         return np.random.default_rng((self.seed, case.feature, case.sign % 3))
 
 
@@ -128,7 +130,7 @@ class Detection(LLMScorer):
 
     name = "detection"
 
-    def tasks(self, text: str, case: Case) -> list[Task]:
+    def tasks(self, text: str, case: FeatureExamplesSplit) -> list[ScoringTask]:
         """Firing and silent windows in random order, a few per prompt."""
         windows = [(w, True) for w in case.fires] + [(w, False) for w in (*case.hard, *case.easy)]
         return _flag_tasks(partial(detection_prompt, text), _shuffle(windows, self._rng(case)))
@@ -145,7 +147,7 @@ class Fuzzing(LLMScorer):
 
     name = "fuzzing"
 
-    def tasks(self, text: str, case: Case) -> list[Task]:
+    def tasks(self, text: str, case: FeatureExamplesSplit) -> list[ScoringTask]:
         """Windows in random order: every other firing window marked correctly, the rest and the near misses wrongly."""
         rng = self._rng(case)
         order = rng.permutation(len(case.fires)).tolist()
@@ -159,7 +161,7 @@ class Fuzzing(LLMScorer):
         return _flag_tasks(partial(fuzzing_prompt, text), _shuffle(marked, rng))
 
 
-class Contrast(LLMScorer):
+class PairwiseDetection(LLMScorer):
     """Contrast score: how often a language model with the label picks the firing window of a pair.
 
     Balanced accuracy over pairs with the firing window first and second.
@@ -167,7 +169,7 @@ class Contrast(LLMScorer):
 
     name = "contrast"
 
-    def tasks(self, text: str, case: Case) -> list[Task]:
+    def tasks(self, text: str, case: FeatureExamplesSplit) -> list[ScoringTask]:
         """Pairs of a firing and a silent window, each window used once; the firing one is first in every other pair."""
         rng = self._rng(case)
         pairs = list(zip(case.fires, _shuffle([*case.hard, *case.easy], rng), strict=False))
@@ -187,14 +189,14 @@ class Simulation(LLMScorer):
 
     name = "simulation"
 
-    def tasks(self, text: str, case: Case) -> list[Task]:
+    def tasks(self, text: str, case: FeatureExamplesSplit) -> list[ScoringTask]:
         """Firing and silent windows in random order, a few per prompt."""
         windows = _shuffle([*case.fires, *case.hard, *case.easy], self._rng(case))
         return [
             self._task(text, case, windows[start : start + N_LONG], start) for start in range(0, len(windows), N_LONG)
         ]
 
-    def _task(self, text: str, case: Case, windows: list[Example], start: int) -> Task:
+    def _task(self, text: str, case: FeatureExamplesSplit, windows: list[Example], start: int) -> ScoringTask:
         truth = [abs(v) if hit else 0.0 for w in windows for v, hit in zip(w.values, case.fires_at(w), strict=True)]
         question = Question(
             messages=simulation_prompt(text, windows),
@@ -202,9 +204,9 @@ class Simulation(LLMScorer):
             tokens_out=12 * N_LONG,
         )
         numbers = tuple(start + i for i, window in enumerate(windows) for _ in window.words)
-        return Task(question=question, truth=tuple(truth), windows=numbers)
+        return ScoringTask(question=question, truth=tuple(truth), windows=numbers)
 
-    def judge(self, tasks: Sequence[Task], answers: Sequence[list[Any]]) -> Score:
+    def judge(self, tasks: Sequence[ScoringTask], answers: Sequence[list[Any]]) -> Score:
         """Pearson's r over tokens, with its bootstrap interval over windows."""
         true = np.array([value for task in tasks for value in task.truth])
         said = np.array([value for answer in answers for value in answer], float)
@@ -220,7 +222,7 @@ class Simulation(LLMScorer):
         )
 
 
-SCORERS = {kind.name: kind for kind in (Detection, Fuzzing, Contrast, Simulation)}
+SCORERS = {kind.name: kind for kind in (Detection, Fuzzing, PairwiseDetection, Simulation)}
 
 
 def balance(name: str, truth: Sequence[bool], said: Sequence[bool]) -> Score:
@@ -245,7 +247,7 @@ def balance(name: str, truth: Sequence[bool], said: Sequence[bool]) -> Score:
 
 def _flag_tasks(
     prompt: Callable[[list[Any]], Any], items: list[tuple[Any, bool]], read: Callable[..., list[int]] | None = None
-) -> list[Task]:
+) -> list[ScoringTask]:
     """Items with their correct answers, a few per prompt; none where all have the same answer."""
     if len({truth for _, truth in items}) < 2:
         return []
@@ -254,7 +256,7 @@ def _flag_tasks(
         part = items[start : start + N_EACH]
         reader = partial(read or _read_yes, n=len(part))
         question = Question(messages=prompt([item for item, _ in part]), read=reader, tokens_out=4 + 2 * len(part))
-        tasks.append(Task(question=question, truth=tuple(float(truth) for _, truth in part)))
+        tasks.append(ScoringTask(question=question, truth=tuple(float(truth) for _, truth in part)))
     return tasks
 
 
@@ -266,7 +268,9 @@ def _read_sides(answer: str, n: int) -> list[int]:
     return [int(side == 1) for side in read_flags(answer, n, (1, 2))]
 
 
-def _misplace(case: Case, window: Example, rng: np.random.Generator) -> tuple[Example, list[bool]] | None:
+def _misplace(
+    case: FeatureExamplesSplit, window: Example, rng: np.random.Generator
+) -> tuple[Example, list[bool]] | None:
     """As many marks as the window has firings, on silent tokens; None where there is no silent token."""
     hits = case.fires_at(window)
     silent = [i for i, hit in enumerate(hits) if not hit]
@@ -276,7 +280,9 @@ def _misplace(case: Case, window: Example, rng: np.random.Generator) -> tuple[Ex
     return window, [i in chosen for i in range(len(hits))]
 
 
-def _mark_near(case: Case, window: Example, like: Example, rng: np.random.Generator) -> tuple[Example, list[bool]]:
+def _mark_near(
+    case: FeatureExamplesSplit, window: Example, like: Example, rng: np.random.Generator
+) -> tuple[Example, list[bool]]:
     """Marks on the center of a silent window and on random others, as many as another window has firings."""
     others = [i for i in range(len(window.words)) if i != window.center]
     n = min(sum(case.fires_at(like)) - 1, len(others))

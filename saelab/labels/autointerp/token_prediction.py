@@ -20,7 +20,7 @@ BACK_OFF = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TokenSimulation(Result):
+class TokenBaseline(Result):
     """Pearson's r of predicted and true codes over all held-out tokens, for each feature.
 
     NaN where a feature does not fire on both sides of the split.
@@ -58,7 +58,7 @@ class TokenSimulation(Result):
         return "\n".join(lines)
 
 
-def simulate_by_tokens(store: FeatureStore, *, train_frac: float = 0.5, seed: int = 0) -> TokenSimulation:
+def token_baseline(store: FeatureStore, *, train_frac: float = 0.5, seed: int = 0) -> TokenBaseline:
     """Correlation of every feature's signed codes with their prediction from the token, and from the last two tokens.
 
     Predictions are means over training documents, compared with the codes of held-out ones: the simplest explanation of
@@ -74,7 +74,7 @@ def simulate_by_tokens(store: FeatureStore, *, train_frac: float = 0.5, seed: in
     for start, stop in _blocks(store.d_sae, tables.n_groups):
         for name, values in tables.correlate(store, start, stop):
             found[name][start:stop] = values
-    return TokenSimulation(
+    return TokenBaseline(
         **found, n_train=int(is_train.sum()), n_tokens=int((~is_train).sum()), n_pairs=tables.n_groups - tables.n_ids,
         train_frac=train_frac, seed=seed,
     )  # fmt: skip

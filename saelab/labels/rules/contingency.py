@@ -125,7 +125,7 @@ class Counts:
         return 2 * self.both / np.maximum(self.fires[:, :, None] + self.holds, 1)
 
 
-class Side:
+class SideCounts:
     """Predicates restricted to the training documents, or to the held-out ones; tokens are numbered within these."""
 
     def __init__(self, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> None:
@@ -247,7 +247,7 @@ class Verdict:
 class Judge:
     """The held-out documents, on which each chosen rule is tested once."""
 
-    def __init__(self, side: Side, doc_ids: np.ndarray, seed: int) -> None:
+    def __init__(self, side: SideCounts, doc_ids: np.ndarray, seed: int) -> None:
         self.side, self.doc_ids, self.seed = side, doc_ids[side.rows], seed
         self._active = np.zeros(side.n_tokens, bool)
         # blocks that are shifted together: documents, cut into pieces where there are few
@@ -291,7 +291,7 @@ def q_values(verdicts: list[Verdict]) -> tuple[np.ndarray, np.ndarray]:
 class NextTokens:
     """Tokens that follow each token of a store, for rules on what a feature promotes."""
 
-    def __init__(self, store: FeatureStore, lens: LogitLens, side: Side) -> None:
+    def __init__(self, store: FeatureStore, lens: LogitLens, side: SideCounts) -> None:
         view = TokenView(store.text)
         self.next_ids = view.after(view.token_ids)[store.places[side.rows]]
         self.counts = np.bincount(self.next_ids + 1, minlength=len(view.strings) + 1)[1:]

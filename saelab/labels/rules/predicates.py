@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from saelab.labels.rules.token_view import CLOSING, CURLY, ENDS, OPENING, Part, TokenView
+from saelab.labels.rules.token_view import CLOSING, CURLY, ENDS, OPENING, TokenView, ViewPart
 from saelab.stores.feature_store import FeatureStore
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
-Marks = Bool[np.ndarray, "n"]
+TokenMarks = Bool[np.ndarray, "n"]
 SUFFIXES, PREFIXES, ENDINGS = (2, 3, 4), (2, 3), ("ing", "ed", "es", "ly", "er", "s")
 SHARES = {
     "token": 0.3, "word": 0.15, "word end": 0.12, "bigram": 0.12, "previous token": 0.08, "next token": 0.05,
@@ -31,7 +31,7 @@ DISJOINT = ("token", "word", "word end", "bigram", "previous token", "next token
 """Families of which at most one member holds on each token."""
 
 
-def fixed(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+def fixed(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     """Kind, name and tokens of each condition that does not depend on the text."""
     yield from _shapes(view)
     yield from _neighbours(view)
@@ -40,7 +40,7 @@ def fixed(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
     yield from _repetitions(view)
 
 
-def _shapes(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+def _shapes(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     def strip(test: Callable[[str], bool]) -> Callable[[str], bool]:
         return lambda string: test(string.strip())
 
@@ -80,7 +80,7 @@ def _shapes(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
     yield "shape", "second tokens of words", view.goes_on & view.before(view.starts_word, missing=False)
 
 
-def _neighbours(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+def _neighbours(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     comma, ends = view.mark(lambda s: "," in s), view.mark(lambda s: s.rstrip().endswith(tuple(ENDS)))
     for name, marks in (("a comma", comma), ("sentence-final punctuation", ends)):
         yield "previous", f"after {name}", view.before(marks, missing=False)
@@ -93,7 +93,7 @@ def _neighbours(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
     yield "next", "before a new word", view.after(view.starts_word, missing=False)
 
 
-def _sentences(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+def _sentences(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     yield "sentence", "first token of a sentence", view.in_sentence == 0
     yield "sentence", "second token of a sentence", view.in_sentence == 1
     yield "sentence", "first five tokens of a sentence", view.in_sentence < 5
@@ -111,7 +111,7 @@ def _sentences(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
     yield "quotes", "inside brackets", inside
 
 
-def _first_words(view: TokenView) -> Marks:
+def _first_words(view: TokenView) -> TokenMarks:
     """The tokens of the first word of each sentence."""
     words = np.cumsum(~view.goes_on)
     at_start = np.zeros(int(words[-1]) + 1, bool)
@@ -119,7 +119,7 @@ def _first_words(view: TokenView) -> Marks:
     return at_start[words]
 
 
-def _positions(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+def _positions(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     for n in (1, 4, 16, 64):
         name = "first token" if n == 1 else f"first {n} tokens"
         yield "position", f"{name} of the document", view.in_document < n
@@ -137,7 +137,7 @@ def _positions(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
             yield "position", f"positions {a} to {2 * a - 1} of the sequence", (positions >= a) & (positions < 2 * a)
 
 
-def _repetitions(view: TokenView) -> Iterator[tuple[str, str, Marks]]:
+def _repetitions(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     yield "repetition", "tokens seen before in the document", view.seen(view.token_ids)
     again = view.seen(np.where(view.starts_word, view.word_ids, -1))
     words = np.cumsum(~view.goes_on)
@@ -183,7 +183,7 @@ def _most_frequent(keys: np.ndarray, spell: Callable[[int], str], n: int) -> tup
     return named, numbers[where]
 
 
-def affixes(view: TokenView, kind: str, n: int, part: Part = "all") -> Iterator[tuple[str, str, Marks]]:
+def affixes(view: TokenView, kind: str, n: int, part: ViewPart = "all") -> Iterator[tuple[str, str, TokenMarks]]:
     """Kind, name and tokens of the `n` most frequent suffixes, prefixes or stems that several words share.
 
     Args:
@@ -243,7 +243,7 @@ class Predicate:
     kind: str = "own"
 
 
-def word_pattern(pattern: str, name: str | None = None, part: Part = "all") -> Predicate:
+def word_pattern(pattern: str, name: str | None = None, part: ViewPart = "all") -> Predicate:
     """A predicate for words that a regular expression matches completely.
 
     `part` chooses which tokens of a split word it marks.

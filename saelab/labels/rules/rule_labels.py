@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from saelab.labels.label import Kind, Label
+from saelab.labels.label import Label, LabelKind
 from saelab.stores.results import Result, align_columns
 
 NO_RULE = "no good rule"
@@ -23,7 +23,7 @@ class RuleLabel:
     sign: int
     text: str
     """the rule in English; "no good rule" where it is not good enough"""
-    kind: Kind
+    kind: LabelKind
     rule: str
     """the best rule in English, good or not; empty where there is none"""
     parts: tuple[str, ...] = ()

@@ -18,8 +18,17 @@ from jaxtyping import Bool, Float, Int, Integer
 from saelab.analysis.direct_logits import LogitLens
 from saelab.functional.indices import FeatureIds, read_features
 from saelab.functional.screening import largest_first
-from saelab.labels.label import Kind, require_same_tokens
-from saelab.labels.rules.contingency import Counts, Judge, NextTokens, Side, Units, Verdict, feature_blocks, q_values
+from saelab.labels.label import LabelKind, require_same_tokens
+from saelab.labels.rules.contingency import (
+    Counts,
+    Judge,
+    NextTokens,
+    SideCounts,
+    Units,
+    Verdict,
+    feature_blocks,
+    q_values,
+)
 from saelab.labels.rules.predicates import DISJOINT, Predicates, make_predicates, one_of_each
 from saelab.labels.rules.rule_labels import NO_RULE, RuleLabel, RuleLabels, alike, name_output, name_rule
 from saelab.labels.rules.token_view import TokenView
@@ -55,7 +64,7 @@ class Rule:
 
 
 def choose_rules(
-    counts: Counts, units: Units, side: Side, predicates: Predicates, min_count: int, seed: int
+    counts: Counts, units: Units, side: SideCounts, predicates: Predicates, min_count: int, seed: int
 ) -> list[Rule | None]:
     """For each feature side the rule with the highest F1 after costs; None where no predicate holds on enough firings.
 
@@ -158,7 +167,7 @@ def _pairs(
     level: int,
     rows: np.ndarray,
     n_fires: int,
-    side: Side,
+    side: SideCounts,
     favour: np.ndarray,
     rng: np.random.Generator,
 ) -> list[tuple[float, Rule]]:
@@ -294,8 +303,8 @@ def label_by_rules(
         min_count: a side with fewer firings in training documents has no rule.
         n_tokens: tokens used, spread over the text where it is longer, so that memory does not grow with it; applies
             only without `predicates` (else give predicates of `store.spread(n)`, and that store).
-        untrained: store of the same tokens by an untrained dictionary (`sl.harvest_untrained`), which is labelled in
-            the same way; its share of good rules is in the result.
+        untrained: store of the same tokens by an untrained dictionary (`sl.collecting.harvest_untrained`), which is
+            labelled in the same way; its share of good rules is in the result.
 
     Raises:
         ValueError: `predicates` have another length than the store, or a setting is out of range.
@@ -376,7 +385,7 @@ class _Work:
     ) -> None:
         self.store, self.predicates, self.is_train = store, predicates, is_train
         self.min_count, self.seed = min_count, seed
-        self.train, self.held = Side(predicates, is_train), Side(predicates, ~is_train)
+        self.train, self.held = SideCounts(predicates, is_train), SideCounts(predicates, ~is_train)
         self.judge = Judge(self.held, store.doc_ids, seed)
         self.next = NextTokens(store, lens, self.held) if lens is not None else None
 
@@ -459,15 +468,15 @@ class _Work:
             **scores,
         )
 
-    def _describe(self, draft: _Draft) -> tuple[str, Kind, tuple[str, ...], str]:
+    def _describe(self, draft: _Draft) -> tuple[str, LabelKind, tuple[str, ...], str]:
         assert draft.rule is not None
         names = tuple(self.predicates.names[j] for j in draft.rule.parts)
         kinds = {self.predicates.kinds[j] for j in draft.rule.parts}
-        kind: Kind = "position" if kinds == {"position"} else "polysemantic" if draft.disjoint else "input"
+        kind: LabelKind = "position" if kinds == {"position"} else "polysemantic" if draft.disjoint else "input"
         return name_rule(names, draft.rule.joined), kind, names, draft.rule.joined
 
 
-def _describe_output(draft: _Draft) -> tuple[str, Kind, tuple[str, ...], str]:
+def _describe_output(draft: _Draft) -> tuple[str, LabelKind, tuple[str, ...], str]:
     return name_output(draft.promoted), "output", draft.promoted, "next"
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, Integer, Shaped
 
 from saelab.stores.corpus import StoredText
 
-Part = Literal["all", "first", "last"]
+ViewPart = Literal["all", "first", "last"]
 """Which tokens of a split word a predicate marks."""
 ENDS = ".?!"
 OPENING, CLOSING = "([{", ")]}"
@@ -142,13 +142,13 @@ class TokenView:
         """The first token of each word."""
         return (self.word_ids >= 0) & ~self.goes_on
 
-    def part(self, part: Part) -> Bool[np.ndarray, "n"]:
+    def part(self, part: ViewPart) -> Bool[np.ndarray, "n"]:
         """The tokens that a predicate on words marks; ValueError for a `part` other than all, first, last."""
-        if part not in get_args(Part):
-            raise ValueError(f"`part` must be one of {list(get_args(Part))}, got {part!r}.")
+        if part not in get_args(ViewPart):
+            raise ValueError(f"`part` must be one of {list(get_args(ViewPart))}, got {part!r}.")
         return {"all": self.word_ids >= 0, "first": self.starts_word, "last": self.ends_word}[part]
 
-    def mark_words(self, holds: Callable[[str], Any], part: Part = "all") -> Bool[np.ndarray, "n"]:
+    def mark_words(self, holds: Callable[[str], Any], part: ViewPart = "all") -> Bool[np.ndarray, "n"]:
         """The tokens of the words that satisfy a condition, which is evaluated once for each different word."""
         table = np.array([*(bool(holds(word)) for word in self.words), False])
         return table[self.word_ids] & self.part(part)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, read_activation
 from saelab.sae.config import MatchingPursuit, SAEConfig
-from saelab.sae.normalizer import Kind
+from saelab.sae.normalizer import NormalizerKind
 from saelab.stores.validation import read_fields, require_object
 
 LATENT_AXIS = dict.fromkeys(("b_enc", "W_dec", "threshold", "r_mag", "b_gate", "b_mag", "code_scale"), 0) | {"W_enc": 1}
@@ -49,7 +49,7 @@ class Convention:
     """factor on `x` before the encoder"""
     scale_out: float = 1.0
     """divisor of the reconstruction"""
-    normaliser: Kind = "none"
+    normaliser: NormalizerKind = "none"
     """"none", or a kind with per-token statistics"""
 
     def to_dict(self) -> dict[str, Any]:

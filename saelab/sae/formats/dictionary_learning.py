@@ -15,9 +15,9 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.formats.conventions import Convention, read_with
-from saelab.sae.formats.origin import Asked, Facts, Reading
-from saelab.sae.formats.sources import Source
-from saelab.sae.module import Coder
+from saelab.sae.formats.origin import Asked, Facts, ParsedSAE
+from saelab.sae.formats.sources import SAEFiles
+from saelab.sae.module import SAEModule
 from saelab.stores.files import shareable, write_atomic, write_json
 from saelab.stores.manifest import Provenance
 
@@ -46,7 +46,7 @@ LINEAR_SPELLED = {"encoder_linear.": "encoder.", "decoder_linear.": "decoder."}
 """other spellings of the layers of the same class"""
 
 
-def recognise(source: Source) -> bool:
+def recognise(source: SAEFiles) -> bool:
     """Whether the file has the keys of one of dictionary_learning's classes."""
     return source.pickle is not None and bool(_find_classes(_respell(source.tensors(source.pickle))))
 
@@ -70,7 +70,7 @@ def _find_classes(held: Mapping[str, Any]) -> list[str]:
     return ["AutoEncoderTopK", "BatchTopKSAE"] if {*LINEAR, "b_dec"} <= keys else []
 
 
-def read(source: Source, asked: Asked) -> Reading:
+def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """Weights and convention of the dictionary in a file.
 
     Raises:
@@ -95,7 +95,7 @@ def read(source: Source, asked: Asked) -> Reading:
         scale_out=1.0 if asked.scale is None else asked.scale,
     )
     extras = {key: value for key, value in held.items() if key not in KEYS[name] and isinstance(value, Tensor)}
-    return Reading(
+    return ParsedSAE(
         format="dictionary_learning",
         parts=parts,
         how=how,
@@ -160,7 +160,7 @@ def _read_facts(settings: dict[str, Any]) -> Facts:
     )
 
 
-def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
+def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
     """Class name and configuration that express the SAE; ValueError where none does."""
     cfg, activation = coder.cfg, coder.cfg.activation
     if cfg.d_out is not None or cfg.encoder != "linear":
@@ -205,7 +205,7 @@ def _name_submodule(provenance: Provenance | None) -> str | None:
     return f"resid_post_layer_{layer[1]}" if layer else provenance.hook_point
 
 
-def find_parts(coder: Coder) -> dict[str, Tensor]:
+def find_parts(coder: SAEModule) -> dict[str, Tensor]:
     """Weights as the SAE's class in dictionary_learning uses them."""
     parts = {name: getattr(coder, name).detach() for name in PLAIN}
     activation = coder.cfg.activation
@@ -216,7 +216,7 @@ def find_parts(coder: Coder) -> dict[str, Tensor]:
     return parts
 
 
-def find_extras(coder: Coder) -> dict[str, Tensor]:
+def find_extras(coder: SAEModule) -> dict[str, Tensor]:
     """Buffers that a class has in addition to its weights."""
     activation, prefixes = coder.cfg.activation, coder.cfg.prefixes
     extras: dict[str, Tensor] = {}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import JumpReLU
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Asked, Facts, Reading
-from saelab.sae.formats.sources import Source, require_tensors
+from saelab.sae.formats.origin import Asked, Facts, ParsedSAE
+from saelab.sae.formats.sources import SAEFiles, require_tensors
 
 ARCHIVE, CONFIG, WEIGHTS = "params.npz", "config.json", "params.safetensors"
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
@@ -28,13 +28,13 @@ PLACES = {
 """TransformerLens hook names for module inputs and outputs in a Hugging Face layer of Gemma 3"""
 
 
-def recognise_first(source: Source) -> bool:
+def recognise_first(source: SAEFiles) -> bool:
     """Whether the file is an SAE of the first Gemma Scope."""
     name = _find_archive(source)
     return name is not None and set(NAMES) <= set(_capitalise(source.tensors(name)))
 
 
-def _find_archive(source: Source) -> str | None:
+def _find_archive(source: SAEFiles) -> str | None:
     if source.file is not None:
         return source.file if source.file.endswith(".npz") else None
     return ARCHIVE if source.has(ARCHIVE) else None
@@ -45,28 +45,28 @@ def _capitalise(held: Mapping[str, Any]) -> dict[str, Any]:
     return {f"W{name[1:]}" if name.startswith("w_") else name: value for name, value in held.items()}
 
 
-def read_first(source: Source, asked: Asked) -> Reading:
+def read_first(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """Weights and convention of an SAE, or of a transcoder where `hook_point_out` is given; the file holds nothing but
     weights.
     """
     name = _find_archive(source)
     assert name is not None
     parts = require_tensors(_capitalise(source.tensors(name)), NAMES, source.folder / name)
-    return Reading(format="gemma_scope", parts=parts, how=_mean(transcodes=asked.hook_point_out is not None))
+    return ParsedSAE(format="gemma_scope", parts=parts, how=_mean(transcodes=asked.hook_point_out is not None))
 
 
 def _mean(*, transcodes: bool) -> Convention:
     return Convention(activation=JumpReLU(), transcodes=transcodes, subtracts_b_dec=False)
 
 
-def recognise_second(source: Source) -> bool:
+def recognise_second(source: SAEFiles) -> bool:
     """Whether the files are an SAE or transcoder of the second Gemma Scope."""
     if not source.has(CONFIG, WEIGHTS):
         return False
     return source.json(CONFIG).get("architecture") == "jump_relu" and "w_enc" in source.tensors(WEIGHTS)
 
 
-def read_second(source: Source, asked: Asked) -> Reading:
+def read_second(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """Weights and convention of an SAE or transcoder; ValueError for a cross-layer transcoder, whose W_dec has three
     axes.
     """
@@ -86,7 +86,7 @@ def read_second(source: Source, asked: Asked) -> Reading:
     transcodes = "W_skip" in parts or (out is not None and out != hook_point) or asked.hook_point_out is not None
     model = str(settings.get("model_name") or "").replace("gemma-v3", "gemma-3")
     facts = Facts(model=model or None, hook_point=hook_point, hook_point_out=out)
-    return Reading(format="gemma_scope_2", parts=parts, how=_mean(transcodes=transcodes), facts=facts)
+    return ParsedSAE(format="gemma_scope_2", parts=parts, how=_mean(transcodes=transcodes), facts=facts)
 
 
 def _translate(place: str | None) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 from saelab.sae.activation_functions import Activation, make_activation
 from saelab.sae.formats.origin import Asked
 from saelab.sae.formats.registry import READERS
-from saelab.sae.formats.sources import ARCHIVES, PICKLES, Source, inside
+from saelab.sae.formats.sources import ARCHIVES, PICKLES, SAEFiles, inside
 from saelab.sae.formats.sparsify import RUN
 from saelab.stores.validation import read_fields, read_json
 
@@ -24,7 +24,7 @@ OWN_FILES = ("config.json", "model.safetensors", "origin.safetensors")
 WEIGHT_SUFFIXES = (*PICKLES, *ARCHIVES, ".safetensors")
 
 
-def find_source(source: str | Path, name: str | None = None, revision: str | None = None) -> Source:
+def find_source(source: str | Path, name: str | None = None, revision: str | None = None) -> SAEFiles:
     """Local folder or file of an SAE, downloaded from the Hub repository 'owner/name' where `source` is no local path;
     `name` is a sub-folder or file.
 
@@ -33,14 +33,14 @@ def find_source(source: str | Path, name: str | None = None, revision: str | Non
     """
     path = Path(source).expanduser()
     if path.exists():
-        return Source.open(path, name)
+        return SAEFiles.open(path, name)
     parts = str(source).split("/")
     if len(parts) != 2 or not all(parts) or str(source).startswith((".", "~")):
         raise FileNotFoundError(
             f"An SAE must be a folder, or a release or Hub id 'owner/name', got '{source}', which is neither; check "
             "the path."
         )
-    return Source.open(_fetch(str(source), list_files(name), revision), name)
+    return SAEFiles.open(_fetch(str(source), list_files(name), revision), name)
 
 
 def list_files(name: str | None) -> list[str]:
@@ -96,7 +96,7 @@ class Release:
 
 
 @dataclass(frozen=True)
-class Place:
+class HubLocation:
     """Location of one SAE on the Hub, and the facts known about it."""
 
     repo: str
@@ -171,7 +171,7 @@ def _read_table() -> tuple[Release, ...]:
     return tuple(read_fields(Release, entry) for entry in read_json(TABLE))
 
 
-def find_release(name: str, id: str | None) -> Place | None:
+def find_release(name: str, id: str | None) -> HubLocation | None:
     """Location of an SAE of a release; None where no release has that name, ValueError for an id that the release
     lacks.
     """
@@ -186,7 +186,7 @@ def find_release(name: str, id: str | None) -> Place | None:
     raise ValueError(f"`name` must be an id of release '{name}', got {id!r}; ids look like {patterns}.")
 
 
-def _fill(entry: Release, groups: dict[str, str]) -> Place:
+def _fill(entry: Release, groups: dict[str, str]) -> HubLocation:
     texts = {key: value.format(**groups) for key, value in asdict(entry).items() if isinstance(value, str)}
     activation = None
     if entry.activation is not None:
@@ -201,4 +201,4 @@ def _fill(entry: Release, groups: dict[str, str]) -> Place:
         activation=activation,
         scale=entry.scale,
     )
-    return Place(texts["repo"], inside(texts["path"]), facts)
+    return HubLocation(texts["repo"], inside(texts["path"]), facts)

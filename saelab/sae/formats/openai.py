@@ -6,19 +6,19 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import Activation, ReLU, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Asked, Reading, require
-from saelab.sae.formats.sources import Source, require_tensors
+from saelab.sae.formats.origin import Asked, ParsedSAE, require
+from saelab.sae.formats.sources import SAEFiles, require_tensors
 
 OPENAI = {"encoder.weight": "W_enc", "latent_bias": "b_enc", "decoder.weight": "W_dec", "pre_bias": "b_dec"}
 QWEN = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
-def recognise_openai(source: Source) -> bool:
+def recognise_openai(source: SAEFiles) -> bool:
     """Whether the file is of OpenAI's sparse_autoencoder."""
     return source.pickle is not None and set(OPENAI) <= set(source.tensors(source.pickle))
 
 
-def read_openai(source: Source, asked: Asked) -> Reading:
+def read_openai(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """Weights and convention of OpenAI's file: `z = activation((norm(x) - pre_bias) encoder^T + latent_bias)`,
     `x_hat = (z decoder^T + pre_bias) std + mean`.
 
@@ -34,7 +34,7 @@ def read_openai(source: Source, asked: Asked) -> Reading:
         activation=asked.activation or _choose_activation(said, held.get("activation_state_dict") or {}, place),
         normaliser="layer_norm" if said == "TopK" else "none",
     )
-    return Reading(format="openai", parts=parts, how=how)
+    return ParsedSAE(format="openai", parts=parts, how=how)
 
 
 def _choose_activation(said: Any, state: Any, place: Any) -> Activation:
@@ -45,7 +45,7 @@ def _choose_activation(said: Any, state: Any, place: Any) -> Activation:
     return TopK(k=int(require(state.get("k"), "activation", "its k", "saelab.TopK(k=32)")))
 
 
-def recognise_qwen_scope(source: Source) -> bool:
+def recognise_qwen_scope(source: SAEFiles) -> bool:
     """Whether the file is of Qwen Scope: W_enc is (d_sae, d_in) and W_dec (d_in, d_sae), which no other format uses."""
     if source.pickle is None:
         return False
@@ -57,7 +57,7 @@ def recognise_qwen_scope(source: Source) -> bool:
     return tuple(tensors["W_enc"].shape) == widths and tuple(tensors["W_dec"].shape) == widths[::-1]
 
 
-def read_qwen_scope(source: Source, asked: Asked) -> Reading:
+def read_qwen_scope(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """Weights and convention of Qwen Scope's file, `z = TopK(x W_enc^T + b_enc)`; the file does not hold k, and nothing
     is subtracted from the input.
     """
@@ -65,4 +65,4 @@ def read_qwen_scope(source: Source, asked: Asked) -> Reading:
     parts = require_tensors(source.tensors(source.pickle), QWEN, source.folder / source.pickle)
     parts["W_enc"], parts["W_dec"] = parts["W_enc"].T, parts["W_dec"].T
     activation = require(asked.activation, "activation", "k", "saelab.TopK(k=50)")
-    return Reading(format="qwen_scope", parts=parts, how=Convention(activation=activation, subtracts_b_dec=False))
+    return ParsedSAE(format="qwen_scope", parts=parts, how=Convention(activation=activation, subtracts_b_dec=False))

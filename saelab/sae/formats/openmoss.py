@@ -17,8 +17,8 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Asked, Facts, Reading, require
-from saelab.sae.formats.sources import Source, inside, require_number, require_tensors
+from saelab.sae.formats.origin import Asked, Facts, ParsedSAE, require
+from saelab.sae.formats.sources import SAEFiles, inside, require_number, require_tensors
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "sae_weights.safetensors", "sae_weights.pt"
 HYPERPARAMETERS, FINAL = "hyperparams.json", "checkpoints/final.safetensors"
@@ -31,7 +31,7 @@ ELSEWHERE = "sae_pretrained_name_or_path"
 """a setting that refers to weights outside of the folder"""
 
 
-def recognise(source: Source) -> bool:
+def recognise(source: SAEFiles) -> bool:
     """Whether the files are in OpenMOSS' format."""
     name = _find_weights(source)
     if name is None or not source.has(CONFIG) or "d_model" not in source.json(CONFIG):
@@ -40,7 +40,7 @@ def recognise(source: Source) -> bool:
     return "W_E" in held or "encoder.weight" in held
 
 
-def _find_weights(source: Source) -> str | None:
+def _find_weights(source: SAEFiles) -> str | None:
     """Name of the weights file: of a finished run, or of its last checkpoint."""
     names = (WEIGHTS, PICKLED, FINAL, FINAL.replace(".safetensors", ".pt"))
     return next((name for name in names if source.has(name)), None)
@@ -51,7 +51,7 @@ def _unwrap(held: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else held
 
 
-def read(source: Source, asked: Asked) -> Reading:
+def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """Weights and convention of an SAE or transcoder; ValueError for other types, and for thresholds and norms that are
     not in the file.
     """
@@ -80,10 +80,10 @@ def read(source: Source, asked: Asked) -> Reading:
         scale_out=scales[1],
         normaliser="token_norm" if settings.get("norm_activation") == "token-wise" else "none",
     )
-    return Reading(format="openmoss", parts=parts, how=how, facts=_read_facts(source, points))
+    return ParsedSAE(format="openmoss", parts=parts, how=how, facts=_read_facts(source, points))
 
 
-def _refuse(settings: dict[str, Any], source: Source) -> None:
+def _refuse(settings: dict[str, Any], source: SAEFiles) -> None:
     if (kind := settings.get("sae_type", "sae")) != "sae":
         raise ValueError(f"`sae_type` must be sae, got '{kind}' in {source.folder}, which saelab has no axis for.")
     if settings.get("use_glu_encoder"):
@@ -97,7 +97,7 @@ def _refuse(settings: dict[str, Any], source: Source) -> None:
         )
 
 
-def _name_parts(held: Mapping[str, Any], has_bias: bool, source: Source) -> dict[str, Tensor]:
+def _name_parts(held: Mapping[str, Any], has_bias: bool, source: SAEFiles) -> dict[str, Tensor]:
     names = NEW if "W_E" in held else OLD
     wanted = {theirs: ours for theirs, ours in names.items() if has_bias or ours != "b_dec"}
     found = require_tensors(held, tuple(wanted), source.folder)
@@ -143,17 +143,17 @@ def _choose_activation(settings: dict[str, Any], place: Path) -> Activation:
     return ReLU() if name == "relu" else JumpReLU()
 
 
-def _read_facts(source: Source, points: tuple[str, str]) -> Facts:
+def _read_facts(source: SAEFiles, points: tuple[str, str]) -> Facts:
     said = source.json_if_there(LANGUAGE_MODEL)
     return Facts(model=said.get("model_name"), hook_point=points[0], hook_point_out=points[1])
 
 
-def recognise_llama_scope(source: Source) -> bool:
+def recognise_llama_scope(source: SAEFiles) -> bool:
     """Whether the files are of Llama Scope."""
     return source.has(HYPERPARAMETERS, FINAL) and "encoder.weight" in source.tensors(FINAL)
 
 
-def read_llama_scope(source: Source, asked: Asked) -> Reading:
+def read_llama_scope(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """Weights and convention of an SAE or transcoder of Llama Scope: a JumpReLU with one threshold for all latents.
 
     `jump_relu_threshold` is in the units of the activations themselves, h in those of norm sqrt(d_model): h is active
@@ -176,4 +176,4 @@ def read_llama_scope(source: Source, asked: Asked) -> Reading:
         scale=scale,
         scale_out=scale_out,
     )
-    return Reading(format="llama_scope", parts=parts, how=how, facts=_read_facts(source, points))
+    return ParsedSAE(format="llama_scope", parts=parts, how=how, facts=_read_facts(source, points))

@@ -69,7 +69,7 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class ParsedSAE:
     """An SAE with the source's values, under saelab's names and orientations."""
 
     format: str
@@ -151,7 +151,7 @@ def require(value: Any, name: str, what: str, example: str) -> Any:
     return value
 
 
-def make_provenance(reading: Reading, asked: Asked) -> Provenance | None:
+def make_provenance(reading: ParsedSAE, asked: Asked) -> Provenance | None:
     """Provenance of a loaded SAE: what the caller gave, else what the file records; ValueError if model or hook point
     is in neither.
     """

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from saelab.sae.formats import dictionary_learning, gemma_scope, openai, openmoss, saelens, sparsify
 from saelab.sae.formats.conventions import compose
-from saelab.sae.formats.origin import Asked, Origin, Reading, dtype_name
-from saelab.sae.formats.sources import Source
-from saelab.sae.module import Coder
+from saelab.sae.formats.origin import Asked, Origin, ParsedSAE, dtype_name
+from saelab.sae.formats.sources import SAEFiles
+from saelab.sae.module import SAEModule
 from saelab.sae.normalizer import PER_TOKEN
 from saelab.stores.files import replace_folder
 from saelab.stores.manifest import Provenance
@@ -26,42 +26,42 @@ OWN = "saelab"
 
 
 @dataclass(frozen=True)
-class Reader:
+class FormatReader:
     """Functions of one format: `recognise` tests whether a source has the format, `read` reads it."""
 
-    recognise: Callable[[Source], bool]
-    read: Callable[[Source, Asked], Reading]
+    recognise: Callable[[SAEFiles], bool]
+    read: Callable[[SAEFiles, Asked], ParsedSAE]
     files: tuple[str, ...]
     """files to download from a folder on the Hub"""
 
 
 READERS = {
-    "saelens": Reader(saelens.recognise, saelens.read, (saelens.CONFIG, saelens.WEIGHTS, saelens.SCALER)),
-    "sparsify": Reader(sparsify.recognise, sparsify.read, (sparsify.CONFIG, sparsify.WEIGHTS)),
-    "dictionary_learning": Reader(
+    "saelens": FormatReader(saelens.recognise, saelens.read, (saelens.CONFIG, saelens.WEIGHTS, saelens.SCALER)),
+    "sparsify": FormatReader(sparsify.recognise, sparsify.read, (sparsify.CONFIG, sparsify.WEIGHTS)),
+    "dictionary_learning": FormatReader(
         dictionary_learning.recognise,
         dictionary_learning.read,
         (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
     ),
-    "gemma_scope": Reader(gemma_scope.recognise_first, gemma_scope.read_first, (gemma_scope.ARCHIVE,)),
-    "gemma_scope_2": Reader(
+    "gemma_scope": FormatReader(gemma_scope.recognise_first, gemma_scope.read_first, (gemma_scope.ARCHIVE,)),
+    "gemma_scope_2": FormatReader(
         gemma_scope.recognise_second, gemma_scope.read_second, (gemma_scope.CONFIG, gemma_scope.WEIGHTS)
     ),
-    "llama_scope": Reader(
+    "llama_scope": FormatReader(
         openmoss.recognise_llama_scope, openmoss.read_llama_scope, (openmoss.HYPERPARAMETERS, openmoss.FINAL)
     ),
-    "openmoss": Reader(
+    "openmoss": FormatReader(
         openmoss.recognise,
         openmoss.read,
         (openmoss.CONFIG, openmoss.WEIGHTS, openmoss.PICKLED, openmoss.FINAL, openmoss.LANGUAGE_MODEL),
     ),
-    "openai": Reader(openai.recognise_openai, openai.read_openai, ()),
-    "qwen_scope": Reader(openai.recognise_qwen_scope, openai.read_qwen_scope, ()),
+    "openai": FormatReader(openai.recognise_openai, openai.read_openai, ()),
+    "qwen_scope": FormatReader(openai.recognise_qwen_scope, openai.read_qwen_scope, ()),
 }
 FORMATS = (OWN, *READERS)
 
 
-def is_own(source: Source) -> bool:
+def is_own(source: SAEFiles) -> bool:
     """Whether the files are an SAE that saelab wrote."""
     return source.file is None and source.has("config.json") and source.json("config.json").get("kind") == "sae"
 
@@ -70,7 +70,7 @@ def require_room(folder: Path, format: str) -> None:
     """Raise ValueError where a folder holds an SAE of another format: with a second one, neither could be detected."""
     if not folder.is_dir():
         return
-    source, others = Source.open(folder), []
+    source, others = SAEFiles.open(folder), []
     for name, recognise in [(OWN, is_own), *((name, reader.recognise) for name, reader in READERS.items())]:
         with suppress(ValueError):  # damaged files may be written over
             others += [name] * (name != format and recognise(source))
@@ -81,7 +81,7 @@ def require_room(folder: Path, format: str) -> None:
         )
 
 
-def find_format(source: Source, named: str | None = None) -> str:
+def find_format(source: SAEFiles, named: str | None = None) -> str:
     """Name of a source's format; ValueError where it has none, or several and none was named."""
     if named is not None and named not in FORMATS:
         raise ValueError(f"`format` must be one of {list(FORMATS)}, got '{named}'.")
@@ -108,7 +108,7 @@ def find_format(source: Source, named: str | None = None) -> str:
     return found[0]
 
 
-def read_foreign(source: Source, format: str, asked: Asked) -> Reading:
+def read_foreign(source: SAEFiles, format: str, asked: Asked) -> ParsedSAE:
     """Weights and convention of a source in another library's format."""
     return READERS[format].read(source, asked)
 
@@ -117,23 +117,23 @@ Named = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Writer:
+class FormatWriter:
     """Functions of one format: `describe` gives the configuration, `find_parts` the weights, `write` writes the
     files.
     """
 
-    describe: Callable[[Coder, Provenance | None], dict[str, Any]]
-    find_parts: Callable[[Coder], dict[str, Tensor]]
+    describe: Callable[[SAEModule, Provenance | None], dict[str, Any]]
+    find_parts: Callable[[SAEModule], dict[str, Tensor]]
     write: Callable[[Path, dict[str, Any], Named, Named], None]
     last: str
     """the file by which the format is recognised; written last"""
-    find_extras: Callable[[Coder], dict[str, Tensor]] = lambda coder: {}
+    find_extras: Callable[[SAEModule], dict[str, Tensor]] = lambda coder: {}
 
 
 WRITERS = {
-    "saelens": Writer(saelens.describe, saelens.find_parts, saelens.write, saelens.CONFIG),
-    "sparsify": Writer(sparsify.describe, sparsify.find_parts, sparsify.write, sparsify.CONFIG),
-    "dictionary_learning": Writer(
+    "saelens": FormatWriter(saelens.describe, saelens.find_parts, saelens.write, saelens.CONFIG),
+    "sparsify": FormatWriter(sparsify.describe, sparsify.find_parts, sparsify.write, sparsify.CONFIG),
+    "dictionary_learning": FormatWriter(
         dictionary_learning.describe,
         dictionary_learning.find_parts,
         dictionary_learning.write,
@@ -144,7 +144,7 @@ WRITERS = {
 
 
 def write_foreign(
-    folder: Path, coder: Coder, provenance: Provenance | None, origin: Origin | None, format: str
+    folder: Path, coder: SAEModule, provenance: Provenance | None, origin: Origin | None, format: str
 ) -> None:
     """Write an SAE into a folder in another library's format.
 
@@ -175,14 +175,14 @@ def write_foreign(
         writer.write(temp, *files)
 
 
-def _require_threshold(coder: Coder) -> None:
+def _require_threshold(coder: SAEModule) -> None:
     if coder.cfg.activation.threshold == "running" and (coder.threshold is None or bool(coder.threshold.isnan())):
         raise ValueError(
             f"{coder.cfg.activation} must have its inference threshold to be written, got none; train the SAE first."
         )
 
 
-def keep_origin(reading: Reading, changed: frozenset[str]) -> Origin:
+def keep_origin(reading: ParsedSAE, changed: frozenset[str]) -> Origin:
     """Origin of a reading, so that the SAE can be written back; tensors are kept only for formats that can be
     written.
     """
@@ -193,7 +193,7 @@ def keep_origin(reading: Reading, changed: frozenset[str]) -> Origin:
 
 
 @torch.no_grad()
-def restore(origin: Origin, coder: Coder) -> dict[str, Tensor] | None:
+def restore(origin: Origin, coder: SAEModule) -> dict[str, Tensor] | None:
     """The tensors that were read, from those kept and the SAE's own; None where the SAE has changed since."""
     own = coder.state_dict()
     parts = {}

@@ -16,10 +16,10 @@ from torch import Tensor
 from saelab.sae.activation_functions import AbsTopK, Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.config import MatchingPursuit
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Asked, Facts, Reading, describe_mask, dtype_name, name_processing, require
-from saelab.sae.formats.sources import Source, require_number, require_tensors
-from saelab.sae.module import Coder
-from saelab.sae.normalizer import Kind
+from saelab.sae.formats.origin import Asked, Facts, ParsedSAE, describe_mask, dtype_name, name_processing, require
+from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
+from saelab.sae.module import SAEModule
+from saelab.sae.normalizer import NormalizerKind
 from saelab.stores.files import save_tensors, shareable, write_json
 from saelab.stores.manifest import Provenance
 
@@ -33,7 +33,7 @@ TRANSCODERS = {
 """transcoder architectures, and whether they have thresholds"""
 BATCHED = ("batchtopk", "matryoshka_batchtopk")
 """architectures of training checkpoints, which SAELens converts to jumprelu at the end of training"""
-PER_TOKEN: dict[str, Kind] = {"constant_norm_rescale": "token_norm", "layer_norm": "layer_norm"}
+PER_TOKEN: dict[str, NormalizerKind] = {"constant_norm_rescale": "token_norm", "layer_norm": "layer_norm"}
 SCALED = "expected_average_only_in"
 CODE_SCALE = "scaling_factor"
 """factor on codes before decoding, in files from before 6.0"""
@@ -41,12 +41,12 @@ OURS = "saelab"
 """key in `metadata` under which saelab stores what SAELens' format cannot express"""
 
 
-def recognise(source: Source) -> bool:
+def recognise(source: SAEFiles) -> bool:
     """Whether the files are in SAELens' format."""
     return source.has(CONFIG, WEIGHTS) and "W_dec" in source.tensors(WEIGHTS) and "d_in" in source.json(CONFIG)
 
 
-def read(source: Source, asked: Asked) -> Reading:
+def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """Weights and convention of the SAE in a folder; ValueError for an unsupported architecture, and for facts that the
     caller has to give.
     """
@@ -79,7 +79,7 @@ def read(source: Source, asked: Asked) -> Reading:
         normaliser=PER_TOKEN.get(cfg["normalize_activations"], "none"),
     )
     facts = _read_facts(cfg["metadata"], ours)
-    return Reading(format="saelens", parts=parts, how=how, facts=facts, settings=settings, extras=extras)
+    return ParsedSAE(format="saelens", parts=parts, how=how, facts=facts, settings=settings, extras=extras)
 
 
 def modernise(settings: dict[str, Any]) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _find_code_scale(cfg: dict[str, Any], held: Mapping[str, Any], place: Path) 
     return {"code_scale": scale}
 
 
-def _find_scale(cfg: dict[str, Any], source: Source, asked: Asked) -> float:
+def _find_scale(cfg: dict[str, Any], source: SAEFiles, asked: Asked) -> float:
     """Factor on the activations before the encoder. SAELens folds it into the weights at the end of training, so a file
     whose configuration still has one lacks its value; training checkpoints have it in a file next to them.
     """
@@ -222,7 +222,7 @@ VERSION = "6.0.0"
 """SAELens version whose configuration is written"""
 
 
-def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
+def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
     """SAELens configuration of an SAE without a linear normaliser; ValueError for what SAELens cannot express.
 
     BatchTopK is written as the JumpReLU that it is equivalent to once its threshold is set; prefixes and provenance go
@@ -271,7 +271,7 @@ def _name_kwargs(origin: Provenance | None) -> dict[str, Any]:
     return centred | {"fold_ln": True} if origin.weight_processing == "folded" else centred
 
 
-def _name_architecture(coder: Coder) -> tuple[str, dict[str, Any]]:
+def _name_architecture(coder: SAEModule) -> tuple[str, dict[str, Any]]:
     cfg, activation = coder.cfg, coder.cfg.activation
     if isinstance(cfg.encoder, MatchingPursuit):
         if activation.signed:
@@ -302,7 +302,7 @@ def _name_architecture(coder: Coder) -> tuple[str, dict[str, Any]]:
     return named[type(activation)], extra
 
 
-def find_parts(coder: Coder) -> dict[str, Tensor]:
+def find_parts(coder: SAEModule) -> dict[str, Tensor]:
     """Weights as SAELens uses them."""
     names: tuple[str, ...] = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold")
     if isinstance(coder.cfg.encoder, MatchingPursuit):

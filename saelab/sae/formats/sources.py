@@ -55,7 +55,7 @@ class Trainer(TypedDict, total=False):
     submodule_name: str | None
 
 
-class Buffer(TypedDict, total=False):
+class TensorBuffer(TypedDict, total=False):
     """The "buffer" section of a dictionary_learning run."""
 
     ctx_len: int | None
@@ -66,7 +66,7 @@ class Said(Metadata, total=False):
 
     metadata: Metadata | None
     trainer: Trainer | None
-    buffer: Buffer | None
+    buffer: TensorBuffer | None
     architecture: str | None
     activation: str | None
     activation_fn: str | None
@@ -254,7 +254,7 @@ def _to_torch(path: Path, dtype: np.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True)
-class Source:
+class SAEFiles:
     """A folder with files of known names, or one weights file of any name."""
 
     folder: Path
@@ -262,7 +262,7 @@ class Source:
     """the only weights file to look at"""
 
     @classmethod
-    def open(cls, path: Path, name: str | None = None) -> "Source":
+    def open(cls, path: Path, name: str | None = None) -> "SAEFiles":
         """Source for a folder, a sub-folder or file in it, or a file.
 
         Raises:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import AbsTopK, Activation, GroupMax, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Asked, Facts, Reading
-from saelab.sae.formats.sources import Source, require_number, require_tensors
-from saelab.sae.module import Coder
+from saelab.sae.formats.origin import Asked, Facts, ParsedSAE
+from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
+from saelab.sae.module import SAEModule
 from saelab.stores.files import save_tensors, write_json
 from saelab.stores.manifest import Provenance
 from saelab.stores.validation import read_json
@@ -22,12 +22,12 @@ from saelab.stores.validation import read_json
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
 
 
-def recognise(source: Source) -> bool:
+def recognise(source: SAEFiles) -> bool:
     """Whether the files are in sparsify's format."""
     return source.has(CONFIG, WEIGHTS) and "encoder.weight" in source.tensors(WEIGHTS)
 
 
-def read(source: Source, asked: Asked) -> Reading:
+def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """Weights and convention of the SAE or transcoder in a folder; ValueError where its configuration does not fit its
     weights.
 
@@ -48,7 +48,7 @@ def read(source: Source, asked: Asked) -> Reading:
         subtracts_b_dec=not settings.get("transcode"),
     )
     facts = _read_facts(place.parent / RUN)
-    return Reading(format="sparsify", parts=parts, how=how, facts=facts, settings=settings)
+    return ParsedSAE(format="sparsify", parts=parts, how=how, facts=facts, settings=settings)
 
 
 def _to_parts(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def _read_facts(run: Path) -> Facts:
     )
 
 
-def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
+def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
     """sparsify configuration of an SAE; ValueError for what sparsify cannot express."""
     cfg, activation = coder.cfg, coder.cfg.activation
     if type(activation) not in (TopK, GroupMax) or cfg.encoder != "linear":
@@ -117,7 +117,7 @@ def describe(coder: Coder, provenance: Provenance | None) -> dict[str, Any]:
     }
 
 
-def find_parts(coder: Coder) -> dict[str, Tensor]:
+def find_parts(coder: SAEModule) -> dict[str, Tensor]:
     """Weights as sparsify uses them."""
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip")
     return {name: part for name in names if (part := getattr(coder, name)) is not None}

@@ -18,7 +18,7 @@ import torch
 import saelab as sl
 from saelab.labels.autointerp import clients
 from saelab.labels.autointerp.clients import Answer, Client, LocalClient, NotAnswered, OpenAIClient, RetryLater
-from saelab.labels.autointerp.example_windows import CaseConfig, build_case
+from saelab.labels.autointerp.example_windows import ExampleConfig, build_case
 from saelab.labels.autointerp.explainers import Explainer, LLMExplainer, estimate_labels, explain_features, score_labels
 from saelab.labels.autointerp.prompts import (
     explaining_prompt,
@@ -28,13 +28,13 @@ from saelab.labels.autointerp.prompts import (
     read_strengths,
     simulation_prompt,
 )
-from saelab.labels.autointerp.requests import FAILURES, AskConfig, Asker, Question, Reply
-from saelab.labels.autointerp.response_cache import AnswerLog, Exchange, make_key
+from saelab.labels.autointerp.requests import FAILURES, Question, Reply, RequestConfig, RequestQueue
+from saelab.labels.autointerp.response_cache import AnswerLog, OfflineClient, make_key
 from saelab.labels.autointerp.scorers import SCORERS, Fuzzing, Scorer, balance
 from saelab.labels.label import Label
 
-FAST = AskConfig(wait=0.01, longest_wait=1.0)
-SMALL = CaseConfig(n_top=4, n_each=1, n_silent=2, n_scored=2)
+FAST = RequestConfig(wait=0.01, longest_wait=1.0)
+SMALL = ExampleConfig(n_top=4, n_each=1, n_silent=2, n_scored=2)
 ALL = tuple(SCORERS)
 FILLERS = [f"w{i}" for i in range(40)]
 UNSEEN = 0.05  # the word before a window is not shown, and may have been very
@@ -60,7 +60,7 @@ def store(tmp_path_factory):
         "doc_ids": (torch.arange(8000) // 50).int(),
         "positions": (torch.arange(8000) % 50).int(),
     }
-    where = sl.Provenance(
+    where = sl.stores.Provenance(
         model="m", weight_processing="none", hook_point="", text="", tokens_sha256="", mask={}, dtype="float32",
         ctx_len=50, n_tokens=8000, seed=None, versions={},
     )  # fmt: skip
@@ -166,7 +166,7 @@ def label_all(store, client, tmp_path, **options):
 
 
 def test_a_perfect_pair_scores_one(store, tmp_path):
-    found = label_all(store, Oracle(), tmp_path, scorers=ALL, cases=CaseConfig())
+    found = label_all(store, Oracle(), tmp_path, scorers=ALL, cases=ExampleConfig())
     assert {(label.feature, label.sign): label.text for label in found.labels} == NAMES and not found.missing
     for label in found.labels:
         assert [label.scores[name] for name in ALL] == pytest.approx(
@@ -254,7 +254,7 @@ def test_the_label_of_another_feature_scores_near_chance(store, tmp_path):
 @pytest.mark.parametrize(("feature", "sign"), [*NAMES, (0, 0)])
 def test_explaining_and_scoring_share_no_document_and_negatives_are_silent(store, feature, sign):
     train = store.split(0.5, 0)
-    case = build_case(store, feature, sign, train, CaseConfig())
+    case = build_case(store, feature, sign, train, ExampleConfig())
     train_docs, held_docs = set(store.doc_ids[train].tolist()), set(store.doc_ids[~train].tolist())
     assert {e.doc_id for e in (*case.shown, *case.silent)} <= train_docs
     assert {e.doc_id for e in (*case.fires, *case.hard, *case.easy)} <= held_docs
@@ -282,21 +282,21 @@ def test_explaining_and_scoring_share_no_document_and_negatives_are_silent(store
 
 
 def test_half_of_the_negatives_are_hard(store):
-    case = build_case(store, 2, 1, store.split(0.5, 0), CaseConfig())
+    case = build_case(store, 2, 1, store.split(0.5, 0), ExampleConfig())
     assert len(case.hard) == 10 and all(e.words[e.center] == " hot" for e in (*case.hard, *case.silent)) and case.silent
-    axis = build_case(store, 0, 1, store.split(0.5, 0), CaseConfig())
+    axis = build_case(store, 0, 1, store.split(0.5, 0), ExampleConfig())
     assert axis.hard and all(any(value < 0 for value in e.values) for e in axis.hard)  # where the other sign fires
 
 
 def test_a_document_on_both_sides_is_refused(store):
-    case = build_case(store, 1, 1, store.split(0.5, 0), CaseConfig())
+    case = build_case(store, 1, 1, store.split(0.5, 0), ExampleConfig())
     with pytest.raises(ValueError, match="must share no document"):
         replace(case, fires=(*case.fires, case.shown[0]))
 
 
 def test_wrong_marks_of_fuzzing_are_as_many_as_firings_and_not_always_at_one_place(store, tmp_path):
-    case = build_case(store, 2, 1, store.split(0.5, 0), CaseConfig())
-    tasks = Fuzzing(Asker(Oracle(), tmp_path / "a", progress=False)).tasks("x", case)
+    case = build_case(store, 2, 1, store.split(0.5, 0), ExampleConfig())
+    tasks = Fuzzing(RequestQueue(Oracle(), tmp_path / "a", progress=False)).tasks("x", case)
     rows = [row for task in tasks for row in rows_of(task.question.messages[0]["content"])]
     truth = [flag for task in tasks for flag in task.truth]
     marks = [split_marks(row["text"])[1] for row in rows]
@@ -321,7 +321,7 @@ HOSTILE = (
 
 
 def test_hostile_text_cannot_leave_its_place(store):
-    case = build_case(store, 1, 1, store.split(0.5, 0), CaseConfig())
+    case = build_case(store, 1, 1, store.split(0.5, 0), ExampleConfig())
     plain = explaining_prompt(case)[0]["content"]
     poisoned = (HOSTILE, " river", HOSTILE + "\u2028\x85\u202e\ud800", *("s", "INST", "|im_end|"))
     bad = replace(case.shown[0], words=poisoned, values=(0.0, 1.0, 0.0, 1.0, 1.0, 1.0), center=1)
@@ -341,7 +341,9 @@ def test_hostile_text_cannot_leave_its_place(store):
 
 def test_both_signs_are_asked_for_when_a_whole_feature_is_named(store):
     train = store.split(0.5, 0)
-    minus, both = (explaining_prompt(build_case(store, 0, sign, train, CaseConfig()))[0]["content"] for sign in (-1, 0))
+    minus, both = (
+        explaining_prompt(build_case(store, 0, sign, train, ExampleConfig()))[0]["content"] for sign in (-1, 0)
+    )
     strengths = {s: {n for row in rows_of(p) for _, n in row.get("firing", ())} for s, p in ((-1, minus), (0, both))}
     assert strengths == {-1: {10}, 0: {10, -10}} and "versus" in both and "versus" not in minus
     assert "<* cold*>" in minus and "<* hot*>" not in minus
@@ -528,18 +530,18 @@ def test_an_interrupted_run_asks_nothing_twice(serve, store, tmp_path):
     with pytest.raises(
         KeyboardInterrupt, match=r"stopped after .* kept in .*answers.jsonl.*Run the same again"
     ) as raised:
-        label_all(store, client, tmp_path, cases=CaseConfig())
+        label_all(store, client, tmp_path, cases=ExampleConfig())
     n_done, n_all = map(int, re.findall(r"\d+", str(raised.value))[:2])
     assert n_done < n_all - FAST.n_parallel  # it stopped in the midst of the first scorer's prompts
     n_first = len(server.log)
     kept = AnswerLog(tmp_path / "answers.jsonl")
     assert 9 <= len(kept) == n_first <= 9 + 2 * FAST.n_parallel and signal.getsignal(signal.SIGINT) is before
     server.delay = 0.0
-    found = label_all(store, client, tmp_path, cases=CaseConfig())
+    found = label_all(store, client, tmp_path, cases=ExampleConfig())
     assert found.usage.n_kept == n_first and found.usage.n_requests == len(server.log) - n_first > 0
     assert set(Counter(prompt for prompt, _, _ in server.log).values()) == {1}
     assert {(label.feature, label.sign): label.text for label in found.labels} == NAMES
-    again = label_all(store, client, tmp_path, cases=CaseConfig())
+    again = label_all(store, client, tmp_path, cases=ExampleConfig())
     assert again.labels == found.labels and again.usage.n_requests == 0 and not again.missing
 
 
@@ -583,7 +585,7 @@ def test_what_cannot_be_read_is_failed_and_never_made_up(serve, store, tmp_path)
 def test_a_broken_server_ends_the_run_with_everything_kept(serve, store, tmp_path):
     server, client = serve(("ok", *["always 500"] * 99))
     with pytest.raises(ConnectionError, match=rf"{FAILURES} prompts in a row \(500.*run the same again") as raised:
-        label_all(store, client, tmp_path, asking=replace(FAST, n_tries=2), scorers=ALL, cases=CaseConfig())
+        label_all(store, client, tmp_path, asking=replace(FAST, n_tries=2), scorers=ALL, cases=ExampleConfig())
     assert KEY not in str(raised.value) and len(AnswerLog(tmp_path / "answers.jsonl")) == len(server.answered()) == 1
 
 
@@ -598,7 +600,7 @@ def test_a_refused_prompt_fails_alone(serve, store, tmp_path):
 
 
 def ask(client, tmp_path, n=6, **options):
-    asker = Asker(client, tmp_path / "a.jsonl", replace(FAST, **options), progress=False)
+    asker = RequestQueue(client, tmp_path / "a.jsonl", replace(FAST, **options), progress=False)
     questions = [Question(messages=[{"role": "user", "content": f"q{i}"}], read=str, tokens_out=10) for i in range(n)]
     return asker, asker.ask(questions)
 
@@ -626,7 +628,7 @@ def test_the_budget_stops_cleanly_and_another_run_goes_on(tmp_path):
     asker, replies = ask(Echo(), tmp_path, budget=2.5, **prices)
     assert [reply.value for reply in replies] == [f"q{i}" for i in range(6)] and asker.usage.n_kept == 3
     with pytest.raises(ValueError, match="`budget` needs"):
-        AskConfig(budget=1.0)
+        RequestConfig(budget=1.0)
 
 
 def test_waits_grow_are_spread_and_follow_the_server(tmp_path):
@@ -658,7 +660,7 @@ def test_other_settings_ask_anew_and_equal_prompts_once(tmp_path):
     echo, other = Echo(), Echo()
     other.settings = {"model": "echo", "temperature": 1}
     for client in (echo, echo, other):
-        asker = Asker(client, tmp_path / "a", FAST, progress=False)
+        asker = RequestQueue(client, tmp_path / "a", FAST, progress=False)
         assert [reply.value for reply in asker.ask([question, question])] == ["q", "q"]
     assert len(echo.heard) == len(other.heard) == 1
 
@@ -696,12 +698,12 @@ def test_the_estimate_is_what_a_run_then_takes(store, tmp_path):
 
 def test_prompts_go_out_and_answers_come_back_by_file(store, tmp_path):
     oracle, options = Oracle(), {"scorers": ("detection",), "features": [1, 2]}
-    answers, first = tmp_path / "a.jsonl", Exchange(name="somebody")
+    answers, first = tmp_path / "a.jsonl", OfflineClient(name="somebody")
     found = label_all(store, first, tmp_path, **options)
     assert not found.labels and found.n_waiting == 2 and "waits" in found.missing[0].problem
     n_labels = []
     for turn in range(2):
-        exchange = first if turn == 0 else Exchange(answers, name="somebody")
+        exchange = first if turn == 0 else OfflineClient(answers, name="somebody")
         label_all(store, exchange, tmp_path, **options)
         exchange.export(tmp_path / "p.jsonl")
         prompts = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
@@ -709,7 +711,7 @@ def test_prompts_go_out_and_answers_come_back_by_file(store, tmp_path):
         lines = [{"id": p["id"], "answer": oracle.say(p["messages"][0]["content"])} for p in prompts]
         answers.write_text("".join(json.dumps(line) + "\n" for line in lines))
         n_labels.append(len(prompts))
-    exchange = Exchange(answers, name="somebody")
+    exchange = OfflineClient(answers, name="somebody")
     found = label_all(store, exchange, tmp_path, **options)
     assert [label.text for label in found.labels] == ["river", "hot after very"] and not found.missing
     assert found.labels[0].scores["detection"] == 1.0 and found.labels[0].author == "somebody"
@@ -719,16 +721,16 @@ def test_prompts_go_out_and_answers_come_back_by_file(store, tmp_path):
 
 
 def test_answers_that_do_not_fit_are_told(store, tmp_path):
-    first = Exchange()
+    first = OfflineClient()
     label_all(store, first, tmp_path, features=[1])
     (key,) = first.report().missing
     line, path = json.dumps({"id": key, "answer": '{"label": "river"}'}), tmp_path / "a.jsonl"
     path.write_text(f'{line}\n{line}\n\n{{"id": "nobody", "answer": "x"}}\n')
-    exchange = Exchange(path)
+    exchange = OfflineClient(path)
     label_all(store, exchange, tmp_path, features=[1], scorers=())
     report = exchange.report()
     assert (report.n_answered, report.missing, report.unknown, report.duplicated) == (1, (), ("nobody",), (key,))
-    assert "unknown: 1 (nobody)" in str(report) and make_key(Exchange.settings, []) != make_key({}, [])
+    assert "unknown: 1 (nobody)" in str(report) and make_key(OfflineClient.settings, []) != make_key({}, [])
     for content, said in (
         (line + "\n" + line.replace("river", "lake"), "one answer for an id"),
         (line[:-3], ":1 must be a line"),
@@ -737,9 +739,9 @@ def test_answers_that_do_not_fit_are_told(store, tmp_path):
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=said):
-            Exchange(path)
+            OfflineClient(path)
     with pytest.raises(FileNotFoundError, match="`answers`"):
-        Exchange(tmp_path / "none")
+        OfflineClient(tmp_path / "none")
 
 
 def test_a_model_on_this_machine_answers_greedily(tiny, store, tmp_path):
@@ -748,7 +750,7 @@ def test_a_model_on_this_machine_answers_greedily(tiny, store, tmp_path):
     answer = client.complete(messages)
     ids = [0, *tiny.tokenizer("Hi there\n", add_special_tokens=False)["input_ids"]]
     for _ in range(6):
-        ids.append(int(sl.logits(tiny, torch.tensor([ids]))[0, -1].argmax()))
+        ids.append(int(sl.lm.logits(tiny, torch.tensor([ids]))[0, -1].argmax()))
     assert answer.text == tiny.tokenizer.decode(ids[-6:], skip_special_tokens=True) and answer.tokens_out == 6
     assert answer == client.complete(messages) and isinstance(client, Client)
     with pytest.raises(NotAnswered, match="must fit the model's context"):
@@ -769,7 +771,7 @@ def test_a_chat_template_is_used_where_there_is_one(tiny, monkeypatch):
 
 def test_a_local_model_answers_alike_through_its_bridge() -> None:
     """A user's hook has the bridge run, which loses its cache with transformers 5.24: the answer is the same."""
-    plain, hooked = sl.tiny_model(), sl.tiny_model()
+    plain, hooked = sl.lm.tiny_model(), sl.lm.tiny_model()
     with torch.no_grad():
         for model in (plain, hooked):
             generator = torch.Generator().manual_seed(0)
@@ -810,7 +812,7 @@ def test_wrong_arguments_are_refused(store, tmp_path, monkeypatch):
         with pytest.raises(error, match=said):
             label_all(store, Oracle(), tmp_path, **options)
     with pytest.raises(ValueError, match="n_parallel"):
-        AskConfig(n_parallel=0)
+        RequestConfig(n_parallel=0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="`key_from` must name"):
         OpenAIClient("gpt")
@@ -820,9 +822,9 @@ def test_wrong_arguments_are_refused(store, tmp_path, monkeypatch):
 
 
 def test_a_feature_that_hardly_fires_is_told_why(store, tmp_path):
-    found = label_all(store, Oracle(), tmp_path, features=[3, 1], cases=CaseConfig(n_scored=0))
+    found = label_all(store, Oracle(), tmp_path, features=[3, 1], cases=ExampleConfig(n_scored=0))
     assert [label.feature for label in found.labels] == [1] and not found.labels[0].scores
     assert {entry.stage for entry in found.missing} == {"detection", "fuzzing"} and "held-out" in found.missing[
         0
     ].problem
-    assert LLMExplainer(Asker(Oracle(), tmp_path / "x", progress=False)).name == "oracle"
+    assert LLMExplainer(RequestQueue(Oracle(), tmp_path / "x", progress=False)).name == "oracle"

@@ -10,9 +10,9 @@ from scipy.stats import hypergeom
 import saelab as sl
 from saelab.analysis.direct_logits import LogitLens, Promoted
 from saelab.functional.statistics import adjust, tail
-from saelab.labels.autointerp.token_prediction import simulate_by_tokens
+from saelab.labels.autointerp.token_prediction import token_baseline
 from saelab.labels.label import describe_scores
-from saelab.labels.rules.contingency import Judge, PackedBits, Side, Units
+from saelab.labels.rules.contingency import Judge, PackedBits, SideCounts, Units
 from saelab.labels.rules.predicates import Predicate, make_predicates, text_pattern, word_pattern
 from saelab.labels.rules.rule_labels import NO_RULE
 from saelab.labels.rules.rule_search import FRACTIONS, label_by_rules
@@ -169,7 +169,7 @@ def test_a_perfect_rule_scores_one(planted, labels):
 def test_saying_always_the_same_scores_chance(planted, says):
     """And so does the rule of another feature."""
     names, store = planted
-    side = Side(make_predicates(store, size=100), ~store.split())
+    side = SideCounts(make_predicates(store, size=100), ~store.split())
     fires = np.flatnonzero(store.codes[:, [names.index("token")]].toarray().ravel()[side.rows])
     marks = np.full(side.n_tokens, says)
     verdict = Judge(side, store.doc_ids, 0).test(marks.__getitem__, int(marks.sum()), fires, 0)
@@ -205,7 +205,7 @@ def test_q_is_small_only_where_chance_is_excluded_on_held_out_documents(planted)
 def test_contingencies_equal_dense_ones(planted):
     _, store = planted
     predicates, is_train = make_predicates(store, size=120), store.split()
-    side, codes = Side(predicates, is_train), store.codes.toarray()
+    side, codes = SideCounts(predicates, is_train), store.codes.toarray()
     units = Units.sort(store.columns(), is_train, FRACTIONS)
     counts, marks = side.count(units), predicates.matrix.toarray()[is_train]
     for unit in range(len(units)):
@@ -346,7 +346,7 @@ def test_token_tables_simulate_what_tokens_decide(text, at):
     pair = np.roll(at(" the"), 1) & ~TokenView(text).begins
     codes = np.stack([at(" cat") * 2.0 - at(" dog"), np.where(pair, text.token_ids % 3, 0) * 1.0,
                       (rng.random(len(text)) < 0.1) * 1.0], 1)  # fmt: skip
-    found = simulate_by_tokens(Planted(codes, text))
+    found = token_baseline(Planted(codes, text))
     assert found.by_token[0] == pytest.approx(1) and found.by_pair[0] > 0.99
     assert found.by_pair[1] > 0.9 > 0.5 > found.by_token[1]
     assert max(abs(found.by_token[2]), abs(found.by_pair[2])) < 0.1

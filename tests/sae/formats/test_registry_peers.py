@@ -32,8 +32,7 @@ with warnings.catch_warnings():
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
     from dictionary_learning.trainers.top_k import AutoEncoderTopK
     from dictionary_learning.utils import load_dictionary
-    from sae_lens import SAE as SAELensSAE
-    from sae_lens import __file__ as sae_lens_file
+    from sae_lens import SAE as SAELensSAE, __file__ as sae_lens_file
     from sae_lens.registry import get_sae_class
     from sparsify import SparseCoder, SparseCoderConfig
 

@@ -18,7 +18,7 @@ from saelab.interop.saebench import describe_core, save_saebench
 from saelab.sae.activation_functions import GroupMax
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import MatchingPursuit
-from saelab.sae.training_sae import Trainee
+from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.manifest import Provenance
 from saelab.stores.results import Result
 
@@ -127,7 +127,7 @@ def test_27_28_34_units_are_those_of_the_activations(tmp_path: Path) -> None:
     """Normalised within, raw outside: what training, evaluation and others see of reconstructions."""
     x = X * 40 + 7
     sae = sl.SAE(sl.SAEConfig(d_in=D, d_sae=F, activation=sl.TopK(k=4), normaliser="scale"))
-    Trainee(sae, sl.TrainConfig(n_tokens=200, batch_size=100)).prepare(x)
+    TrainingSAE(sae, sl.TrainConfig(n_tokens=200, batch_size=100)).prepare(x)
     assert torch.allclose(sae.normaliser.unnormalise(sae.b_dec), x.mean(0), atol=1e-3)  # 28: it begins at the mean
     fvu = ((x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()).item()
     sae.save_pretrained(tmp_path, "saelens")
