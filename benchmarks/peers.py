@@ -86,7 +86,7 @@ def saelab_product(sae: Any) -> Callable[[Tensor], object]:
     """The encoder's product alone, in the precision that saelab screens in."""
     import torch
 
-    from saelab.functional.screening import SCAN_ROWS, Screen, choose_precision, quantise_rows
+    from saelab.functional.screening import SCAN_ROWS, Screen, choose_precision, quantize_rows
 
     precision = choose_precision(sae.cfg.d_in, sae.cfg.d_sae, sae.device)
     screen = Screen(sae.W_enc.detach().T, sae.b_enc.detach(), precision, signed=False)
@@ -94,7 +94,7 @@ def saelab_product(sae: Any) -> Callable[[Tensor], object]:
     out = torch.empty(SCAN_ROWS, sae.cfg.d_sae, dtype=dtype)
 
     def product(x: Tensor) -> None:
-        low = quantise_rows(x, x.new_ones(len(x), 1))[0] if precision == "int8" else x
+        low = quantize_rows(x, x.new_ones(len(x), 1))[0] if precision == "int8" else x
         for part in low.split(SCAN_ROWS):
             screen.multiply(part, out[: len(part)])
 
@@ -185,7 +185,7 @@ def sparsify(activation: str, sizes: Sizes, optimizer: str = "signum") -> Subjec
 
 
 def sparsify_optimizer(sae: Any, name: str) -> Any:
-    """The optimiser and rate that sparsify's Trainer makes for `name`."""
+    """The optimizer and rate that sparsify's Trainer makes for `name`."""
     import torch
     from schedulefree import ScheduleFreeWrapper
     from sparsify.sign_sgd import SignSGD
@@ -199,7 +199,7 @@ def sparsify_optimizer(sae: Any, name: str) -> Any:
 
 
 def sparsify_adam(activation: str, sizes: Sizes) -> Subject:
-    """sparsify with Adam, the optimiser all the others use."""
+    """sparsify with Adam, the optimizer all the others use."""
     return sparsify(activation, sizes, optimizer="adam")
 
 

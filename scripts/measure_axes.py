@@ -131,7 +131,7 @@ def train(seed: int, n_tokens: int, kept: Path) -> dict[str, sl.SAE]:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labeled:
     """Activations of stories to choose on, and the tokens of each pole."""
 
     x: torch.Tensor
@@ -140,7 +140,7 @@ class Labelled:
     """tokens that a word of the pole follows"""
 
     @classmethod
-    def of(cls, model: Any, stories: Stories, aims: Mapping[str, TokenConcept]) -> "Labelled":
+    def of(cls, model: Any, stories: Stories, aims: Mapping[str, TokenConcept]) -> "Labeled":
         tokens = stories.tokens()
         x = sl.lm.capture(model, tokens.ids, [HOOK])[HOOK]
         real = (tokens.doc_ids >= 0) & (tokens.ids > 2)
@@ -154,7 +154,7 @@ class Labelled:
         return cls(x[real], on, before)
 
 
-def find_candidates(model: Any, sae: sl.SAE, data: Labelled, poles: tuple[str, str], aims: Any, n: int) -> list[int]:
+def find_candidates(model: Any, sae: sl.SAE, data: Labeled, poles: tuple[str, str], aims: Any, n: int) -> list[int]:
     """Features that tell the first pole from the second, and features that say its words; `n` of each."""
     rows = data.on[poles[0]] | data.on[poles[1]]
     z = sae.encode_sparse(data.x[rows]).to_dense()
@@ -167,7 +167,7 @@ def find_candidates(model: Any, sae: sl.SAE, data: Labelled, poles: tuple[str, s
 
 
 def find_sources(
-    model: Any, saes: dict[str, sl.SAE], data: Labelled, bench: Bench, poles: tuple[str, str], aims: Any, args: Any
+    model: Any, saes: dict[str, sl.SAE], data: Labeled, bench: Bench, poles: tuple[str, str], aims: Any, args: Any
 ) -> dict[str, tuple[Weights, Weights]]:
     """By name, what is moved upwards for each of the two poles."""
     up, down = poles
@@ -199,7 +199,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         generate_stories(args.n_stories, first=CHOOSE),
         generate_stories(args.n_prompts, first=MEASURE),
     )
-    data, bench = Labelled.of(model, chosen_on, aims), Bench.of(model, chosen_on, 16)
+    data, bench = Labeled.of(model, chosen_on, aims), Bench.of(model, chosen_on, 16)
     prompts = [" ".join(measured_on.text(i).split()[:30]) for i in range(args.n_prompts)]
     jobs = [(seed, axis) for seed in args.seeds for axis in args.axes]
     for seed, axis in tqdm(jobs, desc="axes", disable=None):

@@ -91,7 +91,7 @@ class Bench:
         return log_mass(log_q, words)[self.predicts].exp().mean()
 
 
-def read_labelled(model: Model, n_stories: int) -> tuple[torch.Tensor, np.ndarray]:
+def read_labeled(model: Model, n_stories: int) -> tuple[torch.Tensor, np.ndarray]:
     """Activations and what each token's mood is: glad, sad or none."""
     stories = generate_stories(n_stories, first=FIRST)
     acts = sl.collect(model, stories.tokens(), HOOK, progress=False)
@@ -157,7 +157,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = sl.load_model("tales", progress=False)
-    x, labels = read_labelled(model, args.n_train)
+    x, labels = read_labeled(model, args.n_train)
     bench = Bench.of(model, args.n_test)
     plain = {mood: bench.measure(mood, nullcontext())[2] for mood in MOODS}
     counts = ", ".join(f"{(labels == mood).sum():,} {mood}" for mood in (*MOODS, "none"))

@@ -99,7 +99,7 @@ def train(acts: sl.Activations, seed: int, n_tokens: int, kept: Path | None) -> 
     return {name: saes[name] for name in configs}
 
 
-def summarise(tables: Sequence[SparseControlResult]) -> str:
+def summarize(tables: Sequence[SparseControlResult]) -> str:
     """Means over seeds, with the range of the agreement."""
     first = tables[0]
     edits = [edit for edit, changed in first.changed.items() if changed > 0.02]
@@ -158,7 +158,7 @@ def main() -> None:
             print(f"\ntrained on {name} ({len(x):,} rows, {args.n_tokens:,} tokens), seed {seed}\n{table}", flush=True)
             found[f"{name}/{seed}"] = table.to_dict()
             tables.append(table)
-        print(f"\ntrained on {name}\n{summarise(tables)}", flush=True)
+        print(f"\ntrained on {name}\n{summarize(tables)}", flush=True)
     if args.out:
         write_json(args.out, found)
 

@@ -124,17 +124,17 @@ def train(name: str, steps: int, batch_size: int, peak_lr: float) -> torch.nn.Mo
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     start, n_tokens = time.time(), 0
     for step, ids in zip(range(steps), batches(batch_size), strict=False):
         scale = min(1.0, (step + 1) / 100, (steps - step) / (0.5 * steps))
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = peak_lr * scale
         loss = loss_of(model, ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         n_tokens += int((ids != PAD_ID).sum())
         if (step + 1) % 100 == 0 or step + 1 == steps:
             held, oracle = held_out_loss(model)

@@ -413,7 +413,7 @@ def llama_scope(folder: Path, transcoder: bool = False) -> Made:
 
 # ---- single files
 def openai(folder: Path, activation: str = "TopK") -> Made:
-    """TopK files normalise every token; ReLU files do not."""
+    """TopK files normalize every token; ReLU files do not."""
     w = draw(14)
     held: dict[str, Any] = {
         "pre_bias": w["b_dec"],
@@ -426,17 +426,17 @@ def openai(folder: Path, activation: str = "TopK") -> Made:
     if activation == "TopK":
         held["activation_state_dict"] = {"k": K, "postact_fn": "ReLU"}
     torch.save(held, folder / "autoencoder.pt")
-    e, normalises = exact(w), activation == "TopK"
+    e, normalizes = exact(w), activation == "TopK"
 
     def encode(x: Tensor) -> Tensor:
-        if normalises:
+        if normalizes:
             x = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-5)
         u = (x - e["b_dec"]) @ e["W_enc"] + e["b_enc"]
-        return top(u) if normalises else u.relu()
+        return top(u) if normalizes else u.relu()
 
     def decode(z: Tensor, x: Tensor) -> Tensor:
         made = z @ e["W_dec"] + e["b_dec"]
-        return made * x.std(1, keepdim=True) + x.mean(1, keepdim=True) if normalises else made
+        return made * x.std(1, keepdim=True) + x.mean(1, keepdim=True) if normalizes else made
 
     return Made("openai", encode, decode, PLACE, "autoencoder.pt")
 

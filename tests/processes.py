@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "saelab.cli.app", "torch._dynamo"])  # the last by any optimiser
+CONTEXT.set_forkserver_preload(["pytest", "saelab.cli.app", "torch._dynamo"])  # the last by any optimizer
 
 
 class Child:

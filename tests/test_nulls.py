@@ -98,7 +98,7 @@ def wander(seed: int, n: int, d: int, memory: float = 0.9) -> np.ndarray:
     return x
 
 
-def test_neighbouring_rows_are_no_facts_of_their_own():
+def test_neighboring_rows_are_no_facts_of_their_own():
     """Two unrelated texts whose activations change slowly: pairs shuffled one by one call that alike."""
     n, names = 6_400, ["linear_cka", "procrustes", "svcca"]
     docs = np.arange(n) // 800
@@ -130,7 +130,7 @@ def test_crowded_dictionaries_are_no_more_alike_than_chance_says():
     g, axes = torch.Generator().manual_seed(0), torch.tensor([6.0, 4.0, 2.0] + [0.3] * 13)
     saes = []
     for _ in range(3):
-        sae = sl.SAE(sl.SAEConfig(d_in=16, d_sae=64, activation=sl.TopK(k=4), normaliser="none"))
+        sae = sl.SAE(sl.SAEConfig(d_in=16, d_sae=64, activation=sl.TopK(k=4), normalizer="none"))
         with torch.no_grad():
             sae.W_dec.copy_(normalize(torch.randn(64, 16, generator=g) * axes, dim=1))
         saes.append(sae)

@@ -133,7 +133,7 @@ def test_planted_features_are_far_above_moved_labels() -> None:
 
 def amplify(tiny, tokens, folder, seed: int, change=None, **how):
     """Scores of a dictionary whose directions have nothing to do with what makes its features fire."""
-    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=40, activation=sl.AbsTopK(k=4), normaliser="none"), seed=seed)
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=40, activation=sl.AbsTopK(k=4), normalizer="none"), seed=seed)
     drawn = torch.randn(40, 32, generator=torch.Generator().manual_seed(100 + seed))
     with torch.no_grad():
         sae.W_dec.copy_(torch.nn.functional.normalize(drawn if change is None else change(drawn), dim=1))

@@ -50,7 +50,7 @@ class FeatureCard(Result):
     examples: FeatureExamples
     effects: Promoted | None
     """direct effect of a code of +1 on the logits; None where it was not measured"""
-    neighbours: tuple[tuple[int, float], ...]
+    neighbors: tuple[tuple[int, float], ...]
     """the most similar features and their similarity"""
     likeness: str
     """name of the similarity measure; empty where it was not measured"""
@@ -75,8 +75,8 @@ class FeatureCard(Result):
         if self.effects is not None:
             for name, tokens in (("promotes", self.effects.promoted), ("suppresses", self.effects.suppressed)):
                 lines.append(f"{name}: " + "  ".join(f"{token!r} {effect:+.2f}" for token, effect in tokens))
-        if self.neighbours:
-            near = "  ".join(f"{feature} {value:+.2f}" for feature, value in self.neighbours)
+        if self.neighbors:
+            near = "  ".join(f"{feature} {value:+.2f}" for feature, value in self.neighbors)
             lines.append(f"nearest by {self.likeness}: {near}")
         return "\n".join([*lines, str(self.examples)])
 
@@ -87,7 +87,7 @@ def describe_feature(
     *,
     label: str = "",
     lens: LogitLens | None = None,
-    neighbours: NearestFeatures | None = None,
+    neighbors: NearestFeatures | None = None,
     **choice: Any,
 ) -> FeatureCard:
     """The dashboard of one feature: firings by sign, histogram, examples and, where given, logit effects and similar
@@ -98,7 +98,7 @@ def describe_feature(
         feature: number of the feature, 0 to d_sae - 1.
         label: text shown as the feature's name; empty for none.
         lens: result of `logit_lens` for the same SAE; None leaves the logit effects out.
-        neighbours: result of `nearest_features` for the same SAE or store; None leaves the similar features out.
+        neighbors: result of `nearest_features` for the same SAE or store; None leaves the similar features out.
         **choice: options of `examples`, such as `n_top`.
 
     Raises:
@@ -121,8 +121,8 @@ def describe_feature(
         counts=counts,
         examples=replace(found, groups=tuple(groups)),
         effects=lens[firings.feature] if lens is not None else None,
-        neighbours=tuple(neighbours.of(firings.feature)) if neighbours is not None else (),
-        likeness=neighbours.by if neighbours is not None else "",
+        neighbors=tuple(neighbors.of(firings.feature)) if neighbors is not None else (),
+        likeness=neighbors.by if neighbors is not None else "",
     )
 
 

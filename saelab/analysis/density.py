@@ -89,7 +89,7 @@ def find_reach(sae: SAE, acts: Float[Tensor, "n d_in"], units: Int[Tensor, "n_un
         codes = sae.encode_sparse(x.to(sae.device))
         smallest = torch.full((len(x),), torch.inf, device=sae.device)
         smallest.scatter_reduce_(0, codes.rows, codes.values.abs(), "amin")
-        u = sae.centre(x) @ sae.W_enc[:, units] + sae.b_enc[units]
+        u = sae.center(x) @ sae.W_enc[:, units] + sae.b_enc[units]
         shares = (u.abs() if sae.cfg.activation.signed else u) / smallest[:, None]
         reach = torch.maximum(reach, shares.amax(0).cpu())
     return reach

@@ -63,7 +63,7 @@ def describe_sae(path: Path) -> str:
             ("activation", str(cfg.activation)),
             ("widths", f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}{_target(cfg)}"),
             ("prefixes", _prefixes(cfg)),
-            ("dictionary", f"{cfg.dictionary} (start: {cfg.init}), normaliser {cfg.normaliser}, {_aux(cfg)}"),
+            ("dictionary", f"{cfg.dictionary} (start: {cfg.init}), normalizer {cfg.normalizer}, {_aux(cfg)}"),
             *(_training_rows(training) if training else [("training", "none")]),
         ]
         rows += _read_from(described.get("origin"))

@@ -101,7 +101,7 @@ Delta = Annotated[
     float | None,
     Option(help="How far an archetypal dictionary may leave the points' hull.", show_default=str(Archetypal.delta)),
 ]
-NormaliserName = Annotated[
+NormalizerName = Annotated[
     str, Option(help=f"What is done to the activations first: {', '.join(KINDS)}.", metavar="NAME")
 ]
 InitName = Annotated[str, Option(help=f"What the dictionary starts from: {', '.join(get_args(Init))}.", metavar="NAME")]

@@ -46,7 +46,7 @@ def train_sae(
     dictionary: options.DictionaryName = SAEConfig.dictionary,  # type: ignore[assignment]  # the default is a name
     n_points: options.NPoints = None,
     delta: options.Delta = None,
-    normaliser: options.NormaliserName = SAEConfig.normaliser,
+    normalizer: options.NormalizerName = SAEConfig.normalizer,
     init: options.InitName = SAEConfig.init,
     aux: options.Aux = True,
     dead_after_tokens: options.DeadAfter = AuxK.dead_after_tokens,
@@ -75,7 +75,7 @@ def train_sae(
         activation=read_activation(activation, k),
         prefixes=read_prefixes(prefixes),
         dictionary=read_dictionary(dictionary, n_points, delta),  # type: ignore[arg-type]  # SAEConfig checks names
-        normaliser=normaliser,  # type: ignore[arg-type]
+        normalizer=normalizer,  # type: ignore[arg-type]
         init=init,  # type: ignore[arg-type]
         aux=AuxK(dead_after_tokens=dead_after_tokens) if aux else None,
         d_out=None if targets is None else targets.d_in,

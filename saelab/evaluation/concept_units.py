@@ -341,8 +341,8 @@ def concept_baselines(
     generator = torch.Generator().manual_seed(seed)
     rows = train[torch.randperm(len(train), generator=generator)[:SAMPLE_TOKENS]].sort().values
     sample = acts[rows].float()
-    centred = exact(sample) - exact(sample).mean(0)
-    variances, directions = torch.linalg.eigh(centred.T @ centred / len(centred))
+    centered = exact(sample) - exact(sample).mean(0)
+    variances, directions = torch.linalg.eigh(centered.T @ centered / len(centered))
     x = acts.float() - sample.mean(0)
     components = x @ directions.flip(1).to(x)
     scales = variances.flip(0).clamp(min=1e-6 * float(variances[-1]) or 1.0).sqrt().to(x)
@@ -378,17 +378,17 @@ def fit_probe(x: Float32[Tensor, "n d"], labels: Float32[Tensor, "n n_concepts"]
         probe = torch.nn.Linear(x.shape[1], labels.shape[1])
     torch.nn.init.zeros_(probe.weight)
     probe.bias.data.copy_(rate.logit())
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         probe.parameters(), max_iter=PROBE_STEPS, history_size=10, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         fit = binary_cross_entropy_with_logits(probe(x), labels, reduction="sum")
         total = (fit + 0.5 * probe.weight.square().sum()) / len(x)
         total.backward()
         return total
 
     with torch.enable_grad():
-        optimiser.step(loss)
+        optimizer.step(loss)
     return probe.requires_grad_(False)

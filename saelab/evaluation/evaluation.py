@@ -74,7 +74,7 @@ def make_baselines(
     cfg = sae.cfg
     k = min(max(1, round(l0)), cfg.d_sae)
     activation = AbsTopK(k) if cfg.activation.signed else TopK(k)
-    drawn = SAEConfig(d_in=cfg.d_in, d_sae=cfg.d_sae, d_out=cfg.d_out, activation=activation, normaliser="none")
+    drawn = SAEConfig(d_in=cfg.d_in, d_sae=cfg.d_sae, d_out=cfg.d_out, activation=activation, normalizer="none")
     x, y = x.to(sae.device), y.to(sae.device)
     rivals = {
         "untrained": reconstruct_by(make_untrained(sae, x, y, seed=seed)),
@@ -89,8 +89,8 @@ def make_baselines(
 def make_pca(sample: Float[Tensor, "n d_in"], k: int) -> Reconstruction:
     """The reconstruction from the sample's mean and its first k principal components."""
     mean = exact(sample).mean(0)
-    centred = exact(sample) - mean
-    directions = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)[:, :k]
+    centered = exact(sample) - mean
+    directions = torch.linalg.eigh(centered.T @ centered).eigenvectors.flip(1)[:, :k]
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
         x = exact(x)
@@ -105,10 +105,10 @@ def make_linear(x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"], k: int)
     It is the least-squares map, projected on the first k principal components of its predictions.
     """
     mean_x, mean_y = exact(x).mean(0), exact(y).mean(0)
-    centred, target = exact(x) - mean_x, exact(y) - mean_y
-    moments = centred.T @ centred
+    centered, target = exact(x) - mean_x, exact(y) - mean_y
+    moments = centered.T @ centered
     ridge = 1e-9 * moments.diagonal().mean() * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    whole = torch.linalg.solve(moments + ridge, centred.T @ target)
+    whole = torch.linalg.solve(moments + ridge, centered.T @ target)
     directions = torch.linalg.eigh(whole.T @ moments @ whole).eigenvectors.flip(1)[:, :k]
     matrix = whole @ directions @ directions.T
 

@@ -411,8 +411,8 @@ class _Scorer:
     def _read_sae(self, sae: SAE) -> _Coded:
         if sae.cfg.d_in != self.means.shape[1] or sae.cfg.d_target != sae.cfg.d_in:
             raise ValueError(f"An SAE must rebuild activations of width {self.means.shape[1]}, got {sae!r}.")
-        if isinstance(sae.stretch(self.means), Tensor):
-            raise ValueError(f"An SAE's features must be the same vectors at every token, got {sae.cfg.normaliser}.")
+        if isinstance(sae.output_scale(self.means), Tensor):
+            raise ValueError(f"An SAE's features must be the same vectors at every token, got {sae.cfg.normalizer}.")
         n, rows = len(self.means), sae.directions().detach().cpu()
         offset = sae.decode(torch.zeros(1, sae.cfg.d_sae, device=sae.device))[0].detach().cpu()
         return _Coded((rows,) * n, (offset,) * n, lambda _place, x, _known: _encode_all(sae, x))

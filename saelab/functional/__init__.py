@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         log_histogram as log_histogram,
         loss_recovered as loss_recovered,
         nested_error as nested_error,
-        normalised_error as normalised_error,
+        normalized_error as normalized_error,
         ratio as ratio,
         read_scores as read_scores,
         token_terms as token_terms,

@@ -216,11 +216,11 @@ class _NestedDecode(torch.autograd.Function):
         entries: Entries,
         n_groups: int,
         spare: Spare,
-        centred: Tensor | None,
+        centered: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         indices, offsets = entries.indices, entries.offsets
         residuals = gather_sum(indices, values, offsets, W_dec).view(n_groups, *x.shape)
-        above = x - b_dec if centred is None else centred
+        above = x - b_dec if centered is None else centered
         for residual in residuals:
             torch.sub(above, residual, out=residual)
             above = residual
@@ -263,23 +263,23 @@ class _Encode(torch.autograd.Function):
         values: Tensor,
         entries: Entries,
         spare: Spare,
-        centred: Tensor | None,
+        centered: Tensor | None,
     ) -> Tensor:
-        if centred is None:
-            centred = x if b_dec is None else x - b_dec
-        ctx.save_for_backward(centred, W_enc)
+        if centered is None:
+            centered = x if b_dec is None else x - b_dec
+        ctx.save_for_backward(centered, W_enc)
         ctx.entries = entries
         ctx.spare = spare
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        centred, W_enc = ctx.saved_tensors
+        centered, W_enc = ctx.saved_tensors
         entries: Entries = ctx.entries
         indices, offsets = entries.indices, entries.offsets
         # index_add_ adds in the order of the entries, so one seed gives one result
         grad_b = torch.zeros_like(W_enc[0]).index_add_(0, indices, grad)
-        grad_W = weight_gradient(entries, grad, centred, W_enc.shape[1], ctx.spare).T
+        grad_W = weight_gradient(entries, grad, centered, W_enc.shape[1], ctx.spare).T
         grad_x = gather_sum(indices, grad, offsets, W_enc.T) if ctx.needs_input_grad[0] else None
         # every token shares b_dec, so its gradient is one matrix-vector product
         grad_b_dec = -(W_enc @ grad_b) if ctx.needs_input_grad[3] else None
@@ -322,7 +322,7 @@ def nested_decode_error(
     entries: Entries,
     n_groups: int = 1,
     spare: Spare | None = None,
-    centred: Float[Tensor, "n_rows d_in"] | None = None,
+    centered: Float[Tensor, "n_rows d_in"] | None = None,
 ) -> tuple[Float[Tensor, "n_groups"], Float[Tensor, "n_rows d_in"]]:
     """Squared error of every prefix, `||x - b_dec - sum_{h <= g} z_h W_dec||^2`, and the last one's residual, detached.
 
@@ -338,13 +338,13 @@ def nested_decode_error(
             of the latents for token r.
         n_groups: number of groups of latents, one more joining in each prefix.
         spare: list that may hold memory for the gradient of W_dec; see `weight_gradient`.
-        centred: x - b_dec, if known.
+        centered: x - b_dec, if known.
 
     >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     >>> nested_decode_error(torch.ones(1), torch.eye(2), torch.ones(1, 2), torch.zeros(2), entries)
     (tensor([1.]), tensor([[1., 0.]]))
     """
-    return _nested_decode(values, W_dec, x, b_dec, entries, n_groups, spare or [], centred)
+    return _nested_decode(values, W_dec, x, b_dec, entries, n_groups, spare or [], centered)
 
 
 def attach_encoder(
@@ -355,7 +355,7 @@ def attach_encoder(
     b_dec: Float[Tensor, "d_in"] | None,
     entries: Entries,
     spare: Spare | None = None,
-    centred: Float[Tensor, "n_rows d_in"] | None = None,
+    centered: Float[Tensor, "n_rows d_in"] | None = None,
 ) -> Float[Tensor, "nnz"]:
     """The same pre-activations with gradients to the encoder, as if the dense product had been differentiated.
 
@@ -369,9 +369,9 @@ def attach_encoder(
         b_dec: bias that was subtracted from x; None where nothing was.
         entries: positions of the values.
         spare: list that may hold memory for the gradient of W_enc transposed; see `weight_gradient`.
-        centred: x - b_dec, if known.
+        centered: x - b_dec, if known.
     """
-    return _encode(x, W_enc, b_enc, b_dec, values, entries, spare or [], centred)
+    return _encode(x, W_enc, b_enc, b_dec, values, entries, spare or [], centered)
 
 
 @dataclass(frozen=True, eq=False)

@@ -53,9 +53,9 @@ class ReconstructionSums:
         x, x_hat = exact(x), exact(x_hat)
         if self._shift is None:
             self._shift = x.mean(0)
-        centred = x - self._shift
-        self._sum = self._sum.to(x.device) + centred.sum(0)
-        self._squares += float(centred.square().sum())
+        centered = x - self._shift
+        self._sum = self._sum.to(x.device) + centered.sum(0)
+        self._squares += float(centered.square().sum())
         self._error += float((x - x_hat).square().sum())
         self._hat_squares += float(x_hat.square().sum())
         inner = (x * x_hat).sum(-1)
@@ -275,12 +275,12 @@ def nested_error(
     return _nested_error(target, parts)
 
 
-def normalised_error(estimate: Float[Tensor, "n_rows d_in"], target: Float[Tensor, "n_rows d_in"]) -> Float[Tensor, ""]:
+def normalized_error(estimate: Float[Tensor, "n_rows d_in"], target: Float[Tensor, "n_rows d_in"]) -> Float[Tensor, ""]:
     """`sum ||estimate - target||^2 / sum ||target - mean(target)||^2`, 0 where the target does not vary.
 
     In [0, inf), lower is better. The scale of the AuxK loss (arXiv:2406.04093, A.2); the caller detaches the target.
 
-    >>> normalised_error(torch.zeros(2, 1), torch.tensor([[1.0], [-1.0]]))
+    >>> normalized_error(torch.zeros(2, 1), torch.tensor([[1.0], [-1.0]]))
     tensor(1.)
     """
     variance = (target - target.mean(0)).square().sum()

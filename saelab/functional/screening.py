@@ -209,7 +209,7 @@ class Screen:
         self.balance: Tensor | None = None
         if precision == "int8":
             self.balance = None if like is None else _balance_dimensions(like, W)
-            self._quantise(W, bias)
+            self._quantize(W, bias)
         else:
             dtype = torch.bfloat16 if precision == "bfloat16" else W.dtype
             self.W, self.bias = W.to(dtype), bias.to(dtype)
@@ -217,7 +217,7 @@ class Screen:
         self.largest_step, self.smallest_step = by_block.amax(0), by_block.amin(0)
         self.step_by_block = by_block.T.contiguous()
 
-    def _quantise(self, W: Tensor, bias: Tensor) -> None:
+    def _quantize(self, W: Tensor, bias: Tensor) -> None:
         """Quantise W to int8, latents of similar step in one block; the latent at place p is in block p % n_blocks.
 
         The bias becomes one more input dimension, scaled so that the weights' range does not change.
@@ -226,12 +226,12 @@ class Screen:
         self.typical_norm = torch.linalg.vector_norm(sample, dim=1).square().mean().sqrt()
         largest = torch.maximum(sample.amax(), -sample.amin()).clamp(min=1e-30)
         self.one = float((bias.abs().amax() / largest).clamp(min=1e-6))
-        quantised, step = quantise_rows(W, bias.unsqueeze(1) / self.one, self.balance)
+        quantized, step = quantize_rows(W, bias.unsqueeze(1) / self.one, self.balance)
         by_step = step.squeeze(1).argsort()
         self.latents = by_step.view(self.n_blocks, self.width).T.flatten()
         self.step = step[self.latents, 0]
-        self.W = scratch("weights", tuple(quantised.shape), torch.int8, W.device)
-        torch.index_select(quantised, 0, self.latents, out=self.W)
+        self.W = scratch("weights", tuple(quantized.shape), torch.int8, W.device)
+        torch.index_select(quantized, 0, self.latents, out=self.W)
 
     def chunks(self, x: Float[Tensor, "n_rows d_in"]) -> Iterator["ScreenedRows"]:
         """Iterator over the screened rows of x, in order; each chunk is overwritten by the next."""
@@ -239,7 +239,7 @@ class Screen:
             ones = x.new_full((x.shape[0], 1), self.one)
             x = x if self.balance is None else x / self.balance
             norm = torch.linalg.vector_norm(x, dim=1)
-            x, scale = quantise_rows(x, ones)
+            x, scale = quantize_rows(x, ones)
             # both factors are off by up to half a step in each dimension
             noise = torch.hypot(scale[:, 0] * self.typical_norm, norm * self.step.square().mean().sqrt()) / 12**0.5
         else:
@@ -324,17 +324,17 @@ def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Flo
     return torch.where(ratio.isfinite() & (ratio > 0), ratio.sqrt(), torch.ones_like(ratio))
 
 
-def quantise_rows(
+def quantize_rows(
     x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"], scale: Float[Tensor, "d"] | None = None
 ) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
     """Rows of `[x * scale, last]` quantised to int8, and each row's step: `~ q * step`, `step = max|.| / 127`.
 
     The int8 tensor is a scratch buffer, overwritten by the next call.
 
-    >>> quantise_rows(torch.tensor([[1.0, -2.54]]), torch.tensor([[0.5]]))
+    >>> quantize_rows(torch.tensor([[1.0, -2.54]]), torch.tensor([[0.5]]))
     (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]))
     """
-    q = scratch("quantised", (x.shape[0], x.shape[1] + 1), torch.int8, x.device)
+    q = scratch("quantized", (x.shape[0], x.shape[1] + 1), torch.int8, x.device)
     step = last.abs()
     for start in range(0, x.shape[0], 256):  # by pieces that fit the cache
         rows = slice(start, start + 256)

@@ -461,11 +461,11 @@ def _find_nodes(scene: Scene, sae: SAE, where: TokenSelection, other: Tensor | N
     keep = scene.texts.select(scene.model, where)[0].nonzero()[:, 0]
     x = scene.x[keep.to(scene.x.device)].to(sae.device)
     z = sae.encode(x)
-    step = (torch.where(z != 0, means.to(z), 0) - z) * sae.stretch(x)
+    step = (torch.where(z != 0, means.to(z), 0) - z) * sae.output_scale(x)
     rest = sae.decode(z, x=x) - x  # without its error
     if other is not None:
         y = other[keep.to(other.device)].to(sae.device)
-        step = sae.encode(y) * sae.stretch(y) - z * sae.stretch(x)
+        step = sae.encode(y) * sae.output_scale(y) - z * sae.output_scale(x)
         rest = y - x - SparseCodes.from_dense(step).decode(sae.directions())
     rows, features = step.nonzero(as_tuple=True)
     vectors = step[rows, features, None] * sae.directions()[features]

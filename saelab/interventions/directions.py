@@ -44,11 +44,13 @@ class Direction:
         """The code `x . v` of each activation, in a last axis of size 1."""
         return (x.to(self.vector) @ self.vector)[..., None]
 
-    def encode_some(self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int]) -> Float[Tensor, "*batch n_latents"]:
+    def encode_latents(
+        self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int]
+    ) -> Float[Tensor, "*batch n_latents"]:
         """`encode(x)` repeated once for each requested index, all of which must be 0."""
         return self.encode(x)[..., list(latents)]
 
-    def stretch(self, x: Float[Tensor, "*batch d_in"]) -> float:
+    def output_scale(self, x: Float[Tensor, "*batch d_in"]) -> float:
         """1.0, the scale of a code of 1 at every token; an SAE's may differ by token."""
         return 1.0
 

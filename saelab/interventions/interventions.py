@@ -55,7 +55,7 @@ class ActivationCondition:
 
     def holds(self, x: Float[Tensor, "*batch d_in"]) -> Bool[Tensor, "*batch"]:
         """Mask of the activations on which the feature fires."""
-        z = self.source.encode_some(x, [self.feature])[..., 0]
+        z = self.source.encode_latents(x, [self.feature])[..., 0]
         return (z.abs() if self.side == "both" else z if self.side == "positive" else -z) > self.above
 
 
@@ -142,7 +142,7 @@ def _cut(tokens: Tensor, columns: Tensor, n_rows: int) -> Bool[Tensor, "batch n"
     return mask[:, columns.clamp_max(mask.shape[1] - 1)] & inside
 
 
-Mode = Literal["add", "clamp", "at-least", "scale", "ablate"]
+Mode = Literal["add", "clamp", "floor", "scale", "ablate"]
 Unit = Literal["raw", "max", "norm"]
 Error = Literal["keep", "drop"]
 Strength: TypeAlias = float | int | Float[Tensor, ""]
@@ -159,7 +159,7 @@ class Intervention:
 
         add        z_i + s_i
         clamp      s_i
-        at-least   max(z_i, s_i) where s_i > 0, min(z_i, s_i) where s_i < 0
+        floor      max(z_i, s_i) where s_i > 0, min(z_i, s_i) where s_i < 0
         scale      s_i z_i
         ablate     0
 
@@ -216,7 +216,7 @@ class Intervention:
             raise ValueError("`hook_point` must be given for an SAE that does not say where it was trained, got None.")
 
     def _find_shift(self) -> Float[Tensor, "d_out"] | None:
-        by_token = isinstance(self.source, SAE) and self.source.cfg.normaliser in PER_TOKEN
+        by_token = isinstance(self.source, SAE) and self.source.cfg.normalizer in PER_TOKEN
         if self.mode != "add" or self.unit == "norm" or by_token or not self._fixed:
             return None
         return self._goal(self.rows) @ self.rows
@@ -280,19 +280,19 @@ class Intervention:
         if self._shift is not None:
             return written + self._shift.to(written)
         rows = self.rows.to(written.device)
-        stretch = self.source.stretch(read.to(rows))
-        return written + ((self._steps(read, written, rows, stretch) @ rows) * stretch).to(written.dtype)
+        output_scale = self.source.output_scale(read.to(rows))
+        return written + ((self._steps(read, written, rows, output_scale) @ rows) * output_scale).to(written.dtype)
 
     def _steps(
-        self, read: Tensor, written: Tensor, rows: Tensor, stretch: Tensor | float
+        self, read: Tensor, written: Tensor, rows: Tensor, output_scale: Tensor | float
     ) -> Float[Tensor, "n n_features"]:
         """z' - z for each token and feature."""
         goal = self._goal(rows)
         if self.unit == "norm" and self.mode != "scale":
-            goal = goal * written.float().norm(dim=1, keepdim=True).to(rows.device) / (rows.norm(dim=1) * stretch)
+            goal = goal * written.float().norm(dim=1, keepdim=True).to(rows.device) / (rows.norm(dim=1) * output_scale)
         if self.mode == "add":
             return goal.expand(len(read), -1)
-        z = self.source.encode_some(read, list(self.strengths)).to(rows.device)
+        z = self.source.encode_latents(read, list(self.strengths)).to(rows.device)
         if self.mode == "scale":
             return (goal - 1) * z
         if self.mode == "ablate":

@@ -230,7 +230,7 @@ def _carry_features(sae: SAE, features: Sequence[int] | None) -> Callable[[Tenso
 
     @torch.no_grad()
     def carry(clean: Tensor, corrupt: Tensor) -> Tensor:
-        codes = (sae.encode(x.to(sae.device)) * sae.stretch(x.to(sae.device)) for x in (clean, corrupt))
+        codes = (sae.encode(x.to(sae.device)) * sae.output_scale(x.to(sae.device)) for x in (clean, corrupt))
         step = next(codes) - next(codes)
         return (step[:, chosen] @ sae.directions()[chosen]).to(clean)
 

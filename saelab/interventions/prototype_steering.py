@@ -144,7 +144,7 @@ class PrototypeSteering(Intervention):
         assert isinstance(self.source, SAE)
         read = read.to(self.source.device)
         z = self.source.encode(read)
-        change = (self.descend(z) - z) @ self.source.directions() * self.source.stretch(read)
+        change = (self.descend(z) - z) @ self.source.directions() * self.source.output_scale(read)
         moved = written + change.to(written)
         if not self.keep_norm:
             return moved

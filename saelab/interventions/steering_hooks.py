@@ -51,7 +51,7 @@ def steer(
         model: language model.
         source: SAE or direction.
         features: strengths by feature; for mode "ablate" a list of features; for a `Direction` its strength.
-        mode: how codes change, by the formulas of `Intervention`: "add", "clamp", "at-least", "scale" or "ablate".
+        mode: how codes change, by the formulas of `Intervention`: "add", "clamp", "floor", "scale" or "ablate".
         where: tokens that are changed: "all", "prompt", "generated", positions, a mask, a condition or a
             `TokenSelector`. Special tokens are not changed unless asked for.
         unit: of strengths: "raw" codes, "max" multiples of the largest |z| in `store`, "norm" multiples of the norm of

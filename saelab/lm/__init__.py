@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         next_token_loss as next_token_loss,
     )
     from saelab.lm.masks import (
-        LabelledText as LabelledText,
+        LabeledText as LabeledText,
         MaskResult as MaskResult,
         Names as Names,
         TokenMask as TokenMask,

@@ -139,7 +139,7 @@ class TokenMask:
 WordTokens = Literal["all", "first", "last"]
 Names: TypeAlias = str | Iterable[str] | None
 """labels of a word: one, several, or none ("", None)"""
-LabelledText: TypeAlias = Sequence[tuple[str, Names]] | tuple[str, Sequence[tuple[int, int, str]]]
+LabeledText: TypeAlias = Sequence[tuple[str, Names]] | tuple[str, Sequence[tuple[int, int, str]]]
 """A document: its words, each with its labels; or its text, with labels of character ranges (start, stop, label)."""
 
 
@@ -152,7 +152,7 @@ class _Spans(NamedTuple):
 
 def tokenize_labeled(
     model: Model,
-    documents: Sequence[LabelledText],
+    documents: Sequence[LabeledText],
     ctx_len: int = 128,
     *,
     part: str = "all",

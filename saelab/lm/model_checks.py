@@ -26,7 +26,7 @@ from saelab.lm.unwrapped import TapHook, is_ours, unwrap
 
 Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]
 
-_QUANTISED = ("bitsandbytes.", "torch.ao.nn.", "torchao.", "auto_gptq.", "gptqmodel.", "awq.", "quanto.", "optimum.")
+_QUANTIZED = ("bitsandbytes.", "torch.ao.nn.", "torchao.", "auto_gptq.", "gptqmodel.", "awq.", "quanto.", "optimum.")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")
 
 
@@ -84,9 +84,9 @@ def admit_object(model: Any) -> Any:
             f"A model must be whole on one device, got a {kind} that is offloaded or spread over several. Load it "
             "without `device_map`."
         )
-    quantised = any(type(module).__module__.startswith(_QUANTISED) for module in model.modules())
-    if quantised or not all(weight.is_floating_point() for weight in model.parameters()):
-        raise _quantised(f"a {kind} with quantised modules")
+    quantized = any(type(module).__module__.startswith(_QUANTIZED) for module in model.modules())
+    if quantized or not all(weight.is_floating_point() for weight in model.parameters()):
+        raise _quantized(f"a {kind} with quantised modules")
     return model
 
 
@@ -95,7 +95,7 @@ def _is_spread(model: Any) -> bool:
     return len(places) > 1 or any(hasattr(module, "_hf_hook") for module in model.modules())
 
 
-def _quantised(got: str) -> ValueError:
+def _quantized(got: str) -> ValueError:
     return ValueError(
         f"A model must have weights of floating point, got {got}. Load its full weights, or give what "
         "`model.dequantize()` returns."
@@ -128,7 +128,7 @@ def admit_config(config: Any, kind: str | None = None) -> None:
     if getattr(config, "quantization_config", None):
         method = config.quantization_config
         method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", "")
-        raise _quantised(f"{names[0]} quantised by {getattr(method, 'value', method) or 'a library'}")
+        raise _quantized(f"{names[0]} quantised by {getattr(method, 'value', method) or 'a library'}")
 
 
 def admit_folder(folder: Path, has_tokenizer: bool) -> None:

@@ -47,9 +47,9 @@ def _read(home: HookPoints, directions: Float[Tensor, "n d_model"]) -> Float[Ten
     weight = next(head.parameters())
     zero, ones = torch.zeros(1, 1, directions.shape[1]).to(weight), torch.ones(1, 1, directions.shape[1]).to(weight)
     bias = norm(zero)
-    centres = bool((norm(BIG * ones) - bias).abs().amax() < 1e-3)  # the norm maps constants to 0
+    centers = bool((norm(BIG * ones) - bias).abs().amax() < 1e-3)  # the norm maps constants to 0
     x = directions.to(weight)[:, None]
-    scale = (x - x.mean(-1, keepdim=True) if centres else x).square().mean(-1, keepdim=True).sqrt()
+    scale = (x - x.mean(-1, keepdim=True) if centers else x).square().mean(-1, keepdim=True).sqrt()
     folded = (norm(BIG * x / scale.clamp(min=1e-12)) - bias) * scale
     return _unembed(running, site, head, folded)[:, 0].float()
 

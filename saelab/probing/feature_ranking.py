@@ -102,7 +102,7 @@ class Columns:
 
 
 @dataclass(frozen=True, eq=False)
-class Labelled:
+class Labeled:
     """Split codes on training rows with a label."""
 
     columns: Columns

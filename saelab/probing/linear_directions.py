@@ -15,7 +15,7 @@ from torch import Tensor
 from saelab.functional.indices import read_feature
 from saelab.functional.metrics import exact
 from saelab.interventions.directions import Direction
-from saelab.probing.feature_ranking import Columns, Labelled, RankedSides, Ranking
+from saelab.probing.feature_ranking import Columns, Labeled, RankedSides, Ranking
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore, Firings
 
@@ -83,16 +83,16 @@ def _fit_probe(x: Tensor, y: Tensor, _seed: int) -> Tensor:
     """
     from sklearn.linear_model import LogisticRegression
 
-    centred = x - x.mean(0)
-    scaled = centred / centred.square().mean().sqrt()
+    centered = x - x.mean(0)
+    scaled = centered / centered.square().mean().sqrt()
     probe = LogisticRegression(class_weight="balanced", solver="liblinear", max_iter=1000)
     return torch.from_numpy(probe.fit(scaled.numpy(), y.numpy()).coef_[0].astype(np.float32))
 
 
 def _find_component(x: Tensor, y: Tensor, _seed: int) -> Tensor:
     x = x.double()
-    centre = (x[y].mean(0) + x[~y].mean(0)) / 2
-    parts = [(x[kind] - centre) / (2 * int(kind.sum())) ** 0.5 for kind in (y, ~y)]
+    center = (x[y].mean(0) + x[~y].mean(0)) / 2
+    parts = [(x[kind] - center) / (2 * int(kind.sum())) ** 0.5 for kind in (y, ~y)]
     covariance = sum(part.T @ part for part in parts)
     assert isinstance(covariance, Tensor)
     return torch.linalg.eigh(covariance).eigenvectors[:, -1].float()
@@ -101,8 +101,8 @@ def _find_component(x: Tensor, y: Tensor, _seed: int) -> Tensor:
 def _split_in_two(x: Tensor, _y: Tensor, seed: int) -> Tensor:
     from sklearn.cluster import KMeans
 
-    centres = KMeans(2, n_init=10, random_state=seed).fit(x.numpy()).cluster_centers_
-    return torch.from_numpy(centres[1] - centres[0]).float()
+    centers = KMeans(2, n_init=10, random_state=seed).fit(x.numpy()).cluster_centers_
+    return torch.from_numpy(centers[1] - centers[0]).float()
 
 
 def density_matched_features(
@@ -202,23 +202,23 @@ class FeatureErasure:
         unique = list(dict.fromkeys(self.features))
         columns = torch.tensor([unique.index(j) for j in self.features])
         read = flat.to(self.sae.device)
-        z = self.sae.encode_some(read, unique)[:, columns.to(self.sae.device)]
+        z = self.sae.encode_latents(read, unique)[:, columns.to(self.sae.device)]
         taken = torch.where(z.sign() == torch.tensor(self.signs).to(z), z, 0)
-        step = taken @ self.sae.directions()[list(self.features)].to(z) * self.sae.stretch(read)
+        step = taken @ self.sae.directions()[list(self.features)].to(z) * self.sae.output_scale(read)
         return (flat - step.to(flat)).view_as(x)
 
 
 @dataclass(frozen=True, eq=False)
 class AffineErasure:
-    """The affine edit `x' = x - ((x - centre) read^T) write`; a projection where both are one orthonormal set."""
+    """The affine edit `x' = x - ((x - center) read^T) write`; a projection where both are one orthonormal set."""
 
-    centre: Float[Tensor, "d_in"]
+    center: Float[Tensor, "d_in"]
     read: Float[Tensor, "rank d_in"]
     write: Float[Tensor, "rank d_in"]
 
     def __call__(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        centre, read, write = (part.to(x) for part in (self.centre, self.read, self.write))
-        return x - ((x - centre) @ read.T) @ write
+        center, read, write = (part.to(x) for part in (self.center, self.read, self.write))
+        return x - ((x - center) @ read.T) @ write
 
 
 def choose_sides(
@@ -248,10 +248,10 @@ def choose_sides(
         ValueError: where fewer than k such signs exist.
     """
     sides = RankedSides.split(codes, np.ones(len(y), bool))
-    labelled = Labelled(Columns(sides.matrix), y, np.arange(len(y)))
-    effects = labelled.differences * sides.signs * pull[sides.features]
-    order = np.argsort(-effects, kind="stable") if ranking == "effect" else labelled.order(ranking)
-    good = effects > 0 if ranking == "effect" else labelled.differences > 0
+    labeled = Labeled(Columns(sides.matrix), y, np.arange(len(y)))
+    effects = labeled.differences * sides.signs * pull[sides.features]
+    order = np.argsort(-effects, kind="stable") if ranking == "effect" else labeled.order(ranking)
+    good = effects > 0 if ranking == "effect" else labeled.differences > 0
     chosen = order[good[order]][:k]
     if len(chosen) < k:
         raise ValueError(f"`k` must be at most the number of sides that tell the concept ({len(chosen)}), got {k}.")
@@ -319,15 +319,15 @@ def erase_direction(
     return project_out(torch.stack(basis), x[~y].mean(0) if to == "usual" else torch.zeros(x.shape[1]))
 
 
-def project_out(basis: Float[Tensor, "rank d_in"], centre: Float[Tensor, "d_in"]) -> AffineErasure:
-    """The edit that removes the component along an orthonormal basis: projection on the plane through `centre`."""
-    return AffineErasure(centre, basis, basis)
+def project_out(basis: Float[Tensor, "rank d_in"], center: Float[Tensor, "d_in"]) -> AffineErasure:
+    """The edit that removes the component along an orthonormal basis: projection on the plane through `center`."""
+    return AffineErasure(center, basis, basis)
 
 
 def draw_directions(like: AffineErasure, seed: int) -> AffineErasure:
     """The edit for equally many random directions about the same centre, as a control."""
     drawn = torch.randn(like.read.shape[::-1], generator=torch.Generator().manual_seed(seed))
-    return project_out(torch.linalg.qr(drawn).Q.T.contiguous(), like.centre)
+    return project_out(torch.linalg.qr(drawn).Q.T.contiguous(), like.center)
 
 
 def erase_least(x: Float[Tensor, "n d_in"], y: Bool[Tensor, "n"]) -> AffineErasure:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from saelab.evaluation.concept_units import read_values
 from saelab.functional.statistics import UNKNOWN, ProbeScore, choose_threshold, permute_labels, score_guess
-from saelab.probing.feature_ranking import PENALTY, Columns, Labelled, RankedSides, Ranking
+from saelab.probing.feature_ranking import PENALTY, Columns, Labeled, RankedSides, Ranking
 from saelab.probing.labeled_activations import draw_rows
 from saelab.stores.corpus import split_documents
 from saelab.stores.feature_store import FeatureStore
@@ -55,9 +55,9 @@ def probe_activations(
 
     y_train = y[is_train]
     drawn = np.flatnonzero(is_train)[draw_rows(y_train, n_fit, seed) | draw_rows(~y_train, n_fit, seed)]
-    centre, spread = x[drawn].mean(0, dtype=np.float64), x[drawn].std(0, dtype=np.float64)
+    center, spread = x[drawn].mean(0, dtype=np.float64), x[drawn].std(0, dtype=np.float64)
     scale = np.where(spread > 0, spread, 1.0)
-    z = ((x[drawn] - centre) / scale).astype(np.float64)
+    z = ((x[drawn] - center) / scale).astype(np.float64)
     apart = z[y[drawn]].mean(0) - z[~y[drawn]].mean(0)
     best = int(np.abs(apart).argmax())
     probe = LogisticRegression(class_weight="balanced", max_iter=1000, C=0.1).fit(z, y[drawn].astype(np.int64))
@@ -353,14 +353,14 @@ class _Bench:
     def trial(self, y: np.ndarray) -> "_Trial":
         y_train = y[self.is_train]
         drawn = draw_rows(y_train, SAMPLE_TOKENS, self.seed) | draw_rows(~y_train, SAMPLE_TOKENS, self.seed)
-        return _Trial(Labelled(self.columns, y_train, np.flatnonzero(drawn)), self.held, y[~self.is_train])
+        return _Trial(Labeled(self.columns, y_train, np.flatnonzero(drawn)), self.held, y[~self.is_train])
 
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
     """One labelling of the tokens, with the codes to predict it."""
 
-    train: Labelled
+    train: Labeled
     held: "csc_matrix"
     y_held: Bool[np.ndarray, "n"]
 

@@ -1,4 +1,4 @@
-"""Sparse autoencoders and transcoders: one module, configured by activation function, prefixes, dictionary, normaliser
+"""Sparse autoencoders and transcoders: one module, configured by activation function, prefixes, dictionary, normalizer
 and initialisation.
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
         resample_dead_latents as resample_dead_latents,
     )
     from saelab.sae.module import SAEModule as SAEModule
-    from saelab.sae.normalizer import Normaliser as Normaliser, NormalizerKind as NormalizerKind
+    from saelab.sae.normalizer import Normalizer as Normalizer, NormalizerKind as NormalizerKind
     from saelab.sae.sae import SAE as SAE, fit as fit
     from saelab.sae.training_sae import Objective as Objective, TrainingSAE as TrainingSAE
 

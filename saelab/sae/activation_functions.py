@@ -101,7 +101,7 @@ class Activation:
 
         Args:
             u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it; used only to decide between
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it; used only to decide between
                 near-equal latents.
             W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
             bias: (d_sae,) encoder biases.
@@ -123,7 +123,7 @@ class Activation:
         None where the dense computation is the only way, or the faster one. `fire` turns the values found into codes.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights, one row per latent.
             bias: (d_sae,) encoder biases.
             threshold: the SAE's threshold, a scalar or (d_sae,); None for an activation without one.
@@ -143,7 +143,7 @@ class Activation:
         codes of all latents.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights of all latents, one row per latent.
             bias: (d_sae,) encoder biases of all latents.
             threshold: the SAE's threshold, a scalar or (d_sae,); None for an activation without one.
@@ -262,7 +262,7 @@ class TopK(Activation):
 
         Args:
             u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it; used only to decide between
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it; used only to decide between
                 near-equal latents.
             W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
             bias: (d_sae,) encoder biases.
@@ -276,7 +276,7 @@ class TopK(Activation):
         """Sparse codes of each row's k largest pre-activations, without the dense tensor; None where dense is faster.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights, one row per latent.
             bias: (d_sae,) encoder biases.
             threshold: ignored, as nothing is thresholded.
@@ -288,7 +288,7 @@ class TopK(Activation):
         """(n_rows, n_latents) codes of the given latents, reading only as much of the encoder as it takes to rank them.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights of all latents, one row per latent.
             bias: (d_sae,) encoder biases of all latents.
             threshold: ignored, as nothing is thresholded.
@@ -332,7 +332,7 @@ class BatchTopK(Activation):
 
         Args:
             u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it; used only to decide between
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it; used only to decide between
                 near-equal latents.
             W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
             bias: (d_sae,) encoder biases.
@@ -352,7 +352,7 @@ class BatchTopK(Activation):
         where dense is faster.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights, one row per latent.
             bias: (d_sae,) encoder biases.
             threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
@@ -368,7 +368,7 @@ class BatchTopK(Activation):
         latents compete.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights of all latents, one row per latent.
             bias: (d_sae,) encoder biases of all latents.
             threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
@@ -409,7 +409,7 @@ class GroupMax(Activation):
 
         Args:
             u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it; used only to decide between
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it; used only to decide between
                 near-equal latents.
             W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
             bias: (d_sae,) encoder biases.
@@ -421,7 +421,7 @@ class GroupMax(Activation):
         """Sparse codes of each group's largest pre-activation.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights, one row per latent.
             bias: (d_sae,) encoder biases.
             threshold: ignored, as nothing is thresholded.
@@ -470,7 +470,7 @@ class ReLU(_Penalised):
         """Sparse codes of the positive pre-activations; None where so many are positive that dense is faster.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights, one row per latent.
             bias: (d_sae,) encoder biases.
             threshold: ignored: it is 0.
@@ -482,7 +482,7 @@ class ReLU(_Penalised):
         """(n_rows, n_latents) codes of the given latents.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights of all latents, one row per latent.
             bias: (d_sae,) encoder biases of all latents.
             threshold: ignored: it is 0.
@@ -520,7 +520,7 @@ class JumpReLU(_Penalised):
         threshold.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights, one row per latent.
             bias: (d_sae,) encoder biases.
             threshold: (d_sae,) learned thresholds; must be given.
@@ -536,7 +536,7 @@ class JumpReLU(_Penalised):
         """(n_rows, n_latents) codes of the given latents.
 
         Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.centre` gives it.
+            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
             W: (d_sae, d_in) encoder weights of all latents, one row per latent.
             bias: (d_sae,) encoder biases of all latents.
             threshold: (d_sae,) learned thresholds of all latents; must be given.

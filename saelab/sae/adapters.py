@@ -160,7 +160,7 @@ class SAEBenchSAE(nn.Module):
     """An SAE with rows of W_dec at unit length, which most of SAEBench's evaluations assume.
 
     With n_i = ||d_i||, d_i what a code of 1 adds to the reconstruction: codes are n_i z_i, W_dec_i is d_i / n_i, and so
-    reconstructions are those of the SAE. W_enc and b_enc apply to activations as they are, normaliser included, and are
+    reconstructions are those of the SAE. W_enc and b_enc apply to activations as they are, normalizer included, and are
     multiplied by n too. Signed codes stay signed; some of SAEBench's evaluations count only positive ones.
     """
 
@@ -177,7 +177,7 @@ class SAEBenchSAE(nn.Module):
         if origin is None:
             raise ValueError("SAEBench asks for the model and the hook point, got an SAE without provenance; set it.")
         self.sae = sae
-        folded = sae.fold()  # ValueError for per-token normalisers, which `decode` cannot undo without x
+        folded = sae.fold()  # ValueError for per-token normalizers, which `decode` cannot undo without x
         norms = folded.W_dec.detach().norm(dim=1).clamp(min=1e-12)
         self.register_buffer("norms", norms)
         self.W_enc = nn.Parameter(folded.W_enc.detach() * norms)

@@ -2,7 +2,7 @@
 
     W_dec = rows of  W C + Lambda  at unit length,      W >= 0,  W 1 = 1,  ||Lambda_i|| <= delta
 
-C holds points among the activations, mean-centred; W and Lambda are trained. Rows are normalised, so a row's length
+C holds points among the activations, mean-centred; W and Lambda are trained. Rows are normalized, so a row's length
 moves into its code: W_dec has unit rows like the default dictionary's, and rankings by |z| keep their meaning.
 """
 
@@ -69,9 +69,9 @@ class Archetypes(nn.Module):
         return atoms / atoms.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
     @torch.no_grad()
-    def place(self, centred: Float[Tensor, "n_tokens d_in"], seed: int) -> None:
+    def place(self, centered: Float[Tensor, "n_tokens d_in"], seed: int) -> None:
         """Set the points to centroids of mean-centred activations, scaled to a mean square norm of 1."""
-        points = find_points(centred, len(self.points), seed)
+        points = find_points(centered, len(self.points), seed)
         scale = points.square().sum(1).mean().sqrt()
         self.points.copy_(points / scale if scale > 0 else points)
 

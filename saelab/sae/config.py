@@ -1,4 +1,4 @@
-"""`SAEConfig` and its parts: widths, activation function, Matryoshka prefixes, dictionary, normaliser, initialisation,
+"""`SAEConfig` and its parts: widths, activation function, Matryoshka prefixes, dictionary, normalizer, initialisation,
 encoder and AuxK loss.
 """
 
@@ -33,7 +33,7 @@ class AuxK:
     """Settings of the AuxK loss, which revives dead latents by having them reconstruct the residual of the others
     (arXiv:2406.04093, A.2).
 
-    Its value is normalised by the residual's variance, the reconstruction loss by the activations' variance, so
+    Its value is normalized by the residual's variance, the reconstruction loss by the activations' variance, so
     `coefficient` weighs two numbers of the same kind. Dead latents are ranked by |u| where codes are signed; the
     residual is detached, b_dec left out.
     """
@@ -65,7 +65,7 @@ class MatchingPursuit:
     code and subtracts that product times d from r. The activation sets the maximum number of steps and whether products
     may be negative: `TopK(k)` or `AbsTopK(k)`. Only W_dec and b_dec are learned.
 
-    >>> SAEConfig(d_in=8, d_sae=32, activation=TopK(k=4), encoder=MatchingPursuit(), normaliser="none").encoder
+    >>> SAEConfig(d_in=8, d_sae=32, activation=TopK(k=4), encoder=MatchingPursuit(), normalizer="none").encoder
     MatchingPursuit(residual_threshold=0.0, stop_on_repeat=True)
     """
 
@@ -104,9 +104,9 @@ class SAEConfig:
     """constraint on rows of W_dec: of unit norm, free, frozen at their initial values (a baseline), or
     `Archetypal(...)`
     """
-    normaliser: NormalizerKind = "scale"
+    normalizer: NormalizerKind = "scale"
     """none; scale: mean-centred, E||x||^2 = d_in; whiten: principal components of unit variance; token_norm and
-    layer_norm: per token, see `Normaliser`
+    layer_norm: per token, see `Normalizer`
     """
     init: Init = "tied"
     """initial rows of W_dec: "tied": random directions; "data": activations; "subspace": random directions in the
@@ -136,14 +136,14 @@ class SAEConfig:
             raise ValueError(
                 "`skip` must go with `d_out`: an autoencoder with one would copy its input. Set `d_out`, or leave it."
             )
-        if self.d_out is not None and self.normaliser in PER_TOKEN:
+        if self.d_out is not None and self.normalizer in PER_TOKEN:
             raise ValueError(
-                f"`normaliser` of a transcoder must be the same map for every token, got '{self.normaliser}': what it "
-                "measures of an input says nothing of the target. Take 'scale', or normalise the inputs before."
+                f"`normalizer` of a transcoder must be the same map for every token, got '{self.normalizer}': what it "
+                "measures of an input says nothing of the target. Take 'scale', or normalize the inputs before."
             )
         self._check_encoder()
         self._check_dictionary()
-        _check_choice("normaliser", self.normaliser, KINDS)
+        _check_choice("normalizer", self.normalizer, KINDS)
         _check_choice("init", self.init, get_args(Init))
         if not isinstance(self.encoder, MatchingPursuit):  # whose k is a number of steps, which may exceed d_sae
             self.activation.check(self.d_sae)
@@ -165,8 +165,8 @@ class SAEConfig:
             raise ValueError(f"`activation` of matching pursuit must be TopK or AbsTopK, got {self.activation}.")
         if self.d_out is not None:
             raise ValueError(f"`d_out` must be None for matching pursuit, which reads with W_dec, got {self.d_out}.")
-        if self.normaliser != "none":  # its codes are products with rows of any length, so no scale can be folded in
-            raise ValueError(f"`normaliser` must be 'none' for matching pursuit, got '{self.normaliser}'.")
+        if self.normalizer != "none":  # its codes are products with rows of any length, so no scale can be folded in
+            raise ValueError(f"`normalizer` must be 'none' for matching pursuit, got '{self.normalizer}'.")
 
     def _check_dictionary(self) -> None:
         if not isinstance(self.dictionary, Archetypal):
@@ -210,6 +210,8 @@ class SAEConfig:
             ValueError: for an unknown key (with similar names) and for a value of another type.
         """
         values = dict(require_object(plain, "An SAE's config"))
+        if "normaliser" in values:  # as releases before 0.1 spelled it
+            values["normalizer"] = values.pop("normaliser")
         values["activation"] = read_activation(values.get("activation"))
         parts = {"prefixes": RandomPrefixes, "dictionary": Archetypal, "encoder": MatchingPursuit, "aux": AuxK}
         for name, kind in parts.items():

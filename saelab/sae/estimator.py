@@ -44,7 +44,7 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         *,
         prefixes: tuple[int, ...] | RandomPrefixes | None = None,
         dictionary: Dictionary | Archetypal = "unit",
-        normaliser: NormalizerKind = "scale",
+        normalizer: NormalizerKind = "scale",
         init: Init = "tied",
         n_tokens: int = 200_000,
         batch_size: int = 1024,
@@ -59,7 +59,7 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             activation: activation function; None is `TopK` with k a quarter of the input features, at most 32.
             prefixes: Matryoshka prefixes, as in `SAEConfig`.
             dictionary: constraint on the dictionary's rows, as in `SAEConfig`.
-            normaliser: as in `SAEConfig`.
+            normalizer: as in `SAEConfig`.
             init: initial dictionary, as in `SAEConfig`.
             n_tokens: rows to train on in total; shorter data is passed over several times.
             batch_size: rows per step, at most all.
@@ -71,7 +71,7 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         self.activation = activation
         self.prefixes = prefixes
         self.dictionary = dictionary
-        self.normaliser = normaliser
+        self.normalizer = normalizer
         self.init = init
         self.n_tokens = n_tokens
         self.batch_size = batch_size
@@ -89,7 +89,7 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
             activation=self.activation or TopK(k=min(32, max(1, d_in // 4))),
             prefixes=self.prefixes,
             dictionary=self.dictionary,
-            normaliser=self.normaliser,
+            normalizer=self.normalizer,
             init=self.init,
         )
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))

@@ -16,7 +16,7 @@ from saelab.sae.fitting import cut_to, mean_l0
 from saelab.sae.module import SAEModule
 from saelab.sae.sae import SAE
 from saelab.sae.training_sae import TrainingSAE
-from saelab.training.config import TrainConfig, name_optimised
+from saelab.training.config import TrainConfig, name_optimized
 
 
 def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tensor, "n d_out"] | None = None) -> SAE:
@@ -78,7 +78,7 @@ def resample_dead_latents(
     acts: Float[Tensor, "n_tokens d_in"],
     units: FeatureIds,
     *,
-    optimiser: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
 ) -> list[int]:
     """Re-initialise latents from badly reconstructed tokens, in place; returns the index of the token used for each.
@@ -92,7 +92,7 @@ def resample_dead_latents(
         sae: the SAE; its weights change.
         acts: (n_tokens, d_in) activations to draw tokens from.
         units: indices of the latents to re-initialise.
-        optimiser: optimiser whose Adam moments of these latents are set to zero; None leaves them.
+        optimizer: optimizer whose Adam moments of these latents are set to zero; None leaves them.
         seed: seed of the draw.
 
     Raises:
@@ -125,17 +125,17 @@ def resample_dead_latents(
     sae.b_enc[chosen] = 0.0
     if sae.cfg.activation.threshold == "learned" and sae.threshold is not None and others.any():
         sae.threshold[chosen] = sae.threshold[others.to(sae.device)].median()
-    if optimiser is not None:
-        _forget(sae, chosen, optimiser)
+    if optimizer is not None:
+        _forget(sae, chosen, optimizer)
     return tokens
 
 
 def _draw(sae: SAEModule, acts: Tensor, n: int, seed: int) -> tuple[list[int], Tensor]:
-    """Tokens drawn in proportion to their squared loss, and their residuals in normalised units."""
+    """Tokens drawn in proportion to their squared loss, and their residuals in normalized units."""
     rows = []
     for x in acts.split(PART):
         x = x.to(sae.W_enc)
-        rows.append(sae.normaliser.normalise(x) - sae.normaliser.normalise(sae.decode(sae.encode_sparse(x), x=x)))
+        rows.append(sae.normalizer.normalize(x) - sae.normalizer.normalize(sae.decode(sae.encode_sparse(x), x=x)))
     residual = torch.cat(rows)
     weights = residual.square().sum(1).cpu().double().square()
     if int((weights > 0).sum()) < n:
@@ -149,13 +149,13 @@ def _draw(sae: SAEModule, acts: Tensor, n: int, seed: int) -> tuple[list[int], T
     return tokens.tolist(), residual[tokens.to(residual.device)]
 
 
-def _forget(sae: SAEModule, units: Tensor, optimiser: torch.optim.Optimizer) -> None:
-    """Zero the optimiser's moments of some latents; all parameters but b_dec have latents as their first axis in
+def _forget(sae: SAEModule, units: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Zero the optimizer's moments of some latents; all parameters but b_dec have latents as their first axis in
     storage, W_enc too.
     """
-    for name, parameter in name_optimised(sae, optimiser).items():
+    for name, parameter in name_optimized(sae, optimizer).items():
         if name == "b_dec" or (name == "threshold" and parameter.ndim == 0):
             continue
         for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in optimiser.state[parameter]:
-                optimiser.state[parameter][moment][units] = 0.0
+            if moment in optimizer.state[parameter]:
+                optimizer.state[parameter][moment][units] = 0.0

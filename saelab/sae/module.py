@@ -15,7 +15,7 @@ from saelab.functional.metrics import exact
 from saelab.sae.activation_functions import TopK
 from saelab.sae.archetypal import Archetypal, Archetypes
 from saelab.sae.config import MatchingPursuit, SAEConfig
-from saelab.sae.normalizer import Normaliser
+from saelab.sae.normalizer import Normalizer
 
 DENSE_NUMBERS = 2**25  # pre-activations in memory at a time in dense encoding
 
@@ -23,17 +23,17 @@ DENSE_NUMBERS = 2**25  # pre-activations in memory at a time in dense encoding
 class SAEModule(nn.Module):
     """Weights of a sparse autoencoder or transcoder, with `encode` and `decode`.
 
-        z     = activation( (normalise(x) - b_dec) W_enc + b_enc )
-        x_hat = unnormalise( z W_dec + b_dec )
+        z     = activation( (normalize(x) - b_dec) W_enc + b_enc )
+        x_hat = unnormalize( z W_dec + b_dec )
 
-    With `cfg.d_out` it is a transcoder: it reconstructs other activations y, with a normaliser of their own, and
+    With `cfg.d_out` it is a transcoder: it reconstructs other activations y, with a normalizer of their own, and
     nothing is subtracted from its input:
 
-        z     = activation( normalise(x) W_enc + b_enc )
-        y_hat = unnormalise_target( z W_dec + b_dec + normalise(x) W_skip )
+        z     = activation( normalize(x) W_enc + b_enc )
+        y_hat = unnormalise_target( z W_dec + b_dec + normalize(x) W_skip )
 
-    W_skip exists with `cfg.skip` only. All weights are in the normalisers' units, and so in the activations' own for
-    normaliser "none". Weights are float32 and drawn from `seed` on CPU; None leaves them uninitialised, to be filled by
+    W_skip exists with `cfg.skip` only. All weights are in the normalizers' units, and so in the activations' own for
+    normalizer "none". Weights are float32 and drawn from `seed` on CPU; None leaves them uninitialised, to be filled by
     loading. Rows of W_dec are random unit directions and W_enc is their transpose (a transcoder's W_enc is drawn
     separately); W_enc is stored latent by latent, so that reading a few latents touches a few rows of memory. Matching
     pursuit encodes with W_dec: there `W_enc` is its transpose, `b_enc` zero, and neither a parameter.
@@ -46,7 +46,7 @@ class SAEModule(nn.Module):
     W_skip: Float[Tensor, "d_in d_out"] | None
     threshold: Tensor | None
     archetypes: Archetypes | None
-    target_normaliser: Normaliser | None
+    target_normalizer: Normalizer | None
 
     def __init__(self, cfg: SAEConfig, seed: int | None = 0) -> None:
         super().__init__()
@@ -69,8 +69,9 @@ class SAEModule(nn.Module):
             self.threshold = nn.Parameter(threshold)
         else:
             self.register_buffer("threshold", threshold)
-        self.normaliser = Normaliser(cfg.normaliser, cfg.d_in)
-        self.target_normaliser = None if cfg.d_out is None else Normaliser(cfg.normaliser, cfg.d_out)
+        self.normalizer = Normalizer(cfg.normalizer, cfg.d_in)
+        self.register_load_state_dict_pre_hook(_read_old_names)
+        self.target_normalizer = None if cfg.d_out is None else Normalizer(cfg.normalizer, cfg.d_out)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("W_enc", "b_enc") and name not in self._parameters:
@@ -88,25 +89,25 @@ class SAEModule(nn.Module):
         return self.W_dec.dtype
 
     @property
-    def out_normaliser(self) -> Normaliser:
-        """Normaliser of what is reconstructed: a transcoder's `target_normaliser`, an autoencoder's `normaliser`."""
-        return self.normaliser if self.target_normaliser is None else self.target_normaliser
+    def out_normalizer(self) -> Normalizer:
+        """Normalizer of what is reconstructed: a transcoder's `target_normalizer`, an autoencoder's `normalizer`."""
+        return self.normalizer if self.target_normalizer is None else self.target_normalizer
 
-    def centre(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Input of the encoder: `normalise(x) - b_dec`, or a transcoder's `normalise(x)`."""
-        normalised = self.normaliser.normalise(x.to(self.W_dec))
-        return normalised - self.b_dec if self.cfg.d_out is None else normalised
+    def center(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Input of the encoder: `normalize(x) - b_dec`, or a transcoder's `normalize(x)`."""
+        normalized = self.normalizer.normalize(x.to(self.W_dec))
+        return normalized - self.b_dec if self.cfg.d_out is None else normalized
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Dense codes z of activations, differentiable; a latent is active where `z != 0` (codes of signed activation
         functions may be negative).
         """
         self._check_width(x)
-        centred = self.centre(x)
+        centered = self.center(x)
         if isinstance(self.cfg.encoder, MatchingPursuit):
-            codes = self.pursue(centred.reshape(-1, self.cfg.d_in), self.W_dec)
+            codes = self.pursue(centered.reshape(-1, self.cfg.d_in), self.W_dec)
             return codes.to_dense().view(*x.shape[:-1], self.cfg.d_sae)
-        flat = centred.reshape(-1, self.cfg.d_in)
+        flat = centered.reshape(-1, self.cfg.d_in)
         u = flat @ self.W_enc + self.b_enc
         return self.cfg.activation.code(u, flat, self.W_enc.T, self.b_enc, self.threshold).view(
             *x.shape[:-1], self.cfg.d_sae
@@ -119,12 +120,14 @@ class SAEModule(nn.Module):
         """
         self._check_width(x)
         flat = x.reshape(-1, self.cfg.d_in)
-        codes = self.search(self.centre(flat), training=False)
+        codes = self.search(self.center(flat), training=False)
         if codes is None:
             codes = self._encode_by_parts(flat)
         return replace(codes, batch_shape=tuple(x.shape[:-1]))
 
-    def encode_some(self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int]) -> Float[Tensor, "*batch n_latents"]:
+    def encode_latents(
+        self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int]
+    ) -> Float[Tensor, "*batch n_latents"]:
         """Codes of the given latents, equal to `encode(x)[..., latents]`, differentiable; computes only their part of
         the encoder where their codes do not depend on other latents.
         """
@@ -132,26 +135,26 @@ class SAEModule(nn.Module):
         flat, chosen = x.reshape(-1, self.cfg.d_in), torch.tensor(latents, dtype=torch.long, device=self.device)
         z = None
         if not isinstance(self.cfg.encoder, MatchingPursuit):
-            z = self.cfg.activation.pick(self.centre(flat), self.W_enc.T, self.b_enc, self.threshold, chosen)
+            z = self.cfg.activation.pick(self.center(flat), self.W_enc.T, self.b_enc, self.threshold, chosen)
         if z is None:
             whole = len(flat) * self.cfg.d_sae <= DENSE_NUMBERS or torch.is_grad_enabled()
             z = self.encode(flat)[:, chosen] if whole else self.encode_sparse(flat).columns(chosen)
         return z.view(*x.shape[:-1], len(latents))
 
-    def search(self, centred: Float[Tensor, "n_rows d_in"], training: bool) -> SparseCodes | None:
-        """Pre-activations that may be active, in sparse form, for rows that `centre` returned; None where the dense
+    def search(self, centered: Float[Tensor, "n_rows d_in"], training: bool) -> SparseCodes | None:
+        """Pre-activations that may be active, in sparse form, for rows that `center` returned; None where the dense
         computation must or should be used instead.
         """
         if isinstance(self.cfg.encoder, MatchingPursuit):
-            return self.pursue(centred, self.W_dec)
-        return self.cfg.activation.search(centred, self.W_enc.T, self.b_enc, self.threshold, training=training)
+            return self.pursue(centered, self.W_dec)
+        return self.cfg.activation.search(centered, self.W_enc.T, self.b_enc, self.threshold, training=training)
 
-    def pursue(self, centred: Float[Tensor, "n_rows d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> SparseCodes:
+    def pursue(self, centered: Float[Tensor, "n_rows d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> SparseCodes:
         """Codes by matching pursuit along the rows of `W_dec`, differentiable."""
         encoder, activation = self.cfg.encoder, self.cfg.activation
         assert isinstance(encoder, MatchingPursuit) and isinstance(activation, TopK)
         return pursue(
-            centred, W_dec, activation.k, activation.signed, encoder.residual_threshold, encoder.stop_on_repeat
+            centered, W_dec, activation.k, activation.signed, encoder.residual_threshold, encoder.stop_on_repeat
         )
 
     def _encode_by_parts(self, x: Tensor) -> SparseCodes:
@@ -178,10 +181,10 @@ class SAEModule(nn.Module):
             z: dense (*batch, d_sae) or sparse codes.
             prefix: use only the first `prefix` latents, 1..d_sae; None uses all.
             x: the activations that were encoded. A skip connection's contribution is computed from them, and left out
-                without them; a normaliser with per-token statistics needs them.
+                without them; a normalizer with per-token statistics needs them.
 
         Raises:
-            ValueError: for a `prefix` out of range, and for a missing `x` that the normaliser needs.
+            ValueError: for a `prefix` out of range, and for a missing `x` that the normalizer needs.
         """
         n = self.cfg.d_sae if prefix is None else prefix
         if not 1 <= n <= self.cfg.d_sae:
@@ -192,8 +195,8 @@ class SAEModule(nn.Module):
             summed = z[..., :n] @ self.W_dec[:n]
         summed = summed + self.b_dec
         if self.W_skip is not None and x is not None:
-            summed = summed + self.centre(x) @ self.W_skip
-        return self.out_normaliser.unnormalise(summed, x)
+            summed = summed + self.center(x) @ self.W_skip
+        return self.out_normalizer.unnormalize(summed, x)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Reconstruction in the activations' own dtype and on their device; a transcoder's is of its target, skip
@@ -202,11 +205,11 @@ class SAEModule(nn.Module):
         codes = self.encode(x) if torch.is_grad_enabled() else self.encode_sparse(x)
         return self.decode(codes, x=x).to(x)
 
-    def stretch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
-        """Factor by which a code of 1 adds more than the row of `directions` at each token: 1, unless the normaliser
+    def output_scale(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
+        """Factor by which a code of 1 adds more than the row of `directions` at each token: 1, unless the normalizer
         has per-token statistics.
         """
-        return self.out_normaliser.stretch(x)
+        return self.out_normalizer.output_scale(x)
 
     @torch.no_grad()
     def directions(self) -> Float[Tensor, "d_sae d_out"]:
@@ -215,37 +218,37 @@ class SAEModule(nn.Module):
 
         A transcoder's have the target's width, and are directions at the hook point of its target.
         """
-        rows, normaliser = self.W_dec.detach(), self.out_normaliser
-        return rows if normaliser.kind == "none" else normaliser.apply_matrix(rows, normaliser.inverse)
+        rows, normalizer = self.W_dec.detach(), self.out_normalizer
+        return rows if normalizer.kind == "none" else normalizer.apply_matrix(rows, normalizer.inverse)
 
     @torch.no_grad()
     def fold(self) -> "SAEModule":
-        """An equal SAE without a normaliser: the same codes and reconstructions from the weights alone.
+        """An equal SAE without a normalizer: the same codes and reconstructions from the weights alone.
 
-        With `normalise(x) = (x - mean) M`: W_enc <- M W_enc, W_dec <- W_dec M^-1, b_dec <- b_dec M^-1 + mean; b_enc and
+        With `normalize(x) = (x - mean) M`: W_enc <- M W_enc, W_dec <- W_dec M^-1, b_dec <- b_dec M^-1 + mean; b_enc and
         threshold stay. A transcoder has (mean, M) of its input and (mean', M') of its target: b_enc <- b_enc - mean M
         W_enc, W_dec <- W_dec M'^-1, W_skip <- M W_skip M'^-1, b_dec <- b_dec M'^-1 + mean' - mean W_skip. The rows of
         W_dec are then no longer of unit norm.
 
         Raises:
-            ValueError: for a normaliser with per-token statistics, which no weights can express.
+            ValueError: for a normalizer with per-token statistics, which no weights can express.
         """
         folded = copy.deepcopy(self)
-        if self.cfg.normaliser == "none":
+        if self.cfg.normalizer == "none":
             return folded
-        read, written = self.normaliser, self.out_normaliser
+        read, written = self.normalizer, self.out_normalizer
         folded.W_enc.copy_(read.fold_into(self.W_enc))
         folded.W_dec.copy_(self.directions())
-        folded.b_dec.copy_(written.unnormalise(self.b_dec))
+        folded.b_dec.copy_(written.unnormalize(self.b_dec))
         if self.cfg.d_out is not None:
             folded.b_enc.copy_(exact(self.b_enc) - exact(read.mean) @ exact(folded.W_enc))
-            folded.target_normaliser = Normaliser("none", self.cfg.d_out)
+            folded.target_normalizer = Normalizer("none", self.cfg.d_out)
         if self.W_skip is not None and folded.W_skip is not None:
             folded.W_skip.copy_(written.apply_matrix(read.fold_into(self.W_skip), written.inverse))
             folded.b_dec.copy_(exact(folded.b_dec) - exact(read.mean) @ exact(folded.W_skip))
-        folded.cfg = replace(self.cfg, normaliser="none", dictionary="free")
-        folded.normaliser = Normaliser("none", self.cfg.d_in)
-        folded.archetypes = None  # W and Lambda give the rows in the normaliser's units
+        folded.cfg = replace(self.cfg, normalizer="none", dictionary="free")
+        folded.normalizer = Normalizer("none", self.cfg.d_in)
+        folded.archetypes = None  # W and Lambda give the rows in the normalizer's units
         folded.W_dec.requires_grad_(True)
         return folded
 
@@ -260,6 +263,14 @@ class SAEModule(nn.Module):
                 f"Activations must have d_in ({self.cfg.d_in}) as their last axis, got shape {tuple(x.shape)}; "
                 "use the hook point this SAE was made for."
             )
+
+
+def _read_old_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+    """Tensors of files that spell `normaliser`, under the names of today."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        own = name.removeprefix(prefix)
+        if own.startswith(("normaliser.", "target_normaliser.")):
+            state[prefix + own.replace("normaliser.", "normalizer.", 1)] = state.pop(name)
 
 
 def _draw_directions(n: int, d: int, generator: torch.Generator | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Normalisation of activations before encoding: an invertible map, affine for most kinds."""
+"""Normalization of activations before encoding: an invertible map, affine for most kinds."""
 
 from typing import Literal
 
@@ -17,8 +17,8 @@ RIDGE = 1e-6  # fraction of the largest variance added to every one, which bound
 LAYER_EPSILON = 1e-5  # what layer_norm adds to the deviation it divides by
 
 
-class Normaliser(nn.Module):
-    """Invertible map `normalise(x) = (x - mean) M`, saved with the SAE's weights.
+class Normalizer(nn.Module):
+    """Invertible map `normalize(x) = (x - mean) M`, saved with the SAE's weights.
 
     `none`: the identity. `scale`: M is one number, so that E||(x - mean) M||^2 = d_in. `whiten`: M maps principal
     components to unit variance (arXiv:2412.16247), those of almost no variance kept small. Learned by `fit`; the
@@ -51,21 +51,21 @@ class Normaliser(nn.Module):
             return
         x = exact(x)
         mean = x.mean(0)
-        centred = x - mean
+        centered = x - mean
         self.mean.copy_(mean)
         if self.kind == "scale":
-            root = (centred.square().sum(1).mean() / x.shape[1]).sqrt()
+            root = (centered.square().sum(1).mean() / x.shape[1]).sqrt()
             root = root if root > 0 else torch.ones_like(root)
             self.inverse.copy_(root)
             self.matrix.copy_(root.reciprocal())
             return
-        variances, directions = torch.linalg.eigh(centred.T @ centred / len(x))
+        variances, directions = torch.linalg.eigh(centered.T @ centered / len(x))
         roots = (variances.clamp(min=0) + RIDGE * variances[-1].clamp(min=1e-30)).sqrt()
         self.matrix.copy_(directions / roots)
         self.inverse.copy_((directions * roots).T)
 
-    def normalise(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
-        """Normalised activations: `(x - mean) M`, or with the token's own statistics for per-token kinds."""
+    def normalize(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
+        """Normalized activations: `(x - mean) M`, or with the token's own statistics for per-token kinds."""
         if self.kind == "none":
             return x
         if self.kind in PER_TOKEN:
@@ -73,10 +73,10 @@ class Normaliser(nn.Module):
             return (x - shift) / (scale + LAYER_EPSILON if self.kind == "layer_norm" else scale.clamp(min=1e-30))
         return self.apply_matrix(x - self.mean, self.matrix)
 
-    def unnormalise(
+    def unnormalize(
         self, x_hat: Float[Tensor, "*batch d_in"], x: Float[Tensor, "*batch d_read"] | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Inverse of `normalise`: `x_hat M^-1 + mean`; a per-token kind needs the original activations `x` too, else
+        """Inverse of `normalize`: `x_hat M^-1 + mean`; a per-token kind needs the original activations `x` too, else
         ValueError.
         """
         if self.kind == "none":
@@ -85,24 +85,24 @@ class Normaliser(nn.Module):
             return self.apply_matrix(x_hat, self.inverse) + self.mean
         if x is None:
             raise ValueError(
-                f"`x` must be given to decode with normaliser '{self.kind}', which measures every token, got none; "
+                f"`x` must be given to decode with normalizer '{self.kind}', which measures every token, got none; "
                 "pass the activations that were encoded: decode(codes, x=x)."
             )
         shift, scale = self._measure(x.to(x_hat))
         return x_hat * scale + shift
 
-    def stretch(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
+    def output_scale(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
         """Factor by which the inverse multiplies each token, for per-token kinds; 1 for the others."""
         return self._measure(x)[1] if self.kind in PER_TOKEN else 1.0
 
     def fold_into(self, weight: Float[Tensor, "d_in n"]) -> Float[Tensor, "d_in n"]:
-        """`M weight`: the weight that does to `x - mean` what the given one does to `normalise(x)`; ValueError for
+        """`M weight`: the weight that does to `x - mean` what the given one does to `normalize(x)`; ValueError for
         per-token kinds, which are not linear.
         """
         if self.kind in PER_TOKEN:
             raise ValueError(
-                f"`normaliser` must be linear to be folded into weights, got '{self.kind}', which measures every "
-                "token; keep it, or normalise the activations before they come here."
+                f"`normalizer` must be linear to be folded into weights, got '{self.kind}', which measures every "
+                "token; keep it, or normalize the activations before they come here."
             )
         return self.matrix @ weight if self.matrix.ndim else self.matrix * weight
 

@@ -28,8 +28,8 @@ from saelab.training.loop import HistoryEntry, Sink, train
 
 
 class SAE(SAEModule):
-    """A sparse autoencoder: `x_hat = unnormalise(z W_dec + b_dec)`,
-    `z = activation((normalise(x) - b_dec) W_enc + b_enc)`.
+    """A sparse autoencoder: `x_hat = unnormalize(z W_dec + b_dec)`,
+    `z = activation((normalize(x) - b_dec) W_enc + b_enc)`.
 
     Every variant is this class with another `SAEConfig`; with `d_out` it is a transcoder, see `SAEModule` for its
     formula. Weights are float32, drawn from `seed`.
@@ -83,7 +83,7 @@ class SAE(SAEModule):
         """Write `config.json` and `model.safetensors` into a folder, or the files of another library.
 
         An SAE that was loaded from that library's files and is unchanged is written as it was, bit for bit; otherwise a
-        normaliser is folded into the weights, and BatchTopK becomes a threshold.
+        normalizer is folded into the weights, and BatchTopK becomes a threshold.
 
         Args:
             folder: folder to write to; made if need be.
@@ -211,12 +211,12 @@ class SAE(SAEModule):
         """The same SAE with the attributes and methods that SAEBench expects, rows of W_dec at unit length.
 
         Raises:
-            ValueError: for a transcoder, for an SAE without provenance, and for a normaliser with per-token statistics.
+            ValueError: for a transcoder, for an SAE without provenance, and for a normalizer with per-token statistics.
         """
         return SAEBenchSAE(self, self.provenance, (self.training_ or {}).get("n_tokens_seen"))
 
     def fold(self) -> "SAE":
-        """An equal SAE without a normaliser: same codes, same reconstructions; its dictionary rows are no longer of
+        """An equal SAE without a normalizer: same codes, same reconstructions; its dictionary rows are no longer of
         unit norm. See `SAEModule.fold`.
         """
         folded = super().fold()

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested_decode_error
-from saelab.functional.metrics import ReconstructionSums, effective_rank, exact, nested_error, normalised_error
+from saelab.functional.metrics import ReconstructionSums, effective_rank, exact, nested_error, normalized_error
 from saelab.functional.screening import largest_first
 from saelab.sae.activation_functions import ReLU
 from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes
@@ -33,21 +33,21 @@ def place_weights(
 
     Args:
         sae: the SAE; its weights change.
-        x: (n_tokens, d_in) normalised inputs.
-        y: (n_tokens, d_out) normalised targets; `x` again for an autoencoder.
+        x: (n_tokens, d_in) normalized inputs.
+        y: (n_tokens, d_out) normalized targets; `x` again for an autoencoder.
         seed: seed of archetypal points, or of the activations drawn as directions for `init="data"`.
     """
     sae.b_dec.copy_(y.mean(0))
-    centred = x - x.mean(0)
+    centered = x - x.mean(0)
     rows = sae.W_enc.T
     if sae.archetypes is not None:
         sae.archetypes.place(y - y.mean(0), seed)
         sae.W_dec.copy_(sae.archetypes())
-        rows = sae.W_dec if sae.cfg.d_out is None else _unit(sae.W_dec @ (y - y.mean(0)).T @ centred)
+        rows = sae.W_dec if sae.cfg.d_out is None else _unit(sae.W_dec @ (y - y.mean(0)).T @ centered)
     elif sae.cfg.init == "data":
-        rows = _draw_rows(centred, rows, seed)
+        rows = _draw_rows(centered, rows, seed)
     elif sae.cfg.init == "subspace":
-        rows = _turn_inside(centred, rows)
+        rows = _turn_inside(centered, rows)
     sae.W_enc.copy_(rows.T)
     if sae.cfg.d_out is None:
         sae.W_dec.copy_(rows)
@@ -63,10 +63,10 @@ def _unit(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def _draw_rows(centred: Tensor, random: Tensor, seed: int) -> Tensor:
+def _draw_rows(centered: Tensor, random: Tensor, seed: int) -> Tensor:
     """Activations drawn at random, as directions."""
     generator = torch.Generator().manual_seed(seed)
-    rows = centred[centred.norm(dim=1) > 0]
+    rows = centered[centered.norm(dim=1) > 0]
     if len(rows) == 0:  # constant activations have no direction: keep the random ones
         return random
     chosen = rows[torch.randint(len(rows), (len(random),), generator=generator)]
@@ -75,14 +75,14 @@ def _draw_rows(centred: Tensor, random: Tensor, seed: int) -> Tensor:
     return directions / directions.norm(dim=1, keepdim=True)
 
 
-def _turn_inside(centred: Tensor, random: Tensor) -> Tensor:
+def _turn_inside(centered: Tensor, random: Tensor) -> Tensor:
     """Random directions in the subspace spanned by the activations (arXiv:2508.16929): a latent outside of it is never
     active.
 
     The dimension is the effective rank of the singular values. Unlike the number of components that hold 99 % of the
     variance, it is not reduced to a handful by a few dominant directions.
     """
-    moments = exact(centred).T @ exact(centred)
+    moments = exact(centered).T @ exact(centered)
     variances, directions = torch.linalg.eigh(moments)
     n = max(1, math.ceil(effective_rank(variances.clamp(min=0).sqrt())))
     return _unit(random[:, :n] @ directions[:, -n:].T.to(random))
@@ -102,15 +102,15 @@ def _match_scale(sae: SAEModule, x: Tensor, y: Tensor) -> None:
     """Scale the encoder by the c that minimises ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
     many times too large.
     """
-    centred, y_hat = y - sae.b_dec, _codes(sae, x) @ sae.W_dec
+    centered, y_hat = y - sae.b_dec, _codes(sae, x) @ sae.W_dec
     energy = y_hat.square().sum()
-    if energy > 0 and (scale := (centred * y_hat).sum() / energy) > 0:
+    if energy > 0 and (scale := (centered * y_hat).sum() / energy) > 0:
         sae.W_enc.mul_(scale.clamp(0.05, 1.0))
         sae.b_enc.mul_(scale.clamp(0.05, 1.0))
 
 
 def _codes(sae: SAEModule, x: Tensor) -> Tensor:
-    """Codes at the start of training, of normalised inputs."""
+    """Codes at the start of training, of normalized inputs."""
     read = x - sae.b_dec if sae.cfg.d_out is None else x
     return sae.cfg.activation(read @ sae.W_enc + sae.b_enc, sae.threshold, training=True)
 
@@ -119,7 +119,7 @@ THRESHOLD_RATE = 0.01  # of the running threshold's exponential average, after i
 STEER_RATE = 0.03  # change of the log sparsity coefficient per step where L0 is off by a factor e
 STEER_DAMPING = 1.0  # share of a change in log L0 that the coefficient follows at once, to prevent overshooting
 STEER_LIMIT = 2.0  # clamp of the log-ratio of L0 to its target
-# The coefficient acts through the optimiser, slowly; near the target all thresholds (ReLU: biases) follow L0 at once.
+# The coefficient acts through the optimizer, slowly; near the target all thresholds (ReLU: biases) follow L0 at once.
 CUT_LIMIT = 0.5
 THRESHOLD_STEP = 0.02  # change of log thresholds per step and unit of log-ratio
 BIAS_STEP = 0.003  # change of biases per step and unit of log-ratio, in units of u
@@ -189,14 +189,14 @@ class TrainingSAE:
 
     @torch.no_grad()
     def prepare(self, sample: Float[Tensor, "n_tokens width"]) -> None:
-        """Fit the normalisers and initialise biases, directions and encoder scale from a sample; an SAE that was
+        """Fit the normalizers and initialise biases, directions and encoder scale from a sample; an SAE that was
         trained before keeps its weights.
         """
         sae, sample = self.sae, sample.to(self.sae.W_dec)
         if not self.trained:
-            sae.normaliser.fit(sample[:, : sae.cfg.d_in])
-            if sae.target_normaliser is not None:
-                sae.target_normaliser.fit(sample[:, sae.cfg.d_in :])
+            sae.normalizer.fit(sample[:, : sae.cfg.d_in])
+            if sae.target_normalizer is not None:
+                sae.target_normalizer.fit(sample[:, sae.cfg.d_in :])
         x, y = self._read(sample)
         variance = (y - y.mean(0)).square().sum(1).mean()
         self.state["variance"].copy_(variance if variance > 0 else torch.ones_like(variance))
@@ -204,16 +204,16 @@ class TrainingSAE:
             place_weights(sae, x, y, self.cfg.seed)
 
     def _read(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[Tensor, Tensor]:
-        """Normalised inputs and targets; the same tensor for an autoencoder."""
+        """Normalized inputs and targets; the same tensor for an autoencoder."""
         sae = self.sae
-        x = sae.normaliser.normalise(batch[:, : sae.cfg.d_in].to(sae.W_dec))
-        if sae.target_normaliser is None:
+        x = sae.normalizer.normalize(batch[:, : sae.cfg.d_in].to(sae.W_dec))
+        if sae.target_normalizer is None:
             return x, x
-        return x.contiguous(), sae.target_normaliser.normalise(batch[:, sae.cfg.d_in :].to(sae.W_dec))
+        return x.contiguous(), sae.target_normalizer.normalize(batch[:, sae.cfg.d_in :].to(sae.W_dec))
 
     def objective(self, batch: Float[Tensor, "n_tokens width"]) -> Objective:
         """Losses of one batch. No side effects: counters and thresholds are updated in `observe`, weights by the
-        optimiser.
+        optimizer.
         """
         sae = self.sae
         x, y = self._read(batch)
@@ -224,9 +224,9 @@ class TrainingSAE:
             step = self._pursuit_step(x, W_dec)
         else:
             with torch.no_grad():
-                centred = x - sae.b_dec if sae.cfg.d_out is None else x
-                found = sae.search(centred, training=True)
-            step = self._dense_step(x, y, W_dec) if found is None else self._sparse_step(x, y, W_dec, centred, found)
+                centered = x - sae.b_dec if sae.cfg.d_out is None else x
+                found = sae.search(centered, training=True)
+            step = self._dense_step(x, y, W_dec) if found is None else self._sparse_step(x, y, W_dec, centered, found)
         errors, residual, penalty, seen = step
         terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
         if penalty is not None:
@@ -235,18 +235,18 @@ class TrainingSAE:
             terms["aux"] = self._aux(x, W_dec, residual, sae.cfg.aux)
         return Objective(terms, *seen, n_tokens=len(x))
 
-    def _sparse_step(self, x: Tensor, y: Tensor, W_dec: Tensor, centred: Tensor, found: SparseCodes) -> _Step:
+    def _sparse_step(self, x: Tensor, y: Tensor, W_dec: Tensor, centered: Tensor, found: SparseCodes) -> _Step:
         """Errors of the prefixes from sparse codes, at a cost proportional to the number of active entries."""
         sae, transcodes = self.sae, self.sae.cfg.d_out is not None
         entries = Entries(found.indices, found.rows, found.offsets).with_columns(sae.cfg.d_sae)
         b_dec = None if transcodes else sae.b_dec
-        u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_dec, entries, self._spare("W_enc"), centred)
+        u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_dec, entries, self._spare("W_enc"), centered)
         threshold = sae.threshold
         if threshold is not None and threshold.ndim:
             threshold = threshold.index_select(0, found.indices)
         values = sae.cfg.activation.fire(u, threshold)
         penalty = sae.cfg.activation.penalty(u, values, threshold)
-        return self._decode_step(values, entries, y, W_dec, None if transcodes else centred, penalty)
+        return self._decode_step(values, entries, y, W_dec, None if transcodes else centered, penalty)
 
     def _pursuit_step(self, x: Tensor, W_dec: Tensor) -> _Step:
         """Errors of the prefixes for matching pursuit, whose products are differentiable."""
@@ -260,10 +260,10 @@ class TrainingSAE:
         entries: Entries,
         y: Tensor,
         W_dec: Tensor,
-        centred: Tensor | None,
+        centered: Tensor | None,
         penalty: Tensor | None,
     ) -> _Step:
-        """Errors of the prefixes from codes at the given entries; `centred` is y - b_dec, if known."""
+        """Errors of the prefixes from codes at the given entries; `centered` is y - b_dec, if known."""
         sae, n, indices = self.sae, len(y), entries.indices
         size = values.detach().abs()
         fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=y.device)
@@ -277,7 +277,7 @@ class TrainingSAE:
             offsets = torch.searchsorted(rows, torch.arange(n * len(ends) + 1, device=rows.device))
             entries = Entries(indices, rows, offsets)
         errors, residual = nested_decode_error(
-            values, W_dec, y, sae.b_dec, entries, len(ends), self._spare("W_dec"), centred
+            values, W_dec, y, sae.b_dec, entries, len(ends), self._spare("W_dec"), centered
         )
         return errors, residual, penalty, seen
 
@@ -339,7 +339,7 @@ class TrainingSAE:
         k = min(aux.k or max(1, sae.cfg.d_target // 2), len(dead))
         places = largest_first((u.abs() if sae.cfg.activation.signed else u).detach(), k)
         z = torch.zeros_like(u).scatter(1, places, u.gather(1, places))
-        return aux.coefficient * normalised_error(z @ W_dec.index_select(0, dead), residual[:n].detach())
+        return aux.coefficient * normalized_error(z @ W_dec.index_select(0, dead), residual[:n].detach())
 
     @torch.no_grad()
     def observe(self, seen: Objective) -> None:

@@ -110,7 +110,7 @@ def steering_baselines(
 @torch.no_grad()
 def _find_side(sae: SAE, feature: int, rows: LabeledActivations) -> int:
     """Sign of the difference of a feature's mean codes where the label is true and where it is false."""
-    z = sae.encode_some(rows.x.to(sae.device), [feature])[:, 0].cpu()
+    z = sae.encode_latents(rows.x.to(sae.device), [feature])[:, 0].cpu()
     return -1 if z[rows.y].mean() < z[~rows.y].mean() else 1
 
 

@@ -403,7 +403,7 @@ class SteeringCurve(Result):
         """The sides, 1 and -1, on which a source has strengths other than the neutral one."""
         return tuple(side for side in SIDES if any(side * (s - self.neutral[name]) > 0 for _, (name, s) in self._doses))
 
-    def summarise(self) -> list[dict[str, Any]]:
+    def summarize(self) -> list[dict[str, Any]]:
         """A row for each side and source: measures at `common_kl`, area up to it, and the best strength."""
         wanted = ["extra_score"] if self.scored else ["lift", *(["selectivity"] if self.others else []), "gain"]
         rows = []
@@ -423,13 +423,13 @@ class SteeringCurve(Result):
                 row[measure] = asdict(found)
         summary = [
             {key: asdict(one) if isinstance(one, Estimate | BestPoint) else one for key, one in row.items()}
-            for row in self.summarise()
+            for row in self.summarize()
         ]
         return super().to_dict() | {"rows": rows, "summary": summary}
 
     def tell_rows(self) -> tuple[list[str], list[list[str]]]:
         """The summary as a header and rows of text."""
-        rows = self.summarise()
+        rows = self.summarize()
         measures = [key for key in rows[0] if key not in ("source", "side", "kl", "best", "area")] if rows else []
         kls = {side: self.common_kl(side) for side in self.sides}
         header = ["", *measures, "area", "best at", "score"]

@@ -98,7 +98,7 @@ def make_doses(
         model: language model; sources must match it.
         sources: what to steer, by name; no name may be 'unsteered'.
         strengths: for all sources, or by source; None for the grid of the unit in `GRIDS` (units "max" and "norm" of
-            mode "add", "clamp" or "at-least").
+            mode "add", "clamp" or "floor").
         unit: of the strengths of SAE features and directions, as in `Intervention`; interventions bring their own.
         mode: the same for their mode; not "ablate", which has no strengths.
         where: tokens that SAE features and directions are steered at.

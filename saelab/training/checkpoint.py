@@ -16,7 +16,7 @@ from saelab.stores.files import remove_leftovers, replace_folder, save_tensors, 
 from saelab.stores.jobs import hold_folder
 from saelab.stores.tensors import load_tensors
 from saelab.stores.validation import SEAL, check_settings, naming, read_json, read_sealed, refuse_unknown
-from saelab.training.config import Batches, Trainable, name_optimised
+from saelab.training.config import Batches, Trainable, name_optimized
 
 SCHEMA_VERSION = 1
 FOLDER = "checkpoint"
@@ -38,7 +38,7 @@ def save_checkpoint(
     folder: Path,
     progress: Mapping[str, Any],
     trainables: Sequence[Trainable],
-    optimisers: Sequence[torch.optim.Optimizer],
+    optimizers: Sequence[torch.optim.Optimizer],
     batches: Batches,
 ) -> None:
     """Write a checkpoint: weights, counters, optimizer state, position in the data and history.
@@ -49,15 +49,15 @@ def save_checkpoint(
         folder: the checkpoint's folder.
         progress: config, step, history and running sums, as JSON values; see `read_progress`.
         trainables: what is trained.
-        optimisers: the optimizer of each trainable.
+        optimizers: the optimizer of each trainable.
         batches: the data, whose position is saved.
     """
     plain, tensors = _divide(batches.state_dict())
     with replace_folder(folder, last=PROGRESS) as temp:
-        for i, (trainable, optimiser) in enumerate(zip(trainables, optimisers, strict=True)):
+        for i, (trainable, optimizer) in enumerate(zip(trainables, optimizers, strict=True)):
             save_tensors(temp / f"weights_{i}.safetensors", trainable.module.state_dict())
             save_tensors(temp / f"counters_{i}.safetensors", trainable.state)
-            save_tensors(temp / f"optimiser_{i}.safetensors", _optimiser_tensors(trainable, optimiser))
+            save_tensors(temp / f"optimiser_{i}.safetensors", _optimizer_tensors(trainable, optimizer))
         save_tensors(temp / "batches.safetensors", tensors)
         head = {"schema_version": SCHEMA_VERSION, "batches": plain}
         write_json(temp / PROGRESS, {**head, **progress}, sealed=True)
@@ -82,14 +82,14 @@ def find_checkpoint(out: Path) -> Path | None:
 
 
 def load_checkpoint(
-    folder: Path, trainables: Sequence[Trainable], optimisers: Sequence[torch.optim.Optimizer], batches: Batches
+    folder: Path, trainables: Sequence[Trainable], optimizers: Sequence[torch.optim.Optimizer], batches: Batches
 ) -> dict[str, Any]:
     """Restore the state that `save_checkpoint` wrote, and return its progress.
 
     Args:
         folder: the checkpoint's folder.
         trainables: what is trained; weights and counters are restored in place.
-        optimisers: the optimizer of each trainable; their state is restored in place.
+        optimizers: the optimizer of each trainable; their state is restored in place.
         batches: the data, which continues from the saved position.
 
     Raises:
@@ -97,13 +97,13 @@ def load_checkpoint(
         ValueError: the checkpoint is damaged, edited, of another version, or of other modules or data.
     """
     progress = read_progress(folder)
-    for i, (trainable, optimiser) in enumerate(zip(trainables, optimisers, strict=True)):
+    for i, (trainable, optimizer) in enumerate(zip(trainables, optimizers, strict=True)):
         _fill(folder / f"weights_{i}.safetensors", trainable.module.load_state_dict)
         counters = load_tensors(folder / f"counters_{i}.safetensors")
         _check_like(folder / f"counters_{i}.safetensors", counters, trainable.state)
         trainable.state = {name: value.to(trainable.state[name].device) for name, value in counters.items()}
         with naming(folder / f"optimiser_{i}.safetensors"):
-            _restore_optimiser(trainable, optimiser, load_tensors(folder / f"optimiser_{i}.safetensors"))
+            _restore_optimizer(trainable, optimizer, load_tensors(folder / f"optimiser_{i}.safetensors"))
     _fill(folder / "batches.safetensors", lambda held: batches.load_state_dict({**progress["batches"], **held}))
     return progress
 
@@ -155,20 +155,20 @@ def _divide(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]
     return {key: value for key, value in state.items() if key not in tensors}, tensors
 
 
-def _optimiser_tensors(trainable: Trainable, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(trainable: Trainable, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": value
-        for name, parameter in name_optimised(trainable.module, optimiser).items()
-        for key, value in optimiser.state.get(parameter, {}).items()
+        for name, parameter in name_optimized(trainable.module, optimizer).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _restore_optimiser(trainable: Trainable, optimiser: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
-    for name, parameter in name_optimised(trainable.module, optimiser).items():
+def _restore_optimizer(trainable: Trainable, optimizer: torch.optim.Optimizer, saved: dict[str, Tensor]) -> None:
+    for name, parameter in name_optimized(trainable.module, optimizer).items():
         mine = {key[len(name) + 1 :]: value for key, value in saved.items() if key.startswith(f"{name}.")}
         if mine:
             if wrong := [key for key, value in mine.items() if value.ndim and value.numel() != parameter.numel()]:
                 raise ValueError(f"`{wrong[0]}` of {name} must have its {parameter.numel()} entries. Train anew.")
-            optimiser.state[parameter] = {
+            optimizer.state[parameter] = {
                 key: value.to(parameter.device) if value.ndim else value for key, value in mine.items()
             }

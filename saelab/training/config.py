@@ -192,20 +192,20 @@ def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Ada
     return torch.optim.Adam(trained, lr=lr, betas=cfg.betas, fused=fused)
 
 
-def step_adam(module: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+def step_adam(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Update the module's parameters from their gradients by one step of the optimizer."""
-    for mine, parameter in zip(optimiser.param_groups[0]["params"], _trained(module), strict=True):
+    for mine, parameter in zip(optimizer.param_groups[0]["params"], _trained(module), strict=True):
         grad = parameter.grad
         mine.grad = grad if grad is None or parameter.is_contiguous() else grad.T
-    optimiser.step()
-    for mine, parameter in zip(optimiser.param_groups[0]["params"], _trained(module), strict=True):
+    optimizer.step()
+    for mine, parameter in zip(optimizer.param_groups[0]["params"], _trained(module), strict=True):
         mine.grad = mine.grad if mine is parameter else None  # keep no gradient but the module's own
 
 
-def name_optimised(module: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+def name_optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     """The optimizer's parameters by their names in the module."""
     names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-    return dict(zip(names, optimiser.param_groups[0]["params"], strict=True))
+    return dict(zip(names, optimizer.param_groups[0]["params"], strict=True))
 
 
 def clip_gradients(module: nn.Module, limit: float) -> Tensor:

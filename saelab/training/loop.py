@@ -129,7 +129,7 @@ class TrainingRun:
         self._check_start(held_out)
         self.held_out, self.out = held_out, out
         self.lrs = [cfg.lr or trainable.default_lr() for trainable in trainables]
-        self.optimisers = [make_adam(t.module, lr, cfg) for t, lr in zip(self.trainables, self.lrs, strict=True)]
+        self.optimizers = [make_adam(t.module, lr, cfg) for t, lr in zip(self.trainables, self.lrs, strict=True)]
         self.step = 0
         self.history: list[HistoryEntry] = []
         self._sums: dict[str, Tensor] = {}
@@ -164,7 +164,7 @@ class TrainingRun:
                     f"A resumed run must keep `{key}` of {self.checkpoint} ({before.get(key)}), got {value}; "
                     "give the same settings, or another folder."
                 )
-        progress = load_checkpoint(self.checkpoint, self.trainables, self.optimisers, self.batches)
+        progress = load_checkpoint(self.checkpoint, self.trainables, self.optimizers, self.batches)
         self.step, self.history = progress["step"], progress["history"]
         self._since_log = progress["since_log"]
         self._sums = {key: torch.tensor(value, dtype=torch.float64) for key, value in progress["sums"].items()}
@@ -182,7 +182,7 @@ class TrainingRun:
             "since_log": self._since_log,
             "sums": {key: float(value) for key, value in self._sums.items()},
         }
-        save_checkpoint(self.checkpoint, progress, self.trainables, self.optimisers, self.batches)
+        save_checkpoint(self.checkpoint, progress, self.trainables, self.optimizers, self.batches)
 
     def prepare(self) -> None:
         """Initialize the trainables from a sample of the first batches; the position in the data does not change."""
@@ -255,13 +255,13 @@ class TrainingRun:
 
     def train_on(self, batch: Tensor) -> None:
         """Take one optimizer step of every trainable."""
-        for i, (trainable, optimiser, lr) in enumerate(zip(self.trainables, self.optimisers, self.lrs, strict=True)):
-            optimiser.param_groups[0]["lr"] = lr * self.cfg.lr_scale(self.step)
+        for i, (trainable, optimizer, lr) in enumerate(zip(self.trainables, self.optimizers, self.lrs, strict=True)):
+            optimizer.param_groups[0]["lr"] = lr * self.cfg.lr_scale(self.step)
             objective = trainable.objective(batch)
             objective.total.backward()
             trainable.constrain_gradients()
             clip_gradients(trainable.module, self.cfg.clip_norm)
-            step_adam(trainable.module, optimiser)
+            step_adam(trainable.module, optimizer)
             trainable.recycle_gradients()
             trainable.constrain_weights()
             trainable.observe(objective)

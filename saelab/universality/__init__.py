@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         SpaceScore as SpaceScore,
         compare_spaces as compare_spaces,
         linear_cka as linear_cka,
-        neighbour_overlap as neighbour_overlap,
+        neighbor_overlap as neighbor_overlap,
         principal_angles as principal_angles,
         procrustes as procrustes,
         relative_agreement as relative_agreement,

@@ -29,7 +29,7 @@ ENOUGH = 5
 """Pairs per component, of both sides together, below which canonical correlations are high by chance."""
 SAMPLED_ROWS = 2000
 """Number of rows drawn where a measure compares all rows with each other."""
-N_ANCHORS, N_NEIGHBOURS = 300, 10
+N_ANCHORS, N_NEIGHBORS = 300, 10
 ROUNDING = 1e-7
 """Differences up to this size are rounding errors."""
 
@@ -48,17 +48,17 @@ class SpaceSide:
         return bool((np.ptp(self.rows, axis=0) <= ROUNDING * np.abs(self.rows).max(0)).all())
 
     @cached_property
-    def centred(self) -> Float[np.ndarray, "n d"]:
+    def centered(self) -> Float[np.ndarray, "n d"]:
         """Centred rows, divided by their largest absolute value: no measure depends on the scale, and no power
         overflows.
         """
-        centred = self.rows - self.rows.mean(0)
-        return centred / np.abs(centred).max()
+        centered = self.rows - self.rows.mean(0)
+        return centered / np.abs(centered).max()
 
     @cached_property
     def parts(self) -> tuple[Float[np.ndarray, "n r"], Float[np.ndarray, "r"]]:
         """Principal components of unit norm and their singular values, as many as the rank."""
-        u, s, _ = np.linalg.svd(self.centred, full_matrices=False)
+        u, s, _ = np.linalg.svd(self.centered, full_matrices=False)
         rank = np.count_nonzero(s > s[0] * max(self.rows.shape) * np.finfo(s.dtype).eps)
         return u[:, :rank], s[:rank]
 
@@ -73,7 +73,7 @@ class SpaceSide:
     @cached_property
     def squares(self) -> Float[np.ndarray, "n"]:
         """Squared norms of the centred rows."""
-        return (self.centred**2).sum(1)
+        return (self.centered**2).sum(1)
 
     @cached_property
     def hsic(self) -> float:
@@ -102,7 +102,7 @@ class SpaceSide:
     @cached_property
     def cosines(self) -> Float[np.ndarray, "m m"]:
         """Cosines of every two rows of the sample."""
-        unit = _unit(self.centred[self.sample])
+        unit = _unit(self.centered[self.sample])
         return unit @ unit.T
 
     def relate(self, order: Int[np.ndarray, "m"]) -> Float[np.ndarray, "n_items n_anchors"]:
@@ -167,7 +167,7 @@ class Paired:
 
     def fault(self, measure: str) -> str:
         """The reason why a measure is undefined for these rows; empty where it is defined."""
-        least = {"linear_cka": 4, "relative_agreement": 6, "neighbour_overlap": 6}.get(measure, 3)
+        least = {"linear_cka": 4, "relative_agreement": 6, "neighbor_overlap": 6}.get(measure, 3)
         if self.n < least:
             return f"needs {least} pairs"
         for name, side in (("x", self.x), ("y", self.y)):
@@ -192,7 +192,7 @@ class Paired:
         n_anchors = int(self.x.is_anchor.sum())
         if measure == "relative_agreement":
             return f"{n_anchors} anchors {drawn}"
-        if measure == "neighbour_overlap":
+        if measure == "neighbor_overlap":
             return f"{_n_near(m - n_anchors)} nearest, {n_anchors} anchors {drawn}"
         return drawn if measure == "rsa" and m < self.n else ""
 
@@ -229,7 +229,7 @@ def _relative_agreement(paired: Paired) -> float:
     return float((paired.x.related * paired.related).sum(1).mean())
 
 
-def _neighbour_overlap(paired: Paired) -> float:
+def _neighbor_overlap(paired: Paired) -> float:
     return float(np.take_along_axis(paired.x.nearest, _nearest(paired.related), axis=1).mean())
 
 
@@ -241,7 +241,7 @@ MEASURES: dict[str, Callable[[Paired], float]] = {
     "procrustes": _procrustes,
     "rsa": _rsa,
     "relative_agreement": _relative_agreement,
-    "neighbour_overlap": _neighbour_overlap,
+    "neighbor_overlap": _neighbor_overlap,
 }
 
 
@@ -275,7 +275,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 
 def _n_near(n_items: int) -> int:
-    return int(np.clip(n_items // N_NEIGHBOURS, 1, N_NEIGHBOURS))
+    return int(np.clip(n_items // N_NEIGHBORS, 1, N_NEIGHBORS))
 
 
 def _nearest(related: np.ndarray) -> Int[np.ndarray, "n_items n_near"]:
@@ -482,12 +482,12 @@ def relative_agreement(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_
     return _measure("relative_agreement", x, y, seed)
 
 
-def neighbour_overlap(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"], *, seed: int = 0) -> float:
+def neighbor_overlap(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"], *, seed: int = 0) -> float:
     """Share of a row's nearest rows that are the same on both sides, 0 to 1, by cosine of relative representations.
 
     Ten neighbours, or a tenth of the rows where that is fewer; see `relative_agreement`.
     """
-    return _measure("neighbour_overlap", x, y, seed)
+    return _measure("neighbor_overlap", x, y, seed)
 
 
 def _measure(name: str, x: np.ndarray, y: np.ndarray, seed: int = 0) -> float:

@@ -289,8 +289,8 @@ def seed_stability(
         trained=_agree(trained, signed, threshold, rank, weights),
         random=_agree(random, signed, threshold, rank),
         alike=_agree(alike, signed, threshold, rank),
-        figures=tuple(measure_directions(sae.W_dec, _centre(sae, acts), signed) for sae in saes),
-        random_figures=measure_directions(drawn, _centre(saes[0], acts), signed),
+        figures=tuple(measure_directions(sae.W_dec, _center(sae, acts), signed) for sae in saes),
+        random_figures=measure_directions(drawn, _center(saes[0], acts), signed),
         usage=tuple(usage), seed=seed,
     )  # fmt: skip
 
@@ -315,8 +315,8 @@ def _check(saes: Sequence[SAE], acts: Activations | None, stores: Sequence[Featu
 
 def _bring_back(sae: SAE, rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d_sae d_in"]:
     """Random directions of the normalized space, converted to the activations' own units as the SAE's are."""
-    normaliser = sae.out_normaliser
-    return rows if normaliser.kind == "none" else normaliser.apply_matrix(rows, normaliser.inverse.cpu())
+    normalizer = sae.out_normalizer
+    return rows if normalizer.kind == "none" else normalizer.apply_matrix(rows, normalizer.inverse.cpu())
 
 
 def _draw_alike(rows: Float[Tensor, "d_sae d_in"], generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:
@@ -331,12 +331,12 @@ def _draw_alike(rows: Float[Tensor, "d_sae d_in"], generator: torch.Generator) -
     return (_unit(drawn * scales) @ axes.T).float()
 
 
-def _centre(sae: SAE, acts: Activations | None) -> Float[Tensor, "n d_in"] | None:
+def _center(sae: SAE, acts: Activations | None) -> Float[Tensor, "n d_in"] | None:
     """Some activations, evenly spaced, in the normalized space of the SAE; None without activations."""
     if acts is None:
         return None
     places = torch.linspace(0, acts.n_tokens - 1, min(OOD_TOKENS, acts.n_tokens), dtype=torch.float64).long()
-    return sae.centre(acts[places]).detach()
+    return sae.center(acts[places]).detach()
 
 
 def _agree(

@@ -116,7 +116,7 @@ class Sentence:
     """reason why the sentence is shown"""
 
 
-def colour(sentence: Sentence, scale: float, underline: str = "") -> str:
+def color(sentence: Sentence, scale: float, underline: str = "") -> str:
     """The sentence as HTML, every token a span with its value and its concepts as the title.
 
     Positive activations are orange, negative ones blue, with opacity |value| / `scale`; tokens on which the concept
@@ -429,7 +429,7 @@ def _sentences(corpus: Corpus, trial: Trial, feature: int, side: int, threshold:
     column = trial.codes[:, [feature]].toarray().ravel()
     scale = float(abs(column).max(initial=0.0))
     shown = examples(corpus, column, side, threshold, name)
-    lines = (f'<li>{colour(s, scale, name)}<span class="note">{escape(s.note)}</span></li>' for s in shown)
+    lines = (f'<li>{color(s, scale, name)}<span class="note">{escape(s.note)}</span></li>' for s in shown)
     return f"<ol>{''.join(lines)}</ol>"
 
 

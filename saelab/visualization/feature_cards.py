@@ -137,8 +137,8 @@ def _effects(card: FeatureCard) -> str:
 def _near(card: FeatureCard) -> str:
     if not card.likeness:
         return ""
-    links = ((f'<a href="#feature={j}">{j}</a>', f"{value:+.2f}") for j, value in card.neighbours)
-    return f"<h3>Nearest by {escape(card.likeness)}</h3>" + (_rank(links) if card.neighbours else "<p>none</p>")
+    links = ((f'<a href="#feature={j}">{j}</a>', f"{value:+.2f}") for j, value in card.neighbors)
+    return f"<h3>Nearest by {escape(card.likeness)}</h3>" + (_rank(links) if card.neighbors else "<p>none</p>")
 
 
 def _rank(rows: Iterable[tuple[str, str]]) -> str:

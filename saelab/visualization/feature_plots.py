@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PER_DECADE = 5  # as fine as bins can be when 1, 2, 3, 4 firings are to leave none of them empty
 N_BINS = 40  # on each side of 0
-KIND_COLOURS = dict(zip(KINDS, (OTHER, "#b58a1a", OWN, "#c2559d", "#8066cf"), strict=True))
+KIND_COLORS = dict(zip(KINDS, (OTHER, "#b58a1a", OWN, "#c2559d", "#8066cf"), strict=True))
 LEGIBLE = 0.05  # share of a bar from which its count is written inside
 
 
@@ -45,8 +45,8 @@ def plot_density(store: FeatureStore, *, near_dead_rate: float = 1e-5, dense_rat
     if store.signed:
         sides += [("positive", fires[:, 0], PLUS), ("negative", fires[:, 1], MINUS)]
     figure = make_subplots(rows=len(sides), cols=1, shared_xaxes=True, vertical_spacing=0.07)
-    for row, (name, counts, colour) in enumerate(sides, 1):
-        figure.add_trace(_count_rates(counts, n, name, colour), row=row, col=1)
+    for row, (name, counts, color) in enumerate(sides, 1):
+        figure.add_trace(_count_rates(counts, n, name, color), row=row, col=1)
         figure.update_yaxes(title_text=f"features<br>{name}".removesuffix("<br>"), row=row, col=1)
     for name, rate in (("near-dead", near_dead_rate), ("dense", dense_rate)):
         if rate * n >= 1:  # or the line would stand among those that never fire
@@ -82,7 +82,7 @@ def _never(n_tokens: int) -> float:
     return -math.log10(n_tokens) - 2.5 / PER_DECADE
 
 
-def _count_rates(fires: np.ndarray, n_tokens: int, name: str, colour: str) -> "Bar":
+def _count_rates(fires: np.ndarray, n_tokens: int, name: str, color: str) -> "Bar":
     """Bars of features by the logarithm of their firing counts; bin borders are exact for integers."""
     from plotly.graph_objects import Bar
 
@@ -95,7 +95,7 @@ def _count_rates(fires: np.ndarray, n_tokens: int, name: str, colour: str) -> "B
         x=[_never(n_tokens), *((np.arange(n_bins) + 0.5) / PER_DECADE - math.log10(n_tokens))],
         y=[int((fires == 0).sum()), *np.bincount(bins, minlength=n_bins).tolist()],
         width=0.92 / PER_DECADE,
-        marker={"color": [OTHER, *[colour] * n_bins], "line": {"width": 0}},
+        marker={"color": [OTHER, *[color] * n_bins], "line": {"width": 0}},
         customdata=[f"none of {n_tokens:,} tokens", *said],
         hovertemplate="%{y:,} features fire on %{customdata}<extra>%{fullData.name}</extra>",
     )
@@ -112,7 +112,7 @@ def plot_activations(store: FeatureStore, feature: int) -> "Figure":
     values, n = store.feature(feature).values, len(store)
     figure, edges = Figure(), np.linspace(0, float(np.abs(values).max(initial=0)), N_BINS + 1)
     heights = {side: np.histogram(side * values[side * values > 0], edges)[0] for side in (-1, 1) if len(values)}
-    for side, name, colour in ((-1, "negative", MINUS), (1, "positive", PLUS)):
+    for side, name, color in ((-1, "negative", MINUS), (1, "positive", PLUS)):
         shown = np.flatnonzero(heights.get(side, ()))
         if len(shown) == 0:
             continue
@@ -122,7 +122,7 @@ def plot_activations(store: FeatureStore, feature: int) -> "Figure":
             x=(low + high) / 2,
             y=heights[side][shown],
             width=edges[1],
-            marker={"color": colour, "line": {"width": 0}},
+            marker={"color": color, "line": {"width": 0}},
             customdata=np.stack([low, high], 1),
             hovertemplate="%{y:,} tokens with z from %{customdata[0]:.3g} to %{customdata[1]:.3g}<extra></extra>",
         )
@@ -160,7 +160,7 @@ def plot_dead_features(dead_units: DeadFeatures) -> "Figure":
             x=shares,
             y=names,
             orientation="h",
-            marker={"color": KIND_COLOURS[kind], "line": {"width": 0}},
+            marker={"color": KIND_COLORS[kind], "line": {"width": 0}},
             customdata=counts,
             text=[f"{count:,}" if share >= LEGIBLE else "" for count, share in zip(counts, shares, strict=True)],
             textposition="inside",
@@ -184,7 +184,7 @@ def plot_dead_features(dead_units: DeadFeatures) -> "Figure":
 
 FEWEST = 4
 PERPLEXITY = 30.0
-LABELLED, UNLABELLED = 11, 6
+LABELED, UNLABELED = 11, 6
 RATES = [[0.0, OTHER], [0.5, OWN], [1.0, "#c2559d"]]
 
 
@@ -296,19 +296,19 @@ def _draw_places(
 ) -> "Scatter":
     from plotly.graph_objects import Scatter
 
-    sizes = [LABELLED if j in labels else UNLABELLED for j in shown.tolist()]
+    sizes = [LABELED if j in labels else UNLABELED for j in shown.tolist()]
     return Scatter(
         x=places[:, 0],
         y=places[:, 1],
         mode="markers",
-        marker={"size": sizes, "opacity": 0.9, "line": {"width": 0}, **_colours(store, shown)},
+        marker={"size": sizes, "opacity": 0.9, "line": {"width": 0}, **_colors(store, shown)},
         hovertext=[_describe(j, labels, store) for j in shown.tolist()],
         hoverinfo="text",
         customdata=shown,
     )
 
 
-def _colours(store: FeatureStore | None, shown: Int[np.ndarray, "n"]) -> dict[str, Any]:
+def _colors(store: FeatureStore | None, shown: Int[np.ndarray, "n"]) -> dict[str, Any]:
     if store is None:
         return {"color": OWN}
     bar = {"title": {"text": "share of tokens<br>(log10)"}, "thickness": 12}

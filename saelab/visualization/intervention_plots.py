@@ -146,7 +146,7 @@ def show_curve(curve: SteeringCurve, note: str = "") -> str:
     drawn = [figure.update_layout(paper_bgcolor=CLEAR).to_html(**_embed(i)) for i, figure in enumerate(figures)]
     told = [paragraph(f"{name}: {what}", "small") for name, what in curve.sources.items()]
     sections = [
-        section("In short", paragraph(curve.baseline), _summarise(curve), *told),
+        section("In short", paragraph(curve.baseline), _summarize(curve), *told),
         section("At what cost", drawn[0]),
         section("Every strength", drawn[1], _list_points(curve)),
     ]
@@ -235,7 +235,7 @@ def _clusters(curve: SteeringCurve) -> str:
     return "prompts" if len(curve.prompts) > 1 else "texts"
 
 
-def _summarise(curve: SteeringCurve) -> str:
+def _summarize(curve: SteeringCurve) -> str:
     header, rows = curve.tell_rows()
     return table(header, rows, own=frozenset(row[0] for row in rows if row[0].split(",")[0] in SIDES.values()))
 
@@ -253,7 +253,7 @@ def _list_points(curve: SteeringCurve) -> str:
 def draw_curve(curve: SteeringCurve) -> str:
     """An HTML view of a steering curve for Jupyter: summary, and all points in a closed section; text is escaped."""
     points = f"<details><summary>every strength</summary>{_list_points(curve)}</details>"
-    return paragraph(curve.title) + paragraph(curve.baseline) + _summarise(curve) + points
+    return paragraph(curve.title) + paragraph(curve.baseline) + _summarize(curve) + points
 
 
 register_drawing(SteeringCurve, draw_curve)
@@ -412,7 +412,7 @@ def draw_attribution(attribution: Attribution) -> str:
     said = lines[: 2 + (attribution.agreement is not None)]
     scale = float(np.abs(attribution.by_token).max(initial=0)) or 1.0
     words = zip(attribution.tokens, attribution.by_token.tolist(), strict=True)
-    text = "".join(_colour(token, effect, scale) for token, effect in words)
+    text = "".join(_color(token, effect, scale) for token, effect in words)
     rows = [
         [f"{effect:+.4f}", f"{code:+.3f}", str(feature), f"{position} {attribution.tokens[position]}"]
         for position, feature, code, effect in attribution.top()
@@ -421,7 +421,7 @@ def draw_attribution(attribution: Attribution) -> str:
     return f"{head}<p>{text}</p>{table(['effect', 'code', 'feature', 'token'], rows)}"
 
 
-def _colour(token: str, effect: float, scale: float) -> str:
+def _color(token: str, effect: float, scale: float) -> str:
     alpha = EFFECT_OPACITY * min(1.0, abs(effect) / scale)
     style = f"background:rgb({RGB[effect > 0]} / {alpha:.2f});border-radius:3px;white-space:pre-wrap"
     return f'<span style="{style}" title="{effect:+.4g}">{show_text(token)}</span>'

@@ -89,7 +89,7 @@ def to_script(value: Any) -> str:
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def summarise(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation | Mapping[str, Any] | None) -> str:
+def summarize(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation | Mapping[str, Any] | None) -> str:
     """The summary of the report as HTML: data encoded, dead latents, and quality of the SAE."""
     origin = store.provenance
     about = {
@@ -285,7 +285,7 @@ def report(
         found = dead_features(store, sae)
         shown = [] if sae is None or model is None else read_prompts(sae, model, prompts, store.provenance)
         cards = _cards(store, wanted, names, lens, near, choice, found, matched, progress)
-        summary = summarise(store, found, evaluation) + (matched.summarise() if matched else "")
+        summary = summarize(store, found, evaluation) + (matched.summarize() if matched else "")
         compared = matched.comparison.similarity if matched else None
         return _write(_Page(title or _name(store), summary, shown, compared), target, cards, len(wanted))
 
@@ -385,7 +385,7 @@ def _cards(
 
     for j in tqdm(wanted, unit=" features", disable=hidden(progress)):
         name = names.get(j, _Name(""))
-        card = describe_feature(store, j, label=name.text, lens=lens, neighbours=near, **choice)
+        card = describe_feature(store, j, label=name.text, lens=lens, neighbors=near, **choice)
         partner = matched.describe(j) if matched else {}
         yield _row(card, found) | partner, draw_card(card, name.labels, matched.draw(card) if matched else "")
 

@@ -63,8 +63,8 @@ def plot_matches(comparison: Comparison) -> "Figure":
 
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.12)
     for row, (name, side) in enumerate((("a", comparison.a), ("b", comparison.b)), 1):
-        for kind, (colour, chosen) in _kinds(side, comparison.signed).items():
-            figure.add_trace(_count_matches(side, chosen, kind, colour, row == 1), row=row, col=1)
+        for kind, (color, chosen) in _kinds(side, comparison.signed).items():
+            figure.add_trace(_count_matches(side, chosen, kind, color, row == 1), row=row, col=1)
         for share, level in zip(("chance, median", "95 %"), side.chance, strict=True):
             if level == level:
                 _mark_chance(figure, row, share, level)
@@ -91,7 +91,7 @@ def _kinds(side: Matches, signed: bool) -> dict[str, tuple[str, np.ndarray]]:
     return dict([same, ("universal, flipped", (MINUS, common & flipped)), rest])
 
 
-def _count_matches(side: Matches, chosen: np.ndarray, name: str, colour: str, legend: bool) -> "Bar":
+def _count_matches(side: Matches, chosen: np.ndarray, name: str, color: str, legend: bool) -> "Bar":
     from plotly.graph_objects import Bar
 
     sizes = np.abs(side.similarity[chosen])
@@ -105,7 +105,7 @@ def _count_matches(side: Matches, chosen: np.ndarray, name: str, colour: str, le
         x=[NONE, *((edges[1:] + edges[:-1]) / 2)],
         y=[int(alone.sum()), *counts.tolist()],
         width=0.92 / N_BINS,
-        marker={"color": colour, "line": {"width": 0}},
+        marker={"color": color, "line": {"width": 0}},
         customdata=["no partner", *said],
         hovertemplate="%{y:,} features: %{customdata}<extra>%{fullData.name}</extra>",
     )
@@ -316,7 +316,7 @@ class Matched:
         check_stores(comparison, store, other)
         return cls(comparison, other, _tell_apart(store, other), labels)
 
-    def summarise(self) -> str:
+    def summarize(self) -> str:
         """The section of the report's summary on the comparison, as HTML."""
         return section(f"Compared with {self.name}", draw_comparison(self.comparison))
 

@@ -21,7 +21,7 @@ def planted(activation):
     """Units 0 and 2 to 5 are silent, some for a reason of their own; unit 6 fires nearly always."""
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=activation), seed=0)
     with torch.no_grad():
-        sae.normaliser.fit(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
+        sae.normalizer.fit(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
         sae.b_enc += 0.01 * torch.randn(D_SAE, generator=torch.Generator().manual_seed(1))
         sae.W_enc[:, 0] *= 1e-3
         sae.W_enc[:, 2:6] *= 1e-9

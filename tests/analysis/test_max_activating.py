@@ -138,13 +138,13 @@ def test_the_read_out_is_exact(kind):
         for p in norm.parameters():
             p.copy_(torch.randn(32, generator=torch.Generator().manual_seed(1)))
     x = torch.randn(32, generator=torch.Generator().manual_seed(2))
-    centred = x - x.mean() if kind == "layer" else x
-    scale = centred.square().mean().sqrt()
+    centered = x - x.mean() if kind == "layer" else x
+    scale = centered.square().mean().sqrt()
     moved = d - d.mean(1, keepdim=True) if kind == "layer" else d
     direct = (moved / scale * norm.weight) @ model.W_U
     torch.testing.assert_close(read_out(model, d) / scale, direct.detach(), rtol=1e-3, atol=1e-4)
     # and as a small step of the whole thing: the part along the residual aside, which also changes the scale
-    step = 1e-3 * (d - (d @ centred)[:, None] * centred / centred.square().sum())
+    step = 1e-3 * (d - (d @ centered)[:, None] * centered / centered.square().sum())
     with torch.no_grad():
         there, here = (model.unembed(norm(r[None]))[0] for r in (x + step, x[None]))
     torch.testing.assert_close(read_out(model, step) / scale, there - here, rtol=2e-2, atol=1e-5)
@@ -155,8 +155,8 @@ def test_folded_weights_are_read_as_they_are():
     d = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     d = d - d.mean(1, keepdim=True)
     found, direct = read_out(model, d), (d @ model.W_U).detach()  # the norm's weight is in W_U, its scale is 1
-    centred = [x - x.mean(1, keepdim=True) for x in (found, direct)]  # folding centres the unembedding
-    torch.testing.assert_close(centred[0], centred[1], rtol=1e-3, atol=1e-4)
+    centered = [x - x.mean(1, keepdim=True) for x in (found, direct)]  # folding centres the unembedding
+    torch.testing.assert_close(centered[0], centered[1], rtol=1e-3, atol=1e-4)
 
 
 def test_the_lens_ranks_the_vocabulary(tiny, sae):
@@ -175,7 +175,7 @@ def test_the_lens_ranks_the_vocabulary(tiny, sae):
 
 
 @pytest.mark.parametrize("by", ["correlation", "phi"])
-def test_neighbours_equal_the_dense_correlation(store, by):
+def test_neighbors_equal_the_dense_correlation(store, by):
     dense = store.matrix().toarray().astype(np.float64)
     dense = (dense != 0).astype(float) if by == "phi" else dense
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -189,7 +189,7 @@ def test_neighbours_equal_the_dense_correlation(store, by):
             assert value == pytest.approx(r[j, i], abs=1e-5)
 
 
-def test_neighbours_by_direction_find_twins_and_antipodes(sae):
+def test_neighbors_by_direction_find_twins_and_antipodes(sae):
     twin = sl.SAE(sae.cfg, seed=0)
     with torch.no_grad():
         twin.W_dec[7], twin.W_dec[9] = twin.W_dec[3], -twin.W_dec[4]
@@ -205,16 +205,16 @@ def test_revived_units_take_the_worst_tokens(tiny, tokens):
     cfg = sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.TopK(k=4), aux=None)
     sae = sl.SAE(cfg).fit(acts, sl.TrainConfig(n_tokens=4096, batch_size=256), progress=False)
     x = acts[:]
-    optimiser = make_adam(sae, 1e-3, sl.TrainConfig(n_tokens=4096, batch_size=256))
+    optimizer = make_adam(sae, 1e-3, sl.TrainConfig(n_tokens=4096, batch_size=256))
     (sae(x) - x).square().sum().backward()
-    step_adam(sae, optimiser)
+    step_adam(sae, optimizer)
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
     before_sae = copy.deepcopy(sae)
     errors = (sae(x) - x).square().sum(1).detach()
     units = [3, 11, 30]
     many = sl.sae.resample_dead_latents(copy.deepcopy(sae), x, list(range(D_SAE)), seed=2)
     assert len(set(many)) == D_SAE and errors[many].mean() > 1.1 * errors.mean()
-    taken = sl.sae.resample_dead_latents(sae, x, units, optimiser=optimiser, seed=1)
+    taken = sl.sae.resample_dead_latents(sae, x, units, optimizer=optimizer, seed=1)
     residual = x[taken] - before_sae(x[taken])
     assert torch.nn.functional.cosine_similarity(residual, sae.W_dec[units]).min() > 0.999
     others = [j for j in range(D_SAE) if j not in units]
@@ -222,9 +222,9 @@ def test_revived_units_take_the_worst_tokens(tiny, tokens):
     assert torch.allclose(sae.W_dec[units].norm(dim=1), torch.ones(3))
     assert torch.nn.functional.cosine_similarity(sae.W_enc.T[units], sae.W_dec[units]).min() > 0.999
     assert not sae.W_dec[units].allclose(before["W_dec"][units]) and not sae.b_enc[units].any()
-    for parameter in optimiser.param_groups[0]["params"]:
+    for parameter in optimizer.param_groups[0]["params"]:
         for moment in ("exp_avg", "exp_avg_sq"):
-            moments = optimiser.state[parameter][moment]
+            moments = optimizer.state[parameter][moment]
             if len(moments) == D_SAE:
                 assert not moments[units].any() and moments[others].any()
     assert sl.sae.resample_dead_latents(sae, x, []) == []
@@ -269,7 +269,7 @@ def test_progressive_keeps_what_matters(tiny, tokens):
 
 def test_importance_does_not_depend_on_how_a_unit_is_scaled(tiny, tokens):
     """Codes half as large on rows twice as long are the same unit, which must keep its rank."""
-    cfg = sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.ReLU(target_l0=4.0), dictionary="free", normaliser="none")
+    cfg = sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.ReLU(target_l0=4.0), dictionary="free", normalizer="none")
     sae, scaled = sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=0)
     scale = torch.logspace(-1, 1, D_SAE)
     with torch.no_grad():

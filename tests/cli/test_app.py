@@ -121,7 +121,7 @@ def test_defaults_are_those_of_the_library() -> None:
     ("activation", "more"),
     [
         ("abstopk", ["--prefixes", "16,64"]),
-        ("batchtopk", ["--prefixes", "random", "--normaliser", "whiten"]),
+        ("batchtopk", ["--prefixes", "random", "--normalizer", "whiten"]),
         ("topk", ["--init", "data", "--dead-after-tokens", "1000"]),
         ("jumprelu", ["--lr", "0.001"]),
         ("relu", ["--no-aux", "--dictionary", "free"]),
@@ -217,7 +217,7 @@ WRONG = {
     "prefixes that do not end at d_sae": "train {acts} --d-sae 64 --prefixes 16,32 --out a",
     "prefixes that are no numbers": "train {acts} --d-sae 64 --prefixes 16,x --out a",
     "unknown activation": "train {acts} --d-sae 64 --activation tpok --out a",
-    "unknown normaliser": "train {acts} --d-sae 64 --normaliser l2 --out a",
+    "unknown normalizer": "train {acts} --d-sae 64 --normalizer l2 --out a",
     "batch larger than the data": "train {acts} --d-sae 64 --n-tokens 9999 --out a",
     "a target that is not there": "train {acts} --d-sae 64 --target blocks.7.hook_mlp_out --out a",
     "a skip connection to nowhere": "train {acts} --d-sae 64 --skip --out a",

@@ -28,7 +28,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     found, turned = {}, torch.eye(8).roll(2, 1)
     turned[:, list(FLIPPED)] *= -1
     for name, weights in (("a", torch.eye(8)), ("b", turned)):
-        cfg = sl.SAEConfig(d_in=8, d_sae=8, activation=sl.AbsTopK(k=8), normaliser="none")
+        cfg = sl.SAEConfig(d_in=8, d_sae=8, activation=sl.AbsTopK(k=8), normalizer="none")
         sae = sl.SAE(cfg)
         with torch.no_grad():
             sae.W_enc.copy_(weights)

@@ -25,7 +25,7 @@ PREDICATES = [Predicate("words of weather", lambda view: view.mark_words(WORDS._
 @pytest.fixture(scope="module")
 def harvested(tmp_path_factory) -> Path:
     """Unit 0 fires on hot and negatively on cold, unit 1 on both, 2 never; 40 documents of 25 words."""
-    sae = sl.SAE(sl.SAEConfig(d_in=3, d_sae=3, activation=sl.AbsTopK(k=2), normaliser="none"))
+    sae = sl.SAE(sl.SAEConfig(d_in=3, d_sae=3, activation=sl.AbsTopK(k=2), normalizer="none"))
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(3))
         sae.W_dec.copy_(torch.eye(3))

@@ -124,7 +124,7 @@ def test_features_of_tales_move_its_concepts(capsys, tmp_path) -> None:
     model = sl.load_model("tales", progress=False)
     ids = [model.tokenizer.convert_tokens_to_ids(words.split()) for words in ("hot warm burning", "cold icy chilly")]
     rows = model.original_model.lm_head.weight.detach().float()
-    sae = sl.SAE(sl.SAEConfig(d_in=128, d_sae=2, activation=sl.AbsTopK(k=1), normaliser="none"))
+    sae = sl.SAE(sl.SAEConfig(d_in=128, d_sae=2, activation=sl.AbsTopK(k=1), normalizer="none"))
     with torch.no_grad():
         sae.W_dec[0] = rows[ids[0]].mean(0) - rows[ids[1]].mean(0)
     sae.save_pretrained(tmp_path / "sae")

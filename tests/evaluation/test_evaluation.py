@@ -35,7 +35,7 @@ def own_words(tiny):
 def perfect_sae(d_in=32, prefixes=None):
     """x = relu(x) - relu(-x), in 2 d_in latents."""
     cfg = sl.SAEConfig(
-        d_in=d_in, d_sae=2 * d_in, activation=sl.ReLU(), normaliser="none", dictionary="free", prefixes=prefixes
+        d_in=d_in, d_sae=2 * d_in, activation=sl.ReLU(), normalizer="none", dictionary="free", prefixes=prefixes
     )
     sae = sl.SAE(cfg)
     with torch.no_grad():
@@ -77,11 +77,11 @@ def test_a_perfect_sae_loses_nothing(tiny, own_words) -> None:
 def test_constant_reconstructions_are_the_ablations(tiny, own_words) -> None:
     stage = Stage(model=tiny, hook_point=HOOK, mask=sl.TokenMask())
     x = stage.read(own_words)[0]
-    average = run(constant(some_sae(normaliser="none"), x.mean(0)), tiny, own_words, baselines=False)
+    average = run(constant(some_sae(normalizer="none"), x.mean(0)), tiny, own_words, baselines=False)
     assert average.fvu == pytest.approx(1, abs=1e-5)
     assert average.ce_sae == pytest.approx(average.ce_mean, abs=1e-6)
     assert average.loss_recovered_mean == pytest.approx(0, abs=1e-5)
-    nothing = run(constant(some_sae(normaliser="none"), torch.zeros(32)), tiny, own_words, baselines=False)
+    nothing = run(constant(some_sae(normalizer="none"), torch.zeros(32)), tiny, own_words, baselines=False)
     assert nothing.ce_sae == nothing.ce_zero
     assert nothing.loss_recovered == 0
     assert nothing.kl_score == 0

@@ -159,14 +159,14 @@ def task(tiny):
 def control(task):
     """An SAE whose only latent at each letter is that letter's, and one that was never trained."""
     x = task.activations[TOLD][:, 0]
-    centred = x - x.mean(0)
-    exact = sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.TopK(k=1), normaliser="none", dictionary="free"))
+    centered = x - x.mean(0)
+    exact = sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.TopK(k=1), normalizer="none", dictionary="free"))
     with torch.no_grad():
-        exact.W_dec.copy_(centred)
+        exact.W_dec.copy_(centered)
         exact.b_dec.copy_(x.mean(0))
-        exact.W_enc.copy_(torch.linalg.pinv(centred) * 8 / 7)
+        exact.W_enc.copy_(torch.linalg.pinv(centered) * 8 / 7)
         exact.b_enc.zero_()
-    untrained = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4), normaliser="none"))
+    untrained = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4), normalizer="none"))
     return evaluate_sparse_control(task, task, {"exact": exact, "untrained": untrained}, ks=(0, 1, 2))
 
 
@@ -207,7 +207,7 @@ def test_tasks_must_match(task):
         evaluate_sparse_control(task, task, {"narrow": sl.SAE(sl.SAEConfig(d_in=16, d_sae=32))})
     with pytest.raises(ValueError, match="the same vectors at every token, got layer_norm"):
         evaluate_sparse_control(
-            task, task, {"normed": sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, normaliser="layer_norm"))}
+            task, task, {"normed": sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, normalizer="layer_norm"))}
         )
 
 
@@ -249,7 +249,7 @@ def planted():
     doc_ids = torch.arange(40, dtype=torch.int32)[:, None].expand(-1, 16).contiguous()
     tokens = sl.Tokens(ids=ids.int(), doc_ids=doc_ids, special_ids=(0, 1, 2), source="planted", bos=False, packed=False)
     labels = {f"bit {a}": bits[ids - 3, a] for a in range(ATOMS)}
-    cfg = sl.SAEConfig(d_in=32, d_sae=32, activation=sl.AbsTopK(k=ATOMS), normaliser="none")
+    cfg = sl.SAEConfig(d_in=32, d_sae=32, activation=sl.AbsTopK(k=ATOMS), normalizer="none")
     sae = sl.SAE(cfg)
     with torch.no_grad():
         sae.W_dec[:ATOMS] = atoms
@@ -304,8 +304,8 @@ def test_both_sides_of_a_signed_feature_are_the_whole_concept(planted):
     torch.testing.assert_close(both, steered, rtol=1e-4, atol=1e-4)
 
 
-def test_codes_of_a_normaliser_that_measures_tokens_are_taken_out_in_their_own_size():
-    sae = sl.SAE(sl.SAEConfig(d_in=16, d_sae=24, activation=sl.AbsTopK(k=4), normaliser="layer_norm"), seed=1)
+def test_codes_of_a_normalizer_that_measures_tokens_are_taken_out_in_their_own_size():
+    sae = sl.SAE(sl.SAEConfig(d_in=16, d_sae=24, activation=sl.AbsTopK(k=4), normalizer="layer_norm"), seed=1)
     x = 3 * torch.randn(9, 16, generator=torch.Generator().manual_seed(0)) + 2
     z = sae.encode(x).detach()
     j = int((z != 0).sum(0).argmax())
@@ -353,13 +353,13 @@ def test_directions_go_to_what_is_usual_or_to_zero():
     for to, left in (("usual", float(x[~y, 0].mean())), ("zero", 0.0)):
         edit = erase_direction(x, y, FIRST, "means", to=to)
         v = edit.read[0]
-        torch.testing.assert_close(edit(x) @ v, (edit.centre @ v).expand(300), rtol=1e-4, atol=1e-4)
-        assert float(edit.centre[0]) == pytest.approx(left, abs=1e-5)
+        torch.testing.assert_close(edit(x) @ v, (edit.center @ v).expand(300), rtol=1e-4, atol=1e-4)
+        assert float(edit.center[0]) == pytest.approx(left, abs=1e-5)
     several = erase_direction(x, y, FIRST, "probe", 3)
     torch.testing.assert_close(several.read @ several.read.T, torch.eye(3), rtol=1e-4, atol=1e-4)
     drawn = draw_directions(several, 1)
     torch.testing.assert_close(drawn.read @ drawn.read.T, torch.eye(3), rtol=1e-4, atol=1e-4)
-    assert torch.equal(drawn.centre, several.centre)
+    assert torch.equal(drawn.center, several.center)
     with pytest.raises(ValueError, match="between means must be 1"):
         erase_direction(x, y, FIRST, "means", 2)
 

@@ -270,9 +270,9 @@ def use_lens(family: Family) -> None:
     model, last = family.model, f"{family.blocks[-1]}.hook_out"
     x = sl.lm.capture(model, family.ids[:1], [last])[last][0, -1].double()
     along = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    for centred in (False, True):
-        mid = x - x.mean() if centred else x
-        way = along - along.mean(1, keepdim=True) if centred else along
+    for centered in (False, True):
+        mid = x - x.mean() if centered else x
+        way = along - along.mean(1, keepdim=True) if centered else along
         way = way - (way @ mid)[:, None] * mid / (mid @ mid)
         found = read_out(model, way.float()).double() / mid.square().mean().sqrt()
         cap = _find_cap(family.theirs.config)

@@ -85,7 +85,7 @@ each_sign = pytest.mark.parametrize("activation", [sl.TopK(k=4), sl.AbsTopK(k=4)
 
 def pursuing(activation, **axes):
     cfg = sl.SAEConfig(
-        d_in=D_IN, d_sae=D_SAE, activation=activation, encoder=MatchingPursuit(), normaliser="none", **axes
+        d_in=D_IN, d_sae=D_SAE, activation=activation, encoder=MatchingPursuit(), normalizer="none", **axes
     )
     return sl.SAE(cfg, seed=1)
 
@@ -142,11 +142,11 @@ def test_losses_reach_the_dictionary(activation):
 
 
 def test_what_a_pursuit_cannot_be_is_named():
-    plain = {"d_in": D_IN, "d_sae": D_SAE, "encoder": MatchingPursuit(), "normaliser": "none"}
+    plain = {"d_in": D_IN, "d_sae": D_SAE, "encoder": MatchingPursuit(), "normalizer": "none"}
     with pytest.raises(ValueError, match="`activation` of matching pursuit must be TopK or AbsTopK"):
         sl.SAEConfig(**plain, activation=sl.ReLU(target_l0=3.0))
-    with pytest.raises(ValueError, match="`normaliser` must be 'none'"):
-        sl.SAEConfig(**plain | {"normaliser": "scale"}, activation=sl.TopK(k=3))
+    with pytest.raises(ValueError, match="`normalizer` must be 'none'"):
+        sl.SAEConfig(**plain | {"normalizer": "scale"}, activation=sl.TopK(k=3))
     with pytest.raises(ValueError, match="`d_out` must be None"):
         sl.SAEConfig(**plain, activation=sl.TopK(k=3), d_out=4)
     with pytest.raises(ValueError, match="`residual_threshold` must be at least 0"):
@@ -158,11 +158,11 @@ def test_what_a_pursuit_cannot_be_is_named():
 def test_more_steps_than_latents_are_legal(tmp_path):
     """Without an end at the first repeat, steps go on adding to the latents that there are."""
     cfg = sl.SAEConfig(
-        d_in=4, d_sae=6, activation=sl.TopK(k=9), encoder=sl.MatchingPursuit(stop_on_repeat=False), normaliser="none"
+        d_in=4, d_sae=6, activation=sl.TopK(k=9), encoder=sl.MatchingPursuit(stop_on_repeat=False), normalizer="none"
     )
     sae, x = sl.SAE(cfg, seed=0), torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     sae.save_pretrained(tmp_path)
     assert torch.equal(sl.SAE.from_pretrained(tmp_path).encode(x), sae.encode(x))
     assert int((sae.encode(x) != 0).sum(1).max()) <= 6
     with pytest.raises(ValueError, match="at least 1 step"):
-        sl.SAEConfig(d_in=4, d_sae=6, activation=sl.TopK(k=0), encoder=sl.MatchingPursuit(), normaliser="none")
+        sl.SAEConfig(d_in=4, d_sae=6, activation=sl.TopK(k=0), encoder=sl.MatchingPursuit(), normalizer="none")

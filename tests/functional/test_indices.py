@@ -21,7 +21,7 @@ MANY = {
 
 @pytest.fixture(scope="module")
 def sae():
-    return sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=4), normaliser="none"))
+    return sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=4), normalizer="none"))
 
 
 @pytest.fixture(scope="module")

@@ -51,11 +51,11 @@ def test_fvu_is_not_one_of_the_wrong_formulas() -> None:
     ours = fvu_of(x, x_hat)
     error = (x - x_hat).square().sum(1)
     scalar_second_moment = error.mean() / (x.square().sum(1).mean() - x.square().mean(0).mean() ** 2)
-    centred_error = (x - x_hat).var(0).sum() / x.var(0).sum()
+    centered_error = (x - x_hat).var(0).sum() / x.var(0).sum()
     one_scalar_mean = error.sum() / (x - x.mean()).square().sum()
     uneven = torch.linspace(0, 5, x.shape[1])
     assert abs(float(scalar_second_moment) - ours) > 0.1
-    assert abs(float(centred_error) - ours) > 0.02
+    assert abs(float(centered_error) - ours) > 0.02
     assert fvu_of(x + uneven, x_hat + uneven) == pytest.approx(ours, rel=1e-5)
     assert abs(float(one_scalar_mean) - float(error.sum() / (x + uneven - (x + uneven).mean()).square().sum())) > 0.05
 

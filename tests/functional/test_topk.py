@@ -7,7 +7,7 @@ import torch
 
 from saelab.functional import topk
 from saelab.functional.activation_functions import keep_group_max
-from saelab.functional.screening import Screen, choose_precision, largest_places, quantise_rows
+from saelab.functional.screening import Screen, choose_precision, largest_places, quantize_rows
 from saelab.functional.topk import pick_topk, search_batch_topk, search_group_max, search_topk, topk_latents
 
 SIGNED = pytest.mark.parametrize("signed", [False, True])
@@ -277,10 +277,10 @@ def test_a_search_leaves_its_arguments_alone():
     assert all(torch.equal(old, new) for old, new in zip(before, (x, W, bias), strict=True))
 
 
-def test_quantised_rows_are_within_half_a_step():
+def test_quantized_rows_are_within_half_a_step():
     x, _, _ = heavy_tailed()
     x[4] = 0
-    q, step = quantise_rows(x, torch.zeros(len(x), 1))
+    q, step = quantize_rows(x, torch.zeros(len(x), 1))
     assert q.dtype == torch.int8 and ((q[:, :-1] * step - x).abs() <= 0.5001 * step).all()
     assert not q[4].any()
 

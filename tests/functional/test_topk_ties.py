@@ -141,7 +141,7 @@ def test_encode_encode_sparse_and_training_fire_the_same_latents(activation, d_s
     trainee = TrainingSAE(sae, TrainConfig(n_tokens=40, batch_size=40))
     assert torch.equal(trainee.objective(x).fired, dense.any(0))
     if not isinstance(activation, BatchTopK):
-        assert torch.equal(sae.encode_some(x, list(range(0, d_sae, 3))) != 0, dense[:, ::3])
+        assert torch.equal(sae.encode_latents(x, list(range(0, d_sae, 3))) != 0, dense[:, ::3])
         parts = torch.cat([sae.encode_sparse(part).to_dense() != 0 for part in x.split(3)])
         assert torch.equal(parts, dense)
     if not isinstance(activation, GroupMax):

@@ -41,22 +41,22 @@ def linear():
     return sl.load_model(hf_model.eval(), tokenizer=tokenizer)
 
 
-def make_sae(model, hook_point, activation=None, normaliser="none"):
+def make_sae(model, hook_point, activation=None, normalizer="none"):
     cfg = sl.SAEConfig(
-        d_in=model.cfg.d_model, d_sae=48, activation=activation or sl.AbsTopK(k=4), normaliser=normaliser
+        d_in=model.cfg.d_model, d_sae=48, activation=activation or sl.AbsTopK(k=4), normalizer=normalizer
     )
     sae = sl.SAE(cfg, seed=3)
     tokens = sl.tokenize(model, ["The owl hears the cat and the dog."], ctx_len=32)
     x = sl.lm.capture(model, tokens.ids, [hook_point])[hook_point].flatten(0, 1)
-    sae.normaliser.fit(x)
-    if normaliser == "none":
+    sae.normalizer.fit(x)
+    if normalizer == "none":
         sae.b_dec.data += x.mean(0)
     return sae
 
 
 @pytest.fixture(scope="module")
 def tiny_sae(tiny):
-    return make_sae(tiny, HOOK, normaliser="scale")
+    return make_sae(tiny, HOOK, normalizer="scale")
 
 
 def read_effects(model, sae, position, feature, a, b):
@@ -73,9 +73,9 @@ def read_effects(model, sae, position, feature, a, b):
     return float(sae.directions()[feature] @ through)
 
 
-@pytest.mark.parametrize("normaliser", ["token_norm", "layer_norm"])
-def test_features_of_normalisers_that_measure_tokens_add_up(linear, normaliser):
-    sae = make_sae(linear, HOOK, normaliser=normaliser)
+@pytest.mark.parametrize("normalizer", ["token_norm", "layer_norm"])
+def test_features_of_normalizers_that_measure_tokens_add_up(linear, normalizer):
+    sae = make_sae(linear, HOOK, normalizer=normalizer)
     other = "A cat sees"
     for options in ({}, {"counterfactual": other}):
         found = attribute(linear, sae, PROMPT, ("f", "c"), method="exact", hook_point=HOOK, **options)
@@ -160,7 +160,7 @@ def test_a_counterfactual_moves_the_whole_activation(tiny, tiny_sae):
 
 
 def test_mean_baseline_takes_means_where_features_fire(tiny, tiny_tokens, tmp_path):
-    sae = make_sae(tiny, HOOK, normaliser="scale")
+    sae = make_sae(tiny, HOOK, normalizer="scale")
     acts = sl.collect(tiny, tiny_tokens[:4], HOOK, progress=False)
     sae.provenance = acts.provenance
     store = sl.harvest(sae, tiny, tiny_tokens[:4], tmp_path, progress=False)

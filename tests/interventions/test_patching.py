@@ -23,8 +23,8 @@ FIRST, N = 7, 14  # position of the first letter that differs; tokens
 
 @pytest.fixture(scope="module")
 def sae():
-    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=5), normaliser="scale"), seed=1)
-    sae.normaliser.fit(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=5), normalizer="scale"), seed=1)
+    sae.normalizer.fit(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
     return sae
 
 
@@ -113,8 +113,8 @@ def test_features_are_patched_with_the_error_left_alone(tiny, sae):
     assert found.sources == ("features 3, 11", "all features", "features ")
 
 
-def test_features_of_a_normaliser_that_measures_tokens_are_patched_in_their_own_size(tiny):
-    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=5), normaliser="token_norm"), seed=1)
+def test_features_of_a_normalizer_that_measures_tokens_are_patched_in_their_own_size(tiny):
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=5), normalizer="token_norm"), seed=1)
     ours = read(tiny, CLEAN)
     found = patch(tiny, CLEAN, CORRUPT, METRIC, sources=[sae], positions="all", hook_point=HOOK)
     with torch.no_grad():

@@ -106,10 +106,10 @@ def test_the_difference_is_a_direction_of_its_own_length(sae, moods):
     torch.testing.assert_close(found.vector * found.peak, step)
 
 
-@pytest.mark.parametrize("normaliser", ["none", "layer_norm"])
-def test_a_block_moves_activations_as_the_formula_says(tiny, sae, moods, normaliser):
-    if normaliser != "none":
-        sae = sl.SAE(replace(sae.cfg, normaliser=normaliser), seed=2)
+@pytest.mark.parametrize("normalizer", ["none", "layer_norm"])
+def test_a_block_moves_activations_as_the_formula_says(tiny, sae, moods, normalizer):
+    if normalizer != "none":
+        sae = sl.SAE(replace(sae.cfg, normalizer=normalizer), seed=2)
     x = sl.lm.capture(tiny, IDS, [HOOK])[HOOK]
     with steer_to_prototype(tiny, sae, moods, "glad", hook_point=HOOK, where=[2, 4], n_steps=5):
         moved = sl.lm.capture(tiny, IDS, ["blocks.1.hook_out"])["blocks.1.hook_out"]

@@ -87,7 +87,7 @@ def test_steered_texts_are_those_of_the_plainest_loop(model: Any, point: str) ->
 
 
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("mode", ["clamp", "at-least", "scale", "ablate", "add"])
+@pytest.mark.parametrize("mode", ["clamp", "floor", "scale", "ablate", "add"])
 def test_every_mode_is_alike_with_and_without_cache(model: Any, point: str, mode: str) -> None:
     sae, size = make_sae(model), 3 * size_at(model, point)
     features = dict.fromkeys(range(8), size) if mode != "scale" else dict.fromkeys(range(48), 3.0)
@@ -100,7 +100,7 @@ def test_every_mode_is_alike_with_and_without_cache(model: Any, point: str, mode
 def test_neutral_strengths_change_no_bit(model: Any, point: str) -> None:
     sae, ids = make_sae(model), sl.tokenize(model, PROMPTS, 12, packed=False).ids
     clean, texts = sl.lm.logits(model, ids), go_on(model)
-    for options in ({"mode": "add"}, {"mode": "at-least"}, {"mode": "add", "unit": "norm"}):
+    for options in ({"mode": "add"}, {"mode": "floor"}, {"mode": "add", "unit": "norm"}):
         with sl.steer(model, sae, {3: 0.0, 5: -0.0}, hook_point=point, **options):
             assert torch.equal(sl.lm.logits(model, ids), clean) and go_on(model) == texts
             with torch.no_grad():
@@ -196,7 +196,7 @@ def test_the_bridges_own_generate_is_steered_alike_or_refused(tales: Any) -> Non
 
 
 @pytest.mark.parametrize(
-    ("place", "stretch"),
+    ("place", "output_scale"),
     [
         ("prompt", (1, 0)),
         ("generated", (0, None)),
@@ -205,12 +205,12 @@ def test_the_bridges_own_generate_is_steered_alike_or_refused(tales: Any) -> Non
         ([2, 3], (2, 4)),
     ],
 )
-def test_places_are_the_same_tokens_in_every_way_of_running(tales: Any, place: Any, stretch: Any) -> None:
+def test_places_are_the_same_tokens_in_every_way_of_running(tales: Any, place: Any, output_scale: Any) -> None:
     sae, size = make_sae(tales), 4 * size_at(tales, POINT)
     delta = size * sae.directions()[3]
 
     def edit(x: torch.Tensor, n_prompt: int) -> torch.Tensor:
-        first, last = stretch
+        first, last = output_scale
         first, last = {"prompt": (1, n_prompt), "generated": (n_prompt, None)}.get(str(place), (first, last))
         x[first + n_prompt if first < 0 else first : last] += delta
         return x
@@ -263,21 +263,21 @@ def test_a_condition_is_read_at_its_own_hook_point(tales: Any) -> None:
 
 
 @pytest.mark.parametrize("activation", [sl.TopK(k=6), sl.AbsTopK(k=6), sl.BatchAbsTopK(k=6), sl.JumpReLU()])
-@pytest.mark.parametrize("normaliser", ["none", "scale", "whiten", "token_norm", "layer_norm"])
-def test_modes_do_what_their_formulas_say(activation: Any, normaliser: Any) -> None:
+@pytest.mark.parametrize("normalizer", ["none", "scale", "whiten", "token_norm", "layer_norm"])
+def test_modes_do_what_their_formulas_say(activation: Any, normalizer: Any) -> None:
     model = sl.lm.tiny_model()
     generator = torch.Generator().manual_seed(0)
     x = 3 * torch.randn(40, 32, generator=generator) @ torch.randn(32, 32, generator=generator) + 1
-    sae = make_sae(model, activation, normaliser=normaliser)
-    if normaliser != "none":
-        sae.normaliser.fit(x)
+    sae = make_sae(model, activation, normalizer=normalizer)
+    if normalizer != "none":
+        sae.normalizer.fit(x)
     z = sae.encode(x)
     error = x - sae.decode(z, x=x)
     signed = bool((z < 0).any())
     goals = {
         "add": lambda c, s: c + s,
         "clamp": lambda c, s: torch.full_like(c, s),
-        "at-least": lambda c, s: c.clamp_min(s) if s > 0 else c.clamp_max(s),
+        "floor": lambda c, s: c.clamp_min(s) if s > 0 else c.clamp_max(s),
         "scale": lambda c, s: s * c,
         "ablate": lambda c, s: 0 * c,
     }
@@ -298,9 +298,9 @@ def test_codes_are_read_alike_densely_and_sparsely(monkeypatch: pytest.MonkeyPat
     sae = make_sae(sl.lm.tiny_model(), GroupMax(k=6))  # no shortcut to some latents
     x = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        dense = sae.encode_some(x, [3, 40, 7])
+        dense = sae.encode_latents(x, [3, 40, 7])
         monkeypatch.setattr(module, "DENSE_NUMBERS", 0)
-        sparse = sae.encode_some(x, [3, 40, 7])
+        sparse = sae.encode_latents(x, [3, 40, 7])
     assert (dense != 0).any(0).all()
     torch.testing.assert_close(sparse, dense)
 
@@ -317,7 +317,7 @@ def test_units_are_said_out_loud(tales: Any, tmp_path: Any) -> None:
     x = torch.randn(5, sae.cfg.d_in, generator=torch.Generator().manual_seed(0))
     change = sl.Intervention(sae, {j: 0.5}, unit="norm", hook_point=POINT).change(x, x) - x
     torch.testing.assert_close(change.norm(dim=1), x.norm(dim=1) / 2)
-    by_token = make_sae(tales, normaliser="layer_norm")
+    by_token = make_sae(tales, normalizer="layer_norm")
     change = sl.Intervention(by_token, {j: 0.5}, unit="norm", hook_point=POINT).change(x, x) - x
     torch.testing.assert_close(change.norm(dim=1), x.norm(dim=1) / 2)
     along = sl.Intervention(sl.Direction(torch.ones(sae.cfg.d_in), POINT, peak=4.0), 0.5, unit="max").change(x, x) - x
@@ -347,7 +347,7 @@ def test_blocks_nest_and_several_saes_stand_side_by_side(model: Any) -> None:
     ids = sl.tokenize(model, PROMPTS, 12, packed=False).ids
     parts = [
         sl.Intervention(sae, {3: size, 4: -size}, mode, hook_point=point)  # type: ignore[arg-type]
-        for sae, size, point, mode in zip(saes, sizes, POINTS, ("add", "clamp", "at-least"), strict=True)
+        for sae, size, point, mode in zip(saes, sizes, POINTS, ("add", "clamp", "floor"), strict=True)
     ]
     with sl.interventions.steer_all(model, parts):
         together, texts = sl.lm.logits(model, ids), go_on(model)

@@ -54,7 +54,7 @@ def store(tmp_path: Path) -> sl.FeatureStore:
 
 
 def harvest(folder: Path, seed: int) -> sl.FeatureStore:
-    sae = sl.SAE(sl.SAEConfig(d_in=3, d_sae=3, activation=sl.AbsTopK(k=1), normaliser="none"))
+    sae = sl.SAE(sl.SAEConfig(d_in=3, d_sae=3, activation=sl.AbsTopK(k=1), normalizer="none"))
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(3))
         sae.W_dec.copy_(torch.eye(3))

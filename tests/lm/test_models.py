@@ -200,14 +200,14 @@ def test_folded_weights_are_those_of_transformer_lens_two(gpt2: Path) -> None:
     raw, folded = load_model(gpt2, progress=False), load_model(gpt2, weight_processing="folded", progress=False)
     assert (describe_model(raw).weight_processing, describe_model(folded).weight_processing) == ("none", "folded")
     ids = torch.randint(4, 250, (2, 9), generator=torch.Generator().manual_seed(0))
-    stream, normalised, read = "blocks.1.hook_resid_pre", "blocks.1.ln1.hook_normalized", "blocks.1.ln1.hook_out"
-    before, after = (sl.lm.capture(model, ids, [stream, normalised, read]) for model in (raw, folded))
-    centred = before[stream] - before[stream].mean(-1, keepdim=True)
-    assert not torch.allclose(before[stream], centred, atol=0.1)
-    torch.testing.assert_close(after[stream], centred, rtol=1e-3, atol=1e-3)  # written to it is what is centred
-    unit = centred / (centred.square().mean(-1, keepdim=True) + raw.cfg.eps).sqrt()
+    stream, normalized, read = "blocks.1.hook_resid_pre", "blocks.1.ln1.hook_normalized", "blocks.1.ln1.hook_out"
+    before, after = (sl.lm.capture(model, ids, [stream, normalized, read]) for model in (raw, folded))
+    centered = before[stream] - before[stream].mean(-1, keepdim=True)
+    assert not torch.allclose(before[stream], centered, atol=0.1)
+    torch.testing.assert_close(after[stream], centered, rtol=1e-3, atol=1e-3)  # written to it is what is centred
+    unit = centered / (centered.square().mean(-1, keepdim=True) + raw.cfg.eps).sqrt()
     assert not torch.allclose(before[read], unit, atol=0.1)
-    for name in (normalised, read):
+    for name in (normalized, read):
         torch.testing.assert_close(after[name], unit, rtol=1e-3, atol=1e-3)  # gain and bias went into what reads it
     predictions = (sl.lm.logits(model, ids).log_softmax(-1) for model in (raw, folded))
     torch.testing.assert_close(*predictions, rtol=1e-3, atol=1e-3)

@@ -77,7 +77,7 @@ def test_directions_need_both_labels():
         fit_direction(x, y, POINT, "svd")
 
 
-def test_labelled_rows_are_those_of_collect_and_no_other_text_is_run(tiny, tiny_tokens, monkeypatch):
+def test_labeled_rows_are_those_of_collect_and_no_other_text_is_run(tiny, tiny_tokens, monkeypatch):
     labels = tiny_tokens.ids == int(tiny_tokens.ids[0, 3])
     found = collect_labeled(tiny, tiny_tokens, labels, POINT, n_tokens=40, seed=1)
     assert int(found.y.sum()) == 20 == int((~found.y).sum())
@@ -340,7 +340,7 @@ def test_output_scores_are_those_of_steering_one_by_one(tiny, sae, store):
 
 def test_a_feature_that_writes_a_token_steers_best(tiny, tiny_tokens, tmp_path):
     """The direction of one token's unembedding, among random ones."""
-    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=40, activation=sl.AbsTopK(k=4), normaliser="none"), seed=0)
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=40, activation=sl.AbsTopK(k=4), normalizer="none"), seed=0)
     token = 70
     with torch.no_grad():
         weight = next(tiny.unembed.parameters())

@@ -30,9 +30,9 @@ def config(
 CONFIGS = [
     config(),
     config(sl.AbsTopK(k=5), n_points=64),
-    config(sl.BatchAbsTopK(k=5), prefixes=(8, 24, D_SAE), normaliser="whiten"),
+    config(sl.BatchAbsTopK(k=5), prefixes=(8, 24, D_SAE), normalizer="whiten"),
     config(sl.JumpReLU(target_l0=5.0), n_points=None, delta=0.5),
-    config(sl.AbsTopK(k=5), prefixes=sl.RandomPrefixes(n=3, smallest=6), normaliser="none"),
+    config(sl.AbsTopK(k=5), prefixes=sl.RandomPrefixes(n=3, smallest=6), normalizer="none"),
     config(sl.ReLU(target_l0=5.0), n_points=8),
 ]
 each = pytest.mark.parametrize("cfg", CONFIGS, ids=name_of)
@@ -105,7 +105,7 @@ def test_a_step_does_not_grow_with_the_number_of_points():
 @pytest.mark.parametrize("activation", [sl.TopK(k=5), sl.AbsTopK(k=5)], ids=["topk", "abstopk"])
 @pytest.mark.parametrize("prefixes", [None, (8, 24, D_SAE)], ids=["flat", "nested"])
 def test_gradients_are_those_of_the_plain_formula(activation, prefixes):
-    sae, trainee = prepared(config(activation, prefixes=prefixes, normaliser="none", aux=None))
+    sae, trainee = prepared(config(activation, prefixes=prefixes, normalizer="none", aux=None))
     parts = made_of(sae)
     with torch.no_grad():  # away from the start, where Lambda is 0 and W has one entry a row
         parts.weights.add_(torch.rand(parts.weights.shape, generator=torch.Generator().manual_seed(1)))
@@ -146,7 +146,7 @@ def test_dead_atoms_are_brought_back_through_their_archetypes():
 @each
 def test_keeps_the_contract_of_every_sae(cfg):
     keeps_the_contract(cfg)
-    if cfg.normaliser == "none":  # a fold has nothing to do and leaves the archetypes alone
+    if cfg.normalizer == "none":  # a fold has nothing to do and leaves the archetypes alone
         assert made_of(prepared(cfg)[0].fold()).weights.shape == (D_SAE, 30)
 
 

@@ -133,7 +133,7 @@ def trained(tiny, tiny_tokens, tmp_path_factory) -> At:
     """An SAE where it belongs, with its store."""
     tokens, out = tiny_tokens[:24], tmp_path_factory.mktemp("matching")
     acts = sl.collect(tiny, tokens[:4], HOOK, **QUIET)
-    cfg = sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=4), normaliser="none")
+    cfg = sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=4), normalizer="none")
     sae = sl.SAE(cfg).fit(acts, sl.TrainConfig(n_tokens=128, batch_size=64), **QUIET)
     return At(sae, tiny, tokens, sl.harvest(sae, tiny, tokens[:8], out / "store", **QUIET), out)
 

@@ -1,5 +1,6 @@
 """The SAE that is saved has the L0 that was asked for, says what it has, and penalties say what they weigh."""
 
+import json
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,6 +10,9 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.sae import activation_functions, training_sae
 from saelab.sae.fitting import cut_to, mean_l0
+from saelab.stores.files import save_tensors
+from saelab.stores.tensors import load_tensors
+from saelab.stores.validation import SEAL
 
 D_IN, D_SAE = 16, 64
 TARGET = 5
@@ -150,3 +154,19 @@ def test_a_penalty_says_what_it_weighs(monkeypatch):
     sae = sl.SAE(aimed, seed=0)
     sae.fit(planted(20_000), sl.TrainConfig(n_tokens=100_000, batch_size=256), progress=False)
     assert sae.training_["saved"]["l0"] == pytest.approx(6.0, rel=0.25)
+
+
+def test_files_that_spell_it_normaliser_still_load(tmp_path):
+    """As saelab wrote them before its names were American; of a transcoder, which has two."""
+    x = torch.randn(300, D_IN, generator=torch.Generator().manual_seed(0))
+    cfg = sl.SAEConfig(d_in=D_IN, d_sae=16, d_out=D_IN, activation=sl.TopK(k=2), normalizer="scale")
+    sae = sl.SAE(cfg).fit((x, 2 * x), sl.TrainConfig(n_tokens=256, batch_size=64), progress=False)
+    sae.save_pretrained(tmp_path)
+    described = (tmp_path / "config.json").read_text().replace('"normalizer"', '"normaliser"')
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in json.loads(described).items() if k != SEAL}))
+    tensors = load_tensors(tmp_path / "model.safetensors")
+    names = {name: name.replace("normalizer.", "normaliser.") for name in tensors}
+    assert sum(old != new for new, old in names.items()) == 6
+    save_tensors(tmp_path / "model.safetensors", {names[name]: tensor.clone() for name, tensor in tensors.items()})
+    old = sl.SAE.from_pretrained(tmp_path)
+    assert old.cfg == sae.cfg and torch.equal(old(x), sae(x))

@@ -52,13 +52,13 @@ ACTIVATIONS = [
 ]
 PREFIXES = [None, (8, 24, D_SAE), sl.RandomPrefixes(n=3, smallest=6)]
 DICTIONARIES = ["unit", "free", "frozen"]
-NORMALISERS = ["none", "scale", "whiten"]
+NORMALIZERS = ["none", "scale", "whiten"]
 INITS = ["tied", "data", "subspace"]
 TARGETS = [{}, {"d_out": D_OUT}, {"d_out": D_OUT, "skip": True}]
 
 PRODUCT = [
-    SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=a, prefixes=p, dictionary=d, normaliser=n, init=i, **t)
-    for a, p, d, n, i, t in itertools.product(ACTIVATIONS, PREFIXES, DICTIONARIES, NORMALISERS, INITS, TARGETS)
+    SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=a, prefixes=p, dictionary=d, normalizer=n, init=i, **t)
+    for a, p, d, n, i, t in itertools.product(ACTIVATIONS, PREFIXES, DICTIONARIES, NORMALIZERS, INITS, TARGETS)
 ]
 STEP = 31
 SOME = PRODUCT[::STEP]  # every two choices on two axes meet in it; the whole product is marked slow
@@ -68,7 +68,7 @@ REST = [cfg for i, cfg in enumerate(PRODUCT) if i % STEP]
 def name_of(cfg):
     nested = {type(None): "flat", tuple: "fixed"}.get(type(cfg.prefixes), "random")
     target = "" if cfg.d_out is None else "-skip" if cfg.skip else "-transcoder"
-    return f"{cfg.activation.name}-{nested}-{cfg.dictionary}-{cfg.normaliser}-{cfg.init}{target}"
+    return f"{cfg.activation.name}-{nested}-{cfg.dictionary}-{cfg.normalizer}-{cfg.init}{target}"
 
 
 some = pytest.mark.parametrize("cfg", SOME, ids=name_of)
@@ -107,7 +107,7 @@ def prepared(cfg, seed=0):
 
 def test_every_two_choices_meet():
     def axes(cfg):
-        return cfg.activation.name, type(cfg.prefixes), cfg.dictionary, cfg.normaliser, cfg.init, (cfg.d_out, cfg.skip)
+        return cfg.activation.name, type(cfg.prefixes), cfg.dictionary, cfg.normalizer, cfg.init, (cfg.d_out, cfg.skip)
 
     def meetings(configs):
         return {(i, a, j, b) for cfg in configs for (i, a), (j, b) in itertools.combinations(enumerate(axes(cfg)), 2)}
@@ -148,10 +148,10 @@ def keeps_the_contract(cfg):
     # some latents are the same codes, with the same gradients
     some = [D_SAE - 1, 0, 7]
     torch.testing.assert_close(
-        sae.encode_some(x[:6].view(2, 3, D_IN), some), sae.encode(x[:6]).view(2, 3, -1)[..., some]
+        sae.encode_latents(x[:6].view(2, 3, D_IN), some), sae.encode(x[:6]).view(2, 3, -1)[..., some]
     )
     weights = torch.linspace(-1, 2, len(some))
-    ways = ((sae.encode_some(x, some) * weights).sum(), (sae.encode(x)[:, some] * weights).sum())
+    ways = ((sae.encode_latents(x, some) * weights).sum(), (sae.encode(x)[:, some] * weights).sum())
     grads = [torch.autograd.grad(way, [sae.W_enc, sae.b_enc]) for way in ways]
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -167,11 +167,11 @@ def keeps_the_contract(cfg):
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.any(), f"{name} gets no gradient"
 
-    # an equal SAE without a normaliser
+    # an equal SAE without a normalizer
     if sae.W_skip is not None:
         torch.nn.init.orthogonal_(sae.W_skip, generator=torch.Generator().manual_seed(0))
     folded = sae.fold()
-    assert folded.cfg.normaliser == "none"
+    assert folded.cfg.normalizer == "none"
     torch.testing.assert_close(folded.encode(x), sae.encode(x), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(folded(x), sae(x), rtol=1e-3, atol=1e-3)
 
@@ -183,9 +183,9 @@ def test_shortcuts_are_not_inherited_by_other_codes():
     sae, _ = prepared(SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=DoubledTopK(k=K)))
     x = data(seed=1)
     z = sae.encode(x)
-    torch.testing.assert_close(z, 2 * sl.TopK(k=K)(sae.centre(x) @ sae.W_enc + sae.b_enc))
+    torch.testing.assert_close(z, 2 * sl.TopK(k=K)(sae.center(x) @ sae.W_enc + sae.b_enc))
     torch.testing.assert_close(sae.encode_sparse(x).to_dense(), z)
-    torch.testing.assert_close(sae.encode_some(x, [3, 30]), z[:, [3, 30]])
+    torch.testing.assert_close(sae.encode_latents(x, [3, 30]), z[:, [3, 30]])
 
 
 @each_activation
@@ -196,7 +196,7 @@ def test_some_latents_are_found_without_the_others(activation):
     assert (z != 0).any(0).all() or activation.name == "test_soft_topk"
     sae.W_enc.data[:, [j for j in range(D_SAE) if j not in some]] = torch.nan
     alone = activation.name in ("relu", "jumprelu", "batchtopk", "batchabstopk")
-    found = sae.encode_some(x, some)
+    found = sae.encode_latents(x, some)
     assert torch.allclose(found, z, atol=1e-5) == alone, "others are read, or should have been"
 
 
@@ -251,7 +251,7 @@ def test_overfits_one_batch(cfg):
         cfg = replace(cfg, activation=replace(cfg.activation, coefficient=1e-4))
     sae, trainee = prepared(cfg)
     x = rows(cfg, n=64)
-    optimiser = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=3e-2)
+    optimizer = torch.optim.Adam([p for p in sae.parameters() if p.requires_grad], lr=3e-2)
     losses = []
     with torch.no_grad():
         start = float(trainee.objective(x).terms["reconstruction"])
@@ -259,8 +259,8 @@ def test_overfits_one_batch(cfg):
         objective = trainee.objective(x)
         objective.total.backward()
         trainee.constrain_gradients()
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         trainee.constrain_weights()
         trainee.observe(objective)
         losses.append(float(objective.terms["reconstruction"].detach()))
@@ -322,7 +322,7 @@ def test_encoder_by_parts_is_the_whole(activation, monkeypatch):
 @each_activation
 def test_made_on_the_meta_device(activation):
     """Under a default device of `meta` an SAE is wholly there, and takes its weights by assignment."""
-    cfg = SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, normaliser="whiten")
+    cfg = SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, normalizer="whiten")
     with torch.device("meta"):
         shell = sl.SAE(cfg)
     assert {tensor.device.type for tensor in (*shell.parameters(), *shell.buffers())} == {"meta"}

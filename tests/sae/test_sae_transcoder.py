@@ -47,12 +47,12 @@ def same(one, other):
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_reconstruction_by_its_formula(skip):
-    sae = fit(config(skip=skip, normaliser="whiten"))
+    sae = fit(config(skip=skip, normalizer="whiten"))
     x, _ = data(seed=1)
-    read = (x - sae.normaliser.mean) @ sae.normaliser.matrix
+    read = (x - sae.normalizer.mean) @ sae.normalizer.matrix
     z = sl.TopK(k=3)(read @ sae.W_enc + sae.b_enc)
     written = z @ sae.W_dec + sae.b_dec + (read @ sae.W_skip if skip else 0.0)
-    expected = written @ sae.target_normaliser.inverse + sae.target_normaliser.mean
+    expected = written @ sae.target_normalizer.inverse + sae.target_normalizer.mean
     torch.testing.assert_close(sae.encode(x), z)
     torch.testing.assert_close(sae(x), expected, rtol=1e-4, atol=1e-4)
     assert sae.directions().shape == (D_SAE, D_OUT)
@@ -79,7 +79,7 @@ def test_the_sparse_step_has_the_gradients_of_the_formula(activation, prefixes, 
             weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(i)))
         if cfg.activation.threshold == "learned":
             sae.threshold.clamp_(min=0.1)
-    x, y = sae.normaliser.normalise(pairs[:, :D_IN]), sae.target_normaliser.normalise(pairs[:, D_IN:])
+    x, y = sae.normalizer.normalize(pairs[:, :D_IN]), sae.target_normalizer.normalize(pairs[:, D_IN:])
     u = x @ sae.W_enc + sae.b_enc
     z = activation(u, sae.threshold, training=True)
     beside = sae.b_dec + (x @ sae.W_skip if skip else 0.0)
@@ -157,9 +157,9 @@ def test_trained_together_as_alone_and_trained_further():
     cfgs = [config(), config(skip=True)]
     together = sl.fit([sl.SAE(cfg) for cfg in cfgs], data(), RUN, progress=False)
     assert all(same(sae, fit(cfg)) for sae, cfg in zip(together, cfgs, strict=True))
-    before = together[0].normaliser.mean.clone()
+    before = together[0].normalizer.mean.clone()
     together[0].fit(tuple(part[:300] for part in data()), RUN, progress=False)
-    assert torch.equal(together[0].normaliser.mean, before)
+    assert torch.equal(together[0].normalizer.mean, before)
 
 
 def test_reading_pairs_is_bounded_and_the_same_whatever_the_shards(tiny, tiny_tokens, tmp_path):
@@ -224,8 +224,8 @@ def test_settings_that_exclude_each_other_are_named():
         config(d_out=None, skip=True)
     with pytest.raises(ValueError, match="`d_out` must be at least 1"):
         config(d_out=0)
-    with pytest.raises(ValueError, match="`normaliser` of a transcoder"):
-        config(normaliser="layer_norm")
+    with pytest.raises(ValueError, match="`normalizer` of a transcoder"):
+        config(normalizer="layer_norm")
     with pytest.raises(ValueError, match="must divide d_sae"):
         config(activation=GroupMax(k=5))
 
@@ -247,10 +247,10 @@ def test_saved_loaded_and_plain_configs_stay_plain(tmp_path):
 
 def test_fold_is_exact_far_from_the_origin():
     x, y = data()
-    sae = fit(config(skip=True, normaliser="whiten"), (x * torch.logspace(-2, 2, D_IN) + 50.0, 1e3 * y - 1e4))
+    sae = fit(config(skip=True, normalizer="whiten"), (x * torch.logspace(-2, 2, D_IN) + 50.0, 1e3 * y - 1e4))
     far = x * torch.logspace(-2, 2, D_IN) + 50.0
     torch.testing.assert_close(sae.fold()(far), sae(far), rtol=1e-3, atol=1.0)  # of targets of 1e4
-    assert sae.fold().cfg == replace(sae.cfg, normaliser="none", dictionary="free")
+    assert sae.fold().cfg == replace(sae.cfg, normalizer="none", dictionary="free")
 
 
 # ---- in the model
@@ -349,11 +349,11 @@ def test_hook_normalized_is_the_stream_at_unit_scale_before_the_norms_weight(sha
     model = sl.load_model(shared_data / "stories260k", device="cpu")
     names = ["blocks.2.hook_resid_mid", "blocks.2.ln2.hook_normalized", "blocks.2.ln2.hook_out"]
     acts = sl.lm.capture(model, torch.arange(3, 43).view(2, 20), names)
-    stream, normalised, read = (acts[name] for name in names)
+    stream, normalized, read = (acts[name] for name in names)
     scale = stream.square().mean(-1, keepdim=True).sqrt()
-    torch.testing.assert_close(normalised, stream / scale, rtol=1e-3, atol=1e-4)
-    factor = (read / normalised).median(0).values.median(0).values  # the norm's weight: one number a dimension
-    torch.testing.assert_close(read, normalised * factor, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(normalized, stream / scale, rtol=1e-3, atol=1e-4)
+    factor = (read / normalized).median(0).values.median(0).values  # the norm's weight: one number a dimension
+    torch.testing.assert_close(read, normalized * factor, rtol=1e-3, atol=1e-4)
     assert factor.std() > 0.05
 
 

@@ -12,7 +12,7 @@ from unchecked import unchecked
 
 import saelab as sl
 from saelab.functional.activation_functions import jumprelu, step_above
-from saelab.functional.metrics import normalised_error
+from saelab.functional.metrics import normalized_error
 from saelab.sae.training_sae import TrainingSAE
 
 D_IN, D_SAE, K, N = 10, 48, 4, 64
@@ -32,7 +32,7 @@ def draw(*shape, seed=0):
 def trainee_of(activation, n_dead=0, seed=0, aux=None, **axes):
     """An SAE with parameters all drawn at random, of which the last `n_dead` latents have not fired for long."""
     aux = aux or sl.AuxK(coefficient=0.3, k=3, dead_after_tokens=1000, token_frac=0.5)
-    cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, normaliser="none", aux=aux, **axes)
+    cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, normalizer="none", aux=aux, **axes)
     sae = sl.SAE(cfg, seed=seed)
     with torch.no_grad():
         sae.W_enc.add_(0.2 * draw(D_IN, D_SAE, seed=1))
@@ -243,7 +243,7 @@ def test_auxk_is_zero_without_dead_latents_and_can_be_switched_off(activation):
 
 @each_structural
 def test_auxk_is_free_of_scale(activation):
-    """Normalised by the residual's variance: multiplying data and dead codes by a number leaves it as it was."""
+    """Normalized by the residual's variance: multiplying data and dead codes by a number leaves it as it was."""
     x = draw(N, D_IN, seed=5)
     terms = []
     for factor in (1.0, 30.0):
@@ -255,9 +255,9 @@ def test_auxk_is_free_of_scale(activation):
     torch.testing.assert_close(*terms, rtol=1e-4, atol=1e-6)
 
 
-def test_normalised_error_of_a_constant_target_is_zero():
+def test_normalized_error_of_a_constant_target_is_zero():
     estimate = draw(4, 3).requires_grad_()
-    error = normalised_error(estimate, torch.ones(4, 3))
+    error = normalized_error(estimate, torch.ones(4, 3))
     error.backward()
     assert error == 0 and not estimate.grad.any()
 
@@ -282,7 +282,7 @@ def test_default_age_of_death(n_tokens, after):
 
 
 def test_prefixes_are_averaged_once():
-    """Normalising by their number twice would weigh AuxK five times as much as it says."""
+    """Normalizing by their number twice would weigh AuxK five times as much as it says."""
     x = draw(N, D_IN, seed=5)
     whole = trainee_of(sl.TopK(k=K), n_dead=4).objective(x).terms
     for n in (2, 5):

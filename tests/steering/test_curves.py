@@ -181,7 +181,7 @@ def test_places_are_those_of_generation(tiny, concept, up, where) -> None:
 
 
 def test_sources_of_every_kind_stand_on_the_same_axes(tiny, concept, up) -> None:
-    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.TopK(k=2), normaliser="none"), seed=0)
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.TopK(k=2), normalizer="none"), seed=0)
     with torch.no_grad():
         sae.W_dec[5] = up.vector
     intervention = sl.Intervention(up, 2.0, unit="norm")

@@ -81,7 +81,7 @@ def test_another_process_is_refused_by_name_and_a_dead_one_is_not(tmp_path, stor
     assert sorted(os.listdir(out)) == ["config.json", "model.safetensors"]
 
 
-def test_labelling_a_store_is_refused_while_it_is_written_and_reading_it_is_not(tmp_path, store, capsys) -> None:
+def test_labeling_a_store_is_refused_while_it_is_written_and_reading_it_is_not(tmp_path, store, capsys) -> None:
     child = Child(tmp_path / "errors.txt", hold, str(store), str(tmp_path / "ready"))
     child.wait_until((tmp_path / "ready").exists)
     assert dispatch(["label", str(store), "--no-lens", "--no-progress"]) == 2

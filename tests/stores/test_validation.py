@@ -291,9 +291,9 @@ def test_a_run_that_diverges_says_so_and_keeps_its_last_good_checkpoint(tmp_path
 
     step, n = step_adam, [0]
 
-    def break_down(module, optimiser):
+    def break_down(module, optimizer):
         n[0] += 1
-        step(module, optimiser)
+        step(module, optimizer)
         if n[0] == 5:
             with torch.no_grad():
                 module.b_dec[0] = torch.inf

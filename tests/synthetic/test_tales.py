@@ -68,10 +68,10 @@ def test_children_carry_their_parents(stories):
             assert child.nnz == child.multiply(parent).nnz, concept.name
 
 
-def test_no_token_is_unlabelled_and_the_ends_are(stories, words):
-    labelled = np.diff(stories.concepts.indptr) > 0
+def test_no_token_is_unlabeled_and_the_ends_are(stories, words):
+    labeled = np.diff(stories.concepts.indptr) > 0
     special = np.array([word in SPECIAL for word in words])
-    assert np.array_equal(labelled, ~special)
+    assert np.array_equal(labeled, ~special)
     assert special.sum() == 2 * len(stories)
 
 

@@ -39,7 +39,7 @@ def config(activation=None, **axes):
 KINDS = {
     "topk": config(),
     "batchabstopk": config(sl.BatchAbsTopK(k=3), prefixes=sl.RandomPrefixes(n=3, smallest=4)),
-    "jumprelu": config(sl.JumpReLU(target_l0=3.0), prefixes=(4, 12, D_SAE), normaliser="whiten"),
+    "jumprelu": config(sl.JumpReLU(target_l0=3.0), prefixes=(4, 12, D_SAE), normalizer="whiten"),
     "relu": config(sl.ReLU(target_l0=0.5), dictionary="free", init="data"),
 }
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
@@ -519,7 +519,7 @@ def test_clipping_bounds_the_whole_gradient(size):
 def test_adam_is_adam():
     """Two steps of a run against the update rule, written out, on the transposed and the plain weights."""
     run = replace(RUN, n_tokens=80, lr=0.01, warmup_frac=0.0, decay_frac=0.0, clip_norm=math.inf)
-    cfg = config(dictionary="free", aux=None, normaliser="none")
+    cfg = config(dictionary="free", aux=None, normalizer="none")
     from saelab.sae.training_sae import TrainingSAE
     from saelab.training.loop import TrainingRun
 

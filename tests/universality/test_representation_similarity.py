@@ -18,7 +18,7 @@ from saelab.universality.representation_similarity import (
     Paired,
     compare_spaces,
     linear_cka,
-    neighbour_overlap,
+    neighbor_overlap,
     principal_angles,
     procrustes,
     relative_agreement,
@@ -36,7 +36,7 @@ PUBLIC = {
     "procrustes": procrustes,
     "rsa": rsa,
     "relative_agreement": relative_agreement,
-    "neighbour_overlap": neighbour_overlap,
+    "neighbor_overlap": neighbor_overlap,
 }
 ROTATION_FREE = [name for name in PUBLIC if name != "rsa"]
 
@@ -79,12 +79,12 @@ def plain_cka(x, y):
 
 
 def naive_components(x, frac=None, leading=None):
-    centred = x - x.mean(0)
-    values, vectors = np.linalg.eigh(centred.T @ centred)
+    centered = x - x.mean(0)
+    values, vectors = np.linalg.eigh(centered.T @ centered)
     values, vectors = values[::-1], vectors[:, ::-1]
     shares = [values[:k].sum() / values.sum() for k in range(1, len(values) + 1)]
     k = leading or next(i + 1 for i, share in enumerate(shares) if share >= frac)
-    return centred @ vectors[:, :k]
+    return centered @ vectors[:, :k]
 
 
 def naive_svcca(x, y):
@@ -142,7 +142,7 @@ NAIVE = {
     "procrustes": naive_procrustes,
     "rsa": naive_rsa,
     "relative_agreement": naive_agreement,
-    "neighbour_overlap": naive_overlap,
+    "neighbor_overlap": naive_overlap,
 }
 
 
@@ -205,7 +205,7 @@ def test_what_changes_nothing(name):
     if name == "rsa":  # rows may be scaled one by one
         assert rsa(x * np.arange(1, 81)[:, None], y + np.arange(80)[:, None]) == pytest.approx(value, abs=1e-6)
         assert abs(rsa(x, y @ rotation(4, 9)) - value) > 1e-3
-    if name not in ("relative_agreement", "neighbour_overlap"):  # whose anchors are drawn by place
+    if name not in ("relative_agreement", "neighbor_overlap"):  # whose anchors are drawn by place
         order = np.random.default_rng(0).permutation(80)
         assert PUBLIC[name](x[order], y[order]) == pytest.approx(value, abs=1e-6)
 
@@ -229,7 +229,7 @@ def test_independent_rows_are_within_chance():
         assert min(values) >= 1 / 20
         assert np.mean(values) > 0.525 - 4 * 0.29 / np.sqrt(25), name
         assert np.mean(np.array(values) <= 0.25) < 0.6, name
-        if name != "neighbour_overlap":  # a share of few has ties, which count against it
+        if name != "neighbor_overlap":  # a share of few has ties, which count against it
             assert np.mean(values) < 0.525 + 4 * 0.29 / np.sqrt(25), name
 
 
@@ -257,7 +257,7 @@ def test_few_pairs_overfit_and_the_excess_says_so():
 def test_more_pairs_than_are_compared_with_each_other(monkeypatch):
     monkeypatch.setattr(paired_module, "SAMPLED_ROWS", 40)
     x = spectrum(0, 300, 6)
-    names = ["rsa", "relative_agreement", "neighbour_overlap"]
+    names = ["rsa", "relative_agreement", "neighbor_overlap"]
     found = compare_spaces(x, x + 0.2 * draw(1, 300, 6), measures=names, n_shuffles=30)
     for name in names:
         assert "of 40 rows" in found[name].note
@@ -274,7 +274,7 @@ def test_more_pairs_than_are_compared_with_each_other(monkeypatch):
         (draw(0, 2, 4), draw(1, 2, 4), "svcca", "needs 3 pairs"),
         (np.zeros((0, 4)), np.zeros((0, 4)), "procrustes", "needs 3 pairs"),
         (draw(0, 3, 4), draw(1, 3, 4), "linear_cka", "needs 4 pairs"),
-        (draw(0, 5, 4), draw(1, 5, 4), "neighbour_overlap", "needs 6 pairs"),
+        (draw(0, 5, 4), draw(1, 5, 4), "neighbor_overlap", "needs 6 pairs"),
         (np.full((9, 4), 0.1), draw(1, 9, 4), "svcca_one", "all rows of x are equal"),
         (draw(0, 9, 4), np.zeros((9, 4)), "rsa", "all rows of y are equal"),
         (draw(0, 9, 0), draw(1, 9, 2), "relative_agreement", "all rows of x are equal"),
@@ -295,7 +295,7 @@ def test_what_means_nothing_is_nan_and_says_why(x, y, name, reason):
 def test_one_dimension_is_a_space():
     x = draw(0, 50, 1)
     found = compare_spaces(x, -2 * x, n_shuffles=5)
-    assert all(found[name].value == pytest.approx(1) for name in ROTATION_FREE if name != "neighbour_overlap")
+    assert all(found[name].value == pytest.approx(1) for name in ROTATION_FREE if name != "neighbor_overlap")
 
 
 def test_wrong_input_is_refused():

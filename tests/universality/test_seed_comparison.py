@@ -30,7 +30,7 @@ def sae_of(rows: Tensor, activation: sl.sae.Activation | None = None, **axes) ->
     """An SAE with these directions, tied."""
     sae = sl.SAE(
         sl.SAEConfig(
-            d_in=rows.shape[1], d_sae=len(rows), activation=activation or sl.TopK(k=4), **{"normaliser": "none"} | axes
+            d_in=rows.shape[1], d_sae=len(rows), activation=activation or sl.TopK(k=4), **{"normalizer": "none"} | axes
         )
     )
     with torch.no_grad():
@@ -93,14 +93,14 @@ def test_random_dictionaries_are_at_chance():
 
 def test_chance_knows_how_the_rows_are_spread():
     """In few dimensions unrelated rows are near each other: only the second chance level says so."""
-    stretch = torch.logspace(0, -2, D_IN)
-    rows = normalize(directions() * stretch, dim=1)
+    output_scale = torch.logspace(0, -2, D_IN)
+    rows = normalize(directions() * output_scale, dim=1)
     alike = _draw_alike(rows, torch.Generator().manual_seed(0))
 
     def moments(x):
         return x.T @ x / len(x)
 
-    found = seed_stability([sae_of(normalize(directions(seed) * stretch, dim=1)) for seed in range(2)])
+    found = seed_stability([sae_of(normalize(directions(seed) * output_scale, dim=1)) for seed in range(2)])
     assert found.random.matched[0] < found.trained.matched[0] - 0.1
     assert found.alike.matched[0] == pytest.approx(found.trained.matched[0], abs=0.03)
     np.testing.assert_allclose(moments(alike), moments(rows), atol=0.06)
@@ -132,10 +132,10 @@ def test_rows_count_by_direction_and_in_the_activations_own_units():
     # one direction, seen through two ways of whitening
     whitened = []
     for seed in (0, 1):
-        sae = sae_of(rows, normaliser="whiten")
-        sae.normaliser.fit(data(seed=seed) @ torch.diag(torch.linspace(0.5 + seed, 3, D_IN)))
+        sae = sae_of(rows, normalizer="whiten")
+        sae.normalizer.fit(data(seed=seed) @ torch.diag(torch.linspace(0.5 + seed, 3, D_IN)))
         with torch.no_grad():
-            sae.W_dec.copy_(rows @ sae.normaliser.matrix)
+            sae.W_dec.copy_(rows @ sae.normalizer.matrix)
         whitened.append(sae)
     assert seed_stability(whitened).trained.matched[0] == pytest.approx(1, abs=1e-3)
 

@@ -14,7 +14,7 @@ from saelab.visualization.demo_page import (
     Corpus,
     Sentence,
     Trial,
-    colour,
+    color,
     examples,
     show_comparison,
     show_failures,
@@ -122,9 +122,9 @@ def test_hostile_names_do_not_leave_the_figure() -> None:
     assert "img" not in {tag for tag, _ in Parsed(show_comparison(trials, {})).tags}
 
 
-def test_colours_follow_sign_and_size() -> None:
+def test_colors_follow_sign_and_size() -> None:
     sentence = Sentence(["a", "b", "c"], [2.0, 0.0, -1.0], [["hot"], [], ["cold"]])
-    first, silent, last = Parsed(colour(sentence, scale=2.0, underline="cold")).spans()
+    first, silent, last = Parsed(color(sentence, scale=2.0, underline="cold")).spans()
     assert first["class"] == "t plus" and silent["class"] == "t" and last["class"] == "t minus true"
     strong, weak = (float((span["style"] or "").split(":")[1]) for span in (first, last))
     assert strong == pytest.approx(2 * weak, abs=0.01)
@@ -134,11 +134,11 @@ def test_colours_follow_sign_and_size() -> None:
 
 def test_every_token_is_shown_and_spaced() -> None:
     words = ["\u201c", "No", ",", "\u201d", "said", "Ann", "."]
-    parsed = Parsed(colour(Sentence(words, [0.0] * 7, [[]] * 7), 0.0))
+    parsed = Parsed(color(Sentence(words, [0.0] * 7, [[]] * 7), 0.0))
     assert len(parsed.spans()) == 7
     assert "".join(parsed.text) == "\u201cNo,\u201d said Ann."
     with pytest.raises(ValueError, match="shorter"):
-        colour(Sentence(words, [0.0], [[]] * 7), 1.0)
+        color(Sentence(words, [0.0], [[]] * 7), 1.0)
 
 
 def test_sentences_stay_in_their_story() -> None:

@@ -214,11 +214,11 @@ def planted(activation):
     return sae
 
 
-@pytest.mark.parametrize("kind", ["signed", "unsigned", "neighbours"])
+@pytest.mark.parametrize("kind", ["signed", "unsigned", "neighbors"])
 def test_like_features_lie_together(kind):
     """Antipodes are alike where codes are signed, and not where they are not."""
     sae = planted(sl.TopK(k=2) if kind == "unsigned" else sl.AbsTopK(k=2))
-    figure = plot_feature_map(sl.analysis.nearest_features(sae, m=4) if kind == "neighbours" else sae)
+    figure = plot_feature_map(sl.analysis.nearest_features(sae, m=4) if kind == "neighbors" else sae)
     places = np.stack([figure.data[0].x, figure.data[0].y], 1)
     distances = np.linalg.norm(places[:, None] - places, axis=2)
     np.fill_diagonal(distances, np.inf)

@@ -45,7 +45,7 @@ class Parsed(HTMLParser):
 @pytest.fixture(scope="module")
 def sae(tmp_path_factory) -> sl.SAE:
     """Unit 0 tells hot (+) from cold (-), unit 1 fires on what is hostile, unit 2 on everything else, 3 never."""
-    made = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.AbsTopK(k=1), normaliser="none"))
+    made = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.AbsTopK(k=1), normalizer="none"))
     with torch.no_grad():
         made.W_enc.copy_(torch.eye(4))
         made.W_dec.copy_(torch.eye(4))
@@ -77,7 +77,7 @@ def store(sae: sl.SAE, tmp_path_factory) -> sl.FeatureStore:
     return sl.FeatureStore.load(folder)
 
 
-def coloured(card: str) -> list[tuple[str, float]]:
+def colored(card: str) -> list[tuple[str, float]]:
     """Class and value of every coloured token."""
     tags = Parsed(card).tags
     return [(str(attrs.get("class")), float(str(attrs["title"]))) for tag, attrs in tags if tag == "b"]
@@ -85,7 +85,7 @@ def coloured(card: str) -> list[tuple[str, float]]:
 
 def test_both_sides_of_a_bipolar_unit_are_shown_where_they_belong(store) -> None:
     card = store.feature(0)._repr_html_()
-    said = coloured(card)
+    said = colored(card)
     assert {kind.split()[0] for kind, _ in said} == {"p", "m"}
     assert all((value > 0) == kind.startswith("p") for kind, value in said)
     words = {kind: set(re.findall(rf'<b class="{kind}[^>]*>([^<]*)</b>', card)) for kind in "pm"}
@@ -118,7 +118,7 @@ def test_the_strong_side_comes_first(store, strong, monkeypatch) -> None:
 
 
 def test_a_card_counts_what_the_store_holds(store) -> None:
-    card = sl.analysis.describe_feature(store, 0, label="temperature", neighbours=sl.analysis.nearest_features(store))
+    card = sl.analysis.describe_feature(store, 0, label="temperature", neighbors=sl.analysis.nearest_features(store))
     codes = store.matrix().toarray()[:, 0]
     by_sign = {side.sign: side for side in card.sides}
     assert [by_sign[sign].n_firings for sign in (1, -1)] == [(codes > 0).sum(), (codes < 0).sum()]

@@ -180,8 +180,8 @@ def test_the_table_lists_the_planted_pairs_with_words_and_labels(found, stores) 
     sums = np.bincount(stores[0].token_ids[at.indices], np.maximum(at.values, 0))
     if "+" in row["words_a"]:
         assert stores[0].text.strings[int(sums.argmax())] == row["words_a"]["+"][0]
-    labelled = next(row for row in table.rows if row["a"] == 0)
-    assert labelled["label_b"] == HOSTILE and labelled["label_a"] == ""
+    labeled = next(row for row in table.rows if row["a"] == 0)
+    assert labeled["label_b"] == HOSTILE and labeled["label_a"] == ""
     shown = table._repr_html_()
     assert "<img" not in shown and "&lt;img" in shown and HOSTILE in str(table)
     assert len(sl.universality.list_universal(found, *stores, top=3).rows) == 3

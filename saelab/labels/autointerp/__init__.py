@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         Explainer as Explainer,
         LabelingResult as LabelingResult,
         LLMExplainer as LLMExplainer,
-        Unlabelled as Unlabelled,
+        Unlabeled as Unlabeled,
         estimate_labels as estimate_labels,
         explain_features as explain_features,
         score_labels as score_labels,

@@ -59,7 +59,7 @@ TYPICAL = " ".join(["something"] * N_WORDS)  # stands for labels that are not kn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unlabelled(Result):
+class Unlabeled(Result):
     """A feature, or one of its signs, that has no label or lacks a score, and why."""
 
     feature: int
@@ -77,7 +77,7 @@ class LabelingResult(Result):
     """Labels and scores from one run, what is missing and why, and the requests made."""
 
     labels: tuple[Label, ...]
-    missing: tuple[Unlabelled, ...]
+    missing: tuple[Unlabeled, ...]
     usage: TokenUsage
     n_sides: int = 0
     """number of features, or signs of them, that were to be labelled"""
@@ -262,11 +262,11 @@ class _Found:
 
     def __init__(self) -> None:
         self.labels: list[Label] = []
-        self.missing: list[Unlabelled] = []
+        self.missing: list[Unlabeled] = []
 
     def miss(self, feature: int, sign: int, stage: str, reply: Reply[Any]) -> None:
         """Record what is missing, and why."""
-        entry = Unlabelled(feature=feature, sign=sign, stage=stage, problem=reply.problem, is_waiting=reply.is_waiting)
+        entry = Unlabeled(feature=feature, sign=sign, stage=stage, problem=reply.problem, is_waiting=reply.is_waiting)
         self.missing.append(entry)
 
     def result(self, usage: TokenUsage) -> LabelingResult:

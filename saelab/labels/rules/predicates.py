@@ -34,7 +34,7 @@ DISJOINT = ("token", "word", "word end", "bigram", "previous token", "next token
 def fixed(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     """Kind, name and tokens of each condition that does not depend on the text."""
     yield from _shapes(view)
-    yield from _neighbours(view)
+    yield from _neighbors(view)
     yield from _sentences(view)
     yield from _positions(view)
     yield from _repetitions(view)
@@ -80,7 +80,7 @@ def _shapes(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     yield "shape", "second tokens of words", view.goes_on & view.before(view.starts_word, missing=False)
 
 
-def _neighbours(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
+def _neighbors(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     comma, ends = view.mark(lambda s: "," in s), view.mark(lambda s: s.rstrip().endswith(tuple(ENDS)))
     for name, marks in (("a comma", comma), ("sentence-final punctuation", ends)):
         yield "previous", f"after {name}", view.before(marks, missing=False)

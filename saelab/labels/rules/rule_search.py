@@ -42,7 +42,7 @@ HALF_COST = 0.0125
 PAIR_COST, PART_COST = 0.01, 0.02
 """F1 that a rule of several parts must gain over a single predicate, and for each doubling of its parts."""
 GIVEN = ("own", "concept", "document")
-FAVOUR = 0.01
+FAVOR = 0.01
 """F1 by which the caller's own predicates are preferred to those found in the text."""
 MIN_SHARE = 0.01
 """Share of a feature side's firings that a level must keep."""
@@ -76,15 +76,15 @@ def choose_rules(
         min_count: number of firings that a level needs.
         seed: seed of the firings that pairs are selected on.
     """
-    favour = np.array([FAVOUR * (kind in GIVEN) for kind in predicates.kinds])
+    favor = np.array([FAVOR * (kind in GIVEN) for kind in predicates.kinds])
     cost = _cost(counts.fires, min_count)
-    best, scores = _singles(counts, favour, min_count)
+    best, scores = _singles(counts, favor, min_count)
     families = [_lists(predicates.family(kind), counts) for kind in DISJOINT]
     lists = [family for family in families if family is not None]
     levels = (np.maximum.reduce([scores, *(score for *_, score in lists)]) - cost).argmax(1)
     here = np.arange(len(units))
     f1, both, fires = counts.f1[here, levels], counts.both[here, levels], counts.fires[here, levels]
-    near = _candidates(f1 + favour, both, fires, counts)
+    near = _candidates(f1 + favor, both, fires, counts)
     rng = np.random.default_rng(seed)
     found: list[Rule | None] = [None] * len(units)
     for unit in np.flatnonzero(np.isfinite((scores - cost)[here, levels])).tolist():
@@ -96,7 +96,7 @@ def choose_rules(
             rows = units.of(unit, level)
             if len(rows) > 4 * PAIR_ROWS:
                 rows = rows[rng.integers(len(rows), size=4 * PAIR_ROWS)]
-            options += _pairs(near[unit], level, side.here(rows), int(fires[unit]), side, favour, rng)
+            options += _pairs(near[unit], level, side.here(rows), int(fires[unit]), side, favor, rng)
         found[unit] = max(options, key=lambda option: option[0])[1]
     return found
 
@@ -108,10 +108,10 @@ def _cost(fires: Int[np.ndarray, "n_units n_levels"], min_count: int) -> Float[n
 
 
 def _singles(
-    counts: Counts, favour: np.ndarray, min_count: int
+    counts: Counts, favor: np.ndarray, min_count: int
 ) -> tuple[Int[np.ndarray, "n_units n_levels"], Float[np.ndarray, "n_units n_levels"]]:
     """The best single predicate of each level, and its score; the score is -inf where there is none."""
-    scores = np.where(counts.both >= min(3, min_count), counts.f1 + favour, -np.inf)
+    scores = np.where(counts.both >= min(3, min_count), counts.f1 + favor, -np.inf)
     best = scores.argmax(2)
     return best, np.take_along_axis(scores, best[:, :, None], 2)[:, :, 0]
 
@@ -168,7 +168,7 @@ def _pairs(
     rows: np.ndarray,
     n_fires: int,
     side: SideCounts,
-    favour: np.ndarray,
+    favor: np.ndarray,
     rng: np.random.Generator,
 ) -> list[tuple[float, Rule]]:
     """The best conjunction and the best union of two predicates, with their scores."""
@@ -188,7 +188,7 @@ def _pairs(
         i, j = divmod(int(f1.argmax()), len(columns))
         if i != j:
             pair = int(columns[i]), int(columns[j])
-            score = float(f1[i, j]) - PAIR_COST - PART_COST + float(favour[list(pair)].min())
+            score = float(f1[i, j]) - PAIR_COST - PART_COST + float(favor[list(pair)].min())
             found.append((score, Rule(pair, joined, level, float(f1[i, j]))))  # type: ignore[arg-type]
     return found
 

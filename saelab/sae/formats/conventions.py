@@ -1,6 +1,6 @@
 """Conversion of another library's weights into saelab's formula.
 
-saelab's is `z = activation((normalise(x) - b_dec) W_enc + b_enc)`, `x_hat = unnormalise(z W_dec + b_dec)`. A
+saelab's is `z = activation((normalize(x) - b_dec) W_enc + b_enc)`, `x_hat = unnormalize(z W_dec + b_dec)`. A
 `Convention` lists how a source differs from that; `compose` converts exactly, and reports which tensors it had to
 change.
 """
@@ -49,7 +49,7 @@ class Convention:
     """factor on `x` before the encoder"""
     scale_out: float = 1.0
     """divisor of the reconstruction"""
-    normaliser: NormalizerKind = "none"
+    normalizer: NormalizerKind = "none"
     """"none", or a kind with per-token statistics"""
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Convention:
             "norms of W_dec's rows are in the codes, and the rows at unit length": self.decoder_norms == "codes",
             "choices look at codes times the norms of W_dec's rows": self.decoder_norms == "choice",
             f"activations are multiplied by {self.scale:g}": self.scale != 1.0,
-            f"every token is normalised by itself ({self.normaliser})": self.normaliser != "none",
+            f"every token is normalized by itself ({self.normalizer})": self.normalizer != "none",
         }
         return [words for words, true in said.items() if true]
 
@@ -115,7 +115,7 @@ def compose(
     changed = frozenset(name for name in parts if now.get(name) is not parts[name])
     cfg = _configure(now, how)
     tensors = {name: own(tensor, dtype, latent_major=name == "W_enc") for name, tensor in now.items()}
-    return Composed(cfg, tensors | _normaliser_tensors(cfg, how), changed)
+    return Composed(cfg, tensors | _normalizer_tensors(cfg, how), changed)
 
 
 def compose_config(parts: Parts, how: Convention) -> SAEConfig:
@@ -209,12 +209,12 @@ def _configure(now: Parts, how: Convention) -> SAEConfig:
     if not all(0 < scale < math.inf for scale in (how.scale, how.scale_out)):
         raise ValueError(f"`scale` must be positive and finite, got {how.scale} and {how.scale_out}.")
     scaled = (how.scale, how.scale_out) != (1.0, 1.0)
-    if scaled and how.normaliser != "none":
-        raise ValueError(f"`scale` must not go with normaliser '{how.normaliser}', got {how.scale}; leave one out.")
-    if how.transcodes and how.normaliser != "none":
+    if scaled and how.normalizer != "none":
+        raise ValueError(f"`scale` must not go with normalizer '{how.normalizer}', got {how.scale}; leave one out.")
+    if how.transcodes and how.normalizer != "none":
         raise ValueError(
-            f"A transcoder's input must be read as it is, got normaliser '{how.normaliser}', which measures every "
-            "token and cannot be undone at the target; normalise the activations before."
+            f"A transcoder's input must be read as it is, got normalizer '{how.normalizer}', which measures every "
+            "token and cannot be undone at the target; normalize the activations before."
         )
     if not how.transcodes and how.scale != how.scale_out:
         raise ValueError(f"An autoencoder must undo its own scale ({how.scale}), got {how.scale_out}.")
@@ -227,17 +227,17 @@ def _configure(now: Parts, how: Convention) -> SAEConfig:
         encoder=how.encoder,
         prefixes=how.prefixes,
         dictionary="free",
-        normaliser="scale" if scaled else how.normaliser,
+        normalizer="scale" if scaled else how.normalizer,
     )
 
 
-def _normaliser_tensors(cfg: SAEConfig, how: Convention) -> dict[str, Tensor]:
-    """Buffers of the normaliser (of a transcoder's two) that multiplies by the source's scale."""
-    if cfg.normaliser == "none":
+def _normalizer_tensors(cfg: SAEConfig, how: Convention) -> dict[str, Tensor]:
+    """Buffers of the normalizer (of a transcoder's two) that multiplies by the source's scale."""
+    if cfg.normalizer == "none":
         return {}
-    sides = {"normaliser": (how.scale, cfg.d_in)}
+    sides = {"normalizer": (how.scale, cfg.d_in)}
     if cfg.d_out is not None:
-        sides["target_normaliser"] = (how.scale_out, cfg.d_out)
+        sides["target_normalizer"] = (how.scale_out, cfg.d_out)
     named = {}
     for side, (scale, width) in sides.items():
         named[f"{side}.mean"] = torch.zeros(width)

@@ -46,7 +46,7 @@ LINEAR_SPELLED = {"encoder_linear.": "encoder.", "decoder_linear.": "decoder."}
 """other spellings of the layers of the same class"""
 
 
-def recognise(source: SAEFiles) -> bool:
+def recognize(source: SAEFiles) -> bool:
     """Whether the file has the keys of one of dictionary_learning's classes."""
     return source.pickle is not None and bool(_find_classes(_respell(source.tensors(source.pickle))))
 
@@ -166,9 +166,9 @@ def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
     if cfg.d_out is not None or cfg.encoder != "linear":
         what = "a transcoder" if cfg.d_out is not None else "matching pursuit"
         raise ValueError(f"dictionary_learning has autoencoders with one linear step only, got {what}; write saelens.")
-    if cfg.normaliser != "none":
+    if cfg.normalizer != "none":
         raise ValueError(
-            f"dictionary_learning reads activations as they are, got normaliser '{cfg.normaliser}', which measures "
+            f"dictionary_learning reads activations as they are, got normalizer '{cfg.normalizer}', which measures "
             "every token; write saelens."
         )
     classes = {ReLU: "AutoEncoder", TopK: "AutoEncoderTopK", JumpReLU: "JumpReluAutoEncoder", BatchTopK: "BatchTopKSAE"}

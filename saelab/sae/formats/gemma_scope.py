@@ -28,7 +28,7 @@ PLACES = {
 """TransformerLens hook names for module inputs and outputs in a Hugging Face layer of Gemma 3"""
 
 
-def recognise_first(source: SAEFiles) -> bool:
+def recognize_first(source: SAEFiles) -> bool:
     """Whether the file is an SAE of the first Gemma Scope."""
     name = _find_archive(source)
     return name is not None and set(NAMES) <= set(_capitalise(source.tensors(name)))
@@ -59,7 +59,7 @@ def _mean(*, transcodes: bool) -> Convention:
     return Convention(activation=JumpReLU(), transcodes=transcodes, subtracts_b_dec=False)
 
 
-def recognise_second(source: SAEFiles) -> bool:
+def recognize_second(source: SAEFiles) -> bool:
     """Whether the files are an SAE or transcoder of the second Gemma Scope."""
     if not source.has(CONFIG, WEIGHTS):
         return False

@@ -13,7 +13,7 @@ OPENAI = {"encoder.weight": "W_enc", "latent_bias": "b_enc", "decoder.weight": "
 QWEN = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
-def recognise_openai(source: SAEFiles) -> bool:
+def recognize_openai(source: SAEFiles) -> bool:
     """Whether the file is of OpenAI's sparse_autoencoder."""
     return source.pickle is not None and set(OPENAI) <= set(source.tensors(source.pickle))
 
@@ -22,7 +22,7 @@ def read_openai(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """Weights and convention of OpenAI's file: `z = activation((norm(x) - pre_bias) encoder^T + latent_bias)`,
     `x_hat = (z decoder^T + pre_bias) std + mean`.
 
-    TopK files normalise every token by its own mean and deviation, ReLU files do not; the file does not record this.
+    TopK files normalize every token by its own mean and deviation, ReLU files do not; the file does not record this.
     """
     assert source.pickle is not None
     place, held = source.folder / source.pickle, source.tensors(source.pickle)
@@ -32,7 +32,7 @@ def read_openai(source: SAEFiles, asked: Asked) -> ParsedSAE:
     said = held.get("activation", "ReLU")
     how = Convention(
         activation=asked.activation or _choose_activation(said, held.get("activation_state_dict") or {}, place),
-        normaliser="layer_norm" if said == "TopK" else "none",
+        normalizer="layer_norm" if said == "TopK" else "none",
     )
     return ParsedSAE(format="openai", parts=parts, how=how)
 
@@ -45,7 +45,7 @@ def _choose_activation(said: Any, state: Any, place: Any) -> Activation:
     return TopK(k=int(require(state.get("k"), "activation", "its k", "saelab.TopK(k=32)")))
 
 
-def recognise_qwen_scope(source: SAEFiles) -> bool:
+def recognize_qwen_scope(source: SAEFiles) -> bool:
     """Whether the file is of Qwen Scope: W_enc is (d_sae, d_in) and W_dec (d_in, d_sae), which no other format uses."""
     if source.pickle is None:
         return False

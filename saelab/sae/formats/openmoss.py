@@ -31,7 +31,7 @@ ELSEWHERE = "sae_pretrained_name_or_path"
 """a setting that refers to weights outside of the folder"""
 
 
-def recognise(source: SAEFiles) -> bool:
+def recognize(source: SAEFiles) -> bool:
     """Whether the files are in OpenMOSS' format."""
     name = _find_weights(source)
     if name is None or not source.has(CONFIG) or "d_model" not in source.json(CONFIG):
@@ -78,7 +78,7 @@ def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
         decoder_norms="choice" if settings.get("sparsity_include_decoder_norm", True) else "none",
         scale=scales[0],
         scale_out=scales[1],
-        normaliser="token_norm" if settings.get("norm_activation") == "token-wise" else "none",
+        normalizer="token_norm" if settings.get("norm_activation") == "token-wise" else "none",
     )
     return ParsedSAE(format="openmoss", parts=parts, how=how, facts=_read_facts(source, points))
 
@@ -148,7 +148,7 @@ def _read_facts(source: SAEFiles, points: tuple[str, str]) -> Facts:
     return Facts(model=said.get("model_name"), hook_point=points[0], hook_point_out=points[1])
 
 
-def recognise_llama_scope(source: SAEFiles) -> bool:
+def recognize_llama_scope(source: SAEFiles) -> bool:
     """Whether the files are of Llama Scope."""
     return source.has(HYPERPARAMETERS, FINAL) and "encoder.weight" in source.tensors(FINAL)
 

@@ -182,18 +182,18 @@ def make_provenance(reading: ParsedSAE, asked: Asked) -> Provenance | None:
     )
 
 
-def name_processing(hook_point: str | None, *, centred: bool, folded: bool) -> str:
+def name_processing(hook_point: str | None, *, centered: bool, folded: bool) -> str:
     """Weight processing of the model in saelab's terms, from the TransformerLens options it was loaded with.
 
     "folded" is what the bridge's compatibility mode makes: layer norms folded, and weights that write to the residual
     stream centred. At hook points of the residual stream centring alone gives the same activations.
     """
     reads_residual = hook_point is not None and hook_point.rpartition(".")[2] in RESIDUAL
-    if centred and (folded or reads_residual):
+    if centered and (folded or reads_residual):
         return "folded"
-    if not centred and (not folded or reads_residual):
+    if not centered and (not folded or reads_residual):
         return "none"
-    return "centred" if centred else "layer norms folded"
+    return "centred" if centered else "layer norms folded"
 
 
 def describe_mask(excludes_special: bool | None, start: int = 0, stop: int | None = None) -> dict[str, Any]:

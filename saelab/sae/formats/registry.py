@@ -27,36 +27,36 @@ OWN = "saelab"
 
 @dataclass(frozen=True)
 class FormatReader:
-    """Functions of one format: `recognise` tests whether a source has the format, `read` reads it."""
+    """Functions of one format: `recognize` tests whether a source has the format, `read` reads it."""
 
-    recognise: Callable[[SAEFiles], bool]
+    recognize: Callable[[SAEFiles], bool]
     read: Callable[[SAEFiles, Asked], ParsedSAE]
     files: tuple[str, ...]
     """files to download from a folder on the Hub"""
 
 
 READERS = {
-    "saelens": FormatReader(saelens.recognise, saelens.read, (saelens.CONFIG, saelens.WEIGHTS, saelens.SCALER)),
-    "sparsify": FormatReader(sparsify.recognise, sparsify.read, (sparsify.CONFIG, sparsify.WEIGHTS)),
+    "saelens": FormatReader(saelens.recognize, saelens.read, (saelens.CONFIG, saelens.WEIGHTS, saelens.SCALER)),
+    "sparsify": FormatReader(sparsify.recognize, sparsify.read, (sparsify.CONFIG, sparsify.WEIGHTS)),
     "dictionary_learning": FormatReader(
-        dictionary_learning.recognise,
+        dictionary_learning.recognize,
         dictionary_learning.read,
         (dictionary_learning.CONFIG, dictionary_learning.WEIGHTS),
     ),
-    "gemma_scope": FormatReader(gemma_scope.recognise_first, gemma_scope.read_first, (gemma_scope.ARCHIVE,)),
+    "gemma_scope": FormatReader(gemma_scope.recognize_first, gemma_scope.read_first, (gemma_scope.ARCHIVE,)),
     "gemma_scope_2": FormatReader(
-        gemma_scope.recognise_second, gemma_scope.read_second, (gemma_scope.CONFIG, gemma_scope.WEIGHTS)
+        gemma_scope.recognize_second, gemma_scope.read_second, (gemma_scope.CONFIG, gemma_scope.WEIGHTS)
     ),
     "llama_scope": FormatReader(
-        openmoss.recognise_llama_scope, openmoss.read_llama_scope, (openmoss.HYPERPARAMETERS, openmoss.FINAL)
+        openmoss.recognize_llama_scope, openmoss.read_llama_scope, (openmoss.HYPERPARAMETERS, openmoss.FINAL)
     ),
     "openmoss": FormatReader(
-        openmoss.recognise,
+        openmoss.recognize,
         openmoss.read,
         (openmoss.CONFIG, openmoss.WEIGHTS, openmoss.PICKLED, openmoss.FINAL, openmoss.LANGUAGE_MODEL),
     ),
-    "openai": FormatReader(openai.recognise_openai, openai.read_openai, ()),
-    "qwen_scope": FormatReader(openai.recognise_qwen_scope, openai.read_qwen_scope, ()),
+    "openai": FormatReader(openai.recognize_openai, openai.read_openai, ()),
+    "qwen_scope": FormatReader(openai.recognize_qwen_scope, openai.read_qwen_scope, ()),
 }
 FORMATS = (OWN, *READERS)
 
@@ -71,9 +71,9 @@ def require_room(folder: Path, format: str) -> None:
     if not folder.is_dir():
         return
     source, others = SAEFiles.open(folder), []
-    for name, recognise in [(OWN, is_own), *((name, reader.recognise) for name, reader in READERS.items())]:
+    for name, recognize in [(OWN, is_own), *((name, reader.recognize) for name, reader in READERS.items())]:
         with suppress(ValueError):  # damaged files may be written over
-            others += [name] * (name != format and recognise(source))
+            others += [name] * (name != format and recognize(source))
     if others:
         raise ValueError(
             f"A folder must hold one SAE, got {folder} for {format}, which holds one of {' and '.join(others)}. Choose "
@@ -85,7 +85,7 @@ def find_format(source: SAEFiles, named: str | None = None) -> str:
     """Name of a source's format; ValueError where it has none, or several and none was named."""
     if named is not None and named not in FORMATS:
         raise ValueError(f"`format` must be one of {list(FORMATS)}, got '{named}'.")
-    found = [name for name, reader in READERS.items() if reader.recognise(source)]
+    found = [name for name, reader in READERS.items() if reader.recognize(source)]
     if is_own(source):
         found.insert(0, OWN)
     if named is not None:
@@ -148,7 +148,7 @@ def write_foreign(
 ) -> None:
     """Write an SAE into a folder in another library's format.
 
-    One that was read from that format and is unchanged is written as it was. Otherwise a linear normaliser is folded
+    One that was read from that format and is unchanged is written as it was. Otherwise a linear normalizer is folded
     into the weights.
 
     Args:
@@ -169,7 +169,7 @@ def write_foreign(
         files = origin.settings, parts, extras
     else:
         _require_threshold(coder)
-        folded = coder if coder.cfg.normaliser in PER_TOKEN else coder.fold()
+        folded = coder if coder.cfg.normalizer in PER_TOKEN else coder.fold()
         files = writer.describe(folded, provenance), writer.find_parts(folded), writer.find_extras(folded)
     with replace_folder(folder, last=writer.last, stale=()) as temp:
         writer.write(temp, *files)

@@ -41,7 +41,7 @@ OURS = "saelab"
 """key in `metadata` under which saelab stores what SAELens' format cannot express"""
 
 
-def recognise(source: SAEFiles) -> bool:
+def recognize(source: SAEFiles) -> bool:
     """Whether the files are in SAELens' format."""
     return source.has(CONFIG, WEIGHTS) and "W_dec" in source.tensors(WEIGHTS) and "d_in" in source.json(CONFIG)
 
@@ -76,7 +76,7 @@ def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
         decoder_norms="codes" if cfg.get("rescale_acts_by_decoder_norm") else "none",
         scale=scale,
         scale_out=scale,
-        normaliser=PER_TOKEN.get(cfg["normalize_activations"], "none"),
+        normalizer=PER_TOKEN.get(cfg["normalize_activations"], "none"),
     )
     facts = _read_facts(cfg["metadata"], ours)
     return ParsedSAE(format="saelens", parts=parts, how=how, facts=facts, settings=settings, extras=extras)
@@ -208,7 +208,7 @@ def _read_facts(metadata: dict[str, Any], ours: dict[str, Any]) -> Facts:
         hook_point=hook_point,
         hook_point_out=metadata.get("hook_name_out"),
         weight_processing=name_processing(
-            hook_point, centred=bool(how.get("center_writing_weights")), folded=bool(how.get("fold_ln"))
+            hook_point, centered=bool(how.get("center_writing_weights")), folded=bool(how.get("fold_ln"))
         ),
         text=metadata.get("dataset_path") or "unknown",
         ctx_len=metadata.get("context_size"),
@@ -223,7 +223,7 @@ VERSION = "6.0.0"
 
 
 def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
-    """SAELens configuration of an SAE without a linear normaliser; ValueError for what SAELens cannot express.
+    """SAELens configuration of an SAE without a linear normalizer; ValueError for what SAELens cannot express.
 
     BatchTopK is written as the JumpReLU that it is equivalent to once its threshold is set; prefixes and provenance go
     into the metadata under a key of saelab's own.
@@ -256,7 +256,7 @@ def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
         "dtype": dtype_name(coder.dtype),
         "device": "cpu",
         "apply_b_dec_to_input": cfg.d_out is None,
-        "normalize_activations": {v: k for k, v in PER_TOKEN.items()}.get(cfg.normaliser, "none"),
+        "normalize_activations": {v: k for k, v in PER_TOKEN.items()}.get(cfg.normalizer, "none"),
         "reshape_activations": "none",
         "metadata": metadata,
         "architecture": architecture,
@@ -267,8 +267,8 @@ def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
 def _name_kwargs(origin: Provenance | None) -> dict[str, Any]:
     if origin is None or origin.weight_processing == "none":
         return {}
-    centred = {"center_writing_weights": True}
-    return centred | {"fold_ln": True} if origin.weight_processing == "folded" else centred
+    centered = {"center_writing_weights": True}
+    return centered | {"fold_ln": True} if origin.weight_processing == "folded" else centered
 
 
 def _name_architecture(coder: SAEModule) -> tuple[str, dict[str, Any]]:

@@ -22,7 +22,7 @@ from saelab.stores.validation import read_json
 CONFIG, WEIGHTS, RUN = "cfg.json", "sae.safetensors", "config.json"
 
 
-def recognise(source: SAEFiles) -> bool:
+def recognize(source: SAEFiles) -> bool:
     """Whether the files are in sparsify's format."""
     return source.has(CONFIG, WEIGHTS) and "encoder.weight" in source.tensors(WEIGHTS)
 
@@ -98,9 +98,9 @@ def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
     cfg, activation = coder.cfg, coder.cfg.activation
     if type(activation) not in (TopK, GroupMax) or cfg.encoder != "linear":
         raise ValueError(f"sparsify knows TopK and GroupMax with a linear encoder, got {activation}; write saelens.")
-    if cfg.normaliser != "none":
+    if cfg.normalizer != "none":
         raise ValueError(
-            f"sparsify reads activations as they are, got normaliser '{cfg.normaliser}', which measures every token."
+            f"sparsify reads activations as they are, got normalizer '{cfg.normalizer}', which measures every token."
         )
     if cfg.d_target != cfg.d_in:
         raise ValueError(f"sparsify's transcoders must write what they read in width ({cfg.d_in}), got {cfg.d_out}.")

@@ -64,7 +64,7 @@ def store(tmp_path_factory):
         model="m", weight_processing="none", hook_point="", text="", tokens_sha256="", mask={}, dtype="float32",
         ctx_len=50, n_tokens=8000, seed=None, versions={},
     )  # fmt: skip
-    sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.AbsTopK(k=3), normaliser="none"))
+    sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.AbsTopK(k=3), normalizer="none"))
     with torch.no_grad():
         for weight, value in ((sae.W_enc, torch.eye(4)), (sae.W_dec, torch.eye(4))):
             weight.copy_(value)
@@ -182,7 +182,7 @@ def test_an_untrained_dictionary_stands_beside_the_scores(store, tmp_path):
     x = np.random.default_rng(0).permutation(store.matrix().toarray())
     columns = {name: torch.from_numpy(np.array(getattr(store.text, name))).int()
                for name in ("token_ids", "doc_ids", "positions")}  # fmt: skip
-    sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.AbsTopK(k=3), normaliser="none"))
+    sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.AbsTopK(k=3), normalizer="none"))
     with torch.no_grad():
         for weight in (sae.W_enc, sae.W_dec):
             weight.copy_(torch.eye(4))

@@ -125,10 +125,10 @@ def test_what_the_caller_says_goes_before_what_files_say(tmp_path: Path) -> None
         (False, True, "blocks.1.hook_resid_post", "none"),
     ],
 )
-def test_processed_weights_are_stated(centred: bool, folded: bool, at: str, processing: str, tmp_path: Path) -> None:
+def test_processed_weights_are_stated(centered: bool, folded: bool, at: str, processing: str, tmp_path: Path) -> None:
     saelens(tmp_path, draw(), "jumprelu")
     cfg = json.loads((tmp_path / "cfg.json").read_text())
-    kwargs = {"center_writing_weights": centred, "fold_ln": folded}
+    kwargs = {"center_writing_weights": centered, "fold_ln": folded}
     cfg["metadata"] |= {"hook_name": at, "model_from_pretrained_kwargs": kwargs, "model_name": "gpt2-small"}
     write_json(tmp_path / "cfg.json", cfg)
     origin = sl.SAE.from_pretrained(tmp_path).provenance
@@ -169,7 +169,7 @@ def test_one_scale_is_not_two(tmp_path: Path) -> None:
     saelens_transcoder(tmp_path)
     with pytest.raises(ValueError, match="does not say what its target was multiplied by"):
         sl.SAE.from_pretrained(tmp_path, scale=0.25)
-    assert sl.SAE.from_pretrained(tmp_path, scale=1.0).cfg.normaliser == "none"
+    assert sl.SAE.from_pretrained(tmp_path, scale=1.0).cfg.normalizer == "none"
 
 
 @pytest.mark.parametrize("name", ["BatchTopKSAE", "MatryoshkaBatchTopKSAE"])

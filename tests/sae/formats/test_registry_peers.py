@@ -222,17 +222,17 @@ OWN: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("normaliser", ["none", "scale", "whiten"])
+@pytest.mark.parametrize("normalizer", ["none", "scale", "whiten"])
 @pytest.mark.parametrize(("name", "format"), [(n, f) for n, (_, formats) in OWN.items() for f in sorted(formats)])
-def test_they_make_the_same_of_ours(name: str, format: str, normaliser: str, x: Tensor, tmp_path: Path) -> None:
-    cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, dictionary="free", normaliser=normaliser, **OWN[name][0])
+def test_they_make_the_same_of_ours(name: str, format: str, normalizer: str, x: Tensor, tmp_path: Path) -> None:
+    cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, dictionary="free", normalizer=normalizer, **OWN[name][0])
     sae = sl.SAE(cfg, seed=0)
     fill(sae, seed=3)
     sae.threshold.data.abs_() if cfg.activation.threshold == "learned" else None
     sae.threshold.fill_(0.4) if cfg.activation.threshold == "running" else None
-    sae.normaliser.fit(x)
-    if sae.target_normaliser is not None:
-        sae.target_normaliser.fit(2 * x.flip(1) - 0.5)
+    sae.normalizer.fit(x)
+    if sae.target_normalizer is not None:
+        sae.target_normalizer.fit(2 * x.flip(1) - 0.5)
     sae.save_pretrained(tmp_path / "a", format)
     read = {
         "saelens": SAELensSAE.load_from_disk,
@@ -246,7 +246,7 @@ def test_they_make_the_same_of_ours(name: str, format: str, normaliser: str, x: 
     with torch.no_grad():
         theirs = read(tmp_path / "a")(x)
     # Whitening multiplies what rounds by up to its condition number.
-    close = {"rtol": 1e-4, "atol": 1e-4} if normaliser == "whiten" else CLOSE
+    close = {"rtol": 1e-4, "atol": 1e-4} if normalizer == "whiten" else CLOSE
     torch.testing.assert_close(theirs, sae(x), **close)
 
 

@@ -31,12 +31,12 @@ AXES: dict[str, dict[str, Any]] = {
     "batchtopk": {"activation": sl.BatchTopK(k=4), "prefixes": (4, 10, F)},
     "batchabstopk": {"activation": sl.BatchAbsTopK(k=4)},
     "groupmax": {"activation": GroupMax(k=4)},
-    "pursuit": {"activation": sl.TopK(k=4), "encoder": MatchingPursuit(), "normaliser": "none"},
+    "pursuit": {"activation": sl.TopK(k=4), "encoder": MatchingPursuit(), "normalizer": "none"},
     "relu transcoder": {"activation": sl.ReLU(target_l0=4.0), "d_out": D - 1, "skip": True},
     "topk transcoder": {"activation": sl.TopK(k=4), "d_out": D},
     "narrow topk transcoder": {"activation": sl.TopK(k=4), "d_out": D - 1},
     "archetypal": {"activation": sl.JumpReLU(target_l0=4.0), "dictionary": Archetypal(n_points=8)},
-    "token norm": {"activation": sl.TopK(k=4), "normaliser": "token_norm"},
+    "token norm": {"activation": sl.TopK(k=4), "normalizer": "token_norm"},
 }
 CAN = {
     "saelens": {
@@ -72,9 +72,9 @@ def some_provenance(hook_point_out: str | None = None) -> Provenance:
     )
 
 
-def some_sae(name: str, normaliser: str = "none", seed: int = 0) -> sl.SAE:
-    """Seeded weights, biases and thresholds that are nothing special; a normaliser that was fitted."""
-    cfg = sl.SAEConfig(**{"d_in": D, "d_sae": F, "normaliser": normaliser, "dictionary": "free", **AXES[name]})
+def some_sae(name: str, normalizer: str = "none", seed: int = 0) -> sl.SAE:
+    """Seeded weights, biases and thresholds that are nothing special; a normalizer that was fitted."""
+    cfg = sl.SAEConfig(**{"d_in": D, "d_sae": F, "normalizer": normalizer, "dictionary": "free", **AXES[name]})
     sae, g = sl.SAE(cfg, seed), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, part in sae.named_parameters():
@@ -82,9 +82,9 @@ def some_sae(name: str, normaliser: str = "none", seed: int = 0) -> sl.SAE:
             part.copy_(near.abs() if key == "threshold" else near)
         if cfg.activation.threshold == "running":
             sae.threshold.fill_(0.6)
-    sae.normaliser.fit(X)
-    if sae.target_normaliser is not None:
-        sae.target_normaliser.fit(X[:, : cfg.d_target] * 2 - 1)
+    sae.normalizer.fit(X)
+    if sae.target_normalizer is not None:
+        sae.target_normalizer.fit(X[:, : cfg.d_target] * 2 - 1)
     sae.provenance = some_provenance("blocks.1.hook_mlp_out" if cfg.d_out else None)
     return sae
 
@@ -92,20 +92,20 @@ def some_sae(name: str, normaliser: str = "none", seed: int = 0) -> sl.SAE:
 @pytest.mark.parametrize("format", CAN)
 @pytest.mark.parametrize("name", AXES)
 def test_what_is_written_is_the_same_sae_or_refused(name: str, format: str, tmp_path: Path) -> None:
-    """25, 26, 29: folding a normaliser moves every weight, bias and threshold that it must."""
+    """25, 26, 29: folding a normalizer moves every weight, bias and threshold that it must."""
     if name not in CAN[format]:
         with pytest.raises(ValueError, match=r"SAELens|sparsify|dictionary_learning"):
             some_sae(name).save_pretrained(tmp_path, format)
         assert not list(tmp_path.iterdir())
         return
-    for normaliser in ("none",) if "normaliser" in AXES[name] else ("none", "scale", "whiten"):
-        sae = some_sae(name, normaliser)
+    for normalizer in ("none",) if "normalizer" in AXES[name] else ("none", "scale", "whiten"):
+        sae = some_sae(name, normalizer)
         sae.save_pretrained(tmp_path, format)
         out = {"hook_point_out": "blocks.1.hook_mlp_out"} if sae.cfg.d_out else {}
         again = sl.SAE.from_pretrained(tmp_path, **({} if format == "saelens" else PLACE | out))
         assert torch.allclose(again.encode(X), sae.encode(X), atol=1e-5)
         assert torch.allclose(again(X), sae(X), atol=1e-5)
-        if normaliser == "none" and format != "dictionary_learning":  # whose jumprelu has another bias
+        if normalizer == "none" and format != "dictionary_learning":  # whose jumprelu has another bias
             assert all(torch.equal(t, sae.state_dict()[n]) for n, t in again.state_dict().items())
         if format == "saelens":  # in files of our own writing nothing is lost
             assert again.provenance == sae.provenance and again.cfg.prefixes == sae.cfg.prefixes
@@ -124,11 +124,11 @@ def test_30_a_batch_threshold_is_that_of_the_codes_it_is_compared_with(tmp_path:
 
 
 def test_27_28_34_units_are_those_of_the_activations(tmp_path: Path) -> None:
-    """Normalised within, raw outside: what training, evaluation and others see of reconstructions."""
+    """Normalized within, raw outside: what training, evaluation and others see of reconstructions."""
     x = X * 40 + 7
-    sae = sl.SAE(sl.SAEConfig(d_in=D, d_sae=F, activation=sl.TopK(k=4), normaliser="scale"))
+    sae = sl.SAE(sl.SAEConfig(d_in=D, d_sae=F, activation=sl.TopK(k=4), normalizer="scale"))
     TrainingSAE(sae, sl.TrainConfig(n_tokens=200, batch_size=100)).prepare(x)
-    assert torch.allclose(sae.normaliser.unnormalise(sae.b_dec), x.mean(0), atol=1e-3)  # 28: it begins at the mean
+    assert torch.allclose(sae.normalizer.unnormalize(sae.b_dec), x.mean(0), atol=1e-3)  # 28: it begins at the mean
     fvu = ((x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()).item()
     sae.save_pretrained(tmp_path, "saelens")
     again = sl.SAE.from_pretrained(tmp_path)
@@ -359,7 +359,7 @@ def test_a_folder_holds_one_sae(first: str, tmp_path: Path) -> None:
         model="m", weight_processing="none", hook_point=PLACE["hook_point"], text="t", tokens_sha256="0", mask={},
         dtype="float32", ctx_len=4, n_tokens=0, seed=None, versions={},
     )  # fmt: skip
-    sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, activation=sl.TopK(k=2), normaliser="none"))
+    sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, activation=sl.TopK(k=2), normalizer="none"))
     sae.provenance = provenance
     sae.save_pretrained(tmp_path, format=first)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
