@@ -116,7 +116,7 @@ def test_what_the_caller_says_goes_before_what_files_say(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("centred", "folded", "at", "processing"),
+    ("centered", "folded", "at", "processing"),
     [
         (False, False, "blocks.1.hook_resid_pre", "none"),
         (True, False, "blocks.1.hook_resid_pre", "folded"),  # folding layer norms changes nothing there
