@@ -1,6 +1,7 @@
 """The floors, the doors and the order inside a package, read from the syntax tree (see CONTRIBUTING.md)."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -112,6 +113,56 @@ def faults(package: Path) -> list[str]:
 
 def test_every_import_goes_down() -> None:
     assert not faults(PACKAGE), "\n".join(faults(PACKAGE))
+
+
+LONGEST = 500
+"""lines of a file that is still read as one thing"""
+OWN_RIGHT = ("saelab.cli.", "saelab.sae.formats.", "saelab.visualization.demo_page")
+"""commands, file formats and a page"""
+
+
+def fragments(package: Path) -> list[str]:
+    """Files that only one other imports, though they hold no public name and both would fit in one file."""
+    known = modules(package)
+    packages = {name for name, tree in known.items() if (package.parent / name.replace(".", "/")).is_dir()}
+    listed = {target for name in packages for target in imports(known[name], known)}
+    found = []
+    for name in sorted(set(known) - packages - listed - {LAZY}):
+        users = [user for user, tree in known.items() if name in imports(tree, known) and user not in packages]
+        if len(users) == 1 and not name.startswith(OWN_RIGHT):
+            lines = [
+                len((package.parent / f"{n.replace('.', '/')}.py").read_text().splitlines()) for n in (name, *users)
+            ]
+            if sum(lines) <= LONGEST:
+                found.append(f"{name}: only {users[0]} imports it, put it there")
+    return found
+
+
+def test_no_file_is_a_fragment_of_another(tmp_path: Path) -> None:
+    assert not fragments(PACKAGE)
+    plant(tmp_path, "__init__.py", "")
+    plant(tmp_path, "sae/__init__.py", "")
+    plant(tmp_path, "sae/config.py", "from saelab.sae.private import f\n")
+    plant(tmp_path, "sae/private.py", "def f(): pass\n")
+    assert fragments(tmp_path / "saelab") == ["saelab.sae.private: only saelab.sae.config imports it, put it there"]
+    plant(tmp_path, "sae/module.py", "from saelab.sae.private import f\n")
+    assert not fragments(tmp_path / "saelab")
+
+
+def test_the_package_has_few_files_and_tests_beside_each_package() -> None:
+    assert len(list(PACKAGE.rglob("*.py"))) <= 170
+    tests = Path(__file__).parent
+    for file in tests.rglob("test_*.py"):
+        if file.parent in (tests, tests / "families"):
+            continue  # what is about no single module
+        names = [path.stem for path in (PACKAGE / file.parent.relative_to(tests)).glob("*.py")]
+        assert any(f"{file.stem}_".startswith(f"test_{name}_") for name in names), f"{file}: no module of this name"
+
+
+def test_contributing_has_the_same_floors() -> None:
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (`[^|]+`) \|", text, re.M)
+    assert {name: int(floor) for floor, cell in rows for name in re.findall(r"`(\w+)`", cell)} == FLOORS
 
 
 @pytest.mark.parametrize(
