@@ -96,15 +96,15 @@ def label_examples(a: FeatureStore, b: FeatureStore, c: FeatureStore) -> Any:
 
 
 def compare_stores(a: FeatureStore, b: FeatureStore, c: FeatureStore) -> Any:
-    return sl.compare(a, b, n_shifts=2, progress=False)
+    return sl.compare(a, b, null=sl.universality.NullConfig(n_shifts=2), progress=False)
 
 
 def compare_documents(a: FeatureStore, b: FeatureStore, c: FeatureStore) -> Any:
-    return sl.compare(a, b, n_shifts=2, similarity="documents", progress=False)
+    return sl.compare(a, b, similarity="documents", null=sl.universality.NullConfig(n_shifts=2), progress=False)
 
 
 def compare_tokenizers(a: FeatureStore, b: FeatureStore, c: FeatureStore) -> Any:
-    return sl.compare(a, c, n_shifts=2, progress=False)
+    return sl.compare(a, c, null=sl.universality.NullConfig(n_shifts=2), progress=False)
 
 
 def count_codes(a: FeatureStore, b: FeatureStore, c: FeatureStore) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import saelab as sl
+from saelab.lm.generation import GREEDY
 
 GOAL = 1.15
 
@@ -41,7 +42,7 @@ def find_ways(model: Any, sae: sl.SAE, point: str) -> dict[str, Callable[[], Abs
 def time_ours(model: Any, block: Callable[[], AbstractContextManager[Any]], ids: torch.Tensor, n: int) -> float:
     start = time.perf_counter()
     with block():
-        sl.generate(model, ids, n, temperature=0, stop_at_eos=False, progress=False)
+        sl.generate(model, ids, n, sampling=GREEDY, stop_at_eos=False, progress=False)
     return time.perf_counter() - start
 
 

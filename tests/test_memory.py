@@ -116,7 +116,7 @@ def test_stores_of_the_same_tokens_need_no_list_of_rows(store):
 
 def test_comparing_leaves_no_column_of_the_text_behind(store):
     a, b = (sl.FeatureStore.load(store.folder) for _ in range(2))
-    sl.compare(a, b, min_count=1, n_shifts=1, progress=False)
+    sl.compare(a, b, min_count=1, null=sl.universality.NullConfig(n_shifts=1), progress=False)
     held = {"places", "doc_ids", "token_ids"}
     assert not held & {*a.__dict__, *b.__dict__}
     assert np.array_equal(a.where[3:450], store.places[3:450]) and len(a.where[450:450]) == 0
@@ -203,7 +203,7 @@ def test_masks_that_differ_leave_the_rows_that_both_kept(tiny, tmp_path):
     assert np.array_equal(a.places[rows[:]], b.places[rows_b[:]]) and len(rows) == len(
         np.intersect1d(a.places, b.places)
     )
-    found = sl.compare(a, b, min_count=1, n_shifts=1, progress=False)
+    found = sl.compare(a, b, min_count=1, null=sl.universality.NullConfig(n_shifts=1), progress=False)
     live = found.a.partners >= 0
     assert live.any() and np.allclose(np.abs(found.a.similarity[live]), 1.0, atol=1e-4)
 

@@ -13,13 +13,11 @@ from saelab.sae.pretrained import CONFIG
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_json
-from saelab.universality.comparison import Similarity, choose_similarity, compare
+from saelab.universality.comparison import NULL, NullConfig, Similarity, choose_similarity, compare
 from saelab.universality.matching import MatchingMethod
 from saelab.visualization.reports import report
 
-SHIFTS, EFFECT, FDR, COUNT, M = (
-    options.default_of(compare, name) for name in ("n_shifts", "min_effect", "fdr", "min_count", "m")
-)
+COUNT, M = (options.default_of(compare, name) for name in ("min_count", "m"))
 
 Left = Annotated[Path, Argument(metavar="A", help="Folder of a feature store, or of an SAE.")]
 Right = Annotated[Path, Argument(metavar="B", help="Another one: a store of the same text, an SAE of the same space.")]
@@ -70,9 +68,9 @@ def compare_folders(
     sides: SidesOption = False,
     nearest: NearestOption = M,
     min_count: MinCount = COUNT,
-    shifts: Shifts = SHIFTS,
-    min_effect: MinEffect = EFFECT,
-    fdr: Rate = FDR,
+    shifts: Shifts = NULL.n_shifts,
+    min_effect: MinEffect = NULL.min_effect,
+    fdr: Rate = NULL.fdr,
     seed: NullSeed = 0,
     out: Out = None,
     html: ReportPage = None,
@@ -87,6 +85,7 @@ def compare_folders(
     """
     if method not in get_args(MatchingMethod):
         raise ValueError(f"`--method` must be one of {', '.join(get_args(MatchingMethod))}, got '{method}'.")
+    null = NullConfig(n_shifts=shifts, min_effect=min_effect, fdr=fdr)
     first, second = _open(a), _open(b)
     if html is not None and not (isinstance(first, FeatureStore) and isinstance(second, FeatureStore)):
         raise ValueError("`--html` shows features in text, so A and B must be feature stores, got SAEs.")
@@ -105,9 +104,7 @@ def compare_folders(
             sides=sides,
             m=nearest,
             min_count=min_count,
-            n_shifts=shifts,
-            min_effect=min_effect,
-            fdr=fdr,
+            null=null,
             seed=seed,
             progress=progress,
         )

@@ -9,6 +9,7 @@ from saelab.cli import options
 from saelab.cli.inputs import echo, open_pair, read_head
 from saelab.interventions.interventions import Intervention, Mode, TextPart
 from saelab.interventions.steering_hooks import steer
+from saelab.lm.generation import SAMPLING, SamplingConfig
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokens import Tokens
 from saelab.sae.compatibility import match_model
@@ -29,9 +30,8 @@ OPENINGS = (
 """what texts of a curve begin with where nothing is given"""
 TEXT_TOKENS = 50_000
 MODE, WHERE, UNIT = (options.default_of(steer, name) for name in ("mode", "where", "unit"))
-N_TEXTS, N_TOKENS, SEED, TEMPERATURE = (
-    options.default_of(compare_generations, name) for name in ("n", "n_tokens", "seed", "temperature")
-)
+N_TEXTS, N_TOKENS, SEED = (options.default_of(compare_generations, name) for name in ("n", "n_tokens", "seed"))
+TEMPERATURE = SAMPLING.temperature
 CURVE_UNIT, CURVE_N, CURVE_TOKENS = (options.default_of(steering_curve, name) for name in ("unit", "n", "n_tokens"))
 
 PromptList = Annotated[list[str], Argument(metavar="PROMPT", help="Text to go on with; several are all gone on with.")]
@@ -127,8 +127,9 @@ def steer_prompts(
     peaks = FeatureStore.load(store) if store is not None else None
     how: dict[str, Any] = {"mode": mode, "where": where, "unit": unit, "store": peaks}
     intervention = Intervention(coder, moved, **how, hook_point=place, allow_mismatch=allow_mismatch)
+    sampling = SamplingConfig(temperature=temperature)
     found = compare_generations(
-        lm, intervention, prompts, n_tokens, n=n, seed=seed, temperature=temperature, progress=progress
+        lm, intervention, prompts, n_tokens, n=n, seed=seed, sampling=sampling, progress=progress
     )
     echo(to_json(found.to_dict()) if json else str(found))
     if html is not None:
@@ -185,8 +186,8 @@ def draw_curve(
         others={one.name: one for one in aims[1:]},
         n=n,
         n_tokens=n_tokens,
-        temperature=temperature,
         seed=seed,
+        sampling=SamplingConfig(temperature=temperature),
         progress=progress,
         **how,
     )

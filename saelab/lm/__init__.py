@@ -8,7 +8,12 @@ from saelab._lazy import attach
 
 if TYPE_CHECKING:
     from saelab.lm.caching import Caching as Caching
-    from saelab.lm.generation import Generated as Generated, Generation as Generation, generate as generate
+    from saelab.lm.generation import (
+        Generated as Generated,
+        Generation as Generation,
+        SamplingConfig as SamplingConfig,
+        generate as generate,
+    )
     from saelab.lm.hook_points import HookPoints as HookPoints, HookSite as HookSite, hook_points_of as hook_points_of
     from saelab.lm.hooks import (
         ForwardTokens as ForwardTokens,

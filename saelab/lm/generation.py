@@ -125,22 +125,22 @@ def pad_rows(rows: Sequence[Sequence[int]], left: bool) -> tuple[Int[Tensor, "ba
     return ids, real
 
 
-@dataclass(frozen=True, eq=False)
-class Sampler:
-    """Samples tokens from softmax(logits / temperature), or takes the most likely at temperature 0.
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How each token is drawn: from softmax(logits / temperature), cut to the most likely tokens.
 
-    Row i draws with `generators[i]` alone, the same number of times at every step, so that its sample does not depend
-    on the rest of the batch, and two models sampled with the same seeds use the same noise.
+    >>> SamplingConfig(temperature=0)  # greedy
+    SamplingConfig(temperature=0, top_k=None, top_p=None)
     """
 
-    temperature: float
-    """divisor of the logits; 0 takes the most likely token"""
-    top_k: int | None
+    temperature: float | int = 1.0
+    """divisor of the logits, at least 0; 0 takes the most likely token"""
+    top_k: int | None = None
     """sample only from the k most likely tokens; None is all"""
-    top_p: float | None
-    """sample only from the smallest set of most likely tokens whose probabilities sum to at least p; None is all"""
-    generators: Sequence[Generator]
-    """one generator per row; its state advances with each call"""
+    top_p: float | None = None
+    """sample only from the smallest set of most likely tokens whose probabilities sum to at least p, in (0, 1]; None is
+    all
+    """
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -150,11 +150,30 @@ class Sampler:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be in (0, 1], got {self.top_p}.")
 
+
+SAMPLING = SamplingConfig()
+"""from the model's own distribution"""
+GREEDY = SamplingConfig(temperature=0)
+"""always the most likely token"""
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """Samples the next token of each row of a batch.
+
+    Row i draws with `generators[i]` alone, the same number of times at every step, so that its sample does not depend
+    on the rest of the batch, and two models sampled with the same seeds use the same noise.
+    """
+
+    cfg: SamplingConfig
+    generators: Sequence[Generator]
+    """one generator per row; its state advances with each call"""
+
     def __call__(self, logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, "batch"]:
         """(batch,) token ids, one per row."""
-        if self.temperature == 0:
+        if self.cfg.temperature == 0:
             return logits.argmax(1)
-        kept = self._cut(logits / self.temperature)
+        kept = self._cut(logits / self.cfg.temperature)
         waits = torch.empty_like(kept)
         for row, generator in zip(waits, self.generators, strict=True):
             row.exponential_(generator=generator)
@@ -163,12 +182,13 @@ class Sampler:
 
     def _cut(self, logits: Tensor) -> Tensor:
         """Logits with -inf for tokens that top-k and top-p exclude."""
-        if self.top_k is not None and self.top_k < logits.shape[1]:
-            logits = logits.masked_fill(logits < logits.topk(self.top_k, 1).values[:, -1:], -torch.inf)
-        if self.top_p is not None and self.top_p < 1:
+        top_k, top_p = self.cfg.top_k, self.cfg.top_p
+        if top_k is not None and top_k < logits.shape[1]:
+            logits = logits.masked_fill(logits < logits.topk(top_k, 1).values[:, -1:], -torch.inf)
+        if top_p is not None and top_p < 1:
             ordered, order = logits.sort(dim=1, descending=True, stable=True)
             before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)  # probability of all more likely tokens
-            ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
+            ordered = ordered.masked_fill(before >= top_p, -torch.inf)
             logits = logits.scatter(1, order, ordered)
         return logits
 
@@ -240,10 +260,8 @@ def generate(
     n_tokens: int = 50,
     *,
     n: int = 1,
-    temperature: float | int = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     seed: int = 0,
+    sampling: SamplingConfig = SAMPLING,
     bos: bool | None = True,
     stop_at_eos: bool = True,
     use_cache: bool = True,
@@ -263,11 +281,8 @@ def generate(
         prompts: text or texts, or rows of token ids, which are used as they are.
         n_tokens: largest number of tokens to generate per sample.
         n: number of samples per prompt.
-        temperature: divisor of the logits; 0 takes the most likely token.
-        top_k: sample only from the k most likely tokens; None is all.
-        top_p: sample only from the smallest set of most likely tokens whose probabilities sum to at least p, in (0, 1];
-            None is all.
         seed: seed of the samples.
+        sampling: temperature, top-k and top-p; by default the model's own distribution.
         bos: whether BOS is put before each text; None does as the tokenizer by itself.
         stop_at_eos: whether a sample ends at an end-of-text token.
         use_cache: whether to use a key-value cache where it is correct.
@@ -275,7 +290,7 @@ def generate(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for an empty prompt, for texts that do not fit the model's context, and for settings out of range.
+        ValueError: for an empty prompt, for texts that do not fit the model's context, and for sizes below 1.
 
     >>> made = sl.generate(sl.lm.tiny_model(), ["One", "Two, three"], 4, n=2, seed=1)
     >>> len(made), made.n_tokens
@@ -292,12 +307,12 @@ def generate(
     with bar:
         for batch in _find_batches(model, jobs, rows, n_tokens, batch_size):
             generators = [_seed(seed, p, i) for p, i in batch]
-            sampler = Sampler(float(temperature), top_k, top_p, generators)
+            sampler = Sampler(sampling, generators)
             run = _Run(model, [rows[p] for p, _ in batch], n_tokens, sampler, use_cache)
             for (p, i), (ids, log_probs) in zip(batch, run.go(ends, bar), strict=True):
                 made[p, i] = _read_sample(model, texts[p], rows[p], ids, log_probs)
     samples = [made[job] for job in jobs]
-    return Generation(samples=tuple(samples), temperature=float(temperature), seed=seed)
+    return Generation(samples=tuple(samples), temperature=float(sampling.temperature), seed=seed)
 
 
 def _read_prompts(
@@ -424,7 +439,7 @@ def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -
             f"A prompt must fit the model's context of {find_context(model)} tokens beside {n_tokens} of the answer, "
             f"got {ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
         )
-    made = generate(model, ids, n_tokens, temperature=0.0, progress=False).samples[0]
+    made = generate(model, ids, n_tokens, sampling=GREEDY, progress=False).samples[0]
     return read_text(model, made.ids), ids.shape[1], len(made.ids)
 
 

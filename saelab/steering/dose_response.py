@@ -38,7 +38,15 @@ from saelab.interventions.directions import Direction
 from saelab.interventions.interventions import Intervention, Mode, TokenSelection, TokenSelector, Unit
 from saelab.interventions.steering_hooks import steer_all
 from saelab.lm.documents import list_prompts
-from saelab.lm.generation import Continuations, Generated, Generation, generate, read_continuations
+from saelab.lm.generation import (
+    SAMPLING,
+    Continuations,
+    Generated,
+    Generation,
+    SamplingConfig,
+    generate,
+    read_continuations,
+)
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import find_special_ids
 from saelab.sae.sae import SAE
@@ -275,9 +283,7 @@ def steering_curve(
     n: int = 3,
     n_tokens: int = 40,
     seed: int = 0,
-    temperature: float | int = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    sampling: SamplingConfig = SAMPLING,
     batch_size: int | None = None,
     allow_mismatch: bool = False,
     progress: bool = True,
@@ -306,9 +312,7 @@ def steering_curve(
         n: texts for each prompt.
         n_tokens: most tokens generated for each text.
         seed: of the sampling, the same for every strength.
-        temperature: of the sampling; 0 takes the most likely token.
-        top_k: sample from this many most likely tokens; None for all.
-        top_p: sample from the most likely tokens that together have this probability; None for all.
+        sampling: temperature, top-k and top-p, as in `generate`.
         batch_size: texts scored at a time, which bounds memory; by default so many that their logits are 2^25 numbers.
         allow_mismatch: steer SAEs, given with features, of another model, weight processing or hook point.
         progress: show a progress bar.
@@ -328,16 +332,16 @@ def steering_curve(
     doses = make_doses(model, sources, strengths, unit, mode, where, store, allow_mismatch)
     texts = list_prompts(prompts)
     table = _Table(model, target, rest, len(doses) + 1, n * len(texts))
-    writing = {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "progress": False}
+    write = partial(generate, model, texts, n_tokens, n=n, seed=seed, sampling=sampling, progress=False)
     with tqdm(total=2 * len(doses), unit="dose", desc="steer", delay=2, disable=hidden(progress)) as bar:
-        plain = generate(model, texts, n_tokens, **writing)  # type: ignore[arg-type]
+        plain = write()
         longest = max(len(sample.all_ids) for sample in plain)
         size = batch_size or max(1, LOGITS // (longest * model.cfg.d_vocab))
         table.add_texts(0, plain, size)
         table.compare(plain, doses, size, bar)
         for i, dose in enumerate(doses, 1):
             with dose.block():
-                steered = generate(model, texts, n_tokens, **writing)  # type: ignore[arg-type]
+                steered = write()
             table.add_texts(i, steered, size)
             bar.update()
     by_prompt = (len(doses) + 1, len(texts), n)
@@ -353,7 +357,7 @@ def steering_curve(
         n=n,
         seed=seed,
         n_tokens=n_tokens,
-        temperature=float(temperature),
+        temperature=float(sampling.temperature),
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from saelab.functional.metrics import kl_divergence
 from saelab.interventions.interventions import Intervention
 from saelab.interventions.steering_hooks import steer_all
-from saelab.lm.generation import Continuations, Generated, generate, read_continuations
+from saelab.lm.generation import SAMPLING, Continuations, Generated, SamplingConfig, generate, read_continuations
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import spell
 from saelab.steering.dose_response import describe_intervention
@@ -99,9 +100,7 @@ def compare_generations(
     *,
     n: int = 1,
     seed: int = 0,
-    temperature: float | int = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    sampling: SamplingConfig = SAMPLING,
     bos: bool | None = True,
     progress: bool = True,
 ) -> GenerationComparison:
@@ -115,9 +114,7 @@ def compare_generations(
         n_tokens: most tokens generated for each text.
         n: texts for each prompt.
         seed: of the sampling; the same for all texts compared.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: sample from this many most likely tokens; None for all.
-        top_p: sample from the most likely tokens that together have this probability; None for all.
+        sampling: temperature, top-k and top-p, as in `generate`.
         bos: put a BOS before each prompt, as in `generate`.
         progress: show progress bars.
 
@@ -133,15 +130,17 @@ def compare_generations(
     blocks = {name: [one] if isinstance(one, Intervention) else list(one) for name, one in named.items()}
     if not blocks or UNSTEERED in blocks:
         raise ValueError(f"`interventions` must have names other than '{UNSTEERED}', got {list(blocks)}.")
-    writing = {"n": n, "seed": seed, "temperature": temperature, "top_k": top_k, "top_p": top_p, "bos": bos}
-    plain = generate(model, prompts, n_tokens, **writing, progress=progress)  # type: ignore[arg-type]
+    write = partial(generate, model, prompts, n_tokens, n=n, seed=seed, sampling=sampling, bos=bos, progress=progress)
+    plain = write()
     rows = _TextRows(model, plain.samples)
     for name, block in blocks.items():
         with steer_all(model, block):
-            made = generate(model, prompts, n_tokens, **writing, progress=progress)  # type: ignore[arg-type]
+            made = write()
         rows.add(name, block, made.samples)
     told = {name: "; ".join(map(describe_intervention, block)) for name, block in blocks.items()}
-    return GenerationComparison(rows=rows.read(), interventions=told, temperature=float(temperature), seed=seed)
+    return GenerationComparison(
+        rows=rows.read(), interventions=told, temperature=float(sampling.temperature), seed=seed
+    )
 
 
 class _TextRows:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from saelab.universality.alignment import Alignment as Alignment, Overview as Overview, align_rows as align_rows
     from saelab.universality.comparison import (
         Basis as Basis,
+        NullConfig as NullConfig,
         Similarity as Similarity,
         UntrainedSources as UntrainedSources,
         compare as compare,

@@ -49,6 +49,33 @@ if TYPE_CHECKING:
 LEVEL = 0.95
 
 
+@dataclass(frozen=True, kw_only=True)
+class NullConfig:
+    """Permutation test of a comparison: how chance is measured, and when a match is universal.
+
+    p is at least 1 / (n_shifts x n_null + 1), so small dictionaries need more permutations.
+    """
+
+    n_shifts: int = 8
+    """permutations that the null distribution is taken from; 0 for none"""
+    n_null: int = 1024
+    """features whose best partner is searched in each permutation"""
+    fdr: float = 0.05
+    """false discovery rate, in (0, 1), up to which a match is universal"""
+    min_effect: float = 0.5
+    """similarity that a universal match must reach"""
+
+    def __post_init__(self) -> None:
+        if self.n_shifts < 0 or self.n_null < 1 or not 0 < self.fdr < 1:
+            raise ValueError(
+                f"`n_shifts` must be at least 0, `n_null` at least 1 and `fdr` in 0..1, got {self.n_shifts}, "
+                f"{self.n_null} and {self.fdr}."
+            )
+
+
+NULL = NullConfig()
+
+
 def measure_floor(side: Matches, beside: Sequence[Matches]) -> Untrained:
     """Similarity level and universal shares of untrained dictionaries, the larger of several comparisons.
 
@@ -86,7 +113,7 @@ class ComparisonSource:
         """All similarities, block by block."""
         raise NotImplementedError
 
-    def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+    def chance(self, null: NullConfig, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
         """The null distribution of best partners, for sides that have nothing in common.
 
         Yields:
@@ -191,19 +218,19 @@ class StoreSource(ComparisonSource):
         """Correlations or Jaccard indices, block by block of a's features."""
         return correlation_blocks(self.a, self.b, self.seen, self.min_count, self.jaccard)
 
-    def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+    def chance(self, null: NullConfig, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
         """The null distribution: best partners of `n_null` features of each side after each of `n_shifts` permutations
         of rows.
 
         Rows move in blocks within documents; rows that are documents are permuted one by one.
         """
         n = self.a.n_rows
-        for _ in range(n_shifts if n > 2 else 0):
+        for _ in range(null.n_shifts if n > 2 else 0):
             grouped = self.a.groups is not None  # rows are documents, which are exchangeable
             order = rng.permutation(n) if grouped else move_blocks(self.documents, n, rng)
             for side, (one, other) in enumerate(((self.a, self.b), (self.b, self.a))):
                 known = np.flatnonzero(self.seen[side].scale(self.min_count))
-                chosen = np.sort(rng.permutation(known)[:n_null])
+                chosen = np.sort(rng.permutation(known)[: null.n_null])
                 seen = self.seen[side].only(chosen), self.seen[1 - side]
                 blocks = correlation_blocks(one.only(chosen), other.moved(order), seen, self.min_count, self.jaccard)
                 yield side, chosen, find_nearest(blocks, len(chosen), other.width, 1, self.signed)[0]
@@ -256,11 +283,11 @@ class DirectionSource(ComparisonSource):
                 "text, and compare the stores."
             )
         first, second = (x.detach().float().cpu().numpy() for x in rows)
-        fires = tuple((np.linalg.norm(x, axis=1) > 0).astype(np.int64) for x in (first, second))
-        weights = tuple(np.ones(len(x)) for x in (first, second))
+        live = [(np.linalg.norm(x, axis=1) > 0).astype(np.int64) for x in (first, second)]
+        fires, weights = (live[0], live[1]), (np.ones(len(first)), np.ones(len(second)))
         signed = any(sae.cfg.activation.signed for sae in (a, b))
         facts = {"sources": (shareable(a.name_or_path) or str(a), shareable(b.name_or_path) or str(b)), "sides": False}
-        return cls(signed=signed, progress=progress, fires=fires, weights=weights, facts=facts, a=first, b=second)  # type: ignore[arg-type]
+        return cls(signed=signed, progress=progress, fires=fires, weights=weights, facts=facts, a=first, b=second)
 
     @property
     def rates(self) -> tuple[Int[np.ndarray, "d_a"], Int[np.ndarray, "d_b"]]:
@@ -271,13 +298,14 @@ class DirectionSource(ComparisonSource):
         """Cosines, block by block of a's features."""
         return cosine_blocks(self.a, self.b)
 
-    def chance(self, n_shifts: int, n_null: int, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+    def chance(self, null: NullConfig, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
         """The null distribution: best partners of `n_null` random directions on each side, `n_shifts` times."""
-        for _ in range(n_shifts):
+        n = null.n_null
+        for _ in range(null.n_shifts):
             for side, other in enumerate((self.b, self.a)):
-                random = rng.standard_normal((n_null, other.shape[1]), np.float32)
-                found = find_nearest(cosine_blocks(random, other), n_null, len(other), 1, self.signed)[0]
-                yield side, np.zeros(n_null, np.int64), found
+                random = rng.standard_normal((n, other.shape[1]), np.float32)
+                found, _ = find_nearest(cosine_blocks(random, other), n, len(other), 1, self.signed)
+                yield side, np.zeros(n, np.int64), found
 
 
 Similarity = Literal["correlation", "documents", "phi", "jaccard", "decoder", "encoder"]
@@ -295,10 +323,7 @@ def compare(
     sides: bool = False,
     m: int = 10,
     min_count: int = 10,
-    n_shifts: int = 8,
-    n_null: int = 1024,
-    fdr: float = 0.05,
-    min_effect: float = 0.5,
+    null: NullConfig = NULL,
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
@@ -310,8 +335,8 @@ def compare(
     Null distribution: the rows of `b` are permuted `n_shifts` times, in blocks within documents that change places and
     are each rotated by a random step, which keeps runs and firing rates but no period of the text; the best partners of
     `n_null` features are then searched again (for directions: of random ones). p is pooled over features that fire
-    about as often and is at least 1 / (n_shifts x n_null + 1), so small dictionaries need more permutations. q is the
-    false discovery rate; a match is universal where q <= `fdr` and the similarity is at least `min_effect`.
+    about as often. q is the false discovery rate; a match is universal where q <= `fdr` and the similarity is at least
+    `min_effect` (the fields of `null`).
 
     This null is a weak one: an untrained dictionary shares much with any other of the same text. With `untrained`, its
     matches are reported next to those of a and b, and a universal match must also exceed the best similarities of 95 %
@@ -331,10 +356,7 @@ def compare(
         sides: True treats positive and negative codes of signed stores as features of their own, 2 j and 2 j + 1.
         m: nearest features considered for each.
         min_count: number of tokens on which a matched pair must fire together.
-        n_shifts: permutations that the null distribution is taken from.
-        n_null: features whose best partner is searched in each permutation.
-        fdr: false discovery rate, in (0, 1), up to which a match is universal.
-        min_effect: similarity that a universal match must reach.
+        null: permutations, false discovery rate and least similarity of a universal match.
         seed: seed of the permutations.
         progress: whether to show progress bars.
 
@@ -351,11 +373,8 @@ def compare(
     if stores != isinstance(b, FeatureStore):
         raise ValueError("`compare` takes two feature stores or two SAEs, got one of each. Harvest the SAE first.")
     similarity = choose_similarity(similarity, stores)
-    if min(m, min_count, n_null) < 1 or n_shifts < 0 or not 0 < fdr < 1:
-        raise ValueError(
-            f"`m`, `min_count`, `n_null` must be at least 1, `n_shifts` at least 0, `fdr` in 0..1, got {m}, "
-            f"{min_count}, {n_null}, {n_shifts}, {fdr}."
-        )
+    if min(m, min_count) < 1:
+        raise ValueError(f"`m` and `min_count` must be at least 1, got {m} and {min_count}.")
     of_a, of_b = untrained if isinstance(untrained, tuple) else (None, untrained)
     if any(isinstance(one, FeatureStore) != stores for one in (of_a, of_b) if one is not None):
         raise ValueError("`untrained` must be stores beside stores and SAEs beside SAEs, got another kind.")
@@ -366,7 +385,7 @@ def compare(
             work = StoreSource.make(one, other, similarity, sides, min_count, progress)
         else:
             work = DirectionSource.make(one, other, similarity, progress)
-        return conclude(work, similarity, m, min_count, n_shifts, n_null, fdr, min_effect, seed)
+        return conclude(work, similarity, m, min_count, null, seed)
 
     beside = [judge(one, other) for one, other in ((of_a, b), (a, of_b)) if one is not None and other is not None]
     return raise_floor(judge(a, b), beside)
@@ -398,15 +417,7 @@ def raise_floor(found: Comparison, beside: list[Comparison]) -> Comparison:
 
 
 def conclude(
-    work: ComparisonSource,
-    similarity: str,
-    m: int,
-    min_count: int,
-    n_shifts: int,
-    n_null: int,
-    fdr: float,
-    min_effect: float,
-    seed: int,
+    work: ComparisonSource, similarity: str, m: int, min_count: int, null: NullConfig, seed: int
 ) -> Comparison:
     """The finished comparison of two sources: partners, p values and one-to-one assignment.
 
@@ -415,10 +426,7 @@ def conclude(
         similarity: name of the similarity, stored in the result.
         m: nearest features considered for each.
         min_count: number of rows on which a matched pair must fire together.
-        n_shifts: permutations that the null distribution is taken from.
-        n_null: features whose best partner is searched in each permutation.
-        fdr: false discovery rate, in (0, 1), up to which a match is universal.
-        min_effect: similarity that a universal match must reach.
+        null: permutations, false discovery rate and least similarity of a universal match.
         seed: seed of the permutations.
     """
     d_a, d_b = (len(fires) for fires in work.fires)
@@ -426,18 +434,18 @@ def conclude(
     wide = max(d_a, d_b) if exact else m
     nearest = work.nearest(work.blocks(), d_a, d_b, wide)
     rng = np.random.default_rng(seed)
-    by_chance = list(work.chance(n_shifts, n_null, rng))
+    by_chance = list(work.chance(null, rng))
     sides = []
     for side, found in enumerate(nearest):
         chance = [(features, other) for which, features, other in by_chance if which == side]
-        sides.append(_judge(work, side, found, chance, m, min_count, fdr, min_effect))
+        sides.append(_judge(work, side, found, chance, m, min_count, null))
     pairs, values = assign(*nearest)
     both = work.count(pairs)
     kept = (both < 0) | (both >= min_count)
     return Comparison(
         similarity=similarity, a=sides[0], b=sides[1], mutual=find_mutual(sides[0].partners, sides[1].partners),
-        pairs=pairs[kept], values=values[kept], exact=exact, signed=work.signed, m=m, n_shifts=n_shifts, fdr=fdr,
-        min_effect=min_effect, seed=seed, **work.facts,
+        pairs=pairs[kept], values=values[kept], exact=exact, signed=work.signed, m=m, n_shifts=null.n_shifts,
+        fdr=null.fdr, min_effect=null.min_effect, seed=seed, **work.facts,
     )  # fmt: skip
 
 
@@ -448,8 +456,7 @@ def _judge(
     chance: list[tuple[np.ndarray, Nearest]],
     m: int,
     min_count: int,
-    fdr: float,
-    min_effect: float,
+    null: NullConfig,
 ) -> Matches:
     """The partners of one side's features, with p and q from the null distribution."""
     partners, values, both = _choose(work, side, found, m, min_count)
@@ -465,7 +472,7 @@ def _judge(
         levels = float(np.median(by_chance)), float(np.quantile(by_chance, 0.95))
     return Matches(
         fires=fires, variance=work.weights[side], partners=partners, similarity=values, n_both=both, p=p, q=q,
-        universal=known & (q <= fdr) & (np.nan_to_num(sizes) >= min_effect), chance=levels,
+        universal=known & (q <= null.fdr) & (np.nan_to_num(sizes) >= null.min_effect), chance=levels,
         nearest=Nearest(found.indices[:, :m], found.values[:, :m]),
     )  # fmt: skip
 
@@ -508,10 +515,7 @@ def compare_neurons_or_pcs(
     basis: Basis = "neurons",
     *,
     m: int = 10,
-    n_shifts: int = 8,
-    n_null: int = 1024,
-    fdr: float = 0.05,
-    min_effect: float = 0.5,
+    null: NullConfig = NULL,
     seed: int = 0,
     progress: bool = True,
 ) -> Comparison:
@@ -525,10 +529,7 @@ def compare_neurons_or_pcs(
         b: activations on the same tokens, of another model or hook point.
         basis: "neurons" takes the axes of the space, "pca" the eigenvectors of the covariance.
         m: nearest axes considered for each.
-        n_shifts: permutations of the rows of `b` that the null distribution is taken from.
-        n_null: axes whose best partner is searched in each permutation.
-        fdr: false discovery rate, in (0, 1), up to which a match is universal.
-        min_effect: similarity that a universal match must reach.
+        null: permutations of the rows of `b`, false discovery rate and least similarity of a universal match.
         seed: seed of the permutations.
         progress: whether to show a progress bar.
 
@@ -536,7 +537,7 @@ def compare_neurons_or_pcs(
         ValueError: the basis does not exist, or the two sides are not of the same tokens.
 
     >>> acts = sl.Activations.from_tensor(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)))
-    >>> found = compare_neurons_or_pcs(acts, acts, "pca", n_shifts=2, progress=False)
+    >>> found = compare_neurons_or_pcs(acts, acts, "pca", progress=False)
     >>> [round(float(value), 3) for value in found.values]
     [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
@@ -552,7 +553,7 @@ def compare_neurons_or_pcs(
     facts = {"sources": names, "sides": False, "n_rows": len(a), "n_tokens": len(a)}
     documents = None if a.doc_ids is None else find_runs(a.doc_ids.numpy())
     work = StoreSource.of(sides, "correlation", True, 1, progress, facts, documents)
-    return conclude(work, "correlation", m, 1, n_shifts, n_null, fdr, min_effect, seed)
+    return conclude(work, "correlation", m, 1, null, seed)
 
 
 def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:

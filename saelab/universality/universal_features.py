@@ -408,7 +408,7 @@ def compare_many(
         ValueError: there are fewer than two sources, `untrained` has other names, or as in `compare`.
 
     >>> saes = [sl.SAE(sl.SAEConfig(d_in=8, d_sae=40), seed=seed) for seed in (0, 0, 1)]
-    >>> found = compare_many(saes, n_shifts=2, progress=False)
+    >>> found = compare_many(saes, progress=False)
     >>> found.share("0", "1"), int(found.recurrence("0").min())
     (1.0, 1)
     """

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import saelab as sl
+from saelab.lm.generation import GREEDY
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model
 from saelab.lm.models import _byte_tokenizer
@@ -124,5 +125,5 @@ def same(found: Tensor, expected: Tensor, what: str, tolerance: float = 1e-3) ->
 
 
 def texts_of(family: Family, prompts: list[str], n: int = N, **options: Any) -> list[tuple[int, ...]]:
-    made = sl.generate(family.model, prompts, n, temperature=0, stop_at_eos=False, progress=False, **options)
+    made = sl.generate(family.model, prompts, n, sampling=GREEDY, stop_at_eos=False, progress=False, **options)
     return [one.all_ids for one in made]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import saelab as sl
+from saelab.lm.generation import GREEDY
 from saelab.lm.hook_points import hook_points_of
 
 PROMPTS = ["Once upon a time there was a girl", "Tom saw a dog.", "One day the big dog ran to the park and"]
@@ -45,7 +46,7 @@ def ids_of(generation: sl.lm.Generation) -> list[tuple[int, ...]]:
 
 
 def go_on(model: Any, prompts: Any = PROMPTS, **options: Any) -> list[tuple[int, ...]]:
-    return ids_of(sl.generate(model, prompts, N, temperature=0, stop_at_eos=False, progress=False, **options))
+    return ids_of(sl.generate(model, prompts, N, sampling=GREEDY, stop_at_eos=False, progress=False, **options))
 
 
 def naive(model: Any, prompt: str, edit: Any, point: str) -> tuple[int, ...]:

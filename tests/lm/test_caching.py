@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import saelab as sl
 from saelab.lm.caching import count_columns, find_border, find_given, find_returned
-from saelab.lm.generation import read_continuations
+from saelab.lm.generation import GREEDY, read_continuations
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.models import _byte_tokenizer
 
@@ -64,7 +64,7 @@ def family(request) -> tuple[str, Any, Any]:
 
 
 def go_on(model: Any, prompts: list[str], **options: Any) -> list[tuple[int, ...]]:
-    made = sl.generate(model, prompts, N, temperature=0, stop_at_eos=False, progress=False, **options)
+    made = sl.generate(model, prompts, N, sampling=GREEDY, stop_at_eos=False, progress=False, **options)
     return [sample.all_ids for sample in made]
 
 
@@ -99,7 +99,7 @@ def test_steered_texts_are_the_same_cached_and_uncached(family) -> None:
 
 def test_continuations_are_what_generation_met(family) -> None:
     _, _, model = family
-    made = sl.generate(model, ["hello there you", "Hi"], N, temperature=0, stop_at_eos=False, progress=False)
+    made = sl.generate(model, ["hello there you", "Hi"], N, sampling=GREEDY, stop_at_eos=False, progress=False)
     found = read_continuations(model, [s.prompt_ids for s in made], [s.ids for s in made])
     log_probs = found.logits.float().log_softmax(-1).gather(2, found.ids[..., None])[..., 0]
     for row, sample in zip(log_probs, made, strict=True):

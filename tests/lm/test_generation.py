@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import saelab as sl
-from saelab.lm.generation import Sampler
+from saelab.lm.generation import GREEDY, Sampler, SamplingConfig
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.hooks import watch
 from saelab.lm.models import WORLD_MODELS
@@ -26,7 +26,7 @@ def go_on(model: Any, prompts: Any = PROMPTS, n_tokens: int = 8, **options: Any)
 
 def test_greedy_texts_are_those_of_hugging_face(tales: Any) -> None:
     plain = AutoModelForCausalLM.from_pretrained(WORLD_MODELS / "tales")
-    made = go_on(tales, temperature=0, stop_at_eos=False)
+    made = go_on(tales, sampling=GREEDY, stop_at_eos=False)
     for sample in made:
         ids = torch.tensor([sample.prompt_ids])
         theirs = plain.generate(
@@ -60,7 +60,7 @@ def test_a_model_in_training_is_read_in_evaluation_and_left_in_training() -> Non
 
 
 def test_log_probabilities_are_those_of_one_forward(tales: Any) -> None:
-    for sample in go_on(tales, seed=2, temperature=0.7):
+    for sample in go_on(tales, seed=2, sampling=SamplingConfig(temperature=0.7)):
         ids = torch.tensor([sample.all_ids])
         log_p = sl.lm.logits(tales, ids)[0, len(sample.prompt_ids) - 1 : -1].log_softmax(-1)
         expected = log_p.gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
@@ -79,9 +79,8 @@ def test_a_text_ends_where_the_model_ends_it(tales: Any) -> None:
 
 
 def draw(logits: torch.Tensor, n: int, **options: Any) -> torch.Tensor:
-    options = {"temperature": 1.0, "top_k": None, "top_p": None} | options
     generator = torch.Generator().manual_seed(0)
-    sampler = Sampler(**options, generators=[generator] * n)
+    sampler = Sampler(SamplingConfig(**options), [generator] * n)
     return torch.bincount(sampler(logits.expand(n, -1)), minlength=len(logits)) / n
 
 
@@ -121,9 +120,9 @@ def test_mistakes_are_explained(tales: Any) -> None:
         (["Tom", " "], {}, "prompt 1 is blank"),
         ("Tom", {"n_tokens": 0}, "at least 1"),
         ("Tom", {"n_tokens": 5000}, "context of"),
-        ("Tom", {"temperature": -1.0}, "`temperature`"),
-        ("Tom", {"top_k": 0}, "`top_k`"),
-        ("Tom", {"top_p": 0.0}, "`top_p`"),
     ]:
         with pytest.raises(ValueError, match=rule):
             go_on(tales, prompts, **options)
+    for wrong in ({"temperature": -1.0}, {"temperature": float("inf")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
+            SamplingConfig(**wrong)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import saelab as sl
+from saelab.lm.generation import GREEDY
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.models import tiny_model
 
@@ -159,7 +160,7 @@ def test_all_uses_of_a_hooked_model(way: Callable, tiny_tokens: Any) -> None:
             found = sl.evaluate(sae, model, tokens, hook_point=PLACE, progress=False)
             effects = sl.interventions.attribute(model, sae, "ab", "c", hook_point=PLACE, progress=False)
             with sl.steer(model, sae, {3: 5.0}, hook_point=PLACE):
-                text = sl.generate(model, "ab", 5, temperature=0, progress=False).samples[0].ids
+                text = sl.generate(model, "ab", 5, sampling=GREEDY, progress=False).samples[0].ids
             results.append((text, found, effects))
     (text, found, effects), (same_text, same_found, same_effects) = results
     assert text == same_text
@@ -202,12 +203,12 @@ def test_weights_edited_inside_a_block(fresh: Any) -> None:
 def test_hooks_on_the_bridge_itself(model: Any) -> None:
     ids, calls = some_ids(), []
     clean, x = sl.lm.logits(model, ids), sl.lm.capture(model, ids, [PLACE])[PLACE]
-    texts = sl.generate(model, "ab", 5, temperature=0, progress=False).texts
+    texts = sl.generate(model, "ab", 5, sampling=GREEDY, progress=False).texts
     with by_the_bridge_itself(model, calls):
         torch.testing.assert_close(sl.lm.logits(model, ids), 2 * clean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(sl.lm.capture(model, ids, [PLACE])[PLACE], x, rtol=1e-4, atol=1e-5)
         assert len(calls) == 2
-        assert sl.generate(model, "ab", 5, temperature=0, progress=False).texts == texts
+        assert sl.generate(model, "ab", 5, sampling=GREEDY, progress=False).texts == texts
     assert torch.equal(sl.lm.logits(model, ids), clean) and "forward" not in vars(model)
 
 

@@ -10,6 +10,7 @@ import torch
 from tokenizers_made import byte_level, wordpiece
 
 import saelab as sl
+from saelab.lm.generation import GREEDY
 from saelab.lm.tokenizers import find_bos, find_ends, find_special_ids
 
 
@@ -72,7 +73,7 @@ def test_what_the_bridge_fills_in_is_not_the_tokenizers(way: str, tmp_path: Path
     tokens = sl.tokenize(model, ["one strange two"], ctx_len=4, bos=None)
     assert tokens.ids.tolist()[0][:3] == [1, 0, 2] and not tokens.bos
     assert sl.TokenMask().apply(tokens).n_kept == 3  # an unknown word is text
-    made = sl.generate(model, torch.tensor([[1]]), 20, temperature=0.0, progress=False)
+    made = sl.generate(model, torch.tensor([[1]]), 20, sampling=GREEDY, progress=False)
     assert len(made[0].ids) == 20
 
 
@@ -120,7 +121,7 @@ def test_everything_marked_as_special_is_special() -> None:
 def test_a_text_with_a_beginning_of_its_own_gets_no_second(tiny: Any) -> None:
     tokens = sl.tokenize(tiny, ["<s>one", "two"], ctx_len=16, packed=False)
     assert (tokens.ids == 0).sum(1).tolist() == [1, 1]
-    made = sl.generate(tiny, ["<s>one", "one"], 3, temperature=0.0, progress=False)
+    made = sl.generate(tiny, ["<s>one", "one"], 3, sampling=GREEDY, progress=False)
     assert made[0].prompt_ids == made[1].prompt_ids and made[0].ids == made[1].ids
 
 

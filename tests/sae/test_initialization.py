@@ -49,7 +49,9 @@ def test_its_store_has_the_rows_of_the_trained_one(pair, tiny, tiny_tokens) -> N
 
 def test_it_stands_beside_comparisons_and_probes(pair) -> None:
     _, store, made = pair
-    found = sl.compare(store, store, untrained=(made, made), n_shifts=2, progress=False)
+    found = sl.compare(
+        store, store, untrained=(made, made), null=sl.universality.NullConfig(n_shifts=2), progress=False
+    )
     assert (
         found.a.untrained is not None and 0 <= found.a.untrained.shares["count"] <= found.a.untrained.trained["count"]
     )

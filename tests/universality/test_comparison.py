@@ -11,6 +11,7 @@ import saelab as sl
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_store import measure
 from saelab.universality import matching, similarity as products
+from saelab.universality.comparison import NullConfig
 from saelab.universality.matching import Nearest, assign, find_mutual, find_nearest, pooled_p
 from saelab.universality.similarity import ComparedCodes, ComparedRows, Moments, correlation_blocks, count_both
 
@@ -201,7 +202,7 @@ def plant(seed: int, n: int = 4000) -> tuple[np.ndarray, np.ndarray, dict[str, d
 @pytest.mark.parametrize("seed", range(5))
 def test_planted_relations_are_found_and_none_invented(seed: int) -> None:
     x, y, truth = plant(seed)
-    found = sl.compare(Made(x), Made(y), n_null=64, n_shifts=10, seed=seed, progress=False)
+    found = sl.compare(Made(x), Made(y), seed=seed, null=NullConfig(n_null=64, n_shifts=10), progress=False)
     for kind, expected in truth.items():
         got = {one.feature: tuple(sorted(one.partners)) for one in found.relations[0] if one.kind == kind}
         assert got == expected, kind
@@ -226,9 +227,7 @@ def test_by_chance_the_rate_of_false_discoveries_is_the_stated_one() -> None:
         found = sl.compare(
             Made(codes(2000, 50, rng)),
             Made(codes(2000, 50, rng)),
-            min_effect=0.0,
-            n_null=50,
-            n_shifts=20,
+            null=NullConfig(min_effect=0.0, n_null=50, n_shifts=20),
             seed=seed,
             progress=False,
         )
@@ -239,7 +238,7 @@ def test_by_chance_the_rate_of_false_discoveries_is_the_stated_one() -> None:
 @pytest.mark.parametrize("similarity", ["phi", "jaccard", "documents", "correlation"])
 def test_every_similarity_finds_the_same_feature(similarity: str) -> None:
     x, y, truth = plant(7)
-    found = sl.compare(Made(x), Made(y), similarity=similarity, min_count=3, n_null=50, progress=False)  # type: ignore[arg-type]
+    found = sl.compare(Made(x), Made(y), similarity=similarity, min_count=3, null=NullConfig(n_null=50), progress=False)  # type: ignore[arg-type]
     assert [found.a.partners[i] for i in truth["same"]] == [j for (j,) in truth["same"].values()]
     assert found.signed == (similarity in ("correlation", "documents"))
     assert str(found) and found.to_dict()["similarity"] == similarity
@@ -251,16 +250,16 @@ def test_jaccard_and_phi_are_those_of_firing() -> None:
     fx, fy = x != 0, y != 0
     both = fx.astype(float).T @ fy
     jaccard = both / np.maximum(fx.sum(0)[:, None] + fy.sum(0) - both, 1)
-    found = sl.compare(Made(x), Made(y), similarity="jaccard", min_count=1, n_shifts=0, progress=False)
+    found = sl.compare(Made(x), Made(y), similarity="jaccard", min_count=1, null=NullConfig(n_shifts=0), progress=False)
     assert np.allclose(found.a.similarity, jaccard.max(1), atol=1e-5) and found.exact
-    phi = sl.compare(Made(x), Made(y), similarity="phi", min_count=1, n_shifts=0, progress=False)
+    phi = sl.compare(Made(x), Made(y), similarity="phi", min_count=1, null=NullConfig(n_shifts=0), progress=False)
     assert np.allclose(phi.b.similarity, naive(fx.astype(float), fy.astype(float)).max(0), atol=1e-5)
     assert np.isnan(phi.a.chance[0]) and not phi.a.universal.any()
 
 
 def test_sides_are_features_of_their_own() -> None:
     x, y, truth = plant(9)
-    found = sl.compare(Made(x), Made(y), sides=True, n_null=50, progress=False)
+    found = sl.compare(Made(x), Made(y), sides=True, null=NullConfig(n_null=50), progress=False)
     assert not found.signed and len(found.a.fires) == 2 * x.shape[1]
     i, (j,) = next(iter(truth["flipped"].items()))
     assert found.a.partners[2 * i] == 2 * j + 1 and found.a.partners[2 * i + 1] == 2 * j
@@ -276,10 +275,10 @@ def test_features_that_fire_together_once_are_no_match() -> None:
     rare = np.zeros(1000)
     rare[:12] = 1
     x[:, 1], y[:, 1] = rare, np.roll(rare, 4)  # each fires often enough, together only 8 times
-    found = sl.compare(Made(x), Made(y), n_null=10, n_shifts=2, progress=False)
+    found = sl.compare(Made(x), Made(y), null=NullConfig(n_null=10, n_shifts=2), progress=False)
     assert found.a.partners[0] == -1 and found.a.partners[1] != 1 and np.isnan(found.a.similarity[0])
     assert found.a.p[0] == found.a.q[0] == 1
-    few = sl.compare(Made(x), Made(y), min_count=1, n_null=10, n_shifts=2, progress=False)
+    few = sl.compare(Made(x), Made(y), min_count=1, null=NullConfig(n_null=10, n_shifts=2), progress=False)
     assert few.a.partners[0] == 0 and few.a.similarity[0] == pytest.approx(1, abs=1e-4)
 
 
@@ -296,6 +295,10 @@ def test_directions_of_two_saes() -> None:
     other = sl.SAE(sl.SAEConfig(d_in=16, d_sae=48))
     with pytest.raises(ValueError, match="of one space"):
         sl.compare(a, other, progress=False)
+    with pytest.raises(ValueError, match="`n_null` at least 1 and `fdr` in"):
+        NullConfig(fdr=1.0)
+    with pytest.raises(ValueError, match="`m` and `min_count`"):
+        sl.compare(a, b, m=0)
     with pytest.raises(ValueError, match="one of each"):
         sl.compare(a, Made(codes(100, 5, np.random.default_rng(0))))
     with pytest.raises(ValueError, match="must be one of"):
@@ -305,7 +308,7 @@ def test_directions_of_two_saes() -> None:
 def test_one_seed_gives_one_answer_and_global_state_is_left_alone() -> None:
     x, y, _ = plant(11)
     state = np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
-    found = [sl.compare(Made(x), Made(y), n_null=30, progress=False).to_dict() for _ in range(2)]
+    found = [sl.compare(Made(x), Made(y), null=NullConfig(n_null=30), progress=False).to_dict() for _ in range(2)]
     assert str(found[0]) == str(found[1])
     assert (np.random.get_state()[1] == state[0]).all() and (torch.get_rng_state() == state[1]).all()  # noqa: NPY002
 
@@ -318,7 +321,7 @@ def test_rows_of_pairs_are_turned_where_they_are_flipped() -> None:
     a, b = (sl.SAE(sl.SAEConfig(d_in=16, d_sae=24, activation=sl.AbsTopK(k=4)), seed=seed) for seed in (0, 1))
     with torch.no_grad():
         b.W_dec[:8], b.W_dec[8:16] = a.W_dec[:8], -a.W_dec[8:16]
-    found = sl.compare(a, b, min_effect=0.95, progress=False)
+    found = sl.compare(a, b, null=NullConfig(min_effect=0.95), progress=False)
     x, y = sl.universality.matched_decoder_rows(found, a, b)
     assert len(x) == 16 and np.allclose(x, y, atol=1e-6)
     assert len(sl.universality.matched_decoder_rows(found, a, b, "best", universal=False)[0]) == 24
@@ -335,7 +338,7 @@ def test_bases_are_matched_as_features_are() -> None:
     x = torch.randn(3000, 12, generator=generator) * torch.linspace(1, 3, 12)
     turn = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q
     a, b = sl.Activations.from_tensor(x), sl.Activations.from_tensor(x @ turn + 5)
-    options = {"n_shifts": 4, "progress": False}
+    options = {"null": NullConfig(n_shifts=4), "progress": False}
     neurons, pca = (sl.universality.compare_neurons_or_pcs(a, b, basis, **options) for basis in ("neurons", "pca"))  # type: ignore[arg-type]
     assert np.abs(pca.values).min() > 0.98 > np.abs(neurons.values).mean() and pca.a.share() == 1
     same = sl.universality.compare_neurons_or_pcs(a, sl.Activations.from_tensor(-x[:, [*range(1, 12), 0]]), **options)  # type: ignore[arg-type]
@@ -368,7 +371,7 @@ def test_the_null_falls_where_the_text_is_periodic(docs: str, similarity: str) -
     store = Made(z)
     numbers = {"one": np.zeros(n, int), "templates": np.arange(n) // period, "pairs": np.arange(n) // 2}[docs]
     store.text.doc_ids[:] = numbers
-    found = sl.compare(store, store, similarity=similarity, n_null=period, n_shifts=40, progress=False)
+    found = sl.compare(store, store, similarity=similarity, null=NullConfig(n_null=period, n_shifts=40), progress=False)
     assert found.a.chance[1] < 0.7 and (np.abs(found.a.similarity) > 0.99).all()
     assert found.a.universal.all() and found.a.p.max() < 0.05
 

@@ -15,6 +15,7 @@ import torch
 
 import saelab as sl
 from saelab.cli.app import dispatch
+from saelab.universality.comparison import NullConfig
 from saelab.universality.matching import Matches
 from saelab.universality.universal_features import format_p
 from saelab.visualization import reports
@@ -68,12 +69,12 @@ def stores(saes, tmp_path_factory) -> tuple[sl.FeatureStore, sl.FeatureStore]:
 
 @pytest.fixture(scope="module")
 def found(stores) -> sl.universality.Comparison:
-    return sl.compare(*stores, min_count=3, n_shifts=12, progress=False)
+    return sl.compare(*stores, min_count=3, null=NullConfig(n_shifts=12), progress=False)
 
 
 @pytest.fixture(scope="module")
 def sides(stores) -> sl.universality.Comparison:
-    return sl.compare(*stores, sides=True, min_count=3, n_shifts=12, progress=False)
+    return sl.compare(*stores, sides=True, min_count=3, null=NullConfig(n_shifts=12), progress=False)
 
 
 def strings(thing) -> list[str]:
@@ -115,7 +116,7 @@ def test_every_live_feature_is_counted_once_where_its_similarity_is(found) -> No
 
 
 def test_what_was_not_measured_is_not_drawn(saes) -> None:
-    plain = sl.compare(*saes, n_shifts=0, progress=False)
+    plain = sl.compare(*saes, null=NullConfig(n_shifts=0), progress=False)
     figure = sl.visualization.plot_matches(replace(plain, signed=False))
     assert not figure.layout.shapes and "no tokens" in figure.layout.title.text
     assert {trace.name for trace in figure.data} == {"universal", "not universal"}
