@@ -1,4 +1,4 @@
-"""saelab finds, names, compares and moves the features of a language model, with sparse autoencoders."""
+"""Find, label, compare and steer the features of a language model with sparse autoencoders."""
 
 from importlib import metadata as _metadata
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Public names of packages, each imported from its module when it is first used.
+"""Public names of packages that are imported from their modules when they are first used.
 
 A package lists its names once, as imports under `if TYPE_CHECKING:` in its `__init__.py`. Type checkers and editors
 read them as imports; `attach` reads the same lines at run time, so that `import saelab` loads nothing that is not used.

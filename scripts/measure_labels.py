@@ -36,7 +36,7 @@ import torch
 from scipy.sparse import csc_matrix
 
 import saelab as sl
-from saelab.labels.rules.contingency import SideCounts, Units, feature_blocks
+from saelab.labels.rules.contingency import SideFirings, SplitCounts, feature_blocks
 from saelab.labels.rules.predicates import Predicates, make_predicates
 from saelab.labels.rules.rule_labels import RuleLabel, RuleLabels
 from saelab.labels.rules.rule_search import add_side_tokens, label_by_rules
@@ -95,15 +95,15 @@ def train(seed: int, n_tokens: int, n_stories: int, kept: Path) -> dict[str, sl.
 def find_known(store: sl.FeatureStore, truth: Any, is_train: np.ndarray) -> list[Known]:
     """The sides with a concept of held-out F1 0.8 or more; at least 10 firings in training stories."""
     concepts = Predicates(truth.tocsr(), tuple(map(str, range(truth.shape[1]))), ("concept",) * truth.shape[1])
-    train_side, held_side = SideCounts(concepts, is_train), SideCounts(concepts, ~is_train)
+    train_split, held_split = SplitCounts(concepts, is_train), SplitCounts(concepts, ~is_train)
     found = []
     for start, stop in feature_blocks(store):
-        units = Units.sort(store.columns(start, stop), is_train, FRACTIONS)
-        chosen, held = train_side.count(units), held_side.count(units)
-        f1 = np.where(chosen.fires[:, :, None] >= 10, chosen.f1, 0).reshape(len(units), -1)
-        held_f1 = held.f1.reshape(len(units), -1)[np.arange(len(units)), f1.argmax(1)]
-        for unit in np.flatnonzero((f1.max(1) > 0) & (held_f1 >= KNOWN_F1)).tolist():
-            found.append(Known(start + unit // 2, 1 - 2 * (unit % 2), int(f1[unit].argmax()) % truth.shape[1]))
+        firings = SideFirings.sort(store.columns(start, stop), is_train, FRACTIONS)
+        chosen, held = train_split.count(firings), held_split.count(firings)
+        f1 = np.where(chosen.fires[:, :, None] >= 10, chosen.f1, 0).reshape(len(firings), -1)
+        held_f1 = held.f1.reshape(len(firings), -1)[np.arange(len(firings)), f1.argmax(1)]
+        for side in np.flatnonzero((f1.max(1) > 0) & (held_f1 >= KNOWN_F1)).tolist():
+            found.append(Known(start + side // 2, 1 - 2 * (side % 2), int(f1[side].argmax()) % truth.shape[1]))
     return found
 
 

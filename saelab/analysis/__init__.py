@@ -1,4 +1,4 @@
-"""What a feature store and a dictionary show: examples, dead latents, direct logit effects, similar features."""
+"""Analysis of the features in a feature store: examples, dead features, direct logit effects, similar features."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""Feature dashboard: firing statistics, histogram, examples, logit effects and similar features of one feature.
+"""Feature dashboards: statistics, histogram, examples, logit effects and similar features of one feature.
 
-Table of a store's features: firing density, counts and sizes by sign, and most frequent tokens.
+Also the table of all features of a store: firing density, counts and sizes by sign, and most frequent tokens.
 """
 
 from dataclasses import dataclass, replace

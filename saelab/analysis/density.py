@@ -1,6 +1,6 @@
-"""Dead, near-dead, dense and outlier latents, with confidence intervals of firing rates and likely causes.
+"""Dead, near-dead, dense and outlier features, with confidence intervals of their firing rates.
 
-Likely causes of dead latents, found by comparing their weights with those of the latents that fire.
+Likely causes of dead features are found by comparing their weights with those of the features that fire.
 """
 
 import math
@@ -21,11 +21,11 @@ from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result
 
 COLLAPSED = 0.1
-"""Encoder norm as a share of the live latents' median."""
+"""Encoder norm as a share of the live features' median."""
 ALIKE = 0.95
-"""Decoder cosine to a live latent."""
+"""Decoder cosine to a live feature."""
 FAR = 3.0
-"""Robust deviations by which a bias lies below those of the live latents."""
+"""Robust deviations by which a bias lies below those of the live features."""
 NEAR = 0.9
 """Share of the smallest code that fires."""
 BLOCK = 1024
@@ -35,79 +35,81 @@ BLOCK = 1024
 def find_causes(
     sae: SAE, store: FeatureStore, silent: Sequence[int], acts: Tensor | None = None
 ) -> dict[int, tuple[str, ...]]:
-    """The likely causes of each dead latent, as a dictionary from latent to names of causes.
+    """The likely causes of each dead feature, as a dictionary from feature to names of causes.
 
     - "encoder norm collapsed": ||W_enc|| is below a tenth of the live median.
     - "bias too low": b_enc (for learned thresholds, b_enc minus the threshold) is more than 3 robust deviations below
       the live median.
-    - "duplicate of a live unit", "antipode of a live unit": the decoder cosine with a live latent is above 0.95, or
-      below -0.95.
+    - "duplicate of a live feature", "antipode of a live feature": the decoder cosine with a live feature is above 0.95
+      or below -0.95.
     - "never near selection": on no row of `acts` does the pre-activation come within a tenth of the smallest code that
       fires.
 
     Args:
         sae: the SAE whose weights are compared.
-        store: feature store harvested with the SAE; latents that fire in it are live.
-        silent: latents to explain; they never count as live.
+        store: feature store harvested with the SAE; features that fire in it are live.
+        silent: features to explain; they never count as live.
         acts: (n, d_in) activations in the units of the SAE's input, on which "never near selection" is tested; None
             leaves that test out.
 
     Returns:
-        Only latents with at least one cause; empty where no latent is live.
+        Only features with at least one cause; empty where no feature is live.
     """
     is_live = torch.from_numpy(store.statistics.fires.sum(1) > 0)
     is_live[list(silent)] = False
-    live, units = is_live.nonzero().squeeze(1), torch.tensor(list(silent), dtype=torch.long)
-    if len(units) == 0 or len(live) == 0:
+    live, features = is_live.nonzero().squeeze(1), torch.tensor(list(silent), dtype=torch.long)
+    if len(features) == 0 or len(live) == 0:
         return {}
     norms, bias = sae.W_enc.detach().norm(dim=0).cpu(), _bias_of(sae)
-    collapsed = norms[units] < COLLAPSED * norms[live].median()
+    collapsed = norms[features] < COLLAPSED * norms[live].median()
     spread = float(1.4826 * (bias[live] - bias[live].median()).abs().median())
-    low = bias[units] < bias[live].median() - FAR * max(spread, 1e-6)
-    cosine = _nearest_cosine(sae.W_dec.detach().cpu(), units, live)
-    reach = find_reach(sae, acts, units) if acts is not None else None
+    low = bias[features] < bias[live].median() - FAR * max(spread, 1e-6)
+    cosine = _nearest_cosine(sae.W_dec.detach().cpu(), features, live)
+    reach = find_reach(sae, acts, features) if acts is not None else None
     found: dict[int, tuple[str, ...]] = {}
-    for i, unit in enumerate(units.tolist()):
+    for i, feature in enumerate(features.tolist()):
         causes = ["encoder norm collapsed"] * bool(collapsed[i]) + ["bias too low"] * bool(low[i])
         if abs(float(cosine[i])) > ALIKE:
-            causes.append(f"{'duplicate' if cosine[i] > 0 else 'antipode'} of a live unit")
+            causes.append(f"{'duplicate' if cosine[i] > 0 else 'antipode'} of a live feature")
         if reach is not None and reach[i] < NEAR:
             causes.append("never near selection")
-        found[unit] = tuple(causes)
-    return {unit: causes for unit, causes in found.items() if causes}
+        found[feature] = tuple(causes)
+    return {feature: causes for feature, causes in found.items() if causes}
 
 
 @torch.no_grad()
-def find_reach(sae: SAE, acts: Float[Tensor, "n d_in"], units: Int[Tensor, "n_units"]) -> Float[Tensor, "n_units"]:
-    """How near each latent's pre-activation comes to firing: its largest ratio to the smallest code that fires on the
+def find_reach(
+    sae: SAE, acts: Float[Tensor, "n d_in"], features: Int[Tensor, "n_features"]
+) -> Float[Tensor, "n_features"]:
+    """How near each feature's pre-activation comes to firing: its largest ratio to the smallest code that fires on the
     token.
 
-    At 1 the latent would fire. Where codes are signed, pre-activations count by size.
+    At 1 the feature would fire. Where codes are signed, pre-activations count by size.
     """
-    reach = torch.full((len(units),), -torch.inf)
+    reach = torch.full((len(features),), -torch.inf)
     for x in acts.split(BLOCK):
         codes = sae.encode_sparse(x.to(sae.device))
         smallest = torch.full((len(x),), torch.inf, device=sae.device)
         smallest.scatter_reduce_(0, codes.rows, codes.values.abs(), "amin")
-        u = sae.center(x) @ sae.W_enc[:, units] + sae.b_enc[units]
+        u = sae.center(x) @ sae.W_enc[:, features] + sae.b_enc[features]
         shares = (u.abs() if sae.cfg.activation.signed else u) / smallest[:, None]
         reach = torch.maximum(reach, shares.amax(0).cpu())
     return reach
 
 
 def _bias_of(sae: SAE) -> Tensor:
-    """The encoder bias of each latent, less its threshold where thresholds are learned."""
+    """The encoder bias of each feature, less its threshold where thresholds are learned."""
     bias = sae.b_enc.detach().cpu()
     if sae.cfg.activation.threshold == "learned" and sae.threshold is not None:
         bias = bias - sae.threshold.detach().cpu()
     return bias
 
 
-def _nearest_cosine(W_dec: Tensor, units: Tensor, live: Tensor) -> Tensor:
-    """For each of `units`, the decoder cosine of largest size with a live latent, with its sign."""
+def _nearest_cosine(W_dec: Tensor, features: Tensor, live: Tensor) -> Tensor:
+    """For each of `features`, the decoder cosine of largest size with a live feature, with its sign."""
     rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
     found = []
-    for part in units.split(BLOCK):
+    for part in features.split(BLOCK):
         cosines = rows[part] @ rows[live].T
         found.append(cosines.gather(1, cosines.abs().argmax(1, keepdim=True)).squeeze(1))
     return torch.cat(found)
@@ -120,13 +122,13 @@ OUTLIER = 5.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeadFeatures(Result):
-    """The kind of every latent, by how often it fires (z != 0, either sign) on the tokens of a store."""
+    """The kind of every feature, by how often it fires (z != 0, either sign) on the tokens of a store."""
 
     n_tokens: int
     kinds: tuple[str, ...]
-    """for each latent: dead, near-dead, live, dense, or outlier (live, with a norm far from the others')"""
+    """for each feature: dead, near-dead, live, dense, or outlier (live, with a norm far from the others')"""
     fires: Integer[np.ndarray, "d_sae"]
-    """number of tokens on which each latent fires"""
+    """number of tokens on which each feature fires"""
     low: Float[np.ndarray, "d_sae"]
     """lower end of the firing rate's Clopper-Pearson interval"""
     high: Float[np.ndarray, "d_sae"]
@@ -135,33 +137,33 @@ class DeadFeatures(Result):
     near_dead_rate: float
     dense_rate: float
     groups: dict[str, dict[str, int]]
-    """latents of each kind by prefix group; one group where there are no prefixes"""
+    """features of each kind by prefix group; one group where there are no prefixes"""
     causes: dict[int, tuple[str, ...]]
-    """likely causes for dead and near-dead latents; empty without the SAE"""
+    """likely causes for dead and near-dead features; empty without the SAE"""
     training: dict[str, int] | None
-    """number of latents dead both at the end of training and here, at the end of training only, and in the store only;
+    """number of features dead both at the end of training and here, at the end of training only, and in the store only;
     None where training kept no count"""
 
-    def units(self, kind: str) -> list[int]:
-        """The latents of a given kind; ValueError where the kind does not exist."""
+    def of_kind(self, kind: str) -> list[int]:
+        """The features of a given kind; ValueError where the kind does not exist."""
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {list(KINDS)}, got '{kind}'.")
         return [i for i, mine in enumerate(self.kinds) if mine == kind]
 
     @property
     def rates(self) -> Float[np.ndarray, "d_sae"]:
-        """Share of tokens on which each latent fires."""
+        """Share of tokens on which each feature fires."""
         return self.fires / self.n_tokens
 
     def share(self, kind: str) -> float:
-        """Share of the latents that are of a given kind."""
-        return len(self.units(kind)) / len(self.kinds)
+        """Share of the features that are of a given kind."""
+        return len(self.of_kind(kind)) / len(self.kinds)
 
     def __str__(self) -> str:
         limit = _no_firing_limit(self.n_tokens, self.confidence)
-        lines = [f"{len(self.kinds):,} units on {self.n_tokens:,} tokens; no firing means a rate below {limit:.2g}"]
+        lines = [f"{len(self.kinds):,} features on {self.n_tokens:,} tokens; no firing means a rate below {limit:.2g}"]
         lines.append(f"near-dead: below {self.near_dead_rate:g}; dense: above {self.dense_rate:g}")
-        lines += ["", f"{'units':<16}" + "".join(f"{kind:>11}" for kind in KINDS)]
+        lines += ["", f"{'features':<16}" + "".join(f"{kind:>11}" for kind in KINDS)]
         for name, counts in self.groups.items():
             lines.append(f"{name:<16}" + "".join(f"{counts.get(kind, 0):>11,}" for kind in KINDS))
         why = Counter(cause for causes in self.causes.values() for cause in causes)
@@ -181,7 +183,7 @@ def dead_features(
     dense_rate: float = 0.1,
     confidence: float = 0.95,
 ) -> DeadFeatures:
-    """The kind of every latent, from its firing rate r = #(z != 0) / N over the store's N tokens, both signs counted.
+    """The kind of every feature, from its firing rate r = #(z != 0) / N over the store's N tokens, both signs counted.
 
     - dead: r = 0.
     - near-dead: 0 < r < `near_dead_rate`.
@@ -190,16 +192,16 @@ def dead_features(
       median.
     - live: the rest.
 
-    Firing rates come with Clopper-Pearson intervals. Where training counted dead latents, its count is compared with
+    Firing rates come with Clopper-Pearson intervals. Where training counted dead features, its count is compared with
     the store's.
 
     Args:
-        store: feature store with the codes of all latents.
+        store: feature store with the codes of all features.
         sae: the SAE that the store was harvested with, for outliers and likely causes; None leaves both out.
-        acts: (n, d_in) activations in the units of the SAE's input, to see how near dead latents come to firing; None
+        acts: (n, d_in) activations in the units of the SAE's input, to see how near dead features come to firing; None
             leaves this out.
-        near_dead_rate: firing rate below which a latent is near-dead, as a share of tokens.
-        dense_rate: firing rate above which a latent is dense, as a share of tokens.
+        near_dead_rate: firing rate below which a feature is near-dead, as a share of tokens.
+        dense_rate: firing rate above which a feature is dense, as a share of tokens.
         confidence: level of the intervals, in (0, 1).
 
     Raises:
@@ -233,15 +235,17 @@ def dead_features(
 
 
 def dead_feature_changes(results: Sequence[DeadFeatures]) -> list[dict[str, int]]:
-    """Numbers of latents that died, revived and stayed dead from each result to the next.
+    """Numbers of features that died, revived and stayed dead from each result to the next.
 
     The results are those of successive checkpoints of one SAE on one text; ValueError where their widths differ.
     """
     found = []
     for before, after in pairwise(results):
         if len(before.kinds) != len(after.kinds):
-            raise ValueError(f"Checkpoints must be of one width, got {len(before.kinds)} and {len(after.kinds)} units.")
-        then, now = set(before.units("dead")), set(after.units("dead"))
+            raise ValueError(
+                f"Checkpoints must be of one width, got {len(before.kinds)} and {len(after.kinds)} features."
+            )
+        then, now = set(before.of_kind("dead")), set(after.of_kind("dead"))
         found.append({"died": len(now - then), "revived": len(then - now), "stayed dead": len(now & then)})
     return found
 
@@ -267,7 +271,7 @@ def clopper_pearson(
 
 
 def find_outliers(sae: SAE) -> Bool[np.ndarray, "d_sae"]:
-    """Latents whose W_enc or W_dec log-norm lies more than 5 robust standard deviations from the median."""
+    """Features whose W_enc or W_dec log-norm lies more than 5 robust standard deviations from the median."""
     found = np.zeros(sae.cfg.d_sae, bool)
     for norms in (sae.W_enc.norm(dim=0), sae.W_dec.norm(dim=1)):
         logs = norms.detach().clamp(min=1e-12).log().cpu().double().numpy()

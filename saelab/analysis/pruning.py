@@ -1,4 +1,4 @@
-"""Progressive coding: reconstruction quality when only the most important latents of an SAE are kept."""
+"""Progressive coding: reconstruction quality when only the most important features of an SAE are kept."""
 
 import math
 from collections import defaultdict
@@ -21,12 +21,12 @@ from saelab.sae.sae import SAE
 from saelab.stores.results import Result
 
 WINDOW = (0.02, 0.5)
-"""Ranks that the power law is fitted to, as shares of the latents that ever fire."""
+"""Ranks that the power law is fitted to, as shares of the features that ever fire."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrunedScore:
-    """Quality of a dictionary when only the first `size` latents of an order are kept."""
+    """Quality of a dictionary when only the first `size` features of an order are kept."""
 
     order: str
     """energy: by E[z^2] ||d||^2; frequency: by firing rate; random; prefix: by index, for Matryoshka sizes"""
@@ -49,7 +49,7 @@ class PruningCurve(Result):
     exponent: float
     """a of the fit importance ~ rank^-a"""
     r2: float
-    """R^2 of that fit in logarithms, over ranks 2 % to 50 % of the latents that fire"""
+    """R^2 of that fit in logarithms, over ranks 2 % to 50 % of the features that fire"""
     ce_clean: float
     ce_zero: float
     n_tokens: int
@@ -89,7 +89,7 @@ def prune_dictionary(
     seed: int = 0,
     allow_mismatch: bool = False,
 ) -> PruningCurve:
-    """Reconstruction quality when only the codes of the `sizes` most important latents are kept (arXiv:2505.00190).
+    """Reconstruction quality when only the codes of the `sizes` most important features are kept (arXiv:2505.00190).
 
     Activations are encoded once with the whole dictionary. Importance is E[z_i^2] ||d_i||^2, measured on the first half
     of the rows; quality is measured on the other half. The same sizes are also cut by firing rate, in random order and,
@@ -98,9 +98,9 @@ def prune_dictionary(
     Args:
         sae: the SAE to prune.
         model: the language model that it was trained on.
-        tokens: two or more rows of text; the first half ranks the latents, the rest measures quality.
-        sizes: numbers of latents kept, each in 1..d_sae; None takes the Matryoshka prefixes, or d_sae divided by 16, 8,
-            4, 2 and 1.
+        tokens: two or more rows of text; the first half ranks the features, the rest measures quality.
+        sizes: numbers of features kept, each in 1..d_sae; None takes the Matryoshka prefixes, or d_sae divided by 16,
+            8, 4, 2 and 1.
         hook_point: where the reconstruction replaces the activations, or (input, target) for a transcoder; None takes
             the SAE's own.
         mask: tokens that are measured and replaced; None takes the mask that the SAE was trained with.
@@ -154,7 +154,7 @@ def _default_sizes(sae: SAE) -> tuple[int, ...]:
 
 
 def _rank(sae: SAE, stage: Stage, tokens: Tokens, n_seq: int) -> tuple[Tensor, Tensor, int]:
-    """Energy and number of firings of every latent."""
+    """Energy and number of firings of every feature."""
     energy, fires = (torch.zeros(sae.cfg.d_sae, dtype=torch.float64) for _ in range(2))
     n_tokens = 0
     for batch in batches_of(tokens, n_seq):
@@ -168,7 +168,7 @@ def _rank(sae: SAE, stage: Stage, tokens: Tokens, n_seq: int) -> tuple[Tensor, T
 
 
 def _orders(sae: SAE, energy: Tensor, fires: Tensor, seed: int) -> dict[str, Int[Tensor, "d_sae"]]:
-    """The latents in each order, most important first."""
+    """The features in each order, most important first."""
     drawn = torch.randperm(sae.cfg.d_sae, generator=torch.Generator().manual_seed(seed))
     orders = {"energy": energy.argsort(descending=True, stable=True)}
     orders |= {"frequency": fires.argsort(descending=True, stable=True), "random": drawn}
@@ -178,10 +178,10 @@ def _orders(sae: SAE, energy: Tensor, fires: Tensor, seed: int) -> dict[str, Int
 
 
 def _cuts(orders: dict[str, Tensor], sizes: tuple[int, ...]) -> Iterator[tuple[str, int, Bool[Tensor, "d_sae"]]]:
-    for order, units in orders.items():
+    for order, ranked in orders.items():
         for size in sizes:
-            kept = torch.zeros(len(units), dtype=torch.bool)
-            kept[units[:size]] = True
+            kept = torch.zeros(len(ranked), dtype=torch.bool)
+            kept[ranked[:size]] = True
             yield order, size, kept
 
 

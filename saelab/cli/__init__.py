@@ -1,1 +1,1 @@
-"""The shell: `saelab collect | train | evaluate | info | demo`."""
+"""The command `saelab` and its subcommands, one module for each group of them."""

@@ -1,7 +1,4 @@
-"""The entry point `saelab`: the commands, and the demo.
-
-The commands, and how errors become one line and an exit code.
-"""
+"""The entry point `saelab`: registers the subcommands, and prints errors as one line with an exit code."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""`saelab compare`: which features of two stores, or of two SAEs, are the same."""
+"""`saelab compare`: match the features of two stores, or of two SAEs."""
 
 import tempfile
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`saelab convert`: an SAE from one library's files to another's."""
+"""`saelab convert`: convert an SAE from one library's files to another's."""
 
 import filecmp
 import tempfile

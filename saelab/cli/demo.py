@@ -1,4 +1,4 @@
-"""`saelab demo`: dictionaries trained on a model whose concepts are known, scored against the truth; offline."""
+"""`saelab demo`: train dictionaries on a model whose concepts are known, and score them; offline."""
 
 import math
 import shlex
@@ -13,8 +13,8 @@ from saelab.cli import options
 from saelab.cli.inputs import echo
 from saelab.cli.labeling import Context
 from saelab.collecting.collection import collect
-from saelab.evaluation.concept_units import concept_baselines, encode_csr
 from saelab.evaluation.concepts import score_concepts
+from saelab.evaluation.feature_classifiers import concept_baselines, encode_csr
 from saelab.evaluation.results import ConceptScores
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model

@@ -1,7 +1,4 @@
-"""`saelab harvest`, `saelab features`, `saelab dead`: a feature store, made and read.
-
-`saelab report`: a feature store as a page.
-"""
+"""`saelab harvest`, `saelab features`, `saelab dead`, `saelab report`: make, list and show a feature store."""
 
 from pathlib import Path
 from typing import Annotated, Any

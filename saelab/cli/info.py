@@ -1,4 +1,4 @@
-"""`saelab info`: what a folder holds and where it came from."""
+"""`saelab info`: what a folder holds and how it was made."""
 
 import math
 from pathlib import Path

@@ -1,8 +1,6 @@
-"""Which documents a command reads: collecting from the start of a text, evaluating from its end.
+"""Inputs that several commands share: documents, the SAE, its language model; and printing to the terminal.
 
-Opening what several commands need: an SAE and the language model that it belongs to.
-
-The one way from a command to the terminal.
+Collecting reads documents from the start of a text, evaluating from its end.
 """
 
 import re

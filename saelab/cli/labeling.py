@@ -1,6 +1,6 @@
-"""`saelab label`: names for the features of a store, by rules or by a language model, into the store's book.
+"""`saelab label` and `saelab labels`: label the features of a store, and search, read and edit its labels.
 
-`saelab labels STORE ...`: the book of a store's labels, searched, read and written.
+Labels come from rules on tokens or from a language model, and are kept in the store's label store.
 """
 
 import getpass

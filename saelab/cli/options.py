@@ -1,4 +1,4 @@
-"""What the commands take: arguments and options with their help, and defaults that come from the library."""
+"""Arguments and options that several commands share, with their help; defaults are the library's."""
 
 import inspect
 from collections.abc import Callable

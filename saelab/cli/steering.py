@@ -1,4 +1,4 @@
-"""`saelab steer`, `saelab steer-curve`: text with features moved, and what moving them did and cost."""
+"""`saelab steer` and `saelab steer-curve`: generate text with steered features, and measure effect and cost."""
 
 from pathlib import Path
 from typing import Annotated, Any, get_args

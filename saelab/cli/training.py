@@ -1,9 +1,4 @@
-"""`saelab train`.
-
-`saelab collect`.
-
-`saelab evaluate`.
-"""
+"""`saelab collect`, `saelab train`, `saelab evaluate`: activations, a trained SAE, and its evaluation."""
 
 import shutil
 from dataclasses import fields

@@ -1,6 +1,4 @@
-"""Running models over text to get activations and SAE codes: in memory, as a folder of shards, or as a stream; and
-conversion of other tools' caches.
-"""
+"""Activations and feature activations of a text: in memory, as a folder of shards, or as a stream."""
 
 from typing import TYPE_CHECKING
 

@@ -1,7 +1,7 @@
-"""`collect`: activations of a text at hook points, in memory or in a folder of shards.
+"""`collect` and `stream`: activations of a text at hook points, stored or computed on the fly.
 
-`stream`: shuffled activation batches computed on the fly for training, without storing them on disk; its state can
-be saved.
+`collect` keeps them in memory or in a folder of shards; `stream` yields shuffled batches for training without storing
+them, and its state can be saved.
 """
 
 import hashlib

@@ -1,8 +1,7 @@
 """`harvest`: encode a corpus with an SAE and store the sparse codes in a folder, a feature store.
 
-Inputs of `harvest`: text with its model, or activations collected before.
-
-`harvest_untrained`: feature store of an untrained SAE on the same tokens as an existing store, as a baseline.
+The corpus is a text with its model, or activations collected before. `harvest_untrained` makes the feature store of an
+untrained SAE on the same tokens, as a baseline.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,16 +50,16 @@ class Batch:
 
 @runtime_checkable
 class HarvestSource(Protocol):
-    """Protocol of inputs: rows in a fixed order, read `size` units (sequences, or rows) at a time."""
+    """Protocol of inputs: rows in a fixed order, read `size` items (sequences, or rows) at a time."""
 
-    n_units: int
+    n_items: int
     size: int
 
     def read(self, start: int) -> Batch:
-        """Activations of the batch that starts at a unit."""
+        """Activations of the batch that starts at an item."""
 
     def count(self, start: int, stop: int) -> int:
-        """Number of tokens in units `start` to `stop`."""
+        """Number of tokens in items `start` to `stop`."""
 
     def text(self) -> StoredText:
         """The text that the rows' `places` refer to."""
@@ -77,7 +76,7 @@ class TextSource:
 
     def __init__(self, reader: ActivationReader, tokens: Tokens, n_seq: int) -> None:
         self.reader, self.tokens = reader, tokens
-        self.n_units, self.size = len(tokens), n_seq
+        self.n_items, self.size = len(tokens), n_seq
 
     def read(self, start: int) -> Batch:
         """Activations of the batch that starts at a sequence, from one forward pass."""
@@ -122,7 +121,7 @@ class ActivationsSource:
                 "not; give what `collect` returned."
             )
         self.acts, self.model, self._origin = acts, model, acts.provenance
-        self.n_units, self.size = len(acts), n_rows
+        self.n_items, self.size = len(acts), n_rows
 
     def read(self, start: int) -> Batch:
         """The batch of activations that starts at a row."""
@@ -346,17 +345,17 @@ def _run(jobs: list[_Job], source: HarvestSource, progress: bool) -> None:
 
     with ExitStack() as stack:
         writers = [stack.enter_context(job.writer()) for job in jobs]
-        first = min((writer.next_seq for writer in writers), default=source.n_units)
-        whole, done = source.count(0, source.n_units), source.count(0, first)
+        first = min((writer.next_seq for writer in writers), default=source.n_items)
+        whole, done = source.count(0, source.n_items), source.count(0, first)
         bar = tqdm(total=whole, initial=done, unit=" tokens", unit_scale=True, disable=hidden(progress))
         stack.enter_context(bar)
-        for start in range(first, source.n_units, source.size):
+        for start in range(first, source.n_items, source.size):
             batch = source.read(start)
-            n_units = min(source.size, source.n_units - start)
+            n_items = min(source.size, source.n_items - start)
             for job, writer in zip(jobs, writers, strict=True):
                 if start >= writer.next_seq:
-                    writer.add(job.encode(batch), len(batch.places), n_units, batch.removed)
-            bar.update(source.count(start, start + n_units))
+                    writer.add(job.encode(batch), len(batch.places), n_items, batch.removed)
+            bar.update(source.count(start, start + n_items))
         for job, writer in zip(jobs, writers, strict=True):
             job.finish(writer, source)
 
@@ -485,7 +484,7 @@ class _SameRows(TextSource):
     def sample(self, n_tokens: int) -> dict[str, Tensor]:
         """Activations of at most `n_tokens` rows by hook point, from the beginning of the text."""
         parts: list[dict[str, Tensor]] = []
-        for start in range(0, self.n_units, self.size):
+        for start in range(0, self.n_items, self.size):
             parts.append(dict(self.read(start).acts))
             if sum(len(next(iter(part.values()))) for part in parts) >= n_tokens:
                 break

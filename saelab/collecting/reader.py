@@ -1,4 +1,4 @@
-"""`Reader`: run one batch through the model and return the activations of the tokens that the mask keeps."""
+"""`ActivationReader`: run one batch through the model and return the activations of the tokens the mask keeps."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

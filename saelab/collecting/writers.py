@@ -1,6 +1,6 @@
-"""Storing collected rows, in memory or in a folder of shards that can be resumed.
+"""Writers of collected rows, in memory or in a folder of shards that can be resumed.
 
-Preserving labels when a feature store is overwritten: labels of another SAE are moved to a file of their own.
+When a feature store is overwritten, labels of another SAE are moved to a file of their own.
 """
 
 import logging
@@ -220,7 +220,7 @@ class ShardWriter:
         Args:
             reading: the batch, in the form that the buffers take.
             n_rows: number of rows in it.
-            n_seq: number of sequences (or other units of the source) that it covers.
+            n_seq: number of sequences (or other items of the source) that it covers.
             removed: number of tokens that each rule of the mask removed from it.
         """
         done, self._to_skip = self._to_skip, 0

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
-    from saelab.evaluation.concept_units import (
+    from saelab.evaluation.concepts import score_concepts as score_concepts
+    from saelab.evaluation.evaluation import evaluate as evaluate
+    from saelab.evaluation.feature_classifiers import (
         CodeMatrix as CodeMatrix,
         concept_baselines as concept_baselines,
         encode_csr as encode_csr,
     )
-    from saelab.evaluation.concepts import score_concepts as score_concepts
-    from saelab.evaluation.evaluation import evaluate as evaluate
     from saelab.evaluation.results import (
         BestFeature as BestFeature,
         ConceptScore as ConceptScore,

@@ -1,10 +1,7 @@
 """`score_concepts`: scores of a dictionary on synthetic text whose concepts are known for every token.
 
-How far a unit's F1 is above chance, Cohen's kappa, and what it would be with other stories.
-
-Truth about tokens put elsewhere: what concepts' labels would be if they had nothing to do with the text.
-
-F1 of concepts predicted from codes: a concept is predicted where a feature with high precision for it fires.
+With each score go its distance from chance (Cohen's kappa, with an interval over stories) and its value on permuted
+concept labels, and F1 of concepts predicted where a feature with high precision for them fires.
 """
 
 import itertools
@@ -18,23 +15,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from saelab.evaluation.concept_units import (
+from saelab.evaluation.feature_classifiers import (
     FRACTIONS,
     N_LEVELS,
     NOTHING,
+    ClassifierCounts,
     CodeMatrix,
     Levels,
     Ranks,
-    UnitCounts,
+    best_classifier,
     best_pair,
-    best_unit,
-    count_units,
+    classifier_union,
+    count_classifiers,
     find_peaks,
     grade,
     ratio,
     read_values,
     select_rows,
-    split_units,
 )
 from saelab.evaluation.results import ConceptScore, ConceptScores, PairScore, ParentScore
 from saelab.functional.statistics import INSIDE, exchange_groups, find_reach, permute_within
@@ -48,23 +45,23 @@ N_DRAWS = 500
 
 
 def kappa_intervals(
-    held: Levels, truth: "csr_matrix", units: Sequence[int], story_ids: Shaped[np.ndarray, "n_tokens"], seed: int
+    held: Levels, truth: "csr_matrix", classifiers: Sequence[int], story_ids: Shaped[np.ndarray, "n_tokens"], seed: int
 ) -> Float[np.ndarray, "n_concepts 3"]:
-    """Cohen's kappa of each concept's unit with the ends of its 95 % interval, stories drawn with replacement.
+    """Cohen's kappa of each concept's classifier with the ends of its 95 % interval, stories drawn with replacement.
 
     Args:
         held: levels of held-out tokens.
         truth: (n_tokens, n_concepts), of the same tokens.
-        units: the unit of each concept.
+        classifiers: the classifier of each concept.
         story_ids: the story of each token.
         seed: of the draws.
     """
     _, numbers, sizes = np.unique(story_ids, return_inverse=True, return_counts=True)
     weights = np.random.default_rng(seed).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_DRAWS)
     weights = np.concatenate([np.ones((1, len(sizes)), np.int64), weights])
-    columns, found = truth.tocsc(), np.empty((len(units), 3))
-    for c, unit in enumerate(units):
-        fires, true = held.tokens(unit), columns[:, [c]].indices
+    columns, found = truth.tocsc(), np.empty((len(classifiers), 3))
+    for c, classifier in enumerate(classifiers):
+        fires, true = held.tokens(classifier), columns[:, [c]].indices
         sums = [np.bincount(numbers[rows], minlength=len(sizes)) for rows in (np.intersect1d(fires, true), fires, true)]
         kappas = _kappa(*(weights @ one for one in (*sums, sizes)))
         [reach] = find_reach(kappas[None, 1:], len(sizes))
@@ -122,7 +119,7 @@ PRECISION, MIN_FIRES = 0.95, 10
 def reconstruct_truth(
     levels: Levels,
     held: Levels,
-    counts: UnitCounts,
+    counts: ClassifierCounts,
     truth: "csr_matrix",
     held_truth: "csr_matrix",
     scored: Bool[np.ndarray, "n_concepts"],
@@ -132,7 +129,7 @@ def reconstruct_truth(
     Args:
         levels: quantized codes of training stories.
         held: quantized codes of held-out stories.
-        counts: of units in training stories.
+        counts: of classifiers in training stories.
         truth: (n_tokens, n_concepts) of training stories.
         held_truth: (n_tokens, n_concepts) of held-out stories.
         scored: concepts that count; the others are left out.
@@ -165,8 +162,8 @@ def _predict(
 
     n_tokens, useful = levels.table.shape[0], np.any(precise, axis=0)
     predicted = [csr_matrix((n_tokens, len(precise)), dtype=np.int32) for _ in chosen]
-    for part, tokens, units in levels.blocks():
-        sides, passed = np.divmod(units, N_LEVELS)
+    for part, tokens, classifiers in levels.blocks():
+        sides, passed = np.divmod(classifiers, N_LEVELS)
         mine = slice(2 * part.start, 2 * part.stop)
         for i, level in enumerate(chosen):
             there = np.flatnonzero((passed >= level) & useful[mine, level][sides])
@@ -190,7 +187,7 @@ def _mean_f1(predicted: "csr_matrix", truth: "csr_matrix") -> float:
 
 
 PAIR_KAPPA, PAIR_SHARE = 0.3, 0.5
-UNITS_AT_ONCE = 16  # rows of a product with the truth
+CLASSIFIERS_AT_ONCE = 16  # rows of a product with the truth
 
 
 def score_concepts(
@@ -312,8 +309,8 @@ def _score(
     seen, unseen = select_rows(values, is_train), select_rows(values, ~is_train)
     peaks = find_peaks(seen)
     levels, held = grade(seen, peaks), grade(unseen, peaks)
-    counts = UnitCounts(*count_units(levels, world.train), world.n_train, int(is_train.sum()))
-    best = [best_unit(counts, c) if ok else NOTHING for c, ok in enumerate(world.scored)]
+    counts = ClassifierCounts(*count_classifiers(levels, world.train), world.n_train, int(is_train.sum()))
+    best = [best_classifier(counts, c) if ok else NOTHING for c, ok in enumerate(world.scored)]
     both = [best_pair(counts, world.places[a], world.places[b]) for a, b, _ in world.pairs]
     tested = _test(held, world, [*best, *itertools.chain(*both)])
     kappas = kappa_intervals(held, world.held, best, world.stories[~is_train], world.seed)
@@ -334,49 +331,49 @@ def _score(
     )
 
 
-def _test(held: Levels, world: _World, units: Sequence[int]) -> UnitCounts:
-    """How often chosen units fire in held-out stories."""
+def _test(held: Levels, world: _World, classifiers: Sequence[int]) -> ClassifierCounts:
+    """How often chosen classifiers fire in held-out stories."""
     from scipy.sparse import csc_matrix
 
-    hits = np.zeros((len(world.table), len(units)), np.int64)
-    fires = np.zeros(len(units), np.int64)
-    for start in range(0, len(units), UNITS_AT_ONCE):
-        part = slice(start, start + UNITS_AT_ONCE)
-        tokens = [held.tokens(unit) for unit in units[part]]
+    hits = np.zeros((len(world.table), len(classifiers)), np.int64)
+    fires = np.zeros(len(classifiers), np.int64)
+    for start in range(0, len(classifiers), CLASSIFIERS_AT_ONCE):
+        part = slice(start, start + CLASSIFIERS_AT_ONCE)
+        tokens = [held.tokens(classifier) for classifier in classifiers[part]]
         fires[part] = [len(where) for where in tokens]
         rows, ends = np.concatenate(tokens), np.cumsum([0, *fires[part]])
         fired = csc_matrix((np.ones(len(rows), np.int32), rows, ends), shape=(world.held.shape[0], len(tokens)))
         hits[:, part] = (fired.T @ world.held).toarray().T
-    return UnitCounts(hits, fires, world.n_held, world.held.shape[0])
+    return ClassifierCounts(hits, fires, world.n_held, world.held.shape[0])
 
 
 def _concept_rows(
     world: _World,
     levels: Levels,
-    counts: UnitCounts,
+    counts: ClassifierCounts,
     best: list[int],
-    tested: UnitCounts,
+    tested: ClassifierCounts,
     ranks: Ranks,
     peaks: Float[np.ndarray, "n_features 2"],
     kappas: Float[np.ndarray, "n_concepts 3"],
 ) -> tuple[ConceptScore, ...]:
-    """One row for each concept; its unit has the concept's index among those tested."""
+    """One row for each concept; its classifier has the concept's index among those tested."""
     train, held = world.train.tocsc(), world.held.tocsc()
     rows = []
-    for c, (concept, unit) in enumerate(zip(world.table, best, strict=True)):
+    for c, (concept, classifier) in enumerate(zip(world.table, best, strict=True)):
         scores: dict[str, Any] = {}
         if world.scored[c]:
             scores |= {"f1": float(tested.f1(c)[c]), "recall": ratio(tested.hits[c, c], world.n_held[c])}
             scores |= {"f1_train": 0.0, "auroc": 0.5}
-        if unit != NOTHING:
-            column, level = divmod(unit, N_LEVELS)
+        if classifier != NOTHING:
+            column, level = divmod(classifier, N_LEVELS)
             scores |= {"feature": column // 2, "side": -1 if column % 2 else 1, "fraction": float(FRACTIONS[level])}
             scores["threshold"] = scores["fraction"] * float(peaks[column // 2, column % 2])
             scores |= dict(zip(("kappa", "kappa_low", "kappa_high"), kappas[c].tolist(), strict=True))
             scores["precision"] = ratio(tested.hits[c, c], tested.fires[c])
             scores["auroc"] = ranks.auroc(column, held[:, [c]].indices)
-            scores["f1_train"] = float(counts.f1(c)[unit])
-            scores["n_split"] = len(split_units(levels, counts, c, unit, train[:, [c]].indices))
+            scores["f1_train"] = float(counts.f1(c)[classifier])
+            scores["n_split"] = len(classifier_union(levels, counts, c, classifier, train[:, [c]].indices))
         rows.append(
             ConceptScore(
                 name=concept.name,
@@ -392,8 +389,8 @@ def _concept_rows(
     return tuple(rows)
 
 
-def _parent_rows(world: _World, tested: UnitCounts) -> tuple[ParentScore, ...]:
-    """One row for each concept with a parent, where both are scored; the parent's unit has the parent's index."""
+def _parent_rows(world: _World, tested: ClassifierCounts) -> tuple[ParentScore, ...]:
+    """One row for each concept with a parent, where both are scored; the parent's classifier has the parent's index."""
     rows = []
     for c, concept in enumerate(world.table):
         p = world.places.get(concept.parent or "")
@@ -413,10 +410,10 @@ def _parent_rows(world: _World, tested: UnitCounts) -> tuple[ParentScore, ...]:
     return tuple(rows)
 
 
-def _pair_rows(world: _World, both: list[tuple[int, int]], tested: UnitCounts) -> tuple[PairScore, ...]:
-    """One row for each pair; the two units of each follow those of the concepts, in the pairs' order."""
+def _pair_rows(world: _World, both: list[tuple[int, int]], tested: ClassifierCounts) -> tuple[PairScore, ...]:
+    """One row for each pair; the two classifiers of each follow those of the concepts, in the pairs' order."""
     rows = []
-    for i, ((a, b, opposed), (unit, _)) in enumerate(zip(world.pairs, both, strict=True)):
+    for i, ((a, b, opposed), (classifier, _)) in enumerate(zip(world.pairs, both, strict=True)):
         at, place = (world.places[a], world.places[b]), len(world.table) + 2 * i
         reasons = [f"{name}: {why}" for name, c in zip((a, b), at, strict=True) if (why := world.reason(c))]
         scores: dict[str, Any] = {}
@@ -428,8 +425,8 @@ def _pair_rows(world: _World, both: list[tuple[int, int]], tested: UnitCounts) -
             (scores["best_f1_a"], scores["best_f1_b"]) = best = [float(tested.f1(c)[c]) for c in at]
             shares = [mine > PAIR_SHARE * top for mine, top in zip(f1, best, strict=True)]
             scores["on_two_sides"] = min(kappa) > PAIR_KAPPA and all(shares)
-            scores["feature"] = unit // (2 * N_LEVELS) if unit != NOTHING else None
-            scores["side_of_a"] = -1 if unit != NOTHING and (unit // N_LEVELS) % 2 else 1
+            scores["feature"] = classifier // (2 * N_LEVELS) if classifier != NOTHING else None
+            scores["side_of_a"] = -1 if classifier != NOTHING and (classifier // N_LEVELS) % 2 else 1
         sizes = [int(world.n_held[c]) for c in at]
         rows.append(
             PairScore(a=a, b=b, opposed=opposed, **scores, n_a=sizes[0], n_b=sizes[1], reason="; ".join(reasons))

@@ -1,10 +1,7 @@
 """`evaluate`: reconstruction, sparsity and spliced-in loss of an SAE, with ablations and baselines.
 
-Baselines for reconstruction at the SAE's sparsity: untrained SAE, random dictionary, PCA, linear map, ablations.
-
-Metrics and their intervals from sums by document, with reasons for those that are undefined.
-
-The two passes of `evaluate`: statistics of the activations, then forward passes with reconstructions spliced in.
+There are two passes: statistics of the activations, then forward passes with reconstructions spliced in. Metrics and
+their intervals come from sums by document; undefined ones are listed with the reason.
 """
 
 import math
@@ -38,7 +35,7 @@ Reconstruction = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def reconstruct_by(sae: SAE) -> Reconstruction:
-    """An SAE as a reconstruction function, with the number of latents that fire."""
+    """An SAE as a reconstruction function, with the number of features that fire."""
 
     def reconstruct(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.to(sae.device)
@@ -66,7 +63,7 @@ def make_baselines(
 
     Args:
         sae: the trained SAE or transcoder.
-        l0: number of latents that fire on a token, on average.
+        l0: number of features that fire on a token, on average.
         x: inputs of the sample.
         y: targets of the sample; for an autoencoder its inputs.
         seed: of the random directions.
@@ -225,7 +222,7 @@ class Survey:
     targets: Float[Tensor, "n d_out"]
     """targets of a transcoder on the same sample; an autoencoder's inputs"""
     firings: FiringSums
-    """firing counts of the latents"""
+    """firing counts of the features"""
     removed: dict[str, int]
     """tokens that the mask leaves out, by rule"""
 

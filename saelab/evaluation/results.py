@@ -1,7 +1,4 @@
-"""`Evaluation`: result of `evaluate`, metrics with intervals and baselines.
-
-`ConceptScores`: result of `score_concepts`, features as classifiers of known concepts.
-"""
+"""Results of `evaluate` and `score_concepts`: metrics with intervals and baselines, and concept scores."""
 
 import math
 from collections import Counter
@@ -35,9 +32,9 @@ class Evaluation(Result):
     bias: float
     """relative reconstruction bias; 1 is none, below 1 shrinkage"""
     l0: float
-    """latents that fire on a token, of either sign"""
+    """features that fire on a token, of either sign"""
     dead_frac: float
-    """share of latents that fired on none of the `n_tokens` tokens"""
+    """share of features that fired on none of the `n_tokens` tokens"""
     ce_clean: float
     """cross-entropy of the unmodified model"""
     ce_sae: float
@@ -65,9 +62,9 @@ class Evaluation(Result):
     removed: dict[str, int]
     """tokens left out, by rule of the mask"""
     density_edges: list[float]
-    """bins of the latents' firing density, in log10"""
+    """bins of the features' firing density, in log10"""
     density_counts: list[int]
-    """latents in each bin; those that never fired are in none"""
+    """features in each bin; those that never fired are in none"""
     prefixes: dict[int, float]
     """FVU by prefix, for an SAE that has prefixes"""
     intervals: dict[str, tuple[float, float]]
@@ -106,7 +103,7 @@ class Evaluation(Result):
         table = [["", "SAE", "95 % interval", *self.baselines], *map(self._row, ROWS)]
         lines += align_columns(table + [[f"fvu, first {n}", _number(fvu)] for n, fvu in self.prefixes.items()])
         bins = zip(self.density_edges, self.density_counts, strict=False)
-        lines += ["", "latents by log10 density: " + "  ".join(f"{edge:g}:{n}" for edge, n in bins)]
+        lines += ["", "features by log10 density: " + "  ".join(f"{edge:g}:{n}" for edge, n in bins)]
         lines += [f"{name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
 

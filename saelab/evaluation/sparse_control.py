@@ -1,6 +1,6 @@
 """`evaluate_sparse_control`: approximation, sparse control and interpretability of dictionaries (arXiv:2405.08366).
 
-Prompts with counterfactual versions, reading and patching their activations, and sparse edits of codes.
+Activations of prompts and of their counterfactual versions are read and patched, and codes are edited sparsely.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""`Stage`: where an SAE is evaluated: model, hook points, mask; reads activations and splices reconstructions in."""
+"""`Stage`: where an SAE is evaluated (model, hook points, mask); reads activations and splices reconstructions in."""
 
 from dataclasses import dataclass, field, replace
 

@@ -1,8 +1,6 @@
-"""`fit_supervised_dictionary`: a supervised dictionary, one vector for each value of each known attribute
-(arXiv:2405.08366).
+"""`fit_supervised_dictionary`: one vector for each value of each known attribute (arXiv:2405.08366).
 
-Features as classifiers of an attribute's values: best single ones, unions of some, and a linear probe to compare
-with.
+Also features as classifiers of an attribute's values: best single ones, unions of some, and a linear probe as baseline.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.evaluation.concept_units import fit_probe
+from saelab.evaluation.feature_classifiers import fit_probe
 from saelab.functional.metrics import exact
 from saelab.functional.statistics import choose_threshold
 

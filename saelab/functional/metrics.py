@@ -1,4 +1,4 @@
-"""Reconstruction and next-token metrics, from float64 sums over batches: memory does not grow with the data.
+"""Metrics of reconstruction and next-token prediction, and the reconstruction losses of SAE training.
 
 With x the activations, x_hat their reconstructions, z the codes, sums over all tokens, mean(x) that of every dimension:
 
@@ -16,7 +16,7 @@ Spliced into a language model, with ce the mean cross-entropy of the next token,
     kl               mean KL(p_clean || p)                          [0, inf), lower is better
     kl_score         1 - kl / kl_zero                               1 is perfect, 0 no better than zero ablation
 
-Reconstruction losses of SAE training; each is unitless and about 1 for a dictionary that explains nothing.
+Sums over batches are float64, so memory does not grow with the data. Losses of training are unitless and about 1 for a dictionary that explains nothing.
 """
 
 import math

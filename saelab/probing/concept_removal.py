@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.evaluation.concept_units import encode_csr, fit_probe
+from saelab.evaluation.feature_classifiers import encode_csr, fit_probe
 from saelab.functional.statistics import auroc
 from saelab.interventions.interventions import match_source
 from saelab.lm.hooks import find_hook_point, forward_size, logits, next_token_loss, replace_activations

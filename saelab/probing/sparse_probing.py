@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 
-from saelab.evaluation.concept_units import read_values
+from saelab.evaluation.feature_classifiers import read_values
 from saelab.functional.statistics import UNKNOWN, ProbeScore, choose_threshold, permute_labels, score_guess
 from saelab.probing.feature_ranking import PENALTY, Columns, Labeled, RankedSides, Ranking
 from saelab.probing.labeled_activations import draw_rows

@@ -76,7 +76,7 @@ PART = 4096
 def resample_dead_latents(
     sae: SAEModule,
     acts: Float[Tensor, "n_tokens d_in"],
-    units: FeatureIds,
+    latents: FeatureIds,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
@@ -91,7 +91,7 @@ def resample_dead_latents(
     Args:
         sae: the SAE; its weights change.
         acts: (n_tokens, d_in) activations to draw tokens from.
-        units: indices of the latents to re-initialise.
+        latents: indices of the latents to re-initialise.
         optimizer: optimizer whose Adam moments of these latents are set to zero; None leaves them.
         seed: seed of the draw.
 
@@ -109,11 +109,11 @@ def resample_dead_latents(
             f"`resample_dead_latents` must be given an SAE that a row and its encoder can be set in, got {wrong[0]}; "
             "use AuxK."
         )
-    chosen = torch.tensor(read_features(units, sae.cfg.d_sae, "units"), dtype=torch.long)
+    chosen = torch.tensor(read_features(latents, sae.cfg.d_sae, "latents"), dtype=torch.long)
     if len(chosen) == 0:
         return []
     if len(chosen.unique()) < len(chosen):
-        raise ValueError(f"`units` must be different, got {chosen.tolist()[:5]}.")
+        raise ValueError(f"`latents` must be different, got {chosen.tolist()[:5]}.")
     tokens, residual = _draw(sae, acts, len(chosen), seed)
     directions = residual / residual.norm(dim=1, keepdim=True)
     others = torch.ones(sae.cfg.d_sae, dtype=torch.bool)
@@ -140,7 +140,7 @@ def _draw(sae: SAEModule, acts: Tensor, n: int, seed: int) -> tuple[list[int], T
     weights = residual.square().sum(1).cpu().double().square()
     if int((weights > 0).sum()) < n:
         raise ValueError(
-            f"`acts` must hold a badly reconstructed token for each of {n} units, got {int((weights > 0).sum())}."
+            f"`acts` must hold a badly reconstructed token for each of {n} latents, got {int((weights > 0).sum())}."
         )
     # Gumbel top-k: the largest of log w plus Gumbel noise are a weighted sample without replacement
     noise = torch.rand(len(weights), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -149,7 +149,7 @@ def _draw(sae: SAEModule, acts: Tensor, n: int, seed: int) -> tuple[list[int], T
     return tokens.tolist(), residual[tokens.to(residual.device)]
 
 
-def _forget(sae: SAEModule, units: Tensor, optimizer: torch.optim.Optimizer) -> None:
+def _forget(sae: SAEModule, latents: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Zero the optimizer's moments of some latents; all parameters but b_dec have latents as their first axis in
     storage, W_enc too.
     """
@@ -158,4 +158,4 @@ def _forget(sae: SAEModule, units: Tensor, optimizer: torch.optim.Optimizer) -> 
             continue
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in optimizer.state[parameter]:
-                optimizer.state[parameter][moment][units] = 0.0
+                optimizer.state[parameter][moment][latents] = 0.0

@@ -412,8 +412,8 @@ class Comparison(Result):
         return found | {"sources": list(self.sources), "a": self.a.to_dict(), "b": self.b.to_dict()}
 
     def __str__(self) -> str:
-        units = "documents" if self.similarity == "documents" else "tokens"
-        rows = "" if self.n_rows is None else f" over {self.n_rows:,} common {units}"
+        rows_are = "documents" if self.similarity == "documents" else "tokens"
+        rows = "" if self.n_rows is None else f" over {self.n_rows:,} common {rows_are}"
         what = "sides of features" if self.sides else "features"
         floor = (
             ""

@@ -262,7 +262,7 @@ def tabulate(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> tu
 
 
 HEADER = [
-    "", "latents", "L0", "FVU", "coverage", "AUROC", "reconstruction",
+    "", "features", "L0", "FVU", "coverage", "AUROC", "reconstruction",
     "parent recall", "parent F1", "opposed", "control",
 ]  # fmt: skip
 

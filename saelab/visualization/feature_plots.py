@@ -1,4 +1,4 @@
-"""Histograms of firing rates and of codes, and bars of dead latents.
+"""Histograms of firing rates and of codes, and bars of dead features.
 
 Two-dimensional map (t-SNE) of features by similarity.
 """
@@ -141,15 +141,15 @@ def plot_activations(store: FeatureStore, feature: int) -> "Figure":
     return apply_layout(figure, f"Codes of feature {feature % store.d_sae}", note, 320)
 
 
-def plot_dead_features(dead_units: DeadFeatures) -> "Figure":
-    """Stacked bars of the latents of each kind (dead, near-dead, live, ...) by prefix group.
+def plot_dead_features(dead: DeadFeatures) -> "Figure":
+    """Stacked bars of the features of each kind (dead, near-dead, live, ...) by prefix group.
 
-    x: share of the group's latents; y: the group, as a range of latent numbers. Counts are written in the bars and
+    x: share of the group's features; y: the group, as a range of feature numbers. Counts are written in the bars and
     shown on hover.
     """
     from plotly.graph_objects import Bar, Figure
 
-    figure, groups = Figure(), dead_units.groups
+    figure, groups = Figure(), dead.groups
     sizes = [sum(counts.values()) for counts in groups.values()]
     names = [f"{escape_plotly(name)}<br>({size:,})" for name, size in zip(groups, sizes, strict=True)]
     for kind in KINDS:
@@ -173,13 +173,13 @@ def plot_dead_features(dead_units: DeadFeatures) -> "Figure":
     figure.update_layout(
         barmode="stack", bargap=0.3, legend={"orientation": "h", "traceorder": "normal", "y": 1, "yanchor": "bottom"}
     )
-    figure.update_xaxes(title_text="share of the group's units", range=[0, 1], tickformat=".0%")
-    figure.update_yaxes(title_text="units", type="category", autorange="reversed", ticksuffix=" ", automargin=True)
-    never = dead_units.high[dead_units.fires == 0]
-    note = f"{len(dead_units.kinds):,} units on {count_tokens([dead_units.n_tokens])}; dead: no firing"
-    note += f", so a rate below {never[0]:.2g} ({dead_units.confidence:.0%})" if len(never) else ""
-    note += f"; near-dead: below {dead_units.near_dead_rate:g}; dense: above {dead_units.dense_rate:g}"
-    return apply_layout(figure, "Units by how often they fire", note, 150 + 52 * len(groups))
+    figure.update_xaxes(title_text="share of the group's features", range=[0, 1], tickformat=".0%")
+    figure.update_yaxes(title_text="features", type="category", autorange="reversed", ticksuffix=" ", automargin=True)
+    never = dead.high[dead.fires == 0]
+    note = f"{len(dead.kinds):,} features on {count_tokens([dead.n_tokens])}; dead: no firing"
+    note += f", so a rate below {never[0]:.2g} ({dead.confidence:.0%})" if len(never) else ""
+    note += f"; near-dead: below {dead.near_dead_rate:g}; dense: above {dead.dense_rate:g}"
+    return apply_layout(figure, "Features by how often they fire", note, 150 + 52 * len(groups))
 
 
 FEWEST = 4

@@ -90,7 +90,7 @@ def to_script(value: Any) -> str:
 
 
 def summarize(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation | Mapping[str, Any] | None) -> str:
-    """The summary of the report as HTML: data encoded, dead latents, and quality of the SAE."""
+    """The summary of the report as HTML: data encoded, dead features, and quality of the SAE."""
     origin = store.provenance
     about = {
         "SAE": shareable_words(store.manifest.source),
@@ -101,7 +101,10 @@ def summarize(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation |
         "L0": f"{store.l0:.2f} codes a token, {'of both signs' if store.signed else 'all positive'}",
         "Trained on": _tell_training(store.manifest.sae.get("training")),
     }
-    parts = [facts({name: text for name, text in about.items() if text}), section("Units", *_count_kinds(found))]
+    parts = [
+        facts({name: text for name, text in about.items() if text}),
+        section("Features by density", *_count_kinds(found)),
+    ]
     if evaluation is not None:
         parts.append(section("Evaluation", *_show_evaluation(evaluation)))
     return "\n".join(parts)
@@ -123,7 +126,7 @@ def _count_kinds(found: DeadFeatures) -> list[str]:
         f"On {found.n_tokens:,} tokens. Dead: never fired, so the rate is below {3 / found.n_tokens:.1e} (95 %). "
         f"Near-dead: below {found.near_dead_rate:g}. Dense: above {found.dense_rate:g}."
     )
-    return [table(["units", *KINDS, "all"], rows), paragraph(limits, "small soft")]
+    return [table(["features", *KINDS, "all"], rows), paragraph(limits, "small soft")]
 
 
 def _show_evaluation(evaluation: Evaluation | Mapping[str, Any]) -> list[str]:

@@ -200,10 +200,10 @@ def _draw_rival(rival: str, groups: Mapping[str, Sequence[Evaluation]], y: Quali
 
 
 def plot_prefixes(result: PruningCurve | Evaluation, y: Quality = "fvu") -> "Figure":
-    """Quality against the number of latents that are kept of a dictionary.
+    """Quality against the number of features that are kept of a dictionary.
 
-    x: latents, log scale; y: FVU, log scale, or the loss recovered. A `PruningCurve` gives one line for each order of
-    latents, an `Evaluation` the FVU of its SAE's Matryoshka prefixes. ValueError for an evaluation of an SAE without
+    x: features, log scale; y: FVU, log scale, or the loss recovered. A `PruningCurve` gives one line for each order of
+    features, an `Evaluation` the FVU of its SAE's Matryoshka prefixes. ValueError for an evaluation of an SAE without
     prefixes, for another `y` of it, and where no quality is known.
     """
     from plotly.graph_objects import Figure, Scatter
@@ -226,12 +226,12 @@ def plot_prefixes(result: PruningCurve | Evaluation, y: Quality = "fvu") -> "Fig
             line=line_of(i) | {"dash": DASHES[i % len(DASHES)]},  # orders that agree lie on one another
             marker={"size": 8},
             customdata=[said for _, _, said in points],
-            hovertemplate=f"{y} %{{y:.4g}} with %{{x:,}} units%{{customdata}}<extra>%{{fullData.name}}</extra>",
+            hovertemplate=f"{y} %{{y:.4g}} with %{{x:,}} features%{{customdata}}<extra>%{{fullData.name}}</extra>",
         )
         figure.add_trace(trace)
     sizes = sorted({size for points in lines.values() for size, _, _ in points})
     figure.update_xaxes(
-        title_text="units kept (log scale)", type="log", tickvals=sizes, ticktext=[f"{size:,}" for size in sizes]
+        title_text="features kept (log scale)", type="log", tickvals=sizes, ticktext=[f"{size:,}" for size in sizes]
     )
     _scale_quality(figure, y)
     figure.update_layout(showlegend=True)

@@ -365,12 +365,12 @@ class Matched:
     def _tell(self, number: int) -> str:
         """Similarity, significance and relation of a match, as text."""
         found, side = self.comparison, self.comparison.a
-        partner, unit = int(side.partners[number]), "documents" if found.similarity == "documents" else "tokens"
+        partner, rows_are = int(side.partners[number]), "documents" if found.similarity == "documents" else "tokens"
         median, high = (decimal(level) for level in side.chance)
         said = [f"{found.similarity} {side.similarity[number]:+.3f} (chance {median}, 95 % {high})"]
         said.append(f"p {format_p(side, number)}, q {side.q[number]:.2g}")
         if side.n_both[number] >= 0:
-            said.append(f"both fire on {side.n_both[number]:,} {unit}")
+            said.append(f"both fire on {side.n_both[number]:,} {rows_are}")
         flipped = ["flipped"] if side.similarity[number] < 0 else []
         said += [*flipped, "universal" if side.universal[number] else "not universal"]
         back = int(found.b.partners[partner])

@@ -1,4 +1,4 @@
-"""Dead units: planted ones of every kind and cause, and intervals against their definition."""
+"""Dead features: planted ones of every kind and cause, and intervals against their definition."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def acts(tiny, tiny_tokens):
 
 
 def planted(activation):
-    """Units 0 and 2 to 5 are silent, some for a reason of their own; unit 6 fires nearly always."""
+    """Features 0 and 2 to 5 are silent, some for a reason of their own; feature 6 fires nearly always."""
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=activation), seed=0)
     with torch.no_grad():
         sae.normalizer.fit(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
@@ -32,15 +32,15 @@ def planted(activation):
     return sae
 
 
-def test_planted_units_are_told_apart(tiny, tiny_tokens, acts, tmp_path):
+def test_planted_features_get_their_kinds_and_causes(tiny, tiny_tokens, acts, tmp_path):
     sae = planted(sl.AbsTopK(k=4))
     store = sl.harvest(sae, tiny, tiny_tokens, tmp_path, hook_point=HOOK, progress=False)
     found = sl.analysis.dead_features(store, sae, acts[:512], dense_rate=0.5)
-    assert {0, 2, 3, 4, 5} <= set(found.units("dead"))
-    assert 6 in found.units("dense")
+    assert {0, 2, 3, 4, 5} <= set(found.of_kind("dead"))
+    assert 6 in found.of_kind("dense")
     assert "encoder norm collapsed" in found.causes[0] and "never near selection" in found.causes[0]
-    assert "duplicate of a live unit" in found.causes[3] and "antipode of a live unit" in found.causes[4]
-    assert "duplicate of a live unit" not in found.causes[5]
+    assert "duplicate of a live feature" in found.causes[3] and "antipode of a live feature" in found.causes[4]
+    assert "duplicate of a live feature" not in found.causes[5]
     fires = np.count_nonzero(store.matrix().toarray(), axis=0)
     assert np.array_equal(found.fires, fires)
     assert sum(found.share(kind) for kind in ("dead", "near-dead", "live", "dense", "outlier")) == pytest.approx(1)
@@ -57,7 +57,7 @@ def test_a_low_bias_is_named(tiny, tiny_tokens, tmp_path):
 
 
 def test_kinds_follow_their_rates_and_signs_count(tiny, tiny_tokens, tmp_path):
-    """A unit that only ever fires negatively is alive."""
+    """A feature that only ever fires negatively is alive."""
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.AbsTopK(k=2)), seed=0)
     with torch.no_grad():
         sae.b_enc[7] = -60.0
@@ -88,7 +88,7 @@ def test_groups_and_training_are_held_against_the_store(tiny, tiny_tokens, acts,
     found = sl.analysis.dead_features(store, sae)
     assert list(found.groups) == ["0 to 15", "16 to 127", "128 to 511", "all"]
     assert sum(sum(counts.values()) for name, counts in found.groups.items() if name != "all") == 512
-    dead, then = set(found.units("dead")), set(sae.training_["dead"])
+    dead, then = set(found.of_kind("dead")), set(sae.training_["dead"])
     assert found.training == {
         "both": len(dead & then),
         "training only": len(then - dead),
@@ -101,7 +101,7 @@ def test_groups_and_training_are_held_against_the_store(tiny, tiny_tokens, acts,
     assert steps == [{"died": 0, "revived": 0, "stayed dead": len(dead)}]
 
 
-def test_reach_is_one_where_a_unit_fires(acts):
+def test_reach_is_one_where_a_feature_fires(acts):
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.AbsTopK(k=3)), seed=1)
     x = acts[:400]
     fired = sae.encode(x).ne(0).any(0)
@@ -117,4 +117,4 @@ def test_nonsense_is_refused(tiny, tiny_tokens, tmp_path):
     with pytest.raises(ValueError, match="must be the one that was harvested, 64 features"):
         sl.analysis.dead_features(store, sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.TopK(k=2))))
     with pytest.raises(ValueError, match="`kind`"):
-        sl.analysis.dead_features(store).units("zombie")
+        sl.analysis.dead_features(store).of_kind("zombie")

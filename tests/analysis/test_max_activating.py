@@ -1,4 +1,4 @@
-"""What a feature does: examples, the logit lens, neighbours; and units begun again."""
+"""What a feature does: examples, the logit lens, neighbours; and dead latents resampled."""
 
 import copy
 from itertools import pairwise
@@ -200,7 +200,7 @@ def test_neighbors_by_direction_find_twins_and_antipodes(sae):
         sl.analysis.nearest_features(twin, "phi")
 
 
-def test_revived_units_take_the_worst_tokens(tiny, tokens):
+def test_resampled_latents_take_the_worst_tokens(tiny, tokens):
     acts = sl.collect(tiny, tokens, HOOK, progress=False)
     cfg = sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.TopK(k=4), aux=None)
     sae = sl.SAE(cfg).fit(acts, sl.TrainConfig(n_tokens=4096, batch_size=256), progress=False)
@@ -211,29 +211,29 @@ def test_revived_units_take_the_worst_tokens(tiny, tokens):
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
     before_sae = copy.deepcopy(sae)
     errors = (sae(x) - x).square().sum(1).detach()
-    units = [3, 11, 30]
+    latents = [3, 11, 30]
     many = sl.sae.resample_dead_latents(copy.deepcopy(sae), x, list(range(D_SAE)), seed=2)
     assert len(set(many)) == D_SAE and errors[many].mean() > 1.1 * errors.mean()
-    taken = sl.sae.resample_dead_latents(sae, x, units, optimizer=optimizer, seed=1)
+    taken = sl.sae.resample_dead_latents(sae, x, latents, optimizer=optimizer, seed=1)
     residual = x[taken] - before_sae(x[taken])
-    assert torch.nn.functional.cosine_similarity(residual, sae.W_dec[units]).min() > 0.999
-    others = [j for j in range(D_SAE) if j not in units]
+    assert torch.nn.functional.cosine_similarity(residual, sae.W_dec[latents]).min() > 0.999
+    others = [j for j in range(D_SAE) if j not in latents]
     assert torch.equal(sae.W_dec[others], before["W_dec"][others]) and torch.equal(sae.b_dec, before["b_dec"])
-    assert torch.allclose(sae.W_dec[units].norm(dim=1), torch.ones(3))
-    assert torch.nn.functional.cosine_similarity(sae.W_enc.T[units], sae.W_dec[units]).min() > 0.999
-    assert not sae.W_dec[units].allclose(before["W_dec"][units]) and not sae.b_enc[units].any()
+    assert torch.allclose(sae.W_dec[latents].norm(dim=1), torch.ones(3))
+    assert torch.nn.functional.cosine_similarity(sae.W_enc.T[latents], sae.W_dec[latents]).min() > 0.999
+    assert not sae.W_dec[latents].allclose(before["W_dec"][latents]) and not sae.b_enc[latents].any()
     for parameter in optimizer.param_groups[0]["params"]:
         for moment in ("exp_avg", "exp_avg_sq"):
             moments = optimizer.state[parameter][moment]
             if len(moments) == D_SAE:
-                assert not moments[units].any() and moments[others].any()
+                assert not moments[latents].any() and moments[others].any()
     assert sl.sae.resample_dead_latents(sae, x, []) == []
     with pytest.raises(ValueError, match="different"):
         sl.sae.resample_dead_latents(sae, x, [1, 1])
 
 
 def test_the_subspace_start_lies_where_activations_are():
-    """Rank 6 of 32 and a little noise: random directions are mostly outside, and more of those units stay silent."""
+    """Rank 6 of 32 and a little noise: random directions are mostly outside, and more of those latents stay silent."""
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(32, 6, generator=generator)).Q
     x = torch.randn(2048, 6, generator=generator) @ basis.T + 1e-3 * torch.randn(2048, 32, generator=generator)
@@ -267,8 +267,8 @@ def test_progressive_keeps_what_matters(tiny, tokens):
         sl.analysis.prune_dictionary(sae, tiny, tokens, (97,))
 
 
-def test_importance_does_not_depend_on_how_a_unit_is_scaled(tiny, tokens):
-    """Codes half as large on rows twice as long are the same unit, which must keep its rank."""
+def test_importance_does_not_depend_on_how_a_feature_is_scaled(tiny, tokens):
+    """Codes half as large on rows twice as long are the same feature, which must keep its rank."""
     cfg = sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.ReLU(target_l0=4.0), dictionary="free", normalizer="none")
     sae, scaled = sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=0)
     scale = torch.logspace(-1, 1, D_SAE)

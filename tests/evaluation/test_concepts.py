@@ -12,8 +12,8 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import f1_score, roc_auc_score
 
 import saelab as sl
-from saelab.evaluation.concept_units import concept_baselines, encode_csr
 from saelab.evaluation.concepts import score_concepts
+from saelab.evaluation.feature_classifiers import concept_baselines, encode_csr
 from saelab.stores.corpus import split_documents
 from saelab.synthetic.lexicon import Concept
 from saelab.synthetic.tales import generate_stories
@@ -80,10 +80,10 @@ def informed(truth, seed=2):
     return z
 
 
-# Plain dense arithmetic, one unit at a time
+# Plain dense arithmetic, one classifier at a time
 
 
-def units(z):
+def classifiers(z):
     """Every (feature, side, t) with the tokens it fires on, thresholds from training tokens."""
     for f, side in itertools.product(range(z.shape[1]), (1, -1)):
         peak = max(0.0, float((side * z[TRAIN, f]).max()))
@@ -96,13 +96,13 @@ def plain_f1(yes, true):
 
 
 def plain_best(z, true):
-    return max(units(z), key=lambda unit: plain_f1(unit[3][TRAIN], true[TRAIN]))
+    return max(classifiers(z), key=lambda one: plain_f1(one[3][TRAIN], true[TRAIN]))
 
 
 def plain_split(z, true):
     yes, n = plain_best(z, true)[3][TRAIN], 1
     while n < 10:
-        union = max((yes | unit[3][TRAIN] for unit in units(z)), key=lambda yes: plain_f1(yes, true[TRAIN]))
+        union = max((yes | one[3][TRAIN] for one in classifiers(z)), key=lambda yes: plain_f1(yes, true[TRAIN]))
         if plain_f1(union, true[TRAIN]) <= plain_f1(yes, true[TRAIN]) + 0.03:
             break
         yes, n = union, n + 1
@@ -111,7 +111,7 @@ def plain_split(z, true):
 
 def plain_reconstruction(z, truth, t):
     predicted = np.zeros_like(truth)
-    for _, _, at, yes in units(z):
+    for _, _, at, yes in classifiers(z):
         n = yes[TRAIN].sum()
         if at == t and n >= 10:
             precise = truth[TRAIN & yes].sum(0) >= 0.95 * n

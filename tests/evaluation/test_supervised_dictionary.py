@@ -8,7 +8,7 @@ import torch
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.evaluation.concept_units import encode_csr
+from saelab.evaluation.feature_classifiers import encode_csr
 from saelab.evaluation.sparse_control import TOLD, EditTask, edit_sparsely, evaluate_sparse_control, weigh_codes
 from saelab.evaluation.supervised_dictionary import fit_supervised_dictionary, mark_values, score_attributes
 from saelab.probing.concept_removal import erase_concept

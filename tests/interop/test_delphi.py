@@ -112,7 +112,7 @@ def test_each_sequence_is_a_document_and_the_origin_is_told(cache, tmp_path):
 
 def test_the_analyses_read_it(cache, tmp_path):
     store = convert_delphi(cache, tmp_path / "store", **SMALL)
-    assert sl.analysis.dead_features(store).units("dead") == [7]
+    assert sl.analysis.dead_features(store).of_kind("dead") == [7]
     found = sl.analysis.max_activating_examples(store, 30, n_top=2)
     assert [example.value for example in found.group("top", -1).examples] == [-1.5, -1.5]
     assert sl.analysis.list_features(store, sort="density").rows[0]["feature"] == 30

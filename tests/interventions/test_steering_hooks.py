@@ -306,7 +306,7 @@ def test_codes_are_read_alike_densely_and_sparsely(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(sparse, dense)
 
 
-def test_units_are_said_out_loud(tales: Any, tmp_path: Any) -> None:
+def test_strengths_in_each_unit_of_measure(tales: Any, tmp_path: Any) -> None:
     sae = make_sae(tales)
     tokens = sl.tokenize(tales, PROMPTS * 4, 16)
     store = sl.harvest(sae, tales, tokens, tmp_path / "store", hook_point=POINT, progress=False)

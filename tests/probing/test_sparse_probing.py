@@ -256,8 +256,8 @@ def test_the_null_of_a_probe_falls_whatever_the_labels_are_like(kind, seed):
     z = np.stack([y, np.random.default_rng(seed + 100).random(len(y)) < 0.3], 1).astype(float)
     found = probe_features(z, y, doc_ids, ks=(1,), rankings=("f",), seed=seed)
     probe = found.probes[0]
-    units = len(np.unique(doc_ids[:]))  # what is exchanged, where documents are
-    allowed = 4 * 0.5 / np.sqrt(min(found.n_tokens, 0.3 * units if "exchanged" in found.null else found.n_tokens))
+    n_exchanged = len(np.unique(doc_ids[:]))  # what is exchanged, where documents are
+    allowed = 4 * 0.5 / np.sqrt(min(found.n_tokens, 0.3 * n_exchanged if "exchanged" in found.null else found.n_tokens))
     assert probe.held_out.balanced == 1.0
     assert abs(probe.shuffled.balanced - 0.5) < allowed and probe.shuffled.mcc < 2 * allowed
     assert found.null in str(found)

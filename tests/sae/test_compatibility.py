@@ -256,7 +256,7 @@ def test_weights_that_are_not_finite_are_refused_everywhere(tmp_path: Path) -> N
     assert not (tmp_path / "store").exists()
 
 
-def test_a_store_of_another_sae_is_no_unit(tmp_path: Path) -> None:
+def test_a_store_of_another_sae_gives_no_maxima(tmp_path: Path) -> None:
     model = sl.lm.tiny_model()
     tokens = sl.tokenize(model, ["The fox met the hen."] * 4, ctx_len=8)
     cfg = sl.SAEConfig(d_in=32, d_sae=48, activation=sl.TopK(k=4))

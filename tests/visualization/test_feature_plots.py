@@ -128,7 +128,7 @@ def test_activations_stand_on_their_side_of_zero(store):
         plot_activations(store, D_SAE)
 
 
-def test_dead_units_are_shares_of_their_group(store):
+def test_dead_features_are_shares_of_their_group(store):
     found = sl.analysis.dead_features(store, near_dead_rate=0.01, dense_rate=0.2)
     figure = plot_dead_features(found)
     assert list(found.groups) == ["0 to 7", "8 to 39", "all"]

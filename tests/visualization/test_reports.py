@@ -44,7 +44,7 @@ class Parsed(HTMLParser):
 
 @pytest.fixture(scope="module")
 def sae(tmp_path_factory) -> sl.SAE:
-    """Unit 0 tells hot (+) from cold (-), unit 1 fires on what is hostile, unit 2 on everything else, 3 never."""
+    """Feature 0 is hot (+) or cold (-), feature 1 fires on what is hostile, feature 2 on everything else, 3 never."""
     made = sl.SAE(sl.SAEConfig(d_in=4, d_sae=4, activation=sl.AbsTopK(k=1), normalizer="none"))
     with torch.no_grad():
         made.W_enc.copy_(torch.eye(4))
@@ -83,7 +83,7 @@ def colored(card: str) -> list[tuple[str, float]]:
     return [(str(attrs.get("class")), float(str(attrs["title"]))) for tag, attrs in tags if tag == "b"]
 
 
-def test_both_sides_of_a_bipolar_unit_are_shown_where_they_belong(store) -> None:
+def test_both_sides_of_a_bipolar_feature_are_shown_where_they_belong(store) -> None:
     card = store.feature(0)._repr_html_()
     said = colored(card)
     assert {kind.split()[0] for kind, _ in said} == {"p", "m"}

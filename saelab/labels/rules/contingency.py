@@ -60,7 +60,7 @@ def feature_blocks(store: FeatureStore) -> Iterator[tuple[int, int]]:
 
 
 @dataclass(frozen=True, eq=False)
-class Units:
+class SideFirings:
     """The firings of a block of features by side and level.
 
     Side 2 j holds the positive codes of feature j, side 2 j + 1 its negative ones. A level is a threshold as a share of
@@ -69,16 +69,18 @@ class Units:
 
     rows: Int32[np.ndarray, "nnz"]
     """tokens of the store: side by side, within each the highest level first"""
-    ends: Int[np.ndarray, "n_units n_levels"]
+    ends: Int[np.ndarray, "n_sides n_levels"]
     """where the codes that reach each level end in `rows`"""
-    peaks: Float[np.ndarray, "n_units"]
+    peaks: Float[np.ndarray, "n_sides"]
     """largest |z| of each side in training documents"""
 
     @classmethod
-    def sort(cls, columns: "csc_matrix", is_train: Bool[np.ndarray, "n_tokens"], fractions: np.ndarray) -> "Units":
+    def sort(
+        cls, columns: "csc_matrix", is_train: Bool[np.ndarray, "n_tokens"], fractions: np.ndarray
+    ) -> "SideFirings":
         """The codes of a block of features, ordered by sign and level."""
-        n_units, n_levels = 2 * columns.shape[1], len(fractions)
-        sides = np.repeat(np.arange(0, n_units, 2, dtype=np.uint16), np.diff(columns.indptr))
+        n_sides, n_levels = 2 * columns.shape[1], len(fractions)
+        sides = np.repeat(np.arange(0, n_sides, 2, dtype=np.uint16), np.diff(columns.indptr))
         sides += columns.data < 0
         sizes = np.abs(columns.data)
         peaks = _largest(sizes * is_train[columns.indices], columns)
@@ -87,17 +89,17 @@ class Units:
         for fraction in fractions[1:].tolist():
             cells -= share >= np.float32(fraction)
         order = np.argsort(cells, kind="stable")  # of 16 bits: a radix sort
-        ends = np.cumsum(np.bincount(cells, minlength=n_units * n_levels))
+        ends = np.cumsum(np.bincount(cells, minlength=n_sides * n_levels))
         rows = columns.indices[order].astype(np.int32, copy=False)
-        return cls(rows, ends.reshape(n_units, n_levels)[:, ::-1], peaks)
+        return cls(rows, ends.reshape(n_sides, n_levels)[:, ::-1], peaks)
 
     def __len__(self) -> int:
         return len(self.ends)
 
-    def of(self, unit: int, level: int) -> Int32[np.ndarray, "n"]:
+    def of(self, side: int, level: int) -> Int32[np.ndarray, "n"]:
         """The tokens on which a feature side reaches a level."""
-        start = self.ends[unit - 1, 0] if unit else 0
-        return self.rows[start : self.ends[unit, level]]
+        start = self.ends[side - 1, 0] if side else 0
+        return self.rows[start : self.ends[side, level]]
 
 
 def _largest(sizes: np.ndarray, columns: "csc_matrix") -> np.ndarray:
@@ -114,18 +116,18 @@ def _largest(sizes: np.ndarray, columns: "csc_matrix") -> np.ndarray:
 class Counts:
     """Numbers of tokens on which feature sides fire, predicates hold, and both at once."""
 
-    both: Int[np.ndarray, "n_units n_levels n_predicates"]
-    fires: Int[np.ndarray, "n_units n_levels"]
+    both: Int[np.ndarray, "n_sides n_levels n_predicates"]
+    fires: Int[np.ndarray, "n_sides n_levels"]
     holds: Int[np.ndarray, "n_predicates"]
     n_tokens: int
 
     @cached_property
-    def f1(self) -> Float[np.ndarray, "n_units n_levels n_predicates"]:
+    def f1(self) -> Float[np.ndarray, "n_sides n_levels n_predicates"]:
         """F1 of each predicate for each feature side and level: 2 both / (fires + holds)."""
         return 2 * self.both / np.maximum(self.fires[:, :, None] + self.holds, 1)
 
 
-class SideCounts:
+class SplitCounts:
     """Predicates restricted to the training documents, or to the held-out ones; tokens are numbered within these."""
 
     def __init__(self, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> None:
@@ -136,7 +138,7 @@ class SideCounts:
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens on this side of the split."""
+        """Number of tokens in this part of the split."""
         return len(self.rows)
 
     @cached_property
@@ -154,7 +156,7 @@ class SideCounts:
         return self.matrix.tocsc()
 
     def here(self, rows: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "m"]:
-        """Those of some tokens of the store that are on this side, as ascending positions in it."""
+        """Those of some tokens of the store that are in this part, as ascending positions in it."""
         places = self.places[rows]
         return np.sort(places[places >= 0])
 
@@ -172,16 +174,16 @@ class SideCounts:
                 found[tokens] = True
         return found
 
-    def count(self, units: Units) -> Counts:
+    def count(self, sides: SideFirings) -> Counts:
         """All contingency counts of a block of features, by one sparse product that counts each code at the level it
         reaches.
         """
-        places = self.places[units.rows]
+        places = self.places[sides.rows]
         here = places >= 0
-        ends = units.ends[:, ::-1].ravel()
+        ends = sides.ends[:, ::-1].ravel()
         offsets = np.concatenate([[0], np.cumsum(here)])[np.concatenate([[0], ends])].astype(np.int32)
         codes = as_csr(np.ones(offsets[-1], np.int32), places[here], offsets, (len(ends), self.n_tokens))
-        shape = units.ends.shape
+        shape = sides.ends.shape
         both = (codes @ self.matrix).toarray().reshape(*shape, -1)
         return Counts(_from_above(both), _from_above(np.diff(offsets).reshape(shape)), self.holds, self.n_tokens)
 
@@ -247,16 +249,16 @@ class Verdict:
 class Judge:
     """The held-out documents, on which each chosen rule is tested once."""
 
-    def __init__(self, side: SideCounts, doc_ids: np.ndarray, seed: int) -> None:
-        self.side, self.doc_ids, self.seed = side, doc_ids[side.rows], seed
-        self._active = np.zeros(side.n_tokens, bool)
+    def __init__(self, split: SplitCounts, doc_ids: np.ndarray, seed: int) -> None:
+        self.split, self.doc_ids, self.seed = split, doc_ids[split.rows], seed
+        self._active = np.zeros(split.n_tokens, bool)
         # blocks that are shifted together: documents, cut into pieces where there are few
-        size = max(1, side.n_tokens // N_BLOCKS) if len(np.unique(self.doc_ids)) < N_BLOCKS else side.n_tokens
+        size = max(1, split.n_tokens // N_BLOCKS) if len(np.unique(self.doc_ids)) < N_BLOCKS else split.n_tokens
         _, documents = np.unique(self.doc_ids, return_inverse=True)
-        self._blocks = documents * N_BLOCKS + np.minimum(np.arange(side.n_tokens) // size, N_BLOCKS - 1)
+        self._blocks = documents * N_BLOCKS + np.minimum(np.arange(split.n_tokens) // size, N_BLOCKS - 1)
 
     def test(
-        self, holds: Callable[[np.ndarray], np.ndarray], size: int, fires: Integer[np.ndarray, "n"], unit: int
+        self, holds: Callable[[np.ndarray], np.ndarray], size: int, fires: Integer[np.ndarray, "n"], side: int
     ) -> Verdict:
         """The result of one rule for one feature side on the held-out tokens.
 
@@ -264,10 +266,10 @@ class Judge:
             holds: function from token positions to whether the rule holds there.
             size: number of held-out tokens on which the rule holds.
             fires: positions at which the feature side fires.
-            unit: number of the feature side, which seeds the random draws.
+            side: number of the feature side, which seeds the random draws.
         """
-        rng = np.random.default_rng((self.seed, unit))
-        n, hits = self.side.n_tokens, int(np.count_nonzero(holds(fires)))
+        rng = np.random.default_rng((self.seed, side))
+        n, hits = self.split.n_tokens, int(np.count_nonzero(holds(fires)))
         auroc, spread = float("nan"), 1.0
         if hits:
             self._active[fires] = True
@@ -291,9 +293,9 @@ def q_values(verdicts: list[Verdict]) -> tuple[np.ndarray, np.ndarray]:
 class NextTokens:
     """Tokens that follow each token of a store, for rules on what a feature promotes."""
 
-    def __init__(self, store: FeatureStore, lens: LogitLens, side: SideCounts) -> None:
+    def __init__(self, store: FeatureStore, lens: LogitLens, split: SplitCounts) -> None:
         view = TokenView(store.text)
-        self.next_ids = view.after(view.token_ids)[store.places[side.rows]]
+        self.next_ids = view.after(view.token_ids)[store.places[split.rows]]
         self.counts = np.bincount(self.next_ids + 1, minlength=len(view.strings) + 1)[1:]
         self.lens = lens
         self._ids: dict[str, list[int]] = {}

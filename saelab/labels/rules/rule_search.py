@@ -23,8 +23,8 @@ from saelab.labels.rules.contingency import (
     Counts,
     Judge,
     NextTokens,
-    SideCounts,
-    Units,
+    SideFirings,
+    SplitCounts,
     Verdict,
     feature_blocks,
     q_values,
@@ -64,14 +64,14 @@ class Rule:
 
 
 def choose_rules(
-    counts: Counts, units: Units, side: SideCounts, predicates: Predicates, min_count: int, seed: int
+    counts: Counts, sides: SideFirings, split: SplitCounts, predicates: Predicates, min_count: int, seed: int
 ) -> list[Rule | None]:
     """For each feature side the rule with the highest F1 after costs; None where no predicate holds on enough firings.
 
     Args:
         counts: contingency counts of feature sides and predicates in training documents.
-        units: firings of each feature side, by level.
-        side: the training documents.
+        sides: firings of each feature side, by level.
+        split: the training documents.
         predicates: names and kinds of the predicates.
         min_count: number of firings that a level needs.
         seed: seed of the firings that pairs are selected on.
@@ -82,26 +82,26 @@ def choose_rules(
     families = [_lists(predicates.family(kind), counts) for kind in DISJOINT]
     lists = [family for family in families if family is not None]
     levels = (np.maximum.reduce([scores, *(score for *_, score in lists)]) - cost).argmax(1)
-    here = np.arange(len(units))
+    here = np.arange(len(sides))
     f1, both, fires = counts.f1[here, levels], counts.both[here, levels], counts.fires[here, levels]
     near = _candidates(f1 + favor, both, fires, counts)
     rng = np.random.default_rng(seed)
-    found: list[Rule | None] = [None] * len(units)
-    for unit in np.flatnonzero(np.isfinite((scores - cost)[here, levels])).tolist():
-        level = int(levels[unit])
-        j = int(best[unit, level])
-        options = [(float(scores[unit, level]), Rule((j,), "", level, float(f1[unit, j])))]
-        options += [_of_list(unit, level, *one) for one in lists]
+    found: list[Rule | None] = [None] * len(sides)
+    for side in np.flatnonzero(np.isfinite((scores - cost)[here, levels])).tolist():
+        level = int(levels[side])
+        j = int(best[side, level])
+        options = [(float(scores[side, level]), Rule((j,), "", level, float(f1[side, j])))]
+        options += [_of_list(side, level, *one) for one in lists]
         if max(score for score, _ in options) < 1 - PAIR_COST - PART_COST:
-            rows = units.of(unit, level)
+            rows = sides.of(side, level)
             if len(rows) > 4 * PAIR_ROWS:
                 rows = rows[rng.integers(len(rows), size=4 * PAIR_ROWS)]
-            options += _pairs(near[unit], level, side.here(rows), int(fires[unit]), side, favor, rng)
-        found[unit] = max(options, key=lambda option: option[0])[1]
+            options += _pairs(near[side], level, split.here(rows), int(fires[side]), split, favor, rng)
+        found[side] = max(options, key=lambda option: option[0])[1]
     return found
 
 
-def _cost(fires: Int[np.ndarray, "n_units n_levels"], min_count: int) -> Float[np.ndarray, "n_units n_levels"]:
+def _cost(fires: Int[np.ndarray, "n_sides n_levels"], min_count: int) -> Float[np.ndarray, "n_sides n_levels"]:
     """The cost of each level in F1; infinite where too few firings reach it."""
     enough = fires >= np.maximum(min_count, MIN_SHARE * fires[:, :1])
     return np.where(enough, HALF_COST * np.log2(np.maximum(fires[:, :1], 1) / np.maximum(fires, 1)), np.inf)
@@ -109,7 +109,7 @@ def _cost(fires: Int[np.ndarray, "n_units n_levels"], min_count: int) -> Float[n
 
 def _singles(
     counts: Counts, favor: np.ndarray, min_count: int
-) -> tuple[Int[np.ndarray, "n_units n_levels"], Float[np.ndarray, "n_units n_levels"]]:
+) -> tuple[Int[np.ndarray, "n_sides n_levels"], Float[np.ndarray, "n_sides n_levels"]]:
     """The best single predicate of each level, and its score; the score is -inf where there is none."""
     scores = np.where(counts.both >= min(3, min_count), counts.f1 + favor, -np.inf)
     best = scores.argmax(2)
@@ -118,7 +118,7 @@ def _singles(
 
 def _lists(
     family: list[int], counts: Counts
-) -> tuple[Int[np.ndarray, "n_units n_levels m"], np.ndarray, np.ndarray, np.ndarray] | None:
+) -> tuple[Int[np.ndarray, "n_sides n_levels m"], np.ndarray, np.ndarray, np.ndarray] | None:
     """The best list of mutually exclusive predicates of one family: those with the highest F1, the most precise first.
 
     For each feature side and level: the members in order, how many of them to take, their joint F1 and its score.
@@ -140,15 +140,15 @@ def _lists(
 
 
 def _of_list(
-    unit: int, level: int, chosen: np.ndarray, lengths: np.ndarray, f1: np.ndarray, scores: np.ndarray
+    side: int, level: int, chosen: np.ndarray, lengths: np.ndarray, f1: np.ndarray, scores: np.ndarray
 ) -> tuple[float, Rule]:
-    parts = chosen[unit, level, : lengths[unit, level]].tolist()
-    return float(scores[unit, level]), Rule(tuple(parts), "or", level, float(f1[unit, level]))
+    parts = chosen[side, level, : lengths[side, level]].tolist()
+    return float(scores[side, level]), Rule(tuple(parts), "or", level, float(f1[side, level]))
 
 
 def _candidates(
     scores: np.ndarray, both: np.ndarray, fires: np.ndarray, counts: Counts
-) -> Int[np.ndarray, "n_units m"]:
+) -> Int[np.ndarray, "n_sides m"]:
     """Predicates that pairs are built from: those with the highest F1, and those that hold far more often than by
     chance.
     """
@@ -167,7 +167,7 @@ def _pairs(
     level: int,
     rows: np.ndarray,
     n_fires: int,
-    side: SideCounts,
+    split: SplitCounts,
     favor: np.ndarray,
     rng: np.random.Generator,
 ) -> list[tuple[float, Rule]]:
@@ -177,10 +177,10 @@ def _pairs(
     if len(rows) == 0:  # all that were drawn are of held-out documents
         return []
     columns = np.unique(candidates)
-    hits = side.bits.at(rows, columns).astype(np.float32)
+    hits = split.bits.at(rows, columns).astype(np.float32)
     both = (hits.T @ hits) * (n_fires / len(rows))
-    single, holds = both.diagonal(), side.holds[columns]
-    shared = side.pairs[np.ix_(columns, columns)]
+    single, holds = both.diagonal(), split.holds[columns]
+    shared = split.pairs[np.ix_(columns, columns)]
     unions = single[:, None] + single - both, holds[:, None] + holds - shared
     found: list[tuple[float, Rule]] = []
     for joined, (all_hits, size) in (("and", (both, shared)), ("or", unions)):
@@ -237,22 +237,22 @@ def find_side_tokens(store: FeatureStore, is_train: Bool[np.ndarray, "n_tokens"]
         kept = is_train[columns.indices]
         feature = np.repeat(np.arange(stop - start), np.diff(columns.indptr))[kept]
         codes, tokens = columns.data[kept], numbers[columns.indices[kept]]
-        unit, sizes = 2 * feature + (codes < 0), np.abs(codes)
+        side, sizes = 2 * feature + (codes < 0), np.abs(codes)
         peaks = np.zeros(2 * (stop - start), sizes.dtype)
-        np.maximum.at(peaks, unit, sizes)
+        np.maximum.at(peaks, side, sizes)
         for level in LEVELS:
-            here = sizes >= level * peaks[unit]
-            found[_best_tokens(unit[here], tokens[here], holds)] = True
+            here = sizes >= level * peaks[side]
+            found[_best_tokens(side[here], tokens[here], holds)] = True
     return ids[found]
 
 
-def _best_tokens(unit: np.ndarray, tokens: np.ndarray, holds: np.ndarray) -> np.ndarray:
+def _best_tokens(side: np.ndarray, tokens: np.ndarray, holds: np.ndarray) -> np.ndarray:
     """The best token of each side, where its F1 is large enough."""
-    pairs, both = np.unique(unit.astype(np.int64) * len(holds) + tokens, return_counts=True)
-    units, which = pairs // len(holds), pairs % len(holds)
-    f1 = 2 * both / (np.bincount(unit)[units] + holds[which])
-    order = np.lexsort((-f1, units))
-    first = order[np.append(True, np.diff(units[order]) != 0)[: len(order)]]
+    pairs, both = np.unique(side.astype(np.int64) * len(holds) + tokens, return_counts=True)
+    sides, which = pairs // len(holds), pairs % len(holds)
+    f1 = 2 * both / (np.bincount(side)[sides] + holds[which])
+    order = np.lexsort((-f1, sides))
+    first = order[np.append(True, np.diff(sides[order]) != 0)[: len(order)]]
     return which[first[f1[first] >= LEAST_F1]]
 
 
@@ -385,7 +385,7 @@ class _Work:
     ) -> None:
         self.store, self.predicates, self.is_train = store, predicates, is_train
         self.min_count, self.seed = min_count, seed
-        self.train, self.held = SideCounts(predicates, is_train), SideCounts(predicates, ~is_train)
+        self.train, self.held = SplitCounts(predicates, is_train), SplitCounts(predicates, ~is_train)
         self.judge = Judge(self.held, store.doc_ids, seed)
         self.next = NextTokens(store, lens, self.held) if lens is not None else None
 
@@ -398,24 +398,24 @@ class _Work:
             if len(wanted):
                 yield wanted
 
-    def count(self, wanted: Int[np.ndarray, "m"]) -> tuple[Int[np.ndarray, "m"], Units, Counts]:
+    def count(self, wanted: Int[np.ndarray, "m"]) -> tuple[Int[np.ndarray, "m"], SideFirings, Counts]:
         """Read the codes of a block of features, and count them against the predicates in training documents."""
         start, stop = int(wanted[0]), int(wanted[-1]) + 1
         columns = self.store.columns(start, stop)
         columns = columns if len(wanted) == stop - start else columns[:, wanted - start]
-        units = Units.sort(columns, self.is_train, FRACTIONS)
-        return wanted, units, self.train.count(units)
+        sides = SideFirings.sort(columns, self.is_train, FRACTIONS)
+        return wanted, sides, self.train.count(sides)
 
-    def label(self, wanted: Int[np.ndarray, "m"], units: Units, counts: Counts) -> Iterator[_Draft]:
+    def label(self, wanted: Int[np.ndarray, "m"], sides: SideFirings, counts: Counts) -> Iterator[_Draft]:
         """Choose and test the rules of a block; sides that never fire are left out."""
-        rules = choose_rules(counts, units, self.train, self.predicates, self.min_count, self.seed)
-        for unit, rule in enumerate(rules):
-            if len(units.of(unit, 0)):
-                yield self._draft(int(wanted[unit // 2]), 1 - 2 * (unit % 2), unit, units, rule)
+        rules = choose_rules(counts, sides, self.train, self.predicates, self.min_count, self.seed)
+        for side, rule in enumerate(rules):
+            if len(sides.of(side, 0)):
+                yield self._draft(int(wanted[side // 2]), 1 - 2 * (side % 2), side, sides, rule)
 
-    def _draft(self, feature: int, sign: int, unit: int, units: Units, rule: Rule | None) -> _Draft:
+    def _draft(self, feature: int, sign: int, side: int, sides: SideFirings, rule: Rule | None) -> _Draft:
         number = 2 * feature + (sign < 0)
-        fires = self.held.here(units.of(unit, rule.level if rule else 0))
+        fires = self.held.here(sides.of(side, rule.level if rule else 0))
         verdicts: list[Verdict] = []
         disjoint, words = False, list[str]()
         if rule is not None:
@@ -426,8 +426,8 @@ class _Work:
             words, ids = self.next.promoted(feature, sign)
             if len(ids) and len(fires):
                 verdicts.append(self.judge.test(*self.next.follow(ids), fires, number))
-        n_firings = int(np.count_nonzero(~self.is_train[units.of(unit, 0)]))
-        return _Draft(feature, sign, float(units.peaks[unit]), n_firings, rule, tuple(verdicts), tuple(words), disjoint)
+        n_firings = int(np.count_nonzero(~self.is_train[sides.of(side, 0)]))
+        return _Draft(feature, sign, float(sides.peaks[side]), n_firings, rule, tuple(verdicts), tuple(words), disjoint)
 
     def _disjoint(self, rule: Rule, fires: np.ndarray) -> bool:
         if rule.joined != "or" or len(rule.parts) != 2 or alike(*(self.predicates.names[j] for j in rule.parts)):

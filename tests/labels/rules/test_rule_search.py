@@ -12,7 +12,7 @@ from saelab.analysis.direct_logits import LogitLens, Promoted
 from saelab.functional.statistics import adjust, tail
 from saelab.labels.autointerp.token_prediction import token_baseline
 from saelab.labels.label import describe_scores
-from saelab.labels.rules.contingency import Judge, PackedBits, SideCounts, Units
+from saelab.labels.rules.contingency import Judge, PackedBits, SideFirings, SplitCounts
 from saelab.labels.rules.predicates import Predicate, make_predicates, text_pattern, word_pattern
 from saelab.labels.rules.rule_labels import NO_RULE
 from saelab.labels.rules.rule_search import FRACTIONS, label_by_rules
@@ -169,14 +169,14 @@ def test_a_perfect_rule_scores_one(planted, labels):
 def test_saying_always_the_same_scores_chance(planted, says):
     """And so does the rule of another feature."""
     names, store = planted
-    side = SideCounts(make_predicates(store, size=100), ~store.split())
-    fires = np.flatnonzero(store.codes[:, [names.index("token")]].toarray().ravel()[side.rows])
-    marks = np.full(side.n_tokens, says)
-    verdict = Judge(side, store.doc_ids, 0).test(marks.__getitem__, int(marks.sum()), fires, 0)
+    split = SplitCounts(make_predicates(store, size=100), ~store.split())
+    fires = np.flatnonzero(store.codes[:, [names.index("token")]].toarray().ravel()[split.rows])
+    marks = np.full(split.n_tokens, says)
+    verdict = Judge(split, store.doc_ids, 0).test(marks.__getitem__, int(marks.sum()), fires, 0)
     assert verdict.skill == pytest.approx(0, abs=1e-9)
     assert np.isnan(verdict.auroc) or verdict.auroc == 0.5
-    other = store.codes[:, [names.index("chance")]].toarray().ravel()[side.rows] != 0
-    verdict = Judge(side, store.doc_ids, 0).test(other.__getitem__, int(other.sum()), fires, 0)
+    other = store.codes[:, [names.index("chance")]].toarray().ravel()[split.rows] != 0
+    verdict = Judge(split, store.doc_ids, 0).test(other.__getitem__, int(other.sum()), fires, 0)
     assert abs(verdict.skill) < 0.1 and 0.4 < verdict.auroc < 0.6
 
 
@@ -205,22 +205,22 @@ def test_q_is_small_only_where_chance_is_excluded_on_held_out_documents(planted)
 def test_contingencies_equal_dense_ones(planted):
     _, store = planted
     predicates, is_train = make_predicates(store, size=120), store.split()
-    side, codes = SideCounts(predicates, is_train), store.codes.toarray()
-    units = Units.sort(store.columns(), is_train, FRACTIONS)
-    counts, marks = side.count(units), predicates.matrix.toarray()[is_train]
-    for unit in range(len(units)):
-        z = codes[:, unit // 2] * (1 - 2 * (unit % 2))
+    split, codes = SplitCounts(predicates, is_train), store.codes.toarray()
+    sides = SideFirings.sort(store.columns(), is_train, FRACTIONS)
+    counts, marks = split.count(sides), predicates.matrix.toarray()[is_train]
+    for side in range(len(sides)):
+        z = codes[:, side // 2] * (1 - 2 * (side % 2))
         for level, fraction in enumerate(FRACTIONS):
             fires = (z > 0) & (z >= np.float32(fraction) * z[is_train].max())
-            assert np.array_equal(np.sort(units.of(unit, level)), np.flatnonzero(fires))
-            assert np.array_equal(counts.both[unit, level], marks[fires[is_train]].sum(0))
-            assert counts.fires[unit, level] == fires[is_train].sum()
-    assert np.array_equal(side.pairs, marks.T.astype(int) @ marks)
+            assert np.array_equal(np.sort(sides.of(side, level)), np.flatnonzero(fires))
+            assert np.array_equal(counts.both[side, level], marks[fires[is_train]].sum(0))
+            assert counts.fires[side, level] == fires[is_train].sum()
+    assert np.array_equal(split.pairs, marks.T.astype(int) @ marks)
     rows, columns = np.arange(0, 300, 7), np.array([0, 9, 8, 30])
-    assert np.array_equal(PackedBits.pack(side.matrix).at(rows, columns), marks[rows][:, columns])
+    assert np.array_equal(PackedBits.pack(split.matrix).at(rows, columns), marks[rows][:, columns])
     for joined, join in (("and", np.logical_and), ("or", np.logical_or)):
         expected = join(marks[:, 3], marks[:, 10])
-        assert np.array_equal(side.mark([3, 10], joined), expected)
+        assert np.array_equal(split.mark([3, 10], joined), expected)
 
 
 def test_the_tail_bounds_fishers_exact_test():

@@ -1,8 +1,8 @@
-"""Counts and F1 of units (a feature with one sign at one threshold), and the choice of the best ones for concepts.
+"""Features as classifiers of concepts: counts and F1 of each feature at each threshold, the best ones, and baselines.
 
-`Levels`: codes quantized to ten thresholds of each feature's range, for F1 at every threshold in one pass.
-
-Baselines for concept scores (neurons, PCA, random and untrained dictionary) and a supervised linear probe.
+A classifier is a feature with one sign at one of ten thresholds. Codes are quantized to these thresholds (`Levels`), so
+that F1 at every threshold takes one pass. Baselines are neurons, PCA, random and untrained dictionaries; a supervised
+linear probe is the ceiling.
 """
 
 import math
@@ -32,7 +32,7 @@ N_LEVELS = 10
 FRACTIONS = np.arange(N_LEVELS) / N_LEVELS
 """Thresholds as fractions of the largest code of that sign in training stories."""
 NOTHING = -1
-"""In place of a unit's number, for a concept with which no feature fires."""
+"""In place of a classifier's number, for a concept with which no feature fires."""
 BLOCK_ENTRIES = 2**22  # entries of a block of columns held at a time
 
 
@@ -83,8 +83,8 @@ def find_peaks(values: Any) -> Float[np.ndarray, "n_features 2"]:
 class Levels:
     """For each token and feature the number of thresholds that the code exceeds, 0 to 10, with the code's sign.
 
-    A unit is one feature with one sign at one threshold; unit `(2 feature + (side < 0)) 10 + i` fires where the level
-    of that sign exceeds i, that is `side z > FRACTIONS[i] peak`.
+    A classifier is one feature with one sign at one threshold; classifier `(2 feature + (side < 0)) 10 + i` fires where
+    the level of that sign exceeds i, that is `side z > FRACTIONS[i] peak`.
     """
 
     table: "csc_matrix | Int8[np.ndarray, 'n_tokens n_features']"
@@ -95,11 +95,11 @@ class Levels:
         """Number of features, each with two signs."""
         return int(self.table.shape[1])
 
-    def tokens(self, unit: int) -> Int[np.ndarray, "n_fires"]:
-        """Indices of the tokens on which a unit fires."""
-        if unit == NOTHING:
+    def tokens(self, classifier: int) -> Int[np.ndarray, "n_fires"]:
+        """Indices of the tokens on which a classifier fires."""
+        if classifier == NOTHING:
             return np.zeros(0, np.int64)
-        column, level = divmod(unit, N_LEVELS)
+        column, level = divmod(classifier, N_LEVELS)
         feature, negative = divmod(column, 2)
         if isinstance(self.table, np.ndarray):
             there = self.table[:, feature]
@@ -109,9 +109,9 @@ class Levels:
         return self.table.indices[part][there < -level if negative else there > level]
 
     def blocks(self) -> Iterator[tuple[slice, Int[np.ndarray, "n"], Int[np.ndarray, "n"]]]:
-        """Blocks of features: the slice, and for each entry its token and highest unit.
+        """Blocks of features: the slice, and for each entry its token and highest classifier.
 
-        Units count from the block's first.
+        Classifiers count from the block's first.
         """
         n_entries = self.table.size if isinstance(self.table, np.ndarray) else self.table.nnz
         width = max(1, BLOCK_ENTRIES * self.n_features // max(1, n_entries))
@@ -155,23 +155,26 @@ def _grade(z: Shaped[np.ndarray, "n"], ceilings: Float[np.ndarray, "2"]) -> Int8
     return np.where(negative, -passed, passed).astype(np.int8)
 
 
-def count_units(levels: Levels, truth: "csr_matrix") -> tuple[np.ndarray, np.ndarray]:
-    """How often each unit fires with each concept, (n_concepts, n_units), and in total, (n_units,), by sparse products.
+def count_classifiers(levels: Levels, truth: "csr_matrix") -> tuple[np.ndarray, np.ndarray]:
+    """How often each classifier fires with each concept, (n_concepts, n_classifiers), and in total, (n_classifiers,).
 
-    Entries are counted once, at their highest unit; counts of lower thresholds are cumulative sums.
+    By sparse products: entries are counted once, at their highest classifier; counts of lower thresholds are cumulative
+    sums.
     """
     from scipy.sparse import csr_matrix
 
     n_tokens, n_concepts = truth.shape
     hits = np.zeros((n_concepts, levels.n_features, 2, N_LEVELS), np.int32)
     fires = np.zeros((levels.n_features, 2, N_LEVELS), np.int32)
-    for part, tokens, units in levels.blocks():
+    for part, tokens, classifiers in levels.blocks():
         shape = (part.stop - part.start, 2, N_LEVELS)
-        n_units = int(np.prod(shape))
-        peaks = csr_matrix((np.ones(len(units), np.int32), (units, tokens)), shape=(n_units, n_tokens))
+        n_classifiers = int(np.prod(shape))
+        peaks = csr_matrix(
+            (np.ones(len(classifiers), np.int32), (classifiers, tokens)), shape=(n_classifiers, n_tokens)
+        )
         together = (peaks @ truth).toarray().reshape(*shape, n_concepts)
         hits[:, part] = np.moveaxis(_sum_down(together, axis=2), -1, 0)
-        fires[part] = _sum_down(np.bincount(units, minlength=n_units).reshape(shape), axis=2)
+        fires[part] = _sum_down(np.bincount(classifiers, minlength=n_classifiers).reshape(shape), axis=2)
     return hits.reshape(n_concepts, -1), fires.reshape(-1)
 
 
@@ -183,40 +186,40 @@ SPLIT_GAIN, MAX_SPLIT = 0.03, 10
 
 
 @dataclass(frozen=True, eq=False)
-class UnitCounts:
-    """How often units fire with each concept, and in total."""
+class ClassifierCounts:
+    """How often classifiers fire with each concept, and in total."""
 
-    hits: Int[np.ndarray, "n_concepts n_units"]
-    """tokens with the concept on which the unit fires"""
-    fires: Int[np.ndarray, "n_units"]
-    """tokens on which the unit fires"""
+    hits: Int[np.ndarray, "n_concepts n_classifiers"]
+    """tokens with the concept on which the classifier fires"""
+    fires: Int[np.ndarray, "n_classifiers"]
+    """tokens on which the classifier fires"""
     n_true: Int[np.ndarray, "n_concepts"]
     """tokens with the concept"""
     n_tokens: int
 
-    def f1(self, c: int) -> Float[np.ndarray, "n_units"]:
-        """F1 of every unit as classifier of a concept."""
+    def f1(self, c: int) -> Float[np.ndarray, "n_classifiers"]:
+        """F1 of every classifier as classifier of a concept."""
         return 2 * self.hits[c] / np.maximum(self.fires + self.n_true[c], 1)
 
-    def kappa(self, c: int) -> Float[np.ndarray, "n_units"]:
+    def kappa(self, c: int) -> Float[np.ndarray, "n_classifiers"]:
         """F1 above chance, `(F1 - E) / (1 - E)`, E the F1 of as many random firings: Cohen's kappa.
 
-        A unit that always fires has F1 0.67 for a concept on every second token, and kappa 0.
+        A classifier that always fires has F1 0.67 for a concept on every second token, and kappa 0.
         """
         size = np.maximum(self.fires + self.n_true[c], 1)
         chance = 2.0 * self.fires * (self.n_true[c] / self.n_tokens) / size
         return (self.f1(c) - chance) / np.maximum(1 - chance, 1e-12)
 
 
-def best_unit(counts: UnitCounts, c: int) -> int:
-    """The unit with the highest F1 for a concept; `NOTHING` where none has any."""
+def best_classifier(counts: ClassifierCounts, c: int) -> int:
+    """The classifier with the highest F1 for a concept; `NOTHING` where none has any."""
     f1 = counts.f1(c)
-    unit = int(f1.argmax())
-    return unit if f1[unit] > 0 else NOTHING
+    classifier = int(f1.argmax())
+    return classifier if f1[classifier] > 0 else NOTHING
 
 
-def best_pair(counts: UnitCounts, a: int, b: int) -> tuple[int, int]:
-    """The pair of units of one feature, one sign for a and the other for b, whose lesser kappa is highest."""
+def best_pair(counts: ClassifierCounts, a: int, b: int) -> tuple[int, int]:
+    """The pair of classifiers of one feature, one sign for a and the other for b, whose lesser kappa is highest."""
     of_a, of_b = (counts.kappa(c).reshape(-1, 2, N_LEVELS) for c in (a, b))
     lesser = np.minimum(of_a.max(2), of_b.max(2)[:, ::-1])
     feature, side = np.unravel_index(int(lesser.argmax()), lesser.shape)
@@ -226,48 +229,50 @@ def best_pair(counts: UnitCounts, a: int, b: int) -> tuple[int, int]:
     return int((2 * feature + side) * N_LEVELS + first), int((2 * feature + 1 - side) * N_LEVELS + second)
 
 
-def split_units(levels: Levels, counts: UnitCounts, c: int, first: int, true: Int[np.ndarray, "n_true"]) -> list[int]:
-    """The greedy union of at most 10 units for a concept, each added while it raises F1 by more than 0.03.
+def classifier_union(
+    levels: Levels, counts: ClassifierCounts, c: int, first: int, true: Int[np.ndarray, "n_true"]
+) -> list[int]:
+    """The greedy union of at most 10 classifiers for a concept, each added while it raises F1 by more than 0.03.
 
-    A unit's possible gain is bounded by its own counts, so only units are tried whose bound exceeds the best gain so
-    far.
+    A classifier's possible gain is bounded by its own counts, so only classifiers are tried whose bound exceeds the
+    best gain so far.
 
     Args:
         levels: quantized codes.
-        counts: of units on the same tokens.
+        counts: of classifiers on the same tokens.
         c: index of the concept.
-        first: the best unit, which the union starts with; `NOTHING` for an empty union.
+        first: the best classifier, which the union starts with; `NOTHING` for an empty union.
         true: tokens with the concept.
     """
     is_true = np.zeros(levels.table.shape[0], bool)
     is_true[true] = True
     predicted = np.zeros_like(is_true)
-    units, best = [], first
+    classifiers, best = [], first
     while best != NOTHING:
-        units.append(best)
+        classifiers.append(best)
         predicted[levels.tokens(best)] = True
-        best = _best_addition(levels, counts, c, predicted, is_true) if len(units) < MAX_SPLIT else NOTHING
-    return units
+        best = _best_addition(levels, counts, c, predicted, is_true) if len(classifiers) < MAX_SPLIT else NOTHING
+    return classifiers
 
 
-def _best_addition(levels: Levels, counts: UnitCounts, c: int, predicted: np.ndarray, is_true: np.ndarray) -> int:
+def _best_addition(levels: Levels, counts: ClassifierCounts, c: int, predicted: np.ndarray, is_true: np.ndarray) -> int:
     hits, fires, n_true = int(is_true[predicted].sum()), int(predicted.sum()), int(counts.n_true[c])
     best, goal = NOTHING, 2 * hits / (fires + n_true) + SPLIT_GAIN
     bounds = _bound_unions(counts, c, hits, fires)
     hopeful = np.flatnonzero(bounds > goal)
-    for unit in hopeful[np.argsort(-bounds[hopeful], kind="stable")].tolist():
-        if bounds[unit] <= goal:
+    for classifier in hopeful[np.argsort(-bounds[hopeful], kind="stable")].tolist():
+        if bounds[classifier] <= goal:
             break
-        added = levels.tokens(unit)
+        added = levels.tokens(classifier)
         added = added[~predicted[added]]
         union = 2 * (hits + int(is_true[added].sum())) / (fires + len(added) + n_true)
         if union > goal:
-            best, goal = unit, union
+            best, goal = classifier, union
     return best
 
 
-def _bound_unions(counts: UnitCounts, c: int, hits: int, fires: int) -> Float[np.ndarray, "n_units"]:
-    """Upper bound on F1 of a union with each unit: its hits all new, its false positives old where possible."""
+def _bound_unions(counts: ClassifierCounts, c: int, hits: int, fires: int) -> Float[np.ndarray, "n_classifiers"]:
+    """Upper bound on F1 of a union with each classifier: its hits all new, its false positives old where possible."""
     new_hits = np.minimum(counts.hits[c], counts.n_true[c] - hits)
     new_alarms = np.maximum(counts.fires - counts.hits[c] - (fires - hits), 0)
     return 2 * (hits + new_hits) / (counts.n_true[c] + fires + new_hits + new_alarms)
@@ -325,8 +330,8 @@ def concept_baselines(
     """Baseline codes of the same tokens by name, for `score_concepts`.
 
     neurons: the centered activations. pca: their principal components. random: an SAE of `cfg` before training, with
-    random unit directions. untrained: the same with training activations as directions. probe: logistic regression on
-    the concept labels, one column a concept: the ceiling for linear classifiers. Each is fitted to at most 40,000
+    random directions of norm 1. untrained: the same with training activations as directions. probe: logistic regression
+    on the concept labels, one column a concept: the ceiling for linear classifiers. Each is fitted to at most 40,000
     tokens of the training stories that `score_concepts` selects with the same `train_frac` and `seed`.
 
     Args:
