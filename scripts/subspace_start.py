@@ -1,10 +1,10 @@
-"""Does starting in the active subspace keep units alive? (arXiv:2508.16929)
+"""Does starting in the active subspace keep latents alive? (arXiv:2508.16929)
 
     python scripts/subspace_start.py tales blocks.2.hook_attn_out
     python scripts/subspace_start.py PATH/TO/stories260k blocks.2.hook_attn_out --text PATH/TO/tinystories.txt
 
 Wide TopK dictionaries (d_sae = 64 d_in) on a layer's attention output, started from random directions and from random
-directions in the subspace that the activations fill, with and without AuxK. Prints the share of units that never fire
+directions in the subspace that the activations fill, with and without AuxK. Prints the share of latents that never fire
 on held-out text, and the fraction of variance unexplained, by seed.
 """
 
@@ -32,7 +32,7 @@ def read_tokens(model: Model, text: Path | None, n_tokens: int) -> sl.Tokens:
 
 @torch.no_grad()
 def measure(sae: sl.SAE, x: torch.Tensor) -> tuple[float, float]:
-    """Share of units that never fire, and FVU."""
+    """Share of latents that never fire, and FVU."""
     fired, sums = torch.zeros(sae.cfg.d_sae, dtype=torch.bool), ReconstructionSums(sae.cfg.d_in)
     for part in x.split(8192):
         codes = sae.encode_sparse(part)

@@ -1,10 +1,9 @@
-"""Sparse activation functions (TopK, BatchTopK, GroupMax, JumpReLU and signed versions): pre-activations u to codes z.
+"""Sparse activation functions (TopK, BatchTopK, GroupMax, JumpReLU and signed versions) and matching pursuit.
 
-Each is differentiable and the proximal operator of a sparsity penalty (arXiv:2510.00404): ReLU of l1 on z >= 0,
-JumpReLU of l0 on z >= 0, TopK and AbsTopK of the k-sparse set with and without z >= 0. The batch operators keep
-k * n_rows codes in all, shared between the rows (arXiv:2412.06410).
-
-Matching pursuit: sparse codes over the rows of a dictionary, one latent at a time (arXiv:2506.03093).
+Each activation function is differentiable and the proximal operator of a sparsity penalty (arXiv:2510.00404): ReLU of
+l1 on z >= 0, JumpReLU of l0 on z >= 0, TopK and AbsTopK of the k-sparse set with and without z >= 0. The batch
+operators keep k * n_rows codes in all, shared between the rows (arXiv:2412.06410). Matching pursuit (arXiv:2506.03093)
+picks one latent at a time.
 """
 
 from collections.abc import Callable

@@ -1,13 +1,11 @@
-"""`SparseCodes`: the non-zero codes of a batch in compressed rows, as encoders return and decoders take them.
-
-Sparse matrix products over the non-zero codes, forward and backward: decoding and the gradients of a training step.
+"""`SparseCodes`: the non-zero codes of a batch in compressed rows, and the sparse matrix products over them.
 
 A batch of codes is held in compressed rows: `indices` and `values` of its entries, row after row, and `offsets`, the
-number of the entry that each row starts with. All of it is built from two products:
+number of the entry that each row starts with. Decoding and the gradients of a training step are built from two
+products:
 
-    gather_sum    out[r] = sum over entries e of row r:  values[e] * table[indices[e]]       (sparse x dense)
-    sampled_dot   out[e] = < left[rows[e]], table[indices[e]] >                              (dense x dense, at the
-    entries)
+    gather_sum    out[r] = sum over entries e of row r:  values[e] * table[indices[e]]                 (sparse x dense)
+    sampled_dot   out[e] = < left[rows[e]], table[indices[e]] >                         (dense x dense, at the entries)
 """
 
 import functools

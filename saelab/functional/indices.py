@@ -1,6 +1,6 @@
-"""Feature indices as users pass them (integers of Python, NumPy or torch, ranges, arrays), converted to `int`.
+"""Indices as users pass them (Python, NumPy or torch integers, ranges, arrays) as `int`, and compact sets of rows.
 
-Subsets of the rows of a text in little memory: one boolean per row, or one boolean per run of rows.
+A set of rows of a text is one boolean per row, or one boolean per run of rows.
 """
 
 import operator

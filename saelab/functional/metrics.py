@@ -16,7 +16,8 @@ Spliced into a language model, with ce the mean cross-entropy of the next token,
     kl               mean KL(p_clean || p)                          [0, inf), lower is better
     kl_score         1 - kl / kl_zero                               1 is perfect, 0 no better than zero ablation
 
-Sums over batches are float64, so memory does not grow with the data. Losses of training are unitless and about 1 for a dictionary that explains nothing.
+Sums over batches are float64, so memory does not grow with the data. Losses of training are unitless and about 1 for a
+dictionary that explains nothing.
 """
 
 import math

@@ -1,24 +1,18 @@
 """Screening: approximate pre-activations of all latents in low precision, from which a search takes its candidates.
 
 The encoder's product is the one dense product of a training step. In int8 or bfloat16 it costs a fraction of float32,
-and its error is small compared with the gaps between the largest and the rest; the search (`search.py`) measures that
+and its error is small compared with the gaps between the largest and the rest; the search (`topk.py`) measures that
 error on the candidates that it recomputes in float32, and repeats in float32 the rows that the screen cannot decide.
 
 Blocks of 16 latents are compared first: a block whose maximum is too small has no candidate. In int8 every latent has
-a quantisation step of its own; latents of similar step share a block, so that whole blocks are compared as integers
+a quantization step of its own; latents of similar step share a block, so that whole blocks are compared as integers
 and only their maxima are scaled. A few dimensions of large activations would leave the others no resolution, so int8
 first moves half of each dimension's scale to the weights, which does not change the product (arXiv:2211.10438).
-
-Matrix products of int8 that are exact on every processor, and the check whether the int8 kernel can be used here.
 
 Without VNNI instructions oneDNN sums pairs of int8 products in 16 bits, with saturation: `torch._int_mm` is then
 silently wrong by up to the size of its own entries. The processor's instruction set does not decide this, as oneDNN
 may be restricted to older instructions (ONEDNN_MAX_CPU_ISA, read once per process). So the kernel is tried once, and
 used only where it is exact.
-
-Places of the largest entries of each row: sorted with ties broken by the lowest place, or unsorted and fast.
-
-Reused buffers for intermediate results, where allocating memory would cost as much as computing what fills it.
 """
 
 import functools

@@ -1,14 +1,8 @@
-"""Permutations of labels and rows for null distributions on text that consists of documents.
+"""Statistics: null distributions for text, p values of rules, metrics of binary classifiers, and the bootstrap.
 
 A circular shift of all rows keeps whatever is periodic (alternating labels, one template for all documents), so that
 the null would equal the result; permuting all rows breaks the runs that widen the null. So labels are permuted within
-documents, and rows are moved in blocks, each shifted circularly by itself.
-
-Significance of rules: tail probabilities of counts over dependent tokens, and false discovery rates.
-
-Metrics of binary classifiers: F1, MCC, AUROC, accuracy, and the choice of a decision threshold.
-
-Sums of metrics by document, and the bootstrap over documents for 95 % intervals.
+documents, and rows are moved in blocks, each shifted circularly by itself. The bootstrap draws whole documents.
 """
 
 import math

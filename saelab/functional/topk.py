@@ -1,21 +1,16 @@
 """Top-k search over the encoder's pre-activations, without holding all of them: codes of TopK, BatchTopK and GroupMax.
 
-Both searches screen in low precision, keep more candidates than needed, recompute those in float32 and select again.
+Searches screen in low precision, keep more candidates than needed, recompute those in float32 and select again.
 The errors found on the candidates, relative to each row's expected error, bound the error of the screen; rows where
 another latent might still be among the largest are searched again in float32. The result is the top-k of the float32
 values unless the screen's error on a latent that was not recomputed exceeds `ERROR_MARGIN` times its largest relative
 error on all candidates. That is a check, not a proof: values can be constructed that pass it and lose a member
-(tests/test_search.py keeps one); no random data tried did. Of equal values that of the lowest latent is kept, however
-it was found (`ties.py`).
+(tests/functional/test_topk.py keeps one); no random data tried did.
 
-Top-k with reproducible ties: of equal pre-activations that of the lowest latent is kept, however they were computed.
-
-Exact ties are common (latents that are copies of each other, whole numbers, a penalty's zeros), `torch.topk` breaks
-them arbitrarily, and a matrix product gives equal columns different last bits depending on their place. So values
-within rounding of each other are recomputed one by one (`sampled_dot`); of equal ones the lowest latent is kept, and
-across a batch the first row's.
-
-Codes of a few chosen latents of a top-k SAE, without encoding every row in full.
+Of equal values that of the lowest latent is kept, however it was found. Exact ties are common (latents that are copies
+of each other, whole numbers, a penalty's zeros), `torch.topk` breaks them arbitrarily, and a matrix product gives equal
+columns different last bits depending on their position. So values within rounding of each other are recomputed one by
+one (`sampled_dot`); of equal ones the lowest latent is kept, and across a batch the first row's.
 """
 
 import torch

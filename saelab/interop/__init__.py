@@ -1,4 +1,4 @@
-"""Other tools' files: activation caches, delphi, SAEDashboard, Neuronpedia, SAEBench."""
+"""Files of other tools: activation caches, delphi, SAEDashboard, Neuronpedia, SAEBench."""
 
 from typing import TYPE_CHECKING
 

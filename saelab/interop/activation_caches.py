@@ -1,7 +1,6 @@
-"""Reading activation caches of other tools, SAELens' Arrow files and OpenMOSS' chunks, in the pieces in which they were
-written.
+"""`convert_activations`: convert activation caches of SAELens or OpenMOSS into a folder as `collect` writes it.
 
-`convert_activations`: convert activation caches of SAELens or OpenMOSS into a folder as `collect` writes it.
+SAELens' Arrow files and OpenMOSS' chunks are read in the pieces in which they were written.
 """
 
 import re

@@ -1,10 +1,6 @@
-"""Reading delphi's latent cache of one hook point: safetensors files, each with the codes of a range of latents on all
-tokens.
+"""`write_delphi` and `convert_delphi`: latent caches of delphi (EleutherAI), written from and read as feature stores.
 
-`write_delphi`: write a feature store as a latent cache that delphi (EleutherAI) reads, to run its explainers and
-scorers.
-
-`convert_delphi`: convert a latent cache written by delphi into a feature store.
+A cache of one hook point is a folder of safetensors files, each with the codes of a range of latents on all tokens.
 """
 
 import re

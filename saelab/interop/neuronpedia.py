@@ -1,8 +1,7 @@
-"""Export of a feature store to the file formats of delphi, SAEDashboard and Neuronpedia.
+"""`export_store`: export a feature store to the file formats of delphi, SAEDashboard and Neuronpedia.
 
-Feature dashboards with the fields of SAEDashboard and Neuronpedia, from a store, its SAE and its model.
-
-Neuronpedia's bulk import format: an SAE, its features and their examples as records of its database.
+Dashboards are computed from a store, its SAE and its model. Neuronpedia's bulk import format holds an SAE, its
+features and their examples as records of its database.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""Export of an evaluation in the format of SAEBench's core evaluation."""
+"""`write_saebench`: export an evaluation in the format of SAEBench's core evaluation."""
 
 import time
 import uuid

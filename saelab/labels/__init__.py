@@ -1,4 +1,4 @@
-"""Labels of features: what each feature is called, by whom, and how far the label can be trusted."""
+"""Labels of features: short descriptions with author and scores, and the store that keeps them."""
 
 from typing import TYPE_CHECKING
 

@@ -1,12 +1,7 @@
-"""Label of a feature, or of one of its signs, with author, scores and provenance.
+"""Labels of a feature, or of one of its signs, with author, scores and provenance; and their file formats.
 
-Labels as display text: the labels of one feature joined, and their origin and scores; plain text, not escaped.
-
-Label scores of an untrained dictionary, as a baseline for those of a trained one.
-
-File formats of labels: JSON, CSV and Neuronpedia's explanation records.
-
-All three preserve labels and choices, except that NaN and infinities are written as null and read as NaN.
+The formats are JSON, CSV and Neuronpedia's explanation records. All three preserve labels and choices, except that NaN
+and infinities are written as null and read as NaN. As display text labels are plain, not escaped.
 """
 
 import csv

@@ -1,14 +1,8 @@
-"""SQLite database of a feature store's labels: many per feature, one of them chosen.
-
-Connections to the SQLite file of labels: opening, checks, locks, and SQLite's errors with advice.
+"""`LabelStore`: SQLite database of a feature store's labels, many per feature, one of them selected; with text search.
 
 Nothing is written to a file that is damaged, of another kind or of another version. Every change is one transaction
 that waits for those of other processes; the journal is SQLite's own, so that one file holds everything at rest and can
-be read where nothing may be written.
-
-Text search over labels: by word stems (SQLite FTS5), ranked; otherwise by substrings.
-
-Labels as rows of the SQLite table: conversion, replacement and choice.
+be read where nothing may be written. Search is by word stems (SQLite FTS5), ranked; otherwise by substrings.
 """
 
 import errno

@@ -1,5 +1,6 @@
-"""Language models: loading, tokenizing, reading and editing activations, generation. The only package that imports
-transformer_lens and transformers.
+"""Language models: loading, tokenizing, reading and editing activations, generation.
+
+The only package that imports transformer_lens and transformers.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,4 @@
-"""Key-value caches and recurrent states: how a model takes and returns them, and whether continuing from them is
-correct.
-"""
+"""Key-value caches and recurrent states: how a model passes them, and whether continuing from them is correct."""
 
 import inspect
 import logging

@@ -1,6 +1,6 @@
-"""Reading documents one at a time from lists, tables, data sets and files; anything ambiguous raises an error.
+"""Reading documents one at a time from lists, tables, data sets and files.
 
-Reading rows of documents from files: text, JSON, JSON lines, CSV and parquet, compressed or not.
+Files may be text, JSON, JSON lines, CSV and parquet, compressed or not; anything ambiguous raises an error.
 """
 
 import bz2

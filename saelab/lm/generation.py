@@ -1,11 +1,7 @@
-"""`generate`: sampling continuations of prompts; a sample does not depend on cache, padding or the rest of its
-batch.
+"""`generate`: continuations of prompts by sampling, greedy chat answers, and logits of given continuations.
 
-Logits of given texts as continuations of prompts, computed as in generation.
-
-`Sampler`: draws the next token of each row of a batch, with a random generator per row.
-
-Answers of a causal language model to a conversation, decoded greedily.
+A sample depends on its seed alone, not on cache, padding or the rest of its batch: every row has a generator of its
+own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,8 +1,6 @@
-"""Reading and replacing activations of a language model at TransformerLens hook points.
+"""Reading and replacing activations of a language model at TransformerLens hook points, and batched forward passes.
 
-`TokenTracker`: tracking which tokens each forward pass processes, and their positions in the text.
-
-Batching of forward passes: sequences per batch, median activation norms, and a check that activations are finite.
+`TokenTracker` tracks which tokens each forward pass processes, and their positions in the text.
 """
 
 import inspect

@@ -1,6 +1,6 @@
-"""`TokenMask`: rules for which tokens are used, shared by collection, training, evaluation and analyses.
+"""`TokenMask`: rules for which tokens are used in collection, training, evaluation and analysis; and labels of tokens.
 
-Tokenizing text with labels on words or character ranges, and assigning the labels to tokens.
+Labels on words or character ranges of a text are assigned to its tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -1,10 +1,7 @@
-"""Checks that a model and its tokenizer are supported; each error names what is missing.
+"""Checks of a model and its tokenizer: support, other libraries' hooks, weights, context length and vocabulary.
 
-Hooks that others registered on a model: detecting them, and running the model without them.
-
-Fingerprints of model weights, which identify a model by its weights, whatever its name.
-
-Limits of a model: its maximum context length, and which ids of its vocabulary are tokens.
+Each error names what is missing. Fingerprints identify a model by its weights, whatever its name; hooks that others
+registered are detected, and the model can be run without them.
 """
 
 import re

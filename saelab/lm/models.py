@@ -1,8 +1,7 @@
-"""Loading language models: from the Hub, a folder or an object, the built-in models, or a tiny random one.
+"""`load_model`: language models from the Hub, a folder or an object, the built-in ones, or a tiny random one.
 
-Hiding the progress bars that transformers and huggingface_hub show when loading.
-
-Suppressing side effects of loading a model: started processes, network access, and weights filled in at random.
+Side effects of loading are suppressed: progress bars, started processes, network access, and weights filled in at
+random.
 """
 
 import logging

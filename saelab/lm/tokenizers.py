@@ -1,11 +1,7 @@
-"""Special tokens that a tokenizer itself defines, and a copy of the tokenizer that the bridge may modify.
+"""Tokenizers: token ids and strings that are unique per token, special tokens, and a word-level tokenizer.
 
-Conversion between token ids and strings that are unique per token, including tokens that are parts of a
-character.
-
-A word-level tokenizer in Hugging Face format, for models whose vocabulary is a list of words.
-
-Special tokens: those that the tokenizer itself defines, not those that the bridge has filled in.
+Special tokens are those that the tokenizer itself defines, not those that the bridge has filled in; the bridge may
+modify a copy of the tokenizer only. Strings include tokens that are parts of a character.
 """
 
 import copy

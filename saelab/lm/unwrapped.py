@@ -1,4 +1,4 @@
-"""The plain Hugging Face model behind a TransformerBridge, without wrappers: the same weights at Hugging Face's speed.
+"""The Hugging Face model inside a TransformerBridge, without wrappers: the same weights at Hugging Face's speed.
 
 `TransformerBridge` computes attention and norms itself so that every intermediate value has a hook; that takes about
 twice the time of the model it wraps. Most hook points are the input or the output of a Hugging Face module, so the same

@@ -1,6 +1,4 @@
-"""Verification that hooks return what Hugging Face computes: the residual stream at each layer against
-`hidden_states`.
-"""
+"""`verify_hooks`: check that hooks return what Hugging Face computes as `hidden_states`, layer by layer."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,5 +1,6 @@
-"""Sparse autoencoders and transcoders: one module, configured by activation function, prefixes, dictionary, normalizer
-and initialisation.
+"""Sparse autoencoders and transcoders: one module for all variants.
+
+Variants differ in activation function, Matryoshka prefixes, dictionary, normalizer and initialization.
 """
 
 from typing import TYPE_CHECKING

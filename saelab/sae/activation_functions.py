@@ -1,9 +1,7 @@
-"""Activation functions that map pre-activations to sparse codes: TopK, BatchTopK, ReLU, JumpReLU and variants, each a
-small frozen dataclass.
+"""Activation functions of SAEs (TopK, BatchTopK, ReLU, JumpReLU and variants), each a small frozen dataclass.
 
-`Activation`, the base class of activation functions, and their registry by name.
-
-To add a variant, define and register one class; training, saving, loading and all analyses can then use it:
+`Activation` is the base class; classes are registered by name. To add a variant, define and register one class;
+training, saving, loading and all analyses can then use it:
 
     @register_activation("soft_topk")
     @dataclass(frozen=True)

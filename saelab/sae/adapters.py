@@ -1,7 +1,4 @@
-"""`hook_sae`: run an SAE or transcoder inside any torch module, such as a plain Hugging Face model.
-
-`SAEBenchSAE`: an adapter that gives an SAE the attributes and methods that SAEBench expects of a custom SAE.
-"""
+"""Adapters of an SAE: run inside any torch module (`hook_sae`), or passed to SAEBench (`SAEBenchSAE`)."""
 
 import re
 from collections.abc import Callable, Iterator

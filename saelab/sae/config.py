@@ -1,5 +1,7 @@
-"""`SAEConfig` and its parts: widths, activation function, Matryoshka prefixes, dictionary, normalizer, initialisation,
-encoder and AuxK loss.
+"""`SAEConfig`: configuration of an SAE.
+
+Its parts are widths, activation function, Matryoshka prefixes, dictionary, normalizer, initialization, encoder and
+AuxK loss.
 """
 
 import itertools

@@ -1,8 +1,6 @@
-"""Building a training run from SAEs and activations, and recording its results: the parts of `fit` before and after the
-training loop.
+"""`fit`'s steps before and after the training loop: building the run, calibrating thresholds, measuring and saving.
 
-Steps after training: adjusting thresholds so that the mean L0 is the target, and measuring the saved SAE on held-out
-tokens.
+After training thresholds are adjusted so that the mean L0 is the target, and the SAE is measured on held-out tokens.
 """
 
 import math

@@ -1,6 +1,7 @@
-"""Untrained SAEs with the same number of active latents: baselines for trained ones.
+"""Untrained SAEs as baselines for trained ones, and re-initialization of dead latents.
 
-`resample_dead_latents`: re-initialise dead latents from tokens that the SAE reconstructs badly.
+An untrained SAE has the same number of active latents. `resample_dead_latents` starts dead latents again from tokens
+that the SAE reconstructs badly.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The module behind `SAE`: weights, encoding to sparse codes and decoding back."""
+"""`SAEModule`: the torch module of an SAE, with weights, encoding to sparse codes and decoding back."""
 
 import copy
 from collections.abc import Sequence

@@ -1,10 +1,8 @@
-"""Loading an SAE of any supported format from a local path, the Hugging Face Hub or a release name; each tensor that is
-needed is copied once.
+"""Loading and saving SAEs: a folder, the Hugging Face Hub, a release name, and files of other libraries.
 
-Reading and writing a saved SAE: `config.json` and `model.safetensors` in one folder, Hugging Face style, and
-`origin.safetensors` where the SAE was converted from another library's format.
-
-The model card (README.md) of an SAE on the Hugging Face Hub.
+A saved SAE is `config.json` and `model.safetensors` in one folder, Hugging Face style, and `origin.safetensors` where
+it was converted from another library's format. On loading each tensor that is needed is copied once. The model card
+(README.md) for the Hub is written here too.
 """
 
 import json

@@ -1,6 +1,4 @@
-"""`SAE`, a sparse autoencoder or transcoder that can be trained, saved, loaded and shared; and `fit`, which trains
-several.
-"""
+"""`SAE`, a sparse autoencoder or transcoder, and `fit`, which trains several on the same batches."""
 
 import tempfile
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""An SAE in training: losses, constraints on weights, dead-latent counters and control of the sparsity penalty.
+"""`TrainingSAE`: an SAE with its losses, weight constraints, dead-latent counters and control of the sparsity penalty.
 
-Initialisation of an SAE from a sample of activations: biases, dictionary directions and encoder scale.
+Before the first step biases, dictionary directions and encoder scale are set from a sample of activations.
 """
 
 import math

@@ -1,6 +1,6 @@
 """`Activations`: activations at one hook point, one row per token, in memory or memory-mapped from a folder.
 
-`ActivationPairs`: activations at two hook points for the same tokens, concatenated for training a transcoder.
+`ActivationPairs` holds activations at two hook points for the same tokens, for training a transcoder.
 """
 
 from bisect import bisect_right

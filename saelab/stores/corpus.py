@@ -1,8 +1,7 @@
 """`StoredText`: all tokens of the text behind a feature store, masked ones included, and splits by document.
 
-Text of byte-level tokens: characters that are split over several tokens, and the tokens that hold each character.
-
-`Places`: the index in the text of each row of a feature store, read one shard at a time.
+Also the text of byte-level tokens, with characters that are split over several tokens, and `Places`: the index in the
+text of each row of a feature store.
 """
 
 import re

@@ -1,6 +1,6 @@
 """`FeatureStore`: the sparse feature activations of a corpus on disk, read by token or by feature.
 
-Statistics of every feature, computed when a store is written: firing counts, sums, maxima, histogram; by sign.
+Statistics of every feature are computed when a store is written: firing counts, sums, maxima, histogram; by sign.
 """
 
 from bisect import bisect_right

@@ -1,6 +1,6 @@
-"""Atomic writing of files, of safetensors and JSON, and of all files of a folder at once.
+"""Atomic writing of files: safetensors, JSON, and all files of a folder at once; and safe file names.
 
-Safe names: checks of file names read from files, and text without local paths, passwords or control codes.
+Names read from files are checked, and text is freed of local paths, passwords and control codes.
 """
 
 import errno

@@ -1,14 +1,11 @@
-"""Locks that give a file or folder one writer at a time, and clear error messages for what the disk refuses.
+"""Locks on files and folders, handling of interrupts, and progress bars, for long jobs that write to disk.
 
 Locks are the operating system's (`flock`): they end with the process that holds them, also when it is killed. The file
 that carries a folder's lock lies in the folder while the lock is held, names the holder, and is removed with it.
 
-Handling of Ctrl-C and of SIGTERM (which clusters send before they kill): stop after a step, so that it can be saved.
-
-Handlers are installed in the main thread only, where Python allows them, never for a signal that is ignored, and are
-restored at the end of the block.
-
-Progress bars: shown as the caller requests, unless TQDM_DISABLE switches them off.
+On Ctrl-C or SIGTERM (which clusters send before they kill) a job stops after a step, so that it can be saved. Handlers
+are installed in the main thread only, where Python allows them, never for a signal that is ignored, and are restored
+at the end of the block. Progress bars are shown as the caller requests, unless TQDM_DISABLE switches them off.
 """
 
 import errno

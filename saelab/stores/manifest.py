@@ -1,6 +1,7 @@
-"""Manifests of activation and feature stores: the files of a folder, which are checked against it when it is opened.
+"""Manifests of activation and feature stores, which list a folder's files; and provenance.
 
-`Provenance`: model, hook point, text and mask of activations, saved with everything that is made from them.
+Files are checked against the manifest when a folder is opened. `Provenance` (model, hook point, text and mask of
+activations) is saved with everything that is made from them.
 """
 
 from abc import ABC, abstractmethod

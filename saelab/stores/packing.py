@@ -1,6 +1,6 @@
-"""Sparse codes in the form of a feature store's shards: by token and by feature, in the smallest integers that fit.
+"""Shards of a feature store: sparse codes by token and by feature, in the smallest integers that fit.
 
-One shard of a feature store as memory-mapped arrays, whose parts are checked when they are first read.
+A shard is read as memory-mapped arrays, whose parts are checked when they are first read.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""`Result`: base class of results, which are displayed in Jupyter and saved as JSON; and alignment of text tables."""
+"""`Result`: base class of results, which are displayed in Jupyter and saved as JSON; and text tables."""
 
 import html
 from collections.abc import Callable, Collection, Sequence

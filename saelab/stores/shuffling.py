@@ -1,6 +1,6 @@
-"""`ShuffledBatches`: a seeded iterator over shuffled batches of rows in bounded memory, whose state can be saved.
+"""Shuffled batches of rows in bounded memory: `ShuffledBatches` of stored rows, `RingBuffer` of streamed ones.
 
-`RingBuffer`: a preallocated shuffle buffer of rows, for activations that are streamed instead of stored.
+Both are seeded and their state can be saved.
 """
 
 import hashlib

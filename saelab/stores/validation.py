@@ -1,6 +1,6 @@
-"""Validated reading of JSON files: configurations and manifests, checked against a dataclass or TypedDict.
+"""Validated reading of JSON files: configurations and manifests.
 
-Types, ranges and unknown keys are checked by pydantic, from the annotations of the dataclass or TypedDict.
+Types, ranges and unknown keys are checked by pydantic, from the annotations of a dataclass or TypedDict.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""`tell` and `Stories`: synthetic stories as token ids, with concept labels and optimal loss for every token.
+"""`generate_stories` and `Stories`: synthetic stories as token ids, with concept labels and losses by token.
 
-The table of concepts of the synthetic stories, and the concepts of each word.
+The loss is the surprisal under the grammar, which no model can beat on average. Also the table of concepts of the
+stories, and the concepts of each word.
 """
 
 import random

@@ -1,9 +1,8 @@
-"""The vocabulary of the synthetic stories, and its tokenizer in Hugging Face format.
+"""The vocabulary and tokenizer of the synthetic stories, and the base class of story grammars.
 
-Base class for story grammars: random choices with their surprisal, and words with their concept labels.
-
-Each choice is made just before the first token that depends on it, and different choices never give the same text: the
-surprisal of the choices is the surprisal of the text, and no model's loss is below it on average.
+A grammar makes random choices with their surprisal, and words with their concept labels. Each choice is made just
+before the first token that depends on it, and different choices never give the same text: the surprisal of the choices
+is the surprisal of the text, and no model's loss is below it on average.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The training loop for any modules with losses, and its configuration, checkpoints, optimizer and loggers."""
+"""The training loop, with its configuration, checkpoints, optimizer and loggers."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
-"""`TrainConfig`: length, learning rate and its schedule, and intervals of logging and saving of a training run.
+"""`TrainConfig`: configuration of a training run; the protocols of its data and modules; and its optimizer.
 
-Protocols of the training loop: batches of data, losses, and modules that can be trained.
-
-Adam and gradient clipping, for weights stored as they are or transposed.
+The configuration has length, learning rate and its schedule, and intervals of logging and saving. Protocols describe
+batches of data, losses, and modules that can be trained. The optimizer is Adam with gradient clipping, for weights
+stored as they are or transposed.
 """
 
 import math

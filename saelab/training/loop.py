@@ -1,9 +1,8 @@
 """The training loop: one or several modules trained on the same batches, with logging, checkpoints and resuming.
 
-Loggers of a training run's history: JSONL and CSV files in the run's folder, TensorBoard, Weights & Biases.
-
-A sink is any callable that takes one entry of the history, a flat dictionary of numbers. Entries have no clock times,
-so that a resumed run writes the same bytes as an uninterrupted one.
+Loggers write a run's history to JSONL and CSV files in the run's folder, TensorBoard or Weights & Biases. A logger is
+any callable that takes one entry of the history, a flat dictionary of numbers. Entries have no clock times, so that a
+resumed run writes the same bytes as an uninterrupted one.
 """
 
 import csv

@@ -1,8 +1,7 @@
 """Alignment of two feature stores of the same documents, by the characters that their tokens cover.
 
-Search for the documents that two texts have in common, by their characters, in batches of documents.
-
-Lazy alignment matrix between the rows of two feature stores with different tokenizers.
+Documents that two texts have in common are found by their characters, in batches. The alignment matrix between the
+rows of the two stores is computed block by block; the tokenizers may differ.
 """
 
 from bisect import bisect_left

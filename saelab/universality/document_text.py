@@ -1,6 +1,6 @@
 """Documents as byte strings without white space, and the overlap of two versions of a document.
 
-Alignment of documents with tokens whose text is unknown (<unk>): the other side supplies what they stand for.
+Tokens whose text is unknown (<unk>) are aligned by the other version, which has the characters they stand for.
 """
 
 import re

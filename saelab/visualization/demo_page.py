@@ -1,10 +1,7 @@
-"""Page sections that compare dictionaries by how well their features detect known concepts.
+"""Page sections of `saelab demo`: how well the features of several dictionaries detect known concepts.
 
-Bar chart that compares dictionaries on concept scores, as self-contained HTML.
-
-Sentences as HTML, tokens coloured by a feature's activation and underlined where a concept holds.
-
-Tokens of a synthetic corpus with their true concepts, and example sentences of features in it.
+There are a bar chart of concept scores, and sentences whose tokens are colored by a feature's activation and
+underlined where a concept is true.
 """
 
 import math

@@ -1,7 +1,4 @@
-"""Histograms of firing rates and of codes, and bars of dead features.
-
-Two-dimensional map (t-SNE) of features by similarity.
-"""
+"""Plots of features: histograms of firing rates and codes, dead features, and a t-SNE map by similarity."""
 
 import math
 from collections.abc import Mapping

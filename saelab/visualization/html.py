@@ -1,8 +1,7 @@
-"""Self-contained HTML pages: style, sections and tables, with all text escaped.
+"""Self-contained HTML pages (style, sections, tables, with all text escaped) and the common style of figures.
 
-Common style of all figures: colours for light and dark backgrounds, layout, and escaping of text for plotly.
-
-Style, markup and script of the report page, read from files in this folder.
+Figures have colors for light and dark backgrounds. Style, markup and script of the report page are read from files in
+this folder.
 """
 
 import base64

@@ -1,8 +1,7 @@
-"""Dose-response and trade-off figures of steering: effects and side effects by strength.
+"""Plots of interventions: dose-response curves, steered texts side by side, attribution and patching heat maps.
 
-Steered and unsteered texts in columns, each token coloured by how steering changed its log-probability.
-
-Heat maps of attribution and activation patching results, and their display in Jupyter.
+Dose-response and trade-off figures show effects and side effects by strength; tokens of steered texts are colored by
+how steering changed their log-probability.
 """
 
 from collections.abc import Mapping, Sequence

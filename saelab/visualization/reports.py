@@ -1,8 +1,6 @@
-"""Report of a feature store: an HTML page to search, sort and read in a browser, without server and network.
+"""`report`: an HTML page of a feature store to search, sort and read in a browser, without server and network.
 
-HTML page of the report: its frame and summary, and data embedded safely in scripts.
-
-Features that fire on each token of chosen prompts.
+Also the features that fire on each token of chosen prompts, as a section of the page.
 """
 
 import json

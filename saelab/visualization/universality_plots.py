@@ -1,7 +1,4 @@
-"""Figures and tables of comparisons: similarity histograms with their null, heat maps by layer, display in Jupyter.
-
-Report sections on a feature's best partner in another store.
-"""
+"""Figures and tables of comparisons: similarity histograms with their null, heat maps by layer, best partners."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Automated interpretability: labels for many features from a language model, and scores of labels on held-out text.
+"""Automated interpretability: labels of many features from a language model, and their scores on held-out text.
 
-Explainers: objects that label features from example windows, here with a language model.
+Explainers are the objects that label one feature from its example windows.
 """
 
 from collections.abc import Iterator, Sequence

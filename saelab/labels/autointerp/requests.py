@@ -1,8 +1,6 @@
-"""Queue of language model requests: parallel, retried, cached, within a budget, interruptible without loss.
+"""Queue of language model requests: parallel, retried, cached, within a budget, and their cost.
 
-Requests to a language model, their settings, and their cost.
-
-Jobs on several threads, interrupted by Ctrl-C without losing those under way.
+Requests run on several threads; Ctrl-C ends the queue without losing those under way.
 """
 
 import queue

@@ -1,6 +1,6 @@
 """Cache of language model responses in an append-only JSONL file, so that a resumed run repeats no request.
 
-Offline language model client: prompts are exported to a file and responses read from one.
+Also the offline client: prompts are exported to a file and responses read from one.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Scorers of labels on held-out windows: detection, fuzzing, contrast and simulation by a language model."""
+"""Scorers of labels on held-out windows: detection, fuzzing, pairwise detection and simulation."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Contingency counts of features and predicates: by sparse products for all, by packed bits for chosen tokens.
+"""Contingency counts of features and predicates, and tests of chosen rules on held-out documents.
 
-Tests of chosen rules on held-out documents.
+Counts come from sparse products for all tokens, from packed bits for chosen ones.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,6 @@
 """Predicates on the tokens of a store, as a sparse boolean matrix with one named column each.
 
-Predicates on tokens: a fixed list of conditions, and families of the most frequent tokens, words and affixes.
+There is a fixed list of conditions, and families made of the most frequent tokens, words and affixes.
 """
 
 import re

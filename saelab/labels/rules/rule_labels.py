@@ -1,7 +1,4 @@
-"""Results of rule-based labelling, as a table and as labels.
-
-Names of rules in English.
-"""
+"""Results of rule-based labeling, as a table and as labels in English."""
 
 import re
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
-"""Rule-based labelling: for each sign of each feature the best rule on tokens, tested on held-out documents.
+"""Rule-based labeling: for each sign of each feature the best rule on tokens, tested on held-out documents.
 
-Rule search: the predicate, pair or list of predicates with the highest F1 for each feature side.
-
-Additional predicates: tokens that predict single feature sides, however rare they are.
+A rule is the predicate, pair or list of predicates with the highest F1. Predicates are added for tokens that predict a
+single feature side, however rare they are.
 """
 
 from collections import deque

@@ -1,5 +1,6 @@
-"""Reading and writing SAEs of other libraries: one module per format, and one for the conversion between their
-conventions and saelab's.
+"""Reading and writing SAEs of other libraries.
+
+There is one module per format, and one for the conversion between their conventions and saelab's.
 """
 
 from typing import TYPE_CHECKING

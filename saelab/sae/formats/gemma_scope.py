@@ -1,5 +1,4 @@
-"""Gemma Scope's formats: `params.npz` of the first (arXiv:2408.05147), `config.json` and `params.safetensors` of the
-second.
+"""Gemma Scope's formats: `params.npz` (arXiv:2408.05147), and Gemma Scope 2's `config.json` and `params.safetensors`.
 
 Both are JumpReLU with a threshold for each latent, W_enc (d_in, d_sae) and W_dec (d_sae, d_out), and subtract nothing
 from their input. The second's affine connection is (d_in, d_out).

@@ -1,10 +1,8 @@
-"""Downloading a single SAE from a Hugging Face Hub repository: only its own files, not those of other SAEs there.
+"""Downloading a single SAE from the Hugging Face Hub, by repository and path or by release name.
 
-Names of published SAE releases, as SAELens lists them, and their locations on the Hub.
-
-`releases.json` holds facts only, an entry per family: regular expressions of release names and of SAE ids; the
-repository and the path in it; the model, the hook point and whatever else the files leave out. `{...}` is replaced by a
-named group of either expression.
+Only the SAE's own files are downloaded. `releases.json` lists releases as SAELens does, facts only, an entry per
+family: regular expressions of release names and of SAE ids; the repository and the path in it; the model, the hook
+point and whatever else the files leave out. `{...}` is replaced by a named group of either expression.
 """
 
 import re

@@ -1,6 +1,4 @@
-"""Intermediate results of loading an SAE: what a file holds, what the caller adds, and what is kept in the SAE to write
-it back.
-"""
+"""Intermediate results of loading an SAE: contents of a file, what the caller adds, and what is kept for writing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,6 @@
-"""Registry of formats that can be read, and detection of the format of a folder or file.
+"""Registry of the formats of SAE files: detecting, reading and writing them.
 
-Writing an SAE in another library's format: bit for bit as it was read, or converted where the format can
-express it.
+An SAE is written bit for bit as it was read, or converted where the format can express it.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,7 @@
-"""Reading SAELens' format: `cfg.json` and `sae_weights.safetensors`; W_enc is (d_in, d_sae), W_dec (d_sae, d_out), but
-W_skip (d_out, d_in).
+"""SAELens' format: `cfg.json` and `sae_weights.safetensors`, read and written.
 
-Supports the architectures of SAELens 6, its training checkpoints of BatchTopK, and configurations from before 6.0.
-
-Writing SAELens' format, `cfg.json` and `sae_weights.safetensors`.
+W_enc is (d_in, d_sae), W_dec (d_sae, d_out), but W_skip (d_out, d_in). Read are the architectures of SAELens 6, its
+training checkpoints of BatchTopK, and configurations from before 6.0.
 """
 
 import re

@@ -1,13 +1,8 @@
-"""`Source`: a folder or single file that may hold an SAE, through which all of its files are opened.
+"""`SAEFiles`: a folder or single file that may hold an SAE, and the safe reading of its tensors and configuration.
 
-Types of the keys that are read from other libraries' configurations, for validation.
-
-Numbers that must be present are checked by `require_number`.
-
-Safe reading of tensors from files of other libraries: safetensors, PyTorch's zip format, NumPy's npz. Nothing in
-them is executed.
-
-Tensors are memory-mapped, so that names, shapes and dtypes are known before any value is read.
+Tensors come from safetensors, PyTorch's zip format or NumPy's npz; nothing in them is executed. They are
+memory-mapped, so that names, shapes and dtypes are known before any value is read. Keys of other libraries'
+configurations are validated by type; numbers that must be present are checked by `require_number`.
 """
 
 import math
