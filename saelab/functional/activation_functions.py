@@ -98,7 +98,7 @@ class _JumpReLU(torch.autograd.Function):
 _jumprelu: Callable[[Tensor, Tensor, float], Tensor] = _JumpReLU.apply
 
 
-class _Step(torch.autograd.Function):
+class _StepAbove(torch.autograd.Function):
     """1 where u > threshold; the kernel estimate looks at u, before the jump, so that it sees both sides of it."""
 
     @staticmethod
@@ -114,7 +114,7 @@ class _Step(torch.autograd.Function):
         return None, (grad * near / -ctx.bandwidth).sum_to_size(threshold.shape), None
 
 
-_step: Callable[[Tensor, Tensor, float], Tensor] = _Step.apply
+_step: Callable[[Tensor, Tensor, float], Tensor] = _StepAbove.apply
 
 
 def jumprelu(

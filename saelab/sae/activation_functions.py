@@ -256,42 +256,17 @@ class TopK(Activation):
         return keep_topk(u, self.k, self.signed)
 
     def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
-        """Codes of each row's k largest pre-activations; of equal ones the latent with the lower index is kept.
-
-        Args:
-            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it; used only to decide between
-                near-equal latents.
-            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
-            bias: (d_sae,) encoder biases.
-            threshold: ignored, as nothing is thresholded.
-        """
+        """Codes of each row's k largest pre-activations; of equal ones the latent with the lower index is kept."""
         return keep_places(u, topk_latents(u, x, W, bias, self.k, self.signed), self.signed)
 
     def search(
         self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
     ) -> SparseCodes | None:
-        """Sparse codes of each row's k largest pre-activations, without the dense tensor; None where dense is faster.
-
-        Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
-            W: (d_sae, d_in) encoder weights, one row per latent.
-            bias: (d_sae,) encoder biases.
-            threshold: ignored, as nothing is thresholded.
-            training: ignored, as both modes keep the same latents.
-        """
+        """Sparse codes of each row's k largest pre-activations; None where the dense computation is faster."""
         return search_topk(x, W, bias, self.k, self.signed)
 
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
-        """(n_rows, n_latents) codes of the given latents, reading only as much of the encoder as it takes to rank them.
-
-        Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
-            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
-            bias: (d_sae,) encoder biases of all latents.
-            threshold: ignored, as nothing is thresholded.
-            latents: (n_latents,) indices of the latents wanted.
-        """
+        """(n_rows, n_latents) codes of the given latents, from only as much of the encoder as ranking them takes."""
         return pick_topk(x, W, bias, latents, self.k, self.signed)
 
 
@@ -326,17 +301,7 @@ class BatchTopK(Activation):
         return keep_above(u, threshold, self.signed)
 
     def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
-        """Codes above the threshold, or the batch's k * n_rows largest where training has not set a threshold yet.
-
-        Args:
-            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it; used only to decide between
-                near-equal latents.
-            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
-            bias: (d_sae,) encoder biases.
-            threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
-                before training.
-        """
+        """Codes above the threshold, or the batch's k * n_rows largest where training has not set a threshold yet."""
         if threshold is not None and not bool(threshold.isnan()):
             return self(u, threshold)
         kept = torch.zeros_like(u, dtype=torch.bool)
@@ -348,14 +313,6 @@ class BatchTopK(Activation):
     ) -> SparseCodes | None:
         """Sparse codes above the threshold, or of the batch's k * n_rows largest pre-activations in training; None
         where dense is faster.
-
-        Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
-            W: (d_sae, d_in) encoder weights, one row per latent.
-            bias: (d_sae,) encoder biases.
-            threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
-                before training.
-            training: whether latents compete over the batch, rather than being compared with the threshold.
         """
         if training or threshold is None or bool(threshold.isnan()):
             return search_batch_topk(x, W, bias, self.k, self.signed)
@@ -364,14 +321,6 @@ class BatchTopK(Activation):
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor | None:
         """(n_rows, n_latents) codes of the given latents above the threshold; None without a threshold, as then all
         latents compete.
-
-        Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
-            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
-            bias: (d_sae,) encoder biases of all latents.
-            threshold: scalar that pre-activations (of a signed activation, their magnitudes) must exceed; None or NaN
-                before training.
-            latents: (n_latents,) indices of the latents wanted.
         """
         if threshold is None or bool(threshold.isnan()):
             return None
@@ -403,28 +352,11 @@ class GroupMax(Activation):
         return keep_group_max(u, self.k)
 
     def code(self, u: Tensor, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None) -> Tensor:
-        """Codes of each group's largest pre-activation; of equal ones the latent with the lower index is kept.
-
-        Args:
-            u: (n_rows, d_sae) pre-activations, `x W^T + bias`.
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it; used only to decide between
-                near-equal latents.
-            W: (d_sae, d_in) encoder weights, one row per latent; used like `x`.
-            bias: (d_sae,) encoder biases.
-            threshold: ignored, as nothing is thresholded.
-        """
+        """Codes of each group's largest pre-activation; of equal ones the latent with the lower index is kept."""
         return keep_places(u, group_max_latents(u, x, W, bias, self.k), False)
 
     def search(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool) -> SparseCodes:
-        """Sparse codes of each group's largest pre-activation.
-
-        Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
-            W: (d_sae, d_in) encoder weights, one row per latent.
-            bias: (d_sae,) encoder biases.
-            threshold: ignored, as nothing is thresholded.
-            training: ignored, as both modes keep the same latents.
-        """
+        """Sparse codes of each group's largest pre-activation."""
         return search_group_max(x, W, bias, self.k)
 
     def check(self, d_sae: int) -> None:
@@ -435,7 +367,7 @@ class GroupMax(Activation):
 
 
 @dataclass(frozen=True)
-class _Penalised(Activation):
+class _Penalized(Activation):
     """Activation trained with a sparsity penalty, whose weight is fixed or controlled to reach a target L0."""
 
     target_l0: float = 32.0
@@ -453,7 +385,7 @@ class _Penalised(Activation):
 
 @register_activation("relu")
 @dataclass(frozen=True)
-class ReLU(_Penalised):
+class ReLU(_Penalized):
     """max(u, 0) with an L1 penalty, sum_i |z_i|."""
 
     lr_scale: ClassVar[float] = 2.0
@@ -467,25 +399,12 @@ class ReLU(_Penalised):
     ) -> SparseCodes | None:
         """Sparse codes of the positive pre-activations; None where so many are positive that dense is faster.
 
-        Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
-            W: (d_sae, d_in) encoder weights, one row per latent.
-            bias: (d_sae,) encoder biases.
-            threshold: ignored: it is 0.
-            training: whether a gradient is needed, in which case dense is faster at lower L0.
+        In training, where a gradient is needed, dense is faster at lower L0.
         """
         return search_above(x, W, bias, bias.new_zeros(()), False, SPARSE_FRAC if training else 1.0)
 
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
-        """(n_rows, n_latents) codes of the given latents.
-
-        Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
-            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
-            bias: (d_sae,) encoder biases of all latents.
-            threshold: ignored: it is 0.
-            latents: (n_latents,) indices of the latents wanted.
-        """
+        """(n_rows, n_latents) codes of the given latents."""
         return self(_score(x, W, bias, latents))
 
     def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
@@ -495,7 +414,7 @@ class ReLU(_Penalised):
 
 @register_activation("jumprelu")
 @dataclass(frozen=True)
-class JumpReLU(_Penalised):
+class JumpReLU(_Penalized):
     """u where u exceeds a learned threshold, else 0, with an L0 penalty and straight-through gradients
     (arXiv:2407.14435).
     """
@@ -514,15 +433,9 @@ class JumpReLU(_Penalised):
     def search(
         self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
     ) -> SparseCodes | None:
-        """Pre-activations above their threshold; in training also those just below it, which carry a gradient to the
-        threshold.
+        """Pre-activations above their threshold; in training also those up to `bandwidth / 2` below it.
 
-        Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
-            W: (d_sae, d_in) encoder weights, one row per latent.
-            bias: (d_sae,) encoder biases.
-            threshold: (d_sae,) learned thresholds; must be given.
-            training: whether to include the `bandwidth / 2` below the threshold; `fire` then sets those codes to 0.
+        Those carry a gradient to the threshold; `fire` sets their codes to 0.
         """
         assert threshold is not None
         if not training:
@@ -531,15 +444,7 @@ class JumpReLU(_Penalised):
         return search_above(x, W, bias, threshold - self.bandwidth / 2, False, SPARSE_FRAC)
 
     def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
-        """(n_rows, n_latents) codes of the given latents.
-
-        Args:
-            x: (n_rows, d_in) what the encoder reads, as `SAEModule.center` gives it.
-            W: (d_sae, d_in) encoder weights of all latents, one row per latent.
-            bias: (d_sae,) encoder biases of all latents.
-            threshold: (d_sae,) learned thresholds of all latents; must be given.
-            latents: (n_latents,) indices of the latents wanted.
-        """
+        """(n_rows, n_latents) codes of the given latents."""
         assert threshold is not None
         return self(_score(x, W, bias, latents), threshold[latents])
 

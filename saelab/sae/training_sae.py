@@ -43,7 +43,7 @@ def place_weights(
     if sae.archetypes is not None:
         sae.archetypes.place(y - y.mean(0), seed)
         sae.W_dec.copy_(sae.archetypes())
-        rows = sae.W_dec if sae.cfg.d_out is None else _unit(sae.W_dec @ (y - y.mean(0)).T @ centered)
+        rows = sae.W_dec if sae.cfg.d_out is None else _normalize_rows(sae.W_dec @ (y - y.mean(0)).T @ centered)
     elif sae.cfg.init == "data":
         rows = _draw_rows(centered, rows, seed)
     elif sae.cfg.init == "subspace":
@@ -59,7 +59,7 @@ def place_weights(
         _match_scale(sae, x[:SCALE_TOKENS], y[:SCALE_TOKENS])
 
 
-def _unit(rows: Tensor) -> Tensor:
+def _normalize_rows(rows: Tensor) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
@@ -85,7 +85,7 @@ def _turn_inside(centered: Tensor, random: Tensor) -> Tensor:
     moments = exact(centered).T @ exact(centered)
     variances, directions = torch.linalg.eigh(moments)
     n = max(1, math.ceil(effective_rank(variances.clamp(min=0).sqrt())))
-    return _unit(random[:, :n] @ directions[:, -n:].T.to(random))
+    return _normalize_rows(random[:, :n] @ directions[:, -n:].T.to(random))
 
 
 def _answer(sae: SAEModule, x: Tensor, y: Tensor) -> None:
@@ -95,7 +95,7 @@ def _answer(sae: SAEModule, x: Tensor, y: Tensor) -> None:
     sums = torch.zeros_like(sae.W_dec)
     for part, target in zip(x.split(SCALE_TOKENS), y.split(SCALE_TOKENS), strict=True):
         sums += _codes(sae, part).T @ (target - sae.b_dec)
-    sae.W_dec.copy_(torch.where(sums.norm(dim=1, keepdim=True) > 0, _unit(sums), sae.W_dec))
+    sae.W_dec.copy_(torch.where(sums.norm(dim=1, keepdim=True) > 0, _normalize_rows(sums), sae.W_dec))
 
 
 def _match_scale(sae: SAEModule, x: Tensor, y: Tensor) -> None:

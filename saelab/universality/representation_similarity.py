@@ -102,12 +102,12 @@ class SpaceSide:
     @cached_property
     def cosines(self) -> Float[np.ndarray, "m m"]:
         """Cosines of every two rows of the sample."""
-        unit = _unit(self.centered[self.sample])
+        unit = _normalize_rows(self.centered[self.sample])
         return unit @ unit.T
 
     def relate(self, order: Int[np.ndarray, "m"]) -> Float[np.ndarray, "n_items n_anchors"]:
         """Relative representations: each row's cosines to the anchors, of unit norm, with rows permuted by `order`."""
-        return _unit(self.cosines[np.ix_(order[~self.is_anchor], order[self.is_anchor])])
+        return _normalize_rows(self.cosines[np.ix_(order[~self.is_anchor], order[self.is_anchor])])
 
     @cached_property
     def related(self) -> Float[np.ndarray, "n_items n_anchors"]:
@@ -270,7 +270,7 @@ def _mean_cosine(cross: np.ndarray) -> float:
     return _singular_sum(cross) / min(cross.shape)
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
+def _normalize_rows(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-300)
 
 

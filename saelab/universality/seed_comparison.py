@@ -76,10 +76,10 @@ def measure_directions(
     >>> found.stable_rank, found.effective_rank, found.coherence, found.ood
     (4.0, 4.0, 0.0, 0.5)
     """
-    rows = _unit(rows.float().cpu())
+    rows = _normalize_rows(rows.float().cpu())
     squares = torch.linalg.eigvalsh(exact(rows).T @ exact(rows)).clamp(min=0)
     beside = _largest_cosines(rows, rows, signed=True, itself=False)
-    near = None if x is None else _largest_cosines(rows, _unit(x.float().cpu()), signed, itself=True)
+    near = None if x is None else _largest_cosines(rows, _normalize_rows(x.float().cpu()), signed, itself=True)
     return DictionaryFigures(
         stable_rank=round(float(squares.sum() / squares[-1]), 6),
         effective_rank=effective_rank(squares.sqrt()),
@@ -115,7 +115,7 @@ def _usage(sae: SAE, fires: Int[Tensor, "d_sae"], squares: Float[Tensor, "d_sae"
     return LatentUsage(n_tokens=n, fvu=fvu, density=(fires.double() / max(1, n)).numpy(), energy=energy.numpy())
 
 
-def _unit(rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+def _normalize_rows(rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
 
 
@@ -321,14 +321,14 @@ def _bring_back(sae: SAE, rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d
 
 def _draw_alike(rows: Float[Tensor, "d_sae d_in"], generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:
     """Random unit directions with the second moments of the given rows at unit length."""
-    squares, axes = torch.linalg.eigh(_unit(rows).double().T @ _unit(rows).double() / len(rows))
+    squares, axes = torch.linalg.eigh(_normalize_rows(rows).double().T @ _normalize_rows(rows).double() / len(rows))
     squares = squares.clamp(min=0)
     drawn = torch.randn(rows.shape, generator=generator, dtype=torch.float64)
     scales = squares.sqrt()
     for _ in range(50):  # bringing rows to unit length evens them out, so the scales must differ by more
-        found = _unit(drawn * scales).square().mean(0)
+        found = _normalize_rows(drawn * scales).square().mean(0)
         scales = scales * (squares / found.clamp(min=1e-30)).sqrt()
-    return (_unit(drawn * scales) @ axes.T).float()
+    return (_normalize_rows(drawn * scales) @ axes.T).float()
 
 
 def _center(sae: SAE, acts: Activations | None) -> Float[Tensor, "n d_in"] | None:
@@ -394,6 +394,6 @@ def _principal(
     rows: Float[Tensor, "d_sae d_in"], weights: Float[Tensor, "d_sae"], rank: int
 ) -> Float[Tensor, "d_in rank"]:
     """Orthonormal axes of highest energy: leading eigenvectors of `sum_i w_i d_i d_i^T` with unit d_i."""
-    unit = _unit(rows).double()
+    unit = _normalize_rows(rows).double()
     moments = (unit * weights.double()[:, None]).T @ unit
     return torch.linalg.eigh(moments).eigenvectors[:, -rank:]

@@ -30,7 +30,7 @@ PLACES = {
 def recognize_first(source: SAEFiles) -> bool:
     """Whether the file is an SAE of the first Gemma Scope."""
     name = _find_archive(source)
-    return name is not None and set(NAMES) <= set(_capitalise(source.tensors(name)))
+    return name is not None and set(NAMES) <= set(_capitalize(source.tensors(name)))
 
 
 def _find_archive(source: SAEFiles) -> str | None:
@@ -39,7 +39,7 @@ def _find_archive(source: SAEFiles) -> str | None:
     return ARCHIVE if source.has(ARCHIVE) else None
 
 
-def _capitalise(held: Mapping[str, Any]) -> dict[str, Any]:
+def _capitalize(held: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors by `W_enc` and `W_dec`; files spell them in either case."""
     return {f"W{name[1:]}" if name.startswith("w_") else name: value for name, value in held.items()}
 
@@ -50,7 +50,7 @@ def read_first(source: SAEFiles, asked: Asked) -> ParsedSAE:
     """
     name = _find_archive(source)
     assert name is not None
-    parts = require_tensors(_capitalise(source.tensors(name)), NAMES, source.folder / name)
+    parts = require_tensors(_capitalize(source.tensors(name)), NAMES, source.folder / name)
     return ParsedSAE(format="gemma_scope", parts=parts, how=_mean(transcodes=asked.hook_point_out is not None))
 
 
@@ -70,7 +70,7 @@ def read_second(source: SAEFiles, asked: Asked) -> ParsedSAE:
     axes.
     """
     settings = source.settings(CONFIG)
-    held = _capitalise(source.tensors(WEIGHTS))
+    held = _capitalize(source.tensors(WEIGHTS))
     parts = require_tensors(held, NAMES, source.folder / WEIGHTS)
     if parts["W_dec"].ndim != 2:
         raise ValueError(
