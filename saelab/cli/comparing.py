@@ -19,63 +19,52 @@ from saelab.visualization.reports import report
 
 COUNT, M = (options.default_of(compare, name) for name in ("min_count", "m"))
 
-Left = Annotated[Path, Argument(metavar="A", help="Folder of a feature store, or of an SAE.")]
-Right = Annotated[Path, Argument(metavar="B", help="Another one: a store of the same text, an SAE of the same space.")]
-MeasureOption = Annotated[
-    str | None,
-    Option(
-        help=f"How alike features are: {', '.join(get_args(Similarity))}.",
-        metavar="NAME",
-        show_default="correlation of stores, decoder of SAEs",
-    ),
-]
-MethodName = Annotated[
-    str, Option(help=f"Which pairs are matches: {', '.join(get_args(MatchingMethod))} (one to one).", metavar="NAME")
-]
-SidesOption = Annotated[bool, Option("--sides", help="Match positive and negative codes as features of their own.")]
-NearestOption = Annotated[int, Option(metavar="N", help="Best partners to look at for each feature.")]
-MinCount = Annotated[int, Option(help="Tokens on which a match fires together, at least.", metavar="N")]
-Shifts = Annotated[int, Option(help="Times that chance is measured.", metavar="N")]
-MinEffect = Annotated[float, Option(help="Similarity of a universal feature, at least.", metavar="VALUE")]
-Rate = Annotated[float, Option("--fdr", help="Share of false discoveries among universal features.", metavar="SHARE")]
-NullSeed = Annotated[int, Option(help="Of what is drawn.", metavar="N")]
-Out = Annotated[Path | None, Option(help="File for everything, as JSON.", metavar="FILE", show_default="none")]
-ReportPage = Annotated[
-    Path | None,
-    Option(
-        help="Page, or folder, with the matched features of two stores side by side, the most similar 200.",
-        metavar="PATH",
-        show_default="none",
-    ),
-]
-PairsShown = Annotated[int, Option(help="Pairs to show.")]
-Floors = Annotated[
-    bool,
-    Option(
-        "--untrained/--no-untrained",
-        help="Compare with untrained dictionaries of both shapes, too, which read the text again; where the stores' "
-        "SAEs and models are at hand.",
-    ),
-]
 ON_PAGE = 200
 
 
+@options.documented_by(compare, NullConfig, nearest="m", shifts="n_shifts")
 def compare_folders(
-    a: Left,
-    b: Right,
-    similarity: MeasureOption = None,
-    method: MethodName = "hungarian",
-    sides: SidesOption = False,
-    nearest: NearestOption = M,
-    min_count: MinCount = COUNT,
-    shifts: Shifts = NULL.n_shifts,
-    min_effect: MinEffect = NULL.min_effect,
-    fdr: Rate = NULL.fdr,
-    seed: NullSeed = 0,
-    out: Out = None,
-    html: ReportPage = None,
-    top: PairsShown = 10,
-    untrained: Floors = True,
+    a: Annotated[Path, Argument(metavar="A", help="Folder of a feature store, or of an SAE.")],
+    b: Annotated[Path, Argument(metavar="B", help="Another one: a store of the same text, an SAE of the same space.")],
+    similarity: Annotated[
+        str | None,
+        Option(
+            help=f"How alike features are: {', '.join(get_args(Similarity))}.",
+            metavar="NAME",
+            show_default="correlation of stores, decoder of SAEs",
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        Option(help=f"Which pairs are matches: {', '.join(get_args(MatchingMethod))} (one to one).", metavar="NAME"),
+    ] = "hungarian",
+    sides: Annotated[bool, Option("--sides")] = False,
+    nearest: options.Count = M,
+    min_count: options.Count = COUNT,
+    shifts: options.Count = NULL.n_shifts,
+    min_effect: float = NULL.min_effect,
+    fdr: float = NULL.fdr,
+    seed: options.Count = 0,
+    out: Annotated[
+        Path | None, Option(help="File for everything, as JSON.", metavar="FILE", show_default="none")
+    ] = None,
+    html: Annotated[
+        Path | None,
+        Option(
+            help="Page, or folder, with the matched features of two stores side by side, the most similar 200.",
+            metavar="PATH",
+            show_default="none",
+        ),
+    ] = None,
+    top: Annotated[int, Option(help="Pairs to show.")] = 10,
+    untrained: Annotated[
+        bool,
+        Option(
+            "--untrained/--no-untrained",
+            help="Compare with untrained dictionaries of both shapes, too, which read the text again; where the "
+            "stores' SAEs and models are at hand.",
+        ),
+    ] = True,
     progress: options.Progress = True,
 ) -> None:
     """Find the features that two dictionaries share, beside what chance would give.

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from saelab.cli import options
 from saelab.cli.inputs import echo
 from saelab.cli.training import read_activation
 from saelab.sae.formats.registry import FORMATS, OWN, WRITERS
@@ -14,45 +15,33 @@ from saelab.sae.sae import SAE
 from saelab.stores.files import is_empty, settle
 from saelab.stores.jobs import LOCK, hold_folder
 
-UNSAID = "; where the files do not say it"
-SAID = "as the files say"
+FromFiles = Annotated[str | None, Option(show_default="as the files say")]
 
 
+@options.documented_by(SAE.from_pretrained)
 def convert_sae(
-    source: Annotated[
-        str, Argument(metavar="SRC", help="Folder or file of an SAE, a Hub id, or a release that SAELens lists.")
-    ],
+    source: Annotated[str, Argument(metavar="SRC")],
     target: Annotated[Path, Argument(metavar="DST", help="Folder to write; it must be new or empty.")],
     format: Annotated[
         str, Option(help=f"What to write: {OWN}, {', '.join(WRITERS)}.", metavar="NAME", show_default=True)
     ] = OWN,
-    name: Annotated[
-        str | None, Option(help="Sub-folder or file in SRC, or the release's SAE id.", show_default="SRC itself")
-    ] = None,
+    name: Annotated[str | None, Option(show_default="SRC itself")] = None,
     source_format: Annotated[
         str | None, Option(help=f"What SRC is, where it holds several: {', '.join(FORMATS)}.", show_default="found out")
     ] = None,
-    revision: Annotated[str | None, Option(help="Of the Hub repository.", show_default="the newest")] = None,
-    model: Annotated[str | None, Option(help=f"The language model{UNSAID}.", show_default=SAID)] = None,
-    hook_point: Annotated[
-        str | None, Option(help=f"Place in it that the SAE reads{UNSAID}.", show_default=SAID)
-    ] = None,
-    hook_point_out: Annotated[
-        str | None, Option(help=f"Place that a transcoder writes{UNSAID}.", show_default=SAID)
-    ] = None,
-    weight_processing: Annotated[
-        str | None, Option(help=f"none or folded: what was done to the model{UNSAID}.", show_default=SAID)
-    ] = None,
+    revision: str | None = None,
+    model: FromFiles = None,
+    hook_point: FromFiles = None,
+    hook_point_out: FromFiles = None,
+    weight_processing: FromFiles = None,
     activation: Annotated[
-        str | None, Option(help=f"Which latents fire, such as topk{UNSAID}.", show_default=SAID)
+        str | None, Option(help="Activation function, such as topk.", show_default="as the files say")
     ] = None,
     k: Annotated[
-        int | None, Option(help="Latents that fire for a token, with --activation.", show_default=SAID)
+        int | None, Option(help="Latents that fire for a token, with --activation.", show_default="as the files say")
     ] = None,
-    threshold: Annotated[float | None, Option(help=f"Above which latents fire{UNSAID}.", show_default=SAID)] = None,
-    scale: Annotated[
-        float | None, Option(help=f"What activations are multiplied by first{UNSAID}.", show_default=SAID)
-    ] = None,
+    threshold: Annotated[float | None, Option(show_default="as the files say")] = None,
+    scale: Annotated[float | None, Option(show_default="as the files say")] = None,
 ) -> None:
     """Convert an SAE or transcoder between libraries: same codes, same reconstructions.
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typer import Option
 
 from saelab.cli import options
 from saelab.cli.inputs import echo
@@ -68,14 +70,20 @@ class Clock:
 
 def run_demo(
     context: Context,
-    out: options.OutDemo = Path("demo"),
-    model: options.TalesModel = "tales",
-    hook_point: options.DemoHookPoint = "blocks.2.hook_resid_post",
-    n_stories: options.NStories = 2400,
-    n_tokens: options.DemoTokens = 1_200_000,
-    d_sae: options.DemoWidth = 1024,
-    k: options.DemoK = 16,
-    seed: options.DemoSeed = 0,
+    out: Annotated[
+        Path, Option(help="Folder for the report and the dictionaries; an older demo is replaced.", metavar="FOLDER")
+    ] = Path("demo"),
+    model: Annotated[
+        str, Option(help="A model of tales: its name, or a folder that holds one.", metavar="NAME")
+    ] = "tales",
+    hook_point: Annotated[
+        str, Option(help="Hook point whose activations the dictionaries are trained on.", metavar="NAME")
+    ] = "blocks.2.hook_resid_post",
+    n_stories: Annotated[int, Option(help="Stories to train on; half as many others to score on.")] = 2400,
+    n_tokens: Annotated[int, Option(help="Tokens that each dictionary is trained on.")] = 1_200_000,
+    d_sae: Annotated[int, Option(help="Latents in each dictionary.")] = 1024,
+    k: Annotated[int, Option(help="Latents that fire for a token: kept, or their mean.")] = 16,
+    seed: Annotated[int, Option(help="Seed of dictionaries, order of the data and split of the stories.")] = 0,
     progress: options.Progress = True,
 ) -> None:
     """Train three dictionaries on a built-in model whose concepts are known, score them, and write a report.

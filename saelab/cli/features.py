@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from saelab.analysis.dashboard import list_features
 from saelab.analysis.density import dead_features
@@ -11,6 +11,7 @@ from saelab.cli import options
 from saelab.cli.info import describe_store
 from saelab.cli.inputs import echo, open_model, open_pair, open_sae, read_head, read_numbers
 from saelab.collecting.harvesting import harvest
+from saelab.lm.tokens import tokenize
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import to_json
@@ -22,21 +23,22 @@ VALUES = options.default_of(harvest, "dtype")
 NEAR_DEAD, DENSE = (options.default_of(dead_features, name) for name in ("near_dead_rate", "dense_rate"))
 
 
+@options.documented_by(harvest, tokenize, values="dtype")
 def harvest_text(
     sae: options.SAEName,
     model: options.ModelName,
     text: options.TextFile,
-    out: options.OutStore,
-    n_tokens: options.HeadTokens = None,
-    ctx_len: options.EvalCtxLen = None,
-    values: options.ValueType = VALUES,
-    batch_size: options.ForwardSize = None,
+    out: Annotated[Path, Option(metavar="FOLDER")],
+    n_tokens: int | None = None,
+    ctx_len: options.SAECtxLen = None,
+    values: options.Name = VALUES,
+    batch_size: int | None = None,
     allow_mismatch: options.AllowMismatch = False,
     separator: options.Separator = options.SEPARATOR,
-    field: options.Field = options.FIELD,
+    field: options.Name = options.FIELD,
     bos: options.Bos = True,
     device: options.Device = None,
-    overwrite: options.OverwriteStore = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Delete the store in the folder and start over.")] = False,
     progress: options.Progress = True,
 ) -> None:
     """Encode a text once into a feature store, which every analysis reads.
@@ -62,11 +64,12 @@ def harvest_text(
     echo(describe_store(out))
 
 
+@options.documented_by(list_features)
 def show_features(
     store: options.StoreFolder,
-    sort: options.SortColumn = SORT,
-    top: options.TopRows = TOP,
-    ascending: options.Ascending = False,
+    sort: options.Name = SORT,
+    top: int = TOP,
+    ascending: Annotated[bool, Option("--ascending", help="Smallest first.")] = False,
     json: options.AsJSON = False,
 ) -> None:
     """List features by how often they fire, how strongly, or with which sign."""
@@ -74,11 +77,12 @@ def show_features(
     _print(found, json)
 
 
+@options.documented_by(dead_features)
 def show_dead(
     store: options.StoreFolder,
-    sae: options.StoreSAE = None,
-    near_dead_rate: options.NearDead = NEAR_DEAD,
-    dense_rate: options.Dense = DENSE,
+    sae: Annotated[str | None, Option(metavar="SAE", show_default="no causes")] = None,
+    near_dead_rate: float = NEAR_DEAD,
+    dense_rate: float = DENSE,
     json: options.AsJSON = False,
 ) -> None:
     """Count dead, near-dead, live and dense features; with --sae, say why the dead ones may be."""
@@ -91,27 +95,21 @@ def _print(result: Any, as_json: bool) -> None:
     echo(to_json(result.to_dict()) if as_json else str(result))
 
 
-Compare = Annotated[
-    Path | None,
-    typer.Option(
-        "--compare",
-        help="Another store of the same text: every card shows the best partner there.",
-        metavar="STORE",
-        show_default="none",
-    ),
-]
-
-
+@options.documented_by(report)
 def write_report(
     store: options.StoreFolder,
-    out: options.OutReport,
-    prompt: options.Prompts = [],  # noqa: B006 - typer copies it
+    out: Annotated[Path, Option(metavar="PATH")],
+    prompt: Annotated[
+        list[str], Option("--prompt", help="Text shown token by token; may be given again.", metavar="TEXT")
+    ] = [],  # noqa: B006 - typer copies it
     features: options.FeatureList = None,
-    sae: options.ReportSAE = None,
-    model: options.ReportModel = None,
-    evaluation: options.EvaluationFile = None,
-    compare: Compare = None,
-    title: options.Title = "",
+    sae: options.StoreSAE = None,
+    model: Annotated[str | None, Option(metavar="MODEL", show_default="as the store has it")] = None,
+    evaluation: Annotated[
+        Path | None, Option(help="What `saelab evaluate --json` wrote.", metavar="FILE", show_default="not shown")
+    ] = None,
+    compare: Annotated[Path | None, Option(metavar="STORE", show_default="none")] = None,
+    title: Annotated[str, Option(show_default="features, hook point and model")] = "",
     progress: options.Progress = True,
 ) -> None:
     """Write a report to open in a browser: every feature with where it fires, to search and to sort.

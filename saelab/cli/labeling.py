@@ -37,26 +37,8 @@ else:
     Context = find_base(typer.Context, "Context")  # what a command is given
 
 FeatureNumber = Annotated[int, Argument(metavar="FEATURE", help="Number of the feature.")]
-SearchWords = Annotated[
-    str, Argument(metavar="TEXT", help="Words that the label has, as they are, longer or in another form.")
-]
-Text = Annotated[str, Argument(metavar="TEXT", help="What the feature is called.")]
-Author = Annotated[str, Argument(metavar="AUTHOR", help="Whose label; `show` tells who gave some.")]
-Sign = Annotated[int, Option(help="1 or -1 for one side of the feature, 0 for the whole.", metavar="SIGN")]
-Giver = Annotated[str | None, Option("--author", help="Who says so.", metavar="NAME", show_default="your user name")]
-Every = Annotated[bool, Option("--all", help="Labels that are not chosen, too.")]
-LabelsShown = Annotated[int, Option(help="Labels to show.")]
-OutFile = Annotated[Path, Argument(metavar="FILE", help="File for the labels; compressed where it ends in .gz.")]
-InFile = Annotated[
-    Path, Argument(metavar="FILE", help="What `export` wrote, Neuronpedia's records, or a table as CSV.")
-]
-FormatName = Annotated[
-    str | None, Option("--format", help=f"{', '.join(FORMATS)}.", metavar="NAME", show_default="by the file's ending")
-]
-ModelId = Annotated[str, Option(help="Neuronpedia's name of the model.", metavar="NAME", show_default="the store's")]
-SourceId = Annotated[
-    str, Option(help="Neuronpedia's name of the dictionary.", metavar="NAME", show_default="the store's hook point")
-]
+Author = Annotated[str, Argument(metavar="AUTHOR", help="Whose label; `show` lists the authors.")]
+Sign = Annotated[int, Option(metavar="SIGN")]
 
 
 def open_book(context: Context, store: options.StoreFolder) -> None:
@@ -70,7 +52,14 @@ def open_book(context: Context, store: options.StoreFolder) -> None:
         echo(make_printable(str(_open(context))))
 
 
-def find_labels(context: Context, text: SearchWords, every: Every = False, top: LabelsShown = 20) -> None:
+def find_labels(
+    context: Context,
+    text: Annotated[
+        str, Argument(metavar="TEXT", help="Words that the label has, as they are, longer or in another form.")
+    ],
+    every: Annotated[bool, Option("--all", help="Labels that are not chosen, too.")] = False,
+    top: Annotated[int, Option(help="Labels to show.")] = 20,
+) -> None:
     """Find features by their labels, the best first."""
     _print(_open(context).search(text, every=every), top)
 
@@ -85,28 +74,41 @@ def show_labels(context: Context, feature: FeatureNumber) -> None:
         echo(f"Feature {feature} has no label.", err=True)
 
 
-def set_label(context: Context, feature: FeatureNumber, text: Text, sign: Sign = BOTH, author: Giver = None) -> None:
+@options.documented_by(LabelStore.set)
+def set_label(
+    context: Context,
+    feature: FeatureNumber,
+    text: Annotated[str, Argument(metavar="TEXT")],
+    sign: Sign = BOTH,
+    author: Annotated[str | None, Option(metavar="NAME", show_default="your user name")] = None,
+) -> None:
     """Give a feature a label and choose it: your word stands until a person says otherwise."""
     echo(_say(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
 
 
+@options.documented_by(LabelStore.set)
 def choose_label(context: Context, feature: FeatureNumber, author: Author, sign: Sign = BOTH) -> None:
     """Choose the newest label that an author gave: it stands until a person says otherwise."""
     echo(_say(_open(context).choose(feature, author, sign=sign)))
 
 
+@options.documented_by(LabelStore.set)
 def delete_labels(context: Context, feature: FeatureNumber, author: Author, sign: Sign = BOTH) -> None:
     """Delete an author's labels of a feature."""
     n = _open(context).delete(feature, author=author, sign=sign)
     echo(f"{n} label{'' if n == 1 else 's'} deleted.")
 
 
+@options.documented_by(LabelStore.save)
 def export_labels(
     context: Context,
-    file: OutFile,
-    form: FormatName = None,
-    model_id: ModelId = "",
-    source_id: SourceId = "",
+    file: Annotated[Path, Argument(metavar="FILE", help="File for the labels; an ending .gz compresses it.")],
+    form: Annotated[
+        str | None,
+        Option("--format", help=f"{', '.join(FORMATS)}.", metavar="NAME", show_default="by the file's ending"),
+    ] = None,
+    model_id: Annotated[str, Option(metavar="NAME", show_default="the store's")] = "",
+    source_id: Annotated[str, Option(metavar="NAME", show_default="the store's hook point")] = "",
 ) -> None:
     """Write all labels to a file: JSON, CSV, or Neuronpedia's explanation records, one a line."""
     if form is not None and form not in FORMATS:
@@ -115,7 +117,12 @@ def export_labels(
     echo(f"{n:,} labels in {file}.")
 
 
-def import_labels(context: Context, file: InFile) -> None:
+def import_labels(
+    context: Context,
+    file: Annotated[
+        Path, Argument(metavar="FILE", help="What `export` wrote, Neuronpedia's records, or a table as CSV.")
+    ],
+) -> None:
     """Add the labels of a file; a person's choice that stands already is kept."""
     echo(f"{_open(context).load(file):,} labels added.")
 
@@ -163,86 +170,69 @@ def _print(labels: Sequence[Label], top: int) -> None:
 BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
 SCORERS = ",".join(options.default_of(explain_features, "scorers"))
 
-Rules = Annotated[
-    str | None,
-    Option(
-        help="Predicates of rules, joined by commas: `builtin`, and files of Python whose PREDICATES lists your own, "
-        "which are run.",
-        metavar="NAMES",
-        show_default="builtin, where no language model is asked",
-    ),
-]
-Size = Annotated[int, Option("--predicates", help="Built-in predicates that rules are made of, about.", metavar="N")]
-RuleTokens = Annotated[
-    int,
-    Option("--rule-tokens", help="Tokens that rules are chosen and scored on; of a longer text, spread.", metavar="N"),
-]
-Floor = Annotated[
-    bool,
-    Option(
-        "--untrained/--no-untrained",
-        help="Label an untrained dictionary of the same shape, too, which reads the text again and, of a language "
-        "model, asks for as much again.",
-    ),
-]
-Lens = Annotated[bool, Option("--lens/--no-lens", help="Try the tokens that features promote as rules, too, or not.")]
-LensModel = Annotated[
-    str | None,
-    Option(help="The language model whose features they are.", metavar="MODEL", show_default="as the store has it"),
-]
-Endpoint = Annotated[
-    str | None,
-    Option(
-        "--llm",
-        help="URL of an OpenAI-compatible endpoint, or `local` for a model on this machine; the key is read from "
-        "OPENAI_API_KEY.",
-        metavar="URL",
-        show_default="OpenAI's, where --model is given",
-    ),
-]
-LLMName = Annotated[
-    str | None,
-    Option("--model", help="The language model that names and scores.", metavar="NAME", show_default="none is asked"),
-]
-Scorers = Annotated[str, Option(help="How its labels are scored: names joined by commas.", metavar="NAMES")]
-Budget = Annotated[float | None, Option(help="What the run may cost; needs the prices.", show_default="no limit")]
-PriceIn = Annotated[float | None, Option(help="Of a million tokens of prompts.", show_default="unknown")]
-PriceOut = Annotated[float | None, Option(help="Of a million tokens of answers.", show_default="unknown")]
-Parallel = Annotated[int, Option("--parallel", help="Requests at a time.")]
-EstimateOnly = Annotated[bool, Option("--estimate", help="Say what it would take, and ask nothing.")]
-GoOn = Annotated[bool, Option("--resume", help="Leave out features whose sides have scored labels of the same author.")]
-OutPrompts = Annotated[
-    Path | None,
-    Option("--export-prompts", help="File for the prompts without an answer.", metavar="FILE", show_default="none"),
-]
-InAnswers = Annotated[
-    Path | None,
-    Option("--import-answers", help="File of answers to such prompts.", metavar="FILE", show_default="none"),
-]
 
-
+@options.documented_by(RequestConfig, parallel="n_parallel")
 def label_features(
     context: Context,
     store: options.StoreFolder,
-    rules: Rules = None,
-    predicates: Size = N_PREDICATES,
-    rule_tokens: RuleTokens = N_TOKENS,
-    untrained: Floor = False,
-    lens: Lens = True,
-    sae: options.ReportSAE = None,
-    lens_model: LensModel = None,
-    llm: Endpoint = None,
-    model: LLMName = None,
-    scorers: Scorers = SCORERS,
-    budget: Budget = None,
-    price_in: PriceIn = None,
-    price_out: PriceOut = None,
-    parallel: Parallel = RequestConfig.n_parallel,
-    estimate: EstimateOnly = False,
+    rules: Annotated[
+        str | None,
+        Option(
+            help="Predicates of rules, joined by commas: `builtin`, and files of Python whose PREDICATES lists your "
+            "own, which are run.",
+            metavar="NAMES",
+            show_default="builtin, where no language model is asked",
+        ),
+    ] = None,
+    predicates: Annotated[int, Option(help="Approximate number of built-in predicates.", metavar="N")] = N_PREDICATES,
+    rule_tokens: Annotated[
+        int, Option(help="Tokens that rules are chosen and scored on; of a longer text, spread.", metavar="N")
+    ] = N_TOKENS,
+    untrained: Annotated[
+        bool,
+        Option(
+            "--untrained/--no-untrained",
+            help="Label an untrained dictionary of the same shape, too, which reads the text again and, of a language "
+            "model, asks for as much again.",
+        ),
+    ] = False,
+    lens: Annotated[
+        bool, Option("--lens/--no-lens", help="Try the tokens that features promote as rules, too, or not.")
+    ] = True,
+    sae: options.StoreSAE = None,
+    lens_model: Annotated[
+        str | None,
+        Option(help="The language model whose features they are.", metavar="MODEL", show_default="as the store has it"),
+    ] = None,
+    llm: Annotated[
+        str | None,
+        Option(
+            help="URL of an OpenAI-compatible endpoint, or `local` for a model on this machine; the key is read from "
+            "OPENAI_API_KEY.",
+            metavar="URL",
+            show_default="OpenAI's, where --model is given",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        Option(help="The language model that labels and scores.", metavar="NAME", show_default="none is asked"),
+    ] = None,
+    scorers: Annotated[str, Option(help="Scorers of its labels, joined by commas.", metavar="NAMES")] = SCORERS,
+    budget: Annotated[float | None, Option(show_default="no limit")] = None,
+    price_in: Annotated[float | None, Option(show_default="unknown")] = None,
+    price_out: Annotated[float | None, Option(show_default="unknown")] = None,
+    parallel: int = RequestConfig.n_parallel,
+    estimate: Annotated[bool, Option("--estimate", help="Estimate requests and cost, and request nothing.")] = False,
     features: options.FeatureList = None,
-    resume: GoOn = False,
-    export_prompts: OutPrompts = None,
-    import_answers: InAnswers = None,
+    resume: Annotated[
+        bool, Option("--resume", help="Leave out features whose sides have scored labels of the same author.")
+    ] = False,
+    export_prompts: Annotated[
+        Path | None, Option(help="File for the prompts without an answer.", metavar="FILE", show_default="none")
+    ] = None,
+    import_answers: Annotated[
+        Path | None, Option(help="File of answers to such prompts.", metavar="FILE", show_default="none")
+    ] = None,
     progress: options.Progress = True,
 ) -> None:
     """Name the features of a store, by rules or by a language model, and keep the labels beside it.

@@ -7,7 +7,7 @@ from typer import Argument, Option
 
 from saelab.cli import options
 from saelab.cli.inputs import echo, open_pair, read_head
-from saelab.interventions.interventions import Intervention, Mode, TextPart
+from saelab.interventions.interventions import Intervention, TextPart
 from saelab.interventions.steering_hooks import steer
 from saelab.lm.generation import SAMPLING, SamplingConfig
 from saelab.lm.model_checks import Model, find_context
@@ -34,83 +34,38 @@ N_TEXTS, N_TOKENS, SEED = (options.default_of(compare_generations, name) for nam
 TEMPERATURE = SAMPLING.temperature
 CURVE_UNIT, CURVE_N, CURVE_TOKENS = (options.default_of(steering_curve, name) for name in ("unit", "n", "n_tokens"))
 
-PromptList = Annotated[list[str], Argument(metavar="PROMPT", help="Text to go on with; several are all gone on with.")]
 FeatureOption = Annotated[list[int], Option("--feature", help="Number of a feature; may be given again.", metavar="N")]
-Strengths = Annotated[
-    list[float],
-    Option("--strength", help="How far it is moved, for each feature or once for all.", metavar="X", show_default="1"),
-]
-ModeName = Annotated[str, Option(help=f"What the strength is: {', '.join(get_args(Mode))}.", metavar="NAME")]
-WhereName = Annotated[str, Option(help=f"Tokens that are moved: {', '.join(get_args(TextPart))}.", metavar="NAME")]
-UnitName = Annotated[
-    str,
-    Option(
-        help="What strengths count: raw codes, max (the feature's own largest, from --store), or norm (of the token's "
-        "activation).",
-        metavar="NAME",
-    ),
-]
-Store = Annotated[
-    Path | None,
-    Option(help="Feature store of the SAE, for the features' maxima.", metavar="FOLDER", show_default="none"),
-]
-HookPointOption = Annotated[
-    str | None, Option(help="Where the SAE belongs.", metavar="NAME", show_default="where it was trained")
-]
-NTexts = Annotated[int, Option("--n", help="Texts for each prompt.", metavar="N")]
-NTokens = Annotated[int, Option(help="Tokens in a text, at most.", metavar="N")]
-Temperature = Annotated[float, Option(help="Divides the logits; 0 takes the likeliest token.", metavar="X")]
-TextSeed = Annotated[int, Option(help="Of the texts.", metavar="N")]
-TextPage = Annotated[Path | None, Option(help="Page for the texts, coloured.", metavar="FILE", show_default="none")]
-ConceptWords = Annotated[
-    str, Option("--concept", help=f"Words joined by commas, or {WORLD}NAME for a concept of tales.", metavar="WORDS")
-]
-OtherWords = Annotated[
-    list[str],
-    Option("--other", help="Words of another concept, to be left alone; may be given again.", metavar="WORDS"),
-]
-FirstToken = Annotated[bool, Option("--first-token", help="Take a word of several tokens by its first.")]
-SteeringBaselines = Annotated[
-    bool,
-    Option(
-        "--baselines/--no-baselines",
-        help="Steer by the difference in means, a probe, a random direction, and with --store by another feature, too.",
-    ),
-]
-PromptOptions = Annotated[
-    list[str],
-    Option("--prompt", help="Text to go on with; may be given again.", metavar="TEXT", show_default="openings"),
-]
-BaselineText = Annotated[
-    Path | None,
-    Option(
-        "--text", help="Text that baselines learn the concept from.", metavar="FILE", show_default="the model's own"
-    ),
-]
-Grid = Annotated[
-    str | None,
-    Option("--strengths", help="Numbers joined by commas, of both signs.", metavar="X,Y", show_default="by unit"),
-]
-OutPage = Annotated[Path | None, Option(help="Page for tables and figures.", metavar="FILE", show_default="none")]
+WhereName = Annotated[str, Option(help=f"Tokens that are changed: {', '.join(get_args(TextPart))}.", metavar="NAME")]
+Store = Annotated[Path | None, Option(metavar="FOLDER", show_default="none")]
+HookPoint = Annotated[str | None, Option(metavar="NAME")]
+NTexts = Annotated[int, Option("--n", metavar="N")]
 
 
+@options.documented_by(steer, compare_generations, SamplingConfig)
 def steer_prompts(
     sae: options.SAEName,
     model: options.ModelName,
-    prompts: PromptList,
+    prompts: Annotated[list[str], Argument(metavar="PROMPT", help="Text to continue; several are all continued.")],
     feature: FeatureOption,
-    strength: Strengths = [],  # noqa: B006 - typer copies it
-    mode: ModeName = MODE,
+    strength: Annotated[
+        list[float],
+        Option(
+            "--strength", help="How far it is moved, for each feature or once for all.", metavar="X", show_default="1"
+        ),
+    ] = [],  # noqa: B006 - typer copies it
+    mode: options.Name = MODE,
     where: WhereName = WHERE,
-    unit: UnitName = UNIT,
+    unit: options.Name = UNIT,
     store: Store = None,
-    hook_point: HookPointOption = None,
+    hook_point: HookPoint = None,
     n: NTexts = N_TEXTS,
-    n_tokens: NTokens = N_TOKENS,
-    temperature: Temperature = TEMPERATURE,
-    seed: TextSeed = SEED,
+    n_tokens: options.Count = N_TOKENS,
+    temperature: float = TEMPERATURE,
+    seed: options.Count = SEED,
     json: options.AsJSON = False,
-    html: TextPage = None,
+    html: Annotated[
+        Path | None, Option(help="Page for the texts, coloured.", metavar="FILE", show_default="none")
+    ] = None,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
     progress: options.Progress = True,
@@ -136,27 +91,51 @@ def steer_prompts(
         write_atomic(html, show_generations(found).encode())
 
 
+@options.documented_by(steer, steering_curve, SamplingConfig, concept_from_words)
 def draw_curve(
     sae: options.SAEName,
     model: options.ModelName,
     feature: FeatureOption,
-    concept: ConceptWords,
-    other: OtherWords = [],  # noqa: B006
-    first_token: FirstToken = False,
-    baselines: SteeringBaselines = False,
-    prompt: PromptOptions = [],  # noqa: B006
-    text: BaselineText = None,
-    strengths: Grid = None,
-    mode: ModeName = MODE,
+    concept: Annotated[
+        str,
+        Option("--concept", help=f"Words joined by commas, or {WORLD}NAME for a concept of tales.", metavar="WORDS"),
+    ],
+    other: Annotated[
+        list[str],
+        Option("--other", help="Words of another concept, for selectivity; may be given again.", metavar="WORDS"),
+    ] = [],  # noqa: B006
+    first_token: Annotated[bool, Option("--first-token")] = False,
+    baselines: Annotated[
+        bool,
+        Option(
+            "--baselines/--no-baselines",
+            help="Steer by the difference in means, a probe, a random direction, and with --store by another feature, "
+            "too.",
+        ),
+    ] = False,
+    prompt: Annotated[
+        list[str],
+        Option("--prompt", help="Text to continue; may be given again.", metavar="TEXT", show_default="openings"),
+    ] = [],  # noqa: B006
+    text: Annotated[
+        Path | None,
+        Option(help="Text that baselines learn the concept from.", metavar="FILE", show_default="the model's own"),
+    ] = None,
+    strengths: Annotated[
+        str | None, Option(help="Numbers joined by commas, of both signs.", metavar="X,Y", show_default="by unit")
+    ] = None,
+    mode: options.Name = MODE,
     where: WhereName = WHERE,
-    unit: UnitName = CURVE_UNIT,
+    unit: options.Name = CURVE_UNIT,
     store: Store = None,
-    hook_point: HookPointOption = None,
+    hook_point: HookPoint = None,
     n: NTexts = CURVE_N,
-    n_tokens: NTokens = CURVE_TOKENS,
-    temperature: Temperature = TEMPERATURE,
-    seed: TextSeed = SEED,
-    out: OutPage = None,
+    n_tokens: options.Count = CURVE_TOKENS,
+    temperature: float = TEMPERATURE,
+    seed: options.Count = SEED,
+    out: Annotated[
+        Path | None, Option(help="Page for tables and figures.", metavar="FILE", show_default="none")
+    ] = None,
     json: options.JSONFile = None,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,

@@ -3,8 +3,10 @@
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Annotated, get_args
 
 import torch
+from typer import Argument, Option
 
 from saelab.cli import options
 from saelab.cli.info import describe_activations, describe_sae
@@ -14,10 +16,10 @@ from saelab.evaluation.evaluation import evaluate
 from saelab.interop.saebench import save_saebench
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import load_model
-from saelab.lm.tokens import Tokens
+from saelab.lm.tokens import Tokens, tokenize
 from saelab.sae.activation_functions import ACTIVATIONS, Activation, TopK, make_activation
 from saelab.sae.archetypal import Archetypal
-from saelab.sae.config import AuxK, RandomPrefixes, SAEConfig
+from saelab.sae.config import AuxK, Dictionary, RandomPrefixes, SAEConfig
 from saelab.sae.fitting import Data
 from saelab.sae.pretrained import CONFIG, WEIGHTS
 from saelab.sae.sae import SAE
@@ -31,31 +33,57 @@ from saelab.training.config import TrainConfig
 WRITTEN = (CONFIG, WEIGHTS, "history.jsonl", "history.csv")
 
 
+@options.documented_by(SAEConfig, TrainConfig, AuxK, Archetypal)
 def train_sae(
-    acts: options.ActsFolder,
-    d_sae: options.Width,
-    out: options.OutSAE,
-    activation: options.ActivationName = TopK.name,
-    k: options.K = TopK.k,
-    prefixes: options.Prefixes = None,
-    dictionary: options.DictionaryName = SAEConfig.dictionary,  # type: ignore[assignment]  # the default is a name
-    n_points: options.NPoints = None,
-    delta: options.Delta = None,
-    normalizer: options.NormalizerName = SAEConfig.normalizer,
-    init: options.InitName = SAEConfig.init,
-    aux: options.Aux = True,
-    dead_after_tokens: options.DeadAfter = AuxK.dead_after_tokens,
-    n_tokens: options.TrainTokens = TrainConfig.n_tokens,
-    batch_size: options.BatchSize = TrainConfig.batch_size,
-    lr: options.LR = TrainConfig.lr,
-    seed: options.TrainSeed = TrainConfig.seed,
-    save_every_tokens: options.SaveEvery = TrainConfig.save_every_tokens,
-    hook_point: options.HookPoint = None,
-    target: options.TargetHookPoint = None,
-    skip: options.Skip = False,
+    acts: Annotated[Path, Argument(metavar="ACTS", help="Folder of activations written by `saelab collect`.")],
+    d_sae: int,
+    out: Annotated[Path, Option(help="Folder for the SAE, its history and its checkpoint.", metavar="FOLDER")],
+    activation: Annotated[
+        str, Option(help=f"Which latents fire: {', '.join(ACTIVATIONS)}.", metavar="NAME")
+    ] = TopK.name,
+    k: Annotated[
+        int, Option(help="Latents per token: kept (topk, abstopk), mean (batch...), target L0 (relu, jumprelu).")
+    ] = TopK.k,
+    prefixes: Annotated[
+        str | None,
+        Option(
+            help="Matryoshka: sizes that end at d_sae, such as 64,256,1024, or `random`.",
+            metavar="SIZES",
+            show_default="none",
+        ),
+    ] = None,
+    dictionary: Annotated[
+        str, Option(help=f"Rows of the dictionary: {', '.join(get_args(Dictionary))}, archetypal.", metavar="NAME")
+    ] = SAEConfig.dictionary,  # type: ignore[assignment]  # the default is a name
+    n_points: int | None = None,
+    delta: Annotated[float | None, Option(show_default=str(Archetypal.delta))] = None,
+    normalizer: options.Name = SAEConfig.normalizer,
+    init: options.Name = SAEConfig.init,
+    aux: Annotated[bool, Option("--aux/--no-aux", help="Revive dead latents by the AuxK loss, or not.")] = True,
+    dead_after_tokens: int | None = AuxK.dead_after_tokens,
+    n_tokens: int = TrainConfig.n_tokens,
+    batch_size: int = TrainConfig.batch_size,
+    lr: float | None = TrainConfig.lr,
+    seed: Annotated[int, Option(help="Seed of the initial weights and the order of the data.")] = TrainConfig.seed,
+    save_every_tokens: int | None = TrainConfig.save_every_tokens,
+    hook_point: Annotated[
+        str | None,
+        Option(help="Hook point to train on, where ACTS holds several.", metavar="NAME", show_default="the only one"),
+    ] = None,
+    target: Annotated[
+        str | None,
+        Option(
+            help="Hook point whose activations a transcoder reconstructs; it reads at the other one.",
+            metavar="NAME",
+            show_default="none: an autoencoder",
+        ),
+    ] = None,
+    skip: Annotated[bool, Option("--skip", help="Give the transcoder a linear connection beside its latents.")] = False,
     device: options.Device = None,
-    resume: options.Resume = False,
-    overwrite: options.OverwriteSAE = False,
+    resume: Annotated[
+        bool, Option("--resume", help="Continue from the checkpoint in the folder, if there is one.")
+    ] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Delete the SAE in the folder and start over.")] = False,
     progress: options.Progress = True,
 ) -> None:
     """Train a sparse autoencoder on collected activations, or with --target a transcoder to another hook point.
@@ -164,23 +192,29 @@ def claim_folder(out: Path, resume: bool, overwrite: bool) -> None:
     shutil.rmtree(out / FOLDER, ignore_errors=True)
 
 
+@options.documented_by(tokenize, TokenMask, collect, load_model)
 def collect_text(
     model: options.ModelName,
     text: options.TextFile,
-    hook_point: options.HookPointsOption,
-    out: options.OutActs,
-    n_tokens: options.HeadTokens = None,
-    ctx_len: options.CtxLen = options.CTX_LEN,
-    dtype: options.DType = options.DTYPES[0],
-    max_norm_ratio: options.MaxNormRatio = TokenMask.max_norm_ratio,
-    batch_size: options.ForwardSize = None,
-    shard_tokens: options.ShardTokens = SHARD_TOKENS,
+    hook_point: Annotated[
+        list[str],
+        Option(help="Hook point, such as blocks.2.hook_resid_post; may be given again for several.", metavar="NAME"),
+    ],
+    out: Annotated[Path, Option(help="Folder for the activations.", metavar="FOLDER")],
+    n_tokens: int | None = None,
+    ctx_len: int = options.CTX_LEN,
+    dtype: Annotated[
+        str, Option(help=f"Dtype of the stored rows: {', '.join(options.DTYPES)}.", metavar="NAME")
+    ] = options.DTYPES[0],
+    max_norm_ratio: Annotated[float | None, Option(show_default="keep all")] = TokenMask.max_norm_ratio,
+    batch_size: int | None = None,
+    shard_tokens: int = SHARD_TOKENS,
     separator: options.Separator = options.SEPARATOR,
-    field: options.Field = options.FIELD,
+    field: options.Name = options.FIELD,
     bos: options.Bos = True,
-    weight_processing: options.WeightProcessing = "none",
+    weight_processing: options.Name = "none",
     device: options.Device = None,
-    overwrite: options.OverwriteActs = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Delete activations in the folder and start over.")] = False,
     progress: options.Progress = True,
 ) -> None:
     """Write the activations of a language model on a text to a folder.
@@ -213,21 +247,28 @@ N_TOKENS = 100_000
 BASELINES, N_BOOTSTRAP, SEED = (options.default_of(evaluate, name) for name in ("baselines", "n_bootstrap", "seed"))
 
 
+@options.documented_by(evaluate, tokenize)
 def evaluate_sae(
     sae: options.SAEName,
     model: options.ModelName,
     text: options.TextFile,
-    n_tokens: options.EvalTokens = N_TOKENS,
-    ctx_len: options.EvalCtxLen = None,
-    from_start: options.FromStart = False,
+    n_tokens: Annotated[int, Option(help="Tokens to evaluate on, BOS included.")] = N_TOKENS,
+    ctx_len: options.SAECtxLen = None,
+    from_start: Annotated[
+        bool,
+        Option("--from-start", help="Read the text from its start, where `collect` reads too, not from its end."),
+    ] = False,
     json: options.JSONFile = None,
-    saebench: options.SAEBenchFile = None,
-    baselines: options.Baselines = BASELINES,
-    n_bootstrap: options.Draws = N_BOOTSTRAP,
-    seed: options.EvalSeed = SEED,
+    saebench: Annotated[
+        Path | None,
+        Option(help="File for the numbers in SAEBench's schema.", metavar="FILE", show_default="none is written"),
+    ] = None,
+    baselines: Annotated[bool, Option("--baselines/--no-baselines")] = BASELINES,
+    n_bootstrap: int = N_BOOTSTRAP,
+    seed: int = SEED,
     allow_mismatch: options.AllowMismatch = False,
     separator: options.Separator = options.SEPARATOR,
-    field: options.Field = options.FIELD,
+    field: options.Name = options.FIELD,
     bos: options.Bos = True,
     device: options.Device = None,
     progress: options.Progress = True,

@@ -383,7 +383,7 @@ def evaluate(
         batch_size: sequences in a forward pass; by default chosen for memory. Results do not depend on it.
         n_bootstrap: draws of documents for the 95 % intervals; 0 for none.
         baselines: evaluate the untrained SAE, a random dictionary and PCA (a linear map for a transcoder), too.
-        seed: of the bootstrap and the baselines.
+        seed: seed of the bootstrap and the baselines.
         allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
         progress: show progress bars.
 

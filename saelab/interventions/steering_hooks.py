@@ -54,8 +54,8 @@ def steer(
         mode: how codes change, by the formulas of `Intervention`: "add", "clamp", "floor", "scale" or "ablate".
         where: tokens that are changed: "all", "prompt", "generated", positions, a mask, a condition or a
             `TokenSelector`. Special tokens are not changed unless asked for.
-        unit: of strengths: "raw" codes, "max" multiples of the largest |z| in `store`, "norm" multiples of the norm of
-            the token's activation.
+        unit: unit of the strengths: "raw" codes, "max" multiples of the largest |z| in `store`, "norm" multiples of the
+            norm of the token's activation.
         store: codes of the SAE on some text, for unit "max".
         error: "keep" or "drop" the reconstruction error.
         hook_point: where codes are read; by default where the SAE was trained.

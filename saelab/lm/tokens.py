@@ -123,7 +123,7 @@ def tokenize(
         texts: a file, a list, a column, a table or a data set, as in `read_documents`. A document may also be token
             ids: a list, array or tensor of integers, or a row with `field="input_ids"`, from which an `attention_mask`
             in the same row removes the padding.
-        ctx_len: length of a row.
+        ctx_len: length of a row, in tokens.
         packed: whether rows hold documents one after another.
         bos: True puts BOS before every document that does not begin with it, False before none, None does as the
             tokenizer by itself.

@@ -28,9 +28,9 @@ class Archetypal:
     """
 
     n_points: int | None = None
-    """number of candidate points; None is d_sae"""
+    """number of points whose convex combinations the rows are; None is d_sae"""
     delta: float = 0.1
-    """largest distance of a row from the hull, in units of the points' root mean square norm; 0 keeps it inside"""
+    """largest distance of a row from the points' hull, in units of their root mean square norm; 0 keeps it inside"""
 
     def __post_init__(self) -> None:
         if self.n_points is not None and self.n_points < 2:

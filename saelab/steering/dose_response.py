@@ -311,7 +311,7 @@ def steering_curve(
         others: other concepts of tokens by name, for selectivity; none with a scored concept.
         n: texts for each prompt.
         n_tokens: most tokens generated for each text.
-        seed: of the sampling, the same for every strength.
+        seed: seed of the sampling, the same for every strength.
         sampling: temperature, top-k and top-p, as in `generate`.
         batch_size: texts scored at a time, which bounds memory; by default so many that their logits are 2^25 numbers.
         allow_mismatch: steer SAEs, given with features, of another model, weight processing or hook point.

@@ -113,7 +113,7 @@ def compare_generations(
         prompts: one or several texts to continue.
         n_tokens: most tokens generated for each text.
         n: texts for each prompt.
-        seed: of the sampling; the same for all texts compared.
+        seed: seed of the sampling; the same for all texts compared.
         sampling: temperature, top-k and top-p, as in `generate`.
         bos: put a BOS before each prompt, as in `generate`.
         progress: show progress bars.

@@ -29,7 +29,7 @@ class TrainConfig:
     batch_size: int = 4096
     """tokens per step"""
     lr: float | None = None
-    """peak learning rate; None derives it from width, batch size and length of the run"""
+    """peak learning rate; None is derived from width, batch size and length of the run"""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment"""
     warmup_frac: float = 0.05

@@ -353,7 +353,7 @@ def compare(
             "documents", the same of codes averaged by document; "phi", the same of firing (0 or 1); "jaccard", |both
             fire| / |either fires|. For SAEs "decoder" (default) or "encoder", the cosine of directions. Signed codes
             are matched by |r|, and a negative r means flipped.
-        sides: True treats positive and negative codes of signed stores as features of their own, 2 j and 2 j + 1.
+        sides: treat positive and negative codes of signed stores as features of their own, 2 j and 2 j + 1.
         m: nearest features considered for each.
         min_count: number of tokens on which a matched pair must fire together.
         null: permutations, false discovery rate and least similarity of a universal match.

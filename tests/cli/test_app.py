@@ -6,18 +6,21 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args
 
 import pytest
 import torch
 import typer
 from processes import Child
+from typer import Option
+from typer.models import OptionInfo
 from unchecked import unchecked
 
 from saelab.cli.app import app, dispatch, main
 from saelab.cli.inputs import count_overlap, find_base, read_head, read_tail
+from saelab.cli.options import documented_by
 from saelab.cli.training import read_activation, read_prefixes, train_sae
 from saelab.evaluation.concepts import score_concepts
 from saelab.lm.models import tiny_model
@@ -97,6 +100,43 @@ def test_help_is_complete(name: str, shell: Shell) -> None:
         assert param.param_type_name == "argument" or all(flag in said for flag in param.opts)
         is_flag = getattr(param, "is_flag", False) and not param.secondary_opts
         assert param.required or is_flag or param.show_default, f"{name} {param.opts} must show its default"
+
+
+def test_help_comes_from_the_docstrings_of_what_a_command_calls() -> None:
+    @dataclass
+    class Config:
+        n_rows: int | None = None
+        """rows in a `Step`; None is all. More."""
+
+    def call(x: int, n_rows: int = 0, colour: str = "") -> None:
+        """Nothing.
+
+        Args:
+            x: first: of
+                two lines; None takes the last.
+            n_rows: never read, as `Config` comes first.
+            colour: True draws.
+
+        Raises:
+            ValueError: x: not this one.
+        """
+
+    @documented_by(Config, call, paint="colour")
+    def command(
+        x: int | None = None,
+        n_rows: int | None = 3,
+        paint: Annotated[str, Option(metavar="C")] = "",
+        own: Annotated[int, Option(help="Own.")] = 0,
+    ) -> None: ...
+
+    read = {name: get_args(hint)[1] for name, hint in command.__annotations__.items() if get_args(hint)[1:]}
+    assert {name: info.help for name, info in read.items() if isinstance(info, OptionInfo)} == {
+        "x": "First: of two lines.",
+        "n_rows": "Rows in a Step.",
+        "paint": "True draws.",
+        "own": "Own.",
+    }
+    assert read["x"].show_default == "the last" and read["n_rows"].show_default is True and read["paint"].metavar == "C"
 
 
 def test_no_command_shows_help_and_an_unknown_one_is_wrong_use(shell: Shell) -> None:
