@@ -5,7 +5,7 @@ Activations of prompts and of their counterfactual versions are read and patched
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from saelab.evaluation.supervised_dictionary import (
     mark_values,
     score_attributes,
 )
-from saelab.interventions.interventions import match_source
-from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
+from saelab.interventions.edited_runs import EditedRuns
+from saelab.interventions.prompt_metrics import Texts, read_last
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result, align_columns
@@ -81,14 +81,15 @@ class EditTask:
     @cached_property
     def activations(self) -> dict[str, Float[Tensor, "n_prompts n_places d_in"]]:
         """Activations at the positions, by version."""
-        return {name: self._read(ids) for name, ids in self.ids.items()}
 
-    def _read(self, ids: Tensor) -> Tensor:
-        parts = []
-        for rows in self._batches():
-            x = capture(self.model, ids[rows], [self.hook_point])[self.hook_point]
-            parts.append(x[torch.arange(len(rows))[:, None], self.positions[rows]].float().cpu())
-        return torch.cat(parts)
+        def pick(x: Tensor, rows: Tensor) -> Tensor:
+            return x[torch.arange(len(rows))[:, None], self.positions[rows]]
+
+        return {version: self._runs(version).activations(self.hook_point, pick) for version in self.ids}
+
+    def _runs(self, version: str = TOLD) -> EditedRuns:
+        """Runs of one version's prompts, of which the logits after the last token are read."""
+        return EditedRuns(self.model, Texts(self.ids[version], self.lengths), read_last)
 
     def predict(
         self, x: Float[Tensor, "n_prompts n_places d_in"] | None = None, version: str = TOLD
@@ -97,30 +98,18 @@ class EditTask:
 
         `version` chooses the prompts; `x` replaces activations at the positions alone.
         """
-        parts = []
-        for rows in self._batches():
-            ids, ends = self.ids[version][rows], self.lengths[rows] - 1
-            if x is None:
-                found = logits(self.model, ids)
-            else:
-                places = torch.arange(len(rows))[:, None], self.positions[rows]
-                with replace_activations(self.model, {self.hook_point: partial(_put, places=places, new=x[rows])}):
-                    found = logits(self.model, ids)
-            parts.append(found[torch.arange(len(rows)), ends].float().cpu())
-        return torch.cat(parts)
+
+        def put(old: Tensor, rows: Tensor) -> Tensor:
+            assert x is not None
+            old[torch.arange(len(rows))[:, None], self.positions[rows]] = x[rows].to(old)
+            return old
+
+        return self._runs(version).run(None if x is None else {self.hook_point: put})
 
     def margins(self, predicted: Float[Tensor, "n_prompts d_vocab"]) -> Float[Tensor, "n_prompts"]:
         """Logit of the answer less that of the alternative."""
         rows = torch.arange(len(self))
         return predicted[rows, self.answers] - predicted[rows, self.other_answers]
-
-    def _batches(self) -> tuple[Tensor, ...]:
-        return torch.arange(len(self)).split(max(1, FORWARD_TOKENS // self.ids[TOLD].shape[1]))
-
-
-def _put(x: Tensor, places: tuple[Tensor, Tensor], new: Tensor) -> Tensor:
-    x[places] = new.to(x)
-    return x
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,7 +322,7 @@ def evaluate_sparse_control(
     """
     means = torch.stack([x.mean(0) for x in _pool(train)[0].unbind(1)])
     for sae in dictionaries.values():
-        match_source(sae, task.model, task.hook_point, allow_mismatch)
+        task._runs().match(sae, task.hook_point, allow_mismatch)
     clean, ablated = task.predict(), task.predict(means.expand(len(task), -1, -1))
     margins = float(task.margins(clean).mean()), float(task.margins(ablated).mean())
     patched = {edit: task.predict(task.activations[edit]).argmax(1) for edit in task.edits}

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.functional.metrics import kl_divergence
+from saelab.interventions.edited_runs import ReadActivations
 from saelab.lm.hooks import (
     capture,
     find_median_norms,
@@ -76,13 +77,10 @@ class Stage:
     def run(self, batch: Tokens) -> "CleanRun":
         """Activations and predictions of the unmodified model; a transcoder's inputs take a second, shorter forward."""
         seen = {} if self.hook_point_out is None else capture(self.model, batch.ids, [self.hook_point])
-
-        def record(x: Tensor) -> Tensor:
-            seen[self.target] = x.clone()  # the model may add to what flows on in place
-            return x
-
-        with replace_activations(self.model, {self.target: record}):
+        reading = ReadActivations()
+        with replace_activations(self.model, {self.target: reading}):
             clean = logits(self.model, batch.ids)
+        seen[self.target] = reading.take()
         keep = self._select(batch, seen).keep
         predicts = keep & batch.predicts
         return CleanRun(stage=self, batch=batch, acts=seen, keep=keep, predicts=predicts, logits=clean)

@@ -3,7 +3,6 @@
 `Attribution`: effects of features at tokens on a metric, their completeness and agreement with exact effects.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -12,17 +11,16 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from saelab.collecting.harvesting import require_harvested
 from saelab.functional.codes import SparseCodes
-from saelab.interventions.interventions import TokenSelection, match_source
-from saelab.interventions.prompt_metrics import Metric, Prompt, PromptMetric, Texts, make_prompt_metric, read_texts
-from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
+from saelab.interventions.edited_runs import EditedRuns
+from saelab.interventions.interventions import TokenSelection
+from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_texts
+from saelab.lm.hooks import capture
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.jobs import hidden
 from saelab.stores.results import Result
 
 N_SHUFFLES = 99
@@ -280,8 +278,10 @@ def attribute(
     ((20,), (6,))
     """
     _require(method, baseline, n_steps, sae)
-    point = match_source(sae, model, hook_point, allow_mismatch)
-    scene = make_scene(model, point, prompt, metric)
+    texts, outcome = read_texts(model, prompt), make_prompt_metric(model, metric)
+    runs = EditedRuns(model, texts, outcome)
+    point = runs.match(sae, hook_point, allow_mismatch)
+    scene = Scene(runs, point, capture(model, texts.ids, [point])[point][0].float())
     nodes = _find_nodes(scene, sae, where, _read_other(scene, counterfactual), _read_means(sae, baseline, store))
     clean, patched = scene.values(torch.stack([0 * scene.x, nodes.total(scene.x)])).tolist()
     n_taken = 0 if method != "integrated" else n_steps or N_STEPS
@@ -294,13 +294,13 @@ def attribute(
     errors[nodes.tokens[~is_feature]] = effects[~is_feature]
     return Attribution(
         hook_point=scene.hook_point,
-        metric=scene.outcome.name,
+        metric=outcome.name,
         method=method,
         baseline=baseline if counterfactual is None else "counterfactual",
         n_steps=n_taken,
         clean=clean,
         patched=patched,
-        tokens=scene.texts.strings(model),
+        tokens=texts.strings(model),
         positions=nodes.tokens[is_feature].numpy(),
         features=nodes.features[is_feature].numpy(),
         codes=nodes.codes[is_feature].numpy(),
@@ -348,40 +348,31 @@ class _Nodes:
         """x' - x, all nodes replaced."""
         return torch.zeros_like(x).index_add(0, self.tokens.to(x.device), self.vectors)
 
-    def alone(self, x: Float[Tensor, "n d_in"], size: int) -> Iterator[Float[Tensor, "batch n d_in"]]:
-        """x' - x of each node alone, `size` nodes at a time."""
-        for vectors, tokens in zip(self.vectors.split(size), self.tokens.to(x.device).split(size), strict=True):
-            moves = x.new_zeros(len(vectors), *x.shape)
-            moves[torch.arange(len(vectors), device=x.device), tokens] = vectors
-            yield moves
+    def replace_each(
+        self, x: Float[Tensor, "batch n d_in"], runs: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch n d_in"]:
+        """Activations of each run with one node replaced, that of the run's index."""
+        x[torch.arange(len(runs)), self.tokens[runs]] += self.vectors[runs.to(self.vectors.device)].to(x)
+        return x
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A prompt, its activations at a hook point, and the metric to attribute."""
+    """A prompt whose metric is attributed, and its activations at a hook point."""
 
-    model: Model
+    runs: EditedRuns
+    """of the prompt, with the metric"""
     hook_point: str
-    texts: Texts
-    outcome: PromptMetric
     x: Float[Tensor, "n d_in"]
     """activations of the prompt"""
 
-    @property
-    def batch(self) -> int:
-        """Number of copies of the prompt in one forward pass."""
-        return max(1, FORWARD_TOKENS // len(self.x))
+    def values(self, moves: Float[Tensor, "n_runs n d_in"]) -> Float[Tensor, "n_runs"]:
+        """The metric with each of `moves` added to the activations; differentiable in `moves`."""
+        edits = {self.hook_point: lambda x, runs: x.detach() + moves[runs.to(moves.device)].to(x.dtype)}
+        return self.runs.run(edits, torch.zeros(len(moves), dtype=torch.long), grad=moves.requires_grad)
 
-    def values(self, moves: Float[Tensor, "batch n d_in"]) -> Float[Tensor, "batch"]:
-        """The metric with `moves` added to the activations, one copy of the prompt a row; differentiable in `moves`."""
-        rows = torch.zeros(len(moves), dtype=torch.long)
-        with replace_activations(self.model, {self.hook_point: lambda x: x.detach() + moves.to(x.dtype)}):
-            found = logits(self.model, self.texts.ids[rows], grad=moves.requires_grad)
-        with torch.set_grad_enabled(moves.requires_grad):
-            return self.outcome(found, self.texts, rows)
-
-    def gradient(self, moves: Float[Tensor, "batch n d_in"]) -> Float[Tensor, "batch n d_in"]:
-        """Gradient dm/dx of each row; the model's parameters get no gradients."""
+    def gradient(self, moves: Float[Tensor, "n_runs n d_in"]) -> Float[Tensor, "n_runs n d_in"]:
+        """Gradient dm/dx of each run; the model's parameters get no gradients."""
         leaf = moves.detach().requires_grad_()
         with torch.enable_grad():
             return torch.autograd.grad(self.values(leaf).sum(), leaf)[0]
@@ -389,50 +380,31 @@ class Scene:
     def estimate(self, nodes: _Nodes, n_steps: int) -> Float[Tensor, "n_nodes"]:
         """Effects by the gradient at x (`n_steps` 0), or by its mean over `n_steps` points from x to x'."""
         total = nodes.total(self.x)
-        points, weights = (0.0,), (1.0,)
+        points, weights = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         if n_steps:
             roots, halves = np.polynomial.legendre.leggauss(n_steps)
-            points, weights = tuple((roots + 1) / 2), tuple(halves / 2)
+            points, weights = torch.from_numpy((roots + 1) / 2), torch.from_numpy(halves / 2)
         mean = torch.zeros_like(total, dtype=torch.float64)
-        for start in range(0, len(points), self.batch):
-            part = slice(start, start + self.batch)
-            moves = total * torch.tensor(points[part], device=total.device).to(total)[:, None, None]
-            weight = torch.tensor(weights[part], device=total.device, dtype=torch.float64)
-            mean += torch.einsum("b,bnd->nd", weight, self.gradient(moves).double())
+        size = self.runs.batch_size
+        for part, weight in zip(points.split(size), weights.split(size), strict=True):
+            moves = total * part.to(total)[:, None, None]
+            mean += torch.einsum("b,bnd->nd", weight.to(mean), self.gradient(moves).double())
         return (nodes.vectors * mean[nodes.tokens.to(mean.device)]).sum(1).float().cpu()
 
     def measure(self, nodes: _Nodes, progress: bool) -> Float[Tensor, "n_nodes"]:
         """Exact effect of each node, replaced alone."""
-        clean = self.values(0 * self.x[None])
-        found = []
-        with tqdm(total=len(nodes.tokens), unit="node", desc="exact", delay=2, disable=hidden(progress)) as bar:
-            for moves in nodes.alone(self.x, self.batch):
-                found.append(self.values(moves) - clean)
-                bar.update(len(moves))
-        return torch.cat(found).cpu() if found else torch.zeros(0)
-
-
-def make_scene(model: Model, point: str, prompt: Prompt, metric: Metric) -> Scene:
-    """The prompt, activations and metric that attribution works on.
-
-    Args:
-        model: language model.
-        point: hook point whose activations are read and edited.
-        prompt: a text, which gets a BOS, or token ids.
-        metric: as in `make_prompt_metric`.
-    """
-    texts = read_texts(model, prompt)
-    x = capture(model, texts.ids, [point])[point][0]
-    return Scene(model, point, texts, make_prompt_metric(model, metric), x.float())
+        rows = torch.zeros(len(nodes.tokens), dtype=torch.long)
+        found = self.runs.run({self.hook_point: nodes.replace_each}, rows, progress="exact" if progress else None)
+        return found - self.values(0 * self.x[None])
 
 
 def _read_other(scene: Scene, counterfactual: Prompt | None) -> Float[Tensor, "n d_in"] | None:
     """Activations of the counterfactual prompt."""
     if counterfactual is None:
         return None
-    texts = read_texts(scene.model, counterfactual)
-    require_aligned(scene.texts, texts)
-    return capture(scene.model, texts.ids, [scene.hook_point])[scene.hook_point][0].float()
+    model, texts = scene.runs.model, read_texts(scene.runs.model, counterfactual)
+    require_aligned(scene.runs.texts, texts)
+    return capture(model, texts.ids, [scene.hook_point])[scene.hook_point][0].float()
 
 
 def require_aligned(texts: Texts, others: Texts) -> None:
@@ -458,7 +430,7 @@ def _read_means(sae: SAE, baseline: Baseline, store: FeatureStore | None) -> Flo
 @torch.no_grad()
 def _find_nodes(scene: Scene, sae: SAE, where: TokenSelection, other: Tensor | None, means: Tensor) -> _Nodes:
     """Features that fire at the tokens of a place, in either prompt, and the errors of these tokens."""
-    keep = scene.texts.select(scene.model, where)[0].nonzero()[:, 0]
+    keep = scene.runs.texts.select(scene.runs.model, where)[0].nonzero()[:, 0]
     x = scene.x[keep.to(scene.x.device)].to(sae.device)
     z = sae.encode(x)
     step = (torch.where(z != 0, means.to(z), 0) - z) * sae.output_scale(x)

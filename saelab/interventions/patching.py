@@ -1,8 +1,7 @@
 """`patch`: activation patching, parts of a clean run put into a corrupt one, hook points by positions."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -13,9 +12,9 @@ from torch import Tensor
 from saelab.functional.indices import FeatureIds, read_features
 from saelab.interventions.attribution import require_aligned, require_autoencoder
 from saelab.interventions.directions import Direction, Subspace, as_subspace
-from saelab.interventions.interventions import match_source
-from saelab.interventions.prompt_metrics import Metric, Prompt, PromptMetric, Texts, make_prompt_metric, read_texts
-from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
+from saelab.interventions.edited_runs import EditedRuns
+from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_texts
+from saelab.lm.hooks import capture
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result
@@ -128,19 +127,20 @@ def patch(
     """
     ours, theirs = read_texts(model, clean), read_texts(model, corrupt)
     require_aligned(ours, theirs)
-    pieces = [_make_piece(model, source, hook_point, allow_mismatch) for source in _list_sources(model, sources)]
-    columns = _list_columns(positions, ours.ids.shape[1])
     outcome = make_prompt_metric(model, metric)
-    runs = _Runs(model, theirs, outcome, *(_read(model, texts, pieces) for texts in (ours, theirs)))
+    before, runs = (EditedRuns(model, texts, outcome) for texts in (ours, theirs))
+    pieces = [_make_piece(runs, source, hook_point, allow_mismatch) for source in _list_sources(model, sources)]
+    columns = _list_columns(positions, ours.ids.shape[1])
+    x, y = (_read(model, texts, pieces) for texts in (ours, theirs))
     return Patching(
         metric=outcome.name,
-        clean=_measure(model, ours, outcome),
-        corrupt=_measure(model, theirs, outcome),
+        clean=float(before.run()),
+        corrupt=float(runs.run()),
         sources=tuple(piece.name for piece in pieces),
         positions=columns,
         clean_tokens=ours.strings(model),
         corrupt_tokens=theirs.strings(model),
-        values=np.stack([runs.patch(piece, columns) for piece in pieces]),
+        values=np.stack([_patch(runs, one, columns, x[one.hook_point], y[one.hook_point]) for one in pieces]),
     )
 
 
@@ -154,46 +154,33 @@ class _Piece:
     """from clean and corrupt activations (n, d) to what is added to the corrupt ones"""
 
 
-@dataclass(frozen=True, eq=False)
-class _Runs:
-    """The corrupt prompt, and the activations of both runs."""
+def _patch(
+    runs: EditedRuns,
+    piece: _Piece,
+    columns: Sequence[Sequence[int]],
+    clean: Float[Tensor, "n d"],
+    corrupt: Float[Tensor, "n d"],
+) -> Float[np.ndarray, "n_columns"]:
+    """The metric of the corrupt prompt with the piece patched at each group of positions.
 
-    model: Model
-    texts: Texts
-    outcome: PromptMetric
-    clean: dict[str, Tensor]
-    corrupt: dict[str, Tensor]
-
-    def patch(self, piece: _Piece, columns: Sequence[Sequence[int]]) -> Float[np.ndarray, "n_columns"]:
-        """The metric with the piece patched at each group of positions."""
-        before = self.corrupt[piece.hook_point]
-        change = piece.carry(self.clean[piece.hook_point].float(), before.float()).to(before)
-        found = []
-        for some in _split(columns, max(1, FORWARD_TOKENS // len(before))):
-            masks = torch.zeros(len(some), len(before), 1, device=before.device, dtype=before.dtype)
-            for mask, positions in zip(masks, some, strict=True):
-                mask[list(positions)] = 1
-            found.append(self._run(piece.hook_point, masks * change))
-        return torch.cat(found).double().numpy()
-
-    def _run(self, hook_point: str, moves: Tensor) -> Tensor:
-        rows = torch.zeros(len(moves), dtype=torch.long)
-        with replace_activations(self.model, {hook_point: lambda x: x + moves}):
-            return self.outcome(logits(self.model, self.texts.ids[rows]), self.texts, rows).cpu()
-
-
-def _split(columns: Sequence[Sequence[int]], size: int) -> Iterator[Sequence[Sequence[int]]]:
-    return (columns[i : i + size] for i in range(0, len(columns), size))
-
-
-def _measure(model: Model, texts: Texts, outcome: PromptMetric) -> float:
-    rows = torch.arange(len(texts))
-    return float(outcome(logits(model, texts.ids), texts, rows)[0])
+    Args:
+        runs: of the corrupt prompt.
+        piece: what is patched.
+        columns: groups of positions.
+        clean: activations of the clean prompt at the piece's hook point.
+        corrupt: those of the corrupt prompt.
+    """
+    change = piece.carry(clean.float(), corrupt.float()).to(corrupt)
+    masks = torch.zeros(len(columns), len(corrupt), 1)
+    for mask, positions in zip(masks, columns, strict=True):
+        mask[list(positions)] = 1
+    edits = {piece.hook_point: lambda x, i: x + masks[i].to(x) * change}
+    return runs.run(edits, torch.zeros(len(columns), dtype=torch.long)).double().numpy()
 
 
 def _read(model: Model, texts: Texts, pieces: Sequence[_Piece]) -> dict[str, Tensor]:
     """Activations of the text by hook point."""
-    points = [point for point, _ in groupby(sorted(piece.hook_point for piece in pieces))]
+    points = list(dict.fromkeys(piece.hook_point for piece in pieces))
     return {name: x[0] for name, x in capture(model, texts.ids, points, stop=False).items()}
 
 
@@ -212,7 +199,7 @@ def _is_features(source: Any) -> bool:
     return isinstance(source, tuple) and len(source) == 2 and [isinstance(one, SAE) for one in source] == [True, False]
 
 
-def _make_piece(model: Model, source: PatchSource, hook_point: str | None, allow_mismatch: bool) -> _Piece:
+def _make_piece(runs: EditedRuns, source: PatchSource, hook_point: str | None, allow_mismatch: bool) -> _Piece:
     if isinstance(source, str):
         return _Piece(source, source, lambda clean, corrupt: clean - corrupt)
     if isinstance(source, Direction | Subspace):
@@ -220,7 +207,7 @@ def _make_piece(model: Model, source: PatchSource, hook_point: str | None, allow
         return _Piece(space.name, space.hook_point, lambda clean, corrupt: space.project(clean - corrupt))
     sae, given = (source, None) if isinstance(source, SAE) else source
     require_autoencoder(sae)
-    point = match_source(sae, model, hook_point, allow_mismatch)
+    point = runs.match(sae, hook_point, allow_mismatch)
     features = None if given is None else list(dict.fromkeys(read_features(given, sae.cfg.d_sae, "Features")))
     return _Piece(_tell_features(features), point, _carry_features(sae, features))
 

@@ -139,6 +139,13 @@ def make_prompt_metric(model: Model, metric: Metric) -> PromptMetric:
     return PromptMetric(getattr(metric, "__name__", "metric"), lambda logits, _texts, _rows: metric(logits))
 
 
+def read_last(
+    logits: Float[Tensor, "batch n d_vocab"], texts: Texts, rows: Int[Tensor, "batch"]
+) -> Float[Tensor, "batch d_vocab"]:
+    """Logits after the last token of each text, float32; row i of the logits belongs to text `rows[i]`."""
+    return logits[torch.arange(len(rows)), texts.lengths[rows.cpu()] - 1].float()
+
+
 def _loss(logits: Tensor, texts: Texts, rows: Tensor) -> Tensor:
     of = rows.cpu()
     counts = torch.arange(1, texts.ids.shape[1]) < texts.lengths[of, None]
@@ -151,7 +158,7 @@ def _loss(logits: Tensor, texts: Texts, rows: Tensor) -> Tensor:
 
 def _log_p(logits: Tensor, texts: Texts, rows: Tensor, target: Tensor) -> Tensor:
     """Log-probability of the target after the last token of each text."""
-    last = logits[torch.arange(len(rows)), texts.lengths.to(rows)[rows] - 1].float().log_softmax(1)
+    last = read_last(logits, texts, rows).log_softmax(1)
     wanted = target.to(rows).expand(len(texts))[rows]
     return last.gather(1, wanted[:, None])[:, 0]
 

@@ -1,6 +1,6 @@
 """Resample ablation: the component along a direction is replaced by another token's; random directions as controls."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.interventions.directions import Direction, Subspace, as_subspace, make_random_subspaces
+from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.interventions import TokenSelection
-from saelab.interventions.prompt_metrics import Metric, Prompt, PromptMetric, Texts, make_prompt_metric, read_texts
-from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
+from saelab.interventions.prompt_metrics import Metric, Prompt, make_prompt_metric, read_texts
 from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.stores.results import Result
@@ -94,69 +94,52 @@ def resample_ablation(
     """
     if n_random < FEWEST:
         raise ValueError(f"`n_random` must be at least {FEWEST}, got {n_random}.")
-    texts, outcome = read_texts(model, prompts), make_prompt_metric(model, metric)
-    keep = texts.select(model, where)
+    outcome = make_prompt_metric(model, metric)
+    runs = EditedRuns(model, read_texts(model, prompts), outcome)
+    keep = runs.texts.select(model, where)
     if (n_tokens := int(keep.sum())) < 2:
         raise ValueError(f"`where` must leave at least two tokens to resample from, got {n_tokens}.")
     several = [directions] if isinstance(directions, Direction | Subspace) else list(directions)
     order = torch.randperm(n_tokens, generator=torch.Generator().manual_seed(seed))
-    runs = _Runs(model, texts, outcome, keep, order)
+    resampling = _Resampling(runs, keep, order)
     return ResampleAblation(
         metric=outcome.name,
-        clean=runs.mean(None),
-        rows=tuple(runs.compare(as_subspace(one), n_random, seed) for one in several),
-        n_texts=len(texts),
+        clean=_mean(runs.run()),
+        rows=tuple(resampling.compare(as_subspace(one), n_random, seed) for one in several),
+        n_texts=len(runs.texts),
         n_tokens=n_tokens,
         seed=seed,
     )
 
 
 @dataclass(frozen=True, eq=False)
-class _Runs:
-    model: Model
-    texts: Texts
-    outcome: PromptMetric
+class _Resampling:
+    """Tokens whose components are exchanged, in the order in which they are."""
+
+    runs: EditedRuns
     keep: Bool[Tensor, "n_texts n"]
     order: Int[Tensor, "n_tokens"]
 
     def compare(self, space: Subspace, n_random: int, seed: int) -> Resampled:
-        """The metric with a subspace resampled, and with random ones."""
-        x = self._read(space.hook_point)
+        """The metric's mean over texts with a subspace resampled, and with random ones."""
+        x = self.runs.activations(space.hook_point, lambda x, rows: x[self.keep[rows].to(x.device)])
         spaces = [space, *make_random_subspaces(space, n_random, seed)]
-        value, *random = [self.mean((one.hook_point, one.project(x[self.order] - x))) for one in spaces]
+        value, *random = [self._mean(one.hook_point, one.project(x[self.order] - x)) for one in spaces]
         return Resampled(
             name=space.name, hook_point=space.hook_point, rank=len(space.basis), value=value, random=tuple(random)
         )
 
-    def _chunks(self) -> Sequence[Tensor]:
-        return torch.arange(len(self.texts)).split(max(1, FORWARD_TOKENS // self.texts.ids.shape[1]))
+    def _mean(self, hook_point: str, moves: Float[Tensor, "n_tokens d_in"]) -> float:
+        """The metric's mean with `moves` added at the selected tokens."""
+        numbers = self.keep.flatten().cumsum(0).view_as(self.keep) - 1
 
-    def _read(self, hook_point: str) -> Float[Tensor, "n_tokens d_in"]:
-        """Activations of the selected tokens, on the CPU."""
-        parts = [
-            capture(self.model, self.texts.ids[rows], [hook_point])[hook_point].cpu()[self.keep[rows]]
-            for rows in self._chunks()
-        ]
-        return torch.cat(parts).float()
-
-    def mean(self, change: tuple[str, Float[Tensor, "n_tokens d_in"]] | None) -> float:
-        """The metric's mean over texts, with activations changed at the selected tokens."""
-        found, done = [], 0
-        for rows in self._chunks():
+        def add(x: Tensor, rows: Tensor) -> Tensor:
             keep = self.keep[rows]
-            edits = {}
-            if change is not None:
-                point, moves = change
-                edits[point] = _mover(keep, moves[done : done + int(keep.sum())])
-                done += int(keep.sum())
-            with replace_activations(self.model, edits):
-                found.append(self.outcome(logits(self.model, self.texts.ids[rows]), self.texts, rows).double().cpu())
-        return float(torch.cat(found).mean())
+            x[keep.to(x.device)] += moves[numbers[rows][keep]].to(x)
+            return x
+
+        return _mean(self.runs.run({hook_point: add}))
 
 
-def _mover(keep: Bool[Tensor, "batch n"], moves: Float[Tensor, "n_kept d_in"]) -> Callable[[Tensor], Tensor]:
-    def edit(x: Tensor) -> Tensor:
-        x[keep.to(x.device)] += moves.to(x)
-        return x
-
-    return edit
+def _mean(values: Float[Tensor, "n_texts"]) -> float:
+    return float(values.double().mean())

@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from saelab.interventions.directions import Direction
+from saelab.interventions.edited_runs import ReadActivations
 from saelab.interventions.interventions import (
     ActivationCondition,
     Error,
@@ -162,57 +163,42 @@ class _Later:
         assert self.flow is not None and self.flow.now is not None
         return self.flow.now
 
-    @property
-    def n_forwards(self) -> int:
-        assert self.flow is not None
-        return self.flow.n_forwards
-
-
-class _ReadActivations:
-    """The activations at a hook point in the current forward pass."""
-
-    def __init__(self, hook_point: str, flow: _Later) -> None:
-        self.hook_point, self.flow = hook_point, flow
-        self.x: Tensor | None = None
-        self.read_in = -1
-
-    def keep(self, x: Tensor) -> Tensor:
-        self.x, self.read_in = x, self.flow.n_forwards
-        return x
-
-    def get(self, wanted_by: str) -> Tensor:
-        if self.x is None or self.read_in != self.flow.n_forwards:
-            raise RuntimeError(
-                f"What is read must lie before what is changed; '{self.hook_point}' had not fired yet when "
-                f"'{wanted_by}' did. Steer at a later hook point."
-            )
-        return self.x
-
 
 def _attach(stack: ExitStack, model: Model, intervention: Intervention, flow: _Later) -> None:
     """Attach the readings first, then the edit, so that all of them see the changes of enclosing contexts."""
     writes_at, when = intervention.writes_at, intervention.places.when
-    source = _read_at(stack, model, intervention.reads_at, writes_at, flow)
-    condition = None if when is None else _read_at(stack, model, _point_of(when), writes_at, flow)
+    source = _read_at(stack, model, intervention.reads_at, writes_at)
+    condition = None if when is None else _read_at(stack, model, _point_of(when), writes_at)
     special = torch.tensor(find_special_ids(model) if model.tokenizer is not None else (), dtype=torch.long)
 
     def edit(x: Tensor) -> Tensor:
         keep = intervention.places.select(flow.now, special).to(x.device)
         if when is not None:
-            keep = keep & when.holds(x if condition is None else condition.get(writes_at)).to(x.device)
-        read = x if source is None else source.get(writes_at)
+            keep = keep & when.holds(x if condition is None else condition()).to(x.device)
+        read = x if source is None else source()
         return _change(intervention, x, read, keep)
 
     stack.enter_context(splice_edits(model, {writes_at: edit}))
 
 
-def _read_at(stack: ExitStack, model: Model, hook_point: str, writes_at: str, flow: _Later) -> _ReadActivations | None:
-    """A reading at a hook point other than the edited one; None where both are one and the edit's own input serves."""
+def _read_at(stack: ExitStack, model: Model, hook_point: str, writes_at: str) -> Callable[[], Tensor] | None:
+    """What returns the activations at a hook point other than the edited one in the running forward pass; None where
+    both are one and the edit's own input serves.
+    """
     if hook_point == writes_at:
         return None
-    reading = _ReadActivations(hook_point, flow)
-    stack.enter_context(splice_edits(model, {hook_point: reading.keep}))
-    return reading
+    reading = ReadActivations()
+    stack.enter_context(splice_edits(model, {hook_point: reading}))
+
+    def take() -> Tensor:
+        if not reading.fired:
+            raise RuntimeError(
+                f"What is read must lie before what is changed; '{hook_point}' had not fired yet when "
+                f"'{writes_at}' did. Steer at a later hook point."
+            )
+        return reading.take()
+
+    return take
 
 
 def _point_of(when: ActivationCondition) -> str:

@@ -5,7 +5,7 @@
 `RemovalBench`: evaluation of an edit: accuracy of retrained probes for each concept, and next-token loss.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saelab.evaluation.feature_classifiers import encode_csr, fit_probe
 from saelab.functional.statistics import auroc
+from saelab.interventions.edited_runs import ReadActivations
 from saelab.interventions.interventions import match_source
 from saelab.lm.hooks import find_hook_point, forward_size, logits, next_token_loss, replace_activations
 from saelab.lm.model_checks import Model
@@ -267,10 +268,11 @@ class RemovalBench:
             n = int(self.tokens.attention_mask[batch].sum(1).max())  # what is behind the longest text is padding
             ids, keep = self.tokens.ids[batch, :n], self.keep[batch, :n]
             counted = keep & ~self.truth[self.concept][batch, :n]
-            reading = _Reading(wanted[batch, :n], rows)
+            reading = ReadActivations(_pick(wanted[batch, :n]))
             editing: dict[str, Edit] = {self.hook_point: _Editing(edit, keep, counted, changes)} if edit else {}
             with replace_activations(self.model, editing), replace_activations(self.model, {self.read_at: reading}):
                 losses = next_token_loss(logits(self.model, ids), ids).cpu().double()
+            rows.append(reading.take())
             sums += torch.stack([losses[place[batch, : n - 1]].sum() for place in places])
         means = sums / torch.stack([place.sum() for place in places])
         return torch.cat(rows), (float(means[0]), float(means[1])), float(changes[0] / changes[1].clamp(min=1e-30))
@@ -287,16 +289,8 @@ class RemovalBench:
             yield ProbedConcept(concept=name, accuracy=accuracy, auroc=auroc)
 
 
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """Hook that stores the activations of chosen tokens."""
-
-    chosen: Bool[Tensor, "batch ctx_len"]
-    rows: list[Tensor]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.rows.append(x[self.chosen.to(x.device)].float().cpu())
-        return x
+def _pick(chosen: Bool[Tensor, "batch ctx_len"]) -> Callable[[Tensor], Tensor]:
+    return lambda x: x[chosen.to(x.device)].float().cpu()
 
 
 @dataclass(frozen=True, eq=False)

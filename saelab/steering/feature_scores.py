@@ -12,9 +12,9 @@ from torch import Tensor
 from saelab.collecting.harvesting import require_harvested
 from saelab.functional.indices import FeatureIds, read_features
 from saelab.functional.screening import largest_first
+from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.interventions import Intervention
-from saelab.interventions.prompt_metrics import read_texts
-from saelab.lm.hooks import FORWARD_TOKENS, logits, replace_activations
+from saelab.interventions.prompt_metrics import Texts, read_last, read_texts
 from saelab.lm.model_checks import Model, find_known_ids
 from saelab.lm.tokenizers import token_strings
 from saelab.lm.unembedding import read_out
@@ -155,31 +155,31 @@ def output_scores(
     intervention.require_match(model)
     writes_at = intervention.writes_at
     given = [prompts] if isinstance(prompts, str | Tensor) else list(prompts)
-    texts = [_read_prompt(model, prompt) for prompt in given]
+    runs = [EditedRuns(model, _read_prompt(model, prompt), _read_probabilities) for prompt in given]
     directions, peaks = sae.directions().cpu(), store.statistics.peaks
     starts = range(0, len(wanted), BLOCK)
     found = [_Sides.find(model, wanted[start : start + BLOCK], directions, peaks, n_top) for start in starts]
     blocks, rng = [sides for sides in found if len(sides.features)], np.random.default_rng(seed)
     rows: list[SteeringScore] = []
     for sides, others in zip(blocks, _draw_others(blocks, rng), strict=True):
-        runs = [_amplify(model, ids, writes_at, strength * sides.steps) for ids in texts]
-        rows += sides.score(model, runs, others, _count_contexts(store, sides, others, n_contexts))
+        amplified = [_amplify(one, writes_at, strength * sides.steps) for one in runs]
+        rows += sides.score(model, amplified, others, _count_contexts(store, sides, others, n_contexts))
     return OutputScores(
         rows=tuple(rows),
         prompts=tuple(prompt if isinstance(prompt, str) else str(prompt.tolist()) for prompt in given),
         strength=float(strength),
         n_top=n_top,
-        random=_score_random(model, texts, writes_at, blocks, strength, rng),
+        random=_score_random(model, runs, writes_at, blocks, strength, rng),
         seed=seed,
     )
 
 
-def _read_prompt(model: Model, prompt: str | Int[Tensor, "n"]) -> Int[Tensor, "1 n"]:
-    """Ids of one prompt; a prompt with words unknown to the model is not neutral and refused."""
-    ids, unknown = read_texts(model, prompt).ids, getattr(model.tokenizer, "unk_token_id", None)
-    if isinstance(prompt, str) and unknown is not None and bool((ids == unknown).any()):
+def _read_prompt(model: Model, prompt: str | Int[Tensor, "n"]) -> Texts:
+    """One prompt; a prompt with words unknown to the model is not neutral and refused."""
+    texts, unknown = read_texts(model, prompt), getattr(model.tokenizer, "unk_token_id", None)
+    if isinstance(prompt, str) and unknown is not None and bool((texts.ids == unknown).any()):
         raise ValueError(f"`prompts` must be of words that the model knows, got '{prompt}'; give others.")
-    return ids
+    return texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +259,7 @@ def _draw_others(blocks: Sequence[_Sides], rng: np.random.Generator) -> Iterator
 
 def _score_random(
     model: Model,
-    texts: Sequence[Tensor],
+    runs: Sequence[EditedRuns],
     writes_at: str,
     blocks: Sequence[_Sides],
     strength: float,
@@ -274,24 +274,24 @@ def _score_random(
     unit = drawn / drawn.norm(dim=1, keepdim=True)
     steps = strength * lengths[torch.from_numpy(rng.integers(len(lengths), size=N_RANDOM))][:, None] * unit
     promoted = _find_promoted(model, unit, blocks[0].promoted.shape[1])
-    runs = [_score_output(_amplify(model, ids, writes_at, steps), promoted) for ids in texts]
-    return tuple(torch.stack(runs).mean(0).tolist())
+    scores = [_score_output(_amplify(one, writes_at, steps), promoted) for one in runs]
+    return tuple(torch.stack(scores).mean(0).tolist())
 
 
 def _amplify(
-    model: Model, ids: Int[Tensor, "1 n"], writes_at: str, steps: Float[Tensor, "n_sides d_out"]
+    runs: EditedRuns, writes_at: str, steps: Float[Tensor, "n_sides d_out"]
 ) -> Float[Tensor, "n_sides d_vocab"]:
-    """Next-token probabilities after a prompt, each row with another change at its last token."""
-    found = []
-    for part in steps.split(max(1, FORWARD_TOKENS // ids.shape[1])):
+    """Next-token probabilities after a prompt, each run with another change at its last token."""
 
-        def push(x: Tensor, part: Tensor = part) -> Tensor:
-            x[:, -1] += part.to(x)
-            return x
+    def push(x: Tensor, i: Tensor) -> Tensor:
+        x[:, -1] += steps[i].to(x)
+        return x
 
-        with replace_activations(model, {writes_at: push}):
-            found.append(logits(model, ids.expand(len(part), -1))[:, -1].float().softmax(-1).cpu())
-    return torch.cat(found)
+    return runs.run({writes_at: push}, torch.zeros(len(steps), dtype=torch.long))
+
+
+def _read_probabilities(logits: Tensor, texts: Texts, rows: Tensor) -> Tensor:
+    return read_last(logits, texts, rows).softmax(-1)
 
 
 def _score_output(p: Float[Tensor, "n d_vocab"], promoted: Int[Tensor, "n n_top"]) -> Float[Tensor, "n"]:

@@ -1,0 +1,147 @@
+"""`EditedRuns`: texts run under edits of activations, in chunks that fit in memory, with one value read for each run.
+
+`ReadActivations`: an edit that changes nothing and keeps the activations that pass.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from saelab.interventions.directions import Direction
+from saelab.interventions.interventions import match_source
+from saelab.interventions.prompt_metrics import Texts
+from saelab.lm.hooks import FORWARD_TOKENS, capture, logits, replace_activations
+from saelab.lm.model_checks import Model
+from saelab.sae.sae import SAE
+from saelab.stores.jobs import hidden
+
+EditRuns: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""From activations (batch, n, d), a copy that may be changed, and the indices (batch,) of their runs to new ones."""
+ReadLogits: TypeAlias = Callable[[Tensor, Texts, Tensor], Tensor]
+"""From logits (batch, n, d_vocab), texts and the rows (batch,) of the texts run to (batch, ...): a `PromptMetric`."""
+
+
+@dataclass(frozen=True, eq=False)
+class EditedRuns:
+    """Texts run under edits of activations, and what is read of their logits.
+
+    A run is one text under one edit: the same text may be run many times, each time with another edit.
+
+    >>> from saelab.interventions.prompt_metrics import read_last, read_texts
+    >>> model = sl.lm.tiny_model()
+    >>> runs = EditedRuns(model, read_texts(model, ["One", "Two"]), read_last)
+    >>> halved = {"blocks.1.hook_resid_post": lambda x, i: x / 2 ** i[:, None, None]}
+    >>> found = runs.run(halved, rows=torch.tensor([0, 0]))
+    >>> found.shape, torch.allclose(found[0], runs.run()[0]), torch.allclose(found[0], found[1])
+    (torch.Size([2, 259]), True, False)
+    """
+
+    model: Model
+    texts: Texts
+    read: ReadLogits
+
+    @property
+    def batch_size(self) -> int:
+        """Number of runs in one forward pass, about 4096 tokens."""
+        return max(1, FORWARD_TOKENS // self.texts.ids.shape[1])
+
+    def match(self, source: SAE | Direction, hook_point: str | None = None, allow_mismatch: bool = False) -> str:
+        """The hook point at which an SAE or direction edits these runs, once it is checked that an SAE belongs there.
+
+        Args:
+            source: SAE or direction.
+            hook_point: where it reads; by default where the SAE was trained, or the direction's own.
+            allow_mismatch: accept an SAE of another model, weight processing or hook point.
+
+        Raises:
+            ValueError: as `saelab.sae.compatibility.match_places`.
+        """
+        return match_source(source, self.model, hook_point, allow_mismatch)
+
+    def run(
+        self,
+        edits: Mapping[str, EditRuns] | None = None,
+        rows: Int[Tensor, "n_runs"] | None = None,
+        *,
+        grad: bool = False,
+        progress: str | None = None,
+    ) -> Float[Tensor, "n_runs *values"]:
+        """What is read of each run's logits, on the CPU.
+
+        Args:
+            edits: by hook point, what replaces its activations; none for the unmodified model.
+            rows: text of each run; by default each text once.
+            grad: let gradients flow to tensors that the edits use.
+            progress: title of a progress bar; None for no bar.
+        """
+        rows = torch.arange(len(self.texts)) if rows is None else rows
+        found = []
+        with tqdm(total=len(rows), unit="run", desc=progress, delay=2, disable=hidden(progress is not None)) as bar:
+            for start in range(0, len(rows), self.batch_size):
+                runs = torch.arange(start, min(start + self.batch_size, len(rows)))
+                found.append(self._forward(edits or {}, rows[runs], runs, grad))
+                bar.update(len(runs))
+        return torch.cat(found) if found else torch.zeros(0)
+
+    def _forward(self, edits: Mapping[str, EditRuns], rows: Tensor, runs: Tensor, grad: bool) -> Tensor:
+        bound = {name: _bind(edit, runs) for name, edit in edits.items()}
+        with replace_activations(self.model, bound):
+            found = logits(self.model, self.texts.ids[rows], grad=grad)
+        with torch.set_grad_enabled(grad):
+            return self.read(found, self.texts, rows).cpu()
+
+    def activations(
+        self, hook_point: str, pick: Callable[[Tensor, Tensor], Tensor]
+    ) -> Float[Tensor, "n_picked *place d_in"]:
+        """Activations of the unmodified model, each text once, float32 on the CPU.
+
+        Args:
+            hook_point: where they are read.
+            pick: from activations (batch, n, d) and the rows (batch,) of their texts to those wanted.
+        """
+        parts = []
+        for rows in torch.arange(len(self.texts)).split(self.batch_size):
+            x = capture(self.model, self.texts.ids[rows], [hook_point])[hook_point]
+            parts.append(pick(x, rows).float().cpu())
+        return torch.cat(parts)
+
+
+def _bind(edit: EditRuns, runs: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: edit(x, runs)
+
+
+class ReadActivations:
+    """An edit for `replace_activations` that leaves activations as they are and keeps what is wanted of them.
+
+    >>> model, point, reading = sl.lm.tiny_model(), "blocks.1.hook_resid_post", ReadActivations()
+    >>> with sl.splice(model, {point: reading}):
+    ...     x = sl.lm.capture(model, torch.ones(1, 4, dtype=torch.long), [point])[point]
+    >>> reading.fired, torch.equal(reading.take(), x), reading.fired
+    (True, True, False)
+    """
+
+    def __init__(self, pick: Callable[[Tensor], Tensor] = torch.clone) -> None:
+        """`pick` chooses what is kept, a copy, since the model may add to activations in place."""
+        self.pick = pick
+        self.kept: Tensor | None = None
+
+    @property
+    def fired(self) -> bool:
+        """Whether activations passed since they were last taken."""
+        return self.kept is not None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.kept = self.pick(x)
+        return x
+
+    def take(self) -> Tensor:
+        """What was kept of the running or last forward pass, once: RuntimeError where nothing has passed since."""
+        if self.kept is None:
+            raise RuntimeError("What is read must have passed, got nothing since it was last taken.")
+        kept, self.kept = self.kept, None
+        return kept
