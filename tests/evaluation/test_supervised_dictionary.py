@@ -308,7 +308,7 @@ def test_codes_of_a_normalizer_that_measures_tokens_are_taken_out_in_their_own_s
     sae = sl.SAE(sl.SAEConfig(d_in=16, d_sae=24, activation=sl.AbsTopK(k=4), normalizer="layer_norm"), seed=1)
     x = 3 * torch.randn(9, 16, generator=torch.Generator().manual_seed(0)) + 2
     z = sae.encode(x).detach()
-    j = int((z != 0).sum(0).argmax())
+    j = int((z < 0).sum(0).argmax())
     rest = torch.where((torch.arange(24) == j) & (z < 0), 0, z)
     assert not torch.equal(rest, z)
     by_hand = x + (sae.decode(rest, x=x) - sae.decode(z, x=x)).detach()

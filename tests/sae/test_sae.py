@@ -266,7 +266,7 @@ def test_overfits_one_batch(cfg):
         losses.append(float(objective.terms["reconstruction"].detach()))
     # a dictionary that may not move, or small prefixes, cannot explain as much, and least with both
     limits = (cfg.dictionary == "frozen") + (cfg.prefixes is not None)
-    assert sum(losses[-5:]) / 5 < (0.3, 0.8, 0.92)[limits] * start
+    assert sum(losses[-5:]) / 5 < (0.4, 0.8, 0.92)[limits] * start
 
 
 @each_activation

@@ -240,7 +240,8 @@ def test_the_label_of_another_feature_scores_near_chance(store, tmp_path):
         assert abs(values.mean()) < 0.1 and abs(values).max() < 0.3
     for label in found.labels:
         assert all(label.scores[f"{name}_low"] <= 0.5 <= label.scores[f"{name}_high"] for name in ALL[:3])
-    assert all(label.scores["fuzzing"] == 0.5 for label in found.labels)
+    # one of 20 wrong highlights in 17 is the label's word by chance, and half of the score: .03 +- .027
+    assert all(0.5 - (0.03 + 4 * 0.027) <= label.scores["fuzzing"] <= 0.5 for label in found.labels)
     whole = score_labels(
         store, Oracle(), [Label(feature=2, sign=1, text="hot", author="me")], scorers=ALL, answers=tmp_path / "a",
         asking=FAST, progress=False,
@@ -272,7 +273,8 @@ def test_explaining_and_scoring_share_no_document_and_negatives_are_silent(store
             assert (dense[start : start + size] > 0).any() == fires == (dense[e.token] > 0) and size <= 24
             assert list(e.words) == store.text.words(start, start + len(e.words))
     assert len(case.shown) >= 15 and len(case.fires) == (20 if sign else 40)
-    assert len(case.hard) + len(case.easy) >= (15 if sign else 10)  # few windows are silent of both signs
+    # of 160 held-out windows of 24 tokens .91^24 are silent of both signs: 17 +- 3.9
+    assert len(case.hard) + len(case.easy) >= (15 if sign else 17 - 4 * 3.9)
     texts = [e.words for e in (*case.shown, *case.fires, *case.hard, *case.easy)]
     assert len(set(texts)) == len(texts)
     places = [e.center / len(e.words) for e in case.fires]
