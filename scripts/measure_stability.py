@@ -65,7 +65,7 @@ def measure(cfg: sl.SAEConfig, x: torch.Tensor, held_out: torch.Tensor, runs: Se
 
 
 def agreement(found: sl.universality.SeedStability) -> list[float]:
-    trained, alike = found.trained, found.alike
+    trained, alike = found.trained, found.matched_random
     numbers = (trained.matched, alike.matched, trained.nearest, alike.nearest, trained.found, trained.overlap)
     return [float(one.mean()) for one in numbers]
 

@@ -57,19 +57,19 @@ def describe(name: str, found: Sequence[sl.evaluation.Evaluation]) -> str:
     def mean(field: str) -> float:
         return sum(getattr(one, field) for one in found) / len(found)
 
-    def rivals(field: str, form: str) -> str:
+    def baselines(field: str, form: str) -> str:
         means = [sum(one.baselines[r][field] for one in found) / len(found) for r in found[0].baselines]
         return " / ".join(format(value, form) for value in means)
 
     recovered = mean_and_range([one.loss_recovered for one in found])
     cells = [
         name,
-        f"{mean_and_range([one.fvu for one in found])} [{rivals('fvu', '.3f')}]",
+        f"{mean_and_range([one.fvu for one in found])} [{baselines('fvu', '.3f')}]",
         f"{mean('l0'):.1f}",
         f"{mean('dead_frac'):.3f}",
         " / ".join(f"{mean(field):.4f}" for field in ("ce_clean", "ce_sae", "ce_zero", "ce_mean")),
-        f"{recovered} [{rivals('loss_recovered', '.3f')}]",
-        f"{mean('kl'):.4f} [{rivals('kl', '.3f')}]",
+        f"{recovered} [{baselines('loss_recovered', '.3f')}]",
+        f"{mean('kl'):.4f} [{baselines('kl', '.3f')}]",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -135,9 +135,9 @@ def test_crowded_dictionaries_are_no_more_alike_than_chance_says():
             sae.W_dec.copy_(normalize(torch.randn(64, 16, generator=g) * axes, dim=1))
         saes.append(sae)
     found = seed_stability(saes)
-    trained, random, alike = (float(one.matched.mean()) for one in (found.trained, found.random, found.alike))
+    trained, random, alike = (float(one.matched.mean()) for one in (found.trained, found.random, found.matched_random))
     assert trained > random + 0.1  # what tempts
-    assert abs(trained - alike) < 4 * float(found.alike.features.std()) / np.sqrt(64)
+    assert abs(trained - alike) < 4 * float(found.matched_random.features.std()) / np.sqrt(64)
 
 
 # --- attribution's agreement with exact effects

@@ -155,15 +155,15 @@ def score_all(
     truth, story_ids, x = read_truth(acts, stories), acts.doc_ids, acts[:]
     codes: dict[str, Any] = {name: encode_csr(sae, x) for name, sae in saes.items()}
     cfg = next(iter(saes.values())).cfg
-    rivals = concept_baselines(x, cfg, truth, story_ids, seed=seed)
+    baselines = concept_baselines(x, cfg, truth, story_ids, seed=seed)
     scores = {}
-    for name, values in tqdm({**codes, **rivals}.items(), unit=" dictionaries", disable=hidden(progress)):
+    for name, values in tqdm({**codes, **baselines}.items(), unit=" dictionaries", disable=hidden(progress)):
         scores[name] = score_concepts(values, truth, stories.table, story_ids, seed=seed)
     trials = [
         Trial(name, codes[name], scores[name], held_out_fvu(sae), sae.cfg.activation.signed)
         for name, sae in saes.items()
     ]
-    return trials, {name: scores[name] for name in rivals}
+    return trials, {name: scores[name] for name in baselines}
 
 
 def read_truth(acts: Activations, stories: Stories) -> Any:

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from saelab.cli.inputs import echo
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.sae.formats.conventions import Convention, compose_config
-from saelab.sae.formats.origin import Asked
+from saelab.sae.formats.origin import Overrides
 from saelab.sae.formats.registry import find_format, is_own, read_foreign
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.pretrained import CONFIG, check_config, read_config
@@ -80,7 +80,7 @@ def describe_foreign(path: Path) -> str:
     form = find_format(source)
     rows: TableRows = [("format", form)]
     try:
-        reading = read_foreign(source, form, Asked())
+        reading = read_foreign(source, form, Overrides())
         cfg = compose_config(reading.parts, reading.how)
     except ValueError as error:
         return _table(f"{path}: a sparse autoencoder of {form}", [*rows, ("to be given", str(error))])

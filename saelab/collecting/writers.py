@@ -331,8 +331,8 @@ def _claim_held(
     described = folder / MANIFEST
     if described.is_file() and resume:
         manifest = _resume(folder, request, kind)
-    elif _is_of_kind(described, kind) or is_empty(folder, kind.kept_beside):
-        if described.is_file() and kind.kept_beside:
+    elif _is_of_kind(described, kind) or is_empty(folder, kind.allowed_files):
+        if described.is_file() and kind.allowed_files:
             make_way(folder, request)
         manifest = begin()
         manifest.save(folder)  # fails early where the folder is not writable

@@ -73,14 +73,14 @@ def make_baselines(
     activation = AbsTopK(k) if cfg.activation.signed else TopK(k)
     drawn = SAEConfig(d_in=cfg.d_in, d_sae=cfg.d_sae, d_out=cfg.d_out, activation=activation, normalizer="none")
     x, y = x.to(sae.device), y.to(sae.device)
-    rivals = {
+    baselines = {
         "untrained": reconstruct_by(make_untrained(sae, x, y, seed=seed)),
         "random": reconstruct_by(prepare(drawn, x, seed + 1, y)),
     }
     rank = min(round(l0), cfg.d_in, cfg.d_target)
     if cfg.d_out is None:
-        return rivals | {"pca": make_pca(x, rank)}
-    return rivals | {"linear": make_linear(x, y, min(cfg.d_in, cfg.d_out) if cfg.skip else rank)}
+        return baselines | {"pca": make_pca(x, rank)}
+    return baselines | {"linear": make_linear(x, y, min(cfg.d_in, cfg.d_out) if cfg.skip else rank)}
 
 
 def make_pca(sample: Float[Tensor, "n d_in"], k: int) -> Reconstruction:
@@ -124,7 +124,7 @@ class Scores:
     """Metrics of the SAE by field of `Evaluation`, and of its baselines."""
 
     sae: dict[str, float]
-    rivals: dict[str, dict[str, float]]
+    baselines: dict[str, dict[str, float]]
     """metrics of each baseline"""
     prefixes: dict[int, float]
     """FVU by prefix length"""
@@ -134,19 +134,19 @@ class Scores:
     """why a metric is NaN"""
 
 
-def score(sums: DocumentSums, rivals: Iterable[str], prefixes: Iterable[int], n_bootstrap: int, seed: int) -> Scores:
+def score(sums: DocumentSums, baselines: Iterable[str], prefixes: Iterable[int], n_bootstrap: int, seed: int) -> Scores:
     """All metrics from the sums, with 95 % intervals of the SAE's.
 
     Args:
         sums: by document, from `measure`.
-        rivals: names of the baselines.
+        baselines: names of the baselines.
         prefixes: prefix lengths whose FVU is reported.
         n_bootstrap: draws of documents; 0 for no intervals.
         seed: of the draws.
     """
     total = sums.total()
     sae = {name: float(value) for name, value in read_sae(total).items()}
-    others = {rival: {name: float(v) for name, v in read_rival(total, rival).items()} for rival in rivals}
+    others = {one: {name: float(v) for name, v in read_baseline(total, one).items()} for one in baselines}
     draws, reasons = {}, {}
     if n_bootstrap and sums.n_documents >= 2:
         draws = read_sae(sums.resample(n_bootstrap, seed))
@@ -157,7 +157,7 @@ def score(sums: DocumentSums, rivals: Iterable[str], prefixes: Iterable[int], n_
         numbers.update(dict.fromkeys(unsure, math.nan))
     return Scores(
         sae=sae,
-        rivals=others,
+        baselines=others,
         prefixes={n: float(ratio(total[f"prefix.{n}"], total["variance"])) for n in prefixes},
         intervals={name: find_interval(values) for name, values in draws.items() if not math.isnan(sae[name])},
         reasons=reasons | unsure | explain(sae, unsure),
@@ -166,13 +166,13 @@ def score(sums: DocumentSums, rivals: Iterable[str], prefixes: Iterable[int], n_
 
 def read_sae(sums: dict[str, Float[Tensor, "*draws"]]) -> dict[str, Float[Tensor, "*draws"]]:
     """The SAE's metrics by field name, with the cross-entropies of the unmodified and the ablated model."""
-    scores, n = read_rival(sums, "sae"), sums["n_predictions"]
+    scores, n = read_baseline(sums, "sae"), sums["n_predictions"]
     scores["ce_sae"] = scores.pop("ce")
     references = {"ce_clean": "ce_clean", "ce_zero": "zero.ce", "ce_mean": "mean.ce", "kl_zero": "zero.kl"}
     return scores | {field: ratio(sums[name], n) for field, name in references.items()}
 
 
-def read_rival(sums: dict[str, Float[Tensor, "*draws"]], name: str) -> dict[str, Float[Tensor, "*draws"]]:
+def read_baseline(sums: dict[str, Float[Tensor, "*draws"]], name: str) -> dict[str, Float[Tensor, "*draws"]]:
     """The metrics of one reconstruction, given its name in the sums."""
     own = {key.removeprefix(f"{name}."): values for key, values in sums.items() if key.startswith(f"{name}.")}
     ablated = {"ce_zero": sums["zero.ce"], "ce_mean": sums["mean.ce"], "kl_zero": sums["zero.kl"]}
@@ -276,7 +276,7 @@ def measure(
     tokens: Tokens,
     n_seq: int,
     mean: Float[Tensor, "d_out"],
-    rivals: dict[str, Reconstruction],
+    baselines: dict[str, Reconstruction],
     progress: bool,
 ) -> DocumentSums:
     """Second pass: sums by document of reconstruction errors and of losses with each reconstruction spliced in.
@@ -287,14 +287,14 @@ def measure(
         tokens: the text.
         n_seq: sequences in a forward pass.
         mean: mean of the targets, from the first pass.
-        rivals: baselines and ablations by name.
+        baselines: baselines and ablations by name.
         progress: show a progress bar.
 
     Returns:
         terms shared by all under their names, those of one reconstruction under `sae.error`, `pca.ce` and so on.
     """
     sums = DocumentSums(tokens.doc_ids)
-    reconstructions = {"sae": reconstruct_by(sae), **rivals}
+    reconstructions = {"sae": reconstruct_by(sae), **baselines}
     for _, batch in _watched(tokens, n_seq, "splices", progress):
         clean = stage.run(batch)
         docs, docs_predicted = batch.doc_ids[clean.keep], batch.doc_ids[clean.predicts]
@@ -405,10 +405,10 @@ def evaluate(
     n_seq = forward_size(tokens, batch_size, FORWARD_LOGITS // model.cfg.d_vocab)
     stage = stage.calibrated(tokens, n_seq)
     found = survey(sae, stage, tokens, n_seq, progress)
-    rivals = make_baselines(sae, found.firings.l0, found.inputs, found.targets, seed) if baselines else {}
+    compared = make_baselines(sae, found.firings.l0, found.inputs, found.targets, seed) if baselines else {}
     ablations = {"zero": make_constant(torch.zeros_like(found.mean)), "mean": make_constant(found.mean)}
-    sums = measure(sae, stage, tokens, n_seq, found.mean, ablations | rivals, progress)
-    scores = score(sums, rivals, prefixes_of(sae), n_bootstrap, seed)
+    sums = measure(sae, stage, tokens, n_seq, found.mean, ablations | compared, progress)
+    scores = score(sums, compared, prefixes_of(sae), n_bootstrap, seed)
     edges, counts = log_histogram(found.firings.density, found.firings.n_tokens)
     described = describe_model(model)
     return Evaluation(
@@ -422,7 +422,7 @@ def evaluate(
         density_counts=counts,
         prefixes=scores.prefixes,
         intervals=scores.intervals,
-        baselines=scores.rivals,
+        baselines=scores.baselines,
         reasons=scores.reasons,
         sae=repr(sae),
         hook_point=stage.hook_point,

@@ -60,8 +60,8 @@ def fit_supervised_dictionary(
     Means count twice what correlated attributes share, least squares do not. ValueError unless each row has the same
     attributes. Source: arXiv:2405.08366.
 
-    >>> told = [{"who": "Ann", "when": "now"}, {"who": "Tom", "when": "now"}]
-    >>> fit_supervised_dictionary(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), told).rows
+    >>> labels = [{"who": "Ann", "when": "now"}, {"who": "Tom", "when": "now"}]
+    >>> fit_supervised_dictionary(torch.tensor([[1.0, 2.0], [3.0, 2.0]]), labels).rows
     tensor([[ 0.,  0.],
             [-1.,  0.],
             [ 1.,  0.]])
@@ -162,8 +162,8 @@ def mark_values(
 
     `joined` defines more attributes as unions of some: a value holds where any of them has it.
 
-    >>> told = [{"a": "x", "b": "y"}, {"a": "y", "b": "y"}]
-    >>> mark_values(told, {"either": ("a", "b")})["either"].tolist()
+    >>> labels = [{"a": "x", "b": "y"}, {"a": "y", "b": "y"}]
+    >>> mark_values(labels, {"either": ("a", "b")})["either"].tolist()
     [[True, True], [False, True]]
     """
     groups = {name: (name,) for name in attributes[0]} | {name: tuple(some) for name, some in (joined or {}).items()}

@@ -129,9 +129,9 @@ def describe_scores(label: Label) -> str:
         if isnan(value) or (end in ENDS and base in label.scores):
             continue
         low, high, chance = (label.scores.get(f"{name}_{end}") for end in ENDS)
-        beside = [] if low is None or high is None else [f"{low:.2g} to {high:.2g}"]
-        beside += [] if chance is None else [f"chance {chance:.2g}"]
-        said.append(f"{name} {value:.2g}" + (f" ({', '.join(beside)})" if beside else ""))
+        extras = [] if low is None or high is None else [f"{low:.2g} to {high:.2g}"]
+        extras += [] if chance is None else [f"chance {chance:.2g}"]
+        said.append(f"{name} {value:.2g}" + (f" ({', '.join(extras)})" if extras else ""))
     return ", ".join(said[:MOST_SCORES]) + _describe_share(label)
 
 
@@ -171,11 +171,11 @@ def format_floor(trained: dict[str, float], untrained: dict[str, float] | None, 
     'sides named 100% (untrained 50%), mean a 0.75 (untrained 0.62, chance 0.5)'
     """
 
-    def beside(name: str) -> str:
+    def extras(name: str) -> str:
         return "none scored" if untrained is None or name not in untrained else f"untrained {untrained[name]:.2f}"
 
     parts = [f"sides named {trained['named']:.0%}" + (f" (untrained {untrained['named']:.0%})" if untrained else "")]
-    parts += [f"mean {name} {trained[name]:.2f} ({beside(name)}, chance {chance[name]:g})" for name in chance]
+    parts += [f"mean {name} {trained[name]:.2f} ({extras(name)}, chance {chance[name]:g})" for name in chance]
     note = "" if untrained is not None else "; no untrained dictionary was labelled beside it"
     return ", ".join(parts).replace("none scored, ", "") + note
 

@@ -54,10 +54,10 @@ def require_whole(n: int, kwargs: Mapping[str, Any]) -> None:
     for name in ("position_ids", "cache_position"):
         places = kwargs.get(name)
         reach[name] = int(places.max()) + 1 if isinstance(places, Tensor) and places.numel() else 0
-    if told := [f"`{name}` up to {end}" for name, end in reach.items() if end > n]:
+    if outside := [f"`{name}` up to {end}" for name, end in reach.items() if end > n]:
         raise ValueError(
-            f"A forward without a cache must bring its whole text, got {n} ids with {' and '.join(told)}: its past is "
-            f"held by something that is not known (a cache is one of {NAMES}). Run with use_cache=False."
+            f"A forward without a cache must bring its whole text, got {n} ids with {' and '.join(outside)}: its past "
+            f"is held by something that is not known (a cache is one of {NAMES}). Run with use_cache=False."
         )
 
 
@@ -235,10 +235,10 @@ def find_border(model: nn.Module) -> tuple[int, bool] | None:
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for told in _read_schemes(text):
-        kind = told.get("rope_type", told.get("type"))
+    for scheme in _read_schemes(text):
+        kind = scheme.get("rope_type", scheme.get("type"))
         if kind not in STAYING:
-            length = told.get("original_max_position_embeddings") or getattr(
+            length = scheme.get("original_max_position_embeddings") or getattr(
                 text, "original_max_position_embeddings", None
             )
             return int(length or text.max_position_embeddings), kind != "longrope"
@@ -249,7 +249,7 @@ def _read_schemes(config: Any) -> list[Mapping[str, Any]]:
     """Rotary position settings of a configuration, one for all layers or per kind of layer."""
     found = []
     for name in ("rope_parameters", "rope_scaling"):
-        told = getattr(config, name, None)
-        if isinstance(told, Mapping):
-            found += [told, *(part for part in told.values() if isinstance(part, Mapping))]
+        scheme = getattr(config, name, None)
+        if isinstance(scheme, Mapping):
+            found += [scheme, *(part for part in scheme.values() if isinstance(part, Mapping))]
     return found

@@ -244,8 +244,10 @@ def locate_tokens(tokenizer: Any, text: str, ids: Sequence[int]) -> Int[np.ndarr
     """
     found = _locate_by_bytes(tokenizer, text, ids)
     if found is None and getattr(tokenizer, "is_fast", False):
-        told = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False)
-        found = np.array(told["offset_mapping"], np.int64).reshape(-1, 2).T
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
+        )
+        found = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
     if found is None:
         found = _locate_by_reading(tokenizer, text, ids)
     white = np.cumsum([0, *(not c.isspace() for c in text)])  # number of non-space characters before each index

@@ -364,14 +364,14 @@ def find_context(model: Model) -> int:
 
 def _guess_limit(config: Any) -> int:
     """Smallest value of the fields whose names look like a context length, with a warning."""
-    told = {name: n for name, n in config.to_dict().items() if type(n) is int and n > 1 and _LIKE_LIMITS.search(name)}
-    if told:
+    limits = {name: n for name, n in config.to_dict().items() if type(n) is int and n > 1 and _LIKE_LIMITS.search(name)}
+    if limits:
         warnings.warn(
-            f"A model's longest row must be named by one of {_LIMITS}, got {told} in its {type(config).__name__}: the "
-            f"smallest is taken, {min(told.values())} tokens. Set `max_position_embeddings` in its configuration.",
+            f"A model's longest row must be named by one of {_LIMITS}, got {limits} in its {type(config).__name__}: "
+            f"the smallest is taken, {min(limits.values())} tokens. Set `max_position_embeddings` in its configuration.",
             stacklevel=3,
         )
-    return min(told.values(), default=sys.maxsize)
+    return min(limits.values(), default=sys.maxsize)
 
 
 def find_row(model: Model, text: str) -> int:

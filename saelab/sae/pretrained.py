@@ -21,7 +21,7 @@ from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import SAEConfig
 from saelab.sae.formats.conventions import Convention, compose, narrow, own, take_latents
 from saelab.sae.formats.hub import find_release, find_source
-from saelab.sae.formats.origin import Asked, Origin, make_provenance
+from saelab.sae.formats.origin import Origin, Overrides, make_provenance
 from saelab.sae.formats.registry import OWN, find_format, keep_origin, read_foreign
 from saelab.sae.formats.sources import SAEFiles, read_tensors
 from saelab.sae.module import SAEModule
@@ -173,7 +173,9 @@ class Loaded:
     """checks, after everything else, that the configuration file is unchanged since it was written"""
 
 
-def locate(source: str | Path, name: str | None, revision: str | None, asked: Asked) -> tuple[SAEFiles, Asked]:
+def locate(
+    source: str | Path, name: str | None, revision: str | None, overrides: Overrides
+) -> tuple[SAEFiles, Overrides]:
     """Folder or file of an SAE, downloaded if necessary, and the facts known about it: what the caller gave, else what
     its release entry gives.
 
@@ -181,24 +183,24 @@ def locate(source: str | Path, name: str | None, revision: str | None, asked: As
         source: local path, Hub id `owner/name`, or name of a release.
         name: sub-folder or file in it, or the release's SAE id; None for the source itself.
         revision: git revision on the Hub; None is the default branch.
-        asked: facts given by the caller; these override the release's.
+        overrides: facts given by the caller; these override the release's.
     """
     release = None if Path(source).expanduser().exists() else find_release(str(source), name)
     if release is None:
-        return find_source(source, name, revision), asked
-    said = {field.name: getattr(asked, field.name) for field in fields(Asked)}
+        return find_source(source, name, revision), overrides
+    said = {field.name: getattr(overrides, field.name) for field in fields(Overrides)}
     known = {key: getattr(release.facts, key) if value is None else value for key, value in said.items()}
-    return find_source(release.repo, release.path, revision), Asked(**known)
+    return find_source(release.repo, release.path, revision), Overrides(**known)
 
 
 def load(
-    source: SAEFiles, asked: Asked, format: str | None, latents: Sequence[int] | None, dtype: torch.dtype
+    source: SAEFiles, overrides: Overrides, format: str | None, latents: Sequence[int] | None, dtype: torch.dtype
 ) -> Loaded:
     """Parts of the SAE in a folder or file, of whatever format.
 
     Args:
         source: the folder or file.
-        asked: facts that the caller gave; these override the file's.
+        overrides: facts that the caller gave; these override the file's.
         format: name of the format, needed only where a folder holds several; None detects it.
         latents: indices of the latents to load, in that order; None is all.
         dtype: dtype of the weights.
@@ -209,18 +211,18 @@ def load(
     """
     format = find_format(source, format)
     if format == OWN:
-        return _load_own(source, asked, latents, dtype)
+        return _load_own(source, overrides, latents, dtype)
     with naming(source.place):
-        reading = read_foreign(source, format, asked)
+        reading = read_foreign(source, format, overrides)
         composed = compose(reading.parts, reading.how, latents, dtype)
         origin = keep_origin(reading, composed.changed) if latents is None else None
-        provenance = make_provenance(reading, asked)
+        provenance = make_provenance(reading, overrides)
     return Loaded(composed.cfg, composed.tensors, provenance, None, origin, source.place)
 
 
-def _load_own(source: SAEFiles, asked: Asked, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
-    if asked != Asked():
-        given = [field.name for field in fields(Asked) if getattr(asked, field.name) is not None]
+def _load_own(source: SAEFiles, overrides: Overrides, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
+    if overrides != Overrides():
+        given = [field.name for field in fields(Overrides) if getattr(overrides, field.name) is not None]
         raise ValueError(f"An SAE of saelab's own must be loaded as it says itself, got {given}; leave them out.")
     described, tensors, origin = read_sae(source.folder)
     with naming(source.folder / CONFIG):

@@ -12,7 +12,7 @@ from saelab.sae.activation_functions import Activation
 from saelab.sae.adapters import SAEBenchSAE
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import Data, HeldOut, describe_training, finish_run, make_run, open_data, origin_of
-from saelab.sae.formats.origin import Asked, Origin
+from saelab.sae.formats.origin import Origin, Overrides
 from saelab.sae.formats.registry import require_room, write_foreign
 from saelab.sae.module import SAEModule
 from saelab.sae.pretrained import Loaded, fill, load, locate, on_meta, write_card, write_sae
@@ -152,7 +152,7 @@ class SAE(SAEModule):
             ValueError: for files of no known format or of two, that are damaged, that do not fit their configuration,
                 or that leave out a fact which was not given.
         """
-        asked = Asked(
+        overrides = Overrides(
             model=model,
             hook_point=hook_point,
             hook_point_out=hook_point_out,
@@ -161,8 +161,8 @@ class SAE(SAEModule):
             threshold=threshold,
             scale=scale,
         )
-        place, asked = locate(source, name, revision, asked)
-        sae = read_settled(place.folder, lambda: cls._make(load(place, asked, format, latents, dtype)))
+        place, overrides = locate(source, name, revision, overrides)
+        sae = read_settled(place.folder, lambda: cls._make(load(place, overrides, format, latents, dtype)))
         sae.name_or_path = str(source) if name is None else f"{source}/{name}"
         return sae.to(device) if device is not None else sae
 

@@ -216,14 +216,14 @@ def _identify(folder: str | Path) -> frozenset[tuple[str, int, int]] | None:
     return None
 
 
-def is_empty(folder: str | Path, beside: Sequence[str] = ()) -> bool:
+def is_empty(folder: str | Path, allowed: Sequence[str] = ()) -> bool:
     """Whether a folder is missing, or holds nothing but leftovers of a killed writer and files that may be kept.
 
     Args:
         folder: the folder.
-        beside: patterns of the files that may be kept.
+        allowed: patterns of the files that may be kept.
     """
-    ours = (LOCK, STAGED, ".*.tmp", *beside)
+    ours = (LOCK, STAGED, ".*.tmp", *allowed)
     folder = Path(folder)
     return not folder.exists() or all(any(map(file.match, ours)) for file in folder.iterdir())
 

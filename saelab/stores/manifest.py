@@ -46,7 +46,7 @@ class Manifest(ABC):
     "Name of the function that writes such folders."
     files_of_kind: ClassVar[tuple[str, ...]] = ("shard-*.safetensors",)
     "Patterns of the files of such a folder, the manifest aside."
-    kept_beside: ClassVar[tuple[str, ...]] = ()
+    allowed_files: ClassVar[tuple[str, ...]] = ()
     "Patterns of other files that may be kept in it, such as labels."
     later: ClassVar[tuple[str, ...]] = ()
     "Fields that folders of older versions lack."
@@ -230,7 +230,7 @@ class FeatureManifest(Manifest):
     kind = "features"
     verb = "harvest"
     files_of_kind = ("shard-*.safetensors", "tokens.safetensors", "strings.json", "statistics.safetensors")
-    kept_beside = ("labels*.sqlite", "answers.jsonl")
+    allowed_files = ("labels*.sqlite", "answers.jsonl")
 
     d_sae: int
     dtype: str
@@ -285,8 +285,8 @@ def _advised() -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
-        anew = "run what wrote the folder again with resume=False: that deletes it and begins anew"
-        raise type(error)(f"{error} Where there is no copy, {anew}.") from None
+        advice = "run what wrote the folder again with resume=False: that deletes it and begins anew"
+        raise type(error)(f"{error} Where there is no copy, {advice}.") from None
 
 
 def dtype_name(dtype: torch.dtype) -> str:

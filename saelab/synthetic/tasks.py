@@ -97,8 +97,8 @@ def name_edits(n: int, seed: int = 0) -> list[dict[str, NamePrompt]]:
     Each is a dictionary by version; the original is "as told". "receiver" and "giver": that person has another name of
     the same gender throughout; "order": the two meet in the other order; "roles": giver and receiver are exchanged.
 
-    >>> told = name_edits(1)[0]
-    >>> names = told["as told"].attributes, told["roles"].attributes
+    >>> versions = name_edits(1)[0]
+    >>> names = versions["as told"].attributes, versions["roles"].attributes
     >>> names[0]["giver"] == names[1]["receiver"], names[0]["order"] == names[1]["order"]
     (True, False)
     """
@@ -108,23 +108,23 @@ def name_edits(n: int, seed: int = 0) -> list[dict[str, NamePrompt]]:
 def _edit_names(seed: str) -> dict[str, NamePrompt]:
     rng = random.Random(seed + "/edits")
     giver = rng.choice((0, 1))  # the hero, or the friend
-    told = {"special": "gift", "giver": giver}
-    drawn = _tell_names(seed, told).attributes
+    original = {"special": "gift", "giver": giver}
+    drawn = _generate_names(seed, original).attributes
     people = [drawn["giver"], drawn["receiver"]][:: 1 - 2 * giver]
     other = {p: rng.choice([name for name in HEROES[NAMES[p]] if name not in people]) for p in people}
     meets = drawn[drawn["order"]]
-    told |= {"hero": people[0], "friend": people[1], "one": meets}
+    original |= {"hero": people[0], "friend": people[1], "one": meets}
     changed = {"receiver": people[1 - giver], "giver": people[giver]}
-    edits: dict[str, dict[str, object]] = {"as told": told}
+    edits: dict[str, dict[str, object]] = {"as told": original}
     for edit, person in changed.items():
         named = {"hero": people[0], "friend": people[1], "one": meets}
-        edits[edit] = told | {slot: other[person] for slot, name in named.items() if name == person}
-    edits["order"] = told | {"one": next(name for name in people if name != meets)}
-    edits["roles"] = told | {"giver": 1 - giver}
-    return {edit: _tell_names(seed, forced) for edit, forced in edits.items()}
+        edits[edit] = original | {slot: other[person] for slot, name in named.items() if name == person}
+    edits["order"] = original | {"one": next(name for name in people if name != meets)}
+    edits["roles"] = original | {"giver": 1 - giver}
+    return {edit: _generate_names(seed, forced) for edit, forced in edits.items()}
 
 
-def _tell_names(seed: str, forced: Mapping[str, object]) -> NamePrompt:
+def _generate_names(seed: str, forced: Mapping[str, object]) -> NamePrompt:
     tale = Tale(random.Random(seed), forced).tell()
     end = _last_forced(tale, "receiver")
     giver_at = max(place for name, place in tale.marks if name == "giver" and place < end)

@@ -76,15 +76,15 @@ class NullConfig:
 NULL = NullConfig()
 
 
-def measure_floor(side: Matches, beside: Sequence[Matches]) -> Untrained:
+def measure_floor(side: Matches, baselines: Sequence[Matches]) -> Untrained:
     """Similarity level and universal shares of untrained dictionaries, the larger of several comparisons.
 
     Each comparison is given by its side that stands for this one. Shares are those of the comparison with the largest
     share by number.
     """
-    sizes = [np.nan_to_num(np.abs(other.similarity[other.live])) for other in beside]
+    sizes = [np.nan_to_num(np.abs(other.similarity[other.live])) for other in baselines]
     sizes = [one if len(one) else np.zeros(1) for one in sizes]
-    most = max(beside, key=lambda other: np.nan_to_num(other.share()))
+    most = max(baselines, key=lambda other: np.nan_to_num(other.share()))
     return Untrained(
         level=max(float(np.quantile(one, LEVEL)) for one in sizes),
         median=max(float(np.median(one)) for one in sizes),
@@ -387,8 +387,8 @@ def compare(
             work = DirectionSource.make(one, other, similarity, progress)
         return conclude(work, similarity, m, min_count, null, seed)
 
-    beside = [judge(one, other) for one, other in ((of_a, b), (a, of_b)) if one is not None and other is not None]
-    return raise_floor(judge(a, b), beside)
+    baselines = [judge(one, other) for one, other in ((of_a, b), (a, of_b)) if one is not None and other is not None]
+    return raise_floor(judge(a, b), baselines)
 
 
 def choose_similarity(similarity: str | None, stores: bool) -> Similarity:
@@ -401,17 +401,17 @@ def choose_similarity(similarity: str | None, stores: bool) -> Similarity:
     return found
 
 
-def raise_floor(found: Comparison, beside: list[Comparison]) -> Comparison:
+def raise_floor(found: Comparison, baselines: list[Comparison]) -> Comparison:
     """The same comparison, universal matches limited to those above the similarity level of untrained dictionaries.
 
-    `beside` are comparisons in which one side is untrained; empty leaves the comparison as it is.
+    `baselines` are comparisons in which one side is untrained; empty leaves the comparison as it is.
     """
-    if not beside:
+    if not baselines:
         return found
     sides = []
     for name in ("a", "b"):
         side = getattr(found, name)
-        floor = measure_floor(side, [getattr(one, name) for one in beside])
+        floor = measure_floor(side, [getattr(one, name) for one in baselines])
         sides.append(replace(side, universal=above(side, floor), untrained=floor))
     return replace(found, a=sides[0], b=sides[1])
 

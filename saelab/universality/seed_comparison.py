@@ -78,13 +78,13 @@ def measure_directions(
     """
     rows = _normalize_rows(rows.float().cpu())
     squares = torch.linalg.eigvalsh(exact(rows).T @ exact(rows)).clamp(min=0)
-    beside = _largest_cosines(rows, rows, signed=True, itself=False)
+    others = _largest_cosines(rows, rows, signed=True, itself=False)
     near = None if x is None else _largest_cosines(rows, _normalize_rows(x.float().cpu()), signed, itself=True)
     return DictionaryFigures(
         stable_rank=round(float(squares.sum() / squares[-1]), 6),
         effective_rank=effective_rank(squares.sqrt()),
-        coherence=float(beside.max()),
-        crowding=float(beside.mean()),
+        coherence=float(others.max()),
+        crowding=float(others.mean()),
         ood=math.nan if near is None else 1 - float(near.double().mean()),
     )
 
@@ -175,7 +175,7 @@ class SeedStability(Result):
     """agreement of the dictionaries given"""
     random: SeedAgreement
     """agreement of random dictionaries of the same shape"""
-    alike: SeedAgreement
+    matched_random: SeedAgreement
     """agreement of random dictionaries with the second moments of each dictionary's directions (the stricter null)"""
     figures: tuple[DictionaryFigures, ...]
     """geometry of each dictionary in the normalized space of training"""
@@ -216,7 +216,7 @@ class SeedStability(Result):
         kind = "by size" if self.signed else "with their sign"
         lines = [f"{n} dictionaries of {self.d_sae:,} directions in {self.d_in:,} dimensions, cosines {kind}"]
         lines.append(f"{'':<28}{'trained':>9}{'random':>9}{'alike':>9}")
-        families = (self.trained, self.random, self.alike)
+        families = (self.trained, self.random, self.matched_random)
         names = {
             "matched": "matched one to one",
             "nearest": "nearest",
@@ -281,14 +281,14 @@ def seed_stability(
     generator = torch.Generator().manual_seed(seed)
     trained = [sae.directions().float().cpu() for sae in saes]
     random = [_bring_back(sae, torch.randn(d_sae, d_in, generator=generator)) for sae in saes]
-    alike = [_draw_alike(rows, generator) for rows in trained]
+    matched_random = [_draw_matched(rows, generator) for rows in trained]
     weights = [torch.from_numpy(one.energy) for one in usage]
     drawn = torch.randn(d_sae, d_in, generator=generator)
     return SeedStability(
         d_in=d_in, d_sae=d_sae, signed=signed, threshold=threshold, rank=rank, exact=d_sae**2 <= EXACT,
         trained=_agree(trained, signed, threshold, rank, weights),
         random=_agree(random, signed, threshold, rank),
-        alike=_agree(alike, signed, threshold, rank),
+        matched_random=_agree(matched_random, signed, threshold, rank),
         figures=tuple(measure_directions(sae.W_dec, _center(sae, acts), signed) for sae in saes),
         random_figures=measure_directions(drawn, _center(saes[0], acts), signed),
         usage=tuple(usage), seed=seed,
@@ -319,7 +319,7 @@ def _bring_back(sae: SAE, rows: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, "d
     return rows if normalizer.kind == "none" else normalizer.apply_matrix(rows, normalizer.inverse.cpu())
 
 
-def _draw_alike(rows: Float[Tensor, "d_sae d_in"], generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:
+def _draw_matched(rows: Float[Tensor, "d_sae d_in"], generator: torch.Generator) -> Float[Tensor, "d_sae d_in"]:
     """Random unit directions with the second moments of the given rows at unit length."""
     squares, axes = torch.linalg.eigh(_normalize_rows(rows).double().T @ _normalize_rows(rows).double() / len(rows))
     squares = squares.clamp(min=0)

@@ -421,8 +421,8 @@ def compare_many(
 
     found = {}
     for a, b in tqdm(list(combinations(named, 2)), unit=" pairs", disable=hidden(progress)):
-        beside = (floors.get(a), floors.get(b))
-        found[a, b] = compare(named[a], named[b], untrained=beside, progress=False, **options)
+        baselines = (floors.get(a), floors.get(b))
+        found[a, b] = compare(named[a], named[b], untrained=baselines, progress=False, **options)
     return Comparisons(names=tuple(named), found=found)
 
 

@@ -309,12 +309,13 @@ def find(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> list[s
 def _rank(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> str:
     best = max(trials, key=lambda trial: _known(trial.scores.coverage))
     said = f"{best.name} covers the concepts best (mean F1 {decimal(best.scores.coverage)})"
-    rivals = {name: scores.coverage for name, scores in baselines.items() if name != CEILING}
-    if not rivals:
+    coverage_of = {name: scores.coverage for name, scores in baselines.items() if name != CEILING}
+    if not coverage_of:
         return said + "."
-    name = max(rivals, key=lambda rival: _known(rivals[rival]))
-    n_above = sum(trial.scores.coverage > rivals[name] for trial in trials)
-    return f"{said}; {n_above} of {len(trials)} dictionaries beat the best baseline, {name} ({decimal(rivals[name])})."
+    name = max(coverage_of, key=lambda one: _known(coverage_of[one]))
+    best = coverage_of[name]
+    n_above = sum(trial.scores.coverage > best for trial in trials)
+    return f"{said}; {n_above} of {len(trials)} dictionaries beat the best baseline, {name} ({decimal(best)})."
 
 
 def show_features(corpus: Corpus, trials: Sequence[Trial], names: Sequence[str]) -> str:
@@ -392,13 +393,13 @@ def _bar(name: str, scores: ConceptScores, own: bool) -> Bar:
 def _concept_card(corpus: Corpus, trials: Sequence[Trial], name: str) -> str:
     trial = max(trials, key=lambda trial: _known(trial.row(name).f1_train))
     row = trial.row(name)
-    beside = ", ".join(f"{other.name} {decimal(other.row(name).f1)}" for other in trials if other is not trial)
+    compared = ", ".join(f"{other.name} {decimal(other.row(name).f1)}" for other in trials if other is not trial)
     if row.feature is None:
         return _card(name, row.kind, f"{row.reason or 'No feature fires with it.'}", "")
     said = (
         f"{trial.name} feature {row.feature}{_side(trial, row.side)}: F1 {decimal(row.f1)}, "
         f"precision {decimal(row.precision)}, recall {decimal(row.recall)}, AUROC {decimal(row.auroc)}; "
-        f"F1 of the best in {beside}"
+        f"F1 of the best in {compared}"
     )
     return _card(name, row.kind, said, _sentences(corpus, trial, row.feature, row.side, row.threshold, name))
 

@@ -17,18 +17,18 @@ WIDTH, HEIGHT, FOOT = 300, 96, 14  # of the histogram, in its own units
 SHOWN_OPEN = ("top",)
 
 
-def draw_card(card: FeatureCard, labels: Sequence[Label] = (), beside: str = "") -> str:
+def draw_card(card: FeatureCard, labels: Sequence[Label] = (), below: str = "") -> str:
     """A feature dashboard as one HTML element, with links `#feature=12` to similar features; all text is escaped.
 
     Positive codes are orange, negative ones blue, with an opacity that grows with |z| relative to the feature's
     largest; the token that a window was chosen for is underlined. `labels` are the feature's chosen labels, shown with
-    their authors and scores. `beside` is HTML that is placed below the head, such as the partner in another store.
+    their authors and scores. `below` is HTML that is placed below the head, such as the partner in another store.
     """
     aside = [_histogram(card), *(_words(side, len(card.sides)) for side in card.sides), _effects(card), _near(card)]
     scale = max((side.peak for side in card.sides), default=0.0)
     groups = [_group(group, scale) for group in card.examples.groups]
     parts = f'<div class="cols"><div>{"".join(aside)}</div><div>{"".join(groups)}</div></div>'
-    return f'<article class="fcard">{_head(card, labels)}{beside}{parts}</article>'
+    return f'<article class="fcard">{_head(card, labels)}{below}{parts}</article>'
 
 
 def draw_window(example: Example, scale: float) -> str:
@@ -76,18 +76,22 @@ def _head(card: FeatureCard, labels: Sequence[Label]) -> str:
     label = escape(card.label) if card.label else '<span class="dim">no label</span>'
     said = f"Never fired on {card.n_tokens:,} tokens: its rate is below {3 / card.n_tokens:.1e} (95 %)."
     if card.sides:
-        said = f"Fires on {card.density:.3%} of {card.n_tokens:,} tokens: " + "; ".join(map(_tell, card.sides)) + "."
-    given = "".join(_tell_label(one, alone=len(labels) == 1) for one in labels)
+        said = (
+            f"Fires on {card.density:.3%} of {card.n_tokens:,} tokens: "
+            + "; ".join(map(_format_side, card.sides))
+            + "."
+        )
+    given = "".join(_format_label(one, alone=len(labels) == 1) for one in labels)
     return f'<h2><span>{card.feature}</span> {label}</h2>{given}<p class="dim">{said}</p>'
 
 
-def _tell_label(label: Label, alone: bool) -> str:
+def _format_label(label: Label, alone: bool) -> str:
     """Author and scores of a label; also its text where the heading holds several labels or none."""
     text = "" if alone and label.kind != "none" else f"{MARKS[label.sign]}{label.text or 'no name'}, "
     return f'<p class="dim">{escape(text + describe_origin(label))}</p>'
 
 
-def _tell(side: FeatureSide) -> str:
+def _format_side(side: FeatureSide) -> str:
     name = "positive" if side.sign > 0 else "negative"
     return f"{side.n_firings:,} {name}, mean |z| {side.mean:.3g}, largest {side.peak:.3g}"
 

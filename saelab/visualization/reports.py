@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from saelab.lm.model_checks import Model
     from saelab.sae.sae import SAE
 
-BESIDE = "'self' file:"
+LOCAL_FILES = "'self' file:"
 """Content-Security-Policy sources for card files in the page's own folder, loaded when they are needed"""
 
 
@@ -62,7 +62,7 @@ def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: Mapping[
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            write_policy([script], BESIDE if data["files"] else ""),
+            write_policy([script], LOCAL_FILES if data["files"] else ""),
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>\n<style>{STYLE}{read_asset('report.css')}</style>{style_card()}</head>",
             f"<body>\n<main>\n<header><h1>{escape(title)}</h1></header>\n{views}\n</main>",
@@ -97,7 +97,7 @@ def summarize(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation |
         "Text": f"{shareable(origin.text)}, rows of {origin.ctx_len} tokens",
         "Tokens": f"{len(store):,}, in {len(set(store.doc_ids.tolist())):,} documents",
         "L0": f"{store.l0:.2f} codes a token, {'of both signs' if store.signed else 'all positive'}",
-        "Trained on": _tell_training(store.manifest.sae.get("training")),
+        "Trained on": _format_training(store.manifest.sae.get("training")),
     }
     parts = [
         facts({name: text for name, text in about.items() if text}),
@@ -108,7 +108,7 @@ def summarize(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation |
     return "\n".join(parts)
 
 
-def _tell_training(training: Mapping[str, Any] | None) -> str:
+def _format_training(training: Mapping[str, Any] | None) -> str:
     if not training:
         return ""
     seen = training.get("n_tokens_seen", training.get("n_tokens"))
@@ -133,14 +133,21 @@ def _show_evaluation(evaluation: Evaluation | Mapping[str, Any]) -> list[str]:
     rows = []
     for name in ROWS:
         low, high = numbers.get("intervals", {}).get(name, (None, None))
-        between = f"{_say(low)} to {_say(high)}" if low is not None else ""
+        between = f"{_format_number(low)} to {_format_number(high)}" if low is not None else ""
         key = "ce" if name == "ce_sae" else name
-        rows.append([name, _say(numbers.get(name)), between, *(_say(scores.get(key)) for scores in baselines.values())])
+        rows.append(
+            [
+                name,
+                _format_number(numbers.get(name)),
+                between,
+                *(_format_number(scores.get(key)) for scores in baselines.values()),
+            ]
+        )
     said = f"{numbers.get('n_tokens', 0):,} tokens of {numbers.get('text', 'an unnamed text')}."
     return [table(["", "SAE", "95 % interval", *baselines], rows), paragraph(said, "small soft")]
 
 
-def _say(x: float | None) -> str:
+def _format_number(x: float | None) -> str:
     return "-" if x is None or x != x else f"{x:.4g}"
 
 

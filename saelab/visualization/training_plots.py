@@ -141,8 +141,8 @@ def plot_frontier(
     figure = Figure()
     for i, (name, group) in enumerate(good.items()):
         figure.add_trace(_draw_group(name, group, y, i))
-    for rival in dict.fromkeys(rival for one in every if baselines for rival in one.baselines):
-        figure.add_trace(_draw_rival(rival, good, y))
+    for baseline in dict.fromkeys(baseline for one in every if baselines for baseline in one.baselines):
+        figure.add_trace(_draw_baseline(baseline, good, y))
     figure.update_xaxes(title_text="L0: latents that fire per token (log scale)", type="log", tickformat="~g")
     _scale_quality(figure, y)
     figure.update_layout(showlegend=True)
@@ -183,17 +183,17 @@ def _draw_group(name: str, group: list[Evaluation], y: Quality, i: int) -> "Scat
     )
 
 
-def _draw_rival(rival: str, groups: Mapping[str, Sequence[Evaluation]], y: Quality) -> "Scatter":
+def _draw_baseline(baseline: str, groups: Mapping[str, Sequence[Evaluation]], y: Quality) -> "Scatter":
     from plotly.graph_objects import Scatter
 
-    found = [(name, one.baselines.get(rival, {})) for name, group in groups.items() for one in group]
+    found = [(name, one.baselines.get(baseline, {})) for name, group in groups.items() for one in group]
     found = [(name, scores) for name, scores in found if _is_shown(scores.get("l0", 0), scores.get(y, math.nan), y)]
     return Scatter(
         x=[scores["l0"] for _, scores in found],
         y=[scores[y] for _, scores in found],
         mode="markers",
-        name=escape_plotly(rival, LEGEND_WIDTH),
-        marker={"symbol": SYMBOLS.get(rival, "circle-open"), "size": 10, "color": OTHER, "line": {"width": 1.5}},
+        name=escape_plotly(baseline, LEGEND_WIDTH),
+        marker={"symbol": SYMBOLS.get(baseline, "circle-open"), "size": 10, "color": OTHER, "line": {"width": 1.5}},
         customdata=[escape_plotly(name) for name, _ in found],
         hovertemplate=f"{y} %{{y:.4g}}, L0 %{{x:.4g}}<br>for %{{customdata}}<extra>%{{fullData.name}}</extra>",
     )

@@ -334,13 +334,13 @@ def test_baselines_of_tales() -> None:
     acts = torch.from_numpy(x + 0.1 * rng.standard_normal(x.shape).astype(np.float32))
     cfg = sl.SAEConfig(d_in=48, d_sae=96, activation=sl.AbsTopK(k=6))
     state = torch.get_rng_state()
-    rivals = concept_baselines(acts, cfg, truth, stories.story_ids)
+    baselines = concept_baselines(acts, cfg, truth, stories.story_ids)
     assert torch.equal(torch.get_rng_state(), state)
-    assert list(rivals) == ["neurons", "pca", "random", "untrained", "probe"]
+    assert list(baselines) == ["neurons", "pca", "random", "untrained", "probe"]
     codes = encode_csr(sl.SAE(cfg), acts)
     assert codes.shape == (len(acts), 96) and (np.diff(codes.indptr) == 6).all()
-    scores = score_concepts(codes, truth, stories.table[:100], stories.story_ids, min_count=5, baselines=rivals)
-    others = [rival.coverage for name, rival in scores.baselines.items() if name != "probe"]
+    scores = score_concepts(codes, truth, stories.table[:100], stories.story_ids, min_count=5, baselines=baselines)
+    others = [baseline.coverage for name, baseline in scores.baselines.items() if name != "probe"]
     assert scores.baselines["probe"].coverage > 0.9 > max(*others, scores.coverage)
     assert scores.baselines["probe"].auroc > 0.95
     # nothing of the held-out stories goes into them
@@ -348,4 +348,4 @@ def test_baselines_of_tales() -> None:
     noise = torch.where(train[:, None], acts, torch.randn(acts.shape, generator=torch.Generator().manual_seed(0)))
     changed = concept_baselines(noise, cfg, truth, stories.story_ids)
     for name in ("pca", "probe"):
-        torch.testing.assert_close(rivals[name][train], changed[name][train])
+        torch.testing.assert_close(baselines[name][train], changed[name][train])

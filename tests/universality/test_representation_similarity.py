@@ -356,8 +356,8 @@ def test_one_to_one_keeps_the_strongest():
     assert len(set(a[chosen])) == len(chosen) == len(set(b[chosen]))
     assert kept.n_kept + sum(kept.removed.values()) == 300
     for i in np.flatnonzero(~kept.keep):  # something stronger stands in its way
-        rivals = chosen[(a[chosen] == a[i]) | (b[chosen] == b[i])]
-        assert abs(strength[rivals]).max() > abs(strength[i])
+        baselines = chosen[(a[chosen] == a[i]) | (b[chosen] == b[i])]
+        assert abs(strength[baselines]).max() > abs(strength[i])
 
 
 def test_one_to_one_of_many_to_one_and_of_equals():

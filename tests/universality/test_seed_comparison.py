@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 import saelab as sl
 from saelab.universality import seed_comparison
 from saelab.universality.seed_comparison import (
-    _draw_alike,
+    _draw_matched,
     _largest_cosines,
     match_rows,
     measure_directions,
@@ -68,7 +68,7 @@ def test_permutations_are_the_same_dictionary():
     for numbers in (found.trained.matched, found.trained.nearest, found.trained.overlap, found.trained.found):
         np.testing.assert_allclose(numbers, 1, atol=1e-5)
     assert len(found.trained.matched) == 3 and found.trained.features.shape == (3, D_SAE)
-    assert found.random.matched.max() < 0.75 and found.alike.matched.max() < 0.75
+    assert found.random.matched.max() < 0.75 and found.matched_random.matched.max() < 0.75
 
 
 def test_flipped_directions_are_the_same_only_where_codes_are_signed():
@@ -85,7 +85,9 @@ def test_flipped_directions_are_the_same_only_where_codes_are_signed():
 def test_random_dictionaries_are_at_chance():
     found = seed_stability([sae_of(directions(seed)) for seed in range(4)], seed=9)
     for name in ("matched", "nearest", "overlap"):
-        trained, random, alike = (getattr(one, name).mean() for one in (found.trained, found.random, found.alike))
+        trained, random, alike = (
+            getattr(one, name).mean() for one in (found.trained, found.random, found.matched_random)
+        )
         slack = 0.1 if name == "overlap" else 0.03
         assert trained == pytest.approx(random, abs=slack) and trained == pytest.approx(alike, abs=slack)
     assert found.trained.overlap.mean() == pytest.approx(found.rank / D_IN, abs=0.15)
@@ -95,14 +97,14 @@ def test_chance_knows_how_the_rows_are_spread():
     """In few dimensions unrelated rows are near each other: only the second chance level says so."""
     output_scale = torch.logspace(0, -2, D_IN)
     rows = normalize(directions() * output_scale, dim=1)
-    alike = _draw_alike(rows, torch.Generator().manual_seed(0))
+    alike = _draw_matched(rows, torch.Generator().manual_seed(0))
 
     def moments(x):
         return x.T @ x / len(x)
 
     found = seed_stability([sae_of(normalize(directions(seed) * output_scale, dim=1)) for seed in range(2)])
     assert found.random.matched[0] < found.trained.matched[0] - 0.1
-    assert found.alike.matched[0] == pytest.approx(found.trained.matched[0], abs=0.03)
+    assert found.matched_random.matched[0] == pytest.approx(found.trained.matched[0], abs=0.03)
     np.testing.assert_allclose(moments(alike), moments(rows), atol=0.06)
     assert found.figures[0].effective_rank < 0.7 * found.random_figures.effective_rank
 

@@ -196,10 +196,10 @@ def name_output(tokens: Sequence[str]) -> str:
     return "says " + name_rule([repr(token) for token in tokens[:6]], "or") if tokens else ""
 
 
-def alike(a: str, b: str) -> bool:
+def same_word(a: str, b: str) -> bool:
     """Whether two names quote the same word, ignoring case, spaces and endings.
 
-    >>> alike("the token ' cat'", "the token ' Cats'"), alike("the token ' cat'", "the token ' dog'")
+    >>> same_word("the token ' cat'", "the token ' Cats'"), same_word("the token ' cat'", "the token ' dog'")
     (True, False)
     """
     cores = [(match[1] or match[2]).strip().lower() for match in map(QUOTED.search, (a, b)) if match]

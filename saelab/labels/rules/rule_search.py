@@ -29,7 +29,7 @@ from saelab.labels.rules.contingency import (
     q_values,
 )
 from saelab.labels.rules.predicates import DISJOINT, Predicates, make_predicates, one_of_each
-from saelab.labels.rules.rule_labels import NO_RULE, RuleLabel, RuleLabels, alike, name_output, name_rule
+from saelab.labels.rules.rule_labels import NO_RULE, RuleLabel, RuleLabels, name_output, name_rule, same_word
 from saelab.labels.rules.token_view import TokenView
 from saelab.stores.feature_store import FeatureStore
 
@@ -211,8 +211,8 @@ def add_side_tokens(store: FeatureStore, predicates: Predicates, is_train: Bool[
     wanted = find_side_tokens(store, is_train)
     names, numbers = one_of_each(TokenView(store.text), "token", len(store.text))
     here = numbers[store.places]
-    told = np.unique(here[np.isin(store.token_ids, wanted)])
-    new = np.array([j for j in told.tolist() if names[j] not in predicates.places], np.int64)
+    candidates = np.unique(here[np.isin(store.token_ids, wanted)])
+    new = np.array([j for j in candidates.tolist() if names[j] not in predicates.places], np.int64)
     if len(new) == 0:
         return predicates
     columns = np.full(len(names), -1)
@@ -429,7 +429,7 @@ class _Work:
         return _Draft(feature, sign, float(sides.peaks[side]), n_firings, rule, tuple(verdicts), tuple(words), disjoint)
 
     def _disjoint(self, rule: Rule, fires: np.ndarray) -> bool:
-        if rule.joined != "or" or len(rule.parts) != 2 or alike(*(self.predicates.names[j] for j in rule.parts)):
+        if rule.joined != "or" or len(rule.parts) != 2 or same_word(*(self.predicates.names[j] for j in rule.parts)):
             return False
         a, b = (self.held.mark([j])[fires] for j in rule.parts)
         apart = self.train.pairs[rule.parts] <= OVERLAP * self.train.holds[list(rule.parts)].min()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.formats.conventions import Convention, read_with
-from saelab.sae.formats.origin import Asked, Facts, ParsedSAE
+from saelab.sae.formats.origin import Facts, Overrides, ParsedSAE
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
 from saelab.stores.files import shareable, write_atomic, write_json
@@ -70,7 +70,7 @@ def _find_classes(held: Mapping[str, Any]) -> list[str]:
     return ["AutoEncoderTopK", "BatchTopKSAE"] if {*LINEAR, "b_dec"} <= keys else []
 
 
-def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
+def read(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     """Weights and convention of the dictionary in a file.
 
     Raises:
@@ -80,19 +80,19 @@ def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
     place, held = source.folder / source.pickle, _respell(source.tensors(source.pickle))
     settings = source.json_if_there(CONFIG)
     trainer = settings.get("trainer") or {}
-    name = _choose_class(_find_classes(held), trainer.get("dict_class"), asked, place)
+    name = _choose_class(_find_classes(held), trainer.get("dict_class"), overrides, place)
     parts = {ours: held[theirs] for theirs, ours in KEYS[name].items()}
     if "encoder.weight" in KEYS[name]:
         parts["W_enc"], parts["W_dec"] = parts["W_enc"].T, parts["W_dec"].T
     if name in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        parts["threshold"] = _require_threshold(parts["threshold"], asked, place)
+        parts["threshold"] = _require_threshold(parts["threshold"], overrides, place)
     groups = held["group_sizes"].cumsum(0).tolist() if name == "MatryoshkaBatchTopKSAE" else None
     how = Convention(
-        activation=asked.activation or _choose_activation(name, held, trainer, place),
+        activation=overrides.activation or _choose_activation(name, held, trainer, place),
         prefixes=tuple(groups) if groups else None,
         subtracts_b_dec=name not in SUBTRACTS_NOTHING,
-        scale=1.0 if asked.scale is None else asked.scale,
-        scale_out=1.0 if asked.scale is None else asked.scale,
+        scale=1.0 if overrides.scale is None else overrides.scale,
+        scale_out=1.0 if overrides.scale is None else overrides.scale,
     )
     extras = {key: value for key, value in held.items() if key not in KEYS[name] and isinstance(value, Tensor)}
     return ParsedSAE(
@@ -105,27 +105,27 @@ def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
     )
 
 
-def _choose_class(found: list[str], said: str | None, asked: Asked, place: Path) -> str:
+def _choose_class(found: list[str], said: str | None, overrides: Overrides, place: Path) -> str:
     """Name of the class. TopK and BatchTopK have the same keys; the run's configuration, or the caller's activation,
     decides.
     """
     if len(found) == 1:
         return found[0]
-    if asked.activation is not None:
-        said = {TopK: "AutoEncoderTopK", BatchTopK: "BatchTopKSAE"}.get(type(asked.activation))
+    if overrides.activation is not None:
+        said = {TopK: "AutoEncoderTopK", BatchTopK: "BatchTopKSAE"}.get(type(overrides.activation))
     if said not in found:
         raise ValueError(
             f"`activation` must be given, as {place} may be an {' or a '.join(found)}, which choose other codes, "
-            f"got {asked.activation}; pass activation=saelab.TopK(k=...) or saelab.BatchTopK(k=...), or add its "
+            f"got {overrides.activation}; pass activation=saelab.TopK(k=...) or saelab.BatchTopK(k=...), or add its "
             "config.json."
         )
     return said
 
 
-def _require_threshold(threshold: Tensor, asked: Asked, place: Path) -> Tensor:
+def _require_threshold(threshold: Tensor, overrides: Overrides, place: Path) -> Tensor:
     """Threshold of inference; dictionary_learning writes -1 where training has not set one."""
-    if asked.threshold is not None:
-        return torch.tensor(asked.threshold)
+    if overrides.threshold is not None:
+        return torch.tensor(overrides.threshold)
     if float(threshold) < 0:
         raise ValueError(
             f"`threshold` must be given, as training had not set that of {place} ({float(threshold):g}) and every "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import JumpReLU
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Asked, Facts, ParsedSAE
+from saelab.sae.formats.origin import Facts, Overrides, ParsedSAE
 from saelab.sae.formats.sources import SAEFiles, require_tensors
 
 ARCHIVE, CONFIG, WEIGHTS = "params.npz", "config.json", "params.safetensors"
@@ -44,14 +44,14 @@ def _capitalize(held: Mapping[str, Any]) -> dict[str, Any]:
     return {f"W{name[1:]}" if name.startswith("w_") else name: value for name, value in held.items()}
 
 
-def read_first(source: SAEFiles, asked: Asked) -> ParsedSAE:
+def read_first(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     """Weights and convention of an SAE, or of a transcoder where `hook_point_out` is given; the file holds nothing but
     weights.
     """
     name = _find_archive(source)
     assert name is not None
     parts = require_tensors(_capitalize(source.tensors(name)), NAMES, source.folder / name)
-    return ParsedSAE(format="gemma_scope", parts=parts, how=_mean(transcodes=asked.hook_point_out is not None))
+    return ParsedSAE(format="gemma_scope", parts=parts, how=_mean(transcodes=overrides.hook_point_out is not None))
 
 
 def _mean(*, transcodes: bool) -> Convention:
@@ -65,7 +65,7 @@ def recognize_second(source: SAEFiles) -> bool:
     return source.json(CONFIG).get("architecture") == "jump_relu" and "w_enc" in source.tensors(WEIGHTS)
 
 
-def read_second(source: SAEFiles, asked: Asked) -> ParsedSAE:
+def read_second(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     """Weights and convention of an SAE or transcoder; ValueError for a cross-layer transcoder, whose W_dec has three
     axes.
     """
@@ -82,7 +82,7 @@ def read_second(source: SAEFiles, asked: Asked) -> ParsedSAE:
     if bool(settings.get("affine_connection")) != ("W_skip" in parts):
         raise ValueError(f"{source.folder / CONFIG} must say whether there is an {SKIP}; it and the weights disagree.")
     hook_point, out = (_translate(settings.get(f"hf_hook_point_{side}")) for side in ("in", "out"))
-    transcodes = "W_skip" in parts or (out is not None and out != hook_point) or asked.hook_point_out is not None
+    transcodes = "W_skip" in parts or (out is not None and out != hook_point) or overrides.hook_point_out is not None
     model = str(settings.get("model_name") or "").replace("gemma-v3", "gemma-3")
     facts = Facts(model=model or None, hook_point=hook_point, hook_point_out=out)
     return ParsedSAE(format="gemma_scope_2", parts=parts, how=_mean(transcodes=transcodes), facts=facts)

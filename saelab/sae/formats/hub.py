@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from saelab.sae.activation_functions import Activation, make_activation
-from saelab.sae.formats.origin import Asked
+from saelab.sae.formats.origin import Overrides
 from saelab.sae.formats.registry import READERS
 from saelab.sae.formats.sources import ARCHIVES, PICKLES, SAEFiles, inside
 from saelab.sae.formats.sparsify import RUN
@@ -99,7 +99,7 @@ class HubLocation:
 
     repo: str
     path: str
-    facts: Asked
+    facts: Overrides
 
 
 _added: list[Release] = []
@@ -191,7 +191,7 @@ def _fill(entry: Release, groups: dict[str, str]) -> HubLocation:
         settings = {k: v.format(**groups) if isinstance(v, str) else v for k, v in entry.activation.items()}
         numbers: dict[str, Any] = {k: int(v) if k == "k" else v for k, v in settings.items()}
         activation = make_activation(**numbers)
-    facts = Asked(
+    facts = Overrides(
         model=texts.get("model"),
         hook_point=texts.get("hook_point"),
         hook_point_out=texts.get("hook_point_out"),

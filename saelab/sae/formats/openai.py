@@ -6,7 +6,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import Activation, ReLU, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Asked, ParsedSAE, require
+from saelab.sae.formats.origin import Overrides, ParsedSAE, require
 from saelab.sae.formats.sources import SAEFiles, require_tensors
 
 OPENAI = {"encoder.weight": "W_enc", "latent_bias": "b_enc", "decoder.weight": "W_dec", "pre_bias": "b_dec"}
@@ -18,7 +18,7 @@ def recognize_openai(source: SAEFiles) -> bool:
     return source.pickle is not None and set(OPENAI) <= set(source.tensors(source.pickle))
 
 
-def read_openai(source: SAEFiles, asked: Asked) -> ParsedSAE:
+def read_openai(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     """Weights and convention of OpenAI's file: `z = activation((norm(x) - pre_bias) encoder^T + latent_bias)`,
     `x_hat = (z decoder^T + pre_bias) std + mean`.
 
@@ -31,7 +31,7 @@ def read_openai(source: SAEFiles, asked: Asked) -> ParsedSAE:
     parts["W_enc"], parts["W_dec"] = parts["W_enc"].T, parts["W_dec"].T
     said = held.get("activation", "ReLU")
     how = Convention(
-        activation=asked.activation or _choose_activation(said, held.get("activation_state_dict") or {}, place),
+        activation=overrides.activation or _choose_activation(said, held.get("activation_state_dict") or {}, place),
         normalizer="layer_norm" if said == "TopK" else "none",
     )
     return ParsedSAE(format="openai", parts=parts, how=how)
@@ -57,12 +57,12 @@ def recognize_qwen_scope(source: SAEFiles) -> bool:
     return tuple(tensors["W_enc"].shape) == widths and tuple(tensors["W_dec"].shape) == widths[::-1]
 
 
-def read_qwen_scope(source: SAEFiles, asked: Asked) -> ParsedSAE:
+def read_qwen_scope(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     """Weights and convention of Qwen Scope's file, `z = TopK(x W_enc^T + b_enc)`; the file does not hold k, and nothing
     is subtracted from the input.
     """
     assert source.pickle is not None
     parts = require_tensors(source.tensors(source.pickle), QWEN, source.folder / source.pickle)
     parts["W_enc"], parts["W_dec"] = parts["W_enc"].T, parts["W_dec"].T
-    activation = require(asked.activation, "activation", "k", "saelab.TopK(k=50)")
+    activation = require(overrides.activation, "activation", "k", "saelab.TopK(k=50)")
     return ParsedSAE(format="qwen_scope", parts=parts, how=Convention(activation=activation, subtracts_b_dec=False))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Asked, Facts, ParsedSAE, require
+from saelab.sae.formats.origin import Facts, Overrides, ParsedSAE, require
 from saelab.sae.formats.sources import SAEFiles, inside, require_number, require_tensors
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "sae_weights.safetensors", "sae_weights.pt"
@@ -51,7 +51,7 @@ def _unwrap(held: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else held
 
 
-def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
+def read(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     """Weights and convention of an SAE or transcoder; ValueError for other types, and for thresholds and norms that are
     not in the file.
     """
@@ -62,14 +62,14 @@ def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
     held = _unwrap(source.tensors(name))
     parts = _name_parts(held, bool(settings.get("use_decoder_bias", True)), source)
     points = str(settings.get("hook_point_in")), str(settings.get("hook_point_out"))
-    scales = _find_scales(settings, held, points, asked, source.folder / CONFIG)
-    activation = asked.activation or _choose_activation(settings, place)
+    scales = _find_scales(settings, held, points, overrides, source.folder / CONFIG)
+    activation = overrides.activation or _choose_activation(settings, place)
     if isinstance(activation, JumpReLU):
         log = next((held[key] for key in THRESHOLDS if key in held), None)
         parts["threshold"] = require(log, "threshold", "its thresholds", "0.5").float().exp()
     if isinstance(activation, BatchTopK):
         parts["threshold"] = torch.tensor(
-            require(asked.threshold, "threshold", "the threshold of inference (batches decided in training)", "0.5")
+            require(overrides.threshold, "threshold", "the threshold of inference (batches decided in training)", "0.5")
         )
     how = Convention(
         activation=activation,
@@ -110,7 +110,7 @@ def _name_parts(held: Mapping[str, Any], has_bias: bool, source: SAEFiles) -> di
 
 
 def _find_scales(
-    settings: dict[str, Any], held: Mapping[str, Any], points: tuple[str, str], asked: Asked, place: Path
+    settings: dict[str, Any], held: Mapping[str, Any], points: tuple[str, str], overrides: Overrides, place: Path
 ) -> tuple[float, float]:
     """Factors on the activations of input and target."""
     norm = settings.get("norm_activation", "dataset-wise")
@@ -127,7 +127,7 @@ def _find_scales(
     scales = [root / norm for norm in norms]
     if len(scales) == 2:
         return scales[0], scales[1]
-    scale = require(asked.scale, "scale", "the mean norm of the activations (sqrt(d_model) / it)", "2.5")
+    scale = require(overrides.scale, "scale", "the mean norm of the activations (sqrt(d_model) / it)", "2.5")
     if points[0] != points[1]:
         raise ValueError(f"A transcoder needs the mean norms of both sides, got none in the file for {points}.")
     return scale, scale
@@ -153,7 +153,7 @@ def recognize_llama_scope(source: SAEFiles) -> bool:
     return source.has(HYPERPARAMETERS, FINAL) and "encoder.weight" in source.tensors(FINAL)
 
 
-def read_llama_scope(source: SAEFiles, asked: Asked) -> ParsedSAE:
+def read_llama_scope(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     """Weights and convention of an SAE or transcoder of Llama Scope: a JumpReLU with one threshold for all latents.
 
     `jump_relu_threshold` is in the units of the activations themselves, h in those of norm sqrt(d_model): h is active

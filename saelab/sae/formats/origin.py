@@ -23,7 +23,7 @@ that matters
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class Overrides:
     """Facts that the caller of `from_pretrained` gave, because files often lack them; they override the file's."""
 
     model: str | None = None
@@ -149,24 +149,29 @@ def require(value: Any, name: str, what: str, example: str) -> Any:
     return value
 
 
-def make_provenance(reading: ParsedSAE, asked: Asked) -> Provenance | None:
+def make_provenance(reading: ParsedSAE, overrides: Overrides) -> Provenance | None:
     """Provenance of a loaded SAE: what the caller gave, else what the file records; ValueError if model or hook point
     is in neither.
     """
     facts = reading.facts
-    if facts.complete and not (asked.model or asked.hook_point or asked.hook_point_out or asked.weight_processing):
+    if facts.complete and not (
+        overrides.model or overrides.hook_point or overrides.hook_point_out or overrides.weight_processing
+    ):
         return Provenance.from_dict(facts.provenance) if facts.provenance else None
-    model = require(asked.model or facts.model, "model", "which model it is for", "'owner/name'")
+    model = require(overrides.model or facts.model, "model", "which model it is for", "'owner/name'")
     at = require(
-        asked.hook_point or facts.hook_point, "hook_point", "where in the model it reads", "'blocks.6.hook_resid_post'"
+        overrides.hook_point or facts.hook_point,
+        "hook_point",
+        "where in the model it reads",
+        "'blocks.6.hook_resid_post'",
     )
     to = None
     if reading.how.transcodes:
-        out = asked.hook_point_out or facts.hook_point_out
+        out = overrides.hook_point_out or facts.hook_point_out
         to = require(out, "hook_point_out", "where a transcoder writes", "'blocks.6.hook_mlp_out'")
     return Provenance(
         model=ALIASES.get(model, model),
-        weight_processing=asked.weight_processing or facts.weight_processing,
+        weight_processing=overrides.weight_processing or facts.weight_processing,
         hook_point=at,
         text=facts.text,
         tokens_sha256="",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saelab.sae.formats import dictionary_learning, gemma_scope, openai, openmoss, saelens, sparsify
 from saelab.sae.formats.conventions import compose
-from saelab.sae.formats.origin import Asked, Origin, ParsedSAE, dtype_name
+from saelab.sae.formats.origin import Origin, Overrides, ParsedSAE, dtype_name
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
 from saelab.sae.normalizer import PER_TOKEN
@@ -29,7 +29,7 @@ class FormatReader:
     """Functions of one format: `recognize` tests whether a source has the format, `read` reads it."""
 
     recognize: Callable[[SAEFiles], bool]
-    read: Callable[[SAEFiles, Asked], ParsedSAE]
+    read: Callable[[SAEFiles, Overrides], ParsedSAE]
     files: tuple[str, ...]
     """files to download from a folder on the Hub"""
 
@@ -107,9 +107,9 @@ def find_format(source: SAEFiles, named: str | None = None) -> str:
     return found[0]
 
 
-def read_foreign(source: SAEFiles, format: str, asked: Asked) -> ParsedSAE:
+def read_foreign(source: SAEFiles, format: str, overrides: Overrides) -> ParsedSAE:
     """Weights and convention of a source in another library's format."""
-    return READERS[format].read(source, asked)
+    return READERS[format].read(source, overrides)
 
 
 Named = Mapping[str, Tensor]

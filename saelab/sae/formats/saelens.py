@@ -14,7 +14,7 @@ from torch import Tensor
 from saelab.sae.activation_functions import AbsTopK, Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.config import MatchingPursuit
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Asked, Facts, ParsedSAE, describe_mask, dtype_name, name_processing, require
+from saelab.sae.formats.origin import Facts, Overrides, ParsedSAE, describe_mask, dtype_name, name_processing, require
 from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
 from saelab.sae.module import SAEModule
 from saelab.sae.normalizer import NormalizerKind
@@ -44,7 +44,7 @@ def recognize(source: SAEFiles) -> bool:
     return source.has(CONFIG, WEIGHTS) and "W_dec" in source.tensors(WEIGHTS) and "d_in" in source.json(CONFIG)
 
 
-def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
+def read(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     """Weights and convention of the SAE in a folder; ValueError for an unsupported architecture, and for facts that the
     caller has to give.
     """
@@ -61,10 +61,10 @@ def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
     parts |= code_scale
     if "W_skip" in parts:
         parts["W_skip"] = parts["W_skip"].T
-    activation = asked.activation or _choose_activation(cfg, ours, parts, place)
+    activation = overrides.activation or _choose_activation(cfg, ours, parts, place)
     if type(activation) is BatchTopK:
         parts["threshold"] = _one_threshold(parts.get("threshold", held.get("topk_threshold")), place)
-    scale = _find_scale(cfg, source, asked)
+    scale = _find_scale(cfg, source, overrides)
     how = Convention(
         activation=activation,
         encoder=_choose_encoder(cfg),
@@ -174,18 +174,18 @@ def _find_code_scale(cfg: dict[str, Any], held: Mapping[str, Any], place: Path) 
     return {"code_scale": scale}
 
 
-def _find_scale(cfg: dict[str, Any], source: SAEFiles, asked: Asked) -> float:
+def _find_scale(cfg: dict[str, Any], source: SAEFiles, overrides: Overrides) -> float:
     """Factor on the activations before the encoder. SAELens folds it into the weights at the end of training, so a file
     whose configuration still has one lacks its value; training checkpoints have it in a file next to them.
     """
     normalize = cfg["normalize_activations"]
     if normalize not in ("none", SCALED, *PER_TOKEN):
         raise ValueError(f"`normalize_activations` must be none, {SCALED} or {list(PER_TOKEN)}, got '{normalize}'.")
-    scale = asked.scale
+    scale = overrides.scale
     if normalize == SCALED:
-        beside = source.json_if_there(SCALER).get("scaling_factor")
+        stored = source.json_if_there(SCALER).get("scaling_factor")
         what = "what activations were multiplied by (sqrt(d_in) / their mean norm; 1.0 if that is folded in)"
-        scale = float(require(beside if scale is None else scale, "scale", what, "0.25"))
+        scale = float(require(stored if scale is None else scale, "scale", what, "0.25"))
     if cfg["architecture"] in TRANSCODERS and scale not in (None, 1.0):
         raise ValueError(
             f"A transcoder's scale must be folded into its weights, got {scale} for {source.folder}: the file does not "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import AbsTopK, Activation, GroupMax, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Asked, Facts, ParsedSAE
+from saelab.sae.formats.origin import Facts, Overrides, ParsedSAE
 from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
 from saelab.sae.module import SAEModule
 from saelab.stores.files import save_tensors, write_json
@@ -27,7 +27,7 @@ def recognize(source: SAEFiles) -> bool:
     return source.has(CONFIG, WEIGHTS) and "encoder.weight" in source.tensors(WEIGHTS)
 
 
-def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
+def read(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     """Weights and convention of the SAE or transcoder in a folder; ValueError where its configuration does not fit its
     weights.
 
@@ -43,7 +43,7 @@ def read(source: SAEFiles, asked: Asked) -> ParsedSAE:
     if ("W_skip" in parts) != bool(settings.get("skip_connection")):
         raise ValueError(f"{place / CONFIG} must say whether there is a W_skip; it and the weights disagree.")
     how = Convention(
-        activation=asked.activation or _choose_activation(settings, place),
+        activation=overrides.activation or _choose_activation(settings, place),
         transcodes=bool(settings.get("transcode")) or "W_skip" in parts,
         subtracts_b_dec=not settings.get("transcode"),
     )
