@@ -368,7 +368,7 @@ def _guess_limit(config: Any) -> int:
     if limits:
         warnings.warn(
             f"A model's longest row must be named by one of {_LIMITS}, got {limits} in its {type(config).__name__}: "
-            f"the smallest is taken, {min(limits.values())} tokens. Set `max_position_embeddings` in its configuration.",
+            f"the least is taken, {min(limits.values())} tokens. Set `max_position_embeddings` in its configuration.",
             stacklevel=3,
         )
     return min(limits.values(), default=sys.maxsize)

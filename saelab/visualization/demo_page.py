@@ -313,9 +313,9 @@ def _rank(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> str:
     if not coverage_of:
         return said + "."
     name = max(coverage_of, key=lambda one: _known(coverage_of[one]))
-    best = coverage_of[name]
-    n_above = sum(trial.scores.coverage > best for trial in trials)
-    return f"{said}; {n_above} of {len(trials)} dictionaries beat the best baseline, {name} ({decimal(best)})."
+    highest = coverage_of[name]
+    n_above = sum(trial.scores.coverage > highest for trial in trials)
+    return f"{said}; {n_above} of {len(trials)} dictionaries beat the best baseline, {name} ({decimal(highest)})."
 
 
 def show_features(corpus: Corpus, trials: Sequence[Trial], names: Sequence[str]) -> str:
