@@ -77,9 +77,7 @@ def steer_one(args: argparse.Namespace, model: Model, sae: sl.SAE, store: sl.Fea
     texts = compare_generations(model, ways, PROMPTS[:3], args.n_tokens, seed=args.seed, progress=False)
     print(texts)
     own = write_own(model, list(PROMPTS), args.seed + 1, progress=False)
-    sources = steering_baselines(
-        model, sae, feature, concept, own, unit="max", store=store, sign=sign, seed=args.seed
-    )
+    sources = steering_baselines(model, sae, feature, concept, own, unit="max", store=store, sign=sign, seed=args.seed)
     curve = steering_curve(model, sources, concept, HELD_OUT, unit="max", n_tokens=args.n_tokens, seed=args.seed)
     print(f"\n{curve}")
     curve.save(args.out / f"{feature}.json")

@@ -1,4 +1,4 @@
-"""Features moved, patched, ablated and attributed in a running language model."""
+"""Interventions in a running language model: features steered, patched, ablated and attributed."""
 
 from typing import TYPE_CHECKING
 

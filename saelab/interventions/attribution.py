@@ -1,6 +1,6 @@
 """`attribute`: effect of each active feature at each token on a metric, by gradients or by ablating it.
 
-`Attribution`: effects of features at tokens on a metric, their completeness and agreement with exact effects.
+The result, `Attribution`, includes completeness and agreement with exact effects.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,4 @@
-"""`Direction`: a unit vector at a hook point, which can be steered and ablated like an SAE feature.
-
-`Subspace`: the span of several directions with an orthonormal basis, for projection and ablation.
-"""
+"""`Direction` and `Subspace`: a unit vector at a hook point, or the span of several, to steer, project and ablate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
 """`Intervention`: an edit of activations through the codes of SAE features or of a direction.
 
-`TokenSelector` and `ActivationCondition`: the tokens that an intervention changes, by part of the text, position, mask
-or condition.
+`TokenSelector` and `ActivationCondition` select the tokens that it changes, by part of the text, position, mask or
+condition.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

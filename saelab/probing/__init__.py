@@ -1,4 +1,4 @@
-"""Linear probes of concepts: directions, sparse probes on features, and concepts erased."""
+"""Linear probes of concepts: directions, sparse probes on features, and concept erasure."""
 
 from typing import TYPE_CHECKING
 

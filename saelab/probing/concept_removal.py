@@ -1,8 +1,6 @@
-"""`erase_concept`: a concept erased from activations, with probe accuracies and losses before and after.
+"""`erase_concept`: erase a concept from activations, with probe accuracies and losses before and after.
 
-`ErasureResult`: result of `erase_concept`: probe accuracies and losses after each edit.
-
-`RemovalBench`: evaluation of an edit: accuracy of retrained probes for each concept, and next-token loss.
+Each edit is evaluated (`RemovalBench`) by the accuracy of retrained probes for each concept, and next-token loss.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Activations of labelled tokens, a balanced sample of tokens where the label is true and where it is false."""
+"""Activations of labeled tokens: a balanced sample of tokens where the label is true and where it is false."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""Baselines for a steered feature: directions fitted to labelled activations, and control features.
+"""Directions of a concept fitted to labeled activations, control features, and edits that erase a concept.
 
-Edits that erase a concept from activations: ablated features, ablated directions, least-squares erasure (LEACE).
+Edits are ablated features, ablated directions and least-squares erasure (LEACE).
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""`probe_features`: sparse probing, the few features that best predict a labelled concept (arXiv:2305.01610).
+"""`probe_features`: sparse probing, the few features that best predict a labeled concept (arXiv:2305.01610).
 
-Baseline classifiers of a label without an SAE: always yes, a linear probe on activations, the best single neuron.
+Baselines without an SAE: the majority classifier, a linear probe on activations, the best single neuron.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Steering measured: effect and cost over strengths, against baselines."""
+"""Steering experiments: effect and cost over strengths, compared with baselines."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,4 @@
-"""`steering_baselines`: a feature and baseline sources (directions, control feature) for steering toward the same
-concept.
-"""
+"""`steering_baselines`: a feature with directions and a control feature to steer toward the same concept."""
 
 from dataclasses import replace
 

@@ -1,8 +1,7 @@
-"""`SteeringCurve`: effect and cost of steering by source and strength; frontier, area under it, best strength.
+"""`SteeringCurve`: effect and cost of steering by source and strength, with bootstrap intervals.
 
-`Estimate` and `Best`: values with bootstrap intervals, or with the reason why there are none.
-
-Pareto frontier of effect and cost, effect at a given cost, and mean effect over budgets; vectorized over draws.
+It has the Pareto frontier of effect and cost, the effect at a given cost, and the mean effect over budgets, vectorized
+over bootstrap draws. Where a value is undefined, the reason is given.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """`steering_curve`: effect and cost of steering toward a concept, over strengths, sources and sampled texts.
 
-Sources of steering (features, directions, interventions, functions) and their strengths, as context managers.
+Sources are features, directions, interventions and functions, each with its strengths as context managers.
 
 Measures of the effect and cost of steering; p is the unsteered model's prediction, p' the steered model's:
 

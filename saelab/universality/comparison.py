@@ -1,10 +1,8 @@
-"""Matching of features between two dictionaries, with p values from a permutation test.
+"""`compare`: match the features of two dictionaries, with p values from a permutation test.
 
-Similarity level of untrained dictionaries, which universal features must exceed.
-
-The two sides of a comparison: codes of two stores on common rows, or directions of two dictionaries.
-
-Baselines for `compare`: neurons or principal components of two activation spaces, matched as features are.
+The two sides are codes of two stores on common rows, or directions of two dictionaries. Baselines are the similarity
+of untrained dictionaries, which universal features must exceed, and neurons or principal components of two activation
+spaces, matched as features are.
 """
 
 from collections.abc import Iterator, Sequence

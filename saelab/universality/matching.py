@@ -1,12 +1,8 @@
-"""Result of a comparison of two dictionaries: matched pairs, similarities and relations, as arrays and as a table.
+"""`Comparison`: result of matching two dictionaries, with pairs, similarities, relations and p values.
 
-Search for the largest similarities of every feature on both sides, over similarities computed in blocks.
-
-One-to-one assignment and pooled p values, computed from the nearest features of either side.
-
-Best partners of one dictionary's features in another, with p values and universal shares.
-
-Relations between features of two dictionaries: same, flipped, split, halves, copies or part.
+The largest similarities of every feature on both sides are searched over blocks; from them come a one-to-one
+assignment, pooled p values, best partners and universal shares. Relations between features are same, flipped, split,
+halves, copies or part.
 """
 
 import os

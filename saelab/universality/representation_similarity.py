@@ -2,9 +2,8 @@
 
 Row i of `x` and row i of `y` belong together: the decoder rows of a matched pair of features, or the activations at a
 token in two models. Pairs that match with a negative sign must be flipped by the caller: pass `y * sign[:, None]`. The
-measures alone return NaN where they are undefined; `compare_spaces` gives the reason.
-
-Representational similarity measures of two matrices with paired rows, decomposed once for many permutations.
+measures alone return NaN where they are undefined; `compare_spaces` gives the reason. Both matrices are decomposed
+once for many permutations.
 """
 
 from collections.abc import Callable, Iterable

@@ -1,6 +1,6 @@
 """Stability of dictionaries across random seeds: cosines of one-to-one matched decoder directions.
 
-Geometry and usage of one dictionary: rank, coherence, distance to the data, firing density and energy.
+Also geometry and usage of one dictionary: rank, coherence, distance to the data, firing density and energy.
 """
 
 import math

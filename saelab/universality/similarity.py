@@ -1,6 +1,6 @@
 """All similarities between the features of two dictionaries, computed in blocks.
 
-Code matrices of a feature store with rows and columns selected, aligned, averaged by document or permuted.
+Code matrices of a feature store can have rows and columns selected, aligned, averaged by document or permuted.
 """
 
 from collections.abc import Callable, Iterator

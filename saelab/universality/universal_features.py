@@ -1,8 +1,8 @@
-"""Filters for matched pairs: tokens that are words, one-to-one pairs, keywords; and decoder rows of matched pairs.
+"""Universal features: tables and filters of matched pairs, and recurrence over several dictionaries.
 
-Table of the most similar universal pairs, with each feature's label and most frequent tokens.
-
-Pairwise comparisons of several dictionaries, and in how many of the others each feature recurs.
+Filters keep pairs whose tokens are words, one-to-one pairs, or keywords. Tables list the most similar universal pairs,
+with each feature's label and most frequent tokens. Comparisons of several dictionaries count in how many of the others
+each feature recurs.
 """
 
 import re
