@@ -271,7 +271,8 @@ def test_always_yes_is_never_chosen_unnoticed():
     found = probe_features(z, y, doc_ids, ks=(1,), rankings=("f",))
     told, always = found.probes[0].held_out, found.beside["always yes"]
     assert always.yes == 1.0 and always.balanced == 0.5 and always.f1 > told.f1
-    assert told.yes < 0.6 and told.balanced > 0.52 and told.mcc > 0.04
+    low = 0.55 - 4 * (0.25 / 1800) ** 0.5  # 1,800 held-out tokens, 4 standard errors
+    assert told.yes < 0.6 and told.balanced > low and told.mcc > 2 * (low - 0.5) * 0.99
 
 
 def test_a_dense_probe_the_best_neuron_and_an_untrained_dictionary_stand_beside_a_probe():
