@@ -1,4 +1,6 @@
-"""The README's blocks, run in order in one empty folder: `python` in one namespace, `sh` as saelab's own commands."""
+"""Blocks of the README and of the guides in docs/, run in order, each page in an empty folder of its own: `python` in
+one namespace, `sh` as saelab's own commands.
+"""
 
 import re
 import shlex
@@ -10,7 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 from unchecked import unchecked
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "index.md", *sorted((ROOT / "docs" / "how-to").glob("*.md"))]
+NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 
 
 class Block(NamedTuple):
@@ -27,12 +31,12 @@ def blocks(markdown: str) -> list[Block]:
     return [Block(m[1], markdown.count("\n", 0, m.start()) + 1, m[2]) for m in found]
 
 
-def run_python(block: Block, namespace: dict[str, Any]) -> None:
-    padded = "\n" * block.line + block.text  # a traceback shows the README's own line number
-    exec(compile(padded, str(README), "exec"), namespace)
+def run_python(block: Block, namespace: dict[str, Any], page: str) -> None:
+    padded = "\n" * block.line + block.text  # a traceback shows the page's own line number
+    exec(compile(padded, page, "exec"), namespace)
 
 
-def run_shell(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_shell(block: Block, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     """Run each command through the installed entry point, in this process: importing torch four times takes longer."""
     from saelab.cli.app import main
 
@@ -40,29 +44,36 @@ def run_shell(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
         words = shlex.split(command, comments=True)
         if not words:
             continue
-        assert words[0] == "saelab", f"README line {block.line}: a `sh` block holds saelab commands; mark others `text`"
+        assert words[0] == "saelab", f"{page}, line {block.line}: a `sh` block holds saelab commands; mark others `text`"
         monkeypatch.setattr(sys, "argv", words)
         try:
             code = main()
         except SystemExit as stop:
             code = stop.code
-        assert not code, f"README line {block.line}: `{command}` exits with {code}"
+        assert not code, f"{page}, line {block.line}: `{command}` exits with {code}"
 
 
 @unchecked()  # as its readers have it
-def test_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    namespace: dict[str, Any] = {"__name__": "readme"}
-    for block in blocks(README.read_text()):
+    namespace: dict[str, Any] = {"__name__": "page"}
+    for block in blocks(path.read_text(encoding="utf-8")):
         if block.kind == "python":
-            run_python(block, namespace)
+            run_python(block, namespace, str(path))
         elif block.kind == "sh":
-            run_shell(block, monkeypatch)
+            run_shell(block, monkeypatch, str(path))
 
 
-def test_every_block_says_what_it_is() -> None:
-    assert {block.kind for block in blocks(README.read_text())} <= {"python", "sh", "text"}
+@pytest.mark.parametrize("path", PAGES, ids=NAMES)
+def test_every_block_says_what_it_is(path: Path) -> None:
+    assert {block.kind for block in blocks(path.read_text(encoding="utf-8"))} <= {"python", "sh", "text"}
+
+
+def test_the_guides_are_found() -> None:
+    assert len(PAGES) > 8 and all(path.is_file() for path in PAGES)
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_blocks_are_found_with_their_lines() -> None:
@@ -80,15 +91,15 @@ def test_a_shell_block_runs_the_commands_and_stops_at_a_failure(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "saelab.cli", ModuleType("saelab.cli"))
     monkeypatch.setitem(sys.modules, "saelab.cli.app", ModuleType("saelab.cli.app"))
     monkeypatch.setattr(sys.modules["saelab.cli.app"], "main", main, raising=False)
-    run_shell(Block("sh", 1, "saelab info a \\\n  --json 'b c'  # why\n\nsaelab info d\n"), monkeypatch)
+    run_shell(Block("sh", 1, "saelab info a \\\n  --json 'b c'  # why\n\nsaelab info d\n"), monkeypatch, "a.md")
     assert seen == [["info", "a", "--json", "b c"], ["info", "d"]]
     with pytest.raises(AssertionError, match="exits with 2"):
-        run_shell(Block("sh", 1, "saelab bad\n"), monkeypatch)
+        run_shell(Block("sh", 1, "saelab bad\n"), monkeypatch, "a.md")
     with pytest.raises(AssertionError, match="holds saelab commands"):
-        run_shell(Block("sh", 1, "rm x\n"), monkeypatch)
+        run_shell(Block("sh", 1, "rm x\n"), monkeypatch, "a.md")
 
 
 def test_a_wrong_block_fails_on_its_own_line() -> None:
     with pytest.raises(ZeroDivisionError) as error:
-        run_python(Block("python", 41, "x = 1\nx / 0\n"), {})
+        run_python(Block("python", 41, "x = 1\nx / 0\n"), {}, "a.md")
     assert error.traceback[-1].lineno + 1 == 43
