@@ -20,7 +20,7 @@ VENV := .venv$(addprefix -tl-,$(TL))$(addprefix -,$(VERSIONS))
 BENCH := .venv-bench
 BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
-SOURCES := $(shell find saelab tests scripts conftest.py README.md -name '*.py' -o -name 'README.md' 2>/dev/null)
+SOURCES := $(shell find saelab tests scripts docs conftest.py README.md -name '*.py' -o -name '*.md' 2>/dev/null)
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
 # $(1) environment, $(2) extra, $(3) transformer-lens version, if not the one in constraints.txt
@@ -30,7 +30,7 @@ define install
 	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
 endef
 
-.PHONY: demo install test test-oldest test-newest check package coverage lint types notebooks format bench peers kills test-machines families fuzz
+.PHONY: demo install test test-oldest test-newest check package coverage lint types notebooks docs docs-build format bench peers kills test-machines families fuzz
 
 demo: $(VENV)/.installed
 	$(BIN)/saelab demo
@@ -52,7 +52,7 @@ test-oldest test-newest:
 $(VENV)/.tested: $(VENV)/.installed $(SOURCES)
 	$(MAKE) test
 
-check: lint types $(VENV)/.tested notebooks package
+check: lint types $(VENV)/.tested notebooks docs-build package
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -63,6 +63,13 @@ types: $(VENV)/.installed
 
 notebooks: $(VENV)/.installed
 	$(if $(NOTEBOOKS),SAELAB_FAST=1 $(PYTEST) --nbmake --nbmake-timeout=300 $(NOTEBOOKS))
+
+# Notebooks are not run for it: their stored outputs are shown. Nothing is fetched.
+docs-build: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 # The archives of a release, built, checked and installed; one in ONE_IN tests of each file, from the unpacked archive.
 ONE_IN ?= 12

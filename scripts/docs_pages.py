@@ -143,9 +143,10 @@ def make_results() -> dict[str, str | bytes]:
     """A page for each question that LOG.md's entries answer; an entry that no question names is a page of its own."""
     entries = read_entries((ROOT / "LOG.md").read_text(encoding="utf-8"))
     questions = json.loads((ROOT / "docs" / "results" / "questions.json").read_text(encoding="utf-8"))
-    asked = {heading for question in questions for heading in question["entries"]}
-    for heading in sorted(asked - entries.keys()):
-        logger.warning("docs/results/questions.json must name headings of LOG.md; there is no %r.", heading)
+    asked = set()
+    for question in questions:
+        question["entries"] = [find_heading(entries, start) for start in question["entries"]]
+        asked |= set(question["entries"])
     questions += [
         {"page": make_slug(heading), "title": heading[11:], "entries": [heading]}
         for heading in entries
@@ -156,6 +157,14 @@ def make_results() -> dict[str, str | bytes]:
     }
     figures = {f"results/figures/{path.name}": path.read_bytes() for path in (ROOT / "notebooks/figures").glob("*.png")}
     return {**pages, **figures}
+
+
+def find_heading(entries: dict[str, str], start: str) -> str:
+    """The one heading that begins so; without one, a warning, which `--strict` turns into an error."""
+    found = [heading for heading in entries if heading.startswith(start)]
+    if len(found) != 1:
+        logger.warning("docs/results/questions.json: one heading of LOG.md must begin with %r, got %d.", start, len(found))
+    return found[0] if found else start
 
 
 def make_slug(heading: str) -> str:
