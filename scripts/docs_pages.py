@@ -71,7 +71,7 @@ def make_reference() -> dict[str, str]:
         if package == "saelab" or str(folder.relative_to("saelab")) in NO_REFERENCE:
             continue
         names = [name for name, home in list_public_names(init) if home != package]  # not its own subpackages
-        homes |= {name: package for name in names}
+        homes |= dict.fromkeys(names, package)
         pages[f"api/{package.removeprefix('saelab.')}.md"] = write_package(package, names)
     return {"api/index.md": write_top(homes, list(pages)), **pages}
 
@@ -89,11 +89,17 @@ def write_top(homes: dict[str, str], pages: list[str]) -> str:
     for name, home in list_public_names(PACKAGE / "__init__.py"):
         if home != "saelab":
             lines.append(f"| [`sl.{name}`][{homes[name]}.{name}] | `{homes[name]}` |")
-    lines += ["", "Everything else is a name of a package, loaded when it is first used; `dir(sl.analysis)` lists them.", ""]
+    lines += [
+        "",
+        "Everything else is a name of a package, loaded when it is first used; `dir(sl.analysis)` lists them.",
+        "",
+    ]
     lines += ["| package | holds |", "|---|---|"]
     for page in pages:
         path = PACKAGE.joinpath(*page.removeprefix("api/").removesuffix(".md").split(".")) / "__init__.py"
-        about = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split())
+        about = " ".join(
+            (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split()
+        )
         lines.append(f"| [`{page[4:-3]}`]({page[4:]}) | {about} |")
     return "\n".join(lines) + "\n"
 
@@ -121,7 +127,7 @@ def draw_figure(figure: dict[str, Any], name: str) -> str:
     shown = json.dumps([figure["data"], figure["layout"] | {"autosize": True}]).replace("</", "<\\/")
     return (
         f'<div id="{name}" style="background: white"></div>\n'
-        '<script>window.Plotly || document.write(\'<script src="../../assets/plotly.min.js"><\\/script>\')</script>\n'
+        "<script>window.Plotly || document.write('<script src=\"../../assets/plotly.min.js\"><\\/script>')</script>\n"
         f'<script>Plotly.newPlot("{name}", ...{shown}, {{responsive: true}})</script>'
     )
 
@@ -163,7 +169,9 @@ def find_heading(entries: dict[str, str], start: str) -> str:
     """The one heading that begins so; without one, a warning, which `--strict` turns into an error."""
     found = [heading for heading in entries if heading.startswith(start)]
     if len(found) != 1:
-        logger.warning("docs/results/questions.json: one heading of LOG.md must begin with %r, got %d.", start, len(found))
+        logger.warning(
+            "docs/results/questions.json: one heading of LOG.md must begin with %r, got %d.", start, len(found)
+        )
     return found[0] if found else start
 
 

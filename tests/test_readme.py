@@ -44,7 +44,9 @@ def run_shell(block: Block, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
         words = shlex.split(command, comments=True)
         if not words:
             continue
-        assert words[0] == "saelab", f"{page}, line {block.line}: a `sh` block holds saelab commands; mark others `text`"
+        assert words[0] == "saelab", (
+            f"{page}, line {block.line}: a `sh` block holds saelab commands; mark others `text`"
+        )
         monkeypatch.setattr(sys, "argv", words)
         try:
             code = main()
