@@ -217,9 +217,9 @@ def periodic():
 
 @pytest.mark.parametrize("cheat", ["most frequent", "marks", "first half", "every other"])
 def test_what_is_not_in_the_label_tells_nothing(periodic, cheat, tmp_path):
-    asker = RequestQueue(Cheat(cheat), tmp_path / "answers.jsonl", RequestConfig(wait=0.01), progress=False)
+    queue = RequestQueue(Cheat(cheat), tmp_path / "answers.jsonl", RequestConfig(wait=0.01), progress=False)
     for name, kind in SCORERS.items():
-        replies = kind(asker, 0).score([f"w{40 + j}" for j in range(6)], periodic)
+        replies = kind(queue, 0).score([f"w{40 + j}" for j in range(6)], periodic)
         above = np.array([reply.value.value - reply.value.chance for reply in replies])
         # twenty windows or ten pairs a label: .5 / sqrt(10) each at most; tokens of simulation are many more
         assert abs(above.mean()) < 4 * (0.5 / np.sqrt(10) if name != "simulation" else 0.1) / np.sqrt(6), name

@@ -216,7 +216,7 @@ def dead_features(
         require_harvested(store, sae)
     fires = store.statistics.fires.sum(1)
     outlier = find_outliers(sae) if sae is not None else np.zeros(store.d_sae, bool)
-    kinds = _tell_kinds(fires / len(store), near_dead_rate, dense_rate, outlier)
+    kinds = _find_kinds(fires / len(store), near_dead_rate, dense_rate, outlier)
     low, high = clopper_pearson(fires, len(store), confidence)
     silent = [i for i, kind in enumerate(kinds) if kind in KINDS[:2]]
     return DeadFeatures(
@@ -284,7 +284,7 @@ def _no_firing_limit(n_tokens: int, confidence: float) -> float:
     return -math.expm1(math.log1p(-confidence) / n_tokens)
 
 
-def _tell_kinds(rates: np.ndarray, near_dead: float, dense: float, outlier: np.ndarray) -> tuple[str, ...]:
+def _find_kinds(rates: np.ndarray, near_dead: float, dense: float, outlier: np.ndarray) -> tuple[str, ...]:
     kinds = np.full(len(rates), "live", dtype=object)
     kinds[outlier] = "outlier"
     kinds[rates > dense] = "dense"

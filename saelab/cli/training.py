@@ -186,7 +186,7 @@ def claim_folder(out: Path, resume: bool, overwrite: bool) -> None:
         return
     found = "a finished SAE" if (out / CONFIG).is_file() else "an unfinished run"
     if not overwrite and ((out / CONFIG).is_file() or find_checkpoint(out)):
-        raise ValueError(f"'{out}' holds {found}; give --resume to go on, --overwrite to begin anew, or another --out.")
+        raise ValueError(f"'{out}' holds {found}; give --resume to go on, --overwrite to start over, or another --out.")
     for name in WRITTEN:
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / FOLDER, ignore_errors=True)

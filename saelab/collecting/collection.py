@@ -196,7 +196,7 @@ class ActivationStream:
             if state[key] != value:
                 raise ValueError(
                     f"`{key}` must be what it was when the state was saved ({state[key]}), got {value}. "
-                    "Build the stream with the same arguments, or start anew."
+                    "Build the stream with the same arguments, or start again."
                 )
         rings = {name.removeprefix("ring."): x for name, x in state.items() if isinstance(x, Tensor)}
         self._ring.load_state_dict(rings)

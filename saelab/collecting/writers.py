@@ -357,7 +357,7 @@ def _resume(folder: Path, request: dict[str, Any], kind: type[AnyManifest]) -> A
         what = "; ".join(f"{key}: there {manifest.request.get(key)!r}, now {request[key]!r}" for key in differing)
         raise ValueError(
             f"{folder} can be resumed only with the arguments it was begun with, got others ({what}). "
-            "Use those, choose another folder, or pass resume=False to delete what is there and begin anew."
+            "Use those, choose another folder, or pass resume=False to delete what is there and start over."
         )
     manifest.check_shards(folder)
     return manifest

@@ -70,14 +70,14 @@ class GenerationComparison(Result):
     @property
     def title(self) -> str:
         """Interventions, temperature and seed in one line."""
-        told = "; ".join(f"{name}: {what}" for name, what in self.interventions.items())
-        return f"{told}; temperature {self.temperature:g}, seed {self.seed}"
+        described = "; ".join(f"{name}: {what}" for name, what in self.interventions.items())
+        return f"{described}; temperature {self.temperature:g}, seed {self.seed}"
 
-    def tell_cost(self, row: TextRow, name: str) -> str:
+    def format_cost(self, row: TextRow, name: str) -> str:
         """The perplexities of a steered text and its KL, as a line of text."""
-        told = row.steered[name]
+        text = row.steered[name]
         return (
-            f"perplexity {told.perplexity():.3g} to the unsteered model, {told.perplexity(name):.3g} to its own, "
+            f"perplexity {text.perplexity():.3g} to the unsteered model, {text.perplexity(name):.3g} to its own, "
             f"KL {row.kl[name]:.3g}"
         )
 
@@ -86,8 +86,8 @@ class GenerationComparison(Result):
         for row in self.rows:
             lines += ["", row.prompt, f"  {UNSTEERED} (perplexity {row.unsteered.perplexity():.3g}):"]
             lines.append(f"    {row.unsteered.text.strip()}")
-            for name, told in row.steered.items():
-                lines += [f"  {name} ({self.tell_cost(row, name)}):", f"    {told.text.strip()}"]
+            for name, text in row.steered.items():
+                lines += [f"  {name} ({self.format_cost(row, name)}):", f"    {text.text.strip()}"]
         return "\n".join(lines)
 
 
@@ -137,9 +137,9 @@ def compare_generations(
         with steer_all(model, block):
             made = write()
         rows.add(name, block, made.samples)
-    told = {name: "; ".join(map(describe_intervention, block)) for name, block in blocks.items()}
+    described = {name: "; ".join(map(describe_intervention, block)) for name, block in blocks.items()}
     return GenerationComparison(
-        rows=rows.read(), interventions=told, temperature=float(sampling.temperature), seed=seed
+        rows=rows.read(), interventions=described, temperature=float(sampling.temperature), seed=seed
     )
 
 
@@ -162,28 +162,28 @@ class _TextRows:
             with steer_all(self.model, block):
                 after = [_read(self.model, texts[part]) for texts in (self.plain, made)]
             for writer, (p, q) in zip((UNSTEERED, name), zip(before, after, strict=True), strict=True):
-                self._keep(writer, UNSTEERED, p, anew=first == 0)
-                self._keep(writer, name, q, anew=first == 0)
+                self._keep(writer, UNSTEERED, p, is_first=first == 0)
+                self._keep(writer, name, q, is_first=first == 0)
             self.kl[name] += _find_kl(before[0], after[0])
 
-    def _keep(self, writer: str, reader: str, found: Continuations, anew: bool) -> None:
+    def _keep(self, writer: str, reader: str, found: Continuations, is_first: bool) -> None:
         log_probs = found.logits.float().log_softmax(-1).gather(2, found.ids[..., None])[..., 0]
         rows = [tuple(row[kept].tolist()) for row, kept in zip(log_probs, found.mask, strict=True)]
-        self.log_probs[writer, reader] = rows if anew else self.log_probs[writer, reader] + rows
+        self.log_probs[writer, reader] = rows if is_first else self.log_probs[writer, reader] + rows
 
     def read(self) -> tuple[TextRow, ...]:
         """A row for each unsteered text."""
         return tuple(
             TextRow(
                 prompt=plain.prompt,
-                unsteered=self._tell(UNSTEERED, plain, i),
-                steered={name: self._tell(name, made[i], i) for name, made in self.steered.items()},
+                unsteered=self._texttext(UNSTEERED, plain, i),
+                steered={name: self._texttext(name, made[i], i) for name, made in self.steered.items()},
                 kl={name: values[i] for name, values in self.kl.items()},
             )
             for i, plain in enumerate(self.plain)
         )
 
-    def _tell(self, writer: str, sample: Generated, i: int) -> ScoredText:
+    def _texttext(self, writer: str, sample: Generated, i: int) -> ScoredText:
         mine = {reader: rows[i] for (by, reader), rows in self.log_probs.items() if by == writer}
         return ScoredText(text=sample.text, words=_spell(self.model, sample), log_probs=mine)
 

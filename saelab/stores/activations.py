@@ -222,7 +222,7 @@ class _FolderRows:
             if column in INT_COLUMNS and len(piece) and int(piece.min()) < 0:
                 raise ValueError(
                     f"{self.files[shard].path} must hold {column} of at least 0, got {int(piece.min())}. It was edited "
-                    "or written wrongly: make it anew."
+                    "or written wrongly: make it again."
                 )
             out[done : done + len(piece)] = piece
             done += len(piece)

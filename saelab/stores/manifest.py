@@ -285,7 +285,7 @@ def _advised() -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, ValueError) as error:
-        advice = "run what wrote the folder again with resume=False: that deletes it and begins anew"
+        advice = "run what wrote the folder again with resume=False: that deletes it and starts over"
         raise type(error)(f"{error} Where there is no copy, {advice}.") from None
 
 

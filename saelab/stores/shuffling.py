@@ -111,7 +111,7 @@ class ShuffledBatches:
             if state[key] != self.state_dict()[key]:
                 raise ValueError(
                     f"`{key}` must be what it was when the state was saved ({state[key]}), "
-                    f"got {self.state_dict()[key]}. Use the same activations and buffer, or start anew."
+                    f"got {self.state_dict()[key]}. Use the same activations and buffer, or start again."
                 )
         if not (0 <= state["position"] <= len(self.rows) and state["epoch"] >= 0):
             raise ValueError(

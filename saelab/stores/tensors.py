@@ -183,7 +183,7 @@ class TensorFile:
                 if zlib.crc32(raw[start : start + size]) != self._sums[first + block]:
                     raise ValueError(
                         f"{self.path} must hold what was written, but bytes {start} to {start + size} (of '{name}') "
-                        "have another checksum: the file was damaged or edited. Copy it again, or make it anew."
+                        "have another checksum: the file was damaged or edited. Copy it again, or make it again."
                     )
         self._seen[first + new] = True
         size = max(1, spec.row_bytes)

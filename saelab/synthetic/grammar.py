@@ -19,7 +19,7 @@ SPECIALS = ("gift", "gift", "gift", "town", "town", "lore", "recipe", "forecast"
 class Tale(Teller):
     """One synthetic story: an opening, two paragraphs of one topic each, a special passage after each, an ending."""
 
-    def tell(self) -> "Tale":
+    def generate(self) -> "Tale":
         """Generate the whole story and return it."""
         with self.during("opening"):
             self.say(self.pick(lines.OPENINGS))

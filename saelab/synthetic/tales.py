@@ -255,7 +255,7 @@ def generate_stories(n_stories: int, seed: int = 0, first: int = 0) -> Stories:
     """
     if n_stories < 0 or first < 0:
         raise ValueError(f"`n_stories` and `first` must not be negative, got {n_stories} and {first}.")
-    tales = (Tale(random.Random(f"{seed}/{i}")).tell() for i in range(first, first + n_stories))
+    tales = (Tale(random.Random(f"{seed}/{i}")).generate() for i in range(first, first + n_stories))
     return gather(tales, f"tales seed {seed}, stories {first} to {first + n_stories}")
 
 

@@ -51,7 +51,7 @@ def _make_pair(task: TaskName, seed: str) -> Counterfactual:
     else:
         two = random.Random(seed + "/towns").sample(list(TOWNS), 2)
         draws = ({"special": "town", "town": two[0]}, {"special": "town", "town": two[1]})
-    tales = [Tale(random.Random(seed), forced).tell() for forced in draws]
+    tales = [Tale(random.Random(seed), forced).generate() for forced in draws]
     end = _last_forced(tales[0], "receiver" if task == "names" else "fact")
     (ids, answer), (other_ids, other_answer) = (_cut(tale, end) for tale in tales)
     differ = (ids != other_ids).nonzero().squeeze(1).tolist()
@@ -125,7 +125,7 @@ def _edit_names(seed: str) -> dict[str, NamePrompt]:
 
 
 def _generate_names(seed: str, forced: Mapping[str, object]) -> NamePrompt:
-    tale = Tale(random.Random(seed), forced).tell()
+    tale = Tale(random.Random(seed), forced).generate()
     end = _last_forced(tale, "receiver")
     giver_at = max(place for name, place in tale.marks if name == "giver" and place < end)
     giver, receiver = tale.words[giver_at], tale.words[end]

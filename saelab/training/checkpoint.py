@@ -137,7 +137,7 @@ def _fill(path: Path, load: Callable[[dict[str, Tensor]], Any]) -> None:
     try:
         load(held)
     except (RuntimeError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{path} must hold what this run needs, got others ({error}). Train anew.") from None
+        raise ValueError(f"{path} must hold what this run needs, got others ({error}). Train again.") from None
 
 
 def _check_like(path: Path, held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
@@ -146,7 +146,7 @@ def _check_like(path: Path, held: Mapping[str, Tensor], wanted: Mapping[str, Ten
         names = sorted(name for name in due.keys() | got.keys() if due.get(name) != got.get(name))
         raise ValueError(
             f"{path} must hold what this run needs; {names[0]!r} should be {due.get(names[0])}, got "
-            f"{got.get(names[0])}. Train anew."
+            f"{got.get(names[0])}. Train again."
         )
 
 
@@ -168,7 +168,7 @@ def _restore_optimizer(trainable: Trainable, optimizer: torch.optim.Optimizer, s
         mine = {key[len(name) + 1 :]: value for key, value in saved.items() if key.startswith(f"{name}.")}
         if mine:
             if wrong := [key for key, value in mine.items() if value.ndim and value.numel() != parameter.numel()]:
-                raise ValueError(f"`{wrong[0]}` of {name} must have its {parameter.numel()} entries. Train anew.")
+                raise ValueError(f"`{wrong[0]}` of {name} must have its {parameter.numel()} entries. Train again.")
             optimizer.state[parameter] = {
                 key: value.to(parameter.device) if value.ndim else value for key, value in mine.items()
             }

@@ -154,16 +154,18 @@ class Versions:
 
     def left_out(self) -> dict[str, dict[str, int]]:
         """How many documents have no partner, by reason."""
-        known = [set(self._tell_left(k, lambda spelled, i: spelled.skeleton(i)[:BEGINNING])) - {b""} for k in (0, 1)]
-        whys = [Counter(self._tell_left(k, lambda one, i, k=k: one.why_left(i, known[1 - k]))) for k in (0, 1)]  # type: ignore[misc]
+        known = [
+            set(self._describe_left(k, lambda spelled, i: spelled.skeleton(i)[:BEGINNING])) - {b""} for k in (0, 1)
+        ]
+        whys = [Counter(self._describe_left(k, lambda one, i, k=k: one.why_left(i, known[1 - k]))) for k in (0, 1)]  # type: ignore[misc]
         return {
             name: {str(reason): n for reason, n in why.items()} for name, why in zip("ab", whys, strict=True) if why
         }
 
-    def _tell_left(self, side: int, tell: Callable[[Spelled, int], str | bytes]) -> Iterator[str | bytes]:
+    def _describe_left(self, side: int, describe: Callable[[Spelled, int], str | bytes]) -> Iterator[str | bytes]:
         for batch in self.sides[side].batches(self.without(side)):
             spelled = self.sides[side].spell(batch)
-            yield from (tell(spelled, i) for i in range(len(batch)))
+            yield from (describe(spelled, i) for i in range(len(batch)))
 
 
 def _sort_out(side: SpelledText) -> tuple[Bool[np.ndarray, "n_docs"], Bool[np.ndarray, "n_docs"]]:
@@ -225,7 +227,7 @@ class AlignedRows:
         if len(self.documents) == 0:
             raise ValueError(
                 f"`a` and `b` must have documents in common, got none (left out: {self.left_out}). "
-                "Harvest both on one text, with tokenizers that tell how their tokens read."
+                "Harvest both on one text, with tokenizers that give the text of their tokens."
             )
         first, end = self.texts[0].span(self.documents)
         groups = np.flatnonzero(np.append(True, np.maximum.accumulate(end)[:-1] <= first[1:]))

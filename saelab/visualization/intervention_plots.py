@@ -277,7 +277,7 @@ def draw_texts(texts: GenerationComparison) -> str:
 
 def _draw_row(texts: GenerationComparison, row: TextRow) -> str:
     columns = [_draw_column(UNSTEERED, f"perplexity {row.unsteered.perplexity():.3g}", row.unsteered)]
-    columns += [_draw_column(name, texts.tell_cost(row, name), told) for name, told in row.steered.items()]
+    columns += [_draw_column(name, texts.format_cost(row, name), told) for name, told in row.steered.items()]
     prompt = f'<h3 class="win">{show_text(row.prompt)}</h3>'
     return f'<section style="{ROW}">{prompt}<div class="both" style="{COLUMNS}">{"".join(columns)}</div></section>'
 

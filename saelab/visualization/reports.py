@@ -354,7 +354,7 @@ def _check(
     if not wanted:
         raise ValueError("`features` must name at least one feature, got none.")
     if prompts and (sae is None or model is None):
-        raise ValueError("`prompts` are encoded anew, so they need `sae` and `model`, got none; give both.")
+        raise ValueError("`prompts` are encoded again, so they need `sae` and `model`, got none; give both.")
     if sae is not None:
         require_harvested(store, sae)
     if model is not None:

@@ -238,12 +238,12 @@ def draw_comparison(comparison: Comparison) -> str:
     """An HTML view of a comparison: its printed summary with the numbers as a table; text is escaped."""
     first, *lines = str(comparison).split("\n")
     header = ["", "live", "median", "chance", "95 %", "universal", "by frequency", "by variance"]
-    sides = [_tell_side(name, side) for name, side in (("a", comparison.a), ("b", comparison.b))]
+    sides = [_describe_side(name, side) for name, side in (("a", comparison.a), ("b", comparison.b))]
     sources = f"a: {comparison.sources[0]}; b: {comparison.sources[1]}"
     return paragraph(first) + table(header, sides) + "".join(paragraph(line) for line in [*lines[3:], sources])
 
 
-def _tell_side(name: str, side: Matches) -> list[str]:
+def _describe_side(name: str, side: Matches) -> list[str]:
     known = np.abs(side.similarity[~np.isnan(side.similarity)])
     levels = (float(np.median(known)) if len(known) else float("nan"), *side.chance)
     shares = (side.share("count"), side.share("frequency"), side.share("variance"))
@@ -311,7 +311,7 @@ class Matched:
         if comparison is None:
             comparison = compare(store, other, progress=progress)
         check_stores(comparison, store, other)
-        return cls(comparison, other, _tell_apart(store, other), labels)
+        return cls(comparison, other, _describe_difference(store, other), labels)
 
     def summarize(self) -> str:
         """The section of the report's summary on the comparison, as HTML."""
@@ -357,9 +357,11 @@ class Matched:
         turned = -1 if side.similarity[number] < 0 else 1
         signs = [(here, there)] if here else [(sign, sign * turned) for sign in _signs(card, shown, turned)]
         columns = (_draw_side(*one) for a, b in signs for one in (("Here", card, a), ("There", shown, b)))
-        return f'{head}<p class="dim">{escape(self._tell(number))}</p><div class="both">{"".join(columns)}</div>'
+        return (
+            f'{head}<p class="dim">{escape(self._describe_pair(number))}</p><div class="both">{"".join(columns)}</div>'
+        )
 
-    def _tell(self, number: int) -> str:
+    def _describe_pair(self, number: int) -> str:
         """Similarity, significance and relation of a match, as text."""
         found, side = self.comparison, self.comparison.a
         partner, rows_are = int(side.partners[number]), "documents" if found.similarity == "documents" else "tokens"
@@ -393,7 +395,7 @@ class Matched:
         return {one.feature: one for one in self.comparison.relations[0] if one.kind in SEVERAL}
 
 
-def _tell_apart(store: FeatureStore, other: FeatureStore) -> str:
+def _describe_difference(store: FeatureStore, other: FeatureStore) -> str:
     """The name of the other store's folder, with the parent folder where both stores have the same name."""
     folder = other.folder.resolve()
     return folder.name if folder.name != store.folder.resolve().name else f"{folder.parent.name}/{folder.name}"

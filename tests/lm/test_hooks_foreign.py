@@ -170,12 +170,12 @@ def test_all_uses_of_a_hooked_model(way: Callable, tiny_tokens: Any) -> None:
     assert effects.effects == pytest.approx(same_effects.effects, abs=1e-5)
 
 
-def test_a_door_is_kept(fresh: Any) -> None:
+def test_hook_points_are_cached(fresh: Any) -> None:
     fresh.add_hook("blocks.0.hook_out", lambda x, hook: None)
-    first_door = hook_points_of(fresh)
+    first = hook_points_of(fresh)
     sl.lm.logits(fresh, some_ids())
     with sl.splice(fresh, {PLACE: lambda x: x + 1}):
-        assert hook_points_of(fresh) is first_door
+        assert hook_points_of(fresh) is first
 
 
 def test_an_sae_on_a_module_of_the_bridge_is_a_hook_too(fresh: Any) -> None:
@@ -188,7 +188,7 @@ def test_an_sae_on_a_module_of_the_bridge_is_a_hook_too(fresh: Any) -> None:
 
 
 def test_weights_edited_inside_a_block(fresh: Any) -> None:
-    """The door is made anew then, with nothing that runs the edit."""
+    """Hook points are found again then, with nothing that runs the edit."""
     ids, calls = some_ids(), []
     with sl.splice(fresh, {PLACE: lambda x: calls.append(1) or x + 1}), torch.no_grad():
         before = sl.lm.logits(fresh, ids)

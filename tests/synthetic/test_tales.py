@@ -116,7 +116,7 @@ def test_opposites_exclude_each_other(truth):
 def test_moods_last(truth):
     """A mood colours the words: glad words stand where the mood is glad, to the end of the paragraph."""
     sad_words = {word for listed in lex.MOODS["sad"].values() for word in listed.split()}
-    tale = Tale(random.Random(5), {"mood": "glad"}).tell()
+    tale = Tale(random.Random(5), {"mood": "glad"}).generate()
     assert not sad_words & set(tale.words)
     assert any("glad" in states for states in tale.states)
 

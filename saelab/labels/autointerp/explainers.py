@@ -36,8 +36,8 @@ class Explainer(Protocol):
 class LLMExplainer:
     """Explainer that shows a language model the windows with firing tokens marked, and requests a short phrase."""
 
-    def __init__(self, asker: RequestQueue) -> None:
-        self.asker, self.name = asker, asker.client.name
+    def __init__(self, queue: RequestQueue) -> None:
+        self.queue, self.name = queue, queue.client.name
 
     def questions(self, cases: Sequence[FeatureExamplesSplit]) -> list[Question[str]]:
         """The prompt of each case."""
@@ -45,7 +45,7 @@ class LLMExplainer:
 
     def explain(self, cases: Sequence[FeatureExamplesSplit]) -> list[Reply[str]]:
         """A label for each case, requested for all cases at once."""
-        return self.asker.ask(self.questions(cases), "explain")
+        return self.queue.ask(self.questions(cases), "explain")
 
 
 def _read(answer: str) -> str:
@@ -243,18 +243,18 @@ def estimate_labels(
         cases: number and width of the example windows.
     """
     plan = _Plan.make(store, client, scorers, answers, asking, cases, False)
-    assert plan.asker is not None
+    assert plan.queue is not None
     sides = _sides(store, features, signs)
     sample = sides[:: max(1, len(sides) // BLOCK)]
-    explainer, questions = LLMExplainer(plan.asker), list[Question[Any]]()
+    explainer, questions = LLMExplainer(plan.queue), list[Question[Any]]()
     built = plan.build(sample, _Found())
     for case, question in zip(built, explainer.questions(built), strict=True):
-        text = plan.asker.peek(question)
+        text = plan.queue.peek(question)
         questions.append(question)
         for scorer in plan.scorers if text != "" else ():
             assert isinstance(scorer, LLMScorer)
             questions += scorer.questions([TYPICAL if text is None else text], [case])
-    return plan.asker.estimate(questions).times(len(sides) / max(1, len(sample)))
+    return plan.queue.estimate(questions).times(len(sides) / max(1, len(sample)))
 
 
 class _Found:
@@ -282,7 +282,7 @@ class _Plan:
     train: ChosenRuns
     """rows of training documents"""
     cases: ExampleConfig
-    asker: RequestQueue | None
+    queue: RequestQueue | None
     explainer: Explainer | None
     scorers: tuple[Scorer, ...]
 
@@ -298,17 +298,17 @@ class _Plan:
         progress: bool,
     ) -> "_Plan":
         cases = cases or ExampleConfig(width=store.text.widen(ExampleConfig.width))
-        asker = None
+        queue = None
         if isinstance(who, Client):
-            asker = RequestQueue(who, answers or store.folder / ANSWERS, asking, progress=progress)
-        explainer = LLMExplainer(asker) if asker is not None else who if isinstance(who, Explainer) else None
-        made = tuple(_make_scorer(scorer, asker, cases.seed) for scorer in scorers)
-        return cls(store, store.split_runs(cases.train_frac, cases.seed), cases, asker, explainer, made)
+            queue = RequestQueue(who, answers or store.folder / ANSWERS, asking, progress=progress)
+        explainer = LLMExplainer(queue) if queue is not None else who if isinstance(who, Explainer) else None
+        made = tuple(_make_scorer(scorer, queue, cases.seed) for scorer in scorers)
+        return cls(store, store.split_runs(cases.train_frac, cases.seed), cases, queue, explainer, made)
 
     @property
     def usage(self) -> TokenUsage:
         """Requests made so far."""
-        return self.asker.usage if self.asker is not None else TokenUsage()
+        return self.queue.usage if self.queue is not None else TokenUsage()
 
     def blocks(self, sides: list[tuple[int, int]], found: _Found) -> Iterator[list[tuple[int, int]]]:
         """Blocks of sides, until the budget is used up; the remaining sides are recorded as waiting."""
@@ -337,8 +337,8 @@ class _Plan:
         two_sided = case.sign == BOTH and len({value > 0 for e in case.shown for value in e.values if value}) == 2
         kind: LabelKind = "none" if not text else "two-sided" if two_sided else "input"
         provenance: dict[str, Any] = {"cases": asdict(self.cases)}
-        if self.asker is not None:
-            provenance |= {"client": dict(self.asker.client.settings), "answers": self.asker.log.path.name}
+        if self.queue is not None:
+            provenance |= {"client": dict(self.queue.client.settings), "answers": self.queue.log.path.name}
         counts = {f"n_{name}": len(getattr(case, name)) for name in ("shown", "silent", "fires", "hard", "easy")}
         return Label(
             feature=case.feature, sign=case.sign, text=text, kind=kind, author=self.explainer.name,
@@ -359,14 +359,14 @@ class _Plan:
         return labels
 
 
-def _make_scorer(scorer: str | Scorer, asker: RequestQueue | None, seed: int) -> Scorer:
+def _make_scorer(scorer: str | Scorer, queue: RequestQueue | None, seed: int) -> Scorer:
     if not isinstance(scorer, str):
         return scorer
     if scorer not in SCORERS:
         raise ValueError(f"`scorers` must be among {list(SCORERS)}, or objects with a method `score`, got '{scorer}'.")
-    if asker is None:
+    if queue is None:
         raise ValueError(f"The scorer '{scorer}' asks a client, got none. Give a client, or scorers that are objects.")
-    return SCORERS[scorer](asker, seed)
+    return SCORERS[scorer](queue, seed)
 
 
 def _sides(store: FeatureStore, features: FeatureIds | None, signs: Sequence[int]) -> list[tuple[int, int]]:

@@ -89,19 +89,19 @@ def explaining_prompt(case: FeatureExamplesSplit) -> Messages:
     parts += ["".join(_firing_line(case, example) for example in case.shown)]
     if case.silent:
         parts += [SILENT, "".join(f'{{"text": {quote(example.text)}}}\n' for example in case.silent)]
-    return _say([*parts, NAME])
+    return _fill_in([*parts, NAME])
 
 
 def detection_prompt(label: str, windows: Sequence[Example]) -> Messages:
     """The prompt that asks in which windows a feature with this label fires."""
     lines = (f'{{"n": {i}, "text": {quote(window.text)}}}\n' for i, window in enumerate(windows, 1))
-    return _say([ABOUT, _claim(label), DETECT, "".join(lines), FLAGS], n=len(windows))
+    return _fill_in([ABOUT, _claim(label), DETECT, "".join(lines), FLAGS], n=len(windows))
 
 
 def fuzzing_prompt(label: str, windows: Sequence[tuple[Example, Sequence[bool]]]) -> Messages:
     """The prompt that asks in which windows the marked tokens are those on which a feature with this label fires."""
     lines = (f'{{"n": {i}, "text": {_mark(*window)}}}\n' for i, window in enumerate(windows, 1))
-    return _say([ABOUT, _claim(label), FUZZ, "".join(lines), FLAGS], n=len(windows))
+    return _fill_in([ABOUT, _claim(label), FUZZ, "".join(lines), FLAGS], n=len(windows))
 
 
 def contrast_prompt(label: str, pairs: Sequence[tuple[Example, Example]]) -> Messages:
@@ -110,7 +110,7 @@ def contrast_prompt(label: str, pairs: Sequence[tuple[Example, Example]]) -> Mes
         f'{{"n": {i}, "first": {quote(first.text)}, "second": {quote(second.text)}}}\n'
         for i, (first, second) in enumerate(pairs, 1)
     )
-    return _say([ABOUT, _claim(label), CONTRAST, "".join(lines), SIDES], n=len(pairs))
+    return _fill_in([ABOUT, _claim(label), CONTRAST, "".join(lines), SIDES], n=len(pairs))
 
 
 def simulation_prompt(label: str, windows: Sequence[Example]) -> Messages:
@@ -120,14 +120,14 @@ def simulation_prompt(label: str, windows: Sequence[Example]) -> Messages:
         tokens = ", ".join(f"[{number + i}, {quote(word)}]" for i, word in enumerate(window.words))
         lines.append(f'{{"text": [{tokens}]}}\n')
         number += len(window.words)
-    return _say([ABOUT, _claim(label), SIMULATE, "".join(lines), STRENGTHS], last=number - 1)
+    return _fill_in([ABOUT, _claim(label), SIMULATE, "".join(lines), STRENGTHS], last=number - 1)
 
 
 def _claim(label: str) -> str:
     return f"Somebody says that the unit fires on what this label names: {quote(label)}\n"
 
 
-def _say(parts: Iterable[str], **numbers: int) -> Messages:
+def _fill_in(parts: Iterable[str], **numbers: int) -> Messages:
     """One message; only the fixed sentences are formatted, as lines of data contain braces of their own."""
     filled = (part.format(**numbers) if numbers and part in (DETECT, FUZZ, FLAGS, CONTRAST, SIDES, STRENGTHS) else part
               for part in parts)  # fmt: skip

@@ -80,8 +80,8 @@ class LLMScorer:
 
     name = ""
 
-    def __init__(self, asker: RequestQueue, seed: int = 0) -> None:
-        self.asker, self.seed = asker, seed
+    def __init__(self, queue: RequestQueue, seed: int = 0) -> None:
+        self.queue, self.seed = queue, seed
 
     def tasks(self, text: str, case: FeatureExamplesSplit) -> list[ScoringTask]:
         """The prompts for one label, with their correct answers."""
@@ -99,7 +99,7 @@ class LLMScorer:
     def score(self, texts: Sequence[str], cases: Sequence[FeatureExamplesSplit]) -> list[Reply[Score]]:
         """A score for each label, requested for all labels at once; a label with an unanswered prompt has none."""
         plan = self._plan(texts, cases)
-        replies = iter(self.asker.ask([task.question for tasks in plan for task in tasks], self.name))
+        replies = iter(self.queue.ask([task.question for tasks in plan for task in tasks], self.name))
         return [
             self._conclude(case, tasks, [next(replies) for _ in tasks]) for case, tasks in zip(cases, plan, strict=True)
         ]

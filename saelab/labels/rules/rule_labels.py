@@ -93,12 +93,12 @@ class RuleLabels(Result):
             f"{len(good):,} of {len(self.rows):,} signs of features have a good rule ({counts})",
             f"rules of {self.n_predicates} predicates, chosen on {self.n_train:,} tokens, scored on {self.n_tokens:,}; "
             f"good: q <= {self.fdr:g}, F1 above chance >= {self.min_skill:g}",
-            self._tell_floor(),
+            self._format_floor(),
         ]
         titles = ["feature", "F1", "chance", "prec.", "recall", "AUROC", "share", "rule"]
         return "\n".join([*lines, *align_columns([titles, *map(_cells, good[:20])], left=(len(titles) - 1,))])
 
-    def _tell_floor(self) -> str:
+    def _format_floor(self) -> str:
         f1 = f"median F1 {np.median([row.f1 for row in self.good]):.2f}" if self.good else "none"
         mine = f"trained {len(self.good) / max(1, len(self.rows)):.1%} good, {f1}"
         if self.untrained is None:

@@ -173,7 +173,7 @@ def _name_cause(error: Exception) -> str:
 def _refuse_compressed(path: Path, archive: zipfile.ZipFile) -> None:
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
         raise ValueError(
-            f"{path} must be stored uncompressed, as torch.save does, got a compressed file. Write it anew."
+            f"{path} must be stored uncompressed, as torch.save does, got a compressed file. Write it again."
         )
 
 

@@ -602,9 +602,9 @@ def test_a_refused_prompt_fails_alone(serve, store, tmp_path):
 
 
 def ask(client, tmp_path, n=6, **options):
-    asker = RequestQueue(client, tmp_path / "a.jsonl", replace(FAST, **options), progress=False)
+    queue = RequestQueue(client, tmp_path / "a.jsonl", replace(FAST, **options), progress=False)
     questions = [Question(messages=[{"role": "user", "content": f"q{i}"}], read=str, tokens_out=10) for i in range(n)]
-    return asker, asker.ask(questions)
+    return queue, queue.ask(questions)
 
 
 class Echo:
@@ -624,11 +624,11 @@ class Echo:
 
 def test_the_budget_stops_cleanly_and_another_run_goes_on(tmp_path):
     prices = {"price_in": 1000.0, "price_out": 0.0, "n_parallel": 1}
-    asker, replies = ask(Echo(), tmp_path, budget=2.5, **prices)
+    queue, replies = ask(Echo(), tmp_path, budget=2.5, **prices)
     assert [reply.value for reply in replies[:3]] == ["q0", "q1", "q2"] and all(r.is_waiting for r in replies[3:])
-    assert asker.usage.cost == 3.0 and "budget" in asker.usage.stopped  # a token costs what the server counts, not us
-    asker, replies = ask(Echo(), tmp_path, budget=2.5, **prices)
-    assert [reply.value for reply in replies] == [f"q{i}" for i in range(6)] and asker.usage.n_kept == 3
+    assert queue.usage.cost == 3.0 and "budget" in queue.usage.stopped  # a token costs what the server counts, not us
+    queue, replies = ask(Echo(), tmp_path, budget=2.5, **prices)
+    assert [reply.value for reply in replies] == [f"q{i}" for i in range(6)] and queue.usage.n_kept == 3
     with pytest.raises(ValueError, match="`budget` needs"):
         RequestConfig(budget=1.0)
 
@@ -662,8 +662,8 @@ def test_other_settings_ask_anew_and_equal_prompts_once(tmp_path):
     echo, other = Echo(), Echo()
     other.settings = {"model": "echo", "temperature": 1}
     for client in (echo, echo, other):
-        asker = RequestQueue(client, tmp_path / "a", FAST, progress=False)
-        assert [reply.value for reply in asker.ask([question, question])] == ["q", "q"]
+        queue = RequestQueue(client, tmp_path / "a", FAST, progress=False)
+        assert [reply.value for reply in queue.ask([question, question])] == ["q", "q"]
     assert len(echo.heard) == len(other.heard) == 1
 
 
