@@ -1,7 +1,8 @@
-"""Pages of the documentation site that are made from other files: mkdocs calls `on_files`.
+"""Pages of the documentation site that are made from other files; mkdocs calls the functions `on_...`.
 
 API reference: one page a package, from the names under `if TYPE_CHECKING:` in its `__init__.py`. Tutorials: the
 notebooks with their stored outputs. Results: LOG.md's entries, one page a question (`docs/results/questions.json`).
+Words: CONTRIBUTING's tables.
 Nothing is imported from saelab and nothing runs.
 """
 
@@ -15,11 +16,13 @@ from typing import Any
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "saelab"
 MADE = ROOT / "build" / "docs-pages"
 NO_REFERENCE = ("cli", "visualization/assets")
+WORDS = "<!-- the words of CONTRIBUTING.md -->"
 PLOTLY = "application/vnd.plotly.v1+json"
 logger = logging.getLogger("mkdocs.hooks.docs_pages")
 
@@ -35,6 +38,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File(uri, str(MADE), config.site_dir, config.use_directory_urls))
     fill_navigation(config.nav or [], [uri for uri in made if uri.endswith((".md", ".ipynb"))])
     return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, **kwargs: Any) -> str:
+    """The page, with CONTRIBUTING's list of words where it is asked for."""
+    if WORDS not in markdown:
+        return markdown
+    section = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("\n## Words\n")[1].split("\n## ")[0]
+    return markdown.replace(WORDS, section.partition("\n\n")[2].partition("\n\n")[2])
 
 
 def fill_navigation(nav: list[Any], pages: list[str]) -> None:
@@ -112,7 +123,11 @@ def make_tutorials() -> dict[str, str | bytes]:
     pages: dict[str, str | bytes] = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+        outputs = []
+        for cell in notebook["cells"]:
+            if "outputs" in cell:  # without the warnings of the machine that ran it
+                cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+                outputs += cell["outputs"]
         for n, output in enumerate(outputs):
             if PLOTLY in output.get("data", {}):
                 output["data"] = {"text/html": draw_figure(output["data"][PLOTLY], f"figure-{n}")}
