@@ -148,21 +148,21 @@ def draw_curve(
     """
     coder, lm, place = _open(sae, model, hook_point, allow_mismatch, device, progress)
     opened = FeatureStore.load(store) if store is not None else None
-    aims = [_read_concept(lm, words, first_token) for words in (concept, *other)]
+    concepts = [_read_concept(lm, words, first_token) for words in (concept, *other)]
     openings = prompt or list(OPENINGS)
     how: dict[str, Any] = {"unit": unit, "mode": mode, "where": where, "store": opened}
     at: dict[str, Any] = {"hook_point": place, "allow_mismatch": allow_mismatch}
     sources: dict[str, SteeringSource] = {f"feature {i}": Intervention(coder, {i: 1.0}, **how, **at) for i in feature}
     if baselines:
         tokens = _read_text(lm, text, openings, seed, progress)
-        sources |= steering_baselines(lm, coder, feature[0], aims[0], tokens, seed=seed, **how, **at)
+        sources |= steering_baselines(lm, coder, feature[0], concepts[0], tokens, seed=seed, **how, **at)
     curve = steering_curve(
         lm,
         sources,
-        aims[0],
+        concepts[0],
         openings,
         strengths=_read_strengths(strengths),
-        others={one.name: one for one in aims[1:]},
+        others={one.name: one for one in concepts[1:]},
         n=n,
         n_tokens=n_tokens,
         seed=seed,

@@ -116,8 +116,8 @@ class Attribution(Result):
     def to_dict(self) -> dict[str, Any]:
         """Every field, completeness and agreement, ready for JSON."""
         agreement = self.agreement
-        told = None if agreement is None else dict(vars(agreement))
-        return super().to_dict() | {"completeness": self.completeness, "agreement": told}
+        measured = None if agreement is None else dict(vars(agreement))
+        return super().to_dict() | {"completeness": self.completeness, "agreement": measured}
 
     def __str__(self) -> str:
         how = f"{self.method}, {self.n_steps} steps" if self.n_steps else self.method
@@ -125,7 +125,7 @@ class Attribution(Result):
         shares = f"features {self.effects.sum():+.4g}, errors {self.errors.sum():+.4g}"
         lines = [
             f"{whole} ({self.baseline}, {self.hook_point})",
-            f"{how}: {len(self.effects):,} features at tokens; {shares}; completeness {self._tell_completeness()}",
+            f"{how}: {len(self.effects):,} features at tokens; {shares}; completeness {self._format_completeness()}",
         ]
         if self.agreement is not None:
             lines.append(format_agreement(self.agreement))
@@ -136,7 +136,7 @@ class Attribution(Result):
         ]
         return "\n".join(lines)
 
-    def _tell_completeness(self) -> str:
+    def _format_completeness(self) -> str:
         share = self.completeness
         return f"{share:.4f}" if share == share else "unknown, since replacing all changes nothing"
 

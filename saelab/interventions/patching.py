@@ -82,8 +82,8 @@ class Patching(Result):
         width = max(len(name) for name in self.sources)
         for name, scores in zip(self.sources, self.scores, strict=True):
             best = np.argsort(-scores, kind="stable")[:3]
-            told = "   ".join(f"{scores[j]:+.3f} [{self.name_column(int(j))}]" for j in best)
-            lines.append(f"{name:<{width}}  {told}")
+            shown = "   ".join(f"{scores[j]:+.3f} [{self.name_column(int(j))}]" for j in best)
+            lines.append(f"{name:<{width}}  {shown}")
         return "\n".join(lines)
 
 
@@ -209,7 +209,7 @@ def _make_piece(runs: EditedRuns, source: PatchSource, hook_point: str | None, a
     require_autoencoder(sae)
     point = runs.match(sae, hook_point, allow_mismatch)
     features = None if given is None else list(dict.fromkeys(read_features(given, sae.cfg.d_sae, "Features")))
-    return _Piece(_tell_features(features), point, _carry_features(sae, features))
+    return _Piece(_name_features(features), point, _carry_features(sae, features))
 
 
 def _carry_features(sae: SAE, features: Sequence[int] | None) -> Callable[[Tensor, Tensor], Tensor]:
@@ -224,11 +224,11 @@ def _carry_features(sae: SAE, features: Sequence[int] | None) -> Callable[[Tenso
     return carry
 
 
-def _tell_features(features: Sequence[int] | None) -> str:
+def _name_features(features: Sequence[int] | None) -> str:
     if features is None:
         return "all features"
-    told = ", ".join(str(i) for i in features[:5])
-    return f"feature{'s' if len(features) != 1 else ''} {told}{', ...' if len(features) > 5 else ''}"
+    shown = ", ".join(str(i) for i in features[:5])
+    return f"feature{'s' if len(features) != 1 else ''} {shown}{', ...' if len(features) > 5 else ''}"
 
 
 def _list_columns(positions: Positions, n: int) -> tuple[tuple[int, ...], ...]:

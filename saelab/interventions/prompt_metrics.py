@@ -127,7 +127,7 @@ def make_prompt_metric(model: Model, metric: Metric) -> PromptMetric:
     if isinstance(metric, str | int | np.integer | Tensor):
         target = _find_ids(model, metric)
         return PromptMetric(
-            f"log p({_tell(model, metric)})", lambda logits, texts, rows: _log_p(logits, texts, rows, target)
+            f"log p({_name_token(model, metric)})", lambda logits, texts, rows: _log_p(logits, texts, rows, target)
         )
     if isinstance(metric, tuple):
         a, b = (_find_ids(model, target) for target in metric)
@@ -135,7 +135,9 @@ def make_prompt_metric(model: Model, metric: Metric) -> PromptMetric:
         def difference(logits: Tensor, texts: Texts, rows: Tensor) -> Tensor:
             return _log_p(logits, texts, rows, a) - _log_p(logits, texts, rows, b)
 
-        return PromptMetric(f"logit {_tell(model, metric[0])} - logit {_tell(model, metric[1])}", difference)
+        return PromptMetric(
+            f"logit {_name_token(model, metric[0])} - logit {_name_token(model, metric[1])}", difference
+        )
     return PromptMetric(getattr(metric, "__name__", "metric"), lambda logits, _texts, _rows: metric(logits))
 
 
@@ -179,7 +181,7 @@ def find_token(model: Model, target: str | SupportsIndex) -> int:
     return find_token_id(model.tokenizer, target) if isinstance(target, str) else index(target)
 
 
-def _tell(model: Model, target: TargetToken) -> str:
+def _name_token(model: Model, target: TargetToken) -> str:
     if isinstance(target, int | np.integer):
         i = int(target)
         return repr(token_strings(model.tokenizer, [i])[i]) if model.tokenizer is not None else f"<{i}>"

@@ -70,8 +70,8 @@ class Prototypes:
         return Direction(vector, point, f"{target} - {other}", float(vector.norm()))
 
     def __repr__(self) -> str:
-        told = ", ".join(f"{name} ({n:,})" for name, n in zip(self.names[:8], self.counts, strict=False))
-        return f"Prototypes({told}{', ...' if len(self.names) > 8 else ''}, d_sae={self.codes.shape[1]})"
+        named = ", ".join(f"{name} ({n:,})" for name, n in zip(self.names[:8], self.counts, strict=False))
+        return f"Prototypes({named}{', ...' if len(self.names) > 8 else ''}, d_sae={self.codes.shape[1]})"
 
 
 @torch.no_grad()
@@ -84,11 +84,11 @@ def mean_codes(sae: SAE, x: Float[Tensor, "n d_in"], labels: Sequence[Hashable] 
     >>> mean_codes(sae, torch.eye(4), ["glad", "sad", "glad", "glad"]).counts
     (3, 1)
     """
-    told = [str(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
-    names, of = np.unique(told, return_inverse=True)
-    if len(told) != len(x) or len(names) < 2:
+    named = [str(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
+    names, of = np.unique(named, return_inverse=True)
+    if len(named) != len(x) or len(names) < 2:
         raise ValueError(
-            f"`labels` must name each of {len(x)} rows, two or more in all, got {len(told)} of {len(names)}."
+            f"`labels` must name each of {len(x)} rows, two or more in all, got {len(named)} of {len(names)}."
         )
     rows, sums = torch.from_numpy(of), torch.zeros(len(names), sae.cfg.d_sae, dtype=torch.float64)
     for part, which in zip(x.split(BLOCK), rows.split(BLOCK), strict=True):

@@ -124,7 +124,7 @@ class SparseProbes(Result):
     probes: tuple[SparseProbe, ...]
     random: dict[int, ProbeScore]
     """by k: as many features drawn at random, with the true labels"""
-    beside: dict[str, ProbeScore]
+    baselines: dict[str, ProbeScore]
     """baselines without a choice of features: "always yes", a regression on "all features", and, where activations are
     given, on all "activations" and by the "best neuron" alone"""
     null: str
@@ -165,8 +165,8 @@ class SparseProbes(Result):
             f"{'':<18}" + "".join(f"{title:>{width}}" for title, width in TITLES.items())
             + f"{'shuffled F1':>13}{'untrained F1':>14}{'random F1':>11}  features",
         ]  # fmt: skip
-        for name, told in self.beside.items():
-            lines.append(f"{name:<18}{_cells(told)}")
+        for name, score in self.baselines.items():
+            lines.append(f"{name:<18}{_cells(score)}")
         for probe in self.probes:
             chance = (probe.shuffled.f1, probe.untrained.f1, self.random[probe.k].f1)
             cells = "".join(f"{value:>{width}.3f}" for value, width in zip(chance, (13, 14, 11), strict=True))
@@ -179,8 +179,8 @@ class SparseProbes(Result):
 TITLES = {"F1": 7, "accuracy": 10, "balanced": 10, "MCC": 8, "AUROC": 7, "says yes": 10}
 
 
-def _cells(told: ProbeScore) -> str:
-    values = (told.f1, told.accuracy, told.balanced, told.mcc, told.auroc, told.yes)
+def _cells(score: ProbeScore) -> str:
+    values = (score.f1, score.accuracy, score.balanced, score.mcc, score.auroc, score.yes)
     return "".join(f"{value:>{width}.3f}" for value, width in zip(values, TITLES.values(), strict=True))
 
 
@@ -257,15 +257,15 @@ def probe_features(
     true = bench.trial(y)
     moved = None if elsewhere is None else bench.trial(elsewhere)
     other = None if untrained is None else _Bench.make(_read(untrained, keep, "untrained"), is_train, seed).trial(y)
-    beside = {"always yes": score_majority(float(y[~is_train].mean()))}
-    beside["all features"] = true.fit(np.arange(len(bench.sides)), c=PENALTY).told
+    baselines = {"always yes": score_majority(float(y[~is_train].mean()))}
+    baselines["all features"] = true.fit(np.arange(len(bench.sides)), c=PENALTY).score
     if acts is not None:
-        beside |= probe_activations(read_rows(acts, keep), y, is_train, SAMPLE_TOKENS, seed)
+        baselines |= probe_activations(read_rows(acts, keep), y, is_train, SAMPLE_TOKENS, seed)
     return SparseProbes(
         concept=concept,
         probes=tuple(p for ranking in rankings for p in _probe(bench.sides, true, (moved, other), ranking, ks)),
-        random={k: true.fit(rng.choice(len(bench.sides), k, replace=False)).told for k in ks},
-        beside=beside,
+        random={k: true.fit(rng.choice(len(bench.sides), k, replace=False)).score for k in ks},
+        baselines=baselines,
         null=null,
         rate=float(y[~is_train].mean()),
         n_train=int(is_train.sum()),
@@ -331,7 +331,7 @@ class _Fitted:
     weights: Float[np.ndarray, "k"]
     threshold: float
     f1_train: float
-    told: ProbeScore
+    score: ProbeScore
 
 
 @dataclass(frozen=True, eq=False)
@@ -371,8 +371,8 @@ class _Trial:
         columns, weights = columns[by_size], weights[by_size]
         scaled = weights / self.train.columns.deviations[columns]
         threshold, f1_train = choose_threshold(self.train.columns.matrix[:, columns] @ scaled, self.train.y)
-        told = score_guess(self.held[:, columns] @ scaled, self.y_held, threshold)
-        return _Fitted(columns, weights, threshold, f1_train, told)
+        score = score_guess(self.held[:, columns] @ scaled, self.y_held, threshold)
+        return _Fitted(columns, weights, threshold, f1_train, score)
 
 
 def _probe(
@@ -380,12 +380,12 @@ def _probe(
 ) -> Iterator[SparseProbe]:
     """The probes of one ranking, with those for permuted labels and for the untrained SAE's codes."""
     order = true.train.order(ranking)
-    beside = [None if other is None else other.train.order(ranking) for other in others]
+    rankings = [None if other is None else other.train.order(ranking) for other in others]
     for k in ks:
         found = true.fit(order[:k])
         shuffled, untrained = (
-            UNKNOWN if other is None or mine is None else other.fit(mine[:k]).told
-            for other, mine in zip(others, beside, strict=True)
+            UNKNOWN if other is None or mine is None else other.fit(mine[:k]).score
+            for other, mine in zip(others, rankings, strict=True)
         )
         yield SparseProbe(
             ranking=ranking,
@@ -396,7 +396,7 @@ def _probe(
             ),
             threshold=found.threshold,
             f1_train=found.f1_train,
-            held_out=found.told,
+            held_out=found.score,
             shuffled=shuffled,
             untrained=untrained,
         )

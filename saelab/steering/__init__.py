@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         output_scores as output_scores,
     )
     from saelab.steering.target_concepts import (
-        Aim as Aim,
+        ConceptLike as ConceptLike,
         ScoredConcept as ScoredConcept,
         TargetConcept as TargetConcept,
         TokenConcept as TokenConcept,

@@ -426,22 +426,22 @@ class SteeringCurve(Result):
         ]
         return super().to_dict() | {"rows": rows, "summary": summary}
 
-    def tell_rows(self) -> tuple[list[str], list[list[str]]]:
+    def format_rows(self) -> tuple[list[str], list[list[str]]]:
         """The summary as a header and rows of text."""
         rows = self.summarize()
         measures = [key for key in rows[0] if key not in ("source", "side", "kl", "best", "area")] if rows else []
         kls = {side: self.common_kl(side) for side in self.sides}
         header = ["", *measures, "area", "best at", "score"]
-        told = []
+        table = []
         for side in self.sides:
-            told.append([f"{SIDES[side]}, KL {kls[side]:g}", *[""] * (len(header) - 1)])
+            table.append([f"{SIDES[side]}, KL {kls[side]:g}", *[""] * (len(header) - 1)])
             for row in rows:
                 if row["side"] == side:
                     best = row["best"]
                     numbers = (row["area"].value, best.strength, best.score)
                     cells = ["-" if x != x else f"{x:.2g}" for x in numbers]
-                    told.append([row["source"], *(str(row[key]) for key in measures), *cells])
-        return header, told
+                    table.append([row["source"], *(str(row[key]) for key in measures), *cells])
+        return header, table
 
     @property
     def title(self) -> str:
@@ -460,7 +460,7 @@ class SteeringCurve(Result):
         return f"SteeringCurve({self.concept}, {len(self.points) - 1} strengths of {', '.join(self.sources)})"
 
     def __str__(self) -> str:
-        header, rows = self.tell_rows()
+        header, rows = self.format_rows()
         return "\n".join([self.title, self.baseline, *align_columns([header, *rows])])
 
     @property
@@ -485,8 +485,8 @@ class SteeringCurve(Result):
         found, reason = read(*ends), ""
         if found[0] != found[0]:
             gain, cost = (end[:, 0] for end in ends)
-            told = f"KL up to {cost.max():.3g}, {measure} {gain.min():.3g} to {gain.max():.3g}"
-            reason = f"its strengths on this side do not reach {goal:g}: {told}"
+            reached = f"KL up to {cost.max():.3g}, {measure} {gain.min():.3g} to {gain.max():.3g}"
+            reason = f"its strengths on this side do not reach {goal:g}: {reached}"
         return make_estimates(found[:1], found[None, 1:], self._n_clusters, reason)[0]
 
     def _judge(self, point: int, side: int) -> tuple[float, float]:

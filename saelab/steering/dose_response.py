@@ -52,7 +52,7 @@ from saelab.lm.tokenizers import find_special_ids
 from saelab.sae.sae import SAE
 from saelab.steering.curves import SteeringCurve
 from saelab.steering.target_concepts import (
-    Aim,
+    ConceptLike,
     ScoredConcept,
     TargetConcept,
     TokenConcept,
@@ -84,7 +84,7 @@ class Dose:
     strength: float
     block: Callable[[], AbstractContextManager]
     """returns the context manager inside which the model is steered"""
-    told: str
+    description: str
     """description of what is steered, and how"""
     neutral: float
     """the strength that leaves the model unsteered"""
@@ -171,9 +171,9 @@ def _make_dose(
         assert callable(source)
         return Dose(name, strength, partial(source, strength), getattr(source, "__name__", "a block"), 0.0)
     scaled = [scale_intervention(one, strength) for one in interventions]
-    told = "; ".join(map(describe_intervention, interventions))
+    description = "; ".join(map(describe_intervention, interventions))
     neutral = 1.0 if interventions[0].mode == "scale" else 0.0
-    return Dose(name, strength, partial(steer_all, model, scaled), told, neutral)
+    return Dose(name, strength, partial(steer_all, model, scaled), description, neutral)
 
 
 def scale_intervention(one: Intervention, factor: float) -> Intervention:
@@ -194,18 +194,18 @@ def describe_intervention(one: Intervention) -> str:
     'glad +2 (add, raw) at blocks.0.hook_out, all tokens'
     """
     unit = "" if one.mode in ("scale", "ablate") else f", {one.unit}"
-    what = ", ".join(_tell_feature(one, i, float(s)) for i, s in _weights_of(one.features).items())
+    what = ", ".join(_describe_feature(one, i, float(s)) for i, s in _weights_of(one.features).items())
     error = ", error dropped" if one.error == "drop" else ""
-    return f"{what or 'reconstruction'} ({one.mode}{unit}{error}) at {one.writes_at}, {_tell_place(one.places)}"
+    return f"{what or 'reconstruction'} ({one.mode}{unit}{error}) at {one.writes_at}, {_describe_place(one.places)}"
 
 
-def _tell_feature(one: Intervention, i: int, strength: float) -> str:
+def _describe_feature(one: Intervention, i: int, strength: float) -> str:
     name = one.source.name if isinstance(one.source, Direction) else f"feature {i}"
     amount = {"ablate": "", "scale": f" x {strength:g}", "clamp": f" = {strength:+g}"}
     return name + amount.get(one.mode, f" {strength:+g}")
 
 
-def _tell_place(where: TokenSelector) -> str:
+def _describe_place(where: TokenSelector) -> str:
     rules = {
         str(where.part): where.part != "all",
         "chosen positions": where.positions is not None,
@@ -271,7 +271,7 @@ ON_PROMPTS = ("lift", "selectivity", "kl")
 def steering_curve(
     model: Model,
     sources: Mapping[str, SteeringSource],
-    concept: Aim,
+    concept: ConceptLike,
     prompts: str | Sequence[str],
     *,
     strengths: Sequence[float | int] | Mapping[str, Sequence[float | int]] | None = None,
@@ -279,7 +279,7 @@ def steering_curve(
     mode: Mode = "add",
     where: TokenSelection = "all",
     store: FeatureStore | Mapping[str, FeatureStore] | None = None,
-    others: Mapping[str, Aim] | None = None,
+    others: Mapping[str, ConceptLike] | None = None,
     n: int = 3,
     n_tokens: int = 40,
     seed: int = 0,
@@ -348,7 +348,7 @@ def steering_curve(
     return SteeringCurve(
         concept=target.name,
         others=tuple(one.name for one in rest),
-        sources={dose.source: dose.told for dose in doses},
+        sources={dose.source: dose.description for dose in doses},
         neutral={dose.source: dose.neutral for dose in doses},
         points=(("unsteered", 0.0), *((dose.source, dose.strength) for dose in doses)),
         cells={name: table.cells[name].reshape(by_prompt) for name in sorted(table.cells)},

@@ -32,18 +32,20 @@ class ScoredConcept:
 
 
 TargetConcept: TypeAlias = TokenConcept | ScoredConcept
-Aim: TypeAlias = TargetConcept | str | Iterable[str] | Callable[[list[str]], Sequence[float]]
+ConceptLike: TypeAlias = TargetConcept | str | Iterable[str] | Callable[[list[str]], Sequence[float]]
 """A concept, its words (a list, or one string separated by commas), or a function from texts to scores"""
 
 
-def concept_from_words(model: Model, aim: Aim, name: str = "", *, first_token: bool = False) -> TargetConcept:
+def concept_from_words(
+    model: Model, target: ConceptLike, name: str = "", *, first_token: bool = False
+) -> TargetConcept:
     """The target concept for a list of words or a scoring function.
 
     A word stands for every token that spells it, in any capitalization, with or without a leading space.
 
     Args:
         model: language model whose vocabulary is searched.
-        aim: a concept (returned as it is, but for its name), words (a list, or one string separated by commas), or a
+        target: a concept (returned as it is, but for its name), words (a list, or one string separated by commas), or a
             function from texts to scores. A function receives the generated texts without their prompts and returns one
             number for each.
         name: name of the concept; by default the concept's own, the first three words, or the function's name.
@@ -56,23 +58,25 @@ def concept_from_words(model: Model, aim: Aim, name: str = "", *, first_token: b
     >>> concept_from_words(sl.lm.tiny_model(), "a,b").ids
     (35, 36, 67, 68)
     """
-    return make_concepts(model, {name: aim}, first_token=first_token)[0]
+    return make_concepts(model, {name: target}, first_token=first_token)[0]
 
 
-def make_concepts(model: Model, aims: Mapping[str, Aim], *, first_token: bool = False) -> list[TargetConcept]:
+def make_concepts(
+    model: Model, targets: Mapping[str, ConceptLike], *, first_token: bool = False
+) -> list[TargetConcept]:
     """`concept_from_words` for several targets by name, reading the vocabulary once; concepts take the names given
     here.
     """
     found: list[TargetConcept] = []
     reads: dict[str, list[int]] = {}
-    for name, aim in aims.items():
-        if isinstance(aim, TokenConcept | ScoredConcept):
-            found.append(replace(aim, name=name or aim.name))
-        elif callable(aim):
-            found.append(ScoredConcept(name or getattr(aim, "__name__", "score"), aim))
+    for name, target in targets.items():
+        if isinstance(target, TokenConcept | ScoredConcept):
+            found.append(replace(target, name=name or target.name))
+        elif callable(target):
+            found.append(ScoredConcept(name or getattr(target, "__name__", "score"), target))
         else:
             reads = reads or _read_vocabulary(model)
-            words = [word for part in list_prompts(aim, "Words") for word in part.split(",")]
+            words = [word for part in list_prompts(target, "Words") for word in part.split(",")]
             found.append(_gather(model, reads, [word.strip() for word in words if word.strip()], name, first_token))
     return found
 

@@ -65,7 +65,7 @@ class GenerationComparison(Result):
         return len(self.rows)
 
     def __repr__(self) -> str:
-        return f"SteeredTexts({len(self)} beside {', '.join(self.interventions)})"
+        return f"GenerationComparison({len(self)} texts, unsteered and {', '.join(self.interventions)})"
 
     @property
     def title(self) -> str:

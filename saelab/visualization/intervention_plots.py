@@ -143,9 +143,9 @@ def show_curve(curve: SteeringCurve, note: str = "") -> str:
     """A self-contained HTML page of a steering curve: summary, both figures, and all numbers; text is escaped."""
     figures = [plot_tradeoff(curve), plot_dose_response(curve)]
     drawn = [figure.update_layout(paper_bgcolor=CLEAR).to_html(**_embed(i)) for i, figure in enumerate(figures)]
-    told = [paragraph(f"{name}: {what}", "small") for name, what in curve.sources.items()]
+    described = [paragraph(f"{name}: {what}", "small") for name, what in curve.sources.items()]
     sections = [
-        section("In short", paragraph(curve.baseline), _summarize(curve), *told),
+        section("In short", paragraph(curve.baseline), _summarize(curve), *described),
         section("At what cost", drawn[0]),
         section("Every strength", drawn[1], _list_points(curve)),
     ]
@@ -235,7 +235,7 @@ def _clusters(curve: SteeringCurve) -> str:
 
 
 def _summarize(curve: SteeringCurve) -> str:
-    header, rows = curve.tell_rows()
+    header, rows = curve.format_rows()
     return table(header, rows, own=frozenset(row[0] for row in rows if row[0].split(",")[0] in SIDES.values()))
 
 
@@ -270,23 +270,23 @@ def draw_texts(texts: GenerationComparison) -> str:
     title. Unsteered text next to several steered ones is not coloured.
     """
     legend = "Orange: tokens that steering made likelier, blue: less likely; strongest at 6 nats."
-    told = "".join(f'<p class="dim">{escape(f"{name}: {what}")}</p>' for name, what in texts.interventions.items())
+    described = "".join(f'<p class="dim">{escape(f"{name}: {what}")}</p>' for name, what in texts.interventions.items())
     rows = "".join(_draw_row(texts, row) for row in texts.rows)
-    return f'<article class="fcard">{told}<p class="dim">{legend}</p>{rows}</article>'
+    return f'<article class="fcard">{described}<p class="dim">{legend}</p>{rows}</article>'
 
 
 def _draw_row(texts: GenerationComparison, row: TextRow) -> str:
     columns = [_draw_column(UNSTEERED, f"perplexity {row.unsteered.perplexity():.3g}", row.unsteered)]
-    columns += [_draw_column(name, texts.format_cost(row, name), told) for name, told in row.steered.items()]
+    columns += [_draw_column(name, texts.format_cost(row, name), text) for name, text in row.steered.items()]
     prompt = f'<h3 class="win">{show_text(row.prompt)}</h3>'
     return f'<section style="{ROW}">{prompt}<div class="both" style="{COLUMNS}">{"".join(columns)}</div></section>'
 
 
-def _draw_column(name: str, cost: str, told: ScoredText) -> str:
-    readers = [reader for reader in told.log_probs if reader != UNSTEERED]
+def _draw_column(name: str, cost: str, text: ScoredText) -> str:
+    readers = [reader for reader in text.log_probs if reader != UNSTEERED]
     inside = []
-    for i, word in enumerate(told.words):
-        at = {reader: values[i] for reader, values in told.log_probs.items()}
+    for i, word in enumerate(text.words):
+        at = {reader: values[i] for reader, values in text.log_probs.items()}
         inside.append(_draw_token(word, at, readers[0] if len(readers) == 1 else None))
     head = f'<h4>{escape(name)}</h4><p class="dim">{escape(cost)}</p>'
     return f'<div>{head}<div class="win">{"".join(inside).lstrip()}</div></div>'

@@ -269,7 +269,7 @@ def test_always_yes_is_never_chosen_unnoticed():
     y, doc_ids = rng.random(6000) < 0.5, np.arange(6000) // 10
     z = (rng.random(6000) < 0.45 + 0.1 * y).astype(float)[:, None]
     found = probe_features(z, y, doc_ids, ks=(1,), rankings=("f",))
-    told, always = found.probes[0].held_out, found.beside["always yes"]
+    told, always = found.probes[0].held_out, found.baselines["always yes"]
     assert always.yes == 1.0 and always.balanced == 0.5 and always.f1 > told.f1
     low = 0.55 - 4 * (0.25 / 1800) ** 0.5  # 1,800 held-out tokens, 4 standard errors
     assert told.yes < 0.6 and told.balanced > low and told.mcc > 2 * (low - 0.5) * 0.99
@@ -284,12 +284,12 @@ def test_a_dense_probe_the_best_neuron_and_an_untrained_dictionary_stand_beside_
     empty = (rng.random(codes.shape) < 0.05).astype(float)
     options = {"ks": (2,), "rankings": ("f",)}
     found = probe_features(codes, y, doc_ids, acts=x, untrained=empty, **options)
-    beside = found.beside
+    beside = found.baselines
     assert beside["activations"].auroc > beside["best neuron"].auroc > 0.85
     assert beside["all features"].balanced > 0.95 and "best neuron" in str(found)
     assert found.probes[0].untrained.mcc < 0.2 < 0.9 < found.probes[0].held_out.mcc
     plain = probe_features(codes, y, doc_ids, **options)
-    assert np.isnan(plain.probes[0].untrained.f1) and set(plain.beside) == {"always yes", "all features"}
+    assert np.isnan(plain.probes[0].untrained.f1) and set(plain.baselines) == {"always yes", "all features"}
     with pytest.raises(ValueError, match="`acts` must have a row for each of the 4000 tokens, got 9"):
         probe_features(codes, y, doc_ids, acts=x[:9], **options)
     with pytest.raises(ValueError, match="`untrained` and `doc_ids` must have one for each token, got 9"):
