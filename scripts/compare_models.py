@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
 
 import saelab as sl
 from saelab.lm.model_checks import Model
@@ -77,8 +76,7 @@ def harvest(args: argparse.Namespace, name: str, seed: int) -> tuple[dict[str, s
 
 def concepts_of(store: sl.FeatureStore, stories: Stories) -> tuple[np.ndarray, np.ndarray]:
     """The feature that fires most like each concept (F1 over its signs and all tokens), and that F1."""
-    positions = torch.from_numpy(np.asarray(store.text.positions[store.places]).astype(np.int32))
-    truth: csr_matrix = stories.concepts_at(torch.from_numpy(store.doc_ids.astype(np.int32)), positions).tocsr()
+    truth = stories.labels_at(store.doc_ids, store.text.positions[store.places]).matrix
     codes = store.matrix()
     best, features = np.zeros(truth.shape[1]), np.full(truth.shape[1], -1)
     holds = np.asarray(truth.sum(0)).ravel()

@@ -38,7 +38,7 @@ from saelab.lm.model_checks import Model
 from saelab.probing.linear_directions import fit_direction
 from saelab.sae.initialization import prepare
 from saelab.synthetic.lexicon import MOODS
-from saelab.synthetic.tales import CONCEPT_IDS, Stories, generate_stories
+from saelab.synthetic.tales import Stories, generate_stories
 from saelab.synthetic.tasks import Counterfactual, TaskName, counterfactuals
 from saelab.synthetic.vocabulary import VOCABULARY
 
@@ -185,16 +185,16 @@ def resample_moods(model: Model, n_stories: int) -> None:
     points = [f"blocks.{i}.hook_resid_post" for i in range(model.cfg.n_layers)]
     directions = []
     for point, acts in sl.collect(model, train.tokens(), points, progress=False).items():
-        held = train.concepts_at(acts.doc_ids, acts.positions)[:, [CONCEPT_IDS["glad"], CONCEPT_IDS["sad"]]].toarray()
-        either = torch.from_numpy(held.any(1))
-        labels = torch.from_numpy(held[:, 0])[either]
+        held = train.labels_at(acts.doc_ids, acts.positions)
+        either = held["glad"] | held["sad"]
+        labels = held["glad"][either]
         directions.append(fit_direction(acts[:][either], labels, point, name="glad - sad"))
     print(resample_ablation(model, prompts, directions, targets, n_random=8))
 
 
 def mood_prompts(stories: Stories) -> tuple[list[torch.Tensor], torch.Tensor]:
     words = {VOCABULARY.index(word) for listed in MOOD_WORDS.values() for word in listed}
-    column = stories.concepts[:, [CONCEPT_IDS["glad"], CONCEPT_IDS["sad"]]].toarray().any(1)
+    column = (stories.labels["glad"] | stories.labels["sad"]).numpy()
     found = []
     for start, stop in zip(stories.offsets[:-1], stories.offsets[1:], strict=True):
         ids = torch.from_numpy(stories.token_ids[start:stop]).long()

@@ -42,7 +42,7 @@ from saelab.steering.curves import read_gain
 from saelab.steering.dose_response import log_mass, steering_curve
 from saelab.steering.target_concepts import TokenConcept, make_concepts
 from saelab.synthetic.lexicon import AXES, MOODS
-from saelab.synthetic.tales import CONCEPT_IDS, FEMALE, MALE, Stories, generate_stories
+from saelab.synthetic.tales import FEMALE, MALE, Stories, generate_stories
 
 HOOK = "blocks.2.hook_resid_post"
 TRAIN, CHOOSE, MEASURE = 60_000_000, 61_000_000, 62_000_000  # numbers of the first stories
@@ -144,13 +144,11 @@ class Labeled:
         tokens = stories.tokens()
         x = sl.lm.capture(model, tokens.ids, [HOOK])[HOOK]
         real = (tokens.doc_ids >= 0) & (tokens.ids > 2)
-        truth = {name: np.asarray(stories.concepts[:, CONCEPT_IDS[name]].todense())[:, 0] for name in aims}
+        labels = stories.labels.spread(tokens.attention_mask)
         on, before = {}, {}
         for name, aim in aims.items():
-            holds = torch.zeros(tokens.ids.shape, dtype=torch.bool)
-            holds[tokens.doc_ids >= 0] = torch.from_numpy(truth[name])
             said = torch.isin(tokens.ids, torch.tensor(aim.ids))
-            on[name], before[name] = holds[real], torch.roll(said, -1, 1)[real]
+            on[name], before[name] = labels[name][real], torch.roll(said, -1, 1)[real]
         return cls(x[real], on, before)
 
 
@@ -225,10 +223,10 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
                 curve.save(args.curves / f"{axis}-{pole}-{seed}.json")
             for name in sources:
                 row = {"seed": seed, "axis": axis, "pole": pole, "source": name}
-                row |= {f"KL x{times:g}": curve.kl_at(log(times), name).value for times in MATCHED}
-                row |= {key: curve.at_kl(KL, name, measure=key).value for key in ("gain", "lift", "selectivity")}
-                best = curve.best(name)
-                line = curve.line(name)
+                row |= {f"KL x{times:g}": curve.along(name).kl_at(log(times)).value for times in MATCHED}
+                row |= {key: curve.along(name).at_kl(KL, measure=key).value for key in ("gain", "lift", "selectivity")}
+                best = curve.along(name).best()
+                line = curve.along(name).points
                 points = {key: curve.values(key)[line].tolist() for key in ("gain", "kl")}
                 rows.append(row | {"best": best.score, "told": curve.sources[name], "points": points})
         yield rows

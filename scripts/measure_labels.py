@@ -160,9 +160,8 @@ def measure(name: str, sae: sl.SAE, stories: Stories, seed: int, n_moves: int, f
     model = sl.load_model("tales", progress=False)
     store = sl.harvest(sae, model, stories.tokens(), folder / f"{name}-{seed}", progress=False)
     assert isinstance(store, sl.FeatureStore)
-    positions = torch.from_numpy(np.asarray(store.text.positions[store.places]).astype(np.int32))
-    truth = stories.concepts_at(torch.from_numpy(store.doc_ids.astype(np.int32)), positions)
-    names = [f"concept {concept.name}" for concept in stories.table]
+    truth = stories.labels_at(store.doc_ids, store.text.positions[store.places]).matrix
+    names = [f"concept {name}" for name in stories.labels]
     is_train = store.split(seed=seed)
     known = find_known(store, truth, is_train)
     given = make_predicates(store, size=400, sizes=SIZES, concepts=(truth, names))
@@ -202,7 +201,7 @@ def _explain(
     """What went wrong, for the eye."""
     texts = [f"{row.text} (F1 {row.f1:.2f})" if row else "nothing" for row in (told, plain)]
     sys.stderr.write(
-        f"{name} {seed} {one.feature:>5} {one.sign:+d} is {stories.table[one.concept].name}: {texts} {is_right}\n"
+        f"{name} {seed} {one.feature:>5} {one.sign:+d} is {stories.labels.names[one.concept]}: {texts} {is_right}\n"
     )
 
 

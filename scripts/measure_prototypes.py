@@ -38,7 +38,7 @@ from saelab.probing.linear_directions import fit_direction
 from saelab.steering.curves import read_gain
 from saelab.steering.dose_response import log_mass
 from saelab.steering.target_concepts import synthetic_concept
-from saelab.synthetic.tales import CONCEPT_IDS, generate_stories
+from saelab.synthetic.tales import generate_stories
 
 FIRST = 95_000_000  # number of the first story: neither model nor dictionary has seen any from here on
 HOOK = "blocks.2.hook_resid_post"
@@ -95,8 +95,8 @@ def read_labeled(model: Model, n_stories: int) -> tuple[torch.Tensor, np.ndarray
     """Activations and what each token's mood is: glad, sad or none."""
     stories = generate_stories(n_stories, first=FIRST)
     acts = sl.collect(model, stories.tokens(), HOOK, progress=False)
-    held = stories.concepts_at(acts.doc_ids, acts.positions)[:, [CONCEPT_IDS[mood] for mood in MOODS]].toarray()
-    return acts[:], np.where(held[:, 0], MOODS[0], np.where(held[:, 1], MOODS[1], "none"))
+    held = stories.labels_at(acts.doc_ids, acts.positions)
+    return acts[:], np.where(held[MOODS[0]], MOODS[0], np.where(held[MOODS[1]], MOODS[1], "none"))
 
 
 def added(model: Model, direction: sl.Direction) -> Block:

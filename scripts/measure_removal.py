@@ -11,14 +11,13 @@ concept, in held-out stories. Beside each stand as many random features that fir
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import saelab as sl
 from measure_supervised import FIRST, HOOK, train
 from saelab.probing.concept_removal import erase_concept
 from saelab.stores.files import write_json
-from saelab.synthetic.tales import CONCEPTS, Stories, generate_stories
+from saelab.synthetic.tales import Stories, generate_stories
 
 UNSEEN = 70_000_000  # number of the first story here
 KINDS = ("root", "pole", "state", "topic", "role", "register", "relation")
@@ -26,16 +25,8 @@ KINDS = ("root", "pole", "state", "topic", "role", "register", "relation")
 
 def mark_concepts(stories: Stories, tokens: sl.Tokens) -> dict[str, torch.Tensor]:
     """Where each concept of some kinds holds, as rows of tokens."""
-    rows = stories.story_ids
-    columns = np.arange(len(rows)) - np.repeat(stories.offsets[:-1], np.diff(stories.offsets))
-    truth, found = stories.concepts.tocsc(), {}
-    for j, concept in enumerate(CONCEPTS):
-        if concept.kind in KINDS:
-            marks = torch.zeros(tokens.ids.shape, dtype=torch.bool)
-            places = truth.indices[truth.indptr[j] : truth.indptr[j + 1]]
-            marks[rows[places], columns[places]] = True
-            found[concept.name] = marks
-    return found
+    labels = stories.labels.spread(tokens.attention_mask)
+    return {concept.name: labels[concept.name] for concept in labels.concepts if concept.kind in KINDS}
 
 
 def main() -> None:

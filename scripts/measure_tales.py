@@ -58,7 +58,7 @@ def _rows(model: Model, stories: Stories, hook_point: str) -> tuple[Tensor, np.n
     acts = torch.cat(parts)
     kept = tokens.attention_mask & (tokens.ids >= 4)  # words, not the ends
     rows, columns = kept.nonzero(as_tuple=True)
-    return acts[kept], stories.concepts_at(rows.int(), columns.int()).toarray()
+    return acts[kept], stories.labels_at(rows, columns).matrix.toarray()
 
 
 def _auroc_by_concept(x: Tensor, y: np.ndarray, x_test: Tensor, y_test: np.ndarray) -> np.ndarray:

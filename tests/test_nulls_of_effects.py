@@ -12,9 +12,9 @@ from scipy.stats import binom
 import saelab as sl
 from saelab.evaluation.concepts import score_concepts
 from saelab.interventions.attribution import Attribution
+from saelab.lm.token_labels import Concept, TokenLabels
 from saelab.steering.curves import SteeringCurve, mean_gain
 from saelab.steering.feature_scores import output_scores
-from saelab.synthetic.lexicon import Concept
 
 N_DRAWN = 24
 MOST = int(binom.ppf(0.999, N_DRAWN, 0.05))
@@ -50,34 +50,36 @@ def misses(found) -> bool:
 def test_few_prompts_claim_no_effect_of_steering() -> None:
     """What differs among four prompts by luck; quantiles of draws call that an effect, so does the best strength."""
     curves = [curve(seed, 4) for seed in range(N_DRAWN)]
-    point = curves[0].line("s")[-1]
+    point = curves[0].along("s").points[-1]
     ends = [np.quantile(curve(seed, 2).draws("gain")[point], [0.025, 0.975]) for seed in range(N_DRAWN)]
     assert sum(low > 0 or high < 0 for low, high in ends) > 2  # what tempts: half of two prompts, here with 1 - 2e-5
-    lines = [[one.values(name)[one.line("s"), None] for name in ("gain", "kl")] for one in curves]
+    lines = [[one.values(name)[one.along("s").points, None] for name in ("gain", "kl")] for one in curves]
     best_of_all = [float(mean_gain(gain, kl, 0.5)[0]) for gain, kl in lines]
     assert np.mean(best_of_all) > 4 * np.std(best_of_all) / N_DRAWN**0.5  # and so does this
     for side in (1, -1):
-        areas = [one.area("s", side, max_kl=0.5) for one in curves]
+        areas = [one.along("s", side).area(max_kl=0.5) for one in curves]
         assert abs(np.mean([one.value for one in areas])) < 4 * np.std([one.value for one in areas]) / N_DRAWN**0.5
         told = {
             "gain": [one.estimate("gain")[point] for one in curves],
-            "at a KL": [one.at_kl(0.2, "s", side) for one in curves],
+            "at a KL": [one.along("s", side).at_kl(0.2) for one in curves],
             "area": areas,
         }
         assert {name: sum(map(misses, found)) <= MOST for name, found in told.items()} == dict.fromkeys(told, True)
-        assert sum(one.best("s", side).effect_low > 0 for one in curves) <= MOST
+        assert sum(one.along("s", side).best().effect_low > 0 for one in curves) <= MOST
     for n_prompts in (2, 3):
         found = [curve(seed, n_prompts) for seed in range(N_DRAWN)]
         assert sum(misses(one.estimate("gain")[point]) for one in found) <= MOST
-        assert all(np.isnan(one.area("s").low) and one.area("s").value == one.area("s").value for one in found)
+        areas = [one.along("s").area() for one in found]
+        assert all(np.isnan(one.low) and one.value == one.value for one in areas)
 
 
 def test_a_planted_effect_of_steering_is_claimed() -> None:
     """An effect of two nats at strength 1, four spreads of a prompt, on sixteen prompts."""
     for seed in range(5):
         one = curve(seed, 16, effect=2.0)
-        assert one.estimate("gain")[one.line("s")[-1]].low > 0 and one.at_kl(0.2, "s").low > 0
-        assert one.area("s").low > 0 and one.area("s", -1).high < 0 and one.best("s").effect_low > 0
+        up, down = one.along("s"), one.along("s", -1)
+        assert one.estimate("gain")[up.points[-1]].low > 0 and up.at_kl(0.2).low > 0
+        assert up.area().low > 0 and down.area().high < 0 and up.best().effect_low > 0
 
 
 # --- concept scores
@@ -100,7 +102,7 @@ def stories(seed: int, real: bool = False):
         codes[:, :4] = truth * rng.gamma(4, 0.25, (n, 4))
     pole = {"often": "seldom", "seldom": "often"}
     table = [Concept(name, "fact", opposite=pole.get(name)) for name in ("topic", "often", "seldom", "beat")]
-    return csr_matrix(codes), csr_matrix(truth), table, ids
+    return csr_matrix(codes), TokenLabels.of(csr_matrix(truth), table, ids)
 
 
 def test_the_best_of_many_features_knows_nothing_of_other_stories() -> None:

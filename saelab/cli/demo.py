@@ -21,6 +21,7 @@ from saelab.evaluation.results import ConceptScores
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
 from saelab.lm.models import describe_model, load_model
+from saelab.lm.token_labels import TokenLabels
 from saelab.sae.activation_functions import AbsTopK, BatchTopK, TopK
 from saelab.sae.config import SAEConfig
 from saelab.sae.sae import SAE, fit
@@ -152,13 +153,13 @@ def score_all(
     """The dictionaries and their baselines against the truth of the stories."""
     from tqdm.auto import tqdm
 
-    truth, story_ids, x = read_truth(acts, stories), acts.doc_ids, acts[:]
+    labels, x = read_truth(acts, stories), acts[:]
     codes: dict[str, Any] = {name: encode_csr(sae, x) for name, sae in saes.items()}
     cfg = next(iter(saes.values())).cfg
-    baselines = concept_baselines(x, cfg, truth, story_ids, seed=seed)
+    baselines = concept_baselines(x, cfg, labels, seed=seed)
     scores = {}
     for name, values in tqdm({**codes, **baselines}.items(), unit=" dictionaries", disable=hidden(progress)):
-        scores[name] = score_concepts(values, truth, stories.table, story_ids, seed=seed)
+        scores[name] = score_concepts(values, labels, seed=seed)
     trials = [
         Trial(name, codes[name], scores[name], held_out_fvu(sae), sae.cfg.activation.signed)
         for name, sae in saes.items()
@@ -166,10 +167,10 @@ def score_all(
     return trials, {name: scores[name] for name in baselines}
 
 
-def read_truth(acts: Activations, stories: Stories) -> Any:
-    """What is true of each row of the activations: (n_tokens, n_concepts), scipy sparse."""
+def read_truth(acts: Activations, stories: Stories) -> TokenLabels:
+    """Concepts of each row of the activations."""
     assert acts.doc_ids is not None and acts.positions is not None
-    return stories.concepts_at(acts.doc_ids, acts.positions)
+    return stories.labels_at(acts.doc_ids, acts.positions)
 
 
 def held_out_fvu(sae: SAE) -> float:
@@ -180,15 +181,10 @@ def held_out_fvu(sae: SAE) -> float:
 
 def read_corpus(acts: Activations, stories: Stories, seed: int) -> Corpus:
     """The activations' tokens as words, with the truth; sentences are shown of the stories nothing was fitted to."""
-    assert acts.doc_ids is not None and acts.token_ids is not None
-    story_ids = acts.doc_ids.numpy()
-    return Corpus(
-        words=[VOCABULARY[i] for i in acts.token_ids.tolist()],
-        story_ids=story_ids,
-        truth=read_truth(acts, stories),
-        table=stories.table,
-        shown=~split_documents(story_ids, seed=seed),
-    )
+    assert acts.token_ids is not None
+    labels = read_truth(acts, stories)
+    words = [VOCABULARY[i] for i in acts.token_ids.tolist()]
+    return Corpus(words, labels, shown=~split_documents(labels.require_documents(), seed=seed))
 
 
 def describe(stories: Stories, acts: Activations) -> str:

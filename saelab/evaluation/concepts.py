@@ -35,8 +35,8 @@ from saelab.evaluation.feature_classifiers import (
 )
 from saelab.evaluation.results import ConceptScore, ConceptScores, PairScore, ParentScore
 from saelab.functional.statistics import INSIDE, exchange_groups, find_reach, permute_within
+from saelab.lm.token_labels import Concept, LabelsLike, TokenLabels
 from saelab.stores.corpus import split_documents
-from saelab.synthetic.lexicon import Concept
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -192,9 +192,8 @@ CLASSIFIERS_AT_ONCE = 16  # rows of a product with the truth
 
 def score_concepts(
     codes: CodeMatrix,
-    truth: Any,
-    table: Sequence[Concept],
-    story_ids: Shaped[Any, "n_tokens"],
+    labels: LabelsLike,
+    doc_ids: Shaped[Any, "n_tokens"] | None = None,
     *,
     train_frac: float = 0.5,
     min_count: int = 20,
@@ -212,33 +211,29 @@ def score_concepts(
 
     Args:
         codes: (n_tokens, d_sae), sparse or dense; a code fires where z != 0, and each sign is a classifier of its own.
-        truth: (n_tokens, n_concepts) which concepts are true of each token, scipy sparse or an array, columns as in
-            `table`.
-        table: the concepts, with parents and opposites.
-        story_ids: story of each token; stories are split as a whole.
+        labels: which concepts are true of each token, as `TokenLabels.of` makes them; parents and opposites come from
+            its concepts.
+        doc_ids: story (document) of each token, needed where the labels do not have them; stories are split as a whole.
         train_frac: share of stories for training.
         min_count: fewest tokens of a concept on either side of the split; scores of rarer ones are NaN, with the
             reason.
         seed: of the split, and of the permuted labels.
-        control_pairs: pairs of concepts that are not opposites, to compare the opposed pairs of `table` with; by
+        control_pairs: pairs of concepts that are not opposites, to compare the opposed pairs with; by
             default each one-sided concept with the next.
         baselines: other codes of the same tokens by name, such as those of `concept_baselines`.
 
     Raises:
-        ValueError: where sizes disagree, stories cannot be split, or a control pair names no concept of `table`.
+        ValueError: where sizes disagree, stories cannot be split, or a control pair names no concept of the labels.
     """
-    is_train = split_documents(story_ids, train_frac, seed)
     if min_count < 1:
         raise ValueError(f"`min_count` must be at least 1, got {min_count}.")
-    if tuple(truth.shape) != (len(is_train), len(table)):
-        raise ValueError(
-            f"`truth` must be (n_tokens, n_concepts), {(len(is_train), len(table))} by `story_ids` and `table`,"
-            f" got {tuple(truth.shape)}."
-        )
-    train, held = _split_truth(truth, is_train)
-    stories = np.asarray(story_ids)
-    pairs = _pairs_of(table, control_pairs)
-    world = _World(table, pairs, is_train, train, held, stories, min_count, seed)
+    given = TokenLabels.of(labels, doc_ids=doc_ids)
+    stories = given.require_documents()
+    is_train = split_documents(stories, train_frac, seed)
+    truth = given.matrix.astype(np.int32)  # sums of booleans would stop at true
+    train, held = truth[is_train], truth[~is_train]
+    pairs = _pairs_of(given.concepts, control_pairs)
+    world = _World(given.concepts, pairs, is_train, train, held, stories, min_count, seed)
     moved = replace(
         world, train=move_truth(train, stories[is_train], seed), held=move_truth(held, stories[~is_train], seed)
     )
@@ -289,14 +284,6 @@ class _World:
         sides = {"training": self.n_train[c], "held-out": self.n_held[c]}
         few = " and ".join(side for side, n in sides.items() if n < self.min_count)
         return f"fewer than {self.min_count} tokens in {few} stories" if few else ""
-
-
-def _split_truth(truth: Any, is_train: np.ndarray) -> "tuple[csr_matrix, csr_matrix]":
-    from scipy.sparse import csr_matrix
-
-    whole = csr_matrix(truth).astype(bool).astype(np.int32)  # sums of booleans would stop at true
-    whole.eliminate_zeros()
-    return whole[is_train], whole[~is_train]
 
 
 def _score(
@@ -448,5 +435,5 @@ def _pairs_of(table: Sequence[Concept], control: Sequence[tuple[str, str]] | Non
     for name in itertools.chain(*control):
         if name not in places:
             near = get_close_matches(name, places, n=5)
-            raise ValueError(f"`control_pairs` must name concepts of `table`, got '{name}'; near it are {near}.")
+            raise ValueError(f"`control_pairs` must name concepts of the labels, got '{name}'; near it are {near}.")
     return opposed + [(a, b, False) for a, b in control]

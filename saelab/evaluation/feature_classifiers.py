@@ -18,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from saelab.functional.codes import SparseCodes
 from saelab.functional.metrics import exact
+from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.sae.config import SAEConfig
 from saelab.sae.initialization import prepare
 from saelab.sae.sae import SAE
@@ -321,8 +322,8 @@ PROBE_STEPS = 30
 def concept_baselines(
     acts: Float[Tensor, "n_tokens d_in"],
     cfg: SAEConfig,
-    truth: Any,
-    story_ids: Shaped[Any, "n_tokens"],
+    labels: LabelsLike,
+    doc_ids: Shaped[Any, "n_tokens"] | None = None,
     *,
     train_frac: float = 0.5,
     seed: int = 0,
@@ -337,12 +338,13 @@ def concept_baselines(
     Args:
         acts: activations of the tokens.
         cfg: configuration of the untrained SAEs.
-        truth: (n_tokens, n_concepts) scipy sparse concept labels.
-        story_ids: story of each token.
+        labels: which concepts are true of each token, as in `score_concepts`.
+        doc_ids: story (document) of each token, needed where the labels do not have them.
         train_frac: share of stories for training.
         seed: of the split, the sample and the random directions.
     """
-    train = torch.from_numpy(split_documents(story_ids, train_frac, seed)).nonzero().squeeze(1)
+    given = TokenLabels.of(labels, doc_ids=doc_ids)
+    train = torch.from_numpy(split_documents(given.require_documents(), train_frac, seed)).nonzero().squeeze(1)
     generator = torch.Generator().manual_seed(seed)
     rows = train[torch.randperm(len(train), generator=generator)[:SAMPLE_TOKENS]].sort().values
     sample = acts[rows].float()
@@ -353,13 +355,13 @@ def concept_baselines(
     scales = variances.flip(0).clamp(min=1e-6 * float(variances[-1]) or 1.0).sqrt().to(x)
     whitened = components / scales
     cfg = replace(cfg, dictionary="unit")  # the directions are random ones and tokens, whatever training makes of them
-    labels = torch.from_numpy(truth[rows.numpy()].toarray().astype(np.float32))
+    truth = torch.from_numpy(given.matrix[rows.numpy()].toarray().astype(np.float32))
     return {
         "neurons": x,
         "pca": components,
         "random": encode_csr(prepare(replace(cfg, init="tied"), sample, seed), acts),
         "untrained": encode_csr(prepare(replace(cfg, init="data"), sample, seed), acts),
-        "probe": fit_probe(whitened[rows], labels)(whitened).sigmoid(),
+        "probe": fit_probe(whitened[rows], truth)(whitened).sigmoid(),
     }
 
 

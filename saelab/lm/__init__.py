@@ -38,6 +38,11 @@ if TYPE_CHECKING:
         load_model as load_model,
         tiny_model as tiny_model,
     )
+    from saelab.lm.token_labels import (
+        Concept as Concept,
+        LabelsLike as LabelsLike,
+        TokenLabels as TokenLabels,
+    )
     from saelab.lm.tokens import Tokens as Tokens, tokenize as tokenize
     from saelab.lm.unwrapped import Site as Site
     from saelab.lm.verification import HookAgreement as HookAgreement, verify_hooks as verify_hooks

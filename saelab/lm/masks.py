@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.lm.model_checks import Model
+from saelab.lm.token_labels import TokenLabels
 from saelab.lm.tokenizers import spell, token_bytes
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.stores.results import Result
@@ -159,9 +160,8 @@ def tokenize_labeled(
     joined: str = " ",
     packed: bool = True,
     bos: bool | None = True,
-) -> tuple[Tokens, dict[str, Bool[Tensor, "n_seq ctx_len"]]]:
-    """Tokens of labelled documents, and for each label a boolean mask of the tokens that have it: the data that probes
-    are fitted to.
+) -> tuple[Tokens, TokenLabels]:
+    """Tokens of labelled documents, and which labels are true of each: the data that probes are fitted to.
 
     A label applies to every token that holds a character of its word or range, white space not counted, however the
     tokenizer splits the text: a word of several tokens, a token of several words, a character of several tokens.
@@ -189,15 +189,16 @@ def tokenize_labeled(
     texts = [_read_document(document, i, joined) for i, document in enumerate(documents)]
     tokens = tokenize(model, [one.text for one in texts], ctx_len, packed=packed, bos=bos)
     names = dict.fromkeys(name for one in texts for _, _, name in one.labels)
-    found = {name: torch.zeros(tokens.ids.shape, dtype=torch.bool) for name in names}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     doc_ids, ids = tokens.doc_ids.flatten().numpy(), tokens.ids.flatten().numpy()
     order = np.argsort(doc_ids, kind="stable")  # padding first, then each document's tokens in order
     bounds = np.searchsorted(doc_ids[order], np.arange(len(texts) + 1))
     for i, one in enumerate(texts):
         places = order[bounds[i] : bounds[i + 1]]
         for name, at in _lay(model.tokenizer, one, ids[places], part).items():
-            found[name].view(-1)[torch.from_numpy(places[at])] = True
-    return tokens, found
+            found[name].append(places[at])
+    at_tokens = {name: np.concatenate(parts) for name, parts in found.items()}
+    return tokens, TokenLabels.place(at_tokens, tuple(tokens.ids.shape), doc_ids)
 
 
 def _read_document(document: Any, i: int, joined: str) -> _Spans:

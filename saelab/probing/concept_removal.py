@@ -3,7 +3,7 @@
 Each edit is evaluated (`RemovalBench`) by the accuracy of retrained probes for each concept, and next-token loss.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -18,9 +18,10 @@ from saelab.interventions.edited_runs import ReadActivations
 from saelab.interventions.interventions import match_source
 from saelab.lm.hooks import find_hook_point, forward_size, logits, next_token_loss, replace_activations
 from saelab.lm.model_checks import Model
+from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.lm.tokens import Tokens
 from saelab.probing.feature_ranking import Ranking
-from saelab.probing.labeled_activations import ALL_BUT_SPECIAL, draw_rows, read_chosen, require_labels
+from saelab.probing.labeled_activations import ALL_BUT_SPECIAL, draw_rows, read_chosen, require_shape
 from saelab.probing.linear_directions import (
     AffineErasure,
     Edit,
@@ -190,7 +191,7 @@ class RemovalBench:
         cls,
         model: Model,
         tokens: Tokens,
-        labels: Mapping[str, Tensor],
+        labels: TokenLabels,
         concept: str,
         hook_point: str,
         read_at: str | None,
@@ -201,7 +202,7 @@ class RemovalBench:
         Args:
             model: language model.
             tokens: text to measure on.
-            labels: for each concept by name, (n_seq, ctx_len) whether it is true of each token.
+            labels: which concepts are true of each token.
             concept: the one to be removed.
             hook_point: where edits apply.
             read_at: hook point whose activations probes are trained on; None for the last residual stream.
@@ -211,15 +212,14 @@ class RemovalBench:
             ValueError: where the concept is unknown or true, or false, of fewer than 20 tokens on a side.
         """
         train_frac, n_rows, seed = draw
-        if concept not in labels:
-            raise ValueError(f"`concept` must be one of the labels, got '{concept}'; there are {list(labels)[:5]}...")
+        labels.find(concept)
         keep = ALL_BUT_SPECIAL.apply(tokens).keep
         is_train = torch.zeros_like(keep)
         is_train[keep] = torch.from_numpy(split_documents(tokens.doc_ids[keep].numpy(), train_frac, seed))
         flat = [(keep & side).flatten().numpy() for side in (is_train, ~is_train)]
         train, held = (torch.from_numpy(draw_rows(rows, n_rows, seed)).view_as(keep) for rows in flat)
         truth = {
-            name: marks.cpu()
+            name: marks
             for name, marks in labels.items()
             if all(min(int(marks[rows].sum()), int((~marks[rows]).sum())) >= MIN_COUNT for rows in (train, held))
         }
@@ -326,7 +326,7 @@ ErasureMethod = Literal["features", "means", "probe", "erasure"]
 def erase_concept(
     model: Model,
     tokens: Tokens,
-    labels: Mapping[str, Bool[Tensor, "n_seq ctx_len"]],
+    labels: LabelsLike,
     concept: str,
     sae: SAE | None = None,
     *,
@@ -360,7 +360,7 @@ def erase_concept(
     Args:
         model: language model.
         tokens: the text.
-        labels: for each concept by name, (n_seq, ctx_len) whether it is true of each token.
+        labels: which concepts are true of each token, (n_seq, ctx_len): `TokenLabels` or tensors by name.
         concept: name of the one to erase.
         sae: SAE for "features".
         hook_point: where activations are edited; by default where the SAE was trained.
@@ -380,9 +380,10 @@ def erase_concept(
         ValueError: where the concept is unknown or too rare, and for an SAE of another model, weight processing or hook
             point (unless `allow_mismatch`).
     """
-    require_labels(labels, tokens)
+    given = TokenLabels.of(labels)
+    require_shape(given.shape, tokens)
     point = _find_point(model, sae, hook_point, allow_mismatch)
-    bench = RemovalBench.make(model, tokens, labels, concept, point, read_at, (train_frac, n_rows, seed))
+    bench = RemovalBench.make(model, tokens, given, concept, point, read_at, (train_frac, n_rows, seed))
     kinds = list(
         methods if methods is not None else [m for m in get_args(ErasureMethod) if m != "features" or sae is not None]
     )

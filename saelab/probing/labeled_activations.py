@@ -1,6 +1,6 @@
 """Activations of labeled tokens: a balanced sample of tokens where the label is true and where it is false."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +65,7 @@ def collect_labeled(
     >>> collect_labeled(model, tokens, tokens.ids == int(tokens.ids[0, 1]), "blocks.1.hook_resid_post", n_tokens=4)
     LabelledRows(2 of 4 true, d_in=32)
     """
-    _require_shape(labels, tokens)
+    require_shape(labels.shape, tokens)
     keep = mask.apply(tokens).keep
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros_like(keep)
@@ -103,7 +103,7 @@ def read_chosen(
     >>> read_chosen(model, tokens, tokens.ids == int(tokens.ids[0, 1]), "blocks.1.hook_resid_post").shape
     torch.Size([8, 32])
     """
-    _require_shape(chosen, tokens)
+    require_shape(chosen.shape, tokens)
     wanted = chosen.any(1).nonzero().squeeze(1)
     parts = []
     for rows in wanted.split(forward_size(tokens, batch_size)):
@@ -112,18 +112,11 @@ def read_chosen(
     return torch.cat(parts) if parts else torch.zeros(0, 0)
 
 
-def require_labels(labels: Mapping[str, Tensor], tokens: Tokens) -> None:
-    """Raise ValueError unless there are labels and each has one value for each token."""
-    if not labels:
-        raise ValueError("`labels` must name at least one concept, got none.")
-    for marks in labels.values():
-        _require_shape(marks, tokens)
-
-
-def _require_shape(marks: Tensor, tokens: Tokens) -> None:
-    if tuple(marks.shape) != tuple(tokens.ids.shape):
+def require_shape(shape: Sequence[int], tokens: Tokens) -> None:
+    """Raise ValueError unless labels of this shape have one value for each token."""
+    if tuple(shape) != tuple(tokens.ids.shape):
         raise ValueError(
-            f"Labels must have a mark for each token, {tuple(tokens.ids.shape)}, got shape {tuple(marks.shape)}."
+            f"Labels must have a mark for each token, {tuple(tokens.ids.shape)}, got shape {tuple(shape)}."
         )
 
 

@@ -3,16 +3,18 @@
 Baselines without an SAE: the majority classifier, a linear probe on activations, the best single neuron.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
 
 from saelab.evaluation.feature_classifiers import read_values
 from saelab.functional.statistics import UNKNOWN, ProbeScore, choose_threshold, permute_labels, score_guess
+from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.probing.feature_ranking import PENALTY, Columns, Labeled, RankedSides, Ranking
 from saelab.probing.labeled_activations import draw_rows
 from saelab.stores.corpus import split_documents
@@ -190,10 +192,10 @@ def _name(one: ProbedFeature) -> str:
 
 def probe_features(
     codes: FeatureStore | Any,
-    labels: Bool[np.ndarray, "n_tokens"],
+    labels: LabelsLike | Bool[np.ndarray | Tensor, "n_tokens"],
     doc_ids: Shaped[Any, "n_tokens"] | None = None,
     *,
-    concept: str = "concept",
+    concept: str | None = None,
     ks: Sequence[int] = (1, 2, 4, 8, 16),
     rankings: Sequence[Ranking] = ("means", "f", "information", "l1", "pruning"),
     train_frac: float = 0.7,
@@ -221,9 +223,9 @@ def probe_features(
 
     Args:
         codes: a store, or codes as `score_concepts` takes them.
-        labels: (n_tokens) whether the concept is true of each token.
-        doc_ids: document of each token, needed where `codes` is no store.
-        concept: name, for display.
+        labels: (n_tokens) whether the concept is true of each token, or labels of several concepts.
+        doc_ids: document of each token, needed where neither `codes` is a store nor the labels have them.
+        concept: which of several labels; the name, for display, of a single one.
         ks: numbers of features.
         rankings: any of the five above.
         train_frac: share of documents for training.
@@ -241,14 +243,16 @@ def probe_features(
     (2, 1.0)
     """
     _check(ks, rankings)
-    keep, documents = _choose_rows(codes, doc_ids, n_tokens, seed)
-    matrix, y = _read(codes, keep), _read_labels(labels, keep)
+    given = TokenLabels.of(labels, None if isinstance(labels, Mapping) else concept, _find_documents(codes, doc_ids))
+    name, documents = given.find(concept), given.require_documents()
+    keep = _choose_rows(documents, n_tokens, seed)
+    matrix, y = _read(codes, keep), given[name].numpy()[keep]
     documents = documents[keep]
     is_train = split_documents(documents, train_frac, seed)
-    for name, rows in (("training", is_train), ("held-out", ~is_train)):
+    for side, rows in (("training", is_train), ("held-out", ~is_train)):
         if not 0 < y[rows].sum() < rows.sum():
             said = f"{int(y[rows].sum())} true of {int(rows.sum())}"
-            raise ValueError(f"Both labels must occur in {name} documents, got {said}; give more text.")
+            raise ValueError(f"Both labels must occur in {side} documents, got {said}; give more text.")
     rng = np.random.default_rng(seed)
     elsewhere, null = _permute(y, documents, is_train, rng)
     bench = _Bench.make(matrix, is_train, seed)
@@ -262,7 +266,7 @@ def probe_features(
     if acts is not None:
         baselines |= probe_activations(read_rows(acts, keep), y, is_train, SAMPLE_TOKENS, seed)
     return SparseProbes(
-        concept=concept,
+        concept=name,
         probes=tuple(p for ranking in rankings for p in _probe(bench.sides, true, (moved, other), ranking, ks)),
         random={k: true.fit(rng.choice(len(bench.sides), k, replace=False)).score for k in ks},
         baselines=baselines,
@@ -281,19 +285,14 @@ def _check(ks: Sequence[int], rankings: Sequence[str]) -> None:
         raise ValueError(f"`rankings` must be of {get_args(Ranking)}, got {bad if rankings else 'none'}.")
 
 
-def _choose_rows(codes: Any, doc_ids: Any, n_tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mask of the tokens used, those of some documents where there are too many, and the document of every token."""
-    if doc_ids is None and not isinstance(codes, FeatureStore):
-        raise ValueError("`doc_ids` must be given with codes that are no store, got None.")
-    documents = codes.doc_ids if isinstance(codes, FeatureStore) else np.asarray(doc_ids)
+def _find_documents(codes: Any, doc_ids: Any) -> Any:
+    return codes.doc_ids if isinstance(codes, FeatureStore) else doc_ids
+
+
+def _choose_rows(documents: np.ndarray, n_tokens: int, seed: int) -> Bool[np.ndarray, "n"]:
+    """Mask of the tokens used, those of some documents where there are too many."""
     n = len(documents)
-    return (np.ones(n, bool) if n <= n_tokens else split_documents(documents, n_tokens / n, seed)), documents
-
-
-def _read_labels(labels: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    if len(labels) != len(keep):
-        raise ValueError(f"`labels` and `doc_ids` must have one for each token, got {len(labels)} and {len(keep)}.")
-    return np.asarray(labels)[keep].astype(bool)
+    return np.ones(n, bool) if n <= n_tokens else split_documents(documents, n_tokens / n, seed)
 
 
 def _read(codes: Any, keep: np.ndarray, name: str = "codes") -> "csr_matrix":

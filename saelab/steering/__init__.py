@@ -6,7 +6,15 @@ from saelab._lazy import attach
 
 if TYPE_CHECKING:
     from saelab.steering.baselines import steering_baselines as steering_baselines
-    from saelab.steering.curves import BestPoint as BestPoint, Estimate as Estimate, SteeringCurve as SteeringCurve
+    from saelab.steering.curves import (
+        AnyMeasure as AnyMeasure,
+        BestPoint as BestPoint,
+        Estimate as Estimate,
+        Measure as Measure,
+        MeasureName as MeasureName,
+        SourceCurve as SourceCurve,
+        SteeringCurve as SteeringCurve,
+    )
     from saelab.steering.dose_response import (
         EditBlock as EditBlock,
         SteeringSource as SteeringSource,

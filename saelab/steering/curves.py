@@ -5,9 +5,9 @@ over bootstrap draws. Where a value is undefined, the reason is given.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -209,9 +209,51 @@ def _between(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     return values[low] * (1 - share) + values[low + 1] * share
 
 
+MeasureName = Literal[
+    "lift", "selectivity", "mass", "gain", "kl", "entropy", "prompt_lift", "prompt_selectivity", "prompt_kl", "nll",
+    "perplexity", "rate", "share", "score", "repetition", "distinct_1", "distinct_2",
+]  # fmt: skip
+"""Measures of effect and cost, as `saelab.steering.dose_response` defines them."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is read from a steering curve: a measure, as it is or as its difference to unsteered text.
+
+    >>> str(Measure("gain", concept="male")), str(Measure("nll", extra=True))
+    ('gain male', 'extra_nll')
+    """
+
+    name: MeasureName
+    concept: str | None = field(default=None, kw_only=True)
+    """one of the curve's other concepts, for "gain" and "mass"; None is the concept that is steered"""
+    extra: bool = field(default=False, kw_only=True)
+    """True takes the difference to unsteered text"""
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(MeasureName):
+            known = get_args(MeasureName)
+            raise ValueError(
+                f"A measure must be one of {list(known)}, got {self.name!r}. Concepts and differences are arguments: "
+                "`Measure('gain', concept='male')`, `Measure('nll', extra=True)`."
+            )
+        if self.concept is not None and self.name not in ("gain", "mass"):
+            raise ValueError(f"`concept` goes with the measures 'gain' and 'mass', got it with '{self.name}'.")
+
+    @classmethod
+    def of(cls, given: "Measure | MeasureName") -> "Measure":
+        """The measure itself, or the one of that name."""
+        return given if isinstance(given, Measure) else cls(given)
+
+    def __str__(self) -> str:
+        return f"{'extra_' if self.extra else ''}{self.name}" + ("" if self.concept is None else f" {self.concept}")
+
+
+AnyMeasure: TypeAlias = Measure | MeasureName
+
 MATCHED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
 """KL in nats at which sources are compared: the largest that all of them reach"""
-RATIOS = {
+RATIOS: dict[MeasureName, tuple[str, str]] = {
     "lift": ("lift", "n_text"),
     "selectivity": ("selectivity", "n_text"),
     "kl": ("kl", "n_text"),
@@ -227,6 +269,7 @@ RATIOS = {
     "repetition": ("repetition", "n_texts"),
 }
 """measures as sums over sums"""
+NO_STRENGTH = "no strength on this side"
 SIDES = {1: "upwards", -1: "downwards"}
 
 
@@ -234,10 +277,9 @@ SIDES = {1: "upwards", -1: "downwards"}
 class SteeringCurve(Result):
     """Measures of `steering_curve` at each point, a source and a strength; the first point is the unsteered model.
 
-    `values(measure)` takes any name of `saelab.steering.dose_response`; `gain NAME` is the gain of another concept, and
-    the prefix `extra_` gives a measure's difference to unsteered text. Intervals come from a bootstrap of prompts with
-    all of their texts (of texts, where there is one prompt). Side 1 means positive strengths, which raise the concept,
-    side -1 negative ones, which lower it.
+    A measure is given by its name, or as a `Measure` for another concept or the difference to unsteered text. Intervals
+    come from a bootstrap of prompts with all of their texts (of texts, where there is one prompt). Side 1 means
+    positive strengths, which raise the concept, side -1 negative ones, which lower it.
     """
 
     concept: str
@@ -251,7 +293,7 @@ class SteeringCurve(Result):
     """source and strength of each"""
     cells: dict[str, Float[np.ndarray, "n_points n_prompts n"]]
     """sums over the tokens of each text, `n` texts a prompt"""
-    diversity: dict[str, Float[np.ndarray, "n_points n"]]
+    diversity: dict[MeasureName, Float[np.ndarray, "n_points n"]]
     """distinct n-grams by measure, over the texts of all prompts with the same sample number"""
     prompts: tuple[str, ...]
     n: int
@@ -262,140 +304,57 @@ class SteeringCurve(Result):
     seed: int
 
     @property
-    def scored(self) -> bool:
-        """Whether the concept is given by a scoring function."""
-        return "score" in self.cells
+    def effect(self) -> Measure:
+        """The default measure of effect: the gain, or for a scored concept the score above that of unsteered text."""
+        return Measure("score", extra=True) if "score" in self.cells else Measure("gain")
 
     @property
-    def effect(self) -> str:
-        """The default measure of effect: "gain", or "extra_score" for a scored concept."""
-        return "extra_score" if self.scored else "gain"
+    def measures(self) -> tuple[Measure, ...]:
+        """The measures that the curve has; each can also be read with `extra`."""
+        sums = [Measure(name) for name, (part, _) in RATIOS.items() if part in self.cells]
+        gains = [Measure("gain", concept=name) for name in (None, *self.others)] if "mass" in self.cells else []
+        return (*sums, *gains, Measure("perplexity"), *map(Measure, self.diversity))
 
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """The names that `values` accepts, apart from those with the prefix `extra_`."""
-        sums = [name for name, (part, _) in RATIOS.items() if part in self.cells]
-        gains = [] if self.scored else ["gain", *(f"gain {name}" for name in self.others)]
-        return (*sums, *gains, "perplexity", *self.diversity)
-
-    def values(self, measure: str) -> Float[np.ndarray, "n_points"]:
-        """A measure at every point; ValueError for an unknown one."""
+    def values(self, measure: AnyMeasure) -> Float[np.ndarray, "n_points"]:
+        """A measure at every point; ValueError for one that the curve does not have."""
         return self._read(measure, np.ones((1, self._n_clusters)))[:, 0]
 
-    def draws(self, measure: str) -> Float[np.ndarray, "n_points n_draws"]:
+    def draws(self, measure: AnyMeasure) -> Float[np.ndarray, "n_points n_draws"]:
         """Bootstrap draws of a measure at every point, the same prompts for all measures; NaN if there is one text."""
         return self._read(measure, self._weights)
 
-    def estimate(self, measure: str) -> list[Estimate]:
+    def estimate(self, measure: AnyMeasure) -> list[Estimate]:
         """A measure at every point with its 95 % interval; none for distinct n-grams, which are not sums over texts."""
-        if measure.removeprefix("extra_") in self.diversity:
+        if Measure.of(measure).name in self.diversity:
             return [Estimate(value) for value in self.values(measure).tolist()]
         return make_estimates(self.values(measure), self.draws(measure), self._n_clusters)
 
-    def line(self, source: str, side: int = 1) -> list[int]:
-        """Indices of a source's points on one side of the unsteered model, weakest first.
+    def along(self, source: str, side: int = 1) -> "SourceCurve":
+        """One source on one side: effect at a KL, KL at an effect, area and best strength.
 
         ValueError for another source or side.
         """
         if source not in self.sources or side not in SIDES:
             known = list(self.sources)[:5]
             raise ValueError(f"`source` must be one of {known} and `side` 1 or -1, got {source!r} and {side}.")
-        steps = [(abs(s - self.neutral[source]), i) for i, (name, s) in self._doses if name == source]
-        return [i for _, i in sorted(steps) if side * (self.points[i][1] - self.neutral[source]) >= 0]
+        return SourceCurve(self, source, side)
 
-    def frontier(self, source: str | None = None, side: int = 1, measure: str | None = None) -> list[tuple[str, float]]:
+    def frontier(
+        self, source: str | None = None, side: int = 1, measure: AnyMeasure | None = None
+    ) -> list[tuple[str, float]]:
         """The Pareto frontier of effect (or `measure`) against KL: its points (source, strength) in order of KL.
 
         It is that of one source, or of all.
         """
         names = self.sources if source is None else [source]
-        mine = np.array([i for name in names for i in self.line(name, side)], dtype=int)
+        mine = np.array([i for name in names for i in self.along(name, side).points], dtype=int)
         found = find_frontier(side * self.values(measure or self.effect)[mine], self.values("kl")[mine])
         return [self.points[i] for i in mine[found].tolist()]
 
-    def at_kl(self, kl: float, source: str, side: int = 1, measure: str | None = None) -> Estimate:
-        """The effect, or another measure, where a source first reaches a KL, interpolated along its strengths.
-
-        Args:
-            kl: cost in nats.
-            source: name of the source.
-            side: 1 for strengths that raise the concept, -1 for those that lower it.
-            measure: any name that `values` accepts; by default `effect`.
-
-        Returns:
-            the value with its interval; NaN, with the reason, where the strengths do not reach that KL.
-        """
-        return self._along(source, side, measure, kl, lambda gain, cost: read_gain(gain, cost, kl))
-
-    def kl_at(self, value: float, source: str, side: int = 1, measure: str | None = None) -> Estimate:
-        """The KL at which the effect, or another measure, first reaches a value, interpolated along the strengths.
-
-        Args:
-            value: of the measure; negative on side -1.
-            source: name of the source.
-            side: 1 for strengths that raise the concept, -1 for those that lower it.
-            measure: any name that `values` accepts; by default `effect`.
-
-        Returns:
-            the KL in nats with its interval; NaN, with the reason, where the strengths do not reach that value.
-        """
-        return self._along(source, side, measure, value, lambda gain, cost: read_cost(side * gain, cost, side * value))
-
-    def area(self, source: str, side: int = 1, max_kl: float | None = None, measure: str | None = None) -> Estimate:
-        """The mean, over KL budgets from 0 to `max_kl`, of the largest effect (or measure) within the budget.
-
-        The strength for each budget is chosen on every other prompt and its effect measured on the rest, and the other
-        way round: the largest of several effects is above 0 by chance alone, while an effect measured on other prompts
-        is 0 on average where there is none. For intervals, prompts are drawn within each half, which takes four.
-
-        Args:
-            source: name of the source.
-            side: 1 for strengths that raise the concept; on -1 the result is the largest decrease, as a negative
-                number.
-            max_kl: largest budget in nats; by default `common_kl(side)`.
-            measure: any name that `values` accepts; by default `effect`.
-        """
-        limit = self.common_kl(side) if max_kl is None else max_kl
-        line, measure = self.line(source, side), measure or self.effect
-        if limit != limit or not line:
-            return Estimate(NAN, reason="no KL that all sources reach" if line else "no strength on this side")
-        if self._n_clusters < 2:
-            return Estimate(NAN, reason="it takes two prompts, or two texts")
-        halves = [np.where(half, self._weights_in_halves, 0.0) for half in self._halves]
-        gains, costs = ([self._read(name, half)[line] for half in halves] for name in (measure, "kl"))
-        areas = [mean_gain(side * gains[i], costs[i], limit, side * gains[1 - i]) for i in (0, 1)]
-        found = side * np.mean(areas, axis=0) + 0.0
-        return make_estimates(found[:1], found[None, 1:], self._n_clusters, n_groups=2)[0]
-
     def common_kl(self, side: int = 1) -> float:
         """The largest KL of 1, 0.5, 0.2, ... nats that every source with strengths on a side reaches; NaN for none."""
-        tops = [self.values("kl")[line].max() for name in self.sources if (line := self.line(name, side))]
+        tops = [self.values("kl")[line].max() for name in self.sources if (line := self.along(name, side).points)]
         return next((kl for kl in MATCHED if tops and kl <= min(tops)), NAN)
-
-    def best(self, source: str, side: int = 1) -> BestPoint:
-        """The strength with the best balance of effect and fluency, chosen on half of the prompts, scored on the
-        others.
-
-        It is chosen on every other prompt; `Best` defines the score.
-        """
-        line = self.line(source, side)
-        if not line or len(self.prompts) < 2:
-            return BestPoint.none("it takes two prompts" if line else "no strength on this side")
-        effect, fluency = self._weigh(self._halves.astype(float), side)
-        score = 2 * effect * fluency / np.maximum(effect + fluency, 1e-12)
-        i = line[int(np.nan_to_num(score[line, 0]).argmax())]
-        if not score[i, 0] > 0:
-            return BestPoint.none("no strength has an effect on this side")
-        low, high = self._judge(i, side)
-        return BestPoint(
-            strength=self.points[i][1],
-            score=float(score[i, 1]),
-            effect=float(effect[i, 1]),
-            fluency=float(fluency[i, 1]),
-            chosen_score=float(score[i, 0]),
-            effect_low=low,
-            effect_high=high,
-        )
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -404,14 +363,15 @@ class SteeringCurve(Result):
 
     def summarize(self) -> list[dict[str, Any]]:
         """A row for each side and source: measures at `common_kl`, area up to it, and the best strength."""
-        wanted = ["extra_score"] if self.scored else ["lift", *(["selectivity"] if self.others else []), "gain"]
+        effects = [Measure("lift"), *([Measure("selectivity")] if self.others else []), self.effect]
+        wanted = [one for one in effects if one.extra or one in self.measures]
         rows = []
         for side in self.sides:
             kl = self.common_kl(side)
-            for name in [name for name in self.sources if self.line(name, side)]:
-                found = {measure: self.at_kl(kl, name, side, measure) for measure in wanted}
-                found["area"] = self.area(name, side)
-                rows.append({"source": name, "side": side, "kl": kl, "best": self.best(name, side)} | found)
+            for name in self.sources:
+                if (own := self.along(name, side)).points:
+                    found = {str(measure): own.at_kl(kl, measure) for measure in wanted} | {"area": own.area()}
+                    rows.append({"source": name, "side": side, "kl": kl, "best": own.best()} | found)
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -419,7 +379,7 @@ class SteeringCurve(Result):
         rows: list[dict[str, Any]] = [{"source": name, "strength": strength} for name, strength in self.points]
         for measure in self.measures:
             for row, found in zip(rows, self.estimate(measure), strict=True):
-                row[measure] = asdict(found)
+                row[str(measure)] = asdict(found)
         summary = [
             {key: asdict(one) if isinstance(one, Estimate | BestPoint) else one for key, one in row.items()}
             for row in self.summarize()
@@ -453,7 +413,9 @@ class SteeringCurve(Result):
     @property
     def baseline(self) -> str:
         """Perplexity, rate or score, repetition and distinct_1 of unsteered text, in one line."""
-        names = ("perplexity", "score" if self.scored else "rate", "repetition", "distinct_1")
+        names: tuple[MeasureName, ...] = (
+            "perplexity", "score" if self.effect.extra else "rate", "repetition", "distinct_1",
+        )  # fmt: skip
         return "unsteered text: " + ", ".join(f"{name} {self.values(name)[0]:.3g}" for name in names)
 
     def __repr__(self) -> str:
@@ -467,57 +429,24 @@ class SteeringCurve(Result):
     def _doses(self) -> list[tuple[int, tuple[str, float]]]:
         return list(enumerate(self.points))[1:]
 
-    def _along(
-        self,
-        source: str,
-        side: int,
-        measure: str | None,
-        goal: float,
-        read: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    ) -> Estimate:
-        """The result of `read` on a measure and KL along a source's strengths, with its interval; `goal` is the value
-        looked up.
-        """
-        line, measure = self.line(source, side), measure or self.effect
-        if goal != goal or not line:
-            return Estimate(NAN, reason="no KL that all sources reach" if line else "no strength on this side")
-        ends = [np.concatenate([self.values(name)[line, None], self.draws(name)[line]], 1) for name in (measure, "kl")]
-        found, reason = read(*ends), ""
-        if found[0] != found[0]:
-            gain, cost = (end[:, 0] for end in ends)
-            reached = f"KL up to {cost.max():.3g}, {measure} {gain.min():.3g} to {gain.max():.3g}"
-            reason = f"its strengths on this side do not reach {goal:g}: {reached}"
-        return make_estimates(found[:1], found[None, 1:], self._n_clusters, reason)[0]
-
-    def _judge(self, point: int, side: int) -> tuple[float, float]:
-        """The interval of a point's effect on the second half of the prompts."""
-        gain = side * self._read(self.effect, np.where(self._halves[1], self._weights_in_halves, 0.0))[[point]]
-        [found] = make_estimates(gain[:, 0], gain[:, 1:], int(self._halves[1].sum()))
-        low, high = (min(x, 1) if self.scored else 1 - np.exp(-x) for x in (found.low, found.high))
-        return float(low), float(high)
-
-    def _weigh(self, weights: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """Effect and fluency in [0, 1] of every point under weights of prompts."""
-        gain = np.maximum(side * self._read("extra_score" if self.scored else "gain", weights), 0)
-        effect = np.minimum(gain, 1) if self.scored else 1 - np.exp(-gain)
-        nll, repeated = (np.maximum(self._read(f"extra_{name}", weights), 0) for name in ("nll", "repetition"))
-        return effect, np.exp(-nll) * (1 - repeated)
-
-    def _read(self, measure: str, weights: np.ndarray) -> Float[np.ndarray, "n_points n_draws"]:
+    def _read(self, given: AnyMeasure, weights: np.ndarray) -> Float[np.ndarray, "n_points n_draws"]:
         """A measure under weights of prompts, one row a draw."""
-        if measure.startswith("extra_"):
-            found = self._read(measure.removeprefix("extra_"), weights)
+        measure = Measure.of(given)
+        if measure.extra:
+            found = self._read(replace(measure, extra=False), weights)
             return found - found[:1]
-        if measure not in self.measures and not measure.startswith("mass "):
-            raise ValueError(f"`measure` must be one of {list(self.measures)}, got '{measure}'.")
-        if measure.split()[0] == "gain":
-            mass = np.log(self._read(measure.replace("gain", "mass", 1), weights))
+        if measure not in self.measures and not (measure.name == "mass" and measure.concept in self.others):
+            raise ValueError(f"`measure` must be one of {[str(one) for one in self.measures]}, got '{measure}'.")
+        if measure.name == "gain":
+            mass = np.log(self._read(Measure("mass", concept=measure.concept), weights))
             return mass - mass[:1]
-        if measure in self.diversity:
-            return np.repeat(self.diversity[measure].mean(1, keepdims=True), len(weights), axis=1)
-        if measure == "perplexity":
+        if measure.name in self.diversity:
+            return np.repeat(self.diversity[measure.name].mean(1, keepdims=True), len(weights), axis=1)
+        if measure.name == "perplexity":
             return np.exp(self._read("nll", weights))
-        part, whole = (self._by_cluster(name) @ weights.T for name in RATIOS.get(measure, (measure, "n_text")))
+        sums, numbers = RATIOS[measure.name]
+        of = sums if measure.concept is None else f"{sums} {measure.concept}"
+        part, whole = (self._by_cluster(name) @ weights.T for name in (of, numbers))
         return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
 
     @property
@@ -543,3 +472,134 @@ class SteeringCurve(Result):
         for seed, half in enumerate(self._halves):
             weights[1:, half] = draw_weights(int(half.sum()), seed=seed)
         return weights
+
+
+@dataclass(frozen=True, eq=False)
+class SourceCurve:
+    """One source of a steering curve on one side of the unsteered model; made by `SteeringCurve.along`."""
+
+    curve: SteeringCurve = field(repr=False)
+    source: str
+    side: int
+    """1 for strengths that raise the concept, -1 for those that lower it"""
+
+    @cached_property
+    def points(self) -> list[int]:
+        """Indices of its points among those of the curve, weakest first."""
+        neutral = self.curve.neutral[self.source]
+        own = [(s - neutral, i) for i, (name, s) in self.curve._doses if name == self.source]
+        return [i for _, i in sorted((abs(step), i) for step, i in own if self.side * step >= 0)]
+
+    def at_kl(self, kl: float, measure: AnyMeasure | None = None) -> Estimate:
+        """The effect, or another measure, where the source first reaches a KL, interpolated along its strengths.
+
+        Args:
+            kl: cost in nats.
+            measure: by default `effect` of the curve.
+
+        Returns:
+            the value with its interval; NaN, with the reason, where the strengths do not reach that KL.
+        """
+        return self._along(measure, kl, lambda gain, cost: read_gain(gain, cost, kl))
+
+    def kl_at(self, value: float, measure: AnyMeasure | None = None) -> Estimate:
+        """The KL at which the effect, or another measure, first reaches a value, interpolated along the strengths.
+
+        Args:
+            value: of the measure; negative on side -1.
+            measure: by default `effect` of the curve.
+
+        Returns:
+            the KL in nats with its interval; NaN, with the reason, where the strengths do not reach that value.
+        """
+        side = self.side
+        return self._along(measure, value, lambda gain, cost: read_cost(side * gain, cost, side * value))
+
+    def area(self, max_kl: float | None = None, measure: AnyMeasure | None = None) -> Estimate:
+        """The mean, over KL budgets from 0 to `max_kl`, of the largest effect (or measure) within the budget.
+
+        The strength for each budget is chosen on every other prompt and its effect measured on the rest, and the other
+        way round: the largest of several effects is above 0 by chance alone, while an effect measured on other prompts
+        is 0 on average where there is none. For intervals, prompts are drawn within each half, which takes four. On
+        side -1 the result is the largest decrease, as a negative number.
+
+        Args:
+            max_kl: largest budget in nats; by default `common_kl` of the curve on this side.
+            measure: by default `effect` of the curve.
+        """
+        curve, side = self.curve, self.side
+        limit = curve.common_kl(side) if max_kl is None else max_kl
+        if reason := self._missing(limit):
+            return Estimate(NAN, reason=reason)
+        if curve._n_clusters < 2:
+            return Estimate(NAN, reason="it takes two prompts, or two texts")
+        halves = [np.where(half, curve._weights_in_halves, 0.0) for half in curve._halves]
+        pair = (Measure.of(measure or curve.effect), Measure("kl"))
+        gains, costs = ([curve._read(one, half)[self.points] for half in halves] for one in pair)
+        areas = [mean_gain(side * gains[i], costs[i], limit, side * gains[1 - i]) for i in (0, 1)]
+        found = side * np.mean(areas, axis=0) + 0.0
+        return make_estimates(found[:1], found[None, 1:], curve._n_clusters, n_groups=2)[0]
+
+    def best(self) -> BestPoint:
+        """The strength with the best balance of effect and fluency, chosen on half of the prompts, scored on the
+        others.
+
+        It is chosen on every other prompt; `BestPoint` defines the score.
+        """
+        if not self.points or len(self.curve.prompts) < 2:
+            return BestPoint.none("it takes two prompts" if self.points else NO_STRENGTH)
+        effect, fluency = self._weigh(self.curve._halves.astype(float))
+        score = 2 * effect * fluency / np.maximum(effect + fluency, 1e-12)
+        i = self.points[int(np.nan_to_num(score[self.points, 0]).argmax())]
+        if not score[i, 0] > 0:
+            return BestPoint.none("no strength has an effect on this side")
+        low, high = self._judge(i)
+        return BestPoint(
+            strength=self.curve.points[i][1],
+            score=float(score[i, 1]),
+            effect=float(effect[i, 1]),
+            fluency=float(fluency[i, 1]),
+            chosen_score=float(score[i, 0]),
+            effect_low=low,
+            effect_high=high,
+        )
+
+    def _missing(self, goal: float) -> str:
+        """Why nothing can be looked up; empty where it can."""
+        if not self.points:
+            return NO_STRENGTH
+        return "no KL that all sources reach" if goal != goal else ""
+
+    def _along(
+        self, measure: AnyMeasure | None, goal: float, read: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    ) -> Estimate:
+        """The result of `read` on a measure and KL along the strengths, with its interval; `goal` is the value looked
+        up.
+        """
+        if reason := self._missing(goal):
+            return Estimate(NAN, reason=reason)
+        curve, wanted = self.curve, Measure.of(measure or self.curve.effect)
+        line, pair = self.points, (wanted, Measure("kl"))
+        ends = [np.concatenate([curve.values(x)[line, None], curve.draws(x)[line]], 1) for x in pair]
+        found = read(*ends)
+        if found[0] != found[0]:
+            gain, cost = (end[:, 0] for end in ends)
+            reached = f"KL up to {cost.max():.3g}, {wanted} {gain.min():.3g} to {gain.max():.3g}"
+            reason = f"its strengths on this side do not reach {goal:g}: {reached}"
+        return make_estimates(found[:1], found[None, 1:], curve._n_clusters, reason)[0]
+
+    def _judge(self, point: int) -> tuple[float, float]:
+        """The interval of a point's effect on the second half of the prompts."""
+        curve = self.curve
+        gain = self.side * curve._read(curve.effect, np.where(curve._halves[1], curve._weights_in_halves, 0.0))[[point]]
+        [found] = make_estimates(gain[:, 0], gain[:, 1:], int(curve._halves[1].sum()))
+        low, high = (min(x, 1) if curve.effect.extra else 1 - np.exp(-x) for x in (found.low, found.high))
+        return float(low), float(high)
+
+    def _weigh(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Effect and fluency in [0, 1] of every point under weights of prompts."""
+        read, effect = self.curve._read, self.curve.effect
+        gain = np.maximum(self.side * read(effect, weights), 0)
+        losses = (Measure("nll", extra=True), Measure("repetition", extra=True))
+        nll, repeated = (np.maximum(read(one, weights), 0) for one in losses)
+        return np.minimum(gain, 1) if effect.extra else 1 - np.exp(-gain), np.exp(-nll) * (1 - repeated)

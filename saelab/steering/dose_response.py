@@ -50,7 +50,7 @@ from saelab.lm.generation import (
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import find_special_ids
 from saelab.sae.sae import SAE
-from saelab.steering.curves import SteeringCurve
+from saelab.steering.curves import MeasureName, SteeringCurve
 from saelab.steering.target_concepts import (
     ConceptLike,
     ScoredConcept,
@@ -361,11 +361,12 @@ def steering_curve(
     )
 
 
-def _find_diversity(written: list[list[list[int]]], n: int) -> dict[str, np.ndarray]:
+def _find_diversity(written: list[list[list[int]]], n: int) -> dict[MeasureName, np.ndarray]:
     """Distinct n-grams by point and sample number, each over the texts of all prompts with that number."""
+    sizes: dict[MeasureName, int] = {"distinct_1": 1, "distinct_2": 2}
     return {
-        f"distinct_{size}": np.array([[distinct(texts[i::n], size) for i in range(n)] for texts in written])
-        for size in (1, 2)
+        name: np.array([[distinct(texts[i::n], size) for i in range(n)] for texts in written])
+        for name, size in sizes.items()
     }
 
 

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
-    from saelab.synthetic.lexicon import Concept as Concept
     from saelab.synthetic.tales import Stories as Stories, generate_stories as generate_stories
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -1,6 +1,5 @@
 """The words of the synthetic stories and their meanings: classes, opposed pairs, topics, towns."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 CLASSES: dict[str, dict[str, str]] = {
@@ -271,20 +270,6 @@ TOWNS = {
 }
 DIRECTIONS = ["north", "south", "east", "west"]
 NUMBERS = ["two", "three", "four", "five", "six"]
-
-
-@dataclass(frozen=True)
-class Concept:
-    """A binary label of tokens, with its kind, parent and opposite where it has them."""
-
-    name: str
-    kind: str
-    """such as "class", "word", "pole" or "state"; default control pairs are of "one-sided" ones"""
-    parent: str | None = None
-    """name of the more general concept, which is true wherever this one is"""
-    opposite: str | None = None
-    """name of the opposed concept"""
-    topic: str | None = None
 
 
 def word_class(word: str) -> tuple[str, str] | None:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32
 from torch import Tensor
 
+from saelab.lm.token_labels import Concept, TokenLabels
 from saelab.lm.tokens import PADDING, Tokens
 from saelab.synthetic import lexicon as lex
 from saelab.synthetic.grammar import Tale
-from saelab.synthetic.lexicon import Concept
 from saelab.synthetic.vocabulary import BOS, EOS, PAD, SPECIAL, VOCABULARY, write_out
 
 if TYPE_CHECKING:
@@ -181,20 +181,19 @@ class Stories:
     token_ids: Int32[np.ndarray, "n_tokens"]
     offsets: np.ndarray
     """start of each story, and the end of the last"""
-    concepts: "csr_matrix"
-    """(n_tokens, n_concepts), true where a token has a concept; columns as in `table`"""
+    labels: TokenLabels
+    """which concepts each token has, and the story it is in"""
     surprisal: Float32[np.ndarray, "n_tokens"]
     """surprisal of each token under the generating process, in nats: what the best possible model loses, on average
     over stories"""
     source: str
-    table: tuple[Concept, ...] = CONCEPTS
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __repr__(self) -> str:
-        n_tokens, n_concepts = self.concepts.shape
-        return f"Stories(n_stories={len(self)}, n_tokens={n_tokens}, n_concepts={n_concepts}, source={self.source!r})"
+        size = f"n_stories={len(self)}, n_tokens={len(self.token_ids)}, n_concepts={len(self.labels)}"
+        return f"Stories({size}, source={self.source!r})"
 
     @property
     def story_ids(self) -> Int32[np.ndarray, "n_tokens"]:
@@ -237,10 +236,11 @@ class Stories:
             packed=False,
         )
 
-    def concepts_at(self, story_ids: Int32[Tensor, "n"], positions: Int32[Tensor, "n"]) -> "csr_matrix":
-        """Concept labels of chosen tokens: rows of `concepts`, by story and position in the story (BOS is at 0)."""
-        rows = torch.from_numpy(self.offsets)[story_ids.long()] + positions.long()
-        return self.concepts[rows.numpy()]
+    def labels_at(
+        self, story_ids: Int[np.ndarray | Tensor, "n"], positions: Int[np.ndarray | Tensor, "n"]
+    ) -> TokenLabels:
+        """Concept labels of chosen tokens, by story and position in the story (BOS is at 0)."""
+        return self.labels.select(self.offsets[np.asarray(story_ids)] + np.asarray(positions))
 
 
 def generate_stories(n_stories: int, seed: int = 0, first: int = 0) -> Stories:
@@ -271,10 +271,12 @@ def gather(tales: Iterable[Tale], source: str) -> Stories:
         # few different (word, states) pairs make up all tokens
         meanings += [known.setdefault(pair, len(known)) for pair in zip(words, states, strict=True)]
         offsets.append(len(ids))
+    matrix = _concept_matrix(np.array(meanings, np.int64), list(known))
+    story_ids = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
     return Stories(
         token_ids=np.array(ids, np.int32),
         offsets=np.array(offsets, np.int64),
-        concepts=_concept_matrix(np.array(meanings, np.int64), list(known)),
+        labels=TokenLabels(CONCEPTS, matrix, (len(ids),), story_ids),
         surprisal=np.array(surprisal, np.float32),
         source=source,
     )

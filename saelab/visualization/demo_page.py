@@ -7,13 +7,14 @@ underlined where a concept is true.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from saelab.evaluation.results import ConceptScore, ConceptScores, PairScore
-from saelab.synthetic.lexicon import Concept
+from saelab.lm.token_labels import TokenLabels
 from saelab.visualization.html import Scripted, decimal, escape, paragraph, section, table
 
 if TYPE_CHECKING:
@@ -150,18 +151,19 @@ class Corpus:
     """Tokens in the order of the text, story after story, with one row of codes each."""
 
     words: Sequence[str]
-    story_ids: Int[np.ndarray, "n_tokens"]
-    truth: "csr_matrix"
-    """(n_tokens, n_concepts), true where a concept holds on a token"""
-    table: Sequence[Concept]
-    """concepts, in the order of the columns of `truth`"""
+    labels: TokenLabels
+    """concepts of each token, and its story as document"""
     shown: Bool[np.ndarray, "n_tokens"]
     """tokens of the stories that sentences are taken from"""
 
+    @cached_property
+    def story_ids(self) -> Int[np.ndarray, "n_tokens"]:
+        """Story of each token."""
+        return self.labels.require_documents()
+
     def holds(self, name: str) -> Int[np.ndarray, "n"]:
         """The tokens of the shown stories on which a concept holds."""
-        column = next(i for i, concept in enumerate(self.table) if concept.name == name)
-        return np.flatnonzero(self.truth[:, [column]].toarray().ravel() & self.shown)
+        return np.flatnonzero(self.labels[name].numpy() & self.shown)
 
     def span(self, token: int) -> tuple[int, int]:
         """First token and end of a token's sentence; a short sentence includes the one before it in the story."""
@@ -186,7 +188,7 @@ class Corpus:
     def sentence(self, token: int, column: Float[np.ndarray, "n_tokens"], note: str = "") -> Sentence:
         """The sentence around a token, with a feature's activations (a dense column)."""
         start, stop = self.span(token)
-        names = [[self.table[i].name for i in self.truth[row].indices] for row in range(start, stop)]
+        names = [[self.labels.names[i] for i in self.labels.matrix[row].indices] for row in range(start, stop)]
         return Sentence(self.words[start:stop], column[start:stop].tolist(), names, note)
 
 

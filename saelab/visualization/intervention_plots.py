@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from saelab.interventions.attribution import Attribution
 from saelab.interventions.patching import Patching
-from saelab.steering.curves import SIDES, SteeringCurve
+from saelab.steering.curves import SIDES, AnyMeasure, Measure, MeasureName, SteeringCurve
 from saelab.steering.text_comparison import UNSTEERED, GenerationComparison, ScoredText, TextRow
 from saelab.stores.results import register_drawing
 from saelab.visualization.feature_cards import STRONGEST, show_text, style_card
@@ -36,7 +36,7 @@ from saelab.visualization.html import (
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure, Scatter
 
-AXES = {
+AXES: dict[MeasureName, str] = {
     "lift": "lift, nats",
     "prompt_lift": "lift on prompts, nats",
     "selectivity": "lift less that of others, nats",
@@ -48,7 +48,6 @@ AXES = {
     "rate": "share of the concept in the text",
     "share": "share of texts with the concept",
     "score": "score of the text",
-    "extra_score": "score above unsteered text",
     "nll": "nll of the text, nats",
     "perplexity": "perplexity to the<br>unsteered model",
     "repetition": "repeated 4-grams",
@@ -69,29 +68,30 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 """
 
 
-def plot_dose_response(curve: SteeringCurve, measures: Sequence[str] = ()) -> "Figure":
+def plot_dose_response(curve: SteeringCurve, measures: Sequence[AnyMeasure] = ()) -> "Figure":
     """Dose-response curves: measures against steering strength, a panel each, a line per source, bands for intervals.
 
-    By default: the effect on the concept (gain and selectivity, or score), the KL divergence it costs, and the
-    perplexity of the generated text under the unsteered model; KL and perplexity on a log axis. Lines pass through the
-    unsteered model at the strength that changes nothing. ValueError for a measure that the curve does not have.
+    Each measure is given by its name or as a `Measure`. By default: the effect on the concept (gain and selectivity, or
+    score), the KL divergence it costs, and the perplexity of the generated text under the unsteered model; KL and
+    perplexity on a log axis. Lines pass through the unsteered model at the strength that changes nothing. ValueError
+    for a measure that the curve does not have.
     """
     from plotly.subplots import make_subplots
 
-    effects = ["extra_score", "repetition"] if curve.scored else ["gain", "selectivity" if curve.others else "lift"]
-    names = list(measures) or [*effects, "kl", "perplexity"]
-    n_rows = (len(names) + 1) // 2
+    second: MeasureName = "repetition" if curve.effect.extra else "selectivity" if curve.others else "lift"
+    chosen = [Measure.of(one) for one in measures or (curve.effect, second, "kl", "perplexity")]
+    n_rows = (len(chosen) + 1) // 2
     figure = make_subplots(n_rows, 2, horizontal_spacing=0.13, vertical_spacing=0.3 / max(2, n_rows))
-    for panel, measure in enumerate(names):
+    for panel, measure in enumerate(chosen):
         place = {"row": panel // 2 + 1, "col": panel % 2 + 1}
         found = curve.estimate(measure)
         values, low, high = (np.array([getattr(one, end) for one in found]) for end in ("value", "low", "high"))
         for i, source in enumerate(curve.sources):
-            order, strengths = _order(curve, source, neutral=measure not in ("kl", "prompt_kl"))
+            order, strengths = _order(curve, source, neutral=measure.name not in ("kl", "prompt_kl"))
             figure.add_trace(_draw_band(strengths, low[order], high[order], i), **place)
-            line = _draw_line(strengths, values[order], source, measure, i)
+            line = _draw_line(strengths, values[order], source, str(measure), i)
             figure.add_trace(line.update(showlegend=panel == 0), **place)
-        scale = {"type": "log", "tickformat": "~g", "nticks": 5} if measure in LOG else {}
+        scale = {"type": "log", "tickformat": "~g", "nticks": 5} if measure.name in LOG and not measure.extra else {}
         figure.update_yaxes(title_text=_axis(measure), **scale, **place)
         figure.update_xaxes(title_text="strength", **place)
     legend = {"orientation": "h", "y": 1.02, "yanchor": "bottom"}
@@ -100,7 +100,7 @@ def plot_dose_response(curve: SteeringCurve, measures: Sequence[str] = ()) -> "F
     return apply_layout(figure, "What each strength does", note, 60 + 290 * n_rows)
 
 
-def plot_tradeoff(curve: SteeringCurve, measure: str | None = None) -> "Figure":
+def plot_tradeoff(curve: SteeringCurve, measure: AnyMeasure | None = None) -> "Figure":
     """Effect against cost: the change of the concept and the KL divergence at every strength of every source.
 
     x: KL to the unsteered model on text that it wrote, log scale; y: the gain (for a scored concept, the score above
@@ -109,16 +109,18 @@ def plot_tradeoff(curve: SteeringCurve, measure: str | None = None) -> "Figure":
     """
     from plotly.graph_objects import Figure
 
-    measure = measure or curve.effect
+    measure = Measure.of(measure or curve.effect)
     found, kl = curve.estimate(measure), curve.values("kl")
     figure = Figure()
     for side in curve.sides:
         figure.add_trace(_draw_frontier(curve, measure, side))
     for i, source in enumerate(curve.sources):
         for side in curve.sides:
-            line = [j for j in curve.line(source, side) if kl[j] > 0]
+            line = [j for j in curve.along(source, side).points if kl[j] > 0]
             values = [found[j] for j in line]
-            trace = _draw_line(kl[line], np.array([one.value for one in values]), source, measure, i, " at KL %{x:.3g}")
+            trace = _draw_line(
+                kl[line], np.array([one.value for one in values]), source, str(measure), i, " at KL %{x:.3g}"
+            )
             trace.update(
                 showlegend=side == curve.sides[0],
                 customdata=[f"{curve.points[j][1]:+g}" for j in line],
@@ -205,7 +207,7 @@ def _draw_band(x: np.ndarray, low: np.ndarray, high: np.ndarray, i: int) -> "Sca
     )
 
 
-def _draw_frontier(curve: SteeringCurve, measure: str, side: int) -> "Scatter":
+def _draw_frontier(curve: SteeringCurve, measure: Measure, side: int) -> "Scatter":
     from plotly.graph_objects import Scatter
 
     places = [curve.points.index(point) for point in curve.frontier(None, side, measure)]
@@ -222,12 +224,12 @@ def _draw_frontier(curve: SteeringCurve, measure: str, side: int) -> "Scatter":
     )
 
 
-def _axis(measure: str) -> str:
-    if measure.startswith("gain "):
-        return f"gain of {escape_plotly(measure.removeprefix('gain '), 20)}"
-    if measure.startswith("extra_") and measure not in AXES:
-        return f"{AXES.get(measure.removeprefix('extra_'), escape_plotly(measure, 30))},<br>above unsteered text"
-    return AXES.get(measure, escape_plotly(measure, 30))
+def _axis(measure: Measure) -> str:
+    if measure.concept is not None:
+        return f"{measure.name} of {escape_plotly(measure.concept, 20)}"
+    if measure == Measure("score", extra=True):
+        return "score above unsteered text"
+    return AXES[measure.name] + (",<br>above unsteered text" if measure.extra else "")
 
 
 def _clusters(curve: SteeringCurve) -> str:
@@ -240,13 +242,13 @@ def _summarize(curve: SteeringCurve) -> str:
 
 
 def _list_points(curve: SteeringCurve) -> str:
-    measures = [name for name in curve.measures if name not in ("nll", "mass")]
-    columns = [curve.values(name) for name in measures]
+    measures = [one for one in curve.measures if one.name not in ("nll", "mass")]
+    columns = [curve.values(one) for one in measures]
     rows = [
         [f"{name} {strength:+g}" if i else name, *("-" if x[i] != x[i] else f"{x[i]:.3g}" for x in columns)]
         for i, (name, strength) in enumerate(curve.points)
     ]
-    return table(["", *measures], rows)
+    return table(["", *map(str, measures)], rows)
 
 
 def draw_curve(curve: SteeringCurve) -> str:

@@ -14,8 +14,8 @@ from sklearn.metrics import f1_score, roc_auc_score
 import saelab as sl
 from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.feature_classifiers import concept_baselines, encode_csr
+from saelab.lm.token_labels import Concept, TokenLabels
 from saelab.stores.corpus import split_documents
-from saelab.synthetic.lexicon import Concept
 from saelab.synthetic.tales import generate_stories
 
 N_STORIES, STORY = 60, 40
@@ -52,8 +52,12 @@ def truth():
     return t
 
 
+def label(truth, table=TABLE):
+    return TokenLabels.of(csr_matrix(truth), table, STORY_IDS)
+
+
 def score(codes, truth, **options):
-    return score_concepts(csr_matrix(codes), csr_matrix(truth), TABLE, STORY_IDS, **options)
+    return score_concepts(csr_matrix(codes), label(truth), **options)
 
 
 def row_of(scores, name):
@@ -140,7 +144,7 @@ def test_codes_of_every_kind_are_read(truth) -> None:
     z = informed(truth)
     codes = torch.from_numpy(z)
     for same in (z, codes, sl.functional.SparseCodes.from_dense(codes)):
-        assert score_concepts(same, truth, TABLE, STORY_IDS).to_dict() == score(z, truth).to_dict()
+        assert score_concepts(same, label(truth)).to_dict() == score(z, truth).to_dict()
 
 
 def test_reconstruction_agrees_with_plain_arithmetic(truth) -> None:
@@ -184,7 +188,7 @@ def test_rare_concepts_say_on_which_side(truth) -> None:
     assert row_of(score(perfect(rare), rare, min_count=10_000), "hot").reason
     cold = replace(TABLE[PLACE["cat"]], opposite="hot")
     table = (*TABLE[:1], cold, *TABLE[2:3], replace(TABLE[3], opposite="cat"), *TABLE[4:])
-    pair = score_concepts(perfect(rare), rare, table, STORY_IDS).pairs[0]
+    pair = score_concepts(perfect(rare), label(rare, table)).pairs[0]
     assert (pair.a, pair.b, pair.on_two_sides) == ("cat", "hot", False) and math.isnan(pair.f1)
     assert pair.reason.startswith("cat: fewer than 20")
 
@@ -311,7 +315,7 @@ def test_what_does_not_fit_is_refused(truth) -> None:
     z = perfect(truth)
     with pytest.raises(ValueError, match="a row for each of the 2400 tokens, got 2399"):
         score(z[1:], truth)
-    with pytest.raises(ValueError, match="`truth` must be"):
+    with pytest.raises(ValueError, match="Labels must be"):
         score(z, truth[:, 1:])
     with pytest.raises(ValueError, match="finite"):
         score(np.where(z > 0, np.nan, z), truth)
@@ -322,30 +326,40 @@ def test_what_does_not_fit_is_refused(truth) -> None:
     with pytest.raises(ValueError, match="got 'roundd'"):
         score(z, truth, control_pairs=[("roundd", "magic")])
     with pytest.raises(ValueError, match="two axes"):
-        score_concepts(torch.zeros(2, 3, 4), truth, TABLE, STORY_IDS)
+        score_concepts(torch.zeros(2, 3, 4), label(truth))
 
 
 def test_baselines_of_tales() -> None:
     """Concepts on random directions: the probe reads them all, and what is not trained for them is below it."""
     stories = generate_stories(40)
     rng = np.random.default_rng(6)
-    truth = stories.concepts[:, :100]
+    truth = stories.labels.matrix[:, :100]
+    labels = TokenLabels.of(truth, stories.labels.concepts[:100], stories.story_ids)
     x = truth.astype(np.float32) @ rng.standard_normal((100, 48)).astype(np.float32)
     acts = torch.from_numpy(x + 0.1 * rng.standard_normal(x.shape).astype(np.float32))
     cfg = sl.SAEConfig(d_in=48, d_sae=96, activation=sl.AbsTopK(k=6))
     state = torch.get_rng_state()
+<<<<<<< HEAD
     baselines = concept_baselines(acts, cfg, truth, stories.story_ids)
+=======
+    rivals = concept_baselines(acts, cfg, labels)
+>>>>>>> 639b0e0 (TokenLabels: labels of tokens in one shape; measures of steering curves typed, one source on one side is an object)
     assert torch.equal(torch.get_rng_state(), state)
     assert list(baselines) == ["neurons", "pca", "random", "untrained", "probe"]
     codes = encode_csr(sl.SAE(cfg), acts)
     assert codes.shape == (len(acts), 96) and (np.diff(codes.indptr) == 6).all()
+<<<<<<< HEAD
     scores = score_concepts(codes, truth, stories.table[:100], stories.story_ids, min_count=5, baselines=baselines)
     others = [baseline.coverage for name, baseline in scores.baselines.items() if name != "probe"]
+=======
+    scores = score_concepts(codes, labels, min_count=5, baselines=rivals)
+    others = [rival.coverage for name, rival in scores.baselines.items() if name != "probe"]
+>>>>>>> 639b0e0 (TokenLabels: labels of tokens in one shape; measures of steering curves typed, one source on one side is an object)
     assert scores.baselines["probe"].coverage > 0.9 > max(*others, scores.coverage)
     assert scores.baselines["probe"].auroc > 0.95
     # nothing of the held-out stories goes into them
     train = torch.from_numpy(split_documents(stories.story_ids))
     noise = torch.where(train[:, None], acts, torch.randn(acts.shape, generator=torch.Generator().manual_seed(0)))
-    changed = concept_baselines(noise, cfg, truth, stories.story_ids)
+    changed = concept_baselines(noise, cfg, labels)
     for name in ("pca", "probe"):
         torch.testing.assert_close(baselines[name][train], changed[name][train])

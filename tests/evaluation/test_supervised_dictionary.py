@@ -384,7 +384,7 @@ def test_removal_refuses_what_makes_no_sense(planted):
         ({"hook_point": None}, "`hook_point` must be given"),
         ({"methods": ("magic",)}, "`methods` must be of"),
         ({"sae": None, "methods": ("features",)}, "'features' with an SAE"),
-        ({"labels": {}}, "`labels` must name at least one concept"),
+        ({"labels": {}}, "Labels must have at least one name"),
         ({"labels": {"bit 0": labels["bit 0"] & (tokens.doc_ids == 0)}}, "must hold, and not hold, of 20 tokens"),
     ):
         options = {"concept": "bit 0", "labels": labels, "sae": sae, "hook_point": FIRST} | change

@@ -302,7 +302,7 @@ def test_probing_refuses_what_makes_no_sense():
     for change, match in (
         ({"doc_ids": None}, "`doc_ids` must be given"),
         ({"labels": np.zeros_like(y)}, "Both labels must occur in training documents"),
-        ({"labels": y[:-1]}, "must have one for each token"),
+        ({"labels": y[:-1]}, "must have one for each"),
         ({"ks": (0,)}, "`ks` must be numbers of sides"),
         ({"ks": (500,)}, "at most the number of sides that fire"),
         ({"rankings": ("svm",)}, "`rankings` must be of"),

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scipy.sparse import csr_matrix
 from test_sae import D_IN, D_SAE, data, keeps_the_contract, name_of, prepared
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
@@ -273,9 +272,9 @@ def test_folded_is_free_and_trains():
 
 
 def test_rivals_of_an_archetypal_dictionary_are_those_of_any_other():
-    truth, stories = csr_matrix(torch.arange(200)[:, None].numpy() % 3 == 0), torch.arange(200) // 10
+    labels = sl.lm.TokenLabels.of(torch.arange(200) % 3 == 0, doc_ids=torch.arange(200) // 10)
     plain = replace(config(), dictionary="unit")
-    found, same = (sl.evaluation.concept_baselines(data(200), cfg, truth, stories) for cfg in (config(), plain))
+    found, same = (sl.evaluation.concept_baselines(data(200), cfg, labels) for cfg in (config(), plain))
     for name in ("random", "untrained"):
         assert (found[name] != same[name]).nnz == 0
 

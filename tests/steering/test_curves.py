@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.steering.baselines import mark_before, steering_baselines
-from saelab.steering.curves import SteeringCurve, find_frontier, mean_gain, read_cost, read_gain
+from saelab.steering.curves import Measure, MeasureName, SteeringCurve, find_frontier, mean_gain, read_cost, read_gain
 from saelab.steering.dose_response import distinct, entropy, log_mass, repetition, steering_curve
 from saelab.steering.target_concepts import (
     ScoredConcept,
@@ -58,7 +59,7 @@ def curve(tiny, concept, up):
     )
 
 
-def at(curve: SteeringCurve, measure: str, source: str, strength: float) -> float:
+def at(curve: SteeringCurve, measure: MeasureName, source: str, strength: float) -> float:
     return float(curve.values(measure)[curve.points.index((source, strength))])
 
 
@@ -142,14 +143,18 @@ def test_numbers_are_those_of_the_models_own_predictions(tiny, concept, curve, u
 
 
 def test_what_raises_a_concept_beats_a_random_direction(curve) -> None:
-    for measure in ("lift", "selectivity", "gain"):
+    measures: tuple[MeasureName, ...] = ("lift", "selectivity", "gain")
+    for measure in measures:
         values = [at(curve, measure, "up", s) for s in (-0.5, 0.0, 0.5, 1.0)]
         assert values == sorted(values) and values[1] == 0.0
         assert values[2] > 3 * abs(at(curve, measure, "random", 0.5))
     kl = curve.common_kl()
-    assert curve.at_kl(kl, "up").value > curve.at_kl(kl, "up").low > curve.at_kl(kl, "random").high
-    assert curve.at_kl(curve.common_kl(-1), "up", side=-1).value < 0
-    assert curve.area("up").value > 3 * curve.area("random").value and curve.area("up", side=-1).value < 0
+    assert curve.along("up").at_kl(kl).value > curve.along("up").at_kl(kl).low > curve.along("random").at_kl(kl).high
+    assert curve.along("up", side=-1).at_kl(curve.common_kl(-1)).value < 0
+    assert (
+        curve.along("up").area().value > 3 * curve.along("random").area().value
+        and curve.along("up", side=-1).area().value < 0
+    )
     assert {source for source, _ in curve.frontier()} == {"up"}
 
 
@@ -198,7 +203,7 @@ def test_sources_of_every_kind_stand_on_the_same_axes(tiny, concept, up) -> None
     assert found.sources["sae"].startswith("feature 5 +2 (add, norm)") and found.sources["block"]
     scaled = sl.Intervention(up, 1.0, mode="scale")
     found = steering_curve(tiny, {"x": scaled}, concept, "One", strengths=[1, 0, 3], n=1, n_tokens=2, progress=False)
-    assert found.line("x", 1) == [1, 3] and found.line("x", -1) == [1, 2] and found.values("kl")[1] == 0
+    assert found.along("x", 1).points == [1, 3] and found.along("x", -1).points == [1, 2] and found.values("kl")[1] == 0
 
 
 def test_a_scorer_is_an_effect_too(tiny, up) -> None:
@@ -206,8 +211,10 @@ def test_a_scorer_is_an_effect_too(tiny, up) -> None:
         tiny, {"up": up}, ScoredConcept("length", len_of), PROMPTS[:2], strengths=[2.0], n=1, n_tokens=4, progress=False
     )
     steered = [len(sample.text) / 100 for sample in _steered(tiny, up)]
-    assert found.effect == "extra_score" and at(found, "score", "up", 2.0) == pytest.approx(np.mean(steered))
-    assert "lift" not in found.measures and "length" in str(found) and "score" in str(found)
+    assert found.effect == Measure("score", extra=True) and at(found, "score", "up", 2.0) == pytest.approx(
+        np.mean(steered)
+    )
+    assert Measure("lift") not in found.measures and "length" in str(found) and "score" in str(found)
     with pytest.raises(ValueError, match=r"'broken' returned 2 numbers or one that is not finite"):
         broken = ScoredConcept("broken", lambda texts: [math.nan for _ in texts])
         steering_curve(tiny, {"up": up}, broken, PROMPTS[:2], strengths=[1], n=1, n_tokens=2, progress=False)
@@ -276,33 +283,38 @@ def test_frontiers() -> None:
 
 def test_matched_kl_is_interpolated_or_says_why_not() -> None:
     curve = planted([1.0, 2.0], [0.01, 0.04])
-    found = curve.at_kl(0.0225, "s", measure="lift")
+    found = curve.along("s").at_kl(0.0225, measure="lift")
     assert (found.value, found.low, found.high) == pytest.approx((1.5, 1.5, 1.5))
-    assert curve.kl_at(1.5, "s").value == pytest.approx(0.0225)
-    beyond = curve.at_kl(0.05, "s")
+    assert curve.along("s").kl_at(1.5).value == pytest.approx(0.0225)
+    beyond = curve.along("s").at_kl(0.05)
     assert math.isnan(beyond.value) and "do not reach 0.05: KL up to 0.04" in beyond.reason and str(beyond) == "-"
     assert curve.common_kl() == 0.02 and curve.sides == (1,)
-    assert curve.at_kl(0.01, "s", side=-1).reason == "no strength on this side"
+    assert curve.along("s", side=-1).at_kl(0.01).reason == "no strength on this side"
     with pytest.raises(ValueError, match=r"one of \['s'\]"):
-        curve.at_kl(0.01, "t")
-    with pytest.raises(ValueError, match="`measure` must be one of"):
-        curve.values("joy")
+        curve.along("t").at_kl(0.01)
+    assert np.array_equal(curve.values(Measure("nll", extra=True)), curve.values("nll") - curve.values("nll")[0])
+    with unchecked(), pytest.raises(ValueError, match="must be one of"):
+        Measure("joy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'gain' and 'mass'"):
+        Measure("lift", concept="joy")
+    with pytest.raises(ValueError, match="got 'gain joy'"):
+        curve.values(Measure("gain", concept="joy"))
 
 
 def test_the_best_strength_is_chosen_on_other_prompts_than_it_is_judged_on() -> None:
     curve = planted([1.0, 2.0, 3.0], [0.1, 0.2, 0.3], nll=[0.0, 0.1, 3.0])
-    best = curve.best("s")
+    best = curve.along("s").best()
     effect, fluency = 1 - math.exp(-2), math.exp(-0.1)
     assert best.strength == 2 and best.score == pytest.approx(2 / (1 / effect + 1 / fluency))
     assert (best.effect, best.fluency) == pytest.approx((effect, fluency)) and best.chosen_score == best.score
     curve.cells["nll"][2, 1::2] = 30  # where it is judged, not where it is chosen
-    assert curve.best("s").strength == 2 and curve.best("s").fluency == pytest.approx(math.exp(-3))
+    assert curve.along("s").best().strength == 2 and curve.along("s").best().fluency == pytest.approx(math.exp(-3))
     curve.cells["nll"][2, ::2] = 30
-    assert curve.best("s").strength == 1
+    assert curve.along("s").best().strength == 1
     curve.cells["repetition"][1] = 1.0  # a loop is likely text, and worth nothing
-    assert curve.best("s").strength != 1
-    assert "two prompts" in planted([1.0], [0.1], n_prompts=1).best("s").reason
-    assert "no strength has an effect" in planted([-1.0], [0.1]).best("s").reason
+    assert curve.along("s").best().strength != 1
+    assert "two prompts" in planted([1.0], [0.1], n_prompts=1).along("s").best().reason
+    assert "no strength has an effect" in planted([-1.0], [0.1]).along("s").best().reason
 
 
 def test_intervals_come_from_prompts() -> None:
@@ -410,7 +422,10 @@ def test_figures_show_what_was_measured(curve) -> None:
     lines = [trace for trace in figure.data if trace.name == "up"]
     assert [list(trace.customdata) for trace in lines] == [["+0.5", "+1"], ["-0.5"]]
     assert np.array_equal(lines[0].x, curve.values("kl")[mine][2:]) and lines[1].y[0] < 0
-    assert len(plot_dose_response(curve, ["rate", "extra_nll", "gain digits"]).data) == 2 * 2 * 3
+    assert (
+        len(plot_dose_response(curve, ["rate", Measure("nll", extra=True), Measure("gain", concept="digits")]).data)
+        == 2 * 2 * 3
+    )
 
 
 def test_nobodys_text_becomes_markup(tiny, up) -> None:
@@ -419,7 +434,7 @@ def test_nobodys_text_becomes_markup(tiny, up) -> None:
         tiny, {HOSTILE: bad}, TokenConcept(HOSTILE, (67,)), PROMPTS[:2], strengths=[1.0, -1.0], n=1, n_tokens=2,
         others={"": TokenConcept(HOSTILE + "2", (68,))}, progress=False,
     )  # fmt: skip
-    for figure in (plot_dose_response(found, ["gain", f"gain {HOSTILE}2"]), plot_tradeoff(found)):
+    for figure in (plot_dose_response(found, ["gain", Measure("gain", concept=f"{HOSTILE}2")]), plot_tradeoff(found)):
         said = strings(figure.to_plotly_json())
         assert {tag for s in said for tag in re.findall(r"<[^<>]*>", s)} <= TAGS
         assert not any("alert" in (trace.hovertemplate or "") for trace in figure.data)

@@ -33,7 +33,7 @@ def words(stories):
 @pytest.fixture(scope="module")
 def truth(stories):
     """Columns of the concept matrix by name."""
-    columns = stories.concepts.tocsc()
+    columns = stories.labels.matrix.tocsc()
     return lambda name: columns[:, CONCEPT_IDS[name]].toarray()[:, 0].astype(bool)
 
 
@@ -41,7 +41,7 @@ def test_a_story_depends_on_its_seed_and_number_alone():
     all_five, last_two = generate_stories(5, seed=1), generate_stories(2, seed=1, first=3)
     start = all_five.offsets[3]
     assert np.array_equal(all_five.token_ids[start:], last_two.token_ids)
-    assert (all_five.concepts[start:] != last_two.concepts).nnz == 0
+    assert (all_five.labels.matrix[start:] != last_two.labels.matrix).nnz == 0
     assert not np.array_equal(all_five.token_ids, generate_stories(5, seed=2).token_ids)
 
 
@@ -64,19 +64,19 @@ def test_the_table_is_whole():
 def test_children_carry_their_parents(stories):
     for concept in CONCEPTS:
         if concept.parent is not None:
-            child, parent = (stories.concepts[:, CONCEPT_IDS[name]] for name in (concept.name, concept.parent))
+            child, parent = (stories.labels.matrix[:, CONCEPT_IDS[name]] for name in (concept.name, concept.parent))
             assert child.nnz == child.multiply(parent).nnz, concept.name
 
 
 def test_no_token_is_unlabeled_and_the_ends_are(stories, words):
-    labeled = np.diff(stories.concepts.indptr) > 0
+    labeled = np.diff(stories.labels.matrix.indptr) > 0
     special = np.array([word in SPECIAL for word in words])
     assert np.array_equal(labeled, ~special)
     assert special.sum() == 2 * len(stories)
 
 
 def test_every_concept_is_told_of(stories):
-    count = np.asarray(stories.concepts.sum(0)).ravel()
+    count = np.asarray(stories.labels.matrix.sum(0)).ravel()
     assert not [concept.name for concept, n in zip(CONCEPTS, count, strict=True) if n < 5]
 
 
@@ -176,8 +176,11 @@ def test_rows_of_tokens_and_their_truth(stories):
     rows, columns = tokens.attention_mask.nonzero(as_tuple=True)
     assert torch.equal(tokens.ids[rows, columns], torch.from_numpy(part.token_ids))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    found = part.concepts_at(tokens.doc_ids[rows, columns][order], columns[order].int())
-    assert (found != part.concepts[order.numpy()]).nnz == 0
+    found = part.labels_at(tokens.doc_ids[rows, columns][order], columns[order].int())
+    assert (found.matrix != part.labels.matrix[order.numpy()]).nnz == 0
+    assert np.array_equal(found.doc_ids, part.story_ids[order.numpy()])
+    laid = part.labels.spread(tokens.attention_mask)
+    assert (laid.select(tokens.attention_mask).matrix != part.labels.matrix).nnz == 0
     with pytest.raises(ValueError, match="must hold the longest story"):
         part.tokens(ctx_len=64)
 

@@ -9,7 +9,7 @@ import pytest
 from scipy.sparse import csr_matrix
 
 from saelab.evaluation.concepts import score_concepts
-from saelab.synthetic.lexicon import Concept
+from saelab.lm.token_labels import Concept, TokenLabels
 from saelab.visualization.demo_page import (
     Corpus,
     Sentence,
@@ -71,11 +71,11 @@ def make_world(n_stories: int = 40, hostile: bool = False) -> tuple[Corpus, csr_
     codes[starts + ROUND, 1] = 1.0
     words = [HOSTILE if hostile else word for word in WORDS] * n_stories
     story_ids = np.repeat(np.arange(n_stories), len(WORDS))
-    return Corpus(words, story_ids, csr_matrix(truth), table, np.ones(n, bool)), csr_matrix(codes)
+    return Corpus(words, TokenLabels.of(truth, table, story_ids), np.ones(n, bool)), csr_matrix(codes)
 
 
 def make_trials(corpus: Corpus, codes: csr_matrix, min_count: int = 5) -> list[Trial]:
-    scores = score_concepts(codes, corpus.truth, corpus.table, corpus.story_ids, min_count=min_count)
+    scores = score_concepts(codes, corpus.labels, min_count=min_count)
     return [Trial("AbsTopK", codes, scores, 0.1, signed=True), Trial("TopK", abs(codes), scores, 0.2)]
 
 
@@ -148,7 +148,8 @@ def test_sentences_stay_in_their_story() -> None:
     assert corpus.span(n + COLD) == (n, 2 * n)  # a short one brings the one before it
     assert corpus.span(3 * n - 1)[1] == 3 * n
     quoted = ["\u201c", "Why", "?", "\u201d", "said", "Ann", ".", "She", "sat", "."]
-    spoken = Corpus(quoted, np.zeros(10, int), csr_matrix((10, 3), dtype=bool), corpus.table, np.ones(10, bool))
+    silent = TokenLabels.of(csr_matrix((10, 3), dtype=bool), corpus.labels.concepts, np.zeros(10, int))
+    spoken = Corpus(quoted, silent, np.ones(10, bool))
     assert spoken.span(1) == (0, 7)
 
 
