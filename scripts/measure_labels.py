@@ -161,10 +161,10 @@ def measure(name: str, sae: sl.SAE, stories: Stories, seed: int, n_moves: int, f
     store = sl.harvest(sae, model, stories.tokens(), folder / f"{name}-{seed}", progress=False)
     assert isinstance(store, sl.FeatureStore)
     truth = stories.labels_at(store.doc_ids, store.text.positions[store.places]).matrix
-    names = [f"concept {name}" for name in stories.labels]
+    labels = sl.lm.TokenLabels.of(truth, [f"concept {name}" for name in stories.labels])
     is_train = store.split(seed=seed)
     known = find_known(store, truth, is_train)
-    given = make_predicates(store, size=400, sizes=SIZES, concepts=(truth, names))
+    given = make_predicates(store, size=400, sizes=SIZES, concepts=labels)
     given = add_side_tokens(store, given, is_train)  # as `label_by_rules` does: rules may name them
     plain = given.without("concept")
     same = equivalents(given, truth, is_train)

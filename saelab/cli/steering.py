@@ -31,7 +31,6 @@ OPENINGS = (
 TEXT_TOKENS = 50_000
 MODE, WHERE, UNIT = (options.default_of(steer, name) for name in ("mode", "where", "unit"))
 N_TEXTS, N_TOKENS, SEED = (options.default_of(compare_generations, name) for name in ("n", "n_tokens", "seed"))
-TEMPERATURE = SAMPLING.temperature
 CURVE_UNIT, CURVE_N, CURVE_TOKENS = (options.default_of(steering_curve, name) for name in ("unit", "n", "n_tokens"))
 
 FeatureOption = Annotated[list[int], Option("--feature", help="Number of a feature; may be given again.", metavar="N")]
@@ -39,6 +38,8 @@ WhereName = Annotated[str, Option(help=f"Tokens that are changed: {', '.join(get
 Store = Annotated[Path | None, Option(metavar="FOLDER", show_default="none")]
 HookPoint = Annotated[str | None, Option(metavar="NAME")]
 NTexts = Annotated[int, Option("--n", metavar="N")]
+TopK = Annotated[int | None, Option(metavar="K")]
+TopP = Annotated[float | None, Option(metavar="P")]
 
 
 @options.documented_by(steer, compare_generations, SamplingConfig)
@@ -60,7 +61,9 @@ def steer_prompts(
     hook_point: HookPoint = None,
     n: NTexts = N_TEXTS,
     n_tokens: options.Count = N_TOKENS,
-    temperature: float = TEMPERATURE,
+    temperature: float = SAMPLING.temperature,
+    top_k: TopK = SAMPLING.top_k,
+    top_p: TopP = SAMPLING.top_p,
     seed: options.Count = SEED,
     json: options.AsJSON = False,
     html: Annotated[
@@ -82,7 +85,7 @@ def steer_prompts(
     peaks = FeatureStore.load(store) if store is not None else None
     how: dict[str, Any] = {"mode": mode, "where": where, "unit": unit, "store": peaks}
     intervention = Intervention(coder, moved, **how, hook_point=place, allow_mismatch=allow_mismatch)
-    sampling = SamplingConfig(temperature=temperature)
+    sampling = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
     found = compare_generations(
         lm, intervention, prompts, n_tokens, n=n, seed=seed, sampling=sampling, progress=progress
     )
@@ -131,7 +134,9 @@ def draw_curve(
     hook_point: HookPoint = None,
     n: NTexts = CURVE_N,
     n_tokens: options.Count = CURVE_TOKENS,
-    temperature: float = TEMPERATURE,
+    temperature: float = SAMPLING.temperature,
+    top_k: TopK = SAMPLING.top_k,
+    top_p: TopP = SAMPLING.top_p,
     seed: options.Count = SEED,
     out: Annotated[
         Path | None, Option(help="Page for tables and figures.", metavar="FILE", show_default="none")
@@ -166,7 +171,7 @@ def draw_curve(
         n=n,
         n_tokens=n_tokens,
         seed=seed,
-        sampling=SamplingConfig(temperature=temperature),
+        sampling=SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p),
         progress=progress,
         **how,
     )

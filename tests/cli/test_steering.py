@@ -43,7 +43,7 @@ def live(folders) -> str:
 def test_texts_stand_side_by_side(tiny, folders, live, capsys, tmp_path) -> None:
     page = tmp_path / "texts.html"
     words = ["steer", folders["sae"], "tiny", "One", "Two <b>", "--feature", live, "--strength", "-2", "--unit", "max"]
-    words += ["--store", folders["store"], "--n", "2", "--seed", "3", *SHORT]
+    words += ["--store", folders["store"], "--n", "2", "--seed", "3", "--top-k", "9", "--top-p", "0.8", *SHORT]
     assert dispatch([*words, "--html", str(page)]) == 0
     said = capsys.readouterr().out
     assert f"feature {live} -2 (add, max) at {HOOK}, all tokens" in said and said.count("perplexity") == 8
@@ -53,7 +53,8 @@ def test_texts_stand_side_by_side(tiny, folders, live, capsys, tmp_path) -> None
     found = json.loads(capsys.readouterr().out)
     sae, store = sl.SAE.from_pretrained(folders["sae"]), sl.FeatureStore.load(folders["store"])
     with sl.steer(tiny, sae, {int(live): -2.0}, unit="max", store=store):
-        steered = sl.generate(tiny, ["One", "Two <b>"], 4, n=2, seed=3, progress=False)
+        sampling = sl.lm.SamplingConfig(top_k=9, top_p=0.8)
+        steered = sl.generate(tiny, ["One", "Two <b>"], 4, n=2, seed=3, sampling=sampling, progress=False)
     assert [row["steered"]["steered"]["text"] for row in found["rows"]] == [sample.text for sample in steered]
 
 

@@ -339,22 +339,13 @@ def test_baselines_of_tales() -> None:
     acts = torch.from_numpy(x + 0.1 * rng.standard_normal(x.shape).astype(np.float32))
     cfg = sl.SAEConfig(d_in=48, d_sae=96, activation=sl.AbsTopK(k=6))
     state = torch.get_rng_state()
-<<<<<<< HEAD
-    baselines = concept_baselines(acts, cfg, truth, stories.story_ids)
-=======
-    rivals = concept_baselines(acts, cfg, labels)
->>>>>>> 639b0e0 (TokenLabels: labels of tokens in one shape; measures of steering curves typed, one source on one side is an object)
+    baselines = concept_baselines(acts, cfg, labels)
     assert torch.equal(torch.get_rng_state(), state)
     assert list(baselines) == ["neurons", "pca", "random", "untrained", "probe"]
     codes = encode_csr(sl.SAE(cfg), acts)
     assert codes.shape == (len(acts), 96) and (np.diff(codes.indptr) == 6).all()
-<<<<<<< HEAD
-    scores = score_concepts(codes, truth, stories.table[:100], stories.story_ids, min_count=5, baselines=baselines)
-    others = [baseline.coverage for name, baseline in scores.baselines.items() if name != "probe"]
-=======
-    scores = score_concepts(codes, labels, min_count=5, baselines=rivals)
-    others = [rival.coverage for name, rival in scores.baselines.items() if name != "probe"]
->>>>>>> 639b0e0 (TokenLabels: labels of tokens in one shape; measures of steering curves typed, one source on one side is an object)
+    scores = score_concepts(codes, labels, min_count=5, baselines=baselines)
+    others = [one.coverage for name, one in scores.baselines.items() if name != "probe"]
     assert scores.baselines["probe"].coverage > 0.9 > max(*others, scores.coverage)
     assert scores.baselines["probe"].auroc > 0.95
     # nothing of the held-out stories goes into them

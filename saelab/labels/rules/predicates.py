@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from saelab.labels.rules.token_view import CLOSING, CURLY, ENDS, OPENING, TokenView, ViewPart
+from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.stores.feature_store import FeatureStore
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ def make_predicates(
     size: int = N_PREDICATES,
     sizes: Mapping[str, int] | None = None,
     metadata: Mapping[int, str] | None = None,
-    concepts: tuple[Any, Sequence[str]] | None = None,
+    concepts: LabelsLike | None = None,
     own: Sequence[Predicate] = (),
 ) -> Predicates:
     """About `size` conditions on the tokens of a store, and the caller's own, from which rules are built.
@@ -321,7 +322,7 @@ def make_predicates(
         sizes: number of predicates of single families: "token", "word", "word end", "bigram", "previous token", "next
             token", "suffix", "prefix", "stem".
         metadata: a value for each document id; each different value becomes a predicate.
-        concepts: sparse boolean matrix with one row per token of the store, and the names of its columns.
+        concepts: labels of the tokens of the store, as `TokenLabels.of` reads them; each becomes a predicate.
         own: the caller's own conditions.
 
     Raises:
@@ -349,9 +350,9 @@ def make_predicates(
     for predicate in own:
         parts.add(predicate.kind, predicate.name, _asked(predicate, view))
     if concepts is not None:
-        parts.add_matrix("concept", *concepts)
+        parts.add_labels("concept", TokenLabels.of(concepts))
     joined = parts.join()
-    given = [predicate.name for predicate in own] + list(concepts[1] if concepts is not None else ())
+    given = [predicate.name for predicate in own] + list(concepts or ())
     if lost := [f"'{name}' ({joined.left_out[name]})" for name in given if name in joined.left_out]:
         warnings.warn(f"Predicates that tell nothing are left out: {', '.join(lost[:5])}.", stacklevel=2)
     return joined
@@ -388,17 +389,12 @@ class _Parts:
         rows = np.flatnonzero(here >= 0)
         self._append(kind, names, rows.astype(np.int32), here[rows].astype(np.int32))
 
-    def add_matrix(self, kind: str, matrix: Any, names: Sequence[str]) -> None:
-        """Add columns that exist already."""
-        from scipy.sparse import coo_matrix
-
-        if matrix.shape != (self.n_tokens, len(names)):
-            raise ValueError(
-                f"`concepts` must be (n_tokens, n_names), {(self.n_tokens, len(names))} here, got {matrix.shape}."
-            )
-        found = coo_matrix(matrix)
-        kept = found.data != 0
-        self._append(kind, names, found.row[kept].astype(np.int32), found.col[kept].astype(np.int32))
+    def add_labels(self, kind: str, labels: TokenLabels) -> None:
+        """Add labels that exist already."""
+        if labels.n_tokens != self.n_tokens:
+            raise ValueError(f"`concepts` must label the {self.n_tokens} tokens of the store, got {labels.n_tokens}.")
+        rows, columns = labels.matrix.nonzero()
+        self._append(kind, labels.names, rows.astype(np.int32), columns.astype(np.int32))
 
     def _append(self, kind: str, names: Sequence[str], rows: np.ndarray, columns: np.ndarray) -> None:
         self.rows.append(rows)

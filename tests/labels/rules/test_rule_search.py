@@ -291,19 +291,19 @@ def test_own_predicates_and_concepts(text, at):
     mine, cloth = at(" home") | at(" far") | at("?"), at(" hat") | at(" red")
     store_codes = np.stack([at(" big") | at(" old"), in_to, mine, cloth], 1)
     store = Planted(store_codes * 1.0, text)
-    concept = csc_matrix((at(" hat") | at(" red"))[:, None])
+    concept = at(" hat") | at(" red")
     own = [
         word_pattern("big|old", "sizes and ages"),
         text_pattern(r" in to\b", "in to"),
         Predicate("mine", lambda view: np.isin(view.token_ids, [ID[" home"], ID[" far"], ID["?"]])),
     ]
-    predicates = make_predicates(store, own=own, concepts=(concept, ["colour or cloth"]))
+    predicates = make_predicates(store, own=own, concepts={"colour or cloth": concept})
     texts = [row.text for row in label_by_rules(store, predicates).rows]
     assert texts == ["sizes and ages", "in to", "mine", "colour or cloth"]
     with pytest.raises(ValueError, match="one boolean for each"):
         make_predicates(store, own=[Predicate("bad", lambda view: [True])])
-    with pytest.raises(ValueError, match="n_names"):
-        make_predicates(store, concepts=(concept[:5], ["a"]))
+    with pytest.raises(ValueError, match="must label"):
+        make_predicates(store, concepts={"a": concept[:5]})
     with pytest.raises(ValueError, match="must name families"):
         make_predicates(store, sizes={"tokens": 3})
 
