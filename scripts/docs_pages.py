@@ -131,6 +131,12 @@ def make_tutorials() -> dict[str, str | bytes]:
         for n, output in enumerate(outputs):
             if PLOTLY in output.get("data", {}):
                 output["data"] = {"text/html": draw_figure(output["data"][PLOTLY], f"figure-{n}")}
+            elif "text/html" in output.get("data", {}):  # its own styles alone, as in Jupyter, where it stands on white
+                inside = "".join(output["data"]["text/html"])
+                output["data"]["text/html"] = (
+                    '<div style="background: white; color: black; overflow-x: auto">'
+                    f'<template shadowrootmode="open">{inside}</template></div>'
+                )
         pages[f"tutorials/{path.name}"] = json.dumps(notebook)
     from plotly.offline import get_plotlyjs
 
