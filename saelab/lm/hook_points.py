@@ -328,7 +328,7 @@ def _close(x: Tensor, y: Tensor) -> bool:
     return float((x.double() - y.double()).norm()) <= tolerance * float(y.double().norm())
 
 
-_doors: weakref.WeakKeyDictionary[nn.Module, HookPoints] = weakref.WeakKeyDictionary()
+_doors: weakref.WeakKeyDictionary[Model, HookPoints] = weakref.WeakKeyDictionary()
 
 
 def hook_points_of(model: Model) -> HookPoints:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool
@@ -21,7 +21,43 @@ from torch.nn.modules import module as torch_module
 
 from saelab.lm.unwrapped import TapHook, is_ours, unwrap
 
-Model: TypeAlias = "transformer_lens.model_bridge.TransformerBridge"  # type: ignore[name-defined]
+
+class ModelConfig(Protocol):
+    """What saelab reads of a model's configuration."""
+
+    d_model: int
+    d_vocab: int
+    n_layers: int
+    model_name: str
+    architecture: str | None
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What saelab uses of a language model: a `TransformerBridge` of transformer_lens, as `load_model` returns it.
+
+    Its `hook_dict` is not listed, because run-time checks would build it for every call.
+    """
+
+    cfg: ModelConfig
+    tokenizer: Any
+    original_model: nn.Module
+    """the Hugging Face model inside"""
+    compatibility_mode: bool
+    """whether its weights were folded by `enable_compatibility_mode`"""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+
 
 _QUANTIZED = ("bitsandbytes.", "torch.ao.nn.", "torchao.", "auto_gptq.", "gptqmodel.", "awq.", "quanto.", "optimum.")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")
@@ -193,7 +229,7 @@ class HookBooks:
     A dictionary lives as long as its module, so checking all of them before a forward pass is quick.
     """
 
-    def __init__(self, *trees: nn.Module) -> None:
+    def __init__(self, *trees: nn.Module | Model) -> None:
         from transformer_lens.hook_points import HookPoint
 
         modules = {id(module): module for tree in trees for module in tree.modules()}.values()
@@ -280,7 +316,7 @@ WHOLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 Sketch = tuple[float, ...]
 
 
-def sketch_weights(model: nn.Module) -> Sketch | None:
+def sketch_weights(model: nn.Module | Model) -> Sketch | None:
     """Fingerprint of a model's weights; None where weights are quantized or have not been loaded.
 
     It consists of a checksum of the parameters' shapes, the resolution of their dtype, the sum of the magnitudes of 16
@@ -314,10 +350,10 @@ def is_same_weights(one: Sequence[float], other: Sequence[float]) -> bool:
     return is_same_shape(one, other) and all(abs(a - b) <= allowed for a, b in zip(one[2:], other[2:], strict=True))
 
 
-def _find_weights(model: nn.Module) -> Iterator[Tensor]:
+def _find_weights(model: nn.Module | Model) -> Iterator[Tensor]:
     """Parameters of Hugging Face's own modules, each once, without those that the bridge derived from them."""
     seen: set[int] = set()
-    waiting = [unwrap(getattr(model, "original_model", model))]
+    waiting = [unwrap(model.original_model if isinstance(model, Model) else model)]
     while waiting:
         module = waiting.pop()
         if id(module) in seen:
