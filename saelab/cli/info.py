@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 from saelab.cli.inputs import echo
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.sae.formats.conventions import Convention, compose_config
-from saelab.sae.formats.origin import Overrides
+from saelab.sae.formats.origin import SAEFacts
 from saelab.sae.formats.registry import find_format, is_own, read_foreign
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.pretrained import CONFIG, check_config, read_config
@@ -80,7 +80,7 @@ def describe_foreign(path: Path) -> str:
     form = find_format(source)
     rows: TableRows = [("format", form)]
     try:
-        reading = read_foreign(source, form, Overrides())
+        reading = read_foreign(source, form, SAEFacts())
         cfg = compose_config(reading.parts, reading.how)
     except ValueError as error:
         return _table(f"{path}: a sparse autoencoder of {form}", [*rows, ("to be given", str(error))])
@@ -97,7 +97,7 @@ def describe_foreign(path: Path) -> str:
     if cfg.d_out:
         rows.append(("writes", facts.hook_point_out or unsaid))
     if facts.model:
-        rows.append(("weight processing", facts.weight_processing))
+        rows.append(("weight processing", facts.weight_processing or "none"))
     return _table(f"{path}: a {'transcoder' if cfg.d_out else 'sparse autoencoder'} of {form}", rows)
 
 

@@ -6,10 +6,9 @@ it was converted from another library's format. On loading each tensor that is n
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import SAEConfig
 from saelab.sae.formats.conventions import Convention, compose, narrow, own, take_latents
 from saelab.sae.formats.hub import find_release, find_source
-from saelab.sae.formats.origin import Origin, Overrides, make_provenance
-from saelab.sae.formats.registry import OWN, find_format, keep_origin, read_foreign
+from saelab.sae.formats.origin import Origin, SAEFacts, make_provenance
+from saelab.sae.formats.registry import OWN, keep_origin, read_foreign
 from saelab.sae.formats.sources import SAEFiles, read_tensors
 from saelab.sae.module import SAEModule
 from saelab.stores.files import replace_folder, save_tensors, shareable, write_json
@@ -153,29 +152,9 @@ def _cell(value: str) -> str:
     return value.replace("|", "\\|").replace("\n", " ")
 
 
-@dataclass(frozen=True, eq=False)
-class Loaded:
-    """Parts of a loaded SAE: configuration, tensors, provenance, training record and foreign origin."""
-
-    cfg: SAEConfig
-    """configuration"""
-    tensors: dict[str, Tensor]
-    """state dict"""
-    provenance: Provenance | None
-    """provenance of the activations it was trained on, where known"""
-    training: dict[str, Any] | None
-    """training record, of an SAE that saelab wrote"""
-    origin: Origin | None
-    """what is kept of another library's file, to write it back"""
-    place: Path
-    """path that it was loaded from"""
-    check: Callable[[], None] = lambda: None
-    """checks, after everything else, that the configuration file is unchanged since it was written"""
-
-
 def locate(
-    source: str | Path, name: str | None, revision: str | None, overrides: Overrides
-) -> tuple[SAEFiles, Overrides]:
+    source: str | Path, name: str | None, revision: str | None, overrides: SAEFacts
+) -> tuple[SAEFiles, SAEFacts]:
     """Folder or file of an SAE, downloaded if necessary, and the facts known about it: what the caller gave, else what
     its release entry gives.
 
@@ -188,20 +167,25 @@ def locate(
     release = None if Path(source).expanduser().exists() else find_release(str(source), name)
     if release is None:
         return find_source(source, name, revision), overrides
-    said = {field.name: getattr(overrides, field.name) for field in fields(Overrides)}
-    known = {key: getattr(release.facts, key) if value is None else value for key, value in said.items()}
-    return find_source(release.repo, release.path, revision), Overrides(**known)
+    repo, path, facts = release
+    known = {name: value for name, value in vars(facts).items() if getattr(overrides, name) is None}
+    return find_source(repo, path, revision), replace(overrides, **known)
+
+
+SAEParts = tuple[SAEConfig, dict[str, Tensor], Provenance | None, dict[str, Any] | None, Origin | None]
+"""configuration, state dict, provenance where known, the training record of an SAE that saelab wrote, and what is kept
+of another library's file to write it back"""
 
 
 def load(
-    source: SAEFiles, overrides: Overrides, format: str | None, latents: Sequence[int] | None, dtype: torch.dtype
-) -> Loaded:
-    """Parts of the SAE in a folder or file, of whatever format.
+    source: SAEFiles, overrides: SAEFacts, format: str, latents: Sequence[int] | None, dtype: torch.dtype
+) -> SAEParts:
+    """Parts of the SAE in a folder or file.
 
     Args:
         source: the folder or file.
         overrides: facts that the caller gave; these override the file's.
-        format: name of the format, needed only where a folder holds several; None detects it.
+        format: name of its format, from `find_format`.
         latents: indices of the latents to load, in that order; None is all.
         dtype: dtype of the weights.
 
@@ -209,20 +193,17 @@ def load(
         ValueError: where the files are no SAE, do not fit their configuration, or leave out a fact that the caller did
             not give.
     """
-    format = find_format(source, format)
     if format == OWN:
         return _load_own(source, overrides, latents, dtype)
     with naming(source.place):
         reading = read_foreign(source, format, overrides)
-        composed = compose(reading.parts, reading.how, latents, dtype)
-        origin = keep_origin(reading, composed.changed) if latents is None else None
-        provenance = make_provenance(reading, overrides)
-    return Loaded(composed.cfg, composed.tensors, provenance, None, origin, source.place)
+        cfg, tensors, changed = compose(reading.parts, reading.how, latents, dtype)
+        origin = keep_origin(reading, changed) if latents is None else None
+        return cfg, tensors, make_provenance(reading, overrides), None, origin
 
 
-def _load_own(source: SAEFiles, overrides: Overrides, latents: Sequence[int] | None, dtype: torch.dtype) -> Loaded:
-    if overrides != Overrides():
-        given = [field.name for field in fields(Overrides) if getattr(overrides, field.name) is not None]
+def _load_own(source: SAEFiles, overrides: SAEFacts, latents: Sequence[int] | None, dtype: torch.dtype) -> SAEParts:
+    if given := [name for name, value in vars(SAEFacts()).items() if getattr(overrides, name) != value]:
         raise ValueError(f"An SAE of saelab's own must be loaded as it says itself, got {given}; leave them out.")
     described, tensors, origin = read_sae(source.folder)
     with naming(source.folder / CONFIG):
@@ -231,9 +212,7 @@ def _load_own(source: SAEFiles, overrides: Overrides, latents: Sequence[int] | N
     if latents is not None:
         tensors, cfg, origin = take_latents(dict(tensors), latents), _narrow_config(cfg, len(latents)), None
     held = {name: own(tensor, dtype, latent_major=name == "W_enc") for name, tensor in tensors.items()}
-    return Loaded(
-        cfg, held, provenance, described["training"], origin, source.place, partial(check_config, source.folder)
-    )
+    return cfg, held, provenance, described["training"], origin
 
 
 def _narrow_config(cfg: SAEConfig, d_sae: int) -> SAEConfig:

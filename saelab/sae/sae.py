@@ -12,10 +12,11 @@ from saelab.sae.activation_functions import Activation
 from saelab.sae.adapters import SAEBenchSAE
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import Data, HeldOut, describe_training, finish_run, make_run, open_data, origin_of
-from saelab.sae.formats.origin import Origin, Overrides
-from saelab.sae.formats.registry import require_room, write_foreign
+from saelab.sae.formats.origin import Origin, SAEFacts
+from saelab.sae.formats.registry import OWN, find_format, require_room, write_foreign
+from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
-from saelab.sae.pretrained import Loaded, fill, load, locate, on_meta, write_card, write_sae
+from saelab.sae.pretrained import check_config, fill, load, locate, on_meta, write_card, write_sae
 from saelab.stores.files import read_settled, shareable, write_atomic
 from saelab.stores.jobs import hold_folder
 from saelab.stores.manifest import Provenance
@@ -152,7 +153,7 @@ class SAE(SAEModule):
             ValueError: for files of no known format or of two, that are damaged, that do not fit their configuration,
                 or that leave out a fact which was not given.
         """
-        overrides = Overrides(
+        overrides = SAEFacts(
             model=model,
             hook_point=hook_point,
             hook_point_out=hook_point_out,
@@ -162,18 +163,28 @@ class SAE(SAEModule):
             scale=scale,
         )
         place, overrides = locate(source, name, revision, overrides)
-        sae = read_settled(place.folder, lambda: cls._make(load(place, overrides, format, latents, dtype)))
+        sae = read_settled(place.folder, lambda: cls._load(place, overrides, format, latents, dtype))
         sae.name_or_path = str(source) if name is None else f"{source}/{name}"
         return sae.to(device) if device is not None else sae
 
     @classmethod
-    def _make(cls, loaded: Loaded) -> "SAE":
-        """SAE of loaded tensors, without drawing random weights first."""
-        with naming(loaded.place), on_meta():
-            sae = cls(loaded.cfg, seed=None)
-        fill(sae, loaded.tensors, loaded.place)
-        loaded.check()
-        sae.provenance, sae.training_, sae.origin = loaded.provenance, loaded.training, loaded.origin
+    def _load(
+        cls,
+        source: SAEFiles,
+        overrides: SAEFacts,
+        format: str | None,
+        latents: Sequence[int] | None,
+        dtype: torch.dtype,
+    ) -> "SAE":
+        """SAE of the tensors in a folder or file, without drawing random weights first."""
+        format = find_format(source, format)
+        cfg, tensors, provenance, training, origin = load(source, overrides, format, latents, dtype)
+        with naming(source.place), on_meta():
+            sae = cls(cfg, seed=None)
+        fill(sae, tensors, source.place)
+        if format == OWN:
+            check_config(source.folder)  # last, as the other messages are more precise
+        sae.provenance, sae.training_, sae.origin = provenance, training, origin
         return sae
 
     def push_to_hub(

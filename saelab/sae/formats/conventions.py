@@ -79,22 +79,12 @@ class Convention:
         return [words for words, true in said.items() if true]
 
 
-@dataclass(frozen=True, eq=False)
-class Composed:
-    """A source's SAE converted to saelab's convention."""
-
-    cfg: SAEConfig
-    tensors: dict[str, Tensor]
-    """state dict for `SAE`"""
-    changed: frozenset[str]
-    """names of the source's tensors that are not in the state dict unchanged"""
-
-
 @torch.no_grad()
 def compose(
     parts: Parts, how: Convention, latents: Sequence[int] | None = None, dtype: torch.dtype = torch.float32
-) -> Composed:
-    """Configuration and state dict of a source's weights in saelab's convention; only tensors that are needed are read.
+) -> tuple[SAEConfig, dict[str, Tensor], frozenset[str]]:
+    """Configuration and state dict of a source's weights in saelab's convention, and the names of those of its tensors
+    that are not in the state dict unchanged; only tensors that are needed are read.
 
     Args:
         parts: the source's tensors by saelab's names; see `Parts`.
@@ -115,7 +105,7 @@ def compose(
     changed = frozenset(name for name in parts if now.get(name) is not parts[name])
     cfg = _configure(now, how)
     tensors = {name: own(tensor, dtype, latent_major=name == "W_enc") for name, tensor in now.items()}
-    return Composed(cfg, tensors | _normalizer_tensors(cfg, how), changed)
+    return cfg, tensors | _normalizer_tensors(cfg, how), changed
 
 
 def compose_config(parts: Parts, how: Convention) -> SAEConfig:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.formats.conventions import Convention, read_with
-from saelab.sae.formats.origin import Facts, Overrides, ParsedSAE
+from saelab.sae.formats.origin import ParsedSAE, SAEFacts
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
 from saelab.stores.files import shareable, write_atomic, write_json
@@ -70,7 +70,7 @@ def _find_classes(held: Mapping[str, Any]) -> list[str]:
     return ["AutoEncoderTopK", "BatchTopKSAE"] if {*LINEAR, "b_dec"} <= keys else []
 
 
-def read(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
+def read(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of the dictionary in a file.
 
     Raises:
@@ -105,7 +105,7 @@ def read(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     )
 
 
-def _choose_class(found: list[str], said: str | None, overrides: Overrides, place: Path) -> str:
+def _choose_class(found: list[str], said: str | None, overrides: SAEFacts, place: Path) -> str:
     """Name of the class. TopK and BatchTopK have the same keys; the run's configuration, or the caller's activation,
     decides.
     """
@@ -122,7 +122,7 @@ def _choose_class(found: list[str], said: str | None, overrides: Overrides, plac
     return said
 
 
-def _require_threshold(threshold: Tensor, overrides: Overrides, place: Path) -> Tensor:
+def _require_threshold(threshold: Tensor, overrides: SAEFacts, place: Path) -> Tensor:
     """Threshold of inference; dictionary_learning writes -1 where training has not set one."""
     if overrides.threshold is not None:
         return torch.tensor(overrides.threshold)
@@ -145,7 +145,7 @@ def _choose_activation(name: str, held: Mapping[str, Any], trainer: dict[str, An
     return TopK(k=int(k)) if name == "AutoEncoderTopK" else BatchTopK(k=int(k))
 
 
-def _read_facts(settings: dict[str, Any]) -> Facts:
+def _read_facts(settings: dict[str, Any]) -> SAEFacts:
     """Model, hook point and context length; the hook point only where the submodule's name determines it, not from a
     layer's number alone.
     """
@@ -153,7 +153,7 @@ def _read_facts(settings: dict[str, Any]) -> Facts:
     submodule = str(trainer.get("submodule_name"))
     named = re.fullmatch(r"resid_post_layer_(\d+)", submodule)
     written = submodule if re.fullmatch(r"(blocks\.\d+\.)?([\w]+\.)*hook_\w+", submodule) else None  # by `describe`
-    return Facts(
+    return SAEFacts(
         model=trainer.get("lm_name"),
         hook_point=f"blocks.{named[1]}.hook_resid_post" if named else written,
         ctx_len=buffer.get("ctx_len"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import JumpReLU
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Facts, Overrides, ParsedSAE
+from saelab.sae.formats.origin import ParsedSAE, SAEFacts
 from saelab.sae.formats.sources import SAEFiles, require_tensors
 
 ARCHIVE, CONFIG, WEIGHTS = "params.npz", "config.json", "params.safetensors"
@@ -44,7 +44,7 @@ def _capitalize(held: Mapping[str, Any]) -> dict[str, Any]:
     return {f"W{name[1:]}" if name.startswith("w_") else name: value for name, value in held.items()}
 
 
-def read_first(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
+def read_first(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of an SAE, or of a transcoder where `hook_point_out` is given; the file holds nothing but
     weights.
     """
@@ -65,7 +65,7 @@ def recognize_second(source: SAEFiles) -> bool:
     return source.json(CONFIG).get("architecture") == "jump_relu" and "w_enc" in source.tensors(WEIGHTS)
 
 
-def read_second(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
+def read_second(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of an SAE or transcoder; ValueError for a cross-layer transcoder, whose W_dec has three
     axes.
     """
@@ -84,7 +84,7 @@ def read_second(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
     hook_point, out = (_translate(settings.get(f"hf_hook_point_{side}")) for side in ("in", "out"))
     transcodes = "W_skip" in parts or (out is not None and out != hook_point) or overrides.hook_point_out is not None
     model = str(settings.get("model_name") or "").replace("gemma-v3", "gemma-3")
-    facts = Facts(model=model or None, hook_point=hook_point, hook_point_out=out)
+    facts = SAEFacts(model=model or None, hook_point=hook_point, hook_point_out=out)
     return ParsedSAE(format="gemma_scope_2", parts=parts, how=_mean(transcodes=transcodes), facts=facts)
 
 

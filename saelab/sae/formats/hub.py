@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from saelab.sae.activation_functions import Activation, make_activation
-from saelab.sae.formats.origin import Overrides
+from saelab.sae.formats.origin import SAEFacts
 from saelab.sae.formats.registry import READERS
 from saelab.sae.formats.sources import ARCHIVES, PICKLES, SAEFiles, inside
 from saelab.sae.formats.sparsify import RUN
@@ -93,15 +93,6 @@ class Release:
     """factor by which activations are multiplied before the encoder"""
 
 
-@dataclass(frozen=True)
-class HubLocation:
-    """Location of one SAE on the Hub, and the facts known about it."""
-
-    repo: str
-    path: str
-    facts: Overrides
-
-
 _added: list[Release] = []
 
 
@@ -138,7 +129,7 @@ def register_release(
 
     >>> register_release("mine", "me/saes", id=r"layer_(?P<layer>\\d+)", model="gpt2",
     ...     hook_point="blocks.{layer}.hook_resid_post")
-    >>> find_release("mine", "layer_3").facts.hook_point
+    >>> find_release("mine", "layer_3")[2].hook_point
     'blocks.3.hook_resid_post'
     """
     for pattern in (name, id):
@@ -169,9 +160,9 @@ def _read_table() -> tuple[Release, ...]:
     return tuple(read_fields(Release, entry) for entry in read_json(TABLE))
 
 
-def find_release(name: str, id: str | None) -> HubLocation | None:
-    """Location of an SAE of a release; None where no release has that name, ValueError for an id that the release
-    lacks.
+def find_release(name: str, id: str | None) -> tuple[str, str, SAEFacts] | None:
+    """Repository and path of an SAE of a release, and the facts known about it; None where no release has that name,
+    ValueError for an id that the release lacks.
     """
     found = [(entry, match) for entry in (*_added, *_read_table()) if (match := re.fullmatch(entry.name, name))]
     if not found:
@@ -184,14 +175,14 @@ def find_release(name: str, id: str | None) -> HubLocation | None:
     raise ValueError(f"`name` must be an id of release '{name}', got {id!r}; ids look like {patterns}.")
 
 
-def _fill(entry: Release, groups: dict[str, str]) -> HubLocation:
+def _fill(entry: Release, groups: dict[str, str]) -> tuple[str, str, SAEFacts]:
     texts = {key: value.format(**groups) for key, value in asdict(entry).items() if isinstance(value, str)}
     activation = None
     if entry.activation is not None:
         settings = {k: v.format(**groups) if isinstance(v, str) else v for k, v in entry.activation.items()}
         numbers: dict[str, Any] = {k: int(v) if k == "k" else v for k, v in settings.items()}
         activation = make_activation(**numbers)
-    facts = Overrides(
+    facts = SAEFacts(
         model=texts.get("model"),
         hook_point=texts.get("hook_point"),
         hook_point_out=texts.get("hook_point_out"),
@@ -199,4 +190,4 @@ def _fill(entry: Release, groups: dict[str, str]) -> HubLocation:
         activation=activation,
         scale=entry.scale,
     )
-    return HubLocation(texts["repo"], inside(texts["path"]), facts)
+    return texts["repo"], inside(texts["path"]), facts

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import Activation, ReLU, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Overrides, ParsedSAE, require
+from saelab.sae.formats.origin import ParsedSAE, SAEFacts, require
 from saelab.sae.formats.sources import SAEFiles, require_tensors
 
 OPENAI = {"encoder.weight": "W_enc", "latent_bias": "b_enc", "decoder.weight": "W_dec", "pre_bias": "b_dec"}
@@ -18,7 +18,7 @@ def recognize_openai(source: SAEFiles) -> bool:
     return source.pickle is not None and set(OPENAI) <= set(source.tensors(source.pickle))
 
 
-def read_openai(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
+def read_openai(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of OpenAI's file: `z = activation((norm(x) - pre_bias) encoder^T + latent_bias)`,
     `x_hat = (z decoder^T + pre_bias) std + mean`.
 
@@ -57,7 +57,7 @@ def recognize_qwen_scope(source: SAEFiles) -> bool:
     return tuple(tensors["W_enc"].shape) == widths and tuple(tensors["W_dec"].shape) == widths[::-1]
 
 
-def read_qwen_scope(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
+def read_qwen_scope(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of Qwen Scope's file, `z = TopK(x W_enc^T + b_enc)`; the file does not hold k, and nothing
     is subtracted from the input.
     """

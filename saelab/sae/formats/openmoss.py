@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Facts, Overrides, ParsedSAE, require
+from saelab.sae.formats.origin import ParsedSAE, SAEFacts, require
 from saelab.sae.formats.sources import SAEFiles, inside, require_number, require_tensors
 
 CONFIG, WEIGHTS, PICKLED = "config.json", "sae_weights.safetensors", "sae_weights.pt"
@@ -51,7 +51,7 @@ def _unwrap(held: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, Mapping) else held
 
 
-def read(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
+def read(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of an SAE or transcoder; ValueError for other types, and for thresholds and norms that are
     not in the file.
     """
@@ -110,7 +110,7 @@ def _name_parts(held: Mapping[str, Any], has_bias: bool, source: SAEFiles) -> di
 
 
 def _find_scales(
-    settings: dict[str, Any], held: Mapping[str, Any], points: tuple[str, str], overrides: Overrides, place: Path
+    settings: dict[str, Any], held: Mapping[str, Any], points: tuple[str, str], overrides: SAEFacts, place: Path
 ) -> tuple[float, float]:
     """Factors on the activations of input and target."""
     norm = settings.get("norm_activation", "dataset-wise")
@@ -143,9 +143,9 @@ def _choose_activation(settings: dict[str, Any], place: Path) -> Activation:
     return ReLU() if name == "relu" else JumpReLU()
 
 
-def _read_facts(source: SAEFiles, points: tuple[str, str]) -> Facts:
+def _read_facts(source: SAEFiles, points: tuple[str, str]) -> SAEFacts:
     said = source.json_if_there(LANGUAGE_MODEL)
-    return Facts(model=said.get("model_name"), hook_point=points[0], hook_point_out=points[1])
+    return SAEFacts(model=said.get("model_name"), hook_point=points[0], hook_point_out=points[1])
 
 
 def recognize_llama_scope(source: SAEFiles) -> bool:
@@ -153,7 +153,7 @@ def recognize_llama_scope(source: SAEFiles) -> bool:
     return source.has(HYPERPARAMETERS, FINAL) and "encoder.weight" in source.tensors(FINAL)
 
 
-def read_llama_scope(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
+def read_llama_scope(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of an SAE or transcoder of Llama Scope: a JumpReLU with one threshold for all latents.
 
     `jump_relu_threshold` is in the units of the activations themselves, h in those of norm sqrt(d_model): h is active

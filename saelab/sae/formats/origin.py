@@ -23,8 +23,10 @@ that matters
 
 
 @dataclass(frozen=True, kw_only=True)
-class Overrides:
-    """Facts that the caller of `from_pretrained` gave, because files often lack them; they override the file's."""
+class SAEFacts:
+    """Facts about an SAE: those that a file records, or those that the caller of `from_pretrained` or a release adds
+    because files often lack them; None where unknown.
+    """
 
     model: str | None = None
     """name of the model that the SAE is for"""
@@ -40,20 +42,6 @@ class Overrides:
     """threshold of inference"""
     scale: float | None = None
     """factor by which activations are multiplied before the encoder"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a file records of the activations its SAE was trained on."""
-
-    model: str | None = None
-    """name of the model"""
-    hook_point: str | None = None
-    """hook point that the SAE reads"""
-    hook_point_out: str | None = None
-    """hook point that a transcoder writes"""
-    weight_processing: str = "none"
-    """processing of the model's weights, "none" where the file has nothing about it"""
     text: str = "unknown"
     """data set or file that the activations were collected from"""
     ctx_len: int | None = None
@@ -76,7 +64,7 @@ class ParsedSAE:
     """weights by saelab's names; see `Parts`"""
     how: Convention
     """how the source uses them"""
-    facts: Facts = Facts()
+    facts: SAEFacts = SAEFacts()
     """what it records of its activations"""
     settings: dict[str, Any] = field(default_factory=dict)
     """the source's own configuration, kept to write it back"""
@@ -149,7 +137,7 @@ def require(value: Any, name: str, what: str, example: str) -> Any:
     return value
 
 
-def make_provenance(reading: ParsedSAE, overrides: Overrides) -> Provenance | None:
+def make_provenance(reading: ParsedSAE, overrides: SAEFacts) -> Provenance | None:
     """Provenance of a loaded SAE: what the caller gave, else what the file records; ValueError if model or hook point
     is in neither.
     """
@@ -171,7 +159,7 @@ def make_provenance(reading: ParsedSAE, overrides: Overrides) -> Provenance | No
         to = require(out, "hook_point_out", "where a transcoder writes", "'blocks.6.hook_mlp_out'")
     return Provenance(
         model=ALIASES.get(model, model),
-        weight_processing=overrides.weight_processing or facts.weight_processing,
+        weight_processing=overrides.weight_processing or facts.weight_processing or "none",
         hook_point=at,
         text=facts.text,
         tokens_sha256="",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saelab.sae.formats import dictionary_learning, gemma_scope, openai, openmoss, saelens, sparsify
 from saelab.sae.formats.conventions import compose
-from saelab.sae.formats.origin import Origin, Overrides, ParsedSAE, dtype_name
+from saelab.sae.formats.origin import Origin, ParsedSAE, SAEFacts, dtype_name
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
 from saelab.sae.normalizer import PER_TOKEN
@@ -29,7 +29,7 @@ class FormatReader:
     """Functions of one format: `recognize` tests whether a source has the format, `read` reads it."""
 
     recognize: Callable[[SAEFiles], bool]
-    read: Callable[[SAEFiles, Overrides], ParsedSAE]
+    read: Callable[[SAEFiles, SAEFacts], ParsedSAE]
     files: tuple[str, ...]
     """files to download from a folder on the Hub"""
 
@@ -107,7 +107,7 @@ def find_format(source: SAEFiles, named: str | None = None) -> str:
     return found[0]
 
 
-def read_foreign(source: SAEFiles, format: str, overrides: Overrides) -> ParsedSAE:
+def read_foreign(source: SAEFiles, format: str, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of a source in another library's format."""
     return READERS[format].read(source, overrides)
 
@@ -202,10 +202,10 @@ def restore(origin: Origin, coder: SAEModule) -> dict[str, Tensor] | None:
             return None
         parts[name] = part if name in origin.kept else part.cpu().to(getattr(torch, dtype))
     try:
-        again = compose(parts, origin.how, dtype=coder.dtype)
+        cfg, tensors, _ = compose(parts, origin.how, dtype=coder.dtype)
     except ValueError:
         return None
-    same = replace(again.cfg, aux=coder.cfg.aux, init=coder.cfg.init) == coder.cfg and _same(again.tensors, own)
+    same = replace(cfg, aux=coder.cfg.aux, init=coder.cfg.init) == coder.cfg and _same(tensors, own)
     return parts if same else None
 
 

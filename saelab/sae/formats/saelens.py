@@ -14,7 +14,7 @@ from torch import Tensor
 from saelab.sae.activation_functions import AbsTopK, Activation, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.config import MatchingPursuit
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Facts, Overrides, ParsedSAE, describe_mask, dtype_name, name_processing, require
+from saelab.sae.formats.origin import ParsedSAE, SAEFacts, describe_mask, dtype_name, name_processing, require
 from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
 from saelab.sae.module import SAEModule
 from saelab.sae.normalizer import NormalizerKind
@@ -44,7 +44,7 @@ def recognize(source: SAEFiles) -> bool:
     return source.has(CONFIG, WEIGHTS) and "W_dec" in source.tensors(WEIGHTS) and "d_in" in source.json(CONFIG)
 
 
-def read(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
+def read(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of the SAE in a folder; ValueError for an unsupported architecture, and for facts that the
     caller has to give.
     """
@@ -174,7 +174,7 @@ def _find_code_scale(cfg: dict[str, Any], held: Mapping[str, Any], place: Path) 
     return {"code_scale": scale}
 
 
-def _find_scale(cfg: dict[str, Any], source: SAEFiles, overrides: Overrides) -> float:
+def _find_scale(cfg: dict[str, Any], source: SAEFiles, overrides: SAEFacts) -> float:
     """Factor on the activations before the encoder. SAELens folds it into the weights at the end of training, so a file
     whose configuration still has one lacks its value; training checkpoints have it in a file next to them.
     """
@@ -194,14 +194,14 @@ def _find_scale(cfg: dict[str, Any], source: SAEFiles, overrides: Overrides) -> 
     return 1.0 if scale is None else scale
 
 
-def _read_facts(metadata: dict[str, Any], ours: dict[str, Any]) -> Facts:
+def _read_facts(metadata: dict[str, Any], ours: dict[str, Any]) -> SAEFacts:
     how = metadata.get("model_from_pretrained_kwargs") or {}
     hook_point = metadata.get("hook_name")
     seqpos: tuple[Any, ...] = tuple(metadata.get("seqpos_slice") or (None,))
     special = metadata.get("exclude_special_tokens")
     stop = seqpos[1] if len(seqpos) > 1 else None
     mask = describe_mask(bool(special), seqpos[0] or 0, stop) if special is not None and (stop or 1) > 0 else {}
-    return Facts(
+    return SAEFacts(
         model=metadata.get("model_name"),
         hook_point=hook_point,
         hook_point_out=metadata.get("hook_name_out"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import AbsTopK, Activation, GroupMax, TopK
 from saelab.sae.formats.conventions import Convention
-from saelab.sae.formats.origin import Facts, Overrides, ParsedSAE
+from saelab.sae.formats.origin import ParsedSAE, SAEFacts
 from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
 from saelab.sae.module import SAEModule
 from saelab.stores.files import save_tensors, write_json
@@ -27,7 +27,7 @@ def recognize(source: SAEFiles) -> bool:
     return source.has(CONFIG, WEIGHTS) and "encoder.weight" in source.tensors(WEIGHTS)
 
 
-def read(source: SAEFiles, overrides: Overrides) -> ParsedSAE:
+def read(source: SAEFiles, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of the SAE or transcoder in a folder; ValueError where its configuration does not fit its
     weights.
 
@@ -81,12 +81,12 @@ def _choose_activation(settings: dict[str, Any], place: Path) -> Activation:
     return AbsTopK(k=k) if settings.get("signed") else TopK(k=k)
 
 
-def _read_facts(run: Path) -> Facts:
+def _read_facts(run: Path) -> SAEFacts:
     said = read_json(run) if run.is_file() else {}
     if not isinstance(said, dict) or "sae" not in said:  # not a run of sparsify
-        return Facts()
+        return SAEFacts()
     model, text, ctx_len = said.get("model"), said.get("dataset"), said.get("ctx_len")
-    return Facts(
+    return SAEFacts(
         model=model if isinstance(model, str) else None,
         text=text if isinstance(text, str) else "unknown",
         ctx_len=ctx_len if isinstance(ctx_len, int) else None,

@@ -248,9 +248,9 @@ def test_29_a_latent_without_a_decoder_row_never_fires(activation: Activation, n
     """Times its norm it is 0, which is above nothing; and nothing is divided by 0."""
     parts = draw()
     parts["W_dec"][3], parts["threshold"] = 0.0, torch.zeros(F)
-    composed = compose(parts, Convention(activation=activation, decoder_norms=norms))
-    sae = sl.SAE(composed.cfg)
-    sae.load_state_dict(composed.tensors)
+    cfg, tensors, _ = compose(parts, Convention(activation=activation, decoder_norms=norms))
+    sae = sl.SAE(cfg)
+    sae.load_state_dict(tensors)
     codes = sae.encode(X)
     assert codes.isfinite().all() and (codes[:, 3] == 0).all() and (codes != 0).any(0).sum() > F // 2
     assert sae(X).isfinite().all()

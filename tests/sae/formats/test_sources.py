@@ -306,9 +306,9 @@ def test_a_release_says_what_its_files_do_not(hub: Path) -> None:
 )
 def test_releases_that_saelens_lists(release: str, id: str, repo: str, path: str) -> None:
     found = find_release(release, id)
-    assert found is not None and (found.repo, found.path) == (repo, path)
+    assert found is not None and found[:2] == (repo, path)
     if release.startswith("qwen"):
-        assert found.facts.activation == sl.TopK(k=50) and found.facts.hook_point == "blocks.7.hook_resid_post"
+        assert found[2].activation == sl.TopK(k=50) and found[2].hook_point == "blocks.7.hook_resid_post"
 
 
 def test_a_release_of_your_own(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
