@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         TokenMask as TokenMask,
         tokenize_labeled as tokenize_labeled,
     )
-    from saelab.lm.model_checks import Model as Model, Sketch as Sketch
+    from saelab.lm.model_checks import Model as Model, ModelConfig as ModelConfig, Sketch as Sketch
     from saelab.lm.models import (
         ModelDescription as ModelDescription,
         Processing as Processing,
