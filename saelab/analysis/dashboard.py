@@ -13,7 +13,7 @@ from saelab.analysis.direct_logits import LogitLens, Promoted
 from saelab.analysis.feature_similarity import NearestFeatures
 from saelab.analysis.max_activating import FeatureExamples, max_activating_examples, top_words
 from saelab.stores.feature_store import FeatureStore, Firings
-from saelab.stores.results import Result, align_columns
+from saelab.stores.results import Result, format_table
 
 N_BINS = 40
 N_WORDS = 6
@@ -172,7 +172,7 @@ class FeatureTable(Result):
             sizes = f"{row['mean']:.3g}", f"{row['peak']:.3g}"
             words = "  ".join(repr(word) for word in row["words"])
             table.append([str(row["feature"]), f"{row['density']:.2e}", *counts, *sizes, words])
-        return "\n".join([*lines, *align_columns(table, left=(len(table[0]) - 1,))])
+        return "\n".join([*lines, *format_table(table, left=(len(table[0]) - 1,))])
 
 
 def list_features(

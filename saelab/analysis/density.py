@@ -18,7 +18,7 @@ from torch import Tensor
 from saelab.collecting.harvesting import require_harvested
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 
 COLLAPSED = 0.1
 """Encoder norm as a share of the live features' median."""
@@ -163,11 +163,11 @@ class DeadFeatures(Result):
         limit = _no_firing_limit(self.n_tokens, self.confidence)
         lines = [f"{len(self.kinds):,} features on {self.n_tokens:,} tokens; no firing means a rate below {limit:.2g}"]
         lines.append(f"near-dead: below {self.near_dead_rate:g}; dense: above {self.dense_rate:g}")
-        lines += ["", f"{'features':<16}" + "".join(f"{kind:>11}" for kind in KINDS)]
-        for name, counts in self.groups.items():
-            lines.append(f"{name:<16}" + "".join(f"{counts.get(kind, 0):>11,}" for kind in KINDS))
+        table = [[name, *(f"{counts.get(kind, 0):,}" for kind in KINDS)] for name, counts in self.groups.items()]
+        lines += ["", *format_table([["features", *KINDS], *table])]
         why = Counter(cause for causes in self.causes.values() for cause in causes)
-        lines += ["", *(f"{n:>6,} {cause}" for cause, n in why.most_common())] if why else []
+        causes = [[f"{n:,}", cause] for cause, n in why.most_common()]
+        lines += ["", *format_table(causes, left=(1,))] if why else []
         if self.training is not None:
             agreement = ", ".join(f"{n} {where}" for where, n in self.training.items())
             lines += ["", f"dead at the end of training and here: {agreement}"]

@@ -12,7 +12,7 @@ from saelab.functional.indices import read_feature
 from saelab.functional.screening import largest_first
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 
 SimilarityMeasure = Literal["correlation", "phi", "cosine"]
 BLOCK = 512
@@ -41,8 +41,8 @@ class NearestFeatures(Result):
         best = np.argsort(-np.nan_to_num(np.abs(self.values[:, 0]), nan=-1.0), kind="stable")[:10].tolist()
         over = "" if self.n_tokens is None else f" over {self.n_tokens:,} tokens"
         lines = [f"{len(self.indices):,} features, nearest by {self.by}{over}; the closest:"]
-        lines += [f"{j:>8} {i:>8}  {value:+.3f}" for j in best for i, value in self.of(j)[:1]]
-        return "\n".join(lines)
+        table = [[str(j), str(i), f"{value:+.3f}"] for j in best for i, value in self.of(j)[:1]]
+        return "\n".join([*lines, *format_table(table, left=())])
 
 
 def nearest_features(

@@ -18,7 +18,7 @@ from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.sae.compatibility import match_model, require_threshold
 from saelab.sae.sae import SAE
-from saelab.stores.results import Result
+from saelab.stores.results import Result, find_row, format_table
 
 WINDOW = (0.02, 0.5)
 """Ranks that the power law is fitted to, as shares of the features that ever fire."""
@@ -59,21 +59,18 @@ class PruningCurve(Result):
 
     def get(self, order: str, size: int) -> PrunedScore:
         """The row of a given order and size; KeyError where there is none."""
-        for row in self.rows:
-            if (row.order, row.size) == (order, size):
-                return row
-        raise KeyError(f"There must be a row ({order!r}, {size}), got only {[(r.order, r.size) for r in self.rows]}.")
+        return find_row(self.rows, order=order, size=size)
 
     def __str__(self) -> str:
         lines = [
             f"importance ~ rank^-{self.exponent:.2f} (R^2 {self.r2:.3f}) on {self.n_tokens_ranked:,} tokens;"
             f" quality on {self.n_tokens:,} others, loss {self.ce_clean:.3f}, with zeros {self.ce_zero:.3f}",
-            f"{'order':<11}{'size':>8}{'FVU':>9}{'L0':>8}{'loss':>8}{'recovered':>11}",
         ]
+        table = [["order", "size", "FVU", "L0", "loss", "recovered"]]
         for row in self.rows:
-            end = f"{row.ce:>8.3f}{row.loss_recovered:>11.4f}"
-            lines.append(f"{row.order:<11}{row.size:>8,}{row.fvu:>9.4f}{row.l0:>8.2f}{end}")
-        return "\n".join(lines)
+            scores = [f"{row.fvu:.4f}", f"{row.l0:.2f}", f"{row.ce:.3f}", f"{row.loss_recovered:.4f}"]
+            table.append([row.order, f"{row.size:,}", *scores])
+        return "\n".join([*lines, *format_table(table)])
 
 
 @torch.no_grad()

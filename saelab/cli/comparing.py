@@ -13,6 +13,7 @@ from saelab.sae.pretrained import CONFIG
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_json
+from saelab.stores.results import format_table
 from saelab.universality.comparison import NULL, NullConfig, Similarity, choose_similarity, compare
 from saelab.universality.matching import MatchingMethod
 from saelab.visualization.reports import report
@@ -99,9 +100,9 @@ def compare_folders(
         )
     pairs, values = found.match(method)  # type: ignore[arg-type]
     echo(str(found))
-    echo(f"{'a':>8}{'b':>8}  {found.similarity}, {method}")
-    for (i, j), value in list(zip(pairs.tolist(), values.tolist(), strict=True))[:top]:
-        echo(f"{i:>8}{j:>8}  {value:+.3f}")
+    best = list(zip(pairs.tolist(), values.tolist(), strict=True))[:top]
+    table = [["a", "b", f"{found.similarity}, {method}"], *([str(i), str(j), f"{x:+.3f}"] for (i, j), x in best)]
+    echo("\n".join(format_table(table, left=(2,))))
     if out is not None:
         matched = [[i, j, value] for (i, j), value in zip(pairs.tolist(), values.tolist(), strict=True)]
         write_json(out, found.to_dict() | {"method": method, "matched": matched})

@@ -3,7 +3,7 @@
 import math
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from saelab.stores.activations import Activations
 from saelab.stores.corpus import split_documents
 from saelab.stores.files import write_atomic
 from saelab.stores.jobs import hidden, hold_folder
+from saelab.stores.results import format_table
 from saelab.synthetic.tales import Stories, generate_stories
 from saelab.synthetic.vocabulary import VOCABULARY
 from saelab.training.config import TrainConfig
@@ -114,7 +115,8 @@ def run_demo(
         "Versions": ", ".join(f"{name} {version}" for name, version in describe_model(lm).versions.items()),
     }
     save_all(out, saes, trials, lay_out(ran, trials, baselines, read_corpus(others, unseen, seed)))
-    echo(f"\n{write_rows(*tabulate(trials, baselines))}\n\n{clock}.")
+    header, rows = tabulate(trials, baselines)
+    echo("\n".join(["", *format_table([header, *rows]), "", f"{clock}."]))
     echo(
         f"Open {out / 'report.html'} in a browser; then try `saelab info {shlex.quote(str(out / 'abstopk'))}`, or "
         f"`saelab demo --k {max(1, k // 2)} --out {shlex.quote(str(out) + '-sparser')}`."
@@ -212,13 +214,3 @@ def save_all(out: Path, saes: dict[str, SAE], trials: list[Trial], page: str) ->
         saes[trial.name].save_pretrained(folder)
         trial.scores.save(folder / "concepts.json")
     write_atomic(out / "report.html", page.encode())
-
-
-def write_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for the terminal."""
-    lines = [header, *rows]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([f"{line[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )

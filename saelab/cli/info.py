@@ -16,6 +16,7 @@ from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.pretrained import CONFIG, check_config, read_config
 from saelab.stores.files import await_settled, printable
 from saelab.stores.manifest import ActivationsManifest, FeatureManifest, Provenance
+from saelab.stores.results import format_table
 from saelab.stores.validation import check_settings, naming, read_json, require_object
 from saelab.training.checkpoint import FOLDER, PROGRESS, read_progress
 
@@ -211,7 +212,5 @@ def _aux(cfg: SAEConfig) -> str:
 
 
 def _table(title: str, rows: TableRows) -> str:
-    width = max(len(name) for name, _ in rows)
-    return printable(
-        "\n".join([title, *(f"  {name:<{width}}  {' '.join(str(value).split())}" for name, value in rows)])
-    )
+    lines = format_table([[f"  {name}", " ".join(str(value).split())] for name, value in rows], left=(0, 1))
+    return printable("\n".join([title, *lines]))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from saelab.stores.results import Result, align_columns
+from saelab.stores.results import Result, format_table
 
 ROWS = (
     "fvu", "explained_variance", "cosine", "bias", "l0", "dead_frac", "ce_clean", "ce_sae", "ce_zero", "ce_mean",
@@ -101,7 +101,7 @@ class Evaluation(Result):
             "",
         ]
         table = [["", "SAE", "95 % interval", *self.baselines], *map(self._row, ROWS)]
-        lines += align_columns(table + [[f"fvu, first {n}", _number(fvu)] for n, fvu in self.prefixes.items()])
+        lines += format_table(table + [[f"fvu, first {n}", _number(fvu)] for n, fvu in self.prefixes.items()])
         bins = zip(self.density_edges, self.density_counts, strict=False)
         lines += ["", "features by log10 density: " + "  ".join(f"{edge:g}:{n}" for edge, n in bins)]
         lines += [f"{name}: {reason}" for name, reason in self.reasons.items()]
@@ -368,7 +368,7 @@ class ConceptScores(Result):
         for kind, pairs in (("opposed", self.opposed_pairs), ("control", self.control_pairs)):
             numbers = [str(getattr(scores, f"n_{kind}_on_two_sides")) for scores in columns.values()]
             table.append([f"{kind} pairs on two sides", f"{len(pairs)} pairs", *numbers])
-        lines += align_columns(table)
+        lines += format_table(table)
         reasons = Counter(row.reason for row in self.concepts if row.reason)
         if reasons:
             lines += ["", *(f"not scored, {n} concepts: {reason}" for reason, n in reasons.items())]

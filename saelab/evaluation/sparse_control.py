@@ -24,7 +24,7 @@ from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.prompt_metrics import Texts, read_last
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
-from saelab.stores.results import Result, align_columns
+from saelab.stores.results import Result, find_row, format_table
 
 TOLD = "as told"
 
@@ -214,7 +214,7 @@ class DictionaryScore:
 
     def edit(self, edit: str, k: int) -> EditScore:
         """The score of one kind of edit at k."""
-        return next(score for score in self.edits if (score.edit, score.k) == (edit, k))
+        return find_row(self.edits, edit=edit, k=k)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,10 +238,7 @@ class SparseControlResult(Result):
     """prompts of the training task, all versions counted"""
 
     def __getitem__(self, name: str) -> DictionaryScore:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"Must be one of {[row.name for row in self.rows]}, got '{name}'.")
+        return find_row(self.rows, name=name)
 
     def __str__(self) -> str:
         lines = [
@@ -252,7 +249,7 @@ class SparseControlResult(Result):
         for row in self.rows:
             counts = f"{row.n_features:,}", f"{row.l0:.1f}", f"{row.n_live:,}"
             table.append([row.name, *counts, f"{row.sufficiency:.3f}", f"{row.necessity:.3f}"])
-        lines += align_columns(table)
+        lines += format_table(table)
         lines += self._list_edits() + self._list_attributes()
         return "\n".join(lines)
 
@@ -275,7 +272,7 @@ class SparseControlResult(Result):
             for row in self.rows:
                 cells = [f"{one.agreement:.3f} / {one.magnitude:.2f}" for one in (row.edit(edit, k) for k in ks)]
                 table.append([f"  {row.name}", *cells])
-            lines += align_columns(table)
+            lines += format_table(table)
         return lines
 
     def _list_attributes(self) -> list[str]:
@@ -287,7 +284,7 @@ class SparseControlResult(Result):
                 counts = [str(v) for v in (one.n_found, one.n_split, one.n_occluded)]
                 where = f"{row.name}, {one.attribute} at {one.place}"
                 table.append([where, str(one.n_values), *f1, f"{one.n_sides:.1f}", *counts])
-        return ["", *align_columns(table)]
+        return ["", *format_table(table)]
 
 
 def evaluate_sparse_control(

@@ -21,7 +21,7 @@ from saelab.lm.hooks import capture
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 
 N_SHUFFLES = 99
 N_SHOWN = 10
@@ -129,12 +129,11 @@ class Attribution(Result):
         ]
         if self.agreement is not None:
             lines.append(format_agreement(self.agreement))
-        lines.append(f"{'effect':>10} {'code':>9} {'feature':>8}  token")
-        lines += [
-            f"{effect:+10.4f} {code:+9.3f} {feature:>8}  {position} {self.tokens[position]!r}"
+        table = [
+            [f"{effect:+.4f}", f"{code:+.3f}", str(feature), f"{position} {self.tokens[position]!r}"]
             for position, feature, code, effect in self.top()
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *format_table([["effect", "code", "feature", "token"], *table], left=(3,))])
 
     def _format_completeness(self) -> str:
         share = self.completeness

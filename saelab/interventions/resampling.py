@@ -13,7 +13,7 @@ from saelab.interventions.interventions import TokenSelection
 from saelab.interventions.prompt_metrics import Metric, Prompt, make_prompt_metric, read_texts
 from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 
 FEWEST = 4
 
@@ -46,14 +46,14 @@ class ResampleAblation(Result):
 
     def __str__(self) -> str:
         head = f"{self.metric}: {self.clean:.4g} on {self.n_texts:,} texts, {self.n_tokens:,} tokens resampled"
-        lines = [head, f"{'change':>10} {'random, mean':>13} {'most':>9}  rank  direction"]
+        table = [["change", "random, mean", "most", "rank", "direction"]]
         for row in self.rows:
             random = [value - self.clean for value in row.random]
             most = max(random, key=abs)
             mean = sum(random) / len(random)
-            change = row.value - self.clean
-            lines.append(f"{change:+10.4f} {mean:+13.4f} {most:+9.4f} {row.rank:>5}  {row.name} ({row.hook_point})")
-        return "\n".join(lines)
+            changes = [f"{change:+.4f}" for change in (row.value - self.clean, mean, most)]
+            table.append([*changes, str(row.rank), f"{row.name} ({row.hook_point})"])
+        return "\n".join([head, *format_table(table, left=(4,))])
 
 
 def resample_ablation(

@@ -16,7 +16,7 @@ from saelab.lm.model_checks import Model
 from saelab.lm.token_labels import TokenLabels
 from saelab.lm.tokenizers import spell, token_bytes
 from saelab.lm.tokens import Tokens, tokenize
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class MaskResult(Result):
     def __str__(self) -> str:
         total = max(self.keep.numel(), 1)
         rows = [*self.removed.items(), ("kept", self.n_kept)]
-        return "\n".join(f"{name:<10} {n:>12,} {n / total:>8.2%}" for name, n in rows)
+        return "\n".join(format_table([[name, f"{n:,}", f"{n / total:.2%}"] for name, n in rows]))
 
     def to_dict(self) -> dict[str, Any]:
         """Counts only, as a dictionary for JSON: `removed` by rule and `n_kept`."""

@@ -13,7 +13,7 @@ from saelab.lm.hook_points import HookPoints, hook_points_of
 from saelab.lm.hooks import capture, read_sites, to_model
 from saelab.lm.model_checks import Model, has_processed_weights, require_bridge
 from saelab.lm.unwrapped import Site, set_attention, strip
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ class HookAgreement(Result):
 
     def __str__(self) -> str:
         rows = zip(self.hook_points, self.captured, self.bridge, strict=True)
-        lines = [f"{name:<28} {captured:>10.2e} {bridge:>10.2e}" for name, captured, bridge in rows]
+        table = [[name, f"{captured:.2e}", f"{bridge:.2e}"] for name, captured, bridge in rows]
         verdict = "agree" if self.ok else "DISAGREE"
-        head = f"{'|x - h| / |h|':<28} {'captured':>10} {'bridge':>10}"
+        lines = format_table([["|x - h| / |h|", "captured", "bridge"], *table])
         return "\n".join(
-            [head, *lines, f"Hooks and Hugging Face {verdict} (tolerance {self.tolerance:g}, {self.n_tokens} tokens)."]
+            [*lines, f"Hooks and Hugging Face {verdict} (tolerance {self.tolerance:g}, {self.n_tokens} tokens)."]
         )
 
     def to_dict(self) -> dict[str, Any]:

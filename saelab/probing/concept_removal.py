@@ -36,7 +36,7 @@ from saelab.probing.linear_directions import (
 )
 from saelab.sae.sae import SAE
 from saelab.stores.corpus import split_documents
-from saelab.stores.results import Result, align_columns
+from saelab.stores.results import Result, find_row, format_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,7 @@ class ErasureResult(Result):
     """by name, for `sl.splice(model, {hook_point: edit})`; not saved"""
 
     def __getitem__(self, name: str) -> RemovalScore:
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise KeyError(f"Must be one of {[row.name for row in self.rows]}, got '{name}'.")
+        return find_row(self.rows, name=name)
 
     def harmed(self, name: str, n: int = 5) -> tuple[tuple[str, float], ...]:
         """The `n` other concepts that lost most accuracy by an edit, and how much each lost."""
@@ -135,7 +132,7 @@ class ErasureResult(Result):
             ]
             table.append([row.name, str(row.n), f"{row.concept.accuracy:.3f}", f"{row.concept.auroc:.3f}", *cells])
         return "\n".join(
-            [*lines, *align_columns(table), "others, worst and losses of edits are changes from the first row"]
+            [*lines, *format_table(table), "others, worst and losses of edits are changes from the first row"]
         )
 
 

@@ -19,7 +19,7 @@ from saelab.probing.feature_ranking import PENALTY, Columns, Labeled, RankedSide
 from saelab.probing.labeled_activations import draw_rows
 from saelab.stores.corpus import split_documents
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
@@ -164,26 +164,24 @@ class SparseProbes(Result):
             f"{self.concept}: true of {self.rate:.2%} of {self.n_tokens:,} held-out tokens of {self.n_documents:,} "
             f"documents; chosen and fitted on {self.n_train:,} others",
             f"shuffled: {self.null}; untrained: the same with an untrained dictionary",
-            f"{'':<18}" + "".join(f"{title:>{width}}" for title, width in TITLES.items())
-            + f"{'shuffled F1':>13}{'untrained F1':>14}{'random F1':>11}  features",
-        ]  # fmt: skip
-        for name, score in self.baselines.items():
-            lines.append(f"{name:<18}{_cells(score)}")
+        ]
+        table = [["", "k", *TITLES, "shuffled F1", "untrained F1", "random F1", "features"]]
+        table += [[name, "", *_cells(score)] for name, score in self.baselines.items()]
         for probe in self.probes:
             chance = (probe.shuffled.f1, probe.untrained.f1, self.random[probe.k].f1)
-            cells = "".join(f"{value:>{width}.3f}" for value, width in zip(chance, (13, 14, 11), strict=True))
             named = " ".join(_name(feature) for feature in probe.features[:6])
             more = " ..." if probe.k > 6 else ""
-            lines.append(f"{probe.ranking:<12}{probe.k:>4}  {_cells(probe.held_out)}{cells}  {named}{more}")
-        return "\n".join(lines)
+            cells = [*_cells(probe.held_out), *(f"{value:.3f}" for value in chance)]
+            table.append([probe.ranking, str(probe.k), *cells, f"{named}{more}"])
+        return "\n".join([*lines, *format_table(table, left=(0, len(table[0]) - 1))])
 
 
-TITLES = {"F1": 7, "accuracy": 10, "balanced": 10, "MCC": 8, "AUROC": 7, "says yes": 10}
+TITLES = ("F1", "accuracy", "balanced", "MCC", "AUROC", "predicted")
 
 
-def _cells(score: ProbeScore) -> str:
+def _cells(score: ProbeScore) -> list[str]:
     values = (score.f1, score.accuracy, score.balanced, score.mcc, score.auroc, score.yes)
-    return "".join(f"{value:>{width}.3f}" for value, width in zip(values, TITLES.values(), strict=True))
+    return [f"{value:.3f}" for value in values]
 
 
 def _name(one: ProbedFeature) -> str:

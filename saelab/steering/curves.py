@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from saelab.functional.statistics import find_reach
-from saelab.stores.results import Result, align_columns
+from saelab.stores.results import Result, format_table
 
 NAN = float("nan")
 N_DRAWS = 500
@@ -423,7 +423,7 @@ class SteeringCurve(Result):
 
     def __str__(self) -> str:
         header, rows = self.format_rows()
-        return "\n".join([self.title, self.baseline, *align_columns([header, *rows])])
+        return "\n".join([self.title, self.baseline, *format_table([header, *rows])])
 
     @property
     def _doses(self) -> list[tuple[int, tuple[str, float]]]:

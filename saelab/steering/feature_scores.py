@@ -20,7 +20,7 @@ from saelab.lm.tokenizers import token_strings
 from saelab.lm.unembedding import read_out
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 
 NAN = float("nan")
 NEUTRAL = "From my experience,"
@@ -91,13 +91,13 @@ class OutputScores(Result):
             f"{len(self.prompts)} prompt(s); the best {min(N_SHOWN, len(self.rows))} by output score",
             f"{self.above_random_frac:.1%} of the sides have an output score above {self.random_95:.3f}, that of "
             "95 % of random directions",
-            f"{'feature':>9}{'output':>8}{'chance':>8}{'input':>8}{'chance':>8}{'says':>8}  token",
         ]
+        table = [["feature", "output", "chance", "input", "chance", "probability", "token"]]
         for row in self.top():
             name = f"{row.feature}{'+' if row.sign > 0 else '-'}"
             scores = (row.output, row.output_chance, row.input, row.input_chance, row.probability)
-            lines.append(f"{name:>9}" + "".join(f"{score:>8.3f}" for score in scores) + f"  {row.token!r}")
-        return "\n".join(lines)
+            table.append([name, *(f"{score:.3f}" for score in scores), repr(row.token)])
+        return "\n".join([*lines, *format_table(table, left=(6,))])
 
 
 @torch.no_grad()

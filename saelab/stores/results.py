@@ -47,14 +47,14 @@ class Result(Drawn):
         write_json(path, self.to_dict())
 
 
-def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
+def format_table(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
     """A table as lines of text: columns as wide as their widest cell, two spaces apart.
 
     Args:
         rows: cells of each row; rows may be shorter than others.
         left: columns that are left-aligned; all others are right-aligned.
 
-    >>> align_columns([["", "n"], ["a long name", "1,234"], ["b", "5"]])
+    >>> format_table([["", "n"], ["a long name", "1,234"], ["b", "5"]])
     ['                 n', 'a long name  1,234', 'b                5']
     """
     n = max((len(row) for row in rows), default=0)
@@ -66,6 +66,15 @@ def align_columns(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -
         ).rstrip()
         for row in rows
     ]
+
+
+def find_row(rows: Sequence[T], **values: object) -> T:
+    """The first row whose fields have the given values; KeyError that lists the values there are."""
+    for row in rows:
+        if all(getattr(row, name) == value for name, value in values.items()):
+            return row
+    known = [tuple(getattr(row, name) for name in values) for row in rows]
+    raise KeyError(f"{', '.join(values)} must be one of {known}, got {tuple(values.values())}.")
 
 
 def _plain(value: object) -> object:

@@ -19,7 +19,7 @@ from saelab.functional.indices import MarkedRows, number_rows
 from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 from saelab.universality.document_text import (
     BEGINNING,
     BLUR,
@@ -368,13 +368,13 @@ class Overview(Result):
     def __str__(self) -> str:
         lines = [f"documents in common: {self.n_documents:,}, of them cut short on one side: {self.n_cut:,}"]
         lines.append("the same tokens on both sides" if self.exact else "aligned by the characters of tokens")
-        lines += ["", f"{'':<4}{'rows':>12}{'aligned':>12}{'share':>8}"]
-        for name, n_rows, n in zip("ab", self.n_rows, self.n_aligned, strict=True):
-            lines.append(f"{name:<4}{n_rows:>12,}{n:>12,}{n / n_rows:>8.3f}")
+        counts = zip("ab", self.n_rows, self.n_aligned, strict=True)
+        table = [[name, f"{n_rows:,}", f"{n:,}", f"{n / n_rows:.3f}"] for name, n_rows, n in counts]
+        lines += ["", *format_table([["", "rows", "aligned", "share"], *table])]
         lines += ["", f"one to one: {self.one_to_one:.3f} of the aligned rows of a"]
         for what, found in (("documents of {} left out", self.left_out), ("rows of {} unaligned", self.unaligned)):
-            for name, counts in found.items():
-                lines.append(f"{what.format(name)}: " + ", ".join(f"{n:,} {why}" for why, n in counts.items()))
+            for name, reasons in found.items():
+                lines.append(f"{what.format(name)}: " + ", ".join(f"{n:,} {why}" for why, n in reasons.items()))
         return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor
 
 from saelab.functional.screening import largest_first
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 from saelab.universality.similarity import SimilarityBlock
 
 GROUP = 64
@@ -419,16 +419,14 @@ class Comparison(Result):
         lines = [
             f"{what} by {self.similarity}{rows}; universal: q <= {self.fdr:g} and at least {self.min_effect:g}{floor}"
         ]
-        titles = {"live": 8, "median": 9, "chance": 9, "(95 %)": 9, "universal": 11, "by freq.": 10, "by var.": 9}
-        lines.append(" " * 4 + "".join(f"{title:>{width}}" for title, width in titles.items()))
+        table = [["", "live", "median", "chance", "(95 %)", "universal", "by freq.", "by var."]]
         for name, side in (("a", self.a), ("b", self.b)):
             known = np.abs(side.similarity[~np.isnan(side.similarity)])
             middle = float(np.median(known)) if len(known) else float("nan")
-            shares = f"{side.share():>11.1%}{side.share('frequency'):>10.1%}{side.share('variance'):>9.1%}"
-            lines.append(
-                f"{name:<4}{int(side.live.sum()):>8,}{middle:>9.3f}{side.chance[0]:>9.3f}{side.chance[1]:>9.3f}{shares}"
-            )
-        lines += _describe_floors(self)
+            shares = [f"{share:.1%}" for share in (side.share(), side.share("frequency"), side.share("variance"))]
+            levels = [f"{level:.3f}" for level in (middle, *side.chance)]
+            table.append([name, f"{int(side.live.sum()):,}", *levels, *shares])
+        lines += [*format_table(table), *_describe_floors(self)]
         flipped = int((self.a.similarity[self.universal_pairs[:, 0]] < 0).sum())
         mean = float(np.abs(self.values).mean()) if len(self.values) else float("nan")
         kind = "" if self.exact else f", among the {self.m} nearest"
@@ -447,8 +445,9 @@ def _describe_floors(found: Comparison) -> Iterator[str]:
         yield "no untrained dictionary was compared: what the text alone makes alike is among these"
         return
     yield "chance alone as the floor: share of this dictionary, and of an untrained one of its shape in its place"
-    yield " " * 4 + f"{'':>8}{'untrained':>18}{'(95 %)':>9}{'trained':>11}{'untrained':>11}"
+    table = [["", "untrained", "(95 %)", "trained", "untrained"]]
     for name, floor in (("a", found.a.untrained), ("b", found.b.untrained)):
         if floor is not None:
-            shares = f"{floor.trained['count']:>11.1%}{floor.shares['count']:>11.1%}"
-            yield f"{name:<4}{'':>8}{floor.median:>18.3f}{floor.level:>9.3f}{shares}"
+            shares = [f"{floor.trained['count']:.1%}", f"{floor.shares['count']:.1%}"]
+            table.append([name, f"{floor.median:.3f}", f"{floor.level:.3f}", *shares])
+    yield from format_table(table)

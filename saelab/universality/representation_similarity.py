@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from saelab.functional.screening import largest_first
 from saelab.functional.statistics import find_runs, move_blocks
 from saelab.stores.jobs import hidden
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 
 VARIANCE_FRAC = 0.99
 """Share of each side's variance that SVCCA keeps."""
@@ -321,12 +321,12 @@ class SpaceComparison(Result):
         kept = "{} and {}".format(*self.n_components)
         how = "pairings shuffled in blocks" if self.in_blocks else "shuffled pairings"
         lines = [f"{self.n_pairs:,} pairs, {self.n_shuffles:,} {how}, {kept} components"]
-        lines.append(f"{'':<19}{'value':>8}{'chance':>8}{'95 %':>8}{'excess':>8}{'p':>10}")
+        table = [["", "value", "chance", "95 %", "excess", "p"]]
         for name, score in self.scores.items():
             values = (score.value, score.chance, score.chance_95, score.excess)
-            marks = "".join(f"{round(value, 3) + 0.0:>8.3f}" for value in values)  # + 0.0: no "-0.000"
-            lines.append(f"{name.replace('_', ' '):<19}{marks}{self._p(score.p):>10}  {score.note}".rstrip())
-        return "\n".join(lines)
+            marks = [f"{round(value, 3) + 0.0:.3f}" for value in values]  # + 0.0: no "-0.000"
+            table.append([name.replace("_", " "), *marks, self._p(score.p), score.note])
+        return "\n".join([*lines, *format_table(table, left=(0, 6))])
 
     def _p(self, p: float) -> str:
         lowest = self.n_shuffles + 1

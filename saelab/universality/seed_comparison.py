@@ -19,7 +19,7 @@ from saelab.sae.compatibility import require_finite
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 from saelab.universality.matching import assign, find_nearest
 from saelab.universality.similarity import cosine_blocks
 
@@ -215,7 +215,7 @@ class SeedStability(Result):
         n = len(self.figures)
         kind = "by size" if self.signed else "with their sign"
         lines = [f"{n} dictionaries of {self.d_sae:,} directions in {self.d_in:,} dimensions, cosines {kind}"]
-        lines.append(f"{'':<28}{'trained':>9}{'random':>9}{'alike':>9}")
+        table = [["", "trained", "random", "alike"]]
         families = (self.trained, self.random, self.matched_random)
         names = {
             "matched": "matched one to one",
@@ -223,10 +223,11 @@ class SeedStability(Result):
             "found": f"found by all (>= {self.threshold:g})",
         }
         for name, title in (names | {"overlap": f"subspace of {self.rank} dimensions"}).items():
-            lines.append(f"{title:<28}" + "".join(f"{getattr(one, name).mean():>9.3f}" for one in families))
+            table.append([title, *(f"{getattr(one, name).mean():.3f}" for one in families)])
         for name in ("stable_rank", "effective_rank", "coherence", "crowding", "ood"):
             mean = np.mean([getattr(one, name) for one in self.figures])
-            lines.append(f"{name.replace('_', ' '):<28}{mean:>9.3f}{getattr(self.random_figures, name):>9.3f}")
+            table.append([name.replace("_", " "), f"{mean:.3f}", f"{getattr(self.random_figures, name):.3f}"])
+        lines += format_table(table)
         if self.usage:
             by_density = ", ".join(f"{value:.3f}" for value in self.quarters)
             lines.append(f"matched, rarest quarter first: {by_density}")

@@ -20,7 +20,7 @@ from saelab.labels.label_store import LabelStore
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.jobs import hidden
-from saelab.stores.results import Result, align_columns
+from saelab.stores.results import Result, format_table
 from saelab.universality.comparison import compare
 from saelab.universality.matching import Comparison, Matches, MatchingMethod
 
@@ -51,7 +51,7 @@ class PairFilter(Result):
     def __str__(self) -> str:
         total = max(len(self.keep), 1)
         rows = [*self.removed.items(), ("kept", self.n_kept)]
-        return "\n".join(f"{name:<16} {n:>9,} {n / total:>8.2%}" for name, n in rows)
+        return "\n".join(format_table([[name, f"{n:,}", f"{n / total:.2%}"] for name, n in rows]))
 
     def to_dict(self) -> dict[str, Any]:
         """The counts, ready for JSON: `removed` by rule and `n_kept`."""
@@ -217,7 +217,7 @@ class UniversalTable(Result):
         for row in self.rows:
             said = [" ".join(filter(None, (row[f"label_{x}"], format_words(row[f"words_{x}"])))) for x in "ab"]
             table.append([*map(str, self.cells(row)), f"{said[0]} | {said[1]}"])
-        return "\n".join([*lines, *align_columns(table, left=(5,))])
+        return "\n".join([*lines, *format_table(table, left=(5,))])
 
     @staticmethod
     def cells(row: dict[str, Any]) -> tuple[str, str, str, str, str]:

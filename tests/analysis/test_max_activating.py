@@ -300,11 +300,11 @@ def test_windows_of_characters_are_as_long_as_those_of_words(store):
 
 
 def test_columns_of_tables_never_touch():
-    from saelab.stores.results import align_columns
+    from saelab.stores.results import format_table
 
     rng = np.random.default_rng(0)
     rows = [
         ["x" * rng.integers(0, 60), *("9" * rng.integers(0, 20) for _ in range(rng.integers(1, 5)))] for _ in range(9)
     ]
-    for line, row in zip(align_columns(rows), rows, strict=True):
+    for line, row in zip(format_table(rows), rows, strict=True):
         assert line.split() == [cell for cell in row if cell]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Integer
 from saelab.functional.statistics import find_runs, move_blocks
 from saelab.labels.rules.token_view import TokenView
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.results import Result
+from saelab.stores.results import Result, format_table
 
 CELLS = 2**22
 """Number of sums held at once."""
@@ -48,14 +48,14 @@ class TokenBaseline(Result):
 
     def __str__(self) -> str:
         lines = [f"codes simulated from tokens, Pearson's r on {self.n_tokens:,} held-out tokens"]
-        lines.append(f"{'':<24}{'median':>8}{'5 %':>8}{'95 %':>8}{'r > 0.5':>9}")
+        table = [["", "median", "5 %", "95 %", "r > 0.5"]]
         for name in ("by_token", "by_pair", "by_token_chance", "by_pair_chance"):
             values = getattr(self, name)[~np.isnan(getattr(self, name))]
             if len(values) == 0:
                 continue
-            marks = "".join(f"{np.quantile(values, q):>8.3f}" for q in (0.5, 0.05, 0.95))
-            lines.append(f"{name.replace('_', ' '):<24}{marks}{(values > 0.5).mean():>9.1%}")
-        return "\n".join(lines)
+            marks = [f"{np.quantile(values, q):.3f}" for q in (0.5, 0.05, 0.95)]
+            table.append([name.replace("_", " "), *marks, f"{(values > 0.5).mean():.1%}"])
+        return "\n".join([*lines, *format_table(table)])
 
 
 def token_baseline(store: FeatureStore, *, train_frac: float = 0.5, seed: int = 0) -> TokenBaseline:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from saelab.labels.label import Label, LabelKind
-from saelab.stores.results import Result, align_columns
+from saelab.stores.results import Result, format_table
 
 NO_RULE = "no good rule"
 
@@ -96,7 +96,7 @@ class RuleLabels(Result):
             self._format_floor(),
         ]
         titles = ["feature", "F1", "chance", "prec.", "recall", "AUROC", "share", "rule"]
-        return "\n".join([*lines, *align_columns([titles, *map(_cells, good[:20])], left=(len(titles) - 1,))])
+        return "\n".join([*lines, *format_table([titles, *map(_cells, good[:20])], left=(len(titles) - 1,))])
 
     def _format_floor(self) -> str:
         f1 = f"median F1 {np.median([row.f1 for row in self.good]):.2f}" if self.good else "none"
