@@ -124,11 +124,12 @@ OWN_RIGHT = ("saelab.cli.", "saelab.sae.formats.", "saelab.visualization.demo_pa
 def fragments(package: Path) -> list[str]:
     """Files that only one other imports, though they hold no public name and both would fit in one file."""
     known = modules(package)
-    packages = {name for name, tree in known.items() if (package.parent / name.replace(".", "/")).is_dir()}
-    listed = {target for name in packages for target in imports(known[name], known)}
+    read = {name: set(imports(tree, known)) for name, tree in known.items()}
+    packages = {name for name in known if (package.parent / name.replace(".", "/")).is_dir()}
+    listed = {target for name in packages for target in read[name]}
     found = []
     for name in sorted(set(known) - packages - listed - {LAZY}):
-        users = [user for user, tree in known.items() if name in imports(tree, known) and user not in packages]
+        users = [user for user, targets in read.items() if name in targets and user not in packages]
         if len(users) == 1 and not name.startswith(OWN_RIGHT):
             lines = [
                 len((package.parent / f"{n.replace('.', '/')}.py").read_text().splitlines()) for n in (name, *users)
