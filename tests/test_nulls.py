@@ -16,7 +16,7 @@ from scipy.sparse import csc_matrix
 from torch.nn.functional import normalize
 
 import saelab as sl
-from saelab.interventions.attribution import _shuffle, rank_correlation
+from saelab.functional.statistics import permute_within, rank_correlation
 from saelab.labels.autointerp.clients import Answer
 from saelab.labels.autointerp.example_windows import ExampleConfig, build_case
 from saelab.labels.autointerp.requests import RequestConfig, RequestQueue
@@ -150,7 +150,7 @@ def test_estimates_of_another_feature_agree_no_more_than_shuffled_ones():
     exact = rng.standard_normal(480) + positions
     for estimates, real in ((positions + rng.standard_normal(480), False), (exact + 0.2, True)):
         found = rank_correlation(estimates, exact)
-        shuffled = np.mean([rank_correlation(estimates[_shuffle(positions, rng)], exact) for _ in range(20)])
+        shuffled = np.mean([rank_correlation(estimates[permute_within(positions, rng)], exact) for _ in range(20)])
         within = [rank_correlation(estimates[positions == i], exact[positions == i]) for i in range(8)]
         assert (found - shuffled > 0.05) == real and (np.mean(within) > 4 / np.sqrt(480)) == real
 

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from saelab.functional.indices import read_feature
 from saelab.functional.screening import largest_first
+from saelab.functional.statistics import correlation_of_sums
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
@@ -82,15 +83,9 @@ def _cosines(sae: SAE) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _correlations(store: FeatureStore, firing: bool) -> Iterator[tuple[int, np.ndarray]]:
-    """`(sum xy / N - mean x mean y) / (std x std y)` in blocks of rows, summed over shards of which one is held."""
+    """Pearson's correlations of codes, or of firing, in blocks of rows, summed over shards of which one is held."""
     n, seen = len(store), store.statistics
-    if firing:
-        mean = squares = seen.fires.sum(1) / n
-    else:
-        mean, squares = (seen.sums[:, 0] - seen.sums[:, 1]) / n, seen.squares.sum(1) / n
-    spread = np.sqrt(np.maximum(squares - mean**2, 0))
-    spread[spread < 1e-6 * np.sqrt(squares)] = 0
-    scale = np.divide(1, spread, out=np.full_like(spread, np.nan), where=spread > 0)
+    x, xx = (seen.fires.sum(1),) * 2 if firing else (seen.sums[:, 0] - seen.sums[:, 1], seen.squares.sum(1))
     for start in range(0, store.d_sae, BLOCK):
         part = slice(start, min(start + BLOCK, store.d_sae))
         sums = np.zeros((part.stop - start, store.d_sae))
@@ -98,7 +93,7 @@ def _correlations(store: FeatureStore, firing: bool) -> Iterator[tuple[int, np.n
             if firing:
                 rows.data, columns.data = np.ones_like(rows.data), np.ones_like(columns.data)
             sums += (columns.T.tocsr() @ rows).toarray()
-        yield start, ((sums / n - mean[part, None] * mean) * scale[part, None] * scale).astype(np.float32)
+        yield start, correlation_of_sums(n, x[part, None], x, xx[part, None], xx, sums).astype(np.float32)
 
 
 def _nearest(start: int, block: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,7 @@ from saelab.evaluation.feature_classifiers import (
     select_rows,
 )
 from saelab.evaluation.results import ConceptScore, ConceptScores, PairScore, ParentScore
-from saelab.functional.statistics import INSIDE, exchange_groups, find_reach, permute_within
+from saelab.functional.statistics import INSIDE, draw_weights, exchange_groups, find_reach, kappa, permute_within
 from saelab.lm.token_labels import Concept, LabelsLike, TokenLabels
 from saelab.stores.corpus import split_documents
 
@@ -57,25 +57,23 @@ def kappa_intervals(
         seed: of the draws.
     """
     _, numbers, sizes = np.unique(story_ids, return_inverse=True, return_counts=True)
-    weights = np.random.default_rng(seed).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), N_DRAWS)
-    weights = np.concatenate([np.ones((1, len(sizes)), np.int64), weights])
+    weights = np.concatenate([np.ones((1, len(sizes))), draw_weights(len(sizes), N_DRAWS, seed)])
     columns, found = truth.tocsc(), np.empty((len(classifiers), 3))
     for c, classifier in enumerate(classifiers):
         fires, true = held.tokens(classifier), columns[:, [c]].indices
         sums = [np.bincount(numbers[rows], minlength=len(sizes)) for rows in (np.intersect1d(fires, true), fires, true)]
-        kappas = _kappa(*(weights @ one for one in (*sums, sizes)))
+        kappas = _kappa_or_nan(*(weights @ one for one in (*sums, sizes)))
         [reach] = find_reach(kappas[None, 1:], len(sizes))
         found[c] = kappas[0], kappas[0] - reach, kappas[0] + reach
     return found
 
 
-def _kappa(
-    hits: Int[np.ndarray, "n"], fires: Int[np.ndarray, "n"], true: Int[np.ndarray, "n"], n: Int[np.ndarray, "n"]
+def _kappa_or_nan(
+    hits: Float[np.ndarray, "n"], fires: Float[np.ndarray, "n"], true: Float[np.ndarray, "n"], n: Float[np.ndarray, "n"]
 ) -> Float[np.ndarray, "n"]:
     """F1 above that of as many firings at random; NaN where neither fires nor holds, or both always."""
-    whole, chance = fires + true, 2.0 * fires * true / n
-    room = whole - chance
-    return np.divide(2 * hits - chance, room, out=np.full(len(room), np.nan), where=room > 0)
+    known = (fires + true > 0) & (fires + true < 2 * n)
+    return np.where(known, kappa(hits, fires, true, n), np.nan)
 
 
 def move_truth(truth: "csr_matrix", story_ids: Shaped[np.ndarray, "n_tokens"], seed: int) -> "csr_matrix":
@@ -360,7 +358,9 @@ def _concept_rows(
             scores["precision"] = ratio(tested.hits[c, c], tested.fires[c])
             scores["auroc"] = ranks.auroc(column, held[:, [c]].indices)
             scores["f1_train"] = float(counts.f1(c)[classifier])
-            scores["n_split"] = len(classifier_union(levels, counts, c, classifier, train[:, [c]].indices))
+            true = np.zeros(levels.table.shape[0], bool)
+            true[train[:, [c]].indices] = True
+            scores["n_split"] = len(classifier_union(counts.hits[c], counts.fires, true, levels.tokens))
         rows.append(
             ConceptScore(
                 name=concept.name,

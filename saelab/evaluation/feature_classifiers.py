@@ -6,18 +6,18 @@ linear probe is the ceiling.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int8, Shaped
+from jaxtyping import Bool, Float, Int, Int8, Shaped
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from saelab.functional.codes import SparseCodes
 from saelab.functional.metrics import exact
+from saelab.functional.statistics import auroc_of_ranks, f1, fit_probe, kappa
 from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.sae.config import SAEConfig
 from saelab.sae.initialization import prepare
@@ -200,16 +200,11 @@ class ClassifierCounts:
 
     def f1(self, c: int) -> Float[np.ndarray, "n_classifiers"]:
         """F1 of every classifier as classifier of a concept."""
-        return 2 * self.hits[c] / np.maximum(self.fires + self.n_true[c], 1)
+        return f1(self.hits[c], self.fires, self.n_true[c])
 
     def kappa(self, c: int) -> Float[np.ndarray, "n_classifiers"]:
-        """F1 above chance, `(F1 - E) / (1 - E)`, E the F1 of as many random firings: Cohen's kappa.
-
-        A classifier that always fires has F1 0.67 for a concept on every second token, and kappa 0.
-        """
-        size = np.maximum(self.fires + self.n_true[c], 1)
-        chance = 2.0 * self.fires * (self.n_true[c] / self.n_tokens) / size
-        return (self.f1(c) - chance) / np.maximum(1 - chance, 1e-12)
+        """Cohen's kappa of every classifier: its F1 above chance."""
+        return kappa(self.hits[c], self.fires, self.n_true[c], self.n_tokens)
 
 
 def best_classifier(counts: ClassifierCounts, c: int) -> int:
@@ -231,52 +226,55 @@ def best_pair(counts: ClassifierCounts, a: int, b: int) -> tuple[int, int]:
 
 
 def classifier_union(
-    levels: Levels, counts: ClassifierCounts, c: int, first: int, true: Int[np.ndarray, "n_true"]
+    hits: Int[np.ndarray, "n_classifiers"],
+    fires: Int[np.ndarray, "n_classifiers"],
+    is_true: Bool[np.ndarray, "n_tokens"],
+    tokens: Callable[[int], Int[np.ndarray, "n_fires"]],
 ) -> list[int]:
-    """The greedy union of at most 10 classifiers for a concept, each added while it raises F1 by more than 0.03.
+    """The greedy union of at most 10 classifiers for a label, each added while it raises F1 by more than 0.03.
 
-    A classifier's possible gain is bounded by its own counts, so only classifiers are tried whose bound exceeds the
-    best gain so far.
+    The first is the one with the highest F1; of equal ones the first counts. A classifier's possible gain is bounded by
+    its own counts, so only classifiers are tried whose bound reaches the best gain so far.
 
     Args:
-        levels: quantized codes.
-        counts: of classifiers on the same tokens.
-        c: index of the concept.
-        first: the best classifier, which the union starts with; `NOTHING` for an empty union.
-        true: tokens with the concept.
+        hits: tokens with the label on which each classifier fires.
+        fires: tokens on which each fires.
+        is_true: the label of each token.
+        tokens: function from a classifier to the tokens on which it fires.
     """
-    is_true = np.zeros(levels.table.shape[0], bool)
-    is_true[true] = True
-    predicted = np.zeros_like(is_true)
-    classifiers, best = [], first
+    predicted, n_true = np.zeros_like(is_true), int(is_true.sum())
+    scores = f1(hits, fires, n_true)
+    best = int(scores.argmax()) if len(scores) and scores.max() > 0 else NOTHING
+    found: list[int] = []
     while best != NOTHING:
-        classifiers.append(best)
-        predicted[levels.tokens(best)] = True
-        best = _best_addition(levels, counts, c, predicted, is_true) if len(classifiers) < MAX_SPLIT else NOTHING
-    return classifiers
+        found.append(best)
+        predicted[tokens(best)] = True
+        best = _best_addition(hits, fires, predicted, is_true, tokens) if len(found) < MAX_SPLIT else NOTHING
+    return found
 
 
-def _best_addition(levels: Levels, counts: ClassifierCounts, c: int, predicted: np.ndarray, is_true: np.ndarray) -> int:
-    hits, fires, n_true = int(is_true[predicted].sum()), int(predicted.sum()), int(counts.n_true[c])
-    best, goal = NOTHING, 2 * hits / (fires + n_true) + SPLIT_GAIN
-    bounds = _bound_unions(counts, c, hits, fires)
+def _best_addition(
+    hits: np.ndarray,
+    fires: np.ndarray,
+    predicted: np.ndarray,
+    is_true: np.ndarray,
+    tokens: Callable[[int], np.ndarray],
+) -> int:
+    n_hits, n_fires, n_true = int(is_true[predicted].sum()), int(predicted.sum()), int(is_true.sum())
+    best, goal = NOTHING, 2 * n_hits / (n_fires + n_true) + SPLIT_GAIN
+    new_hits = np.minimum(hits, n_true - n_hits)  # all new, and false positives old where possible
+    new_alarms = np.maximum(fires - hits - (n_fires - n_hits), 0)
+    bounds = 2 * (n_hits + new_hits) / (n_true + n_fires + new_hits + new_alarms)
     hopeful = np.flatnonzero(bounds > goal)
     for classifier in hopeful[np.argsort(-bounds[hopeful], kind="stable")].tolist():
-        if bounds[classifier] <= goal:
+        if bounds[classifier] < goal:
             break
-        added = levels.tokens(classifier)
+        added = tokens(classifier)
         added = added[~predicted[added]]
-        union = 2 * (hits + int(is_true[added].sum())) / (fires + len(added) + n_true)
-        if union > goal:
+        union = 2 * (n_hits + int(is_true[added].sum())) / (n_fires + len(added) + n_true)
+        if union > goal or (union == goal and classifier < best):
             best, goal = classifier, union
     return best
-
-
-def _bound_unions(counts: ClassifierCounts, c: int, hits: int, fires: int) -> Float[np.ndarray, "n_classifiers"]:
-    """Upper bound on F1 of a union with each classifier: its hits all new, its false positives old where possible."""
-    new_hits = np.minimum(counts.hits[c], counts.n_true[c] - hits)
-    new_alarms = np.maximum(counts.fires - counts.hits[c] - (fires - hits), 0)
-    return 2 * (hits + new_hits) / (counts.n_true[c] + fires + new_hits + new_alarms)
 
 
 class Ranks:
@@ -295,9 +293,11 @@ class Ranks:
         n_zero = n - len(tokens)
         fired = np.isin(tokens, true, assume_unique=True)
         total = (ranks[fired] + n_zero).sum() + (n_true - fired.sum()) * (n_zero + 1) / 2
-        return ratio(total - n_true * (n_true + 1) / 2, n_true * (n - n_true))
+        return auroc_of_ranks(float(total), n_true, n)
 
     def _rank(self, column: int) -> tuple[np.ndarray, np.ndarray]:
+        from scipy.stats import rankdata
+
         feature, negative = divmod(column, 2)
         if isinstance(self.values, np.ndarray):
             z, tokens = self.values[:, feature], np.arange(len(self.values))
@@ -305,8 +305,7 @@ class Ranks:
             part = slice(*self.values.indptr[feature : feature + 2])
             z, tokens = self.values.data[part], self.values.indices[part]
         there = z < 0 if negative else z > 0
-        _, places, counts = np.unique(np.abs(z[there]), return_inverse=True, return_counts=True)
-        return tokens[there], (counts.cumsum() - (counts - 1) / 2)[places]  # equal values share their mean rank
+        return tokens[there], rankdata(np.abs(z[there]))
 
 
 def ratio(part: float | np.number, whole: int | np.number) -> float:
@@ -316,7 +315,6 @@ def ratio(part: float | np.number, whole: int | np.number) -> float:
 
 SAMPLE_TOKENS = 40_000
 ENCODE_TOKENS = 2**15
-PROBE_STEPS = 30
 
 
 def concept_baselines(
@@ -376,26 +374,3 @@ def encode_csr(sae: SAE, acts: Float[Tensor, "n_tokens d_in"]) -> "csr_matrix":
         data, indices, offsets = (part.cpu().numpy() for part in (codes.values, codes.indices, codes.offsets))
         parts.append(csr_matrix((data, indices, offsets), shape=(len(x), codes.d_sae)))
     return vstack(parts, format="csr")
-
-
-def fit_probe(x: Float32[Tensor, "n d"], labels: Float32[Tensor, "n n_concepts"]) -> torch.nn.Linear:
-    """A logistic regression on all concepts at once, with half the squared weights added to the summed loss."""
-    rate = (labels.sum(0) + 0.5) / (len(x) + 1)
-    with torch.random.fork_rng(devices=[]):  # layers draw weights from the global generator
-        probe = torch.nn.Linear(x.shape[1], labels.shape[1])
-    torch.nn.init.zeros_(probe.weight)
-    probe.bias.data.copy_(rate.logit())
-    optimizer = torch.optim.LBFGS(
-        probe.parameters(), max_iter=PROBE_STEPS, history_size=10, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        fit = binary_cross_entropy_with_logits(probe(x), labels, reduction="sum")
-        total = (fit + 0.5 * probe.weight.square().sum()) / len(x)
-        total.backward()
-        return total
-
-    with torch.enable_grad():
-        optimizer.step(loss)
-    return probe.requires_grad_(False)

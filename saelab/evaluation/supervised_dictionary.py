@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.evaluation.feature_classifiers import fit_probe
+from saelab.evaluation.feature_classifiers import classifier_union
 from saelab.functional.metrics import exact
-from saelab.functional.statistics import choose_threshold
+from saelab.functional.statistics import choose_threshold, f1, fit_probe
 
 Fit = Literal["means", "least-squares"]
 Attributes = Mapping[str, str]
@@ -94,8 +94,6 @@ def _mark(attributes: Sequence[Attributes], places: Mapping[tuple[str, str], int
 
 
 GOOD_F1 = 0.6
-MOST_UNITED = 10
-GAIN = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,27 +202,19 @@ def _score(
 
 def _unite(train: Any, y: np.ndarray) -> list[int]:
     """Columns whose union predicts a label, the best first; none where no column fires with it."""
-    predicted, best = np.zeros(len(y), bool), 0.0
-    sides: list[int] = []
     fires = np.asarray(train.sum(0)).ravel()
-    while len(sides) < MOST_UNITED:
-        new, new_hits = ((mask.astype(np.int32) @ train) for mask in (~predicted, ~predicted & y))
-        hits = int((predicted & y).sum()) + new_hits
-        f1 = np.where(fires > 0, 2 * hits / np.maximum(int(predicted.sum()) + new + int(y.sum()), 1), 0)
-        side = int(f1.argmax())
-        if f1[side] <= best + (GAIN if sides else 0):
-            break
-        sides.append(side)
-        best = float(f1[side])
-        predicted[train[:, [side]].indices] = True
-    return sides
+    return classifier_union(y.astype(np.int32) @ train, fires, y, lambda side: train[:, [side]].indices)
 
 
 def _test(held: Any, sides: Sequence[int], y: np.ndarray) -> float:
     predicted = np.zeros(len(y), bool)
     for side in sides:
         predicted[held[:, [side]].indices] = True
-    return 2 * int((predicted & y).sum()) / max(1, int(predicted.sum() + y.sum()))
+    return _score_f1(predicted, y)
+
+
+def _score_f1(guess: np.ndarray, y: np.ndarray) -> float:
+    return float(f1((guess & y).sum(), guess.sum(), int(y.sum())))
 
 
 def _probe(x: Tensor, truth: Mapping[str, np.ndarray], is_train: np.ndarray) -> dict[str, np.ndarray]:
@@ -233,10 +223,9 @@ def _probe(x: Tensor, truth: Mapping[str, np.ndarray], is_train: np.ndarray) -> 
     x = (x - x[train].mean(0)) / x[train].std(0).clamp(min=1e-6)
     labels = torch.from_numpy(np.concatenate(list(truth.values()), 1))
     scores = fit_probe(x[train], labels[train].float())(x).numpy().astype(np.float64)
-    f1 = np.zeros(labels.shape[1])
+    found = np.zeros(labels.shape[1])
     for v, y in enumerate(labels.numpy().T):
         threshold, _ = choose_threshold(scores[is_train, v], y[is_train])
-        guess = scores[~is_train, v] >= threshold
-        f1[v] = 2 * int((guess & y[~is_train]).sum()) / max(1, int(guess.sum() + y[~is_train].sum()))
+        found[v] = _score_f1(scores[~is_train, v] >= threshold, y[~is_train])
     ends = np.cumsum([marks.shape[1] for marks in truth.values()])[:-1]
-    return dict(zip(truth, np.split(f1, ends), strict=True))
+    return dict(zip(truth, np.split(found, ends), strict=True))

@@ -8,12 +8,14 @@ documents, and rows are moved in blocks, each shifted circularly by itself. The 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Integer, Shaped
+from jaxtyping import Bool, Float, Float32, Int, Integer, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 BLOCK_ROWS, N_BLOCKS = 256, 64
 """Largest number of rows in a block, and smallest number of blocks where rows are few."""
@@ -263,76 +265,137 @@ def window_auroc(
     rows = np.sort(near[inside & (doc_ids[near] == doc_ids[chosen][:, None])])
     rows = rows[np.diff(rows, prepend=-1) > 0]
     truth, said = active[rows], holds(rows)
-    if truth.all():
-        return float("nan")
-    return 0.5 * (1 + float(said[truth].mean()) - float(said[~truth].mean()))
+    return balanced_accuracy(said, truth)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ProbeScore:
-    """Held-out metrics of a binary classifier."""
-
-    f1: float
-    """[0, 1]; for a label with rate p, a classifier that mostly predicts true scores near 2 p / (1 + p)"""
-    mcc: float
-    """Matthews correlation, [-1, 1]; 0 is chance"""
-    auroc: float
-    """[0, 1]; 0.5 is chance"""
-    accuracy: float
-    """[0, 1]; always predicting the more frequent class scores `max(p, 1 - p)`"""
-    balanced: float
-    """balanced accuracy, the mean of the accuracies on true and on false tokens, [0, 1]; 0.5 is chance"""
-    yes: float
-    """share of tokens predicted true; 1 is a classifier that always predicts true, whatever its F1"""
+def f1(hits: Any, fires: Any, n_true: Any) -> Float[np.ndarray, "*n"]:
+    """F1 of classifiers from counts, `2 hits / (fires + n_true)`; 0 where nothing is predicted and nothing true."""
+    return np.asarray(2 * hits / np.maximum(fires + n_true, 1))
 
 
-UNKNOWN = ProbeScore(f1=math.nan, mcc=math.nan, auroc=math.nan, accuracy=math.nan, balanced=math.nan, yes=math.nan)
+def kappa(hits: Any, fires: Any, n_true: Any, n: Any) -> Float[np.ndarray, "*n"]:
+    """Cohen's kappa, F1 above chance: `(F1 - E) / (1 - E)`, E the F1 of as many random predictions.
 
+    A classifier that always predicts true has F1 0.67 for a label of every second row, and kappa 0.
 
-def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], threshold: float) -> ProbeScore:
-    """Metrics of the classifier `score >= threshold`; its AUROC is that of the scores.
+    Args:
+        hits: number of rows predicted true that are true, or an array, one number per classifier.
+        fires: number of rows predicted true.
+        n_true: number of rows that are true.
+        n: number of rows.
 
-    >>> score_guess(np.array([0.0, 1.0, 1.0]), np.array([False, True, False]), 1.0).auroc
-    0.75
+    >>> kappa(np.array([10, 5]), np.array([10, 10]), 10, 20).tolist()
+    [1.0, 0.0]
     """
-    guess, n_true, n = scores >= threshold, int(y.sum()), len(y)
-    hits, fires = int((guess & y).sum()), int(guess.sum())
-    spread = math.sqrt(fires * (n - fires) * n_true * (n - n_true))
-    quiet = n - fires - n_true + hits  # told right of what is not true
-    return ProbeScore(
-        f1=2 * hits / max(1, fires + n_true),
-        mcc=(n * hits - fires * n_true) / spread if spread else 0.0,
-        auroc=auroc(scores, y),
-        accuracy=(hits + quiet) / max(1, n),
-        balanced=(hits / max(1, n_true) + quiet / max(1, n - n_true)) / 2,
-        yes=fires / max(1, n),
-    )
+    size = np.maximum(fires + n_true, 1)
+    chance = 2.0 * fires * (n_true / n) / size
+    return np.asarray((2 * hits / size - chance) / np.maximum(1 - chance, 1e-12))
 
 
-def choose_threshold(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> tuple[float, float]:
+def choose_threshold(
+    scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], by: Literal["kappa", "balanced"] = "kappa"
+) -> tuple[float, float]:
     """The threshold t of `score >= t` with the highest Cohen's kappa, and its F1; equal scores are on one side of it.
 
-    F1 alone would favor always predicting true where scores are uninformative; kappa, the F1 above that of as many
-    random predictions over the most that can be gained, is 0 for that.
+    F1 alone would favor always predicting true where scores are uninformative; kappa is 0 for that. `by="balanced"`
+    takes the threshold with the highest balanced accuracy, for results that are given in it.
 
     >>> choose_threshold(np.array([0.0, 0.0, 2.0, 1.0]), np.array([False, False, True, True]))
     (1.0, 1.0)
     """
     order = np.argsort(-scores, kind="stable")
     ordered, hits, fires = scores[order], np.cumsum(y[order]), np.arange(1, len(y) + 1)
-    n_true, size = hits[-1], fires + hits[-1]
-    f1, chance = 2 * hits / size, 2 * fires * (n_true / len(y)) / size
+    n_true, n = hits[-1], len(y)
     last_of_equals = np.append(ordered[1:] < ordered[:-1], True)
-    kappa = (f1 - chance) / np.maximum(1 - chance, 1e-12)
-    at = int(np.where(last_of_equals, kappa, -np.inf).argmax())
-    return float(ordered[at]), float(f1[at])
+    goal = kappa(hits, fires, n_true, n) if by == "kappa" else hits / n_true - (fires - hits) / (n - n_true)
+    at = int(np.where(last_of_equals, goal, -np.inf).argmax())
+    return float(ordered[at]), float(f1(hits, fires, n_true)[at])
 
 
-def auroc(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> float:
+def balanced_accuracy(guess: Bool[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> float:
+    """Mean of the accuracies on true and on false rows, 0.5 is chance; also the AUROC of a classifier without scores.
+
+    NaN where all rows are of one class.
+    """
+    return 0.5 * (1 + float(guess[y].mean()) - float(guess[~y].mean())) if 0 < y.sum() < len(y) else math.nan
+
+
+def auroc(scores: Shaped[np.ndarray, "n"], y: Bool[np.ndarray, "n"]) -> float:
     """The area under the ROC curve: P(score of a true row > score of a false one), ties counted half; 0.5 is chance."""
-    from sklearn.metrics import roc_auc_score
+    from scipy.stats import rankdata
 
-    return float(roc_auc_score(y, scores))
+    return auroc_of_ranks(float(rankdata(scores)[y].sum()), int(y.sum()), len(y))
+
+
+def auroc_of_ranks(total: float, n_true: int, n: int) -> float:
+    """AUROC from the sum of the ranks of true rows, from 1, ties sharing their mean; NaN where all are of one class."""
+    return (total - n_true * (n_true + 1) / 2) / (n_true * (n - n_true)) if 0 < n_true < n else math.nan
+
+
+CONSTANT = 1e-6
+"""A standard deviation below this share of the root mean square is rounding: the values are constant."""
+
+
+def correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
+    """Pearson's correlation; NaN for fewer than three values or where one side does not vary.
+
+    >>> correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+    1.0
+    """
+    if len(x) < 3:
+        return math.nan
+    sides = [np.asarray(one, np.float64) for one in (x, y)]
+    a, b = (one - one.mean() for one in sides)
+    sizes = [float(np.linalg.norm(off)) for off in (a, b)]
+    if any(size <= CONSTANT * np.linalg.norm(one) for size, one in zip(sizes, sides, strict=True)):
+        return math.nan
+    return round(float(a @ b) / (sizes[0] * sizes[1]), 12)
+
+
+def rank_correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
+    """Spearman's rank correlation, ties sharing their mean rank.
+
+    >>> rank_correlation(np.array([1.0, 2.0, 30.0]), np.array([2.0, 4.0, 5.0]))
+    1.0
+    """
+    from scipy.stats import rankdata
+
+    return correlation(rankdata(x), rankdata(y))
+
+
+def spread(n: Any, sums: Any, squares: Any) -> Float[np.ndarray, "*n"]:
+    """Standard deviation times sqrt(n), from sums over n rows of values and of their squares; 0 for constant ones."""
+    found = np.sqrt(np.maximum(squares - sums**2 / np.maximum(n, 1), 0))
+    return np.where(found < CONSTANT * np.sqrt(squares), 0.0, found)
+
+
+def correlation_of_sums(n: Any, x: Any, y: Any, xx: Any, yy: Any, xy: Any) -> Float[np.ndarray, "*n"]:
+    """Pearson's correlations from sums over rows; NaN where one side does not vary.
+
+    Args:
+        n: number of rows.
+        x: sums of one side, in any shape that broadcasts with the others.
+        y: sums of the other side.
+        xx: sums of squares of the one side.
+        yy: sums of squares of the other side.
+        xy: sums of products.
+
+    >>> float(correlation_of_sums(2, 3.0, 3.0, 5.0, 5.0, 4.0).round(6))
+    -1.0
+    """
+    scale = spread(n, x, xx) * spread(n, y, yy)
+    return np.asarray(np.divide(xy - x * y / n, scale, out=np.full(np.shape(scale), np.nan), where=scale > 0))
+
+
+def draw_weights(n: int, n_draws: int, seed: int = 0) -> Float[np.ndarray, "n_draws n"]:
+    """Bootstrap weights: how often each of `n` items is drawn with replacement; NaN where there is only one item.
+
+    >>> draw_weights(4, 2).sum(1).tolist()
+    [4.0, 4.0]
+    """
+    if n < 2:
+        return np.full((1, n), math.nan)
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws).astype(float)
 
 
 CHUNK_NUMBERS = 2**22  # draws times documents held at a time
@@ -419,3 +482,96 @@ def find_interval(draws: Float[Tensor, "n_draws"]) -> tuple[float, float]:
     tail = (1 - LEVEL) / 2
     low, high = draws.double().nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
+
+
+PROBE_STEPS = 30
+
+
+def fit_probe(x: Float32[Tensor, "n d"], labels: Float32[Tensor, "n n_concepts"]) -> torch.nn.Linear:
+    """A logistic regression on all concepts at once, with half the squared weights added to the summed loss."""
+    rate = (labels.sum(0) + 0.5) / (len(x) + 1)
+    with torch.random.fork_rng(devices=[]):  # layers draw weights from the global generator
+        probe = torch.nn.Linear(x.shape[1], labels.shape[1])
+    torch.nn.init.zeros_(probe.weight)
+    probe.bias.data.copy_(rate.logit())
+    optimizer = torch.optim.LBFGS(
+        probe.parameters(), max_iter=PROBE_STEPS, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        fit = binary_cross_entropy_with_logits(probe(x), labels, reduction="sum")
+        total = (fit + 0.5 * probe.weight.square().sum()) / len(x)
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    with torch.enable_grad():
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return probe.requires_grad_(False)
+
+
+def fit_balanced_probe(
+    x: Any,
+    y: Bool[np.ndarray, "n"],
+    *,
+    c: float = 1.0,
+    l1: bool = False,
+    solver: Literal["liblinear", "lbfgs"] = "liblinear",
+) -> Float[np.ndarray, "d"]:
+    """Weights of a logistic regression on one label with both classes weighed alike.
+
+    Args:
+        x: (n, d) columns, dense or scipy sparse.
+        y: (n) the label.
+        c: inverse penalty.
+        l1: penalize the sum of |weights| in place of half their squares; only with "liblinear".
+        solver: "liblinear" penalizes the intercept like a weight and suits few or sparse columns; "lbfgs" leaves it
+            free and suits many dense ones.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    settings: dict[str, Any] = {"class_weight": "balanced", "solver": solver, "max_iter": 1000, "C": c}
+    if l1:  # scikit-learn 1.8 gave the penalty another name
+        settings |= {"penalty": "l1"} if LogisticRegression().penalty == "l2" else {"l1_ratio": 1.0}
+    return np.asarray(LogisticRegression(**settings, random_state=0).fit(x, y.astype(np.int64)).coef_[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeScore:
+    """Held-out metrics of a binary classifier."""
+
+    f1: float
+    """[0, 1]; for a label with rate p, a classifier that mostly predicts true scores near 2 p / (1 + p)"""
+    mcc: float
+    """Matthews correlation, [-1, 1]; 0 is chance"""
+    auroc: float
+    """[0, 1]; 0.5 is chance"""
+    accuracy: float
+    """[0, 1]; always predicting the more frequent class scores `max(p, 1 - p)`"""
+    balanced: float
+    """balanced accuracy, the mean of the accuracies on true and on false tokens, [0, 1]; 0.5 is chance"""
+    yes: float
+    """share of tokens predicted true; 1 is a classifier that always predicts true, whatever its F1"""
+
+
+UNKNOWN = ProbeScore(f1=math.nan, mcc=math.nan, auroc=math.nan, accuracy=math.nan, balanced=math.nan, yes=math.nan)
+
+
+def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], threshold: float) -> ProbeScore:
+    """Metrics of the classifier `score >= threshold`; its AUROC is that of the scores.
+
+    >>> score_guess(np.array([0.0, 1.0, 1.0]), np.array([False, True, False]), 1.0).auroc
+    0.75
+    """
+    guess, n_true, n = scores >= threshold, int(y.sum()), len(y)
+    hits, fires = int((guess & y).sum()), int(guess.sum())
+    spread = math.sqrt(fires * (n - fires) * n_true * (n - n_true))
+    quiet = n - fires - n_true + hits  # told right of what is not true
+    return ProbeScore(
+        f1=2 * hits / max(1, fires + n_true),
+        mcc=(n * hits - fires * n_true) / spread if spread else 0.0,
+        auroc=auroc(scores, y),
+        accuracy=(hits + quiet) / max(1, n),
+        balanced=balanced_accuracy(guess, y),
+        yes=fires / max(1, n),
+    )

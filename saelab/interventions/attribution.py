@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saelab.collecting.harvesting import require_harvested
 from saelab.functional.codes import SparseCodes
+from saelab.functional.statistics import correlation, permute_within, rank_correlation
 from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.interventions import TokenSelection
 from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_texts
@@ -158,7 +159,7 @@ def format_agreement(agreement: AttributionAgreement) -> str:
 def _hold_against(found: Attribution, exact: np.ndarray) -> AttributionAgreement:
     estimates = found.effects
     rng = np.random.default_rng(0)
-    others = [estimates[_shuffle(found.positions, rng)] for _ in range(N_SHUFFLES)]
+    others = [estimates[permute_within(found.positions, rng)] for _ in range(N_SHUFFLES)]
     shuffled = [rank_correlation(other, exact) for other in others]
     return AttributionAgreement(
         pearson=correlation(estimates, exact),
@@ -179,35 +180,6 @@ def _share_top(estimates: Float[np.ndarray, "n"], exact: Float[np.ndarray, "n"])
 
 def _largest(values: Float[np.ndarray, "n"], n: int = N_SHOWN) -> Int[np.ndarray, "m"]:
     return np.argsort(-np.abs(values), kind="stable")[:n]
-
-
-def _shuffle(groups: Int[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
-    """A random permutation within groups, whose members need not be adjacent."""
-    found = np.empty(len(groups), np.int64)
-    found[np.argsort(groups, kind="stable")] = np.lexsort((rng.random(len(groups)), groups))
-    return found
-
-
-def correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
-    """Pearson's correlation; NaN for fewer than three values or where one side does not vary.
-
-    >>> correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
-    1.0
-    """
-    x, y = (np.asarray(one, np.float64) - np.mean(one, dtype=np.float64) if len(one) else one for one in (x, y))
-    scale = float(np.linalg.norm(x) * np.linalg.norm(y))
-    return round(float(x @ y) / scale, 12) if len(x) > 2 and scale > 0 else float("nan")
-
-
-def rank_correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
-    """Spearman's rank correlation, ties sharing their mean rank.
-
-    >>> rank_correlation(np.array([1.0, 2.0, 30.0]), np.array([2.0, 4.0, 5.0]))
-    1.0
-    """
-    from scipy.stats import rankdata
-
-    return correlation(rankdata(x), rankdata(y))
 
 
 AttributionMethod = Literal["gradient", "integrated", "exact"]

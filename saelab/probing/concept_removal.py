@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saelab.evaluation.feature_classifiers import encode_csr, fit_probe
-from saelab.functional.statistics import auroc
+from saelab.evaluation.feature_classifiers import encode_csr
+from saelab.functional.statistics import auroc, balanced_accuracy, choose_threshold, fit_probe
 from saelab.interventions.edited_runs import ReadActivations
 from saelab.interventions.interventions import match_source
 from saelab.lm.hooks import find_hook_point, forward_size, logits, next_token_loss, replace_activations
@@ -280,7 +280,7 @@ class RemovalBench:
         x = (x - x[is_train].mean(0)) / x[is_train].std(0).clamp(min=1e-6)
         scores = fit_probe(x[is_train], labels[is_train].float())(x)
         for name, column, y in zip(self.truth, scores.unbind(1), labels.unbind(1), strict=True):
-            accuracy, auroc = _test(column[is_train], y[is_train], column[~is_train], y[~is_train])
+            accuracy, auroc = _test(column.numpy(), y.numpy(), is_train.numpy())
             yield ProbedConcept(concept=name, accuracy=accuracy, auroc=auroc)
 
 
@@ -308,13 +308,11 @@ class _Editing:
         return x
 
 
-def _test(scores: Tensor, y: Tensor, held_scores: Tensor, y_held: Tensor) -> tuple[float, float]:
-    """Balanced accuracy at the threshold that is best in training, and AUROC."""
-    order = scores.argsort(descending=True, stable=True)
-    hits, alarms = (part[order].double().cumsum(0) / part.sum() for part in (y, ~y))
-    guess = held_scores >= scores[order][(hits - alarms).argmax()]
-    accuracy = (float(guess[y_held].double().mean()) + float((~guess[~y_held]).double().mean())) / 2
-    return accuracy, auroc(held_scores.numpy(), y_held.numpy())
+def _test(scores: np.ndarray, y: np.ndarray, is_train: np.ndarray) -> tuple[float, float]:
+    """Held-out balanced accuracy at the threshold that is best in training, and AUROC."""
+    threshold, _ = choose_threshold(scores[is_train], y[is_train], by="balanced")
+    held, y_held = scores[~is_train], y[~is_train]
+    return balanced_accuracy(held >= threshold, y_held), auroc(held, y_held)
 
 
 ErasureMethod = Literal["features", "means", "probe", "erasure"]

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from saelab.functional.statistics import fit_balanced_probe
 from saelab.stores.packing import smallest_int
 
 if TYPE_CHECKING:
@@ -167,14 +168,9 @@ class Labeled:
         penalty.
         """
         from scipy.sparse import diags
-        from sklearn.linear_model import LogisticRegression
 
         x = self._sampled[:, columns] @ diags(0.1 / self.columns.deviations[columns])
-        settings: dict[str, Any] = {"class_weight": "balanced", "solver": "liblinear", "max_iter": 1000, "C": c}
-        if l1:  # scikit-learn 1.8 gave the penalty another name
-            settings |= {"penalty": "l1"} if LogisticRegression().penalty == "l2" else {"l1_ratio": 1.0}
-        probe = LogisticRegression(**settings, random_state=0)
-        return probe.fit(x.tocsr(), self.y[self.sample].astype(np.int64)).coef_[0]
+        return fit_balanced_probe(x.tocsr(), self.y[self.sample], c=c, l1=l1)
 
 
 def _information(part: np.ndarray, whole: np.ndarray, n: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saelab.functional.indices import read_feature
 from saelab.functional.metrics import exact
+from saelab.functional.statistics import correlation_of_sums, fit_balanced_probe
 from saelab.interventions.directions import Direction
 from saelab.probing.feature_ranking import Columns, Labeled, RankedSides, Ranking
 from saelab.sae.sae import SAE
@@ -66,7 +67,7 @@ def fit_direction(
     apart = x[y].mean(0) - x[~y].mean(0)
     if not (apart != 0).any():
         raise ValueError("Activations must differ in their means where a label holds; theirs are the same.")
-    vector = {"means": _subtract_means, "probe": _fit_probe, "pca": _find_component, "kmeans": _split_in_two}[method](
+    vector = {"means": _subtract_means, "probe": _fit_weights, "pca": _find_component, "kmeans": _split_in_two}[method](
         x, y, seed
     )
     direction = Direction(vector if vector @ apart >= 0 else -vector, hook_point, name or method)
@@ -77,16 +78,13 @@ def _subtract_means(x: Tensor, y: Tensor, _seed: int) -> Tensor:
     return x[y].mean(0) - x[~y].mean(0)
 
 
-def _fit_probe(x: Tensor, y: Tensor, _seed: int) -> Tensor:
+def _fit_weights(x: Tensor, y: Tensor, _seed: int) -> Tensor:
     """Weights of a logistic regression; one scale for all dimensions, so that the penalty does not rotate the
     direction.
     """
-    from sklearn.linear_model import LogisticRegression
-
     centered = x - x.mean(0)
     scaled = centered / centered.square().mean().sqrt()
-    probe = LogisticRegression(class_weight="balanced", solver="liblinear", max_iter=1000)
-    return torch.from_numpy(probe.fit(scaled.numpy(), y.numpy()).coef_[0].astype(np.float32))
+    return torch.from_numpy(fit_balanced_probe(scaled.numpy(), y.numpy()).astype(np.float32))
 
 
 def _find_component(x: Tensor, y: Tensor, _seed: int) -> Tensor:
@@ -154,8 +152,7 @@ class _Column:
     """One number a token, to correlate sparse codes with."""
 
     def __init__(self, values: np.ndarray) -> None:
-        self.values = values - values.mean()
-        self.size = float(np.sqrt((self.values**2).sum()))
+        self.values, self.sums = values, (float(values.sum()), float((values**2).sum()))
 
     @classmethod
     def of(cls, firings: Firings, n: int) -> "_Column":
@@ -171,11 +168,9 @@ class _Column:
 
     def correlate(self, firings: Firings) -> float:
         """The larger |r| of the codes and of their magnitudes."""
-        there, n, found = self.values[firings.indices], len(self.values), [0.0]
-        for z in (firings.values.astype(np.float64), np.abs(firings.values).astype(np.float64)):
-            size = np.sqrt(max((z**2).sum() - z.sum() ** 2 / n, 0)) * self.size
-            found.append(abs(float(there @ z)) / size if size > 0 else 0.0)
-        return max(found)
+        there, (x, xx), codes = self.values[firings.indices], self.sums, firings.values.astype(np.float64)
+        both = (correlation_of_sums(len(self.values), x, z.sum(), xx, z @ z, there @ z) for z in (codes, np.abs(codes)))
+        return max(abs(float(np.nan_to_num(r))) for r in both)
 
 
 Edit: TypeAlias = Callable[[Tensor], Tensor]

@@ -13,7 +13,14 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from saelab.evaluation.feature_classifiers import read_values
-from saelab.functional.statistics import UNKNOWN, ProbeScore, choose_threshold, permute_labels, score_guess
+from saelab.functional.statistics import (
+    UNKNOWN,
+    ProbeScore,
+    choose_threshold,
+    fit_balanced_probe,
+    permute_labels,
+    score_guess,
+)
 from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.probing.feature_ranking import PENALTY, Columns, Labeled, RankedSides, Ranking
 from saelab.probing.labeled_activations import draw_rows
@@ -53,8 +60,6 @@ def probe_activations(
         n_fit: most training tokens of each class that both are fitted to.
         seed: draws them.
     """
-    from sklearn.linear_model import LogisticRegression
-
     y_train = y[is_train]
     drawn = np.flatnonzero(is_train)[draw_rows(y_train, n_fit, seed) | draw_rows(~y_train, n_fit, seed)]
     center, spread = x[drawn].mean(0, dtype=np.float64), x[drawn].std(0, dtype=np.float64)
@@ -62,8 +67,7 @@ def probe_activations(
     z = ((x[drawn] - center) / scale).astype(np.float64)
     apart = z[y[drawn]].mean(0) - z[~y[drawn]].mean(0)
     best = int(np.abs(apart).argmax())
-    probe = LogisticRegression(class_weight="balanced", max_iter=1000, C=0.1).fit(z, y[drawn].astype(np.int64))
-    weights = probe.coef_[0] / scale
+    weights = fit_balanced_probe(z, y[drawn], c=PENALTY, solver="lbfgs") / scale
     scores = {"activations": x @ weights.astype(x.dtype), "best neuron": x[:, best] * np.sign(apart[best])}
     return {
         name: score_guess(values[~is_train], y[~is_train], choose_threshold(values[is_train], y_train)[0])

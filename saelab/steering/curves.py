@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from saelab.functional.statistics import find_reach
+from saelab.functional.statistics import draw_weights, find_reach
 from saelab.stores.results import Result, format_table
 
 NAN = float("nan")
@@ -94,17 +94,6 @@ def make_estimates(
         Estimate(value, value - half, value + half, reason)
         for value, half in zip(values.tolist(), reach.tolist(), strict=True)
     ]
-
-
-def draw_weights(n: int, n_draws: int = N_DRAWS, seed: int = 0) -> Float[np.ndarray, "n_draws n"]:
-    """Bootstrap weights: how often each of `n` items is drawn with replacement; NaN where there is only one item.
-
-    >>> draw_weights(4, 2).sum(1).tolist()
-    [4.0, 4.0]
-    """
-    if n < 2:
-        return np.full((1, n), NAN)
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws).astype(float)
 
 
 STEPS = 16  # between two strengths
@@ -458,7 +447,7 @@ class SteeringCurve(Result):
 
     @cached_property
     def _weights(self) -> Float[np.ndarray, "n_draws n_clusters"]:
-        return draw_weights(self._n_clusters)
+        return draw_weights(self._n_clusters, N_DRAWS)
 
     @cached_property
     def _halves(self) -> Bool[np.ndarray, "2 n_clusters"]:
@@ -470,7 +459,7 @@ class SteeringCurve(Result):
         """Each prompt once, then draws within either half."""
         weights = np.ones((1 + N_DRAWS, self._n_clusters))
         for seed, half in enumerate(self._halves):
-            weights[1:, half] = draw_weights(int(half.sum()), seed=seed)
+            weights[1:, half] = draw_weights(int(half.sum()), N_DRAWS, seed)
         return weights
 
 

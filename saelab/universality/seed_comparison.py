@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.metrics import FiringSums, ReconstructionSums, effective_rank, exact
+from saelab.functional.statistics import rank_correlation
 from saelab.sae.compatibility import require_finite
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
@@ -191,14 +192,12 @@ class SeedStability(Result):
 
         Above 0, rare or weak features are the unstable ones. Empty where usage is not known.
         """
-        from scipy.stats import spearmanr
-
         if not self.usage:
             return {}
         density, energy = (np.stack([getattr(one, name) for one in self.usage]) for name in ("density", "energy"))
         live = density > 0
         return {
-            name: float(spearmanr(self.trained.features[live], values[live]).statistic)
+            name: rank_correlation(self.trained.features[live], values[live])
             for name, values in (("density", density), ("energy", energy))
         }
 

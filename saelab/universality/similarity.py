@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int32, Integer
 from torch import Tensor
 
 from saelab.functional.indices import number_rows
-from saelab.functional.statistics import MovedBlocks
+from saelab.functional.statistics import MovedBlocks, spread
 from saelab.stores.packing import as_csr
 
 if TYPE_CHECKING:
@@ -224,8 +224,7 @@ class Moments:
     @cached_property
     def spread(self) -> Float[np.ndarray, "d"]:
         """Standard deviations times sqrt(n); 0 for columns that never vary."""
-        found = np.sqrt(np.maximum(self.squares - self.sums**2 / max(self.n, 1), 0))
-        return np.where(found < 1e-6 * np.sqrt(self.squares), 0.0, found)
+        return spread(self.n, self.sums, self.squares)
 
     def only(self, columns: Int[np.ndarray, "m"]) -> "Moments":
         """The moments of some columns."""

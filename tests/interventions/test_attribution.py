@@ -10,7 +10,7 @@ import torch
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.interventions.attribution import Attribution, attribute, correlation, rank_correlation
+from saelab.interventions.attribution import Attribution, attribute
 from saelab.interventions.patching import patch
 from saelab.interventions.prompt_metrics import find_token, make_prompt_metric, read_texts
 from saelab.visualization.intervention_plots import plot_attribution
@@ -267,16 +267,6 @@ def test_completeness_of_rounding_is_unknown():
     found = make_result(patched=1.0 + 1e-9)
     assert math.isnan(found.completeness)
     assert "unknown" in str(found)
-
-
-def test_correlations_are_those_of_scipy():
-    from scipy.stats import pearsonr, spearmanr
-
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=30), rng.normal(size=30).round(1)
-    assert correlation(x, y) == pytest.approx(pearsonr(x, y).statistic)
-    assert rank_correlation(x, y) == pytest.approx(spearmanr(x, y).statistic)
-    assert math.isnan(correlation(np.ones(5), rng.normal(size=5)))
 
 
 def test_figures_hold_every_effect_and_no_tags():

@@ -6,9 +6,11 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 
 from saelab.analysis.density import clopper_pearson
 from saelab.analysis.max_activating import Example
+from saelab.functional.statistics import correlation, correlation_of_sums, draw_weights, find_interval
 from saelab.labels.autointerp.example_windows import FeatureExamplesSplit
 from saelab.labels.autointerp.prompts import (
     contrast_prompt,
@@ -28,6 +30,7 @@ N_LONG = 5
 """Windows per prompt that lists every token."""
 CONFIDENCE = 0.95
 N_DRAWS = 1000
+NAN = float("nan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +217,7 @@ class Simulation(LLMScorer):
         low, high = _resample(true, said, windows, self.seed)
         return Score(
             name=self.name,
-            value=_pearson(true, said),
+            value=float(np.nan_to_num(correlation(true, said))),
             chance=0.0,
             low=low,
             high=high,
@@ -294,20 +297,10 @@ def _shuffle(items: list[T], rng: np.random.Generator) -> list[T]:
     return [items[i] for i in rng.permutation(len(items))]
 
 
-def _pearson(x: np.ndarray, y: np.ndarray) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    scale = float(np.sqrt((x * x).sum() * (y * y).sum()))
-    return float((x * y).sum()) / scale if scale > 1e-12 else 0.0
-
-
 def _resample(x: np.ndarray, y: np.ndarray, windows: np.ndarray, seed: int) -> tuple[float, float]:
     """The middle 95 % of Pearson's r over windows drawn with replacement, computed from sums by window."""
     sums = np.stack([np.bincount(windows, term) for term in (np.ones_like(x), x, y, x * x, y * y, x * y)], 1)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=N_DRAWS)
-    n, x1, y1, xx, yy, xy = (counts @ sums).T
-    scale = np.sqrt(np.maximum(xx - x1 * x1 / n, 0) * np.maximum(yy - y1 * y1 / n, 0))
-    r = np.where(scale > 1e-9, (xy - x1 * y1 / n) / np.maximum(scale, 1e-9), 0.0)
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(r, [tail, 1 - tail]).tolist()
-    return low, high
+    if len(sums) < 2:
+        return NAN, NAN
+    n, x1, y1, xx, yy, xy = (draw_weights(len(sums), N_DRAWS, seed) @ sums).T
+    return find_interval(torch.from_numpy(np.nan_to_num(correlation_of_sums(n, x1, y1, xx, yy, xy))))

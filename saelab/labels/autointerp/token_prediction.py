@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
-from saelab.functional.statistics import find_runs, move_blocks
+from saelab.functional.statistics import correlation_of_sums, find_runs, move_blocks
 from saelab.labels.rules.token_view import TokenView
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
@@ -130,12 +130,12 @@ class _Tables:
         )
         means = self._means(learned, n_train)
         rows, features, values = rows[~here], features[~here], values[~here]
-        moments = [np.bincount(features, values**n, minlength=stop - start) / n_held.sum() for n in (1, 2)]
+        moments = [np.bincount(features, values**n, minlength=stop - start) for n in (1, 2)]
         fires = np.bincount(features, minlength=stop - start) > 0
         for ending, groups in (("", self.groups), ("_chance", self.moved)):
             seen = self._sums(groups[rows], features, values, stop - start)
             for name, table in zip(("by_token", "by_pair"), means, strict=True):
-                yield name + ending, np.where(fires, _pearson(table, seen, n_held, moments), np.nan)
+                yield name + ending, np.where(fires, _correlate(table, seen, n_held, moments), np.nan)
 
     def _sums(self, groups: np.ndarray, features: np.ndarray, values: np.ndarray, width: int) -> np.ndarray:
         cells = groups.astype(np.int64) * width + features
@@ -152,13 +152,9 @@ class _Tables:
         return alone, pairs
 
 
-def _pearson(
+def _correlate(
     table: np.ndarray, sums: np.ndarray, counts: np.ndarray, moments: list[np.ndarray]
 ) -> Float[np.ndarray, "n_features"]:
     """Pearson's r of codes, summed by group, with the prediction of each group, over all held-out tokens."""
-    n = counts.sum()
-    mean, square = (counts @ table) / n, (counts @ table**2) / n
-    both = (table * sums).sum(0) / n
-    spread = np.sqrt(np.maximum(square - mean**2, 0) * np.maximum(moments[1] - moments[0] ** 2, 0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(spread > 0, (both - mean * moments[0]) / spread, np.nan)
+    x, xx = counts @ table, counts @ table**2
+    return correlation_of_sums(counts.sum(), x, moments[0], xx, moments[1], (table * sums).sum(0))
