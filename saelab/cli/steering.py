@@ -38,7 +38,7 @@ WhereName = Annotated[str, Option(help=f"Tokens that are changed: {', '.join(get
 Store = Annotated[Path | None, Option(metavar="FOLDER", show_default="none")]
 HookPoint = Annotated[str | None, Option(metavar="NAME")]
 NTexts = Annotated[int, Option("--n", metavar="N")]
-TopK = Annotated[int | None, Option(metavar="K")]
+TopKTokens = Annotated[int | None, Option(metavar="K")]
 TopP = Annotated[float | None, Option(metavar="P")]
 
 
@@ -62,7 +62,7 @@ def steer_prompts(
     n: NTexts = N_TEXTS,
     n_tokens: options.Count = N_TOKENS,
     temperature: float = SAMPLING.temperature,
-    top_k: TopK = SAMPLING.top_k,
+    top_k: TopKTokens = SAMPLING.top_k,
     top_p: TopP = SAMPLING.top_p,
     seed: options.Count = SEED,
     json: options.AsJSON = False,
@@ -135,7 +135,7 @@ def draw_curve(
     n: NTexts = CURVE_N,
     n_tokens: options.Count = CURVE_TOKENS,
     temperature: float = SAMPLING.temperature,
-    top_k: TopK = SAMPLING.top_k,
+    top_k: TopKTokens = SAMPLING.top_k,
     top_p: TopP = SAMPLING.top_p,
     seed: options.Count = SEED,
     out: Annotated[

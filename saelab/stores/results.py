@@ -73,8 +73,9 @@ def find_row(rows: Sequence[T], **values: object) -> T:
     for row in rows:
         if all(getattr(row, name) == value for name, value in values.items()):
             return row
-    known = [tuple(getattr(row, name) for name in values) for row in rows]
-    raise KeyError(f"{', '.join(values)} must be one of {known}, got {tuple(values.values())}.")
+    known = [", ".join(repr(getattr(row, name)) for name in values) for row in rows]
+    got = ", ".join(map(repr, values.values()))
+    raise KeyError(f"{', '.join(values)} must be one of: {'; '.join(dict.fromkeys(known))}; got {got}.")
 
 
 def _plain(value: object) -> object:
