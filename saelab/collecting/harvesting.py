@@ -269,12 +269,17 @@ def _common_mask(places: Mapping[str, Match]) -> TokenMask:
     return masks.pop()
 
 
+def sae_fingerprint(sae: SAE) -> str:
+    """Hash of an SAE's weights, by which a store knows it; tensors go by the names they had in the first stores."""
+    return fingerprint({name.replace("normalizer.", "normaliser."): x for name, x in sae.state_dict().items()})
+
+
 def require_harvested(store: FeatureStore, sae: SAE) -> None:
     """Raise ValueError for an SAE other than the one whose codes a store holds, compared by a hash of its weights.
 
     A store that was converted from another tool's files records no hash: there only the number of features is compared.
     """
-    recorded, made = store.manifest.request.get("sae"), fingerprint(sae.state_dict())
+    recorded, made = store.manifest.request.get("sae"), sae_fingerprint(sae)
     if sae.cfg.d_sae != store.d_sae or recorded not in (None, made):
         raise ValueError(
             f"`sae` must be the one that was harvested, {store.d_sae} features and fingerprint {recorded}, got "
@@ -300,7 +305,7 @@ class _Job:
     ) -> Iterator["_Job"]:
         """Context manager that claims the folder for the block, or continues the store that is in it."""
         described = sae.describe()
-        request = source.request() | {"sae": fingerprint(sae.state_dict()), "hook_point": hook_point}
+        request = source.request() | {"sae": sae_fingerprint(sae), "hook_point": hook_point}
         request |= {"values": dtype, "shard_tokens": shard_tokens}
         fresh = FeatureManifest(
             d_sae=sae.cfg.d_sae,

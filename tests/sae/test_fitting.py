@@ -8,6 +8,8 @@ import torch
 from unchecked import unchecked
 
 import saelab as sl
+from saelab.collecting.harvesting import sae_fingerprint
+from saelab.collecting.reader import fingerprint
 from saelab.sae import activation_functions, training_sae
 from saelab.sae.fitting import cut_to, mean_l0
 from saelab.stores.files import save_tensors
@@ -170,3 +172,4 @@ def test_files_that_spell_it_normaliser_still_load(tmp_path):
     save_tensors(tmp_path / "model.safetensors", {names[name]: tensor.clone() for name, tensor in tensors.items()})
     old = sl.SAE.from_pretrained(tmp_path)
     assert old.cfg == sae.cfg and torch.equal(old(x), sae(x))
+    assert sae_fingerprint(old) == fingerprint({names[name]: x for name, x in tensors.items()})  # as its store has it
