@@ -128,6 +128,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
             raise ValueError(f"`step` must be at least 0, got {progress['step']}. Was it edited?")
         refuse_unknown(progress, [*get_type_hints(_Progress), SEAL], "A checkpoint")
         check_seal()
+    # as saelab spelled it once
+    progress["config"] = {key.replace("normaliser", "normalizer"): x for key, x in progress["config"].items()}
     return progress
 
 

@@ -173,3 +173,18 @@ def test_files_that_spell_it_normaliser_still_load(tmp_path):
     old = sl.SAE.from_pretrained(tmp_path)
     assert old.cfg == sae.cfg and torch.equal(old(x), sae(x))
     assert sae_fingerprint(old) == fingerprint({names[name]: x for name, x in tensors.items()})  # as its store has it
+
+
+def test_a_run_that_spells_it_normaliser_goes_on(tmp_path):
+    x = planted(300)
+    cfg = sl.SAEConfig(d_in=D_IN, d_sae=16, activation=sl.TopK(k=2), normalizer="scale")
+    plan = sl.TrainConfig(n_tokens=256, batch_size=64)
+    sae = sl.SAE(cfg).fit(x, plan, out=tmp_path, progress=False)
+    progress, weights = tmp_path / "checkpoint" / "progress.json", tmp_path / "checkpoint" / "weights_0.safetensors"
+    described = json.loads(progress.read_text().replace('"normalizer"', '"normaliser"'))
+    progress.write_text(json.dumps({name: value for name, value in described.items() if name != SEAL}))
+    tensors = {name.replace("normalizer.", "normaliser."): x.clone() for name, x in load_tensors(weights).items()}
+    save_tensors(weights, tensors)
+    assert "normaliser" in described["config"] and any("normaliser." in name for name in tensors)
+    again = sl.SAE(cfg, seed=5).fit(x, plan, out=tmp_path, resume=True, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(sae.state_dict().values(), again.state_dict().values(), strict=True))
