@@ -119,7 +119,7 @@ class ReadActivations:
     """An edit for `replace_activations` that leaves activations as they are and keeps what is wanted of them.
 
     >>> model, point, reading = sl.lm.tiny_model(), "blocks.1.hook_resid_post", ReadActivations()
-    >>> with sl.splice(model, {point: reading}):
+    >>> with replace_activations(model, {point: reading}):
     ...     x = sl.lm.capture(model, torch.ones(1, 4, dtype=torch.long), [point])[point]
     >>> reading.fired, torch.equal(reading.take(), x), reading.fired
     (True, True, False)

@@ -155,7 +155,7 @@ def replace_activations(model: Model, edits: dict[str, Callable[[Tensor], Tensor
         RuntimeError: for a hook point that does not fire exactly once in a forward pass.
 
     >>> model, ids = sl.lm.tiny_model(), torch.ones(1, 4, dtype=torch.long)
-    >>> with sl.splice(model, {"blocks.0.hook_resid_post": torch.zeros_like}):
+    >>> with replace_activations(model, {"blocks.0.hook_resid_post": torch.zeros_like}):
     ...     x = sl.lm.capture(model, ids, ["blocks.0.hook_out"])["blocks.0.hook_out"]
     >>> float(x.abs().max())
     0.0
