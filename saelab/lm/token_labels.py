@@ -182,7 +182,9 @@ class TokenLabels(Mapping[str, Tensor]):
         rows = _read_array(chosen)
         if rows.dtype == bool and rows.shape != self.shape:
             raise ValueError(f"A mask must have the shape of the labels, {self.shape}, got {rows.shape}.")
-        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.reshape(-1)
+        if rows.size and rows.dtype.kind not in "biu":
+            raise ValueError(f"Tokens must be a mask or integers, got {rows.dtype}.")
+        rows = np.flatnonzero(rows) if rows.dtype == bool else rows.reshape(-1).astype(np.int64)
         documents = None if self.doc_ids is None else self.doc_ids[rows]
         return TokenLabels(self.concepts, self.matrix[rows], (len(rows),), documents)
 

@@ -53,6 +53,9 @@ def test_tokens_are_selected_and_spread_again() -> None:
         labels.select(mask.T)
     with pytest.raises(ValueError, match="at the 12 tokens"):
         labels.spread(mask)
+    with pytest.raises(ValueError, match="a mask or integers, got float64"):
+        labels.select([0.5])
+    assert len(labels.select([])["cat"]) == 0 and labels.select([]).shape == (0,)
 
 
 def test_what_does_not_fit_is_named() -> None:
