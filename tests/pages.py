@@ -2,6 +2,8 @@
 
 import base64
 import hashlib
+import html
+import re
 
 
 def with_script(page: str, script: str) -> str:
@@ -9,3 +11,16 @@ def with_script(page: str, script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     allowed = page.replace("script-src ", f"script-src &#x27;sha256-{digest}&#x27; ", 1)
     return allowed.replace("</body>", f"<script>{script}</script></body>")
+
+
+def check_policy(page: str) -> None:
+    """Every script that would run has its hash in the page's policy, which lets nothing else run."""
+    policy = html.unescape(re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[0])
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'" and "unsafe" not in rules["script-src"] and rules["base-uri"] == "'none'"
+    scripts = re.findall(r"<script(?![^>]*application/json)[^>]*>(.*?)</script>", page, re.S)
+    for script in scripts:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in rules["script-src"]
+    assert scripts or rules["script-src"] == "'none'"
+    assert not re.search(r"<[^>]*\son\w+=", re.sub(r"<script.*?</script>", "", page, flags=re.S))

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 
 from saelab.evaluation.results import ConceptScore, ConceptScores, PairScore
 from saelab.lm.token_labels import TokenLabels
-from saelab.visualization.html import Scripted, decimal, escape, paragraph, section, table
+from saelab.visualization.html import Scripted, decimal, embed, escape, paragraph, section, table
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
@@ -51,7 +51,7 @@ class Bar:
     """the same share of control pairs"""
 
 
-def draw_comparison(bars: Sequence[Bar]) -> str:
+def draw_comparison(bars: Sequence[Bar]) -> Scripted:
     """Three panels of horizontal bars, one row per dictionary, as HTML; a mark at each bar shows its control pairs'
     share.
     """
@@ -88,10 +88,7 @@ def draw_comparison(bars: Sequence[Bar]) -> str:
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12},
     )
-    config = {"displayModeBar": False, "responsive": True}
-    how = {"config": config, "post_script": FOLLOW_THE_PAGE, "div_id": "comparison"}  # the only one of its page
-    drawn: str = figure.to_html(full_html=False, include_plotlyjs=True, **how)
-    return drawn.replace("\r\n", "\n")  # as a browser reads it, and so hashes it
+    return embed(figure, "comparison", FOLLOW_THE_PAGE)
 
 
 def _plain(column: Sequence[float]) -> list[float | None]:
@@ -271,15 +268,15 @@ def show_comparison(trials: Sequence[Trial], baselines: dict[str, ConceptScores]
     bars = [_bar(trial.name, trial.scores, True) for trial in trials]
     bars += [_bar(name, scores, False) for name, scores in baselines.items()]
     header, rows = tabulate(trials, baselines)
-    figure = draw_comparison(bars)
-    shown = section(
+    return section(
         "Comparison",
         *(paragraph(finding) for finding in find(trials, baselines)),
         table(header, rows, frozenset(trial.name for trial in trials)),
-        f"<figure>{figure}<figcaption>{escape(CAPTION)}</figcaption></figure>",
+        "<figure>",
+        draw_comparison(bars),
+        f"<figcaption>{escape(CAPTION)}</figcaption></figure>",
         paragraph(READING, "small soft"),
     )
-    return Scripted.of(shown, figure)
 
 
 CEILING = "probe"  # the baseline that was given the truth

@@ -75,11 +75,27 @@ class Scripted(str):
     scripts: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, html: str, figure: str) -> "Scripted":
-        """HTML with a plotly figure in it whose scripts are allowed to run."""
-        made = cls(html)
-        made.scripts = tuple(INLINE.findall(figure))
+    def of(cls, parts: Sequence[str]) -> "Scripted":
+        """Parts of a page, a line each; the scripts of those that are `Scripted` are allowed to run."""
+        made = cls("\n".join(parts))
+        made.scripts = tuple(script for part in parts if isinstance(part, Scripted) for script in part.scripts)
         return made
+
+
+def embed(figure: "Figure", name: str, follow: str, first: bool = True) -> Scripted:
+    """A plotly figure as HTML whose scripts are allowed to run on its page; equal figures give equal bytes.
+
+    Args:
+        figure: plotly figure, drawn as it is.
+        name: id of its element, one figure's on a page.
+        follow: JavaScript that runs once the figure is drawn, such as for colors that follow the page's.
+        first: whether plotly.js is included, as in the first figure of a page.
+    """
+    config = {"displayModeBar": False, "responsive": True}
+    drawn = figure.to_html(full_html=False, include_plotlyjs=first, config=config, post_script=follow, div_id=name)
+    made = Scripted(drawn.replace("\r\n", "\n"))  # as a browser reads it, and so hashes it
+    made.scripts = tuple(INLINE.findall(made))
+    return made
 
 
 INLINE = re.compile(r"<script(?: type=\"text/javascript\")?>(.*?)</script>", re.DOTALL)
@@ -109,23 +125,23 @@ def make_page(title: str, lead: str, sections: Sequence[str]) -> str:
     """A complete HTML page from title and lead (plain text) and sections (HTML), of which only `Scripted` ones run
     scripts.
     """
-    scripts = [script for part in sections if isinstance(part, Scripted) for script in part.scripts]
+    body = Scripted.of(sections)
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            write_policy(scripts),
+            write_policy(body.scripts),
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
             f"<h1>{escape(title)}</h1>\n<p>{escape(lead)}</p>",
-            *sections,
+            body,
             "</main>\n</body>\n</html>\n",
         ]
     )
 
 
-def section(title: str, *parts: str) -> str:
+def section(title: str, *parts: str) -> Scripted:
     """A section with a heading (plain text) and its content (HTML)."""
-    return "\n".join([f"<section>\n<h2>{escape(title)}</h2>", *parts, "</section>"])
+    return Scripted.of([f"<section>\n<h2>{escape(title)}</h2>", *parts, "</section>"])
 
 
 def paragraph(text: str, kind: str = "") -> str:

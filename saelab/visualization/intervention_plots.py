@@ -23,6 +23,7 @@ from saelab.visualization.html import (
     OTHER,
     PLUS,
     apply_layout,
+    embed,
     escape,
     escape_plotly,
     line_of,
@@ -144,7 +145,10 @@ def plot_tradeoff(curve: SteeringCurve, measure: AnyMeasure | None = None) -> "F
 def show_curve(curve: SteeringCurve, note: str = "") -> str:
     """A self-contained HTML page of a steering curve: summary, both figures, and all numbers; text is escaped."""
     figures = [plot_tradeoff(curve), plot_dose_response(curve)]
-    drawn = [figure.update_layout(paper_bgcolor=CLEAR).to_html(**_embed(i)) for i, figure in enumerate(figures)]
+    drawn = [
+        embed(figure.update_layout(paper_bgcolor=CLEAR), f"figure-{i}", FOLLOW_THE_PAGE, first=not i)
+        for i, figure in enumerate(figures)
+    ]
     described = [paragraph(f"{name}: {what}", "small") for name, what in curve.sources.items()]
     sections = [
         section("In short", paragraph(curve.baseline), _summarize(curve), *described),
@@ -152,13 +156,6 @@ def show_curve(curve: SteeringCurve, note: str = "") -> str:
         section("Every strength", drawn[1], _list_points(curve)),
     ]
     return make_page(f"Steering {curve.concept}", f"{curve.title}. {note}".strip(), sections)
-
-
-def _embed(i: int) -> dict:
-    """Arguments of `to_html` for the i-th figure of a page, with a fixed id so that equal figures have equal bytes."""
-    config = {"displayModeBar": False, "responsive": True}
-    how = {"full_html": False, "include_plotlyjs": i == 0, "config": config, "post_script": FOLLOW_THE_PAGE}
-    return how | {"div_id": f"figure-{i}"}
 
 
 def _order(curve: SteeringCurve, source: str, neutral: bool) -> tuple[list[int], np.ndarray]:

@@ -23,6 +23,7 @@ from saelab.steering.target_concepts import (
 )
 from saelab.steering.text_comparison import compare_generations
 from saelab.visualization.intervention_plots import plot_dose_response, plot_tradeoff, show_curve, show_generations
+from tests.pages import check_policy
 
 HOOK = "blocks.1.hook_resid_post"
 LAST = "blocks.2.hook_resid_post"
@@ -438,10 +439,12 @@ def test_nobodys_text_becomes_markup(tiny, up) -> None:
         said = strings(figure.to_plotly_json())
         assert {tag for s in said for tag in re.findall(r"<[^<>]*>", s)} <= TAGS
         assert not any("alert" in (trace.hovertemplate or "") for trace in figure.data)
+    check_policy(show_curve(found, HOSTILE))  # its figures are drawn: their scripts may run
     for html in (show_curve(found, HOSTILE), found._repr_html_()):
         assert "<script>alert" not in html and "&lt;script&gt;" in html and "<b>$x$" not in html
     made = compare_generations(tiny, {HOSTILE: sl.Intervention(bad, 1.0)}, [HOSTILE], 3, progress=False)
     html = made._repr_html_()
+    check_policy(show_generations(made))
     for page in (html, show_generations(made)):
         assert "<script>alert" not in page and page.count("&lt;script&gt;") >= 3 and "<b>$x$" not in page
     rows = made.rows[0].steered[HOSTILE]
