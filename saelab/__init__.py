@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         analysis as analysis,
         collecting as collecting,
         evaluation as evaluation,
+        explorer as explorer,
         functional as functional,
         interop as interop,
         interventions as interventions,

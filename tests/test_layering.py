@@ -27,7 +27,8 @@ FLOORS = {
     "universality": 10,
     "interop": 10,
     "visualization": 11,
-    "cli": 12,
+    "explorer": 12,
+    "cli": 13,
 }
 DOORS = {"transformer_lens": "lm", "transformers": "lm", "plotly": "visualization"}
 ON_DEMAND = {"saelab.sae.estimator"}
@@ -151,7 +152,7 @@ def test_no_file_is_a_fragment_of_another(tmp_path: Path) -> None:
 
 
 def test_the_package_has_few_files_and_tests_beside_each_package() -> None:
-    assert len(list(PACKAGE.rglob("*.py"))) <= 170
+    assert len(list(PACKAGE.rglob("*.py"))) <= 185
     tests = Path(__file__).parent
     for file in tests.rglob("test_*.py"):
         if file.parent in (tests, tests / "families"):

@@ -22,12 +22,6 @@ from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import printable
 
 
-def find_recorded(store: FeatureStore, recorded: str) -> str:
-    """What a store says that it was made with: a folder beside it or here where there is one, else the name itself."""
-    near = [store.folder / recorded, store.folder.parent / recorded, Path(recorded)]
-    return next((str(place) for place in near if place.is_dir()), recorded)
-
-
 def read_numbers(given: str | None) -> list[int] | None:
     """The numbers of `--features`; None where it is not given."""
     if given is None:
@@ -51,7 +45,7 @@ def open_model(store: FeatureStore, named: str | None, progress: bool, option: s
     recorded = store.provenance.model
     try:
         with offline():
-            return load_model(find_recorded(store, recorded), weight_processing=processing, progress=progress)
+            return load_model(store.find_recorded(recorded), weight_processing=processing, progress=progress)
     except (OSError, ValueError) as error:
         _leave_out(f"model '{recorded}'", error, option)
     return None
@@ -66,7 +60,7 @@ def open_sae(store: FeatureStore, named: str | None) -> SAE | None:
         if not recorded:
             raise ValueError("it was harvested before it was saved")
         with offline():
-            return SAE.from_pretrained(find_recorded(store, recorded))
+            return SAE.from_pretrained(store.find_recorded(recorded))
     except (OSError, ValueError) as error:
         _leave_out(f"SAE '{recorded}'", error, "--sae")
     return None

@@ -231,6 +231,11 @@ class FeatureStore:
         with naming(self.folder / "manifest.json"):
             return Provenance.from_dict(self.manifest.provenance)
 
+    def find_recorded(self, recorded: str) -> str:
+        """A recorded name of an SAE or a model: a folder near the store or here where there is one, else the name."""
+        near = [self.folder / recorded, self.folder.parent / recorded, Path(recorded)]
+        return next((str(place) for place in near if place.is_dir()), recorded)
+
     def __repr__(self) -> str:
         size = f"{self.n_tokens:,} tokens, {self.d_sae:,} features, l0 {self.l0:.4g}"
         return f"FeatureStore({size}, of {self.manifest.source})"
