@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from saelab.collecting.collection import collect as collect, stream as stream
     from saelab.collecting.harvesting import harvest as harvest
     from saelab.evaluation.evaluation import evaluate as evaluate
+    from saelab.explorer.launch import explore as explore
     from saelab.interventions.directions import Direction as Direction
     from saelab.interventions.interventions import Intervention as Intervention
     from saelab.interventions.steering_hooks import splice as splice, steer as steer

@@ -26,7 +26,8 @@ def read_bounds() -> dict[str, str]:
     """The lower bound of every requirement but the peers' and the loggers', by name."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     lists = [
-        re.search(rf"^{name} = \[(.*?)\]$", text, re.M | re.S) for name in ("dependencies", "datasets", "llm", "dev")
+        re.search(rf"^{name} = \[(.*?)\]$", text, re.M | re.S)
+        for name in ("dependencies", "datasets", "llm", "widgets", "dev")
     ]
     found = [bound for part in lists if part for bound in re.findall(r'"([\w-]+)>=([\d.]+)', part[1])]
     assert len(found) > 20

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
         FeatureExamples as FeatureExamples,
         max_activating_examples as max_activating_examples,
     )
+    from saelab.analysis.prompt_features import (
+        PromptFeatures as PromptFeatures,
+        PromptRanking as PromptRanking,
+        read_prompt as read_prompt,
+    )
     from saelab.analysis.pruning import (
         PrunedScore as PrunedScore,
         PruningCurve as PruningCurve,

@@ -11,6 +11,7 @@ import typer
 from saelab.cli.comparing import compare_folders
 from saelab.cli.converting import convert_sae
 from saelab.cli.demo import run_demo
+from saelab.cli.exploring import explore_store
 from saelab.cli.features import harvest_text, show_dead, show_features, write_report
 from saelab.cli.info import show_info
 from saelab.cli.inputs import echo, find_base
@@ -103,6 +104,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "label": label_features,
     "compare": compare_folders,
     "report": write_report,
+    "explore": explore_store,
     "steer": steer_prompts,
     "steer-curve": draw_curve,
     "info": show_info,

@@ -309,9 +309,21 @@ def _choose_client(
         if llm is not None:
             raise ValueError("Prompts must go to a file or to `--llm`, got both. Give one of them.")
         return OfflineClient(answers, name=model) if model is not None else OfflineClient(answers)
+    return open_client(llm, model, progress)
+
+
+def open_client(llm: str | None, model: str | None, progress: bool, option: str = "--model") -> Client | None:
+    """Client of a language model that labels features; None where none is named.
+
+    Args:
+        llm: address of an endpoint, or `local`; None is OpenAI's.
+        model: name of the model there, or a folder.
+        progress: show a progress bar while a local model loads.
+        option: the option that `model` comes from.
+    """
     if model is None:
         if llm is not None:
-            raise ValueError(f"`--llm` needs `--model`, the name of a language model there, got '{llm}' alone.")
+            raise ValueError(f"`--llm` needs `{option}`, the name of a language model there, got '{llm}' alone.")
         return None
     return LocalClient(load_model(model, progress=progress)) if llm == LOCAL else OpenAIClient(model, llm)
 

@@ -44,6 +44,11 @@ if TYPE_CHECKING:
         Resampled as Resampled,
         resample_ablation as resample_ablation,
     )
-    from saelab.interventions.steering_hooks import splice as splice, steer as steer, steer_all as steer_all
+    from saelab.interventions.steering_hooks import (
+        splice as splice,
+        steer as steer,
+        steer_all as steer_all,
+        steer_randomly as steer_randomly,
+    )
 
 __getattr__, __dir__, __all__ = attach(__name__)

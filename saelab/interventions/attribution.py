@@ -3,8 +3,9 @@
 The result, `Attribution`, includes completeness and agreement with exact effects.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,6 +24,7 @@ from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
+from saelab.stores.validation import naming, read_json, refuse_unknown, require_object
 
 N_SHUFFLES = 99
 N_SHOWN = 10
@@ -114,6 +116,17 @@ class Attribution(Result):
         """Correlations with exact effects; None where those were not requested."""
         return None if self.exact is None else _hold_against(self, self.exact)
 
+    @classmethod
+    def load(cls, path: str | Path) -> "Attribution":
+        """The attribution that `save` wrote; FileNotFoundError, or ValueError for a file that holds something else."""
+        with naming(path):
+            plain = require_object(read_json(path), "An attribution")
+            known = [one.name for one in fields(cls)]
+            refuse_unknown(plain, [*known, *COMPUTED], "An attribution")
+            if missing := sorted(set(known) - set(plain)):
+                raise ValueError(f"An attribution must have every field, got none for `{missing[0]}`.")
+            return cls(**{name: _read_field(name, plain[name]) for name in known})
+
     def to_dict(self) -> dict[str, Any]:
         """Every field, completeness and agreement, ready for JSON."""
         agreement = self.agreement
@@ -139,6 +152,30 @@ class Attribution(Result):
     def _format_completeness(self) -> str:
         share = self.completeness
         return f"{share:.4f}" if share == share else "unknown, since replacing all changes nothing"
+
+
+COMPUTED = ("completeness", "agreement")
+"""what a file has besides the fields"""
+ARRAYS = {"positions": np.int64, "features": np.int64} | dict.fromkeys(
+    ("codes", "sizes", "effects", "errors"), np.float32
+)
+
+
+def _read_field(name: str, value: Any) -> Any:
+    """A field of an attribution from JSON; numbers that are not finite were written as null."""
+    try:
+        if name in ("clean", "patched"):
+            return float("nan") if value is None else float(value)
+        if name == "tokens":
+            return tuple(map(str, value))
+        if name in ARRAYS or (name == "exact" and value is not None):
+            found = np.array(value, ARRAYS.get(name, np.float32))
+            if found.ndim == 1:
+                return found
+            raise ValueError("it is no list of numbers")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"An attribution must have numbers in `{name}`, got something else ({error}).") from None
+    return value
 
 
 def format_agreement(agreement: AttributionAgreement) -> str:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from saelab.interventions.directions import Direction
+from saelab.interventions.directions import Direction, make_random
 from saelab.interventions.edited_runs import ReadActivations
 from saelab.interventions.interventions import (
     ActivationCondition,
@@ -79,10 +79,17 @@ def steer(
 
 
 @contextmanager
-def steer_all(model: Model, interventions: Sequence[Intervention]) -> Iterator[Model]:
+def steer_all(
+    model: Model, interventions: Sequence[Intervention], *, tracker: TokenTracker | None = None
+) -> Iterator[Model]:
     """A context like `steer` with several interventions together: several SAEs, hook points, modes and places.
 
     At one hook point they apply in their order, each reading what the one before left.
+
+    Args:
+        model: language model.
+        interventions: edits of the same or of different hook points.
+        tracker: tracker of a text that was begun in an earlier block and goes on in this one; by default a text begins.
 
     >>> model, point = sl.lm.tiny_model(), "blocks.1.hook_resid_post"
     >>> up = sl.Intervention(sl.Direction(torch.ones(32), point), 2.0)
@@ -97,8 +104,55 @@ def steer_all(model: Model, interventions: Sequence[Intervention]) -> Iterator[M
         for intervention in active:
             _attach(stack, model, intervention, flow)
         if active:
-            flow.flow = stack.enter_context(watch(model))
+            flow.flow = stack.enter_context(watch(model, tracker))
         yield model
+
+
+@contextmanager
+def steer_randomly(
+    model: Model, interventions: Sequence[Intervention], seed: int = 0, *, tracker: TokenTracker | None = None
+) -> Iterator[Model]:
+    """A context like `steer_all` in which what all interventions change together goes along a random direction instead.
+
+        x' = x + |steered(x) - x| r         r a random unit vector of the hook point, the same at every token
+
+    Each token is moved as far as it would be by the interventions, whatever their modes and units: a baseline for them.
+
+    Args:
+        model: language model.
+        interventions: edits whose changes give the norms.
+        seed: seed of the random direction.
+        tracker: as in `steer_all`.
+
+    >>> model, point = sl.lm.tiny_model(), "blocks.1.hook_resid_post"
+    >>> up = sl.Intervention(sl.Direction(torch.ones(32), point), 2.0)
+    >>> with steer_randomly(model, [up]):
+    ...     x = sl.lm.capture(model, torch.full((1, 4), 65), ["blocks.1.hook_out"])
+    """
+    active = [intervention for intervention in interventions if not intervention.changes_nothing]
+    before = {intervention.writes_at: ReadActivations() for intervention in active}
+    width = {intervention.writes_at: intervention.rows.shape[1] for intervention in active}
+    turns = {
+        point: _turn(reading, make_random(Direction(torch.ones(width[point]), point), seed).vector)
+        for point, reading in before.items()
+    }
+    with (
+        splice_edits(model, dict(before)),
+        steer_all(model, interventions, tracker=tracker),
+        splice_edits(model, turns),
+    ):
+        yield model
+
+
+def _turn(before: ReadActivations, direction: Tensor) -> Callable[[Tensor], Tensor]:
+    """An edit that moves activations as far from `before` as they are now, along the direction."""
+
+    def edit(x: Tensor) -> Tensor:
+        start = before.take()
+        length = (x.float() - start.float()).norm(dim=-1, keepdim=True)
+        return start + (length * direction.to(length)).to(start)
+
+    return edit
 
 
 @contextmanager

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
         Generated as Generated,
         Generation as Generation,
         SamplingConfig as SamplingConfig,
+        StreamedToken as StreamedToken,
+        TokenStream as TokenStream,
         generate as generate,
+        stream_tokens as stream_tokens,
     )
     from saelab.lm.hook_points import HookPoints as HookPoints, HookSite as HookSite, hook_points_of as hook_points_of
     from saelab.lm.hooks import (
         ForwardTokens as ForwardTokens,
+        TokenTracker as TokenTracker,
         capture as capture,
         find_hook_point as find_hook_point,
         logits as logits,

@@ -1,124 +1,31 @@
-"""`generate`: continuations of prompts by sampling, greedy chat answers, and logits of given continuations.
+"""`generate` and `stream_tokens`: continuations of prompts by sampling; and greedy chat answers.
 
 A sample depends on its seed alone, not on cache, padding or the rest of its batch: every row has a generator of its
 own.
 """
 
+import codecs
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Generator, Tensor, nn
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from saelab.lm.caching import Caching, place_columns
+from saelab.lm.caching import place_columns
+from saelab.lm.continuations import pad_rows
 from saelab.lm.documents import list_prompts
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model, find_context, find_row
-from saelab.lm.tokenizers import find_ends, read_text
+from saelab.lm.tokenizers import find_ends, find_special_ids, read_text, token_bytes
 from saelab.lm.tokens import tokenize
 from saelab.lm.unwrapped import evaluating
+from saelab.stores.corpus import name_bytes
 from saelab.stores.jobs import hidden
 from saelab.stores.results import Result
-
-
-@dataclass(frozen=True, eq=False)
-class Continuations:
-    """Logits of a batch of prompts and of their continuations; the masks are False at padding."""
-
-    prompt_ids: Int[Tensor, "batch n_prompt"]
-    """token ids of the prompts"""
-    prompt_logits: Float[Tensor, "batch n_prompt d_vocab"]
-    """logits after each token of a prompt; prompts are padded on the left"""
-    prompt_mask: Bool[Tensor, "batch n_prompt"]
-    """which of them are not padding"""
-    logits: Float[Tensor, "batch n_text d_vocab"]
-    """logits that each token of a continuation is predicted by, the first of them after the prompt's last token; padded
-    on the right
-    """
-    ids: Int[Tensor, "batch n_text"]
-    """token ids of the continuations"""
-    mask: Bool[Tensor, "batch n_text"]
-    """which of them are not padding"""
-
-
-@torch.no_grad()
-def read_continuations(model: Model, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> Continuations:
-    """Logits of texts as continuations of prompts, equal to those of `generate` writing them; two forward passes, with
-    a cache where that is correct.
-
-    Edits of `splice` and `steer` apply, with the same distinction of prompt and generated tokens. ValueError where a
-    prompt or a text is empty, or their numbers differ.
-
-    >>> found = read_continuations(sl.lm.tiny_model(), [[65, 66], [67]], [[68, 69, 70], [71]])
-    >>> found.logits.shape, found.mask.sum(1).tolist()
-    (torch.Size([2, 3, 259]), [3, 1])
-    """
-    if len(prompts) != len(texts) or not all(map(len, (*prompts, *texts))) or not prompts:
-        raise ValueError(
-            f"Each prompt must have a text, both of at least one token, got {len(prompts)} prompts and {len(texts)} "
-            "texts, or an empty one among them."
-        )
-    module, _ = hook_points_of(model).route([])
-    caching, lengths = hook_points_of(model).caching(module), sorted({len(prompt) for prompt in prompts})
-    if len(lengths) == 1 or caching.pads(module, max(map(len, prompts)) + max(map(len, texts))):
-        return _read(module, caching, prompts, texts)
-    groups = [[i for i, prompt in enumerate(prompts) if len(prompt) == length] for length in lengths]
-    parts = [_read(module, caching, [prompts[i] for i in rows], [texts[i] for i in rows]) for rows in groups]
-    return _join(parts, torch.tensor([i for rows in groups for i in rows]))
-
-
-def _read(
-    module: nn.Module, caching: Caching, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
-) -> Continuations:
-    """Logits of one batch: prompts in one forward pass, continuations in another, with the first one's cache or from
-    the start.
-    """
-    device = next(module.parameters()).device
-    start, is_prompt = (x.to(device) for x in pad_rows(prompts, left=True))
-    ids, is_text = (x.to(device) for x in pad_rows(texts, left=False))
-    real, n, end = torch.cat([is_prompt, is_text], 1), start.shape[1], start.shape[1] + ids.shape[1] - 1
-    use_cache = caching.in_pieces and caching.keeps(module, n, ids.shape[1])
-    with evaluating(module):
-        first = module(start, use_cache=use_cache, **place_columns(real, 0, n))
-        logits = first.logits[:, -1:]
-        if end > n and use_cache:
-            rest = module(ids[:, :-1], use_cache=True, **caching.go_on(first, real, n, end))
-            logits = torch.cat([logits, rest.logits], 1)
-        elif end > n:
-            rest = module(torch.cat([start, ids[:, :-1]], 1), use_cache=False, **place_columns(real, 0, end))
-            logits = torch.cat([logits, rest.logits[:, n:]], 1)
-    return Continuations(start, first.logits, is_prompt, logits, ids, is_text)
-
-
-def _join(parts: Sequence[Continuations], order: Int[Tensor, "batch"]) -> Continuations:
-    """Several parts as one batch, row i of them at index `order[i]`, padded to a common length."""
-    back = order.argsort()
-
-    def stack(name: str, left: bool) -> Tensor:
-        found = [getattr(part, name) for part in parts]
-        width = max(x.shape[1] for x in found)
-        whole = found[0].new_zeros((len(order), width, *found[0].shape[2:]))
-        rows = torch.arange(len(order)).split([len(x) for x in found])
-        for x, where in zip(found, rows, strict=True):
-            whole[where[0] : where[-1] + 1, width - x.shape[1] if left else 0 : width if left else x.shape[1]] = x
-        return whole[back.to(whole.device)]
-
-    before = ("prompt_ids", "prompt_logits", "prompt_mask")
-    return Continuations(**{f.name: stack(f.name, f.name in before) for f in fields(Continuations)})
-
-
-def pad_rows(rows: Sequence[Sequence[int]], left: bool) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
-    """Rows of ids as one padded tensor, and the mask of what is not padding."""
-    longest = max(map(len, rows))
-    ids, real = torch.zeros(len(rows), longest, dtype=torch.long), torch.zeros(len(rows), longest, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        part = slice(longest - len(row), None) if left else slice(len(row))
-        ids[i, part], real[i, part] = torch.tensor(list(row)), True
-    return ids, real
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,35 +295,131 @@ class _Run:
     def go(self, ends: frozenset[int], bar: Any) -> list[tuple[list[int], list[float]]]:
         """Generated ids and log-probabilities of each row."""
         found: list[tuple[list[int], list[float]]] = [([], []) for _ in self.ids]
-        open_rows = set(range(len(found)))
+        for drawn in self.steps(ends):
+            for row, token, log_prob in drawn:
+                found[row][0].append(token)
+                found[row][1].append(log_prob)
+            bar.update(len(found))
+        return found
+
+    def steps(self, ends: frozenset[int]) -> Iterator[list[tuple[int, int, float]]]:
+        """Step by step, row, new token and its log-probability of each row that has not ended before."""
+        open_rows = set(range(len(self.ids)))
         for _ in range(self.n_tokens):
             logits = self.step()
             chosen = self.sampler(logits)
-            log_probs = logits.log_softmax(1).gather(1, chosen[:, None])[:, 0].tolist()
-            for row in list(open_rows):
-                token = int(chosen[row])
-                found[row][0].append(token)
-                found[row][1].append(log_probs[row])
-                if token in ends:
-                    open_rows.discard(row)
-            bar.update(len(found))
+            tokens, log_probs = chosen.tolist(), logits.log_softmax(1).gather(1, chosen[:, None])[:, 0].tolist()
+            yield [(row, tokens[row], log_probs[row]) for row in sorted(open_rows)]
+            open_rows -= {row for row in open_rows if tokens[row] in ends}
             if not open_rows:
-                break
+                return
             self.ids = torch.cat([self.ids, chosen[:, None].to(self.device)], 1)
             self.real = torch.cat([self.real, torch.ones_like(self.real[:, :1])], 1)
-        return found
 
     def step(self) -> Float[Tensor, "batch d_vocab"]:
         """Logits after the last token, float32 on the CPU."""
         n = self.ids.shape[1]
         begin = 0 if self.before is None else n - 1
         more = self.caching.go_on(self.before, self.real, begin, n) if begin else place_columns(self.real, 0, n)
-        with evaluating(self.module):
+        with torch.no_grad(), evaluating(self.module):
             out = self.module(self.ids[:, begin:], use_cache=self.use_cache, **more)
         if self.use_cache:
             self.before = out
         last: Tensor = out.logits[:, -1].float().cpu()
         return last
+
+
+@dataclass(frozen=True)
+class StreamedToken:
+    """One generated token."""
+
+    id: int
+    text: str
+    """the characters that are whole with this token; empty inside a character and for special tokens"""
+    log_prob: float
+    """log-probability under the model that generated it, edits included, in nats, at temperature 1"""
+
+
+class TokenStream(Iterator[StreamedToken]):
+    """The tokens of one continuation, each drawn when it is asked for, as `stream_tokens` returns them.
+
+    Edits of `splice` and `steer` apply to a token where they are in force when it is drawn. `close`, and the end of the
+    text, release the key-value cache.
+    """
+
+    def __init__(self, model: Model, prompt: str, run: "_Run", ends: frozenset[int]) -> None:
+        self._model, self._prompt, self._steps = model, prompt, run.steps(ends)
+        self._prompt_ids = run.ids[0].cpu()
+        self._special = frozenset(find_special_ids(model) if model.tokenizer is not None else ())
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._bytes: dict[int, bytes] = {}
+        self._ids: list[int] = []
+        self._log_probs: list[float] = []
+
+    def __next__(self) -> StreamedToken:
+        [(_, token, log_prob)] = next(self._steps)
+        self._ids.append(token)
+        self._log_probs.append(log_prob)
+        return StreamedToken(token, self._read(token), log_prob)
+
+    def _read(self, token: int) -> str:
+        """The characters that are whole with this token; bytes of no character are written as <0xE4>."""
+        if self._model.tokenizer is None or token in self._special:
+            return ""
+        if token not in self._bytes:
+            self._bytes |= token_bytes(self._model.tokenizer, [token])
+        made = self._decoder.decode(self._bytes[token])
+        return name_bytes(made.encode("utf-8", "surrogateescape"))
+
+    def close(self) -> None:
+        """Draw no more tokens, and release the cache; the sample so far remains."""
+        self._steps.close()  # type: ignore[attr-defined]  # a generator
+
+    @property
+    def sample(self) -> Generated:
+        """The tokens drawn so far as one continuation."""
+        return _read_sample(self._model, self._prompt, self._prompt_ids, self._ids, self._log_probs)
+
+
+def stream_tokens(
+    model: Model,
+    prompt: str | Int[Tensor, "n"],
+    n_tokens: int = 50,
+    *,
+    seed: int = 0,
+    sampling: SamplingConfig = SAMPLING,
+    bos: bool | None = True,
+    stop_at_eos: bool = True,
+    use_cache: bool = True,
+) -> TokenStream:
+    """The tokens that `generate` draws for one prompt with the same arguments, bit for bit, one by one.
+
+    Args:
+        model: the language model.
+        prompt: one text, or one row of token ids, which is used as it is.
+        n_tokens: largest number of tokens to generate.
+        seed: seed of the sample.
+        sampling: temperature, top-k and top-p; by default the model's own distribution.
+        bos: whether BOS is put before the text; None does as the tokenizer by itself.
+        stop_at_eos: whether the sample ends at an end-of-text token.
+        use_cache: whether to use a key-value cache where it is correct.
+
+    Raises:
+        ValueError: at once, as `generate`.
+
+    >>> model = sl.lm.tiny_model()
+    >>> drawn = [token.id for token in sl.lm.stream_tokens(model, "One", 4)]
+    >>> drawn == list(sl.generate(model, "One", 4)[0].ids)
+    True
+    """
+    if n_tokens < 1:
+        raise ValueError(f"`n_tokens` must be at least 1, got {n_tokens}.")
+    rows, texts = _read_prompts(model, prompt[None] if isinstance(prompt, Tensor) else prompt, bos)
+    _require_room(model, rows, n_tokens)
+    if len(rows) != 1:
+        raise ValueError(f"A stream must continue one prompt, got {len(rows)}. Use `generate` for several.")
+    run = _Run(model, rows, n_tokens, Sampler(sampling, [_seed(seed, 0, 0)]), use_cache)
+    return TokenStream(model, texts[0], run, find_ends(model) if stop_at_eos else frozenset())
 
 
 def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -> tuple[str, int, int]:

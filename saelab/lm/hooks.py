@@ -395,12 +395,12 @@ def _find_positions(ids: Tensor, n_past: int, attention_mask: Any, before: Tenso
 
 
 @contextmanager
-def watch(model: Model) -> Iterator[TokenTracker]:
+def watch(model: Model, tracker: TokenTracker | None = None) -> Iterator[TokenTracker]:
     """Context manager that yields a `TokenTracker` tracking every forward pass of the model, through the bridge or the
-    plain Hugging Face model.
+    plain Hugging Face model; the one given goes on with the text of an earlier block.
     """
     home = hook_points_of(model)
-    flow = TokenTracker(home)
+    flow = TokenTracker(home) if tracker is None else tracker
     with ExitStack() as stack:
         for module in (home.bridged, home.plain):
             if module is not None:

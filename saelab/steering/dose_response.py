@@ -37,16 +37,9 @@ from saelab.functional.metrics import kl_divergence
 from saelab.interventions.directions import Direction
 from saelab.interventions.interventions import Intervention, Mode, TokenSelection, TokenSelector, Unit
 from saelab.interventions.steering_hooks import steer_all
+from saelab.lm.continuations import Continuations, read_continuations
 from saelab.lm.documents import list_prompts
-from saelab.lm.generation import (
-    SAMPLING,
-    Continuations,
-    Generated,
-    Generation,
-    SamplingConfig,
-    generate,
-    read_continuations,
-)
+from saelab.lm.generation import SAMPLING, Generated, Generation, SamplingConfig, generate
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import find_special_ids
 from saelab.sae.sae import SAE

@@ -1,8 +1,10 @@
 """`compare_generations`: generated texts with and without steering, side by side, with log-probabilities by token."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 from saelab.functional.metrics import kl_divergence
 from saelab.interventions.interventions import Intervention
 from saelab.interventions.steering_hooks import steer_all
-from saelab.lm.generation import SAMPLING, Continuations, Generated, SamplingConfig, generate, read_continuations
+from saelab.lm.continuations import Continuations, read_continuations
+from saelab.lm.generation import SAMPLING, Generated, SamplingConfig, generate
 from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import spell
 from saelab.steering.dose_response import describe_intervention
@@ -131,16 +134,42 @@ def compare_generations(
     if not blocks or UNSTEERED in blocks:
         raise ValueError(f"`interventions` must have names other than '{UNSTEERED}', got {list(blocks)}.")
     write = partial(generate, model, prompts, n_tokens, n=n, seed=seed, sampling=sampling, bos=bos, progress=progress)
-    plain = write()
-    rows = _TextRows(model, plain.samples)
+    plain, made = write(), {}
     for name, block in blocks.items():
         with steer_all(model, block):
-            made = write()
-        rows.add(name, block, made.samples)
+            made[name] = SteeredTexts(partial(steer_all, model, block), write().samples)
     described = {name: "; ".join(map(describe_intervention, block)) for name, block in blocks.items()}
     return GenerationComparison(
-        rows=rows.read(), interventions=described, temperature=float(sampling.temperature), seed=seed
+        rows=score_texts(model, plain.samples, made),
+        interventions=described,
+        temperature=float(sampling.temperature),
+        seed=seed,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class SteeredTexts:
+    """Texts of one steered model."""
+
+    steered: Callable[[], AbstractContextManager[Any]]
+    """enters the context in which they were generated"""
+    samples: Sequence[Generated]
+    """one for each unsteered text"""
+
+
+@torch.no_grad()
+def score_texts(model: Model, plain: Sequence[Generated], steered: Mapping[str, SteeredTexts]) -> tuple[TextRow, ...]:
+    """Texts with and without steering, each scored under its own and the other model.
+
+    Args:
+        model: language model, without edits.
+        plain: the texts without steering.
+        steered: the texts of each steered model by name, none of them "unsteered".
+    """
+    rows = _TextRows(model, plain)
+    for name, made in steered.items():
+        rows.add(name, made)
+    return rows.read()
 
 
 class _TextRows:
@@ -153,14 +182,15 @@ class _TextRows:
         """by writer and reader"""
         self.kl: dict[str, list[float]] = {}
 
-    def add(self, name: str, block: Sequence[Intervention], made: Sequence[Generated]) -> None:
+    def add(self, name: str, texts: SteeredTexts) -> None:
         """Score both texts under both models, a batch at a time."""
+        made = texts.samples
         self.steered[name], self.kl[name] = made, []
         for first in range(0, len(made), BATCH):
             part = slice(first, first + BATCH)
-            before = [_read(self.model, texts[part]) for texts in (self.plain, made)]
-            with steer_all(self.model, block):
-                after = [_read(self.model, texts[part]) for texts in (self.plain, made)]
+            before = [_read(self.model, written[part]) for written in (self.plain, made)]
+            with texts.steered():
+                after = [_read(self.model, written[part]) for written in (self.plain, made)]
             for writer, (p, q) in zip((UNSTEERED, name), zip(before, after, strict=True), strict=True):
                 self._keep(writer, UNSTEERED, p, is_first=first == 0)
                 self._keep(writer, name, q, is_first=first == 0)

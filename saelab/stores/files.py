@@ -58,13 +58,13 @@ def write_json(path: str | Path, obj: object, *, sealed: bool = False) -> None:
     write_atomic(path, (seal(text) if sealed else text.encode()) + b"\n")
 
 
-def to_json(obj: object) -> str:
-    """`obj` as indented JSON; NaN and infinities become null.
+def to_json(obj: object, indent: int | None = 2) -> str:
+    """`obj` as JSON, indented or in one line; NaN and infinities become null.
 
     >>> to_json(float("nan"))
     'null'
     """
-    return json.dumps(_finite(obj), indent=2, allow_nan=False)
+    return json.dumps(_finite(obj), indent=indent, allow_nan=False)
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:

@@ -439,3 +439,45 @@ def test_mistakes_are_explained(tales: Any) -> None:
         sl.Intervention(sl.Direction(torch.ones(4), POINT), 1.0, error="drop")
     with pytest.raises(ValueError, match="not zero"):
         sl.Direction(torch.zeros(4), POINT)
+
+
+@pytest.mark.parametrize(
+    ("mode", "unit", "strength"),
+    [("add", "raw", 4.0), ("clamp", "raw", 3.0), ("add", "norm", 0.5), ("scale", "raw", 5.0)],
+)
+def test_a_random_direction_moves_every_token_as_far_as_the_features_do(tiny: Any, mode, unit, strength) -> None:
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=8)), seed=1)
+    point, ids = "blocks.1.hook_resid_post", torch.arange(40, 60)[None]
+    block = [
+        sl.Intervention(
+            sae, {3: strength, 5: -strength if mode == "add" else strength}, mode, unit=unit, hook_point=point
+        ),
+        sl.Intervention(sae, {7: 1.0}, hook_point=point),
+    ]
+    before = sl.lm.capture(tiny, ids, [point])[point][0]
+    with sl.interventions.steer_all(tiny, block):
+        steered = sl.lm.capture(tiny, ids, [point])[point][0] - before
+    with sl.interventions.steer_randomly(tiny, block, seed=2):
+        moved = sl.lm.capture(tiny, ids, [point])[point][0] - before
+    assert torch.allclose(moved.norm(dim=1), steered.norm(dim=1), rtol=1e-4, atol=1e-5)
+    assert float(steered.norm(dim=1).min()) > 0.1
+    unit_vectors = moved / moved.norm(dim=1, keepdim=True)
+    assert torch.allclose(unit_vectors, unit_vectors[:1].expand_as(unit_vectors), atol=1e-3)
+    with sl.interventions.steer_randomly(tiny, block, seed=3):
+        other = sl.lm.capture(tiny, ids, [point])[point][0] - before
+    assert not torch.allclose(other, moved, atol=1e-2)
+    assert torch.equal(sl.lm.capture(tiny, ids, [point])[point][0], before)
+
+
+def test_a_text_goes_on_in_a_later_block_with_its_tracker(tiny: Any) -> None:
+    """Prompt and generated tokens are told apart although the block was left between them."""
+    up = sl.Direction(torch.ones(32), "blocks.1.hook_resid_post")
+    block = [sl.Intervention(up, 9.0, where="generated")]
+    with sl.interventions.steer_all(tiny, block):
+        whole = sl.generate(tiny, "One", 6, seed=1, progress=False)[0]
+    stream, tracker = sl.lm.stream_tokens(tiny, "One", 6, seed=1), sl.lm.TokenTracker(sl.lm.hook_points_of(tiny))
+    for _ in range(3):
+        with sl.interventions.steer_all(tiny, block, tracker=tracker):
+            next(stream), next(stream)
+    assert stream.sample == whole
+    assert whole != sl.generate(tiny, "One", 6, seed=1, progress=False)[0]

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import saelab as sl
 from saelab.lm.caching import count_columns, find_border, find_given, find_returned
-from saelab.lm.generation import GREEDY, read_continuations
+from saelab.lm.continuations import read_continuations
+from saelab.lm.generation import GREEDY
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.models import _byte_tokenizer
 

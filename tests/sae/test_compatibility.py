@@ -109,12 +109,16 @@ CALLS: dict[str, Callable] = {
     "logit_lens": lambda at, **how: sl.analysis.logit_lens(at.sae, at.model, [3], **how),
     "patch": lambda at, **how: sl.interventions.patch(at.model, "One", "Two", "e", sources=at.sae, **how),
     "prune_dictionary": lambda at, **how: sl.analysis.prune_dictionary(at.sae, at.model, at.tokens[:4], (4,), **how),
+    "read_prompt": lambda at: sl.analysis.read_prompt(at.sae, at.model, "One", at.store.provenance),
     "report": lambda at: sl.report(at.store, at.out, at.model, sae=at.sae, features=[3], **QUIET),
     "output_scores": lambda at, **how: sl.steering.output_scores(at.model, at.sae, at.store, [3], prompts="One", **how),
     "splice": lambda at, **how: enter(sl.splice(at.model, at.sae, **how)),
     "steer": lambda at, **how: enter(sl.steer(at.model, at.sae, {3: 1.0}, **how)),
     "steer_all": lambda at, **how: enter(
         sl.interventions.steer_all(at.model, [sl.Intervention(at.sae, {3: 1.0}, **how)])
+    ),
+    "steer_randomly": lambda at, **how: enter(
+        sl.interventions.steer_randomly(at.model, [sl.Intervention(at.sae, {3: 1.0}, **how)])
     ),
     "compare_generations": lambda at, **how: sl.steering.compare_generations(
         at.model, sl.Intervention(at.sae, {3: 1.0}, **how), "One", 2, **QUIET
@@ -125,7 +129,7 @@ CALLS: dict[str, Callable] = {
 """Every public function that takes an SAE and a model, called on them."""
 
 ANY_POINT = {"harvest_untrained", "logit_lens"}  # the store says it; what features write is read at no hook point
-BY_STORE = {"export_store", "report"}  # the store says what the model must be
+BY_STORE = {"export_store", "read_prompt", "report"}  # the store says what the model must be
 
 
 @pytest.fixture(scope="module")

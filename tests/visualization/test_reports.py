@@ -194,8 +194,9 @@ def test_prompts_show_the_codes_of_a_direct_encoding(tiny) -> None:
     sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=3)), seed=0)
     hook_point = "blocks.1.hook_resid_post"
     mask = {"special": True, "positions": [0, 4], "max_norm_ratio": None}
+    name = sl.lm.describe_model(tiny).name
     where = sl.stores.Provenance(
-        model="tiny", weight_processing="none", hook_point=hook_point, text="", tokens_sha256="", mask=mask,
+        model=name, weight_processing="none", hook_point=hook_point, text="", tokens_sha256="", mask=mask,
         dtype="float32", ctx_len=8, n_tokens=1, seed=None, versions={},
     )  # fmt: skip
     (shown,) = read_prompts(sae, tiny, ["a fox"], where)
