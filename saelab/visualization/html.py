@@ -1,7 +1,6 @@
 """Self-contained HTML pages (style, sections, tables, with all text escaped) and the common style of figures.
 
-Figures have colors for light and dark backgrounds. Style, markup and script of the report page are read from files in
-this folder.
+Figures have colors for light and dark backgrounds. Styles and scripts are files in the folder `assets`.
 """
 
 import base64
@@ -16,48 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --card: #f4f6f8; --ink: #19212b; --soft: #5b6673; --line: #d5dbe1;
-  --own: #1f6f78; --other: #a9b3bd; --plus: 222 110 24; --minus: 38 112 214; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #12171d; --card: #1b222a; --ink: #e4e9ee; --soft: #9aa6b2; --line: #323c47;
-    --own: #4fb3bd; --other: #5e6975; --plus: 226 122 44; --minus: 74 138 232; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.01em; text-wrap: balance; }
-h2 { font-size: 1.3rem; margin: 3rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 0; overflow-wrap: anywhere; }
-p { margin: .5rem 0; max-width: 46rem; }
-.soft, figcaption, dt, th, .note { color: var(--soft); }
-.small, figcaption, .note { font-size: .86rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; margin: 1rem 0; }
-dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-variant-numeric: tabular-nums;
-  font-size: .92rem; }
-th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 500; vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
-  background: var(--paper); }
-tr.own td:first-child { font-weight: 600; color: var(--own); }
-figure { margin: 1rem 0; }
-.card { background: var(--card); border-radius: 8px; padding: 1rem 1.15rem; margin: 1rem 0; }
-.head { display: flex; flex-wrap: wrap; gap: .1rem .8rem; align-items: baseline; }
-.card ol { list-style: none; margin: .6rem 0 0; padding: 0; }
-.card li { margin: .5rem 0; }
-.tokens { font: 1.05rem/1.75 ui-serif, Georgia, "Noto Serif", "Times New Roman", serif; }
-.t { border-radius: 3px; padding: .08em .05em; box-decoration-break: clone; }
-.plus { background: rgb(var(--plus) / var(--a)); }
-.minus { background: rgb(var(--minus) / var(--a)); }
-.true { text-decoration: underline; text-decoration-thickness: 2px; text-underline-offset: .28em; }
-.note { display: block; line-height: 1.3; }
-.side { margin: .8rem 0 0; font-weight: 600; font-size: .92rem; }
-@media (max-width: 32rem) { main { padding: 1.5rem .9rem 3rem; } dl { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: .5rem; } .card { padding: .8rem .85rem; } }
-"""
 
 
 def escape(text: object) -> str:
@@ -131,7 +88,7 @@ def make_page(title: str, lead: str, sections: Sequence[str]) -> str:
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             write_policy(body.scripts),
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>",
+            f"<title>{escape(title)}</title>\n<style>{read_asset('page.css')}</style>\n</head>\n<body>\n<main>",
             f"<h1>{escape(title)}</h1>\n<p>{escape(lead)}</p>",
             body,
             "</main>\n</body>\n</html>\n",
@@ -249,3 +206,54 @@ def count_tokens(counts: Iterable[int]) -> str:
 def read_asset(name: str) -> str:
     """The text of a file in this folder."""
     return files("saelab.visualization").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+IMPORT = re.compile(r'^import \{([^}]*)\} from "\./([^"]+)";\n', re.M)
+EXPORT = re.compile(r"^export (?=(?:async )?(?:function\*?|const|class) (\w+))", re.M)
+EXPORT_LIST = re.compile(r"export\{([^}]*)\};?\s*\Z")
+"""How our modules and the vendored ones, which are minified, name what they take and give"""
+
+
+@cache
+def bundle(name: str, packages: tuple[str, ...] = ("saelab.visualization",)) -> str:
+    """JavaScript modules as one classic script: the one named and all that it imports, each wrapped in a function.
+
+    A page from the disk has no modules: browsers load them from servers only.
+
+    Args:
+        name: file name of the module that runs last.
+        packages: packages whose folders `assets` hold the modules.
+    """
+    order: dict[str, str] = {}
+
+    def add(name: str) -> None:
+        text = _read_module(name, packages)
+        for _, needed in IMPORT.findall(text):
+            if needed not in order:
+                add(needed)
+        order[name] = _wrap(name, text)
+
+    add(name)
+    return "\n".join(['"use strict";\n(() => {\nconst modules = {};', *order.values(), "})();\n"])
+
+
+def _read_module(name: str, packages: Sequence[str]) -> str:
+    for package in packages:
+        file = files(package).joinpath("assets", *name.split("/"))
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    raise FileNotFoundError(f"A module must be a file in `assets` of {' or '.join(packages)}, got '{name}'.")
+
+
+def _wrap(name: str, text: str) -> str:
+    """A module as a function whose result, its exports by name, is stored under the name of its file."""
+    given = ", ".join(EXPORT.findall(text))
+    for listed in EXPORT_LIST.findall(text):
+        given = re.sub(r"([\w$]+) as ([\w$]+)", r"\2: \1", listed)
+    body = EXPORT_LIST.sub("", EXPORT.sub("", IMPORT.sub(_take, text)))
+    return f'modules["{name}"] = (() => {{\n{body.strip()}\nreturn {{ {given} }};\n}})();'
+
+
+def _take(found: re.Match[str]) -> str:
+    taken = re.sub(r"(\w+) as (\w+)", r"\1: \2", found[1].strip())
+    return f'const {{ {taken} }} = modules["{found[2]}"];\n'

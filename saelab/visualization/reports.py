@@ -30,7 +30,7 @@ from saelab.stores.results import Result
 from saelab.stores.validation import read_json
 from saelab.universality.matching import Comparison
 from saelab.visualization.feature_cards import draw_card, style_card
-from saelab.visualization.html import STYLE, escape, facts, paragraph, read_asset, section, table, write_policy
+from saelab.visualization.html import bundle, escape, facts, paragraph, read_asset, section, table, write_policy
 from saelab.visualization.universality_plots import Matched
 
 if TYPE_CHECKING:
@@ -50,20 +50,25 @@ def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: Mapping[
         data: data of the feature list and the prompts, embedded as JSON.
         cards: cards in the page itself, HTML by feature.
     """
-    views = read_asset("views.html").format(hidden="" if data["prompts"] else "hidden", summary=summary)
-    script = read_asset("report.js")
+    script = bundle("report.js")
+    style = read_asset("page.css") + read_asset("components.css")
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             write_policy([script], LOCAL_FILES if data["files"] else ""),
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>\n<style>{STYLE}{read_asset('report.css')}</style>{style_card()}</head>",
-            f"<body>\n<main>\n<header><h1>{escape(title)}</h1></header>\n{views}\n</main>",
+            f"<title>{escape(title)}</title>\n<style>{style}</style>{style_card()}</head>",
+            f"<body>\n<header><h1>{escape(title)}</h1></header>",
+            f'<main id="report"><noscript>{NO_SCRIPT}</noscript></main>',
+            f'<template id="summary">{summary}</template>',
             f'<script type="application/json" id="data">{to_script(data)}</script>',
             f'<script type="application/json" id="cards">{to_script(cards)}</script>',
             f"<script>{script}</script>\n</body>\n</html>\n",
         ]
     )
+
+
+NO_SCRIPT = "The list of features needs JavaScript, which this page carries; nothing is fetched from the network."
 
 
 def as_script(cards: Mapping[int, str]) -> str:
@@ -404,7 +409,7 @@ def _row(card: FeatureCard, found: DeadFeatures) -> dict[str, Any]:
     if tops:
         words, center = tops[0].words, tops[0].center
         snippet = ["".join(words[:center]), words[center], "".join(words[center + 1 :])]
-    n_negative = sum(side.n_firings for side in card.sides if side.sign < 0)
+    n_positive, n_negative = (sum(side.n_firings for side in card.sides if side.sign == sign) for sign in (1, -1))
     return {
         "feature": card.feature,
         "label": card.label,
@@ -412,7 +417,9 @@ def _row(card: FeatureCard, found: DeadFeatures) -> dict[str, Any]:
         "snippet": [part.replace("\n", " ") for part in snippet],
         "search": " ".join(example.text for example in tops),
         "density": card.density,
-        "balance": n_negative / card.n_firings if card.n_firings else None,
+        "n_positive": n_positive,
+        "n_negative": n_negative,
+        "balance": min(n_positive, n_negative) / card.n_firings if card.n_firings else None,
         "peak": max((side.peak for side in card.sides), default=0.0),
         "kind": found.kinds[card.feature],
     }

@@ -318,14 +318,16 @@ class Matched:
         return section(f"Compared with {self.name}", draw_comparison(self.comparison))
 
     def describe(self, feature: int) -> dict[str, Any]:
-        """Fields of a feature in the report's list: similarity, None without a partner, and whether it is universal."""
+        """Fields of a feature in the report's list: match, the similarity to its partner, or None; the partner; and
+        whether the feature is universal.
+        """
         side = self.comparison.a
         known = [number for number in self._numbers(feature) if side.partners[number] >= 0]
         if not known:
-            return {"similarity": None, "partner": "", "universal": False}
+            return {"match": None, "partner": "", "universal": False}
         best = max(known, key=lambda number: abs(side.similarity[number]))
         partner = int(side.partners[best])
-        row = {"similarity": float(side.similarity[best]), "universal": bool(side.universal[best])}
+        row = {"match": float(side.similarity[best]), "universal": bool(side.universal[best])}
         called = self.labels.get(split_side(self.comparison, partner)[0], "")
         return row | {"partner": " ".join(filter(None, (self._name(partner), called)))}
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import saelab as sl
 from saelab.analysis.density import dead_features
 from saelab.cli.app import dispatch
 from saelab.visualization import reports
+from saelab.visualization.html import bundle
 from saelab.visualization.reports import read_prompts
 from tests.pages import with_script
 
@@ -231,26 +233,59 @@ def test_the_command_writes_a_report_and_says_what_it_could_not_open(store, sae,
     assert dispatch([*words[:-3], "--features", "one", "--no-progress"]) == 2
 
 
+def test_the_bundle_holds_every_module_whole() -> None:
+    """Each import finds what it names among the exports of a module that ran before; nothing is left of modules."""
+    script = bundle("report.js")
+    assert (
+        not re.search(r"^\s*(import|export)\b|export\{", script, re.M)
+        and "</script" not in script
+        and "<!--" not in script
+    )
+    given: dict[str, set[str]] = {}
+    for name, body in re.findall(r'^modules\["(.*?)"\] = \(\(\) => \{\n(.*?)^\}\)\(\);$', script, re.M | re.S):
+        for taken, needed in re.findall(r'^const \{([^}]*)\} = modules\["(.*?)"\];$', body, re.M):
+            assert {one.split(":")[0].strip() for one in taken.split(",")} <= given[needed], (name, needed)
+        text = files("saelab.visualization").joinpath("assets", name).read_text()
+        given[name] = {
+            one.split(":")[0].strip() for one in re.findall(r"^return \{(.*)\};$", body, re.M)[-1].split(",")
+        }
+        assert (
+            given[name] - {""} == set(re.findall(r"^export \w+ (?:\w+ )?(\w+)\b(?=[ (])", text, re.M))
+            or "vendor" in name
+        )
+    assert given["vendor/htm-preact-standalone.js"] > {"html", "render", "useState"} and list(given)[-1] == "report.js"
+    with pytest.raises(FileNotFoundError, match="got 'nowhere"):
+        bundle("nowhere.js")
+
+
 DRIVER = """
-const seen = {}, wait = ms => new Promise(done => setTimeout(done, ms));
+const seen = {}, wait = ms => new Promise(done => setTimeout(done, ms)), find = what => document.querySelector(what);
 window.alert = () => { seen.alert = true; };
-const listed = () => [...document.querySelectorAll("#body tr")].map(tr => Number(tr.dataset.feature));
 const press = key => document.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-const typed = text => {
-  byId("search").value = text; byId("search").dispatchEvent(new Event("input")); return listed();
+const listed = async () => {
+  await wait(400);
+  return [...document.querySelectorAll("[data-feature]")].map(row => Number(row.dataset.feature));
+};
+const typed = async text => {
+  find("#search").value = text;
+  find("#search").dispatchEvent(new Event("input"));
+  return await listed();
 };
 (async () => {
-  seen.byDensity = listed();
-  byId("order").click(); seen.turned = listed();
-  document.querySelector('th[data-column="feature"] button').click(); seen.byFeature = listed();
-  seen.hot = typed("HOT"); seen.label = typed("onerror"); seen.nothing = typed("no such word"); typed("");
-  document.querySelector('#body tr[data-feature="1"]').click(); await wait(300);
-  seen.card = byId("card").textContent.includes("30 positive"); seen.hash = location.hash;
+  seen.byDensity = await listed();
+  find("#order").click(); seen.turned = await listed();
+  find('[data-column="feature"] button').click(); seen.byFeature = await listed();
+  seen.hot = await typed("HOT"); seen.label = await typed("onerror"); seen.nothing = await typed("no such word");
+  seen.count = find('[role="status"]').textContent; await typed("");
+  press("j"); await wait(100); press("j"); await wait(100); seen.focus = document.activeElement.textContent;
+  find('[data-feature="1"] a').click(); await wait(300);
+  seen.card = find(".fcard").textContent.includes("30 positive"); seen.hash = location.hash;
   press("ArrowRight"); await wait(300); seen.next = location.hash;
-  seen.shown = byId("card").querySelector("h2").textContent;
-  press("Escape"); await wait(100); seen.list = !byId("view-list").hidden && byId("view-feature").hidden;
-  location.hash = "feature=99"; await wait(100); seen.unknown = byId("card").textContent;
-  location.hash = "summary"; await wait(100); seen.summary = !byId("view-summary").hidden;
+  seen.shown = find(".fcard h2").textContent;
+  press("Escape"); await wait(300); seen.list = Boolean(find(".list")) && !find(".fcard");
+  location.hash = "feature=1"; await wait(300); seen.old = find(".fcard h2").textContent.startsWith("1 ");
+  location.hash = "feature=99"; await wait(300); seen.unknown = find('[role="alert"]').textContent;
+  location.hash = "summary"; await wait(300); seen.summary = document.body.textContent.includes("Features by density");
   seen.images = document.querySelectorAll("img").length;
   document.body.append(Object.assign(document.createElement("pre"), { textContent: JSON.stringify(seen) }));
 })();
@@ -266,7 +301,7 @@ def test_the_report_works_in_a_browser_from_the_disk_without_network(store, tmp_
     driven = page.with_name("driven.html")
     driven.write_text(with_script(page.read_text(), DRIVER))
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=8000"]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=12000"]
     run = subprocess.run([*command, "--dump-dom", driven.as_uri()], capture_output=True, text=True, timeout=100)
     assert "CONSOLE" not in run.stderr, [line for line in run.stderr.splitlines() if "CONSOLE" in line]
     verdict = next(text for tag, text in Parsed(run.stdout).texts if text.startswith('{"byDensity"'))
@@ -279,10 +314,13 @@ def test_the_report_works_in_a_browser_from_the_disk_without_network(store, tmp_
         "label": [0, 1, 2],
         "nothing": [],
         "card": True,
-        "hash": "#feature=1",
-        "next": "#feature=2",
+        "count": "0 of 4 features",
+        "focus": "1",
+        "hash": "#/feature/1?sort=feature&order=asc&at=1",
+        "next": "#/feature/2?sort=feature&order=asc&at=2",
         "shown": "2 no label",
         "list": True,
+        "old": True,
         "unknown": "There is no feature 99 in this report.",
         "summary": True,
         "images": 0,
@@ -294,6 +332,7 @@ def test_a_link_to_a_feature_of_a_single_page_opens_its_card(store, tmp_path) ->
     made = sl.report(store, tmp_path / "page.html", progress=False)
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
     link = Path(made.page).as_uri() + "#feature=1"
+    command += ["--virtual-time-budget=3000"]
     run = subprocess.run([*command, "--dump-dom", link], capture_output=True, text=True, timeout=100)
     texts = [text for tag, text in Parsed(run.stdout).texts if tag != "script"]
     assert not any("is missing" in text for text in texts) and any("30 positive" in text for text in texts)

@@ -285,10 +285,10 @@ def test_every_card_stands_beside_its_partner(found, page) -> None:
     for row in data["features"]:
         feature, text = row["feature"], Plain(partner(cards[row["feature"]])).text
         if side.partners[feature] < 0:
-            assert row["similarity"] is None and "No partner in second" in text and "Here" not in text
+            assert row["match"] is None and "No partner in second" in text and "Here" not in text
             assert ("it never fires" in text) == (not side.fires[feature])
             continue
-        assert row["similarity"] == pytest.approx(float(side.similarity[feature]))
+        assert row["match"] == pytest.approx(float(side.similarity[feature]))
         assert row["partner"].split()[0] == str(side.partners[feature]) and row["universal"] == side.universal[feature]
         assert f"Partner in second: {side.partners[feature]} " in text
         assert f"correlation {side.similarity[feature]:+.3f}" in text and f"p {format_p(side, feature)}," in text
@@ -332,7 +332,7 @@ def test_sides_have_partners_of_their_own(stores, sides, tmp_path) -> None:
     data, cards = read(Path(made.page).read_text())
     text = Plain(partner(cards[feature])).text
     values = sides.a.similarity[2 * feature : 2 * feature + 2]
-    assert data["features"][0]["similarity"] == pytest.approx(float(np.nanmax(values)))
+    assert data["features"][0]["match"] == pytest.approx(float(np.nanmax(values)))
     assert "of + in second" in text and f"of {MINUS} in second" in text
     negative = bool(FLIPPED[feature]) != bool(sides.universal_pairs[0, 0] % 2)
     assert f"in second: {ORDER[feature]}{MINUS if negative else '+'} " in text
@@ -356,17 +356,18 @@ def test_the_command_compares(stores, tmp_path) -> None:
 
 
 DRIVER = """
-const seen = {}, wait = ms => new Promise(done => setTimeout(done, ms));
+const seen = {}, wait = ms => new Promise(done => setTimeout(done, ms)), find = what => document.querySelector(what);
 window.alert = () => { seen.alert = true; };
-const listed = () => [...document.querySelectorAll("#body tr")].map(tr => Number(tr.dataset.feature));
+const read = () => [...document.querySelectorAll("[data-feature]")];
+const listed = async () => { await wait(500); return read().map(row => Number(row.dataset.feature)); };
 (async () => {
-  document.querySelector('th[data-column="similarity"] button').click(); seen.bySimilarity = listed();
-  seen.cells = [...document.querySelectorAll("#body tr")].map(tr => tr.lastChild.textContent);
-  byId("order").click(); seen.turned = listed();
-  byId("search").value = "onerror"; byId("search").dispatchEvent(new Event("input")); seen.found = listed();
+  find('[data-column="match"] button').click(); seen.bySimilarity = await listed();
+  seen.cells = read().map(row => row.lastChild.textContent);
+  find("#order").click(); seen.turned = await listed();
+  find("#search").value = "onerror"; find("#search").dispatchEvent(new Event("input")); seen.found = await listed();
   location.hash = "feature=0"; await wait(300);
-  seen.columns = getComputedStyle(byId("card").querySelector(".both")).gridTemplateColumns.split(" ").length;
-  seen.partner = byId("card").querySelector(".match h3").textContent;
+  seen.columns = getComputedStyle(find(".fcard .both")).gridTemplateColumns.split(" ").length;
+  seen.partner = find(".fcard .match h3").textContent;
   seen.images = document.querySelectorAll("img").length;
   seen.wide = document.documentElement.scrollWidth > window.innerWidth;
   document.body.append(Object.assign(document.createElement("pre"), { textContent: JSON.stringify(seen) }));
@@ -381,8 +382,8 @@ def test_a_browser_sorts_by_similarity_and_shows_partners_side_by_side(stores, f
     driven = Path(made.page).with_name("driven.html")
     driven.write_text(with_script(Path(made.page).read_text(), DRIVER))
     command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=5000"]
-    command += ["--window-size=1200,900", "--dump-dom", driven.as_uri()]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=8000"]
+    command += ["--window-size=1200,2000", "--dump-dom", driven.as_uri()]
     run = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert "CONSOLE" not in run.stderr, [line for line in run.stderr.splitlines() if "CONSOLE" in line]
     seen = json.loads(next(text for text in Plain(run.stdout).said if text.startswith('{"bySimilarity"')))

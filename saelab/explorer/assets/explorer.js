@@ -1,0 +1,79 @@
+// The explorer: views by address, with the state of the model and the choice of theme above them.
+import { html, render, useEffect, useState } from "./vendor/htm-preact-standalone.js";
+import { Undo } from "./edits.js";
+import { ExplorerFeature } from "./explorer_feature.js";
+import { FeatureList, openSearch } from "./feature_list.js";
+import { FiguresPage } from "./figures_page.js";
+import { ListsPage } from "./lists_page.js";
+import { liveSource, readAbout } from "./live_source.js";
+import { Failure, useKeys, useLoaded } from "./loading.js";
+import { PromptPage } from "./prompt_page.js";
+import { go, replace, useRoute, writeRoute } from "./routes.js";
+import { SteeringPage } from "./steering_page.js";
+
+const TITLES = {
+  features: "Features", prompt: "Prompt", steer: "Steering", dead: "Dead latents", evaluation: "Evaluation",
+  compare: "Comparison", attribution: "Attribution", lists: "Lists",
+};
+const PAGES = ["dead", "evaluation", "compare", "attribution"];  // there where the explorer has what they show
+
+function Explorer({ about }) {
+  const [source] = useState(() => liveSource(about));
+  const { view, id, query } = useRoute(), state = useModel(source, about.model_state);
+  const there = Object.keys(TITLES).filter(name => !PAGES.includes(name) || about.views.includes(name));
+  const open = there.includes(view) || view === "feature" ? view : "features";
+  const setQuery = asked => replace(writeRoute(open, id, asked));
+  const shared = { source, about, state, query, setQuery };
+  useEffect(() => { document.title = `${open === "feature" ? `Feature ${id}` : TITLES[open]} \u00b7 ${about.title}`; }, [open, id]);
+  useKeys(open === "features" ? {} : { "/": openSearch, ...(open !== "feature" && { Escape: () => go(writeRoute("features")) }) });
+  return html`
+    <header><div class="top"><h1>${about.title}</h1><${Model} state=${state} /><${Theme} /></div>
+      <nav class="views" aria-label="Views">${there.map(name => html`<a href=${writeRoute(name)}
+        aria-current=${name === open || (open === "feature" && name === "features") ? "page" : null}>${TITLES[name]}</a>`)}</nav></header>
+    <main>
+      ${open === "features" && html`<${FeatureList} source=${source} query=${query} onQuery=${setQuery} />`}
+      ${open === "feature" && html`<${ExplorerFeature} key=${id} feature=${Number(id)} ...${shared} />`}
+      ${open === "prompt" && html`<${PromptPage} ...${shared} />`}
+      ${open === "steer" && html`<${SteeringPage} ...${shared} />`}
+      ${PAGES.includes(open) && html`<${FiguresPage} key=${open} name=${open} ...${shared} />`}
+      ${open === "lists" && html`<${ListsPage} ...${shared} />`}
+    </main>
+    ${about.can.edit && html`<footer><${Undo} source=${source} /></footer>`}`;
+}
+
+// What is known of the model, asked again while it loads.
+function useModel(source, first) {
+  const [state, setState] = useState(first);
+  useEffect(() => {
+    if (state !== "loading") return undefined;
+    const wait = setInterval(() => source.model().then(said => setState(said.state), () => {}), 1000);
+    return () => clearInterval(wait);
+  }, [state]);
+  return state;
+}
+
+function Model({ state }) {
+  const said = { none: "no model", loading: "the model is loading \u2026", ready: "model ready" }[state] ?? state;
+  return html`<span class="soft small" role="status">${said}</span>`;
+}
+
+function Theme() {
+  const root = document.documentElement, system = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  const [theme, setTheme] = useState(root.dataset.theme ?? system), other = theme === "dark" ? "light" : "dark";
+  const turn = () => {
+    root.dataset.theme = other;
+    try { localStorage.setItem("saelab-theme", other); } catch { /* then it lasts as long as the page */ }
+    setTheme(other);
+    dispatchEvent(new Event("theme"));
+  };
+  return html`<button type="button" class="theme" onClick=${turn}>${other === "dark" ? "Dark" : "Light"} theme</button>`;
+}
+
+function Start() {
+  const { value, error } = useLoaded(readAbout, []);
+  if (error) return html`<main><${Failure} error=${error} /></main>`;
+  return value && html`<${Explorer} about=${value} />`;
+}
+
+document.body.replaceChildren();
+render(html`<${Start} />`, document.body);

@@ -1,0 +1,14 @@
+// Pages of tables and figures that Python makes: dead latents, evaluation, comparison, attribution.
+import { html } from "./vendor/htm-preact-standalone.js";
+import { Chart } from "./chart.js";
+import { Escaped } from "./feature_view.js";
+import { Failure, useLoaded } from "./loading.js";
+
+export function FiguresPage({ source, name }) {
+  const { value, error, loading } = useLoaded(signal => source.page(name, signal), [name]);
+  return html`<section class="figures" aria-busy=${loading}>
+    <${Failure} error=${error} />
+    <p class="soft" role="status">${loading && "drawing \u2026"}</p>
+    ${value && html`<h2>${value.title}</h2><${Escaped} content=${value.html} />
+      ${value.figures.map((figure, i) => html`<${Chart} key=${i} figure=${figure} />`)}`}</section>`;
+}

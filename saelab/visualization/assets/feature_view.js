@@ -1,0 +1,52 @@
+// One feature: its card as Python draws it, and the way to the features before and after it in the list it came from.
+import { html, useEffect, useRef } from "./vendor/htm-preact-standalone.js";
+import { count } from "./format.js";
+import { Failure, useKeys, useLoaded } from "./loading.js";
+import { go, writeRoute } from "./routes.js";
+
+const BY_NUMBER = { sort: "feature", order: "asc" };
+
+// HTML that Python has escaped; nothing else is ever put in as HTML.
+export function Escaped({ content, onDraw }) {
+  const ref = useRef(null);
+  useEffect(() => onDraw?.(ref.current), [content]);
+  return html`<div ref=${ref} dangerouslySetInnerHTML=${{ __html: content }} />`;
+}
+
+// `query` has the list's search and order, and `at`, the feature's place in it; without them features go by number.
+export function FeatureSteps({ source, feature, query }) {
+  const { at, ...rest } = query;
+  const asked = at === undefined ? BY_NUMBER : rest, place = at === undefined ? source.place(feature) : Number(at);
+  const { value: near } = useLoaded(signal => source.features(asked, Math.max(place - 1, 0), 3, signal), [feature, JSON.stringify(query)]);
+  const address = i => {
+    const row = near && i >= 0 && near.rows[i - near.offset];
+    return row && writeRoute("feature", row.feature, at === undefined ? {} : { ...rest, at: i });
+  };
+  const before = address(place - 1), after = address(place + 1);
+  const list = writeRoute("features", "", at === undefined ? {} : { ...rest, at: place || "" });
+  const keys = { Escape: () => go(list) };
+  for (const key of ["j", "ArrowRight"]) keys[key] = () => after && go(after);
+  for (const key of ["k", "ArrowLeft"]) keys[key] = () => before && go(before);
+  useKeys(keys);
+  return html`<nav class="steps" aria-label="Features in order">
+    <${Step} href=${before}>Previous<//><${Step} href=${after}>Next<//>
+    <a href=${list}>All features</a>
+    ${near && html`<span class="soft small">${count(place + 1)} of ${count(near.total)}</span>`}</nav>`;
+}
+
+function Step({ href, children }) {
+  return href ? html`<a class="button" href=${href}>${children}</a>` : html`<span class="button" aria-disabled="true">${children}</span>`;
+}
+
+// `version` changes when the feature is to be loaded again; `above` and `below` draw what the source answered around the card.
+export function FeatureView({ source, feature, query, version, onDraw, above, below }) {
+  const { value, error } = useLoaded(signal => source.feature(feature, signal), [source, feature, version]);
+  useEffect(() => scrollTo(0, 0), [feature]);
+  return html`<section aria-label=${`Feature ${feature}`}>
+    <${FeatureSteps} source=${source} feature=${feature} query=${query} />
+    <${Failure} error=${error} />
+    ${value && above?.(value)}
+    ${value && html`<${Escaped} content=${value.card} onDraw=${onDraw} />`}
+    ${value && below?.(value)}
+  </section>`;
+}
