@@ -1,0 +1,278 @@
+"""The explorer's addresses: what each answers, hostile text that stays text, and a reader who leaves and so stops work."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import saelab as sl
+from saelab.explorer import app as app_module, live_steering
+from saelab.explorer.app import describe_error, find_status, list_assets, make_app
+from saelab.explorer.security import ExplorerLimits, TooBusy
+from saelab.explorer.session import Explorer
+
+httpx = pytest.importorskip("httpx")
+HOOK, TOKEN = "blocks.1.hook_resid_post", "secret"
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+SETUP = {"prompt": "The owl", "features": [{"feature": 3, "strength": 2.0}], "n_tokens": 12, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def explorer(tiny: Any, tiny_tokens: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=3), normalizer="none"), seed=0)
+    out: Path = tmp_path_factory.mktemp("app") / "store"
+    store = sl.harvest(sae, tiny, tiny_tokens[:16], out, hook_point=HOOK, progress=False)
+    opened = Explorer.open(store, tiny, sae, title=HOSTILE)
+    opened.labels.set(3, HOSTILE, author="me")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def client(explorer: Any) -> "Client":
+    return Client(make_app(explorer, TOKEN))
+
+
+class Client:
+    """Asks an application, each request in an event loop of its own."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    def __call__(self, method: str, path: str, **options: Any) -> Any:
+        return asyncio.run(self.ask(method, path, **options))
+
+    async def ask(self, method: str, path: str, **options: Any) -> Any:
+        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8765") as client:
+            return await client.request(method, f"/{TOKEN}/{path}", **options)
+
+    def events(self, path: str, body: Any) -> list[dict[str, Any]]:
+        answer = self("POST", path, json=body)
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        return [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
+
+    def leave(self, path: str, body: Any, after: int) -> int:
+        """Number of messages that were sent to a reader who leaves after some of them."""
+
+        async def run() -> int:
+            sent: list[Any] = []
+            left = asyncio.Event()
+            asked = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+            async def receive() -> Any:
+                if asked:
+                    return asked.pop()
+                await left.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+                if len(sent) >= after:
+                    left.set()
+                await asyncio.sleep(0)
+
+            headers = [(b"host", b"127.0.0.1:8765"), (b"content-type", b"application/json")]
+            scope = {"type": "http", "method": "POST", "path": f"/{TOKEN}/{path}", "headers": headers}
+            scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 8765)}
+            await asyncio.wait_for(self.app(scope, receive, send), 60)
+            return len(sent)
+
+        return asyncio.run(run())
+
+
+def test_the_page_and_its_files_come_from_the_package_alone(client: Client) -> None:
+    page = client("GET", "")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    assert HOSTILE not in page.text and "&lt;/script&gt;&lt;img" in page.text
+    assert "<script>" not in page.text and "://" not in page.text
+    names = list_assets()
+    assert "plotly.min.js" in names and not [name for name in names if name.endswith((".py", ".j2", ".html"))]
+    for name, path in names.items():
+        answer = client("GET", f"static/{name}")
+        assert answer.status_code == 200 and answer.content == path.read_bytes()
+        assert answer.headers["content-type"].split(";")[0] == app_module.MEDIA[path.suffix]
+    again = client("GET", f"static/{name}", headers={"if-none-match": answer.headers["etag"]})
+    assert again.status_code == 304 and not again.content
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../app.py",
+        "..%2fapp.py",
+        "%2e%2e/session.py",
+        "index.html.j2",
+        "/etc/passwd",
+        "vendor/../../app.py",
+        "",
+        "x.js",
+    ],
+)
+def test_no_other_file_has_an_address(client: Client, name: str) -> None:
+    answer = client("GET", f"static/{name}")
+    assert answer.status_code in (403, 404) and "error" in answer.json()
+
+
+def test_an_unknown_address_is_a_sentence(client: Client) -> None:
+    for method, path in (("GET", "api/nothing"), ("POST", "api/about"), ("GET", "api/features/x")):
+        answer = client(method, path)
+        assert answer.status_code in (404, 405) and answer.json()["error"].startswith("There is nothing")
+
+
+def test_about_and_model(client: Client, explorer: Any) -> None:
+    said = client("GET", "api/about").json()
+    assert said["title"] == HOSTILE and said["store"]["d_sae"] == 48 and said["model_state"] == "ready"
+    assert client("GET", "api/model").json() == {"state": "ready"}
+
+
+def test_a_prompt_is_answered_in_json_whatever_is_in_it(client: Client) -> None:
+    answer = client("POST", "api/prompt", json={"text": HOSTILE})
+    assert answer.headers["content-type"] == "application/json" and answer.status_code == 200
+    assert "".join(answer.json()["words"][1:]) == HOSTILE
+    labels = {row["feature"]: row["label"] for row in answer.json()["features"]}
+    assert labels.get(3, HOSTILE) == HOSTILE
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "`text`"),
+        (b"{", "must hold JSON"),
+        (b"[]", "JSON object"),
+        (b'{"text": NaN}', "must hold JSON"),
+        (b'{"text": "a", "text": "b"}', "comes twice"),
+        (b"\xff\xfe", "must hold JSON"),
+        (b"[" * 5000, "must hold JSON"),
+    ],
+)
+def test_a_wrong_body_is_one_sentence(client: Client, body: bytes, said: str) -> None:
+    answer = client("POST", "api/prompt", content=body)
+    assert answer.status_code == 400 and said in answer.json()["error"] and "edited" not in answer.json()["error"]
+
+
+def test_steering_streams_tokens_and_ends_with_the_costs(client: Client) -> None:
+    events = client.events("api/steer", SETUP)
+    assert events[-1]["done"] and {event["run"] for event in events[:-1]} == {"unsteered", "steered", "random"}
+    assert client("POST", "api/steer", json=SETUP | {"n_tokens": 100_000}).status_code == 400
+
+
+def test_an_error_in_the_middle_is_an_event(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("The text could not be scored.")
+
+    monkeypatch.setattr(live_steering, "score_texts", fail)
+    events = client.events("api/steer", SETUP)
+    assert events[-1] == {"error": "The text could not be scored."} and len(events) > 3
+    monkeypatch.undo()
+    assert client.events("api/steer", SETUP)[-1]["done"]  # nothing is held
+
+
+def test_a_reader_who_leaves_stops_the_generation_within_a_turn(
+    client: Client, monkeypatch: pytest.MonkeyPatch, tiny: Any
+) -> None:
+    monkeypatch.setattr(live_steering, "TURN_TOKENS", 2)
+    drawn: list[int] = []
+    draw = sl.lm.TokenStream.__next__
+    monkeypatch.setattr(sl.lm.TokenStream, "__next__", lambda self: drawn.append(1) or draw(self))
+    n_sent = client.leave("api/steer", SETUP | {"n_tokens": 400}, after=4)
+    assert n_sent <= 6 and 4 <= len(drawn) <= 12
+    assert client.events("api/steer", SETUP)[-1]["done"]  # the turn is free again
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.original_model.modules())
+    client.leave("api/steer", SETUP | {"n_tokens": 400}, after=3)
+    assert hooks == sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny.original_model.modules())
+
+
+def test_a_labelling_streams_its_progress(client: Client, explorer: Any) -> None:
+    events = client.events("api/features/5/relabel", {"method": "rules"})
+    assert events[0]["progress"] > 0 and events[-1]["done"]
+    answer = client("POST", "api/features/5/relabel", json={"method": "llm"})
+    assert answer.status_code == 400 and "--label-model" in answer.json()["error"]
+
+
+def test_a_second_generation_waits_and_is_refused_when_that_takes_too_long(explorer: Any) -> None:
+    client = Client(make_app(explorer, TOKEN, limits=ExplorerLimits(wait=0.05)))
+
+    async def run() -> tuple[Any, Any]:
+        first = asyncio.ensure_future(client.ask("POST", "api/steer", json=SETUP | {"n_tokens": 120}))
+        await asyncio.sleep(0.02)
+        second = await client.ask("POST", "api/steer", json=SETUP)
+        return await first, second
+
+    first, second = asyncio.run(run())
+    assert first.status_code == 200 and '"done": true' in first.text
+    assert second.status_code == 503 and second.json()["error"].startswith("Only one generation runs at a time")
+
+
+def test_twenty_readers_are_answered_while_one_generates(client: Client) -> None:
+    async def run() -> tuple[Any, list[Any]]:
+        writing = asyncio.ensure_future(client.ask("POST", "api/steer", json=SETUP | {"n_tokens": 60}))
+        paths = [("GET", "api/about", None), ("GET", "api/model", None), ("POST", "api/prompt", {"text": "The fox"})]
+        asked = [client.ask(method, path, json=body) for method, path, body in (paths * 7)[:20]]
+        return await writing, list(await asyncio.gather(*asked))
+
+    writing, answers = asyncio.run(run())
+    alone = client.events("api/steer", SETUP | {"n_tokens": 60})
+    assert [json.loads(line[6:]) for line in writing.text.split("\n\n") if line] == alone
+    assert [answer.status_code for answer in answers] == [200] * 20
+    prompts = [answer.json() for answer in answers[2::3]]
+    assert all(prompt == prompts[0] for prompt in prompts)
+
+
+def test_work_is_never_done_on_the_event_loop(client: Client, explorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow answer holds up no other."""
+
+    def slowly() -> dict[str, Any]:
+        time.sleep(0.5)
+        return {}
+
+    monkeypatch.setattr(explorer, "about", slowly)
+
+    async def run() -> list[str]:
+        done: list[str] = []
+
+        async def ask(path: str) -> None:
+            await client.ask("GET", path)
+            done.append(path)
+
+        await asyncio.gather(ask("api/about"), ask("api/model"))
+        return done
+
+    assert asyncio.run(run()) == ["api/model", "api/about"]
+
+
+def test_without_a_model_prompts_are_refused_and_pages_are_there(explorer: Any, tmp_path: Path) -> None:
+    alone = Explorer.open(explorer.store, None, explorer.sae)
+    client = Client(make_app(alone, TOKEN))
+    assert client("GET", "api/about").json()["model_state"] == "none"
+    for path, body in (("prompt", {"text": "The fox"}), ("steer", SETUP)):
+        answer = client("POST", f"api/{path}", json=body)
+        assert answer.status_code == 400 and "language model" in answer.json()["error"]
+    alone.close()
+
+
+def test_errors_have_a_status_and_one_sentence() -> None:
+    cases: dict[int, list[Exception]] = {
+        400: [ValueError("a\nb"), TypeError("a b")],
+        404: [KeyError("a b"), FileNotFoundError("a b")],
+        403: [PermissionError("a b")],
+        503: [TimeoutError("a b"), TooBusy("a b")],
+    }
+    for status, errors in cases.items():
+        assert [(find_status(error), describe_error(error)) for error in errors] == [(status, "a b")] * len(errors)
+    secret = RuntimeError("a key of the machine")
+    assert (
+        find_status(secret) == 500 and "key" not in describe_error(secret) and "RuntimeError" in describe_error(secret)
+    )
+
+
+def test_an_error_that_was_not_foreseen_is_a_sentence(client: Client, explorer: Any, monkeypatch: Any) -> None:
+    def fail() -> Any:
+        raise RuntimeError("a key of the machine")
+
+    monkeypatch.setattr(explorer, "about", fail)
+    answer = client("GET", "api/about")
+    assert answer.status_code == 500 and "a key" not in answer.text and "RuntimeError" in answer.json()["error"]
