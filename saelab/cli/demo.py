@@ -12,9 +12,11 @@ from typing import Annotated, Any
 from typer import Option
 
 from saelab.cli import options
+from saelab.cli.exploring import name_command
 from saelab.cli.inputs import echo
 from saelab.cli.labeling import Context
 from saelab.collecting.collection import collect
+from saelab.collecting.harvesting import harvest
 from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.feature_classifiers import concept_baselines, encode_csr
 from saelab.evaluation.results import ConceptScores
@@ -36,6 +38,8 @@ from saelab.training.config import TrainConfig
 from saelab.visualization.demo_page import Corpus, Trial, show_comparison, show_failures, show_features, tabulate
 from saelab.visualization.html import facts, make_page, section
 
+EXPLORED = "AbsTopK"
+"""the dictionary whose features are harvested, to be explored"""
 STORY_SEED = 0
 FIRST = 20_000_000  # number of the first story: the models of tales were trained and measured on earlier ones
 BATCH_SIZE = 2048
@@ -115,12 +119,15 @@ def run_demo(
         "Versions": ", ".join(f"{name} {version}" for name, version in describe_model(lm).versions.items()),
     }
     save_all(out, saes, trials, lay_out(ran, trials, baselines, read_corpus(others, unseen, seed)))
+    store = out / "store"
+    harvest(SAE.from_pretrained(out / EXPLORED.lower()), lm, others, store, progress=progress, resume=False)
     header, rows = tabulate(trials, baselines)
     echo("\n".join(["", *format_table([header, *rows]), "", f"{clock}."]))
     echo(
         f"Open {out / 'report.html'} in a browser; then try `saelab info {shlex.quote(str(out / 'abstopk'))}`, or "
         f"`saelab demo --k {max(1, k // 2)} --out {shlex.quote(str(out) + '-sparser')}`."
     )
+    echo(f"To search, name and steer the features of {EXPLORED} in a browser: {name_command(store, model)}")
 
 
 def choose_configs(d_in: int, d_sae: int, k: int) -> dict[str, SAEConfig]:

@@ -28,6 +28,7 @@ from saelab.lm.tokens import tokenize
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
+from saelab.stores.feature_store import FeatureStore
 from saelab.stores.validation import read_json
 from saelab.synthetic.tales import CTX_LEN, generate_stories
 from saelab.synthetic.vocabulary import VOCABULARY, save_tokenizer
@@ -456,7 +457,12 @@ def test_demo_writes_a_report(shell: Shell, untrained: Path, tmp_path: Path, mon
     run = shell("demo", "--model", untrained, "--out", tmp_path / "demo", *small, "--no-progress")
     assert run.code == 0, run.err
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
-    assert run.out.splitlines()[-1].startswith(f"Open {tmp_path / 'demo' / 'report.html'}")
+    assert run.out.splitlines()[-2].startswith(f"Open {tmp_path / 'demo' / 'report.html'}")
+    assert run.out.splitlines()[-1].endswith(f"saelab explore {tmp_path / 'demo' / 'store'} --model {untrained}")
+    assert (
+        FeatureStore.load(tmp_path / "demo" / "store").d_sae
+        == read_json(tmp_path / "demo" / "abstopk" / "cfg.json")["d_sae"]
+    )
     for name in ("TopK", "AbsTopK", "Matryoshka", "pca", "probe"):
         assert name in run.out and name in page
         assert name in ("pca", "probe") or "4,096 tokens" in shell("info", tmp_path / "demo" / name.lower()).out
