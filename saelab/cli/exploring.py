@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from typer import Option
 
 from saelab.cli import options
-from saelab.cli.inputs import echo
+from saelab.cli.inputs import echo, open_sae
 from saelab.cli.labeling import open_client
 from saelab.explorer.launch import HOST, ExplorerServer, describe_address, explore
 from saelab.explorer.session import Explorer
@@ -64,11 +65,12 @@ def explore_store(
     The address is printed, and holds a random token: who has it, on this machine, can use the page. The language model
     loads behind the page. Ctrl-C ends it; labels, notes and lists are kept in the store.
     """
-    opened = FeatureStore.load(store)
+    opened, chosen = FeatureStore.load(store), options.choose_device(device)
+    coder = open_sae(opened, sae)
     explorer = Explorer.open(
         opened,
-        partial(_load_model, opened, model, device),
-        sae,
+        partial(_load_model, opened, model, chosen),
+        coder.to(chosen) if coder is not None else None,
         compare=compare,
         evaluation=evaluation,
         attribution=Attribution.load(attribution) if attribution is not None else None,
@@ -88,14 +90,14 @@ def explore_store(
     _serve(server, lambda line: echo(line, err=True))
 
 
-def _load_model(store: FeatureStore, named: str | None, device: str | None) -> Model:
+def _load_model(store: FeatureStore, named: str | None, device: torch.device) -> Model:
     """The model that is named, else the one that the store has, where that is on this machine."""
-    chosen, processing = options.choose_device(device), store.provenance.weight_processing
+    processing = store.provenance.weight_processing
     if named is not None:
-        return load_model(named, device=chosen, weight_processing=processing, progress=False)
+        return load_model(named, device=device, weight_processing=processing, progress=False)
     with offline():
         recorded = store.find_recorded(store.provenance.model)
-        return load_model(recorded, device=chosen, weight_processing=processing, progress=False)
+        return load_model(recorded, device=device, weight_processing=processing, progress=False)
 
 
 def _serve(server: ExplorerServer, tell: Callable[[str], None]) -> None:

@@ -6,6 +6,7 @@ Work is done in threads, never on the event loop. Paths are those behind the tok
 import asyncio
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
@@ -301,7 +302,7 @@ class EventStream:
             finally:
                 left.cancel()
                 if events is not None:
-                    await asyncio.shield(run_in_threadpool(events.close))  # type: ignore[attr-defined]
+                    await asyncio.shield(run_in_threadpool(_close, events))
 
 
 def _next(events: Iterator[list[Event]]) -> list[Event] | None:
@@ -310,6 +311,12 @@ def _next(events: Iterator[list[Event]]) -> list[Event] | None:
         return next(events, None)
     except Exception as error:
         return [{"error": describe_error(error)}]
+
+
+def _close(events: Any) -> None:
+    """Close a generator; one that still runs, as the server ends, closes with its turn."""
+    with suppress(ValueError):
+        events.close()
 
 
 async def _wait_until_left(receive: Receive) -> None:

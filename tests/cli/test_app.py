@@ -459,10 +459,7 @@ def test_demo_writes_a_report(shell: Shell, untrained: Path, tmp_path: Path, mon
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert run.out.splitlines()[-2].startswith(f"Open {tmp_path / 'demo' / 'report.html'}")
     assert run.out.splitlines()[-1].endswith(f"saelab explore {tmp_path / 'demo' / 'store'} --model {untrained}")
-    assert (
-        FeatureStore.load(tmp_path / "demo" / "store").d_sae
-        == read_json(tmp_path / "demo" / "abstopk" / "cfg.json")["d_sae"]
-    )
+    assert FeatureStore.load(tmp_path / "demo" / "store").d_sae == 64
     for name in ("TopK", "AbsTopK", "Matryoshka", "pca", "probe"):
         assert name in run.out and name in page
         assert name in ("pca", "probe") or "4,096 tokens" in shell("info", tmp_path / "demo" / name.lower()).out

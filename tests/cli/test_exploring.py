@@ -13,6 +13,7 @@ from processes import Child
 import saelab as sl
 from saelab.cli.app import dispatch
 from saelab.cli.exploring import name_command
+from saelab.explorer.launch import bind
 
 HOOK = "blocks.1.hook_resid_post"
 
@@ -49,8 +50,7 @@ def test_it_prints_its_address_and_ends_on_ctrl_c(store: Path, tmp_path: Path) -
     code, errors = child.wait()
     assert code == 0 and "Traceback" not in errors
     assert errors.splitlines() == ["The language model is ready.", "The explorer has ended."]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", int(url.split(":")[2].split("/")[0])))
+    bind("127.0.0.1", int(url.split(":")[2].split("/")[0])).close()
 
 
 def test_what_is_wrong_is_one_line(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

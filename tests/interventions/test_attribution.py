@@ -3,6 +3,8 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,3 +284,33 @@ def test_as_many_points_as_it_takes(tiny, tiny_sae):
     enough = attribute(tiny, tiny_sae, PROMPT, **sharp)
     assert few.n_steps == 3 and abs(few.completeness - 1) > 0.01
     assert enough.n_steps >= 32 and abs(enough.completeness - 1) <= 0.005
+
+
+def test_an_attribution_is_the_same_after_its_file(tiny: Any, tmp_path: Path) -> None:
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
+    for check in (False, True):
+        made = attribute(tiny, sae, "Hello", "!", hook_point="blocks.1.hook_resid_post", check=check, progress=False)
+        made.save(tmp_path / "a.json")
+        read = sl.interventions.Attribution.load(tmp_path / "a.json")
+        assert read.to_dict() == made.to_dict() and read.tokens == made.tokens
+        assert read.positions.dtype == made.positions.dtype and read.effects.dtype == made.effects.dtype
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plain: plain.pop("effects"), "none for `effects`"),
+        (lambda plain: plain.update(codes="many"), "numbers in `codes`"),
+        (lambda plain: plain.update(codes=[[1.0]]), "numbers in `codes`"),
+        (lambda plain: plain.update(clean="x"), "numbers in `clean`"),
+        (lambda plain: plain.update(extra=1), "no key 'extra'"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_by_name(tiny: Any, tmp_path: Path, change: Any, said: str) -> None:
+    sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
+    plain = attribute(tiny, sae, "Hello", "!", hook_point="blocks.1.hook_resid_post", progress=False).to_dict()
+    change(plain)
+    (tmp_path / "a.json").write_text(json.dumps(plain))
+    with pytest.raises(ValueError, match=said) as error:
+        sl.interventions.Attribution.load(tmp_path / "a.json")
+    assert "a.json" in str(error.value)
