@@ -208,7 +208,12 @@ def _answer(explorer: Explorer, work: Work) -> Callable[[Any], Any]:
 
     async def endpoint(request: Any) -> Any:
         call = await _read_call(request)
-        return await run_in_threadpool(lambda: _reply(work(explorer, call)))
+
+        def answer() -> Any:
+            value = work(explorer, call)
+            return _reply(value if isinstance(value, dict) else {})  # of a change nothing needs to be told
+
+        return await run_in_threadpool(answer)
 
     return endpoint
 
