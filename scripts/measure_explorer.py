@@ -186,7 +186,11 @@ class Server:
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
-        self.process.wait(20)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            print("A server did not end within 20 s.", file=sys.stderr)
 
 
 @contextmanager
@@ -310,43 +314,37 @@ def tell(times: np.ndarray) -> str:
     return f"{1000 * np.median(times):.0f} ms, 95 of 100 within {1000 * np.quantile(times, 0.95):.0f}"
 
 
-Rows = list[list[str]]
+Rows = Iterator[list[str]]
 
 
 def measure_pages(store: Path, sae: Path, chromium: str, n: int) -> Rows:
     """Figures of a large store, without a model."""
-    rows: Rows = []
     if Path(chromium).is_file():
-        times = np.array(open_first_page(store, sae, chromium, 5))
-        rows.append(["first page", f"{np.median(times):.2f} s (of 5: {times.min():.2f} to {times.max():.2f})", "1 s"])
+        times = np.array(open_first_page(store, sae, chromium, 3))
+        yield ["first page", f"{np.median(times):.2f} s (of 3: {times.min():.2f} to {times.max():.2f})", "1 s"]
     with serving(store, sae) as server:
         until = wait_for_index(server.url)
         features, searches = list_pages(np.random.default_rng(0), n)
         time_requests(server.url, features[:3] + searches[:3])
-        rows.append(["feature page", tell(time_requests(server.url, features)), "50 ms"])
-        rows.append(["search", tell(time_requests(server.url, searches)), "50 ms"])
-        rows.append(["tokens searchable", f"{until:.0f} s after the start", "-"])
-        rows.append(["memory, pages", f"{server.ask('memory'):.0f} MiB", "300 MiB"])
-    return rows
+        yield ["feature page", tell(time_requests(server.url, features)), "50 ms"]
+        yield ["search", tell(time_requests(server.url, searches)), "50 ms"]
+        yield ["tokens searchable", f"{until:.0f} s after the start", "-"]
+        yield ["memory, pages", f"{server.ask('memory'):.0f} MiB", "300 MiB"]
 
 
 def measure_model(folder: Path, n: int) -> Rows:
     """Figures of what runs the model."""
-    rows: Rows = []
     with serving(folder / "store", folder / "sae", "tales") as server:
         wait_for_index(server.url)
         asked, one = time_prompt(server, n)
         said = f"{asked / one:.2f} passes ({1000 * asked:.0f} ms, one {1000 * one:.0f} ms)"
-        rows.append(["prompt of 64 tokens", said, "1.3 passes"])
+        yield ["prompt of 64 tokens", said, "1.3 passes"]
         streamed, generated = time_texts(server, max(3, n // 10))
         said = f"{streamed / generated:.2f} of generate ({streamed:.0f} and {generated:.0f} a second)"
-        rows.append(["steered tokens", said, "0.85"])
+        yield ["steered tokens", said, "0.85"]
         rate, times = asyncio.run(read_busily(server.url, 20, np.random.default_rng(1)))
-        rows.append(
-            ["20 readers meanwhile", f"{tell(times)}, {len(times)} answers, {rate:.0f} tokens a second", "answered"]
-        )
-        rows.append(["memory, model's work", f"{server.ask('memory'):.0f} MiB", "300 MiB"])
-    return rows
+        yield ["20 readers meanwhile", f"{tell(times)}, {len(times)} answers, {rate:.0f} tokens a second", "answered"]
+        yield ["memory, model's work", f"{server.ask('memory'):.0f} MiB", "300 MiB"]
 
 
 def main() -> None:
@@ -368,7 +366,11 @@ def main() -> None:
             "pages": lambda folder: measure_pages(*find_store(args, folder), args.chromium, args.n),
             "model": lambda folder: harvest_stories(folder) or measure_model(folder, args.n),  # type: ignore[func-returns-value]
         }
-        rows = [row for part, run in parts.items() if args.only in (None, part) for row in run(Path(name) / part)]
+        rows = []
+        for part, run in parts.items():
+            for row in run(Path(name) / part) if args.only in (None, part) else ():
+                print(*row, sep="; ", file=sys.stderr)
+                rows.append(row)
     print("\n".join(format_table([["", "measured", "limit"], *rows], left=(0, 1, 2))))
     print(
         f"{D_SAE:,} features, {N_TOKENS:,} tokens; {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch."

@@ -27,7 +27,8 @@ HOST, PORT = "127.0.0.1", 8765
 EVERYWHERE = ("0.0.0.0", "::", "")
 START, END = 10.0, 5.0
 """seconds to wait for the server to begin, and to end"""
-CONNECTIONS = 256
+CONNECTIONS, KEEP_ALIVE = 256, 60
+"""connections at once, and seconds that an idle one is kept"""
 
 
 class ExplorerServer:
@@ -65,7 +66,14 @@ class ExplorerServer:
         settings: dict[str, Any] = {"lifespan": "off", "ws": "none", "http": "h11", "loop": "asyncio"}
         quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
         self._server = uvicorn.Server(
-            uvicorn.Config(app, limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=1, **settings, **quiet)
+            uvicorn.Config(
+                app,
+                limit_concurrency=CONNECTIONS,
+                timeout_keep_alive=KEEP_ALIVE,
+                timeout_graceful_shutdown=1,
+                **settings,
+                **quiet,
+            )
         )
         run = self._server.run
         self._thread = threading.Thread(target=run, args=([listening],), name="saelab explorer", daemon=True)

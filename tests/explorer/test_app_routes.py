@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asking import TOKEN, Client
 
 import saelab as sl
 from saelab.explorer import app as app_module, live_steering
@@ -14,8 +15,7 @@ from saelab.explorer.app import describe_error, find_status, list_assets, make_a
 from saelab.explorer.security import ExplorerLimits, TooBusy
 from saelab.explorer.session import Explorer
 
-httpx = pytest.importorskip("httpx")
-HOOK, TOKEN = "blocks.1.hook_resid_post", "secret"
+HOOK = "blocks.1.hook_resid_post"
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 SETUP = {"prompt": "The owl", "features": [{"feature": 3, "strength": 2.0}], "n_tokens": 12, "seed": 1}
 
@@ -32,56 +32,8 @@ def explorer(tiny: Any, tiny_tokens: Any, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture
-def client(explorer: Any) -> "Client":
+def client(explorer: Any) -> Client:
     return Client(make_app(explorer, TOKEN))
-
-
-class Client:
-    """Asks an application, each request in an event loop of its own."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-
-    def __call__(self, method: str, path: str, **options: Any) -> Any:
-        return asyncio.run(self.ask(method, path, **options))
-
-    async def ask(self, method: str, path: str, **options: Any) -> Any:
-        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8765") as client:
-            return await client.request(method, f"/{TOKEN}/{path}", **options)
-
-    def events(self, path: str, body: Any) -> list[dict[str, Any]]:
-        answer = self("POST", path, json=body)
-        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
-        return [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
-
-    def leave(self, path: str, body: Any, after: int) -> int:
-        """Number of messages that were sent to a reader who leaves after some of them."""
-
-        async def run() -> int:
-            sent: list[Any] = []
-            left = asyncio.Event()
-            asked = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
-
-            async def receive() -> Any:
-                if asked:
-                    return asked.pop()
-                await left.wait()
-                return {"type": "http.disconnect"}
-
-            async def send(message: Any) -> None:
-                sent.append(message)
-                if len(sent) >= after:
-                    left.set()
-                await asyncio.sleep(0)
-
-            headers = [(b"host", b"127.0.0.1:8765"), (b"content-type", b"application/json")]
-            scope = {"type": "http", "method": "POST", "path": f"/{TOKEN}/{path}", "headers": headers}
-            scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 8765)}
-            await asyncio.wait_for(self.app(scope, receive, send), 60)
-            return len(sent)
-
-        return asyncio.run(run())
 
 
 def test_the_page_and_its_files_come_from_the_package_alone(client: Client) -> None:
