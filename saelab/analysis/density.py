@@ -116,6 +116,8 @@ def _nearest_cosine(W_dec: Tensor, features: Tensor, live: Tensor) -> Tensor:
 
 
 KINDS = ("dead", "near-dead", "live", "dense", "outlier")
+NEAR_DEAD_RATE, DENSE_RATE = 1e-5, 0.1
+"""Firing rates below which a feature is near-dead, and above which it is dense, as shares of tokens."""
 OUTLIER = 5.0
 """Robust standard deviations of the logarithm of a norm."""
 
@@ -179,8 +181,8 @@ def dead_features(
     sae: SAE | None = None,
     acts: Float[Tensor, "n d_in"] | None = None,
     *,
-    near_dead_rate: float = 1e-5,
-    dense_rate: float = 0.1,
+    near_dead_rate: float = NEAR_DEAD_RATE,
+    dense_rate: float = DENSE_RATE,
     confidence: float = 0.95,
 ) -> DeadFeatures:
     """The kind of every feature, from its firing rate r = #(z != 0) / N over the store's N tokens, both signs counted.
@@ -215,8 +217,7 @@ def dead_features(
     if sae is not None:
         require_harvested(store, sae)
     fires = store.statistics.fires.sum(1)
-    outlier = find_outliers(sae) if sae is not None else np.zeros(store.d_sae, bool)
-    kinds = _find_kinds(fires / len(store), near_dead_rate, dense_rate, outlier)
+    kinds = find_kinds(store, sae, near_dead_rate, dense_rate)
     low, high = clopper_pearson(fires, len(store), confidence)
     silent = [i for i, kind in enumerate(kinds) if kind in KINDS[:2]]
     return DeadFeatures(
@@ -284,11 +285,26 @@ def _no_firing_limit(n_tokens: int, confidence: float) -> float:
     return -math.expm1(math.log1p(-confidence) / n_tokens)
 
 
-def _find_kinds(rates: np.ndarray, near_dead: float, dense: float, outlier: np.ndarray) -> tuple[str, ...]:
+def find_kinds(
+    store: FeatureStore,
+    sae: SAE | None = None,
+    near_dead_rate: float = NEAR_DEAD_RATE,
+    dense_rate: float = DENSE_RATE,
+) -> tuple[str, ...]:
+    """The kind of each feature, one of `KINDS` as `dead_features` defines them.
+
+    Args:
+        store: feature store with the codes of all features.
+        sae: the SAE of the store, for outliers; None finds none.
+        near_dead_rate: firing rate below which a feature is near-dead, as a share of tokens.
+        dense_rate: firing rate above which a feature is dense, as a share of tokens.
+    """
+    rates = store.statistics.fires.sum(1) / len(store)
     kinds = np.full(len(rates), "live", dtype=object)
-    kinds[outlier] = "outlier"
-    kinds[rates > dense] = "dense"
-    kinds[rates < near_dead] = "near-dead"
+    if sae is not None:
+        kinds[find_outliers(sae)] = "outlier"
+    kinds[rates > dense_rate] = "dense"
+    kinds[rates < near_dead_rate] = "near-dead"
     kinds[rates == 0] = "dead"
     return tuple(kinds.tolist())
 

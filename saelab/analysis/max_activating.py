@@ -1,11 +1,11 @@
 """Max-activating examples: windows of text around firings of each strength, near misses and random tokens."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Integer
+from jaxtyping import Bool, Int, Integer
 
 from saelab.functional.indices import PART, ChosenRuns, RowMarker, draw_rows, read_feature
 from saelab.stores.corpus import group_words, strongest
@@ -286,6 +286,42 @@ def top_words(store: FeatureStore, firings: Firings, n: int = 10) -> list[tuple[
     ids, counts = np.unique(store.token_ids[firings.indices], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:n]
     return [
-        (store.text.strings.get(int(i), f"<{i}>"), float(c) / len(firings))
-        for i, c in zip(ids[order], counts[order], strict=True)
+        (name_token(store, i), c / len(firings))
+        for i, c in zip(ids[order].tolist(), counts[order].tolist(), strict=True)
     ]
+
+
+def name_token(store: FeatureStore, token_id: int) -> str:
+    """The text of a token id in a store, such as " the"; `<7>` where it has none."""
+    return store.text.strings.get(token_id, f"<{token_id}>")
+
+
+def count_top_tokens(
+    store: FeatureStore, start: int, stop: int, n: int = 10, shards: Sequence[int] | None = None
+) -> Int[np.ndarray, "n_features n"]:
+    """Ids of the tokens on which each of the features `start:stop` fires most often, as `top_words` ranks them.
+
+    The store is read shard by shard; only the counts of these features' tokens are held.
+
+    Args:
+        store: feature store to read.
+        start: first feature.
+        stop: feature after the last.
+        n: tokens of each feature; -1 where there are fewer.
+        shards: numbers of the shards to count in; None counts in all.
+    """
+    keys, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for offsets, ids in store.firing_tokens(start, stop, shards):
+        own = np.repeat(np.arange(stop - start, dtype=np.int64), np.diff(offsets)) << 32 | ids
+        found = np.unique(own, return_counts=True)
+        keys.append(found[0])
+        counts.append(found[1])
+    pairs, places = np.unique(np.concatenate(keys), return_inverse=True)
+    n_fires = np.bincount(places, np.concatenate(counts), len(pairs)).astype(np.int64)
+    features = pairs >> 32
+    order = np.lexsort((-n_fires, features))  # stable: of equal counts the lowest id comes first
+    ranks = np.arange(len(order)) - np.searchsorted(features, features)  # rows of a feature stay together
+    tops = np.full((stop - start, n), -1)
+    kept = ranks < n
+    tops[features[kept], ranks[kept]] = (pairs & 0xFFFFFFFF)[order][kept]
+    return tops

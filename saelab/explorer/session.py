@@ -3,15 +3,18 @@
 The language model loads in a thread; until it is there, everything that needs no model works.
 """
 
+import getpass
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from saelab.collecting.harvesting import require_harvested
-from saelab.evaluation.results import Evaluation
+from saelab.evaluation.results import ConceptScores, Evaluation
+from saelab.explorer.catalog import FeatureCatalog
 from saelab.interventions.attribution import Attribution
-from saelab.labels.label import join_texts
+from saelab.labels.annotations import Annotations
+from saelab.labels.label import BOTH, Label
 from saelab.labels.label_store import LabelStore
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model
@@ -40,6 +43,7 @@ class Explorer:
         other: FeatureStore | None,
         evaluation: Mapping[str, Any] | None,
         attribution: Attribution | None,
+        concepts: ConceptScores | None = None,
         *,
         client: Any = None,
         read_only: bool = False,
@@ -48,16 +52,16 @@ class Explorer:
         self.store, self.sae, self.other = store, sae, other
         self.evaluation, self.attribution, self.client = evaluation, attribution, client
         self.comparison: Any = None
-        self.concepts: Any = None
+        self.concepts = concepts
         self.labels = LabelStore.open(store)
-        self.annotations: Any = None
-        self.catalog: Any = None
+        self.annotations = Annotations(self.labels, store.d_sae)
+        self.catalog = FeatureCatalog(store, self.labels, self.annotations, sae, concepts)
         self.read_only = read_only
         self.title = title or _name(store)
         self.lock = threading.RLock()
         self.model: Model | None = None
         self.model_state = "none"
-        self._closed = threading.Event()
+        self.author = _find_user()
 
     @classmethod
     def open(
@@ -69,6 +73,7 @@ class Explorer:
         compare: FeatureStore | str | Path | None = None,
         evaluation: Evaluation | Mapping[str, Any] | str | Path | None = None,
         attribution: Attribution | None = None,
+        concepts: ConceptScores | None = None,
         client: Any = None,
         read_only: bool = False,
         title: str = "",
@@ -84,6 +89,7 @@ class Explorer:
             compare: another store of the same text, whose best partners are shown.
             evaluation: result of `evaluate`, or the JSON file that it was saved to.
             attribution: result of `attribute`.
+            concepts: result of `score_concepts`.
             client: language model client that writes labels, see `sl.labels.explain_features`; None offers rules alone.
             read_only: True keeps labels, notes, lists and set-ups as they are.
             title: title of the page; empty names the store.
@@ -98,7 +104,8 @@ class Explorer:
             require_harvested(opened, coder)
         other = FeatureStore.load(compare) if isinstance(compare, str | Path) else compare
         found = _read_evaluation(evaluation)
-        made = cls(opened, coder, other, found, attribution, client=client, read_only=read_only, title=title)
+        made = cls(opened, coder, other, found, attribution, concepts, client=client, read_only=read_only, title=title)
+        made.catalog.start()
         made._start(model)
         return made
 
@@ -139,7 +146,7 @@ class Explorer:
 
     def names(self, features: Iterable[int]) -> dict[int, str]:
         """The label of each of some features as one line of text, empty where it has none."""
-        return {feature: join_texts(self.labels.chosen(feature)) for feature in features}
+        return self.catalog.names(features)
 
     def about(self) -> dict[str, Any]:
         """What the explorer holds and can do, ready for JSON."""
@@ -166,15 +173,47 @@ class Explorer:
                 "label_llm": not self.read_only and self.client is not None,
                 "edit": not self.read_only,
             },
-            "views": [],
-            "kinds": {},
-            "index_state": "ready",
+            "views": self._views(),
+            "has": {"concepts": self.concepts is not None, "compare": self.other is not None},
+            "kinds": self.catalog.kinds(),
+            "index_state": "ready" if self.catalog.progress == 1 else f"building {self.catalog.progress:.2f}",
         }
+
+    def _views(self) -> list[str]:
+        held = {"evaluation": self.evaluation, "compare": self.other, "attribution": self.attribution}
+        return [
+            "features",
+            "prompt",
+            "steer",
+            "lists",
+            "dead",
+            *(name for name, part in held.items() if part is not None),
+        ]
+
+    # ---- labels by people
+    def set_label(self, feature: int, text: str, sign: int = BOTH) -> Label:
+        """Add the reader's label and choose it; can be undone."""
+        return self.annotations.set_label(feature, text, author=self.author, sign=sign)
+
+    def choose_label(self, feature: int, author: str | None, sign: int = BOTH) -> Label:
+        """Choose an author's label for the reader; can be undone."""
+        return self.annotations.choose_label(feature, author, sign=sign)
+
+    def delete_label(self, feature: int, author: str, sign: int = BOTH) -> int:
+        """Delete an author's label; can be undone."""
+        return self.annotations.delete_label(feature, author, sign=sign)
 
     def close(self) -> None:
         """Stop the work in the background and close the files."""
-        self._closed.set()
+        self.catalog.close()
         self.labels.close()
+
+
+def _find_user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container without a user of that number
+        return "me"
 
 
 def _name(store: FeatureStore) -> str:

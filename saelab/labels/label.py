@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import isnan
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -83,12 +83,24 @@ class Label:
             raise ValueError(f"A label must have the fields of `Label`, got others ({error}).") from None
 
 
+class ShownLabel(NamedTuple):
+    """What a list of features shows of a chosen label."""
+
+    feature: int
+    sign: int
+    text: str
+    kind: str
+    author: str
+    by_person: bool
+    scores: Mapping[str, float]
+
+
 MARKS = {1: "+ ", 0: "", -1: "\u2212 "}
 ENDS = ("low", "high", "chance")
 MOST_SCORES = 4
 
 
-def join_texts(labels: Sequence[Label]) -> str:
+def join_texts(labels: Sequence[Label | ShownLabel]) -> str:
     """The labels of one feature as one line, each side marked; empty where there is no good name.
 
     A label of the axis between both sides is left out where both sides have one of their own.
@@ -115,6 +127,21 @@ def describe_origin(label: Label) -> str:
     return f"by {label.author}{person}" + (f": {scores}" if scores else "")
 
 
+def main_score(label: Label | ShownLabel) -> float | None:
+    """The first score of a label, by which labels are sorted; None without one.
+
+    >>> main_score(Label(feature=0, text="hot", author="me", scores={"f1": 0.91, "f1_chance": 0.5}))
+    0.91
+    """
+    return next((float(value) for name, value in label.scores.items() if _is_main(name, value, label)), None)
+
+
+def _is_main(name: str, value: float, label: Label | ShownLabel) -> bool:
+    """Whether a score is a score of its own, neither unknown nor the interval or chance level of another."""
+    base, _, end = name.rpartition("_")
+    return not isnan(value) and not (end in ENDS and base in label.scores)
+
+
 def describe_scores(label: Label) -> str:
     """The first scores of a label as text, each with its interval and chance level where it has them.
 
@@ -125,8 +152,7 @@ def describe_scores(label: Label) -> str:
     """
     said = []
     for name, value in label.scores.items():
-        base, _, end = name.rpartition("_")
-        if isnan(value) or (end in ENDS and base in label.scores):
+        if not _is_main(name, value, label):
             continue
         low, high, chance = (label.scores.get(f"{name}_{end}") for end in ENDS)
         extras = [] if low is None or high is None else [f"{low:.2g} to {high:.2g}"]

@@ -2,14 +2,13 @@
 
 Nothing is written to a file that is damaged, of another kind or of another version. Every change is one transaction
 that waits for those of other processes; the journal is SQLite's own, so that one file holds everything at rest and can
-be read where nothing may be written. Search is by word stems (SQLite FTS5), ranked; otherwise by substrings.
+be read where nothing may be written.
 """
 
 import errno
 import gzip
 import json
 import os
-import re
 import sqlite3
 import threading
 import weakref
@@ -21,7 +20,18 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 from saelab.functional.indices import read_feature
-from saelab.labels.label import BOTH, Format, Label, LabelEntry, LabelKind, name_format, read_entries, write_entries
+from saelab.labels.label import (
+    BOTH,
+    Format,
+    Label,
+    LabelEntry,
+    LabelKind,
+    ShownLabel,
+    name_format,
+    read_entries,
+    write_entries,
+)
+from saelab.labels.text_search import rank_texts
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_atomic
 from saelab.stores.manifest import FeatureManifest
@@ -30,6 +40,8 @@ FILE = "labels.sqlite"
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x5AE1AB  # marks the file as one of saelab's
 BEST_FIRST = "fixed DESC, kind = 'none', id DESC"
+PLACES = f"""SELECT *, row_number() OVER (PARTITION BY feature, sign ORDER BY {BEST_FIRST}) AS place
+    FROM labels {{where}}"""
 SCHEMA = f"""
 CREATE TABLE labels (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -47,8 +59,7 @@ CREATE TABLE labels (
 );
 CREATE INDEX labels_by_feature ON labels (feature, sign);
 CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE VIEW places AS SELECT *, row_number() OVER (PARTITION BY feature, sign ORDER BY {BEST_FIRST}) AS place
-    FROM labels;
+CREATE VIEW places AS {PLACES.format(where="")};
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
@@ -154,46 +165,6 @@ def _found(db: sqlite3.Connection) -> None:
         if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
             for statement in SCHEMA.split(";"):
                 db.execute(statement)
-
-
-def rank_texts(texts: Sequence[str], query: str, stems: bool = True) -> list[int]:
-    """Indices of the texts that match a query, best match first.
-
-    A text matches if it has every word of the query, exactly, longer or in another form: "storm" finds "storms" and
-    "stormy". If no text matches, substrings are searched: "storm" finds "snowstorm". The index is built in memory for
-    each query, so label files are the same for every build of SQLite; in a build without FTS5, or with `stems` off,
-    only substrings are searched. No query is an error: it has words and no syntax.
-
-    >>> rank_texts(["rainy days", "the train", "sun"], "rain")
-    [0]
-    """
-    words = re.findall(r"\w+", query)
-    found = _rank_by_stems(texts, words) if words and stems else None
-    if found:
-        return found
-    parts = [part.casefold() for part in (words or query.split())]
-    return [i for i, text in enumerate(texts) if parts and all(part in text.casefold() for part in parts)]
-
-
-def has_stems() -> bool:
-    """Whether this build of SQLite has FTS5."""
-    return _rank_by_stems(["a"], ["a"]) is not None
-
-
-def _rank_by_stems(texts: Sequence[str], words: Sequence[str]) -> list[int] | None:
-    """Indices of the texts that match by word stems; None where SQLite has no FTS5."""
-    db = sqlite3.connect(":memory:")
-    try:
-        db.execute("CREATE VIRTUAL TABLE found USING fts5(text, content='', tokenize='porter unicode61')")
-        db.executemany("INSERT INTO found(rowid, text) VALUES (?, ?)", enumerate(texts))
-        # In quotes, a word of letters and digits is no FTS5 syntax; * also matches longer words.
-        asked = " ".join(f'"{word}" *' for word in words)
-        rows = db.execute("SELECT rowid FROM found WHERE found MATCH ? ORDER BY rank, rowid", (asked,))
-        return [i for (i,) in rows]
-    except sqlite3.OperationalError:
-        return None
-    finally:
-        db.close()
 
 
 PACKED = ("scores", "evidence", "provenance")
@@ -309,6 +280,7 @@ class LabelStore:
         self._sae = str(manifest.request.get("sae") or "") if manifest is not None else ""
         self._lock = threading.RLock()
         self._connection: tuple[tuple[int, ...], sqlite3.Connection, weakref.finalize] | None = None
+        self._changing: sqlite3.Connection | None = None
 
     @classmethod
     def open(cls, store: FeatureStore | str | Path, timeout: float = TIMEOUT) -> "LabelStore":
@@ -350,7 +322,7 @@ class LabelStore:
 
     def __len__(self) -> int:
         """Number of chosen labels, of features and of their signs."""
-        rows = self._read("SELECT count(*) FROM places WHERE place = 1")
+        rows = self.read("SELECT count(*) FROM places WHERE place = 1")
         return int(rows[0][0]) if rows else 0
 
     def __iter__(self) -> Iterator[Label]:
@@ -366,6 +338,22 @@ class LabelStore:
         """All labels of one feature or of all, of each sign the chosen one first."""
         return [entry.label for entry in self._entries(feature)]
 
+    def shown(self, features: Iterable[int] | None = None) -> list[ShownLabel]:
+        """What lists show of the chosen labels of some features or of all, in the order of `chosen`."""
+        where = "" if features is None else f"WHERE feature IN ({', '.join(str(int(j)) for j in features)})"
+        columns = ", ".join(ShownLabel._fields)
+        places = PLACES.format(where=where)
+        rows = self.read(f"SELECT {columns} FROM ({places}) WHERE place = 1 ORDER BY {BY_FEATURE}")
+        try:
+            return [ShownLabel(*row[:5], bool(row[5]), json.loads(row[6])) for row in rows]
+        except ValueError as error:
+            raise ValueError(format_damage(self.path, str(error))) from None
+
+    def stamps(self) -> dict[int, tuple[int, ...]]:
+        """Numbers for each feature with labels, which differ after a change of its labels or choices."""
+        sql = "SELECT feature, count(*), sum(id), sum(fixed * id) FROM labels GROUP BY feature"
+        return {row[0]: row[1:] for row in self.read(sql)}
+
     def search(self, text: str, every: bool = False) -> list[Label]:
         """The chosen labels (with `every`, all labels) that match a text query, best match first; see `rank_texts`."""
         entries = [entry for entry in self._entries() if every or entry.chosen]
@@ -373,7 +361,7 @@ class LabelStore:
 
     def authors(self) -> dict[str, int]:
         """Number of labels by author, most first."""
-        return dict(self._read("SELECT author, count(*) AS n FROM labels GROUP BY author ORDER BY n DESC, author"))
+        return dict(self.read("SELECT author, count(*) AS n FROM labels GROUP BY author ORDER BY n DESC, author"))
 
     def __repr__(self) -> str:
         return f"LabelBook({str(self.path)!r})"
@@ -394,7 +382,7 @@ class LabelStore:
         another person's choice stands.
         """
         added = [replace(label, time=label.time or format_time()) for label in labels]
-        with self._writing() as db:
+        with self.changing() as db:
             for feature, author in {(label.feature, label.author) for label in added if afresh}:
                 sql = "DELETE FROM labels WHERE feature = ? AND author = ? AND NOT by_person AND NOT fixed"
                 db.execute(sql, (read_feature(feature), author))
@@ -423,7 +411,7 @@ class LabelStore:
             by_person=True,
             time=format_time(),
         )
-        with self._writing() as db:
+        with self.changing() as db:
             fix_choice(db, label.feature, sign, self._put(db, label))
         return label
 
@@ -432,7 +420,7 @@ class LabelStore:
 
         ValueError where there is none.
         """
-        with self._writing() as db:
+        with self.changing() as db:
             sql = f"SELECT id, author FROM labels WHERE feature = ? AND sign = ? ORDER BY {BEST_FIRST}"
             found = db.execute(sql, (read_feature(feature), sign)).fetchall()
             ids = [number for number, name in found if author in (None, name)]
@@ -453,7 +441,7 @@ class LabelStore:
             raise ValueError("`delete` needs `feature` or `author`, got neither; say whose labels are to go.")
         given = {"feature": None if feature is None else read_feature(feature), "sign": sign, "author": author}
         where = {name: value for name, value in given.items() if value is not None}
-        with self._writing() as db:
+        with self.changing() as db:
             sql = f"DELETE FROM labels WHERE {' AND '.join(f'{name} = ?' for name in where)}"
             return db.execute(sql, tuple(where.values())).rowcount
 
@@ -488,7 +476,7 @@ class LabelStore:
         the database stays. FileNotFoundError, or ValueError for a file in none of these formats.
         """
         entries = read_entries(Path(path))
-        with self._writing() as db:
+        with self.changing() as db:
             before = set(db.execute("SELECT feature, sign FROM labels WHERE fixed"))
             for entry in entries:
                 label = replace(entry.label, time=entry.label.time or format_time())
@@ -500,7 +488,7 @@ class LabelStore:
     # ---- the file
     def _entries(self, feature: SupportsIndex | None = None, order: str = BY_FEATURE) -> list[LabelEntry]:
         where, values = ("", ()) if feature is None else ("WHERE feature = ?", (read_feature(feature),))
-        rows = self._read(f"SELECT {', '.join(FIELDS)}, place FROM places {where} ORDER BY {order}", values)
+        rows = self.read(f"SELECT {', '.join(FIELDS)}, place FROM places {where} ORDER BY {order}", values)
         try:
             return [unpack_row(row) for row in rows]
         except (ValueError, TypeError) as error:
@@ -511,21 +499,39 @@ class LabelStore:
             raise ValueError(f"`feature` must be in 0..{self._manifest.d_sae - 1}, got {label.feature}.")
         return put_label(db, label)
 
-    def _read(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """Rows of a query; none where there is no file."""
+    def read(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Rows of an SQL query; none where there is no file."""
         with self._lock, explained(self.path):
             db = self._open()
             return db.execute(sql, values).fetchall() if db is not None else []
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def changing(self) -> Iterator[sqlite3.Connection]:
+        """Context manager in which all changes of this thread are one transaction: all of them are made or, after an
+        exception, none. Yields the open database.
+        """
         with self._lock, explained(self.path):
+            if self._changing is not None:  # a part of a larger change
+                yield self._changing
+                return
             db = self._open(create=True)
             assert db is not None
             with transaction(db):
                 if self._sae:
                     db.execute("INSERT OR IGNORE INTO about VALUES ('sae', ?)", (self._sae,))
-                yield db
+                self._changing = db
+                try:
+                    yield db
+                finally:
+                    self._changing = None
+
+    def version(self) -> tuple[int, ...]:
+        """Numbers that differ after any change of the file, by whichever process; empty where there is no file."""
+        with self._lock, explained(self.path):
+            db = self._open()
+            if db is None:
+                return ()
+            return (*_identify(self.path), db.execute("PRAGMA data_version").fetchone()[0], db.total_changes)
 
     def _open(self, create: bool = False) -> sqlite3.Connection | None:
         """The connection, opened on first use and again after the file was replaced or the process forked."""

@@ -376,6 +376,26 @@ class FeatureStore:
             values.append(codes.astype(np.float32))
         return Feature(np.concatenate(tokens), np.concatenate(values), self, j)
 
+    def firing_tokens(
+        self, start: int, stop: int, shards: Sequence[int] | None = None
+    ) -> Iterator[tuple[Int[np.ndarray, "n_features_1"], Integer[np.ndarray, "nnz"]]]:
+        """Iterator over shards: the token ids on which features `start:stop` fire, and where those of each begin.
+
+        Args:
+            start: first feature.
+            stop: feature after the last.
+            shards: numbers of the shards to read; None reads all.
+
+        Returns:
+            Pairs of offsets, (stop - start + 1,), and token ids: feature `start + i` owns the ids
+            `offsets[i]:offsets[i + 1]`.
+        """
+        for shard in range(len(self._shards)) if shards is None else shards:
+            first, end, arrays = self._starts[shard], self._starts[shard + 1], self._shards[shard]
+            offsets = arrays.part("feature_offsets", start, stop + 1).astype(np.int64)
+            rows = arrays.part("feature_tokens", int(offsets[0]), int(offsets[-1]))
+            yield offsets - offsets[0], self.read_tokens(first, end)[rows]
+
     def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
         """The codes of tokens start..stop as a scipy CSR matrix (n, d_sae), float32; of all by default."""
         from scipy.sparse import csr_matrix, vstack

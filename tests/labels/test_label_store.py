@@ -20,9 +20,10 @@ from processes import Child
 
 import saelab as sl
 from saelab.cli.app import app, dispatch
-from saelab.labels import label_store
+from saelab.labels import text_search
 from saelab.labels.label import FORMATS, Label, join_texts
-from saelab.labels.label_store import FILE, LabelStore, has_stems, rank_texts
+from saelab.labels.label_store import FILE, LabelStore
+from saelab.labels.text_search import has_stems, rank_texts
 from saelab.visualization.reports import report
 
 SCRIPT = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
@@ -183,7 +184,7 @@ def test_a_search_reads_the_chosen_labels_unless_asked_for_all(book: LabelStore,
             "storms",
             "stormy",
         ]
-        monkeypatch.setattr(label_store, "_rank_by_stems", lambda *_: None)  # a build without FTS5
+        monkeypatch.setattr(text_search, "has_stems", lambda: False)  # a build without FTS5
 
 
 # ---- files
