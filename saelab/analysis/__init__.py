@@ -19,9 +19,14 @@ if TYPE_CHECKING:
     )
     from saelab.analysis.direct_logits import LogitLens as LogitLens, Promoted as Promoted, logit_lens as logit_lens
     from saelab.analysis.feature_similarity import (
+        CoFiring as CoFiring,
+        CoFiringFeatures as CoFiringFeatures,
         NearestFeatures as NearestFeatures,
+        SimilarFeatures as SimilarFeatures,
         SimilarityMeasure as SimilarityMeasure,
+        cofiring_features as cofiring_features,
         nearest_features as nearest_features,
+        similar_features as similar_features,
     )
     from saelab.analysis.max_activating import (
         Example as Example,

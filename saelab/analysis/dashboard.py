@@ -11,7 +11,7 @@ import numpy as np
 
 from saelab.analysis.direct_logits import LogitLens, Promoted
 from saelab.analysis.feature_similarity import NearestFeatures
-from saelab.analysis.max_activating import FeatureExamples, max_activating_examples, top_words
+from saelab.analysis.max_activating import FeatureExamples, as_halves, max_activating_examples, top_words
 from saelab.stores.feature_store import FeatureStore, Firings
 from saelab.stores.results import Result, format_table
 
@@ -145,7 +145,14 @@ def _count(firings: Firings) -> tuple[tuple[int, ...], tuple[float, ...]]:
     width = (high - low) / N_BINS
     edges = width * np.arange(-np.ceil(-low / width), np.ceil(high / width) + 1)
     edges[0], edges[-1] = min(low, edges[0]), max(high, edges[-1])  # rounding must not leave the extremes out
-    counts, _ = np.histogram(firings.values, edges)
+    halves = as_halves(firings.values)
+    if halves is None:
+        counts, _ = np.histogram(firings.values, edges)
+    else:  # there are 65,536 values at most, which are binned once each
+        times = np.bincount(halves.view(np.uint16), minlength=2**16)
+        bits = np.flatnonzero(times).astype(np.uint16)
+        counts, _ = np.histogram(bits.view(np.float16).astype(np.float32), edges, weights=times[bits])
+        counts = counts.astype(np.int64)
     return tuple(counts.tolist()), tuple(edges.tolist())
 
 

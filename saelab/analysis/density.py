@@ -107,11 +107,14 @@ def _bias_of(sae: SAE) -> Tensor:
 
 def _nearest_cosine(W_dec: Tensor, features: Tensor, live: Tensor) -> Tensor:
     """For each of `features`, the decoder cosine of largest size with a live feature, with its sign."""
-    rows = W_dec / W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    found = []
+    norms, found = W_dec.norm(dim=1, keepdim=True).clamp(min=1e-12), []
     for part in features.split(BLOCK):
-        cosines = rows[part] @ rows[live].T
-        found.append(cosines.gather(1, cosines.abs().argmax(1, keepdim=True)).squeeze(1))
+        rows, best = W_dec[part] / norms[part], torch.zeros(len(part), dtype=W_dec.dtype)
+        for others in live.split(BLOCK):  # never all of them at once
+            cosines = rows @ (W_dec[others] / norms[others]).T
+            largest = cosines.gather(1, cosines.abs().argmax(1, keepdim=True)).squeeze(1)
+            best = torch.where(largest.abs() > best.abs(), largest, best)
+        found.append(best)
     return torch.cat(found)
 
 

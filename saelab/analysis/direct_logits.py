@@ -92,12 +92,11 @@ def logit_lens(
     wanted = read_features(range(sae.cfg.d_sae) if features is None else features, sae.cfg.d_sae)
     require_finite(sae)
     match_weights(sae.provenance, model, allow_mismatch)
-    directions = sae.directions()
     known = find_known_ids(model).nonzero()[:, 0]
     found: list[_Tops] = []
     for i in range(0, len(wanted), BLOCK):
         block = wanted[i : i + BLOCK]
-        found.append(_Tops.find(block, read_out(model, directions[block]), known, min(n, len(known))))
+        found.append(_Tops.find(block, read_out(model, sae.directions(block)), known, min(n, len(known))))
     return LogitLens(features=tuple(_describe(found, model)), d_vocab=len(known))
 
 

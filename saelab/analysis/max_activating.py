@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Bool, Float16, Float32, Int, Integer
 
 from saelab.functional.indices import PART, ChosenRuns, RowMarker, draw_rows, read_feature
 from saelab.stores.corpus import group_words, strongest
@@ -16,6 +16,9 @@ CANDIDATES = 8
 """Candidate windows drawn for each one shown; windows that repeat one already shown are skipped."""
 BEFORE, AFTER = 16, 8
 """Default numbers of tokens before and after the center of a window."""
+MANY_VALUES, DENSE_IDS = 2**14, 16
+"""Values of which so many are sorted by their bits, and token ids that are counted in a table of at most so many times
+their number."""
 MANY = 2048
 """Near misses are drawn from at most so many occurrences of one token."""
 
@@ -130,7 +133,7 @@ def max_activating_examples(
         at = view.firings(side)
         if len(at) == 0:
             continue
-        order = np.argsort(-np.abs(at.values), kind="stable")
+        order = sort_by_size(at.values)
         groups.append(view.choose("top", side, at.indices[order], at, n_top))
         for i, part in enumerate(np.array_split(order[::-1], n_quantiles)) if n_quantiles else ():
             if len(part) == 0:  # fewer firings than groups
@@ -166,6 +169,26 @@ def draw_examples(
     view = _View(store, store.feature(feature), None, before, after)
     drawn = draw_rows(marks, len(store), CANDIDATES * n, np.random.default_rng((seed, feature)))
     return view.choose("random", 0, drawn, None, n).examples
+
+
+def expand_example(store: FeatureStore, feature: SupportsIndex, row: int, before: int, after: int) -> Example:
+    """The window around one row of a store, with the codes of a feature.
+
+    Args:
+        store: feature store that holds the feature's codes and the text.
+        feature: number of the feature, 0 to d_sae - 1.
+        row: the row at the window's center.
+        before: tokens shown before the center, within the row's document and sequence.
+        after: tokens shown after the center.
+
+    Raises:
+        ValueError: the feature or the row does not exist.
+    """
+    feature = read_feature(feature, d_sae=store.d_sae)
+    if not 0 <= row < len(store):
+        raise ValueError(f"`row` must be in 0..{len(store) - 1}, got {row}.")
+    view = _View(store, store.feature(feature), None, before, after)
+    return view.choose("row", 0, np.array([row]), None, 1).examples[0]
 
 
 class _View:
@@ -262,12 +285,16 @@ def _near_misses(view: _View, groups: list[ExampleGroup], rng: np.random.Generat
 def _rows_of_tokens(store: FeatureStore, ids: list[int], ranks: list[np.ndarray]) -> list[np.ndarray]:
     """Of the rows at which each token stands those at some ranks among them; gone through once."""
     found, seen = [np.empty(len(own), np.int64) for own in ranks], [0] * len(ids)
+    numbers = np.full(max(ids, default=0) + 2, -1, np.int16)  # the last is for all tokens beyond
+    numbers[ids] = np.arange(len(ids))
     for start in range(0, len(store), PART) if ids else ():
-        tokens = store.read_tokens(start, start + PART)
-        for k, token_id in enumerate(ids):
-            rows = np.flatnonzero(tokens == token_id)
-            here = (ranks[k] >= seen[k]) & (ranks[k] < seen[k] + len(rows))
-            found[k][here] = rows[ranks[k][here] - seen[k]] + start
+        here = numbers[np.minimum(store.read_tokens(start, start + PART), len(numbers) - 1)]
+        hits = np.flatnonzero(here >= 0)
+        tokens = here[hits]
+        for k in range(len(ids)):
+            rows = hits[tokens == k]
+            own = (ranks[k] >= seen[k]) & (ranks[k] < seen[k] + len(rows))
+            found[k][own] = rows[ranks[k][own] - seen[k]] + start
             seen[k] += len(rows)
     return found
 
@@ -283,12 +310,47 @@ def top_words(store: FeatureStore, firings: Firings, n: int = 10) -> list[tuple[
     """The tokens on which a feature fires most often, each with its share of the firings."""
     if len(firings) == 0:
         return []
-    ids, counts = np.unique(store.token_ids[firings.indices], return_counts=True)
+    ids, counts = count_ids(store.tokens_at(firings.indices))
     order = np.argsort(-counts, kind="stable")[:n]
     return [
         (name_token(store, i), c / len(firings))
         for i, c in zip(ids[order].tolist(), counts[order].tolist(), strict=True)
     ]
+
+
+def count_ids(ids: Integer[np.ndarray, "n"]) -> tuple[Integer[np.ndarray, "m"], Int[np.ndarray, "m"]]:
+    """The distinct ids in ascending order and how often each occurs: `np.unique`, faster where there are many.
+
+    >>> [found.tolist() for found in count_ids(np.array([7, 5, 7]))]
+    [[5, 7], [1, 2]]
+    """
+    if int(ids.max(initial=0)) > DENSE_IDS * len(ids):
+        return np.unique(ids, return_counts=True)
+    counts = np.bincount(ids)
+    present = np.flatnonzero(counts)
+    return present, counts[present]
+
+
+def sort_by_size(values: Float32[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
+    """Indices of values by |value|, largest first; of equal ones the lowest index comes first.
+
+    >>> sort_by_size(np.array([1, -3, 3], np.float32)).tolist()
+    [1, 2, 0]
+    """
+    halves = as_halves(values)
+    if halves is None:
+        return np.argsort(-np.abs(values), kind="stable")
+    sizes = np.abs(halves).view(np.uint16)  # of floats from 0 on, bits rise with values; such integers sort in one pass
+    return np.argsort(np.uint16(0xFFFF) - sizes, kind="stable")
+
+
+def as_halves(values: Float32[np.ndarray, "n"]) -> Float16[np.ndarray, "n"] | None:
+    """The values as float16 where they are many and none changes by it, as in most stores; else None."""
+    if len(values) < MANY_VALUES:
+        return None
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16)
+    return halves if np.array_equal(halves, values) else None
 
 
 def name_token(store: FeatureStore, token_id: int) -> str:

@@ -386,7 +386,7 @@ def _measure(store: FeatureStore, sae: SAE | None) -> dict[str, np.ndarray]:
     seen, d_sae = store.statistics, store.d_sae
     fires = seen.fires.sum(1)
     with np.errstate(invalid="ignore"):
-        balance = seen.fires[:, 1] / fires
+        balance = seen.fires.min(1) / fires
     kinds = np.array([KINDS.index(kind) for kind in find_kinds(store, sae)], np.int8)
     columns = {"feature": np.arange(d_sae), "density": fires / len(store), "balance": balance, "kind": kinds}
     unknown = {name: np.full(d_sae, np.nan) for name in ("score", "match", "concept")}

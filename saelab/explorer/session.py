@@ -4,17 +4,21 @@ The language model loads in a thread; until it is there, everything that needs n
 """
 
 import getpass
+import json
+import tempfile
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar, cast, get_args
 
 from saelab.collecting.harvesting import require_harvested
 from saelab.evaluation.results import ConceptScores, Evaluation
 from saelab.explorer.catalog import FeatureCatalog
 from saelab.interventions.attribution import Attribution
 from saelab.labels.annotations import Annotations
-from saelab.labels.label import BOTH, Label
+from saelab.labels.label import BOTH, Format, Label, join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model
@@ -22,11 +26,54 @@ from saelab.lm.models import load_model, offline
 from saelab.sae.compatibility import match_places, match_weights
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import shareable
+from saelab.stores.files import shareable, to_json
 from saelab.stores.validation import read_json
+from saelab.universality.alignment import AlignedRows, find_common_rows
+from saelab.universality.matching import Comparison
+from saelab.universality.universal_features import check_stores
+from saelab.visualization.universality_plots import Matched
 
+T = TypeVar("T")
 ModelSource: TypeAlias = "Model | str | Path | Callable[[], Model] | None"
 """a model, its name or folder, or a function that loads it"""
+
+
+MEDIA = {
+    "json": (".json", "application/json"),
+    "csv": (".csv", "text/csv; charset=utf-8"),
+    "neuronpedia": (".jsonl", "application/jsonl"),
+}
+
+
+class Recent(Generic[T]):
+    """Results of the last `n` different pieces of work, so that pages that are read again are there at once."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._lock = threading.Lock()
+        self._held: OrderedDict[Any, Any] = OrderedDict()
+
+    def find(self, key: Any) -> Any:
+        """The result of a key; None where it is not held."""
+        with self._lock:
+            if key in self._held:
+                self._held.move_to_end(key)
+            return self._held.get(key)
+
+    def get(self, key: Any, make: Callable[[], T]) -> T:
+        """The result of a key, made where it is not held."""
+        found = self.find(key)
+        if found is None:
+            found = make()
+            with self._lock:
+                self._held[key] = found
+                while len(self._held) > self._n:
+                    self._held.popitem(last=False)
+        return cast(T, found)
+
+
+N_RECENT = 32
+"""Pages of features whose parts are held; each takes some 100 KiB."""
 
 
 class Explorer:
@@ -34,15 +81,26 @@ class Explorer:
 
     Made by `Explorer.open`, which checks that its parts belong together. `lock` is held for one piece of work with the
     model at a time.
+
+    Args:
+        store: feature store.
+        sae: the SAE that was harvested; None shows what needs none.
+        other: another store of the same text; None compares with none.
+        evaluation: result of `evaluate` as a dictionary; None for none.
+        attribution: result of `attribute`; None for none.
+        concepts: result of `score_concepts`; None for none.
+        client: client of a language model that writes labels; None for none.
+        read_only: True keeps labels, notes, lists and set-ups as they are.
+        title: title of the page; empty names the store.
     """
 
     def __init__(
         self,
         store: FeatureStore,
-        sae: SAE | None,
-        other: FeatureStore | None,
-        evaluation: Mapping[str, Any] | None,
-        attribution: Attribution | None,
+        sae: SAE | None = None,
+        other: FeatureStore | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+        attribution: Attribution | None = None,
         concepts: ConceptScores | None = None,
         *,
         client: Any = None,
@@ -50,18 +108,23 @@ class Explorer:
         title: str = "",
     ) -> None:
         self.store, self.sae, self.other = store, sae, other
-        self.evaluation, self.attribution, self.client = evaluation, attribution, client
-        self.comparison: Any = None
-        self.concepts = concepts
+        self.evaluation, self.attribution, self.concepts = evaluation, attribution, concepts
+        self.client, self.read_only = client, read_only
+        self.title = title or name_store(store)
+        self.author = _find_user()
         self.labels = LabelStore.open(store)
-        self.annotations = Annotations(self.labels, store.d_sae)
+        self.annotations = Annotations(self.labels, store.d_sae, read_only)
         self.catalog = FeatureCatalog(store, self.labels, self.annotations, sae, concepts)
-        self.read_only = read_only
-        self.title = title or _name(store)
+        self.cache: Recent[Any] = Recent(N_RECENT)
         self.lock = threading.RLock()
         self.model: Model | None = None
         self.model_state = "none"
-        self.author = _find_user()
+        """none, loading, ready, or "failed: " and the reason"""
+        self.has_no_effects = False
+        """whether the features of this model have no direct effect on the logits"""
+        self.matched: Matched | None = None
+        self.comparison_state = "none"
+        """none, comparing, ready, or "failed: " and the reason"""
 
     @classmethod
     def open(
@@ -71,6 +134,7 @@ class Explorer:
         sae: SAE | str | Path | None = None,
         *,
         compare: FeatureStore | str | Path | None = None,
+        comparison: Comparison | None = None,
         evaluation: Evaluation | Mapping[str, Any] | str | Path | None = None,
         attribution: Attribution | None = None,
         concepts: ConceptScores | None = None,
@@ -78,19 +142,20 @@ class Explorer:
         read_only: bool = False,
         title: str = "",
     ) -> "Explorer":
-        """The explorer of a store; the model, where one is named, goes on loading in a thread.
+        """The explorer of a store. The model loads in a thread, where another compares the stores, if one is given.
 
         Args:
             store: feature store, or its folder.
-            model: language model of the store, its name or folder, or a function that loads it; None shows what needs
-                no model.
+            model: language model of the store, its name or folder, or a function that loads it; None takes the folder
+                that the store names, if it is there.
             sae: the SAE that was harvested, or its name or folder; None takes the one that the store names, if it is
                 there.
             compare: another store of the same text, whose best partners are shown.
+            comparison: result of `compare(store, other)`; None computes it.
             evaluation: result of `evaluate`, or the JSON file that it was saved to.
             attribution: result of `attribute`.
             concepts: result of `score_concepts`.
-            client: language model client that writes labels, see `sl.labels.explain_features`; None offers rules alone.
+            client: client of a language model that writes labels; None offers rules alone.
             read_only: True keeps labels, notes, lists and set-ups as they are.
             title: title of the page; empty names the store.
 
@@ -103,37 +168,64 @@ class Explorer:
         if coder is not None:
             require_harvested(opened, coder)
         other = FeatureStore.load(compare) if isinstance(compare, str | Path) else compare
+        _check_comparison(opened, other, comparison)
         found = _read_evaluation(evaluation)
         made = cls(opened, coder, other, found, attribution, concepts, client=client, read_only=read_only, title=title)
-        made.catalog.start()
-        made._start(model)
+        made._start(model, comparison)
         return made
 
-    def _start(self, model: ModelSource) -> None:
-        if model is None:
-            return
-        if isinstance(model, str | Path) or not isinstance(model, Model):
+    def _start(self, model: ModelSource, comparison: Comparison | None) -> None:
+        recorded = self.store.find_recorded(self.store.provenance.model)
+        source = recorded if model is None and Path(recorded).is_dir() else model
+        if isinstance(source, Model):
+            self._admit(source)
+        elif source is not None:
             self.model_state = "loading"
-            threading.Thread(target=self._load, args=(model,), name="saelab-model", daemon=True).start()
-        else:
-            self._admit(model)
+            self._run(self._load, source)
+        if self.other is not None:
+            self.comparison_state = "comparing"
+            self._run(self._compare, comparison)
+        self.catalog.start()
 
-    def _load(self, source: Any) -> None:
+    def _run(self, work: Callable[[Any], None], given: Any) -> None:
+        threading.Thread(target=work, args=(given,), name=f"saelab{work.__name__}", daemon=True).start()
+
+    def _load(self, source: str | Path | Callable[[], Model]) -> None:
+        """Load the model; pages that need none stay when that fails, the others show why."""
+        processing = self.store.provenance.weight_processing
         try:
-            processing = self.store.provenance.weight_processing
             self._admit(
                 source() if callable(source) else load_model(source, weight_processing=processing, progress=False)
             )
-        except Exception as error:  # a page that needs no model stays; the reason is shown on those that do
-            self.model_state = f"failed: {' '.join(str(error).split()) or type(error).__name__}"
+        except Exception as error:
+            self.model_state = f"failed: {_say(error)}"
 
     def _admit(self, model: Model) -> None:
         """Take a model; ValueError for one that the store was not made with."""
-        match_weights(self.store.provenance, model)
-        hook_points_of(model).find(self.store.provenance.hook_point)
+        origin = self.store.provenance
+        match_weights(origin, model)
         if self.sae is not None:
-            match_places(self.sae, model, self.store.provenance.hook_point)
+            match_places(self.sae, model, origin.hook_point or None)
+        elif origin.hook_point:
+            hook_points_of(model).find(origin.hook_point)
         self.model, self.model_state = model, "ready"
+
+    def _compare(self, comparison: Comparison | None) -> None:
+        assert self.other is not None
+        try:
+            with LabelStore.open(self.other) as labels:
+                chosen = groupby(labels.chosen(), key=lambda label: label.feature)
+                names = {feature: join_texts(list(group)) for feature, group in chosen}
+            self.matched = Matched.make(self.store, self.other, comparison, names, progress=False)
+            self.catalog.match(self.matched)
+            self.comparison_state = "ready"
+        except Exception as error:
+            self.comparison_state = f"failed: {_say(error)}"
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """The comparison with the other store, once it is there."""
+        return self.matched.comparison if self.matched is not None else None
 
     def require_model(self) -> tuple[SAE, Model]:
         """The SAE and the model; ValueError with the reason where one of them is not there."""
@@ -165,6 +257,7 @@ class Explorer:
                 "text": shareable(origin.text),
             },
             "model_state": self.model_state,
+            "comparison_state": self.comparison_state,
             "can": {
                 "prompt": ready and has_sae,
                 "steer": ready and has_sae,
@@ -180,7 +273,7 @@ class Explorer:
         }
 
     def _views(self) -> list[str]:
-        held = {"evaluation": self.evaluation, "compare": self.other, "attribution": self.attribution}
+        held = {"evaluation": self.evaluation or None, "compare": self.other, "attribution": self.attribution}
         return [
             "features",
             "prompt",
@@ -203,6 +296,23 @@ class Explorer:
         """Delete an author's label; can be undone."""
         return self.annotations.delete_label(feature, author, sign=sign)
 
+    def export(self, form: str) -> tuple[str, str, bytes]:
+        """All labels as a file: its name, media type and bytes; "json" also holds notes, lists and set-ups.
+
+        Raises:
+            ValueError: `form` is not "json", "csv" or "neuronpedia".
+        """
+        if form not in MEDIA:
+            raise ValueError(f"`format` must be one of {list(get_args(Format))}, got {form[:40]!r}.")
+        ending, media = MEDIA[form]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"labels{ending}"
+            self.labels.save(path, form)  # type: ignore[arg-type]
+            data = path.read_bytes()
+        if form == "json":
+            data = to_json(json.loads(data) | self.annotations.to_dict()).encode()
+        return f"labels{ending}", media, data
+
     def close(self) -> None:
         """Stop the work in the background and close the files."""
         self.catalog.close()
@@ -216,7 +326,30 @@ def _find_user() -> str:
         return "me"
 
 
-def _name(store: FeatureStore) -> str:
+def _say(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_comparison(store: FeatureStore, other: FeatureStore | None, comparison: Comparison | None) -> None:
+    """Raise ValueError where two stores have no text in common, or a comparison is not of these two."""
+    if other is None:
+        if comparison is not None:
+            raise ValueError("`comparison` needs the other store as `compare`, got none; give both.")
+        return
+    if comparison is not None:
+        check_stores(comparison, store, other)
+        return
+    try:
+        _ = find_common_rows(store, other) or AlignedRows(store, other)
+    except ValueError:
+        raise ValueError(
+            f"`compare` must be a store of the same text, got {other.folder}, which has no text in common with "
+            f"{store.folder}. Harvest both from one text."
+        ) from None
+
+
+def name_store(store: FeatureStore) -> str:
+    """What a store holds, as a title."""
     origin = store.provenance
     return f"{store.d_sae:,} features at {origin.hook_point} of {Path(origin.model).name}"
 

@@ -48,6 +48,7 @@ class Annotations:
     Args:
         labels: label database in whose file they are kept.
         d_sae: number of features of the store; None does not check that a feature exists.
+        read_only: True refuses every change with ValueError.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, LabelStore(f"{folder}/labels.sqlite") as labels:
@@ -57,8 +58,8 @@ class Annotations:
     ('fires in recipes', 'note on feature 3', '')
     """
 
-    def __init__(self, labels: LabelStore, d_sae: int | None = None) -> None:
-        self.labels, self.d_sae = labels, d_sae
+    def __init__(self, labels: LabelStore, d_sae: int | None = None, read_only: bool = False) -> None:
+        self.labels, self.d_sae, self.read_only = labels, d_sae, read_only
 
     # ---- notes
     def note(self, feature: SupportsIndex) -> str:
@@ -150,6 +151,7 @@ class Annotations:
     def _changing_labels(self, feature: SupportsIndex, what: str) -> Iterator[None]:
         """Context manager: the changes of one feature's labels, and what undoes them, as one transaction."""
         number = self._read_feature(feature)
+        self._require_writable()
         with self.labels.changing():
             before = self._label_rows(number)
             yield
@@ -163,6 +165,11 @@ class Annotations:
     def _label_rows(self, feature: int) -> dict[int, list[Any]]:
         rows = self.labels.read(f"SELECT {COLUMNS} FROM labels WHERE feature = ? ORDER BY id", (feature,))
         return {row[0]: list(row) for row in rows}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All notes, lists and set-ups, ready for JSON."""
+        notes = [{"feature": feature, "text": text} for feature, text in sorted(self.notes().items())]
+        return {"notes": notes, "lists": self.lists(), "setups": self.setups()}
 
     # ---- history
     def last_change(self) -> str | None:
@@ -181,6 +188,7 @@ class Annotations:
         Everything that it changed is as it was, except for what others have changed again since, such as a label that a
         rule or a model has replaced.
         """
+        self._require_writable()
         if self.last_change() is None:
             return None
         with self.labels.changing() as db:
@@ -235,6 +243,7 @@ class Annotations:
     # ---- the file
     def _put(self, kind: str, name: str, value: str | None, what: str) -> None:
         """Set a value, or remove it with None, and record the change, unless nothing changes."""
+        self._require_writable()
         with self.labels.changing() as db:
             self._make_tables()
             sql = "SELECT value, time FROM annotations WHERE kind = ? AND name = ?"
@@ -247,6 +256,10 @@ class Annotations:
             else:
                 db.execute("INSERT OR REPLACE INTO annotations VALUES (?, ?, ?, ?)", (kind, name, value, now))
             self._record(what, {"values": [[kind, name, *held]]}, {"values": [[kind, name, value, now]]})
+
+    def _require_writable(self) -> None:
+        if self.read_only:
+            raise ValueError("Labels and notes may only be read here. Open the store without read-only to change them.")
 
     def _make_tables(self) -> None:
         with self.labels.changing() as db:

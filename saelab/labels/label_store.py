@@ -345,7 +345,7 @@ class LabelStore:
         places = PLACES.format(where=where)
         rows = self.read(f"SELECT {columns} FROM ({places}) WHERE place = 1 ORDER BY {BY_FEATURE}")
         try:
-            return [ShownLabel(*row[:5], bool(row[5]), json.loads(row[6])) for row in rows]
+            return [ShownLabel._make((*row[:5], bool(row[5]), json.loads(row[6]))) for row in rows]
         except ValueError as error:
             raise ValueError(format_damage(self.path, str(error))) from None
 

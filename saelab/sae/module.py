@@ -212,13 +212,15 @@ class SAEModule(nn.Module):
         return self.out_normalizer.output_scale(x)
 
     @torch.no_grad()
-    def directions(self) -> Float[Tensor, "d_sae d_out"]:
+    def directions(self, features: Sequence[int] | None = None) -> Float[Tensor, "n_features d_out"]:
         """What a code of 1 adds to the reconstruction, per latent: rows of W_dec in the units of the activations that
         are reconstructed.
 
-        A transcoder's have the target's width, and are directions at the hook point of its target.
+        A transcoder's have the target's width, and are directions at the hook point of its target. `features` are
+        numbers of latents; None takes all.
         """
         rows, normalizer = self.W_dec.detach(), self.out_normalizer
+        rows = rows if features is None else rows[list(features)]
         return rows if normalizer.kind == "none" else normalizer.apply_matrix(rows, normalizer.inverse)
 
     @torch.no_grad()

@@ -181,9 +181,13 @@ class StoredText:
         """Number of tokens of a readable window: `n`, or four times as many where tokens are hardly longer than a
         character.
         """
+        return CHARACTERS * n if self._has_short_tokens else n
+
+    @cached_property
+    def _has_short_tokens(self) -> bool:
         ids, counts = np.unique(self.token_ids[:SAMPLE_TOKENS], return_counts=True)
         length = sum(len(self.strings.get(i, "")) * n for i, n in zip(ids.tolist(), counts.tolist(), strict=True))
-        return n if length >= SHORT * counts.sum() else CHARACTERS * n
+        return bool(length < SHORT * counts.sum())
 
     def window(self, place: int, before: int, after: int) -> tuple[int, int]:
         """Start and end of the window around a token, within its document and sequence.
@@ -390,6 +394,15 @@ class Places:
             for piece in range(bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop)):
                 first, end = (min(max(at - self._starts[piece], 0), self._sizes[piece]) for at in (start, stop))
                 found.append(self._read(piece, first, end))
+        return np.concatenate(found)
+
+    def at(self, rows: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n"]:
+        """The places of some rows, in ascending order."""
+        found = [np.zeros(0, np.int32)]
+        bounds = np.searchsorted(rows, self._starts)
+        for piece in np.flatnonzero(np.diff(bounds)).tolist() if len(self._first) else ():
+            own = rows[bounds[piece] : bounds[piece + 1]] - self._starts[piece]
+            found.append(self._read(piece, 0, self._sizes[piece])[own])
         return np.concatenate(found)
 
     def find(self, places: Integer[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:

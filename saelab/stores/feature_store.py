@@ -314,6 +314,11 @@ class FeatureStore:
         ids: IntegerArray = self.text.token_ids[self.where[start:stop]]
         return ids
 
+    def tokens_at(self, rows: Integer[np.ndarray, "n"]) -> Integer[np.ndarray, "n"]:
+        """The token ids of some rows, in ascending order; only those are read."""
+        ids: IntegerArray = self.text.token_ids[self.where.at(rows)]
+        return ids
+
     def count_tokens(self, ids: Iterable[int]) -> list[int]:
         """Number of rows of each of the given token ids."""
         return [self._token_counts[i] for i in ids]
@@ -362,6 +367,26 @@ class FeatureStore:
         start, stop = arrays.part("offsets", row, row + 2).tolist()
         latents, values = (arrays.part(name, start, stop) for name in ("latents", "values"))
         return Firings(latents.astype(np.int64), values.astype(np.float32))
+
+    def codes_of(
+        self, rows: Integer[np.ndarray, "n"]
+    ) -> tuple[Int[np.ndarray, "n_1"], Int[np.ndarray, "nnz"], Float32[np.ndarray, "nnz"]]:
+        """The codes of some tokens: offsets, features and values; token `rows[i]` owns `offsets[i]:offsets[i + 1]`.
+
+        Args:
+            rows: tokens (rows) in ascending order.
+        """
+        counts, latents, values = [np.zeros(1, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+        bounds = np.searchsorted(rows, self._starts)
+        for shard in np.flatnonzero(np.diff(bounds)).tolist():
+            arrays, own = self._shards[shard], rows[bounds[shard] : bounds[shard + 1]] - self._starts[shard]
+            offsets = arrays["offsets"]
+            starts, n = offsets[own].astype(np.int64), (offsets[own + 1] - offsets[own]).astype(np.int64)
+            entries = np.repeat(starts - (np.cumsum(n) - n), n) + np.arange(n.sum())
+            counts.append(n)
+            latents.append(arrays["latents"][entries].astype(np.int64))
+            values.append(arrays["values"][entries].astype(np.float32))
+        return np.cumsum(np.concatenate(counts)), np.concatenate(latents), np.concatenate(values)
 
     def feature(self, j: SupportsIndex) -> Feature:
         """The tokens at which feature `j` fires, and its codes there; displayed as a card in Jupyter."""

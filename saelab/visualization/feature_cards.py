@@ -32,10 +32,13 @@ def draw_card(card: FeatureCard, labels: Sequence[Label] = (), below: str = "") 
 
 
 def draw_window(example: Example, scale: float) -> str:
-    """A window of text as HTML, each token an element coloured by its code, with the value as its title."""
+    """A window of text as HTML, each token an element coloured by its code, with the value as its title.
+
+    `data-row` is the store's row of the token that the window was chosen for.
+    """
     words = zip(example.words, example.values, strict=True)
     inside = (_token(word, value, scale, i == example.center) for i, (word, value) in enumerate(words))
-    return f'<div class="win">{"".join(inside)}</div>'
+    return f'<div class="win" data-row="{example.token}">{"".join(inside)}</div>'
 
 
 def list_windows(examples: Iterable[Example], scale: float) -> str:
@@ -154,7 +157,8 @@ def _group(group: ExampleGroup, scale: float) -> str:
     sign = {1: " +", -1: " \u2212", 0: ""}[group.side]
     pool = f"{group.n_firings:,} firings, |z| {group.low:.3g} to {group.high:.3g}" if group.n_firings else ""
     name, windows = escape(group.name.capitalize()), list_windows(group.examples, scale)
-    return f"<details{opened}><summary>{name}{sign} <span>{pool}</span></summary>{windows}</details>"
+    about = f'data-group="{escape(group.name)}" data-side="{group.side}"'
+    return f"<details {about}{opened}><summary>{name}{sign} <span>{pool}</span></summary>{windows}</details>"
 
 
 def _draw_alone(card: FeatureCard) -> str:

@@ -99,10 +99,10 @@ def summarize(store: FeatureStore, found: DeadFeatures, evaluation: Evaluation |
     }
     parts = [
         facts({name: text for name, text in about.items() if text}),
-        section("Features by density", *_count_kinds(found)),
+        section("Features by density", *draw_kinds(found)),
     ]
     if evaluation is not None:
-        parts.append(section("Evaluation", *_show_evaluation(evaluation)))
+        parts.append(section("Evaluation", *draw_evaluation(evaluation)))
     return "\n".join(parts)
 
 
@@ -113,7 +113,8 @@ def _format_training(training: Mapping[str, Any] | None) -> str:
     return f"{seen:,} tokens, batch {training['batch_size']:,}, lr {training['lr']:.3g}, seed {training['seed']}"
 
 
-def _count_kinds(found: DeadFeatures) -> list[str]:
+def draw_kinds(found: DeadFeatures) -> list[str]:
+    """Numbers of features of each kind as HTML, and what the kinds mean."""
     rows = [
         [name, *(f"{counts.get(kind, 0):,}" for kind in KINDS), f"{sum(counts.values()):,}"]
         for name, counts in found.groups.items()
@@ -125,7 +126,8 @@ def _count_kinds(found: DeadFeatures) -> list[str]:
     return [table(["features", *KINDS, "all"], rows), paragraph(limits, "small soft")]
 
 
-def _show_evaluation(evaluation: Evaluation | Mapping[str, Any]) -> list[str]:
+def draw_evaluation(evaluation: Evaluation | Mapping[str, Any]) -> list[str]:
+    """An evaluation as an HTML table with intervals and baselines, and what it was measured on."""
     numbers = evaluation.to_dict() if isinstance(evaluation, Evaluation) else evaluation
     baselines = numbers.get("baselines", {})
     rows = []
