@@ -206,7 +206,7 @@ class _Companions:
         offsets, latents, values = store.codes_of(fires.indices[chosen])
         codes = np.repeat(fires.values[chosen].astype(np.float64), np.diff(offsets))
         counts = np.bincount(latents, minlength=store.d_sae).astype(np.float64)
-        products = np.bincount(latents, codes * values, store.d_sae)
+        products = np.bincount(latents, codes * values, store.d_sae).astype(np.float64)  # integers of no codes
         return cls(store, feature, len(fires), len(chosen), counts, products)
 
     def phi(self) -> Float[np.ndarray, "d_sae"]:

@@ -137,6 +137,10 @@ class FeatureCatalog:
         """Start counting tokens in a thread, which ends with the last feature or with `close`."""
         self._thread.start()
 
+    def wait(self) -> None:
+        """Wait until the tokens of all features are counted."""
+        self._thread.join()
+
     def close(self) -> None:
         """Stop counting."""
         self._closed.set()
@@ -376,9 +380,10 @@ class _Names:
     def ranks(self) -> Float[np.ndarray, "d_sae"]:
         """The place of each feature's label in the alphabet; NaN without one."""
         if self._ranks is None:
+            features, texts = list(self.texts), [text.casefold() for text in self.texts.values()]
+            places = {text: i for i, text in enumerate(sorted(set(texts)))}
             self._ranks = np.full(self._d_sae, np.nan)
-            order = sorted(self.texts, key=lambda feature: (self.texts[feature].casefold(), feature))
-            self._ranks[order] = np.arange(len(order))
+            self._ranks[features] = [places[text] for text in texts]
         return self._ranks
 
 

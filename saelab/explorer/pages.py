@@ -6,7 +6,7 @@ Each is HTML, in which all text is escaped, and plotly figures, as the reports a
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saelab.analysis.density import DeadFeatures, dead_features
 from saelab.explorer.session import Explorer
@@ -15,9 +15,6 @@ from saelab.visualization.html import escape, facts, paragraph, section, table
 from saelab.visualization.intervention_plots import draw_attribution, plot_attribution
 from saelab.visualization.reports import draw_evaluation, draw_kinds
 from saelab.visualization.universality_plots import plot_matches
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 N_LISTED = 100
 """Dead and near-dead features that are listed with their causes."""
@@ -38,7 +35,8 @@ def make_page(explorer: Explorer, name: str) -> dict[str, Any]:
     return PAGES[name](explorer)
 
 
-def _make(title: str, parts: Sequence[str], figures: Sequence["Figure"] = ()) -> dict[str, Any]:
+def _make(title: str, parts: Sequence[str], figures: Sequence[Any] = ()) -> dict[str, Any]:
+    """A page with plotly figures."""
     return {"title": title, "html": "\n".join(parts), "figures": [json.loads(figure.to_json()) for figure in figures]}
 
 

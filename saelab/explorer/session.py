@@ -18,7 +18,7 @@ from saelab.evaluation.results import ConceptScores, Evaluation
 from saelab.explorer.catalog import FeatureCatalog
 from saelab.interventions.attribution import Attribution
 from saelab.labels.annotations import Annotations
-from saelab.labels.label import BOTH, Format, Label, join_texts
+from saelab.labels.label import BOTH, Format, join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.lm.hook_points import hook_points_of
 from saelab.lm.model_checks import Model
@@ -70,6 +70,11 @@ class Recent(Generic[T]):
                 while len(self._held) > self._n:
                     self._held.popitem(last=False)
         return cast(T, found)
+
+    def clear(self) -> None:
+        """Let all results go."""
+        with self._lock:
+            self._held.clear()
 
 
 N_RECENT = 32
@@ -284,17 +289,17 @@ class Explorer:
         ]
 
     # ---- labels by people
-    def set_label(self, feature: int, text: str, sign: int = BOTH) -> Label:
+    def set_label(self, feature: int, text: str, sign: int = BOTH) -> None:
         """Add the reader's label and choose it; can be undone."""
-        return self.annotations.set_label(feature, text, author=self.author, sign=sign)
+        self.annotations.set_label(feature, text, author=self.author, sign=sign)
 
-    def choose_label(self, feature: int, author: str | None, sign: int = BOTH) -> Label:
+    def choose_label(self, feature: int, author: str | None, sign: int = BOTH) -> None:
         """Choose an author's label for the reader; can be undone."""
-        return self.annotations.choose_label(feature, author, sign=sign)
+        self.annotations.choose_label(feature, author, sign=sign)
 
-    def delete_label(self, feature: int, author: str, sign: int = BOTH) -> int:
+    def delete_label(self, feature: int, author: str, sign: int = BOTH) -> None:
         """Delete an author's label; can be undone."""
-        return self.annotations.delete_label(feature, author, sign=sign)
+        self.annotations.delete_label(feature, author, sign=sign)
 
     def export(self, form: str) -> tuple[str, str, bytes]:
         """All labels as a file: its name, media type and bytes; "json" also holds notes, lists and set-ups.

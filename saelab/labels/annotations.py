@@ -96,6 +96,7 @@ class Annotations:
     def add_to_list(self, name: str, feature: SupportsIndex) -> None:
         """Add a feature to the end of a list, which is made where there is none of that name."""
         feature = self._read_feature(feature)
+        self._require_writable()
         with self.labels.changing():
             held = self._features(_read_name(name))
             if feature not in held:
@@ -104,6 +105,7 @@ class Annotations:
     def remove_from_list(self, name: str, feature: SupportsIndex) -> None:
         """Remove a feature from a list; one that is not in it changes nothing."""
         feature = self._read_feature(feature)
+        self._require_writable()
         with self.labels.changing():
             held = self._features(name)
             if feature in held:

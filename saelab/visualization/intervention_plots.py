@@ -347,7 +347,8 @@ def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
 
 
 def _effects_of(attribution: Attribution, chosen: np.ndarray) -> Float[np.ndarray, "n_tokens"]:
-    return np.bincount(attribution.positions[chosen], attribution.effects[chosen], len(attribution.tokens))
+    effects = np.bincount(attribution.positions[chosen], attribution.effects[chosen], len(attribution.tokens))
+    return effects.astype(np.float64)  # integers where nothing is chosen
 
 
 def plot_patching(patching: Patching) -> "Figure":
