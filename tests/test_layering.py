@@ -152,7 +152,7 @@ def test_no_file_is_a_fragment_of_another(tmp_path: Path) -> None:
 
 
 def test_the_package_has_few_files_and_tests_beside_each_package() -> None:
-    assert len(list(PACKAGE.rglob("*.py"))) <= 185
+    assert len(list(PACKAGE.rglob("*.py"))) <= 190
     tests = Path(__file__).parent
     for file in tests.rglob("test_*.py"):
         if file.parent in (tests, tests / "families"):
