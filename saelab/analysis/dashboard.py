@@ -99,7 +99,7 @@ def describe_feature(
         label: text shown as the feature's name; empty for none.
         lens: result of `logit_lens` for the same SAE; None leaves the logit effects out.
         neighbors: result of `nearest_features` for the same SAE or store; None leaves the similar features out.
-        **choice: options of `examples`, such as `n_top`.
+        **choice: options of `max_activating_examples`, such as `n_top`.
 
     Raises:
         IndexError: the feature does not exist.

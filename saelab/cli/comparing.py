@@ -68,9 +68,9 @@ def compare_folders(
     ] = True,
     progress: options.Progress = True,
 ) -> None:
-    """Find the features that two dictionaries share, beside what chance would give.
+    """Find the features that two dictionaries share, compared with what chance would give.
 
-    Stores are compared on the documents that they have in common, whatever the tokenizers; SAEs of one space by
+    Stores are compared on the documents that they have in common, even with different tokenizers; SAEs of one space by
     direction.
     """
     if method not in get_args(MatchingMethod):

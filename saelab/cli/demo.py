@@ -90,7 +90,7 @@ def run_demo(
 ) -> None:
     """Train three dictionaries on a built-in model whose concepts are known, score them, and write a report.
 
-    Needs no network, and three minutes at most on two cores. The page stands alone: open it from the disk, or send it.
+    Needs no network, and three minutes at most on two cores. The report is one self-contained HTML file.
     """
     clock = Clock()
     context.with_resource(hold_folder(out))

@@ -44,8 +44,8 @@ Sign = Annotated[int, Option(metavar="SIGN")]
 def open_book(context: Context, store: options.StoreFolder) -> None:
     """Search, read and write the labels of a store's features.
 
-    They lie in labels.sqlite in the store's folder. What a person calls a feature stands before what rules and models
-    call it. Without a command: how many there are.
+    They are in labels.sqlite in the store's folder. A label chosen by a person takes precedence over those of rules and
+    models. Without a command: how many there are.
     """
     context.obj = store
     if context.invoked_subcommand is None:
@@ -82,13 +82,13 @@ def set_label(
     sign: Sign = BOTH,
     author: Annotated[str | None, Option(metavar="NAME", show_default="your user name")] = None,
 ) -> None:
-    """Give a feature a label and choose it: your word stands until a person says otherwise."""
+    """Give a feature a label and choose it; it stays chosen until a person chooses another."""
     echo(_say(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
 
 
 @options.documented_by(LabelStore.set)
 def choose_label(context: Context, feature: FeatureNumber, author: Author, sign: Sign = BOTH) -> None:
-    """Choose the newest label that an author gave: it stands until a person says otherwise."""
+    """Choose the newest label of an author; it stays chosen until a person chooses another."""
     echo(_say(_open(context).choose(feature, author, sign=sign)))
 
 
@@ -110,7 +110,7 @@ def export_labels(
     model_id: Annotated[str, Option(metavar="NAME", show_default="the store's")] = "",
     source_id: Annotated[str, Option(metavar="NAME", show_default="the store's hook point")] = "",
 ) -> None:
-    """Write all labels to a file: JSON, CSV, or Neuronpedia's explanation records, one a line."""
+    """Write all labels to a file: JSON, CSV, or Neuronpedia's explanation records, one per line."""
     if form is not None and form not in FORMATS:
         raise ValueError(f"`--format` must be one of {', '.join(FORMATS)}, got '{form}'.")
     n = _open(context).save(file, form or name_format(file), model_id=model_id, source_id=source_id)
@@ -123,7 +123,7 @@ def import_labels(
         Path, Argument(metavar="FILE", help="What `export` wrote, Neuronpedia's records, or a table as CSV.")
     ],
 ) -> None:
-    """Add the labels of a file; a person's choice that stands already is kept."""
+    """Add the labels of a file; earlier choices by a person are kept."""
     echo(f"{_open(context).load(file):,} labels added.")
 
 
@@ -235,11 +235,11 @@ def label_features(
     ] = None,
     progress: options.Progress = True,
 ) -> None:
-    """Name the features of a store, by rules or by a language model, and keep the labels beside it.
+    """Label the features of a store, by rules or by a language model; labels are kept in its folder.
 
     Without a language model by rules: the best one for each side of a feature, on documents that it was not chosen on.
-    With --model by a language model, which scores them too. Its answers are kept: a run that was cut off, or came to
-    the end of its budget, goes on when the same command is given again. With --export-prompts and --import-answers the
+    With --model by a language model, which scores them too. Its answers are kept: a run that was interrupted, or that
+    used up its budget, continues when the same command is run again. With --export-prompts and --import-answers the
     language model may be anywhere: prompts of scores come once the labels are there.
     """
     opened, numbers = FeatureStore.load(store), read_numbers(features)

@@ -73,9 +73,9 @@ def steer_prompts(
     device: options.Device = None,
     progress: options.Progress = True,
 ) -> None:
-    """Go on with prompts as the model is, and with features moved: texts side by side, from the same noise.
+    """Continue prompts without steering and with steered features: texts side by side, sampled with the same seed.
 
-    Perplexities and KL say what it cost.
+    Perplexities and KL measure the cost.
     """
     strengths = strength or [1.0]
     if len(strengths) not in (1, len(feature)):
@@ -146,7 +146,7 @@ def draw_curve(
     device: options.Device = None,
     progress: options.Progress = True,
 ) -> None:
-    """Measure what moving features does to a concept and what it costs, over strengths, beside baselines.
+    """Measure the effect of steering on a concept, and its cost, over strengths, compared with baselines.
 
     The concept is a set of words, each a token of the model. Directions are found where such words follow, in --text
     or in text that the model writes.

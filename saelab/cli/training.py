@@ -219,8 +219,8 @@ def collect_text(
 ) -> None:
     """Write the activations of a language model on a text to a folder.
 
-    Reads the text from its start. Special tokens are left out. A run that was cut off goes on where it stopped when
-    the same command is given again, and ends with the same bytes.
+    Reads the text from its start. Special tokens are left out. An interrupted run continues where it
+    stopped when the same command is run again, and ends with the same bytes.
     """
     if dtype not in options.DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(options.DTYPES)}, got '{dtype}'.")
@@ -273,10 +273,10 @@ def evaluate_sae(
     device: options.Device = None,
     progress: options.Progress = True,
 ) -> None:
-    """Evaluate an SAE in its language model, beside its baselines.
+    """Evaluate an SAE in its language model, compared with baselines.
 
     Documents are taken from the END of the text, the last one first, because `collect` reads from the start. A warning
-    says so when an evaluated document was trained on nevertheless, as far as the two file names tell.
+    is printed if an evaluated document was also trained on, as far as the names of the two files show.
     """
     coder, lm = open_pair(sae, model, device, progress)
     origin = coder.provenance

@@ -381,7 +381,7 @@ class _CodesBuffer:
         self._parts: list[dict[str, np.ndarray]] = []
 
     def add(self, reading: _Codes, start: int, stop: int) -> None:
-        """Append the codes of rows start..stop."""
+        """Append the codes of rows `start:stop`."""
         codes, offsets = reading.codes, reading.codes.offsets[start : stop + 1].cpu()
         part = slice(int(offsets[0]), int(offsets[-1]))
         latents = codes.indices[part].cpu().numpy().astype(smallest_int(self._d_sae - 1))
@@ -437,7 +437,8 @@ def harvest_untrained(
         resume: continue an interrupted call; False deletes what `out` holds and starts over.
 
     Raises:
-        ValueError: as `harvest`, for an SAE that is not the store's, and for a store whose text has gaps in its rows.
+        ValueError: as `harvest`, for an SAE that is not the store's, and for a store whose text is not kept in whole
+            rows (a row that lacks a token before its last one).
     """
     require_harvested(store, sae)
     place = match_model(sae, model, store.provenance.hook_point or None, EVERYTHING, allow_mismatch)

@@ -144,7 +144,7 @@ class ArrayBuffer(Protocol):
     """Protocol of buffers, which hold the rows of the next shard."""
 
     def add(self, reading: Any, start: int, stop: int) -> None:
-        """Append rows start..stop of a batch."""
+        """Append rows `start:stop` of a batch."""
 
     def take(self) -> dict[str, Tensor]:
         """All rows as a shard's tensors; called in the background, before rows are added again."""
@@ -158,7 +158,7 @@ class RowBuffer:
         self._n = 0
 
     def add(self, reading: ForwardRows, start: int, stop: int) -> None:
-        """Append rows start..stop of a reading."""
+        """Append rows `start:stop` of a reading."""
         for name, column in (reading.acts | reading.columns).items():
             self._columns[name][self._n : self._n + stop - start] = column[start:stop]
         self._n += stop - start

@@ -77,10 +77,10 @@ def _kappa_or_nan(
 
 
 def move_truth(truth: "csr_matrix", story_ids: Shaped[np.ndarray, "n_tokens"], seed: int) -> "csr_matrix":
-    """The labels of all concepts put elsewhere, as `permute_labels` does it: tokens permuted within stories, or stories
-    exchanged where a concept is mostly a matter of whole stories.
+    """The labels of all concepts permuted, as `permute_labels` does it: tokens within stories, or whole stories
+    where a concept is mostly a matter of whole stories.
 
-    Concepts that are moved in one way keep what they have to do with each other: what excludes another still does.
+    Concepts that are permuted in the same way keep their relations: those that exclude each other still do.
 
     Args:
         truth: (n_tokens, n_concepts), counts of 0 and 1.

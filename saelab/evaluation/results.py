@@ -279,7 +279,7 @@ class ConceptScores(Result):
 
     @property
     def scored(self) -> tuple[ConceptScore, ...]:
-        """The concepts with enough tokens."""
+        """Scores of the concepts that have enough tokens to be scored."""
         return tuple(row for row in self.concepts if not row.reason)
 
     @property
@@ -304,27 +304,31 @@ class ConceptScores(Result):
 
     @property
     def parent_recall(self) -> float:
-        """Mean recall of a parent's feature on tokens of its child; to be read together with `parent_f1`."""
+        """Mean over (parent, child) pairs of concepts of the recall of the parent's feature on the child's tokens.
+
+        Where it is low (`parent_recall_overall` is higher) features may be absorbed, unless `parent_f1` is low as well:
+        then the parent has no feature of its own.
+        """
         return _mean(pair.recall for pair in self.parents)
 
     @property
     def parent_recall_overall(self) -> float:
-        """Mean recall of the same parents on all their tokens."""
+        """Mean over (parent, child) pairs of concepts of the recall of the parent's feature on the parent's tokens."""
         return _mean(pair.parent_recall for pair in self.parents)
 
     @property
     def parent_f1(self) -> float:
-        """Mean F1 of the same parents."""
+        """Mean over (parent, child) pairs of concepts of the F1 of the parent's feature for the parent."""
         return _mean(pair.parent_f1 for pair in self.parents)
 
     @property
     def opposed_pairs(self) -> tuple[PairScore, ...]:
-        """Opposed pairs with enough tokens."""
+        """Scores of the pairs of opposite concepts that have enough tokens."""
         return tuple(pair for pair in self.pairs if pair.opposed and not pair.reason)
 
     @property
     def control_pairs(self) -> tuple[PairScore, ...]:
-        """Control pairs with enough tokens."""
+        """Scores of the pairs of concepts that are not opposites, for comparison, and have enough tokens."""
         return tuple(pair for pair in self.pairs if not pair.opposed and not pair.reason)
 
     @property
@@ -334,7 +338,7 @@ class ConceptScores(Result):
 
     @property
     def n_control_on_two_sides(self) -> int:
-        """Number of control pairs of which the same is true: what chance and frequency give."""
+        """Number of control pairs represented by the two signs of one feature: what chance and frequency alone give."""
         return sum(pair.on_two_sides for pair in self.control_pairs)
 
     def best(self, name: str) -> BestFeature:

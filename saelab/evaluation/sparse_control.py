@@ -31,10 +31,11 @@ TOLD = "as told"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EditTask:
-    """Prompts ("as told") and counterfactual versions of them ("edits"), in which one attribute has another value.
+    """Prompts and counterfactual versions of them ("edits"), in which one attribute has another value.
 
-    Activations are read and edited at the same positions of all versions of a prompt. Versions have the same lengths;
-    rows of ids are padded on the right. ValueError where versions do not match.
+    The original prompts are the version named "as told". Activations are read and edited at the same positions of all
+    versions of a prompt. Versions have the same lengths; rows of ids are padded on the right. ValueError where versions
+    do not match.
     """
 
     model: Model
@@ -94,9 +95,11 @@ class EditTask:
     def predict(
         self, x: Float[Tensor, "n_prompts n_places d_in"] | None = None, version: str = TOLD
     ) -> Float[Tensor, "n_prompts d_vocab"]:
-        """Logits after the last token of each prompt, where `x` is given with it in place of the activations.
+        """Logits after the last token of each prompt of a version.
 
-        `version` chooses the prompts; `x` replaces activations at the positions alone.
+        Args:
+            x: activations put in at the task's positions; None runs the prompts unchanged.
+            version: which prompts are run; by default the original ones.
         """
 
         def put(old: Tensor, rows: Tensor) -> Tensor:
@@ -107,7 +110,10 @@ class EditTask:
         return self._runs(version).run(None if x is None else {self.hook_point: put})
 
     def margins(self, predicted: Float[Tensor, "n_prompts d_vocab"]) -> Float[Tensor, "n_prompts"]:
-        """Logit of the answer less that of the alternative."""
+        """Logit of each prompt's answer minus that of its alternative, both those of the original prompts.
+
+        `predicted` are logits, as `predict` returns them for any version.
+        """
         rows = torch.arange(len(self))
         return predicted[rows, self.answers] - predicted[rows, self.other_answers]
 

@@ -35,17 +35,20 @@ class SupervisedDictionary:
         return f"AttributeDictionary({len(self.names)} values of {sorted({name for name, _ in self.names})})"
 
     def encode(self, attributes: Sequence[Attributes]) -> Float[Tensor, "n n_values"]:
-        """Indicator codes, 1 where a prompt has a value, else 0; ValueError for a value unknown to the dictionary."""
+        """Indicator codes of each row's attributes: 1 where it has a value, else 0; ValueError for an unknown one."""
         return _mark(attributes, {pair: i for i, pair in enumerate(self.names)})
 
     def decode(self, z: Float[Tensor, "n n_values"]) -> Float[Tensor, "n d_in"]:
-        """`mean + z rows`."""
+        """Reconstructions of codes, `mean + z rows`."""
         return self.mean + z @ self.rows
 
     def edit(
         self, x: Float[Tensor, "n d_in"], before: Sequence[Attributes], after: Sequence[Attributes]
     ) -> Float[Tensor, "n d_in"]:
-        """Activations with the values of their attributes exchanged, `x - u_before + u_after`."""
+        """Activations with the vectors of the attributes `before` replaced by those of `after`.
+
+        `x - u_before + u_after`, each u the sum over a row's attributes.
+        """
         return x + (self.encode(after) - self.encode(before)) @ self.rows
 
 

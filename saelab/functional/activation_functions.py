@@ -32,7 +32,7 @@ def keep_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[T
 def keep_places(
     u: Float[Tensor, "*batch d_sae"], places: Int[Tensor, "*batch k"], signed: bool
 ) -> Float[Tensor, "*batch d_sae"]:
-    """`u` at the given places of every row, else 0; negative values become 0 unless `signed`.
+    """`u` at the latents `places` of every row, else 0; negative values become 0 unless `signed`.
 
     >>> keep_places(torch.tensor([3.0, -5.0, 1.0]), torch.tensor([0, 1]), signed=False)
     tensor([3., 0., 0.])

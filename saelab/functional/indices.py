@@ -151,7 +151,7 @@ class ChosenRuns:
 
 
 RowMarker = Callable[[int, int], NDArray[np.bool_]]
-"""Function of (start, stop) that returns a boolean for each of the rows start..stop."""
+"""Function of (start, stop) that returns a boolean for each of the rows `start:stop`."""
 
 
 def draw_rows(marks: RowMarker, n_rows: int, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:

@@ -31,7 +31,7 @@ def score(
     rows: Int[Tensor, "nnz"],
     latents: Int[Tensor, "nnz"],
 ) -> Float[Tensor, "nnz"]:
-    """`u = x W^T + bias` at the given entries, bit for bit the same wherever an entry stands.
+    """`u = x W^T + bias` at the given entries, bit for bit the same whatever else is in the batch.
 
     Args:
         x: activations.
@@ -46,7 +46,10 @@ def score(
 def bound_rounding(
     x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, "d_sae"]
 ) -> Float[Tensor, "n_rows"]:
-    """Bound of the difference between a matrix product and `score` in each row; both round at every step of a sum."""
+    """Upper bound, for each row, of the difference by rounding between a matrix product `x W^T + bias` and `score`.
+
+    x and W are as in `score`: activations, and the encoder with one row per latent.
+    """
     largest = torch.linalg.vector_norm(W, dim=1).amax()
     size = torch.linalg.vector_norm(x, dim=1) * largest * x.shape[1] ** 0.5 + bias.abs().amax()
     bound: Tensor = ROUNDINGS * torch.finfo(x.dtype).eps * size
@@ -214,7 +217,8 @@ def search_topk(
         bias: encoder bias.
         k: latents kept in each row.
         signed: whether the largest are those of |u|; else negative ones among the k largest are dropped.
-        precision: of the screen; None chooses one, and a dense product for small dictionaries.
+        precision: dtype of the approximate product that finds candidates, which float32 then decides; None takes the
+            fastest, and an exact dense product for small dictionaries.
 
     >>> search_topk(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), k=1, signed=True).values
     tensor([-3.])
@@ -313,7 +317,8 @@ def search_batch_topk(
         bias: encoder bias.
         k: latents kept per row, on average.
         signed: whether the largest are those of |u|; else negative ones among them are dropped.
-        precision: of the screen; None chooses one, and a dense product for small dictionaries.
+        precision: dtype of the approximate product that finds candidates, which float32 then decides; None takes the
+            fastest, and an exact dense product for small dictionaries.
 
     >>> search_batch_topk(torch.tensor([[9.0, 8.0], [1.0, 2.0]]), torch.eye(2), torch.zeros(2), k=1, signed=False).rows
     tensor([0, 0])
@@ -413,7 +418,7 @@ def search_above(
     signed: bool,
     max_frac: float = 1.0,
 ) -> SparseCodes | None:
-    """Codes of all `u = x W^T + bias` above a threshold; None where they are too many.
+    """Codes of all `u = x W^T + bias` above a threshold; None where they are more than the share `max_frac`.
 
     Args:
         x: activations.

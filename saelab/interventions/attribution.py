@@ -84,7 +84,10 @@ class Attribution(Result):
 
     @property
     def completeness(self) -> float:
-        """Sum of all effects, errors included, over `patched - clean`: 1 is complete; NaN where that is rounding."""
+        """Sum of all effects, errors included, over `patched - clean`: 1 is complete.
+
+        NaN where `patched` and `clean` are equal but for rounding.
+        """
         whole = self.patched - self.clean
         if abs(whole) <= NOTHING * max(abs(self.patched), abs(self.clean)):
             return float("nan")

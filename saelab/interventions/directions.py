@@ -48,7 +48,7 @@ class Direction:
         return self.encode(x)[..., list(latents)]
 
     def output_scale(self, x: Float[Tensor, "*batch d_in"]) -> float:
-        """1.0, the scale of a code of 1 at every token; an SAE's may differ by token."""
+        """1.0: a code of 1 adds the vector itself at every token; `SAEModule.output_scale` may differ by token."""
         return 1.0
 
     def __neg__(self) -> "Direction":
@@ -56,7 +56,7 @@ class Direction:
 
 
 def make_random(like: Direction, seed: int = 0) -> Direction:
-    """A random unit vector at the same hook point with the same peak, as a baseline for any direction.
+    """A random direction of norm 1 with the hook point and peak of `like`, as a baseline for it.
 
     >>> a = Direction(torch.ones(3), "blocks.0.hook_resid_post")
     >>> round(float(make_random(a, seed=1).vector.norm()), 6)

@@ -272,7 +272,11 @@ class Intervention:
         return all(not isinstance(s, Tensor) and s == neutral for s in self.strengths.values())
 
     def change(self, written: Float[Tensor, "n d_out"], read: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
-        """Activations after the intervention, at the tokens it applies to; differentiable in all that it depends on."""
+        """Activations after the intervention, at the n tokens it applies to; differentiable in all that it depends on.
+
+        `written` are the activations to change, at `writes_at`; `read` those that codes are computed from, at
+        `reads_at` (for an SAE or a direction the same, for a transcoder its input).
+        """
         if isinstance(self.source, SAE) and self.error == "drop":
             written = self.source(read).to(written)
         if not self.strengths:

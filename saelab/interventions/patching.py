@@ -1,4 +1,4 @@
-"""`patch`: activation patching, parts of a clean run put into a corrupt one, hook points by positions."""
+"""`patch`: activation patching, activations of a clean run put into a corrupt run, by hook point and position."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +63,7 @@ class Patching(Result):
         return (self.values - self.corrupt) / gap
 
     def name_column(self, column: int) -> str:
-        """The tokens of a group of positions, in both prompts where they differ."""
+        """Positions and tokens of one column (a group of positions); "corrupt>clean" where the prompts differ."""
         return " ".join(self._name_token(i) for i in self.positions[column])
 
     def _name_token(self, i: int) -> str:

@@ -312,7 +312,10 @@ class LabelStore:
 
     @classmethod
     def open(cls, store: FeatureStore | str | Path, timeout: float = TIMEOUT) -> "LabelStore":
-        """The label database of a store, given as object or folder; FileNotFoundError where there is no store."""
+        """The label database of a store, given as object or folder; FileNotFoundError where there is no store.
+
+        `timeout` is the time in seconds to wait for another process's lock.
+        """
         if isinstance(store, FeatureStore):
             return cls(store.folder / FILE, store.manifest, timeout)
         return cls(Path(store) / FILE, FeatureManifest.load(store), timeout)
@@ -391,7 +394,7 @@ class LabelStore:
         A label with an empty `time` gets the current time. For each feature and sign only the newest label of an author
         is kept, besides one that a person chose and that has another text. With `afresh`, all earlier labels of these
         authors on these features are removed, except those that a person chose. A person's label becomes chosen unless
-        another person's choice stands.
+        another person has chosen one.
         """
         added = [replace(label, time=label.time or format_time()) for label in labels]
         with self._writing() as db:
@@ -412,7 +415,7 @@ class LabelStore:
             text: the label.
             author: who gave it.
             sign: 1 or -1 for the codes of one sign, 0 for the whole feature.
-            kind: what the label describes, one of `Kind`.
+            kind: what the label describes, one of `LabelKind`.
         """
         label = Label(
             feature=read_feature(feature),
@@ -428,9 +431,11 @@ class LabelStore:
         return label
 
     def choose(self, feature: SupportsIndex, author: str | None, *, sign: int = BOTH) -> Label:
-        """Choose, as a person, an author's newest label, or with None the label added last; returns the label.
+        """Record a person's choice of an author's newest label for a feature; returns the label that is now chosen.
 
-        ValueError where there is none.
+        With `author` None such a choice is undone: the label added last is chosen, one of kind "none" only where there
+        is no other. `sign` is 1 or -1 for the labels of one sign, 0 for those of the whole feature. ValueError where
+        there is no such label.
         """
         with self._writing() as db:
             sql = f"SELECT id, author FROM labels WHERE feature = ? AND sign = ? ORDER BY {BEST_FIRST}"
@@ -448,7 +453,10 @@ class LabelStore:
     def delete(
         self, feature: SupportsIndex | None = None, *, sign: int | None = None, author: str | None = None
     ) -> int:
-        """Delete the labels of a feature, of one of its signs, of an author, or of both; returns their number."""
+        """Delete the labels that match all of the given feature, sign and author; returns their number.
+
+        None does not restrict; ValueError with neither `feature` nor `author`.
+        """
         if feature is None and author is None:
             raise ValueError("`delete` needs `feature` or `author`, got neither; say whose labels are to go.")
         given = {"feature": None if feature is None else read_feature(feature), "sign": sign, "author": author}

@@ -26,10 +26,10 @@ class _Stop(Exception):
 
 
 def find_hook_point(model: Model, name: str) -> str:
-    """The name itself, if the model has a hook point of that name.
+    """`name`, after checking that the model has a hook point of that name; else ValueError.
 
     Both the old spellings ("blocks.2.hook_resid_post") and the canonical ones ("blocks.2.hook_out") are accepted.
-    ValueError otherwise, with at most five similar names.
+    The error lists at most five similar names.
 
     >>> sl.lm.find_hook_point(sl.lm.tiny_model(), "blocks.0.hook_resid_post")
     'blocks.0.hook_resid_post'
@@ -413,8 +413,8 @@ CALIBRATION_TOKENS = 16384
 
 
 def forward_size(tokens: Tokens, n_seq: int | None, most_tokens: int = FORWARD_TOKENS) -> int:
-    """Number of sequences per forward pass: `n_seq`, or about 4096 tokens' worth, and `most_tokens` where that is
-    less.
+    """Number of sequences per forward pass: `n_seq`, or as many as hold about 4096 tokens, and `most_tokens` where that
+    is less.
     """
     if n_seq is not None and n_seq < 1:
         raise ValueError(

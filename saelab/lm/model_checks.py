@@ -23,7 +23,7 @@ from saelab.lm.unwrapped import TapHook, is_ours, unwrap
 
 
 class ModelConfig(Protocol):
-    """What saelab reads of a model's configuration."""
+    """Protocol of a model's configuration: the fields that saelab reads."""
 
     d_model: int
     d_vocab: int
@@ -34,7 +34,8 @@ class ModelConfig(Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    """What saelab uses of a language model: a `TransformerBridge` of transformer_lens, as `load_model` returns it.
+    """Protocol of a language model: the part of TransformerLens' `TransformerBridge`, which `load_model` returns, that
+    saelab uses.
 
     Its `hook_dict` is not listed, because run-time checks would build it for every call.
     """
@@ -48,15 +49,20 @@ class Model(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> Any: ...
+    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> Any:
+        """Fold norms and center what is written to the residual stream, in place, as TransformerLens 2 did."""
 
-    def modules(self) -> Iterator[nn.Module]: ...
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules, as in `torch.nn.Module`."""
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters with their names, as in `torch.nn.Module`."""
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters, as in `torch.nn.Module`."""
 
-    def to(self, *args: Any, **kwargs: Any) -> Any: ...
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """The model on another device or in another dtype, as in `torch.nn.Module`."""
 
 
 _QUANTIZED = ("bitsandbytes.", "torch.ao.nn.", "torchao.", "auto_gptq.", "gptqmodel.", "awq.", "quanto.", "optimum.")

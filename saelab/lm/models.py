@@ -1,4 +1,4 @@
-"""`load_model`: language models from the Hub, a folder or an object, the built-in ones, or a tiny random one.
+"""`load_model`: loads a language model from the Hub, a folder or an object, a built-in one, or a tiny random one.
 
 Side effects of loading are suppressed: progress bars, started processes, network access, and weights filled in at
 random.

@@ -150,7 +150,9 @@ class SparseProbes(Result):
         return 2 * self.rate / (1 + self.rate)
 
     def best(self, k: int | None = None) -> SparseProbe:
-        """The probe with the best F1 in training documents: of size k, or the smallest within 0.01 of the best F1."""
+        """The probe of `k` features with the best F1 in training documents; with None the smallest probe within 0.01 of
+        the best F1. ValueError for a `k` that was not probed.
+        """
         some = [probe for probe in self.probes if k in (None, probe.k)]
         if not some:
             sizes = sorted({probe.k for probe in self.probes})

@@ -100,7 +100,7 @@ class SAEConfig:
     """activation function that maps pre-activations to codes"""
     prefixes: tuple[int, ...] | RandomPrefixes | None = None
     """Matryoshka: sizes of dictionary prefixes that must each reconstruct on their own; fixed sizes increase and end at
-    d_sae; None trains the whole dictionary alone
+    d_sae; None trains only the whole dictionary
     """
     dictionary: Dictionary | Archetypal = "unit"
     """constraint on rows of W_dec: of unit norm, free, frozen at their initial values (a baseline), or

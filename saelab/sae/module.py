@@ -206,8 +206,9 @@ class SAEModule(nn.Module):
         return self.decode(codes, x=x).to(x)
 
     def output_scale(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
-        """Factor by which a code of 1 adds more than the row of `directions` at each token: 1, unless the normalizer
-        has per-token statistics.
+        """Factor for each token: a code of 1 adds its row of `directions` times this to the reconstruction.
+
+        1, unless the normalizer has per-token statistics.
         """
         return self.out_normalizer.output_scale(x)
 

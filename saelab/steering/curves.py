@@ -44,7 +44,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class BestPoint:
-    """The strength chosen on every other prompt for its balance of effect and fluency, with its scores on the rest.
+    """The strength with the best balance of effect and fluency, chosen on half of the prompts and scored on the others.
 
     The score is the harmonic mean of effect and fluency, each in [0, 1]. The effect is `1 - exp(-gain)` (for a scored
     concept the increase of the score), the fluency `exp(-extra nll) (1 - extra repetition)`. An nll or repetition lower
@@ -54,7 +54,7 @@ class BestPoint:
 
     strength: float
     score: float
-    """on the rest of the prompts"""
+    """on the other half of the prompts"""
     effect: float
     fluency: float
     chosen_score: float
@@ -281,7 +281,7 @@ class SteeringCurve(Result):
     points: tuple[tuple[str, float], ...]
     """source and strength of each"""
     cells: dict[str, Float[np.ndarray, "n_points n_prompts n"]]
-    """sums over the tokens of each text, `n` texts a prompt"""
+    """sums over the tokens of each text, `n` texts per prompt"""
     diversity: dict[MeasureName, Float[np.ndarray, "n_points n"]]
     """distinct n-grams by measure, over the texts of all prompts with the same sample number"""
     prompts: tuple[str, ...]
@@ -299,13 +299,13 @@ class SteeringCurve(Result):
 
     @property
     def measures(self) -> tuple[Measure, ...]:
-        """The measures that the curve has; each can also be read with `extra`."""
+        """The measures that the curve has; `Measure(name, extra=True)` is the difference to unsteered text."""
         sums = [Measure(name) for name, (part, _) in RATIOS.items() if part in self.cells]
         gains = [Measure("gain", concept=name) for name in (None, *self.others)] if "mass" in self.cells else []
         return (*sums, *gains, Measure("perplexity"), *map(Measure, self.diversity))
 
     def values(self, measure: AnyMeasure) -> Float[np.ndarray, "n_points"]:
-        """A measure at every point; ValueError for one that the curve does not have."""
+        """A measure at every point, in the order of `points`; ValueError for a measure that the curve does not have."""
         return self._read(measure, np.ones((1, self._n_clusters)))[:, 0]
 
     def draws(self, measure: AnyMeasure) -> Float[np.ndarray, "n_points n_draws"]:
@@ -331,9 +331,15 @@ class SteeringCurve(Result):
     def frontier(
         self, source: str | None = None, side: int = 1, measure: AnyMeasure | None = None
     ) -> list[tuple[str, float]]:
-        """The Pareto frontier of effect (or `measure`) against KL: its points (source, strength) in order of KL.
+        """The Pareto frontier of effect against KL: its points, (source, strength), in increasing order of KL.
 
-        It is that of one source, or of all.
+        Args:
+            source: name of the source whose points are compared; None compares those of all sources.
+            side: 1 for positive strengths, where a higher effect is better, -1 for negative ones, where a lower one is.
+            measure: measure in place of the effect, by name or as a `Measure`; None is `effect`.
+
+        Raises:
+            ValueError: for an unknown source or side, and for a measure that the curve does not have.
         """
         names = self.sources if source is None else [source]
         mine = np.array([i for name in names for i in self.along(name, side).points], dtype=int)
@@ -507,10 +513,10 @@ class SourceCurve:
     def area(self, max_kl: float | None = None, measure: AnyMeasure | None = None) -> Estimate:
         """The mean, over KL budgets from 0 to `max_kl`, of the largest effect (or measure) within the budget.
 
-        The strength for each budget is chosen on every other prompt and its effect measured on the rest, and the other
-        way round: the largest of several effects is above 0 by chance alone, while an effect measured on other prompts
-        is 0 on average where there is none. For intervals, prompts are drawn within each half, which takes four. On
-        side -1 the result is the largest decrease, as a negative number.
+        The strength for each budget is chosen on one half of the prompts and its effect measured on the other, and the
+        other way round: the largest of several effects is above 0 by chance alone, while an effect measured on other
+        prompts is 0 on average where there is none. For intervals, prompts are drawn within each half, which takes
+        four. On side -1 the result is the largest decrease, as a negative number.
 
         Args:
             max_kl: largest budget in nats; by default `common_kl` of the curve on this side.

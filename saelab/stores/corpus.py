@@ -208,7 +208,7 @@ class StoredText:
         return joined
 
     def words(self, start: int, stop: int) -> list[str]:
-        """Text of the tokens start..stop; a character of several tokens is at the first of them, the others are ""."""
+        """Text of the tokens `start:stop`; a character of several tokens is at the first of them, the others are ""."""
         ids = self.token_ids[start:stop].tolist()
         if not self.parts or not any(i in self.parts for i in ids):
             return [self.strings.get(i, f"<{i}>") for i in ids]
@@ -216,7 +216,7 @@ class StoredText:
         return list(self.spelling(first, end).words[start - first : stop - first])
 
     def spelling(self, start: int, stop: int) -> Spelling:
-        """The tokens start..stop as one text, with the tokens of every character."""
+        """The tokens `start:stop` as one text in which the tokens of every character can be looked up."""
         known = self._pieces
         return Spelling([known[i] if i in known else f"<{i}>".encode() for i in self.token_ids[start:stop].tolist()])
 
@@ -233,7 +233,10 @@ class StoredText:
         return int(breaks[breaks <= start].max(initial=first)), int(breaks[breaks >= stop].min(initial=end))
 
     def goes_on(self, start: int, stop: int) -> Bool[np.ndarray, "n"]:
-        """Whether the text continues from each token but the last to the next, also across rows of a document."""
+        """For each token of `start:stop` but the last, whether the next token continues the same text.
+
+        It does within a document, also from one row to the next.
+        """
         docs, positions = self.doc_ids[start:stop], self.positions[start:stop].astype(np.int64)
         begins = positions[1:] == 0
         joined: NDArray[np.bool_] = (docs[1:] == docs[:-1]) & ((positions[1:] == positions[:-1] + 1) | begins)
@@ -366,7 +369,7 @@ class Places:
 
     Args:
         sizes: number of rows of each piece.
-        read: function of (piece, start, stop) that returns the places of rows start..stop of a piece.
+        read: function of (piece, start, stop) that returns the places of rows `start:stop` of a piece.
         n_text: number of tokens of the text.
         folder: the store's folder, for error messages.
 

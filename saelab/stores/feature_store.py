@@ -262,7 +262,7 @@ class FeatureStore:
         return Places(sizes, lambda i, *part: shards[i].part("places", *part), len(self.text), self.folder)
 
     def find_documents(self, rows: MarkedRows | None = None) -> Int[np.ndarray, "n_runs"]:
-        """Positions within `rows` at which a new document begins.
+        """Indices into `rows` at which a new document begins.
 
         Args:
             rows: the rows; None for all rows of the store.
@@ -305,7 +305,7 @@ class FeatureStore:
         return ids
 
     def read_tokens(self, start: int, stop: int) -> Integer[np.ndarray, "n"]:
-        """The token ids of rows start..stop."""
+        """The token ids of rows `start:stop`, read into memory."""
         ids: IntegerArray = self.text.token_ids[self.where[start:stop]]
         return ids
 
@@ -331,7 +331,7 @@ class FeatureStore:
         return self.split_runs(train_frac, seed)[:]
 
     def split_runs(self, train_frac: float = 0.5, seed: int = 0) -> ChosenRuns:
-        """The mask of `split` in memory that grows with documents instead of rows; arguments as there."""
+        """The mask that `split` returns, held as one bool per run of rows of a document instead of one per row."""
         starts, documents = self._find_runs(None)
         return ChosenRuns(starts, choose_documents(documents, train_frac, seed), len(self))
 
@@ -348,7 +348,10 @@ class FeatureStore:
         return _part(self, [round(i * (shards - 1) / max(1, n - 1)) for i in range(n)])
 
     def token(self, i: int) -> Firings:
-        """The features that fire at token `i`, and their codes; negative numbers count from the end."""
+        """The features that fire at token (row) `i`, and their codes.
+
+        Negative `i` counts from the end; IndexError for a row that does not exist.
+        """
         if not -len(self) <= i < len(self):
             raise IndexError(f"Token must be in -{len(self)}..{len(self) - 1}, got {i}.")
         i %= len(self)
@@ -359,7 +362,10 @@ class FeatureStore:
         return Firings(latents.astype(np.int64), values.astype(np.float32))
 
     def feature(self, j: SupportsIndex) -> Feature:
-        """The tokens at which feature `j` fires, and its codes there; displayed as a card in Jupyter."""
+        """The tokens at which feature `j` fires, and its codes there; displayed as a card in Jupyter.
+
+        Negative `j` counts from the end; IndexError for a feature that does not exist.
+        """
         j = read_feature(j)
         if not -self.d_sae <= j < self.d_sae:
             raise IndexError(f"Feature must be in -{self.d_sae}..{self.d_sae - 1}, got {j}.")
@@ -372,7 +378,7 @@ class FeatureStore:
         return Feature(np.concatenate(tokens), np.concatenate(values), self, j)
 
     def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
-        """The codes of tokens start..stop as a scipy CSR matrix (n, d_sae), float32; of all by default."""
+        """The codes of tokens `start:stop`, by default all, as a scipy CSR matrix (n, d_sae) in float32."""
         from scipy.sparse import csr_matrix, vstack
 
         start, stop, _ = slice(start, stop).indices(len(self))
@@ -384,7 +390,7 @@ class FeatureStore:
         return vstack(pieces, format="csr")
 
     def columns(self, start: int = 0, stop: int | None = None) -> "csc_matrix":
-        """The codes of features start..stop as a scipy CSC matrix (n_tokens, n), float32; of all by default."""
+        """The codes of features `start:stop`, by default all, as a scipy CSC matrix (n_tokens, n) in float32."""
         from scipy.sparse import csc_matrix
 
         start, stop, _ = slice(start, stop).indices(self.d_sae)
@@ -400,7 +406,7 @@ class FeatureStore:
         return csc_matrix((values, tokens, ends), shape=(len(self), stop - start))
 
     def shard_matrices(self, start: int, stop: int) -> Iterator[tuple["csr_matrix", "csc_matrix"]]:
-        """Iterator over shards: the codes of all features as CSR, and those of features start..stop as CSC."""
+        """Iterator over shards: the codes of all features as CSR, and those of features `start:stop` as CSC."""
         from scipy.sparse import csc_matrix
 
         for shard, arrays in enumerate(self._shards):

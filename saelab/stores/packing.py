@@ -189,7 +189,7 @@ class ShardArrays(ArraysByName):
         return len(self._file.specs)
 
     def part(self, name: str, start: int, stop: int) -> Array:
-        """Entries start..stop of an array, checked when they are first read; ValueError for damage."""
+        """Entries `start:stop` of an array, checked when they are first read; ValueError for damage."""
         array = self._maps.get(name)
         if array is None:
             array = self._maps[name] = self._map(name)
@@ -218,7 +218,7 @@ class ShardArrays(ArraysByName):
         self._file.release()
 
     def _find_fault(self, name: str, array: Array, start: int, stop: int) -> str:
-        """Description of what is wrong with entries start..stop; empty where nothing is."""
+        """Description of what is wrong with entries `start:stop`; empty where nothing is."""
         if name.endswith("offsets"):
             return self._find_fault_of_offsets(array, start, stop)
         part = array[start:stop]

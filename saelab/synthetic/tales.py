@@ -214,7 +214,7 @@ class Stories:
         return write_out(words)
 
     def tokens(self, ctx_len: int = CTX_LEN) -> Tokens:
-        """The stories as `Tokens`, one a row, for `collect`, `stream` and `evaluate`.
+        """The stories as `Tokens`, one per row, padded to `ctx_len`, for `collect`, `stream` and `evaluate`.
 
         ValueError where a story does not fit.
         """
@@ -239,7 +239,10 @@ class Stories:
     def labels_at(
         self, story_ids: Int[np.ndarray | Tensor, "n"], positions: Int[np.ndarray | Tensor, "n"]
     ) -> TokenLabels:
-        """Concept labels of chosen tokens, by story and position in the story (BOS is at 0)."""
+        """Concept labels of n chosen tokens, as (n,), by index of the story and position in it (BOS is at 0).
+
+        Positions are not compared with the story's length.
+        """
         return self.labels.select(self.offsets[np.asarray(story_ids)] + np.asarray(positions))
 
 

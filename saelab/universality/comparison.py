@@ -199,7 +199,7 @@ class StoreSource(ComparisonSource):
         Args:
             codes: codes of a and of b.
             similarity: "correlation", "documents", "phi" or "jaccard".
-            signed: True ranks similarities by size.
+            signed: True ranks similarities by absolute value.
             min_count: features with fewer firings match nothing.
             progress: whether to show progress bars.
             facts: further fields of the resulting `Comparison`.
@@ -519,8 +519,8 @@ def compare_neurons_or_pcs(
 ) -> Comparison:
     """The comparison of `compare` for neurons, or principal components, of two activation spaces instead of features.
 
-    Their values on the same tokens are correlated, by size, with the same assignment, null distribution and effect size
-    as for features. A dictionary adds something where its features recur more often than these do.
+    Their values on the same tokens are correlated, in absolute value, with the same assignment, null distribution and
+    effect size as for features. A dictionary adds something where its features recur more often than these do.
 
     Args:
         a: activations of one model at one hook point.

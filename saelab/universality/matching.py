@@ -48,7 +48,7 @@ def find_nearest(
         d_a: number of features of a.
         d_b: number of features of b.
         m: number kept for each feature, at most the number of features on the other side.
-        signed: True ranks by size and ignores only zeros; False keeps only similarities above 0.
+        signed: True ranks by absolute value and ignores only zeros; False keeps only similarities above 0.
     """
     of_a, of_b = _Best(d_a, min(m, d_b)), _Best(d_b, min(m, d_a))
     n_threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
@@ -358,7 +358,7 @@ class Comparison(Result):
     exact: bool
     """whether the assignment considered every pair, not only the m nearest of either side"""
     signed: bool
-    """whether similarities count by size, so that negative ones mean flipped"""
+    """whether similarities are ranked by absolute value, negative ones meaning flipped"""
     sides: bool
     """whether features are the positive and negative sides of codes, 2 j and 2 j + 1"""
     m: int
@@ -397,7 +397,9 @@ class Comparison(Result):
         return relate(self.a, self.b), relate(self.b, self.a)
 
     def signs(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
-        """1 or -1 for each mutual pair, by which rows of one side are multiplied before `compare_spaces`."""
+        """Sign of the similarity of each mutual pair (feature of a, feature of b), by which rows of one side are
+        multiplied before `compare_spaces`: 1 or -1.
+        """
         return np.where(self.a.similarity[pairs[:, 0]] < 0, -1, 1)
 
     def to_dict(self) -> dict[str, Any]:

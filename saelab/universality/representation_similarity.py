@@ -419,6 +419,8 @@ def svcca(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> float
     `mean(svdvals(U_x.T @ U_y))`, with `U` the first left singular vectors of the centred rows; the mean is over the
     fewer components. Invariant to rotation, shift and scale of either side. Where pairs are not many times more than
     components it is high for any two spaces, and 1 where they are no more than components. Source: arXiv:1706.05806.
+
+    Row i of `x` is paired with row i of `y`; NaN for fewer than 3 pairs, and where all rows of a side are equal.
     """
     return _measure("svcca", x, y)
 
@@ -427,7 +429,7 @@ def svcca_one(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> f
     """|Pearson's r| of the two first principal components, 0 to 1: the figure published as SVCCA in arXiv:2410.06981.
 
     The code behind that paper keeps one component of either side, so its numbers compare with this and not with
-    `svcca`. Shuffled pairs give `sqrt(2 / (pi * n))` on average.
+    `svcca`. Shuffled pairs give `sqrt(2 / (pi * n))` on average. Pairs and NaN as in `svcca`.
     """
     return _measure("svcca_one", x, y)
 
@@ -436,7 +438,7 @@ def principal_angles(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"
     """Mean cosine of the principal angles between the spans of the ten leading components of either side, 0 to 1.
 
     A compromise between `svcca_one` and `svcca`: hundreds of pairs are enough, and directions of small variance do not
-    count. Invariant to rotation, shift and scale.
+    count. Invariant to rotation, shift and scale. Pairs and NaN as in `svcca`.
     """
     return _measure("principal_angles", x, y)
 
@@ -448,6 +450,8 @@ def linear_cka(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> 
     `X.T @ Y` and the rows' norms, so its cost is linear in n; may fall below 0. Invariant to rotation, shift and scale.
     The plain version is near 1 for any spaces with fewer pairs than dimensions. Sources: arXiv:1905.00414, and
     Song et al. 2012 (JMLR 13) for H.
+
+    Pairs as in `svcca`; NaN for fewer than 4, and where all rows of a side are equal or equally far apart.
     """
     return _measure("linear_cka", x, y)
 
@@ -457,6 +461,7 @@ def procrustes(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> 
 
     `(sum(svdvals(X.T @ Y)) / (||X|| ||Y||)) ** 2` of centred X and Y: 1 - the relative squared residual of the best
     orthogonal map and scale, the same in both directions. Of unequal widths, the narrower is filled up with zeros.
+    Pairs and NaN as in `svcca`.
     """
     return _measure("procrustes", x, y)
 
@@ -466,7 +471,8 @@ def rsa(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"], *, seed: i
     to 1.
 
     Rows are compared by Pearson's r over their coordinates, and every two rows count once. Invariant to scale and shift
-    of single rows and to the order of coordinates, not to rotation. Of many rows 2,000 are drawn by `seed`.
+    of single rows and to the order of coordinates, not to rotation. Of more than 2,000 rows so many are drawn by
+    `seed`. Pairs and NaN as in `svcca`; NaN also where a row is constant, or all rows of a side are equally similar.
     """
     return _measure("rsa", x, y, seed)
 
@@ -476,15 +482,18 @@ def relative_agreement(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_
 
     A row is represented by its cosines to anchors, which are the same pairs on both sides: 300, or half of the pairs
     where they are fewer, drawn by `seed`, not themselves counted; all centred. Invariant to rotation, shift and
-    scale. Of many rows 2,000 are drawn, anchors among them. Source: arXiv:2209.15430.
+    scale. Of more than 2,000 rows so many are drawn, anchors among them. Source: arXiv:2209.15430.
+
+    Pairs as in `svcca`; NaN for fewer than 6, and where all rows of a side are equal.
     """
     return _measure("relative_agreement", x, y, seed)
 
 
 def neighbor_overlap(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"], *, seed: int = 0) -> float:
-    """Share of a row's nearest rows that are the same on both sides, 0 to 1, by cosine of relative representations.
+    """Mean share of a row's nearest rows that are the same in `x` and `y`, 0 to 1.
 
-    Ten neighbours, or a tenth of the rows where that is fewer; see `relative_agreement`.
+    Rows are compared by the cosine of their relative representations: ten neighbours, or a tenth of the rows where
+    that is fewer. Anchors, sample, pairs and NaN as in `relative_agreement`.
     """
     return _measure("neighbor_overlap", x, y, seed)
 

@@ -71,7 +71,7 @@ def measure_directions(
     """Ranks and coherence of a dictionary's directions and, with centred activations `x`, the out-of-distribution
     score.
 
-    Cosines with activations count by size where codes are signed. No d_sae x d_sae matrix is held.
+    Cosines with activations are absolute values where codes are signed. No d_sae x d_sae matrix is held.
 
     >>> found = measure_directions(torch.eye(4), torch.eye(4)[:2])
     >>> found.stable_rank, found.effective_rank, found.coherence, found.ood
@@ -144,7 +144,7 @@ OOD_TOKENS = 16_384
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SeedAgreement(Result):
-    """Similarity of every pair of several dictionaries; cosines count by size where codes are signed."""
+    """Similarity of every pair of several dictionaries; cosines are absolute values where codes are signed."""
 
     matched: Float[np.ndarray, "n_pairs"]
     """mean cosine of the one-to-one pairs (Hungarian): the stability of arXiv:2502.12892; 1 is the same dictionary"""

@@ -90,8 +90,8 @@ def filter_token_pairs(tops_a: Tops, tops_b: Tops, *, special: Iterable[str] = (
 def filter_one_to_one(
     features_a: Int[np.ndarray, "n_a"], features_b: Int[np.ndarray, "n_b"], strength: Float[np.ndarray, "n_strength"]
 ) -> PairFilter:
-    """One-to-one pairs: of the pairs that share a feature only the strongest, by size of `strength`; the first of
-    equals.
+    """One-to-one pairs: of the pairs that share a feature only the one with the largest |`strength`|; the
+    first of equals.
 
     Pairs are accepted from the strongest down, each unless one of its features is already used; NaN comes last. Removed
     pairs are counted by whether the feature of `a` was used, or that of `b` alone. ValueError for unequal lengths.
@@ -230,7 +230,7 @@ class UniversalTable(Result):
 def list_universal(
     comparison: Comparison, store_a: FeatureStore, store_b: FeatureStore, *, top: int | None = 20
 ) -> UniversalTable:
-    """A table of the first `top` universal pairs by size of similarity, with the labels of the features.
+    """A table of the `top` universal pairs with the largest |similarity|, with the labels of the features.
 
     The pairs are each other's best and universal on both sides; labels are the chosen ones of the stores' label
     databases.
@@ -352,9 +352,9 @@ class Comparisons(Result):
         return self.found[a, b].a.share() if (a, b) in self.found else self.found[b, a].b.share()
 
     def floor(self, a: str, b: str) -> float:
-        """The same share with an untrained dictionary in place of a trained one, tested against chance only.
+        """The share that `share` gives when one of the two dictionaries is an untrained one of the same shape.
 
-        NaN where no untrained dictionary was compared.
+        Tested against chance only. NaN where no untrained dictionary was compared.
         """
         side = self.found[a, b].a if (a, b) in self.found else self.found[b, a].b
         return side.untrained.shares["count"] if side.untrained is not None else float("nan")

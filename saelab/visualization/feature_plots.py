@@ -26,7 +26,7 @@ LEGIBLE = 0.05  # share of a bar from which its count is written inside
 def plot_density(store: FeatureStore, *, near_dead_rate: float = 1e-5, dense_rate: float = 0.1) -> "Figure":
     """A histogram of the features' firing rates, from the counts of a store.
 
-    x: share of tokens on which a feature fires (z != 0), log10, five bins a decade; y: number of features. Features
+    x: share of tokens on which a feature fires (z != 0), log10, five bins per decade; y: number of features. Features
     that never fire in N tokens are a separate bar at the left, as their rate is only known to be below 3 / N. For
     signed codes two more panels count the firings of each sign alone. Lines mark the limits of near-dead and of dense
     features. ValueError where the limits are not in order.
@@ -195,12 +195,11 @@ def plot_feature_map(
 ) -> "Figure":
     """A t-SNE map of features in which similar ones are near each other; large distances mean little.
 
-    Similarity is the cosine of decoder rows, its size where codes are signed, or the cosine of rows of a
+    Similarity is the cosine of decoder rows, its absolute value where codes are signed, or the cosine of rows of a
     `NearestFeatures` result, without signs, so that features with the same neighbours are near. The axes have no unit.
     Hovering shows a feature's number, label and, with a store, firings, and the colour is then the firing rate. Dead
-    features are left
-    out: those that never fire in the `store` or, without one, were dead at the end of training; and features without
-    any neighbour.
+    features are left out: those that never fire in the `store` or, without one, were dead at the end of training; and
+    features without any neighbour.
 
     Args:
         source: SAE whose decoder rows are compared, or result of `nearest_features`.

@@ -70,12 +70,13 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 
 
 def plot_dose_response(curve: SteeringCurve, measures: Sequence[AnyMeasure] = ()) -> "Figure":
-    """Dose-response curves: measures against steering strength, a panel each, a line per source, bands for intervals.
+    """Dose-response curves: one panel per measure against strength, one line per source, bands for 95 % intervals.
 
-    Each measure is given by its name or as a `Measure`. By default: the effect on the concept (gain and selectivity, or
-    score), the KL divergence it costs, and the perplexity of the generated text under the unsteered model; KL and
-    perplexity on a log axis. Lines pass through the unsteered model at the strength that changes nothing. ValueError
-    for a measure that the curve does not have.
+    Each measure is given by its name or as a `Measure`. By default the effect on the concept (gain, and selectivity or,
+    without other concepts, lift; for a scored concept its score and the repetition), the KL divergence that it costs in
+    nats, and the perplexity of the generated text under the unsteered model; KL and perplexity on a log axis. Lines
+    pass through the unsteered model at the strength that changes nothing, but for KL, which is 0 there. ValueError for
+    a measure that the curve does not have.
     """
     from plotly.subplots import make_subplots
 
@@ -143,7 +144,10 @@ def plot_tradeoff(curve: SteeringCurve, measure: AnyMeasure | None = None) -> "F
 
 
 def show_curve(curve: SteeringCurve, note: str = "") -> str:
-    """A self-contained HTML page of a steering curve: summary, both figures, and all numbers; text is escaped."""
+    """A self-contained HTML page of a steering curve: summary, both figures, and all numbers; text is escaped.
+
+    `note` is added to the line under the title.
+    """
     figures = [plot_tradeoff(curve), plot_dose_response(curve)]
     drawn = [
         embed(figure.update_layout(paper_bgcolor=CLEAR), f"figure-{i}", FOLLOW_THE_PAGE, first=not i)

@@ -254,7 +254,7 @@ def report(
     progress: bool = True,
     **choice: Any,
 ) -> Report:
-    """Write a report of a feature store: a searchable list of features, a card for each, and a summary.
+    """Write a report of a feature store: searchable list of features, cards, summary; returns its path and size.
 
     The report opens from the disk and loads nothing from the network. Text from outside is escaped.
 
@@ -274,7 +274,7 @@ def report(
         comparison: result of `compare(store, other)` for the two stores; None computes it with default options.
         title: title of the page; empty names the store.
         progress: whether to show progress bars.
-        **choice: options of `examples`, such as `n_top`.
+        **choice: options of `max_activating_examples`, such as `n_top`.
 
     Raises:
         ValueError: a feature does not exist, the SAE or model is not the store's, prompts are given without SAE and

@@ -35,7 +35,7 @@ SYMBOLS = {"untrained": "triangle-up-open", "random": "x-thin-open", "pca": "dia
 
 
 def plot_training(source: History | Mapping[str, History]) -> "Figure":
-    """Training curves of one run, or of several by name: losses, L0, dead latents and learning rate, a panel each.
+    """Training curves of one run, or of several by name: losses, L0, dead latents and learning rate, one panel each.
 
     x: tokens seen; y: mean since the previous entry, losses as shares of the activations' variance, L0 in latents per
     token, dead latents as a share. A run is the folder that `fit` wrote to, or an SAE's `history_`; SAEs that were
