@@ -421,7 +421,7 @@ def harvest_untrained(
     """Feature store with the same rows as `store`, encoded by an untrained SAE of the same shape as `sae`.
 
     The untrained SAE has the same configuration and number of active codes (`make_untrained`). The result is the
-    baseline for `compare(..., untrained=)`, `label_by_rules(..., untrained=)`, `explain_features` and
+    baseline for `compare(..., untrained=)`, `label_by_rules(..., untrained=)`, `explain_features(..., untrained=)` and
     `probe_features(..., untrained=)`. The text is the store's own; the cost is a forward pass over it. An interrupted
     call continues where it stopped when it is made again.
 

@@ -223,8 +223,9 @@ def attribute(
         model: language model the SAE belongs to.
         sae: an SAE that reconstructs its own input (no transcoder).
         prompt: a text, which gets a BOS, or token ids.
-        metric: as in `make_prompt_metric`: a token or its id (log-probability of coming next), a pair (logit
-            difference), "loss", or a function of the logits.
+        metric: a token or its id (its log-probability of coming next, in nats), a pair of tokens (logit of the first
+            minus that of the second), "loss" (mean cross-entropy of the prompt's own next tokens, in nats), or a
+            differentiable function from logits (batch, n, d_vocab) to numbers (batch,).
         method: "gradient" (one forward and backward), "integrated" (integrated gradients) or "exact" (each feature
             replaced alone).
         baseline: "zero" replaces codes and errors by 0; "mean" replaces the codes of features that fire by their means

@@ -110,7 +110,7 @@ def patch(
         model: language model.
         clean: prompt whose activations are patched in; as many tokens as `corrupt`.
         corrupt: prompt whose run is patched.
-        metric: as in `make_prompt_metric`, mostly a pair of answers (logit difference).
+        metric: as in `attribute`; mostly a pair of answers, for their logit difference.
         sources: one or several hook points, directions, subspaces, SAEs, or pairs (SAE, features); by default the
             residual stream after every block.
         positions: "each" alone, "all" together, or single positions and groups of them; special tokens are included.

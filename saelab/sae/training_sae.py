@@ -408,7 +408,7 @@ class TrainingSAE:
         `0.54 / (d_in^1/2 d_sae^1/4) * (batch_size / 4096)^1/2 * min(1, (500 / n_steps)^1/4)`, fitted to the sweeps of
         LOG.md: unit rows have entries of size d_in^-1/2; wider dictionaries and longer runs need smaller steps. For a
         transcoder d_in is the larger of its two widths. An activation's `lr_scale` multiplies it, and for a transcoder
-        also `transcoder_lr_scale`, reduced (to no less than 1) in runs of fewer than 150 steps.
+        also its `transcoder_lr_scale`, reduced (to no less than 1) in runs of fewer than 150 steps.
         """
         cfg = self.sae.cfg
         rate = 0.54 / (max(cfg.d_in, cfg.d_target) ** 0.5 * cfg.d_sae**0.25) * (self.cfg.batch_size / 4096) ** 0.5

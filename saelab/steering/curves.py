@@ -539,7 +539,7 @@ class SourceCurve:
         """The strength with the best balance of effect and fluency, chosen on half of the prompts, scored on the
         others.
 
-        It is chosen on every other prompt; `BestPoint` defines the score.
+        It is chosen on half of the prompts (every second one); `BestPoint` defines the score.
         """
         if not self.points or len(self.curve.prompts) < 2:
             return BestPoint.none("it takes two prompts" if self.points else NO_STRENGTH)

@@ -334,7 +334,7 @@ def compare(
     are each rotated by a random step, which keeps runs and firing rates but no period of the text; the best partners of
     `n_null` features are then searched again (for directions: of random ones). p is pooled over features that fire
     about as often. q is the false discovery rate; a match is universal where q <= `fdr` and the similarity is at least
-    `min_effect` (the fields of `null`).
+    `min_effect`. `n_shifts`, `n_null`, `fdr` and `min_effect` are fields of `null`, a `NullConfig`.
 
     This null is a weak one: an untrained dictionary shares much with any other of the same text. With `untrained`, its
     matches are reported next to those of a and b, and a universal match must also exceed the best similarities of 95 %

@@ -355,7 +355,9 @@ def compare_spaces(
         doc_ids: document of each row, where rows are tokens; rows are then shuffled in blocks of neighbours, each
             rotated by a random step, because neighbouring tokens are alike and so are not independent samples. None,
             for features, shuffles rows one by one.
-        measures: names among `MEASURES`; None computes all.
+        measures: names of the measures, each also a function of `saelab.universality`: "svcca", "svcca_one",
+            "principal_angles", "linear_cka", "procrustes", "rsa", "relative_agreement" and "neighbor_overlap"; None
+            is all.
         n_shuffles: number of shuffled pairings, at least 1.
         seed: seed of the shuffles, and of samples of rows.
         progress: whether to show a progress bar.

@@ -187,7 +187,7 @@ def score_labels(
     cases: ExampleConfig | None = None,
     progress: bool = True,
 ) -> LabelingResult:
-    """Labels, whoever gave them, with scores on documents that `explain_features` does not show; all are returned.
+    """Labels of any author, with scores on documents that `explain_features` does not show; all are returned.
 
     Scores of the same name are replaced.
 
