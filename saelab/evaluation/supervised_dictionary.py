@@ -32,7 +32,7 @@ class SupervisedDictionary:
     """attribute and value of each row"""
 
     def __repr__(self) -> str:
-        return f"AttributeDictionary({len(self.names)} values of {sorted({name for name, _ in self.names})})"
+        return f"SupervisedDictionary({len(self.names)} values of {sorted({name for name, _ in self.names})})"
 
     def encode(self, attributes: Sequence[Attributes]) -> Float[Tensor, "n n_values"]:
         """Indicator codes of each row's attributes: 1 where it has a value, else 0; ValueError for an unknown one."""

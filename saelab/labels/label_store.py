@@ -65,7 +65,7 @@ def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection | No
         return None
     with explained(path):
         uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
-        # LabelBook's own lock serializes threads.
+        # LabelStore's own lock serializes threads.
         db = sqlite3.connect(uri, timeout, uri=True, isolation_level=None, check_same_thread=False)
         try:
             if _check(db, path):
@@ -379,7 +379,7 @@ class LabelStore:
         return dict(self._read("SELECT author, count(*) AS n FROM labels GROUP BY author ORDER BY n DESC, author"))
 
     def __repr__(self) -> str:
-        return f"LabelBook({str(self.path)!r})"
+        return f"LabelStore({str(self.path)!r})"
 
     def __str__(self) -> str:
         n_features = len({label.feature for label in self if label.kind != "none"})

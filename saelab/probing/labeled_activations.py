@@ -28,7 +28,7 @@ class LabeledActivations:
         return len(self.y)
 
     def __repr__(self) -> str:
-        return f"LabelledRows({int(self.y.sum()):,} of {len(self):,} true, d_in={self.x.shape[1]})"
+        return f"LabeledActivations({int(self.y.sum()):,} of {len(self):,} true, d_in={self.x.shape[1]})"
 
 
 def collect_labeled(
@@ -63,7 +63,7 @@ def collect_labeled(
     >>> model = sl.lm.tiny_model()
     >>> tokens = sl.tokenize(model, ["a tin can"] * 4, ctx_len=8)
     >>> collect_labeled(model, tokens, tokens.ids == int(tokens.ids[0, 1]), "blocks.1.hook_resid_post", n_tokens=4)
-    LabelledRows(2 of 4 true, d_in=32)
+    LabeledActivations(2 of 4 true, d_in=32)
     """
     require_shape(labels.shape, tokens)
     keep = mask.apply(tokens).keep

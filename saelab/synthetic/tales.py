@@ -241,9 +241,22 @@ class Stories:
     ) -> TokenLabels:
         """Concept labels of n chosen tokens, as (n,), by index of the story and position in it (BOS is at 0).
 
-        Positions are not compared with the story's length.
+        ValueError for a position or a story that there is not.
         """
-        return self.labels.select(self.offsets[np.asarray(story_ids)] + np.asarray(positions))
+        stories, places = np.asarray(story_ids), np.asarray(positions)
+        if len(stories) and not (stories.min() >= 0 and stories.max() < len(self)):
+            raise ValueError(
+                f"`story_ids` must be 0 to {len(self) - 1}, got {stories.min()} to {stories.max()}; a store of other "
+                "stories has other numbers."
+            )
+        lengths = np.diff(self.offsets)[stories]
+        if (wrong := (places < 0) | (places >= lengths)).any():
+            i = int(wrong.argmax())
+            raise ValueError(
+                f"`positions` must lie inside their stories, got {places[i]} in story {stories[i]} of {lengths[i]} "
+                "tokens."
+            )
+        return self.labels.select(self.offsets[stories] + places)
 
 
 def generate_stories(n_stories: int, seed: int = 0, first: int = 0) -> Stories:
