@@ -30,7 +30,7 @@ def compare_folders(
     similarity: Annotated[
         str | None,
         Option(
-            help=f"How alike features are: {', '.join(get_args(Similarity))}.",
+            help=f"Similarity of features: {', '.join(get_args(Similarity))}.",
             metavar="NAME",
             show_default="correlation of stores, decoder of SAEs",
         ),
@@ -121,7 +121,7 @@ def _untrained(store: FeatureStore, out: Path, progress: bool) -> FeatureStore |
     try:
         return harvest_untrained(store, sae, model, out, progress=progress)
     except ValueError as error:
-        echo(f"No untrained dictionary beside {store.folder}: {error}", err=True)
+        echo(f"No untrained dictionary for comparison with {store.folder}: {error}", err=True)
         return None
 
 

@@ -94,7 +94,7 @@ def run_demo(
     """
     clock = Clock()
     context.with_resource(hold_folder(out))
-    with clock.stage("telling stories"):
+    with clock.stage("generating stories"):
         lm, half = load_model(model, progress=progress), max(2, n_stories // 2)
         seen, unseen = (
             generate_stories(n_stories, STORY_SEED, FIRST),

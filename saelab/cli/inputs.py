@@ -23,7 +23,7 @@ from saelab.stores.files import printable
 
 
 def find_recorded(store: FeatureStore, recorded: str) -> str:
-    """What a store says that it was made with: a folder beside it or here where there is one, else the name itself."""
+    """Source that a store records: a folder next to it or in the working folder where there is one, else the name."""
     near = [store.folder / recorded, store.folder.parent / recorded, Path(recorded)]
     return next((str(place) for place in near if place.is_dir()), recorded)
 
@@ -104,7 +104,7 @@ def read_tail(
 
 
 def count_overlap(evaluated: Tokens, n_before: int, trained_text: str) -> int:
-    """How many evaluated documents the SAE was also trained on, as far as the names of the two texts tell.
+    """How many evaluated documents the SAE was also trained on, as far as the names of the two texts show.
 
     `n_before` documents of the text lie before the evaluated ones; `trained_text` is the source in the SAE's
     provenance. 0 where that does not name a slice of the same file.

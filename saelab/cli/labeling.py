@@ -69,7 +69,7 @@ def show_labels(context: Context, feature: FeatureNumber) -> None:
     book = _open(context)
     chosen = book.chosen(feature)
     for label in book.labels(feature):
-        echo(f"{'*' if label in chosen else ' '} {_say(label)}")
+        echo(f"{'*' if label in chosen else ' '} {_describe(label)}")
     if not chosen:
         echo(f"Feature {feature} has no label.", err=True)
 
@@ -83,13 +83,13 @@ def set_label(
     author: Annotated[str | None, Option(metavar="NAME", show_default="your user name")] = None,
 ) -> None:
     """Give a feature a label and choose it; it stays chosen until a person chooses another."""
-    echo(_say(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
+    echo(_describe(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
 
 
 @options.documented_by(LabelStore.set)
 def choose_label(context: Context, feature: FeatureNumber, author: Author, sign: Sign = BOTH) -> None:
     """Choose the newest label of an author; it stays chosen until a person chooses another."""
-    echo(_say(_open(context).choose(feature, author, sign=sign)))
+    echo(_describe(_open(context).choose(feature, author, sign=sign)))
 
 
 @options.documented_by(LabelStore.set)
@@ -139,7 +139,7 @@ VERBS: dict[str, Callable[..., None]] = {
 
 
 def _open(context: Context) -> LabelStore:
-    """The book of the store that was named, closed when the command ends."""
+    """Label database of the store, closed when the command ends."""
     return context.with_resource(LabelStore.open(context.obj))
 
 
@@ -152,7 +152,7 @@ def make_printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _say(label: Label) -> str:
+def _describe(label: Label) -> str:
     return make_printable(
         f"{label.feature:>6} {MARKS[label.sign]}{label.text} ({label.kind}, {describe_origin(label)})"
     )
@@ -160,7 +160,7 @@ def _say(label: Label) -> str:
 
 def _print(labels: Sequence[Label], top: int) -> None:
     for label in labels[:top]:
-        echo(_say(label))
+        echo(_describe(label))
     if not labels:
         echo("No label.", err=True)
     elif len(labels) > top:
@@ -256,10 +256,10 @@ def label_features(
     signs, names = (1, -1) if opened.signed else (BOTH,), [name for name in scorers.split(",") if name]
     asked_of = _wanted(opened, client.name, numbers, resume, scored=bool(names)) if client is not None else []
     floor = untrained and not estimate and (wanted != [] or asked_of != [])
-    beside = context.with_resource(_open_floor(opened, sae, lens_model, progress) if floor else nullcontext())
+    baseline = context.with_resource(_open_floor(opened, sae, lens_model, progress) if floor else nullcontext())
     if by_rules:
         found = _read_lens(opened, wanted, sae, lens_model, progress) if lens and wanted != [] else None
-        part, other = opened.spread(rule_tokens), None if beside is None else beside.spread(rule_tokens)
+        part, other = opened.spread(rule_tokens), None if baseline is None else baseline.spread(rule_tokens)
         _by_rules(part, read_predicates(part, rules or BUILTIN, predicates), wanted, found, other)
     if client is None:
         return
@@ -271,7 +271,7 @@ def label_features(
         echo(str(estimate_labels(opened, client, asked_of, **asked).times(2.0 if untrained else 1.0)), err=not estimate)
     if estimate:
         return
-    named = explain_features(opened, client, asked_of, untrained=beside, progress=progress, **asked)
+    named = explain_features(opened, client, asked_of, untrained=baseline, progress=progress, **asked)
     _keep(opened, named.labels, str(named))
     if isinstance(client, OfflineClient):
         _exchange(client, export_prompts)
@@ -375,16 +375,16 @@ def _read_lens(
     return logit_lens(coder, lm, wanted, allow_mismatch=True)
 
 
-def _keep(store: FeatureStore, labels: Sequence[Label], said: str, afresh: bool = False) -> None:
-    """Put labels into the book and say what they are."""
+def _keep(store: FeatureStore, labels: Sequence[Label], summary: str, afresh: bool = False) -> None:
+    """Add labels to the database and print a summary."""
     with LabelStore.open(store) as book:
         n = book.add(labels, afresh=afresh)
-        echo("\n".join(map(make_printable, said.split("\n"))))
+        echo("\n".join(map(make_printable, summary.split("\n"))))
         echo(f"{n:,} labels added to {book.path}.")
 
 
 def _exchange(client: OfflineClient, prompts: Path | None) -> None:
-    """Write the prompts without an answer, and say how prompts and answers go together."""
+    """Write the prompts without an answer, and report which answers belong to which prompts."""
     if prompts is not None:
         echo(f"{client.export(prompts):,} prompts in {prompts}.")
     echo(str(client.report()))

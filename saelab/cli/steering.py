@@ -38,6 +38,7 @@ WhereName = Annotated[str, Option(help=f"Tokens that are changed: {', '.join(get
 Store = Annotated[Path | None, Option(metavar="FOLDER", show_default="none")]
 HookPoint = Annotated[str | None, Option(metavar="NAME")]
 NTexts = Annotated[int, Option("--n", metavar="N")]
+Temperature = Annotated[float, Option(metavar="T")]
 TopKTokens = Annotated[int | None, Option(metavar="K")]
 TopP = Annotated[float | None, Option(metavar="P")]
 
@@ -61,13 +62,13 @@ def steer_prompts(
     hook_point: HookPoint = None,
     n: NTexts = N_TEXTS,
     n_tokens: options.Count = N_TOKENS,
-    temperature: float = SAMPLING.temperature,
+    temperature: Temperature = SAMPLING.temperature,
     top_k: TopKTokens = SAMPLING.top_k,
     top_p: TopP = SAMPLING.top_p,
     seed: options.Count = SEED,
     json: options.AsJSON = False,
     html: Annotated[
-        Path | None, Option(help="Page for the texts, coloured.", metavar="FILE", show_default="none")
+        Path | None, Option(help="Page for the texts, colored.", metavar="FILE", show_default="none")
     ] = None,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
@@ -134,7 +135,7 @@ def draw_curve(
     hook_point: HookPoint = None,
     n: NTexts = CURVE_N,
     n_tokens: options.Count = CURVE_TOKENS,
-    temperature: float = SAMPLING.temperature,
+    temperature: Temperature = SAMPLING.temperature,
     top_k: TopKTokens = SAMPLING.top_k,
     top_p: TopP = SAMPLING.top_p,
     seed: options.Count = SEED,

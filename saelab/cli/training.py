@@ -78,7 +78,9 @@ def train_sae(
             show_default="none: an autoencoder",
         ),
     ] = None,
-    skip: Annotated[bool, Option("--skip", help="Give the transcoder a linear connection beside its latents.")] = False,
+    skip: Annotated[
+        bool, Option("--skip", help="Give the transcoder a linear connection in parallel to its latents.")
+    ] = False,
     device: options.Device = None,
     resume: Annotated[
         bool, Option("--resume", help="Continue from the checkpoint in the folder, if there is one.")
@@ -114,7 +116,7 @@ def train_sae(
 
 
 def _train_into(out: Path, sae: SAE, rows: Data, budget: TrainConfig, resume: bool, progress: bool) -> None:
-    """Train, save, and say what came of it."""
+    """Train, save, and print a summary."""
     finished = (out / CONFIG).is_file()
     sae.fit(rows, budget, out=out, resume=resume, progress=progress)
     sae.save_pretrained(out)
@@ -137,7 +139,7 @@ def load_activations(
 
 
 def read_activation(name: str, k: int) -> Activation:
-    """The activation with `k` as its number of latents a token: kept ones, or the target of a penalised one."""
+    """The activation with `k` as its number of latents a token: kept ones, or the target of a penalized one."""
     known = {field.name for field in fields(ACTIVATIONS[name])} if name in ACTIVATIONS else set()
     return make_activation(name, **({"target_l0": float(k)} if "target_l0" in known else {"k": k}))
 

@@ -26,14 +26,15 @@ from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result, find_row, format_table
 
-TOLD = "as told"
+ORIGINAL = "original"
+"""version of the unedited prompts"""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EditTask:
     """Prompts and counterfactual versions of them ("edits"), in which one attribute has another value.
 
-    The original prompts are the version named "as told". Activations are read and edited at the same positions of all
+    The unedited prompts are the version named "original". Activations are read and edited at the same positions of all
     versions of a prompt. Versions have the same lengths; rows of ids are padded on the right. ValueError where versions
     do not match.
     """
@@ -42,7 +43,7 @@ class EditTask:
     hook_point: str
     """where activations are read and edited"""
     ids: Mapping[str, Int[Tensor, "n_prompts n"]]
-    """token ids by version, the original under "as told"."""
+    """token ids by version, those of the unedited prompts under "original"."""
     lengths: Int[Tensor, "n_prompts"]
     places: Int[Tensor, "n_prompts n_places"]
     """positions, negative ones from a prompt's end"""
@@ -59,9 +60,9 @@ class EditTask:
 
     def __post_init__(self) -> None:
         shapes = {tuple(ids.shape) for ids in self.ids.values()}
-        if TOLD not in self.ids or len(shapes) != 1 or set(self.ids) != set(self.attributes):
+        if ORIGINAL not in self.ids or len(shapes) != 1 or set(self.ids) != set(self.attributes):
             raise ValueError(
-                f"Versions must be '{TOLD}' and edits of one shape, got {list(self.ids)}, {sorted(shapes)}."
+                f"Versions must be '{ORIGINAL}' and edits of one shape, got {list(self.ids)}, {sorted(shapes)}."
             )
         if self.places.shape[1] != len(self.place_names):
             raise ValueError(f"`place_names` must name {self.places.shape[1]} places, got {self.place_names}.")
@@ -72,7 +73,7 @@ class EditTask:
     @property
     def edits(self) -> tuple[str, ...]:
         """Names of the counterfactual versions."""
-        return tuple(name for name in self.ids if name != TOLD)
+        return tuple(name for name in self.ids if name != ORIGINAL)
 
     @cached_property
     def positions(self) -> Int[Tensor, "n_prompts n_places"]:
@@ -88,12 +89,12 @@ class EditTask:
 
         return {version: self._runs(version).activations(self.hook_point, pick) for version in self.ids}
 
-    def _runs(self, version: str = TOLD) -> EditedRuns:
+    def _runs(self, version: str = ORIGINAL) -> EditedRuns:
         """Runs of one version's prompts, of which the logits after the last token are read."""
         return EditedRuns(self.model, Texts(self.ids[version], self.lengths), read_last)
 
     def predict(
-        self, x: Float[Tensor, "n_prompts n_places d_in"] | None = None, version: str = TOLD
+        self, x: Float[Tensor, "n_prompts n_places d_in"] | None = None, version: str = ORIGINAL
     ) -> Float[Tensor, "n_prompts d_vocab"]:
         """Logits after the last token of each prompt of a version.
 
@@ -385,10 +386,10 @@ class _Scorer:
     def score(self, name: str, source: SAE | Fit, ks: Sequence[int]) -> DictionaryScore:
         """All tests of one dictionary."""
         coded = self._read_sae(source) if isinstance(source, SAE) else self._fit(source)
-        told = self._encode(coded, TOLD)
-        x = self.task.activations[TOLD]
-        x_hat = torch.stack([o + z @ r for z, r, o in zip(told, coded.rows, coded.offsets, strict=True)], 1)
-        fires = torch.stack([(z != 0) for z in told])
+        codes = self._encode(coded, ORIGINAL)
+        x = self.task.activations[ORIGINAL]
+        x_hat = torch.stack([o + z @ r for z, r, o in zip(codes, coded.rows, coded.offsets, strict=True)], 1)
+        fires = torch.stack([(z != 0) for z in codes])
         return DictionaryScore(
             name=name,
             n_features=len(coded.rows[0]),
@@ -396,7 +397,7 @@ class _Scorer:
             n_live=int(fires.any(0).any(0).sum()),
             sufficiency=self._recover(x_hat),
             necessity=1 - self._recover(self.means + x - x_hat),
-            edits=tuple(one for edit in self.task.edits for one in self._edit(coded, told, edit, ks)),
+            edits=tuple(one for edit in self.task.edits for one in self._edit(coded, codes, edit, ks)),
             attributes=tuple(self._tell(coded)) if isinstance(source, SAE) else (),
         )
 
@@ -424,15 +425,15 @@ class _Scorer:
         whole, nothing = self.margins
         return (float(self.task.margins(self.task.predict(x)).mean()) - nothing) / (whole - nothing)
 
-    def _edit(self, coded: _Coded, told: list[Tensor], edit: str, ks: Sequence[int]) -> Iterator[EditScore]:
+    def _edit(self, coded: _Coded, codes: list[Tensor], edit: str, ks: Sequence[int]) -> Iterator[EditScore]:
         """Edits of one kind, by k."""
-        x, goals = self.task.activations[TOLD], self._encode(coded, edit)
+        x, goals = self.task.activations[ORIGINAL], self._encode(coded, edit)
         delta = self.task.activations[edit] - x
         places = [
             edit_sparsely(z, goal, rows, part, ks)
-            for z, goal, rows, part in zip(told, goals, coded.rows, delta.unbind(1), strict=True)
+            for z, goal, rows, part in zip(codes, goals, coded.rows, delta.unbind(1), strict=True)
         ]
-        weights = [weigh_codes(z, rows) for z, rows in zip(told, coded.rows, strict=True)]
+        weights = [weigh_codes(z, rows) for z, rows in zip(codes, coded.rows, strict=True)]
         before, guess = None, self.clean
         for k in ks if self.changed[edit] >= CHANGES else [max(ks)]:
             change = torch.stack([found[k].change for found in places], 1)

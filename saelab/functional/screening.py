@@ -74,7 +74,7 @@ def _try_int8(n_threads: int, with_onednn: bool) -> bool:
 def largest_places(sizes: Float[Tensor, "n_rows n"], k: int) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows"]]:
     """Places of each row's k largest entries, unsorted, and an upper bound of the row's other entries.
 
-    On CPU size and place share a 32-bit key, the size in its upper bits, and numpy's vectorised partition selects among
+    On CPU size and place share a 32-bit key, the size in its upper bits, and numpy's vectorized partition selects among
     the keys; a top-k of (size, place) pairs costs several times as much. Sizes with the same upper bits count as equal;
     the bound allows for that.
 
@@ -147,7 +147,7 @@ _KEPT = _Kept()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised buffer, which the next call with the same name, dtype and device in this thread reuses.
+    """An uninitialized buffer, which the next call with the same name, dtype and device in this thread reuses.
 
     Do not keep the result beyond that call.
 
@@ -321,7 +321,7 @@ def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Flo
 def quantize_rows(
     x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"], scale: Float[Tensor, "d"] | None = None
 ) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
-    """Rows of `[x * scale, last]` quantised to int8, and each row's step: `~ q * step`, `step = max|.| / 127`.
+    """Rows of `[x * scale, last]` quantized to int8, and each row's step: `~ q * step`, `step = max|.| / 127`.
 
     The int8 tensor is a scratch buffer, overwritten by the next call.
 

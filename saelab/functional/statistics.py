@@ -155,7 +155,7 @@ def move_blocks(doc_starts: Integer[np.ndarray, "n_docs"] | None, n: int, rng: n
 
 N_SHIFTS = 24
 SHIFTED_FIRINGS = 512
-"""Number of neighbouring firings on which the spread of the null is measured."""
+"""Number of neighboring firings on which the spread of the null is measured."""
 
 
 def dispersion(
@@ -566,7 +566,7 @@ def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], thresh
     guess, n_true, n = scores >= threshold, int(y.sum()), len(y)
     hits, fires = int((guess & y).sum()), int(guess.sum())
     spread = math.sqrt(fires * (n - fires) * n_true * (n - n_true))
-    quiet = n - fires - n_true + hits  # told right of what is not true
+    quiet = n - fires - n_true + hits  # true negatives
     return ProbeScore(
         f1=2 * hits / max(1, fires + n_true),
         mcc=(n * hits - fires * n_true) / spread if spread else 0.0,

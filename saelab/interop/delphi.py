@@ -139,7 +139,7 @@ class DelphiCache:
             raise ValueError(f"{folder / 'config.json'} must have a `model_name`, as delphi writes it. Was it edited?")
         if (n := config.get("n_splits", len(ranges))) != len(ranges):
             raise ValueError(
-                f"{folder} must hold the {n} files that its config.json tells of, got {len(ranges)}. Copy the others."
+                f"{folder} must hold the {n} files that its config.json lists, got {len(ranges)}. Copy the others."
             )
         splits = tuple(_Split.open(*item) for item in ranges)
         tokens = _as_tokens(_own_ids(folder, splits) if ids is None else _given_ids(ids, config), config)

@@ -23,7 +23,7 @@ BLOCK = 8192  # activations encoded at a time
 
 @dataclass(frozen=True, eq=False)
 class Prototypes:
-    """The mean codes of labelled examples, one row for each label (prototypical networks, arXiv:1703.05175)."""
+    """The mean codes of labeled examples, one row for each label (prototypical networks, arXiv:1703.05175)."""
 
     names: tuple[str, ...]
     """the labels"""

@@ -176,7 +176,7 @@ def format_floor(trained: dict[str, float], untrained: dict[str, float] | None, 
 
     parts = [f"sides named {trained['named']:.0%}" + (f" (untrained {untrained['named']:.0%})" if untrained else "")]
     parts += [f"mean {name} {trained[name]:.2f} ({extras(name)}, chance {chance[name]:g})" for name in chance]
-    note = "" if untrained is not None else "; no untrained dictionary was labelled beside it"
+    note = "" if untrained is not None else "; no untrained dictionary was labeled for comparison"
     return ", ".join(parts).replace("none scored, ", "") + note
 
 

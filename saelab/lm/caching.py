@@ -228,7 +228,7 @@ def _agree(found: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def find_border(model: nn.Module) -> tuple[int, bool] | None:
-    """Length at which all rotary angles change, and whether they keep changing afterwards; None for angles that never
+    """Length at which all rotary angles change, and whether they keep changing afterward; None for angles that never
     change.
 
     A cache filled before that length is wrong after it, and so is a short row batched with one that is already longer.

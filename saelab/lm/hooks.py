@@ -48,7 +48,7 @@ def capture(
     """Activations at the named hook points in one forward pass, each (batch, ctx_len, d) in the model's dtype, without
     gradient.
 
-    No hook remains afterwards, also after an error.
+    No hook remains afterward, also after an error.
 
     Args:
         model: the language model.
@@ -148,7 +148,7 @@ def replace_activations(model: Model, edits: dict[str, Callable[[Tensor], Tensor
 
     The function gets (batch, ctx_len, d) in the model's dtype (a copy that it may change) and returns the same shape;
     the result is cast to the model's dtype and device. Blocks can be nested; edits of one hook point run in order of
-    entry. No hook remains afterwards, also after an error.
+    entry. No hook remains afterward, also after an error.
 
     Raises:
         ValueError: for a wrong name or shape, and for a changing edit at a hook point that the logits do not depend on.
@@ -219,7 +219,7 @@ def _only_reading(name: str, tap: Tap) -> Tap:
         new = tap(x)
         if new is not None and not torch.equal(new, x):
             raise ValueError(
-                f"An edit must change what the model computes; '{name}' lies beside its path, and whatever is put "
+                f"An edit must change what the model computes; '{name}' is not on its path, and whatever is put "
                 "there changes no logit. Edit the residual stream, or an attention or MLP output."
             )
 

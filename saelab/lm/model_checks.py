@@ -81,7 +81,7 @@ def require_bridge(model: Any) -> None:
 
 
 def has_processed_weights(model: Any) -> bool:
-    """Whether a bridge has folded or centred its weights, so that activations differ from Hugging Face's.
+    """Whether a bridge has folded or centered its weights, so that activations differ from Hugging Face's.
 
     RuntimeError where the bridge does not record it: folded weights must not be taken for raw ones.
     """
@@ -125,7 +125,7 @@ def admit_object(model: Any) -> Any:
         )
     quantized = any(type(module).__module__.startswith(_QUANTIZED) for module in model.modules())
     if quantized or not all(weight.is_floating_point() for weight in model.parameters()):
-        raise _quantized(f"a {kind} with quantised modules")
+        raise _quantized(f"a {kind} with quantized modules")
     return model
 
 
@@ -167,7 +167,7 @@ def admit_config(config: Any, kind: str | None = None) -> None:
     if getattr(config, "quantization_config", None):
         method = config.quantization_config
         method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", "")
-        raise _quantized(f"{names[0]} quantised by {getattr(method, 'value', method) or 'a library'}")
+        raise _quantized(f"{names[0]} quantized by {getattr(method, 'value', method) or 'a library'}")
 
 
 def admit_folder(folder: Path, has_tokenizer: bool) -> None:
@@ -260,7 +260,7 @@ class HookBooks:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Context manager in which only the libraries' own hooks are registered; all others are restored afterwards."""
+        """Context manager in which only the libraries' own hooks are registered; all others are restored afterward."""
         books = [(hooks, dict(hooks)) for hooks in (*self._at_points, *self._elsewhere)]
         holders = [(vars(point), name) for point in self._points for name in ("fwd_hooks", "bwd_hooks")]
         lists = [(holder, name, holder[name]) for holder, name in holders if holder[name]]

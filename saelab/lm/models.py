@@ -172,7 +172,7 @@ def load_model(
         device: None is the best one present (the CPU for built-in models); not allowed for an object, which keeps its
             own.
         dtype: dtype of the weights; None is float32; not allowed for an object.
-        weight_processing: "none" keeps Hugging Face's own weights; "folded" folds norms and centres what is written to
+        weight_processing: "none" keeps Hugging Face's own weights; "folded" folds norms and centers what is written to
             the residual stream, as TransformerLens 2 did by default and many public SAEs expect.
         tokenizer: replaces the model's; may be left out for an object whose folder has one.
         progress: whether to show progress bars.
@@ -424,8 +424,8 @@ def describe_model(model: Model) -> ModelDescription:
     """The model's name, weight processing and library versions, as recorded in the provenance of activations.
 
     Of a local folder the name is its last part only, so that shared files do not reveal paths of the machine. "none"
-    means raw Hugging Face weights; "folded" means that the bridge's compatibility mode folded and centred them, so that
-    activations differ from the raw ones.
+    means raw Hugging Face weights; "folded" means that the bridge's compatibility mode folded and centered them, so
+    that activations differ from the raw ones.
 
     >>> sl.lm.describe_model(sl.lm.tiny_model()).weight_processing
     'none'

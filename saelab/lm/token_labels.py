@@ -43,7 +43,7 @@ class TokenLabels(Mapping[str, Tensor]):
 
     >>> labels = TokenLabels.of({"vowel": torch.tensor([[True, False], [False, True]])}, doc_ids=[[0, 0], [1, 1]])
     >>> labels, labels["vowel"].tolist()
-    (TokenLabels(2 of 4 tokens labelled, shape=(2, 2), names=['vowel']), [[True, False], [False, True]])
+    (TokenLabels(2 of 4 tokens labeled, shape=(2, 2), names=['vowel']), [[True, False], [False, True]])
     """
 
     concepts: tuple[Concept, ...]
@@ -128,7 +128,7 @@ class TokenLabels(Mapping[str, Tensor]):
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens, labelled or not."""
+        """Number of tokens, labeled or not."""
         return int(self.matrix.shape[0])
 
     def __getitem__(self, name: str) -> Bool[Tensor, "*shape"]:
@@ -156,7 +156,7 @@ class TokenLabels(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         n, names = int((self.matrix.getnnz(1) > 0).sum()), list(self.names)
         named = f"names={names}" if len(names) <= 5 else f"{len(names)} names"
-        return f"TokenLabels({n:,} of {self.n_tokens:,} tokens labelled, shape={self.shape}, {named})"
+        return f"TokenLabels({n:,} of {self.n_tokens:,} tokens labeled, shape={self.shape}, {named})"
 
     def require_documents(self) -> Shaped[np.ndarray, "n_tokens"]:
         """Document of each token; ValueError where it is not known."""

@@ -212,7 +212,7 @@ def _require_ids(model: Model, ids: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"Token ids must be in 0..{model.cfg.d_vocab - 1}, got {int(ids.min())}..{int(ids.max())}. Were they made "
             "with another tokenizer, with tokens that were added behind the model's, or padded? Give `attention_mask` "
-            "beside padded ids."
+            "with padded ids."
         )
     return ids.astype(np.int64)
 

@@ -162,7 +162,7 @@ MIN_COUNT = 20
 
 @dataclass(frozen=True, eq=False)
 class RemovalBench:
-    """Labelled text on which any edit of activations is evaluated in the same way."""
+    """Labeled text on which any edit of activations is evaluated in the same way."""
 
     model: Model
     tokens: Tokens

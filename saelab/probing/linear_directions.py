@@ -32,7 +32,7 @@ def fit_direction(
     name: str | None = None,
     seed: int = 0,
 ) -> Direction:
-    """The direction that separates labelled activations, pointing to where the label is true.
+    """The direction that separates labeled activations, pointing to where the label is true.
 
         means    mean(x | y) - mean(x | not y)
         probe    weights of a logistic regression on x over its one scale, classes weighed alike (L2, C = 1)
@@ -249,7 +249,7 @@ def choose_sides(
     good = effects > 0 if ranking == "effect" else labeled.differences > 0
     chosen = order[good[order]][:k]
     if len(chosen) < k:
-        raise ValueError(f"`k` must be at most the number of sides that tell the concept ({len(chosen)}), got {k}.")
+        raise ValueError(f"`k` must be at most the number of sides that separate the concept ({len(chosen)}), got {k}.")
     return tuple(sides.features[chosen].tolist()), tuple(sides.signs[chosen].tolist())
 
 
@@ -320,7 +320,7 @@ def project_out(basis: Float[Tensor, "rank d_in"], center: Float[Tensor, "d_in"]
 
 
 def draw_directions(like: AffineErasure, seed: int) -> AffineErasure:
-    """The edit for equally many random directions about the same centre, as a control."""
+    """The edit for equally many random directions about the same center, as a control."""
     drawn = torch.randn(like.read.shape[::-1], generator=torch.Generator().manual_seed(seed))
     return project_out(torch.linalg.qr(drawn).Q.T.contiguous(), like.center)
 

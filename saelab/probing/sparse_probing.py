@@ -361,7 +361,7 @@ class _Bench:
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """One labelling of the tokens, with the codes to predict it."""
+    """One labeling of the tokens, with the codes to predict it."""
 
     train: Labeled
     held: "csc_matrix"

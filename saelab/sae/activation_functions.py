@@ -282,7 +282,7 @@ class AbsTopK(TopK):
 @register_activation("batchtopk")
 @dataclass(frozen=True)
 class BatchTopK(Activation):
-    """Keeps the k * n_tokens largest pre-activations of a training batch; uses a fixed threshold afterwards
+    """Keeps the k * n_tokens largest pre-activations of a training batch; uses a fixed threshold afterward
     (arXiv:2412.06410).
 
     The threshold is the running mean of each batch's smallest kept magnitude, so that in inference a token's codes do
@@ -330,7 +330,7 @@ class BatchTopK(Activation):
 @register_activation("batchabstopk")
 @dataclass(frozen=True)
 class BatchAbsTopK(BatchTopK):
-    """BatchTopK by magnitude, keeping signs: the largest |u| of the batch in training, |u| > threshold afterwards."""
+    """BatchTopK by magnitude, keeping signs: the largest |u| of the batch in training, |u| > threshold afterward."""
 
     signed: ClassVar[bool] = True
     transcoder_lr_scale: ClassVar[float] = 1.0

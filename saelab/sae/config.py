@@ -107,8 +107,8 @@ class SAEConfig:
     `Archetypal(...)`
     """
     normalizer: NormalizerKind = "scale"
-    """"none"; "scale": mean-centred, E||x||^2 = d_in; "whiten": principal components of unit variance; "token_norm" and
-    "layer_norm": per token, see `Normalizer`
+    """"none"; "scale": mean-centered, E||x||^2 = d_in; "whiten": principal components of unit variance; "token_norm"
+    and "layer_norm": per token, see `Normalizer`
     """
     init: Init = "tied"
     """initial rows of W_dec: "tied": random directions; "data": activations; "subspace": random directions in the

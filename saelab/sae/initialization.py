@@ -82,7 +82,7 @@ def resample_dead_latents(
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """Re-initialise latents from badly reconstructed tokens, in place; returns the index of the token used for each.
+    """Re-initialize latents from badly reconstructed tokens, in place; returns the index of the token used for each.
 
     Tokens are drawn without replacement with probability proportional to their squared loss ||x - x_hat||^4, as in
     Anthropic's resampling (transformer-circuits.pub/2023/monosemantic-features). A latent's row of W_dec becomes the
@@ -92,7 +92,7 @@ def resample_dead_latents(
     Args:
         sae: the SAE; its weights change.
         acts: (n_tokens, d_in) activations to draw tokens from.
-        latents: indices of the latents to re-initialise.
+        latents: indices of the latents to re-initialize.
         optimizer: optimizer whose Adam moments of these latents are set to zero; None leaves them.
         seed: seed of the draw.
 

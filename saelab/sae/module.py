@@ -33,7 +33,7 @@ class SAEModule(nn.Module):
         y_hat = unnormalise_target( z W_dec + b_dec + normalize(x) W_skip )
 
     W_skip exists with `cfg.skip` only. All weights are in the normalizers' units, and so in the activations' own for
-    normalizer "none". Weights are float32 and drawn from `seed` on CPU; None leaves them uninitialised, to be filled by
+    normalizer "none". Weights are float32 and drawn from `seed` on CPU; None leaves them uninitialized, to be filled by
     loading. Rows of W_dec are random unit directions and W_enc is their transpose (a transcoder's W_enc is drawn
     separately); W_enc is stored latent by latent, so that reading a few latents touches a few rows of memory. Matching
     pursuit encodes with W_dec: there `W_enc` is its transpose, `b_enc` zero, and neither a parameter.

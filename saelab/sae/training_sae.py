@@ -99,7 +99,7 @@ def _answer(sae: SAEModule, x: Tensor, y: Tensor) -> None:
 
 
 def _match_scale(sae: SAEModule, x: Tensor, y: Tensor) -> None:
-    """Scale the encoder by the c that minimises ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
+    """Scale the encoder by the c that minimizes ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
     many times too large.
     """
     centered, y_hat = y - sae.b_dec, _codes(sae, x) @ sae.W_dec
@@ -179,7 +179,7 @@ class TrainingSAE:
 
     @property
     def module(self) -> SAEModule:
-        """Module whose parameters are optimised."""
+        """Module whose parameters are optimized."""
         return self.sae
 
     @property
@@ -189,7 +189,7 @@ class TrainingSAE:
 
     @torch.no_grad()
     def prepare(self, sample: Float[Tensor, "n_tokens width"]) -> None:
-        """Fit the normalizers and initialise biases, directions and encoder scale from a sample; an SAE that was
+        """Fit the normalizers and initialize biases, directions and encoder scale from a sample; an SAE that was
         trained before keeps its weights.
         """
         sae, sample = self.sae, sample.to(self.sae.W_dec)
@@ -356,7 +356,7 @@ class TrainingSAE:
             self._steer(seen.l0)
 
     def _steer(self, l0: Float[Tensor, ""]) -> None:
-        """Move the penalty's coefficient, and all thresholds or biases by the same amount, towards the target L0."""
+        """Move the penalty's coefficient, and all thresholds or biases by the same amount, toward the target L0."""
         sae, state, target = self.sae, self.state, self.sae.cfg.activation.penalty_target
         assert target is not None
         off = (l0.clamp(min=1e-3) / target).log().clamp(-STEER_LIMIT, STEER_LIMIT)

@@ -375,7 +375,9 @@ def compare(
         raise ValueError(f"`m` and `min_count` must be at least 1, got {m} and {min_count}.")
     of_a, of_b = untrained if isinstance(untrained, tuple) else (None, untrained)
     if any(isinstance(one, FeatureStore) != stores for one in (of_a, of_b) if one is not None):
-        raise ValueError("`untrained` must be stores beside stores and SAEs beside SAEs, got another kind.")
+        raise ValueError(
+            "`untrained` must be stores where stores are compared and SAEs where SAEs are, got another kind."
+        )
 
     def judge(one: Any, other: Any) -> Comparison:
         work: ComparisonSource
@@ -594,7 +596,7 @@ class _Axes:
         return len(self.acts)
 
     def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
-        """Centred values of some rows."""
+        """Centered values of some rows."""
         from scipy.sparse import csr_matrix
 
         return csr_matrix(((self.acts[start:stop].float() - self.mean) @ self.directions).numpy())

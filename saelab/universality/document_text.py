@@ -133,7 +133,7 @@ class Spelled:
     def why_left(self, i: int, beginnings: set[bytes]) -> str:
         """The reason why a document has no partner; `beginnings` are those of the other side's left-out documents."""
         if self.opaque[i]:
-            return "tokens that do not tell their text"
+            return "tokens of unknown text"
         if not self.documents[i]:
             return "no text"
         return "text differs" if self.skeleton(i)[:BEGINNING] in beginnings else "not on the other side"

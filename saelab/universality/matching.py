@@ -23,7 +23,7 @@ from saelab.stores.results import Result, format_table
 from saelab.universality.similarity import SimilarityBlock
 
 GROUP = 64
-"""Number of neighbouring features whose largest similarity is found first."""
+"""Number of neighboring features whose largest similarity is found first."""
 
 
 @dataclass(frozen=True, eq=False)

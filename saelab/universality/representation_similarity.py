@@ -48,7 +48,7 @@ class SpaceSide:
 
     @cached_property
     def centered(self) -> Float[np.ndarray, "n d"]:
-        """Centred rows, divided by their largest absolute value: no measure depends on the scale, and no power
+        """Centered rows, divided by their largest absolute value: no measure depends on the scale, and no power
         overflows.
         """
         centered = self.rows - self.rows.mean(0)
@@ -71,7 +71,7 @@ class SpaceSide:
 
     @cached_property
     def squares(self) -> Float[np.ndarray, "n"]:
-        """Squared norms of the centred rows."""
+        """Squared norms of the centered rows."""
         return (self.centered**2).sum(1)
 
     @cached_property
@@ -115,7 +115,7 @@ class SpaceSide:
 
     @cached_property
     def nearest(self) -> Bool[np.ndarray, "n_items n_items"]:
-        """Whether each row is among the nearest neighbours of another."""
+        """Whether each row is among the nearest neighbors of another."""
         found = np.zeros((len(self.related), len(self.related)), bool)
         np.put_along_axis(found, _nearest(self.related), True, axis=1)
         return found
@@ -245,12 +245,12 @@ MEASURES: dict[str, Callable[[Paired], float]] = {
 
 
 def _scaled(paired: Paired) -> Float[np.ndarray, "r_x r_y"]:
-    """`X.T @ Y` of the centred rows, but for a rotation of either side."""
+    """`X.T @ Y` of the centered rows, but for a rotation of either side."""
     return paired.x.parts[1][:, None] * paired.cross * paired.y.parts[1]
 
 
 def _hsic(x: np.ndarray, y: np.ndarray, total: float) -> float:
-    """Unbiased Hilbert-Schmidt criterion times n (n - 3), of the squared norms of centred rows and `||X.T @ Y||^2`.
+    """Unbiased Hilbert-Schmidt criterion times n (n - 3), of the squared norms of centered rows and `||X.T @ Y||^2`.
 
     0 where only rounding is left of it.
     """
@@ -311,7 +311,7 @@ class SpaceComparison(Result):
     """number of components that SVCCA keeps of either side; 0 where a side does not vary"""
     n_shuffles: int
     in_blocks: bool = False
-    """whether rows were shuffled in blocks of neighbours, as rows of tokens should be"""
+    """whether rows were shuffled in blocks of neighbors, as rows of tokens should be"""
     seed: int
 
     def __getitem__(self, measure: str) -> SpaceScore:
@@ -352,8 +352,8 @@ def compare_spaces(
     Args:
         x: (n, d_x) rows of one space.
         y: (n, d_y) rows of the other space, row i paired with row i of `x`.
-        doc_ids: document of each row, where rows are tokens; rows are then shuffled in blocks of neighbours, each
-            rotated by a random step, because neighbouring tokens are alike and so are not independent samples. None,
+        doc_ids: document of each row, where rows are tokens; rows are then shuffled in blocks of neighbors, each
+            rotated by a random step, because neighboring tokens are alike and so are not independent samples. None,
             for features, shuffles rows one by one.
         measures: names of the measures, each also a function of `saelab.universality`: "svcca", "svcca_one",
             "principal_angles", "linear_cka", "procrustes", "rsa", "relative_agreement" and "neighbor_overlap"; None
@@ -418,7 +418,7 @@ def _undefined(reason: str) -> SpaceScore:
 def svcca(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> float:
     """Mean canonical correlation of the principal components that hold 99 % of each side's variance, 0 to 1.
 
-    `mean(svdvals(U_x.T @ U_y))`, with `U` the first left singular vectors of the centred rows; the mean is over the
+    `mean(svdvals(U_x.T @ U_y))`, with `U` the first left singular vectors of the centered rows; the mean is over the
     fewer components. Invariant to rotation, shift and scale of either side. Where pairs are not many times more than
     components it is high for any two spaces, and 1 where they are no more than components. Source: arXiv:1706.05806.
 
@@ -446,7 +446,7 @@ def principal_angles(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"
 
 
 def linear_cka(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> float:
-    """Unbiased linear centred kernel alignment: 1 for equal spaces, 0 on average for unrelated ones.
+    """Unbiased linear centered kernel alignment: 1 for equal spaces, 0 on average for unrelated ones.
 
     `H(x, y) / sqrt(H(x, x) * H(y, y))` with the unbiased estimate H of the Hilbert-Schmidt criterion, computed from
     `X.T @ Y` and the rows' norms, so its cost is linear in n; may fall below 0. Invariant to rotation, shift and scale.
@@ -461,7 +461,7 @@ def linear_cka(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> 
 def procrustes(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> float:
     """Share of the variance of one side that the other explains after shift, rotation and scale, 0 to 1.
 
-    `(sum(svdvals(X.T @ Y)) / (||X|| ||Y||)) ** 2` of centred X and Y: 1 - the relative squared residual of the best
+    `(sum(svdvals(X.T @ Y)) / (||X|| ||Y||)) ** 2` of centered X and Y: 1 - the relative squared residual of the best
     orthogonal map and scale, the same in both directions. Of unequal widths, the narrower is filled up with zeros.
     Pairs and NaN as in `svcca`.
     """
@@ -483,7 +483,7 @@ def relative_agreement(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_
     """Mean cosine of the relative representations of paired rows, -1 to 1.
 
     A row is represented by its cosines to anchors, which are the same pairs on both sides: 300, or half of the pairs
-    where they are fewer, drawn by `seed`, not themselves counted; all centred. Invariant to rotation, shift and
+    where they are fewer, drawn by `seed`, not themselves counted; all centered. Invariant to rotation, shift and
     scale. Of more than 2,000 rows so many are drawn, anchors among them. Source: arXiv:2209.15430.
 
     Pairs as in `svcca`; NaN for fewer than 6, and where all rows of a side are equal.
@@ -494,7 +494,7 @@ def relative_agreement(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_
 def neighbor_overlap(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"], *, seed: int = 0) -> float:
     """Mean share of a row's nearest rows that are the same in `x` and `y`, 0 to 1.
 
-    Rows are compared by the cosine of their relative representations: ten neighbours, or a tenth of the rows where
+    Rows are compared by the cosine of their relative representations: ten neighbors, or a tenth of the rows where
     that is fewer. Anchors, sample, pairs and NaN as in `relative_agreement`.
     """
     return _measure("neighbor_overlap", x, y, seed)

@@ -80,7 +80,7 @@ class ComparedCodes:
     columns: Integer[np.ndarray, "m"] | None = None
     """columns selected; None for all"""
     order: Integer[np.ndarray, "n_rows"] | MovedBlocks | None = None
-    """the row at each position; neighbours in it are read together"""
+    """the row at each position; neighbors in it are read together"""
 
     @property
     def n_rows(self) -> int:

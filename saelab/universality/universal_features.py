@@ -376,7 +376,7 @@ class Comparisons(Result):
         for a in self.names:
             lines.append(f"{a:<{width}}" + "".join(f"{self.share(a, b):>{width}.3f}" for b in self.names))
         if any(one.a.untrained is not None for one in self.found.values()):
-            lines.append("share of an untrained dictionary in place of a trained one, beside chance alone")
+            lines.append("share of an untrained dictionary in place of a trained one, and by chance alone")
             for a in self.names:
                 cells = ("-" if a == b else f"{self.floor(a, b):.3f}" for b in self.names)
                 lines.append(f"{a:<{width}}" + "".join(f"{cell:>{width}}" for cell in cells))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 PANELS = ("coverage", "parent recall", "opposed pairs")
-# plotly draws on a canvas of its own: its colours are read from the page, again when the page turns dark or light
+# plotly draws on a canvas of its own: its colors are read from the page, again when the page turns dark or light
 FOLLOW_THE_PAGE = """
 const plot = document.getElementById("{plot_id}");
 function paint() {
@@ -283,11 +283,11 @@ CEILING = "probe"  # the baseline that was given the truth
 CAPTION = "The thin mark in the right panel is the share of control pairs. All three run from 0 to 1; more is better."
 READING = (
     "Coverage is the mean F1 of each concept's best feature. Reconstruction is the pooled F1 of all concepts as "
-    "told by the features that are precise for them. Parent recall is how often the feature of a class fires "
-    "where one of its members is named; read it beside the F1 of those features. A pair counts where one feature "
-    "tells one concept by its positive and the other by its negative side; control pairs are pairs that oppose "
+    "predicted by the features that are precise for them. Parent recall is how often the feature of a class fires "
+    "where one of its members is named; read it with the F1 of those features. A pair counts where one feature "
+    "predicts one concept by its positive and the other by its negative side; control pairs are pairs that oppose "
     "nothing. Features and thresholds were chosen on some of the stories and scored on others. The linear probe, "
-    "where there is one, was given the truth and is a ceiling, not a rival."
+    "where there is one, was fitted to the true labels: it is a ceiling, not a baseline."
 )
 
 
@@ -325,9 +325,9 @@ def show_features(corpus: Corpus, trials: Sequence[Trial], names: Sequence[str])
 
 
 LEGEND = (
-    "Colour is the activation of one feature, orange for positive and blue for negative; the concept truly holds "
-    "of underlined tokens. A good feature colours what is underlined and nothing else. The concepts were chosen "
-    "beforehand, not by their scores; the dictionary shown is the one that tells the concept best on the stories "
+    "Color is the activation of one feature, orange for positive and blue for negative; the concept truly holds "
+    "of underlined tokens. A good feature colors what is underlined and nothing else. The concepts were chosen "
+    "beforehand, not by their scores; the dictionary shown is the one that predicts the concept best on the stories "
     "that features were chosen on. Point at a token for its value and all that is true of it. Neither a "
     "dictionary nor a threshold was fitted to these stories."
 )

@@ -32,7 +32,7 @@ def draw_card(card: FeatureCard, labels: Sequence[Label] = (), below: str = "") 
 
 
 def draw_window(example: Example, scale: float) -> str:
-    """A window of text as HTML, each token an element coloured by its code, with the value as its title."""
+    """A window of text as HTML, each token an element colored by its code, with the value as its title."""
     words = zip(example.words, example.values, strict=True)
     inside = (_token(word, value, scale, i == example.center) for i, (word, value) in enumerate(words))
     return f'<div class="win">{"".join(inside)}</div>'

@@ -196,10 +196,10 @@ def plot_feature_map(
     """A t-SNE map of features in which similar ones are near each other; large distances mean little.
 
     Similarity is the cosine of decoder rows, its absolute value where codes are signed, or the cosine of rows of a
-    `NearestFeatures` result, without signs, so that features with the same neighbours are near. The axes have no unit.
-    Hovering shows a feature's number, label and, with a store, firings, and the colour is then the firing rate. Dead
+    `NearestFeatures` result, without signs, so that features with the same neighbors are near. The axes have no unit.
+    Hovering shows a feature's number, label and, with a store, firings, and the color is then the firing rate. Dead
     features are left out: those that never fire in the `store` or, without one, were dead at the end of training; and
-    features without any neighbour.
+    features without any neighbor.
 
     Args:
         source: SAE whose decoder rows are compared, or result of `nearest_features`.
@@ -265,7 +265,7 @@ def _compare(source: SAE | NearestFeatures, shown: Int[np.ndarray, "n"]) -> Floa
         return np.abs(cosines) if source.cfg.activation.signed else cosines
     from scipy.sparse import csr_matrix
 
-    # neighbours outside the drawn sample count for similarity too
+    # neighbors outside the drawn sample count for similarity too
     known = source.indices[shown] >= 0
     entries = np.abs(source.values[shown])[known], (np.nonzero(known)[0], source.indices[shown][known])
     itself = np.ones(len(shown)), (np.arange(len(shown)), shown)
@@ -322,7 +322,7 @@ def _describe(feature: int, labels: Mapping[int, str], store: FeatureStore | Non
 
 def _measure(source: SAE | NearestFeatures) -> str:
     if isinstance(source, NearestFeatures):
-        return f"|{source.by}| and by the neighbours they share"
+        return f"|{source.by}| and by the neighbors they share"
     return "|cosine| of decoder rows" if source.cfg.activation.signed else "cosine of decoder rows"
 
 

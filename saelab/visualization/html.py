@@ -174,7 +174,7 @@ def decimal(x: float, digits: int = 2) -> str:
 # between the light and the dark of the page's style
 PLUS, MINUS, OWN, OTHER = "#e07422", "#387ddf", "#37919a", "#848e99"
 SERIES = (OWN, "#c2559d", "#b58a1a", "#8066cf", "#6f9440", OTHER)
-"""Colours of lines that stand for no sign."""
+"""Colors of lines that stand for no sign."""
 DASHES = ("solid", "dash", "dot", "dashdot")
 CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"
 TITLE_HEIGHT, LINE_HEIGHT, LEGEND_WIDTH = 44, 22, 28
@@ -231,7 +231,7 @@ def write_over(figure: "Figure", text: str) -> None:
 
 
 def line_of(i: int) -> dict[str, Any]:
-    """Colour and dash of the i-th line of a figure with many."""
+    """Color and dash of the i-th line of a figure with many."""
     return {"color": SERIES[i % len(SERIES)], "dash": DASHES[i // len(SERIES) % len(DASHES)]}
 
 

@@ -58,7 +58,7 @@ AXES: dict[MeasureName, str] = {
 }
 LOG = ("kl", "prompt_kl", "perplexity")
 BAND = 0.16  # opacity of an interval
-# the figure is drawn on a canvas of its own: the colour of its text is the page's, again when that turns dark or light
+# the figure is drawn on a canvas of its own: the color of its text is the page's, again when that turns dark or light
 FOLLOW_THE_PAGE = """
 const plot = document.getElementById("{plot_id}");
 function paint() {
@@ -260,7 +260,7 @@ def draw_curve(curve: SteeringCurve) -> str:
 
 register_drawing(SteeringCurve, draw_curve)
 
-SCALE = 6.0  # nats at which a colour is strongest
+SCALE = 6.0  # nats at which a color is strongest
 ROW = "border-top: 1px solid var(--rule); padding: .2rem 0 .6rem; margin: .6rem 0 0"
 COLUMNS = "grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: 0 1.6rem"
 
@@ -268,9 +268,9 @@ COLUMNS = "grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)
 def draw_texts(texts: GenerationComparison) -> str:
     """Texts in columns as one HTML element, a card for each prompt; all text is escaped.
 
-    A token's colour is log p' - log p, its log-probability under the steered model minus that under the unsteered one:
+    A token's color is log p' - log p, its log-probability under the steered model minus that under the unsteered one:
     orange where steering made it more likely, blue where less likely, strongest at six nats. Both are in the token's
-    title. Unsteered text next to several steered ones is not coloured.
+    title. Unsteered text next to several steered ones is not colored.
     """
     legend = "Orange: tokens that steering made likelier, blue: less likely; strongest at 6 nats."
     described = "".join(f'<p class="dim">{escape(f"{name}: {what}")}</p>' for name, what in texts.interventions.items())
@@ -296,7 +296,7 @@ def _draw_column(name: str, cost: str, text: ScoredText) -> str:
 
 
 def _draw_token(word: str, log_probs: Mapping[str, float], steered: str | None) -> str:
-    """A token with its log-probabilities as the title, coloured by their difference where there is one."""
+    """A token with its log-probabilities as the title, colored by their difference where there is one."""
     title = "log p: " + ", ".join(f"{reader} {value:.2f}" for reader, value in log_probs.items())
     change = log_probs[steered] - log_probs[UNSTEERED] if steered is not None else 0.0
     alpha = STRONGEST * min(1.0, abs(change) / SCALE)
@@ -326,7 +326,7 @@ def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
     """A heat map of attribution effects: the features with the largest effects by tokens of the prompt.
 
     Two more rows show the summed effects of all other features and of the reconstruction errors. x: tokens; y: the `n`
-    features whose effects have the largest summed size; colour: change of the metric when the code is replaced, in the
+    features whose effects have the largest summed size; color: change of the metric when the code is replaced, in the
     metric's units, blue where the metric falls. ValueError for `n` below 1.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
@@ -357,7 +357,7 @@ def _effects_of(attribution: Attribution, chosen: np.ndarray) -> Float[np.ndarra
 def plot_patching(patching: Patching) -> "Figure":
     """A heat map of denoising scores from activation patching, with the first source at the bottom.
 
-    x: positions, as corrupt>clean where the prompts differ; y: what was patched; colour: share of the difference
+    x: positions, as corrupt>clean where the prompts differ; y: what was patched; color: share of the difference
     between corrupt (0) and clean (1) that the patch restores. Without scores, the figure shows the reason as text.
     """
     columns = [patching.name_column(i) for i in range(len(patching.positions))]
@@ -378,7 +378,7 @@ def _number(tokens: Sequence[str]) -> list[str]:
 def _draw_cells(
     cells: np.ndarray, rows: list[str], columns: list[str], most: float | None = None, named: Sequence[int] = ()
 ) -> "Figure":
-    """A heat map with colours from -most to most and rows from the top; columns in `named` always show their names."""
+    """A heat map with colors from -most to most and rows from the top; columns in `named` always show their names."""
     from plotly.graph_objects import Figure, Heatmap
 
     known = np.abs(cells[np.isfinite(cells)])
@@ -407,7 +407,7 @@ def _draw_cells(
 
 
 def draw_attribution(attribution: Attribution) -> str:
-    """An HTML view of an attribution: the prompt with tokens coloured by effect, and the largest effects; text is
+    """An HTML view of an attribution: the prompt with tokens colored by effect, and the largest effects; text is
     escaped.
     """
     lines = str(attribution).split("\n")

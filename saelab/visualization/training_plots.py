@@ -124,7 +124,7 @@ def plot_frontier(
     """Fidelity against sparsity of SAEs by name; evaluations in a list are joined by a line.
 
     x: L0, latents that fire per token, log scale; y: FVU, log scale, or the loss recovered; bars are the 95 % intervals
-    of `evaluate`. Baselines are open grey marks, each at its own L0. Evaluations without a positive L0 or a finite `y`
+    of `evaluate`. Baselines are open gray marks, each at its own L0. Evaluations without a positive L0 or a finite `y`
     (above 0 for FVU) are left out and counted in the note; ValueError where none remains.
     """
     from plotly.graph_objects import Figure

@@ -399,5 +399,5 @@ def test_untrained_dictionaries_are_a_floor() -> None:
     assert one.b.untrained is not None and one.a.untrained is not None
     many = sl.universality.compare_many([Made(a), Made(b)], untrained=list(floors), progress=False)
     assert many.floor("0", "1") == found.a.untrained.shares["count"] and "untrained" in str(many)
-    with pytest.raises(ValueError, match="stores beside stores"):
+    with pytest.raises(ValueError, match="must be stores where stores are compared"):
         sl.compare(Made(a), Made(b), untrained=sl.SAE(sl.SAEConfig(d_in=4, d_sae=64)), progress=False)

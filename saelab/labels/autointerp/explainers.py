@@ -80,10 +80,10 @@ class LabelingResult(Result):
     missing: tuple[Unlabeled, ...]
     usage: TokenUsage
     n_sides: int = 0
-    """number of features, or signs of them, that were to be labelled"""
+    """number of features, or signs of them, that were to be labeled"""
     untrained: dict[str, float] | None = None
     """for an untrained dictionary on the same tokens, the share of sides with a label and the mean of each score; None
-    where none was labelled"""
+    where none was labeled"""
 
     @property
     def n_waiting(self) -> int:
@@ -137,7 +137,7 @@ def explain_features(
         scorers: names among "detection", "fuzzing", "contrast" and "simulation", which use the client, or `Scorer`
             objects.
         untrained: store of the same tokens by an untrained dictionary (`sl.collecting.harvest_untrained`), whose
-            features of the same numbers are labelled and scored likewise, at the same cost again; the means of its
+            features of the same numbers are labeled and scored likewise, at the same cost again; the means of its
             scores are in the result.
         answers: file of cached responses; None is answers.jsonl in the store's folder.
         asking: number of parallel requests, retries, prices and budget.

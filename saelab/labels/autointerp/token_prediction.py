@@ -62,7 +62,7 @@ def token_baseline(store: FeatureStore, *, train_frac: float = 0.5, seed: int = 
     """Correlation of every feature's signed codes with their prediction from the token, and from the last two tokens.
 
     Predictions are means over training documents, compared with the codes of held-out ones: the simplest explanation of
-    a feature, which a good label should beat, or match in fewer words. A pair's mean is shrunk towards that of its last
+    a feature, which a good label should beat, or match in fewer words. A pair's mean is shrunk toward that of its last
     token. Chance is measured with codes moved in blocks within the held-out documents, each block rotated by a random
     step, so that it falls on periodic text too.
     """

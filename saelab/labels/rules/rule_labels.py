@@ -75,7 +75,7 @@ class RuleLabels(Result):
     source: str
     untrained: dict[str, float] | None = None
     """for an untrained dictionary on the same tokens: n_sides that fire, the share with a good rule, and the median f1
-    of those; None where none was labelled"""
+    of those; None where none was labeled"""
 
     def of(self, feature: int) -> tuple[RuleLabel, ...]:
         """The rows of one feature, the positive sign first."""
@@ -102,7 +102,7 @@ class RuleLabels(Result):
         f1 = f"median F1 {np.median([row.f1 for row in self.good]):.2f}" if self.good else "none"
         mine = f"trained {len(self.good) / max(1, len(self.rows)):.1%} good, {f1}"
         if self.untrained is None:
-            return f"{mine}; no untrained dictionary was labelled beside it"
+            return f"{mine}; no untrained dictionary was labeled for comparison"
         return f"{mine}; an untrained dictionary {self.untrained['good']:.1%}, median F1 {self.untrained['f1']:.2f}"
 
     def labels(self) -> list[Label]:

@@ -303,7 +303,7 @@ def label_by_rules(
         n_tokens: tokens used, spread over the text where it is longer, so that memory does not grow with it; applies
             only without `predicates` (else give predicates of `store.spread(n)`, and that store).
         untrained: store of the same tokens by an untrained dictionary (`sl.collecting.harvest_untrained`), which is
-            labelled in the same way; its share of good rules is in the result.
+            labeled in the same way; its share of good rules is in the result.
 
     Raises:
         ValueError: `predicates` have another length than the store, or a setting is out of range.

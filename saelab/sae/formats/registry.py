@@ -125,7 +125,7 @@ class FormatWriter:
     find_parts: Callable[[SAEModule], dict[str, Tensor]]
     write: Callable[[Path, dict[str, Any], Named, Named], None]
     last: str
-    """the file by which the format is recognised; written last"""
+    """the file by which the format is recognized; written last"""
     find_extras: Callable[[SAEModule], dict[str, Tensor]] = lambda coder: {}
 
 

@@ -119,7 +119,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     return _Checked(TensorFile.open(path))
 
 
-class _Checked(Mapping):  # unparametrised, as a runtime type checker would read its values
+class _Checked(Mapping):  # unparametrized, as a runtime type checker would read its values
     """The tensors of a safetensors file; each is compared with its checksum, if it has one, on access."""
 
     def __init__(self, file: TensorFile) -> None:

@@ -1,7 +1,7 @@
 "use strict";
 // The page's data and the cards of a single page stand in <script type="application/json">, which runs nothing: this is
 // the only script that the page's policy lets run. Cards are HTML that Python has escaped; those of a large report lie in
-// files beside it that are loaded when they are needed. Everything else is put in as text, never as HTML.
+// files next to it that are loaded when they are needed. Everything else is put in as text, never as HTML.
 const byId = id => document.getElementById(id);
 const data = JSON.parse(byId("data").textContent);
 const COLUMNS = ["feature", "text", "density", "balance", "peak", "kind"];
@@ -103,7 +103,7 @@ function load(feature) {
 async function openFeature(feature) {
   if (!rowOf.has(feature)) return byId("card").replaceChildren(`There is no feature ${feature} in this report.`);
   try { await load(feature); } catch (file) {
-    return byId("card").replaceChildren(`The file ${file} is missing: it must lie beside this page.`);
+    return byId("card").replaceChildren(`The file ${file} is missing: it must be in the folder of this page.`);
   }
   if (location.hash === `#feature=${feature}`) byId("card").innerHTML = cards[feature];
 }
@@ -135,9 +135,9 @@ function drawPrompt(prompt) {
     list.replaceChildren(...prompt.codes[i].flatMap(([feature, value]) => {
       const known = rowOf.has(feature), row = known ? data.features[rowOf.get(feature)] : null;
       const name = known ? make("a", { href: `#feature=${feature}`, textContent: feature }) : make("span", { textContent: feature });
-      const colour = make("button", { type: "button", textContent: "colour", onclick: () => paint(feature) });
+      const color = make("button", { type: "button", textContent: "color", onclick: () => paint(feature) });
       return [name, make("span", { textContent: row ? row.label || row.snippet.join("") : "" }),
-        make("span", { textContent: value.toPrecision(3) }), colour];
+        make("span", { textContent: value.toPrecision(3) }), color];
     }));
   }
   text.append(...tokens);

@@ -281,7 +281,7 @@ def test_what_surrounds_a_token():
     assert found["first token of the document"] == [0, 1, 16] and found["inside brackets"] == [4, 5]
     assert found["after the token ' the'"] == [5, 17] and found["before the token ' ran'"] == [9, 12]
     assert found["the token ' ran' after ' Tom'"] == [10]
-    assert "capitalised words inside a sentence" not in found  # it holds of none
+    assert "capitalized words inside a sentence" not in found  # it holds of none
     assert found["documents of 'note'"] == [16, 17] and found["sentence-final punctuation"] == [7, 11]
 
 
