@@ -432,7 +432,7 @@ def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -
     ids = _encode(model.tokenizer, messages)
     if ids.shape[1] + n_tokens > find_context(model):
         raise ValueError(
-            f"A prompt must fit the model's context of {find_context(model)} tokens beside {n_tokens} of the answer, "
+            f"A prompt must fit the model's context of {find_context(model)} tokens with {n_tokens} of the answer, "
             f"got {ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
         )
     made = generate(model, ids, n_tokens, sampling=GREEDY, progress=False).samples[0]

@@ -412,7 +412,7 @@ def _find_point(model: Model, sae: SAE | None, hook_point: str | None, allow_mis
     if sae is not None:
         return match_source(sae, model, hook_point, allow_mismatch)
     if hook_point is None:
-        raise ValueError("`hook_point` must be given where no SAE says it, got None.")
+        raise ValueError("`hook_point` must be given where no SAE records it, got None.")
     return find_hook_point(model, hook_point)
 
 

@@ -191,9 +191,9 @@ def name_output(tokens: Sequence[str]) -> str:
     """The tokens that a feature promotes, in English.
 
     >>> name_output([" cat", " dog"])
-    "says ' cat' or ' dog'"
+    "promotes ' cat' or ' dog'"
     """
-    return "says " + name_rule([repr(token) for token in tokens[:6]], "or") if tokens else ""
+    return "promotes " + name_rule([repr(token) for token in tokens[:6]], "or") if tokens else ""
 
 
 def same_word(a: str, b: str) -> bool:

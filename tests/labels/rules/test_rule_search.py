@@ -317,7 +317,7 @@ def test_an_output_feature_is_named_by_what_it_promotes(text, at):
     lens = LogitLens(features=(effects,), d_vocab=len(STRINGS))
     hidden = make_predicates(store).without("next token", "next")
     rows = label_by_rules(store, hidden, lens=lens).rows
-    assert rows[0].kind == "output" and rows[0].text == "says ' cat' or ' dog'" and rows[0].f1 > 0.85
+    assert rows[0].kind == "output" and rows[0].text == "promotes ' cat' or ' dog'" and rows[0].f1 > 0.85
     assert rows[1].kind == "none"  # the lens does not know it
 
 
