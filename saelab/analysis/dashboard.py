@@ -17,6 +17,7 @@ from saelab.stores.results import Result, format_table
 
 N_BINS = 40
 N_WORDS = 6
+COLUMNS = ("feature", "density", "n_positive", "n_negative", "balance", "mean", "peak")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +148,6 @@ def _count(firings: Firings) -> tuple[tuple[int, ...], tuple[float, ...]]:
     edges[0], edges[-1] = min(low, edges[0]), max(high, edges[-1])  # rounding must not leave the extremes out
     counts, _ = np.histogram(firings.values, edges)
     return tuple(counts.tolist()), tuple(edges.tolist())
-
-
-COLUMNS = ("feature", "density", "n_positive", "n_negative", "balance", "mean", "peak")
 
 
 @dataclass(frozen=True, kw_only=True)

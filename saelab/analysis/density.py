@@ -29,6 +29,9 @@ FAR = 3.0
 NEAR = 0.9
 """Share of the smallest code that fires."""
 BLOCK = 1024
+KINDS = ("dead", "near-dead", "live", "dense", "outlier")
+OUTLIER = 5.0
+"""Robust standard deviations of the logarithm of a norm."""
 
 
 @torch.no_grad()
@@ -113,11 +116,6 @@ def _nearest_cosine(W_dec: Tensor, features: Tensor, live: Tensor) -> Tensor:
         cosines = rows[part] @ rows[live].T
         found.append(cosines.gather(1, cosines.abs().argmax(1, keepdim=True)).squeeze(1))
     return torch.cat(found)
-
-
-KINDS = ("dead", "near-dead", "live", "dense", "outlier")
-OUTLIER = 5.0
-"""Robust standard deviations of the logarithm of a norm."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

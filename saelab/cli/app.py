@@ -32,6 +32,21 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed or interrupted, 2 wrong use.",
 )
 UsageError: type[Exception] = find_base(typer.BadParameter, "UsageError")
+VERBS: dict[str, Callable[..., None]] = {
+    "collect": collect_text,
+    "train": train_sae,
+    "evaluate": evaluate_sae,
+    "convert": convert_sae,
+    "harvest": harvest_text,
+    "features": show_features,
+    "dead": show_dead,
+    "label": label_features,
+    "compare": compare_folders,
+    "report": write_report,
+    "steer": steer_prompts,
+    "steer-curve": draw_curve,
+    "info": show_info,
+}
 
 
 @app.callback()
@@ -92,21 +107,6 @@ def _complain(line: str, code: int) -> int:
     return code
 
 
-VERBS: dict[str, Callable[..., None]] = {
-    "collect": collect_text,
-    "train": train_sae,
-    "evaluate": evaluate_sae,
-    "convert": convert_sae,
-    "harvest": harvest_text,
-    "features": show_features,
-    "dead": show_dead,
-    "label": label_features,
-    "compare": compare_folders,
-    "report": write_report,
-    "steer": steer_prompts,
-    "steer-curve": draw_curve,
-    "info": show_info,
-}
 for _name, _verb in VERBS.items():
     app.command(_name)(guard(_verb))
 

@@ -39,6 +39,8 @@ else:
 FeatureNumber = Annotated[int, Argument(metavar="FEATURE", help="Number of the feature.")]
 Author = Annotated[str, Argument(metavar="AUTHOR", help="Whose label; `show` lists the authors.")]
 Sign = Annotated[int, Option(metavar="SIGN")]
+BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
+SCORERS = ",".join(options.default_of(explain_features, "scorers"))
 
 
 def open_book(context: Context, store: options.StoreFolder) -> None:
@@ -165,10 +167,6 @@ def _print(labels: Sequence[Label], top: int) -> None:
         echo("No label.", err=True)
     elif len(labels) > top:
         echo(f"{len(labels) - top:,} more: give --top {len(labels)}.", err=True)
-
-
-BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
-SCORERS = ",".join(options.default_of(explain_features, "scorers"))
 
 
 @options.documented_by(RequestConfig, parallel="n_parallel")

@@ -31,6 +31,8 @@ from saelab.training.checkpoint import FOLDER, find_checkpoint
 from saelab.training.config import TrainConfig
 
 WRITTEN = (CONFIG, WEIGHTS, "history.jsonl", "history.csv")
+N_TOKENS = 100_000
+BASELINES, N_BOOTSTRAP, SEED = (options.default_of(evaluate, name) for name in ("baselines", "n_bootstrap", "seed"))
 
 
 @options.documented_by(SAEConfig, TrainConfig, AuxK, Archetypal)
@@ -243,10 +245,6 @@ def collect_text(
         resume=not overwrite,
     )
     echo(describe_activations(out))
-
-
-N_TOKENS = 100_000
-BASELINES, N_BOOTSTRAP, SEED = (options.default_of(evaluate, name) for name in ("baselines", "n_bootstrap", "seed"))
 
 
 @options.documented_by(evaluate, tokenize)

@@ -27,6 +27,7 @@ from saelab.stores.manifest import ActivationsManifest, Provenance, dtype_name
 from saelab.stores.shuffling import RingBuffer
 
 SHARD_TOKENS = 32768
+BUFFER_TOKENS = 1 << 16
 
 
 def collect(
@@ -122,9 +123,6 @@ def _run(
             writer.add_reading(reader.read(batch), len(batch))
             bar.update(batch.n_tokens)
     return writer.open(reader.origins(tokens, writer.n_tokens, dict(writer.removed)))
-
-
-BUFFER_TOKENS = 1 << 16
 
 
 class ActivationStream:

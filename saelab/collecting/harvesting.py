@@ -35,6 +35,11 @@ from saelab.stores.jobs import hidden
 from saelab.stores.manifest import FeatureManifest, Provenance
 from saelab.stores.packing import pack_codes, round_values, smallest_int
 
+SHARD_TOKENS = 65536  # so that row numbers within a shard fit 16 bits
+ValueDtype = Literal["float16", "float32"]
+SAMPLE_TOKENS = 8_192  # tokens to which the untrained SAE's location and scale are fitted
+EVERYTHING = TokenMask(special=False)
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -151,11 +156,6 @@ def _make_text(columns: Sequence[np.ndarray], model: "Model | None") -> StoredTe
     known = model is not None and model.tokenizer is not None
     strings = token_strings(model.tokenizer, np.unique(token_ids).tolist()) if known and model is not None else {}
     return StoredText(token_ids=token_ids, doc_ids=doc_ids, positions=positions, strings=strings)
-
-
-SHARD_TOKENS = 65536  # so that row numbers within a shard fit 16 bits
-
-ValueDtype = Literal["float16", "float32"]
 
 
 @torch.no_grad()
@@ -399,10 +399,6 @@ class _CodesBuffer:
         return {name: torch.from_numpy(array) for name, array in packed.items()} | {
             "places": torch.from_numpy(whole["places"])
         }
-
-
-SAMPLE_TOKENS = 8_192  # tokens to which the untrained SAE's location and scale are fitted
-EVERYTHING = TokenMask(special=False)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ BOOK = "labels.sqlite"
 PATIENCE = 5.0
 """seconds to wait for another process that is writing labels"""
 logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
 
 
 def make_way(folder: Path, request: dict[str, Any]) -> None:
@@ -95,9 +96,6 @@ def _alone_with(path: Path) -> Iterator[None]:
         except sqlite3.DatabaseError:  # damaged: moved as it is
             pass
         yield
-
-
-MANIFEST = "manifest.json"
 
 
 @runtime_checkable

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 N_DRAWS = 500
+PRECISION, MIN_FIRES = 0.95, 10
+PAIR_KAPPA, PAIR_SHARE = 0.3, 0.5
+CLASSIFIERS_AT_ONCE = 16  # rows of a product with the truth
 
 
 def kappa_intervals(
@@ -109,9 +112,6 @@ def move_truth(truth: "csr_matrix", story_ids: Shaped[np.ndarray, "n_tokens"], s
     moved = csr_matrix(sum(truth[order] @ mask for order, mask in zip(orders, masks, strict=True)).astype(np.int32))
     moved.eliminate_zeros()
     return moved
-
-
-PRECISION, MIN_FIRES = 0.95, 10
 
 
 def reconstruct_truth(
@@ -182,10 +182,6 @@ def _mean_f1(predicted: "csr_matrix", truth: "csr_matrix") -> float:
     hits, both = (np.asarray(m.sum(1)).ravel() for m in (predicted.multiply(truth), predicted + truth))
     some = both.nonzero()[0]
     return float((2 * hits[some] / both[some]).mean()) if len(some) else math.nan
-
-
-PAIR_KAPPA, PAIR_SHARE = 0.3, 0.5
-CLASSIFIERS_AT_ONCE = 16  # rows of a product with the truth
 
 
 def score_concepts(

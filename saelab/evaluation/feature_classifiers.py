@@ -35,6 +35,9 @@ FRACTIONS = np.arange(N_LEVELS) / N_LEVELS
 NOTHING = -1
 """In place of a classifier's number, for a concept with which no feature fires."""
 BLOCK_ENTRIES = 2**22  # entries of a block of columns held at a time
+SPLIT_GAIN, MAX_SPLIT = 0.03, 10
+SAMPLE_TOKENS = 40_000
+ENCODE_TOKENS = 2**15
 
 
 def read_values(codes: CodeMatrix) -> Any:
@@ -183,9 +186,6 @@ def _sum_down(counts: np.ndarray, axis: int) -> np.ndarray:
     return np.flip(np.flip(counts, axis).cumsum(axis, dtype=np.int32), axis)
 
 
-SPLIT_GAIN, MAX_SPLIT = 0.03, 10
-
-
 @dataclass(frozen=True, eq=False)
 class ClassifierCounts:
     """How often classifiers fire with each concept, and in total."""
@@ -311,10 +311,6 @@ class Ranks:
 def ratio(part: float | np.number, whole: int | np.number) -> float:
     """`part / whole`, NaN where the whole is 0."""
     return float(part / whole) if whole else math.nan
-
-
-SAMPLE_TOKENS = 40_000
-ENCODE_TOKENS = 2**15
 
 
 def concept_baselines(

@@ -12,6 +12,17 @@ ROWS = (
     "fvu", "explained_variance", "cosine", "bias", "l0", "dead_frac", "ce_clean", "ce_sae", "ce_zero", "ce_mean",
     "loss_recovered", "loss_recovered_mean", "kl", "kl_zero", "kl_score",
 )  # fmt: skip
+SUMMARY = {
+    "coverage": "coverage: mean F1",
+    "coverage_always": "  of saying yes always",
+    "auroc": "mean AUROC",
+    "reconstruction": "reconstruction: pooled F1",
+    "reconstruction_macro": "reconstruction: F1 a token",
+    "n_split": "features a concept is split into",
+    "parent_recall": "parent recall given the child",
+    "parent_recall_overall": "  recall of those parents",
+    "parent_f1": "  F1 of those parents",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,19 +128,6 @@ class Evaluation(Result):
 
 def _number(x: float) -> str:
     return f"{x:.4g}"
-
-
-SUMMARY = {
-    "coverage": "coverage: mean F1",
-    "coverage_always": "  of saying yes always",
-    "auroc": "mean AUROC",
-    "reconstruction": "reconstruction: pooled F1",
-    "reconstruction_macro": "reconstruction: F1 a token",
-    "n_split": "features a concept is split into",
-    "parent_recall": "parent recall given the child",
-    "parent_recall_overall": "  recall of those parents",
-    "parent_f1": "  F1 of those parents",
-}
 
 
 class BestFeature(NamedTuple):

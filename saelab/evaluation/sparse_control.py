@@ -28,6 +28,9 @@ from saelab.stores.results import Result, find_row, format_table
 
 ORIGINAL = "original"
 """version of the unedited prompts"""
+KS = (1, 2, 4, 8, 16, 32)
+ENCODE_ROWS = 4096
+CHANGES = 0.02  # of predictions: with fewer, agreement says little
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -177,11 +180,6 @@ def weigh_codes(
     """
     y = z @ rows
     return z * (y @ rows.T) / y.square().sum(1, keepdim=True).clamp(min=1e-12)
-
-
-KS = (1, 2, 4, 8, 16, 32)
-ENCODE_ROWS = 4096
-CHANGES = 0.02  # of predictions: with fewer, agreement says little
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from saelab.functional.statistics import choose_threshold, f1, fit_probe
 Fit = Literal["means", "least-squares"]
 Attributes = Mapping[str, str]
 """The attributes of a prompt: their values by name"""
+GOOD_F1 = 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +95,6 @@ def _mark(attributes: Sequence[Attributes], places: Mapping[tuple[str, str], int
     z = torch.zeros(len(attributes), len(places))
     z[[row for row, _ in pairs], [places[pair] for _, pair in pairs]] = 1
     return z
-
-
-GOOD_F1 = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)

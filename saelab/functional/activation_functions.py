@@ -16,6 +16,8 @@ from torch import Tensor
 from saelab.functional.codes import SparseCodes
 from saelab.functional.screening import largest_first
 
+SCAN_NUMBERS = 2**22  # products held at a time
+
 
 def keep_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
     """`u` where it is among the k largest of its row, else 0: TopK, or AbsTopK where `signed`.
@@ -142,9 +144,6 @@ def step_above(
     tensor([[0., 1.]])
     """
     return _step(u, threshold, bandwidth)
-
-
-SCAN_NUMBERS = 2**22  # products held at a time
 
 
 def pursue(

@@ -15,6 +15,12 @@ from numpy.typing import NDArray
 
 FeatureIds: TypeAlias = Iterable[SupportsIndex]
 """lists, ranges, arrays and tensors of integers"""
+PART = 2**16
+"""Rows that are processed at a time."""
+SPREAD = 16
+"""Rows are dense where at least one in this many between the first and the last is among them."""
+RowMarker = Callable[[int, int], NDArray[np.bool_]]
+"""Function of (start, stop) that returns a boolean for each of the rows `start:stop`."""
 
 
 def read_feature(value: object, name: str = "feature", d_sae: int | None = None) -> int:
@@ -65,12 +71,6 @@ def read_features(values: FeatureIds, d_sae: int, name: str = "features") -> lis
     if bad := [j for j in wanted if not 0 <= j < d_sae]:
         raise ValueError(f"`{name}` must be in 0..{d_sae - 1}, got {bad[:5]}.")
     return wanted
-
-
-PART = 2**16
-"""Rows that are processed at a time."""
-SPREAD = 16
-"""Rows are dense where at least one in this many between the first and the last is among them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,10 +148,6 @@ class ChosenRuns:
     def sum(self) -> int:
         """Number of rows in chosen runs."""
         return int(np.diff(np.append(self.starts, self.n_rows))[self.chosen].sum())
-
-
-RowMarker = Callable[[int, int], NDArray[np.bool_]]
-"""Function of (start, stop) that returns a boolean for each of the rows `start:stop`."""
 
 
 def draw_rows(marks: RowMarker, n_rows: int, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:

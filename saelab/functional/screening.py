@@ -29,6 +29,11 @@ from torch.nn.functional import embedding
 
 TRIED_SHAPES = ((1, 25, 560), (17, 16, 16), (70, 33, 512), (30, 129, 1024), (64, 769, 256))
 """rows, width and columns: a vector, whole and broken tiles, and lengths of sum that meet every kernel's remainder"""
+Precision = Literal["float32", "bfloat16", "int8"]
+SCAN_ROWS = 512  # tokens at a time: enough for the matrix kernels, few enough for the cache and to reuse the memory
+BLOCK = 16  # latents a block
+ROUNDS = 12  # of timing the precisions
+INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 def multiply_int8(
@@ -164,14 +169,6 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     if key not in _KEPT.buffers or _KEPT.buffers[key].numel() < size:
         _KEPT.buffers[key] = torch.empty(size, dtype=dtype, device=device)
     return _KEPT.buffers[key][:size].view(shape)
-
-
-Precision = Literal["float32", "bfloat16", "int8"]
-
-SCAN_ROWS = 512  # tokens at a time: enough for the matrix kernels, few enough for the cache and to reuse the memory
-BLOCK = 16  # latents a block
-ROUNDS = 12  # of timing the precisions
-INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 class Screen:

@@ -26,6 +26,14 @@ INSIDE = 0.9
 ROWS_AT_ONCE = 2**18
 """Rows that are processed at a time, so that a memory-mapped column is never held as a whole."""
 WITHIN, EXCHANGED = "tokens permuted within documents", "documents exchanged and their tokens permuted"
+N_SHIFTS = 24
+SHIFTED_FIRINGS = 512
+"""Number of neighboring firings on which the spread of the null is measured."""
+CONSTANT = 1e-6
+"""A standard deviation below this share of the root mean square is rounding: the values are constant."""
+CHUNK_NUMBERS = 2**22  # draws times documents held at a time
+LEVEL = 0.95
+PROBE_STEPS = 30
 
 
 def permute_within(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
@@ -151,11 +159,6 @@ def move_blocks(doc_starts: Integer[np.ndarray, "n_docs"] | None, n: int, rng: n
     steps = (rng.random(len(first)) * lengths).astype(np.int64)
     places = np.lexsort((rng.random(len(first)), first // WINDOW_ROWS))
     return MovedBlocks(np.append(0, np.cumsum(lengths[places])), first[places], steps[places])
-
-
-N_SHIFTS = 24
-SHIFTED_FIRINGS = 512
-"""Number of neighboring firings on which the spread of the null is measured."""
 
 
 def dispersion(
@@ -332,10 +335,6 @@ def auroc_of_ranks(total: float, n_true: int, n: int) -> float:
     return (total - n_true * (n_true + 1) / 2) / (n_true * (n - n_true)) if 0 < n_true < n else math.nan
 
 
-CONSTANT = 1e-6
-"""A standard deviation below this share of the root mean square is rounding: the values are constant."""
-
-
 def correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
     """Pearson's correlation; NaN for fewer than three values or where one side does not vary.
 
@@ -396,10 +395,6 @@ def draw_weights(n: int, n_draws: int, seed: int = 0) -> Float[np.ndarray, "n_dr
     if n < 2:
         return np.full((1, n), math.nan)
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws).astype(float)
-
-
-CHUNK_NUMBERS = 2**22  # draws times documents held at a time
-LEVEL = 0.95
 
 
 class DocumentSums:
@@ -482,9 +477,6 @@ def find_interval(draws: Float[Tensor, "n_draws"]) -> tuple[float, float]:
     tail = (1 - LEVEL) / 2
     low, high = draws.double().nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
-
-
-PROBE_STEPS = 30
 
 
 def fit_probe(x: Float32[Tensor, "n d"], labels: Float32[Tensor, "n n_concepts"]) -> torch.nn.Linear:

@@ -22,6 +22,11 @@ from saelab.functional.codes import SparseCodes, sampled_dot
 from saelab.functional.screening import SCAN_ROWS, Precision, Screen, choose_precision, first_largest, largest_first
 
 ROUNDINGS = 4.0  # how many times their expected size, eps * sqrt(d) * |x| |w|, errors of a product may be
+DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
+ERROR_MARGIN = 1.25  # an unseen latent may be wrong by this many times the largest error seen on the candidates
+MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
+SAMPLE = 16  # times k latents are computed first: k of these usually exceed a latent of average size
+PART = 2**22  # pre-activations held at a time
 
 
 def score(
@@ -194,11 +199,6 @@ def group_max_latents(
         exact[possible, place] = score(x, W, bias, rows[possible], groups[possible] * width + place)
         within[rows, groups] = exact.argmax(1)
     return within + torch.arange(k, device=u.device) * width
-
-
-DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
-ERROR_MARGIN = 1.25  # an unseen latent may be wrong by this many times the largest error seen on the candidates
-MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
 
 
 def search_topk(
@@ -444,10 +444,6 @@ def search_above(
         return search_topk(x, W, bias, 1, signed)
     indices, values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
     return SparseCodes.from_rows(indices, values, rows, (len(x), len(W)))
-
-
-SAMPLE = 16  # times k latents are computed first: k of these usually exceed a latent of average size
-PART = 2**22  # pre-activations held at a time
 
 
 def pick_topk(

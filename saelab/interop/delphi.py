@@ -32,6 +32,10 @@ from saelab.stores.validation import read_json
 
 NAME = re.compile(r"(\d+)_(\d+)")
 LARGEST_ID = 2**31 - 1
+CONFIG = "config.json"
+N_SPLITS = 5
+SMALLEST = 1e-5  # delphi omits codes up to this magnitude
+SHORT, WIDE = np.uint16, np.uint32
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,12 +260,6 @@ def _as_tokens(ids: np.ndarray, config: dict[str, Any]) -> Tokens:
     names = ("dataset_repo", "dataset_name", "dataset_split")
     source = " ".join(str(config[name]) for name in names if config.get(name)) or "unknown"
     return Tokens(ids=torch.from_numpy(ids.astype(np.int32)), doc_ids=doc_ids, source=source)
-
-
-CONFIG = "config.json"
-N_SPLITS = 5
-SMALLEST = 1e-5  # delphi omits codes up to this magnitude
-SHORT, WIDE = np.uint16, np.uint32
 
 
 def write_delphi(

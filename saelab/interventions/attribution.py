@@ -28,6 +28,10 @@ N_SHUFFLES = 99
 N_SHOWN = 10
 NOTHING = 1e-5
 """Differences of the metric below this share of its size count as rounding."""
+AttributionMethod = Literal["gradient", "integrated", "exact"]
+Baseline = Literal["zero", "mean"]
+ERROR = -1  # in the place of a feature
+N_STEPS, MOST_STEPS, TOLERANCE = 32, 1024, 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,12 +187,6 @@ def _share_top(estimates: Float[np.ndarray, "n"], exact: Float[np.ndarray, "n"])
 
 def _largest(values: Float[np.ndarray, "n"], n: int = N_SHOWN) -> Int[np.ndarray, "m"]:
     return np.argsort(-np.abs(values), kind="stable")[:n]
-
-
-AttributionMethod = Literal["gradient", "integrated", "exact"]
-Baseline = Literal["zero", "mean"]
-ERROR = -1  # in the place of a feature
-N_STEPS, MOST_STEPS, TOLERANCE = 32, 1024, 0.005
 
 
 def attribute(

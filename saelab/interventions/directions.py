@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+INDEPENDENT = 1e-5  # of the largest singular value: what is below adds no direction of its own
+
 
 @dataclass(frozen=True, eq=False)
 class Direction:
@@ -64,9 +66,6 @@ def make_random(like: Direction, seed: int = 0) -> Direction:
     """
     drawn = torch.randn(like.d_in, generator=torch.Generator().manual_seed(seed))
     return Direction(drawn.to(like.vector), like.hook_point, "random", like.peak)
-
-
-INDEPENDENT = 1e-5  # of the largest singular value: what is below adds no direction of its own
 
 
 @dataclass(frozen=True, eq=False)

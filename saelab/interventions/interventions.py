@@ -24,6 +24,11 @@ from saelab.stores.feature_store import FeatureStore
 
 TextPart = Literal["all", "prompt", "generated"]
 CodeSign = Literal["both", "positive", "negative"]
+Mode = Literal["add", "clamp", "floor", "scale", "ablate"]
+Unit = Literal["raw", "max", "norm"]
+Error = Literal["keep", "drop"]
+Strength: TypeAlias = float | int | Float[Tensor, ""]
+FeatureStrengths: TypeAlias = Mapping[SupportsIndex, Strength] | FeatureIds | Strength
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,13 +145,6 @@ def _cut(tokens: Tensor, columns: Tensor, n_rows: int) -> Bool[Tensor, "batch n"
         raise ValueError(f"A token mask must have a row for each of the {n_rows} texts, got {len(mask)}.")
     inside = columns < mask.shape[1]
     return mask[:, columns.clamp_max(mask.shape[1] - 1)] & inside
-
-
-Mode = Literal["add", "clamp", "floor", "scale", "ablate"]
-Unit = Literal["raw", "max", "norm"]
-Error = Literal["keep", "drop"]
-Strength: TypeAlias = float | int | Float[Tensor, ""]
-FeatureStrengths: TypeAlias = Mapping[SupportsIndex, Strength] | FeatureIds | Strength
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,17 @@ input: the tokens that the feature fires on; output: the tokens that it promotes
 an axis; polysemantic: several things; none: no good name was found; free: kind not specified.
 """
 BOTH = 0
+MARKS = {1: "+ ", 0: "", -1: "\u2212 "}
+ENDS = ("low", "high", "chance")
+MOST_SCORES = 4
+Format = Literal["json", "csv", "neuronpedia"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+SCHEMA_VERSION = 1
+PACKED = ("scores", "evidence", "provenance")
+COLUMNS = ("feature", "sign", "text", "kind", "author", "by_person", "chosen", "fixed", "time", *PACKED)
+FORMULA = re.compile("^'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""cells that a spreadsheet would run as a formula, and cells that look like an escaped one"""
+LONGEST_CELL = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +92,6 @@ class Label:
             return cls(**data)
         except TypeError as error:
             raise ValueError(f"A label must have the fields of `Label`, got others ({error}).") from None
-
-
-MARKS = {1: "+ ", 0: "", -1: "\u2212 "}
-ENDS = ("low", "high", "chance")
-MOST_SCORES = 4
 
 
 def join_texts(labels: Sequence[Label]) -> str:
@@ -178,16 +184,6 @@ def format_floor(trained: dict[str, float], untrained: dict[str, float] | None, 
     parts += [f"mean {name} {trained[name]:.2f} ({extras(name)}, chance {chance[name]:g})" for name in chance]
     note = "" if untrained is not None else "; no untrained dictionary was labeled for comparison"
     return ", ".join(parts).replace("none scored, ", "") + note
-
-
-Format = Literal["json", "csv", "neuronpedia"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-SCHEMA_VERSION = 1
-PACKED = ("scores", "evidence", "provenance")
-COLUMNS = ("feature", "sign", "text", "kind", "author", "by_person", "chosen", "fixed", "time", *PACKED)
-FORMULA = re.compile("^'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
-"""cells that a spreadsheet would run as a formula, and cells that look like an escaped one"""
-LONGEST_CELL = 2**31 - 1
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,11 @@ CREATE VIEW places AS SELECT *, row_number() OVER (PARTITION BY feature, sign OR
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
+PACKED = ("scores", "evidence", "provenance")
+FIELDS = ("feature", "sign", "text", "kind", "author", "by_person", *PACKED, "time", "fixed")
+PLACE = "feature = ? AND sign = ?"
+TIMEOUT = 30.0
+BY_FEATURE = "feature, CASE sign WHEN 0 THEN 0 WHEN 1 THEN 1 ELSE 2 END, place"  # the whole feature, then + and -
 
 
 def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection | None:
@@ -196,11 +201,6 @@ def _rank_by_stems(texts: Sequence[str], words: Sequence[str]) -> list[int] | No
         db.close()
 
 
-PACKED = ("scores", "evidence", "provenance")
-FIELDS = ("feature", "sign", "text", "kind", "author", "by_person", *PACKED, "time", "fixed")
-PLACE = "feature = ? AND sign = ?"
-
-
 def put_label(db: sqlite3.Connection, label: Label) -> int:
     """Insert a label in place of its author's older ones of the same side; returns the row's id.
 
@@ -269,10 +269,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not")
-
-
-TIMEOUT = 30.0
-BY_FEATURE = "feature, CASE sign WHEN 0 THEN 0 WHEN 1 THEN 1 ELSE 2 END, place"  # the whole feature, then + and -
 
 
 class LabelStore:

@@ -24,6 +24,8 @@ from saelab.lm.unwrapped import evaluating
 from saelab.stores.jobs import hidden
 from saelab.stores.results import Result
 
+BATCH = 64
+
 
 @dataclass(frozen=True, eq=False)
 class Continuations:
@@ -187,9 +189,6 @@ class Sampler:
             ordered = ordered.masked_fill(before >= top_p, -torch.inf)
             logits = logits.scatter(1, order, ordered)
         return logits
-
-
-BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,9 @@ from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokens import Tokens
 from saelab.lm.unwrapped import OwnHook, Site, Tap, attach, run, run_as_set
 
+FORWARD_TOKENS = 4096
+CALIBRATION_TOKENS = 16384
+
 
 class _Stop(Exception):
     """Ends a forward pass once all hook points asked for have fired."""
@@ -406,10 +409,6 @@ def watch(model: Model) -> Iterator[TokenTracker]:
             if module is not None:
                 stack.enter_context(module.register_forward_pre_hook(flow.follow, with_kwargs=True))
         yield flow
-
-
-FORWARD_TOKENS = 4096
-CALIBRATION_TOKENS = 16384
 
 
 def forward_size(tokens: Tokens, n_seq: int | None, most_tokens: int = FORWARD_TOKENS) -> int:

@@ -18,6 +18,12 @@ from saelab.lm.tokenizers import spell, token_bytes
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.stores.results import Result, format_table
 
+WordTokens = Literal["all", "first", "last"]
+Names: TypeAlias = str | Iterable[str] | None
+"""labels of a word: one, several, or none ("", None)"""
+LabeledText: TypeAlias = Sequence[tuple[str, Names]] | tuple[str, Sequence[tuple[int, int, str]]]
+"""A document: its words, each with its labels; or its text, with labels of character ranges (start, stop, label)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskResult(Result):
@@ -135,13 +141,6 @@ class TokenMask:
     def to_dict(self) -> dict[str, Any]:
         """All rules, as a dictionary for JSON and provenance."""
         return asdict(self)
-
-
-WordTokens = Literal["all", "first", "last"]
-Names: TypeAlias = str | Iterable[str] | None
-"""labels of a word: one, several, or none ("", None)"""
-LabeledText: TypeAlias = Sequence[tuple[str, Names]] | tuple[str, Sequence[tuple[int, int, str]]]
-"""A document: its words, each with its labels; or its text, with labels of character ranges (start, stop, label)."""
 
 
 class _Spans(NamedTuple):

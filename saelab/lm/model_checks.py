@@ -21,6 +21,32 @@ from torch.nn.modules import module as torch_module
 
 from saelab.lm.unwrapped import TapHook, is_ours, unwrap
 
+_QUANTIZED = ("bitsandbytes.", "torch.ao.nn.", "torchao.", "auto_gptq.", "gptqmodel.", "awq.", "quanto.", "optimum.")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")
+_BOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LIBRARIES = (
+    "transformers.",
+    "transformer_lens.model_bridge.component_setup",
+    "transformer_lens.model_bridge.generalized_components.",
+)
+N_ENTRIES = 16
+"""number of entries of each parameter, evenly spaced"""
+N_SUMS = 4
+TOLERANCE = 0.25
+"""largest difference, as a fraction of the sum of magnitudes times the coarser dtype's resolution: rounding moves sums
+by a tenth of that with some hundred parameters, other random weights move them by a hundredth of the sum itself
+"""
+FINEST = 1e-6
+"""finest resolution required: folded weights were rounded once more, by each machine in its own order"""
+WHOLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""dtypes whose rounding stays below the tolerance"""
+Sketch = tuple[float, ...]
+# Names of the context length in Hugging Face's configurations; most other names are aliases of the first.
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_context_length", "max_sequence_length")
+_LIKE_LIMITS = re.compile(r"position|context|ctx|seq\w*_len|max_len")
+"""pattern of names that a context length may have in unknown configurations"""
+_RECURRENT = ("rwkv",)  # its `context_length` sizes a training kernel; a state has no positions
+
 
 class ModelConfig(Protocol):
     """Protocol of a model's configuration: the fields that saelab reads."""
@@ -63,10 +89,6 @@ class Model(Protocol):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """The model on another device or in another dtype, as in `torch.nn.Module`."""
-
-
-_QUANTIZED = ("bitsandbytes.", "torch.ao.nn.", "torchao.", "auto_gptq.", "gptqmodel.", "awq.", "quanto.", "optimum.")
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")
 
 
 def require_bridge(model: Any) -> None:
@@ -221,14 +243,6 @@ def admit_tokenizer(model: Any) -> None:
         )
 
 
-_BOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LIBRARIES = (
-    "transformers.",
-    "transformer_lens.model_bridge.component_setup",
-    "transformer_lens.model_bridge.generalized_components.",
-)
-
-
 class HookBooks:
     """The dictionaries in which PyTorch keeps the hooks of all modules of some models, and its global hooks.
 
@@ -307,21 +321,6 @@ def _is_inner(hook: Any) -> bool:
             return str(getattr(hook, "__module__", "")).startswith(_LIBRARIES)
 
 
-N_ENTRIES = 16
-"""number of entries of each parameter, evenly spaced"""
-N_SUMS = 4
-TOLERANCE = 0.25
-"""largest difference, as a fraction of the sum of magnitudes times the coarser dtype's resolution: rounding moves sums
-by a tenth of that with some hundred parameters, other random weights move them by a hundredth of the sum itself
-"""
-FINEST = 1e-6
-"""finest resolution required: folded weights were rounded once more, by each machine in its own order"""
-WHOLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""dtypes whose rounding stays below the tolerance"""
-
-Sketch = tuple[float, ...]
-
-
 def sketch_weights(model: nn.Module | Model) -> Sketch | None:
     """Fingerprint of a model's weights; None where weights are quantized or have not been loaded.
 
@@ -375,13 +374,6 @@ def _find_weights(model: nn.Module | Model) -> Iterator[Tensor]:
 def _pick(weight: Tensor) -> Tensor:
     places = torch.linspace(0, weight.numel() - 1, N_ENTRIES, dtype=torch.float64).long().to(weight.device)
     return weight.detach().reshape(-1)[places].float()
-
-
-# Names of the context length in Hugging Face's configurations; most other names are aliases of the first.
-_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_context_length", "max_sequence_length")
-_LIKE_LIMITS = re.compile(r"position|context|ctx|seq\w*_len|max_len")
-"""pattern of names that a context length may have in unknown configurations"""
-_RECURRENT = ("rwkv",)  # its `context_length` sizes a training kernel; a state has no positions
 
 
 def find_context(model: Model) -> int:

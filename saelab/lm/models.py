@@ -34,6 +34,13 @@ from saelab.lm.unwrapped import drop_hollow, make_probe, run, set_attention, str
 from saelab.stores.files import shareable
 from saelab.stores.jobs import hidden
 
+logger = logging.getLogger(__name__)
+_STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile")
+Processing = Literal["none", "folded"]
+BUILT_IN = ("tales", "tales-b")
+WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
+"""folder of the built-in models"""
+
 
 @contextmanager
 def hidden_bars() -> Iterator[None]:
@@ -52,11 +59,6 @@ def hidden_bars() -> Iterator[None]:
             logging.enable_progress_bar()
         if are_progress_bars_disabled() != hub_hidden:
             (disable_progress_bars if hub_hidden else enable_progress_bars)()
-
-
-logger = logging.getLogger(__name__)
-
-_STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile")
 
 
 @contextmanager
@@ -144,12 +146,6 @@ def _replaced(holder: Any, name: str, make: Callable[[Any], Any]) -> Iterator[No
 
 
 """A language model in saelab: a TransformerBridge. A string, because importing the class takes seconds."""
-
-
-Processing = Literal["none", "folded"]
-BUILT_IN = ("tales", "tales-b")
-WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
-"""folder of the built-in models"""
 
 
 def load_model(

@@ -38,6 +38,9 @@ from saelab.sae.sae import SAE
 from saelab.stores.corpus import split_documents
 from saelab.stores.results import Result, find_row, format_table
 
+MIN_COUNT = 20
+ErasureMethod = Literal["features", "means", "probe", "erasure"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbedConcept:
@@ -155,9 +158,6 @@ def average_scores(name: str, scores: list[RemovalScore]) -> RemovalScore:
         loss_with=mean([score.loss_with for score in scores]),
         size=mean([score.size for score in scores]),
     )
-
-
-MIN_COUNT = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,9 +313,6 @@ def _test(scores: np.ndarray, y: np.ndarray, is_train: np.ndarray) -> tuple[floa
     threshold, _ = choose_threshold(scores[is_train], y[is_train], by="balanced")
     held, y_held = scores[~is_train], y[~is_train]
     return balanced_accuracy(held >= threshold, y_held), auroc(held, y_held)
-
-
-ErasureMethod = Literal["features", "means", "probe", "erasure"]
 
 
 def erase_concept(

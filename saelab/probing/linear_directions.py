@@ -21,6 +21,12 @@ from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore, Firings
 
 DirectionMethod = Literal["means", "probe", "pca", "kmeans"]
+Edit: TypeAlias = Callable[[Tensor], Tensor]
+"""Activations (*batch, d_in) to activations."""
+To = Literal["usual", "zero"]
+"""What codes along an erased direction become: their usual value where the label is false, or zero"""
+NEAREST = 10
+SMALLEST = 1e-6  # of the largest variance: what is below is no direction of the data
 
 
 def fit_direction(
@@ -171,14 +177,6 @@ class _Column:
         there, (x, xx), codes = self.values[firings.indices], self.sums, firings.values.astype(np.float64)
         both = (correlation_of_sums(len(self.values), x, z.sum(), xx, z @ z, there @ z) for z in (codes, np.abs(codes)))
         return max(abs(float(np.nan_to_num(r))) for r in both)
-
-
-Edit: TypeAlias = Callable[[Tensor], Tensor]
-"""Activations (*batch, d_in) to activations."""
-To = Literal["usual", "zero"]
-"""What codes along an erased direction become: their usual value where the label is false, or zero"""
-NEAREST = 10
-SMALLEST = 1e-6  # of the largest variance: what is below is no direction of the data
 
 
 @dataclass(frozen=True, eq=False)

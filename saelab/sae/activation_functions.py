@@ -46,6 +46,7 @@ from saelab.stores.validation import read_fields, require_object
 ACTIVATIONS: dict[str, "type[Activation]"] = {}
 
 A = TypeVar("A", bound="type[Activation]")
+SPARSE_FRAC = 0.05  # of the pre-activations: with more than this needed, a dense training step is faster
 
 
 @dataclass(frozen=True)
@@ -237,9 +238,6 @@ def _find_kind(name: str, settings: Mapping[str, Any]) -> "type[Activation]":
     if unknown := sorted(set(settings) - known):
         raise ValueError(f"Activation '{name}' takes {sorted(known)}, got {unknown[:5]}; remove or rename them.")
     return ACTIVATIONS[name]
-
-
-SPARSE_FRAC = 0.05  # of the pre-activations: with more than this needed, a dense training step is faster
 
 
 @register_activation("topk")

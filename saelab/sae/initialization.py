@@ -19,6 +19,12 @@ from saelab.sae.sae import SAE
 from saelab.sae.training_sae import TrainingSAE
 from saelab.training.config import TrainConfig, name_optimized
 
+ENCODER_SHARE = 0.2
+"""Norm of a revived latent's encoder, as a fraction of the others' mean: large enough to become active, too small to
+take over.
+"""
+PART = 4096
+
 
 def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tensor, "n d_out"] | None = None) -> SAE:
     """SAE as it is before its first training step: random weights, fitted in location and scale to a sample.
@@ -64,13 +70,6 @@ def make_untrained(
         cut_to(made, x, wanted)
     made.provenance = sae.provenance
     return made
-
-
-ENCODER_SHARE = 0.2
-"""Norm of a revived latent's encoder, as a fraction of the others' mean: large enough to become active, too small to
-take over.
-"""
-PART = 4096
 
 
 @torch.no_grad()

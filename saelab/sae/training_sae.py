@@ -20,6 +20,17 @@ from saelab.sae.module import SAEModule
 from saelab.training.config import TrainConfig
 
 SCALE_TOKENS = 1024  # tokens used to set the encoder's scale; also the chunk size
+THRESHOLD_RATE = 0.01  # of the running threshold's exponential average, after its first 100 steps, which average evenly
+STEER_RATE = 0.03  # change of the log sparsity coefficient per step where L0 is off by a factor e
+STEER_DAMPING = 1.0  # share of a change in log L0 that the coefficient follows at once, to prevent overshooting
+STEER_LIMIT = 2.0  # clamp of the log-ratio of L0 to its target
+# The coefficient acts through the optimizer, slowly; near the target all thresholds (ReLU: biases) follow L0 at once.
+CUT_LIMIT = 0.5
+THRESHOLD_STEP = 0.02  # change of log thresholds per step and unit of log-ratio
+BIAS_STEP = 0.003  # change of biases per step and unit of log-ratio, in units of u
+MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
+_Step = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]
+"""errors of the prefixes, residual, sparsity penalty, and (fired, l0, smallest) of the codes"""
 
 
 @torch.no_grad()
@@ -115,17 +126,6 @@ def _codes(sae: SAEModule, x: Tensor) -> Tensor:
     return sae.cfg.activation(read @ sae.W_enc + sae.b_enc, sae.threshold, training=True)
 
 
-THRESHOLD_RATE = 0.01  # of the running threshold's exponential average, after its first 100 steps, which average evenly
-STEER_RATE = 0.03  # change of the log sparsity coefficient per step where L0 is off by a factor e
-STEER_DAMPING = 1.0  # share of a change in log L0 that the coefficient follows at once, to prevent overshooting
-STEER_LIMIT = 2.0  # clamp of the log-ratio of L0 to its target
-# The coefficient acts through the optimizer, slowly; near the target all thresholds (ReLU: biases) follow L0 at once.
-CUT_LIMIT = 0.5
-THRESHOLD_STEP = 0.02  # change of log thresholds per step and unit of log-ratio
-BIAS_STEP = 0.003  # change of biases per step and unit of log-ratio, in units of u
-MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
-
-
 @dataclass(frozen=True, eq=False)
 class Objective:
     """Weighted losses of one batch, and the statistics of its codes that `TrainingSAE.observe` needs."""
@@ -144,10 +144,6 @@ class Objective:
     def total(self) -> Float[Tensor, ""]:
         """Sum of the losses, which is differentiated."""
         return torch.stack(list(self.terms.values())).sum()
-
-
-_Step = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]
-"""errors of the prefixes, residual, sparsity penalty, and (fired, l0, smallest) of the codes"""
 
 
 def _smallest(size: Tensor) -> Tensor:

@@ -17,6 +17,32 @@ from saelab.stores.results import Result, format_table
 
 NAN = float("nan")
 N_DRAWS = 500
+STEPS = 16  # between two strengths
+MeasureName = Literal[
+    "lift", "selectivity", "mass", "gain", "kl", "entropy", "prompt_lift", "prompt_selectivity", "prompt_kl", "nll",
+    "perplexity", "rate", "share", "score", "repetition", "distinct_1", "distinct_2",
+]  # fmt: skip
+"""Measures of effect and cost, as `saelab.steering.dose_response` defines them."""
+MATCHED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
+"""KL in nats at which sources are compared: the largest that all of them reach"""
+RATIOS: dict[MeasureName, tuple[str, str]] = {
+    "lift": ("lift", "n_text"),
+    "selectivity": ("selectivity", "n_text"),
+    "kl": ("kl", "n_text"),
+    "mass": ("mass", "n_text"),
+    "entropy": ("entropy", "n_text"),
+    "prompt_lift": ("prompt_lift", "n_prompt"),
+    "prompt_selectivity": ("prompt_selectivity", "n_prompt"),
+    "prompt_kl": ("prompt_kl", "n_prompt"),
+    "nll": ("nll", "n_written"),
+    "rate": ("hits", "n_words"),
+    "share": ("held", "n_texts"),
+    "score": ("score", "n_texts"),
+    "repetition": ("repetition", "n_texts"),
+}
+"""measures as sums over sums"""
+NO_STRENGTH = "no strength on this side"
+SIDES = {1: "upwards", -1: "downwards"}
 
 
 @dataclass(frozen=True)
@@ -94,9 +120,6 @@ def make_estimates(
         Estimate(value, value - half, value + half, reason)
         for value, half in zip(values.tolist(), reach.tolist(), strict=True)
     ]
-
-
-STEPS = 16  # between two strengths
 
 
 def find_frontier(gain: Float[np.ndarray, "n"], cost: Float[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
@@ -198,13 +221,6 @@ def _between(values: np.ndarray, places: np.ndarray) -> np.ndarray:
     return values[low] * (1 - share) + values[low + 1] * share
 
 
-MeasureName = Literal[
-    "lift", "selectivity", "mass", "gain", "kl", "entropy", "prompt_lift", "prompt_selectivity", "prompt_kl", "nll",
-    "perplexity", "rate", "share", "score", "repetition", "distinct_1", "distinct_2",
-]  # fmt: skip
-"""Measures of effect and cost, as `saelab.steering.dose_response` defines them."""
-
-
 @dataclass(frozen=True)
 class Measure:
     """What is read from a steering curve: a measure, as it is or as its difference to unsteered text.
@@ -239,27 +255,6 @@ class Measure:
 
 
 AnyMeasure: TypeAlias = Measure | MeasureName
-
-MATCHED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
-"""KL in nats at which sources are compared: the largest that all of them reach"""
-RATIOS: dict[MeasureName, tuple[str, str]] = {
-    "lift": ("lift", "n_text"),
-    "selectivity": ("selectivity", "n_text"),
-    "kl": ("kl", "n_text"),
-    "mass": ("mass", "n_text"),
-    "entropy": ("entropy", "n_text"),
-    "prompt_lift": ("prompt_lift", "n_prompt"),
-    "prompt_selectivity": ("prompt_selectivity", "n_prompt"),
-    "prompt_kl": ("prompt_kl", "n_prompt"),
-    "nll": ("nll", "n_written"),
-    "rate": ("hits", "n_words"),
-    "share": ("held", "n_texts"),
-    "score": ("score", "n_texts"),
-    "repetition": ("repetition", "n_texts"),
-}
-"""measures as sums over sums"""
-NO_STRENGTH = "no strength on this side"
-SIDES = {1: "upwards", -1: "downwards"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

@@ -17,6 +17,8 @@ from saelab.stores.shuffling import BUFFER_TOKENS, ShuffledBatches
 from saelab.stores.tensors import map_tensor
 from saelab.stores.validation import naming
 
+PART_TOKENS = 1 << 20
+
 
 @runtime_checkable
 class _Rows(Protocol):
@@ -254,9 +256,6 @@ def _choose(manifest: ActivationsManifest, folder: str | Path, hook_point: str |
     if hook_point not in held:
         raise ValueError(f"`hook_point` must be one of those in {folder}, got {hook_point!r}. Choose from {held[:5]}.")
     return str(hook_point)
-
-
-PART_TOKENS = 1 << 20
 
 
 class ActivationPairs:

@@ -26,6 +26,12 @@ from saelab.stores.validation import SEAL, naming, read_sealed, require_object
 
 BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 """how a byte that is not a character by itself is written, as in SentencePiece"""
+TOKENS, STRINGS = "tokens.safetensors", "strings.json"
+COLUMNS = ("token_ids", "doc_ids", "positions")
+LONGEST = 4
+"""largest number of bytes of a character"""
+SAMPLE_TOKENS, SHORT, CHARACTERS = 2**16, 1.5, 4
+"""Tokens in the sample that decides whether tokens are mostly characters: mean length below 1.5; a word has about 4."""
 
 
 def name_bytes(raw: bytes) -> str:
@@ -148,14 +154,6 @@ def group_words(words: Sequence[str]) -> Iterator[slice]:
 def strongest(values: Sequence[float]) -> float:
     """The value of largest magnitude, with its sign, which represents a group of tokens; 0 for none."""
     return max(values, key=abs, default=0.0)
-
-
-TOKENS, STRINGS = "tokens.safetensors", "strings.json"
-COLUMNS = ("token_ids", "doc_ids", "positions")
-LONGEST = 4
-"""largest number of bytes of a character"""
-SAMPLE_TOKENS, SHORT, CHARACTERS = 2**16, 1.5, 4
-"""Tokens in the sample that decides whether tokens are mostly characters: mean length below 1.5; a word has about 4."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

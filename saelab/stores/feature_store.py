@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 N_BINS = 48
 LOWEST = -24
 """Bin b counts magnitudes from 2^(b - 24) to below 2^(b - 23); the outer bins take what is beyond them."""
+IntegerArray: TypeAlias = NDArray[np.integer[Any]]
+STATISTICS = "statistics.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,10 +127,6 @@ def measure(d_sae: int, shards: Iterable[tuple[np.ndarray, np.ndarray]]) -> Feat
     for offsets, values in shards:
         found.add(offsets, values)
     return found
-
-
-IntegerArray: TypeAlias = NDArray[np.integer[Any]]
-STATISTICS = "statistics.safetensors"
 
 
 @dataclass(frozen=True, eq=False)

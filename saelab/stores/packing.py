@@ -21,6 +21,11 @@ TINIEST = 2.0**-24
 """The smallest float16 above 0: a code that fires must not become a code that does not."""
 LARGEST = 65504.0
 """The largest finite float16."""
+Array: TypeAlias = NDArray[Any]
+MAPPED_BYTES = 2**25
+"""Bytes read of a store's mapped files before the maps are released; what was read stays resident until then."""
+FAULT_BYTES = 2**16
+"""Bytes that the system may map for a single number that is read."""
 
 
 def pack_codes(
@@ -116,13 +121,6 @@ def smallest_int(largest: int) -> np.dtype[Any]:
         if largest <= np.iinfo(dtype).max:
             return np.dtype(dtype)
     raise ValueError(f"Sizes must be below 2^31, got {largest}.")
-
-
-Array: TypeAlias = NDArray[Any]
-MAPPED_BYTES = 2**25
-"""Bytes read of a store's mapped files before the maps are released; what was read stays resident until then."""
-FAULT_BYTES = 2**16
-"""Bytes that the system may map for a single number that is read."""
 
 
 class MapBudget:

@@ -82,6 +82,8 @@ FUNCTION = [
     "such",
     "than",
 ]
+CTX_LEN = 256
+"""fits every story with its BOS and EOS"""
 
 
 def _nouns() -> list[Concept]:
@@ -165,9 +167,6 @@ def _word_concepts() -> dict[str, tuple[str, ...]]:
 
 
 _WORDS = _word_concepts()
-
-CTX_LEN = 256
-"""fits every story with its BOS and EOS"""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 PREFIX = 256
 """Number of leading ASCII characters by which longer versions of a cut document are searched."""
 Key = Callable[[Spelled, int], bytes | None]
+CommonRows: TypeAlias = tuple[MarkedRows, MarkedRows] | tuple[None, None]
 
 
 class Versions:
@@ -334,9 +335,6 @@ def _find_rows(pairs: _Pairs, found: list[np.ndarray]) -> tuple[np.ndarray, list
 
 def _count(why: np.ndarray, which: np.ndarray) -> np.ndarray:
     return np.bincount(why[which], minlength=len(REASONS))
-
-
-CommonRows: TypeAlias = tuple[MarkedRows, MarkedRows] | tuple[None, None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -45,6 +45,12 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 LEVEL = 0.95
+Similarity = Literal["correlation", "documents", "phi", "jaccard", "decoder", "encoder"]
+UntrainedSources: TypeAlias = FeatureStore | SAE | tuple[FeatureStore | SAE | None, FeatureStore | SAE | None] | None
+EXACT = 2**22
+"""Number of pairs of features up to which the assignment considers all of them."""
+Basis = Literal["neurons", "pca"]
+CHUNK = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,12 +312,6 @@ class DirectionSource(ComparisonSource):
                 yield side, np.zeros(n, np.int64), found
 
 
-Similarity = Literal["correlation", "documents", "phi", "jaccard", "decoder", "encoder"]
-UntrainedSources: TypeAlias = FeatureStore | SAE | tuple[FeatureStore | SAE | None, FeatureStore | SAE | None] | None
-EXACT = 2**22
-"""Number of pairs of features up to which the assignment considers all of them."""
-
-
 def compare(
     a: FeatureStore | SAE,
     b: FeatureStore | SAE,
@@ -503,10 +503,6 @@ def _choose(
 def _enough(both: np.ndarray, min_count: int) -> np.ndarray:
     """Whether counts reach `min_count`; -1 marks what cannot be counted, -2 what was not counted yet."""
     return (both >= min_count) | (both == -1)
-
-
-Basis = Literal["neurons", "pca"]
-CHUNK = 65536
 
 
 def compare_neurons_or_pcs(

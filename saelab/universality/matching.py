@@ -24,6 +24,19 @@ from saelab.universality.similarity import SimilarityBlock
 
 GROUP = 64
 """Number of neighboring features whose largest similarity is found first."""
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Some features, with partners and similarities of each; -1 and 0 where there are fewer."""
+N_BINS, POOL = 8, 200
+"""Number of groups of equally many features by firing count, each with its own null distribution, and the smallest size
+of a group; fewer groups where one would be smaller."""
+RecurrenceWeight = Literal["count", "frequency", "variance"]
+BY: tuple[RecurrenceWeight, ...] = get_args(RecurrenceWeight)
+RelationKind = Literal["same", "flipped", "split", "halves", "copies", "part"]
+COPIED = 1.3
+"""If the partners' joint firings are more than so many times a feature's own, they are copies, else a split."""
+MatchingMethod = Literal["best", "mutual", "hungarian"]
+"""best: the best partner of every feature of a; mutual: pairs that are each other's best; hungarian: one-to-one pairs
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,10 +77,6 @@ def find_nearest(
             of_a.merge(*rows)
             of_b.merge(*columns)
     return of_a.result(), of_b.result()
-
-
-Found = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Some features, with partners and similarities of each; -1 and 0 where there are fewer."""
 
 
 def _search_rows(start: int, found: Tensor, sizes: Tensor, m: int) -> Found:
@@ -138,11 +147,6 @@ class _Best:
         """The similarities kept, with zeros as missing."""
         missing = (self.indices < 0) | (self.values == 0)
         return Nearest(np.where(missing, -1, self.indices), np.where(missing, np.nan, self.values))
-
-
-N_BINS, POOL = 8, 200
-"""Number of groups of equally many features by firing count, each with its own null distribution, and the smallest size
-of a group; fewer groups where one would be smaller."""
 
 
 def find_mutual(of_a: Int[np.ndarray, "d_a"], of_b: Int[np.ndarray, "d_b"]) -> Int[np.ndarray, "n 2"]:
@@ -216,10 +220,6 @@ def pooled_p(
     return np.where(np.isnan(scaled), 1.0, (1 + larger) / (1 + len(pool)))
 
 
-RecurrenceWeight = Literal["count", "frequency", "variance"]
-BY: tuple[RecurrenceWeight, ...] = get_args(RecurrenceWeight)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Untrained:
     """Similarities and universal shares when one of the two dictionaries is untrained, of the same shape on the same
@@ -284,11 +284,6 @@ class Matches:
         return found | {"untrained": None if self.untrained is None else self.untrained.to_dict()}
 
 
-RelationKind = Literal["same", "flipped", "split", "halves", "copies", "part"]
-COPIED = 1.3
-"""If the partners' joint firings are more than so many times a feature's own, they are copies, else a split."""
-
-
 @dataclass(frozen=True)
 class Relation:
     """The relation of one feature to its partners in another dictionary.
@@ -335,11 +330,6 @@ def _kind_of(i: int, followers: list[int], mine: Matches, theirs: Matches) -> Re
         return "halves"
     both = theirs.n_both[followers].sum()
     return "copies" if both < 0 or both > COPIED * mine.fires[i] else "split"
-
-
-MatchingMethod = Literal["best", "mutual", "hungarian"]
-"""best: the best partner of every feature of a; mutual: pairs that are each other's best; hungarian: one-to-one pairs
-"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

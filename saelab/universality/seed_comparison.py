@@ -27,6 +27,11 @@ from saelab.universality.similarity import cosine_blocks
 PART = 4096
 """Tokens encoded at a time."""
 BLOCK_CELLS = 2**23  # cosines held at a time
+EXACT = 2**24
+"""Number of pairs of features up to which the assignment considers all of them."""
+CANDIDATES = 16
+"""Number of nearest features of either side that the assignment considers in larger dictionaries."""
+OOD_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +138,6 @@ def _largest_cosines(
             cosines.diagonal(start).fill_(-1.0 if len(others) > 1 else 0.0)
         found.append(cosines.amax(1))
     return torch.cat(found).clamp(max=1.0)
-
-
-EXACT = 2**24
-"""Number of pairs of features up to which the assignment considers all of them."""
-CANDIDATES = 16
-"""Number of nearest features of either side that the assignment considers in larger dictionaries."""
-OOD_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

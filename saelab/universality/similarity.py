@@ -26,6 +26,14 @@ Values = Literal["codes", "firing", "sides"]
 
 SPREAD = 2
 """Permuted rows are read in one stretch where that is at most so many times as many rows as are asked for."""
+BLOCK_CELLS = 2**22
+"""Similarities held at once by each thread, where the codes are read only once."""
+CHUNK_ENTRIES = 2**22
+"""Codes of one side held at once; a longer text is read again for every block of features."""
+LARGE_BLOCK_CELLS = 2**27
+"""Similarities held at once where the codes are read several times."""
+SimilarityBlock = tuple[int, Callable[[], Tensor]]
+"""The first feature of a block, and a function that computes its similarities with all features of the other side."""
 
 
 @runtime_checkable
@@ -187,17 +195,6 @@ def _read(matrix: "Callable[[int, int], csr_matrix]", rows: Integer[np.ndarray, 
 
     runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
     return vstack([matrix(int(run[0]), int(run[-1]) + 1) for run in runs], format="csr")
-
-
-BLOCK_CELLS = 2**22
-"""Similarities held at once by each thread, where the codes are read only once."""
-CHUNK_ENTRIES = 2**22
-"""Codes of one side held at once; a longer text is read again for every block of features."""
-LARGE_BLOCK_CELLS = 2**27
-"""Similarities held at once where the codes are read several times."""
-
-SimilarityBlock = tuple[int, Callable[[], Tensor]]
-"""The first feature of a block, and a function that computes its similarities with all features of the other side."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,6 +31,13 @@ SPECIAL = re.compile(
     re.IGNORECASE,
 )
 """Special tokens as tokenizers write them."""
+N_WORDS = 3
+SIGNS = {1: "+", -1: "-"}
+FAINT = 0.1
+"""a sign with a smaller share of |z| is not shown"""
+CLEAR = 0.05
+"""above this p, the value is shown as it is, without a "<" before it"""
+Sources = Mapping[str, FeatureStore] | Mapping[str, SAE] | Sequence[FeatureStore] | Sequence[SAE]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -190,14 +197,6 @@ def matched_decoder_rows(
     return x, y * np.where(values < 0, -1.0, 1.0)[:, None]
 
 
-N_WORDS = 3
-SIGNS = {1: "+", -1: "-"}
-FAINT = 0.1
-"""a sign with a smaller share of |z| is not shown"""
-CLEAR = 0.05
-"""above this p, the value is shown as it is, without a "<" before it"""
-
-
 @dataclass(frozen=True, kw_only=True)
 class UniversalTable(Result):
     """A table of universal pairs, the most similar first; `pandas.DataFrame(table.rows)` converts it."""
@@ -332,9 +331,6 @@ def _words(store: FeatureStore, feature: int, side: int) -> dict[str, list[str]]
             order = np.argsort(-np.bincount(place, sums[kept]), kind="stable")[:N_WORDS]
             words[SIGNS[sign]] = [store.text.strings.get(int(i), f"<{i}>") for i in known[order]]
     return words
-
-
-Sources = Mapping[str, FeatureStore] | Mapping[str, SAE] | Sequence[FeatureStore] | Sequence[SAE]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

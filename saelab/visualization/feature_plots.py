@@ -21,6 +21,10 @@ PER_DECADE = 5  # as fine as bins can be when 1, 2, 3, 4 firings are to leave no
 N_BINS = 40  # on each side of 0
 KIND_COLORS = dict(zip(KINDS, (OTHER, "#b58a1a", OWN, "#c2559d", "#8066cf"), strict=True))
 LEGIBLE = 0.05  # share of a bar from which its count is written inside
+FEWEST = 4
+PERPLEXITY = 30.0
+LABELED, UNLABELED = 11, 6
+RATES = [[0.0, OTHER], [0.5, OWN], [1.0, "#c2559d"]]
 
 
 def plot_density(store: FeatureStore, *, near_dead_rate: float = 1e-5, dense_rate: float = 0.1) -> "Figure":
@@ -177,12 +181,6 @@ def plot_dead_features(dead: DeadFeatures) -> "Figure":
     note += f", so a rate below {never[0]:.2g} ({dead.confidence:.0%})" if len(never) else ""
     note += f"; near-dead: below {dead.near_dead_rate:g}; dense: above {dead.dense_rate:g}"
     return apply_layout(figure, "Features by how often they fire", note, 150 + 52 * len(groups))
-
-
-FEWEST = 4
-PERPLEXITY = 30.0
-LABELED, UNLABELED = 11, 6
-RATES = [[0.0, OTHER], [0.5, OWN], [1.0, "#c2559d"]]
 
 
 def plot_feature_map(

@@ -58,6 +58,14 @@ figure { margin: 1rem 0; }
 @media (max-width: 32rem) { main { padding: 1.5rem .9rem 3rem; } dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .5rem; } .card { padding: .8rem .85rem; } }
 """
+INLINE = re.compile(r"<script(?: type=\"text/javascript\")?>(.*?)</script>", re.DOTALL)
+# between the light and the dark of the page's style
+PLUS, MINUS, OWN, OTHER = "#e07422", "#387ddf", "#37919a", "#848e99"
+SERIES = (OWN, "#c2559d", "#b58a1a", "#8066cf", "#6f9440", OTHER)
+"""Colors of lines that stand for no sign."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"
+TITLE_HEIGHT, LINE_HEIGHT, LEGEND_WIDTH = 44, 22, 28
 
 
 def escape(text: object) -> str:
@@ -96,9 +104,6 @@ def embed(figure: "Figure", name: str, follow: str, first: bool = True) -> Scrip
     made = Scripted(drawn.replace("\r\n", "\n"))  # as a browser reads it, and so hashes it
     made.scripts = tuple(INLINE.findall(made))
     return made
-
-
-INLINE = re.compile(r"<script(?: type=\"text/javascript\")?>(.*?)</script>", re.DOTALL)
 
 
 def write_policy(scripts: Sequence[str] = (), files: str = "") -> str:
@@ -169,15 +174,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], own: frozenset[s
 def decimal(x: float, digits: int = 2) -> str:
     """A number with a fixed number of digits; a dash for NaN."""
     return "-" if x != x else f"{x:.{digits}f}"
-
-
-# between the light and the dark of the page's style
-PLUS, MINUS, OWN, OTHER = "#e07422", "#387ddf", "#37919a", "#848e99"
-SERIES = (OWN, "#c2559d", "#b58a1a", "#8066cf", "#6f9440", OTHER)
-"""Colors of lines that stand for no sign."""
-DASHES = ("solid", "dash", "dot", "dashdot")
-CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"
-TITLE_HEIGHT, LINE_HEIGHT, LEGEND_WIDTH = 44, 22, 28
 
 
 def escape_plotly(text: object, width: int = 60) -> str:

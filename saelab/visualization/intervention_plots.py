@@ -67,6 +67,14 @@ function paint() {
 paint();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 """
+SCALE = 6.0  # nats at which a color is strongest
+ROW = "border-top: 1px solid var(--rule); padding: .2rem 0 .6rem; margin: .6rem 0 0"
+COLUMNS = "grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: 0 1.6rem"
+SIGNED = [[0.0, MINUS], [0.5, "rgba(56,125,223,0.04)"], [0.5, "rgba(224,116,34,0.04)"], [1.0, PLUS]]
+EFFECT_OPACITY = 0.7  # opacity of the largest effect: the text stays readable on it
+WIDEST = 40  # columns whose names are still written out
+N_COLUMNS = 12  # of a table
+RGB = {True: "222 110 24", False: "38 112 214"}
 
 
 def plot_dose_response(curve: SteeringCurve, measures: Sequence[AnyMeasure] = ()) -> "Figure":
@@ -260,10 +268,6 @@ def draw_curve(curve: SteeringCurve) -> str:
 
 register_drawing(SteeringCurve, draw_curve)
 
-SCALE = 6.0  # nats at which a color is strongest
-ROW = "border-top: 1px solid var(--rule); padding: .2rem 0 .6rem; margin: .6rem 0 0"
-COLUMNS = "grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: 0 1.6rem"
-
 
 def draw_texts(texts: GenerationComparison) -> str:
     """Texts in columns as one HTML element, a card for each prompt; all text is escaped.
@@ -314,12 +318,6 @@ def _draw_alone(texts: GenerationComparison) -> str:
 
 
 register_drawing(GenerationComparison, _draw_alone)
-
-SIGNED = [[0.0, MINUS], [0.5, "rgba(56,125,223,0.04)"], [0.5, "rgba(224,116,34,0.04)"], [1.0, PLUS]]
-EFFECT_OPACITY = 0.7  # opacity of the largest effect: the text stays readable on it
-WIDEST = 40  # columns whose names are still written out
-N_COLUMNS = 12  # of a table
-RGB = {True: "222 110 24", False: "38 112 214"}
 
 
 def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":

@@ -46,6 +46,15 @@ if TYPE_CHECKING:
 
 LOCAL_FILES = "'self' file:"
 """Content-Security-Policy sources for card files in the page's own folder, loaded when they are needed"""
+N_SHOWN = 12
+"""number of features shown per token, the strongest first"""
+PER_FILE = 100
+N_SEARCHED = 6
+"""Number of windows whose text the search covers for each feature, of both signs."""
+PAGE, NAME = "index.html", "report.json"
+FILES = (PAGE, NAME, "cards-*.js")
+ON_ONE_PAGE = 200
+"""Number of features up to which a folder holds one page and no further files."""
 
 
 def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: Mapping[int, str]) -> str:
@@ -151,10 +160,6 @@ def _format_number(x: float | None) -> str:
     return "-" if x is None or x != x else f"{x:.4g}"
 
 
-N_SHOWN = 12
-"""number of features shown per token, the strongest first"""
-
-
 def read_prompts(sae: "SAE", model: "Model", prompts: Sequence[str], origin: Provenance) -> list[dict[str, Any]]:
     """The words of each prompt, and for each word the features that fire there with their codes, largest |z| first.
 
@@ -213,15 +218,6 @@ def _mask_of(origin: Provenance) -> TokenMask:
 def _strongest(features: torch.Tensor, values: torch.Tensor) -> list[tuple[int, float]]:
     order = values.abs().argsort(descending=True, stable=True)[:N_SHOWN]
     return list(zip(features[order].tolist(), values[order].tolist(), strict=True))
-
-
-PER_FILE = 100
-N_SEARCHED = 6
-"""Number of windows whose text the search covers for each feature, of both signs."""
-PAGE, NAME = "index.html", "report.json"
-FILES = (PAGE, NAME, "cards-*.js")
-ON_ONE_PAGE = 200
-"""Number of features up to which a folder holds one page and no further files."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,6 +46,12 @@ VALUES: dict[str, str] = {
 }
 ABOVE_CHANCE = [[0.0, "rgba(128,128,128,0.08)"], [1.0, "rgba(55,145,154,0.65)"]]
 """Colors on which text is readable with light and dark backgrounds."""
+N_SHOWN = 3
+"""number of windows shown of each sign"""
+CHOICE: dict[str, Any] = {"n_top": N_SHOWN, "n_quantiles": 0, "n_near": 0, "n_random": 0}
+MOST_PARTNERS = 6
+MARKS = {1: "+", 0: "", -1: "\u2212"}
+SEVERAL = {"split": "split there into", "halves": "its signs are apart there:", "copies": "there several times:"}
 
 
 def plot_matches(comparison: Comparison) -> "Figure":
@@ -267,13 +273,6 @@ def draw_universal(found: UniversalTable) -> str:
 
 
 register_drawing(UniversalTable, draw_universal)
-
-N_SHOWN = 3
-"""number of windows shown of each sign"""
-CHOICE: dict[str, Any] = {"n_top": N_SHOWN, "n_quantiles": 0, "n_near": 0, "n_random": 0}
-MOST_PARTNERS = 6
-MARKS = {1: "+", 0: "", -1: "\u2212"}
-SEVERAL = {"split": "split there into", "halves": "its signs are apart there:", "copies": "there several times:"}
 
 
 @dataclass(frozen=True, eq=False)

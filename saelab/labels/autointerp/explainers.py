@@ -20,6 +20,11 @@ from saelab.labels.label import BOTH, Label, LabelKind, average_scores, format_f
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result
 
+BLOCK = 64
+"""Number of features whose windows are held at a time."""
+ANSWERS = "answers.jsonl"
+TYPICAL = " ".join(["something"] * N_WORDS)  # stands for labels that are not known yet
+
 
 @runtime_checkable
 class Explainer(Protocol):
@@ -50,12 +55,6 @@ class LLMExplainer:
 
 def _read(answer: str) -> str:
     return read_label(answer) or ""
-
-
-BLOCK = 64
-"""Number of features whose windows are held at a time."""
-ANSWERS = "answers.jsonl"
-TYPICAL = " ".join(["something"] * N_WORDS)  # stands for labels that are not known yet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,9 @@ SHARES = {
 """share of each family among the predicates that are taken from the text"""
 DISJOINT = ("token", "word", "word end", "bigram", "previous token", "next token")
 """Families of which at most one member holds on each token."""
+N_PREDICATES = 1000
+N_FIXED = 60
+"""Approximate number of conditions that do not depend on the text; the rest of `size` is taken from the text."""
 
 
 def fixed(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
@@ -224,11 +227,6 @@ def pieces(word: str, kind: str) -> list[str]:
     ending = next((e for e in ENDINGS if word.endswith(e) and len(word) - len(e) > 2), "")
     stem = word[: len(word) - len(ending)]
     return [stem.rstrip("e") if len(stem) > 3 else stem] if len(stem) > 2 else []
-
-
-N_PREDICATES = 1000
-N_FIXED = 60
-"""Approximate number of conditions that do not depend on the text; the rest of `size` is taken from the text."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from saelab.labels.label import Label, LabelKind
 from saelab.stores.results import Result, format_table
 
 NO_RULE = "no good rule"
+TOKEN = "the token "
+FAMILIES = (TOKEN, "after the token ", "before the token ", "the word ", "the last token of the word ")
+QUOTED = re.compile(r"'([^']+)'|\"([^\"]+)\"")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +157,6 @@ def _cells(row: RuleLabel) -> list[str]:
     scores = (row.precision, row.recall, row.auroc, row.share)
     sizes = [f"{row.f1:.2f}", f"{row.f1_chance:.3f}", *(f"{score:.2f}" for score in scores)]
     return [f"{row.feature}{'+' if row.sign > 0 else '-'}", *sizes, row.text]
-
-
-TOKEN = "the token "
-FAMILIES = (TOKEN, "after the token ", "before the token ", "the word ", "the last token of the word ")
-QUOTED = re.compile(r"'([^']+)'|\"([^\"]+)\"")
 
 
 def name_rule(names: Sequence[str], joined: str) -> str:

@@ -22,6 +22,7 @@ from saelab.stores.files import replace_folder
 from saelab.stores.manifest import Provenance
 
 OWN = "saelab"
+Named = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,6 @@ def find_format(source: SAEFiles, named: str | None = None) -> str:
 def read_foreign(source: SAEFiles, format: str, overrides: SAEFacts) -> ParsedSAE:
     """Weights and convention of a source in another library's format."""
     return READERS[format].read(source, overrides)
-
-
-Named = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
