@@ -35,10 +35,9 @@ import torch
 from tqdm.auto import tqdm
 
 import saelab as sl
-from saelab.functional.metrics import kl_divergence
+from saelab.functional.metrics import kl_divergence, read_gain
 from saelab.lm.unembedding import read_out
 from saelab.probing.linear_directions import fit_direction
-from saelab.steering.curves import read_gain
 from saelab.steering.dose_response import log_mass, steering_curve
 from saelab.steering.target_concepts import TokenConcept, make_concepts
 from saelab.synthetic.lexicon import AXES, MOODS

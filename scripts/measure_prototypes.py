@@ -31,11 +31,10 @@ import torch
 from tqdm.auto import tqdm
 
 import saelab as sl
-from saelab.functional.metrics import kl_divergence
+from saelab.functional.metrics import kl_divergence, read_gain
 from saelab.interventions.prototype_steering import Prototypes, mean_codes, steer_to_prototype
 from saelab.lm.model_checks import Model
 from saelab.probing.linear_directions import fit_direction
-from saelab.steering.curves import read_gain
 from saelab.steering.dose_response import log_mass
 from saelab.steering.target_concepts import synthetic_concept
 from saelab.synthetic.tales import generate_stories

@@ -16,7 +16,8 @@ from scipy.sparse import csc_matrix
 from torch.nn.functional import normalize
 
 import saelab as sl
-from saelab.functional.statistics import permute_within, rank_correlation
+from saelab.functional.indices import permute_within
+from saelab.functional.statistics import rank_correlation
 from saelab.labels.autointerp.clients import Answer
 from saelab.labels.autointerp.example_windows import ExampleConfig, build_case
 from saelab.labels.autointerp.requests import RequestConfig, RequestQueue

@@ -14,8 +14,9 @@ from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_json
 from saelab.stores.results import format_table
-from saelab.universality.comparison import NULL, NullConfig, Similarity, choose_similarity, compare
+from saelab.universality.comparison import NULL, NullConfig, compare
 from saelab.universality.matching import MatchingMethod
+from saelab.universality.similarity import Similarity, choose_similarity
 from saelab.visualization.reports import report
 
 COUNT, M = (options.default_of(compare, name) for name in ("min_count", "m"))

@@ -34,7 +34,8 @@ from saelab.evaluation.feature_classifiers import (
     select_rows,
 )
 from saelab.evaluation.results import ConceptScore, ConceptScores, PairScore, ParentScore
-from saelab.functional.statistics import INSIDE, draw_weights, exchange_groups, find_reach, kappa, permute_within
+from saelab.functional.indices import exchange_groups, permute_within
+from saelab.functional.statistics import INSIDE, draw_weights, find_reach, kappa
 from saelab.lm.token_labels import Concept, LabelsLike, TokenLabels
 from saelab.stores.corpus import split_documents
 

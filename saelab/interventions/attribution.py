@@ -14,7 +14,8 @@ from torch import Tensor
 
 from saelab.collecting.harvesting import require_harvested
 from saelab.functional.codes import SparseCodes
-from saelab.functional.statistics import correlation, permute_within, rank_correlation
+from saelab.functional.indices import permute_within
+from saelab.functional.statistics import correlation, rank_correlation
 from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.interventions import TokenSelection
 from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_texts

@@ -11,8 +11,10 @@ import io
 import json
 import math
 import re
+import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -355,3 +357,74 @@ def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
     origin = {name: record[name] for name in ("id", "modelId", "layer", "typeName", "notes") if record.get(name)}
     made_by = [str(record[name]) for name in ("explanationModelName", "typeName") if record.get(name)]
     return fields | {"author": ", ".join(made_by) or "neuronpedia", "provenance": {"neuronpedia": origin}}
+
+
+def rank_texts(texts: Sequence[str], query: str, stems: bool = True) -> list[int]:
+    """Indices of the texts that match a query, best match first.
+
+    A text matches if it has every word of the query, exactly, longer or in another form: "storm" finds "storms" and
+    "stormy". If no text matches, substrings are searched: "storm" finds "snowstorm". The index is built in memory for
+    each query, so label files are the same for every build of SQLite; in a build without FTS5, or with `stems` off,
+    only substrings are searched. No query is an error: it has words and no syntax.
+
+    >>> rank_texts(["rainy days", "the train", "sun"], "rain")
+    [0]
+    """
+    words = re.findall(r"\w+", query)
+    found = _rank_by_stems(texts, words) if words and stems else None
+    if found:
+        return found
+    parts = [part.casefold() for part in (words or query.split())]
+    return [i for i, text in enumerate(texts) if parts and all(part in text.casefold() for part in parts)]
+
+
+def has_stems() -> bool:
+    """Whether this build of SQLite has FTS5."""
+    return _rank_by_stems(["a"], ["a"]) is not None
+
+
+def _rank_by_stems(texts: Sequence[str], words: Sequence[str]) -> list[int] | None:
+    """Indices of the texts that match by word stems; None where SQLite has no FTS5."""
+    db = sqlite3.connect(":memory:")
+    try:
+        db.execute("CREATE VIRTUAL TABLE found USING fts5(text, content='', tokenize='porter unicode61')")
+        db.executemany("INSERT INTO found(rowid, text) VALUES (?, ?)", enumerate(texts))
+        # In quotes, a word of letters and digits is no FTS5 syntax; * also matches longer words.
+        asked = " ".join(f'"{word}" *' for word in words)
+        rows = db.execute("SELECT rowid FROM found WHERE found MATCH ? ORDER BY rank, rowid", (asked,))
+        return [i for (i,) in rows]
+    except sqlite3.OperationalError:
+        return None
+    finally:
+        db.close()
+
+
+def format_time() -> str:
+    """The current time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def pack_label(label: Label) -> tuple[Any, ...]:
+    """The label as values of a database row, PACKED fields as JSON; ValueError for what cannot be stored."""
+    for name in ("text", "author", "time"):
+        try:
+            getattr(label, name).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{name}` must be Unicode, got half a surrogate pair ({error.reason}). Replace what cannot be encoded."
+            ) from None
+    try:
+        packed = [json.dumps(dict(getattr(label, name)), default=_plain) for name in PACKED]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"A label's {', '.join(PACKED)} must be ready for JSON ({error}). Give plain values."
+        ) from None
+    head = (int(label.feature), int(label.sign), label.text, label.kind, label.author, bool(label.by_person))
+    return (*head, *packed, label.time)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and their numbers as lists and plain numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not")

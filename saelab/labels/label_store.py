@@ -9,19 +9,30 @@ import errno
 import gzip
 import json
 import os
-import re
 import sqlite3
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, SupportsIndex
 
 from saelab.functional.indices import read_feature
-from saelab.labels.label import BOTH, Format, Label, LabelEntry, LabelKind, name_format, read_entries, write_entries
+from saelab.labels.label import (
+    BOTH,
+    PACKED,
+    Format,
+    Label,
+    LabelEntry,
+    LabelKind,
+    format_time,
+    name_format,
+    pack_label,
+    rank_texts,
+    read_entries,
+    write_entries,
+)
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_atomic
 from saelab.stores.manifest import FeatureManifest
@@ -52,7 +63,6 @@ CREATE VIEW places AS SELECT *, row_number() OVER (PARTITION BY feature, sign OR
 PRAGMA application_id = {APPLICATION_ID};
 PRAGMA user_version = {SCHEMA_VERSION};
 """
-PACKED = ("scores", "evidence", "provenance")
 FIELDS = ("feature", "sign", "text", "kind", "author", "by_person", *PACKED, "time", "fixed")
 PLACE = "feature = ? AND sign = ?"
 TIMEOUT = 30.0
@@ -161,53 +171,13 @@ def _found(db: sqlite3.Connection) -> None:
                 db.execute(statement)
 
 
-def rank_texts(texts: Sequence[str], query: str, stems: bool = True) -> list[int]:
-    """Indices of the texts that match a query, best match first.
-
-    A text matches if it has every word of the query, exactly, longer or in another form: "storm" finds "storms" and
-    "stormy". If no text matches, substrings are searched: "storm" finds "snowstorm". The index is built in memory for
-    each query, so label files are the same for every build of SQLite; in a build without FTS5, or with `stems` off,
-    only substrings are searched. No query is an error: it has words and no syntax.
-
-    >>> rank_texts(["rainy days", "the train", "sun"], "rain")
-    [0]
-    """
-    words = re.findall(r"\w+", query)
-    found = _rank_by_stems(texts, words) if words and stems else None
-    if found:
-        return found
-    parts = [part.casefold() for part in (words or query.split())]
-    return [i for i, text in enumerate(texts) if parts and all(part in text.casefold() for part in parts)]
-
-
-def has_stems() -> bool:
-    """Whether this build of SQLite has FTS5."""
-    return _rank_by_stems(["a"], ["a"]) is not None
-
-
-def _rank_by_stems(texts: Sequence[str], words: Sequence[str]) -> list[int] | None:
-    """Indices of the texts that match by word stems; None where SQLite has no FTS5."""
-    db = sqlite3.connect(":memory:")
-    try:
-        db.execute("CREATE VIRTUAL TABLE found USING fts5(text, content='', tokenize='porter unicode61')")
-        db.executemany("INSERT INTO found(rowid, text) VALUES (?, ?)", enumerate(texts))
-        # In quotes, a word of letters and digits is no FTS5 syntax; * also matches longer words.
-        asked = " ".join(f'"{word}" *' for word in words)
-        rows = db.execute("SELECT rowid FROM found WHERE found MATCH ? ORDER BY rank, rowid", (asked,))
-        return [i for (i,) in rows]
-    except sqlite3.OperationalError:
-        return None
-    finally:
-        db.close()
-
-
 def put_label(db: sqlite3.Connection, label: Label) -> int:
     """Insert a label in place of its author's older ones of the same side; returns the row's id.
 
     An older one that a person chose and that has another text is kept. A person's label becomes chosen unless another
     person's choice stands; one that replaces a chosen label is chosen.
     """
-    packed = _pack(label)
+    packed = pack_label(label)
     place, author = packed[:2], (label.author, label.by_person)
     sql = f"SELECT id, text, fixed FROM labels WHERE {PLACE} AND author = ? AND by_person = ?"
     old = [row for row in db.execute(sql, (*place, *author)) if label.by_person or not row[2] or row[1] == label.text]
@@ -239,36 +209,6 @@ def unpack_row(row: Sequence[Any]) -> LabelEntry:
     fields = dict(zip(FIELDS, values, strict=False))
     packed = {name: json.loads(fields[name]) for name in PACKED}
     return LabelEntry(Label(**(fields | packed | {"by_person": bool(fields["by_person"])})), place == 1, bool(fixed))
-
-
-def format_time() -> str:
-    """The current time in UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _pack(label: Label) -> tuple[Any, ...]:
-    for name in ("text", "author", "time"):
-        try:
-            getattr(label, name).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"`{name}` must be Unicode, got half a surrogate pair ({error.reason}). Replace what cannot be encoded."
-            ) from None
-    try:
-        packed = [json.dumps(dict(getattr(label, name)), default=_plain) for name in PACKED]
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"A label's {', '.join(PACKED)} must be ready for JSON ({error}). Give plain values."
-        ) from None
-    head = (int(label.feature), int(label.sign), label.text, label.kind, label.author, bool(label.by_person))
-    return (*head, *packed, label.time)
-
-
-def _plain(value: Any) -> Any:
-    """Arrays and their numbers as lists and plain numbers."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not")
 
 
 class LabelStore:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Int, Integer, Shaped
 from numpy.typing import NDArray
 
-from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
+from saelab.functional.indices import ROWS_AT_ONCE, find_runs
 from saelab.stores.files import checksum, find_inside, save_tensors, write_json
 from saelab.stores.packing import smallest_int
 from saelab.stores.tensors import TensorFile

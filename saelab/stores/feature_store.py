@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int, Integer
 from numpy.typing import NDArray
 
-from saelab.functional.indices import ChosenRuns, MarkedRows, read_feature
-from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
+from saelab.functional.indices import ROWS_AT_ONCE, ChosenRuns, MarkedRows, find_runs, read_feature
 from saelab.stores.corpus import Places, StoredText, choose_documents
 from saelab.stores.files import checksum, find_inside, save_tensors
 from saelab.stores.manifest import FeatureManifest, Provenance

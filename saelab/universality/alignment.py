@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
-from saelab.functional.indices import MarkedRows, number_rows
-from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
+from saelab.functional.indices import ROWS_AT_ONCE, MarkedRows, find_runs, number_rows
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table

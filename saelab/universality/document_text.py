@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
-from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
+from saelab.functional.indices import ROWS_AT_ONCE, find_runs
 from saelab.labels.rules.token_view import SPECIAL
 from saelab.stores.corpus import StoredText
 

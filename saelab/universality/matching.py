@@ -7,9 +7,9 @@ halves, copies or part.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -37,6 +37,7 @@ COPIED = 1.3
 MatchingMethod = Literal["best", "mutual", "hungarian"]
 """best: the best partner of every feature of a; mutual: pairs that are each other's best; hungarian: one-to-one pairs
 """
+LEVEL = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -443,3 +444,40 @@ def _describe_floors(found: Comparison) -> Iterator[str]:
             shares = [f"{floor.trained['count']:.1%}", f"{floor.shares['count']:.1%}"]
             table.append([name, f"{floor.median:.3f}", f"{floor.level:.3f}", *shares])
     yield from format_table(table)
+
+
+def measure_floor(side: Matches, baselines: Sequence[Matches]) -> Untrained:
+    """Similarity level and universal shares of untrained dictionaries, the larger of several comparisons.
+
+    Each comparison is given by its side that stands for this one. Shares are those of the comparison with the largest
+    share by number.
+    """
+    sizes = [np.nan_to_num(np.abs(other.similarity[other.live])) for other in baselines]
+    sizes = [one if len(one) else np.zeros(1) for one in sizes]
+    most = max(baselines, key=lambda other: np.nan_to_num(other.share()))
+    return Untrained(
+        level=max(float(np.quantile(one, LEVEL)) for one in sizes),
+        median=max(float(np.median(one)) for one in sizes),
+        shares={by: most.share(by) for by in BY},
+        trained={by: side.share(by) for by in BY},
+    )
+
+
+def above(side: Matches, floor: Untrained) -> Bool[np.ndarray, "d"]:
+    """Features that are universal by the null distribution and also reach the level of untrained dictionaries."""
+    return side.universal & (np.nan_to_num(np.abs(side.similarity)) >= floor.level)
+
+
+def raise_floor(found: Comparison, baselines: list[Comparison]) -> Comparison:
+    """The same comparison, universal matches limited to those above the similarity level of untrained dictionaries.
+
+    `baselines` are comparisons in which one side is untrained; empty leaves the comparison as it is.
+    """
+    if not baselines:
+        return found
+    sides = []
+    for name in ("a", "b"):
+        side = getattr(found, name)
+        floor = measure_floor(side, [getattr(one, name) for one in baselines])
+        sides.append(replace(side, universal=above(side, floor), untrained=floor))
+    return replace(found, a=sides[0], b=sides[1])

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from tqdm.auto import tqdm
 
+from saelab.functional.indices import find_runs, move_blocks
 from saelab.functional.screening import largest_first
-from saelab.functional.statistics import find_runs, move_blocks
 from saelab.stores.jobs import hidden
 from saelab.stores.results import Result, format_table
 

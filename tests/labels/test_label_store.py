@@ -21,8 +21,8 @@ from processes import Child
 import saelab as sl
 from saelab.cli.app import app, dispatch
 from saelab.labels import label_store
-from saelab.labels.label import FORMATS, Label, join_texts
-from saelab.labels.label_store import FILE, LabelStore, has_stems, rank_texts
+from saelab.labels.label import FORMATS, Label, has_stems, join_texts, rank_texts
+from saelab.labels.label_store import FILE, LabelStore
 from saelab.visualization.reports import report
 
 SCRIPT = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'

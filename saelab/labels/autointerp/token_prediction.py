@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
-from saelab.functional.statistics import correlation_of_sums, find_runs, move_blocks
+from saelab.functional.indices import find_runs, move_blocks
+from saelab.functional.statistics import correlation_of_sums
 from saelab.labels.rules.token_view import TokenView
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
