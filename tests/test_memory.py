@@ -10,7 +10,7 @@ from scipy.sparse import csr_matrix
 
 import saelab as sl
 from saelab.analysis import max_activating
-from saelab.functional import indices, statistics
+from saelab.functional import indices
 from saelab.functional.indices import WINDOW_ROWS, ChosenRuns, MarkedRows, draw_rows, find_runs, move_blocks
 from saelab.labels.autointerp.example_windows import ExampleConfig, build_case
 from saelab.stores import corpus, feature_store, packing
