@@ -227,6 +227,20 @@ LabelsLike: TypeAlias = TokenLabels | Mapping[str, Any]
 """Labels of tokens: `TokenLabels`, or what `TokenLabels.of` reads by name, a dictionary of arrays or tensors."""
 
 
+def pick_marks(labels: Any, concept: str | None = None) -> Bool[Tensor, "*shape"]:
+    """The marks of one concept among labels of tokens, or plain marks as they are; ValueError where it is not there.
+
+    Args:
+        labels: `TokenLabels`, marks by name, or the marks of a single concept as `TokenLabels.of` reads them.
+        concept: which of several labels.
+
+    >>> pick_marks({"odd": [False, True], "even": [True, False]}, "odd").tolist()
+    [False, True]
+    """
+    given = TokenLabels.of(labels, None if isinstance(labels, Mapping) else concept)
+    return given[given.find(concept)]
+
+
 def _read_array(values: Any) -> np.ndarray:
     return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
 

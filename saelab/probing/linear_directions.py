@@ -16,6 +16,7 @@ from saelab.functional.indices import read_feature
 from saelab.functional.metrics import exact
 from saelab.functional.statistics import correlation_of_sums, fit_balanced_probe
 from saelab.interventions.directions import Direction
+from saelab.lm.token_labels import LabelsLike, pick_marks
 from saelab.probing.feature_ranking import Columns, Labeled, RankedSides, Ranking
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore, Firings
@@ -112,8 +113,9 @@ def _split_in_two(x: Tensor, _y: Tensor, seed: int) -> Tensor:
 def density_matched_features(
     store: FeatureStore,
     feature: SupportsIndex,
-    labels: Bool[np.ndarray, "n_tokens"] | None = None,
+    labels: LabelsLike | Bool[np.ndarray | Tensor, "n_tokens"] | None = None,
     *,
+    concept: str | None = None,
     n: int = 1,
     most_correlated: float = 0.05,
     avoid: tuple[int, ...] = (),
@@ -126,19 +128,25 @@ def density_matched_features(
     Args:
         store: codes of all features on some text.
         feature: index of the feature.
-        labels: (n_tokens) the concept; None for the feature's own codes.
+        labels: (n_tokens) whether the concept is true of each token, or labels of several concepts;
+            None for the feature's own codes.
+        concept: which of several labels.
         n: number of control features.
         most_correlated: largest |correlation| allowed.
         avoid: features to leave out.
 
     Raises:
-        ValueError: for a feature that never fires, and where there are too few such features.
+        ValueError: for a feature that never fires, for labels of other tokens, for several without `concept`, and where
+            there are too few such features.
     """
     feature = read_feature(feature, d_sae=store.d_sae)
     firings = store.statistics.fires.sum(1)
     if firings[feature] == 0:
         raise ValueError(f"`feature` must be one that fires, got {feature}, which never does.")
-    target = _Column.of(store.feature(feature), len(store)) if labels is None else _Column.mark(labels, len(store))
+    if labels is None:
+        target = _Column.of(store.feature(feature), len(store))
+    else:
+        target = _Column.mark(pick_marks(labels, concept).numpy(), len(store))
     live = np.flatnonzero(firings > 0)
     order = live[np.argsort(np.abs(np.log(firings[live] / firings[feature])), kind="stable")]
     found: list[int] = []
@@ -168,8 +176,8 @@ class _Column:
 
     @classmethod
     def mark(cls, labels: np.ndarray, n: int) -> "_Column":
-        if len(labels) != n:
-            raise ValueError(f"`labels` must have a mark for each of the {n} tokens, got {len(labels)}.")
+        if labels.shape != (n,):
+            raise ValueError(f"`labels` must have a mark for each of the {n} tokens, got shape {labels.shape}.")
         return cls(labels.astype(np.float64))
 
     def correlate(self, firings: Firings) -> float:
