@@ -357,7 +357,7 @@ def _concept_rows(
             scores["f1_train"] = float(counts.f1(c)[classifier])
             true = np.zeros(levels.table.shape[0], bool)
             true[train[:, [c]].indices] = True
-            scores["n_split"] = len(classifier_union(counts.hits[c], counts.fires, true, levels.tokens))
+            scores["n_split"] = len(classifier_union(counts.hits[c], counts.fires, true, levels.tokens, levels.count))
         rows.append(
             ConceptScore(
                 name=concept.name,

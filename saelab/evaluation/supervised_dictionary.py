@@ -204,7 +204,13 @@ def _score(
 def _unite(train: Any, y: np.ndarray) -> list[int]:
     """Columns whose union predicts a label, the best first; none where no column fires with it."""
     fires = np.asarray(train.sum(0)).ravel()
-    return classifier_union(y.astype(np.int32) @ train, fires, y, lambda side: train[:, [side]].indices)
+    return classifier_union(
+        y.astype(np.int32) @ train,
+        fires,
+        y,
+        lambda side: train[:, [side]].indices,
+        lambda mask: mask.astype(np.int32) @ train,
+    )
 
 
 def _test(held: Any, sides: Sequence[int], y: np.ndarray) -> float:
