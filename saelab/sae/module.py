@@ -30,7 +30,7 @@ class SAEModule(nn.Module):
     nothing is subtracted from its input:
 
         z     = activation( normalize(x) W_enc + b_enc )
-        y_hat = unnormalise_target( z W_dec + b_dec + normalize(x) W_skip )
+        y_hat = unnormalize_target( z W_dec + b_dec + normalize(x) W_skip )
 
     W_skip exists with `cfg.skip` only. All weights are in the normalizers' units, and so in the activations' own for
     normalizer "none". Weights are float32 and drawn from `seed` on CPU; None leaves them uninitialized, to be filled by

@@ -478,8 +478,7 @@ def compare_neurons_or_pcs(
         ValueError: the basis does not exist, or the two sides are not of the same tokens.
 
     >>> acts = sl.Activations.from_tensor(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)))
-    >>> found = compare_neurons_or_pcs(acts, acts, "pca", progress=False)
-    >>> [round(float(value), 3) for value in found.values]
+    >>> [round(float(value), 3) for value in compare_neurons_or_pcs(acts, acts, "pca", progress=False).values]
     [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
     if basis not in ("neurons", "pca"):

@@ -2,8 +2,7 @@
 
 Row i of `x` and row i of `y` belong together: the decoder rows of a matched pair of features, or the activations at a
 token in two models. Pairs that match with a negative sign must be flipped by the caller: pass `y * sign[:, None]`. The
-measures alone return NaN where they are undefined; `compare_spaces` gives the reason. Both matrices are decomposed
-once for many permutations.
+measures alone return NaN where they are undefined; `compare_spaces` gives the reason.
 """
 
 from collections.abc import Callable, Iterable
@@ -48,9 +47,7 @@ class SpaceSide:
 
     @cached_property
     def centered(self) -> Float[np.ndarray, "n d"]:
-        """Centered rows, divided by their largest absolute value: no measure depends on the scale, and no power
-        overflows.
-        """
+        """Centered rows over their largest absolute value: no measure depends on the scale, and no power overflows."""
         centered = self.rows - self.rows.mean(0)
         return centered / np.abs(centered).max()
 
@@ -154,9 +151,7 @@ class Paired:
 
     @cached_property
     def cross(self) -> Float[np.ndarray, "r_x r_y"]:
-        """Correlations of all principal components of both sides; for most measures the only part that a permutation
-        changes.
-        """
+        """Correlations of all principal components of both sides, for most measures all that a permutation changes."""
         return self.x.parts[0].T @ self.y.parts[0][self.order]
 
     @cached_property
