@@ -20,7 +20,6 @@ from processes import Child
 
 import saelab as sl
 from saelab.cli.app import app, dispatch
-from saelab.labels import label_store
 from saelab.labels.label import FORMATS, Label, has_stems, join_texts, rank_texts
 from saelab.labels.label_store import FILE, LabelStore
 from saelab.visualization.reports import report
@@ -183,7 +182,7 @@ def test_a_search_reads_the_chosen_labels_unless_asked_for_all(book: LabelStore,
             "storms",
             "stormy",
         ]
-        monkeypatch.setattr(label_store, "_rank_by_stems", lambda *_: None)  # a build without FTS5
+        monkeypatch.setattr("saelab.labels.label._rank_by_stems", lambda *_: None)  # a build without FTS5
 
 
 # ---- files
