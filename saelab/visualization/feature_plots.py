@@ -231,10 +231,8 @@ def plot_feature_map(
     figure.update_yaxes(title_text="t-SNE 2 (no unit)", showticklabels=False, showgrid=False, zeroline=False)
     drawn = f"{len(shown):,} of {len(alive):,} live features, drawn with seed {seed}"
     counted = drawn if len(shown) < len(alive) else f"{len(alive):,} live features"
-    note = (
-        f"{counted}; {width - len(alive):,} dead left out; near: alike by {_measure(source)}; {_tokens(source, store)}"
-    )
-    return apply_layout(figure, "Features by likeness", note, 520)
+    note = f"{counted}; {width - len(alive):,} dead left out; near: similar by {_measure(source)}; {_tokens(source, store)}"
+    return apply_layout(figure, "Features by similarity", note, 520)
 
 
 def _is_alive(source: SAE | NearestFeatures, store: FeatureStore | None) -> Bool[np.ndarray, "d_sae"]:
