@@ -231,7 +231,8 @@ def plot_feature_map(
     figure.update_yaxes(title_text="t-SNE 2 (no unit)", showticklabels=False, showgrid=False, zeroline=False)
     drawn = f"{len(shown):,} of {len(alive):,} live features, drawn with seed {seed}"
     counted = drawn if len(shown) < len(alive) else f"{len(alive):,} live features"
-    note = f"{counted}; {width - len(alive):,} dead left out; near: similar by {_measure(source)}; {_tokens(source, store)}"
+    counted += f"; {width - len(alive):,} dead left out"
+    note = f"{counted}; near: similar by {_measure(source)}; {_tokens(source, store)}"
     return apply_layout(figure, "Features by similarity", note, 520)
 
 
