@@ -202,7 +202,7 @@ def compare_buffers(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """What was measured, beside its goal."""
+    """What was measured, and its goal."""
     rows = []
     if made := result.get("collect"):
         numbers = f"{made['collect_tokens_per_s']:,.0f} / {made['forward_tokens_per_s']:,.0f} tokens/s"

@@ -1,4 +1,4 @@
-"""Harvesting a feature store beside the work it contains, and pages of features beside SAEDashboard.
+"""Harvesting a feature store against the work it contains, and pages of features against SAEDashboard.
 
     .venv-bench/bin/python benchmarks/harvest.py --n-tokens 1000000 --json runs/harvest.json
 
@@ -73,7 +73,7 @@ def forward_and_encode(model: Model, sae: sl.SAE, tokens: sl.Tokens, hook_point:
 
 
 def compare_parts(args: argparse.Namespace) -> dict[str, float]:
-    """Harvest beside its parts, by turns; only time is measured, so the SAE is random."""
+    """Harvest against its parts, by turns; only time is measured, so the SAE is random."""
     model, tokens, hook_point = load(args)
     sae = sl.SAE(sl.SAEConfig(d_in=model.cfg.d_model, d_sae=args.d_sae, activation=sl.AbsTopK(k=args.k)))
     bare, whole = [], []
@@ -171,7 +171,7 @@ def serve(name: str, folder: Path, args: argparse.Namespace) -> dict[str, float]
 
 
 def table(result: dict[str, Any]) -> str:
-    """What was measured, beside its goal."""
+    """What was measured, and its goal."""
     lines = [f"threads {result['threads']}, torch {result['torch']}, d_sae {result['d_sae']}"]
     if parts := result.get("parts"):
         lines += [

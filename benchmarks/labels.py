@@ -22,7 +22,7 @@ from saelab.labels.autointerp.token_prediction import token_baseline
 from saelab.labels.rules.predicates import make_predicates
 from saelab.labels.rules.rule_search import label_by_rules
 from saelab.stores.corpus import StoredText
-from saelab.stores.feature_store import measure
+from saelab.stores.feature_statistics import measure
 
 
 class RandomStore(sl.FeatureStore):

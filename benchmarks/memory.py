@@ -1,4 +1,4 @@
-"""Memory of labelling and comparing beside the size of the text: it must not grow with it.
+"""Memory of labeling and comparing against the size of the text: it must not grow with it.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --n-tokens 100000 400000 1600000 --work compare --json runs/memory.json
@@ -6,7 +6,7 @@
 Stores of random words and codes (d_sae 1,024, l0 16) are written to disk once for each size; each piece of work runs in
 a process of its own. Two figures each, in MiB above what importing takes: the peak of anonymous memory, which is what a
 process cannot give back (sampled every 5 ms), and the peak of all resident memory, in which pages of mapped files count
-that the system takes back when it needs them. Their ratios to the smallest text's stand beside them.
+that the system takes back when it needs them. Next to them are their ratios to the smallest text's.
 """
 
 import argparse
@@ -30,7 +30,8 @@ from saelab.collecting.writers import ShardWriter
 from saelab.functional.codes import SparseCodes
 from saelab.labels.autointerp.clients import Answer
 from saelab.stores.corpus import StoredText
-from saelab.stores.feature_store import FeatureStore, measure, save_statistics
+from saelab.stores.feature_statistics import measure, save_statistics
+from saelab.stores.feature_store import FeatureStore
 from saelab.stores.manifest import FeatureManifest
 
 D_SAE, K, CTX_LEN, N_WORDS = 1024, 16, 128, 4096

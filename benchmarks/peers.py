@@ -1,4 +1,4 @@
-"""The same full training step in saelab and in the libraries beside it, each by its own trainer and defaults.
+"""The same full training step in saelab and in other libraries, each by its own trainer and defaults.
 
 A builder takes an activation and the sizes and returns a `Subject`. Nothing heavy is imported until one is called.
 """

@@ -1,4 +1,4 @@
-"""Steered generation beside plain generation, and beside TransformerLens with a hook.
+"""Steered generation against plain generation, and against TransformerLens with a hook.
 
     python benchmarks/steer.py
     python benchmarks/steer.py --d-model 768 --n-layers 12 --d-sae 24576 --turns 3

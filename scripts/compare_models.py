@@ -1,4 +1,4 @@
-"""Which features recur in another seed, another layer, another model: tables with chance beside every number.
+"""Which features recur in another seed, another layer, another model: tables with the chance level of every number.
 
     python scripts/compare_models.py tales tales-b --out runs/compare
     python scripts/compare_models.py PATH/TO/stories260k --text PATH/TO/tinystories.txt --out runs/layers
@@ -109,7 +109,7 @@ def match_concepts(
     by_chance = [found.a.partners[i] == j for i, j in zip(a[0][common], shuffled, strict=True)]
     return (
         f"concepts with F1 of {KNOWN_F1:g} in both: {len(common)}; their features are each other's universal match: "
-        f"{mean(exact):.2f} (dealt out anew: {mean(by_chance):.2f}); have any universal match: {mean(any_pair):.2f}"
+        f"{mean(exact):.2f} (permuted: {mean(by_chance):.2f}); have any universal match: {mean(any_pair):.2f}"
     )
 
 

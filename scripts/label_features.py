@@ -4,7 +4,7 @@
     python scripts/label_features.py runs/report/store --llm http://localhost:8000/v1 --model NAME --features 1,2,3
 
 Rules name every feature; with --model a language model names those that are asked for (the ten with the best rules by
-default) and says how well, beside chance. Labels go into the book beside the store, where a person's choice stays:
+default) and scores them against chance. Labels go into the database in the store's folder; a person's choice is kept:
 
     saelab labels runs/report/store set 123 "rain and storms"
 """
@@ -39,7 +39,7 @@ def open_origin(store: sl.FeatureStore) -> "tuple[sl.SAE | None, Model | None]":
     try:
         return sl.SAE.from_pretrained(store.manifest.sae["name_or_path"]), sl.load_model(store.provenance.model)
     except (OSError, ValueError) as error:
-        print(f"Without what features promote and neighbours by direction: {error}")
+        print(f"Without what features promote and neighbors by direction: {error}")
         return None, None
 
 

@@ -16,7 +16,7 @@ active feature at every token on the log-probability of the next token, or on th
     features            the features' share of that sum, by integrated gradients; the rest is the errors'
 
 On saelab's own stories, then: pairs of prompts that differ in one draw ("names", "facts") patched layer by layer, whole
-and feature by feature, and the direction of moods resampled beside random ones.
+and feature by feature, and the direction of moods resampled, compared with random ones.
 """
 
 import argparse
@@ -50,7 +50,7 @@ MOOD_WORDS = {name: [w for kind in kinds.values() for w in kind.split()] for nam
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model of tales, a Hub id or a folder")
-    parser.add_argument("--text", type=Path, help="default: stories told for the models of tales")
+    parser.add_argument("--text", type=Path, help="default: stories generated for the models of tales")
     parser.add_argument("--saes", nargs="+", help="folders; default: AbsTopK and TopK, trained now")
     parser.add_argument("--n-prompts", type=int, default=24)
     parser.add_argument("--length", type=int, default=40, help="tokens of a prompt")
@@ -110,10 +110,10 @@ def hold(name: str, model: Model, saes: list[sl.SAE], prompts: list, by: str) ->
         estimate = attribute(model, sae, ids, metric, check=True, progress=False)
         path = attribute(model, sae, ids, metric, method="integrated")
         pairs.append((estimate, replace(path, exact=estimate.exact)))
-    return f"{name:<22}" + tell_row(pairs)
+    return f"{name:<22}" + format_row(pairs)
 
 
-def tell_row(pairs: list[tuple[Attribution, Attribution]]) -> str:
+def format_row(pairs: list[tuple[Attribution, Attribution]]) -> str:
     def mean(of: int, field: str) -> tuple[float, float]:
         values = [getattr(pair[of].agreement, field) for pair in pairs]
         return float(np.nanmean(values)), float(np.nanstd(values))

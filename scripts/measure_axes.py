@@ -2,24 +2,24 @@
 
     python scripts/measure_axes.py --seeds 0 1 2 --out axes.txt
 
-Axes are glad/sad, female/male, big/small and hot/cold; an aim is the set of words of one pole. Steered are, at all
+Axes are glad/sad, female/male, big/small and hot/cold; a concept is the set of words of one pole. Steered are, at all
 tokens of the residual stream (hook point blocks.2.hook_resid_post), in units of the token's own norm:
 
-    AbsTopK      one feature, upwards for one pole and downwards for the other
-    TopK, two    the best feature for each pole, both upwards
-    TopK, one    the best feature moved both ways, downwards past zero
+    AbsTopK      one feature, upward for one pole and downward for the other
+    TopK, two    the best feature for each pole, both upward
+    TopK, one    the best feature moved both ways, downward past zero
     Matryoshka   the best feature moved both ways
     means        difference in means of the two poles' tokens, moved both ways
     means after  the same of the tokens that are followed by a word of a pole
     random       a random direction, moved both ways
 
-Features are chosen in two steps on stories of their own: as candidates, the ones that tell a pole's tokens best from
-the other pole's (difference of mean codes over their standard deviation) and those whose direction raises its words
-most in the logits; of these, the feature with the largest gain at a KL of 0.05 nats, summed over the poles that it is
-to raise, or with `--choice worse` the gain of the pole that it raises less. All sources are then measured on stories
-that nothing was chosen on, by `steering_curve`; `saelab.steering.dose_response` defines
-the words. KL x1.5 and KL x2 are the KL at which the expected number of the aim's words has grown so far; `lift` and
-`selectivity` (against the words of the other axes) and `gain` are read at a KL of 0.05 nats.
+Features are chosen in two steps on stories of their own: as candidates, the ones that separate a pole's tokens best
+from the other pole's (difference of mean codes over their standard deviation) and those whose direction raises its
+words most in the logits; of these, the feature with the largest gain at a KL of 0.05 nats, summed over the poles that
+it is to raise, or with `--choice worse` the gain of the pole that it raises less. All sources are then measured on
+stories that nothing was chosen on, by `steering_curve`; `saelab.steering.dose_response` defines the words. KL x1.5 and
+KL x2 are the KL at which the expected number of the concept's words has grown so far; `lift` and `selectivity`
+(against the words of the other axes) and `gain` are read at a KL of 0.05 nats.
 """
 
 import argparse
@@ -35,10 +35,9 @@ import torch
 from tqdm.auto import tqdm
 
 import saelab as sl
-from saelab.functional.metrics import kl_divergence
+from saelab.functional.metrics import kl_divergence, read_gain
 from saelab.lm.unembedding import read_out
 from saelab.probing.linear_directions import fit_direction
-from saelab.steering.curves import read_gain
 from saelab.steering.dose_response import log_mass, steering_curve
 from saelab.steering.target_concepts import TokenConcept, make_concepts
 from saelab.synthetic.lexicon import AXES, MOODS
@@ -49,7 +48,7 @@ TRAIN, CHOOSE, MEASURE = 60_000_000, 61_000_000, 62_000_000  # numbers of the fi
 D_SAE, K, BATCH = 1024, 16, 2048
 KL, GRID, CHOICE_GRID = 0.05, (0.1, 0.2, 0.4, 0.8, 1.6), (0.2, 0.5, 1.2)
 MATCHED = (1.5, 2.0)
-"""times the expected number of the aim's words"""
+"""times the expected number of the concept's words"""
 MEASURES = ("KL x1.5", "KL x2", "gain", "lift", "selectivity", "best")
 NAMES = ("AbsTopK", "TopK, two", "TopK, one", "Matryoshka", "means", "means after", "random")
 POLES = {
@@ -77,24 +76,26 @@ class Bench:
         ids = tokens.ids[:, :96].long()
         return cls(model, ids, tokens.doc_ids[:, :96] >= 0, sl.lm.logits(model, ids).log_softmax(-1))
 
-    def gains(self, source: Weights, aims: list[TokenConcept]) -> dict[tuple[str, int], float]:
-        """By aim and sign the gain at the KL compared at, interpolated; the strongest dose's where that costs less."""
-        plain, found = [self.mass(self.log_p, aim) for aim in aims], {}
+    def gains(self, source: Weights, concepts: list[TokenConcept]) -> dict[tuple[str, int], float]:
+        """Gain at the KL compared at, by concept and sign, interpolated; the strongest dose's where that costs less."""
+        plain, found = [self.mass(self.log_p, concept) for concept in concepts], {}
         for sign in (1, -1):
             gains, costs = [], []
             for strength in CHOICE_GRID:
                 with steered(self.model, source, sign * strength):
                     log_q = sl.lm.logits(self.model, self.ids).log_softmax(-1)
-                gains.append([self.mass(log_q, aim) - before for aim, before in zip(aims, plain, strict=True)])
+                gains.append(
+                    [self.mass(log_q, concept) - before for concept, before in zip(concepts, plain, strict=True)]
+                )
                 costs.append(float(kl_divergence(self.log_p[self.keep], log_q[self.keep]).mean()))
-            for i, aim in enumerate(aims):
+            for i, concept in enumerate(concepts):
                 mine = np.array(gains)[:, i]
                 value = read_gain(mine, np.array(costs), KL)
-                found[aim.name, sign] = float(mine[-1] if value != value else value)
+                found[concept.name, sign] = float(mine[-1] if value != value else value)
         return found
 
-    def mass(self, log_p: torch.Tensor, aim: TokenConcept) -> float:
-        return float(log_mass(log_p, torch.tensor(aim.ids))[self.keep].exp().mean().log())
+    def mass(self, log_p: torch.Tensor, concept: TokenConcept) -> float:
+        return float(log_mass(log_p, torch.tensor(concept.ids))[self.keep].exp().mean().log())
 
 
 def steered(model: Any, source: Weights, strength: float) -> Any:
@@ -140,40 +141,42 @@ class Labeled:
     """tokens that a word of the pole follows"""
 
     @classmethod
-    def of(cls, model: Any, stories: Stories, aims: Mapping[str, TokenConcept]) -> "Labeled":
+    def of(cls, model: Any, stories: Stories, concepts: Mapping[str, TokenConcept]) -> "Labeled":
         tokens = stories.tokens()
         x = sl.lm.capture(model, tokens.ids, [HOOK])[HOOK]
         real = (tokens.doc_ids >= 0) & (tokens.ids > 2)
         labels = stories.labels.spread(tokens.attention_mask)
         on, before = {}, {}
-        for name, aim in aims.items():
-            said = torch.isin(tokens.ids, torch.tensor(aim.ids))
-            on[name], before[name] = labels[name][real], torch.roll(said, -1, 1)[real]
+        for name, concept in concepts.items():
+            is_word = torch.isin(tokens.ids, torch.tensor(concept.ids))
+            on[name], before[name] = labels[name][real], torch.roll(is_word, -1, 1)[real]
         return cls(x[real], on, before)
 
 
-def find_candidates(model: Any, sae: sl.SAE, data: Labeled, poles: tuple[str, str], aims: Any, n: int) -> list[int]:
-    """Features that tell the first pole from the second, and features that say its words; `n` of each."""
+def find_candidates(model: Any, sae: sl.SAE, data: Labeled, poles: tuple[str, str], concepts: Any, n: int) -> list[int]:
+    """Features that separate the first pole from the second, and features that promote its words; `n` of each."""
     rows = data.on[poles[0]] | data.on[poles[1]]
     z = sae.encode_sparse(data.x[rows]).to_dense()
     is_first = data.on[poles[0]][rows]
-    told = (z[is_first].mean(0) - z[~is_first].mean(0)) / z.std(0).clamp_min(1e-6)
+    separation = (z[is_first].mean(0) - z[~is_first].mean(0)) / z.std(0).clamp_min(1e-6)
     effects = read_out(model, sae.directions())
-    said = (effects[:, list(aims[poles[0]].ids)].mean(1) - effects.mean(1)) / effects.std(1)
-    both = [told, said] if not sae.cfg.activation.signed else [told.abs(), said.abs()]
+    promotion = (effects[:, list(concepts[poles[0]].ids)].mean(1) - effects.mean(1)) / effects.std(1)
+    both = [separation, promotion]
+    if sae.cfg.activation.signed:
+        both = [score.abs() for score in both]
     return list(dict.fromkeys(int(j) for score in both for j in score.topk(n).indices))
 
 
 def find_sources(
-    model: Any, saes: dict[str, sl.SAE], data: Labeled, bench: Bench, poles: tuple[str, str], aims: Any, args: Any
+    model: Any, saes: dict[str, sl.SAE], data: Labeled, bench: Bench, poles: tuple[str, str], concepts: Any, args: Any
 ) -> dict[str, tuple[Weights, Weights]]:
-    """By name, what is moved upwards for each of the two poles."""
+    """By name, what is moved upward for each of the two poles."""
     up, down = poles
     both = {"sum": float.__add__, "worse": min}[args.choice]
     found: dict[str, tuple[Weights, Weights]] = {}
     for kind, sae in saes.items():
-        tried = {j for pair in (poles, poles[::-1]) for j in find_candidates(model, sae, data, pair, aims, args.n)}
-        gains = {j: bench.gains((sae, {j: 1.0}), [aims[up], aims[down]]) for j in sorted(tried)}
+        tried = {j for pair in (poles, poles[::-1]) for j in find_candidates(model, sae, data, pair, concepts, args.n)}
+        gains = {j: bench.gains((sae, {j: 1.0}), [concepts[up], concepts[down]]) for j in sorted(tried)}
         ways = {(j, s): both(gains[j][up, s], gains[j][down, -s]) for j in gains for s in (1, -1)}
         j, s = max(ways, key=lambda way: ways[way])
         found["TopK, one" if kind == "TopK" else kind] = (sae, {j: float(s)}), (sae, {j: -float(s)})
@@ -191,26 +194,26 @@ def find_sources(
 def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """A row for each pole and source, by seed and axis."""
     model = sl.load_model("tales", progress=False)
-    words = {pole: said for poles in POLES.values() for pole, said in poles.items()}
-    aims = {aim.name: aim for aim in make_concepts(model, words)}
+    words = {pole: listed for poles in POLES.values() for pole, listed in poles.items()}
+    concepts = {concept.name: concept for concept in make_concepts(model, words)}
     chosen_on, measured_on = (
         generate_stories(args.n_stories, first=CHOOSE),
         generate_stories(args.n_prompts, first=MEASURE),
     )
-    data, bench = Labeled.of(model, chosen_on, aims), Bench.of(model, chosen_on, 16)
+    data, bench = Labeled.of(model, chosen_on, concepts), Bench.of(model, chosen_on, 16)
     prompts = [" ".join(measured_on.text(i).split()[:30]) for i in range(args.n_prompts)]
     jobs = [(seed, axis) for seed in args.seeds for axis in args.axes]
     for seed, axis in tqdm(jobs, desc="axes", disable=None):
         args.seed = seed
         poles = tuple(POLES[axis])
-        sources = find_sources(model, train(seed, args.n_tokens, args.kept), data, bench, poles, aims, args)
+        sources = find_sources(model, train(seed, args.n_tokens, args.kept), data, bench, poles, concepts, args)
         rows = []
         for side, pole in enumerate(poles):
-            others = {name: aim for name, aim in aims.items() if name not in poles}
+            others = {name: concept for name, concept in concepts.items() if name not in poles}
             curve = steering_curve(
                 model,
                 {name: pair[side] for name, pair in sources.items()},
-                aims[pole],
+                concepts[pole],
                 prompts,
                 strengths=GRID,
                 others=others,
@@ -228,11 +231,11 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
                 best = curve.along(name).best()
                 line = curve.along(name).points
                 points = {key: curve.values(key)[line].tolist() for key in ("gain", "kl")}
-                rows.append(row | {"best": best.score, "told": curve.sources[name], "points": points})
+                rows.append(row | {"best": best.score, "description": curve.sources[name], "points": points})
         yield rows
 
 
-def _tell(rows: list[dict[str, Any]], axis: str, name: str, key: str) -> str:
+def _format_cell(rows: list[dict[str, Any]], axis: str, name: str, key: str) -> str:
     mine = [row for row in rows if row["axis"] == axis and row["source"] == name]
     seeds = [np.mean([row[key] for row in mine if row["seed"] == seed]) for seed in {row["seed"] for row in mine}]
     reached = [value for value in seeds if value == value]
@@ -242,13 +245,13 @@ def _tell(rows: list[dict[str, Any]], axis: str, name: str, key: str) -> str:
     return f"{np.mean(reached):.3f} ({min(reached):.2f}..{max(reached):.2f}){short}"
 
 
-def tell_table(rows: list[dict[str, Any]]) -> str:
+def format_rows(rows: list[dict[str, Any]]) -> str:
     """Means over seeds and poles, the smallest and largest seed in brackets; seeds where both poles got so far."""
     lines = []
     for axis in dict.fromkeys(row["axis"] for row in rows):
         lines += ["", f"{axis:<14}" + "".join(f"{key:>20}" for key in MEASURES)]
         for name in [name for name in NAMES if any(row["source"] == name for row in rows)]:
-            cells = "".join(f"{_tell(rows, axis, name, key):>20}" for key in MEASURES)
+            cells = "".join(f"{_format_cell(rows, axis, name, key):>20}" for key in MEASURES)
             lines.append(f"  {name:<12}{cells}")
     return "\n".join(lines[1:])
 
@@ -279,7 +282,7 @@ def draw(rows: list[dict[str, Any]]) -> Any:
             )
     seeds = len({row["seed"] for row in rows})
     note = f"{seeds} seeds, both poles, {len(GRID)} strengths in norms of the token's activation; each point a strength"
-    apply_layout(figure, "The aim's words, times as expected as before, against the KL that it costs", note, 380)
+    apply_layout(figure, "The concept's words, times as expected as before, against the KL that it costs", note, 380)
     figure.add_hline(y=1, line={"color": FAINT})
     figure.update_xaxes(type="log", title="KL, nats")
     figure.update_yaxes(type="log")
@@ -310,11 +313,11 @@ def main() -> None:
     for found in measure(args):
         rows += found
         if args.out:
-            args.out.write_text(tell_table(rows) + "\n")
+            args.out.write_text(format_rows(rows) + "\n")
             args.out.with_suffix(".json").write_text(json.dumps(rows, indent=1))
     if args.figure:
         draw(rows).write_html(args.figure, include_plotlyjs=True)
-    print(tell_table(rows))
+    print(format_rows(rows))
 
 
 if __name__ == "__main__":

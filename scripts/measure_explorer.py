@@ -43,7 +43,7 @@ from saelab.explorer.live_steering import SteeringSetup
 from saelab.functional.codes import SparseCodes
 from saelab.interventions.steering_hooks import steer_all
 from saelab.stores.corpus import StoredText
-from saelab.stores.feature_store import measure, save_statistics
+from saelab.stores.feature_statistics import measure, save_statistics
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.results import format_table
 from saelab.synthetic.tales import generate_stories

@@ -168,17 +168,17 @@ def measure(name: str, sae: sl.SAE, stories: Stories, seed: int, n_moves: int, f
     given = add_side_tokens(store, given, is_train)  # as `label_by_rules` does: rules may name them
     plain = given.without("concept")
     same = equivalents(given, truth, is_train)
-    told = _by_side(label_by_rules(store, given, seed=seed))
-    untold_labels = label_by_rules(store, plain, seed=seed)
-    untold = _by_side(untold_labels)
+    with_concepts = _by_side(label_by_rules(store, given, seed=seed))
+    plain_labels = label_by_rules(store, plain, seed=seed)
+    by_plain = _by_side(plain_labels)
     dense = truth.tocsc()
     named, alone, right = [], [], []
     for one in known:
-        row = told.get((one.feature, one.sign))
+        row = with_concepts.get((one.feature, one.sign))
         named.append(is_named(row, same[one.concept], alone=False))
         alone.append(is_named(row, same[one.concept], alone=True))
         concept = dense[:, [one.concept]].toarray().ravel().astype(bool)
-        plain_row = untold.get((one.feature, one.sign))
+        plain_row = by_plain.get((one.feature, one.sign))
         right.append(has_right_words(plain_row, store, plain, concept, ~is_train))
         if not (named[-1] and right[-1]):
             _explain(name, seed, one, stories, row, plain_row, named[-1], right[-1])
@@ -187,7 +187,7 @@ def measure(name: str, sae: sl.SAE, stories: Stories, seed: int, n_moves: int, f
     by_chance = "".join(f"{value:>9.4f}" for value in chance(store, given, n_moves, seed))
     return (
         f"{name:<11}{seed:>5}{len(store):>9,}{n_trained:>11,}"
-        f"{len(untold_labels.rows):>7}{len(untold_labels.good):>7}{len(known):>7}{shares}{by_chance}"
+        f"{len(plain_labels.rows):>7}{len(plain_labels.good):>7}{len(known):>7}{shares}{by_chance}"
     )
 
 
@@ -196,10 +196,16 @@ def _by_side(labels: RuleLabels) -> dict[tuple[int, int], RuleLabel]:
 
 
 def _explain(
-    name: str, seed: int, one: Known, stories: Stories, told: RuleLabel | None, plain: RuleLabel | None, *is_right: bool
+    name: str,
+    seed: int,
+    one: Known,
+    stories: Stories,
+    given: RuleLabel | None,
+    plain: RuleLabel | None,
+    *is_right: bool,
 ) -> None:
     """What went wrong, for the eye."""
-    texts = [f"{row.text} (F1 {row.f1:.2f})" if row else "nothing" for row in (told, plain)]
+    texts = [f"{row.text} (F1 {row.f1:.2f})" if row else "nothing" for row in (given, plain)]
     sys.stderr.write(
         f"{name} {seed} {one.feature:>5} {one.sign:+d} is {stories.labels.names[one.concept]}: {texts} {is_right}\n"
     )

@@ -1,9 +1,9 @@
-"""Gradient steering on sparse codes beside plain addition, at equal cost, on the moods of `tales`.
+"""Gradient steering on sparse codes against plain addition, at equal cost, on the moods of `tales`.
 
     python scripts/measure_prototypes.py FOLDER FOLDER ...
 
 Tokens of a paragraph whose mood has shown are glad or sad; prototypes are their mean codes. On stories that nothing was
-chosen on, every token of blocks.2.hook_resid_post is steered towards one mood, then towards the other:
+chosen on, every token of blocks.2.hook_resid_post is steered toward one mood, then toward the other:
 
     contrast      gradient descent on -log softmax of minus squared distances, 100 steps, by growing step
     kept          the same with the 32 largest codes of each prototype
@@ -31,11 +31,10 @@ import torch
 from tqdm.auto import tqdm
 
 import saelab as sl
-from saelab.functional.metrics import kl_divergence
+from saelab.functional.metrics import kl_divergence, read_gain
 from saelab.interventions.prototype_steering import Prototypes, mean_codes, steer_to_prototype
 from saelab.lm.model_checks import Model
 from saelab.probing.linear_directions import fit_direction
-from saelab.steering.curves import read_gain
 from saelab.steering.dose_response import log_mass
 from saelab.steering.target_concepts import synthetic_concept
 from saelab.synthetic.tales import generate_stories
@@ -106,7 +105,7 @@ def added(model: Model, direction: sl.Direction) -> Block:
 def methods(
     model: Model, sae: sl.SAE, mood: str, x: torch.Tensor, labels: np.ndarray
 ) -> Iterator[tuple[str, Block, tuple[float, ...]]]:
-    """Ways of steering towards a mood: name, block by dose, and doses in growing order."""
+    """Ways of steering toward a mood: name, block by dose, and doses in growing order."""
     other = MOODS[1 - MOODS.index(mood)]
     marked = torch.from_numpy(labels != "none")
     two = mean_codes(sae, x[marked], labels[labels != "none"].tolist())
@@ -173,8 +172,8 @@ def main() -> None:
         found = [measure_all(bench, sl.SAE.from_pretrained(folder), x, labels) for folder in tqdm(folders)]
         for name in found[0]:
             values = np.array([one[name] for one in found])
-            told = [f"{mean:.3f} ({by:.3f})" for mean, by in zip(values.mean(0), values.std(0), strict=True)]
-            cells = "".join(f"{text:>{22 if i % 2 == 0 else 16}}" for i, text in enumerate(told))
+            shown = [f"{mean:.3f} ({by:.3f})" for mean, by in zip(values.mean(0), values.std(0), strict=True)]
+            cells = "".join(f"{text:>{22 if i % 2 == 0 else 16}}" for i, text in enumerate(shown))
             print(f"{f'{kind}, {name}':<26}{cells}", flush=True)
 
 

@@ -2,9 +2,9 @@
 
     python scripts/measure_removal.py recipe weather-report --kept runs/supervised/stories --out removal.json
 
-At the output of block 2 of `tales` the concept is taken out by the k sides of features that tell it (of three kinds of
-dictionary), by directions, and by the least erasure; behind block 3 fresh probes look for it and for every other
-concept, in held-out stories. Beside each stand as many random features that fire as often, or random directions.
+At the output of block 2 of `tales` the concept is taken out by the k sides of features that separate it (of three
+kinds of dictionary), by directions, and by the least erasure; behind block 3 fresh probes look for it and for every
+other concept, in held-out stories. Beside each stand as many random features that fire as often, or random directions.
 `--kept` is a folder of dictionaries that `measure_supervised.py --kept` wrote; without it they are trained.
 """
 

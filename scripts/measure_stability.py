@@ -1,4 +1,4 @@
-"""How much of a dictionary comes back from another seed: TopK beside archetypal dictionaries at equal k.
+"""How much of a dictionary comes back from another seed: TopK against archetypal dictionaries at equal k.
 
     python scripts/measure_stability.py tales
     python scripts/measure_stability.py PATH/TO/stories260k --text PATH/TO/tinystories.txt
@@ -94,7 +94,7 @@ def row(values: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a model of tales, a Hub id or a folder")
-    parser.add_argument("--text", type=Path, help="default: stories told for the models of tales")
+    parser.add_argument("--text", type=Path, help="default: stories generated for the models of tales")
     parser.add_argument("--hook-point", default="blocks.2.hook_resid_post")
     parser.add_argument("--n-collected", type=int, default=300_000, help="tokens of text")
     parser.add_argument("--n-tokens", type=int, default=400_000, help="tokens each is trained on")

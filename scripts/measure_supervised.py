@@ -2,11 +2,12 @@
 
     python scripts/measure_supervised.py --seeds 0 1 2 --n-tokens 1200000 --out supervised.json
 
-The model `tales` is told of two people and a gift, "Tom gave the kite to", and names the receiver. At the output of
-block 2 the giver's token knows who gives, and the last token the two names: patching both places carries every change
-of the prompt over, patching either does not (the first lines printed). Dictionaries of equal size and k, trained on the
-same activations (of stories, or with `--on task` of the two places in prompts of the task), are held against supervised
-ones: one vector for each giver, receiver and order of names. "either" is a name that is one of the two, in any role.
+A prompt for the model `tales` is of two people and a gift, "Tom gave the kite to", and the model names the receiver.
+At the output of block 2 the giver's token knows who gives, and the last token the two names: patching both places
+carries every change of the prompt over, patching either does not (the first lines printed). Dictionaries of equal size
+and k, trained on the same activations (of stories, or with `--on task` of the two places in prompts of the task), are
+compared with supervised ones: one vector for each giver, receiver and order of names. "either" is a name that is one
+of the two, in any role.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from statistics import mean
 import torch
 
 import saelab as sl
-from saelab.evaluation.sparse_control import TOLD, EditScore, EditTask, SparseControlResult, evaluate_sparse_control
+from saelab.evaluation.sparse_control import ORIGINAL, EditScore, EditTask, SparseControlResult, evaluate_sparse_control
 from saelab.lm.model_checks import Model
 from saelab.stores.files import write_json
 from saelab.synthetic.tales import generate_stories
@@ -32,21 +33,22 @@ ATTRIBUTE = ("f1_always", "f1", "f1_union", "f1_probe", "n_sides", "n_found", "n
 JOINED = {"either": ("giver", "receiver")}
 
 
-def make_task(model: Model, told: Sequence[dict[str, NamePrompt]], hook_point: str = HOOK) -> EditTask:
+def make_task(model: Model, prompts: Sequence[dict[str, NamePrompt]], hook_point: str = HOOK) -> EditTask:
     """Prompts as rows; read and edited where the giver is named, and at the last token."""
-    first = [versions[TOLD] for versions in told]
+    first = [versions[ORIGINAL] for versions in prompts]
     lengths = torch.tensor([len(prompt.ids) for prompt in first])
-    versions = (TOLD, *NAME_EDITS)
+    versions = (ORIGINAL, *NAME_EDITS)
     return EditTask(
         model=model,
         hook_point=hook_point,
         ids={
-            v: torch.nn.utils.rnn.pad_sequence([one[v].ids.long() for one in told], batch_first=True) for v in versions
+            v: torch.nn.utils.rnn.pad_sequence([one[v].ids.long() for one in prompts], batch_first=True)
+            for v in versions
         },
         lengths=lengths,
         places=torch.stack([torch.tensor([prompt.giver_at for prompt in first]), lengths - 1], 1),
         place_names=("giver", "end"),
-        attributes={v: [one[v].attributes for one in told] for v in versions},
+        attributes={v: [one[v].attributes for one in prompts] for v in versions},
         joined=JOINED,
         answers=torch.tensor([prompt.answer for prompt in first]),
         other_answers=torch.tensor([prompt.other_answer for prompt in first]),
@@ -54,9 +56,9 @@ def make_task(model: Model, told: Sequence[dict[str, NamePrompt]], hook_point: s
 
 
 def find_places(task: EditTask) -> str:
-    """Which place carries which change: share of predictions that become those of the prompt told otherwise."""
+    """Which place carries which change: share of predictions that become those of the edited prompt."""
     lines = [f"{task.hook_point}: share of prompts where patching brings the other prompt's prediction"]
-    x = task.activations[TOLD]
+    x = task.activations[ORIGINAL]
     for edit in task.edits:
         goal, changed = task.predict(version=edit).argmax(1), task.predict().argmax(1)
         cells = [f"untouched {float((changed == goal).float().mean()):.3f}"]

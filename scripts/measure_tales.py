@@ -2,7 +2,7 @@
 
     python scripts/measure_tales.py tales tales-b
 
-Loss beside the oracle's, forced names and facts, and linear probes for every concept at every layer.
+Loss compared with the oracle's, forced names and facts, and linear probes for every concept at every layer.
 """
 
 import argparse

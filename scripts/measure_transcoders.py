@@ -1,11 +1,11 @@
-"""Transcoders of an MLP beside an SAE of its output: FVU, and what the model's predictions lose when it is replaced.
+"""Transcoders of an MLP against an SAE of its output: FVU, and what the model's predictions lose when it is replaced.
 
     python scripts/measure_transcoders.py PATH/TO/stories260k --text PATH/TO/tinystories.txt
 
 All have the same width and k and see the same tokens, one of each kind a seed. The transcoders read the residual stream
 as the MLP's norm has scaled it, before the norm's weight, and write what the MLP writes. The SAE reads the answer, so
 its numbers are no bar for them; their own baselines are, in brackets: untrained, random directions, and the best linear
-map of rank L0 (of any rank beside a skip connection; for the SAE principal components).
+map of rank L0 (of any rank next to a skip connection; for the SAE principal components).
 """
 
 import argparse

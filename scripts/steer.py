@@ -4,8 +4,8 @@
     python scripts/steer.py runs/report/store --features 123,45 --concept "happy,glad,smiled" --out runs/steer
 
 Without --features those with the best output scores: amplified, they make the model say the words they promote. Without
---concept each is measured on the five words that it promotes most. Each is steered up and down beside the difference in
-means, a probe, a random direction and another feature of equal density, all adding vectors of one length.
+--concept each is measured on the five words that it promotes most. Each is steered up and down and compared with the
+difference in means, a probe, a random direction and another feature of equal density, all adding vectors of one length.
 """
 
 import argparse

@@ -37,7 +37,8 @@ def run_row(name: str, pytest_arguments: list[str]) -> bool:
     *limits, threads, offset = ROWS[name]
     env = {key: value for key, value in os.environ.items() if key not in SETTINGS}
     env |= {key: str(value) for key, value in zip(SETTINGS, limits, strict=True) if value}
-    env |= dict.fromkeys(BLAS, str(threads)) | {"HF_HUB_OFFLINE": "1"}
+    # Threads of tests that run side by side must not spin while they wait for each other.
+    env |= dict.fromkeys(BLAS, str(threads)) | {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     # doctests show numbers of their own seeds
     paths = [] if any(a.startswith("tests") for a in pytest_arguments) or not offset else ["tests"]
     command = [sys.executable, "-m", "pytest", "-q", "--seed-offset", str(offset), *paths, *pytest_arguments]

@@ -39,7 +39,7 @@ SHAPES = {
 }
 STORY_SEED = 0
 HELD_OUT = 10_000_000  # number of the first story that training never sees
-GROUP = 512  # stories told at a time, batches of like length cut from them
+GROUP = 512  # stories generated at a time, batches of like length cut from them
 PAD_ID = VOCABULARY.index(PAD)
 
 

@@ -10,9 +10,8 @@ from scipy.sparse import csr_matrix
 
 import saelab as sl
 from saelab.analysis import max_activating
-from saelab.functional import indices, statistics
-from saelab.functional.indices import ChosenRuns, MarkedRows, draw_rows
-from saelab.functional.statistics import WINDOW_ROWS, find_runs, move_blocks
+from saelab.functional import indices
+from saelab.functional.indices import WINDOW_ROWS, ChosenRuns, MarkedRows, draw_rows, find_runs, move_blocks
 from saelab.labels.autointerp.example_windows import ExampleConfig, build_case
 from saelab.stores import corpus, feature_store, packing
 from saelab.stores.corpus import StoredText
@@ -159,7 +158,7 @@ DOC = 400
 def bytes_a_token(work, monkeypatch, *sizes):
     """How much more is held at most for each further token, where work is done in small parts."""
     parts = {"TOKENS_AT_ONCE": (800, document_text, alignment), "PART": (4096, max_activating, indices)}
-    parts["ROWS_AT_ONCE"] = 4096, document_text, corpus, feature_store, statistics
+    parts["ROWS_AT_ONCE"] = 4096, document_text, corpus, feature_store, indices
     for name, (size, *modules) in parts.items():
         for module in modules:
             monkeypatch.setattr(module, name, size)

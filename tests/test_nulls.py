@@ -16,7 +16,8 @@ from scipy.sparse import csc_matrix
 from torch.nn.functional import normalize
 
 import saelab as sl
-from saelab.functional.statistics import permute_within, rank_correlation
+from saelab.functional.indices import permute_within
+from saelab.functional.statistics import rank_correlation
 from saelab.labels.autointerp.clients import Answer
 from saelab.labels.autointerp.example_windows import ExampleConfig, build_case
 from saelab.labels.autointerp.requests import RequestConfig, RequestQueue
@@ -24,7 +25,8 @@ from saelab.labels.autointerp.response_cache import make_key
 from saelab.labels.autointerp.scorers import SCORERS
 from saelab.labels.autointerp.token_prediction import token_baseline
 from saelab.stores.corpus import StoredText
-from saelab.stores.feature_store import Feature, measure
+from saelab.stores.feature_statistics import measure
+from saelab.stores.feature_store import Feature
 from saelab.universality.representation_similarity import compare_spaces
 from saelab.universality.seed_comparison import seed_stability
 

@@ -11,9 +11,10 @@ from scipy.stats import binom
 
 import saelab as sl
 from saelab.evaluation.concepts import score_concepts
+from saelab.functional.metrics import mean_gain
 from saelab.interventions.attribution import Attribution
 from saelab.lm.token_labels import Concept, TokenLabels
-from saelab.steering.curves import SteeringCurve, mean_gain
+from saelab.steering.curves import SteeringCurve
 from saelab.steering.feature_scores import output_scores
 
 N_DRAWN = 24

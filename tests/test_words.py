@@ -29,6 +29,14 @@ UNIT_OF_MEASURE = {"unit", "Unit", "UNIT", "CURVE_UNIT", "UnitName", "unit_scale
 """what may be called a unit: what strengths and progress bars count in, and vectors of norm 1"""
 
 
+def shown_names(kind: ast.ClassDef) -> list[str]:
+    """The names at the start of the texts that a class's `__repr__` returns."""
+    own = [f for f in kind.body if isinstance(f, ast.FunctionDef) and f.name == "__repr__"]
+    returned = [node.value for f in own for node in ast.walk(f) if isinstance(node, ast.Return) and node.value]
+    texts = [ast.unparse(value).lstrip("frb'\"") for value in returned]
+    return [found[1] for text in texts if (found := re.match(r"(\w+)\(", text))]
+
+
 @cache
 def names(file: Path) -> set[str]:
     """Every identifier of a module."""
@@ -96,6 +104,17 @@ def test_a_type_name_has_one_meaning() -> None:
     assert not twice, "\n".join(twice)
 
 
+def test_objects_are_shown_by_the_name_of_their_class() -> None:
+    found = []
+    for file in PACKAGE:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                for shown in shown_names(node):
+                    if shown != node.name:
+                        found.append(f"{file.relative_to(ROOT)}: {node.name} is shown as {shown}")
+    assert not found, "\n".join(found)
+
+
 def test_every_module_begins_with_one_sentence() -> None:
     found = [f"{file.relative_to(ROOT)}: {why}" for file in PACKAGE if (why := first_line(ast.parse(file.read_text())))]
     assert not found, "\n".join(found)
@@ -113,6 +132,11 @@ def test_planted_british_spelling_is_found(name: str) -> None:
 )
 def test_american_spelling_passes(name: str) -> None:
     assert not british([name])
+
+
+def test_planted_names_of_classes_are_read() -> None:
+    lines = ["class A:", "    def __repr__(self) -> str:", '        return f"B({1})"']
+    assert shown_names(ast.parse("\n".join(lines)).body[0]) == ["B"]
 
 
 def test_planted_units_and_types_are_found() -> None:

@@ -17,6 +17,7 @@ from saelab.stores.results import Result, format_table
 
 N_BINS = 40
 N_WORDS = 6
+COLUMNS = ("feature", "density", "n_positive", "n_negative", "balance", "mean", "peak")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ def describe_feature(
         label: text shown as the feature's name; empty for none.
         lens: result of `logit_lens` for the same SAE; None leaves the logit effects out.
         neighbors: result of `nearest_features` for the same SAE or store; None leaves the similar features out.
-        **choice: options of `examples`, such as `n_top`.
+        **choice: options of `max_activating_examples`, such as `n_top`.
 
     Raises:
         IndexError: the feature does not exist.
@@ -154,9 +155,6 @@ def _count(firings: Firings) -> tuple[tuple[int, ...], tuple[float, ...]]:
         counts, _ = np.histogram(bits.view(np.float16).astype(np.float32), edges, weights=times[bits])
         counts = counts.astype(np.int64)
     return tuple(counts.tolist()), tuple(edges.tolist())
-
-
-COLUMNS = ("feature", "density", "n_positive", "n_negative", "balance", "mean", "peak")
 
 
 @dataclass(frozen=True, kw_only=True)

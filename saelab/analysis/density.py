@@ -29,6 +29,11 @@ FAR = 3.0
 NEAR = 0.9
 """Share of the smallest code that fires."""
 BLOCK = 1024
+KINDS = ("dead", "near-dead", "live", "dense", "outlier")
+NEAR_DEAD_RATE, DENSE_RATE = 1e-5, 0.1
+"""Firing rates below which a feature is near-dead, and above which it is dense, as shares of tokens."""
+OUTLIER = 5.0
+"""Robust standard deviations of the logarithm of a norm."""
 
 
 @torch.no_grad()
@@ -84,7 +89,7 @@ def find_reach(
     """How near each feature's pre-activation comes to firing: its largest ratio to the smallest code that fires on the
     token.
 
-    At 1 the feature would fire. Where codes are signed, pre-activations count by size.
+    At 1 the feature would fire. Where codes are signed, absolute values of pre-activations count.
     """
     reach = torch.full((len(features),), -torch.inf)
     for x in acts.split(BLOCK):
@@ -118,22 +123,15 @@ def _nearest_cosine(W_dec: Tensor, features: Tensor, live: Tensor) -> Tensor:
     return torch.cat(found)
 
 
-KINDS = ("dead", "near-dead", "live", "dense", "outlier")
-NEAR_DEAD_RATE, DENSE_RATE = 1e-5, 0.1
-"""Firing rates below which a feature is near-dead, and above which it is dense, as shares of tokens."""
-OUTLIER = 5.0
-"""Robust standard deviations of the logarithm of a norm."""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DeadFeatures(Result):
-    """The kind of every feature, by how often it fires (z != 0, either sign) on the tokens of a store."""
+    """Every feature as dead, near-dead, dense, outlier or live, by its firing rate on the tokens of a store."""
 
     n_tokens: int
     kinds: tuple[str, ...]
-    """for each feature: dead, near-dead, live, dense, or outlier (live, with a norm far from the others')"""
+    """for each feature "dead", "near-dead", "live", "dense" or "outlier", as `dead_features` defines them"""
     fires: Integer[np.ndarray, "d_sae"]
-    """number of tokens on which each feature fires"""
+    """number of tokens on which each feature fires (z != 0, either sign)"""
     low: Float[np.ndarray, "d_sae"]
     """lower end of the firing rate's Clopper-Pearson interval"""
     high: Float[np.ndarray, "d_sae"]
@@ -150,7 +148,7 @@ class DeadFeatures(Result):
     None where training kept no count"""
 
     def of_kind(self, kind: str) -> list[int]:
-        """The features of a given kind; ValueError where the kind does not exist."""
+        """Numbers of the features of one kind, such as "dead"; ValueError for an unknown kind."""
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {list(KINDS)}, got '{kind}'.")
         return [i for i, mine in enumerate(self.kinds) if mine == kind]
@@ -161,7 +159,7 @@ class DeadFeatures(Result):
         return self.fires / self.n_tokens
 
     def share(self, kind: str) -> float:
-        """Share of the features that are of a given kind."""
+        """Share of the features that are of one kind, such as "dead"; ValueError for an unknown kind."""
         return len(self.of_kind(kind)) / len(self.kinds)
 
     def __str__(self) -> str:
@@ -188,29 +186,33 @@ def dead_features(
     dense_rate: float = DENSE_RATE,
     confidence: float = 0.95,
 ) -> DeadFeatures:
-    """The kind of every feature, from its firing rate r = #(z != 0) / N over the store's N tokens, both signs counted.
+    """Every feature as dead, near-dead, dense, outlier or live, with an interval of its firing rate.
+
+    The rate is r = #(z != 0) / N over the store's N tokens, both signs counted.
 
     - dead: r = 0.
     - near-dead: 0 < r < `near_dead_rate`.
     - dense: r > `dense_rate`.
-    - outlier: otherwise live, but the log-norm of W_enc or W_dec is more than 5 robust standard deviations from the
-      median.
+    - outlier: otherwise live, but the log-norm of W_enc or W_dec is more than 5 robust standard deviations (1.4826 MAD)
+      from the median; needs `sae`.
     - live: the rest.
 
-    Firing rates come with Clopper-Pearson intervals. Where training counted dead features, its count is compared with
-    the store's.
+    Intervals are Clopper-Pearson's. With `sae`, likely causes are given for dead and near-dead features: a small
+    encoder norm, a low bias, a decoder direction that equals or opposes a live feature's, pre-activations that never
+    come near selection. Where training counted dead features, its count is compared with the store's.
 
     Args:
         store: feature store with the codes of all features.
         sae: the SAE that the store was harvested with, for outliers and likely causes; None leaves both out.
-        acts: (n, d_in) activations in the units of the SAE's input, to see how near dead features come to firing; None
-            leaves this out.
+        acts: (n, d_in) activations in the units of the SAE's input, on which the last of these causes is tested; None
+            leaves that test out.
         near_dead_rate: firing rate below which a feature is near-dead, as a share of tokens.
         dense_rate: firing rate above which a feature is dense, as a share of tokens.
         confidence: level of the intervals, in (0, 1).
 
     Raises:
-        ValueError: the rates are not in order, or `sae` is not the SAE of the store.
+        ValueError: not 0 <= `near_dead_rate` < `dense_rate` <= 1, `confidence` is not in (0, 1), or `sae` is not the
+            SAE of the store.
     """
     if not 0 <= near_dead_rate < dense_rate <= 1 or not 0 < confidence < 1:
         raise ValueError(

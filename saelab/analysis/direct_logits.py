@@ -71,7 +71,7 @@ def logit_lens(
 
     `effect = (norm'(d)) W_U`, where d is the row of W_dec in the activations' own units and norm' the final norm made
     linear at unit scale: adding z d to a residual stream of scale s adds `z effect / s` to the logits. Effects are
-    centred over the vocabulary, which leaves the probabilities as they are; ids without a token (padded vocabularies)
+    centered over the vocabulary, which leaves the probabilities as they are; ids without a token (padded vocabularies)
     are left out.
 
     Args:

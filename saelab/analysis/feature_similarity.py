@@ -23,7 +23,7 @@ BLOCK = 512
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NearestFeatures(Result):
-    """The `m` most similar other features of each feature, sorted by size of the similarity, largest first."""
+    """The `m` most similar other features of each feature, by absolute value of the similarity, largest first."""
 
     by: str
     """name of the similarity"""
@@ -51,7 +51,7 @@ class NearestFeatures(Result):
 def nearest_features(
     source: FeatureStore | SAE, by: SimilarityMeasure | None = None, *, m: int = 10
 ) -> NearestFeatures:
-    """The `m` most similar other features of every feature, by size of the similarity.
+    """The `m` most similar other features of every feature, by absolute value of the similarity, largest first.
 
     - "correlation" (default for a store): Pearson's r of the codes over all tokens, zeros included.
     - "phi": Pearson's r of firing (0 or 1) over all tokens, whatever the sign of the code.
@@ -284,7 +284,7 @@ def _correlations(store: FeatureStore, firing: bool) -> Iterator[tuple[int, np.n
 
 
 def _nearest(start: int, block: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
-    """The m largest by size in each row, the feature itself left out."""
+    """The m largest by absolute value in each row, the feature itself left out."""
     size = torch.from_numpy(np.nan_to_num(np.abs(block), nan=-1.0))
     size[torch.arange(len(block)), torch.arange(start, start + len(block))] = -2.0
     top = largest_first(size, m)

@@ -116,7 +116,7 @@ def max_activating_examples(
         n_top: windows with the largest |z|, for each sign.
         n_quantiles: number of groups of equally many firings, weakest first, for each sign.
         n_each: windows drawn from each quantile.
-        n_near: near misses: windows whose center is a token that also stands at the center of a top window, but where
+        n_near: near misses: windows whose center is a token that is also the center of a top window, but where
             the feature does not fire.
         n_random: windows around tokens drawn from all.
         before: tokens shown before the center; None is 16, or 64 where tokens are hardly more than characters.
@@ -152,7 +152,7 @@ def max_activating_examples(
 def draw_examples(
     store: FeatureStore, feature: SupportsIndex, marks: RowMarker, n: int, before: int, after: int, seed: int = 0
 ) -> tuple[Example, ...]:
-    """Windows around random rows of those that are marked, as in the group "random" of `examples`.
+    """Windows around random rows of those that are marked, as in the group "random" of `max_activating_examples`.
 
     No list with one entry per row of the store is held.
 
@@ -268,7 +268,7 @@ class _View:
 
 
 def _near_misses(view: _View, groups: list[ExampleGroup], rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
-    """Rows, in random order, whose token stands at a top window's center but where the feature does not fire."""
+    """Rows, in random order, whose token is at a top window's center but where the feature does not fire."""
     tops = [example.token for group in groups if group.name == "top" for example in group.examples]
     ids = np.unique([view.store.read_tokens(row, row + 1) for row in tops]).tolist()
     counts = view.store.count_tokens(ids)

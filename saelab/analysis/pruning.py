@@ -101,7 +101,7 @@ def prune_dictionary(
         hook_point: where the reconstruction replaces the activations, or (input, target) for a transcoder; None takes
             the SAE's own.
         mask: tokens that are measured and replaced; None takes the mask that the SAE was trained with.
-        batch_size: sequences per forward pass; None takes about 4096 tokens' worth.
+        batch_size: sequences per forward pass; None takes as many as hold about 4096 tokens.
         seed: seed of the random order.
         allow_mismatch: True accepts another model, weight processing or hook point than those of training.
 

@@ -33,6 +33,22 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 failed or interrupted, 2 wrong use.",
 )
 UsageError: type[Exception] = find_base(typer.BadParameter, "UsageError")
+VERBS: dict[str, Callable[..., None]] = {
+    "collect": collect_text,
+    "train": train_sae,
+    "evaluate": evaluate_sae,
+    "convert": convert_sae,
+    "harvest": harvest_text,
+    "features": show_features,
+    "dead": show_dead,
+    "label": label_features,
+    "compare": compare_folders,
+    "report": write_report,
+    "explore": explore_store,
+    "steer": steer_prompts,
+    "steer-curve": draw_curve,
+    "info": show_info,
+}
 
 
 @app.callback()
@@ -93,22 +109,6 @@ def _complain(line: str, code: int) -> int:
     return code
 
 
-VERBS: dict[str, Callable[..., None]] = {
-    "collect": collect_text,
-    "train": train_sae,
-    "evaluate": evaluate_sae,
-    "convert": convert_sae,
-    "harvest": harvest_text,
-    "features": show_features,
-    "dead": show_dead,
-    "label": label_features,
-    "compare": compare_folders,
-    "report": write_report,
-    "explore": explore_store,
-    "steer": steer_prompts,
-    "steer-curve": draw_curve,
-    "info": show_info,
-}
 for _name, _verb in VERBS.items():
     app.command(_name)(guard(_verb))
 

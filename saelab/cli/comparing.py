@@ -14,8 +14,9 @@ from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_json
 from saelab.stores.results import format_table
-from saelab.universality.comparison import NULL, NullConfig, Similarity, choose_similarity, compare
+from saelab.universality.comparison import NULL, NullConfig, compare
 from saelab.universality.matching import MatchingMethod
+from saelab.universality.similarity import Similarity, choose_similarity
 from saelab.visualization.reports import report
 
 COUNT, M = (options.default_of(compare, name) for name in ("min_count", "m"))
@@ -30,7 +31,7 @@ def compare_folders(
     similarity: Annotated[
         str | None,
         Option(
-            help=f"How alike features are: {', '.join(get_args(Similarity))}.",
+            help=f"Similarity of features: {', '.join(get_args(Similarity))}.",
             metavar="NAME",
             show_default="correlation of stores, decoder of SAEs",
         ),
@@ -68,9 +69,9 @@ def compare_folders(
     ] = True,
     progress: options.Progress = True,
 ) -> None:
-    """Find the features that two dictionaries share, beside what chance would give.
+    """Find the features that two dictionaries share, compared with what chance would give.
 
-    Stores are compared on the documents that they have in common, whatever the tokenizers; SAEs of one space by
+    Stores are compared on the documents that they have in common, even with different tokenizers; SAEs of one space by
     direction.
     """
     if method not in get_args(MatchingMethod):
@@ -121,7 +122,7 @@ def _untrained(store: FeatureStore, out: Path, progress: bool) -> FeatureStore |
     try:
         return harvest_untrained(store, sae, model, out, progress=progress)
     except ValueError as error:
-        echo(f"No untrained dictionary beside {store.folder}: {error}", err=True)
+        echo(f"No untrained dictionary for comparison with {store.folder}: {error}", err=True)
         return None
 
 

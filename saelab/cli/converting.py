@@ -45,8 +45,8 @@ def convert_sae(
 ) -> None:
     """Convert an SAE or transcoder between libraries: same codes, same reconstructions.
 
-    One that was read from a library's files is written back as it was, bit for bit. What a format has no words for is
-    folded into the weights where that is exact, and refused where it is not.
+    One that was read from a library's files is written back unchanged, bit for bit. A setting that the format cannot
+    express is folded into the weights where that is exact; otherwise it is an error.
     """
     if target.is_file():
         raise ValueError(f"DST must be new or an empty folder, got the file '{target}'; choose another.")

@@ -94,11 +94,11 @@ def run_demo(
 ) -> None:
     """Train three dictionaries on a built-in model whose concepts are known, score them, and write a report.
 
-    Needs no network, and three minutes at most on two cores. The page stands alone: open it from the disk, or send it.
+    Needs no network, and three minutes at most on two cores. The report is one self-contained HTML file.
     """
     clock = Clock()
     context.with_resource(hold_folder(out))
-    with clock.stage("telling stories"):
+    with clock.stage("generating stories"):
         lm, half = load_model(model, progress=progress), max(2, n_stories // 2)
         seen, unseen = (
             generate_stories(n_stories, STORY_SEED, FIRST),

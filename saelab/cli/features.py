@@ -43,8 +43,8 @@ def harvest_text(
 ) -> None:
     """Encode a text once into a feature store, which every analysis reads.
 
-    Reads the text from its start; hook point and mask are the SAE's. A run that was cut off goes on where it stopped
-    when the same command is given again, and ends with the same bytes.
+    Reads the text from its start; hook point and mask are the SAE's. An interrupted run continues where it
+    stopped when the same command is run again, and ends with the same bytes.
     """
     if values not in ("float16", "float32"):
         raise ValueError(f"`--values` must be float16 or float32, got '{values}'.")
@@ -85,7 +85,7 @@ def show_dead(
     dense_rate: float = DENSE,
     json: options.AsJSON = False,
 ) -> None:
-    """Count dead, near-dead, live and dense features; with --sae, say why the dead ones may be."""
+    """Count dead, near-dead, live and dense features; with --sae, give likely causes of the dead ones."""
     coder = SAE.from_pretrained(sae) if sae is not None else None
     opened = FeatureStore.load(store)
     _print(dead_features(opened, coder, near_dead_rate=near_dead_rate, dense_rate=dense_rate), json)
@@ -112,10 +112,10 @@ def write_report(
     title: Annotated[str, Option(show_default="features, hook point and model")] = "",
     progress: options.Progress = True,
 ) -> None:
-    """Write a report to open in a browser: every feature with where it fires, to search and to sort.
+    """Write a report to search and sort in a browser: every feature with text on which it fires.
 
-    SAE and model are those that the store was made with. Where they cannot be found what rests on them is left out: a
-    line on stderr says so.
+    SAE and model are those that the store was made with. What needs them is left out if they cannot be
+    found, with a line on stderr.
     """
     opened = FeatureStore.load(store)
     coder = open_sae(opened, sae)

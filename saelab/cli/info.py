@@ -31,7 +31,7 @@ def show_info(
         ),
     ],
 ) -> None:
-    """Say what an SAE or a folder of activations or features is and where it came from."""
+    """Show what a folder of an SAE, activations or features holds, and how it was made."""
     echo(describe_folder(path))
 
 

@@ -98,7 +98,7 @@ def read_tail(
 
 
 def count_overlap(evaluated: Tokens, n_before: int, trained_text: str) -> int:
-    """How many evaluated documents the SAE was also trained on, as far as the names of the two texts tell.
+    """How many evaluated documents the SAE was also trained on, as far as the names of the two texts show.
 
     `n_before` documents of the text lie before the evaluated ones; `trained_text` is the source in the SAE's
     provenance. 0 where that does not name a slice of the same file.

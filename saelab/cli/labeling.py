@@ -39,13 +39,15 @@ else:
 FeatureNumber = Annotated[int, Argument(metavar="FEATURE", help="Number of the feature.")]
 Author = Annotated[str, Argument(metavar="AUTHOR", help="Whose label; `show` lists the authors.")]
 Sign = Annotated[int, Option(metavar="SIGN")]
+BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
+SCORERS = ",".join(options.default_of(explain_features, "scorers"))
 
 
 def open_book(context: Context, store: options.StoreFolder) -> None:
     """Search, read and write the labels of a store's features.
 
-    They lie in labels.sqlite in the store's folder. What a person calls a feature stands before what rules and models
-    call it. Without a command: how many there are.
+    They are in labels.sqlite in the store's folder. A label chosen by a person takes precedence over those of rules and
+    models. Without a command: how many there are.
     """
     context.obj = store
     if context.invoked_subcommand is None:
@@ -69,7 +71,7 @@ def show_labels(context: Context, feature: FeatureNumber) -> None:
     book = _open(context)
     chosen = book.chosen(feature)
     for label in book.labels(feature):
-        echo(f"{'*' if label in chosen else ' '} {_say(label)}")
+        echo(f"{'*' if label in chosen else ' '} {_describe(label)}")
     if not chosen:
         echo(f"Feature {feature} has no label.", err=True)
 
@@ -82,14 +84,14 @@ def set_label(
     sign: Sign = BOTH,
     author: Annotated[str | None, Option(metavar="NAME", show_default="your user name")] = None,
 ) -> None:
-    """Give a feature a label and choose it: your word stands until a person says otherwise."""
-    echo(_say(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
+    """Give a feature a label and choose it; it stays chosen until a person chooses another."""
+    echo(_describe(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
 
 
 @options.documented_by(LabelStore.set)
 def choose_label(context: Context, feature: FeatureNumber, author: Author, sign: Sign = BOTH) -> None:
-    """Choose the newest label that an author gave: it stands until a person says otherwise."""
-    echo(_say(_open(context).choose(feature, author, sign=sign)))
+    """Choose the newest label of an author; it stays chosen until a person chooses another."""
+    echo(_describe(_open(context).choose(feature, author, sign=sign)))
 
 
 @options.documented_by(LabelStore.set)
@@ -110,7 +112,7 @@ def export_labels(
     model_id: Annotated[str, Option(metavar="NAME", show_default="the store's")] = "",
     source_id: Annotated[str, Option(metavar="NAME", show_default="the store's hook point")] = "",
 ) -> None:
-    """Write all labels to a file: JSON, CSV, or Neuronpedia's explanation records, one a line."""
+    """Write all labels to a file: JSON, CSV, or Neuronpedia's explanation records, one per line."""
     if form is not None and form not in FORMATS:
         raise ValueError(f"`--format` must be one of {', '.join(FORMATS)}, got '{form}'.")
     n = _open(context).save(file, form or name_format(file), model_id=model_id, source_id=source_id)
@@ -123,7 +125,7 @@ def import_labels(
         Path, Argument(metavar="FILE", help="What `export` wrote, Neuronpedia's records, or a table as CSV.")
     ],
 ) -> None:
-    """Add the labels of a file; a person's choice that stands already is kept."""
+    """Add the labels of a file; earlier choices by a person are kept."""
     echo(f"{_open(context).load(file):,} labels added.")
 
 
@@ -139,7 +141,7 @@ VERBS: dict[str, Callable[..., None]] = {
 
 
 def _open(context: Context) -> LabelStore:
-    """The book of the store that was named, closed when the command ends."""
+    """Label database of the store, closed when the command ends."""
     return context.with_resource(LabelStore.open(context.obj))
 
 
@@ -152,7 +154,7 @@ def make_printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _say(label: Label) -> str:
+def _describe(label: Label) -> str:
     return make_printable(
         f"{label.feature:>6} {MARKS[label.sign]}{label.text} ({label.kind}, {describe_origin(label)})"
     )
@@ -160,15 +162,11 @@ def _say(label: Label) -> str:
 
 def _print(labels: Sequence[Label], top: int) -> None:
     for label in labels[:top]:
-        echo(_say(label))
+        echo(_describe(label))
     if not labels:
         echo("No label.", err=True)
     elif len(labels) > top:
         echo(f"{len(labels) - top:,} more: give --top {len(labels)}.", err=True)
-
-
-BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
-SCORERS = ",".join(options.default_of(explain_features, "scorers"))
 
 
 @options.documented_by(RequestConfig, parallel="n_parallel")
@@ -235,11 +233,11 @@ def label_features(
     ] = None,
     progress: options.Progress = True,
 ) -> None:
-    """Name the features of a store, by rules or by a language model, and keep the labels beside it.
+    """Label the features of a store, by rules or by a language model; labels are kept in its folder.
 
     Without a language model by rules: the best one for each side of a feature, on documents that it was not chosen on.
-    With --model by a language model, which scores them too. Its answers are kept: a run that was cut off, or came to
-    the end of its budget, goes on when the same command is given again. With --export-prompts and --import-answers the
+    With --model by a language model, which scores them too. Its answers are kept: a run that was interrupted, or that
+    used up its budget, continues when the same command is run again. With --export-prompts and --import-answers the
     language model may be anywhere: prompts of scores come once the labels are there.
     """
     opened, numbers = FeatureStore.load(store), read_numbers(features)
@@ -256,10 +254,10 @@ def label_features(
     signs, names = (1, -1) if opened.signed else (BOTH,), [name for name in scorers.split(",") if name]
     asked_of = _wanted(opened, client.name, numbers, resume, scored=bool(names)) if client is not None else []
     floor = untrained and not estimate and (wanted != [] or asked_of != [])
-    beside = context.with_resource(_open_floor(opened, sae, lens_model, progress) if floor else nullcontext())
+    baseline = context.with_resource(_open_floor(opened, sae, lens_model, progress) if floor else nullcontext())
     if by_rules:
         found = _read_lens(opened, wanted, sae, lens_model, progress) if lens and wanted != [] else None
-        part, other = opened.spread(rule_tokens), None if beside is None else beside.spread(rule_tokens)
+        part, other = opened.spread(rule_tokens), None if baseline is None else baseline.spread(rule_tokens)
         _by_rules(part, read_predicates(part, rules or BUILTIN, predicates), wanted, found, other)
     if client is None:
         return
@@ -271,7 +269,7 @@ def label_features(
         echo(str(estimate_labels(opened, client, asked_of, **asked).times(2.0 if untrained else 1.0)), err=not estimate)
     if estimate:
         return
-    named = explain_features(opened, client, asked_of, untrained=beside, progress=progress, **asked)
+    named = explain_features(opened, client, asked_of, untrained=baseline, progress=progress, **asked)
     _keep(opened, named.labels, str(named))
     if isinstance(client, OfflineClient):
         _exchange(client, export_prompts)
@@ -387,16 +385,16 @@ def _read_lens(
     return logit_lens(coder, lm, wanted, allow_mismatch=True)
 
 
-def _keep(store: FeatureStore, labels: Sequence[Label], said: str, afresh: bool = False) -> None:
-    """Put labels into the book and say what they are."""
+def _keep(store: FeatureStore, labels: Sequence[Label], summary: str, afresh: bool = False) -> None:
+    """Add labels to the database and print a summary."""
     with LabelStore.open(store) as book:
         n = book.add(labels, afresh=afresh)
-        echo("\n".join(map(make_printable, said.split("\n"))))
+        echo("\n".join(map(make_printable, summary.split("\n"))))
         echo(f"{n:,} labels added to {book.path}.")
 
 
 def _exchange(client: OfflineClient, prompts: Path | None) -> None:
-    """Write the prompts without an answer, and say how prompts and answers go together."""
+    """Write the prompts without an answer, and report which answers belong to which prompts."""
     if prompts is not None:
         echo(f"{client.export(prompts):,} prompts in {prompts}.")
     echo(str(client.report()))

@@ -33,7 +33,8 @@ def default_of(function: Callable[..., Any], name: str) -> Any:
 def documented_by(*sources: Callable[..., Any], **names: str) -> Callable[[Command], Command]:
     """Decorator of a command: options without a help text get that of the parameter with their name in the sources.
 
-    What a docstring says of None is shown as the option's default. Options that no source has are left as they are.
+    The meaning of None in a docstring is shown as the option's default. Options that no source has are left as they
+    are.
 
     Args:
         sources: functions with an `Args:` section, or dataclasses with a docstring under each field; the first that

@@ -38,6 +38,7 @@ WhereName = Annotated[str, Option(help=f"Tokens that are changed: {', '.join(get
 Store = Annotated[Path | None, Option(metavar="FOLDER", show_default="none")]
 HookPoint = Annotated[str | None, Option(metavar="NAME")]
 NTexts = Annotated[int, Option("--n", metavar="N")]
+Temperature = Annotated[float, Option(metavar="T")]
 TopKTokens = Annotated[int | None, Option(metavar="K")]
 TopP = Annotated[float | None, Option(metavar="P")]
 
@@ -61,21 +62,21 @@ def steer_prompts(
     hook_point: HookPoint = None,
     n: NTexts = N_TEXTS,
     n_tokens: options.Count = N_TOKENS,
-    temperature: float = SAMPLING.temperature,
+    temperature: Temperature = SAMPLING.temperature,
     top_k: TopKTokens = SAMPLING.top_k,
     top_p: TopP = SAMPLING.top_p,
     seed: options.Count = SEED,
     json: options.AsJSON = False,
     html: Annotated[
-        Path | None, Option(help="Page for the texts, coloured.", metavar="FILE", show_default="none")
+        Path | None, Option(help="Page for the texts, colored.", metavar="FILE", show_default="none")
     ] = None,
     allow_mismatch: options.AllowMismatch = False,
     device: options.Device = None,
     progress: options.Progress = True,
 ) -> None:
-    """Go on with prompts as the model is, and with features moved: texts side by side, from the same noise.
+    """Continue prompts without steering and with steered features: texts side by side, sampled with the same seed.
 
-    Perplexities and KL say what it cost.
+    Perplexities and KL measure the cost.
     """
     strengths = strength or [1.0]
     if len(strengths) not in (1, len(feature)):
@@ -134,7 +135,7 @@ def draw_curve(
     hook_point: HookPoint = None,
     n: NTexts = CURVE_N,
     n_tokens: options.Count = CURVE_TOKENS,
-    temperature: float = SAMPLING.temperature,
+    temperature: Temperature = SAMPLING.temperature,
     top_k: TopKTokens = SAMPLING.top_k,
     top_p: TopP = SAMPLING.top_p,
     seed: options.Count = SEED,
@@ -146,7 +147,7 @@ def draw_curve(
     device: options.Device = None,
     progress: options.Progress = True,
 ) -> None:
-    """Measure what moving features does to a concept and what it costs, over strengths, beside baselines.
+    """Measure the effect of steering on a concept, and its cost, over strengths, compared with baselines.
 
     The concept is a set of words, each a token of the model. Directions are found where such words follow, in --text
     or in text that the model writes.

@@ -31,6 +31,8 @@ from saelab.training.checkpoint import FOLDER, find_checkpoint
 from saelab.training.config import TrainConfig
 
 WRITTEN = (CONFIG, WEIGHTS, "history.jsonl", "history.csv")
+N_TOKENS = 100_000
+BASELINES, N_BOOTSTRAP, SEED = (options.default_of(evaluate, name) for name in ("baselines", "n_bootstrap", "seed"))
 
 
 @options.documented_by(SAEConfig, TrainConfig, AuxK, Archetypal)
@@ -78,7 +80,9 @@ def train_sae(
             show_default="none: an autoencoder",
         ),
     ] = None,
-    skip: Annotated[bool, Option("--skip", help="Give the transcoder a linear connection beside its latents.")] = False,
+    skip: Annotated[
+        bool, Option("--skip", help="Give the transcoder a linear connection in parallel to its latents.")
+    ] = False,
     device: options.Device = None,
     resume: Annotated[
         bool, Option("--resume", help="Continue from the checkpoint in the folder, if there is one.")
@@ -114,7 +118,7 @@ def train_sae(
 
 
 def _train_into(out: Path, sae: SAE, rows: Data, budget: TrainConfig, resume: bool, progress: bool) -> None:
-    """Train, save, and say what came of it."""
+    """Train, save, and print a summary."""
     finished = (out / CONFIG).is_file()
     sae.fit(rows, budget, out=out, resume=resume, progress=progress)
     sae.save_pretrained(out)
@@ -137,7 +141,7 @@ def load_activations(
 
 
 def read_activation(name: str, k: int) -> Activation:
-    """The activation with `k` as its number of latents a token: kept ones, or the target of a penalised one."""
+    """The activation with `k` as its number of latents a token: kept ones, or the target of a penalized one."""
     known = {field.name for field in fields(ACTIVATIONS[name])} if name in ACTIVATIONS else set()
     return make_activation(name, **({"target_l0": float(k)} if "target_l0" in known else {"k": k}))
 
@@ -219,8 +223,8 @@ def collect_text(
 ) -> None:
     """Write the activations of a language model on a text to a folder.
 
-    Reads the text from its start. Special tokens are left out. A run that was cut off goes on where it stopped when
-    the same command is given again, and ends with the same bytes.
+    Reads the text from its start. Special tokens are left out. An interrupted run continues where it
+    stopped when the same command is run again, and ends with the same bytes.
     """
     if dtype not in options.DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(options.DTYPES)}, got '{dtype}'.")
@@ -241,10 +245,6 @@ def collect_text(
         resume=not overwrite,
     )
     echo(describe_activations(out))
-
-
-N_TOKENS = 100_000
-BASELINES, N_BOOTSTRAP, SEED = (options.default_of(evaluate, name) for name in ("baselines", "n_bootstrap", "seed"))
 
 
 @options.documented_by(evaluate, tokenize)
@@ -273,10 +273,10 @@ def evaluate_sae(
     device: options.Device = None,
     progress: options.Progress = True,
 ) -> None:
-    """Evaluate an SAE in its language model, beside its baselines.
+    """Evaluate an SAE in its language model, compared with baselines.
 
     Documents are taken from the END of the text, the last one first, because `collect` reads from the start. A warning
-    says so when an evaluated document was trained on nevertheless, as far as the two file names tell.
+    is printed if an evaluated document was also trained on, as far as the names of the two files show.
     """
     coder, lm = open_pair(sae, model, device, progress)
     origin = coder.provenance

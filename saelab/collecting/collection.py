@@ -27,6 +27,7 @@ from saelab.stores.manifest import ActivationsManifest, Provenance, dtype_name
 from saelab.stores.shuffling import RingBuffer
 
 SHARD_TOKENS = 32768
+BUFFER_TOKENS = 1 << 16
 
 
 def collect(
@@ -55,7 +56,7 @@ def collect(
         out: folder to write to; None keeps the activations in memory.
         dtype: dtype of the stored rows; None is the model's.
         mask: tokens to keep, the same for all hook points: a token whose norm is an outlier at one is dropped at all.
-        batch_size: sequences per forward pass; None is about 4096 tokens' worth.
+        batch_size: sequences per forward pass; None is as many as hold about 4096 tokens.
         shard_tokens: rows per shard.
         progress: whether to show a progress bar.
         resume: continue an interrupted call; False deletes what `out` holds and starts over.
@@ -122,9 +123,6 @@ def _run(
             writer.add_reading(reader.read(batch), len(batch))
             bar.update(batch.n_tokens)
     return writer.open(reader.origins(tokens, writer.n_tokens, dict(writer.removed)))
-
-
-BUFFER_TOKENS = 1 << 16
 
 
 class ActivationStream:
@@ -267,7 +265,7 @@ def stream(
         seed: seed of the order of sequences and rows.
         mask: tokens to keep.
         dtype: dtype of the rows; None is the model's.
-        n_seq: sequences per forward pass; None is about 4096 tokens' worth.
+        n_seq: sequences per forward pass; None is as many as hold about 4096 tokens.
         epochs: passes over the tokens, after which the iterator stops once the rows left do not fill a batch; None
             repeats without end.
 

@@ -29,11 +29,17 @@ from saelab.sae.initialization import make_untrained
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import StoredText
-from saelab.stores.feature_store import FeatureStore, measure, save_statistics
+from saelab.stores.feature_statistics import measure, save_statistics
+from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import relative_place
 from saelab.stores.jobs import hidden
 from saelab.stores.manifest import FeatureManifest, Provenance
 from saelab.stores.packing import pack_codes, round_values, smallest_int
+
+SHARD_TOKENS = 65536  # so that row numbers within a shard fit 16 bits
+ValueDtype = Literal["float16", "float32"]
+SAMPLE_TOKENS = 8_192  # tokens to which the untrained SAE's location and scale are fitted
+EVERYTHING = TokenMask(special=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +157,6 @@ def _make_text(columns: Sequence[np.ndarray], model: "Model | None") -> StoredTe
     known = model is not None and model.tokenizer is not None
     strings = token_strings(model.tokenizer, np.unique(token_ids).tolist()) if known and model is not None else {}
     return StoredText(token_ids=token_ids, doc_ids=doc_ids, positions=positions, strings=strings)
-
-
-SHARD_TOKENS = 65536  # so that row numbers within a shard fit 16 bits
-
-ValueDtype = Literal["float16", "float32"]
 
 
 @torch.no_grad()
@@ -381,7 +382,7 @@ class _CodesBuffer:
         self._parts: list[dict[str, np.ndarray]] = []
 
     def add(self, reading: _Codes, start: int, stop: int) -> None:
-        """Append the codes of rows start..stop."""
+        """Append the codes of rows `start:stop`."""
         codes, offsets = reading.codes, reading.codes.offsets[start : stop + 1].cpu()
         part = slice(int(offsets[0]), int(offsets[-1]))
         latents = codes.indices[part].cpu().numpy().astype(smallest_int(self._d_sae - 1))
@@ -401,10 +402,6 @@ class _CodesBuffer:
         }
 
 
-SAMPLE_TOKENS = 8_192  # tokens to which the untrained SAE's location and scale are fitted
-EVERYTHING = TokenMask(special=False)
-
-
 @torch.no_grad()
 def harvest_untrained(
     store: FeatureStore,
@@ -421,7 +418,7 @@ def harvest_untrained(
     """Feature store with the same rows as `store`, encoded by an untrained SAE of the same shape as `sae`.
 
     The untrained SAE has the same configuration and number of active codes (`make_untrained`). The result is the
-    baseline for `compare(..., untrained=)`, `label_by_rules(..., untrained=)`, `explain_features` and
+    baseline for `compare(..., untrained=)`, `label_by_rules(..., untrained=)`, `explain_features(..., untrained=)` and
     `probe_features(..., untrained=)`. The text is the store's own; the cost is a forward pass over it. An interrupted
     call continues where it stopped when it is made again.
 
@@ -437,7 +434,8 @@ def harvest_untrained(
         resume: continue an interrupted call; False deletes what `out` holds and starts over.
 
     Raises:
-        ValueError: as `harvest`, for an SAE that is not the store's, and for a store whose text has gaps in its rows.
+        ValueError: as `harvest`, for an SAE that is not the store's, and for a store whose text is not kept in whole
+            rows (a row that lacks a token before its last one).
     """
     require_harvested(store, sae)
     place = match_model(sae, model, store.provenance.hook_point or None, EVERYTHING, allow_mismatch)

@@ -51,7 +51,7 @@ class ActivationReader:
     def make(
         cls, model: Model, tokens: Tokens, hook_points: Sequence[str], mask: TokenMask, dtype: torch.dtype | None
     ) -> "ActivationReader":
-        """Reader whose arguments are checked.
+        """A reader of activations at the named hook points, after checking all arguments.
 
         Args:
             model: the language model.
@@ -86,7 +86,8 @@ class ActivationReader:
     def calibrated(self, tokens: Tokens, n_seq: int) -> "ActivationReader":
         """The same reader with the median norms that the mask's norm rule compares with, where the mask has that rule.
 
-        The medians are taken over the kept tokens among the first 16384 of `tokens`.
+        The medians are taken over the kept tokens among the first 16384 of `tokens`, in forward passes of `n_seq`
+        sequences.
         """
         if self.mask.max_norm_ratio is None or self.median_norms is not None:
             return self
@@ -109,7 +110,10 @@ class ActivationReader:
         )
 
     def request(self, tokens: Tokens) -> dict[str, Any]:
-        """The arguments that determine what is read, as a dictionary for JSON."""
+        """What determines the rows that are read, as a dictionary for JSON.
+
+        Model, weights, hook points, mask, dtype, and a hash of `tokens`.
+        """
         model = describe_model(self.model)
         return {
             "model": model.name,

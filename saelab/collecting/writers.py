@@ -30,6 +30,7 @@ BOOK = "labels.sqlite"
 PATIENCE = 5.0
 """seconds to wait for another process that is writing labels"""
 logger = logging.getLogger(__name__)
+MANIFEST = "manifest.json"
 
 
 def make_way(folder: Path, request: dict[str, Any]) -> None:
@@ -97,9 +98,6 @@ def _alone_with(path: Path) -> Iterator[None]:
         yield
 
 
-MANIFEST = "manifest.json"
-
-
 @runtime_checkable
 class RowWriter(Protocol):
     """Protocol of writers, which receive the readings of successive batches of sequences."""
@@ -144,7 +142,7 @@ class ArrayBuffer(Protocol):
     """Protocol of buffers, which hold the rows of the next shard."""
 
     def add(self, reading: Any, start: int, stop: int) -> None:
-        """Append rows start..stop of a batch."""
+        """Append rows `start:stop` of a batch."""
 
     def take(self) -> dict[str, Tensor]:
         """All rows as a shard's tensors; called in the background, before rows are added again."""
@@ -158,7 +156,7 @@ class RowBuffer:
         self._n = 0
 
     def add(self, reading: ForwardRows, start: int, stop: int) -> None:
-        """Append rows start..stop of a reading."""
+        """Append rows `start:stop` of a reading."""
         for name, column in (reading.acts | reading.columns).items():
             self._columns[name][self._n : self._n + stop - start] = column[start:stop]
         self._n += stop - start

@@ -34,7 +34,8 @@ from saelab.evaluation.feature_classifiers import (
     select_rows,
 )
 from saelab.evaluation.results import ConceptScore, ConceptScores, PairScore, ParentScore
-from saelab.functional.statistics import INSIDE, draw_weights, exchange_groups, find_reach, kappa, permute_within
+from saelab.functional.indices import exchange_groups, permute_within
+from saelab.functional.statistics import INSIDE, draw_weights, find_reach, kappa
 from saelab.lm.token_labels import Concept, LabelsLike, TokenLabels
 from saelab.stores.corpus import split_documents
 
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 N_DRAWS = 500
+PRECISION, MIN_FIRES = 0.95, 10
+PAIR_KAPPA, PAIR_SHARE = 0.3, 0.5
+CLASSIFIERS_AT_ONCE = 16  # rows of a product with the truth
 
 
 def kappa_intervals(
@@ -77,10 +81,10 @@ def _kappa_or_nan(
 
 
 def move_truth(truth: "csr_matrix", story_ids: Shaped[np.ndarray, "n_tokens"], seed: int) -> "csr_matrix":
-    """The labels of all concepts put elsewhere, as `permute_labels` does it: tokens permuted within stories, or stories
-    exchanged where a concept is mostly a matter of whole stories.
+    """The labels of all concepts permuted, as `permute_labels` does it: tokens within stories, or whole stories
+    where a concept is mostly a matter of whole stories.
 
-    Concepts that are moved in one way keep what they have to do with each other: what excludes another still does.
+    Concepts that are permuted in the same way keep their relations: those that exclude each other still do.
 
     Args:
         truth: (n_tokens, n_concepts), counts of 0 and 1.
@@ -109,9 +113,6 @@ def move_truth(truth: "csr_matrix", story_ids: Shaped[np.ndarray, "n_tokens"], s
     moved = csr_matrix(sum(truth[order] @ mask for order, mask in zip(orders, masks, strict=True)).astype(np.int32))
     moved.eliminate_zeros()
     return moved
-
-
-PRECISION, MIN_FIRES = 0.95, 10
 
 
 def reconstruct_truth(
@@ -182,10 +183,6 @@ def _mean_f1(predicted: "csr_matrix", truth: "csr_matrix") -> float:
     hits, both = (np.asarray(m.sum(1)).ravel() for m in (predicted.multiply(truth), predicted + truth))
     some = both.nonzero()[0]
     return float((2 * hits[some] / both[some]).mean()) if len(some) else math.nan
-
-
-PAIR_KAPPA, PAIR_SHARE = 0.3, 0.5
-CLASSIFIERS_AT_ONCE = 16  # rows of a product with the truth
 
 
 def score_concepts(
@@ -360,7 +357,7 @@ def _concept_rows(
             scores["f1_train"] = float(counts.f1(c)[classifier])
             true = np.zeros(levels.table.shape[0], bool)
             true[train[:, [c]].indices] = True
-            scores["n_split"] = len(classifier_union(counts.hits[c], counts.fires, true, levels.tokens))
+            scores["n_split"] = len(classifier_union(counts.hits[c], counts.fires, true, levels.tokens, levels.count))
         rows.append(
             ConceptScore(
                 name=concept.name,

@@ -32,6 +32,10 @@ from saelab.stores.jobs import hidden
 Reconstruction = Callable[[Tensor], tuple[Tensor, Tensor]]
 """A function of activations (n, d_in) that returns reconstructions (n, d_out) and the number of nonzero codes of each
 (n)."""
+SMALLEST_KL = 1e-6  # below this a KL is the rounding of float32
+RECOVERED = {"loss_recovered": "zero", "loss_recovered_mean": "mean"}
+SAMPLE_TOKENS = 16384  # about what training fits its start to
+FORWARD_LOGITS = 2**25  # in a forward at most: several such tensors are held at once
 
 
 def reconstruct_by(sae: SAE) -> Reconstruction:
@@ -113,10 +117,6 @@ def make_linear(x: Float[Tensor, "n d_in"], y: Float[Tensor, "n d_out"], k: int)
         return (exact(x) - mean_x) @ matrix + mean_y, torch.full((len(x),), k)
 
     return reconstruct
-
-
-SMALLEST_KL = 1e-6  # below this a KL is the rounding of float32
-RECOVERED = {"loss_recovered": "zero", "loss_recovered_mean": "mean"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +206,6 @@ def explain(sae: dict[str, float], known: dict[str, str]) -> dict[str, str]:
         causes |= dict.fromkeys(predicted, "No token kept has a next token to predict.")
     missing = [name for name, value in sae.items() if math.isnan(value) and name not in known]
     return {name: causes.get(name, "The reconstructions are not finite.") for name in missing}
-
-
-SAMPLE_TOKENS = 16384  # about what training fits its start to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,9 +345,6 @@ def _watched(tokens: Tokens, n_seq: int, what: str, progress: bool) -> Iterator[
         for i, batch in enumerate(batches_of(tokens, n_seq)):
             yield i * n_seq, batch
             bar.update(batch.n_tokens)
-
-
-FORWARD_LOGITS = 2**25  # in a forward at most: several such tensors are held at once
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ linear probe is the ceiling.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -35,6 +36,9 @@ FRACTIONS = np.arange(N_LEVELS) / N_LEVELS
 NOTHING = -1
 """In place of a classifier's number, for a concept with which no feature fires."""
 BLOCK_ENTRIES = 2**22  # entries of a block of columns held at a time
+SPLIT_GAIN, MAX_SPLIT = 0.03, 10
+SAMPLE_TOKENS = 40_000
+ENCODE_TOKENS = 2**15
 
 
 def read_values(codes: CodeMatrix) -> Any:
@@ -108,6 +112,22 @@ class Levels:
         part = slice(*self.table.indptr[feature : feature + 2])
         there = self.table.data[part]
         return self.table.indices[part][there < -level if negative else there > level]
+
+    def count(self, mask: Bool[np.ndarray, "n_tokens"]) -> Int[np.ndarray, "n_classifiers"]:
+        """Number of the tokens in a mask on which each classifier fires."""
+        block = self._by_token[np.flatnonzero(mask)]
+        if isinstance(block, np.ndarray):
+            tokens, columns = np.nonzero(block)
+            levels = block[tokens, columns]
+        else:
+            columns, levels = block.indices, block.data
+        highest = (2 * columns + (levels < 0)) * N_LEVELS + np.abs(levels) - 1
+        counts = np.bincount(highest, minlength=2 * self.n_features * N_LEVELS)
+        return _sum_down(counts.reshape(-1, N_LEVELS), axis=1).reshape(-1)
+
+    @cached_property
+    def _by_token(self) -> "csr_matrix | Int8[np.ndarray, 'n_tokens n_features']":
+        return self.table if isinstance(self.table, np.ndarray) else self.table.tocsr()
 
     def blocks(self) -> Iterator[tuple[slice, Int[np.ndarray, "n"], Int[np.ndarray, "n"]]]:
         """Blocks of features: the slice, and for each entry its token and highest classifier.
@@ -183,9 +203,6 @@ def _sum_down(counts: np.ndarray, axis: int) -> np.ndarray:
     return np.flip(np.flip(counts, axis).cumsum(axis, dtype=np.int32), axis)
 
 
-SPLIT_GAIN, MAX_SPLIT = 0.03, 10
-
-
 @dataclass(frozen=True, eq=False)
 class ClassifierCounts:
     """How often classifiers fire with each concept, and in total."""
@@ -230,51 +247,29 @@ def classifier_union(
     fires: Int[np.ndarray, "n_classifiers"],
     is_true: Bool[np.ndarray, "n_tokens"],
     tokens: Callable[[int], Int[np.ndarray, "n_fires"]],
+    count: Callable[[Bool[np.ndarray, "n_tokens"]], Int[np.ndarray, "n_classifiers"]],
 ) -> list[int]:
     """The greedy union of at most 10 classifiers for a label, each added while it raises F1 by more than 0.03.
 
-    The first is the one with the highest F1; of equal ones the first counts. A classifier's possible gain is bounded by
-    its own counts, so only classifiers are tried whose bound reaches the best gain so far.
+    The first is the one with the highest F1; of equal ones the first counts.
 
     Args:
         hits: tokens with the label on which each classifier fires.
         fires: tokens on which each fires.
         is_true: the label of each token.
         tokens: function from a classifier to the tokens on which it fires.
+        count: function from a mask of tokens to the number of them on which each classifier fires.
     """
     predicted, n_true = np.zeros_like(is_true), int(is_true.sum())
-    scores = f1(hits, fires, n_true)
-    best = int(scores.argmax()) if len(scores) and scores.max() > 0 else NOTHING
-    found: list[int] = []
-    while best != NOTHING:
-        found.append(best)
-        predicted[tokens(best)] = True
-        best = _best_addition(hits, fires, predicted, is_true, tokens) if len(found) < MAX_SPLIT else NOTHING
+    scores, found, goal = f1(hits, fires, n_true), list[int](), 0.0
+    while len(found) < MAX_SPLIT and len(scores) and scores.max() > goal:
+        found.append(int(scores.argmax()))
+        predicted[tokens(found[-1])] = True
+        n_hits, n_fires = int(is_true[predicted].sum()), int(predicted.sum())
+        goal = 2 * n_hits / (n_fires + n_true) + SPLIT_GAIN
+        new_hits, new_fires = hits - count(predicted & is_true), fires - count(predicted)
+        scores = 2 * (n_hits + new_hits) / (n_fires + new_fires + n_true)
     return found
-
-
-def _best_addition(
-    hits: np.ndarray,
-    fires: np.ndarray,
-    predicted: np.ndarray,
-    is_true: np.ndarray,
-    tokens: Callable[[int], np.ndarray],
-) -> int:
-    n_hits, n_fires, n_true = int(is_true[predicted].sum()), int(predicted.sum()), int(is_true.sum())
-    best, goal = NOTHING, 2 * n_hits / (n_fires + n_true) + SPLIT_GAIN
-    new_hits = np.minimum(hits, n_true - n_hits)  # all new, and false positives old where possible
-    new_alarms = np.maximum(fires - hits - (n_fires - n_hits), 0)
-    bounds = 2 * (n_hits + new_hits) / (n_true + n_fires + new_hits + new_alarms)
-    hopeful = np.flatnonzero(bounds > goal)
-    for classifier in hopeful[np.argsort(-bounds[hopeful], kind="stable")].tolist():
-        if bounds[classifier] < goal:
-            break
-        added = tokens(classifier)
-        added = added[~predicted[added]]
-        union = 2 * (n_hits + int(is_true[added].sum())) / (n_fires + len(added) + n_true)
-        if union > goal or (union == goal and classifier < best):
-            best, goal = classifier, union
-    return best
 
 
 class Ranks:
@@ -311,10 +306,6 @@ class Ranks:
 def ratio(part: float | np.number, whole: int | np.number) -> float:
     """`part / whole`, NaN where the whole is 0."""
     return float(part / whole) if whole else math.nan
-
-
-SAMPLE_TOKENS = 40_000
-ENCODE_TOKENS = 2**15
 
 
 def concept_baselines(

@@ -12,6 +12,17 @@ ROWS = (
     "fvu", "explained_variance", "cosine", "bias", "l0", "dead_frac", "ce_clean", "ce_sae", "ce_zero", "ce_mean",
     "loss_recovered", "loss_recovered_mean", "kl", "kl_zero", "kl_score",
 )  # fmt: skip
+SUMMARY = {
+    "coverage": "coverage: mean F1",
+    "coverage_always": "  of saying yes always",
+    "auroc": "mean AUROC",
+    "reconstruction": "reconstruction: pooled F1",
+    "reconstruction_macro": "reconstruction: F1 a token",
+    "n_split": "features a concept is split into",
+    "parent_recall": "parent recall given the child",
+    "parent_recall_overall": "  recall of those parents",
+    "parent_f1": "  F1 of those parents",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,19 +128,6 @@ class Evaluation(Result):
 
 def _number(x: float) -> str:
     return f"{x:.4g}"
-
-
-SUMMARY = {
-    "coverage": "coverage: mean F1",
-    "coverage_always": "  of saying yes always",
-    "auroc": "mean AUROC",
-    "reconstruction": "reconstruction: pooled F1",
-    "reconstruction_macro": "reconstruction: F1 a token",
-    "n_split": "features a concept is split into",
-    "parent_recall": "parent recall given the child",
-    "parent_recall_overall": "  recall of those parents",
-    "parent_f1": "  F1 of those parents",
-}
 
 
 class BestFeature(NamedTuple):
@@ -279,7 +277,7 @@ class ConceptScores(Result):
 
     @property
     def scored(self) -> tuple[ConceptScore, ...]:
-        """The concepts with enough tokens."""
+        """Scores of the concepts that have enough tokens to be scored."""
         return tuple(row for row in self.concepts if not row.reason)
 
     @property
@@ -304,27 +302,31 @@ class ConceptScores(Result):
 
     @property
     def parent_recall(self) -> float:
-        """Mean recall of a parent's feature on tokens of its child; to be read together with `parent_f1`."""
+        """Mean over (parent, child) pairs of concepts of the recall of the parent's feature on the child's tokens.
+
+        Where it is low (`parent_recall_overall` is higher) features may be absorbed, unless `parent_f1` is low as well:
+        then the parent has no feature of its own.
+        """
         return _mean(pair.recall for pair in self.parents)
 
     @property
     def parent_recall_overall(self) -> float:
-        """Mean recall of the same parents on all their tokens."""
+        """Mean over (parent, child) pairs of concepts of the recall of the parent's feature on the parent's tokens."""
         return _mean(pair.parent_recall for pair in self.parents)
 
     @property
     def parent_f1(self) -> float:
-        """Mean F1 of the same parents."""
+        """Mean over (parent, child) pairs of concepts of the F1 of the parent's feature for the parent."""
         return _mean(pair.parent_f1 for pair in self.parents)
 
     @property
     def opposed_pairs(self) -> tuple[PairScore, ...]:
-        """Opposed pairs with enough tokens."""
+        """Scores of the pairs of opposite concepts that have enough tokens."""
         return tuple(pair for pair in self.pairs if pair.opposed and not pair.reason)
 
     @property
     def control_pairs(self) -> tuple[PairScore, ...]:
-        """Control pairs with enough tokens."""
+        """Scores of the pairs of concepts that are not opposites, for comparison, and have enough tokens."""
         return tuple(pair for pair in self.pairs if not pair.opposed and not pair.reason)
 
     @property
@@ -334,7 +336,7 @@ class ConceptScores(Result):
 
     @property
     def n_control_on_two_sides(self) -> int:
-        """Number of control pairs of which the same is true: what chance and frequency give."""
+        """Number of control pairs represented by the two signs of one feature: what chance and frequency alone give."""
         return sum(pair.on_two_sides for pair in self.control_pairs)
 
     def best(self, name: str) -> BestFeature:

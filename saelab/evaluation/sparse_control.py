@@ -26,22 +26,27 @@ from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result, find_row, format_table
 
-TOLD = "as told"
+ORIGINAL = "original"
+"""version of the unedited prompts"""
+KS = (1, 2, 4, 8, 16, 32)
+ENCODE_ROWS = 4096
+CHANGES = 0.02  # of predictions: with fewer, agreement says little
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EditTask:
-    """Prompts ("as told") and counterfactual versions of them ("edits"), in which one attribute has another value.
+    """Prompts and counterfactual versions of them ("edits"), in which one attribute has another value.
 
-    Activations are read and edited at the same positions of all versions of a prompt. Versions have the same lengths;
-    rows of ids are padded on the right. ValueError where versions do not match.
+    The unedited prompts are the version named "original". Activations are read and edited at the same positions of all
+    versions of a prompt. Versions have the same lengths; rows of ids are padded on the right. ValueError where versions
+    do not match.
     """
 
     model: Model
     hook_point: str
     """where activations are read and edited"""
     ids: Mapping[str, Int[Tensor, "n_prompts n"]]
-    """token ids by version, the original under "as told"."""
+    """token ids by version, those of the unedited prompts under "original"."""
     lengths: Int[Tensor, "n_prompts"]
     places: Int[Tensor, "n_prompts n_places"]
     """positions, negative ones from a prompt's end"""
@@ -58,9 +63,9 @@ class EditTask:
 
     def __post_init__(self) -> None:
         shapes = {tuple(ids.shape) for ids in self.ids.values()}
-        if TOLD not in self.ids or len(shapes) != 1 or set(self.ids) != set(self.attributes):
+        if ORIGINAL not in self.ids or len(shapes) != 1 or set(self.ids) != set(self.attributes):
             raise ValueError(
-                f"Versions must be '{TOLD}' and edits of one shape, got {list(self.ids)}, {sorted(shapes)}."
+                f"Versions must be '{ORIGINAL}' and edits of one shape, got {list(self.ids)}, {sorted(shapes)}."
             )
         if self.places.shape[1] != len(self.place_names):
             raise ValueError(f"`place_names` must name {self.places.shape[1]} places, got {self.place_names}.")
@@ -71,7 +76,7 @@ class EditTask:
     @property
     def edits(self) -> tuple[str, ...]:
         """Names of the counterfactual versions."""
-        return tuple(name for name in self.ids if name != TOLD)
+        return tuple(name for name in self.ids if name != ORIGINAL)
 
     @cached_property
     def positions(self) -> Int[Tensor, "n_prompts n_places"]:
@@ -87,16 +92,18 @@ class EditTask:
 
         return {version: self._runs(version).activations(self.hook_point, pick) for version in self.ids}
 
-    def _runs(self, version: str = TOLD) -> EditedRuns:
+    def _runs(self, version: str = ORIGINAL) -> EditedRuns:
         """Runs of one version's prompts, of which the logits after the last token are read."""
         return EditedRuns(self.model, Texts(self.ids[version], self.lengths), read_last)
 
     def predict(
-        self, x: Float[Tensor, "n_prompts n_places d_in"] | None = None, version: str = TOLD
+        self, x: Float[Tensor, "n_prompts n_places d_in"] | None = None, version: str = ORIGINAL
     ) -> Float[Tensor, "n_prompts d_vocab"]:
-        """Logits after the last token of each prompt, where `x` is given with it in place of the activations.
+        """Logits after the last token of each prompt of a version.
 
-        `version` chooses the prompts; `x` replaces activations at the positions alone.
+        Args:
+            x: activations put in at the task's positions; None runs the prompts unchanged.
+            version: which prompts are run; by default the original ones.
         """
 
         def put(old: Tensor, rows: Tensor) -> Tensor:
@@ -107,7 +114,10 @@ class EditTask:
         return self._runs(version).run(None if x is None else {self.hook_point: put})
 
     def margins(self, predicted: Float[Tensor, "n_prompts d_vocab"]) -> Float[Tensor, "n_prompts"]:
-        """Logit of the answer less that of the alternative."""
+        """Logit of each prompt's answer minus that of its alternative, both those of the original prompts.
+
+        `predicted` are logits, as `predict` returns them for any version.
+        """
         rows = torch.arange(len(self))
         return predicted[rows, self.answers] - predicted[rows, self.other_answers]
 
@@ -170,11 +180,6 @@ def weigh_codes(
     """
     y = z @ rows
     return z * (y @ rows.T) / y.square().sum(1, keepdim=True).clamp(min=1e-12)
-
-
-KS = (1, 2, 4, 8, 16, 32)
-ENCODE_ROWS = 4096
-CHANGES = 0.02  # of predictions: with fewer, agreement says little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,10 +384,10 @@ class _Scorer:
     def score(self, name: str, source: SAE | Fit, ks: Sequence[int]) -> DictionaryScore:
         """All tests of one dictionary."""
         coded = self._read_sae(source) if isinstance(source, SAE) else self._fit(source)
-        told = self._encode(coded, TOLD)
-        x = self.task.activations[TOLD]
-        x_hat = torch.stack([o + z @ r for z, r, o in zip(told, coded.rows, coded.offsets, strict=True)], 1)
-        fires = torch.stack([(z != 0) for z in told])
+        codes = self._encode(coded, ORIGINAL)
+        x = self.task.activations[ORIGINAL]
+        x_hat = torch.stack([o + z @ r for z, r, o in zip(codes, coded.rows, coded.offsets, strict=True)], 1)
+        fires = torch.stack([(z != 0) for z in codes])
         return DictionaryScore(
             name=name,
             n_features=len(coded.rows[0]),
@@ -390,7 +395,7 @@ class _Scorer:
             n_live=int(fires.any(0).any(0).sum()),
             sufficiency=self._recover(x_hat),
             necessity=1 - self._recover(self.means + x - x_hat),
-            edits=tuple(one for edit in self.task.edits for one in self._edit(coded, told, edit, ks)),
+            edits=tuple(one for edit in self.task.edits for one in self._edit(coded, codes, edit, ks)),
             attributes=tuple(self._tell(coded)) if isinstance(source, SAE) else (),
         )
 
@@ -418,15 +423,15 @@ class _Scorer:
         whole, nothing = self.margins
         return (float(self.task.margins(self.task.predict(x)).mean()) - nothing) / (whole - nothing)
 
-    def _edit(self, coded: _Coded, told: list[Tensor], edit: str, ks: Sequence[int]) -> Iterator[EditScore]:
+    def _edit(self, coded: _Coded, codes: list[Tensor], edit: str, ks: Sequence[int]) -> Iterator[EditScore]:
         """Edits of one kind, by k."""
-        x, goals = self.task.activations[TOLD], self._encode(coded, edit)
+        x, goals = self.task.activations[ORIGINAL], self._encode(coded, edit)
         delta = self.task.activations[edit] - x
         places = [
             edit_sparsely(z, goal, rows, part, ks)
-            for z, goal, rows, part in zip(told, goals, coded.rows, delta.unbind(1), strict=True)
+            for z, goal, rows, part in zip(codes, goals, coded.rows, delta.unbind(1), strict=True)
         ]
-        weights = [weigh_codes(z, rows) for z, rows in zip(told, coded.rows, strict=True)]
+        weights = [weigh_codes(z, rows) for z, rows in zip(codes, coded.rows, strict=True)]
         before, guess = None, self.clean
         for k in ks if self.changed[edit] >= CHANGES else [max(ks)]:
             change = torch.stack([found[k].change for found in places], 1)

@@ -19,6 +19,7 @@ from saelab.functional.statistics import choose_threshold, f1, fit_probe
 Fit = Literal["means", "least-squares"]
 Attributes = Mapping[str, str]
 """The attributes of a prompt: their values by name"""
+GOOD_F1 = 0.6
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,20 +33,23 @@ class SupervisedDictionary:
     """attribute and value of each row"""
 
     def __repr__(self) -> str:
-        return f"AttributeDictionary({len(self.names)} values of {sorted({name for name, _ in self.names})})"
+        return f"SupervisedDictionary({len(self.names)} values of {sorted({name for name, _ in self.names})})"
 
     def encode(self, attributes: Sequence[Attributes]) -> Float[Tensor, "n n_values"]:
-        """Indicator codes, 1 where a prompt has a value, else 0; ValueError for a value unknown to the dictionary."""
+        """Indicator codes of each row's attributes: 1 where it has a value, else 0; ValueError for an unknown one."""
         return _mark(attributes, {pair: i for i, pair in enumerate(self.names)})
 
     def decode(self, z: Float[Tensor, "n n_values"]) -> Float[Tensor, "n d_in"]:
-        """`mean + z rows`."""
+        """Reconstructions of codes, `mean + z rows`."""
         return self.mean + z @ self.rows
 
     def edit(
         self, x: Float[Tensor, "n d_in"], before: Sequence[Attributes], after: Sequence[Attributes]
     ) -> Float[Tensor, "n d_in"]:
-        """Activations with the values of their attributes exchanged, `x - u_before + u_after`."""
+        """Activations with the vectors of the attributes `before` replaced by those of `after`.
+
+        `x - u_before + u_after`, each u the sum over a row's attributes.
+        """
         return x + (self.encode(after) - self.encode(before)) @ self.rows
 
 
@@ -91,9 +95,6 @@ def _mark(attributes: Sequence[Attributes], places: Mapping[tuple[str, str], int
     z = torch.zeros(len(attributes), len(places))
     z[[row for row, _ in pairs], [places[pair] for _, pair in pairs]] = 1
     return z
-
-
-GOOD_F1 = 0.6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +204,13 @@ def _score(
 def _unite(train: Any, y: np.ndarray) -> list[int]:
     """Columns whose union predicts a label, the best first; none where no column fires with it."""
     fires = np.asarray(train.sum(0)).ravel()
-    return classifier_union(y.astype(np.int32) @ train, fires, y, lambda side: train[:, [side]].indices)
+    return classifier_union(
+        y.astype(np.int32) @ train,
+        fires,
+        y,
+        lambda side: train[:, [side]].indices,
+        lambda mask: mask.astype(np.int32) @ train,
+    )
 
 
 def _test(held: Any, sides: Sequence[int], y: np.ndarray) -> float:

@@ -16,6 +16,8 @@ from torch import Tensor
 from saelab.functional.codes import SparseCodes
 from saelab.functional.screening import largest_first
 
+SCAN_NUMBERS = 2**22  # products held at a time
+
 
 def keep_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[Tensor, "*batch d_sae"]:
     """`u` where it is among the k largest of its row, else 0: TopK, or AbsTopK where `signed`.
@@ -32,7 +34,7 @@ def keep_topk(u: Float[Tensor, "*batch d_sae"], k: int, signed: bool) -> Float[T
 def keep_places(
     u: Float[Tensor, "*batch d_sae"], places: Int[Tensor, "*batch k"], signed: bool
 ) -> Float[Tensor, "*batch d_sae"]:
-    """`u` at the given places of every row, else 0; negative values become 0 unless `signed`.
+    """`u` at the latents `places` of every row, else 0; negative values become 0 unless `signed`.
 
     >>> keep_places(torch.tensor([3.0, -5.0, 1.0]), torch.tensor([0, 1]), signed=False)
     tensor([3., 0., 0.])
@@ -142,9 +144,6 @@ def step_above(
     tensor([[0., 1.]])
     """
     return _step(u, threshold, bandwidth)
-
-
-SCAN_NUMBERS = 2**22  # products held at a time
 
 
 def pursue(

@@ -19,6 +19,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+Spare = list[Tensor]
+"""Holds memory for one weight gradient (d_sae, d_in), which is taken from the list when it is used; allocating that
+much costs more than the product itself.
+"""
+
 
 def gather_sum(
     indices: Int[Tensor, "nnz"],
@@ -128,12 +133,6 @@ class Entries(NamedTuple):
     def order(self) -> Int[Tensor, "nnz"] | None:
         """Permutation that sorts the entries by latent, if known."""
         return self.columns[0] if self.columns else None
-
-
-Spare = list[Tensor]
-"""Holds memory for one weight gradient (d_sae, d_in), which is taken from the list when it is used; allocating that
-much costs more than the product itself.
-"""
 
 
 def weight_gradient(

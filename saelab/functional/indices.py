@@ -1,6 +1,7 @@
-"""Indices as users pass them (Python, NumPy or torch integers, ranges, arrays) as `int`, and compact sets of rows.
+"""Indices as users pass them (Python, NumPy or torch integers, ranges, arrays) as `int`, and rows of a text.
 
-A set of rows of a text is one boolean per row, or one boolean per run of rows.
+A compact set of rows is one boolean per row, or one boolean per run of rows. Permutations of rows stay within groups,
+exchange groups, or move blocks, each shifted circularly by itself.
 """
 
 import operator
@@ -10,11 +11,23 @@ from functools import cached_property
 from typing import SupportsIndex, TypeAlias
 
 import numpy as np
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Bool, Int, Integer, Shaped
 from numpy.typing import NDArray
 
 FeatureIds: TypeAlias = Iterable[SupportsIndex]
 """lists, ranges, arrays and tensors of integers"""
+PART = 2**16
+"""Rows that are processed at a time."""
+SPREAD = 16
+"""Rows are dense where at least one in this many between the first and the last is among them."""
+RowMarker = Callable[[int, int], NDArray[np.bool_]]
+"""Function of (start, stop) that returns a boolean for each of the rows `start:stop`."""
+BLOCK_ROWS, N_BLOCKS = 256, 64
+"""Largest number of rows in a block, and smallest number of blocks where rows are few."""
+WINDOW_ROWS = 2**15
+"""Rows within which blocks are permuted, so that a store can be read in pieces."""
+ROWS_AT_ONCE = 2**18
+"""Rows that are processed at a time, so that a memory-mapped column is never held as a whole."""
 
 
 def read_feature(value: object, name: str = "feature", d_sae: int | None = None) -> int:
@@ -65,12 +78,6 @@ def read_features(values: FeatureIds, d_sae: int, name: str = "features") -> lis
     if bad := [j for j in wanted if not 0 <= j < d_sae]:
         raise ValueError(f"`{name}` must be in 0..{d_sae - 1}, got {bad[:5]}.")
     return wanted
-
-
-PART = 2**16
-"""Rows that are processed at a time."""
-SPREAD = 16
-"""Rows are dense where at least one in this many between the first and the last is among them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,10 +157,6 @@ class ChosenRuns:
         return int(np.diff(np.append(self.starts, self.n_rows))[self.chosen].sum())
 
 
-RowMarker = Callable[[int, int], NDArray[np.bool_]]
-"""Function of (start, stop) that returns a boolean for each of the rows start..stop."""
-
-
 def draw_rows(marks: RowMarker, n_rows: int, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
     """Random marked rows, drawn with replacement as `rng.choice` draws from the list of them; empty where none is.
 
@@ -177,3 +180,97 @@ def draw_rows(marks: RowMarker, n_rows: int, n: int, rng: np.random.Generator) -
         before = ends[part - 1] if part else 0
         found[here] = np.flatnonzero(marks(start, min(start + PART, n_rows)))[ranks[here] - before] + start
     return found
+
+
+def permute_within(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+    """A random order that keeps every row's group: `rows[order]` are the rows permuted within groups.
+
+    >>> groups = np.array([0, 0, 1, 1, 1])
+    >>> bool((groups[permute_within(groups, np.random.default_rng(0))] == groups).all())
+    True
+    """
+    by_group = np.argsort(groups, kind="stable")
+    shuffled = np.lexsort((rng.random(len(groups)), groups))
+    order = np.empty(len(groups), np.int64)
+    order[by_group] = shuffled
+    return order
+
+
+def exchange_groups(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+    """An order in which groups change places, each stretched to the length of the one that gets it, and permuted there.
+
+    >>> order = exchange_groups(np.array([4, 4, 7, 7]), np.random.default_rng(1))
+    >>> sorted(order[:2].tolist()) in ([0, 1], [2, 3]), sorted(order.tolist())
+    (True, [0, 1, 2, 3])
+    """
+    _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    rows, starts = np.argsort(numbers, kind="stable"), np.cumsum(sizes) - sizes
+    source = rng.permutation(len(sizes))
+    places = np.arange(len(groups)) - np.repeat(starts, sizes)  # within each group
+    lengths = np.repeat(sizes[source], sizes)
+    stretched = places * lengths // np.repeat(sizes, sizes)
+    order = np.empty(len(groups), np.int64)
+    order[rows] = rows[np.repeat(starts[source], sizes) + stretched]
+    return np.take(order, permute_within(groups, rng))
+
+
+def find_runs(groups: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "n_runs"]:
+    """First row of each run of rows of one group, such as a document.
+
+    >>> find_runs(np.array([3, 3, 5, 5, 5])).tolist()
+    [0, 2]
+    """
+    found = [np.zeros(min(1, len(groups)), np.int64)]
+    for start in range(1, len(groups), ROWS_AT_ONCE):
+        part = groups[start - 1 : start + ROWS_AT_ONCE]
+        found.append(np.flatnonzero(part[1:] != part[:-1]) + start)
+    return np.concatenate(found)
+
+
+@dataclass(frozen=True, eq=False)
+class MovedBlocks:
+    """A permutation of rows by blocks: a slice `order[start:stop]` of it is computed when it is read."""
+
+    places: Int[np.ndarray, "n_blocks_1"]
+    """place of the first row of each block after the permutation, and the number of rows"""
+    first: Int[np.ndarray, "n_blocks"]
+    """first row of each block before the permutation"""
+    steps: Int[np.ndarray, "n_blocks"]
+    """rows by which each block is shifted circularly"""
+
+    def __len__(self) -> int:
+        return int(self.places[-1])
+
+    def __getitem__(self, part: slice) -> Int[np.ndarray, "n"]:
+        at = np.arange(*part.indices(len(self)))
+        block = np.searchsorted(self.places, at, "right") - 1
+        begin, length = self.places[block], np.diff(self.places)[block]
+        rows: NDArray[np.int64] = self.first[block] + (at - begin + self.steps[block]) % length
+        return rows
+
+
+def move_blocks(doc_starts: Integer[np.ndarray, "n_docs"] | None, n: int, rng: np.random.Generator) -> MovedBlocks:
+    """A random permutation of rows by blocks, each block shifted circularly by a random step of its own.
+
+    A block is at most 256 rows of one document (fewer where there would be less than 64 blocks), so that runs survive
+    and periods do not. Blocks are permuted within windows of 32,768 rows.
+
+    Args:
+        doc_starts: first row of each document; None where all rows are one document.
+        n: number of rows.
+        rng: source of the permutation.
+
+    >>> order = move_blocks(None, 1000, np.random.default_rng(0))[:]
+    >>> sorted(order.tolist()) == list(range(1000)), bool((np.diff(order) == 1).mean() > 0.5)
+    (True, True)
+    """
+    size = int(np.clip(n // N_BLOCKS, 1, BLOCK_ROWS))
+    starts = np.arange(0, n, WINDOW_ROWS)
+    starts = starts if doc_starts is None else np.union1d(starts, doc_starts)
+    lengths = np.diff(np.append(starts, n))
+    pieces = -(-lengths // size)
+    first = np.repeat(starts, pieces) + size * (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces))
+    lengths = np.diff(np.append(first, n))
+    steps = (rng.random(len(first)) * lengths).astype(np.int64)
+    places = np.lexsort((rng.random(len(first)), first // WINDOW_ROWS))
+    return MovedBlocks(np.append(0, np.cumsum(lengths[places])), first[places], steps[places])

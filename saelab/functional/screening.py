@@ -29,6 +29,11 @@ from torch.nn.functional import embedding
 
 TRIED_SHAPES = ((1, 25, 560), (17, 16, 16), (70, 33, 512), (30, 129, 1024), (64, 769, 256))
 """rows, width and columns: a vector, whole and broken tiles, and lengths of sum that meet every kernel's remainder"""
+Precision = Literal["float32", "bfloat16", "int8"]
+SCAN_ROWS = 512  # tokens at a time: enough for the matrix kernels, few enough for the cache and to reuse the memory
+BLOCK = 16  # latents a block
+ROUNDS = 12  # of timing the precisions
+INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 def multiply_int8(
@@ -74,7 +79,7 @@ def _try_int8(n_threads: int, with_onednn: bool) -> bool:
 def largest_places(sizes: Float[Tensor, "n_rows n"], k: int) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows"]]:
     """Places of each row's k largest entries, unsorted, and an upper bound of the row's other entries.
 
-    On CPU size and place share a 32-bit key, the size in its upper bits, and numpy's vectorised partition selects among
+    On CPU size and place share a 32-bit key, the size in its upper bits, and numpy's vectorized partition selects among
     the keys; a top-k of (size, place) pairs costs several times as much. Sizes with the same upper bits count as equal;
     the bound allows for that.
 
@@ -147,7 +152,7 @@ _KEPT = _Kept()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised buffer, which the next call with the same name, dtype and device in this thread reuses.
+    """An uninitialized buffer, which the next call with the same name, dtype and device in this thread reuses.
 
     Do not keep the result beyond that call.
 
@@ -164,14 +169,6 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch
     if key not in _KEPT.buffers or _KEPT.buffers[key].numel() < size:
         _KEPT.buffers[key] = torch.empty(size, dtype=dtype, device=device)
     return _KEPT.buffers[key][:size].view(shape)
-
-
-Precision = Literal["float32", "bfloat16", "int8"]
-
-SCAN_ROWS = 512  # tokens at a time: enough for the matrix kernels, few enough for the cache and to reuse the memory
-BLOCK = 16  # latents a block
-ROUNDS = 12  # of timing the precisions
-INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
 class Screen:
@@ -321,7 +318,7 @@ def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Flo
 def quantize_rows(
     x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"], scale: Float[Tensor, "d"] | None = None
 ) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
-    """Rows of `[x * scale, last]` quantised to int8, and each row's step: `~ q * step`, `step = max|.| / 127`.
+    """Rows of `[x * scale, last]` quantized to int8, and each row's step: `~ q * step`, `step = max|.| / 127`.
 
     The int8 tensor is a scratch buffer, overwritten by the next call.
 

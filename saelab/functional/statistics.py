@@ -13,33 +13,22 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int, Integer, Shaped
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-BLOCK_ROWS, N_BLOCKS = 256, 64
-"""Largest number of rows in a block, and smallest number of blocks where rows are few."""
-WINDOW_ROWS = 2**15
-"""Rows within which blocks are permuted, so that a store can be read in pieces."""
+from saelab.functional.indices import exchange_groups, permute_within
+
 INSIDE = 0.9
 """Tokens are permuted within their documents where at least this share of the label's variance lies within these."""
-ROWS_AT_ONCE = 2**18
-"""Rows that are processed at a time, so that a memory-mapped column is never held as a whole."""
 WITHIN, EXCHANGED = "tokens permuted within documents", "documents exchanged and their tokens permuted"
-
-
-def permute_within(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
-    """A random order that keeps every row's group: `rows[order]` are the rows permuted within groups.
-
-    >>> groups = np.array([0, 0, 1, 1, 1])
-    >>> bool((groups[permute_within(groups, np.random.default_rng(0))] == groups).all())
-    True
-    """
-    by_group = np.argsort(groups, kind="stable")
-    shuffled = np.lexsort((rng.random(len(groups)), groups))
-    order = np.empty(len(groups), np.int64)
-    order[by_group] = shuffled
-    return order
+N_SHIFTS = 24
+SHIFTED_FIRINGS = 512
+"""Number of neighboring firings on which the spread of the null is measured."""
+CONSTANT = 1e-6
+"""A standard deviation below this share of the root mean square is rounding: the values are constant."""
+CHUNK_NUMBERS = 2**22  # draws times documents held at a time
+LEVEL = 0.95
+PROBE_STEPS = 30
 
 
 def share_inside(y: Bool[np.ndarray, "n"], groups: Shaped[np.ndarray, "n"]) -> float:
@@ -71,91 +60,6 @@ def permute_labels(
     if share_inside(y, doc_ids) >= INSIDE:
         return y[permute_within(doc_ids, rng)], WITHIN
     return y[exchange_groups(doc_ids, rng)], EXCHANGED
-
-
-def exchange_groups(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
-    """An order in which groups change places, each stretched to the length of the one that gets it, and permuted there.
-
-    >>> order = exchange_groups(np.array([4, 4, 7, 7]), np.random.default_rng(1))
-    >>> sorted(order[:2].tolist()) in ([0, 1], [2, 3]), sorted(order.tolist())
-    (True, [0, 1, 2, 3])
-    """
-    _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    rows, starts = np.argsort(numbers, kind="stable"), np.cumsum(sizes) - sizes
-    source = rng.permutation(len(sizes))
-    places = np.arange(len(groups)) - np.repeat(starts, sizes)  # within each group
-    lengths = np.repeat(sizes[source], sizes)
-    stretched = places * lengths // np.repeat(sizes, sizes)
-    order = np.empty(len(groups), np.int64)
-    order[rows] = rows[np.repeat(starts[source], sizes) + stretched]
-    return np.take(order, permute_within(groups, rng))
-
-
-def find_runs(groups: Shaped[np.ndarray, "n"]) -> Int[np.ndarray, "n_runs"]:
-    """First row of each run of rows of one group, such as a document.
-
-    >>> find_runs(np.array([3, 3, 5, 5, 5])).tolist()
-    [0, 2]
-    """
-    found = [np.zeros(min(1, len(groups)), np.int64)]
-    for start in range(1, len(groups), ROWS_AT_ONCE):
-        part = groups[start - 1 : start + ROWS_AT_ONCE]
-        found.append(np.flatnonzero(part[1:] != part[:-1]) + start)
-    return np.concatenate(found)
-
-
-@dataclass(frozen=True, eq=False)
-class MovedBlocks:
-    """A permutation of rows by blocks: a slice `order[start:stop]` of it is computed when it is read."""
-
-    places: Int[np.ndarray, "n_blocks_1"]
-    """place of the first row of each block after the permutation, and the number of rows"""
-    first: Int[np.ndarray, "n_blocks"]
-    """first row of each block before the permutation"""
-    steps: Int[np.ndarray, "n_blocks"]
-    """rows by which each block is shifted circularly"""
-
-    def __len__(self) -> int:
-        return int(self.places[-1])
-
-    def __getitem__(self, part: slice) -> Int[np.ndarray, "n"]:
-        at = np.arange(*part.indices(len(self)))
-        block = np.searchsorted(self.places, at, "right") - 1
-        begin, length = self.places[block], np.diff(self.places)[block]
-        rows: NDArray[np.int64] = self.first[block] + (at - begin + self.steps[block]) % length
-        return rows
-
-
-def move_blocks(doc_starts: Integer[np.ndarray, "n_docs"] | None, n: int, rng: np.random.Generator) -> MovedBlocks:
-    """A random permutation of rows by blocks, each block shifted circularly by a random step of its own.
-
-    A block is at most 256 rows of one document (fewer where there would be less than 64 blocks), so that runs survive
-    and periods do not. Blocks are permuted within windows of 32,768 rows.
-
-    Args:
-        doc_starts: first row of each document; None where all rows are one document.
-        n: number of rows.
-        rng: source of the permutation.
-
-    >>> order = move_blocks(None, 1000, np.random.default_rng(0))[:]
-    >>> sorted(order.tolist()) == list(range(1000)), bool((np.diff(order) == 1).mean() > 0.5)
-    (True, True)
-    """
-    size = int(np.clip(n // N_BLOCKS, 1, BLOCK_ROWS))
-    starts = np.arange(0, n, WINDOW_ROWS)
-    starts = starts if doc_starts is None else np.union1d(starts, doc_starts)
-    lengths = np.diff(np.append(starts, n))
-    pieces = -(-lengths // size)
-    first = np.repeat(starts, pieces) + size * (np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces))
-    lengths = np.diff(np.append(first, n))
-    steps = (rng.random(len(first)) * lengths).astype(np.int64)
-    places = np.lexsort((rng.random(len(first)), first // WINDOW_ROWS))
-    return MovedBlocks(np.append(0, np.cumsum(lengths[places])), first[places], steps[places])
-
-
-N_SHIFTS = 24
-SHIFTED_FIRINGS = 512
-"""Number of neighbouring firings on which the spread of the null is measured."""
 
 
 def dispersion(
@@ -332,10 +236,6 @@ def auroc_of_ranks(total: float, n_true: int, n: int) -> float:
     return (total - n_true * (n_true + 1) / 2) / (n_true * (n - n_true)) if 0 < n_true < n else math.nan
 
 
-CONSTANT = 1e-6
-"""A standard deviation below this share of the root mean square is rounding: the values are constant."""
-
-
 def correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> float:
     """Pearson's correlation; NaN for fewer than three values or where one side does not vary.
 
@@ -396,10 +296,6 @@ def draw_weights(n: int, n_draws: int, seed: int = 0) -> Float[np.ndarray, "n_dr
     if n < 2:
         return np.full((1, n), math.nan)
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), n_draws).astype(float)
-
-
-CHUNK_NUMBERS = 2**22  # draws times documents held at a time
-LEVEL = 0.95
 
 
 class DocumentSums:
@@ -484,9 +380,6 @@ def find_interval(draws: Float[Tensor, "n_draws"]) -> tuple[float, float]:
     return low, high
 
 
-PROBE_STEPS = 30
-
-
 def fit_probe(x: Float32[Tensor, "n d"], labels: Float32[Tensor, "n n_concepts"]) -> torch.nn.Linear:
     """A logistic regression on all concepts at once, with half the squared weights added to the summed loss."""
     rate = (labels.sum(0) + 0.5) / (len(x) + 1)
@@ -566,7 +459,7 @@ def score_guess(scores: Float[np.ndarray, "n"], y: Bool[np.ndarray, "n"], thresh
     guess, n_true, n = scores >= threshold, int(y.sum()), len(y)
     hits, fires = int((guess & y).sum()), int(guess.sum())
     spread = math.sqrt(fires * (n - fires) * n_true * (n - n_true))
-    quiet = n - fires - n_true + hits  # told right of what is not true
+    quiet = n - fires - n_true + hits  # true negatives
     return ProbeScore(
         f1=2 * hits / max(1, fires + n_true),
         mcc=(n * hits - fires * n_true) / spread if spread else 0.0,

@@ -22,6 +22,11 @@ from saelab.functional.codes import SparseCodes, sampled_dot
 from saelab.functional.screening import SCAN_ROWS, Precision, Screen, choose_precision, first_largest, largest_first
 
 ROUNDINGS = 4.0  # how many times their expected size, eps * sqrt(d) * |x| |w|, errors of a product may be
+DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
+ERROR_MARGIN = 1.25  # an unseen latent may be wrong by this many times the largest error seen on the candidates
+MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
+SAMPLE = 16  # times k latents are computed first: k of these usually exceed a latent of average size
+PART = 2**22  # pre-activations held at a time
 
 
 def score(
@@ -31,7 +36,7 @@ def score(
     rows: Int[Tensor, "nnz"],
     latents: Int[Tensor, "nnz"],
 ) -> Float[Tensor, "nnz"]:
-    """`u = x W^T + bias` at the given entries, bit for bit the same wherever an entry stands.
+    """`u = x W^T + bias` at the given entries, bit for bit the same whatever else is in the batch.
 
     Args:
         x: activations.
@@ -46,7 +51,10 @@ def score(
 def bound_rounding(
     x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], bias: Float[Tensor, "d_sae"]
 ) -> Float[Tensor, "n_rows"]:
-    """Bound of the difference between a matrix product and `score` in each row; both round at every step of a sum."""
+    """Upper bound, for each row, of the difference by rounding between a matrix product `x W^T + bias` and `score`.
+
+    x and W are as in `score`: activations, and the encoder with one row per latent.
+    """
     largest = torch.linalg.vector_norm(W, dim=1).amax()
     size = torch.linalg.vector_norm(x, dim=1) * largest * x.shape[1] ** 0.5 + bias.abs().amax()
     bound: Tensor = ROUNDINGS * torch.finfo(x.dtype).eps * size
@@ -193,11 +201,6 @@ def group_max_latents(
     return within + torch.arange(k, device=u.device) * width
 
 
-DENSE_WIDTH = 8192  # below this width a dense product and its top-k cost less than screening
-ERROR_MARGIN = 1.25  # an unseen latent may be wrong by this many times the largest error seen on the candidates
-MAX_UNSURE = 0.1  # of the rows may be searched again in float32; with more, another screen costs less
-
-
 def search_topk(
     x: Float[Tensor, "n_rows d_in"],
     W: Float[Tensor, "d_sae d_in"],
@@ -214,7 +217,8 @@ def search_topk(
         bias: encoder bias.
         k: latents kept in each row.
         signed: whether the largest are those of |u|; else negative ones among the k largest are dropped.
-        precision: of the screen; None chooses one, and a dense product for small dictionaries.
+        precision: dtype of the approximate product that finds candidates, which float32 then decides; None takes the
+            fastest, and an exact dense product for small dictionaries.
 
     >>> search_topk(torch.tensor([[1.0, -3.0]]), torch.eye(2), torch.zeros(2), k=1, signed=True).values
     tensor([-3.])
@@ -313,7 +317,8 @@ def search_batch_topk(
         bias: encoder bias.
         k: latents kept per row, on average.
         signed: whether the largest are those of |u|; else negative ones among them are dropped.
-        precision: of the screen; None chooses one, and a dense product for small dictionaries.
+        precision: dtype of the approximate product that finds candidates, which float32 then decides; None takes the
+            fastest, and an exact dense product for small dictionaries.
 
     >>> search_batch_topk(torch.tensor([[9.0, 8.0], [1.0, 2.0]]), torch.eye(2), torch.zeros(2), k=1, signed=False).rows
     tensor([0, 0])
@@ -413,7 +418,7 @@ def search_above(
     signed: bool,
     max_frac: float = 1.0,
 ) -> SparseCodes | None:
-    """Codes of all `u = x W^T + bias` above a threshold; None where they are too many.
+    """Codes of all `u = x W^T + bias` above a threshold; None where they are more than the share `max_frac`.
 
     Args:
         x: activations.
@@ -439,10 +444,6 @@ def search_above(
         return search_topk(x, W, bias, 1, signed)
     indices, values, rows = (torch.cat(parts) for parts in zip(*found, strict=True))
     return SparseCodes.from_rows(indices, values, rows, (len(x), len(W)))
-
-
-SAMPLE = 16  # times k latents are computed first: k of these usually exceed a latent of average size
-PART = 2**22  # pre-activations held at a time
 
 
 def pick_topk(

@@ -97,7 +97,9 @@ class SAELensCache(Cache):
         names = list(batches[0].schema.names) if batches else []
         columns = [name for name in names if name != TOKENS]
         if TOKENS not in names:
-            raise ValueError(f"{folder} must have a column `{TOKENS}` beside activations, got {names}; cache again.")
+            raise ValueError(
+                f"{folder} must have a column `{TOKENS}` next to the activations, got {names}; cache again."
+            )
         if hook_point is None and len(columns) == 1:
             hook_point = columns[0]
         if hook_point is None or hook_point not in columns:

@@ -23,7 +23,8 @@ from saelab.lm.masks import TokenMask
 from saelab.lm.tokenizers import token_strings
 from saelab.lm.tokens import Tokens
 from saelab.stores.corpus import StoredText
-from saelab.stores.feature_store import FeatureStore, measure, save_statistics
+from saelab.stores.feature_statistics import measure, save_statistics
+from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import as_file_name, checksum, replace_folder, save_tensors, shareable, write_json
 from saelab.stores.jobs import hidden
 from saelab.stores.manifest import FeatureManifest, Provenance
@@ -32,6 +33,10 @@ from saelab.stores.validation import read_json
 
 NAME = re.compile(r"(\d+)_(\d+)")
 LARGEST_ID = 2**31 - 1
+CONFIG = "config.json"
+N_SPLITS = 5
+SMALLEST = 1e-5  # delphi omits codes up to this magnitude
+SHORT, WIDE = np.uint16, np.uint32
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +144,7 @@ class DelphiCache:
             raise ValueError(f"{folder / 'config.json'} must have a `model_name`, as delphi writes it. Was it edited?")
         if (n := config.get("n_splits", len(ranges))) != len(ranges):
             raise ValueError(
-                f"{folder} must hold the {n} files that its config.json tells of, got {len(ranges)}. Copy the others."
+                f"{folder} must hold the {n} files that its config.json lists, got {len(ranges)}. Copy the others."
             )
         splits = tuple(_Split.open(*item) for item in ranges)
         tokens = _as_tokens(_own_ids(folder, splits) if ids is None else _given_ids(ids, config), config)
@@ -256,12 +261,6 @@ def _as_tokens(ids: np.ndarray, config: dict[str, Any]) -> Tokens:
     names = ("dataset_repo", "dataset_name", "dataset_split")
     source = " ".join(str(config[name]) for name in names if config.get(name)) or "unknown"
     return Tokens(ids=torch.from_numpy(ids.astype(np.int32)), doc_ids=doc_ids, source=source)
-
-
-CONFIG = "config.json"
-N_SPLITS = 5
-SMALLEST = 1e-5  # delphi omits codes up to this magnitude
-SHORT, WIDE = np.uint16, np.uint32
 
 
 def write_delphi(

@@ -38,6 +38,11 @@ N_TOP, N_EACH, N_QUANTILES, N_BINS, N_ROWS, N_LOGITS = 20, 5, 10, 50, 3, 10
 TOP = -1
 """value of the bounds of the top examples"""
 BLOCK = 64
+PER_FILE = 128
+STRENGTH = 10.0
+"""steering strength that Neuronpedia uses, as a multiple of the largest code"""
+SETTINGS, SKIPPED = "run_settings.json", "skipped_indexes.json"
+StoreFormat = Literal["delphi", "saedashboard", "neuronpedia"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +154,6 @@ def _describe(group: ExampleGroup, n_tokens: int) -> Iterator[dict[str, Any]]:
             "values": list(one.values),
             "qualifying_token_index": one.center,
         }
-
-
-PER_FILE = 128
-STRENGTH = 10.0
-"""steering strength that Neuronpedia uses, as a multiple of the largest code"""
 
 
 @dataclass(frozen=True)
@@ -303,10 +303,6 @@ def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 def _to_line(record: dict[str, Any]) -> bytes:
     return (json.dumps(json.loads(to_json(record))) + "\n").encode()
-
-
-SETTINGS, SKIPPED = "run_settings.json", "skipped_indexes.json"
-StoreFormat = Literal["delphi", "saedashboard", "neuronpedia"]
 
 
 def export_store(

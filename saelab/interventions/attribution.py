@@ -15,7 +15,8 @@ from torch import Tensor
 
 from saelab.collecting.harvesting import require_harvested
 from saelab.functional.codes import SparseCodes
-from saelab.functional.statistics import correlation, permute_within, rank_correlation
+from saelab.functional.indices import permute_within
+from saelab.functional.statistics import correlation, rank_correlation
 from saelab.interventions.edited_runs import EditedRuns
 from saelab.interventions.interventions import TokenSelection
 from saelab.interventions.prompt_metrics import Metric, Prompt, Texts, make_prompt_metric, read_texts
@@ -30,6 +31,10 @@ N_SHUFFLES = 99
 N_SHOWN = 10
 NOTHING = 1e-5
 """Differences of the metric below this share of its size count as rounding."""
+AttributionMethod = Literal["gradient", "integrated", "exact"]
+Baseline = Literal["zero", "mean"]
+ERROR = -1  # in the place of a feature
+N_STEPS, MOST_STEPS, TOLERANCE = 32, 1024, 0.005
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +91,10 @@ class Attribution(Result):
 
     @property
     def completeness(self) -> float:
-        """Sum of all effects, errors included, over `patched - clean`: 1 is complete; NaN where that is rounding."""
+        """Sum of all effects, errors included, over `patched - clean`: 1 is complete.
+
+        NaN where `patched` and `clean` are equal but for rounding.
+        """
         whole = self.patched - self.clean
         if abs(whole) <= NOTHING * max(abs(self.patched), abs(self.clean)):
             return float("nan")
@@ -219,12 +227,6 @@ def _largest(values: Float[np.ndarray, "n"], n: int = N_SHOWN) -> Int[np.ndarray
     return np.argsort(-np.abs(values), kind="stable")[:n]
 
 
-AttributionMethod = Literal["gradient", "integrated", "exact"]
-Baseline = Literal["zero", "mean"]
-ERROR = -1  # in the place of a feature
-N_STEPS, MOST_STEPS, TOLERANCE = 32, 1024, 0.005
-
-
 def attribute(
     model: Model,
     sae: SAE,
@@ -257,8 +259,9 @@ def attribute(
         model: language model the SAE belongs to.
         sae: an SAE that reconstructs its own input (no transcoder).
         prompt: a text, which gets a BOS, or token ids.
-        metric: as in `make_prompt_metric`: a token or its id (log-probability of coming next), a pair (logit
-            difference), "loss", or a function of the logits.
+        metric: a token or its id (its log-probability of coming next, in nats), a pair of tokens (logit of the first
+            minus that of the second), "loss" (mean cross-entropy of the prompt's own next tokens, in nats), or a
+            differentiable function from logits (batch, n, d_vocab) to numbers (batch,).
         method: "gradient" (one forward and backward), "integrated" (integrated gradients) or "exact" (each feature
             replaced alone).
         baseline: "zero" replaces codes and errors by 0; "mean" replaces the codes of features that fire by their means

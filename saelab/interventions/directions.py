@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+INDEPENDENT = 1e-5  # of the largest singular value: what is below adds no direction of its own
+
 
 @dataclass(frozen=True, eq=False)
 class Direction:
@@ -48,7 +50,7 @@ class Direction:
         return self.encode(x)[..., list(latents)]
 
     def output_scale(self, x: Float[Tensor, "*batch d_in"]) -> float:
-        """1.0, the scale of a code of 1 at every token; an SAE's may differ by token."""
+        """1.0: a code of 1 adds the vector itself at every token; `SAEModule.output_scale` may differ by token."""
         return 1.0
 
     def __neg__(self) -> "Direction":
@@ -56,7 +58,7 @@ class Direction:
 
 
 def make_random(like: Direction, seed: int = 0) -> Direction:
-    """A random unit vector at the same hook point with the same peak, as a baseline for any direction.
+    """A random direction of norm 1 with the hook point and peak of `like`, as a baseline for it.
 
     >>> a = Direction(torch.ones(3), "blocks.0.hook_resid_post")
     >>> round(float(make_random(a, seed=1).vector.norm()), 6)
@@ -64,9 +66,6 @@ def make_random(like: Direction, seed: int = 0) -> Direction:
     """
     drawn = torch.randn(like.d_in, generator=torch.Generator().manual_seed(seed))
     return Direction(drawn.to(like.vector), like.hook_point, "random", like.peak)
-
-
-INDEPENDENT = 1e-5  # of the largest singular value: what is below adds no direction of its own
 
 
 @dataclass(frozen=True, eq=False)

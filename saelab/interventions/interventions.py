@@ -24,6 +24,11 @@ from saelab.stores.feature_store import FeatureStore
 
 TextPart = Literal["all", "prompt", "generated"]
 CodeSign = Literal["both", "positive", "negative"]
+Mode = Literal["add", "clamp", "floor", "scale", "ablate"]
+Unit = Literal["raw", "max", "norm"]
+Error = Literal["keep", "drop"]
+Strength: TypeAlias = float | int | Float[Tensor, ""]
+FeatureStrengths: TypeAlias = Mapping[SupportsIndex, Strength] | FeatureIds | Strength
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,13 +145,6 @@ def _cut(tokens: Tensor, columns: Tensor, n_rows: int) -> Bool[Tensor, "batch n"
         raise ValueError(f"A token mask must have a row for each of the {n_rows} texts, got {len(mask)}.")
     inside = columns < mask.shape[1]
     return mask[:, columns.clamp_max(mask.shape[1] - 1)] & inside
-
-
-Mode = Literal["add", "clamp", "floor", "scale", "ablate"]
-Unit = Literal["raw", "max", "norm"]
-Error = Literal["keep", "drop"]
-Strength: TypeAlias = float | int | Float[Tensor, ""]
-FeatureStrengths: TypeAlias = Mapping[SupportsIndex, Strength] | FeatureIds | Strength
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +270,11 @@ class Intervention:
         return all(not isinstance(s, Tensor) and s == neutral for s in self.strengths.values())
 
     def change(self, written: Float[Tensor, "n d_out"], read: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_out"]:
-        """Activations after the intervention, at the tokens it applies to; differentiable in all that it depends on."""
+        """Activations after the intervention, at the n tokens it applies to; differentiable in all that it depends on.
+
+        `written` are the activations to change, at `writes_at`; `read` those that codes are computed from, at
+        `reads_at` (for an SAE or a direction the same, for a transcoder its input).
+        """
         if isinstance(self.source, SAE) and self.error == "drop":
             written = self.source(read).to(written)
         if not self.strengths:

@@ -1,4 +1,4 @@
-"""`patch`: activation patching, parts of a clean run put into a corrupt one, hook points by positions."""
+"""`patch`: activation patching, activations of a clean run put into a corrupt run, by hook point and position."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +63,7 @@ class Patching(Result):
         return (self.values - self.corrupt) / gap
 
     def name_column(self, column: int) -> str:
-        """The tokens of a group of positions, in both prompts where they differ."""
+        """Positions and tokens of one column (a group of positions); "corrupt>clean" where the prompts differ."""
         return " ".join(self._name_token(i) for i in self.positions[column])
 
     def _name_token(self, i: int) -> str:
@@ -110,7 +110,7 @@ def patch(
         model: language model.
         clean: prompt whose activations are patched in; as many tokens as `corrupt`.
         corrupt: prompt whose run is patched.
-        metric: as in `make_prompt_metric`, mostly a pair of answers (logit difference).
+        metric: as in `attribute`; mostly a pair of answers, for their logit difference.
         sources: one or several hook points, directions, subspaces, SAEs, or pairs (SAE, features); by default the
             residual stream after every block.
         positions: "each" alone, "all" together, or single positions and groups of them; special tokens are included.

@@ -112,12 +112,12 @@ class PromptMetric:
 def make_prompt_metric(model: Model, metric: Metric) -> PromptMetric:
     """The metric for a token, a pair of tokens, "loss", or a function of the logits.
 
-        "word", 42                   log-probability of that next token after the text, in nats (a tensor: one a text)
-        ("word", "other")            its logit less the other's
+        "word", 42                   log-probability of that next token after the text, in nats (a tensor: one per text)
+        ("word", "other")            its logit minus the other's
         "loss"                       mean cross-entropy of the text's own next tokens, in nats (a token: by its id)
         f(logits)                    a function of (batch, n, d_vocab) that gives (batch,), row by row, differentiable
 
-    ValueError for a text that is not one token, and for an id that the model does not know.
+    ValueError for a text that is not one token, and for an id outside of the model's vocabulary.
 
     >>> make_prompt_metric(sl.lm.tiny_model(), ("a", "b")).name
     "logit 'a' - logit 'b'"

@@ -23,7 +23,7 @@ BLOCK = 8192  # activations encoded at a time
 
 @dataclass(frozen=True, eq=False)
 class Prototypes:
-    """The mean codes of labelled examples, one row for each label (prototypical networks, arXiv:1703.05175)."""
+    """The mean codes of labeled examples, one row for each label (prototypical networks, arXiv:1703.05175)."""
 
     names: tuple[str, ...]
     """the labels"""
@@ -33,15 +33,15 @@ class Prototypes:
     """number of examples of each label"""
 
     def find(self, name: str) -> int:
-        """The row of a label; ValueError for an unknown one."""
+        """Row of a label in `codes`; ValueError for an unknown label."""
         if name not in self.names:
             raise ValueError(f"`target` must be one of the labels {self.names[:5]}, got '{name}'.")
         return self.names.index(name)
 
     def keep(self, k: int) -> "Prototypes":
-        """A copy with only the `k` largest codes of each prototype in magnitude.
+        """A copy with only the `k` largest codes of each prototype in magnitude, the others 0.
 
-        The rest of a mean is many small codes.
+        The rest of a mean is many small codes. ValueError unless `k` is in 1..d_sae.
         """
         if not 1 <= k <= self.codes.shape[1]:
             raise ValueError(f"`k` must be in 1..d_sae ({self.codes.shape[1]}), got {k}.")

@@ -77,7 +77,7 @@ def resample_ablation(
         model: language model.
         prompts: texts or token ids.
         directions: one or several directions or subspaces, each ablated on its own.
-        metric: as in `make_prompt_metric`, with one target for each text where it is a tensor; a function of the logits
+        metric: as in `attribute`, with one target for each text where it is a tensor; a function of the logits
             is called on some rows at a time.
         where: tokens that are resampled.
         n_random: random directions of the same rank to compare with, under the same permutation of the tokens; at least

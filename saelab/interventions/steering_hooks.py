@@ -45,7 +45,7 @@ def steer(
 
     All forward passes count, also those run by other libraries. Contexts nest: an inner one reads what the outer ones
     left. The same tokens are changed with and without a key-value cache, alone and in a padded batch. Strengths without
-    effect leave every bit as it is. No hook remains afterwards, also after an error. Gradients flow to strengths and
+    effect leave every bit as it is. No hook remains afterward, also after an error. Gradients flow to strengths and
     activations where PyTorch records them.
 
     Args:
@@ -169,7 +169,7 @@ def splice(
 
     With an SAE, `x' = x_hat`; `error="keep"` gives `x' = x_hat + (x - x_hat)`, which is x bit for bit, with gradients
     through the reconstruction alone. Contexts nest, edits of one hook point apply in order of entry, and no hook
-    remains afterwards, also after an error.
+    remains afterward, also after an error.
 
     Args:
         model: language model.

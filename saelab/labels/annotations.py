@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
 from saelab.functional.indices import read_feature, read_features
-from saelab.labels.label import BOTH, Label
-from saelab.labels.label_store import LabelStore, format_time
+from saelab.labels.label import BOTH, Label, format_time
+from saelab.labels.label_store import LabelStore
 
 N_CHANGES = 1000
 """Changes that can be undone; older ones are final."""

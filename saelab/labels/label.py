@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from math import isnan
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -30,6 +31,17 @@ input: the tokens that the feature fires on; output: the tokens that it promotes
 an axis; polysemantic: several things; none: no good name was found; free: kind not specified.
 """
 BOTH = 0
+MARKS = {1: "+ ", 0: "", -1: "\u2212 "}
+ENDS = ("low", "high", "chance")
+MOST_SCORES = 4
+Format = Literal["json", "csv", "neuronpedia"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+SCHEMA_VERSION = 1
+PACKED = ("scores", "evidence", "provenance")
+COLUMNS = ("feature", "sign", "text", "kind", "author", "by_person", "chosen", "fixed", "time", *PACKED)
+FORMULA = re.compile("^'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""cells that a spreadsheet would run as a formula, and cells that look like an escaped one"""
+LONGEST_CELL = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +105,6 @@ class ShownLabel(NamedTuple):
     author: str
     by_person: bool
     scores: Mapping[str, float]
-
-
-MARKS = {1: "+ ", 0: "", -1: "\u2212 "}
-ENDS = ("low", "high", "chance")
-MOST_SCORES = 4
 
 
 def join_texts(labels: Sequence[Label | ShownLabel]) -> str:
@@ -202,18 +209,8 @@ def format_floor(trained: dict[str, float], untrained: dict[str, float] | None, 
 
     parts = [f"sides named {trained['named']:.0%}" + (f" (untrained {untrained['named']:.0%})" if untrained else "")]
     parts += [f"mean {name} {trained[name]:.2f} ({extras(name)}, chance {chance[name]:g})" for name in chance]
-    note = "" if untrained is not None else "; no untrained dictionary was labelled beside it"
+    note = "" if untrained is not None else "; no untrained dictionary was labeled for comparison"
     return ", ".join(parts).replace("none scored, ", "") + note
-
-
-Format = Literal["json", "csv", "neuronpedia"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-SCHEMA_VERSION = 1
-PACKED = ("scores", "evidence", "provenance")
-COLUMNS = ("feature", "sign", "text", "kind", "author", "by_person", "chosen", "fixed", "time", *PACKED)
-FORMULA = re.compile("^'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
-"""cells that a spreadsheet would run as a formula, and cells that look like an escaped one"""
-LONGEST_CELL = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -385,3 +382,34 @@ def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
     origin = {name: record[name] for name in ("id", "modelId", "layer", "typeName", "notes") if record.get(name)}
     made_by = [str(record[name]) for name in ("explanationModelName", "typeName") if record.get(name)]
     return fields | {"author": ", ".join(made_by) or "neuronpedia", "provenance": {"neuronpedia": origin}}
+
+
+def format_time() -> str:
+    """The current time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def pack_label(label: Label) -> tuple[Any, ...]:
+    """The label as values of a database row, PACKED fields as JSON; ValueError for what cannot be stored."""
+    for name in ("text", "author", "time"):
+        try:
+            getattr(label, name).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`{name}` must be Unicode, got half a surrogate pair ({error.reason}). Replace what cannot be encoded."
+            ) from None
+    try:
+        packed = [json.dumps(dict(getattr(label, name)), default=_plain) for name in PACKED]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"A label's {', '.join(PACKED)} must be ready for JSON ({error}). Give plain values."
+        ) from None
+    head = (int(label.feature), int(label.sign), label.text, label.kind, label.author, bool(label.by_person))
+    return (*head, *packed, label.time)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and their numbers as lists and plain numbers."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not")

@@ -5,7 +5,6 @@ that waits for those of other processes; the journal is SQLite's own, so that on
 be read where nothing may be written.
 """
 
-import errno
 import gzip
 import json
 import os
@@ -15,7 +14,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -27,9 +25,22 @@ from saelab.labels.label import (
     LabelEntry,
     LabelKind,
     ShownLabel,
+    format_time,
     name_format,
     read_entries,
     write_entries,
+)
+from saelab.labels.label_tables import (
+    BEST_FIRST,
+    FIELDS,
+    PLACES,
+    connect,
+    explained,
+    fix_choice,
+    format_damage,
+    put_label,
+    transaction,
+    unpack_row,
 )
 from saelab.labels.text_search import rank_texts
 from saelab.stores.feature_store import FeatureStore
@@ -37,211 +48,6 @@ from saelab.stores.files import write_atomic
 from saelab.stores.manifest import FeatureManifest
 
 FILE = "labels.sqlite"
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x5AE1AB  # marks the file as one of saelab's
-BEST_FIRST = "fixed DESC, kind = 'none', id DESC"
-PLACES = f"""SELECT *, row_number() OVER (PARTITION BY feature, sign ORDER BY {BEST_FIRST}) AS place
-    FROM labels {{where}}"""
-SCHEMA = f"""
-CREATE TABLE labels (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    feature INTEGER NOT NULL,
-    sign INTEGER NOT NULL,
-    text TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    author TEXT NOT NULL,
-    by_person INTEGER NOT NULL,
-    scores TEXT NOT NULL,
-    evidence TEXT NOT NULL,
-    provenance TEXT NOT NULL,
-    time TEXT NOT NULL,
-    fixed INTEGER NOT NULL DEFAULT 0
-);
-CREATE INDEX labels_by_feature ON labels (feature, sign);
-CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE VIEW places AS {PLACES.format(where="")};
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
-
-
-def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection | None:
-    """A connection to an intact label file of this version; None where there is none yet, unless `create` is set.
-
-    Raises:
-        ValueError: the file is damaged, of another kind or of another schema version.
-        TimeoutError: another process keeps it locked for `timeout` seconds.
-    """
-    if not create and not path.exists():
-        return None
-    with explained(path):
-        uri = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
-        # LabelBook's own lock serializes threads.
-        db = sqlite3.connect(uri, timeout, uri=True, isolation_level=None, check_same_thread=False)
-        try:
-            if _check(db, path):
-                return db
-            if create:
-                _found(db)
-                return db
-        except BaseException:
-            db.close()
-            raise
-        db.close()
-        return None
-
-
-@contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """Context manager: all changes of the block, or none after an exception; other processes wait until it ends."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Context manager that turns SQLite's errors into TimeoutError (locked), OSError (no access) or ValueError."""
-    try:
-        yield
-    except sqlite3.DatabaseError as error:
-        said, kept = str(error), "Nothing was changed"
-        if "locked" in said:
-            raise TimeoutError(f"{path} is locked by another process. {kept}: try again when that has ended.") from None
-        if "readonly" in said or "unable to open" in said:
-            why = f"Cannot open or write {path}: it or its folder may not be written to. {kept}"
-            raise PermissionError(errno.EACCES, f"{why}: change the permissions, or work on a copy") from None
-        if "full" in said or "I/O" in said:
-            why = f"Cannot write {path} ({said}). {kept}: free some space, then run again"
-            raise OSError(errno.ENOSPC if "full" in said else errno.EIO, why) from None
-        raise ValueError(format_damage(path, said)) from None
-    except OverflowError:
-        raise ValueError("`feature` must be below 2**63, got more. Give the number of a feature.") from None
-
-
-def _check(db: sqlite3.Connection, path: Path) -> bool:
-    """Whether the file is a label database; False where it is empty. One transaction, so nobody writes meanwhile."""
-    db.execute("BEGIN")
-    (n_tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-    size = path.stat().st_size
-    about = {
-        name: db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version", "page_size")
-    }
-    if n_tables == size == 0:
-        db.execute("COMMIT")
-        return False
-    if n_tables and about["application_id"] != APPLICATION_ID:
-        raise ValueError(f"{path} must be a book of labels, got another SQLite database. Move it away.")
-    if n_tables and about["user_version"] != SCHEMA_VERSION:
-        raise ValueError(
-            f"{path} must have schema_version {SCHEMA_VERSION}, got {about['user_version']}. Export its labels as JSON "
-            "with the saelab that wrote it, and import them here."
-        )
-    # SQLite takes the missing end of a last page for zeros, and a file without a whole page for an empty one.
-    found = "it was cut off" if size % about["page_size"] else db.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if found != "ok" or not n_tables:
-        raise ValueError(format_damage(path, found))
-    db.execute("COMMIT")
-    return True
-
-
-def format_damage(path: Path, found: str) -> str:
-    """The error message for a damaged file."""
-    reason = " ".join(found.split())
-    return (
-        f"{path} must be an intact book of labels, got a damaged file ({reason}). It is left as it is: put a copy in "
-        "its place, or move it away and import the labels from an export."
-    )
-
-
-def _found(db: sqlite3.Connection) -> None:
-    """Create the tables, unless another process has just done so."""
-    with transaction(db):
-        if not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            for statement in SCHEMA.split(";"):
-                db.execute(statement)
-
-
-PACKED = ("scores", "evidence", "provenance")
-FIELDS = ("feature", "sign", "text", "kind", "author", "by_person", *PACKED, "time", "fixed")
-PLACE = "feature = ? AND sign = ?"
-
-
-def put_label(db: sqlite3.Connection, label: Label) -> int:
-    """Insert a label in place of its author's older ones of the same side; returns the row's id.
-
-    An older one that a person chose and that has another text is kept. A person's label becomes chosen unless another
-    person's choice stands; one that replaces a chosen label is chosen.
-    """
-    packed = _pack(label)
-    place, author = packed[:2], (label.author, label.by_person)
-    sql = f"SELECT id, text, fixed FROM labels WHERE {PLACE} AND author = ? AND by_person = ?"
-    old = [row for row in db.execute(sql, (*place, *author)) if label.by_person or not row[2] or row[1] == label.text]
-    db.executemany("DELETE FROM labels WHERE id = ?", [(number,) for number, _, _ in old])
-    fixed = any(row[2] for row in old)
-    if label.by_person and not fixed:
-        fixed = db.execute(f"SELECT 1 FROM labels WHERE {PLACE} AND fixed", place).fetchone() is None
-    marks = ", ".join("?" * len(FIELDS))
-    added = db.execute(f"INSERT INTO labels ({', '.join(FIELDS)}) VALUES ({marks})", (*packed, fixed))
-    assert added.lastrowid is not None
-    return added.lastrowid
-
-
-def fix_choice(db: sqlite3.Connection, feature: int, sign: int, number: int | None) -> None:
-    """Mark one label of a feature and sign as chosen by a person, or none of them.
-
-    Args:
-        db: the open database.
-        feature: number of the feature.
-        sign: 1, -1 or 0.
-        number: id of the chosen row; None leaves the choice to the order of labels.
-    """
-    db.execute(f"UPDATE labels SET fixed = (id IS ?) WHERE {PLACE}", (number, feature, sign))
-
-
-def unpack_row(row: Sequence[Any]) -> LabelEntry:
-    """The label of a row of FIELDS and its rank among those of its feature and sign; ValueError for an invalid row."""
-    *values, fixed, place = row
-    fields = dict(zip(FIELDS, values, strict=False))
-    packed = {name: json.loads(fields[name]) for name in PACKED}
-    return LabelEntry(Label(**(fields | packed | {"by_person": bool(fields["by_person"])})), place == 1, bool(fixed))
-
-
-def format_time() -> str:
-    """The current time in UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _pack(label: Label) -> tuple[Any, ...]:
-    for name in ("text", "author", "time"):
-        try:
-            getattr(label, name).encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"`{name}` must be Unicode, got half a surrogate pair ({error.reason}). Replace what cannot be encoded."
-            ) from None
-    try:
-        packed = [json.dumps(dict(getattr(label, name)), default=_plain) for name in PACKED]
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"A label's {', '.join(PACKED)} must be ready for JSON ({error}). Give plain values."
-        ) from None
-    head = (int(label.feature), int(label.sign), label.text, label.kind, label.author, bool(label.by_person))
-    return (*head, *packed, label.time)
-
-
-def _plain(value: Any) -> Any:
-    """Arrays and their numbers as lists and plain numbers."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not")
-
-
 TIMEOUT = 30.0
 BY_FEATURE = "feature, CASE sign WHEN 0 THEN 0 WHEN 1 THEN 1 ELSE 2 END, place"  # the whole feature, then + and -
 
@@ -284,7 +90,10 @@ class LabelStore:
 
     @classmethod
     def open(cls, store: FeatureStore | str | Path, timeout: float = TIMEOUT) -> "LabelStore":
-        """The label database of a store, given as object or folder; FileNotFoundError where there is no store."""
+        """The label database of a store, given as object or folder; FileNotFoundError where there is no store.
+
+        `timeout` is the time in seconds to wait for another process's lock.
+        """
         if isinstance(store, FeatureStore):
             return cls(store.folder / FILE, store.manifest, timeout)
         return cls(Path(store) / FILE, FeatureManifest.load(store), timeout)
@@ -364,7 +173,7 @@ class LabelStore:
         return dict(self.read("SELECT author, count(*) AS n FROM labels GROUP BY author ORDER BY n DESC, author"))
 
     def __repr__(self) -> str:
-        return f"LabelBook({str(self.path)!r})"
+        return f"LabelStore({str(self.path)!r})"
 
     def __str__(self) -> str:
         n_features = len({label.feature for label in self if label.kind != "none"})
@@ -379,7 +188,7 @@ class LabelStore:
         A label with an empty `time` gets the current time. For each feature and sign only the newest label of an author
         is kept, besides one that a person chose and that has another text. With `afresh`, all earlier labels of these
         authors on these features are removed, except those that a person chose. A person's label becomes chosen unless
-        another person's choice stands.
+        another person has chosen one.
         """
         added = [replace(label, time=label.time or format_time()) for label in labels]
         with self.changing() as db:
@@ -400,7 +209,7 @@ class LabelStore:
             text: the label.
             author: who gave it.
             sign: 1 or -1 for the codes of one sign, 0 for the whole feature.
-            kind: what the label describes, one of `Kind`.
+            kind: what the label describes, one of `LabelKind`.
         """
         label = Label(
             feature=read_feature(feature),
@@ -416,9 +225,11 @@ class LabelStore:
         return label
 
     def choose(self, feature: SupportsIndex, author: str | None, *, sign: int = BOTH) -> Label:
-        """Choose, as a person, an author's newest label, or with None the label added last; returns the label.
+        """Record a person's choice of an author's newest label for a feature; returns the label that is now chosen.
 
-        ValueError where there is none.
+        With `author` None such a choice is undone: the label added last is chosen, one of kind "none" only where there
+        is no other. `sign` is 1 or -1 for the labels of one sign, 0 for those of the whole feature. ValueError where
+        there is no such label.
         """
         with self.changing() as db:
             sql = f"SELECT id, author FROM labels WHERE feature = ? AND sign = ? ORDER BY {BEST_FIRST}"
@@ -436,7 +247,10 @@ class LabelStore:
     def delete(
         self, feature: SupportsIndex | None = None, *, sign: int | None = None, author: str | None = None
     ) -> int:
-        """Delete the labels of a feature, of one of its signs, of an author, or of both; returns their number."""
+        """Delete the labels that match all of the given feature, sign and author; returns their number.
+
+        None does not restrict; ValueError with neither `feature` nor `author`.
+        """
         if feature is None and author is None:
             raise ValueError("`delete` needs `feature` or `author`, got neither; say whose labels are to go.")
         given = {"feature": None if feature is None else read_feature(feature), "sign": sign, "author": author}

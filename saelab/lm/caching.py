@@ -109,12 +109,12 @@ class Caching:
     """
 
     def pads(self, model: nn.Module, n: int) -> bool:
-        """Whether rows of unequal length may be batched, none of them longer than `n` in the end."""
+        """Whether rows of unequal length may be batched, padded on the left, if none grows beyond `n` tokens."""
         border = find_border(model)
         return self.padded and (border is None or n <= border[0])
 
     def keeps(self, model: nn.Module, n_read: int, n_tokens: int) -> bool:
-        """Whether a cache stays valid while a text of `n_read` tokens becomes `n_tokens` longer."""
+        """Whether a cache stays valid while a text of `n_read` tokens is continued by `n_tokens`."""
         border = find_border(model)
         if self.argument is None or border is None:
             return self.argument is not None
@@ -122,7 +122,7 @@ class Caching:
         return n_read + n_tokens <= length or (n_read > length and not goes_on)
 
     def go_on(self, out: Any, real: Tensor, begin: int, end: int) -> dict[str, Any]:
-        """Arguments of the forward pass that continues from an output with columns `begin` to `end` of the rows.
+        """Keyword arguments of a forward pass over columns `begin:end` that continues from the output of the last one.
 
         Args:
             out: output of the forward pass before, with its cache.
@@ -228,7 +228,7 @@ def _agree(found: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def find_border(model: nn.Module) -> tuple[int, bool] | None:
-    """Length at which all rotary angles change, and whether they keep changing afterwards; None for angles that never
+    """Length at which all rotary angles change, and whether they keep changing afterward; None for angles that never
     change.
 
     A cache filled before that length is wrong after it, and so is a short row batched with one that is already longer.

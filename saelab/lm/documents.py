@@ -35,6 +35,8 @@ REFUSED = {
 IDS, MASK = "input_ids", "attention_mask"
 """names of the token ids and of the mask of what is not padding in tokenized data sets"""
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+Row: TypeAlias = str | np.ndarray
+"""a document: its text, or its token ids"""
 
 
 def open_rows(path: str | os.PathLike[str], separator: str | None, field: str) -> Iterator[tuple[str, Any]]:
@@ -208,10 +210,6 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
                 first += len(batch)
     except ArrowInvalid as error:
         raise ValueError(f"A parquet file must be whole, got '{path}': {str(error).splitlines()[0]}") from error
-
-
-Row: TypeAlias = str | np.ndarray
-"""a document: its text, or its token ids"""
 
 
 def read_documents(texts: Any, *, separator: str | None = "<|endoftext|>", field: str = "text") -> Iterator[str]:

@@ -27,6 +27,8 @@ from saelab.stores.corpus import name_bytes
 from saelab.stores.jobs import hidden
 from saelab.stores.results import Result
 
+BATCH = 64
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -94,9 +96,6 @@ class Sampler:
             ordered = ordered.masked_fill(before >= top_p, -torch.inf)
             logits = logits.scatter(1, order, ordered)
         return logits
-
-
-BATCH = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,7 +434,7 @@ def answer(model: Model, messages: Sequence[Mapping[str, str]], n_tokens: int) -
     ids = _encode(model.tokenizer, messages)
     if ids.shape[1] + n_tokens > find_context(model):
         raise ValueError(
-            f"A prompt must fit the model's context of {find_context(model)} tokens beside {n_tokens} of the answer, "
+            f"A prompt must fit the model's context of {find_context(model)} tokens with {n_tokens} of the answer, "
             f"got {ids.shape[1]} tokens. Show fewer or shorter texts, or take another model."
         )
     made = generate(model, ids, n_tokens, sampling=GREEDY, progress=False).samples[0]

@@ -1,4 +1,4 @@
-"""Hook points of a TransformerBridge, and for each the fastest module on which it has identical values."""
+"""Hook points of a TransformerBridge, and for each the fastest module from which identical values can be read."""
 
 import difflib
 import logging
@@ -33,8 +33,8 @@ class HookSite:
 
 
 class HookPoints:
-    """Hook points of a bridge by name, the plain Hugging Face model that shares its weights (the plain twin), and which
-    hook points agree on both.
+    """Hook points of a bridge by name, the plain Hugging Face model that shares its weights, and at which hook points
+    both have identical activations.
 
     Agreement is measured in short forward passes, not assumed. Hooks on the model, whoever registered them, do not run
     in these.
@@ -127,11 +127,11 @@ class HookPoints:
         return sketch_weights(self.bridged)
 
     def is_current(self, model: Model) -> bool:
-        """Whether the model's weights are unchanged since this object was made."""
+        """Whether the model's weights are those that this object was made with; False after any edit of them."""
         return self._stamp == self._find_stamp(model)
 
     def find(self, name: str) -> Any:
-        """HookPoint called `name`, in the old or the canonical spelling; else ValueError with similar names."""
+        """The model's `HookPoint` of a name, in the old or the canonical spelling; ValueError with similar names."""
         if name not in self.points:
             near = difflib.get_close_matches(name, self.points, n=5, cutoff=0.4)
             hint = f"Did you mean one of {near}?" if near else "Names look like 'blocks.0.hook_resid_post'."
@@ -149,7 +149,7 @@ class HookPoints:
         return (twin, side) if twin is not None and side in ("hook_in", "hook_out") else None
 
     def look(self, name: str) -> HookSite:
-        """Measured properties of a hook point, from at most four short forward passes, once.
+        """Properties of a hook point, measured by at most four short forward passes at the first call, then kept.
 
         Raises:
             RuntimeError: unless it fires exactly once in a forward pass.
@@ -239,7 +239,8 @@ class HookPoints:
     def route(self, names: list[str]) -> tuple[nn.Module, list[Site]]:
         """The fastest model that has correct values at these hook points, and the module and side of each.
 
-        That is the bridge itself where other hooks than saelab's are on it, or a hook point exists only there.
+        That is the bridge itself where other hooks than saelab's are on it, or a hook point exists only there;
+        ValueError if its logits are then other than Hugging Face's.
         """
         is_hooked = self.hooks.has_foreign()
         trusted = [self.look(name).agrees for name in names]  # looks at all of them, so that a wrong name always raises

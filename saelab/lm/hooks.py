@@ -20,16 +20,19 @@ from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokens import Tokens
 from saelab.lm.unwrapped import OwnHook, Site, Tap, attach, run, run_as_set
 
+FORWARD_TOKENS = 4096
+CALIBRATION_TOKENS = 16384
+
 
 class _Stop(Exception):
     """Ends a forward pass once all hook points asked for have fired."""
 
 
 def find_hook_point(model: Model, name: str) -> str:
-    """The name itself, if the model has a hook point of that name.
+    """`name`, after checking that the model has a hook point of that name; else ValueError.
 
     Both the old spellings ("blocks.2.hook_resid_post") and the canonical ones ("blocks.2.hook_out") are accepted.
-    ValueError otherwise, with at most five similar names.
+    The error lists at most five similar names.
 
     >>> sl.lm.find_hook_point(sl.lm.tiny_model(), "blocks.0.hook_resid_post")
     'blocks.0.hook_resid_post'
@@ -48,7 +51,7 @@ def capture(
     """Activations at the named hook points in one forward pass, each (batch, ctx_len, d) in the model's dtype, without
     gradient.
 
-    No hook remains afterwards, also after an error.
+    No hook remains afterward, also after an error.
 
     Args:
         model: the language model.
@@ -148,7 +151,7 @@ def replace_activations(model: Model, edits: dict[str, Callable[[Tensor], Tensor
 
     The function gets (batch, ctx_len, d) in the model's dtype (a copy that it may change) and returns the same shape;
     the result is cast to the model's dtype and device. Blocks can be nested; edits of one hook point run in order of
-    entry. No hook remains afterwards, also after an error.
+    entry. No hook remains afterward, also after an error.
 
     Raises:
         ValueError: for a wrong name or shape, and for a changing edit at a hook point that the logits do not depend on.
@@ -219,7 +222,7 @@ def _only_reading(name: str, tap: Tap) -> Tap:
         new = tap(x)
         if new is not None and not torch.equal(new, x):
             raise ValueError(
-                f"An edit must change what the model computes; '{name}' lies beside its path, and whatever is put "
+                f"An edit must change what the model computes; '{name}' is not on its path, and whatever is put "
                 "there changes no logit. Edit the residual stream, or an attention or MLP output."
             )
 
@@ -408,13 +411,9 @@ def watch(model: Model, tracker: TokenTracker | None = None) -> Iterator[TokenTr
         yield flow
 
 
-FORWARD_TOKENS = 4096
-CALIBRATION_TOKENS = 16384
-
-
 def forward_size(tokens: Tokens, n_seq: int | None, most_tokens: int = FORWARD_TOKENS) -> int:
-    """Number of sequences per forward pass: `n_seq`, or about 4096 tokens' worth, and `most_tokens` where that is
-    less.
+    """Number of sequences per forward pass: `n_seq`, or as many as hold about 4096 tokens, and `most_tokens` where that
+    is less.
     """
     if n_seq is not None and n_seq < 1:
         raise ValueError(

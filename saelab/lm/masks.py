@@ -18,6 +18,12 @@ from saelab.lm.tokenizers import spell, token_bytes
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.stores.results import Result, format_table
 
+WordTokens = Literal["all", "first", "last"]
+Names: TypeAlias = str | Iterable[str] | None
+"""labels of a word: one, several, or none ("", None)"""
+LabeledText: TypeAlias = Sequence[tuple[str, Names]] | tuple[str, Sequence[tuple[int, int, str]]]
+"""A document: its words, each with its labels; or its text, with labels of character ranges (start, stop, label)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskResult(Result):
@@ -51,8 +57,8 @@ class MaskResult(Result):
 class TokenMask:
     """Rules for excluding tokens, applied in this order: padding (always), special, positions, norm.
 
-    Padding is recognised by document id -1 and never by token id, so a model whose padding token is also its EOS or BOS
-    loses none of those. Special tokens are recognised by id, at any position.
+    Padding is recognized by document id -1 and never by token id, so a model whose padding token is also its EOS or BOS
+    loses none of those. Special tokens are recognized by id, at any position.
 
     >>> tokens = sl.tokenize(sl.lm.tiny_model(), ["one", "two"], ctx_len=6)
     >>> sl.TokenMask(positions=(1, None)).apply(tokens).removed
@@ -137,15 +143,8 @@ class TokenMask:
         return asdict(self)
 
 
-WordTokens = Literal["all", "first", "last"]
-Names: TypeAlias = str | Iterable[str] | None
-"""labels of a word: one, several, or none ("", None)"""
-LabeledText: TypeAlias = Sequence[tuple[str, Names]] | tuple[str, Sequence[tuple[int, int, str]]]
-"""A document: its words, each with its labels; or its text, with labels of character ranges (start, stop, label)."""
-
-
 class _Spans(NamedTuple):
-    """A document's text, and its labelled character ranges."""
+    """A document's text, and its labeled character ranges."""
 
     text: str
     labels: list[tuple[int, int, str]]
@@ -161,7 +160,7 @@ def tokenize_labeled(
     packed: bool = True,
     bos: bool | None = True,
 ) -> tuple[Tokens, TokenLabels]:
-    """Tokens of labelled documents, and which labels are true of each: the data that probes are fitted to.
+    """Tokens of labeled documents, and which labels are true of each: the data that probes are fitted to.
 
     A label applies to every token that holds a character of its word or range, white space not counted, however the
     tokenizer splits the text: a word of several tokens, a token of several words, a character of several tokens.
@@ -212,7 +211,7 @@ def _read_document(document: Any, i: int, joined: str) -> _Spans:
             listed = [names] if isinstance(names, str) else names or ()
             labels += [(start, len(text), name) for name in listed if name and word.strip()]
     if not text.strip():
-        raise ValueError(f"A labelled document must hold text, document {i} is blank; leave it out.")
+        raise ValueError(f"A labeled document must hold text, document {i} is blank; leave it out.")
     if wrong := [label for label in labels if not 0 <= label[0] < label[1] <= len(text)]:
         raise ValueError(f"A label must lie in its text of {len(text)} characters, got {wrong[0]} in document {i}.")
     return _Spans(text, labels)
@@ -290,7 +289,7 @@ def _locate_by_reading(tokenizer: Any, text: str, ids: Sequence[int]) -> Int[np.
         start = "".join(folded).find(wanted, at)
         if start < 0:
             raise ValueError(
-                f"Tokens must tell which characters they hold, got {word!r}, which is not in {text[at : at + 40]!r}. "
+                f"The characters of each token must be known, got {word!r}, which is not in {text[at : at + 40]!r}. "
                 "Take the tokenizer's fast version."
             )
         places.append((start, start + len(wanted)))

@@ -21,9 +21,35 @@ from torch.nn.modules import module as torch_module
 
 from saelab.lm.unwrapped import TapHook, is_ours, unwrap
 
+_QUANTIZED = ("bitsandbytes.", "torch.ao.nn.", "torchao.", "auto_gptq.", "gptqmodel.", "awq.", "quanto.", "optimum.")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")
+_BOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LIBRARIES = (
+    "transformers.",
+    "transformer_lens.model_bridge.component_setup",
+    "transformer_lens.model_bridge.generalized_components.",
+)
+N_ENTRIES = 16
+"""number of entries of each parameter, evenly spaced"""
+N_SUMS = 4
+TOLERANCE = 0.25
+"""largest difference, as a fraction of the sum of magnitudes times the coarser dtype's resolution: rounding moves sums
+by a tenth of that with some hundred parameters, other random weights move them by a hundredth of the sum itself
+"""
+FINEST = 1e-6
+"""finest resolution required: folded weights were rounded once more, by each machine in its own order"""
+WHOLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""dtypes whose rounding stays below the tolerance"""
+Sketch = tuple[float, ...]
+# Names of the context length in Hugging Face's configurations; most other names are aliases of the first.
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_context_length", "max_sequence_length")
+_LIKE_LIMITS = re.compile(r"position|context|ctx|seq\w*_len|max_len")
+"""pattern of names that a context length may have in unknown configurations"""
+_RECURRENT = ("rwkv",)  # its `context_length` sizes a training kernel; a state has no positions
+
 
 class ModelConfig(Protocol):
-    """What saelab reads of a model's configuration."""
+    """Protocol of a model's configuration: the fields that saelab reads."""
 
     d_model: int
     d_vocab: int
@@ -34,7 +60,8 @@ class ModelConfig(Protocol):
 
 @runtime_checkable
 class Model(Protocol):
-    """What saelab uses of a language model: a `TransformerBridge` of transformer_lens, as `load_model` returns it.
+    """Protocol of a language model: the part of TransformerLens' `TransformerBridge`, which `load_model` returns, that
+    saelab uses.
 
     Its `hook_dict` is not listed, because run-time checks would build it for every call.
     """
@@ -48,19 +75,20 @@ class Model(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
-    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> Any: ...
+    def enable_compatibility_mode(self, *args: Any, **kwargs: Any) -> Any:
+        """Fold norms and center what is written to the residual stream, in place, as TransformerLens 2 did."""
 
-    def modules(self) -> Iterator[nn.Module]: ...
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules, as in `torch.nn.Module`."""
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters with their names, as in `torch.nn.Module`."""
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters, as in `torch.nn.Module`."""
 
-    def to(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-_QUANTIZED = ("bitsandbytes.", "torch.ao.nn.", "torchao.", "auto_gptq.", "gptqmodel.", "awq.", "quanto.", "optimum.")
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "merges.txt")
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """The model on another device or in another dtype, as in `torch.nn.Module`."""
 
 
 def require_bridge(model: Any) -> None:
@@ -75,7 +103,7 @@ def require_bridge(model: Any) -> None:
 
 
 def has_processed_weights(model: Any) -> bool:
-    """Whether a bridge has folded or centred its weights, so that activations differ from Hugging Face's.
+    """Whether a bridge has folded or centered its weights, so that activations differ from Hugging Face's.
 
     RuntimeError where the bridge does not record it: folded weights must not be taken for raw ones.
     """
@@ -119,7 +147,7 @@ def admit_object(model: Any) -> Any:
         )
     quantized = any(type(module).__module__.startswith(_QUANTIZED) for module in model.modules())
     if quantized or not all(weight.is_floating_point() for weight in model.parameters()):
-        raise _quantized(f"a {kind} with quantised modules")
+        raise _quantized(f"a {kind} with quantized modules")
     return model
 
 
@@ -161,7 +189,7 @@ def admit_config(config: Any, kind: str | None = None) -> None:
     if getattr(config, "quantization_config", None):
         method = config.quantization_config
         method = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", "")
-        raise _quantized(f"{names[0]} quantised by {getattr(method, 'value', method) or 'a library'}")
+        raise _quantized(f"{names[0]} quantized by {getattr(method, 'value', method) or 'a library'}")
 
 
 def admit_folder(folder: Path, has_tokenizer: bool) -> None:
@@ -215,14 +243,6 @@ def admit_tokenizer(model: Any) -> None:
         )
 
 
-_BOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_LIBRARIES = (
-    "transformers.",
-    "transformer_lens.model_bridge.component_setup",
-    "transformer_lens.model_bridge.generalized_components.",
-)
-
-
 class HookBooks:
     """The dictionaries in which PyTorch keeps the hooks of all modules of some models, and its global hooks.
 
@@ -254,7 +274,7 @@ class HookBooks:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Context manager in which only the libraries' own hooks are registered; all others are restored afterwards."""
+        """Context manager in which only the libraries' own hooks are registered; all others are restored afterward."""
         books = [(hooks, dict(hooks)) for hooks in (*self._at_points, *self._elsewhere)]
         holders = [(vars(point), name) for point in self._points for name in ("fwd_hooks", "bwd_hooks")]
         lists = [(holder, name, holder[name]) for holder, name in holders if holder[name]]
@@ -299,21 +319,6 @@ def _is_inner(hook: Any) -> bool:
             hook = next(inside[name].cell_contents for name in ("full_hook", "hook") if name in inside)
         else:
             return str(getattr(hook, "__module__", "")).startswith(_LIBRARIES)
-
-
-N_ENTRIES = 16
-"""number of entries of each parameter, evenly spaced"""
-N_SUMS = 4
-TOLERANCE = 0.25
-"""largest difference, as a fraction of the sum of magnitudes times the coarser dtype's resolution: rounding moves sums
-by a tenth of that with some hundred parameters, other random weights move them by a hundredth of the sum itself
-"""
-FINEST = 1e-6
-"""finest resolution required: folded weights were rounded once more, by each machine in its own order"""
-WHOLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""dtypes whose rounding stays below the tolerance"""
-
-Sketch = tuple[float, ...]
 
 
 def sketch_weights(model: nn.Module | Model) -> Sketch | None:
@@ -369,13 +374,6 @@ def _find_weights(model: nn.Module | Model) -> Iterator[Tensor]:
 def _pick(weight: Tensor) -> Tensor:
     places = torch.linspace(0, weight.numel() - 1, N_ENTRIES, dtype=torch.float64).long().to(weight.device)
     return weight.detach().reshape(-1)[places].float()
-
-
-# Names of the context length in Hugging Face's configurations; most other names are aliases of the first.
-_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_context_length", "max_sequence_length")
-_LIKE_LIMITS = re.compile(r"position|context|ctx|seq\w*_len|max_len")
-"""pattern of names that a context length may have in unknown configurations"""
-_RECURRENT = ("rwkv",)  # its `context_length` sizes a training kernel; a state has no positions
 
 
 def find_context(model: Model) -> int:

@@ -1,4 +1,4 @@
-"""`load_model`: language models from the Hub, a folder or an object, the built-in ones, or a tiny random one.
+"""`load_model`: loads a language model from the Hub, a folder or an object, a built-in one, or a tiny random one.
 
 Side effects of loading are suppressed: progress bars, started processes, network access, and weights filled in at
 random.
@@ -34,6 +34,13 @@ from saelab.lm.unwrapped import drop_hollow, make_probe, run, set_attention, str
 from saelab.stores.files import shareable
 from saelab.stores.jobs import hidden
 
+logger = logging.getLogger(__name__)
+_STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile")
+Processing = Literal["none", "folded"]
+BUILT_IN = ("tales", "tales-b")
+WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
+"""folder of the built-in models"""
+
 
 @contextmanager
 def hidden_bars() -> Iterator[None]:
@@ -52,11 +59,6 @@ def hidden_bars() -> Iterator[None]:
             logging.enable_progress_bar()
         if are_progress_bars_disabled() != hub_hidden:
             (disable_progress_bars if hub_hidden else enable_progress_bars)()
-
-
-logger = logging.getLogger(__name__)
-
-_STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile")
 
 
 @contextmanager
@@ -146,12 +148,6 @@ def _replaced(holder: Any, name: str, make: Callable[[Any], Any]) -> Iterator[No
 """A language model in saelab: a TransformerBridge. A string, because importing the class takes seconds."""
 
 
-Processing = Literal["none", "folded"]
-BUILT_IN = ("tales", "tales-b")
-WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
-"""folder of the built-in models"""
-
-
 def load_model(
     name_or_path: str | Path | nn.Module,
     device: str | torch.device | None = None,
@@ -172,7 +168,7 @@ def load_model(
         device: None is the best one present (the CPU for built-in models); not allowed for an object, which keeps its
             own.
         dtype: dtype of the weights; None is float32; not allowed for an object.
-        weight_processing: "none" keeps Hugging Face's own weights; "folded" folds norms and centres what is written to
+        weight_processing: "none" keeps Hugging Face's own weights; "folded" folds norms and centers what is written to
             the residual stream, as TransformerLens 2 did by default and many public SAEs expect.
         tokenizer: replaces the model's; may be left out for an object whose folder has one.
         progress: whether to show progress bars.
@@ -424,8 +420,8 @@ def describe_model(model: Model) -> ModelDescription:
     """The model's name, weight processing and library versions, as recorded in the provenance of activations.
 
     Of a local folder the name is its last part only, so that shared files do not reveal paths of the machine. "none"
-    means raw Hugging Face weights; "folded" means that the bridge's compatibility mode folded and centred them, so that
-    activations differ from the raw ones.
+    means raw Hugging Face weights; "folded" means that the bridge's compatibility mode folded and centered them, so
+    that activations differ from the raw ones.
 
     >>> sl.lm.describe_model(sl.lm.tiny_model()).weight_processing
     'none'

@@ -43,7 +43,7 @@ class TokenLabels(Mapping[str, Tensor]):
 
     >>> labels = TokenLabels.of({"vowel": torch.tensor([[True, False], [False, True]])}, doc_ids=[[0, 0], [1, 1]])
     >>> labels, labels["vowel"].tolist()
-    (TokenLabels(2 of 4 tokens labelled, shape=(2, 2), names=['vowel']), [[True, False], [False, True]])
+    (TokenLabels(2 of 4 tokens labeled, shape=(2, 2), names=['vowel']), [[True, False], [False, True]])
     """
 
     concepts: tuple[Concept, ...]
@@ -70,7 +70,7 @@ class TokenLabels(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, labels: Any, names: str | Sequence[str | Concept] | None = None, doc_ids: Any = None) -> "TokenLabels":
-        """The labels that arrays, tensors, scipy matrices or a dictionary of them hold.
+        """`TokenLabels` made from arrays, tensors, scipy matrices or a dictionary of them.
 
         Args:
             labels: a mapping from names to marks, True or False (or 1 and 0) for each token, all of one shape, (n_seq,
@@ -106,12 +106,12 @@ class TokenLabels(Mapping[str, Tensor]):
         shape: tuple[int, ...],
         doc_ids: Shaped[np.ndarray, "n_tokens"] | None = None,
     ) -> "TokenLabels":
-        """Labels that are true of the tokens at some places, numbered through the rows.
+        """`TokenLabels` made from the indices of the tokens that each label is true of.
 
         Args:
-            places: tokens that each label is true of, by name.
-            shape: of the text.
-            doc_ids: document of each token.
+            places: indices of tokens by name of label, counted from 0 row after row.
+            shape: (n_seq, ctx_len) or (n_tokens,) of the text.
+            doc_ids: document of each token, -1 for padding; None where it is not known.
         """
         from scipy.sparse import csc_matrix
 
@@ -128,7 +128,7 @@ class TokenLabels(Mapping[str, Tensor]):
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens, labelled or not."""
+        """Number of tokens, labeled or not."""
         return int(self.matrix.shape[0])
 
     def __getitem__(self, name: str) -> Bool[Tensor, "*shape"]:
@@ -156,7 +156,7 @@ class TokenLabels(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         n, names = int((self.matrix.getnnz(1) > 0).sum()), list(self.names)
         named = f"names={names}" if len(names) <= 5 else f"{len(names)} names"
-        return f"TokenLabels({n:,} of {self.n_tokens:,} tokens labelled, shape={self.shape}, {named})"
+        return f"TokenLabels({n:,} of {self.n_tokens:,} tokens labeled, shape={self.shape}, {named})"
 
     def require_documents(self) -> Shaped[np.ndarray, "n_tokens"]:
         """Document of each token; ValueError where it is not known."""
@@ -165,7 +165,7 @@ class TokenLabels(Mapping[str, Tensor]):
         return self.doc_ids
 
     def find(self, name: str | None) -> str:
-        """The name itself, or that of the only label; ValueError for one that is not there, or none of several."""
+        """`name` if it is one of the labels; for None the name of the only label. ValueError otherwise."""
         if name is None and len(self) == 1:
             return self.names[0]
         if name is None or name not in self:
@@ -174,7 +174,10 @@ class TokenLabels(Mapping[str, Tensor]):
         return name
 
     def select(self, chosen: Any) -> "TokenLabels":
-        """Labels of some tokens, one after another: those where a mask of `shape` is True, or those of given numbers.
+        """Labels of the chosen tokens only, as (n_tokens,).
+
+        `chosen` is a boolean mask of the labels' shape, or indices of tokens, counted from 0 row after row. ValueError
+        for a mask of another shape and for values that are no integers.
 
         >>> TokenLabels.of([True, False, True], "odd").select([2])["odd"].tolist()
         [True]
@@ -189,7 +192,9 @@ class TokenLabels(Mapping[str, Tensor]):
         return TokenLabels(self.concepts, self.matrix[rows], (len(rows),), documents)
 
     def spread(self, mask: Bool[Tensor, "n_seq ctx_len"]) -> "TokenLabels":
-        """Labels in the rows of a text: token i is the i-th where `mask` is True; the others have none.
+        """Labels in the shape of `mask`: those of token i at the i-th place where it is True, none where it is False.
+
+        It undoes `select` with that mask. ValueError unless `mask` is True at as many places as there are tokens.
 
         >>> TokenLabels.of([True], "odd").spread(torch.tensor([[False, True]]))["odd"].tolist()
         [[False, True]]
@@ -220,6 +225,20 @@ class TokenLabels(Mapping[str, Tensor]):
 
 LabelsLike: TypeAlias = TokenLabels | Mapping[str, Any]
 """Labels of tokens: `TokenLabels`, or what `TokenLabels.of` reads by name, a dictionary of arrays or tensors."""
+
+
+def pick_marks(labels: Any, concept: str | None = None) -> Bool[Tensor, "*shape"]:
+    """The marks of one concept among labels of tokens, or plain marks as they are; ValueError where it is not there.
+
+    Args:
+        labels: `TokenLabels`, marks by name, or the marks of a single concept as `TokenLabels.of` reads them.
+        concept: which of several labels.
+
+    >>> pick_marks({"odd": [False, True], "even": [True, False]}, "odd").tolist()
+    [False, True]
+    """
+    given = TokenLabels.of(labels, None if isinstance(labels, Mapping) else concept)
+    return given[given.find(concept)]
 
 
 def _read_array(values: Any) -> np.ndarray:

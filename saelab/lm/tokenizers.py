@@ -18,6 +18,8 @@ FILLED = ("bos_token", "eos_token", "pad_token")
 """special tokens that transformer-lens adds to a tokenizer without them: EOS `<|endoftext|>`, BOS and padding
 after it
 """
+NUMBER = re.compile("<([0-9]{1,9})>")
+AS_WRITTEN = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 
 
 def own_special_tokens(tokenizer: Any) -> dict[str, tuple[int, ...]]:
@@ -67,10 +69,6 @@ def copy_tokenizer(tokenizer: Any, name: str) -> Any:
     added = {"added_tokens_decoder": dict(twin.added_tokens_decoder)}
     twin.init_kwargs = {"name_or_path": name, **twin.init_kwargs, **added, **own, "add_bos_token": True}
     return twin
-
-
-NUMBER = re.compile("<([0-9]{1,9})>")
-AS_WRITTEN = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
 
 
 def token_bytes(tokenizer: Any, token_ids: Iterable[int]) -> dict[int, bytes]:

@@ -120,9 +120,9 @@ def tokenize(
 
     Args:
         model: the language model, for its tokenizer and context length.
-        texts: a file, a list, a column, a table or a data set, as in `read_documents`. A document may also be token
-            ids: a list, array or tensor of integers, or a row with `field="input_ids"`, from which an `attention_mask`
-            in the same row removes the padding.
+        texts: a file, a list, a column, a table or a data set, as in `saelab.lm.documents.read_documents`. A document
+            may also be token ids: a list, array or tensor of integers, or a row with `field="input_ids"`, from which an
+            `attention_mask` in the same row removes the padding.
         ctx_len: length of a row, in tokens.
         packed: whether rows hold documents one after another.
         bos: True puts BOS before every document that does not begin with it, False before none, None does as the
@@ -212,7 +212,7 @@ def _require_ids(model: Model, ids: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"Token ids must be in 0..{model.cfg.d_vocab - 1}, got {int(ids.min())}..{int(ids.max())}. Were they made "
             "with another tokenizer, with tokens that were added behind the model's, or padded? Give `attention_mask` "
-            "beside padded ids."
+            "with padded ids."
         )
     return ids.astype(np.int64)
 

@@ -189,7 +189,7 @@ class WithOwnHooks(nn.Module):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Context manager in which the model is in evaluation mode; restored afterwards."""
+    """Context manager in which the model is in evaluation mode; restored afterward."""
     training = [module for module in model.modules() if module.training] if model.training else []
     for module in training:
         module.training = False

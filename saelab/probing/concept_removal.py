@@ -38,6 +38,9 @@ from saelab.sae.sae import SAE
 from saelab.stores.corpus import split_documents
 from saelab.stores.results import Result, find_row, format_table
 
+MIN_COUNT = 20
+ErasureMethod = Literal["features", "means", "probe", "erasure"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProbedConcept:
@@ -101,7 +104,7 @@ class ErasureResult(Result):
         return find_row(self.rows, name=name)
 
     def harmed(self, name: str, n: int = 5) -> tuple[tuple[str, float], ...]:
-        """The `n` other concepts that lost most accuracy by an edit, and how much each lost."""
+        """The `n` other concepts that lost most balanced accuracy by the edit `name`, as (concept, loss) pairs."""
         before = {one.concept: one.accuracy for one in self.rows[0].others}
         lost = [(one.concept, before[one.concept] - one.accuracy) for one in self[name].others]
         return tuple(sorted(lost, key=lambda pair: -pair[1])[:n])
@@ -157,12 +160,9 @@ def average_scores(name: str, scores: list[RemovalScore]) -> RemovalScore:
     )
 
 
-MIN_COUNT = 20
-
-
 @dataclass(frozen=True, eq=False)
 class RemovalBench:
-    """Labelled text on which any edit of activations is evaluated in the same way."""
+    """Labeled text on which any edit of activations is evaluated in the same way."""
 
     model: Model
     tokens: Tokens
@@ -315,9 +315,6 @@ def _test(scores: np.ndarray, y: np.ndarray, is_train: np.ndarray) -> tuple[floa
     return balanced_accuracy(held >= threshold, y_held), auroc(held, y_held)
 
 
-ErasureMethod = Literal["features", "means", "probe", "erasure"]
-
-
 def erase_concept(
     model: Model,
     tokens: Tokens,
@@ -358,13 +355,13 @@ def erase_concept(
         labels: which concepts are true of each token, (n_seq, ctx_len): `TokenLabels` or tensors by name.
         concept: name of the one to erase.
         sae: SAE for "features".
-        hook_point: where activations are edited; by default where the SAE was trained.
+        hook_point: where activations are edited; by default where the SAE was trained, must be given without an SAE.
         read_at: hook point downstream where probes are trained; by default the last residual stream.
-        methods: any of the four; by default all (without "features" if there is no SAE).
+        methods: any of the four, "features" only with an SAE; None takes all that are possible.
         k: number of features for "features".
         ranking: how they are chosen: one of `probe_features`' rankings, or "effect" (arXiv:2411.18895).
         n_directions: number of probes' directions for "probe".
-        to: "usual" for c, "zero" for the origin in its place.
+        to: center of "means" and "probe": "usual" for c as above, "zero" for the origin in its place.
         n_random: random draws that each control is the mean of; 0 for none.
         train_frac: share of documents for training.
         n_rows: most tokens for probes on each side of the split.
@@ -372,8 +369,8 @@ def erase_concept(
         allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
 
     Raises:
-        ValueError: where the concept is unknown or too rare, and for an SAE of another model, weight processing or hook
-            point (unless `allow_mismatch`).
+        ValueError: where the concept is unknown or too rare, without an SAE where "features" or the SAE's hook point
+            are needed, and for an SAE of another model, weight processing or hook point (unless `allow_mismatch`).
     """
     given = TokenLabels.of(labels)
     require_shape(given.shape, tokens)
@@ -412,7 +409,7 @@ def _find_point(model: Model, sae: SAE | None, hook_point: str | None, allow_mis
     if sae is not None:
         return match_source(sae, model, hook_point, allow_mismatch)
     if hook_point is None:
-        raise ValueError("`hook_point` must be given where no SAE says it, got None.")
+        raise ValueError("`hook_point` must be given where no SAE records it, got None.")
     return find_hook_point(model, hook_point)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from saelab.lm.hooks import capture, forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
+from saelab.lm.token_labels import LabelsLike, pick_marks
 from saelab.lm.tokens import Tokens
 
 ALL_BUT_SPECIAL = TokenMask()
@@ -28,15 +29,16 @@ class LabeledActivations:
         return len(self.y)
 
     def __repr__(self) -> str:
-        return f"LabelledRows({int(self.y.sum()):,} of {len(self):,} true, d_in={self.x.shape[1]})"
+        return f"LabeledActivations({int(self.y.sum()):,} of {len(self):,} true, d_in={self.x.shape[1]})"
 
 
 def collect_labeled(
     model: Model,
     tokens: Tokens,
-    labels: Bool[Tensor, "n_seq ctx_len"],
+    labels: LabelsLike | Bool[Tensor, "n_seq ctx_len"],
     hook_point: str,
     *,
+    concept: str | None = None,
     n_tokens: int = 10_000,
     mask: TokenMask = ALL_BUT_SPECIAL,
     batch_size: int | None = None,
@@ -49,8 +51,9 @@ def collect_labeled(
     Args:
         model: language model.
         tokens: the text.
-        labels: (n_seq, ctx_len) the label of each token.
+        labels: (n_seq, ctx_len) the label of each token, or labels of several concepts.
         hook_point: where activations are read.
+        concept: which of several labels.
         n_tokens: most tokens in the sample; at most half of each class.
         mask: tokens to sample from; by default all but special ones.
         batch_size: sequences in a forward pass; by default chosen for memory.
@@ -58,25 +61,26 @@ def collect_labeled(
 
     Raises:
         ValueError: where the label is true of none or of all tokens kept, and for labels of another shape than the
-            tokens.
+            tokens, or of several concepts without `concept`.
 
     >>> model = sl.lm.tiny_model()
     >>> tokens = sl.tokenize(model, ["a tin can"] * 4, ctx_len=8)
     >>> collect_labeled(model, tokens, tokens.ids == int(tokens.ids[0, 1]), "blocks.1.hook_resid_post", n_tokens=4)
-    LabelledRows(2 of 4 true, d_in=32)
+    LabeledActivations(2 of 4 true, d_in=32)
     """
-    require_shape(labels.shape, tokens)
+    marks = pick_marks(labels, concept)
+    require_shape(marks.shape, tokens)
     keep = mask.apply(tokens).keep
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.zeros_like(keep)
-    for kind, places in ((True, keep & labels), (False, keep & ~labels)):
+    for kind, places in ((True, keep & marks), (False, keep & ~marks)):
         found = places.flatten().nonzero().squeeze(1)
         if len(found) == 0:
             raise ValueError(f"`labels` must hold and not hold of some tokens that the mask keeps, got none {kind}.")
         drawn = found[torch.randperm(len(found), generator=generator)[: max(1, n_tokens // 2)]]
         chosen.view(-1)[drawn] = True
     x = read_chosen(model, tokens, chosen, hook_point, batch_size=batch_size)
-    return LabeledActivations(x, labels[chosen], tokens.doc_ids[chosen])
+    return LabeledActivations(x, marks[chosen], tokens.doc_ids[chosen])
 
 
 def read_chosen(

@@ -16,11 +16,18 @@ from saelab.functional.indices import read_feature
 from saelab.functional.metrics import exact
 from saelab.functional.statistics import correlation_of_sums, fit_balanced_probe
 from saelab.interventions.directions import Direction
+from saelab.lm.token_labels import LabelsLike, pick_marks
 from saelab.probing.feature_ranking import Columns, Labeled, RankedSides, Ranking
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore, Firings
 
 DirectionMethod = Literal["means", "probe", "pca", "kmeans"]
+Edit: TypeAlias = Callable[[Tensor], Tensor]
+"""Activations (*batch, d_in) to activations."""
+To = Literal["usual", "zero"]
+"""What codes along an erased direction become: their usual value where the label is false, or zero"""
+NEAREST = 10
+SMALLEST = 1e-6  # of the largest variance: what is below is no direction of the data
 
 
 def fit_direction(
@@ -32,7 +39,7 @@ def fit_direction(
     name: str | None = None,
     seed: int = 0,
 ) -> Direction:
-    """The direction that separates labelled activations, pointing to where the label is true.
+    """The direction that separates labeled activations, pointing to where the label is true.
 
         means    mean(x | y) - mean(x | not y)
         probe    weights of a logistic regression on x over its one scale, classes weighed alike (L2, C = 1)
@@ -106,8 +113,9 @@ def _split_in_two(x: Tensor, _y: Tensor, seed: int) -> Tensor:
 def density_matched_features(
     store: FeatureStore,
     feature: SupportsIndex,
-    labels: Bool[np.ndarray, "n_tokens"] | None = None,
+    labels: LabelsLike | Bool[np.ndarray | Tensor, "n_tokens"] | None = None,
     *,
+    concept: str | None = None,
     n: int = 1,
     most_correlated: float = 0.05,
     avoid: tuple[int, ...] = (),
@@ -120,19 +128,25 @@ def density_matched_features(
     Args:
         store: codes of all features on some text.
         feature: index of the feature.
-        labels: (n_tokens) the concept; None for the feature's own codes.
+        labels: (n_tokens) whether the concept is true of each token, or labels of several concepts;
+            None for the feature's own codes.
+        concept: which of several labels.
         n: number of control features.
         most_correlated: largest |correlation| allowed.
         avoid: features to leave out.
 
     Raises:
-        ValueError: for a feature that never fires, and where there are too few such features.
+        ValueError: for a feature that never fires, for labels of other tokens, for several without `concept`, and where
+            there are too few such features.
     """
     feature = read_feature(feature, d_sae=store.d_sae)
     firings = store.statistics.fires.sum(1)
     if firings[feature] == 0:
         raise ValueError(f"`feature` must be one that fires, got {feature}, which never does.")
-    target = _Column.of(store.feature(feature), len(store)) if labels is None else _Column.mark(labels, len(store))
+    if labels is None:
+        target = _Column.of(store.feature(feature), len(store))
+    else:
+        target = _Column.mark(pick_marks(labels, concept).numpy(), len(store))
     live = np.flatnonzero(firings > 0)
     order = live[np.argsort(np.abs(np.log(firings[live] / firings[feature])), kind="stable")]
     found: list[int] = []
@@ -162,8 +176,8 @@ class _Column:
 
     @classmethod
     def mark(cls, labels: np.ndarray, n: int) -> "_Column":
-        if len(labels) != n:
-            raise ValueError(f"`labels` must have a mark for each of the {n} tokens, got {len(labels)}.")
+        if labels.shape != (n,):
+            raise ValueError(f"`labels` must have a mark for each of the {n} tokens, got shape {labels.shape}.")
         return cls(labels.astype(np.float64))
 
     def correlate(self, firings: Firings) -> float:
@@ -171,14 +185,6 @@ class _Column:
         there, (x, xx), codes = self.values[firings.indices], self.sums, firings.values.astype(np.float64)
         both = (correlation_of_sums(len(self.values), x, z.sum(), xx, z @ z, there @ z) for z in (codes, np.abs(codes)))
         return max(abs(float(np.nan_to_num(r))) for r in both)
-
-
-Edit: TypeAlias = Callable[[Tensor], Tensor]
-"""Activations (*batch, d_in) to activations."""
-To = Literal["usual", "zero"]
-"""What codes along an erased direction become: their usual value where the label is false, or zero"""
-NEAREST = 10
-SMALLEST = 1e-6  # of the largest variance: what is below is no direction of the data
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,7 +255,7 @@ def choose_sides(
     good = effects > 0 if ranking == "effect" else labeled.differences > 0
     chosen = order[good[order]][:k]
     if len(chosen) < k:
-        raise ValueError(f"`k` must be at most the number of sides that tell the concept ({len(chosen)}), got {k}.")
+        raise ValueError(f"`k` must be at most the number of sides that separate the concept ({len(chosen)}), got {k}.")
     return tuple(sides.features[chosen].tolist()), tuple(sides.signs[chosen].tolist())
 
 
@@ -320,7 +326,7 @@ def project_out(basis: Float[Tensor, "rank d_in"], center: Float[Tensor, "d_in"]
 
 
 def draw_directions(like: AffineErasure, seed: int) -> AffineErasure:
-    """The edit for equally many random directions about the same centre, as a control."""
+    """The edit for equally many random directions about the same center, as a control."""
     drawn = torch.randn(like.read.shape[::-1], generator=torch.Generator().manual_seed(seed))
     return project_out(torch.linalg.qr(drawn).Q.T.contiguous(), like.center)
 

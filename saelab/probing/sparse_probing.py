@@ -31,6 +31,12 @@ from saelab.stores.results import Result, format_table
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
+SAMPLE_TOKENS = 10_000  # of each label, that regressions are fitted to
+BLOCK_TOKENS = 2**16
+SLACK = 0.01
+MOVES = 20
+TITLES = ("F1", "accuracy", "balanced", "MCC", "AUROC", "predicted")
+
 
 def score_majority(rate: float) -> ProbeScore:
     """Scores of the classifier that always predicts true, for a label that is true of a share `rate` of tokens.
@@ -82,12 +88,6 @@ def read_rows(acts: Any, keep: Bool[np.ndarray, "n"]) -> Float[np.ndarray, "m d_
     rows = np.flatnonzero(keep)
     x = acts[rows] if isinstance(acts, np.ndarray) else acts[torch.from_numpy(rows)]
     return np.asarray(x.float().cpu() if isinstance(x, torch.Tensor) else x, np.float32)
-
-
-SAMPLE_TOKENS = 10_000  # of each label, that regressions are fitted to
-BLOCK_TOKENS = 2**16
-SLACK = 0.01
-MOVES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,9 @@ class SparseProbes(Result):
         return 2 * self.rate / (1 + self.rate)
 
     def best(self, k: int | None = None) -> SparseProbe:
-        """The probe with the best F1 in training documents: of size k, or the smallest within 0.01 of the best F1."""
+        """The probe of `k` features with the best F1 in training documents; with None the smallest probe within 0.01 of
+        the best F1. ValueError for a `k` that was not probed.
+        """
         some = [probe for probe in self.probes if k in (None, probe.k)]
         if not some:
             sizes = sorted({probe.k for probe in self.probes})
@@ -178,9 +180,6 @@ class SparseProbes(Result):
             cells = [*_cells(probe.held_out), *(f"{value:.3f}" for value in chance)]
             table.append([probe.ranking, str(probe.k), *cells, f"{named}{more}"])
         return "\n".join([*lines, *format_table(table, left=(0, len(table[0]) - 1))])
-
-
-TITLES = ("F1", "accuracy", "balanced", "MCC", "AUROC", "predicted")
 
 
 def _cells(score: ProbeScore) -> list[str]:
@@ -359,7 +358,7 @@ class _Bench:
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """One labelling of the tokens, with the codes to predict it."""
+    """One labeling of the tokens, with the codes to predict it."""
 
     train: Labeled
     held: "csc_matrix"

@@ -46,6 +46,7 @@ from saelab.stores.validation import read_fields, require_object
 ACTIVATIONS: dict[str, "type[Activation]"] = {}
 
 A = TypeVar("A", bound="type[Activation]")
+SPARSE_FRAC = 0.05  # of the pre-activations: with more than this needed, a dense training step is faster
 
 
 @dataclass(frozen=True)
@@ -239,9 +240,6 @@ def _find_kind(name: str, settings: Mapping[str, Any]) -> "type[Activation]":
     return ACTIVATIONS[name]
 
 
-SPARSE_FRAC = 0.05  # of the pre-activations: with more than this needed, a dense training step is faster
-
-
 @register_activation("topk")
 @dataclass(frozen=True)
 class TopK(Activation):
@@ -282,7 +280,7 @@ class AbsTopK(TopK):
 @register_activation("batchtopk")
 @dataclass(frozen=True)
 class BatchTopK(Activation):
-    """Keeps the k * n_tokens largest pre-activations of a training batch; uses a fixed threshold afterwards
+    """Keeps the k * n_tokens largest pre-activations of a training batch; uses a fixed threshold afterward
     (arXiv:2412.06410).
 
     The threshold is the running mean of each batch's smallest kept magnitude, so that in inference a token's codes do
@@ -330,7 +328,7 @@ class BatchTopK(Activation):
 @register_activation("batchabstopk")
 @dataclass(frozen=True)
 class BatchAbsTopK(BatchTopK):
-    """BatchTopK by magnitude, keeping signs: the largest |u| of the batch in training, |u| > threshold afterwards."""
+    """BatchTopK by magnitude, keeping signs: the largest |u| of the batch in training, |u| > threshold afterward."""
 
     signed: ClassVar[bool] = True
     transcoder_lr_scale: ClassVar[float] = 1.0

@@ -48,7 +48,10 @@ class HookedSAE:
         self._inputs[:] = [x]
 
     def change(self, y: Float[Tensor, "*batch d_out"]) -> Float[Tensor, "*batch d_out"] | None:
-        """Replacement for the activations y in the forward pass; None leaves y as it is."""
+        """Activations that replace `y` in the forward pass, or None to leave it unchanged.
+
+        ValueError where the mask of tokens to change has another shape than `y`.
+        """
         sae = self.sae
         x = (self._inputs.pop() if sae.cfg.d_out is not None else y).to(sae.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (self._replace or self._edit is not None)):

@@ -2,7 +2,7 @@
 
     W_dec = rows of  W C + Lambda  at unit length,      W >= 0,  W 1 = 1,  ||Lambda_i|| <= delta
 
-C holds points among the activations, mean-centred; W and Lambda are trained. Rows are normalized, so a row's length
+C holds points among the activations, mean-centered; W and Lambda are trained. Rows are normalized, so a row's length
 moves into its code: W_dec has unit rows like the default dictionary's, and rankings by |z| keep their meaning.
 """
 
@@ -20,7 +20,7 @@ class Archetypal:
     points plus a bounded deviation.
 
     The points are k-means centroids of the activations that `fit` sees first; the memory of training grows with d_sae *
-    n_points. As the points are mean-centred, their hull surrounds the origin and no direction is excluded: the further
+    n_points. As the points are mean-centered, their hull surrounds the origin and no direction is excluded: the further
     a row turns from all points, the shorter `W C` becomes and the more `delta` can turn it.
 
     >>> sl.SAEConfig(d_in=8, d_sae=32, dictionary=Archetypal(n_points=64)).dictionary
@@ -70,7 +70,7 @@ class Archetypes(nn.Module):
 
     @torch.no_grad()
     def place(self, centered: Float[Tensor, "n_tokens d_in"], seed: int) -> None:
-        """Set the points to centroids of mean-centred activations, scaled to a mean square norm of 1."""
+        """Set the points to centroids of mean-centered activations, scaled to a mean square norm of 1."""
         points = find_points(centered, len(self.points), seed)
         scale = points.square().sum(1).mean().sqrt()
         self.points.copy_(points / scale if scale > 0 else points)

@@ -100,15 +100,15 @@ class SAEConfig:
     """activation function that maps pre-activations to codes"""
     prefixes: tuple[int, ...] | RandomPrefixes | None = None
     """Matryoshka: sizes of dictionary prefixes that must each reconstruct on their own; fixed sizes increase and end at
-    d_sae; None trains the whole dictionary alone
+    d_sae; None trains only the whole dictionary
     """
     dictionary: Dictionary | Archetypal = "unit"
     """constraint on rows of W_dec: of unit norm, free, frozen at their initial values (a baseline), or
     `Archetypal(...)`
     """
     normalizer: NormalizerKind = "scale"
-    """"none"; "scale": mean-centred, E||x||^2 = d_in; "whiten": principal components of unit variance; "token_norm" and
-    "layer_norm": per token, see `Normalizer`
+    """"none"; "scale": mean-centered, E||x||^2 = d_in; "whiten": principal components of unit variance; "token_norm"
+    and "layer_norm": per token, see `Normalizer`
     """
     init: Init = "tied"
     """initial rows of W_dec: "tied": random directions; "data": activations; "subspace": random directions in the

@@ -31,6 +31,15 @@ NEAR = 0.002  # relative distance from the target at which the search ends
 TOLERANCE = 0.05  # relative distance from the target that is warned of
 REACH = 0.25  # relative distance from the target beyond which L0 is not corrected: codes would change too much
 MAX_PASSES = 40
+Pair: TypeAlias = tuple[Activations, Activations] | tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]
+"""Inputs and targets of the same tokens, for a transcoder."""
+HeldOut: TypeAlias = (
+    Float[Tensor, "n_held d_in"]
+    | tuple[Activations, Activations]
+    | tuple[Float[Tensor, "n_held d_in"], Float[Tensor, "n_held d_out"]]
+)
+Data: TypeAlias = Activations | ActivationPairs | Batches | Float[Tensor, "n d_in"] | Pair
+"""Training data: collected activations, pairs of them, a stream of batches, or tensors."""
 
 
 def finish(
@@ -174,17 +183,6 @@ def _split(held_out: Tensor | None, others: Tensor) -> tuple[Tensor, Tensor]:
         return held_out.float(), held_out.float()
     first = torch.arange(len(held_out)) // TURN_TOKENS % 2 == 0  # alternating blocks, as the text may drift
     return held_out[first][:MAX_TOKENS].float(), held_out[~first].float()
-
-
-Pair: TypeAlias = tuple[Activations, Activations] | tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]
-"""Inputs and targets of the same tokens, for a transcoder."""
-HeldOut: TypeAlias = (
-    Float[Tensor, "n_held d_in"]
-    | tuple[Activations, Activations]
-    | tuple[Float[Tensor, "n_held d_in"], Float[Tensor, "n_held d_out"]]
-)
-Data: TypeAlias = Activations | ActivationPairs | Batches | Float[Tensor, "n d_in"] | Pair
-"""Training data: collected activations, pairs of them, a stream of batches, or tensors."""
 
 
 def make_run(

@@ -19,6 +19,12 @@ from saelab.sae.sae import SAE
 from saelab.sae.training_sae import TrainingSAE
 from saelab.training.config import TrainConfig, name_optimized
 
+ENCODER_SHARE = 0.2
+"""Norm of a revived latent's encoder, as a fraction of the others' mean: large enough to become active, too small to
+take over.
+"""
+PART = 4096
+
 
 def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tensor, "n d_out"] | None = None) -> SAE:
     """SAE as it is before its first training step: random weights, fitted in location and scale to a sample.
@@ -66,13 +72,6 @@ def make_untrained(
     return made
 
 
-ENCODER_SHARE = 0.2
-"""Norm of a revived latent's encoder, as a fraction of the others' mean: large enough to become active, too small to
-take over.
-"""
-PART = 4096
-
-
 @torch.no_grad()
 def resample_dead_latents(
     sae: SAEModule,
@@ -82,7 +81,7 @@ def resample_dead_latents(
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
 ) -> list[int]:
-    """Re-initialise latents from badly reconstructed tokens, in place; returns the index of the token used for each.
+    """Re-initialize latents from badly reconstructed tokens, in place; returns the index of the token used for each.
 
     Tokens are drawn without replacement with probability proportional to their squared loss ||x - x_hat||^4, as in
     Anthropic's resampling (transformer-circuits.pub/2023/monosemantic-features). A latent's row of W_dec becomes the
@@ -92,7 +91,7 @@ def resample_dead_latents(
     Args:
         sae: the SAE; its weights change.
         acts: (n_tokens, d_in) activations to draw tokens from.
-        latents: indices of the latents to re-initialise.
+        latents: indices of the latents to re-initialize.
         optimizer: optimizer whose Adam moments of these latents are set to zero; None leaves them.
         seed: seed of the draw.
 

@@ -30,10 +30,10 @@ class SAEModule(nn.Module):
     nothing is subtracted from its input:
 
         z     = activation( normalize(x) W_enc + b_enc )
-        y_hat = unnormalise_target( z W_dec + b_dec + normalize(x) W_skip )
+        y_hat = unnormalize_target( z W_dec + b_dec + normalize(x) W_skip )
 
     W_skip exists with `cfg.skip` only. All weights are in the normalizers' units, and so in the activations' own for
-    normalizer "none". Weights are float32 and drawn from `seed` on CPU; None leaves them uninitialised, to be filled by
+    normalizer "none". Weights are float32 and drawn from `seed` on CPU; None leaves them uninitialized, to be filled by
     loading. Rows of W_dec are random unit directions and W_enc is their transpose (a transcoder's W_enc is drawn
     separately); W_enc is stored latent by latent, so that reading a few latents touches a few rows of memory. Matching
     pursuit encodes with W_dec: there `W_enc` is its transpose, `b_enc` zero, and neither a parameter.
@@ -206,8 +206,9 @@ class SAEModule(nn.Module):
         return self.decode(codes, x=x).to(x)
 
     def output_scale(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch 1"] | float:
-        """Factor by which a code of 1 adds more than the row of `directions` at each token: 1, unless the normalizer
-        has per-token statistics.
+        """Factor for each token: a code of 1 adds its row of `directions` times this to the reconstruction.
+
+        1, unless the normalizer has per-token statistics.
         """
         return self.out_normalizer.output_scale(x)
 

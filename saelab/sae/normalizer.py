@@ -76,8 +76,9 @@ class Normalizer(nn.Module):
     def unnormalize(
         self, x_hat: Float[Tensor, "*batch d_in"], x: Float[Tensor, "*batch d_read"] | None = None
     ) -> Float[Tensor, "*batch d_in"]:
-        """Inverse of `normalize`: `x_hat M^-1 + mean`; a per-token kind needs the original activations `x` too, else
-        ValueError.
+        """Inverse of `normalize`: `x_hat M^-1 + mean`.
+
+        A per-token kind takes mean and scale from `x`, the activations that were encoded; ValueError without them.
         """
         if self.kind == "none":
             return x_hat

@@ -32,6 +32,18 @@ from saelab.stores.validation import SEAL, check_settings, naming, read_json, re
 SCHEMA_VERSION = 1
 CONFIG, WEIGHTS, KEPT = "config.json", "model.safetensors", "origin.safetensors"
 KEYS = ("schema_version", "kind", "config", "provenance", "training", "origin")
+LOADERS = {
+    "saelab": ("import saelab as sl", 'sae = sl.SAE.from_pretrained("{repo}")'),
+    "saelens": ("from sae_lens import SAE", 'sae = SAE.from_pretrained("{repo}", ".")'),
+    "sparsify": ("from sparsify import SparseCoder", 'sae = SparseCoder.load_from_hub("{repo}")'),
+    "dictionary_learning": (
+        "from dictionary_learning.utils import load_dictionary",
+        'sae, config = load_dictionary(folder, device="cpu")  # where the files of {repo} are',
+    ),
+}
+SAEParts = tuple[SAEConfig, dict[str, Tensor], Provenance | None, dict[str, Any] | None, Origin | None]
+"""configuration, state dict, provenance where known, the training record of an SAE that saelab wrote, and what is kept
+of another library's file to write it back"""
 
 
 class _Described(TypedDict):
@@ -100,17 +112,6 @@ def read_sae(folder: Path) -> tuple[dict[str, Any], Mapping[str, Any], Origin | 
     return described, read_tensors(folder / WEIGHTS), origin
 
 
-LOADERS = {
-    "saelab": ("import saelab as sl", 'sae = sl.SAE.from_pretrained("{repo}")'),
-    "saelens": ("from sae_lens import SAE", 'sae = SAE.from_pretrained("{repo}", ".")'),
-    "sparsify": ("from sparsify import SparseCoder", 'sae = SparseCoder.load_from_hub("{repo}")'),
-    "dictionary_learning": (
-        "from dictionary_learning.utils import load_dictionary",
-        'sae, config = load_dictionary(folder, device="cpu")  # where the files of {repo} are',
-    ),
-}
-
-
 def write_card(sae: SAEModule, repo_id: str, format: str, evaluation: Result | None) -> str:
     """Markdown of the model card, with the Hub's header: what the SAE is, its training data, how to load it, and its
     metrics.
@@ -170,11 +171,6 @@ def locate(
     repo, path, facts = release
     known = {name: value for name, value in vars(facts).items() if getattr(overrides, name) is None}
     return find_source(repo, path, revision), replace(overrides, **known)
-
-
-SAEParts = tuple[SAEConfig, dict[str, Tensor], Provenance | None, dict[str, Any] | None, Origin | None]
-"""configuration, state dict, provenance where known, the training record of an SAE that saelab wrote, and what is kept
-of another library's file to write it back"""
 
 
 def load(

@@ -20,6 +20,17 @@ from saelab.sae.module import SAEModule
 from saelab.training.config import TrainConfig
 
 SCALE_TOKENS = 1024  # tokens used to set the encoder's scale; also the chunk size
+THRESHOLD_RATE = 0.01  # of the running threshold's exponential average, after its first 100 steps, which average evenly
+STEER_RATE = 0.03  # change of the log sparsity coefficient per step where L0 is off by a factor e
+STEER_DAMPING = 1.0  # share of a change in log L0 that the coefficient follows at once, to prevent overshooting
+STEER_LIMIT = 2.0  # clamp of the log-ratio of L0 to its target
+# The coefficient acts through the optimizer, slowly; near the target all thresholds (ReLU: biases) follow L0 at once.
+CUT_LIMIT = 0.5
+THRESHOLD_STEP = 0.02  # change of log thresholds per step and unit of log-ratio
+BIAS_STEP = 0.003  # change of biases per step and unit of log-ratio, in units of u
+MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
+_Step = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]
+"""errors of the prefixes, residual, sparsity penalty, and (fired, l0, smallest) of the codes"""
 
 
 @torch.no_grad()
@@ -99,7 +110,7 @@ def _answer(sae: SAEModule, x: Tensor, y: Tensor) -> None:
 
 
 def _match_scale(sae: SAEModule, x: Tensor, y: Tensor) -> None:
-    """Scale the encoder by the c that minimises ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
+    """Scale the encoder by the c that minimizes ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
     many times too large.
     """
     centered, y_hat = y - sae.b_dec, _codes(sae, x) @ sae.W_dec
@@ -113,17 +124,6 @@ def _codes(sae: SAEModule, x: Tensor) -> Tensor:
     """Codes at the start of training, of normalized inputs."""
     read = x - sae.b_dec if sae.cfg.d_out is None else x
     return sae.cfg.activation(read @ sae.W_enc + sae.b_enc, sae.threshold, training=True)
-
-
-THRESHOLD_RATE = 0.01  # of the running threshold's exponential average, after its first 100 steps, which average evenly
-STEER_RATE = 0.03  # change of the log sparsity coefficient per step where L0 is off by a factor e
-STEER_DAMPING = 1.0  # share of a change in log L0 that the coefficient follows at once, to prevent overshooting
-STEER_LIMIT = 2.0  # clamp of the log-ratio of L0 to its target
-# The coefficient acts through the optimizer, slowly; near the target all thresholds (ReLU: biases) follow L0 at once.
-CUT_LIMIT = 0.5
-THRESHOLD_STEP = 0.02  # change of log thresholds per step and unit of log-ratio
-BIAS_STEP = 0.003  # change of biases per step and unit of log-ratio, in units of u
-MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +144,6 @@ class Objective:
     def total(self) -> Float[Tensor, ""]:
         """Sum of the losses, which is differentiated."""
         return torch.stack(list(self.terms.values())).sum()
-
-
-_Step = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]
-"""errors of the prefixes, residual, sparsity penalty, and (fired, l0, smallest) of the codes"""
 
 
 def _smallest(size: Tensor) -> Tensor:
@@ -179,7 +175,7 @@ class TrainingSAE:
 
     @property
     def module(self) -> SAEModule:
-        """Module whose parameters are optimised."""
+        """Module whose parameters are optimized."""
         return self.sae
 
     @property
@@ -189,7 +185,7 @@ class TrainingSAE:
 
     @torch.no_grad()
     def prepare(self, sample: Float[Tensor, "n_tokens width"]) -> None:
-        """Fit the normalizers and initialise biases, directions and encoder scale from a sample; an SAE that was
+        """Fit the normalizers and initialize biases, directions and encoder scale from a sample; an SAE that was
         trained before keeps its weights.
         """
         sae, sample = self.sae, sample.to(self.sae.W_dec)
@@ -356,7 +352,7 @@ class TrainingSAE:
             self._steer(seen.l0)
 
     def _steer(self, l0: Float[Tensor, ""]) -> None:
-        """Move the penalty's coefficient, and all thresholds or biases by the same amount, towards the target L0."""
+        """Move the penalty's coefficient, and all thresholds or biases by the same amount, toward the target L0."""
         sae, state, target = self.sae, self.state, self.sae.cfg.activation.penalty_target
         assert target is not None
         off = (l0.clamp(min=1e-3) / target).log().clamp(-STEER_LIMIT, STEER_LIMIT)
@@ -408,7 +404,7 @@ class TrainingSAE:
         `0.54 / (d_in^1/2 d_sae^1/4) * (batch_size / 4096)^1/2 * min(1, (500 / n_steps)^1/4)`, fitted to the sweeps of
         LOG.md: unit rows have entries of size d_in^-1/2; wider dictionaries and longer runs need smaller steps. For a
         transcoder d_in is the larger of its two widths. An activation's `lr_scale` multiplies it, and for a transcoder
-        also `transcoder_lr_scale`, reduced (to no less than 1) in runs of fewer than 150 steps.
+        also its `transcoder_lr_scale`, reduced (to no less than 1) in runs of fewer than 150 steps.
         """
         cfg = self.sae.cfg
         rate = 0.54 / (max(cfg.d_in, cfg.d_target) ** 0.5 * cfg.d_sae**0.25) * (self.cfg.batch_size / 4096) ** 0.5

@@ -1,4 +1,4 @@
-"""`steering_baselines`: a feature with directions and a control feature to steer toward the same concept."""
+"""`steering_baselines`: directions and a control feature for a concept, to compare with steering a feature."""
 
 from dataclasses import replace
 

@@ -10,13 +10,31 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
+from saelab.functional.metrics import find_frontier, mean_gain, read_cost, read_gain
 from saelab.functional.statistics import draw_weights, find_reach
 from saelab.stores.results import Result, format_table
 
 NAN = float("nan")
 N_DRAWS = 500
+MeasureName = Literal[
+    "lift", "selectivity", "mass", "gain", "kl", "entropy", "prompt_lift", "prompt_selectivity", "prompt_kl", "nll",
+    "perplexity", "rate", "share", "score", "repetition", "distinct_1", "distinct_2",
+]  # fmt: skip
+"""Measures of effect and cost, as `saelab.steering.dose_response` defines them."""
+MATCHED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
+"""KL in nats at which sources are compared: the largest that all of them reach"""
+RATIOS: dict[MeasureName, tuple[str, str]] = {
+    "lift": ("lift", "n_text"), "selectivity": ("selectivity", "n_text"), "kl": ("kl", "n_text"),
+    "mass": ("mass", "n_text"), "entropy": ("entropy", "n_text"), "prompt_lift": ("prompt_lift", "n_prompt"),
+    "prompt_selectivity": ("prompt_selectivity", "n_prompt"), "prompt_kl": ("prompt_kl", "n_prompt"),
+    "nll": ("nll", "n_written"), "rate": ("hits", "n_words"), "share": ("held", "n_texts"),
+    "score": ("score", "n_texts"), "repetition": ("repetition", "n_texts"),
+}  # fmt: skip
+"""measures as sums over sums"""
+NO_STRENGTH = "no strength on this side"
+SIDES = {1: "upwards", -1: "downwards"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class BestPoint:
-    """The strength chosen on every other prompt for its balance of effect and fluency, with its scores on the rest.
+    """The strength with the best balance of effect and fluency, chosen on half of the prompts and scored on the others.
 
     The score is the harmonic mean of effect and fluency, each in [0, 1]. The effect is `1 - exp(-gain)` (for a scored
     concept the increase of the score), the fluency `exp(-extra nll) (1 - extra repetition)`. An nll or repetition lower
@@ -54,7 +72,7 @@ class BestPoint:
 
     strength: float
     score: float
-    """on the rest of the prompts"""
+    """on the other half of the prompts"""
     effect: float
     fluency: float
     chosen_score: float
@@ -96,115 +114,6 @@ def make_estimates(
     ]
 
 
-STEPS = 16  # between two strengths
-
-
-def find_frontier(gain: Float[np.ndarray, "n"], cost: Float[np.ndarray, "n"]) -> Int[np.ndarray, "m"]:
-    """Indices of the Pareto-optimal points, which no other beats in gain at no higher cost, by increasing cost.
-
-    The first of equal points counts; NaN is left out.
-
-    >>> find_frontier(np.array([1.0, 3.0, 2.0]), np.array([0.1, 0.2, 0.3])).tolist()
-    [0, 1]
-    """
-    order = np.lexsort((np.arange(len(gain)), -gain, cost))
-    order = order[~np.isnan(gain[order] + cost[order])]
-    best = np.maximum.accumulate(np.concatenate([[-np.inf], gain[order]]))
-    return order[gain[order] > best[:-1]]
-
-
-def read_gain(
-    gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], at: float
-) -> Float[np.ndarray, "n_draws"]:
-    """The gain where a curve first reaches a cost, interpolated; NaN where it does not.
-
-    Points are in order of increasing strength; the curve starts at gain 0 and cost 0. Between points the gain is linear
-    in the square root of the cost, since for small strengths a KL grows with the square of the strength.
-
-    >>> read_gain(np.array([[1.0], [2.0]]), np.array([[0.01], [0.04]]), 0.01)
-    array([1.])
-    """
-    gain, root = _from_origin(gain, cost)
-    return _meet(root, gain, float(np.sqrt(at)))
-
-
-def read_cost(
-    gain: Float[np.ndarray, "n n_draws"], cost: Float[np.ndarray, "n n_draws"], at: float
-) -> Float[np.ndarray, "n_draws"]:
-    """The cost at which a curve first reaches a gain, interpolated as in `read_gain`; NaN where it does not.
-
-    >>> read_cost(np.array([[1.0], [2.0]]), np.array([[0.01], [0.04]]), 1.5).round(6)
-    array([0.0225])
-    """
-    gain, root = _from_origin(gain, cost)
-    return _meet(gain, root, at) ** 2
-
-
-def mean_gain(
-    gain: Float[np.ndarray, "n n_draws"],
-    cost: Float[np.ndarray, "n n_draws"],
-    limit: float,
-    judged: Float[np.ndarray, "n n_draws"] | None = None,
-) -> Float[np.ndarray, "n_draws"]:
-    """The mean, over budgets from 0 to `limit`, of the best gain within the budget.
-
-    That is the area under the frontier over its width. The best gain within a budget is the largest of the points on
-    the curve (see `read_gain`) that cost no more; at least 0, the gain of no steering.
-
-    Args:
-        gain: by strength, the weakest first, and draw; the best point of each budget is chosen by it.
-        cost: of the same points.
-        limit: the largest budget.
-        judged: gains of the same points on other prompts, which are averaged in place of `gain`. The largest of several
-            gains is above 0 by chance alone; the gain of the same point on other prompts is not.
-
-    >>> mean_gain(np.array([[1.0]]), np.array([[0.0]]), 1.0)
-    array([1.])
-    """
-    judged = gain if judged is None else judged
-    (gain, root), (judged, _) = _from_origin(gain, cost), _from_origin(judged, cost)
-    places = np.linspace(0, len(gain) - 1, STEPS * (len(gain) - 1) + 1)
-    gain, judged, cost = _between(gain, places), _between(judged, places), _between(root, places) ** 2
-    order = np.argsort(cost, axis=0, kind="stable")
-    gain, judged, ends = (np.take_along_axis(one, order, 0) for one in (gain, judged, cost.clip(max=limit)))
-    best = np.maximum.accumulate(gain.clip(min=0), axis=0)
-    is_new = np.diff(best, axis=0, prepend=0.0) > 0
-    last = np.maximum.accumulate(is_new * np.arange(len(gain))[:, None], axis=0)  # row 0 is that of doing nothing
-    chosen = np.where(best > 0, np.take_along_axis(judged, last, 0), 0.0)
-    widths = np.diff(ends, axis=0, append=np.full_like(ends[:1], limit))
-    return (chosen * widths).sum(0) / limit
-
-
-def _from_origin(gain: np.ndarray, cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gains with the unsteered model first, and square roots of the costs."""
-    zero = np.zeros_like(gain[:1])
-    return np.concatenate([zero, gain]), np.sqrt(np.concatenate([zero, np.maximum(cost, 0)]))
-
-
-def _meet(x: np.ndarray, y: np.ndarray, at: float) -> np.ndarray:
-    """y, interpolated, where a line through points first has x >= at."""
-    beyond = x >= at
-    after = beyond.argmax(0)
-    before = np.maximum(after - 1, 0)
-    (x0, x1), (y0, y1) = ([np.take_along_axis(z, i[None], 0)[0] for i in (before, after)] for z in (x, y))
-    share = np.divide(at - x0, x1 - x0, out=np.zeros_like(x0), where=x1 > x0)
-    return np.where(beyond.any(0), y0 + share * (y1 - y0), np.nan)
-
-
-def _between(values: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Values interpolated at fractional row numbers."""
-    low = np.minimum(places.astype(int), len(values) - 2)
-    share = (places - low)[:, None]
-    return values[low] * (1 - share) + values[low + 1] * share
-
-
-MeasureName = Literal[
-    "lift", "selectivity", "mass", "gain", "kl", "entropy", "prompt_lift", "prompt_selectivity", "prompt_kl", "nll",
-    "perplexity", "rate", "share", "score", "repetition", "distinct_1", "distinct_2",
-]  # fmt: skip
-"""Measures of effect and cost, as `saelab.steering.dose_response` defines them."""
-
-
 @dataclass(frozen=True)
 class Measure:
     """What is read from a steering curve: a measure, as it is or as its difference to unsteered text.
@@ -240,27 +149,6 @@ class Measure:
 
 AnyMeasure: TypeAlias = Measure | MeasureName
 
-MATCHED = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
-"""KL in nats at which sources are compared: the largest that all of them reach"""
-RATIOS: dict[MeasureName, tuple[str, str]] = {
-    "lift": ("lift", "n_text"),
-    "selectivity": ("selectivity", "n_text"),
-    "kl": ("kl", "n_text"),
-    "mass": ("mass", "n_text"),
-    "entropy": ("entropy", "n_text"),
-    "prompt_lift": ("prompt_lift", "n_prompt"),
-    "prompt_selectivity": ("prompt_selectivity", "n_prompt"),
-    "prompt_kl": ("prompt_kl", "n_prompt"),
-    "nll": ("nll", "n_written"),
-    "rate": ("hits", "n_words"),
-    "share": ("held", "n_texts"),
-    "score": ("score", "n_texts"),
-    "repetition": ("repetition", "n_texts"),
-}
-"""measures as sums over sums"""
-NO_STRENGTH = "no strength on this side"
-SIDES = {1: "upwards", -1: "downwards"}
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SteeringCurve(Result):
@@ -281,7 +169,7 @@ class SteeringCurve(Result):
     points: tuple[tuple[str, float], ...]
     """source and strength of each"""
     cells: dict[str, Float[np.ndarray, "n_points n_prompts n"]]
-    """sums over the tokens of each text, `n` texts a prompt"""
+    """sums over the tokens of each text, `n` texts per prompt"""
     diversity: dict[MeasureName, Float[np.ndarray, "n_points n"]]
     """distinct n-grams by measure, over the texts of all prompts with the same sample number"""
     prompts: tuple[str, ...]
@@ -299,13 +187,13 @@ class SteeringCurve(Result):
 
     @property
     def measures(self) -> tuple[Measure, ...]:
-        """The measures that the curve has; each can also be read with `extra`."""
+        """The measures that the curve has; `Measure(name, extra=True)` is the difference to unsteered text."""
         sums = [Measure(name) for name, (part, _) in RATIOS.items() if part in self.cells]
         gains = [Measure("gain", concept=name) for name in (None, *self.others)] if "mass" in self.cells else []
         return (*sums, *gains, Measure("perplexity"), *map(Measure, self.diversity))
 
     def values(self, measure: AnyMeasure) -> Float[np.ndarray, "n_points"]:
-        """A measure at every point; ValueError for one that the curve does not have."""
+        """A measure at every point, in the order of `points`; ValueError for a measure that the curve does not have."""
         return self._read(measure, np.ones((1, self._n_clusters)))[:, 0]
 
     def draws(self, measure: AnyMeasure) -> Float[np.ndarray, "n_points n_draws"]:
@@ -331,9 +219,15 @@ class SteeringCurve(Result):
     def frontier(
         self, source: str | None = None, side: int = 1, measure: AnyMeasure | None = None
     ) -> list[tuple[str, float]]:
-        """The Pareto frontier of effect (or `measure`) against KL: its points (source, strength) in order of KL.
+        """The Pareto frontier of effect against KL: its points, (source, strength), in increasing order of KL.
 
-        It is that of one source, or of all.
+        Args:
+            source: name of the source whose points are compared; None compares those of all sources.
+            side: 1 for positive strengths, where a higher effect is better, -1 for negative ones, where a lower one is.
+            measure: measure in place of the effect, by name or as a `Measure`; None is `effect`.
+
+        Raises:
+            ValueError: for an unknown source or side, and for a measure that the curve does not have.
         """
         names = self.sources if source is None else [source]
         mine = np.array([i for name in names for i in self.along(name, side).points], dtype=int)
@@ -507,10 +401,10 @@ class SourceCurve:
     def area(self, max_kl: float | None = None, measure: AnyMeasure | None = None) -> Estimate:
         """The mean, over KL budgets from 0 to `max_kl`, of the largest effect (or measure) within the budget.
 
-        The strength for each budget is chosen on every other prompt and its effect measured on the rest, and the other
-        way round: the largest of several effects is above 0 by chance alone, while an effect measured on other prompts
-        is 0 on average where there is none. For intervals, prompts are drawn within each half, which takes four. On
-        side -1 the result is the largest decrease, as a negative number.
+        The strength for each budget is chosen on one half of the prompts and its effect measured on the other, and the
+        other way round: the largest of several effects is above 0 by chance alone, while an effect measured on other
+        prompts is 0 on average where there is none. For intervals, prompts are drawn within each half, which takes
+        four. On side -1 the result is the largest decrease, as a negative number.
 
         Args:
             max_kl: largest budget in nats; by default `common_kl` of the curve on this side.
@@ -533,7 +427,7 @@ class SourceCurve:
         """The strength with the best balance of effect and fluency, chosen on half of the prompts, scored on the
         others.
 
-        It is chosen on every other prompt; `BestPoint` defines the score.
+        It is chosen on half of the prompts (every second one); `BestPoint` defines the score.
         """
         if not self.points or len(self.curve.prompts) < 2:
             return BestPoint.none("it takes two prompts" if self.points else NO_STRENGTH)

@@ -67,6 +67,10 @@ GRIDS: dict[str, tuple[float, ...]] = {
     "max": (-4.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 4.0),
     "norm": (-1.6, -0.8, -0.4, -0.2, -0.1, 0.1, 0.2, 0.4, 0.8, 1.6),
 }
+REPEATED = 4
+"""length of the n-grams counted in `repetition`"""
+LOGITS = 2**25  # numbers in a batch's logits
+ON_PROMPTS = ("lift", "selectivity", "kl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,10 +212,6 @@ def _describe_place(where: TokenSelector) -> str:
     return " and ".join(rule for rule, holds in rules.items() if holds) or "all tokens"
 
 
-REPEATED = 4
-"""length of the n-grams counted in `repetition`"""
-
-
 def log_mass(log_probs: Float[Tensor, "*shape d_vocab"], ids: Int[Tensor, "n"]) -> Float[Tensor, "*shape"]:
     """The log-probability that the next token is one of `ids`, `log sum_{v in ids} p_v`, in nats.
 
@@ -254,10 +254,6 @@ def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
 
 def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
     return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-
-
-LOGITS = 2**25  # numbers in a batch's logits
-ON_PROMPTS = ("lift", "selectivity", "kl")
 
 
 @torch.no_grad()

@@ -41,9 +41,11 @@ class SteeringScore:
     input: float
     """[0, 1]; share of the strongest contexts in which it fires on a token that it promotes"""
     output_chance: float
-    """the output score with tokens that other sides promote: high where any change makes the model say these"""
+    """the output score with tokens that other sides promote: high where any change makes the model predict these"""
     input_chance: float
-    """the input score with tokens that other sides promote: high where they are frequent; NaN for a side alone"""
+    """the input score with tokens that other sides promote: high where they are frequent; NaN where only one side was
+    scored
+    """
     token: str
     """the promoted token with the highest probability under the amplified model"""
     probability: float
@@ -80,7 +82,7 @@ class OutputScores(Result):
         return float(np.mean([row.output > self.random_95 for row in self.rows])) if self.rows else float("nan")
 
     def top(self, n: int = N_SHOWN, by: str = "output") -> tuple[SteeringScore, ...]:
-        """The `n` rows with the highest score, `by` "output" or "input"."""
+        """The `n` rows with the highest score, `by` "output" or "input"; ValueError for another `by`."""
         if by not in ("output", "input"):
             raise ValueError(f"`by` must be 'output' or 'input', got '{by}'.")
         return tuple(sorted(self.rows, key=lambda row: -getattr(row, by))[:n])

@@ -84,7 +84,7 @@ def make_concepts(
 def synthetic_concept(model: Model, name: str) -> TokenConcept:
     """A concept of the synthetic stories (`tales`) as the words that always mean it; for a model of their vocabulary.
 
-    ValueError for a concept that is not in the table, or that no word means by itself.
+    ValueError for an unknown concept, and for one that no word means by itself.
 
     >>> concept = synthetic_concept(sl.load_model("tales", progress=False), "hot")
     >>> len(concept.ids)

@@ -30,7 +30,7 @@ class ScoredText:
 
     text: str
     words: tuple[str, ...]
-    """text of each token; a character made of several tokens stands at the first of them, the others are \"\""""
+    """text of each token; a character made of several tokens is at the first of them, the others are \"\""""
     log_probs: dict[str, tuple[float, ...]]
     """log-probability of each token, in nats at temperature 1, by the model that scores it: `unsteered`, and the
     steered model that generated the text; for an unsteered text every steered model"""
@@ -77,7 +77,10 @@ class GenerationComparison(Result):
         return f"{described}; temperature {self.temperature:g}, seed {self.seed}"
 
     def format_cost(self, row: TextRow, name: str) -> str:
-        """The perplexities of a steered text and its KL, as a line of text."""
+        """One line of text: perplexity of a steered text under both models, and its KL.
+
+        `row` is the prompt's row and `name` the intervention.
+        """
         text = row.steered[name]
         return (
             f"perplexity {text.perplexity():.3g} to the unsteered model, {text.perplexity(name):.3g} to its own, "

@@ -17,6 +17,8 @@ from saelab.stores.shuffling import BUFFER_TOKENS, ShuffledBatches
 from saelab.stores.tensors import map_tensor
 from saelab.stores.validation import naming
 
+PART_TOKENS = 1 << 20
+
 
 @runtime_checkable
 class _Rows(Protocol):
@@ -152,7 +154,7 @@ class Activations:
         self._rows.copy_slice(self.hook_point, self._span[0] + start, out)
 
     def rows(self, start: int, stop: int) -> "Activations":
-        """The rows start..stop as a lazily read view, such as a held-out part; ValueError for an invalid range."""
+        """The rows `start:stop` as a lazily read view, such as a held-out part; ValueError for an invalid range."""
         if not 0 <= start < stop <= len(self):
             raise ValueError(f"`start` and `stop` must satisfy 0 <= start < stop <= {len(self)}, got {start}, {stop}.")
         span = (self._span[0] + start, self._span[0] + stop)
@@ -256,9 +258,6 @@ def _choose(manifest: ActivationsManifest, folder: str | Path, hook_point: str |
     return str(hook_point)
 
 
-PART_TOKENS = 1 << 20
-
-
 class ActivationPairs:
     """Inputs and targets of a transcoder for the same tokens; rows are (d_in + d_out) wide.
 
@@ -324,7 +323,7 @@ class ActivationPairs:
         return torch.cat([self.inputs[index], self.targets[index]], dim=1)
 
     def rows(self, start: int, stop: int) -> "ActivationPairs":
-        """The pairs start..stop as a lazily read view."""
+        """The pairs `start:stop` as a lazily read view, such as a held-out part; ValueError for an invalid range."""
         part = object.__new__(ActivationPairs)
         part.inputs, part.targets = self.inputs.rows(start, stop), self.targets.rows(start, stop)
         part.provenance = self.provenance

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Int, Integer, Shaped
 from numpy.typing import NDArray
 
-from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
+from saelab.functional.indices import ROWS_AT_ONCE, find_runs
 from saelab.stores.files import checksum, find_inside, save_tensors, write_json
 from saelab.stores.packing import smallest_int
 from saelab.stores.tensors import TensorFile
@@ -26,6 +26,12 @@ from saelab.stores.validation import SEAL, naming, read_sealed, require_object
 
 BYTE = re.compile("<0x([0-9A-Fa-f]{2})>")
 """how a byte that is not a character by itself is written, as in SentencePiece"""
+TOKENS, STRINGS = "tokens.safetensors", "strings.json"
+COLUMNS = ("token_ids", "doc_ids", "positions")
+LONGEST = 4
+"""largest number of bytes of a character"""
+SAMPLE_TOKENS, SHORT, CHARACTERS = 2**16, 1.5, 4
+"""Tokens in the sample that decides whether tokens are mostly characters: mean length below 1.5; a word has about 4."""
 
 
 def name_bytes(raw: bytes) -> str:
@@ -150,14 +156,6 @@ def strongest(values: Sequence[float]) -> float:
     return max(values, key=abs, default=0.0)
 
 
-TOKENS, STRINGS = "tokens.safetensors", "strings.json"
-COLUMNS = ("token_ids", "doc_ids", "positions")
-LONGEST = 4
-"""largest number of bytes of a character"""
-SAMPLE_TOKENS, SHORT, CHARACTERS = 2**16, 1.5, 4
-"""Tokens in the sample that decides whether tokens are mostly characters: mean length below 1.5; a word has about 4."""
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StoredText:
     """All tokens in the order of the text, without padding; columns may be memory-mapped."""
@@ -212,7 +210,7 @@ class StoredText:
         return joined
 
     def words(self, start: int, stop: int) -> list[str]:
-        """Text of the tokens start..stop; a character of several tokens is at the first of them, the others are ""."""
+        """Text of the tokens `start:stop`; a character of several tokens is at the first of them, the others are ""."""
         ids = self.token_ids[start:stop].tolist()
         if not self.parts or not any(i in self.parts for i in ids):
             return [self.strings.get(i, f"<{i}>") for i in ids]
@@ -220,7 +218,7 @@ class StoredText:
         return list(self.spelling(first, end).words[start - first : stop - first])
 
     def spelling(self, start: int, stop: int) -> Spelling:
-        """The tokens start..stop as one text, with the tokens of every character."""
+        """The tokens `start:stop` as one text in which the tokens of every character can be looked up."""
         known = self._pieces
         return Spelling([known[i] if i in known else f"<{i}>".encode() for i in self.token_ids[start:stop].tolist()])
 
@@ -237,7 +235,10 @@ class StoredText:
         return int(breaks[breaks <= start].max(initial=first)), int(breaks[breaks >= stop].min(initial=end))
 
     def goes_on(self, start: int, stop: int) -> Bool[np.ndarray, "n"]:
-        """Whether the text continues from each token but the last to the next, also across rows of a document."""
+        """For each token of `start:stop` but the last, whether the next token continues the same text.
+
+        It does within a document, also from one row to the next.
+        """
         docs, positions = self.doc_ids[start:stop], self.positions[start:stop].astype(np.int64)
         begins = positions[1:] == 0
         joined: NDArray[np.bool_] = (docs[1:] == docs[:-1]) & ((positions[1:] == positions[:-1] + 1) | begins)
@@ -370,7 +371,7 @@ class Places:
 
     Args:
         sizes: number of rows of each piece.
-        read: function of (piece, start, stop) that returns the places of rows start..stop of a piece.
+        read: function of (piece, start, stop) that returns the places of rows `start:stop` of a piece.
         n_text: number of tokens of the text.
         folder: the store's folder, for error messages.
 

@@ -6,21 +6,20 @@ Statistics of every feature are computed when a store is written: firing counts,
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Float32, Int, Integer
+from jaxtyping import Bool, Float32, Int, Integer
 from numpy.typing import NDArray
 
-from saelab.functional.indices import ChosenRuns, MarkedRows, read_feature
-from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
+from saelab.functional.indices import ROWS_AT_ONCE, ChosenRuns, MarkedRows, find_runs, read_feature
 from saelab.stores.corpus import Places, StoredText, choose_documents
-from saelab.stores.files import checksum, find_inside, save_tensors
+from saelab.stores.feature_statistics import STATISTICS, FeatureStatistics, measure
+from saelab.stores.files import checksum, find_inside
 from saelab.stores.manifest import FeatureManifest, Provenance
 from saelab.stores.packing import MapBudget, ShardArrays, as_csr
 from saelab.stores.results import Drawn
@@ -30,105 +29,7 @@ from saelab.stores.validation import naming
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
-N_BINS = 48
-LOWEST = -24
-"""Bin b counts magnitudes from 2^(b - 24) to below 2^(b - 23); the outer bins take what is beyond them."""
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureStatistics:
-    """Statistics over the tokens of a store, by feature and sign: column 0 is positive codes, column 1 negative."""
-
-    fires: Int[np.ndarray, "d_sae 2"]
-    """number of tokens on which the feature fires"""
-    sums: Float[np.ndarray, "d_sae 2"]
-    """sum of |z|"""
-    squares: Float[np.ndarray, "d_sae 2"]
-    """sum of z^2"""
-    peaks: Float[np.ndarray, "d_sae 2"]
-    """largest |z|; 0 where there is none"""
-    histogram: Int[np.ndarray, "d_sae 2 n_bins"]
-    """number of firings by octave of |z|"""
-
-    @classmethod
-    def zeros(cls, d_sae: int) -> "FeatureStatistics":
-        """Statistics of no tokens, to which shards are added."""
-        counts, floats = np.zeros((d_sae, 2), np.int64), np.zeros((d_sae, 2))
-        histogram = np.zeros((d_sae, 2, N_BINS), np.int64)
-        return cls(counts, floats, floats.copy(), floats.copy(), histogram)
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, np.ndarray], d_sae: int) -> "FeatureStatistics":
-        """The statistics in the output of `to_arrays`.
-
-        Raises:
-            ValueError: names, shapes or dtypes differ, or a value is not finite, or negative where that cannot be.
-        """
-        wanted = {name: (array.dtype, array.shape) for name, array in cls.zeros(d_sae).to_arrays().items()}
-        got = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-        if got != wanted:
-            names = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))
-            raise ValueError(
-                f"statistics must be of {d_sae} features; {names[0]!r} should be {wanted.get(names[0])}, got "
-                f"{got.get(names[0])}. Harvest again with resume=False."
-            )
-        for name, array in arrays.items():
-            if not (bool(np.isfinite(array).all()) and (name == "sums" or bool((array >= 0).all()))):
-                raise ValueError(
-                    f"statistics must be finite and at least 0, got others in `{name}`. Harvest again "
-                    "with resume=False."
-                )
-        return cls(**arrays)
-
-    def add(self, offsets: Int[np.ndarray, "d_sae_1"], values: Float[np.ndarray, "nnz"]) -> None:
-        """Add a shard's codes in order of features.
-
-        Args:
-            offsets: (d_sae + 1,) feature j owns the codes `offsets[j]` to `offsets[j + 1]`.
-            values: the codes.
-        """
-        fired = np.flatnonzero(np.diff(offsets))
-        if len(fired) == 0:
-            return
-        starts, values = offsets[:-1][fired], values.astype(np.float32)
-        for side, part in enumerate((np.maximum(values, 0), np.maximum(-values, 0))):
-            self.fires[fired, side] += np.add.reduceat(part > 0, starts, dtype=np.int64)
-            self.sums[fired, side] += np.add.reduceat(part, starts, dtype=np.float64)
-            self.squares[fired, side] += np.add.reduceat(np.square(part, dtype=np.float64), starts)
-            self.peaks[fired, side] = np.maximum(self.peaks[fired, side], np.maximum.reduceat(part, starts))
-        self._count_octaves(np.diff(offsets), values)
-
-    def _count_octaves(self, counts: np.ndarray, values: np.ndarray) -> None:
-        bits = values.view(np.int32)
-        octaves = np.clip(((bits >> 23) & 255) - 127 - LOWEST, 0, N_BINS - 1)
-        sides = 2 * np.repeat(np.arange(len(counts), dtype=np.int32), counts) + (bits < 0)
-        cells = np.bincount(sides * N_BINS + octaves, minlength=self.histogram.size)
-        np.add(self.histogram, cells.reshape(self.histogram.shape), out=self.histogram)
-
-    def to_arrays(self) -> dict[str, np.ndarray]:
-        """The fields as arrays, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-
-def measure(d_sae: int, shards: Iterable[tuple[np.ndarray, np.ndarray]]) -> FeatureStatistics:
-    """Statistics of all features.
-
-    Args:
-        d_sae: number of features.
-        shards: (offsets, values) of each shard's codes in order of features.
-
-    >>> found = measure(2, [(np.array([0, 1, 3]), np.array([0.5, 2.0, -1.0], np.float16))])
-    >>> found.fires.tolist(), found.peaks.tolist()
-    ([[1, 0], [1, 1]], [[0.5, 0.0], [2.0, 1.0]])
-    """
-    found = FeatureStatistics.zeros(d_sae)
-    for offsets, values in shards:
-        found.add(offsets, values)
-    return found
-
-
 IntegerArray: TypeAlias = NDArray[np.integer[Any]]
-STATISTICS = "statistics.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +168,7 @@ class FeatureStore:
         return Places(sizes, lambda i, *part: shards[i].part("places", *part), len(self.text), self.folder)
 
     def find_documents(self, rows: MarkedRows | None = None) -> Int[np.ndarray, "n_runs"]:
-        """Positions within `rows` at which a new document begins.
+        """Indices into `rows` at which a new document begins.
 
         Args:
             rows: the rows; None for all rows of the store.
@@ -310,7 +211,7 @@ class FeatureStore:
         return ids
 
     def read_tokens(self, start: int, stop: int) -> Integer[np.ndarray, "n"]:
-        """The token ids of rows start..stop."""
+        """The token ids of rows `start:stop`, read into memory."""
         ids: IntegerArray = self.text.token_ids[self.where[start:stop]]
         return ids
 
@@ -341,7 +242,7 @@ class FeatureStore:
         return self.split_runs(train_frac, seed)[:]
 
     def split_runs(self, train_frac: float = 0.5, seed: int = 0) -> ChosenRuns:
-        """The mask of `split` in memory that grows with documents instead of rows; arguments as there."""
+        """The mask that `split` returns, held as one bool per run of rows of a document instead of one per row."""
         starts, documents = self._find_runs(None)
         return ChosenRuns(starts, choose_documents(documents, train_frac, seed), len(self))
 
@@ -358,7 +259,10 @@ class FeatureStore:
         return _part(self, [round(i * (shards - 1) / max(1, n - 1)) for i in range(n)])
 
     def token(self, i: int) -> Firings:
-        """The features that fire at token `i`, and their codes; negative numbers count from the end."""
+        """The features that fire at token (row) `i`, and their codes.
+
+        Negative `i` counts from the end; IndexError for a row that does not exist.
+        """
         if not -len(self) <= i < len(self):
             raise IndexError(f"Token must be in -{len(self)}..{len(self) - 1}, got {i}.")
         i %= len(self)
@@ -389,7 +293,10 @@ class FeatureStore:
         return np.cumsum(np.concatenate(counts)), np.concatenate(latents), np.concatenate(values)
 
     def feature(self, j: SupportsIndex) -> Feature:
-        """The tokens at which feature `j` fires, and its codes there; displayed as a card in Jupyter."""
+        """The tokens at which feature `j` fires, and its codes there; displayed as a card in Jupyter.
+
+        Negative `j` counts from the end; IndexError for a feature that does not exist.
+        """
         j = read_feature(j)
         if not -self.d_sae <= j < self.d_sae:
             raise IndexError(f"Feature must be in -{self.d_sae}..{self.d_sae - 1}, got {j}.")
@@ -422,7 +329,7 @@ class FeatureStore:
             yield offsets - offsets[0], self.read_tokens(first, end)[rows]
 
     def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
-        """The codes of tokens start..stop as a scipy CSR matrix (n, d_sae), float32; of all by default."""
+        """The codes of tokens `start:stop`, by default all, as a scipy CSR matrix (n, d_sae) in float32."""
         from scipy.sparse import csr_matrix, vstack
 
         start, stop, _ = slice(start, stop).indices(len(self))
@@ -434,7 +341,7 @@ class FeatureStore:
         return vstack(pieces, format="csr")
 
     def columns(self, start: int = 0, stop: int | None = None) -> "csc_matrix":
-        """The codes of features start..stop as a scipy CSC matrix (n_tokens, n), float32; of all by default."""
+        """The codes of features `start:stop`, by default all, as a scipy CSC matrix (n_tokens, n) in float32."""
         from scipy.sparse import csc_matrix
 
         start, stop, _ = slice(start, stop).indices(self.d_sae)
@@ -450,7 +357,7 @@ class FeatureStore:
         return csc_matrix((values, tokens, ends), shape=(len(self), stop - start))
 
     def shard_matrices(self, start: int, stop: int) -> Iterator[tuple["csr_matrix", "csc_matrix"]]:
-        """Iterator over shards: the codes of all features as CSR, and those of features start..stop as CSC."""
+        """Iterator over shards: the codes of all features as CSR, and those of features `start:stop` as CSC."""
         from scipy.sparse import csc_matrix
 
         for shard, arrays in enumerate(self._shards):
@@ -505,9 +412,3 @@ def _slice(arrays: ShardArrays, start: int, stop: int) -> tuple[np.ndarray, np.n
     offsets = arrays.part("feature_offsets", start, stop + 1).astype(np.int64)
     part = int(offsets[0]), int(offsets[-1])
     return offsets - offsets[0], arrays.part("feature_tokens", *part), arrays.part("feature_values", *part)
-
-
-def save_statistics(folder: Path, statistics: FeatureStatistics) -> dict[str, str]:
-    """Write the statistics of a store and return their file's checksum, by file name."""
-    tensors = {name: torch.from_numpy(array) for name, array in statistics.to_arrays().items()}
-    return {STATISTICS: save_tensors(folder / STATISTICS, tensors)}

@@ -31,6 +31,10 @@ T = TypeVar("T")
 STAGED, JOURNAL = ".saelab-new", "journal.json"
 PATIENCE = 10.0
 """seconds that a reader waits for the files of a folder to be moved into place, which takes milliseconds"""
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Characters that move a terminal's cursor or reverse the direction of its text"""
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -355,12 +359,6 @@ def _finite(obj: object) -> object:
     if isinstance(obj, float) and not math.isfinite(obj):
         return None
     return obj
-
-
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""Characters that move a terminal's cursor or reverse the direction of its text"""
 
 
 def require_file_name(name: str) -> str:

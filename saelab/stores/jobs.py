@@ -34,6 +34,10 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # fr
 BRIEFLY = ", which reads it"
 PATIENCE = 10.0  # seconds for a reader to finish what a killed writer left
 logger = logging.getLogger(__name__)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | None
+"""what `signal.signal` takes and returns"""
+AnyHandlers = TypeVar("AnyHandlers", bound="_Handlers")
 
 
 class FolderInUse(ValueError):
@@ -219,12 +223,6 @@ def _read_owner(path: Path) -> str | None:
     except OSError:
         return None
     return said if said.isprintable() and said else None
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-Handler: TypeAlias = Callable[[int, FrameType | None], Any] | int | None
-"""what `signal.signal` takes and returns"""
-AnyHandlers = TypeVar("AnyHandlers", bound="_Handlers")
 
 
 class _Handlers:

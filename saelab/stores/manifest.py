@@ -45,7 +45,7 @@ class Manifest(ABC):
     verb: ClassVar[str]
     "Name of the function that writes such folders."
     files_of_kind: ClassVar[tuple[str, ...]] = ("shard-*.safetensors",)
-    "Patterns of the files of such a folder, the manifest aside."
+    "Patterns of the files of such a folder, without the manifest."
     allowed_files: ClassVar[tuple[str, ...]] = ()
     "Patterns of other files that may be kept in it, such as labels."
     later: ClassVar[tuple[str, ...]] = ()
@@ -245,11 +245,11 @@ class FeatureManifest(Manifest):
     "Checksums of the files that are not shards, by name."
 
     def counts(self) -> dict[str, Any]:
-        """Number of rows."""
+        """Number of rows, as `n_tokens`."""
         return {"n_tokens": self.n_tokens}
 
     def sizes(self) -> dict[str, int]:
-        """Number of features, and of codes plus one."""
+        """Number of features, and of codes plus one (a store may have no codes, but sizes must be at least 1)."""
         return {"d_sae": self.d_sae, "n_entries": self.n_entries + 1}
 
     def check(self) -> None:

@@ -21,6 +21,11 @@ TINIEST = 2.0**-24
 """The smallest float16 above 0: a code that fires must not become a code that does not."""
 LARGEST = 65504.0
 """The largest finite float16."""
+Array: TypeAlias = NDArray[Any]
+MAPPED_BYTES = 2**25
+"""Bytes read of a store's mapped files before the maps are released; what was read stays resident until then."""
+FAULT_BYTES = 2**16
+"""Bytes that the system may map for a single number that is read."""
 
 
 def pack_codes(
@@ -118,13 +123,6 @@ def smallest_int(largest: int) -> np.dtype[Any]:
     raise ValueError(f"Sizes must be below 2^31, got {largest}.")
 
 
-Array: TypeAlias = NDArray[Any]
-MAPPED_BYTES = 2**25
-"""Bytes read of a store's mapped files before the maps are released; what was read stays resident until then."""
-FAULT_BYTES = 2**16
-"""Bytes that the system may map for a single number that is read."""
-
-
 class MapBudget:
     """Bounds the resident memory of a store: releases the maps of all shards whenever `MAPPED_BYTES` were read.
 
@@ -189,7 +187,7 @@ class ShardArrays(ArraysByName):
         return len(self._file.specs)
 
     def part(self, name: str, start: int, stop: int) -> Array:
-        """Entries start..stop of an array, checked when they are first read; ValueError for damage."""
+        """Entries `start:stop` of an array, checked when they are first read; ValueError for damage."""
         array = self._maps.get(name)
         if array is None:
             array = self._maps[name] = self._map(name)
@@ -218,7 +216,7 @@ class ShardArrays(ArraysByName):
         self._file.release()
 
     def _find_fault(self, name: str, array: Array, start: int, stop: int) -> str:
-        """Description of what is wrong with entries start..stop; empty where nothing is."""
+        """Description of what is wrong with entries `start:stop`; empty where nothing is."""
         if name.endswith("offsets"):
             return self._find_fault_of_offsets(array, start, stop)
         part = array[start:stop]

@@ -43,7 +43,7 @@ class Result(Drawn):
         return {name: _plain(value) for name, value in asdict(self).items()}
 
     def save(self, path: str | Path) -> None:
-        """Write `to_dict()` as JSON, atomically; NaN becomes null."""
+        """Write `to_dict()` as JSON, atomically; NaN and infinities become null."""
         write_json(path, self.to_dict())
 
 

@@ -83,7 +83,7 @@ class TensorFile:
     Args:
         path: the file.
         specs: position of each tensor, in the order of the data.
-        metadata: metadata of the header, checksums aside.
+        metadata: metadata of the header, without checksums.
         sums: checksum of each block, in the order of the data; None for a file without checksums.
     """
 
@@ -113,16 +113,18 @@ class TensorFile:
             ) from None
 
     def map(self, name: str) -> Tensor:
-        """One tensor, memory-mapped, without comparing checksums."""
+        """One tensor, memory-mapped, without comparing checksums; changes to it never reach the file."""
         return map_tensor(self.path, self.specs[name])
 
     def read(self, name: str) -> Tensor:
-        """One tensor, memory-mapped, after comparing all its checksums; ValueError for damage."""
+        """One tensor, memory-mapped, after comparing all its checksums; ValueError for damage, KeyError for another
+        name.
+        """
         self.check(name)
         return self.map(name)
 
     def check(self, name: str, start: int = 0, stop: int | None = None) -> range:
-        """Compare the checksums of rows start..stop of a tensor, where that has not been done before.
+        """Compare the checksums of rows `start:stop` of a tensor, where that has not been done before.
 
         Args:
             name: the tensor.
@@ -148,7 +150,7 @@ class TensorFile:
         self._check(name, np.unique(np.minimum(first[:, None] + np.arange(widest + 1), last[:, None])))
 
     def forget(self, name: str) -> None:
-        """Mark all blocks of a tensor as unchecked, so that the next read raises the same error."""
+        """Mark all blocks of a tensor as unchecked, so that the next read compares their checksums again."""
         first = self._first[name]
         self._seen[first : first + self.specs[name].n_blocks] = False
 

@@ -82,6 +82,8 @@ FUNCTION = [
     "such",
     "than",
 ]
+CTX_LEN = 256
+"""fits every story with its BOS and EOS"""
 
 
 def _nouns() -> list[Concept]:
@@ -166,9 +168,6 @@ def _word_concepts() -> dict[str, tuple[str, ...]]:
 
 _WORDS = _word_concepts()
 
-CTX_LEN = 256
-"""fits every story with its BOS and EOS"""
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Stories:
@@ -214,7 +213,7 @@ class Stories:
         return write_out(words)
 
     def tokens(self, ctx_len: int = CTX_LEN) -> Tokens:
-        """The stories as `Tokens`, one a row, for `collect`, `stream` and `evaluate`.
+        """The stories as `Tokens`, one per row, padded to `ctx_len`, for `collect`, `stream` and `evaluate`.
 
         ValueError where a story does not fit.
         """
@@ -239,8 +238,24 @@ class Stories:
     def labels_at(
         self, story_ids: Int[np.ndarray | Tensor, "n"], positions: Int[np.ndarray | Tensor, "n"]
     ) -> TokenLabels:
-        """Concept labels of chosen tokens, by story and position in the story (BOS is at 0)."""
-        return self.labels.select(self.offsets[np.asarray(story_ids)] + np.asarray(positions))
+        """Concept labels of n chosen tokens, as (n,), by index of the story and position in it (BOS is at 0).
+
+        ValueError for a position or a story that there is not.
+        """
+        stories, places = np.asarray(story_ids), np.asarray(positions)
+        if len(stories) and not (stories.min() >= 0 and stories.max() < len(self)):
+            raise ValueError(
+                f"`story_ids` must be 0 to {len(self) - 1}, got {stories.min()} to {stories.max()}; a store of other "
+                "stories has other numbers."
+            )
+        lengths = np.diff(self.offsets)[stories]
+        if (wrong := (places < 0) | (places >= lengths)).any():
+            i = int(wrong.argmax())
+            raise ValueError(
+                f"`positions` must lie inside their stories, got {places[i]} in story {stories[i]} of {lengths[i]} "
+                "tokens."
+            )
+        return self.labels.select(self.offsets[stories] + places)
 
 
 def generate_stories(n_stories: int, seed: int = 0, first: int = 0) -> Stories:

@@ -94,11 +94,12 @@ class NamePrompt:
 def name_edits(n: int, seed: int = 0) -> list[dict[str, NamePrompt]]:
     """Prompts of the task "names", each with counterfactual versions of the same length.
 
-    Each is a dictionary by version; the original is "as told". "receiver" and "giver": that person has another name of
-    the same gender throughout; "order": the two meet in the other order; "roles": giver and receiver are exchanged.
+    Each is a dictionary by version; the unedited prompt is "original". "receiver" and "giver": that person has another
+    name of the same gender throughout; "order": the two meet in the other order; "roles": giver and receiver are
+    exchanged.
 
     >>> versions = name_edits(1)[0]
-    >>> names = versions["as told"].attributes, versions["roles"].attributes
+    >>> names = versions["original"].attributes, versions["roles"].attributes
     >>> names[0]["giver"] == names[1]["receiver"], names[0]["order"] == names[1]["order"]
     (True, False)
     """
@@ -115,7 +116,7 @@ def _edit_names(seed: str) -> dict[str, NamePrompt]:
     meets = drawn[drawn["order"]]
     original |= {"hero": people[0], "friend": people[1], "one": meets}
     changed = {"receiver": people[1 - giver], "giver": people[giver]}
-    edits: dict[str, dict[str, object]] = {"as told": original}
+    edits: dict[str, dict[str, object]] = {"original": original}
     for edit, person in changed.items():
         named = {"hero": people[0], "friend": people[1], "one": meets}
         edits[edit] = original | {slot: other[person] for slot, name in named.items() if name == person}

@@ -26,6 +26,7 @@ from saelab.training.config import Batches, Trainable, TrainConfig, clip_gradien
 
 HistoryEntry = dict[str, Any]
 Sink = Callable[[HistoryEntry], None]
+SAMPLE_TOKENS = 16_384  # size of the sample for normalization and initialization
 
 
 class FileSink:
@@ -93,9 +94,6 @@ def tensorboard_sink(folder: str | Path) -> Sink:
 def wandb_sink(run: Any) -> Sink:
     """A sink that logs to a Weights & Biases run (`wandb.init(...)`, extra `[wandb]`), with tokens as the step."""
     return lambda entry: run.log(entry, step=entry["n_tokens"])
-
-
-SAMPLE_TOKENS = 16_384  # size of the sample for normalization and initialization
 
 
 class Diverged(ValueError):

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from saelab.universality.comparison import (
         Basis as Basis,
         NullConfig as NullConfig,
-        Similarity as Similarity,
         UntrainedSources as UntrainedSources,
         compare as compare,
         compare_neurons_or_pcs as compare_neurons_or_pcs,
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
         SeedStability as SeedStability,
         seed_stability as seed_stability,
     )
+    from saelab.universality.similarity import Similarity as Similarity
     from saelab.universality.universal_features import (
         Comparisons as Comparisons,
         PairFilter as PairFilter,

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Int, Integer
 
-from saelab.functional.indices import MarkedRows, number_rows
-from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
+from saelab.functional.indices import ROWS_AT_ONCE, MarkedRows, find_runs, number_rows
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
 PREFIX = 256
 """Number of leading ASCII characters by which longer versions of a cut document are searched."""
 Key = Callable[[Spelled, int], bytes | None]
+CommonRows: TypeAlias = tuple[MarkedRows, MarkedRows] | tuple[None, None]
 
 
 class Versions:
@@ -334,9 +334,6 @@ def _find_rows(pairs: _Pairs, found: list[np.ndarray]) -> tuple[np.ndarray, list
 
 def _count(why: np.ndarray, which: np.ndarray) -> np.ndarray:
     return np.bincount(why[which], minlength=len(REASONS))
-
-
-CommonRows: TypeAlias = tuple[MarkedRows, MarkedRows] | tuple[None, None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

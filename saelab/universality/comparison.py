@@ -5,15 +5,16 @@ of untrained dictionaries, which universal features must exceed, and neurons or 
 spaces, matched as features are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from saelab.functional.statistics import adjust, find_runs, move_blocks
+from saelab.functional.indices import find_runs, move_blocks
+from saelab.functional.statistics import adjust
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.feature_store import FeatureStore
@@ -21,30 +22,31 @@ from saelab.stores.files import shareable
 from saelab.stores.jobs import hidden
 from saelab.universality.alignment import AlignedRows, CommonRows, Overview, find_common_rows, format_counts
 from saelab.universality.matching import (
-    BY,
     Comparison,
     Matches,
     Nearest,
-    Untrained,
     assign,
     find_mutual,
     find_nearest,
     pooled_p,
+    raise_floor,
 )
 from saelab.universality.similarity import (
+    ActivationAxes,
     ComparedCodes,
     Moments,
+    Similarity,
     SimilarityBlock,
-    chunks,
+    choose_similarity,
     correlation_blocks,
     cosine_blocks,
-    count_both,
+    count_pairs,
 )
 
-if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
-
-LEVEL = 0.95
+UntrainedSources: TypeAlias = FeatureStore | SAE | tuple[FeatureStore | SAE | None, FeatureStore | SAE | None] | None
+EXACT = 2**22
+"""Number of pairs of features up to which the assignment considers all of them."""
+Basis = Literal["neurons", "pca"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,28 +74,6 @@ class NullConfig:
 
 
 NULL = NullConfig()
-
-
-def measure_floor(side: Matches, baselines: Sequence[Matches]) -> Untrained:
-    """Similarity level and universal shares of untrained dictionaries, the larger of several comparisons.
-
-    Each comparison is given by its side that stands for this one. Shares are those of the comparison with the largest
-    share by number.
-    """
-    sizes = [np.nan_to_num(np.abs(other.similarity[other.live])) for other in baselines]
-    sizes = [one if len(one) else np.zeros(1) for one in sizes]
-    most = max(baselines, key=lambda other: np.nan_to_num(other.share()))
-    return Untrained(
-        level=max(float(np.quantile(one, LEVEL)) for one in sizes),
-        median=max(float(np.median(one)) for one in sizes),
-        shares={by: most.share(by) for by in BY},
-        trained={by: side.share(by) for by in BY},
-    )
-
-
-def above(side: Matches, floor: Untrained) -> Bool[np.ndarray, "d"]:
-    """Features that are universal by the null distribution and also reach the level of untrained dictionaries."""
-    return side.universal & (np.nan_to_num(np.abs(side.similarity)) >= floor.level)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +179,7 @@ class StoreSource(ComparisonSource):
         Args:
             codes: codes of a and of b.
             similarity: "correlation", "documents", "phi" or "jaccard".
-            signed: True ranks similarities by size.
+            signed: True ranks similarities by absolute value.
             min_count: features with fewer firings match nothing.
             progress: whether to show progress bars.
             facts: further fields of the resulting `Comparison`.
@@ -235,11 +215,7 @@ class StoreSource(ComparisonSource):
 
     def count(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
         """Number of rows on which both features of each pair fire."""
-        found = np.zeros(len(pairs), np.int64)
-        for start, stop in chunks(self.a, self.b) if len(pairs) else ():
-            a, b = (side.matrix(start, stop).tocsc() for side in (self.a, self.b))
-            found += count_both(a, b, pairs)
-        return found
+        return count_pairs(self.a, self.b, pairs)
 
 
 def _common(
@@ -306,12 +282,6 @@ class DirectionSource(ComparisonSource):
                 yield side, np.zeros(n, np.int64), found
 
 
-Similarity = Literal["correlation", "documents", "phi", "jaccard", "decoder", "encoder"]
-UntrainedSources: TypeAlias = FeatureStore | SAE | tuple[FeatureStore | SAE | None, FeatureStore | SAE | None] | None
-EXACT = 2**22
-"""Number of pairs of features up to which the assignment considers all of them."""
-
-
 def compare(
     a: FeatureStore | SAE,
     b: FeatureStore | SAE,
@@ -334,7 +304,7 @@ def compare(
     are each rotated by a random step, which keeps runs and firing rates but no period of the text; the best partners of
     `n_null` features are then searched again (for directions: of random ones). p is pooled over features that fire
     about as often. q is the false discovery rate; a match is universal where q <= `fdr` and the similarity is at least
-    `min_effect` (the fields of `null`).
+    `min_effect`. `n_shifts`, `n_null`, `fdr` and `min_effect` are fields of `null`, a `NullConfig`.
 
     This null is a weak one: an untrained dictionary shares much with any other of the same text. With `untrained`, its
     matches are reported next to those of a and b, and a universal match must also exceed the best similarities of 95 %
@@ -375,7 +345,9 @@ def compare(
         raise ValueError(f"`m` and `min_count` must be at least 1, got {m} and {min_count}.")
     of_a, of_b = untrained if isinstance(untrained, tuple) else (None, untrained)
     if any(isinstance(one, FeatureStore) != stores for one in (of_a, of_b) if one is not None):
-        raise ValueError("`untrained` must be stores beside stores and SAEs beside SAEs, got another kind.")
+        raise ValueError(
+            "`untrained` must be stores where stores are compared and SAEs where SAEs are, got another kind."
+        )
 
     def judge(one: Any, other: Any) -> Comparison:
         work: ComparisonSource
@@ -387,31 +359,6 @@ def compare(
 
     baselines = [judge(one, other) for one, other in ((of_a, b), (a, of_b)) if one is not None and other is not None]
     return raise_floor(judge(a, b), baselines)
-
-
-def choose_similarity(similarity: str | None, stores: bool) -> Similarity:
-    """The similarity that is asked for, or the default; ValueError for one that stores, or SAEs, do not have."""
-    kinds: tuple[Similarity, ...] = get_args(Similarity)
-    allowed = kinds[:4] if stores else kinds[4:]
-    found = next((kind for kind in allowed if similarity in (None, kind)), None)
-    if found is None:
-        raise ValueError(f"`similarity` must be one of {list(allowed)}, got {similarity!r}.")
-    return found
-
-
-def raise_floor(found: Comparison, baselines: list[Comparison]) -> Comparison:
-    """The same comparison, universal matches limited to those above the similarity level of untrained dictionaries.
-
-    `baselines` are comparisons in which one side is untrained; empty leaves the comparison as it is.
-    """
-    if not baselines:
-        return found
-    sides = []
-    for name in ("a", "b"):
-        side = getattr(found, name)
-        floor = measure_floor(side, [getattr(one, name) for one in baselines])
-        sides.append(replace(side, universal=above(side, floor), untrained=floor))
-    return replace(found, a=sides[0], b=sides[1])
 
 
 def conclude(
@@ -503,10 +450,6 @@ def _enough(both: np.ndarray, min_count: int) -> np.ndarray:
     return (both >= min_count) | (both == -1)
 
 
-Basis = Literal["neurons", "pca"]
-CHUNK = 65536
-
-
 def compare_neurons_or_pcs(
     a: Activations,
     b: Activations,
@@ -519,8 +462,8 @@ def compare_neurons_or_pcs(
 ) -> Comparison:
     """The comparison of `compare` for neurons, or principal components, of two activation spaces instead of features.
 
-    Their values on the same tokens are correlated, by size, with the same assignment, null distribution and effect size
-    as for features. A dictionary adds something where its features recur more often than these do.
+    Their values on the same tokens are correlated, in absolute value, with the same assignment, null distribution and
+    effect size as for features. A dictionary adds something where its features recur more often than these do.
 
     Args:
         a: activations of one model at one hook point.
@@ -535,8 +478,7 @@ def compare_neurons_or_pcs(
         ValueError: the basis does not exist, or the two sides are not of the same tokens.
 
     >>> acts = sl.Activations.from_tensor(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)))
-    >>> found = compare_neurons_or_pcs(acts, acts, "pca", progress=False)
-    >>> [round(float(value), 3) for value in found.values]
+    >>> [round(float(value), 3) for value in compare_neurons_or_pcs(acts, acts, "pca", progress=False).values]
     [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
     if basis not in ("neurons", "pca"):
@@ -546,7 +488,7 @@ def compare_neurons_or_pcs(
             f"`a` and `b` must be of the same tokens, got {len(a)} and {len(b)} rows, or others. Collect both with one "
             "mask on one text."
         )
-    sides = ComparedCodes(_Axes.of(a, basis)), ComparedCodes(_Axes.of(b, basis))
+    sides = ComparedCodes(ActivationAxes.of(a, basis)), ComparedCodes(ActivationAxes.of(b, basis))
     names = tuple(f"{basis} of {acts.hook_point or 'activations'}" for acts in (a, b))
     facts = {"sources": names, "sides": False, "n_rows": len(a), "n_tokens": len(a)}
     documents = None if a.doc_ids is None else find_runs(a.doc_ids.numpy())
@@ -556,45 +498,3 @@ def compare_neurons_or_pcs(
 
 def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
     return x is None or y is None or torch.equal(x, y)
-
-
-@dataclass(frozen=True, eq=False)
-class _Axes:
-    """Activations in a basis, readable as rows of codes."""
-
-    acts: Activations
-    mean: Float[torch.Tensor, "d"]
-    directions: Float[torch.Tensor, "d d"]
-
-    @classmethod
-    def of(cls, acts: Activations, basis: str) -> "_Axes":
-        """Activations in the basis of neurons, or of the covariance's eigenvectors."""
-        total, squares = torch.zeros(acts.d_in).double(), torch.zeros(acts.d_in, acts.d_in).double()
-        for start in range(0, len(acts), CHUNK):
-            x = acts[start : start + CHUNK].double()
-            total += x.sum(0)
-            squares += x.T @ x
-        mean = total / len(acts)
-        directions = torch.eye(acts.d_in).double()
-        if basis == "pca":
-            directions = torch.linalg.eigh(squares / len(acts) - torch.outer(mean, mean)).eigenvectors.flip(1)
-        return cls(acts, mean.float(), directions.float())
-
-    @property
-    def d_sae(self) -> int:
-        """Number of directions."""
-        return self.acts.d_in
-
-    @property
-    def l0(self) -> float:
-        """Number of directions: no value is 0."""
-        return float(self.acts.d_in)
-
-    def __len__(self) -> int:
-        return len(self.acts)
-
-    def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
-        """Centred values of some rows."""
-        from scipy.sparse import csr_matrix
-
-        return csr_matrix(((self.acts[start:stop].float() - self.mean) @ self.directions).numpy())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
-from saelab.functional.statistics import ROWS_AT_ONCE, find_runs
+from saelab.functional.indices import ROWS_AT_ONCE, find_runs
 from saelab.labels.rules.token_view import SPECIAL
 from saelab.stores.corpus import StoredText
 
@@ -20,6 +20,28 @@ UNKNOWN = 0xFE
 """Byte for a token whose text is not known; UTF-8 has no such byte."""
 ANCHOR, REACH = 5, 400
 """Number of bytes that must agree after an unknown token, and number of bytes searched for them."""
+PART = 0xFF
+"""Byte for a part of a character whose bytes are not known (U+FFFD); UTF-8 has no such byte."""
+SIZES = np.repeat([1, 0, 2, 3, 4, 0], [0x80, 0x40, 0x20, 0x10, 8, 8])
+"""number of bytes of a character, by its first byte; 0 for bytes inside one"""
+SPACES = re.compile(rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80")
+"""white space beyond ASCII, which may be split over tokens"""
+HIGH = bytes(range(0x80, 0x100))
+BLUR = bytes(range(0x80)) + bytes([PART]) * 0x80
+BEGINNING = 16
+"""Number of leading ASCII characters by which two documents are recognized as versions of one."""
+TOKENS_AT_ONCE = 2**15
+"""Number of tokens whose characters are held at once."""
+VOCABULARY = 2**22
+REASONS = (
+    "special tokens",
+    "of white space",
+    "in documents left out",
+    "behind the end of the other's text",
+    "in characters split unclearly",
+    "masked on the other side",
+)
+SPECIALS, WHITE, ELSEWHERE, BEHIND, SPLIT, MASKED = range(len(REASONS))
 
 
 def bridge(a: bytes, b: bytes) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]] | None:
@@ -79,30 +101,6 @@ def _resume(a: bytes, b: bytes, i: int, j: int) -> tuple[int, int] | None:
     return None
 
 
-PART = 0xFF
-"""Byte for a part of a character whose bytes are not known (U+FFFD); UTF-8 has no such byte."""
-SIZES = np.repeat([1, 0, 2, 3, 4, 0], [0x80, 0x40, 0x20, 0x10, 8, 8])
-"""number of bytes of a character, by its first byte; 0 for bytes inside one"""
-SPACES = re.compile(rb"\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2(\x80[\x80-\x8a\xa8\xa9\xaf]|\x81\x9f)|\xe3\x80\x80")
-"""white space beyond ASCII, which may be split over tokens"""
-HIGH = bytes(range(0x80, 0x100))
-BLUR = bytes(range(0x80)) + bytes([PART]) * 0x80
-BEGINNING = 16
-"""Number of leading ASCII characters by which two documents are recognized as versions of one."""
-TOKENS_AT_ONCE = 2**15
-"""Number of tokens whose characters are held at once."""
-VOCABULARY = 2**22
-REASONS = (
-    "special tokens",
-    "of white space",
-    "in documents left out",
-    "behind the end of the other's text",
-    "in characters split unclearly",
-    "masked on the other side",
-)
-SPECIALS, WHITE, ELSEWHERE, BEHIND, SPLIT, MASKED = range(len(REASONS))
-
-
 @dataclass(frozen=True, eq=False)
 class Spelled:
     """The characters of some documents as bytes, without white space.
@@ -133,7 +131,7 @@ class Spelled:
     def why_left(self, i: int, beginnings: set[bytes]) -> str:
         """The reason why a document has no partner; `beginnings` are those of the other side's left-out documents."""
         if self.opaque[i]:
-            return "tokens that do not tell their text"
+            return "tokens of unknown text"
         if not self.documents[i]:
             return "no text"
         return "text differs" if self.skeleton(i)[:BEGINNING] in beginnings else "not on the other side"

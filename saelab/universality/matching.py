@@ -7,9 +7,9 @@ halves, copies or part.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -23,7 +23,21 @@ from saelab.stores.results import Result, format_table
 from saelab.universality.similarity import SimilarityBlock
 
 GROUP = 64
-"""Number of neighbouring features whose largest similarity is found first."""
+"""Number of neighboring features whose largest similarity is found first."""
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Some features, with partners and similarities of each; -1 and 0 where there are fewer."""
+N_BINS, POOL = 8, 200
+"""Number of groups of equally many features by firing count, each with its own null distribution, and the smallest size
+of a group; fewer groups where one would be smaller."""
+RecurrenceWeight = Literal["count", "frequency", "variance"]
+BY: tuple[RecurrenceWeight, ...] = get_args(RecurrenceWeight)
+RelationKind = Literal["same", "flipped", "split", "halves", "copies", "part"]
+COPIED = 1.3
+"""If the partners' joint firings are more than so many times a feature's own, they are copies, else a split."""
+MatchingMethod = Literal["best", "mutual", "hungarian"]
+"""best: the best partner of every feature of a; mutual: pairs that are each other's best; hungarian: one-to-one pairs
+"""
+LEVEL = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +62,7 @@ def find_nearest(
         d_a: number of features of a.
         d_b: number of features of b.
         m: number kept for each feature, at most the number of features on the other side.
-        signed: True ranks by size and ignores only zeros; False keeps only similarities above 0.
+        signed: True ranks by absolute value and ignores only zeros; False keeps only similarities above 0.
     """
     of_a, of_b = _Best(d_a, min(m, d_b)), _Best(d_b, min(m, d_a))
     n_threads = max(1, min(torch.get_num_threads(), os.cpu_count() or 1))
@@ -64,10 +78,6 @@ def find_nearest(
             of_a.merge(*rows)
             of_b.merge(*columns)
     return of_a.result(), of_b.result()
-
-
-Found = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Some features, with partners and similarities of each; -1 and 0 where there are fewer."""
 
 
 def _search_rows(start: int, found: Tensor, sizes: Tensor, m: int) -> Found:
@@ -138,11 +148,6 @@ class _Best:
         """The similarities kept, with zeros as missing."""
         missing = (self.indices < 0) | (self.values == 0)
         return Nearest(np.where(missing, -1, self.indices), np.where(missing, np.nan, self.values))
-
-
-N_BINS, POOL = 8, 200
-"""Number of groups of equally many features by firing count, each with its own null distribution, and the smallest size
-of a group; fewer groups where one would be smaller."""
 
 
 def find_mutual(of_a: Int[np.ndarray, "d_a"], of_b: Int[np.ndarray, "d_b"]) -> Int[np.ndarray, "n 2"]:
@@ -216,10 +221,6 @@ def pooled_p(
     return np.where(np.isnan(scaled), 1.0, (1 + larger) / (1 + len(pool)))
 
 
-RecurrenceWeight = Literal["count", "frequency", "variance"]
-BY: tuple[RecurrenceWeight, ...] = get_args(RecurrenceWeight)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Untrained:
     """Similarities and universal shares when one of the two dictionaries is untrained, of the same shape on the same
@@ -284,11 +285,6 @@ class Matches:
         return found | {"untrained": None if self.untrained is None else self.untrained.to_dict()}
 
 
-RelationKind = Literal["same", "flipped", "split", "halves", "copies", "part"]
-COPIED = 1.3
-"""If the partners' joint firings are more than so many times a feature's own, they are copies, else a split."""
-
-
 @dataclass(frozen=True)
 class Relation:
     """The relation of one feature to its partners in another dictionary.
@@ -337,11 +333,6 @@ def _kind_of(i: int, followers: list[int], mine: Matches, theirs: Matches) -> Re
     return "copies" if both < 0 or both > COPIED * mine.fires[i] else "split"
 
 
-MatchingMethod = Literal["best", "mutual", "hungarian"]
-"""best: the best partner of every feature of a; mutual: pairs that are each other's best; hungarian: one-to-one pairs
-"""
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison(Result):
     """Matches between the features of two dictionaries, with p values from a null distribution."""
@@ -358,7 +349,7 @@ class Comparison(Result):
     exact: bool
     """whether the assignment considered every pair, not only the m nearest of either side"""
     signed: bool
-    """whether similarities count by size, so that negative ones mean flipped"""
+    """whether similarities are ranked by absolute value, negative ones meaning flipped"""
     sides: bool
     """whether features are the positive and negative sides of codes, 2 j and 2 j + 1"""
     m: int
@@ -397,7 +388,9 @@ class Comparison(Result):
         return relate(self.a, self.b), relate(self.b, self.a)
 
     def signs(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
-        """1 or -1 for each mutual pair, by which rows of one side are multiplied before `compare_spaces`."""
+        """Sign of the similarity of each mutual pair (feature of a, feature of b), by which rows of one side are
+        multiplied before `compare_spaces`: 1 or -1.
+        """
         return np.where(self.a.similarity[pairs[:, 0]] < 0, -1, 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -451,3 +444,40 @@ def _describe_floors(found: Comparison) -> Iterator[str]:
             shares = [f"{floor.trained['count']:.1%}", f"{floor.shares['count']:.1%}"]
             table.append([name, f"{floor.median:.3f}", f"{floor.level:.3f}", *shares])
     yield from format_table(table)
+
+
+def measure_floor(side: Matches, baselines: Sequence[Matches]) -> Untrained:
+    """Similarity level and universal shares of untrained dictionaries, the larger of several comparisons.
+
+    Each comparison is given by its side that stands for this one. Shares are those of the comparison with the largest
+    share by number.
+    """
+    sizes = [np.nan_to_num(np.abs(other.similarity[other.live])) for other in baselines]
+    sizes = [one if len(one) else np.zeros(1) for one in sizes]
+    most = max(baselines, key=lambda other: np.nan_to_num(other.share()))
+    return Untrained(
+        level=max(float(np.quantile(one, LEVEL)) for one in sizes),
+        median=max(float(np.median(one)) for one in sizes),
+        shares={by: most.share(by) for by in BY},
+        trained={by: side.share(by) for by in BY},
+    )
+
+
+def above(side: Matches, floor: Untrained) -> Bool[np.ndarray, "d"]:
+    """Features that are universal by the null distribution and also reach the level of untrained dictionaries."""
+    return side.universal & (np.nan_to_num(np.abs(side.similarity)) >= floor.level)
+
+
+def raise_floor(found: Comparison, baselines: list[Comparison]) -> Comparison:
+    """The same comparison, universal matches limited to those above the similarity level of untrained dictionaries.
+
+    `baselines` are comparisons in which one side is untrained; empty leaves the comparison as it is.
+    """
+    if not baselines:
+        return found
+    sides = []
+    for name in ("a", "b"):
+        side = getattr(found, name)
+        floor = measure_floor(side, [getattr(one, name) for one in baselines])
+        sides.append(replace(side, universal=above(side, floor), untrained=floor))
+    return replace(found, a=sides[0], b=sides[1])

@@ -2,8 +2,7 @@
 
 Row i of `x` and row i of `y` belong together: the decoder rows of a matched pair of features, or the activations at a
 token in two models. Pairs that match with a negative sign must be flipped by the caller: pass `y * sign[:, None]`. The
-measures alone return NaN where they are undefined; `compare_spaces` gives the reason. Both matrices are decomposed
-once for many permutations.
+measures alone return NaN where they are undefined; `compare_spaces` gives the reason.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from tqdm.auto import tqdm
 
+from saelab.functional.indices import find_runs, move_blocks
 from saelab.functional.screening import largest_first
-from saelab.functional.statistics import find_runs, move_blocks
 from saelab.stores.jobs import hidden
 from saelab.stores.results import Result, format_table
 
@@ -48,9 +47,7 @@ class SpaceSide:
 
     @cached_property
     def centered(self) -> Float[np.ndarray, "n d"]:
-        """Centred rows, divided by their largest absolute value: no measure depends on the scale, and no power
-        overflows.
-        """
+        """Centered rows over their largest absolute value: no measure depends on the scale, and no power overflows."""
         centered = self.rows - self.rows.mean(0)
         return centered / np.abs(centered).max()
 
@@ -71,7 +68,7 @@ class SpaceSide:
 
     @cached_property
     def squares(self) -> Float[np.ndarray, "n"]:
-        """Squared norms of the centred rows."""
+        """Squared norms of the centered rows."""
         return (self.centered**2).sum(1)
 
     @cached_property
@@ -115,7 +112,7 @@ class SpaceSide:
 
     @cached_property
     def nearest(self) -> Bool[np.ndarray, "n_items n_items"]:
-        """Whether each row is among the nearest neighbours of another."""
+        """Whether each row is among the nearest neighbors of another."""
         found = np.zeros((len(self.related), len(self.related)), bool)
         np.put_along_axis(found, _nearest(self.related), True, axis=1)
         return found
@@ -154,9 +151,7 @@ class Paired:
 
     @cached_property
     def cross(self) -> Float[np.ndarray, "r_x r_y"]:
-        """Correlations of all principal components of both sides; for most measures the only part that a permutation
-        changes.
-        """
+        """Correlations of all principal components of both sides, for most measures all that a permutation changes."""
         return self.x.parts[0].T @ self.y.parts[0][self.order]
 
     @cached_property
@@ -245,12 +240,12 @@ MEASURES: dict[str, Callable[[Paired], float]] = {
 
 
 def _scaled(paired: Paired) -> Float[np.ndarray, "r_x r_y"]:
-    """`X.T @ Y` of the centred rows, but for a rotation of either side."""
+    """`X.T @ Y` of the centered rows, but for a rotation of either side."""
     return paired.x.parts[1][:, None] * paired.cross * paired.y.parts[1]
 
 
 def _hsic(x: np.ndarray, y: np.ndarray, total: float) -> float:
-    """Unbiased Hilbert-Schmidt criterion times n (n - 3), of the squared norms of centred rows and `||X.T @ Y||^2`.
+    """Unbiased Hilbert-Schmidt criterion times n (n - 3), of the squared norms of centered rows and `||X.T @ Y||^2`.
 
     0 where only rounding is left of it.
     """
@@ -311,7 +306,7 @@ class SpaceComparison(Result):
     """number of components that SVCCA keeps of either side; 0 where a side does not vary"""
     n_shuffles: int
     in_blocks: bool = False
-    """whether rows were shuffled in blocks of neighbours, as rows of tokens should be"""
+    """whether rows were shuffled in blocks of neighbors, as rows of tokens should be"""
     seed: int
 
     def __getitem__(self, measure: str) -> SpaceScore:
@@ -352,10 +347,12 @@ def compare_spaces(
     Args:
         x: (n, d_x) rows of one space.
         y: (n, d_y) rows of the other space, row i paired with row i of `x`.
-        doc_ids: document of each row, where rows are tokens; rows are then shuffled in blocks of neighbours, each
-            rotated by a random step, because neighbouring tokens are alike and so are not independent samples. None,
+        doc_ids: document of each row, where rows are tokens; rows are then shuffled in blocks of neighbors, each
+            rotated by a random step, because neighboring tokens are alike and so are not independent samples. None,
             for features, shuffles rows one by one.
-        measures: names among `MEASURES`; None computes all.
+        measures: names of the measures, each also a function of `saelab.universality`: "svcca", "svcca_one",
+            "principal_angles", "linear_cka", "procrustes", "rsa", "relative_agreement" and "neighbor_overlap"; None
+            is all.
         n_shuffles: number of shuffled pairings, at least 1.
         seed: seed of the shuffles, and of samples of rows.
         progress: whether to show a progress bar.
@@ -416,9 +413,11 @@ def _undefined(reason: str) -> SpaceScore:
 def svcca(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> float:
     """Mean canonical correlation of the principal components that hold 99 % of each side's variance, 0 to 1.
 
-    `mean(svdvals(U_x.T @ U_y))`, with `U` the first left singular vectors of the centred rows; the mean is over the
+    `mean(svdvals(U_x.T @ U_y))`, with `U` the first left singular vectors of the centered rows; the mean is over the
     fewer components. Invariant to rotation, shift and scale of either side. Where pairs are not many times more than
     components it is high for any two spaces, and 1 where they are no more than components. Source: arXiv:1706.05806.
+
+    Row i of `x` is paired with row i of `y`; NaN for fewer than 3 pairs, and where all rows of a side are equal.
     """
     return _measure("svcca", x, y)
 
@@ -427,7 +426,7 @@ def svcca_one(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> f
     """|Pearson's r| of the two first principal components, 0 to 1: the figure published as SVCCA in arXiv:2410.06981.
 
     The code behind that paper keeps one component of either side, so its numbers compare with this and not with
-    `svcca`. Shuffled pairs give `sqrt(2 / (pi * n))` on average.
+    `svcca`. Shuffled pairs give `sqrt(2 / (pi * n))` on average. Pairs and NaN as in `svcca`.
     """
     return _measure("svcca_one", x, y)
 
@@ -436,18 +435,20 @@ def principal_angles(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"
     """Mean cosine of the principal angles between the spans of the ten leading components of either side, 0 to 1.
 
     A compromise between `svcca_one` and `svcca`: hundreds of pairs are enough, and directions of small variance do not
-    count. Invariant to rotation, shift and scale.
+    count. Invariant to rotation, shift and scale. Pairs and NaN as in `svcca`.
     """
     return _measure("principal_angles", x, y)
 
 
 def linear_cka(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> float:
-    """Unbiased linear centred kernel alignment: 1 for equal spaces, 0 on average for unrelated ones.
+    """Unbiased linear centered kernel alignment: 1 for equal spaces, 0 on average for unrelated ones.
 
     `H(x, y) / sqrt(H(x, x) * H(y, y))` with the unbiased estimate H of the Hilbert-Schmidt criterion, computed from
     `X.T @ Y` and the rows' norms, so its cost is linear in n; may fall below 0. Invariant to rotation, shift and scale.
     The plain version is near 1 for any spaces with fewer pairs than dimensions. Sources: arXiv:1905.00414, and
     Song et al. 2012 (JMLR 13) for H.
+
+    Pairs as in `svcca`; NaN for fewer than 4, and where all rows of a side are equal or equally far apart.
     """
     return _measure("linear_cka", x, y)
 
@@ -455,8 +456,9 @@ def linear_cka(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> 
 def procrustes(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"]) -> float:
     """Share of the variance of one side that the other explains after shift, rotation and scale, 0 to 1.
 
-    `(sum(svdvals(X.T @ Y)) / (||X|| ||Y||)) ** 2` of centred X and Y: 1 - the relative squared residual of the best
+    `(sum(svdvals(X.T @ Y)) / (||X|| ||Y||)) ** 2` of centered X and Y: 1 - the relative squared residual of the best
     orthogonal map and scale, the same in both directions. Of unequal widths, the narrower is filled up with zeros.
+    Pairs and NaN as in `svcca`.
     """
     return _measure("procrustes", x, y)
 
@@ -466,7 +468,8 @@ def rsa(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"], *, seed: i
     to 1.
 
     Rows are compared by Pearson's r over their coordinates, and every two rows count once. Invariant to scale and shift
-    of single rows and to the order of coordinates, not to rotation. Of many rows 2,000 are drawn by `seed`.
+    of single rows and to the order of coordinates, not to rotation. Of more than 2,000 rows so many are drawn by
+    `seed`. Pairs and NaN as in `svcca`; NaN also where a row is constant, or all rows of a side are equally similar.
     """
     return _measure("rsa", x, y, seed)
 
@@ -475,16 +478,19 @@ def relative_agreement(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_
     """Mean cosine of the relative representations of paired rows, -1 to 1.
 
     A row is represented by its cosines to anchors, which are the same pairs on both sides: 300, or half of the pairs
-    where they are fewer, drawn by `seed`, not themselves counted; all centred. Invariant to rotation, shift and
-    scale. Of many rows 2,000 are drawn, anchors among them. Source: arXiv:2209.15430.
+    where they are fewer, drawn by `seed`, not themselves counted; all centered. Invariant to rotation, shift and
+    scale. Of more than 2,000 rows so many are drawn, anchors among them. Source: arXiv:2209.15430.
+
+    Pairs as in `svcca`; NaN for fewer than 6, and where all rows of a side are equal.
     """
     return _measure("relative_agreement", x, y, seed)
 
 
 def neighbor_overlap(x: Float[np.ndarray, "n d_x"], y: Float[np.ndarray, "n d_y"], *, seed: int = 0) -> float:
-    """Share of a row's nearest rows that are the same on both sides, 0 to 1, by cosine of relative representations.
+    """Mean share of a row's nearest rows that are the same in `x` and `y`, 0 to 1.
 
-    Ten neighbours, or a tenth of the rows where that is fewer; see `relative_agreement`.
+    Rows are compared by the cosine of their relative representations: ten neighbors, or a tenth of the rows where
+    that is fewer. Anchors, sample, pairs and NaN as in `relative_agreement`.
     """
     return _measure("neighbor_overlap", x, y, seed)
 

@@ -27,6 +27,11 @@ from saelab.universality.similarity import cosine_blocks
 PART = 4096
 """Tokens encoded at a time."""
 BLOCK_CELLS = 2**23  # cosines held at a time
+EXACT = 2**24
+"""Number of pairs of features up to which the assignment considers all of them."""
+CANDIDATES = 16
+"""Number of nearest features of either side that the assignment considers in larger dictionaries."""
+OOD_TOKENS = 16_384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class DictionaryFigures(Result):
     """Geometry of a dictionary D with rows d_i of unit length (arXiv:2502.12892, appendix)."""
 
     stable_rank: float
-    """`||D||_F^2 / ||D||_2^2`, 1 to d_in: small where rows lean towards one direction"""
+    """`||D||_F^2 / ||D||_2^2`, 1 to d_in: small where rows lean toward one direction"""
     effective_rank: float
     """exp of the entropy of the singular values' shares, 1 to d_in"""
     coherence: float
@@ -68,10 +73,10 @@ class LatentUsage(Result):
 def measure_directions(
     rows: Float[Tensor, "d_sae d_in"], x: Float[Tensor, "n_tokens d_in"] | None = None, signed: bool = False
 ) -> DictionaryFigures:
-    """Ranks and coherence of a dictionary's directions and, with centred activations `x`, the out-of-distribution
+    """Ranks and coherence of a dictionary's directions and, with centered activations `x`, the out-of-distribution
     score.
 
-    Cosines with activations count by size where codes are signed. No d_sae x d_sae matrix is held.
+    Cosines with activations are absolute values where codes are signed. No d_sae x d_sae matrix is held.
 
     >>> found = measure_directions(torch.eye(4), torch.eye(4)[:2])
     >>> found.stable_rank, found.effective_rank, found.coherence, found.ood
@@ -135,16 +140,9 @@ def _largest_cosines(
     return torch.cat(found).clamp(max=1.0)
 
 
-EXACT = 2**24
-"""Number of pairs of features up to which the assignment considers all of them."""
-CANDIDATES = 16
-"""Number of nearest features of either side that the assignment considers in larger dictionaries."""
-OOD_TOKENS = 16_384
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SeedAgreement(Result):
-    """Similarity of every pair of several dictionaries; cosines count by size where codes are signed."""
+    """Similarity of every pair of several dictionaries; cosines are absolute values where codes are signed."""
 
     matched: Float[np.ndarray, "n_pairs"]
     """mean cosine of the one-to-one pairs (Hungarian): the stability of arXiv:2502.12892; 1 is the same dictionary"""
@@ -214,7 +212,7 @@ class SeedStability(Result):
         n = len(self.figures)
         kind = "by size" if self.signed else "with their sign"
         lines = [f"{n} dictionaries of {self.d_sae:,} directions in {self.d_in:,} dimensions, cosines {kind}"]
-        table = [["", "trained", "random", "alike"]]
+        table = [["", "trained", "random", "matched random"]]
         families = (self.trained, self.random, self.matched_random)
         names = {
             "matched": "matched one to one",
@@ -307,7 +305,7 @@ def _check(saes: Sequence[SAE], acts: Activations | None, stores: Sequence[Featu
     if acts is not None and acts.d_in != d_in:
         raise ValueError(f"`acts` must have the SAEs' d_in ({d_in}), got {acts.d_in}; use their hook point.")
     if acts is not None and stores is not None:
-        raise ValueError("`acts` and `stores` must not both be given, got both; activations say more.")
+        raise ValueError("`acts` and `stores` must not both be given, got both; pass `acts` alone.")
     if stores is not None and (len(stores) != len(saes) or any(store.d_sae != d_sae for store in stores)):
         widths = [store.d_sae for store in stores][:5]
         raise ValueError(f"`stores` must be one for each of {len(saes)} SAEs, {d_sae} wide, got widths {widths}.")

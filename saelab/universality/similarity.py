@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Int, Int32, Integer
 from torch import Tensor
 
-from saelab.functional.indices import number_rows
-from saelab.functional.statistics import MovedBlocks, spread
+from saelab.functional.indices import MovedBlocks, number_rows
+from saelab.functional.statistics import spread
+from saelab.stores.activations import Activations
 from saelab.stores.packing import as_csr
 
 if TYPE_CHECKING:
@@ -26,6 +27,16 @@ Values = Literal["codes", "firing", "sides"]
 
 SPREAD = 2
 """Permuted rows are read in one stretch where that is at most so many times as many rows as are asked for."""
+BLOCK_CELLS = 2**22
+"""Similarities held at once by each thread, where the codes are read only once."""
+CHUNK_ENTRIES = 2**22
+"""Codes of one side held at once; a longer text is read again for every block of features."""
+LARGE_BLOCK_CELLS = 2**27
+"""Similarities held at once where the codes are read several times."""
+SimilarityBlock = tuple[int, Callable[[], Tensor]]
+"""The first feature of a block, and a function that computes its similarities with all features of the other side."""
+Similarity = Literal["correlation", "documents", "phi", "jaccard", "decoder", "encoder"]
+CHUNK = 65536
 
 
 @runtime_checkable
@@ -80,7 +91,7 @@ class ComparedCodes:
     columns: Integer[np.ndarray, "m"] | None = None
     """columns selected; None for all"""
     order: Integer[np.ndarray, "n_rows"] | MovedBlocks | None = None
-    """the row that stands at each position; neighbours in it are read together"""
+    """the row at each position; neighbors in it are read together"""
 
     @property
     def n_rows(self) -> int:
@@ -187,17 +198,6 @@ def _read(matrix: "Callable[[int, int], csr_matrix]", rows: Integer[np.ndarray, 
 
     runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
     return vstack([matrix(int(run[0]), int(run[-1]) + 1) for run in runs], format="csr")
-
-
-BLOCK_CELLS = 2**22
-"""Similarities held at once by each thread, where the codes are read only once."""
-CHUNK_ENTRIES = 2**22
-"""Codes of one side held at once; a longer text is read again for every block of features."""
-LARGE_BLOCK_CELLS = 2**27
-"""Similarities held at once where the codes are read several times."""
-
-SimilarityBlock = tuple[int, Callable[[], Tensor]]
-"""The first feature of a block, and a function that computes its similarities with all features of the other side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -396,3 +396,63 @@ def count_both(
         at = np.searchsorted(many, few)
         found[k] = int((many[np.minimum(at, len(many) - 1)] == few).sum()) if len(many) else 0
     return found
+
+
+def count_pairs(a: ComparedCodes, b: ComparedCodes, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
+    """For each pair of a feature of `a` and one of `b`, the number of rows on which both fire."""
+    found = np.zeros(len(pairs), np.int64)
+    for start, stop in chunks(a, b) if len(pairs) else ():
+        found += count_both(a.matrix(start, stop).tocsc(), b.matrix(start, stop).tocsc(), pairs)
+    return found
+
+
+def choose_similarity(similarity: str | None, stores: bool) -> Similarity:
+    """The similarity that is asked for, or the default; ValueError for one that stores, or SAEs, do not have."""
+    kinds: tuple[Similarity, ...] = get_args(Similarity)
+    allowed = kinds[:4] if stores else kinds[4:]
+    found = next((kind for kind in allowed if similarity in (None, kind)), None)
+    if found is None:
+        raise ValueError(f"`similarity` must be one of {list(allowed)}, got {similarity!r}.")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationAxes:
+    """Activations in a basis, readable as rows of codes."""
+
+    acts: Activations
+    mean: Float[torch.Tensor, "d"]
+    directions: Float[torch.Tensor, "d d"]
+
+    @classmethod
+    def of(cls, acts: Activations, basis: str) -> "ActivationAxes":
+        """Activations in the basis of neurons, or of the covariance's eigenvectors."""
+        total, squares = torch.zeros(acts.d_in).double(), torch.zeros(acts.d_in, acts.d_in).double()
+        for start in range(0, len(acts), CHUNK):
+            x = acts[start : start + CHUNK].double()
+            total += x.sum(0)
+            squares += x.T @ x
+        mean = total / len(acts)
+        directions = torch.eye(acts.d_in).double()
+        if basis == "pca":
+            directions = torch.linalg.eigh(squares / len(acts) - torch.outer(mean, mean)).eigenvectors.flip(1)
+        return cls(acts, mean.float(), directions.float())
+
+    @property
+    def d_sae(self) -> int:
+        """Number of directions."""
+        return self.acts.d_in
+
+    @property
+    def l0(self) -> float:
+        """Number of directions: no value is 0."""
+        return float(self.acts.d_in)
+
+    def __len__(self) -> int:
+        return len(self.acts)
+
+    def matrix(self, start: int = 0, stop: int | None = None) -> "csr_matrix":
+        """Centered values of some rows."""
+        from scipy.sparse import csr_matrix
+
+        return csr_matrix(((self.acts[start:stop].float() - self.mean) @ self.directions).numpy())

@@ -31,6 +31,13 @@ SPECIAL = re.compile(
     re.IGNORECASE,
 )
 """Special tokens as tokenizers write them."""
+N_WORDS = 3
+SIGNS = {1: "+", -1: "-"}
+FAINT = 0.1
+"""a sign with a smaller share of |z| is not shown"""
+CLEAR = 0.05
+"""above this p, the value is shown as it is, without a "<" before it"""
+Sources = Mapping[str, FeatureStore] | Mapping[str, SAE] | Sequence[FeatureStore] | Sequence[SAE]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -90,8 +97,8 @@ def filter_token_pairs(tops_a: Tops, tops_b: Tops, *, special: Iterable[str] = (
 def filter_one_to_one(
     features_a: Int[np.ndarray, "n_a"], features_b: Int[np.ndarray, "n_b"], strength: Float[np.ndarray, "n_strength"]
 ) -> PairFilter:
-    """One-to-one pairs: of the pairs that share a feature only the strongest, by size of `strength`; the first of
-    equals.
+    """One-to-one pairs: of the pairs that share a feature only the one with the largest |`strength`|; the
+    first of equals.
 
     Pairs are accepted from the strongest down, each unless one of its features is already used; NaN comes last. Removed
     pairs are counted by whether the feature of `a` was used, or that of `b` alone. ValueError for unequal lengths.
@@ -190,14 +197,6 @@ def matched_decoder_rows(
     return x, y * np.where(values < 0, -1.0, 1.0)[:, None]
 
 
-N_WORDS = 3
-SIGNS = {1: "+", -1: "-"}
-FAINT = 0.1
-"""a sign with a smaller share of |z| is not shown"""
-CLEAR = 0.05
-"""above this p, the value is shown as it is, without a "<" before it"""
-
-
 @dataclass(frozen=True, kw_only=True)
 class UniversalTable(Result):
     """A table of universal pairs, the most similar first; `pandas.DataFrame(table.rows)` converts it."""
@@ -230,7 +229,7 @@ class UniversalTable(Result):
 def list_universal(
     comparison: Comparison, store_a: FeatureStore, store_b: FeatureStore, *, top: int | None = 20
 ) -> UniversalTable:
-    """A table of the first `top` universal pairs by size of similarity, with the labels of the features.
+    """A table of the `top` universal pairs with the largest |similarity|, with the labels of the features.
 
     The pairs are each other's best and universal on both sides; labels are the chosen ones of the stores' label
     databases.
@@ -334,9 +333,6 @@ def _words(store: FeatureStore, feature: int, side: int) -> dict[str, list[str]]
     return words
 
 
-Sources = Mapping[str, FeatureStore] | Mapping[str, SAE] | Sequence[FeatureStore] | Sequence[SAE]
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparisons(Result):
     """The comparisons of every pair of several dictionaries."""
@@ -352,9 +348,9 @@ class Comparisons(Result):
         return self.found[a, b].a.share() if (a, b) in self.found else self.found[b, a].b.share()
 
     def floor(self, a: str, b: str) -> float:
-        """The same share with an untrained dictionary in place of a trained one, tested against chance only.
+        """The share that `share` gives when one of the two dictionaries is an untrained one of the same shape.
 
-        NaN where no untrained dictionary was compared.
+        Tested against chance only. NaN where no untrained dictionary was compared.
         """
         side = self.found[a, b].a if (a, b) in self.found else self.found[b, a].b
         return side.untrained.shares["count"] if side.untrained is not None else float("nan")
@@ -376,7 +372,7 @@ class Comparisons(Result):
         for a in self.names:
             lines.append(f"{a:<{width}}" + "".join(f"{self.share(a, b):>{width}.3f}" for b in self.names))
         if any(one.a.untrained is not None for one in self.found.values()):
-            lines.append("share of an untrained dictionary in place of a trained one, beside chance alone")
+            lines.append("share of an untrained dictionary in place of a trained one, and by chance alone")
             for a in self.names:
                 cells = ("-" if a == b else f"{self.floor(a, b):.3f}" for b in self.names)
                 lines.append(f"{a:<{width}}" + "".join(f"{cell:>{width}}" for cell in cells))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from scipy.sparse import csr_matrix
 
 PANELS = ("coverage", "parent recall", "opposed pairs")
-# plotly draws on a canvas of its own: its colours are read from the page, again when the page turns dark or light
+# plotly draws on a canvas of its own: its colors are read from the page, again when the page turns dark or light
 FOLLOW_THE_PAGE = """
 const plot = document.getElementById("{plot_id}");
 function paint() {
@@ -35,6 +35,34 @@ function paint() {
 paint();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 """
+CLOSING = frozenset(".,?!;:)\u201d\u2019")
+OPENING = frozenset("(\u201c\u2018")
+STRONGEST = 0.72  # opacity of the largest activation: the text stays readable on it
+ENDS = frozenset(".?!")
+CLOSE = "\u201d"
+SHORT = 9  # tokens: a shorter sentence is shown with the one before
+HEADER = [
+    "", "features", "L0", "FVU", "coverage", "AUROC", "reconstruction",
+    "parent recall", "parent F1", "opposed", "control",
+]  # fmt: skip
+CEILING = "probe"  # the baseline that was given the truth
+CAPTION = "The thin mark in the right panel is the share of control pairs. All three run from 0 to 1; more is better."
+READING = (
+    "Coverage is the mean F1 of each concept's best feature. Reconstruction is the pooled F1 of all concepts as "
+    "predicted by the features that are precise for them. Parent recall is how often the feature of a class fires "
+    "where one of its members is named; read it with the F1 of those features. A pair counts where one feature "
+    "predicts one concept by its positive and the other by its negative side; control pairs are pairs that oppose "
+    "nothing. Features and thresholds were chosen on some of the stories and scored on others. The linear probe, "
+    "where there is one, was fitted to the true labels: it is a ceiling, not a baseline."
+)
+LEGEND = (
+    "Color is the activation of one feature, orange for positive and blue for negative; the concept truly holds "
+    "of underlined tokens. A good feature colors what is underlined and nothing else. The concepts were chosen "
+    "beforehand, not by their scores; the dictionary shown is the one that predicts the concept best on the stories "
+    "that features were chosen on. Point at a token for its value and all that is true of it. Neither a "
+    "dictionary nor a threshold was fitted to these stories."
+)
+MOODS = ("glad", "sad")
 
 
 @dataclass(frozen=True)
@@ -95,11 +123,6 @@ def _plain(column: Sequence[float]) -> list[float | None]:
     return [None if math.isnan(x) else x for x in column]
 
 
-CLOSING = frozenset(".,?!;:)\u201d\u2019")
-OPENING = frozenset("(\u201c\u2018")
-STRONGEST = 0.72  # opacity of the largest activation: the text stays readable on it
-
-
 @dataclass(frozen=True)
 class Sentence:
     """Tokens of a sentence, each with the feature's activation and the names of its true concepts."""
@@ -136,11 +159,6 @@ def _span(word: str, value: float, concepts: Sequence[str], scale: float, underl
     title = f"{value:+.2f}" if value else "0"
     title += f" | {', '.join(concepts)}" if concepts else ""
     return f'<span class="{" ".join(kinds)}"{style} title="{escape(title)}">{escape(word)}</span>'
-
-
-ENDS = frozenset(".?!")
-CLOSE = "\u201d"
-SHORT = 9  # tokens: a shorter sentence is shown with the one before
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,12 +275,6 @@ def tabulate(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> tu
     return HEADER, rows + [_compare(name, scores, math.nan) for name, scores in baselines.items()]
 
 
-HEADER = [
-    "", "features", "L0", "FVU", "coverage", "AUROC", "reconstruction",
-    "parent recall", "parent F1", "opposed", "control",
-]  # fmt: skip
-
-
 def show_comparison(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> Scripted:
     """The section with findings in sentences, the table and the figure."""
     bars = [_bar(trial.name, trial.scores, True) for trial in trials]
@@ -277,18 +289,6 @@ def show_comparison(trials: Sequence[Trial], baselines: dict[str, ConceptScores]
         f"<figcaption>{escape(CAPTION)}</figcaption></figure>",
         paragraph(READING, "small soft"),
     )
-
-
-CEILING = "probe"  # the baseline that was given the truth
-CAPTION = "The thin mark in the right panel is the share of control pairs. All three run from 0 to 1; more is better."
-READING = (
-    "Coverage is the mean F1 of each concept's best feature. Reconstruction is the pooled F1 of all concepts as "
-    "told by the features that are precise for them. Parent recall is how often the feature of a class fires "
-    "where one of its members is named; read it beside the F1 of those features. A pair counts where one feature "
-    "tells one concept by its positive and the other by its negative side; control pairs are pairs that oppose "
-    "nothing. Features and thresholds were chosen on some of the stories and scored on others. The linear probe, "
-    "where there is one, was given the truth and is a ceiling, not a rival."
-)
 
 
 def find(trials: Sequence[Trial], baselines: dict[str, ConceptScores]) -> list[str]:
@@ -322,15 +322,6 @@ def show_features(corpus: Corpus, trials: Sequence[Trial], names: Sequence[str])
     pair = next((card for trial in trials if trial.signed if (card := _pair_card(corpus, trial))), "")
     cards = [_concept_card(corpus, trials, name) for name in names]
     return section("Features and where they fire", paragraph(LEGEND, "small soft"), pair, *cards)
-
-
-LEGEND = (
-    "Colour is the activation of one feature, orange for positive and blue for negative; the concept truly holds "
-    "of underlined tokens. A good feature colours what is underlined and nothing else. The concepts were chosen "
-    "beforehand, not by their scores; the dictionary shown is the one that tells the concept best on the stories "
-    "that features were chosen on. Point at a token for its value and all that is true of it. Neither a "
-    "dictionary nor a threshold was fitted to these stories."
-)
 
 
 def show_failures(trials: Sequence[Trial], baselines: dict[str, ConceptScores], n: int = 15) -> str:
@@ -417,9 +408,6 @@ def _pair_card(corpus: Corpus, trial: Trial) -> str:
         )
         parts.append(_sentences(corpus, trial, pair.feature, side, 0.0, name))
     return _card(f"{pair.a} and {pair.b}", "an opposed pair", said, "".join(parts))
-
-
-MOODS = ("glad", "sad")
 
 
 def _sentences(corpus: Corpus, trial: Trial, feature: int, side: int, threshold: float, name: str) -> str:

@@ -32,7 +32,7 @@ def draw_card(card: FeatureCard, labels: Sequence[Label] = (), below: str = "") 
 
 
 def draw_window(example: Example, scale: float) -> str:
-    """A window of text as HTML, each token an element coloured by its code, with the value as its title.
+    """A window of text as HTML, each token an element colored by its code, with the value as its title.
 
     `data-row` is the store's row of the token that the window was chosen for.
     """

@@ -21,12 +21,16 @@ PER_DECADE = 5  # as fine as bins can be when 1, 2, 3, 4 firings are to leave no
 N_BINS = 40  # on each side of 0
 KIND_COLORS = dict(zip(KINDS, (OTHER, "#b58a1a", OWN, "#c2559d", "#8066cf"), strict=True))
 LEGIBLE = 0.05  # share of a bar from which its count is written inside
+FEWEST = 4
+PERPLEXITY = 30.0
+LABELED, UNLABELED = 11, 6
+RATES = [[0.0, OTHER], [0.5, OWN], [1.0, "#c2559d"]]
 
 
 def plot_density(store: FeatureStore, *, near_dead_rate: float = 1e-5, dense_rate: float = 0.1) -> "Figure":
     """A histogram of the features' firing rates, from the counts of a store.
 
-    x: share of tokens on which a feature fires (z != 0), log10, five bins a decade; y: number of features. Features
+    x: share of tokens on which a feature fires (z != 0), log10, five bins per decade; y: number of features. Features
     that never fire in N tokens are a separate bar at the left, as their rate is only known to be below 3 / N. For
     signed codes two more panels count the firings of each sign alone. Lines mark the limits of near-dead and of dense
     features. ValueError where the limits are not in order.
@@ -179,12 +183,6 @@ def plot_dead_features(dead: DeadFeatures) -> "Figure":
     return apply_layout(figure, "Features by how often they fire", note, 150 + 52 * len(groups))
 
 
-FEWEST = 4
-PERPLEXITY = 30.0
-LABELED, UNLABELED = 11, 6
-RATES = [[0.0, OTHER], [0.5, OWN], [1.0, "#c2559d"]]
-
-
 def plot_feature_map(
     source: SAE | NearestFeatures,
     *,
@@ -195,12 +193,11 @@ def plot_feature_map(
 ) -> "Figure":
     """A t-SNE map of features in which similar ones are near each other; large distances mean little.
 
-    Similarity is the cosine of decoder rows, its size where codes are signed, or the cosine of rows of a
-    `NearestFeatures` result, without signs, so that features with the same neighbours are near. The axes have no unit.
-    Hovering shows a feature's number, label and, with a store, firings, and the colour is then the firing rate. Dead
-    features are left
-    out: those that never fire in the `store` or, without one, were dead at the end of training; and features without
-    any neighbour.
+    Similarity is the cosine of decoder rows, its absolute value where codes are signed, or the cosine of rows of a
+    `NearestFeatures` result, without signs, so that features with the same neighbors are near. The axes have no unit.
+    Hovering shows a feature's number, label and, with a store, firings, and the color is then the firing rate. Dead
+    features are left out: those that never fire in the `store` or, without one, were dead at the end of training; and
+    features without any neighbor.
 
     Args:
         source: SAE whose decoder rows are compared, or result of `nearest_features`.
@@ -234,10 +231,9 @@ def plot_feature_map(
     figure.update_yaxes(title_text="t-SNE 2 (no unit)", showticklabels=False, showgrid=False, zeroline=False)
     drawn = f"{len(shown):,} of {len(alive):,} live features, drawn with seed {seed}"
     counted = drawn if len(shown) < len(alive) else f"{len(alive):,} live features"
-    note = (
-        f"{counted}; {width - len(alive):,} dead left out; near: alike by {_measure(source)}; {_tokens(source, store)}"
-    )
-    return apply_layout(figure, "Features by likeness", note, 520)
+    counted += f"; {width - len(alive):,} dead left out"
+    note = f"{counted}; near: similar by {_measure(source)}; {_tokens(source, store)}"
+    return apply_layout(figure, "Features by similarity", note, 520)
 
 
 def _is_alive(source: SAE | NearestFeatures, store: FeatureStore | None) -> Bool[np.ndarray, "d_sae"]:
@@ -266,7 +262,7 @@ def _compare(source: SAE | NearestFeatures, shown: Int[np.ndarray, "n"]) -> Floa
         return np.abs(cosines) if source.cfg.activation.signed else cosines
     from scipy.sparse import csr_matrix
 
-    # neighbours outside the drawn sample count for similarity too
+    # neighbors outside the drawn sample count for similarity too
     known = source.indices[shown] >= 0
     entries = np.abs(source.values[shown])[known], (np.nonzero(known)[0], source.indices[shown][known])
     itself = np.ones(len(shown)), (np.arange(len(shown)), shown)
@@ -323,7 +319,7 @@ def _describe(feature: int, labels: Mapping[int, str], store: FeatureStore | Non
 
 def _measure(source: SAE | NearestFeatures) -> str:
     if isinstance(source, NearestFeatures):
-        return f"|{source.by}| and by the neighbours they share"
+        return f"|{source.by}| and by the neighbors they share"
     return "|cosine| of decoder rows" if source.cfg.activation.signed else "cosine of decoder rows"
 
 

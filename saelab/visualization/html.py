@@ -16,6 +16,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+INLINE = re.compile(r"<script(?: type=\"text/javascript\")?>(.*?)</script>", re.DOTALL)
+# between the light and the dark of the page's style
+PLUS, MINUS, OWN, OTHER = "#e07422", "#387ddf", "#37919a", "#848e99"
+SERIES = (OWN, "#c2559d", "#b58a1a", "#8066cf", "#6f9440", OTHER)
+"""Colors of lines that stand for no sign."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"
+TITLE_HEIGHT, LINE_HEIGHT, LEGEND_WIDTH = 44, 22, 28
+
 
 def escape(text: object) -> str:
     """Text escaped for HTML elements and for attributes in double quotes.
@@ -53,9 +62,6 @@ def embed(figure: "Figure", name: str, follow: str, first: bool = True) -> Scrip
     made = Scripted(drawn.replace("\r\n", "\n"))  # as a browser reads it, and so hashes it
     made.scripts = tuple(INLINE.findall(made))
     return made
-
-
-INLINE = re.compile(r"<script(?: type=\"text/javascript\")?>(.*?)</script>", re.DOTALL)
 
 
 def write_policy(scripts: Sequence[str] = (), files: str = "") -> str:
@@ -128,15 +134,6 @@ def decimal(x: float, digits: int = 2) -> str:
     return "-" if x != x else f"{x:.{digits}f}"
 
 
-# between the light and the dark of the page's style
-PLUS, MINUS, OWN, OTHER = "#e07422", "#387ddf", "#37919a", "#848e99"
-SERIES = (OWN, "#c2559d", "#b58a1a", "#8066cf", "#6f9440", OTHER)
-"""Colours of lines that stand for no sign."""
-DASHES = ("solid", "dash", "dot", "dashdot")
-CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,0.25)"
-TITLE_HEIGHT, LINE_HEIGHT, LEGEND_WIDTH = 44, 22, 28
-
-
 def escape_plotly(text: object, width: int = 60) -> str:
     """Text escaped so that plotly shows it literally, without tags or formulas, in at most four lines of `width`.
 
@@ -188,7 +185,7 @@ def write_over(figure: "Figure", text: str) -> None:
 
 
 def line_of(i: int) -> dict[str, Any]:
-    """Colour and dash of the i-th line of a figure with many."""
+    """Color and dash of the i-th line of a figure with many."""
     return {"color": SERIES[i % len(SERIES)], "dash": DASHES[i // len(SERIES) % len(DASHES)]}
 
 

@@ -58,7 +58,7 @@ AXES: dict[MeasureName, str] = {
 }
 LOG = ("kl", "prompt_kl", "perplexity")
 BAND = 0.16  # opacity of an interval
-# the figure is drawn on a canvas of its own: the colour of its text is the page's, again when that turns dark or light
+# the figure is drawn on a canvas of its own: the color of its text is the page's, again when that turns dark or light
 FOLLOW_THE_PAGE = """
 const plot = document.getElementById("{plot_id}");
 function paint() {
@@ -67,15 +67,24 @@ function paint() {
 paint();
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 """
+SCALE = 6.0  # nats at which a color is strongest
+ROW = "border-top: 1px solid var(--rule); padding: .2rem 0 .6rem; margin: .6rem 0 0"
+COLUMNS = "grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: 0 1.6rem"
+SIGNED = [[0.0, MINUS], [0.5, "rgba(56,125,223,0.04)"], [0.5, "rgba(224,116,34,0.04)"], [1.0, PLUS]]
+EFFECT_OPACITY = 0.7  # opacity of the largest effect: the text stays readable on it
+WIDEST = 40  # columns whose names are still written out
+N_COLUMNS = 12  # of a table
+RGB = {True: "222 110 24", False: "38 112 214"}
 
 
 def plot_dose_response(curve: SteeringCurve, measures: Sequence[AnyMeasure] = ()) -> "Figure":
-    """Dose-response curves: measures against steering strength, a panel each, a line per source, bands for intervals.
+    """Dose-response curves: one panel per measure against strength, one line per source, bands for 95 % intervals.
 
-    Each measure is given by its name or as a `Measure`. By default: the effect on the concept (gain and selectivity, or
-    score), the KL divergence it costs, and the perplexity of the generated text under the unsteered model; KL and
-    perplexity on a log axis. Lines pass through the unsteered model at the strength that changes nothing. ValueError
-    for a measure that the curve does not have.
+    Each measure is given by its name or as a `Measure`. By default the effect on the concept (gain, and selectivity or,
+    without other concepts, lift; for a scored concept its score and the repetition), the KL divergence that it costs in
+    nats, and the perplexity of the generated text under the unsteered model; KL and perplexity on a log axis. Lines
+    pass through the unsteered model at the strength that changes nothing, but for KL, which is 0 there. ValueError for
+    a measure that the curve does not have.
     """
     from plotly.subplots import make_subplots
 
@@ -143,7 +152,10 @@ def plot_tradeoff(curve: SteeringCurve, measure: AnyMeasure | None = None) -> "F
 
 
 def show_curve(curve: SteeringCurve, note: str = "") -> str:
-    """A self-contained HTML page of a steering curve: summary, both figures, and all numbers; text is escaped."""
+    """A self-contained HTML page of a steering curve: summary, both figures, and all numbers; text is escaped.
+
+    `note` is added to the line under the title.
+    """
     figures = [plot_tradeoff(curve), plot_dose_response(curve)]
     drawn = [
         embed(figure.update_layout(paper_bgcolor=CLEAR), f"figure-{i}", FOLLOW_THE_PAGE, first=not i)
@@ -256,17 +268,13 @@ def draw_curve(curve: SteeringCurve) -> str:
 
 register_drawing(SteeringCurve, draw_curve)
 
-SCALE = 6.0  # nats at which a colour is strongest
-ROW = "border-top: 1px solid var(--rule); padding: .2rem 0 .6rem; margin: .6rem 0 0"
-COLUMNS = "grid-template-columns: repeat(auto-fit, minmax(min(16rem, 100%), 1fr)); gap: 0 1.6rem"
-
 
 def draw_texts(texts: GenerationComparison) -> str:
     """Texts in columns as one HTML element, a card for each prompt; all text is escaped.
 
-    A token's colour is log p' - log p, its log-probability under the steered model minus that under the unsteered one:
+    A token's color is log p' - log p, its log-probability under the steered model minus that under the unsteered one:
     orange where steering made it more likely, blue where less likely, strongest at six nats. Both are in the token's
-    title. Unsteered text next to several steered ones is not coloured.
+    title. Unsteered text next to several steered ones is not colored.
     """
     legend = "Orange: tokens that steering made likelier, blue: less likely; strongest at 6 nats."
     described = "".join(f'<p class="dim">{escape(f"{name}: {what}")}</p>' for name, what in texts.interventions.items())
@@ -292,7 +300,7 @@ def _draw_column(name: str, cost: str, text: ScoredText) -> str:
 
 
 def _draw_token(word: str, log_probs: Mapping[str, float], steered: str | None) -> str:
-    """A token with its log-probabilities as the title, coloured by their difference where there is one."""
+    """A token with its log-probabilities as the title, colored by their difference where there is one."""
     title = "log p: " + ", ".join(f"{reader} {value:.2f}" for reader, value in log_probs.items())
     change = log_probs[steered] - log_probs[UNSTEERED] if steered is not None else 0.0
     alpha = STRONGEST * min(1.0, abs(change) / SCALE)
@@ -311,18 +319,12 @@ def _draw_alone(texts: GenerationComparison) -> str:
 
 register_drawing(GenerationComparison, _draw_alone)
 
-SIGNED = [[0.0, MINUS], [0.5, "rgba(56,125,223,0.04)"], [0.5, "rgba(224,116,34,0.04)"], [1.0, PLUS]]
-EFFECT_OPACITY = 0.7  # opacity of the largest effect: the text stays readable on it
-WIDEST = 40  # columns whose names are still written out
-N_COLUMNS = 12  # of a table
-RGB = {True: "222 110 24", False: "38 112 214"}
-
 
 def plot_attribution(attribution: Attribution, n: int = 15) -> "Figure":
     """A heat map of attribution effects: the features with the largest effects by tokens of the prompt.
 
     Two more rows show the summed effects of all other features and of the reconstruction errors. x: tokens; y: the `n`
-    features whose effects have the largest summed size; colour: change of the metric when the code is replaced, in the
+    features whose effects have the largest summed size; color: change of the metric when the code is replaced, in the
     metric's units, blue where the metric falls. ValueError for `n` below 1.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.TopK(k=4)))
@@ -354,7 +356,7 @@ def _effects_of(attribution: Attribution, chosen: np.ndarray) -> Float[np.ndarra
 def plot_patching(patching: Patching) -> "Figure":
     """A heat map of denoising scores from activation patching, with the first source at the bottom.
 
-    x: positions, as corrupt>clean where the prompts differ; y: what was patched; colour: share of the difference
+    x: positions, as corrupt>clean where the prompts differ; y: what was patched; color: share of the difference
     between corrupt (0) and clean (1) that the patch restores. Without scores, the figure shows the reason as text.
     """
     columns = [patching.name_column(i) for i in range(len(patching.positions))]
@@ -375,7 +377,7 @@ def _number(tokens: Sequence[str]) -> list[str]:
 def _draw_cells(
     cells: np.ndarray, rows: list[str], columns: list[str], most: float | None = None, named: Sequence[int] = ()
 ) -> "Figure":
-    """A heat map with colours from -most to most and rows from the top; columns in `named` always show their names."""
+    """A heat map with colors from -most to most and rows from the top; columns in `named` always show their names."""
     from plotly.graph_objects import Figure, Heatmap
 
     known = np.abs(cells[np.isfinite(cells)])
@@ -404,7 +406,7 @@ def _draw_cells(
 
 
 def draw_attribution(attribution: Attribution) -> str:
-    """An HTML view of an attribution: the prompt with tokens coloured by effect, and the largest effects; text is
+    """An HTML view of an attribution: the prompt with tokens colored by effect, and the largest effects; text is
     escaped.
     """
     lines = str(attribution).split("\n")

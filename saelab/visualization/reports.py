@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 
 LOCAL_FILES = "'self' file:"
 """Content-Security-Policy sources for card files in the page's own folder, loaded when they are needed"""
+N_SHOWN = 12
+"""number of features shown per token, the strongest first"""
+PER_FILE = 100
+N_SEARCHED = 6
+"""Number of windows whose text the search covers for each feature, of both signs."""
+PAGE, NAME = "index.html", "report.json"
+FILES = (PAGE, NAME, "cards-*.js")
+ON_ONE_PAGE = 200
+"""Number of features up to which a folder holds one page and no further files."""
 
 
 def fill_page(title: str, summary: str, data: Mapping[str, Any], cards: Mapping[int, str]) -> str:
@@ -151,10 +160,6 @@ def _format_number(x: float | None) -> str:
     return "-" if x is None or x != x else f"{x:.4g}"
 
 
-N_SHOWN = 12
-"""number of features shown per token, the strongest first"""
-
-
 def read_prompts(sae: "SAE", model: "Model", prompts: Sequence[str], origin: Provenance) -> list[dict[str, Any]]:
     """The words of each prompt, and for each word the features that fire there with their codes, largest |z| first.
 
@@ -173,15 +178,6 @@ def read_prompts(sae: "SAE", model: "Model", prompts: Sequence[str], origin: Pro
     return [
         {"words": list(one.words), "codes": [list(codes.items())[:N_SHOWN] for codes in one.by_word]} for one in found
     ]
-
-
-PER_FILE = 100
-N_SEARCHED = 6
-"""Number of windows whose text the search covers for each feature, of both signs."""
-PAGE, NAME = "index.html", "report.json"
-FILES = (PAGE, NAME, "cards-*.js")
-ON_ONE_PAGE = 200
-"""Number of features up to which a folder holds one page and no further files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +210,7 @@ def report(
     progress: bool = True,
     **choice: Any,
 ) -> Report:
-    """Write a report of a feature store: a searchable list of features, a card for each, and a summary.
+    """Write a report of a feature store: searchable list of features, cards, summary; returns its path and size.
 
     The report opens from the disk and loads nothing from the network. Text from outside is escaped.
 
@@ -234,7 +230,7 @@ def report(
         comparison: result of `compare(store, other)` for the two stores; None computes it with default options.
         title: title of the page; empty names the store.
         progress: whether to show progress bars.
-        **choice: options of `examples`, such as `n_top`.
+        **choice: options of `max_activating_examples`, such as `n_top`.
 
     Raises:
         ValueError: a feature does not exist, the SAE or model is not the store's, prompts are given without SAE and

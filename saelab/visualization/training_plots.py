@@ -35,7 +35,7 @@ SYMBOLS = {"untrained": "triangle-up-open", "random": "x-thin-open", "pca": "dia
 
 
 def plot_training(source: History | Mapping[str, History]) -> "Figure":
-    """Training curves of one run, or of several by name: losses, L0, dead latents and learning rate, a panel each.
+    """Training curves of one run, or of several by name: losses, L0, dead latents and learning rate, one panel each.
 
     x: tokens seen; y: mean since the previous entry, losses as shares of the activations' variance, L0 in latents per
     token, dead latents as a share. A run is the folder that `fit` wrote to, or an SAE's `history_`; SAEs that were
@@ -124,7 +124,7 @@ def plot_frontier(
     """Fidelity against sparsity of SAEs by name; evaluations in a list are joined by a line.
 
     x: L0, latents that fire per token, log scale; y: FVU, log scale, or the loss recovered; bars are the 95 % intervals
-    of `evaluate`. Baselines are open grey marks, each at its own L0. Evaluations without a positive L0 or a finite `y`
+    of `evaluate`. Baselines are open gray marks, each at its own L0. Evaluations without a positive L0 or a finite `y`
     (above 0 for FVU) are left out and counted in the note; ValueError where none remains.
     """
     from plotly.graph_objects import Figure

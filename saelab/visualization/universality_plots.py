@@ -45,14 +45,20 @@ VALUES: dict[str, str] = {
     "median": "Median similarity to the best partner",
 }
 ABOVE_CHANCE = [[0.0, "rgba(128,128,128,0.08)"], [1.0, "rgba(55,145,154,0.65)"]]
-"""Colours on which text is readable with light and dark backgrounds."""
+"""Colors on which text is readable with light and dark backgrounds."""
+N_SHOWN = 3
+"""number of windows shown of each sign"""
+CHOICE: dict[str, Any] = {"n_top": N_SHOWN, "n_quantiles": 0, "n_near": 0, "n_random": 0}
+MOST_PARTNERS = 6
+MARKS = {1: "+", 0: "", -1: "\u2212"}
+SEVERAL = {"split": "split there into", "halves": "its signs are apart there:", "copies": "there several times:"}
 
 
 def plot_matches(comparison: Comparison) -> "Figure":
     """A histogram of the similarity of every live feature's best partner, for both dictionaries, with null
     distribution.
 
-    x: |similarity|, 0 to 1; y: number of features. Universal features have a colour of their own, as have flipped
+    x: |similarity|, 0 to 1; y: number of features. Universal features have a color of their own, as have flipped
     matches where codes are signed. Features without a partner, which fire together with none often enough, are a
     separate bar at the left. Lines mark the median and the 95th percentile under the null.
     """
@@ -79,7 +85,7 @@ def plot_matches(comparison: Comparison) -> "Figure":
 
 
 def _kinds(side: Matches, signed: bool) -> dict[str, tuple[str, np.ndarray]]:
-    """Colour and features of each kind of match, from the lowest in the stack."""
+    """Color and features of each kind of match, from the lowest in the stack."""
     common, flipped = side.live & side.universal, np.nan_to_num(side.similarity) < 0
     rest = "not universal", (OTHER, side.live & ~side.universal)
     if not signed:
@@ -119,7 +125,7 @@ def _mark_chance(figure: "Figure", row: int, name: str, level: float) -> None:
 def plot_layers(comparisons: Mapping[tuple[str, str], Comparison], value: Value = "count") -> "Figure":
     """A heat map of comparisons, layers by layers: how many of the row's features are found in the column.
 
-    The colour is (value - chance) / (1 - chance): 0 at chance, whatever its level. Names that occur as rows and columns
+    The color is (value - chance) / (1 - chance): 0 at chance, whatever its level. Names that occur as rows and columns
     make the map square: a pair that is given once fills both cells, each for its own row's features. ValueError for no
     comparisons or another value.
 
@@ -157,7 +163,7 @@ def plot_layers(comparisons: Mapping[tuple[str, str], Comparison], value: Value 
     )
     for i, line in enumerate(cells):
         for j, cell in enumerate(line):
-            if cell is not None:  # annotations are in the colour of the page's text, whatever is behind them
+            if cell is not None:  # annotations are in the color of the page's text, whatever is behind them
                 figure.add_annotation(x=j, y=i, text=cell.text, showarrow=False, font={"size": 13})
     grid = {"showgrid": False, "zeroline": False}
     figure.update_xaxes(title_text="found in", tickvals=list(range(len(columns))), ticktext=_names(columns), **grid)
@@ -267,13 +273,6 @@ def draw_universal(found: UniversalTable) -> str:
 
 
 register_drawing(UniversalTable, draw_universal)
-
-N_SHOWN = 3
-"""number of windows shown of each sign"""
-CHOICE: dict[str, Any] = {"n_top": N_SHOWN, "n_quantiles": 0, "n_near": 0, "n_random": 0}
-MOST_PARTNERS = 6
-MARKS = {1: "+", 0: "", -1: "\u2212"}
-SEVERAL = {"split": "split there into", "halves": "its signs are apart there:", "copies": "there several times:"}
 
 
 @dataclass(frozen=True, eq=False)

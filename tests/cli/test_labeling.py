@@ -24,7 +24,7 @@ PREDICATES = [Predicate("words of weather", lambda view: view.mark_words(WORDS._
 
 @pytest.fixture(scope="module")
 def harvested(tmp_path_factory) -> Path:
-    """Unit 0 fires on hot and negatively on cold, unit 1 on both, 2 never; 80 documents of 25 words.
+    """Feature 0 fires on hot and negatively on cold, feature 1 on both, 2 never; 80 documents of 25 words.
 
     Of 40 held-out documents .94^25 = .21 are silent of both words, 9 +- 2.6, and of one .47; 4 are needed."""
     sae = sl.SAE(sl.SAEConfig(d_in=3, d_sae=3, activation=sl.AbsTopK(k=2), normalizer="none"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.stores.feature_store import LOWEST, N_BINS
+from saelab.stores.feature_statistics import LOWEST, N_BINS
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes, round_values
 

@@ -9,7 +9,7 @@ from unchecked import unchecked
 
 import saelab as sl
 from saelab.evaluation.feature_classifiers import encode_csr
-from saelab.evaluation.sparse_control import TOLD, EditTask, edit_sparsely, evaluate_sparse_control, weigh_codes
+from saelab.evaluation.sparse_control import ORIGINAL, EditTask, edit_sparsely, evaluate_sparse_control, weigh_codes
 from saelab.evaluation.supervised_dictionary import fit_supervised_dictionary, mark_values, score_attributes
 from saelab.probing.concept_removal import erase_concept
 from saelab.probing.linear_directions import (
@@ -26,7 +26,7 @@ from saelab.synthetic.vocabulary import VOCABULARY
 LAST, FIRST = "blocks.2.hook_resid_post", "blocks.0.hook_resid_pre"
 
 
-def told(n=200, seed=0):
+def make_rows(n=200, seed=0):
     """Two attributes that go together, and the activations that they add up to."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     who = rng.integers(0, 4, n)
@@ -36,7 +36,7 @@ def told(n=200, seed=0):
 
 
 def test_least_squares_find_planted_vectors_where_means_count_twice():
-    x, attributes, (u, v) = told()
+    x, attributes, (u, v) = make_rows()
     fits = {method: fit_supervised_dictionary(x, attributes, method) for method in ("means", "least-squares")}
     least = fits["least-squares"]
     torch.testing.assert_close(least.decode(least.encode(attributes)), x, rtol=1e-4, atol=1e-4)
@@ -51,10 +51,10 @@ def test_least_squares_find_planted_vectors_where_means_count_twice():
 
 
 def test_an_edit_of_an_attribute_is_the_other_prompt():
-    x, attributes, _ = told()
+    x, attributes, _ = make_rows()
     other = [one | {"who": f"p{(int(one['who'][1]) + 1) % 4}"} for one in attributes]
     wanted = x.clone()
-    u = told()[2][0]
+    u = make_rows()[2][0]
     who = torch.tensor([int(one["who"][1]) for one in attributes])
     wanted += u[(who + 1) % 4] - u[who]
     edited = fit_supervised_dictionary(x, attributes, "least-squares").edit(x, attributes, other)
@@ -107,7 +107,7 @@ def test_found_split_and_occluded_values_are_told_apart():
     assert (one.n_found, one.n_split, one.n_occluded, one.n_values) == (2, 1, 1, 7)
     assert one.f1_always == pytest.approx(1 / 4, abs=0.03) and one.f1 < one.f1_union < one.f1_probe
     assert one.place == "here"
-    # of a value that holds of nearly all, a feature that always fires tells nothing
+    # of a value that holds of nearly all, a feature that always fires is no evidence
     mostly = {"often": (rng.random(n) < 0.8)[:, None]}
     often = score_attributes(torch.ones(n, 1), x, mostly, np.arange(n) < n // 2)[0]
     assert often.f1 > 0.85 and often.n_found == 0 == often.n_split
@@ -124,15 +124,15 @@ LETTERS = "abcdefgh"
 
 
 def letter_task(tiny, order):
-    """Prompts of one letter; told otherwise, of the letter four further on. At the end all rests on the letter."""
+    """Prompts of one letter; edited, of the letter four further on. At the end all rests on the letter."""
     ids = torch.tensor([tiny.tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in LETTERS])[order]
     other = ids.roll(-4, 0)
-    versions = {TOLD: ids, "letter": other}
+    versions = {ORIGINAL: ids, "letter": other}
     rows = {
         name: torch.cat([torch.full((len(v), 1), 0), v, torch.full((len(v), 2), 9)], 1) for name, v in versions.items()
     }
     letters = [LETTERS[i] for i in order]
-    x = sl.lm.logits(tiny, rows[TOLD][:, :2])[:, -1].argmax(-1)
+    x = sl.lm.logits(tiny, rows[ORIGINAL][:, :2])[:, -1].argmax(-1)
     y = sl.lm.logits(tiny, rows["letter"][:, :2])[:, -1].argmax(-1)
     return EditTask(
         model=tiny,
@@ -142,7 +142,7 @@ def letter_task(tiny, order):
         places=torch.full((len(ids), 1), -1),
         place_names=("end",),
         attributes={
-            TOLD: [{"letter": a} for a in letters],
+            ORIGINAL: [{"letter": a} for a in letters],
             "letter": [{"letter": a} for a in letters[4:] + letters[:4]],
         },
         answers=x,
@@ -158,7 +158,7 @@ def task(tiny):
 @pytest.fixture(scope="module")
 def control(task):
     """An SAE whose only latent at each letter is that letter's, and one that was never trained."""
-    x = task.activations[TOLD][:, 0]
+    x = task.activations[ORIGINAL][:, 0]
     centered = x - x.mean(0)
     exact = sl.SAE(sl.SAEConfig(d_in=32, d_sae=8, activation=sl.TopK(k=1), normalizer="none", dictionary="free"))
     with torch.no_grad():
@@ -199,8 +199,8 @@ def test_a_feature_for_each_letter_is_found(control):
 
 @unchecked()
 def test_tasks_must_match(task):
-    with pytest.raises(ValueError, match="Versions must be 'as told' and edits of one shape"):
-        replace(task, ids={TOLD: task.ids[TOLD], "letter": task.ids["letter"][:, :-1]})
+    with pytest.raises(ValueError, match="Versions must be 'original' and edits of one shape"):
+        replace(task, ids={ORIGINAL: task.ids[ORIGINAL], "letter": task.ids["letter"][:, :-1]})
     with pytest.raises(ValueError, match="`place_names` must name 1 places"):
         replace(task, place_names=("a", "b"))
     with pytest.raises(ValueError, match="must rebuild activations of width 32"):
@@ -213,15 +213,15 @@ def test_tasks_must_match(task):
 
 def test_name_prompts_differ_in_what_they_say():
     for versions in name_edits(5, seed=4):
-        first = versions[TOLD]
-        assert list(versions) == [TOLD, *NAME_EDITS]
+        first = versions[ORIGINAL]
+        assert list(versions) == [ORIGINAL, *NAME_EDITS]
         for edit, prompt in versions.items():
             assert len(prompt.ids) == len(first.ids) and prompt.giver_at == first.giver_at
             words = [VOCABULARY[i] for i in prompt.ids.tolist()]
             assert words[prompt.giver_at] == prompt.attributes["giver"] and words[-1] == "to"
             assert prompt.attributes["receiver"] in words and prompt.answer != prompt.other_answer
             changed = {name for name in first.attributes if first.attributes[name] != prompt.attributes[name]}
-            assert changed == {TOLD: set(), "roles": {"giver", "receiver", "order"}}.get(edit, {edit})
+            assert changed == {ORIGINAL: set(), "roles": {"giver", "receiver", "order"}}.get(edit, {edit})
         assert versions["roles"].answer == first.other_answer
         assert len((versions["roles"].ids != first.ids).nonzero()) == 1
         assert len((versions["order"].ids != first.ids).nonzero()) == 2
@@ -272,7 +272,7 @@ def test_the_planted_feature_is_chosen_and_what_it_leaves_is_chance_or_less(remo
     first = removal["untouched"]
     rare = 6 / (N_WORDS / 3) / 2  # see below
     assert first.concept.accuracy > 1 - rare and first.accuracy_of_others > 1 - rare and first.size == 0 == first.n
-    # one side alone leaves the other, so absence is still told; and nothing is taken from tokens without the concept
+    # one side alone leaves the other, so absence is still encoded; and nothing is taken from tokens without the concept
     assert removal["features"].concept.accuracy > 1 - rare and removal["features"].size == 0
 
 

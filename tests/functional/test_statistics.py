@@ -128,6 +128,10 @@ def test_a_union_is_what_trying_all_finds():
             break
         expected.append(int(np.argmax(gains)))
         predicted, best = predicted | fires[:, expected[-1]], max(gains)
-    found = classifier_union(fires[y].sum(0), fires.sum(0), y, lambda i: np.flatnonzero(fires[:, i]))
+    found = classifier_union(
+        fires[y].sum(0), fires.sum(0), y, lambda i: np.flatnonzero(fires[:, i]), lambda mask: mask.astype(int) @ fires
+    )
     assert found == expected and len(found) > 2
-    assert classifier_union(np.zeros(3, int), np.arange(3), y, lambda i: np.arange(i)) == []
+    assert (
+        classifier_union(np.zeros(3, int), np.arange(3), y, lambda i: np.arange(i), lambda mask: np.zeros(3, int)) == []
+    )

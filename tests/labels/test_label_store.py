@@ -50,7 +50,7 @@ def book(tmp_path: Path) -> LabelStore:
 
 @pytest.fixture
 def store(tmp_path: Path) -> sl.FeatureStore:
-    """Unit 0 tells hot (+) from cold (-), unit 1 fires on "the", unit 2 never."""
+    """Feature 0 separates hot (+) from cold (-), feature 1 fires on "the", feature 2 never."""
     return harvest(tmp_path / "store", seed=0)
 
 

@@ -116,7 +116,7 @@ def test_an_edit_that_the_model_does_not_feel_is_refused() -> None:
     sizes = {"hidden_size": 32, "num_key_value_heads": 2, "num_local_experts": 4, **LLAMA_LIKE}
     _, model = random_model("MixtralForCausalLM", "MixtralConfig", **sizes)
     ids, name = some_ids(), "blocks.0.mlp.gate.hook_out"
-    with pytest.raises(ValueError, match="beside its path"), replace_activations(model, {name: torch.zeros_like}):
+    with pytest.raises(ValueError, match="not on its path"), replace_activations(model, {name: torch.zeros_like}):
         logits(model, ids)
     seen: list[Tensor] = []
     with replace_activations(model, {name: lambda x: seen.append(x) or x}):  # reading is no edit

@@ -103,7 +103,7 @@ def _empty_tokenizer() -> Any:
 
 def test_weights_must_be_whole_and_of_floating_point(tmp_path: Path) -> None:
     folder = saved(llama(), tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ValueError, match="quantised by gptq"):
+    with pytest.raises(ValueError, match="quantized by gptq"):
         load_model(folder, device="cpu")
     tokenizer = tiny_model().tokenizer
     with pytest.raises(ValueError, match="whole on one device"):

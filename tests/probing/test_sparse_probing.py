@@ -89,6 +89,11 @@ def test_labeled_rows_are_those_of_collect_and_no_other_text_is_run(tiny, tiny_t
     assert torch.equal(labels.flatten()[nearest], found.y)
     again = collect_labeled(tiny, tiny_tokens, labels, POINT, n_tokens=40, seed=1)
     assert torch.equal(found.x, again.x)
+    several = sl.lm.TokenLabels.of({"here": labels, "elsewhere": ~labels})
+    named = collect_labeled(tiny, tiny_tokens, several, POINT, concept="here", n_tokens=40, seed=1)
+    assert torch.equal(found.x, named.x) and torch.equal(found.y, named.y)
+    with pytest.raises(ValueError, match="must be one of the labels"):
+        collect_labeled(tiny, tiny_tokens, several, POINT)
     run = []
     monkeypatch.setattr(
         "saelab.probing.labeled_activations.capture", lambda m, ids, p: run.append(len(ids)) or sl.lm.capture(m, ids, p)
@@ -118,6 +123,10 @@ def test_a_rival_fires_as_often_and_has_nothing_to_do_with_the_concept(store):
         allowed = [j for j in range(len(fires)) if j != feature and fires[j] and r[j] <= limit]
         assert len(allowed) > 3 and sorted(apart[rivals]) == pytest.approx(sorted(apart[allowed])[:3])
         assert feature not in rivals and r[rivals].max() <= limit
+    several = sl.lm.TokenLabels.of({"fires": labels, "quiet": ~labels})
+    assert rivals == density_matched_features(store, feature, several, concept="fires", n=3, most_correlated=limit)
+    with pytest.raises(ValueError, match="must have a mark for each"):
+        density_matched_features(store, feature, labels[1:])
     assert rivals[0] not in density_matched_features(store, feature, n=2, most_correlated=limit, avoid=(rivals[0],))
     with pytest.raises(ValueError, match="must leave 41 features"):
         density_matched_features(store, feature, n=41)

@@ -12,7 +12,7 @@ import torch
 
 import saelab as sl
 from saelab.collecting.reader import ActivationReader
-from saelab.evaluation.sparse_control import TOLD, EditTask
+from saelab.evaluation.sparse_control import ORIGINAL, EditTask
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import is_same_weights, sketch_weights
 from saelab.sae.compatibility import match_weights
@@ -69,8 +69,8 @@ def compare_control(at: At, hook_point: str = HOOK, **how) -> None:
     ids, answers = torch.tensor([[0, 70], [0, 71], [0, 72], [0, 73]]), torch.tensor([1, 1, 2, 2])
     names = [{"letter": name} for name in "abcd"]
     task = EditTask(
-        model=at.model, hook_point=hook_point, ids={TOLD: ids, "letter": ids.flip(0)}, lengths=torch.full((4,), 2),
-        places=torch.full((4, 1), -1), place_names=("end",), attributes={TOLD: names, "letter": names[::-1]},
+        model=at.model, hook_point=hook_point, ids={ORIGINAL: ids, "letter": ids.flip(0)}, lengths=torch.full((4,), 2),
+        places=torch.full((4, 1), -1), place_names=("end",), attributes={ORIGINAL: names, "letter": names[::-1]},
         answers=answers, other_answers=answers + 1,
     )  # fmt: skip
     sl.evaluation.evaluate_sparse_control(task, task, {"a": at.sae}, ks=(1,), **how)
@@ -156,8 +156,10 @@ def test_no_function_that_takes_an_sae_and_a_model_is_left_out():
     for name, thing in things.items():
         if not inspect.isfunction(thing):
             continue
-        told = str(inspect.signature(thing))
-        if "model_checks.Model" in told and any(word in told for word in ("sae.SAE", "Intervention", "EditTask")):
+        signature = str(inspect.signature(thing))
+        if "model_checks.Model" in signature and any(
+            word in signature for word in ("sae.SAE", "Intervention", "EditTask")
+        ):
             found.add(name)
     assert found >= {"attribute", "evaluate", "patch", "steer", "steering_curve"}  # the search itself works
     assert found <= set(CALLS), found - set(CALLS)
@@ -205,7 +207,7 @@ def test_a_store_of_another_sae_is_refused(name, trained, tmp_path):
 
 
 def test_weights_tell_models_of_one_name_and_names_do_not_part_equal_weights() -> None:
-    def told(model: Any) -> Any:
+    def origin_of(model: Any) -> Any:
         tokens = sl.tokenize(model, ["Once upon a time"], ctx_len=8)
         return ActivationReader.make(model, tokens, [HOOK], TokenMask(), None).origins(tokens, 8, {})[HOOK]
 
@@ -214,7 +216,7 @@ def test_weights_tell_models_of_one_name_and_names_do_not_part_equal_weights() -
         return model
 
     mine, other, third = (renamed(sl.lm.tiny_model(seed=seed, n_layers=n)) for seed, n in ((0, 2), (1, 2), (0, 3)))
-    origin = told(mine)
+    origin = origin_of(mine)
     match_weights(origin, mine)
     for stranger in (other, third):
         with pytest.raises(ValueError, match=r"another model of that name .*checkpoint-1000 with other weights"):

@@ -11,8 +11,9 @@ import torch
 from unchecked import unchecked
 
 import saelab as sl
+from saelab.functional.metrics import find_frontier, mean_gain, read_cost, read_gain
 from saelab.steering.baselines import mark_before, steering_baselines
-from saelab.steering.curves import Measure, MeasureName, SteeringCurve, find_frontier, mean_gain, read_cost, read_gain
+from saelab.steering.curves import Measure, MeasureName, SteeringCurve
 from saelab.steering.dose_response import distinct, entropy, log_mass, repetition, steering_curve
 from saelab.steering.target_concepts import (
     ScoredConcept,

@@ -185,6 +185,23 @@ def test_rows_of_tokens_and_their_truth(stories):
         part.tokens(ctx_len=64)
 
 
+@pytest.mark.parametrize(
+    ("story", "position", "rule"),
+    [
+        (2, 0, "`story_ids` must be 0 to 1"),
+        (-1, 0, "`story_ids` must be"),
+        (0, -1, "`positions`"),
+        (0, 999, "`positions`"),
+    ],
+)
+def test_labels_are_of_tokens_that_there_are(story, position, rule):
+    part = generate_stories(2, seed=9)
+    n = int(part.offsets[1])
+    assert part.labels_at(np.array([0]), np.array([n - 1])).matrix.shape[0] == 1
+    with pytest.raises(ValueError, match=rule):
+        part.labels_at(np.array([0, story]), np.array([0, position]))
+
+
 def test_every_story_fits(stories):
     assert np.diff(stories.offsets).max() <= CTX_LEN
 

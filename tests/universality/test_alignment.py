@@ -12,7 +12,7 @@ from scipy.sparse import csc_matrix
 import saelab as sl
 from saelab.lm.tokenizers import token_strings
 from saelab.stores.corpus import StoredText
-from saelab.stores.feature_store import measure
+from saelab.stores.feature_statistics import measure
 from saelab.synthetic.tales import generate_stories
 from saelab.synthetic.vocabulary import make_tokenizer
 from saelab.universality.alignment import align_rows
@@ -199,7 +199,7 @@ def test_nothing_in_common_is_an_error():
     unread = Planted(
         StoredText(token_ids=unread.token_ids, doc_ids=unread.doc_ids, positions=unread.positions, strings={})
     )
-    with pytest.raises(ValueError, match="tokens that do not tell their text"):
+    with pytest.raises(ValueError, match="tokens of unknown text"):
         align_rows(unread, store_of(["o", "ne"], seed=1))
 
 
@@ -217,7 +217,7 @@ def test_unknown_words_leave_their_document_out():
     a, b = store_of([" <unk>", " cat"], ["fine"]), store_of(["cat", " here"], ["fi", "ne"], seed=1)
     found = align_rows(a, b)
     assert found.rows.tolist() == [2]
-    assert found.left_out["a"] == {"tokens that do not tell their text": 1}
+    assert found.left_out["a"] == {"tokens of unknown text": 1}
 
 
 def test_around_unknown_words_the_rest_of_the_document_is_aligned():
@@ -257,7 +257,7 @@ def test_around_unknown_words_the_rest_of_the_document_is_aligned():
 
 def test_documents_that_differ_are_no_versions_of_one_for_an_unknown_word():
     a, b = store_of([" <unk>", " fox", " ran"], ["fine"]), store_of(["the", " hen", " sat"], ["fine"], seed=1)
-    assert align_rows(a, b).left_out["a"] == {"tokens that do not tell their text": 1}
+    assert align_rows(a, b).left_out["a"] == {"tokens of unknown text": 1}
 
 
 def test_tokens_that_hold_several_bytes_of_a_character():

@@ -9,7 +9,7 @@ from scipy.sparse import csr_matrix
 
 import saelab as sl
 from saelab.stores.corpus import StoredText
-from saelab.stores.feature_store import measure
+from saelab.stores.feature_statistics import measure
 from saelab.universality import matching, similarity as products
 from saelab.universality.comparison import NullConfig
 from saelab.universality.matching import Nearest, assign, find_mutual, find_nearest, pooled_p
@@ -399,5 +399,5 @@ def test_untrained_dictionaries_are_a_floor() -> None:
     assert one.b.untrained is not None and one.a.untrained is not None
     many = sl.universality.compare_many([Made(a), Made(b)], untrained=list(floors), progress=False)
     assert many.floor("0", "1") == found.a.untrained.shares["count"] and "untrained" in str(many)
-    with pytest.raises(ValueError, match="stores beside stores"):
+    with pytest.raises(ValueError, match="must be stores where stores are compared"):
         sl.compare(Made(a), Made(b), untrained=sl.SAE(sl.SAEConfig(d_in=4, d_sae=64)), progress=False)

@@ -10,7 +10,7 @@ import torch
 
 import saelab as sl
 from saelab.analysis.pruning import PrunedScore
-from saelab.stores.feature_store import FeatureStatistics
+from saelab.stores.feature_statistics import FeatureStatistics
 from saelab.training.loop import FileSink
 from saelab.visualization.feature_plots import plot_activations, plot_dead_features, plot_density, plot_feature_map
 from saelab.visualization.training_plots import plot_frontier, plot_prefixes, plot_training
@@ -276,7 +276,7 @@ def test_text_is_never_markup_and_every_figure_names_axes_and_tokens(store, sae,
         said = strings(figure.to_plotly_json())
         tags = {tag for s in said for tag in re.findall(r"<[^<>]*>", s)}
         assert tags <= TAGS and "<script" not in "".join(said)
-        assert re.search(r"\d tokens", figure.layout.title.text)
+        assert re.search(r"\d(?: |<br>)tokens", figure.layout.title.text)
         for axis in (*figure.select_xaxes(), *figure.select_yaxes()):
             assert axis.title.text or axis.matches or axis.showticklabels is False
     for figure in text.values():

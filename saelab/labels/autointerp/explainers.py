@@ -20,6 +20,11 @@ from saelab.labels.label import BOTH, Label, LabelKind, average_scores, format_f
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result
 
+BLOCK = 64
+"""Number of features whose windows are held at a time."""
+ANSWERS = "answers.jsonl"
+TYPICAL = " ".join(["something"] * N_WORDS)  # stands for labels that are not known yet
+
 
 @runtime_checkable
 class Explainer(Protocol):
@@ -52,12 +57,6 @@ def _read(answer: str) -> str:
     return read_label(answer) or ""
 
 
-BLOCK = 64
-"""Number of features whose windows are held at a time."""
-ANSWERS = "answers.jsonl"
-TYPICAL = " ".join(["something"] * N_WORDS)  # stands for labels that are not known yet
-
-
 @dataclass(frozen=True, kw_only=True)
 class Unlabeled(Result):
     """A feature, or one of its signs, that has no label or lacks a score, and why."""
@@ -80,10 +79,10 @@ class LabelingResult(Result):
     missing: tuple[Unlabeled, ...]
     usage: TokenUsage
     n_sides: int = 0
-    """number of features, or signs of them, that were to be labelled"""
+    """number of features, or signs of them, that were to be labeled"""
     untrained: dict[str, float] | None = None
     """for an untrained dictionary on the same tokens, the share of sides with a label and the mean of each score; None
-    where none was labelled"""
+    where none was labeled"""
 
     @property
     def n_waiting(self) -> int:
@@ -137,7 +136,7 @@ def explain_features(
         scorers: names among "detection", "fuzzing", "contrast" and "simulation", which use the client, or `Scorer`
             objects.
         untrained: store of the same tokens by an untrained dictionary (`sl.collecting.harvest_untrained`), whose
-            features of the same numbers are labelled and scored likewise, at the same cost again; the means of its
+            features of the same numbers are labeled and scored likewise, at the same cost again; the means of its
             scores are in the result.
         answers: file of cached responses; None is answers.jsonl in the store's folder.
         asking: number of parallel requests, retries, prices and budget.
@@ -187,7 +186,7 @@ def score_labels(
     cases: ExampleConfig | None = None,
     progress: bool = True,
 ) -> LabelingResult:
-    """Labels, whoever gave them, with scores on documents that `explain_features` does not show; all are returned.
+    """Labels of any author, with scores on documents that `explain_features` does not show; all are returned.
 
     Scores of the same name are replaced.
 

@@ -20,6 +20,12 @@ from saelab.stores.results import Result
 Parsed = TypeVar("Parsed")
 BYTES_PER_TOKEN = 3.5
 """approximate value for English with much JSON in it"""
+J = TypeVar("J")
+R = TypeVar("R")
+LOOK = 0.05  # seconds between two looks at whether Ctrl-C was pressed
+T = TypeVar("T")
+FAILURES = 10
+"""Prompts in a row without a response after which the endpoint counts as broken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,11 +167,6 @@ def sum_tokens(questions: Sequence[Question]) -> tuple[int, int]:
     return sum(count_tokens(q.messages) for q in questions), sum(q.tokens_out for q in questions)
 
 
-J = TypeVar("J")
-R = TypeVar("R")
-LOOK = 0.05  # seconds between two looks at whether Ctrl-C was pressed
-
-
 def run_jobs(
     work: Callable[[J], R], jobs: Sequence[J], n_parallel: int, stop: threading.Event, interrupt: DeferredInterrupt
 ) -> Iterator[tuple[J, R]]:
@@ -226,11 +227,6 @@ def _labour(
             stop.set()
             results.put(error)
     results.put(None)
-
-
-T = TypeVar("T")
-FAILURES = 10
-"""Prompts in a row without a response after which the endpoint counts as broken."""
 
 
 class RequestQueue:

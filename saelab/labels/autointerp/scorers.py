@@ -151,7 +151,7 @@ class Fuzzing(LLMScorer):
     name = "fuzzing"
 
     def tasks(self, text: str, case: FeatureExamplesSplit) -> list[ScoringTask]:
-        """Windows in random order: every other firing window marked correctly, the rest and the near misses wrongly."""
+        """Windows in random order: half of the firing ones marked correctly, the rest and the near misses wrongly."""
         rng = self._rng(case)
         order = rng.permutation(len(case.fires)).tolist()
         right, wrong = order[::2], order[1::2]
@@ -173,7 +173,7 @@ class PairwiseDetection(LLMScorer):
     name = "contrast"
 
     def tasks(self, text: str, case: FeatureExamplesSplit) -> list[ScoringTask]:
-        """Pairs of a firing and a silent window, each window used once; the firing one is first in every other pair."""
+        """Pairs of a firing and a silent window, each window used once; the firing one comes first in half of them."""
         rng = self._rng(case)
         pairs = list(zip(case.fires, _shuffle([*case.hard, *case.easy], rng), strict=False))
         sides = [

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Integer
 
-from saelab.functional.statistics import correlation_of_sums, find_runs, move_blocks
+from saelab.functional.indices import find_runs, move_blocks
+from saelab.functional.statistics import correlation_of_sums
 from saelab.labels.rules.token_view import TokenView
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
@@ -62,7 +63,7 @@ def token_baseline(store: FeatureStore, *, train_frac: float = 0.5, seed: int = 
     """Correlation of every feature's signed codes with their prediction from the token, and from the last two tokens.
 
     Predictions are means over training documents, compared with the codes of held-out ones: the simplest explanation of
-    a feature, which a good label should beat, or match in fewer words. A pair's mean is shrunk towards that of its last
+    a feature, which a good label should beat, or match in fewer words. A pair's mean is shrunk toward that of its last
     token. Chance is measured with codes moved in blocks within the held-out documents, each block rotated by a random
     step, so that it falls on periodic text too.
     """

@@ -25,6 +25,10 @@ BLOCK_ENTRIES = 4_000_000
 """Codes held at once, unless one feature alone has more."""
 BLOCK_FEATURES = 4096
 PACKED_ROWS = 65536
+N_BLOCKS = 64
+"""Smallest number of blocks that are shifted independently when the null is measured."""
+PROMOTED_SHARE = 0.5
+"""A token counts as promoted if its effect is at least this share of the largest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,12 +195,6 @@ class SplitCounts:
 def _from_above(counts: np.ndarray) -> np.ndarray:
     """Cumulative sums over each level and those above, lowest level first, from counts with the highest first."""
     return np.cumsum(counts, axis=1, dtype=np.int64)[:, ::-1]
-
-
-N_BLOCKS = 64
-"""Smallest number of blocks that are shifted independently when the null is measured."""
-PROMOTED_SHARE = 0.5
-"""A token counts as promoted if its effect is at least this share of the largest."""
 
 
 @dataclass(frozen=True)

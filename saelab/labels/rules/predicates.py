@@ -30,6 +30,9 @@ SHARES = {
 """share of each family among the predicates that are taken from the text"""
 DISJOINT = ("token", "word", "word end", "bigram", "previous token", "next token")
 """Families of which at most one member holds on each token."""
+N_PREDICATES = 1000
+N_FIXED = 60
+"""Approximate number of conditions that do not depend on the text; the rest of `size` is taken from the text."""
 
 
 def fixed(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
@@ -67,7 +70,7 @@ def _shapes(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     }
     for kind, listed in tokens.items():
         yield from ((kind, name, view.mark(test)) for name, test in listed)
-    yield "case", "capitalised words", view.mark_words(lambda w: w[:1].isupper() and not w[1:].isupper())
+    yield "case", "capitalized words", view.mark_words(lambda w: w[:1].isupper() and not w[1:].isupper())
     yield "case", "words in capitals", view.mark_words(lambda w: len(w) > 1 and w.isupper())
     yield "digits", "numbers", view.mark_words(str.isdigit)
     yield "shape", "words of one or two letters", view.mark_words(lambda w: len(w) < 3)
@@ -90,7 +93,7 @@ def _neighbors(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     yield "previous", "after a quotation mark", view.before(quote, missing=False)
     yield "previous", "after a new line", view.before(view.mark(lambda s: "\n" in s), missing=False)
     named = view.mark_words(lambda w: w[:1].isupper()) & ~view.starts_sentence
-    yield "previous", "after a capitalised word", view.before(named & view.ends_word, missing=False)
+    yield "previous", "after a capitalized word", view.before(named & view.ends_word, missing=False)
     yield "next", "before a new word", view.after(view.starts_word, missing=False)
 
 
@@ -104,7 +107,7 @@ def _sentences(view: TokenView) -> Iterator[tuple[str, str, TokenMarks]]:
     yield "sentence", "in an exclamation", view.sentences_with(view.mark(lambda s: "!" in s))
     yield (
         "case",
-        "capitalised words inside a sentence",
+        "capitalized words inside a sentence",
         (view.mark_words(lambda w: w[:1].isupper() and w != "I") & ~_first_words(view)),
     )
     yield "quotes", "inside quotation marks", view.in_quotes
@@ -226,11 +229,6 @@ def pieces(word: str, kind: str) -> list[str]:
     return [stem.rstrip("e") if len(stem) > 3 else stem] if len(stem) > 2 else []
 
 
-N_PREDICATES = 1000
-N_FIXED = 60
-"""Approximate number of conditions that do not depend on the text; the rest of `size` is taken from the text."""
-
-
 @dataclass(frozen=True)
 class Predicate:
     """A user-defined condition: `holds` returns a boolean for each token of a `TokenView`.
@@ -309,7 +307,7 @@ def make_predicates(
     """About `size` conditions on the tokens of a store, and the caller's own, from which rules are built.
 
     About sixty do not depend on the text: case, digits, punctuation, place in word, sentence, document and sequence,
-    quotes, brackets, repetition, neighbours. The others are the most frequent tokens, words, pairs of tokens, previous
+    quotes, brackets, repetition, neighbors. The others are the most frequent tokens, words, pairs of tokens, previous
     and next tokens, suffixes, prefixes and stems of the text. A predicate on words holds on all tokens of a word; "word
     end" holds on the last token of words of several tokens, where the word is complete.
 
@@ -354,7 +352,7 @@ def make_predicates(
     joined = parts.join()
     given = [predicate.name for predicate in own] + list(concepts or ())
     if lost := [f"'{name}' ({joined.left_out[name]})" for name in given if name in joined.left_out]:
-        warnings.warn(f"Predicates that tell nothing are left out: {', '.join(lost[:5])}.", stacklevel=2)
+        warnings.warn(f"Predicates that carry no information are left out: {', '.join(lost[:5])}.", stacklevel=2)
     return joined
 
 

@@ -10,6 +10,9 @@ from saelab.labels.label import Label, LabelKind
 from saelab.stores.results import Result, format_table
 
 NO_RULE = "no good rule"
+TOKEN = "the token "
+FAMILIES = (TOKEN, "after the token ", "before the token ", "the word ", "the last token of the word ")
+QUOTED = re.compile(r"'([^']+)'|\"([^\"]+)\"")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +78,7 @@ class RuleLabels(Result):
     source: str
     untrained: dict[str, float] | None = None
     """for an untrained dictionary on the same tokens: n_sides that fire, the share with a good rule, and the median f1
-    of those; None where none was labelled"""
+    of those; None where none was labeled"""
 
     def of(self, feature: int) -> tuple[RuleLabel, ...]:
         """The rows of one feature, the positive sign first."""
@@ -102,7 +105,7 @@ class RuleLabels(Result):
         f1 = f"median F1 {np.median([row.f1 for row in self.good]):.2f}" if self.good else "none"
         mine = f"trained {len(self.good) / max(1, len(self.rows)):.1%} good, {f1}"
         if self.untrained is None:
-            return f"{mine}; no untrained dictionary was labelled beside it"
+            return f"{mine}; no untrained dictionary was labeled for comparison"
         return f"{mine}; an untrained dictionary {self.untrained['good']:.1%}, median F1 {self.untrained['f1']:.2f}"
 
     def labels(self) -> list[Label]:
@@ -156,11 +159,6 @@ def _cells(row: RuleLabel) -> list[str]:
     return [f"{row.feature}{'+' if row.sign > 0 else '-'}", *sizes, row.text]
 
 
-TOKEN = "the token "
-FAMILIES = (TOKEN, "after the token ", "before the token ", "the word ", "the last token of the word ")
-QUOTED = re.compile(r"'([^']+)'|\"([^\"]+)\"")
-
-
 def name_rule(names: Sequence[str], joined: str) -> str:
     """A rule in English, from the names of its predicates.
 
@@ -191,9 +189,9 @@ def name_output(tokens: Sequence[str]) -> str:
     """The tokens that a feature promotes, in English.
 
     >>> name_output([" cat", " dog"])
-    "says ' cat' or ' dog'"
+    "promotes ' cat' or ' dog'"
     """
-    return "says " + name_rule([repr(token) for token in tokens[:6]], "or") if tokens else ""
+    return "promotes " + name_rule([repr(token) for token in tokens[:6]], "or") if tokens else ""
 
 
 def same_word(a: str, b: str) -> bool:

@@ -48,6 +48,18 @@ MIN_SHARE = 0.01
 N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 16
 PAIR_ROWS = 768
 """Firings in training documents, drawn at random, on which pairs are selected."""
+LEVELS = (0.0, 0.4, 0.7)
+"""Shares of a side's largest |z| at which tokens are compared with it."""
+LEAST_F1 = 0.5
+"""Smallest F1 with which a token becomes a predicate."""
+N_TOKENS = 400_000
+"""Number of tokens that are used of a longer text."""
+T = TypeVar("T")
+U = TypeVar("U")
+PART_SHARE = 0.25
+"""Share of the covered firings that each part of a polysemantic feature must have."""
+OVERLAP = 0.05
+"""Share of the rarer part's tokens that may also be of the other part."""
 
 
 @dataclass(frozen=True)
@@ -192,12 +204,6 @@ def _pairs(
     return found
 
 
-LEVELS = (0.0, 0.4, 0.7)
-"""Shares of a side's largest |z| at which tokens are compared with it."""
-LEAST_F1 = 0.5
-"""Smallest F1 with which a token becomes a predicate."""
-
-
 def add_side_tokens(store: FeatureStore, predicates: Predicates, is_train: Bool[np.ndarray, "n_tokens"]) -> Predicates:
     """The predicates, with one more for each token that predicts some feature side in training documents.
 
@@ -255,16 +261,6 @@ def _best_tokens(side: np.ndarray, tokens: np.ndarray, holds: np.ndarray) -> np.
     return which[first[f1[first] >= LEAST_F1]]
 
 
-N_TOKENS = 400_000
-"""Number of tokens that are used of a longer text."""
-T = TypeVar("T")
-U = TypeVar("U")
-PART_SHARE = 0.25
-"""Share of the covered firings that each part of a polysemantic feature must have."""
-OVERLAP = 0.05
-"""Share of the rarer part's tokens that may also be of the other part."""
-
-
 def label_by_rules(
     store: FeatureStore,
     predicates: Predicates | None = None,
@@ -303,7 +299,7 @@ def label_by_rules(
         n_tokens: tokens used, spread over the text where it is longer, so that memory does not grow with it; applies
             only without `predicates` (else give predicates of `store.spread(n)`, and that store).
         untrained: store of the same tokens by an untrained dictionary (`sl.collecting.harvest_untrained`), which is
-            labelled in the same way; its share of good rules is in the result.
+            labeled in the same way; its share of good rules is in the result.
 
     Raises:
         ValueError: `predicates` have another length than the store, or a setting is out of range.

@@ -247,7 +247,7 @@ class _Readings(NamedTuple):
     """The decoded text of each token in its context; `kinds` numbers the different ones."""
 
     kinds: Int[np.ndarray, "n"]
-    """a token's id, unless it shares characters with its neighbours"""
+    """a token's id, unless it shares characters with its neighbors"""
     spelled: list[str]
     """the characters that begin in the token"""
     touched: list[str]

@@ -1,4 +1,4 @@
-"""dictionary_learning's format: `ae.pt` and, of a training run, `config.json`; seven classes, recognised by their keys.
+"""dictionary_learning's format: `ae.pt` and, of a training run, `config.json`; seven classes, recognized by their keys.
 
 Orientations and biases differ between classes. AutoEncoderNew and JumpReluAutoEncoder subtract nothing from their
 input; the others subtract their decoder's bias, under whatever name.

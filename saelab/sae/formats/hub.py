@@ -20,6 +20,7 @@ from saelab.stores.validation import read_fields, read_json
 
 OWN_FILES = ("config.json", "model.safetensors", "origin.safetensors")
 WEIGHT_SUFFIXES = (*PICKLES, *ARCHIVES, ".safetensors")
+TABLE = Path(__file__).parent / "releases.json"
 
 
 def find_source(source: str | Path, name: str | None = None, revision: str | None = None) -> SAEFiles:
@@ -63,9 +64,6 @@ def _fetch(repo: str, files: list[str], revision: str | None) -> Path:
             f"'{repo}' is no local folder and could not be fetched from the Hub ({type(error).__name__}); "
             "check the name and the connection."
         ) from error
-
-
-TABLE = Path(__file__).parent / "releases.json"
 
 
 @dataclass(frozen=True, kw_only=True)

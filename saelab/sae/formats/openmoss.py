@@ -122,7 +122,7 @@ def _find_scales(
     norms = [float(held[NORM + point].sum()) for point in points if isinstance(held.get(NORM + point), Tensor)]
     if any(not norm > 0 for norm in norms):
         raise ValueError(
-            f"The mean norms of activations must be positive, got {norms} beside {place}. Is the file whole?"
+            f"The mean norms of activations must be positive, got {norms} next to {place}. Is the file whole?"
         )
     scales = [root / norm for norm in norms]
     if len(scales) == 2:

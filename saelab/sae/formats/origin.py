@@ -17,7 +17,7 @@ from saelab.stores.validation import check_settings, require_object
 ALIASES = {"gpt2-small": "gpt2"}
 """TransformerLens' names of models that differ from the last part of their Hub id"""
 RESIDUAL = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-"""hook points where folding layer norms changes nothing, and centring what is written to the residual stream is all
+"""hook points where folding layer norms changes nothing, and centering what is written to the residual stream is all
 that matters
 """
 
@@ -177,14 +177,14 @@ def name_processing(hook_point: str | None, *, centered: bool, folded: bool) -> 
     """Weight processing of the model in saelab's terms, from the TransformerLens options it was loaded with.
 
     "folded" is what the bridge's compatibility mode makes: layer norms folded, and weights that write to the residual
-    stream centred. At hook points of the residual stream centring alone gives the same activations.
+    stream centered. At hook points of the residual stream centering alone gives the same activations.
     """
     reads_residual = hook_point is not None and hook_point.rpartition(".")[2] in RESIDUAL
     if centered and (folded or reads_residual):
         return "folded"
     if not centered and (not folded or reads_residual):
         return "none"
-    return "centred" if centered else "layer norms folded"
+    return "centered" if centered else "layer norms folded"
 
 
 def describe_mask(excludes_special: bool | None, start: int = 0, stop: int | None = None) -> dict[str, Any]:

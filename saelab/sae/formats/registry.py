@@ -22,6 +22,7 @@ from saelab.stores.files import replace_folder
 from saelab.stores.manifest import Provenance
 
 OWN = "saelab"
+Named = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,6 @@ def read_foreign(source: SAEFiles, format: str, overrides: SAEFacts) -> ParsedSA
     return READERS[format].read(source, overrides)
 
 
-Named = Mapping[str, Tensor]
-
-
 @dataclass(frozen=True)
 class FormatWriter:
     """Functions of one format: `describe` gives the configuration, `find_parts` the weights, `write` writes the
@@ -125,7 +123,7 @@ class FormatWriter:
     find_parts: Callable[[SAEModule], dict[str, Tensor]]
     write: Callable[[Path, dict[str, Any], Named, Named], None]
     last: str
-    """the file by which the format is recognised; written last"""
+    """the file by which the format is recognized; written last"""
     find_extras: Callable[[SAEModule], dict[str, Tensor]] = lambda coder: {}
 
 

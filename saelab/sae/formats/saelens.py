@@ -37,6 +37,8 @@ CODE_SCALE = "scaling_factor"
 """factor on codes before decoding, in files from before 6.0"""
 OURS = "saelab"
 """key in `metadata` under which saelab stores what SAELens' format cannot express"""
+VERSION = "6.0.0"
+"""SAELens version whose configuration is written"""
 
 
 def recognize(source: SAEFiles) -> bool:
@@ -214,10 +216,6 @@ def _read_facts(metadata: dict[str, Any], ours: dict[str, Any]) -> SAEFacts:
         provenance=ours.get("provenance"),
         complete=bool(ours),
     )
-
-
-VERSION = "6.0.0"
-"""SAELens version whose configuration is written"""
 
 
 def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:

@@ -25,6 +25,13 @@ from saelab.stores.files import await_settled
 from saelab.stores.tensors import TensorFile, TensorSpec, map_tensor
 from saelab.stores.validation import check_settings, read_json
 
+ARCHIVES = (".npz",)
+PICKLES = (".pt", ".pth", ".bin")
+SMALL = 2**24  # bytes up to which a compressed array may have any compression ratio
+MAX_RATIO = 20  # largest compression ratio of a larger array: weights hardly compress
+NAMED = re.compile(r"GLOBAL ([\w.]+)")  # function or class that a pickle refers to, in PyTorch's message
+LOCAL_HEADER = 30  # bytes before a member's name in a zip file
+
 
 class Metadata(TypedDict, total=False):
     """Metadata of a SAELens SAE; in files from before 6.0 the same keys are in the configuration itself."""
@@ -94,14 +101,6 @@ class Said(Metadata, total=False):
     dataset_average_activation_norm: dict[str, float] | None
 
 
-ARCHIVES = (".npz",)
-PICKLES = (".pt", ".pth", ".bin")
-SMALL = 2**24  # bytes up to which a compressed array may have any compression ratio
-MAX_RATIO = 20  # largest compression ratio of a larger array: weights hardly compress
-NAMED = re.compile(r"GLOBAL ([\w.]+)")  # function or class that a pickle refers to, in PyTorch's message
-LOCAL_HEADER = 30  # bytes before a member's name in a zip file
-
-
 def read_tensors(path: Path) -> Mapping[str, Any]:
     """Contents of a weights file by name: tensors, memory-mapped and not yet read, and plain values stored with them.
 
@@ -119,7 +118,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     return _Checked(TensorFile.open(path))
 
 
-class _Checked(Mapping):  # unparametrised, as a runtime type checker would read its values
+class _Checked(Mapping):  # unparametrized, as a runtime type checker would read its values
     """The tensors of a safetensors file; each is compared with its checksum, if it has one, on access."""
 
     def __init__(self, file: TensorFile) -> None:

@@ -47,7 +47,7 @@ VERY, HOT = WORDS.index("very"), WORDS.index("hot")
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Unit 0 fires on hot, and negatively on cold; 1 on river; 2 on hot after very; 3 never."""
+    """Feature 0 fires on hot, and negatively on cold; 1 on river; 2 on hot after very; 3 never."""
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.choice(len(WORDS), 8000, p=[0.03, 0.03, 0.04, 0.1] + [0.8 / 40] * 40)).int()
     ids[1:][(ids[:-1] == VERY) & torch.from_numpy(rng.random(7999) < 0.3)] = HOT
@@ -112,9 +112,9 @@ class Oracle:
 
     def say(self, prompt: str) -> str:
         rows = rows_of(prompt)
-        if "Somebody says" not in prompt:
+        if "A label proposed" not in prompt:
             return self.name_it(rows)
-        label = json.loads(re.search(r"label names: (.*)", prompt)[1])
+        label = json.loads(re.search(r"naming what it fires on: (.*)", prompt)[1])
         tell = TRUTHS[label]
         if "pairs of texts" in prompt:
             return json.dumps([1 if any(tell(row["first"].split())) else 2 for row in rows])
@@ -127,7 +127,7 @@ class Oracle:
                     if hit
                 }
             )
-        if "<*" in prompt.split("Somebody says")[1].split('"text"')[0]:
+        if "<*" in prompt.split("A label proposed")[1].split('"text"')[0]:
             return json.dumps(
                 [int(tell(words) == marks) for words, marks in (split_marks(row["text"]) for row in rows)]
             )
@@ -198,7 +198,7 @@ def test_an_untrained_dictionary_stands_beside_the_scores(store, tmp_path):
 
     found = label_all(store, Eager(), tmp_path, untrained=moved)
     alone = label_all(store, Eager(), tmp_path)
-    assert alone.untrained is None and "no untrained dictionary was labelled" in str(alone)
+    assert alone.untrained is None and "no untrained dictionary was labeled" in str(alone)
     assert found.labels == alone.labels and found.n_sides == 4 and found.untrained["named"] == 1.0
     assert np.mean([label.scores["detection"] for label in found.labels]) > 0.9
     # four sides, sixteen to twenty windows each
@@ -335,7 +335,7 @@ def test_hostile_text_cannot_leave_its_place(store):
         assert token not in prompt.replace("<*", "").replace("*>", "")
     assert own.count("<*") == own.count("*>") == 4 and prompt.encode()
     label = simulation_prompt(HOSTILE, [bad])[0]["content"]
-    assert json.loads(re.search(r"label names: (.*)", label)[1]) == HOSTILE and "<script" not in label
+    assert json.loads(re.search(r"naming what it fires on: (.*)", label)[1]) == HOSTILE and "<script" not in label
     assert (
         json.loads(quote(HOSTILE)) == HOSTILE and json.loads(quote("\U000e0001 \u20ac\x7f")) == "\U000e0001 \u20ac\x7f"
     )

@@ -18,7 +18,7 @@ from saelab.labels.rules.rule_labels import NO_RULE
 from saelab.labels.rules.rule_search import FRACTIONS, label_by_rules
 from saelab.labels.rules.token_view import TokenView
 from saelab.stores.corpus import StoredText
-from saelab.stores.feature_store import measure
+from saelab.stores.feature_statistics import measure
 
 WORDS = [
     "the",
@@ -281,7 +281,7 @@ def test_what_surrounds_a_token():
     assert found["first token of the document"] == [0, 1, 16] and found["inside brackets"] == [4, 5]
     assert found["after the token ' the'"] == [5, 17] and found["before the token ' ran'"] == [9, 12]
     assert found["the token ' ran' after ' Tom'"] == [10]
-    assert "capitalised words inside a sentence" not in found  # it holds of none
+    assert "capitalized words inside a sentence" not in found  # it holds of none
     assert found["documents of 'note'"] == [16, 17] and found["sentence-final punctuation"] == [7, 11]
 
 
@@ -317,7 +317,7 @@ def test_an_output_feature_is_named_by_what_it_promotes(text, at):
     lens = LogitLens(features=(effects,), d_vocab=len(STRINGS))
     hidden = make_predicates(store).without("next token", "next")
     rows = label_by_rules(store, hidden, lens=lens).rows
-    assert rows[0].kind == "output" and rows[0].text == "says ' cat' or ' dog'" and rows[0].f1 > 0.85
+    assert rows[0].kind == "output" and rows[0].text == "promotes ' cat' or ' dog'" and rows[0].f1 > 0.85
     assert rows[1].kind == "none"  # the lens does not know it
 
 

@@ -121,7 +121,7 @@ def test_what_the_caller_says_goes_before_what_files_say(tmp_path: Path) -> None
         (False, False, "blocks.1.hook_resid_pre", "none"),
         (True, False, "blocks.1.hook_resid_pre", "folded"),  # folding layer norms changes nothing there
         (True, True, "blocks.1.ln1.hook_normalized", "folded"),
-        (True, False, "blocks.1.ln1.hook_normalized", "centred"),
+        (True, False, "blocks.1.ln1.hook_normalized", "centered"),
         (False, True, "blocks.1.hook_resid_post", "none"),
     ],
 )
