@@ -73,7 +73,7 @@ def nearest_features(
     return NearestFeatures(by=by, n_tokens=n_tokens, indices=indices, values=values)
 
 
-N_ROWS = 4096
+N_ROWS = 2048
 """Firings of a frequent feature that are read to find what fires with it, evenly spaced over the text."""
 
 

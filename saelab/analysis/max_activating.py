@@ -1,7 +1,8 @@
 """Max-activating examples: windows of text around firings of each strength, near misses and random tokens."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import SupportsIndex
 
 import numpy as np
@@ -284,18 +285,18 @@ def _near_misses(view: _View, groups: list[ExampleGroup], rng: np.random.Generat
 
 def _rows_of_tokens(store: FeatureStore, ids: list[int], ranks: list[np.ndarray]) -> list[np.ndarray]:
     """Of the rows at which each token stands those at some ranks among them; gone through once."""
-    found, seen = [np.empty(len(own), np.int64) for own in ranks], [0] * len(ids)
-    numbers = np.full(max(ids, default=0) + 2, -1, np.int16)  # the last is for all tokens beyond
+    found, seen = [np.empty(len(own), np.int64) for own in ranks], np.zeros(len(ids), np.int64)
+    numbers = np.full(max(ids, default=0) + 2, len(ids), np.int16)  # the last is of all tokens beyond
     numbers[ids] = np.arange(len(ids))
     for start in range(0, len(store), PART) if ids else ():
-        here = numbers[np.minimum(store.read_tokens(start, start + PART), len(numbers) - 1)]
-        hits = np.flatnonzero(here >= 0)
-        tokens = here[hits]
-        for k in range(len(ids)):
-            rows = hits[tokens == k]
-            own = (ranks[k] >= seen[k]) & (ranks[k] < seen[k] + len(rows))
-            found[k][own] = rows[ranks[k][own] - seen[k]] + start
-            seen[k] += len(rows)
+        here = numbers.take(store.read_tokens(start, start + PART), mode="clip")
+        hits = np.flatnonzero(here < len(ids))
+        hits = hits[np.argsort(here[hits], kind="stable")]
+        bounds = np.searchsorted(here[hits], np.arange(len(ids) + 1))
+        for k, (first, end) in enumerate(pairwise(bounds.tolist())):
+            own = (ranks[k] >= seen[k]) & (ranks[k] < seen[k] + end - first)
+            found[k][own] = hits[first + ranks[k][own] - seen[k]] + start
+        seen += np.diff(bounds)
     return found
 
 
@@ -310,12 +311,20 @@ def top_words(store: FeatureStore, firings: Firings, n: int = 10) -> list[tuple[
     """The tokens on which a feature fires most often, each with its share of the firings."""
     if len(firings) == 0:
         return []
-    ids, counts = count_ids(store.tokens_at(firings.indices))
+    return [(name_token(store, i), count / len(firings)) for i, count in rank_tokens(store, firings.indices, n)]
+
+
+def rank_tokens(store: FeatureStore, rows: Integer[np.ndarray, "n_rows"], n: int) -> list[tuple[int, int]]:
+    """The most frequent token ids of some rows, each with its count; of equally frequent ones the lowest comes first.
+
+    Args:
+        store: feature store with the text.
+        rows: rows of the store, in ascending order.
+        n: token ids to return.
+    """
+    ids, counts = count_ids(store.tokens_at(rows))
     order = np.argsort(-counts, kind="stable")[:n]
-    return [
-        (name_token(store, i), c / len(firings))
-        for i, c in zip(ids[order].tolist(), counts[order].tolist(), strict=True)
-    ]
+    return list(zip(ids[order].tolist(), counts[order].tolist(), strict=True))
 
 
 def count_ids(ids: Integer[np.ndarray, "n"]) -> tuple[Integer[np.ndarray, "m"], Int[np.ndarray, "m"]]:
@@ -358,9 +367,7 @@ def name_token(store: FeatureStore, token_id: int) -> str:
     return store.text.strings.get(token_id, f"<{token_id}>")
 
 
-def count_top_tokens(
-    store: FeatureStore, start: int, stop: int, n: int = 10, shards: Sequence[int] | None = None
-) -> Int[np.ndarray, "n_features n"]:
+def count_top_tokens(store: FeatureStore, start: int, stop: int, n: int = 10) -> Int[np.ndarray, "n_features n"]:
     """Ids of the tokens on which each of the features `start:stop` fires most often, as `top_words` ranks them.
 
     The store is read shard by shard; only the counts of these features' tokens are held.
@@ -370,10 +377,9 @@ def count_top_tokens(
         start: first feature.
         stop: feature after the last.
         n: tokens of each feature; -1 where there are fewer.
-        shards: numbers of the shards to count in; None counts in all.
     """
     keys, counts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for offsets, ids in store.firing_tokens(start, stop, shards):
+    for offsets, ids in store.firing_tokens(start, stop):
         own = np.repeat(np.arange(stop - start, dtype=np.int64), np.diff(offsets)) << 32 | ids
         found = np.unique(own, return_counts=True)
         keys.append(found[0])

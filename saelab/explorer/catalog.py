@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 
 from saelab.analysis.density import KINDS, find_kinds
-from saelab.analysis.max_activating import count_top_tokens, name_token
+from saelab.analysis.feature_similarity import spread_evenly
+from saelab.analysis.max_activating import count_top_tokens, name_token, rank_tokens
 from saelab.evaluation.results import ConceptScores
 from saelab.labels.annotations import Annotations
 from saelab.labels.label import MARKS, ShownLabel, join_texts, main_score
@@ -33,6 +34,8 @@ BLOCK_ENTRIES = 2**19
 BLOCK_FEATURES = 1024
 GLANCE = 4096
 """Firings that are enough to see a feature's most frequent tokens before all are counted."""
+PAUSE = 0.005
+"""Seconds between blocks, in which pages are answered."""
 MOST_ROWS = 500
 FEW = 400
 """Features whose labels are read one by one; of more, all labels are read."""
@@ -219,14 +222,13 @@ class FeatureCatalog:
     def top_tokens(self, feature: int) -> list[int]:
         """Ids of the tokens on which a feature fires most often.
 
-        Those that have not been counted yet are counted now, of a frequent feature in shards with `GLANCE` firings.
+        Those that have not been counted yet are counted now, of a frequent feature over `GLANCE` evenly spaced firings.
         """
-        tops = self._tokens[feature]
-        if not self._counted[feature]:
-            n_shards, fires = len(self.store.manifest.shards), int(self.store.statistics.fires[feature].sum())
-            step = min(max(1, fires // GLANCE), max(1, n_shards // 2))
-            tops = count_top_tokens(self.store, feature, feature + 1, N_TOKENS, range(0, n_shards, step))[0]
-        return [int(i) for i in tops[tops >= 0]]
+        if self._counted[feature]:
+            tops = self._tokens[feature]
+            return [int(i) for i in tops[tops >= 0]]
+        rows = self.store.feature(feature).indices
+        return [i for i, _ in rank_tokens(self.store, rows[spread_evenly(len(rows), GLANCE)], N_TOKENS)]
 
     # ---- filters and orders
     def _filter(self, query: FeatureQuery) -> Bool[np.ndarray, "d_sae"]:
@@ -305,7 +307,7 @@ class FeatureCatalog:
     def _count_all(self) -> None:
         self._refresh()
         for start, stop in self._blocks():
-            if self._closed.is_set():
+            if self._closed.wait(PAUSE):
                 return
             self._count(start, stop)
             with self._lock:

@@ -7,7 +7,12 @@ from saelab._lazy import attach
 if TYPE_CHECKING:
     from saelab.labels import autointerp as autointerp, rules as rules
     from saelab.labels.annotations import Annotations as Annotations, Change as Change
-    from saelab.labels.label import Format as Format, Label as Label, LabelKind as LabelKind
+    from saelab.labels.label import (
+        Format as Format,
+        Label as Label,
+        LabelKind as LabelKind,
+        ShownLabel as ShownLabel,
+    )
     from saelab.labels.label_store import LabelStore as LabelStore
     from saelab.labels.text_search import TextIndex as TextIndex, rank_texts as rank_texts
 

@@ -135,7 +135,14 @@ class Annotations:
 
     # ---- labels by people
     def set_label(self, feature: SupportsIndex, text: str, *, author: str, sign: int = BOTH) -> Label:
-        """Add a person's label and choose it, as `LabelStore.set` does; can be undone."""
+        """Add a person's label and choose it, as `LabelStore.set` does; can be undone.
+
+        Args:
+            feature: number of the feature.
+            text: the label.
+            author: who gave it.
+            sign: 1 or -1 for the codes of one sign, 0 for the whole feature.
+        """
         with self._changing_labels(feature, f"label of feature {feature}"):
             return self.labels.set(feature, text, author=author, sign=sign)
 

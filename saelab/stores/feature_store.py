@@ -309,21 +309,19 @@ class FeatureStore:
         return Feature(np.concatenate(tokens), np.concatenate(values), self, j)
 
     def firing_tokens(
-        self, start: int, stop: int, shards: Sequence[int] | None = None
+        self, start: int, stop: int
     ) -> Iterator[tuple[Int[np.ndarray, "n_features_1"], Integer[np.ndarray, "nnz"]]]:
         """Iterator over shards: the token ids on which features `start:stop` fire, and where those of each begin.
 
         Args:
             start: first feature.
             stop: feature after the last.
-            shards: numbers of the shards to read; None reads all.
 
         Returns:
             Pairs of offsets, (stop - start + 1,), and token ids: feature `start + i` owns the ids
             `offsets[i]:offsets[i + 1]`.
         """
-        for shard in range(len(self._shards)) if shards is None else shards:
-            first, end, arrays = self._starts[shard], self._starts[shard + 1], self._shards[shard]
+        for first, end, arrays in zip(self._starts, self._starts[1:], self._shards, strict=False):
             offsets = arrays.part("feature_offsets", start, stop + 1).astype(np.int64)
             rows = arrays.part("feature_tokens", int(offsets[0]), int(offsets[-1]))
             yield offsets - offsets[0], self.read_tokens(first, end)[rows]
