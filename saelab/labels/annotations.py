@@ -211,29 +211,33 @@ class Annotations:
         return what
 
     def _restore_labels(self, before: Sequence[list[Any]], after: Sequence[list[Any]]) -> None:
-        """Rows of labels as they were before a change, where they still are as it left them."""
+        """Rows of labels as they were before a change, but for what others have made of them since."""
         old, new = ({row[0]: row for row in rows} for rows in (before, after))
         with self.labels.changing() as db:
-            held = {}
             for number in sorted({*old, *new}):
-                rows = db.execute(f"SELECT {COLUMNS} FROM labels WHERE id = ?", (number,)).fetchall()
-                held[number] = list(rows[0]) if rows else None
-            # A label that a person had chosen comes back even if a machine has replaced it since.
-            chosen = {number for number, row in old.items() if row[FIXED] and held[number] is None}
-            kept = [number for number, row in held.items() if row == new.get(number) or number in chosen]
-            db.executemany("DELETE FROM labels WHERE id = ?", [(number,) for number in kept if number in new])
-            marks = ", ".join("?" * len(COLUMNS.split(",")))
-            back = [old[number] for number in kept if number in old]
-            db.executemany(f"INSERT INTO labels ({COLUMNS}) VALUES ({marks})", back)
-            self._release_choices({(row[1], row[2]) for row in back})
+                held = self._find_row(number)
+                untouched = held == new.get(number)
+                if number not in old:  # a label that it added, whoever is chosen now
+                    untouched = held is not None and held[:FIXED] == new[number][:FIXED]
+                elif held is None and old[number][FIXED]:
+                    untouched = True  # a machine would have let it be, as a person had chosen it
+                if untouched:
+                    db.execute("DELETE FROM labels WHERE id = ?", (number,))
+                if untouched and number in old:
+                    self._bring_back(old[number], {row[0] for row in new.values() if row[FIXED]})
 
-    def _release_choices(self, places: Iterable[tuple[int, int]]) -> None:
-        """Keep one choice for each feature and sign: where others have chosen since, theirs, which is the newest."""
+    def _bring_back(self, row: list[Any], own: set[int]) -> None:
+        """Insert a row again; chosen as before, unless another choice than its own change's was made since."""
         with self.labels.changing() as db:
-            for place in places:
-                sql = "SELECT id FROM labels WHERE feature = ? AND sign = ? AND fixed ORDER BY id DESC"
-                for (number,) in db.execute(sql, place).fetchall()[1:]:
-                    db.execute("UPDATE labels SET fixed = 0 WHERE id = ?", (number,))
+            sql = "SELECT id FROM labels WHERE feature = ? AND sign = ? AND fixed"
+            theirs = {number for (number,) in db.execute(sql, row[1:3])} - own
+            marks = ", ".join("?" * len(row))
+            values = [*row[:FIXED], row[FIXED] and not theirs]
+            db.execute(f"INSERT INTO labels ({COLUMNS}) VALUES ({marks})", values)
+
+    def _find_row(self, number: int) -> list[Any] | None:
+        rows = self.labels.read(f"SELECT {COLUMNS} FROM labels WHERE id = ?", (number,))
+        return list(rows[0]) if rows else None
 
     def _restore_values(self, before: Sequence[list[Any]], after: Sequence[list[Any]]) -> None:
         with self.labels.changing() as db:

@@ -88,7 +88,8 @@ def test_a_dense_feature_is_read_at_evenly_spaced_firings(explorer: Explorer) ->
     for size, chosen in ((10, 3), (7, 7), (5, 9), (0, 4), (1000, 999)):
         places = spread_evenly(size, chosen)
         assert len(places) == min(size, chosen) == len(set(places.tolist())) and set(places) <= set(range(size))
-        assert np.ptp(np.diff(places)) <= 1 if len(places) > 1 else True
+        gaps = np.diff([-0.5, *places, size - 0.5]) if len(places) else [1]
+        assert max(gaps) <= size / max(1, len(places)) + 1, "from the first to the last"
 
 
 def test_hostile_texts_are_shown_as_text(explorer: Explorer) -> None:

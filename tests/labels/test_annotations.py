@@ -12,7 +12,8 @@ import pytest
 
 from saelab.labels.annotations import N_CHANGES, Annotations
 from saelab.labels.label import Label
-from saelab.labels.label_store import APPLICATION_ID, FILE, SCHEMA_VERSION, LabelStore
+from saelab.labels.label_store import FILE, LabelStore
+from saelab.labels.label_tables import APPLICATION_ID, SCHEMA_VERSION
 
 D_SAE = 6
 HOSTILE = ("<script>alert(1)</script>", "'; DROP TABLE labels; --", "\u202e\x00 tab\t", "né ✓", '"', "a" * 200)
@@ -145,7 +146,15 @@ def test_a_choice_that_somebody_else_made_since_stands(kept: Annotations) -> Non
     kept.set_label(1, "mine", author="ada")
     kept.labels.set(1, "theirs", author="bob")  # by the command, which keeps no history
     kept.undo()
-    assert kept.labels[1].text == "theirs"
+    assert kept.labels[1].text == "theirs" and {label.text for label in kept.labels.labels(1)} == {"rule", "theirs"}
+    kept.set_label(2, "mine", author="ada")
+    kept.labels.add([machine(2, "rule")])
+    kept.delete_label(2, "ada")
+    kept.labels.choose(2, "rules")
+    kept.undo()
+    assert kept.labels[2].text == "rule" and {label.text for label in kept.labels.labels(2)} == {"rule", "mine"}
+    kept.labels.choose(2, None)
+    assert sum(row[-1] for row in read_all(kept)["labels"]) == 1, "one choice, that of feature 1"
 
 
 def add_features(path: str, features: list[int]) -> None:
