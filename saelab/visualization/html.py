@@ -213,9 +213,10 @@ EXPORT_LIST = re.compile(r"export\{([^}]*)\};?\s*\Z")
 
 @cache
 def bundle(name: str, packages: tuple[str, ...] = ("saelab.visualization",)) -> str:
-    """JavaScript modules as one classic script: the one named and all that it imports, each wrapped in a function.
+    """JavaScript modules as one expression, a script by itself: the one named and all that it imports, each wrapped in a
+    function. Its value are the exports of the one named.
 
-    A page from the disk has no modules: browsers load them from servers only.
+    A page from the disk has no modules: browsers load them from servers only. A widget has one.
 
     Args:
         name: file name of the module that runs last.
@@ -231,7 +232,7 @@ def bundle(name: str, packages: tuple[str, ...] = ("saelab.visualization",)) -> 
         order[name] = _wrap(name, text)
 
     add(name)
-    return "\n".join(['"use strict";\n(() => {\nconst modules = {};', *order.values(), "})();\n"])
+    return "\n".join(['(() => {\n"use strict";\nconst modules = {};', *order.values(), f'return modules["{name}"];\n}})();\n'])
 
 
 def _read_module(name: str, packages: Sequence[str]) -> str:

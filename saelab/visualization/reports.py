@@ -417,7 +417,7 @@ def _row(card: FeatureCard, found: DeadFeatures) -> dict[str, Any]:
         "density": card.density,
         "n_positive": n_positive,
         "n_negative": n_negative,
-        "balance": min(n_positive, n_negative) / card.n_firings if card.n_firings else None,
+        "balance": n_negative / card.n_firings if card.n_firings else None,
         "peak": max((side.peak for side in card.sides), default=0.0),
         "kind": found.kinds[card.feature],
     }

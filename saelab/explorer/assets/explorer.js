@@ -17,12 +17,14 @@ const TITLES = {
 };
 const PAGES = ["dead", "evaluation", "compare", "attribution"];  // there where the explorer has what they show
 
-function Explorer({ about }) {
+function Explorer({ about, again }) {
   const [source] = useState(() => liveSource(about));
-  const { view, id, query } = useRoute(), state = useModel(source, about.model_state);
+  const { view, id, query } = useRoute(), state = about.model_state;
+  const building = about.index_state.startsWith("building");
+  useAgain(state === "loading" || building, again);
   const there = Object.keys(TITLES).filter(name => !PAGES.includes(name) || about.views.includes(name));
   const open = there.includes(view) || view === "feature" ? view : "features";
-  const setQuery = asked => replace(writeRoute(open, id, asked));
+  const setQuery = (asked, entry = false) => (entry ? go : replace)(writeRoute(open, id, asked));
   const shared = { source, about, state, query, setQuery };
   useEffect(() => { document.title = `${open === "feature" ? `Feature ${id}` : TITLES[open]} \u00b7 ${about.title}`; }, [open, id]);
   useKeys(open === "features" ? {} : { "/": openSearch, ...(open !== "feature" && { Escape: () => go(writeRoute("features")) }) });
@@ -31,7 +33,8 @@ function Explorer({ about }) {
       <nav class="views" aria-label="Views">${there.map(name => html`<a href=${writeRoute(name)}
         aria-current=${name === open || (open === "feature" && name === "features") ? "page" : null}>${TITLES[name]}</a>`)}</nav></header>
     <main>
-      ${open === "features" && html`<${FeatureList} source=${source} query=${query} onQuery=${setQuery} />`}
+      ${open === "features" && html`<${FeatureList} source=${source} query=${query} onQuery=${setQuery} version=${building}
+        note=${building && "Tokens are still being counted: a search may miss some."} />`}
       ${open === "feature" && html`<${ExplorerFeature} key=${id} feature=${Number(id)} ...${shared} />`}
       ${open === "prompt" && html`<${PromptPage} ...${shared} />`}
       ${open === "steer" && html`<${SteeringPage} ...${shared} />`}
@@ -41,15 +44,13 @@ function Explorer({ about }) {
     ${about.can.edit && html`<footer><${Undo} source=${source} /></footer>`}`;
 }
 
-// What is known of the model, asked again while it loads.
-function useModel(source, first) {
-  const [state, setState] = useState(first);
+// Reads again what there is while the model loads or tokens are counted: then there is more that the explorer can do.
+function useAgain(growing, again) {
   useEffect(() => {
-    if (state !== "loading") return undefined;
-    const wait = setInterval(() => source.model().then(said => setState(said.state), () => {}), 1000);
+    if (!growing) return undefined;
+    const wait = setInterval(again, 1000);
     return () => clearInterval(wait);
-  }, [state]);
-  return state;
+  }, [growing]);
 }
 
 function Model({ state }) {
@@ -70,9 +71,9 @@ function Theme() {
 }
 
 function Start() {
-  const { value, error } = useLoaded(readAbout, []);
-  if (error) return html`<main><${Failure} error=${error} /></main>`;
-  return value && html`<${Explorer} about=${value} />`;
+  const { value, error, again } = useLoaded(readAbout, []);
+  if (error && !value) return html`<main><${Failure} error=${error} /></main>`;
+  return value && html`<${Explorer} about=${value} again=${again} />`;
 }
 
 document.body.replaceChildren();

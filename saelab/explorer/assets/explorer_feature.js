@@ -6,7 +6,7 @@ import { FeatureView } from "./feature_view.js";
 import { known, percent, short, signed } from "./format.js";
 import { LabelForm, LabelTable } from "./labels.js";
 import { Failure, useLoaded } from "./loading.js";
-import { writeRoute } from "./routes.js";
+import { FeatureLink, writeRoute } from "./routes.js";
 import { addToSetup } from "./setup.js";
 
 export function ExplorerFeature({ source, about, feature, query }) {
@@ -26,8 +26,8 @@ export function ExplorerFeature({ source, about, feature, query }) {
     below=${value => html`<div class="panels">
         <${LabelTable} ...${shared} labels=${value.labels} />
         <${Note} ...${shared} text=${value.note ?? ""} />
-        <${Related} title="Similar features" rows=${value.neighbors} columns=${{ similarity: signed }} />
-        <${Related} title="Fires with" rows=${value.cofiring} columns=${{ share: percent, lift: short }} />
+        <${Related} source=${source} title="Similar features" rows=${value.neighbors} columns=${{ similarity: signed }} />
+        <${Related} source=${source} title="Fires with" rows=${value.cofiring} columns=${{ share: percent, lift: short }} />
       </div>`} />`;
 }
 
@@ -60,11 +60,11 @@ function Lists({ source, about, feature, names }) {
 }
 
 // Features that have to do with this one; `columns` are numbers of each, with how they are written.
-function Related({ title, rows, columns }) {
+function Related({ source, title, rows, columns }) {
   if (!rows?.length) return null;
   const names = Object.keys(columns);
   return html`<section><h2>${title}</h2><table class="related"><thead><tr><th>feature</th><th>label</th>
     ${names.map(name => html`<th>${name}</th>`)}</tr></thead>
-    <tbody>${rows.map(row => html`<tr key=${row.feature}><td><a href=${writeRoute("feature", row.feature)}>${row.feature}</a></td>
+    <tbody>${rows.map(row => html`<tr key=${row.feature}><td><${FeatureLink} source=${source} feature=${row.feature} /></td>
       <td>${row.label}</td>${names.map(name => html`<td>${known(row[name]) && columns[name](row[name])}</td>`)}</tr>`)}</tbody></table></section>`;
 }

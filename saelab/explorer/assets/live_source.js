@@ -37,12 +37,13 @@ export function liveSource(about) {
   const { d_sae, signed } = about.store, views = new Set(about.views);
   const columns = ["feature", "label", "score", "density", "balance", "peak", "kind", "concept", "match"];
   const absent = { balance: !signed, concept: !about.has?.concepts, match: !views.has("compare") };
-  const filters = ["sign", "kind", "labeled", "list", "author", "density_min", "density_max", "peak_min", "score_min", "match_min"];
+  const filters = ["sign", "kind", "labeled", "list", "author", "density_min", "density_max", "peak_min", "score_min", "concept_min", "match_min"];
   const named = name => encodeURIComponent(name);
   return {
     columns: columns.filter(name => !absent[name]),
-    filters: filters.filter(name => !absent[{ sign: "balance", match_min: "match" }[name]]),
+    filters: filters.filter(name => !absent[{ sign: "balance", concept_min: "concept", match_min: "match" }[name]]),
     n_features: d_sae,
+    has: () => true,
     place: feature => feature,
     options: async () => {
       const { lists } = await ask("lists");
@@ -74,7 +75,6 @@ export function liveSource(about) {
       await stream(`features/${j}/relabel`, { method, sign }, signal, onEvent);
       dispatchEvent(new Event("edited"));
     },
-    model: signal => ask("model", { signal }),
   };
 }
 

@@ -3,7 +3,7 @@ import { html, useRef } from "./vendor/htm-preact-standalone.js";
 import { MINUS, percent, short, signed, visible } from "./format.js";
 import { Failure, useLoaded } from "./loading.js";
 import { PromptTokens, strongest, TokenFeatures, valuesOf } from "./prompt_reading.js";
-import { go, writeRoute } from "./routes.js";
+import { FeatureLink, writeRoute } from "./routes.js";
 import { addToSetup } from "./setup.js";
 import { Waiting } from "./waiting.js";
 
@@ -16,13 +16,13 @@ export function PromptPage({ source, about, state, query, setQuery }) {
   const body = { text, rank, k: K, ...(other && { other }), ...(target && rank === "attribution" && { target }) };
   const load = signal => (text && ready ? source.prompt(body, signal) : Promise.resolve(null));
   const { value, error, loading } = useLoaded(load, [text, other, rank, target, ready]);
-  const ask = change => go(writeRoute("prompt", "", { ...query, token: "", feature: "", ...change }));
+  const ask = change => setQuery({ ...query, token: "", feature: "", ...change }, true);
   return html`<section><h2>Prompt</h2>
     <${Waiting} state=${state} what="Prompts" />
     <${Form} query=${query} ready=${ready} ask=${ask} />
     <${Failure} error=${error} />
     <p class="soft" role="status">${text && ready && loading && "reading \u2026"}</p>
-    ${value && html`<div aria-busy=${loading}><${Reading} about=${about} value=${value} query=${query} setQuery=${setQuery} ask=${ask} /></div>`}
+    ${value && html`<div aria-busy=${loading}><${Reading} source=${source} about=${about} value=${value} query=${query} setQuery=${setQuery} ask=${ask} /></div>`}
   </section>`;
 }
 
@@ -44,10 +44,10 @@ function Form({ query, ready, ask }) {
   </form>`;
 }
 
-function Reading({ about, value, query, setQuery, ask }) {
+function Reading({ source, about, value, query, setQuery, ask }) {
   const first = strongest(value.tokens);
-  const token = query.token === undefined ? first.token : Number(query.token);
-  const feature = query.feature === undefined ? first.feature : Number(query.feature);
+  const token = query.token === undefined || query.token === "" ? first.token : Number(query.token);
+  const feature = query.feature === undefined || query.feature === "" ? first.feature : Number(query.feature);
   const named = new Map([...(value.difference ?? []), ...value.features].map(row => [row.feature, row]));
   const choose = change => setQuery({ ...query, ...change });
   const paint = j => choose({ feature: j });
@@ -60,13 +60,13 @@ function Reading({ about, value, query, setQuery, ask }) {
       values=${valuesOf(value.other.tokens, feature)} onToken=${i => paint(strongest([value.other.tokens[i]]).feature ?? feature)} />`}
     <div class="panels">
       <section><h3>Features of <code>${word}</code></h3>
-        ${value.tokens[token] && html`<${TokenFeatures} codes=${value.tokens[token].codes} feature=${feature}
+        ${value.tokens[token] && html`<${TokenFeatures} source=${source} codes=${value.tokens[token].codes} feature=${feature}
           describe=${j => named.get(j)?.label ?? ""} onFeature=${paint} />`}</section>
       <${Predictions} value=${value} query=${query} ask=${ask} />
     </div>
-    ${value.difference && html`<${Table} title="Features that differ" about=${about} rows=${value.difference} feature=${feature} paint=${paint}
+    ${value.difference && html`<${Table} title="Features that differ" source=${source} about=${about} rows=${value.difference} feature=${feature} paint=${paint}
       columns=${{ "this text": row => short(row.peak), "other text": row => short(row.other), difference: row => signed(row.difference, 2) }} />`}
-    <${Table} title="Features of the text" about=${about} rows=${value.features} feature=${feature} paint=${paint}
+    <${Table} title="Features of the text" source=${source} about=${about} rows=${value.features} feature=${feature} paint=${paint}
       columns=${{ "largest code": row => short(row.peak), tokens: row => row.where.length, ...scored(query.rank) }} /></div>`;
 }
 
@@ -91,11 +91,11 @@ function Predictions({ value, query, ask }) {
       <span class="bar" style=${{ "--share": p }} aria-hidden="true" /><span>${percent(p).replace("-", MINUS)}</span></li>`)}</ul></section>`;
 }
 
-function Table({ title, about, rows, columns, feature, paint }) {
+function Table({ source, title, about, rows, columns, feature, paint }) {
   const names = Object.keys(columns);
   return html`<section><h3>${title}</h3><div class="scroll"><table class="related"><thead><tr><th>feature</th><th>label</th>
       ${names.map(name => html`<th>${name}</th>`)}<th /></tr></thead>
-    <tbody>${rows.map(row => html`<tr key=${row.feature}><td><a href=${writeRoute("feature", row.feature)}>${row.feature}</a></td>
+    <tbody>${rows.map(row => html`<tr key=${row.feature}><td><${FeatureLink} source=${source} feature=${row.feature} /></td>
       <td>${row.label}</td>${names.map(name => html`<td>${columns[name](row)}</td>`)}
       <td class="acts"><button type="button" aria-pressed=${row.feature === feature} aria-label=${`Color the tokens of feature ${row.feature}`}
         onClick=${() => paint(row.feature)}>color</button>

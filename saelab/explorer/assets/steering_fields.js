@@ -1,14 +1,14 @@
 // The fields of a steering set-up: one moved feature, and how tokens are sampled.
 import { html, useRef, useState } from "./vendor/htm-preact-standalone.js";
-import { writeRoute } from "./routes.js";
+import { FeatureLink } from "./routes.js";
 import { MODES, rangeOf, UNITS } from "./setup.js";
 
 // A slider for what is usual and a number beside it for anything; the address changes when the slider is let go.
-export function MovedFeature({ one, label, link = true, onChange, onDrop }) {
+export function MovedFeature({ source, one, label, onChange, onDrop }) {
   const [held, setHeld] = useState(null), { feature, strength, mode, unit } = one, off = mode === "ablate";
   const [low, high] = rangeOf(one), change = part => { setHeld(null); onChange({ ...one, ...part }); };
   const named = `feature ${feature}`;
-  return html`<fieldset class="moved"><legend>${link ? html`<a href=${writeRoute("feature", feature)}>${feature}</a>` : feature} ${label}</legend>
+  return html`<fieldset class="moved"><legend><${FeatureLink} source=${source} feature=${feature} /> ${label}</legend>
     <select aria-label=${`How ${named} is moved`} value=${mode} onChange=${event => change({ mode: event.target.value })}>
       ${Object.entries(MODES).map(([name, title]) => html`<option value=${name}>${title}</option>`)}</select>
     <input type="range" min=${low} max=${high} step=${(high - low) / 200} value=${held ?? strength} disabled=${off} aria-label=${`Strength of ${named}`}

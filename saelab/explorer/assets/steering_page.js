@@ -22,7 +22,7 @@ export function SteeringPage({ source, about, state, query, setQuery }) {
         onChange=${event => change({ prompt: event.target.value })} />
       <h3>Features to move</h3>
       ${setup.features.length === 0 && html`<p class="soft">None yet. Find one below, or press \u201cAdd to steering\u201d on its page.</p>`}
-      ${setup.features.map((one, i) => html`<${MovedFeature} key=${one.feature} one=${one} label=${labels[one.feature] ?? ""}
+      ${setup.features.map((one, i) => html`<${MovedFeature} key=${one.feature} source=${source} one=${one} label=${labels[one.feature] ?? ""}
         onChange=${moved => move(i, moved)} onDrop=${() => drop(i)} />`)}
       <${FeatureFinder} source=${source} onFeature=${j => change({ features: withFeature(setup, j).features })} />
       <${Sampling} setup=${setup} onChange=${change} />
@@ -33,7 +33,7 @@ export function SteeringPage({ source, about, state, query, setQuery }) {
     </form>
     <${Failure} error=${runs.error} />
     <${Streams} prompt=${runs.prompt} texts=${runs.texts} costs=${runs.costs} busy=${runs.busy} random=${setup.random} />
-    <${PinnedSetups} source=${source} setup=${setup} edit=${about.can.edit} /></section>`;
+    ${source.setups && html`<${PinnedSetups} source=${source} setup=${setup} edit=${about.can.edit} />`}</section>`;
 }
 
 // The streams of one press on Write; a new press, Stop, and leaving the view end what still runs.
@@ -72,7 +72,7 @@ function useLabels(source, features) {
 // A field that finds features by number, label or token.
 function FeatureFinder({ source, onFeature }) {
   const [q, setQ] = useState("");
-  const load = signal => (q.trim() ? source.features({ q, sort: "density", order: "desc" }, 0, 6, signal) : Promise.resolve(null));
+  const load = signal => (q.trim() ? source.features({ q }, 0, 6, signal) : Promise.resolve(null));
   const { value, error } = useLoaded(load, [q]);
   const take = j => { setQ(""); onFeature(j); };
   const press = event => {

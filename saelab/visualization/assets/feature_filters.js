@@ -12,6 +12,7 @@ const FIELDS = {
   density_max: { title: "Density to", type: "number" },
   peak_min: { title: "Peak from", type: "number" },
   score_min: { title: "Label score from", type: "number" },
+  concept_min: { title: "Concept score from", type: "number" },
   match_min: { title: "Match from", type: "number" },
 };
 

@@ -19,12 +19,14 @@ export function openSearch() {
 }
 
 // `query` is the address' and has `q`, `sort`, `order`, `at` (the first row in view) and one entry a filter; `source` has
-// `columns`, `filters` and `features(query, offset, limit, signal)`.
-export function FeatureList({ source, query, onQuery }) {
-  const { at, ...asked } = { sort: "density", order: "desc", ...query };
-  const start = Number(at) || 0, key = JSON.stringify(asked);
+// `columns`, `filters` and `features(query, offset, limit, signal)`. Without `sort` what was searched comes best match first.
+// Rows are asked for again when `version` changes; `note` stands beside their number.
+export function FeatureList({ source, query, onQuery, version, note }) {
+  const { at, ...asked } = { sort: "", order: "desc", ...query };
+  const sort = asked.sort || (asked.q ? "" : "density");
+  const start = Number(at) || 0, key = JSON.stringify([asked, version]);
   const view = useView(start);
-  const found = usePages(source, key, view.first, view.last);
+  const found = usePages(source, asked, key, view.first, view.last);
   useLayoutEffect(() => view.scrollTo(start), [key, found.key]);
   useEffect(() => {
     if (found.stale || view.top === start) return undefined;
@@ -44,14 +46,14 @@ export function FeatureList({ source, query, onQuery }) {
     <h2 id="list-title" class="unseen">Features</h2>
     <div class="tools" role="search">
       <${Search} value=${query.q ?? ""} onInput=${q => ask({ q })} onEnter=${() => found.row(0) && go(href(0))} />
-      <${Order} source=${source} asked=${asked} ask=${ask} />
+      <${Order} columns=${source.columns} sort=${sort} order=${asked.order} ask=${ask} />
       ${source.filters.length > 0 && html`<${Filters} source=${source} query=${asked} ask=${ask} />`}
     </div>
-    <p class="soft small" role="status">${found.key && `${count(found.total)} of ${count(source.n_features)} features`}</p>
+    <p class="soft small" role="status">${found.key && `${count(found.total)} of ${count(source.n_features)} features`}${note && ` ${note}`}</p>
     <${Failure} error=${found.error} />
     <div class="table" role="table" aria-label="Features" aria-rowcount=${found.total + 1} aria-busy=${found.stale}
       style=${{ "--columns": source.columns.map(name => COLUMNS[name].width).join(" ") }}>
-      <${Head} columns=${source.columns} asked=${asked} ask=${ask} />
+      <${Head} columns=${source.columns} sort=${sort} order=${asked.order} ask=${ask} />
       <div class="rows" role="rowgroup" ref=${view.ref} onScroll=${view.onScroll} tabindex="-1">
         <div style=${{ height: `${found.total * view.height}px` }}>
           ${view.places(found.total).map(i => html`<${Row} key=${i} i=${i} row=${found.row(i)} top=${i * view.height}
@@ -84,23 +86,27 @@ function Search({ value, onInput, onEnter }) {
 }
 
 // On a narrow window, where rows have no headings.
-function Order({ source, asked, ask }) {
-  const turned = { order: asked.order === "desc" ? "asc" : "desc" };
-  return html`<span class="order"><select aria-label="Sort by" value=${asked.sort} onChange=${event => ask(firstOrder(event.target.value))}>
-      ${source.columns.map(name => html`<option value=${name} selected=${name === asked.sort}>${COLUMNS[name].title}</option>`)}
+function Order({ columns, sort, order, ask }) {
+  return html`<span class="order"><select aria-label="Sort by" value=${sort} onChange=${event => ask(firstOrder(event.target.value))}>
+      ${sort === "" && html`<option value="" selected>best match</option>`}
+      ${columns.map(name => html`<option value=${name} selected=${name === sort}>${COLUMNS[name].title}</option>`)}
     </select>
-    <button id="order" type="button" onClick=${() => ask(turned)}>${asked.order === "desc" ? "largest first" : "smallest first"}</button></span>`;
+    <button id="order" type="button" onClick=${() => ask(turned(sort, order))}>${order === "desc" ? "largest first" : "smallest first"}</button></span>`;
 }
 
 function firstOrder(name) {
   return { sort: name, order: COLUMNS[name].first };
 }
 
-function Head({ columns, asked, ask }) {
-  const press = name => ask(name === asked.sort ? { order: asked.order === "desc" ? "asc" : "desc" } : firstOrder(name));
+function turned(sort, order) {
+  return { sort, order: order === "desc" ? "asc" : "desc" };
+}
+
+function Head({ columns, sort, order, ask }) {
+  const press = name => ask(name === sort ? turned(sort, order) : firstOrder(name));
   const said = { asc: "ascending", desc: "descending" };
   return html`<div class="headings" role="rowgroup"><div class="row" role="row" aria-rowindex="1">${columns.map(name => html`
-    <span role="columnheader" class=${name} data-column=${name} aria-sort=${name === asked.sort ? said[asked.order] : "none"}>
+    <span role="columnheader" class=${name} data-column=${name} aria-sort=${name === sort ? said[order] : "none"}>
       <button type="button" onClick=${() => press(name)}>${COLUMNS[name].title}</button></span>`)}</div></div>`;
 }
 
@@ -139,7 +145,7 @@ function useView(at) {
 }
 
 // Rows by page, asked for when they come into view. Rows of the query before stay until the first of this one are there.
-function usePages(source, key, first, last) {
+function usePages(source, asked, key, first, last) {
   const [shown, setShown] = useState({ key: "", total: 0, pages: {}, error: "" });
   const requests = useRef(null);
   useEffect(() => {
@@ -152,7 +158,7 @@ function usePages(source, key, first, last) {
     for (let page = from; page <= to; page++) {
       if (pages.has(page) || (shown.key === key && page > from && page * PAGE >= shown.total)) continue;
       pages.add(page);
-      source.features(JSON.parse(key), page * PAGE, PAGE, signal).then(
+      source.features(asked, page * PAGE, PAGE, signal).then(
         ({ total, rows }) => signal.aborted || setShown(old => {
           const before = old.key === key && old.source === source ? old.pages : {};
           return { source, key, total, pages: { ...before, [page]: rows }, error: "" };

@@ -8,10 +8,10 @@ export const COLUMNS = {
   label: { title: "label and text", width: "minmax(0, 1fr)", first: "asc", cell: row => html`<${Text} row=${row} />` },
   score: { title: "score", width: "4.4rem", first: "desc", cell: row => short(row.score) },
   density: { title: "density", width: "5.6rem", first: "desc", cell: row => percent(row.density) },
-  balance: { title: "signs", width: "6.4rem", first: "desc", cell: row => html`<${Signs} row=${row} />` },
+  balance: { title: "negative", width: "6.4rem", first: "desc", cell: row => html`<${Signs} row=${row} />` },
   peak: { title: "peak", width: "4.6rem", first: "desc", cell: row => short(row.peak) },
   kind: { title: "kind", width: "5.6rem", first: "asc", cell: row => row.kind },
-  concept: { title: "concept", width: "8rem", first: "asc", cell: row => row.concept },
+  concept: { title: "concept", width: "8rem", first: "desc", cell: row => row.concept },
   match: { title: "match", width: "5rem", first: "desc", cell: row => html`<${Match} row=${row} />` },
 };
 

@@ -15,6 +15,7 @@ export function frozenSource(data) {
   let last = { key: null, rows: [] };  // the list asks for page after page of one query
 
   function sorted({ q = "", sort, order }) {
+    sort ||= "density";
     const key = JSON.stringify([q, sort, order]);
     if (last.key !== key) {
       const words = q.toLowerCase().split(/\s+/).filter(Boolean);
@@ -40,9 +41,10 @@ export function frozenSource(data) {
       return { total: rows.length, offset, rows: rows.slice(offset, offset + limit) };
     },
     feature: load,
+    has: feature => places.has(feature),
     describe: feature => {
       const row = data.features[places.get(feature)];
-      return row ? row.label || row.snippet.join("") : null;
+      return row ? row.label || row.snippet.join("") : "";
     },
     prompts: data.prompts,
   };

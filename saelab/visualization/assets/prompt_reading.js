@@ -1,7 +1,7 @@
 // A prompt token by token: the features of the token that is pressed, and the tokens that one feature colors.
 import { html } from "./vendor/htm-preact-standalone.js";
 import { short, visible } from "./format.js";
-import { writeRoute } from "./routes.js";
+import { FeatureLink } from "./routes.js";
 
 const STRONGEST = 0.75;  // opacity of the largest code: the text stays readable on it
 
@@ -24,13 +24,10 @@ export function PromptTokens({ words, values, token, feature, onToken }) {
     style=${paint(values[i])} title=${values[i] ? `${feature}: ${short(values[i])}` : ""} onClick=${() => onToken(i)}>${visible(word)}</button>`)}</p>`;
 }
 
-// `describe(feature)` is its label or text, or null for a feature that has no page here.
-export function TokenFeatures({ codes, feature, describe, onFeature }) {
+// `describe(feature)` is its label or text.
+export function TokenFeatures({ source, codes, feature, describe, onFeature }) {
   if (!codes.length) return html`<p class="soft">No feature fires on this token.</p>`;
-  return html`<ul class="fires">${codes.map(([j, z]) => {
-    const said = describe(j);
-    return html`<li key=${j}>${said === null ? html`<span>${j}</span>` : html`<a href=${writeRoute("feature", j)}>${j}</a>`}
-      <span class="said">${said}</span><span class="value">${short(z)}</span>
-      <button type="button" aria-pressed=${j === feature} onClick=${() => onFeature(j)} aria-label=${`Color the tokens of feature ${j}`}>color</button></li>`;
-  })}</ul>`;
+  return html`<ul class="fires">${codes.map(([j, z]) => html`<li key=${j}><${FeatureLink} source=${source} feature=${j} />
+    <span class="said">${describe(j)}</span><span class="value">${short(z)}</span>
+    <button type="button" aria-pressed=${j === feature} onClick=${() => onFeature(j)} aria-label=${`Color the tokens of feature ${j}`}>color</button></li>`)}</ul>`;
 }

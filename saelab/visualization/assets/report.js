@@ -17,7 +17,7 @@ function Prompt({ words, codes }) {
   const [chosen, choose] = useState(strongest(tokens));
   return html`<section>
     <${PromptTokens} words=${words} values=${valuesOf(tokens, chosen.feature)} ...${chosen} onToken=${token => choose({ ...chosen, token })} />
-    ${tokens[chosen.token] && html`<${TokenFeatures} codes=${tokens[chosen.token].codes} feature=${chosen.feature}
+    ${tokens[chosen.token] && html`<${TokenFeatures} source=${source} codes=${tokens[chosen.token].codes} feature=${chosen.feature}
       describe=${source.describe} onFeature=${feature => choose({ ...chosen, feature })} />`}</section>`;
 }
 

@@ -1,6 +1,6 @@
 // Addresses of views, such as `#/features?sort=peak` and `#/feature/12`. A view keeps all of its state in its address, so
 // that a copied address shows the same again and the browser's back and forward work without help.
-import { useLayoutEffect, useState } from "./vendor/htm-preact-standalone.js";
+import { html, useLayoutEffect, useState } from "./vendor/htm-preact-standalone.js";
 
 const OLD_NAMES = { "": "features", list: "features" };  // addresses of reports once were `#list` and `#feature=12`
 
@@ -35,4 +35,9 @@ export function useRoute() {
     return () => removeEventListener("hashchange", read);
   }, []);
   return readRoute(hash);
+}
+
+// A feature's number, as a link to its page where the source has one.
+export function FeatureLink({ source, feature }) {
+  return source.has(feature) ? html`<a href=${writeRoute("feature", feature)}>${feature}</a>` : html`<span>${feature}</span>`;
 }
