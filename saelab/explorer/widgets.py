@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from saelab.explorer import feature_pages
 from saelab.explorer.app import describe_error
@@ -25,9 +25,11 @@ from saelab.stores.feature_store import FeatureStore
 from saelab.visualization.html import bundle, read_asset
 
 PACKAGES = ("saelab.explorer", "saelab.visualization")
+StoreSource: TypeAlias = "Explorer | FeatureStore | str | Path"
+"""a feature store, its folder, or an explorer that is open"""
 
 
-def feature_widget(store: Explorer | FeatureStore | str | Path, feature: int, sae: SAE | str | Path | None = None) -> Any:
+def feature_widget(store: StoreSource, feature: int, sae: SAE | str | Path | None = None) -> Any:
     """The card of a feature as a widget: windows expand, and its links show other features.
 
     Args:
@@ -45,9 +47,7 @@ def feature_widget(store: Explorer | FeatureStore | str | Path, feature: int, sa
     return _make("feature", {"feature": int(feature)}, explorer)
 
 
-def prompt_widget(
-    store: Explorer | FeatureStore | str | Path, model: Model, text: str = "", sae: SAE | str | Path | None = None
-) -> Any:
+def prompt_widget(store: StoreSource, model: Model, text: str = "", sae: SAE | str | Path | None = None) -> Any:
     """The prompt view as a widget: features of every token of a text that is typed, tokens of every feature.
 
     Args:
@@ -66,7 +66,7 @@ def prompt_widget(
 
 
 def steering_widget(
-    store: Explorer | FeatureStore | str | Path,
+    store: StoreSource,
     model: Model,
     setup: SteeringSetup | None = None,
     sae: SAE | str | Path | None = None,
@@ -88,15 +88,13 @@ def steering_widget(
     return _make("steering", {} if setup is None else {"setup": json.dumps(setup.to_dict())}, explorer)
 
 
-def _open(
-    store: Explorer | FeatureStore | str | Path, model: Model | None, sae: SAE | str | Path | None
-) -> Explorer:
+def _open(store: StoreSource, model: Model | None, sae: SAE | str | Path | None) -> Explorer:
     return store if isinstance(store, Explorer) else Explorer.open(store, model, sae, read_only=True)
 
 
 def _make(view: str, query: Mapping[str, Any], explorer: Explorer) -> Any:
     widget = _widget_class()(view=view, query=dict(query), style=_style())
-    calls = _Calls(explorer, widget.send)
+    calls = _Calls(explorer, widget)
     widget.on_msg(lambda _, content, buffers: calls.take(content))
     return widget
 
@@ -134,11 +132,11 @@ class _Calls:
 
     Args:
         explorer: what is shown.
-        send: sends a message back.
+        widget: answers are sent through it.
     """
 
-    def __init__(self, explorer: Explorer, send: Callable[[dict[str, Any]], None]) -> None:
-        self.explorer, self.send = explorer, send
+    def __init__(self, explorer: Explorer, widget: Any) -> None:
+        self.explorer, self.widget = explorer, widget
         self.running: dict[str, threading.Event] = {}
 
     def take(self, content: Mapping[str, Any]) -> None:
@@ -158,12 +156,12 @@ class _Calls:
             if name == "steer":
                 for events in self._steer(given["setup"], stopped):
                     for event in events:
-                        self.send({"id": number, "event": event})
-                self.send({"id": number, "value": None})
+                        self.widget.send({"id": number, "event": event})
+                self.widget.send({"id": number, "value": None})
             else:
-                self.send({"id": number, "value": ANSWERS[name](self.explorer, given)})
+                self.widget.send({"id": number, "value": ANSWERS[name](self.explorer, given)})
         except Exception as error:  # a widget has no other way to show it
-            self.send({"id": number, "error": describe_error(error)})
+            self.widget.send({"id": number, "error": describe_error(error)})
         finally:
             del self.running[number]
 

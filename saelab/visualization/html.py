@@ -213,10 +213,10 @@ EXPORT_LIST = re.compile(r"export\{([^}]*)\};?\s*\Z")
 
 @cache
 def bundle(name: str, packages: tuple[str, ...] = ("saelab.visualization",)) -> str:
-    """JavaScript modules as one expression, a script by itself: the one named and all that it imports, each wrapped in a
-    function. Its value are the exports of the one named.
+    """JavaScript modules as one expression, a script by itself, whose value are the exports of the module named.
 
-    A page from the disk has no modules: browsers load them from servers only. A widget has one.
+    That module and all that it imports are wrapped in a function each: a page from the disk can load no modules, and a
+    widget has only one.
 
     Args:
         name: file name of the module that runs last.
@@ -232,7 +232,8 @@ def bundle(name: str, packages: tuple[str, ...] = ("saelab.visualization",)) -> 
         order[name] = _wrap(name, text)
 
     add(name)
-    return "\n".join(['(() => {\n"use strict";\nconst modules = {};', *order.values(), f'return modules["{name}"];\n}})();\n'])
+    first, last = '(() => {\n"use strict";\nconst modules = {};', f'return modules["{name}"];\n}})();\n'
+    return "\n".join([first, *order.values(), last])
 
 
 def _read_module(name: str, packages: Sequence[str]) -> str:

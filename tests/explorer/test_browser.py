@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,13 +12,21 @@ import pytest
 import saelab as sl
 
 pytest.importorskip("playwright", reason="there is no playwright to drive a browser with")
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), "")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), "")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to open the explorer in")
 
 HOOK, D_SAE = "blocks.1.hook_resid_post", 256
 HOSTILE = '</script><img src=x onerror="alert(1)">'
 SETUP = {"prompt": "Tom saw", "features": [{"feature": 3, "strength": 2, "mode": "add", "unit": "raw"}], "n_tokens": 6}
-VIEWS = ("#/features", "#/feature/3", "#/prompt?text=Tom+saw+a+dog", f"#/steer?setup={json.dumps(SETUP)}", "#/dead", "#/lists")
+VIEWS = (
+    "#/features",
+    "#/feature/3",
+    "#/prompt?text=Tom+saw+a+dog",
+    f"#/steer?setup={json.dumps(SETUP)}",
+    "#/dead",
+    "#/lists",
+)
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 860}
 
 
@@ -127,7 +136,9 @@ def test_a_prompt_is_read_and_a_feature_of_it_moved(server: Any, page: Any) -> N
     page.get_by_label("Tokens").fill("6")
     page.get_by_role("button", name="Write").click()
     has(page, "KL from unsteered")
-    texts = {name: page.locator(f".streams .{name} .stream").inner_text() for name in ("unsteered", "steered", "random")}
+    texts = {
+        name: page.locator(f".streams .{name} .stream").inner_text() for name in ("unsteered", "steered", "random")
+    }
     assert all(text.startswith("Tom saw") and len(text) > len("Tom saw ") for text in texts.values())
     page.get_by_label("Name of this set-up").fill("more of it")
     page.get_by_role("button", name="Pin").click()
@@ -151,8 +162,8 @@ def test_every_view_fits_a_phone_and_has_its_headings_and_names(server: Any, bro
         phone.locator("main :is(h2, h1)").first.wait_for()
         phone.wait_for_load_state("networkidle")
         assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
-        levels = [int(tag[1]) for tag in phone.evaluate("[...document.querySelectorAll('h1,h2,h3,h4')].map(h => h.tagName)")]
-        assert levels[0] == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False)), (view, levels)
+        levels = phone.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
+        assert levels[0] == 1 and all(b <= a + 1 for a, b in pairwise(levels)), (view, levels)
         assert phone.evaluate(UNNAMED) == [], view
         assert phone.evaluate(FAINT) == [], view
     phone.close()
@@ -162,7 +173,8 @@ UNNAMED = """[...document.querySelectorAll("input, select, textarea, button, a[h
   !(one.getAttribute("aria-label") || one.textContent.trim() || one.labels?.length)).map(one => one.outerHTML)"""
 FAINT = """(() => {  // text whose contrast to its background is below 4.5
   const read = color => color.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(x => x / 255).map(x => (x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4))
+  const light = ([r, g, b]) => [r, g, b].map(x => x / 255)
+    .map(x => (x <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4))
     .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
   const behind = one => {
     for (; one; one = one.parentElement) {
@@ -171,8 +183,9 @@ FAINT = """(() => {  // text whose contrast to its background is below 4.5
     }
     return [255, 255, 255];
   };
-  return [...document.querySelectorAll("body *")].filter(one => [...one.childNodes].some(node => node.nodeType === 3 && node.data.trim())
-    && one.checkVisibility() && !one.closest(":disabled, [aria-disabled=true], svg")).filter(one => {
+  const holdsText = one => [...one.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+  return [...document.querySelectorAll("body *")].filter(one => holdsText(one) && one.checkVisibility()
+    && !one.closest(":disabled, [aria-disabled=true], svg")).filter(one => {
     const [a, b] = [read(getComputedStyle(one).color), behind(one)].map(light).sort((x, y) => y - x);
     return (a + 0.05) / (b + 0.05) < 4.5;
   }).map(one => one.outerHTML.slice(0, 120));

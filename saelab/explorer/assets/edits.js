@@ -24,9 +24,10 @@ export function useAction() {
   return [run, state.error, state.busy];
 }
 
-export function Undo({ source }) {
-  const { value } = useLoaded(source.history, [useEdits()]);
+// The last change with a button; where it is not `always` there, from the first edit of this visit on.
+export function Undo({ source, always = false }) {
+  const edits = useEdits(), { value } = useLoaded(source.history, [edits]);
   const [run, error] = useAction();
-  return html`<div class="undo" role="status">${value?.undo && html`<span class="soft small">${value.undo}</span>
+  return html`<div class="undo" role="status">${(always || edits > 0) && value?.undo && html`<span class="soft small">${value.undo}</span>
     <button type="button" onClick=${() => run(source.undo)}>Undo</button>`}<${Failure} error=${error} /></div>`;
 }

@@ -1,6 +1,6 @@
 // Buttons in a card that Python drew: more text around a window, more windows of a group.
 
-const FIRST = 64, TIMES = 4;  // tokens on each side of the center at the first press, and how they grow
+const FIRST = 60, TIMES = 4, MOST = 2000;  // tokens on each side of the center at the first press, how they grow, and their limit
 const MORE = 10;  // windows at a time
 
 export function addExpanders(root, { window, examples, fail }) {
@@ -26,10 +26,10 @@ function addWider(element, window, fail) {
     const holder = document.createElement("div");
     holder.innerHTML = (await window(element.dataset.row, n, n)).html;  // escaped by Python, as the card is
     const wider = holder.querySelector(".win");
-    if (wider.textContent === shown.textContent) button.remove();  // the document has no more
+    if (n === MOST || wider.textContent === shown.textContent) button.remove();  // or the document has no more
     shown.replaceWith(wider);
     shown = wider;
-    n *= TIMES;
+    n = Math.min(n * TIMES, MOST);
   };
   const button = make("\u2194", "Show more of the text", widen, fail);
   element.previousElementSibling?.append(button);

@@ -1,5 +1,5 @@
 // The explorer: views by address, with the state of the model and the choice of theme above them.
-import { html, render, useEffect, useState } from "./vendor/htm-preact-standalone.js";
+import { html, render, useEffect, useRef, useState } from "./vendor/htm-preact-standalone.js";
 import { Undo } from "./edits.js";
 import { ExplorerFeature } from "./explorer_feature.js";
 import { FeatureList, openSearch } from "./feature_list.js";
@@ -26,22 +26,26 @@ function Explorer({ about, again }) {
   const open = there.includes(view) || view === "feature" ? view : "features";
   const setQuery = (asked, entry = false) => (entry ? go : replace)(writeRoute(open, id, asked));
   const shared = { source, about, state, query, setQuery };
+  const main = useRef(null);
+  useEffect(() => {  // where the link that was followed is gone, a reader of the page goes on at its content
+    if (document.activeElement === document.body) main.current.focus({ preventScroll: true });
+  }, [open, id]);
   useEffect(() => { document.title = `${open === "feature" ? `Feature ${id}` : TITLES[open]} \u00b7 ${about.title}`; }, [open, id]);
   useKeys(open === "features" ? {} : { "/": openSearch, ...(open !== "feature" && { Escape: () => go(writeRoute("features")) }) });
   return html`
     <header><div class="top"><h1>${about.title}</h1><${Model} state=${state} /><${Theme} /></div>
       <nav class="views" aria-label="Views">${there.map(name => html`<a href=${writeRoute(name)}
         aria-current=${name === open || (open === "feature" && name === "features") ? "page" : null}>${TITLES[name]}</a>`)}</nav></header>
-    <main>
+    <main ref=${main} tabindex="-1">
       ${open === "features" && html`<${FeatureList} source=${source} query=${query} onQuery=${setQuery} version=${building}
         note=${building && "Tokens are still being counted: a search may miss some."} />`}
       ${open === "feature" && html`<${ExplorerFeature} key=${id} feature=${Number(id)} ...${shared} />`}
       ${open === "prompt" && html`<${PromptPage} ...${shared} />`}
       ${open === "steer" && html`<${SteeringPage} ...${shared} />`}
-      ${PAGES.includes(open) && html`<${FiguresPage} key=${open} name=${open} ...${shared} />`}
+      ${PAGES.includes(open) && html`<${FiguresPage} key=${open} name=${open} title=${TITLES[open]} ...${shared} />`}
       ${open === "lists" && html`<${ListsPage} ...${shared} />`}
     </main>
-    ${about.can.edit && html`<footer><${Undo} source=${source} /></footer>`}`;
+    ${about.can.edit && open !== "lists" && html`<footer><${Undo} source=${source} /></footer>`}`;
 }
 
 // Reads again what there is while the model loads or tokens are counted: then there is more that the explorer can do.

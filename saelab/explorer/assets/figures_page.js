@@ -4,11 +4,11 @@ import { Chart } from "./chart.js";
 import { Escaped } from "./feature_view.js";
 import { Failure, useLoaded } from "./loading.js";
 
-export function FiguresPage({ source, name }) {
+export function FiguresPage({ source, name, title }) {
   const { value, error, loading } = useLoaded(signal => source.page(name, signal), [name]);
-  return html`<section class="figures" aria-busy=${loading}>
+  return html`<section class="figures" aria-busy=${loading}><h2>${value?.title ?? title}</h2>
     <${Failure} error=${error} />
     <p class="soft" role="status">${loading && "drawing \u2026"}</p>
-    ${value && html`<h2>${value.title}</h2><${Escaped} content=${value.html} />
+    ${value && html`<${Escaped} content=${value.html} />
       ${value.figures.map((figure, i) => html`<${Chart} key=${i} figure=${figure} />`)}`}</section>`;
 }

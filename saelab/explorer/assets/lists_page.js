@@ -1,6 +1,6 @@
 // What the reader keeps: lists of features, pinned set-ups, and all of it as files.
 import { html, useRef } from "./vendor/htm-preact-standalone.js";
-import { useAction, useEdits } from "./edits.js";
+import { Undo, useAction, useEdits } from "./edits.js";
 import { count } from "./format.js";
 import { Failure, useLoaded } from "./loading.js";
 import { writeRoute } from "./routes.js";
@@ -18,6 +18,7 @@ export function ListsPage({ source, about }) {
     ${value?.lists.length === 0 && html`<p class="soft">None yet.</p>`}
     ${value?.lists.map(list => html`<${List} key=${list.name} list=${list} run=${run} source=${source} edit=${edit} />`)}
     <${PinnedSetups} source=${source} edit=${edit} />
+    ${edit && html`<h3>Last change</h3><${Undo} source=${source} always />`}
     <h3>Export</h3>
     <ul class="plain">${Object.entries(FORMATS).map(([format, title]) => html`<li><a href=${`api/export?format=${format}`} download>${title}</a></li>`)}</ul>
   </section>`;

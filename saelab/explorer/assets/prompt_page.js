@@ -1,5 +1,5 @@
 // A prompt that the reader types: features of every token, tokens of every feature, and two prompts compared.
-import { html, useRef } from "./vendor/htm-preact-standalone.js";
+import { html, useRef, useState } from "./vendor/htm-preact-standalone.js";
 import { MINUS, percent, short, signed, visible } from "./format.js";
 import { Failure, useLoaded } from "./loading.js";
 import { PromptTokens, strongest, TokenFeatures, valuesOf } from "./prompt_reading.js";
@@ -8,6 +8,7 @@ import { addToSetup } from "./setup.js";
 import { Waiting } from "./waiting.js";
 
 const RANKS = { activation: "largest code", rarity: "rarity: code over density", attribution: "attribution to a next token" };
+const FEW = 20;  // rows of a table before it is opened
 const K = 24;  // features listed for a token
 
 // The query holds text, other, rank and target, and what is chosen: token (its place) and feature.
@@ -92,13 +93,14 @@ function Predictions({ value, query, ask }) {
 }
 
 function Table({ source, title, about, rows, columns, feature, paint }) {
-  const names = Object.keys(columns);
+  const names = Object.keys(columns), [all, showAll] = useState(false);
   return html`<section><h3>${title}</h3><div class="scroll"><table class="related"><thead><tr><th>feature</th><th>label</th>
       ${names.map(name => html`<th>${name}</th>`)}<th /></tr></thead>
-    <tbody>${rows.map(row => html`<tr key=${row.feature}><td><${FeatureLink} source=${source} feature=${row.feature} /></td>
+    <tbody>${rows.slice(0, all ? rows.length : FEW).map(row => html`<tr key=${row.feature}><td><${FeatureLink} source=${source} feature=${row.feature} /></td>
       <td>${row.label}</td>${names.map(name => html`<td>${columns[name](row)}</td>`)}
       <td class="acts"><button type="button" aria-pressed=${row.feature === feature} aria-label=${`Color the tokens of feature ${row.feature}`}
         onClick=${() => paint(row.feature)}>color</button>
         ${about.can.steer && html` <a href=${writeRoute("steer", "", addToSetup(row.feature))} aria-label=${`Steer feature ${row.feature}`}>steer</a>`}</td>
-      </tr>`)}</tbody></table></div></section>`;
+      </tr>`)}</tbody></table></div>
+    ${!all && rows.length > FEW && html`<button type="button" onClick=${() => showAll(true)}>Show all ${rows.length}</button>`}</section>`;
 }

@@ -4,7 +4,7 @@ export const EMPTY = { prompt: "", features: [], n_tokens: 40, temperature: 0.8,
 export const MODES = {
   add: "add to the code", clamp: "set the code", floor: "at least", scale: "times the code", ablate: "switch off",
 };
-export const UNITS = { max: "x largest code", raw: "in codes", norm: "x activation's norm" };
+export const UNITS = { max: "\u00d7 largest code", raw: "in codes", norm: "\u00d7 activation's norm" };
 const STRENGTH = { mode: "add", unit: "max", strength: 1 };
 
 let latest = EMPTY;  // of this visit: where "Add to steering" adds to

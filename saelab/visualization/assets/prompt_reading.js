@@ -24,10 +24,10 @@ export function PromptTokens({ words, values, token, feature, onToken }) {
     style=${paint(values[i])} title=${values[i] ? `${feature}: ${short(values[i])}` : ""} onClick=${() => onToken(i)}>${visible(word)}</button>`)}</p>`;
 }
 
-// `describe(feature)` is its label or text.
+// `codes` are a feature, its code and, where they are ranked by something else, the score; `describe(feature)` is its label or text.
 export function TokenFeatures({ source, codes, feature, describe, onFeature }) {
   if (!codes.length) return html`<p class="soft">No feature fires on this token.</p>`;
-  return html`<ul class="fires">${codes.map(([j, z]) => html`<li key=${j}><${FeatureLink} source=${source} feature=${j} />
-    <span class="said">${describe(j)}</span><span class="value">${short(z)}</span>
+  return html`<ul class="fires">${codes.map(([j, z, score = z]) => html`<li key=${j}><${FeatureLink} source=${source} feature=${j} />
+    <span class="said">${describe(j)}</span><span class="value" title=${score === z ? "" : `code ${short(z)}`}>${short(score)}</span>
     <button type="button" aria-pressed=${j === feature} onClick=${() => onFeature(j)} aria-label=${`Color the tokens of feature ${j}`}>color</button></li>`)}</ul>`;
 }
