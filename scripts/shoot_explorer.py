@@ -1,6 +1,6 @@
 """Screenshots of every view of the explorer for the documentation: light, dark and on a phone.
 
-    python scripts/shoot_explorer.py STORE MODEL --feature 12 --prompt "Tom saw a dog." [--compare STORE] [--evaluation FILE] [--attribution FILE]
+    python scripts/shoot_explorer.py STORE MODEL --feature 12 --prompt "Tom saw a dog."
 
 Chromium of this machine draws them; pictures are stored with a palette where pillow is installed. Look at each before
 it is kept.

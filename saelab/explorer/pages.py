@@ -87,7 +87,7 @@ def _show_comparison(explorer: Explorer) -> dict[str, Any]:
         why = {"comparing": "The stores are being compared, which takes a while. Load this page again later."}
         raise ValueError(why.get(explorer.comparison_state, f"The comparison {explorer.comparison_state}"))
     matched = explorer.matched
-    return _make(f"Compared with {matched.name}", [matched.summarize()], [plot_matches(matched.comparison)])
+    return _make("Comparison", [matched.summarize()], [plot_matches(matched.comparison)])
 
 
 def _show_attribution(explorer: Explorer) -> dict[str, Any]:

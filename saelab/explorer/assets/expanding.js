@@ -1,10 +1,11 @@
-// Buttons in a card that Python drew: more text around a window, more windows of a group.
+// Buttons in a card that Python drew: more text around a window, more windows of a group. A partner's windows, outside of
+// the card's columns, are of another store.
 
 const FIRST = 60, TIMES = 4, MOST = 2000;  // tokens on each side of the center at the first press, how they grow, and their limit
 const MORE = 10;  // windows at a time
 
 export function addExpanders(root, { window, examples, fail }) {
-  for (const element of root.querySelectorAll(".win[data-row]")) addWider(element, window, fail);
+  for (const element of root.querySelectorAll(".cols .win[data-row]")) addWider(element, window, fail);
   for (const group of root.querySelectorAll("details[data-group]")) addMore(group, { window, examples, fail });
 }
 

@@ -20,8 +20,8 @@ const PAGES = ["dead", "evaluation", "compare", "attribution"];  // there where 
 function Explorer({ about, again }) {
   const [source] = useState(() => liveSource(about));
   const { view, id, query } = useRoute(), state = about.model_state;
-  const building = about.index_state.startsWith("building");
-  useAgain(state === "loading" || building, again);
+  const counting = about.index_state !== "ready", comparing = about.comparison_state === "comparing";
+  useAgain(state === "loading" || counting || comparing, again);
   const there = Object.keys(TITLES).filter(name => !PAGES.includes(name) || about.views.includes(name));
   const open = there.includes(view) || view === "feature" ? view : "features";
   const setQuery = (asked, entry = false) => (entry ? go : replace)(writeRoute(open, id, asked));
@@ -37,18 +37,18 @@ function Explorer({ about, again }) {
       <nav class="views" aria-label="Views">${there.map(name => html`<a href=${writeRoute(name)}
         aria-current=${name === open || (open === "feature" && name === "features") ? "page" : null}>${TITLES[name]}</a>`)}</nav></header>
     <main ref=${main} tabindex="-1">
-      ${open === "features" && html`<${FeatureList} source=${source} query=${query} onQuery=${setQuery} version=${building}
-        note=${building && "Tokens are still being counted: a search may miss some."} />`}
+      ${open === "features" && html`<${FeatureList} source=${source} query=${query} onQuery=${setQuery} version=${`${counting} ${comparing}`}
+        note=${counting && "Tokens are still being counted: a search may miss some."} />`}
       ${open === "feature" && html`<${ExplorerFeature} key=${id} feature=${Number(id)} ...${shared} />`}
       ${open === "prompt" && html`<${PromptPage} ...${shared} />`}
       ${open === "steer" && html`<${SteeringPage} ...${shared} />`}
-      ${PAGES.includes(open) && html`<${FiguresPage} key=${open} name=${open} title=${TITLES[open]} ...${shared} />`}
+      ${PAGES.includes(open) && html`<${FiguresPage} key=${open} name=${open} title=${TITLES[open]} version=${comparing} ...${shared} />`}
       ${open === "lists" && html`<${ListsPage} ...${shared} />`}
     </main>
     ${about.can.edit && open !== "lists" && html`<footer><${Undo} source=${source} /></footer>`}`;
 }
 
-// Reads again what there is while the model loads or tokens are counted: then there is more that the explorer can do.
+// Reads again what there is while the model loads, tokens are counted, or stores compared: then there is more to show.
 function useAgain(growing, again) {
   useEffect(() => {
     if (!growing) return undefined;

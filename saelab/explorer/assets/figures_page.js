@@ -4,8 +4,8 @@ import { Chart } from "./chart.js";
 import { Escaped } from "./feature_view.js";
 import { Failure, useLoaded } from "./loading.js";
 
-export function FiguresPage({ source, name, title }) {
-  const { value, error, loading } = useLoaded(signal => source.page(name, signal), [name]);
+export function FiguresPage({ source, name, title, version }) {
+  const { value, error, loading } = useLoaded(signal => source.page(name, signal), [name, version]);
   return html`<section class="figures" aria-busy=${loading}><h2>${value?.title ?? title}</h2>
     <${Failure} error=${error} />
     <p class="soft" role="status">${loading && "drawing \u2026"}</p>

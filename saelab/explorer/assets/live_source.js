@@ -34,9 +34,9 @@ async function stream(path, body, signal, onEvent) {
 }
 
 export function liveSource(about) {
-  const { d_sae, signed } = about.store, views = new Set(about.views);
+  const { d_sae, signed } = about.store;
   const columns = ["feature", "label", "score", "density", "balance", "peak", "kind", "concept", "match"];
-  const absent = { balance: !signed, concept: !about.has?.concepts, match: !views.has("compare") };
+  const absent = { balance: !signed, concept: !about.has.concepts, match: !about.has.compare };
   const filters = ["sign", "kind", "labeled", "list", "author", "density_min", "density_max", "peak_min", "score_min", "concept_min", "match_min"];
   const named = name => encodeURIComponent(name);
   return {

@@ -4,15 +4,15 @@ import { known, percent, short, signed, visible } from "./format.js";
 
 // `first` is the order that a first press on the column's heading gives.
 export const COLUMNS = {
-  feature: { title: "feature", width: "4.6rem", first: "asc", cell: row => row.feature },
+  feature: { title: "feature", width: "4rem", first: "asc", cell: row => row.feature },
   label: { title: "label and text", width: "minmax(0, 1fr)", first: "asc", cell: row => html`<${Text} row=${row} />` },
-  score: { title: "score", width: "4.4rem", first: "desc", cell: row => short(row.score) },
-  density: { title: "density", width: "5.6rem", first: "desc", cell: row => percent(row.density) },
-  balance: { title: "negative", width: "6.4rem", first: "desc", cell: row => html`<${Signs} row=${row} />` },
-  peak: { title: "peak", width: "4.6rem", first: "desc", cell: row => short(row.peak) },
-  kind: { title: "kind", width: "5.6rem", first: "asc", cell: row => row.kind },
+  score: { title: "score", width: "3.4rem", first: "desc", cell: row => short(row.score) },
+  density: { title: "density", width: "5rem", first: "desc", cell: row => percent(row.density) },
+  balance: { title: "negative", width: "5rem", first: "desc", cell: row => html`<${Signs} row=${row} />` },
+  peak: { title: "peak", width: "3.6rem", first: "desc", cell: row => short(row.peak) },
+  kind: { title: "kind", width: "4.6rem", first: "asc", cell: row => row.kind },
   concept: { title: "concept", width: "8rem", first: "desc", cell: row => row.concept },
-  match: { title: "match", width: "5rem", first: "desc", cell: row => html`<${Match} row=${row} />` },
+  match: { title: "match", width: "4.2rem", first: "desc", cell: row => html`<${Match} row=${row} />` },
 };
 
 function Text({ row }) {
