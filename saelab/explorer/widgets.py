@@ -25,11 +25,11 @@ from saelab.stores.feature_store import FeatureStore
 from saelab.visualization.html import bundle, read_asset
 
 PACKAGES = ("saelab.explorer", "saelab.visualization")
-StoreSource: TypeAlias = "Explorer | FeatureStore | str | Path"
+ExplorerSource: TypeAlias = "Explorer | FeatureStore | str | Path"
 """a feature store, its folder, or an explorer that is open"""
 
 
-def feature_widget(store: StoreSource, feature: int, sae: SAE | str | Path | None = None) -> Any:
+def feature_widget(store: ExplorerSource, feature: int, sae: SAE | str | Path | None = None) -> Any:
     """The card of a feature as a widget: windows expand, and its links show other features.
 
     Args:
@@ -47,7 +47,7 @@ def feature_widget(store: StoreSource, feature: int, sae: SAE | str | Path | Non
     return _make("feature", {"feature": int(feature)}, explorer)
 
 
-def prompt_widget(store: StoreSource, model: Model, text: str = "", sae: SAE | str | Path | None = None) -> Any:
+def prompt_widget(store: ExplorerSource, model: Model, text: str = "", sae: SAE | str | Path | None = None) -> Any:
     """The prompt view as a widget: features of every token of a text that is typed, tokens of every feature.
 
     Args:
@@ -66,7 +66,7 @@ def prompt_widget(store: StoreSource, model: Model, text: str = "", sae: SAE | s
 
 
 def steering_widget(
-    store: StoreSource,
+    store: ExplorerSource,
     model: Model,
     setup: SteeringSetup | None = None,
     sae: SAE | str | Path | None = None,
@@ -88,7 +88,7 @@ def steering_widget(
     return _make("steering", {} if setup is None else {"setup": json.dumps(setup.to_dict())}, explorer)
 
 
-def _open(store: StoreSource, model: Model | None, sae: SAE | str | Path | None) -> Explorer:
+def _open(store: ExplorerSource, model: Model | None, sae: SAE | str | Path | None) -> Explorer:
     return store if isinstance(store, Explorer) else Explorer.open(store, model, sae, read_only=True)
 
 

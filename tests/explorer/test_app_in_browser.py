@@ -117,7 +117,7 @@ def test_a_list_of_many_rows_draws_those_in_view_and_comes_back_to_its_place(ser
     page.wait_for_url(re.compile(r"#/feature/204\?"))
     page.keyboard.press("Escape")
     page.locator('[data-feature="204"]').wait_for()
-    page.get_by_text("Filters").click()
+    page.locator(".filters summary").click()
     page.get_by_label("Kind").select_option("dead")
     page.wait_for_url(re.compile("kind=dead"))
 
