@@ -10,6 +10,7 @@ import argparse
 import io
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ MODES: dict[str, dict[str, Any]] = {
     "dark": {"viewport": {"width": 1100, "height": 760}, "color_scheme": "dark"},
     "phone": {"viewport": {"width": 360, "height": 640}, "color_scheme": "light"},
 }
-COLORS = 64
+COLORS = 128
 PAUSE = 1500  # ms for figures, and for what fades
 
 
@@ -37,6 +38,8 @@ def main() -> None:
     given = words.parse_args()
     results = {name: getattr(given, name) for name in ("compare", "evaluation", "attribution")}
     with sl.explore(given.store, sl.load_model(given.model, progress=False), port=0, **results) as server:
+        while server.explorer.comparison_state == "comparing":
+            time.sleep(0.2)
         shoot(server.url, given)
 
 
