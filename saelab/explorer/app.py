@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from saelab.explorer import feature_pages, pages
 from saelab.explorer.live_steering import SteeringSetup, steer_live
 from saelab.explorer.prompt_features import PromptQuery, describe_prompt
 from saelab.explorer.relabeling import LabelingRequest, relabel
@@ -69,10 +69,6 @@ class Call:
             raise ValueError(f"`{name}` must be a whole number, got {text[:40]!r}.") from None
 
 
-def _part(name: str) -> Any:
-    return import_module(f"saelab.explorer.{name}")
-
-
 NAMES = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
 Work: TypeAlias = Callable[[Any, Call], Any]
 
@@ -80,11 +76,11 @@ READING: dict[str, Work] = {
     "/api/about": lambda explorer, call: explorer.about(),
     "/api/model": lambda explorer, call: {"state": explorer.model_state},
     "/api/features": lambda explorer, call: explorer.catalog.page(**call.query),
-    "/api/features/{feature:int}": lambda explorer, call: _part("feature_pages").describe(explorer, call.feature),
-    "/api/features/{feature:int}/window": lambda explorer, call: _part("feature_pages").expand_window(
+    "/api/features/{feature:int}": lambda explorer, call: feature_pages.describe(explorer, call.feature),
+    "/api/features/{feature:int}/window": lambda explorer, call: feature_pages.expand_window(
         explorer, call.feature, call.number("row", -1), call.number("before", 40), call.number("after", 20)
     ),
-    "/api/features/{feature:int}/examples": lambda explorer, call: _part("feature_pages").list_examples(
+    "/api/features/{feature:int}/examples": lambda explorer, call: feature_pages.list_examples(
         explorer,
         call.feature,
         call.query.get("group", "top"),
@@ -92,7 +88,7 @@ READING: dict[str, Work] = {
         call.number("offset", 0),
         call.number("limit", 20),
     ),
-    "/api/pages/{name}": lambda explorer, call: _part("pages").make_page(explorer, call.path["name"]),
+    "/api/pages/{name}": lambda explorer, call: pages.make_page(explorer, call.path["name"]),
     "/api/lists": lambda explorer, call: {"lists": explorer.annotations.lists()},
     "/api/setups": lambda explorer, call: {"setups": explorer.annotations.setups()},
     "/api/history": lambda explorer, call: {"undo": explorer.annotations.last_change()},
