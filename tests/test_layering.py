@@ -118,8 +118,8 @@ def test_every_import_goes_down() -> None:
 
 LONGEST = 500
 """lines of a file that is still read as one thing"""
-OWN_RIGHT = ("saelab.cli.", "saelab.sae.formats.", "saelab.visualization.demo_page")
-"""commands, file formats and a page"""
+OWN_RIGHT = ("saelab.cli.", "saelab.sae.formats.", "saelab.visualization.demo_page", "saelab.explorer.pages")
+"""commands, file formats and pages"""
 
 
 def fragments(package: Path) -> list[str]:
