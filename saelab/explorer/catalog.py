@@ -222,12 +222,12 @@ class FeatureCatalog:
     def top_tokens(self, feature: int) -> list[int]:
         """Ids of the tokens on which a feature fires most often.
 
-        Those that have not been counted yet are counted now, of a frequent feature over `GLANCE` evenly spaced firings.
+        Those that have not been counted yet are counted now, of a frequent feature at some `GLANCE` of its firings.
         """
         if self._counted[feature]:
             tops = self._tokens[feature]
             return [int(i) for i in tops[tops >= 0]]
-        rows = self.store.feature(feature).indices
+        rows = self.store.sample_firings(feature, GLANCE)
         return [i for i, _ in rank_tokens(self.store, rows[spread_evenly(len(rows), GLANCE)], N_TOKENS)]
 
     # ---- filters and orders

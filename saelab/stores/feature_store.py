@@ -308,6 +308,17 @@ class FeatureStore:
             values.append(codes.astype(np.float32))
         return Feature(np.concatenate(tokens), np.concatenate(values), self, j)
 
+    def sample_firings(self, j: int, n: int) -> Int[np.ndarray, "m"]:
+        """Rows at which feature `j` fires, in ascending order: all, or those of evenly spaced shards that hold about `n`
+        or more.
+        """
+        step = max(1, min(len(self._shards), int(self.statistics.fires[j].sum()) // max(1, n)))
+        found = [np.zeros(0, np.int64)]
+        for start, arrays in zip(self._starts[:-1:step], self._shards[::step], strict=True):
+            part = arrays.part("feature_offsets", j, j + 2).tolist()
+            found.append(arrays.part("feature_tokens", *part).astype(np.int64) + start)
+        return np.concatenate(found)
+
     def firing_tokens(
         self, start: int, stop: int
     ) -> Iterator[tuple[Int[np.ndarray, "n_features_1"], Integer[np.ndarray, "nnz"]]]:

@@ -181,6 +181,15 @@ def test_blocks_of_any_size_count_the_same_tokens(
     )
 
 
+def test_a_sample_of_firings_is_all_or_that_of_evenly_spaced_shards(explorer: Explorer) -> None:
+    store = explorer.store
+    for feature in (int(store.statistics.fires.sum(1).argmax()), DEAD[0]):
+        rows = store.feature(feature).indices
+        assert np.array_equal(store.sample_firings(feature, 10**6), rows)
+        some = store.sample_firings(feature, 1 + len(rows) // 2)
+        assert set(some) <= set(rows) and len(some) <= len(rows) and bool(len(some)) == bool(len(rows))
+
+
 def test_counting_stops_when_the_explorer_closes(harvested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "BLOCK_FEATURES", 1)
     store = sl.FeatureStore.load(harvested)

@@ -153,8 +153,7 @@ def test_a_choice_that_somebody_else_made_since_stands(kept: Annotations) -> Non
     kept.labels.choose(2, "rules")
     kept.undo()
     assert kept.labels[2].text == "rule" and {label.text for label in kept.labels.labels(2)} == {"rule", "mine"}
-    kept.labels.choose(2, None)
-    assert sum(row[-1] for row in read_all(kept)["labels"]) == 1, "one choice, that of feature 1"
+    assert sum(row[-1] for row in read_all(kept)["labels"]) == 2, "one choice of each feature"
 
 
 def add_features(path: str, features: list[int]) -> None:
