@@ -309,8 +309,8 @@ class FeatureStore:
         return Feature(np.concatenate(tokens), np.concatenate(values), self, j)
 
     def sample_firings(self, j: int, n: int) -> Int[np.ndarray, "m"]:
-        """Rows at which feature `j` fires, in ascending order: all, or those of evenly spaced shards that hold about `n`
-        or more.
+        """Rows at which feature `j` fires, in ascending order: all, or those of evenly spaced shards with about `n` of
+        them or more.
         """
         step = max(1, min(len(self._shards), int(self.statistics.fires[j].sum()) // max(1, n)))
         found = [np.zeros(0, np.int64)]
