@@ -19,14 +19,15 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to op
 HOOK, D_SAE = "blocks.1.hook_resid_post", 256
 HOSTILE = '</script><img src=x onerror="alert(1)">'
 SETUP = {"prompt": "Tom saw", "features": [{"feature": 3, "strength": 2, "mode": "add", "unit": "raw"}], "n_tokens": 6}
-VIEWS = (
-    "#/features",
-    "#/feature/3",
-    "#/prompt?text=Tom+saw+a+dog",
-    f"#/steer?setup={json.dumps(SETUP)}",
-    "#/dead",
-    "#/lists",
-)
+VIEWS = {
+    "#/features": "[data-feature]",
+    "#/feature/3": ".fcard",
+    "#/prompt?text=Tom+saw+a+dog": ".fires li",
+    f"#/steer?setup={json.dumps(SETUP)}": ".moved",
+    "#/dead": "figure .main-svg",
+    "#/lists": "main form",
+}
+"""addresses, and what is there once the view is drawn"""
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 860}
 
 
@@ -152,21 +153,19 @@ def test_a_prompt_is_read_and_a_feature_of_it_moved(server: Any, page: Any) -> N
     assert page.get_by_label("Text to go on from").input_value() == "Tom saw" and page.locator(".moved").count() == 1
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_view_fits_a_phone_and_has_its_headings_and_names(server: Any, browser: Any, scheme: str) -> None:
-    phone = browser.new_page(viewport=PHONE, color_scheme=scheme)
-    phone.set_default_timeout(20_000)
-    for view in VIEWS:
-        phone.goto("about:blank")
-        phone.goto(server.url + view)
-        phone.locator("main :is(h2, h1)").first.wait_for()
-        phone.wait_for_load_state("networkidle")
-        assert phone.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
-        levels = phone.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
+def test_every_view_fits_a_phone_and_has_its_headings_names_and_contrast(server: Any, page: Any) -> None:
+    page.set_viewport_size(PHONE)
+    for view, drawn in VIEWS.items():
+        page.goto("about:blank")
+        page.goto(server.url + view)
+        page.locator(drawn).first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), view
+        levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3, h4')].map(h => Number(h.tagName[1]))")
         assert levels[0] == 1 and all(b <= a + 1 for a, b in pairwise(levels)), (view, levels)
-        assert phone.evaluate(UNNAMED) == [], view
-        assert phone.evaluate(FAINT) == [], view
-    phone.close()
+        assert page.evaluate(UNNAMED) == [], view
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            assert page.evaluate(FAINT) == [], (view, scheme)
 
 
 UNNAMED = """[...document.querySelectorAll("input, select, textarea, button, a[href]")].filter(one =>
