@@ -59,29 +59,42 @@ class PromptFeatures:
         ]
 
     @cached_property
+    def _entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Word, feature and code of each feature at each word where it fires, by word, the largest |z| first."""
+        offsets, features, z = (x.cpu().numpy() for x in (self.codes.offsets, self.codes.indices, self.codes.values))
+        token = np.repeat(np.arange(len(self.ids)), np.diff(offsets))
+        word = np.repeat(np.arange(len(self.groups)), [group.stop - group.start for group in self.groups])[token]
+        order = np.lexsort((-np.abs(z), word))
+        order = order[self.keep.numpy()[token[order]]]
+        # Of a feature that fires on several tokens of a word the first, which has the largest |z|.
+        _, first = np.unique(np.stack([word[order], features[order]]), axis=1, return_index=True)
+        order = order[np.sort(first)]
+        return word[order], features[order], z[order].astype(np.float64)
+
+    @cached_property
     def by_word(self) -> list[dict[int, float]]:
         """Code of each feature that fires, by word, the largest |z| first."""
-        found = []
-        for group in self.groups:
-            codes: dict[int, float] = {}
-            for token in self.by_token[group]:
-                for feature, z in token.items():
-                    codes[feature] = max(codes.get(feature, 0.0), z, key=abs)
-            found.append(dict(sorted(codes.items(), key=lambda pair: -abs(pair[1]))))
-        return found
+        word, features, z = self._entries
+        bounds = np.searchsorted(word, np.arange(len(self.groups) + 1)).tolist()
+        listed, values = features.tolist(), z.tolist()
+        return [dict(zip(listed[a:b], values[a:b], strict=True)) for a, b in pairwise(bounds)]
 
     @cached_property
     def by_feature(self) -> dict[int, list[tuple[int, float]]]:
         """Word and code wherever a feature fires, by feature, that with the largest |z| first."""
-        found: dict[int, list[tuple[int, float]]] = {}
-        for word, codes in enumerate(self.by_word):
-            for feature, z in codes.items():
-                found.setdefault(feature, []).append((word, z))
-        return dict(sorted(found.items(), key=lambda pair: -max(abs(z) for _, z in pair[1])))
+        word, features, z = self._entries
+        order = np.lexsort((-np.abs(z), features))
+        starts = np.flatnonzero(np.diff(features[order], prepend=-1))
+        pairs = list(zip(word[order].tolist(), z[order].tolist(), strict=True))
+        ends = [*starts[1:].tolist(), len(order)]
+        largest = np.argsort(-np.abs(z[order][starts]), kind="stable").tolist()
+        first, names = starts.tolist(), features[order][starts].tolist()
+        return {names[i]: pairs[first[i] : ends[i]] for i in largest}
 
     def peak(self, feature: int) -> float:
         """The code of largest magnitude of a feature in the prompt, with its sign; 0 where it does not fire."""
-        return max((z for _, z in self.by_feature.get(feature, ())), key=abs, default=0.0)
+        where = self.by_feature.get(feature)
+        return where[0][1] if where else 0.0
 
     def rarity(self, store: FeatureStore) -> dict[int, float]:
         """-log of the density in the store of each feature that fires, in nats, the rarest first.
