@@ -70,7 +70,7 @@ class Call:
 
 
 NAMES = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
-Work: TypeAlias = Callable[[Any, Call], Any]
+Work: TypeAlias = Callable[[Explorer, Call], Any]
 
 READING: dict[str, Work] = {
     "/api/about": lambda explorer, call: explorer.about(),
@@ -330,7 +330,7 @@ async def _send_events(send: Send, events: list[Event]) -> None:
     await send({"type": "http.response.body", "body": body.encode(), "more_body": True})
 
 
-async def _export(explorer: Any, request: Any) -> Any:
+async def _export(explorer: Explorer, request: Any) -> Any:
     """All labels, notes, lists and set-ups as a file."""
     from starlette.concurrency import run_in_threadpool
     from starlette.responses import Response

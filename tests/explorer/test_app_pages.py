@@ -1,0 +1,174 @@
+"""The explorer's pages and edits through its addresses: labels, notes, lists, undo, export, read-only, escaping."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from asking import TOKEN, Client
+
+import saelab as sl
+from saelab.explorer.app import make_app
+from saelab.explorer.session import Explorer
+
+HOOK = "blocks.1.hook_resid_post"
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+SETUP = {"prompt": "The owl", "features": [{"feature": 3, "strength": 2.0}], "n_tokens": 12, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def sae() -> sl.SAE:
+    return sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=3), normalizer="none"), seed=0)
+
+
+@pytest.fixture
+def opened(tiny: Any, sae: sl.SAE, tmp_path: Path) -> Iterator[Explorer]:
+    """An explorer without model, of a store whose text is hostile."""
+    tokens = sl.tokenize(tiny, [f"{HOSTILE} said the owl"] * 12, ctx_len=48)
+    store = sl.harvest(sae, tiny, tokens, tmp_path / "store", hook_point=HOOK, progress=False)
+    made = Explorer.open(store, None, sae, title=HOSTILE)
+    made.catalog.wait()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client(opened: Explorer) -> Client:
+    return Client(make_app(opened, TOKEN))
+
+
+def busiest(opened: Explorer) -> int:
+    return int(opened.store.statistics.fires.sum(1).argmax())
+
+
+def side_of(opened: Explorer) -> int:
+    """The sign with which that feature fires most."""
+    return 1 - 2 * int(opened.store.statistics.fires[busiest(opened)].argmax())
+
+
+def test_the_list_is_paged_sorted_and_searched(client: Client, opened: Explorer) -> None:
+    found = client("GET", "api/features?sort=density&order=desc&limit=5").json()
+    densities = [row["density"] for row in found["rows"]]
+    assert len(densities) == 5 and densities == sorted(densities, reverse=True) and found["total"] == 48
+    assert client("GET", "api/features?limit=501").status_code == 400
+    assert client("GET", "api/features?sort=beauty").status_code == 400
+    client("PUT", f"api/features/{busiest(opened)}/label", json={"text": "owls at night"})
+    rows = client("GET", f"api/features?q={quote('owls')}").json()["rows"]
+    assert busiest(opened) in [row["feature"] for row in rows]
+
+
+def test_hostile_text_is_escaped_wherever_html_is_answered(client: Client, opened: Explorer) -> None:
+    j = busiest(opened)
+    client("PUT", f"api/features/{j}/label", json={"text": HOSTILE})
+    client("PUT", f"api/features/{j}/note", json={"text": HOSTILE})
+    page = client("GET", f"api/features/{j}").json()
+    assert HOSTILE in json.dumps([label["text"] for label in page["labels"]]) and page["note"] == HOSTILE
+    shown = [page["card"]]
+    shown.append(client("GET", f"api/features/{j}/examples?group=top&side={side_of(opened)}").json()["html"])
+    shown.append(client("GET", "api/pages/dead").json()["html"])
+    for html in shown:
+        assert "<img" not in html and "<script" not in html and "</script" not in html
+    assert any("&lt;" in html for html in shown)
+
+
+def test_edits_are_kept_and_taken_back_in_order(client: Client, opened: Explorer) -> None:
+    j = busiest(opened)
+    assert client("GET", "api/history").json() == {"undo": None}
+    edits = [
+        ("PUT", f"api/features/{j}/label", {"text": "mine"}),
+        ("PUT", f"api/features/{j}/note", {"text": "a note"}),
+        ("PUT", "api/lists/good", {"features": [1, 2]}),
+        ("POST", f"api/lists/good/{j}", None),
+        ("DELETE", "api/lists/good/1", None),
+        ("PUT", f"api/setups/{quote('my setup')}", {"setup": SETUP}),
+    ]
+    for method, path, body in edits:
+        answer = client(method, path, **({"json": body} if body is not None else {}))
+        assert answer.status_code == 200, answer.text
+    assert client("GET", "api/lists").json()["lists"] == [{"name": "good", "features": [2, j]}]
+    [setup] = client("GET", "api/setups").json()["setups"]
+    assert setup["name"] == "my setup" and setup["setup"]["features"][0]["feature"] == 3
+    page = client("GET", f"api/features/{j}").json()
+    assert page["note"] == "a note" and page["lists"] == ["good"]
+    assert [label["text"] for label in page["labels"] if label["by_person"]] == ["mine"]
+    for _ in edits:
+        assert client("GET", "api/history").json()["undo"]
+        assert client("POST", "api/undo").json()["undone"]
+    assert client("GET", "api/history").json() == {"undo": None}
+    assert client("GET", "api/lists").json() == {"lists": []} and client("GET", "api/setups").json() == {"setups": []}
+    page = client("GET", f"api/features/{j}").json()
+    assert page["labels"] == [] and page["note"] == ""
+
+
+def test_a_label_is_chosen_and_deleted(client: Client, opened: Explorer) -> None:
+    j = busiest(opened)
+    client("PUT", f"api/features/{j}/label", json={"text": "mine"})
+    side = side_of(opened)
+    assert client.events(f"api/features/{j}/relabel", {"method": "rules", "sign": side})[-1]["done"]
+    assert opened.labels[j].text == "mine"
+    assert client("PUT", f"api/features/{j}/choice", json={"author": "rules", "sign": side}).status_code == 200
+    assert client("PUT", f"api/features/{j}/choice", json={"author": "nobody", "sign": side}).status_code == 400
+    gone = client("DELETE", f"api/features/{j}/label", json={"author": "rules", "sign": side})
+    assert gone.status_code == 200 and {label.author for label in opened.labels.labels(j)} == {opened.author}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("GET", "features/48", None),
+        ("GET", "features/48/examples", None),
+        ("PUT", "features/48/label", {"text": "x"}),
+        ("PUT", "features/1/label", {"text": 3}),
+        ("PUT", "features/1/label", {}),
+        ("PUT", "features/1/label", {"text": "x", "sign": True}),
+        ("PUT", "features/1/label", {"text": "x", "sign": 7}),
+        ("PUT", "lists/a", {"features": [48]}),
+        ("PUT", "lists/a", {"features": ["1"]}),
+        ("PUT", "lists/a", {"features": "12"}),
+        ("PUT", "setups/a", {"setup": {"prompt": "x", "features": []}}),
+        ("PUT", "setups/a", {"setup": 1}),
+        ("GET", "pages/secrets", None),
+        ("GET", "export?format=exe", None),
+        ("GET", "features/1/window?row=x", None),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(client: Client, method: str, path: str, body: Any) -> None:
+    answer = client(method, f"api/{path}", **({"json": body} if body is not None else {}))
+    assert answer.status_code in (400, 404), answer.text
+    said = answer.json()["error"]
+    assert said and "\n" not in said and "Traceback" not in said
+
+
+def test_work_is_exported_as_files(client: Client, opened: Explorer) -> None:
+    client("PUT", "api/features/3/label", json={"text": HOSTILE})
+    client("PUT", "api/lists/good", json={"features": [1]})
+    for form, media in (("json", "application/json"), ("csv", "text/csv"), ("neuronpedia", "")):
+        answer = client("GET", f"api/export?format={form}")
+        assert answer.status_code == 200 and answer.headers["content-disposition"].startswith("attachment")
+        assert answer.headers["content-type"].startswith(media) and "alert(1)" in answer.text
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "good" in client("GET", "api/export?format=json").text
+
+
+def test_read_only_shows_everything_and_changes_nothing(tiny: Any, opened: Explorer) -> None:
+    opened.labels.set(3, "mine", author="me")
+    shown = Explorer.open(opened.store, tiny, opened.sae, read_only=True)
+    client = Client(make_app(shown, TOKEN))
+    before = (opened.store.folder / "labels.sqlite").read_bytes()
+    about = client("GET", "api/about").json()
+    assert not about["can"]["edit"] and not about["can"]["label_rules"]
+    for method, path, body in (
+        ("PUT", "features/3/label", {"text": "x"}),
+        ("POST", "features/3/relabel", {"method": "rules"}),
+        ("DELETE", "lists/a", None),
+        ("POST", "undo", None),
+    ):
+        answer = client(method, f"api/{path}", **({"json": body} if body is not None else {}))
+        assert answer.status_code == 403 and "--read-only" in answer.json()["error"]
+    assert client("GET", "api/features/3").json()["labels"][0]["text"] == "mine"
+    assert client("POST", "api/prompt", json={"text": "The owl"}).status_code == 200
+    assert client.events("api/steer", SETUP)[-1]["done"]
+    shown.close()
+    assert (opened.store.folder / "labels.sqlite").read_bytes() == before
