@@ -3,8 +3,8 @@
     python scripts/measure_explorer.py                          a synthetic store is written first, in some minutes
     python scripts/measure_explorer.py --store FOLDER --sae FOLDER
 
-Pages are those of a store of 24,576 features and 1,000,000 tokens (`--store`); prompts and texts are those of the
-built-in model `tales` with an SAE of 24,576 latents. Each server is a process of its own; requests come from this one
+Pages are those of a store of 24,576 features and 1,000,000 tokens (`--store`); prompts and texts are those of a random
+model of the shape of GPT-2 small with an SAE of 24,576 latents. Each server is a process of its own; requests come from this one
 over loopback, and the first page is that of a real browser (`--chromium`; the row is left out where there is none).
 
     first page      from the call of `explore` to rows in the browser's list, the browser having been started before
@@ -46,7 +46,6 @@ from saelab.stores.corpus import StoredText
 from saelab.stores.feature_statistics import measure, save_statistics
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.results import format_table
-from saelab.synthetic.tales import generate_stories
 
 D_SAE, N_TOKENS, L0, CTX_LEN, N_WORDS = 24_576, 1_000_000, 32, 128, 30_000
 HOOK = "blocks.2.hook_resid_post"
@@ -54,7 +53,7 @@ SYLLABLES = ("ka", "lo", "mi", "ter", "sun", "ra", "ven", "pol", "and", "ing", "
 PROMPT = (
     "Once upon a time there was a girl named Ida. She had a dog and a friend named Tom. One day they went to the sea."
 )
-TEXT = {"prompt": "Once upon a time", "features": [{"feature": 5, "strength": 1.0}], "n_tokens": 200, "seed": 1}
+TEXT = {"prompt": "Once upon a time", "features": [{"feature": 5, "strength": 1.0}], "n_tokens": 60, "seed": 1}
 
 
 # ---- what is measured on
@@ -100,20 +99,26 @@ def draw_codes(rng: np.random.Generator, ids: np.ndarray) -> SparseCodes:
     return SparseCodes.from_rows(torch.from_numpy(latents.ravel()), values.float(), rows, (len(ids), D_SAE))
 
 
-def harvest_stories(folder: Path) -> None:
-    """A store of `tales` with an SAE of as many latents, little trained, in `folder`/store and `folder`/sae."""
-    model, tokens = sl.load_model("tales", progress=False), generate_stories(120, 0, 30_000_000).tokens()
-    acts = sl.collect(model, tokens[:20], HOOK, progress=False)
+def make_model() -> Any:
+    """A random model of the shape of GPT-2 small, of bytes; the same in every process."""
+    return sl.lm.tiny_model(architecture="gpt2", d_model=768, n_layers=12, ctx_len=256)
+
+
+def harvest_text(folder: Path) -> None:
+    """A store of that model with an SAE of as many latents, little trained, in `folder`/store and `folder`/sae."""
+    model = make_model()
+    tokens = sl.tokenize(model, [PROMPT * 4] * 8, ctx_len=256)
+    acts = sl.collect(model, tokens, HOOK, progress=False)
     sae = sl.SAE(sl.SAEConfig(d_in=model.cfg.d_model, d_sae=D_SAE, activation=sl.AbsTopK(k=L0)))
-    sae.fit(acts, sl.TrainConfig(n_tokens=2048, batch_size=512), progress=False).save_pretrained(folder / "sae")
+    sae.fit(acts, sl.TrainConfig(n_tokens=512, batch_size=128), progress=False).save_pretrained(folder / "sae")
     sl.harvest(sl.SAE.from_pretrained(folder / "sae"), model, tokens, folder / "store", progress=False)
 
 
 # ---- the server's process
-def serve(store: Path, sae: Path, model: str | None) -> None:
+def serve(store: Path, sae: Path, model: bool) -> None:
     """Serve a store, and do what is asked on stdin, a word a line, each with a line of JSON on stdout."""
     coder = sl.SAE.from_pretrained(sae)
-    lm = sl.load_model(model, progress=False) if model else None
+    lm = make_model() if model else None
     opened = sl.FeatureStore.load(store) if model else store
     begin, before = time.time(), read_memory()
     server = sl.explore(opened, lm, coder, port=0)
@@ -137,18 +142,10 @@ def serve(store: Path, sae: Path, model: str | None) -> None:
 
 
 def read_ids(model: Any) -> torch.Tensor:
-    """The first 64 tokens of the prompt, as often repeated as it takes."""
-    return sl.tokenize(model, [make_prompt(model)], 128, packed=False).ids[:, :64].long()
-
-
-def make_prompt(model: Any) -> str:
-    """A text of 64 tokens, BOS included."""
-    words = (PROMPT + " " + PROMPT + " " + PROMPT).split()
-    for n in range(len(words), 0, -1):
-        text = " ".join(words[:n])
-        if sl.tokenize(model, [text], 256, packed=False).n_tokens <= 64:
-            return text
-    raise AssertionError("a word has more than 64 tokens")
+    """The 64 tokens of the prompt, BOS included."""
+    ids = sl.tokenize(model, [PROMPT[:63]], 64, packed=False).ids.long()
+    assert ids.shape == (1, 64)
+    return ids
 
 
 def read_memory() -> float:
@@ -164,10 +161,10 @@ def say(value: Any) -> None:
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, store: Path, sae: Path, model: str | None) -> None:
+    def __init__(self, store: Path, sae: Path, model: bool) -> None:
         words = [sys.executable, __file__, "--serve", "--store", str(store), "--sae", str(sae)]
         self.process = subprocess.Popen(
-            words + (["--model", model] if model else []), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            words + ["--model"] * model, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         self.read()  # the address, for people
         said = json.loads(self.read())
@@ -194,7 +191,7 @@ class Server:
 
 
 @contextmanager
-def serving(store: Path, sae: Path, model: str | None = None) -> Iterator[Server]:
+def serving(store: Path, sae: Path, model: bool = False) -> Iterator[Server]:
     server = Server(store, sae, model)
     try:
         yield server
@@ -250,7 +247,7 @@ def wait_for_index(url: str) -> float:
 
 def time_prompt(server: Server, n: int) -> tuple[float, float]:
     """Medians of the seconds of a prompt's request, and of one forward pass and one encoding, taken in turns."""
-    body = {"text": make_prompt(sl.load_model("tales", progress=False))}
+    body = {"text": PROMPT[:63]}
     asked, passes = [], []
     with httpx.Client(base_url=server.url, timeout=60) as client:
         for _ in range(n):
@@ -334,7 +331,7 @@ def measure_pages(store: Path, sae: Path, chromium: str, n: int) -> Rows:
 
 def measure_model(folder: Path, n: int) -> Rows:
     """Figures of what runs the model."""
-    with serving(folder / "store", folder / "sae", "tales") as server:
+    with serving(folder / "store", folder / "sae", model=True) as server:
         wait_for_index(server.url)
         asked, one = time_prompt(server, n)
         said = f"{asked / one:.2f} passes ({1000 * asked:.0f} ms, one {1000 * one:.0f} ms)"
@@ -355,7 +352,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=100, help="requests of each kind")
     parser.add_argument("--only", choices=["pages", "model"], help="one half of the table")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--model", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     if args.serve:
@@ -364,7 +361,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         parts: dict[str, Callable[[Path], Rows]] = {
             "pages": lambda folder: measure_pages(*find_store(args, folder), args.chromium, args.n),
-            "model": lambda folder: harvest_stories(folder) or measure_model(folder, args.n),  # type: ignore[func-returns-value]
+            "model": lambda folder: harvest_text(folder) or measure_model(folder, args.n),  # type: ignore[func-returns-value]
         }
         rows = []
         for part, run in parts.items():

@@ -4,6 +4,7 @@ Work is done in threads, never on the event loop. Paths are those behind the tok
 """
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -195,7 +196,19 @@ def describe_error(error: Exception) -> str:
 def _reply(value: Any, status: int = 200) -> Any:
     from starlette.responses import Response
 
-    return Response(to_json(value, indent=None), status, media_type="application/json")
+    return Response(write_json(value), status, media_type="application/json")
+
+
+def write_json(value: Any) -> str:
+    """A value as JSON in one line, NaN and infinities as null; quickly where there are none.
+
+    >>> write_json({"a": [1.0, float("nan")]})
+    '{"a": [1.0, null]}'
+    """
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):  # also what only `to_json` knows how to write
+        return to_json(value, indent=None)
 
 
 def _answer(explorer: Explorer, work: Work) -> Callable[[Any], Any]:
@@ -326,7 +339,7 @@ async def _wait_until_left(receive: Receive) -> None:
 
 
 async def _send_events(send: Send, events: list[Event]) -> None:
-    body = "".join(f"data: {to_json(event, indent=None)}\n\n" for event in events)
+    body = "".join(f"data: {write_json(event)}\n\n" for event in events)
     await send({"type": "http.response.body", "body": body.encode(), "more_body": True})
 
 
