@@ -4,8 +4,8 @@
     python scripts/measure_explorer.py --store FOLDER --sae FOLDER
 
 Pages are those of a store of 24,576 features and 1,000,000 tokens (`--store`); prompts and texts are those of a random
-model of the shape of GPT-2 small with an SAE of 24,576 latents. Each server is a process of its own; requests come from this one
-over loopback, and the first page is that of a real browser (`--chromium`; the row is left out where there is none).
+model of the shape of GPT-2 small with an SAE of 24,576 latents. Each server is a process of its own; requests come from
+this one over loopback, and the first page is that of a real browser (`--chromium`; left out where there is none).
 
     first page      from the call of `explore` to rows in the browser's list, the browser having been started before
     feature page    one feature's page, features at random: median, and 95 of 100

@@ -143,9 +143,10 @@ def steer_live(
     }
     if setup.random:
         ways[RANDOM] = partial(steer_randomly, model, interventions, setup.seed)
-    for intervention in interventions:
-        intervention.require_match(model)
-    texts = {name: _begin(model, setup, steered) for name, steered in ways.items()}
+    with lock:  # what is measured of a model once, is measured by running it
+        for intervention in interventions:
+            intervention.require_match(model)
+        texts = {name: _begin(model, setup, steered) for name, steered in ways.items()}
     try:
         growing = dict(texts)
         while growing:

@@ -114,6 +114,19 @@ def test_between_turns_and_after_the_reader_left_the_model_is_as_it_was(model: A
     assert count_hooks(model) == n_hooks and torch.equal(sl.lm.logits(model, ids), before)
 
 
+def test_what_is_measured_of_a_model_is_measured_with_the_lock(
+    model: Any, sae: Any, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stream may run the model before its first token, and another thread would run into its hooks."""
+    lock, held = threading.Lock(), []
+    begin = live_steering.stream_tokens
+    monkeypatch.setattr(
+        live_steering, "stream_tokens", lambda *args, **how: held.append(lock.locked()) or begin(*args, **how)
+    )
+    list(run(model, sae, store, PLAIN, lock))
+    assert held == [True, True, True]
+
+
 def test_the_lock_is_free_between_turns(model: Any, sae: Any, store: Any) -> None:
     lock, held = threading.Lock(), []
 
