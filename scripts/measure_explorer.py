@@ -120,25 +120,38 @@ def serve(store: Path, sae: Path, model: bool) -> None:
     coder = sl.SAE.from_pretrained(sae)
     lm = make_model() if model else None
     opened = sl.FeatureStore.load(store) if model else store
+    block: list[Any] = []
+    if lm is not None and isinstance(opened, sl.FeatureStore):
+        block = SteeringSetup.from_dict(TEXT).interventions(coder, opened)
+        run_pass(lm, coder)  # what model and SAE keep of their first run is theirs
+        generate(lm, block)
     begin, before = time.time(), read_memory()
     server = sl.explore(opened, lm, coder, port=0)
     say({"url": server.url, "begin": begin})
-    block = SteeringSetup.from_dict(TEXT).interventions(coder, server.explorer.store) if lm is not None else []
     for line in sys.stdin:
         if line.strip() == "memory":
             say({"MiB": read_memory() - before})
         elif line.strip() == "pass":
-            assert lm is not None
-            ids, start = read_ids(lm), time.perf_counter()
-            with torch.no_grad():
-                coder.encode_sparse(sl.lm.capture(lm, ids, [HOOK], stop=False)[HOOK][0])
-            say({"seconds": time.perf_counter() - start})
+            say({"seconds": run_pass(lm, coder)})
         elif line.strip() == "generate":
-            with steer_all(lm, block):
-                start = time.perf_counter()
-                made = sl.generate(lm, TEXT["prompt"], TEXT["n_tokens"], seed=1, progress=False)
-                say({"rate": made.n_tokens / (time.perf_counter() - start)})
+            say({"rate": generate(lm, block)})
     server.close()
+
+
+@torch.no_grad()
+def run_pass(model: Any, sae: sl.SAE) -> float:
+    """Seconds of one forward pass of the prompt and one encoding."""
+    ids, start = read_ids(model), time.perf_counter()
+    sae.encode_sparse(sl.lm.capture(model, ids, [HOOK], stop=False)[HOOK][0])
+    return time.perf_counter() - start
+
+
+def generate(model: Any, block: list[Any]) -> float:
+    """Tokens a second of `sl.generate` under an edit."""
+    with steer_all(model, block):
+        start = time.perf_counter()
+        made = sl.generate(model, TEXT["prompt"], TEXT["n_tokens"], seed=1, progress=False)
+        return made.n_tokens / (time.perf_counter() - start)
 
 
 def read_ids(model: Any) -> torch.Tensor:
