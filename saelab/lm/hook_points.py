@@ -306,8 +306,8 @@ def _require_causal(model: nn.Module, probe: Tensor, expected: Tensor) -> None:
     rounding = 1e-5 if expected.dtype in (torch.float32, torch.float64) else 1e-2
     if not _distance(run(model, changed)[:, :-1], expected[:, :-1]) <= rounding:
         raise ValueError(
-            "saelab reads causal language models, whose logits depend on earlier tokens only; in this one they depend "
-            f"on later tokens too ({type(model).__name__}). Take a decoder."
+            f"A model's logits must depend on earlier tokens only, got {type(model).__name__}, in which they depend on "
+            "later ones too. Take a decoder, or a newer transformers: early releases of some families are not causal."
         )
 
 
