@@ -370,16 +370,23 @@ def _templates() -> Any:
 async def _send_file(request: Any) -> Any:
     """A file of the packages; there is no address for any other."""
     from starlette.concurrency import run_in_threadpool
-    from starlette.exceptions import HTTPException
-    from starlette.responses import FileResponse, Response
 
-    path = (await run_in_threadpool(list_assets)).get(request.path_params["name"])
+    return await run_in_threadpool(_read_file, request.path_params["name"], request.headers.get("if-none-match"))
+
+
+def _read_file(name: str, known: str | None) -> Any:
+    """The answer with a file, or that it is the one that the browser has."""
+    from starlette.exceptions import HTTPException
+    from starlette.responses import Response
+
+    path = list_assets().get(name)
     if path is None:
         raise HTTPException(404)
-    response = FileResponse(path, media_type=MEDIA[path.suffix], stat_result=path.stat())
-    if request.headers.get("if-none-match") == response.headers["etag"]:
-        return Response(status_code=304, headers={"etag": response.headers["etag"]})
-    return response
+    about = path.stat()
+    tag = f'"{about.st_mtime_ns:x}-{about.st_size:x}"'
+    if known == tag:
+        return Response(status_code=304, headers={"etag": tag})
+    return Response(path.read_bytes(), media_type=MEDIA[path.suffix], headers={"etag": tag})
 
 
 @cache
