@@ -179,7 +179,7 @@ def test_only_causal_models_behind_a_bridge() -> None:
     from transformer_lens.model_bridge import TransformerBridge
 
     bridge = TransformerBridge.boot_transformers("bert", hf_model=bert, tokenizer=tiny_model().tokenizer, device="cpu")
-    with pytest.raises(ValueError, match="later tokens"):
+    with pytest.raises(ValueError, match="earlier tokens only, got BertForMaskedLM"):
         capture(bridge, some_ids(), ["blocks.1.hook_out"])
 
 

@@ -13,6 +13,7 @@ import torch
 import saelab as sl
 from saelab.collecting.reader import ActivationReader
 from saelab.evaluation.sparse_control import ORIGINAL, EditTask
+from saelab.explorer import MovedFeature, PromptQuery, SteeringSetup
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import is_same_weights, sketch_weights
 from saelab.sae.compatibility import match_weights
@@ -82,6 +83,11 @@ def line_up(at: At, **how) -> None:
     )
 
 
+def steer_live(at: At, **how) -> None:
+    setup = SteeringSetup(prompt="One", features=(MovedFeature(feature=3),), n_tokens=2)
+    list(sl.explorer.steer_live(at.model, [sl.Intervention(at.sae, {3: 1.0}, **how)], setup))
+
+
 CALLS: dict[str, Callable] = {
     "steer by nothing": lambda at, **how: enter(sl.steer(at.model, at.sae, {3: 0.0}, **how)),
     "ActivationCondition": lambda at, **how: enter(
@@ -94,7 +100,11 @@ CALLS: dict[str, Callable] = {
     ),
     "erase_concept": ablate_concept,
     "attribute": lambda at, **how: sl.interventions.attribute(at.model, at.sae, "One", "e", **QUIET, **how),
+    "describe_prompt": lambda at: sl.explorer.describe_prompt(
+        at.sae, at.model, at.store, PromptQuery(text="One"), lambda features: {}
+    ),
     "evaluate_sparse_control": compare_control,
+    "explore": lambda at: sl.explore(at.store, at.model, at.sae, port=0).close(),
     "evaluate": lambda at, **how: sl.evaluate(
         at.sae, at.model, at.tokens[:2], n_bootstrap=0, baselines=False, **QUIET, **how
     ),
@@ -108,12 +118,15 @@ CALLS: dict[str, Callable] = {
     "steering_baselines": line_up,
     "logit_lens": lambda at, **how: sl.analysis.logit_lens(at.sae, at.model, [3], **how),
     "patch": lambda at, **how: sl.interventions.patch(at.model, "One", "Two", "e", sources=at.sae, **how),
+    "prompt_widget": lambda at: sl.explorer.prompt_widget(at.store, at.model, "One", at.sae),
     "prune_dictionary": lambda at, **how: sl.analysis.prune_dictionary(at.sae, at.model, at.tokens[:4], (4,), **how),
     "read_prompt": lambda at: sl.analysis.read_prompt(at.sae, at.model, "One", at.store.provenance),
     "report": lambda at: sl.report(at.store, at.out, at.model, sae=at.sae, features=[3], **QUIET),
     "output_scores": lambda at, **how: sl.steering.output_scores(at.model, at.sae, at.store, [3], prompts="One", **how),
     "splice": lambda at, **how: enter(sl.splice(at.model, at.sae, **how)),
     "steer": lambda at, **how: enter(sl.steer(at.model, at.sae, {3: 1.0}, **how)),
+    "steer_live": steer_live,
+    "steering_widget": lambda at: sl.explorer.steering_widget(at.store, at.model, sae=at.sae),
     "steer_all": lambda at, **how: enter(
         sl.interventions.steer_all(at.model, [sl.Intervention(at.sae, {3: 1.0}, **how)])
     ),
@@ -129,7 +142,15 @@ CALLS: dict[str, Callable] = {
 """Every public function that takes an SAE and a model, called on them."""
 
 ANY_POINT = {"harvest_untrained", "logit_lens"}  # the store says it; what features write is read at no hook point
-BY_STORE = {"export_store", "read_prompt", "report"}  # the store says what the model must be
+BY_STORE = {
+    "describe_prompt",
+    "explore",
+    "export_store",
+    "prompt_widget",
+    "read_prompt",
+    "report",
+    "steering_widget",
+}  # the store says what the model must be
 
 
 @pytest.fixture(scope="module")

@@ -292,7 +292,7 @@ def test_labels_that_are_being_written_stop_an_overwrite_before_it_begins(tmp_pa
     monkeypatch.setattr("saelab.collecting.writers.PATIENCE", 0.1)
     with LabelStore.open(tmp_path) as book:
         book.set(3, "rain", author="me")
-        with book._writing(), pytest.raises(TimeoutError, match="written by another process"):
+        with book.changing(), pytest.raises(TimeoutError, match="written by another process"):
             harvest(tmp_path, seed=1, resume=False)
     assert len(sl.FeatureStore.load(tmp_path)) == 100 and LabelStore.open(tmp_path)[3].text == "rain"
 
