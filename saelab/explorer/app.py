@@ -4,6 +4,7 @@ Work is done in threads, never on the event loop. Paths are those behind the tok
 """
 
 import asyncio
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from saelab.explorer.security import LIMITS, ASGIApp, ExplorerLimits, Guard, Rec
 from saelab.explorer.session import Explorer
 from saelab.stores.files import to_json
 from saelab.stores.validation import parse_json, require_object
+from saelab.visualization.html import bundle
 
 Event: TypeAlias = dict[str, Any]
 PAGE = "index.html.j2"
@@ -37,6 +39,7 @@ MEDIA = {
 }
 """files that are served, with their types"""
 PLOTLY = "plotly.min.js"
+SCRIPT = "explorer.js"
 
 
 @dataclass(frozen=True)
@@ -383,10 +386,18 @@ def _read_file(name: str, known: str | None) -> Any:
     if path is None:
         raise HTTPException(404)
     about = path.stat()
-    tag = f'"{about.st_mtime_ns:x}-{about.st_size:x}"'
+    tag = bundle_script()[1] if name == SCRIPT else f'"{about.st_mtime_ns:x}-{about.st_size:x}"'
     if known == tag:
         return Response(status_code=304, headers={"etag": tag})
-    return Response(path.read_bytes(), media_type=MEDIA[path.suffix], headers={"etag": tag})
+    data = bundle_script()[0] if name == SCRIPT else path.read_bytes()
+    return Response(data, media_type=MEDIA[path.suffix], headers={"etag": tag})
+
+
+@cache
+def bundle_script() -> tuple[bytes, str]:
+    """The modules of the page as one script, so that a browser need not ask for one after the other; and its tag."""
+    data = bundle(SCRIPT, ASSETS).encode()
+    return data, f'"{hashlib.sha256(data).hexdigest()[:16]}"'
 
 
 @cache
