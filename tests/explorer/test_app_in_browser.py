@@ -101,6 +101,7 @@ def test_a_reader_finds_a_feature_names_it_and_sends_its_address(server: Any, pa
     page.locator(".fcard h2", has_text=HOSTILE).wait_for()
     assert page.get_by_label("Note", exact=True).input_value() == "seen <b>today</b>"
     page.keyboard.press("/")
+    page.wait_for_function("document.activeElement.type === 'search'")
     page.keyboard.type("onerror")
     has(page, f"1 of {D_SAE} features")
     assert page.locator(".rows .row").get_attribute("data-feature") == second and page.locator("img").count() == 0
