@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -161,6 +162,7 @@ def make_app(
     ]
     faults: dict[Any, Any] = dict.fromkeys((*STATUS, HTTPException, Exception), _explain)
     app: Any = Starlette(routes=routes, exception_handlers=faults)
+    app.router.redirect_slashes = False  # it would lead to an address without the token
     return Guard(app, token, host=host, public=public, read_only=explorer.read_only, limits=limits)
 
 
@@ -237,10 +239,19 @@ async def _read_call(request: Any) -> Call:
 
 
 def _parse(body: bytes) -> Any:
+    """The value of a body; ValueError for one that is no JSON, or whose texts cannot be encoded."""
     try:
-        return parse_json(body)
+        found = parse_json(body)
     except ValueError as error:
         raise ValueError(f"A request must hold JSON, got something else ({error}).") from None
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(
+            f"A request must hold Unicode text, got half of a surrogate pair ({half!a}). Remove it."
+        ) from None
+    return found
 
 
 @dataclass(eq=False)
@@ -280,13 +291,13 @@ class _ModelRoutes:
             moved = setup.interventions(sae, self.explorer.store)
             return steer_live(model, moved, setup, self.explorer.lock)
 
-        return EventStream(self.writing, start)
+        return EventStream(self.writing, start, self.explorer.closed)
 
     async def relabel(self, request: Any) -> Any:
         """A stream of the progress of labelling one feature."""
         call = await _read_call(request)
         wanted = LabelingRequest.from_dict(call.feature, call.body)
-        return EventStream(self.labeling, lambda: relabel(self.explorer, wanted))
+        return EventStream(self.labeling, lambda: relabel(self.explorer, wanted), self.explorer.closed)
 
 
 class EventStream:
@@ -295,10 +306,11 @@ class EventStream:
     Args:
         turn: taken while the events are made.
         start: makes the iterator over lists of events; its errors before the first event become an answer of their own.
+        closed: ends the stream, once it is set, after the events that are being made.
     """
 
-    def __init__(self, turn: Turn, start: Callable[[], Iterator[list[Event]]]) -> None:
-        self.turn, self.start = turn, start
+    def __init__(self, turn: Turn, start: Callable[[], Iterator[list[Event]]], closed: threading.Event) -> None:
+        self.turn, self.start, self.closed = turn, start, closed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events as they come."""
@@ -312,7 +324,7 @@ class EventStream:
                 several = await run_in_threadpool(next, events, None)
                 headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
-                while several is not None and not left.done():
+                while several is not None and not left.done() and not self.closed.is_set():
                     await _send_events(send, several)
                     several = await run_in_threadpool(_next, events)
                 await send({"type": "http.response.body", "body": b""})

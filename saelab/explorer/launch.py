@@ -25,8 +25,8 @@ from saelab.visualization.html import escape
 
 HOST, PORT = "127.0.0.1", 8765
 EVERYWHERE = ("0.0.0.0", "::", "")
-START, END = 10.0, 5.0
-"""seconds to wait for the server to begin, and to end"""
+START, GRACE, END = 10.0, 4, 5.0
+"""seconds to wait for the server to begin, for its answers to end, and for the server to end"""
 CONNECTIONS, KEEP_ALIVE = 256, 60
 """connections at once, and seconds that an idle one is kept"""
 
@@ -70,15 +70,21 @@ class ExplorerServer:
                 app,
                 limit_concurrency=CONNECTIONS,
                 timeout_keep_alive=KEEP_ALIVE,
-                timeout_graceful_shutdown=1,
+                timeout_graceful_shutdown=GRACE,
                 **settings,
                 **quiet,
             )
         )
-        run = self._server.run
-        self._thread = threading.Thread(target=run, args=([listening],), name="saelab explorer", daemon=True)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(listening,), name="saelab explorer", daemon=True)
         self._thread.start()
         self._wait_for_start()
+
+    def _run(self, listening: socket.socket) -> None:
+        try:
+            self._server.run([listening])
+        finally:
+            self._ended.set()
 
     def _wait_for_start(self) -> None:
         pause, waited = threading.Event(), 0.0
@@ -97,16 +103,21 @@ class ExplorerServer:
     def wait(self) -> None:
         """Wait until the server ends, such as for a script whose last line this is; Ctrl-C ends it."""
         try:
-            while self._thread.is_alive():
-                self._thread.join(1.0)
+            # Not `join`: Python before 3.13 takes a thread for ended when Ctrl-C interrupts it.
+            while not self._ended.wait(1.0):
+                pass
         finally:
             self.close()
 
     def close(self) -> None:
         """End the server, what it still generates, and the explorer."""
+        self.explorer.closed.set()
         self._server.should_exit = True
-        if self._thread is not threading.current_thread():
+        if self._thread is not threading.current_thread() and self._ended.wait(END):
             self._thread.join(END)
+        # The last turn of what was generated ends first: a thread at work in torch would abort the process as it exits.
+        if self.explorer.lock.acquire(timeout=END):
+            self.explorer.lock.release()
         self.explorer.close()
 
     def __enter__(self) -> "ExplorerServer":
@@ -142,14 +153,16 @@ def bind(host: str, port: int | None) -> socket.socket:
             raise ValueError(
                 f"`port` must be free, got {port}, which another program uses. Give another one, or 0 for any."
             ) from None
+        place = host if port is None else f"{host}:{port}"
         raise ValueError(
-            f"`host` and `port` must be an address of this machine, got {host}:{port} ({error.strerror})."
+            f"`host` and `port` must be an address of this machine, got {place} ({error.strerror})."
         ) from None
 
 
 def _bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol, without which asyncio leaves Nagle's algorithm on: 40 ms for each answer.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         if sys.platform != "win32":  # where it would let two programs share a port
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -122,6 +122,8 @@ class Explorer:
         self.catalog = FeatureCatalog(store, self.labels, self.annotations, sae, concepts)
         self.cache: Recent[Any] = Recent(N_RECENT)
         self.lock = threading.RLock()
+        self.closed = threading.Event()
+        """set once the explorer is closed; streams end then"""
         self.model: Model | None = None
         self.model_state = "none"
         """none, loading, ready, or "failed: " and the reason"""
@@ -320,6 +322,7 @@ class Explorer:
 
     def close(self) -> None:
         """Stop the work in the background and close the files."""
+        self.closed.set()
         self.catalog.close()
         self.labels.close()
 

@@ -60,6 +60,8 @@ SAMPLING = SamplingConfig()
 """from the model's own distribution"""
 GREEDY = SamplingConfig(temperature=0)
 """always the most likely token"""
+COLDEST = 1e-12
+"""Temperature below which the most likely token is taken: noise no longer decides, and logits would overflow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ class Sampler:
 
     def __call__(self, logits: Float[Tensor, "batch d_vocab"]) -> Int[Tensor, "batch"]:
         """(batch,) token ids, one per row."""
-        if self.cfg.temperature == 0:
+        if self.cfg.temperature < COLDEST:
             return logits.argmax(1)
         kept = self._cut(logits / self.cfg.temperature)
         waits = torch.empty_like(kept)
@@ -93,7 +95,9 @@ class Sampler:
         if top_p is not None and top_p < 1:
             ordered, order = logits.sort(dim=1, descending=True, stable=True)
             before = ordered.softmax(1).cumsum(1) - ordered.softmax(1)  # probability of all more likely tokens
-            ordered = ordered.masked_fill(before >= top_p, -torch.inf)
+            excluded = before >= top_p
+            excluded[:, 0] = False  # the most likely token stays, even where float32 rounds top_p to 0
+            ordered = ordered.masked_fill(excluded, -torch.inf)
             logits = logits.scatter(1, order, ordered)
         return logits
 
@@ -263,6 +267,8 @@ def _find_batches(
 
 
 def _seed(*parts: int) -> torch.Generator:
+    if min(parts) < 0:
+        raise ValueError(f"`seed` must be at least 0, got {min(parts)}. Give another one.")
     state = np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 

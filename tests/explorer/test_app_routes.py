@@ -232,3 +232,23 @@ def test_an_error_that_was_not_foreseen_is_a_sentence(client: Client, explorer: 
     monkeypatch.setattr(explorer, "about", fail)
     answer = client("GET", "api/about")
     assert answer.status_code == 500 and "a key" not in answer.text and "RuntimeError" in answer.json()["error"]
+
+
+@pytest.mark.parametrize("path", ["api/about/", "api/lists/..%2f"])
+def test_no_answer_leads_to_an_address_without_the_token(client: Client, path: str) -> None:
+    assert client("GET", path).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("DELETE", "api/features/3/label", b'{"author": "\\ud800"}'),
+        ("POST", "api/prompt", b'{"text": "The", "rank": "attribution", "target": "\\ud800"}'),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_named(client: Client, method: str, path: str, body: bytes) -> None:
+    answer = client(method, path, content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"].startswith(
+        "A request must hold Unicode text, got half of a surrogate pair ('\\ud800')"
+    )

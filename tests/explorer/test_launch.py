@@ -87,8 +87,10 @@ def test_a_port_in_use_is_a_sentence_unless_it_was_not_chosen(
             assert f":{port}/" not in server.url
     with pytest.raises(ValueError, match=r"must be in 0\.\.65535, got 70000"):
         bind("127.0.0.1", 70000)
-    with pytest.raises(ValueError, match=r"an address of this machine, got 192\.0\.2\.1:0"):
+    with pytest.raises(ValueError, match=r"an address of this machine, got 192\.0\.2\.1:0 "):
         bind("192.0.2.1", 0)
+    with pytest.raises(ValueError, match=r"an address of this machine, got 192\.0\.2\.1 \("):
+        bind("192.0.2.1", None)
 
 
 def test_other_machines_are_warned_of(tiny: Any, sae: Any, store: Any) -> None:
@@ -126,3 +128,35 @@ def test_what_is_missing_is_a_sentence(tiny: Any, sae: Any, store: Any, tmp_path
         sl.explore(store, tiny, sl.SAE(sae.cfg, seed=9), port=0)
     with pytest.raises(ValueError, match="got another model"):
         sl.explore(store, sl.lm.tiny_model(seed=3), sae, port=0)
+
+
+def test_ctrl_c_waits_for_what_is_generated(tiny: Any, sae: Any, store: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    setup = {"prompt": "a", "features": [{"feature": 1}], "n_tokens": 200}
+    server = sl.explore(store, tiny, sae, port=0)
+    lines: list[str] = []
+
+    def read() -> None:
+        with httpx.stream("POST", f"{server.url}api/steer", json=setup, timeout=60) as answer:
+            for line in answer.iter_lines():
+                lines.append(line)
+                if len(lines) == 1:
+                    signal.raise_signal(signal.SIGINT)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with pytest.raises(KeyboardInterrupt):
+        server.wait()
+    assert not [thread for thread in threading.enumerate() if thread.name == "saelab explorer"]
+    reader.join()
+    assert lines and not any('"done"' in line for line in lines)
+    assert capfd.readouterr().err == ""
+
+
+def test_answers_are_sent_at_once(tiny: Any, sae: Any, store: Any) -> None:
+    with bind("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP  # what asyncio looks at before it turns Nagle's algorithm off
+    with sl.explore(store, tiny, sae, port=0) as server, httpx.Client() as client:
+        for _ in range(30):  # the first ones are acknowledged at once in any case
+            client.get(f"{server.url}api/model")
+        took = [client.get(f"{server.url}api/model").elapsed.total_seconds() for _ in range(10)]
+    assert min(took) < 0.03

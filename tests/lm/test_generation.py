@@ -126,3 +126,15 @@ def test_mistakes_are_explained(tales: Any) -> None:
     for wrong in ({"temperature": -1.0}, {"temperature": float("inf")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
         with pytest.raises(ValueError, match=f"`{next(iter(wrong))}`"):
             SamplingConfig(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(temperature=1e-320), SamplingConfig(top_p=1e-300)])
+def test_values_that_float32_rounds_to_zero_are_greedy(sampling: SamplingConfig) -> None:
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0))
+    draws = Sampler(sampling, [torch.Generator().manual_seed(i) for i in range(8)])(logits)
+    assert torch.equal(draws, logits.argmax(1))
+
+
+def test_a_negative_seed_is_named(tales: Any) -> None:
+    with pytest.raises(ValueError, match="`seed` must be at least 0, got -3"):
+        go_on(tales, "Tom", seed=-3)
