@@ -33,10 +33,15 @@ def run(*command: str | Path, cwd: Path, quiet: bool = False) -> None:
     """
     words = [str(word) for word in command]
     print("$", *words, flush=True)
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKEFLAGS")}
-    done = subprocess.run(words, cwd=cwd, env=env | {"HF_HUB_OFFLINE": "1"}, capture_output=quiet, text=True)
+    done = subprocess.run(words, cwd=cwd, env=clean_environment(), capture_output=quiet, text=True)
     if done.returncode:
         sys.exit(f"{done.stdout or ''}{done.stderr or ''}{words[:4]} must succeed, and ended with {done.returncode}.")
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without what would put another saelab, or another make, before the installed one."""
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKEFLAGS")}
+    return env | {"HF_HUB_OFFLINE": "1"}
 
 
 def list_files() -> list[str]:
@@ -89,7 +94,8 @@ def install(wheel: Path, folder: Path, constraints: Path) -> Path:
 def check_import(python: Path, sdist: Path) -> None:
     """saelab must be the installed one, in the archive's version, and its command must start."""
     code = "import saelab, sys; print(saelab.__version__); sys.exit(not saelab.__file__.startswith(sys.prefix))"
-    found = subprocess.run([python, "-c", code], cwd=python.parent, check=True, capture_output=True, text=True)
+    command, env = [python, "-c", code], clean_environment()
+    found = subprocess.run(command, cwd=python.parent, env=env, check=True, capture_output=True, text=True)
     if f"saelab-{found.stdout.strip()}.tar.gz" != sdist.name:
         sys.exit(f"`saelab.__version__` must be that of {sdist.name}, got {found.stdout.strip()}.")
     run(python.parent / "saelab", "--help", cwd=python.parent, quiet=True)
