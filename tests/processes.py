@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import torch
@@ -43,9 +44,12 @@ class Child:
 
 
 def _run(errors: Path, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    from conftest import move_seeds
-
-    move_seeds(int(os.environ.get("SAELAB_SEED_OFFSET", "0")))
+    # By its path: a folder of tests may have a conftest.py of its own before it on the path.
+    spec = spec_from_file_location("root_conftest", Path(__file__).parents[1] / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    conftest = module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    conftest.move_seeds(int(os.environ.get("SAELAB_SEED_OFFSET", "0")))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # as conftest.py has it: some kernels round by it
     with errors.open("w", buffering=1) as file:
         sys.stderr = file
