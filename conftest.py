@@ -99,6 +99,19 @@ def tiny_tokens(tiny: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
+def signed_sae() -> sl.SAE:
+    """An untrained SAE of the tiny model whose codes have both signs."""
+    return sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=3), normalizer="none"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def signed_store(tiny, tiny_tokens, signed_sae, tmp_path_factory) -> sl.FeatureStore:
+    """Its store, to be read only: tests that write labels make their own."""
+    out = tmp_path_factory.mktemp("signed") / "store"
+    return sl.harvest(signed_sae, tiny, tiny_tokens[:16], out, hook_point="blocks.1.hook_resid_post", progress=False)
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real model and text for tests; they are not part of the repository."""
     if not SHARED_DATA.is_dir():

@@ -1,7 +1,6 @@
 """Features of a prompt by token and by feature: those of a direct encoding, with masks, characters and rankings."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,22 +13,13 @@ from saelab.analysis.prompt_features import read_prompt
 HOOK = "blocks.1.hook_resid_post"
 
 
-@pytest.fixture(scope="module")
-def sae() -> sl.SAE:
-    return sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=3), normalizer="none"), seed=0)
-
-
-@pytest.fixture(scope="module")
-def store(tiny: Any, tiny_tokens: Any, sae: sl.SAE, tmp_path_factory: pytest.TempPathFactory) -> sl.FeatureStore:
-    out: Path = tmp_path_factory.mktemp("prompt") / "store"
-    return sl.harvest(sae, tiny, tiny_tokens[:16], out, hook_point=HOOK, progress=False)
-
-
-def test_codes_are_those_of_a_direct_encoding_by_token_word_and_feature(tiny: Any, sae: Any, store: Any) -> None:
+def test_codes_are_those_of_a_direct_encoding_by_token_word_and_feature(
+    tiny: Any, signed_sae: Any, signed_store: Any
+) -> None:
     text = "né ✓"
-    found = read_prompt(sae, tiny, text, store.provenance, predict=True)
+    found = read_prompt(signed_sae, tiny, text, signed_store.provenance, predict=True)
     ids = sl.tokenize(tiny, [text], ctx_len=len(found.ids), packed=False).ids
-    z = sae.encode(sl.lm.capture(tiny, ids, [HOOK])[HOOK][0]).detach()
+    z = signed_sae.encode(sl.lm.capture(tiny, ids, [HOOK])[HOOK][0]).detach()
     assert found.words == ("<s>", "n", "é", " ", "✓") and "".join(found.words[1:]) == text
     assert [group.stop - group.start for group in found.groups] == [1, 1, 2, 1, 3]
     assert found.by_token[0] == {} and found.by_word[0] == {}  # BOS
@@ -50,35 +40,37 @@ def test_codes_are_those_of_a_direct_encoding_by_token_word_and_feature(tiny: An
     assert torch.allclose(found.predicts, sl.lm.logits(tiny, ids)[0, -1].float(), atol=1e-5)
 
 
-def test_running_to_the_end_changes_no_code(tiny: Any, sae: Any, store: Any) -> None:
-    whole, part = (read_prompt(sae, tiny, "an owl", store.provenance, predict=predict) for predict in (True, False))
+def test_running_to_the_end_changes_no_code(tiny: Any, signed_sae: Any, signed_store: Any) -> None:
+    whole, part = (
+        read_prompt(signed_sae, tiny, "an owl", signed_store.provenance, predict=predict) for predict in (True, False)
+    )
     assert whole.by_word == part.by_word and part.predicts is None
 
 
-def test_the_line_that_parts_documents_is_text_here(tiny: Any, sae: Any, store: Any) -> None:
+def test_the_line_that_parts_documents_is_text_here(tiny: Any, signed_sae: Any, signed_store: Any) -> None:
     text = "a\n<|endoftext|>\nb"
-    assert "".join(read_prompt(sae, tiny, text, store.provenance).words[1:]) == text
+    assert "".join(read_prompt(signed_sae, tiny, text, signed_store.provenance).words[1:]) == text
 
 
-def test_tokens_that_the_mask_leaves_out_have_no_codes(tiny: Any, sae: Any, store: Any) -> None:
-    origin = replace(store.provenance, mask={"special": False, "positions": [2, 4], "max_norm_ratio": 3.0})
-    found = read_prompt(sae, tiny, "a fox", origin)
+def test_tokens_that_the_mask_leaves_out_have_no_codes(tiny: Any, signed_sae: Any, signed_store: Any) -> None:
+    origin = replace(signed_store.provenance, mask={"special": False, "positions": [2, 4], "max_norm_ratio": 3.0})
+    found = read_prompt(signed_sae, tiny, "a fox", origin)
     assert [bool(codes) for codes in found.by_word] == [False, False, True, True, False, False]
 
 
-def test_rarity_is_the_information_of_firing(tiny: Any, sae: Any, store: Any) -> None:
-    found = read_prompt(sae, tiny, "The owl hears the fox.", store.provenance)
-    rarity = found.rarity(store)
-    fires = store.statistics.fires.sum(1)
+def test_rarity_is_the_information_of_firing(tiny: Any, signed_sae: Any, signed_store: Any) -> None:
+    found = read_prompt(signed_sae, tiny, "The owl hears the fox.", signed_store.provenance)
+    rarity = found.rarity(signed_store)
+    fires = signed_store.statistics.fires.sum(1)
     assert set(rarity) == set(found.by_feature)
     for j, nats in rarity.items():
-        assert nats == pytest.approx(-np.log(max(fires[j], 0.5) / len(store)))
+        assert nats == pytest.approx(-np.log(max(fires[j], 0.5) / len(signed_store)))
     assert list(rarity.values()) == sorted(rarity.values(), reverse=True)
 
 
-def test_effects_of_an_attribution_add_up_over_words(tiny: Any, sae: Any, store: Any) -> None:
-    found = read_prompt(sae, tiny, "né ✓", store.provenance)
-    made = sl.interventions.attribute(tiny, sae, found.ids, "a", hook_point=HOOK, progress=False)
+def test_effects_of_an_attribution_add_up_over_words(tiny: Any, signed_sae: Any, signed_store: Any) -> None:
+    found = read_prompt(signed_sae, tiny, "né ✓", signed_store.provenance)
+    made = sl.interventions.attribute(tiny, signed_sae, found.ids, "a", hook_point=HOOK, progress=False)
     by_word = found.effects(made)
     assert sum(sum(effects.values()) for effects in by_word) == pytest.approx(float(made.effects.sum()), abs=1e-6)
     sums: dict[int, float] = {}
@@ -88,6 +80,6 @@ def test_effects_of_an_attribution_add_up_over_words(tiny: Any, sae: Any, store:
     assert sums == pytest.approx(made.by_feature, abs=1e-6)
 
 
-def test_a_prompt_that_does_not_fit_is_refused(tiny: Any, sae: Any, store: Any) -> None:
+def test_a_prompt_that_does_not_fit_is_refused(tiny: Any, signed_sae: Any, signed_store: Any) -> None:
     with pytest.raises(ValueError, match="must fit the model's context of"):
-        read_prompt(sae, tiny, "a" * 5000, store.provenance)
+        read_prompt(signed_sae, tiny, "a" * 5000, signed_store.provenance)
