@@ -209,7 +209,7 @@ def _unite(train: Any, y: np.ndarray) -> list[int]:
         fires,
         y,
         lambda side: train[:, [side]].indices,
-        lambda mask: mask.astype(np.int32) @ train,
+        lambda tokens: np.asarray(train[tokens].sum(0)).ravel(),
     )
 
 

@@ -129,9 +129,9 @@ def test_a_union_is_what_trying_all_finds():
         expected.append(int(np.argmax(gains)))
         predicted, best = predicted | fires[:, expected[-1]], max(gains)
     found = classifier_union(
-        fires[y].sum(0), fires.sum(0), y, lambda i: np.flatnonzero(fires[:, i]), lambda mask: mask.astype(int) @ fires
+        fires[y].sum(0), fires.sum(0), y, lambda i: np.flatnonzero(fires[:, i]), lambda rows: fires[rows].sum(0)
     )
     assert found == expected and len(found) > 2
     assert (
-        classifier_union(np.zeros(3, int), np.arange(3), y, lambda i: np.arange(i), lambda mask: np.zeros(3, int)) == []
+        classifier_union(np.zeros(3, int), np.arange(3), y, lambda i: np.arange(i), lambda rows: np.zeros(3, int)) == []
     )
