@@ -127,7 +127,8 @@ def run_demo(
         f"Open {out / 'report.html'} in a browser; then try `saelab info {shlex.quote(str(out / 'abstopk'))}`, or "
         f"`saelab demo --k {max(1, k // 2)} --out {shlex.quote(str(out) + '-sparser')}`."
     )
-    echo(f"To search, name and steer the features of {EXPLORED} in a browser: {name_command(store, model)}")
+    scores = out / EXPLORED.lower() / "concepts.json"
+    echo(f"To search, name and steer the features of {EXPLORED} in a browser: {name_command(store, model, scores)}")
 
 
 def choose_configs(d_in: int, d_sae: int, k: int) -> dict[str, SAEConfig]:

@@ -14,6 +14,7 @@ from typer import Option
 from saelab.cli import options
 from saelab.cli.inputs import echo, open_sae
 from saelab.cli.labeling import open_client
+from saelab.evaluation.results import ConceptScores
 from saelab.explorer.launch import HOST, ExplorerServer, describe_address, explore
 from saelab.explorer.session import Explorer
 from saelab.interventions.attribution import Attribution
@@ -39,6 +40,14 @@ def explore_store(
     ] = None,
     attribution: Annotated[
         Path | None, Option(help="An attribution that was saved.", metavar="FILE", show_default="none")
+    ] = None,
+    concepts: Annotated[
+        Path | None,
+        Option(
+            help="Concept scores that were saved, such as concepts.json of `saelab demo`.",
+            metavar="FILE",
+            show_default="none",
+        ),
     ] = None,
     llm: Annotated[
         str | None,
@@ -74,6 +83,7 @@ def explore_store(
         compare=compare,
         evaluation=evaluation,
         attribution=Attribution.load(attribution) if attribution is not None else None,
+        concepts=ConceptScores.load(concepts) if concepts is not None else None,
         client=open_client(llm, label_model, progress=False, option="--label-model"),
         read_only=read_only,
         title=title,
@@ -121,6 +131,7 @@ def _tell_of_model(server: ExplorerServer, tell: Callable[[str], None]) -> None:
         tell(f"Prompts and steering are left out, the language model could not be loaded ({state}): give --model.")
 
 
-def name_command(store: Path, model: str) -> str:
+def name_command(store: Path, model: str, concepts: Path | None = None) -> str:
     """The command that explores a store, as it is typed."""
-    return f"saelab explore {shlex.quote(str(store))} --model {shlex.quote(model)}"
+    scores = "" if concepts is None else f" --concepts {shlex.quote(str(concepts))}"
+    return f"saelab explore {shlex.quote(str(store))} --model {shlex.quote(model)}{scores}"

@@ -115,8 +115,11 @@ def export_labels(
     """Write all labels to a file: JSON, CSV, or Neuronpedia's explanation records, one per line."""
     if form is not None and form not in FORMATS:
         raise ValueError(f"`--format` must be one of {', '.join(FORMATS)}, got '{form}'.")
-    n = _open(context).save(file, form or name_format(file), model_id=model_id, source_id=source_id)
-    echo(f"{n:,} labels in {file}.")
+    labels = _open(context)
+    n = labels.save(file, form or name_format(file), model_id=model_id, source_id=source_id)
+    left_out = len(labels.labels()) - n
+    more = f" Left out: {left_out:,} that say that there is no good name." if left_out else ""
+    echo(f"{n:,} labels in {file}.{more}")
 
 
 def import_labels(

@@ -3,10 +3,12 @@
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from saelab.stores.results import Result, format_table
+from saelab.stores.validation import naming, read_fields, read_json, require_object
 
 ROWS = (
     "fvu", "explained_variance", "cosine", "bias", "l0", "dead_frac", "ce_clean", "ce_sae", "ce_zero", "ce_mean",
@@ -23,6 +25,8 @@ SUMMARY = {
     "parent_recall_overall": "  recall of those parents",
     "parent_f1": "  F1 of those parents",
 }
+COUNTED = ("n_opposed_on_two_sides", "n_control_on_two_sides")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,11 +382,43 @@ class ConceptScores(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name and the summary's numbers, ready for JSON."""
-        names = (*SUMMARY, "n_opposed_on_two_sides", "n_control_on_two_sides")
-        summary = {name: getattr(self, name) for name in names}
+        summary = {name: getattr(self, name) for name in (*SUMMARY, *COUNTED)}
         baselines = {name: scores.to_dict() for name, scores in self.baselines.items()}
         moved = self.moved.to_dict() if self.moved else None
         return super().to_dict() | summary | {"baselines": baselines, "moved": moved}
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ConceptScores":
+        """The scores that `save` wrote; FileNotFoundError, or ValueError for a file that holds something else."""
+        with naming(path):
+            return _read_scores(read_json(path))
+
+
+def _read_scores(plain: object) -> ConceptScores:
+    given = require_object(plain, "Concept scores")
+    own = {field.name for field in fields(ConceptScores)}
+    held = {name: value for name, value in given.items() if name in own or name not in (*SUMMARY, *COUNTED)}
+    for name, kind in (("concepts", ConceptScore), ("parents", ParentScore), ("pairs", PairScore)):
+        if isinstance(held.get(name), list):
+            held[name] = [_read_numbers(kind, row) for row in held[name]]
+    if isinstance(held.get("baselines"), dict):
+        held["baselines"] = {name: _read_scores(scores) for name, scores in held["baselines"].items()}
+    if held.get("moved") is not None:
+        held["moved"] = _read_scores(held["moved"])
+    scores = _read_numbers(ConceptScores, held)
+    chosen = [row.feature for row in scores.concepts] + [pair.feature for pair in scores.pairs]
+    if wrong := [feature for feature in chosen if feature is not None and not 0 <= feature < scores.n_features]:
+        raise ValueError(f"`feature` must be in 0..{scores.n_features - 1}, got {wrong[0]}. Was it edited?")
+    return scores
+
+
+def _read_numbers(cls: type[T], plain: object) -> T:
+    """An instance of a dataclass from a JSON object; numbers that are not finite were written as null."""
+    given = require_object(plain, cls.__name__)
+    numbers = [field.name for field in fields(cls) if field.type is float]  # type: ignore[arg-type]
+    unknown = [name for name in numbers if name in given and given[name] is None]
+    made = read_fields(cls, given | dict.fromkeys(unknown, 0.0))
+    return replace(made, **dict.fromkeys(unknown, math.nan))  # type: ignore[type-var]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -56,6 +56,11 @@ class Call:
         """The feature in the path."""
         return int(self.path["feature"])
 
+    @property
+    def name(self) -> str:
+        """The name in the query, which may hold any character; empty where there is none."""
+        return self.query.get("name", "")
+
     def take(self, name: str, kind: type, default: Any = ...) -> Any:
         """A value of the body; ValueError for another type, or where it is missing and there is no default."""
         value = self.body.get(name, default)
@@ -95,6 +100,7 @@ READING: dict[str, Work] = {
     ),
     "/api/pages/{name}": lambda explorer, call: pages.make_page(explorer, call.path["name"]),
     "/api/lists": lambda explorer, call: {"lists": explorer.annotations.lists()},
+    "/api/exports": lambda explorer, call: {"n_unnamed": explorer.count_unnamed()},
     "/api/setups": lambda explorer, call: {"setups": explorer.annotations.setups()},
     "/api/history": lambda explorer, call: {"undo": explorer.annotations.last_change()},
 }
@@ -111,20 +117,18 @@ CHANGING: dict[tuple[str, str], Work] = {
     ("PUT", "/api/features/{feature:int}/note"): lambda explorer, call: explorer.annotations.set_note(
         call.feature, call.take("text", str)
     ),
-    ("PUT", "/api/lists/{name}"): lambda explorer, call: explorer.annotations.set_list(
-        call.path["name"], call.take("features", list)
+    ("PUT", "/api/list"): lambda explorer, call: explorer.annotations.set_list(call.name, call.take("features", list)),
+    ("DELETE", "/api/list"): lambda explorer, call: explorer.annotations.delete_list(call.name),
+    ("POST", "/api/list/{feature:int}"): lambda explorer, call: explorer.annotations.add_to_list(
+        call.name, call.feature
     ),
-    ("DELETE", "/api/lists/{name}"): lambda explorer, call: explorer.annotations.delete_list(call.path["name"]),
-    ("POST", "/api/lists/{name}/{feature:int}"): lambda explorer, call: explorer.annotations.add_to_list(
-        call.path["name"], call.feature
+    ("DELETE", "/api/list/{feature:int}"): lambda explorer, call: explorer.annotations.remove_from_list(
+        call.name, call.feature
     ),
-    ("DELETE", "/api/lists/{name}/{feature:int}"): lambda explorer, call: explorer.annotations.remove_from_list(
-        call.path["name"], call.feature
+    ("PUT", "/api/setup"): lambda explorer, call: explorer.annotations.set_setup(
+        call.name, SteeringSetup.from_dict(call.take("setup", dict)).to_dict()
     ),
-    ("PUT", "/api/setups/{name}"): lambda explorer, call: explorer.annotations.set_setup(
-        call.path["name"], SteeringSetup.from_dict(call.take("setup", dict)).to_dict()
-    ),
-    ("DELETE", "/api/setups/{name}"): lambda explorer, call: explorer.annotations.delete_setup(call.path["name"]),
+    ("DELETE", "/api/setup"): lambda explorer, call: explorer.annotations.delete_setup(call.name),
     ("POST", "/api/undo"): lambda explorer, call: {"undone": explorer.annotations.undo()},
 }
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from saelab.evaluation.results import Evaluation
+from saelab.evaluation.results import ConceptScores, Evaluation
 from saelab.explorer.app import make_app
 from saelab.explorer.security import LIMITS, ExplorerLimits, is_loopback, make_token
-from saelab.explorer.session import Explorer
+from saelab.explorer.session import END, Explorer
 from saelab.interventions.attribution import Attribution
 from saelab.labels.autointerp.clients import Client
 from saelab.lm.model_checks import Model
@@ -25,8 +25,8 @@ from saelab.visualization.html import escape
 
 HOST, PORT = "127.0.0.1", 8765
 EVERYWHERE = ("0.0.0.0", "::", "")
-START, GRACE, END = 10.0, 4, 5.0
-"""seconds to wait for the server to begin, for its answers to end, and for the server to end"""
+START, GRACE = 10.0, 4
+"""seconds to wait for the server to begin, and for its answers to end"""
 CONNECTIONS, KEEP_ALIVE = 256, 60
 """connections at once, and seconds that an idle one is kept"""
 
@@ -181,6 +181,7 @@ def explore(
     compare: FeatureStore | str | Path | None = None,
     evaluation: Evaluation | Mapping[str, Any] | str | Path | None = None,
     attribution: Attribution | str | Path | None = None,
+    concepts: ConceptScores | str | Path | None = None,
     client: Client | None = None,
     read_only: bool = False,
     title: str = "",
@@ -202,6 +203,8 @@ def explore(
         compare: another store of the same text, whose features are shown as partners; None for none.
         evaluation: result of `evaluate`, or its file; None for none.
         attribution: result of `attribute`, or the file that it was saved to; None for none.
+        concepts: result of `score_concepts`, or the file that it was saved to: the concept of each feature and its F1 are
+            listed; None for none.
         client: client of a language model that labels features when asked to; None for none.
         read_only: let nobody change labels, notes and lists.
         title: title of the page; empty names the store.
@@ -211,7 +214,7 @@ def explore(
         height: height of the frame in Jupyter, in pixels.
 
     Raises:
-        ValueError: the model, SAE, evaluation or other store is not that of the store, or the port is in use.
+        ValueError: the model, SAE, results or other store are not those of the store, or the port is in use.
         FileNotFoundError: a folder or file does not exist.
     """
     explorer = Explorer.open(
@@ -221,6 +224,7 @@ def explore(
         compare=compare,
         evaluation=evaluation,
         attribution=Attribution.load(attribution) if isinstance(attribution, str | Path) else attribution,
+        concepts=ConceptScores.load(concepts) if isinstance(concepts, str | Path) else concepts,
         client=client,
         read_only=read_only,
         title=title,

@@ -18,6 +18,8 @@ from saelab.visualization.universality_plots import plot_matches
 
 N_LISTED = 100
 """Dead and near-dead features that are listed with their causes."""
+FEATURE = "#/feature/"
+"""what the address of a feature's page begins with"""
 
 
 def make_page(explorer: Explorer, name: str) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def _list_causes(found: DeadFeatures) -> list[str]:
         [table(["likely cause", "latents"], [[cause, f"{n:,}"] for cause, n in counts.most_common()])] if counts else []
     )
     rows = "".join(
-        f'<li><a href="#/feature/{j}">{j}</a> {escape(found.kinds[j])}{_describe_causes(found, j)}</li>'
+        f'<li><a href="{FEATURE}{j}">{j}</a> {escape(found.kinds[j])}{_describe_causes(found, j)}</li>'
         for j in silent[:N_LISTED]
     )
     more = f"The first {N_LISTED} of {len(silent):,}." if len(silent) > N_LISTED else f"All {len(silent):,}."
@@ -93,7 +95,8 @@ def _show_comparison(explorer: Explorer) -> dict[str, Any]:
 def _show_attribution(explorer: Explorer) -> dict[str, Any]:
     if explorer.attribution is None:
         raise ValueError("There is no attribution to show. Start again with one, which `attribute` makes.")
-    return _make("Attribution", [draw_attribution(explorer.attribution)], [plot_attribution(explorer.attribution)])
+    drawn = draw_attribution(explorer.attribution, FEATURE)
+    return _make("Attribution", [drawn], [plot_attribution(explorer.attribution)])
 
 
 PAGES: dict[str, Callable[[Explorer], dict[str, Any]]] = {

@@ -68,8 +68,7 @@ class _Labeling:
 
     def events(self) -> Iterator[list[dict[str, Any]]]:
         """What the thread tells, as it comes; an empty list where it told nothing for a while."""
-        thread = threading.Thread(target=self._work, name="relabel", daemon=True)
-        thread.start()
+        self.explorer.run(self._work)
         try:
             while True:
                 try:
@@ -89,10 +88,14 @@ class _Labeling:
         try:
             make = {"rules": self._by_rules, "llm": self._by_model}[self.wanted.method]
             labels = make()
-            self.explorer.labels.add(labels, afresh=self.wanted.sign == BOTH)
+            self.explorer.keep_labels(labels, afresh=self.wanted.sign == BOTH)
             self.queue.put({"done": True, "labels": [label.to_dict() for label in labels]})
         except Exception as error:
             self.queue.put(error)
+
+    def _is_over(self) -> bool:
+        """Whether nobody waits for the labels any more."""
+        return self.left.is_set() or self.explorer.closed.is_set()
 
     def _tell(self, share: float, text: str) -> None:
         self.queue.put({"progress": share, "text": text})
@@ -120,7 +123,7 @@ class _Labeling:
         self._tell(0.02, "choosing examples")
         n = max(1, estimate_labels(store, client, [feature], signs=signs).n_requests)
         asked = _Watched(
-            client, lambda done: self._tell(min(0.98, done / n), f"{done} of about {n} answers"), self.left
+            client, lambda done: self._tell(min(0.98, done / n), f"{done} of about {n} answers"), self._is_over
         )
         found = explain_features(store, asked, [feature], signs=signs, progress=False)
         if not found.labels and found.missing:
@@ -131,14 +134,14 @@ class _Labeling:
 class _Watched:
     """A client that counts its answers, and asks no more once nobody waits for them."""
 
-    def __init__(self, client: Client, count: Callable[[int], None], left: threading.Event) -> None:
+    def __init__(self, client: Client, count: Callable[[int], None], left: Callable[[], bool]) -> None:
         self.name, self.settings = client.name, client.settings
         self._client, self._count, self._left = client, count, left
         self._lock, self._n = threading.Lock(), 0
 
     def complete(self, messages: Messages) -> Answer:
         """The client's answer; `Waiting` once nobody waits for it."""
-        if self._left.is_set():
+        if self._left():
             raise Waiting("whoever asked for the label has left")
         answer = self._client.complete(messages)
         with self._lock:

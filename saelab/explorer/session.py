@@ -7,8 +7,9 @@ import getpass
 import json
 import tempfile
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar, cast, get_args
@@ -18,9 +19,9 @@ from saelab.evaluation.results import ConceptScores, Evaluation
 from saelab.explorer.catalog import FeatureCatalog
 from saelab.interventions.attribution import Attribution
 from saelab.labels.annotations import Annotations
-from saelab.labels.label import BOTH, Format, join_texts
+from saelab.labels.label import BOTH, Format, Label, join_texts
 from saelab.labels.label_store import LabelStore
-from saelab.lm.hook_points import hook_points_of
+from saelab.lm.hook_points import hook_points_of, share_weights
 from saelab.lm.model_checks import Model
 from saelab.lm.models import load_model, offline
 from saelab.sae.compatibility import match_places, match_weights
@@ -77,6 +78,8 @@ class Recent(Generic[T]):
             self._held.clear()
 
 
+END = 5.0
+"""seconds that `close` waits for the work of threads"""
 N_RECENT = 32
 """Pages of features whose parts are held; each takes some 100 KiB."""
 
@@ -124,6 +127,8 @@ class Explorer:
         self.lock = threading.RLock()
         self.closed = threading.Event()
         """set once the explorer is closed; streams end then"""
+        self._threads: list[threading.Thread] = []
+        self._keeping = threading.Lock()
         self.model: Model | None = None
         self.model_state = "none"
         """none, loading, ready, or "failed: " and the reason"""
@@ -168,7 +173,7 @@ class Explorer:
 
         Raises:
             FileNotFoundError: the store or a file is missing.
-            ValueError: store, SAE, model and other store do not belong together.
+            ValueError: store, SAE, model, other store and results do not belong together.
         """
         opened = store if isinstance(store, FeatureStore) else FeatureStore.load(store)
         coder = _open_sae(opened, sae)
@@ -176,6 +181,7 @@ class Explorer:
             require_harvested(opened, coder)
         other = FeatureStore.load(compare) if isinstance(compare, str | Path) else compare
         _check_comparison(opened, other, comparison)
+        _check_results(opened, attribution, concepts)
         found = _read_evaluation(evaluation)
         made = cls(opened, coder, other, found, attribution, concepts, client=client, read_only=read_only, title=title)
         made._start(model, comparison)
@@ -185,25 +191,29 @@ class Explorer:
         recorded = self.store.find_recorded(self.store.provenance.model)
         source = recorded if model is None and Path(recorded).is_dir() else model
         if isinstance(source, Model):
-            self._admit(source)
+            self._admit(share_weights(source))  # hooks of this explorer's threads are not felt where it is used
         elif source is not None:
             self.model_state = "loading"
-            self._run(self._load, source)
+            self.run(self._load, source)
         if self.other is not None:
             self.comparison_state = "comparing"
-            self._run(self._compare, comparison)
+            self.run(self._compare, comparison)
         self.catalog.start()
 
-    def _run(self, work: Callable[[Any], None], given: Any) -> None:
-        threading.Thread(target=work, args=(given,), name=f"saelab{work.__name__}", daemon=True).start()
+    def run(self, work: Callable[..., None], *given: Any) -> None:
+        """Begin some work in a thread, which `close` waits for."""
+        thread = threading.Thread(target=work, args=given, name=f"saelab{work.__name__}", daemon=True)
+        with self._keeping:
+            self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+            thread.start()
 
     def _load(self, source: str | Path | Callable[[], Model]) -> None:
         """Load the model; pages that need none stay when that fails, the others show why."""
         processing = self.store.provenance.weight_processing
         try:
-            self._admit(
-                source() if callable(source) else load_model(source, weight_processing=processing, progress=False)
-            )
+            found = source() if callable(source) else load_model(source, weight_processing=processing, progress=False)
+            if not self.closed.is_set():
+                self._admit(found)
         except Exception as error:
             self.model_state = f"failed: {_say(error)}"
 
@@ -303,6 +313,13 @@ class Explorer:
         """Delete an author's label; can be undone."""
         self.annotations.delete_label(feature, author, sign=sign)
 
+    def keep_labels(self, labels: Sequence[Label], *, afresh: bool = False) -> None:
+        """Add labels that were made in the background to the label store; ValueError once the explorer is closed."""
+        with self._keeping:
+            if self.closed.is_set():
+                raise ValueError("The explorer is closed, so the labels were not kept. Open it again.")
+            self.labels.add(labels, afresh=afresh)
+
     def export(self, form: str) -> tuple[str, str, bytes]:
         """All labels as a file: its name, media type and bytes; "json" also holds notes, lists and set-ups.
 
@@ -320,11 +337,23 @@ class Explorer:
             data = to_json(json.loads(data) | self.annotations.to_dict()).encode()
         return f"labels{ending}", media, data
 
+    def count_unnamed(self) -> int:
+        """Number of labels that say that there is no good name, which Neuronpedia's format does not hold."""
+        return sum(n for (n,) in self.labels.read("SELECT count(*) FROM labels WHERE kind = 'none'"))
+
     def close(self) -> None:
-        """Stop the work in the background and close the files."""
+        """Stop the work in the background and close the files.
+
+        Work that cannot be stopped, such as the loading of a model, is waited for `END` seconds; what it makes later is
+        dropped.
+        """
         self.closed.set()
         self.catalog.close()
-        self.labels.close()
+        last = time.monotonic() + END
+        for thread in self._threads:
+            thread.join(max(0.0, last - time.monotonic()))
+        with self._keeping:
+            self.labels.close()
 
 
 def _find_user() -> str:
@@ -354,6 +383,20 @@ def _check_comparison(store: FeatureStore, other: FeatureStore | None, compariso
             f"`compare` must be a store of the same text, got {other.folder}, which has no text in common with "
             f"{store.folder}. Harvest both from one text."
         ) from None
+
+
+def _check_results(store: FeatureStore, attribution: Attribution | None, concepts: ConceptScores | None) -> None:
+    """Raise ValueError for results of another SAE's features."""
+    if attribution is not None and int(attribution.features.max(initial=-1)) >= store.d_sae:
+        raise ValueError(
+            f"`attribution` must be of the {store.d_sae} features of the store, got one with feature "
+            f"{attribution.features.max()}. Attribute with its SAE."
+        )
+    if concepts is not None and concepts.n_features != store.d_sae:
+        raise ValueError(
+            f"`concepts` must score the {store.d_sae} features of the store, got scores of {concepts.n_features}. "
+            "Score the codes of its SAE."
+        )
 
 
 def name_store(store: FeatureStore) -> str:

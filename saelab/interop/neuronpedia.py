@@ -198,7 +198,7 @@ class BulkImport:
                 _write_lines(temp / f"features/batch-{i}.jsonl.gz", map(self.feature, part))
                 _write_lines(temp / f"activations/batch-{i}.jsonl.gz", (self.activation(*window) for window in windows))
             with LabelStore.open(self.boards.store) as book:
-                chosen = [LabelEntry(label, chosen=True) for label in book.chosen()]
+                chosen = [LabelEntry(label, chosen=True) for label in book.chosen() if label.kind != "none"]
             if chosen:
                 text = write_entries(chosen, "neuronpedia", self.source.model, self.source.id)
                 write_atomic(temp / "explanations/batch-0.jsonl.gz", gzip.compress(text.encode(), mtime=0))

@@ -1,5 +1,6 @@
 """Hook points of a TransformerBridge, and for each the fastest module from which identical values can be read."""
 
+import copy
 import difflib
 import logging
 import warnings
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -344,3 +346,46 @@ def hook_points_of(model: Model) -> HookPoints:
         require_bridge(model)
         known = _doors[model] = HookPoints(model, was_right=known is not None and known.bridge_is_right)
     return known
+
+
+def share_weights(model: Model) -> Model:
+    """A second model on the same parameters and buffers, with modules and hooks of its own.
+
+    Two threads may each run one of them: edits, readings and `train()` of one are not felt by the other; changes of
+    weights are. It begins without the hooks that are on the model now, whoever registered them. The tokenizer is the
+    same object.
+
+    >>> model = sl.lm.tiny_model()
+    >>> other = share_weights(model)
+    >>> all(one is two for one, two in zip(model.parameters(), other.parameters(), strict=True))
+    True
+    """
+    kept: dict[int, Any] = {id(model.tokenizer): model.tokenizer}
+    for module in model.modules():
+        held = (module._parameters, module._buffers, vars(module))
+        kept |= {id(value): value for part in held for value in part.values() if isinstance(value, Tensor)}
+    with hook_points_of(model).aside():
+        other = copy.deepcopy(model, kept)
+    for module in other.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in hooks.items():
+                hooks[key] = _lead(hook, kept)
+    return other
+
+
+def _lead(hook: Any, copies: dict[int, Any]) -> Any:
+    """A library's hook that leads to modules, such as those of OPT, leading to their copies: functions are not copied.
+
+    Args:
+        hook: the hook, or what it holds.
+        copies: copies by `id`.
+    """
+    if not isinstance(hook, FunctionType) or not hook.__closure__:
+        return copies.get(id(hook), hook)
+    held = [cell.cell_contents for cell in hook.__closure__]
+    cells = tuple(CellType(_lead(value, copies)) for value in held)
+    if all(cell.cell_contents is value for cell, value in zip(cells, held, strict=True)):
+        return hook
+    new = FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, cells)
+    new.__kwdefaults__, new.__module__ = hook.__kwdefaults__, hook.__module__
+    return new

@@ -17,7 +17,7 @@ from torch import Tensor
 from saelab.stores.files import checksum, find_inside, require_file_name, shareable, write_json
 from saelab.stores.packing import smallest_int
 from saelab.stores.tensors import TensorFile, TensorSpec
-from saelab.stores.validation import SEAL, naming, read_fields, read_sealed, refuse_unknown, require_object
+from saelab.stores.validation import SEAL, SHOWN, naming, read_fields, read_sealed, refuse_unknown, require_object
 
 SCHEMA_VERSION = 1
 MAX_SIZE = 2**48
@@ -91,13 +91,22 @@ class Manifest(ABC):
         """The manifest in `manifest.json` of a folder.
 
         Raises:
-            FileNotFoundError: the file is missing.
+            FileNotFoundError: the folder or the file is missing.
             ValueError: it is of another kind or version, or was damaged or edited.
         """
         path = Path(folder) / "manifest.json"
+        if not path.is_file():
+            there = "one without" if path.parent.is_dir() else "a file" if path.parent.exists() else "no such folder"
+            raise FileNotFoundError(
+                f"A folder of {cls.kind} must be one that `{cls.verb}` wrote, got '{folder}': {there}. Give another "
+                f"one, or make one with `saelab {cls.verb}`."
+            )
         data, check_seal = read_sealed(path)
         if not isinstance(data, dict) or data.get("kind") != cls.kind:
-            raise ValueError(f"{path} must be of kind '{cls.kind}'. Give a folder that `{cls.verb}` wrote.")
+            got = str(data.get("kind"))[:SHOWN] if isinstance(data, dict) else "none"
+            raise ValueError(
+                f"{path} must be of kind '{cls.kind}', got '{got}'. Give a folder that `{cls.verb}` wrote."
+            )
         if (version := data.get("schema_version")) != SCHEMA_VERSION:
             raise ValueError(
                 f"{path} must have schema_version {SCHEMA_VERSION}, got {version}. Run `{cls.verb}` again "

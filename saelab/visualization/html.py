@@ -8,7 +8,7 @@ import hashlib
 import html
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -119,13 +119,32 @@ def facts(rows: dict[str, str]) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], own: frozenset[str] = frozenset()) -> str:
-    """An HTML table with plain text in its cells; rows whose first cell is in `own` are emphasized."""
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    own: frozenset[str] = frozenset(),
+    links: Mapping[str, str] | None = None,
+) -> str:
+    """An HTML table with plain text in its cells.
+
+    Args:
+        header: names of the columns.
+        rows: cells of each row.
+        own: first cells of the rows that are emphasized.
+        links: what addresses begin with, by column: its cells are links, whose address ends with the cell.
+
+    >>> '<td><a href="#/feature/7">7</a></td>' in table(["feature"], [["7"]], links={"feature": "#/feature/"})
+    True
+    """
     top = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     lines = []
     for row in rows:
         kind = ' class="own"' if row[0] in own else ""
-        lines.append(f"<tr{kind}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
+        cells = [escape(cell) for cell in row]
+        for name, start in (links or {}).items():
+            i = header.index(name)
+            cells[i] = f'<a href="{escape(start)}{cells[i]}">{cells[i]}</a>'
+        lines.append(f"<tr{kind}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
 

@@ -405,9 +405,13 @@ def _draw_cells(
     return figure
 
 
-def draw_attribution(attribution: Attribution) -> str:
+def draw_attribution(attribution: Attribution, pages: str = "") -> str:
     """An HTML view of an attribution: the prompt with tokens colored by effect, and the largest effects; text is
     escaped.
+
+    Args:
+        attribution: result of `attribute`.
+        pages: what the addresses of features' pages begin with, before the number; empty makes no links.
     """
     lines = str(attribution).split("\n")
     said = lines[: 2 + (attribution.agreement is not None)]
@@ -419,7 +423,8 @@ def draw_attribution(attribution: Attribution) -> str:
         for position, feature, code, effect in attribution.top()
     ]
     head = "".join(paragraph(line) for line in said)
-    return f"{head}<p>{text}</p>{table(['effect', 'code', 'feature', 'token'], rows)}"
+    shown = table(["effect", "code", "feature", "token"], rows, links={"feature": pages} if pages else None)
+    return f"{head}<p>{text}</p>{shown}"
 
 
 def _color(token: str, effect: float, scale: float) -> str:

@@ -23,6 +23,7 @@ from saelab.cli.inputs import count_overlap, find_base, read_head, read_tail
 from saelab.cli.options import documented_by
 from saelab.cli.training import read_activation, read_prefixes, train_sae
 from saelab.evaluation.concepts import score_concepts
+from saelab.evaluation.results import ConceptScores
 from saelab.lm.models import tiny_model
 from saelab.lm.tokens import tokenize
 from saelab.sae.config import RandomPrefixes, SAEConfig
@@ -458,7 +459,9 @@ def test_demo_writes_a_report(shell: Shell, untrained: Path, tmp_path: Path, mon
     assert run.code == 0, run.err
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert run.out.splitlines()[-2].startswith(f"Open {tmp_path / 'demo' / 'report.html'}")
-    assert run.out.splitlines()[-1].endswith(f"saelab explore {tmp_path / 'demo' / 'store'} --model {untrained}")
+    scores = tmp_path / "demo" / "abstopk" / "concepts.json"
+    explore = f"saelab explore {tmp_path / 'demo' / 'store'} --model {untrained} --concepts {scores}"
+    assert run.out.splitlines()[-1].endswith(explore) and ConceptScores.load(scores).n_features == 64
     assert FeatureStore.load(tmp_path / "demo" / "store").d_sae == 64
     for name in ("TopK", "AbsTopK", "Matryoshka", "pca", "probe"):
         assert name in run.out and name in page

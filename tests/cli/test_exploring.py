@@ -7,6 +7,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from processes import Child
 
@@ -56,11 +57,17 @@ def test_it_prints_its_address_and_ends_on_ctrl_c(store: Path, tmp_path: Path) -
 def test_what_is_wrong_is_one_line(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
+        few = tmp_path / "few.json"
+        truth = np.random.default_rng(0).random((200, 2)) < 0.3
+        labels = sl.lm.TokenLabels.of(truth, ["a", "b"], doc_ids=np.arange(200) // 10)
+        sl.evaluation.score_concepts(np.eye(200, 7, dtype=np.float32), labels).save(few)
         cases = {
             (str(tmp_path / "nothing"),): "nothing",
             (str(store), "--port", port): f"got {port}, which another program uses",
             (str(store), "--port", "70000"): "0..65535",
             (str(store), "--attribution", str(tmp_path / "none.json")): "none.json",
+            (str(store), "--concepts", str(tmp_path / "none.json")): "none.json",
+            (str(store), "--concepts", str(few)): "must score the 48 features of the store, got scores of 7",
             (str(store), "--evaluation", str(tmp_path / "none.json")): "none.json",
             (str(store), "--compare", str(tmp_path / "none")): "none",
             (str(store), "--llm", "local"): "`--llm` needs `--label-model`",
@@ -74,3 +81,5 @@ def test_what_is_wrong_is_one_line(store: Path, tmp_path: Path, capsys: pytest.C
 
 def test_the_command_is_written_as_it_is_typed() -> None:
     assert name_command(Path("my demo/store"), "tales") == "saelab explore 'my demo/store' --model tales"
+    scores = name_command(Path("store"), "tales", Path("my demo/concepts.json"))
+    assert scores == "saelab explore store --model tales --concepts 'my demo/concepts.json'"

@@ -309,6 +309,32 @@ def test_results_print_draw_and_save(truth, tmp_path) -> None:
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert saved["coverage"] == scores.coverage and saved["concepts"][-1]["f1"] is None
     assert saved["baselines"]["<perfect>"]["reconstruction"] == 1
+    read = sl.evaluation.ConceptScores.load(tmp_path / "scores.json")
+    assert str(read) == text and repr(read) == repr(scores)  # NaN included, which is equal to nothing
+    assert read.best("cat") == scores.best("cat") and read.baselines["<perfect>"].moved is not None
+
+
+def test_a_file_of_other_scores_is_refused_by_name(truth, tmp_path) -> None:
+    path = tmp_path / "scores.json"
+    score(perfect(truth), truth).save(path)
+    plain = json.loads(path.read_text())
+    cases: dict[str, dict] = {
+        "none for `pairs`": {name: value for name, value in plain.items() if name != "pairs"},
+        "no key 'colour'": plain | {"colour": 1},
+        "`l0` must be a valid number, got 'many'": plain | {"l0": "many"},
+        "`concepts` must be": plain | {"concepts": 3},
+        r"in 0\.\.9, got 99": plain | {"concepts": [plain["concepts"][0] | {"feature": 99}]},
+        "none for `name`": plain | {"concepts": [{}]},
+        "ConceptScore must be a JSON object, got 7": plain | {"concepts": [7]},
+        "Concept scores must be a JSON object": plain | {"baselines": {"x": []}},
+    }
+    for said, wrong in cases.items():
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=said) as error:
+            sl.evaluation.ConceptScores.load(path)
+        assert str(error.value).startswith(str(path)), error.value
+    with pytest.raises(FileNotFoundError):
+        sl.evaluation.ConceptScores.load(tmp_path / "none.json")
 
 
 def test_what_does_not_fit_is_refused(truth) -> None:

@@ -12,6 +12,7 @@ from asking import TOKEN, Client
 import saelab as sl
 from saelab.explorer.app import make_app
 from saelab.explorer.session import Explorer
+from saelab.labels.label import Label
 
 HOOK = "blocks.1.hook_resid_post"
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -79,10 +80,10 @@ def test_edits_are_kept_and_taken_back_in_order(client: Client, opened: Explorer
     edits = [
         ("PUT", f"api/features/{j}/label", {"text": "mine"}),
         ("PUT", f"api/features/{j}/note", {"text": "a note"}),
-        ("PUT", "api/lists/good", {"features": [1, 2]}),
-        ("POST", f"api/lists/good/{j}", None),
-        ("DELETE", "api/lists/good/1", None),
-        ("PUT", f"api/setups/{quote('my setup')}", {"setup": SETUP}),
+        ("PUT", "api/list?name=good", {"features": [1, 2]}),
+        ("POST", f"api/list/{j}?name=good", None),
+        ("DELETE", "api/list/1?name=good", None),
+        ("PUT", f"api/setup?name={quote('my setup')}", {"setup": SETUP}),
     ]
     for method, path, body in edits:
         answer = client(method, path, **({"json": body} if body is not None else {}))
@@ -124,11 +125,11 @@ def test_a_label_is_chosen_and_deleted(client: Client, opened: Explorer) -> None
         ("PUT", "features/1/label", {}),
         ("PUT", "features/1/label", {"text": "x", "sign": True}),
         ("PUT", "features/1/label", {"text": "x", "sign": 7}),
-        ("PUT", "lists/a", {"features": [48]}),
-        ("PUT", "lists/a", {"features": ["1"]}),
-        ("PUT", "lists/a", {"features": "12"}),
-        ("PUT", "setups/a", {"setup": {"prompt": "x", "features": []}}),
-        ("PUT", "setups/a", {"setup": 1}),
+        ("PUT", "list?name=a", {"features": [48]}),
+        ("PUT", "list?name=a", {"features": ["1"]}),
+        ("PUT", "list?name=a", {"features": "12"}),
+        ("PUT", "setup?name=a", {"setup": {"prompt": "x", "features": []}}),
+        ("PUT", "setup?name=a", {"setup": 1}),
         ("GET", "pages/secrets", None),
         ("GET", "export?format=exe", None),
         ("GET", "features/1/window?row=x", None),
@@ -143,13 +144,43 @@ def test_what_is_wrong_is_one_sentence(client: Client, method: str, path: str, b
 
 def test_work_is_exported_as_files(client: Client, opened: Explorer) -> None:
     client("PUT", "api/features/3/label", json={"text": HOSTILE})
-    client("PUT", "api/lists/good", json={"features": [1]})
+    client("PUT", "api/list?name=good", json={"features": [1]})
     for form, media in (("json", "application/json"), ("csv", "text/csv"), ("neuronpedia", "")):
         answer = client("GET", f"api/export?format={form}")
         assert answer.status_code == 200 and answer.headers["content-disposition"].startswith("attachment")
         assert answer.headers["content-type"].startswith(media) and "alert(1)" in answer.text
         assert answer.headers["x-content-type-options"] == "nosniff"
     assert "good" in client("GET", "api/export?format=json").text
+
+
+def test_what_has_no_good_name_is_no_explanation(client: Client, opened: Explorer) -> None:
+    assert client("GET", "api/exports").json() == {"n_unnamed": 0}
+    opened.labels.add([Label(feature=j, text="No good rule", author="rules", kind="none") for j in (3, 4)])
+    opened.labels.set(5, "owls", author="me")
+    assert client("GET", "api/exports").json() == {"n_unnamed": 2}
+    [record] = client("GET", "api/export?format=neuronpedia").text.splitlines()
+    assert json.loads(record)["description"] == "owls"
+    assert client("GET", "api/export?format=csv").text.count("No good rule") == 2
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "a/3", "50% of <b>", "?#&=+", "\u00e9 \u4e2d", "a\\b"])
+def test_a_name_may_hold_any_character(client: Client, name: str) -> None:
+    asked = f"name={quote(name, safe='')}"
+    for method, path, body in (
+        ("PUT", f"list?{asked}", {"features": [1]}),
+        ("POST", f"list/3?{asked}", None),
+        ("DELETE", f"list/1?{asked}", None),
+        ("PUT", f"setup?{asked}", {"setup": SETUP}),
+    ):
+        assert client(method, f"api/{path}", **({"json": body} if body is not None else {})).status_code == 200
+    assert client("GET", "api/lists").json()["lists"] == [{"name": name, "features": [3]}]
+    [row] = client("GET", f"api/features?list={quote(name, safe='')}").json()["rows"]
+    assert row["feature"] == 3
+    assert [each["name"] for each in client("GET", "api/setups").json()["setups"]] == [name]
+    for kind in ("list", "setup"):
+        assert client("DELETE", f"api/{kind}?{asked}").status_code == 200
+        assert client("PUT", f"api/{kind}", json={"features": [1], "setup": SETUP}).status_code == 400
+    assert client("GET", "api/lists").json() == {"lists": []} and client("GET", "api/setups").json() == {"setups": []}
 
 
 def test_read_only_shows_everything_and_changes_nothing(tiny: Any, opened: Explorer) -> None:
@@ -162,7 +193,7 @@ def test_read_only_shows_everything_and_changes_nothing(tiny: Any, opened: Explo
     for method, path, body in (
         ("PUT", "features/3/label", {"text": "x"}),
         ("POST", "features/3/relabel", {"method": "rules"}),
-        ("DELETE", "lists/a", None),
+        ("DELETE", "list?name=a", None),
         ("POST", "undo", None),
     ):
         answer = client(method, f"api/{path}", **({"json": body} if body is not None else {}))

@@ -1,5 +1,6 @@
 """The list of features beside naive sorting and filtering, its search, and labels that others change meanwhile."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -118,6 +119,27 @@ def test_labels_notes_and_scores_are_in_the_rows(labelled: Explorer) -> None:
     assert labelled.names([1, 2]) == {1: "Zebra crossings", 2: ""}
     counts = labelled.catalog.kinds()
     assert sum(counts.values()) == D_SAE and counts["dead"] == len(DEAD)
+
+
+def test_concepts_sort_and_filter(shown_store: sl.FeatureStore, shown_sae: sl.SAE) -> None:
+    """Codes that are the truth of two concepts but for some tokens; a feature that is the best for both shows one."""
+    rng = np.random.default_rng(0)
+    truth = rng.random((400, 4)) < 0.3
+    codes = np.zeros((400, D_SAE), np.float32)
+    codes[:, 7], codes[:, 9] = truth[:, 0], -(truth[:, 1] & (rng.random(400) < 0.5)).astype(np.float32)
+    table = [sl.lm.Concept(name, "word") for name in ("<b>owl</b>", "night", "rare", "rarer")]
+    labels = sl.lm.TokenLabels.of(truth, table, doc_ids=np.arange(400) // 20)
+    scores = sl.evaluation.score_concepts(codes, labels)
+    with contextlib.closing(Explorer.open(shown_store, sae=shown_sae, concepts=scores)) as explorer:
+        rows = rows_of(explorer, sort="concept")
+        best = scores.best("night")
+        assert (
+            numbers(rows)[0] == 7 and rows[0]["concept"] == "<b>owl</b> 1.00" and (best.feature, best.side) == (9, -1)
+        )
+        shown = {row["feature"]: row["concept"] for row in rows if row["concept"]}
+        assert shown[9] == f"\u2212 night {best.f1:.2f}" and set(shown) <= {row.feature for row in scores.scored}
+        assert numbers(rows_of(explorer, concept_min="0.99")) == [7]
+        assert explorer.about()["has"]["concepts"]
 
 
 def test_search_finds_numbers_labels_tokens_and_parts_of_words(labelled: Explorer) -> None:

@@ -1,6 +1,7 @@
 """Pages of a whole store: dead latents, evaluation, comparison, attribution; as JSON, escaped, or why there is none."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def test_evaluation_and_attribution_are_drawn(shown_store: Any, shown_sae: Any, 
         assert "0.25" in page["html"] and "&lt;img" in page["html"] and page["figures"] == []
         page = read_page(explorer, "attribution")
         assert "&lt;img" in page["html"] and "<img" not in json.dumps(page["figures"])
+        listed = [feature for _, feature, _, _ in found.top()]
+        assert re.findall(r'<td><a href="#/feature/(\d+)">(\d+)</a></td>', page["html"]) == [
+            (str(j), str(j)) for j in listed
+        ]
+        assert "<a" not in found._repr_html_()  # a notebook has no such pages
         assert {"evaluation", "attribution"} <= set(explorer.about()["views"])
     finally:
         explorer.close()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import saelab as sl
+from saelab.explorer import session
 from saelab.explorer.relabeling import LabelingRequest, relabel
 from saelab.explorer.session import Explorer
 from saelab.labels.autointerp.clients import Answer
@@ -86,10 +87,30 @@ def test_nothing_more_is_asked_once_the_reader_has_left(explorer: Any) -> None:
     events.close()  # type: ignore[attr-defined]
     explorer.client.wait.set()
     end = time.monotonic() + 20
-    while any(thread.name == "relabel" for thread in threading.enumerate()) and time.monotonic() < end:
+    while any(thread.name == "saelab_work" for thread in threading.enumerate()) and time.monotonic() < end:
         time.sleep(0.02)
-    assert not any(thread.name == "relabel" for thread in threading.enumerate())
+    assert not any(thread.name == "saelab_work" for thread in threading.enumerate())
     assert explorer.client.n <= 4  # those that had been sent
+
+
+@pytest.mark.parametrize("seconds", [0.1, 20.0])
+def test_closing_ends_a_labelling_which_writes_nothing_any_more(
+    explorer: Any, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "END", seconds)
+    explorer.client.wait.clear()
+    events = relabel(explorer, LabelingRequest(feature=feature_of(explorer), method="llm"))
+    next(events)
+    [thread] = [thread for thread in threading.enumerate() if thread.name == "saelab_work"]
+    if seconds > 1:  # an answer that comes in time ends the thread, which closing waits for
+        threading.Timer(0.2, explorer.client.wait.set).start()
+    begin = time.monotonic()
+    explorer.close()
+    assert time.monotonic() - begin < 15 and thread.is_alive() == (seconds < 1)
+    explorer.client.wait.set()
+    thread.join(20)
+    assert not thread.is_alive() and explorer.client.n <= 4
+    assert not explorer.labels.path.exists() and explorer.labels._connection is None
 
 
 def test_what_cannot_be_labelled_is_refused_in_a_sentence(explorer: Any) -> None:

@@ -143,7 +143,7 @@ def test_read_only_refuses_changes_and_answers_questions() -> None:
     guard = Guard(echo, TOKEN, read_only=True)
     for method, path in [
         ("PUT", "features/1/label"),
-        ("DELETE", "lists/a"),
+        ("DELETE", "list?name=a"),
         ("POST", "undo"),
         ("POST", "features/1/relabel"),
     ]:

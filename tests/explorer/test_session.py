@@ -1,5 +1,6 @@
 """What one explorer holds: parts that do not belong together are refused, a model loads meanwhile, work is exported."""
 
+import contextlib
 import csv
 import io
 import json
@@ -12,8 +13,12 @@ import pytest
 import torch
 
 import saelab as sl
+from saelab.explorer import session
 from saelab.explorer.feature_pages import describe
+from saelab.explorer.live_steering import SteeringSetup, steer_live
 from saelab.explorer.session import Explorer, Recent
+from saelab.interventions.attribution import attribute
+from saelab.interventions.steering_hooks import steer_all
 from saelab.labels.label_store import LabelStore
 from saelab.lm.models import tiny_model
 from tests.explorer.conftest import D_SAE, HOOK
@@ -36,6 +41,10 @@ def test_parts_of_others_are_refused_in_one_sentence(
         Explorer.open(shown_store, tiny_model(seed=1), shown_sae)
     with pytest.raises(FileNotFoundError):
         Explorer.open(tmp_path / "nowhere")
+    wide = sl.SAE(sl.SAEConfig(d_in=32, d_sae=2 * D_SAE, activation=sl.AbsTopK(k=D_SAE)), seed=0)
+    found = attribute(tiny, wide, "The fox", "!", hook_point=HOOK, progress=False)
+    with pytest.raises(ValueError, match=f"`attribution` must be of the {D_SAE} features of the store"):
+        Explorer.open(shown_store, sae=shown_sae, attribution=found)
     text = sl.tokenize(tiny, ["Something quite different."] * 40, ctx_len=32)
     far = sl.harvest(shown_sae, tiny, text, tmp_path / "far", hook_point=HOOK, progress=False)
     with pytest.raises(ValueError, match="`compare` must be a store of the same text"):
@@ -61,6 +70,59 @@ def test_pages_work_while_the_model_loads(shown_store: Any, shown_sae: Any, tiny
     finally:
         go.set()
         explorer.close()
+
+
+def test_closing_waits_for_a_model_that_loads_and_takes_none_later(
+    shown_store: Any, shown_sae: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = threading.Event()
+
+    def load() -> Any:
+        go.wait(60)
+        return tiny
+
+    slow = Explorer.open(shown_store, load, shown_sae)
+    monkeypatch.setattr(session, "END", 0.1)
+    slow.close()
+    go.set()
+    wait_for_model(slow)
+    assert slow.model is None
+    monkeypatch.setattr(session, "END", 60)
+    go.clear()
+    quick = Explorer.open(shown_store, load, shown_sae)
+    threading.Timer(0.1, go.set).start()
+    quick.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "saelab_load"]
+
+
+def test_a_model_in_use_elsewhere_feels_nothing_of_the_explorer(shown_store: Any, shown_sae: Any, tiny: Any) -> None:
+    ids = torch.arange(65, 81)[None]
+    expected = sl.lm.logits(tiny, ids)
+    setup = SteeringSetup.from_dict({"prompt": "The owl", "features": [{"feature": 3, "strength": 9.0}], "n_tokens": 4})
+    with contextlib.closing(Explorer.open(shown_store, tiny, shown_sae)) as explorer:
+        sae, model = explorer.require_model()
+        block = setup.interventions(sae, shown_store)
+        alone = list(steer_live(model, block, setup))
+        edited, tried = threading.Event(), threading.Event()
+
+        def steer() -> None:
+            with steer_all(model, block):
+                edited.set()
+                tried.wait(60)
+
+        thread = threading.Thread(target=steer)
+        thread.start()
+        edited.wait(60)
+        try:
+            assert not torch.equal(sl.lm.logits(model, ids), expected)
+            assert torch.equal(sl.lm.logits(tiny, ids), expected)
+            found = sl.lm.capture(tiny, ids, [HOOK])[HOOK]
+        finally:
+            tried.set()
+            thread.join()
+        assert torch.equal(found, sl.lm.capture(tiny, ids, [HOOK])[HOOK])
+        with sl.splice(tiny, {HOOK: torch.zeros_like}):  # and a cell's edits are not felt on the page
+            assert list(steer_live(model, block, setup)) == alone
 
 
 def test_a_model_that_fails_or_does_not_fit_says_why(shown_store: Any, shown_sae: Any) -> None:

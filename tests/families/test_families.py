@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from family import Family, texts_of
+from family import Family, same, texts_of
 from run import judge
 from table import build, list_architectures
 from uses import USES
 
-from saelab.lm.hook_points import hook_points_of
+import saelab as sl
+from saelab.lm.hook_points import hook_points_of, share_weights
 
 SOME = {
     "dense": "LlamaForCausalLM",
@@ -47,3 +48,16 @@ def test_what_a_model_noted_of_a_picture_does_not_reach_a_text() -> None:
         assert len(noting) == 1
         noting[0].rope_deltas = torch.tensor([[5]])
         assert texts_of(family, ["Hello you"]) == [expected]
+
+
+def test_hooks_that_lead_to_other_modules_lead_to_the_copies() -> None:
+    """The bridge of OPT has no module for an MLP as a whole: hooks on its parts fire the hook points of the whole."""
+    family, point = Family(build("OPTForCausalLM")), "blocks.1.mlp.hook_out"
+    other = share_weights(family.model)
+    seen: list[torch.Tensor] = []
+    family.model.hook_dict[point].add_hook(lambda x, hook: seen.append(x))
+    expected = family.run(family.ids)
+    with sl.splice(other, {point: torch.zeros_like}):
+        moved = sl.lm.logits(other, family.ids)
+    assert not seen and not torch.allclose(moved, expected, atol=1e-3)
+    same(sl.lm.logits(other, family.ids), expected, "logits")

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import saelab as sl
 from saelab.interop.activation_caches import convert_activations
 from saelab.interop.neuronpedia import export_store
+from saelab.labels.label import Label
 from saelab.labels.label_store import LabelStore
 
 PLACE = "blocks.1.hook_resid_post"
@@ -80,6 +81,7 @@ def test_saedashboard_gets_its_batches(store: sl.FeatureStore, sae: sl.SAE, tiny
 def test_neuronpedia_gets_its_records(store: sl.FeatureStore, sae: sl.SAE, tmp_path: Path) -> None:
     with LabelStore.open(store) as book:
         book.set(3, "a name", author="me")
+        book.add([Label(feature=5, text="No good rule", author="rules", kind="none")])  # no explanation
     root = export_store(store, tmp_path, "neuronpedia", sae=sae, source_set="mine", features=[3, 5], progress=False)
     assert root == tmp_path / store.provenance.model / "1-mine"
 

@@ -505,6 +505,10 @@ def test_the_commands(store: sl.FeatureStore, tmp_path: Path, capsys: pytest.Cap
         assert shell(*command)[:2] == (0, f"3 labels in {tmp_path / name}.\n")
         assert shell("delete", 1, "rules")[:2] == (0, "1 label deleted.\n")
         assert shell("import", tmp_path / name)[:2] == (0, "3 labels added.\n")
+    LabelStore.open(store).add([Label(feature=2, text="No good rule", author="rules", kind="none")])
+    said = f"3 labels in {tmp_path / 'some.jsonl'}. Left out: 1 that say that there is no good name.\n"
+    assert shell("export", tmp_path / "some.jsonl")[:2] == (0, said)
+    assert shell("export", tmp_path / "all.csv")[1] == f"4 labels in {tmp_path / 'all.csv'}.\n"
     for wrong in (
         ("set", 3, "x"),
         ("export", tmp_path / "x.txt"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import saelab as sl
-from saelab.lm.hook_points import hook_points_of
+from saelab.lm.hook_points import hook_points_of, share_weights
 from saelab.lm.hooks import capture, logits, replace_activations
 from saelab.lm.models import load_model, tiny_model
 from saelab.lm.verification import verify_hooks
@@ -192,3 +192,25 @@ def test_folding_that_changes_predictions_is_refused(tmp_path: Any) -> None:
     assert verify_hooks(raw).ok
     with pytest.raises(ValueError, match="away from Hugging Face's then"):
         load_model(tmp_path, device="cpu", weight_processing="folded", progress=False)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_model_that_shares_weights_shares_no_hooks(folded: bool) -> None:
+    model, ids, point = sl.lm.tiny_model(seed=5), torch.arange(65, 77)[None], "blocks.1.hook_resid_post"
+    if folded:
+        model.enable_compatibility_mode()
+    expected = sl.lm.logits(model, ids)
+    with sl.splice(model, {point: torch.zeros_like}):
+        other = share_weights(model)
+        assert torch.equal(sl.lm.logits(other, ids), expected) and not torch.equal(sl.lm.logits(model, ids), expected)
+    fired: list[str] = []
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: fired.append("a hook of the first model"))
+    with sl.splice(other, {point: torch.zeros_like}):
+        moved = sl.lm.logits(other, ids), other.original_model(ids).logits
+    assert not fired and all(not torch.allclose(logits, expected) for logits in moved)
+    model.original_model.train()
+    assert not other.original_model.training
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    assert not torch.equal(sl.lm.logits(other, ids), expected)

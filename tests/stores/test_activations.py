@@ -75,8 +75,13 @@ def test_unfinished_folder_is_refused(tmp_path, x):
 
 
 def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere': no such folder\. .* `saelab collect`"):
         Activations.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"must be one that `collect` wrote, got '.*': one without"):
+        Activations.load(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match="file': a file"):
+        Activations.load(tmp_path / "file")
 
 
 @pytest.mark.parametrize("n_bytes", [-1, 50, 0])

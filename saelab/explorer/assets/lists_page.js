@@ -9,7 +9,8 @@ import { PinnedSetups } from "./setups.js";
 const FORMATS = { json: "JSON: labels, notes, lists, set-ups", csv: "CSV: labels", neuronpedia: "Neuronpedia: labels" };
 
 export function ListsPage({ source, about }) {
-  const { value, error } = useLoaded(source.lists, [useEdits()]), [run, failed] = useAction();
+  const edits = useEdits(), { value, error } = useLoaded(source.lists, [edits]), [run, failed] = useAction();
+  const unnamed = useLoaded(source.exports, [edits]).value?.n_unnamed;
   const edit = about.can.edit;
   return html`<section><h2>Lists and set-ups</h2>
     <h3>Lists of features</h3>
@@ -20,7 +21,8 @@ export function ListsPage({ source, about }) {
     <${PinnedSetups} source=${source} edit=${edit} />
     ${edit && html`<h3>Last change</h3><${Undo} source=${source} always />`}
     <h3>Export</h3>
-    <ul class="plain">${Object.entries(FORMATS).map(([format, title]) => html`<li><a href=${`api/export?format=${format}`} download>${title}</a></li>`)}</ul>
+    <ul class="plain">${Object.entries(FORMATS).map(([format, title]) => html`<li><a href=${`api/export?format=${format}`} download>${title}</a>
+      ${format === "neuronpedia" && unnamed > 0 && html`<span class="soft small"> without ${count(unnamed)} that say that there is no good name</span>`}</li>`)}</ul>
   </section>`;
 }
 

@@ -38,7 +38,7 @@ export function liveSource(about) {
   const columns = ["feature", "label", "score", "density", "balance", "peak", "kind", "concept", "match"];
   const absent = { balance: !signed, concept: !about.has.concepts, match: !about.has.compare };
   const filters = ["sign", "kind", "labeled", "list", "author", "density_min", "density_max", "peak_min", "score_min", "concept_min", "match_min"];
-  const named = name => encodeURIComponent(name);
+  const named = name => `?${search({ name })}`;
   return {
     columns: columns.filter(name => !absent[name]),
     filters: filters.filter(name => !absent[{ sign: "balance", concept_min: "concept", match_min: "match" }[name]]),
@@ -60,13 +60,14 @@ export function liveSource(about) {
     deleteLabel: (j, author, sign) => edit(`features/${j}/label`, "DELETE", { author, sign }),
     setNote: (j, text) => edit(`features/${j}/note`, "PUT", { text }),
     lists: signal => ask("lists", { signal }),
-    setList: (name, features) => edit(`lists/${named(name)}`, "PUT", { features }),
-    deleteList: name => edit(`lists/${named(name)}`, "DELETE"),
-    addToList: (name, j) => edit(`lists/${named(name)}/${j}`, "POST"),
-    removeFromList: (name, j) => edit(`lists/${named(name)}/${j}`, "DELETE"),
+    exports: signal => ask("exports", { signal }),
+    setList: (name, features) => edit(`list${named(name)}`, "PUT", { features }),
+    deleteList: name => edit(`list${named(name)}`, "DELETE"),
+    addToList: (name, j) => edit(`list/${j}${named(name)}`, "POST"),
+    removeFromList: (name, j) => edit(`list/${j}${named(name)}`, "DELETE"),
     setups: signal => ask("setups", { signal }),
-    pinSetup: (name, setup) => edit(`setups/${named(name)}`, "PUT", { setup }),
-    deleteSetup: name => edit(`setups/${named(name)}`, "DELETE"),
+    pinSetup: (name, setup) => edit(`setup${named(name)}`, "PUT", { setup }),
+    deleteSetup: name => edit(`setup${named(name)}`, "DELETE"),
     history: signal => ask("history", { signal }),
     undo: () => edit("undo", "POST"),
     prompt: (body, signal) => ask("prompt", { method: "POST", body, signal }),
