@@ -11,9 +11,9 @@ from torch import Tensor
 
 from saelab.functional.indices import FeatureIds, read_feature, read_features
 from saelab.functional.screening import largest_first
-from saelab.lm.model_checks import Model, find_known_ids
+from saelab.lm.model_checks import Model
 from saelab.lm.tokenizers import token_strings
-from saelab.lm.unembedding import read_out
+from saelab.lm.unembedding import Unembedding
 from saelab.sae.compatibility import match_weights, require_finite
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result
@@ -64,7 +64,13 @@ class LogitLens(Result):
 
 @torch.no_grad()
 def logit_lens(
-    sae: SAE, model: Model, features: FeatureIds | None = None, *, n: int = 10, allow_mismatch: bool = False
+    sae: SAE,
+    model: Model,
+    features: FeatureIds | None = None,
+    *,
+    n: int = 10,
+    allow_mismatch: bool = False,
+    unembedding: Unembedding | None = None,
 ) -> LogitLens:
     """The tokens that each feature's decoder direction promotes and suppresses most, through final norm and
     unembedding.
@@ -80,6 +86,7 @@ def logit_lens(
         features: numbers of the features; None takes all.
         n: tokens returned at each end, at most the size of the vocabulary.
         allow_mismatch: True accepts an SAE that was trained on another model or weight processing.
+        unembedding: `Unembedding.measure(model)` of before, for features that are asked for one by one; None measures.
 
     Raises:
         ValueError: the SAE's activations are not as wide as the residual stream, the SAE is of another model or weight
@@ -92,11 +99,12 @@ def logit_lens(
     wanted = read_features(range(sae.cfg.d_sae) if features is None else features, sae.cfg.d_sae)
     require_finite(sae)
     match_weights(sae.provenance, model, allow_mismatch)
-    known = find_known_ids(model).nonzero()[:, 0]
+    read_out = unembedding if unembedding is not None else Unembedding.measure(model)
+    known = read_out.known
     found: list[_Tops] = []
     for i in range(0, len(wanted), BLOCK):
         block = wanted[i : i + BLOCK]
-        found.append(_Tops.find(block, read_out(model, sae.directions(block)), known, min(n, len(known))))
+        found.append(_Tops.find(block, read_out(sae.directions(block)), known, min(n, len(known))))
     return LogitLens(features=tuple(_describe(found, model)), d_vocab=len(known))
 
 

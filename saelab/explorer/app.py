@@ -17,10 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from saelab.explorer import feature_pages, pages
-from saelab.explorer.live_steering import SteeringSetup, steer_live
-from saelab.explorer.prompt_features import PromptQuery, describe_prompt
-from saelab.explorer.relabeling import LabelingRequest, relabel
+from saelab.explorer import feature_pages
 from saelab.explorer.security import LIMITS, ASGIApp, ExplorerLimits, Guard, Receive, Scope, Send, TooBusy, Turn
 from saelab.explorer.session import Explorer
 from saelab.stores.files import to_json
@@ -79,6 +76,18 @@ class Call:
             raise ValueError(f"`{name}` must be a whole number, got {text[:40]!r}.") from None
 
 
+def _make_page(explorer: Explorer, name: str) -> dict[str, Any]:
+    from saelab.explorer.pages import make_page  # with all that draws figures, which the first page does not wait for
+
+    return make_page(explorer, name)
+
+
+def _check_setup(plain: dict[str, Any]) -> dict[str, Any]:
+    from saelab.explorer.live_steering import SteeringSetup
+
+    return SteeringSetup.from_dict(plain).to_dict()
+
+
 NAMES = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
 Work: TypeAlias = Callable[[Explorer, Call], Any]
 
@@ -98,7 +107,7 @@ READING: dict[str, Work] = {
         call.number("offset", 0),
         call.number("limit", 20),
     ),
-    "/api/pages/{name}": lambda explorer, call: pages.make_page(explorer, call.path["name"]),
+    "/api/pages/{name}": lambda explorer, call: _make_page(explorer, call.path["name"]),
     "/api/lists": lambda explorer, call: {"lists": explorer.annotations.lists()},
     "/api/exports": lambda explorer, call: {"n_unnamed": explorer.count_unnamed()},
     "/api/setups": lambda explorer, call: {"setups": explorer.annotations.setups()},
@@ -126,7 +135,7 @@ CHANGING: dict[tuple[str, str], Work] = {
         call.name, call.feature
     ),
     ("PUT", "/api/setup"): lambda explorer, call: explorer.annotations.set_setup(
-        call.name, SteeringSetup.from_dict(call.take("setup", dict)).to_dict()
+        call.name, _check_setup(call.take("setup", dict))
     ),
     ("DELETE", "/api/setup"): lambda explorer, call: explorer.annotations.delete_setup(call.name),
     ("POST", "/api/undo"): lambda explorer, call: {"undone": explorer.annotations.undo()},
@@ -277,17 +286,22 @@ class _ModelRoutes:
         """The features of a prompt."""
         from starlette.concurrency import run_in_threadpool
 
-        query = PromptQuery.from_dict((await _read_call(request)).body, self.limits)
-        async with self.reading.taken():
-            return await run_in_threadpool(lambda: _reply(self._describe(query)))
+        from saelab.explorer.prompt_features import PromptQuery, describe_prompt
 
-    def _describe(self, query: PromptQuery) -> dict[str, Any]:
-        sae, model = self.explorer.require_model()
-        with self.explorer.lock:
-            return describe_prompt(sae, model, self.explorer.store, query, self.explorer.names)
+        query = PromptQuery.from_dict((await _read_call(request)).body, self.limits)
+
+        def answer() -> Any:
+            sae, model = self.explorer.require_model()
+            with self.explorer.lock:
+                return _reply(describe_prompt(sae, model, self.explorer.store, query, self.explorer.names))
+
+        async with self.reading.taken():
+            return await run_in_threadpool(answer)
 
     async def steer(self, request: Any) -> Any:
         """A stream of texts without steering, steered and moved at random."""
+        from saelab.explorer.live_steering import SteeringSetup, steer_live
+
         setup = SteeringSetup.from_dict((await _read_call(request)).body, self.limits)
 
         def start() -> Iterator[list[Event]]:
@@ -299,6 +313,8 @@ class _ModelRoutes:
 
     async def relabel(self, request: Any) -> Any:
         """A stream of the progress of labelling one feature."""
+        from saelab.explorer.relabeling import LabelingRequest, relabel
+
         call = await _read_call(request)
         wanted = LabelingRequest.from_dict(call.feature, call.body)
         return EventStream(self.labeling, lambda: relabel(self.explorer, wanted), self.explorer.closed)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -25,7 +25,9 @@ from saelab.labels.label_store import LabelStore
 from saelab.labels.text_search import TextIndex
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
-from saelab.visualization.universality_plots import Matched
+
+if TYPE_CHECKING:
+    from saelab.visualization.universality_plots import Matched
 
 N_TOKENS, N_SHOWN = 12, 3
 """Most frequent tokens of a feature that the search covers, and that a row of the list shows."""
@@ -36,6 +38,10 @@ GLANCE = 4096
 """Firings that are enough to see a feature's most frequent tokens before all are counted."""
 PAUSE = 0.005
 """Seconds between blocks, in which pages are answered."""
+AHEAD = 100
+"""Rows of the list that are read before a browser asks for them, so that the store's strings and checks are there."""
+HEAD_START = 1.5
+"""Seconds at most that counting waits for the first page of the list, which would come later beside it."""
 MOST_ROWS = 500
 FEW = 400
 """Features whose labels are read one by one; of more, all labels are read."""
@@ -133,6 +139,7 @@ class FeatureCatalog:
         self._index = TextIndex(2)
         self._lock = threading.RLock()
         self._closed = threading.Event()
+        self._asked = threading.Event()
         self._found: dict[Any, NDArray[np.int64]] = {}
         self._thread = threading.Thread(target=self._count_all, name="saelab-tokens", daemon=True)
 
@@ -142,11 +149,13 @@ class FeatureCatalog:
 
     def wait(self) -> None:
         """Wait until the tokens of all features are counted."""
+        self._asked.set()
         self._thread.join()
 
     def close(self) -> None:
         """Stop counting."""
         self._closed.set()
+        self._asked.set()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -160,7 +169,7 @@ class FeatureCatalog:
         counts = Counter(self.columns["kind"].tolist())
         return {kind: counts[i] for i, kind in enumerate(KINDS) if counts[i]}
 
-    def match(self, matched: Matched) -> None:
+    def match(self, matched: "Matched") -> None:
         """Add the partners of the features in another store."""
         side = matched.comparison.a
         sides = side.similarity.reshape(self.store.d_sae, -1)
@@ -184,7 +193,9 @@ class FeatureCatalog:
         self._refresh()
         found = self.find(asked)
         shown = found[asked.offset : asked.offset + asked.limit].tolist()
-        return {"total": len(found), "offset": asked.offset, "rows": [self.describe(feature) for feature in shown]}
+        rows = [self.describe(feature) for feature in shown]
+        self._asked.set()
+        return {"total": len(found), "offset": asked.offset, "rows": rows}
 
     def find(self, query: FeatureQuery) -> Int[np.ndarray, "n"]:
         """All features that a query asks for, in its order, whatever its offset and limit."""
@@ -306,6 +317,11 @@ class FeatureCatalog:
 
     def _count_all(self) -> None:
         self._refresh()
+        for feature in self.find(FeatureQuery())[:AHEAD].tolist():
+            if self._asked.is_set():
+                break
+            self.describe(feature)
+        self._asked.wait(HEAD_START)
         for start, stop in self._blocks():
             if self._closed.wait(PAUSE):
                 return

@@ -6,7 +6,7 @@ some of its tokens, no more.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +19,9 @@ from saelab.labels.label import Label, describe_origin, join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.stores.feature_store import FeatureStore
 from saelab.visualization.feature_cards import draw_card, draw_window, list_windows
-from saelab.visualization.universality_plots import Matched
+
+if TYPE_CHECKING:
+    from saelab.visualization.universality_plots import Matched
 
 N_SIMILAR = 10
 LONGEST = 2000
@@ -27,8 +29,8 @@ LONGEST = 2000
 MOST_EXAMPLES = 200
 """Examples of a group that can be looked through."""
 WAIT = 0.1
-"""Seconds that a page waits for the model, which may be at work for somebody else; without it logit effects are left
-out."""
+"""Seconds that a page waits for the model, which may be at work for somebody else, where logit effects need it; they
+are left out then."""
 EACH: Mapping[str, str] = {"top": "n_top", "near miss": "n_near", "random": "n_random"}
 
 
@@ -122,30 +124,37 @@ def _describe_firings(card: FeatureCard) -> dict[str, Any]:
 
 
 def _find_effects(explorer: Explorer, feature: int) -> Promoted | None:
-    """The feature's direct effects on the logits; None without SAE and model, or while the model is at work."""
+    """The feature's direct effects on the logits; None without SAE and model, or where they would have to wait for
+    the model, which is at work.
+    """
     sae, model = explorer.sae, explorer.model
     if sae is None or model is None or explorer.has_no_effects:
         return None
-
-    def find() -> Promoted | None:
-        try:
-            return logit_lens(sae, model, [feature], allow_mismatch=True)[feature]
-        except ValueError:  # a model whose features have no direct effect there
-            explorer.has_no_effects = True
-            return None
-
     key = (feature, "effects")
-    if (held := explorer.cache.find(key)) is not None:
+    held: Promoted | None = explorer.cache.find(key)
+    if held is not None:
         return held
-    if not explorer.lock.acquire(timeout=WAIT):
-        return None
+    unembedding = explorer.unembedding
+
+    def find() -> Promoted:
+        return logit_lens(sae, model, [feature], allow_mismatch=True, unembedding=unembedding)[feature]
+
     try:
-        return explorer.cache.get(key, find)
-    finally:
-        explorer.lock.release()
+        if unembedding is not None and unembedding.is_alone and unembedding.is_current:
+            return explorer.cache.get(key, find)
+        if not explorer.lock.acquire(timeout=WAIT):
+            return None
+        try:
+            unembedding = explorer.measure_unembedding()
+            return explorer.cache.get(key, find)
+        finally:
+            explorer.lock.release()
+    except ValueError:  # a model whose features have no direct effect there
+        explorer.has_no_effects = True
+        return None
 
 
-def _describe_partner(matched: Matched | None, feature: int) -> dict[str, Any] | None:
+def _describe_partner(matched: "Matched | None", feature: int) -> dict[str, Any] | None:
     if matched is None:
         return None
     row = matched.describe(feature)

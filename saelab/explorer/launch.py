@@ -10,18 +10,20 @@ import threading
 import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saelab.evaluation.results import ConceptScores, Evaluation
 from saelab.explorer.app import make_app
 from saelab.explorer.security import LIMITS, ExplorerLimits, is_loopback, make_token
 from saelab.explorer.session import END, Explorer
-from saelab.interventions.attribution import Attribution
 from saelab.labels.autointerp.clients import Client
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.visualization.html import escape
+
+if TYPE_CHECKING:
+    from saelab.interventions.attribution import Attribution
 
 HOST, PORT = "127.0.0.1", 8765
 EVERYWHERE = ("0.0.0.0", "::", "")
@@ -180,7 +182,7 @@ def explore(
     *,
     compare: FeatureStore | str | Path | None = None,
     evaluation: Evaluation | Mapping[str, Any] | str | Path | None = None,
-    attribution: Attribution | str | Path | None = None,
+    attribution: "Attribution | str | Path | None" = None,
     concepts: ConceptScores | str | Path | None = None,
     client: Client | None = None,
     read_only: bool = False,
@@ -203,8 +205,8 @@ def explore(
         compare: another store of the same text, whose features are shown as partners; None for none.
         evaluation: result of `evaluate`, or its file; None for none.
         attribution: result of `attribute`, or the file that it was saved to; None for none.
-        concepts: result of `score_concepts`, or the file that it was saved to: the concept of each feature and its F1 are
-            listed; None for none.
+        concepts: result of `score_concepts`, or the file that it was saved to: the concept of each feature and its F1
+            are listed; None for none.
         client: client of a language model that labels features when asked to; None for none.
         read_only: let nobody change labels, notes and lists.
         title: title of the page; empty names the store.
@@ -223,7 +225,7 @@ def explore(
         sae,
         compare=compare,
         evaluation=evaluation,
-        attribution=Attribution.load(attribution) if isinstance(attribution, str | Path) else attribution,
+        attribution=_load(attribution) if isinstance(attribution, str | Path) else attribution,
         concepts=ConceptScores.load(concepts) if isinstance(concepts, str | Path) else concepts,
         client=client,
         read_only=read_only,
@@ -239,6 +241,12 @@ def explore(
     if browser:
         webbrowser.open(server.url)
     return server
+
+
+def _load(attribution: str | Path) -> "Attribution":
+    from saelab.interventions.attribution import Attribution
+
+    return Attribution.load(attribution)
 
 
 def describe_address(server: ExplorerServer) -> str:

@@ -10,29 +10,31 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar, cast, get_args
 
 from saelab.collecting.harvesting import require_harvested
 from saelab.evaluation.results import ConceptScores, Evaluation
 from saelab.explorer.catalog import FeatureCatalog
-from saelab.interventions.attribution import Attribution
 from saelab.labels.annotations import Annotations
 from saelab.labels.label import BOTH, Format, Label, join_texts
 from saelab.labels.label_store import LabelStore
 from saelab.lm.hook_points import hook_points_of, share_weights
 from saelab.lm.model_checks import Model
 from saelab.lm.models import load_model, offline
+from saelab.lm.unembedding import Unembedding
 from saelab.sae.compatibility import match_places, match_weights
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import shareable, to_json
 from saelab.stores.validation import read_json
-from saelab.universality.alignment import AlignedRows, find_common_rows
-from saelab.universality.matching import Comparison
-from saelab.universality.universal_features import check_stores
-from saelab.visualization.universality_plots import Matched
+
+if TYPE_CHECKING:  # what only some explorers show is imported with it, for the first page comes sooner
+    from saelab.interventions.attribution import Attribution
+    from saelab.universality.matching import Comparison
+    from saelab.visualization.universality_plots import Matched
 
 T = TypeVar("T")
 ModelSource: TypeAlias = "Model | str | Path | Callable[[], Model] | None"
@@ -108,7 +110,7 @@ class Explorer:
         sae: SAE | None = None,
         other: FeatureStore | None = None,
         evaluation: Mapping[str, Any] | None = None,
-        attribution: Attribution | None = None,
+        attribution: "Attribution | None" = None,
         concepts: ConceptScores | None = None,
         *,
         client: Any = None,
@@ -132,6 +134,8 @@ class Explorer:
         self.model: Model | None = None
         self.model_state = "none"
         """none, loading, ready, or "failed: " and the reason"""
+        self.unembedding: Unembedding | None = None
+        """what logit effects need of the model, once it was measured"""
         self.has_no_effects = False
         """whether the features of this model have no direct effect on the logits"""
         self.matched: Matched | None = None
@@ -146,9 +150,9 @@ class Explorer:
         sae: SAE | str | Path | None = None,
         *,
         compare: FeatureStore | str | Path | None = None,
-        comparison: Comparison | None = None,
+        comparison: "Comparison | None" = None,
         evaluation: Evaluation | Mapping[str, Any] | str | Path | None = None,
-        attribution: Attribution | None = None,
+        attribution: "Attribution | None" = None,
         concepts: ConceptScores | None = None,
         client: Any = None,
         read_only: bool = False,
@@ -187,7 +191,7 @@ class Explorer:
         made._start(model, comparison)
         return made
 
-    def _start(self, model: ModelSource, comparison: Comparison | None) -> None:
+    def _start(self, model: ModelSource, comparison: "Comparison | None") -> None:
         recorded = self.store.find_recorded(self.store.provenance.model)
         source = recorded if model is None and Path(recorded).is_dir() else model
         if isinstance(source, Model):
@@ -207,6 +211,18 @@ class Explorer:
             self._threads = [*(other for other in self._threads if other.is_alive()), thread]
             thread.start()
 
+    def measure_unembedding(self) -> Unembedding:
+        """What logit effects need of the model, measured where its weights have changed; `lock` must be held.
+
+        Raises:
+            ValueError: there is no model, or it has no final norm.
+        """
+        if self.model is None:
+            raise ValueError("This needs the language model, which is not there.")
+        if self.unembedding is None or not self.unembedding.is_current:
+            self.unembedding = Unembedding.measure(self.model)
+        return self.unembedding
+
     def _load(self, source: str | Path | Callable[[], Model]) -> None:
         """Load the model; pages that need none stay when that fails, the others show why."""
         processing = self.store.provenance.weight_processing
@@ -214,6 +230,8 @@ class Explorer:
             found = source() if callable(source) else load_model(source, weight_processing=processing, progress=False)
             if not self.closed.is_set():
                 self._admit(found)
+                with self.lock, suppress(ValueError):  # that of a model without logit effects
+                    self.measure_unembedding()
         except Exception as error:
             self.model_state = f"failed: {_say(error)}"
 
@@ -227,7 +245,9 @@ class Explorer:
             hook_points_of(model).find(origin.hook_point)
         self.model, self.model_state = model, "ready"
 
-    def _compare(self, comparison: Comparison | None) -> None:
+    def _compare(self, comparison: "Comparison | None") -> None:
+        from saelab.visualization.universality_plots import Matched
+
         assert self.other is not None
         try:
             with LabelStore.open(self.other) as labels:
@@ -240,7 +260,7 @@ class Explorer:
             self.comparison_state = f"failed: {_say(error)}"
 
     @property
-    def comparison(self) -> Comparison | None:
+    def comparison(self) -> "Comparison | None":
         """The comparison with the other store, once it is there."""
         return self.matched.comparison if self.matched is not None else None
 
@@ -367,12 +387,15 @@ def _say(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _check_comparison(store: FeatureStore, other: FeatureStore | None, comparison: Comparison | None) -> None:
+def _check_comparison(store: FeatureStore, other: FeatureStore | None, comparison: "Comparison | None") -> None:
     """Raise ValueError where two stores have no text in common, or a comparison is not of these two."""
     if other is None:
         if comparison is not None:
             raise ValueError("`comparison` needs the other store as `compare`, got none; give both.")
         return
+    from saelab.universality.alignment import AlignedRows, find_common_rows
+    from saelab.universality.universal_features import check_stores
+
     if comparison is not None:
         check_stores(comparison, store, other)
         return
@@ -385,7 +408,7 @@ def _check_comparison(store: FeatureStore, other: FeatureStore | None, compariso
         ) from None
 
 
-def _check_results(store: FeatureStore, attribution: Attribution | None, concepts: ConceptScores | None) -> None:
+def _check_results(store: FeatureStore, attribution: "Attribution | None", concepts: ConceptScores | None) -> None:
     """Raise ValueError for results of another SAE's features."""
     if attribution is not None and int(attribution.features.max(initial=-1)) >= store.d_sae:
         raise ValueError(

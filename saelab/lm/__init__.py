@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         TokenLabels as TokenLabels,
     )
     from saelab.lm.tokens import Tokens as Tokens, tokenize as tokenize
+    from saelab.lm.unembedding import Unembedding as Unembedding
     from saelab.lm.unwrapped import Site as Site
     from saelab.lm.verification import HookAgreement as HookAgreement, verify_hooks as verify_hooks
 

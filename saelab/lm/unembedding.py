@@ -1,18 +1,102 @@
 """Direct effect of residual-stream directions on the logits, through the final norm and the unembedding."""
 
+from contextlib import nullcontext
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.lm.hook_points import HookPoints, hook_points_of
-from saelab.lm.model_checks import Model
-from saelab.lm.unwrapped import Site, attach, run_as_set
+from saelab.lm.model_checks import Model, find_known_ids
+from saelab.lm.unwrapped import Site, attach, run_as_set, strip
 
 BIG = 1e4  # input scale at which the norm's epsilon is negligible
 N_PROBE = 4
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class Unembedding:
+    """A model's final norm and unembedding, measured once; called with directions, it gives what `read_out` does.
+
+    Where `is_alone`, calls neither run the model nor touch its hooks, so that other threads may use it meanwhile.
+
+    >>> read_out = Unembedding.measure(sl.lm.tiny_model())
+    >>> read_out(torch.ones(1, 32)).shape, read_out.is_alone
+    (torch.Size([1, 259]), True)
+    """
+
+    model: Model
+    home: HookPoints
+    running: nn.Module
+    site: Site
+    norm: nn.Module
+    head: nn.Module
+    centers: bool
+    """whether the norm subtracts the mean"""
+    factor: Tensor | None
+    """of the logits to what the head alone gives; None where directions go through the whole model"""
+    at_zero: Float[Tensor, "1 1 d_vocab"] | None
+    """what the head gives of a zero vector; None without `factor`"""
+    known: Int[Tensor, "n_known"]
+    """ids that the tokenizer has a token for"""
+
+    @classmethod
+    @torch.no_grad()
+    def measure(cls, model: Model) -> "Unembedding":
+        """The unembedding of a model, measured by running its modules.
+
+        Raises:
+            ValueError: for a model without a final norm.
+        """
+        home = hook_points_of(model)
+        if "ln_final" not in home.components:
+            raise ValueError(
+                f"Direct effects need a norm behind the last block, got a {type(home.bridged).__name__} without one. "
+                "Use `sl.interventions.attribute`, or steer along the direction."
+            )
+        with home.aside():  # without the user's hooks and edits
+            running, (site, _) = home.route(["ln_final.hook_out", "unembed.hook_out"])
+            parts = [home.components[name] for name in ("ln_final", "unembed")]
+            # Twins of the twins, with the same weights: hooks that others put on the model are not on them.
+            norm, head = (strip(home.twins[part])[0] for part in parts) if running is home.plain else parts
+            ones = torch.ones(1, 1, model.cfg.d_model).to(next(head.parameters()))
+            centers = bool((norm(BIG * ones) - norm(0 * ones)).abs().amax() < 1e-3)  # the norm maps constants to 0
+            factor = _find_factor(running, site, head, ones)
+            at_zero = None if factor is None else head(0 * ones)
+        known = find_known_ids(model).nonzero()[:, 0]
+        return cls(model, home, running, site, norm, head, centers, factor, at_zero, known)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it needs nothing of the model but its weights."""
+        return self.factor is not None and self.running is self.home.plain
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model's weights are those that were measured; False after any edit of them."""
+        return self.home.is_current(self.model)
+
+    @torch.no_grad()
+    def __call__(self, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
+        """As `read_out`; ValueError for directions of another width, and a head that is not linear."""
+        if directions.shape[1] != self.model.cfg.d_model:
+            raise ValueError(
+                f"Directions must have the residual stream's width ({self.model.cfg.d_model}), got "
+                f"{directions.shape[1]}; features of another place have no direct effect on the logits."
+            )
+        with nullcontext() if self.is_alone else self.home.aside():
+            x = directions.to(next(self.head.parameters()))[:, None]
+            bias = self.norm(torch.zeros_like(x[:1]))
+            scale = (x - x.mean(-1, keepdim=True) if self.centers else x).square().mean(-1, keepdim=True).sqrt()
+            folded = (self.norm(BIG * x / scale.clamp(min=1e-12)) - bias) * scale
+            if self.factor is None:
+                made = _follow_all(self.running, self.site, folded)
+            else:  # faster
+                made = (self.head(folded) - self.at_zero) * self.factor.to(folded)
+            return made[:, 0].float()
+
+
 def read_out(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
     """Logits that each direction adds to a residual stream of unit scale, the final norm's weight folded in.
 
@@ -25,66 +109,38 @@ def read_out(model: Model, directions: Float[Tensor, "n d_model"]) -> Float[Tens
         ValueError: for directions of another width, and for a model without a final norm or with a head that is not
             linear, where these numbers are not defined.
     """
-    if directions.shape[1] != model.cfg.d_model:
-        raise ValueError(
-            f"Directions must have the residual stream's width ({model.cfg.d_model}), got {directions.shape[1]}; "
-            "features of another place have no direct effect on the logits."
-        )
-    home = hook_points_of(model)
-    if "ln_final" not in home.components:
-        raise ValueError(
-            f"Direct effects need a norm behind the last block, got a {type(home.bridged).__name__} without one. Use "
-            "`sl.interventions.attribute`, or steer along the direction."
-        )
-    with home.aside():  # without the user's hooks and edits
-        return _read(home, directions)
+    return Unembedding.measure(model)(directions)
 
 
-def _read(home: HookPoints, directions: Float[Tensor, "n d_model"]) -> Float[Tensor, "n d_vocab"]:
-    running, (site, _) = home.route(["ln_final.hook_out", "unembed.hook_out"])
-    parts = [home.components[name] for name in ("ln_final", "unembed")]
-    norm, head = (home.twins[part] for part in parts) if running is home.plain else parts
-    weight = next(head.parameters())
-    zero, ones = torch.zeros(1, 1, directions.shape[1]).to(weight), torch.ones(1, 1, directions.shape[1]).to(weight)
-    bias = norm(zero)
-    centers = bool((norm(BIG * ones) - bias).abs().amax() < 1e-3)  # the norm maps constants to 0
-    x = directions.to(weight)[:, None]
-    scale = (x - x.mean(-1, keepdim=True) if centers else x).square().mean(-1, keepdim=True).sqrt()
-    folded = (norm(BIG * x / scale.clamp(min=1e-12)) - bias) * scale
-    return _unembed(running, site, head, folded)[:, 0].float()
+def _find_factor(running: nn.Module, norm: Site, head: nn.Module, x: Float[Tensor, "n 1 d"]) -> Tensor | None:
+    """The factor of a model's logits to what its head alone gives of vectors like `x`, measured on a few of them.
 
-
-def _unembed(running: nn.Module, norm: Site, head: nn.Module, x: Float[Tensor, "n 1 d"]) -> Float[Tensor, "n 1 v"]:
-    """Logits that vectors after the final norm add.
-
-    The head alone is faster than a forward pass, and right up to a factor in most models: the factor is measured on a
-    few rows (Granite, Cohere, Falcon-H1); where there is none (a projection in between), every row goes through the
-    model.
+    It is 1 in most models (others are Granite, Cohere, Falcon-H1); None where there is none (a projection in between).
     """
-    probe = torch.randn(N_PROBE, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
+    probe = _draw_probe(x)
     true = _follow(running, norm, probe).double()
-    zero = torch.zeros_like(x[:1])
     try:
-        alone = (head(probe) - head(zero)).double()
+        alone = (head(probe) - head(torch.zeros_like(x[:1]))).double()
     except RuntimeError:  # the head has another input width than the residual stream
-        return _follow_all(running, norm, x, probe, true)
+        return None
     factor = (true * alone).sum() / alone.square().sum()
     if not (factor * alone - true).norm() <= _tolerance(x) * true.norm():
-        return _follow_all(running, norm, x, probe, true)
-    exact = factor.round() if (factor - factor.round()).abs() < 1e-6 else factor
-    made: Tensor = (head(x) - head(zero)) * exact.to(x)
-    return made
+        return None
+    return factor.round() if (factor - factor.round()).abs() < 1e-6 else factor
 
 
-def _follow_all(
-    running: nn.Module, norm: Site, x: Float[Tensor, "n 1 d"], probe: Tensor, at_zero: Tensor
-) -> Float[Tensor, "n 1 v"]:
+def _draw_probe(x: Tensor) -> Tensor:
+    return torch.randn(N_PROBE, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
+
+
+def _follow_all(running: nn.Module, norm: Site, x: Float[Tensor, "n 1 d"]) -> Float[Tensor, "n 1 v"]:
     """`_follow` of all rows, after a check that the derivative is the same elsewhere up to a factor per logit, as a
     softcap has.
 
     ValueError where it is not (a head with layers of its own, as ModernBERT's decoder has).
     """
-    elsewhere = _follow(running, norm, probe, at=probe[:1].flip(-1)).double()
+    probe = _draw_probe(x)
+    at_zero, elsewhere = (_follow(running, norm, probe, at).double() for at in (0.0, probe[:1].flip(-1)))
     slopes = (elsewhere * at_zero).sum(0) / at_zero.square().sum(0).clamp(min=1e-30)
     if not (slopes * at_zero - elsewhere).norm() <= _tolerance(x) * elsewhere.norm():
         raise ValueError(

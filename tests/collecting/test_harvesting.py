@@ -1,10 +1,13 @@
 """The feature store, against dense codes and against itself after accidents."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
 import saelab as sl
+from saelab.collecting.reader import fingerprint
 from saelab.stores.feature_statistics import LOWEST, N_BINS
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes, round_values
@@ -253,3 +256,15 @@ def test_masks_must_agree_and_thresholds_be_there(tiny, tokens, acts, tmp_path):
     untrained = sl.SAE(sl.SAEConfig(d_in=32, d_sae=48, activation=sl.BatchTopK(k=4)))
     with pytest.raises(ValueError, match="threshold"):
         sl.harvest(untrained, tiny, tokens, tmp_path, **SMALL)
+
+
+def test_a_fingerprint_is_of_evenly_spaced_values_in_the_order_of_rows():
+    drawn = torch.randn(30, 70, generator=torch.Generator().manual_seed(0))
+    weights = {"c": drawn, "a": drawn.T, "b": drawn[:, ::2].bfloat16(), "d": drawn[0, 0], "e": drawn[:0]}
+    digest = hashlib.sha256()
+    for name in "abcde":
+        weight = weights[name].contiguous()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        step = max(1, weight.numel() // 64)
+        digest.update(weight.reshape(-1)[::step].clone().view(torch.uint8).numpy().tobytes())
+    assert fingerprint(weights) == digest.hexdigest()[:16]

@@ -212,6 +212,21 @@ def test_a_sample_of_firings_is_all_or_that_of_evenly_spaced_shards(explorer: Ex
         assert set(some) <= set(rows) and len(some) <= len(rows) and bool(len(some)) == bool(len(rows))
 
 
+def test_counting_waits_for_the_first_page_but_not_for_ever(
+    explorer: Explorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [FeatureCatalog(explorer.store, explorer.labels, explorer.annotations) for _ in range(2)]
+    monkeypatch.setattr(catalog, "HEAD_START", 60)
+    made[0].start()
+    made[0]._thread.join(0.2)
+    assert made[0].progress == 0 and made[0].page()["total"] == D_SAE
+    monkeypatch.setattr(catalog, "HEAD_START", 0)
+    made[1].start()
+    for one in made:
+        one._thread.join(30)
+        assert one.progress == 1
+
+
 def test_counting_stops_when_the_explorer_closes(harvested: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "BLOCK_FEATURES", 1)
     store = sl.FeatureStore.load(harvested)

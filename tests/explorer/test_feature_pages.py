@@ -173,7 +173,10 @@ def test_effects_come_with_the_model_and_never_hold_a_page_up(
         assert "Promotes" in page["card"]
         monkeypatch.setattr(feature_pages, "WAIT", 0.01)
         explorer.lock = Busy()
-        assert describe(explorer, 5)["effects"] is not None and describe(explorer, 6)["effects"] is None
+        expected = sl.analysis.logit_lens(shown_sae, tiny, [6], allow_mismatch=True)[6]
+        assert describe(explorer, 6)["effects"]["promoted"] == [list(pair) for pair in expected.promoted]
+        explorer.unembedding = None  # it cannot be measured now
+        assert describe(explorer, 6)["effects"] is not None and describe(explorer, 7)["effects"] is None
     finally:
         explorer.close()
 

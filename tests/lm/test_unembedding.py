@@ -10,7 +10,7 @@ from torch import Tensor
 
 import saelab as sl
 from saelab.lm.model_checks import find_known_ids
-from saelab.lm.unembedding import _unembed, read_out
+from saelab.lm.unembedding import Unembedding, _find_factor, _follow_all, read_out
 
 POINT = "blocks.1.hook_resid_post"
 KEYS = {"num_key_value_heads": 2}
@@ -85,7 +85,9 @@ def test_a_cap_bends_each_logit_by_itself_and_is_taken_where_its_slope_is_one(ca
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         tail, x = Tail(cap), torch.randn(5, 1, 32)
-    found = _unembed(tail, (tail.norm, "hook_out"), tail.head, x)
+    site = tail.norm, "hook_out"
+    assert _find_factor(tail, site, tail.head, x) is None
+    found = _follow_all(tail, site, x)
     torch.testing.assert_close(found, tail.head(tail.project(x)), rtol=1e-4, atol=1e-5)
 
 
@@ -105,3 +107,18 @@ def test_ids_without_a_token_do_not_rank_nor_count() -> None:
     effects = effects - effects.mean()
     assert [value for _, value in lens[3].promoted] == pytest.approx(effects.sort(descending=True).values.tolist())
     assert lens[3].spread == pytest.approx(float(effects.std())) and lens.d_vocab == 259
+
+
+def test_what_was_measured_once_reads_out_beside_hooks_and_edits_until_a_weight_changes() -> None:
+    model = sl.lm.tiny_model(seed=3)
+    along = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    expected, measured = read_out(model, along), Unembedding.measure(model)
+    assert measured.is_alone and measured.is_current and torch.equal(measured(along), expected)
+    with sl.splice(model, {"ln_final.hook_out": lambda x: 0 * x, POINT: lambda x: x + 1}):
+        assert torch.equal(measured(along), expected) and torch.equal(read_out(model, along), expected)
+    with torch.no_grad():
+        next(measured.head.parameters()).mul_(2)
+    assert not measured.is_current
+    torch.testing.assert_close(Unembedding.measure(model)(along), 2 * expected)
+    with pytest.raises(ValueError, match="residual stream's width"):
+        measured(along[:, 1:])
