@@ -19,6 +19,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+ALIGNMENT = 64  # bytes; of a vector register, and of what PyTorch allocates
+GATHERED = 2**15  # entries whose rows are in memory at a time, where they have to be gathered
 Spare = list[Tensor]
 """Holds memory for one weight gradient (d_sae, d_in), which is taken from the list when it is used; allocating that
 much costs more than the product itself.
@@ -58,8 +60,8 @@ def sampled_dot(
     """Inner products at the entries only: `out[e] = <left[rows[e]], table[indices[e]]>`.
 
     On CPU and CUDA this is the kernel behind the gradient of `embedding_bag`'s weights, which reads each row in
-    place; gathering the rows first (as on other devices, and where the kernel has changed) moves several times the
-    memory.
+    place. Gathering the rows first moves several times the memory; it is done on other devices, where the kernel has
+    changed, and where it would give equal rows unequal products (`_is_even`).
 
     Args:
         rows: row of `left` of each entry.
@@ -74,11 +76,34 @@ def sampled_dot(
     """
     if indices.numel() == 0:
         return table.new_zeros(0)
-    if table.device.type in ("cpu", "cuda") and has_dot_kernel(table.device.type):
+    if table.device.type in ("cpu", "cuda") and has_dot_kernel(table.device.type) and _is_even(table):
         order = indices.argsort() if order is None else order
         products = _dot_by_kernel(rows[order], indices[order], left.contiguous(), table)
         return torch.empty_like(products).index_copy_(0, order, products)
-    return (left[rows] * table[indices]).sum(-1)
+    parts = zip(rows.split(GATHERED), indices.split(GATHERED), strict=True)
+    return torch.cat([(left[row] * table[index]).sum(-1) for row, index in parts])
+
+
+def _is_even(table: Tensor) -> bool:
+    """Whether the kernel rounds the product of two rows in the same way wherever in the table they lie.
+
+    On some processors the BLAS behind it sums from the first address that is a multiple of 64 bytes. All rows of a
+    table start at the same distance from one where their length is a multiple of it.
+    """
+    return table.device.type != "cpu" or table.stride(0) * table.element_size() % ALIGNMENT == 0 or _ignores_alignment()
+
+
+@functools.cache
+def _ignores_alignment() -> bool:
+    """Whether BLAS gives copies of a row the same product at every alignment; tried once per process (1 ms)."""
+    for width in (31, 65, 129, 517):
+        values = torch.randn(2, width, generator=torch.Generator().manual_seed(width))
+        left, table = (value.repeat(32, 1) for value in values)
+        every = torch.arange(32)
+        products = _dot_by_kernel(every.repeat_interleave(32), every.repeat(32), left, table)
+        if not bool((products == products[0]).all()):
+            return False
+    return True
 
 
 def _dot_by_kernel(rows: Tensor, indices: Tensor, left: Tensor, table: Tensor) -> Tensor:

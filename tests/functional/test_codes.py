@@ -182,3 +182,17 @@ def test_codes_round_trip_dense_and_decode_like_it(shape):
     torch.testing.assert_close(sparse.decode(W_dec), z @ W_dec)
     torch.testing.assert_close(sparse.prefix(2).decode(W_dec), z[..., :2] @ W_dec[:2])
     assert sparse.l0.tolist() == (z != 0).sum(-1).flatten().tolist()
+
+
+def test_equal_rows_have_equal_products_whatever_the_processors_blas_does(monkeypatch):
+    """Some sum from the first address that is a multiple of 64 bytes: copies of a row of 31 numbers then differ."""
+    for even in (None, True, False):
+        if even is not None:
+            monkeypatch.setattr(kernels, "_ignores_alignment", lambda even=even: even)
+        for width in (31, 32):
+            values = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+            left, table = values[:1].repeat(40, 1), values[1:].repeat(2_000, 1)
+            rows, indices = torch.arange(40).repeat_interleave(2_000), torch.arange(2_000).repeat(40)
+            products = sampled_dot(rows, indices, left, table)
+            torch.testing.assert_close(products, (values[0] @ values[1]).expand(80_000))
+            assert even or bool((products == products[0]).all())
