@@ -24,6 +24,7 @@ MADE = ROOT / "build" / "docs-pages"
 NO_REFERENCE = ("cli", "visualization/assets")
 WORDS = "<!-- the words of CONTRIBUTING.md -->"
 PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET, WIDGETS = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
 logger = logging.getLogger("mkdocs.hooks.docs_pages")
 
 
@@ -119,11 +120,12 @@ def write_top(homes: dict[str, str], pages: list[str]) -> str:
 
 
 def make_tutorials() -> dict[str, str | bytes]:
-    """The notebooks, their plotly figures as HTML, and the script that draws those."""
+    """The notebooks, their plotly figures and widgets as HTML, and the scripts that draw those."""
     pages: dict[str, str | bytes] = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
         outputs = []
+        widgets = notebook["metadata"].pop("widgets", {}).get(WIDGETS, {}).get("state", {})
         for cell in notebook["cells"]:
             if "outputs" in cell:  # without the warnings of the machine that ran it
                 cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
@@ -131,6 +133,10 @@ def make_tutorials() -> dict[str, str | bytes]:
         for n, output in enumerate(outputs):
             if PLOTLY in output.get("data", {}):
                 output["data"] = {"text/html": draw_figure(output["data"][PLOTLY], f"figure-{n}")}
+            elif WIDGET in output.get("data", {}):
+                state = widgets[output["data"][WIDGET]["model_id"]]["state"]
+                output["data"] = {"text/html": draw_widget(state, f"widget-{n}")}
+                pages["assets/widget.js"] = state["_esm"]
             elif "text/html" in output.get("data", {}):  # its own styles alone, as in Jupyter, where it stands on white
                 inside = "".join(output["data"]["text/html"])
                 output["data"]["text/html"] = (
@@ -151,6 +157,29 @@ def draw_figure(figure: dict[str, Any], name: str) -> str:
         "<script>window.Plotly || document.write('<script src=\"../../assets/plotly.min.js\"><\\/script>')</script>\n"
         f'<script>Plotly.newPlot("{name}", ...{shown}, {{responsive: true}})</script>'
     )
+
+
+SAVED = """<div id="NAME"></div>
+<script type="module">
+import widget from "../../assets/widget.js";
+const state = STATE, heard = [], el = document.getElementById("NAME");
+const refuse = id => heard.forEach(hear => hear({ id, error: "This is a saved notebook: run it to ask for more." }));
+widget.render({ el, model: {
+  get: name => state[name], set: (name, value) => { state[name] = value; }, save_changes: () => {},
+  on: (_, hear) => heard.push(hear), off: () => {}, send: ({ id }) => setTimeout(refuse, 0, id),
+} });
+const follow = () => {
+  el.firstChild.dataset.theme = document.body.dataset.mdColorScheme === "slate" ? "dark" : "light";
+};
+new MutationObserver(follow).observe(document.body, { attributes: true });
+follow();
+</script>"""
+
+
+def draw_widget(state: dict[str, Any], name: str) -> str:
+    """A widget with the answers that its notebook was saved with, for a page one folder below `assets/widget.js`."""
+    shown = {key: state[key] for key in ("view", "query", "held", "style")}
+    return SAVED.replace("NAME", name).replace("STATE", json.dumps(shown).replace("</", "<\\/"))
 
 
 # Results

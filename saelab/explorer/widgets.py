@@ -1,15 +1,17 @@
 """Widgets for Jupyter and VS Code: a feature's card, the prompt view and the steering panel, without a server.
 
 They are the explorer's own components; their questions come to the kernel as messages, and the functions that the
-server calls answer them.
+server calls answer them. The last answers are in the widget's state: a saved notebook shows them without a kernel.
 """
 
 import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +27,10 @@ from saelab.stores.feature_store import FeatureStore
 from saelab.visualization.html import bundle, read_asset
 
 PACKAGES = ("saelab.explorer", "saelab.visualization")
+HELD = ("feature", "prompt", "steer")
+"""questions whose last answer is in the widget's state"""
+K = 24
+"""features of a token that the prompt view asks for, as in prompt_page.js"""
 ExplorerSource: TypeAlias = "Explorer | FeatureStore | str | Path"
 """a feature store, its folder, or an explorer that is open"""
 
@@ -44,7 +50,8 @@ def feature_widget(store: ExplorerSource, feature: int, sae: SAE | str | Path | 
     explorer = _open(store, None, sae)
     if not 0 <= read_feature(feature) < explorer.store.d_sae:
         raise IndexError(f"`feature` must be in 0..{explorer.store.d_sae - 1}, got {feature}.")
-    return _make("feature", {"feature": int(feature)}, explorer)
+    asked = {"feature": int(feature)}
+    return _make("feature", asked, explorer, {"feature": asked})
 
 
 def prompt_widget(store: ExplorerSource, model: Model, text: str = "", sae: SAE | str | Path | None = None) -> Any:
@@ -62,7 +69,8 @@ def prompt_widget(store: ExplorerSource, model: Model, text: str = "", sae: SAE 
     """
     explorer = _open(store, model, sae)
     explorer.require_model()
-    return _make("prompt", {"text": text} if text else {}, explorer)
+    first = {"prompt": {"query": {"text": text, "rank": "activation", "k": K}}}
+    return _make("prompt", {"text": text} if text else {}, explorer, first if text else {})
 
 
 def steering_widget(
@@ -70,6 +78,8 @@ def steering_widget(
     model: Model,
     setup: SteeringSetup | None = None,
     sae: SAE | str | Path | None = None,
+    *,
+    write: bool = False,
 ) -> Any:
     """The steering panel as a widget: features are moved, and three texts are written side by side.
 
@@ -78,23 +88,31 @@ def steering_widget(
         model: language model of the store; an explorer has its own.
         setup: features and sampling to begin with; None begins empty.
         sae: the SAE that was harvested; None takes the one that the store names.
+        write: write the texts of the set-up now, as its button does, while the cell waits.
 
     Raises:
-        ValueError: SAE or model are missing, or not those of the store.
+        ValueError: SAE or model are missing, or not those of the store; or there is no set-up to write.
         ImportError: anywidget is not installed.
     """
+    if write and setup is None:
+        raise ValueError("`write` needs a `setup`, got none. Give features to move and a prompt.")
     explorer = _open(store, model, sae)
     explorer.require_model()
-    return _make("steering", {} if setup is None else {"setup": json.dumps(setup.to_dict())}, explorer)
+    plain = None if setup is None else setup.to_dict()
+    query = {} if plain is None else {"setup": json.dumps(plain)}
+    return _make("steering", query, explorer, {"steer": {"setup": plain}} if write else {})
 
 
 def _open(store: ExplorerSource, model: Model | None, sae: SAE | str | Path | None) -> Explorer:
     return store if isinstance(store, Explorer) else Explorer.open(store, model, sae, read_only=True)
 
 
-def _make(view: str, query: Mapping[str, Any], explorer: Explorer) -> Any:
+def _make(view: str, query: Mapping[str, Any], explorer: Explorer, first: Mapping[str, dict[str, Any]]) -> Any:
+    """A widget; `first` are questions that are answered before it is shown."""
     widget = _widget_class()(view=view, query=dict(query), style=_style())
     calls = _Calls(explorer, widget)
+    for name, given in first.items():
+        calls.hold(name, given)
     widget.on_msg(lambda _, content, buffers: calls.take(content))
     return widget
 
@@ -113,7 +131,11 @@ def _widget_class() -> Any:
         _esm = f"export default {bundle('widget.js', PACKAGES)}"
         view = Unicode().tag(sync=True)
         query = Dict().tag(sync=True)
+        held = Dict().tag(sync=True)
         style = Unicode().tag(sync=True)
+
+        def __repr__(self) -> str:
+            return f"ExplorerWidget({self.view!r}, {self.query})"
 
     return ExplorerWidget
 
@@ -150,33 +172,46 @@ class _Calls:
         arguments = (number, str(content["call"]), dict(content.get("args", {})))
         threading.Thread(target=self._answer, args=arguments, name="saelab widget", daemon=True).start()
 
+    def hold(self, name: str, given: dict[str, Any]) -> None:
+        """Answer a question now, for the widget's state."""
+        self._keep(name, given, self._find(name, given, threading.Event(), lambda event: None))
+
     def _answer(self, number: str, name: str, given: dict[str, Any]) -> None:
-        stopped = self.running[number]
         try:
-            if name == "steer":
-                for events in self._steer(given["setup"], stopped):
-                    for event in events:
-                        self.widget.send({"id": number, "event": event})
-                self.widget.send({"id": number, "value": None})
-            else:
-                self.widget.send({"id": number, "value": ANSWERS[name](self.explorer, given)})
+            value = self._find(
+                name, given, self.running[number], lambda event: self.widget.send({"id": number, "event": event})
+            )
+            self.widget.send({"id": number, "value": None if name == "steer" else value})
+            if not self.running[number].is_set():
+                self._keep(name, given, value)
         except Exception as error:  # a widget has no other way to show it
             self.widget.send({"id": number, "error": describe_error(error)})
         finally:
             del self.running[number]
 
+    def _find(self, name: str, given: dict[str, Any], stopped: threading.Event, tell: Callable[[Any], None]) -> Any:
+        """The answer to a question; of steering all events, each of which is told as it comes."""
+        if name != "steer":
+            return ANSWERS[name](self.explorer, given)
+        found = []
+        for event in chain.from_iterable(self._steer(given["setup"], stopped)):
+            tell(event)
+            found.append(event)
+        return found
+
+    def _keep(self, name: str, given: dict[str, Any], value: Any) -> None:
+        if name in HELD:
+            self.widget.held = {**self.widget.held, name: {"args": given, "value": value}}
+
     def _steer(self, plain: Mapping[str, Any], stopped: threading.Event) -> Iterator[list[dict[str, Any]]]:
         sae, model = self.explorer.require_model()
         setup = SteeringSetup.from_dict(plain)
         moved = setup.interventions(sae, self.explorer.store)
-        events = steer_live(model, moved, setup, self.explorer.lock)
-        try:
+        with closing(steer_live(model, moved, setup, self.explorer.lock)) as events:  # type: ignore[type-var]
             for several in events:
                 if stopped.is_set():
                     return
                 yield several
-        finally:
-            events.close()  # type: ignore[attr-defined]
 
 
 def _read_prompt(explorer: Explorer, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -217,13 +217,13 @@ STUB = """window.shown = import(URL.createObjectURL(new Blob([ESM], {type: "text
 });"""
 
 
-def show(page: Any, widget: Any) -> None:
-    """The widget on an empty page, with its messages carried to Python and back."""
+def show(page: Any, widget: Any, kernel: bool = True) -> None:
+    """The widget on an empty page, with its messages carried to Python and back, or lost without a kernel."""
     answers: list[Any] = []
     widget.send = lambda content, buffers=None: answers.append(json.loads(json.dumps(content)))
-    page.expose_function("ask", lambda text: widget._handle_custom_msg(json.loads(text), []))
+    page.expose_function("ask", lambda text: kernel and widget._handle_custom_msg(json.loads(text), []))
     page.goto("about:blank")
-    state = {name: getattr(widget, name) for name in ("view", "query", "style")}
+    state = {name: getattr(widget, name) for name in ("view", "query", "held", "style")}
     page.evaluate(STUB.replace("ESM", json.dumps(widget._esm)).replace("STATE", json.dumps(state)))
     page.carry = lambda: [page.evaluate("content => window.say(content)", answers.pop(0)) for _ in range(len(answers))]
 
@@ -258,3 +258,27 @@ def test_widgets_work_without_a_server(store: sl.FeatureStore, model: Any, brows
     assert steering.locator(".steered .stream").inner_text().startswith("Tom saw")
     for shown in (card, prompt, steering):
         shown.close()
+
+
+def test_a_saved_widget_shows_its_last_answers_without_a_kernel(
+    store: sl.FeatureStore, model: Any, browser: Any
+) -> None:
+    pytest.importorskip("anywidget")
+    from saelab.explorer import feature_widget, prompt_widget, steering_widget
+    from saelab.explorer.live_steering import SteeringSetup
+
+    made = {
+        ".fcard h2": feature_widget(store, 3),
+        ".fires li": prompt_widget(store, model, "Tom saw a dog."),
+        ".costs": steering_widget(store, model, SteeringSetup.from_dict(SETUP), write=True),
+    }
+    for mode, background in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(18, 23, 29)")):
+        for what, widget in made.items():
+            page = browser.new_page(color_scheme="light" if mode == "dark" else "dark")
+            show(page, widget, kernel=False)
+            wait_for(page, what)
+            page.evaluate("is => { document.body.dataset.jpThemeLight = is; }", str(mode == "light").lower())
+            page.wait_for_function("mode => document.body.firstChild.dataset.theme === mode", arg=mode)
+            shown = page.evaluate("getComputedStyle(document.body.firstChild.shadowRoot.firstChild).backgroundColor")
+            assert (mode, what, shown) == (mode, what, background)
+            page.close()

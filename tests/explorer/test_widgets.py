@@ -11,6 +11,7 @@ import pytest
 
 import saelab as sl
 from saelab.explorer import feature_widget, prompt_widget, steering_widget, widgets
+from saelab.explorer.live_steering import SteeringSetup
 from saelab.explorer.session import Explorer
 
 HOOK = "blocks.1.hook_resid_post"
@@ -74,6 +75,36 @@ def test_a_stream_ends_with_its_costs_or_when_it_is_stopped(explorer: Any) -> No
             break
         time.sleep(0.05)
     assert ended(stopped) and not any("done" in one.get("event", {}) for one in stopped)
+
+
+def test_the_last_answers_are_in_the_state(explorer: Any) -> None:
+    pytest.importorskip("anywidget")
+    from saelab.explorer.feature_pages import describe
+
+    setup = SteeringSetup.from_dict({"prompt": "The owl", "features": [{"feature": 3, "strength": 2.0}], "n_tokens": 4})
+    card, prompt = feature_widget(explorer, 3), prompt_widget(explorer, explorer.model, "The owl")
+    assert repr(card) == "ExplorerWidget('feature', {'feature': 3})"
+    assert card.held == {"feature": {"args": {"feature": 3}, "value": describe(explorer, 3)}}
+    assert len(prompt.held["prompt"]["value"]["words"]) == 8  # BOS and seven bytes
+    assert prompt_widget(explorer, explorer.model).held == {}
+    assert steering_widget(explorer, explorer.model, setup).held == {}
+    panel = steering_widget(explorer, explorer.model, setup, write=True)
+    written = panel.held["steer"]
+    asked = json.loads(json.dumps(setup.to_dict()))
+    assert json.loads(json.dumps(written["args"])) == {"setup": asked} == {"setup": json.loads(panel.query["setup"])}
+    *events, _ = ask(panel, "steer", ended, setup=asked)
+    assert [one["event"] for one in events] == written["value"]
+    stopped = ask(panel, "steer", bool, setup=asked | {"n_tokens": 400})
+    panel._handle_custom_msg({"id": "1", "call": "stop"}, [])
+    for _ in range(600):
+        if ended(stopped):
+            break
+        time.sleep(0.05)
+    assert panel.held["steer"]["args"]["setup"]["n_tokens"] == 4  # not what was cut off
+    ask(card, "feature", ended, feature=4)
+    assert card.held["feature"]["args"] == {"feature": 4}
+    with pytest.raises(ValueError, match="`write` needs a `setup`"):
+        steering_widget(explorer, explorer.model, write=True)
 
 
 def test_the_style_is_the_widgets_own() -> None:

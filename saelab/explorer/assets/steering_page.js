@@ -40,7 +40,10 @@ export function SteeringPage({ source, about, state, query, setQuery }) {
 function useRuns(source, setup) {
   const none = { texts: {}, costs: null, busy: false, error: "", prompt: "" };
   const [state, setState] = useState(none), controller = useRef(null);
-  useEffect(() => () => controller.current?.abort(), []);
+  useEffect(() => {
+    if (source.isWritten?.(setup)) start();  // as in a saved notebook
+    return () => controller.current?.abort();
+  }, []);
   const start = async () => {
     controller.current?.abort();
     const { signal } = controller.current = new AbortController();

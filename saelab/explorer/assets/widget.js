@@ -53,11 +53,14 @@ export function render({ model, el }) {
   const style = new CSSStyleSheet(), source = widgetSource(model);
   style.replaceSync(model.get("style"));
   root.adoptedStyleSheets = [style];
-  host.dataset.theme = theme();
+  const follow = () => { host.dataset.theme = theme(); }, watch = new MutationObserver(follow);
+  follow();
+  watch.observe(document.body, { attributes: true });
   el.append(host);
   draw(html`<${Widget} model=${model} source=${source} />`, root);
   return () => {
     draw(null, root);
+    watch.disconnect();
     source.close();
   };
 }

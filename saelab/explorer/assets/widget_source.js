@@ -1,4 +1,7 @@
-// The source of a widget: the functions of the explorer in the notebook's kernel, called by messages.
+// The source of a widget: the functions of the explorer in the notebook's kernel, called by messages. The last answers
+// are in the widget's state, and need no kernel.
+
+const plainly = value => JSON.stringify(value, (_, part) => (part?.constructor === Object ? Object.entries(part).sort() : part));
 
 export function widgetSource(model) {
   const waiting = new Map(), own = Math.random().toString(36).slice(2);  // one model may be shown several times
@@ -11,6 +14,11 @@ export function widgetSource(model) {
     return error ? call.reject(new Error(error)) : call.resolve(value);
   };
   model.on("msg:custom", hear);
+
+  const held = (name, args) => {
+    const last = model.get("held")[name];
+    return last && plainly(last.args) === plainly(args) ? last.value : undefined;
+  };
 
   const ask = (name, args, signal, onEvent) => new Promise((resolve, reject) => {
     const id = `${own} ${n++}`;
@@ -25,11 +33,16 @@ export function widgetSource(model) {
   return {
     has: () => false,  // no page of a feature to go to
     features: (query, offset, limit, signal) => ask("features", { ...query, offset, limit }, signal),
-    feature: (feature, signal) => ask("feature", { feature }, signal),
+    feature: async (feature, signal) => held("feature", { feature }) ?? ask("feature", { feature }, signal),
     expand: (feature, row, before, after) => ask("expand", { feature, row: Number(row), before, after }),
     examples: (feature, group, side, offset, limit) => ask("examples", { feature, group, side: Number(side), offset, limit }),
-    prompt: (query, signal) => ask("prompt", { query }, signal),
-    steer: (setup, signal, onEvent) => ask("steer", { setup }, signal, onEvent),
+    prompt: async (query, signal) => held("prompt", { query }) ?? ask("prompt", { query }, signal),
+    isWritten: setup => Boolean(held("steer", { setup })),
+    steer: async (setup, signal, onEvent) => {
+      const events = held("steer", { setup });
+      if (!events) return ask("steer", { setup }, signal, onEvent);
+      events.forEach(onEvent);
+    },
     close: () => model.off("msg:custom", hear),
   };
 }
