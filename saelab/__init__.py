@@ -48,15 +48,18 @@ if TYPE_CHECKING:
     )
     from saelab.sae.archetypal import Archetypal as Archetypal
     from saelab.sae.config import (
-        AuxK as AuxK,
         MatchingPursuit as MatchingPursuit,
         RandomPrefixes as RandomPrefixes,
         SAEConfig as SAEConfig,
     )
+    from saelab.sae.objectives.dead_latents import AuxK as AuxK
+    from saelab.sae.objectives.reconstruction import ReconstructionLoss as ReconstructionLoss
+    from saelab.sae.objectives.terms import register_loss_term as register_loss_term
     from saelab.sae.sae import SAE as SAE, fit as fit
     from saelab.stores.activations import Activations as Activations
     from saelab.stores.feature_store import FeatureStore as FeatureStore
     from saelab.training.config import TrainConfig as TrainConfig
+    from saelab.training.schedules import Schedule as Schedule
     from saelab.universality.comparison import compare as compare
     from saelab.visualization.reports import report as report
 

@@ -56,14 +56,14 @@ def main() -> None:
     spectrum = torch.linalg.svdvals(held_out[:20_000] - held_out[:20_000].mean(0))
     print(f"d_in {acts.d_in}, effective rank {effective_rank(spectrum):.1f}; {N_HELD_OUT:,} tokens held out")
     plain = sl.SAEConfig(d_in=acts.d_in, d_sae=64 * acts.d_in, activation=sl.TopK(k=args.k))
-    for aux in (None, plain.aux):
+    for objective in (plain.objective[:1], plain.objective):
         for init in ("tied", "subspace"):
-            cfg = replace(plain, aux=aux, init=init)  # type: ignore[arg-type]
+            cfg = replace(plain, objective=objective, init=init)  # type: ignore[arg-type]
             for seed in args.seeds:
                 budget = sl.TrainConfig(n_tokens=args.n_tokens, batch_size=4096, seed=seed)
                 dead, fvu = measure(sl.SAE(cfg, seed).fit(seen, budget), held_out)
                 print(
-                    f"aux {aux is not None!s:<5}  init {init:<8}  seed {seed}  dead {dead:.3f}  FVU {fvu:.4f}",
+                    f"AuxK {len(objective) > 1!s:<5}  init {init:<8}  seed {seed}  dead {dead:.3f}  FVU {fvu:.4f}",
                     flush=True,
                 )
 

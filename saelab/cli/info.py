@@ -19,6 +19,7 @@ from saelab.stores.manifest import ActivationsManifest, FeatureManifest, Provena
 from saelab.stores.results import format_table
 from saelab.stores.validation import check_settings, naming, read_json, require_object
 from saelab.training.checkpoint import FOLDER, PROGRESS, read_progress
+from saelab.training.schedules import Schedule, Scheduled
 
 TableRows = list[tuple[str, str]]
 
@@ -64,7 +65,8 @@ def describe_sae(path: Path) -> str:
             ("activation", str(cfg.activation)),
             ("widths", f"d_in {cfg.d_in:,}, d_sae {cfg.d_sae:,}{_target(cfg)}"),
             ("prefixes", _prefixes(cfg)),
-            ("dictionary", f"{cfg.dictionary} (start: {cfg.init}), normalizer {cfg.normalizer}, {_aux(cfg)}"),
+            ("dictionary", f"{cfg.dictionary} (start: {cfg.init}), normalizer {cfg.normalizer}"),
+            ("objective", _objective(cfg)),
             *(_training_rows(training) if training else [("training", "none")]),
         ]
         rows += _read_from(described.get("origin"))
@@ -207,8 +209,14 @@ def _target(cfg: SAEConfig) -> str:
     return "" if cfg.d_out is None else f", d_out {cfg.d_out:,}" + (", skip connection" if cfg.skip else "")
 
 
-def _aux(cfg: SAEConfig) -> str:
-    return "no AuxK" if cfg.aux is None else f"AuxK {cfg.aux.coefficient:.3g}"
+def _objective(cfg: SAEConfig) -> str:
+    return ", ".join(f"{term.name} {_number(term.coefficient)}" for term in cfg.terms)
+
+
+def _number(scheduled: Scheduled) -> str:
+    if isinstance(scheduled, Schedule):
+        return f"{scheduled.start:.3g} to {scheduled.end:.3g}"
+    return f"{scheduled:.3g}"
 
 
 def _table(title: str, rows: TableRows) -> str:

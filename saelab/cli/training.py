@@ -1,6 +1,8 @@
 """`saelab collect`, `saelab train`, `saelab evaluate`: activations, a trained SAE, and its evaluation."""
 
+import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, get_args
@@ -19,8 +21,11 @@ from saelab.lm.models import load_model
 from saelab.lm.tokens import Tokens, tokenize
 from saelab.sae.activation_functions import ACTIVATIONS, Activation, TopK, make_activation
 from saelab.sae.archetypal import Archetypal
-from saelab.sae.config import AuxK, Dictionary, RandomPrefixes, SAEConfig
+from saelab.sae.config import Dictionary, RandomPrefixes, SAEConfig
 from saelab.sae.fitting import Data
+from saelab.sae.objectives.dead_latents import AuxK
+from saelab.sae.objectives.reconstruction import ReconstructionLoss
+from saelab.sae.objectives.terms import LossTerm, read_loss_term
 from saelab.sae.pretrained import CONFIG, WEIGHTS
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
@@ -63,6 +68,15 @@ def train_sae(
     init: options.Name = SAEConfig.init,
     aux: Annotated[bool, Option("--aux/--no-aux", help="Revive dead latents by the AuxK loss, or not.")] = True,
     dead_after_tokens: int | None = AuxK.dead_after_tokens,
+    objective: Annotated[
+        list[str] | None,
+        Option(
+            help="A further loss term with its settings, such as NAME,coefficient=0.1; may be repeated. The term "
+            "replaces reconstruction or sparsity where it is a kind of it.",
+            metavar="TERM",
+            show_default="none",
+        ),
+    ] = None,
     n_tokens: int = TrainConfig.n_tokens,
     batch_size: int = TrainConfig.batch_size,
     lr: float | None = TrainConfig.lr,
@@ -104,7 +118,7 @@ def train_sae(
         dictionary=read_dictionary(dictionary, n_points, delta),  # type: ignore[arg-type]  # SAEConfig checks names
         normalizer=normalizer,  # type: ignore[arg-type]
         init=init,  # type: ignore[arg-type]
-        aux=AuxK(dead_after_tokens=dead_after_tokens) if aux else None,
+        objective=read_objective(objective or [], AuxK(dead_after_tokens=dead_after_tokens) if aux else None),
         d_out=None if targets is None else targets.d_in,
         skip=skip,
     )
@@ -159,6 +173,24 @@ def read_dictionary(name: str, n_points: int | None, delta: float | None) -> str
             f"`--n-points` and `--delta` must go with `--dictionary archetypal`, got '{name}'; leave them out."
         )
     return name
+
+
+def read_objective(texts: Sequence[str], aux: AuxK | None) -> tuple[LossTerm, ...]:
+    """Reconstruction, the terms that the command line spells as `NAME,setting=value,...`, and AuxK where it is given.
+
+    >>> read_objective(["sparsity,coefficient=0.5"], None)
+    (ReconstructionLoss(coefficient=1.0), SparsityLoss(coefficient=0.5))
+    """
+    terms = []
+    for text in texts:
+        name, *settings = text.split(",")
+        pairs = [setting.partition("=") for setting in settings]
+        try:
+            terms.append(read_loss_term({"name": name, **{key: json.loads(value) for key, _, value in pairs}}))
+        except json.JSONDecodeError:
+            raise ValueError(f"`--objective` must be a name and settings such as NAME,key=0.5, got '{text}'.") from None
+    own = () if any(isinstance(term, ReconstructionLoss) for term in terms) else (ReconstructionLoss(),)
+    return (*own, *terms, *(() if aux is None else (aux,)))
 
 
 def read_prefixes(text: str | None) -> tuple[int, ...] | RandomPrefixes | None:

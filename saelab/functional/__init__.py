@@ -15,7 +15,7 @@ if TYPE_CHECKING:
         pursue as pursue,
         step_above as step_above,
     )
-    from saelab.functional.codes import SparseCodes as SparseCodes
+    from saelab.functional.codes import Entries as Entries, SparseCodes as SparseCodes
     from saelab.functional.indices import ChosenRuns as ChosenRuns, FeatureIds as FeatureIds, MarkedRows as MarkedRows
     from saelab.functional.metrics import (
         FiringSums as FiringSums,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
-    from saelab.sae import formats as formats
+    from saelab.sae import formats as formats, objectives as objectives
     from saelab.sae.activation_functions import (
         AbsTopK as AbsTopK,
         Activation as Activation,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     )
     from saelab.sae.archetypal import Archetypal as Archetypal, Archetypes as Archetypes
     from saelab.sae.config import (
-        AuxK as AuxK,
         Dictionary as Dictionary,
         Init as Init,
         MatchingPursuit as MatchingPursuit,
@@ -43,6 +42,6 @@ if TYPE_CHECKING:
     from saelab.sae.module import SAEModule as SAEModule
     from saelab.sae.normalizer import Normalizer as Normalizer, NormalizerKind as NormalizerKind
     from saelab.sae.sae import SAE as SAE, fit as fit
-    from saelab.sae.training_sae import Objective as Objective, TrainingSAE as TrainingSAE
+    from saelab.sae.training_sae import StepLosses as StepLosses, TrainingSAE as TrainingSAE
 
 __getattr__, __dir__, __all__ = attach(__name__)

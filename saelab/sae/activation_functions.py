@@ -161,6 +161,11 @@ class Activation:
         return None
 
     @property
+    def penalized(self) -> bool:
+        """Whether it has a sparsity penalty."""
+        return type(self).penalty is not Activation.penalty
+
+    @property
     def penalty_weight(self) -> float | None:
         """Weight of the penalty where it is fixed: the field `coefficient`."""
         return getattr(self, "coefficient", None)
@@ -175,7 +180,7 @@ class Activation:
     def check_penalty(self) -> None:
         """Raise ValueError for an activation with a penalty that defines neither a fixed weight nor a target L0."""
         unsaid = self.penalty_weight is None and self.penalty_target is None
-        if type(self).penalty is not Activation.penalty and unsaid:
+        if self.penalized and unsaid:
             raise ValueError(
                 f"An activation with a `penalty` must say what it weighs, got {self} without `coefficient` and "
                 "`target_l0`; give it a field of one of these names: a fixed weight, or the mean L0 to steer it to."

@@ -1,17 +1,24 @@
 """`SAEConfig`: configuration of an SAE.
 
 Its parts are widths, activation function, Matryoshka prefixes, dictionary, normalizer, initialization, encoder and
-AuxK loss.
+objective.
 """
 
 import itertools
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
+from saelab.sae import objectives
 from saelab.sae.activation_functions import AbsTopK, Activation, TopK, read_activation
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.normalizer import KINDS, PER_TOKEN, NormalizerKind
+from saelab.sae.objectives.dead_latents import AuxK
+from saelab.sae.objectives.reconstruction import ReconstructionLoss
+from saelab.sae.objectives.sparsity import SparsityLoss
+from saelab.sae.objectives.terms import LossTerm, read_loss_term
 from saelab.stores.validation import read_fields, require_object
+from saelab.training.schedules import Schedule
 
 MAX_WIDTH = 2**31
 Dictionary = Literal["unit", "free", "frozen"]
@@ -28,34 +35,6 @@ class RandomPrefixes:
     """number of prefixes per step, the whole dictionary included"""
     smallest: int = 16
     """lower bound of the sizes drawn"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuxK:
-    """Settings of the AuxK loss, which revives dead latents by having them reconstruct the residual of the others
-    (arXiv:2406.04093, A.2).
-
-    Its value is normalized by the residual's variance, the reconstruction loss by the activations' variance, so
-    `coefficient` weighs two numbers of the same kind. Dead latents are ranked by |u| where codes are signed; the
-    residual is detached, b_dec left out.
-    """
-
-    coefficient: float = 1 / 32
-    """weight of the loss"""
-    k: int | None = None
-    """dead latents used per token; None is half the reconstruction's width"""
-    dead_after_tokens: int | None = None
-    """tokens without firing after which a latent is dead; None is 10 million, or 5 % of a shorter run"""
-    token_frac: float = 0.125
-    """fraction of each batch's tokens on which the loss is computed; its gradient stays unbiased, its cost small"""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.token_frac <= 1:
-            raise ValueError(f"`token_frac` must be in (0, 1], got {self.token_frac}.")
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"`k` of AuxK must be at least 1, got {self.k}; use aux=None to switch it off.")
-        if self.dead_after_tokens is not None and self.dead_after_tokens < 1:
-            raise ValueError(f"`dead_after_tokens` must be at least 1, got {self.dead_after_tokens}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +93,14 @@ class SAEConfig:
     """initial rows of W_dec: "tied": random directions; "data": activations; "subspace": random directions in the
     subspace spanned by the activations; W_enc is tied to them
     """
-    aux: AuxK | None = AuxK()
-    """auxiliary loss on dead latents, or None"""
+    objective: tuple[LossTerm, ...] = (ReconstructionLoss(), AuxK())
+    """loss terms whose weighted sum is minimized: exactly one reconstruction, and any others of
+    `saelab.sae.objectives`; the sparsity penalty of ReLU and JumpReLU is added by itself
+    """
+    sparsity_schedule: Schedule | None = None
+    """factor on the activation's k, or on its target L0, over the run; it must end at 1. A schedule from 4 to 1 starts
+    with four times the latents
+    """
     d_out: int | None = None
     """width of the activations that a transcoder reconstructs (arXiv:2406.11944); None for an autoencoder"""
     skip: bool = False
@@ -126,8 +111,9 @@ class SAEConfig:
     """"linear", or `MatchingPursuit(...)` along the rows of W_dec"""
 
     def __post_init__(self) -> None:
-        if isinstance(self.prefixes, list):
-            object.__setattr__(self, "prefixes", tuple(self.prefixes))
+        for name in ("prefixes", "objective"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("d_in", "d_sae", "d_out"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -153,11 +139,54 @@ class SAEConfig:
             raise ValueError(f"`k` of matching pursuit must be at least 1 step, got {self.activation}.")
         self.activation.check_penalty()
         self._check_prefixes()
+        self._check_objective()
+
+    @cached_property
+    def terms(self) -> tuple[LossTerm, ...]:
+        """The loss terms of training: `objective`, with the activation's penalty after the first where it has one and
+        no sparsity term is given.
+        """
+        given = any(isinstance(term, SparsityLoss) for term in self.objective)
+        own = () if given or not self.activation.penalized else (SparsityLoss(),)
+        return (*self.objective[:1], *own, *self.objective[1:])
+
+    @property
+    def reconstruction(self) -> ReconstructionLoss:
+        """The reconstruction term of the objective."""
+        return next(term for term in self.objective if isinstance(term, ReconstructionLoss))
+
+    @property
+    def aux(self) -> AuxK | None:
+        """The AuxK term of the objective, or None."""
+        return next((term for term in self.objective if isinstance(term, AuxK)), None)
 
     @property
     def d_target(self) -> int:
         """Width of what is reconstructed: `d_out`, or `d_in` for an autoencoder."""
         return self.d_in if self.d_out is None else self.d_out
+
+    def _check_objective(self) -> None:
+        if wrong := [term for term in self.objective if not isinstance(term, LossTerm)]:
+            raise ValueError(f"`objective` must be a tuple of loss terms, got {wrong[0]!r} in it.")
+        if not any(isinstance(term, ReconstructionLoss) for term in self.objective):
+            raise ValueError(f"`objective` must have a reconstruction term, got {self.objective}.")
+        names = [term.name for term in self.objective]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"`objective` must have every term once, got '{twice[0]}' twice.")
+        for term in self.objective:
+            term.check(self)
+        if (schedule := self.sparsity_schedule) is None:
+            return
+        if schedule.end != 1 or not schedule.start > 0:
+            raise ValueError(
+                f"`sparsity_schedule` must start above 0 and end at 1, which is the k or target L0 of the trained SAE, "
+                f"got {schedule}."
+            )
+        if not hasattr(self.activation, "k") and self.activation.penalty_target is None:
+            raise ValueError(
+                f"`sparsity_schedule` must have a k or a target L0 to multiply, got {self.activation}; to schedule a "
+                "fixed coefficient, give SparsityLoss(coefficient=Schedule(...)) in `objective`."
+            )
 
     def _check_encoder(self) -> None:
         if not isinstance(self.encoder, MatchingPursuit):
@@ -192,13 +221,22 @@ class SAEConfig:
                 raise ValueError(f"`prefixes` must end at d_sae ({self.d_sae}), got {sizes}; append d_sae.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Configuration as a dictionary for JSON, the inverse of `from_dict`; `d_out`, `skip` and `encoder` are left
-        out at their defaults.
+        """Configuration as a dictionary for JSON, the inverse of `from_dict`.
+
+        `d_out`, `skip`, `encoder` and `sparsity_schedule` are left out at their defaults. An objective of
+        reconstruction, with AuxK or without, is written as `aux`, as in files of every release; any other as
+        `objective`.
         """
         plain = asdict(self)
-        for name in ("d_out", "skip", "encoder"):
+        for name in ("d_out", "skip", "encoder", "sparsity_schedule"):
             if getattr(self, name) == SAEConfig.__dataclass_fields__[name].default:
                 del plain[name]
+        aux = self.aux
+        if self.objective == ((ReconstructionLoss(),) if aux is None else (ReconstructionLoss(), aux)):
+            plain = {("aux" if key == "objective" else key): value for key, value in plain.items()}
+            plain["aux"] = None if aux is None else asdict(aux)
+        else:
+            plain["objective"] = [term.to_dict() for term in self.objective]
         plain["activation"] = self.activation.to_dict()
         if self.prefixes is not None and not isinstance(self.prefixes, RandomPrefixes):
             plain["prefixes"] = list(self.prefixes)
@@ -215,7 +253,20 @@ class SAEConfig:
         if "normaliser" in values:  # as releases before 0.1 spelled it
             values["normalizer"] = values.pop("normaliser")
         values["activation"] = read_activation(values.get("activation"))
-        parts = {"prefixes": RandomPrefixes, "dictionary": Archetypal, "encoder": MatchingPursuit, "aux": AuxK}
+        if "aux" in values:
+            aux = values.pop("aux")
+            terms = [] if aux is None else [{"name": AuxK.name, **require_object(aux, "`aux`")}]
+            values.setdefault("objective", [{"name": ReconstructionLoss.name}, *terms])
+        if isinstance(values.get("objective"), list):
+            for name in objectives.__all__:  # saelab's own terms register themselves when they are imported
+                getattr(objectives, name)
+            values["objective"] = tuple(read_loss_term(term) for term in values["objective"])
+        parts = {
+            "prefixes": RandomPrefixes,
+            "dictionary": Archetypal,
+            "encoder": MatchingPursuit,
+            "sparsity_schedule": Schedule,
+        }
         for name, kind in parts.items():
             if isinstance(values.get(name), dict):
                 values[name] = read_fields(kind, values[name])

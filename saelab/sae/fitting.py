@@ -20,6 +20,7 @@ from saelab.sae.module import SAEModule
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.activations import ActivationPairs, Activations
 from saelab.stores.manifest import Provenance
+from saelab.stores.neighbors import NeighborBatches
 from saelab.training.config import Batches, TrainConfig
 from saelab.training.loop import TrainingRun
 
@@ -214,7 +215,16 @@ def make_run(
     for sae in saes:
         _check_widths(sae, acts.d_in, getattr(acts, "d_out", None))
     kept = open_data(held_out)[:] if held_out is not None else None  # type: ignore[index]
-    batches, kept = (acts, kept) if isinstance(acts, Batches) else _hold_out(acts, cfg, kept)
+    paired = [term.name for sae in saes for term in sae.cfg.terms if "neighbors" in term.needs]
+    if isinstance(acts, Batches):
+        if paired and not isinstance(acts, NeighborBatches):
+            raise ValueError(
+                f"Loss term '{paired[0]}' must be given pairs of neighboring tokens, which a stream of shuffled tokens "
+                "has not; collect the activations into a folder."
+            )
+        batches = acts
+    else:
+        batches, kept = _hold_out(acts, cfg, kept, neighbors=bool(paired))
     folder = _make_folder(out, resume)
     # an SAE that was trained before continues from its weights
     trained = [getattr(sae, "training_", None) is not None for sae in saes]
@@ -255,7 +265,7 @@ def _check_widths(sae: SAEModule, d_in: int, d_out: int | None) -> None:
 
 
 def _hold_out(
-    acts: Activations | ActivationPairs, cfg: TrainConfig, held_out: Tensor | None
+    acts: Activations | ActivationPairs, cfg: TrainConfig, held_out: Tensor | None, neighbors: bool
 ) -> tuple[Batches, Tensor | None]:
     """Batches to train on, and the last tokens, held out to measure FVU unless other activations are given for that."""
     n_held = 0 if held_out is not None else min(cfg.n_held_out, acts.n_tokens // 10)
@@ -265,7 +275,8 @@ def _hold_out(
             f"`batch_size` must be at most the {rest.n_tokens} tokens to train on, got {cfg.batch_size}; "
             "lower it or collect more."
         )
-    return rest.batches(cfg.batch_size, seed=cfg.seed), acts[rest.n_tokens :] if n_held else held_out
+    draw = rest.neighbor_batches if neighbors else rest.batches
+    return draw(cfg.batch_size, seed=cfg.seed), acts[rest.n_tokens :] if n_held else held_out
 
 
 def _make_folder(out: str | Path | None, resume: bool) -> Path | None:

@@ -15,6 +15,7 @@ from saelab.functional.indices import FeatureIds, read_features
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import cut_to, mean_l0
 from saelab.sae.module import SAEModule
+from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.sae import SAE
 from saelab.sae.training_sae import TrainingSAE
 from saelab.training.config import TrainConfig, name_optimized
@@ -30,12 +31,12 @@ def prepare(cfg: SAEConfig, x: Float[Tensor, "n d_in"], seed: int, y: Float[Tens
     """SAE as it is before its first training step: random weights, fitted in location and scale to a sample.
 
     Args:
-        cfg: its configuration; the AuxK loss is ignored.
+        cfg: its configuration; its objective is ignored.
         x: (n, d_in) sample of activations.
         seed: seed of the weights.
         y: (n, d_out) targets of the same tokens, for a transcoder.
     """
-    sae = SAE(replace(cfg, aux=None), seed).to(x.device)
+    sae = SAE(replace(cfg, objective=(ReconstructionLoss(),)), seed).to(x.device)
     sample = x if cfg.d_out is None or y is None else torch.cat([x, y], dim=1)
     trainee = TrainingSAE(sae, TrainConfig(seed=seed))
     trainee.prepare(sample)

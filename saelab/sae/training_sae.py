@@ -4,7 +4,8 @@ Before the first step biases, dictionary directions and encoder scale are set fr
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested_decode_error
-from saelab.functional.metrics import ReconstructionSums, effective_rank, exact, nested_error, normalized_error
-from saelab.functional.screening import largest_first
-from saelab.sae.activation_functions import ReLU
-from saelab.sae.config import AuxK, MatchingPursuit, RandomPrefixes
+from saelab.functional.metrics import ReconstructionSums, effective_rank, exact, nested_error
+from saelab.sae.activation_functions import Activation, ReLU
+from saelab.sae.config import MatchingPursuit, RandomPrefixes
 from saelab.sae.module import SAEModule
+from saelab.sae.objectives.reconstruction import ReconstructionLoss
+from saelab.sae.objectives.terms import TrainingStep, find_entries
 from saelab.training.config import TrainConfig
+from saelab.training.schedules import value_at
 
 SCALE_TOKENS = 1024  # tokens used to set the encoder's scale; also the chunk size
 THRESHOLD_RATE = 0.01  # of the running threshold's exponential average, after its first 100 steps, which average evenly
@@ -29,8 +32,6 @@ CUT_LIMIT = 0.5
 THRESHOLD_STEP = 0.02  # change of log thresholds per step and unit of log-ratio
 BIAS_STEP = 0.003  # change of biases per step and unit of log-ratio, in units of u
 MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
-_Step = tuple[Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor, Tensor]]
-"""errors of the prefixes, residual, sparsity penalty, and (fired, l0, smallest) of the codes"""
 
 
 @torch.no_grad()
@@ -127,11 +128,11 @@ def _codes(sae: SAEModule, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Objective:
+class StepLosses:
     """Weighted losses of one batch, and the statistics of its codes that `TrainingSAE.observe` needs."""
 
     terms: dict[str, Float[Tensor, ""]]
-    """weighted losses by name: reconstruction, sparsity, aux"""
+    """weighted losses by the name of their term"""
     fired: Bool[Tensor, "d_sae"]
     """latents that were active in the batch"""
     l0: Float[Tensor, ""]
@@ -139,11 +140,27 @@ class Objective:
     smallest: Float[Tensor, ""]
     """smallest non-zero magnitude of a code; NaN if none"""
     n_tokens: int
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
+    """statistics that the terms keep for their state"""
 
     @property
     def total(self) -> Float[Tensor, ""]:
         """Sum of the losses, which is differentiated."""
         return torch.stack(list(self.terms.values())).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class _StepCodes:
+    """Codes of one batch and their reconstruction errors."""
+
+    errors: Tensor
+    residual: Tensor
+    penalty: Tensor | None
+    seen: tuple[Tensor, Tensor, Tensor]
+    """fired, l0, smallest of the codes"""
+    sparse: tuple[Tensor, Entries] | None = None
+    dense: Tensor | None = None
+    u: Tensor | None = None
 
 
 def _smallest(size: Tensor) -> Tensor:
@@ -170,6 +187,8 @@ class TrainingSAE:
             "off_target": torch.zeros((), device=sae.device),
             "coefficient": torch.tensor(1e-3 if coefficient is None else coefficient, device=sae.device),
         }
+        for term in sae.cfg.terms:
+            self.state |= {f"{term.name}.{key}": t.to(sae.device) for key, t in term.initial_state(sae.cfg).items()}
         self.steered = activation.penalty_target is not None
         self.spare: dict[str, Tensor] = {}
 
@@ -207,7 +226,27 @@ class TrainingSAE:
             return x, x
         return x.contiguous(), sae.target_normalizer.normalize(batch[:, sae.cfg.d_in :].to(sae.W_dec))
 
-    def objective(self, batch: Float[Tensor, "n_tokens width"]) -> Objective:
+    @property
+    def share(self) -> float:
+        """Completed steps over all steps of the run."""
+        return min(1.0, int(self.state["n_steps"]) / self.cfg.n_steps)
+
+    @property
+    def _factor(self) -> float:
+        """Factor on k or target L0 at this step."""
+        schedule = self.sae.cfg.sparsity_schedule
+        return 1.0 if schedule is None else schedule.at(self.share)
+
+    @property
+    def activation(self) -> Activation:
+        """Activation function of this step, whose k may differ from that of the trained SAE."""
+        activation = self.sae.cfg.activation
+        if (k := getattr(activation, "k", None)) is None:
+            return activation
+        now = self.sae.cfg.reconstruction.training_k(max(1, round(self._factor * k)))
+        return activation if now == k else replace(activation, k=min(now, self.sae.cfg.d_sae))  # type: ignore[call-arg]
+
+    def objective(self, batch: Float[Tensor, "n_tokens width"]) -> StepLosses:
         """Losses of one batch. No side effects: counters and thresholds are updated in `observe`, weights by the
         optimizer.
         """
@@ -216,22 +255,45 @@ class TrainingSAE:
         W_dec = sae.W_dec if sae.archetypes is None else sae.archetypes()
         if sae.W_skip is not None:
             y = y - x @ sae.W_skip  # the part that the latents reconstruct
+        coded = self._code(x, y, W_dec)
+        step = TrainingStep(
+            sae,
+            x,
+            y,
+            W_dec,
+            coded.errors,
+            coded.residual,
+            coded.penalty,
+            self.state,
+            share=self.share,
+            number=int(self.state["n_steps"]),
+            seed=self.cfg.seed,
+            dead_after_tokens=self.dead_after_tokens,
+            sparse=coded.sparse,
+            dense=coded.dense,
+            u=coded.u,
+        )
+        terms = {}
+        for term in sae.cfg.terms:  # all of them each time, so that all entries of the history have the same keys
+            loss, coefficient = term(step), value_at(term.coefficient, self.share)
+            terms[term.name] = loss if coefficient == 1 else coefficient * loss
+        return StepLosses(terms, *coded.seen, n_tokens=len(x), notes=step.notes)
+
+    def _code(self, x: Tensor, y: Tensor, W_dec: Tensor) -> _StepCodes:
+        """Codes of a batch, in the sparse form where that is possible and faster, and their errors."""
+        sae, activation = self.sae, self.activation
         if isinstance(sae.cfg.encoder, MatchingPursuit):
-            step = self._pursuit_step(x, W_dec)
-        else:
+            return self._pursuit_step(x, W_dec)
+        found = centered = None
+        if not any("dense" in term.needs for term in sae.cfg.terms):
             with torch.no_grad():
                 centered = x - sae.b_dec if sae.cfg.d_out is None else x
-                found = sae.search(centered, training=True)
-            step = self._dense_step(x, y, W_dec) if found is None else self._sparse_step(x, y, W_dec, centered, found)
-        errors, residual, penalty, seen = step
-        terms = {"reconstruction": errors.mean() / (len(x) * self.state["variance"])}
-        if penalty is not None:
-            terms["sparsity"] = self.state["coefficient"] * penalty.sum() / len(x)
-        if sae.cfg.aux is not None:  # also without dead latents, so that all entries of the history have the same keys
-            terms["aux"] = self._aux(x, W_dec, residual, sae.cfg.aux)
-        return Objective(terms, *seen, n_tokens=len(x))
+                found = activation.search(centered, sae.W_enc.T, sae.b_enc, sae.threshold, training=True)
+        if found is None or centered is None:
+            return self._dense_step(x, y, W_dec, activation)
+        return self._sparse_step(x, y, W_dec, centered, found)
 
-    def _sparse_step(self, x: Tensor, y: Tensor, W_dec: Tensor, centered: Tensor, found: SparseCodes) -> _Step:
+    def _sparse_step(self, x: Tensor, y: Tensor, W_dec: Tensor, centered: Tensor, found: SparseCodes) -> _StepCodes:
         """Errors of the prefixes from sparse codes, at a cost proportional to the number of active entries."""
         sae, transcodes = self.sae, self.sae.cfg.d_out is not None
         entries = Entries(found.indices, found.rows, found.offsets).with_columns(sae.cfg.d_sae)
@@ -244,7 +306,7 @@ class TrainingSAE:
         penalty = sae.cfg.activation.penalty(u, values, threshold)
         return self._decode_step(values, entries, y, W_dec, None if transcodes else centered, penalty)
 
-    def _pursuit_step(self, x: Tensor, W_dec: Tensor) -> _Step:
+    def _pursuit_step(self, x: Tensor, W_dec: Tensor) -> _StepCodes:
         """Errors of the prefixes for matching pursuit, whose products are differentiable."""
         codes = self.sae.pursue(x - self.sae.b_dec, W_dec)
         entries = Entries(codes.indices, codes.rows, codes.offsets).with_columns(self.sae.cfg.d_sae)
@@ -258,38 +320,52 @@ class TrainingSAE:
         W_dec: Tensor,
         centered: Tensor | None,
         penalty: Tensor | None,
-    ) -> _Step:
-        """Errors of the prefixes from codes at the given entries; `centered` is y - b_dec, if known."""
+    ) -> _StepCodes:
+        """Errors of the groups from codes at the given entries; `centered` is y - b_dec, if known."""
         sae, n, indices = self.sae, len(y), entries.indices
         size = values.detach().abs()
         fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=y.device)
         fired[indices[size > 0]] = True
         seen = (fired, (size > 0).sum() / n, _smallest(size))
-        ends = self._prefixes()
-        if len(ends) > 1:  # one virtual row per token and group, ordered by group
-            group = torch.bucketize(indices, torch.tensor(ends, device=indices.device), right=True)
+        group, n_groups = self._group(values, entries, n)
+        parts, ordered = entries, values
+        if n_groups > 1:  # one virtual row per token and group, ordered by group
             rows, order = (group * n + entries.rows).sort(stable=True)
-            indices, values = indices[order], values.index_select(0, order)
-            offsets = torch.searchsorted(rows, torch.arange(n * len(ends) + 1, device=rows.device))
-            entries = Entries(indices, rows, offsets)
+            ordered = values.index_select(0, order)
+            offsets = torch.searchsorted(rows, torch.arange(n * n_groups + 1, device=rows.device))
+            parts = Entries(indices[order], rows, offsets)
         errors, residual = nested_decode_error(
-            values, W_dec, y, sae.b_dec, entries, len(ends), self._spare("W_dec"), centered
+            ordered, W_dec, y, sae.b_dec, parts, n_groups, self._spare("W_dec"), centered
         )
-        return errors, residual, penalty, seen
+        return _StepCodes(errors, residual, penalty, seen, (values, entries))
 
-    def _dense_step(self, x: Tensor, y: Tensor, W_dec: Tensor) -> _Step:
+    def _group(self, values: Tensor, entries: Entries, n_tokens: int) -> tuple[Tensor, int]:
+        """Group of each code, and the number of groups."""
+        grouped = self.sae.cfg.reconstruction.group(values, entries, n_tokens)
+        if grouped is not None:
+            return grouped
+        ends = self._prefixes()
+        if len(ends) == 1:
+            return entries.indices, 1  # whose values do not matter: all codes are of one group
+        return torch.bucketize(entries.indices, torch.tensor(ends, device=values.device), right=True), len(ends)
+
+    def _dense_step(self, x: Tensor, y: Tensor, W_dec: Tensor, activation: Activation) -> _StepCodes:
         """Errors of the prefixes for any activation, from dense codes."""
         sae = self.sae
         u = (x - sae.b_dec if sae.cfg.d_out is None else x) @ sae.W_enc + sae.b_enc
-        z = sae.cfg.activation(u, sae.threshold, training=True)
+        z = activation(u, sae.threshold, training=True)
+        penalty = activation.penalty(u, z, sae.threshold)
+        if type(sae.cfg.reconstruction).group is not ReconstructionLoss.group:
+            coded = self._decode_step(*find_entries(z), y, W_dec, None, penalty)
+            return replace(coded, dense=z, u=u)
         ends = self._prefixes()
         groups = zip([0, *ends], ends, strict=False)
         parts = torch.stack([z[:, start:end] @ W_dec[start:end] for start, end in groups])
         errors, residual = nested_error(y - sae.b_dec, parts)
         size = z.detach().abs()
         fires = size > 0
-        penalty = sae.cfg.activation.penalty(u, z, sae.threshold)
-        return errors, residual, penalty, (fires.any(0), fires.sum() / len(x), _smallest(size))
+        seen = (fires.any(0), fires.sum() / len(x), _smallest(size))
+        return _StepCodes(errors, residual, penalty, seen, None, z, u)
 
     def _spare(self, name: str) -> list[Tensor]:
         """Memory of the last step's gradient of a weight, to be reused; empty if there is none."""
@@ -319,27 +395,11 @@ class TrainingSAE:
         given = aux.dead_after_tokens if aux is not None else None
         return given or (10_000_000 if self.cfg.n_tokens >= 100_000_000 else max(1, self.cfg.n_tokens // 20))
 
-    def _aux(self, x: Tensor, W_dec: Tensor, residual: Tensor, aux: AuxK) -> Tensor:
-        """AuxK loss on the first `token_frac` of the batch: the dead latents' reconstruction of the (detached)
-        residual; 0 if no latent is dead.
-        """
-        sae = self.sae
-        dead = (self.state["tokens_since_fired"] >= self.dead_after_tokens).nonzero().squeeze(1)
-        if len(dead) == 0:
-            return x.new_zeros(())
-        n = math.ceil(aux.token_frac * len(x))
-        W_enc = sae.W_enc.T.index_select(0, dead)
-        read = x[:n] - sae.b_dec if sae.cfg.d_out is None else x[:n]
-        u = read @ W_enc.T + sae.b_enc[dead]
-        # raw u, not relu(u): a dead latent whose u is negative everywhere would get no gradient
-        k = min(aux.k or max(1, sae.cfg.d_target // 2), len(dead))
-        places = largest_first((u.abs() if sae.cfg.activation.signed else u).detach(), k)
-        z = torch.zeros_like(u).scatter(1, places, u.gather(1, places))
-        return aux.coefficient * normalized_error(z @ W_dec.index_select(0, dead), residual[:n].detach())
-
     @torch.no_grad()
-    def observe(self, seen: Objective) -> None:
-        """Update firing counters, the running threshold and the sparsity coefficient; called once per step."""
+    def observe(self, seen: StepLosses) -> None:
+        """Update firing counters, the running threshold, the sparsity coefficient and the terms' own state; called once
+        per step.
+        """
         sae, state = self.sae, self.state
         state["n_steps"] += 1
         state["tokens_since_fired"] = (state["tokens_since_fired"] + seen.n_tokens).masked_fill_(seen.fired, 0)
@@ -350,12 +410,14 @@ class TrainingSAE:
             sae.threshold.copy_(torch.where(moved.isnan(), sae.threshold, moved))  # NaN: no active latent in this batch
         if self.steered:
             self._steer(seen.l0)
+        for term in sae.cfg.terms:
+            term.observe(seen.notes, state, self.share)
 
     def _steer(self, l0: Float[Tensor, ""]) -> None:
         """Move the penalty's coefficient, and all thresholds or biases by the same amount, toward the target L0."""
         sae, state, target = self.sae, self.state, self.sae.cfg.activation.penalty_target
         assert target is not None
-        off = (l0.clamp(min=1e-3) / target).log().clamp(-STEER_LIMIT, STEER_LIMIT)
+        off = (l0.clamp(min=1e-3) / (self._factor * target)).log().clamp(-STEER_LIMIT, STEER_LIMIT)
         moved = (off - state["off_target"]) * (state["n_steps"] > 1)
         state["coefficient"] *= (STEER_RATE * off + STEER_DAMPING * moved).exp()
         state["off_target"] = off

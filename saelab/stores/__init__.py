@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Provenance as Provenance,
         Shard as Shard,
     )
+    from saelab.stores.neighbors import DocumentRows as DocumentRows, NeighborBatches as NeighborBatches
     from saelab.stores.results import Drawn as Drawn, Result as Result
     from saelab.stores.shuffling import (
         RingBuffer as RingBuffer,

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest, Provenance
+from saelab.stores.neighbors import NeighborBatches
 from saelab.stores.shuffling import BUFFER_TOKENS, ShuffledBatches
 from saelab.stores.tensors import map_tensor
 from saelab.stores.validation import naming
@@ -159,6 +160,18 @@ class Activations:
             raise ValueError(f"`start` and `stop` must satisfy 0 <= start < stop <= {len(self)}, got {start}, {stop}.")
         span = (self._span[0] + start, self._span[0] + stop)
         return Activations(self._rows, self.hook_point, self.provenance, span)
+
+    def neighbor_batches(
+        self, batch_size: int, seed: int = 0, *, buffer_tokens: int = BUFFER_TOKENS
+    ) -> NeighborBatches:
+        """Iterator over shuffled batches of pairs of neighboring tokens; see `NeighborBatches`.
+
+        Args:
+            batch_size: rows per batch, twice as many as pairs.
+            seed: of the order of the pairs.
+            buffer_tokens: rows held in memory and shuffled together.
+        """
+        return NeighborBatches(self, batch_size, seed, buffer_tokens=buffer_tokens)
 
     def batches(
         self,
@@ -342,14 +355,31 @@ class ActivationPairs:
         """
         return ShuffledBatches(_Joined(self), batch_size, seed, buffer_tokens=buffer_tokens, epochs=epochs)
 
+    def neighbor_batches(
+        self, batch_size: int, seed: int = 0, *, buffer_tokens: int = BUFFER_TOKENS
+    ) -> NeighborBatches:
+        """Iterator over shuffled batches (batch_size, d_in + d_out) of neighboring tokens; see `NeighborBatches`.
+
+        Args:
+            batch_size: rows per batch, twice as many as pairs of neighbors.
+            seed: of their order.
+            buffer_tokens: rows held in memory and shuffled together.
+        """
+        return NeighborBatches(_Joined(self), batch_size, seed, buffer_tokens=buffer_tokens)
+
 
 class _Joined:
-    """Pairs as rows that `ShuffledBatches` can read."""
+    """Pairs as rows that `ShuffledBatches` and `NeighborBatches` can read."""
 
     def __init__(self, pairs: ActivationPairs) -> None:
         self.pairs = pairs
         self.d_in = pairs.d_in + pairs.d_out
         self.dtype = torch.promote_types(pairs.inputs.dtype, pairs.targets.dtype)
+
+    @property
+    def doc_ids(self) -> Int32[Tensor, " n_tokens"] | None:
+        """Document of each pair."""
+        return self.pairs.inputs.doc_ids
 
     def __len__(self) -> int:
         return len(self.pairs)

@@ -82,7 +82,9 @@ def test_intervals_are_those_of_the_definition():
 
 
 def test_groups_and_training_are_held_against_the_store(tiny, tiny_tokens, acts, tmp_path):
-    cfg = sl.SAEConfig(d_in=32, d_sae=512, activation=sl.TopK(k=4), prefixes=(16, 128, 512), aux=None)
+    cfg = sl.SAEConfig(
+        d_in=32, d_sae=512, activation=sl.TopK(k=4), prefixes=(16, 128, 512), objective=(sl.ReconstructionLoss(),)
+    )
     sae = sl.SAE(cfg, seed=0).fit(acts, sl.TrainConfig(n_tokens=16_384, batch_size=256), progress=False)
     store = sl.harvest(sae, tiny, tiny_tokens, tmp_path, progress=False)
     found = sl.analysis.dead_features(store, sae)

@@ -202,7 +202,7 @@ def test_neighbors_by_direction_find_twins_and_antipodes(sae):
 
 def test_resampled_latents_take_the_worst_tokens(tiny, tokens):
     acts = sl.collect(tiny, tokens, HOOK, progress=False)
-    cfg = sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.TopK(k=4), aux=None)
+    cfg = sl.SAEConfig(d_in=32, d_sae=D_SAE, activation=sl.TopK(k=4), objective=(sl.ReconstructionLoss(),))
     sae = sl.SAE(cfg).fit(acts, sl.TrainConfig(n_tokens=4096, batch_size=256), progress=False)
     x = acts[:]
     optimizer = make_adam(sae, 1e-3, sl.TrainConfig(n_tokens=4096, batch_size=256))
@@ -239,7 +239,7 @@ def test_the_subspace_start_lies_where_activations_are():
     x = torch.randn(2048, 6, generator=generator) @ basis.T + 1e-3 * torch.randn(2048, 32, generator=generator)
     inside, dead = {}, {}
     for init in ("tied", "subspace"):
-        cfg = sl.SAEConfig(d_in=32, d_sae=512, activation=sl.TopK(k=2), init=init, aux=None)
+        cfg = sl.SAEConfig(d_in=32, d_sae=512, activation=sl.TopK(k=2), init=init, objective=(sl.ReconstructionLoss(),))
         sae = sl.SAE(cfg).fit(x, sl.TrainConfig(n_tokens=512, batch_size=512, lr=1e-9), progress=False)
         rows = sae.W_dec.detach()
         inside[init] = float((rows @ basis).norm(dim=1).mean())

@@ -150,7 +150,9 @@ def test_no_command_shows_help_and_an_unknown_one_is_wrong_use(shell: Shell) -> 
 def test_defaults_are_those_of_the_library() -> None:
     given = inspect.signature(train_sae).parameters
     for config in (TrainConfig, SAEConfig):
-        shared = [f.name for f in fields(config) if f.name in given and f.name not in ("aux", "activation", "prefixes")]
+        shared = [
+            f.name for f in fields(config) if f.name in given and f.name not in ("objective", "activation", "prefixes")
+        ]
         assert len(shared) >= 3
         for name in shared:
             default = given[name].default

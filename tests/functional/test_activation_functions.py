@@ -125,7 +125,7 @@ def test_codes_dense_and_sparse_saved_folded_and_by_prefix(activation, tmp_path)
 
 @each_sign
 def test_losses_reach_the_dictionary(activation):
-    sae = pursuing(activation, aux=sl.AuxK(k=2, dead_after_tokens=10))
+    sae = pursuing(activation, objective=(sl.ReconstructionLoss(), sl.AuxK(k=2, dead_after_tokens=10)))
     trainee = TrainingSAE(sae, sl.TrainConfig(n_tokens=1000, batch_size=100))
     trainee.prepare(draw(100, D_IN))
     trainee.state["tokens_since_fired"][-3:] = 10

@@ -22,7 +22,11 @@ def config(
 ) -> SAEConfig:
     dictionary = sl.Archetypal(n_points=n_points, delta=delta)
     return SAEConfig(
-        d_in=D_IN, d_sae=D_SAE, activation=activation or sl.TopK(k=5), dictionary=dictionary, **{"aux": AUX} | axes
+        d_in=D_IN,
+        d_sae=D_SAE,
+        activation=activation or sl.TopK(k=5),
+        dictionary=dictionary,
+        **{"objective": (sl.ReconstructionLoss(), AUX)} | axes,
     )
 
 
@@ -104,7 +108,9 @@ def test_a_step_does_not_grow_with_the_number_of_points():
 @pytest.mark.parametrize("activation", [sl.TopK(k=5), sl.AbsTopK(k=5)], ids=["topk", "abstopk"])
 @pytest.mark.parametrize("prefixes", [None, (8, 24, D_SAE)], ids=["flat", "nested"])
 def test_gradients_are_those_of_the_plain_formula(activation, prefixes):
-    sae, trainee = prepared(config(activation, prefixes=prefixes, normalizer="none", aux=None))
+    sae, trainee = prepared(
+        config(activation, prefixes=prefixes, normalizer="none", objective=(sl.ReconstructionLoss(),))
+    )
     parts = made_of(sae)
     with torch.no_grad():  # away from the start, where Lambda is 0 and W has one entry a row
         parts.weights.add_(torch.rand(parts.weights.shape, generator=torch.Generator().manual_seed(1)))

@@ -29,7 +29,16 @@ def data(n=600, seed=0, d_out=D_OUT):
 def config(**axes):
     aux = sl.AuxK(dead_after_tokens=120, k=3)
     return sl.SAEConfig(
-        **({"d_in": D_IN, "d_sae": D_SAE, "d_out": D_OUT, "activation": sl.TopK(k=3), "aux": aux} | axes)
+        **(
+            {
+                "d_in": D_IN,
+                "d_sae": D_SAE,
+                "d_out": D_OUT,
+                "activation": sl.TopK(k=3),
+                "objective": (sl.ReconstructionLoss(), aux),
+            }
+            | axes
+        )
     )
 
 
@@ -70,7 +79,7 @@ STRUCTURAL = [sl.TopK(k=3), sl.AbsTopK(k=3), sl.BatchTopK(k=3), sl.BatchAbsTopK(
 @pytest.mark.parametrize("activation", STRUCTURAL + PENALISED, ids=lambda a: a.name)
 def test_the_sparse_step_has_the_gradients_of_the_formula(activation, prefixes, skip):
     d_out = D_IN if skip else D_OUT  # of one width or not, b_dec is the target's
-    cfg = config(activation=activation, prefixes=prefixes, skip=skip, d_out=d_out, aux=None)
+    cfg = config(activation=activation, prefixes=prefixes, skip=skip, d_out=d_out, objective=(sl.ReconstructionLoss(),))
     sae, pairs = sl.SAE(cfg), torch.cat(data(64, d_out=d_out), 1)
     trainee = TrainingSAE(sae, RUN)
     trainee.prepare(pairs)
@@ -97,7 +106,10 @@ def test_the_sparse_step_has_the_gradients_of_the_formula(activation, prefixes, 
 
 
 def test_dead_latents_hear_of_the_target():
-    sae, pairs = sl.SAE(config(aux=sl.AuxK(k=2, dead_after_tokens=10))), torch.cat(data(64), 1)
+    sae, pairs = (
+        sl.SAE(config(objective=(sl.ReconstructionLoss(), sl.AuxK(k=2, dead_after_tokens=10)))),
+        torch.cat(data(64), 1),
+    )
     trainee = TrainingSAE(sae, RUN)
     trainee.prepare(pairs)
     with torch.no_grad():

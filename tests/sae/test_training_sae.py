@@ -32,7 +32,14 @@ def draw(*shape, seed=0):
 def trainee_of(activation, n_dead=0, seed=0, aux=None, **axes):
     """An SAE with parameters all drawn at random, of which the last `n_dead` latents have not fired for long."""
     aux = aux or sl.AuxK(coefficient=0.3, k=3, dead_after_tokens=1000, token_frac=0.5)
-    cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, normalizer="none", aux=aux, **axes)
+    cfg = sl.SAEConfig(
+        d_in=D_IN,
+        d_sae=D_SAE,
+        activation=activation,
+        normalizer="none",
+        objective=(sl.ReconstructionLoss(), aux),
+        **axes,
+    )
     sae = sl.SAE(cfg, seed=seed)
     with torch.no_grad():
         sae.W_enc.add_(0.2 * draw(D_IN, D_SAE, seed=1))
@@ -237,7 +244,7 @@ def test_auxk_is_zero_without_dead_latents_and_can_be_switched_off(activation):
     x = draw(N, D_IN)
     assert float(trainee_of(activation).objective(x).terms.get("aux", torch.zeros(()))) == 0
     trainee = trainee_of(activation, n_dead=6)
-    trainee.sae.cfg = replace(trainee.sae.cfg, aux=None)
+    trainee.sae.cfg = replace(trainee.sae.cfg, objective=(sl.ReconstructionLoss(),))
     assert float(trainee.objective(x).terms.get("aux", torch.zeros(()))) == 0
 
 

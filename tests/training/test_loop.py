@@ -33,7 +33,12 @@ def data(n=600, seed=0):
 
 def config(activation=None, **axes):
     aux = sl.AuxK(dead_after_tokens=120, k=3)
-    return sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation or sl.TopK(k=3), **{"aux": aux} | axes)
+    return sl.SAEConfig(
+        d_in=D_IN,
+        d_sae=D_SAE,
+        activation=activation or sl.TopK(k=3),
+        **{"objective": (sl.ReconstructionLoss(), aux)} | axes,
+    )
 
 
 KINDS = {
@@ -232,7 +237,7 @@ def test_changed_settings_are_refused_on_resume(change, tmp_path):
         config(sl.AbsTopK(k=3)),
         config(prefixes=(4, D_SAE)),
         config(dictionary="free"),
-        config(aux=None),
+        config(objective=(sl.ReconstructionLoss(),)),
     ],
 )
 def test_another_sae_is_refused_on_resume(other, tmp_path):
@@ -519,7 +524,7 @@ def test_clipping_bounds_the_whole_gradient(size):
 def test_adam_is_adam():
     """Two steps of a run against the update rule, written out, on the transposed and the plain weights."""
     run = replace(RUN, n_tokens=80, lr=0.01, warmup_frac=0.0, decay_frac=0.0, clip_norm=math.inf)
-    cfg = config(dictionary="free", aux=None, normalizer="none")
+    cfg = config(dictionary="free", objective=(sl.ReconstructionLoss(),), normalizer="none")
     from saelab.sae.training_sae import TrainingSAE
     from saelab.training.loop import TrainingRun
 

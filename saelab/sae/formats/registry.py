@@ -203,7 +203,7 @@ def restore(origin: Origin, coder: SAEModule) -> dict[str, Tensor] | None:
         cfg, tensors, _ = compose(parts, origin.how, dtype=coder.dtype)
     except ValueError:
         return None
-    same = replace(cfg, aux=coder.cfg.aux, init=coder.cfg.init) == coder.cfg and _same(tensors, own)
+    same = replace(cfg, objective=coder.cfg.objective, init=coder.cfg.init) == coder.cfg and _same(tensors, own)
     return parts if same else None
 
 

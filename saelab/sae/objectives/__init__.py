@@ -1,0 +1,17 @@
+"""Loss terms of SAE training, one dataclass each; `SAEConfig.objective` is a tuple of them."""
+
+from typing import TYPE_CHECKING
+
+from saelab._lazy import attach
+
+if TYPE_CHECKING:
+    from saelab.sae.objectives.dead_latents import AuxK as AuxK
+    from saelab.sae.objectives.reconstruction import ReconstructionLoss as ReconstructionLoss
+    from saelab.sae.objectives.sparsity import SparsityLoss as SparsityLoss
+    from saelab.sae.objectives.terms import (
+        LossTerm as LossTerm,
+        TrainingStep as TrainingStep,
+        register_loss_term as register_loss_term,
+    )
+
+__getattr__, __dir__, __all__ = attach(__name__)

@@ -1,0 +1,47 @@
+"""`ReconstructionLoss`: the squared error of the reconstruction, or of several with fewer latents."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saelab.functional.codes import Entries
+from saelab.sae.objectives.terms import LossTerm, TrainingStep, register_loss_term
+
+
+@register_loss_term("reconstruction")
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionLoss(LossTerm):
+    """Mean squared error per token in units of the target's variance; with Matryoshka prefixes the mean over prefixes.
+
+    Exactly one term of an objective must be a `ReconstructionLoss` or a subclass of it. A subclass may compare other
+    parts of the codes with the target: `group` assigns each code to a group, and `TrainingStep.errors` has the error of
+    the first group, of the first two, and so on.
+    """
+
+    def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
+        """`mean_g ||y - y_hat_g||^2 / (n_tokens * variance)`."""
+        return step.errors.mean() / (step.n_tokens * step.state["variance"])
+
+    def training_k(self, k: int) -> int:
+        """Latents kept per token in training, for an activation that keeps k in inference."""
+        return k
+
+    def group(
+        self, values: Float[Tensor, "nnz"], entries: Entries, n_tokens: int
+    ) -> tuple[Int[Tensor, "nnz"], int] | None:
+        """Group of each code, 0-based, and the number of groups; None for the groups of the configuration's prefixes.
+
+        Args:
+            values: codes.
+            entries: latent and token of each code.
+            n_tokens: tokens in the batch.
+        """
+        return None
+
+    def check(self, cfg: Any) -> None:
+        """Raise ValueError for a second reconstruction term."""
+        others = [term for term in cfg.objective if isinstance(term, ReconstructionLoss)]
+        if len(others) > 1:
+            raise ValueError(f"`objective` must have exactly one reconstruction term, got {len(others)}.")
