@@ -80,7 +80,7 @@ def sampled_dot(
         order = indices.argsort() if order is None else order
         products = _dot_by_kernel(rows[order], indices[order], left.contiguous(), table)
         return torch.empty_like(products).index_copy_(0, order, products)
-    parts = zip(rows.split(GATHERED), indices.split(GATHERED), strict=True)
+    parts = zip(torch.split(rows, GATHERED), torch.split(indices, GATHERED), strict=True)
     return torch.cat([(left[row] * table[index]).sum(-1) for row, index in parts])
 
 
