@@ -44,8 +44,8 @@ if TYPE_CHECKING:
         JumpReLU as JumpReLU,
         ReLU as ReLU,
         TopK as TopK,
-        register_activation as register_activation,
     )
+    from saelab.sae.activation_registry import register_activation as register_activation
     from saelab.sae.archetypal import Archetypal as Archetypal
     from saelab.sae.config import (
         MatchingPursuit as MatchingPursuit,

@@ -103,10 +103,10 @@ def find_reach(
 
 
 def _bias_of(sae: SAE) -> Tensor:
-    """The encoder bias of each feature, less its threshold where thresholds are learned."""
+    """The encoder bias of each feature, less its threshold where thresholds are learned (signed: the bias's size)."""
     bias = sae.b_enc.detach().cpu()
     if sae.cfg.activation.threshold == "learned" and sae.threshold is not None:
-        bias = bias - sae.threshold.detach().cpu()
+        bias = (bias.abs() if sae.cfg.activation.signed else bias) - sae.threshold.detach().cpu()
     return bias
 
 

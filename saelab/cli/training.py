@@ -19,7 +19,8 @@ from saelab.interop.saebench import save_saebench
 from saelab.lm.masks import TokenMask
 from saelab.lm.models import load_model
 from saelab.lm.tokens import Tokens, tokenize
-from saelab.sae.activation_functions import ACTIVATIONS, Activation, TopK, make_activation
+from saelab.sae.activation_functions import TopK, make_activation
+from saelab.sae.activation_registry import ACTIVATIONS, Activation
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import Dictionary, RandomPrefixes, SAEConfig
 from saelab.sae.fitting import Data

@@ -1,9 +1,9 @@
 """Sparse activation functions (TopK, BatchTopK, GroupMax, JumpReLU and signed versions) and matching pursuit.
 
 Each activation function is differentiable and the proximal operator of a sparsity penalty (arXiv:2510.00404): ReLU of
-l1 on z >= 0, JumpReLU of l0 on z >= 0, TopK and AbsTopK of the k-sparse set with and without z >= 0. The batch
-operators keep k * n_rows codes in all, shared between the rows (arXiv:2412.06410). Matching pursuit (arXiv:2506.03093)
-picks one latent at a time.
+l1 on z >= 0, JumpReLU and its signed version of l0 with and without z >= 0, TopK and AbsTopK likewise of the k-sparse
+set. The batch operators keep k * n_rows codes in all, shared between the rows (arXiv:2412.06410). Matching pursuit
+(arXiv:2506.03093) picks one latent at a time.
 """
 
 from collections.abc import Callable
@@ -81,23 +81,25 @@ def keep_above(
 
 
 class _JumpReLU(torch.autograd.Function):
-    """u where u > threshold; the threshold's gradient is a kernel estimate at the jump."""
+    """u where its size exceeds the threshold; the threshold's gradient is a kernel estimate at the jump."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    def forward(ctx: Any, u: Tensor, threshold: Tensor, bandwidth: float, signed: bool) -> Tensor:
         ctx.save_for_backward(u, threshold)
-        ctx.bandwidth = bandwidth
-        return u * (u > threshold)
+        ctx.bandwidth, ctx.signed = bandwidth, signed
+        return u * ((u.abs() if signed else u) > threshold)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         u, threshold = ctx.saved_tensors
-        near = (u - threshold).abs() < ctx.bandwidth / 2
-        grad_threshold = (grad * near * (-threshold / ctx.bandwidth)).sum_to_size(threshold.shape)
-        return grad * (u > threshold), grad_threshold, None
+        size = u.abs() if ctx.signed else u
+        near = (size - threshold).abs() < ctx.bandwidth / 2
+        lost = grad * near * u.sign() if ctx.signed else grad * near
+        grad_threshold = (lost * (-threshold / ctx.bandwidth)).sum_to_size(threshold.shape)
+        return grad * (size > threshold), grad_threshold, None, None
 
 
-_jumprelu: Callable[[Tensor, Tensor, float], Tensor] = _JumpReLU.apply
+_jumprelu: Callable[[Tensor, Tensor, float, bool], Tensor] = _JumpReLU.apply
 
 
 class _StepAbove(torch.autograd.Function):
@@ -120,30 +122,43 @@ _step: Callable[[Tensor, Tensor, float], Tensor] = _StepAbove.apply
 
 
 def jumprelu(
-    u: Float[Tensor, "*batch n"], threshold: Float[Tensor, "*batch_or_none n"], bandwidth: float
+    u: Float[Tensor, "*batch n"], threshold: Float[Tensor, "*batch_or_none n"], bandwidth: float, signed: bool = False
 ) -> Float[Tensor, "*batch n"]:
     """`u` where `u > threshold`, else 0, with a straight-through gradient for the threshold (arXiv:2407.14435, eq. 11).
 
-    d out / d threshold is estimated as `-(threshold / bandwidth) * [|u - threshold| < bandwidth / 2]`.
+    d out / d threshold is estimated as `-(threshold / bandwidth) * [|u - threshold| < bandwidth / 2]`. Where `signed`,
+    |u| takes the place of u in both, and the estimate has the sign of u.
 
-    >>> jumprelu(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
-    tensor([[0., 2.]])
+    Args:
+        u: pre-activations.
+        threshold: threshold of each pre-activation, positive.
+        bandwidth: width of the window around the threshold in which it has a gradient.
+        signed: whether |u| is compared with the threshold, so that codes keep their signs.
+
+    >>> jumprelu(torch.tensor([[0.5, -2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1, signed=True)
+    tensor([[ 0., -2.]])
     """
-    return _jumprelu(u, threshold, bandwidth)
+    return _jumprelu(u, threshold, bandwidth, signed)
 
 
 def step_above(
-    u: Float[Tensor, "*batch n"], threshold: Float[Tensor, "*batch_or_none n"], bandwidth: float
+    u: Float[Tensor, "*batch n"], threshold: Float[Tensor, "*batch_or_none n"], bandwidth: float, signed: bool = False
 ) -> Float[Tensor, "*batch n"]:
     """1 where `u > threshold`, else 0, with a straight-through gradient for the threshold (arXiv:2407.14435, eq. 12).
 
     Its sum over latents is L0. The gradient is estimated on the pre-activation as `-[|u - threshold| < bandwidth / 2]
     / bandwidth`.
 
-    >>> step_above(torch.tensor([[0.5, 2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1)
+    Args:
+        u: pre-activations.
+        threshold: threshold of each pre-activation, positive.
+        bandwidth: width of the window around the threshold in which it has a gradient.
+        signed: whether |u| takes the place of u.
+
+    >>> step_above(torch.tensor([[0.5, -2.0]]), torch.tensor([1.0, 1.0]), bandwidth=0.1, signed=True)
     tensor([[0., 1.]])
     """
-    return _step(u, threshold, bandwidth)
+    return _step(u.detach().abs() if signed else u, threshold, bandwidth)
 
 
 def pursue(

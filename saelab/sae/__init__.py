@@ -10,16 +10,16 @@ from saelab._lazy import attach
 if TYPE_CHECKING:
     from saelab.sae import formats as formats, objectives as objectives
     from saelab.sae.activation_functions import (
+        AbsJumpReLU as AbsJumpReLU,
         AbsTopK as AbsTopK,
-        Activation as Activation,
         BatchAbsTopK as BatchAbsTopK,
         BatchTopK as BatchTopK,
         GroupMax as GroupMax,
         JumpReLU as JumpReLU,
         ReLU as ReLU,
         TopK as TopK,
-        register_activation as register_activation,
     )
+    from saelab.sae.activation_registry import Activation as Activation, register_activation as register_activation
     from saelab.sae.adapters import (
         HookedSAE as HookedSAE,
         ModulePort as ModulePort,

@@ -10,7 +10,8 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from saelab.sae import objectives
-from saelab.sae.activation_functions import AbsTopK, Activation, TopK, read_activation
+from saelab.sae.activation_functions import AbsTopK, TopK, read_activation
+from saelab.sae.activation_registry import Activation
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.normalizer import KINDS, PER_TOKEN, NormalizerKind
 from saelab.sae.objectives.dead_latents import AuxK

@@ -13,7 +13,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from saelab.functional.metrics import ReconstructionSums
-from saelab.sae.activation_functions import Activation, TopK
+from saelab.sae.activation_functions import TopK
+from saelab.sae.activation_registry import Activation
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import Dictionary, Init, RandomPrefixes, SAEConfig
 from saelab.sae.normalizer import NormalizerKind

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from saelab.sae.activation_functions import Activation
+from saelab.sae.activation_registry import Activation
 from saelab.sae.adapters import SAEBenchSAE
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import Data, HeldOut, describe_training, finish_run, make_run, open_data, origin_of

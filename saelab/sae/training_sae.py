@@ -14,7 +14,8 @@ from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested_decode_error
 from saelab.functional.metrics import ReconstructionSums, effective_rank, exact, nested_error
-from saelab.sae.activation_functions import Activation, ReLU
+from saelab.sae.activation_functions import ReLU
+from saelab.sae.activation_registry import Activation
 from saelab.sae.config import MatchingPursuit, RandomPrefixes
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.reconstruction import ReconstructionLoss

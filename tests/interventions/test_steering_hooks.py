@@ -263,7 +263,9 @@ def test_a_condition_is_read_at_its_own_hook_point(tales: Any) -> None:
         differs(tales, sae, ids, sl.interventions.ActivationCondition(other, 0, hook_point="blocks.3.hook_resid_post"))
 
 
-@pytest.mark.parametrize("activation", [sl.TopK(k=6), sl.AbsTopK(k=6), sl.BatchAbsTopK(k=6), sl.JumpReLU()])
+@pytest.mark.parametrize(
+    "activation", [sl.TopK(k=6), sl.AbsTopK(k=6), sl.BatchAbsTopK(k=6), sl.JumpReLU(), sl.sae.AbsJumpReLU()]
+)
 @pytest.mark.parametrize("normalizer", ["none", "scale", "whiten", "token_norm", "layer_norm"])
 def test_modes_do_what_their_formulas_say(activation: Any, normalizer: Any) -> None:
     model = sl.lm.tiny_model()

@@ -9,7 +9,7 @@ from unchecked import unchecked
 
 import saelab as sl
 from saelab.evaluation.evaluation import make_linear
-from saelab.sae.activation_functions import GroupMax
+from saelab.sae.activation_functions import AbsJumpReLU, GroupMax
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.activations import ActivationPairs
 
@@ -70,6 +70,7 @@ def test_reconstruction_by_its_formula(skip):
 PENALISED = [
     sl.ReLU(target_l0=3.0, coefficient=0.02),
     sl.JumpReLU(target_l0=3.0, coefficient=0.02, bandwidth=0.3, start=0.4),
+    AbsJumpReLU(target_l0=3.0, coefficient=0.02, bandwidth=0.3, start=0.4),
 ]
 STRUCTURAL = [sl.TopK(k=3), sl.AbsTopK(k=3), sl.BatchTopK(k=3), sl.BatchAbsTopK(k=3), GroupMax(k=3)]
 

@@ -13,12 +13,17 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.functional.activation_functions import jumprelu, step_above
 from saelab.functional.metrics import normalized_error
+from saelab.sae.activation_functions import AbsJumpReLU
 from saelab.sae.training_sae import TrainingSAE
 
 D_IN, D_SAE, K, N = 10, 48, 4, 64
 
 STRUCTURAL = [sl.TopK(k=K), sl.AbsTopK(k=K), sl.BatchTopK(k=K), sl.BatchAbsTopK(k=K)]
-PENALISED = [sl.ReLU(coefficient=0.02), sl.JumpReLU(coefficient=0.02, bandwidth=0.3, start=0.4)]
+PENALISED = [
+    sl.ReLU(coefficient=0.02),
+    sl.JumpReLU(coefficient=0.02, bandwidth=0.3, start=0.4),
+    AbsJumpReLU(coefficient=0.02, bandwidth=0.3, start=0.4),
+]
 PREFIXES = [None, (5, 20, D_SAE), sl.RandomPrefixes(n=4, smallest=3)]
 
 each_structural = pytest.mark.parametrize("activation", STRUCTURAL, ids=lambda a: a.name)
@@ -66,17 +71,19 @@ def dense_codes(activation, u, threshold):
         return u * ((size >= limit) & (size > 0))
     if isinstance(activation, sl.ReLU):
         return u.relu()
-    fires = (u > threshold).float()
-    near = ((u - threshold).abs() < activation.bandwidth / 2).float()
+    size, sign = (u.abs(), u.sign()) if activation.signed else (u, 1.0)
+    fires = (size > threshold).float()
+    near = ((size - threshold).abs() < activation.bandwidth / 2).float()
     # the value is u * fires; the second factor is 0 and carries the threshold's gradient only
-    return u * fires - near * threshold.detach() / activation.bandwidth * (threshold - threshold.detach())
+    return u * fires - sign * near * threshold.detach() / activation.bandwidth * (threshold - threshold.detach())
 
 
 def dense_penalty(activation, u, z, threshold):
     if isinstance(activation, sl.ReLU):
         return z.sum(1).mean()
-    near = ((u - threshold).abs() < activation.bandwidth / 2).float()
-    count = (u > threshold).float() - near / activation.bandwidth * (threshold - threshold.detach())
+    size = u.abs() if activation.signed else u
+    near = ((size - threshold).abs() < activation.bandwidth / 2).float()
+    count = (size > threshold).float() - near / activation.bandwidth * (threshold - threshold.detach())
     return count.sum(1).mean()
 
 
@@ -164,10 +171,16 @@ def test_recycled_memory_changes_nothing(activation, prefixes):
 @pytest.mark.parametrize("prefixes", PREFIXES[:2], ids=["flat", "fixed"])
 @pytest.mark.parametrize("activation", PENALISED, ids=lambda a: a.name)
 def test_penalised_codes_are_trained_sparsely_once_they_are_few(activation, prefixes, monkeypatch):
-    """Both ways of a ReLU and a JumpReLU step are the dense one's equal, and each is taken where it should be."""
+    """Both ways of a ReLU and of a JumpReLU step are the dense one's equal, and each is taken where it should be."""
     trainee = trainee_of(activation, 3, prefixes=prefixes)
+    few = trainee.sae.b_enc.detach().clone()
+    few[2:-3] = -10.0  # 2 of 48 that may fire are few enough whatever the batch
+    many, rows = trainee.sae.b_enc.detach().clone(), trainee.sae.W_enc.detach().clone()
     with torch.no_grad():
-        trainee.sae.b_enc[2:-3] -= 10.0  # 2 of 48 that may fire are few enough whatever the batch
+        if activation.signed:
+            trainee.sae.W_enc[:, 2:-3] *= 1e-3
+            few[2:-3] = 0.0
+        trainee.sae.b_enc.copy_(few)
     x = draw(N, D_IN, seed=5)
     took = []
     for name in ("_sparse_step", "_dense_step"):
@@ -175,7 +188,8 @@ def test_penalised_codes_are_trained_sparsely_once_they_are_few(activation, pref
         monkeypatch.setattr(trainee, name, lambda *a, name=name, step=step: took.append(name) or step(*a))
     assert_same(trainee, x)
     with torch.no_grad():
-        trainee.sae.b_enc[2:-3] += 10.0
+        trainee.sae.b_enc.copy_(many)
+        trainee.sae.W_enc.copy_(rows)
     assert_same(trainee, x)
     assert took == ["_sparse_step", "_dense_step"]
 
@@ -184,7 +198,8 @@ def test_batches_without_any_code():
     for activation in (sl.TopK(k=K), sl.BatchTopK(k=K), *PENALISED):
         trainee = trainee_of(activation)
         with torch.no_grad():
-            trainee.sae.b_enc.fill_(-100.0)
+            trainee.sae.b_enc.fill_(0.0 if activation.signed else -100.0)
+            trainee.sae.W_enc.mul_(1e-3 if activation.signed else 1.0)
         objective = trainee.objective(draw(N, D_IN))
         objective.total.backward()
         assert objective.total.isfinite() and objective.l0 == 0 and not objective.fired.any()
@@ -211,7 +226,7 @@ def test_auxk_moves_the_dead_and_only_the_dead(activation):
         assert not by_latent[:-6].any(), f"{name} of a live latent is moved by AuxK"
 
 
-@pytest.mark.parametrize("activation", [sl.TopK(k=K), sl.BatchTopK(k=K), *PENALISED], ids=lambda a: a.name)
+@pytest.mark.parametrize("activation", [sl.TopK(k=K), sl.BatchTopK(k=K), *PENALISED[:2]], ids=lambda a: a.name)
 def test_dead_latents_that_are_negative_everywhere_are_heard(activation):
     """Defect 33: behind a ReLU they would get no gradient at all."""
     trainee, grads = aux_gradients(activation)
@@ -342,6 +357,25 @@ def test_jumprelu_estimate_sees_both_halves_of_its_window():
     assert u.grad.flatten().tolist() == [0.0, 1.0, 0.0, 1.0]
 
 
+def test_signed_jumprelu_is_odd_and_its_estimates_too():
+    """At -u its code is the negative, the threshold's gradient through the code too; a count knows no sign."""
+    bandwidth, u = 0.2, draw(2000, 3, seed=1)
+    assert torch.equal(
+        jumprelu(u.relu(), torch.full((3,), 0.5), bandwidth, signed=True), jumprelu(u, torch.full((3,), 0.5), bandwidth)
+    )
+    grads = {}
+    for function in (step_above, jumprelu):
+        for sign in (1, -1):
+            threshold = torch.full((3,), 0.5, requires_grad=True)
+            z = function(sign * u, threshold, bandwidth, signed=True)
+            z.sum().backward()
+            grads[function, sign] = z.detach(), threshold.grad
+    assert torch.equal(grads[jumprelu, 1][0], -grads[jumprelu, -1][0])
+    torch.testing.assert_close(grads[jumprelu, 1][1], -grads[jumprelu, -1][1])
+    for one, other in zip(grads[step_above, 1], grads[step_above, -1], strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_learned_thresholds_stay_positive():
     trainee = trainee_of(PENALISED[1])
     with torch.no_grad():
@@ -389,7 +423,9 @@ def test_observing_counts_signed_firings(activation):
     assert torch.equal(trainee.state["tokens_since_fired"], wanted)
 
 
-@pytest.mark.parametrize("activation", [sl.ReLU(target_l0=3.0), sl.JumpReLU(target_l0=3.0)], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "activation", [sl.ReLU(target_l0=3.0), sl.JumpReLU(target_l0=3.0), AbsJumpReLU(target_l0=3.0)], ids=lambda a: a.name
+)
 def test_the_coefficient_is_steered_towards_its_target(activation):
     trainee = trainee_of(activation)
     before = float(trainee.state["coefficient"])

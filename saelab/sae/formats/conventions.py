@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, read_activation
+from saelab.sae.activation_functions import BatchTopK, JumpReLU, ReLU, read_activation
+from saelab.sae.activation_registry import Activation
 from saelab.sae.config import MatchingPursuit, SAEConfig
 from saelab.sae.normalizer import NormalizerKind
 from saelab.stores.validation import read_fields, require_object

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activation_functions import BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activation_registry import Activation
 from saelab.sae.formats.conventions import Convention, read_with
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts
 from saelab.sae.formats.sources import SAEFiles

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.sae.activation_functions import Activation, BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activation_functions import BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activation_registry import Activation
 from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts, require
 from saelab.sae.formats.sources import SAEFiles, inside, require_number, require_tensors

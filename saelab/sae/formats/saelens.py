@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from saelab.sae.activation_functions import AbsTopK, Activation, BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activation_functions import AbsTopK, BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activation_registry import Activation
 from saelab.sae.config import MatchingPursuit
 from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts, describe_mask, dtype_name, name_processing, require

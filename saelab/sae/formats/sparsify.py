@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from saelab.sae.activation_functions import AbsTopK, Activation, GroupMax, TopK
+from saelab.sae.activation_functions import AbsTopK, GroupMax, TopK
+from saelab.sae.activation_registry import Activation
 from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts
 from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors

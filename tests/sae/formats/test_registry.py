@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import saelab as sl
-from saelab.sae.activation_functions import Activation
+from saelab.sae.activation_registry import Activation
 from saelab.sae.formats.conventions import Convention, compose
 from saelab.sae.formats.registry import READERS
 

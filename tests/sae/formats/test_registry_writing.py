@@ -15,7 +15,7 @@ import saelab as sl
 from saelab.cli.app import main
 from saelab.evaluation.results import Evaluation
 from saelab.interop.saebench import describe_core, save_saebench
-from saelab.sae.activation_functions import GroupMax
+from saelab.sae.activation_functions import AbsJumpReLU, GroupMax
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import MatchingPursuit
 from saelab.sae.training_sae import TrainingSAE
@@ -26,6 +26,7 @@ X = some_activations(200)
 AXES: dict[str, dict[str, Any]] = {
     "relu": {"activation": sl.ReLU(target_l0=4.0)},
     "jumprelu": {"activation": sl.JumpReLU(target_l0=4.0)},
+    "absjumprelu": {"activation": AbsJumpReLU(target_l0=4.0)},
     "topk": {"activation": sl.TopK(k=4)},
     "abstopk": {"activation": sl.AbsTopK(k=4)},
     "batchtopk": {"activation": sl.BatchTopK(k=4), "prefixes": (4, 10, F)},
