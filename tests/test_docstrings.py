@@ -5,7 +5,7 @@ A method that overrides a documented one of its base class with the same paramet
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,9 +54,9 @@ def fault(node: ast.FunctionDef) -> str | None:
     return None
 
 
-def documented_overrides(tree: ast.AST) -> set[str]:
-    """Methods without `Args:` whose base class, in the same file, documents the same parameters."""
-    classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+def documented_overrides(trees: Iterable[ast.AST]) -> set[str]:
+    """Methods without `Args:` whose base class, in any of the files, documents the same parameters."""
+    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
 
     def bases(node: ast.ClassDef) -> Iterator[ast.ClassDef]:
         for base in node.bases:
@@ -75,11 +75,11 @@ def documented_overrides(tree: ast.AST) -> set[str]:
 
 def faults(package: Path) -> list[str]:
     found = []
-    for file in sorted(package.rglob("*.py")):
+    trees = {file: ast.parse(file.read_text()) for file in sorted(package.rglob("*.py"))}
+    exempt = documented_overrides(trees.values())
+    for file, tree in trees.items():
         if COMMANDS in file.parents:
             continue  # help of options is checked by the commands' own tests
-        tree = ast.parse(file.read_text())
-        exempt = documented_overrides(tree)
         for name, node in functions(tree):
             if name not in exempt and (why := fault(node)):
                 found.append(f"{file.relative_to(package.parent)}:{node.lineno} {name}: {why}")
@@ -117,5 +117,5 @@ def test_an_override_may_leave_out_what_its_base_explains() -> None:
     base = f'class Base:\n    def f(self, a, b, c, d):\n        """Sum.\n\n        Args:\n{args}        """\n'
     same = "class Same(Base):\n    def f(self, a, b, c, d): ...\n"
     other = "class Other(Base):\n    def f(self, a, b, c, e): ...\n"
-    assert documented_overrides(ast.parse(base + same + other)) == {"Same.f"}
-    assert not documented_overrides(ast.parse(base.replace("Args", "Notes") + same))
+    assert documented_overrides([ast.parse(base), ast.parse(same + other)]) == {"Same.f"}
+    assert not documented_overrides([ast.parse(base.replace("Args", "Notes") + same)])
