@@ -3,15 +3,19 @@
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
+from saelab.sae.activation_functions import GroupMax
 from saelab.sae.activation_registry import Activation
 from saelab.sae.adapters import SAEBenchSAE
 from saelab.sae.config import SAEConfig
-from saelab.sae.fitting import Data, HeldOut, describe_training, finish_run, make_run, open_data, origin_of
+from saelab.sae.fitting import Data, HeldOut, cut_to, describe_training, finish_run, make_run, open_data, origin_of
 from saelab.sae.formats.origin import Origin, SAEFacts
 from saelab.sae.formats.registry import OWN, find_format, require_room, write_foreign
 from saelab.sae.formats.sources import SAEFiles
@@ -231,6 +235,46 @@ class SAE(SAEModule):
         folded = super().fold()
         assert isinstance(folded, SAE)
         return folded
+
+    @torch.no_grad()
+    def with_k(self, k: int, sample: Float[Tensor, "n d_in"] | None = None) -> "SAE":
+        """The same SAE that keeps another k in inference; weights are shared, so that training one changes both.
+
+        Reconstructions are good at several k where training asked for it (`HierarchicalLoss`, `MultiTopKLoss`), and
+        otherwise near the k trained with. A batch activation keeps what is above a threshold, which has to be found on
+        a sample for each k.
+
+        Args:
+            k: latents to keep per token; for a batch activation on average.
+            sample: (n, d_in) activations on which BatchTopK's threshold is set; not read by TopK.
+
+        Raises:
+            ValueError: for an activation that does not keep the k largest, a k out of range, and BatchTopK without a
+                sample.
+
+        >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=32, activation=sl.TopK(k=4)), seed=0)
+        >>> sae.with_k(2).encode_sparse(torch.ones(1, 8)).l0.tolist()
+        [2]
+        """
+        activation = self.cfg.activation
+        if not hasattr(activation, "k") or isinstance(activation, GroupMax):
+            raise ValueError(f"`with_k` must be given an SAE that keeps the k largest, as TopK does, got {activation}.")
+        threshold = activation.threshold == "running"
+        if threshold and (sample is None or len(sample) == 0):
+            raise ValueError(f"`sample` must hold activations to set the threshold of {activation} on, got none.")
+        cfg = replace(self.cfg, activation=replace(activation, k=k))  # type: ignore[call-arg]
+        with on_meta():
+            other = type(self)(cfg, seed=None)
+        held = self.state_dict()
+        other.load_state_dict({n: t.clone() if n == "threshold" else t for n, t in held.items()}, assign=True)
+        if threshold and sample is not None and not cut_to(other, sample, float(k)):
+            raise ValueError(
+                f"The threshold must be trained and reach an L0 of {k} on the sample, got {self.threshold}."
+            )
+        other.provenance, other.name_or_path = self.provenance, self.name_or_path
+        figures = ("last", "saved")  # measured at the k before
+        other.training_ = self.training_ and {n: v for n, v in self.training_.items() if n not in figures}
+        return other
 
     def __repr__(self) -> str:
         cfg = self.cfg

@@ -327,7 +327,7 @@ class TrainingSAE:
         size = values.detach().abs()
         fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=y.device)
         fired[indices[size > 0]] = True
-        seen = (fired, (size > 0).sum() / n, _smallest(size))
+        seen = (fired, (size > 0).sum() / n, _smallest(self._kept(size, n)))
         group, n_groups = self._group(values, entries, n)
         parts, ordered = entries, values
         if n_groups > 1:  # one virtual row per token and group, ordered by group
@@ -340,9 +340,20 @@ class TrainingSAE:
         )
         return _StepCodes(errors, residual, penalty, seen, (values, entries))
 
+    def _kept(self, size: Tensor, n_tokens: int) -> Tensor:
+        """The magnitudes that a running threshold keeps in inference, fewer where training keeps more."""
+        k = getattr(self.sae.cfg.activation, "k", None)
+        if (
+            self.sae.cfg.activation.threshold != "running"
+            or k is None
+            or self.sae.cfg.reconstruction.training_k(k) <= k
+        ):
+            return size
+        return size.topk(min(k * n_tokens, len(size)), sorted=False).values
+
     def _group(self, values: Tensor, entries: Entries, n_tokens: int) -> tuple[Tensor, int]:
         """Group of each code, and the number of groups."""
-        grouped = self.sae.cfg.reconstruction.group(values, entries, n_tokens)
+        grouped = self.sae.cfg.reconstruction.group(values, entries, n_tokens, self.sae.cfg)
         if grouped is not None:
             return grouped
         ends = self._prefixes()

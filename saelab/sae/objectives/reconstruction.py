@@ -29,7 +29,7 @@ class ReconstructionLoss(LossTerm):
         return k
 
     def group(
-        self, values: Float[Tensor, "nnz"], entries: Entries, n_tokens: int
+        self, values: Float[Tensor, "nnz"], entries: Entries, n_tokens: int, cfg: Any
     ) -> tuple[Int[Tensor, "nnz"], int] | None:
         """Group of each code, 0-based, and the number of groups; None for the groups of the configuration's prefixes.
 
@@ -37,6 +37,7 @@ class ReconstructionLoss(LossTerm):
             values: codes.
             entries: latent and token of each code.
             n_tokens: tokens in the batch.
+            cfg: configuration of the SAE.
         """
         return None
 

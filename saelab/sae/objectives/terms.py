@@ -187,7 +187,8 @@ class LossTerm:
 
     def to_dict(self) -> dict[str, Any]:
         """Name and settings as a dictionary, as in config.json."""
-        return {"name": self.name, **asdict(self)}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {"name": self.name, **plain}
 
 
 def register_loss_term(name: str) -> Callable[[T], T]:

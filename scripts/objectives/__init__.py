@@ -1,0 +1,1 @@
+"""Measurements of loss terms, one module for each family."""

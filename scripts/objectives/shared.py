@@ -1,0 +1,40 @@
+"""What the measurements share: activations of tales, training on them, and tables with a spread over seeds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+import saelab as sl
+from saelab.synthetic.tales import generate_stories
+
+HOOK = "blocks.2.hook_resid_post"
+FIRST_STORY = 70_000_000  # beyond those that the model was trained on
+KEPT = Path("runs/objectives")
+N_HELD_OUT = 30_000
+
+
+def tales_activations(n_tokens: int = 300_000) -> sl.Activations:
+    """Activations of `n_tokens` tokens of stories, with their documents; collected once."""
+    tokens = generate_stories(n_tokens // 155, first=FIRST_STORY).tokens()
+    folder = KEPT / f"tales-{n_tokens}"
+    return sl.collect(sl.load_model("tales", progress=False), tokens, HOOK, folder, progress=False)
+
+
+def train(
+    configs: Mapping[str, sl.SAEConfig], acts: sl.Activations, seed: int, n_tokens: int, batch_size: int = 2048
+) -> dict[str, sl.SAE]:
+    """SAEs of these configurations, each from the same seed and on the same batches; the last tokens are held out."""
+    run = sl.TrainConfig(n_tokens=n_tokens, batch_size=batch_size, seed=seed, n_held_out=N_HELD_OUT)
+    return {name: sl.SAE(cfg, seed=seed).fit(acts, run, progress=False) for name, cfg in configs.items()}
+
+
+def format_table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+    """Means over seeds, the smallest and the largest in brackets: a line for each name, a column for each figure."""
+    columns = list(next(iter(rows.values()))[0])
+    lines = [f"{'':<28}" + "".join(f"{column:>22}" for column in columns)]
+    for name, seeds in rows.items():
+        values = [np.array([seed[column] for seed in seeds]) for column in columns]
+        cells = [f"{v.mean():.3f} ({v.min():.3f}..{v.max():.3f})" for v in values]
+        lines.append(f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells))
+    return "\n".join(lines)
