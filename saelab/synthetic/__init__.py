@@ -1,10 +1,15 @@
-"""Synthetic text and models whose concepts are known token by token."""
+"""Synthetic text, models and activations whose concepts are known token by token."""
 
 from typing import TYPE_CHECKING
 
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
+    from saelab.synthetic.planted import (
+        PlantedBatches as PlantedBatches,
+        PlantedConfig as PlantedConfig,
+        PlantedWorld as PlantedWorld,
+    )
     from saelab.synthetic.tales import Stories as Stories, generate_stories as generate_stories
 
 __getattr__, __dir__, __all__ = attach(__name__)

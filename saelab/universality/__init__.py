@@ -23,6 +23,11 @@ if TYPE_CHECKING:
         RelationKind as RelationKind,
         Untrained as Untrained,
     )
+    from saelab.universality.planted_recovery import (
+        Recovery as Recovery,
+        RecoveryTable as RecoveryTable,
+        score_recovery as score_recovery,
+    )
     from saelab.universality.representation_similarity import (
         MEASURES as MEASURES,
         SpaceComparison as SpaceComparison,
