@@ -48,9 +48,13 @@ if TYPE_CHECKING:
     from saelab.sae.activation_registry import register_activation as register_activation
     from saelab.sae.archetypal import Archetypal as Archetypal
     from saelab.sae.config import (
-        MatchingPursuit as MatchingPursuit,
         RandomPrefixes as RandomPrefixes,
         SAEConfig as SAEConfig,
+    )
+    from saelab.sae.encoders import (
+        ICFL as ICFL,
+        MatchingPursuit as MatchingPursuit,
+        OrthogonalMatchingPursuit as OrthogonalMatchingPursuit,
     )
     from saelab.sae.objectives.dead_latents import AuxK as AuxK
     from saelab.sae.objectives.reconstruction import ReconstructionLoss as ReconstructionLoss

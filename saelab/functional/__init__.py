@@ -12,7 +12,6 @@ if TYPE_CHECKING:
         keep_group_max as keep_group_max,
         keep_places as keep_places,
         keep_topk as keep_topk,
-        pursue as pursue,
         step_above as step_above,
     )
     from saelab.functional.codes import Entries as Entries, SparseCodes as SparseCodes
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
         read_scores as read_scores,
         token_terms as token_terms,
     )
+    from saelab.functional.pursuit import pursue as pursue, pursue_least_squares as pursue_least_squares
     from saelab.functional.screening import Precision as Precision
     from saelab.functional.statistics import ProbeScore as ProbeScore
     from saelab.functional.topk import (

@@ -261,7 +261,9 @@ class _NestedDecode(torch.autograd.Function):
         for g in range(len(residuals) - 2, -1, -1):  # part g enters every reconstruction from g on
             grad_parts[g] += grad_parts[g + 1]
         flat = grad_parts.view(-1, W_dec.shape[1])
-        grad_values = sampled_dot(entries.rows, entries.indices, flat, W_dec, entries.order)
+        grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_values = sampled_dot(entries.rows, entries.indices, flat, W_dec, entries.order)
         grad_W = weight_gradient(entries, values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
         grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
         return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None, None

@@ -30,9 +30,14 @@ if TYPE_CHECKING:
     from saelab.sae.config import (
         Dictionary as Dictionary,
         Init as Init,
-        MatchingPursuit as MatchingPursuit,
         RandomPrefixes as RandomPrefixes,
         SAEConfig as SAEConfig,
+    )
+    from saelab.sae.encoders import (
+        ICFL as ICFL,
+        MatchingPursuit as MatchingPursuit,
+        OrthogonalMatchingPursuit as OrthogonalMatchingPursuit,
+        PursuitEncoder as PursuitEncoder,
     )
     from saelab.sae.fitting import Data as Data, HeldOut as HeldOut, Pair as Pair
     from saelab.sae.initialization import (

@@ -10,9 +10,10 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from saelab.sae import objectives
-from saelab.sae.activation_functions import AbsTopK, TopK, read_activation
+from saelab.sae.activation_functions import TopK, read_activation
 from saelab.sae.activation_registry import Activation
 from saelab.sae.archetypal import Archetypal
+from saelab.sae.encoders import PursuitEncoder, read_encoder
 from saelab.sae.normalizer import KINDS, PER_TOKEN, NormalizerKind
 from saelab.sae.objectives.dead_latents import AuxK
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
@@ -36,29 +37,6 @@ class RandomPrefixes:
     """number of prefixes per step, the whole dictionary included"""
     smallest: int = 16
     """lower bound of the sizes drawn"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatchingPursuit:
-    """Settings of a matching-pursuit encoder: codes are found one latent at a time, each time the one that explains
-    most of the residual (arXiv:2506.03093).
-
-    Each step takes the row d of W_dec with the largest product <r, d> with the residual r, adds that product to its
-    code and subtracts that product times d from r. The activation sets the maximum number of steps and whether products
-    may be negative: `TopK(k)` or `AbsTopK(k)`. Only W_dec and b_dec are learned.
-
-    >>> SAEConfig(d_in=8, d_sae=32, activation=TopK(k=4), encoder=MatchingPursuit(), normalizer="none").encoder
-    MatchingPursuit(residual_threshold=0.0, stop_on_repeat=True)
-    """
-
-    residual_threshold: float = 0.0
-    """stop for a token whose residual's norm is below this; in the activations' units"""
-    stop_on_repeat: bool = True
-    """stop for a token when a latent is selected for the second time, or none is"""
-
-    def __post_init__(self) -> None:
-        if not self.residual_threshold >= 0:
-            raise ValueError(f"`residual_threshold` must be at least 0, got {self.residual_threshold}; use 0 for none.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +86,10 @@ class SAEConfig:
     """whether a transcoder has a linear map from input to reconstruction in addition to the latents, W_skip
     (arXiv:2501.18823)
     """
-    encoder: Literal["linear"] | MatchingPursuit = "linear"
-    """"linear", or `MatchingPursuit(...)` along the rows of W_dec"""
+    encoder: Literal["linear"] | PursuitEncoder = "linear"
+    """"linear", or a pursuit along the rows of W_dec: `MatchingPursuit(...)`, `OrthogonalMatchingPursuit(...)`,
+    `ICFL(...)`
+    """
 
     def __post_init__(self) -> None:
         for name in ("prefixes", "objective"):
@@ -134,10 +114,6 @@ class SAEConfig:
         self._check_dictionary()
         _check_choice("normalizer", self.normalizer, KINDS)
         _check_choice("init", self.init, get_args(Init))
-        if not isinstance(self.encoder, MatchingPursuit):  # whose k is a number of steps, which may exceed d_sae
-            self.activation.check(self.d_sae)
-        elif getattr(self.activation, "k", 1) < 1:
-            raise ValueError(f"`k` of matching pursuit must be at least 1 step, got {self.activation}.")
         self.activation.check_penalty()
         self._check_prefixes()
         self._check_objective()
@@ -190,15 +166,11 @@ class SAEConfig:
             )
 
     def _check_encoder(self) -> None:
-        if not isinstance(self.encoder, MatchingPursuit):
-            _check_choice("encoder", self.encoder, ("linear",))
+        if isinstance(self.encoder, PursuitEncoder):
+            self.encoder.check(self)
             return
-        if type(self.activation) not in (TopK, AbsTopK):
-            raise ValueError(f"`activation` of matching pursuit must be TopK or AbsTopK, got {self.activation}.")
-        if self.d_out is not None:
-            raise ValueError(f"`d_out` must be None for matching pursuit, which reads with W_dec, got {self.d_out}.")
-        if self.normalizer != "none":  # its codes are products with rows of any length, so no scale can be folded in
-            raise ValueError(f"`normalizer` must be 'none' for matching pursuit, got '{self.normalizer}'.")
+        _check_choice("encoder", self.encoder, ("linear",))
+        self.activation.check(self.d_sae)
 
     def _check_dictionary(self) -> None:
         if not isinstance(self.dictionary, Archetypal):
@@ -232,6 +204,8 @@ class SAEConfig:
         for name in ("d_out", "skip", "encoder", "sparsity_schedule"):
             if getattr(self, name) == SAEConfig.__dataclass_fields__[name].default:
                 del plain[name]
+        if isinstance(self.encoder, PursuitEncoder):
+            plain["encoder"] = self.encoder.to_dict()
         aux = self.aux
         if self.objective == ((ReconstructionLoss(),) if aux is None else (ReconstructionLoss(), aux)):
             plain = {("aux" if key == "objective" else key): value for key, value in plain.items()}
@@ -265,12 +239,13 @@ class SAEConfig:
         parts = {
             "prefixes": RandomPrefixes,
             "dictionary": Archetypal,
-            "encoder": MatchingPursuit,
             "sparsity_schedule": Schedule,
         }
         for name, kind in parts.items():
             if isinstance(values.get(name), dict):
                 values[name] = read_fields(kind, values[name])
+        if isinstance(values.get("encoder"), dict):
+            values["encoder"] = read_encoder(values["encoder"])
         return read_fields(cls, values)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelab.functional.metrics import FiringSums, ReconstructionSums
 from saelab.sae.activation_functions import ReLU
-from saelab.sae.config import MatchingPursuit
+from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.activations import ActivationPairs, Activations
@@ -82,7 +82,7 @@ def finish(
 def target_l0(sae: SAEModule) -> float | None:
     """Mean L0 that the SAE's configuration asks for; None where L0 is fixed for each token (TopK) or has no target."""
     activation = sae.cfg.activation
-    if isinstance(sae.cfg.encoder, MatchingPursuit):
+    if isinstance(sae.cfg.encoder, PursuitEncoder):
         return None
     if activation.threshold == "running":
         return float(activation.k) if hasattr(activation, "k") else None

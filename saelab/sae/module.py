@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from saelab.functional.activation_functions import pursue
 from saelab.functional.codes import SparseCodes
 from saelab.functional.metrics import exact
 from saelab.sae.activation_functions import TopK
 from saelab.sae.archetypal import Archetypal, Archetypes
-from saelab.sae.config import MatchingPursuit, SAEConfig
+from saelab.sae.config import SAEConfig
+from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.normalizer import Normalizer
 
 DENSE_NUMBERS = 2**25  # pre-activations in memory at a time in dense encoding
@@ -35,7 +35,7 @@ class SAEModule(nn.Module):
     W_skip exists with `cfg.skip` only. All weights are in the normalizers' units, and so in the activations' own for
     normalizer "none". Weights are float32 and drawn from `seed` on CPU; None leaves them uninitialized, to be filled by
     loading. Rows of W_dec are random unit directions and W_enc is their transpose (a transcoder's W_enc is drawn
-    separately); W_enc is stored latent by latent, so that reading a few latents touches a few rows of memory. Matching
+    separately); W_enc is stored latent by latent, so that reading a few latents touches a few rows of memory. A
     pursuit encodes with W_dec: there `W_enc` is its transpose, `b_enc` zero, and neither a parameter.
     """
 
@@ -57,7 +57,7 @@ class SAEModule(nn.Module):
         if isinstance(cfg.dictionary, Archetypal):
             self.archetypes = Archetypes(cfg.dictionary, cfg.d_sae, cfg.d_target, generator)
             directions = directions if generator is None else self.archetypes().detach()
-        if cfg.encoder == "linear":
+        if not isinstance(cfg.encoder, PursuitEncoder):
             read = directions.clone() if cfg.d_out is None else _draw_directions(cfg.d_sae, cfg.d_in, generator)
             self.W_enc = nn.Parameter(read.T)
             self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
@@ -104,7 +104,7 @@ class SAEModule(nn.Module):
         """
         self._check_width(x)
         centered = self.center(x)
-        if isinstance(self.cfg.encoder, MatchingPursuit):
+        if isinstance(self.cfg.encoder, PursuitEncoder):
             codes = self.pursue(centered.reshape(-1, self.cfg.d_in), self.W_dec)
             return codes.to_dense().view(*x.shape[:-1], self.cfg.d_sae)
         flat = centered.reshape(-1, self.cfg.d_in)
@@ -134,7 +134,7 @@ class SAEModule(nn.Module):
         self._check_width(x)
         flat, chosen = x.reshape(-1, self.cfg.d_in), torch.tensor(latents, dtype=torch.long, device=self.device)
         z = None
-        if not isinstance(self.cfg.encoder, MatchingPursuit):
+        if not isinstance(self.cfg.encoder, PursuitEncoder):
             z = self.cfg.activation.pick(self.center(flat), self.W_enc.T, self.b_enc, self.threshold, chosen)
         if z is None:
             whole = len(flat) * self.cfg.d_sae <= DENSE_NUMBERS or torch.is_grad_enabled()
@@ -145,17 +145,23 @@ class SAEModule(nn.Module):
         """Pre-activations that may be active, in sparse form, for rows that `center` returned; None where the dense
         computation must or should be used instead.
         """
-        if isinstance(self.cfg.encoder, MatchingPursuit):
+        if isinstance(self.cfg.encoder, PursuitEncoder):
             return self.pursue(centered, self.W_dec)
         return self.cfg.activation.search(centered, self.W_enc.T, self.b_enc, self.threshold, training=training)
 
-    def pursue(self, centered: Float[Tensor, "n_rows d_in"], W_dec: Float[Tensor, "d_sae d_in"]) -> SparseCodes:
-        """Codes by matching pursuit along the rows of `W_dec`, differentiable."""
+    def pursue(
+        self, centered: Float[Tensor, "n_rows d_in"], W_dec: Float[Tensor, "d_sae d_in"], k: int | None = None
+    ) -> SparseCodes:
+        """Codes by a pursuit along the rows of `W_dec`, differentiable.
+
+        Args:
+            centered: rows that `center` returned.
+            W_dec: the dictionary.
+            k: latents chosen for each row; None is the activation's k.
+        """
         encoder, activation = self.cfg.encoder, self.cfg.activation
-        assert isinstance(encoder, MatchingPursuit) and isinstance(activation, TopK)
-        return pursue(
-            centered, W_dec, activation.k, activation.signed, encoder.residual_threshold, encoder.stop_on_repeat
-        )
+        assert isinstance(encoder, PursuitEncoder) and isinstance(activation, TopK)
+        return encoder.pursue(centered, W_dec, k or activation.k, activation.signed)
 
     def _encode_by_parts(self, x: Tensor) -> SparseCodes:
         size = max(1, DENSE_NUMBERS // self.cfg.d_sae)
@@ -234,11 +240,17 @@ class SAEModule(nn.Module):
         W_dec are then no longer of unit norm.
 
         Raises:
-            ValueError: for a normalizer with per-token statistics, which no weights can express.
+            ValueError: for a normalizer with per-token statistics, which no weights can express, and for a pursuit in
+                whitened activations, whose distances are others.
         """
         folded = copy.deepcopy(self)
         if self.cfg.normalizer == "none":
             return folded
+        if isinstance(self.cfg.encoder, PursuitEncoder) and self.cfg.normalizer == "whiten":
+            raise ValueError(
+                "`normalizer` must keep angles to be folded into the weights of a pursuit, got 'whiten'; keep it, or "
+                "whiten the activations before they come here."
+            )
         read, written = self.normalizer, self.out_normalizer
         folded.W_enc.copy_(read.fold_into(self.W_enc))
         folded.W_dec.copy_(self.directions())

@@ -16,7 +16,8 @@ from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested
 from saelab.functional.metrics import ReconstructionSums, effective_rank, exact, nested_error
 from saelab.sae.activation_functions import ReLU
 from saelab.sae.activation_registry import Activation
-from saelab.sae.config import MatchingPursuit, RandomPrefixes
+from saelab.sae.config import RandomPrefixes
+from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import TrainingStep, find_entries
@@ -68,7 +69,7 @@ def place_weights(
         sae.b_enc.copy_(-x.mean(0) @ sae.W_enc)
         if sae.archetypes is None:
             _answer(sae, x, y)
-    if not isinstance(sae.cfg.encoder, MatchingPursuit):
+    if not isinstance(sae.cfg.encoder, PursuitEncoder):
         _match_scale(sae, x[:SCALE_TOKENS], y[:SCALE_TOKENS])
 
 
@@ -283,8 +284,8 @@ class TrainingSAE:
     def _code(self, x: Tensor, y: Tensor, W_dec: Tensor) -> _StepCodes:
         """Codes of a batch, in the sparse form where that is possible and faster, and their errors."""
         sae, activation = self.sae, self.activation
-        if isinstance(sae.cfg.encoder, MatchingPursuit):
-            return self._pursuit_step(x, W_dec)
+        if isinstance(sae.cfg.encoder, PursuitEncoder):
+            return self._pursuit_step(x, W_dec, sae.cfg.encoder, activation)
         found = centered = None
         if not any("dense" in term.needs for term in sae.cfg.terms):
             with torch.no_grad():
@@ -307,9 +308,11 @@ class TrainingSAE:
         penalty = sae.cfg.activation.penalty(u, values, threshold)
         return self._decode_step(values, entries, y, W_dec, None if transcodes else centered, penalty)
 
-    def _pursuit_step(self, x: Tensor, W_dec: Tensor) -> _StepCodes:
-        """Errors of the prefixes for matching pursuit, whose products are differentiable."""
-        codes = self.sae.pursue(x - self.sae.b_dec, W_dec)
+    def _pursuit_step(self, x: Tensor, W_dec: Tensor, encoder: PursuitEncoder, activation: Activation) -> _StepCodes:
+        """Errors of the prefixes for a pursuit, whose codes are differentiable or constants."""
+        k = getattr(activation, "k", None)
+        with torch.set_grad_enabled(encoder.learns_through_codes and torch.is_grad_enabled()):
+            codes = self.sae.pursue(x - self.sae.b_dec, W_dec, k)
         entries = Entries(codes.indices, codes.rows, codes.offsets).with_columns(self.sae.cfg.d_sae)
         return self._decode_step(codes.values, entries, x, W_dec, None, None)
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import BatchTopK, JumpReLU, ReLU, read_activation
 from saelab.sae.activation_registry import Activation
-from saelab.sae.config import MatchingPursuit, SAEConfig
+from saelab.sae.config import SAEConfig
+from saelab.sae.encoders import PursuitEncoder, read_encoder
 from saelab.sae.normalizer import NormalizerKind
 from saelab.stores.validation import read_fields, require_object
 
@@ -34,7 +35,7 @@ class Convention:
 
     activation: Activation
     """activation function that maps pre-activations to codes"""
-    encoder: Literal["linear"] | MatchingPursuit = "linear"
+    encoder: Literal["linear"] | PursuitEncoder = "linear"
     """as in `SAEConfig`"""
     prefixes: tuple[int, ...] | None = None
     """sizes of the Matryoshka prefixes"""
@@ -63,7 +64,7 @@ class Convention:
         values = require_object(plain, "A convention")
         values = values | {"activation": read_activation(values.get("activation"))}
         if isinstance(values.get("encoder"), dict):
-            values["encoder"] = read_fields(MatchingPursuit, values["encoder"])
+            values["encoder"] = read_encoder(values["encoder"])
         return read_fields(cls, values)
 
     def describe(self) -> list[str]:
@@ -163,7 +164,7 @@ def _keep_b_dec(now: dict[str, Tensor], how: Convention) -> None:
     """
     if how.transcodes != how.subtracts_b_dec:
         return
-    if isinstance(how.encoder, MatchingPursuit):  # tied: b_dec is neither subtracted nor added
+    if isinstance(how.encoder, PursuitEncoder):  # tied: b_dec is neither subtracted nor added
         now["b_dec"] = torch.zeros_like(now["b_dec"])
         return
     if len(now["b_dec"]) != len(now["W_enc"]):
@@ -278,7 +279,7 @@ def check_shapes(parts: Parts, how: Convention) -> None:
     """Raise ValueError naming the first tensor that is missing, has a shape that does not fit W_dec and b_dec, or is
     not floating point.
     """
-    pursues = isinstance(how.encoder, MatchingPursuit)
+    pursues = isinstance(how.encoder, PursuitEncoder)
     needed = ["W_dec", "b_dec"] if pursues else ["W_enc", "W_dec", "b_dec"]
     needed += [] if pursues else ["r_mag", "b_gate", "b_mag"] if "r_mag" in parts else ["b_enc"]
     if how.activation.threshold != "none" and "r_mag" not in parts:

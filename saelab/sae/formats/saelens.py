@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import AbsTopK, BatchTopK, JumpReLU, ReLU, TopK
 from saelab.sae.activation_registry import Activation
-from saelab.sae.config import MatchingPursuit
+from saelab.sae.encoders import MatchingPursuit, PursuitEncoder
 from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts, describe_mask, dtype_name, name_processing, require
 from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
@@ -270,7 +270,9 @@ def _name_kwargs(origin: Provenance | None) -> dict[str, Any]:
 
 def _name_architecture(coder: SAEModule) -> tuple[str, dict[str, Any]]:
     cfg, activation = coder.cfg, coder.cfg.activation
-    if isinstance(cfg.encoder, MatchingPursuit):
+    if isinstance(cfg.encoder, PursuitEncoder):
+        if not isinstance(cfg.encoder, MatchingPursuit):
+            raise ValueError(f"SAELens' pursuit must be MatchingPursuit, got {cfg.encoder}. It has no least squares.")
         if activation.signed:
             raise ValueError(
                 f"SAELens' matching pursuit must be of positive codes, got {activation}. It has no signed one."
@@ -302,7 +304,7 @@ def _name_architecture(coder: SAEModule) -> tuple[str, dict[str, Any]]:
 def find_parts(coder: SAEModule) -> dict[str, Tensor]:
     """Weights as SAELens uses them."""
     names: tuple[str, ...] = ("W_enc", "b_enc", "W_dec", "b_dec", "W_skip", "threshold")
-    if isinstance(coder.cfg.encoder, MatchingPursuit):
+    if isinstance(coder.cfg.encoder, PursuitEncoder):
         names = ("W_dec", "b_dec")
     parts = {name: part for name in names if (part := getattr(coder, name)) is not None}
     if isinstance(coder.cfg.activation, BatchTopK):

@@ -17,7 +17,7 @@ from saelab.evaluation.results import Evaluation
 from saelab.interop.saebench import describe_core, save_saebench
 from saelab.sae.activation_functions import AbsJumpReLU, GroupMax
 from saelab.sae.archetypal import Archetypal
-from saelab.sae.config import MatchingPursuit
+from saelab.sae.encoders import MatchingPursuit
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.manifest import Provenance
 from saelab.stores.results import Result
