@@ -4,8 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import saelab as sl
+from saelab.evaluation.feature_classifiers import encode_csr
+from saelab.evaluation.results import ConceptScores
+from saelab.lm.token_labels import TokenLabels
 from saelab.synthetic.tales import generate_stories
 
 HOOK = "blocks.2.hook_resid_post"
@@ -27,6 +31,28 @@ def train(
     """SAEs of these configurations, each from the same seed and on the same batches; the last tokens are held out."""
     run = sl.TrainConfig(n_tokens=n_tokens, batch_size=batch_size, seed=seed, n_held_out=N_HELD_OUT)
     return {name: sl.SAE(cfg, seed=seed).fit(acts, run, progress=False) for name, cfg in configs.items()}
+
+
+def labeled_activations(n_stories: int, kinds: Sequence[str]) -> tuple[torch.Tensor, TokenLabels]:
+    """Activations of the words of stories that nothing was trained on, and their concepts of these kinds."""
+    stories = generate_stories(n_stories, first=FIRST_STORY + 10_000_000)
+    tokens = stories.tokens()
+    kept = tokens.attention_mask & (tokens.ids >= 4)  # words, not the ends
+    acts = sl.lm.capture(sl.load_model("tales", progress=False), tokens.ids, [HOOK])[HOOK][kept]
+    labels = stories.labels_at(*kept.nonzero(as_tuple=True))
+    columns = [i for i, concept in enumerate(labels.concepts) if concept.kind in kinds]
+    chosen = [labels.concepts[i] for i in columns]
+    return acts, TokenLabels.of(labels.matrix[:, columns], chosen, kept.nonzero()[:, 0])
+
+
+def score(sae: sl.SAE, acts: torch.Tensor, labels: TokenLabels) -> ConceptScores:
+    """Scores of the best feature of each concept, chosen on one half of the stories and scored on the other."""
+    return sl.evaluation.score_concepts(encode_csr(sae, acts), labels)
+
+
+def mean_f1(scores: ConceptScores, *kinds: str) -> float:
+    """Mean F1 of the scored concepts of some kinds, or of some names."""
+    return float(np.mean([row.f1 for row in scores.scored if row.kind in kinds or row.name in kinds]))
 
 
 def format_table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
+    from saelab.sae.objectives.contrastive import ContrastiveLoss as ContrastiveLoss
     from saelab.sae.objectives.dead_latents import AuxK as AuxK
     from saelab.sae.objectives.multi_topk import HierarchicalLoss as HierarchicalLoss, MultiTopKLoss as MultiTopKLoss
     from saelab.sae.objectives.reconstruction import ReconstructionLoss as ReconstructionLoss
