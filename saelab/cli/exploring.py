@@ -128,7 +128,8 @@ def _tell_of_model(server: ExplorerServer, tell: Callable[[str], None]) -> None:
     if state == "ready":
         tell("The language model is ready.")
     elif state.startswith("failed"):
-        tell(f"Prompts and steering are left out, the language model could not be loaded ({state}): give --model.")
+        reason = state.removeprefix("failed: ")
+        tell(f"Prompts and steering are left out, as the language model could not be loaded: {reason}")
 
 
 def name_command(store: Path, model: str, concepts: Path | None = None) -> str:

@@ -384,7 +384,8 @@ def _find_user() -> str:
 
 
 def _say(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    said = str(error).replace(", or pass allow_mismatch=True", "")  # which the explorer does not offer
+    return " ".join(said.split()) or type(error).__name__
 
 
 def _check_comparison(store: FeatureStore, other: FeatureStore | None, comparison: "Comparison | None") -> None:

@@ -374,12 +374,15 @@ def share_weights(model: Model) -> Model:
 
 
 def _lead(hook: Any, copies: dict[int, Any]) -> Any:
-    """A library's hook that leads to modules, such as those of OPT, leading to their copies: functions are not copied.
+    """A library's hook that leads to modules, leading to their copies: functions and weak references are not copied.
 
     Args:
         hook: the hook, or what it holds.
         copies: copies by `id`.
     """
+    if isinstance(hook, weakref.ProxyTypes):
+        copied = copies.get(id(hook.__init__.__self__))
+        return hook if copied is None else weakref.proxy(copied)
     if not isinstance(hook, FunctionType) or not hook.__closure__:
         return copies.get(id(hook), hook)
     held = [cell.cell_contents for cell in hook.__closure__]

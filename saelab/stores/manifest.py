@@ -96,7 +96,8 @@ class Manifest(ABC):
         """
         path = Path(folder) / "manifest.json"
         if not path.is_file():
-            there = "one without" if path.parent.is_dir() else "a file" if path.parent.exists() else "no such folder"
+            there = "a file" if path.parent.exists() else "no such folder"
+            there = f"a folder without {cls.kind}" if path.parent.is_dir() else there
             raise FileNotFoundError(
                 f"A folder of {cls.kind} must be one that `{cls.verb}` wrote, got '{folder}': {there}. Give another "
                 f"one, or make one with `saelab {cls.verb}`."

@@ -14,7 +14,8 @@ import saelab as sl
 pytest.importorskip("playwright", reason="there is no playwright to drive a browser with")
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), "")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium to open the explorer in")
+if not CHROMIUM:
+    pytest.skip("there is no Chromium to open the explorer in", allow_module_level=True)
 
 HOOK, D_SAE = "blocks.1.hook_resid_post", 256
 HOSTILE = '</script><img src=x onerror="alert(1)">'

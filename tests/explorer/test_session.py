@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import gc
 import io
 import itertools
 import json
@@ -124,6 +125,14 @@ def test_a_model_in_use_elsewhere_feels_nothing_of_the_explorer(shown_store: Any
         assert torch.equal(found, sl.lm.capture(tiny, ids, [HOOK])[HOOK])
         with sl.splice(tiny, {HOOK: torch.zeros_like}):  # and a cell's edits are not felt on the page
             assert [*itertools.chain(*steer_live(model, block, setup))] == alone
+
+
+def test_a_model_that_nobody_else_holds_steers(shown_store: Any, shown_sae: Any) -> None:
+    setup = SteeringSetup.from_dict({"prompt": "The owl", "features": [{"feature": 3, "strength": 9.0}], "n_tokens": 4})
+    with contextlib.closing(Explorer.open(shown_store, tiny_model(), shown_sae)) as explorer:
+        gc.collect()
+        sae, model = explorer.require_model()
+        assert [*steer_live(model, setup.interventions(sae, shown_store), setup)][-1][-1]["done"]
 
 
 def test_a_model_that_fails_or_does_not_fit_says_why(shown_store: Any, shown_sae: Any) -> None:

@@ -1,5 +1,7 @@
 """Hook points of families that lay things out in their own way, and of bridges that are not right."""
 
+import gc
+import warnings
 from typing import Any
 
 import pytest
@@ -211,6 +213,12 @@ def test_a_model_that_shares_weights_shares_no_hooks(folded: bool) -> None:
     assert not fired and all(not torch.allclose(logits, expected) for logits in moved)
     model.original_model.train()
     assert not other.original_model.training
+    alone = share_weights(share_weights(model))  # the one between is gone
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(sl.lm.logits(alone, ids), expected)
+        assert torch.allclose(alone.original_model(ids).logits, expected, atol=1e-5)
     with torch.no_grad():
         next(model.parameters()).mul_(2)
     assert not torch.equal(sl.lm.logits(other, ids), expected)

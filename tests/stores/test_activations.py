@@ -77,7 +77,9 @@ def test_unfinished_folder_is_refused(tmp_path, x):
 def test_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere': no such folder\. .* `saelab collect`"):
         Activations.load(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"must be one that `collect` wrote, got '.*': one without"):
+    with pytest.raises(
+        FileNotFoundError, match=r"must be one that `collect` wrote, got '.*': a folder without activations"
+    ):
         Activations.load(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(FileNotFoundError, match="file': a file"):
