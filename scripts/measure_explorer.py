@@ -2,18 +2,22 @@
 
     python scripts/measure_explorer.py                          a synthetic store is written first, in some minutes
     python scripts/measure_explorer.py --store FOLDER --sae FOLDER
+    python scripts/measure_explorer.py --d-sae 100000 --only pages
 
-Pages are those of a store of 24,576 features and 1,000,000 tokens (`--store`); prompts and texts are those of a random
-model of the shape of GPT-2 small with an SAE of 24,576 latents. Each server is a process of its own; requests come from
-this one over loopback, and the first page is that of a real browser (`--chromium`; left out where there is none).
+Pages are those of a store of 24,576 features (`--d-sae`) and 1,000,000 tokens; prompts and texts are those of a random
+model of the shape of GPT-2 small, of which the store seems to be. Each server is a process of its own; requests come
+from this one over loopback, and the first page is that of a real browser (`--chromium`; left out where there is none).
 
     first page      from the call of `explore` to rows in the browser's list, the browser having been started before
-    feature page    one feature's page, features at random: median, and 95 of 100
+    scrolling       from a leap of the list to some place to its row there, in that browser: median, and 95 of 100
+    feature page    one feature's page, features at random: median, and 95 of 100; without the model and with it
     search          one search for a word, words at random: median, and 95 of 100
+    rows            100 rows of the list from some place on, sorted by some column: median, and 95 of 100
+    dead latents    the page of them, once, and the memory of a process that has the SAE for the explorer alone
     prompt          64 tokens: time of a request over that of one forward pass and one encoding, medians taken in turns
     steered tokens  those of all texts that are streamed, a second, over `sl.generate`'s under the same edit
     readers         20 that ask for lists and features, one after another, while texts are streamed: their answers, and
-                    the rate of tokens then
+                    the rate of tokens then over that of a stream alone, medians taken in turns
     memory          private memory that the explorer adds to a process that has saelab, model and SAE
 
 Nothing else should run meanwhile: what is measured is what a person waits for.
@@ -42,12 +46,13 @@ from saelab.collecting.writers import ShardWriter
 from saelab.explorer.live_steering import SteeringSetup
 from saelab.functional.codes import SparseCodes
 from saelab.interventions.steering_hooks import steer_all
+from saelab.lm.models import describe_model
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_statistics import measure, save_statistics
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.results import format_table
 
-D_SAE, N_TOKENS, L0, CTX_LEN, N_WORDS = 24_576, 1_000_000, 32, 128, 30_000
+N_TOKENS, L0, CTX_LEN, N_WORDS = 1_000_000, 32, 128, 30_000
 HOOK = "blocks.2.hook_resid_post"
 SYLLABLES = ("ka", "lo", "mi", "ter", "sun", "ra", "ven", "pol", "and", "ing", "str", "ous", "be", "qui", "zan", "fel")
 PROMPT = (
@@ -57,10 +62,12 @@ TEXT = {"prompt": "Once upon a time", "features": [{"feature": 5, "strength": 1.
 
 
 # ---- what is measured on
-def write_store(folder: Path, seed: int = 0) -> None:
-    """A feature store of random codes on random words, and its SAE, in `folder`/store and `folder`/sae."""
+def write_store(folder: Path, d_sae: int, seed: int = 0) -> None:
+    """A feature store of random codes on random words, and its SAE, in `folder`/store and `folder`/sae; as if it were
+    of the random model.
+    """
     rng = np.random.default_rng(seed)
-    sae = sl.SAE(sl.SAEConfig(d_in=768, d_sae=D_SAE, activation=sl.AbsTopK(k=L0)), seed)
+    sae = sl.SAE(sl.SAEConfig(d_in=768, d_sae=d_sae, activation=sl.AbsTopK(k=L0)), seed)
     sae.save_pretrained(folder / "sae")
     share = 1 / np.arange(1, N_WORDS + 1)
     ids = rng.choice(N_WORDS, N_TOKENS, p=share / share.sum()).astype(np.int32)
@@ -68,35 +75,36 @@ def write_store(folder: Path, seed: int = 0) -> None:
     lengths = (np.arange(N_WORDS)[:, None] >= np.array([0, 16, 256, 4096])).sum(1)
     strings = {i: " " + "".join(SYLLABLES[i >> 4 * n & 15] for n in range(lengths[i])) for i in range(N_WORDS)}
     text = StoredText(token_ids=ids, doc_ids=at // 400, positions=at % 400 % CTX_LEN, strings=strings)
+    model = describe_model(make_model())
     origin = sl.stores.Provenance(
-        model="random", weight_processing="none", hook_point=HOOK, text="random", tokens_sha256="", mask={},
-        dtype="float32", ctx_len=CTX_LEN, n_tokens=N_TOKENS, seed=seed, versions={},
+        model=model.name, weight_processing=model.weight_processing, hook_point=HOOK, text="random", tokens_sha256="",
+        mask={}, dtype="float32", ctx_len=CTX_LEN, n_tokens=N_TOKENS, seed=seed, versions={},
     )  # fmt: skip
     manifest = FeatureManifest(
-        d_sae=D_SAE, dtype="float16", sae=sae.describe() | {"name_or_path": "../sae"},
+        d_sae=d_sae, dtype="float16", sae=sae.describe() | {"name_or_path": "../sae"},
         request={"sae": sae_fingerprint(sae)}, provenance=origin.to_dict(),
     )  # fmt: skip
     store = folder / "store"
     store.mkdir(parents=True)
-    buffers = _CodesBuffer(D_SAE, "float16"), _CodesBuffer(D_SAE, "float16")
+    buffers = _CodesBuffer(d_sae, "float16"), _CodesBuffer(d_sae, "float16")
     with ShardWriter(store, manifest, SHARD_TOKENS, buffers) as writer:
         for places in np.array_split(np.arange(N_TOKENS), N_TOKENS // SHARD_TOKENS + 1):
-            writer.add(_Codes(draw_codes(rng, ids[places]), torch.from_numpy(places)), len(places), 1, {})
+            writer.add(_Codes(draw_codes(rng, ids[places], d_sae), torch.from_numpy(places)), len(places), 1, {})
         writer.flush()
         made = sl.FeatureStore(store, writer.manifest, writer.manifest.check_shards(store))
         orders = ((shard["feature_offsets"], shard["feature_values"]) for _, shard in made.shards())
-        writer.finish(origin, files=save_statistics(store, measure(D_SAE, orders)) | text.save(store))
+        writer.finish(origin, files=save_statistics(store, measure(d_sae, orders)) | text.save(store))
 
 
-def draw_codes(rng: np.random.Generator, ids: np.ndarray) -> SparseCodes:
+def draw_codes(rng: np.random.Generator, ids: np.ndarray, d_sae: int) -> SparseCodes:
     """Codes of tokens, most of them features of their word; a few features are dense, many are rare."""
-    widths = np.maximum(2, np.geomspace(2, 2600, L0).astype(int))
-    widths[-1] += D_SAE - 500 - widths.sum()
+    widths = np.maximum(2, np.geomspace(2, d_sae * 0.106, L0).astype(int))
+    widths[-1] += d_sae * 98 // 100 - widths.sum()
     of_word = (ids[:, None] * 7919 + np.arange(L0)) % widths
     drawn = (rng.random((len(ids), L0)) ** 3 * widths).astype(np.int64)
     latents = np.where(rng.random(drawn.shape) < 0.6, of_word, drawn) + np.concatenate([[0], np.cumsum(widths)[:-1]])
     rows, values = torch.arange(len(ids)).repeat_interleave(L0), torch.from_numpy(rng.standard_normal(drawn.size))
-    return SparseCodes.from_rows(torch.from_numpy(latents.ravel()), values.float(), rows, (len(ids), D_SAE))
+    return SparseCodes.from_rows(torch.from_numpy(latents.ravel()), values.float(), rows, (len(ids), d_sae))
 
 
 def make_model() -> Any:
@@ -104,24 +112,17 @@ def make_model() -> Any:
     return sl.lm.tiny_model(architecture="gpt2", d_model=768, n_layers=12, ctx_len=256)
 
 
-def harvest_text(folder: Path) -> None:
-    """A store of that model with an SAE of as many latents, little trained, in `folder`/store and `folder`/sae."""
-    model = make_model()
-    tokens = sl.tokenize(model, [PROMPT * 4] * 8, ctx_len=256)
-    acts = sl.collect(model, tokens, HOOK, progress=False)
-    sae = sl.SAE(sl.SAEConfig(d_in=model.cfg.d_model, d_sae=D_SAE, activation=sl.AbsTopK(k=L0)))
-    sae.fit(acts, sl.TrainConfig(n_tokens=512, batch_size=128), progress=False).save_pretrained(folder / "sae")
-    sl.harvest(sl.SAE.from_pretrained(folder / "sae"), model, tokens, folder / "store", progress=False)
-
-
 # ---- the server's process
-def serve(store: Path, sae: Path, model: bool) -> None:
-    """Serve a store, and do what is asked on stdin, a word a line, each with a line of JSON on stdout."""
-    coder = sl.SAE.from_pretrained(sae)
+def serve(store: Path, sae: Path | None, model: bool) -> None:
+    """Serve a store, and do what is asked on stdin, a word a line, each with a line of JSON on stdout.
+
+    Without `sae` the explorer takes the one that the store names.
+    """
+    coder = sl.SAE.from_pretrained(sae) if sae is not None else None
     lm = make_model() if model else None
     opened = sl.FeatureStore.load(store) if model else store
     block: list[Any] = []
-    if lm is not None and isinstance(opened, sl.FeatureStore):
+    if lm is not None and coder is not None and isinstance(opened, sl.FeatureStore):
         block = SteeringSetup.from_dict(TEXT).interventions(coder, opened)
         run_pass(lm, coder)  # what model and SAE keep of their first run is theirs
         generate(lm, block)
@@ -131,7 +132,7 @@ def serve(store: Path, sae: Path, model: bool) -> None:
     for line in sys.stdin:
         if line.strip() == "memory":
             say({"MiB": read_memory() - before})
-        elif line.strip() == "pass":
+        elif line.strip() == "pass" and coder is not None:
             say({"seconds": run_pass(lm, coder)})
         elif line.strip() == "generate":
             say({"rate": generate(lm, block)})
@@ -174,8 +175,9 @@ def say(value: Any) -> None:
 class Server:
     """A server in a process of its own."""
 
-    def __init__(self, store: Path, sae: Path, model: bool) -> None:
-        words = [sys.executable, __file__, "--serve", "--store", str(store), "--sae", str(sae)]
+    def __init__(self, store: Path, sae: Path | None, model: bool) -> None:
+        words = [sys.executable, __file__, "--serve", "--store", str(store)]
+        words += ["--sae", str(sae)] if sae is not None else []
         self.process = subprocess.Popen(
             words + ["--model"] * model, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -204,7 +206,7 @@ class Server:
 
 
 @contextmanager
-def serving(store: Path, sae: Path, model: bool = False) -> Iterator[Server]:
+def serving(store: Path, sae: Path | None, model: bool = False) -> Iterator[Server]:
     server = Server(store, sae, model)
     try:
         yield server
@@ -213,11 +215,11 @@ def serving(store: Path, sae: Path, model: bool = False) -> Iterator[Server]:
 
 
 # ---- the figures
-def open_first_page(store: Path, sae: Path, chromium: str, n: int) -> list[float]:
-    """Seconds from `explore` to rows in the list, for each of `n` servers."""
+def open_first_page(store: Path, sae: Path, chromium: str, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds from `explore` to rows in the list, for each of `n` servers, and of leaps in the list."""
     from playwright.sync_api import sync_playwright
 
-    found = []
+    found, leaps, rng = [], [], np.random.default_rng(2)
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for _ in range(n):
@@ -226,9 +228,24 @@ def open_first_page(store: Path, sae: Path, chromium: str, n: int) -> list[float
                 page.goto(server.url)
                 page.wait_for_selector("[data-feature]")
                 found.append(time.time() - server.begin)
+                wait_for_index(server.url)
+                page.reload()  # the list begins anew once all tokens are counted
+                page.wait_for_selector("[data-feature]")
+                leaps += [page.evaluate(LEAP, share) for share in rng.random(20).tolist()]
             page.close()
         browser.close()
-    return found
+    return np.array(found), np.array(leaps)
+
+
+LEAP = """share => new Promise(done => {
+  const rows = document.querySelector(".rows"), height = rows.firstElementChild.offsetHeight;
+  const i = Math.floor(share * (document.querySelector("[role=table]").ariaRowCount - 50)), start = performance.now();
+  const look = () => document.querySelector(`[data-index="${i}"][data-feature]`)
+    ? done((performance.now() - start) / 1000) : requestAnimationFrame(look);
+  rows.scrollTop = height * i / (document.querySelector("[role=table]").ariaRowCount - 1);
+  look();
+})"""
+"""JavaScript of a leap to some share of the list: seconds until its row is there"""
 
 
 def time_requests(url: str, paths: list[str]) -> np.ndarray:
@@ -242,11 +259,14 @@ def time_requests(url: str, paths: list[str]) -> np.ndarray:
     return np.array(found)
 
 
-def list_pages(rng: np.random.Generator, n: int) -> tuple[list[str], list[str]]:
-    """Addresses of features and of searches, drawn at random."""
-    features = [f"api/features/{j}" for j in rng.integers(D_SAE, size=n)]
+def list_pages(rng: np.random.Generator, n: int, url: str) -> tuple[list[str], list[str], list[str]]:
+    """Addresses of features, of searches and of rows of the list, drawn at random."""
+    d_sae = httpx.get(url + "api/about").json()["store"]["d_sae"]
+    features = [f"api/features/{j}" for j in rng.integers(d_sae, size=n)]
     words = ["".join(rng.choice(SYLLABLES, rng.integers(1, 4))) for _ in range(n)]
-    return features, [f"api/features?q={word}&sort=density&order=desc&limit=100" for word in words]
+    places = zip(rng.choice(["density", "peak", "balance"], n), rng.integers(d_sae, size=n), strict=True)
+    rows = [f"api/features?sort={column}&order=desc&offset={at}&limit=100" for column, at in places]
+    return features, [f"api/features?q={word}&sort=density&order=desc&limit=100" for word in words], rows
 
 
 def wait_for_index(url: str) -> float:
@@ -286,6 +306,9 @@ async def read_texts(client: httpx.AsyncClient) -> float:
 async def read_busily(url: str, n_readers: int, rng: np.random.Generator) -> tuple[float, np.ndarray]:
     """Tokens a second while readers ask for pages one after another, and the seconds of their answers."""
     limits = httpx.Limits(max_connections=None)
+    asked = [
+        [path for pair in zip(*list_pages(rng, 500, url)[:2], strict=True) for path in pair] for _ in range(n_readers)
+    ]
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         writing, times = asyncio.ensure_future(read_texts(client)), list[float]()
 
@@ -298,25 +321,27 @@ async def read_busily(url: str, n_readers: int, rng: np.random.Generator) -> tup
                 times.append(time.perf_counter() - start)
                 await asyncio.sleep(0.5)  # a person reads what came
 
-        readers = [
-            read([path for pair in zip(*list_pages(rng, 500), strict=True) for path in pair]) for _ in range(n_readers)
-        ]
-        await asyncio.gather(writing, *readers)
+        await asyncio.gather(writing, *map(read, asked))
         return await writing, np.array(times)
 
 
-def time_texts(server: Server, n: int) -> tuple[float, float]:
-    """Medians of tokens a second of a stream, and of `sl.generate` under the same edit, taken in turns."""
+def time_texts(server: Server, n: int) -> tuple[float, float, float, np.ndarray]:
+    """Medians of tokens a second of a stream alone, of `sl.generate` under the same edit, and of a stream while 20
+    read, taken in turns; and the seconds of the readers' answers.
+    """
 
     async def stream() -> float:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
             return await read_texts(client)
 
-    streamed, generated = [], []
+    streamed, generated, beside, times, rng = [], [], [], [], np.random.default_rng(1)
     for _ in range(n):
         generated.append(server.ask("generate"))
         streamed.append(asyncio.run(stream()))
-    return float(np.median(streamed)), float(np.median(generated))
+        rate, answers = asyncio.run(read_busily(server.url, 20, rng))
+        beside.append(rate)
+        times.append(answers)
+    return float(np.median(streamed)), float(np.median(generated)), float(np.median(beside)), np.concatenate(times)
 
 
 def tell(times: np.ndarray) -> str:
@@ -330,30 +355,39 @@ Rows = Iterator[list[str]]
 def measure_pages(store: Path, sae: Path, chromium: str, n: int) -> Rows:
     """Figures of a large store, without a model."""
     if Path(chromium).is_file():
-        times = np.array(open_first_page(store, sae, chromium, 3))
+        times, leaps = open_first_page(store, sae, chromium, 3)
         yield ["first page", f"{np.median(times):.2f} s (of 3: {times.min():.2f} to {times.max():.2f})", "1 s"]
+        yield ["scrolling", tell(leaps), "-"]
     with serving(store, sae) as server:
         until = wait_for_index(server.url)
-        features, searches = list_pages(np.random.default_rng(0), n)
+        features, searches, rows = list_pages(np.random.default_rng(0), n, server.url)
         time_requests(server.url, features[:3] + searches[:3])
         yield ["feature page", tell(time_requests(server.url, features)), "50 ms"]
         yield ["search", tell(time_requests(server.url, searches)), "50 ms"]
+        yield ["rows", tell(time_requests(server.url, rows)), "-"]
         yield ["tokens searchable", f"{until:.0f} s after the start", "-"]
         yield ["memory, pages", f"{server.ask('memory'):.0f} MiB", "300 MiB"]
-
-
-def measure_model(folder: Path, n: int) -> Rows:
-    """Figures of what runs the model."""
-    with serving(folder / "store", folder / "sae", model=True) as server:
+    with serving(store, None) as server:
         wait_for_index(server.url)
+        [seconds] = time_requests(server.url, ["api/pages/dead"])
+        yield ["dead latents", f"{seconds:.2f} s, {server.ask('memory'):.0f} MiB with the SAE", "300 MiB"]
+
+
+def measure_model(store: Path, sae: Path, n: int) -> Rows:
+    """Figures of what runs the model."""
+    with serving(store, sae, model=True) as server:
+        wait_for_index(server.url)
+        features = list_pages(np.random.default_rng(0), n, server.url)[0]
+        time_requests(server.url, features[:3])
+        yield ["feature page, model", tell(time_requests(server.url, features)), "50 ms"]
         asked, one = time_prompt(server, n)
         said = f"{asked / one:.2f} passes ({1000 * asked:.0f} ms, one {1000 * one:.0f} ms)"
         yield ["prompt of 64 tokens", said, "1.3 passes"]
-        streamed, generated = time_texts(server, max(3, n // 10))
+        streamed, generated, beside, times = time_texts(server, max(3, n // 20))
         said = f"{streamed / generated:.2f} of generate ({streamed:.0f} and {generated:.0f} a second)"
         yield ["steered tokens", said, "0.85"]
-        rate, times = asyncio.run(read_busily(server.url, 20, np.random.default_rng(1)))
-        yield ["20 readers meanwhile", f"{tell(times)}, {len(times)} answers, {rate:.0f} tokens a second", "answered"]
+        said = f"{tell(times)}, {len(times)} answers, {beside:.0f} tokens a second, {beside / streamed:.2f} of alone"
+        yield ["20 readers meanwhile", said, "0.5"]
         yield ["memory, model's work", f"{server.ask('memory'):.0f} MiB", "300 MiB"]
 
 
@@ -361,6 +395,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--store", type=Path, help="store of the pages; one is written without it")
     parser.add_argument("--sae", type=Path, help="its SAE")
+    parser.add_argument("--d-sae", type=int, default=24_576, help="features of a store that is written")
     parser.add_argument("--chromium", default="/usr/bin/chromium")
     parser.add_argument("--n", type=int, default=100, help="requests of each kind")
     parser.add_argument("--only", choices=["pages", "model"], help="one half of the table")
@@ -372,25 +407,25 @@ def main() -> None:
         serve(args.store, args.sae, args.model)
         return
     with tempfile.TemporaryDirectory() as name:
-        parts: dict[str, Callable[[Path], Rows]] = {
-            "pages": lambda folder: measure_pages(*find_store(args, folder), args.chromium, args.n),
-            "model": lambda folder: harvest_text(folder) or measure_model(folder, args.n),  # type: ignore[func-returns-value]
+        store, sae = find_store(args, Path(name))
+        parts: dict[str, Callable[[], Rows]] = {
+            "pages": lambda: measure_pages(store, sae, args.chromium, args.n),
+            "model": lambda: measure_model(store, sae, args.n),
         }
         rows = []
         for part, run in parts.items():
-            for row in run(Path(name) / part) if args.only in (None, part) else ():
+            for row in run() if args.only in (None, part) else ():
                 print(*row, sep="; ", file=sys.stderr)
                 rows.append(row)
-    print("\n".join(format_table([["", "measured", "limit"], *rows], left=(0, 1, 2))))
-    print(
-        f"{D_SAE:,} features, {N_TOKENS:,} tokens; {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch."
-    )
+        print("\n".join(format_table([["", "measured", "limit"], *rows], left=(0, 1, 2))))
+        size = repr(sl.FeatureStore.load(store))
+    print(f"{size}; {os.cpu_count()} cores, {torch.get_num_threads()} threads of torch.")
 
 
 def find_store(args: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     if args.store is not None:
         return args.store, args.sae
-    write_store(folder)
+    write_store(folder, args.d_sae)
     return folder / "store", folder / "sae"
 
 

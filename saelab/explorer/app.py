@@ -9,7 +9,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.resources import files
@@ -90,6 +90,8 @@ def _check_setup(plain: dict[str, Any]) -> dict[str, Any]:
 
 NAMES = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
 Work: TypeAlias = Callable[[Explorer, Call], Any]
+FEATURES = "/api/features"
+"""what the addresses of lists and pages of features begin with, which are made one after another"""
 
 READING: dict[str, Work] = {
     "/api/about": lambda explorer, call: explorer.about(),
@@ -165,8 +167,13 @@ def make_app(
 
     model = _ModelRoutes(explorer, limits)
     routes = [Route("/", partial(_show_page, explorer)), Route("/static/{name:path}", _send_file)]
-    routes += [Route(path, _answer(explorer, work)) for path, work in READING.items()]
-    routes += [Route(path, _answer(explorer, work), methods=[method]) for (method, path), work in CHANGING.items()]
+    # Many threads at work in Python would leave a text that is being written no time, and get no more done.
+    one = asyncio.Semaphore(1)
+    at_once = nullcontext()
+    for path, work in READING.items():
+        routes.append(Route(path, _answer(explorer, work, one if path.startswith(FEATURES) else at_once)))
+    for (method, path), work in CHANGING.items():
+        routes.append(Route(path, _answer(explorer, work, at_once), methods=[method]))
     routes += [
         Route("/api/export", partial(_export, explorer)),
         Route("/api/prompt", model.prompt, methods=["POST"]),
@@ -229,8 +236,8 @@ def write_json(value: Any) -> str:
         return to_json(value, indent=None)
 
 
-def _answer(explorer: Explorer, work: Work) -> Callable[[Any], Any]:
-    """An endpoint that does its work, and writes its answer as JSON, in a thread."""
+def _answer(explorer: Explorer, work: Work, turn: AbstractAsyncContextManager[Any]) -> Callable[[Any], Any]:
+    """An endpoint that does its work, and writes its answer as JSON, in a thread, once it has its turn."""
     from starlette.concurrency import run_in_threadpool
 
     async def endpoint(request: Any) -> Any:
@@ -240,7 +247,8 @@ def _answer(explorer: Explorer, work: Work) -> Callable[[Any], Any]:
             value = work(explorer, call)
             return _reply(value if isinstance(value, dict) else {})  # of a change nothing needs to be told
 
-        return await run_in_threadpool(answer)
+        async with turn:
+            return await run_in_threadpool(answer)
 
     return endpoint
 

@@ -23,7 +23,7 @@ from saelab.stores.files import checksum, find_inside
 from saelab.stores.manifest import FeatureManifest, Provenance
 from saelab.stores.packing import MapBudget, ShardArrays, as_csr
 from saelab.stores.results import Drawn
-from saelab.stores.tensors import TensorFile, load_tensors
+from saelab.stores.tensors import TensorFile
 from saelab.stores.validation import naming
 
 if TYPE_CHECKING:
@@ -151,7 +151,8 @@ class FeatureStore:
         """Firing counts, sums, maxima and histogram of every feature, by sign."""
         path = find_inside(self.folder, STATISTICS)
         with naming(path):
-            arrays = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
+            file = TensorFile.open(path)  # mapped: a wide store's histograms are large, and seldom read
+            arrays = {name: file.read(name).numpy() for name in file.specs}
             return FeatureStatistics.from_arrays(arrays, self.d_sae)
 
     @cached_property

@@ -1,6 +1,7 @@
 """The feature store, against dense codes and against itself after accidents."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,3 +269,10 @@ def test_a_fingerprint_is_of_evenly_spaced_values_in_the_order_of_rows():
         step = max(1, weight.numel() // 64)
         digest.update(weight.reshape(-1)[::step].clone().view(torch.uint8).numpy().tobytes())
     assert fingerprint(weights) == digest.hexdigest()[:16]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="there is no list of this process' maps")
+def test_statistics_are_read_from_a_map(store):
+    read = sl.FeatureStore.load(store.folder)
+    assert np.array_equal(read.statistics.fires, store.statistics.fires)
+    assert str(store.folder / "statistics.safetensors") in Path("/proc/self/maps").read_text()

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from asking import TOKEN, Client
 
@@ -252,3 +254,33 @@ def test_half_of_a_surrogate_pair_is_named(client: Client, method: str, path: st
     assert answer.json()["error"].startswith(
         "A request must hold Unicode text, got half of a surrogate pair ('\\ud800')"
     )
+
+
+def test_pages_of_features_are_made_one_after_another_and_hold_nothing_else_up(
+    explorer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go, at_work, most = threading.Event(), threading.Event(), [], []
+
+    def describe(_: Any, feature: int) -> dict[str, Any]:
+        at_work.append(feature)
+        most.append(len(at_work))
+        begun.set()
+        go.wait(20)
+        at_work.remove(feature)
+        return {"feature": feature}
+
+    monkeypatch.setattr(app_module.feature_pages, "describe", describe)
+    app = make_app(explorer, TOKEN)
+
+    async def read() -> list[int]:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url=f"http://127.0.0.1/{TOKEN}/"
+        ) as asked:
+            pages = [asyncio.ensure_future(asked.get(f"api/features/{j}")) for j in range(6)]
+            await asyncio.to_thread(begun.wait, 20)
+            others = [await asked.get(path) for path in ("api/about", "api/lists", "api/pages/dead", "static/page.css")]
+            assert {answer.status_code for answer in others} == {200} and not any(page.done() for page in pages)
+            go.set()
+            return [(await page).json()["feature"] for page in pages]
+
+    assert asyncio.run(read()) == list(range(6)) and most == [1] * 6

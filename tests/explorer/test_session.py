@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.explorer import session
+from saelab.explorer import live_steering, session
 from saelab.explorer.feature_pages import describe
 from saelab.explorer.live_steering import SteeringSetup, steer_live
 from saelab.explorer.session import Explorer, Recent
@@ -97,7 +97,10 @@ def test_closing_waits_for_a_model_that_loads_and_takes_none_later(
     assert not [thread for thread in threading.enumerate() if thread.name == "saelab_load"]
 
 
-def test_a_model_in_use_elsewhere_feels_nothing_of_the_explorer(shown_store: Any, shown_sae: Any, tiny: Any) -> None:
+def test_a_model_in_use_elsewhere_feels_nothing_of_the_explorer(
+    shown_store: Any, shown_sae: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_steering, "TURN_SECONDS", 60)  # equal turns on a busy machine, too
     ids = torch.arange(65, 81)[None]
     expected = sl.lm.logits(tiny, ids)
     setup = SteeringSetup.from_dict({"prompt": "The owl", "features": [{"feature": 3, "strength": 9.0}], "n_tokens": 4})
