@@ -217,7 +217,9 @@ class _Decode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         entries: Entries = ctx.entries.with_columns(len(W_dec))
         grad = grad.contiguous()
-        grad_values = sampled_dot(entries.rows, entries.indices, grad, W_dec, entries.order)
+        grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_values = sampled_dot(entries.rows, entries.indices, grad, W_dec, entries.order)
         grad_W = weight_gradient(entries, values, grad, len(W_dec)) if ctx.needs_input_grad[1] else None
         return grad_values, grad_W, None
 

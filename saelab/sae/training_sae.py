@@ -310,9 +310,13 @@ class TrainingSAE:
 
     def _pursuit_step(self, x: Tensor, W_dec: Tensor, encoder: PursuitEncoder, activation: Activation) -> _StepCodes:
         """Errors of the prefixes for a pursuit, whose codes are differentiable or constants."""
-        k = getattr(activation, "k", None)
+        number = int(self.state["n_steps"])
+        visible = self.sae.cfg.reconstruction.visible(self.sae.cfg.d_in, self.cfg.seed, number)
         with torch.set_grad_enabled(encoder.learns_through_codes and torch.is_grad_enabled()):
-            codes = self.sae.pursue(x - self.sae.b_dec, W_dec, k)
+            centered, rows = x - self.sae.b_dec, W_dec
+            if visible is not None:
+                centered, rows = centered @ visible.to(x), rows @ visible.to(x)
+            codes = self.sae.pursue(centered, rows, getattr(activation, "k", None))
         entries = Entries(codes.indices, codes.rows, codes.offsets).with_columns(self.sae.cfg.d_sae)
         return self._decode_step(codes.values, entries, x, W_dec, None, None)
 

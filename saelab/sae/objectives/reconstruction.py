@@ -41,6 +41,16 @@ class ReconstructionLoss(LossTerm):
         """
         return None
 
+    def visible(self, d_in: int, seed: int, number: int) -> Float[Tensor, "d_in n_visible"] | None:
+        """Directions that a pursuit finds codes from in a step; None for all of the activations.
+
+        Args:
+            d_in: width of the activations.
+            seed: seed of the run.
+            number: number of completed steps.
+        """
+        return None
+
     def check(self, cfg: Any) -> None:
         """Raise ValueError for a second reconstruction term."""
         others = [term for term in cfg.objective if isinstance(term, ReconstructionLoss)]
