@@ -29,6 +29,7 @@ from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import LossTerm, read_loss_term
 from saelab.sae.pretrained import CONFIG, WEIGHTS
 from saelab.sae.sae import SAE
+from saelab.sae.soft_frozen import SoftFrozen
 from saelab.stores.activations import Activations
 from saelab.stores.files import settle
 from saelab.stores.jobs import hold_folder
@@ -61,12 +62,16 @@ def train_sae(
         ),
     ] = None,
     dictionary: Annotated[
-        str, Option(help=f"Rows of the dictionary: {', '.join(get_args(Dictionary))}, archetypal.", metavar="NAME")
+        str,
+        Option(
+            help=f"Rows of the dictionary: {', '.join(get_args(Dictionary))}, archetypal, soft_frozen.", metavar="NAME"
+        ),
     ] = SAEConfig.dictionary,  # type: ignore[assignment]  # the default is a name
     n_points: int | None = None,
     delta: Annotated[float | None, Option(show_default=str(Archetypal.delta))] = None,
     normalizer: options.Name = SAEConfig.normalizer,
     init: options.Name = SAEConfig.init,
+    train_encoder: bool = SAEConfig.train_encoder,
     aux: Annotated[bool, Option("--aux/--no-aux", help="Revive dead latents by the AuxK loss, or not.")] = True,
     dead_after_tokens: int | None = AuxK.dead_after_tokens,
     objective: Annotated[
@@ -119,6 +124,7 @@ def train_sae(
         dictionary=read_dictionary(dictionary, n_points, delta),  # type: ignore[arg-type]  # SAEConfig checks names
         normalizer=normalizer,  # type: ignore[arg-type]
         init=init,  # type: ignore[arg-type]
+        train_encoder=train_encoder,
         objective=read_objective(objective or [], AuxK(dead_after_tokens=dead_after_tokens) if aux else None),
         d_out=None if targets is None else targets.d_in,
         skip=skip,
@@ -161,11 +167,11 @@ def read_activation(name: str, k: int) -> Activation:
     return make_activation(name, **({"target_l0": float(k)} if "target_l0" in known else {"k": k}))
 
 
-def read_dictionary(name: str, n_points: int | None, delta: float | None) -> str | Archetypal:
+def read_dictionary(name: str, n_points: int | None, delta: float | None) -> str | Archetypal | SoftFrozen:
     """The dictionary by its name, an archetypal one with its two settings; ValueError for settings of another.
 
-    >>> read_dictionary("archetypal", None, 0.2)
-    Archetypal(n_points=None, delta=0.2)
+    >>> read_dictionary("archetypal", None, 0.2), read_dictionary("soft_frozen", None, None)
+    (Archetypal(n_points=None, delta=0.2), SoftFrozen(cosine=0.8))
     """
     if name == "archetypal":
         return Archetypal(n_points=n_points, delta=Archetypal.delta if delta is None else delta)
@@ -173,7 +179,7 @@ def read_dictionary(name: str, n_points: int | None, delta: float | None) -> str
         raise ValueError(
             f"`--n-points` and `--delta` must go with `--dictionary archetypal`, got '{name}'; leave them out."
         )
-    return name
+    return SoftFrozen() if name == "soft_frozen" else name
 
 
 def read_objective(texts: Sequence[str], aux: AuxK | None) -> tuple[LossTerm, ...]:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from saelab.sae.module import SAEModule as SAEModule
     from saelab.sae.normalizer import Normalizer as Normalizer, NormalizerKind as NormalizerKind
     from saelab.sae.sae import SAE as SAE, fit as fit
+    from saelab.sae.soft_frozen import SoftFrozen as SoftFrozen
     from saelab.sae.training_sae import StepLosses as StepLosses, TrainingSAE as TrainingSAE
 
 __getattr__, __dir__, __all__ = attach(__name__)

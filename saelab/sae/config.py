@@ -19,6 +19,7 @@ from saelab.sae.objectives.dead_latents import AuxK
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.sparsity import SparsityLoss
 from saelab.sae.objectives.terms import LossTerm, read_loss_term
+from saelab.sae.soft_frozen import SoftFrozen
 from saelab.stores.validation import read_fields, require_object
 from saelab.training.schedules import Schedule
 
@@ -60,9 +61,9 @@ class SAEConfig:
     """Matryoshka: sizes of dictionary prefixes that must each reconstruct on their own; fixed sizes increase and end at
     d_sae; None trains only the whole dictionary
     """
-    dictionary: Dictionary | Archetypal = "unit"
-    """constraint on rows of W_dec: of unit norm, free, frozen at their initial values (a baseline), or
-    `Archetypal(...)`
+    dictionary: Dictionary | Archetypal | SoftFrozen = "unit"
+    """constraint on rows of W_dec: of unit norm, free, `Archetypal(...)`, or as a baseline frozen at their initial
+    values or kept near them, `SoftFrozen(...)`
     """
     normalizer: NormalizerKind = "scale"
     """"none"; "scale": mean-centered, E||x||^2 = d_in; "whiten": principal components of unit variance; "token_norm"
@@ -90,6 +91,9 @@ class SAEConfig:
     """"linear", or a pursuit along the rows of W_dec: `MatchingPursuit(...)`, `OrthogonalMatchingPursuit(...)`,
     `ICFL(...)`
     """
+
+    train_encoder: bool = True
+    """whether W_enc and b_enc are trained; without, they stay at their initial values, a baseline (arXiv:2602.14111)"""
 
     def __post_init__(self) -> None:
         for name in ("prefixes", "objective"):
@@ -173,9 +177,11 @@ class SAEConfig:
         self.activation.check(self.d_sae)
 
     def _check_dictionary(self) -> None:
-        if not isinstance(self.dictionary, Archetypal):
+        if not (self.train_encoder or self.encoder == "linear"):
+            raise ValueError(f"`train_encoder` must be true where W_dec is the encoder, got {self.encoder}.")
+        if not isinstance(self.dictionary, Archetypal | SoftFrozen):
             _check_choice("dictionary", self.dictionary, get_args(Dictionary))
-        elif self.init != "tied":
+        elif isinstance(self.dictionary, Archetypal) and self.init != "tied":
             raise ValueError(
                 f"`init` must be 'tied' for an archetypal dictionary, it starts at its points, got '{self.init}'."
             )
@@ -196,12 +202,12 @@ class SAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """Configuration as a dictionary for JSON, the inverse of `from_dict`.
 
-        `d_out`, `skip`, `encoder` and `sparsity_schedule` are left out at their defaults. An objective of
-        reconstruction, with AuxK or without, is written as `aux`, as in files of every release; any other as
+        `d_out`, `skip`, `encoder`, `sparsity_schedule` and `train_encoder` are left out at their defaults. An objective
+        of reconstruction, with AuxK or without, is written as `aux`, as in files of every release; any other as
         `objective`.
         """
         plain = asdict(self)
-        for name in ("d_out", "skip", "encoder", "sparsity_schedule"):
+        for name in ("d_out", "skip", "encoder", "sparsity_schedule", "train_encoder"):
             if getattr(self, name) == SAEConfig.__dataclass_fields__[name].default:
                 del plain[name]
         if isinstance(self.encoder, PursuitEncoder):
@@ -236,9 +242,10 @@ class SAEConfig:
             for name in objectives.__all__:  # saelab's own terms register themselves when they are imported
                 getattr(objectives, name)
             values["objective"] = tuple(read_loss_term(term) for term in values["objective"])
+        near = isinstance(plain.get("dictionary"), dict) and "cosine" in plain["dictionary"]
         parts = {
             "prefixes": RandomPrefixes,
-            "dictionary": Archetypal,
+            "dictionary": SoftFrozen if near else Archetypal,
             "sparsity_schedule": Schedule,
         }
         for name, kind in parts.items():

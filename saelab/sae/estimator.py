@@ -19,6 +19,7 @@ from saelab.sae.archetypal import Archetypal
 from saelab.sae.config import Dictionary, Init, RandomPrefixes, SAEConfig
 from saelab.sae.normalizer import NormalizerKind
 from saelab.sae.sae import SAE
+from saelab.sae.soft_frozen import SoftFrozen
 from saelab.training.config import TrainConfig
 
 ROWS = 8192  # encoded at a time
@@ -44,7 +45,7 @@ class SparseCoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimat
         activation: Activation | None = None,
         *,
         prefixes: tuple[int, ...] | RandomPrefixes | None = None,
-        dictionary: Dictionary | Archetypal = "unit",
+        dictionary: Dictionary | Archetypal | SoftFrozen = "unit",
         normalizer: NormalizerKind = "scale",
         init: Init = "tied",
         n_tokens: int = 200_000,

@@ -59,9 +59,10 @@ class SAEModule(nn.Module):
             directions = directions if generator is None else self.archetypes().detach()
         if not isinstance(cfg.encoder, PursuitEncoder):
             read = directions.clone() if cfg.d_out is None else _draw_directions(cfg.d_sae, cfg.d_in, generator)
-            self.W_enc = nn.Parameter(read.T)
-            self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
-        self.W_dec = nn.Parameter(directions, requires_grad=cfg.dictionary in ("unit", "free"))
+            self.W_enc = nn.Parameter(read.T, requires_grad=cfg.train_encoder)
+            self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae), requires_grad=cfg.train_encoder)
+        learned = cfg.dictionary != "frozen" and self.archetypes is None
+        self.W_dec = nn.Parameter(directions, requires_grad=learned)
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_target))
         self.W_skip = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_target)) if cfg.skip else None
         threshold = cfg.activation.initial_threshold(cfg.d_sae)
@@ -261,10 +262,11 @@ class SAEModule(nn.Module):
         if self.W_skip is not None and folded.W_skip is not None:
             folded.W_skip.copy_(written.apply_matrix(read.fold_into(self.W_skip), written.inverse))
             folded.b_dec.copy_(exact(folded.b_dec) - exact(read.mean) @ exact(folded.W_skip))
-        folded.cfg = replace(self.cfg, normalizer="none", dictionary="free")
+        folded.cfg = replace(self.cfg, normalizer="none", dictionary="free", train_encoder=True)
         folded.normalizer = Normalizer("none", self.cfg.d_in)
         folded.archetypes = None  # W and Lambda give the rows in the normalizer's units
-        folded.W_dec.requires_grad_(True)
+        for parameter in folded.parameters():
+            parameter.requires_grad_(True)
         return folded
 
     def _check_width(self, x: Tensor) -> None:

@@ -21,6 +21,7 @@ from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import TrainingStep, find_entries
+from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
 from saelab.training.config import TrainConfig
 from saelab.training.schedules import value_at
 
@@ -191,6 +192,8 @@ class TrainingSAE:
         }
         for term in sae.cfg.terms:
             self.state |= {f"{term.name}.{key}": t.to(sae.device) for key, t in term.initial_state(sae.cfg).items()}
+        if isinstance(sae.cfg.dictionary, SoftFrozen):
+            self.state["axes"] = torch.zeros_like(sae.W_dec)
         self.steered = activation.penalty_target is not None
         self.spare: dict[str, Tensor] = {}
 
@@ -219,6 +222,8 @@ class TrainingSAE:
         self.state["variance"].copy_(variance if variance > 0 else torch.ones_like(variance))
         if not self.trained:  # a trained SAE continues from its weights
             place_weights(sae, x, y, self.cfg.seed)
+        if "axes" in self.state:
+            self.state["axes"].copy_(_normalize_rows(sae.W_dec))
 
     def _read(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[Tensor, Tensor]:
         """Normalized inputs and targets; the same tensor for an autoencoder."""
@@ -459,12 +464,14 @@ class TrainingSAE:
 
     @torch.no_grad()
     def constrain_weights(self) -> None:
-        """Project dictionary rows to unit norm, or to their archetypal constraint, and keep learned thresholds
-        positive.
+        """Project dictionary rows to unit norm, to their archetypal constraint or near their initial directions, and
+        keep learned thresholds positive.
         """
         if self.sae.cfg.dictionary == "unit":
             for w in self.sae.W_dec.split(256):
                 w /= torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp(min=1e-12)
+        if isinstance(self.sae.cfg.dictionary, SoftFrozen):
+            self.sae.W_dec.copy_(project_to_cones(self.sae.W_dec, self.state["axes"], self.sae.cfg.dictionary.cosine))
         if self.sae.archetypes is not None:
             self.sae.archetypes.constrain()
             self.sae.W_dec.copy_(self.sae.archetypes())
