@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from saelab.sae.objectives.masked import MaskedLoss as MaskedLoss
     from saelab.sae.objectives.multi_topk import HierarchicalLoss as HierarchicalLoss, MultiTopKLoss as MultiTopKLoss
     from saelab.sae.objectives.orthogonal import OrthogonalLoss as OrthogonalLoss
+    from saelab.sae.objectives.p_annealing import LpPenalty as LpPenalty
     from saelab.sae.objectives.reconstruction import ReconstructionLoss as ReconstructionLoss
     from saelab.sae.objectives.sparsity import SparsityLoss as SparsityLoss
     from saelab.sae.objectives.terms import (
