@@ -33,13 +33,14 @@ if TYPE_CHECKING:
         RandomPrefixes as RandomPrefixes,
         SAEConfig as SAEConfig,
     )
+    from saelab.sae.duplicates import DuplicateReset as DuplicateReset
     from saelab.sae.encoders import (
         ICFL as ICFL,
         MatchingPursuit as MatchingPursuit,
         OrthogonalMatchingPursuit as OrthogonalMatchingPursuit,
         PursuitEncoder as PursuitEncoder,
     )
-    from saelab.sae.fitting import Data as Data, HeldOut as HeldOut, Pair as Pair
+    from saelab.sae.fitting import Data as Data, HeldOut as HeldOut, Pair as Pair, fit_normalizer as fit_normalizer
     from saelab.sae.initialization import (
         make_untrained as make_untrained,
         resample_dead_latents as resample_dead_latents,

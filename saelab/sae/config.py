@@ -13,6 +13,7 @@ from saelab.sae import objectives
 from saelab.sae.activation_functions import TopK, read_activation
 from saelab.sae.activation_registry import Activation
 from saelab.sae.archetypal import Archetypal
+from saelab.sae.duplicates import DuplicateReset
 from saelab.sae.encoders import PursuitEncoder, read_encoder
 from saelab.sae.normalizer import KINDS, PER_TOKEN, NormalizerKind
 from saelab.sae.objectives.dead_latents import AuxK
@@ -91,7 +92,8 @@ class SAEConfig:
     """"linear", or a pursuit along the rows of W_dec: `MatchingPursuit(...)`, `OrthogonalMatchingPursuit(...)`,
     `ICFL(...)`
     """
-
+    duplicates: DuplicateReset | None = None
+    """replacement of nearly equal rows of W_dec during training, for pursuits"""
     train_encoder: bool = True
     """whether W_enc and b_enc are trained; without, they stay at their initial values, a baseline (arXiv:2602.14111)"""
 
@@ -115,6 +117,8 @@ class SAEConfig:
                 "measures of an input says nothing of the target. Take 'scale', or normalize the inputs before."
             )
         self._check_encoder()
+        if self.duplicates is not None:
+            self.duplicates.check(self)
         self._check_dictionary()
         _check_choice("normalizer", self.normalizer, KINDS)
         _check_choice("init", self.init, get_args(Init))
@@ -202,12 +206,12 @@ class SAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """Configuration as a dictionary for JSON, the inverse of `from_dict`.
 
-        `d_out`, `skip`, `encoder`, `sparsity_schedule` and `train_encoder` are left out at their defaults. An objective
-        of reconstruction, with AuxK or without, is written as `aux`, as in files of every release; any other as
-        `objective`.
+        `d_out`, `skip`, `encoder`, `duplicates`, `sparsity_schedule` and `train_encoder` are left out at their
+        defaults. An objective of reconstruction, with AuxK or without, is written as `aux`, as in files of every
+        release; any other as `objective`.
         """
         plain = asdict(self)
-        for name in ("d_out", "skip", "encoder", "sparsity_schedule", "train_encoder"):
+        for name in ("d_out", "skip", "encoder", "duplicates", "sparsity_schedule", "train_encoder"):
             if getattr(self, name) == SAEConfig.__dataclass_fields__[name].default:
                 del plain[name]
         if isinstance(self.encoder, PursuitEncoder):
@@ -246,6 +250,7 @@ class SAEConfig:
         parts = {
             "prefixes": RandomPrefixes,
             "dictionary": SoftFrozen if near else Archetypal,
+            "duplicates": DuplicateReset,
             "sparsity_schedule": Schedule,
         }
         for name, kind in parts.items():

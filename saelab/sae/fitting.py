@@ -32,6 +32,7 @@ NEAR = 0.002  # relative distance from the target at which the search ends
 TOLERANCE = 0.05  # relative distance from the target that is warned of
 REACH = 0.25  # relative distance from the target beyond which L0 is not corrected: codes would change too much
 MAX_PASSES = 40
+NORMALIZER_TOKENS = 65_536  # tokens that a normalizer is fitted to
 Pair: TypeAlias = tuple[Activations, Activations] | tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]
 """Inputs and targets of the same tokens, for a transcoder."""
 HeldOut: TypeAlias = (
@@ -233,6 +234,30 @@ def make_run(
     if run.has_checkpoint and not resume:
         raise ValueError(f"`out` must not hold another run, got {folder}; go on with resume=True, or choose another.")
     return run
+
+
+def fit_normalizer(sae: SAEModule, acts: Data, *, seed: int = 0) -> None:
+    """Fit the normalizer to other activations than the SAE will be trained on, in place; `fit` then keeps it.
+
+    With normalizer "whiten" and activations of a control set, directions along which the controls vary are scaled down,
+    so that the dictionary describes what is different from them (arXiv:2412.16247).
+
+    Args:
+        sae: an SAE that was not trained.
+        acts: activations, or pairs of them for a transcoder; a sample of at most 65,536 tokens is used.
+        seed: seed of the sample.
+
+    Raises:
+        ValueError: for a normalizer that learns nothing, an SAE that was trained, and other widths.
+    """
+    if sae.cfg.normalizer not in ("scale", "whiten"):
+        raise ValueError(f"`normalizer` must be 'scale' or 'whiten' to be fitted, got '{sae.cfg.normalizer}'.")
+    if getattr(sae, "training_", None) is not None:
+        raise ValueError("`sae` must not be trained yet: its weights are in the units of the normalizer it has.")
+    acts = open_data(acts)
+    _check_widths(sae, acts.d_in, getattr(acts, "d_out", None))
+    batches = acts if isinstance(acts, Batches) else acts.batches(min(NORMALIZER_TOKENS, acts.n_tokens), seed=seed)
+    sae.fit_normalizers(next(batches).to(sae.W_dec))
 
 
 def open_data(acts: Data) -> Activations | ActivationPairs | Batches:

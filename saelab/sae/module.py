@@ -94,6 +94,12 @@ class SAEModule(nn.Module):
         """Normalizer of what is reconstructed: a transcoder's `target_normalizer`, an autoencoder's `normalizer`."""
         return self.normalizer if self.target_normalizer is None else self.target_normalizer
 
+    def fit_normalizers(self, sample: Float[Tensor, "n_tokens width"]) -> None:
+        """Fit the normalizers to a sample of inputs, a transcoder's with their targets appended."""
+        self.normalizer.fit(sample[:, : self.cfg.d_in])
+        if self.target_normalizer is not None:
+            self.target_normalizer.fit(sample[:, self.cfg.d_in :])
+
     def center(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Input of the encoder: `normalize(x) - b_dec`, or a transcoder's `normalize(x)`."""
         normalized = self.normalizer.normalize(x.to(self.W_dec))

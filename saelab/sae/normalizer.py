@@ -44,6 +44,14 @@ class Normalizer(nn.Module):
         self.register_buffer("matrix", unit.clone())
         self.register_buffer("inverse", unit.clone())
 
+    @property
+    def fitted(self) -> bool:
+        """Whether it is another map than the identity it starts as; never for kinds that learn nothing."""
+        if self.kind == "none" or self.kind in PER_TOKEN:
+            return False
+        unit = torch.eye(len(self.mean)).to(self.matrix) if self.matrix.ndim else torch.ones_like(self.matrix)
+        return bool(self.mean.any()) or not torch.equal(self.matrix, unit)
+
     @torch.no_grad()
     def fit(self, x: Float[Tensor, "n_tokens d_in"]) -> None:
         """Estimate mean and M from a sample of activations, in float64."""

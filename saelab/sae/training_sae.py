@@ -209,14 +209,12 @@ class TrainingSAE:
 
     @torch.no_grad()
     def prepare(self, sample: Float[Tensor, "n_tokens width"]) -> None:
-        """Fit the normalizers and initialize biases, directions and encoder scale from a sample; an SAE that was
-        trained before keeps its weights.
+        """Fit the normalizers, unless they were before, and initialize biases, directions and encoder scale from a
+        sample; an SAE that was trained before keeps its weights.
         """
         sae, sample = self.sae, sample.to(self.sae.W_dec)
-        if not self.trained:
-            sae.normalizer.fit(sample[:, : sae.cfg.d_in])
-            if sae.target_normalizer is not None:
-                sae.target_normalizer.fit(sample[:, sae.cfg.d_in :])
+        if not self.trained and not sae.out_normalizer.fitted:
+            sae.fit_normalizers(sample)
         x, y = self._read(sample)
         variance = (y - y.mean(0)).square().sum(1).mean()
         self.state["variance"].copy_(variance if variance > 0 else torch.ones_like(variance))
@@ -434,6 +432,8 @@ class TrainingSAE:
             sae.threshold.copy_(torch.where(moved.isnan(), sae.threshold, moved))  # NaN: no active latent in this batch
         if self.steered:
             self._steer(seen.l0)
+        if (duplicates := sae.cfg.duplicates) is not None:
+            duplicates.replace(sae.W_dec, sae.cfg.activation.signed, int(state["n_steps"]), self.cfg.seed)
         for term in sae.cfg.terms:
             term.observe(seen.notes, state, self.share)
 
