@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
+    from saelab.synthetic.othello import Games as Games, generate_games as generate_games
     from saelab.synthetic.planted import (
         PlantedBatches as PlantedBatches,
         PlantedConfig as PlantedConfig,
