@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested_decode_error
-from saelab.functional.metrics import ReconstructionSums, effective_rank, exact, nested_error
+from saelab.functional.metrics import ReconstructionSums, nested_error
 from saelab.sae.activation_functions import ReLU
 from saelab.sae.activation_registry import Activation
 from saelab.sae.config import RandomPrefixes
@@ -21,11 +21,11 @@ from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import TrainingStep, find_entries
+from saelab.sae.placement import normalize_rows, place_weights
 from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
 from saelab.training.config import TrainConfig
 from saelab.training.schedules import value_at
 
-SCALE_TOKENS = 1024  # tokens used to set the encoder's scale; also the chunk size
 THRESHOLD_RATE = 0.01  # of the running threshold's exponential average, after its first 100 steps, which average evenly
 STEER_RATE = 0.03  # change of the log sparsity coefficient per step where L0 is off by a factor e
 STEER_DAMPING = 1.0  # share of a change in log L0 that the coefficient follows at once, to prevent overshooting
@@ -35,99 +35,6 @@ CUT_LIMIT = 0.5
 THRESHOLD_STEP = 0.02  # change of log thresholds per step and unit of log-ratio
 BIAS_STEP = 0.003  # change of biases per step and unit of log-ratio, in units of u
 MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
-
-
-@torch.no_grad()
-def place_weights(
-    sae: SAEModule, x: Float[Tensor, "n_tokens d_in"], y: Float[Tensor, "n_tokens d_out"], seed: int
-) -> None:
-    """Initialise biases and dictionary from a sample of inputs and targets, in place.
-
-    b_dec is the targets' mean, directions are those of `cfg.init`. A transcoder's b_enc cancels the inputs' mean, and
-    its rows of W_dec are the mean targets of its random codes: Z^T (y - b_dec), at unit length.
-
-    Args:
-        sae: the SAE; its weights change.
-        x: (n_tokens, d_in) normalized inputs.
-        y: (n_tokens, d_out) normalized targets; `x` again for an autoencoder.
-        seed: seed of archetypal points, or of the activations drawn as directions for `init="data"`.
-    """
-    sae.b_dec.copy_(y.mean(0))
-    centered = x - x.mean(0)
-    rows = sae.W_enc.T
-    if sae.archetypes is not None:
-        sae.archetypes.place(y - y.mean(0), seed)
-        sae.W_dec.copy_(sae.archetypes())
-        rows = sae.W_dec if sae.cfg.d_out is None else _normalize_rows(sae.W_dec @ (y - y.mean(0)).T @ centered)
-    elif sae.cfg.init == "data":
-        rows = _draw_rows(centered, rows, seed)
-    elif sae.cfg.init == "subspace":
-        rows = _turn_inside(centered, rows)
-    sae.W_enc.copy_(rows.T)
-    if sae.cfg.d_out is None:
-        sae.W_dec.copy_(rows)
-    else:
-        sae.b_enc.copy_(-x.mean(0) @ sae.W_enc)
-        if sae.archetypes is None:
-            _answer(sae, x, y)
-    if not isinstance(sae.cfg.encoder, PursuitEncoder):
-        _match_scale(sae, x[:SCALE_TOKENS], y[:SCALE_TOKENS])
-
-
-def _normalize_rows(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
-
-
-def _draw_rows(centered: Tensor, random: Tensor, seed: int) -> Tensor:
-    """Activations drawn at random, as directions."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = centered[centered.norm(dim=1) > 0]
-    if len(rows) == 0:  # constant activations have no direction: keep the random ones
-        return random
-    chosen = rows[torch.randint(len(rows), (len(random),), generator=generator)]
-    # adding some of the random direction makes repeated rows differ
-    directions = chosen / chosen.norm(dim=1, keepdim=True) + 0.1 * random
-    return directions / directions.norm(dim=1, keepdim=True)
-
-
-def _turn_inside(centered: Tensor, random: Tensor) -> Tensor:
-    """Random directions in the subspace spanned by the activations (arXiv:2508.16929): a latent outside of it is never
-    active.
-
-    The dimension is the effective rank of the singular values. Unlike the number of components that hold 99 % of the
-    variance, it is not reduced to a handful by a few dominant directions.
-    """
-    moments = exact(centered).T @ exact(centered)
-    variances, directions = torch.linalg.eigh(moments)
-    n = max(1, math.ceil(effective_rank(variances.clamp(min=0).sqrt())))
-    return _normalize_rows(random[:, :n] @ directions[:, -n:].T.to(random))
-
-
-def _answer(sae: SAEModule, x: Tensor, y: Tensor) -> None:
-    """Set each row of W_dec to the mean direction of the targets where its latent is active; rows of inactive latents
-    stay random.
-    """
-    sums = torch.zeros_like(sae.W_dec)
-    for part, target in zip(x.split(SCALE_TOKENS), y.split(SCALE_TOKENS), strict=True):
-        sums += _codes(sae, part).T @ (target - sae.b_dec)
-    sae.W_dec.copy_(torch.where(sums.norm(dim=1, keepdim=True) > 0, _normalize_rows(sums), sae.W_dec))
-
-
-def _match_scale(sae: SAEModule, x: Tensor, y: Tensor) -> None:
-    """Scale the encoder by the c that minimizes ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
-    many times too large.
-    """
-    centered, y_hat = y - sae.b_dec, _codes(sae, x) @ sae.W_dec
-    energy = y_hat.square().sum()
-    if energy > 0 and (scale := (centered * y_hat).sum() / energy) > 0:
-        sae.W_enc.mul_(scale.clamp(0.05, 1.0))
-        sae.b_enc.mul_(scale.clamp(0.05, 1.0))
-
-
-def _codes(sae: SAEModule, x: Tensor) -> Tensor:
-    """Codes at the start of training, of normalized inputs."""
-    read = x - sae.b_dec if sae.cfg.d_out is None else x
-    return sae.cfg.activation(read @ sae.W_enc + sae.b_enc, sae.threshold, training=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +128,7 @@ class TrainingSAE:
         if not self.trained:  # a trained SAE continues from its weights
             place_weights(sae, x, y, self.cfg.seed)
         if "axes" in self.state:
-            self.state["axes"].copy_(_normalize_rows(sae.W_dec))
+            self.state["axes"].copy_(normalize_rows(sae.W_dec))
 
     def _read(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[Tensor, Tensor]:
         """Normalized inputs and targets; the same tensor for an autoencoder."""
