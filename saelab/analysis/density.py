@@ -185,6 +185,7 @@ def dead_features(
     near_dead_rate: float = NEAR_DEAD_RATE,
     dense_rate: float = DENSE_RATE,
     confidence: float = 0.95,
+    n_explained: int | None = None,
 ) -> DeadFeatures:
     """Every feature as dead, near-dead, dense, outlier or live, with an interval of its firing rate.
 
@@ -209,6 +210,8 @@ def dead_features(
         near_dead_rate: firing rate below which a feature is near-dead, as a share of tokens.
         dense_rate: firing rate above which a feature is dense, as a share of tokens.
         confidence: level of the intervals, in (0, 1).
+        n_explained: likely causes are given for the first so many dead and near-dead features, each of which is
+            compared with all live ones; None is all.
 
     Raises:
         ValueError: not 0 <= `near_dead_rate` < `dense_rate` <= 1, `confidence` is not in (0, 1), or `sae` is not the
@@ -235,7 +238,7 @@ def dead_features(
         near_dead_rate=near_dead_rate,
         dense_rate=dense_rate,
         groups=_by_group(kinds, store.manifest.sae["config"].get("prefixes")),
-        causes=find_causes(sae, store, silent, acts) if sae is not None else {},
+        causes=find_causes(sae, store, silent[:n_explained], acts) if sae is not None else {},
         training=_compare_with_training(store, kinds),
     )
 

@@ -18,6 +18,8 @@ from saelab.visualization.universality_plots import plot_matches
 
 N_LISTED = 100
 """Dead and near-dead features that are listed with their causes."""
+N_EXPLAINED = 1_000
+"""Dead and near-dead features whose causes are counted: each is compared with all live ones."""
 FEATURE = "#/feature/"
 """what the address of a feature's page begins with"""
 
@@ -43,7 +45,7 @@ def _make(title: str, parts: Sequence[str], figures: Sequence[Any] = ()) -> dict
 
 
 def _show_dead(explorer: Explorer) -> dict[str, Any]:
-    found = explorer.cache.get("dead", lambda: dead_features(explorer.store, explorer.sae))
+    found = explorer.cache.get("dead", lambda: dead_features(explorer.store, explorer.sae, n_explained=N_EXPLAINED))
     parts = [*draw_kinds(found), *_compare_training(found), *_list_causes(found)]
     return _make("Dead latents", parts, [plot_dead_features(found), plot_density(explorer.store)])
 
@@ -60,8 +62,9 @@ def _list_causes(found: DeadFeatures) -> list[str]:
     silent = [*found.of_kind("dead"), *found.of_kind("near-dead")]
     if not silent:
         return []
+    heading = "latents" if len(silent) <= N_EXPLAINED else f"of the first {N_EXPLAINED:,} latents"
     parts = (
-        [table(["likely cause", "latents"], [[cause, f"{n:,}"] for cause, n in counts.most_common()])] if counts else []
+        [table(["likely cause", heading], [[cause, f"{n:,}"] for cause, n in counts.most_common()])] if counts else []
     )
     rows = "".join(
         f'<li><a href="{FEATURE}{j}">{j}</a> {escape(found.kinds[j])}{_describe_causes(found, j)}</li>'

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import saelab as sl
+from saelab.explorer import pages
 from saelab.explorer.pages import PAGES, make_page
 from saelab.explorer.session import Explorer
 from saelab.interventions.attribution import attribute
@@ -29,6 +30,14 @@ def test_dead_latents_are_counted_and_linked(explorer: Explorer) -> None:
     assert len(page["figures"]) == 2 and "Near-dead" in page["html"]
     for feature in DEAD:
         assert f'<a href="#/feature/{feature}">{feature}</a> dead: encoder norm collapsed' in page["html"]
+
+
+def test_causes_of_many_dead_latents_are_counted_among_the_first(explorer: Explorer, monkeypatch: Any) -> None:
+    monkeypatch.setattr(pages, "N_EXPLAINED", 1)
+    page = read_page(explorer, "dead")
+    first, *others = sorted(DEAD)
+    assert f">{first}</a> dead: encoder norm collapsed" in page["html"] and "of the first 1 latents" in page["html"]
+    assert all(f">{feature}</a> dead<" in page["html"] for feature in others) and len(others) > 0
 
 
 def test_a_page_with_nothing_to_show_says_so(explorer: Explorer) -> None:
