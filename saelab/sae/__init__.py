@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         AbsTopK as AbsTopK,
         BatchAbsTopK as BatchAbsTopK,
         BatchTopK as BatchTopK,
+        Gated as Gated,
         GroupMax as GroupMax,
         JumpReLU as JumpReLU,
         ReLU as ReLU,

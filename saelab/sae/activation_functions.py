@@ -31,6 +31,7 @@ from saelab.functional.topk import (
 from saelab.sae.activation_registry import ACTIVATIONS, Activation, register_activation
 from saelab.stores.validation import read_fields, require_object
 
+MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
 SPARSE_FRAC = 0.05  # of the pre-activations: with more than this needed, a dense training step is faster
 
 
@@ -289,6 +290,49 @@ class AbsJumpReLU(JumpReLU):
     """u where |u| exceeds a learned threshold, else 0: JumpReLU by magnitude, keeping signs."""
 
     signed: ClassVar[bool] = True
+
+
+@register_activation("gated")
+@dataclass(frozen=True)
+class Gated(_Penalized):
+    """max(u, 0) where a gate is open, else 0 (arXiv:2404.16014): in inference a JumpReLU.
+
+    With u = x W_enc + b_enc a latent's gate has the pre-activation `pi = exp(-r_mag) x W_enc + b_gate`, where W_enc,
+    r_mag and b_gate are learned. It is open where pi > 0, which is where u exceeds the threshold `b_enc - exp(r_mag)
+    b_gate`, kept positive in training. The penalty is L1 of the gates, sum_i max(pi_i, 0), so that it does not shrink
+    codes; a `GateReconstructionLoss` joins the objective.
+    """
+
+    lr_scale: ClassVar[float] = 2.0
+    threshold: ClassVar[Literal["none", "running", "learned"]] = "learned"
+    gated: ClassVar[bool] = True
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        assert threshold is not None
+        return keep_above(u, threshold, False)
+
+    def search(
+        self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, training: bool
+    ) -> SparseCodes | None:
+        """Pre-activations above their threshold, whose gates are open; None in training where so many are that dense is
+        faster.
+        """
+        assert threshold is not None
+        return search_above(x, W, bias, threshold, False, SPARSE_FRAC if training else 1.0)
+
+    def pick(self, x: Tensor, W: Tensor, bias: Tensor, threshold: Tensor | None, latents: Tensor) -> Tensor:
+        """(n_rows, n_latents) codes of the given latents."""
+        assert threshold is not None
+        return self(_score(x, W, bias, latents), threshold[latents])
+
+    @property
+    def penalized(self) -> bool:
+        """Whether it has a sparsity penalty: it has that of its gate, which the SAE computes."""
+        return True
+
+    def initial_threshold(self, d_sae: int) -> Tensor:
+        """(d_sae,) thresholds of gates that are open wherever u is positive."""
+        return torch.full((d_sae,), MIN_THRESHOLD)
 
 
 def _score(x: Tensor, W: Tensor, bias: Tensor, latents: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class Activation:
     """what the SAE's `threshold` holds: nothing, a running scalar estimated in training, or one learned value per
     latent
     """
+    gated: ClassVar[bool] = False
+    """whether learned thresholds are those of a gate, which has parameters of its own in training"""
     lr_scale: ClassVar[float] = 1.0
     """factor on the default learning rate"""
     transcoder_lr_scale: ClassVar[float] = 1.0

@@ -17,6 +17,7 @@ from saelab.sae.duplicates import DuplicateReset
 from saelab.sae.encoders import PursuitEncoder, read_encoder
 from saelab.sae.normalizer import KINDS, PER_TOKEN, NormalizerKind
 from saelab.sae.objectives.dead_latents import AuxK
+from saelab.sae.objectives.gated import GateReconstructionLoss
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.sparsity import SparsityLoss
 from saelab.sae.objectives.terms import LossTerm, read_loss_term
@@ -129,10 +130,12 @@ class SAEConfig:
     @cached_property
     def terms(self) -> tuple[LossTerm, ...]:
         """The loss terms of training: `objective`, with the activation's penalty after the first where it has one and
-        no sparsity term is given.
+        no sparsity term is given; for `Gated` also with its reconstruction through the gate.
         """
         given = any(isinstance(term, SparsityLoss) for term in self.objective)
-        own = () if given or not self.activation.penalized else (SparsityLoss(),)
+        own: tuple[LossTerm, ...] = () if given or not self.activation.penalized else (SparsityLoss(),)
+        if self.activation.gated and not any(isinstance(term, GateReconstructionLoss) for term in self.objective):
+            own = (*own, GateReconstructionLoss())
         return (*self.objective[:1], *own, *self.objective[1:])
 
     @property

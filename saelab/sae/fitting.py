@@ -92,8 +92,8 @@ def target_l0(sae: SAEModule) -> float | None:
 
 @torch.no_grad()
 def cut_to(sae: SAEModule, rows: Float[Tensor, "n width"], target: float, reach: float = math.inf) -> bool:
-    """Adjust the mean L0 on some tokens to a target by one number, in place: a common factor of all thresholds, or for
-    ReLU a common shift of all biases. Returns whether the target was reached.
+    """Adjust the mean L0 on some tokens to a target by one number, in place: a common factor of all thresholds, or a
+    common shift of Gated's thresholds or ReLU's biases. Returns whether the target was reached.
 
     Args:
         sae: the SAE to adjust.
@@ -110,7 +110,10 @@ def cut_to(sae: SAEModule, rows: Float[Tensor, "n width"], target: float, reach:
     before = place.detach().clone()
 
     def excess(step: float) -> float:
-        place.copy_(before - step if threshold is None else before * math.exp(step))
+        if sae.cfg.activation.gated:
+            sae.set_gate(before + step)
+        else:
+            place.copy_(before - step if threshold is None else before * math.exp(step))
         return math.log(max(mean_l0(sae, rows), 1e-6) / target)
 
     start = excess(0.0)
@@ -118,7 +121,7 @@ def cut_to(sae: SAEModule, rows: Float[Tensor, "n width"], target: float, reach:
         return True
     if abs(math.expm1(start)) > reach:
         return False
-    return _solve(excess, start, lambda: place.copy_(before))
+    return _solve(excess, start, lambda: sae.set_gate(before) if sae.cfg.activation.gated else place.copy_(before))
 
 
 def _solve(excess: Any, start: float, undo: Any) -> bool:

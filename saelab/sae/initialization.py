@@ -126,6 +126,9 @@ def resample_dead_latents(
     sae.b_enc[chosen] = 0.0
     if sae.cfg.activation.threshold == "learned" and sae.threshold is not None and others.any():
         sae.threshold[chosen] = sae.threshold[others.to(sae.device)].median()
+        if sae.r_mag is not None:
+            sae.r_mag[chosen] = 0.0
+            sae.set_gate(sae.threshold)
     if optimizer is not None:
         _forget(sae, chosen, optimizer)
     return tokens

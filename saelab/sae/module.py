@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from saelab.functional.codes import SparseCodes
 from saelab.functional.metrics import exact
-from saelab.sae.activation_functions import TopK
+from saelab.sae.activation_functions import MIN_THRESHOLD, TopK
 from saelab.sae.archetypal import Archetypal, Archetypes
 from saelab.sae.config import SAEConfig
 from saelab.sae.encoders import PursuitEncoder
@@ -45,6 +45,8 @@ class SAEModule(nn.Module):
     b_dec: Float[Tensor, "d_out"]
     W_skip: Float[Tensor, "d_in d_out"] | None
     threshold: Tensor | None
+    r_mag: Float[Tensor, "d_sae"] | None
+    b_gate: Float[Tensor, "d_sae"] | None
     archetypes: Archetypes | None
     target_normalizer: Normalizer | None
 
@@ -66,7 +68,9 @@ class SAEModule(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_target))
         self.W_skip = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_target)) if cfg.skip else None
         threshold = cfg.activation.initial_threshold(cfg.d_sae)
-        if cfg.activation.threshold == "learned" and threshold is not None:
+        self.r_mag = nn.Parameter(torch.zeros(cfg.d_sae)) if cfg.activation.gated else None
+        self.b_gate = nn.Parameter(torch.full((cfg.d_sae,), -MIN_THRESHOLD)) if cfg.activation.gated else None
+        if cfg.activation.threshold == "learned" and threshold is not None and not cfg.activation.gated:
             self.threshold = nn.Parameter(threshold)
         else:
             self.register_buffer("threshold", threshold)
@@ -155,6 +159,31 @@ class SAEModule(nn.Module):
         if isinstance(self.cfg.encoder, PursuitEncoder):
             return self.pursue(centered, self.W_dec)
         return self.cfg.activation.search(centered, self.W_enc.T, self.b_enc, self.threshold, training=training)
+
+    def gate(self, u: Float[Tensor, "*shape"], latents: Int[Tensor, "nnz"] | None = None) -> Float[Tensor, "*shape"]:
+        """Pre-activations of the gates of `Gated`, `exp(-r_mag) (u - b_enc) + b_gate`: positive where a latent fires.
+
+        Args:
+            u: pre-activations, of all latents in its last axis, or of those that `latents` names one by one.
+            latents: (nnz,) latent of each pre-activation; None where u has all of them.
+        """
+        assert self.r_mag is not None and self.b_gate is not None
+        parts = (self.r_mag.neg().exp(), self.b_enc, self.b_gate)
+        gain, b_enc, b_gate = parts if latents is None else (part.index_select(0, latents) for part in parts)
+        return gain * (u - b_enc) + b_gate
+
+    @torch.no_grad()
+    def set_gate(self, threshold: Float[Tensor, "d_sae"] | None = None) -> None:
+        """Set the thresholds of `Gated`, at least 1e-4, and the gates' biases that give them, in place.
+
+        Args:
+            threshold: thresholds; None takes those of the gates' parameters, after a change of these.
+        """
+        assert self.r_mag is not None and self.b_gate is not None and self.threshold is not None
+        if threshold is None:
+            threshold = self.b_enc - self.r_mag.exp() * self.b_gate
+        self.threshold.copy_(threshold.clamp(min=MIN_THRESHOLD))
+        self.b_gate.copy_((self.b_enc - self.threshold) * self.r_mag.neg().exp())
 
     def pursue(
         self, centered: Float[Tensor, "n_rows d_in"], W_dec: Float[Tensor, "d_sae d_in"], k: int | None = None
@@ -268,6 +297,8 @@ class SAEModule(nn.Module):
         if self.W_skip is not None and folded.W_skip is not None:
             folded.W_skip.copy_(written.apply_matrix(read.fold_into(self.W_skip), written.inverse))
             folded.b_dec.copy_(exact(folded.b_dec) - exact(read.mean) @ exact(folded.W_skip))
+        if self.threshold is not None and self.cfg.activation.gated:
+            folded.set_gate(self.threshold)
         folded.cfg = replace(self.cfg, normalizer="none", dictionary="free", train_encoder=True)
         folded.normalizer = Normalizer("none", self.cfg.d_in)
         folded.archetypes = None  # W and Lambda give the rows in the normalizer's units

@@ -48,6 +48,8 @@ def place_weights(
             _answer(sae, x, y)
     if not isinstance(sae.cfg.encoder, PursuitEncoder):
         _match_scale(sae, x[:SCALE_TOKENS], y[:SCALE_TOKENS])
+    if sae.cfg.activation.gated:
+        sae.set_gate(sae.threshold)
 
 
 def normalize_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:

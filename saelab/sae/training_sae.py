@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested_decode_error
 from saelab.functional.metrics import ReconstructionSums, nested_error
-from saelab.sae.activation_functions import ReLU
+from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.activation_registry import Activation
 from saelab.sae.config import RandomPrefixes
 from saelab.sae.encoders import PursuitEncoder
@@ -34,7 +34,6 @@ STEER_LIMIT = 2.0  # clamp of the log-ratio of L0 to its target
 CUT_LIMIT = 0.5
 THRESHOLD_STEP = 0.02  # change of log thresholds per step and unit of log-ratio
 BIAS_STEP = 0.003  # change of biases per step and unit of log-ratio, in units of u
-MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +214,10 @@ class TrainingSAE:
         if threshold is not None and threshold.ndim:
             threshold = threshold.index_select(0, found.indices)
         values = sae.cfg.activation.fire(u, threshold)
-        penalty = sae.cfg.activation.penalty(u, values, threshold)
+        if sae.cfg.activation.gated:
+            penalty: Tensor | None = sae.gate(u, found.indices).relu()
+        else:
+            penalty = sae.cfg.activation.penalty(u, values, threshold)
         return self._decode_step(values, entries, y, W_dec, None if transcodes else centered, penalty)
 
     def _pursuit_step(self, x: Tensor, W_dec: Tensor, encoder: PursuitEncoder, activation: Activation) -> _StepCodes:
@@ -283,7 +285,7 @@ class TrainingSAE:
         sae = self.sae
         u = (x - sae.b_dec if sae.cfg.d_out is None else x) @ sae.W_enc + sae.b_enc
         z = activation(u, sae.threshold, training=True)
-        penalty = activation.penalty(u, z, sae.threshold)
+        penalty = sae.gate(u).relu() if activation.gated else activation.penalty(u, z, sae.threshold)
         if type(sae.cfg.reconstruction).group is not ReconstructionLoss.group:
             coded = self._decode_step(*find_entries(z), y, W_dec, None, penalty)
             return replace(coded, dense=z, u=u)
@@ -353,7 +355,9 @@ class TrainingSAE:
         state["coefficient"] *= (STEER_RATE * off + STEER_DAMPING * moved).exp()
         state["off_target"] = off
         near = off.clamp(-CUT_LIMIT, CUT_LIMIT)
-        if sae.threshold is not None:
+        if sae.cfg.activation.gated and sae.threshold is not None:
+            sae.set_gate(sae.threshold + BIAS_STEP * near)
+        elif sae.threshold is not None:
             sae.threshold.mul_((THRESHOLD_STEP * near).exp())
         elif isinstance(sae.cfg.activation, ReLU):
             sae.b_enc.sub_(BIAS_STEP * near)
@@ -382,7 +386,9 @@ class TrainingSAE:
         if self.sae.archetypes is not None:
             self.sae.archetypes.constrain()
             self.sae.W_dec.copy_(self.sae.archetypes())
-        if self.sae.cfg.activation.threshold == "learned" and self.sae.threshold is not None:
+        if self.sae.cfg.activation.gated:
+            self.sae.set_gate()
+        elif self.sae.cfg.activation.threshold == "learned" and self.sae.threshold is not None:
             self.sae.threshold.clamp_(min=MIN_THRESHOLD)
 
     @torch.no_grad()

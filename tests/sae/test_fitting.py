@@ -11,7 +11,7 @@ import saelab as sl
 from saelab.collecting.harvesting import sae_fingerprint
 from saelab.collecting.reader import fingerprint
 from saelab.sae import activation_functions, training_sae
-from saelab.sae.activation_functions import AbsJumpReLU
+from saelab.sae.activation_functions import AbsJumpReLU, Gated
 from saelab.sae.fitting import cut_to, mean_l0
 from saelab.stores.files import save_tensors
 from saelab.stores.tensors import load_tensors
@@ -45,8 +45,9 @@ def fitted(activation, n_tokens=60_000, seed=0, n=30_000, **axes):
         (sl.JumpReLU(target_l0=float(TARGET)), {}),
         (sl.ReLU(target_l0=float(TARGET)), {}),
         (AbsJumpReLU(target_l0=float(TARGET)), {}),
+        (Gated(target_l0=float(TARGET)), {}),
     ],
-    ids=["batch", "nested", "signed", "jump", "relu", "absjump"],
+    ids=["batch", "nested", "signed", "jump", "relu", "absjump", "gated"],
 )
 @pytest.mark.parametrize("seed", range(2))
 def test_the_saved_sae_has_the_l0_that_was_asked_for(activation, axes, seed, tmp_path):
@@ -113,6 +114,7 @@ def test_what_has_no_target_is_left_as_it_was_trained(activation):
         sl.BatchAbsTopK(k=4),
         sl.JumpReLU(target_l0=4.0),
         AbsJumpReLU(target_l0=4.0),
+        Gated(target_l0=4.0),
         sl.ReLU(target_l0=4.0),
     ],
     ids=lambda a: a.name,

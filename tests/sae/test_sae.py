@@ -11,7 +11,7 @@ from torch import Tensor
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.sae.activation_functions import AbsJumpReLU, GroupMax
+from saelab.sae.activation_functions import AbsJumpReLU, Gated, GroupMax
 from saelab.sae.config import SAEConfig
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.files import write_json
@@ -48,6 +48,7 @@ ACTIVATIONS = [
     sl.ReLU(target_l0=float(K)),
     sl.JumpReLU(target_l0=float(K)),
     AbsJumpReLU(target_l0=float(K)),
+    Gated(target_l0=float(K)),
     GroupMax(k=K),
     SoftTopK(k=K),
 ]
@@ -113,7 +114,7 @@ def test_every_two_choices_meet():
     def meetings(configs):
         return {(i, a, j, b) for cfg in configs for (i, a), (j, b) in itertools.combinations(enumerate(axes(cfg)), 2)}
 
-    assert meetings(SOME) == meetings(PRODUCT) and len(SOME) + len(REST) == len(PRODUCT) == 2187
+    assert meetings(SOME) == meetings(PRODUCT) and len(SOME) + len(REST) == len(PRODUCT) == 2430
 
 
 @some
@@ -196,7 +197,7 @@ def test_some_latents_are_found_without_the_others(activation):
     z = sae.encode(x)[:, some].detach()
     assert (z != 0).any(0).all() or activation.name == "test_soft_topk"
     sae.W_enc.data[:, [j for j in range(D_SAE) if j not in some]] = torch.nan
-    alone = activation.name in ("relu", "jumprelu", "absjumprelu", "batchtopk", "batchabstopk")
+    alone = activation.name in ("relu", "jumprelu", "absjumprelu", "gated", "batchtopk", "batchabstopk")
     found = sae.encode_latents(x, some)
     assert torch.allclose(found, z, atol=1e-5) == alone, "others are read, or should have been"
 

@@ -45,6 +45,7 @@ KINDS = {
     "topk": config(),
     "batchabstopk": config(sl.BatchAbsTopK(k=3), prefixes=sl.RandomPrefixes(n=3, smallest=4)),
     "jumprelu": config(sl.JumpReLU(target_l0=3.0), prefixes=(4, 12, D_SAE), normalizer="whiten"),
+    "gated": config(sl.sae.Gated(target_l0=3.0), prefixes=(4, 12, D_SAE)),
     "absjumprelu": config(sl.sae.AbsJumpReLU(target_l0=3.0)),
     "relu": config(sl.ReLU(target_l0=0.5), dictionary="free", init="data"),
 }

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.sae.activation_functions import BatchTopK, JumpReLU, ReLU, read_activation
+from saelab.sae.activation_functions import BatchTopK, Gated, JumpReLU, ReLU, read_activation
 from saelab.sae.activation_registry import Activation
 from saelab.sae.config import SAEConfig
 from saelab.sae.encoders import PursuitEncoder, read_encoder
@@ -241,7 +241,7 @@ def fit_width(activation: Activation, d_sae: int) -> Activation:
     """The activation with its training target (target L0, or BatchTopK's k) reduced to the number of latents; codes in
     inference do not change.
     """
-    if isinstance(activation, ReLU | JumpReLU) and activation.target_l0 > d_sae:
+    if isinstance(activation, ReLU | JumpReLU | Gated) and activation.target_l0 > d_sae:
         return replace(activation, target_l0=float(d_sae))
     if isinstance(activation, BatchTopK) and activation.k > d_sae:
         return replace(activation, k=d_sae)
@@ -267,7 +267,7 @@ def take_latents(parts: Parts, latents: Sequence[int]) -> dict[str, Tensor]:
 
 def narrow(how: Convention, d_sae: int) -> Convention:
     """The convention for a subset of latents; ValueError where the codes of a latent depend on the others."""
-    if not isinstance(how.activation, ReLU | JumpReLU | BatchTopK) or how.encoder != "linear":
+    if not isinstance(how.activation, ReLU | JumpReLU | Gated | BatchTopK) or how.encoder != "linear":
         raise ValueError(
             f"`latents` needs codes that do not depend on one another, got {how.activation}: which latents it keeps is "
             "decided among all of them. Load all, and take the columns of the codes."

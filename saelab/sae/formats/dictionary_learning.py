@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saelab.sae.activation_functions import BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activation_functions import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from saelab.sae.activation_registry import Activation
 from saelab.sae.formats.conventions import Convention, read_with
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts
@@ -172,7 +172,13 @@ def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
             f"dictionary_learning reads activations as they are, got normalizer '{cfg.normalizer}', which measures "
             "every token; write saelens."
         )
-    classes = {ReLU: "AutoEncoder", TopK: "AutoEncoderTopK", JumpReLU: "JumpReluAutoEncoder", BatchTopK: "BatchTopKSAE"}
+    classes = {
+        ReLU: "AutoEncoder",
+        TopK: "AutoEncoderTopK",
+        JumpReLU: "JumpReluAutoEncoder",
+        Gated: "JumpReluAutoEncoder",
+        BatchTopK: "BatchTopKSAE",
+    }
     if type(activation) not in classes:
         raise ValueError(
             f"dictionary_learning knows {[c.__name__ for c in classes]}, got {activation}; it has no codes of both "
@@ -210,7 +216,7 @@ def find_parts(coder: SAEModule) -> dict[str, Tensor]:
     """Weights as the SAE's class in dictionary_learning uses them."""
     parts = {name: getattr(coder, name).detach() for name in PLAIN}
     activation = coder.cfg.activation
-    if type(activation) is JumpReLU:  # JumpReluAutoEncoder does not subtract b_dec
+    if type(activation) in (JumpReLU, Gated):  # JumpReluAutoEncoder does not subtract b_dec
         parts["b_enc"] = parts["b_enc"].float() - read_with(parts["W_enc"], parts["b_dec"])
     if coder.threshold is not None:
         parts["threshold"] = coder.threshold.detach()

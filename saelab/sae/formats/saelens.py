@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from saelab.sae.activation_functions import AbsTopK, BatchTopK, JumpReLU, ReLU, TopK
+from saelab.sae.activation_functions import AbsTopK, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from saelab.sae.activation_registry import Activation
 from saelab.sae.encoders import MatchingPursuit, PursuitEncoder
 from saelab.sae.formats.conventions import Convention
@@ -222,8 +222,8 @@ def _read_facts(metadata: dict[str, Any], ours: dict[str, Any]) -> SAEFacts:
 def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
     """SAELens configuration of an SAE without a linear normalizer; ValueError for what SAELens cannot express.
 
-    BatchTopK is written as the JumpReLU that it is equivalent to once its threshold is set; prefixes and provenance go
-    into the metadata under a key of saelab's own.
+    Gated, and BatchTopK once its threshold is set, are written as the JumpReLU that they are equivalent to; prefixes
+    and provenance go into the metadata under a key of saelab's own.
     """
     cfg, activation = coder.cfg, coder.cfg.activation
     architecture, extra = _name_architecture(coder)
@@ -279,7 +279,7 @@ def _name_architecture(coder: SAEModule) -> tuple[str, dict[str, Any]]:
             )
         pursuit = {"residual_threshold": cfg.encoder.residual_threshold, "max_iterations": activation.k}  # type: ignore[attr-defined]
         return "matching_pursuit", {**pursuit, "stop_on_duplicate_support": cfg.encoder.stop_on_repeat}
-    thresholded = type(activation) in (JumpReLU, BatchTopK)
+    thresholded = type(activation) in (JumpReLU, Gated, BatchTopK)
     if cfg.d_out is not None:
         if not thresholded and type(activation) is not ReLU:
             raise ValueError(

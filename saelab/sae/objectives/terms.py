@@ -54,7 +54,7 @@ class TrainingStep:
     residual: Float[Tensor, "n_tokens d_out"]
     """`y - b_dec - z W_dec`, without gradient"""
     penalty: Tensor | None
-    """the activation's sparsity penalty of each code, or None"""
+    """the activation's sparsity penalty of each code, of `Gated` its open gate's pre-activation; or None"""
     state: Mapping[str, Tensor]
     """state of training: firing counters, sparsity coefficient, and each term's own under `name.key`"""
     share: float
