@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from saelab.sae.initialization import (
         make_untrained as make_untrained,
         resample_dead_latents as resample_dead_latents,
+        start_from_core as start_from_core,
     )
     from saelab.sae.module import SAEModule as SAEModule
     from saelab.sae.normalizer import Normalizer as Normalizer, NormalizerKind as NormalizerKind

@@ -34,6 +34,9 @@ Init = Literal["tied", "data", "subspace"]
 class RandomPrefixes:
     """Matryoshka prefixes drawn at random in each training step: sizes log-uniform in [`smallest`, d_sae), and d_sae
     itself (arXiv:2503.17547).
+
+    With `smallest=1` any prefix may be drawn, which orders the latents one by one, as sampling an ordered SAE's
+    prefixes does (arXiv:2512.02194).
     """
 
     n: int = 5

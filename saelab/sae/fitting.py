@@ -230,8 +230,8 @@ def make_run(
     else:
         batches, kept = _hold_out(acts, cfg, kept, neighbors=bool(paired))
     folder = _make_folder(out, resume)
-    # an SAE that was trained before continues from its weights
-    trained = [getattr(sae, "training_", None) is not None for sae in saes]
+    # an SAE that was trained before, or started from other features, continues from its weights
+    trained = [getattr(sae, "training_", None) is not None or getattr(sae, "placed", False) for sae in saes]
     trainees = [TrainingSAE(sae, cfg, before) for sae, before in zip(saes, trained, strict=True)]
     run = TrainingRun(trainees, batches, cfg, kept, folder)
     if run.has_checkpoint and not resume:

@@ -1,7 +1,7 @@
 """Untrained SAEs as baselines for trained ones, and re-initialization of dead latents.
 
 An untrained SAE has the same number of active latents. `resample_dead_latents` starts dead latents again from tokens
-that the SAE reconstructs badly.
+that the SAE reconstructs badly, `start_from_core` a whole run from features that earlier runs found.
 """
 
 import math
@@ -15,7 +15,9 @@ from saelab.functional.indices import FeatureIds, read_features
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import cut_to, mean_l0
 from saelab.sae.module import SAEModule
+from saelab.sae.objectives.kept_core import KeptCoreLoss
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
+from saelab.sae.placement import place_weights
 from saelab.sae.sae import SAE
 from saelab.sae.training_sae import TrainingSAE
 from saelab.training.config import TrainConfig, name_optimized
@@ -74,6 +76,73 @@ def make_untrained(
 
 
 @torch.no_grad()
+def start_from_core(
+    sae: SAE, latents: FeatureIds, x: Float[Tensor, "n d_in"], *, keep: float | None = 1.0, seed: int = 0
+) -> SAE:
+    """New SAE whose first latents are the given ones of `sae`, the core, and whose others are as training starts from
+    them; `fit` continues from these weights.
+
+    Fewer features differ between seeds where those that recurred (`sl.universality.find_core`) begin a new run. The
+    normalizer and b_dec are also those of `sae`.
+
+    Args:
+        sae: the SAE whose latents are the core.
+        latents: indices of the core's latents.
+        x: (n, d_in) sample of activations, to which the scale of the other latents is fitted.
+        keep: coefficient of a `KeptCoreLoss` that is added to the objective; None only initializes.
+        seed: of the other latents.
+
+    Raises:
+        ValueError: for latents that do not exist or repeat, or are none, and for an SAE without independent rows and
+            encoders: an archetypal dictionary, a transcoder, matching pursuit.
+
+    >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=32, activation=sl.TopK(k=4)), seed=0)
+    >>> other = start_from_core(sae, [5, 3], torch.randn(100, 8, generator=torch.Generator().manual_seed(0)), seed=1)
+    >>> torch.equal(other.W_dec[:2], sae.W_dec[[5, 3]]), other.cfg.objective[-1]
+    (True, KeptCoreLoss(coefficient=1.0, n=2))
+    """
+    _require_rows("start_from_core", sae)
+    chosen = _read_distinct(latents, sae.cfg.d_sae)
+    n = len(chosen)
+    if n == 0:
+        raise ValueError("`latents` must name a core to start from, got none.")
+    terms = tuple(term for term in sae.cfg.objective if not isinstance(term, KeptCoreLoss))
+    kept = () if keep is None else (KeptCoreLoss(n=n, coefficient=keep),)
+    other = SAE(replace(sae.cfg, objective=(*terms, *kept)), seed).to(sae.device)
+    other.normalizer.load_state_dict(sae.normalizer.state_dict())
+    normalized = other.normalizer.normalize(x.to(other.W_dec))
+    place_weights(other, normalized, normalized, seed)
+    chosen = chosen.to(sae.device)
+    other.W_dec[:n], other.W_enc[:, :n] = sae.W_dec[chosen], sae.W_enc[:, chosen]
+    for name in ("b_enc", "r_mag", "b_gate", "threshold"):
+        held = getattr(sae, name)
+        if held is not None and held.ndim:  # a batch activation's threshold is one for all
+            getattr(other, name)[:n] = held[chosen]
+    other.b_dec.copy_(sae.b_dec)
+    other.provenance, other.placed = sae.provenance, True
+    return other
+
+
+def _read_distinct(latents: FeatureIds, d_sae: int) -> Tensor:
+    chosen = torch.tensor(read_features(latents, d_sae, "latents"), dtype=torch.long)
+    if len(chosen.unique()) < len(chosen):
+        raise ValueError(f"`latents` must be different, got {chosen.tolist()[:5]}.")
+    return chosen
+
+
+def _require_rows(function: str, sae: SAEModule) -> None:
+    kinds = {
+        "an archetypal one": sae.archetypes is not None,
+        "a transcoder": sae.cfg.d_out is not None,
+        "matching pursuit": sae.cfg.encoder != "linear",
+    }
+    if wrong := [name for name, is_so in kinds.items() if is_so]:
+        raise ValueError(
+            f"`{function}` must be given an SAE that a row and its encoder can be set in, got {wrong[0]}; use AuxK."
+        )
+
+
+@torch.no_grad()
 def resample_dead_latents(
     sae: SAEModule,
     acts: Float[Tensor, "n_tokens d_in"],
@@ -100,21 +169,10 @@ def resample_dead_latents(
         ValueError: for latents that do not exist or repeat, for fewer tokens with an error than latents, and for an SAE
             without independent rows and encoders: an archetypal dictionary, a transcoder, matching pursuit.
     """
-    kinds = {
-        "an archetypal one": sae.archetypes is not None,
-        "a transcoder": sae.cfg.d_out is not None,
-        "matching pursuit": sae.cfg.encoder != "linear",
-    }
-    if wrong := [name for name, is_so in kinds.items() if is_so]:
-        raise ValueError(
-            f"`resample_dead_latents` must be given an SAE that a row and its encoder can be set in, got {wrong[0]}; "
-            "use AuxK."
-        )
-    chosen = torch.tensor(read_features(latents, sae.cfg.d_sae, "latents"), dtype=torch.long)
+    _require_rows("resample_dead_latents", sae)
+    chosen = _read_distinct(latents, sae.cfg.d_sae)
     if len(chosen) == 0:
         return []
-    if len(chosen.unique()) < len(chosen):
-        raise ValueError(f"`latents` must be different, got {chosen.tolist()[:5]}.")
     tokens, residual = _draw(sae, acts, len(chosen), seed)
     directions = residual / residual.norm(dim=1, keepdim=True)
     others = torch.ones(sae.cfg.d_sae, dtype=torch.bool)

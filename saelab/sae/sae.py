@@ -46,6 +46,7 @@ class SAE(SAEModule):
         super().__init__(cfg, seed)
         self.provenance: Provenance | None = None
         self.origin: Origin | None = None  # of an SAE that was read from another library's files
+        self.placed = False  # whether its weights are what training is to start from
         self.training_: dict[str, Any] | None = None
         self.history_: list[HistoryEntry] = []
         self.name_or_path = ""  # where it was loaded from or saved to

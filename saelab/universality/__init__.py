@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         LatentUsage as LatentUsage,
         SeedAgreement as SeedAgreement,
         SeedStability as SeedStability,
+        find_core as find_core,
         seed_stability as seed_stability,
     )
     from saelab.universality.similarity import Similarity as Similarity

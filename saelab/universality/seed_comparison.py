@@ -293,6 +293,33 @@ def seed_stability(
     )  # fmt: skip
 
 
+def find_core(saes: Sequence[SAE], *, threshold: float = 0.7) -> list[int]:
+    """Features of the first SAE that all others have too: whose one-to-one partner in each of them has at least that
+    cosine.
+
+    Cosines are absolute values where codes are signed, as in `seed_stability`. `sl.sae.start_from_core` trains on from
+    them.
+
+    Args:
+        saes: two or more SAEs of one shape, trained with different seeds.
+        threshold: cosine, in (0, 1], from which a feature counts as found again.
+
+    Raises:
+        ValueError: there are fewer than two SAEs, their shapes differ, or the threshold is out of range.
+
+    >>> cfg = sl.SAEConfig(d_in=32, d_sae=48)
+    >>> len(find_core([sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=0)])), find_core([sl.SAE(cfg, seed=s) for s in (0, 1)])
+    (48, [])
+    """
+    _check(saes, None, None)
+    if not 0 < threshold <= 1:
+        raise ValueError(f"`threshold` must be in (0, 1], got {threshold}.")
+    signed = any(sae.cfg.activation.signed for sae in saes)
+    first, *others = [sae.directions().float().cpu().numpy() for sae in saes]
+    smallest = np.min([match_rows(first, other, signed)[0] for other in others], axis=0)
+    return [int(i) for i in np.flatnonzero(smallest >= threshold)]
+
+
 def _check(saes: Sequence[SAE], acts: Activations | None, stores: Sequence[FeatureStore] | None) -> None:
     shapes = {(sae.cfg.d_sae, sae.cfg.d_target) for sae in saes}
     if len(saes) < 2 or len(shapes) > 1:
