@@ -158,7 +158,16 @@ class _Saved(TypedDict, total=False):
     n_tokens: int
 
 
+class _Classical(TypedDict):
+    method: str
+    n_tokens_seen: int
+    seed: int
+
+
 def _training_rows(training: dict[str, Any]) -> TableRows:
+    if "method" in training:  # of `fit_dictionary`
+        fitted = check_settings(_Classical, training, "`training`")
+        return [("fitted by", f"{fitted['method']} to {fitted['n_tokens_seen']:,} tokens (seed {fitted['seed']})")]
     said = check_settings(_Training, training, "`training`")
     settings = f"batch {said['batch_size']:,}, lr {said['lr']:.3g}, seed {said['seed']}"
     names = {"held_out_fvu": "held-out FVU", "l0": "L0", "dead_frac": "dead"}

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
         hook_sae as hook_sae,
     )
     from saelab.sae.archetypal import Archetypal as Archetypal, Archetypes as Archetypes
+    from saelab.sae.classical_dictionaries import (
+        DictionaryMethod as DictionaryMethod,
+        fit_dictionary as fit_dictionary,
+    )
     from saelab.sae.config import (
         Dictionary as Dictionary,
         Init as Init,

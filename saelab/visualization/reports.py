@@ -119,6 +119,8 @@ def _format_training(training: Mapping[str, Any] | None) -> str:
     if not training:
         return ""
     seen = training.get("n_tokens_seen", training.get("n_tokens"))
+    if "method" in training:  # of `fit_dictionary`
+        return f"{seen:,} tokens by {training['method']}, seed {training['seed']}"
     return f"{seen:,} tokens, batch {training['batch_size']:,}, lr {training['lr']:.3g}, seed {training['seed']}"
 
 

@@ -55,12 +55,12 @@ def mean_f1(scores: ConceptScores, *kinds: str) -> float:
     return float(np.mean([row.f1 for row in scores.scored if row.kind in kinds or row.name in kinds]))
 
 
-def format_table(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
+def format_table(rows: Mapping[str, Sequence[Mapping[str, float]]], digits: int = 3) -> str:
     """Means over seeds, the smallest and the largest in brackets: a line for each name, a column for each figure."""
     columns = list(next(iter(rows.values()))[0])
-    lines = [f"{'':<28}" + "".join(f"{column:>22}" for column in columns)]
+    lines = [f"{'':<28}" + "".join(f"{column:>26}" for column in columns)]
     for name, seeds in rows.items():
         values = [np.array([seed[column] for seed in seeds]) for column in columns]
-        cells = [f"{v.mean():.3f} ({v.min():.3f}..{v.max():.3f})" for v in values]
-        lines.append(f"{name:<28}" + "".join(f"{cell:>22}" for cell in cells))
+        cells = [f"{v.mean():.{digits}f} ({v.min():.{digits}f}..{v.max():.{digits}f})" for v in values]
+        lines.append(f"{name:<28}" + "".join(f"{cell:>26}" for cell in cells))
     return "\n".join(lines)
