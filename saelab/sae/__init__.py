@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         MatchingPursuit as MatchingPursuit,
         OrthogonalMatchingPursuit as OrthogonalMatchingPursuit,
         PursuitEncoder as PursuitEncoder,
+        Refined as Refined,
     )
     from saelab.sae.fitting import Data as Data, HeldOut as HeldOut, Pair as Pair, fit_normalizer as fit_normalizer
     from saelab.sae.initialization import (

@@ -14,7 +14,7 @@ from saelab.sae.activation_functions import TopK, read_activation
 from saelab.sae.activation_registry import Activation
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.duplicates import DuplicateReset
-from saelab.sae.encoders import PursuitEncoder, read_encoder
+from saelab.sae.encoders import Encoder, PursuitEncoder, Refined, read_encoder
 from saelab.sae.normalizer import KINDS, PER_TOKEN, NormalizerKind
 from saelab.sae.objectives.dead_latents import AuxK
 from saelab.sae.objectives.gated import GateReconstructionLoss
@@ -92,9 +92,9 @@ class SAEConfig:
     """whether a transcoder has a linear map from input to reconstruction in addition to the latents, W_skip
     (arXiv:2501.18823)
     """
-    encoder: Literal["linear"] | PursuitEncoder = "linear"
+    encoder: Encoder = "linear"
     """"linear", or a pursuit along the rows of W_dec: `MatchingPursuit(...)`, `OrthogonalMatchingPursuit(...)`,
-    `ICFL(...)`
+    `ICFL(...)`; or `Refined(...)`, which reads its own error
     """
     duplicates: DuplicateReset | None = None
     """replacement of nearly equal rows of W_dec during training, for pursuits"""
@@ -180,7 +180,7 @@ class SAEConfig:
             )
 
     def _check_encoder(self) -> None:
-        if isinstance(self.encoder, PursuitEncoder):
+        if isinstance(self.encoder, PursuitEncoder | Refined):
             self.encoder.check(self)
             return
         _check_choice("encoder", self.encoder, ("linear",))
@@ -220,7 +220,7 @@ class SAEConfig:
         for name in ("d_out", "skip", "encoder", "duplicates", "sparsity_schedule", "train_encoder"):
             if getattr(self, name) == SAEConfig.__dataclass_fields__[name].default:
                 del plain[name]
-        if isinstance(self.encoder, PursuitEncoder):
+        if isinstance(self.encoder, PursuitEncoder | Refined):
             plain["encoder"] = self.encoder.to_dict()
         aux = self.aux
         if self.objective == ((ReconstructionLoss(),) if aux is None else (ReconstructionLoss(), aux)):

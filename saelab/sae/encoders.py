@@ -1,7 +1,7 @@
-"""Encoders other than one linear map: pursuits, which find codes along the rows of W_dec."""
+"""Encoders other than one linear map: pursuits along the rows of W_dec, and a linear map that reads its own error."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -169,12 +169,47 @@ class ICFL(_LeastSquares):
     """latents chosen at a time"""
 
 
-ENCODERS: dict[str, type[PursuitEncoder]] = {
-    each.name: each for each in (MatchingPursuit, OrthogonalMatchingPursuit, ICFL)
+@dataclass(frozen=True, kw_only=True)
+class Refined:
+    """Settings of a linear encoder that is applied twice, as one step of LISTA (Gregor and LeCun, 2010): the second
+    time its input has a part of the first reconstruction's error added.
+
+        z_0 = activation(x W_enc + b_enc),   z = activation((x + step (x - z_0 W_dec)) W_enc + b_enc)
+
+    for x without b_dec. What latents that fire together explain twice is thereby taken from all of them. Codes cost two
+    searches; gradients go through both.
+
+    >>> sl.SAEConfig(d_in=8, d_sae=32, activation=sl.TopK(k=4), encoder=Refined()).encoder
+    Refined(step=0.3)
+    """
+
+    name: ClassVar[str] = "refined"
+
+    step: float = 0.3
+    """factor on the error"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.step <= 1:
+            raise ValueError(f"`step` must be in (0, 1], got {self.step}; use encoder='linear' for none.")
+
+    def check(self, cfg: Any) -> None:
+        """Raise ValueError for a transcoder, whose error is no input, and for an activation that does not fit."""
+        if cfg.d_out is not None:
+            raise ValueError(f"`d_out` must be None for a refined encoder, which reads its own error, got {cfg.d_out}.")
+        cfg.activation.check(cfg.d_sae)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name and settings as a dictionary, as in config.json."""
+        return {"name": self.name, **asdict(self)}
+
+
+Encoder: TypeAlias = Literal["linear"] | PursuitEncoder | Refined
+ENCODERS: dict[str, type[PursuitEncoder | Refined]] = {
+    each.name: each for each in (MatchingPursuit, OrthogonalMatchingPursuit, ICFL, Refined)
 }
 
 
-def read_encoder(plain: Any) -> PursuitEncoder:
+def read_encoder(plain: Any) -> PursuitEncoder | Refined:
     """Encoder from its `to_dict` form in a file; ValueError for anything else."""
     settings = dict(require_object(plain, "An encoder"))
     name = settings.pop("name", MatchingPursuit.name)

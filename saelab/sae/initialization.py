@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saelab.functional.indices import FeatureIds, read_features
 from saelab.sae.config import SAEConfig
+from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.fitting import cut_to, mean_l0
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.kept_core import KeptCoreLoss
@@ -94,7 +95,7 @@ def start_from_core(
 
     Raises:
         ValueError: for latents that do not exist or repeat, or are none, and for an SAE without independent rows and
-            encoders: an archetypal dictionary, a transcoder, matching pursuit.
+            encoders: an archetypal dictionary, a transcoder, a pursuit.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=32, activation=sl.TopK(k=4)), seed=0)
     >>> other = start_from_core(sae, [5, 3], torch.randn(100, 8, generator=torch.Generator().manual_seed(0)), seed=1)
@@ -134,7 +135,7 @@ def _require_rows(function: str, sae: SAEModule) -> None:
     kinds = {
         "an archetypal one": sae.archetypes is not None,
         "a transcoder": sae.cfg.d_out is not None,
-        "matching pursuit": sae.cfg.encoder != "linear",
+        "a pursuit": isinstance(sae.cfg.encoder, PursuitEncoder),
     }
     if wrong := [name for name, is_so in kinds.items() if is_so]:
         raise ValueError(
@@ -167,7 +168,7 @@ def resample_dead_latents(
 
     Raises:
         ValueError: for latents that do not exist or repeat, for fewer tokens with an error than latents, and for an SAE
-            without independent rows and encoders: an archetypal dictionary, a transcoder, matching pursuit.
+            without independent rows and encoders: an archetypal dictionary, a transcoder, a pursuit.
     """
     _require_rows("resample_dead_latents", sae)
     chosen = _read_distinct(latents, sae.cfg.d_sae)

@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from saelab.functional.codes import SparseCodes
+from saelab.functional.codes import Entries, SparseCodes, attach_encoder, sparse_decode
 from saelab.functional.metrics import exact
 from saelab.sae.activation_functions import MIN_THRESHOLD, TopK
+from saelab.sae.activation_registry import Activation
 from saelab.sae.archetypal import Archetypal, Archetypes
 from saelab.sae.config import SAEConfig
-from saelab.sae.encoders import PursuitEncoder
+from saelab.sae.encoders import PursuitEncoder, Refined
 from saelab.sae.normalizer import Normalizer
 
 DENSE_NUMBERS = 2**25  # pre-activations in memory at a time in dense encoding
@@ -109,6 +110,38 @@ class SAEModule(nn.Module):
         normalized = self.normalizer.normalize(x.to(self.W_dec))
         return normalized - self.b_dec if self.cfg.d_out is None else normalized
 
+    def refine(
+        self, centered: Float[Tensor, "n_rows d_in"], activation: Activation | None = None
+    ) -> Float[Tensor, "n_rows d_in"]:
+        """What W_enc is applied to: the rows that `center` returned, for a `Refined` encoder with a part of the error
+        of their first reconstruction added. Differentiable.
+
+        Args:
+            centered: rows that `center` returned.
+            activation: activation function of a training step; None is that of inference.
+        """
+        if not isinstance(self.cfg.encoder, Refined):
+            return centered
+        training, activation = activation is not None, activation or self.cfg.activation
+        with torch.no_grad():
+            found = activation.search(centered, self.W_enc.T, self.b_enc, self.threshold, training=training)
+        if found is None:
+            u = centered @ self.W_enc + self.b_enc
+            if training:
+                z = activation(u, self.threshold, training=True)
+            else:
+                z = activation.code(u, centered, self.W_enc.T, self.b_enc, self.threshold)
+            decoded = z @ self.W_dec
+        else:
+            entries = Entries(found.indices, found.rows, found.offsets)
+            u = attach_encoder(found.values, centered, self.W_enc, self.b_enc, None, entries)
+            threshold = self.threshold
+            if threshold is not None and threshold.ndim:
+                threshold = threshold.index_select(0, found.indices)
+            values = activation.fire(u, threshold)
+            decoded = sparse_decode(values, self.W_dec, found.indices, found.rows, found.offsets)
+        return centered + self.cfg.encoder.step * (centered - decoded)
+
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Dense codes z of activations, differentiable; a latent is active where `z != 0` (codes of signed activation
         functions may be negative).
@@ -118,7 +151,7 @@ class SAEModule(nn.Module):
         if isinstance(self.cfg.encoder, PursuitEncoder):
             codes = self.pursue(centered.reshape(-1, self.cfg.d_in), self.W_dec)
             return codes.to_dense().view(*x.shape[:-1], self.cfg.d_sae)
-        flat = centered.reshape(-1, self.cfg.d_in)
+        flat = self.refine(centered.reshape(-1, self.cfg.d_in))
         u = flat @ self.W_enc + self.b_enc
         return self.cfg.activation.code(u, flat, self.W_enc.T, self.b_enc, self.threshold).view(
             *x.shape[:-1], self.cfg.d_sae
@@ -131,7 +164,7 @@ class SAEModule(nn.Module):
         """
         self._check_width(x)
         flat = x.reshape(-1, self.cfg.d_in)
-        codes = self.search(self.center(flat), training=False)
+        codes = self.search(self.refine(self.center(flat)), training=False)
         if codes is None:
             codes = self._encode_by_parts(flat)
         return replace(codes, batch_shape=tuple(x.shape[:-1]))
@@ -146,7 +179,9 @@ class SAEModule(nn.Module):
         flat, chosen = x.reshape(-1, self.cfg.d_in), torch.tensor(latents, dtype=torch.long, device=self.device)
         z = None
         if not isinstance(self.cfg.encoder, PursuitEncoder):
-            z = self.cfg.activation.pick(self.center(flat), self.W_enc.T, self.b_enc, self.threshold, chosen)
+            z = self.cfg.activation.pick(
+                self.refine(self.center(flat)), self.W_enc.T, self.b_enc, self.threshold, chosen
+            )
         if z is None:
             whole = len(flat) * self.cfg.d_sae <= DENSE_NUMBERS or torch.is_grad_enabled()
             z = self.encode(flat)[:, chosen] if whole else self.encode_sparse(flat).columns(chosen)

@@ -17,7 +17,7 @@ from saelab.functional.metrics import ReconstructionSums, nested_error
 from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.activation_registry import Activation
 from saelab.sae.config import RandomPrefixes
-from saelab.sae.encoders import PursuitEncoder
+from saelab.sae.encoders import PursuitEncoder, Refined
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import TrainingStep, find_entries
@@ -195,21 +195,32 @@ class TrainingSAE:
         sae, activation = self.sae, self.activation
         if isinstance(sae.cfg.encoder, PursuitEncoder):
             return self._pursuit_step(x, W_dec, sae.cfg.encoder, activation)
-        found = centered = None
+        found = centered = read = None
+        if isinstance(sae.cfg.encoder, Refined):
+            read = sae.refine(x - sae.b_dec, activation)
         if not any("dense" in term.needs for term in sae.cfg.terms):
             with torch.no_grad():
                 centered = x - sae.b_dec if sae.cfg.d_out is None else x
-                found = activation.search(centered, sae.W_enc.T, sae.b_enc, sae.threshold, training=True)
+                found = activation.search(
+                    centered if read is None else read, sae.W_enc.T, sae.b_enc, sae.threshold, training=True
+                )
         if found is None or centered is None:
-            return self._dense_step(x, y, W_dec, activation)
-        return self._sparse_step(x, y, W_dec, centered, found)
+            return self._dense_step(x, y, W_dec, activation, read)
+        return self._sparse_step(x, y, W_dec, centered, found, read)
 
-    def _sparse_step(self, x: Tensor, y: Tensor, W_dec: Tensor, centered: Tensor, found: SparseCodes) -> _StepCodes:
-        """Errors of the prefixes from sparse codes, at a cost proportional to the number of active entries."""
+    def _sparse_step(
+        self, x: Tensor, y: Tensor, W_dec: Tensor, centered: Tensor, found: SparseCodes, read: Tensor | None
+    ) -> _StepCodes:
+        """Errors of the prefixes from sparse codes, at a cost proportional to the number of active entries; `read` is
+        what W_enc is applied to, where that is not `centered`.
+        """
         sae, transcodes = self.sae, self.sae.cfg.d_out is not None
         entries = Entries(found.indices, found.rows, found.offsets).with_columns(sae.cfg.d_sae)
         b_dec = None if transcodes else sae.b_dec
-        u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_dec, entries, self._spare("W_enc"), centered)
+        if read is None:
+            u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_dec, entries, self._spare("W_enc"), centered)
+        else:
+            u = attach_encoder(found.values, read, sae.W_enc, sae.b_enc, None, entries, self._spare("W_enc"))
         threshold = sae.threshold
         if threshold is not None and threshold.ndim:
             threshold = threshold.index_select(0, found.indices)
@@ -280,10 +291,14 @@ class TrainingSAE:
             return entries.indices, 1  # whose values do not matter: all codes are of one group
         return torch.bucketize(entries.indices, torch.tensor(ends, device=values.device), right=True), len(ends)
 
-    def _dense_step(self, x: Tensor, y: Tensor, W_dec: Tensor, activation: Activation) -> _StepCodes:
+    def _dense_step(
+        self, x: Tensor, y: Tensor, W_dec: Tensor, activation: Activation, read: Tensor | None
+    ) -> _StepCodes:
         """Errors of the prefixes for any activation, from dense codes."""
         sae = self.sae
-        u = (x - sae.b_dec if sae.cfg.d_out is None else x) @ sae.W_enc + sae.b_enc
+        if read is None:
+            read = x - sae.b_dec if sae.cfg.d_out is None else x
+        u = read @ sae.W_enc + sae.b_enc
         z = activation(u, sae.threshold, training=True)
         penalty = sae.gate(u).relu() if activation.gated else activation.penalty(u, z, sae.threshold)
         if type(sae.cfg.reconstruction).group is not ReconstructionLoss.group:

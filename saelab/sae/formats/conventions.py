@@ -17,7 +17,7 @@ from torch import Tensor
 from saelab.sae.activation_functions import BatchTopK, Gated, JumpReLU, ReLU, read_activation
 from saelab.sae.activation_registry import Activation
 from saelab.sae.config import SAEConfig
-from saelab.sae.encoders import PursuitEncoder, read_encoder
+from saelab.sae.encoders import Encoder, PursuitEncoder, read_encoder
 from saelab.sae.normalizer import NormalizerKind
 from saelab.stores.validation import read_fields, require_object
 
@@ -35,7 +35,7 @@ class Convention:
 
     activation: Activation
     """activation function that maps pre-activations to codes"""
-    encoder: Literal["linear"] | PursuitEncoder = "linear"
+    encoder: Encoder = "linear"
     """as in `SAEConfig`"""
     prefixes: tuple[int, ...] | None = None
     """sizes of the Matryoshka prefixes"""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import AbsTopK, BatchTopK, Gated, JumpReLU, ReLU, TopK
 from saelab.sae.activation_registry import Activation
-from saelab.sae.encoders import MatchingPursuit, PursuitEncoder
+from saelab.sae.encoders import MatchingPursuit, PursuitEncoder, Refined
 from saelab.sae.formats.conventions import Convention
 from saelab.sae.formats.origin import ParsedSAE, SAEFacts, describe_mask, dtype_name, name_processing, require
 from saelab.sae.formats.sources import SAEFiles, require_number, require_tensors
@@ -226,6 +226,8 @@ def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
     and provenance go into the metadata under a key of saelab's own.
     """
     cfg, activation = coder.cfg, coder.cfg.activation
+    if isinstance(cfg.encoder, Refined):
+        raise ValueError(f"SAELens' encoders must read activations alone, got {cfg.encoder}, which reads its error.")
     architecture, extra = _name_architecture(coder)
     origin = provenance
     ours: dict[str, Any] = {"provenance": origin.to_dict() if origin else None}
@@ -270,6 +272,8 @@ def _name_kwargs(origin: Provenance | None) -> dict[str, Any]:
 
 def _name_architecture(coder: SAEModule) -> tuple[str, dict[str, Any]]:
     cfg, activation = coder.cfg, coder.cfg.activation
+    if isinstance(cfg.encoder, Refined):
+        raise ValueError(f"SAELens' encoders must read activations alone, got {cfg.encoder}, which reads its error.")
     if isinstance(cfg.encoder, PursuitEncoder):
         if not isinstance(cfg.encoder, MatchingPursuit):
             raise ValueError(f"SAELens' pursuit must be MatchingPursuit, got {cfg.encoder}. It has no least squares.")
