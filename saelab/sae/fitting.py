@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.functional.metrics import FiringSums, ReconstructionSums
-from saelab.sae.activation_functions import ReLU
+from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
 from saelab.sae.training_sae import TrainingSAE
@@ -32,6 +32,7 @@ NEAR = 0.002  # relative distance from the target at which the search ends
 TOLERANCE = 0.05  # relative distance from the target that is warned of
 REACH = 0.25  # relative distance from the target beyond which L0 is not corrected: codes would change too much
 MAX_PASSES = 40
+SORTED_NUMBERS = 2**24  # pre-activations held and sorted at a time
 NORMALIZER_TOKENS = 65_536  # tokens that a normalizer is fitted to
 Pair: TypeAlias = tuple[Activations, Activations] | tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]
 """Inputs and targets of the same tokens, for a transcoder."""
@@ -151,6 +152,28 @@ def _solve(excess: Any, start: float, undo: Any) -> bool:
             return True
         low, at_low, high, at_high = (middle, here, high, at_high) if here > 0 else (low, at_low, middle, here)
     return True  # L0 jumps over the target: as close as it gets
+
+
+@torch.no_grad()
+def match_thresholds(sae: SAEModule, rows: Float[Tensor, "n d_in"]) -> Float[Tensor, "d_sae"]:
+    """The threshold of each latent above which as many of its pre-activations (signed: their sizes) lie as it has codes
+    on some tokens; those that the SAE has where its latents do not compete. A latent without codes gets its largest
+    pre-activation.
+    """
+    cfg = sae.cfg
+    if sae.threshold is not None and bool(sae.threshold.isfinite().all()):
+        return sae.threshold.expand(cfg.d_sae).clamp(min=MIN_THRESHOLD)
+    fires = FiringSums(cfg.d_sae)
+    for part in rows.split(PART):
+        fires.add(sae.encode_sparse(part.to(sae.W_dec)))
+    firings, found = fires.firings.to(sae.device), []
+    for latents in torch.arange(cfg.d_sae, device=sae.device).split(max(1, SORTED_NUMBERS // len(rows))):
+        W, b = sae.W_enc[:, latents], sae.b_enc[latents]
+        u = torch.cat([sae.center(part.to(sae.W_dec)) @ W + b for part in rows.split(PART)])
+        u, n = (u.abs() if cfg.activation.signed else u).sort(0, descending=True).values, firings[latents]
+        last = u.gather(0, (n - 1).clamp(min=0)[None])[0]
+        found.append((last + u.gather(0, torch.where(n > 0, n.clamp(max=len(u) - 1), 0)[None])[0]) / 2)
+    return torch.cat(found).clamp(min=MIN_THRESHOLD)
 
 
 def mean_l0(sae: SAEModule, rows: Float[Tensor, "n width"]) -> float:

@@ -11,11 +11,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.sae.activation_functions import GroupMax
+from saelab.sae.activation_functions import AbsJumpReLU, GroupMax, JumpReLU
 from saelab.sae.activation_registry import Activation
 from saelab.sae.adapters import SAEBenchSAE
 from saelab.sae.config import SAEConfig
-from saelab.sae.fitting import Data, HeldOut, cut_to, describe_training, finish_run, make_run, open_data, origin_of
+from saelab.sae.fitting import (
+    Data,
+    HeldOut,
+    cut_to,
+    describe_training,
+    finish_run,
+    make_run,
+    match_thresholds,
+    mean_l0,
+    open_data,
+    origin_of,
+)
 from saelab.sae.formats.origin import Origin, SAEFacts
 from saelab.sae.formats.registry import OWN, find_format, require_room, write_foreign
 from saelab.sae.formats.sources import SAEFiles
@@ -263,17 +274,62 @@ class SAE(SAEModule):
         threshold = activation.threshold == "running"
         if threshold and (sample is None or len(sample) == 0):
             raise ValueError(f"`sample` must hold activations to set the threshold of {activation} on, got none.")
-        cfg = replace(self.cfg, activation=replace(activation, k=k))  # type: ignore[call-arg]
-        with on_meta():
-            other = type(self)(cfg, seed=None)
-        held = self.state_dict()
-        other.load_state_dict({n: t.clone() if n == "threshold" else t for n, t in held.items()}, assign=True)
+        other = self._with_activation(replace(activation, k=k))  # type: ignore[call-arg]
+        if other.threshold is not None and self.threshold is not None:
+            other.threshold.copy_(self.threshold)
         if threshold and sample is not None and not cut_to(other, sample, float(k)):
             raise ValueError(
                 f"The threshold must be trained and reach an L0 of {k} on the sample, got {self.threshold}."
             )
+        return other
+
+    def to_jumprelu(self, sample: Float[Tensor, "n d_in"], target_l0: float | None = None) -> "SAE":
+        """The same SAE as a JumpReLU (signed: `AbsJumpReLU`) with a threshold for each latent; weights are shared.
+
+        Where latents compete (TopK) each gets the threshold at which it fires for as many tokens of the
+        sample as before, so that the mean L0 stays, though a token's does not. BatchTopK's one threshold and Gated's
+        own are kept, and so are all codes. Files and tools that know JumpReLU alone can then use it.
+
+        Args:
+            sample: (n, d_in) activations to find thresholds on, many more tokens than latents.
+            target_l0: mean L0 on the sample, reached by a common factor of all thresholds; None keeps it.
+
+        Raises:
+            ValueError: for a pursuit and GroupMax, whose latents take each other's place, for an empty sample, and for
+                a target that no factor reaches.
+
+        >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=32, activation=sl.TopK(k=4)), seed=0)
+        >>> x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+        >>> sae.to_jumprelu(x).encode_sparse(x).l0.float().mean()
+        tensor(4.)
+        """
+        if self.cfg.encoder != "linear" or isinstance(self.cfg.activation, GroupMax):
+            raise ValueError(
+                "`to_jumprelu` must be given an SAE whose latents are chosen by pre-activations alone, got "
+                f"{self.cfg.activation if self.cfg.encoder == 'linear' else self.cfg.encoder}."
+            )
+        if len(sample) == 0:
+            raise ValueError("`sample` must hold activations to find thresholds on, got none.")
+        threshold, l0 = match_thresholds(self, sample), target_l0 or mean_l0(self, sample)
+        kind = AbsJumpReLU if self.cfg.activation.signed else JumpReLU
+        other = self._with_activation(kind(target_l0=max(l0, 1e-6)))
+        with torch.no_grad():
+            assert other.threshold is not None
+            other.threshold.copy_(threshold)
+        if target_l0 is not None and not cut_to(other, sample, target_l0):
+            raise ValueError(f"`target_l0` must be reached by a factor on all thresholds, got {target_l0}.")
+        return other
+
+    def _with_activation(self, activation: Activation) -> "SAE":
+        """The same weights, shared, with another activation, whose threshold is not set."""
+        with on_meta():
+            other = type(self)(replace(self.cfg, activation=activation), seed=None)
+        held = {name: t for name, t in self.state_dict().items() if name not in ("threshold", "r_mag", "b_gate")}
+        if other.threshold is not None:
+            held["threshold"] = torch.full(other.threshold.shape, torch.nan, device=self.device)
+        other.load_state_dict(held, assign=True)
         other.provenance, other.name_or_path = self.provenance, self.name_or_path
-        figures = ("last", "saved")  # measured at the k before
+        figures = ("last", "saved")  # measured with the activation before
         other.training_ = self.training_ and {n: v for n, v in self.training_.items() if n not in figures}
         return other
 

@@ -7,6 +7,7 @@ from saelab._lazy import attach
 if TYPE_CHECKING:
     from saelab.sae.objectives.contrastive import ContrastiveLoss as ContrastiveLoss
     from saelab.sae.objectives.dead_latents import AuxK as AuxK
+    from saelab.sae.objectives.density import FLOPsPenalty as FLOPsPenalty
     from saelab.sae.objectives.gated import GateReconstructionLoss as GateReconstructionLoss
     from saelab.sae.objectives.kept_core import KeptCoreLoss as KeptCoreLoss
     from saelab.sae.objectives.masked import MaskedLoss as MaskedLoss
