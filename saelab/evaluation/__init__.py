@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         concept_baselines as concept_baselines,
         encode_csr as encode_csr,
     )
+    from saelab.evaluation.finetuning import finetune as finetune
     from saelab.evaluation.results import (
         BestFeature as BestFeature,
         ConceptScore as ConceptScore,

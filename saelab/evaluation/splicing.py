@@ -140,10 +140,12 @@ class CleanRun:
         loss = next_token_loss(logits, self.batch.ids)
         return loss[self.predicts[:, :-1].to(loss.device)]
 
-    def splice(self, x_hat: Float[Tensor, "n_kept d_out"]) -> dict[str, Float[Tensor, "n_predictions"]]:
+    def splice(
+        self, x_hat: Float[Tensor, "n_kept d_out"], grad: bool = False
+    ) -> dict[str, Float[Tensor, "n_predictions"]]:
         """Cross-entropy `ce` and KL `kl` of each prediction, with `x_hat` in place of the targets of the tokens kept.
 
-        Both are in nats.
+        Both are in nats, and differentiable in `x_hat` with `grad`.
         """
         device = self.acts[self.stage.target].device
         keep, predicts = self.keep.to(device), self.predicts.to(device)
@@ -153,5 +155,5 @@ class CleanRun:
             return x
 
         with replace_activations(self.stage.model, {self.stage.target: replace_kept}):
-            spliced = logits(self.stage.model, self.batch.ids)
+            spliced = logits(self.stage.model, self.batch.ids, grad=grad)
         return {"ce": self.losses(spliced), "kl": kl_divergence(self.logits[predicts], spliced[predicts])}

@@ -161,6 +161,10 @@ class TrainingSAE:
         """Losses of one batch. No side effects: counters and thresholds are updated in `observe`, weights by the
         optimizer.
         """
+        return self.weigh(*self.code(batch))
+
+    def code(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[TrainingStep, tuple[Tensor, Tensor, Tensor]]:
+        """Codes of one batch with all that loss terms read, and which latents fired, L0 and the smallest code."""
         sae = self.sae
         x, y = self._read(batch)
         W_dec = sae.W_dec if sae.archetypes is None else sae.archetypes()
@@ -184,11 +188,18 @@ class TrainingSAE:
             dense=coded.dense,
             u=coded.u,
         )
+        return step, coded.seen
+
+    def weigh(self, step: TrainingStep, seen: tuple[Tensor, Tensor, Tensor]) -> StepLosses:
+        """The weighted losses of a step.
+
+        All terms each time, so that all entries of the history have the same keys.
+        """
         terms = {}
-        for term in sae.cfg.terms:  # all of them each time, so that all entries of the history have the same keys
+        for term in self.sae.cfg.terms:
             loss, coefficient = term(step), value_at(term.coefficient, self.share)
             terms[term.name] = loss if coefficient == 1 else coefficient * loss
-        return StepLosses(terms, *coded.seen, n_tokens=len(x), notes=step.notes)
+        return StepLosses(terms, *seen, n_tokens=step.n_tokens, notes=step.notes)
 
     def _code(self, x: Tensor, y: Tensor, W_dec: Tensor) -> _StepCodes:
         """Codes of a batch, in the sparse form where that is possible and faster, and their errors."""

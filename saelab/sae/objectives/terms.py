@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.functional.codes import Entries, SparseCodes
+from saelab.functional.codes import Entries, SparseCodes, sparse_decode
 from saelab.stores.validation import read_fields, require_object
 from saelab.training.schedules import Schedule, Scheduled, bounds_of
 
@@ -120,6 +120,14 @@ class TrainingStep:
             rows, latents, values = rows[inside], latents[inside], values.index_select(0, inside)
         flat = values.new_zeros(self.n_tokens * prefix).index_add(0, rows * prefix + latents, values)
         return flat.view(self.n_tokens, prefix)
+
+    @property
+    def y_hat(self) -> Float[Tensor, "n_tokens d_out"]:
+        """Reconstruction of `y`, differentiable."""
+        if self.dense is not None:
+            return self.dense @ self.W_dec + self.sae.b_dec
+        entries = self.entries
+        return sparse_decode(self.values, self.W_dec, entries.indices, entries.rows, entries.offsets) + self.sae.b_dec
 
     @cached_property
     def dead(self) -> Int[Tensor, "n_dead"]:
