@@ -34,6 +34,7 @@ def finetune(
     cfg: TrainConfig | None = None,
     *,
     kl_coefficient: float = 1.0,
+    hook_point: str | tuple[str, str] | None = None,
     mask: TokenMask | None = None,
     allow_mismatch: bool = False,
     out: str | Path | None = None,
@@ -57,6 +58,7 @@ def finetune(
         cfg: configuration of the run; budgets are in tokens. None is a million tokens, 4,096 a step; where it has no
             learning rate, a tenth of the default one is taken.
         kl_coefficient: weight of the KL divergence; the reconstruction loss has weight 1 and is 1 without any latent.
+        hook_point: where the SAE reads, for a transcoder a pair (input, target); by default where it was trained.
         mask: tokens that count; by default the mask that the SAE was trained with.
         allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
         out: folder for history and checkpoints; None writes nothing.
@@ -71,7 +73,7 @@ def finetune(
     cfg = cfg or TrainConfig(n_tokens=1_000_000)
     _check(sae, tokens, cfg, kl_coefficient)
     require_threshold(sae)
-    stage = Stage.at(model, sae, match_model(sae, model, None, mask, allow_mismatch))
+    stage = Stage.at(model, sae, match_model(sae, model, hook_point, mask, allow_mismatch))
     stage = stage.calibrated(tokens, cfg.batch_size // tokens.ctx_len)
     trainee = _TrainingInLoop(sae, cfg, stage, tokens, kl_coefficient)
     rows = Activations.from_tensor(torch.arange(len(tokens), dtype=torch.float64)[:, None])

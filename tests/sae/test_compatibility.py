@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ CALLS: dict[str, Callable] = {
     ),
     "export_store": lambda at: sl.interop.export_store(
         at.store, at.out, "saedashboard", sae=at.sae, model=at.model, features=[3], **QUIET
+    ),
+    "finetune": lambda at, **how: sl.evaluation.finetune(
+        deepcopy(at.sae), at.model, at.tokens[:2], sl.TrainConfig(n_tokens=64, batch_size=64), **QUIET, **how
     ),
     "harvest": lambda at, **how: sl.harvest(at.sae, at.model, at.tokens[:2], at.out, **QUIET, **how),
     "harvest_untrained": lambda at, **how: sl.collecting.harvest_untrained(
