@@ -9,6 +9,7 @@ from typer import Argument, Option
 from saelab.cli import options
 from saelab.cli.inputs import echo, open_model, open_sae
 from saelab.collecting.harvesting import harvest_untrained
+from saelab.sae.baselines import load_baselines
 from saelab.sae.pretrained import CONFIG
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
@@ -67,6 +68,7 @@ def compare_folders(
             "stores' SAEs and models are at hand.",
         ),
     ] = True,
+    baselines: options.Baselines = None,
     progress: options.Progress = True,
 ) -> None:
     """Find the features that two dictionaries share, compared with what chance would give.
@@ -82,6 +84,8 @@ def compare_folders(
         raise ValueError("`--html` shows features in text, so A and B must be feature stores, got SAEs.")
     if html is not None and sides:
         raise ValueError("`--html` shows whole features, got it with `--sides`. Leave one of them out.")
+    if baselines is not None and isinstance(first, FeatureStore):
+        raise ValueError("`--baselines` holds SAEs, so A and B must be SAEs, got feature stores. Leave it out.")
     by = choose_similarity(similarity, isinstance(first, FeatureStore))
     with tempfile.TemporaryDirectory() as folder:
         floors: list[FeatureStore | None] = [None, None]
@@ -98,6 +102,7 @@ def compare_folders(
             null=null,
             seed=seed,
             progress=progress,
+            baselines=None if baselines is None else load_baselines(baselines),
         )
     pairs, values = found.match(method)  # type: ignore[arg-type]
     echo(str(found))

@@ -125,6 +125,15 @@ Device = Annotated[
 Progress = Annotated[bool, Option("--progress/--no-progress", help="Show progress on stderr, or not.")]
 SAEName = Annotated[str, Argument(metavar="SAE", help="Folder of an SAE, or a Hub id.")]
 SAECtxLen = Annotated[int | None, Option(show_default=f"the SAE's, else {CTX_LEN}")]
+Baselines = Annotated[
+    Path | None,
+    Option(
+        help="Folder of SAEs to compare with, each in a folder that has the baseline's name, as `fit_baselines` makes "
+        "them.",
+        metavar="FOLDER",
+        show_default="none",
+    ),
+]
 JSONFile = Annotated[Path | None, Option(help="File for the numbers.", metavar="FILE", show_default="none is written")]
 AllowMismatch = Annotated[bool, Option("--allow-mismatch")]
 StoreFolder = Annotated[Path, Argument(metavar="STORE", help="Folder written by `saelab harvest`.")]

@@ -22,6 +22,7 @@ from saelab.lm.tokens import Tokens, tokenize
 from saelab.sae.activation_functions import TopK, make_activation
 from saelab.sae.activation_registry import ACTIVATIONS, Activation
 from saelab.sae.archetypal import Archetypal
+from saelab.sae.baselines import load_baselines
 from saelab.sae.config import Dictionary, RandomPrefixes, SAEConfig
 from saelab.sae.fitting import Data
 from saelab.sae.objectives.dead_latents import AuxK
@@ -39,7 +40,7 @@ from saelab.training.config import TrainConfig
 
 WRITTEN = (CONFIG, WEIGHTS, "history.jsonl", "history.csv")
 N_TOKENS = 100_000
-BASELINES, N_BOOTSTRAP, SEED = (options.default_of(evaluate, name) for name in ("baselines", "n_bootstrap", "seed"))
+N_BOOTSTRAP, SEED = (options.default_of(evaluate, name) for name in ("n_bootstrap", "seed"))
 
 
 @options.documented_by(SAEConfig, TrainConfig, AuxK, Archetypal)
@@ -302,7 +303,10 @@ def evaluate_sae(
         Path | None,
         Option(help="File for the numbers in SAEBench's schema.", metavar="FILE", show_default="none is written"),
     ] = None,
-    baselines: Annotated[bool, Option("--baselines/--no-baselines")] = BASELINES,
+    baselines: options.Baselines = None,
+    no_baselines: Annotated[
+        bool, Option("--no-baselines", help="Leave out the untrained SAE, the random dictionary and PCA, too.")
+    ] = False,
     n_bootstrap: int = N_BOOTSTRAP,
     seed: int = SEED,
     allow_mismatch: options.AllowMismatch = False,
@@ -317,6 +321,10 @@ def evaluate_sae(
     Documents are taken from the END of the text, the last one first, because `collect` reads from the start. A warning
     is printed if an evaluated document was also trained on, as far as the names of the two files show.
     """
+    if no_baselines and baselines is not None:
+        raise ValueError(
+            f"`--no-baselines` must stand without `--baselines`, got '{baselines}'. Leave one of them out."
+        )
     coder, lm = open_pair(sae, model, device, progress)
     origin = coder.provenance
     length = ctx_len or (origin.ctx_len if origin else None) or options.CTX_LEN
@@ -329,7 +337,7 @@ def evaluate_sae(
         coder,
         lm,
         tokens,
-        baselines=baselines,
+        baselines=load_baselines(baselines) if baselines is not None else not no_baselines,
         n_bootstrap=n_bootstrap,
         seed=seed,
         allow_mismatch=allow_mismatch,

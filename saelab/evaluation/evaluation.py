@@ -6,7 +6,7 @@ their intervals come from sums by document; undefined ones are listed with the r
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from saelab.lm.model_checks import Model
 from saelab.lm.models import describe_model
 from saelab.lm.tokens import Tokens
 from saelab.sae.activation_functions import AbsTopK, TopK
+from saelab.sae.baselines import check_baselines
 from saelab.sae.compatibility import match_model, require_threshold
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.sae.initialization import make_untrained, prepare
@@ -34,6 +35,7 @@ Reconstruction = Callable[[Tensor], tuple[Tensor, Tensor]]
 (n)."""
 SMALLEST_KL = 1e-6  # below this a KL is the rounding of float32
 RECOVERED = {"loss_recovered": "zero", "loss_recovered_mean": "mean"}
+OWN_ROWS = ("sae", "untrained", "random", "pca", "linear", "zero", "mean", "prefix")
 SAMPLE_TOKENS = 16384  # about what training fits its start to
 FORWARD_LOGITS = 2**25  # in a forward at most: several such tensors are held at once
 
@@ -357,7 +359,7 @@ def evaluate(
     mask: TokenMask | None = None,
     batch_size: int | None = None,
     n_bootstrap: int = 1000,
-    baselines: bool = True,
+    baselines: bool | Mapping[str, SAE] = True,
     seed: int = 0,
     allow_mismatch: bool = False,
     progress: bool = True,
@@ -376,7 +378,8 @@ def evaluate(
         mask: tokens that count; by default the mask that the SAE was trained with.
         batch_size: sequences in a forward pass; by default chosen for memory. Results do not depend on it.
         n_bootstrap: draws of documents for the 95 % intervals; 0 for none.
-        baselines: evaluate the untrained SAE, a random dictionary and PCA (a linear map for a transcoder), too.
+        baselines: evaluate the untrained SAE, a random dictionary and PCA (a linear map for a transcoder), too; or
+            SAEs by name, such as those of `fit_baselines`, to evaluate with these three.
         seed: seed of the bootstrap and the baselines.
         allow_mismatch: go ahead with an SAE of another model, weight processing or hook point.
         progress: show progress bars.
@@ -393,13 +396,19 @@ def evaluate(
     """
     place = match_model(sae, model, hook_point, mask, allow_mismatch)
     stage = Stage.at(model, sae, place)
-    require_threshold(sae)
+    given = {} if isinstance(baselines, bool) else baselines
+    check_baselines(given, sae.cfg, OWN_ROWS)
+    for each in (sae, *given.values()):
+        require_threshold(each)
     if n_bootstrap < 0:
         raise ValueError(f"`n_bootstrap` must be at least 0, got {n_bootstrap}; use 0 for no intervals.")
     n_seq = forward_size(tokens, batch_size, FORWARD_LOGITS // model.cfg.d_vocab)
     stage = stage.calibrated(tokens, n_seq)
     found = survey(sae, stage, tokens, n_seq, progress)
-    compared = make_baselines(sae, found.firings.l0, found.inputs, found.targets, seed) if baselines else {}
+    compared = {}
+    if baselines is not False:
+        compared = make_baselines(sae, found.firings.l0, found.inputs, found.targets, seed)
+        compared |= {name: reconstruct_by(each) for name, each in given.items()}
     ablations = {"zero": make_constant(torch.zeros_like(found.mean)), "mean": make_constant(found.mean)}
     sums = measure(sae, stage, tokens, n_seq, found.mean, ablations | compared, progress)
     scores = score(sums, compared, prefixes_of(sae), n_bootstrap, seed)

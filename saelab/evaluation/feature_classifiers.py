@@ -6,7 +6,7 @@ linear probe is the ceiling.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,6 +20,7 @@ from saelab.functional.codes import SparseCodes
 from saelab.functional.metrics import exact
 from saelab.functional.statistics import auroc_of_ranks, f1, fit_probe, kappa
 from saelab.lm.token_labels import LabelsLike, TokenLabels
+from saelab.sae.baselines import check_baselines
 from saelab.sae.config import SAEConfig
 from saelab.sae.initialization import prepare
 from saelab.sae.sae import SAE
@@ -324,6 +325,7 @@ def concept_baselines(
     *,
     train_frac: float = 0.5,
     seed: int = 0,
+    baselines: Mapping[str, SAE] | None = None,
 ) -> dict[str, CodeMatrix]:
     """Baseline codes of the same tokens by name, for `score_concepts`.
 
@@ -339,6 +341,10 @@ def concept_baselines(
         doc_ids: story (document) of each token, needed where the labels do not have them.
         train_frac: share of stories for training.
         seed: of the split, the sample and the random directions.
+        baselines: further SAEs by name, such as those of `fit_baselines`.
+
+    Raises:
+        ValueError: for baselines with a name or a width that does not fit.
     """
     given = TokenLabels.of(labels, doc_ids=doc_ids)
     train = torch.from_numpy(split_documents(given.require_documents(), train_frac, seed)).nonzero().squeeze(1)
@@ -353,13 +359,15 @@ def concept_baselines(
     whitened = components / scales
     cfg = replace(cfg, dictionary="unit")  # the directions are random ones and tokens, whatever training makes of them
     truth = torch.from_numpy(given.matrix[rows.numpy()].toarray().astype(np.float32))
-    return {
+    own = {
         "neurons": x,
         "pca": components,
         "random": encode_csr(prepare(replace(cfg, init="tied"), sample, seed), acts),
         "untrained": encode_csr(prepare(replace(cfg, init="data"), sample, seed), acts),
         "probe": fit_probe(whitened[rows], truth)(whitened).sigmoid(),
     }
+    check_baselines(baselines or {}, cfg, list(own))
+    return own | {name: encode_csr(each, acts) for name, each in (baselines or {}).items()}
 
 
 @torch.no_grad()

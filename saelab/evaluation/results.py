@@ -85,8 +85,8 @@ class Evaluation(Result):
     intervals: dict[str, tuple[float, float]]
     """95 % intervals of the numbers above, from the document bootstrap"""
     baselines: dict[str, dict[str, float]]
-    """the same metrics for the untrained SAE, a random dictionary and PCA, or a linear map for a transcoder; `ce`
-    corresponds to the SAE's `ce_sae`"""
+    """the same metrics for the untrained SAE, a random dictionary and PCA, or a linear map for a transcoder, and
+    for SAEs given as baselines; `ce` corresponds to the SAE's `ce_sae`"""
     reasons: dict[str, str]
     """why a number is NaN"""
     sae: str

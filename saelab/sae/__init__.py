@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         hook_sae as hook_sae,
     )
     from saelab.sae.archetypal import Archetypal as Archetypal, Archetypes as Archetypes
+    from saelab.sae.baselines import fit_baselines as fit_baselines, load_baselines as load_baselines
     from saelab.sae.classical_dictionaries import (
         DictionaryMethod as DictionaryMethod,
         fit_dictionary as fit_dictionary,

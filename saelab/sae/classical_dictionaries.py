@@ -123,7 +123,7 @@ def fit_dictionary(
     if how.orthogonal and width > acts.d_in:
         raise ValueError(f"`d_sae` of '{method}' must be at most d_in ({acts.d_in}), got {width}; take 'ksvd'.")
     sae = _make(how, acts.d_in, width, k, encoder, seed)
-    x = _draw(acts, n_tokens, seed)
+    x = draw_tokens(acts, n_tokens, seed)
     if method == "nmf" and bool((x < 0).any()):
         raise ValueError("`acts` must be at least 0 for 'nmf', got negative ones; take 'snmf', or codes.")
     sae.normalizer.fit(x)
@@ -159,8 +159,8 @@ def _make(how: _Method, d_in: int, d_sae: int, k: int, encoder: str | PursuitEnc
     return SAE(cfg, seed)
 
 
-def _draw(acts: Activations, n_tokens: int, seed: int) -> Float[Tensor, "n d_in"]:
-    """Activations of tokens drawn at random, in their order."""
+def draw_tokens(acts: Activations, n_tokens: int, seed: int) -> Float[Tensor, "n d_in"]:
+    """Activations of at most `n_tokens` tokens drawn at random, in their order; ValueError unless they are finite."""
     if len(acts) < 2:
         raise ValueError(f"`acts` must hold at least 2 tokens, got {len(acts)}.")
     chosen = torch.randperm(len(acts), generator=_generator(seed))[:n_tokens].sort().values

@@ -5,7 +5,7 @@ of untrained dictionaries, which universal features must exceed, and neurons or 
 spaces, matched as features are.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -44,8 +44,7 @@ from saelab.universality.similarity import (
 )
 
 UntrainedSources: TypeAlias = FeatureStore | SAE | tuple[FeatureStore | SAE | None, FeatureStore | SAE | None] | None
-EXACT = 2**22
-"""Number of pairs of features up to which the assignment considers all of them."""
+EXACT = 2**22  # pairs of features up to which the assignment considers all of them
 Basis = Literal["neurons", "pca"]
 
 
@@ -294,6 +293,7 @@ def compare(
     null: NullConfig = NULL,
     seed: int = 0,
     progress: bool = True,
+    baselines: Mapping[str, FeatureStore | SAE] | None = None,
 ) -> Comparison:
     """The best partner of every feature of one dictionary in another, with p values and false discovery rates.
 
@@ -327,10 +327,11 @@ def compare(
         null: permutations, false discovery rate and least similarity of a universal match.
         seed: seed of the permutations.
         progress: whether to show progress bars.
+        baselines: other dictionaries by name that a's features are matched with in place of b, such as those of
+            `fit_baselines`; stores where stores are compared.
 
     Raises:
-        ValueError: one source is a store and the other an SAE, the similarity does not exist for them, an option is out
-            of range, or the texts or spaces have nothing in common.
+        ValueError: for a store and an SAE, an option out of range, and texts or spaces with nothing in common.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=40))
     >>> found = compare(sae, sae, progress=False)
@@ -344,9 +345,10 @@ def compare(
     if min(m, min_count) < 1:
         raise ValueError(f"`m` and `min_count` must be at least 1, got {m} and {min_count}.")
     of_a, of_b = untrained if isinstance(untrained, tuple) else (None, untrained)
-    if any(isinstance(one, FeatureStore) != stores for one in (of_a, of_b) if one is not None):
+    others = (of_a, of_b, *(baselines or {}).values())
+    if any(isinstance(one, FeatureStore) != stores for one in others if one is not None):
         raise ValueError(
-            "`untrained` must be stores where stores are compared and SAEs where SAEs are, got another kind."
+            "`untrained` and `baselines` must be stores where stores are compared and SAEs where SAEs are, got others."
         )
 
     def judge(one: Any, other: Any) -> Comparison:
@@ -357,8 +359,9 @@ def compare(
             work = DirectionSource.make(one, other, similarity, progress)
         return conclude(work, similarity, m, min_count, null, seed)
 
-    baselines = [judge(one, other) for one, other in ((of_a, b), (a, of_b)) if one is not None and other is not None]
-    return raise_floor(judge(a, b), baselines)
+    floors = [judge(one, other) for one, other in ((of_a, b), (a, of_b)) if one is not None and other is not None]
+    found = raise_floor(judge(a, b), floors)
+    return replace(found, baselines={name: judge(a, one).a for name, one in (baselines or {}).items()})
 
 
 def conclude(
@@ -483,7 +486,8 @@ def compare_neurons_or_pcs(
     """
     if basis not in ("neurons", "pca"):
         raise ValueError(f"`basis` must be neurons or pca, got {basis!r}.")
-    if len(a) != len(b) or not _same(a.token_ids, b.token_ids) or not _same(a.doc_ids, b.doc_ids):
+    columns = ((a.token_ids, b.token_ids), (a.doc_ids, b.doc_ids))
+    if len(a) != len(b) or any(x is not None and y is not None and not torch.equal(x, y) for x, y in columns):
         raise ValueError(
             f"`a` and `b` must be of the same tokens, got {len(a)} and {len(b)} rows, or others. Collect both with one "
             "mask on one text."
@@ -494,7 +498,3 @@ def compare_neurons_or_pcs(
     documents = None if a.doc_ids is None else find_runs(a.doc_ids.numpy())
     work = StoreSource.of(sides, "correlation", True, 1, progress, facts, documents)
     return conclude(work, "correlation", m, 1, null, seed)
-
-
-def _same(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
-    return x is None or y is None or torch.equal(x, y)

@@ -7,7 +7,7 @@ halves, copies or part.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -272,6 +272,12 @@ class Matches:
         """Whether each feature fires at all."""
         return self.fires > 0
 
+    @property
+    def median(self) -> float:
+        """Median |similarity| of features with a partner; NaN without any."""
+        known = np.abs(self.similarity[~np.isnan(self.similarity)])
+        return float(np.median(known)) if len(known) else float("nan")
+
     def share(self, by: RecurrenceWeight = "count") -> float:
         """Share of universal features among those that fire: by number, by firings or by variance; NaN if none fire."""
         weights = {"count": self.live.astype(float), "frequency": self.fires.astype(float), "variance": self.variance}
@@ -362,6 +368,8 @@ class Comparison(Result):
     """number of tokens, or documents, that similarities were measured on; None for directions"""
     n_tokens: int | None = None
     alignment: str = ""
+    baselines: Mapping[str, Matches] = field(default_factory=dict, repr=False)
+    """a's features in other dictionaries, by name"""
 
     @cached_property
     def universal_pairs(self) -> Int[np.ndarray, "n 2"]:
@@ -398,7 +406,9 @@ class Comparison(Result):
         plain = ("similarity", "exact", "signed", "sides", "m", "n_shifts", "fdr", "min_effect", "seed", "n_rows")
         found: dict[str, Any] = {name: getattr(self, name) for name in (*plain, "n_tokens", "alignment")}
         found |= {name: getattr(self, name).tolist() for name in ("mutual", "pairs", "values")}
-        return found | {"sources": list(self.sources), "a": self.a.to_dict(), "b": self.b.to_dict()}
+        others = {name: one.to_dict() for name, one in self.baselines.items()}
+        sides = {"a": self.a.to_dict(), "b": self.b.to_dict(), "baselines": others}
+        return found | {"sources": list(self.sources), **sides}
 
     def __str__(self) -> str:
         rows_are = "documents" if self.similarity == "documents" else "tokens"
@@ -414,12 +424,16 @@ class Comparison(Result):
         ]
         table = [["", "live", "median", "chance", "(95 %)", "universal", "by freq.", "by var."]]
         for name, side in (("a", self.a), ("b", self.b)):
-            known = np.abs(side.similarity[~np.isnan(side.similarity)])
-            middle = float(np.median(known)) if len(known) else float("nan")
+            middle = side.median
             shares = [f"{share:.1%}" for share in (side.share(), side.share("frequency"), side.share("variance"))]
             levels = [f"{level:.3f}" for level in (middle, *side.chance)]
             table.append([name, f"{int(side.live.sum()):,}", *levels, *shares])
         lines += [*format_table(table), *_describe_floors(self)]
+        if self.baselines:
+            table = [["a's partners in", "median", "universal by chance alone"]]
+            for name, one in self.baselines.items():
+                table.append([name, f"{one.median:.3f}", f"{one.share():.1%}"])
+            lines += format_table(table)
         flipped = int((self.a.similarity[self.universal_pairs[:, 0]] < 0).sum())
         mean = float(np.abs(self.values).mean()) if len(self.values) else float("nan")
         kind = "" if self.exact else f", among the {self.m} nearest"

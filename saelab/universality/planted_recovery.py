@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
 from saelab.functional.metrics import FiringSums, ReconstructionSums
+from saelab.sae.baselines import check_baselines
 from saelab.sae.initialization import make_untrained
 from saelab.sae.sae import SAE
 from saelab.stores.packing import as_csr
@@ -102,10 +103,10 @@ def score_recovery(
         world: the world it was trained on.
         n_tokens: tokens to measure on.
         seed: of these tokens; another one than that of the training batches.
-        baselines: further dictionaries by name, such as one with the planted directions.
+        baselines: further SAEs by name, such as those of `fit_baselines`, or one with the planted directions.
 
     Raises:
-        ValueError: where the widths differ.
+        ValueError: where the widths differ, or a baseline has the name of another row.
 
     >>> from saelab.synthetic import PlantedConfig, PlantedWorld
     >>> world = PlantedWorld(PlantedConfig(n_features=32, d_in=16, l0=2.0, n_roots=0))
@@ -113,9 +114,9 @@ def score_recovery(
     >>> score_recovery(sae, world, n_tokens=1000)["SAE"].n_tokens
     1000
     """
-    for name, each in {"sae": sae, **(baselines or {})}.items():
-        if each.cfg.d_in != world.cfg.d_in or each.cfg.d_out is not None:
-            raise ValueError(f"{name} must be an autoencoder of the world's d_in ({world.cfg.d_in}), got {each}.")
+    if sae.cfg.d_in != world.cfg.d_in or sae.cfg.d_out is not None:
+        raise ValueError(f"`sae` must be an autoencoder of the world's d_in ({world.cfg.d_in}), got {sae}.")
+    check_baselines(baselines or {}, sae.cfg, ("SAE", "untrained"))
     sample, _ = world.sample(min(n_tokens, 8_192), (seed, 0, 0))
     rows = {"SAE": sae, "untrained": make_untrained(sae, sample), **(baselines or {})}
     return RecoveryTable(rows={name: _score(each, world, n_tokens, seed) for name, each in rows.items()})

@@ -4,7 +4,7 @@ Also geometry and usage of one dictionary: rank, coherence, distance to the data
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saelab.functional.metrics import FiringSums, ReconstructionSums, effective_rank, exact
 from saelab.functional.statistics import rank_correlation
+from saelab.sae.baselines import check_baselines
 from saelab.sae.compatibility import require_finite
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
@@ -183,6 +184,8 @@ class SeedStability(Result):
     usage: tuple[LatentUsage, ...] = field(repr=False)
     """firing density and energy of each dictionary, where activations or stores are given"""
     seed: int
+    baselines: Mapping[str, SeedAgreement] = field(default_factory=dict)
+    """agreement of other dictionaries of each seed, by name"""
 
     @cached_property
     def trends(self) -> dict[str, float]:
@@ -212,8 +215,8 @@ class SeedStability(Result):
         n = len(self.figures)
         kind = "by size" if self.signed else "with their sign"
         lines = [f"{n} dictionaries of {self.d_sae:,} directions in {self.d_in:,} dimensions, cosines {kind}"]
-        table = [["", "trained", "random", "matched random"]]
-        families = (self.trained, self.random, self.matched_random)
+        table = [["", "trained", "random", "matched random", *self.baselines]]
+        families = (self.trained, self.random, self.matched_random, *self.baselines.values())
         names = {
             "matched": "matched one to one",
             "nearest": "nearest",
@@ -241,6 +244,7 @@ def seed_stability(
     threshold: float = 0.7,
     rank: int | None = None,
     seed: int = 0,
+    baselines: Sequence[Mapping[str, SAE]] | None = None,
 ) -> SeedStability:
     """Pairwise agreement of SAEs of one activation space, and which features are not found again (arXiv:2502.12892).
 
@@ -256,9 +260,12 @@ def seed_stability(
         threshold: cosine, in (0, 1], from which a feature counts as found again.
         rank: number of principal dimensions compared, in 1..d_in; None is d_in / 4.
         seed: seed of the random dictionaries.
+        baselines: for each SAE the same names of other SAEs, such as those that `fit_baselines` makes of each with a
+            seed of its own; those of one name are compared with each other as the SAEs are.
 
     Raises:
-        ValueError: there are fewer than two SAEs, their shapes differ, or an option is out of range.
+        ValueError: there are fewer than two SAEs, their shapes differ, an option is out of range, or baselines do
+            not fit.
 
     >>> cfg = sl.SAEConfig(d_in=32, d_sae=48)
     >>> found = seed_stability([sl.SAE(cfg, seed=0), sl.SAE(cfg, seed=0)])
@@ -290,7 +297,25 @@ def seed_stability(
         figures=tuple(measure_directions(sae.W_dec, _center(sae, acts), signed) for sae in saes),
         random_figures=measure_directions(drawn, _center(saes[0], acts), signed),
         usage=tuple(usage), seed=seed,
+        baselines=_agree_by_name(saes, baselines or (), threshold, rank),
     )  # fmt: skip
+
+
+def _agree_by_name(
+    saes: Sequence[SAE], baselines: Sequence[Mapping[str, SAE]], threshold: float, rank: int
+) -> dict[str, SeedAgreement]:
+    """Agreement of the baselines of each name."""
+    names = [list(one) for one in baselines]
+    if names and (len(names) != len(saes) or any(set(one) != set(names[0]) for one in names)):
+        raise ValueError(f"`baselines` must have the same names for each of the {len(saes)} SAEs, got {names[:5]}.")
+    found = {}
+    for name in names[0] if names else ():
+        group = [one[name] for one in baselines]
+        _check(group, None, None)
+        check_baselines(dict.fromkeys([name], group[0]), saes[0].cfg, ("trained", "random", "matched random"))
+        signed = any(each.cfg.activation.signed for each in group)
+        found[name] = _agree([each.directions().float().cpu() for each in group], signed, threshold, rank)
+    return found
 
 
 def find_core(saes: Sequence[SAE], *, threshold: float = 0.7) -> list[int]:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import shutil
 import signal
 import sys
 import time
@@ -240,6 +241,12 @@ def test_several_hook_points(folder: Path, tmp_path: Path, shell: Shell) -> None
         "evaluate", coder, "tiny", folder / "text.txt", "--n-tokens", "300", "--no-baselines", "--no-progress"
     )
     assert judged.code == 0 and f"from {HOOK_POINT} to blocks.0.hook_mlp_out" in judged.out
+    shutil.copytree(coder, tmp_path / "others" / "the same")
+    words = ("evaluate", coder, "tiny", folder / "text.txt", "--n-tokens", "300", "--baselines", tmp_path / "others")
+    beside = shell(*words, "--no-progress")
+    assert beside.code == 0 and "the same" in beside.out, beside.err
+    both = shell(*words, "--no-baselines")
+    assert both.code == 2 and "`--no-baselines` must stand without `--baselines`" in both.err
     stored = tmp_path / "store"
     harvested = shell(
         "harvest", coder, "tiny", folder / "text.txt", "--n-tokens", "300", "--out", stored, "--no-progress"

@@ -63,6 +63,14 @@ def test_matched_features_stand_side_by_side_on_a_page(folders, tmp_path, capsys
     assert "8 features" in capsys.readouterr().out and "Partner in" in page.read_text()
 
 
+def test_saes_of_a_folder_are_baselines(folders, tmp_path, capsys) -> None:
+    sl.SAE(sl.SAEConfig(d_in=8, d_sae=8, activation=sl.AbsTopK(k=8)), seed=5).save_pretrained(tmp_path / "random rows")
+    words = [str(folders["a sae"]), str(folders["b sae"]), "--out", str(tmp_path / "match.json")]
+    assert dispatch(["compare", *words, "--baselines", str(tmp_path), "--no-progress"]) == 0
+    assert "random rows" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "match.json").read_text())["baselines"]) == ["random rows"]
+
+
 def test_what_cannot_be_compared_is_said_in_one_line(folders, tmp_path, capsys) -> None:
     store, sae = str(folders["a store"]), str(folders["a sae"])
     for words, said in (
@@ -71,6 +79,8 @@ def test_what_cannot_be_compared_is_said_in_one_line(folders, tmp_path, capsys) 
         ([store, store, "--method", "guess"], "`--method` must be one of best, mutual, hungarian"),
         ([store, store, "--similarity", "decoder"], "must be one of"),
         ([sae, sae, "--html", "page.html"], "must be feature stores"),
+        ([store, store, "--baselines", str(tmp_path)], "A and B must be SAEs, got feature stores"),
+        ([sae, sae, "--baselines", str(tmp_path)], "must hold folders of SAEs, got none"),
         ([store, store, "--html", "page.html", "--sides"], "shows whole features"),
     ):
         assert dispatch(["compare", *words, "--no-progress"]) == 2

@@ -368,6 +368,12 @@ def test_baselines_of_tales() -> None:
     baselines = concept_baselines(acts, cfg, labels)
     assert torch.equal(torch.get_rng_state(), state)
     assert list(baselines) == ["neurons", "pca", "random", "untrained", "probe"]
+    other = sl.SAE(cfg, seed=4)
+    more = concept_baselines(acts, cfg, labels, baselines={"other": other})
+    assert list(more) == [*baselines, "other"] and (more["other"] != encode_csr(other, acts)).nnz == 0
+    assert torch.equal(more["pca"], baselines["pca"]) and (more["random"] != baselines["random"]).nnz == 0
+    with pytest.raises(ValueError, match=r"Names of `baselines` must differ .* got 'probe'"):
+        concept_baselines(acts, cfg, labels, baselines={"probe": other})
     codes = encode_csr(sl.SAE(cfg), acts)
     assert codes.shape == (len(acts), 96) and (np.diff(codes.indptr) == 6).all()
     scores = score_concepts(codes, labels, min_count=5, baselines=baselines)

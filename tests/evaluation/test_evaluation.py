@@ -383,3 +383,19 @@ def test_a_trained_model_suffers_from_ablation(shared_data) -> None:
     assert found.loss_recovered > max(scores["loss_recovered"] for scores in found.baselines.values())
     assert found.ce_clean < found.ce_sae < found.ce_mean < found.ce_zero
     assert 0.8 < found.loss_recovered_mean < found.loss_recovered < 1
+
+
+def test_saes_given_as_baselines_are_rows_like_the_evaluated_one(tiny, own_words):
+    sae, other = some_sae(), some_sae(k=9)
+    plain, found = run(sae, tiny, own_words), run(sae, tiny, own_words, baselines={"other": other})
+    assert list(found.baselines) == [*plain.baselines, "other"]
+    assert {**found.to_dict(), "baselines": 0} == {**plain.to_dict(), "baselines": 0}
+    assert all(found.baselines[name] == plain.baselines[name] for name in plain.baselines)
+    alone = run(other, tiny, own_words, baselines=False)
+    row = found.baselines["other"]
+    assert alone.baselines == {} and row["ce"] == alone.ce_sae
+    assert all(row[name] == getattr(alone, name) for name in ("fvu", "l0", "kl", "cosine", "loss_recovered"))
+    with pytest.raises(ValueError, match=r"Names of `baselines` must differ .* got 'pca'"):
+        run(sae, tiny, own_words, baselines={"pca": other})
+    with pytest.raises(ValueError, match="`baselines` must have the SAE's widths"):
+        run(sae, tiny, own_words, baselines={"other": sl.SAE(sl.SAEConfig(d_in=16, d_sae=32))})

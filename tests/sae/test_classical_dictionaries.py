@@ -186,7 +186,7 @@ def test_the_sample_is_drawn_from_all_tokens_and_has_provenance():
     acts = sl.Activations.from_tensor(x)
     sae = fit_dictionary(acts, "pca", n_tokens=100)
     assert sae.training_["n_tokens_seen"] == 100 and sae.provenance is acts.provenance
-    rows = classical_dictionaries._draw(acts, 100, seed=0)
+    rows = classical_dictionaries.draw_tokens(acts, 100, seed=0)
     places = (rows[:, None] == x).all(2).nonzero()[:, 1]
     assert len(places) == 100 and (places.diff() > 0).all()
     assert (places > 2_000).sum() > 10  # a third, give or take five

@@ -401,3 +401,16 @@ def test_untrained_dictionaries_are_a_floor() -> None:
     assert many.floor("0", "1") == found.a.untrained.shares["count"] and "untrained" in str(many)
     with pytest.raises(ValueError, match="must be stores where stores are compared"):
         sl.compare(Made(a), Made(b), untrained=sl.SAE(sl.SAEConfig(d_in=4, d_sae=64)), progress=False)
+
+
+def test_baselines_take_the_place_of_the_other_side() -> None:
+    cfg = sl.SAEConfig(d_in=32, d_sae=48, activation=sl.AbsTopK(k=4))
+    a, b, other = (sl.SAE(cfg, seed=seed) for seed in (0, 0, 1))
+    plain, found = (sl.compare(a, b, progress=False, **more) for more in ({}, {"baselines": {"other": other}}))
+    alone = sl.compare(a, other, progress=False)
+    assert plain.baselines == {} and {**found.to_dict(), "baselines": {}} == plain.to_dict()
+    assert found.baselines["other"].to_dict() == alone.a.to_dict() == found.to_dict()["baselines"]["other"]
+    assert found.a.median > 0.99 > 0.7 > found.baselines["other"].median
+    assert "a's partners in" in str(found) and "a's partners in" not in str(plain)
+    with pytest.raises(ValueError, match="Directions must be of one space"):
+        sl.compare(a, b, progress=False, baselines={"other": sl.SAE(sl.SAEConfig(d_in=8, d_sae=48))})

@@ -86,5 +86,5 @@ def test_wide_dictionaries_are_paired_among_their_nearest_alike(monkeypatch):
 
 
 def test_other_widths_are_refused():
-    with pytest.raises(ValueError, match=r"sae must be an autoencoder of the world's d_in \(64\)"):
+    with pytest.raises(ValueError, match=r"`sae` must be an autoencoder of the world's d_in \(64\)"):
         score_recovery(sl.SAE(sl.SAEConfig(d_in=8, d_sae=64)), WORLD)

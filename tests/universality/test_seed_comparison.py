@@ -303,3 +303,18 @@ def test_prints_saves_and_repeats(tmp_path):
 def test_what_cannot_be_compared_is_named(saes, more, match):
     with pytest.raises(ValueError, match=match):
         seed_stability([sae_of(directions(0, *shape)) for shape in saes], **more)
+
+
+def test_baselines_of_each_seed_are_compared_by_name():
+    saes = [sae_of(directions(seed)) for seed in (0, 1, 2)]
+    same = [{"same": sae_of(directions(5)), "other": sae_of(directions(10 + i))} for i in range(3)]
+    plain, found = (sl.universality.seed_stability(saes, **more) for more in ({}, {"baselines": same}))
+    assert plain.baselines == {} and {**found.to_dict(), "baselines": {}} == plain.to_dict()
+    assert np.allclose(found.baselines["same"].matched, 1, atol=1e-5) and (found.baselines["other"].matched < 0.9).all()
+    own = sl.universality.seed_stability([one["other"] for one in same]).trained
+    np.testing.assert_array_equal(found.baselines["other"].matched, own.matched)
+    assert "same" in str(found).splitlines()[1]
+    with pytest.raises(ValueError, match="the same names for each of the 3 SAEs"):
+        sl.universality.seed_stability(saes, baselines=[*same[:2], {"same": saes[0]}])
+    with pytest.raises(ValueError, match="Names of `baselines` must differ"):
+        sl.universality.seed_stability(saes, baselines=[{"random": sae} for sae in saes])
