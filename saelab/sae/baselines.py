@@ -73,7 +73,8 @@ def fit_baselines(
             raise ValueError(f"`methods` must be ones that this SAE can have, got '{name}': {why}.")
     data = open_data(acts)
     trained = {name: SAE(replace(sae.cfg, **SANITY[name]), seed).to(sae.device) for name in chosen if name in SANITY}
-    fit(list(trained.values()), data, cfg or _recorded(sae), progress=progress)
+    if trained:
+        fit(list(trained.values()), data, cfg or _recorded(sae), progress=progress)
     fitted = {}
     if classical := [name for name in chosen if name in METHODS]:
         if not isinstance(data, Activations):

@@ -1,7 +1,8 @@
 """What training adds: an SAE beside SAEs with a part held at its random start, and classical dictionaries.
 
-On tales: FVU, coverage (mean over concepts of F1 of the best feature, with what permuted labels give), AUROC of these
-features. On a planted world: mean |cos| with the planted directions, F1 of firing, FVU. All with the same L0.
+On tales: F1 and AUROC of the best feature, means over concepts, with the F1 that permuted labels give, and FVU; the
+codes of `concept_baselines` beside them. On a planted world: what `score_recovery` says; MCC is a mean over the rows of
+a dictionary with fewer rows than features, `found` a share of all features. All with the same L0.
 """
 
 import argparse
