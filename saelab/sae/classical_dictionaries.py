@@ -102,8 +102,8 @@ def fit_dictionary(
         k: codes per token.
         encoder: "linear" (products with the rows), or a pursuit; None is "linear" for orthogonal rows, and orthogonal
             matching pursuit otherwise.
-        n_tokens: tokens that the dictionary is fitted to, drawn at random. Memory is that of these rows and their
-            dense codes, about n_tokens (d_in + d_sae) numbers.
+        n_tokens: tokens that the dictionary is fitted to, drawn at random. Memory is a few times that of these rows and
+            their dense codes, n_tokens (d_in + d_sae) numbers; "stacked" has codes of 2 d_sae.
         seed: of the sample and the initial rows.
 
     Raises:

@@ -9,13 +9,13 @@ from saelab.sae.baselines import check_baselines, fit_baselines, load_baselines
 from saelab.sae.fitting import mean_l0
 from saelab.synthetic import PlantedConfig, PlantedWorld
 
-WORLD = PlantedWorld(PlantedConfig(n_features=24, d_in=12, l0=2.0, n_roots=0), seed=0)
-X = WORLD.sample(3_000, 1)[0]
-RUN = sl.TrainConfig(n_tokens=40_000, batch_size=250, seed=5, lr=3e-3)
+WORLD = PlantedWorld(PlantedConfig(n_features=24, d_in=20, l0=2.0, n_roots=0, zipf=0.2, overlap=0.4), seed=0)
+X = WORLD.sample(4_000, 1)[0]
+RUN = sl.TrainConfig(n_tokens=60_000, batch_size=250, seed=5, lr=3e-3)
 
 
 def trained(**axes):
-    cfg = sl.SAEConfig(**{"d_in": 12, "d_sae": 24, "activation": sl.TopK(k=2), **axes})
+    cfg = sl.SAEConfig(**{"d_in": 20, "d_sae": 24, "activation": sl.TopK(k=2), **axes})
     return sl.SAE(cfg, seed=1).fit(X, RUN, progress=False)
 
 
@@ -54,7 +54,7 @@ def test_classical_ones_have_its_shape_and_l0():
     relu = trained(activation=sl.ReLU(target_l0=4.0))
     found = fit_baselines(relu, X, methods=["kmeans", "pca"])
     k = round(mean_l0(relu, X))
-    assert found["kmeans"].cfg.d_sae == 24 and found["pca"].cfg.d_sae == 12
+    assert found["kmeans"].cfg.d_sae == 24 and found["pca"].cfg.d_sae == 20
     assert abs(found["pca"].cfg.activation.k - k) <= 1 and k > 1
 
 
@@ -62,16 +62,16 @@ def test_training_finds_what_they_do_not(sae, found):
     table = sl.universality.score_recovery(sae, WORLD, n_tokens=4_000, baselines=found)
     assert list(table.rows) == ["SAE", "untrained", *found]
     for name in ("frozen_encoder", "frozen_decoder", "soft_frozen"):
-        assert table["SAE"].mcc > table[name].mcc + 0.05, name
-    assert table["soft_frozen"].mcc > table["frozen_decoder"].mcc and table["SAE"].f1 > table["l3"].f1
+        assert table["SAE"].mcc > table[name].mcc + 0.03, name  # .09 and more in five worlds
+    assert table["soft_frozen"].mcc > table["frozen_decoder"].mcc + 0.1
 
 
 def test_the_usual_ones_are_those_that_it_can_have(sae):
     short = sl.TrainConfig(n_tokens=500, batch_size=250)
     assert list(fit_baselines(sae, X, short)) == ["frozen_encoder", "soft_frozen", "ica", "l3", "kmeans"]
-    pursuit = sl.SAE(sl.SAEConfig(d_in=12, d_sae=24, activation=sl.TopK(k=2), encoder=sl.OrthogonalMatchingPursuit()))
+    pursuit = sl.SAE(sl.SAEConfig(d_in=20, d_sae=24, activation=sl.TopK(k=2), encoder=sl.OrthogonalMatchingPursuit()))
     assert list(fit_baselines(pursuit, X, short)) == ["soft_frozen", "ica", "l3", "kmeans"]
-    coder = sl.SAE(sl.SAEConfig(d_in=12, d_out=12, d_sae=24, activation=sl.TopK(k=2)))
+    coder = sl.SAE(sl.SAEConfig(d_in=20, d_out=20, d_sae=24, activation=sl.TopK(k=2)))
     assert list(fit_baselines(coder, (X, X.flip(1)), short)) == ["frozen_encoder", "soft_frozen"]
     with pytest.raises(ValueError, match="ones that this SAE can have, got 'ica': it is a transcoder"):
         fit_baselines(coder, (X, X), short, methods=["ica"])
@@ -100,5 +100,5 @@ def test_names_and_widths_must_fit(sae, found):
     check_baselines(found, sae.cfg, ["pca"])
     with pytest.raises(ValueError, match=r"must differ from \['l3'\], got 'l3'; give it another"):
         check_baselines(found, sae.cfg, ["l3"])
-    with pytest.raises(ValueError, match=r"the SAE's widths \(in, out\) \(12, 12\), got .* as 'other'"):
+    with pytest.raises(ValueError, match=r"the SAE's widths \(in, out\) \(20, 20\), got .* as 'other'"):
         check_baselines({"other": sl.SAE(sl.SAEConfig(d_in=8, d_sae=64))}, sae.cfg, [])

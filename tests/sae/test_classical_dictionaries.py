@@ -14,6 +14,7 @@ from saelab.cli.info import describe_sae
 from saelab.sae import classical_dictionaries
 from saelab.sae.classical_dictionaries import METHODS, fit_dictionary
 from saelab.sae.fitting import measure
+from saelab.visualization.reports import _format_training
 
 ORTHOGONAL = ["ica", "l3", "l4", "orthogonal"]
 
@@ -179,6 +180,7 @@ def test_every_method_makes_an_sae(method, tmp_path):
     loaded = sl.SAE.from_pretrained(tmp_path / "sae")
     assert loaded.training_ == first.training_ and torch.equal(loaded.encode(x), codes)
     assert f"{method} to 400 tokens (seed 3)" in describe_sae(tmp_path / "sae")
+    assert _format_training(first.training_) == f"400 tokens by {method}, seed 3"
 
 
 def test_the_sample_is_drawn_from_all_tokens_and_has_provenance():
