@@ -24,10 +24,11 @@ class Scripted:
 
     def __init__(self) -> None:
         self.settings: dict[str, Any] = {}
-        self.n, self.wait = 0, threading.Event()
+        self.n, self.wait, self.asked = 0, threading.Event(), threading.Event()
         self.wait.set()
 
     def complete(self, messages: Any) -> Answer:
+        self.asked.set()
         self.wait.wait(10)
         self.n += 1
         return Answer(text='{"label": "<b>words of owls</b>"}')
@@ -102,6 +103,7 @@ def test_closing_ends_a_labelling_which_writes_nothing_any_more(
     events = relabel(explorer, LabelingRequest(feature=feature_of(explorer), method="llm"))
     next(events)
     [thread] = [thread for thread in threading.enumerate() if thread.name == "saelab_work"]
+    assert explorer.client.asked.wait(20)
     if seconds > 1:  # an answer that comes in time ends the thread, which closing waits for
         threading.Timer(0.2, explorer.client.wait.set).start()
     begin = time.monotonic()
