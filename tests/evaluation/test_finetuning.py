@@ -1,5 +1,7 @@
 """Training with the model in the loop: its gradient, what it does to predictions, and what it leaves alone."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -21,13 +23,19 @@ def world():
     return model, tokens, sl.collect(model, tokens, HOOK, progress=False)
 
 
-def trained(world, seed=0, activation=None, **axes):
+KEPT = {}
+
+
+def trained(world, activation=None, **axes):
+    """A trained SAE of its own for each caller, trained once for all of them."""
     _, _, acts = world
     cfg = sl.SAEConfig(d_in=acts.d_in, d_sae=96, activation=activation or sl.TopK(k=2), **axes)
-    return sl.SAE(cfg, seed=seed).fit(acts, sl.TrainConfig(n_tokens=6_400, batch_size=64), progress=False)
+    if cfg not in KEPT:
+        KEPT[cfg] = sl.SAE(cfg, seed=0).fit(acts, sl.TrainConfig(n_tokens=6_400, batch_size=64), progress=False)
+    return deepcopy(KEPT[cfg])
 
 
-def run(n_tokens=6_400, **settings):
+def run(n_tokens=3_200, **settings):
     return sl.TrainConfig(n_tokens=n_tokens, batch_size=CTX * 4, **settings)
 
 
@@ -85,13 +93,13 @@ def test_the_model_is_left_as_it_was(world):
 
 def test_runs_are_logged_recorded_and_resumed_to_the_bit(world, tmp_path):
     model, tokens, _ = world
-    settings = run(n_tokens=1_280, log_every_tokens=64, save_every_tokens=64)
+    settings = run(n_tokens=640, log_every_tokens=64, save_every_tokens=64)
     whole = finetune(trained(world), model, tokens, settings, progress=False)
     assert {"kl", "reconstruction", "aux", "l0"} <= set(whole.history_[-1])
     assert whole.training_["kl_coefficient"] == 1.0 and whole.training_["before"]["n_tokens"] == 6_400
 
     def stop(entry):
-        if entry["step"] == 7:
+        if entry["step"] == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
