@@ -23,11 +23,11 @@ from saelab.sae.activation_functions import TopK, make_activation
 from saelab.sae.activation_registry import ACTIVATIONS, Activation
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.baselines import load_baselines
-from saelab.sae.config import Dictionary, RandomPrefixes, SAEConfig
+from saelab.sae.config import Dictionary, RandomPrefixes, SAEConfig, read_loss_terms
 from saelab.sae.fitting import Data
 from saelab.sae.objectives.dead_latents import AuxK
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
-from saelab.sae.objectives.terms import LossTerm, read_loss_term
+from saelab.sae.objectives.terms import LossTerm
 from saelab.sae.pretrained import CONFIG, WEIGHTS
 from saelab.sae.sae import SAE
 from saelab.sae.soft_frozen import SoftFrozen
@@ -189,12 +189,12 @@ def read_objective(texts: Sequence[str], aux: AuxK | None) -> tuple[LossTerm, ..
     >>> read_objective(["sparsity,coefficient=0.5"], None)
     (ReconstructionLoss(coefficient=1.0), SparsityLoss(coefficient=0.5))
     """
-    terms = []
+    terms: list[LossTerm] = []
     for text in texts:
         name, *settings = text.split(",")
         pairs = [setting.partition("=") for setting in settings]
         try:
-            terms.append(read_loss_term({"name": name, **{key: json.loads(value) for key, _, value in pairs}}))
+            terms += read_loss_terms([{"name": name, **{key: json.loads(value) for key, _, value in pairs}}])
         except json.JSONDecodeError:
             raise ValueError(f"`--objective` must be a name and settings such as NAME,key=0.5, got '{text}'.") from None
     own = () if any(isinstance(term, ReconstructionLoss) for term in terms) else (ReconstructionLoss(),)

@@ -5,6 +5,7 @@ objective.
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -249,9 +250,7 @@ class SAEConfig:
             terms = [] if aux is None else [{"name": AuxK.name, **require_object(aux, "`aux`")}]
             values.setdefault("objective", [{"name": ReconstructionLoss.name}, *terms])
         if isinstance(values.get("objective"), list):
-            for name in objectives.__all__:  # saelab's own terms register themselves when they are imported
-                getattr(objectives, name)
-            values["objective"] = tuple(read_loss_term(term) for term in values["objective"])
+            values["objective"] = read_loss_terms(values["objective"])
         near = isinstance(plain.get("dictionary"), dict) and "cosine" in plain["dictionary"]
         parts = {
             "prefixes": RandomPrefixes,
@@ -265,6 +264,13 @@ class SAEConfig:
         if isinstance(values.get("encoder"), dict):
             values["encoder"] = read_encoder(values["encoder"])
         return read_fields(cls, values)
+
+
+def read_loss_terms(plain: Sequence[Any]) -> tuple[LossTerm, ...]:
+    """Loss terms from their `to_dict` form, in a file or on the command line; ValueError for anything else."""
+    for name in objectives.__all__:  # saelab's own terms register themselves when they are imported
+        getattr(objectives, name)
+    return tuple(read_loss_term(term) for term in plain)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

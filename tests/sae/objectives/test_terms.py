@@ -1,5 +1,7 @@
 """Loss terms as an axis: a user's own one, schedules, what a term reads, and configurations in files."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -250,3 +252,13 @@ def test_activations_with_a_penalty_must_weigh_it():
 
     with pytest.raises(ValueError, match="without `coefficient` and `target_l0`"):
         sl.SAEConfig(d_in=4, d_sae=8, activation=Unweighted())
+
+
+def test_the_command_line_knows_every_term_of_saelab_without_their_import():
+    """In a process of its own: here other tests have imported them."""
+    code = (
+        "from saelab.cli.training import read_objective; from saelab.sae.config import SAEConfig; "
+        "print(read_objective(['orthogonal,coefficient=0.5'], None)[1].coefficient)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "0.5", done.stderr
