@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from resuming import assert_resumes
 
 import saelab as sl
 from saelab.sae import DuplicateReset, fit_normalizer
@@ -63,17 +64,8 @@ def test_training_keeps_rows_apart(tmp_path):
 
 def test_a_resumed_run_replaces_the_same_rows(tmp_path):
     x, cfg = draw(1000, D_IN, seed=1), config(DuplicateReset(cos=0.5, every_steps=3))
-    whole = sl.SAE(cfg, seed=0).fit(x, RUN, progress=False)
+    whole = assert_resumes(lambda seed: sl.SAE(cfg, seed=seed), x, RUN, tmp_path / "run", at=8)
     assert not torch.equal(whole.W_dec, sl.SAE(replace(cfg, duplicates=None), seed=0).fit(x, RUN, progress=False).W_dec)
-
-    def stop(entry):
-        if entry["step"] == 8:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sl.SAE(cfg, seed=0).fit(x, RUN, out=tmp_path / "run", sinks=[stop], progress=False)
-    again = sl.SAE(cfg, seed=5).fit(x, RUN, out=tmp_path / "run", resume=True, progress=False)
-    assert torch.equal(whole.W_dec, again.W_dec)
     whole.save_pretrained(tmp_path / "sae")
     assert sl.SAE.from_pretrained(tmp_path / "sae").cfg == cfg and "duplicates" not in config().to_dict()
 

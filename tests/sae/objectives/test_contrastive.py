@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from resuming import assert_resumes
 from unchecked import unchecked
 
 import saelab as sl
@@ -131,17 +132,7 @@ def test_configurations_and_runs_are_kept(tmp_path):
     acts = sl.Activations.from_tensor(draw(1_000, D_IN), doc_ids=(torch.arange(1_000) // 25).int())
     every = {"log_every_tokens": BATCH, "save_every_tokens": BATCH}
     run = sl.TrainConfig(n_tokens=8 * BATCH, batch_size=BATCH, **every)
-    whole = sl.SAE(cfg, seed=0).fit(acts, run, progress=False)
-
-    def stop(entry):
-        if entry["step"] == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sl.SAE(cfg, seed=0).fit(acts, run, out=tmp_path, sinks=[stop], progress=False)
-    cut = sl.SAE(cfg, seed=5).fit(acts, run, out=tmp_path, resume=True, progress=False)
-    for name, weight in whole.state_dict().items():
-        assert torch.equal(weight, cut.state_dict()[name]), name
+    assert_resumes(lambda seed: sl.SAE(cfg, seed=seed), acts, run, tmp_path)
 
 
 @pytest.mark.parametrize(

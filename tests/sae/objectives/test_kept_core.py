@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from resuming import assert_resumes
 from unchecked import unchecked
 
 import saelab as sl
@@ -89,17 +90,7 @@ def test_a_run_begins_with_the_core_and_goes_on_after_a_stop(activation, tmp_pat
     assert torch.equal(start().W_enc[:, :3], sae.W_enc[:, core]) and torch.equal(start().b_enc[:3], sae.b_enc[core])
     assert not torch.equal(start().W_dec[3:], start_from_core(sae, core, x, seed=2).W_dec[3:])
     assert sl.SAEConfig.from_dict(start().cfg.to_dict()) == start().cfg
-    whole = start().fit(x, run, progress=False)
-
-    def stop(entry):
-        if entry["step"] == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        start().fit(x, run, out=tmp_path, sinks=[stop], progress=False)
-    cut = start().fit(x, run, out=tmp_path, resume=True, progress=False)
-    for name, weight in whole.state_dict().items():
-        assert torch.equal(weight, cut.state_dict()[name]), name
+    whole = assert_resumes(lambda seed: start(), x, run, tmp_path)
     again = start_from_core(whole, [0, 1], x)  # another core takes the first one's place
     assert [term.n for term in again.cfg.objective if isinstance(term, KeptCoreLoss)] == [2]
 

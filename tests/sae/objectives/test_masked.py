@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from resuming import assert_resumes
 from unchecked import unchecked
 
 import saelab as sl
@@ -98,17 +99,8 @@ def test_a_wide_dictionary_keeps_planted_rows_that_the_plain_loss_drifts_from():
 def test_it_resumes_is_logged_and_saved(tmp_path):
     x = draw(1000, D_IN, seed=3)
     run = sl.TrainConfig(n_tokens=400, batch_size=BATCH, log_every_tokens=BATCH, save_every_tokens=BATCH)
-    whole = sl.SAE(config(), seed=0).fit(x, run, progress=False)
+    whole = assert_resumes(lambda seed: sl.SAE(config(), seed=seed), x, run, tmp_path / "run", at=4)
     assert "masked" in whole.history_[-1]
-
-    def stop(entry):
-        if entry["step"] == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sl.SAE(config(), seed=0).fit(x, run, out=tmp_path / "run", sinks=[stop], progress=False)
-    again = sl.SAE(config(), seed=5).fit(x, run, out=tmp_path / "run", resume=True, progress=False)
-    assert torch.equal(whole.W_dec, again.W_dec) and torch.equal(whole.b_dec, again.b_dec)
     whole.save_pretrained(tmp_path / "sae")
     assert sl.SAE.from_pretrained(tmp_path / "sae").cfg == whole.cfg
 

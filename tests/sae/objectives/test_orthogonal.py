@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from resuming import assert_resumes
 from unchecked import unchecked
 
 import saelab as sl
@@ -117,17 +118,7 @@ def test_configurations_and_runs_are_kept(tmp_path):
     assert sl.SAEConfig.from_dict(cfg.to_dict()) == cfg
     x, every = draw(1_000, D_IN, seed=4), {"log_every_tokens": BATCH, "save_every_tokens": BATCH}
     run = sl.TrainConfig(n_tokens=8 * BATCH, batch_size=BATCH, **every)
-    whole = sl.SAE(cfg, seed=0).fit(x, run, progress=False)
-
-    def stop(entry):
-        if entry["step"] == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sl.SAE(cfg, seed=0).fit(x, run, out=tmp_path, sinks=[stop], progress=False)
-    cut = sl.SAE(cfg, seed=5).fit(x, run, out=tmp_path, resume=True, progress=False)
-    for name, weight in whole.state_dict().items():
-        assert torch.equal(weight, cut.state_dict()[name]), name
+    assert_resumes(lambda seed: sl.SAE(cfg, seed=seed), x, run, tmp_path)
 
 
 @pytest.mark.parametrize(

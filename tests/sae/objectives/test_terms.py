@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from resuming import assert_resumes
 
 import saelab as sl
 from saelab.sae.objectives.terms import LossTerm, TrainingStep, register_loss_term
@@ -101,19 +102,8 @@ def test_it_is_logged_saved_and_moves_the_codes(tmp_path):
 def test_a_resumed_run_goes_on_with_the_terms_own_state(tmp_path):
     x = draw(2_000, D_IN, seed=3)
     cfg = config(Energy(coefficient=Schedule(start=0.0, end=1.0)), sparsity_schedule=Schedule(start=2.0, end=1.0))
-    whole = sl.SAE(cfg, seed=0).fit(x, budget(), progress=False)
-
-    def stop(entry):
-        if entry["step"] == 5:
-            raise KeyboardInterrupt
-
-    cut = sl.SAE(cfg, seed=0)
     settings = budget(log_every_tokens=BATCH, save_every_tokens=BATCH)
-    with pytest.raises(KeyboardInterrupt):
-        cut.fit(x, settings, out=tmp_path, sinks=[stop], progress=False)
-    cut = sl.SAE(cfg, seed=5).fit(x, settings, out=tmp_path, resume=True, progress=False)
-    for name, weight in whole.state_dict().items():
-        assert torch.equal(weight, cut.state_dict()[name]), name
+    assert_resumes(lambda seed: sl.SAE(cfg, seed=seed), x, settings, tmp_path)
     with pytest.raises(ValueError, match="must keep `objective`"):
         sl.SAE(config(Energy()), seed=0).fit(x, settings, out=tmp_path, resume=True, progress=False)
 
