@@ -6,6 +6,15 @@ from saelab._lazy import attach
 
 if TYPE_CHECKING:
     from saelab.evaluation.concepts import score_concepts as score_concepts
+    from saelab.evaluation.dictionary_structure import (
+        DictionaryStructure as DictionaryStructure,
+        Identifiability as Identifiability,
+        connectivity as connectivity,
+        identifiability as identifiability,
+        measure_structure as measure_structure,
+        negative_interference as negative_interference,
+        plausibility as plausibility,
+    )
     from saelab.evaluation.evaluation import evaluate as evaluate
     from saelab.evaluation.feature_classifiers import (
         CodeMatrix as CodeMatrix,

@@ -224,6 +224,15 @@ class ClassifierCounts:
         """Cohen's kappa of every classifier: its F1 above chance."""
         return kappa(self.hits[c], self.fires, self.n_true[c], self.n_tokens)
 
+    def accuracy(self, c: int) -> Float[np.ndarray, "n_classifiers"]:
+        """Share of the tokens that every classifier is right about."""
+        return np.asarray(1 - (self.fires + self.n_true[c] - 2 * self.hits[c]) / self.n_tokens)
+
+    def balanced_accuracy(self, c: int) -> Float[np.ndarray, "n_classifiers"]:
+        """Mean of the accuracies on tokens with and without the concept; 0.5 is chance."""
+        false = (self.fires - self.hits[c]) / max(1, self.n_tokens - self.n_true[c])
+        return np.asarray(0.5 * (1 + self.hits[c] / max(1, self.n_true[c]) - false))
+
 
 def best_classifier(counts: ClassifierCounts, c: int) -> int:
     """The classifier with the highest F1 for a concept; `NOTHING` where none has any."""
