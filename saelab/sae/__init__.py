@@ -53,6 +53,10 @@ if TYPE_CHECKING:
         resample_dead_latents as resample_dead_latents,
         start_from_core as start_from_core,
     )
+    from saelab.sae.joint_dictionary import (
+        JointDictionary as JointDictionary,
+        fit_joint_dictionary as fit_joint_dictionary,
+    )
     from saelab.sae.module import SAEModule as SAEModule
     from saelab.sae.normalizer import Normalizer as Normalizer, NormalizerKind as NormalizerKind
     from saelab.sae.sae import SAE as SAE, fit as fit

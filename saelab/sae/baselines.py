@@ -1,13 +1,15 @@
-"""`fit_baselines`: what learned less than a given SAE, as named SAEs that evaluations and comparisons take."""
+"""`fit_baselines`: what learned less than a given SAE, or from labels, as named SAEs that evaluations take."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
+from saelab.lm.token_labels import LabelsLike
 from saelab.sae.classical_dictionaries import METHODS, DictionaryMethod, draw_tokens, fit_dictionary
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import Data, mean_l0, open_data
+from saelab.sae.joint_dictionary import fit_joint_dictionary, refuse_labels
 from saelab.sae.pretrained import CONFIG
 from saelab.sae.sae import SAE, fit
 from saelab.sae.soft_frozen import SoftFrozen
@@ -21,6 +23,7 @@ SANITY: dict[str, dict[str, Any]] = {
     "soft_frozen": {"dictionary": SoftFrozen()},
 }
 """fields of the SAE's configuration that a sanity baseline changes"""
+JOINT = "joint"
 USUAL = ("frozen_encoder", "soft_frozen", "ica", "l3", "kmeans")
 L0_TOKENS = 4096  # on which the SAE's L0 is measured
 
@@ -31,6 +34,7 @@ def fit_baselines(
     cfg: TrainConfig | None = None,
     *,
     methods: Sequence[str] | None = None,
+    labels: LabelsLike | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, SAE]:
@@ -44,37 +48,53 @@ def fit_baselines(
         frozen_decoder   W_dec
         soft_frozen      W_dec within a cosine of 0.8 of its start
 
+    With `labels` of the activations' tokens there is one more, trained as the SAE was on more than the activations:
+
+        joint            reconstruction and labels at once, by `fit_joint_dictionary`
+
     The other names are methods of `fit_dictionary`, with the SAE's number of latents, or d_in where rows are
     orthogonal, and as many codes a token as the SAE has on average.
 
     Args:
         sae: the trained SAE.
         acts: the activations it was trained on.
-        cfg: training configuration of the sanity baselines; None is that of the SAE's training, where it is on record.
-        methods: names of the baselines; None is frozen_encoder, soft_frozen, ica, l3 and kmeans, without those that
-            such an SAE cannot have: a pursuit has no encoder to freeze, and a transcoder has sanity baselines alone.
+        cfg: training configuration of those that are trained; None is that of the SAE's training, where it is on
+            record.
+        methods: names of the baselines; None is frozen_encoder, soft_frozen, ica, l3 and kmeans, and joint with labels,
+            without those that such an SAE cannot have: a pursuit has no encoder to freeze, and a transcoder has sanity
+            baselines alone.
+        labels: of the tokens of `acts`, for "joint"; score it on other tokens.
         seed: of initial weights and samples; another one than the SAE's, whose rows start at the same directions.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for an unknown name, and one that such an SAE cannot have.
+        ValueError: for an unknown name, one that such an SAE cannot have, and "joint" without labels.
 
     >>> x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)) ** 3
     >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, activation=sl.TopK(k=2)), seed=1)
     >>> fit_baselines(sae, x, methods=["l3", "random"])["random"]
     SAE(AbsTopK(k=2), d_in=8, d_sae=16, OrthogonalMatchingPursuit(latents_per_round=1))
     """
-    chosen = [name for name in USUAL if _why_not(sae, name) is None] if methods is None else list(methods)
+    usual = (*USUAL, JOINT) if labels is not None else USUAL
+    chosen = [name for name in usual if _why_not(sae, name) is None] if methods is None else list(methods)
     for name in chosen:
-        if name not in SANITY and name not in METHODS:
-            known = [*SANITY, *get_args(DictionaryMethod)]
+        if name not in SANITY and name not in METHODS and name != JOINT:
+            known = [*SANITY, JOINT, *get_args(DictionaryMethod)]
             raise ValueError(f"`methods` must be of {known}, got '{name}'.")
         if (why := _why_not(sae, name)) is not None:
             raise ValueError(f"`methods` must be ones that this SAE can have, got '{name}': {why}.")
+        if name == JOINT and labels is None:
+            raise ValueError(
+                f"'{JOINT}' must have `labels` of the tokens of `acts`, got none; give them, or leave it out."
+            )
     data = open_data(acts)
     trained = {name: SAE(replace(sae.cfg, **SANITY[name]), seed).to(sae.device) for name in chosen if name in SANITY}
     if trained:
         fit(list(trained.values()), data, cfg or _recorded(sae), progress=progress)
+    if JOINT in chosen and labels is not None:
+        both = SAE(sae.cfg, seed).to(sae.device)
+        fit_joint_dictionary(both, data, labels, cfg or _recorded(sae), progress=progress)
+        trained[JOINT] = both
     fitted = {}
     if classical := [name for name in chosen if name in METHODS]:
         if not isinstance(data, Activations):
@@ -88,6 +108,8 @@ def _why_not(sae: SAE, name: str) -> str | None:
     """Why an SAE cannot have a baseline, or None."""
     if name == "frozen_encoder" and sae.cfg.encoder != "linear":
         return f"its encoder is {sae.cfg.encoder}, which has no weights"
+    if name == JOINT:
+        return refuse_labels(sae.cfg)
     if name in METHODS and sae.cfg.d_out is not None:
         return "it is a transcoder, whose rows are not of its input"
     return None

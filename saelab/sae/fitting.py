@@ -251,7 +251,7 @@ def make_run(
             )
         batches = acts
     else:
-        batches, kept = _hold_out(acts, cfg, kept, neighbors=bool(paired))
+        batches, kept = hold_out(acts, cfg, kept, neighbors=bool(paired))
     folder = _make_folder(out, resume)
     # an SAE that was trained before, or started from other features, continues from its weights
     trained = [getattr(sae, "training_", None) is not None or getattr(sae, "placed", False) for sae in saes]
@@ -315,10 +315,20 @@ def _check_widths(sae: SAEModule, d_in: int, d_out: int | None) -> None:
         raise ValueError(f"`d_out` of the transcoder must be the targets' ({d_out}), got {cfg.d_out}.")
 
 
-def _hold_out(
+def hold_out(
     acts: Activations | ActivationPairs, cfg: TrainConfig, held_out: Tensor | None, neighbors: bool
 ) -> tuple[Batches, Tensor | None]:
-    """Batches to train on, and the last tokens, held out to measure FVU unless other activations are given for that."""
+    """Batches to train on, and the last tokens, held out to measure FVU unless other activations are given for that.
+
+    Args:
+        acts: activations, or pairs of them.
+        cfg: training configuration.
+        held_out: activations held out elsewhere, or None.
+        neighbors: whether batches are pairs of neighboring tokens.
+
+    Raises:
+        ValueError: for fewer tokens than a batch.
+    """
     n_held = 0 if held_out is not None else min(cfg.n_held_out, acts.n_tokens // 10)
     rest = acts.rows(0, acts.n_tokens - n_held)
     if rest.n_tokens < cfg.batch_size:

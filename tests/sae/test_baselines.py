@@ -79,7 +79,10 @@ def test_the_usual_ones_are_those_that_it_can_have(sae):
         ValueError, match="ones that this SAE can have, got 'frozen_encoder': its encoder is Orthogonal"
     ):
         fit_baselines(pursuit, X, short, methods=["frozen_encoder"])
-    with pytest.raises(ValueError, match=r"`methods` must be of .*'soft_frozen', 'ica'.*, got 'svd'"), unchecked():
+    with (
+        pytest.raises(ValueError, match=r"`methods` must be of .*'soft_frozen', 'joint', 'ica'.*, got 'svd'"),
+        unchecked(),
+    ):
         fit_baselines(sae, X, methods=["svd"])
     with pytest.raises(ValueError, match="`acts` must be collected for 'l3', got a stream"):
         fit_baselines(sae, WORLD.batches(250), short, methods=["l3"])
