@@ -5,6 +5,11 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
+    from saelab.evaluation.activation_spectrum import (
+        RankScore as RankScore,
+        Spectrum as Spectrum,
+        spectrum as spectrum,
+    )
     from saelab.evaluation.concepts import score_concepts as score_concepts
     from saelab.evaluation.dictionary_structure import (
         DictionaryStructure as DictionaryStructure,
