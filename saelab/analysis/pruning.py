@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from saelab.analysis.feature_similarity import spread_evenly
 from saelab.evaluation.splicing import Stage
-from saelab.functional.metrics import ReconstructionSums
+from saelab.functional.metrics import ReconstructionSums, exact
+from saelab.functional.statistics import similarity_ranks
 from saelab.lm.hooks import batches_of, forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
@@ -22,6 +25,8 @@ from saelab.stores.results import Result, find_row, format_table
 
 WINDOW = (0.02, 0.5)
 """Ranks that the power law is fitted to, as shares of the features that ever fire."""
+N_COMPARED = 2000
+CONSTANT = 1e-7  # differences within an activation up to this share of its largest number are rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,10 @@ class PrunedScore:
     """the model's loss with the pruned reconstruction in place of the activations, nats per token; lower is better"""
     loss_recovered: float
     """(ce_zero - ce) / (ce_zero - ce_clean); NaN where zero ablation does no harm"""
+    rsa: float = math.nan
+    """representational similarity: Spearman's correlation of the similarities of pairs of tokens (Pearson's r of their
+    activations) with those of their reconstructions; 1 keeps their order. NaN where not compared, or where a
+    reconstruction is constant"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,8 @@ class PruningCurve(Result):
     """tokens on which quality was measured"""
     n_tokens_ranked: int
     """tokens on which importance was measured"""
+    n_compared: int = 0
+    """tokens of which every two were compared for `rsa`"""
 
     def get(self, order: str, size: int) -> PrunedScore:
         """The row of a given order and size; KeyError where there is none."""
@@ -66,9 +77,9 @@ class PruningCurve(Result):
             f"importance ~ rank^-{self.exponent:.2f} (R^2 {self.r2:.3f}) on {self.n_tokens_ranked:,} tokens;"
             f" quality on {self.n_tokens:,} others, loss {self.ce_clean:.3f}, with zeros {self.ce_zero:.3f}",
         ]
-        table = [["order", "size", "FVU", "L0", "loss", "recovered"]]
+        table = [["order", "size", "FVU", "L0", "loss", "recovered", "RSA"]]
         for row in self.rows:
-            scores = [f"{row.fvu:.4f}", f"{row.l0:.2f}", f"{row.ce:.3f}", f"{row.loss_recovered:.4f}"]
+            scores = [f"{row.fvu:.4f}", f"{row.l0:.2f}", f"{row.ce:.3f}", f"{row.loss_recovered:.4f}", f"{row.rsa:.3f}"]
             table.append([row.order, f"{row.size:,}", *scores])
         return "\n".join([*lines, *format_table(table)])
 
@@ -83,6 +94,7 @@ def prune_dictionary(
     hook_point: str | tuple[str, str] | None = None,
     mask: TokenMask | None = None,
     batch_size: int | None = None,
+    n_compared: int = N_COMPARED,
     seed: int = 0,
     allow_mismatch: bool = False,
 ) -> PruningCurve:
@@ -102,6 +114,8 @@ def prune_dictionary(
             the SAE's own.
         mask: tokens that are measured and replaced; None takes the mask that the SAE was trained with.
         batch_size: sequences per forward pass; None takes as many as hold about 4096 tokens.
+        n_compared: tokens whose similarities are compared with those of their reconstructions, evenly spaced over the
+            text; at most 2 leave `rsa` out.
         seed: seed of the random order.
         allow_mismatch: True accepts another model, weight processing or hook point than those of training.
 
@@ -120,7 +134,8 @@ def prune_dictionary(
     stage, half = stage.calibrated(tokens, n_seq), len(tokens) // 2
     energy, fires, n_ranked = _rank(sae, stage, tokens[:half], n_seq)
     orders = _orders(sae, energy, fires, seed)
-    return _measure(sae, stage, tokens[half:], n_seq, list(_cuts(orders, sizes)), *fit_power_law(energy), n_ranked)
+    cuts = list(_cuts(orders, sizes))
+    return _measure(sae, stage, tokens[half:], n_seq, cuts, *fit_power_law(energy), n_ranked, n_compared)
 
 
 def fit_power_law(importance: Float[Tensor, "d_sae"]) -> tuple[float, float]:
@@ -191,8 +206,11 @@ def _measure(
     exponent: float,
     r2: float,
     n_ranked: int,
+    n_compared: int,
 ) -> PruningCurve:
     sums = [ReconstructionSums(sae.cfg.d_target) for _ in cuts]
+    compared: dict[int | None, list[Tensor]] = defaultdict(list)  # activations, and reconstructions by cut
+    n_each = -(-n_compared * n_seq // len(tokens))
     losses: dict[Any, float] = defaultdict(float)  # summed over predictions
     n_predictions = 0
     n_codes = [0] * len(cuts)
@@ -203,19 +221,24 @@ def _measure(
         losses["clean"] += _sum(clean.losses(clean.logits))
         losses["zero"] += _sum(clean.splice(torch.zeros_like(y))["ce"])
         n_predictions += int(clean.predicts.sum())
+        some = torch.from_numpy(spread_evenly(len(y), n_each)).to(y.device)
+        compared[None].append(y[some])
         for i, (_, _, kept) in enumerate(cuts):
             part = codes.select(kept.to(sae.device))
             y_hat = sae.decode(part, x=x.to(sae.device)).to(y)
             sums[i].add(y, y_hat)
+            compared[i].append(y_hat[some])
             n_codes[i] += part.indices.numel()
             losses[i] += _sum(clean.splice(y_hat)["ce"])
     ce = {name: total / n_predictions if n_predictions else math.nan for name, total in losses.items()}
     harm, n = ce["zero"] - ce["clean"], sums[0].n_tokens
-    rows = []
+    likeness, rows = _rank_pairs(compared[None], n_compared), []
     for i, (order, size, _) in enumerate(cuts):
         recovered = (ce["zero"] - ce[i]) / harm if harm > 0 else math.nan
         l0 = n_codes[i] / max(1, n)
-        rows.append(PrunedScore(order=order, size=size, fvu=sums[i].fvu, l0=l0, ce=ce[i], loss_recovered=recovered))
+        rsa = math.nan if likeness is None else _correlate(likeness, _rank_pairs(compared[i], n_compared))
+        scores = {"fvu": sums[i].fvu, "l0": l0, "ce": ce[i], "loss_recovered": recovered, "rsa": rsa}
+        rows.append(PrunedScore(order=order, size=size, **scores))
     return PruningCurve(
         rows=tuple(rows),
         exponent=exponent,
@@ -224,7 +247,20 @@ def _measure(
         ce_zero=ce["zero"],
         n_tokens=n,
         n_tokens_ranked=n_ranked,
+        n_compared=0 if likeness is None else len(likeness),
     )
+
+
+def _rank_pairs(parts: list[Tensor], n_compared: int) -> Float[np.ndarray, "n n"] | None:
+    """Ranks of the similarities of every two tokens; None where there are fewer than 3, or one is constant."""
+    x = exact(torch.cat(parts)).cpu().numpy()
+    x = x[spread_evenly(len(x), n_compared)]
+    constant = np.ptp(x, axis=1) <= CONSTANT * np.abs(x).max(1) if len(x) else np.zeros(0, bool)
+    return None if len(x) < 3 or constant.any() else similarity_ranks(x)
+
+
+def _correlate(likeness: Float[np.ndarray, "n n"], other: Float[np.ndarray, "n n"] | None) -> float:
+    return math.nan if other is None or not other.any() else float(np.vdot(likeness, other)) / 2
 
 
 def _sum(losses: Tensor) -> float:

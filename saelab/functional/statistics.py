@@ -263,6 +263,26 @@ def rank_correlation(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"]) -> fl
     return correlation(rankdata(x), rankdata(y))
 
 
+def similarity_ranks(rows: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m m"]:
+    """Ranks of the correlations of every two rows, with mean 0 and norm 1 over the pairs; all 0 where they are equal.
+
+    Of two matrices with paired rows, half the sum of the products is Spearman's correlation of the similarities: RSA.
+
+    >>> ranks = similarity_ranks(np.array([[1.0, 0.0, 0.0], [1.0, 0.1, 0.0], [0.0, 1.0, 0.0]]))
+    >>> round(float((ranks * ranks).sum()) / 2, 9)
+    1.0
+    """
+    from scipy.stats import rankdata
+
+    likeness = np.corrcoef(rows)
+    below = np.tril_indices(len(likeness), -1)
+    ranks = rankdata(likeness[below].round(12))  # equal rows tie despite rounding errors
+    ranks -= ranks.mean()
+    table = np.zeros_like(likeness)
+    table[below] = ranks / max(np.linalg.norm(ranks), 1e-300)
+    return np.asarray(table + table.T)
+
+
 def spread(n: Any, sums: Any, squares: Any) -> Float[np.ndarray, "*n"]:
     """Standard deviation times sqrt(n), from sums over n rows of values and of their squares; 0 for constant ones."""
     found = np.sqrt(np.maximum(squares - sums**2 / np.maximum(n, 1), 0))

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from saelab.functional.indices import find_runs, move_blocks
 from saelab.functional.screening import largest_first
+from saelab.functional.statistics import similarity_ranks
 from saelab.stores.jobs import hidden
 from saelab.stores.results import Result, format_table
 
@@ -85,15 +86,7 @@ class SpaceSide:
     @cached_property
     def ranks(self) -> Float[np.ndarray, "m m"]:
         """Ranks of the correlations of every two rows, with mean 0 and norm 1; all 0 where correlations are equal."""
-        from scipy.stats import rankdata
-
-        likeness = np.corrcoef(self.rows[self.sample])
-        below = np.tril_indices(len(likeness), -1)
-        ranks = rankdata(likeness[below].round(12))  # equal rows tie despite rounding errors
-        ranks -= ranks.mean()
-        table = np.zeros_like(likeness)
-        table[below] = ranks / max(np.linalg.norm(ranks), 1e-300)
-        return table + table.T
+        return similarity_ranks(self.rows[self.sample])
 
     @cached_property
     def cosines(self) -> Float[np.ndarray, "m m"]:

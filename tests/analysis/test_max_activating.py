@@ -1,6 +1,7 @@
 """What a feature does: examples, the logit lens, neighbours; and dead latents resampled."""
 
 import copy
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 import saelab as sl
+from saelab.evaluation.splicing import Stage
+from saelab.functional.statistics import rank_correlation
 from saelab.lm.unembedding import read_out
 from saelab.training.config import make_adam, step_adam
 
@@ -263,6 +266,15 @@ def test_progressive_keeps_what_matters(tiny, tokens):
         assert found.get("energy", size).fvu < found.get("random", size).fvu
         assert found.get("energy", size).l0 < found.get("energy", 96).l0
     assert found.n_tokens == whole.n_tokens and str(found)
+    assert 0 < found.n_compared <= found.n_tokens
+    assert found.get("energy", 12).rsa < found.get("energy", 96).rsa == found.get("random", 96).rsa < 1
+    with torch.no_grad():
+        x = Stage(model=tiny, hook_point=HOOK, mask=sl.TokenMask()).read(tokens[len(tokens) // 2 :])[0]
+        z = sae.encode(x) * (torch.arange(96) < 48)
+        pairs = torch.tril_indices(len(x), len(x), -1)
+        likeness = [torch.corrcoef(one.double())[tuple(pairs)].numpy() for one in (x, sae.decode(z))]
+    assert found.get("prefix", 48).rsa == pytest.approx(rank_correlation(*likeness), abs=1e-4)
+    assert math.isnan(sl.analysis.prune_dictionary(sae, tiny, tokens, (96,), n_compared=2).rows[0].rsa)
     with pytest.raises(ValueError, match="`sizes`"):
         sl.analysis.prune_dictionary(sae, tiny, tokens, (97,))
 

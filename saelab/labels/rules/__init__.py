@@ -12,7 +12,12 @@ if TYPE_CHECKING:
         text_pattern as text_pattern,
         word_pattern as word_pattern,
     )
-    from saelab.labels.rules.rule_labels import RuleLabel as RuleLabel, RuleLabels as RuleLabels
+    from saelab.labels.rules.rule_labels import (
+        LabelGroup as LabelGroup,
+        RuleLabel as RuleLabel,
+        RuleLabels as RuleLabels,
+        score_groups as score_groups,
+    )
     from saelab.labels.rules.rule_search import label_by_rules as label_by_rules
     from saelab.labels.rules.token_view import TokenView as TokenView, ViewPart as ViewPart
 

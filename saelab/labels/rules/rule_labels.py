@@ -1,7 +1,7 @@
 """Results of rule-based labeling, as a table and as labels in English."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -151,6 +151,59 @@ class RuleLabels(Result):
     def _provenance(self) -> dict[str, object]:
         names = ("source", "n_predicates", "n_tested", "fdr", "min_skill", "train_frac", "seed", "n_train", "n_tokens")
         return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelGroup:
+    """How well rules describe the features of one group; means are over the signs of its features that fire."""
+
+    name: str
+    n_features: int
+    """features of the group, those that never fire among them"""
+    n_sides: int
+    """signs of features that fire"""
+    good: float
+    """share of them with a good rule"""
+    f1: float
+    """mean held-out F1 of the best rule; 0 where there is none"""
+    skill: float
+    """mean `(F1 - F1_chance) / (1 - F1_chance)`, 0 where there is no rule: comparable between frequent and rare ones"""
+    n_firings: float
+    """median number of held-out firings that rules predict: groups of rare features have fewer to learn from"""
+
+
+def score_groups(found: RuleLabels, groups: Mapping[str, Sequence[int]]) -> tuple[LabelGroup, ...]:
+    """How well rules describe each of several groups of features, such as the rings of a Matryoshka dictionary.
+
+    Args:
+        found: labels of at least these features.
+        groups: features of each group, by name.
+
+    >>> row = RuleLabel(feature=3, sign=1, text="", kind="input", rule="", f1=0.6, f1_chance=0.2, n_firings=9)
+    >>> counts = {"n_predicates": 1, "n_tested": 1, "min_count": 1, "n_train": 9, "n_tokens": 9}
+    >>> settings = {"fdr": 0.05, "min_skill": 0.2, "train_frac": 0.5, "seed": 0, "signed": False, "source": ""}
+    >>> round(score_groups(RuleLabels(rows=(row,), **counts, **settings), {"first": [2, 3]})[0].skill, 6)
+    0.5
+    """
+    return tuple(_score_group(found, name, frozenset(features)) for name, features in groups.items())
+
+
+def _score_group(found: RuleLabels, name: str, features: frozenset[int]) -> LabelGroup:
+    rows = [row for row in found.rows if row.feature in features]
+    f1, chance, firings = (
+        np.array([getattr(row, key) for row in rows], float) for key in ("f1", "f1_chance", "n_firings")
+    )
+    skill = np.nan_to_num((f1 - chance) / np.maximum(1 - chance, 1e-12))
+    nan = float("nan")
+    return LabelGroup(
+        name=name,
+        n_features=len(features),
+        n_sides=len(rows),
+        good=float(np.mean([row.good for row in rows])) if rows else nan,
+        f1=float(np.nan_to_num(f1).mean()) if rows else nan,
+        skill=float(skill.mean()) if rows else nan,
+        n_firings=float(np.median(firings)) if rows else nan,
+    )
 
 
 def _cells(row: RuleLabel) -> list[str]:

@@ -1,5 +1,6 @@
 """Labels by rules: planted features get their planted rules, chance gets none, and the counts are what they say."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from saelab.labels.autointerp.token_prediction import token_baseline
 from saelab.labels.label import describe_scores
 from saelab.labels.rules.contingency import Judge, PackedBits, SideFirings, SplitCounts
 from saelab.labels.rules.predicates import Predicate, make_predicates, text_pattern, word_pattern
-from saelab.labels.rules.rule_labels import NO_RULE
+from saelab.labels.rules.rule_labels import NO_RULE, score_groups
 from saelab.labels.rules.rule_search import FRACTIONS, label_by_rules
 from saelab.labels.rules.token_view import TokenView
 from saelab.stores.corpus import StoredText
@@ -380,7 +381,12 @@ def test_a_side_that_one_rare_token_tells_gets_that_rule():
     named = {row.rule for row in found.good if row.f1 > 0.99}
     # a side fires some 36 times; a third of them is held out, and one of 40 may have too few there
     assert len(found.good) >= 38 and len(named) >= 38 and named <= {f"the token ' w{400 + j}x'" for j in range(40)}
-    assert not label_by_rules(store, few.without("token")).good  # none are added to what somebody chose
+    without = label_by_rules(store, few.without("token"))
+    assert not without.good  # none are added to what somebody chose
+    half, rest, none = score_groups(found, {"half": range(20), "rest": range(20, 40), "none": []})
+    assert half.f1 == pytest.approx(np.mean([row.f1 if row.rule else 0 for row in found.rows if row.feature < 20]))
+    assert half.n_sides == rest.n_sides == 20 and half.good + rest.good >= 1.9 and math.isnan(none.f1)
+    assert abs(score_groups(without, {"half": range(20)})[0].skill) < 0.25 < half.skill
 
 
 def test_rules_of_a_periodic_text_are_found():
