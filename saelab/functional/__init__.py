@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         read_scores as read_scores,
         token_terms as token_terms,
     )
+    from saelab.functional.pruning import needed_codes as needed_codes
     from saelab.functional.pursuit import pursue as pursue, pursue_least_squares as pursue_least_squares
     from saelab.functional.screening import Precision as Precision
     from saelab.functional.statistics import ProbeScore as ProbeScore

@@ -467,13 +467,14 @@ class SparseCodes:
 
     def prefix(self, n_latents: int) -> "SparseCodes":
         """The codes of the first `n_latents` latents only."""
-        return self._keep(self.indices < n_latents)
+        return self.keep(self.indices < n_latents)
 
     def select(self, latents: Bool[Tensor, "d_sae"]) -> "SparseCodes":
         """The codes of the latents whose entry of the mask is True; all other codes are dropped."""
-        return self._keep(latents[self.indices])
+        return self.keep(latents[self.indices])
 
-    def _keep(self, keep: Bool[Tensor, "nnz"]) -> "SparseCodes":
+    def keep(self, keep: Bool[Tensor, "nnz"]) -> "SparseCodes":
+        """The codes where the mask is True."""
         part = self.from_rows(
             self.indices[keep], self.values[keep], self.rows[keep], (len(self.offsets) - 1, self.d_sae)
         )

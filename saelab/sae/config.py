@@ -5,10 +5,13 @@ objective.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
+
+import torch
 
 from saelab.sae import objectives
 from saelab.sae.activation_functions import TopK, read_activation
@@ -44,6 +47,19 @@ class RandomPrefixes:
     """number of prefixes per step, the whole dictionary included"""
     smallest: int = 16
     """lower bound of the sizes drawn"""
+
+    def draw(self, d_sae: int, seed: int, number: int) -> list[int]:
+        """Sizes of a step, increasing up to d_sae.
+
+        Args:
+            d_sae: number of latents.
+            seed: seed of the run.
+            number: number of completed steps.
+        """
+        # seeded by the step, so that no generator state has to be saved
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        drawn = torch.rand(self.n - 1, generator=generator) * math.log(d_sae / self.smallest)
+        return sorted({min(d_sae, int(self.smallest * math.exp(t))) for t in drawn.tolist()} | {d_sae})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +115,10 @@ class SAEConfig:
     """
     duplicates: DuplicateReset | None = None
     """replacement of nearly equal rows of W_dec during training, for pursuits"""
+    pruning: float | None = None
+    """in inference, codes are dropped while that raises a token's squared error by less than this fraction of it, see
+    `SAE.prune`; None keeps all
+    """
     train_encoder: bool = True
     """whether W_enc and b_enc are trained; without, they stay at their initial values, a baseline (arXiv:2602.14111)"""
 
@@ -124,6 +144,7 @@ class SAEConfig:
         self._check_encoder()
         if self.duplicates is not None:
             self.duplicates.check(self)
+        self._check_pruning()
         self._check_dictionary()
         _check_choice("normalizer", self.normalizer, KINDS)
         _check_choice("init", self.init, get_args(Init))
@@ -157,6 +178,17 @@ class SAEConfig:
         """Width of what is reconstructed: `d_out`, or `d_in` for an autoencoder."""
         return self.d_in if self.d_out is None else self.d_out
 
+    def prefixes_at(self, seed: int, number: int) -> list[int]:
+        """Sizes of the prefixes in a training step, increasing up to d_sae.
+
+        Args:
+            seed: seed of the run.
+            number: number of completed steps.
+        """
+        if isinstance(self.prefixes, RandomPrefixes):
+            return self.prefixes.draw(self.d_sae, seed, number)
+        return list(self.prefixes or (self.d_sae,))
+
     def _check_objective(self) -> None:
         if wrong := [term for term in self.objective if not isinstance(term, LossTerm)]:
             raise ValueError(f"`objective` must be a tuple of loss terms, got {wrong[0]!r} in it.")
@@ -187,6 +219,14 @@ class SAEConfig:
         _check_choice("encoder", self.encoder, ("linear",))
         self.activation.check(self.d_sae)
 
+    def _check_pruning(self) -> None:
+        if self.pruning is None:
+            return
+        if not 0 <= self.pruning < math.inf:
+            raise ValueError(f"`pruning` must be at least 0 and finite, got {self.pruning}; use None for none.")
+        if self.d_out is not None:
+            raise ValueError("`pruning` must be None for a transcoder, whose error is not known in inference.")
+
     def _check_dictionary(self) -> None:
         if not (self.train_encoder or self.encoder == "linear"):
             raise ValueError(f"`train_encoder` must be true where W_dec is the encoder, got {self.encoder}.")
@@ -213,12 +253,12 @@ class SAEConfig:
     def to_dict(self) -> dict[str, Any]:
         """Configuration as a dictionary for JSON, the inverse of `from_dict`.
 
-        `d_out`, `skip`, `encoder`, `duplicates`, `sparsity_schedule` and `train_encoder` are left out at their
-        defaults. An objective of reconstruction, with AuxK or without, is written as `aux`, as in files of every
+        `d_out`, `skip`, `encoder`, `duplicates`, `sparsity_schedule`, `pruning` and `train_encoder` are left out at
+        their defaults. An objective of reconstruction, with AuxK or without, is written as `aux`, as in files of every
         release; any other as `objective`.
         """
         plain = asdict(self)
-        for name in ("d_out", "skip", "encoder", "duplicates", "sparsity_schedule", "train_encoder"):
+        for name in ("d_out", "skip", "encoder", "duplicates", "sparsity_schedule", "pruning", "train_encoder"):
             if getattr(self, name) == SAEConfig.__dataclass_fields__[name].default:
                 del plain[name]
         if isinstance(self.encoder, PursuitEncoder | Refined):

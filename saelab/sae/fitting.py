@@ -350,9 +350,12 @@ def _make_folder(out: str | Path | None, resume: bool) -> Path | None:
 
 
 def finish_run(run: TrainingRun, saes: Sequence[SAEModule]) -> list[dict[str, Any]]:
-    """Metrics of each trained SAE as it is saved, from `finish`: on held-out tokens, or on the tokens that come next
-    where there are none.
+    """Metrics of each trained SAE as it is saved, its latents in their final order, from `finish`: on held-out tokens,
+    or on the tokens that come next where there are none.
     """
+    for trainee in run.trainables:
+        if isinstance(trainee, TrainingSAE):
+            trainee.settle()
     others = run.peek(MAX_TOKENS) if run.held_out is None or len(run.held_out) == 0 else run.held_out[:0]
     return [finish(sae, run.held_out, others) for sae in saes]
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from saelab.functional.codes import Entries, SparseCodes, attach_encoder, sparse_decode
 from saelab.functional.metrics import exact
+from saelab.functional.pruning import needed_codes
 from saelab.sae.activation_functions import MIN_THRESHOLD, TopK
 from saelab.sae.activation_registry import Activation
 from saelab.sae.archetypal import Archetypal, Archetypes
@@ -147,15 +148,18 @@ class SAEModule(nn.Module):
         functions may be negative).
         """
         self._check_width(x)
-        centered = self.center(x)
+        centered = self.center(x).reshape(-1, self.cfg.d_in)
         if isinstance(self.cfg.encoder, PursuitEncoder):
-            codes = self.pursue(centered.reshape(-1, self.cfg.d_in), self.W_dec)
-            return codes.to_dense().view(*x.shape[:-1], self.cfg.d_sae)
-        flat = self.refine(centered.reshape(-1, self.cfg.d_in))
-        u = flat @ self.W_enc + self.b_enc
-        return self.cfg.activation.code(u, flat, self.W_enc.T, self.b_enc, self.threshold).view(
-            *x.shape[:-1], self.cfg.d_sae
-        )
+            z = self.pursue(centered, self.W_dec).to_dense()
+        else:
+            flat = self.refine(centered)
+            u = flat @ self.W_enc + self.b_enc
+            z = self.cfg.activation.code(u, flat, self.W_enc.T, self.b_enc, self.threshold)
+        if self.cfg.pruning is not None:
+            found = SparseCodes.from_dense(z.detach())
+            dropped = ~needed_codes(found, centered.detach(), self.W_dec.detach(), self.cfg.pruning)
+            z = z.index_put((found.rows[dropped], found.indices[dropped]), z.new_zeros(()))
+        return z.view(*x.shape[:-1], self.cfg.d_sae)
 
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
@@ -164,9 +168,12 @@ class SAEModule(nn.Module):
         """
         self._check_width(x)
         flat = x.reshape(-1, self.cfg.d_in)
-        codes = self.search(self.refine(self.center(flat)), training=False)
+        centered = self.center(flat)
+        codes = self.search(self.refine(centered), training=False)
         if codes is None:
             codes = self._encode_by_parts(flat)
+        elif self.cfg.pruning is not None:
+            codes = codes.keep(needed_codes(codes, centered, self.W_dec, self.cfg.pruning))
         return replace(codes, batch_shape=tuple(x.shape[:-1]))
 
     def encode_latents(
@@ -178,7 +185,7 @@ class SAEModule(nn.Module):
         self._check_width(x)
         flat, chosen = x.reshape(-1, self.cfg.d_in), torch.tensor(latents, dtype=torch.long, device=self.device)
         z = None
-        if not isinstance(self.cfg.encoder, PursuitEncoder):
+        if not isinstance(self.cfg.encoder, PursuitEncoder) and self.cfg.pruning is None:
             z = self.cfg.activation.pick(
                 self.refine(self.center(flat)), self.W_enc.T, self.b_enc, self.threshold, chosen
             )
@@ -311,8 +318,8 @@ class SAEModule(nn.Module):
         W_dec are then no longer of unit norm.
 
         Raises:
-            ValueError: for a normalizer with per-token statistics, which no weights can express, and for a pursuit in
-                whitened activations, whose distances are others.
+            ValueError: for a normalizer with per-token statistics, which no weights can express, and for a pursuit or
+                pruning in whitened activations, whose distances are others.
         """
         folded = copy.deepcopy(self)
         if self.cfg.normalizer == "none":
@@ -322,6 +329,8 @@ class SAEModule(nn.Module):
                 "`normalizer` must keep angles to be folded into the weights of a pursuit, got 'whiten'; keep it, or "
                 "whiten the activations before they come here."
             )
+        if self.cfg.pruning is not None and self.cfg.normalizer == "whiten":
+            raise ValueError("`normalizer` must keep angles for a pruned SAE to be folded, got 'whiten'; keep it.")
         read, written = self.normalizer, self.out_normalizer
         folded.W_enc.copy_(read.fold_into(self.W_enc))
         folded.W_dec.copy_(self.directions())

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.metrics import effective_rank, exact
@@ -50,6 +50,23 @@ def place_weights(
         _match_scale(sae, x[:SCALE_TOKENS], y[:SCALE_TOKENS])
     if sae.cfg.activation.gated:
         sae.set_gate(sae.threshold)
+
+
+@torch.no_grad()
+def reorder_latents(sae: SAEModule, order: Int[Tensor, "d_sae"]) -> None:
+    """Put the latents in another order, in place: latent i becomes what latent `order[i]` was.
+
+    Args:
+        sae: the SAE; its weights and thresholds change.
+        order: (d_sae,) latents, each once.
+    """
+    if not isinstance(sae.cfg.encoder, PursuitEncoder):
+        sae.W_enc.copy_(sae.W_enc[:, order])
+        sae.b_enc.copy_(sae.b_enc[order])
+    sae.W_dec.copy_(sae.W_dec[order])
+    for held in (sae.threshold, sae.r_mag, sae.b_gate):
+        if held is not None and held.ndim:
+            held.copy_(held[order])
 
 
 def normalize_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:

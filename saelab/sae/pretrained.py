@@ -214,6 +214,8 @@ def _load_own(source: SAEFiles, overrides: SAEFacts, latents: Sequence[int] | No
 def _narrow_config(cfg: SAEConfig, d_sae: int) -> SAEConfig:
     if isinstance(cfg.dictionary, Archetypal):
         raise ValueError("`latents` must be left out for an archetypal dictionary: all its rows are mixed from points.")
+    if cfg.pruning is not None:
+        raise ValueError("`latents` must be left out for a pruned SAE: which codes it drops depends on all latents.")
     how = narrow(Convention(activation=cfg.activation, encoder=cfg.encoder), d_sae)
     return replace(cfg, d_sae=d_sae, activation=how.activation, prefixes=None)
 

@@ -283,6 +283,27 @@ class SAE(SAEModule):
             )
         return other
 
+    @torch.no_grad()
+    def prune(self, tau: float = 0.1) -> "SAE":
+        """The same SAE that in inference drops codes which the reconstruction hardly needs; weights are shared.
+
+        In every token the code whose removal raises the squared error least is dropped, again and again, while that
+        raises it by less than `tau` times what it was at first; codes that are kept stay as they are. Formula:
+        `saelab.functional.needed_codes`. A step of the LISTA-Matryoshka recipe, see `MatryoshkaLoss`. It is `pruning`
+        in config.json, and not used in training.
+
+        Args:
+            tau: relative rise of the error; 0 drops only codes that make it larger.
+
+        Raises:
+            ValueError: for a negative `tau`, and for a transcoder, whose error is not known in inference.
+
+        >>> sae, x = sl.SAE(sl.SAEConfig(d_in=8, d_sae=32, activation=sl.TopK(k=4)), seed=0), torch.eye(8)
+        >>> sae.prune(0.5).encode_sparse(x).l0.sum() < sae.encode_sparse(x).l0.sum()
+        tensor(True)
+        """
+        return self._share(replace(self.cfg, pruning=tau), self.state_dict())
+
     def to_jumprelu(self, sample: Float[Tensor, "n d_in"], target_l0: float | None = None) -> "SAE":
         """The same SAE as a JumpReLU (signed: `AbsJumpReLU`) with a threshold for each latent; weights are shared.
 
@@ -303,6 +324,8 @@ class SAE(SAEModule):
         >>> sae.to_jumprelu(x).encode_sparse(x).l0.float().mean()
         tensor(4.)
         """
+        if self.cfg.pruning is not None:
+            raise ValueError("`to_jumprelu` must be given an SAE without pruning, which no thresholds do; prune after.")
         if self.cfg.encoder != "linear" or isinstance(self.cfg.activation, GroupMax):
             raise ValueError(
                 "`to_jumprelu` must be given an SAE whose latents are chosen by pre-activations alone, got "
@@ -322,11 +345,15 @@ class SAE(SAEModule):
 
     def _with_activation(self, activation: Activation) -> "SAE":
         """The same weights, shared, with another activation, whose threshold is not set."""
-        with on_meta():
-            other = type(self)(replace(self.cfg, activation=activation), seed=None)
         held = {name: t for name, t in self.state_dict().items() if name not in ("threshold", "r_mag", "b_gate")}
-        if other.threshold is not None:
-            held["threshold"] = torch.full(other.threshold.shape, torch.nan, device=self.device)
+        if (threshold := activation.initial_threshold(self.cfg.d_sae)) is not None:
+            held["threshold"] = torch.full(threshold.shape, torch.nan, device=self.device)
+        return self._share(replace(self.cfg, activation=activation), held)
+
+    def _share(self, cfg: SAEConfig, held: dict[str, Tensor]) -> "SAE":
+        """An SAE of another configuration that has these tensors as its weights."""
+        with on_meta():
+            other = type(self)(cfg, seed=None)
         other.load_state_dict(held, assign=True)
         other.provenance, other.name_or_path = self.provenance, self.name_or_path
         figures = ("last", "saved")  # measured with the activation before
@@ -338,6 +365,7 @@ class SAE(SAEModule):
         nested = f", prefixes={cfg.prefixes}" if cfg.prefixes else ""
         widths = f"d_in={cfg.d_in}, d_sae={cfg.d_sae}" + (f", d_out={cfg.d_out}" if cfg.d_out else "")
         more = (", skip" if cfg.skip else "") + (f", {cfg.encoder}" if cfg.encoder != "linear" else "")
+        more += f", pruned by {cfg.pruning:g}" if cfg.pruning is not None else ""
         at = f", {self.provenance.place} of {shareable(self.provenance.model)}" if self.provenance else ""
         return f"SAE({cfg.activation}, {widths}{more}{nested}{at})"
 

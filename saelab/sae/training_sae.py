@@ -3,7 +3,6 @@
 Before the first step biases, dictionary directions and encoder scale are set from a sample of activations.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,12 +15,11 @@ from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested
 from saelab.functional.metrics import ReconstructionSums, nested_error
 from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.activation_registry import Activation
-from saelab.sae.config import RandomPrefixes
 from saelab.sae.encoders import PursuitEncoder, Refined
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
-from saelab.sae.objectives.terms import TrainingStep, find_entries
-from saelab.sae.placement import normalize_rows, place_weights
+from saelab.sae.objectives.terms import TrainingStep, find_entries, stack_groups
+from saelab.sae.placement import normalize_rows, place_weights, reorder_latents
 from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
 from saelab.training.config import TrainConfig
 from saelab.training.schedules import value_at
@@ -271,11 +269,8 @@ class TrainingSAE:
         seen = (fired, (size > 0).sum() / n, _smallest(self._kept(size, n)))
         group, n_groups = self._group(values, entries, n)
         parts, ordered = entries, values
-        if n_groups > 1:  # one virtual row per token and group, ordered by group
-            rows, order = (group * n + entries.rows).sort(stable=True)
-            ordered = values.index_select(0, order)
-            offsets = torch.searchsorted(rows, torch.arange(n * n_groups + 1, device=rows.device))
-            parts = Entries(indices[order], rows, offsets)
+        if n_groups > 1:
+            ordered, parts = stack_groups(values, entries, group, n_groups, n)
         errors, residual = nested_decode_error(
             ordered, W_dec, y, sae.b_dec, parts, n_groups, self._spare("W_dec"), centered
         )
@@ -337,13 +332,7 @@ class TrainingSAE:
 
     def _prefixes(self) -> list[int]:
         """Sizes of this step's prefixes."""
-        d_sae, prefixes = self.sae.cfg.d_sae, self.sae.cfg.prefixes
-        if not isinstance(prefixes, RandomPrefixes):
-            return list(prefixes or (d_sae,))
-        # seeded by the step, so that no generator state has to be saved
-        generator = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + int(self.state["n_steps"]))
-        drawn = torch.rand(prefixes.n - 1, generator=generator) * math.log(d_sae / prefixes.smallest)
-        return sorted({min(d_sae, int(prefixes.smallest * math.exp(t))) for t in drawn.tolist()} | {d_sae})
+        return self.sae.cfg.prefixes_at(self.cfg.seed, int(self.state["n_steps"]))
 
     @property
     def dead_after_tokens(self) -> int:
@@ -416,6 +405,14 @@ class TrainingSAE:
             self.sae.set_gate()
         elif self.sae.cfg.activation.threshold == "learned" and self.sae.threshold is not None:
             self.sae.threshold.clamp_(min=MIN_THRESHOLD)
+
+    def settle(self) -> None:
+        """Put the latents in the order that the reconstruction term asks for, with their counters; called once, after
+        the last step.
+        """
+        if (order := self.sae.cfg.reconstruction.final_order(self.state)) is not None:
+            reorder_latents(self.sae, order)
+            self.state["tokens_since_fired"] = self.state["tokens_since_fired"][order]
 
     @torch.no_grad()
     def held_out_fvu(self, held_out: Float[Tensor, "n_tokens width"]) -> float:

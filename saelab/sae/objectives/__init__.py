@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from saelab.sae.objectives.gated import GateReconstructionLoss as GateReconstructionLoss
     from saelab.sae.objectives.kept_core import KeptCoreLoss as KeptCoreLoss
     from saelab.sae.objectives.masked import MaskedLoss as MaskedLoss
+    from saelab.sae.objectives.matryoshka import MatryoshkaLoss as MatryoshkaLoss
     from saelab.sae.objectives.multi_topk import HierarchicalLoss as HierarchicalLoss, MultiTopKLoss as MultiTopKLoss
     from saelab.sae.objectives.orthogonal import OrthogonalLoss as OrthogonalLoss
     from saelab.sae.objectives.p_annealing import LpPenalty as LpPenalty

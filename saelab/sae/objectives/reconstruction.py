@@ -1,5 +1,6 @@
 """`ReconstructionLoss`: the squared error of the reconstruction, or of several with fewer latents."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,14 @@ class ReconstructionLoss(LossTerm):
             entries: latent and token of each code.
             n_tokens: tokens in the batch.
             cfg: configuration of the SAE.
+        """
+        return None
+
+    def final_order(self, state: Mapping[str, Tensor]) -> Int[Tensor, "d_sae"] | None:
+        """Order that the latents are put in after the last step; None leaves it.
+
+        Args:
+            state: state of training, with the term's own under `name.key`.
         """
         return None
 

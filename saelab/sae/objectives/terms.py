@@ -146,6 +146,24 @@ def find_entries(z: Float[Tensor, "n_tokens d_sae"]) -> tuple[Float[Tensor, "nnz
     return codes.values, Entries(codes.indices, codes.rows, codes.offsets)
 
 
+def stack_groups(
+    values: Float[Tensor, "nnz"], entries: Entries, group: Int[Tensor, "nnz"], n_groups: int, n_tokens: int
+) -> tuple[Float[Tensor, "nnz"], Entries]:
+    """The same codes in n_groups stacked batches, as `nested_decode_error` takes them: row `g * n_tokens + r` holds
+    those of group g for token r.
+
+    Args:
+        values: codes, token by token.
+        entries: latent and token of each code.
+        group: group of each code, 0-based.
+        n_groups: number of groups.
+        n_tokens: tokens in the batch.
+    """
+    rows, order = (group * n_tokens + entries.rows).sort(stable=True)
+    offsets = torch.searchsorted(rows, torch.arange(n_tokens * n_groups + 1, device=rows.device))
+    return values.index_select(0, order), Entries(entries.indices[order], rows, offsets)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossTerm:
     """Base class of loss terms. Subclass it as a frozen dataclass and register it; only `__call__` is required.
