@@ -19,7 +19,7 @@ from saelab.sae.objectives import MatryoshkaLoss
 from saelab.synthetic import PlantedConfig, PlantedWorld
 from saelab.universality import score_recovery
 
-BATCH, N_SCORED, N_STORIES = 2048, 20_000, 120
+N_SCORED, N_STORIES = 20_000, 120
 PRUNED = ("TopK", "all", "TopK, recipe")
 KINDS = ("topic", "pole", "register", "class")
 
@@ -28,6 +28,8 @@ def describe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--n-features", type=int, default=1024)
     command.add_argument("--d-in", type=int, default=128)
     command.add_argument("--k", type=int, default=16)
+    command.add_argument("--n-roots", type=int, default=8)
+    command.add_argument("--batch-size", type=int, default=2048)
     command.add_argument("--taus", type=float, nargs="+", default=[0.03, 0.1])
     command.add_argument("--on", nargs="+", choices=["planted", "tales"], default=["planted", "tales"])
 
@@ -75,11 +77,11 @@ def _score_versions(
 def _measure_planted(args: argparse.Namespace) -> None:
     rows: dict[str, list[dict[str, float]]] = {}
     for seed in args.seeds:
-        axes = {"n_features": args.n_features, "d_in": args.d_in, "l0": float(args.k)}
-        world = PlantedWorld(PlantedConfig(**axes), seed=seed)
+        axes = {"n_features": args.n_features, "d_in": args.d_in, "n_roots": args.n_roots}
+        world = PlantedWorld(PlantedConfig(**axes, l0=float(args.k)), seed=seed)
         for name, cfg in _configs(args.d_in, args.n_features, args.k).items():
-            run = sl.TrainConfig(n_tokens=args.n_tokens, batch_size=BATCH, seed=seed)
-            sae = sl.SAE(cfg, seed).fit(world.batches(BATCH, seed=seed), run, progress=False)
+            run = sl.TrainConfig(n_tokens=args.n_tokens, batch_size=args.batch_size, seed=seed)
+            sae = sl.SAE(cfg, seed).fit(world.batches(args.batch_size, seed=seed), run, progress=False)
 
             def recovery(each: sl.SAE, world: PlantedWorld = world) -> dict[str, float]:
                 found = score_recovery(each, world, n_tokens=N_SCORED)["SAE"]
@@ -104,7 +106,7 @@ def _measure_tales(args: argparse.Namespace) -> None:
 
     for seed in args.seeds:
         for name, cfg in _configs(acts.d_in, args.n_features, args.k).items():
-            sae = train({name: cfg}, acts, seed, args.n_tokens)[name]
+            sae = train({name: cfg}, acts, seed, args.n_tokens, args.batch_size)[name]
             for row, figures in _score_versions(name, sae, args.taus, concepts).items():
                 rows.setdefault(row, []).append(figures)
                 print(row, seed, figures, flush=True)
