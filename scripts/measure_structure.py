@@ -114,7 +114,7 @@ def main() -> None:
             found = measure_structure(sae, x, known["probes"], labels, baselines={}, seed=seed)
             near = {kind: plausibility(sae, directions) for kind, directions in known.items()}
             rows.setdefault(name, []).append({"found": found, **near})
-    print(format_rows(rows))
+        print(f"seeds so far: {args.seeds[: args.seeds.index(seed) + 1]}\n{format_rows(rows)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -44,10 +44,10 @@ def measure(sae: sl.SAE, x: torch.Tensor) -> tuple[float, float]:
     return float((~fired).float().mean()), sums.fvu
 
 
-def plant(share: float, d_in: int, n_tokens: int, seed: int) -> torch.Tensor:
+def plant(share: float, d_in: int, n_features: int, n_tokens: int, seed: int) -> torch.Tensor:
     """Activations that fill a share of their dimensions, with a hundredth of their size as noise in all of them."""
     rank = max(1, round(share * d_in))
-    world = PlantedWorld(PlantedConfig(n_features=8 * rank, d_in=rank, l0=min(8.0, rank / 2), n_roots=0), seed)
+    world = PlantedWorld(PlantedConfig(n_features=n_features, d_in=rank, l0=min(8.0, rank / 2), n_roots=0), seed)
     generator = torch.Generator().manual_seed(seed)
     axes = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator)).Q[:, :rank]
     x = world.sample(n_tokens, seed)[0] @ axes.T
@@ -62,7 +62,7 @@ def compare_starts(
     rank = effective_rank(torch.linalg.svdvals(held_out[:20_000] - held_out[:20_000].mean(0)))
     print(f"{name}: d_in {d_in}, d_sae {width} d_in, effective rank {rank:.1f}; {len(held_out):,} tokens held out")
     plain = sl.SAEConfig(d_in=d_in, d_sae=width * d_in, activation=sl.TopK(k=args.k))
-    for objective in (plain.objective[:1], plain.objective):
+    for objective in (plain.objective if auxk else plain.objective[:1] for auxk in args.auxk):
         for init in ("tied", "subspace"):
             cfg = replace(plain, objective=objective, init=init)  # type: ignore[arg-type]
             for seed in args.seeds:
@@ -102,15 +102,19 @@ def main() -> None:
     parser.add_argument("--spectrum", action="store_true", help="spectra of all layers of the model")
     parser.add_argument("--planted", type=float, nargs="+", help="shares of the dimensions that planted worlds fill")
     parser.add_argument("--d-in", type=int, default=32, help="of planted worlds")
+    parser.add_argument(
+        "--n-features", type=int, default=2048, help="of planted worlds: fewer leave latents nothing to do"
+    )
     parser.add_argument("--widths", type=int, nargs="+", default=[64], help="d_sae as multiples of d_in")
     parser.add_argument("--n-tokens", type=int, default=1_000_000)
     parser.add_argument("--n-held-out", type=int, default=100_000)
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--k", type=int, default=16)
+    parser.add_argument("--auxk", type=int, nargs="+", choices=(0, 1), default=[0, 1], help="without it, with it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     for share in args.planted or ():
-        x = plant(share, args.d_in, args.n_tokens + args.n_held_out, seed=0)
+        x = plant(share, args.d_in, args.n_features, args.n_tokens + args.n_held_out, seed=0)
         for width in args.widths:
             compare_starts(f"planted {share:g}", x[: args.n_tokens], x[args.n_tokens :], width, args)
     if args.model is None:

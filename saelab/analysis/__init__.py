@@ -44,5 +44,10 @@ if TYPE_CHECKING:
         PruningCurve as PruningCurve,
         prune_dictionary as prune_dictionary,
     )
+    from saelab.analysis.sign_balance import (
+        OpposedWindows as OpposedWindows,
+        SignAudit as SignAudit,
+        sign_audit as sign_audit,
+    )
 
 __getattr__, __dir__, __all__ = attach(__name__)

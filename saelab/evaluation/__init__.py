@@ -43,10 +43,12 @@ if TYPE_CHECKING:
         evaluate_sparse_control as evaluate_sparse_control,
     )
     from saelab.evaluation.supervised_dictionary import (
+        AdditiveShare as AdditiveShare,
         Attributes as Attributes,
         AttributeScore as AttributeScore,
         Fit as Fit,
         SupervisedDictionary as SupervisedDictionary,
+        additive_share as additive_share,
         fit_supervised_dictionary as fit_supervised_dictionary,
     )
 

@@ -3,6 +3,7 @@
 Also features as classifiers of an attribute's values: best single ones, unions of some, and a linear probe as baseline.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ from torch import Tensor
 from saelab.evaluation.feature_classifiers import classifier_union
 from saelab.functional.metrics import exact
 from saelab.functional.statistics import choose_threshold, f1, fit_probe
+from saelab.stores.results import Result
 
 Fit = Literal["means", "least-squares"]
 Attributes = Mapping[str, str]
@@ -95,6 +97,77 @@ def _mark(attributes: Sequence[Attributes], places: Mapping[tuple[str, str], int
     z = torch.zeros(len(attributes), len(places))
     z[[row for row, _ in pairs], [places[pair] for _, pair in pairs]] = 1
     return z
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdditiveShare(Result):
+    """How much of what combinations of attributes do to activations is a sum of one vector for each value."""
+
+    explained: float
+    """share of the variance of the combinations' means that the sums explain, 0 to 1; NaN where there is none"""
+    shuffled: float
+    """mean of the same for means exchanged among the combinations: what so many vectors explain by chance"""
+    shuffled_high: float
+    """95th percentile of it"""
+    n_combinations: int
+    n_values: int
+    n_rows: int
+
+    def __str__(self) -> str:
+        return (
+            f"one vector for each of {self.n_values:,} values explains {self.explained:.3f} of the variance of the "
+            f"means of {self.n_combinations:,} combinations ({self.n_rows:,} rows); shuffled {self.shuffled:.3f}, "
+            f"up to {self.shuffled_high:.3f}"
+        )
+
+
+def additive_share(
+    x: Float[Tensor, "n d_in"], attributes: Sequence[Attributes], *, n_shuffles: int = 100, seed: int = 0
+) -> AdditiveShare:
+    """The share of the variance between combinations of attributes that their additive part explains.
+
+    With `m_c` the mean of the rows of each combination c of values that occurs, and `u` fitted to these means by least
+    squares, `1 - sum_c |m_c - mean - sum of u|^2 / sum_c |m_c - mean|^2`. Means of few rows are noisy, which no sum
+    explains. Source: "ideal words", arXiv:2302.14383.
+
+    Args:
+        x: (n, d_in) activations.
+        attributes: values of the attributes of each row.
+        n_shuffles: times that the means are exchanged among the combinations.
+        seed: of the exchanges.
+
+    Raises:
+        ValueError: as in `fit_supervised_dictionary`.
+
+    >>> x = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    >>> labels = [{"a": "xxyy"[i], "b": "zwzw"[i]} for i in range(4)]
+    >>> additive_share(x, labels, n_shuffles=2).explained
+    1.0
+    """
+    fitted = fit_supervised_dictionary(x, attributes)  # checks, and names the values
+    kinds = [tuple(sorted(one.items())) for one in attributes]
+    numbers = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    rows = torch.tensor([numbers[kind] for kind in kinds])
+    values = exact(x.cpu())
+    sums = torch.zeros(len(numbers), x.shape[1], dtype=torch.float64).index_add_(0, rows, values)
+    means = sums / torch.bincount(rows)[:, None]
+    means = means - means.mean(0)
+    total = float(means.square().sum())
+    z = exact(fitted.encode([dict(kind) for kind in numbers]))
+    basis, sizes, _ = torch.linalg.svd(z - z.mean(0), full_matrices=False)
+    basis = basis[:, sizes > 1e-9 * sizes.max().clamp(min=1e-30)]
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.arange(len(means))]
+    orders += [torch.randperm(len(means), generator=generator) for _ in range(n_shuffles)]
+    explained = [float((basis.T @ means[order]).square().sum()) / total if total > 0 else math.nan for order in orders]
+    return AdditiveShare(
+        explained=round(explained[0], 9),
+        shuffled=float(np.mean(explained[1:])) if n_shuffles else math.nan,
+        shuffled_high=float(np.quantile(explained[1:], 0.95)) if n_shuffles else math.nan,
+        n_combinations=len(means),
+        n_values=len(fitted.names),
+        n_rows=len(x),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

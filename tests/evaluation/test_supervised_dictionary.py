@@ -10,7 +10,12 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.evaluation.feature_classifiers import encode_csr
 from saelab.evaluation.sparse_control import ORIGINAL, EditTask, edit_sparsely, evaluate_sparse_control, weigh_codes
-from saelab.evaluation.supervised_dictionary import fit_supervised_dictionary, mark_values, score_attributes
+from saelab.evaluation.supervised_dictionary import (
+    additive_share,
+    fit_supervised_dictionary,
+    mark_values,
+    score_attributes,
+)
 from saelab.probing.concept_removal import erase_concept
 from saelab.probing.linear_directions import (
     FeatureErasure,
@@ -48,6 +53,26 @@ def test_least_squares_find_planted_vectors_where_means_count_twice():
     place = means.names.index(("who", "p2"))
     of_p2 = torch.tensor([one["who"] == "p2" for one in attributes])
     torch.testing.assert_close(means.rows[place], x[of_p2].mean(0) - x.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_sums_explain_planted_sums_and_of_shuffled_ones_as_much_as_chance():
+    """Of 4 x 2 combinations' 7 degrees of freedom the sums have 3 + 1, so of any others they explain 4/7 on average."""
+    x, attributes, _ = make_rows(400)
+    found = additive_share(x, attributes, n_shuffles=400)
+    assert found.explained == pytest.approx(1, abs=1e-6) and (found.n_combinations, found.n_values) == (8, 6)
+    assert found.shuffled < found.shuffled_high < 1
+    assert abs(found.shuffled - 4 / 7) < 5 * 0.25 / 20  # a standard deviation of a share below 0.25, of 400
+    pairs = [tuple(sorted(one.items())) for one in attributes]
+    x = x + torch.tensor([[3.0 if one == pairs[0] else 0.0] for one in pairs])  # one combination is no sum
+    means = torch.stack([x[[pair == kind for pair in pairs]].mean(0) for kind in sorted(set(pairs))])
+    design = torch.tensor(
+        [[float(name in kind) for name in sorted({p for k in pairs for p in k})] for kind in sorted(set(pairs))]
+    )
+    centered, design = means - means.mean(0), design - design.mean(0)
+    rest = centered - design @ torch.linalg.lstsq(design, centered, driver="gelsd").solution
+    other = additive_share(x, attributes, n_shuffles=0)
+    assert other.explained == pytest.approx(1 - float(rest.square().sum() / centered.square().sum()), abs=1e-5)
+    assert other.explained < 0.99 and np.isnan(other.shuffled)
 
 
 def test_an_edit_of_an_attribute_is_the_other_prompt():
