@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         encode_csr as encode_csr,
     )
     from saelab.evaluation.finetuning import finetune as finetune
+    from saelab.evaluation.infomec import InfoMEC as InfoMEC, infomec as infomec
     from saelab.evaluation.results import (
         BestFeature as BestFeature,
         ConceptScore as ConceptScore,

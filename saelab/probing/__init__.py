@@ -13,6 +13,10 @@ if TYPE_CHECKING:
         erase_concept as erase_concept,
     )
     from saelab.probing.feature_ranking import Ranking as Ranking
+    from saelab.probing.intrinsic_probing import (
+        IntrinsicProbe as IntrinsicProbe,
+        probe_intrinsically as probe_intrinsically,
+    )
     from saelab.probing.labeled_activations import (
         LabeledActivations as LabeledActivations,
         collect_labeled as collect_labeled,
@@ -29,6 +33,11 @@ if TYPE_CHECKING:
         SparseProbe as SparseProbe,
         SparseProbes as SparseProbes,
         probe_features as probe_features,
+    )
+    from saelab.probing.subset_search import (
+        Correlations as Correlations,
+        best_subset as best_subset,
+        grow_subsets as grow_subsets,
     )
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -1,5 +1,6 @@
 """Rankings of features, each sign on its own, by how well they predict a label on training tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -8,13 +9,17 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from saelab.functional.statistics import fit_balanced_probe
+from saelab.probing.subset_search import Correlations, best_subset, grow_subsets
 from saelab.stores.packing import smallest_int
 
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
-Ranking = Literal["means", "f", "information", "l1", "pruning"]
+Ranking = Literal["means", "f", "information", "l1", "pruning", "svm", "exact", "swap"]
+SUBSETS = ("exact", "swap")
+"""rankings that choose features for their number, not one by one"""
 PREFILTER = 512
+SEARCHED = 4096  # sides among which subsets are searched: their correlations are 128 MiB
 N_BINS = 4
 PENALTY = 0.1  # C of the regressions that rank
 
@@ -123,10 +128,27 @@ class Labeled:
         n_true = int(self.y.sum())
         return here / n_true - (self.columns.sums - here) / (len(self.y) - n_true)
 
+    def choose(self, ranking: Ranking, ks: Sequence[int]) -> dict[int, Int[np.ndarray, "k"]]:
+        """Columns by their number: the first in order of a ranking, or the best together; "exact" has 1 and 2 alone."""
+        if ranking not in SUBSETS:
+            order = self.order(ranking)
+            return {k: order[:k] for k in ks}
+        first, found = self._searched
+        if ranking == "exact":
+            return {k: first[best_subset(found, k)] for k in ks if k <= 2}
+        grown = list(grow_subsets(found, min(max(ks), len(first))))
+        return {k: first[grown[k - 1]] for k in ks if k <= len(grown)}
+
+    @cached_property
+    def _searched(self) -> tuple[Int[np.ndarray, "m"], Correlations]:
+        """The columns that subsets are made of, and their correlations."""
+        first = self.order("f")[:SEARCHED]
+        return first, Correlations.of(self._sampled[:, first], self.y[self.sample])
+
     def order(self, ranking: Ranking) -> Int[np.ndarray, "n_sides"]:
         """Columns in order of a ranking, the most predictive first."""
-        if ranking in ("l1", "pruning"):
-            return self._by_l1() if ranking == "l1" else self._by_pruning()
+        if ranking in ("l1", "svm", "pruning"):
+            return self._by_pruning() if ranking == "pruning" else self._by_weights(ranking)
         scores = {"means": self._by_means, "f": lambda: self._f, "information": self._by_information}
         return np.argsort(-scores[ranking](), kind="stable")
 
@@ -146,10 +168,10 @@ class Labeled:
         true, all_, n = self.columns.count_bins(self.y), self.columns.binned, len(self.y)
         return _information(true, all_, n) + _information(all_ - true, all_, n)
 
-    def _by_l1(self) -> np.ndarray:
+    def _by_weights(self, ranking: Ranking) -> np.ndarray:
         order = self.order("f")
         first = order[:PREFILTER]
-        weights = np.abs(self.fit(first, c=PENALTY, l1=True))
+        weights = np.abs(self._fit_svm(first) if ranking == "svm" else self.fit(first, c=PENALTY, l1=True))
         return np.concatenate([first[np.argsort(-weights, kind="stable")], order[PREFILTER:]])
 
     def _by_pruning(self) -> np.ndarray:
@@ -167,10 +189,19 @@ class Labeled:
         """Weights of a logistic regression on columns over 10 standard deviations, with balanced classes; `c` inverse
         penalty.
         """
+        return fit_balanced_probe(self._scaled(columns), self.y[self.sample], c=c, l1=l1)
+
+    def _fit_svm(self, columns: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
+        """Weights of a linear support vector machine on the same columns (scikit-learn's `LinearSVC`)."""
+        from sklearn.svm import LinearSVC
+
+        svm = LinearSVC(class_weight="balanced", C=PENALTY, dual=False, max_iter=2000, random_state=0)
+        return np.asarray(svm.fit(self._scaled(columns), self.y[self.sample].astype(np.int64)).coef_[0])
+
+    def _scaled(self, columns: Int[np.ndarray, "k"]) -> "csr_matrix":
         from scipy.sparse import diags
 
-        x = self._sampled[:, columns] @ diags(0.1 / self.columns.deviations[columns])
-        return fit_balanced_probe(x.tocsr(), self.y[self.sample], c=c, l1=l1)
+        return (self._sampled[:, columns] @ diags(0.1 / self.columns.deviations[columns])).tocsr()
 
 
 def _information(part: np.ndarray, whole: np.ndarray, n: int) -> np.ndarray:

@@ -215,6 +215,9 @@ def probe_features(
         information  mutual information with the code in 5 bins: 0, and quarters of the others
         l1           weights of an L1 logistic regression on the 512 best by F (C = 0.1)
         pruning      what is left when a regression on those 512 repeatedly drops its weaker half
+        svm          weights of a linear support vector machine on those 512 (C = 0.1)
+        exact        for k = 1 and 2 alone: of all pairs the one with the largest R^2 of balanced classes
+        swap         the features that add most to R^2, one after another, members swapped while that raises it
 
     Ranking, fitting (balanced classes, up to 10,000 tokens of each) and the choice of the threshold (best Cohen's
     kappa, 0 for always predicting true) use training documents alone; all scores are of held-out ones. Controls for
@@ -228,7 +231,7 @@ def probe_features(
         doc_ids: document of each token, needed where neither `codes` is a store nor the labels have them.
         concept: which of several labels; the name, for display, of a single one.
         ks: numbers of features.
-        rankings: any of the five above.
+        rankings: any of those above.
         train_frac: share of documents for training.
         n_tokens: most tokens used; of more, documents are drawn by `seed`.
         acts: (n_tokens, d_in) activations of the same tokens, for baselines.
@@ -244,10 +247,10 @@ def probe_features(
     (2, 1.0)
     """
     _check(ks, rankings)
-    given = TokenLabels.of(labels, None if isinstance(labels, Mapping) else concept, _find_documents(codes, doc_ids))
+    given = TokenLabels.of(labels, None if isinstance(labels, Mapping) else concept, find_documents(codes, doc_ids))
     name, documents = given.find(concept), given.require_documents()
-    keep = _choose_rows(documents, n_tokens, seed)
-    matrix, y = _read(codes, keep), given[name].numpy()[keep]
+    keep = choose_rows(documents, n_tokens, seed)
+    matrix, y = read_codes(codes, keep), given[name].numpy()[keep]
     documents = documents[keep]
     is_train = split_documents(documents, train_frac, seed)
     for side, rows in (("training", is_train), ("held-out", ~is_train)):
@@ -255,13 +258,15 @@ def probe_features(
             said = f"{int(y[rows].sum())} true of {int(rows.sum())}"
             raise ValueError(f"Both labels must occur in {side} documents, got {said}; give more text.")
     rng = np.random.default_rng(seed)
-    elsewhere, null = _permute(y, documents, is_train, rng)
+    elsewhere, null = permute_split(y, documents, is_train, rng)
     bench = _Bench.make(matrix, is_train, seed)
     if max(ks) > len(bench.sides):
         raise ValueError(f"`ks` must be at most the number of sides that fire ({len(bench.sides)}), got {max(ks)}.")
     true = bench.trial(y)
     moved = None if elsewhere is None else bench.trial(elsewhere)
-    other = None if untrained is None else _Bench.make(_read(untrained, keep, "untrained"), is_train, seed).trial(y)
+    other = (
+        None if untrained is None else _Bench.make(read_codes(untrained, keep, "untrained"), is_train, seed).trial(y)
+    )
     baselines = {"always yes": score_majority(float(y[~is_train].mean()))}
     baselines["all features"] = true.fit(np.arange(len(bench.sides)), c=PENALTY).score
     if acts is not None:
@@ -284,20 +289,29 @@ def _check(ks: Sequence[int], rankings: Sequence[str]) -> None:
         raise ValueError(f"`ks` must be numbers of sides from 1 on, got {tuple(ks)}.")
     if not rankings or (bad := [name for name in rankings if name not in get_args(Ranking)]):
         raise ValueError(f"`rankings` must be of {get_args(Ranking)}, got {bad if rankings else 'none'}.")
+    if "exact" in rankings and min(ks) > 2:
+        raise ValueError(f"`ks` must have 1 or 2 for 'exact', which tries all subsets, got {tuple(ks)}; take 'swap'.")
 
 
-def _find_documents(codes: Any, doc_ids: Any) -> Any:
+def find_documents(codes: Any, doc_ids: Any) -> Any:
+    """The documents of a store's tokens, or those that were given."""
     return codes.doc_ids if isinstance(codes, FeatureStore) else doc_ids
 
 
-def _choose_rows(documents: np.ndarray, n_tokens: int, seed: int) -> Bool[np.ndarray, "n"]:
+def choose_rows(documents: np.ndarray, n_tokens: int, seed: int) -> Bool[np.ndarray, "n"]:
     """Mask of the tokens used, those of some documents where there are too many."""
     n = len(documents)
     return np.ones(n, bool) if n <= n_tokens else split_documents(documents, n_tokens / n, seed)
 
 
-def _read(codes: Any, keep: np.ndarray, name: str = "codes") -> "csr_matrix":
-    """Codes of the tokens used."""
+def read_codes(codes: Any, keep: np.ndarray, name: str = "codes") -> "csr_matrix":
+    """Codes of the tokens used.
+
+    Args:
+        codes: a store, or codes as `score_concepts` takes them.
+        keep: which of its tokens are used.
+        name: what the codes are called in an error.
+    """
     from scipy.sparse import csr_matrix, vstack
 
     values: Any = codes if isinstance(codes, FeatureStore) else csr_matrix(read_values(codes))
@@ -311,10 +325,17 @@ def _read(codes: Any, keep: np.ndarray, name: str = "codes") -> "csr_matrix":
     return values[keep]
 
 
-def _permute(
+def permute_split(
     y: np.ndarray, documents: np.ndarray, is_train: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray | None, str]:
-    """Permuted labels, and how they were permuted; None where every try leaves a side of the split with one class."""
+    """Permuted labels, and how they were permuted; None where every try leaves a side of the split with one class.
+
+    Args:
+        y: the labels.
+        documents: document of each token.
+        is_train: the tokens of one side of the split.
+        rng: source of the permutation.
+    """
     null = ""
     for _ in range(MOVES):
         moved, null = permute_labels(y, documents, rng)
@@ -379,13 +400,13 @@ def _probe(
     sides: RankedSides, true: _Trial, others: tuple[_Trial | None, _Trial | None], ranking: Ranking, ks: Sequence[int]
 ) -> Iterator[SparseProbe]:
     """The probes of one ranking, with those for permuted labels and for the untrained SAE's codes."""
-    order = true.train.order(ranking)
-    rankings = [None if other is None else other.train.order(ranking) for other in others]
-    for k in ks:
-        found = true.fit(order[:k])
+    chosen = true.train.choose(ranking, ks)
+    theirs = [{} if other is None else other.train.choose(ranking, ks) for other in others]
+    for k, columns in chosen.items():
+        found = true.fit(columns)
         shuffled, untrained = (
-            UNKNOWN if other is None or mine is None else other.fit(mine[:k]).score
-            for other, mine in zip(others, rankings, strict=True)
+            UNKNOWN if other is None or k not in mine else other.fit(mine[k]).score
+            for other, mine in zip(others, theirs, strict=True)
         )
         yield SparseProbe(
             ranking=ranking,

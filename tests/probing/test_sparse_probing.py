@@ -314,7 +314,7 @@ def test_probing_refuses_what_makes_no_sense():
         ({"labels": y[:-1]}, "must have one for each"),
         ({"ks": (0,)}, "`ks` must be numbers of sides"),
         ({"ks": (500,)}, "at most the number of sides that fire"),
-        ({"rankings": ("svm",)}, "`rankings` must be of"),
+        ({"rankings": ("svd",)}, "`rankings` must be of"),
     ):
         with pytest.raises(ValueError, match=match):
             probe_features(**({"codes": codes, "labels": y, "doc_ids": doc_ids} | change))
