@@ -5,10 +5,28 @@ from typing import TYPE_CHECKING
 from saelab._lazy import attach
 
 if TYPE_CHECKING:
+    from saelab.evaluation.absorption import (
+        AbsorptionScores as AbsorptionScores,
+        ChildAbsorption as ChildAbsorption,
+        ParentAbsorption as ParentAbsorption,
+        score_absorption as score_absorption,
+    )
     from saelab.evaluation.activation_spectrum import (
         RankScore as RankScore,
         Spectrum as Spectrum,
         spectrum as spectrum,
+    )
+    from saelab.evaluation.compressibility import (
+        DescriptionLength as DescriptionLength,
+        MetaSAE as MetaSAE,
+        description_length as description_length,
+        meta_sae as meta_sae,
+    )
+    from saelab.evaluation.concept_edits import (
+        ConceptEdit as ConceptEdit,
+        ConceptEditScores as ConceptEditScores,
+        score_scr as score_scr,
+        score_tpp as score_tpp,
     )
     from saelab.evaluation.concepts import score_concepts as score_concepts
     from saelab.evaluation.dictionary_structure import (
@@ -36,6 +54,10 @@ if TYPE_CHECKING:
         PairScore as PairScore,
         ParentScore as ParentScore,
     )
+    from saelab.evaluation.sensitivity import (
+        SensitivityScores as SensitivityScores,
+        score_sensitivity as score_sensitivity,
+    )
     from saelab.evaluation.sparse_control import (
         DictionaryScore as DictionaryScore,
         EditScore as EditScore,
@@ -43,6 +65,7 @@ if TYPE_CHECKING:
         SparseControlResult as SparseControlResult,
         evaluate_sparse_control as evaluate_sparse_control,
     )
+    from saelab.evaluation.sparsity_choice import ChosenK as ChosenK, TriedK as TriedK, choose_k as choose_k
     from saelab.evaluation.supervised_dictionary import (
         AdditiveShare as AdditiveShare,
         Attributes as Attributes,

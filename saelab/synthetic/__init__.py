@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         PlantedConfig as PlantedConfig,
         PlantedWorld as PlantedWorld,
     )
+    from saelab.synthetic.retelling import retell_stories as retell_stories
     from saelab.synthetic.tales import Stories as Stories, generate_stories as generate_stories
 
 __getattr__, __dir__, __all__ = attach(__name__)
