@@ -65,7 +65,7 @@ def retell_stories(
     """
     if n_stories < 0:
         raise ValueError(f"`n_stories` must not be negative, got {n_stories}.")
-    pairs = [tuple(Retelling(f"{seed}/retold/{i}", telling).generate() for telling in (0, 1)) for i in range(n_stories)]
+    pairs = [[_tell(f"{seed}/retold/{i}", telling) for telling in (0, 1)] for i in range(n_stories)]
     pairs = [pair for pair in pairs if len(pair[0].starts) == len(pair[1].starts)]
     told: list[list[np.ndarray]] = [[], []]
     n = 0
@@ -81,3 +81,9 @@ def retell_stories(
         for i in (0, 1)
     ]
     return found[0], found[1]
+
+
+def _tell(plan: str, telling: int) -> Retelling:
+    tale = Retelling(plan, telling)
+    tale.generate()
+    return tale
