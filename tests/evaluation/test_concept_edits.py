@@ -82,3 +82,15 @@ def test_what_has_no_meaning_has_a_reason(world):
         score_tpp(sae, acts, labels, concepts=["a"], baselines=False)
     with pytest.raises(ValueError, match="must be one of the labels"):
         score_scr(sae, acts, labels, [("a", "nothing")])
+
+
+def test_a_concept_in_two_features_takes_two_ablations(world):
+    rows = torch.eye(D)[2:6].repeat(2, 1)
+    sae = make_sae(rows)
+    with torch.no_grad():
+        sae.W_enc.mul_(0.25)  # one carries a quarter, the other the rest
+        sae.W_enc[:, 4:].mul_(3)
+    found = score_tpp(sae, *world, concepts=WORDS, ns=(1, 2), baselines=False)
+    for i, row in enumerate(found.rows):
+        assert row.features[:2] == (f"{i + 4}+", f"{i}+")
+        assert row.after[2] < row.after[1] - 0.1
