@@ -12,6 +12,8 @@ if TYPE_CHECKING:
         keep_group_max as keep_group_max,
         keep_places as keep_places,
         keep_topk as keep_topk,
+        project_simplex as project_simplex,
+        sparsemax as sparsemax,
         step_above as step_above,
     )
     from saelab.functional.codes import Entries as Entries, SparseCodes as SparseCodes

@@ -76,6 +76,48 @@ def keep_above(
     return u * (u.abs() > threshold) if signed else u.relu() * (u > threshold)
 
 
+def project_simplex(x: Float[Tensor, "n_rows n"]) -> Float[Tensor, "n_rows n"]:
+    """Nearest rows with entries >= 0 that sum to 1 (Euclidean projection): `max(x - t, 0)`, with `t` found per row.
+
+    The projection shifts all positive entries of a row equally, so a gradient step on one weight is balanced by all
+    others, and an entry at 0 returns as soon as a step lifts it above t; clipping and dividing by the sum has neither
+    property.
+
+    >>> project_simplex(torch.tensor([[1.0, 0.5, -1.0]]))
+    tensor([[0.7500, 0.2500, 0.0000]])
+    """
+    kept = torch.ones_like(x, dtype=torch.bool)
+    while True:  # Michelot's algorithm: the set of positive entries shrinks in each iteration
+        bound = ((x * kept).sum(1, keepdim=True) - 1) / kept.sum(1, keepdim=True)
+        fewer = kept & (x > bound)
+        if torch.equal(fewer, kept):
+            break
+        kept = fewer
+    rows = (x - bound).clamp(min=0)
+    return rows / rows.sum(1, keepdim=True)
+
+
+def sparsemax(u: Float[Tensor, "*batch d_sae"], scale: float) -> Float[Tensor, "*batch d_sae"]:
+    """Sparsemax of every row, in units of its largest entry: `z = s sparsemax(u / s)`, `s = scale max(u)`, which is the
+    nearest row with entries >= 0 and sum s (arXiv:1602.02068); 0 where no entry is positive.
+
+    Its entries are `max(u - t, 0)` with one t for the row. Differentiable, also through s; z(c u) = c z(u) for c > 0.
+
+    Args:
+        u: pre-activations.
+        scale: sum of a row of codes over its largest pre-activation, above 0; more is less sparse.
+
+    >>> sparsemax(torch.tensor([2.0, 1.5, 0.2]), scale=1.0)
+    tensor([1.2500, 0.7500, 0.0000])
+    """
+    rows = u.reshape(-1, u.shape[-1])
+    total = scale * rows.amax(1, keepdim=True).relu()
+    with torch.no_grad():
+        kept = (project_simplex(rows / total.clamp(min=torch.finfo(u.dtype).tiny)) > 0) & (total > 0)
+    bound = ((rows * kept).sum(1, keepdim=True) - total) / kept.sum(1, keepdim=True).clamp(min=1)
+    return (rows - bound).masked_fill(~kept, 0.0).relu().view_as(u)
+
+
 class _JumpReLU(torch.autograd.Function):
     """u where its size exceeds the threshold; the threshold's gradient is a kernel estimate at the jump."""
 

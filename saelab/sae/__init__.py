@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         GroupMax as GroupMax,
         JumpReLU as JumpReLU,
         ReLU as ReLU,
+        Sparsemax as Sparsemax,
         TopK as TopK,
     )
     from saelab.sae.activation_registry import Activation as Activation, register_activation as register_activation

@@ -15,6 +15,7 @@ from saelab.functional.activation_functions import (
     keep_group_max,
     keep_places,
     keep_topk,
+    sparsemax,
     step_above,
 )
 from saelab.functional.codes import SparseCodes
@@ -185,6 +186,31 @@ class GroupMax(Activation):
         super().check(d_sae)
         if d_sae % self.k:
             raise ValueError(f"`k` of GroupMax must divide d_sae ({d_sae}) into equal groups, got {self.k}.")
+
+
+@register_activation("sparsemax")
+@dataclass(frozen=True)
+class Sparsemax(Activation):
+    """Sparsemax of a token's pre-activations in units of the largest, s sparsemax(u / s) with s = scale max(u)
+    (arXiv:1602.02068).
+
+    Codes are max(u - t, 0) with a threshold t of the token's own, so that their sum is s: how many latents fire is
+    neither fixed as in TopK nor penalized as in ReLU. Sparsemax as it is has sum 1 whatever the token; measured by the
+    largest pre-activation, twice the input has twice the codes and as many. Training steps are dense.
+
+    >>> sl.SAE(sl.SAEConfig(d_in=8, d_sae=32, activation=Sparsemax(scale=1.0))).encode(torch.eye(8)).shape
+    torch.Size([8, 32])
+    """
+
+    scale: float = 2.0
+    """sum of a token's codes over its largest pre-activation; more is less sparse"""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"`scale` must be above 0 and finite, got {self.scale}.")
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        return sparsemax(u, self.scale)
 
 
 @dataclass(frozen=True)

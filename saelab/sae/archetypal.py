@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saelab.functional.activation_functions import project_simplex
+
 
 @dataclass(frozen=True, kw_only=True)
 class Archetypal:
@@ -103,24 +105,3 @@ def find_points(x: Float[Tensor, "n_tokens d_in"], n: int, seed: int) -> Float[T
         return rows.repeat(math.ceil(n / len(rows)), 1)[:n].to(x)
     means = MiniBatchKMeans(n, batch_size=max(4096, n), n_init=1, max_iter=30, random_state=seed)
     return torch.from_numpy(means.fit(rows.numpy()).cluster_centers_).to(x)
-
-
-def project_simplex(x: Float[Tensor, "n_rows n"]) -> Float[Tensor, "n_rows n"]:
-    """Nearest rows with entries >= 0 that sum to 1 (Euclidean projection): `max(x - t, 0)`, with `t` found per row.
-
-    The projection shifts all positive entries of a row equally, so a gradient step on one weight is balanced by all
-    others, and an entry at 0 returns as soon as a step lifts it above t; clipping and dividing by the sum has neither
-    property.
-
-    >>> project_simplex(torch.tensor([[1.0, 0.5, -1.0]]))
-    tensor([[0.7500, 0.2500, 0.0000]])
-    """
-    kept = torch.ones_like(x, dtype=torch.bool)
-    while True:  # Michelot's algorithm: the set of positive entries shrinks in each iteration
-        bound = ((x * kept).sum(1, keepdim=True) - 1) / kept.sum(1, keepdim=True)
-        fewer = kept & (x > bound)
-        if torch.equal(fewer, kept):
-            break
-        kept = fewer
-    rows = (x - bound).clamp(min=0)
-    return rows / rows.sum(1, keepdim=True)
