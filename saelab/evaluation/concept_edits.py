@@ -154,15 +154,18 @@ def score_tpp(
     data = data.select(np.flatnonzero(counts >= min_count))
     probe = _Probe.fit(data, data.is_train, data.y)
     held = ~data.is_train
+    y, scores = data.y[held], probe.score(data, held)
+    before = _accuracies(scores >= probe.thresholds, y)
 
     def score(coded: CodedTokens, moved: np.ndarray) -> tuple[ConceptEdit, ...]:
         chooser = probe if moved is data.y else _Probe.fit(data, data.is_train, moved)
         pull, rows = coded.rows @ chooser.weights, list[ConceptEdit]()
-        before = probe.judge(data, held)
+        codes = coded.codes[held].tocsc()
         for i, name in enumerate(data.names):
             effects = np.maximum(_gaps(coded, data.is_train, moved[:, i]), 0) * pull[:, i]
             order = np.argsort(-effects, kind="stable")[: min(max(ns), int((effects > 0).sum()))]
-            falls = {n: before - probe.judge(data, held, coded, order[:n]) for n in ns}
+            guesses = {n: probe.ablate(scores, codes[:, order[:n]], coded.rows[order[:n]]) for n in ns}
+            falls = {n: before - _accuracies(guess, y) for n, guess in guesses.items()}
             side = {n: float(np.delete(fall, i).mean()) for n, fall in falls.items()}
             rows.append(
                 ConceptEdit(
@@ -305,22 +308,19 @@ class _Probe:
         )  # where true and false are equally likely were they as many
         return cls(weights.T.numpy().astype(np.float64), cuts.numpy().astype(np.float64))
 
-    def guess(
-        self, data: _Data, rows: np.ndarray, coded: CodedTokens | None = None, ablated: np.ndarray | None = None
-    ) -> Bool[np.ndarray, "n n_concepts"]:
-        """Predictions, with some sides' codes set to 0."""
-        scores = data.x[torch.from_numpy(rows)].numpy() @ self.weights
-        if coded is not None and ablated is not None:
-            scores = scores - coded.codes[rows][:, ablated] @ (coded.rows[ablated] @ self.weights)
-        found: np.ndarray = scores >= self.thresholds
+    def score(self, data: _Data, rows: np.ndarray) -> Float[np.ndarray, "n n_concepts"]:
+        """Scores of some tokens."""
+        return np.asarray(data.x[torch.from_numpy(rows)].numpy() @ self.weights)
+
+    def ablate(self, scores: np.ndarray, codes: Any, rows: np.ndarray) -> Bool[np.ndarray, "n n_concepts"]:
+        """Predictions with the codes (n, k) of features whose decoder rows are given set to 0."""
+        found: np.ndarray = scores - codes @ (rows @ self.weights) >= self.thresholds
         return found
 
-    def judge(
-        self, data: _Data, rows: np.ndarray, coded: CodedTokens | None = None, ablated: np.ndarray | None = None
-    ) -> Float[np.ndarray, "n_concepts"]:
-        """Balanced accuracy of each concept."""
-        guess, y = self.guess(data, rows, coded, ablated), data.y[rows]
-        return np.array([balanced_accuracy(a, b) for a, b in zip(guess.T, y.T, strict=True)])
+
+def _accuracies(guess: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "n_concepts"]:
+    """Balanced accuracy of each concept."""
+    return np.array([balanced_accuracy(one, true) for one, true in zip(guess.T, y.T, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -353,9 +353,11 @@ class _Biased:
 
         even, odd = draw((0, 1, 2, 3)), draw((0, 3))
         clean, biased = _Probe.fit(data, even, y), _Probe.fit(data, odd, y[:, :1])
-        before = [_mean_of_cases(biased.guess(data, ~data.is_train)[:, 0], y[~data.is_train], t) for t in (0, 1)]
+        held = ~data.is_train
+        guess = (biased.score(data, held) >= biased.thresholds)[:, 0]
+        before = [_mean_of_cases(guess, y[held], t) for t in (0, 1)]
         t = int(np.argmin(before))
-        after = _mean_of_cases(clean.guess(data, ~data.is_train)[:, t], y[~data.is_train], t)
+        after = _mean_of_cases((clean.score(data, held) >= clean.thresholds)[:, t], y[held], t)
         reason = ""
         if after - before[t] < SMALLEST_GAP:
             reason = f"the biased probe is as accurate ({before[t]:.3f}) as the clean one ({after:.3f})"
@@ -374,7 +376,9 @@ class _Biased:
             pull = _Probe.fit(data, data.is_train, moved[:, places[1:]]).weights[:, 0]
         effects = np.abs(_gaps(coded, data.is_train, moved[:, places[1]]) * (coded.rows @ pull))
         order = np.argsort(-effects, kind="stable")[: min(max(ns), int((effects > 0).sum()))]
-        after = {n: _mean_of_cases(self.probe.guess(data, held, coded, order[:n])[:, 0], y, 0) for n in ns}
+        codes, scores = coded.codes[held].tocsc(), self.probe.score(data, held)
+        guesses = {n: self.probe.ablate(scores, codes[:, order[:n]], coded.rows[order[:n]]) for n in ns}
+        after = {n: _mean_of_cases(guess[:, 0], y, 0) for n, guess in guesses.items()}
         return ConceptEdit(
             concept=self.target,
             ablated=self.spurious,
