@@ -303,9 +303,8 @@ class _Probe:
         labels = torch.from_numpy(y[places]).float()
         fitted = fit_probe((x - center) / scale, labels)
         weights, rate = fitted.weight / scale, labels.mean(0).clamp(1e-6, 1 - 1e-6)
-        cuts = (
-            rate.logit() - fitted.bias + weights @ center
-        )  # where true and false are equally likely were they as many
+        # where true and false would be equally likely if there were as many of each
+        cuts = rate.logit() - fitted.bias + weights @ center
         return cls(weights.T.numpy().astype(np.float64), cuts.numpy().astype(np.float64))
 
     def score(self, data: _Data, rows: np.ndarray) -> Float[np.ndarray, "n n_concepts"]:
