@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         negative_interference as negative_interference,
         plausibility as plausibility,
     )
+    from saelab.evaluation.disentanglement import InfoMEC as InfoMEC, infomec as infomec
     from saelab.evaluation.evaluation import evaluate as evaluate
     from saelab.evaluation.feature_classifiers import (
         CodeMatrix as CodeMatrix,
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
         encode_csr as encode_csr,
     )
     from saelab.evaluation.finetuning import finetune as finetune
-    from saelab.evaluation.infomec import InfoMEC as InfoMEC, infomec as infomec
     from saelab.evaluation.results import (
         BestFeature as BestFeature,
         ConceptScore as ConceptScore,

@@ -8,7 +8,8 @@ from scipy.linalg import hadamard
 from scipy.sparse import csr_matrix
 from unchecked import unchecked
 
-from saelab.evaluation.infomec import _bin, _inform, infomec
+import saelab as sl
+from saelab.evaluation.disentanglement import _bin, _inform, infomec
 from saelab.lm.token_labels import TokenLabels
 
 N, M = 6_000, 4
@@ -63,6 +64,7 @@ def test_information_is_that_of_scikit_learn():
 
 
 def test_it_prints_saves_and_is_drawn(found, tmp_path):
+    assert sl.evaluation.InfoMEC is type(found) and sl.evaluation.infomec is infomec  # no module of its name
     text = str(found)
     assert "rotated" in text and "shuffled concepts" in text and "modularity" in found._repr_html_()
     found.save(tmp_path / "infomec.json")
