@@ -52,6 +52,7 @@ def make_task(model: Model, prompts: Sequence[dict[str, NamePrompt]], hook_point
         joined=JOINED,
         answers=torch.tensor([prompt.answer for prompt in first]),
         other_answers=torch.tensor([prompt.other_answer for prompt in first]),
+        asks=("receiver",) * len(first),
     )
 
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
         Spectrum as Spectrum,
         spectrum as spectrum,
     )
+    from saelab.evaluation.attribute_patching import (
+        AttributePatch as AttributePatch,
+        DisentanglementScores as DisentanglementScores,
+        score_disentanglement as score_disentanglement,
+    )
     from saelab.evaluation.compressibility import (
         DescriptionLength as DescriptionLength,
         MetaSAE as MetaSAE,

@@ -60,6 +60,8 @@ class EditTask:
     """the token that each original prompt determines"""
     other_answers: Int[Tensor, "n_prompts"]
     """the alternative whose logit is subtracted"""
+    asks: Sequence[str] = ()
+    """the attribute of each original prompt that its answer tells; `score_disentanglement` needs it"""
 
     def __post_init__(self) -> None:
         shapes = {tuple(ids.shape) for ids in self.ids.values()}
@@ -69,6 +71,12 @@ class EditTask:
             )
         if self.places.shape[1] != len(self.place_names):
             raise ValueError(f"`place_names` must name {self.places.shape[1]} places, got {self.place_names}.")
+        known = {name for one in self.attributes[ORIGINAL] for name in one}
+        if self.asks and (len(self.asks) != len(self) or not known.issuperset(self.asks)):
+            raise ValueError(
+                f"`asks` must have one of {sorted(known)} for each of the {len(self)} prompts, got {len(self.asks)} of "
+                f"{sorted(set(self.asks))}."
+            )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -90,9 +98,9 @@ class EditTask:
         def pick(x: Tensor, rows: Tensor) -> Tensor:
             return x[torch.arange(len(rows))[:, None], self.positions[rows]]
 
-        return {version: self._runs(version).activations(self.hook_point, pick) for version in self.ids}
+        return {version: self.runs(version).activations(self.hook_point, pick) for version in self.ids}
 
-    def _runs(self, version: str = ORIGINAL) -> EditedRuns:
+    def runs(self, version: str = ORIGINAL) -> EditedRuns:
         """Runs of one version's prompts, of which the logits after the last token are read."""
         return EditedRuns(self.model, Texts(self.ids[version], self.lengths), read_last)
 
@@ -111,7 +119,7 @@ class EditTask:
             old[torch.arange(len(rows))[:, None], self.positions[rows]] = x[rows].to(old)
             return old
 
-        return self._runs(version).run(None if x is None else {self.hook_point: put})
+        return self.runs(version).run(None if x is None else {self.hook_point: put})
 
     def margins(self, predicted: Float[Tensor, "n_prompts d_vocab"]) -> Float[Tensor, "n_prompts"]:
         """Logit of each prompt's answer minus that of its alternative, both those of the original prompts.
@@ -322,9 +330,9 @@ def evaluate_sparse_control(
         ValueError: for an SAE of another width, and for one of another model, weight processing or hook point than the
             task's (unless `allow_mismatch`).
     """
-    means = torch.stack([x.mean(0) for x in _pool(train)[0].unbind(1)])
+    means = torch.stack([x.mean(0) for x in pool_versions(train)[0].unbind(1)])
     for sae in dictionaries.values():
-        task._runs().match(sae, task.hook_point, allow_mismatch)
+        task.runs().match(sae, task.hook_point, allow_mismatch)
     clean, ablated = task.predict(), task.predict(means.expand(len(task), -1, -1))
     margins = float(task.margins(clean).mean()), float(task.margins(ablated).mean())
     patched = {edit: task.predict(task.activations[edit]).argmax(1) for edit in task.edits}
@@ -346,7 +354,7 @@ def evaluate_sparse_control(
     )
 
 
-def _pool(task: EditTask) -> tuple[Float[Tensor, "n n_places d_in"], list[Attributes]]:
+def pool_versions(task: EditTask) -> tuple[Float[Tensor, "n n_places d_in"], list[Attributes]]:
     """Activations and attributes of all versions of all prompts."""
     x = torch.cat([task.activations[version] for version in task.ids])
     return x, [one for version in task.ids for one in task.attributes[version]]
@@ -400,16 +408,12 @@ class _Scorer:
         )
 
     def _read_sae(self, sae: SAE) -> _Coded:
-        if sae.cfg.d_in != self.means.shape[1] or sae.cfg.d_target != sae.cfg.d_in:
-            raise ValueError(f"An SAE must rebuild activations of width {self.means.shape[1]}, got {sae!r}.")
-        if isinstance(sae.output_scale(self.means), Tensor):
-            raise ValueError(f"An SAE's features must be the same vectors at every token, got {sae.cfg.normalizer}.")
-        n, rows = len(self.means), sae.directions().detach().cpu()
+        n, rows = len(self.means), read_rows(sae, self.means)
         offset = sae.decode(torch.zeros(1, sae.cfg.d_sae, device=sae.device))[0].detach().cpu()
-        return _Coded((rows,) * n, (offset,) * n, lambda _place, x, _known: _encode_all(sae, x))
+        return _Coded((rows,) * n, (offset,) * n, lambda _place, x, _known: encode_rows(sae, x))
 
     def _fit(self, method: Fit) -> _Coded:
-        x, known = _pool(self.train)
+        x, known = pool_versions(self.train)
         fits = [fit_supervised_dictionary(part, known, method) for part in x.unbind(1)]
         rows, means = tuple(fit.rows for fit in fits), tuple(fit.mean for fit in fits)
         return _Coded(rows, means, lambda place, _x, known: fits[place].encode(known))
@@ -448,7 +452,7 @@ class _Scorer:
 
     def _tell(self, coded: _Coded) -> Iterator[AttributeScore]:
         """Interpretability at each position: chosen on the prompts of `train`, scored on those of the task."""
-        (x, known), (x_held, known_held) = _pool(self.train), _pool(self.task)
+        (x, known), (x_held, known_held) = pool_versions(self.train), pool_versions(self.task)
         is_train = np.arange(len(x) + len(x_held)) < len(x)
         truth = mark_values(known + known_held, self.task.joined)
         both = torch.cat([x, x_held])
@@ -457,6 +461,16 @@ class _Scorer:
             yield from score_attributes(z, both[:, place], truth, is_train, name)
 
 
+def read_rows(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "d_sae d_in"]:
+    """What a code of 1 adds to activations such as x; ValueError unless these are fixed vectors of x's width."""
+    if sae.cfg.d_in != x.shape[1] or sae.cfg.d_target != sae.cfg.d_in:
+        raise ValueError(f"An SAE must rebuild activations of width {x.shape[1]}, got {sae!r}.")
+    if isinstance(sae.output_scale(x.to(sae.device)), Tensor):
+        raise ValueError(f"An SAE's features must be the same vectors at every token, got {sae.cfg.normalizer}.")
+    return sae.directions().detach().float().cpu()
+
+
 @torch.no_grad()
-def _encode_all(sae: SAE, x: Tensor) -> Tensor:
+def encode_rows(sae: SAE, x: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_sae"]:
+    """Codes of many activations, float32 on the CPU."""
     return torch.cat([sae.encode(part.to(sae.device)).float().cpu() for part in x.split(ENCODE_ROWS)])

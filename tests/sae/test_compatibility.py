@@ -67,15 +67,24 @@ def ablate_concept(at: At, **how) -> None:
     sl.probing.erase_concept(at.model, at.tokens, labels, "first", at.sae, **options, **how)
 
 
-def compare_control(at: At, hook_point: str = HOOK, **how) -> None:
-    ids, answers = torch.tensor([[0, 70], [0, 71], [0, 72], [0, 73]]), torch.tensor([1, 1, 2, 2])
-    names = [{"letter": name} for name in "abcd"]
-    task = EditTask(
+def make_edit_task(at: At, hook_point: str) -> EditTask:
+    ids = torch.tensor([[0, 70], [0, 71], [0, 72], [0, 73]])
+    names, answers = [{"letter": name} for name in "abcd"], sl.lm.logits(at.model, ids)[:, -1].argmax(1)
+    return EditTask(
         model=at.model, hook_point=hook_point, ids={ORIGINAL: ids, "letter": ids.flip(0)}, lengths=torch.full((4,), 2),
         places=torch.full((4, 1), -1), place_names=("end",), attributes={ORIGINAL: names, "letter": names[::-1]},
-        answers=answers, other_answers=answers + 1,
+        answers=answers, other_answers=(answers + 1) % 100, asks=("letter",) * 4,
     )  # fmt: skip
+
+
+def compare_control(at: At, hook_point: str = HOOK, **how) -> None:
+    task = make_edit_task(at, hook_point)
     sl.evaluation.evaluate_sparse_control(task, task, {"a": at.sae}, ks=(1,), **how)
+
+
+def disentangle(at: At, hook_point: str = HOOK, **how) -> None:
+    task = make_edit_task(at, hook_point)
+    sl.evaluation.score_disentanglement(at.sae, task, task, ns=(1,), baselines=False, **how)
 
 
 def line_up(at: At, **how) -> None:
@@ -105,6 +114,7 @@ CALLS: dict[str, Callable] = {
         at.sae, at.model, at.store, PromptQuery(text="One"), lambda features: {}
     ),
     "evaluate_sparse_control": compare_control,
+    "score_disentanglement": disentangle,
     "explore": lambda at: sl.explore(at.store, at.model, at.sae, port=0).close(),
     "evaluate": lambda at, **how: sl.evaluate(
         at.sae, at.model, at.tokens[:2], n_bootstrap=0, baselines=False, **QUIET, **how
