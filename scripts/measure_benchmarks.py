@@ -5,11 +5,12 @@
 TopK, BatchTopK, Matryoshka and AbsTopK of equal size and k are trained on the same activations (hook point
 blocks.2.hook_resid_post) once and kept. Tables are means over seeds, the smallest and the largest in brackets.
 
-    absorption   feature absorption and splitting of roots (animal) and classes (pet), whose children are known
-    edits        SCR of pairs of story states, TPP of classes
-    meta         variance of the decoder rows that a meta-SAE explains; bits a token of the quantized codes
-    sensitivity  firing on sentences told again in other words, by width; beside untrained SAEs
-    choose_k     k by the decoder projection, where the L0 is planted (4, 6 and 8), and on tales
+    absorption       feature absorption and splitting of roots (animal) and classes (pet), whose children are known
+    edits            SCR of pairs of story states, TPP of classes
+    meta             variance of the decoder rows that a meta-SAE explains; bits a token of the quantized codes
+    sensitivity      firing on sentences told again in other words, by width; beside untrained SAEs
+    disentanglement  giver, receiver and order of names patched one by one into prompts that ask the receiver (RAVEL)
+    choose_k         k by the decoder projection, where the L0 is planted (4, 6 and 8), and on tales
 """
 
 import argparse
@@ -22,12 +23,14 @@ import numpy as np
 import torch
 
 import saelab as sl
+from measure_supervised import make_task
 from objectives.shared import HOOK, format_table, labeled_activations, tales_activations
 from saelab.evaluation.feature_classifiers import encode_csr
 from saelab.sae.initialization import make_untrained
 from saelab.synthetic.planted import PlantedConfig, PlantedWorld
 from saelab.synthetic.retelling import retell_stories
 from saelab.synthetic.tales import Stories
+from saelab.synthetic.tasks import name_edits
 
 D_SAE, K = 1024, 16
 PREFIXES = (D_SAE // 16, D_SAE // 4, D_SAE)
@@ -125,6 +128,31 @@ def meta(args: argparse.Namespace) -> str:
     return f"variance explained\n{format_table(rows)}\n\n{len(acts):,} tokens\n{format_table(bits)}"
 
 
+def disentanglement(args: argparse.Namespace) -> str:
+    model = sl.load_model("tales", progress=False)
+    task, fitted = (make_task(model, name_edits(n, seed)) for n, seed in ((args.n_prompts, 1), (2 * args.n_prompts, 2)))
+    rows: dict[str, list[dict[str, float]]] = {}
+    for seed in args.seeds:
+        if args.kept:
+            folders = {name: args.kept / f"{name}-{seed}" for name in ("TopK", "Matryoshka", "AbsTopK")}
+            saes = {name: sl.SAE.from_pretrained(folder) for name, folder in folders.items() if folder.is_dir()}
+        else:
+            saes = read_dictionaries(seed, args.n_tokens)
+        if not saes:
+            continue
+        first, *others = saes
+        given = {name: saes[name] for name in others}
+        found = sl.evaluation.score_disentanglement(
+            saes[first], task, fitted, ns=(4, 16, 64, 256), seed=seed, baselines=given
+        )
+        print(f"seed {seed}, SAE is {first}\n{found}\n", flush=True)
+        for name, one in {first: found, **found.baselines}.items():
+            for figure in ("scores", "cause", "isolation"):
+                collect(rows, f"{figure}: {name}", {f"n={n}": value for n, value in getattr(one, figure).items()})
+    head = f"{found.n_prompts} prompts, chosen on {found.n_train:,} others; 0.5 is patching nothing or everything"
+    return f"{head}\n{format_table(dict(sorted(rows.items())))}"
+
+
 def choose(args: argparse.Namespace) -> str:
     lines = []
     for l0, ks in ((4.0, (2, 3, 4, 5, 6, 8)), (6.0, (3, 4, 5, 6, 7, 9)), (8.0, (4, 6, 7, 8, 9, 12))):
@@ -178,6 +206,7 @@ COMMANDS: dict[str, Callable[[Any], str]] = {
     "edits": edits,
     "meta": meta,
     "sensitivity": sensitivity,
+    "disentanglement": disentanglement,
     "choose_k": choose,
 }
 
@@ -189,6 +218,8 @@ def main() -> None:
     parser.add_argument("--n-tokens", type=int, default=1_200_000, help="to train each dictionary on")
     parser.add_argument("--n-steps", type=int, default=300, help="of training a meta-SAE")
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 1024, 4096], help="for sensitivity")
+    parser.add_argument("--n-prompts", type=int, default=100, help="for disentanglement; chosen on twice as many")
+    parser.add_argument("--kept", type=Path, help="for disentanglement: a folder of dictionaries, such as TopK-0")
     parser.add_argument("--n-stories", type=int, default=400, help="to measure on")
     args = parser.parse_args()
     torch.set_num_threads(1)

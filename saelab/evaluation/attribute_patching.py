@@ -1,5 +1,4 @@
-"""`score_disentanglement`: do features carry one attribute of a prompt without the others? By patching (RAVEL,
-arXiv:2402.17700).
+"""`score_disentanglement`: do features carry one attribute of a prompt without the others? (RAVEL, arXiv:2402.17700).
 
 The features chosen for an attribute are patched from a source prompt into a base prompt: an answer that tells this
 attribute should become the source's (cause), one that tells another should stay the base's (isolation).
@@ -160,11 +159,11 @@ def score_disentanglement(
     given = dict(baselines) if isinstance(baselines, Mapping) else {}
     check_baselines(given, sae.cfg, OWN)
     for each in (sae, *given.values()):
-        task.runs().match(each, task.hook_point, allow_mismatch)
+        task.match(each, allow_mismatch)
     generator = torch.Generator().manual_seed(seed)
-    pairs = _Pairs.draw(task, train, generator)
+    pairs = _SourcePairs.draw(task, train, generator)
     x, known = pool_versions(train)
-    chooser = _Chooser.fit(x, known, torch.randperm(len(x), generator=generator))
+    chooser = _AttributeProbe.fit(x, known, torch.randperm(len(x), generator=generator))
 
     def wrap(rows: tuple[AttributePatch, ...], others: dict[str, DisentanglementScores]) -> DisentanglementScores:
         return DisentanglementScores(
@@ -188,7 +187,7 @@ def score_disentanglement(
         coders |= {"neurons": _Coder.neurons(x), "pca": _Coder.components(x)}
         rows |= {name: pairs.score_features(coder, chooser, ns) for name, coder in coders.items()}
         order = torch.randperm(len(x), generator=generator).tolist()
-        moved = _Chooser.fit(x, [known[i] for i in order], chooser.sources)
+        moved = _AttributeProbe.fit(x, [known[i] for i in order], chooser.sources)
         rows[SHUFFLED] = pairs.score_features(_Coder.of(sae, x), moved, ns)
         rows[SUPERVISED] = pairs.score_supervised(x, known, ns)
         rows[WHOLE] = pairs.score(lambda _attribute, _n: pairs.delta, ns)
@@ -220,7 +219,7 @@ class _Coder:
 
 
 @dataclass(frozen=True, eq=False)
-class _Chooser:
+class _AttributeProbe:
     """Training prompts, the source of each, and what a linear probe of the attributes says of each pair."""
 
     x: Float[Tensor, "n n_places d_in"]
@@ -231,7 +230,7 @@ class _Chooser:
     @classmethod
     def fit(
         cls, x: Float[Tensor, "n n_places d_in"], known: Sequence[Attributes], sources: Int[Tensor, "n"]
-    ) -> "_Chooser":
+    ) -> "_AttributeProbe":
         truth = {name: torch.from_numpy(marks).float() for name, marks in mark_values(known).items()}
         widths, labels = [marks.shape[1] for marks in truth.values()], torch.cat(list(truth.values()), 1)
         weights = []
@@ -260,7 +259,7 @@ class _Chooser:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pairs:
+class _SourcePairs:
     """Base prompts, each with a source prompt whose features are patched in."""
 
     task: EditTask
@@ -272,7 +271,7 @@ class _Pairs:
     """the token of the source's value of the attribute that the base asks"""
 
     @classmethod
-    def draw(cls, task: EditTask, train: EditTask, generator: torch.Generator) -> "_Pairs":
+    def draw(cls, task: EditTask, train: EditTask, generator: torch.Generator) -> "_SourcePairs":
         if not task.asks or not train.asks:
             raise ValueError("Both tasks must say what their prompts ask, got no `asks`; give the attribute of each.")
         tokens: dict[tuple[str, str], int] = {}
@@ -304,7 +303,7 @@ class _Pairs:
         x = self.task.activations[ORIGINAL]
         return x[self.sources] - x
 
-    def score_features(self, coder: _Coder, chooser: _Chooser, ns: Sequence[int]) -> tuple[AttributePatch, ...]:
+    def score_features(self, coder: _Coder, chooser: _AttributeProbe, ns: Sequence[int]) -> tuple[AttributePatch, ...]:
         """Scores of a dictionary's features, chosen on training prompts."""
         chosen = chooser.choose(coder)
         codes = [coder.encode(part) for part in self.task.activations[ORIGINAL].unbind(1)]

@@ -98,9 +98,13 @@ class EditTask:
         def pick(x: Tensor, rows: Tensor) -> Tensor:
             return x[torch.arange(len(rows))[:, None], self.positions[rows]]
 
-        return {version: self.runs(version).activations(self.hook_point, pick) for version in self.ids}
+        return {version: self._runs(version).activations(self.hook_point, pick) for version in self.ids}
 
-    def runs(self, version: str = ORIGINAL) -> EditedRuns:
+    def match(self, sae: SAE, allow_mismatch: bool = False) -> None:
+        """ValueError for an SAE of another model, weight processing or hook point, unless `allow_mismatch`."""
+        self._runs().match(sae, self.hook_point, allow_mismatch)
+
+    def _runs(self, version: str = ORIGINAL) -> EditedRuns:
         """Runs of one version's prompts, of which the logits after the last token are read."""
         return EditedRuns(self.model, Texts(self.ids[version], self.lengths), read_last)
 
@@ -119,7 +123,7 @@ class EditTask:
             old[torch.arange(len(rows))[:, None], self.positions[rows]] = x[rows].to(old)
             return old
 
-        return self.runs(version).run(None if x is None else {self.hook_point: put})
+        return self._runs(version).run(None if x is None else {self.hook_point: put})
 
     def margins(self, predicted: Float[Tensor, "n_prompts d_vocab"]) -> Float[Tensor, "n_prompts"]:
         """Logit of each prompt's answer minus that of its alternative, both those of the original prompts.
@@ -332,7 +336,7 @@ def evaluate_sparse_control(
     """
     means = torch.stack([x.mean(0) for x in pool_versions(train)[0].unbind(1)])
     for sae in dictionaries.values():
-        task.runs().match(sae, task.hook_point, allow_mismatch)
+        task.match(sae, allow_mismatch)
     clean, ablated = task.predict(), task.predict(means.expand(len(task), -1, -1))
     margins = float(task.margins(clean).mean()), float(task.margins(ablated).mean())
     patched = {edit: task.predict(task.activations[edit]).argmax(1) for edit in task.edits}

@@ -9,7 +9,7 @@ import torch
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.evaluation.attribute_patching import OWN, _Pairs, score_disentanglement
+from saelab.evaluation.attribute_patching import OWN, _SourcePairs, score_disentanglement
 from saelab.evaluation.sparse_control import ORIGINAL, EditTask
 from saelab.functional.statistics import fit_probe
 
@@ -119,7 +119,7 @@ def test_the_formulas_by_hand(tasks, mixed):
     task, train = tasks
     found = score_disentanglement(mixed, task, train, ns=(3,), baselines=False, seed=5)
     generator = torch.Generator().manual_seed(5)
-    pairs = _Pairs.draw(task, train, generator)
+    pairs = _SourcePairs.draw(task, train, generator)
     x, known = train.activations[ORIGINAL][:, 0], train.attributes[ORIGINAL]
     sources = torch.randperm(N, generator=generator).tolist()
     values = [(kind, f"{kind}{v}") for kind in KINDS for v in range(N_VALUES)]
