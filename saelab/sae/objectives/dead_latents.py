@@ -22,6 +22,11 @@ class AuxK(LossTerm):
     Its value is normalized by the residual's variance, the reconstruction loss by the activations' variance, so
     `coefficient` weighs two numbers of the same kind. Dead latents are ranked by |u| where codes are signed; the
     residual is detached, b_dec left out.
+
+    In a short run a latent that is merely rare counts as dead after few steps. The loss then fits it to the residual,
+    and more latents end up dead, not fewer. On `tales` (blocks.2.hook_resid_post, 4,096 latents, TopK of 16, 100,000
+    tokens in batches of 2,048, one seed) 6.8 % fire on none of 20,000 tokens without AuxK. By `dead_after_tokens`:
+    34.5 % at 5,000 (the default there), 13.4 % at 20,000, 6.5 % at 50,000. The FVU falls from 0.057 to 0.055 at 5,000.
     """
 
     coefficient: Scheduled = 1 / 32
