@@ -14,6 +14,9 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 import numpy as np
 import pytest
 import torch
+from checked import install
+
+install()  # before saelab is imported
 
 import saelab as sl
 

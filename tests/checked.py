@@ -1,0 +1,54 @@
+"""The run-time type checks of the package, at a fraction of what jaxtyping's own decorator takes a call.
+
+`--jaxtyping-packages` puts `jaxtyping.jaxtyped` on every function of saelab. That binds the arguments in Python at each
+call and checks them twice, so that its message can print them: half the time of the suite. `install` puts one in its
+place that checks the same: beartype reads arguments and results once, and a function with shapes has names of axes of
+its own.
+"""
+
+import functools
+import inspect
+from typing import Any, get_type_hints
+
+import jaxtyping
+from beartype import beartype
+
+JAXTYPED = jaxtyping.jaxtyped
+
+
+def install() -> None:
+    """Use `check` wherever the import hook of jaxtyping uses its decorator; before saelab is imported."""
+    jaxtyping.jaxtyped = check
+
+
+def check(fn: Any = None, **options: Any) -> Any:
+    """A function that checks its arguments and results; classes and generators as jaxtyping does it."""
+    if fn is None:
+        return functools.partial(check, **options)
+    if not inspect.isfunction(fn) or inspect.isgeneratorfunction(fn):
+        return JAXTYPED(fn, **options)
+    own = fn.__annotations__
+    read = {name: _read(hint, fn) for name, hint in own.items()}
+    fn.__annotations__ = read
+    checked = beartype(fn)
+    fn.__annotations__ = checked.__annotations__ = own
+    if not any("jaxtyping." in repr(hint) for hint in read.values()):
+        return checked
+
+    @functools.wraps(fn)
+    def with_axes(*args: Any, **kwargs: Any) -> Any:
+        if jaxtyping.config.jaxtyping_disable:
+            return fn(*args, **kwargs)
+        with JAXTYPED("context"):
+            return checked(*args, **kwargs)
+
+    return with_axes
+
+
+def _read(hint: Any, fn: Any) -> Any:
+    """An annotation in quotes as what it names; anything where that is not known here, as jaxtyping has it."""
+    try:
+        holder = type("Holder", (), {"__annotations__": {"hint": hint}})
+        return get_type_hints(holder, fn.__globals__, include_extras=True)["hint"]
+    except Exception:
+        return Any
