@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from sources import nodes, parse
 
 PACKAGE = Path(__file__).parents[1] / "saelab"
 COMMANDS = PACKAGE / "cli"
@@ -56,7 +57,7 @@ def fault(node: ast.FunctionDef) -> str | None:
 
 def documented_overrides(trees: Iterable[ast.AST]) -> set[str]:
     """Methods without `Args:` whose base class, in any of the files, documents the same parameters."""
-    classes = {node.name: node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    classes = {node.name: node for tree in trees for node in nodes(tree) if isinstance(node, ast.ClassDef)}
 
     def bases(node: ast.ClassDef) -> Iterator[ast.ClassDef]:
         for base in node.bases:
@@ -75,7 +76,7 @@ def documented_overrides(trees: Iterable[ast.AST]) -> set[str]:
 
 def faults(package: Path) -> list[str]:
     found = []
-    trees = {file: ast.parse(file.read_text()) for file in sorted(package.rglob("*.py"))}
+    trees = {file: parse(file) for file in sorted(package.rglob("*.py"))}
     exempt = documented_overrides(trees.values())
     for file, tree in trees.items():
         if COMMANDS in file.parents:
@@ -87,7 +88,8 @@ def faults(package: Path) -> list[str]:
 
 
 def test_every_long_signature_is_explained() -> None:
-    assert not faults(PACKAGE), "\n".join(faults(PACKAGE))
+    found = faults(PACKAGE)
+    assert not found, "\n".join(found)
 
 
 ONE = "    Args:\n        a: x.\n"

@@ -3,15 +3,14 @@ lines.
 """
 
 import ast
-import io
 import re
-import tokenize
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from sources import nodes, parse
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(file for folder in ("saelab", "scripts", "benchmarks") for file in (ROOT / folder).rglob("*.py"))
@@ -25,6 +24,8 @@ BRITISH = re.compile(
     r"|analys(e|ed|er|ing)(?=_|$)|artefact|licence|judgement",
     re.I,
 )
+NAMING = {"id", "attr", "arg", "name", "names", "asname", "module", "rest", "kwd_attrs"}
+"""fields of a syntax tree that hold identifiers"""
 UNIT_OF_MEASURE = {"unit", "Unit", "UNIT", "CURVE_UNIT", "UnitName", "unit_scale"}
 """what may be called a unit: what strengths and progress bars count in, and vectors of norm 1"""
 
@@ -40,8 +41,17 @@ def shown_names(kind: ast.ClassDef) -> list[str]:
 @cache
 def names(file: Path) -> set[str]:
     """Every identifier of a module."""
-    tokens = tokenize.generate_tokens(io.StringIO(file.read_text()).readline)
-    return {token.string for token in tokens if token.type == tokenize.NAME}
+    return identifiers(parse(file))
+
+
+def identifiers(tree: ast.AST) -> set[str]:
+    found: set[str] = set()
+    for node in nodes(tree):
+        for field in NAMING.intersection(node._fields):
+            value = getattr(node, field)
+            for name in value if isinstance(value, list) else [value]:
+                found.update(name.split(".") if isinstance(name, str) else ())
+    return found
 
 
 def words(name: str) -> list[str]:
@@ -59,7 +69,7 @@ def units(found: Iterable[str]) -> list[str]:
 
 def types(tree: ast.Module) -> Iterator[str]:
     """Classes and aliases of types that a module defines; aliases are the assigned names in CamelCase."""
-    for node in ast.walk(tree):
+    for node in nodes(tree):
         if isinstance(node, ast.ClassDef):
             yield node.name
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
@@ -98,7 +108,7 @@ def test_features_and_latents_are_not_called_units() -> None:
 def test_a_type_name_has_one_meaning() -> None:
     homes = defaultdict(set)
     for file in PACKAGE:
-        for name in types(ast.parse(file.read_text())):
+        for name in types(parse(file)):
             homes[name].add(str(file.relative_to(ROOT)))
     twice = [f"{name}: {', '.join(sorted(files))}" for name, files in homes.items() if len(files) > 1]
     assert not twice, "\n".join(twice)
@@ -107,7 +117,7 @@ def test_a_type_name_has_one_meaning() -> None:
 def test_objects_are_shown_by_the_name_of_their_class() -> None:
     found = []
     for file in PACKAGE:
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in nodes(parse(file)):
             if isinstance(node, ast.ClassDef):
                 for shown in shown_names(node):
                     if shown != node.name:
@@ -116,7 +126,7 @@ def test_objects_are_shown_by_the_name_of_their_class() -> None:
 
 
 def test_every_module_begins_with_one_sentence() -> None:
-    found = [f"{file.relative_to(ROOT)}: {why}" for file in PACKAGE if (why := first_line(ast.parse(file.read_text())))]
+    found = [f"{file.relative_to(ROOT)}: {why}" for file in PACKAGE if (why := first_line(parse(file)))]
     assert not found, "\n".join(found)
 
 
@@ -132,6 +142,23 @@ def test_planted_british_spelling_is_found(name: str) -> None:
 )
 def test_american_spelling_passes(name: str) -> None:
     assert not british([name])
+
+
+def test_identifiers_of_every_kind_are_read() -> None:
+    lines = [
+        "import a.b as c",
+        "from d import e",
+        "class F(g, h=i): ...",
+        "def j(k, /, l, *m, n: o = 1, **p) -> q:",
+        "    global r",
+        "    s.t = lambda u: f'{v}' 'not this'  # nor this",
+        "    try: ...",
+        "    except w as x: ...",
+        "    match y:",
+        "        case z(A=B, C=[*D]) | {**E}: ...",
+    ]
+    letters = "abcdeFghijklmnopqrstuvwxyzABCDE"
+    assert identifiers(ast.parse("\n".join(lines))) == set(letters)
 
 
 def test_planted_names_of_classes_are_read() -> None:

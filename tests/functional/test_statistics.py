@@ -10,6 +10,7 @@ from scipy.sparse import csc_matrix
 from scipy.stats import pearsonr, spearmanr
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score, f1_score, roc_auc_score
+from sources import nodes, parse
 
 import saelab
 from saelab.evaluation.feature_classifiers import classifier_union
@@ -36,9 +37,9 @@ def test_each_is_defined_once():
     package, found = Path(saelab.__file__).parent, []
     for file in sorted(package.rglob("*.py")):
         name = file.relative_to(package).as_posix()
-        tree = ast.parse(file.read_text())
-        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        used |= {one.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for one in node.names}
+        tree = parse(file)
+        used = {node.attr for node in nodes(tree) if isinstance(node, ast.Attribute)}
+        used |= {one.name for node in nodes(tree) if isinstance(node, ast.ImportFrom) for one in node.names}
         defined = {node.name.lstrip("_") for node in tree.body if isinstance(node, ast.FunctionDef)}
         if name not in HOMES:
             found += [f"{name}: {what}" for what in sorted((used & FROM_LIBRARIES) | (defined & ONCE))]
