@@ -11,9 +11,10 @@ import inspect
 from typing import Any, get_type_hints
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 JAXTYPED = jaxtyping.jaxtyped
+CONF = BeartypeConf(violation_type=jaxtyping.TypeCheckError)  # a TypeError, as some callers of saelab catch it
 
 
 def install() -> None:
@@ -30,7 +31,7 @@ def check(fn: Any = None, **options: Any) -> Any:
     own = fn.__annotations__
     read = {name: _read(hint, fn) for name, hint in own.items()}
     fn.__annotations__ = read
-    checked = beartype(fn)
+    checked = beartype(fn, conf=CONF)
     fn.__annotations__ = checked.__annotations__ = own
     if not any("jaxtyping." in repr(hint) for hint in read.values()):
         return checked

@@ -7,7 +7,7 @@ import pytest
 import torch
 from beartype import beartype
 from checked import check
-from jaxtyping import Float
+from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 from unchecked import unchecked
 
@@ -38,17 +38,16 @@ def test_what_annotations_say_is_checked(function: Callable[..., Any], right: An
     for arguments in right:
         checked(*arguments)
     for arguments in wrong:
-        with pytest.raises(Exception, match=r"hint|type") as caught:
+        with pytest.raises(TypeCheckError):
             checked(*arguments)
-        assert "Violation" in type(caught.value).__name__
     assert checked.__annotations__ == function.__annotations__ and checked.__wrapped__ is function
 
 
 def test_axes_of_a_result_are_those_of_the_arguments_and_each_call_has_its_own() -> None:
     checked = check(typechecker=beartype)(add)
-    with pytest.raises(Exception, match="violates"):
+    with pytest.raises(TypeCheckError, match="violates"):
         checked(X, X, bias=5.0)
-    with pytest.raises(Exception, match="violates"):
+    with pytest.raises(TypeCheckError, match="violates"):
         checked(X, X, bias=1)  # an int is not a float
     assert checked(checked(X, X), X).shape == (2, 3) and checked(Y, Y).shape == (2, 4)
     with unchecked():
@@ -56,8 +55,8 @@ def test_axes_of_a_result_are_those_of_the_arguments_and_each_call_has_its_own()
 
 
 def test_the_package_is_checked() -> None:
-    with pytest.raises(Exception, match="violates"):
+    with pytest.raises(TypeCheckError, match="violates"):
         auroc("a", "b")
     sae = sl.SAE(sl.SAEConfig(d_in=4, d_sae=8, activation=sl.TopK(k=1)))
-    with pytest.raises(Exception, match="violates"):
+    with pytest.raises(TypeCheckError, match="violates"):
         sae.encode(torch.zeros(2, 4).int())
