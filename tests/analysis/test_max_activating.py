@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.evaluation.splicing import Stage
@@ -251,6 +252,7 @@ def test_the_subspace_start_lies_where_activations_are():
     assert dead["subspace"] < dead["tied"]
 
 
+@unchecked()
 def test_progressive_keeps_what_matters(tiny, tokens):
     acts = sl.collect(tiny, tokens, HOOK, progress=False)
     cfg = sl.SAEConfig(d_in=32, d_sae=96, activation=sl.AbsTopK(k=6), prefixes=(12, 48, 96))

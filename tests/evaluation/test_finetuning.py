@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.evaluation.finetuning import _TrainingInLoop, finetune
@@ -26,6 +27,7 @@ def world():
 KEPT = {}
 
 
+@unchecked()
 def trained(world, activation=None, **axes):
     """A trained SAE of its own for each caller, trained once for all of them."""
     _, _, acts = world
@@ -35,10 +37,11 @@ def trained(world, activation=None, **axes):
     return deepcopy(KEPT[cfg])
 
 
-def run(n_tokens=3_200, **settings):
+def run(n_tokens=2_240, **settings):
     return sl.TrainConfig(n_tokens=n_tokens, batch_size=CTX * 4, **settings)
 
 
+@unchecked()
 def kl(sae, world):
     model, tokens, _ = world
     return sl.evaluate(sae, model, tokens, baselines=False, n_bootstrap=0, progress=False).kl
@@ -70,6 +73,7 @@ def test_the_gradient_is_that_of_the_whole_chain(world, activation):
         torch.testing.assert_close(grad, 2.0 * wanted[name], rtol=1e-3, atol=1e-4 * float(grad.abs().max()))
 
 
+@unchecked()
 def test_predictions_change_less_than_after_as_many_steps_on_reconstruction_alone(world):
     model, tokens, _ = world
     start, with_kl, without = (
@@ -113,6 +117,7 @@ def test_runs_are_logged_recorded_and_resumed_to_the_bit(world, tmp_path):
     assert sl.SAE.from_pretrained(tmp_path / "sae").training_["kl_coefficient"] == 1.0
 
 
+@unchecked()
 def test_transcoders_are_finetuned_too(world):
     model, tokens, _ = world
     places = ["blocks.1.ln2.hook_normalized", "blocks.1.hook_mlp_out"]

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.evaluation.sparsity_choice import choose_k, decoder_projection
 from saelab.synthetic.planted import PlantedConfig, PlantedWorld
 
 
+@unchecked()
 def test_the_planted_l0_is_found():
     """Correlated features, as many latents as features: a k that is half or twice the L0 mixes them more."""
     world = PlantedWorld(

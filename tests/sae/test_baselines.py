@@ -11,9 +11,10 @@ from saelab.synthetic import PlantedConfig, PlantedWorld
 
 WORLD = PlantedWorld(PlantedConfig(n_features=24, d_in=20, l0=2.0, n_roots=0, zipf=0.2, overlap=0.4), seed=0)
 X = WORLD.sample(4_000, 1)[0]
-RUN = sl.TrainConfig(n_tokens=60_000, batch_size=250, seed=5, lr=3e-3)
+RUN = sl.TrainConfig(n_tokens=40_000, batch_size=250, seed=5, lr=3e-3)
 
 
+@unchecked()
 def trained(**axes):
     cfg = sl.SAEConfig(**{"d_in": 20, "d_sae": 24, "activation": sl.TopK(k=2), **axes})
     return sl.SAE(cfg, seed=1).fit(X, RUN, progress=False)
@@ -25,6 +26,7 @@ def sae():
 
 
 @pytest.fixture(scope="module")
+@unchecked()
 def found(sae):
     return fit_baselines(sae, X, methods=["kmeans", "frozen_encoder", "frozen_decoder", "soft_frozen", "l3"], seed=7)
 

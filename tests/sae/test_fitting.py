@@ -30,6 +30,7 @@ def planted(n, seed=0, d=24):
     return 4 * codes @ directions + 0.05 * torch.randn(n, D_IN, generator=generator)
 
 
+@unchecked()
 def fitted(activation, n_tokens=60_000, seed=0, n=30_000, **axes):
     sae = sl.SAE(sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, **axes), seed=seed)
     cfg = sl.TrainConfig(n_tokens=n_tokens, batch_size=256, seed=seed, n_held_out=8192)
@@ -49,12 +50,11 @@ def fitted(activation, n_tokens=60_000, seed=0, n=30_000, **axes):
     ],
     ids=["batch", "nested", "signed", "jump", "relu", "absjump", "gated"],
 )
-@pytest.mark.parametrize("seed", range(2))
-def test_the_saved_sae_has_the_l0_that_was_asked_for(activation, axes, seed, tmp_path):
-    sae = fitted(activation, seed=seed, **axes)
+def test_the_saved_sae_has_the_l0_that_was_asked_for(activation, axes, tmp_path):
+    sae = fitted(activation, **axes)
     sae.save_pretrained(tmp_path)
     loaded = sl.SAE.from_pretrained(tmp_path)
-    fresh = planted(8192, seed=50 + seed)
+    fresh = planted(8192, seed=50)
     l0 = (loaded.encode(fresh) != 0).sum(1).float()
     error = 4 * float(l0.std()) / len(l0) ** 0.5
     assert float(l0.mean()) == pytest.approx(TARGET, abs=0.05 * TARGET + error)
@@ -166,7 +166,7 @@ def test_a_penalty_says_what_it_weighs(monkeypatch):
     assert trainee.state["coefficient"] == 0.5 and not trainee.steered
     aimed = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=replace(Said(), coefficient=None, target_l0=6.0))
     sae = sl.SAE(aimed, seed=0)
-    sae.fit(planted(20_000), sl.TrainConfig(n_tokens=100_000, batch_size=256), progress=False)
+    sae.fit(planted(20_000), sl.TrainConfig(n_tokens=50_000, batch_size=256), progress=False)
     assert sae.training_["saved"]["l0"] == pytest.approx(6.0, rel=0.25)
 
 

@@ -34,6 +34,7 @@ def make(seed=0, **axes):
 
 
 @pytest.fixture(scope="module")
+@unchecked()
 def fitted():
     """By size of the label's step and its coefficient."""
     found = {}

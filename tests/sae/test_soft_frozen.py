@@ -1,9 +1,11 @@
 """Baselines of training: rows near their initial directions, and an encoder that is not trained."""
 
 import json
+from functools import cache
 
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
@@ -17,10 +19,17 @@ def data(n=3_000, seed=0):
     return codes @ torch.randn(24, D_IN, generator=generator)
 
 
-def fit(x, out=None, resume=False, sinks=(), activation=None, **axes):
+@unchecked()
+def fit(x, n_tokens=20_000, out=None, resume=False, sinks=(), activation=None, **axes):
     cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation or sl.TopK(k=3), **axes)
-    run = sl.TrainConfig(n_tokens=20_000, batch_size=200, log_every_tokens=2_000, save_every_tokens=2_000)
+    run = sl.TrainConfig(n_tokens=n_tokens, batch_size=200, log_every_tokens=2_000, save_every_tokens=2_000)
     return sl.SAE(cfg, seed=0).fit(x, run, out=out, resume=resume, sinks=sinks, progress=False)
+
+
+@cache
+def fitted(**axes):
+    """To `data()`, once for all tests."""
+    return fit(data(), **axes)
 
 
 def cosines(sae):
@@ -49,11 +58,10 @@ def test_the_projection_is_the_nearest_unit_row_in_the_cone(cosine):
 
 
 def test_rows_stay_in_their_cones_and_use_them():
-    x = data()
-    near = cosines(fit(x, dictionary=SoftFrozen()))
+    near = cosines(fitted(dictionary=SoftFrozen()))
     assert near.min() >= 0.8 - 1e-5 and (near < 0.801).float().mean() > 0.2
-    assert cosines(fit(x, dictionary=SoftFrozen(cosine=0.99))).min() >= 0.99 - 1e-5
-    assert cosines(fit(x)).min() < 0.7
+    assert cosines(fitted(dictionary=SoftFrozen(cosine=0.99))).min() >= 0.99 - 1e-5
+    assert cosines(fitted()).min() < 0.7
 
 
 def test_baselines_come_between_untrained_and_trained():
@@ -63,15 +71,16 @@ def test_baselines_come_between_untrained_and_trained():
     def fvu(sae):
         return float((x - sae(x)).detach().square().sum() / variance)
 
-    trained, soft, frozen = (fvu(fit(x, dictionary=kind)) for kind in ("unit", SoftFrozen(), "frozen"))
-    untrained = fvu(sl.sae.make_untrained(fit(x), x))
+    trained, soft, frozen = (
+        fvu(fitted(**axes)) for axes in ({}, {"dictionary": SoftFrozen()}, {"dictionary": "frozen"})
+    )
+    untrained = fvu(sl.sae.make_untrained(fitted(), x))
     assert trained < soft < frozen < untrained
-    assert trained < fvu(fit(x, train_encoder=False)) < untrained
+    assert trained < fvu(fitted(train_encoder=False)) < untrained
 
 
 def test_an_encoder_that_is_not_trained_stays_as_it_starts():
-    x = data()
-    sae = fit(x, train_encoder=False)
+    sae = fitted(train_encoder=False)
     start = sl.SAE(sae.cfg, seed=0).W_enc.detach()
     cosine = torch.cosine_similarity(sae.W_enc.detach(), start, dim=0)
     torch.testing.assert_close(cosine, torch.ones(D_SAE))  # scaled once, by the start's fit to the data
@@ -83,15 +92,16 @@ def test_an_encoder_that_is_not_trained_stays_as_it_starts():
 @pytest.mark.parametrize("activation", [sl.AbsTopK(k=3), sl.BatchTopK(k=3), sl.ReLU(target_l0=3.0)])
 def test_they_are_saved_resumed_and_folded(tmp_path, axes, activation):
     x = data()
-    whole = fit(x, activation=activation, **axes)
+    plan = {"n_tokens": 8_000, "activation": activation, **axes}
+    whole = fit(x, **plan)
 
     def stop(entry):
-        if entry["step"] == 50:
+        if entry["step"] == 20:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(x, tmp_path / "run", sinks=[stop], activation=activation, **axes)
-    resumed = fit(x, tmp_path / "run", resume=True, activation=activation, **axes)
+        fit(x, out=tmp_path / "run", sinks=[stop], **plan)
+    resumed = fit(x, out=tmp_path / "run", resume=True, **plan)
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
     whole.save_pretrained(tmp_path / "sae")

@@ -494,7 +494,7 @@ def batch_fits():
     for activation in (sl.BatchTopK(k=4), sl.BatchAbsTopK(k=4)):
         x = (z * sign if activation.signed else z) @ atoms + 0.1 * draw(14_000, 16, seed=11)
         cfg = sl.SAEConfig(d_in=16, d_sae=48, activation=activation)
-        train = sl.TrainConfig(n_tokens=160_000, batch_size=400, n_held_out=0)
+        train = sl.TrainConfig(n_tokens=60_000, batch_size=400, n_held_out=0)
         fits[activation.name] = Fitted(sl.SAE(cfg).fit(x[:10_000], train, progress=False), x[10_000:])
     return fits
 

@@ -144,8 +144,9 @@ def test_codes_of_planted_atoms_do_not_shrink():
     """At one L0 its error is far below L1's, with the exponent annealed too; without the auxiliary loss it is not."""
     generator = torch.Generator().manual_seed(0)
     atoms = torch.nn.functional.normalize(torch.randn(40, 16, generator=generator), dim=1)
-    z = (torch.rand(20_000, 40, generator=generator) < 0.05) * (0.5 + torch.rand(20_000, 40, generator=generator))
-    x = z @ atoms + 0.05 * torch.randn(20_000, 16, generator=generator)
+    z = (torch.rand(8_000, 40, generator=generator) < 0.05) * (0.5 + torch.rand(8_000, 40, generator=generator))
+    x = z @ atoms + 0.05 * torch.randn(8_000, 16, generator=generator)
+    run = sl.TrainConfig(n_tokens=30_000, batch_size=256, lr=3e-3, n_held_out=2_000)
     fvu = {}
     for name, activation, terms in (
         ("l1", sl.ReLU(target_l0=3.0), ()),
@@ -154,7 +155,7 @@ def test_codes_of_planted_atoms_do_not_shrink():
         ("off", Gated(target_l0=3.0), (GateReconstructionLoss(coefficient=0.0),)),
     ):
         cfg = sl.SAEConfig(d_in=16, d_sae=48, activation=activation, objective=(sl.ReconstructionLoss(), *terms))
-        sae = sl.SAE(cfg, seed=0).fit(x, sl.TrainConfig(n_tokens=120_000, batch_size=256), progress=False)
+        sae = sl.SAE(cfg, seed=0).fit(x, run, progress=False)
         fvu[name] = sae.training_["saved"]["fvu"]
     assert fvu["gated"] < 0.7 * fvu["l1"] and fvu["annealed"] < 0.7 * fvu["l1"]
     assert fvu["off"] > 1.2 * fvu["gated"]

@@ -1,5 +1,8 @@
 """A core of features that begins a new run: the penalty against its formula, the start, and what stays of it."""
 
+from copy import deepcopy
+from functools import cache
+
 import pytest
 import torch
 from resuming import assert_resumes
@@ -49,24 +52,29 @@ def planted(n=8_000):
     return torch.zeros(n, 60).scatter(1, places, 1 + torch.rand(n, 4, generator=generator)) @ atoms, atoms
 
 
-def best_cosines(atoms, rows):
-    return (atoms @ rows.detach().T).amax(1)
+RUN = sl.TrainConfig(n_tokens=40_000, batch_size=256)
+
+
+@cache
+def trained(seed):
+    """On `planted()`, once for all tests."""
+    return sl.SAE(sl.SAEConfig(d_in=32, d_sae=80, activation=sl.TopK(k=4)), seed=seed).fit(
+        planted()[0], RUN, progress=False
+    )
 
 
 @unchecked()
 def test_a_core_stays_where_it_is_kept_and_wanders_where_it_is_not():
     """The core points a little beside the planted directions, so that training moves it unless it is kept."""
     x, atoms = planted()
-    run = sl.TrainConfig(n_tokens=40_000, batch_size=256)
-    cfg = sl.SAEConfig(d_in=32, d_sae=80, activation=sl.TopK(k=4))
-    sae = sl.SAE(cfg, seed=0).fit(x, run, progress=False)
+    sae = deepcopy(trained(0))
     with torch.no_grad():
         sae.W_dec += 0.1 * draw(80, 32, seed=5)
         sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
     core = [int(i) for i in (sae.W_dec.detach() @ atoms.T).amax(1).topk(20).indices]
     moved = []
     for keep in (None, 0.0, 10.0):
-        other = start_from_core(sae, core, x[:2000], keep=keep, seed=7).fit(x, run, progress=False)
+        other = start_from_core(sae, core, x[:2000], keep=keep, seed=7).fit(x, RUN, progress=False)
         cosines = (other.W_dec[:20] * sae.W_dec[core]).sum(1).detach()
         moved.append(float(1 - cosines.mean()))
     assert moved[0] == pytest.approx(moved[1], rel=1e-4) and moved[2] < 0.2 * moved[1]
@@ -97,9 +105,8 @@ def test_a_run_begins_with_the_core_and_goes_on_after_a_stop(activation, tmp_pat
 
 @unchecked()
 def test_the_core_of_runs_on_planted_data_are_planted_directions():
-    x, atoms = planted()
-    cfg, run = sl.SAEConfig(d_in=32, d_sae=80, activation=sl.TopK(k=4)), sl.TrainConfig(n_tokens=40_000, batch_size=256)
-    saes = [sl.SAE(cfg, seed=seed).fit(x, run, progress=False) for seed in (0, 1)]
+    _, atoms = planted()
+    saes = [trained(seed) for seed in (0, 1)]
     core = find_core(saes, threshold=0.9)
     near = (saes[0].W_dec.detach() @ atoms.T).amax(1)
     others = [i for i in range(80) if i not in core]
