@@ -166,7 +166,7 @@ def test_a_penalty_says_what_it_weighs(monkeypatch):
     assert trainee.state["coefficient"] == 0.5 and not trainee.steered
     aimed = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=replace(Said(), coefficient=None, target_l0=6.0))
     sae = sl.SAE(aimed, seed=0)
-    sae.fit(planted(20_000), sl.TrainConfig(n_tokens=50_000, batch_size=256), progress=False)
+    sae.fit(planted(20_000), sl.TrainConfig(n_tokens=100_000, batch_size=256), progress=False)
     assert sae.training_["saved"]["l0"] == pytest.approx(6.0, rel=0.25)
 
 
