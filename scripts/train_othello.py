@@ -11,23 +11,36 @@ its likeliest next moves that are legal, and at the end of each layer the accura
 import argparse
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import saelab as sl
-from saelab.synthetic.othello import BOS, CTX_LEN, EOS, PAD, SQUARES, VOCABULARY, generate_games, play, save_tokenizer
+from saelab.lm.token_labels import Concept
+from saelab.synthetic.othello import (
+    BOS,
+    CONCEPTS,
+    CTX_LEN,
+    EOS,
+    PAD,
+    SQUARES,
+    VOCABULARY,
+    generate_games,
+    play,
+    save_tokenizer,
+)
 
+DRAWN = 16  # batches of games that are played at once
 HELD_OUT = 10_000_000  # number of the first game that training never sees
 PAD_ID = VOCABULARY.index(PAD)
 
 
 def make_model(n_layers: int, width: int, seed: int) -> torch.nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(seed)
     cfg = GPT2Config(
         vocab_size=len(VOCABULARY),
@@ -35,6 +48,7 @@ def make_model(n_layers: int, width: int, seed: int) -> torch.nn.Module:
         n_embd=width,
         n_layer=n_layers,
         n_head=max(1, width // 32),
+        activation_function="gelu_pytorch_tanh",  # the same function as one kernel, not as seven
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -45,49 +59,93 @@ def make_model(n_layers: int, width: int, seed: int) -> torch.nn.Module:
     return GPT2LMHeadModel(cfg)
 
 
-def draw(n_games: int, first: int) -> Tensor:
-    """Token ids of games, padded."""
-    moves, _ = play(n_games, seed=0, first=first, labeled=False)
+def draw(n_games: int, first: int) -> tuple[Tensor, Tensor]:
+    """Token ids of games, padded, and which tokens are legal moves after each, (n_games, 61, vocabulary)."""
+    moves, boards = play(n_games, seed=0, first=first)
+    assert boards is not None
     place = {square: i for i, square in enumerate(VOCABULARY)}
     ids = np.array([PAD_ID, *(place.get(square, PAD_ID) for square in SQUARES)])[moves + 1]
-    return torch.from_numpy(np.concatenate([np.full((n_games, 1), place[BOS]), ids], 1))
+    ids = np.concatenate([np.full((n_games, 1), place[BOS]), ids], 1)
+    legal = np.zeros((*ids.shape, len(VOCABULARY)), bool)
+    played = [square for square in SQUARES if square in place]
+    columns = [CONCEPTS.index(Concept(f"legal {s}", "legal", parent=f"empty {s}")) for s in played]
+    legal[..., [place[square] for square in played]] = boards[..., columns] & (ids != PAD_ID)[..., None]
+    return torch.from_numpy(ids), torch.from_numpy(legal)
 
 
-def loss_of(model: torch.nn.Module, ids: Tensor) -> Tensor:
-    logits = model(ids).logits[:, :-1]
-    return cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=PAD_ID)
+def loss_of(model: torch.nn.Module, ids: Tensor, legal: Tensor) -> Tensor:
+    """Cross-entropy of the next move in expectation: all legal moves are equally likely, so none has to be drawn."""
+    going = legal.any(-1)
+    chances = legal[going] / legal[going].sum(-1, keepdim=True)
+    return cross_entropy(model(ids).logits[going], chances)
 
 
 @torch.no_grad()
 def measure(model: torch.nn.Module, n_games: int = 100) -> dict[str, float]:
     """Loss and share of legal moves among the likeliest, on games that training never sees."""
-    games = generate_games(n_games, 0, HELD_OUT)
-    ids = games.tokens().ids.long()
-    likeliest = model(ids).logits.argmax(-1)
-    legal = games.labels.matrix.toarray().reshape(-1, 5, 64)[:, 3]
-    played = torch.from_numpy(np.array([SQUARES.index(x) if x in SQUARES else 0 for x in VOCABULARY]))
-    square = played[likeliest[ids != PAD_ID]].numpy()
-    open_ = legal.any(1)
+    ids, legal = draw(n_games, HELD_OUT)
+    going = legal.any(-1)
+    likeliest = model(ids).logits.argmax(-1, keepdim=True)
     return {
-        "held_out": round(float(loss_of(model, ids)), 4),
-        "legal": round(float(legal[np.arange(len(square)), square][open_].mean()), 4),
+        "held_out": round(float(loss_of(model, ids, legal)), 4),
+        "least": round(float(legal[going].sum(-1).log().mean()), 4),
+        "legal": round(float(legal.gather(-1, likeliest)[going].float().mean()), 4),
     }
 
 
-def train(model: torch.nn.Module, steps: int, batch_size: int, peak_lr: float) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+class Muon(torch.optim.Optimizer):
+    """Momentum whose singular values are drawn to 1, for matrices (Jordan, 2024), in float32.
+
+    Torch's own works in bfloat16, which processors without such instructions emulate.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                ahead = orthogonalize(torch.lerp(p.grad, mean, group["momentum"]))
+                p.mul_(1 - 0.01 * group["lr"]).add_(ahead, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
+def orthogonalize(m: Tensor) -> Tensor:
+    """A matrix of the same singular vectors with singular values near 1, by five Newton-Schulz steps."""
+    wide = m if m.shape[0] <= m.shape[1] else m.T
+    x = wide / (wide.norm() + 1e-12)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+    return x if wide is m else x.T
+
+
+def train(model: torch.nn.Module, steps: int, batch_size: int, peak_lr: float, first: int, out: Path) -> None:
+    inner = {p for name, p in model.named_parameters() if ".h." in name and p.ndim == 2}
+    outer = [p for p in model.parameters() if p not in inner]
+    optimizers = [
+        Muon(list(inner), peak_lr),
+        torch.optim.AdamW(outer, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+    ]
     start = time.time()
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = peak_lr * min(1.0, (step + 1) / 100, (steps - step) / (0.5 * steps))
-        loss = loss_of(model, draw(batch_size, step * batch_size))
+        if step % DRAWN == 0:
+            games = draw(DRAWN * batch_size, first + step * batch_size)
+            batches = list(zip(*(part.split(batch_size) for part in games), strict=True))
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = peak_lr * min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
+        loss = loss_of(model, *batches[step % DRAWN])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if (step + 1) % 200 == 0 or step + 1 == steps:
-            row = {"step": step + 1, "games": (step + 1) * batch_size, "loss": round(loss.item(), 4)}
+            row = {"step": step + 1, "games": first + (step + 1) * batch_size, "loss": round(loss.item(), 4)}
             print(json.dumps(row | measure(model) | {"seconds": round(time.time() - start)}), flush=True)
+            model.save_pretrained(out)  # type: ignore[operator]
 
 
 def probe(folder: Path, n_games: int) -> None:
@@ -128,13 +186,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6_000)
     parser.add_argument("--batch-size", type=int, default=64, help="games a step")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--start", type=Path, help="folder of a model to go on with")
+    parser.add_argument("--first", type=int, default=0, help="number of the first game, beyond those that it has seen")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--n-probe-games", type=int, default=400)
     args = parser.parse_args()
-    model = make_model(args.layers, args.width, args.seed)
-    train(model, args.steps, args.batch_size, args.lr)
-    model.save_pretrained(args.out)  # type: ignore[operator]
+    if args.start:
+        model = GPT2LMHeadModel.from_pretrained(args.start)
+    else:
+        model = make_model(args.layers, args.width, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(args.out)
+    train(model, args.steps, args.batch_size, args.lr, args.first, args.out)
     probe(args.out, args.n_probe_games)
 
 
