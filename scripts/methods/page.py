@@ -23,8 +23,8 @@ FIGURES = {
     "MCC": "mean |cosine| of planted directions and their latents, one to one",
     "found": "share of planted directions with a latent of |cosine| above .9",
     "F1": "of firing with the planted feature, mean over features",
-    "coverage": "F1 of the best feature and threshold of each concept, chosen on half of the documents and scored on the "
-    "other, mean over concepts; `permuted` has labels permuted, on which the best is chosen too",
+    "coverage": "F1 of the best feature and threshold of each concept, chosen on half of the documents and scored on "
+    "the other, mean over concepts; `permuted` has labels permuted, on which the best is chosen too",
     "parent recall": "of a parent concept's feature on the tokens of a child",
     "board reconstruction": "F1 of the whole board, from features that had precision .95 on other games",
     "stability": "mean cosine of decoder rows of two seeds, paired one to one; `by chance` has random rows of the same "
@@ -69,9 +69,9 @@ def make_page(folder: Path) -> str:
 
 def _about(worlds: Mapping[str, Any], cost: Mapping[str, Any]) -> list[str]:
     lines = [
-        "What a method is good for shows beside what learns less: dictionaries that are not trained, classical ones, and "
-        "SAEs with a part held at its random start. All of a world have the same number of codes a token, all of a seed "
-        "the same batches. Figures are means over seeds; the tables of each world have the smallest and largest. "
+        "What a method is good for shows beside what learns less: dictionaries that are not trained, classical ones, "
+        "and SAEs with a part held at its random start. All of a world have the same number of codes a token, all of a "
+        "seed the same batches. Figures are means over seeds; the tables of each world have the smallest and largest. "
         "**All of it is about small models**: what holds here need not hold on larger ones.",
         "",
     ]
@@ -85,8 +85,8 @@ def _about(worlds: Mapping[str, Any], cost: Mapping[str, Any]) -> list[str]:
     if cost:
         s = cost["setting"]
         lines.append(
-            f"- *step*: {s['d_sae']:,} latents of width {s['d_in']}, L0 {s['k']}, {s['batch_size']:,} tokens a step, one "
-            "thread."
+            f"- *step*: {s['d_sae']:,} latents of width {s['d_in']}, L0 {s['k']}, {s['batch_size']:,} tokens a step, "
+            "one thread."
         )
     lines += [
         "",
@@ -110,8 +110,7 @@ def _claims(folder: Path) -> list[str]:
         return []
     assert all(claim["verdict"] in VERDICTS for claim in claims)
     body = [
-        [claim["paper"], claim["claim"], claim["setting"], f"**{claim['verdict']}**", claim["here"]]
-        for claim in claims
+        [claim["paper"], claim["claim"], claim["setting"], f"**{claim['verdict']}**", claim["here"]] for claim in claims
     ]
     about = "What the papers claim, and what was seen here. *Out of reach* names what it would take."
     return ["## Claims", "", about, "", *_table(["paper", "claim", "setting here", "verdict", "figures"], body), ""]

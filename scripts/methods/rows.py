@@ -14,6 +14,7 @@ from saelab.sae.objectives import (
     HierarchicalLoss,
     LpPenalty,
     MaskedLoss,
+    MatryoshkaLoss,
     MultiTopKLoss,
     OrthogonalLoss,
 )
@@ -85,7 +86,6 @@ METHODS: dict[str, Method] = {
     "PCA": Method("classical", "", classical="pca"),
     "ICA": Method("classical", "", classical="ica"),
     "l3 maximization": Method("classical", "2002.10043", classical="l3"),
-    "online orthogonal": Method("classical", "2103.01484", classical="orthogonal"),
     "k-means": Method("classical", "", classical="kmeans"),
     "K-SVD": Method("classical", "", classical="ksvd"),
     "SNMF": Method("classical", "", classical="snmf"),
@@ -109,9 +109,6 @@ METHODS: dict[str, Method] = {
     "JumpReLU": _trained("2407.14435", lambda m, k: {"activation": sl.JumpReLU(target_l0=float(k))}),
     "two-sided JumpReLU": _trained("", lambda m, k: {"activation": AbsJumpReLU(target_l0=float(k))}),
     "Matryoshka": _trained("2503.17547", lambda m, k: {"activation": sl.BatchTopK(k=k), "prefixes": _nested(m)}),
-    "Matryoshka, random prefixes": _trained(
-        "2503.17547", lambda m, k: {"activation": sl.BatchTopK(k=k), "prefixes": sl.RandomPrefixes()}
-    ),
     "MultiTopK": _trained(
         "2406.04093", lambda m, k: {"objective": _with(first=MultiTopKLoss(ks=(k, 4 * k), weights=(1.0, 0.125)))}
     ),
@@ -130,8 +127,17 @@ METHODS: dict[str, Method] = {
     "archetypal": _trained("2502.12892", lambda m, k: {"dictionary": Archetypal()}),
     "subspace start": _trained("2508.16929", lambda m, k: {"init": "subspace"}),
     "whitened": _trained("2412.16247", lambda m, k: {"normalizer": "whiten"}),
-    "refined, k annealed": _trained("", lambda m, k: {"encoder": Refined(), "sparsity_schedule": ANNEALED}),
-    "matching pursuit": _trained("2506.03093", lambda m, k: {"encoder": sl.MatchingPursuit()}),
+    "refined": _trained("", lambda m, k: {"encoder": Refined()}),
+    "LISTA-Matryoshka": _trained(
+        "",
+        lambda m, k: {
+            "encoder": Refined(),
+            "sparsity_schedule": ANNEALED,
+            "prefixes": _nested(m),
+            "objective": _with(first=MatryoshkaLoss(detached=True, by_rate=True, tilt=2e-3)),
+        },
+    ),
+    "matching pursuit": _trained("2506.03093", lambda m, k: {"encoder": sl.MatchingPursuit(), "normalizer": "none"}),
     "OMP": _trained(
         "",
         lambda m, k: {

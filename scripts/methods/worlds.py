@@ -1,9 +1,9 @@
 """The worlds of the table: activations to learn from, and what each world can say of a dictionary.
 
-    planted      1,024 features in 128 dimensions with Zipfian rates, correlations and trees: the truth of every code
-    tales        the bundled model of synthetic stories: concepts of every token, and a name task to control
-    stories260k  a model of real text: reconstruction and what the model makes of it
-    othello      the bundled model of games: the board after every move
+planted      1,024 features in 128 dimensions with Zipfian rates, correlations and trees: the truth of every code
+tales        the bundled model of synthetic stories: concepts of every token, and a name task to control
+stories260k  a model of real text: reconstruction and what the model makes of it
+othello      the bundled model of games: the board after every move
 """
 
 import statistics
@@ -28,7 +28,10 @@ from saelab.synthetic.tasks import name_edits
 from saelab.universality import score_recovery, seed_stability
 
 N_HELD_OUT = 30_000
-SEEN, UNSEEN = 70_000_000, 90_000_000  # numbers of the first games to train on, and of the first stories and games to score on
+SEEN, UNSEEN = (
+    70_000_000,
+    90_000_000,
+)  # numbers of the first games to train on, and of the first stories and games to score on
 EDITED = 4  # features a place that the name task may change
 KINDS = ("root", "class", "topic", "pole", "state", "one-sided", "register")
 
