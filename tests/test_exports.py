@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module, metadata
-from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
@@ -49,10 +48,13 @@ def test_what_is_at_the_top_is_one_with_what_is_below() -> None:
     assert len(names) == len(set(names)), "one name, one thing"
 
 
-def test_nothing_at_the_top_has_the_name_of_a_package() -> None:
-    """`import saelab.evaluate` must not give a function."""
-    children = {path.stem for path in Path(saelab.__file__).parent.iterdir()}
-    assert not {name for package, name in THINGS if package == "saelab"} & children
+def test_no_public_name_is_that_of_a_module_beside_it() -> None:
+    """Python sets a module as an attribute of its package when it is imported, and would hide a function."""
+    for package in PACKAGES:
+        found = list(pkgutil.iter_modules(import_module(package).__path__))
+        files, packages = ({m.name for m in found if m.ispkg is kind} for kind in (False, True))
+        assert not {name for home, name in NAMES if home == package} & files, package
+        assert not {name for home, name in THINGS if home == package} & packages, package
 
 
 def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
