@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         acts = None
         for name in names:
-            if str(seed) in saved["figures"].get(name, {}):
+            if str(seed) in saved["figures"].get(name, {}) or not METHODS[name].fits(args.world != "planted"):
                 continue
             acts = world.activations(seed) if acts is None else acts
             began = time.perf_counter()

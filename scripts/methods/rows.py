@@ -51,6 +51,10 @@ class Method:
         given = {} if self.fields is None else self.fields(d_sae, k)
         return sl.SAEConfig(**{"d_in": d_in, "d_sae": d_sae, "activation": sl.TopK(k=k)} | given)
 
+    def fits(self, documents: bool) -> bool:
+        """Whether it can be made where tokens have documents, or have none."""
+        return documents or not any("neighbors" in term.needs for term in self.config(64, 512, 8).terms)
+
     def make(self, setting: Setting) -> sl.SAE:
         """The dictionary of a setting."""
         s = setting
