@@ -20,7 +20,7 @@ OVERVIEW = {
 }
 """the figures of each world that the first table shows; all are in the table of that world"""
 FIGURES = {
-    "MCC": "mean |cosine| of planted directions and their latents, one to one",
+    "MCC": "mean |cosine| of planted directions and their latents, one to one; over the rows where those are fewer",
     "found": "share of planted directions with a latent of |cosine| above .9",
     "F1": "of firing with the planted feature, mean over features",
     "coverage": "F1 of the best feature and threshold of each concept, chosen on half of the documents and scored on "
@@ -80,7 +80,7 @@ def _about(worlds: Mapping[str, Any], cost: Mapping[str, Any]) -> list[str]:
         seeds = sorted({int(seed) for row in found["figures"].values() for seed in row})
         lines.append(
             f"- *{name}*: {WORLDS[name]}. {s['d_sae']:,} latents, L0 {s['k']}, {s['n_tokens']:,} tokens to train on, "
-            f"{s['n_held_out']:,} held out, seeds {', '.join(map(str, seeds))}."
+            f"{s['n_held_out']:,} held out, seeds {', '.join(map(str, seeds))} (for some rows fewer: see the table)."
         )
     if cost:
         s = cost["setting"]
@@ -100,8 +100,11 @@ def _world(world: str, found: Mapping[str, Any], rows: Sequence[str]) -> list[st
     names = [name for name in rows if name in found["figures"]]
     figures = [key for row in found["figures"].values() for figures in row.values() for key in figures]
     columns = [*dict.fromkeys(figures), *dict.fromkeys(key for row in found["stability"].values() for key in row)]
-    body = [[name, *(_spread(_values(found, name, key)) for key in columns)] for name in names]
-    return [f"## {world[0].upper()}{world[1:]}", "", *_table(["method", *columns], body), ""]
+    body = [
+        [name, str(len(found["figures"][name])), *(_spread(_values(found, name, key)) for key in columns)]
+        for name in names
+    ]
+    return [f"## {world[0].upper()}{world[1:]}", "", *_table(["method", "seeds", *columns], body), ""]
 
 
 def _claims(folder: Path) -> list[str]:
