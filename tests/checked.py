@@ -33,17 +33,18 @@ def check(fn: Any = None, **options: Any) -> Any:
     fn.__annotations__ = read
     checked = beartype(fn, conf=CONF)
     fn.__annotations__ = checked.__annotations__ = own
-    if not any("jaxtyping." in repr(hint) for hint in read.values()):
-        return checked
+    shaped = any("jaxtyping." in repr(hint) for hint in read.values())
 
     @functools.wraps(fn)
-    def with_axes(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
+        if not shaped:
+            return checked(*args, **kwargs)
         with JAXTYPED("context"):
             return checked(*args, **kwargs)
 
-    return with_axes
+    return call
 
 
 def _read(hint: Any, fn: Any) -> Any:

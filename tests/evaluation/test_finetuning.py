@@ -37,7 +37,7 @@ def trained(world, activation=None, **axes):
     return deepcopy(KEPT[cfg])
 
 
-def run(n_tokens=2_240, **settings):
+def run(n_tokens=3_200, **settings):
     return sl.TrainConfig(n_tokens=n_tokens, batch_size=CTX * 4, **settings)
 
 
