@@ -219,10 +219,8 @@ class _Task:
         x = acts.float().cpu()
         y = np.stack([labels[name].flatten().numpy() for name in parents], 1)
         rows = np.random.default_rng(seed).permutation(np.flatnonzero(is_train))[:SAMPLE_TOKENS]
-        sample = x[torch.from_numpy(rows)]
-        center, scale = sample.mean(0), sample.std(0).clamp(min=1e-6)
-        weights = fit_probe((sample - center) / scale, torch.from_numpy(y[rows]).float()).weight / scale
-        scores = ((x - center) @ weights.T).numpy().astype(np.float64)
+        probe = fit_probe(x[torch.from_numpy(rows)], torch.from_numpy(y[rows]).float(), standardize=True)
+        weights, scores = probe.weight, probe(x).numpy().astype(np.float64)
         found = np.zeros_like(y)
         for i in range(len(parents)):
             if y[is_train, i].any():

@@ -233,10 +233,7 @@ class _AttributeProbe:
     ) -> "_AttributeProbe":
         truth = {name: torch.from_numpy(marks).float() for name, marks in mark_values(known).items()}
         widths, labels = [marks.shape[1] for marks in truth.values()], torch.cat(list(truth.values()), 1)
-        weights = []
-        for part in x.unbind(1):
-            scale = part.std(0).clamp(min=1e-6)
-            weights.append(fit_probe((part - part.mean(0)) / scale, labels).weight / scale)
+        weights = [fit_probe(part, labels, standardize=True).weight for part in x.unbind(1)]
         by_attribute = torch.stack(weights, 1).split(widths)  # (n_values, n_places, d_in) each
         steps = {name: marks[sources] - marks for name, marks in truth.items()}
         pulls = {

@@ -298,14 +298,11 @@ class _Probe:
         cls, data: _Data, rows: Bool[np.ndarray, "n_tokens"], y: Bool[np.ndarray, "n_tokens n_concepts"]
     ) -> "_Probe":
         places = np.random.default_rng(data.seed).permutation(np.flatnonzero(rows))[:SAMPLE_TOKENS]
-        x = data.x[torch.from_numpy(places)]
-        center, scale = x.mean(0), x.std(0).clamp(min=1e-6)
         labels = torch.from_numpy(y[places]).float()
-        fitted = fit_probe((x - center) / scale, labels)
-        weights, rate = fitted.weight / scale, labels.mean(0).clamp(1e-6, 1 - 1e-6)
+        fitted = fit_probe(data.x[torch.from_numpy(places)], labels, standardize=True)
         # where true and false would be equally likely if there were as many of each
-        cuts = rate.logit() - fitted.bias + weights @ center
-        return cls(weights.T.numpy().astype(np.float64), cuts.numpy().astype(np.float64))
+        cuts = labels.mean(0).clamp(1e-6, 1 - 1e-6).logit() - fitted.bias
+        return cls(fitted.weight.T.numpy().astype(np.float64), cuts.numpy().astype(np.float64))
 
     def score(self, data: _Data, rows: np.ndarray) -> Float[np.ndarray, "n n_concepts"]:
         """Scores of some tokens."""

@@ -400,8 +400,18 @@ def find_interval(draws: Float[Tensor, "n_draws"]) -> tuple[float, float]:
     return low, high
 
 
-def fit_probe(x: Float32[Tensor, "n d"], labels: Float32[Tensor, "n n_concepts"]) -> torch.nn.Linear:
-    """A logistic regression on all concepts at once, with half the squared weights added to the summed loss."""
+def fit_probe(
+    x: Float32[Tensor, "n d"], labels: Float32[Tensor, "n n_concepts"], *, standardize: bool = False
+) -> torch.nn.Linear:
+    """A logistic regression on all concepts at once, with half the squared weights added to the summed loss; with
+    `standardize` those of columns of mean 0 and deviation 1. The probe reads x as it is either way.
+    """
+    if standardize:
+        mean, scale = x.mean(0), x.std(0)
+        scale[scale <= CONSTANT * x.square().mean(0).sqrt()] = 1
+        probe = fit_probe((x - mean) / scale, labels)
+        probe.bias.sub_(probe.weight.div_(scale) @ mean)
+        return probe
     rate = (labels.sum(0) + 0.5) / (len(x) + 1)
     with torch.random.fork_rng(devices=[]):  # layers draw weights from the global generator
         probe = torch.nn.Linear(x.shape[1], labels.shape[1])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from dictionaries import sae_of
 
 import saelab as sl
 from saelab.evaluation.absorption import measure_absorption, score_absorption
@@ -12,16 +13,6 @@ from saelab.lm.token_labels import Concept, TokenLabels
 N_CHILDREN, N_OTHER, PER_WORD = 40, 8, 60
 D = 1 + N_CHILDREN + N_OTHER
 ABSORBED = range(1, 1 + N_CHILDREN // 2)
-
-
-def make_sae(encoder, rows):
-    sae = sl.SAE(sl.SAEConfig(d_in=D, d_sae=len(rows), activation=sl.ReLU(), normalizer="none"), seed=0)
-    with torch.no_grad():
-        sae.W_enc.copy_(encoder.T)
-        sae.W_dec.copy_(rows)
-        sae.b_enc.zero_()
-        sae.b_dec.zero_()
-    return sae
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +36,7 @@ def absorbing(world):
     for child in ABSORBED:
         encoder[0, child] = -1.0
         encoder[child, child], rows[child, child], rows[child, 0] = 2**0.5, 0.5**0.5, 0.5**0.5
-    return make_sae(encoder, rows)
+    return sae_of(rows, sl.ReLU(), encoder)
 
 
 def test_planted_absorption_is_found_child_by_child(world, absorbing):
@@ -66,7 +57,7 @@ def test_planted_absorption_is_found_child_by_child(world, absorbing):
 
 
 def test_an_ideal_dictionary_absorbs_nothing(world):
-    parent = score_absorption(make_sae(torch.eye(D), torch.eye(D)), *world, baselines=False)["parent"]
+    parent = score_absorption(sae_of(torch.eye(D), sl.ReLU()), *world, baselines=False)["parent"]
     assert (parent.full, parent.fraction, parent.f1, parent.recall, parent.n_split) == (0.0, 0.0, 1.0, 1.0, 1)
 
 
@@ -79,7 +70,7 @@ def test_a_parent_in_three_parts_is_split_not_absorbed(world):
         encoder[part + 1, 0], rows[part + 1] = 1.0, torch.eye(D)[0]
         encoder[part + 1, [c for c in range(1, D) if c not in mine]] = -1.0
         encoder[part + 1, mine] = 0
-    parent = score_absorption(make_sae(encoder, rows), *world, baselines=False)["parent"]
+    parent = score_absorption(sae_of(rows, sl.ReLU(), encoder), *world, baselines=False)["parent"]
     assert parent.n_split == 3 and set(parent.features) == {"1+", "2+", "3+"}
     assert parent.full == 0.0 and parent.recall == 1.0
 
@@ -87,11 +78,11 @@ def test_a_parent_in_three_parts_is_split_not_absorbed(world):
 def test_what_a_probe_does_not_find_is_not_scored(world):
     acts, labels = world
     few = TokenLabels.of({"rare": np.arange(len(acts)) < 5, "chance": np.random.default_rng(1).random(len(acts)) < 0.1})
-    found = score_absorption(make_sae(torch.eye(D), torch.eye(D)), acts, few, labels.doc_ids, baselines=False)
+    found = score_absorption(sae_of(torch.eye(D), sl.ReLU()), acts, few, labels.doc_ids, baselines=False)
     assert "fewer than 20" in found["rare"].reason and "probe" in found["chance"].reason
     assert np.isnan(found.full) and np.isnan(found["chance"].full)
     with pytest.raises(ValueError, match="must have a row for each"):
-        score_absorption(make_sae(torch.eye(D), torch.eye(D)), acts[1:], labels)
+        score_absorption(sae_of(torch.eye(D), sl.ReLU()), acts[1:], labels)
 
 
 def plain_absorption(z, rows, offset, main, x, p):

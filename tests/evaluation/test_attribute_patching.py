@@ -6,6 +6,7 @@ from functools import cached_property
 
 import pytest
 import torch
+from dictionaries import sae_of
 from unchecked import unchecked
 
 import saelab as sl
@@ -57,13 +58,9 @@ def make_task(tiny, seed, asked=KINDS[:2]):
     )
 
 
-def make_sae(rows):
-    sae = sl.SAE(sl.SAEConfig(d_in=D, d_sae=len(rows), activation=sl.AbsTopK(k=len(rows)), normalizer="none"))
-    with torch.no_grad():
-        for weight, value in ((sae.W_dec, rows), (sae.W_enc, rows.T), (sae.b_enc, 0 * rows[:, 0])):
-            weight.copy_(value)
-        sae.b_dec.zero_()
-    return sae
+def make(rows):
+    """An SAE of these rows of which every latent fires."""
+    return sae_of(rows, sl.AbsTopK(k=len(rows)))
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +72,12 @@ def tasks(tiny):
 def mixed():
     """Every latent is a shape with a color added or taken off; sizes are apart."""
     shapes, colors, sizes = DIRECTIONS[: 3 * N_VALUES].split(N_VALUES)
-    return make_sae(torch.cat([(shapes + colors) / 2**0.5, (shapes - colors) / 2**0.5, sizes]))
+    return make(torch.cat([(shapes + colors) / 2**0.5, (shapes - colors) / 2**0.5, sizes]))
 
 
 @pytest.fixture(scope="module")
 def scores(tasks, mixed):
-    separate = make_sae(DIRECTIONS[: 3 * N_VALUES] * torch.tensor([1.0, -1.0]).repeat(6)[:, None])  # either sign
+    separate = make(DIRECTIONS[: 3 * N_VALUES] * torch.tensor([1.0, -1.0]).repeat(6)[:, None])  # either sign
     return score_disentanglement(separate, *tasks, ns=(0, 1, N_VALUES, 32), baselines={"mixed": mixed})
 
 
@@ -152,7 +149,7 @@ def test_only_prompts_that_are_answered_right_count(tasks):
     task, train = tasks
     wrong = replace(task)
     wrong.activations[ORIGINAL][:10] *= -1
-    found = score_disentanglement(make_sae(DIRECTIONS[:12]), wrong, train, ns=(4,), baselines=False)
+    found = score_disentanglement(make(DIRECTIONS[:12]), wrong, train, ns=(4,), baselines=False)
     assert (found.n_prompts, found.n_left_out) == (N - 10, 10)
     assert found.scores[4] == 1
 
@@ -160,7 +157,7 @@ def test_only_prompts_that_are_answered_right_count(tasks):
 @unchecked()
 def test_tasks_must_say_what_they_ask(tasks):
     task, train = tasks
-    sae = make_sae(DIRECTIONS[:12])
+    sae = make(DIRECTIONS[:12])
     with pytest.raises(ValueError, match="got no `asks`"):
         score_disentanglement(sae, task, replace(train, asks=()))
     with pytest.raises(ValueError, match="`asks` must have one of"):

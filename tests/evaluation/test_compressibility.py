@@ -5,34 +5,25 @@ import math
 import numpy as np
 import pytest
 import torch
+from dictionaries import sae_of
 from scipy.sparse import csr_matrix
-from unchecked import unchecked
 
 import saelab as sl
 from saelab.evaluation.compressibility import count_bits, description_length, meta_sae, quantize
 
 
-def make_sae(rows, activation=None):
-    d_sae, d_in = rows.shape
-    cfg = sl.SAEConfig(d_in=d_in, d_sae=d_sae, activation=activation or sl.AbsTopK(k=2), normalizer="none")
-    sae = sl.SAE(cfg, seed=0)
-    with torch.no_grad():
-        sae.W_enc.copy_(rows.T)
-        sae.W_dec.copy_(rows)
-    return sae
-
-
-@unchecked()
 def test_rows_of_shared_parts_are_explained():
     """Each row is the sum of two of 16 parts; random rows share no parts."""
     generator = torch.Generator().manual_seed(0)
     parts = torch.linalg.qr(torch.randn(24, 16, generator=generator)).Q.T
     rows = torch.stack([parts[torch.randperm(16, generator=generator)[:2]].sum(0) for _ in range(256)]) / 2**0.5
-    found = meta_sae(make_sae(rows), n_latents=20, k=2, n_steps=70, batch_size=128, lr=1e-2, progress=False)
+    found = meta_sae(
+        sae_of(rows, sl.AbsTopK(k=2)), n_latents=20, k=2, n_steps=70, batch_size=128, lr=1e-2, progress=False
+    )
     assert found.explained_variance > 0.7 > found.gaussian > found.random
     assert f"{found.explained_variance:.3f}" in str(found) and found.n_rows == 256
     with pytest.raises(ValueError, match="must be above k"):
-        meta_sae(make_sae(rows[:8]), progress=False)
+        meta_sae(sae_of(rows[:8], sl.AbsTopK(k=2)), progress=False)
 
 
 def test_bits_of_known_codes():
@@ -54,7 +45,7 @@ def test_description_length_of_a_planted_dictionary():
     n_words, n = 8, 4000
     word = np.random.default_rng(0).integers(0, n_words, n)
     x = torch.eye(n_words)[word] * 2 + 0.01 * torch.randn(n, n_words, generator=torch.Generator().manual_seed(0))
-    sae = make_sae(torch.eye(n_words), sl.TopK(k=1))
+    sae = sae_of(torch.eye(n_words), sl.TopK(k=1))
     found = description_length(sae, x)
     p = 1 / n_words
     assert found.bits_indices == pytest.approx(-n_words * (p * math.log2(p) + (1 - p) * math.log2(1 - p)), rel=0.01)

@@ -3,24 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from dictionaries import sae_of
 
 import saelab as sl
 from saelab.evaluation.concept_edits import score_scr, score_tpp
 from saelab.lm.token_labels import TokenLabels
 
 N, D = 3000, 48
-
-
-def make_sae(rows, activation=None):
-    """An SAE with these rows as encoder and decoder."""
-    cfg = sl.SAEConfig(d_in=D, d_sae=len(rows), activation=activation or sl.ReLU(target_l0=1.0), normalizer="none")
-    sae = sl.SAE(cfg, seed=0)
-    with torch.no_grad():
-        sae.W_enc.copy_(rows.T)
-        sae.W_dec.copy_(rows)
-        sae.b_enc.zero_()
-        sae.b_dec.zero_()
-    return sae
+RELU = sl.ReLU(target_l0=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +30,7 @@ WORDS = [f"word {i}" for i in range(2, 6)]
 
 
 def test_a_separable_dictionary_is_edited_concept_by_concept(world):
-    sae = make_sae(torch.eye(D), sl.AbsTopK(k=D))
+    sae = sae_of(torch.eye(D), sl.AbsTopK(k=D))
     tpp = score_tpp(sae, *world, concepts=WORDS, ns=(1, 2))
     assert tpp.means[1] == pytest.approx(0.5, abs=0.01)
     assert [row.features[0] for row in tpp.rows] == [f"{i}+" for i in range(2, 6)]
@@ -58,7 +48,7 @@ def test_a_separable_dictionary_is_edited_concept_by_concept(world):
 
 def test_a_random_dictionary_separates_nothing(world):
     rows = torch.randn(40, D, generator=torch.Generator().manual_seed(0))
-    sae = make_sae(rows / rows.norm(dim=1, keepdim=True))
+    sae = sae_of(rows / rows.norm(dim=1, keepdim=True), RELU)
     found = score_tpp(sae, *world, concepts=WORDS, ns=(2,), baselines=False)
     assert abs(found.means[2]) < 0.05 and not found.baselines
 
@@ -67,7 +57,7 @@ def test_shared_features_take_other_concepts_with_them(world):
     """One feature for all words, and errors are kept: ablating it leaves what the SAE did not rebuild."""
     row = torch.zeros(1, D)
     row[0, 2:6] = 0.5
-    found = score_tpp(make_sae(row), *world, concepts=WORDS, ns=(1,), baselines=False)
+    found = score_tpp(sae_of(row, RELU), *world, concepts=WORDS, ns=(1,), baselines=False)
     for one in found.rows:
         assert one.scores[1] == pytest.approx(one.before - one.after[1] - one.others[1])
     assert abs(found.means[1]) < 0.2
@@ -75,7 +65,7 @@ def test_shared_features_take_other_concepts_with_them(world):
 
 def test_what_has_no_meaning_has_a_reason(world):
     acts, labels = world
-    sae = make_sae(torch.eye(D))
+    sae = sae_of(torch.eye(D), RELU)
     found = score_scr(sae, acts, labels, [("word 2", "word 3"), ("b", "word 4")], ns=(1,), baselines=False)
     assert "under 20 tokens" in found.rows[0].reason and np.isnan(found.rows[0].before)
     with pytest.raises(ValueError, match="Two concepts must have"):
@@ -86,7 +76,7 @@ def test_what_has_no_meaning_has_a_reason(world):
 
 def test_a_concept_in_two_features_takes_two_ablations(world):
     rows = torch.eye(D)[2:6].repeat(2, 1)
-    sae = make_sae(rows)
+    sae = sae_of(rows, RELU)
     with torch.no_grad():
         sae.W_enc.mul_(0.25)  # one carries a quarter, the other the rest
         sae.W_enc[:, 4:].mul_(3)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from dictionaries import sae_of
 from scipy.sparse import csr_matrix
 from scipy.stats import hypergeom
 
@@ -29,16 +30,6 @@ def rng():
     return np.random.default_rng(0)
 
 
-def make(rows, activation=None):
-    """An SAE with given rows, its encoder tied to them."""
-    activation = activation or sl.TopK(k=2)
-    sae = sl.SAE(sl.SAEConfig(d_in=rows.shape[1], d_sae=len(rows), activation=activation, normalizer="none"))
-    with torch.no_grad():
-        sae.W_dec.copy_(rows)
-        sae.W_enc.copy_(rows.T)
-    return sae
-
-
 @pytest.fixture(scope="module")
 def signed_codes(rng):
     """Signed codes with a dead feature, and a pair that fires together with products that add up to 0."""
@@ -59,12 +50,12 @@ def test_sparse_products_are_those_of_dense_formulas(rng, signed_codes, monkeypa
     apart = hypergeom(N, a[:, None], a).pmf(0)
     np.fill_diagonal(apart, a == 0)
     assert independent_connectivity(a, N) == pytest.approx(apart.mean())
-    sae = make(rows, sl.AbsTopK(k=2))
+    sae = sae_of(rows, sl.AbsTopK(k=2))
     dense = np.maximum(-(z.T @ z / N) * (rows @ rows.T).numpy(), 0)
     assert negative_interference(sae, csr_matrix(z)) == pytest.approx(np.linalg.norm(dense, 2), rel=1e-5)
     assert negative_interference(sae, csr_matrix(z), 4.0) == pytest.approx(np.linalg.norm(dense, 2) / 4, rel=1e-5)
-    assert negative_interference(make(torch.eye(D_SAE)), csr_matrix(np.abs(z))) == 0
-    longer = make(2 * rows, sl.AbsTopK(k=2))
+    assert negative_interference(sae_of(torch.eye(D_SAE)), csr_matrix(np.abs(z))) == 0
+    longer = sae_of(2 * rows, sl.AbsTopK(k=2))
     assert negative_interference(longer, csr_matrix(z / 2)) == pytest.approx(np.linalg.norm(dense, 2), rel=1e-5)
 
 
@@ -83,13 +74,13 @@ def test_plausibility_counts_the_sign_where_codes_have_none(rng):
     known = torch.cat([2 * rows[:3], -rows[3:6]])
     unit = [one / one.norm(dim=1, keepdim=True) for one in (known, rows)]
     cosines = (unit[0] @ unit[1].T).numpy()
-    assert plausibility(make(rows), known) == pytest.approx(cosines.max(1).mean(), abs=1e-6)
-    assert plausibility(make(rows, sl.AbsTopK(k=2)), known) == pytest.approx(1.0, abs=1e-6)
-    assert plausibility(make(rows), known) < 0.9
+    assert plausibility(sae_of(rows), known) == pytest.approx(cosines.max(1).mean(), abs=1e-6)
+    assert plausibility(sae_of(rows, sl.AbsTopK(k=2)), known) == pytest.approx(1.0, abs=1e-6)
+    assert plausibility(sae_of(rows), known) < 0.9
     with pytest.raises(ValueError, match="rows of width 16"):
-        plausibility(make(rows), torch.ones(2, 3))
+        plausibility(sae_of(rows), torch.ones(2, 3))
     with pytest.raises(ValueError, match="not zero"):
-        plausibility(make(rows), torch.zeros(2, D_IN))
+        plausibility(sae_of(rows), torch.zeros(2, D_IN))
 
 
 def naive(z, y, is_train):
@@ -136,7 +127,7 @@ def test_a_planted_dictionary_has_the_structure_that_baselines_lack(rng):
     y = rng.random((N, D_IN)) < 0.1
     x = torch.from_numpy(y.astype(np.float32)) @ rows
     labels = {str(c): torch.from_numpy(y[:, c]) for c in range(D_IN)}
-    sae = make(rows, sl.TopK(k=8))
+    sae = sae_of(rows, sl.TopK(k=8))
     found = measure_structure(sae, x, rows[:5], labels, STORY_IDS)
     assert found.plausibility == pytest.approx(1, abs=1e-5) and found.negative_interference < 1e-6
     assert found.identifiability.balanced > 0.99 > 0.9 > found.baselines["random"].identifiability.balanced

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.sparse import csc_matrix
 from scipy.stats import pearsonr, spearmanr
 from sklearn.linear_model import LogisticRegression
@@ -23,6 +24,7 @@ from saelab.functional.statistics import (
     draw_weights,
     f1,
     fit_balanced_probe,
+    fit_probe,
     kappa,
     rank_correlation,
 )
@@ -136,3 +138,19 @@ def test_a_union_is_what_trying_all_finds():
     assert (
         classifier_union(np.zeros(3, int), np.arange(3), y, lambda i: np.arange(i), lambda rows: np.zeros(3, int)) == []
     )
+
+
+def test_a_standardized_probe_does_not_hear_of_units():
+    """The same predictions whatever the columns' units and origins, and those of scikit-learn on standardized ones."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 3)).astype(np.float32)
+    y = (x @ [1.0, -2.0, 0.5] + rng.normal(size=400) > 0)[:, None].astype(np.float32)
+    rounded = np.where(rng.random((400, 1)) < 0.5, 7, np.nextafter(np.float32(7), np.float32(8)))  # of one number
+    moved = np.concatenate([x * [100, 0.01, 1] + [5, -3, 0], rounded], 1).astype(np.float32)
+    probes = [fit_probe(torch.from_numpy(one), torch.from_numpy(y), standardize=True) for one in (x, moved)]
+    plain, other = (probe(torch.from_numpy(one))[:, 0].numpy() for probe, one in zip(probes, (x, moved), strict=True))
+    np.testing.assert_allclose(plain, other, atol=1e-2)
+    scaled = (x - x.mean(0)) / x.std(0, ddof=1)
+    known = LogisticRegression(C=1.0, tol=1e-8).fit(scaled, y[:, 0]).decision_function(scaled)
+    np.testing.assert_allclose(plain, known, atol=1e-2)
+    assert float(probes[1].weight[0, 3].abs()) < 1e-6  # a column that is constant but for rounding says nothing

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from dictionaries import sae_of
 from folders import write_folder
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import spearmanr
@@ -24,19 +25,6 @@ from saelab.universality.seed_comparison import (
 )
 
 D_IN, D_SAE = 16, 48
-
-
-def sae_of(rows: Tensor, activation: sl.sae.Activation | None = None, **axes) -> sl.SAE:
-    """An SAE with these directions, tied."""
-    sae = sl.SAE(
-        sl.SAEConfig(
-            d_in=rows.shape[1], d_sae=len(rows), activation=activation or sl.TopK(k=4), **{"normalizer": "none"} | axes
-        )
-    )
-    with torch.no_grad():
-        sae.W_dec.copy_(rows)
-        sae.W_enc.copy_(rows.T)
-    return sae
 
 
 def directions(seed: int = 0, d_sae: int = D_SAE, d_in: int = D_IN) -> Tensor:
