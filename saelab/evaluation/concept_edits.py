@@ -6,7 +6,7 @@ A study of reliability (arXiv:2605.18229) found both to disagree with a known tr
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,37 +151,12 @@ def score_tpp(
         for name, n in zip(data.names, counts, strict=True)
         if n < min_count
     ]
-    data = data.select(np.flatnonzero(counts >= min_count))
-    probe = _Probe.fit(data, data.is_train, data.y)
-    held = ~data.is_train
-    y, scores = data.y[held], probe.score(data, held)
-    before = _accuracies(scores >= probe.thresholds, y)
+    task = _Targeted.make(data.select(np.flatnonzero(counts >= min_count)), ns)
 
     def score(coded: CodedTokens, moved: np.ndarray) -> tuple[ConceptEdit, ...]:
-        chooser = probe if moved is data.y else _Probe.fit(data, data.is_train, moved)
-        pull, rows = coded.rows @ chooser.weights, list[ConceptEdit]()
-        codes = coded.codes[held].tocsc()
-        for i, name in enumerate(data.names):
-            effects = np.maximum(_gaps(coded, data.is_train, moved[:, i]), 0) * pull[:, i]
-            order = np.argsort(-effects, kind="stable")[: min(max(ns), int((effects > 0).sum()))]
-            guesses = {n: probe.ablate(scores, codes[:, order[:n]], coded.rows[order[:n]]) for n in ns}
-            falls = {n: before - _accuracies(guess, y) for n, guess in guesses.items()}
-            side = {n: float(np.delete(fall, i).mean()) for n, fall in falls.items()}
-            rows.append(
-                ConceptEdit(
-                    concept=name,
-                    ablated=name,
-                    before=float(before[i]),
-                    clean=float(before[i]),
-                    after={n: float(before[i] - fall[i]) for n, fall in falls.items()},
-                    others=side,
-                    scores={n: float(fall[i]) - side[n] for n, fall in falls.items()},
-                    features=tuple(coded.name(int(j)) for j in order[:SHOWN]),
-                )
-            )
-        return (*rows, *few)
+        return (*task.score(coded, moved), *few)
 
-    return data.compare("TPP", sae, ns, score, baselines)
+    return task.data.compare("TPP", sae, ns, score, baselines)
 
 
 def score_scr(
@@ -317,6 +292,49 @@ class _Probe:
 def _accuracies(guess: np.ndarray, y: np.ndarray) -> Float[np.ndarray, "n_concepts"]:
     """Balanced accuracy of each concept."""
     return np.array([balanced_accuracy(one, true) for one, true in zip(guess.T, y.T, strict=True)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Targeted:
+    """Probes of all concepts, and what they say of held-out tokens before any feature is ablated."""
+
+    data: _Data
+    ns: Sequence[int]
+    probe: _Probe
+    scores: Float[np.ndarray, "n_held n_concepts"]
+    before: Float[np.ndarray, "n_concepts"]
+
+    @classmethod
+    def make(cls, data: _Data, ns: Sequence[int]) -> "_Targeted":
+        probe = _Probe.fit(data, data.is_train, data.y)
+        scores = probe.score(data, ~data.is_train)
+        return cls(data, ns, probe, scores, _accuracies(scores >= probe.thresholds, data.y[~data.is_train]))
+
+    def score(self, coded: CodedTokens, moved: Bool[np.ndarray, "n_tokens n_concepts"]) -> Iterator[ConceptEdit]:
+        """Each concept with its features ablated, chosen for the labels `moved`."""
+        data, codes = self.data, coded.codes[~self.data.is_train].tocsc()
+        chooser = self.probe if moved is data.y else _Probe.fit(data, data.is_train, moved)
+        pull = coded.rows @ chooser.weights
+        for i, name in enumerate(data.names):
+            effects = np.maximum(_gaps(coded, data.is_train, moved[:, i]), 0) * pull[:, i]
+            order = np.argsort(-effects, kind="stable")[: min(max(self.ns), int((effects > 0).sum()))]
+            falls = {n: self._fall(codes, coded.rows, order[:n]) for n in self.ns}
+            side = {n: float(np.delete(fall, i).mean()) for n, fall in falls.items()}
+            yield ConceptEdit(
+                concept=name,
+                ablated=name,
+                before=float(self.before[i]),
+                clean=float(self.before[i]),
+                after={n: float(self.before[i] - fall[i]) for n, fall in falls.items()},
+                others=side,
+                scores={n: float(fall[i]) - side[n] for n, fall in falls.items()},
+                features=tuple(coded.name(int(j)) for j in order[:SHOWN]),
+            )
+
+    def _fall(self, codes: Any, rows: np.ndarray, chosen: np.ndarray) -> Float[np.ndarray, "n_concepts"]:
+        """How much less accurate every probe is without some features."""
+        guess = self.probe.ablate(self.scores, codes[:, chosen], rows[chosen])
+        return np.asarray(self.before - _accuracies(guess, self.data.y[~self.data.is_train]))
 
 
 @dataclass(frozen=True, eq=False)
