@@ -65,7 +65,7 @@ def convert_sae(
                 hook_point=hook_point,
                 hook_point_out=hook_point_out,
                 weight_processing=weight_processing,
-                activation=read_activation(activation, 32 if k is None else k) if activation is not None else None,
+                activation=read_activation(activation, k) if activation is not None else None,
                 threshold=threshold,
                 scale=scale,
             )

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import torch
 from typer import Argument, Option
@@ -49,11 +49,19 @@ def train_sae(
     d_sae: int,
     out: Annotated[Path, Option(help="Folder for the SAE, its history and its checkpoint.", metavar="FOLDER")],
     activation: Annotated[
-        str, Option(help=f"Which latents fire: {', '.join(ACTIVATIONS)}.", metavar="NAME")
+        str,
+        Option(
+            help=f"Which latents fire, with its settings, such as NAME,key=0.1: {', '.join(ACTIVATIONS)}.",
+            metavar="NAME",
+        ),
     ] = TopK.name,
     k: Annotated[
-        int, Option(help="Latents per token: kept (topk, abstopk), mean (batch...), target L0 (relu, jumprelu).")
-    ] = TopK.k,
+        int | None,
+        Option(
+            help="Latents per token: kept (topk, abstopk), mean (batch...), target L0 (relu, jumprelu).",
+            show_default=f"{TopK.k}",
+        ),
+    ] = None,
     prefixes: Annotated[
         str | None,
         Option(
@@ -162,10 +170,19 @@ def load_activations(
     return Activations.load(folder, read), Activations.load(folder, target)
 
 
-def read_activation(name: str, k: int) -> Activation:
-    """The activation with `k` as its number of latents a token: kept ones, or the target of a penalized one."""
+def read_activation(text: str, k: int | None = None) -> Activation:
+    """An activation spelled as `NAME,setting=value,...`, with `k` as its number of latents a token: kept ones, or the
+    target of a penalized one; None is its own default.
+
+    >>> read_activation("sparsemax,scale=4.0"), read_activation("relu", 8).target_l0
+    (Sparsemax(scale=4.0), 8.0)
+    """
+    settings = read_named("--activation", text)
+    name = settings.pop("name")
     known = {field.name for field in fields(ACTIVATIONS[name])} if name in ACTIVATIONS else set()
-    return make_activation(name, **({"target_l0": float(k)} if "target_l0" in known else {"k": k}))
+    if k is not None:
+        settings |= {"target_l0": float(k)} if "target_l0" in known else {"k": k}
+    return make_activation(name, **settings)
 
 
 def read_dictionary(name: str, n_points: int | None, delta: float | None) -> str | Archetypal | SoftFrozen:
@@ -183,20 +200,27 @@ def read_dictionary(name: str, n_points: int | None, delta: float | None) -> str
     return SoftFrozen() if name == "soft_frozen" else name
 
 
+def read_named(option: str, text: str) -> dict[str, Any]:
+    """A name and settings, spelled as `NAME,setting=value,...` with values as in JSON.
+
+    >>> read_named("--objective", "aux_k,coefficient=0.1")
+    {'name': 'aux_k', 'coefficient': 0.1}
+    """
+    name, *settings = text.split(",")
+    pairs = [setting.partition("=") for setting in settings]
+    try:
+        return {"name": name, **{key: json.loads(value) for key, _, value in pairs}}
+    except json.JSONDecodeError:
+        raise ValueError(f"`{option}` must be a name and settings such as NAME,key=0.5, got '{text}'.") from None
+
+
 def read_objective(texts: Sequence[str], aux: AuxK | None) -> tuple[LossTerm, ...]:
     """Reconstruction, the terms that the command line spells as `NAME,setting=value,...`, and AuxK where it is given.
 
     >>> read_objective(["sparsity,coefficient=0.5"], None)
     (ReconstructionLoss(coefficient=1.0), SparsityLoss(coefficient=0.5))
     """
-    terms: list[LossTerm] = []
-    for text in texts:
-        name, *settings = text.split(",")
-        pairs = [setting.partition("=") for setting in settings]
-        try:
-            terms += read_loss_terms([{"name": name, **{key: json.loads(value) for key, _, value in pairs}}])
-        except json.JSONDecodeError:
-            raise ValueError(f"`--objective` must be a name and settings such as NAME,key=0.5, got '{text}'.") from None
+    terms = read_loss_terms([read_named("--objective", text) for text in texts])
     own = () if any(isinstance(term, ReconstructionLoss) for term in terms) else (ReconstructionLoss(),)
     return (*own, *terms, *(() if aux is None else (aux,)))
 

@@ -27,6 +27,8 @@ from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.results import ConceptScores
 from saelab.lm.models import tiny_model
 from saelab.lm.tokens import tokenize
+from saelab.sae.activation_functions import JumpReLU
+from saelab.sae.activation_registry import ACTIVATIONS
 from saelab.sae.config import RandomPrefixes, SAEConfig
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
@@ -160,6 +162,19 @@ def test_defaults_are_those_of_the_library() -> None:
             assert default is inspect.Parameter.empty or default == getattr(config, name)
     built = SAEConfig(d_in=2, d_sae=64, activation=read_activation(given["activation"].default, given["k"].default))
     assert built == SAEConfig(d_in=2, d_sae=64)
+
+
+def test_an_activation_takes_its_own_settings_and_k_where_it_has_one(acts: Path, shell: Shell, tmp_path: Path) -> None:
+    for name, kind in ACTIVATIONS.items():
+        assert read_activation(name) == kind()
+    assert read_activation("jumprelu,bandwidth=0.2", 8) == JumpReLU(target_l0=8.0, bandwidth=0.2)
+    with pytest.raises(ValueError, match=r"Activation 'sparsemax' takes \['scale'\], got \['k'\]"):
+        read_activation("sparsemax", 8)
+    with pytest.raises(ValueError, match="`--activation` must be a name and settings such as NAME,key=0.5, got"):
+        read_activation("topk,k=many")
+    where = ["--activation", "sparsemax,scale=1.5", "--d-sae", "64", "--n-tokens", "1024", "--batch-size", "256"]
+    trained = shell("train", acts, *where, "--out", tmp_path / "sae")
+    assert trained.code == 0 and "Sparsemax(scale=1.5)" in shell("info", tmp_path / "sae").out
 
 
 @pytest.mark.parametrize(
