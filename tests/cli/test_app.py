@@ -170,7 +170,7 @@ def test_an_activation_takes_its_own_settings_and_k_where_it_has_one(acts: Path,
     assert read_activation("jumprelu,bandwidth=0.2", 8) == JumpReLU(target_l0=8.0, bandwidth=0.2)
     with pytest.raises(ValueError, match=r"Activation 'sparsemax' takes \['scale'\], got \['k'\]"):
         read_activation("sparsemax", 8)
-    with pytest.raises(ValueError, match="`--activation` must be a name and settings such as NAME,key=0.5, got"):
+    with pytest.raises(ValueError, match=r"`--activation` must be a name and settings such as NAME,key=0.5, got"):
         read_activation("topk,k=many")
     where = ["--activation", "sparsemax,scale=1.5", "--d-sae", "64", "--n-tokens", "1024", "--batch-size", "256"]
     trained = shell("train", acts, *where, "--out", tmp_path / "sae")
