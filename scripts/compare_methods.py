@@ -41,9 +41,10 @@ def measure(args: argparse.Namespace) -> None:
     world: World = worlds[args.world]()
     names = args.methods or list(METHODS)
     setting = {"d_sae": world.d_sae, "k": world.k, "n_tokens": args.n_tokens, "n_held_out": N_HELD_OUT}
-    saved = read(args.world) or {"setting": setting, "figures": {}, "stability": {}}
-    if saved["setting"] != setting:
-        raise SystemExit(f"{args.world}.json holds figures of {saved['setting']}, not {setting}; move it away.")
+    about = setting | {"batch_size": BATCH}
+    saved = read(args.world) or {"setting": about, "figures": {}, "stability": {}}
+    if saved["setting"] != about:
+        raise SystemExit(f"{args.world}.json holds figures of {saved['setting']}, not {about}; move it away.")
     for seed in args.seeds:
         acts = None
         for name in names:
@@ -121,7 +122,7 @@ def main() -> None:
     one.add_argument("world", choices=["planted", "tales", "stories260k", "othello"])
     one.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     one.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help="all without")
-    one.add_argument("--n-tokens", type=int, default=200_000, help="to train each dictionary on")
+    one.add_argument("--n-tokens", type=int, default=400_000, help="to train each dictionary on")
     one.add_argument("--folder", type=Path, default=Path("../shared/data"), help="where stories260k is")
     one.set_defaults(run=measure)
     two = commands.add_parser("cost", help="time of a training step")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Gated as Gated,
         GroupMax as GroupMax,
         JumpReLU as JumpReLU,
+        Log1pReLU as Log1pReLU,
         ReLU as ReLU,
         Sparsemax as Sparsemax,
         TopK as TopK,

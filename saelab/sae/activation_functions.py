@@ -1,4 +1,4 @@
-"""Activation functions of SAEs: TopK, BatchTopK, GroupMax, ReLU, JumpReLU and variants."""
+"""Activation functions of SAEs: TopK, BatchTopK, GroupMax, Sparsemax, ReLU, JumpReLU and variants."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -257,6 +257,31 @@ class ReLU(_Penalized):
     def penalty(self, u: Tensor, z: Tensor, threshold: Tensor | None) -> Tensor:
         """L1: the codes themselves."""
         return z
+
+
+@register_activation("log1prelu")
+@dataclass(frozen=True)
+class Log1pReLU(ReLU):
+    """log(1 + max(u, 0)) with an L1 penalty: ReLU whose large codes are compressed, as in sparse retrieval
+    (arXiv:2107.05720).
+
+    Codes saturate: a latent that dominates a token counts little more than one that fires strongly, in the penalty
+    and in the gradient, 1 / (1 + u), which goes to the encoder. They are not homogeneous, so that rows of W_dec cannot
+    be rescaled into W_enc.
+
+    >>> Log1pReLU()(torch.tensor([-1.0, 0.0, 1.0])).tolist() == [0.0, 0.0, torch.tensor(1.0).log1p().item()]
+    True
+    """
+
+    def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
+        return u.relu().log1p()
+
+    # the same latents fire as in ReLU, whose pre-activations `fire` turns into codes
+    search, pick = ReLU.search, ReLU.pick
+
+    def fire(self, u: Tensor, threshold: Tensor | None) -> Tensor:
+        """Codes of the given pre-activations."""
+        return self(u)
 
 
 @register_activation("jumprelu")

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,20 +16,26 @@ from saelab.sae.config import SAEConfig
 from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.fitting import MAX_TOKENS, Data, describe_training, finish, hold_out, open_data
 from saelab.sae.objectives.terms import TrainingStep
+from saelab.sae.pretrained import WEIGHTS
 from saelab.sae.sae import SAE
 from saelab.sae.training_sae import StepLosses, TrainingSAE
 from saelab.stores.activations import ActivationPairs, Activations
+from saelab.stores.files import checksum, save_tensors, to_json
+from saelab.stores.tensors import load_tensors, read_header
+from saelab.stores.validation import parse_json
 from saelab.training.config import TrainConfig
 from saelab.training.loop import Sink, TrainingRun, train
 
 TERM = "labels"  # name of the loss in the history
+CLASSIFIER = "classifier.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
 class JointDictionary:
     """A dictionary and the classifier that it was learned with, `p(concept | x) = sigmoid(z W + b)`, z the codes of x.
 
-    Neither codes nor predictions of new activations read labels.
+    Neither codes nor predictions of new activations read labels. `save_pretrained` writes a folder that also is one of
+    the SAE alone.
     """
 
     sae: SAE
@@ -44,6 +51,29 @@ class JointDictionary:
         """Probability of each concept at each row, from its codes."""
         codes = self.sae.encode_sparse(x)
         return (sparse_decode(codes.values, self.W, codes.indices, codes.rows, codes.offsets) + self.b).sigmoid()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the SAE's files into a folder, and `classifier.safetensors` beside them; ValueError as for an SAE."""
+        self.sae.save_pretrained(folder)
+        of = {"concepts": to_json(self.concepts, None), "sae": checksum(Path(folder) / WEIGHTS)}
+        save_tensors(Path(folder) / CLASSIFIER, {"W": self.W, "b": self.b}, of)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "JointDictionary":
+        """The dictionary and classifier of a folder.
+
+        FileNotFoundError for a folder that lacks either, ValueError for damaged files and for a classifier that was
+        learned with another SAE.
+        """
+        sae, place = SAE.from_pretrained(folder), Path(folder) / CLASSIFIER
+        found, said = load_tensors(place), read_header(place)[1]
+        concepts = parse_json(said.get("concepts", "null"))
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        if not isinstance(concepts, list) or shapes != {"W": (sae.cfg.d_sae, len(concepts)), "b": (len(concepts),)}:
+            raise ValueError(f"{place} must hold W, b and their concepts for {sae}, got {shapes}. Was it edited?")
+        if said.get("sae") != checksum(Path(folder) / WEIGHTS):
+            raise ValueError(f"{place} must be of the SAE beside it, which has been replaced since; fit them again.")
+        return cls(sae, found["W"], found["b"], tuple(map(str, concepts)))
 
 
 def fit_joint_dictionary(

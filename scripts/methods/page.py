@@ -82,7 +82,8 @@ def _about(worlds: Mapping[str, Any], cost: Mapping[str, Any]) -> list[str]:
         s = found["setting"]
         seeds = sorted({int(seed) for row in found["figures"].values() for seed in row})
         lines.append(
-            f"- *{name}*: {WORLDS[name]}. {s['d_sae']:,} latents, L0 {s['k']}, {s['n_tokens']:,} tokens to train on, "
+            f"- *{name}*: {WORLDS[name]}. {s['d_sae']:,} latents, L0 {s['k']}, {s['n_tokens']:,} tokens to "
+            f"train on in batches of {s['batch_size']:,}, "
             f"{s['n_held_out']:,} held out, seeds {', '.join(map(str, seeds))} (for some rows fewer: see the table)."
         )
     if cost:

@@ -19,7 +19,7 @@ from saelab.sae.objectives import (
     OrthogonalLoss,
 )
 
-BATCH = 2048
+BATCH = 512
 
 
 @dataclass(frozen=True)

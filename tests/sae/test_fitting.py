@@ -11,7 +11,7 @@ import saelab as sl
 from saelab.collecting.harvesting import sae_fingerprint
 from saelab.collecting.reader import fingerprint
 from saelab.sae import activation_functions, training_sae
-from saelab.sae.activation_functions import AbsJumpReLU, Gated
+from saelab.sae.activation_functions import AbsJumpReLU, Gated, Log1pReLU
 from saelab.sae.fitting import cut_to, mean_l0
 from saelab.stores.files import save_tensors
 from saelab.stores.tensors import load_tensors
@@ -45,10 +45,11 @@ def fitted(activation, n_tokens=60_000, seed=0, n=30_000, **axes):
         (sl.BatchAbsTopK(k=TARGET), {}),
         (sl.JumpReLU(target_l0=float(TARGET)), {}),
         (sl.ReLU(target_l0=float(TARGET)), {}),
+        (Log1pReLU(target_l0=float(TARGET)), {}),
         (AbsJumpReLU(target_l0=float(TARGET)), {}),
         (Gated(target_l0=float(TARGET)), {}),
     ],
-    ids=["batch", "nested", "signed", "jump", "relu", "absjump", "gated"],
+    ids=["batch", "nested", "signed", "jump", "relu", "log1p", "absjump", "gated"],
 )
 def test_the_saved_sae_has_the_l0_that_was_asked_for(activation, axes, tmp_path):
     sae = fitted(activation, **axes)

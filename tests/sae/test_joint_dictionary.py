@@ -9,7 +9,8 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.functional.statistics import fit_probe
 from saelab.sae.baselines import fit_baselines, load_baselines
-from saelab.sae.joint_dictionary import _JointTraining, fit_joint_dictionary
+from saelab.sae.joint_dictionary import JointDictionary, _JointTraining, fit_joint_dictionary
+from saelab.stores.files import save_tensors
 
 D, N, N_TRAIN = 12, 3_000, 2_000
 RUN = sl.TrainConfig(n_tokens=24_000, batch_size=400, seed=3, n_held_out=0, lr=0.05, log_every_tokens=24_000)
@@ -110,10 +111,27 @@ def test_it_is_a_baseline_where_labels_are_given(tmp_path, fitted):
     found = fit_baselines(*args, short, methods=["kmeans", "joint"], labels=labels, seed=1, progress=False)
     alone = fit_joint_dictionary(make(seed=1), x[:N_TRAIN], labels, short, progress=False)
     assert list(found) == ["kmeans", "joint"] and torch.equal(found["joint"].W_enc, alone.sae.W_enc)
-    fitted[0.3, 1.0].sae.save_pretrained(tmp_path / "joint")
+    fitted[0.3, 1.0].save_pretrained(tmp_path / "joint")
     assert load_baselines(tmp_path)["joint"].training_["label_coefficient"] == 1.0
     with pytest.raises(ValueError, match="'joint' must have `labels`"):
         fit_baselines(*args, short, methods=["joint"])
+
+
+def test_saved_and_loaded_to_the_bit_with_its_classifier(tmp_path, fitted):
+    joint, x = fitted[0.3, 1.0], WORLDS[0.3][0]
+    joint.save_pretrained(tmp_path)
+    loaded = JointDictionary.from_pretrained(tmp_path)
+    assert loaded.concepts == ("y",) and torch.equal(loaded.predict(x), joint.predict(x))
+    assert torch.equal(sl.SAE.from_pretrained(tmp_path).encode(x), joint.sae.encode(x))
+    fitted[2.0, 0.0].sae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has been replaced since"):
+        JointDictionary.from_pretrained(tmp_path)
+    save_tensors(tmp_path / "classifier.safetensors", {"W": joint.W}, {"concepts": '["y"]'})
+    with pytest.raises(ValueError, match="must hold W, b and their concepts"):
+        JointDictionary.from_pretrained(tmp_path)
+    (tmp_path / "classifier.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        JointDictionary.from_pretrained(tmp_path)
 
 
 @unchecked()

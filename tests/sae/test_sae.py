@@ -11,7 +11,7 @@ from torch import Tensor
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.sae.activation_functions import AbsJumpReLU, Gated, GroupMax
+from saelab.sae.activation_functions import AbsJumpReLU, Gated, GroupMax, Log1pReLU
 from saelab.sae.config import SAEConfig
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.files import write_json
@@ -75,7 +75,9 @@ def name_of(cfg):
 
 some = pytest.mark.parametrize("cfg", SOME, ids=name_of)
 fewer = pytest.mark.parametrize("cfg", SOME[::3], ids=name_of)
-each_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: a.name)
+each_activation = pytest.mark.parametrize(
+    "activation", [*ACTIVATIONS, Log1pReLU(target_l0=float(K))], ids=lambda a: a.name
+)
 
 
 def data(n=256, seed=0):
@@ -197,7 +199,7 @@ def test_some_latents_are_found_without_the_others(activation):
     z = sae.encode(x)[:, some].detach()
     assert (z != 0).any(0).all() or activation.name == "test_soft_topk"
     sae.W_enc.data[:, [j for j in range(D_SAE) if j not in some]] = torch.nan
-    alone = activation.name in ("relu", "jumprelu", "absjumprelu", "gated", "batchtopk", "batchabstopk")
+    alone = activation.name in ("relu", "log1prelu", "jumprelu", "absjumprelu", "gated", "batchtopk", "batchabstopk")
     found = sae.encode_latents(x, some)
     assert torch.allclose(found, z, atol=1e-5) == alone, "others are read, or should have been"
 
