@@ -19,7 +19,8 @@ CONSTRAINTS := $(if $(VERSIONS),constraints-$(VERSIONS).txt,constraints.txt)
 VENV := .venv$(addprefix -tl-,$(TL))$(addprefix -,$(VERSIONS))
 BENCH := .venv-bench
 BIN := $(VENV)/bin
-PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest -q $(SIDE_BY_SIDE)
 SOURCES := $(shell find saelab tests scripts docs conftest.py README.md -name '*.py' -o -name '*.md' 2>/dev/null)
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
@@ -52,7 +53,9 @@ test-oldest test-newest:
 $(VENV)/.tested: $(VENV)/.installed $(SOURCES)
 	$(MAKE) test
 
-check: lint types $(VENV)/.tested notebooks docs-build package
+# Two parts at a time, as some keep one processor busy; each shows its output when it is done, and one that fails fails all.
+check: $(VENV)/.tested
+	$(MAKE) --jobs=2 --output-sync=target lint types notebooks docs-build package
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -61,8 +64,10 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/mypy
 
+# Without the tests' conftest, which loads saelab in processes that only start kernels.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 notebooks: $(VENV)/.installed
-	$(if $(NOTEBOOKS),SAELAB_FAST=1 $(PYTEST) --nbmake --nbmake-timeout=300 $(NOTEBOOKS))
+	$(if $(NOTEBOOKS),SAELAB_FAST=1 $(ONE_THREAD) $(PYTEST) --noconftest -o addopts= --nbmake --nbmake-timeout=300 $(NOTEBOOKS))
 
 # Notebooks are not run for it: their stored outputs are shown. Nothing is fetched.
 docs-build: $(VENV)/.installed
@@ -71,11 +76,10 @@ docs-build: $(VENV)/.installed
 docs: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
-# The archives of a release, built, checked and installed; one in ONE_IN tests of each file, from the unpacked archive.
+# The archives of a release, built, checked and installed; one in ONE_IN tests of some files, from the unpacked archive.
 ONE_IN ?= 12
 package: $(VENV)/.installed
-	$(BIN)/python scripts/check_package.py --constraints $(VENV)/constraints.txt --one-in $(ONE_IN) \
-	    -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python scripts/check_package.py --constraints $(VENV)/constraints.txt --one-in $(ONE_IN) $(if $(filter 1,$(ONE_IN)),$(SIDE_BY_SIDE))
 
 # Which lines the tests run: a table, build/coverage/ and the page docs/coverage.md. Twice as slow as `make test`.
 COVERAGE := build/coverage
