@@ -2,6 +2,7 @@
 
     python scripts/train_tales.py tales        # about 1 million parameters, 40 minutes on one core
     python scripts/train_tales.py tales-b
+    python scripts/train_tales.py tales --density 0.05 --out runs/tales-sparse    # one weight in twenty stays
 
 Writes `saelab/synthetic/models/<name>/` (config.json, 16-bit safetensors, tokenizer) and prints the curve.
 """
@@ -119,7 +120,18 @@ def names_right(model: torch.nn.Module, n: int = 50) -> float:
     return sum(int(model(ids[None].long()).logits[0, -1].argmax()) == answer for ids, answer in prompts) / (2 * n)
 
 
-def train(name: str, steps: int, batch_size: int, peak_lr: float) -> torch.nn.Module:
+@torch.no_grad()
+def keep_largest(model: torch.nn.Module, density: float) -> None:
+    """Set all but the largest weights of each matrix of the layers to 0 (arXiv:2511.13653)."""
+    for name, weight in model.named_parameters():
+        if ".layers." in name and weight.ndim == 2:
+            n_dropped = weight.numel() - round(density * weight.numel())
+            if n_dropped:
+                weight[weight.abs() <= weight.abs().flatten().kthvalue(n_dropped).values] = 0.0
+
+
+def train(name: str, steps: int, batch_size: int, peak_lr: float, density: float = 1.0) -> torch.nn.Module:
+    """Train a model, of whose weights the share `density` is left after the first half of the run."""
     model = make_model(name)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -135,6 +147,8 @@ def train(name: str, steps: int, batch_size: int, peak_lr: float) -> torch.nn.Mo
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if density < 1:
+            keep_largest(model, density ** min(1.0, (step + 1) / (0.5 * steps)))
         n_tokens += int((ids != PAD_ID).sum())
         if (step + 1) % 100 == 0 or step + 1 == steps:
             held, oracle = held_out_loss(model)
@@ -161,11 +175,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=32, help="stories a step")
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--density", type=float, default=1.0, help="share of the layers' weights that are not 0")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: saelab/synthetic/models/<name>")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model = train(args.name, args.steps, args.batch_size, args.lr)
+    model = train(args.name, args.steps, args.batch_size, args.lr, args.density)
     save(model, args.out or Path(__file__).parents[1] / "saelab" / "synthetic" / "models" / args.name)
 
 

@@ -36,7 +36,7 @@ FIGURES = {
     "step": "time of a training step, in steps of TopK: median (least..most) of three turns",
 }
 TOLERATED = 0.1  # share of the target L0
-VERDICTS = ("reproduced", "in part", "refuted", "open")
+VERDICTS = ("reproduced", "in part", "refuted", "open", "out of reach")
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:
@@ -119,7 +119,8 @@ def _claims(folder: Path) -> list[str]:
     body = [
         [claim["paper"], claim["claim"], claim["setting"], f"**{claim['verdict']}**", claim["here"]] for claim in claims
     ]
-    about = "What the papers claim, and what was seen here. *Open* is what has not been measured."
+    about = "What the papers claim, and what was seen here. *Open* is what is not built or not measured yet, *out of "
+    "reach* what needs more than this package on two cores."
     return ["## Claims", "", about, "", *_table(["paper", "claim", "setting here", "verdict", "figures"], body), ""]
 
 
