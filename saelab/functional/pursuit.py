@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
-from saelab.functional.topk import search_topk
+from saelab.functional.topk import DENSE_WIDTH, bound_rounding, search_topk
 
 GATHERED = 2**25  # entries of dictionary rows held at a time
+SEARCHED = 256  # rows whose products with all of W are held at a time, few enough for the cache
 RIDGE = 1e-6  # added to the squared norms of unit rows, so that a system of parallel rows can be solved
 ROUNDING = 1e-6  # products with the residual below this share of ||x|| are of rounding errors
 
@@ -115,8 +116,9 @@ def _choose_and_fit(
     shape = (len(x), n_latents)
     latents = torch.zeros(shape, dtype=torch.int64, device=x.device)
     active, values = torch.zeros(shape, dtype=torch.bool, device=x.device), x.new_zeros(shape)
-    rows, gram = x.new_zeros(*shape, x.shape[1]), x.new_zeros(*shape, n_latents)
-    residual, floor = x, ROUNDING * x.norm(dim=1, keepdim=True)
+    width = n_latents if refit else 0  # rounds fitted alone need no basis of the rounds before
+    basis, recipes = x.new_empty(len(x), width, x.shape[1]), x.new_zeros(len(x), width, width)
+    residual, floor = x.clone(), ROUNDING * x.norm(dim=1, keepdim=True)
     start = end = 0
     while end < n_latents:
         new = slice(end, min(end + per_round, n_latents))
@@ -127,29 +129,89 @@ def _choose_and_fit(
         if not active[:, new].any():
             break
         start, end = 0 if refit else new.start, new.stop
-        now = slice(start, end)
-        rows[:, new] = W[latents[:, new]]
-        block = rows[:, now] @ rows[:, new].mT
-        gram[:, now, new], gram[:, new, now] = block, block.mT
-        target = x if refit else residual
-        values[:, now], active[:, now] = _fit(
-            rows[:, now], gram[:, now, now], target, values[:, now], active[:, now], signed
-        )
-        residual = target - _combine(values[:, now], rows[:, now])
+        now, before = slice(start, end), values[:, start:end].clone()
+        unfit = torch.ones_like(active[:, 0])
+        if refit:
+            for i in range(new.start, end):
+                row, upto = W[latents[:, i]] * active[:, i, None], slice(i + 1)
+                residual = _append(row, residual, values[:, upto], basis[:, upto], recipes[:, upto, upto])
+            unfit = (active[:, now] & (values[:, now] <= 0)).any(1) & (not signed)
+        some = unfit.nonzero()[:, 0]
+        if len(some):
+            rows, target = W[latents[some, now]], (x if refit else residual)[some]
+            values[some, now], active[some, now], found = _fit(
+                rows, rows @ rows.mT, target, before[some], active[some, now], signed
+            )
+            residual[some] = target - _combine(values[some, now], rows)
+            if refit:
+                basis[some, now], recipes[some, now, now] = found @ rows, found
         start = 0 if refit else end
     return latents[:, :end], active[:, :end], values[:, :end]
+
+
+def _append(
+    row: Float[Tensor, "n_rows d_in"],
+    residual: Float[Tensor, "n_rows d_in"],
+    values: Float[Tensor, "n_rows n"],
+    basis: Float[Tensor, "n_rows n d_in"],
+    recipes: Float[Tensor, "n_rows n n"],
+) -> Float[Tensor, "n_rows d_in"]:
+    """What is left of the residual once one more row is fitted too; the codes change in `values`.
+
+    The last vector of `basis` is written: the part of `row` that is orthogonal to the others, by Gram and Schmidt; and
+    the last of `recipes`, which make the basis of the rows: `basis = recipes rows`. RIDGE enters its length so that the
+    recipes are the inverse of the Cholesky factor of `rows rows^T + RIDGE`. A row of zeros is not fitted.
+    """
+    old, made = basis[:, :-1], recipes[:, :-1, :-1]
+    both = torch.stack([row, residual], 1)  # what the fit before left of the residual along the others goes too
+    along = both @ old.mT
+    left, change = torch.baddbmm(both, along, old, alpha=-1), along @ made
+    recipe = torch.cat([-change[:, 0], row.any(1, keepdim=True).to(row)], 1)
+    size = (left[:, 0].square().sum(1) + RIDGE * recipe.square().sum(1)).sqrt()
+    size = size.clamp(min=torch.finfo(row.dtype).tiny)[:, None]
+    basis[:, -1], recipes[:, -1] = left[:, 0] / size, recipe / size
+    step = (basis[:, -1] * left[:, 1]).sum(1, keepdim=True)
+    values[:, :-1] += change[:, 1]
+    values += step * recipes[:, -1]
+    return torch.addcmul(left[:, 1], step, basis[:, -1], value=-1)
 
 
 def _choose(
     residual: Tensor, W: Tensor, n: int, signed: bool
 ) -> tuple[Int[Tensor, "n_rows n"], Float[Tensor, "n_rows n"]]:
     """The rows of W with the largest products with each residual, and the products; 0 where there is none."""
+    if n == 1 and len(W) < DENSE_WIDTH:
+        return _choose_one(residual, W, signed)
+    return _search(residual, W, n, signed)
+
+
+def _search(
+    residual: Tensor, W: Tensor, n: int, signed: bool
+) -> tuple[Int[Tensor, "n_rows n"], Float[Tensor, "n_rows n"]]:
+    """`_choose` by the search for any number of rows."""
     found = search_topk(residual, W, W.new_zeros(len(W)), min(n, len(W)), signed)
     place = torch.arange(len(found.rows), device=W.device) - found.offsets[found.rows]
     latents = found.indices.new_zeros(len(residual), n)
     products = found.values.new_zeros(len(residual), n)
     latents[found.rows, place], products[found.rows, place] = found.indices, found.values
     return latents, products
+
+
+def _choose_one(residual: Tensor, W: Tensor, signed: bool) -> tuple[Int[Tensor, "n_rows 1"], Float[Tensor, "n_rows 1"]]:
+    """`_choose` of one row, by a plain product; where another is within rounding of the largest, by the search."""
+    found, leads = [], []
+    for part in torch.split(residual, SEARCHED):
+        u = part @ W.T
+        size = u.abs_() if signed else u
+        largest, place = size.max(1)
+        found.append(place)
+        leads.append(largest - size.scatter_(1, place[:, None], -torch.inf).amax(1))
+    latents, lead = torch.cat(found), torch.cat(leads)
+    close = (lead <= 2 * bound_rounding(residual, W, W.new_zeros(len(W)))).nonzero()[:, 0]
+    if len(close):
+        latents[close] = _search(residual[close], W, 1, signed)[0][:, 0]
+    products = (residual * W[latents]).sum(1)
+    return latents[:, None], (products if signed else products.relu())[:, None]
 
 
 def _fit(
@@ -159,15 +221,17 @@ def _fit(
     values: Float[Tensor, "n_rows n"],
     active: Bool[Tensor, "n_rows n"],
     signed: bool,
-) -> tuple[Float[Tensor, "n_rows n"], Bool[Tensor, "n_rows n"]]:
-    """Least-squares codes of the active latents, from codes near them; without `signed` the non-negative ones, and the
-    latents that are still active.
+) -> tuple[Float[Tensor, "n_rows n"], Bool[Tensor, "n_rows n"], Float[Tensor, "n_rows n n"]]:
+    """Least-squares codes of the active latents, from codes near them; without `signed` the non-negative ones. With the
+    latents that are still active, and the recipes (`_append`) of a basis of their rows.
     """
+    recipes = _invert(gram, active).to(x)
     # a fit of what the codes leave, not of x: errors of the fit before are corrected
-    target = values + _solve(gram, active, _product(rows, x - _combine(values, rows)))
+    steps = _product(recipes, _product(rows, x - _combine(values, rows)))
+    target = values + _combine(steps, recipes)
     below = active & (target <= 0)
     if signed or not below.any():
-        return target, active
+        return target, active, recipes
     some = below.any(1).nonzero()[:, 0]
     before, below = values[some], below[some]
     # as far towards the target as all codes stay non-negative; the first to reach 0 is left out
@@ -177,8 +241,8 @@ def _fit(
     kept = active[some] & ~(share <= nearest)
     moved = (before + nearest * (target[some] - before)) * kept
     active = active.clone()
-    target[some], active[some] = _fit(rows[some], gram[some], x[some], moved, kept, signed)
-    return target, active
+    target[some], active[some], recipes[some] = _fit(rows[some], gram[some], x[some], moved, kept, signed)
+    return target, active, recipes
 
 
 def _fit_again(x: Tensor, W: Tensor, latents: Tensor, active: Tensor, width: int) -> Float[Tensor, "n_rows n"]:
@@ -186,20 +250,21 @@ def _fit_again(x: Tensor, W: Tensor, latents: Tensor, active: Tensor, width: int
     residual, found = x, []
     for chosen, real in zip(torch.split(latents, width, 1), torch.split(active, width, 1), strict=True):
         rows = W[chosen]
-        found.append(_solve(rows @ rows.mT, real, _product(rows, residual)))
+        recipes = _invert(rows @ rows.mT, real).to(x)
+        found.append(_combine(_product(recipes, _product(rows, residual)), recipes))
         residual = residual - _combine(found[-1], rows)
     return torch.cat(found, 1) if found else x.new_zeros(len(x), 0)
 
 
-def _solve(
-    gram: Float[Tensor, "n_rows n n"], active: Bool[Tensor, "n_rows n"], products: Float[Tensor, "n_rows n"]
-) -> Float[Tensor, "n_rows n"]:
-    """Codes c with `c G = products` for the active latents, 0 for the others."""
+def _invert(gram: Float[Tensor, "n_rows n n"], active: Bool[Tensor, "n_rows n"]) -> Float[Tensor, "n_rows n n"]:
+    """Inverse of the Cholesky factor of `gram + RIDGE` for the active latents, 0 for the others."""
     both = active[:, :, None] & active[:, None, :]
     system = torch.where(both, gram, 0.0) + torch.diag_embed(torch.where(active, RIDGE, 1.0).to(gram))
     precise = torch.float32 if gram.device.type == "mps" else torch.float64
     factor = torch.linalg.cholesky(system.to(precise))
-    return torch.cholesky_solve((products * active).to(precise)[:, :, None], factor)[:, :, 0].to(products)
+    one = torch.eye(gram.shape[1], dtype=precise, device=gram.device)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, one.expand_as(factor), upper=False)
+    return inverse * both
 
 
 def _combine(values: Float[Tensor, "n_rows n"], rows: Float[Tensor, "n_rows n d_in"]) -> Float[Tensor, "n_rows d_in"]:
@@ -207,7 +272,7 @@ def _combine(values: Float[Tensor, "n_rows n"], rows: Float[Tensor, "n_rows n d_
 
 
 def _product(rows: Float[Tensor, "n_rows n d_in"], x: Float[Tensor, "n_rows d_in"]) -> Float[Tensor, "n_rows n"]:
-    return (rows @ x[:, :, None])[:, :, 0]
+    return (x[:, None] @ rows.mT)[:, 0]
 
 
 def _is_done(

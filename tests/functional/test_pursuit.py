@@ -227,6 +227,22 @@ def test_least_squares_are_those_of_the_plain_loop(d_sae, signed, per_round, ref
     assert bool((found.values < 0).any()) == signed and found.l0[3] == 0 and 1 < found.l0.max() <= 5
 
 
+def test_what_is_chosen_after_others_were_left_out_is_fitted_with_the_rest():
+    """Rows with a common part, so that many codes turn negative on the way; the fit is the best: no slope is left."""
+    x, W = 1 + draw(200, 16, seed=1), 0.5 + draw(60, 16, seed=2)
+    found = pursue_least_squares(x, W, 12)
+    slopes = (x - found.decode(W)) @ W.T
+    assert slopes[found.rows, found.indices].abs().max() < 1e-4 * x.norm(dim=1).max()
+    assert (found.l0 < 12).any() and (found.values > 0).all()
+
+
+def test_of_equal_rows_the_first_is_chosen():
+    W, x = draw(15, 33, seed=1).repeat(37, 1), draw(300, 33, seed=3)  # a product's last columns may round otherwise
+    W = W / W.norm(dim=1, keepdim=True)
+    for found in (pursue(x, W, 4, True), pursue_least_squares(x, W, 4, True)):
+        assert found.indices.max() < 15
+
+
 def test_they_are_scikit_learns():
     x, W = draw(40, 20, seed=1), draw(60, 20, seed=2)
     W = W / W.norm(dim=1, keepdim=True)
