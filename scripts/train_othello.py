@@ -212,6 +212,7 @@ def main() -> None:
     save_tokenizer(args.out)
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     train(model, args.steps, args.batch_size, args.lr, args.first, dtype, args.out)
+    model.to(torch.float16).save_pretrained(args.out)  # type: ignore[operator]  # as the package has it
     probe(args.out, args.n_probe_games)
 
 

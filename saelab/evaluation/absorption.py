@@ -17,6 +17,7 @@ from torch import Tensor
 from saelab.evaluation.coded_tokens import CodedTokens, code_baselines
 from saelab.evaluation.feature_classifiers import MAX_SPLIT, SAMPLE_TOKENS, SPLIT_GAIN, ratio
 from saelab.functional.statistics import choose_threshold, f1, fit_balanced_probe, fit_probe, permute_labels
+from saelab.lm.hooks import require_finite
 from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.sae.sae import SAE
 from saelab.stores.corpus import split_documents
@@ -216,6 +217,7 @@ class _Task:
         min_count: int,
         seed: int,
     ) -> "_Task":
+        require_finite("acts", acts)
         x = acts.float().cpu()
         y = np.stack([labels[name].flatten().numpy() for name in parents], 1)
         rows = np.random.default_rng(seed).permutation(np.flatnonzero(is_train))[:SAMPLE_TOKENS]
@@ -245,8 +247,8 @@ class _Task:
         y = self.labels[name].flatten().numpy()
         probe_f1 = _f1_of(self.found[held, i], y[held])
         reason = ""
-        if min(y[self.is_train].sum(), y[held].sum()) < self.min_count:
-            reason = f"fewer than {self.min_count} tokens in training or held-out documents"
+        if min(min(part.sum(), (~part).sum()) for part in (y[self.is_train], y[held])) < self.min_count:
+            reason = f"fewer than {self.min_count} tokens with it, or without it, in training or held-out documents"
         elif probe_f1 < PROBE_F1:
             reason = f"the probe on activations has F1 {probe_f1:.2f}, below {PROBE_F1}"
         if reason:

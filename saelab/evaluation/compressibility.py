@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saelab.evaluation.feature_classifiers import encode_csr
 from saelab.functional.metrics import ReconstructionSums
+from saelab.lm.hooks import require_finite
 from saelab.sae.activation_functions import BatchTopK
 from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import measure
@@ -149,7 +150,8 @@ class DescriptionLength(Result):
         for name, one in {"SAE": self, **self.baselines}.items():
             bits = [f"{value:.2f}" for value in (one.bits, one.bits_indices, one.bits_values)]
             table.append([name, *bits, str(one.n_bins), f"{one.fvu:.4f}", f"{one.l0:.2f}"])
-        return "\n".join([f"Description length of {self.n_tokens:,} tokens", *format_table(table)])
+        reasons = [f"{name}: {one.reason}" for name, one in {"SAE": self, **self.baselines}.items() if one.reason]
+        return "\n".join([f"Description length of {self.n_tokens:,} tokens", *format_table(table), *reasons])
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, ready for JSON."""
@@ -204,6 +206,9 @@ def _measure(
 ) -> DescriptionLength:
     if sae.cfg.d_out is not None or isinstance(sae.output_scale(acts[:1].to(sae.device)), Tensor):
         raise ValueError(f"An SAE must rebuild its activations by the same vectors at every token, got {sae!r}.")
+    if not len(acts):
+        raise ValueError("`acts` must hold tokens, got none.")
+    require_finite("acts", acts)
     codes = encode_csr(sae, acts)
     rows = sae.directions().float().cpu().numpy()
     with torch.no_grad():
@@ -230,7 +235,7 @@ def _measure(
         bits_values=strength,
         n_bins=n_bins,
         error=error,
-        reason="" if error <= tolerance else f"no number of bins up to {bins[-1]} adds at most {tolerance:g}",
+        reason=_explain(plain, error, bins[-1], tolerance),
         fvu=rounded,
         l0=codes.nnz / codes.shape[0],
         n_tokens=codes.shape[0],
@@ -261,3 +266,12 @@ def count_bits(codes: "csr_matrix", places: Int[np.ndarray, "nnz"], n_bins: int)
 
 def _plogp(p: np.ndarray) -> np.ndarray:
     return np.asarray(-p * np.log2(np.where(p > 0, p, 1.0)))
+
+
+def _explain(plain: float, error: float, most: int, tolerance: float) -> str:
+    """Why the error that rounding adds is above the tolerance, or ''."""
+    if math.isnan(plain):
+        return "the activations do not vary"
+    if plain == 0:
+        return "the codes rebuild the activations without error, of which rounding could add a share"
+    return "" if error <= tolerance else f"no number of bins up to {most} adds at most {tolerance:g}"

@@ -18,6 +18,7 @@ from torch import Tensor
 from saelab.evaluation.coded_tokens import CodedTokens, code_baselines
 from saelab.evaluation.feature_classifiers import SAMPLE_TOKENS
 from saelab.functional.statistics import balanced_accuracy, fit_probe, permute_labels
+from saelab.lm.hooks import require_finite
 from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.sae.sae import SAE
 from saelab.stores.corpus import split_documents
@@ -139,14 +140,17 @@ def score_tpp(
             SAE whose features have no fixed directions.
     """
     data = _Data.read(acts, labels, doc_ids, concepts, train_frac, seed)
-    counts = np.minimum(data.y[data.is_train].sum(0), data.y[~data.is_train].sum(0))
+    halves = data.y[data.is_train], data.y[~data.is_train]
+    counts = np.min([count for y in halves for count in (y.sum(0), (~y).sum(0))], 0)
     if (counts >= min_count).sum() < 2:
         raise ValueError(
             f"Two concepts must have {min_count} tokens on either side, got {int((counts >= min_count).sum())}."
         )
     few = [
         ConceptEdit(
-            concept=name, ablated=name, reason=f"fewer than {min_count} tokens in training or held-out documents"
+            concept=name,
+            ablated=name,
+            reason=f"fewer than {min_count} tokens with it, or without it, in training or held-out documents",
         )
         for name, n in zip(data.names, counts, strict=True)
         if n < min_count
@@ -232,6 +236,7 @@ class _Data:
         names = tuple(given.find(name) for name in (given.names if concepts is None else concepts))
         documents = given.require_documents()
         y = np.stack([given[name].flatten().numpy() for name in names], 1)
+        require_finite("acts", acts)
         return cls(acts.float().cpu(), y, names, documents, split_documents(documents, train_frac, seed), seed)
 
     def select(self, columns: Int[np.ndarray, "n"]) -> "_Data":

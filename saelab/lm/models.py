@@ -37,7 +37,7 @@ from saelab.stores.jobs import hidden
 logger = logging.getLogger(__name__)
 _STARTERS = ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system", "popen", "startfile")
 Processing = Literal["none", "folded"]
-BUILT_IN = ("tales", "tales-b")
+BUILT_IN = ("tales", "tales-b", "othello")
 WORLD_MODELS = Path(__file__).parents[1] / "synthetic" / "models"
 """folder of the built-in models"""
 
@@ -162,8 +162,8 @@ def load_model(
     Of a multimodal model the language tower is used; nothing is installed or started for the rest.
 
     Args:
-        name_or_path: "tales" or "tales-b" (the models of `saelab.synthetic`, part of the package; "./tales" is a
-            folder of that name), a Hub id, a local folder (the network is not used), "tiny" for `tiny_model()`, a
+        name_or_path: "tales", "tales-b" or "othello" (the models of `saelab.synthetic`, part of the package; "./tales"
+            is a folder of that name), a Hub id, a local folder (the network is not used), "tiny" for `tiny_model()`, a
             Hugging Face model object (unchanged; the bridge shares its weights), or a bridge (returned as it is).
         device: None is the best one present (the CPU for built-in models); not allowed for an object, which keeps its
             own.

@@ -107,7 +107,12 @@ def fit_baselines(
 def _why_not(sae: SAE, name: str) -> str | None:
     """Why an SAE cannot have a baseline, or None."""
     if name == "frozen_encoder" and sae.cfg.encoder != "linear":
-        return f"its encoder is {sae.cfg.encoder}, which has no weights"
+        return f"its encoder is {sae.cfg.encoder}, which cannot be frozen"
+    if name in SANITY:
+        try:
+            replace(sae.cfg, **SANITY[name])
+        except ValueError as error:
+            return str(error)
     if name == JOINT:
         return refuse_labels(sae.cfg)
     if name in METHODS and sae.cfg.d_out is not None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from saelab.sae import objectives
-from saelab.sae.activation_functions import TopK, read_activation
+from saelab.sae.activation_functions import GroupMax, TopK, read_activation
 from saelab.sae.activation_registry import Activation
 from saelab.sae.archetypal import Archetypal
 from saelab.sae.duplicates import DuplicateReset
@@ -206,6 +206,8 @@ class SAEConfig:
                 f"`sparsity_schedule` must start above 0 and end at 1, which is the k or target L0 of the trained SAE, "
                 f"got {schedule}."
             )
+        if isinstance(self.activation, GroupMax):
+            raise ValueError("`sparsity_schedule` must be None for GroupMax, whose k is its number of groups.")
         if not hasattr(self.activation, "k") and self.activation.penalty_target is None:
             raise ValueError(
                 f"`sparsity_schedule` must have a k or a target L0 to multiply, got {self.activation}; to schedule a "
@@ -229,7 +231,7 @@ class SAEConfig:
 
     def _check_dictionary(self) -> None:
         if not (self.train_encoder or self.encoder == "linear"):
-            raise ValueError(f"`train_encoder` must be true where W_dec is the encoder, got {self.encoder}.")
+            raise ValueError(f"`train_encoder` must be true of encoders other than 'linear', got {self.encoder}.")
         if not isinstance(self.dictionary, Archetypal | SoftFrozen):
             _check_choice("dictionary", self.dictionary, get_args(Dictionary))
         elif isinstance(self.dictionary, Archetypal) and self.init != "tied":
@@ -264,7 +266,8 @@ class SAEConfig:
         if isinstance(self.encoder, PursuitEncoder | Refined):
             plain["encoder"] = self.encoder.to_dict()
         aux = self.aux
-        if self.objective == ((ReconstructionLoss(),) if aux is None else (ReconstructionLoss(), aux)):
+        known = aux is None or type(aux) is AuxK
+        if known and self.objective == ((ReconstructionLoss(),) if aux is None else (ReconstructionLoss(), aux)):
             plain = {("aux" if key == "objective" else key): value for key, value in plain.items()}
             plain["aux"] = None if aux is None else asdict(aux)
         else:

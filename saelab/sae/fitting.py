@@ -240,7 +240,7 @@ def make_run(
     """
     acts = open_data(acts)
     for sae in saes:
-        _check_widths(sae, acts.d_in, getattr(acts, "d_out", None))
+        check_widths(sae, acts.d_in, getattr(acts, "d_out", None))
     kept = open_data(held_out)[:] if held_out is not None else None  # type: ignore[index]
     paired = [term.name for sae in saes for term in sae.cfg.terms if "neighbors" in term.needs]
     if isinstance(acts, Batches):
@@ -281,7 +281,7 @@ def fit_normalizer(sae: SAEModule, acts: Data, *, seed: int = 0) -> None:
     if getattr(sae, "training_", None) is not None:
         raise ValueError("`sae` must not be trained yet: its weights are in the units of the normalizer it has.")
     acts = open_data(acts)
-    _check_widths(sae, acts.d_in, getattr(acts, "d_out", None))
+    check_widths(sae, acts.d_in, getattr(acts, "d_out", None))
     batches = acts if isinstance(acts, Batches) else acts.batches(min(NORMALIZER_TOKENS, acts.n_tokens), seed=seed)
     sae.fit_normalizers(next(batches).to(sae.W_dec))
 
@@ -296,7 +296,7 @@ def open_data(acts: Data) -> Activations | ActivationPairs | Batches:
     return Activations.from_tensor(acts) if isinstance(acts, Tensor) else acts
 
 
-def _check_widths(sae: SAEModule, d_in: int, d_out: int | None) -> None:
+def check_widths(sae: SAEModule, d_in: int, d_out: int | None) -> None:
     """Raise ValueError where activations, or pairs (d_out is not None), have other widths than the SAE."""
     cfg = sae.cfg
     if cfg.d_out is not None and d_out is None:

@@ -14,7 +14,7 @@ from saelab.functional.codes import sparse_decode
 from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.sae.config import SAEConfig
 from saelab.sae.encoders import PursuitEncoder
-from saelab.sae.fitting import MAX_TOKENS, Data, describe_training, finish, hold_out, open_data
+from saelab.sae.fitting import MAX_TOKENS, Data, check_widths, describe_training, finish, hold_out, open_data
 from saelab.sae.objectives.terms import TrainingStep
 from saelab.sae.pretrained import WEIGHTS
 from saelab.sae.sae import SAE
@@ -121,9 +121,12 @@ def fit_joint_dictionary(
         raise ValueError(f"`coefficient` must be at least 0 and finite, got {coefficient}.")
     if (why := refuse_labels(sae.cfg)) is not None:
         raise ValueError(f"`sae` must have codes that labels can move, got {sae}: {why}.")
+    if any(term.name == TERM for term in sae.cfg.objective):
+        raise ValueError(f"`sae` must have no loss term '{TERM}', the name of the classifier's, got one; rename it.")
     given, data = TokenLabels.of(labels), open_data(acts)
     if not isinstance(data, Activations):
         raise ValueError(f"`acts` must be collected activations, got {type(data).__name__}; a stream has no labels.")
+    check_widths(sae, data.d_in, None)
     if given.n_tokens != len(data):
         raise ValueError(f"`labels` must have one for each of the {len(data)} tokens, got {given.n_tokens}.")
     cfg = cfg or TrainConfig()
@@ -133,6 +136,7 @@ def fit_joint_dictionary(
         sae, cfg, marks[: len(marks) - (0 if kept is None else len(kept))], given.names, coefficient
     )
     run = train(TrainingRun([trainee], rows, cfg, kept, None), sinks=sinks, progress=progress)
+    trainee.settle()
     held_out = None if kept is None else kept[:, : sae.cfg.d_in]
     others = run.peek(MAX_TOKENS)[:, : sae.cfg.d_in] if kept is None else kept[:0, : sae.cfg.d_in]
     described = describe_training(run, 0, finish(sae, held_out, others))
@@ -207,6 +211,13 @@ class _JointTraining(TrainingSAE):
             at = step.entries
             logits = sparse_decode(step.values, W, at.indices, at.rows, at.offsets) + b
         return (binary_cross_entropy_with_logits(logits, y, reduction="none").mean(0) / self.entropy).mean()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put the latents in their final order, in the classifier too."""
+        if (order := self.sae.cfg.reconstruction.final_order(self.state)) is not None:
+            self.both.classifier.W.copy_(self.both.classifier.W[order])
+        super().settle()
 
     def recycle_gradients(self) -> None:
         """Clear the gradients, of the classifier too."""

@@ -169,7 +169,7 @@ class SAEModule(nn.Module):
         self._check_width(x)
         flat = x.reshape(-1, self.cfg.d_in)
         centered = self.center(flat)
-        codes = self.search(self.refine(centered), training=False)
+        codes = self.search(self.refine(centered))
         if codes is None:
             codes = self._encode_by_parts(flat)
         elif self.cfg.pruning is not None:
@@ -194,13 +194,20 @@ class SAEModule(nn.Module):
             z = self.encode(flat)[:, chosen] if whole else self.encode_sparse(flat).columns(chosen)
         return z.view(*x.shape[:-1], len(latents))
 
-    def search(self, centered: Float[Tensor, "n_rows d_in"], training: bool) -> SparseCodes | None:
-        """Pre-activations that may be active, in sparse form, for rows that `center` returned; None where the dense
-        computation must or should be used instead.
+    def search(self, read: Float[Tensor, "n_rows d_in"]) -> SparseCodes | None:
+        """Codes in inference, in sparse form, for rows that `refine` returned; None where the dense computation must or
+        should be used instead.
         """
         if isinstance(self.cfg.encoder, PursuitEncoder):
-            return self.pursue(centered, self.W_dec)
-        return self.cfg.activation.search(centered, self.W_enc.T, self.b_enc, self.threshold, training=training)
+            return self.pursue(read, self.W_dec)
+        activation, threshold = self.cfg.activation, self.threshold
+        found = activation.search(read, self.W_enc.T, self.b_enc, threshold, training=False)
+        if found is None or type(activation).fire is Activation.fire:
+            return found
+        if threshold is not None and threshold.ndim:
+            threshold = threshold.index_select(0, found.indices)
+        codes = replace(found, values=activation.fire(found.values, threshold))
+        return codes if bool((codes.values != 0).all()) else codes.keep(codes.values != 0)
 
     def gate(self, u: Float[Tensor, "*shape"], latents: Int[Tensor, "nnz"] | None = None) -> Float[Tensor, "*shape"]:
         """Pre-activations of the gates of `Gated`, `exp(-r_mag) (u - b_enc) + b_gate`: positive where a latent fires.

@@ -31,6 +31,8 @@ from saelab.sae.formats.origin import Origin, SAEFacts
 from saelab.sae.formats.registry import OWN, find_format, require_room, write_foreign
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
+from saelab.sae.objectives.dead_latents import AuxK
+from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.pretrained import check_config, fill, load, locate, on_meta, write_card, write_sae
 from saelab.stores.files import read_settled, shareable, write_atomic
 from saelab.stores.jobs import hold_folder
@@ -333,6 +335,11 @@ class SAE(SAEModule):
             )
         if len(sample) == 0:
             raise ValueError("`sample` must hold activations to find thresholds on, got none.")
+        if not self._passes_on(sample[:256].to(self.W_dec)):
+            raise ValueError(
+                f"`to_jumprelu` must be given an SAE whose codes are its pre-activations where they are not 0, got "
+                f"{self.cfg.activation}, which changes them."
+            )
         threshold, l0 = match_thresholds(self, sample), target_l0 or mean_l0(self, sample)
         kind = AbsJumpReLU if self.cfg.activation.signed else JumpReLU
         other = self._with_activation(kind(target_l0=max(l0, 1e-6)))
@@ -343,12 +350,25 @@ class SAE(SAEModule):
             raise ValueError(f"`target_l0` must be reached by a factor on all thresholds, got {target_l0}.")
         return other
 
+    @torch.no_grad()
+    def _passes_on(self, x: Float[Tensor, "n d_in"]) -> bool:
+        """Whether codes are pre-activations or 0, on some tokens."""
+        z, u = self.encode(x), self.center(x) @ self.W_enc + self.b_enc
+        return torch.allclose(z, torch.where(z != 0, u, 0.0), rtol=1e-3, atol=1e-4 * float(u.abs().max()))
+
     def _with_activation(self, activation: Activation) -> "SAE":
-        """The same weights, shared, with another activation, whose threshold is not set."""
+        """The same weights, shared, with another activation, whose threshold is not set. Loss terms that go with the
+        activation before alone are left out.
+        """
         held = {name: t for name, t in self.state_dict().items() if name not in ("threshold", "r_mag", "b_gate")}
         if (threshold := activation.initial_threshold(self.cfg.d_sae)) is not None:
             held["threshold"] = torch.full(threshold.shape, torch.nan, device=self.device)
-        return self._share(replace(self.cfg, activation=activation), held)
+        try:
+            cfg = replace(self.cfg, activation=activation)
+        except ValueError:
+            plain = (ReconstructionLoss(), *(term for term in self.cfg.objective if isinstance(term, AuxK)))
+            cfg = replace(self.cfg, activation=activation, objective=plain)
+        return self._share(cfg, held)
 
     def _share(self, cfg: SAEConfig, held: dict[str, Tensor]) -> "SAE":
         """An SAE of another configuration that has these tensors as its weights."""

@@ -97,6 +97,11 @@ class TrainingSAE:
         for term in sae.cfg.terms:
             self.state |= {f"{term.name}.{key}": t.to(sae.device) for key, t in term.initial_state(sae.cfg).items()}
         if isinstance(sae.cfg.dictionary, SoftFrozen):
+            if getattr(sae, "training_", None) is not None:
+                raise ValueError(
+                    f"An SAE with {sae.cfg.dictionary} must be trained in one run, got one that was trained before: "
+                    "the rows it started from, which bound it, are gone. Train a new one, or go on with resume=True."
+                )
             self.state["axes"] = torch.zeros_like(sae.W_dec)
         self.steered = activation.penalty_target is not None
         self.spare: dict[str, Tensor] = {}

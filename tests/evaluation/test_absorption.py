@@ -77,10 +77,14 @@ def test_a_parent_in_three_parts_is_split_not_absorbed(world):
 
 def test_what_a_probe_does_not_find_is_not_scored(world):
     acts, labels = world
-    few = TokenLabels.of({"rare": np.arange(len(acts)) < 5, "chance": np.random.default_rng(1).random(len(acts)) < 0.1})
+    rare, never = np.arange(len(acts)) < 5, np.ones(len(acts), bool)
+    few = TokenLabels.of({"rare": rare, "always": never, "chance": np.random.default_rng(1).random(len(acts)) < 0.1})
     found = score_absorption(sae_of(torch.eye(D), sl.ReLU()), acts, few, labels.doc_ids, baselines=False)
-    assert "fewer than 20" in found["rare"].reason and "probe" in found["chance"].reason
+    assert all("fewer than 20" in found[name].reason for name in ("rare", "always"))
+    assert "probe" in found["chance"].reason
     assert np.isnan(found.full) and np.isnan(found["chance"].full)
+    with pytest.raises(ValueError, match="'acts' has NaN or infinity in 1 of"):
+        score_absorption(sae_of(torch.eye(D), sl.ReLU()), acts.index_fill(0, torch.tensor([5]), torch.nan), labels)
     with pytest.raises(ValueError, match="must have a row for each"):
         score_absorption(sae_of(torch.eye(D), sl.ReLU()), acts[1:], labels)
 

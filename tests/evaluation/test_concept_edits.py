@@ -70,6 +70,11 @@ def test_what_has_no_meaning_has_a_reason(world):
     assert "under 20 tokens" in found.rows[0].reason and np.isnan(found.rows[0].before)
     with pytest.raises(ValueError, match="Two concepts must have"):
         score_tpp(sae, acts, labels, concepts=["a"], baselines=False)
+    always = TokenLabels.of({name: labels[name] for name in WORDS[:2]} | {"always": np.ones(N, bool)})
+    found = score_tpp(sae, acts, always, labels.doc_ids, ns=(1,), baselines=False)
+    assert [bool(row.reason) for row in found.rows] == [False, False, True]
+    with pytest.raises(ValueError, match="'acts' has NaN or infinity in 1 of"):
+        score_tpp(sae, acts.index_fill(0, torch.tensor([5]), torch.nan), labels, concepts=WORDS)
     with pytest.raises(ValueError, match="must be one of the labels"):
         score_scr(sae, acts, labels, [("a", "nothing")])
 

@@ -8,7 +8,7 @@ from unchecked import unchecked
 
 import saelab as sl
 from saelab.functional import sparsemax
-from saelab.sae import Log1pReLU, Sparsemax
+from saelab.sae import Log1pReLU, Refined, Sparsemax
 from saelab.sae.training_sae import TrainingSAE
 
 
@@ -75,6 +75,13 @@ def test_log1p_compresses_codes_in_a_step_as_in_the_formula(bias, tmp_path):
         one.b_enc.data.fill_(bias)
     assert (sae.cfg.activation.search(sae.center(x), sae.W_enc.T, sae.b_enc, None, True) is None) == (bias == 0)
     torch.testing.assert_close(sae.encode(x), plain.encode(x).log1p())
+    refined = sl.SAE(replace(sae.cfg, encoder=Refined()), seed=0)
+    for one in (sae, refined):
+        torch.testing.assert_close(one.encode_sparse(x).to_dense(), one.encode(x))
+        torch.testing.assert_close(one.encode_latents(x, [1, 9]), one.encode(x)[:, [1, 9]])
+    for changed in (cfg.activation, Sparsemax()):
+        with pytest.raises(ValueError, match="which changes them"):
+            sl.SAE(replace(cfg, activation=changed), seed=0).to_jumprelu(x)
     check_gradients(sae, x[:50], lambda u: u.relu().log1p(), lambda z: 0.01 * z.sum(1).mean())
     sae.save_pretrained(tmp_path / "own")
     assert torch.equal(sl.SAE.from_pretrained(tmp_path / "own").encode(x), sae.encode(x))

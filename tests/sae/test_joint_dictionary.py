@@ -10,11 +10,17 @@ import saelab as sl
 from saelab.functional.statistics import fit_probe
 from saelab.sae.baselines import fit_baselines, load_baselines
 from saelab.sae.joint_dictionary import JointDictionary, _JointTraining, fit_joint_dictionary
+from saelab.sae.objectives import MatryoshkaLoss
 from saelab.stores.files import save_tensors
 
 D, N, N_TRAIN = 12, 3_000, 2_000
 RUN = sl.TrainConfig(n_tokens=24_000, batch_size=400, seed=3, n_held_out=0, lr=0.05, log_every_tokens=24_000)
 SHORT = replace(RUN, n_tokens=1_200)
+
+
+@sl.register_loss_term("labels")
+class Taken(sl.AuxK):
+    pass
 
 
 def plant(size):
@@ -117,6 +123,18 @@ def test_it_is_a_baseline_where_labels_are_given(tmp_path, fitted):
         fit_baselines(*args, short, methods=["joint"])
 
 
+@unchecked()
+def test_latents_are_put_in_their_order_with_the_classifier():
+    x, y = WORLDS[0.3]
+    axes = {"prefixes": (4, D), "objective": (MatryoshkaLoss(by_rate=True), sl.AuxK())}
+    alone = make(**axes).fit(x, SHORT, progress=False)
+    joint, labels = fit_joint_dictionary(make(**axes), x, {"y": y}, SHORT, coefficient=0.0, progress=False), {"y": y}
+    assert torch.equal(joint.sae.W_enc, alone.W_enc)
+    trained = fit_joint_dictionary(make(**axes), x, labels, RUN, coefficient=3.0, progress=False)
+    assert trained.sae.training_["last"]["labels"] < 2.4  # of 3 at the rates: lost where rows are another latent's
+    assert float(((trained.predict(x)[:, 0] > 0.5) == y).float().mean()) > 0.7
+
+
 def test_saved_and_loaded_to_the_bit_with_its_classifier(tmp_path, fitted):
     joint, x = fitted[0.3, 1.0], WORLDS[0.3][0]
     joint.save_pretrained(tmp_path)
@@ -142,6 +160,8 @@ def test_what_cannot_learn_from_labels_is_refused():
         (make(encoder=sl.sae.OrthogonalMatchingPursuit()), {"y": y}, "constants in training", {}),
         (make(), {"y": y[1:]}, "one for each of the 3000 tokens", {}),
         (make(), {"y": torch.ones(N, dtype=torch.bool)}, r"not so: \['y'\]", {}),
+        (make(objective=(sl.ReconstructionLoss(), Taken())), {"y": y}, "no loss term 'labels'", {}),
+        (make(d_in=D + 1), {"y": y}, "`d_in` of the SAE", {}),
         (make(), {"y": y}, "`coefficient` must be at least 0", {"coefficient": -1.0}),
     ):
         with pytest.raises(ValueError, match=why):

@@ -59,6 +59,9 @@ def test_what_has_no_pre_activations_or_sample_is_refused():
         sl.SAE(cfg).to_jumprelu(torch.ones(4, 8))
     with pytest.raises(ValueError, match="chosen by pre-activations alone, got GroupMax"):
         sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, activation=GroupMax(k=2))).to_jumprelu(torch.ones(4, 8))
-    sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, activation=sl.TopK(k=2)))
+    many = (sl.sae.objectives.HierarchicalLoss(ks=(1, 2, 4)), sl.AuxK())
+    sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, activation=sl.TopK(k=2), objective=many))
+    for other in (sae.to_jumprelu(torch.eye(8)), sae.with_k(6)):  # its loss terms are not those of such an activation
+        assert other.cfg.objective == (sl.ReconstructionLoss(), sl.AuxK())
     with pytest.raises(ValueError, match="`sample` must hold activations"):
         sae.to_jumprelu(torch.ones(0, 8))

@@ -115,6 +115,12 @@ def test_they_are_saved_resumed_and_folded(tmp_path, axes, activation):
 
 
 def test_settings_without_sense_are_refused():
+    with pytest.raises(ValueError, match="must be trained in one run"):
+        fitted(dictionary=SoftFrozen()).fit(data(), sl.TrainConfig(n_tokens=2_000, batch_size=100), progress=False)
+    with pytest.raises(ValueError, match="whose k is its number of groups"):
+        sl.SAEConfig(
+            d_in=4, d_sae=64, activation=sl.sae.GroupMax(k=4), sparsity_schedule=sl.Schedule(start=2.0, end=1.0)
+        )
     for cosine in (1.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=r"`cosine` must be in \(-1, 1\)"):
             SoftFrozen(cosine=cosine)

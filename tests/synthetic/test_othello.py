@@ -123,3 +123,18 @@ def test_the_world_goes_through_collecting_and_scoring(tmp_path):
     of_squares = [row for row in scores.concepts if row.kind == "mine"]
     assert len(of_squares) == 64 and sum(not row.reason for row in of_squares) > 50
     assert all(row.f1 > 0.2 for row in of_squares if row.n_tokens > 800)
+
+
+def test_the_bundled_model_plays_legal_moves():
+    """Its likeliest next move on games that it has never seen, of which one move in seven would be legal by chance."""
+    model, games = sl.load_model("othello", progress=False), generate_games(20, first=20_000_000)
+    tokens = games.tokens()
+    likeliest = sl.lm.logits(model, tokens.ids).argmax(-1)
+    legal = np.zeros((len(games.token_ids), len(VOCABULARY)), bool)
+    for square, column in ((c.name.split()[1], i) for i, c in enumerate(CONCEPTS) if c.kind == "legal"):
+        if square in VOCABULARY:
+            legal[:, VOCABULARY.index(square)] = games.labels.matrix[:, column].toarray()[:, 0]
+    going = legal.any(1)
+    said = likeliest[tokens.attention_mask].numpy()
+    share, n = legal[np.arange(len(said)), said][going].mean(), going.sum()
+    assert share > 0.97 - 4 * (0.97 * 0.03 / n) ** 0.5

@@ -10,7 +10,7 @@ import torch
 from unchecked import unchecked
 
 from saelab.lm.hooks import logits, next_token_loss
-from saelab.lm.models import BUILT_IN, load_model
+from saelab.lm.models import load_model
 from saelab.lm.tokens import tokenize
 from saelab.synthetic import lexicon as lex
 from saelab.synthetic.grammar import Tale
@@ -233,7 +233,7 @@ def test_fact_pairs_differ_in_the_town_alone():
             assert shown == {of_town[VOCABULARY[answer]]}
 
 
-@pytest.fixture(scope="module", params=BUILT_IN)
+@pytest.fixture(scope="module", params=["tales", "tales-b"])
 def model(request):
     return load_model(request.param)
 

@@ -165,7 +165,7 @@ def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
     """Class name and configuration that express the SAE; ValueError where none does."""
     cfg, activation = coder.cfg, coder.cfg.activation
     if cfg.d_out is not None or cfg.encoder != "linear":
-        what = "a transcoder" if cfg.d_out is not None else "matching pursuit"
+        what = "a transcoder" if cfg.d_out is not None else str(cfg.encoder)
         raise ValueError(f"dictionary_learning has autoencoders with one linear step only, got {what}; write saelens.")
     if cfg.normalizer != "none":
         raise ValueError(

@@ -98,7 +98,8 @@ def describe(coder: SAEModule, provenance: Provenance | None) -> dict[str, Any]:
     """sparsify configuration of an SAE; ValueError for what sparsify cannot express."""
     cfg, activation = coder.cfg, coder.cfg.activation
     if type(activation) not in (TopK, GroupMax) or cfg.encoder != "linear":
-        raise ValueError(f"sparsify knows TopK and GroupMax with a linear encoder, got {activation}; write saelens.")
+        got = activation if cfg.encoder == "linear" else cfg.encoder
+        raise ValueError(f"sparsify knows TopK and GroupMax with a linear encoder, got {got}; write saelens.")
     if cfg.normalizer != "none":
         raise ValueError(
             f"sparsify reads activations as they are, got normalizer '{cfg.normalizer}', which measures every token."

@@ -50,12 +50,12 @@ class LpPenalty(SparsityLoss):
 
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """`lambda * sum |z|^p / n_tokens`, with the exponent of this step."""
-        done, due = int(step.state["lp.updates"]), self.updates_due(step.share)
+        done, due = int(step.state[f"{self.name}.updates"]), self.updates_due(step.share)
         value = self._sum(step, done)
         if due > done:
-            step.notes["lp.updates"] = torch.tensor(due)
-            step.notes["lp.ratio"] = (value / self._sum(step, due)).detach()
-        return step.state["coefficient"] * step.state["lp.factor"] * value / step.n_tokens
+            step.notes[f"{self.name}.updates"] = torch.tensor(due)
+            step.notes[f"{self.name}.ratio"] = (value / self._sum(step, due)).detach()
+        return step.state["coefficient"] * step.state[f"{self.name}.factor"] * value / step.n_tokens
 
     def _sum(self, step: TrainingStep, n_updates: int) -> Tensor:
         """Sum of the penalties after a number of updates; the zeros are left out, where the gradient is infinite."""
@@ -88,10 +88,10 @@ class LpPenalty(SparsityLoss):
             state: state of training, changed in place.
             share: completed steps over all steps, this one included.
         """
-        if (ratio := notes.get("lp.ratio")) is None:
+        if (ratio := notes.get(f"{self.name}.ratio")) is None:
             return
-        state["lp.updates"].copy_(notes["lp.updates"])
-        state["lp.factor"] *= torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)  # not if nothing fired
+        state[f"{self.name}.updates"].copy_(notes[f"{self.name}.updates"])
+        state[f"{self.name}.factor"] *= torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)  # not if nothing fired
 
     def check(self, cfg: Any) -> None:
         """Raise ValueError for an activation function whose penalty is not a magnitude, and for a second sparsity

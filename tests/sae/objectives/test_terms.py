@@ -167,6 +167,12 @@ def test_a_term_that_needs_all_pre_activations_gets_them():
     torch.testing.assert_close(loss.terms["test_all"], u.square().sum(1).mean(), rtol=1e-5, atol=0)
 
 
+@sl.register_loss_term("own_aux")
+@dataclass(frozen=True, kw_only=True)
+class OwnAux(sl.AuxK):
+    share: float = 0.5
+
+
 def test_the_default_is_reconstruction_and_auxk_and_files_say_so_as_ever():
     cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE)
     assert cfg.objective == (sl.ReconstructionLoss(), sl.AuxK()) and [t.name for t in cfg.terms] == [
@@ -178,6 +184,8 @@ def test_the_default_is_reconstruction_and_auxk_and_files_say_so_as_ever():
     assert sl.SAEConfig.from_dict(plain) == cfg
     without = replace(cfg, objective=(sl.ReconstructionLoss(),))
     assert without.to_dict()["aux"] is None and sl.SAEConfig.from_dict(without.to_dict()) == without
+    own_aux = replace(cfg, objective=(sl.ReconstructionLoss(), OwnAux(share=0.25)))
+    assert sl.SAEConfig.from_dict(own_aux.to_dict()) == own_aux
     penalized = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=sl.ReLU())
     assert [term.name for term in penalized.terms] == ["reconstruction", "sparsity", "aux"]
     own = replace(
