@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--n-probe-games", type=int, default=400)
     args = parser.parse_args()
     if args.start:
-        model = GPT2LMHeadModel.from_pretrained(args.start)
+        model = GPT2LMHeadModel.from_pretrained(args.start, dtype=torch.float32, attn_implementation="eager")
     else:
         model = make_model(args.layers, args.width, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)

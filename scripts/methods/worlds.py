@@ -152,7 +152,8 @@ class Stories(_Alone):
 
     @cached_property
     def tokens(self) -> sl.Tokens:
-        texts = sorted((self.folder / "tinystories").glob("*.txt"))
+        files = sorted((self.folder / "tinystories").glob("*.txt"))
+        texts = [file.read_text(encoding="utf-8") for file in files]
         return sl.tokenize(self.model, texts, ctx_len=128, n_tokens=360_000)
 
     @cached_property
