@@ -142,7 +142,6 @@ def test_configurations_and_runs_are_kept(tmp_path):
             lambda: config(HierarchicalLoss(ks=KS), sparsity_schedule=sl.Schedule(start=2.0, end=1.0)),
             "`sparsity_schedule` must be None",
         ),
-        (lambda: sl.SAE(config(HierarchicalLoss(ks=KS))).with_k(8), "must end between the activation's k"),
         (lambda: sl.SAE(config(sl.ReconstructionLoss())).with_k(41), "`k` must be in 1..d_sae"),
         (lambda: sl.SAE(config(sl.ReconstructionLoss(), sl.ReLU())).with_k(4), "keeps the k largest"),
         (lambda: sl.SAE(config(sl.ReconstructionLoss(), sl.GroupMax(k=4))).with_k(8), "keeps the k largest"),
