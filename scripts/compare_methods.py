@@ -86,22 +86,20 @@ def folder(world: str, method: str, seed: int) -> Path:
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Time of a training step in steps of TopK: what a longer run takes more than a shorter one, both in turns."""
+    """Time of a training step in steps of TopK, in turns: between two entries of the history, without start and end."""
     torch.set_num_threads(1)
     world, d_sae, k = Tales(), 4096, 16
     acts = world.activations(0)
 
-    def seconds(name: str, n_steps: int) -> float:
-        sae = sl.SAE(METHODS[name].config(acts.d_in, d_sae, k), seed=0)
-        run = sl.TrainConfig(n_tokens=n_steps * BATCH, batch_size=BATCH, n_held_out=0)
-        began = time.perf_counter()
+    def step(name: str) -> float:
+        seen: list[tuple[int, float]] = []
+        sae, n = sl.SAE(METHODS[name].config(acts.d_in, d_sae, k), seed=0), args.n_steps * BATCH
+        run = sl.TrainConfig(n_tokens=2 * n, batch_size=BATCH, n_held_out=0, log_every_tokens=n)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            sae.fit(acts, run, progress=False)
-        return time.perf_counter() - began
-
-    def step(name: str) -> float:
-        return (seconds(name, 2 + args.n_steps) - seconds(name, 2)) / args.n_steps
+            sae.fit(acts, run, sinks=[lambda e: seen.append((e["step"], time.perf_counter()))], progress=False)
+        (first, start), (last, end) = seen[-2:]
+        return (end - start) / (last - first)
 
     found: dict[str, list[float]] = {}
     for name in args.methods or METHODS:
@@ -127,7 +125,7 @@ def main() -> None:
     one.set_defaults(run=measure)
     two = commands.add_parser("cost", help="time of a training step")
     two.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="NAME", help="all without")
-    two.add_argument("--n-steps", type=int, default=10)
+    two.add_argument("--n-steps", type=int, default=20)
     two.add_argument("--n-turns", type=int, default=3)
     two.set_defaults(run=cost)
     three = commands.add_parser("page", help="docs/results/methods.md from what is saved")

@@ -14,8 +14,6 @@ from saelab.sae import SoftFrozen
 from saelab.synthetic import PlantedConfig, PlantedWorld
 from saelab.universality import score_recovery
 
-BATCH = 2048
-
 
 def describe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--n-features", type=int, default=16_384)
@@ -23,6 +21,7 @@ def describe(command: argparse.ArgumentParser) -> None:
     command.add_argument("--d-sae", type=int, default=4096)
     command.add_argument("--l0", type=float, default=32.0)
     command.add_argument("--k", type=int, default=32)
+    command.add_argument("--batch-size", type=int, default=512)
     command.add_argument("--n-measured", type=int, default=20_000, help="tokens to measure on")
 
 
@@ -40,8 +39,8 @@ def measure(args: argparse.Namespace) -> None:
         world = PlantedWorld(PlantedConfig(n_features=args.n_features, d_in=args.d_in, l0=args.l0), seed=seed)
         for name, cfg in configs.items():
             began = time.perf_counter()
-            run = sl.TrainConfig(n_tokens=args.n_tokens, batch_size=BATCH, seed=seed)
-            sae = sl.SAE(cfg, seed).fit(world.batches(BATCH, seed=seed), run, progress=False)
+            run = sl.TrainConfig(n_tokens=args.n_tokens, batch_size=args.batch_size, seed=seed)
+            sae = sl.SAE(cfg, seed).fit(world.batches(args.batch_size, seed=seed), run, progress=False)
             found = score_recovery(sae, world, n_tokens=args.n_measured)
             for which, row in {name: found["SAE"], "untrained": found["untrained"]}.items():
                 if which == "untrained" and name != "TopK":
