@@ -175,7 +175,7 @@ class Stories(_Alone):
 class Othello(_Alone):
     d_sae, k = 1024, 32
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str = "othello") -> None:
         self.folder = folder
 
     @cached_property
