@@ -55,7 +55,7 @@ $(VENV)/.tested: $(VENV)/.installed $(SOURCES)
 
 # Two parts at a time, as some keep one processor busy; each shows its output when it is done, and one that fails fails all.
 check: $(VENV)/.tested
-	$(MAKE) --jobs=2 --output-sync=target lint types notebooks docs-build package
+	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint types notebooks docs-build package
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -1,7 +1,8 @@
 """Train a language model of Othello games from nothing, and measure what it knows of the board.
 
     python scripts/train_othello.py runs/othello                      # 4 layers of width 128
-    python scripts/train_othello.py runs/othello --layers 6 --width 192 --steps 20000 --bfloat16
+    python scripts/train_othello.py runs/othello --width 256 --steps 18000 --lr 3e-3 --bfloat16  # two hours of a core
+    python scripts/train_othello.py saelab/synthetic/models/othello --steps 0  # probes alone
 
 Writes a folder that `saelab.load_model` reads. Prints, now and then, the loss on games it has not seen, the share of
 its likeliest next moves that are legal, and at the end of each layer the accuracy of linear probes of every square
@@ -22,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import saelab as sl
+from saelab.functional.statistics import fit_probe
 from saelab.lm.token_labels import Concept
 from saelab.synthetic.othello import (
     BOS,
@@ -162,32 +164,22 @@ def train(
 
 def probe(folder: Path, n_games: int) -> None:
     """Accuracy of a linear probe of each square at every layer, on games that training never saw."""
-    from sklearn.linear_model import LogisticRegression
-
-    model = sl.load_model(str(folder))
+    model = sl.load_model(str(folder), progress=False)
     games = generate_games(n_games, 0, HELD_OUT)
     tokens = games.tokens()
     for layer in range(model.cfg.n_layers):
         place = f"blocks.{layer}.hook_resid_post"
         acts = sl.collect(model, tokens, place, mask=sl.TokenMask(special=True), progress=False)
-        labels, x = games.labels_at(acts.doc_ids, acts.positions), acts[:].numpy()
-        states = labels.matrix.toarray().reshape(-1, 5, 64)[:, :3].argmax(1)
-        seen = labels.doc_ids < n_games // 2
-        unseen = ~seen
-        right, often = [], []
-        for square in range(64):
-            y = states[:, square]
-            often.append(float((y[unseen] == np.bincount(y[seen]).argmax()).mean()))
-            if len(set(y[seen])) == 1:
-                right.append(often[-1])
-                continue
-            right.append(LogisticRegression(max_iter=200).fit(x[seen], y[seen]).score(x[unseen], y[unseen]))
-        row = {
-            "layer": layer,
-            "probe": round(float(np.mean(right)), 4),
-            "most_frequent": round(float(np.mean(often)), 4),
-        }
-        print(json.dumps(row | {"worst_square": round(min(right), 4), "tokens": int(unseen.sum())}), flush=True)
+        labels, x = games.labels_at(acts.doc_ids, acts.positions), acts[:]
+        states = torch.from_numpy(labels.matrix[:, :192].toarray().astype(np.float32))  # mine, yours, empty
+        seen = torch.from_numpy(labels.doc_ids < 0.8 * n_games)
+        found = fit_probe(x[seen], states[seen], standardize=True)(x[~seen]).view(-1, 3, 64).argmax(1)
+        truth = states[~seen].view(-1, 3, 64).argmax(1)
+        often = states[seen].mean(0).view(3, 64).argmax(0)
+        right = (found == truth).double().mean(0)
+        row = {"layer": layer, "probe": round(float(right.mean()), 4), "worst_square": round(float(right.min()), 4)}
+        often_right = round(float((truth == often).double().mean()), 4)
+        print(json.dumps(row | {"most_frequent": often_right, "tokens": len(truth)}), flush=True)
 
 
 def main() -> None:
@@ -195,19 +187,22 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--steps", type=int, default=6_000, help="0 only measures the probes")
     parser.add_argument("--batch-size", type=int, default=64, help="games a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start", type=Path, help="folder of a model to go on with")
     parser.add_argument("--first", type=int, default=0, help="number of the first game, beyond those that it has seen")
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with instructions for it")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n-probe-games", type=int, default=400)
+    parser.add_argument("--n-probe-games", type=int, default=1000)
     args = parser.parse_args()
     if args.start:
         model = GPT2LMHeadModel.from_pretrained(args.start, dtype=torch.float32, attn_implementation="eager")
     else:
         model = make_model(args.layers, args.width, args.seed)
+    if args.steps == 0:
+        probe(args.start or args.out, args.n_probe_games)
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(args.out)
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32

@@ -120,7 +120,9 @@ class SAEConfig:
     `SAE.prune`; None keeps all
     """
     train_encoder: bool = True
-    """whether W_enc and b_enc are trained; without, they stay at their initial values, a baseline (arXiv:2602.14111)"""
+    """whether W_enc and b_enc are trained; without, they stay at their initial values, a baseline (arXiv:2602.14111),
+    but for one shift of all biases where that is how ReLU reaches its target L0
+    """
 
     def __post_init__(self) -> None:
         for name in ("prefixes", "objective"):

@@ -255,7 +255,8 @@ class SAE(SAEModule):
         """The same SAE that keeps another k in inference; weights are shared, so that training one changes both.
 
         Reconstructions are good at several k where training asked for it (`HierarchicalLoss`, `MultiTopKLoss`), and
-        otherwise near the k trained with. A batch activation keeps what is above a threshold, which has to be found on
+        otherwise near the k trained with; such a term is left out of the configuration where k is beyond those that it
+        was trained at. A batch activation keeps what is above a threshold, which has to be found on
         a sample for each k.
 
         Args:
@@ -311,15 +312,16 @@ class SAE(SAEModule):
 
         Where latents compete (TopK) each gets the threshold at which it fires for as many tokens of the
         sample as before, so that the mean L0 stays, though a token's does not. BatchTopK's one threshold and Gated's
-        own are kept, and so are all codes. Files and tools that know JumpReLU alone can then use it.
+        own are kept, and so are all codes. Loss terms that go with the activation before alone are left out of the
+        configuration. Files and tools that know JumpReLU alone can then use it.
 
         Args:
             sample: (n, d_in) activations to find thresholds on, many more tokens than latents.
             target_l0: mean L0 on the sample, reached by a common factor of all thresholds; None keeps it.
 
         Raises:
-            ValueError: for a pursuit and GroupMax, whose latents take each other's place, for an empty sample, and for
-                a target that no factor reaches.
+            ValueError: for a pursuit and GroupMax, whose latents take each other's place, for an activation whose codes
+                are not pre-activations or 0, for an empty sample, and for a target that no factor reaches.
 
         >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=32, activation=sl.TopK(k=4)), seed=0)
         >>> x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))

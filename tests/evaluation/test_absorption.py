@@ -77,8 +77,8 @@ def test_a_parent_in_three_parts_is_split_not_absorbed(world):
 
 def test_what_a_probe_does_not_find_is_not_scored(world):
     acts, labels = world
-    rare, never = np.arange(len(acts)) < 5, np.ones(len(acts), bool)
-    few = TokenLabels.of({"rare": rare, "always": never, "chance": np.random.default_rng(1).random(len(acts)) < 0.1})
+    rare, always = np.arange(len(acts)) < 5, np.ones(len(acts), bool)
+    few = TokenLabels.of({"rare": rare, "always": always, "chance": np.random.default_rng(1).random(len(acts)) < 0.1})
     found = score_absorption(sae_of(torch.eye(D), sl.ReLU()), acts, few, labels.doc_ids, baselines=False)
     assert all("fewer than 20" in found[name].reason for name in ("rare", "always"))
     assert "probe" in found["chance"].reason

@@ -53,5 +53,10 @@ def test_description_length_of_a_planted_dictionary():
     assert found.bits == found.bits_indices + found.bits_values
     assert found.baselines["untrained"].fvu > 0.1 and found.to_dict()["baselines"]["untrained"]["l0"] == 1.0
     coarse = description_length(sae, x, bins=(1,), tolerance=0.0, baselines=False)
-    assert coarse.bits_values == 0.0 and "no number of bins" in coarse.reason
+    assert coarse.bits_values == 0.0 and "no number of bins" in coarse.reason and coarse.reason in str(coarse)
+    same = description_length(sae, torch.ones(50, n_words), baselines=False)
+    assert math.isnan(same.fvu) and "do not vary" in same.reason
+    for wrong, why in ((x[:0], "must hold tokens"), (x.index_fill(0, torch.tensor([2]), torch.nan), "'acts' has NaN")):
+        with pytest.raises(ValueError, match=why):
+            description_length(sae, wrong, baselines=False)
     assert "bits a token" in str(found)

@@ -75,6 +75,9 @@ def test_the_usual_ones_are_those_that_it_can_have(sae):
     assert list(fit_baselines(pursuit, X, short)) == ["soft_frozen", "ica", "l3", "kmeans"]
     coder = sl.SAE(sl.SAEConfig(d_in=20, d_out=20, d_sae=24, activation=sl.TopK(k=2)))
     assert list(fit_baselines(coder, (X, X.flip(1)), short)) == ["frozen_encoder", "soft_frozen"]
+    loss = sl.sae.objectives.MatryoshkaLoss(by_rate=True)  # puts rows in an order that soft-frozen ones cannot take
+    ordered = sl.SAE(sl.SAEConfig(d_in=20, d_sae=24, activation=sl.TopK(k=2), prefixes=(8, 24), objective=(loss,)))
+    assert list(fit_baselines(ordered, X, short)) == ["frozen_encoder", "ica", "l3", "kmeans"]
     with pytest.raises(ValueError, match="ones that this SAE can have, got 'ica': it is a transcoder"):
         fit_baselines(coder, (X, X), short, methods=["ica"])
     with pytest.raises(

@@ -86,6 +86,9 @@ def test_an_encoder_that_is_not_trained_stays_as_it_starts():
     torch.testing.assert_close(cosine, torch.ones(D_SAE))  # scaled once, by the start's fit to the data
     assert sae.W_enc.detach().norm(dim=0).std() < 1e-6 and not sae.b_enc.any()
     assert cosines(sae).min() < 0.9
+    with pytest.warns(UserWarning, match="must have its target L0"):
+        steered = fit(data(), n_tokens=4_000, activation=sl.ReLU(target_l0=3.0), train_encoder=False)
+    assert len(steered.b_enc.unique()) == 1 and steered.b_enc[0] < 0  # one shift of all
 
 
 @pytest.mark.parametrize("axes", [{"dictionary": SoftFrozen()}, {"train_encoder": False}])

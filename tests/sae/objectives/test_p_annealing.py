@@ -66,6 +66,19 @@ def test_the_penalty_is_equal_before_and_after_each_update():
     assert [term.updates_due(share) for share in (0.0, 0.29, 0.3, 0.5, 0.9, 1.0)] == [0, 0, 1, 2, 4, 4]
 
 
+@sl.register_loss_term("renamed_lp")
+class Renamed(LpPenalty):
+    pass
+
+
+def test_a_subclass_has_a_state_of_its_own_name():
+    trainee = trainee_of(config(Renamed()), at=N_STEPS // 2)
+    objective = trainee.objective(draw(BATCH, D_IN))
+    objective.total.backward()
+    trainee.observe(objective)
+    assert trainee.state["renamed_lp.updates"] > 0 and "lp.updates" not in trainee.state
+
+
 def test_batches_without_codes_keep_the_coefficient():
     trainee = trainee_of(config(LpPenalty()), at=N_STEPS // 2)
     with torch.no_grad():
