@@ -106,7 +106,9 @@ Count = Annotated[int, Option(metavar="N")]
 ModelName = Annotated[
     str,
     Argument(
-        metavar="MODEL", help="Hub id or local folder of a causal language model; `tiny`: a random one, built in."
+        metavar="MODEL",
+        help="Hub id or local folder of a causal language model; built in are `tales`, `tales-b`, `othello` and "
+        "`tiny`, a random one.",
     ),
 ]
 TextFile = Annotated[
