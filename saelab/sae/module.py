@@ -136,10 +136,7 @@ class SAEModule(nn.Module):
         else:
             entries = Entries(found.indices, found.rows, found.offsets)
             u = attach_encoder(found.values, centered, self.W_enc, self.b_enc, None, entries)
-            threshold = self.threshold
-            if threshold is not None and threshold.ndim:
-                threshold = threshold.index_select(0, found.indices)
-            values = activation.fire(u, threshold)
+            values = activation.fire(u, self.threshold_of(found.indices))
             decoded = sparse_decode(values, self.W_dec, found.indices, found.rows, found.offsets)
         return centered + self.cfg.encoder.step * (centered - decoded)
 
@@ -200,14 +197,19 @@ class SAEModule(nn.Module):
         """
         if isinstance(self.cfg.encoder, PursuitEncoder):
             return self.pursue(read, self.W_dec)
-        activation, threshold = self.cfg.activation, self.threshold
-        found = activation.search(read, self.W_enc.T, self.b_enc, threshold, training=False)
+        activation = self.cfg.activation
+        found = activation.search(read, self.W_enc.T, self.b_enc, self.threshold, training=False)
         if found is None or type(activation).fire is Activation.fire:
             return found
-        if threshold is not None and threshold.ndim:
-            threshold = threshold.index_select(0, found.indices)
-        codes = replace(found, values=activation.fire(found.values, threshold))
+        codes = replace(found, values=activation.fire(found.values, self.threshold_of(found.indices)))
         return codes if bool((codes.values != 0).all()) else codes.keep(codes.values != 0)
+
+    def threshold_of(self, latents: Int[Tensor, "nnz"]) -> Tensor | None:
+        """What `Activation.fire` compares pre-activations of these latents with: the threshold of each, a threshold
+        that all share, or None.
+        """
+        threshold = self.threshold
+        return threshold if threshold is None or threshold.ndim == 0 else threshold.index_select(0, latents)
 
     def gate(self, u: Float[Tensor, "*shape"], latents: Int[Tensor, "nnz"] | None = None) -> Float[Tensor, "*shape"]:
         """Pre-activations of the gates of `Gated`, `exp(-r_mag) (u - b_enc) + b_gate`: positive where a latent fires.

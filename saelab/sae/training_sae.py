@@ -235,9 +235,7 @@ class TrainingSAE:
             u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_dec, entries, self._spare("W_enc"), centered)
         else:
             u = attach_encoder(found.values, read, sae.W_enc, sae.b_enc, None, entries, self._spare("W_enc"))
-        threshold = sae.threshold
-        if threshold is not None and threshold.ndim:
-            threshold = threshold.index_select(0, found.indices)
+        threshold = sae.threshold_of(found.indices)
         values = sae.cfg.activation.fire(u, threshold)
         if sae.cfg.activation.gated:
             penalty: Tensor | None = sae.gate(u, found.indices).relu()
