@@ -63,6 +63,34 @@ def make_model(n_layers: int, width: int, seed: int) -> torch.nn.Module:
     return GPT2LMHeadModel(cfg)
 
 
+def deepen(model: torch.nn.Module, n_layers: int) -> torch.nn.Module:
+    """A deeper model, between whose first and last block those of `model` repeat in turn, with weights of their own."""
+    cfg = model.config
+    deeper = make_model(n_layers, cfg.n_embd, 0)  # type: ignore[union-attr,arg-type]
+    inner = cfg.n_layer - 2  # type: ignore[union-attr,operator]
+    state = {name: value for name, value in model.state_dict().items() if ".h." not in name}
+    for i in range(n_layers):
+        old = 0 if i == 0 else inner + 1 if i == n_layers - 1 else 1 + (i - 1) % inner
+        block = model.transformer.h[old].state_dict()  # type: ignore[union-attr,index]
+        state |= {f"transformer.h.{i}.{name}": value for name, value in block.items()}
+    deeper.load_state_dict(state)
+    return deeper
+
+
+def share(model: torch.nn.Module, period: int) -> None:
+    """Make every block between the first and the last one with the one `period` blocks before it."""
+    blocks = model.transformer.h  # type: ignore[union-attr]
+    for i in range(1 + period, len(blocks) - 1):  # type: ignore[arg-type]
+        blocks[i] = blocks[i - period]  # type: ignore[index,operator]
+
+
+def save(model: torch.nn.Module, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the model with weights of its own for each block."""
+    alone = make_model(model.config.n_layer, model.config.n_embd, 0)  # type: ignore[union-attr,arg-type]
+    alone.load_state_dict(model.state_dict())
+    alone.to(dtype).save_pretrained(out)  # type: ignore[operator]
+
+
 def draw(n_games: int, first: int) -> tuple[Tensor, Tensor]:
     """Token ids of games, padded, and which tokens are legal moves after each, (n_games, 61, vocabulary)."""
     moves, boards = play(n_games, seed=0, first=first)
@@ -79,9 +107,15 @@ def draw(n_games: int, first: int) -> tuple[Tensor, Tensor]:
 
 def loss_of(model: torch.nn.Module, ids: Tensor, legal: Tensor) -> Tensor:
     """Cross-entropy of the next move in expectation: all legal moves are equally likely, so none has to be drawn."""
+    return losses_of(model, ids, legal)[0].mean()
+
+
+def losses_of(model: torch.nn.Module, ids: Tensor, legal: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of every move and its number, from 0."""
     going = legal.any(-1)
     chances = legal[going] / legal[going].sum(-1, keepdim=True)
-    return cross_entropy(model(ids).logits[going].float(), chances)
+    losses = cross_entropy(model(ids, use_cache=False).logits[going].float(), chances, reduction="none")
+    return losses, going.nonzero()[:, 1]
 
 
 @torch.no_grad()
@@ -89,7 +123,7 @@ def measure(model: torch.nn.Module, n_games: int = 100) -> dict[str, float]:
     """Loss and share of legal moves among the likeliest, on games that training never sees."""
     ids, legal = draw(n_games, HELD_OUT)
     going = legal.any(-1)
-    likeliest = model(ids).logits.argmax(-1, keepdim=True)
+    likeliest = model(ids, use_cache=False).logits.argmax(-1, keepdim=True)
     return {
         "held_out": round(float(loss_of(model, ids, legal)), 4),
         "least": round(float(legal[going].sum(-1).log().mean()), 4),
@@ -145,9 +179,10 @@ def train(
             games = draw(DRAWN * batch_size, first + step * batch_size)
             batches = list(zip(*(part.split(batch_size) for part in games), strict=True))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = peak_lr * min(1.0, (step + 1) / 100, (steps - step) / (0.4 * steps))
-        loss = loss_of(worker, *batches[step % DRAWN])
-        loss.backward()
+            group["lr"] = peak_lr * min((step + 1) / 50, 1 - step / steps)
+        losses, number = losses_of(worker, *batches[step % DRAWN])
+        loss = losses.mean()
+        (losses * (0.5 + number / CTX_LEN)).mean().backward()  # boards of early moves are learned soon
         for p, copied in pairs:
             p.grad, copied.grad = copied.grad.float(), None
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -159,7 +194,7 @@ def train(
         if (step + 1) % 200 == 0 or step + 1 == steps:
             row = {"step": step + 1, "games": first + (step + 1) * batch_size, "loss": round(loss.item(), 4)}
             print(json.dumps(row | measure(model) | {"seconds": round(time.time() - start)}), flush=True)
-            model.save_pretrained(out)  # type: ignore[operator]
+            save(model, out)
 
 
 def probe(folder: Path, n_games: int) -> None:
@@ -191,6 +226,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="games a step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start", type=Path, help="folder of a model to go on with")
+    parser.add_argument("--period", type=int, default=0, help="inner blocks so far apart share weights; 0 for none")
     parser.add_argument("--first", type=int, default=0, help="number of the first game, beyond those that it has seen")
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with instructions for it")
     parser.add_argument("--seed", type=int, default=0)
@@ -198,16 +234,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.start:
         model = GPT2LMHeadModel.from_pretrained(args.start, dtype=torch.float32, attn_implementation="eager")
+        if args.layers > model.config.n_layer and args.steps:
+            model = deepen(model, args.layers)
     else:
         model = make_model(args.layers, args.width, args.seed)
     if args.steps == 0:
         probe(args.start or args.out, args.n_probe_games)
         return
+    if args.period:
+        share(model, args.period)
     args.out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(args.out)
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
     train(model, args.steps, args.batch_size, args.lr, args.first, dtype, args.out)
-    model.to(torch.float16).save_pretrained(args.out)  # type: ignore[operator]  # as the package has it
+    save(model, args.out, torch.float16)  # as the package has it
     probe(args.out, args.n_probe_games)
 
 

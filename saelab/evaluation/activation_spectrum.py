@@ -133,8 +133,8 @@ def spectrum(
         allow_mismatch: True accepts another model or weight processing than that of the activations.
 
     Raises:
-        ValueError: fewer than two activations, ones that are not finite, a number out of range, or a model without
-            tokens, and the reverse.
+        ValueError: fewer than two activations, ones that are not finite or all equal, a number out of range, or a model
+            without tokens, and the reverse.
 
     >>> x = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0))
     >>> found = spectrum(x * torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
@@ -198,6 +198,8 @@ def _find_axes(acts: Activations) -> tuple[Float[Tensor, "d_in"], Float[Tensor, 
         moments += x.T @ x
     if not bool(moments.isfinite().all()):
         raise ValueError("`acts` must be finite, got NaN or infinity; check where they come from.")
+    if not bool(moments.diagonal().any()):
+        raise ValueError(f"`acts` must vary, got {len(acts):,} equal rows; check where they come from.")
     offset = total / len(acts)
     variances, axes = torch.linalg.eigh(moments / len(acts) - torch.outer(offset, offset))
     return shift + offset, variances.flip(0).clamp(min=0), axes.flip(1)

@@ -136,9 +136,10 @@ def score_tpp(
             SAEs by name.
 
     Raises:
-        ValueError: for sizes that disagree, unknown concepts, fewer than two of them that have enough tokens, and an
-            SAE whose features have no fixed directions.
+        ValueError: for sizes that disagree, a number of features below 1, unknown concepts, fewer than two of them that
+            have enough tokens, and an SAE whose features have no fixed directions.
     """
+    _check_numbers(ns)
     data = _Data.read(acts, labels, doc_ids, concepts, train_frac, seed)
     halves = data.y[data.is_train], data.y[~data.is_train]
     counts = np.min([count for y in halves for count in (y.sum(0), (~y).sum(0))], 0)
@@ -202,8 +203,10 @@ def score_scr(
             SAEs by name.
 
     Raises:
-        ValueError: for sizes that disagree, unknown concepts, and an SAE whose features have no fixed directions.
+        ValueError: for sizes that disagree, a number of features below 1, unknown concepts, and an SAE whose features
+            have no fixed directions.
     """
+    _check_numbers(ns)
     data = _Data.read(
         acts, labels, doc_ids, list(dict.fromkeys(name for pair in pairs for name in pair)), train_frac, seed
     )
@@ -213,6 +216,11 @@ def score_scr(
         return tuple(one.score(data, coded, moved, ns) for one in biased)
 
     return data.compare("SCR", sae, ns, score, baselines)
+
+
+def _check_numbers(ns: Sequence[int]) -> None:
+    if not ns or min(ns) < 1:
+        raise ValueError(f"`ns` must be numbers of features of at least 1, got {tuple(ns)}.")
 
 
 @dataclass(frozen=True, eq=False)

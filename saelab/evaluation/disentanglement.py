@@ -130,8 +130,10 @@ def _read(name: str, codes: Any, n_tokens: int) -> "csc_matrix":
     values = csc_matrix(read_values(codes))
     values.sum_duplicates()
     values.eliminate_zeros()
-    if values.shape[0] != n_tokens:
-        raise ValueError(f"`{name}` must have a row for each of the {n_tokens} tokens, got {values.shape[0]}.")
+    if values.shape[0] != n_tokens or not values.shape[1]:
+        raise ValueError(
+            f"`{name}` must have a row for each of the {n_tokens} tokens and a feature at least, got {values.shape}."
+        )
     return values
 
 

@@ -106,7 +106,7 @@ def choose_k(
 
     Raises:
         ValueError: for fewer than three ks, an activation without one, a transcoder, and an n beyond the latents or not
-            above every k.
+            above every k; activations that are all equal.
     """
     data = open_data(acts)
     if not isinstance(data, Activations):
@@ -125,6 +125,8 @@ def choose_k(
     places = torch.randperm(data.n_tokens, generator=generator)[:SAMPLE_TOKENS].sort().values
     x = data[places].float()
     values = np.array([decoder_projection(sae, x, n) for sae in saes])
+    if not values.any():
+        raise ValueError(f"`acts` must vary, got {len(x):,} equal rows; check where they come from.")
     rows = []
     for k, sae, value in zip(ks, saes, values / max(values.mean(), 1e-12), strict=True):
         saved = (sae.training_ or {})["saved"]

@@ -108,7 +108,7 @@ def fit_dictionary(
 
     Raises:
         ValueError: for an unknown method, a number out of range, more rows than an orthogonal dictionary can have,
-            activations that are not finite, and negative ones for nmf.
+            activations that are not finite or all equal, and negative ones for nmf.
 
     >>> x = torch.randn(500, 8, generator=torch.Generator().manual_seed(0)) ** 3
     >>> fit_dictionary(x, "l3", k=2)
@@ -124,6 +124,8 @@ def fit_dictionary(
         raise ValueError(f"`d_sae` of '{method}' must be at most d_in ({acts.d_in}), got {width}; take 'ksvd'.")
     sae = _make(how, acts.d_in, width, k, encoder, seed)
     x = draw_tokens(acts, n_tokens, seed)
+    if method != "random" and not bool((x != x[0]).any()):
+        raise ValueError(f"`acts` must vary for '{method}', got {len(x):,} equal rows; check where they come from.")
     if method == "nmf" and bool((x < 0).any()):
         raise ValueError("`acts` must be at least 0 for 'nmf', got negative ones; take 'snmf', or codes.")
     sae.normalizer.fit(x)

@@ -166,7 +166,8 @@ class SAEModule(nn.Module):
         self._check_width(x)
         flat = x.reshape(-1, self.cfg.d_in)
         centered = self.center(flat)
-        codes = self.search(self.refine(centered))
+        finite = bool(centered.sum().isfinite())  # a search drops what is NaN, which `encode` passes on
+        codes = self.search(self.refine(centered)) if finite else None
         if codes is None:
             codes = self._encode_by_parts(flat)
         elif self.cfg.pruning is not None:

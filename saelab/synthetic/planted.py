@@ -8,6 +8,7 @@ batch from its number, so that no state has to be kept.
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -63,9 +64,10 @@ class PlantedConfig:
     """norm of a constant that is added to every activation"""
 
     def __post_init__(self) -> None:
-        for name in ("n_features", "d_in"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, least in (("n_features", 1), ("d_in", 1), ("n_factors", 0), ("n_roots", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or value < least:
+                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value}.")
         if not 0 < self.l0 <= self.n_features * LARGEST_RATE:
             raise ValueError(
                 f"`l0` must be above 0 and at most {LARGEST_RATE:g} n_features ({self.n_features * LARGEST_RATE:g}), "
@@ -76,8 +78,9 @@ class PlantedConfig:
                 raise ValueError(f"`{name}` must be at least 0 and finite, got {getattr(self, name)}.")
         if not 0 <= self.signed_frac <= 1:
             raise ValueError(f"`signed_frac` must be in [0, 1], got {self.signed_frac}.")
-        if self.n_roots and (self.branching < 1 or self.depth < 1):
-            raise ValueError(f"`branching` and `depth` must be at least 1, got {self.branching} and {self.depth}.")
+        shape = self.branching, self.depth
+        if self.n_roots and not all(isinstance(n, Integral) and n >= 1 for n in shape):
+            raise ValueError(f"`branching` and `depth` must be whole numbers of at least 1, got {shape}.")
         if self.n_nested > self.n_features:
             raise ValueError(
                 f"The trees must have at most n_features ({self.n_features}) features, got {self.n_nested}; lower "
@@ -156,7 +159,12 @@ class PlantedWorld:
         Args:
             n_tokens: number of tokens.
             seed: of what is drawn; other seeds give independent tokens.
+
+        Raises:
+            ValueError: for less than one token.
         """
+        if n_tokens < 1:
+            raise ValueError(f"`n_tokens` must be at least 1, got {n_tokens}.")
         rng = np.random.default_rng([self.seed, 1, *np.atleast_1d(seed).tolist()])
         cfg, (token, feature) = self.cfg, self._fire(n_tokens, rng)
         order = np.argsort(token * np.int64(cfg.n_features) + feature)

@@ -77,6 +77,11 @@ def test_what_has_no_meaning_has_a_reason(world):
         score_tpp(sae, acts.index_fill(0, torch.tensor([5]), torch.nan), labels, concepts=WORDS)
     with pytest.raises(ValueError, match="must be one of the labels"):
         score_scr(sae, acts, labels, [("a", "nothing")])
+    for ns in ((), (0, 1)):
+        with pytest.raises(ValueError, match="`ns` must be numbers of features of at least 1"):
+            score_tpp(sae, acts, labels, concepts=WORDS, ns=ns)
+        with pytest.raises(ValueError, match="`ns` must be numbers of features of at least 1"):
+            score_scr(sae, acts, labels, [("word 2", "word 3")], ns=ns)
 
 
 def test_a_concept_in_two_features_takes_two_ablations(world):

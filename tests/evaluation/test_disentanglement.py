@@ -82,3 +82,5 @@ def test_what_cannot_be_measured_is_refused():
     ):
         with pytest.raises(ValueError, match=why):
             infomec(ONE_TO_ONE, labels, **more)
+    with pytest.raises(ValueError, match=r"a feature at least, got \(\d+, 0\)"):
+        infomec(ONE_TO_ONE[:, :0], LABELS)

@@ -305,6 +305,17 @@ def test_codes_of_a_token_do_not_depend_on_its_batch(activation):
     torch.testing.assert_close(together, alone)
 
 
+@each_activation
+def test_a_row_that_is_not_finite_is_the_same_sparse_and_leaves_the_others_alone(activation):
+    sae, _ = prepared(SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation))
+    x = data(seed=5)
+    broken = x.index_fill(0, torch.tensor([3]), torch.nan)
+    with torch.no_grad(), unchecked():
+        dense, sparse, clean = sae.encode(broken), sae.encode_sparse(broken).to_dense(), sae.encode(x)
+    torch.testing.assert_close(sparse, dense, equal_nan=True)
+    torch.testing.assert_close(dense[4:], clean[4:])
+
+
 @pytest.mark.parametrize("signed", [False, True])
 def test_signed_codes_have_both_signs_and_only_they(signed):
     for activation in ACTIVATIONS:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from unchecked import unchecked
 
 import saelab as sl
 from saelab.synthetic.planted import LARGEST_RATE, PlantedConfig, PlantedWorld
@@ -111,15 +112,22 @@ def test_a_world_and_an_sae_of_one_seed_have_nothing_in_common():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"n_features": 0}, "`n_features` must be at least 1"),
+        ({"n_features": 0}, "`n_features` must be a whole number of at least 1"),
+        ({"d_in": 16.5}, "`d_in` must be a whole number"),
+        ({"n_factors": -1}, "`n_factors` must be a whole number of at least 0"),
         ({"l0": 190.0}, "`l0` must be above 0 and at most"),
         ({"l0": 175.0}, "for these trees, whose siblings exclude each other"),
         ({"noise": -1.0}, "`noise` must be at least 0"),
         ({"signed_frac": 1.5}, r"`signed_frac` must be in \[0, 1\]"),
         ({"n_roots": 40}, "must have at most n_features"),
-        ({"branching": 0}, "`branching` and `depth` must be at least 1"),
+        ({"branching": 0}, "`branching` and `depth` must be whole numbers of at least 1"),
     ],
 )
 def test_impossible_worlds_are_refused(knobs, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message), unchecked():
         world_of(**knobs)
+
+
+def test_no_tokens_are_refused():
+    with pytest.raises(ValueError, match="`n_tokens` must be at least 1, got 0"):
+        world_of().sample(0)

@@ -63,7 +63,7 @@ class ContrastiveLoss(LossTerm):
         first, second = codes[:half], codes[half : 2 * half] if self.pairs == "neighbors" else codes[:half]
         similarity = first @ second.T / self.temperature
         both = (similarity.logsumexp(1) + similarity.logsumexp(0)) / 2
-        return (both - similarity.diagonal()).mean()
+        return (both - similarity.diagonal()).sum() / max(half, 1)
 
     def n_latents(self, d_sae: int) -> int:
         """Number of latents that are compared, at least 1."""

@@ -1,5 +1,6 @@
 """`FLOPsPenalty`: a penalty on latents that are active on many tokens."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ class FLOPsPenalty(LossTerm):
         super().__post_init__()
         if isinstance(self.weights, list):
             object.__setattr__(self, "weights", tuple(self.weights))
-        if self.weights is not None and not min(self.weights, default=0.0) >= 0:
-            raise ValueError(f"`weights` must be at least 0, got {min(self.weights)}.")
+        if self.weights is not None and not all(0 <= w < math.inf for w in self.weights):
+            raise ValueError(f"`weights` must be at least 0 and finite, got {self.weights}.")
 
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """`sum_j w_j (mean_b |z_j|)^2`."""

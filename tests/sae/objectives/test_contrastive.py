@@ -59,6 +59,15 @@ def test_a_batch_without_codes_in_the_prefix_has_finite_gradients():
     assert all(bool(weight.grad.isfinite().all()) for weight in (trainee.sae.W_enc, trainee.sae.b_enc))
 
 
+def test_one_token_has_no_pair_and_no_loss():
+    trainee = TrainingSAE(sl.SAE(config(ContrastiveLoss(pairs="self")), seed=0), sl.TrainConfig())
+    trainee.prepare(draw(512, D_IN, seed=1))
+    losses = trainee.objective(draw(1, D_IN, seed=2))
+    assert float(losses.terms["contrastive"].detach()) == 0.0
+    losses.total.backward()
+    assert bool(trainee.sae.W_enc.grad.isfinite().all())
+
+
 TOPICS, WORDS, LENGTH = 12, 60, 20
 
 

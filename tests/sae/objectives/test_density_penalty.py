@@ -58,7 +58,8 @@ def test_latents_that_fire_often_fire_less():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FLOPsPenalty(weights=(1.0, -1.0)), "`weights` must be at least 0, got -1.0"),
+        (lambda: FLOPsPenalty(weights=(1.0, -1.0)), "`weights` must be at least 0 and finite"),
+        (lambda: FLOPsPenalty(weights=(1.0, float("inf"))), "`weights` must be at least 0 and finite"),
         (lambda: config(FLOPsPenalty(weights=(1.0, 2.0))), r"one number for each latent \(40\), got 2"),
     ],
 )
