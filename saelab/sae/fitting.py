@@ -21,7 +21,7 @@ from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.activations import ActivationPairs, Activations
 from saelab.stores.manifest import Provenance
 from saelab.stores.neighbors import NeighborBatches
-from saelab.training.config import Batches, TrainConfig
+from saelab.training.config import Batches, Trainable, TrainConfig
 from saelab.training.loop import TrainingRun
 
 PART = 4096  # tokens encoded at a time
@@ -252,11 +252,35 @@ def make_run(
         batches = acts
     else:
         batches, kept = hold_out(acts, cfg, kept, neighbors=bool(paired))
-    folder = _make_folder(out, resume)
     # an SAE that was trained before, or started from other features, continues from its weights
     trained = [getattr(sae, "training_", None) is not None or getattr(sae, "placed", False) for sae in saes]
     trainees = [TrainingSAE(sae, cfg, before) for sae, before in zip(saes, trained, strict=True)]
-    run = TrainingRun(trainees, batches, cfg, kept, folder)
+    return open_run(trainees, batches, cfg, kept, out, resume)
+
+
+def open_run(
+    trainees: Sequence[Trainable],
+    batches: Batches,
+    cfg: TrainConfig,
+    held_out: Tensor | None,
+    out: str | Path | None,
+    resume: bool,
+) -> TrainingRun:
+    """A training run in a new folder, in that of a run to go on with, or without one.
+
+    Args:
+        trainees: what is trained, on the same batches.
+        batches: the data.
+        cfg: training configuration.
+        held_out: activations to measure FVU on, or None.
+        out: folder for history and checkpoints; None writes nothing.
+        resume: whether to continue the run in `out`.
+
+    Raises:
+        ValueError: for a folder that does not go with `resume`.
+    """
+    folder = _make_folder(out, resume)
+    run = TrainingRun(trainees, batches, cfg, held_out, folder)
     if run.has_checkpoint and not resume:
         raise ValueError(f"`out` must not hold another run, got {folder}; go on with resume=True, or choose another.")
     return run

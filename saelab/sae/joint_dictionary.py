@@ -14,7 +14,7 @@ from saelab.functional.codes import sparse_decode
 from saelab.lm.token_labels import LabelsLike, TokenLabels
 from saelab.sae.config import SAEConfig
 from saelab.sae.encoders import PursuitEncoder
-from saelab.sae.fitting import MAX_TOKENS, Data, check_widths, describe_training, finish, hold_out, open_data
+from saelab.sae.fitting import MAX_TOKENS, Data, check_widths, describe_training, finish, hold_out, open_data, open_run
 from saelab.sae.objectives.terms import TrainingStep
 from saelab.sae.pretrained import WEIGHTS
 from saelab.sae.sae import SAE
@@ -24,7 +24,7 @@ from saelab.stores.files import checksum, save_tensors, to_json
 from saelab.stores.tensors import load_tensors, read_header
 from saelab.stores.validation import parse_json
 from saelab.training.config import TrainConfig
-from saelab.training.loop import Sink, TrainingRun, train
+from saelab.training.loop import Sink, train
 
 TERM = "labels"  # name of the loss in the history
 CLASSIFIER = "classifier.safetensors"
@@ -83,6 +83,8 @@ def fit_joint_dictionary(
     cfg: TrainConfig | None = None,
     *,
     coefficient: float = 1.0,
+    out: str | Path | None = None,
+    resume: bool = False,
     sinks: Sequence[Sink] = (),
     progress: bool = True,
 ) -> JointDictionary:
@@ -104,12 +106,14 @@ def fit_joint_dictionary(
         labels: of the same tokens. Score the result on others: it has seen these labels.
         cfg: training configuration; None is `TrainConfig()`.
         coefficient: weight of the cross-entropy, xi.
+        out: folder for history and checkpoints; None writes nothing.
+        resume: continue from the last checkpoint in `out`, on a CPU with the same number of threads bit for bit.
         sinks: loggers that receive each entry of the history.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for labels of other tokens, a concept that is true of all or none, a transcoder, and a pursuit
-            whose codes have no gradient.
+        ValueError: for labels of other tokens, a concept that is true of all or none, a transcoder, a pursuit whose
+            codes have no gradient, and a folder that does not go with `resume`.
 
     >>> x = torch.randn(600, 8, generator=torch.Generator().manual_seed(0))
     >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, activation=sl.TopK(k=2)), seed=0)
@@ -135,7 +139,8 @@ def fit_joint_dictionary(
     trainee = _JointTraining(
         sae, cfg, marks[: len(marks) - (0 if kept is None else len(kept))], given.names, coefficient
     )
-    run = train(TrainingRun([trainee], rows, cfg, kept, None), sinks=sinks, progress=progress)
+    run = open_run([trainee], rows, cfg, kept, out, resume)
+    train(run, resume=resume, sinks=sinks, progress=progress)
     trainee.settle()
     held_out = None if kept is None else kept[:, : sae.cfg.d_in]
     others = run.peek(MAX_TOKENS)[:, : sae.cfg.d_in] if kept is None else kept[:0, : sae.cfg.d_in]
@@ -188,7 +193,13 @@ class _JointTraining(TrainingSAE):
             wrong = [name for name, rate in zip(names, rates.tolist(), strict=True) if rate in (0, 1)]
             raise ValueError(f"Labels must be true of some and false of other training tokens, not so: {wrong[:5]}.")
         self.both, self.coefficient = _Both(sae, _Classifier(sae.cfg.d_sae, rates)), coefficient
+        self.concepts = list(names)
         self.entropy = -(rates.xlogy(rates) + (1 - rates).xlogy(1 - rates))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that a resumed run must not change, those of the labels among them."""
+        return {**super().settings, "label_coefficient": self.coefficient, "concepts": self.concepts}
 
     @property
     def module(self) -> Any:

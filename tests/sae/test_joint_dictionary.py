@@ -153,6 +153,33 @@ def test_saved_and_loaded_to_the_bit_with_its_classifier(tmp_path, fitted):
 
 
 @unchecked()
+def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path):
+    x, y = WORLDS[0.3]
+    often = replace(SHORT, n_tokens=4_000, log_every_tokens=400, save_every_tokens=400)
+
+    def run(seed, labels=None, **more):
+        return fit_joint_dictionary(make(seed), x, labels or {"y": y}, often, progress=False, **more)
+
+    def stop(entry):
+        if entry["step"] == 5:
+            raise KeyboardInterrupt
+
+    whole = run(0)
+    with pytest.raises(KeyboardInterrupt):
+        run(0, out=tmp_path, sinks=[stop])
+    with pytest.raises(ValueError, match="must keep `label_coefficient`"):
+        run(5, out=tmp_path, resume=True, coefficient=2.0)
+    with pytest.raises(ValueError, match="must keep `concepts`"):
+        run(5, {"z": y}, out=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="must not hold another run"):
+        run(0, out=tmp_path)
+    cut = run(5, out=tmp_path, resume=True)
+    assert cut.sae.history_ == whole.sae.history_ and torch.equal(cut.W, whole.W) and torch.equal(cut.b, whole.b)
+    for name, weight in whole.sae.state_dict().items():
+        assert torch.equal(weight, cut.sae.state_dict()[name]), name
+
+
+@unchecked()
 def test_what_cannot_learn_from_labels_is_refused():
     x, y = WORLDS[0.3]
     for sae, labels, why, more in (
