@@ -91,8 +91,10 @@ def save(model: torch.nn.Module, out: Path, dtype: torch.dtype = torch.float32) 
     alone.to(dtype).save_pretrained(out)  # type: ignore[operator]
 
 
-def draw(n_games: int, first: int) -> tuple[Tensor, Tensor]:
-    """Token ids of games, padded, and which tokens are legal moves after each, (n_games, 61, vocabulary)."""
+def draw(n_games: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids of games, padded; which tokens are legal moves after each, (n_games, 61, vocabulary); and the state of
+    every square then, 0 to 2 (mine, yours, empty), (n_games, 61, 64).
+    """
     moves, boards = play(n_games, seed=0, first=first)
     assert boards is not None
     place = {square: i for i, square in enumerate(VOCABULARY)}
@@ -102,7 +104,8 @@ def draw(n_games: int, first: int) -> tuple[Tensor, Tensor]:
     played = [square for square in SQUARES if square in place]
     columns = [CONCEPTS.index(Concept(f"legal {s}", "legal", parent=f"empty {s}")) for s in played]
     legal[..., [place[square] for square in played]] = boards[..., columns] & (ids != PAD_ID)[..., None]
-    return torch.from_numpy(ids), torch.from_numpy(legal)
+    states = boards[..., :192].reshape(*ids.shape, 3, 64).argmax(2)
+    return torch.from_numpy(ids), torch.from_numpy(legal), torch.from_numpy(states)
 
 
 def loss_of(model: torch.nn.Module, ids: Tensor, legal: Tensor) -> Tensor:
@@ -110,18 +113,31 @@ def loss_of(model: torch.nn.Module, ids: Tensor, legal: Tensor) -> Tensor:
     return losses_of(model, ids, legal)[0].mean()
 
 
-def losses_of(model: torch.nn.Module, ids: Tensor, legal: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of every move and its number, from 0."""
+def losses_of(
+    model: torch.nn.Module,
+    ids: Tensor,
+    legal: Tensor,
+    head: torch.nn.Module | None = None,
+    states: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Those of every move and its number, from 0; with a head, the loss of what it reads of the board at the middle is
+    added.
+    """
     going = legal.any(-1)
     chances = legal[going] / legal[going].sum(-1, keepdim=True)
-    losses = cross_entropy(model(ids, use_cache=False).logits[going].float(), chances, reduction="none")
+    found = model(ids, use_cache=False, output_hidden_states=head is not None)
+    losses = cross_entropy(found.logits[going].float(), chances, reduction="none")
+    if head is not None and states is not None:
+        middle = found.hidden_states[1 + (len(found.hidden_states) - 1) // 2][going]
+        read = head(middle).float().view(-1, 3, 64)
+        losses = losses + cross_entropy(read, states[going], reduction="none").mean(1)
     return losses, going.nonzero()[:, 1]
 
 
 @torch.no_grad()
 def measure(model: torch.nn.Module, n_games: int = 100) -> dict[str, float]:
     """Loss and share of legal moves among the likeliest, on games that training never sees."""
-    ids, legal = draw(n_games, HELD_OUT)
+    ids, legal, _ = draw(n_games, HELD_OUT)
     going = legal.any(-1)
     likeliest = model(ids, use_cache=False).logits.argmax(-1, keepdim=True)
     return {
@@ -162,13 +178,23 @@ def orthogonalize(m: Tensor) -> Tensor:
 
 
 def train(
-    model: torch.nn.Module, steps: int, batch_size: int, peak_lr: float, first: int, dtype: torch.dtype, out: Path
+    model: torch.nn.Module,
+    steps: int,
+    batch_size: int,
+    peak_lr: float,
+    first: int,
+    dtype: torch.dtype,
+    out: Path,
+    board: bool,
 ) -> None:
     """Steps of a copy of the model in `dtype`, whose gradients move the model in float32."""
-    worker = copy.deepcopy(model).to(dtype)
-    pairs = list(zip(model.parameters(), worker.parameters(), strict=True))
+    head = torch.nn.Linear(model.config.n_embd, 192) if board else None  # type: ignore[union-attr,arg-type]
+    whole = torch.nn.ModuleList([model] if head is None else [model, head])
+    copied_whole = copy.deepcopy(whole).to(dtype)
+    worker, reader = copied_whole[0], copied_whole[1] if board else None
+    pairs = list(zip(whole.parameters(), copied_whole.parameters(), strict=True))
     inner = {p for name, p in model.named_parameters() if ".h." in name and p.ndim == 2}
-    outer = [p for p in model.parameters() if p not in inner]
+    outer = [p for p in whole.parameters() if p not in inner]
     optimizers = [
         Muon(list(inner), peak_lr, dtype),
         torch.optim.AdamW(outer, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
@@ -180,12 +206,13 @@ def train(
             batches = list(zip(*(part.split(batch_size) for part in games), strict=True))
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = peak_lr * min((step + 1) / 50, 1 - step / steps)
-        losses, number = losses_of(worker, *batches[step % DRAWN])
+        ids, legal, states = batches[step % DRAWN]
+        losses, number = losses_of(worker, ids, legal, reader, states)
         loss = losses.mean()
         (losses * (0.5 + number / CTX_LEN)).mean().backward()  # boards of early moves are learned soon
         for p, copied in pairs:
             p.grad, copied.grad = copied.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
         with torch.no_grad():
@@ -198,20 +225,20 @@ def train(
 
 
 def probe(folder: Path, n_games: int) -> None:
-    """Accuracy of a linear probe of each square at every layer, on games that training never saw."""
+    """Accuracy of a linear probe of each square at every layer, on a fifth of games that training never saw."""
     model = sl.load_model(str(folder), progress=False)
     games = generate_games(n_games, 0, HELD_OUT)
-    tokens = games.tokens()
-    for layer in range(model.cfg.n_layers):
-        place = f"blocks.{layer}.hook_resid_post"
-        acts = sl.collect(model, tokens, place, mask=sl.TokenMask(special=True), progress=False)
-        labels, x = games.labels_at(acts.doc_ids, acts.positions), acts[:]
+    places = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    found = sl.collect(model, games.tokens(), places, mask=sl.TokenMask(special=True), progress=False)
+    for layer, place in enumerate(places):
+        acts = found[place]  # type: ignore[index]
+        labels, x = games.labels_at(acts.doc_ids, acts.positions), acts[:]  # type: ignore[arg-type]
         states = torch.from_numpy(labels.matrix[:, :192].toarray().astype(np.float32))  # mine, yours, empty
-        seen = torch.from_numpy(labels.doc_ids < 0.8 * n_games)
-        found = fit_probe(x[seen], states[seen], standardize=True)(x[~seen]).view(-1, 3, 64).argmax(1)
+        seen = torch.from_numpy(np.asarray(labels.doc_ids) < 0.8 * n_games)
+        guess = fit_probe(x[seen], states[seen], standardize=True)(x[~seen]).view(-1, 3, 64).argmax(1)
         truth = states[~seen].view(-1, 3, 64).argmax(1)
         often = states[seen].mean(0).view(3, 64).argmax(0)
-        right = (found == truth).double().mean(0)
+        right = (guess == truth).double().mean(0)
         row = {"layer": layer, "probe": round(float(right.mean()), 4), "worst_square": round(float(right.min()), 4)}
         often_right = round(float((truth == often).double().mean()), 4)
         print(json.dumps(row | {"most_frequent": often_right, "tokens": len(truth)}), flush=True)
@@ -229,8 +256,9 @@ def main() -> None:
     parser.add_argument("--period", type=int, default=0, help="inner blocks so far apart share weights; 0 for none")
     parser.add_argument("--first", type=int, default=0, help="number of the first game, beyond those that it has seen")
     parser.add_argument("--bfloat16", action="store_true", help="faster on processors with instructions for it")
+    parser.add_argument("--board", action="store_true", help="train a linear head at the middle to read the board, too")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--n-probe-games", type=int, default=1000)
+    parser.add_argument("--n-probe-games", type=int, default=2000)
     args = parser.parse_args()
     if args.start:
         model = GPT2LMHeadModel.from_pretrained(args.start, dtype=torch.float32, attn_implementation="eager")
@@ -246,7 +274,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     save_tokenizer(args.out)
     dtype = torch.bfloat16 if args.bfloat16 else torch.float32
-    train(model, args.steps, args.batch_size, args.lr, args.first, dtype, args.out)
+    train(model, args.steps, args.batch_size, args.lr, args.first, dtype, args.out, args.board)
     save(model, args.out, torch.float16)  # as the package has it
     probe(args.out, args.n_probe_games)
 
