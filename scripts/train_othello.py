@@ -1,8 +1,18 @@
 """Train a language model of Othello games from nothing, and measure what it knows of the board.
 
-    python scripts/train_othello.py runs/othello                      # 4 layers of width 128
-    python scripts/train_othello.py runs/othello --width 256 --steps 18000 --lr 3e-3 --bfloat16  # two hours of a core
-    python scripts/train_othello.py saelab/synthetic/models/othello --steps 0  # probes alone
+    python scripts/train_othello.py runs/othello                               # 4 layers of width 128
+    python scripts/train_othello.py saelab/synthetic/models/othello --steps 0  # probes of the bundled model
+
+The bundled model was trained in three stages, in three hours of a core in all:
+
+    python scripts/train_othello.py runs/first --width 256 --steps 18000 --lr 3e-3 --bfloat16
+    python scripts/train_othello.py runs/second --start runs/first --layers 8 --period 2 --first 1152000 --steps 500
+    python scripts/train_othello.py runs/third --start runs/second --layers 8 --period 2 --first 1184000 --steps 3600
+                                               --lr 3e-3 --bfloat16 --board
+
+In the second the inner blocks of the first repeat three times, with the same weights (`--period`), so that the board
+after a move can be worked out from that before it, again and again. In the third a linear head that reads the board at
+the middle learns with the model (`--board`); it is not kept. Without it the middle holds less of the board.
 
 Writes a folder that `saelab.load_model` reads. Prints, now and then, the loss on games it has not seen, the share of
 its likeliest next moves that are legal, and at the end of each layer the accuracy of linear probes of every square

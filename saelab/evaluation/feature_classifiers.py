@@ -387,6 +387,6 @@ def encode_csr(sae: SAE, acts: Float[Tensor, "n_tokens d_in"]) -> "csr_matrix":
     parts = []
     for x in acts.split(ENCODE_TOKENS):
         codes = sae.encode_sparse(x.to(sae.device))
-        data, indices, offsets = (part.cpu().numpy() for part in (codes.values, codes.indices, codes.offsets))
+        data, indices, offsets = (part.cpu().numpy() for part in (codes.values.float(), codes.indices, codes.offsets))
         parts.append(csr_matrix((data, indices, offsets), shape=(len(x), codes.d_sae)))
     return vstack(parts, format="csr")

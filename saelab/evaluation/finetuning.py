@@ -23,6 +23,7 @@ from saelab.stores.jobs import hold_folder
 from saelab.training.config import TrainConfig
 from saelab.training.loop import Sink, TrainingRun, train
 
+TERM = "kl"  # name of the divergence in the history
 LR_SCALE = 0.1  # of the default learning rate of training from the start
 MEASURED_TOKENS = 16_384  # on which the SAE is measured afterward
 
@@ -67,8 +68,9 @@ def finetune(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: for an SAE of another model or hook point, an activation function with a sparsity penalty, a
-            normalizer with per-token statistics, and a batch size that is no multiple of `ctx_len`.
+        ValueError: for an SAE of another model or hook point, an activation function with a sparsity penalty, a loss
+            term that compares neighboring tokens, a normalizer with per-token statistics, and a batch size that is no
+            multiple of `ctx_len`.
     """
     cfg = cfg or TrainConfig(n_tokens=1_000_000)
     _check(sae, tokens, cfg, kl_coefficient)
@@ -87,6 +89,7 @@ def finetune(
                 f"`out` must not hold another run, got {folder}; go on with resume=True, or choose another."
             )
         train(run, resume=resume, sinks=sinks, progress=progress)
+    trainee.settle()
     before = sae.training_
     measured = trainee.read(torch.arange(max(1, min(len(tokens), MEASURED_TOKENS // tokens.ctx_len))))
     described = describe_training(run, 0, finish(sae, None, measured))
@@ -130,7 +133,7 @@ class _TrainingInLoop(TrainingSAE):
         kl = clean.splice(leaf, grad=True)["kl"].float().mean()
         (slope,) = torch.autograd.grad(kl, leaf)
         linear = (y_hat * slope).sum()
-        losses.terms["kl"] = self.kl_coefficient * (kl.detach() + linear - linear.detach())
+        losses.terms[TERM] = self.kl_coefficient * (kl.detach() + linear - linear.detach())
         return losses
 
     def default_lr(self) -> float:
@@ -146,6 +149,13 @@ def _check(sae: SAE, tokens: Tokens, cfg: TrainConfig, kl_coefficient: float) ->
             f"`sae` must have an activation function that fixes L0, such as TopK or BatchTopK, got "
             f"{sae.cfg.activation}, whose L0 a penalty would have to hold."
         )
+    for term in sae.cfg.terms:
+        if term.name == TERM or "neighbors" in term.needs:
+            why = "has the name of the divergence's" if term.name == TERM else "compares neighboring tokens"
+            raise ValueError(
+                f"`sae` must have loss terms that go with batches of whole texts, got '{term.name}', which {why}; "
+                "fine-tune a copy without it."
+            )
     if sae.cfg.normalizer in PER_TOKEN:
         raise ValueError(f"`normalizer` must be one map for all tokens, got '{sae.cfg.normalizer}'; `fold` has none.")
     if cfg.batch_size % tokens.ctx_len or len(tokens) < cfg.batch_size // tokens.ctx_len:

@@ -112,7 +112,7 @@ def choose_k(
     if not isinstance(data, Activations):
         raise ValueError("`acts` must be activations of one hook point, collected or a tensor, got something else.")
     cfg = cfg or SAEConfig(d_in=data.d_in, d_sae=8 * data.d_in, activation=BatchTopK(k=max(ks, default=1)))
-    ks, n = sorted(set(ks)), round(cfg.d_sae * RANK_FRAC) if n is None else n
+    ks, n = sorted({int(k) for k in ks}), round(cfg.d_sae * RANK_FRAC) if n is None else n
     if len(ks) < 3:
         raise ValueError(f"`ks` must be three or more, for a minimum between two others, got {ks}.")
     if not hasattr(cfg.activation, "k") or cfg.d_out is not None:

@@ -114,7 +114,7 @@ def probe_intrinsically(
     given = TokenLabels.of(labels, concept if not hasattr(labels, "keys") else None, find_documents(codes, doc_ids))
     name, documents = given.find(concept), given.require_documents()
     keep = choose_rows(documents, n_tokens, seed)
-    matrix, y, documents = read_codes(codes, keep), given[name].numpy()[keep], documents[keep]
+    matrix, y, documents = read_codes(codes, keep), given[name].flatten().numpy()[keep], documents[keep]
     is_train = split_documents(documents, train_frac, seed)
     sides = RankedSides.split(matrix, is_train)
     if not ks or min(ks) < 1 or max(ks) > min(n_features, len(sides)):

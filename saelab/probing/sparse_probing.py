@@ -250,7 +250,7 @@ def probe_features(
     given = TokenLabels.of(labels, None if isinstance(labels, Mapping) else concept, find_documents(codes, doc_ids))
     name, documents = given.find(concept), given.require_documents()
     keep = choose_rows(documents, n_tokens, seed)
-    matrix, y = read_codes(codes, keep), given[name].numpy()[keep]
+    matrix, y = read_codes(codes, keep), given[name].flatten().numpy()[keep]
     documents = documents[keep]
     is_train = split_documents(documents, train_frac, seed)
     for side, rows in (("training", is_train), ("held-out", ~is_train)):

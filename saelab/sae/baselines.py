@@ -127,9 +127,11 @@ def _fit_one(sae: SAE, acts: Activations, method: str, k: int, seed: int) -> SAE
 
 
 def _recorded(sae: SAE) -> TrainConfig:
-    """The configuration that an SAE was trained with, as far as it is on record."""
-    names = {field.name for field in fields(TrainConfig)}
-    return read_fields(TrainConfig, {name: v for name, v in (sae.training_ or {}).items() if name in names})
+    """The configuration that an SAE was trained with from the start, as far as it is on record."""
+    names, record = {field.name for field in fields(TrainConfig)}, sae.training_ or {}
+    while record.get("before"):  # it was fine-tuned since
+        record = record["before"]
+    return read_fields(TrainConfig, {name: v for name, v in record.items() if name in names})
 
 
 def load_baselines(folder: str | Path) -> dict[str, SAE]:

@@ -173,7 +173,7 @@ def draw_tokens(acts: Activations, n_tokens: int, seed: int) -> Float[Tensor, "n
 
 
 def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(int(seed))
 
 
 def _normalize(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -228,12 +228,17 @@ def _find_independent(x: Tensor, m: int, _k: int, seed: int) -> _Atoms:
     from sklearn.decomposition import FastICA
     from sklearn.exceptions import ConvergenceWarning
 
+    variances, axes = torch.linalg.eigh(exact(x).T @ exact(x))
+    inside = variances > 1e-6 * variances[-1]  # components of directions that activations do not have are arbitrary
     ica = FastICA(whiten=False, max_iter=MAX_STEPS, random_state=seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # said by `fit_dictionary`
-        rows = torch.from_numpy(ica.fit(x.double().numpy()).components_).float()
-    excess = ((x @ rows.T) ** 4).mean(0) - 3
-    return _Atoms(rows[excess.abs().argsort(descending=True, stable=True)[:m]], ica.n_iter_, ica.n_iter_ < MAX_STEPS)
+        basis = torch.eye(len(axes), dtype=axes.dtype) if bool(inside.all()) else axes[:, inside]
+        ica.fit((exact(x) @ basis).numpy())
+    rows = torch.from_numpy(ica.components_) @ basis.T
+    excess = ((exact(x) @ rows.T) ** 4).mean(0) - 3
+    rows = torch.cat([rows[excess.abs().argsort(descending=True, stable=True)], axes[:, ~inside].T])
+    return _Atoms(rows[:m].float(), ica.n_iter_, ica.n_iter_ < MAX_STEPS)
 
 
 def _find_components(x: Tensor, m: int, _k: int, _seed: int) -> _Atoms:

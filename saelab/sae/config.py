@@ -7,7 +7,7 @@ objective.
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -24,7 +24,7 @@ from saelab.sae.objectives.dead_latents import AuxK
 from saelab.sae.objectives.gated import GateReconstructionLoss
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.sparsity import SparsityLoss
-from saelab.sae.objectives.terms import LossTerm, read_loss_term
+from saelab.sae.objectives.terms import LOSS_TERMS, LossTerm, read_loss_term
 from saelab.sae.soft_frozen import SoftFrozen
 from saelab.stores.validation import read_fields, require_object
 from saelab.training.schedules import Schedule
@@ -191,9 +191,39 @@ class SAEConfig:
             return self.prefixes.draw(self.d_sae, seed, number)
         return list(self.prefixes or (self.d_sae,))
 
+    def adapt(self, **changes: Any) -> "SAEConfig":
+        """The configuration with other fields; loss terms that do not go with them are left out, and a reconstruction
+        term becomes the plain one.
+
+        >>> cfg = SAEConfig(d_in=8, d_sae=32, activation=TopK(k=4), objective=(objectives.HierarchicalLoss(ks=(2, 4)),))
+        >>> cfg.adapt(activation=TopK(k=1)).objective
+        (ReconstructionLoss(coefficient=1.0),)
+        """
+        plain = ReconstructionLoss()
+
+        def fits(term: LossTerm) -> bool:
+            alone = (term,) if isinstance(term, ReconstructionLoss) else (plain, term)
+            try:
+                replace(self, **(changes | {"objective": alone}))
+            except ValueError:
+                return False
+            return True
+
+        kept = [term for term in self.objective if fits(term)]
+        if not any(isinstance(term, ReconstructionLoss) for term in kept):
+            kept.insert(0, plain)
+        return replace(self, **(changes | {"objective": tuple(kept)}))
+
     def _check_objective(self) -> None:
         if wrong := [term for term in self.objective if not isinstance(term, LossTerm)]:
             raise ValueError(f"`objective` must be a tuple of loss terms, got {wrong[0]!r} in it.")
+        for term in self.objective:
+            kind = LOSS_TERMS.get(getattr(term, "name", ""))
+            if kind is None or kind.__qualname__ != type(term).__qualname__:
+                raise ValueError(
+                    f"A loss term must be registered, so that it can be saved, got {type(term).__name__}; put "
+                    '@sl.register_loss_term("a_name_of_its_own") above its class.'
+                )
         if not any(isinstance(term, ReconstructionLoss) for term in self.objective):
             raise ValueError(f"`objective` must have a reconstruction term, got {self.objective}.")
         names = [term.name for term in self.objective]
@@ -291,9 +321,11 @@ class SAEConfig:
             values["normalizer"] = values.pop("normaliser")
         values["activation"] = read_activation(values.get("activation"))
         if "aux" in values:
+            if "objective" in values:
+                raise ValueError("`aux` must be left out where `objective` is given, got both; add it to the terms.")
             aux = values.pop("aux")
             terms = [] if aux is None else [{"name": AuxK.name, **require_object(aux, "`aux`")}]
-            values.setdefault("objective", [{"name": ReconstructionLoss.name}, *terms])
+            values["objective"] = [{"name": ReconstructionLoss.name}, *terms]
         if isinstance(values.get("objective"), list):
             values["objective"] = read_loss_terms(values["objective"])
         near = isinstance(plain.get("dictionary"), dict) and "cosine" in plain["dictionary"]

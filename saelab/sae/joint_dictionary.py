@@ -1,10 +1,13 @@
 """`fit_joint_dictionary`: a dictionary and a classifier of its codes, learned together from labels."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from saelab.sae.sae import SAE
 from saelab.sae.training_sae import StepLosses, TrainingSAE
 from saelab.stores.activations import ActivationPairs, Activations
 from saelab.stores.files import checksum, save_tensors, to_json
+from saelab.stores.jobs import hold_folder
 from saelab.stores.tensors import load_tensors, read_header
 from saelab.stores.validation import parse_json
 from saelab.training.config import TrainConfig
@@ -139,8 +143,9 @@ def fit_joint_dictionary(
     trainee = _JointTraining(
         sae, cfg, marks[: len(marks) - (0 if kept is None else len(kept))], given.names, coefficient
     )
-    run = open_run([trainee], rows, cfg, kept, out, resume)
-    train(run, resume=resume, sinks=sinks, progress=progress)
+    with nullcontext() if out is None else hold_folder(out):
+        run = open_run([trainee], rows, cfg, kept, out, resume)
+        train(run, resume=resume, sinks=sinks, progress=progress)
     trainee.settle()
     held_out = None if kept is None else kept[:, : sae.cfg.d_in]
     others = run.peek(MAX_TOKENS)[:, : sae.cfg.d_in] if kept is None else kept[:0, : sae.cfg.d_in]
@@ -193,13 +198,13 @@ class _JointTraining(TrainingSAE):
             wrong = [name for name, rate in zip(names, rates.tolist(), strict=True) if rate in (0, 1)]
             raise ValueError(f"Labels must be true of some and false of other training tokens, not so: {wrong[:5]}.")
         self.both, self.coefficient = _Both(sae, _Classifier(sae.cfg.d_sae, rates)), coefficient
-        self.concepts = list(names)
+        self.labels = {"concepts": list(names), "labels": sha256(np.packbits(marks.numpy() > 0.5)).hexdigest()}
         self.entropy = -(rates.xlogy(rates) + (1 - rates).xlogy(1 - rates))
 
     @property
     def settings(self) -> dict[str, Any]:
         """Settings that a resumed run must not change, those of the labels among them."""
-        return {**super().settings, "label_coefficient": self.coefficient, "concepts": self.concepts}
+        return {**super().settings, "label_coefficient": self.coefficient, **self.labels}
 
     @property
     def module(self) -> Any:

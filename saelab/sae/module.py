@@ -55,7 +55,7 @@ class SAEModule(nn.Module):
     def __init__(self, cfg: SAEConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.cfg = cfg
-        generator = None if seed is None else torch.Generator().manual_seed(seed)  # None: weights are loaded later
+        generator = None if seed is None else torch.Generator().manual_seed(int(seed))  # None: weights are loaded later
         directions = _draw_directions(cfg.d_sae, cfg.d_target, generator)
         self.archetypes = None
         if isinstance(cfg.dictionary, Archetypal):

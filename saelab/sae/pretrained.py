@@ -217,7 +217,7 @@ def _narrow_config(cfg: SAEConfig, d_sae: int) -> SAEConfig:
     if cfg.pruning is not None:
         raise ValueError("`latents` must be left out for a pruned SAE: which codes it drops depends on all latents.")
     how = narrow(Convention(activation=cfg.activation, encoder=cfg.encoder), d_sae)
-    return replace(cfg, d_sae=d_sae, activation=how.activation, prefixes=None)
+    return cfg.adapt(d_sae=d_sae, activation=how.activation, prefixes=None)
 
 
 @contextmanager

@@ -31,8 +31,6 @@ from saelab.sae.formats.origin import Origin, SAEFacts
 from saelab.sae.formats.registry import OWN, find_format, require_room, write_foreign
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
-from saelab.sae.objectives.dead_latents import AuxK
-from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.pretrained import check_config, fill, load, locate, on_meta, write_card, write_sae
 from saelab.stores.files import read_settled, shareable, write_atomic
 from saelab.stores.jobs import hold_folder
@@ -337,6 +335,8 @@ class SAE(SAEModule):
             )
         if len(sample) == 0:
             raise ValueError("`sample` must hold activations to find thresholds on, got none.")
+        if target_l0 is not None and not 0 < target_l0 <= self.cfg.d_sae:
+            raise ValueError(f"`target_l0` must be above 0 and at most d_sae ({self.cfg.d_sae}), got {target_l0}.")
         if not self._passes_on(sample[:256].to(self.W_dec)):
             raise ValueError(
                 f"`to_jumprelu` must be given an SAE whose codes are its pre-activations where they are not 0, got "
@@ -365,12 +365,7 @@ class SAE(SAEModule):
         held = {name: t for name, t in self.state_dict().items() if name not in ("threshold", "r_mag", "b_gate")}
         if (threshold := activation.initial_threshold(self.cfg.d_sae)) is not None:
             held["threshold"] = torch.full(threshold.shape, torch.nan, device=self.device)
-        try:
-            cfg = replace(self.cfg, activation=activation)
-        except ValueError:
-            plain = (ReconstructionLoss(), *(term for term in self.cfg.objective if isinstance(term, AuxK)))
-            cfg = replace(self.cfg, activation=activation, objective=plain)
-        return self._share(cfg, held)
+        return self._share(self.cfg.adapt(activation=activation), held)
 
     def _share(self, cfg: SAEConfig, held: dict[str, Tensor]) -> "SAE":
         """An SAE of another configuration that has these tensors as its weights."""
@@ -404,6 +399,8 @@ def fit(
     progress: bool = True,
 ) -> list[SAE]:
     """Train several SAEs on the same batches in one pass, each exactly as it would be trained alone; returns them.
+
+    Where one has a loss term of neighboring tokens, the batches of all are pairs of neighbors.
 
     In the history, entries of the i-th SAE start with `i/`.
 

@@ -248,9 +248,13 @@ def _validate(shape: type, given: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _as_tuple(hint: object, value: object) -> object:
-    """A JSON list as a tuple, where the field is one."""
-    wants = any(get_origin(part) is tuple for part in (hint, *get_args(hint)))
-    return tuple(value) if wants and isinstance(value, list) else value
+    """A JSON list as a tuple, where the field is one, and so the lists in it."""
+    wants = next((part for part in (hint, *get_args(hint)) if get_origin(part) is tuple), None)
+    if wants is None or not isinstance(value, list):
+        return value
+    parts = get_args(wants)
+    each = [parts[0]] * len(value) if parts[1:] == (...,) else [*parts, *[Any] * (len(value) - len(parts))]
+    return tuple(_as_tuple(part, one) for part, one in zip(each, value, strict=False))
 
 
 def _show(value: object) -> str:

@@ -155,10 +155,11 @@ class TrainingRun:
         if self.checkpoint is None or not self.has_checkpoint:
             return False
         before = read_progress(self.checkpoint)["config"]
-        for key, value in self.settings.items():
-            if before.get(key) != value:
+        now = self.settings
+        for key in (*now, *(key for key in before if key not in now)):  # a setting of its default may not be written
+            if before.get(key) != now.get(key):
                 raise ValueError(
-                    f"A resumed run must keep `{key}` of {self.checkpoint} ({before.get(key)}), got {value}; "
+                    f"A resumed run must keep `{key}` of {self.checkpoint} ({before.get(key)}), got {now.get(key)}; "
                     "give the same settings, or another folder."
                 )
         progress = load_checkpoint(self.checkpoint, self.trainables, self.optimizers, self.batches)

@@ -124,15 +124,16 @@ def score_recovery(
 
 @torch.no_grad()
 def _score(sae: SAE, world: PlantedWorld, n_tokens: int, seed: int) -> Recovery:
-    latent_of, cosine, uniqueness = _pair(sae.directions().cpu(), world.directions)
+    latent_of, cosine, uniqueness = _pair(sae.directions().float().cpu(), world.directions)
     sums, fires = ReconstructionSums(world.cfg.d_in), FiringSums(sae.cfg.d_sae)
     hits, true, detected = (np.zeros(world.cfg.n_features, np.int64) for _ in range(3))
     sizes = np.zeros(2)
-    constant = sae.decode(torch.zeros(1, sae.cfg.d_sae, device=sae.device), x=None).cpu() if _is_fixed(sae) else 0.0
+    none = sae.W_dec.new_zeros(1, sae.cfg.d_sae)
+    constant = sae.decode(none, x=None).float().cpu() if _is_fixed(sae) else 0.0
     for number, start in enumerate(range(0, n_tokens, PART)):
         x, planted = world.sample(min(PART, n_tokens - start), (seed, number))
         codes = sae.encode_sparse(x.to(sae.device))
-        x_hat = sae.decode(codes, x=x.to(sae.device)).cpu()
+        x_hat = sae.decode(codes, x=x.to(sae.device)).float().cpu()
         sums.add(x, x_hat)
         fires.add(codes)
         sizes += [float((x_hat - constant).norm(dim=1).sum()), float((x - constant).norm(dim=1).sum())]

@@ -9,7 +9,15 @@ from unchecked import unchecked
 import saelab as sl
 from saelab.evaluation.finetuning import _TrainingInLoop, finetune
 from saelab.evaluation.splicing import Stage
+from saelab.sae.baselines import _recorded
 from saelab.sae.compatibility import match_model
+from saelab.sae.objectives import ContrastiveLoss, MatryoshkaLoss
+
+
+@sl.register_loss_term("kl")
+class Taken(sl.AuxK):
+    pass
+
 
 HOOK = "blocks.0.hook_resid_post"
 TEXTS = [f"The {a} met the {b} and said hello." for a in ("cat", "dog", "owl", "fox") for b in ("hen", "cow", "bee")]
@@ -139,3 +147,37 @@ def test_what_cannot_be_finetuned_is_refused(world):
         finetune(trained(world), model, tokens, sl.TrainConfig(n_tokens=300, batch_size=30))
     with pytest.raises(ValueError, match="`kl_coefficient` must be at least 0"):
         finetune(trained(world), model, tokens, run(), kl_coefficient=-1.0)
+    for term, why in (
+        (ContrastiveLoss(), "compares neighboring tokens"),
+        (Taken(), "has the name of the divergence's"),
+    ):
+        sae = sl.SAE(
+            sl.SAEConfig(d_in=32, d_sae=96, activation=sl.TopK(k=2), objective=(sl.ReconstructionLoss(), term))
+        )
+        with pytest.raises(ValueError, match=why):
+            finetune(sae, model, tokens, run())
+
+
+def test_latents_end_in_the_order_that_the_loss_asks_for(world):
+    model, tokens, _ = world
+    objective = (MatryoshkaLoss(by_rate=True), sl.AuxK())
+    sae = trained(world, prefixes=(16, 96), objective=objective)
+    x, before = world[2][:], sae.encode_sparse(world[2][:]).indices.bincount(minlength=96)
+    with torch.no_grad():  # latents at the end fire most
+        order = before.argsort()
+        sae.W_enc.copy_(sae.W_enc[:, order])
+        sae.b_enc.copy_(sae.b_enc[order])
+        sae.W_dec.copy_(sae.W_dec[order])
+    assert not before[order][:16].any() or before[order][:16].sum() < before.sum() / 16
+    finetune(sae, model, tokens, run(lr=1e-6), progress=False)
+    rates = sae.encode_sparse(x).indices.bincount(minlength=96)
+    assert rates[:16].sum() > rates.sum() / 2
+
+
+def test_baselines_of_a_finetuned_sae_train_as_it_did_at_first(world):
+    model, tokens, _ = world
+    sae = trained(world)
+    at_first = _recorded(sae)
+    finetune(sae, model, tokens, run(), progress=False)
+    finetune(sae, model, tokens, run(), progress=False)
+    assert _recorded(sae) == at_first and at_first.n_tokens == 6_400

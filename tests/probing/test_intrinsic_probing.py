@@ -7,6 +7,7 @@ import pytest
 import torch
 from unchecked import unchecked
 
+from saelab.probing import probe_features
 from saelab.probing.intrinsic_probing import draw_subsets, log_sums, probe_intrinsically
 
 
@@ -46,6 +47,16 @@ def test_planted_features_carry_the_information_and_a_repeated_one_adds_none(pla
     assert all(abs(value) < 0.02 for value in planted.shuffled.values())
     text = str(planted)
     assert "either: true of" in text and "4+" in text and planted.to_dict()["concept"] == "either"
+
+
+def test_labels_of_rows_of_text_are_those_of_their_tokens():
+    z, documents = np.tile(np.eye(4), (50, 1)), np.arange(200) // 20
+    y = z[:, 2] > 0
+    assert probe_intrinsically(z, {"a": y.reshape(10, 20)}, documents, ks=(1,)) == probe_intrinsically(
+        z, {"a": y}, documents, ks=(1,)
+    )
+    flat, rows = (probe_features(z, {"a": one}, documents, ks=(1,), rankings=("f",)) for one in (y, y.reshape(10, 20)))
+    assert rows.features[0].feature == flat.features[0].feature == 2
 
 
 @unchecked()

@@ -73,6 +73,16 @@ def test_fewer_rows_than_dimensions_are_some_of_the_truth(method):
     assert (unit(found.directions()) @ truth.T).abs().amax(1).min() > 0.97
 
 
+@unchecked()
+def test_independent_components_are_of_the_directions_that_there_are():
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(4_000, 3, generator=g) @ torch.randn(3, 8, generator=g)  # rank 3, Gaussian: no component is better
+    sae = fit_dictionary(x, "ica", d_sae=6, k=3, seed=np.int64(2))
+    with torch.no_grad():
+        x_hat = sae(x)
+    assert float((x_hat - x).square().sum() / (x - x.mean(0)).square().sum()) < 0.01
+
+
 @pytest.mark.parametrize("p", [3, 4])
 def test_the_gradient_is_that_of_the_sum_of_powers(p):
     generator = torch.Generator().manual_seed(0)

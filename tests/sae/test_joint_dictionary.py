@@ -12,6 +12,7 @@ from saelab.sae.baselines import fit_baselines, load_baselines
 from saelab.sae.joint_dictionary import JointDictionary, _JointTraining, fit_joint_dictionary
 from saelab.sae.objectives import MatryoshkaLoss
 from saelab.stores.files import save_tensors
+from saelab.stores.jobs import LOCK
 
 D, N, N_TRAIN = 12, 3_000, 2_000
 RUN = sl.TrainConfig(n_tokens=24_000, batch_size=400, seed=3, n_held_out=0, lr=0.05, log_every_tokens=24_000)
@@ -161,6 +162,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path):
         return fit_joint_dictionary(make(seed), x, labels or {"y": y}, often, progress=False, **more)
 
     def stop(entry):
+        assert (tmp_path / LOCK).exists()  # no other process writes there
         if entry["step"] == 5:
             raise KeyboardInterrupt
 
@@ -171,6 +173,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path):
         run(5, out=tmp_path, resume=True, coefficient=2.0)
     with pytest.raises(ValueError, match="must keep `concepts`"):
         run(5, {"z": y}, out=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="must keep `labels`"):
+        run(5, {"y": ~y}, out=tmp_path, resume=True)
     with pytest.raises(ValueError, match="must not hold another run"):
         run(0, out=tmp_path)
     cut = run(5, out=tmp_path, resume=True)

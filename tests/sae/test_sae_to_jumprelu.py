@@ -63,5 +63,7 @@ def test_what_has_no_pre_activations_or_sample_is_refused():
     sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=16, activation=sl.TopK(k=2), objective=many))
     for other in (sae.to_jumprelu(torch.eye(8)), sae.with_k(6)):  # its loss terms are not those of such an activation
         assert other.cfg.objective == (sl.ReconstructionLoss(), sl.AuxK())
+    with pytest.raises(ValueError, match="`target_l0` must be above 0"):
+        sae.to_jumprelu(torch.eye(8), target_l0=0.0)
     with pytest.raises(ValueError, match="`sample` must hold activations"):
         sae.to_jumprelu(torch.ones(0, 8))

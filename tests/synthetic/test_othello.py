@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import saelab as sl
+from saelab.functional.statistics import fit_probe
 from saelab.synthetic import othello
 from saelab.synthetic.othello import CONCEPTS, CTX_LEN, SQUARES, START, VOCABULARY, generate_games, legal_moves, play
 
@@ -138,3 +139,15 @@ def test_the_bundled_model_plays_legal_moves():
     said = likeliest[tokens.attention_mask].numpy()
     share, n = legal[np.arange(len(said)), said][going].mean(), going.sum()
     assert share > 0.97 - 4 * (0.97 * 0.03 / n) ** 0.5
+
+
+def test_the_bundled_model_holds_the_board_at_its_middle():
+    """Linear probes of all squares at once, of games that it has never seen: few to learn from, so less than .95."""
+    model, games = sl.load_model("othello", progress=False), generate_games(150, first=21_000_000)
+    place = f"blocks.{model.cfg.n_layers // 2}.hook_resid_post"
+    acts = sl.collect(model, games.tokens(), place, mask=sl.TokenMask(special=True), progress=False)
+    labels = games.labels_at(acts.doc_ids, acts.positions)
+    states, seen = torch.from_numpy(labels.matrix[:, :192].toarray()).float(), torch.as_tensor(labels.doc_ids) < 100
+    found = fit_probe(acts[:][seen], states[seen], standardize=True)(acts[:][~seen]).view(-1, 3, 64).argmax(1)
+    right = (found == states[~seen].view(-1, 3, 64).argmax(1)).double().mean()
+    assert right > 0.88 and states[seen].mean(0).view(3, 64).amax(0).mean() < 0.6

@@ -8,6 +8,7 @@ import torch
 from unchecked import unchecked
 
 import saelab as sl
+from saelab.evaluation.feature_classifiers import encode_csr
 from saelab.synthetic import PlantedConfig, PlantedWorld
 from saelab.universality import planted_recovery
 from saelab.universality.planted_recovery import score_recovery
@@ -85,6 +86,16 @@ def test_wide_dictionaries_are_paired_among_their_nearest_alike(monkeypatch):
     monkeypatch.setattr(planted_recovery, "ALL_PAIRS", 0)
     fast = score_recovery(of_truth(), WORLD, n_tokens=1_000)
     assert exact["SAE"] == fast["SAE"] and abs(exact["untrained"].mcc - fast["untrained"].mcc) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_scored_as_such(dtype):
+    cfg = sl.SAEConfig(d_in=64, d_sae=64, activation=sl.TopK(k=3))
+    half, whole = (score_recovery(sl.SAE(cfg, seed=0).to(kind), WORLD, n_tokens=500) for kind in (dtype, torch.float32))
+    assert half["SAE"].fvu == pytest.approx(whole["SAE"].fvu, rel=0.02)
+    x, _ = WORLD.sample(100, 3)
+    codes = encode_csr(sl.SAE(cfg, seed=0).to(dtype), x)
+    assert codes.dtype == np.float32 and codes.nnz == 300
 
 
 def test_other_widths_are_refused():

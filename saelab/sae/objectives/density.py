@@ -33,8 +33,8 @@ class FLOPsPenalty(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.weights, list):
-            object.__setattr__(self, "weights", tuple(self.weights))
+        if self.weights is not None:  # a list of a file, or an array
+            object.__setattr__(self, "weights", tuple(map(float, self.weights)))
         if self.weights is not None and not all(0 <= w < math.inf for w in self.weights):
             raise ValueError(f"`weights` must be at least 0 and finite, got {self.weights}.")
 

@@ -29,6 +29,8 @@ from saelab.training.schedules import Schedule, Scheduled, bounds_of
 
 LOSS_TERMS: dict[str, "type[LossTerm]"] = {}
 NEEDS = ("dense", "neighbors")
+ENTRY_KEYS = ("step", "n_tokens", "l0", "lr", "dead_frac", "held_out_fvu")
+"""what an entry of the history has beside the losses"""
 
 T = TypeVar("T", bound="type[LossTerm]")
 
@@ -213,19 +215,24 @@ class LossTerm:
 
     def to_dict(self) -> dict[str, Any]:
         """Name and settings as a dictionary, as in config.json."""
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return {"name": self.name, **plain}
+        return {"name": self.name, **{key: _as_lists(value) for key, value in asdict(self).items()}}
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(part) for part in value] if isinstance(value, (tuple, list)) else value
 
 
 def register_loss_term(name: str) -> Callable[[T], T]:
     """Class decorator that registers a loss term under a name, for config files and the command line; ValueError for a
-    name in use or an unknown need.
+    name in use, one that the history or the config file has for other things, and an unknown need.
     """
 
     def register(cls: T) -> T:
         taken = LOSS_TERMS.get(name)
         if taken is not None and taken.__qualname__ != cls.__qualname__:
             raise ValueError(f"A loss term's name must be free, '{name}' is {taken.__name__}; choose another.")
+        if name in ENTRY_KEYS or "/" in name:
+            raise ValueError(f"A loss term's name must have no '/' and be none of {list(ENTRY_KEYS)}, got '{name}'.")
         if unknown := sorted(cls.needs - set(NEEDS)):
             raise ValueError(f"`needs` of a loss term must be of {list(NEEDS)}, got {unknown}.")
         cls.name = name

@@ -1,5 +1,6 @@
 """The FLOPs penalty: its formula and gradient, its weights, and dense latents made rarer."""
 
+import numpy as np
 import pytest
 import torch
 from unchecked import unchecked
@@ -66,6 +67,12 @@ def test_latents_that_fire_often_fire_less():
 def test_bad_weights_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@unchecked()
+def test_weights_may_be_an_array():
+    term = FLOPsPenalty(weights=np.arange(3))
+    assert term == FLOPsPenalty(weights=(0.0, 1.0, 2.0)) and term.to_dict()["weights"] == [0.0, 1.0, 2.0]
 
 
 def test_files_keep_the_weights(tmp_path):

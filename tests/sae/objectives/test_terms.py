@@ -1,5 +1,6 @@
 """Loss terms as an axis: a user's own one, schedules, what a term reads, and configurations in files."""
 
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -48,6 +49,28 @@ class All(LossTerm):
 
     def __call__(self, step):
         return step.u.square().sum() / step.n_tokens
+
+
+@register_loss_term("test_nested")
+@dataclass(frozen=True)
+class Nested(LossTerm):
+    """Settings in tuples of tuples."""
+
+    pairs: tuple[tuple[int, int], ...] = ((0, 1), (2, 3))
+    names: tuple[tuple[str, ...], float] = (("a", "b"), 0.5)
+
+    def __call__(self, step):
+        return step.values.square().sum() / step.n_tokens
+
+
+@dataclass(frozen=True)
+class Unregistered(LossTerm):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnregisteredAuxK(sl.AuxK):
+    pass
 
 
 def draw(*shape, seed=0):
@@ -211,11 +234,59 @@ def test_the_default_is_reconstruction_and_auxk_and_files_say_so_as_ever():
         (lambda: Schedule(start=0.0, end=1.0, since=0.8, until=0.2), "must hold, got 0.8 and 0.2"),
         (lambda: Schedule(start=0.0, end=float("nan")), "must be finite"),
         (lambda: register_loss_term("test_energy")(All), "'test_energy' is Energy"),
+        (lambda: register_loss_term("l0")(type("Counted", (LossTerm,), {})), "must have no '/' and be none of"),
+        (lambda: register_loss_term("my/own")(type("Slashed", (LossTerm,), {})), "must have no '/' and be none of"),
+        (lambda: config(Unregistered()), "must be registered, so that it can be saved, got Unregistered"),
+        (
+            lambda: sl.SAEConfig(d_in=4, d_sae=64, objective=(sl.ReconstructionLoss(), UnregisteredAuxK())),
+            "must be registered, so that it can be saved, got UnregisteredAuxK",
+        ),
     ],
 )
 def test_bad_objectives_are_refused_with_a_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_settings_in_tuples_of_tuples_come_back_and_resume(tmp_path):
+    cfg = config(Nested(pairs=((4, 5),)))
+    assert sl.SAEConfig.from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+    run = sl.TrainConfig(n_tokens=8 * BATCH, batch_size=BATCH, log_every_tokens=BATCH, save_every_tokens=BATCH)
+    assert_resumes(lambda seed: sl.SAE(cfg, seed=seed), sl.Activations.from_tensor(draw(1_000, D_IN)), run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"objective": (sl.ReconstructionLoss(), sl.sae.objectives.OrthogonalLoss())},
+        {"encoder": sl.sae.Refined()},
+        {"sparsity_schedule": Schedule(start=4.0, end=1.0)},
+        {"train_encoder": False},
+    ],
+    ids=lambda axes: next(iter(axes)),
+)
+def test_a_run_is_not_resumed_with_a_setting_back_at_its_default(axes, tmp_path):
+    def stop(entry):
+        if entry["step"] == 2:
+            raise KeyboardInterrupt
+
+    plain = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=sl.TopK(k=3), objective=(sl.ReconstructionLoss(),))
+    run = sl.TrainConfig(n_tokens=8 * BATCH, batch_size=BATCH, log_every_tokens=BATCH, save_every_tokens=BATCH)
+    with pytest.raises(KeyboardInterrupt):
+        sl.SAE(replace(plain, **axes)).fit(draw(1_000, D_IN), run, out=tmp_path, sinks=[stop], progress=False)
+    with pytest.raises(ValueError, match=f"A resumed run must keep `{next(iter(axes))}`"):
+        sl.SAE(plain).fit(draw(1_000, D_IN), run, out=tmp_path, resume=True, progress=False)
+
+
+def test_another_activation_or_width_keeps_the_terms_that_go_with_it():
+    own = sl.sae.objectives
+    more = (sl.AuxK(k=3), own.OrthogonalLoss(), own.FLOPsPenalty(weights=(1.0,) * D_SAE))
+    cfg = sl.SAEConfig(
+        d_in=D_IN, d_sae=D_SAE, activation=sl.TopK(k=3), objective=(own.HierarchicalLoss(ks=(1, 3)), *more)
+    )
+    assert cfg.adapt(activation=sl.TopK(k=5)).objective == (sl.ReconstructionLoss(), *more)
+    assert cfg.adapt(activation=sl.TopK(k=3)) == cfg
+    assert cfg.adapt(d_sae=20).objective == (cfg.objective[0], *more[:2])
 
 
 def test_files_with_unknown_terms_or_settings_are_refused():
@@ -228,6 +299,8 @@ def test_files_with_unknown_terms_or_settings_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             sl.SAEConfig.from_dict(plain | {"objective": [{"name": "reconstruction"}, wrong]})
+    with pytest.raises(ValueError, match="`aux` must be left out where `objective` is given"):
+        sl.SAEConfig.from_dict(plain | {"aux": None})
 
 
 def test_schedules():
