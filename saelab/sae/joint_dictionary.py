@@ -198,7 +198,10 @@ class _JointTraining(TrainingSAE):
             wrong = [name for name, rate in zip(names, rates.tolist(), strict=True) if rate in (0, 1)]
             raise ValueError(f"Labels must be true of some and false of other training tokens, not so: {wrong[:5]}.")
         self.both, self.coefficient = _Both(sae, _Classifier(sae.cfg.d_sae, rates)), coefficient
-        self.labels = {"concepts": list(names), "labels": sha256(np.packbits(marks.numpy() > 0.5)).hexdigest()}
+        self.labels = {
+            "concepts": list(names),
+            "labels": sha256(np.packbits(marks.numpy() > 0.5).tobytes()).hexdigest(),
+        }
         self.entropy = -(rates.xlogy(rates) + (1 - rates).xlogy(1 - rates))
 
     @property
