@@ -196,7 +196,7 @@ class SAEConfig:
         term becomes the plain one.
 
         >>> cfg = SAEConfig(d_in=8, d_sae=32, activation=TopK(k=4), objective=(objectives.HierarchicalLoss(ks=(2, 4)),))
-        >>> cfg.adapt(activation=TopK(k=1)).objective
+        >>> cfg.adapt(activation=TopK(k=8)).objective
         (ReconstructionLoss(coefficient=1.0),)
         """
         plain = ReconstructionLoss()
