@@ -7,12 +7,14 @@ The bundled model was trained in three stages, in three hours of a core in all:
 
     python scripts/train_othello.py runs/first --width 256 --steps 18000 --lr 3e-3 --bfloat16
     python scripts/train_othello.py runs/second --start runs/first --layers 8 --period 2 --first 1152000 --steps 500
+                                                --bfloat16
     python scripts/train_othello.py runs/third --start runs/second --layers 8 --period 2 --first 1184000 --steps 3600
-                                               --lr 3e-3 --bfloat16 --board
+                                                --lr 3e-3 --bfloat16 --board
 
 In the second the inner blocks of the first repeat three times, with the same weights (`--period`), so that the board
 after a move can be worked out from that before it, again and again. In the third a linear head that reads the board at
-the middle learns with the model (`--board`); it is not kept. Without it the middle holds less of the board.
+the middle learns with the model (`--board`); it is not kept. Without it the middle holds less of the board. (In the
+first two all moves weighed alike, and in the first the learning rate was constant up to 60 % of the steps.)
 
 Writes a folder that `saelab.load_model` reads. Prints, now and then, the loss on games it has not seen, the share of
 its likeliest next moves that are legal, and at the end of each layer the accuracy of linear probes of every square

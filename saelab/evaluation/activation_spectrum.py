@@ -19,6 +19,7 @@ from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.sae.compatibility import mask_of, match_weights
+from saelab.sae.fitting import require_varied
 from saelab.stores.activations import Activations
 from saelab.stores.results import Result, format_table
 
@@ -148,6 +149,7 @@ def spectrum(
             f"`share` must be in (0, 1], `ranks` in 0..{acts.d_in} and `acts` two or more, got {share}, {list(ranks)} "
             f"and {len(acts)}."
         )
+    require_varied(acts)
     if (model is None) != (tokens is None):
         raise ValueError("`model` and `tokens` must be given together, got one of them; give both, or neither.")
     mean, variances, axes = _find_axes(acts)
@@ -198,8 +200,6 @@ def _find_axes(acts: Activations) -> tuple[Float[Tensor, "d_in"], Float[Tensor, 
         moments += x.T @ x
     if not bool(moments.isfinite().all()):
         raise ValueError("`acts` must be finite, got NaN or infinity; check where they come from.")
-    if not bool(moments.diagonal().any()):
-        raise ValueError(f"`acts` must vary, got {len(acts):,} equal rows; check where they come from.")
     offset = total / len(acts)
     variances, axes = torch.linalg.eigh(moments / len(acts) - torch.outer(offset, offset))
     return shift + offset, variances.flip(0).clamp(min=0), axes.flip(1)

@@ -14,14 +14,14 @@ from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
 from saelab.lm.tokens import Tokens
 from saelab.sae.compatibility import match_model, require_threshold
-from saelab.sae.fitting import describe_training, finish
+from saelab.sae.fitting import describe_training, finish, open_run
 from saelab.sae.normalizer import PER_TOKEN
 from saelab.sae.sae import SAE
 from saelab.sae.training_sae import StepLosses, TrainingSAE
 from saelab.stores.activations import Activations
 from saelab.stores.jobs import hold_folder
 from saelab.training.config import TrainConfig
-from saelab.training.loop import Sink, TrainingRun, train
+from saelab.training.loop import Sink, train
 
 TERM = "kl"  # name of the divergence in the history
 LR_SCALE = 0.1  # of the default learning rate of training from the start
@@ -80,14 +80,8 @@ def finetune(
     trainee = _TrainingInLoop(sae, cfg, stage, tokens, kl_coefficient)
     rows = Activations.from_tensor(torch.arange(len(tokens), dtype=torch.float64)[:, None])
     with nullcontext() if out is None else hold_folder(out):
-        folder = None if out is None else Path(out)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-        run = TrainingRun([trainee], rows.batches(cfg.batch_size // tokens.ctx_len, seed=cfg.seed), cfg, None, folder)
-        if run.has_checkpoint and not resume:
-            raise ValueError(
-                f"`out` must not hold another run, got {folder}; go on with resume=True, or choose another."
-            )
+        batches = rows.batches(cfg.batch_size // tokens.ctx_len, seed=cfg.seed)
+        run = open_run([trainee], batches, cfg, None, out, resume)
         train(run, resume=resume, sinks=sinks, progress=progress)
     trainee.settle()
     before = sae.training_

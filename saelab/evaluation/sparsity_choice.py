@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saelab.sae.activation_functions import BatchTopK
 from saelab.sae.config import SAEConfig
-from saelab.sae.fitting import open_data
+from saelab.sae.fitting import open_data, require_varied
 from saelab.sae.module import SAEModule
 from saelab.sae.sae import SAE, fit
 from saelab.stores.activations import Activations
@@ -119,14 +119,13 @@ def choose_k(
         raise ValueError(f"`cfg` must be of an SAE whose activation has a k, such as BatchTopK, got {cfg.activation}.")
     if not ks[-1] < n < cfg.d_sae:
         raise ValueError(f"`n` must be above every k ({ks[-1]}) and below d_sae ({cfg.d_sae}), got {n}.")
+    require_varied(data)
     saes = [SAE(replace(cfg, activation=replace(cfg.activation, k=k)), seed) for k in ks]  # type: ignore[call-arg]
     fit(saes, data, train, progress=progress)
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(data.n_tokens, generator=generator)[:SAMPLE_TOKENS].sort().values
     x = data[places].float()
     values = np.array([decoder_projection(sae, x, n) for sae in saes])
-    if not values.any():
-        raise ValueError(f"`acts` must vary, got {len(x):,} equal rows; check where they come from.")
     rows = []
     for k, sae, value in zip(ks, saes, values / max(values.mean(), 1e-12), strict=True):
         saved = (sae.training_ or {})["saved"]

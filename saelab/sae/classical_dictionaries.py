@@ -15,6 +15,7 @@ from saelab.sae.activation_functions import AbsTopK, TopK
 from saelab.sae.archetypal import find_points
 from saelab.sae.config import SAEConfig
 from saelab.sae.encoders import OrthogonalMatchingPursuit, PursuitEncoder
+from saelab.sae.fitting import require_varied
 from saelab.sae.normalizer import NormalizerKind
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
@@ -124,8 +125,8 @@ def fit_dictionary(
         raise ValueError(f"`d_sae` of '{method}' must be at most d_in ({acts.d_in}), got {width}; take 'ksvd'.")
     sae = _make(how, acts.d_in, width, k, encoder, seed)
     x = draw_tokens(acts, n_tokens, seed)
-    if method != "random" and not bool((x != x[0]).any()):
-        raise ValueError(f"`acts` must vary for '{method}', got {len(x):,} equal rows; check where they come from.")
+    if method != "random":
+        require_varied(x)
     if method == "nmf" and bool((x < 0).any()):
         raise ValueError("`acts` must be at least 0 for 'nmf', got negative ones; take 'snmf', or codes.")
     sae.normalizer.fit(x)

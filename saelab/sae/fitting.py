@@ -320,6 +320,13 @@ def open_data(acts: Data) -> Activations | ActivationPairs | Batches:
     return Activations.from_tensor(acts) if isinstance(acts, Tensor) else acts
 
 
+def require_varied(acts: Activations | Tensor) -> None:
+    """Raise ValueError where all rows are equal, so that there is nothing to describe."""
+    first = acts[:1]
+    if not any(bool((acts[i : i + PART] != first).any()) for i in range(0, len(acts), PART)):
+        raise ValueError(f"`acts` must vary, got {len(acts):,} equal rows; check where they come from.")
+
+
 def check_widths(sae: SAEModule, d_in: int, d_out: int | None) -> None:
     """Raise ValueError where activations, or pairs (d_out is not None), have other widths than the SAE."""
     cfg = sae.cfg

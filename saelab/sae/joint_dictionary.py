@@ -200,7 +200,7 @@ class _JointTraining(TrainingSAE):
         self.both, self.coefficient = _Both(sae, _Classifier(sae.cfg.d_sae, rates)), coefficient
         self.labels = {
             "concepts": list(names),
-            "labels": sha256(np.packbits(marks.numpy() > 0.5).tobytes()).hexdigest(),
+            "labels": sha256(np.packbits((marks > 0.5).numpy()).tobytes()).hexdigest(),
         }
         self.entropy = -(rates.xlogy(rates) + (1 - rates).xlogy(1 - rates))
 

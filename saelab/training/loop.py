@@ -25,6 +25,8 @@ from saelab.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint,
 from saelab.training.config import Batches, Trainable, TrainConfig, clip_gradients, make_adam, step_adam
 
 HistoryEntry = dict[str, Any]
+ENTRY_KEYS = ("step", "n_tokens", "l0", "dead_frac", "lr", "held_out_fvu")
+"""what an entry of the history has beside the losses, which are under their terms' names"""
 Sink = Callable[[HistoryEntry], None]
 SAMPLE_TOKENS = 16_384  # size of the sample for normalization and initialization
 
@@ -156,7 +158,7 @@ class TrainingRun:
             return False
         before = read_progress(self.checkpoint)["config"]
         now = self.settings
-        for key in (*now, *(key for key in before if key not in now)):  # a setting of its default may not be written
+        for key in {**now, **before}:  # a setting at its default may not be written
             if before.get(key) != now.get(key):
                 raise ValueError(
                     f"A resumed run must keep `{key}` of {self.checkpoint} ({before.get(key)}), got {now.get(key)}; "

@@ -10,7 +10,7 @@ WORLDS = {
     "planted": "1,024 planted features in 128 dimensions: Zipfian rates, correlated firing, trees",
     "tales": "the output of block 2 of `tales`, whose stories have known concepts",
     "stories260k": "the output of block 2 of stories260k on real text",
-    "othello": "the middle of the bundled model of Othello games",
+    "othello": "the middle of the bundled model of Othello games, which was trained to hold the board there",
 }
 OVERVIEW = {
     "planted": ("MCC", "F1"),

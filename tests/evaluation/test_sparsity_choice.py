@@ -47,4 +47,4 @@ def test_what_cannot_be_compared_is_refused():
         choose_k(x, (1, 2, 3), n=3)
     short = sl.TrainConfig(n_tokens=512, batch_size=128, n_held_out=0)
     with pytest.raises(ValueError, match="`acts` must vary, got 1,000 equal rows"):
-        choose_k(torch.ones(1000, 6), (1, 2, 3), train=short, progress=False)
+        choose_k(torch.full((1000, 6), 0.1), (1, 2, 3), train=short, progress=False)

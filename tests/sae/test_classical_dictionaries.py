@@ -236,7 +236,7 @@ def test_what_does_not_converge_says_so(method, monkeypatch):
         (torch.ones(9, 4), {"n_tokens": 1}, "`n_tokens` must be at least 2, got 1"),
         (torch.ones(1, 4), {}, "`acts` must hold at least 2 tokens, got 1"),
         (torch.full((9, 4), torch.nan), {}, "`acts` must be finite"),
-        (torch.ones(9, 4), {"method": "snmf"}, "`acts` must vary for 'snmf', got 9 equal rows"),
+        (torch.ones(9, 4), {"method": "snmf"}, "`acts` must vary, got 9 equal rows"),
     ],
 )
 def test_bad_input_is_an_error(x, settings, complaint):

@@ -184,6 +184,16 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tmp_path):
 
 
 @unchecked()
+def test_activations_in_half_precision_have_labels_too():
+    x, y = WORLDS[0.3]
+    rounded = x.bfloat16()
+    half, whole = (
+        fit_joint_dictionary(make(), one, {"y": y}, SHORT, progress=False) for one in (rounded, rounded.float())
+    )
+    torch.testing.assert_close(half.predict(x), whole.predict(x))
+
+
+@unchecked()
 def test_what_cannot_learn_from_labels_is_refused():
     x, y = WORLDS[0.3]
     for sae, labels, why, more in (

@@ -25,12 +25,11 @@ from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, sparse_decode
 from saelab.stores.validation import read_fields, require_object
+from saelab.training.loop import ENTRY_KEYS
 from saelab.training.schedules import Schedule, Scheduled, bounds_of
 
 LOSS_TERMS: dict[str, "type[LossTerm]"] = {}
 NEEDS = ("dense", "neighbors")
-ENTRY_KEYS = ("step", "n_tokens", "l0", "lr", "dead_frac", "held_out_fvu")
-"""what an entry of the history has beside the losses"""
 
 T = TypeVar("T", bound="type[LossTerm]")
 
@@ -224,7 +223,7 @@ def _as_lists(value: Any) -> Any:
 
 def register_loss_term(name: str) -> Callable[[T], T]:
     """Class decorator that registers a loss term under a name, for config files and the command line; ValueError for a
-    name in use, one that the history or the config file has for other things, and an unknown need.
+    name in use, one that the history has for something else, and an unknown need.
     """
 
     def register(cls: T) -> T:

@@ -13,6 +13,7 @@ from resuming import assert_resumes
 import saelab as sl
 from saelab.sae.objectives.terms import LossTerm, TrainingStep, register_loss_term
 from saelab.sae.training_sae import TrainingSAE
+from saelab.training.loop import ENTRY_KEYS
 from saelab.training.schedules import Schedule, bounds_of, value_at
 
 D_IN, D_SAE, BATCH, N_STEPS = 8, 40, 64, 12
@@ -108,6 +109,12 @@ def test_a_term_of_ones_own_trains_as_its_dense_formula_says():
     torch.testing.assert_close(sae.W_enc.grad, expected[0], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(sae.b_enc.grad, expected[1], rtol=1e-4, atol=1e-6)
     assert torch.equal(without.terms["reconstruction"], loss.terms["reconstruction"])
+
+
+def test_the_keys_of_the_history_are_the_terms_and_those_that_no_term_may_have():
+    run = sl.TrainConfig(n_tokens=4 * BATCH, batch_size=BATCH)
+    entry = sl.SAE(config(Energy())).fit(draw(1_000, D_IN), run, progress=False).history_[-1]
+    assert entry.keys() == {"reconstruction", "aux", "test_energy", *ENTRY_KEYS}
 
 
 def test_it_is_logged_saved_and_moves_the_codes(tmp_path):
