@@ -158,7 +158,7 @@ class TrainingRun:
             return False
         before = read_progress(self.checkpoint)["config"]
         now = self.settings
-        for key in {**now, **before}:  # a setting at its default may not be written
+        for key in {**before, **now}:  # a setting at its default may not be written
             if before.get(key) != now.get(key):
                 raise ValueError(
                     f"A resumed run must keep `{key}` of {self.checkpoint} ({before.get(key)}), got {now.get(key)}; "

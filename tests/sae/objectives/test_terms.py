@@ -296,6 +296,30 @@ def test_another_activation_or_width_keeps_the_terms_that_go_with_it():
     assert cfg.adapt(d_sae=20).objective == (cfg.objective[0], *more[:2])
 
 
+@pytest.mark.parametrize(
+    ("activation", "axes"),
+    [
+        (sl.JumpReLU(target_l0=2.0), {"objective": (sl.ReconstructionLoss(), sl.sae.objectives.KeptCoreLoss(n=5))}),
+        (
+            sl.JumpReLU(target_l0=2.0),
+            {"objective": (sl.ReconstructionLoss(), sl.sae.objectives.FLOPsPenalty(weights=(1.0,) * D_SAE))},
+        ),
+        (sl.BatchTopK(k=3), {"objective": (sl.sae.objectives.HierarchicalLoss(ks=(1, 3)),)}),
+        (
+            sl.BatchTopK(k=3),
+            {"objective": (sl.sae.objectives.MatryoshkaLoss(detached=True),), "prefixes": (10, D_SAE)},
+        ),
+    ],
+)
+def test_some_latents_are_loaded_whatever_the_loss_of_all_was(activation, axes, tmp_path):
+    sae = sl.SAE(sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=activation, **axes), seed=0)
+    with torch.no_grad():
+        sae.threshold.fill_(0.3)
+    sae.save_pretrained(tmp_path)
+    some, x = sl.SAE.from_pretrained(tmp_path, latents=[7, 2]), draw(50, D_IN)
+    torch.testing.assert_close(some.encode(x), sae.encode(x)[:, [7, 2]])
+
+
 def test_files_with_unknown_terms_or_settings_are_refused():
     plain = config(Energy()).to_dict()
     for wrong, message in (
