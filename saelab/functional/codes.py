@@ -241,9 +241,12 @@ class _NestedDecode(torch.autograd.Function):
         n_groups: int,
         spare: Spare,
         centered: Tensor | None,
+        add: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, Tensor]:
         indices, offsets = entries.indices, entries.offsets
         residuals = gather_sum(indices, values, offsets, W_dec).view(n_groups, *x.shape)
+        if add is not None:
+            add(residuals)
         above = x - b_dec if centered is None else centered
         for residual in residuals:
             torch.sub(above, residual, out=residual)
@@ -268,11 +271,12 @@ class _NestedDecode(torch.autograd.Function):
             grad_values = sampled_dot(entries.rows, entries.indices, flat, W_dec, entries.order)
         grad_W = weight_gradient(entries, values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
         grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
-        return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None, None
+        return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None, None, None
 
 
 _nested_decode: Callable[
-    [Tensor, Tensor, Tensor, Tensor, Entries, int, Spare, Tensor | None], tuple[Tensor, Tensor]
+    [Tensor, Tensor, Tensor, Tensor, Entries, int, Spare, Tensor | None, Callable[[Tensor], None] | None],
+    tuple[Tensor, Tensor],
 ] = _NestedDecode.apply
 
 
@@ -349,6 +353,7 @@ def nested_decode_error(
     n_groups: int = 1,
     spare: Spare | None = None,
     centered: Float[Tensor, "n_rows d_in"] | None = None,
+    add: Callable[[Tensor], None] | None = None,
 ) -> tuple[Float[Tensor, "n_groups"], Float[Tensor, "n_rows d_in"]]:
     """Squared error of every prefix, `||x - b_dec - sum_{h <= g} z_h W_dec||^2`, and the last one's residual, detached.
 
@@ -365,12 +370,14 @@ def nested_decode_error(
         n_groups: number of groups of latents, one more joining in each prefix.
         spare: list that may hold memory for the gradient of W_dec; see `weight_gradient`.
         centered: x - b_dec, if known.
+        add: called with the decoded parts (n_groups, n_rows, d_in) to add, in place, what other processes decoded of
+            their latents; its gradient is taken as 1. None is for no others.
 
     >>> entries = Entries(torch.tensor([1]), torch.tensor([0]), torch.tensor([0, 1]))
     >>> nested_decode_error(torch.ones(1), torch.eye(2), torch.ones(1, 2), torch.zeros(2), entries)
     (tensor([1.]), tensor([[1., 0.]]))
     """
-    return _nested_decode(values, W_dec, x, b_dec, entries, n_groups, spare or [], centered)
+    return _nested_decode(values, W_dec, x, b_dec, entries, n_groups, spare or [], centered, add)
 
 
 def attach_encoder(

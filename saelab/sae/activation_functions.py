@@ -29,7 +29,7 @@ from saelab.functional.topk import (
     search_topk,
     topk_latents,
 )
-from saelab.sae.activation_registry import ACTIVATIONS, Activation, register_activation
+from saelab.sae.activation_registry import ACTIVATIONS, Activation, Competition, register_activation
 from saelab.stores.validation import read_fields, require_object
 
 MIN_THRESHOLD = 1e-4  # lower bound of learned thresholds
@@ -69,6 +69,7 @@ def _find_kind(name: str, settings: Mapping[str, Any]) -> "type[Activation]":
 class TopK(Activation):
     """Keeps the positive ones among each token's k largest pre-activations (arXiv:2406.04093)."""
 
+    competition: ClassVar[Competition] = "token"
     transcoder_lr_scale: ClassVar[float] = 4.0
 
     k: int = 32
@@ -111,6 +112,7 @@ class BatchTopK(Activation):
     not depend on its batch.
     """
 
+    competition: ClassVar[Competition] = "batch"
     threshold: ClassVar[Literal["none", "running", "learned"]] = "running"
     transcoder_lr_scale: ClassVar[float] = 4.0
 
@@ -165,6 +167,7 @@ class GroupMax(Activation):
     groupmax).
     """
 
+    competition: ClassVar[Competition] = "group"
     transcoder_lr_scale: ClassVar[float] = 4.0
 
     k: int = 32
@@ -235,6 +238,7 @@ class _Penalized(Activation):
 class ReLU(_Penalized):
     """max(u, 0) with an L1 penalty, sum_i |z_i|."""
 
+    competition: ClassVar[Competition] = "none"
     lr_scale: ClassVar[float] = 2.0
     transcoder_lr_scale: ClassVar[float] = 4.0
 
@@ -273,6 +277,8 @@ class Log1pReLU(ReLU):
     True
     """
 
+    competition: ClassVar[Competition] = "none"
+
     def __call__(self, u: Tensor, threshold: Tensor | None = None, training: bool = False) -> Tensor:
         return u.relu().log1p()
 
@@ -291,6 +297,7 @@ class JumpReLU(_Penalized):
     (arXiv:2407.14435).
     """
 
+    competition: ClassVar[Competition] = "none"
     threshold: ClassVar[Literal["none", "running", "learned"]] = "learned"
 
     bandwidth: float = 0.1
@@ -354,6 +361,7 @@ class Gated(_Penalized):
     codes; a `GateReconstructionLoss` joins the objective.
     """
 
+    competition: ClassVar[Competition] = "none"
     lr_scale: ClassVar[float] = 2.0
     threshold: ClassVar[Literal["none", "running", "learned"]] = "learned"
     gated: ClassVar[bool] = True

@@ -23,6 +23,7 @@ from saelab.functional.codes import SparseCodes
 
 ACTIVATIONS: dict[str, "type[Activation]"] = {}
 
+Competition = Literal["none", "group", "token", "batch", "unknown"]
 A = TypeVar("A", bound="type[Activation]")
 
 
@@ -41,6 +42,11 @@ class Activation:
     """
     gated: ClassVar[bool] = False
     """whether learned thresholds are those of a gate, which has parameters of its own in training"""
+    competition: ClassVar[Competition] = "unknown"
+    """which pre-activations a latent's code depends on in training: its own; those of its group (k groups of adjacent
+    latents); it is among its token's k largest, or among the batch's k * n_tokens largest; or any of them. Where
+    latents are divided among processes, those of "unknown" have to send all of them to each other
+    """
     lr_scale: ClassVar[float] = 1.0
     """factor on the default learning rate"""
     transcoder_lr_scale: ClassVar[float] = 1.0
@@ -51,6 +57,8 @@ class Activation:
         for shortcut in ("code", "search", "pick"):  # an inherited one would not match the new `__call__`
             if "__call__" in vars(cls) and shortcut not in vars(cls):
                 setattr(cls, shortcut, getattr(Activation, shortcut))
+        if "__call__" in vars(cls) and "competition" not in vars(cls):
+            cls.competition = "unknown"
 
     def __call__(
         self, u: Float[Tensor, "*batch d_sae"], threshold: Tensor | None = None, training: bool = False

@@ -23,6 +23,7 @@ from saelab.stores.manifest import Provenance
 from saelab.stores.neighbors import NeighborBatches
 from saelab.training.config import Batches, Trainable, TrainConfig
 from saelab.training.loop import TrainingRun
+from saelab.training.ranks import ALONE, RankGrid
 
 PART = 4096  # tokens encoded at a time
 MAX_TOKENS = 16_384  # tokens on which thresholds are set
@@ -220,6 +221,7 @@ def make_run(
     held_out: HeldOut | None,
     out: str | Path | None,
     resume: bool,
+    ranks: RankGrid = ALONE,
 ) -> TrainingRun:
     """Training run of SAEs on one stream of activations, ready for `train`; each SAE is trained as if alone with its
     seed.
@@ -233,6 +235,7 @@ def make_run(
             out, so give them for a stream.
         out: folder for history and checkpoints; None writes nothing.
         resume: whether to continue the run in `out`.
+        ranks: the processes that train together; each SAE has the weights of this one's latents.
 
     Raises:
         ValueError: for widths that differ, pairs that are not of the same tokens, too little data, and a folder that
@@ -254,8 +257,8 @@ def make_run(
         batches, kept = hold_out(acts, cfg, kept, neighbors=bool(paired))
     # an SAE that was trained before, or started from other features, continues from its weights
     trained = [getattr(sae, "training_", None) is not None or getattr(sae, "placed", False) for sae in saes]
-    trainees = [TrainingSAE(sae, cfg, before) for sae, before in zip(saes, trained, strict=True)]
-    return open_run(trainees, batches, cfg, kept, out, resume)
+    trainees = [TrainingSAE(sae, cfg, before, ranks) for sae, before in zip(saes, trained, strict=True)]
+    return open_run(trainees, batches, cfg, kept, out, resume, ranks)
 
 
 def open_run(
@@ -265,6 +268,7 @@ def open_run(
     held_out: Tensor | None,
     out: str | Path | None,
     resume: bool,
+    ranks: RankGrid = ALONE,
 ) -> TrainingRun:
     """A training run in a new folder, in that of a run to go on with, or without one.
 
@@ -275,12 +279,13 @@ def open_run(
         held_out: activations to measure FVU on, or None.
         out: folder for history and checkpoints; None writes nothing.
         resume: whether to continue the run in `out`.
+        ranks: the processes that train together.
 
     Raises:
         ValueError: for a folder that does not go with `resume`.
     """
     folder = _make_folder(out, resume)
-    run = TrainingRun(trainees, batches, cfg, held_out, folder)
+    run = TrainingRun(trainees, batches, cfg, held_out, folder, ranks)
     if run.has_checkpoint and not resume:
         raise ValueError(f"`out` must not hold another run, got {folder}; go on with resume=True, or choose another.")
     return run
@@ -386,6 +391,7 @@ def finish_run(run: TrainingRun, saes: Sequence[SAEModule]) -> list[dict[str, An
     """
     for trainee in run.trainables:
         if isinstance(trainee, TrainingSAE):
+            trainee.join_state()
             trainee.settle()
     others = run.peek(MAX_TOKENS) if run.held_out is None or len(run.held_out) == 0 else run.held_out[:0]
     return [finish(sae, run.held_out, others) for sae in saes]

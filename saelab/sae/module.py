@@ -15,9 +15,11 @@ from saelab.functional.pruning import needed_codes
 from saelab.sae.activation_functions import MIN_THRESHOLD, TopK
 from saelab.sae.activation_registry import Activation
 from saelab.sae.archetypal import Archetypal, Archetypes
+from saelab.sae.competition import activate_among, search_among
 from saelab.sae.config import SAEConfig
 from saelab.sae.encoders import PursuitEncoder, Refined
 from saelab.sae.normalizer import Normalizer
+from saelab.training.ranks import ALONE, RankGrid
 
 DENSE_NUMBERS = 2**25  # pre-activations in memory at a time in dense encoding
 
@@ -112,7 +114,7 @@ class SAEModule(nn.Module):
         return normalized - self.b_dec if self.cfg.d_out is None else normalized
 
     def refine(
-        self, centered: Float[Tensor, "n_rows d_in"], activation: Activation | None = None
+        self, centered: Float[Tensor, "n_rows d_in"], activation: Activation | None = None, ranks: RankGrid = ALONE
     ) -> Float[Tensor, "n_rows d_in"]:
         """What W_enc is applied to: the rows that `center` returned, for a `Refined` encoder with a part of the error
         of their first reconstruction added. Differentiable.
@@ -120,25 +122,27 @@ class SAEModule(nn.Module):
         Args:
             centered: rows that `center` returned.
             activation: activation function of a training step; None is that of inference.
+            ranks: processes that the rows and latents of a training step are divided among.
         """
         if not isinstance(self.cfg.encoder, Refined):
             return centered
         training, activation = activation is not None, activation or self.cfg.activation
         with torch.no_grad():
-            found = activation.search(centered, self.W_enc.T, self.b_enc, self.threshold, training=training)
+            found = search_among(activation, centered, self.W_enc.T, self.b_enc, self.threshold, ranks, training)
+        read = ranks.latents.share(centered)
         if found is None:
-            u = centered @ self.W_enc + self.b_enc
-            if training:
-                z = activation(u, self.threshold, training=True)
+            u = read @ self.W_enc + self.b_enc
+            if training or not ranks.alone:
+                z = activate_among(activation, u, self.threshold, ranks, training)
             else:
                 z = activation.code(u, centered, self.W_enc.T, self.b_enc, self.threshold)
             decoded = z @ self.W_dec
         else:
             entries = Entries(found.indices, found.rows, found.offsets)
-            u = attach_encoder(found.values, centered, self.W_enc, self.b_enc, None, entries)
+            u = attach_encoder(found.values, read, self.W_enc, self.b_enc, None, entries)
             values = activation.fire(u, self.threshold_of(found.indices))
             decoded = sparse_decode(values, self.W_dec, found.indices, found.rows, found.offsets)
-        return centered + self.cfg.encoder.step * (centered - decoded)
+        return centered + self.cfg.encoder.step * (centered - ranks.latents.sum(decoded))
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Dense codes z of activations, differentiable; a latent is active where `z != 0` (codes of signed activation
@@ -287,6 +291,17 @@ class SAEModule(nn.Module):
             summed = (z if prefix is None else z.prefix(n)).decode(self.W_dec)
         else:
             summed = z[..., :n] @ self.W_dec[:n]
+        return self.finish_decoding(summed, x)
+
+    def finish_decoding(
+        self, summed: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"] | None
+    ) -> Float[Tensor, "*batch d_out"]:
+        """Reconstruction from `z W_dec`: bias and skip connection added, in the units of the activations.
+
+        Args:
+            summed: the decoded codes.
+            x: the activations that were encoded, or None; see `decode`.
+        """
         summed = summed + self.b_dec
         if self.W_skip is not None and x is not None:
             summed = summed + self.center(x) @ self.W_skip

@@ -7,15 +7,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.metrics import effective_rank, exact
+from saelab.sae.competition import activate_among
 from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
+from saelab.training.ranks import ALONE, RankGrid
 
 SCALE_TOKENS = 1024  # tokens used to set the encoder's scale; also the chunk size
 
 
 @torch.no_grad()
 def place_weights(
-    sae: SAEModule, x: Float[Tensor, "n_tokens d_in"], y: Float[Tensor, "n_tokens d_out"], seed: int
+    sae: SAEModule,
+    x: Float[Tensor, "n_tokens d_in"],
+    y: Float[Tensor, "n_tokens d_out"],
+    seed: int,
+    ranks: RankGrid = ALONE,
 ) -> None:
     """Initialise biases and dictionary from a sample of inputs and targets, in place.
 
@@ -27,16 +33,18 @@ def place_weights(
         x: (n_tokens, d_in) normalized inputs.
         y: (n_tokens, d_out) normalized targets; `x` again for an autoencoder.
         seed: seed of archetypal points, or of the activations drawn as directions for `init="data"`.
+        ranks: processes among which the latents are divided; `sae` has those of this one.
     """
     sae.b_dec.copy_(y.mean(0))
     centered = x - x.mean(0)
     rows = sae.W_enc.T
     if sae.archetypes is not None:
         sae.archetypes.place(y - y.mean(0), seed)
+        ranks.latents.spread_(sae.archetypes.points)
         sae.W_dec.copy_(sae.archetypes())
         rows = sae.W_dec if sae.cfg.d_out is None else normalize_rows(sae.W_dec @ (y - y.mean(0)).T @ centered)
     elif sae.cfg.init == "data":
-        rows = _draw_rows(centered, rows, seed)
+        rows = _draw_rows(centered, rows, seed, ranks)
     elif sae.cfg.init == "subspace":
         rows = _turn_inside(centered, rows)
     sae.W_enc.copy_(rows.T)
@@ -45,9 +53,9 @@ def place_weights(
     else:
         sae.b_enc.copy_(-x.mean(0) @ sae.W_enc)
         if sae.archetypes is None:
-            _answer(sae, x, y)
+            _answer(sae, x, y, ranks)
     if not isinstance(sae.cfg.encoder, PursuitEncoder):
-        _match_scale(sae, x[:SCALE_TOKENS], y[:SCALE_TOKENS])
+        _match_scale(sae, x[:SCALE_TOKENS], y[:SCALE_TOKENS], ranks)
     if sae.cfg.activation.gated:
         sae.set_gate(sae.threshold)
 
@@ -74,13 +82,14 @@ def normalize_rows(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
-def _draw_rows(centered: Tensor, random: Tensor, seed: int) -> Tensor:
+def _draw_rows(centered: Tensor, random: Tensor, seed: int, ranks: RankGrid) -> Tensor:
     """Activations drawn at random, as directions."""
     generator = torch.Generator().manual_seed(seed)
     rows = centered[centered.norm(dim=1) > 0]
     if len(rows) == 0:  # constant activations have no direction: keep the random ones
         return random
-    chosen = rows[torch.randint(len(rows), (len(random),), generator=generator)]
+    here = ranks.latents.split(n := len(random) * ranks.latents.size)
+    chosen = rows[torch.randint(len(rows), (n,), generator=generator)[here.start : here.stop]]
     # adding some of the random direction makes repeated rows differ
     directions = chosen / chosen.norm(dim=1, keepdim=True) + 0.1 * random
     return directions / directions.norm(dim=1, keepdim=True)
@@ -99,28 +108,29 @@ def _turn_inside(centered: Tensor, random: Tensor) -> Tensor:
     return normalize_rows(random[:, :n] @ directions[:, -n:].T.to(random))
 
 
-def _answer(sae: SAEModule, x: Tensor, y: Tensor) -> None:
+def _answer(sae: SAEModule, x: Tensor, y: Tensor, ranks: RankGrid) -> None:
     """Set each row of W_dec to the mean direction of the targets where its latent is active; rows of inactive latents
     stay random.
     """
     sums = torch.zeros_like(sae.W_dec)
     for part, target in zip(x.split(SCALE_TOKENS), y.split(SCALE_TOKENS), strict=True):
-        sums += _codes(sae, part).T @ (target - sae.b_dec)
+        sums += _codes(sae, part, ranks).T @ (target - sae.b_dec)
     sae.W_dec.copy_(torch.where(sums.norm(dim=1, keepdim=True) > 0, normalize_rows(sums), sae.W_dec))
 
 
-def _match_scale(sae: SAEModule, x: Tensor, y: Tensor) -> None:
+def _match_scale(sae: SAEModule, x: Tensor, y: Tensor, ranks: RankGrid) -> None:
     """Scale the encoder by the c that minimizes ||y - b_dec - c z W_dec||^2: reconstructions from random weights are
     many times too large.
     """
-    centered, y_hat = y - sae.b_dec, _codes(sae, x) @ sae.W_dec
+    centered, y_hat = y - sae.b_dec, ranks.latents.total(_codes(sae, x, ranks) @ sae.W_dec)
     energy = y_hat.square().sum()
     if energy > 0 and (scale := (centered * y_hat).sum() / energy) > 0:
         sae.W_enc.mul_(scale.clamp(0.05, 1.0))
         sae.b_enc.mul_(scale.clamp(0.05, 1.0))
 
 
-def _codes(sae: SAEModule, x: Tensor) -> Tensor:
-    """Codes at the start of training, of normalized inputs."""
+def _codes(sae: SAEModule, x: Tensor, ranks: RankGrid) -> Tensor:
+    """Codes at the start of training, of normalized inputs; each process has all of them, and its own latents."""
     read = x - sae.b_dec if sae.cfg.d_out is None else x
-    return sae.cfg.activation(read @ sae.W_enc + sae.b_enc, sae.threshold, training=True)
+    u = read @ sae.W_enc + sae.b_enc
+    return activate_among(sae.cfg.activation, u, sae.threshold, RankGrid(latents=ranks.latents))

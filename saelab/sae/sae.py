@@ -32,6 +32,7 @@ from saelab.sae.formats.registry import OWN, find_format, require_room, write_fo
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
 from saelab.sae.pretrained import check_config, fill, load, locate, on_meta, write_card, write_sae
+from saelab.sae.sharding import check_ranks, put_together, take_share
 from saelab.stores.files import read_settled, shareable, write_atomic
 from saelab.stores.jobs import hold_folder
 from saelab.stores.manifest import Provenance
@@ -39,6 +40,7 @@ from saelab.stores.results import Result
 from saelab.stores.validation import naming
 from saelab.training.config import TrainConfig
 from saelab.training.loop import HistoryEntry, Sink, train
+from saelab.training.ranks import ALONE, RankGrid
 
 
 class SAE(SAEModule):
@@ -72,6 +74,7 @@ class SAE(SAEModule):
         held_out: HeldOut | None = None,
         sinks: Sequence[Sink] = (),
         progress: bool = True,
+        mesh: Any = None,
     ) -> "SAE":
         """Train on activations and return self; the losses are in `history_`, the settings in `training_`.
 
@@ -86,12 +89,13 @@ class SAE(SAEModule):
             held_out: activations to measure FVU on; None holds out the last tokens of `acts`, except of a stream.
             sinks: loggers that receive each entry of the history.
             progress: whether to show a progress bar.
+            mesh: `DeviceMesh` of the processes that train together, see `sl.fit`; None is this one alone.
 
         Raises:
-            ValueError: for widths that differ, pairs that are not of the same tokens, too little data, and a folder
-                that does not go with `resume`.
+            ValueError: for widths that differ, pairs that are not of the same tokens, too little data, a folder that
+                does not go with `resume`, and a mesh that does not divide latents and batches.
         """
-        fit([self], acts, cfg, out=out, resume=resume, held_out=held_out, sinks=sinks, progress=progress)
+        fit([self], acts, cfg, out=out, resume=resume, held_out=held_out, sinks=sinks, progress=progress, mesh=mesh)
         return self
 
     def save_pretrained(self, folder: str | Path, format: str = "saelab") -> None:
@@ -397,6 +401,7 @@ def fit(
     held_out: HeldOut | None = None,
     sinks: Sequence[Sink] = (),
     progress: bool = True,
+    mesh: Any = None,
 ) -> list[SAE]:
     """Train several SAEs on the same batches in one pass, each exactly as it would be trained alone; returns them.
 
@@ -413,14 +418,28 @@ def fit(
         held_out: activations to measure FVU on; None holds out the last tokens of `acts`, except of a stream.
         sinks: loggers that receive each entry of the history.
         progress: whether to show a progress bar.
+        mesh: `DeviceMesh` of processes that train together, each of which calls this with the same arguments; None is
+            this process alone. Its axis "data" divides every batch, its axis "latents" the latents, with their
+            gradients and moments; both give the result of one process. All processes return the whole SAEs; where one
+            fails, those of the others are not whole.
 
     Raises:
         ValueError: as `SAE.fit`.
     """
-    acts = open_data(acts)
-    with nullcontext() if out is None else hold_folder(out):
-        run = make_run(saes, acts, cfg or TrainConfig(), held_out, out, resume)
-        train(run, resume=resume, sinks=sinks, progress=progress)
+    acts, cfg = open_data(acts), cfg or TrainConfig()
+    ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    for sae in saes:
+        check_ranks(sae.cfg, cfg, ranks)
+    with nullcontext() if out is None or not ranks.is_first else hold_folder(out):
+        for sae in saes:
+            take_share(sae, ranks)
+        run = make_run(saes, acts, cfg, held_out, out, resume, ranks)
+        try:
+            train(run, resume=resume, sinks=sinks, progress=progress)
+        finally:
+            # of a process that failed no other would answer
+            for sae in saes if run.stopped or run.step == cfg.n_steps else ():
+                put_together(sae, ranks)
         saved = finish_run(run, saes)
     for i, sae in enumerate(saes):
         sae.provenance, sae.training_, sae.history_ = origin_of(acts), describe_training(run, i, saved[i]), run.history

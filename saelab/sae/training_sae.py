@@ -15,13 +15,17 @@ from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested
 from saelab.functional.metrics import ReconstructionSums, nested_error
 from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.activation_registry import Activation
+from saelab.sae.competition import activate_among, search_among
 from saelab.sae.encoders import PursuitEncoder, Refined
 from saelab.sae.module import SAEModule
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import TrainingStep, find_entries, stack_groups
+from saelab.sae.objectives.whole_step import STATE_PER_LATENT, WholeStep, group_among
 from saelab.sae.placement import normalize_rows, place_weights, reorder_latents
+from saelab.sae.sharding import reconstruct_among, shared_names
 from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
 from saelab.training.config import TrainConfig
+from saelab.training.ranks import ALONE, RankGrid
 from saelab.training.schedules import value_at
 
 THRESHOLD_RATE = 0.01  # of the running threshold's exponential average, after its first 100 steps, which average evenly
@@ -81,15 +85,18 @@ class TrainingSAE:
     `state`.
 
     A batch's rows are activations; for a transcoder inputs with their targets appended, (n_tokens, d_in + d_out).
+
+    Of several processes that train together (`ranks`) each has an SAE with weights of its own latents only, and is
+    given its own rows of every batch.
     """
 
-    def __init__(self, sae: SAEModule, cfg: TrainConfig, trained: bool = False) -> None:
-        self.sae, self.cfg, self.trained = sae, cfg, trained
+    def __init__(self, sae: SAEModule, cfg: TrainConfig, trained: bool = False, ranks: RankGrid = ALONE) -> None:
+        self.sae, self.cfg, self.trained, self.ranks = sae, cfg, trained, ranks
         activation = sae.cfg.activation
         coefficient = activation.penalty_weight
         self.state: dict[str, Tensor] = {
             "n_steps": torch.zeros((), dtype=torch.int64),
-            "tokens_since_fired": torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device),
+            "tokens_since_fired": torch.zeros(len(sae.W_dec), dtype=torch.int64, device=sae.device),
             "variance": torch.tensor(float(sae.cfg.d_target), device=sae.device),
             "off_target": torch.zeros((), device=sae.device),
             "coefficient": torch.tensor(1e-3 if coefficient is None else coefficient, device=sae.device),
@@ -112,6 +119,11 @@ class TrainingSAE:
         return self.sae
 
     @property
+    def shared(self) -> frozenset[str]:
+        """Names of the parameters that all ranks of the latents have alike."""
+        return frozenset(shared_names(self.sae))
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Settings that a resumed run must not change."""
         return self.sae.cfg.to_dict()
@@ -128,7 +140,7 @@ class TrainingSAE:
         variance = (y - y.mean(0)).square().sum(1).mean()
         self.state["variance"].copy_(variance if variance > 0 else torch.ones_like(variance))
         if not self.trained:  # a trained SAE continues from its weights
-            place_weights(sae, x, y, self.cfg.seed)
+            place_weights(sae, x, y, self.cfg.seed, self.ranks)
         if "axes" in self.state:
             self.state["axes"].copy_(normalize_rows(sae.W_dec))
 
@@ -173,7 +185,8 @@ class TrainingSAE:
         W_dec = sae.W_dec if sae.archetypes is None else sae.archetypes()
         if sae.W_skip is not None:
             y = y - x @ sae.W_skip  # the part that the latents reconstruct
-        coded = self._code(x, y, W_dec)
+        b_read = self.ranks.latents.share(sae.b_dec) if sae.cfg.d_out is None else None
+        coded = self._code(x, y, W_dec, b_read)
         step = TrainingStep(
             sae,
             x,
@@ -190,49 +203,68 @@ class TrainingSAE:
             sparse=coded.sparse,
             dense=coded.dense,
             u=coded.u,
+            ranks=self.ranks,
+            b_read=b_read,
         )
-        return step, coded.seen
+        return step, self._seen_by_all(coded.seen)
 
     def weigh(self, step: TrainingStep, seen: tuple[Tensor, Tensor, Tensor]) -> StepLosses:
         """The weighted losses of a step.
 
         All terms each time, so that all entries of the history have the same keys.
         """
-        terms = {}
+        terms, whole = {}, step if self.ranks.alone else WholeStep(step)
         for term in self.sae.cfg.terms:
-            loss, coefficient = term(step), value_at(term.coefficient, self.share)
+            loss = term(step if term.sharded else whole)
+            coefficient = value_at(term.coefficient, self.share)
             terms[term.name] = loss if coefficient == 1 else coefficient * loss
-        return StepLosses(terms, *seen, n_tokens=step.n_tokens, notes=step.notes)
+        n_tokens = step.n_tokens * self.ranks.data.size
+        return StepLosses(terms, *seen, n_tokens=n_tokens, notes=step.notes)
 
-    def _code(self, x: Tensor, y: Tensor, W_dec: Tensor) -> _StepCodes:
+    def _seen_by_all(self, seen: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents of this rank that fired for any token of the batch, L0 of the batch, and its smallest code."""
+        if self.ranks.alone:
+            return seen
+        (fired, l0, smallest), data, latents = seen, self.ranks.data, self.ranks.latents
+        negative = -smallest.nan_to_num(nan=torch.inf)
+        smallest = -data.largest(latents.largest(negative))
+        l0 = data.total(latents.total(l0)) / data.size
+        return data.largest(fired), l0, torch.where(smallest.isinf(), torch.nan, smallest)
+
+    def _code(self, x: Tensor, y: Tensor, W_dec: Tensor, b_read: Tensor | None) -> _StepCodes:
         """Codes of a batch, in the sparse form where that is possible and faster, and their errors."""
         sae, activation = self.sae, self.activation
         if isinstance(sae.cfg.encoder, PursuitEncoder):
             return self._pursuit_step(x, W_dec, sae.cfg.encoder, activation)
         found = centered = read = None
         if isinstance(sae.cfg.encoder, Refined):
-            read = sae.refine(x - sae.b_dec, activation)
+            read = self.ranks.latents.share(sae.refine(x - sae.b_dec, activation, self.ranks))
         if not any("dense" in term.needs for term in sae.cfg.terms):
             with torch.no_grad():
-                centered = x - sae.b_dec if sae.cfg.d_out is None else x
-                found = activation.search(
-                    centered if read is None else read, sae.W_enc.T, sae.b_enc, sae.threshold, training=True
-                )
+                centered = x if b_read is None else x - sae.b_dec
+                encoded = centered if read is None else read.detach()
+                found = search_among(activation, encoded, sae.W_enc.T, sae.b_enc, sae.threshold, self.ranks)
         if found is None or centered is None:
-            return self._dense_step(x, y, W_dec, activation, read)
-        return self._sparse_step(x, y, W_dec, centered, found, read)
+            return self._dense_step(x, y, W_dec, activation, read, b_read)
+        return self._sparse_step(x, y, W_dec, centered, found, read, b_read)
 
     def _sparse_step(
-        self, x: Tensor, y: Tensor, W_dec: Tensor, centered: Tensor, found: SparseCodes, read: Tensor | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        W_dec: Tensor,
+        centered: Tensor,
+        found: SparseCodes,
+        read: Tensor | None,
+        b_read: Tensor | None,
     ) -> _StepCodes:
         """Errors of the prefixes from sparse codes, at a cost proportional to the number of active entries; `read` is
         what W_enc is applied to, where that is not `centered`.
         """
         sae, transcodes = self.sae, self.sae.cfg.d_out is not None
-        entries = Entries(found.indices, found.rows, found.offsets).with_columns(sae.cfg.d_sae)
-        b_dec = None if transcodes else sae.b_dec
+        entries = Entries(found.indices, found.rows, found.offsets).with_columns(len(W_dec))
         if read is None:
-            u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_dec, entries, self._spare("W_enc"), centered)
+            u = attach_encoder(found.values, x, sae.W_enc, sae.b_enc, b_read, entries, self._spare("W_enc"), centered)
         else:
             u = attach_encoder(found.values, read, sae.W_enc, sae.b_enc, None, entries, self._spare("W_enc"))
         threshold = sae.threshold_of(found.indices)
@@ -252,7 +284,7 @@ class TrainingSAE:
             if visible is not None:
                 centered, rows = centered @ visible.to(x), rows @ visible.to(x)
             codes = self.sae.pursue(centered, rows, getattr(activation, "k", None))
-        entries = Entries(codes.indices, codes.rows, codes.offsets).with_columns(self.sae.cfg.d_sae)
+        entries = Entries(codes.indices, codes.rows, codes.offsets).with_columns(len(W_dec))
         return self._decode_step(codes.values, entries, x, W_dec, None, None)
 
     def _decode_step(
@@ -267,15 +299,16 @@ class TrainingSAE:
         """Errors of the groups from codes at the given entries; `centered` is y - b_dec, if known."""
         sae, n, indices = self.sae, len(y), entries.indices
         size = values.detach().abs()
-        fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=y.device)
+        fired = torch.zeros(len(W_dec), dtype=torch.bool, device=y.device)
         fired[indices[size > 0]] = True
         seen = (fired, (size > 0).sum() / n, _smallest(self._kept(size, n)))
         group, n_groups = self._group(values, entries, n)
         parts, ordered = entries, values
         if n_groups > 1:
             ordered, parts = stack_groups(values, entries, group, n_groups, n)
+        add = None if self.ranks.latents.size == 1 else self.ranks.latents.add_
         errors, residual = nested_decode_error(
-            ordered, W_dec, y, sae.b_dec, parts, n_groups, self._spare("W_dec"), centered
+            ordered, W_dec, y, sae.b_dec, parts, n_groups, self._spare("W_dec"), centered, add
         )
         return _StepCodes(errors, residual, penalty, seen, (values, entries))
 
@@ -288,35 +321,52 @@ class TrainingSAE:
             or self.sae.cfg.reconstruction.training_k(k) <= k
         ):
             return size
-        return size.topk(min(k * n_tokens, len(size)), sorted=False).values
+        whole = self.ranks.gather_ragged(size)
+        return whole.topk(min(k * n_tokens * self.ranks.data.size, len(whole)), sorted=False).values
+
+    @property
+    def _first(self) -> int:
+        """Number of this rank's first latent."""
+        return self.ranks.latents.index * len(self.sae.W_dec)
 
     def _group(self, values: Tensor, entries: Entries, n_tokens: int) -> tuple[Tensor, int]:
         """Group of each code, and the number of groups."""
-        grouped = self.sae.cfg.reconstruction.group(values, entries, n_tokens, self.sae.cfg)
+        cfg = self.sae.cfg
+        if self.ranks.alone or type(cfg.reconstruction).group is ReconstructionLoss.group:
+            grouped = cfg.reconstruction.group(values, entries, n_tokens, cfg)
+        else:
+            grouped = group_among(cfg, values, entries, n_tokens, self._first, self.ranks)
         if grouped is not None:
             return grouped
         ends = self._prefixes()
         if len(ends) == 1:
             return entries.indices, 1  # whose values do not matter: all codes are of one group
-        return torch.bucketize(entries.indices, torch.tensor(ends, device=values.device), right=True), len(ends)
+        ends_here = torch.tensor(ends, device=values.device) - self._first
+        return torch.bucketize(entries.indices, ends_here, right=True), len(ends)
 
     def _dense_step(
-        self, x: Tensor, y: Tensor, W_dec: Tensor, activation: Activation, read: Tensor | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        W_dec: Tensor,
+        activation: Activation,
+        read: Tensor | None,
+        b_read: Tensor | None,
     ) -> _StepCodes:
         """Errors of the prefixes for any activation, from dense codes."""
         sae = self.sae
         if read is None:
-            read = x - sae.b_dec if sae.cfg.d_out is None else x
+            read = x if b_read is None else x - b_read
         u = read @ sae.W_enc + sae.b_enc
-        z = activation(u, sae.threshold, training=True)
+        z = activate_among(activation, u, sae.threshold, self.ranks)
         penalty = sae.gate(u).relu() if activation.gated else activation.penalty(u, z, sae.threshold)
         if type(sae.cfg.reconstruction).group is not ReconstructionLoss.group:
             coded = self._decode_step(*find_entries(z), y, W_dec, None, penalty)
             return replace(coded, dense=z, u=u)
-        ends = self._prefixes()
+        ends = [min(max(end - self._first, 0), len(W_dec)) for end in self._prefixes()]
         groups = zip([0, *ends], ends, strict=False)
         parts = torch.stack([z[:, start:end] @ W_dec[start:end] for start, end in groups])
-        errors, residual = nested_error(y - sae.b_dec, parts)
+        errors, residual = nested_error(y - sae.b_dec, self.ranks.latents.sum(parts))
         size = z.detach().abs()
         fires = size > 0
         seen = (fires.any(0), fires.sum() / len(x), _smallest(size))
@@ -409,6 +459,13 @@ class TrainingSAE:
         elif self.sae.cfg.activation.threshold == "learned" and self.sae.threshold is not None:
             self.sae.threshold.clamp_(min=MIN_THRESHOLD)
 
+    def join_state(self) -> None:
+        """Take over the counters of all latents, once the SAE has their weights again."""
+        for name in STATE_PER_LATENT:
+            if name in self.state:
+                self.state[name] = self.ranks.latents.join(self.state[name])
+        self.ranks = ALONE
+
     def settle(self) -> None:
         """Put the latents in the order that the reconstruction term asks for, with their counters; called once, after
         the last step.
@@ -422,7 +479,7 @@ class TrainingSAE:
         """FVU on held-out activations, with codes as in inference."""
         cfg, sums = self.sae.cfg, ReconstructionSums(self.sae.cfg.d_target)
         for part in held_out.split(4096):
-            sums.add(part[:, -cfg.d_target :], self.sae(part[:, : cfg.d_in]))
+            sums.add(part[:, -cfg.d_target :], reconstruct_among(self.sae, part[:, : cfg.d_in], self.ranks))
         return sums.fvu
 
     def default_lr(self) -> float:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         tensorboard_sink as tensorboard_sink,
         wandb_sink as wandb_sink,
     )
+    from saelab.training.ranks import GridAxis as GridAxis, RankGrid as RankGrid
     from saelab.training.schedules import Schedule as Schedule, Scheduled as Scheduled
 
 __getattr__, __dir__, __all__ = attach(__name__)

@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from saelab.training.ranks import ALONE, RankGrid
+
 MAX_WARMUP_STEPS = 1000
 
 
@@ -208,11 +210,46 @@ def name_optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return dict(zip(names, optimizer.param_groups[0]["params"], strict=True))
 
 
-def clip_gradients(module: nn.Module, limit: float) -> Tensor:
-    """Scale all gradients so that their joint norm is at most `limit`, and return the norm before."""
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = [(grad if grad.is_contiguous() else grad.T).reshape(-1) for grad in grads]
-    norm = torch.stack([torch.dot(grad, grad) for grad in flat]).sum().sqrt()  # twice as fast as vector_norm
+def average_gradients(module: nn.Module, ranks: RankGrid, shared: frozenset[str]) -> None:
+    """Replace gradients by their mean over the ranks that saw other tokens, in place.
+
+    Args:
+        module: the module.
+        ranks: the processes that train it.
+        shared: names of the parameters that all ranks of the latents have alike; they get the first one's gradient,
+            so that no rounding ever drives them apart.
+    """
+    if ranks.alone:
+        return
+    for name, parameter in module.named_parameters():
+        if parameter.grad is None:
+            continue
+        grad = parameter.grad if parameter.grad.is_contiguous() else parameter.grad.T
+        ranks.data.average_(grad)
+        if name in shared:
+            ranks.latents.spread_(grad)
+
+
+def clip_gradients(
+    module: nn.Module, limit: float, ranks: RankGrid = ALONE, shared: frozenset[str] = frozenset()
+) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `limit`, and return the norm before.
+
+    Args:
+        module: the module.
+        limit: largest norm.
+        ranks: the processes that have the gradients.
+        shared: names of the parameters that all ranks of the latents have alike, which count once.
+    """
+    named = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    grads = list(named.values())
+    flat = {name: (grad if grad.is_contiguous() else grad.T).reshape(-1) for name, grad in named.items()}
+    squares = {name: torch.dot(grad, grad) for name, grad in flat.items()}  # twice as fast as vector_norm
+    if ranks.latents.size > 1:
+        mine = [name for name in squares if name not in shared]
+        total = ranks.latents.total(torch.stack([squares[name] for name in mine]))
+        squares |= dict(zip(mine, total, strict=True))
+    norm = torch.stack(list(squares.values())).sum().sqrt()
     scale = (limit / (norm + 1e-12)).clamp(max=1.0)
     if grads[0].device.type != "cpu" or scale < 1:
         for grad in grads:

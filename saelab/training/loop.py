@@ -22,7 +22,16 @@ from saelab.functional.metrics import exact
 from saelab.stores.files import write_atomic
 from saelab.stores.jobs import DeferredInterrupt, explained, hidden
 from saelab.training.checkpoint import FOLDER, find_checkpoint, load_checkpoint, read_progress, save_checkpoint
-from saelab.training.config import Batches, Trainable, TrainConfig, clip_gradients, make_adam, step_adam
+from saelab.training.config import (
+    Batches,
+    Trainable,
+    TrainConfig,
+    average_gradients,
+    clip_gradients,
+    make_adam,
+    step_adam,
+)
+from saelab.training.ranks import ALONE, RankGrid
 
 HistoryEntry = dict[str, Any]
 ENTRY_KEYS = ("step", "n_tokens", "l0", "dead_frac", "lr", "held_out_fvu")
@@ -111,6 +120,7 @@ class TrainingRun:
         cfg: configuration of the run.
         held_out: (n_tokens, d_in) activations on which FVU is measured; None for none.
         out: folder for history and checkpoints; None to write nothing.
+        ranks: the processes that train together; each is given the whole batches and trains on its rows.
 
     Raises:
         ValueError: held-out activations or weights are not finite.
@@ -123,13 +133,15 @@ class TrainingRun:
         cfg: TrainConfig,
         held_out: Tensor | None,
         out: Path | None,
+        ranks: RankGrid = ALONE,
     ) -> None:
-        self.trainables, self.batches, self.cfg = list(trainables), batches, cfg
+        self.trainables, self.batches, self.cfg, self.ranks = list(trainables), batches, cfg, ranks
         self._check_start(held_out)
         self.held_out, self.out = held_out, out
         self.lrs = [cfg.lr or trainable.default_lr() for trainable in trainables]
         self.optimizers = [make_adam(t.module, lr, cfg) for t, lr in zip(self.trainables, self.lrs, strict=True)]
         self.step = 0
+        self.stopped = False  # by Ctrl-C or SIGTERM, after the same step in all processes
         self.history: list[HistoryEntry] = []
         self._sums: dict[str, Tensor] = {}
         self._since_log = 0
@@ -246,7 +258,8 @@ class TrainingRun:
         """Raise Diverged where a value or weight is not finite, before a good checkpoint is replaced."""
         wrong = [name for name, value in values.items() if not math.isfinite(value)]
         broken = [self._name(i, name) for i, t in enumerate(self.trainables) if (name := _find_broken(t))]
-        if wrong or broken:
+        if self.ranks.any(bool(wrong or broken)):
+            broken = broken if wrong or broken else ["weights of another process"]
             kept = f"{self.checkpoint} is as it was last saved" if self.has_checkpoint else "nothing was saved"
             raise Diverged(
                 f"Training must stay finite, but {where} {' and '.join((wrong + broken)[:5])} came out NaN or "
@@ -257,10 +270,12 @@ class TrainingRun:
         """Take one optimizer step of every trainable."""
         for i, (trainable, optimizer, lr) in enumerate(zip(self.trainables, self.optimizers, self.lrs, strict=True)):
             optimizer.param_groups[0]["lr"] = lr * self.cfg.lr_scale(self.step)
-            objective = trainable.objective(batch)
+            objective = trainable.objective(self.ranks.rows(batch))
             objective.total.backward()
+            shared: frozenset[str] = getattr(trainable, "shared", frozenset())
+            average_gradients(trainable.module, self.ranks, shared)
             trainable.constrain_gradients()
-            clip_gradients(trainable.module, self.cfg.clip_norm)
+            clip_gradients(trainable.module, self.cfg.clip_norm, self.ranks, shared)
             step_adam(trainable.module, optimizer)
             trainable.recycle_gradients()
             trainable.constrain_weights()
@@ -287,7 +302,8 @@ class TrainingRun:
             for key in [key for key in self._sums if len(self.trainables) == 1 or key.startswith(f"{i}/")]:
                 entry[key] = float(self._sums[key]) / self._since_log
             dead = trainable.state["tokens_since_fired"] >= trainable.dead_after_tokens
-            entry[self._name(i, "dead_frac")] = float(dead.float().mean())
+            axis = self.ranks.latents
+            entry[self._name(i, "dead_frac")] = float(axis.total(dead.float().mean()) / axis.size)
             entry[self._name(i, "lr")] = self.lrs[i] * self.cfg.lr_scale(self.step - 1)
             due = self.step % self.cfg.save_every_steps == 0 or self.step == self.cfg.n_steps
             fvu = trainable.held_out_fvu(self.held_out) if due and self.held_out is not None else None
@@ -318,7 +334,9 @@ def train(run: TrainingRun, *, resume: bool = False, sinks: Sequence[Sink] = (),
     """
     if not (resume and run.resume()):
         run.prepare()
-    if run.out is not None:
+    if not run.ranks.is_first:
+        sinks, progress = (), False
+    elif run.out is not None:
         sinks = [FileSink(run.out, run.history), *sinks]
     with DeferredInterrupt() as interrupt, _progress_bar(run, progress) as bar:
         try:
@@ -345,9 +363,11 @@ def _drive(
             bar.set_postfix({key: f"{entry[key]:.4g}" for key in ("reconstruction", "l0", "dead_frac") if key in entry})
             for sink in sinks:
                 sink(entry)
-        if save_due or interrupt.requested:
+        interrupted = run.ranks.any(interrupt.requested)
+        if save_due or interrupted:
             run.save()
-        if interrupt.requested and run.step < cfg.n_steps:
+        if interrupted and run.step < cfg.n_steps:
+            run.stopped = True
             where = (
                 f"saved to {run.checkpoint}; go on with resume=True" if run.checkpoint else "not saved: no folder given"
             )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from saelab.functional.metrics import normalized_error
 from saelab.functional.screening import largest_first
+from saelab.sae.competition import best_of_ranks
 from saelab.sae.objectives.terms import LossTerm, TrainingStep, register_loss_term
+from saelab.training.ranks import GridAxis, RankGrid
 from saelab.training.schedules import Scheduled
 
 
@@ -47,19 +50,56 @@ class AuxK(LossTerm):
         if self.dead_after_tokens is not None and self.dead_after_tokens < 1:
             raise ValueError(f"`dead_after_tokens` must be at least 1, got {self.dead_after_tokens}.")
 
+    sharded: ClassVar[bool] = True
+
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """Error of the dead latents' reconstruction of the residual on the first `token_frac` of the batch; 0 if no
         latent is dead.
         """
-        sae, dead, x = step.sae, step.dead, step.x
-        if len(dead) == 0:
+        sae, dead, x, axis = step.sae, step.dead, step.x, step.ranks.latents
+        n_dead = int(axis.total(torch.tensor(len(dead), device=x.device)))
+        if n_dead == 0:
             return x.new_zeros(())
-        n = math.ceil(self.token_frac * len(x))
+        n = step.ranks.n_rows_among(math.ceil(self.token_frac * len(x) * step.ranks.data.size))
         W_enc = sae.W_enc.T.index_select(0, dead)
-        read = x[:n] - sae.b_dec if sae.cfg.d_out is None else x[:n]
+        read = x[:n] if step.b_read is None else x[:n] - step.b_read
         u = read @ W_enc.T + sae.b_enc[dead]
         # raw u, not relu(u): a dead latent whose u is negative everywhere would get no gradient
-        k = min(self.k or max(1, sae.cfg.d_target // 2), len(dead))
-        places = largest_first((u.abs() if sae.cfg.activation.signed else u).detach(), k)
-        z = torch.zeros_like(u).scatter(1, places, u.gather(1, places))
-        return normalized_error(z @ step.W_dec.index_select(0, dead), step.residual[:n].detach())
+        k = min(self.k or max(1, sae.cfg.d_target // 2), n_dead)
+        z = keep_largest(u, (u.abs() if sae.cfg.activation.signed else u).detach(), k, axis)
+        estimate = axis.sum(z @ step.W_dec.index_select(0, dead))
+        return _normalized_error(estimate, step.residual[:n].detach(), step.ranks)
+
+
+def keep_largest(
+    u: Float[Tensor, "n_rows n"], size: Float[Tensor, "n_rows n"], k: int, axis: GridAxis
+) -> Float[Tensor, "n_rows n"]:
+    """u where its size is among the k largest of the row over all ranks, and 0 elsewhere; differentiable in u.
+
+    Args:
+        u: pre-activations of this rank's latents.
+        size: what they are ranked by.
+        k: latents kept in a row.
+        axis: the ranks that the latents are divided among.
+    """
+    if axis.size == 1:
+        places = largest_first(size, k)
+        return torch.zeros_like(u).scatter(1, places, u.gather(1, places))
+    n = size.shape[1]
+    size = torch.nn.functional.pad(size, (0, max(0, k - n)), value=-torch.inf)
+    places = largest_first(size, k)
+    kept = torch.zeros_like(size).scatter(1, places, best_of_ranks(size.gather(1, places), k, axis).to(size))
+    return u * kept[:, :n]
+
+
+def _normalized_error(
+    estimate: Float[Tensor, "n_rows d_out"], target: Float[Tensor, "n_rows d_out"], ranks: RankGrid
+) -> Float[Tensor, ""]:
+    """`normalized_error` over the rows of all ranks."""
+    if ranks.data.size == 1:
+        return normalized_error(estimate, target)
+    n = ranks.data.total(torch.tensor(float(len(target)), device=target.device))
+    mean = ranks.data.total(target.sum(0)) / n
+    variance = ranks.data.total((target - mean).square().sum())
+    error = ranks.sum_tokens((estimate - target).square().sum())
+    return error / variance if variance > 0 else error * 0

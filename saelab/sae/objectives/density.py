@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -38,14 +38,19 @@ class FLOPsPenalty(LossTerm):
         if self.weights is not None and not all(0 <= w < math.inf for w in self.weights):
             raise ValueError(f"`weights` must be at least 0 and finite, got {self.weights}.")
 
+    sharded: ClassVar[bool] = True
+
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """`sum_j w_j (mean_b |z_j|)^2`."""
         if step.dense is not None:
             sums = step.dense.abs().sum(0)
         else:
             sums = step.values.new_zeros(step.d_sae).index_add(0, step.entries.indices, step.values.abs())
-        squares = (sums / step.n_tokens).square()
-        return squares.sum() if self.weights is None else squares @ torch.tensor(self.weights).to(squares)
+        squares = step.ranks.mean_tokens(sums / step.n_tokens).square()
+        if self.weights is None:
+            return step.ranks.latents.sum(squares.sum())
+        weights = torch.tensor(self.weights[step.latents.start : step.latents.stop]).to(squares)
+        return step.ranks.latents.sum(squares @ weights)
 
     def check(self, cfg: Any) -> None:
         """Raise ValueError for a number of weights that is not that of the latents."""

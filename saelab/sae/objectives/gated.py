@@ -1,7 +1,7 @@
 """`GateReconstructionLoss`: the auxiliary loss of a gated SAE, reconstruction from the gates alone."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,15 +20,19 @@ class GateReconstructionLoss(LossTerm):
     name it there to weigh it. With Matryoshka prefixes it is that of the whole dictionary.
     """
 
+    sharded: ClassVar[bool] = True
+
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """`||y - b_dec - max(pi, 0) W_dec||^2 / (n_tokens * variance)`, with y, b_dec and W_dec as constants."""
         assert step.penalty is not None
+        ranks = step.ranks
         W_dec, b_dec, y = step.W_dec.detach(), step.sae.b_dec.detach(), step.y.detach()
         if step.penalty.ndim == 2:
-            error = (y - b_dec - step.penalty @ W_dec).square().sum()
+            error = (y - b_dec - ranks.latents.sum(step.penalty @ W_dec)).square().sum()
         else:
-            error = nested_decode_error(step.penalty, W_dec, y, b_dec, step.entries)[0].sum()
-        return error / (step.n_tokens * step.state["variance"])
+            add = ranks.latents.add_
+            error = nested_decode_error(step.penalty, W_dec, y, b_dec, step.entries, add=add)[0].sum()
+        return ranks.mean_tokens(error / (step.n_tokens * step.state["variance"]))
 
     def check(self, cfg: Any) -> None:
         """Raise ValueError for an activation function without gates."""

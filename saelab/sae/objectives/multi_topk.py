@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,8 @@ class HierarchicalLoss(ReconstructionLoss):
     32
     """
 
+    sharded: ClassVar[bool] = True
+
     ks: tuple[int, ...]
     """latents kept per token, increasing; the activation's own k, used in inference, is at most the last"""
 
@@ -40,7 +42,7 @@ class HierarchicalLoss(ReconstructionLoss):
 
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """`mean_k ||y - y_hat_k||^2 / (n_tokens * variance)`."""
-        return step.errors.mean() / (step.n_tokens * step.state["variance"])
+        return step.ranks.mean_tokens(step.errors.mean() / (step.n_tokens * step.state["variance"]))
 
     def training_k(self, k: int) -> int:
         """The largest of `ks`."""
@@ -99,6 +101,8 @@ class MultiTopKLoss(HierarchicalLoss):
     (1, 0.125)
     """
 
+    sharded: ClassVar[bool] = True
+
     weights: tuple[float | int, ...]
     """weight of each error"""
 
@@ -111,7 +115,7 @@ class MultiTopKLoss(HierarchicalLoss):
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """`sum_k w_k ||y - y_hat_k||^2 / (n_tokens * variance)`."""
         weighted = step.errors @ step.errors.new_tensor(self.weights)
-        return weighted / (step.n_tokens * step.state["variance"])
+        return step.ranks.mean_tokens(weighted / (step.n_tokens * step.state["variance"]))
 
 
 def rank_magnitudes(size: Float[Tensor, "n_rows n"]) -> Int[Tensor, "n_rows n"]:

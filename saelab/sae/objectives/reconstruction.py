@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -21,9 +21,11 @@ class ReconstructionLoss(LossTerm):
     the first group, of the first two, and so on.
     """
 
+    sharded: ClassVar[bool] = True
+
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """`mean_g ||y - y_hat_g||^2 / (n_tokens * variance)`."""
-        return step.errors.mean() / (step.n_tokens * step.state["variance"])
+        return step.ranks.mean_tokens(step.errors.mean() / (step.n_tokens * step.state["variance"]))
 
     def training_k(self, k: int) -> int:
         """Latents kept per token in training, for an activation that keeps k in inference."""

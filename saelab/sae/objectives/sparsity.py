@@ -1,7 +1,7 @@
 """`SparsityLoss`: the sparsity penalty of an activation function that has one."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -20,10 +20,13 @@ class SparsityLoss(LossTerm):
     `SparsityLoss` or subclass of it gets this one where the activation has a penalty.
     """
 
+    sharded: ClassVar[bool] = True
+
     def __call__(self, step: TrainingStep) -> Float[Tensor, ""]:
         """`lambda * sum of penalties / n_tokens`."""
         penalty = self.penalty(step)
-        return step.state["coefficient"] * penalty.sum() / step.n_tokens
+        value = step.state["coefficient"] * penalty.sum() / step.n_tokens
+        return step.ranks.mean_tokens(step.ranks.latents.sum(value))
 
     def penalty(self, step: TrainingStep) -> Float[Tensor, "..."]:
         """Penalty of each code."""

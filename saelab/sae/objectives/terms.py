@@ -26,6 +26,7 @@ from torch import Tensor
 from saelab.functional.codes import Entries, SparseCodes, sparse_decode
 from saelab.stores.validation import read_fields, require_object
 from saelab.training.loop import ENTRY_KEYS
+from saelab.training.ranks import ALONE, RankGrid
 from saelab.training.schedules import Schedule, Scheduled, bounds_of
 
 LOSS_TERMS: dict[str, "type[LossTerm]"] = {}
@@ -74,10 +75,14 @@ class TrainingStep:
     """all pre-activations where this step computed them, as it does for terms that need "dense"; else None"""
     notes: dict[str, Tensor] = field(default_factory=dict)
     """statistics that a term keeps for its own `observe`, without gradient"""
+    ranks: RankGrid = ALONE
+    """processes that train together; only a term that is `sharded` has to read it"""
+    b_read: Float[Tensor, "d_in"] | None = None
+    """what the encoder subtracts from x, b_dec with the gradients of all ranks; None for a transcoder"""
 
     @property
     def n_tokens(self) -> int:
-        """Number of tokens in the batch."""
+        """Number of tokens in `x`."""
         return len(self.x)
 
     @property
@@ -130,6 +135,12 @@ class TrainingStep:
         entries = self.entries
         return sparse_decode(self.values, self.W_dec, entries.indices, entries.rows, entries.offsets) + self.sae.b_dec
 
+    @property
+    def latents(self) -> range:
+        """The latents of the SAE whose weights and codes are here: all, or in a `sharded` term those of this rank."""
+        n = self.d_sae
+        return range(self.ranks.latents.index * n, (self.ranks.latents.index + 1) * n)
+
     @cached_property
     def dead(self) -> Int[Tensor, "n_dead"]:
         """Indices of the dead latents."""
@@ -177,9 +188,19 @@ class LossTerm:
     """"neighbors": batches whose row i and row i + n/2 are neighboring tokens of one document; "dense": all
     pre-activations, so that every step is computed densely
     """
+    sharded: ClassVar[bool] = False
+    """whether in training by several processes the term reads the step as this one has it, its own tokens and latents,
+    and combines its value with those of the others (`TrainingStep.ranks`); else it is given the step of one process,
+    which is gathered as far as it is read. A class that defines `__call__` does not inherit this
+    """
 
     coefficient: Scheduled = 1.0
     """weight of the term in the objective, a number or a `Schedule`"""
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if "__call__" in vars(cls) and "sharded" not in vars(cls):
+            cls.sharded = False
 
     def __post_init__(self) -> None:
         low, _ = bounds_of(self.coefficient)

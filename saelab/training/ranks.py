@@ -1,0 +1,295 @@
+"""`RankGrid`: the processes that train together, a grid of shares of the batch and shares of the latents.
+
+Processes are those of `torch.distributed`, started by `torchrun`; a process alone is a grid of one, and every method
+below then returns what it was given.
+
+Gradients follow one convention. The loss that a rank differentiates is that of the whole batch, and the gradient of a
+weight is the mean over `data` of what the ranks there found. So a sum over tokens passes its gradient on times the
+number of ranks it was made over, and a sum over latents passes it on as it is: each rank has latents of its own. What
+all ranks of `latents` have alike, such as b_dec, is read by each one's latents through `GridAxis.share`, which adds up
+their gradients.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+AXES = ("data", "latents")
+
+
+@dataclass(frozen=True, eq=False)
+class GridAxis:
+    """One axis of the grid: ranks that hold different shares, and the place of this process among them."""
+
+    size: int = 1
+    """number of ranks"""
+    index: int = 0
+    """place of this process, 0-based"""
+    group: Any = None
+    """their process group"""
+    device: torch.device | str = "cpu"
+    """where their messages are"""
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum over the ranks, without gradient."""
+        return x if self.size == 1 else self._reduced(x, dist.ReduceOp.SUM)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Element-wise maximum over the ranks, without gradient."""
+        return x if self.size == 1 else self._reduced(x, dist.ReduceOp.MAX)
+
+    def add_(self, x: Tensor) -> None:
+        """Replace a contiguous tensor by its sum over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+
+    def average_(self, x: Tensor) -> None:
+        """Replace a contiguous tensor by its mean over the ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.group)
+            x.div_(self.size)
+
+    def spread_(self, x: Tensor) -> None:
+        """Replace a contiguous tensor by that of the axis's first rank, in place."""
+        if self.size > 1:
+            dist.broadcast(x, group=self.group, group_src=0)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        return bool(self.largest(torch.tensor(int(flag), device=self.device)))
+
+    def sum(self, x: Tensor, weight: int = 1) -> Tensor:
+        """Sum over the ranks; the gradient that comes back is passed on times `weight`."""
+        return x if self.size == 1 else _sum(x, self, weight)
+
+    def share(self, x: Tensor) -> Tensor:
+        """The same tensor, whose gradients are added up over the ranks."""
+        return x if self.size == 1 else _share(x, self)
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, which have one shape; without gradient, but that this rank's own is `x` itself."""
+        if self.size == 1:
+            return [x]
+        sent = x.detach().contiguous()
+        found = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(found, sent, group=self.group)
+        found[self.index] = x
+        return found
+
+    def gather_ragged(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, which differ in the length of their first axis; otherwise as `gather`."""
+        if self.size == 1:
+            return [x]
+        lengths = [int(n) for n in self.gather(torch.tensor(len(x), device=x.device))]
+        padded = x.new_zeros(max(lengths), *x.shape[1:])
+        padded[: len(x)] = x.detach()
+        found = [part[:n] for part, n in zip(self.gather(padded), lengths, strict=True)]
+        found[self.index] = x
+        return found
+
+    def gather_texts(self, text: str) -> list[str]:
+        """The texts of all ranks."""
+        sent = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(self.device)
+        return [bytes(part.tolist()).decode().rstrip("\0") for part in self.gather_ragged(sent)]
+
+    def join(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The tensors of all ranks side by side; a gradient reaches this rank's own part."""
+        return x if self.size == 1 else torch.cat(self.gather(x), dim)
+
+    def join_summed(self, x: Tensor, dim: int = 0) -> Tensor:
+        """The tensors of all ranks side by side; the gradients that the ranks have of a part are added up."""
+        return x if self.size == 1 else _join(x, self, dim)
+
+    def split(self, n: int) -> range:
+        """This rank's share of n things that are divided into equal runs."""
+        return range(self.index * n // self.size, (self.index + 1) * n // self.size)
+
+    def _reduced(self, x: Tensor, how: Any) -> Tensor:
+        out = x.detach().to(torch.uint8) if x.dtype == torch.bool else x.detach().clone()
+        out = out.contiguous()
+        dist.all_reduce(out, op=how, group=self.group)
+        return out.to(x.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class RankGrid:
+    """A grid of processes: rank (i, j) has the i-th share of every batch and the j-th share of the latents.
+
+    >>> RankGrid().alone, RankGrid().rows(torch.arange(4)).tolist()
+    (True, [0, 1, 2, 3])
+    """
+
+    data: GridAxis = GridAxis()
+    """ranks that have the same latents and different rows"""
+    latents: GridAxis = GridAxis()
+    """ranks that have the same rows and different latents"""
+    is_first: bool = True
+    """whether this is the process that writes what there is one of: history, messages, the manifest"""
+
+    @classmethod
+    def of(cls, mesh: Any) -> "RankGrid":
+        """The grid of a `DeviceMesh` whose axes are named "data", "latents" or both; one unnamed axis is of latents.
+
+        Raises:
+            ValueError: for other axes.
+        """
+        names = mesh.mesh_dim_names or (("latents",) if mesh.ndim == 1 else ())
+        if not names or len(names) != mesh.ndim or not set(names) <= set(AXES):
+            raise ValueError(
+                f'`mesh` must have axes named "data" and "latents", got {mesh.mesh_dim_names} of shape '
+                f'{tuple(mesh.shape)}; make it by init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "latents")).'
+            )
+        axes = {name: cls._axis(mesh, i) for i, name in enumerate(names)}
+        return cls(**axes, is_first=all(axis.index == 0 for axis in axes.values()))
+
+    @classmethod
+    def _axis(cls, mesh: Any, i: int) -> GridAxis:
+        kind = mesh.device_type
+        device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        return GridAxis(mesh.size(i), mesh.get_local_rank(i), mesh.get_group(i), device)
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.data.size * self.latents.size
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one process."""
+        return self.size == 1
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """This rank's rows of a batch: every n-th, so that the first rows of the batch are spread over all ranks."""
+        return batch if self.data.size == 1 else batch[self.data.index :: self.data.size]
+
+    def n_rows_among(self, n: int) -> int:
+        """Number of this rank's rows among the first n of the batch."""
+        return max(0, -(-(n - self.data.index) // self.data.size))
+
+    def join_rows(self, x: Tensor) -> Tensor:
+        """The rows of all ranks in the order of the batch; a gradient reaches this rank's own."""
+        if self.data.size == 1:
+            return x
+        return torch.stack(self.data.gather(self.weigh_rows(x)), 1).flatten(0, 1)
+
+    def weigh_rows(self, x: Tensor) -> Tensor:
+        """The same tensor; its gradient times the number of shares of the batch, as that is averaged in the end."""
+        return _weigh(x, self.data.size) if self.data.size > 1 and x.requires_grad else x
+
+    def sum_tokens(self, x: Tensor) -> Tensor:
+        """Sum over the shares of the batch, differentiable."""
+        return self.data.sum(x, weight=self.data.size)
+
+    def mean_tokens(self, x: Tensor) -> Tensor:
+        """Mean over the shares of the batch, which are of one size; differentiable."""
+        return x if self.data.size == 1 else self.sum_tokens(x) / self.data.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return self.data.any(self.latents.any(flag))
+
+    def gather_ragged(self, x: Tensor) -> Tensor:
+        """The entries of all processes in one tensor, without gradient; the lengths of their first axes may differ."""
+        return torch.cat(self.data.gather_ragged(torch.cat(self.latents.gather_ragged(x.detach()))))
+
+    def gather_texts(self, text: str) -> list[str]:
+        """The texts of all processes, those of one share of the batch after those of the one before."""
+        here = json.dumps(self.latents.gather_texts(text))
+        return [one for row in self.data.gather_texts(here) for one in json.loads(row)]
+
+    def require_equal(self, facts: Mapping[str, Any]) -> None:
+        """Raise ValueError, on all processes alike, where they do not agree on some facts.
+
+        Args:
+            facts: what must be the same on all processes, as JSON values by their names.
+        """
+        if self.alone:
+            return
+        text = json.dumps(facts, sort_keys=True, default=str)
+        digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+        digest = digest.to(self.latents.device)
+        here = any(not torch.equal(one, digest) for axis in (self.data, self.latents) for one in axis.gather(digest))
+        if not self.any(here):
+            return
+        found = [json.loads(one) for one in self.gather_texts(text)]
+        for name, first in found[0].items():
+            for rank, one in enumerate(found):
+                if one.get(name) != first:
+                    raise ValueError(
+                        f"All processes must have the same {name}, got {_short(first)} in process 0 and "
+                        f"{_short(one.get(name))} in process {rank}."
+                    )
+
+
+ALONE = RankGrid()
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; each one's gradient is that of its own summand."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: GridAxis, weight: int) -> Tensor:
+        ctx.weight = weight
+        return axis.total(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (grad if ctx.weight == 1 else grad * ctx.weight), None, None
+
+
+class _Share(torch.autograd.Function):
+    """The same tensor, read by the latents of every rank: their gradients are added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: GridAxis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.axis.total(grad), None
+
+
+class _Join(torch.autograd.Function):
+    """Parts of all ranks side by side; a part's gradient is the sum of those that all ranks have of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: GridAxis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return torch.cat(axis.gather(x.detach()), dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.axis.total(grad).chunk(ctx.axis.size, ctx.dim)[ctx.axis.index], None, None
+
+
+class _Weigh(torch.autograd.Function):
+    """The same tensor; its gradient times a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: int) -> Tensor:
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad * ctx.weight, None
+
+
+_sum: Callable[[Tensor, GridAxis, int], Tensor] = _Sum.apply
+_share: Callable[[Tensor, GridAxis], Tensor] = _Share.apply
+_join: Callable[[Tensor, GridAxis, int], Tensor] = _Join.apply
+_weigh: Callable[[Tensor, int], Tensor] = _Weigh.apply

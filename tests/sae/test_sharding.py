@@ -1,0 +1,218 @@
+"""Training by several processes gives what one gives, for every kind of SAE and every way to divide the work."""
+
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from ranks import Pool, mesh_of
+
+import saelab as sl
+from saelab.sae import AbsJumpReLU, Archetypal, DuplicateReset, Gated, Log1pReLU, Refined, SoftFrozen, Sparsemax
+from saelab.sae.objectives import (
+    AuxK,
+    ContrastiveLoss,
+    FLOPsPenalty,
+    HierarchicalLoss,
+    KeptCoreLoss,
+    LossTerm,
+    LpPenalty,
+    MaskedLoss,
+    MatryoshkaLoss,
+    MultiTopKLoss,
+    OrthogonalLoss,
+)
+
+MESHES = ((1, 4), (2, 2), (4, 1))
+BATCH, D_IN, D_SAE = 96, 16, 64
+
+
+@sl.register_loss_term("of_all")
+@dataclass(frozen=True)
+class OfAll(LossTerm):
+    """A term that knows nothing of processes and reads all there is, in ways that no mean or sum of parts gives."""
+
+    def __call__(self, step):
+        dense = step.z.mean(0).std() + step.y_hat.var(0).sqrt().mean() + step.errors.sum().sqrt() / step.n_tokens
+        weights = (step.W_dec @ step.W_dec.T).square().mean() + step.sae.W_enc.std() + step.sae.b_enc.mean() ** 2
+        revived = len(step.dead) * step.sae.W_enc[:, step.dead].square().sum()
+        return dense + weights + revived + step.sae.b_dec.norm() * step.residual.norm()
+
+
+@sl.register_loss_term("of_all_dense")
+@dataclass(frozen=True)
+class OfAllDense(LossTerm):
+    needs = frozenset({"dense"})
+
+    def __call__(self, step):
+        return (step.u.softmax(1) * step.z).mean(0).std()
+
+
+@sl.register_activation("half_of_largest")
+@dataclass(frozen=True)
+class HalfOfLargest(sl.sae.Activation):
+    """An activation function that knows nothing of processes: latents compete in the batch."""
+
+    def __call__(self, u, threshold=None, training=False):
+        return (u - 0.5 * u.amax()).relu()
+
+
+RECONSTRUCTION = sl.ReconstructionLoss()
+CASES: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "abstopk": {"activation": sl.AbsTopK(k=4)},
+    "batchtopk": {"activation": sl.BatchTopK(k=4)},
+    "batchabstopk": {"activation": sl.BatchAbsTopK(k=4)},
+    "groupmax": {"activation": sl.GroupMax(k=4)},
+    "relu": {"activation": sl.ReLU(target_l0=4.0)},
+    "log1prelu": {"activation": Log1pReLU(target_l0=4.0)},
+    "jumprelu": {"activation": sl.JumpReLU(target_l0=4.0)},
+    "absjumprelu": {"activation": AbsJumpReLU(target_l0=4.0)},
+    "gated": {"activation": Gated(target_l0=4.0)},
+    "sparsemax": {"activation": Sparsemax()},
+    "own activation": {"activation": HalfOfLargest()},
+    "matryoshka": {"activation": sl.BatchTopK(k=4), "prefixes": (8, 24, 64)},
+    "random prefixes": {"prefixes": sl.RandomPrefixes()},
+    "whiten": {"normalizer": "whiten"},
+    "layer_norm": {"normalizer": "layer_norm"},
+    "free": {"dictionary": "free"},
+    "frozen": {"dictionary": "frozen"},
+    "soft frozen": {"dictionary": SoftFrozen()},
+    "archetypal": {"dictionary": Archetypal(n_points=32)},
+    "transcoder": {"d_out": 12, "skip": True},
+    "refined": {"encoder": Refined()},
+    "from data": {"init": "data"},
+    "in a subspace": {"init": "subspace"},
+    "hierarchical": {"objective": (HierarchicalLoss(ks=(2, 4, 8)), AuxK())},
+    "hierarchical in the batch": {
+        "activation": sl.BatchTopK(k=4),
+        "objective": (HierarchicalLoss(ks=(2, 4, 8)), AuxK()),
+    },
+    "multi topk": {"objective": (MultiTopKLoss(ks=(4, 16), weights=(1, 0.125)), AuxK(k=3))},
+    "contrast": {"objective": (RECONSTRUCTION, AuxK(), ContrastiveLoss(pairs="self", prefix=0.5))},
+    "orthogonal": {"objective": (RECONSTRUCTION, AuxK(), OrthogonalLoss(chunk=8))},
+    "flops": {"objective": (RECONSTRUCTION, AuxK(), FLOPsPenalty(weights=tuple(map(float, range(D_SAE)))))},
+    "annealed": {
+        "activation": sl.ReLU(target_l0=4.0),
+        "objective": (RECONSTRUCTION, LpPenalty(p_end=0.95)),  # a smaller one makes rounding errors grow
+    },
+    "kept core": {"objective": (RECONSTRUCTION, AuxK(), KeptCoreLoss(n=20))},
+    "lista": {
+        "encoder": Refined(),
+        "prefixes": (8, 24, 64),
+        "objective": (MatryoshkaLoss(detached=True, by_rate=True, tilt=2e-3), AuxK()),
+        "sparsity_schedule": sl.Schedule(start=4.0, end=1.0, until=0.5),
+    },
+    "own term": {"objective": (RECONSTRUCTION, AuxK(), OfAll(coefficient=0.01))},
+    "own dense term": {
+        "activation": sl.JumpReLU(target_l0=4.0),
+        "objective": (RECONSTRUCTION, AuxK(), OfAllDense(coefficient=0.1)),
+    },
+    "masked": {
+        "activation": sl.AbsTopK(k=4),
+        "encoder": sl.OrthogonalMatchingPursuit(),
+        "objective": (MaskedLoss(),),
+    },
+    "duplicates": {
+        "activation": sl.AbsTopK(k=4),
+        "encoder": sl.ICFL(latents_per_round=2),
+        "objective": (RECONSTRUCTION,),
+        "duplicates": DuplicateReset(every_steps=10, cos=0.5),
+    },
+}
+PURSUITS = ("masked", "duplicates")  # whose latents stay together
+WITH_ALL_MESHES = ("topk", "batchabstopk", "jumprelu", "matryoshka", "own term", "own activation")
+GROWING = ("archetypal",)  # Adam divides what is nearly 0 by its own size there, so that rounding errors grow
+
+
+@functools.cache
+def sample() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(60, D_IN, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    fires = torch.rand(6000, 60, generator=generator) < 0.06
+    z = fires * torch.rand(6000, 60, generator=generator)
+    return z @ rows * 3 + 0.02 * torch.randn(6000, D_IN, generator=generator)
+
+
+def train(name: str, n_steps: int, shape: tuple[int, int] | None = None) -> dict[str, Any]:
+    """History, weights, dead latents and codes of a case, trained by this process alone or in a mesh."""
+    x = sample()
+    cfg = sl.SAEConfig(**{"d_in": D_IN, "d_sae": D_SAE, "activation": sl.TopK(k=4)} | CASES[name])
+    acts = x if cfg.d_out is None else (x, 2 * x[:, : cfg.d_out] + 1)
+    run = sl.TrainConfig(
+        n_tokens=n_steps * BATCH, batch_size=BATCH, n_held_out=200, log_every_tokens=BATCH, save_every_tokens=10 * BATCH
+    )
+    mesh = None if shape is None else mesh_of(*shape)
+    sae = sl.SAE(cfg, seed=0).fit(acts, run, progress=False, mesh=mesh)
+    assert sae.training_ is not None
+    codes = sae.encode_sparse(x[-500:])
+    return {
+        "history": sae.history_,
+        "weights": {key: held.clone() for key, held in sae.state_dict().items()},
+        "dead": sae.training_["dead"],
+        "codes": (codes.rows, codes.indices),
+    }
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        pool = Pool()
+    yield pool
+    pool.close()
+
+
+@functools.cache
+def alone(name: str, n_steps: int) -> dict[str, Any]:
+    return train(name, n_steps)
+
+
+def meshes(name: str, every: bool) -> Sequence[tuple[int, int]]:
+    if name in PURSUITS:
+        return ((4, 1),)
+    return MESHES if every else ((2, 2),)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, shape) for name in CASES for shape in meshes(name, name in WITH_ALL_MESHES)], ids=str
+)
+def test_several_processes_give_what_one_gives(pool: Pool, name: str, shape: tuple[int, int]) -> None:
+    check(pool, name, 16, shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "shape"), [(name, shape) for name in CASES for shape in meshes(name, True)], ids=str)
+def test_several_processes_give_what_one_gives_in_50_steps(pool: Pool, name: str, shape: tuple[int, int]) -> None:
+    check(pool, name, 50, shape)
+
+
+def check(pool: Pool, name: str, n_steps: int, shape: tuple[int, int]) -> None:
+    one, several = alone(name, n_steps), pool.run(train, name, n_steps, shape)
+    for found in several:
+        assert same(found, several[0])  # to the bit in all processes
+    for before, after in zip(one["history"], several[0]["history"], strict=True):
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            if value is not None:
+                assert after[key] == pytest.approx(value, rel=1e-5 if name in GROWING else 2e-6, abs=1e-6), key
+    if name not in GROWING:
+        for key, held in one["weights"].items():
+            torch.testing.assert_close(several[0]["weights"][key], held, rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert several[0]["dead"] == one["dead"]
+        assert agreement(several[0]["codes"], one["codes"]) > 0.999
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    weights = all(torch.equal(a["weights"][key].nan_to_num(), b["weights"][key].nan_to_num()) for key in b["weights"])
+    return weights and a["history"] == b["history"] and a["dead"] == b["dead"]
+
+
+def agreement(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Share of codes that both have."""
+    first, second = (set((rows * D_SAE + latents).tolist()) for rows, latents in (a, b))
+    return len(first & second) / max(1, len(first | second))
