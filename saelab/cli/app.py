@@ -19,10 +19,13 @@ from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.training import collect_text, evaluate_sae, train_sae
 from saelab.stores.jobs import Terminable
+from saelab.training.launch import is_launched, name_process
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 SPELLINGS = {"resume=False": "--overwrite", "resume=True": "--resume", "allow_mismatch=True": "--allow-mismatch"}
 """how the library's advice reads in the shell"""
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error", "another process")
+"""what the communication of a process says whose partner has ended"""
 
 app = typer.Typer(
     name="saelab",
@@ -92,9 +95,16 @@ def guard(verb: Callable[..., None]) -> Callable[..., None]:
 
 def _report(error: Exception) -> int:
     """Say what went wrong in one line; returns the exit code."""
+    process = name_process()
     if isinstance(error, ValueError | TypeError | FileNotFoundError):
-        return _complain(f"error: {_spell(error)}", WRONG_USE)
-    return _complain(f"failed: {type(error).__name__}: {_spell(error)} (saelab --debug shows where)", FAILED)
+        return WRONG_USE if process else _complain(f"error: {_spell(error)}", WRONG_USE)  # all processes have it
+    if is_launched() and isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_GONE):
+        if process:  # the first says it
+            return FAILED
+        said = _spell(error) if "another process" in str(error) else "Stopped, as another process ended."
+        return _complain(f"{said} With --resume the same command goes on from the last checkpoint.", FAILED)
+    text = f"failed: {type(error).__name__}: {_spell(error)} (saelab --debug shows where)"
+    return _complain(f"{process}: {text}" if process else text, FAILED)
 
 
 def _spell(error: BaseException) -> str:

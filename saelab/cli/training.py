@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -37,6 +38,8 @@ from saelab.stores.jobs import hold_folder
 from saelab.stores.manifest import ActivationsManifest, Provenance
 from saelab.training.checkpoint import FOLDER, find_checkpoint
 from saelab.training.config import TrainConfig
+from saelab.training.launch import is_launched, launched_mesh, local_device
+from saelab.training.ranks import ALONE, RankGrid
 
 WRITTEN = (CONFIG, WEIGHTS, "history.jsonl", "history.csv")
 N_TOKENS = 100_000
@@ -113,6 +116,15 @@ def train_sae(
         bool, Option("--skip", help="Give the transcoder a linear connection in parallel to its latents.")
     ] = False,
     device: options.Device = None,
+    mesh: Annotated[
+        str | None,
+        Option(
+            help="How processes started by torchrun share the work: ranks that divide each batch, times ranks that "
+            "divide the latents, such as 2x4.",
+            metavar="DATAxLATENTS",
+            show_default="all divide the latents",
+        ),
+    ] = None,
     resume: Annotated[
         bool, Option("--resume", help="Continue from the checkpoint in the folder, if there is one.")
     ] = False,
@@ -123,6 +135,8 @@ def train_sae(
 
     Writes config.json and model.safetensors, the history as .jsonl and .csv, and a checkpoint. With the same seed and
     flags it writes the same bytes (on a CPU), interrupted and resumed or not.
+
+    Several processes train one SAE together: torchrun --nproc-per-node 4 -m saelab train ...
     """
     rows, targets = load_activations(acts, hook_point, target)
     cfg = SAEConfig(
@@ -141,20 +155,48 @@ def train_sae(
     budget = TrainConfig(
         n_tokens=n_tokens, batch_size=batch_size, lr=lr, seed=seed, save_every_tokens=save_every_tokens
     )
-    sae = SAE(cfg, seed=seed).to(options.choose_device(device))
-    with hold_folder(out):
-        claim_folder(out, resume, overwrite)
-        _train_into(out, sae, rows if targets is None else (rows, targets), budget, resume, progress)
+    place = local_device(options.choose_device(device).type) if is_launched() else options.choose_device(device)
+    with launched_mesh(read_mesh(mesh), place) as devices:
+        ranks = ALONE if devices is None else RankGrid.of(devices)
+        data = rows if targets is None else (rows, targets)
+        with ExitStack() as stack:
+
+            def claim() -> None:
+                stack.enter_context(hold_folder(out))
+                claim_folder(out, resume, overwrite)
+
+            ranks.on_first(claim)
+            _train_into(out, SAE(cfg, seed=seed).to(place), data, budget, resume, progress, ranks)
 
 
-def _train_into(out: Path, sae: SAE, rows: Data, budget: TrainConfig, resume: bool, progress: bool) -> None:
+def _train_into(
+    out: Path, sae: SAE, rows: Data, budget: TrainConfig, resume: bool, progress: bool, ranks: RankGrid
+) -> None:
     """Train, save, and print a summary."""
     finished = (out / CONFIG).is_file()
-    sae.fit(rows, budget, out=out, resume=resume, progress=progress)
-    sae.save_pretrained(out)
-    if finished:
-        echo("This SAE was complete already.")
-    echo(describe_sae(out))
+    sae.fit(rows, budget, out=out, resume=resume, progress=progress, mesh=ranks.mesh)
+
+    def save() -> None:
+        sae.save_pretrained(out)
+        if finished:
+            echo("This SAE was complete already.")
+        echo(describe_sae(out))
+
+    ranks.on_first(save)
+
+
+def read_mesh(text: str | None) -> tuple[int, int] | None:
+    """Ranks that divide the batch, and ranks that divide the latents, as the command line spells them.
+
+    >>> read_mesh("2x4")
+    (2, 4)
+    """
+    if text is None:
+        return None
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"`--mesh` must be two numbers of ranks, DATAxLATENTS such as 2x4, got '{text}'.")
+    return int(parts[0]), int(parts[1])
 
 
 def load_activations(

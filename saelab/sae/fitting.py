@@ -3,9 +3,13 @@
 After training thresholds are adjusted so that the mean L0 is the target, and the SAE is measured on held-out tokens.
 """
 
+import hashlib
 import math
+import os
+import tempfile
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,10 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.functional.metrics import FiringSums, ReconstructionSums
+from saelab.functional.metrics import FiringSums, ReconstructionSums, exact
 from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
+from saelab.sae.sharding import check_ranks
 from saelab.sae.training_sae import TrainingSAE
 from saelab.stores.activations import ActivationPairs, Activations
 from saelab.stores.manifest import Provenance
@@ -259,6 +264,59 @@ def make_run(
     trained = [getattr(sae, "training_", None) is not None or getattr(sae, "placed", False) for sae in saes]
     trainees = [TrainingSAE(sae, cfg, before, ranks) for sae, before in zip(saes, trained, strict=True)]
     return open_run(trainees, batches, cfg, kept, out, resume, ranks)
+
+
+def check_processes(
+    saes: Sequence[SAEModule],
+    acts: Activations | ActivationPairs | Batches,
+    cfg: TrainConfig,
+    out: str | Path | None,
+    ranks: RankGrid,
+) -> None:
+    """Raise ValueError, in all processes, where they would not do the same work: other releases, settings, data or
+    weights, or a folder that some of them do not see.
+
+    Args:
+        saes: the SAEs, whole.
+        acts: what they are trained on.
+        cfg: training configuration.
+        out: folder of the run, or None.
+        ranks: the processes.
+    """
+    if ranks.alone:
+        return
+    for sae in saes:
+        check_ranks(sae.cfg, cfg, ranks)
+    first = b"" if isinstance(acts, Batches) else acts[: min(64, acts.n_tokens)].float().cpu().numpy().tobytes()
+    ranks.require_equal(
+        {
+            "release of saelab": version("saelab"),
+            "release of torch": torch.__version__,
+            "SAEConfig": [sae.cfg.to_dict() for sae in saes],
+            "TrainConfig": cfg.to_dict(),
+            "number of tokens": None if isinstance(acts, Batches) else acts.n_tokens,
+            "activations": hashlib.sha256(first).hexdigest(),
+            "weights to start from": [float(exact(sae.W_dec).square().sum()) for sae in saes],
+            "folder": None if out is None else str(out),
+        }
+    )
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        mark = Path(out) / ranks.on_first(lambda: _mark(Path(out)))
+        unseen = ranks.any(not mark.is_file())
+        ranks.on_first(mark.unlink)
+        if unseen:
+            raise ValueError(
+                f"`out` must be one folder that all processes see, got {out}, which is another on some machine; choose "
+                "one on a shared disk."
+            )
+
+
+def _mark(folder: Path) -> str:
+    """Name of a new empty file in a folder."""
+    descriptor, name = tempfile.mkstemp(prefix=".saelab-seen-", dir=folder)
+    os.close(descriptor)
+    return Path(name).name
 
 
 def open_run(

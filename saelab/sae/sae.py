@@ -18,6 +18,7 @@ from saelab.sae.config import SAEConfig
 from saelab.sae.fitting import (
     Data,
     HeldOut,
+    check_processes,
     cut_to,
     describe_training,
     finish_run,
@@ -32,7 +33,7 @@ from saelab.sae.formats.registry import OWN, find_format, require_room, write_fo
 from saelab.sae.formats.sources import SAEFiles
 from saelab.sae.module import SAEModule
 from saelab.sae.pretrained import check_config, fill, load, locate, on_meta, write_card, write_sae
-from saelab.sae.sharding import check_ranks, put_together, take_share
+from saelab.sae.sharding import put_together, take_share
 from saelab.stores.files import read_settled, shareable, write_atomic
 from saelab.stores.jobs import hold_folder
 from saelab.stores.manifest import Provenance
@@ -428,8 +429,7 @@ def fit(
     """
     acts, cfg = open_data(acts), cfg or TrainConfig()
     ranks = ALONE if mesh is None else RankGrid.of(mesh)
-    for sae in saes:
-        check_ranks(sae.cfg, cfg, ranks)
+    check_processes(saes, acts, cfg, out, ranks)
     with nullcontext() if out is None or not ranks.is_first else hold_folder(out):
         for sae in saes:
             take_share(sae, ranks)

@@ -52,7 +52,7 @@ def save_checkpoint(
         optimizers: the optimizer of each trainable.
         batches: the data, whose position is saved.
     """
-    plain, tensors = _divide(batches.state_dict())
+    plain, tensors = divide_state(batches.state_dict())
     with replace_folder(folder, last=PROGRESS) as temp:
         for i, (trainable, optimizer) in enumerate(zip(trainables, optimizers, strict=True)):
             save_tensors(temp / f"weights_{i}.safetensors", trainable.module.state_dict())
@@ -152,7 +152,8 @@ def _check_like(path: Path, held: Mapping[str, Tensor], wanted: Mapping[str, Ten
         )
 
 
-def _divide(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def divide_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The position in the data as JSON values and as tensors."""
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     return {key: value for key, value in state.items() if key not in tensors}, tensors
 

@@ -32,6 +32,7 @@ from saelab.training.config import (
     step_adam,
 )
 from saelab.training.ranks import ALONE, RankGrid
+from saelab.training.shared_checkpoint import is_shared, load_shared, save_shared
 
 HistoryEntry = dict[str, Any]
 ENTRY_KEYS = ("step", "n_tokens", "l0", "dead_frac", "lr", "held_out_fvu")
@@ -162,7 +163,8 @@ class TrainingRun:
     @property
     def has_checkpoint(self) -> bool:
         """Whether the run's folder has a checkpoint to resume from."""
-        return self.out is not None and find_checkpoint(self.out) is not None
+        found = self.ranks.is_first and self.out is not None and find_checkpoint(self.out) is not None
+        return self.ranks.any(found)
 
     def resume(self) -> bool:
         """Restore the checkpoint and return True, or False where there is none; ValueError for other settings."""
@@ -176,7 +178,10 @@ class TrainingRun:
                     f"A resumed run must keep `{key}` of {self.checkpoint} ({before.get(key)}), got {now.get(key)}; "
                     "give the same settings, or another folder."
                 )
-        progress = load_checkpoint(self.checkpoint, self.trainables, self.optimizers, self.batches)
+        if self.ranks.alone and not is_shared(self.checkpoint):
+            progress = load_checkpoint(self.checkpoint, self.trainables, self.optimizers, self.batches)
+        else:
+            progress = load_shared(self.checkpoint, self.trainables, self.optimizers, self.batches, self.ranks)
         self.step, self.history = progress["step"], progress["history"]
         self._since_log = progress["since_log"]
         self._sums = {key: torch.tensor(value, dtype=torch.float64) for key, value in progress["sums"].items()}
@@ -194,7 +199,10 @@ class TrainingRun:
             "since_log": self._since_log,
             "sums": {key: float(value) for key, value in self._sums.items()},
         }
-        save_checkpoint(self.checkpoint, progress, self.trainables, self.optimizers, self.batches)
+        if self.ranks.alone:
+            save_checkpoint(self.checkpoint, progress, self.trainables, self.optimizers, self.batches)
+        else:
+            save_shared(self.checkpoint, progress, self.trainables, self.optimizers, self.batches, self.ranks)
 
     def prepare(self) -> None:
         """Initialize the trainables from a sample of the first batches; the position in the data does not change."""

@@ -12,6 +12,7 @@ their gradients.
 
 import hashlib
 import json
+import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +134,10 @@ class RankGrid:
     """ranks that have the same rows and different latents"""
     is_first: bool = True
     """whether this is the process that writes what there is one of: history, messages, the manifest"""
+    mesh: Any = None
+    """the `DeviceMesh` it is made of"""
+    mesh_axes: tuple[str, ...] = ()
+    """names of the mesh's axes"""
 
     @classmethod
     def of(cls, mesh: Any) -> "RankGrid":
@@ -148,7 +153,13 @@ class RankGrid:
                 f'{tuple(mesh.shape)}; make it by init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "latents")).'
             )
         axes = {name: cls._axis(mesh, i) for i, name in enumerate(names)}
-        return cls(**axes, is_first=all(axis.index == 0 for axis in axes.values()))
+        if mesh.size() != dist.get_world_size():
+            raise ValueError(
+                f"`mesh` must hold all {dist.get_world_size()} processes, got {tuple(mesh.shape)}; start as many as it "
+                "has."
+            )
+        is_first = all(axis.index == 0 for axis in axes.values())
+        return cls(**axes, is_first=is_first, mesh=mesh, mesh_axes=tuple(names))
 
     @classmethod
     def _axis(cls, mesh: Any, i: int) -> GridAxis:
@@ -204,6 +215,36 @@ class RankGrid:
         """The texts of all processes, those of one share of the batch after those of the one before."""
         here = json.dumps(self.latents.gather_texts(text))
         return [one for row in self.data.gather_texts(here) for one in json.loads(row)]
+
+    def on_first(self, function: Callable[[], Any]) -> str:
+        """Call a function in the first process alone, and return its result as text in all.
+
+        Raises:
+            RuntimeError: it failed there; in the first process its own error.
+        """
+        if self.alone:
+            return str(function())
+        result, error = "", None
+        if self.is_first:
+            try:
+                result = str(function())
+            except Exception as failed:
+                error = failed
+        self.agree(error)
+        return self.gather_texts(result)[0]
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise in all processes where one of them has failed: its own error there, in the others which it was.
+
+        Args:
+            error: this process's error, or None.
+        """
+        if self.any(error is not None):
+            where = f"process {dist.get_rank()} on {socket.gethostname()}" if self.size > 1 else ""
+            told = self.gather_texts("" if error is None else f"{where}: {type(error).__name__}: {error}")
+            if error is not None:
+                raise error
+            raise RuntimeError(f"Stopped, as another process failed. {next(text for text in told if text)}")
 
     def require_equal(self, facts: Mapping[str, Any]) -> None:
         """Raise ValueError, on all processes alike, where they do not agree on some facts.

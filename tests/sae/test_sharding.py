@@ -1,9 +1,13 @@
 """Training by several processes gives what one gives, for every kind of SAE and every way to divide the work."""
 
 import functools
+import itertools
+import json
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -216,3 +220,59 @@ def agreement(a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch
     """Share of codes that both have."""
     first, second = (set((rows * D_SAE + latents).tolist()) for rows, latents in (a, b))
     return len(first & second) / max(1, len(first | second))
+
+
+def stopped(name: str, folder: str, shape: tuple[int, int] | None, after: int) -> str:
+    """Train a case in a folder until a signal reaches one of the processes; what they say."""
+    try:
+        train_in(name, folder, shape, stop=after)
+    except KeyboardInterrupt as stop:
+        return str(stop)
+    return "not stopped"
+
+
+def train_in(name: str, folder: str, shape: tuple[int, int] | None, stop: int = 0) -> dict[str, Any]:
+    """A case trained in a folder, going on from its checkpoint; its weights and history."""
+    cfg = sl.SAEConfig(**{"d_in": D_IN, "d_sae": D_SAE, "activation": sl.TopK(k=4)} | CASES[name])
+    run = sl.TrainConfig(
+        n_tokens=20 * BATCH, batch_size=BATCH, n_held_out=200, log_every_tokens=BATCH, save_every_tokens=6 * BATCH
+    )
+
+    def interrupt(entry: dict[str, Any]) -> None:
+        if entry["step"] == stop:
+            signal.raise_signal(signal.SIGTERM)
+
+    mesh = None if shape is None else mesh_of(*shape)
+    acts = sample() if cfg.d_out is None else (sample(), 2 * sample()[:, : cfg.d_out] + 1)
+    sae = sl.SAE(cfg, seed=0)
+    sae.fit(acts, run, out=folder, resume=True, sinks=[interrupt], progress=False, mesh=mesh)
+    return {"weights": {key: held.clone() for key, held in sae.state_dict().items()}, "history": sae.history_}
+
+
+@pytest.mark.parametrize("name", ["topk", "soft frozen", "lista", "annealed"])
+def test_a_stopped_run_goes_on_with_other_processes(pool: Pool, tmp_path: Path, name: str) -> None:
+    whole = train_in(name, str(tmp_path / "whole"), None)
+    places = [(1, 4), (2, 2), None, (4, 1), (1, 4)]
+    for i, (first, second) in enumerate(itertools.pairwise(places)):
+        folder = str(tmp_path / f"{i}")
+        told = pool.run(stopped, name, folder, first, 8) if first else [stopped(name, folder, None, 8)]
+        assert set(told) == {
+            f"Training stopped after 8 of 20 steps, saved to {folder}/checkpoint; go on with resume=True."
+        }
+        found = pool.run(train_in, name, folder, second)[0] if second else train_in(name, folder, None)
+        for key, held in whole["weights"].items():
+            torch.testing.assert_close(found["weights"][key], held, rtol=1e-4, atol=1e-5, equal_nan=True)
+        lines = Path(folder, "history.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
+
+
+def test_a_resumed_run_of_the_same_processes_ends_with_the_same_bytes(pool: Pool, tmp_path: Path) -> None:
+    whole = pool.run(train_in, "topk", str(tmp_path / "whole"), (2, 2))[0]
+    pool.run(stopped, "topk", str(tmp_path / "part"), (2, 2), 9)
+    found = pool.run(train_in, "topk", str(tmp_path / "part"), (2, 2))[0]
+    assert all(torch.equal(found["weights"][key], held) for key, held in whole["weights"].items())
+    assert found["history"] == whole["history"]
+    for name in ("history.jsonl", "history.csv"):
+        assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    parts = sorted(path.name for path in (tmp_path / "part" / "checkpoint").iterdir())
+    assert not [name for name in parts if not name.endswith((".safetensors", ".json"))]  # no pickles
