@@ -31,6 +31,7 @@ from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import LossTerm
 from saelab.sae.pretrained import CONFIG, WEIGHTS
 from saelab.sae.sae import SAE
+from saelab.sae.sharding import check_ranks
 from saelab.sae.soft_frozen import SoftFrozen
 from saelab.stores.activations import Activations
 from saelab.stores.files import settle
@@ -166,7 +167,9 @@ def train_sae(
                 claim_folder(out, resume, overwrite)
 
             ranks.on_first(claim)
-            _train_into(out, SAE(cfg, seed=seed).to(place), data, budget, resume, progress, ranks)
+            own = None if ranks.alone else ranks.latents.split(cfg.d_sae)
+            check_ranks(cfg, budget, ranks)
+            _train_into(out, SAE(cfg, seed=seed, latents=own).to(place), data, budget, resume, progress, ranks)
 
 
 def _train_into(

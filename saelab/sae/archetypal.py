@@ -65,6 +65,12 @@ class Archetypes(nn.Module):
         self.weights = nn.Parameter(weights)
         self.relaxation = nn.Parameter(torch.zeros(d_sae, d_in), requires_grad=cfg.delta > 0)
 
+    def keep(self, own: range) -> None:
+        """Keep the rows of these latents alone, in place."""
+        if len(own) < len(self.weights):
+            self.weights.data = self.weights.data[own.start : own.stop].clone()
+            self.relaxation.data = self.relaxation.data[own.start : own.stop].clone()
+
     def forward(self) -> Float[Tensor, "d_sae d_in"]:
         """(d_sae, d_in) dictionary rows at unit length."""
         atoms = self.weights @ self.points + self.relaxation

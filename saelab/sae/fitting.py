@@ -296,7 +296,7 @@ def check_processes(
             "TrainConfig": cfg.to_dict(),
             "number of tokens": None if isinstance(acts, Batches) else acts.n_tokens,
             "activations": hashlib.sha256(first).hexdigest(),
-            "weights to start from": [float(exact(sae.W_dec).square().sum()) for sae in saes],
+            "biases to start from": [exact(sae.b_dec).tolist()[:16] for sae in saes],
             "folder": None if out is None else str(out),
         }
     )
@@ -443,13 +443,19 @@ def _make_folder(out: str | Path | None, resume: bool) -> Path | None:
     return None
 
 
+def join_states(run: TrainingRun) -> None:
+    """Give all processes the counters of all latents, before `finish_run`."""
+    for trainee in run.trainables:
+        if isinstance(trainee, TrainingSAE):
+            trainee.join_state()
+
+
 def finish_run(run: TrainingRun, saes: Sequence[SAEModule]) -> list[dict[str, Any]]:
     """Metrics of each trained SAE as it is saved, its latents in their final order, from `finish`: on held-out tokens,
     or on the tokens that come next where there are none.
     """
     for trainee in run.trainables:
         if isinstance(trainee, TrainingSAE):
-            trainee.join_state()
             trainee.settle()
     others = run.peek(MAX_TOKENS) if run.held_out is None or len(run.held_out) == 0 else run.held_out[:0]
     return [finish(sae, run.held_out, others) for sae in saes]

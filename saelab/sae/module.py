@@ -22,6 +22,7 @@ from saelab.sae.normalizer import Normalizer
 from saelab.training.ranks import ALONE, RankGrid
 
 DENSE_NUMBERS = 2**25  # pre-activations in memory at a time in dense encoding
+DRAWN_NUMBERS = 2**22  # random numbers in memory at a time, where most of them are other processes' weights
 
 
 class SAEModule(nn.Module):
@@ -41,6 +42,9 @@ class SAEModule(nn.Module):
     loading. Rows of W_dec are random unit directions and W_enc is their transpose (a transcoder's W_enc is drawn
     separately); W_enc is stored latent by latent, so that reading a few latents touches a few rows of memory. A
     pursuit encodes with W_dec: there `W_enc` is its transpose, `b_enc` zero, and neither a parameter.
+
+    With `latents` it holds the weights of these latents alone, the same as in the whole SAE of that seed: one process's
+    share in training by several, which is all that it can be used for.
     """
 
     W_enc: Float[Tensor, "d_in d_sae"]
@@ -54,26 +58,30 @@ class SAEModule(nn.Module):
     archetypes: Archetypes | None
     target_normalizer: Normalizer | None
 
-    def __init__(self, cfg: SAEConfig, seed: int | None = 0) -> None:
+    def __init__(self, cfg: SAEConfig, seed: int | None = 0, latents: range | None = None) -> None:
         super().__init__()
         self.cfg = cfg
+        own = range(cfg.d_sae) if latents is None else latents
         generator = None if seed is None else torch.Generator().manual_seed(int(seed))  # None: weights are loaded later
-        directions = _draw_directions(cfg.d_sae, cfg.d_target, generator)
+        directions = _draw_directions(cfg.d_sae, cfg.d_target, generator, own)
         self.archetypes = None
         if isinstance(cfg.dictionary, Archetypal):
             self.archetypes = Archetypes(cfg.dictionary, cfg.d_sae, cfg.d_target, generator)
+            self.archetypes.keep(own)
             directions = directions if generator is None else self.archetypes().detach()
         if not isinstance(cfg.encoder, PursuitEncoder):
-            read = directions.clone() if cfg.d_out is None else _draw_directions(cfg.d_sae, cfg.d_in, generator)
+            read = directions.clone() if cfg.d_out is None else _draw_directions(cfg.d_sae, cfg.d_in, generator, own)
             self.W_enc = nn.Parameter(read.T, requires_grad=cfg.train_encoder)
-            self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae), requires_grad=cfg.train_encoder)
+            self.b_enc = nn.Parameter(torch.zeros(len(own)), requires_grad=cfg.train_encoder)
         learned = cfg.dictionary != "frozen" and self.archetypes is None
         self.W_dec = nn.Parameter(directions, requires_grad=learned)
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_target))
         self.W_skip = nn.Parameter(torch.zeros(cfg.d_in, cfg.d_target)) if cfg.skip else None
         threshold = cfg.activation.initial_threshold(cfg.d_sae)
-        self.r_mag = nn.Parameter(torch.zeros(cfg.d_sae)) if cfg.activation.gated else None
-        self.b_gate = nn.Parameter(torch.full((cfg.d_sae,), -MIN_THRESHOLD)) if cfg.activation.gated else None
+        if threshold is not None and threshold.ndim:
+            threshold = threshold[own.start : own.stop].clone()
+        self.r_mag = nn.Parameter(torch.zeros(len(own))) if cfg.activation.gated else None
+        self.b_gate = nn.Parameter(torch.full((len(own),), -MIN_THRESHOLD)) if cfg.activation.gated else None
         if cfg.activation.threshold == "learned" and threshold is not None and not cfg.activation.gated:
             self.threshold = nn.Parameter(threshold)
         else:
@@ -396,8 +404,21 @@ def _read_old_names(module: nn.Module, state: dict[str, Any], prefix: str, *rest
             state[prefix + own.replace("normaliser.", "normalizer.", 1)] = state.pop(name)
 
 
-def _draw_directions(n: int, d: int, generator: torch.Generator | None) -> Tensor:
+def _draw_directions(n: int, d: int, generator: torch.Generator | None, own: range) -> Tensor:
+    """Rows `own` of n random unit directions."""
     if generator is None:
-        return torch.empty(n, d)
-    directions = torch.randn(n, d, generator=generator)
-    return directions / directions.norm(dim=1, keepdim=True)
+        return torch.empty(len(own), d)
+    if len(own) == n:
+        directions = torch.randn(n, d, generator=generator)
+        return directions / directions.norm(dim=1, keepdim=True)
+    directions = torch.empty(len(own), d)
+    # a generator draws in blocks of 16 numbers: pieces of whole blocks are those of one draw, and the last has one
+    size = max(1, DRAWN_NUMBERS // (16 * d)) * 16
+    starts = list(range(0, max(1, n - size + 1), size))
+    for start, stop in zip(starts, [*starts[1:], n], strict=True):
+        piece = torch.randn(stop - start, d, generator=generator)
+        first, last = max(start, own.start), min(stop, own.stop)
+        if first < last:
+            rows = piece[first - start : last - start]
+            directions[first - own.start : last - own.start] = rows / rows.norm(dim=1, keepdim=True)
+    return directions

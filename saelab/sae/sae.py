@@ -22,6 +22,7 @@ from saelab.sae.fitting import (
     cut_to,
     describe_training,
     finish_run,
+    join_states,
     make_run,
     match_thresholds,
     mean_l0,
@@ -56,8 +57,8 @@ class SAE(SAEModule):
     [2, 2, 2]
     """
 
-    def __init__(self, cfg: SAEConfig, seed: int | None = 0) -> None:
-        super().__init__(cfg, seed)
+    def __init__(self, cfg: SAEConfig, seed: int | None = 0, latents: range | None = None) -> None:
+        super().__init__(cfg, seed, latents)
         self.provenance: Provenance | None = None
         self.origin: Origin | None = None  # of an SAE that was read from another library's files
         self.placed = False  # whether its weights are what training is to start from
@@ -421,8 +422,9 @@ def fit(
         progress: whether to show a progress bar.
         mesh: `DeviceMesh` of processes that train together, each of which calls this with the same arguments; None is
             this process alone. Its axis "data" divides every batch, its axis "latents" the latents, with their
-            gradients and moments; both give the result of one process. All processes return the whole SAEs; where one
-            fails, those of the others are not whole.
+            gradients and moments; both give the result of one process. All processes return the whole SAEs, but of
+            those that were made as shares (`SAE(..., latents=)`) the first alone. Where a process fails, the SAEs of
+            the others are not whole.
 
     Raises:
         ValueError: as `SAE.fit`.
@@ -431,15 +433,17 @@ def fit(
     ranks = ALONE if mesh is None else RankGrid.of(mesh)
     check_processes(saes, acts, cfg, out, ranks)
     with nullcontext() if out is None or not ranks.is_first else hold_folder(out):
-        for sae in saes:
-            take_share(sae, ranks)
+        to_first = sum(take_share(sae, ranks) for sae in saes) > 0  # of each of them
         run = make_run(saes, acts, cfg, held_out, out, resume, ranks)
         try:
             train(run, resume=resume, sinks=sinks, progress=progress)
         finally:
             # of a process that failed no other would answer
             for sae in saes if run.stopped or run.step == cfg.n_steps else ():
-                put_together(sae, ranks)
+                put_together(sae, ranks, to_first)
+        join_states(run)
+        if to_first and not ranks.is_first:
+            return list(saes)
         saved = finish_run(run, saes)
     for i, sae in enumerate(saes):
         sae.provenance, sae.training_, sae.history_ = origin_of(acts), describe_training(run, i, saved[i]), run.history

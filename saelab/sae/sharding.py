@@ -62,24 +62,42 @@ def check_ranks(cfg: SAEConfig, run: TrainConfig, ranks: RankGrid) -> None:
 
 
 @torch.no_grad()
-def take_share(sae: SAEModule, ranks: RankGrid) -> None:
-    """Keep the weights of this rank's latents alone, in place; those of the others are gone from this process."""
-    if ranks.latents.size == 1:
-        return
+def take_share(sae: SAEModule, ranks: RankGrid) -> bool:
+    """Keep the weights of this rank's latents alone, in place; those of the others are gone from this process. Returns
+    whether the SAE was made as a share of them.
+    """
     own = ranks.latents.split(sae.cfg.d_sae)
+    if len(sae.W_dec) != sae.cfg.d_sae:
+        if len(sae.W_dec) != len(own):
+            raise ValueError(
+                f"A share of an SAE must have the latents of its place in `mesh`, {own.start} to {own.stop}, got "
+                f"{len(sae.W_dec)} latents; make it with `latents=` of that range."
+            )
+        return True
+    if ranks.latents.size == 1:
+        return False
     for name, held in _per_latent(sae):
         rows = held.data.movedim(LATENT_AXIS[name], 0)[own.start : own.stop].clone()
         held.data = rows.movedim(0, LATENT_AXIS[name])
+    return False
 
 
 @torch.no_grad()
-def put_together(sae: SAEModule, ranks: RankGrid) -> None:
-    """Give every process the weights of all latents again, in place."""
-    if ranks.latents.size == 1:
+def put_together(sae: SAEModule, ranks: RankGrid, to_first: bool = False) -> None:
+    """Give every process, or the first one alone, the weights of all latents, in place.
+
+    Args:
+        sae: the SAE, with the weights of this rank's latents.
+        ranks: the grid of processes.
+        to_first: whether only the first process gets them; the others keep their share.
+    """
+    if ranks.latents.size == 1 or (to_first and ranks.data.index > 0):
         return
     for name, held in _per_latent(sae):
-        rows = torch.cat(ranks.latents.gather(held.data.movedim(LATENT_AXIS[name], 0)))
-        held.data = rows.movedim(0, LATENT_AXIS[name])
+        own = held.data.movedim(LATENT_AXIS[name], 0)
+        parts = ranks.latents.gather_to_first(own) if to_first else ranks.latents.gather(own)
+        if parts:
+            held.data = torch.cat(parts).movedim(0, LATENT_AXIS[name])
 
 
 def shared_names(sae: Any) -> set[str]:

@@ -336,11 +336,7 @@ class TrainingSAE:
 
     def _group(self, values: Tensor, entries: Entries, n_tokens: int) -> tuple[Tensor, int]:
         """Group of each code, and the number of groups."""
-        cfg = self.sae.cfg
-        if self.ranks.alone or type(cfg.reconstruction).group is ReconstructionLoss.group:
-            grouped = cfg.reconstruction.group(values, entries, n_tokens, cfg)
-        else:
-            grouped = group_among(cfg, values, entries, n_tokens, self._first, self.ranks)
+        grouped = group_among(self.sae.cfg, values, entries, n_tokens, self._first, self.ranks)
         if grouped is not None:
             return grouped
         ends = self._prefixes()

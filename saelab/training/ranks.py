@@ -85,6 +85,15 @@ class GridAxis:
         found[self.index] = x
         return found
 
+    def gather_to_first(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all ranks in the axis's first one, which have one shape; none elsewhere. Without gradient."""
+        if self.size == 1:
+            return [x]
+        sent = x.detach().contiguous()
+        found = [torch.empty_like(sent) for _ in range(self.size)] if self.index == 0 else []
+        dist.gather(sent, found or None, group=self.group, group_dst=0)
+        return found
+
     def gather_ragged(self, x: Tensor) -> list[Tensor]:
         """The tensors of all ranks, which differ in the length of their first axis; otherwise as `gather`."""
         if self.size == 1:
@@ -257,8 +266,8 @@ class RankGrid:
         text = json.dumps(facts, sort_keys=True, default=str)
         digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
         digest = digest.to(self.latents.device)
-        here = any(not torch.equal(one, digest) for axis in (self.data, self.latents) for one in axis.gather(digest))
-        if not self.any(here):
+        others = [*self.data.gather(digest), *self.latents.gather(digest)]
+        if not self.any(not all(torch.equal(one, digest) for one in others)):
             return
         found = [json.loads(one) for one in self.gather_texts(text)]
         for name, first in found[0].items():

@@ -4,6 +4,7 @@ They are written and read by `torch.distributed.checkpoint` in safetensors files
 `progress.json` as that of one process. All weights have latents as their first axis there.
 """
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -58,8 +59,28 @@ def save_shared(
             failed = error
         ranks.agree(failed)
         head = {"schema_version": SCHEMA_VERSION, "batches": plain}
-        ranks.on_first(lambda: write_json(Path(staged) / PROGRESS, {**head, **progress}, sealed=True))
+
+        def complete() -> None:
+            for file in Path(staged).glob("*.safetensors"):
+                _order_metadata(file)
+            write_json(Path(staged) / PROGRESS, {**head, **progress}, sealed=True)
+
+        ranks.on_first(complete)
     ranks.agree(None)  # the first has moved the files into place
+
+
+def _order_metadata(path: Path) -> None:
+    """Sort the metadata in the header of a safetensors file, which the library that writes it puts in random order: two
+    checkpoints of one state are then the same bytes.
+    """
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def is_shared(folder: Path) -> bool:

@@ -3,7 +3,9 @@
 import functools
 import itertools
 import json
+import os
 import signal
+import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from saelab.sae.objectives import (
     MultiTopKLoss,
     OrthogonalLoss,
 )
+from saelab.training import RankGrid
 
 MESHES = ((1, 4), (2, 2), (4, 1))
 BATCH, D_IN, D_SAE = 96, 16, 64
@@ -276,3 +279,129 @@ def test_a_resumed_run_of_the_same_processes_ends_with_the_same_bytes(pool: Pool
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     parts = sorted(path.name for path in (tmp_path / "part" / "checkpoint").iterdir())
     assert not [name for name in parts if not name.endswith((".safetensors", ".json"))]  # no pickles
+
+
+def share_of(shape: tuple[int, int]) -> Any:
+    """What a share that was made as one becomes: whole weights in the first process, a share in the others."""
+    mesh = mesh_of(*shape)
+    own = RankGrid.of(mesh).latents.split(D_SAE)
+    cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=sl.BatchTopK(k=4))
+    sae = sl.SAE(cfg, seed=0, latents=own)
+    sae.fit(sample(), sl.TrainConfig(n_tokens=10 * BATCH, batch_size=BATCH), progress=False, mesh=mesh)
+    return {key: held.clone() for key, held in sae.state_dict().items()}, sae.training_ is not None
+
+
+def test_a_share_needs_no_whole_sae(pool: Pool) -> None:
+    cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=sl.BatchTopK(k=4))
+    run = sl.TrainConfig(n_tokens=10 * BATCH, batch_size=BATCH)
+    whole = sl.SAE(cfg, seed=0).fit(sample(), run, progress=False).state_dict()
+    for shape in ((1, 4), (2, 2)):
+        found = pool.run(share_of, shape)
+        for key, held in found[0][0].items():
+            torch.testing.assert_close(held, whole[key], rtol=1e-4, atol=1e-5)
+        assert [recorded for _, recorded in found] == [True, False, False, False]
+        assert len(found[-1][0]["W_dec"]) == D_SAE // shape[1]
+
+
+@pytest.mark.parametrize("cfg", [{}, {"d_out": 9}, {"activation": sl.JumpReLU(target_l0=4.0)}, {"encoder": Refined()}])
+def test_shares_are_drawn_as_the_whole(cfg: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saelab.sae.module.DRAWN_NUMBERS", 16 * 7 * 5)
+    for d_in, d_sae in ((7, 50), (16, 96), (5, 33)):
+        made = sl.SAEConfig(**{"d_in": d_in, "d_sae": d_sae, "activation": sl.TopK(k=4)} | cfg)
+        whole = dict(sl.SAE(made, seed=3).named_parameters())
+        for own in (range(10), range(10, d_sae), range(d_sae - 3, d_sae)):
+            for key, held in sl.SAE(made, seed=3, latents=own).named_parameters():
+                rows = whole[key].T if key == "W_enc" else whole[key]
+                part = rows if len(rows) != d_sae else rows[own.start : own.stop]
+                assert torch.equal(held.T if key == "W_enc" else held, part), key
+
+
+def refused(kind: str) -> str:
+    """What a run says that cannot be, in this process."""
+    rank = torch.distributed.get_rank()
+    cfg = {"d_in": D_IN, "d_sae": D_SAE, "activation": sl.TopK(k=4)}
+    run = {"n_tokens": 10 * BATCH, "batch_size": BATCH}
+    shape, x, out = (2, 2), sample(), None
+    if kind == "latents":
+        cfg["d_sae"] = D_SAE + 1
+    elif kind == "batch":
+        run["batch_size"] = BATCH + 1
+    elif kind == "groups":
+        cfg["activation"] = sl.GroupMax(k=1)
+    elif kind == "pursuit":
+        cfg |= {"activation": sl.AbsTopK(k=4), "encoder": sl.ICFL(latents_per_round=2), "objective": (RECONSTRUCTION,)}
+    elif kind == "neighbors":
+        cfg |= {"objective": (RECONSTRUCTION, ContrastiveLoss()), "d_sae": D_SAE}
+        run["batch_size"] = 6
+    elif kind == "data" and rank == 2:
+        x = x + 1
+    elif kind == "settings" and rank == 1:
+        run["seed"] = 5
+    elif kind == "config" and rank == 3:
+        cfg["activation"] = sl.TopK(k=5)
+    elif kind == "folder":
+        out = tempfile.mkdtemp() if rank else "/tmp/saelab-of-rank-0"
+    try:
+        sl.SAE(sl.SAEConfig(**cfg), seed=0).fit(x, sl.TrainConfig(**run), out=out, progress=False, mesh=mesh_of(*shape))
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("latents", "`mesh` must divide the latents into equal shares, got d_sae 65 for 2 ranks"),
+        ("batch", "`mesh` must divide the batch into equal shares, got batch_size 97 for 2 ranks"),
+        ("groups", "`mesh` must not cut the groups of GroupMax(k=1), got 2 ranks"),
+        ("pursuit", "its latents cannot be divided, got ICFL"),
+        ("neighbors", "`mesh` must not separate neighboring tokens, which 'contrastive' compares, got batch_size 6"),
+        ("data", "All processes must have the same activations, got"),
+        ("settings", "All processes must have the same TrainConfig, got"),
+        ("config", "All processes must have the same SAEConfig, got"),
+        ("folder", "All processes must have the same folder, got"),
+    ],
+)
+def test_what_cannot_be_divided_is_said_by_all(pool: Pool, kind: str, said: str) -> None:
+    for text in pool.run(refused, kind):
+        assert said in text
+    assert pool.run(train, "topk", 2, (2, 2))  # nobody waits for anybody
+
+
+def test_a_folder_that_others_do_not_see(pool: Pool, tmp_path: Path) -> None:
+    """Each process has a folder of its own under one name, as two machines without a shared disk have."""
+    for text in pool.run(in_own_folder, str(tmp_path)):
+        assert "`out` must be one folder that all processes see, got run" in text
+
+
+def in_own_folder(place: str) -> str:
+    before, own = Path.cwd(), Path(place, str(torch.distributed.get_rank()))
+    own.mkdir()
+    os.chdir(own)
+    try:
+        cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=sl.TopK(k=4))
+        run = sl.TrainConfig(n_tokens=2 * BATCH, batch_size=BATCH)
+        sl.SAE(cfg).fit(sample(), run, out="run", progress=False, mesh=mesh_of(2, 2))
+    except ValueError as error:
+        return str(error)
+    finally:
+        os.chdir(before)
+    return "trained"
+
+
+def meshes_refused() -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    said = []
+    for shape, names in (((4,), ("tp",)), ((2, 2), None), ((2, 2), ("data", "tp"))):
+        with pytest.raises(ValueError, match="`mesh` must have axes named") as error:
+            RankGrid.of(init_device_mesh("cpu", shape, mesh_dim_names=names))
+        said.append(str(error.value))
+    grid = RankGrid.of(init_device_mesh("cpu", (4,)))
+    assert grid.latents.size == 4 and grid.data.size == 1
+    return said
+
+
+def test_axes_of_a_mesh_have_names(pool: Pool) -> None:
+    for said in pool.run(meshes_refused):
+        assert "('data', 'tp')" in said[2] and "init_device_mesh" in said[2]

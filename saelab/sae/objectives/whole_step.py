@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import Entries
+from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import TrainingStep
 from saelab.training.ranks import ALONE, RankGrid
 
@@ -154,6 +155,9 @@ def group_among(
         first: number of this rank's first latent.
         ranks: the grid of processes.
     """
+    if ranks.alone or type(cfg.reconstruction).group is ReconstructionLoss.group:
+        found: tuple[Tensor, int] | None = cfg.reconstruction.group(values, entries, n_tokens, cfg)
+        return found
     rows, order = ranks.gather_ragged(entries.rows * ranks.data.size + ranks.data.index).sort(stable=True)
     n_all = n_tokens * ranks.data.size
     offsets = torch.searchsorted(rows, torch.arange(n_all + 1, device=rows.device))
