@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real data at {SHARED_DATA}")
     return SHARED_DATA.resolve()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Any]:
+    """Four processes in one group, that run functions of test modules."""
+    from ranks import Pool
+
+    pool = Pool()
+    yield pool
+    pool.close()

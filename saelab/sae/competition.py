@@ -121,12 +121,23 @@ def _with_k(activation: Any, k: int) -> Activation:
 def _best_of_tokens(found: SparseCodes, k: int, axis: GridAxis, signed: bool) -> Bool[Tensor, "nnz"]:
     size = found.values.abs() if signed else found.values
     width = int(axis.largest(found.l0.max() if len(found) else found.offsets.new_zeros(())))
-    grid = size.new_full((len(found), width), -torch.inf)
     place = torch.arange(len(size), device=size.device) - found.offsets[found.rows]
-    grid[found.rows, place] = size
-    order = grid.sort(dim=1, descending=True, stable=True)
+    order = _sort_rows(found, size, place, width)
+    equal = (order.values[:, 1:] == order.values[:, :-1]) & (order.values[:, 1:] > -torch.inf)
+    if bool(equal.any()):  # a search finds them in any order
+        by_latent = (found.rows * found.d_sae + found.indices).argsort()
+        place = torch.empty_like(place).scatter_(0, by_latent, place)
+        order = _sort_rows(found, size, place, width)
+    grid = order.values
     kept = torch.empty_like(grid, dtype=torch.bool).scatter_(1, order.indices, best_of_ranks(order.values, k, axis))
     return kept[found.rows, place]
+
+
+def _sort_rows(found: SparseCodes, size: Tensor, place: Tensor, width: int) -> Any:
+    """Sizes of each row's codes, the largest first, and of equal ones that of the first place."""
+    grid = size.new_full((len(found), width), -torch.inf)
+    grid[found.rows, place] = size
+    return grid.sort(dim=1, descending=True, stable=True)
 
 
 def _search_batch(

@@ -242,7 +242,7 @@ class RankGrid:
         self.agree(error)
         return self.gather_texts(result)[0]
 
-    def agree(self, error: Exception | None) -> None:
+    def agree(self, error: BaseException | None) -> None:
         """Raise in all processes where one of them has failed: its own error there, in the others which it was.
 
         Args:

@@ -52,9 +52,12 @@ def save_shared(
     state |= {f"{BATCHES}.{name}": t for name, t in tensors.items()}
     with ExitStack() as stack:
         staged = ranks.on_first(lambda: str(stack.enter_context(replace_folder(folder, last=PROGRESS))))
-        failed: Exception | None = None
+        failed: BaseException | None = None
         try:
             dcp.save(state, storage_writer=_writer(staged))
+        except dcp.api.CheckpointException as error:  # in all processes, with the errors of those that failed
+            own = error.failures.get(torch.distributed.get_rank())
+            failed = own[0] if own else None
         except Exception as error:  # whatever it was, the others are told
             failed = error
         ranks.agree(failed)

@@ -1,13 +1,13 @@
 """Training by several processes gives what one gives, for every kind of SAE and every way to divide the work."""
 
+import errno
 import functools
 import itertools
 import json
 import os
 import signal
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from saelab.sae.objectives import (
     MultiTopKLoss,
     OrthogonalLoss,
 )
-from saelab.training import RankGrid
+from saelab.training import RankGrid, shared_checkpoint
 
 MESHES = ((1, 4), (2, 2), (4, 1))
 BATCH, D_IN, D_SAE = 96, 16, 64
@@ -163,15 +163,6 @@ def train(name: str, n_steps: int, shape: tuple[int, int] | None = None) -> dict
         "dead": sae.training_["dead"],
         "codes": (codes.rows, codes.indices),
     }
-
-
-@pytest.fixture(scope="session")
-def pool() -> Iterator[Pool]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        pool = Pool()
-    yield pool
-    pool.close()
 
 
 @functools.cache
@@ -405,3 +396,42 @@ def meshes_refused() -> list[str]:
 def test_axes_of_a_mesh_have_names(pool: Pool) -> None:
     for said in pool.run(meshes_refused):
         assert "('data', 'tp')" in said[2] and "init_device_mesh" in said[2]
+
+
+def on_a_full_disk(folder: str) -> str:
+    """What each process says where the disk of the third is full."""
+    if torch.distributed.get_rank() == 2:
+        made = shared_checkpoint._writer
+
+        def full(place: str) -> Any:
+            def refuse(*_: Any) -> None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            writer = made(place)
+            writer.write_data = refuse
+            return writer
+
+        shared_checkpoint._writer = full
+    try:
+        train_in("topk", folder, (2, 2))
+    except (OSError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        if torch.distributed.get_rank() == 2:
+            shared_checkpoint._writer = made
+    return "saved"
+
+
+def test_a_process_whose_disk_is_full_is_named_and_the_checkpoint_stays(pool: Pool, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    pool.run(stopped, "topk", folder, (2, 2), 7)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()}
+    said = pool.run(on_a_full_disk, folder)
+    assert said[2] == "OSError: [Errno 28] No space left on device"
+    for i in (0, 1, 3):
+        assert said[i].startswith("RuntimeError: Stopped, as another process failed. process 2 on ")
+        assert said[i].endswith("OSError: [Errno 28] No space left on device")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "checkpoint").iterdir()} == before
+    whole = pool.run(train_in, "topk", str(tmp_path / "whole"), (2, 2))[0]
+    found = pool.run(train_in, "topk", folder, (2, 2))[0]
+    assert all(torch.equal(found["weights"][key], held) for key, held in whole["weights"].items())
