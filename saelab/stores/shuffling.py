@@ -228,6 +228,11 @@ class RingBuffer:
         """Whether at most half of the capacity is unread, so that rows should be added."""
         return self.n_unread <= self.capacity // 2
 
+    @property
+    def none(self) -> Float[Tensor, "0 d_in"]:
+        """No rows, of the buffer's width, dtype and device."""
+        return self._rows[:0]
+
     def add(self, rows: Float[Tensor, "n d_in"]) -> None:
         """Add rows in the place of sampled ones, in the buffer's dtype; ValueError where they do not fit."""
         if len(rows) > self.n_free:

@@ -59,7 +59,7 @@ class GridAxis:
     def spread_(self, x: Tensor) -> None:
         """Replace a contiguous tensor by that of the axis's first rank, in place."""
         if self.size > 1:
-            dist.broadcast(x, group=self.group, group_src=0)
+            dist.broadcast(x, dist.get_global_rank(self.group, 0), group=self.group)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -91,7 +91,7 @@ class GridAxis:
             return [x]
         sent = x.detach().contiguous()
         found = [torch.empty_like(sent) for _ in range(self.size)] if self.index == 0 else []
-        dist.gather(sent, found or None, group=self.group, group_dst=0)
+        dist.gather(sent, found or None, dist.get_global_rank(self.group, 0), group=self.group)
         return found
 
     def gather_ragged(self, x: Tensor) -> list[Tensor]:
@@ -161,7 +161,8 @@ class RankGrid:
                 f'`mesh` must have axes named "data" and "latents", got {mesh.mesh_dim_names} of shape '
                 f'{tuple(mesh.shape)}; make it by init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "latents")).'
             )
-        axes = {name: cls._axis(mesh, i) for i, name in enumerate(names)}
+        axes = dict.fromkeys(AXES, GridAxis(device=cls._device(mesh)))
+        axes |= {name: cls._axis(mesh, i) for i, name in enumerate(names)}
         if mesh.size() != dist.get_world_size():
             raise ValueError(
                 f"`mesh` must hold all {dist.get_world_size()} processes, got {tuple(mesh.shape)}; start as many as it "
@@ -172,9 +173,12 @@ class RankGrid:
 
     @classmethod
     def _axis(cls, mesh: Any, i: int) -> GridAxis:
-        kind = mesh.device_type
-        device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-        return GridAxis(mesh.size(i), mesh.get_local_rank(i), mesh.get_group(i), device)
+        return GridAxis(mesh.size(i), mesh.get_local_rank(i), mesh.get_group(i), cls._device(mesh))
+
+    @staticmethod
+    def _device(mesh: Any) -> torch.device:
+        kind: str = mesh.device_type
+        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
     @property
     def size(self) -> int:
@@ -219,6 +223,16 @@ class RankGrid:
     def gather_ragged(self, x: Tensor) -> Tensor:
         """The entries of all processes in one tensor, without gradient; the lengths of their first axes may differ."""
         return torch.cat(self.data.gather_ragged(torch.cat(self.latents.gather_ragged(x.detach()))))
+
+    @property
+    def index(self) -> int:
+        """Place of this process among all, those of one share of the batch after those of the one before."""
+        return self.data.index * self.latents.size + self.latents.index
+
+    def gather_parts(self, x: Tensor) -> list[Tensor]:
+        """The tensors of all processes in the order of `index`, without gradient; first axes may differ in length."""
+        columns = [self.data.gather_ragged(part) for part in self.latents.gather_ragged(x.detach())]
+        return [column[i] for i in range(self.data.size) for column in columns]
 
     def gather_texts(self, text: str) -> list[str]:
         """The texts of all processes, those of one share of the batch after those of the one before."""

@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "multi topk": {"objective": (MultiTopKLoss(ks=(4, 16), weights=(1, 0.125)), AuxK(k=3))},
     "contrast": {"objective": (RECONSTRUCTION, AuxK(), ContrastiveLoss(pairs="self", prefix=0.5))},
+    "neighbors": {"prefixes": (16, 64), "objective": (RECONSTRUCTION, AuxK(), ContrastiveLoss(prefix=0.25))},
     "orthogonal": {"objective": (RECONSTRUCTION, AuxK(), OrthogonalLoss(chunk=8))},
     "flops": {"objective": (RECONSTRUCTION, AuxK(), FLOPsPenalty(weights=tuple(map(float, range(D_SAE)))))},
     "annealed": {
@@ -149,7 +150,9 @@ def train(name: str, n_steps: int, shape: tuple[int, int] | None = None) -> dict
     """History, weights, dead latents and codes of a case, trained by this process alone or in a mesh."""
     x = sample()
     cfg = sl.SAEConfig(**{"d_in": D_IN, "d_sae": D_SAE, "activation": sl.TopK(k=4)} | CASES[name])
-    acts = x if cfg.d_out is None else (x, 2 * x[:, : cfg.d_out] + 1)
+    places = torch.arange(len(x), dtype=torch.int32)
+    texts = {"token_ids": places, "doc_ids": places // 50, "positions": places % 50}
+    acts = sl.Activations.from_tensor(x, **texts) if cfg.d_out is None else (x, 2 * x[:, : cfg.d_out] + 1)
     run = sl.TrainConfig(
         n_tokens=n_steps * BATCH, batch_size=BATCH, n_held_out=200, log_every_tokens=BATCH, save_every_tokens=10 * BATCH
     )
@@ -435,3 +438,21 @@ def test_a_process_whose_disk_is_full_is_named_and_the_checkpoint_stays(pool: Po
     whole = pool.run(train_in, "topk", str(tmp_path / "whole"), (2, 2))[0]
     found = pool.run(train_in, "topk", folder, (2, 2))[0]
     assert all(torch.equal(found["weights"][key], held) for key, held in whole["weights"].items())
+
+
+def two_at_once(shape: tuple[int, int] | None) -> list[dict[str, Any]]:
+    """Two SAEs trained on the same batches, one of them wider."""
+    cfg = sl.SAEConfig(d_in=D_IN, d_sae=D_SAE, activation=sl.TopK(k=4))
+    saes = [sl.SAE(cfg, seed=0), sl.SAE(replace(cfg, d_sae=2 * D_SAE, activation=sl.BatchAbsTopK(k=3)), seed=1)]
+    run = sl.TrainConfig(n_tokens=12 * BATCH, batch_size=BATCH, log_every_tokens=BATCH)
+    sl.fit(saes, sample(), run, progress=False, mesh=None if shape is None else mesh_of(*shape))
+    return [{"history": sae.history_, "weights": dict(sae.state_dict())} for sae in saes]
+
+
+def test_several_saes_on_the_same_batches(pool: Pool) -> None:
+    alone = two_at_once(None)
+    for one, found in zip(alone, pool.run(two_at_once, (2, 2))[3], strict=True):
+        for key, held in one["weights"].items():
+            torch.testing.assert_close(found["weights"][key], held, rtol=1e-4, atol=1e-5)
+        for before, after in zip(one["history"], found["history"], strict=True):
+            assert after == pytest.approx(before, rel=2e-6, abs=1e-6)
