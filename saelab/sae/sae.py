@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -432,7 +432,9 @@ def fit(
     acts, cfg = open_data(acts), cfg or TrainConfig()
     ranks = ALONE if mesh is None else RankGrid.of(mesh)
     check_processes(saes, acts, cfg, out, ranks)
-    with nullcontext() if out is None or not ranks.is_first else hold_folder(out):
+    with ExitStack() as held:
+        if out is not None:
+            ranks.on_first(lambda: held.enter_context(hold_folder(out)))
         to_first = sum(take_share(sae, ranks) for sae in saes) > 0  # of each of them
         run = make_run(saes, acts, cfg, held_out, out, resume, ranks)
         try:

@@ -31,6 +31,7 @@ from saelab.sae.objectives import (
     MultiTopKLoss,
     OrthogonalLoss,
 )
+from saelab.stores.jobs import hold_folder
 from saelab.training import RankGrid, shared_checkpoint
 
 MESHES = ((1, 4), (2, 2), (4, 1))
@@ -456,3 +457,21 @@ def test_several_saes_on_the_same_batches(pool: Pool) -> None:
             torch.testing.assert_close(found["weights"][key], held, rtol=1e-4, atol=1e-5)
         for before, after in zip(one["history"], found["history"], strict=True):
             assert after == pytest.approx(before, rel=2e-6, abs=1e-6)
+
+
+def beside_another(folder: str) -> str:
+    """What each process says where somebody else writes the run's folder."""
+    try:
+        train_in("topk", folder, (2, 2))
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+def test_a_folder_that_somebody_else_writes(pool: Pool, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with hold_folder(folder):
+        said = pool.run(beside_another, str(folder))
+    assert said[0].startswith("FolderInUse: ")
+    assert all("process 0 on " in text and "FolderInUse" in text for text in said[1:])
+    assert pool.run(beside_another, str(folder)) == ["trained"] * 4
