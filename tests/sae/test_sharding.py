@@ -199,9 +199,10 @@ def check(pool: Pool, name: str, n_steps: int, shape: tuple[int, int]) -> None:
         assert same(found, several[0])  # to the bit in all processes
     for before, after in zip(one["history"], several[0]["history"], strict=True):
         assert before.keys() == after.keys()
+        near = 1e-4 if name in GROWING and before["step"] > 3 else 2e-6
         for key, value in before.items():
             if value is not None:
-                assert after[key] == pytest.approx(value, rel=1e-5 if name in GROWING else 2e-6, abs=1e-6), key
+                assert after[key] == pytest.approx(value, rel=near, abs=1e-6), key
     if name not in GROWING:
         for key, held in one["weights"].items():
             torch.testing.assert_close(several[0]["weights"][key], held, rtol=1e-4, atol=1e-5, equal_nan=True)
