@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 N_RANKS = 4
-TIMEOUT = 30.0  # seconds that a function may take
+TIMEOUT = 90.0  # seconds that a function may take
 
 
 class Pool:

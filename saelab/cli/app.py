@@ -16,6 +16,7 @@ from saelab.cli.features import harvest_text, show_dead, show_features, write_re
 from saelab.cli.info import show_info
 from saelab.cli.inputs import echo, find_base
 from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
+from saelab.cli.planning import plan_run
 from saelab.cli.steering import draw_curve, steer_prompts
 from saelab.cli.training import collect_text, evaluate_sae, train_sae
 from saelab.stores.jobs import Terminable
@@ -38,6 +39,7 @@ app = typer.Typer(
 UsageError: type[Exception] = find_base(typer.BadParameter, "UsageError")
 VERBS: dict[str, Callable[..., None]] = {
     "collect": collect_text,
+    "plan": plan_run,
     "train": train_sae,
     "evaluate": evaluate_sae,
     "convert": convert_sae,
@@ -102,7 +104,7 @@ def _report(error: Exception) -> int:
         if process:  # the first says it
             return FAILED
         said = _spell(error) if "another process" in str(error) else "Stopped, as another process ended."
-        return _complain(f"{said} With --resume the same command goes on from the last checkpoint.", FAILED)
+        return _complain(f"{said} The same command goes on (train: with --resume).", FAILED)
     text = f"failed: {type(error).__name__}: {_spell(error)} (saelab --debug shows where)"
     return _complain(f"{process}: {text}" if process else text, FAILED)
 

@@ -15,6 +15,7 @@ from saelab.cli import options
 from saelab.cli.info import describe_activations, describe_sae
 from saelab.cli.inputs import count_overlap, echo, open_pair, read_head, read_tail
 from saelab.collecting.collection import SHARD_TOKENS, collect
+from saelab.collecting.shared import together
 from saelab.evaluation.evaluation import evaluate
 from saelab.interop.saebench import save_saebench
 from saelab.lm.masks import TokenMask
@@ -334,26 +335,34 @@ def collect_text(
 
     Reads the text from its start. Special tokens are left out. An interrupted run continues where it
     stopped when the same command is run again, and ends with the same bytes.
+
+    Several processes share the work, into one folder: torchrun --nproc-per-node 4 -m saelab collect ...
     """
     if dtype not in options.DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(options.DTYPES)}, got '{dtype}'.")
-    lm = load_model(model, device=options.choose_device(device), weight_processing=weight_processing, progress=progress)
-    tokens = read_head(lm, text, n_tokens, ctx_len, bos, separator, field)
-    if n_tokens is not None and tokens.n_tokens < n_tokens:
-        echo(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)
-    collect(
-        lm,
-        tokens,
-        hook_point,
-        out,
-        dtype=getattr(torch, dtype),
-        mask=TokenMask(max_norm_ratio=max_norm_ratio),
-        batch_size=batch_size,
-        shard_tokens=shard_tokens,
-        progress=progress,
-        resume=not overwrite,
-    )
-    echo(describe_activations(out))
+    place = local_device(options.choose_device(device).type) if is_launched() else options.choose_device(device)
+    with launched_mesh(None, place) as mesh:
+        ranks = ALONE if mesh is None else RankGrid.of(mesh)
+        shown = progress and ranks.is_first
+        with together(ranks):
+            lm = load_model(model, device=place, weight_processing=weight_processing, progress=shown)
+            tokens = read_head(lm, text, n_tokens, ctx_len, bos, separator, field)
+        if n_tokens is not None and tokens.n_tokens < n_tokens and ranks.is_first:
+            echo(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)
+        collect(
+            lm,
+            tokens,
+            hook_point,
+            out,
+            dtype=getattr(torch, dtype),
+            mask=TokenMask(max_norm_ratio=max_norm_ratio),
+            batch_size=batch_size,
+            shard_tokens=shard_tokens,
+            progress=progress,
+            resume=not overwrite,
+            mesh=mesh,
+        )
+        ranks.on_first(lambda: echo(describe_activations(out)))
 
 
 @options.documented_by(evaluate, tokenize)

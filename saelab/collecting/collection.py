@@ -6,17 +6,20 @@ them, and its state can be saved.
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saelab.collecting.reader import DEFAULT_MASK, ActivationReader, ForwardRows
-from saelab.collecting.writers import FolderWriter, MemoryWriter, RowWriter, claim_folder, load_all
+from saelab.collecting.shared import SharedFolder, Steps, claim_together, run_together, together
+from saelab.collecting.writers import FolderWriter, MemoryWriter, RowBuffer, RowWriter, load_all
 from saelab.lm.hooks import forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
@@ -25,6 +28,7 @@ from saelab.stores.activations import Activations
 from saelab.stores.jobs import hidden
 from saelab.stores.manifest import ActivationsManifest, Provenance, dtype_name
 from saelab.stores.shuffling import RingBuffer
+from saelab.training.ranks import ALONE, RankGrid
 
 SHARD_TOKENS = 32768
 BUFFER_TOKENS = 1 << 16
@@ -42,6 +46,7 @@ def collect(
     shard_tokens: int = SHARD_TOKENS,
     progress: bool = True,
     resume: bool = True,
+    mesh: Any = None,
 ) -> Activations | dict[str, Activations]:
     """Activations at one hook point, or a dictionary of several, from one forward pass for all of them.
 
@@ -60,11 +65,16 @@ def collect(
         shard_tokens: rows per shard.
         progress: whether to show a progress bar.
         resume: continue an interrupted call; False deletes what `out` holds and starts over.
+        mesh: `DeviceMesh` of processes that collect together, each of which calls this with the same arguments; None is
+            this process alone. Each runs the model on a share of the rows, and `out`, which all must see, ends with the
+            bytes that one process writes. An interrupted call goes on with as many processes. Where the mask has a
+            norm rule, the disk must have room for the activations twice.
 
     Raises:
-        ValueError: for a wrong hook point, NaN or infinity, a mask that keeps nothing, and a folder begun with other
-            arguments.
+        ValueError: for a wrong hook point, NaN or infinity, a mask that keeps nothing, a folder begun with other
+            arguments or by another number of processes, and a mesh without `out`.
         OSError: where the disk is full or not writable.
+        RuntimeError: where another process failed.
 
     >>> model = sl.lm.tiny_model()
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
@@ -72,24 +82,39 @@ def collect(
     >>> acts.d_in
     32
     """
-    names = [hook_points] if isinstance(hook_points, str) else list(hook_points)
-    if shard_tokens < 1:
-        raise ValueError(f"`shard_tokens` must be at least 1, got {shard_tokens}.")
-    reader = ActivationReader.make(model, tokens, names, mask, dtype)
-    n_seq = forward_size(tokens, batch_size)
+    ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    with together(ranks):
+        names = [hook_points] if isinstance(hook_points, str) else list(hook_points)
+        if shard_tokens < 1:
+            raise ValueError(f"`shard_tokens` must be at least 1, got {shard_tokens}.")
+        if out is None and not ranks.alone:
+            raise ValueError(
+                "`mesh` must go with `out`, as several processes collect into a folder, got out=None; give one that "
+                "all of them see."
+            )
+        reader = ActivationReader.make(model, tokens, names, mask, dtype)
+        n_seq = forward_size(tokens, batch_size)
     if out is None:
         reader = reader.calibrated(tokens, n_seq)
         memory = MemoryWriter(reader.count_rows(tokens), reader.widths(tokens), reader.dtype)
         acts = _run(reader, tokens, memory, n_seq, progress)
     else:
-        acts = _collect_to_folder(reader, tokens, Path(out), n_seq, shard_tokens, progress, resume)
+        acts = _collect_to_folder(reader, tokens, Path(out), n_seq, shard_tokens, progress, resume, ranks)
     return acts[hook_points] if isinstance(hook_points, str) else acts
 
 
 def _collect_to_folder(
-    reader: ActivationReader, tokens: Tokens, folder: Path, n_seq: int, shard_tokens: int, progress: bool, resume: bool
+    reader: ActivationReader,
+    tokens: Tokens,
+    folder: Path,
+    n_seq: int,
+    shard_tokens: int,
+    progress: bool,
+    resume: bool,
+    ranks: RankGrid,
 ) -> dict[str, Activations]:
-    request = reader.request(tokens) | {"batch_size": n_seq, "shard_tokens": shard_tokens}
+    with together(ranks):
+        request = reader.request(tokens) | {"batch_size": n_seq, "shard_tokens": shard_tokens}
 
     def begin() -> ActivationsManifest:
         calibrated = reader.calibrated(tokens, n_seq)
@@ -101,28 +126,63 @@ def _collect_to_folder(
             median_norms=calibrated.median_norms,
         )
 
-    with claim_folder(folder, request, ActivationsManifest, begin, resume) as manifest:
-        if manifest.complete:
-            return load_all(folder, list(reader.hook_points))
+    with ExitStack() as stack:
+        manifest = claim_together(folder, request, ActivationsManifest, begin, resume, ranks, stack)
         reader = replace(reader, median_norms=manifest.median_norms)
-        writer = FolderWriter(folder, manifest, shard_tokens)
-        with writer:
-            return _run(reader, tokens, writer, n_seq, progress)
+        if not manifest.complete and ranks.alone:
+            writer = FolderWriter(folder, manifest, shard_tokens)
+            with writer:
+                return _run(reader, tokens, writer, n_seq, progress)
+        if not manifest.complete:
+            shared = SharedFolder(folder, manifest, ranks, len(tokens), n_seq, shard_tokens)
+            _collect_shared(reader, tokens, shared, progress and ranks.is_first)
+    return load_all(folder, list(reader.hook_points))
+
+
+def _collect_shared(
+    reader: ActivationReader, tokens: Tokens, shared: SharedFolder[ActivationsManifest], progress: bool
+) -> None:
+    """Write this process's part, and with the others the folder."""
+    first = reader.hook_points[0]
+
+    def write_part() -> Steps:
+        with shared.claim_part() as part:
+            if part.complete:
+                return
+            n_first = shared.first_tokens(lambda start, stop: reader.foresee_rows(tokens[start:stop]))
+            writer = FolderWriter(shared.part, part, shared.shard_tokens, n_first)
+            with writer:
+                yield from _read(reader, tokens, writer, shared.share, shared.size, progress)
+                writer.finish(reader.origins(tokens, writer.n_tokens, dict(writer.removed))[first])
+
+    run_together(write_part(), shared.ranks)
+    made = shared.join(RowBuffer(shared.shard_tokens, shared.manifest.d_in, reader.dtype))
+    origin = reader.origins(tokens, made.n_tokens, made.removed)[first]
+    shared.ranks.on_first(lambda: shared.finish(replace(made, complete=True, provenance=origin.to_dict())))
 
 
 def _run(
     reader: ActivationReader, tokens: Tokens, writer: RowWriter, n_seq: int, progress: bool
 ) -> dict[str, Activations]:
+    for _ in _read(reader, tokens, writer, range(len(tokens)), n_seq, progress):
+        pass
+    return writer.open(reader.origins(tokens, writer.n_tokens, dict(writer.removed)))
+
+
+def _read(
+    reader: ActivationReader, tokens: Tokens, writer: RowWriter, share: range, n_seq: int, progress: bool
+) -> Steps:
+    """Write the rows of the sequences of a share that are not written yet, a batch per step."""
     from tqdm.auto import tqdm
 
     first = writer.next_seq
-    done = tokens[:first].n_tokens if first else 0
-    with tqdm(total=tokens.n_tokens, initial=done, unit=" tokens", unit_scale=True, disable=hidden(progress)) as bar:
-        for start in range(first, len(tokens), n_seq):
+    whole, done = tokens[share.start : share.stop].n_tokens, tokens[share.start : first].n_tokens
+    with tqdm(total=whole, initial=done, unit=" tokens", unit_scale=True, disable=hidden(progress)) as bar:
+        for start in range(first, share.stop, n_seq):
             batch = tokens[start : start + n_seq]
             writer.add_reading(reader.read(batch), len(batch))
             bar.update(batch.n_tokens)
-    return writer.open(reader.origins(tokens, writer.n_tokens, dict(writer.removed)))
+            yield
 
 
 class ActivationStream:
@@ -141,6 +201,7 @@ class ActivationStream:
         seed: int,
         epochs: int | None,
         d_in: int,
+        ranks: RankGrid = ALONE,
     ) -> None:
         """Set up the iterator; `stream` checks the arguments.
 
@@ -153,6 +214,7 @@ class ActivationStream:
             seed: seed of the order of sequences.
             epochs: passes over the tokens; None repeats without end.
             d_in: width of the (input) activations.
+            ranks: processes that run the model on different sequences, and give each other the activations.
         """
         self.d_in = d_in
         self.d_out = ring.d_in - d_in or None
@@ -163,6 +225,8 @@ class ActivationStream:
         self._reader, self._tokens, self._ring = reader, tokens, ring
         self._n_seq, self._seed, self._epochs = n_seq, seed, epochs
         self._n_tokens = 0
+        self._ranks = ranks
+        self._ahead: deque[tuple[Tensor, dict[str, int]]] = deque()
         self._start(epoch=0, next_seq=0)
 
     @property
@@ -216,6 +280,7 @@ class ActivationStream:
         digest = hashlib.sha256(repr((self._seed, "sequences", epoch)).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         self._epoch, self._next_seq = epoch, next_seq
+        self._ahead.clear()
         self._order = torch.randperm(len(self._tokens), generator=generator)
 
     def _refill(self) -> None:
@@ -224,12 +289,31 @@ class ActivationStream:
                 self._start(self._epoch + 1, next_seq=0)
             if self._epochs is not None and self._epoch >= self._epochs:
                 return
-            chosen = self._order[self._next_seq : self._next_seq + self._n_seq]
-            reading = self._reader.read(self._tokens[chosen])
-            self._ring.add(_side_by_side(reading))
-            self._next_seq += len(chosen)
-            self._n_tokens += len(reading.columns["token_ids"])
-            self.removed.update(reading.removed)
+            if not self._ahead:
+                self._read_ahead()
+            rows, removed = self._ahead.popleft()
+            self._ring.add(rows)
+            self._next_seq = min(self._next_seq + self._n_seq, len(self._order))
+            self._n_tokens += len(rows)
+            self.removed.update(removed)
+
+    def _read_ahead(self) -> None:
+        """Read the next batches of sequences, one in each process; of those left over at the end of a pass some have
+        none.
+        """
+        first = self._next_seq + self._ranks.index * self._n_seq
+        chosen, error = self._order[first : first + self._n_seq], None
+        rows, removed = self._ring.none.to(self._reader.dtype), dict[str, int]()
+        try:
+            if len(chosen):
+                reading = self._reader.read(self._tokens[chosen])
+                rows, removed = _side_by_side(reading), reading.removed
+        except Exception as failed:  # the others must not wait for it
+            error = failed
+        self._ranks.agree(error)
+        n_read = min(self._ranks.size, -(-(len(self._order) - self._next_seq) // self._n_seq))
+        counts = [json.loads(text) for text in self._ranks.gather_texts(json.dumps(removed))]
+        self._ahead.extend(list(zip(self._ranks.gather_parts(rows), counts, strict=True))[:n_read])
 
 
 def _side_by_side(reading: ForwardRows) -> Tensor:
@@ -250,6 +334,7 @@ def stream(
     dtype: torch.dtype | None = None,
     n_seq: int | None = None,
     epochs: int | None = None,
+    mesh: Any = None,
 ) -> ActivationStream:
     """Iterator over shuffled batches of activations at one hook point, computed on the fly; nothing is written to disk.
 
@@ -268,6 +353,8 @@ def stream(
         n_seq: sequences per forward pass; None is as many as hold about 4096 tokens.
         epochs: passes over the tokens, after which the iterator stops once the rows left do not fill a batch; None
             repeats without end.
+        mesh: `DeviceMesh` of processes that each run the model on some of the sequences, as `sl.fit` takes it; all get
+            the same batches, those of one process. None is this process alone.
 
     Raises:
         ValueError: for a wrong hook point, NaN or infinity, and a buffer that is too small.
@@ -291,4 +378,6 @@ def stream(
     first = _side_by_side(reading)
     ring = RingBuffer(buffer_tokens, first.shape[1], dtype=reader.dtype, seed=seed, device=first.device)
     d_in = reading.acts[names[0]].shape[1]
-    return ActivationStream(reader, tokens, ring, batch_size, n_seq, seed, epochs, d_in)
+    ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    ranks.require_equal(reader.request(tokens) | {"seed": seed, "buffer_tokens": buffer_tokens, "n_seq": n_seq})
+    return ActivationStream(reader, tokens, ring, batch_size, n_seq, seed, epochs, d_in, ranks)

@@ -4,159 +4,50 @@ The corpus is a text with its model, or activations collected before. `harvest_u
 untrained SAE on the same tokens, as a baseline.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor
 
-from saelab.collecting.reader import ActivationReader, fingerprint
-from saelab.collecting.writers import ShardWriter, claim_folder
+from saelab.collecting.reader import (
+    ActivationReader,
+    ActivationsSource,
+    Batch,
+    HarvestSource,
+    TextSource,
+    fingerprint,
+)
+from saelab.collecting.shared import SharedFolder, Steps, claim_together, run_together, together
+from saelab.collecting.writers import ShardWriter, read_rows
 from saelab.functional.codes import SparseCodes
 from saelab.lm.hooks import FORWARD_TOKENS, forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
-from saelab.lm.tokenizers import token_strings
 from saelab.lm.tokens import PADDING, Tokens
 from saelab.sae.compatibility import Match, match_activations, match_model, require_finite, require_threshold
 from saelab.sae.initialization import make_untrained
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import StoredText
-from saelab.stores.feature_statistics import measure, save_statistics
+from saelab.stores.feature_statistics import FeatureStatistics, save_statistics
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import relative_place
 from saelab.stores.jobs import hidden
-from saelab.stores.manifest import FeatureManifest, Provenance
+from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes, round_values, smallest_int
+from saelab.stores.tensors import TensorFile
+from saelab.training.ranks import ALONE, RankGrid
 
 SHARD_TOKENS = 65536  # so that row numbers within a shard fit 16 bits
 ValueDtype = Literal["float16", "float32"]
 SAMPLE_TOKENS = 8_192  # tokens to which the untrained SAE's location and scale are fitted
 EVERYTHING = TokenMask(special=False)
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Activations to encode, and their indices in the text."""
-
-    acts: Mapping[str, Float[Tensor, "n d_in"]]
-    """activations by hook point"""
-    places: Int64[Tensor, "n"]
-    """index of each row in the source's text"""
-    removed: dict[str, int]
-    """number of tokens left out, by rule"""
-
-
-@runtime_checkable
-class HarvestSource(Protocol):
-    """Protocol of inputs: rows in a fixed order, read `size` items (sequences, or rows) at a time."""
-
-    n_items: int
-    size: int
-
-    def read(self, start: int) -> Batch:
-        """Activations of the batch that starts at an item."""
-
-    def count(self, start: int, stop: int) -> int:
-        """Number of tokens in items `start` to `stop`."""
-
-    def text(self) -> StoredText:
-        """The text that the rows' `places` refer to."""
-
-    def request(self) -> dict[str, Any]:
-        """The arguments that determine the rows, as a dictionary for JSON."""
-
-    def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
-        """Provenance of the rows at a hook point."""
-
-
-class TextSource:
-    """Rows of token ids, whose activations are read by forward passes of the model."""
-
-    def __init__(self, reader: ActivationReader, tokens: Tokens, n_seq: int) -> None:
-        self.reader, self.tokens = reader, tokens
-        self.n_items, self.size = len(tokens), n_seq
-
-    def read(self, start: int) -> Batch:
-        """Activations of the batch that starts at a sequence, from one forward pass."""
-        reading = self.reader.read(self.tokens[start : start + self.size])
-        places = self._places[start * self.tokens.ctx_len + reading.index]
-        return Batch(reading.acts, places, reading.removed)
-
-    def count(self, start: int, stop: int) -> int:
-        """Number of tokens in sequences `start` to `stop`."""
-        return self.tokens[start:stop].n_tokens
-
-    @cached_property
-    def _places(self) -> Tensor:
-        """Index of each token among those that are not padding."""
-        return self.tokens.attention_mask.flatten().cumsum(0) - 1
-
-    def text(self) -> StoredText:
-        """All tokens, including those that the mask leaves out."""
-        kept, tokens = self.tokens.attention_mask.flatten(), self.tokens
-        positions = torch.arange(tokens.ctx_len).expand_as(tokens.ids)
-        columns = (tokens.ids, tokens.doc_ids, positions)
-        return _make_text([column.flatten()[kept].numpy() for column in columns], self.reader.model)
-
-    def request(self) -> dict[str, Any]:
-        """The arguments that determine the rows, as a dictionary for JSON."""
-        return self.reader.request(self.tokens) | {"batch_size": self.size}
-
-    def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
-        """Provenance of the rows at a hook point."""
-        return self.reader.origins(self.tokens, n_tokens, removed)[hook_point]
-
-
-class ActivationsSource:
-    """Activations of one hook point, collected before; the stored text consists of their tokens only, so those that the
-    mask removed are missing.
-    """
-
-    def __init__(self, acts: Activations, model: "Model | None", n_rows: int) -> None:
-        if acts.provenance is None or acts.token_ids is None or acts.doc_ids is None or acts.positions is None:
-            raise ValueError(
-                "Activations must know their tokens, documents, positions and origin to be harvested, got some that do "
-                "not; give what `collect` returned."
-            )
-        self.acts, self.model, self._origin = acts, model, acts.provenance
-        self.n_items, self.size = len(acts), n_rows
-
-    def read(self, start: int) -> Batch:
-        """The batch of activations that starts at a row."""
-        x = self.acts[start : start + self.size]
-        return Batch({self.acts.hook_point: x.float()}, torch.arange(start, start + len(x)), {})
-
-    def count(self, start: int, stop: int) -> int:
-        """Number of rows from `start` to `stop`."""
-        return stop - start
-
-    def text(self) -> StoredText:
-        """The tokens of the rows."""
-        columns = (self.acts.token_ids, self.acts.doc_ids, self.acts.positions)
-        return _make_text([column.numpy() for column in columns if column is not None], self.model)
-
-    def request(self) -> dict[str, Any]:
-        """The arguments that determine the rows, as a dictionary for JSON."""
-        return {"activations": self._origin.to_dict(), "rows": len(self.acts), "batch_size": self.size}
-
-    def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
-        """Provenance of the activations."""
-        return self._origin
-
-
-def _make_text(columns: Sequence[np.ndarray], model: "Model | None") -> StoredText:
-    token_ids, doc_ids, positions = columns
-    known = model is not None and model.tokenizer is not None
-    strings = token_strings(model.tokenizer, np.unique(token_ids).tolist()) if known and model is not None else {}
-    return StoredText(token_ids=token_ids, doc_ids=doc_ids, positions=positions, strings=strings)
 
 
 @torch.no_grad()
@@ -174,6 +65,7 @@ def harvest(
     allow_mismatch: bool = False,
     progress: bool = True,
     resume: bool = True,
+    mesh: Any = None,
 ) -> FeatureStore | dict[str, FeatureStore]:
     """Feature store of a corpus: SAE codes ordered by token and by feature, the tokens, and statistics of each feature.
 
@@ -196,12 +88,17 @@ def harvest(
         allow_mismatch: accept a model, weight processing or hook point that differs from the SAE's training.
         progress: whether to show a progress bar.
         resume: continue an interrupted call; False deletes what `out` holds and starts over.
+        mesh: `DeviceMesh` of processes that harvest together, each of which calls this with the same arguments; None is
+            this process alone. Each encodes a share of the rows, and `out`, which all must see, ends with the bytes
+            that one process writes. An interrupted call goes on with as many processes. Where the mask has a norm rule,
+            the disk must have room for the codes twice.
 
     Raises:
         ValueError: where an SAE was trained on something else or has no threshold yet, for masks that differ between
             SAEs, activations that are not finite, values beyond float16's 65504, and a folder begun with other
-            arguments.
+            arguments or by another number of processes.
         OSError: where the disk is full or not writable.
+        RuntimeError: where another process failed.
 
     >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=64, activation=sl.AbsTopK(k=4)))
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
@@ -209,31 +106,49 @@ def harvest(
     >>> harvest(sae, model, tokens, tempfile.mkdtemp(), hook_point="blocks.1.hook_out", progress=False).l0
     4.0
     """
+    ranks = ALONE if mesh is None else RankGrid.of(mesh)
     named = {"": saes} if isinstance(saes, SAE) else dict(saes)
-    if not named or shard_tokens < 1:
-        raise ValueError(f"`saes` and `shard_tokens` must be at least one, got {len(named)} and {shard_tokens}.")
-    for sae in named.values():
-        require_threshold(sae)
-        require_finite(sae)
-    if isinstance(tokens, Activations):
-        if hook_point is not None or mask is not None:
-            raise ValueError(
-                "`hook_point` and `mask` are those of the activations already; give them with tokens only."
-            )
-        for sae in named.values():
-            match_activations(sae, tokens, allow_mismatch)
-        source: HarvestSource = ActivationsSource(tokens, model, batch_size or FORWARD_TOKENS)
-        at = dict.fromkeys(named, tokens.hook_point)
-    else:
-        source, at = _read_text(named, model, tokens, hook_point, mask, batch_size, allow_mismatch)
-    with ExitStack() as held:
+    with together(ranks):
+        if not named or shard_tokens < 1:
+            raise ValueError(f"`saes` and `shard_tokens` must be at least one, got {len(named)} and {shard_tokens}.")
+        source, at = _find_source(named, model, tokens, hook_point, mask, batch_size, allow_mismatch)
+    ranks.require_equal({"kind of source": type(source).__name__, "names of SAEs": list(named)})
+    if isinstance(source, TextSource):
+        source.calibrate(ranks)
+    with ExitStack() as stack:
         jobs = [
-            held.enter_context(_Job.start(sae, at[name], source, Path(out) / name, dtype, shard_tokens, resume))
+            _Job.start(sae, at[name], source, Path(out) / name, dtype, shard_tokens, resume, ranks, stack)
             for name, sae in named.items()
         ]
-        _run([job for job in jobs if not job.done], source, progress)
+        left = [job for job in jobs if not job.done]
+        if ranks.alone:
+            _run(left, source, progress)
+        else:
+            _run_shared(left, source, progress and ranks.is_first, ranks)
         stores = {name: FeatureStore.load(job.folder) for name, job in zip(named, jobs, strict=True)}
         return stores[""] if isinstance(saes, SAE) else stores
+
+
+def _find_source(
+    saes: Mapping[str, SAE],
+    model: "Model | None",
+    tokens: Tokens | Activations,
+    hook_point: str | None,
+    mask: TokenMask | None,
+    batch_size: int | None,
+    allow_mismatch: bool,
+) -> tuple[HarvestSource, dict[str, str]]:
+    """What is encoded, not calibrated yet, and the hook point of each SAE."""
+    for sae in saes.values():
+        require_threshold(sae)
+        require_finite(sae)
+    if not isinstance(tokens, Activations):
+        return _read_text(saes, model, tokens, hook_point, mask, batch_size, allow_mismatch)
+    if hook_point is not None or mask is not None:
+        raise ValueError("`hook_point` and `mask` are those of the activations already; give them with tokens only.")
+    for sae in saes.values():
+        match_activations(sae, tokens, allow_mismatch)
+    return ActivationsSource(tokens, model, batch_size or FORWARD_TOKENS), dict.fromkeys(saes, tokens.hook_point)
 
 
 def _read_text(
@@ -259,8 +174,7 @@ def _read_text(
     if len(medians) == len(reader.hook_points):
         reader = replace(reader, median_norms=medians)
     n_seq = forward_size(tokens, batch_size)
-    source = TextSource(reader.calibrated(tokens, n_seq), tokens, n_seq)
-    return source, {name: at[place.hook_point] for name, place in places.items()}
+    return TextSource(reader, tokens, n_seq), {name: at[place.hook_point] for name, place in places.items()}
 
 
 def _common_mask(places: Mapping[str, Match]) -> TokenMask:
@@ -300,24 +214,33 @@ class _Job:
     shard_tokens: int
 
     @classmethod
-    @contextmanager
     def start(
-        cls, sae: SAE, hook_point: str, source: HarvestSource, folder: Path, dtype: str, shard_tokens: int, resume: bool
-    ) -> Iterator["_Job"]:
-        """Context manager that claims the folder for the block, or continues the store that is in it."""
-        described = sae.describe()
-        request = source.request() | {"sae": sae_fingerprint(sae), "hook_point": hook_point}
-        request |= {"values": dtype, "shard_tokens": shard_tokens}
-        fresh = FeatureManifest(
-            d_sae=sae.cfg.d_sae,
-            dtype=dtype,
-            sae=described | {"name_or_path": relative_place(sae.name_or_path, folder)},
-            source=repr(sae),
-            request=request,
-            provenance=source.origin(hook_point, 0, {}).to_dict(),
-        )
-        with claim_folder(folder, request, FeatureManifest, lambda: fresh, resume) as manifest:
-            yield cls(sae, hook_point, folder, manifest, dtype, shard_tokens)
+        cls,
+        sae: SAE,
+        hook_point: str,
+        source: HarvestSource,
+        folder: Path,
+        dtype: str,
+        shard_tokens: int,
+        resume: bool,
+        ranks: RankGrid,
+        stack: ExitStack,
+    ) -> "_Job":
+        """A job whose folder the stack holds, where the store that is in it is continued."""
+        with together(ranks):
+            described = sae.describe()
+            request = source.request() | {"sae": sae_fingerprint(sae), "hook_point": hook_point}
+            request |= {"values": dtype, "shard_tokens": shard_tokens}
+            fresh = FeatureManifest(
+                d_sae=sae.cfg.d_sae,
+                dtype=dtype,
+                sae=described | {"name_or_path": relative_place(sae.name_or_path, folder)},
+                source=repr(sae),
+                request=request,
+                provenance=source.origin(hook_point, 0, {}).to_dict(),
+            )
+        manifest = claim_together(folder, request, FeatureManifest, lambda: fresh, resume, ranks, stack)
+        return cls(sae, hook_point, folder, manifest, dtype, shard_tokens)
 
     @property
     def done(self) -> bool:
@@ -326,44 +249,113 @@ class _Job:
 
     def writer(self) -> ShardWriter:
         """Writer of this job's shards."""
-        first, second = (_CodesBuffer(self.sae.cfg.d_sae, self.dtype) for _ in range(2))
-        return ShardWriter(self.folder, self.manifest, self.shard_tokens, (first, second))
+        return ShardWriter(self.folder, self.manifest, self.shard_tokens, (self.buffer(), self.buffer()))
+
+    def buffer(self) -> "_CodesBuffer":
+        """An empty buffer for a shard."""
+        return _CodesBuffer(self.sae.cfg.d_sae, self.dtype)
 
     def encode(self, batch: Batch) -> "_Codes":
         """Sparse codes of a batch."""
         codes = self.sae.encode_sparse(batch.acts[self.hook_point].to(self.sae.device))
         return _Codes(codes, batch.places)
 
-    def finish(self, writer: ShardWriter, source: HarvestSource) -> None:
+    def finish(self, writer: ShardWriter, source: HarvestSource) -> Steps:
         """Write remaining rows, the text and the statistics."""
         writer.flush()
-        manifest = writer.manifest
-        assert isinstance(manifest, FeatureManifest)
+        assert isinstance(writer.manifest, FeatureManifest)
+        files: dict[str, str] = {}
+        yield from self.add_files(writer.manifest, source, files)
+        writer.finish(source.origin(self.hook_point, writer.n_tokens, dict(writer.removed)), files=files)
+
+    def add_files(self, manifest: FeatureManifest, source: HarvestSource, files: dict[str, str]) -> Steps:
+        """Write the text and the statistics of all shards, a shard per step, and add their checksums to `files`."""
         store = FeatureStore(self.folder, manifest, manifest.check_shards(self.folder))
-        orders = ((arrays["feature_offsets"], arrays["feature_values"]) for _, arrays in store.shards())
-        files = save_statistics(self.folder, measure(manifest.d_sae, orders)) | source.text().save(self.folder)
-        origin = source.origin(self.hook_point, writer.n_tokens, dict(writer.removed))
-        writer.finish(origin, files=files)
+        found = FeatureStatistics.zeros(manifest.d_sae)
+        for _, arrays in store.shards():
+            found.add(arrays["feature_offsets"], arrays["feature_values"])
+            yield
+        files |= save_statistics(self.folder, found) | source.text().save(self.folder)
+
+
+@dataclass(eq=False)
+class _Part(_Job):
+    """The share of a job that one of several processes has."""
+
+    n_first: int
+    """rows of the first shard"""
+
+    def writer(self) -> ShardWriter:
+        """Writer of the part's shards."""
+        buffers = (self.buffer(), self.buffer())
+        return ShardWriter(self.folder, self.manifest, self.shard_tokens, buffers, self.n_first)
+
+    def finish(self, writer: ShardWriter, source: HarvestSource) -> Steps:
+        """Write remaining rows; the text and the statistics are those of all parts."""
+        writer.finish(source.origin(self.hook_point, writer.n_tokens, dict(writer.removed)))
+        yield
 
 
 def _run(jobs: list[_Job], source: HarvestSource, progress: bool) -> None:
+    for _ in _encode(jobs, source, range(source.n_items), progress):
+        pass
+
+
+def _encode(jobs: list[_Job], source: HarvestSource, share: range, progress: bool) -> Steps:
+    """Write the codes of a share of the items that are not written yet, a batch per step, and finish the folders."""
     from tqdm.auto import tqdm
 
     with ExitStack() as stack:
         writers = [stack.enter_context(job.writer()) for job in jobs]
-        first = min((writer.next_seq for writer in writers), default=source.n_items)
-        whole, done = source.count(0, source.n_items), source.count(0, first)
+        first = min((writer.next_seq for writer in writers), default=share.stop)
+        whole, done = source.count(share.start, share.stop), source.count(share.start, first)
         bar = tqdm(total=whole, initial=done, unit=" tokens", unit_scale=True, disable=hidden(progress))
         stack.enter_context(bar)
-        for start in range(first, source.n_items, source.size):
+        for start in range(first, share.stop, source.size):
             batch = source.read(start)
-            n_items = min(source.size, source.n_items - start)
+            n_items = min(source.size, share.stop - start)
             for job, writer in zip(jobs, writers, strict=True):
                 if start >= writer.next_seq:
                     writer.add(job.encode(batch), len(batch.places), n_items, batch.removed)
             bar.update(source.count(start, start + n_items))
+            yield
         for job, writer in zip(jobs, writers, strict=True):
-            job.finish(writer, source)
+            yield from job.finish(writer, source)
+
+
+def _run_shared(jobs: list[_Job], source: HarvestSource, progress: bool, ranks: RankGrid) -> None:
+    """Write this process's part of each job, and with the others the folders."""
+    size = source.n_items, source.size
+    folders = [SharedFolder(job.folder, job.manifest, ranks, *size, job.shard_tokens) for job in jobs]
+
+    def write_parts() -> Steps:
+        with ExitStack() as stack:
+            parts = []
+            for job, shared in zip(jobs, folders, strict=True):
+                part, n_first = stack.enter_context(shared.claim_part()), shared.first_tokens(source.count_rows)
+                parts.append(_Part(job.sae, job.hook_point, shared.part, part, job.dtype, job.shard_tokens, n_first))
+            begun = min((shared.share.start for shared in folders), default=0)
+            share = range(begun, folders[0].share.stop if folders else 0)
+            yield from _encode([part for part in parts if not part.done], source, share, progress)
+
+    run_together(write_parts(), ranks)
+    for job, shared in zip(jobs, folders, strict=True):
+        _finish_shared(job, shared, shared.join(job.buffer()), source)
+
+
+def _finish_shared(
+    job: _Job, shared: SharedFolder[FeatureManifest], made: FeatureManifest, source: HarvestSource
+) -> None:
+    """Write the text, the statistics and the manifest of a folder whose shards are there, in the first process."""
+
+    def write() -> Steps:
+        files: dict[str, str] = {}
+        yield from job.add_files(made, source, files)
+        n_entries = sum(file.specs["latents"].shape[0] for file in made.check_shards(job.folder))
+        origin = source.origin(job.hook_point, made.n_tokens, made.removed).to_dict()
+        shared.finish(replace(made, complete=True, files=files, n_entries=n_entries, provenance=origin))
+
+    run_together(write() if shared.ranks.is_first else (_ for _ in ()), shared.ranks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,8 +373,11 @@ class _CodesBuffer:
         self._d_sae, self._dtype = d_sae, dtype
         self._parts: list[dict[str, np.ndarray]] = []
 
-    def add(self, reading: _Codes, start: int, stop: int) -> None:
-        """Append the codes of rows `start:stop`."""
+    def add(self, reading: _Codes | TensorFile, start: int, stop: int) -> None:
+        """Append the codes of rows `start:stop` of a batch, or of a shard."""
+        if isinstance(reading, TensorFile):
+            self._parts.append(_read_codes(reading, start, stop))
+            return
         codes, offsets = reading.codes, reading.codes.offsets[start : stop + 1].cpu()
         part = slice(int(offsets[0]), int(offsets[-1]))
         latents = codes.indices[part].cpu().numpy().astype(smallest_int(self._d_sae - 1))
@@ -400,6 +395,14 @@ class _CodesBuffer:
         return {name: torch.from_numpy(array) for name, array in packed.items()} | {
             "places": torch.from_numpy(whole["places"])
         }
+
+
+def _read_codes(shard: TensorFile, start: int, stop: int) -> dict[str, np.ndarray]:
+    """Codes of rows `start:stop` of a shard."""
+    offsets = read_rows(shard, "offsets", start, stop + 1).numpy()
+    entries = int(offsets[0]), int(offsets[-1])
+    codes = {name: read_rows(shard, name, *entries).numpy() for name in ("latents", "values")}
+    return {**codes, "places": read_rows(shard, "places", start, stop).numpy(), "counts": np.diff(offsets)}
 
 
 @torch.no_grad()
@@ -448,7 +451,8 @@ def harvest_untrained(
     targets = x[reader.hook_points[1]] if sae.cfg.d_out is not None and len(reader.hook_points) > 1 else None
     made = make_untrained(sae, x[reader.hook_points[0]], targets, seed=seed)
     made.name_or_path = f"untrained, seed {seed}"
-    with _Job.start(made, reader.hook_points[0], source, Path(out), dtype, SHARD_TOKENS, resume) as job:
+    with ExitStack() as stack:
+        job = _Job.start(made, reader.hook_points[0], source, Path(out), dtype, SHARD_TOKENS, resume, ALONE, stack)
         _run([] if job.done else [job], source, progress)
         return FeatureStore.load(out)
 

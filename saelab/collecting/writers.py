@@ -6,11 +6,12 @@ When a feature store is overwritten, labels of another SAE are moved to a file o
 import logging
 import os
 import re
+import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,8 +23,9 @@ from torch import Tensor
 from saelab.collecting.reader import ForwardRows
 from saelab.stores.activations import Activations
 from saelab.stores.files import is_empty, remove_leftovers, save_tensors
-from saelab.stores.jobs import Terminable, clear_lock, hold_folder
+from saelab.stores.jobs import FolderInUse, Terminable, clear_lock, hold_folder
 from saelab.stores.manifest import INT_COLUMNS, ActivationsManifest, AnyManifest, Manifest, Provenance, Shard
+from saelab.stores.tensors import TensorFile
 from saelab.stores.validation import read_json
 
 BOOK = "labels.sqlite"
@@ -31,6 +33,8 @@ PATIENCE = 5.0
 """seconds to wait for another process that is writing labels"""
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+PARTS = ".parts-"
+"""A folder's hidden folder for the parts of several processes, with their number."""
 
 
 def make_way(folder: Path, request: dict[str, Any]) -> None:
@@ -142,7 +146,7 @@ class ArrayBuffer(Protocol):
     """Protocol of buffers, which hold the rows of the next shard."""
 
     def add(self, reading: Any, start: int, stop: int) -> None:
-        """Append rows `start:stop` of a batch."""
+        """Append rows `start:stop` of a batch, or of another shard."""
 
     def take(self) -> dict[str, Tensor]:
         """All rows as a shard's tensors; called in the background, before rows are added again."""
@@ -155,16 +159,34 @@ class RowBuffer:
         self._columns = _allocate(n_rows, widths, dtype)
         self._n = 0
 
-    def add(self, reading: ForwardRows, start: int, stop: int) -> None:
-        """Append rows `start:stop` of a reading."""
-        for name, column in (reading.acts | reading.columns).items():
-            self._columns[name][self._n : self._n + stop - start] = column[start:stop]
+    def add(self, reading: ForwardRows | TensorFile, start: int, stop: int) -> None:
+        """Append rows `start:stop` of a reading, or of another shard."""
+        given = {} if isinstance(reading, TensorFile) else reading.acts | reading.columns
+        for name, column in self._columns.items():
+            rows = read_rows(reading, name, start, stop) if isinstance(reading, TensorFile) else given[name][start:stop]
+            column[self._n : self._n + stop - start] = rows
         self._n += stop - start
 
     def take(self) -> dict[str, Tensor]:
         """The rows added since the last call, as views."""
         n, self._n = self._n, 0
         return {name: column[:n] for name, column in self._columns.items()}
+
+
+def read_rows(shard: TensorFile, name: str, start: int, stop: int) -> Tensor:
+    """Part of a tensor of a shard, memory-mapped.
+
+    Args:
+        shard: the shard's file.
+        name: the tensor.
+        start: first entry.
+        stop: entry after the last.
+
+    Raises:
+        ValueError: a checksum differs.
+    """
+    shard.check(name, start, stop)
+    return shard.map(name)[start:stop]
 
 
 class ShardWriter:
@@ -177,7 +199,12 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, shard_tokens: int, buffers: tuple[ArrayBuffer, ArrayBuffer]
+        self,
+        folder: Path,
+        manifest: Manifest,
+        shard_tokens: int,
+        buffers: tuple[ArrayBuffer, ArrayBuffer],
+        first_tokens: int | None = None,
     ) -> None:
         """Continue a folder where its manifest ends.
 
@@ -186,6 +213,7 @@ class ShardWriter:
             manifest: its manifest.
             shard_tokens: rows per shard.
             buffers: two empty buffers: one is filled while the other is written.
+            first_tokens: rows of the folder's first shard, where that is shorter; None is `shard_tokens`.
         """
         self.folder, self.manifest = folder, manifest
         self.next_seq = manifest.next_seq
@@ -194,6 +222,7 @@ class ShardWriter:
         self.n_tokens = manifest.n_tokens
         self._n_buffered = 0
         self._shard_tokens = shard_tokens
+        self._room = shard_tokens if first_tokens is None or manifest.shards else first_tokens
         self._buffer, self._spare = buffers
         self._background = ThreadPoolExecutor(max_workers=1)
         self._pending: Future[None] | None = None
@@ -223,22 +252,23 @@ class ShardWriter:
         """
         done, self._to_skip = self._to_skip, 0
         while done < n_rows:
-            take = min(n_rows - done, self._shard_tokens - self._n_buffered)
+            take = min(n_rows - done, self._room - self._n_buffered)
             self._buffer.add(reading, done, done + take)
             self._n_buffered += take
             self.n_tokens += take
             done += take
-            if self._n_buffered == self._shard_tokens and done < n_rows:
+            if self._n_buffered == self._room and done < n_rows:
                 self._flush(skip_rows=done)
         self.next_seq += n_seq
         self.removed.update(removed)
-        if self._n_buffered == self._shard_tokens:
+        if self._n_buffered == self._room:
             self._flush(skip_rows=0)
 
     def finish(self, provenance: Provenance, **changes: Any) -> None:
         """Write remaining rows, and mark the manifest complete, with further `changes` of its fields."""
         self.flush()
         changes |= {"complete": True, "removed": dict(self.removed), "provenance": provenance.to_dict()}
+        changes |= {"next_seq": self.next_seq, "skip_rows": 0}  # also where the last batches have no rows
         self._save(replace(self.manifest, **changes))
 
     def flush(self) -> None:
@@ -253,14 +283,14 @@ class ShardWriter:
         place = {"next_seq": self.next_seq, "skip_rows": skip_rows, "removed": dict(self.removed)}
         self._pending = self._background.submit(self._write, self._buffer, self._n_buffered, place)
         self._buffer, self._spare = self._spare, self._buffer
-        self._n_buffered = 0
+        self._n_buffered, self._room = 0, self._shard_tokens
 
     def _wait(self) -> None:
         if self._pending is not None:
             self._pending.result()  # re-raises errors of the background thread
 
     def _write(self, buffer: ArrayBuffer, n_tokens: int, place: dict[str, Any]) -> None:
-        file, tensors = f"shard-{len(self.manifest.shards):05d}.safetensors", buffer.take()
+        file, tensors = shard_name(len(self.manifest.shards)), buffer.take()
         crc32 = save_tensors(self.folder / file, tensors)
         shard = Shard(file=file, n_tokens=n_tokens, crc32=crc32)
         self._save(replace(self.manifest.with_shard(shard, tensors), **place))
@@ -273,9 +303,11 @@ class ShardWriter:
 class FolderWriter(ShardWriter):
     """Writes activations to a folder of shards, for `collect`."""
 
-    def __init__(self, folder: Path, manifest: ActivationsManifest, shard_tokens: int) -> None:
+    def __init__(
+        self, folder: Path, manifest: ActivationsManifest, shard_tokens: int, first_tokens: int | None = None
+    ) -> None:
         first, second = (RowBuffer(shard_tokens, manifest.d_in, getattr(torch, manifest.dtype)) for _ in range(2))
-        super().__init__(folder, manifest, shard_tokens, (first, second))
+        super().__init__(folder, manifest, shard_tokens, (first, second), first_tokens)
 
     def add_reading(self, reading: ForwardRows, n_seq: int) -> None:
         """Append the rows of a batch."""
@@ -287,6 +319,11 @@ class FolderWriter(ShardWriter):
         return load_all(self.folder, list(origins))
 
 
+def shard_name(i: int) -> str:
+    """File name of a folder's i-th shard."""
+    return f"shard-{i:05d}.safetensors"
+
+
 def load_all(folder: Path, hook_points: list[str]) -> dict[str, Activations]:
     """Activations of a finished folder, by hook point."""
     return {name: Activations.load(folder, name) for name in hook_points}
@@ -294,7 +331,12 @@ def load_all(folder: Path, hook_points: list[str]) -> dict[str, Activations]:
 
 @contextmanager
 def claim_folder(
-    folder: Path, request: dict[str, Any], kind: type[AnyManifest], begin: Callable[[], AnyManifest], resume: bool
+    folder: Path,
+    request: dict[str, Any],
+    kind: type[AnyManifest],
+    begin: Callable[[], AnyManifest],
+    resume: bool,
+    n_parts: int = 1,
 ) -> Iterator[AnyManifest]:
     """Context manager that yields the manifest of a folder: that of an unfinished or finished call with the same
     arguments, or a new one, already written.
@@ -310,28 +352,38 @@ def claim_folder(
         kind: class of the manifest.
         begin: makes the manifest of a new folder.
         resume: continue or open what the folder holds; False replaces it.
+        n_parts: number of processes that write the folder together.
 
     Raises:
-        ValueError: where the folder holds something else than requested, and where another process is writing there.
+        ValueError: where the folder holds something else than requested, or parts of another number of processes, and
+            where another process is writing there.
     """
     if resume and (folder / MANIFEST).is_file() and kind.load(folder).complete:
         clear_lock(folder)
+        _clear_parts(folder)
         yield _resume(folder, request, kind)
     else:
         with hold_folder(folder):
-            yield _claim_held(folder, request, kind, begin, resume)
+            yield _claim_held(folder, request, kind, begin, resume, n_parts)
 
 
 def _claim_held(
-    folder: Path, request: dict[str, Any], kind: type[AnyManifest], begin: Callable[[], AnyManifest], resume: bool
+    folder: Path,
+    request: dict[str, Any],
+    kind: type[AnyManifest],
+    begin: Callable[[], AnyManifest],
+    resume: bool,
+    n_parts: int,
 ) -> AnyManifest:
     remove_leftovers(folder)
     described = folder / MANIFEST
     if described.is_file() and resume:
         manifest = _resume(folder, request, kind)
+        _check_parts(folder, n_parts)
     elif _is_of_kind(described, kind) or is_empty(folder, kind.allowed_files):
         if described.is_file() and kind.allowed_files:
             make_way(folder, request)
+        remove_parts(folder)  # before the manifest, so that they are never taken for its own
         manifest = begin()
         manifest.save(folder)  # fails early where the folder is not writable
     else:
@@ -339,6 +391,28 @@ def _claim_held(
     if not manifest.complete:
         _remove_strangers(folder, manifest)
     return manifest
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what several processes wrote on the way to a folder; for whoever holds it."""
+    for parts in folder.glob(f"{PARTS}*"):
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def _clear_parts(folder: Path) -> None:
+    """Delete the parts of a finished folder that killed processes left, where it may be written to."""
+    if any(folder.glob(f"{PARTS}*")):
+        with suppress(OSError, FolderInUse), hold_folder(folder):
+            remove_parts(folder)
+
+
+def _check_parts(folder: Path, n_parts: int) -> None:
+    for n in (parts.name.removeprefix(PARTS) for parts in folder.glob(f"{PARTS}*")):
+        if n != f"{n_parts}":
+            raise ValueError(
+                f"{folder} was begun by {n} processes and can be resumed only by as many, got {n_parts}. Start {n}, "
+                "choose another folder, or pass resume=False to delete what is there and start over."
+            )
 
 
 def _is_of_kind(path: Path, kind: type[Manifest]) -> bool:

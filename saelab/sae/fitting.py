@@ -5,8 +5,6 @@ After training thresholds are adjusted so that the mean L0 is the target, and th
 
 import hashlib
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -301,22 +299,7 @@ def check_processes(
         }
     )
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        mark = Path(out) / ranks.on_first(lambda: _mark(Path(out)))
-        unseen = ranks.any(not mark.is_file())
-        ranks.on_first(mark.unlink)
-        if unseen:
-            raise ValueError(
-                f"`out` must be one folder that all processes see, got {out}, which is another on some machine; choose "
-                "one on a shared disk."
-            )
-
-
-def _mark(folder: Path) -> str:
-    """Name of a new empty file in a folder."""
-    descriptor, name = tempfile.mkstemp(prefix=".saelab-seen-", dir=folder)
-    os.close(descriptor)
-    return Path(name).name
+        ranks.require_shared(Path(out))
 
 
 def open_run(

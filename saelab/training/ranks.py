@@ -12,9 +12,12 @@ their gradients.
 
 import hashlib
 import json
+import os
 import socket
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -268,6 +271,28 @@ class RankGrid:
             if error is not None:
                 raise error
             raise RuntimeError(f"Stopped, as another process failed. {next(text for text in told if text)}")
+
+    def require_shared(self, folder: Path) -> None:
+        """Raise ValueError, in all processes, where some do not see the folder of the first; it is made where missing.
+
+        Args:
+            folder: the folder.
+        """
+
+        def mark() -> str:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=".seen-", suffix=".tmp", dir=folder)
+            os.close(descriptor)
+            return Path(name).name  # a writer removes what a killed process leaves
+
+        place = folder / self.on_first(mark)
+        unseen = self.any(not place.is_file())
+        self.on_first(place.unlink)
+        if unseen:
+            raise ValueError(
+                f"`out` must be one folder that all processes see, got {folder}, which is another on some machine; "
+                "choose one on a shared disk."
+            )
 
     def require_equal(self, facts: Mapping[str, Any]) -> None:
         """Raise ValueError, on all processes alike, where they do not agree on some facts.

@@ -67,7 +67,7 @@ def kill_and_go_on(acts: Path, out: Path, n_kills: int, seed: int) -> list[float
         if run.returncode == 0:
             return took
         took.append(time.monotonic() - begun)
-        lines = [line for line in said.splitlines() if "goes on from the last checkpoint" in line]
+        lines = [line for line in said.splitlines() if "The same command goes on" in line]
         assert len(lines) <= 1, said
 
 
