@@ -1,8 +1,7 @@
 """`SparseCodes`: the non-zero codes of a batch in compressed rows, and the sparse matrix products over them.
 
-A batch of codes is held in compressed rows: `indices` and `values` of its entries, row after row, and `offsets`, the
-number of the entry that each row starts with. Decoding and the gradients of a training step are built from two
-products:
+Compressed rows are the `indices` and `values` of a batch's entries, row after row, and `offsets`, the entry that each
+row starts with. Decoding and the gradients of a training step are built from two products:
 
     gather_sum    out[r] = sum over entries e of row r:  values[e] * table[indices[e]]                 (sparse x dense)
     sampled_dot   out[e] = < left[rows[e]], table[indices[e]] >                         (dense x dense, at the entries)
@@ -19,12 +18,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from saelab.functional.triton_choice import add_residuals, subtract_parts, use_triton
+
 ALIGNMENT = 64  # bytes; of a vector register, and of what PyTorch allocates
 GATHERED = 2**15  # entries whose rows are in memory at a time, where they have to be gathered
 Spare = list[Tensor]
-"""Holds memory for one weight gradient (d_sae, d_in), which is taken from the list when it is used; allocating that
-much costs more than the product itself.
-"""
+"""Memory for one weight gradient (d_sae, d_in), taken out when it is used: allocating costs more than the product."""
 
 
 def gather_sum(
@@ -47,6 +46,10 @@ def gather_sum(
     """
     if indices.numel() == 0:
         return table.new_zeros(offsets.numel() - 1, table.shape[1])
+    if use_triton(values, table):
+        from saelab.functional import triton_kernels
+
+        return triton_kernels.gather_sum(indices, values, offsets, table)
     return embedding_bag(indices, table, offsets, per_sample_weights=values, mode="sum", include_last_offset=True)
 
 
@@ -76,6 +79,10 @@ def sampled_dot(
     """
     if indices.numel() == 0:
         return table.new_zeros(0)
+    if use_triton(left, table):
+        from saelab.functional import triton_kernels
+
+        return triton_kernels.sampled_dot(rows, indices, left, table, order)
     if table.device.type in ("cpu", "cuda") and has_dot_kernel(table.device.type) and _is_even(table):
         order = indices.argsort() if order is None else order
         products = _dot_by_kernel(rows[order], indices[order], left.contiguous(), table)
@@ -195,9 +202,7 @@ def weight_gradient(
 
 @functools.cache
 def _acknowledge_beta() -> None:
-    """Suppress PyTorch's warning, given once per process, that compressed tensors are in beta; tests compare the
-    operations used here with a naive result.
-    """
+    """Suppress PyTorch's warning, once per process, that compressed tensors are in beta; tests check what is used."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1), check_invariants=False)
@@ -243,28 +248,22 @@ class _NestedDecode(torch.autograd.Function):
         centered: Tensor | None,
         add: Callable[[Tensor], None] | None,
     ) -> tuple[Tensor, Tensor]:
-        indices, offsets = entries.indices, entries.offsets
-        residuals = gather_sum(indices, values, offsets, W_dec).view(n_groups, *x.shape)
+        residuals = gather_sum(entries.indices, values, entries.offsets, W_dec).view(n_groups, *x.shape)
         if add is not None:
             add(residuals)
-        above = x - b_dec if centered is None else centered
-        for residual in residuals:
-            torch.sub(above, residual, out=residual)
-            above = residual
+        errors = subtract_parts(x - b_dec if centered is None else centered, residuals, residuals)
         ctx.save_for_backward(values, W_dec, residuals)
         ctx.entries = entries
         ctx.spare = spare
         last = residuals[-1]
         ctx.mark_non_differentiable(last)
-        return torch.linalg.vector_norm(residuals.flatten(1), dim=1).square(), last
+        return errors, last
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec, residuals = ctx.saved_tensors
         entries: Entries = ctx.entries.with_columns(len(W_dec))
-        grad_parts = residuals * (-2 * grad).view(-1, 1, 1)
-        for g in range(len(residuals) - 2, -1, -1):  # part g enters every reconstruction from g on
-            grad_parts[g] += grad_parts[g + 1]
+        grad_parts = add_residuals(residuals, grad)
         flat = grad_parts.view(-1, W_dec.shape[1])
         grad_values = None
         if ctx.needs_input_grad[0]:
@@ -305,12 +304,14 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         centered, W_enc = ctx.saved_tensors
-        entries: Entries = ctx.entries
-        indices, offsets = entries.indices, entries.offsets
-        # index_add_ adds in the order of the entries, so one seed gives one result
-        grad_b = torch.zeros_like(W_enc[0]).index_add_(0, indices, grad)
+        entries: Entries = ctx.entries.with_columns(W_enc.shape[1])
+        # the entries of a latent are added in their order, so one seed gives one result; index_add_ has none on CUDA
+        if grad.is_cuda:
+            grad_b = weight_gradient(entries, grad, centered.new_ones(len(centered), 1), W_enc.shape[1])[:, 0]
+        else:
+            grad_b = torch.zeros_like(W_enc[0]).index_add_(0, entries.indices, grad)
         grad_W = weight_gradient(entries, grad, centered, W_enc.shape[1], ctx.spare).T
-        grad_x = gather_sum(indices, grad, offsets, W_enc.T) if ctx.needs_input_grad[0] else None
+        grad_x = gather_sum(entries.indices, grad, entries.offsets, W_enc.T) if ctx.needs_input_grad[0] else None
         # every token shares b_dec, so its gradient is one matrix-vector product
         grad_b_dec = -(W_enc @ grad_b) if ctx.needs_input_grad[3] else None
         return grad_x, grad_W, grad_b, grad_b_dec, None, None, None, None
@@ -482,9 +483,8 @@ class SparseCodes:
 
     def keep(self, keep: Bool[Tensor, "nnz"]) -> "SparseCodes":
         """The codes where the mask is True."""
-        part = self.from_rows(
-            self.indices[keep], self.values[keep], self.rows[keep], (len(self.offsets) - 1, self.d_sae)
-        )
+        shape = (len(self.offsets) - 1, self.d_sae)
+        part = self.from_rows(self.indices[keep], self.values[keep], self.rows[keep], shape)
         return replace(part, batch_shape=self.batch_shape)
 
     @property

@@ -30,6 +30,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.codes import SparseCodes
+from saelab.functional.triton_choice import add_residuals, subtract_parts
 
 STEPS = 16  # between two strengths
 
@@ -246,20 +247,16 @@ class _NestedError(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, target: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
         residuals = torch.empty_like(parts)
-        torch.sub(target, parts[0], out=residuals[0])
-        for g in range(1, len(parts)):
-            torch.sub(residuals[g - 1], parts[g], out=residuals[g])
+        errors = subtract_parts(target, parts, residuals)
         ctx.save_for_backward(residuals)
         last = residuals[-1]
         ctx.mark_non_differentiable(last)
-        return torch.linalg.vector_norm(residuals.flatten(1), dim=1).square(), last
+        return errors, last
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         (residuals,) = ctx.saved_tensors
-        grad_parts = residuals * (-2 * grad).view(-1, 1, 1)
-        for g in range(len(residuals) - 2, -1, -1):  # part g enters every reconstruction from g on
-            grad_parts[g] += grad_parts[g + 1]
+        grad_parts = add_residuals(residuals, grad)
         return -grad_parts[0], grad_parts
 
 

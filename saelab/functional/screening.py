@@ -27,12 +27,15 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from saelab.functional.triton_choice import use_triton
+
 TRIED_SHAPES = ((1, 25, 560), (17, 16, 16), (70, 33, 512), (30, 129, 1024), (64, 769, 256))
 """rows, width and columns: a vector, whole and broken tiles, and lengths of sum that meet every kernel's remainder"""
 Precision = Literal["float32", "bfloat16", "int8"]
 SCAN_ROWS = 512  # tokens at a time: enough for the matrix kernels, few enough for the cache and to reuse the memory
 BLOCK = 16  # latents a block
 ROUNDS = 12  # of timing the precisions
+MOST_MERGED = 128  # candidates of a row that a kernel holds in registers
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 
@@ -241,6 +244,18 @@ class Screen:
             rows = slice(start, min(start + SCAN_ROWS, len(x)))
             sizes = self.multiply(x[rows], buffer[: rows.stop - start])
             yield ScreenedRows(self, rows, sizes.abs_() if self.signed else sizes, scale[rows], noise[rows])
+
+    def top(
+        self, x: Float[Tensor, "n_rows d_in"], n: int
+    ) -> tuple[Float[Tensor, "n_rows n"], Int[Tensor, "n_rows n"], Float[Tensor, "n_rows"], Float[Tensor, "n_rows"]]:
+        """Sizes and latents of each row's n largest; an upper bound of the other sizes; and the noise of each row."""
+        if self.precision != "int8" and n < MOST_MERGED and use_triton(x, self.W):
+            from saelab.functional import triton_kernels
+
+            return *triton_kernels.screen_topk(x, self.W, self.bias, n, self.signed), torch.linalg.vector_norm(x, dim=1)
+        parts = zip(*(chunk.top(n) for chunk in self.chunks(x)), strict=True)
+        sizes, latents, unseen, noise = (torch.cat(part) for part in parts)
+        return sizes, latents, unseen, noise
 
     def multiply(self, x: Tensor, out: Tensor) -> Tensor:
         """The product `x W^T + bias` in low precision, before scaling, written into `out`."""

@@ -228,8 +228,7 @@ def search_topk(
     if screen is None:
         return _keep_firing(*_dense_topk(x, W, bias, k, signed), signed, d_sae)
     n_candidates = min(d_sae, 2 * k - k // 4 + 4 if screen.precision == "int8" else k + k // 4 + 8)
-    parts = zip(*(c.top(n_candidates) for c in screen.chunks(x)), strict=True)
-    approximate, candidates, unseen, noise = (torch.cat(part) for part in parts)
+    approximate, candidates, unseen, noise = screen.top(x, n_candidates)
     rows = torch.arange(len(x), device=x.device)
     exact = score(x, W, bias, rows.repeat_interleave(n_candidates), candidates.flatten()).view(candidates.shape)
     size = exact.abs() if signed else exact
