@@ -61,6 +61,13 @@ if TYPE_CHECKING:
     )
     from saelab.sae.module import SAEModule as SAEModule
     from saelab.sae.normalizer import Normalizer as Normalizer, NormalizerKind as NormalizerKind
+    from saelab.sae.planning import (
+        StepRates as StepRates,
+        TrainingPlan as TrainingPlan,
+        measure_rates as measure_rates,
+        plan_training as plan_training,
+        read_rates as read_rates,
+    )
     from saelab.sae.sae import SAE as SAE, fit as fit
     from saelab.sae.soft_frozen import SoftFrozen as SoftFrozen
     from saelab.sae.training_sae import StepLosses as StepLosses, TrainingSAE as TrainingSAE

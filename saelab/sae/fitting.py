@@ -196,7 +196,7 @@ def measure(sae: SAEModule, rows: Float[Tensor, "n width"]) -> dict[str, Any]:
     for part in rows.split(PART):
         x = part[:, : cfg.d_in].to(sae.W_dec)
         codes = sae.encode_sparse(x)
-        sums.add(part[:, -cfg.d_target :], sae.decode(codes, x=x))
+        sums.add(part[:, -cfg.d_target :].to(sae.W_dec), sae.decode(codes, x=x))
         fires.add(codes)
     firings = fires.firings
     return {

@@ -1,13 +1,14 @@
 """`place_weights`: biases, dictionary and encoder scale before the first step, from a sample of activations."""
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from saelab.functional.metrics import effective_rank, exact
-from saelab.sae.competition import activate_among
+from saelab.sae.competition import activate_among, search_among
 from saelab.sae.encoders import PursuitEncoder
 from saelab.sae.module import SAEModule
 from saelab.training.ranks import ALONE, RankGrid
@@ -132,5 +133,10 @@ def _match_scale(sae: SAEModule, x: Tensor, y: Tensor, ranks: RankGrid) -> None:
 def _codes(sae: SAEModule, x: Tensor, ranks: RankGrid) -> Tensor:
     """Codes at the start of training, of normalized inputs; each process has all of them, and its own latents."""
     read = x - sae.b_dec if sae.cfg.d_out is None else x
-    u = read @ sae.W_enc + sae.b_enc
-    return activate_among(sae.cfg.activation, u, sae.threshold, RankGrid(latents=ranks.latents))
+    activation, ranks = sae.cfg.activation, RankGrid(latents=ranks.latents)
+    if not ranks.alone:  # dense pre-activations would have to be those of all latents
+        found = search_among(activation, read, sae.W_enc.T, sae.b_enc, sae.threshold, ranks)
+        if found is not None:
+            fired = activation.fire(found.values, sae.threshold_of(found.indices))
+            return replace(found, values=fired).to_dense()
+    return activate_among(activation, read @ sae.W_enc + sae.b_enc, sae.threshold, ranks)

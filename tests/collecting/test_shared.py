@@ -14,6 +14,7 @@ import pytest
 import ranks
 import torch
 from ranks import N_RANKS, Pool, mesh_of
+from sampled import one_in
 
 import saelab as sl
 from saelab.collecting import reader, shared, writers
@@ -176,7 +177,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("verb", "settings"), CASES, ids=str)
+@pytest.mark.parametrize(("verb", "settings"), one_in(3, CASES), ids=str)
 def test_several_processes_write_the_bytes_of_one(
     pool: Pool, whole: Any, tmp_path: Path, verb: str, settings: dict[str, Any]
 ) -> None:
@@ -227,7 +228,7 @@ INTERRUPTIONS: list[tuple[str, str, int, int, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("verb", "function", "rank", "after", "settings"), INTERRUPTIONS, ids=str)
+@pytest.mark.parametrize(("verb", "function", "rank", "after", "settings"), one_in(3, INTERRUPTIONS), ids=str)
 def test_an_interrupted_call_goes_on(
     pool: Pool, whole: Any, tmp_path: Path, verb: str, function: str, rank: int, after: int, settings: dict[str, Any]
 ) -> None:
@@ -264,7 +265,7 @@ def test_parts_of_a_finished_folder_are_removed(pool: Pool, whole: Any, tmp_path
     assert contents(tmp_path) == whole("collect")
 
 
-@pytest.mark.parametrize("n_shards", [0, 1, 4])
+@pytest.mark.parametrize("n_shards", one_in(3, [1, 0, 4]))
 @pytest.mark.parametrize("mask", [sl.TokenMask(), NORM_RULE])
 def test_several_go_on_where_one_stopped(
     pool: Pool, whole: Any, tmp_path: Path, n_shards: int, mask: sl.TokenMask
@@ -317,7 +318,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("verb", "changed", "named"), REFUSED, ids=str)
+@pytest.mark.parametrize(("verb", "changed", "named"), one_in(3, REFUSED), ids=str)
 def test_other_arguments_in_one_process_are_refused_by_all(
     pool: Pool, tmp_path: Path, verb: str, changed: dict[str, Any], named: str
 ) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import Pool, mesh_of
+from sampled import one_in
 
 import saelab as sl
 from saelab.sae import AbsJumpReLU, Archetypal, DuplicateReset, Gated, Log1pReLU, Refined, SoftFrozen, Sparsemax
@@ -133,7 +134,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 PURSUITS = ("masked", "duplicates")  # whose latents stay together
-WITH_ALL_MESHES = ("topk", "batchabstopk", "jumprelu", "matryoshka", "own term", "own activation")
+WITH_ALL_MESHES = ("topk", "batchabstopk", "own term")
 GROWING = ("archetypal",)  # Adam divides what is nearly 0 by its own size there, so that rounding errors grow
 
 
@@ -181,10 +182,12 @@ def meshes(name: str, every: bool) -> Sequence[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [(name, shape) for name in CASES for shape in meshes(name, name in WITH_ALL_MESHES)], ids=str
+    ("name", "shape"),
+    one_in(3, [(name, shape) for name in CASES for shape in meshes(name, name in WITH_ALL_MESHES)], WITH_ALL_MESHES),
+    ids=str,
 )
 def test_several_processes_give_what_one_gives(pool: Pool, name: str, shape: tuple[int, int]) -> None:
-    check(pool, name, 16, shape)
+    check(pool, name, 12, shape)
 
 
 @pytest.mark.slow
@@ -248,7 +251,7 @@ def train_in(name: str, folder: str, shape: tuple[int, int] | None, stop: int = 
     return {"weights": {key: held.clone() for key, held in sae.state_dict().items()}, "history": sae.history_}
 
 
-@pytest.mark.parametrize("name", ["topk", "soft frozen", "lista", "annealed"])
+@pytest.mark.parametrize("name", one_in(4, ["topk", "soft frozen", "lista", "annealed"]))
 def test_a_stopped_run_goes_on_with_other_processes(pool: Pool, tmp_path: Path, name: str) -> None:
     whole = train_in(name, str(tmp_path / "whole"), None)
     places = [(1, 4), (2, 2), None, (4, 1), (1, 4)]

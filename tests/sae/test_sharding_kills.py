@@ -72,7 +72,8 @@ def kill_and_go_on(acts: Path, out: Path, n_kills: int, seed: int) -> list[float
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
-@pytest.mark.parametrize("n_kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_kills", [1, 50])
 def test_a_run_survives_the_death_of_its_processes(acts: Path, tmp_path: Path, n_kills: int) -> None:
     whole = start(acts, tmp_path / "whole")
     said = whole.communicate(timeout=120)[0]
