@@ -39,11 +39,10 @@ def batches(shape: tuple[int, int] | None, resumed: bool = False) -> tuple[list[
 def test_several_processes_feed_one_stream(pool: Pool) -> None:
     expected, removed = batches(None)
     assert len(expected) > 20
-    for shape in ((1, 4), (2, 2)):
-        for resumed in (False, True):
-            for found, counts in pool.run(batches, shape, resumed):
-                assert len(found) == len(expected) and counts == removed
-                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for shape, resumed in (((1, 4), False), ((2, 2), True)):
+        for found, counts in pool.run(batches, shape, resumed):
+            assert len(found) == len(expected) and counts == removed
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def trained(shape: tuple[int, int] | None) -> dict[str, torch.Tensor]:
