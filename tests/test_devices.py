@@ -152,7 +152,7 @@ def train(name: str, device: str, n_steps: int) -> dict[str, Any]:
     return {**run.entry(), "fvu": run.trainables[0].held_out_fvu(run.held_out)}
 
 
-@pytest.mark.parametrize("name", one_in(3, CASES, ("topk", "batchtopk", "transcoder")))
+@pytest.mark.parametrize("name", one_in(5, CASES, ("topk", "batchtopk", "transcoder")))
 @unchecked()
 def test_a_training_step_mixes_no_devices_and_computes_the_same(name: str) -> None:
     with fake_device():
