@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import pytest
 import torch
 from ranks import Pool, mesh_of
 
@@ -55,6 +56,7 @@ def trained(shape: tuple[int, int] | None) -> dict[str, torch.Tensor]:
     return {key: held.clone() for key, held in sae.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_the_model_runs_in_the_processes_that_train(pool: Pool) -> None:
     expected = trained(None)
     for found in pool.run(trained, (2, 2)):

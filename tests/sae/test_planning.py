@@ -140,7 +140,7 @@ NEVER, AT_ONCE = 10**9, 1
 
 
 @pytest.mark.parametrize(
-    ("shape", "dead_after_tokens"), one_in(3, itertools.product(MESHES, (NEVER, AT_ONCE))), ids=str
+    ("shape", "dead_after_tokens"), one_in(6, itertools.product(MESHES, (NEVER, AT_ONCE))), ids=str
 )
 def test_bytes_sent_are_those_that_a_process_sends(pool: Pool, shape: tuple[int, int], dead_after_tokens: int) -> None:
     """Steps 5 to 7 of a run, as what is sent before and after them is the same in a run of 4 steps."""
