@@ -11,14 +11,12 @@ from saelab.cli import options
 from saelab.cli.info import describe_store
 from saelab.cli.inputs import echo, open_model, open_pair, open_sae, read_head, read_numbers
 from saelab.collecting.harvesting import harvest
-from saelab.collecting.shared import together
 from saelab.lm.tokens import tokenize
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import to_json
 from saelab.stores.validation import read_json
-from saelab.training.launch import is_launched, launched_mesh, local_device
-from saelab.training.ranks import ALONE, RankGrid
+from saelab.training.launch import launched
 from saelab.visualization.reports import report
 
 SORT, TOP = (options.default_of(list_features, name) for name in ("sort", "top"))
@@ -53,10 +51,8 @@ def harvest_text(
     """
     if values not in ("float16", "float32"):
         raise ValueError(f"`--values` must be float16 or float32, got '{values}'.")
-    place = local_device(options.choose_device(device).type) if is_launched() else options.choose_device(device)
-    with launched_mesh(None, place) as mesh:
-        ranks = ALONE if mesh is None else RankGrid.of(mesh)
-        with together(ranks):
+    with launched(None, options.choose_device(device)) as (ranks, place):
+        with ranks.together():
             coder, lm = open_pair(sae, model, str(place), progress and ranks.is_first)
             length = ctx_len or (coder.provenance.ctx_len if coder.provenance else None) or options.CTX_LEN
             tokens = read_head(lm, text, n_tokens, length, bos, separator, field)
@@ -70,7 +66,7 @@ def harvest_text(
             allow_mismatch=allow_mismatch,
             progress=progress,
             resume=not overwrite,
-            mesh=mesh,
+            mesh=ranks.mesh,
         )
         ranks.on_first(lambda: echo(describe_store(out)))
 

@@ -124,6 +124,14 @@ Device = Annotated[
         help="Where to compute, such as cpu, cuda or mps.", metavar="NAME", show_default="an accelerator if present"
     ),
 ]
+Prefixes = Annotated[
+    str | None,
+    Option(
+        help="Matryoshka: sizes that end at d_sae, such as 64,256,1024, or `random`.",
+        metavar="SIZES",
+        show_default="none",
+    ),
+]
 Progress = Annotated[bool, Option("--progress/--no-progress", help="Show progress on stderr, or not.")]
 SAEName = Annotated[str, Argument(metavar="SAE", help="Folder of an SAE, or a Hub id.")]
 SAECtxLen = Annotated[int | None, Option(show_default=f"the SAE's, else {CTX_LEN}")]

@@ -44,14 +44,7 @@ def plan_run(
         str, Option(help="Activation that keeps k latents: topk, abstopk, batchtopk, batchabstopk, groupmax.")
     ] = TopK.name,
     k: Annotated[int, Option(help="Latents kept per token.")] = TopK.k,
-    prefixes: Annotated[
-        str | None,
-        Option(
-            help="Matryoshka: sizes that end at d_sae, such as 64,256,1024, or `random`.",
-            metavar="SIZES",
-            show_default="none",
-        ),
-    ] = None,
+    prefixes: options.Prefixes = None,
     batch_size: int = TrainConfig.batch_size,
     mesh: Annotated[
         str | None,

@@ -15,7 +15,6 @@ from saelab.cli import options
 from saelab.cli.info import describe_activations, describe_sae
 from saelab.cli.inputs import count_overlap, echo, open_pair, read_head, read_tail
 from saelab.collecting.collection import SHARD_TOKENS, collect
-from saelab.collecting.shared import together
 from saelab.evaluation.evaluation import evaluate
 from saelab.interop.saebench import save_saebench
 from saelab.lm.masks import TokenMask
@@ -40,8 +39,8 @@ from saelab.stores.jobs import hold_folder
 from saelab.stores.manifest import ActivationsManifest, Provenance
 from saelab.training.checkpoint import FOLDER, find_checkpoint
 from saelab.training.config import TrainConfig
-from saelab.training.launch import is_launched, launched_mesh, local_device
-from saelab.training.ranks import ALONE, RankGrid
+from saelab.training.launch import launched
+from saelab.training.ranks import RankGrid
 
 WRITTEN = (CONFIG, WEIGHTS, "history.jsonl", "history.csv")
 N_TOKENS = 100_000
@@ -67,14 +66,7 @@ def train_sae(
             show_default=f"{TopK.k}",
         ),
     ] = None,
-    prefixes: Annotated[
-        str | None,
-        Option(
-            help="Matryoshka: sizes that end at d_sae, such as 64,256,1024, or `random`.",
-            metavar="SIZES",
-            show_default="none",
-        ),
-    ] = None,
+    prefixes: options.Prefixes = None,
     dictionary: Annotated[
         str,
         Option(
@@ -140,6 +132,7 @@ def train_sae(
 
     Several processes train one SAE together: torchrun --nproc-per-node 4 -m saelab train ...
     """
+    shape, kind = read_mesh(mesh), options.choose_device(device)
     rows, targets = load_activations(acts, hook_point, target)
     cfg = SAEConfig(
         d_in=rows.d_in,
@@ -157,20 +150,19 @@ def train_sae(
     budget = TrainConfig(
         n_tokens=n_tokens, batch_size=batch_size, lr=lr, seed=seed, save_every_tokens=save_every_tokens
     )
-    place = local_device(options.choose_device(device).type) if is_launched() else options.choose_device(device)
-    with launched_mesh(read_mesh(mesh), place) as devices:
-        ranks = ALONE if devices is None else RankGrid.of(devices)
-        data = rows if targets is None else (rows, targets)
-        with ExitStack() as stack:
+    data = rows if targets is None else (rows, targets)
+    with launched(shape, kind) as (ranks, place), ExitStack() as stack:
 
-            def claim() -> None:
-                stack.enter_context(hold_folder(out))
-                claim_folder(out, resume, overwrite)
+        def claim() -> None:
+            stack.enter_context(hold_folder(out))
+            claim_folder(out, resume, overwrite)
 
-            ranks.on_first(claim)
+        check_ranks(cfg, budget, ranks)
+        ranks.on_first(claim)
+        with ranks.together():
             own = None if ranks.alone else ranks.latents.split(cfg.d_sae)
-            check_ranks(cfg, budget, ranks)
-            _train_into(out, SAE(cfg, seed=seed, latents=own).to(place), data, budget, resume, progress, ranks)
+            sae = SAE(cfg, seed=seed, latents=own).to(place)
+        _train_into(out, sae, data, budget, resume, progress, ranks)
 
 
 def _train_into(
@@ -340,11 +332,9 @@ def collect_text(
     """
     if dtype not in options.DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(options.DTYPES)}, got '{dtype}'.")
-    place = local_device(options.choose_device(device).type) if is_launched() else options.choose_device(device)
-    with launched_mesh(None, place) as mesh:
-        ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    with launched(None, options.choose_device(device)) as (ranks, place):
         shown = progress and ranks.is_first
-        with together(ranks):
+        with ranks.together():
             lm = load_model(model, device=place, weight_processing=weight_processing, progress=shown)
             tokens = read_head(lm, text, n_tokens, ctx_len, bos, separator, field)
         if n_tokens is not None and tokens.n_tokens < n_tokens and ranks.is_first:
@@ -360,7 +350,7 @@ def collect_text(
             shard_tokens=shard_tokens,
             progress=progress,
             resume=not overwrite,
-            mesh=mesh,
+            mesh=ranks.mesh,
         )
         ranks.on_first(lambda: echo(describe_activations(out)))
 

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.collecting.reader import DEFAULT_MASK, ActivationReader, ForwardRows
-from saelab.collecting.shared import SharedFolder, Steps, claim_together, run_together, together
+from saelab.collecting.shared import SharedFolder, Steps, claim_together, run_together
 from saelab.collecting.writers import FolderWriter, MemoryWriter, RowBuffer, RowWriter, load_all
 from saelab.lm.hooks import forward_size
 from saelab.lm.masks import TokenMask
@@ -83,7 +83,7 @@ def collect(
     32
     """
     ranks = ALONE if mesh is None else RankGrid.of(mesh)
-    with together(ranks):
+    with ranks.together():
         names = [hook_points] if isinstance(hook_points, str) else list(hook_points)
         if shard_tokens < 1:
             raise ValueError(f"`shard_tokens` must be at least 1, got {shard_tokens}.")
@@ -113,7 +113,7 @@ def _collect_to_folder(
     resume: bool,
     ranks: RankGrid,
 ) -> dict[str, Activations]:
-    with together(ranks):
+    with ranks.together():
         request = reader.request(tokens) | {"batch_size": n_seq, "shard_tokens": shard_tokens}
 
     def begin() -> ActivationsManifest:
@@ -302,15 +302,12 @@ class ActivationStream:
         none.
         """
         first = self._next_seq + self._ranks.index * self._n_seq
-        chosen, error = self._order[first : first + self._n_seq], None
-        rows, removed = self._ring.none.to(self._reader.dtype), dict[str, int]()
-        try:
+        chosen = self._order[first : first + self._n_seq]
+        rows, removed = self._ring.no_rows.to(self._reader.dtype), dict[str, int]()
+        with self._ranks.together():
             if len(chosen):
                 reading = self._reader.read(self._tokens[chosen])
                 rows, removed = _side_by_side(reading), reading.removed
-        except Exception as failed:  # the others must not wait for it
-            error = failed
-        self._ranks.agree(error)
         n_read = min(self._ranks.size, -(-(len(self._order) - self._next_seq) // self._n_seq))
         counts = [json.loads(text) for text in self._ranks.gather_texts(json.dumps(removed))]
         self._ahead.extend(list(zip(self._ranks.gather_parts(rows), counts, strict=True))[:n_read])

@@ -23,7 +23,7 @@ from saelab.collecting.reader import (
     TextSource,
     fingerprint,
 )
-from saelab.collecting.shared import SharedFolder, Steps, claim_together, run_together, together
+from saelab.collecting.shared import SharedFolder, Steps, claim_together, run_together
 from saelab.collecting.writers import ShardWriter, read_rows
 from saelab.functional.codes import SparseCodes
 from saelab.lm.hooks import FORWARD_TOKENS, forward_size
@@ -108,7 +108,7 @@ def harvest(
     """
     ranks = ALONE if mesh is None else RankGrid.of(mesh)
     named = {"": saes} if isinstance(saes, SAE) else dict(saes)
-    with together(ranks):
+    with ranks.together():
         if not named or shard_tokens < 1:
             raise ValueError(f"`saes` and `shard_tokens` must be at least one, got {len(named)} and {shard_tokens}.")
         source, at = _find_source(named, model, tokens, hook_point, mask, batch_size, allow_mismatch)
@@ -227,7 +227,7 @@ class _Job:
         stack: ExitStack,
     ) -> "_Job":
         """A job whose folder the stack holds, where the store that is in it is continued."""
-        with together(ranks):
+        with ranks.together():
             described = sae.describe()
             request = source.request() | {"sae": sae_fingerprint(sae), "hook_point": hook_point}
             request |= {"values": dtype, "shard_tokens": shard_tokens}

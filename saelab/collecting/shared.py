@@ -13,12 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Generic, TypeAlias
-
-import torch
 
 from saelab.collecting.writers import PARTS, ArrayBuffer, claim_folder, remove_parts, shard_name
 from saelab.stores.files import save_tensors, write_atomic
@@ -30,26 +27,12 @@ ROUND = 8
 Steps: TypeAlias = Generator[None, None, None]
 
 
-@contextmanager
-def together(ranks: RankGrid) -> Iterator[None]:
-    """Context that all processes enter; where one raises an exception in it, all do, as in `RankGrid.agree`."""
-    if ranks.alone:
-        yield
-        return
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as failed:  # whatever it was, the others are told
-        error = failed
-    ranks.agree(error)
-
-
 def run_together(steps: Steps, ranks: RankGrid) -> None:
     """Carry out the steps of each process, of any number; where one fails, all stop after at most `ROUND` more."""
     with closing(steps):
         left = True
         while left:
-            with together(ranks):
+            with ranks.together():
                 left = sum(1 for _ in islice(steps, ROUND)) == ROUND
             left = ranks.any(left)
 
@@ -80,8 +63,7 @@ def claim_together(
     """
     if ranks.alone:
         return stack.enter_context(claim_folder(folder, request, kind, begin, resume))
-    releases = {"release of saelab": version("saelab"), "release of torch": torch.__version__}
-    ranks.require_equal({**releases, "folder": str(folder), "resume": resume, **request})
+    ranks.require_equal({"folder": str(folder), "resume": resume, **request})
 
     def claim() -> str:
         manifest = stack.enter_context(claim_folder(folder, request, kind, begin, resume, ranks.size))
@@ -89,7 +71,7 @@ def claim_together(
 
     if ranks.on_first(claim):
         ranks.require_shared(folder)
-    with together(ranks):
+    with ranks.together():
         return kind.load(folder)
 
 
@@ -109,22 +91,17 @@ class SharedFolder(Generic[AnyManifest]):
     """rows per shard"""
 
     @property
-    def rank(self) -> int:
-        """Place of this process among all, in the order of their shares."""
-        return self.ranks.data.index * self.ranks.latents.size + self.ranks.latents.index
-
-    @property
     def share(self) -> range:
         """The items whose rows this process writes: a run of whole batches."""
         n_batches = -(-self.n_items // self.size)
-        start, stop = (i * n_batches // self.ranks.size * self.size for i in (self.rank, self.rank + 1))
+        start, stop = (i * n_batches // self.ranks.size * self.size for i in (self.ranks.index, self.ranks.index + 1))
         stop = min(stop, self.n_items)
         return range(min(max(start, self.manifest.next_seq), stop), stop)
 
     @property
     def part(self) -> Path:
         """Folder of this process's part."""
-        return self._parts[self.rank]
+        return self._parts[self.ranks.index]
 
     @property
     def _parts(self) -> list[Path]:
@@ -134,7 +111,7 @@ class SharedFolder(Generic[AnyManifest]):
     def claim_part(self) -> Iterator[AnyManifest]:
         """Context that holds the folder of this process's part, and its manifest; see `claim_folder`."""
         before, first = self.manifest, self.share.start
-        place = {"part": self.rank, "parts": self.ranks.size, "rows_before": before.n_tokens}
+        place = {"part": self.ranks.index, "parts": self.ranks.size, "rows_before": before.n_tokens}
         blank: dict[str, Any] = {"n_entries": 0} if isinstance(before, FeatureManifest) else {}
         fresh = replace(
             before,
@@ -167,7 +144,7 @@ class SharedFolder(Generic[AnyManifest]):
 
         Returns the manifest that lists them, which is not written yet.
         """
-        with together(self.ranks):
+        with self.ranks.together():
             parts = [type(self.manifest).load_complete(part) for part in self._parts]
         made: dict[int, Shard] = {}
         run_together(self._make_shards(parts, buffer, made), self.ranks)
@@ -195,7 +172,7 @@ class SharedFolder(Generic[AnyManifest]):
         files = [file for part, folder in zip(parts, self._parts, strict=True) for file in part.check_shards(folder)]
         shards = [shard for part in parts for shard in part.shards]
         starts = [0, *accumulate(shard.n_tokens for shard in shards)]
-        for i in range(self.rank, -(-starts[-1] // self.shard_tokens), self.ranks.size):
+        for i in range(self.ranks.index, -(-starts[-1] // self.shard_tokens), self.ranks.size):
             start, stop = i * self.shard_tokens, min((i + 1) * self.shard_tokens, starts[-1])
             target = self.folder / shard_name(len(self.manifest.shards) + i)
             first, last = bisect_right(starts, start) - 1, bisect_left(starts, stop)

@@ -7,7 +7,6 @@ import hashlib
 import math
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -288,18 +287,22 @@ def check_processes(
     first = b"" if isinstance(acts, Batches) else acts[: min(64, acts.n_tokens)].float().cpu().numpy().tobytes()
     ranks.require_equal(
         {
-            "release of saelab": version("saelab"),
-            "release of torch": torch.__version__,
             "SAEConfig": [sae.cfg.to_dict() for sae in saes],
             "TrainConfig": cfg.to_dict(),
             "number of tokens": None if isinstance(acts, Batches) else acts.n_tokens,
             "activations": hashlib.sha256(first).hexdigest(),
-            "biases to start from": [exact(sae.b_dec).tolist()[:16] for sae in saes],
+            "weights to start from": [_sum_weights(sae, ranks) for sae in saes],
             "folder": None if out is None else str(out),
         }
     )
     if out is not None:
         ranks.require_shared(Path(out))
+
+
+def _sum_weights(sae: SAEModule, ranks: RankGrid) -> float:
+    """A sum that is the same for equal weights: of the whole SAE, or of the shares of one copy of it."""
+    here = exact(sae.W_dec).square().sum() + exact(sae.W_dec)[0].sum()
+    return float(here if len(sae.W_dec) == sae.cfg.d_sae else ranks.latents.total(here))
 
 
 def open_run(

@@ -435,16 +435,16 @@ def fit(
     with ExitStack() as held:
         if out is not None:
             ranks.on_first(lambda: held.enter_context(hold_folder(out)))
-        to_first = sum(take_share(sae, ranks) for sae in saes) > 0  # of each of them
+        made_as_shares = [take_share(sae, ranks) for sae in saes]
         run = make_run(saes, acts, cfg, held_out, out, resume, ranks)
         try:
             train(run, resume=resume, sinks=sinks, progress=progress)
         finally:
             # of a process that failed no other would answer
             for sae in saes if run.stopped or run.step == cfg.n_steps else ():
-                put_together(sae, ranks, to_first)
+                put_together(sae, ranks, to_first=any(made_as_shares))
         join_states(run)
-        if to_first and not ranks.is_first:
+        if any(made_as_shares) and not ranks.is_first:
             return list(saes)
         saved = finish_run(run, saes)
     for i, sae in enumerate(saes):

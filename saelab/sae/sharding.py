@@ -100,11 +100,6 @@ def put_together(sae: SAEModule, ranks: RankGrid, to_first: bool = False) -> Non
             held.data = torch.cat(parts).movedim(0, LATENT_AXIS[name])
 
 
-def shared_names(sae: Any) -> set[str]:
-    """Names of the parameters that all ranks of the latents have alike."""
-    return {name for name, _ in sae.named_parameters()} - {name for name, _ in _per_latent(sae)}
-
-
 def _per_latent(sae: Any) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers that have an entry for each latent."""
     for name, held in (*sae.named_parameters(), *sae.named_buffers()):

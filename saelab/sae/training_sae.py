@@ -22,7 +22,7 @@ from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import TrainingStep, find_entries, stack_groups
 from saelab.sae.objectives.whole_step import STATE_PER_LATENT, WholeStep, group_among
 from saelab.sae.placement import normalize_rows, place_weights, reorder_latents
-from saelab.sae.sharding import LATENT_AXIS, reconstruct_among, shared_names
+from saelab.sae.sharding import LATENT_AXIS, reconstruct_among
 from saelab.sae.soft_frozen import SoftFrozen, project_to_cones
 from saelab.training.config import TrainConfig
 from saelab.training.ranks import ALONE, RankGrid
@@ -117,11 +117,6 @@ class TrainingSAE:
     def module(self) -> SAEModule:
         """Module whose parameters are optimized."""
         return self.sae
-
-    @property
-    def shared(self) -> frozenset[str]:
-        """Names of the parameters that all ranks of the latents have alike."""
-        return frozenset(shared_names(self.sae))
 
     @property
     def latent_axes(self) -> Mapping[str, int]:

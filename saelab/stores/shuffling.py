@@ -229,7 +229,7 @@ class RingBuffer:
         return self.n_unread <= self.capacity // 2
 
     @property
-    def none(self) -> Float[Tensor, "0 d_in"]:
+    def no_rows(self) -> Float[Tensor, "0 d_in"]:
         """No rows, of the buffer's width, dtype and device."""
         return self._rows[:0]
 

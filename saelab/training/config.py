@@ -6,7 +6,7 @@ stored as they are or transposed.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -183,6 +183,14 @@ class Trainable(Protocol):
         """FVU on held-out activations."""
 
 
+def latent_axes_of(trainable: Trainable) -> Mapping[str, int]:
+    """Weights and states of which each of several processes has those of its own latents, and which of their axes is
+    that of the latents: the attribute `latent_axes`; none where there is no such attribute.
+    """
+    axes: Mapping[str, int] = getattr(trainable, "latent_axes", {})
+    return axes
+
+
 def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Adam:
     """A fused Adam (arXiv:1412.6980) over the trained parameters; weights and both moments are float32.
 
@@ -210,14 +218,14 @@ def name_optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return dict(zip(names, optimizer.param_groups[0]["params"], strict=True))
 
 
-def average_gradients(module: nn.Module, ranks: RankGrid, shared: frozenset[str]) -> None:
+def average_gradients(module: nn.Module, ranks: RankGrid, own: Container[str]) -> None:
     """Replace gradients by their mean over the ranks that saw other tokens, in place.
 
     Args:
         module: the module.
         ranks: the processes that train it.
-        shared: names of the parameters that all ranks of the latents have alike; they get the first one's gradient,
-            so that no rounding ever drives them apart.
+        own: names of the parameters of which each rank of the latents has those of its own; the others, which all have
+            alike, get the first one's gradient, so that no rounding ever drives them apart.
     """
     if ranks.alone:
         return
@@ -226,27 +234,25 @@ def average_gradients(module: nn.Module, ranks: RankGrid, shared: frozenset[str]
             continue
         grad = parameter.grad if parameter.grad.is_contiguous() else parameter.grad.T
         ranks.data.average_(grad)
-        if name in shared:
+        if name not in own:
             ranks.latents.spread_(grad)
 
 
-def clip_gradients(
-    module: nn.Module, limit: float, ranks: RankGrid = ALONE, shared: frozenset[str] = frozenset()
-) -> Tensor:
+def clip_gradients(module: nn.Module, limit: float, ranks: RankGrid = ALONE, own: Container[str] = ()) -> Tensor:
     """Scale all gradients so that their joint norm is at most `limit`, and return the norm before.
 
     Args:
         module: the module.
         limit: largest norm.
         ranks: the processes that have the gradients.
-        shared: names of the parameters that all ranks of the latents have alike, which count once.
+        own: names of the parameters of which each rank of the latents has those of its own; the others count once.
     """
     named = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     grads = list(named.values())
     flat = {name: (grad if grad.is_contiguous() else grad.T).reshape(-1) for name, grad in named.items()}
     squares = {name: torch.dot(grad, grad) for name, grad in flat.items()}  # twice as fast as vector_norm
     if ranks.latents.size > 1:
-        mine = [name for name in squares if name not in shared]
+        mine = [name for name in squares if name in own]
         total = ranks.latents.total(torch.stack([squares[name] for name in mine]))
         squares |= dict(zip(mine, total, strict=True))
     norm = torch.stack(list(squares.values())).sum().sqrt()

@@ -1,13 +1,14 @@
-"""The mesh of the processes that a launcher such as `torchrun` started, for the command line."""
+"""`launched`: the processes that a launcher such as `torchrun` started, for the command line."""
 
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from saelab.training.ranks import ALONE, AXES, RankGrid
 
 
 def is_launched() -> bool:
@@ -21,21 +22,14 @@ def name_process() -> str:
     return "" if rank == "0" else f"process {rank} on {socket.gethostname()}"
 
 
-def local_device(kind: str) -> torch.device:
-    """The device of this process: of several accelerators of a machine that of its number there."""
-    if kind == "cpu" or not is_launched():
-        return torch.device(kind)
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")))
-
-
 @contextmanager
-def launched_mesh(shape: tuple[int, int] | None, device: torch.device) -> Iterator[Any]:
-    """Context with the `DeviceMesh` of all processes, (data, latents), whose group is left at its end; None where this
-    process was not started by a launcher.
+def launched(shape: tuple[int, int] | None, device: torch.device) -> Iterator[tuple[RankGrid, torch.device]]:
+    """Context with the grid of all processes, whose group is left at its end, and this one's device; where no launcher
+    started this process, a grid of one and the device as it was given.
 
     Args:
         shape: number of ranks on the axes "data" and "latents"; None puts all on the latents.
-        device: device that this process trains on; its kind decides between gloo and nccl.
+        device: kind of device, which decides between gloo and nccl; of several of a machine each process has its own.
 
     Raises:
         ValueError: for a shape that does not have all processes.
@@ -46,7 +40,7 @@ def launched_mesh(shape: tuple[int, int] | None, device: torch.device) -> Iterat
                 f"`mesh` must go with processes that a launcher started, got {shape[0]}x{shape[1]} in one process; run "
                 f"torchrun --nproc-per-node {shape[0] * shape[1]} -m saelab ..."
             )
-        yield None
+        yield ALONE, device
         return
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -54,10 +48,12 @@ def launched_mesh(shape: tuple[int, int] | None, device: torch.device) -> Iterat
     n_data, n_latents = shape or (1, n)
     if n_data * n_latents != n:
         raise ValueError(f"`mesh` must have all {n} processes, got {n_data}x{n_latents}.")
+    if device.type != "cpu":
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield init_device_mesh(device.type, (n_data, n_latents), mesh_dim_names=("data", "latents"))
+        yield RankGrid.of(init_device_mesh(device.type, (n_data, n_latents), mesh_dim_names=AXES)), device
     finally:
         dist.destroy_process_group()

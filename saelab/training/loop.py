@@ -28,6 +28,7 @@ from saelab.training.config import (
     TrainConfig,
     average_gradients,
     clip_gradients,
+    latent_axes_of,
     make_adam,
     step_adam,
 )
@@ -106,6 +107,10 @@ def tensorboard_sink(folder: str | Path) -> Sink:
 def wandb_sink(run: Any) -> Sink:
     """A sink that logs to a Weights & Biases run (`wandb.init(...)`, extra `[wandb]`), with tokens as the step."""
     return lambda entry: run.log(entry, step=entry["n_tokens"])
+
+
+class InvalidData(ValueError):
+    """Raised for batches that a run cannot go on with, by all of its processes after the same step."""
 
 
 class Diverged(ValueError):
@@ -228,7 +233,7 @@ class TrainingRun:
             try:
                 batch = next(self.batches)
             except StopIteration:
-                raise ValueError(
+                raise InvalidData(
                     f"The data must last for {self.cfg.n_tokens} tokens, it ended at step {self.step} of "
                     f"{self.cfg.n_steps}; give more data or a smaller `n_tokens`."
                 ) from None
@@ -241,7 +246,7 @@ class TrainingRun:
         if bool(batch.sum(dtype=torch.float32).isfinite()) or bool(batch.isfinite().all()):
             return
         wrong = int((~batch.isfinite()).any(1).sum())
-        raise ValueError(
+        raise InvalidData(
             f"Activations must be finite, {wrong} of {len(batch)} tokens after step {self.step} hold NaN or inf; "
             "mask those tokens or collect again in a wider dtype."
         )
@@ -280,10 +285,10 @@ class TrainingRun:
             optimizer.param_groups[0]["lr"] = lr * self.cfg.lr_scale(self.step)
             objective = trainable.objective(self.ranks.rows(batch))
             objective.total.backward()
-            shared: frozenset[str] = getattr(trainable, "shared", frozenset())
-            average_gradients(trainable.module, self.ranks, shared)
+            own = latent_axes_of(trainable)
+            average_gradients(trainable.module, self.ranks, own)
             trainable.constrain_gradients()
-            clip_gradients(trainable.module, self.cfg.clip_norm, self.ranks, shared)
+            clip_gradients(trainable.module, self.cfg.clip_norm, self.ranks, own)
             step_adam(trainable.module, optimizer)
             trainable.recycle_gradients()
             trainable.constrain_weights()
@@ -351,8 +356,8 @@ def train(run: TrainingRun, *, resume: bool = False, sinks: Sequence[Sink] = (),
             _drive(run, run._checked(), sinks, bar, interrupt)
         except Diverged:
             raise
-        except ValueError:
-            if run.step:
+        except ValueError as error:
+            if run.step and (run.ranks.alone or isinstance(error, InvalidData)):  # others save too, or nobody
                 run.save()
             raise
     return run
@@ -369,8 +374,9 @@ def _drive(
         if save_due or run.step % cfg.log_every_steps == 0:
             entry = run.entry()
             bar.set_postfix({key: f"{entry[key]:.4g}" for key in ("reconstruction", "l0", "dead_frac") if key in entry})
-            for sink in sinks:
-                sink(entry)
+            with run.ranks.together():
+                for sink in sinks:
+                    sink(entry)
         interrupted = run.ranks.any(interrupt.requested)
         if save_due or interrupted:
             run.save()

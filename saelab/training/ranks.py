@@ -15,8 +15,10 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +72,9 @@ class GridAxis:
             return flag
         return bool(self.largest(torch.tensor(int(flag), device=self.device)))
 
-    def sum(self, x: Tensor, weight: int = 1) -> Tensor:
-        """Sum over the ranks; the gradient that comes back is passed on times `weight`."""
-        return x if self.size == 1 else _sum(x, self, weight)
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the ranks; the gradient that comes back is passed on as it is."""
+        return x if self.size == 1 else _sum(x, self)
 
     def share(self, x: Tensor) -> Tensor:
         """The same tensor, whose gradients are added up over the ranks."""
@@ -213,7 +215,7 @@ class RankGrid:
 
     def sum_tokens(self, x: Tensor) -> Tensor:
         """Sum over the shares of the batch, differentiable."""
-        return self.data.sum(x, weight=self.data.size)
+        return self.data.sum(self.weigh_rows(x))
 
     def mean_tokens(self, x: Tensor) -> Tensor:
         """Mean over the shares of the batch, which are of one size; differentiable."""
@@ -248,16 +250,23 @@ class RankGrid:
         Raises:
             RuntimeError: it failed there; in the first process its own error.
         """
-        if self.alone:
-            return str(function())
-        result, error = "", None
-        if self.is_first:
-            try:
+        result = ""
+        with self.together():
+            if self.is_first:
                 result = str(function())
-            except Exception as failed:
-                error = failed
+        return result if self.alone else self.gather_texts(result)[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Context that all processes enter; where one raises an exception in it, all do, as in `agree`."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as failed:  # whatever it was, the others are told
+            if self.alone:
+                raise
+            error = failed
         self.agree(error)
-        return self.gather_texts(result)[0]
 
     def agree(self, error: BaseException | None) -> None:
         """Raise in all processes where one of them has failed: its own error there, in the others which it was.
@@ -295,13 +304,14 @@ class RankGrid:
             )
 
     def require_equal(self, facts: Mapping[str, Any]) -> None:
-        """Raise ValueError, on all processes alike, where they do not agree on some facts.
+        """Raise ValueError, on all processes alike, where they do not agree on some facts, or are of other releases.
 
         Args:
             facts: what must be the same on all processes, as JSON values by their names.
         """
         if self.alone:
             return
+        facts = {"release of saelab": _release(), "release of torch": torch.__version__, **facts}
         text = json.dumps(facts, sort_keys=True, default=str)
         digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
         digest = digest.to(self.latents.device)
@@ -321,6 +331,13 @@ class RankGrid:
 ALONE = RankGrid()
 
 
+def _release() -> str:
+    try:
+        return version("saelab")
+    except PackageNotFoundError:
+        return "not installed"
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -330,13 +347,12 @@ class _Sum(torch.autograd.Function):
     """The sum over ranks; each one's gradient is that of its own summand."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: GridAxis, weight: int) -> Tensor:
-        ctx.weight = weight
+    def forward(ctx: Any, x: Tensor, axis: GridAxis) -> Tensor:
         return axis.total(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (grad if ctx.weight == 1 else grad * ctx.weight), None, None
+        return grad, None
 
 
 class _Share(torch.autograd.Function):
@@ -378,7 +394,7 @@ class _Weigh(torch.autograd.Function):
         return grad * ctx.weight, None
 
 
-_sum: Callable[[Tensor, GridAxis, int], Tensor] = _Sum.apply
+_sum: Callable[[Tensor, GridAxis], Tensor] = _Sum.apply
 _share: Callable[[Tensor, GridAxis], Tensor] = _Share.apply
 _join: Callable[[Tensor, GridAxis, int], Tensor] = _Join.apply
 _weigh: Callable[[Tensor, int], Tensor] = _Weigh.apply

@@ -17,7 +17,7 @@ from torch import Tensor
 from saelab.stores.files import replace_folder, write_json
 from saelab.stores.tensors import load_tensors
 from saelab.training.checkpoint import PROGRESS, SCHEMA_VERSION, divide_state, read_progress
-from saelab.training.config import Batches, Trainable, name_optimized
+from saelab.training.config import Batches, Trainable, latent_axes_of, name_optimized
 from saelab.training.ranks import RankGrid
 
 KINDS = ("weights", "counters", "optimiser")
@@ -48,7 +48,7 @@ def save_shared(
     import torch.distributed.checkpoint as dcp
 
     plain, tensors = divide_state(batches.state_dict())
-    state = {key: _as_global(t, here, ranks) for key, t, here in _parts(trainables, optimizers)}
+    state = {key: _as_global(t, axis, ranks) for key, t, axis in _parts(trainables, optimizers)}
     state |= {f"{BATCHES}.{name}": t for name, t in tensors.items()}
     with ExitStack() as stack:
         staged = ranks.on_first(lambda: str(stack.enter_context(replace_folder(folder, last=PROGRESS))))
@@ -67,9 +67,9 @@ def save_shared(
             for file in Path(staged).glob("*.safetensors"):
                 _order_metadata(file)
             write_json(Path(staged) / PROGRESS, {**head, **progress}, sealed=True)
+            stack.close()  # which moves the files into place
 
         ranks.on_first(complete)
-    ranks.agree(None)  # the first has moved the files into place
 
 
 def _order_metadata(path: Path) -> None:
@@ -114,18 +114,18 @@ def load_shared(
     progress = read_progress(folder)
     for trainable, optimizer in zip(trainables, optimizers, strict=True):
         _make_moments(trainable, optimizer)
-    state = {key: (t, here) for key, t, here in _parts(trainables, optimizers)}
+    state = {key: (t, axis) for key, t, axis in _parts(trainables, optimizers)}
     position = _read_shared(folder, state, ranks) if is_shared(folder) else _read_single(folder, state, ranks)
     batches.load_state_dict({**progress["batches"], **position})
     return progress
 
 
-def _read_shared(folder: Path, state: Mapping[str, tuple[Tensor, bool]], ranks: RankGrid) -> dict[str, Tensor]:
+def _read_shared(folder: Path, state: Mapping[str, tuple[Tensor, int | None]], ranks: RankGrid) -> dict[str, Tensor]:
     import torch.distributed.checkpoint as dcp
 
     reader = _reader(str(folder))
     held = reader.read_metadata().state_dict_metadata
-    wanted: dict[str, Any] = {key: _as_global(t, here, ranks) for key, (t, here) in state.items()}
+    wanted: dict[str, Any] = {key: _as_global(t, axis, ranks) for key, (t, axis) in state.items()}
     position = {key: torch.empty(held[key].size, dtype=held[key].properties.dtype) for key in held if _is_position(key)}
     due = {key: (tuple(t.shape), t.dtype) for key, t in {**wanted, **position}.items()}
     found = {key: (tuple(one.size), one.properties.dtype) for key, one in held.items()}
@@ -142,21 +142,24 @@ def _read_shared(folder: Path, state: Mapping[str, tuple[Tensor, bool]], ranks: 
     return {key.removeprefix(f"{BATCHES}."): t for key, t in position.items()}
 
 
-def _read_single(folder: Path, state: Mapping[str, tuple[Tensor, bool]], ranks: RankGrid) -> dict[str, Tensor]:
+def _read_single(folder: Path, state: Mapping[str, tuple[Tensor, int | None]], ranks: RankGrid) -> dict[str, Tensor]:
     """This process's share of the files that one process wrote."""
-    held: dict[str, Tensor] = {}
-    for key, (mine, here) in state.items():
-        part, _, name = key.partition(".")
-        if not any(known.startswith(f"{part}.") for known in held):
-            held |= {f"{part}.{n}": t for n, t in load_tensors(folder / f"{part}.safetensors").items()}
-        whole = held.get(f"{part}.{name}")
-        if whole is not None and here and whole.ndim > 1 and part.startswith(KINDS[0]) and name == "W_enc":
-            whole = whole.T
-        n = ranks.latents.size if here else 1
-        if whole is None or (len(whole) if whole.ndim else 1) != (len(mine) if mine.ndim else 1) * n:
-            raise ValueError(f"{folder} must hold what this run needs, got no {name} of its size. Train again.")
-        own = ranks.latents.split(len(whole)) if here else None
-        mine.copy_(whole if own is None else whole[own.start : own.stop])
+    held: dict[str, dict[str, Tensor]] = {}
+    for key, (mine, axis) in state.items():
+        file, _, name = key.partition(".")
+        if file not in held:
+            held[file] = load_tensors(folder / f"{file}.safetensors")
+        whole = held[file].get(name)
+        if whole is not None and axis is not None:
+            rows = whole.movedim(axis, 0)
+            own = ranks.latents.split(len(rows))
+            whole = rows[own.start : own.stop]
+        if whole is None or whole.shape != mine.shape:
+            raise ValueError(
+                f"{folder} must hold {name} of shape {tuple(mine.shape)} for this process, got "
+                f"{None if whole is None else tuple(whole.shape)}. Train again."
+            )
+        mine.copy_(whole)
     return load_tensors(folder / f"{BATCHES}.safetensors")
 
 
@@ -166,18 +169,20 @@ def _is_position(key: str) -> bool:
 
 def _parts(
     trainables: Sequence[Trainable], optimizers: Sequence[torch.optim.Optimizer]
-) -> Iterator[tuple[str, Tensor, bool]]:
-    """Tensors of weights, counters and moments by name, latents first, and whether each process has its own part."""
+) -> Iterator[tuple[str, Tensor, int | None]]:
+    """Tensors of weights, counters and moments by name, latents first, and their axis of the latents in the files of
+    one process; None for those that all processes have alike.
+    """
     for i, (trainable, optimizer) in enumerate(zip(trainables, optimizers, strict=True)):
-        axes: Mapping[str, int] = getattr(trainable, "latent_axes", {})
+        axes = latent_axes_of(trainable)
         for name, t in trainable.module.state_dict().items():
-            here = name in axes and t.ndim > 0
-            yield f"weights_{i}.{name}", t.movedim(axes[name], 0) if here else t, here
+            axis = axes.get(name) if t.ndim else None
+            yield f"weights_{i}.{name}", t if axis is None else t.movedim(axis, 0), axis
         for name, t in trainable.state.items():
-            yield f"counters_{i}.{name}", t, name in axes and t.ndim > 0
+            yield f"counters_{i}.{name}", t, axes.get(name) if t.ndim else None
         for name, parameter in name_optimized(trainable.module, optimizer).items():
-            for key, t in optimizer.state.get(parameter, {}).items():
-                yield f"optimiser_{i}.{name}.{key}", t, name in axes and t.ndim > 0
+            for key, t in optimizer.state.get(parameter, {}).items():  # in the order of memory, latents first
+                yield f"optimiser_{i}.{name}.{key}", t, 0 if name in axes and t.ndim else None
 
 
 def _make_moments(trainable: Trainable, optimizer: torch.optim.Optimizer) -> None:
@@ -190,9 +195,9 @@ def _make_moments(trainable: Trainable, optimizer: torch.optim.Optimizer) -> Non
         }
 
 
-def _as_global(t: Tensor, here: bool, ranks: RankGrid) -> Tensor:
+def _as_global(t: Tensor, axis: int | None, ranks: RankGrid) -> Tensor:
     """The tensor of all latents that this process has a part of, which shares its memory; others as they are."""
-    if not here or ranks.alone or ranks.mesh is None:
+    if axis is None or ranks.alone:
         return t.detach()
     from torch.distributed.tensor import DTensor, Replicate, Shard
 

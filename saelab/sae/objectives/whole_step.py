@@ -14,10 +14,9 @@ from torch import Tensor
 from saelab.functional.codes import Entries
 from saelab.sae.objectives.reconstruction import ReconstructionLoss
 from saelab.sae.objectives.terms import TrainingStep
+from saelab.sae.sharding import LATENT_AXIS
 from saelab.training.ranks import ALONE, RankGrid
 
-PER_LATENT = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0, "r_mag": 0, "b_gate": 0}
-"""weights of an `SAEModule` that have latents as one of their axes, and which; a scalar threshold is shared"""
 STATE_PER_LATENT = ("tokens_since_fired", "axes")
 """states of training that each rank has for its own latents; those of the terms are whole on every rank"""
 
@@ -70,11 +69,7 @@ class WholeStep(TrainingStep):
     def sparse(self) -> tuple[Tensor, Entries] | None:
         if self._share.sparse is None:
             return None
-        rows, order = self._rows_and_order
-        latents = self._share.sparse[1].indices + self._share.latents.start
-        indices = self._share.ranks.gather_ragged(latents)[order]
-        offsets = torch.searchsorted(rows, torch.arange(len(self.x) + 1, device=rows.device))
-        return self._join_entries(self._share.sparse[0]), Entries(indices, rows, offsets)
+        return self._join_entries(self._share.sparse[0]), self._entries_and_order[0]
 
     @cached_property
     def dense(self) -> Tensor | None:
@@ -102,17 +97,16 @@ class WholeStep(TrainingStep):
         return ranks.join_rows(ranks.latents.join(x, dim=1))
 
     @cached_property
-    def _rows_and_order(self) -> tuple[Tensor, Tensor]:
-        """Token of each code of all ranks, ascending, and the order of those gathered that gives it."""
+    def _entries_and_order(self) -> tuple[Entries, Tensor]:
         assert self._share.sparse is not None
-        ranks = self._share.ranks
-        rows = self._share.sparse[1].rows * ranks.data.size + ranks.data.index
-        rows, order = ranks.gather_ragged(rows).sort(stable=True)
-        return rows, order
+        step = self._share
+        return gather_entries(self._share.sparse[1], step.latents.start, step.n_tokens, step.ranks)
 
     def _join_entries(self, values: Tensor) -> Tensor:
         """Values of the codes of all ranks in the order of the whole step."""
-        return join_entries(values, self._share.ranks)[self._rows_and_order[1]]
+        ranks = self._share.ranks
+        joined = torch.cat(ranks.latents.gather_ragged(ranks.weigh_rows(values)))
+        return torch.cat(ranks.data.gather_ragged(joined))[self._entries_and_order[1]]
 
 
 class _WholeSAE:
@@ -123,17 +117,24 @@ class _WholeSAE:
 
     def __getattr__(self, name: str) -> Any:
         held = getattr(self._share, name)
-        if name in PER_LATENT and isinstance(held, Tensor) and held.ndim:
-            held = self._ranks.latents.join(held, PER_LATENT[name])
+        if name in LATENT_AXIS and isinstance(held, Tensor) and held.ndim:
+            held = self._ranks.latents.join(held, LATENT_AXIS[name])
             setattr(self, name, held)
         return held
 
 
-def join_entries(values: Tensor, ranks: RankGrid) -> Tensor:
-    """The entries of all processes, in the order of `RankGrid.gather_ragged`; a gradient reaches this rank's own."""
-    own = ranks.weigh_rows(values)
-    own = torch.cat(ranks.latents.gather_ragged(own))
-    return torch.cat(ranks.data.gather_ragged(own))
+def gather_entries(entries: Entries, first: int, n_tokens: int, ranks: RankGrid) -> tuple[Entries, Int[Tensor, "nnz"]]:
+    """Entries of the codes of all processes, token by token, and the order of `RankGrid.gather_ragged` that gives it.
+
+    Args:
+        entries: latent and token of each code of this rank.
+        first: number of this rank's first latent.
+        n_tokens: this rank's tokens in the batch.
+        ranks: the grid of processes.
+    """
+    rows, order = ranks.gather_ragged(entries.rows * ranks.data.size + ranks.data.index).sort(stable=True)
+    offsets = torch.searchsorted(rows, torch.arange(n_tokens * ranks.data.size + 1, device=rows.device))
+    return Entries(ranks.gather_ragged(entries.indices + first)[order], rows, offsets), order
 
 
 def group_among(
@@ -158,15 +159,11 @@ def group_among(
     if ranks.alone or type(cfg.reconstruction).group is ReconstructionLoss.group:
         found: tuple[Tensor, int] | None = cfg.reconstruction.group(values, entries, n_tokens, cfg)
         return found
-    rows, order = ranks.gather_ragged(entries.rows * ranks.data.size + ranks.data.index).sort(stable=True)
-    n_all = n_tokens * ranks.data.size
-    offsets = torch.searchsorted(rows, torch.arange(n_all + 1, device=rows.device))
-    indices = ranks.gather_ragged(entries.indices + first)[order]
-    whole = ranks.gather_ragged(values)[order]
-    grouped = cfg.reconstruction.group(whole, Entries(indices, rows, offsets), n_all, cfg)
+    whole, order = gather_entries(entries, first, n_tokens, ranks)
+    grouped = cfg.reconstruction.group(ranks.gather_ragged(values)[order], whole, n_tokens * ranks.data.size, cfg)
     if grouped is None:
         return None
-    lengths = ranks.gather_ragged(torch.tensor([len(values)], device=rows.device))
-    start = int(lengths[: ranks.data.index * ranks.latents.size + ranks.latents.index].sum())
+    lengths = ranks.gather_ragged(torch.tensor([len(values)], device=values.device))
+    start = int(lengths[: ranks.index].sum())
     in_order_gathered = torch.empty_like(grouped[0]).scatter_(0, order, grouped[0])
     return in_order_gathered[start : start + len(values)], grouped[1]
