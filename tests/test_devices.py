@@ -12,20 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from configurations import CONFIGURATIONS, D_IN, D_SAE, PURSUITS, RECONSTRUCTION, SMALL
 from fake_device import FakeDevice, MixedDevices, OnDevice, fake_device
 from sampled import one_in
 from unchecked import unchecked
 
 import saelab as sl
 from saelab.sae import (
-    AbsJumpReLU,
-    Archetypal,
-    DuplicateReset,
-    Gated,
-    Log1pReLU,
-    Refined,
-    SoftFrozen,
-    Sparsemax,
     fit_dictionary,
     fit_normalizer,
     make_untrained,
@@ -36,80 +29,19 @@ from saelab.sae.activation_registry import ACTIVATIONS
 from saelab.sae.fitting import make_run
 from saelab.sae.objectives import (
     AuxK,
-    ContrastiveLoss,
-    FLOPsPenalty,
-    HierarchicalLoss,
-    KeptCoreLoss,
-    LpPenalty,
-    MaskedLoss,
-    MatryoshkaLoss,
-    MultiTopKLoss,
-    OrthogonalLoss,
 )
 from saelab.training.loop import TrainingRun
 
-D_IN, D_SAE, BATCH = 16, 64, 96
+BATCH = 96
 HOOK = "blocks.1.hook_resid_post"
-RECONSTRUCTION = sl.ReconstructionLoss()
 WIDE = {"d_in": 512, "d_sae": 8192}
 """so wide that a search screens in low precision"""
 CASES: dict[str, dict[str, Any]] = {
-    "topk": {},
-    "abstopk": {"activation": sl.AbsTopK(k=4)},
-    "batchtopk": {"activation": sl.BatchTopK(k=4)},
-    "batchabstopk": {"activation": sl.BatchAbsTopK(k=4)},
-    "groupmax": {"activation": sl.GroupMax(k=4)},
-    "relu": {"activation": sl.ReLU(target_l0=4.0)},
-    "log1prelu": {"activation": Log1pReLU(target_l0=4.0)},
-    "jumprelu": {"activation": sl.JumpReLU(target_l0=4.0)},
-    "absjumprelu": {"activation": AbsJumpReLU(target_l0=4.0)},
-    "gated": {"activation": Gated(target_l0=4.0)},
-    "sparsemax": {"activation": Sparsemax()},
+    **CONFIGURATIONS,
     "wide topk": WIDE,
     "wide batchtopk": {**WIDE, "activation": sl.BatchTopK(k=4)},
     "wide abstopk": {**WIDE, "activation": sl.AbsTopK(k=4)},
-    "matryoshka": {"activation": sl.BatchTopK(k=4), "prefixes": (8, 24, 64)},
-    "random prefixes": {"prefixes": sl.RandomPrefixes()},
-    "revived": {"activation": sl.TopK(k=1), "objective": (RECONSTRUCTION, AuxK(k=3, dead_after_tokens=1))},
-    "not normalized": {"normalizer": "none"},
-    "whiten": {"normalizer": "whiten"},
-    "layer_norm": {"normalizer": "layer_norm"},
-    "token_norm": {"normalizer": "token_norm"},
-    "free": {"dictionary": "free"},
-    "frozen": {"dictionary": "frozen"},
-    "soft frozen": {"dictionary": SoftFrozen()},
-    "archetypal": {"dictionary": Archetypal(n_points=32)},
-    "transcoder": {"d_out": 12},
-    "transcoder with a skip connection": {"d_out": 12, "skip": True},
-    "refined": {"encoder": Refined()},
-    "matching pursuit": {"encoder": sl.MatchingPursuit(), "normalizer": "none", "objective": (RECONSTRUCTION,)},
-    "orthogonal matching pursuit": {"encoder": sl.OrthogonalMatchingPursuit(), "objective": (RECONSTRUCTION,)},
-    "untrained encoder": {"train_encoder": False},
-    "from data": {"init": "data"},
-    "in a subspace": {"init": "subspace"},
-    "hierarchical": {"objective": (HierarchicalLoss(ks=(2, 4, 8)), AuxK())},
-    "multi topk": {
-        "activation": sl.BatchTopK(k=4),
-        "objective": (MultiTopKLoss(ks=(4, 16), weights=(1, 0.125)), AuxK(k=3)),
-    },
-    "contrast": {"objective": (RECONSTRUCTION, AuxK(), ContrastiveLoss(pairs="self", prefix=0.5))},
-    "orthogonal": {"objective": (RECONSTRUCTION, AuxK(), OrthogonalLoss(chunk=8))},
-    "flops": {"objective": (RECONSTRUCTION, AuxK(), FLOPsPenalty(weights=tuple(map(float, range(D_SAE)))))},
-    "annealed": {"activation": sl.ReLU(target_l0=4.0), "objective": (RECONSTRUCTION, LpPenalty(p_end=0.95))},
-    "kept core": {"objective": (RECONSTRUCTION, AuxK(), KeptCoreLoss(n=20))},
-    "lista": {
-        "encoder": Refined(),
-        "prefixes": (8, 24, 64),
-        "objective": (MatryoshkaLoss(detached=True, by_rate=True, tilt=2e-3), AuxK()),
-        "sparsity_schedule": sl.Schedule(start=4.0, end=1.0, until=0.5),
-    },
-    "masked": {"encoder": sl.OrthogonalMatchingPursuit(), "objective": (MaskedLoss(),)},
-    "duplicates": {
-        "activation": sl.AbsTopK(k=4),
-        "encoder": sl.ICFL(latents_per_round=2),
-        "objective": (RECONSTRUCTION,),
-        "duplicates": DuplicateReset(every_steps=2, cos=0.5),
-    },
+    **PURSUITS,
 }
 READS = {
     "topk": (5, 13),
@@ -132,7 +64,7 @@ READS = {
 
 def start(name: str, device: str, dead_after_tokens: int | None = None) -> TrainingRun:
     """A run of a case, ready for its first step."""
-    settings = {"d_in": D_IN, "d_sae": D_SAE, "activation": sl.TopK(k=4)} | CASES[name]
+    settings = SMALL | CASES[name]
     if dead_after_tokens is not None:
         settings["objective"] = (RECONSTRUCTION, AuxK(dead_after_tokens=dead_after_tokens))
     cfg = sl.SAEConfig(**settings)

@@ -14,29 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+from configurations import CONFIGURATIONS, D_IN, D_SAE, PURSUITS, RECONSTRUCTION, SMALL
 from ranks import Pool, mesh_of
 from sampled import one_in
 
 import saelab as sl
-from saelab.sae import AbsJumpReLU, Archetypal, DuplicateReset, Gated, Log1pReLU, Refined, SoftFrozen, Sparsemax
-from saelab.sae.objectives import (
-    AuxK,
-    ContrastiveLoss,
-    FLOPsPenalty,
-    HierarchicalLoss,
-    KeptCoreLoss,
-    LossTerm,
-    LpPenalty,
-    MaskedLoss,
-    MatryoshkaLoss,
-    MultiTopKLoss,
-    OrthogonalLoss,
-)
+from saelab.sae import Refined
+from saelab.sae.objectives import AuxK, ContrastiveLoss, LossTerm
 from saelab.stores.jobs import hold_folder
 from saelab.training import RankGrid, shared_checkpoint
 
 MESHES = ((1, 4), (2, 2), (4, 1))
-BATCH, D_IN, D_SAE = 96, 16, 64
+BATCH = 96
 
 
 @sl.register_loss_term("of_all")
@@ -69,71 +58,17 @@ class HalfOfLargest(sl.sae.Activation):
         return (u - 0.5 * u.amax()).relu()
 
 
-RECONSTRUCTION = sl.ReconstructionLoss()
 CASES: dict[str, dict[str, Any]] = {
-    "topk": {},
-    "abstopk": {"activation": sl.AbsTopK(k=4)},
-    "batchtopk": {"activation": sl.BatchTopK(k=4)},
-    "batchabstopk": {"activation": sl.BatchAbsTopK(k=4)},
-    "groupmax": {"activation": sl.GroupMax(k=4)},
-    "relu": {"activation": sl.ReLU(target_l0=4.0)},
-    "log1prelu": {"activation": Log1pReLU(target_l0=4.0)},
-    "jumprelu": {"activation": sl.JumpReLU(target_l0=4.0)},
-    "absjumprelu": {"activation": AbsJumpReLU(target_l0=4.0)},
-    "gated": {"activation": Gated(target_l0=4.0)},
-    "sparsemax": {"activation": Sparsemax()},
+    **CONFIGURATIONS,
     "own activation": {"activation": HalfOfLargest()},
-    "matryoshka": {"activation": sl.BatchTopK(k=4), "prefixes": (8, 24, 64)},
-    "random prefixes": {"prefixes": sl.RandomPrefixes()},
-    "whiten": {"normalizer": "whiten"},
-    "layer_norm": {"normalizer": "layer_norm"},
-    "free": {"dictionary": "free"},
-    "frozen": {"dictionary": "frozen"},
-    "soft frozen": {"dictionary": SoftFrozen()},
-    "archetypal": {"dictionary": Archetypal(n_points=32)},
-    "transcoder": {"d_out": 12, "skip": True},
-    "refined": {"encoder": Refined()},
-    "from data": {"init": "data"},
-    "in a subspace": {"init": "subspace"},
-    "hierarchical": {"objective": (HierarchicalLoss(ks=(2, 4, 8)), AuxK())},
-    "hierarchical in the batch": {
-        "activation": sl.BatchTopK(k=4),
-        "objective": (HierarchicalLoss(ks=(2, 4, 8)), AuxK()),
-    },
-    "multi topk": {"objective": (MultiTopKLoss(ks=(4, 16), weights=(1, 0.125)), AuxK(k=3))},
-    "contrast": {"objective": (RECONSTRUCTION, AuxK(), ContrastiveLoss(pairs="self", prefix=0.5))},
     "neighbors": {"prefixes": (16, 64), "objective": (RECONSTRUCTION, AuxK(), ContrastiveLoss(prefix=0.25))},
-    "orthogonal": {"objective": (RECONSTRUCTION, AuxK(), OrthogonalLoss(chunk=8))},
-    "flops": {"objective": (RECONSTRUCTION, AuxK(), FLOPsPenalty(weights=tuple(map(float, range(D_SAE)))))},
-    "annealed": {
-        "activation": sl.ReLU(target_l0=4.0),
-        "objective": (RECONSTRUCTION, LpPenalty(p_end=0.95)),  # a smaller one makes rounding errors grow
-    },
-    "kept core": {"objective": (RECONSTRUCTION, AuxK(), KeptCoreLoss(n=20))},
-    "lista": {
-        "encoder": Refined(),
-        "prefixes": (8, 24, 64),
-        "objective": (MatryoshkaLoss(detached=True, by_rate=True, tilt=2e-3), AuxK()),
-        "sparsity_schedule": sl.Schedule(start=4.0, end=1.0, until=0.5),
-    },
     "own term": {"objective": (RECONSTRUCTION, AuxK(), OfAll(coefficient=0.01))},
     "own dense term": {
         "activation": sl.JumpReLU(target_l0=4.0),
         "objective": (RECONSTRUCTION, AuxK(), OfAllDense(coefficient=0.1)),
     },
-    "masked": {
-        "activation": sl.AbsTopK(k=4),
-        "encoder": sl.OrthogonalMatchingPursuit(),
-        "objective": (MaskedLoss(),),
-    },
-    "duplicates": {
-        "activation": sl.AbsTopK(k=4),
-        "encoder": sl.ICFL(latents_per_round=2),
-        "objective": (RECONSTRUCTION,),
-        "duplicates": DuplicateReset(every_steps=10, cos=0.5),
-    },
+    **PURSUITS,
 }
-PURSUITS = ("masked", "duplicates")  # whose latents stay together
 WITH_ALL_MESHES = ("topk", "own term")
 GROWING = ("archetypal",)  # Adam divides what is nearly 0 by its own size there, so that rounding errors grow
 
@@ -151,7 +86,7 @@ def sample() -> torch.Tensor:
 def train(name: str, n_steps: int, shape: tuple[int, int] | None = None) -> dict[str, Any]:
     """History, weights, dead latents and codes of a case, trained by this process alone or in a mesh."""
     x = sample()
-    cfg = sl.SAEConfig(**{"d_in": D_IN, "d_sae": D_SAE, "activation": sl.TopK(k=4)} | CASES[name])
+    cfg = sl.SAEConfig(**SMALL | CASES[name])
     places = torch.arange(len(x), dtype=torch.int32)
     texts = {"token_ids": places, "doc_ids": places // 50, "positions": places % 50}
     acts = sl.Activations.from_tensor(x, **texts) if cfg.d_out is None else (x, 2 * x[:, : cfg.d_out] + 1)
@@ -235,7 +170,7 @@ def stopped(name: str, folder: str, shape: tuple[int, int] | None, after: int) -
 
 def train_in(name: str, folder: str, shape: tuple[int, int] | None, stop: int = 0) -> dict[str, Any]:
     """A case trained in a folder, going on from its checkpoint; its weights and history."""
-    cfg = sl.SAEConfig(**{"d_in": D_IN, "d_sae": D_SAE, "activation": sl.TopK(k=4)} | CASES[name])
+    cfg = sl.SAEConfig(**SMALL | CASES[name])
     run = sl.TrainConfig(
         n_tokens=20 * BATCH, batch_size=BATCH, n_held_out=200, log_every_tokens=BATCH, save_every_tokens=6 * BATCH
     )
@@ -320,7 +255,7 @@ def refused(kind: str) -> str:
     rank = torch.distributed.get_rank()
     cfg = {"d_in": D_IN, "d_sae": D_SAE, "activation": sl.TopK(k=4)}
     run = {"n_tokens": 10 * BATCH, "batch_size": BATCH}
-    shape, x, out = (2, 2), sample(), None
+    shape, x, out, sae_seed = (2, 2), sample(), None, 0
     if kind == "latents":
         cfg["d_sae"] = D_SAE + 1
     elif kind == "batch":
@@ -338,10 +273,14 @@ def refused(kind: str) -> str:
         run["seed"] = 5
     elif kind == "config" and rank == 3:
         cfg["activation"] = sl.TopK(k=5)
+    elif kind == "weights" and rank == 1:
+        sae_seed = 7
     elif kind == "folder":
         out = tempfile.mkdtemp() if rank else "/tmp/saelab-of-rank-0"
     try:
-        sl.SAE(sl.SAEConfig(**cfg), seed=0).fit(x, sl.TrainConfig(**run), out=out, progress=False, mesh=mesh_of(*shape))
+        sl.SAE(sl.SAEConfig(**cfg), seed=sae_seed).fit(
+            x, sl.TrainConfig(**run), out=out, progress=False, mesh=mesh_of(*shape)
+        )
     except ValueError as error:
         return str(error)
     return "trained"
@@ -359,6 +298,7 @@ def refused(kind: str) -> str:
         ("settings", "All processes must have the same TrainConfig, got"),
         ("config", "All processes must have the same SAEConfig, got"),
         ("folder", "All processes must have the same folder, got"),
+        ("weights", "All processes must have the same weights to start from, got"),
     ],
 )
 def test_what_cannot_be_divided_is_said_by_all(pool: Pool, kind: str, said: str) -> None:
@@ -479,3 +419,24 @@ def test_a_folder_that_somebody_else_writes(pool: Pool, tmp_path: Path) -> None:
     assert said[0].startswith("FolderInUse: ")
     assert all("process 0 on " in text and "FolderInUse" in text for text in said[1:])
     assert pool.run(beside_another, str(folder)) == ["trained"] * 4
+
+
+def beside_a_broken_sink() -> str:
+    """What each process says where a logger of the first one fails after some steps."""
+
+    def broken(entry: dict[str, Any]) -> None:
+        raise ValueError("no room for the history")
+
+    cfg, run = sl.SAEConfig(**SMALL), sl.TrainConfig(n_tokens=9 * BATCH, batch_size=BATCH, log_every_tokens=3 * BATCH)
+    try:
+        sl.SAE(cfg).fit(sample(), run, sinks=[broken], progress=False, mesh=mesh_of(2, 2))
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+def test_a_logger_that_fails_stops_all(pool: Pool) -> None:
+    said = pool.run(beside_a_broken_sink)
+    assert said[0] == "ValueError: no room for the history"
+    assert all("process 0 on " in text and "no room for the history" in text for text in said[1:])
+    assert pool.run(train, "topk", 2, (2, 2))
