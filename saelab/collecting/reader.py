@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from saelab.functional.autocast import autocast_dtype, computing_in
 from saelab.lm.hooks import capture, find_hook_point, find_median_norms, norms_of, require_finite
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, sketch_weights
@@ -57,12 +58,15 @@ class ActivationReader:
     """dtype of the rows"""
     median_norms: dict[str, float] | None = None
     """median activation norm by hook point, that the mask's norm rule compares with; None before `calibrated`"""
+    autocast: torch.dtype | None = None
+    """dtype of the model's products under `torch.autocast`; None is without it"""
 
     @classmethod
     def make(
         cls, model: Model, tokens: Tokens, hook_points: Sequence[str], mask: TokenMask, dtype: torch.dtype | None
     ) -> "ActivationReader":
-        """A reader of activations at the named hook points, after checking all arguments.
+        """A reader of activations at the named hook points, after checking all arguments; under the `torch.autocast`
+        that is in force now.
 
         Args:
             model: the language model.
@@ -81,7 +85,8 @@ class ActivationReader:
         dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
         if not dtype.is_floating_point:
             raise ValueError(f"`dtype` must be a floating dtype such as torch.bfloat16, got {dtype}.")
-        reader = cls(model=model, hook_points=names, mask=mask, dtype=dtype)
+        autocast = autocast_dtype(_kind_of(model))
+        reader = cls(model=model, hook_points=names, mask=mask, dtype=dtype, autocast=autocast)
         if reader.count_rows(tokens) == 0:
             raise ValueError(f"`mask` must keep at least one token, got none: {mask}.")
         return reader
@@ -138,7 +143,7 @@ class ActivationReader:
             "tokens_sha256": tokens.sha256,
             "mask": _plain(self.mask.to_dict()),
             "dtype": dtype_name(self.dtype),
-        }
+        } | ({} if self.autocast is None else {"autocast": dtype_name(self.autocast)})
 
     def origins(
         self, tokens: Tokens, n_tokens: int, removed: dict[str, int], seed: int | None = None
@@ -171,10 +176,12 @@ class ActivationReader:
             versions=dict(model.versions),
             removed=removed,
             model_sketch=sketch_weights(self.model),
+            autocast=None if self.autocast is None else dtype_name(self.autocast),
         )
 
     def _capture(self, batch: Tokens) -> dict[str, Tensor]:
-        return capture(self.model, batch.ids, self.hook_points)
+        with computing_in(self.autocast, _kind_of(self.model)):
+            return capture(self.model, batch.ids, self.hook_points)
 
     def _outliers(self, acts: dict[str, Tensor]) -> dict[str, Any]:
         """Arguments of `TokenMask.apply` for the norm rule: norms relative to the median, the largest over the hook
@@ -332,6 +339,10 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         values = weight.detach().take(places).cpu()  # `flatten` would copy a transposed weight
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _kind_of(model: Model) -> str:
+    return next(model.parameters()).device.type
 
 
 def _plain(fields: dict[str, Any]) -> dict[str, Any]:

@@ -425,8 +425,9 @@ def _is_of_kind(path: Path, kind: type[Manifest]) -> bool:
 
 def _resume(folder: Path, request: dict[str, Any], kind: type[AnyManifest]) -> AnyManifest:
     manifest = kind.load(folder)
-    if differing := [key for key, value in request.items() if manifest.request.get(key) != value]:
-        what = "; ".join(f"{key}: there {manifest.request.get(key)!r}, now {request[key]!r}" for key in differing)
+    before = manifest.request
+    if differing := [key for key in request | before if before.get(key) != request.get(key)]:
+        what = "; ".join(f"{key}: there {before.get(key)!r}, now {request.get(key)!r}" for key in differing)
         raise ValueError(
             f"{folder} can be resumed only with the arguments it was begun with, got others ({what}). "
             "Use those, choose another folder, or pass resume=False to delete what is there and start over."

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from saelab.functional.autocast import computing_in
 from saelab.lm.caching import Caching, measure_caching
 from saelab.lm.model_checks import HookBooks, Model, Sketch, has_processed_weights, require_bridge, sketch_weights
 from saelab.lm.unwrapped import Site, WithOwnHooks, attach, make_probe, run, set_attention, strip
@@ -56,7 +57,7 @@ class HookPoints:
         # These dictionaries live as long as their module, so checking them before each forward pass is quick.
         self._weights = [(m._parameters, m._buffers, m._non_persistent_buffers_set) for m in self.bridged.modules()]
         self._stamp = self._find_stamp(model)
-        with self.hooks.aside():
+        with self.aside():
             said = _try_bridge(self.bridged, self.probe)
             if isinstance(said, Tensor):
                 _require_causal(self.bridged, self.probe, said)
@@ -165,8 +166,9 @@ class HookPoints:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Context manager in which no hooks are on the model, whoever registered them."""
+        """Context manager in which no hooks are on the model, whoever registered them, and no autocast is in force."""
         with ExitStack() as stack:
+            stack.enter_context(computing_in(None, self.probe.device.type))
             for books in (self.hooks, self._plain_hooks):
                 if books is not None:
                     stack.enter_context(books.aside())

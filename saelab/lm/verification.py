@@ -122,7 +122,7 @@ def _find_truth(home: HookPoints, ids: Tensor, names: list[str]) -> dict[str, Te
     sites: dict[str, Site] = {
         name: (twins[home.components[path]], side) for name, (path, _, side) in zip(names, places, strict=True)
     }
-    with home.hooks.aside():  # also without PyTorch's global hooks
+    with home.aside():  # also without PyTorch's global hooks
         layers = read_sites(model, sites, ids, stop=True)
         states = model(ids, use_cache=False, output_hidden_states=True).hidden_states or ()
     # The hidden state nearest to a layer's input is the reference; where none is near, the input itself.

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from saelab.functional.autocast import in_own_dtype
 from saelab.functional.codes import Entries, SparseCodes, attach_encoder, sparse_decode
 from saelab.functional.metrics import exact
 from saelab.functional.pruning import needed_codes
@@ -110,12 +111,14 @@ class SAEModule(nn.Module):
         """Normalizer of what is reconstructed: a transcoder's `target_normalizer`, an autoencoder's `normalizer`."""
         return self.normalizer if self.target_normalizer is None else self.target_normalizer
 
+    @in_own_dtype
     def fit_normalizers(self, sample: Float[Tensor, "n_tokens width"]) -> None:
         """Fit the normalizers to a sample of inputs, a transcoder's with their targets appended."""
         self.normalizer.fit(sample[:, : self.cfg.d_in])
         if self.target_normalizer is not None:
             self.target_normalizer.fit(sample[:, self.cfg.d_in :])
 
+    @in_own_dtype
     def center(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_in"]:
         """Input of the encoder: `normalize(x) - b_dec`, or a transcoder's `normalize(x)`."""
         normalized = self.normalizer.normalize(x.to(self.W_dec))
@@ -152,6 +155,7 @@ class SAEModule(nn.Module):
             decoded = sparse_decode(values, self.W_dec, found.indices, found.rows, found.offsets)
         return centered + self.cfg.encoder.step * (centered - ranks.latents.sum(decoded))
 
+    @in_own_dtype
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_sae"]:
         """Dense codes z of activations, differentiable; a latent is active where `z != 0` (codes of signed activation
         functions may be negative).
@@ -170,6 +174,7 @@ class SAEModule(nn.Module):
             z = z.index_put((found.rows[dropped], found.indices[dropped]), z.new_zeros(()))
         return z.view(*x.shape[:-1], self.cfg.d_sae)
 
+    @in_own_dtype
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "*batch d_in"]) -> SparseCodes:
         """Codes of activations in sparse form, indices and values of the non-zero ones; equal to `encode`, without the
@@ -186,6 +191,7 @@ class SAEModule(nn.Module):
             codes = codes.keep(needed_codes(codes, centered, self.W_dec, self.cfg.pruning))
         return replace(codes, batch_shape=tuple(x.shape[:-1]))
 
+    @in_own_dtype
     def encode_latents(
         self, x: Float[Tensor, "*batch d_in"], latents: Sequence[int]
     ) -> Float[Tensor, "*batch n_latents"]:
@@ -274,6 +280,7 @@ class SAEModule(nn.Module):
             (len(x), self.cfg.d_sae),
         )
 
+    @in_own_dtype
     def decode(
         self,
         z: Float[Tensor, "*batch d_sae"] | SparseCodes,
@@ -301,6 +308,7 @@ class SAEModule(nn.Module):
             summed = z[..., :n] @ self.W_dec[:n]
         return self.finish_decoding(summed, x)
 
+    @in_own_dtype
     def finish_decoding(
         self, summed: Float[Tensor, "*batch d_out"], x: Float[Tensor, "*batch d_in"] | None
     ) -> Float[Tensor, "*batch d_out"]:
@@ -315,6 +323,7 @@ class SAEModule(nn.Module):
             summed = summed + self.center(x) @ self.W_skip
         return self.out_normalizer.unnormalize(summed, x)
 
+    @in_own_dtype
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Reconstruction in the activations' own dtype and on their device; a transcoder's is of its target, skip
         connection included.
@@ -329,6 +338,7 @@ class SAEModule(nn.Module):
         """
         return self.out_normalizer.output_scale(x)
 
+    @in_own_dtype
     @torch.no_grad()
     def directions(self, features: Sequence[int] | None = None) -> Float[Tensor, "n_features d_out"]:
         """What a code of 1 adds to the reconstruction, per latent: rows of W_dec in the units of the activations that
@@ -341,6 +351,7 @@ class SAEModule(nn.Module):
         rows = rows if features is None else rows[list(features)]
         return rows if normalizer.kind == "none" else normalizer.apply_matrix(rows, normalizer.inverse)
 
+    @in_own_dtype
     @torch.no_grad()
     def fold(self) -> "SAEModule":
         """An equal SAE without a normalizer: the same codes and reconstructions from the weights alone.

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from saelab.functional.autocast import computing_in
 from saelab.sae.activation_functions import AbsJumpReLU, GroupMax, JumpReLU
 from saelab.sae.activation_registry import Activation
 from saelab.sae.adapters import SAEBenchSAE
@@ -433,6 +434,8 @@ def fit(
     ranks = ALONE if mesh is None else RankGrid.of(mesh)
     check_processes(saes, acts, cfg, out, ranks)
     with ExitStack() as held:
+        for kind in {sae.device.type for sae in saes}:
+            held.enter_context(computing_in(None, kind))
         if out is not None:
             ranks.on_first(lambda: held.enter_context(hold_folder(out)))
         made_as_shares = [take_share(sae, ranks) for sae in saes]

@@ -350,14 +350,20 @@ class Provenance:
     "Median norm that the mask's norm rule refers to at that hook point."
     model_sketch: tuple[float, ...] | None = None
     "A few numbers computed from the language model's weights, which identify it whatever its name."
+    autocast: str | None = None
+    "Dtype of the language model's products under `torch.autocast`, where that was used."
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values, without local paths; those of a second hook point only where there is one."""
+        """The fields as JSON values, without local paths; those of a second hook point and of autocast only where there
+        is one.
+        """
         plain = asdict(self) | {"model": shareable(self.model), "text": shareable(self.text)}
         if self.hook_point_out is None:
             del plain["hook_point_out"], plain["median_norm_out"]
         if self.model_sketch is None:
             del plain["model_sketch"]
+        if self.autocast is None:
+            del plain["autocast"]
         return plain
 
     @classmethod
