@@ -25,6 +25,7 @@ from saelab.stores.manifest import Provenance
 from saelab.stores.neighbors import NeighborBatches
 from saelab.training.config import Batches, Trainable, TrainConfig
 from saelab.training.loop import TrainingRun
+from saelab.training.prefetch import prefetch
 from saelab.training.ranks import ALONE, RankGrid
 
 PART = 4096  # tokens encoded at a time
@@ -257,6 +258,7 @@ def make_run(
         batches = acts
     else:
         batches, kept = hold_out(acts, cfg, kept, neighbors=bool(paired))
+        batches = prefetch(batches, saes[0].device)
     # an SAE that was trained before, or started from other features, continues from its weights
     trained = [getattr(sae, "training_", None) is not None or getattr(sae, "placed", False) for sae in saes]
     trainees = [TrainingSAE(sae, cfg, before, ranks) for sae, before in zip(saes, trained, strict=True)]

@@ -147,10 +147,11 @@ class TrainingSAE:
     def _read(self, batch: Float[Tensor, "n_tokens width"]) -> tuple[Tensor, Tensor]:
         """Normalized inputs and targets; the same tensor for an autoencoder."""
         sae = self.sae
-        x = sae.normalizer.normalize(batch[:, : sae.cfg.d_in].to(sae.W_dec))
+        batch = batch.to(sae.W_dec, non_blocking=batch.is_pinned())
+        x = sae.normalizer.normalize(batch[:, : sae.cfg.d_in])
         if sae.target_normalizer is None:
             return x, x
-        return x.contiguous(), sae.target_normalizer.normalize(batch[:, sae.cfg.d_in :].to(sae.W_dec))
+        return x.contiguous(), sae.target_normalizer.normalize(batch[:, sae.cfg.d_in :])
 
     @property
     def share(self) -> float:
