@@ -1,6 +1,9 @@
-"""A stream that several processes feed has the batches of one."""
+"""A stream that several processes feed has the batches of one, whether they train themselves or read for others."""
 
 import itertools
+import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,7 +76,7 @@ def refused() -> str:
         def broken(*_: Any) -> None:
             raise ValueError("no activations here")
 
-        object.__setattr__(flow._reader, "read", broken)
+        flow._rounds.forwards.read = broken
     else:
         flow = sl.stream(model, tokens, HOOK, batch_size=24, buffer_tokens=192, n_seq=3, mesh=mesh_of(2, 2))
     try:
@@ -87,3 +90,247 @@ def test_a_process_that_cannot_read_is_named(pool: Pool) -> None:
     said = pool.run(refused)
     assert said[2] == "ValueError: no activations here"
     assert all("process 2 on " in said[i] and "no activations here" in said[i] for i in (0, 1, 3))
+
+
+NORM_RULE = sl.TokenMask(max_norm_ratio=1.05)
+SPLITS = ((1, 1), (1, 2), (3, 1))
+"""Meshes of one, two and three of the four processes; three, two and one read for them"""
+
+
+def opened(mesh: Any, given: bool = False, **settings: Any) -> Any:
+    """A stream, for which those that train have model and tokens only if these are given."""
+    model, tokens = made()
+    trains = mesh is not None and mesh.get_coordinate() is not None
+    there = (None, None) if trains and not given else (model, tokens)
+    sizes = {"batch_size": 24, "buffer_tokens": 192, "n_seq": 3, "epochs": 2, "seed": 1}
+    return sl.stream(*there, settings.pop("hook_point", HOOK), mesh=mesh, **sizes | settings)
+
+
+def taken(
+    shape: tuple[int, int] | None, n: int | None, state: Any = None, given: bool = False, **settings: Any
+) -> dict[str, Any] | None:
+    """Batches of a stream and what it knows in the end, in the processes that train; None in those that read."""
+    with opened(None if shape is None else mesh_of(*shape), given, **settings) as flow:
+        if flow.is_reader:
+            return flow.serve()
+        if state is not None:
+            flow.load_state_dict(state)
+        found = list(itertools.islice(flow, n))
+        widths = (flow.d_in, flow.d_out)
+        return {"batches": found, "state": flow.state_dict(), "origin": flow.provenance, "widths": widths}
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    states = [
+        {key: x for key, x in found["state"].items() if not isinstance(x, torch.Tensor)} for found in (one, other)
+    ]
+    tensors = [[x for x in found["state"].values() if isinstance(x, torch.Tensor)] for found in (one, other)]
+    rows = [[*found["batches"], *held] for found, held in zip((one, other), tensors, strict=True)]
+    assert len(rows[0]) == len(rows[1]) and all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
+    assert rows[0][0].dtype == rows[1][0].dtype and states[0] == states[1]
+    return one["origin"] == other["origin"] and one["widths"] == other["widths"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((1, 1), {"mask": NORM_RULE}),
+        ((1, 2), {"dtype": torch.bfloat16, "n_seq": 2}),
+        ((3, 1), {"hook_point": ("blocks.0.hook_resid_post", HOOK), "given": True}),
+        ((2, 1), {"buffer_tokens": 600, "n_seq": 5}),
+    ],
+    ids=str,
+)
+def test_others_run_the_model(pool: Pool, shape: tuple[int, int], settings: dict[str, Any]) -> None:
+    expected = taken(None, None, **settings)
+    assert expected is not None and len(expected["batches"]) > 20
+    assert "mask" not in settings or expected["origin"].removed["norm"] > 10
+    n_trainers = shape[0] * shape[1]
+    found = pool.run(taken_with, shape, None, None, settings)
+    assert all(same(one, expected) for one in found[:n_trainers]) and found[n_trainers:] == [None] * (4 - n_trainers)
+
+
+def taken_with(shape: tuple[int, int] | None, n: int | None, state: Any, settings: dict[str, Any]) -> Any:
+    return taken(shape, n, state, **settings)
+
+
+def test_a_state_goes_on_with_other_readers(pool: Pool) -> None:
+    whole = taken(None, 30, epochs=None)
+    assert whole is not None
+    places, state, found = [(1, 1), (1, 2), None, (3, 1), (1, 1)], None, []
+    for shape in places:  # 6 batches are less than an epoch, and end within a round
+        part = (
+            pool.run(taken_with, shape, 6, state, {"epochs": None})[0] if shape else taken(None, 6, state, epochs=None)
+        )
+        found += part["batches"]
+        state = part["state"]
+    assert all(torch.equal(a, b) for a, b in zip(found, whole["batches"], strict=True))
+    assert state["n_tokens"] == whole["state"]["n_tokens"] and state["removed"] == whole["state"]["removed"]
+
+
+def trained_apart(shape: tuple[int, int], folder: str, stop: int = 0) -> dict[str, torch.Tensor] | str | None:
+    """Weights of an SAE whose training goes on in a folder while others run the model; what is said where it stops."""
+
+    def interrupt(entry: dict[str, Any]) -> None:
+        if entry["step"] == stop:
+            signal.raise_signal(signal.SIGTERM)
+
+    mesh = mesh_of(*shape)
+    run = sl.TrainConfig(n_tokens=480, batch_size=24, log_every_tokens=24, save_every_tokens=240)
+    try:
+        with opened(mesh, epochs=None) as flow:
+            if flow.is_reader:
+                return flow.serve()
+            cfg = sl.SAEConfig(d_in=flow.d_in, d_sae=66, activation=sl.TopK(k=4))
+            sae = sl.SAE(cfg, seed=0).fit(
+                flow, run, out=folder, resume=True, progress=False, mesh=mesh, sinks=[interrupt]
+            )
+    except KeyboardInterrupt as stopped:
+        return str(stopped)
+    assert sae.provenance is not None and sae.provenance.hook_point == HOOK
+    return {key: held.clone() for key, held in sae.state_dict().items()}
+
+
+def test_an_sae_is_trained_while_others_run_the_model(pool: Pool, tmp_path: Path) -> None:
+    whole = pool.run(trained_apart, (1, 2), str(tmp_path / "whole"))
+    said = pool.run(trained_apart, (1, 2), str(tmp_path / "part"), 13)
+    assert whole[2:] == said[2:] == [None, None]
+    assert all(text.startswith("Training stopped after 13 of 20 steps, saved to") for text in said[:2])
+    again = pool.run(trained_apart, (1, 2), str(tmp_path / "part"))
+    assert all(torch.equal(again[i][key], held) for i in (0, 1) for key, held in whole[0].items())
+    pool.run(trained_apart, (1, 1), str(tmp_path / "other"), 13)
+    for key, held in pool.run(trained_apart, (3, 1), str(tmp_path / "other"))[0].items():
+        torch.testing.assert_close(held, whole[0][key], rtol=1e-4, atol=1e-5)
+
+
+def failing(what: str) -> str:
+    """What a process says where one of those that read fails, or one of those that train."""
+    rank = torch.distributed.get_rank()
+    try:
+        with opened(mesh_of(1, 2)) as flow:
+            if flow.is_reader:
+                if rank == 3 and what == "reader":
+                    flow._rounds.forwards.read = failing_after(flow._rounds.forwards.read, 2)
+                flow.serve()
+                return "served"
+            taken = list(itertools.islice(flow, 2))
+            if what == "trainer":
+                raise OSError("no room for the history")
+            taken += list(flow)
+    except (ValueError, RuntimeError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{len(taken)} batches"
+
+
+def failing_after(read: Any, n: int) -> Any:
+    calls: list[int] = []
+
+    def limited(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > n:
+            raise ValueError("no activations here")
+        return read(*args)
+
+    return limited
+
+
+def test_a_reader_that_fails_is_named_and_others_do_not_wait(pool: Pool) -> None:
+    said = pool.run(failing, "reader")
+    assert said[0] == said[1] and said[2:] == ["served", "ValueError: no activations here"]
+    assert said[0].startswith("RuntimeError: Stopped, as another process failed. process 3 on ")
+    assert said[0].endswith(": ValueError: no activations here")
+    assert pool.run(failing, "trainer") == ["OSError: no room for the history"] * 2 + ["served"] * 2
+    assert pool.run(failing, "nobody")[2:] == ["served"] * 2
+
+
+DEPTH = 5  # rounds of two batches of 48 tokens that refill half a buffer of 960
+
+
+def ahead(folder: str) -> int:
+    """Rounds that are asked for until the first batch, in a process that trains; forward passes in one that reads."""
+    calls: list[int] = []
+
+    def counted(read: Any) -> Any:
+        def call(*args: Any) -> Any:
+            calls.append(1)
+            Path(folder, f"{torch.distributed.get_rank()}-{len(calls)}").touch()
+            return read(*args)
+
+        return call
+
+    with opened(mesh_of(1, 2), buffer_tokens=960, epochs=None) as flow:
+        if flow.is_reader:
+            flow._rounds.forwards.read = counted(flow._rounds.forwards.read)
+            flow.serve()
+        else:
+            flow._rounds.read = counted(flow._rounds.read)
+            next(flow)
+            end = time.monotonic() + 60
+            while len(list(Path(folder).glob("[23]-*"))) < 2 * (len(calls) + DEPTH) and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(0.1)
+    return len(calls)
+
+
+def test_readers_are_ahead_by_as_much_as_refills_the_buffer(pool: Pool, tmp_path: Path) -> None:
+    n_rounds, _, *n_read = pool.run(ahead, str(tmp_path))
+    assert n_rounds > 5 and n_read == [n_rounds + DEPTH] * 2
+
+
+def misused() -> list[str]:
+    """What is said of calls in the wrong process, of other arguments in one of them, and of two streams at once."""
+    rank, (model, tokens) = torch.distributed.get_rank(), made()
+    said: list[str] = []
+
+    def note(call: Any) -> None:
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+        else:
+            said.append("nothing")
+
+    mesh = mesh_of(1, 2)
+    note(lambda: opened(mesh, seed=1 + (rank == 3)))
+    note(lambda: opened(mesh_of(1, 2) if rank else mesh_of(1, 1)))
+    note(lambda: sl.stream(None, None, HOOK, mesh=mesh))
+    note(lambda: sl.stream(model, tokens[: 9 + (rank == 3)], HOOK, mesh=mesh))
+    note(lambda: sl.stream(model, tokens[: 9 + (rank == 0)], HOOK, mesh=mesh))
+    note(lambda: opened(mesh, buffer_tokens=47))
+    with opened(mesh) as flow, opened(mesh) as other:
+        if flow.is_reader:
+            note(lambda: next(flow))
+            sae = sl.SAE(sl.SAEConfig(d_in=flow.d_in, d_sae=66, activation=sl.TopK(k=4)))
+            note(lambda: sae.fit(flow, sl.TrainConfig(n_tokens=48, batch_size=24), mesh=mesh))
+            note(flow.serve)
+        else:
+            note(flow.serve)
+            next(flow)
+            note(lambda: next(other))
+            flow.close()
+            note(lambda: list(flow))
+    return said
+
+
+def test_what_does_not_go_together_is_said_by_all(pool: Pool) -> None:
+    told = pool.run(misused)
+    for i in range(4):
+        assert told[i][0] == "ValueError: All processes must have the same seed, got 1 in process 0 and 2 in process 3."
+        assert "the same processes of `mesh`, got [0] in process 0 and [0, 1] in process 1" in told[i][1]
+        missing = "ValueError: `model` and `tokens` must be given in a process that runs the model, got None"
+        assert told[i][2].startswith(
+            missing if i > 1 else "RuntimeError: Stopped, as another process failed. process 2"
+        )
+        assert told[i][3].startswith("ValueError: All processes must have the same tokens_sha256")
+        assert told[i][4].startswith("ValueError: All processes must have the same tokens_sha256")
+        assert "`buffer_tokens` must be at least twice" in told[i][5]
+    for said in told[:2]:
+        assert said[6].startswith("ValueError: `serve` must be called in a process outside of `mesh`, got process")
+        assert "process 2 on " in said[7] and "Streams of one mesh must be read one after another" in said[7]
+        assert said[8] == "ValueError: The stream must be open, got one that was closed; make another."
+    for i, said in enumerate(told[2:], 2):
+        assert said[6].startswith(
+            f"ValueError: Batches must be taken in the processes of `mesh`, got a call in process {i}"
+        )
+        assert said[7].startswith(f"ValueError: `mesh` must hold this process, number {i} of 4, got one of [0, 1]")
+        assert "Streams of one mesh must be read one after another" in said[8]
