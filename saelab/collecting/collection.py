@@ -298,9 +298,8 @@ class ActivationStream:
                 self._start(self._epoch + 1, next_seq=0)
             if plan.epochs is not None and self._epoch >= plan.epochs:
                 return
-            if not self._ahead:  # at the end of a pass some processes have no sequences left
-                found = self._rounds.read(self._epoch, self._next_seq)
-                self._ahead.extend(found[: plan.n_batches_from(self._next_seq)])
+            if not self._ahead:
+                self._ahead.extend(self._rounds.read(self._epoch, self._next_seq))
             rows, removed = self._ahead.popleft()
             self._ring.add(rows)
             self._next_seq = min(self._next_seq + plan.n_seq, plan.n_sequences)

@@ -71,10 +71,6 @@ class StreamPlan:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.randperm(self.n_sequences, generator=generator)
 
-    def n_batches_from(self, start: int) -> int:
-        """Number of batches of an epoch from a sequence on."""
-        return -(-(self.n_sequences - start) // self.n_seq)
-
     def next_round(self, epoch: int, start: int, n_readers: int) -> tuple[int, int] | None:
         """Epoch and first sequence of the round after one; None at the end."""
         start += n_readers * self.n_seq
@@ -179,7 +175,7 @@ class OwnRounds:
         self.device = forwards.no_rows.device
 
     def read(self, epoch: int, start: int) -> list[Rows]:
-        """Rows of the batches from a place of an epoch's order on, one for each process."""
+        """Rows of the batches from a place of an epoch's order on, one for each process; those behind its end are empty."""
         ranks, plan = self.ranks, self.forwards.plan
         rows, removed = self.forwards.no_rows, dict[str, int]()
         with ranks.together():
@@ -262,7 +258,7 @@ class AskedRounds:
         self.device, self._open = links.device, True
 
     def read(self, epoch: int, start: int) -> list[Rows]:
-        """Rows of the batches from a place of an epoch's order on, one of each reader.
+        """Rows of the batches from a place of an epoch's order on, one of each reader; those behind its end are empty.
 
         Raises:
             RuntimeError: a reader failed, after which none of them reads any more.

@@ -260,7 +260,7 @@ def _sample_rows(texts: Any, field: str) -> dict[str, Any]:
     checksum = 0
     for _, row in find_rows(texts.select(places), None, field):
         checksum = zlib.crc32(_as_bytes(row, field), checksum)
-    return {"number of rows": len(texts), "columns": list(texts.column_names), "checksum of rows": checksum}
+    return {"number of rows": len(texts), "columns": list(texts.column_names), "rows by their checksum": checksum}
 
 
 def _as_bytes(row: Any, field: str) -> bytes:

@@ -331,13 +331,13 @@ class RankGrid:
         if not self.any(not all(torch.equal(one, digest) for one in others)):
             return
         found = [json.loads(one) for one in self.gather_texts(text)]
-        for name, first in found[0].items():
-            for rank, one in enumerate(found):
-                if one.get(name) != first:
-                    raise ValueError(
-                        f"All processes must have the same {name}, got {_short(first)} in process 0 and "
-                        f"{_short(one.get(name))} in process {rank}."
-                    )
+        for name in dict.fromkeys(name for one in found for name in one):
+            values = [one.get(name) for one in found]
+            if other := next((rank for rank, value in enumerate(values) if value != values[0]), None):
+                raise ValueError(
+                    f"All processes must have the same {name}, got {_short(values[0])} in process 0 and "
+                    f"{_short(values[other])} in process {other}."
+                )
 
 
 ALONE = RankGrid()

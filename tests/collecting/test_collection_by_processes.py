@@ -1,16 +1,19 @@
-"""A stream that several processes feed has the batches of one, whether they train themselves or read for others."""
+"""Tokens and streams of several processes are those of one, whether they train themselves or read for others."""
 
 import itertools
-import signal
+import json
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from ranks import Pool, mesh_of
 
 import saelab as sl
+from saelab.collecting import reader
+from saelab.lm import documents, tokens
 from saelab.lm.models import tiny_model
 
 HOOK = "blocks.1.hook_resid_post"
@@ -154,6 +157,23 @@ def taken_with(shape: tuple[int, int] | None, n: int | None, state: Any, setting
     return taken(shape, n, state, **settings)
 
 
+def taken_with_other_rounding() -> Any:
+    """Batches under a norm rule, whose median norms the third reader finds otherwise."""
+    found = reader.find_median_norms
+    last = torch.distributed.get_rank() == 3
+
+    def rounded(*args: Any) -> dict[str, float]:
+        return {name: norm * (0.5 if last else 1.0) for name, norm in found(*args).items()}
+
+    with patch.object(reader, "find_median_norms", rounded):
+        return taken((1, 1), 12, mask=NORM_RULE)
+
+
+def test_norms_are_compared_with_those_of_the_first_reader(pool: Pool) -> None:
+    expected = taken(None, 12, mask=NORM_RULE)
+    assert expected is not None and same(pool.run(taken_with_other_rounding)[0], expected)
+
+
 def test_a_state_goes_on_with_other_readers(pool: Pool) -> None:
     whole = taken(None, 30, epochs=None)
     assert whole is not None
@@ -166,41 +186,6 @@ def test_a_state_goes_on_with_other_readers(pool: Pool) -> None:
         state = part["state"]
     assert all(torch.equal(a, b) for a, b in zip(found, whole["batches"], strict=True))
     assert state["n_tokens"] == whole["state"]["n_tokens"] and state["removed"] == whole["state"]["removed"]
-
-
-def trained_apart(shape: tuple[int, int], folder: str, stop: int = 0) -> dict[str, torch.Tensor] | str | None:
-    """Weights of an SAE whose training goes on in a folder while others run the model; what is said where it stops."""
-
-    def interrupt(entry: dict[str, Any]) -> None:
-        if entry["step"] == stop:
-            signal.raise_signal(signal.SIGTERM)
-
-    mesh = mesh_of(*shape)
-    run = sl.TrainConfig(n_tokens=480, batch_size=24, log_every_tokens=24, save_every_tokens=240)
-    try:
-        with opened(mesh, epochs=None) as flow:
-            if flow.is_reader:
-                return flow.serve()
-            cfg = sl.SAEConfig(d_in=flow.d_in, d_sae=66, activation=sl.TopK(k=4))
-            sae = sl.SAE(cfg, seed=0).fit(
-                flow, run, out=folder, resume=True, progress=False, mesh=mesh, sinks=[interrupt]
-            )
-    except KeyboardInterrupt as stopped:
-        return str(stopped)
-    assert sae.provenance is not None and sae.provenance.hook_point == HOOK
-    return {key: held.clone() for key, held in sae.state_dict().items()}
-
-
-def test_an_sae_is_trained_while_others_run_the_model(pool: Pool, tmp_path: Path) -> None:
-    whole = pool.run(trained_apart, (1, 2), str(tmp_path / "whole"))
-    said = pool.run(trained_apart, (1, 2), str(tmp_path / "part"), 13)
-    assert whole[2:] == said[2:] == [None, None]
-    assert all(text.startswith("Training stopped after 13 of 20 steps, saved to") for text in said[:2])
-    again = pool.run(trained_apart, (1, 2), str(tmp_path / "part"))
-    assert all(torch.equal(again[i][key], held) for i in (0, 1) for key, held in whole[0].items())
-    pool.run(trained_apart, (1, 1), str(tmp_path / "other"), 13)
-    for key, held in pool.run(trained_apart, (3, 1), str(tmp_path / "other"))[0].items():
-        torch.testing.assert_close(held, whole[0][key], rtol=1e-4, atol=1e-5)
 
 
 def failing(what: str) -> str:
@@ -334,3 +319,174 @@ def test_what_does_not_go_together_is_said_by_all(pool: Pool) -> None:
         )
         assert said[7].startswith(f"ValueError: `mesh` must hold this process, number {i} of 4, got one of [0, 1]")
         assert "Streams of one mesh must be read one after another" in said[8]
+
+
+DOCUMENTS = [" " if i % 41 == 7 else f"{i} " + "cats and dogs " * (i * i % 5) for i in range(300)]
+"""Of many lengths, some blank"""
+
+
+def write_documents(folder: Path) -> None:
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    rows = [{"text": text, "n": i} for i, text in enumerate(DOCUMENTS)]
+    write_table(pa.Table.from_pylist(rows), folder / "one.parquet")
+    for name, part in {"whole": rows, **{f"part-{i}": rows[i * 60 : (i + 1) * 60] for i in range(5)}}.items():
+        write_table(pa.Table.from_pylist(part), folder / f"{name}.parquet", row_group_size=17)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    (folder / "whole.txt").write_text("\n---\n".join(DOCUMENTS))
+
+
+def opened_text(kind: str, folder: Path) -> Any:
+    """A text of some kind, and what else `tokenize` is told of it."""
+    from datasets import Dataset, load_dataset
+
+    if kind in ("list", "generator", "ids"):
+        made = {"list": DOCUMENTS, "generator": iter(DOCUMENTS), "ids": [list(text.encode()) for text in DOCUMENTS]}
+        return made[kind], {}
+    if kind.endswith((".txt", ".parquet", ".jsonl")):
+        return folder / kind, {"separator": "---"}
+    data = Dataset.from_list([{"text": text, "n": i} for i, text in enumerate(DOCUMENTS)])
+    if kind == "data set":
+        return data.shuffle(seed=5), {}
+    if kind == "data set of ids":
+        ids = [{"input_ids": list(text.encode()), "attention_mask": [1, *[0] * (len(text) - 1)]} for text in DOCUMENTS]
+        return Dataset.from_list(ids), {"field": "input_ids"}
+    _, suffix, n_files, *change = kind.split()
+    files = [str(folder / f"part-{i}.{suffix}") for i in range(int(n_files))]
+    data = load_dataset(
+        {"jsonl": "json"}.get(suffix, suffix), data_files=files, split="train", streaming=True, cache_dir=str(folder)
+    )
+    changed = {
+        "": lambda: data,
+        "mapped": lambda: data.map(lambda row: {"text": row["text"].upper()}).filter(lambda row: row["n"] % 3 > 0),
+        "numbered": lambda: data.map(lambda row, i: {"text": f"{i} {row['text']}"}, with_indices=True),
+        "taken": lambda: data.take(101),
+        "shuffled": lambda: data.shuffle(seed=3, buffer_size=50),
+    }
+    return changed["".join(change)](), {}
+
+
+def tokenized(kind: str, folder: Path, shape: tuple[int, int] | None, settings: dict[str, Any]) -> Any:
+    """Tokens of a text, in blocks of a few rows; and how many documents this process has read."""
+    n_read, read = [], documents._read_row
+
+    def counted(*args: Any) -> Any:
+        n_read.append(1)
+        return read(*args)
+
+    texts, told = opened_text(kind, folder)
+    with patch.object(tokens, "BLOCK", 7), patch.object(documents, "_read_row", counted):
+        found = sl.tokenize(tiny_model(), texts, mesh=None if shape is None else mesh_of(*shape), **told | settings)
+    return found, len(n_read)
+
+
+FIELDS = ("special_ids", "source", "bos", "packed", "n_truncated")
+TEXTS = [
+    ("list", {"ctx_len": 16}),
+    ("generator", {"ctx_len": 16, "n_tokens": 1234}),
+    ("whole.txt", {"ctx_len": 16, "packed": False}),
+    ("whole.jsonl", {"ctx_len": 16, "packed": False, "n_tokens": 777}),
+    ("whole.parquet", {"ctx_len": 16}),
+    ("whole.parquet", {"ctx_len": 16, "n_tokens": 1}),
+    ("one.parquet", {"ctx_len": 16, "bos": False}),
+    ("data set", {"ctx_len": 16}),
+    ("data set", {"ctx_len": 16, "n_tokens": 3000, "packed": False}),
+    ("data set of ids", {"ctx_len": 16}),
+    ("ids", {"ctx_len": 16}),
+    ("streamed parquet 5", {"ctx_len": 16, "packed": False}),
+    ("streamed parquet 5", {"ctx_len": 16, "n_tokens": 2000}),
+    ("streamed parquet 5 mapped", {"ctx_len": 16}),
+    ("streamed parquet 2", {"ctx_len": 16}),
+    ("streamed jsonl 5", {"ctx_len": 16}),
+    ("streamed jsonl 3", {"ctx_len": 16}),  # fewer files than processes
+    ("streamed jsonl 5 numbered", {"ctx_len": 16}),
+    ("streamed jsonl 5 taken", {"ctx_len": 16}),
+    ("streamed jsonl 5 shuffled", {"ctx_len": 16}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), TEXTS, ids=str)
+def test_several_processes_tokenize_what_one_does(
+    pool: Pool, tmp_path: Path, kind: str, settings: dict[str, Any]
+) -> None:
+    write_documents(tmp_path)
+    whole, n_read = tokenized(kind, tmp_path, None, settings)
+    shape = ((1, 4), (2, 2), (4, 1))[len(kind) % 3]
+    answers = pool.run(tokenized, kind, tmp_path, shape, settings)
+    for found, _ in answers:
+        assert found.sha256 == whole.sha256
+        assert all(getattr(found, name) == getattr(whole, name) for name in FIELDS), (found, whole)
+    shares = [n for _, n in answers]
+    if "n_tokens" not in settings:
+        assert sum(shares) == n_read and max(shares) < n_read * 0.45
+
+
+def told_apart(folder: Path) -> list[str]:
+    """What is said of a text or an argument that one process has otherwise, or that cannot be tokenized."""
+    from datasets import Dataset
+
+    second, said = torch.distributed.get_rank() == 2, []
+
+    def note(texts: Any, model: Any = None, **settings: Any) -> None:
+        try:
+            with patch.object(tokens, "BLOCK", 7):
+                found = sl.tokenize(model or tiny_model(), texts, mesh=mesh_of(2, 2), **{"ctx_len": 16} | settings)
+        except (ValueError, TypeError, RuntimeError, OSError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+        else:
+            said.append(f"{len(found)} rows")
+
+    data = Dataset.from_list([{"text": text} for text in DOCUMENTS])
+    note([*DOCUMENTS[:-1], "another" if second else DOCUMENTS[-1]])
+    note(DOCUMENTS[: 299 if second else 300], n_tokens=10**6)
+    note(data.shuffle(seed=int(second)))
+    note(data.select(range(299)) if second else data)
+    note(folder / ("part-1.parquet" if second else "part-0.parquet"))
+    note(opened_text("streamed jsonl 5", folder / "other" if second else folder)[0])
+    note(DOCUMENTS, ctx_len=8 if second else 16)
+    note(DOCUMENTS, model=tiny_model(architecture="gpt2") if second else None)
+    note([*DOCUMENTS[:8], 8, *DOCUMENTS[9:]])
+    note([" "] * 50)
+    note(folder / "missing.txt" if second else folder / "whole.txt")
+    note(folder / "whole.parquet" if second else iter(DOCUMENTS))
+    return said
+
+
+def test_texts_that_differ_are_refused_by_all(pool: Pool, tmp_path: Path) -> None:
+    write_documents(tmp_path)
+    (tmp_path / "other").mkdir()
+    for i in range(5):
+        (tmp_path / "other" / f"part-{i}.jsonl").write_text('{"text": "other", "n": 1}\n')
+    told = pool.run(told_apart, tmp_path)
+    others = (
+        "ValueError: All processes must have the same documents in `texts`, got others in process 2 than in process 0"
+    )
+    same = "ValueError: All processes must have the same "
+    wanted = [others, others, f"{same}rows by their checksum", f"{same}number of rows", f"{same}first row"]
+    wanted += [f"{same}first row", f"{same}ctx_len", f"{same}tokenizer"]
+    for said in told:
+        assert [text[: len(start)] for text, start in zip(said, wanted, strict=False)] == wanted
+        assert said[9].startswith("ValueError: `texts` must hold at least one document that is not blank")
+        assert said[11].startswith(f"{same}source")
+    assert told[1][8].startswith("TypeError: A document must be a string, got int at item 8")
+    assert told[2][10].startswith("FileNotFoundError: ")
+    for i, found in ((0, told[0][8]), (3, told[3][8]), (0, told[0][10])):
+        assert found.startswith("RuntimeError: Stopped, as another process failed. process "), i
+
+
+def tokenized_by_some(ranks: list[int]) -> str:
+    """The hash of a text in the processes of a mesh; what is said in the others."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    mesh = DeviceMesh("cpu", ranks, mesh_dim_names=("data",))
+    try:
+        return sl.tokenize(tiny_model(), DOCUMENTS, mesh=mesh).sha256
+    except ValueError as error:
+        return str(error)
+
+
+def test_some_of_the_processes_tokenize(pool: Pool) -> None:
+    whole = sl.tokenize(tiny_model(), DOCUMENTS).sha256
+    found = pool.run(tokenized_by_some, [1, 2, 3])
+    assert found[1:] == [whole] * 3 and "must hold this process, number 0 of 4, got one of [1, 2, 3]" in found[0]
