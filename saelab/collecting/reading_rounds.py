@@ -175,7 +175,7 @@ class OwnRounds:
         self.device = forwards.no_rows.device
 
     def read(self, epoch: int, start: int) -> list[Rows]:
-        """Rows of the batches from a place of an epoch's order on, one for each process; those behind its end are empty."""
+        """Rows of the batches from a place of an epoch's order on, one of each process; none behind its end."""
         ranks, plan = self.ranks, self.forwards.plan
         rows, removed = self.forwards.no_rows, dict[str, int]()
         with ranks.together():
@@ -258,7 +258,7 @@ class AskedRounds:
         self.device, self._open = links.device, True
 
     def read(self, epoch: int, start: int) -> list[Rows]:
-        """Rows of the batches from a place of an epoch's order on, one of each reader; those behind its end are empty.
+        """Rows of the batches from a place of an epoch's order on, one of each reader; none behind its end.
 
         Raises:
             RuntimeError: a reader failed, after which none of them reads any more.
