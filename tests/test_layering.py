@@ -15,9 +15,9 @@ PACKAGE = Path(saelab.__file__).parent
 FLOORS = {
     "functional": 0,
     "stores": 1,
-    "lm": 2,
-    "synthetic": 3,
-    "training": 3,
+    "training": 2,
+    "lm": 3,
+    "synthetic": 4,
     "sae": 4,
     "collecting": 5,
     "interventions": 6,

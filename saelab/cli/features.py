@@ -55,7 +55,7 @@ def harvest_text(
         with ranks.together():
             coder, lm = open_pair(sae, model, str(place), progress and ranks.is_first)
             length = ctx_len or (coder.provenance.ctx_len if coder.provenance else None) or options.CTX_LEN
-            tokens = read_head(lm, text, n_tokens, length, bos, separator, field)
+        tokens = read_head(lm, text, n_tokens, length, bos, separator, field, ranks.mesh)
         harvest(
             coder,
             lm,

@@ -67,10 +67,21 @@ def open_sae(store: FeatureStore, named: str | None) -> SAE | None:
 
 
 def read_head(
-    model: Model, path: Path, n_tokens: int | None, ctx_len: int, bos: bool, separator: str, field: str
+    model: Model,
+    path: Path,
+    n_tokens: int | None,
+    ctx_len: int,
+    bos: bool,
+    separator: str,
+    field: str,
+    mesh: Any = None,
 ) -> Tokens:
-    """The first `n_tokens` of a text; the source names the documents as a slice, such as `stories.txt[:120]`."""
-    tokens = tokenize(model, path, ctx_len, n_tokens=n_tokens, bos=bos, separator=separator or None, field=field)
+    """The first `n_tokens` of a text, of which the processes of a mesh tokenize a share each; the source names the
+    documents as a slice, such as `stories.txt[:120]`.
+    """
+    tokens = tokenize(
+        model, path, ctx_len, n_tokens=n_tokens, bos=bos, separator=separator or None, field=field, mesh=mesh
+    )
     return replace(tokens, source=f"{tokens.source}[:{_count_documents(tokens)}]")
 
 

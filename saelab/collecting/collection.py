@@ -4,20 +4,22 @@
 them, and its state can be saved.
 """
 
-import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saelab.collecting.reader import DEFAULT_MASK, ActivationReader, ForwardRows
+from saelab.collecting.reader import DEFAULT_MASK, ActivationReader
+from saelab.collecting.reading_rounds import Forwards, Rounds, Rows, StreamPlan, connect, open_rounds
 from saelab.collecting.shared import SharedFolder, Steps, claim_together, run_together
 from saelab.collecting.writers import FolderWriter, MemoryWriter, RowBuffer, RowWriter, load_all
 from saelab.lm.hooks import forward_size
@@ -188,53 +190,66 @@ def _read(
 class ActivationStream:
     """Iterator over shuffled batches (batch_size, d_in) of activations, on the model's device; made by `stream`.
 
-    With a pair of hook points the batches are (batch_size, d_in + d_out): each input with its target appended.
+    With a pair of hook points the batches are (batch_size, d_in + d_out): each input with its target appended. Where
+    other processes run the model for those that train, it is a context that ends with `close`.
     """
 
-    def __init__(
-        self,
-        reader: ActivationReader,
-        tokens: Tokens,
-        ring: RingBuffer,
-        batch_size: int,
-        n_seq: int,
-        seed: int,
-        epochs: int | None,
-        d_in: int,
-        ranks: RankGrid = ALONE,
-    ) -> None:
+    def __init__(self, plan: StreamPlan, rounds: Rounds, batch_size: int) -> None:
         """Set up the iterator; `stream` checks the arguments.
 
         Args:
-            reader: reader of one hook point, or of a pair.
-            tokens: rows of token ids to run the model on.
-            ring: shuffle buffer.
+            plan: what is read.
+            rounds: the processes that run the model, or that ask others for it.
             batch_size: rows per batch.
-            n_seq: sequences per forward pass.
-            seed: seed of the order of sequences.
-            epochs: passes over the tokens; None repeats without end.
-            d_in: width of the (input) activations.
-            ranks: processes that run the model on different sequences, and give each other the activations.
         """
-        self.d_in = d_in
-        self.d_out = ring.d_in - d_in or None
+        self.d_in = plan.widths[0]
+        self.d_out = sum(plan.widths[1:]) or None
         "Width of the targets, where the stream is of pairs."
         self.batch_size = batch_size
         self.removed: Counter[str] = Counter()
         "Tokens removed so far by each rule of the mask."
-        self._reader, self._tokens, self._ring = reader, tokens, ring
-        self._n_seq, self._seed, self._epochs = n_seq, seed, epochs
+        self._plan, self._rounds = plan, rounds
         self._n_tokens = 0
-        self._ranks = ranks
-        self._ahead: deque[tuple[Tensor, dict[str, int]]] = deque()
+        self._ahead: deque[Rows] = deque()
         self._start(epoch=0, next_seq=0)
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether this process runs the model for others, which it does in `serve`; it gets no batches then."""
+        return self._rounds.is_reader
 
     @property
     def provenance(self) -> Provenance:
         """Provenance of the activations, with the number of rows read so far."""
-        origins = self._reader.origins(self._tokens, self._n_tokens, dict(self.removed), self._seed)
-        first, *target = (origins[name] for name in self._reader.hook_points)
-        return first.paired(*target) if target else first
+        return replace(self._plan.origin, n_tokens=self._n_tokens, removed=dict(self.removed))
+
+    def serve(self) -> None:
+        """Run the model for the processes that train until they close the stream; for the processes outside of `mesh`.
+
+        Rows are read ahead, as many as refill the buffer, so that the model runs while the others train.
+
+        Raises:
+            ValueError: this process takes batches itself.
+            RuntimeError: those that train ended without closing the stream.
+            KeyboardInterrupt: on Ctrl-C or SIGTERM, once the stream is closed.
+        """
+        self._rounds.serve()
+
+    def close(self) -> None:
+        """End the stream: processes that read for this one return from `serve`. Does nothing where none do."""
+        self._rounds.close()
+
+    def __enter__(self) -> "ActivationStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except RuntimeError:  # a reader is gone, which may be what the first error says
+            if error is None:
+                raise
 
     def __iter__(self) -> "ActivationStream":
         return self
@@ -250,11 +265,11 @@ class ActivationStream:
         """State to resume from: position in the tokens, unread rows, random generator."""
         ring = {f"ring.{name}": value for name, value in self._ring.state_dict().items()}
         counts = {"epoch": self._epoch, "next_seq": self._next_seq, "n_tokens": self._n_tokens}
-        return ring | counts | self._settings() | {"removed": json.dumps(self.removed)}
+        return ring | counts | self._plan.settings | {"removed": json.dumps(self.removed)}
 
     def load_state_dict(self, state: dict[str, Tensor | int | str]) -> None:
         """Resume, bit for bit, where `state` was saved; ValueError where it belongs to another stream."""
-        for key, value in self._settings().items():
+        for key, value in self._plan.settings.items():
             if state[key] != value:
                 raise ValueError(
                     f"`{key}` must be what it was when the state was saved ({state[key]}), got {value}. "
@@ -266,62 +281,35 @@ class ActivationStream:
         self._n_tokens = int(state["n_tokens"])
         self._start(int(state["epoch"]), int(state["next_seq"]))
 
-    def _settings(self) -> dict[str, Tensor | int | str]:
-        return {
-            "seed": self._seed,
-            "n_seq": self._n_seq,
-            "buffer_tokens": self._ring.capacity,
-            "tokens_sha256": self._tokens.sha256,
-            "hook_point": " to ".join(self._reader.hook_points),
-            "mask": json.dumps(self._reader.request(self._tokens)["mask"]),
-        }
+    @cached_property
+    def _ring(self) -> RingBuffer:
+        """The shuffle buffer, made when rows come: a process that reads for others needs none."""
+        plan, device = self._plan, self._rounds.device
+        return RingBuffer(plan.buffer_tokens, sum(plan.widths), dtype=plan.dtype, seed=plan.seed, device=device)
 
     def _start(self, epoch: int, next_seq: int) -> None:
-        digest = hashlib.sha256(repr((self._seed, "sequences", epoch)).encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         self._epoch, self._next_seq = epoch, next_seq
         self._ahead.clear()
-        self._order = torch.randperm(len(self._tokens), generator=generator)
 
     def _refill(self) -> None:
-        while self._ring.n_free >= self._n_seq * self._tokens.ctx_len:
-            if self._next_seq >= len(self._tokens):
+        plan = self._plan
+        while self._ring.n_free >= plan.n_seq * plan.ctx_len:
+            if self._next_seq >= plan.n_sequences:
                 self._start(self._epoch + 1, next_seq=0)
-            if self._epochs is not None and self._epoch >= self._epochs:
+            if plan.epochs is not None and self._epoch >= plan.epochs:
                 return
             if not self._ahead:
-                self._read_ahead()
+                self._ahead.extend(self._rounds.read(self._epoch, self._next_seq))
             rows, removed = self._ahead.popleft()
             self._ring.add(rows)
-            self._next_seq = min(self._next_seq + self._n_seq, len(self._order))
+            self._next_seq = min(self._next_seq + plan.n_seq, plan.n_sequences)
             self._n_tokens += len(rows)
             self.removed.update(removed)
 
-    def _read_ahead(self) -> None:
-        """Read the next batches of sequences, one in each process; of those left over at the end of a pass some have
-        none.
-        """
-        first = self._next_seq + self._ranks.index * self._n_seq
-        chosen = self._order[first : first + self._n_seq]
-        rows, removed = self._ring.no_rows.to(self._reader.dtype), dict[str, int]()
-        with self._ranks.together():
-            if len(chosen):
-                reading = self._reader.read(self._tokens[chosen])
-                rows, removed = _side_by_side(reading), reading.removed
-        n_read = min(self._ranks.size, -(-(len(self._order) - self._next_seq) // self._n_seq))
-        counts = [json.loads(text) for text in self._ranks.gather_texts(json.dumps(removed))]
-        self._ahead.extend(list(zip(self._ranks.gather_parts(rows), counts, strict=True))[:n_read])
-
-
-def _side_by_side(reading: ForwardRows) -> Tensor:
-    """Rows of one hook point, or each with its row of the other appended."""
-    acts = list(reading.acts.values())
-    return acts[0] if len(acts) == 1 else torch.cat(acts, dim=1)
-
 
 def stream(
-    model: Model,
-    tokens: Tokens,
+    model: Model | None,
+    tokens: Tokens | None,
     hook_point: str | tuple[str, str],
     *,
     batch_size: int = 4096,
@@ -339,8 +327,8 @@ def stream(
     half of it is served.
 
     Args:
-        model: the language model.
-        tokens: rows of token ids to run it on.
+        model: the language model; None in a process that trains while others run it.
+        tokens: rows of token ids to run it on; None as for `model`.
         hook_point: name of the hook point; of two it gives the (input, target) pairs that a transcoder is trained on.
         batch_size: rows per batch.
         buffer_tokens: rows in the shuffle buffer, at least twice a batch and twice a forward pass.
@@ -350,11 +338,15 @@ def stream(
         n_seq: sequences per forward pass; None is as many as hold about 4096 tokens.
         epochs: passes over the tokens, after which the iterator stops once the rows left do not fill a batch; None
             repeats without end.
-        mesh: `DeviceMesh` of processes that each run the model on some of the sequences, as `sl.fit` takes it; all get
-            the same batches, those of one process. None is this process alone.
+        mesh: `DeviceMesh` of the processes that take the batches, as `sl.fit` takes it; all get the same batches, those
+            of one process. Where it holds all processes, each runs the model on some of the sequences. Where it does
+            not, those outside of it run the model (`ActivationStream.serve`) while those in it train, and the stream is
+            a context or ends with `close`; all processes call this. None is this process alone.
 
     Raises:
-        ValueError: for a wrong hook point, NaN or infinity, and a buffer that is too small.
+        ValueError: for a wrong hook point, NaN or infinity, a buffer that is too small, and processes that have
+            different arguments.
+        RuntimeError: where another process failed.
 
     >>> model = sl.lm.tiny_model()
     >>> tokens = sl.tokenize(model, ["Once upon a time there was a cat."] * 8, ctx_len=16)
@@ -362,19 +354,33 @@ def stream(
     >>> next(batches).shape
     torch.Size([32, 32])
     """
-    n_seq = min(forward_size(tokens, n_seq), len(tokens))
+    links = None if mesh is None else connect(mesh)
+    ranks = RankGrid.of(mesh) if mesh is not None and links is None else ALONE
+    everyone = ranks if links is None else links.everyone
+    names = [hook_point] if isinstance(hook_point, str) else list(hook_point)
+    given = {"batch_size": batch_size, "hook_point": names, "mask": mask.to_dict(), "dtype": str(dtype), "n_seq": n_seq}
+    everyone.require_equal(given | {"buffer_tokens": buffer_tokens, "seed": seed, "epochs": epochs})
+    forwards: Forwards | None = None
+    with everyone.together():
+        if links is not None and not links.is_reader:
+            RankGrid.of(mesh)  # whose axes are checked
+        elif model is None or tokens is None:
+            raise ValueError(
+                "`model` and `tokens` must be given in a process that runs the model, got None; those of `mesh` alone "
+                "train without, where others run it."
+            )
+        else:
+            n_seq = min(forward_size(tokens, n_seq), len(tokens))
+            _require_buffer(buffer_tokens, batch_size, n_seq, tokens)
+            order = {"seed": seed, "epochs": epochs, "buffer_tokens": buffer_tokens}
+            forwards = Forwards(model, tokens, names, mask, dtype, n_seq, order)
+    return ActivationStream(*open_rounds(forwards, tokens, ranks, links), batch_size)
+
+
+def _require_buffer(buffer_tokens: int, batch_size: int, n_seq: int, tokens: Tokens) -> None:
     smallest = 2 * max(batch_size, n_seq * tokens.ctx_len)
     if batch_size < 1 or buffer_tokens < smallest:
         raise ValueError(
             f"`buffer_tokens` must be at least twice the batch ({batch_size}) and twice a forward of n_seq={n_seq} "
             f"sequences, {smallest} in all, got {buffer_tokens}. Enlarge it, or take a smaller n_seq or batch_size."
         )
-    names = [hook_point] if isinstance(hook_point, str) else list(hook_point)
-    reader = ActivationReader.make(model, tokens, names, mask, dtype).calibrated(tokens, n_seq)
-    reading = reader.read(tokens[:1])
-    first = _side_by_side(reading)
-    ring = RingBuffer(buffer_tokens, first.shape[1], dtype=reader.dtype, seed=seed, device=first.device)
-    d_in = reading.acts[names[0]].shape[1]
-    ranks = ALONE if mesh is None else RankGrid.of(mesh)
-    ranks.require_equal(reader.request(tokens) | {"seed": seed, "buffer_tokens": buffer_tokens, "n_seq": n_seq})
-    return ActivationStream(reader, tokens, ring, batch_size, n_seq, seed, epochs, d_in, ranks)

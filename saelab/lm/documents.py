@@ -34,19 +34,28 @@ REFUSED = {
 }
 IDS, MASK = "input_ids", "attention_mask"
 """names of the token ids and of the mask of what is not padding in tokenized data sets"""
+DIVISIBLE = {f"{kind}Iterable" for kind in ("Examples", "ArrowExamples", "RebatchedArrowExamples", "SelectColumns")} | {
+    f"{kind}ExamplesIterable" for kind in ("Typed", "Formatted", "Mapped", "Filtered")
+}
+"""layers of a streaming data set of `datasets` whose shards, read one after another, are the whole"""
 UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 Row: TypeAlias = str | np.ndarray
 """a document: its text, or its token ids"""
 
 
-def open_rows(path: str | os.PathLike[str], separator: str | None, field: str) -> Iterator[tuple[str, Any]]:
-    """Iterator over the documents or rows of a file, each with a description of its location for messages."""
+def _find_kind(path: str | os.PathLike[str]) -> tuple[Path, str]:
+    """A file of documents, and its kind by the suffix; ValueError for one that cannot be read."""
     found = _require_file(path)
     packed = found.suffix.lower() if found.suffix.lower() in OPENERS else ""
     suffix = Path(found.stem).suffix.lower() if packed else found.suffix.lower()
     if suffix in REFUSED:
         raise ValueError(f"A file of documents must be text, JSON, CSV or parquet, got '{found}'. {REFUSED[suffix]}")
-    kind = KINDS.get(suffix, "text")
+    return found, KINDS.get(suffix, "text")
+
+
+def open_rows(path: str | os.PathLike[str], separator: str | None, field: str) -> Iterator[tuple[str, Any]]:
+    """Iterator over the documents or rows of a file, each with a description of its location for messages."""
+    found, kind = _find_kind(path)
     if kind == "parquet":
         return _read_parquet(found, field)
     if kind == "text":
@@ -194,7 +203,9 @@ def format_columns(field: str, names: Iterable[str]) -> str:
     return f"{hint}Columns: {names[:5]}. Set `field`.{ids}"
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+@contextmanager
+def _opened_parquet(path: Path) -> Iterator[Any]:
+    """Context manager with a parquet file; ValueError naming the file where it is damaged."""
     try:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
@@ -202,14 +213,22 @@ def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Any]]:
         raise ImportError("Reading parquet needs pyarrow, which is not installed: pip install pyarrow") from error
     try:
         with ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _require_field(field, names, path)
-            columns, first = [field, *([MASK] if field == IDS and MASK in names else [])], 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                yield from ((f"'{path}', row {first + i}", row) for i, row in enumerate(batch.to_pylist()))
-                first += len(batch)
+            yield file
     except ArrowInvalid as error:
         raise ValueError(f"A parquet file must be whole, got '{path}': {str(error).splitlines()[0]}") from error
+
+
+def _read_parquet(path: Path, field: str, index: int = 0, size: int = 1) -> Iterator[tuple[str, Any]]:
+    """Rows of a parquet file, or of one of `size` runs of its row groups."""
+    with _opened_parquet(path) as file:
+        names = file.schema_arrow.names
+        _require_field(field, names, path)
+        columns = [field, *([MASK] if field == IDS and MASK in names else [])]
+        start, stop = index * file.num_row_groups // size, (index + 1) * file.num_row_groups // size
+        first = sum(file.metadata.row_group(i).num_rows for i in range(start))
+        for batch in file.iter_batches(batch_size=1024, row_groups=range(start, stop), columns=columns):
+            yield from ((f"'{path}', row {first + i}", row) for i, row in enumerate(batch.to_pylist()))
+            first += len(batch)
 
 
 def read_documents(texts: Any, *, separator: str | None = "<|endoftext|>", field: str = "text") -> Iterator[str]:
@@ -243,8 +262,13 @@ def read_rows(texts: Any, *, separator: str | None = "<|endoftext|>", field: str
     """Iterator over documents as in `read_documents`, each a string or token ids: a list, array or tensor of
     integers.
     """
-    rows = (_read_row(row, field, where) for where, row in _find_rows(texts, separator, field))
-    return (row for row in rows if (row.strip() if isinstance(row, str) else len(row)))
+    return keep_rows(find_rows(texts, separator, field), field)
+
+
+def keep_rows(rows: Iterable[tuple[str, Any]], field: str) -> Iterator[Row]:
+    """Documents of rows that come with their locations, the blank ones left out."""
+    found = (_read_row(row, field, where) for where, row in rows)
+    return (row for row in found if (row.strip() if isinstance(row, str) else len(row)))
 
 
 def describe_source(texts: Any) -> str:
@@ -273,14 +297,57 @@ def list_prompts(prompts: Any, name: str = "Prompts") -> list[Any]:
     return found
 
 
-def _find_rows(texts: Any, separator: str | None, field: str) -> Iterator[tuple[str, Any]]:
-    """Rows, each with a description of its location for messages."""
+def find_rows(texts: Any, separator: str | None, field: str) -> Iterator[tuple[str, Any]]:
+    """Iterator over the rows of `texts`, each with a description of its location for messages."""
     if isinstance(texts, str | os.PathLike):
         yield from open_rows(texts, separator, field)
         return
     _require_documents(texts)
     for i, row in enumerate(_open_columns(texts, field)):
         yield f"item {i}", row
+
+
+def open_part(texts: Any, field: str, index: int, size: int) -> tuple[Iterator[tuple[str, Any]], dict[str, Any]] | None:
+    """One of several consecutive parts of a parquet file or of a streaming data set, which is read without the others:
+    its rows with their locations, and what is known of the whole. None for what has no such parts, or fewer.
+
+    Args:
+        texts: as in `read_documents`.
+        field: name of the column or key that holds the text.
+        index: place of the part.
+        size: number of parts.
+    """
+    if isinstance(texts, str | os.PathLike):
+        path, kind = _find_kind(texts)
+        if kind != "parquet":
+            return None
+        with _opened_parquet(path) as file:
+            facts = {"rows": file.metadata.num_rows, "row groups": file.num_row_groups}
+        return (_read_parquet(path, field, index, size), facts) if facts["row groups"] >= size else None
+    if not hasattr(texts, "shard") or hasattr(texts, "__len__") or not _is_divisible(texts):
+        return None
+    if texts.num_shards < size and hasattr(texts, "reshard"):
+        texts = texts.reshard()  # into the row groups of its files
+    if texts.num_shards < size:
+        return None
+    info = texts.info
+    facts = {"shards": texts.num_shards, "features": str(texts.features), "splits": str(info.splits)}
+    part = texts.shard(num_shards=size, index=index, contiguous=True)
+    return ((f"{where} of part {index}", row) for where, row in find_rows(part, None, field)), facts
+
+
+def _is_divisible(texts: Any) -> bool:
+    """Whether a streaming data set is known to be its shards one after another: not shuffled, mixed or cut, and without
+    functions of a row's number or of several rows.
+    """
+    layer, layers = getattr(texts, "_ex_iterable", None), []
+    while layer is not None:
+        layers.append(layer)
+        layer = getattr(layer, "ex_iterable", None)
+    crossing = any(getattr(layer, name, False) for layer in layers for name in ("with_indices", "batched"))
+    elsewhere = getattr(texts, "_distributed", None) or getattr(texts, "_shuffling", None)
+    known = bool(layers) and all(type(layer).__name__ in DIVISIBLE for layer in layers)
+    return known and not crossing and not elsewhere
 
 
 def _require_documents(texts: Any) -> None:

@@ -1,23 +1,31 @@
 """Tokenizing text into rows of token ids, packed or one document per row, with the document of each token."""
 
 import hashlib
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int32
 from torch import Tensor
 
-from saelab.lm.documents import Row, describe_source, read_rows
+from saelab.lm.documents import Row, describe_source, find_rows, keep_rows, open_part
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokenizers import find_bos, find_special_ids
+from saelab.training.ranks import ALONE, RankGrid
 
 PADDING = -1
 """Document id of padding."""
+BLOCK = 256  # rows that are read and tokenized at a time
+TURNS = 4  # blocks of a process between messages, which tell of failures and whether there are tokens enough
+N_SAMPLED = 64  # rows of a data set that processes compare
+PROBE = "The quick brown fox jumps over 12,345 lazy dogs; \u00e9t\u00e9, \u4e2d\u6587."
+_Document: TypeAlias = tuple[np.ndarray, bool]
+"""token ids, and whether some were cut off"""
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -110,6 +118,7 @@ def tokenize(
     n_tokens: int | None = None,
     separator: str | None = "<|endoftext|>",
     field: str = "text",
+    mesh: Any = None,
 ) -> Tokens:
     """Token ids of documents in rows of `ctx_len`, from the model's own tokenizer.
 
@@ -130,20 +139,33 @@ def tokenize(
         n_tokens: stop after exactly that many tokens (fewer if the text ends), BOS included; None takes all.
         separator: line that divides the documents of a text file; None makes each line a document.
         field: name of the column or key that holds the text.
+        mesh: `DeviceMesh` of processes that each tokenize a share of the documents and call this with the same
+            arguments; all return what one process returns. Each reads only its share of a `Dataset`, and of a parquet
+            file or streaming data set with as many row groups or files, if all of it is taken; of everything else,
+            and where `n_tokens` is given, each reads what one process would. None is this process alone.
 
     Raises:
         ValueError: for no tokens in any document, a row longer than the model's context, `bos=True` and a tokenizer
-            without BOS, ids outside of the model's vocabulary, and as `read_documents`.
+            without BOS, ids outside of the model's vocabulary, processes that have different texts or arguments, and
+            as `read_documents`.
         TypeError, FileNotFoundError: as `read_documents`.
+        RuntimeError: where another process failed.
 
     >>> tokens = sl.tokenize(sl.lm.tiny_model(), ["one", "two"], ctx_len=6)
     >>> tokens.doc_ids.tolist()
     [[0, 0, 0, 0, 1, 1], [1, 1, -1, -1, -1, -1]]
     """
-    _require_sizes(model, ctx_len, n_tokens)
-    first = _bos_ids(model, bos)
-    documents = _encode(model, read_rows(texts, separator=separator, field=field), first)
-    pieces, n_truncated = _take(documents, None if packed else ctx_len, n_tokens)
+    ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    with ranks.together():
+        _require_sizes(model, ctx_len, n_tokens)
+        first = _bos_ids(model, bos)
+        share = _share(texts, separator, field, n_tokens is None, ranks)
+        source = describe_source(texts)
+        facts = {} if ranks.alone else {"tokenizer": _sketch_tokenizer(model), "source": source, **share.facts}
+    given = {"ctx_len": ctx_len, "packed": packed, "bos": bos, "n_tokens": n_tokens, "separator": separator}
+    ranks.require_equal({**given, "field": field, **facts})
+    documents = _encode_share(model, share, first, None if packed else ctx_len, ranks)
+    pieces, n_truncated = _take(documents, n_tokens)
     if not any(map(len, pieces)):
         raise ValueError(
             f"`texts` must hold at least one document that is not blank to the tokenizer, got none in {len(pieces)}. "
@@ -154,7 +176,7 @@ def tokenize(
         ids=torch.from_numpy(ids),
         doc_ids=torch.from_numpy(doc_ids),
         special_ids=find_special_ids(model),
-        source=describe_source(texts),
+        source=source,
         bos=bool(first),
         packed=packed,
         n_truncated=n_truncated,
@@ -187,14 +209,134 @@ def _fill_id(model: Model) -> int:
     return pad_id if pad_id is not None and pad_id < model.cfg.d_vocab else 0
 
 
-def _encode(model: Model, documents: Iterator[Row], first: list[int]) -> Iterator[np.ndarray]:
-    """Iterator over the ids of each document, tokenized 256 at a time and on demand."""
-    while block := list(islice(documents, 256)):
-        made = iter(_encode_texts(model.tokenizer, [row for row in block if isinstance(row, str)]))
-        for row in block:
-            ids = _require_ids(model, np.array(next(made), np.int64) if isinstance(row, str) else row)
-            begins = len(ids) == 0 or ids[: len(first)].tolist() == first
-            yield (ids if begins else np.concatenate([first, ids])).astype(np.int32)
+@dataclass(frozen=True, eq=False)
+class _Share:
+    """A process's share of a text."""
+
+    blocks: Iterator[tuple[list[Row], int]]
+    """documents of up to `BLOCK` rows, and a checksum of all rows read so far where every process reads them all"""
+    facts: Mapping[str, Any]
+    """what must be the same in all processes"""
+    is_part: bool = False
+    """whether each process has one part of the text, instead of every n-th block"""
+
+
+def _share(texts: Any, separator: str | None, field: str, whole: bool, ranks: RankGrid) -> _Share:
+    """Every n-th block of a text, of which the beginning may be enough; or a part of one that is read to its end."""
+    if not ranks.alone and whole and (part := open_part(texts, field, ranks.index, ranks.size)) is not None:
+        first = [_as_bytes(row, field) for _, row in islice(find_rows(texts, separator, field), 1)]
+        return _Share(_cut(part[0], field), part[1] | {"first row": [zlib.crc32(one) for one in first]}, is_part=True)
+    if not ranks.alone and all(hasattr(texts, name) for name in ("select", "features", "__len__")):
+        return _Share(_select(texts, field, ranks), _sample_rows(texts, field))
+    return _Share(_take_turns(find_rows(texts, separator, field), field, ranks), {})
+
+
+def _cut(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[tuple[list[Row], int]]:
+    while block := list(islice(rows, BLOCK)):
+        yield list(keep_rows(block, field)), 0
+
+
+def _select(texts: Any, field: str, ranks: RankGrid) -> Iterator[tuple[list[Row], int]]:
+    """This process's blocks of a data set whose rows can be read apart; the last may be empty."""
+    n, turn = len(texts), ranks.size * BLOCK
+    for start in range(ranks.index * BLOCK, -(-n // turn) * turn, turn):
+        own = range(min(start, n), min(start + BLOCK, n))
+        rows = find_rows(texts.select(own), None, field) if own else ()
+        yield list(keep_rows(((f"item {i}", row) for i, (_, row) in zip(own, rows, strict=True)), field)), 0
+
+
+def _take_turns(rows: Iterator[tuple[str, Any]], field: str, ranks: RankGrid) -> Iterator[tuple[list[Row], int]]:
+    """This process's blocks of a text that every process reads; the last may be empty."""
+    first, checksum = ranks.index * BLOCK, 0
+    while turn := list(islice(rows, ranks.size * BLOCK)):
+        for _, row in () if ranks.alone else turn:
+            checksum = zlib.crc32(_as_bytes(row, field), checksum)
+        yield list(keep_rows(turn[first : first + BLOCK], field)), checksum
+
+
+def _sample_rows(texts: Any, field: str) -> dict[str, Any]:
+    """Length and columns of a data set, and a checksum of evenly spaced rows."""
+    places = sorted({i * len(texts) // N_SAMPLED for i in range(N_SAMPLED)}) if len(texts) else []
+    checksum = 0
+    for _, row in find_rows(texts.select(places), None, field):
+        checksum = zlib.crc32(_as_bytes(row, field), checksum)
+    return {"number of rows": len(texts), "columns": list(texts.column_names), "rows by their checksum": checksum}
+
+
+def _as_bytes(row: Any, field: str) -> bytes:
+    """A row's document as bytes that can be compared, whether it can be tokenized or not."""
+    value = row.get(field) if isinstance(row, Mapping) else row
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    return repr(value.tolist() if isinstance(value, np.ndarray | Tensor) else value).encode("utf-8", "surrogatepass")
+
+
+def _sketch_tokenizer(model: Model) -> list[Any]:
+    """Numbers that tell apart the tokenizers of two processes."""
+    tokenizer: Any = model.tokenizer
+    return [len(tokenizer), model.cfg.d_vocab, _fill_id(model), *_encode_texts(tokenizer, [PROBE])[0]]
+
+
+def _encode_share(
+    model: Model, share: _Share, first: list[int], longest: int | None, ranks: RankGrid
+) -> Iterator[_Document]:
+    """Iterator over the documents of all processes in the order of the text, tokenized on demand."""
+    blocks = ((_encode(model, rows, first, longest), checksum) for rows, checksum in share.blocks)
+    if ranks.alone:
+        for documents, _ in blocks:
+            yield from documents
+        return
+    parts: list[list[_Document]] = [[] for _ in range(ranks.size)]
+    left = True
+    while left:
+        own: list[tuple[list[_Document], int]] = []
+        with ranks.together():
+            own = list(islice(blocks, TURNS))
+        left = ranks.any(len(own) == TURNS)
+        found = [_unpack(part.cpu().numpy()) for part in ranks.gather_parts(_pack(own).to(ranks.latents.device))]
+        if share.is_part:
+            for part, mine in zip(parts, found, strict=True):
+                part += [document for documents, _ in mine for document in documents]
+            continue
+        read = [[checksum for _, checksum in mine] for mine in found]
+        if other := next((rank for rank, mine in enumerate(read) if mine != read[0]), None):
+            raise ValueError(
+                f"All processes must have the same documents in `texts`, got others in process {other} than in process "
+                "0; give all the same, in the same order."
+            )
+        for turn in zip(*found, strict=True):
+            for documents, _ in turn:
+                yield from documents
+    yield from chain.from_iterable(parts)
+
+
+def _encode(model: Model, rows: list[Row], first: list[int], longest: int | None) -> list[_Document]:
+    """Token ids of documents, and whether each was cut."""
+    made, found = iter(_encode_texts(model.tokenizer, [row for row in rows if isinstance(row, str)])), []
+    for row in rows:
+        ids = _require_ids(model, np.array(next(made), np.int64) if isinstance(row, str) else row)
+        begins = len(ids) == 0 or ids[: len(first)].tolist() == first
+        whole = (ids if begins else np.concatenate([first, ids])).astype(np.int32)
+        found.append((whole[:longest], longest is not None and len(whole) > longest))
+    return found
+
+
+def _pack(blocks: list[tuple[list[_Document], int]]) -> Tensor:
+    """Blocks of documents with their checksums as one row of integers."""
+    counts, checksums = [len(documents) for documents, _ in blocks], [checksum for _, checksum in blocks]
+    every = [document for documents, _ in blocks for document in documents]
+    head = [len(blocks), *counts, *(len(ids) for ids, _ in every), *(int(is_cut) for _, is_cut in every)]
+    parts = [np.array(head, np.int32), np.array(checksums, np.uint32).view(np.int32), *(ids for ids, _ in every)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _unpack(row: np.ndarray) -> list[tuple[list[_Document], int]]:
+    """The blocks in the output of `_pack`."""
+    n_blocks = int(row[0])
+    counts, row = row[1 : 1 + n_blocks].tolist(), row[1 + n_blocks :]
+    lengths, is_cut, checksums, ids = np.split(row, np.cumsum([sum(counts), sum(counts), n_blocks]))
+    every = zip(np.split(ids, np.cumsum(lengths)[:-1]), is_cut.astype(bool).tolist(), strict=False)
+    return [(list(islice(every, n)), checksum) for n, checksum in zip(counts, checksums.tolist(), strict=True)]
 
 
 def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -217,12 +359,12 @@ def _require_ids(model: Model, ids: np.ndarray) -> np.ndarray:
     return ids.astype(np.int64)
 
 
-def _take(documents: Iterator[np.ndarray], longest: int | None, n_tokens: int | None) -> tuple[list[np.ndarray], int]:
-    """Documents cut to `longest` until `n_tokens` are reached, and how many were cut."""
+def _take(documents: Iterator[_Document], n_tokens: int | None) -> tuple[list[np.ndarray], int]:
+    """Documents until `n_tokens` are reached, and how many were cut."""
     pieces, room, n_truncated = [], n_tokens, 0
-    for ids in documents:
-        n_truncated += longest is not None and len(ids) > longest
-        pieces.append(ids[:longest][:room])
+    for ids, is_cut in documents:
+        n_truncated += is_cut
+        pieces.append(ids[:room])
         if room is not None:
             room -= len(pieces[-1])
             if room == 0:

@@ -152,13 +152,15 @@ class RankGrid:
     """the `DeviceMesh` it is made of"""
     mesh_axes: tuple[str, ...] = ()
     """names of the mesh's axes"""
+    group: Any = None
+    """process group of all of them; None where these are all that were started"""
 
     @classmethod
     def of(cls, mesh: Any) -> "RankGrid":
         """The grid of a `DeviceMesh` whose axes are named "data", "latents" or both; one unnamed axis is of latents.
 
         Raises:
-            ValueError: for other axes.
+            ValueError: for other axes, and a mesh that this process is not in.
         """
         names = mesh.mesh_dim_names or (("latents",) if mesh.ndim == 1 else ())
         if not names or len(names) != mesh.ndim or not set(names) <= set(AXES):
@@ -166,24 +168,34 @@ class RankGrid:
                 f'`mesh` must have axes named "data" and "latents", got {mesh.mesh_dim_names} of shape '
                 f'{tuple(mesh.shape)}; make it by init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "latents")).'
             )
-        axes = dict.fromkeys(AXES, GridAxis(device=cls._device(mesh)))
-        axes |= {name: cls._axis(mesh, i) for i, name in enumerate(names)}
-        if mesh.size() != dist.get_world_size():
+        if mesh.get_coordinate() is None:
             raise ValueError(
-                f"`mesh` must hold all {dist.get_world_size()} processes, got {tuple(mesh.shape)}; start as many as it "
-                "has."
+                f"`mesh` must hold this process, number {dist.get_rank()} of {dist.get_world_size()}, got one of "
+                f"{list(ranks_in(mesh))}; start as many processes as it has, or let the others run the language model, "
+                "as `sl.stream` says."
             )
+        axes = dict.fromkeys(AXES, GridAxis(device=device_of(mesh)))
+        axes |= {name: cls._axis(mesh, i) for i, name in enumerate(names)}
         is_first = all(axis.index == 0 for axis in axes.values())
-        return cls(**axes, is_first=is_first, mesh=mesh, mesh_axes=tuple(names))
+        return cls(**axes, is_first=is_first, mesh=mesh, mesh_axes=tuple(names), group=cls._group(mesh))
 
     @classmethod
     def _axis(cls, mesh: Any, i: int) -> GridAxis:
-        return GridAxis(mesh.size(i), mesh.get_local_rank(i), mesh.get_group(i), cls._device(mesh))
+        return GridAxis(mesh.size(i), mesh.get_local_rank(i), mesh.get_group(i), device_of(mesh))
 
     @staticmethod
-    def _device(mesh: Any) -> torch.device:
-        kind: str = mesh.device_type
-        return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    def _group(mesh: Any) -> Any:
+        ranks = ranks_in(mesh)
+        if len(ranks) == dist.get_world_size():
+            return None
+        if len(ranks) in tuple(mesh.shape):
+            return mesh.get_group(tuple(mesh.shape).index(len(ranks)))
+        if (dist.group.WORLD, ranks) not in _groups:
+            raise ValueError(
+                f"`mesh` of two axes must hold all {dist.get_world_size()} processes, got {tuple(mesh.shape)}; start "
+                "as many as it has, or give it to `sl.stream` first, in all of them."
+            )
+        return _groups[dist.group.WORLD, ranks]
 
     @property
     def size(self) -> int:
@@ -319,16 +331,36 @@ class RankGrid:
         if not self.any(not all(torch.equal(one, digest) for one in others)):
             return
         found = [json.loads(one) for one in self.gather_texts(text)]
-        for name, first in found[0].items():
-            for rank, one in enumerate(found):
-                if one.get(name) != first:
-                    raise ValueError(
-                        f"All processes must have the same {name}, got {_short(first)} in process 0 and "
-                        f"{_short(one.get(name))} in process {rank}."
-                    )
+        for name in dict.fromkeys(name for one in found for name in one):
+            values = [one.get(name) for one in found]
+            if other := next((rank for rank, value in enumerate(values) if value != values[0]), None):
+                raise ValueError(
+                    f"All processes must have the same {name}, got {_short(values[0])} in process 0 and "
+                    f"{_short(values[other])} in process {other}."
+                )
 
 
 ALONE = RankGrid()
+
+
+def device_of(mesh: Any) -> torch.device:
+    """Where the messages of a mesh's processes are."""
+    kind: str = mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+
+def ranks_in(mesh: Any) -> tuple[int, ...]:
+    """Numbers of the processes of a mesh, in its order."""
+    return tuple(mesh.mesh.flatten().tolist())
+
+
+_groups: dict[tuple[Any, tuple[int, ...]], Any] = {}
+"""groups of some processes, which all have to make"""
+
+
+def make_group(ranks: tuple[int, ...]) -> None:
+    """Make the group of some processes, so that their mesh may have two axes; all processes call this."""
+    _groups[dist.group.WORLD, ranks] = dist.new_group(list(ranks))
 
 
 def _release() -> str:

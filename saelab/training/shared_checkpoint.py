@@ -54,9 +54,9 @@ def save_shared(
         staged = ranks.on_first(lambda: str(stack.enter_context(replace_folder(folder, last=PROGRESS))))
         failed: BaseException | None = None
         try:
-            dcp.save(state, storage_writer=_writer(staged))
+            dcp.save(state, storage_writer=_writer(staged), process_group=ranks.group)
         except dcp.api.CheckpointException as error:  # in all processes, with the errors of those that failed
-            own = error.failures.get(torch.distributed.get_rank())
+            own = error.failures.get(torch.distributed.get_rank(ranks.group))
             failed = own[0] if own else None
         except Exception as error:  # whatever it was, the others are told
             failed = error
@@ -138,7 +138,12 @@ def _read_shared(folder: Path, state: Mapping[str, tuple[Tensor, int | None]], r
     with warnings.catch_warnings():
         # said of `no_dist` too, which asks for it
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load({**wanted, **position}, storage_reader=_reader(str(folder)), no_dist=ranks.alone)
+        dcp.load(
+            {**wanted, **position},
+            storage_reader=_reader(str(folder)),
+            process_group=ranks.group,
+            no_dist=ranks.alone,
+        )
     return {key.removeprefix(f"{BATCHES}."): t for key, t in position.items()}
 
 

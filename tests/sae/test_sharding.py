@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -440,3 +441,66 @@ def test_a_logger_that_fails_stops_all(pool: Pool) -> None:
     assert said[0] == "ValueError: no room for the history"
     assert all("process 0 on " in text and "no room for the history" in text for text in said[1:])
     assert pool.run(train, "topk", 2, (2, 2))
+
+
+def streamed(mesh: Any) -> Any:
+    """A stream of activations by the processes outside of a mesh."""
+    sizes = {"batch_size": 24, "buffer_tokens": 192, "n_seq": 3}
+    if mesh.get_coordinate() is not None:
+        return sl.stream(None, None, "blocks.0.hook_resid_post", mesh=mesh, **sizes)
+    model = sl.lm.tiny_model()
+    tokens = sl.tokenize(model, [f"{i} cats sat on a mat." for i in range(40)], ctx_len=16)
+    return sl.stream(model, tokens, "blocks.0.hook_resid_post", mesh=mesh, **sizes)
+
+
+def trained_apart(shape: tuple[int, int], folder: str, stop: int = 0) -> dict[str, torch.Tensor] | str | None:
+    """Weights of an SAE whose training goes on in a folder while others run the model; what is said where it stops."""
+
+    def interrupt(entry: dict[str, Any]) -> None:
+        if entry["step"] == stop:
+            signal.raise_signal(signal.SIGTERM)
+
+    mesh = mesh_of(*shape)
+    run = sl.TrainConfig(n_tokens=480, batch_size=24, log_every_tokens=24, save_every_tokens=240)
+    try:
+        with streamed(mesh) as flow:
+            if flow.is_reader:
+                return flow.serve()
+            cfg = sl.SAEConfig(d_in=flow.d_in, d_sae=66, activation=sl.TopK(k=4))
+            sae = sl.SAE(cfg, seed=0).fit(
+                flow, run, out=folder, resume=True, progress=False, mesh=mesh, sinks=[interrupt]
+            )
+    except KeyboardInterrupt as stopped:
+        return str(stopped)
+    assert sae.provenance is not None and sae.provenance.hook_point == "blocks.0.hook_resid_post"
+    return {key: held.clone() for key, held in sae.state_dict().items()}
+
+
+def test_an_sae_is_trained_while_others_run_the_model(pool: Pool, tmp_path: Path) -> None:
+    whole = pool.run(trained_apart, (1, 2), str(tmp_path / "whole"))
+    said = pool.run(trained_apart, (1, 2), str(tmp_path / "part"), 13)
+    assert whole[2:] == said[2:] == [None, None]
+    assert all(text.startswith("Training stopped after 13 of 20 steps, saved to") for text in said[:2])
+    again = pool.run(trained_apart, (1, 2), str(tmp_path / "part"))
+    assert all(torch.equal(again[i][key], held) for i in (0, 1) for key, held in whole[0].items())
+    pool.run(trained_apart, (1, 1), str(tmp_path / "other"), 13)
+    for key, held in pool.run(trained_apart, (3, 1), str(tmp_path / "other"))[0].items():
+        torch.testing.assert_close(held, whole[0][key], rtol=1e-4, atol=1e-5)
+
+
+def in_a_larger_world() -> str:
+    """What is said of a mesh of two axes beside which there are other processes, that have not heard of it."""
+    mesh = mesh_of(2, 2)
+    with patch("torch.distributed.get_world_size", lambda *_: 5):
+        try:
+            RankGrid.of(mesh)
+        except ValueError as error:
+            return str(error)
+    return "made"
+
+
+def test_a_mesh_of_two_axes_beside_others_is_refused(pool: Pool) -> None:
+    assert set(pool.run(in_a_larger_world)) == {
+        "`mesh` of two axes must hold all 5 processes, got (2, 2); start as many as it has, or give it to `sl.stream` "
+        "first, in all of them."
+    }
