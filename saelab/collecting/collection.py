@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saelab.collecting.reader import DEFAULT_MASK, ActivationReader, ForwardRows
-from saelab.collecting.shared import SharedFolder, Steps, claim_together, run_together
+from saelab.collecting.shared import SharedFolder, claim_together
 from saelab.collecting.writers import FolderWriter, MemoryWriter, RowBuffer, RowWriter, load_all
 from saelab.lm.hooks import forward_size
 from saelab.lm.masks import TokenMask
@@ -28,7 +28,7 @@ from saelab.stores.activations import Activations
 from saelab.stores.jobs import hidden
 from saelab.stores.manifest import ActivationsManifest, Provenance, dtype_name
 from saelab.stores.shuffling import RingBuffer
-from saelab.training.ranks import ALONE, RankGrid
+from saelab.training.ranks import ALONE, RankGrid, Steps, run_together
 
 SHARD_TOKENS = 32768
 BUFFER_TOKENS = 1 << 16
@@ -82,7 +82,7 @@ def collect(
     >>> acts.d_in
     32
     """
-    ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    ranks = RankGrid.of(mesh)
     with ranks.together():
         names = [hook_points] if isinstance(hook_points, str) else list(hook_points)
         if shard_tokens < 1:
@@ -309,7 +309,7 @@ class ActivationStream:
                 reading = self._reader.read(self._tokens[chosen])
                 rows, removed = _side_by_side(reading), reading.removed
         n_read = min(self._ranks.size, -(-(len(self._order) - self._next_seq) // self._n_seq))
-        counts = [json.loads(text) for text in self._ranks.gather_texts(json.dumps(removed))]
+        counts = self._ranks.gather_json(removed)
         self._ahead.extend(list(zip(self._ranks.gather_parts(rows), counts, strict=True))[:n_read])
 
 
@@ -375,6 +375,6 @@ def stream(
     first = _side_by_side(reading)
     ring = RingBuffer(buffer_tokens, first.shape[1], dtype=reader.dtype, seed=seed, device=first.device)
     d_in = reading.acts[names[0]].shape[1]
-    ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    ranks = RankGrid.of(mesh)
     ranks.require_equal(reader.request(tokens) | {"seed": seed, "buffer_tokens": buffer_tokens, "n_seq": n_seq})
     return ActivationStream(reader, tokens, ring, batch_size, n_seq, seed, epochs, d_in, ranks)

@@ -21,6 +21,7 @@ from saelab.collecting import reader, shared, writers
 from saelab.lm.models import tiny_model
 from saelab.stores.activations import Activations
 from saelab.stores.validation import read_json
+from saelab.training.ranks import ROUND
 
 HOOK, LATER = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 SIZES = {"batch_size": 3, "shard_tokens": 50, "progress": False}
@@ -248,7 +249,7 @@ def test_an_interrupted_call_goes_on(
 
 def test_others_stop_soon_where_one_fails(pool: Pool, tmp_path: Path) -> None:
     answers = run(pool, "collect", tmp_path, fail=("reader.capture", 3, 0), batch_size=1)
-    assert [one["n_forwards"] for one in answers[1:3]] == [shared.ROUND] * 2 and answers[3]["error"] == "the power went"
+    assert [one["n_forwards"] for one in answers[1:3]] == [ROUND] * 2 and answers[3]["error"] == "the power went"
 
 
 def test_a_finished_folder_is_opened_at_once(pool: Pool, whole: Any, tmp_path: Path) -> None:
