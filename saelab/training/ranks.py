@@ -358,13 +358,13 @@ class RankGrid:
 ALONE = RankGrid()
 
 
-def run_together(steps: Steps, ranks: RankGrid) -> None:
-    """Carry out the steps of each process, of any number; where one fails, all stop after at most `ROUND` more."""
+def run_together(steps: Steps, ranks: RankGrid, every: int = ROUND) -> None:
+    """Carry out the steps of each process, of any number; where one fails, all stop after at most `every` more."""
     with closing(steps):
         left = True
         while left:
             with ranks.together():
-                left = sum(1 for _ in islice(steps, ROUND)) == ROUND
+                left = sum(1 for _ in islice(steps, every)) == every
             left = ranks.any(left)
 
 
