@@ -15,7 +15,8 @@ from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_json
 from saelab.stores.results import format_table
-from saelab.universality.comparison import NULL, NullConfig, compare
+from saelab.universality.comparison import compare
+from saelab.universality.comparison_sources import NULL, NullConfig
 from saelab.universality.matching import MatchingMethod
 from saelab.universality.similarity import Similarity, choose_similarity
 from saelab.visualization.reports import report
