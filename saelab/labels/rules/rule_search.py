@@ -329,7 +329,7 @@ def _decide(
     return tuple(rows), len(q)
 
 
-def _floor_of(found: RuleLabels) -> dict[str, float]:
+def _floor_of(found: RuleLabels) -> dict[str, float | int]:
     """Number of sides, share of good rules and median F1 of an untrained dictionary."""
     f1 = [row.f1 for row in found.good]
     n = max(1, len(found.rows))
