@@ -16,7 +16,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 import saelab as sl
-from saelab.universality.matching import find_nearest
+from saelab.universality.nearest import find_nearest
 from saelab.universality.similarity import ComparedCodes, Moments, correlation_blocks
 
 

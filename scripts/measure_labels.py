@@ -36,10 +36,10 @@ import torch
 from scipy.sparse import csc_matrix
 
 import saelab as sl
-from saelab.labels.rules.contingency import SideFirings, SplitCounts, feature_blocks
+from saelab.labels.rules.contingency import SideFirings, SplitCounts, add_side_tokens, feature_blocks
 from saelab.labels.rules.predicates import Predicates, make_predicates
 from saelab.labels.rules.rule_labels import RuleLabel, RuleLabels
-from saelab.labels.rules.rule_search import add_side_tokens, label_by_rules
+from saelab.labels.rules.rule_search import label_by_rules
 from saelab.synthetic.tales import Stories, generate_stories
 
 HOOK = "blocks.2.hook_resid_post"

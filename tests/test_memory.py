@@ -18,7 +18,7 @@ from saelab.stores.corpus import StoredText
 from saelab.stores.feature_store import Feature
 from saelab.universality import alignment, document_text
 from saelab.universality.alignment import AlignedRows, find_common_rows
-from saelab.universality.comparison import StoreSource
+from saelab.universality.comparison_sources import StoreSource
 from saelab.universality.similarity import ComparedCodes
 
 HOOK = "blocks.1.hook_resid_post"

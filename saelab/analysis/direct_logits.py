@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from saelab.lm.unembedding import Unembedding
 from saelab.sae.compatibility import match_weights, require_finite
 from saelab.sae.sae import SAE
 from saelab.stores.results import Result
+from saelab.training.ranks import RankGrid, Steps, run_together
 
 BLOCK = 256
 
@@ -71,6 +72,7 @@ def logit_lens(
     n: int = 10,
     allow_mismatch: bool = False,
     unembedding: Unembedding | None = None,
+    mesh: Any = None,
 ) -> LogitLens:
     """The tokens that each feature's decoder direction promotes and suppresses most, through final norm and
     unembedding.
@@ -87,25 +89,44 @@ def logit_lens(
         n: tokens returned at each end, at most the size of the vocabulary.
         allow_mismatch: True accepts an SAE that was trained on another model or weight processing.
         unembedding: `Unembedding.measure(model)` of before, for features that are asked for one by one; None measures.
+        mesh: `DeviceMesh` of processes that each read some of the features, and call this with the same arguments; all
+            return all features. None is this process alone.
 
     Raises:
         ValueError: the SAE's activations are not as wide as the residual stream, the SAE is of another model or weight
             processing, or a feature does not exist.
+        RuntimeError: where another process failed.
 
     >>> model, sae = sl.lm.tiny_model(), sl.SAE(sl.SAEConfig(d_in=32, d_sae=48))
     >>> len(logit_lens(sae, model, [3], n=5)[3].promoted)
     5
     """
-    wanted = read_features(range(sae.cfg.d_sae) if features is None else features, sae.cfg.d_sae)
-    require_finite(sae)
-    match_weights(sae.provenance, model, allow_mismatch)
-    read_out = unembedding if unembedding is not None else Unembedding.measure(model)
-    known = read_out.known
-    found: list[_Tops] = []
-    for i in range(0, len(wanted), BLOCK):
-        block = wanted[i : i + BLOCK]
-        found.append(_Tops.find(block, read_out(sae.directions(block)), known, min(n, len(known))))
-    return LogitLens(features=tuple(_describe(found, model)), d_vocab=len(known))
+    ranks = RankGrid.of(mesh)
+    with ranks.together():
+        wanted = read_features(range(sae.cfg.d_sae) if features is None else features, sae.cfg.d_sae)
+        require_finite(sae)
+        match_weights(sae.provenance, model, allow_mismatch)
+        read_out = unembedding if unembedding is not None else Unembedding.measure(model)
+    ranks.require_equal({"features": wanted, "number of tokens": n})
+    known, found = read_out.known, list[_Tops]()
+    blocks = [wanted[i : i + BLOCK] for i in range(0, len(wanted), BLOCK)]
+
+    def read() -> Steps:
+        for block in blocks[ranks.own(len(blocks))]:
+            found.append(_Tops.find(block, read_out(sae.directions(block)), known, min(n, len(known))))
+            yield
+
+    run_together(read(), ranks)
+    rows = list(_describe(found, model))
+    if not ranks.alone:
+        told = {row["feature"]: row for part in ranks.gather_json([vars(row) for row in rows]) for row in part}
+        rows = [_restore(told[feature]) for feature in wanted]
+    return LogitLens(features=tuple(rows), d_vocab=len(known))
+
+
+def _restore(told: dict[str, Any]) -> Promoted:
+    """A feature's effects, from what JSON made of them."""
+    return Promoted(**told | {name: tuple(map(tuple, told[name])) for name in ("promoted", "suppressed")})
 
 
 @dataclass(frozen=True, eq=False)

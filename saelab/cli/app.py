@@ -117,7 +117,7 @@ def _spell(error: BaseException) -> str:
 
 
 def _complain(line: str, code: int) -> int:
-    echo(line, err=True)
+    echo(line, err=True, always=True)
     return code
 
 

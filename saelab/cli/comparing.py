@@ -1,13 +1,14 @@
 """`saelab compare`: match the features of two stores, or of two SAEs."""
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, get_args
 
+import numpy as np
+from jaxtyping import Int
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.inputs import echo, open_model, open_sae
+from saelab.cli.inputs import PATIENCE, echo, open_recorded, share_temporary
 from saelab.collecting.harvesting import harvest_untrained
 from saelab.sae.baselines import load_baselines
 from saelab.sae.pretrained import CONFIG
@@ -15,8 +16,11 @@ from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import write_json
 from saelab.stores.results import format_table
-from saelab.universality.comparison import NULL, NullConfig, compare
-from saelab.universality.matching import MatchingMethod
+from saelab.training.launch import launched
+from saelab.training.ranks import RankGrid
+from saelab.universality.comparison import compare
+from saelab.universality.comparison_sources import NULL, NullConfig
+from saelab.universality.matching import Comparison, MatchingMethod
 from saelab.universality.similarity import Similarity, choose_similarity
 from saelab.visualization.reports import report
 
@@ -75,22 +79,21 @@ def compare_folders(
 
     Stores are compared on the documents that they have in common, even with different tokenizers; SAEs of one space by
     direction.
+
+    Several processes share the features: torchrun --nproc-per-node 4 -m saelab compare ...
     """
-    if method not in get_args(MatchingMethod):
-        raise ValueError(f"`--method` must be one of {', '.join(get_args(MatchingMethod))}, got '{method}'.")
-    null = NullConfig(n_shifts=shifts, min_effect=min_effect, fdr=fdr)
-    first, second = _open(a), _open(b)
-    if html is not None and not (isinstance(first, FeatureStore) and isinstance(second, FeatureStore)):
-        raise ValueError("`--html` shows features in text, so A and B must be feature stores, got SAEs.")
-    if html is not None and sides:
-        raise ValueError("`--html` shows whole features, got it with `--sides`. Leave one of them out.")
-    if baselines is not None and isinstance(first, FeatureStore):
-        raise ValueError("`--baselines` holds SAEs, so A and B must be SAEs, got feature stores. Leave it out.")
-    by = choose_similarity(similarity, isinstance(first, FeatureStore))
-    with tempfile.TemporaryDirectory() as folder:
+    with launched(None, options.choose_device(None), PATIENCE) as (ranks, _), share_temporary(ranks) as folder:
+        with ranks.together():
+            if method not in get_args(MatchingMethod):
+                raise ValueError(f"`--method` must be one of {', '.join(get_args(MatchingMethod))}, got '{method}'.")
+            null = NullConfig(n_shifts=shifts, min_effect=min_effect, fdr=fdr)
+            first, second = _open(a), _open(b)
+            _check_inputs(first, second, html, sides, baselines)
+            by = choose_similarity(similarity, isinstance(first, FeatureStore))
+            others = None if baselines is None else load_baselines(baselines)
         floors: list[FeatureStore | None] = [None, None]
         if untrained and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
-            floors = [_untrained(one, Path(folder) / str(i), progress) for i, one in enumerate((first, second))]
+            floors = [_untrained(one, folder / str(i), progress, ranks) for i, one in enumerate((first, second))]
         found = compare(
             first,
             second,
@@ -102,8 +105,34 @@ def compare_folders(
             null=null,
             seed=seed,
             progress=progress,
-            baselines=None if baselines is None else load_baselines(baselines),
+            baselines=others,
+            mesh=ranks.mesh,
         )
+
+        def show() -> None:
+            pairs = _show(found, method, top, out)
+            if html is not None and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
+                shown = list(dict.fromkeys(pairs[:, 0].tolist()))[:ON_PAGE]
+                made = report(first, html, features=shown, compare=second, comparison=found, progress=progress)
+                echo(str(made))
+
+        ranks.on_first(show)
+
+
+def _check_inputs(
+    first: FeatureStore | SAE, second: FeatureStore | SAE, html: Path | None, sides: bool, baselines: Path | None
+) -> None:
+    """Refuse options that do not go with what is compared."""
+    if html is not None and not (isinstance(first, FeatureStore) and isinstance(second, FeatureStore)):
+        raise ValueError("`--html` shows features in text, so A and B must be feature stores, got SAEs.")
+    if html is not None and sides:
+        raise ValueError("`--html` shows whole features, got it with `--sides`. Leave one of them out.")
+    if baselines is not None and isinstance(first, FeatureStore):
+        raise ValueError("`--baselines` holds SAEs, so A and B must be SAEs, got feature stores. Leave it out.")
+
+
+def _show(found: Comparison, method: str, top: int, out: Path | None) -> Int[np.ndarray, "n 2"]:
+    """Print the result, and write all of it to a file; returns the matched pairs, the most similar first."""
     pairs, values = found.match(method)  # type: ignore[arg-type]
     echo(str(found))
     best = list(zip(pairs.tolist(), values.tolist(), strict=True))[:top]
@@ -113,21 +142,21 @@ def compare_folders(
         matched = [[i, j, value] for (i, j), value in zip(pairs.tolist(), values.tolist(), strict=True)]
         write_json(out, found.to_dict() | {"method": method, "matched": matched})
         echo(f"{len(matched):,} pairs in {out}.")
-    if html is not None and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
-        shown = list(dict.fromkeys(pairs[:, 0].tolist()))[:ON_PAGE]
-        echo(str(report(first, html, features=shown, compare=second, comparison=found, progress=progress)))
+    return pairs
 
 
-def _untrained(store: FeatureStore, out: Path, progress: bool) -> FeatureStore | None:
+def _untrained(store: FeatureStore, out: Path, progress: bool, ranks: RankGrid) -> FeatureStore | None:
     """The same rows from an untrained dictionary, where the store's SAE and model are at hand."""
-    sae = open_sae(store, None)
-    model = open_model(store, None, progress) if sae is not None else None
-    if sae is None or model is None:
+    opened = open_recorded(store, None, None, progress, "--model", ranks)
+    if opened is None:
         return None
     try:
-        return harvest_untrained(store, sae, model, out, progress=progress)
-    except ValueError as error:
-        echo(f"No untrained dictionary for comparison with {store.folder}: {error}", err=True)
+        return harvest_untrained(store, *opened, out, progress=progress, mesh=ranks.mesh)
+    except Exception as error:  # whatever it was, all processes are here
+        told = [text for text in ranks.gather_json(str(error) if isinstance(error, ValueError) else "") if text]
+        if not told:
+            raise
+        echo(f"No untrained dictionary for comparison with {store.folder}: {told[0]}", err=True)
         return None
 
 

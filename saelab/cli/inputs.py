@@ -4,9 +4,12 @@ Collecting reads documents from the start of a text, evaluating from its end.
 """
 
 import re
+import tempfile
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,11 @@ from saelab.lm.tokens import Tokens, tokenize
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import printable
+from saelab.training.launch import name_process
+from saelab.training.ranks import RankGrid
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for another, whose share of the features may take longer"""
 
 
 def read_numbers(given: str | None) -> list[int] | None:
@@ -64,6 +72,19 @@ def open_sae(store: FeatureStore, named: str | None) -> SAE | None:
     except (OSError, ValueError) as error:
         _leave_out(f"SAE '{recorded}'", error, "--sae")
     return None
+
+
+def open_recorded(
+    store: FeatureStore, sae: str | None, model: str | None, progress: bool, option: str, ranks: RankGrid
+) -> tuple[SAE, Model] | None:
+    """The SAE and the model of a store, by name or as the store has them; None, with a line on stderr, where one is
+    gone. ValueError where that is so in some processes only.
+    """
+    with ranks.together():
+        coder = open_sae(store, sae)
+        lm = open_model(store, model, progress and ranks.is_first, option) if coder is not None else None
+    ranks.require_equal({"SAE and model of the store at hand": coder is not None and lm is not None})
+    return None if coder is None or lm is None else (coder, lm)
 
 
 def read_head(
@@ -146,6 +167,21 @@ def find_base(cls: type, name: str) -> Any:
     )
 
 
-def echo(text: str, err: bool = False) -> None:
-    """Print a text, on stderr with `err`; what a terminal would obey in it, whoever wrote it, is shown as its code."""
-    typer.echo(printable(text), err=err)
+def echo(text: str, err: bool = False, always: bool = False) -> None:
+    """Print a text, on stderr with `err`; what a terminal would obey in it, whoever wrote it, is shown as its code.
+
+    Of several processes the first prints, with `always` this one, too.
+    """
+    if always or not name_process():
+        typer.echo(printable(text), err=err)
+
+
+@contextmanager
+def share_temporary(ranks: RankGrid) -> Iterator[Path]:
+    """Context with a temporary folder, which the first process makes and removes."""
+    with ExitStack() as stack:
+
+        def make() -> str:
+            return stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+
+        yield Path(ranks.on_first(make))

@@ -4,10 +4,11 @@ Labels come from rules on tokens or from a language model, and are kept in the s
 """
 
 import getpass
+import json
 import runpy
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ from typer import Argument, Option
 
 from saelab.analysis.direct_logits import LogitLens, logit_lens
 from saelab.cli import options
-from saelab.cli.inputs import echo, find_base, open_model, open_sae, read_numbers
+from saelab.cli.inputs import PATIENCE, echo, find_base, open_recorded, read_numbers, share_temporary
 from saelab.collecting.harvesting import harvest_untrained, require_harvested
 from saelab.labels.autointerp.clients import Client, LocalClient, OpenAIClient
 from saelab.labels.autointerp.explainers import estimate_labels, explain_features
@@ -30,6 +31,8 @@ from saelab.lm.models import load_model
 from saelab.sae.compatibility import match_weights
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.jobs import hold_folder
+from saelab.training.launch import launched
+from saelab.training.ranks import RankGrid
 
 if TYPE_CHECKING:
     from typer import Context
@@ -174,7 +177,6 @@ def _print(labels: Sequence[Label], top: int) -> None:
 
 @options.documented_by(RequestConfig, parallel="n_parallel")
 def label_features(
-    context: Context,
     store: options.StoreFolder,
     rules: Annotated[
         str | None,
@@ -242,40 +244,59 @@ def label_features(
     With --model by a language model, which scores them too. Its answers are kept: a run that was interrupted, or that
     used up its budget, continues when the same command is run again. With --export-prompts and --import-answers the
     language model may be anywhere: prompts of scores come once the labels are there.
+
+    Several processes share the features: torchrun --nproc-per-node 4 -m saelab label ...
     """
-    opened, numbers = FeatureStore.load(store), read_numbers(features)
-    if bad := [j for j in numbers or () if not 0 <= j < opened.d_sae]:
-        raise ValueError(f"`--features` must be in 0..{opened.d_sae - 1}, got {bad[:5]}.")
-    client = _choose_client(llm, model, export_prompts, import_answers, progress)
-    if estimate and client is None:
-        raise ValueError("`--estimate` needs `--model`: rules cost nothing.")
-    cfg = RequestConfig(n_parallel=parallel, budget=budget, price_in=price_in, price_out=price_out)
-    if not estimate:
-        context.with_resource(hold_folder(store))
-    by_rules = rules is not None or client is None
-    wanted = _wanted(opened, RULES, numbers, resume) if by_rules else []
-    signs, names = (1, -1) if opened.signed else (BOTH,), [name for name in scorers.split(",") if name]
-    asked_of = _wanted(opened, client.name, numbers, resume, scored=bool(names)) if client is not None else []
-    floor = untrained and not estimate and (wanted != [] or asked_of != [])
-    baseline = context.with_resource(_open_floor(opened, sae, lens_model, progress) if floor else nullcontext())
-    if by_rules:
-        found = _read_lens(opened, wanted, sae, lens_model, progress) if lens and wanted != [] else None
-        part, other = opened.spread(rule_tokens), None if baseline is None else baseline.spread(rule_tokens)
-        _by_rules(part, read_predicates(part, rules or BUILTIN, predicates), wanted, found, other)
-    if client is None:
-        return
-    asked: dict[str, Any] = {"signs": signs, "scorers": names, "asking": cfg}
-    if asked_of == []:
-        echo(f"No feature is left to label by {client.name}.", err=True)
-        return
-    if not isinstance(client, OfflineClient):
-        echo(str(estimate_labels(opened, client, asked_of, **asked).times(2.0 if untrained else 1.0)), err=not estimate)
-    if estimate:
-        return
-    named = explain_features(opened, client, asked_of, untrained=baseline, progress=progress, **asked)
-    _keep(opened, named.labels, str(named))
-    if isinstance(client, OfflineClient):
-        _exchange(client, export_prompts)
+    with launched(None, options.choose_device(None), PATIENCE) as (ranks, _), ExitStack() as stack:
+        with ranks.together():
+            opened, numbers = FeatureStore.load(store), read_numbers(features)
+            if bad := [j for j in numbers or () if not 0 <= j < opened.d_sae]:
+                raise ValueError(f"`--features` must be in 0..{opened.d_sae - 1}, got {bad[:5]}.")
+            client = _choose_client(llm, model, export_prompts, import_answers, progress and ranks.is_first)
+            if estimate and client is None:
+                raise ValueError("`--estimate` needs `--model`: rules cost nothing.")
+            cfg = RequestConfig(n_parallel=parallel, budget=budget, price_in=price_in, price_out=price_out)
+        if not estimate:
+            ranks.on_first(lambda: stack.enter_context(hold_folder(store)))
+        by_rules, names = rules is not None or client is None, [name for name in scorers.split(",") if name]
+
+        def choose() -> str:
+            author = client.name if client is not None else ""
+            named = _wanted(opened, author, numbers, resume, bool(names)) if client is not None else []
+            return json.dumps([_wanted(opened, RULES, numbers, resume) if by_rules else [], named])
+
+        wanted, asked_of = json.loads(ranks.on_first(choose))
+        floor = untrained and not estimate and (wanted != [] or asked_of != [])
+        made = _open_floor(opened, sae, lens_model, progress, ranks) if floor else nullcontext()
+        baseline = stack.enter_context(made)
+        if by_rules:
+            found = _read_lens(opened, wanted, sae, lens_model, progress, ranks) if lens and wanted != [] else None
+            _by_rules(opened, rules or BUILTIN, predicates, rule_tokens, wanted, found, baseline, ranks)
+        if client is None:
+            return
+        asked: dict[str, Any] = {"signs": (1, -1) if opened.signed else (BOTH,), "scorers": names, "asking": cfg}
+        if asked_of == []:
+            echo(f"No feature is left to label by {client.name}.", err=True)
+            return
+        if not isinstance(client, OfflineClient):
+
+            def tell_cost() -> None:
+                cost = estimate_labels(opened, client, asked_of, **asked).times(2.0 if untrained else 1.0)
+                echo(str(replace(cost, seconds=cost.seconds / ranks.size)), err=not estimate)
+
+            ranks.on_first(tell_cost)
+        if estimate:
+            return
+        named = explain_features(
+            opened, client, asked_of, untrained=baseline, progress=progress, mesh=ranks.mesh, **asked
+        )
+
+        def keep() -> None:
+            _keep(opened, named.labels, str(named))
+            if isinstance(client, OfflineClient):
+                _exchange(client, export_prompts)
+
+        ranks.on_first(keep)
 
 
 def read_predicates(store: FeatureStore, names: str, size: int = N_PREDICATES) -> Predicates:
@@ -349,43 +370,55 @@ def _wanted(
 
 @contextmanager
 def _open_floor(
-    store: FeatureStore, sae: str | None, model: str | None, progress: bool
+    store: FeatureStore, sae: str | None, model: str | None, progress: bool, ranks: RankGrid
 ) -> Iterator[FeatureStore | None]:
     """The same rows from an untrained dictionary, for a while; None where the store's SAE and model are not at hand."""
-    coder = open_sae(store, sae)
-    lm = open_model(store, model, progress, "--lens-model") if coder is not None else None
-    if coder is None or lm is None:
+    opened = open_recorded(store, sae, model, progress, "--lens-model", ranks)
+    if opened is None:
         yield None
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield harvest_untrained(store, coder, lm, Path(folder) / "untrained", progress=progress)
+    with share_temporary(ranks) as folder:
+        yield harvest_untrained(store, *opened, folder / "untrained", progress=progress, mesh=ranks.mesh)
 
 
 def _by_rules(
     store: FeatureStore,
-    predicates: Predicates,
+    names: str,
+    size: int,
+    n_tokens: int,
     wanted: list[int] | None,
     lens: LogitLens | None,
     untrained: FeatureStore | None,
+    ranks: RankGrid,
 ) -> None:
+    """Label features by rules on some of the tokens, and keep the labels."""
+    with ranks.together():
+        part, other = store.spread(n_tokens), None if untrained is None else untrained.spread(n_tokens)
+        predicates = read_predicates(part, names, size)
     if wanted == []:
         echo(f"No feature is left to label by {RULES}.", err=True)
         return
-    found = label_by_rules(store, predicates, features=wanted, lens=lens, untrained=untrained)
-    _keep(store, found.labels(), str(found), afresh=True)
+    found = label_by_rules(part, predicates, features=wanted, lens=lens, untrained=other, mesh=ranks.mesh)
+    ranks.on_first(lambda: _keep(part, found.labels(), str(found), afresh=True))
 
 
 def _read_lens(
-    store: FeatureStore, wanted: list[int] | None, sae: str | None, model: str | None, progress: bool
+    store: FeatureStore,
+    wanted: list[int] | None,
+    sae: str | None,
+    model: str | None,
+    progress: bool,
+    ranks: RankGrid,
 ) -> LogitLens | None:
     """What features promote, where the store's SAE and model are at hand."""
-    coder = open_sae(store, sae)
-    lm = open_model(store, model, progress, "--lens-model") if coder is not None else None
-    if coder is None or lm is None:
+    opened = open_recorded(store, sae, model, progress, "--lens-model", ranks)
+    if opened is None:
         return None
-    require_harvested(store, coder)
-    match_weights(store.provenance, lm)
-    return logit_lens(coder, lm, wanted, allow_mismatch=True)
+    coder, lm = opened
+    with ranks.together():
+        require_harvested(store, coder)
+        match_weights(store.provenance, lm)
+    return logit_lens(coder, lm, wanted, allow_mismatch=True, mesh=ranks.mesh)
 
 
 def _keep(store: FeatureStore, labels: Sequence[Label], summary: str, afresh: bool = False) -> None:

@@ -337,7 +337,7 @@ def collect_text(
         with ranks.together():
             lm = load_model(model, device=place, weight_processing=weight_processing, progress=shown)
         tokens = read_head(lm, text, n_tokens, ctx_len, bos, separator, field, ranks.mesh)
-        if n_tokens is not None and tokens.n_tokens < n_tokens and ranks.is_first:
+        if n_tokens is not None and tokens.n_tokens < n_tokens:
             echo(f"note: the text holds {tokens.n_tokens:,} tokens, fewer than --n-tokens {n_tokens:,}.", err=True)
         collect(
             lm,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saelab.collecting.reader import DEFAULT_MASK, ActivationReader
 from saelab.collecting.reading_rounds import Forwards, Rounds, Rows, StreamPlan, connect, open_rounds
-from saelab.collecting.shared import SharedFolder, Steps, claim_together, run_together
+from saelab.collecting.shared import SharedFolder, claim_together
 from saelab.collecting.writers import FolderWriter, MemoryWriter, RowBuffer, RowWriter, load_all
 from saelab.lm.hooks import forward_size
 from saelab.lm.masks import TokenMask
@@ -30,7 +30,7 @@ from saelab.stores.activations import Activations
 from saelab.stores.jobs import hidden
 from saelab.stores.manifest import ActivationsManifest, Provenance, dtype_name
 from saelab.stores.shuffling import RingBuffer
-from saelab.training.ranks import ALONE, RankGrid
+from saelab.training.ranks import ALONE, RankGrid, Steps, run_together
 
 SHARD_TOKENS = 32768
 BUFFER_TOKENS = 1 << 16
@@ -84,7 +84,7 @@ def collect(
     >>> acts.d_in
     32
     """
-    ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    ranks = RankGrid.of(mesh)
     with ranks.together():
         names = [hook_points] if isinstance(hook_points, str) else list(hook_points)
         if shard_tokens < 1:

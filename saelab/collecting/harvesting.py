@@ -20,21 +20,22 @@ from saelab.collecting.reader import (
     ActivationsSource,
     Batch,
     HarvestSource,
+    SameRowsSource,
     TextSource,
     fingerprint,
+    rebuild_tokens,
 )
-from saelab.collecting.shared import SharedFolder, Steps, claim_together, run_together
+from saelab.collecting.shared import SharedFolder, claim_together
 from saelab.collecting.writers import ShardWriter, read_rows
 from saelab.functional.codes import SparseCodes
 from saelab.lm.hooks import FORWARD_TOKENS, forward_size
 from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model
-from saelab.lm.tokens import PADDING, Tokens
+from saelab.lm.tokens import Tokens
 from saelab.sae.compatibility import Match, match_activations, match_model, require_finite, require_threshold
 from saelab.sae.initialization import make_untrained
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
-from saelab.stores.corpus import StoredText
 from saelab.stores.feature_statistics import FeatureStatistics, save_statistics
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.files import relative_place
@@ -42,7 +43,7 @@ from saelab.stores.jobs import hidden
 from saelab.stores.manifest import FeatureManifest
 from saelab.stores.packing import pack_codes, round_values, smallest_int
 from saelab.stores.tensors import TensorFile
-from saelab.training.ranks import ALONE, RankGrid
+from saelab.training.ranks import RankGrid, Steps, run_together
 
 SHARD_TOKENS = 65536  # so that row numbers within a shard fit 16 bits
 ValueDtype = Literal["float16", "float32"]
@@ -106,7 +107,7 @@ def harvest(
     >>> harvest(sae, model, tokens, tempfile.mkdtemp(), hook_point="blocks.1.hook_out", progress=False).l0
     4.0
     """
-    ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    ranks = RankGrid.of(mesh)
     named = {"": saes} if isinstance(saes, SAE) else dict(saes)
     with ranks.together():
         if not named or shard_tokens < 1:
@@ -120,11 +121,7 @@ def harvest(
             _Job.start(sae, at[name], source, Path(out) / name, dtype, shard_tokens, resume, ranks, stack)
             for name, sae in named.items()
         ]
-        left = [job for job in jobs if not job.done]
-        if ranks.alone:
-            _run(left, source, progress)
-        else:
-            _run_shared(left, source, progress and ranks.is_first, ranks)
+        _run(jobs, source, progress and ranks.is_first, ranks)
         stores = {name: FeatureStore.load(job.folder) for name, job in zip(named, jobs, strict=True)}
         return stores[""] if isinstance(saes, SAE) else stores
 
@@ -296,9 +293,13 @@ class _Part(_Job):
         yield
 
 
-def _run(jobs: list[_Job], source: HarvestSource, progress: bool) -> None:
-    for _ in _encode(jobs, source, range(source.n_items), progress):
-        pass
+def _run(jobs: list[_Job], source: HarvestSource, progress: bool, ranks: RankGrid) -> None:
+    """Write the folders that are not finished, with the other processes where there are several."""
+    left = [job for job in jobs if not job.done]
+    if ranks.alone:
+        run_together(_encode(left, source, range(source.n_items), progress), ranks)
+    else:
+        _run_shared(left, source, progress, ranks)
 
 
 def _encode(jobs: list[_Job], source: HarvestSource, share: range, progress: bool) -> Steps:
@@ -417,6 +418,7 @@ def harvest_untrained(
     allow_mismatch: bool = False,
     progress: bool = True,
     resume: bool = True,
+    mesh: Any = None,
 ) -> FeatureStore:
     """Feature store with the same rows as `store`, encoded by an untrained SAE of the same shape as `sae`.
 
@@ -435,64 +437,28 @@ def harvest_untrained(
         allow_mismatch: accept a model, weight processing or hook point that differs from the SAE's training.
         progress: whether to show a progress bar.
         resume: continue an interrupted call; False deletes what `out` holds and starts over.
+        mesh: `DeviceMesh` of processes that encode a share of the rows each, as in `harvest`; None is this process
+            alone.
 
     Raises:
         ValueError: as `harvest`, for an SAE that is not the store's, and for a store whose text is not kept in whole
             rows (a row that lacks a token before its last one).
+        RuntimeError: where another process failed.
     """
-    require_harvested(store, sae)
-    place = match_model(sae, model, store.provenance.hook_point or None, EVERYTHING, allow_mismatch)
-    tokens = rebuild_tokens(store.text)
-    reader = ActivationReader.make(
-        model, tokens, place.hook_points[: 1 if sae.cfg.d_out is None else 2], EVERYTHING, torch.float32
-    )
-    source = _SameRows(reader, tokens, max(1, FORWARD_TOKENS // tokens.ctx_len), store.places)
-    x = source.sample(SAMPLE_TOKENS)
-    targets = x[reader.hook_points[1]] if sae.cfg.d_out is not None and len(reader.hook_points) > 1 else None
-    made = make_untrained(sae, x[reader.hook_points[0]], targets, seed=seed)
-    made.name_or_path = f"untrained, seed {seed}"
+    ranks = RankGrid.of(mesh)
+    with ranks.together():
+        require_harvested(store, sae)
+        place = match_model(sae, model, store.provenance.hook_point or None, EVERYTHING, allow_mismatch)
+        tokens = rebuild_tokens(store.text)
+        reader = ActivationReader.make(
+            model, tokens, place.hook_points[: 1 if sae.cfg.d_out is None else 2], EVERYTHING, torch.float32
+        )
+        source = SameRowsSource(reader, tokens, max(1, FORWARD_TOKENS // tokens.ctx_len), store.places)
+        x = source.sample(SAMPLE_TOKENS)
+        targets = x[reader.hook_points[1]] if sae.cfg.d_out is not None and len(reader.hook_points) > 1 else None
+        made = make_untrained(sae, x[reader.hook_points[0]], targets, seed=seed)
+        made.name_or_path = f"untrained, seed {seed}"
     with ExitStack() as stack:
-        job = _Job.start(made, reader.hook_points[0], source, Path(out), dtype, SHARD_TOKENS, resume, ALONE, stack)
-        _run([] if job.done else [job], source, progress)
+        job = _Job.start(made, reader.hook_points[0], source, Path(out), dtype, SHARD_TOKENS, resume, ranks, stack)
+        _run([job], source, progress and ranks.is_first, ranks)
         return FeatureStore.load(out)
-
-
-def rebuild_tokens(text: StoredText) -> Tokens:
-    """Rows of token ids as the model read them, from the text of a store; padded on the right. ValueError where the
-    text has gaps.
-    """
-    positions = np.asarray(text.positions).astype(np.int64)
-    begins = np.append(True, positions[1:] <= positions[:-1]) if len(positions) else np.zeros(0, bool)
-    row, ctx_len = np.cumsum(begins) - 1, int(positions.max(initial=0)) + 1
-    ids = np.zeros((int(row[-1]) + 1, ctx_len), np.int32)
-    doc_ids = np.full_like(ids, PADDING)
-    ids[row, positions], doc_ids[row, positions] = text.token_ids, text.doc_ids
-    first = positions[begins]
-    if (first != 0).any() or (positions != np.arange(len(row)) - np.flatnonzero(begins)[row]).any():
-        raise ValueError("A store must hold its text in whole rows to be encoded again, got gaps; harvest from tokens.")
-    return Tokens(ids=torch.from_numpy(ids), doc_ids=torch.from_numpy(doc_ids), source="a feature store")
-
-
-class _SameRows(TextSource):
-    """A text source restricted to the tokens at given indices of the text."""
-
-    def __init__(self, reader: ActivationReader, tokens: Tokens, n_seq: int, places: np.ndarray) -> None:
-        super().__init__(reader, tokens, n_seq)
-        self.kept = torch.zeros(tokens.n_tokens, dtype=torch.bool)
-        self.kept[torch.from_numpy(np.asarray(places).astype(np.int64))] = True
-
-    def read(self, start: int) -> Batch:
-        """Rows of the batch that the store has, from one forward pass."""
-        batch = super().read(start)
-        here = self.kept[batch.places]
-        acts = {name: x[here.to(x.device)] for name, x in batch.acts.items()}
-        return replace(batch, acts=acts, places=batch.places[here])
-
-    def sample(self, n_tokens: int) -> dict[str, Tensor]:
-        """Activations of at most `n_tokens` rows by hook point, from the beginning of the text."""
-        parts: list[dict[str, Tensor]] = []
-        for start in range(0, self.n_items, self.size):
-            parts.append(dict(self.read(start).acts))
-            if sum(len(next(iter(part.values()))) for part in parts) >= n_tokens:
-                break
-        return {name: torch.cat([part[name] for part in parts])[:n_tokens].float() for name in parts[0]}

@@ -1,6 +1,7 @@
 """`ActivationReader`: run one batch through the model and return the activations of the tokens the mask keeps.
 
-`TextSource` and `ActivationsSource` are what `harvest` encodes: such batches, or activations collected before.
+`TextSource` and `ActivationsSource` are what `harvest` encodes: such batches, or activations collected before;
+`SameRowsSource` is what `harvest_untrained` does, the rows of a store.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from saelab.lm.masks import TokenMask
 from saelab.lm.model_checks import Model, sketch_weights
 from saelab.lm.models import describe_model
 from saelab.lm.tokenizers import token_strings
-from saelab.lm.tokens import Tokens
+from saelab.lm.tokens import PADDING, Tokens
 from saelab.stores.activations import Activations
 from saelab.stores.corpus import StoredText
 from saelab.stores.manifest import Provenance, dtype_name
@@ -278,6 +279,52 @@ class TextSource:
     def origin(self, hook_point: str, n_tokens: int, removed: dict[str, int]) -> Provenance:
         """Provenance of the rows at a hook point."""
         return self.reader.origins(self.tokens, n_tokens, removed)[hook_point]
+
+
+def rebuild_tokens(text: StoredText) -> Tokens:
+    """Rows of token ids as the model read them, from the text of a store; padded on the right. ValueError where the
+    text has gaps.
+    """
+    positions = np.asarray(text.positions).astype(np.int64)
+    begins = np.append(True, positions[1:] <= positions[:-1]) if len(positions) else np.zeros(0, bool)
+    row, ctx_len = np.cumsum(begins) - 1, int(positions.max(initial=0)) + 1
+    ids = np.zeros((int(row[-1]) + 1, ctx_len), np.int32)
+    doc_ids = np.full_like(ids, PADDING)
+    ids[row, positions], doc_ids[row, positions] = text.token_ids, text.doc_ids
+    first = positions[begins]
+    if (first != 0).any() or (positions != np.arange(len(row)) - np.flatnonzero(begins)[row]).any():
+        raise ValueError("A store must hold its text in whole rows to be encoded again, got gaps; harvest from tokens.")
+    return Tokens(ids=torch.from_numpy(ids), doc_ids=torch.from_numpy(doc_ids), source="a feature store")
+
+
+class SameRowsSource(TextSource):
+    """A text source restricted to the tokens at given indices of the text."""
+
+    def __init__(self, reader: ActivationReader, tokens: Tokens, n_seq: int, places: np.ndarray) -> None:
+        super().__init__(reader, tokens, n_seq)
+        self.kept = torch.zeros(tokens.n_tokens, dtype=torch.bool)
+        self.kept[torch.from_numpy(np.asarray(places).astype(np.int64))] = True
+
+    def read(self, start: int) -> Batch:
+        """Rows of the batch that the store has, from one forward pass."""
+        batch = super().read(start)
+        here = self.kept[batch.places]
+        acts = {name: x[here.to(x.device)] for name, x in batch.acts.items()}
+        return replace(batch, acts=acts, places=batch.places[here])
+
+    def count_rows(self, start: int, stop: int) -> int:
+        """Number of rows that the store has of sequences `start` to `stop`."""
+        first = self.count(0, start)
+        return int(self.kept[first : first + self.count(start, stop)].sum())
+
+    def sample(self, n_tokens: int) -> dict[str, Tensor]:
+        """Activations of at most `n_tokens` rows by hook point, from the beginning of the text."""
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, self.n_items, self.size):
+            parts.append(dict(self.read(start).acts))
+            if sum(len(next(iter(part.values()))) for part in parts) >= n_tokens:
+                break
+        return {name: torch.cat([part[name] for part in parts])[:n_tokens].float() for name in parts[0]}
 
 
 class ActivationsSource:

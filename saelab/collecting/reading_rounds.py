@@ -180,7 +180,7 @@ class OwnRounds:
         rows, removed = self.forwards.no_rows, dict[str, int]()
         with ranks.together():
             rows, removed = self.forwards.read(epoch, start + ranks.index * plan.n_seq)
-        counts = [json.loads(text) for text in ranks.gather_texts(json.dumps(removed))]
+        counts = ranks.gather_json(removed)
         return list(zip(ranks.gather_parts(rows), counts, strict=True))
 
     def serve(self) -> None:
@@ -431,7 +431,7 @@ def open_rounds(
     if forwards is not None:
         medians = forwards.reader.median_norms
         own = {"request": forwards.request, "plan": forwards.plan.to_dict(), "median_norms": medians}
-    told = [json.loads(text) for text in everyone.gather_texts(json.dumps(own))]
+    told = everyone.gather_json(own)
     first = next(one for one in told if one is not None)  # of several readers, whose GPUs may round differently
     expected = first["request"] if tokens is None else first["request"] | {"tokens_sha256": tokens.sha256}
     everyone.require_equal(expected if own is None else own["request"])

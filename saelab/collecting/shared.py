@@ -6,35 +6,20 @@ number of rows before it is known beforehand, and are then put in place as they 
 are written again. The manifest lists them in the end.
 """
 
-import json
 import os
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Generic, TypeAlias
+from typing import Any, Generic
 
 from saelab.collecting.writers import PARTS, ArrayBuffer, claim_folder, remove_parts, shard_name
 from saelab.stores.files import save_tensors, write_atomic
 from saelab.stores.manifest import AnyManifest, FeatureManifest, Manifest, Shard
-from saelab.training.ranks import RankGrid
-
-ROUND = 8
-"""Steps after which processes hear of each other: communication does not wait for long, and a failure should not"""
-Steps: TypeAlias = Generator[None, None, None]
-
-
-def run_together(steps: Steps, ranks: RankGrid) -> None:
-    """Carry out the steps of each process, of any number; where one fails, all stop after at most `ROUND` more."""
-    with closing(steps):
-        left = True
-        while left:
-            with ranks.together():
-                left = sum(1 for _ in islice(steps, ROUND)) == ROUND
-            left = ranks.any(left)
+from saelab.training.ranks import RankGrid, Steps, run_together
 
 
 def claim_together(
@@ -148,8 +133,8 @@ class SharedFolder(Generic[AnyManifest]):
             parts = [type(self.manifest).load_complete(part) for part in self._parts]
         made: dict[int, Shard] = {}
         run_together(self._make_shards(parts, buffer, made), self.ranks)
-        told = self.ranks.gather_texts(json.dumps({i: asdict(shard) for i, shard in made.items()}))
-        shards = {int(i): Shard(**shard) for text in told for i, shard in json.loads(text).items()}
+        told = self.ranks.gather_json([(i, asdict(shard)) for i, shard in made.items()])
+        shards = {i: Shard(**shard) for part in told for i, shard in part}
         removed = Counter(self.manifest.removed)
         for part in parts:
             removed.update(part.removed)

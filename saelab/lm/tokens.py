@@ -16,7 +16,7 @@ from torch import Tensor
 from saelab.lm.documents import Row, describe_source, find_rows, keep_rows, open_part
 from saelab.lm.model_checks import Model, find_context
 from saelab.lm.tokenizers import find_bos, find_special_ids
-from saelab.training.ranks import ALONE, RankGrid
+from saelab.training.ranks import RankGrid
 
 PADDING = -1
 """Document id of padding."""
@@ -155,7 +155,7 @@ def tokenize(
     >>> tokens.doc_ids.tolist()
     [[0, 0, 0, 0, 1, 1], [1, 1, -1, -1, -1, -1]]
     """
-    ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    ranks = RankGrid.of(mesh)
     with ranks.together():
         _require_sizes(model, ctx_len, n_tokens)
         first = _bos_ids(model, bos)

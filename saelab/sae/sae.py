@@ -43,7 +43,7 @@ from saelab.stores.results import Result
 from saelab.stores.validation import naming
 from saelab.training.config import TrainConfig
 from saelab.training.loop import HistoryEntry, Sink, train
-from saelab.training.ranks import ALONE, RankGrid
+from saelab.training.ranks import RankGrid
 
 
 class SAE(SAEModule):
@@ -431,7 +431,7 @@ def fit(
         ValueError: as `SAE.fit`.
     """
     acts, cfg = open_data(acts), cfg or TrainConfig()
-    ranks = ALONE if mesh is None else RankGrid.of(mesh)
+    ranks = RankGrid.of(mesh)
     check_processes(saes, acts, cfg, out, ranks)
     with ExitStack() as held:
         for kind in {sae.device.type for sae in saes}:

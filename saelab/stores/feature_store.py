@@ -3,6 +3,7 @@
 Statistics of every feature are computed when a store is written: firing counts, sums, maxima, histogram; by sign.
 """
 
+import hashlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -154,6 +155,12 @@ class FeatureStore:
             file = TensorFile.open(path)  # mapped: a wide store's histograms are large, and seldom read
             arrays = {name: file.read(name).numpy() for name in file.specs}
             return FeatureStatistics.from_arrays(arrays, self.d_sae)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of how often each side of each feature fires, by which processes compare what they have."""
+        fires = np.ascontiguousarray(self.statistics.fires, "<i8")
+        return hashlib.sha256(f"{len(self)}".encode() + fires.tobytes()).hexdigest()[:16]
 
     @cached_property
     def places(self) -> Integer[np.ndarray, "n_tokens"]:

@@ -4,6 +4,8 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -23,13 +25,16 @@ def name_process() -> str:
 
 
 @contextmanager
-def launched(shape: tuple[int, int] | None, device: torch.device) -> Iterator[tuple[RankGrid, torch.device]]:
+def launched(
+    shape: tuple[int, int] | None, device: torch.device, timeout: timedelta | None = None
+) -> Iterator[tuple[RankGrid, torch.device]]:
     """Context with the grid of all processes, whose group is left at its end, and this one's device; where no launcher
     started this process, a grid of one and the device as it was given.
 
     Args:
         shape: number of ranks on the axes "data" and "latents"; None puts all on the latents.
         device: kind of device, which decides between gloo and nccl; of several of a machine each process has its own.
+        timeout: how long a process waits for the others, where there is no `shape`; None is torch's default, minutes.
 
     Raises:
         ValueError: for a shape that does not have all processes.
@@ -45,15 +50,15 @@ def launched(shape: tuple[int, int] | None, device: torch.device) -> Iterator[tu
     from torch.distributed.device_mesh import init_device_mesh
 
     n = int(os.environ["WORLD_SIZE"])
-    n_data, n_latents = shape or (1, n)
-    if n_data * n_latents != n:
-        raise ValueError(f"`mesh` must have all {n} processes, got {n_data}x{n_latents}.")
+    sizes, names = shape or (n,), AXES[-len(shape or (n,)) :]  # one axis has the group of all, and so its timeout
+    if prod(sizes) != n:
+        raise ValueError(f"`mesh` must have all {n} processes, got {'x'.join(map(str, sizes))}.")
     if device.type != "cpu":
         device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
-        yield RankGrid.of(init_device_mesh(device.type, (n_data, n_latents), mesh_dim_names=AXES)), device
+        yield RankGrid.of(init_device_mesh(device.type, sizes, mesh_dim_names=names)), device
     finally:
         dist.destroy_process_group()

@@ -12,21 +12,27 @@ their gradients.
 
 import hashlib
 import json
+import math
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 AXES = ("data", "latents")
+ROUND = 8
+"""Steps after which processes hear of each other: communication does not wait for long, and a failure should not"""
+Steps: TypeAlias = Generator[None, None, None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +119,7 @@ class GridAxis:
     def gather_texts(self, text: str) -> list[str]:
         """The texts of all ranks."""
         sent = torch.frombuffer(bytearray(text.encode()) or bytearray(1), dtype=torch.uint8).to(self.device)
-        return [bytes(part.tolist()).decode().rstrip("\0") for part in self.gather_ragged(sent)]
+        return [part.cpu().numpy().tobytes().decode().rstrip("\0") for part in self.gather_ragged(sent)]
 
     def join(self, x: Tensor, dim: int = 0) -> Tensor:
         """The tensors of all ranks side by side; a gradient reaches this rank's own part."""
@@ -159,9 +165,13 @@ class RankGrid:
     def of(cls, mesh: Any) -> "RankGrid":
         """The grid of a `DeviceMesh` whose axes are named "data", "latents" or both; one unnamed axis is of latents.
 
+        None is this process alone.
+
         Raises:
             ValueError: for other axes, and a mesh that this process is not in.
         """
+        if mesh is None:
+            return ALONE
         names = mesh.mesh_dim_names or (("latents",) if mesh.ndim == 1 else ())
         if not names or len(names) != mesh.ndim or not set(names) <= set(AXES):
             raise ValueError(
@@ -255,6 +265,23 @@ class RankGrid:
         """The texts of all processes, those of one share of the batch after those of the one before."""
         here = json.dumps(self.latents.gather_texts(text))
         return [one for row in self.data.gather_texts(here) for one in json.loads(row)]
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """The values of all processes, of what JSON can hold, in the order of `index`."""
+        return [value] if self.alone else [json.loads(text) for text in self.gather_texts(json.dumps(value))]
+
+    def gather_arrays(self, x: np.ndarray) -> list[np.ndarray]:
+        """The arrays of all processes in the order of `index`; they have one dtype, first axes may differ in length."""
+        if self.alone:
+            return [x]
+        width = math.prod(x.shape[1:])
+        rows = np.array(x, order="C").reshape(len(x), width).view(np.uint8)  # gloo and nccl do not know every dtype
+        parts = self.gather_parts(torch.from_numpy(rows).to(self.latents.device))
+        return [part.cpu().numpy().view(x.dtype).reshape(len(part), *x.shape[1:]) for part in parts]
+
+    def own(self, n: int) -> slice:
+        """This process's share of n things in a row: every so many, as neighbors are often alike in what they cost."""
+        return slice(self.index, n, self.size)
 
     def on_first(self, function: Callable[[], Any]) -> str:
         """Call a function in the first process alone, and return its result as text in all.
@@ -361,6 +388,16 @@ _groups: dict[tuple[Any, tuple[int, ...]], Any] = {}
 def make_group(ranks: tuple[int, ...]) -> None:
     """Make the group of some processes, so that their mesh may have two axes; all processes call this."""
     _groups[dist.group.WORLD, ranks] = dist.new_group(list(ranks))
+
+
+def run_together(steps: Steps, ranks: RankGrid, every: int = ROUND) -> None:
+    """Carry out the steps of each process, of any number; where one fails, all stop after at most `every` more."""
+    with closing(steps):
+        left = True
+        while left:
+            with ranks.together():
+                left = sum(1 for _ in islice(steps, every)) == every
+            left = ranks.any(left)
 
 
 def _release() -> str:

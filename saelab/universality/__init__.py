@@ -8,21 +8,21 @@ if TYPE_CHECKING:
     from saelab.universality.alignment import Alignment as Alignment, Overview as Overview, align_rows as align_rows
     from saelab.universality.comparison import (
         Basis as Basis,
-        NullConfig as NullConfig,
         UntrainedSources as UntrainedSources,
         compare as compare,
         compare_neurons_or_pcs as compare_neurons_or_pcs,
     )
+    from saelab.universality.comparison_sources import NullConfig as NullConfig
     from saelab.universality.matching import (
         Comparison as Comparison,
         Matches as Matches,
         MatchingMethod as MatchingMethod,
-        Nearest as Nearest,
         RecurrenceWeight as RecurrenceWeight,
         Relation as Relation,
         RelationKind as RelationKind,
         Untrained as Untrained,
     )
+    from saelab.universality.nearest import Nearest as Nearest
     from saelab.universality.planted_recovery import (
         Recovery as Recovery,
         RecoveryTable as RecoveryTable,

@@ -2,283 +2,32 @@
 
 The two sides are codes of two stores on common rows, or directions of two dictionaries. Baselines are the similarity
 of untrained dictionaries, which universal features must exceed, and neurons or principal components of two activation
-spaces, matched as features are.
+spaces, matched as features are. Several processes compare together.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from saelab.functional.indices import find_runs, move_blocks
+from saelab.collecting.harvesting import sae_fingerprint
+from saelab.functional.indices import find_runs
 from saelab.functional.statistics import adjust
 from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import shareable
-from saelab.stores.jobs import hidden
-from saelab.universality.alignment import AlignedRows, CommonRows, Overview, find_common_rows, format_counts
-from saelab.universality.matching import (
-    Comparison,
-    Matches,
-    Nearest,
-    assign,
-    find_mutual,
-    find_nearest,
-    pooled_p,
-    raise_floor,
-)
-from saelab.universality.similarity import (
-    ActivationAxes,
-    ComparedCodes,
-    Moments,
-    Similarity,
-    SimilarityBlock,
-    choose_similarity,
-    correlation_blocks,
-    cosine_blocks,
-    count_pairs,
-)
+from saelab.training.ranks import RankGrid
+from saelab.universality.comparison_sources import NULL, ComparisonSource, DirectionSource, NullConfig, StoreSource
+from saelab.universality.matching import Comparison, Matches, assign, find_mutual, pooled_p, raise_floor
+from saelab.universality.nearest import Nearest
+from saelab.universality.similarity import ActivationAxes, ComparedCodes, Similarity, choose_similarity
 
 UntrainedSources: TypeAlias = FeatureStore | SAE | tuple[FeatureStore | SAE | None, FeatureStore | SAE | None] | None
 EXACT = 2**22  # pairs of features up to which the assignment considers all of them
 Basis = Literal["neurons", "pca"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NullConfig:
-    """Permutation test of a comparison: how chance is measured, and when a match is universal.
-
-    p is at least 1 / (n_shifts x n_null + 1), so small dictionaries need more permutations.
-    """
-
-    n_shifts: int = 8
-    """permutations that the null distribution is taken from; 0 for none"""
-    n_null: int = 1024
-    """features whose best partner is searched in each permutation"""
-    fdr: float = 0.05
-    """false discovery rate, in (0, 1), up to which a match is universal"""
-    min_effect: float = 0.5
-    """similarity that a universal match must reach"""
-
-    def __post_init__(self) -> None:
-        if self.n_shifts < 0 or self.n_null < 1 or not 0 < self.fdr < 1:
-            raise ValueError(
-                f"`n_shifts` must be at least 0, `n_null` at least 1 and `fdr` in 0..1, got {self.n_shifts}, "
-                f"{self.n_null} and {self.fdr}."
-            )
-
-
-NULL = NullConfig()
-
-
-@dataclass(frozen=True, eq=False)
-class ComparisonSource:
-    """Base class of the two sides of a comparison: two stores on common rows, or the directions of two SAEs."""
-
-    signed: bool
-    progress: bool
-    fires: tuple[Int[np.ndarray, "d_a"], Int[np.ndarray, "d_b"]]
-    weights: tuple[Float[np.ndarray, "d_a"], Float[np.ndarray, "d_b"]]
-    """weight of each feature in shares by variance"""
-    facts: dict[str, Any]
-
-    def blocks(self) -> Iterator[SimilarityBlock]:
-        """All similarities, block by block."""
-        raise NotImplementedError
-
-    def chance(self, null: NullConfig, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
-        """The null distribution of best partners, for sides that have nothing in common.
-
-        Yields:
-            The side (0 or 1), some of its features, and their best partners on the other side.
-        """
-        raise NotImplementedError
-
-    def count(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
-        """Number of rows on which both features of each pair fire; -1 for directions."""
-        return np.full(len(pairs), -1)
-
-    @property
-    def rates(self) -> tuple[Int[np.ndarray, "d_a"], Int[np.ndarray, "d_b"]]:
-        """Number of firings of each feature, on which the null depends; 0 for directions."""
-        return self.fires
-
-    def nearest(self, blocks: Iterator[SimilarityBlock], d_a: int, d_b: int, m: int) -> tuple[Nearest, Nearest]:
-        """The best partners of the features of both sides, searched with a progress bar over blocks.
-
-        Args:
-            blocks: similarities, block by block of features of a.
-            d_a: number of features of a.
-            d_b: number of features of b.
-            m: number of partners kept for each feature.
-        """
-        from tqdm.auto import tqdm
-
-        listed = list(blocks)
-        return find_nearest(tqdm(listed, unit=" blocks", disable=hidden(self.progress)), d_a, d_b, m, self.signed)
-
-
-@dataclass(frozen=True, eq=False)
-class StoreSource(ComparisonSource):
-    """Codes of two stores on common rows."""
-
-    a: ComparedCodes
-    b: ComparedCodes
-    seen: tuple[Moments, Moments]
-    min_count: int
-    jaccard: bool
-    documents: Int[np.ndarray, "n_docs"] | None = None
-    """first row of each document; None where rows are documents, or documents are not known"""
-
-    @classmethod
-    def make(
-        cls, a: FeatureStore, b: FeatureStore, similarity: str, sides: bool, min_count: int, progress: bool
-    ) -> "StoreSource":
-        """The codes of two stores on the rows that both have.
-
-        Args:
-            a: the first store.
-            b: the second store, of the same text.
-            similarity: "correlation", "documents", "phi" or "jaccard".
-            sides: True treats positive and negative codes as features of their own.
-            min_count: features with fewer firings match nothing.
-            progress: whether to show progress bars.
-        """
-        common = find_common_rows(a, b) or AlignedRows(a, b)
-        starts = a.find_documents(common.rows if isinstance(common, AlignedRows) else common[0])
-        codes = _common(a, b, common, similarity, sides, starts)
-        facts = {
-            "alignment": str(Overview(**format_counts(common))) if isinstance(common, AlignedRows) else "",
-            "n_rows": codes[0].n_rows,
-            "n_tokens": codes[0].n_tokens,
-            "sides": sides,
-            "sources": (str(a.folder), str(b.folder)),
-        }
-        signed = similarity in ("correlation", "documents") and not sides and (a.signed or b.signed)
-        documents = None if similarity == "documents" else starts
-        return cls.of(codes, similarity, signed, min_count, progress, facts, documents)
-
-    @classmethod
-    def of(
-        cls,
-        codes: tuple[ComparedCodes, ComparedCodes],
-        similarity: str,
-        signed: bool,
-        min_count: int,
-        progress: bool,
-        facts: dict[str, Any],
-        documents: Int[np.ndarray, "n_docs"] | None = None,
-    ) -> "StoreSource":
-        """The source of two code matrices whose rows already correspond.
-
-        Args:
-            codes: codes of a and of b.
-            similarity: "correlation", "documents", "phi" or "jaccard".
-            signed: True ranks similarities by absolute value.
-            min_count: features with fewer firings match nothing.
-            progress: whether to show progress bars.
-            facts: further fields of the resulting `Comparison`.
-            documents: first row of each document, within which the null moves rows; None for none.
-        """
-        seen = Moments.of(codes[0]), Moments.of(codes[1])
-        return cls(
-            signed=signed, progress=progress, fires=(seen[0].fires, seen[1].fires),
-            weights=(seen[0].spread ** 2, seen[1].spread ** 2), facts=facts, a=codes[0], b=codes[1], seen=seen,
-            min_count=min_count, jaccard=similarity == "jaccard", documents=documents,
-        )  # fmt: skip
-
-    def blocks(self) -> Iterator[SimilarityBlock]:
-        """Correlations or Jaccard indices, block by block of a's features."""
-        return correlation_blocks(self.a, self.b, self.seen, self.min_count, self.jaccard)
-
-    def chance(self, null: NullConfig, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
-        """The null distribution: best partners of `n_null` features of each side after each of `n_shifts` permutations
-        of rows.
-
-        Rows move in blocks within documents; rows that are documents are permuted one by one.
-        """
-        n = self.a.n_rows
-        for _ in range(null.n_shifts if n > 2 else 0):
-            grouped = self.a.groups is not None  # rows are documents, which are exchangeable
-            order = rng.permutation(n) if grouped else move_blocks(self.documents, n, rng)
-            for side, (one, other) in enumerate(((self.a, self.b), (self.b, self.a))):
-                known = np.flatnonzero(self.seen[side].scale(self.min_count))
-                chosen = np.sort(rng.permutation(known)[: null.n_null])
-                seen = self.seen[side].only(chosen), self.seen[1 - side]
-                blocks = correlation_blocks(one.only(chosen), other.moved(order), seen, self.min_count, self.jaccard)
-                yield side, chosen, find_nearest(blocks, len(chosen), other.width, 1, self.signed)[0]
-
-    def count(self, pairs: Int[np.ndarray, "n 2"]) -> Int[np.ndarray, "n"]:
-        """Number of rows on which both features of each pair fire."""
-        return count_pairs(self.a, self.b, pairs)
-
-
-def _common(
-    a: FeatureStore, b: FeatureStore, common: CommonRows | AlignedRows, similarity: str, sides: bool, starts: np.ndarray
-) -> tuple[ComparedCodes, ComparedCodes]:
-    """The codes of both stores on their common rows, averaged by document for similarity "documents"."""
-    values: Any = "sides" if sides else "firing" if similarity in ("phi", "jaccard") else "codes"
-    if isinstance(common, AlignedRows):
-        first, second = ComparedCodes(a, values, rows=common.rows), ComparedCodes(b, values, weights=common)
-    else:
-        first, second = (ComparedCodes(store, values, rows=rows) for store, rows in zip((a, b), common, strict=True))
-    if similarity != "documents":
-        return first, second
-    return replace(first, groups=starts), replace(second, groups=starts)
-
-
-@dataclass(frozen=True, eq=False)
-class DirectionSource(ComparisonSource):
-    """Decoder or encoder directions of two dictionaries of one activation space."""
-
-    a: Float[np.ndarray, "d_a d"]
-    b: Float[np.ndarray, "d_b d"]
-
-    @classmethod
-    def make(cls, a: SAE, b: SAE, similarity: str, progress: bool) -> "DirectionSource":
-        """The directions of two SAEs; ValueError where they are not of one space.
-
-        Args:
-            a: the first SAE.
-            b: the second SAE.
-            similarity: "decoder" compares rows of W_dec, "encoder" columns of W_enc.
-            progress: whether to show progress bars.
-        """
-        rows = [sae.W_dec if similarity == "decoder" else sae.W_enc.T for sae in (a, b)]
-        d_a, d_b = (x.shape[1] for x in rows)
-        if d_a != d_b:
-            raise ValueError(
-                f"Directions must be of one space to be compared, got d_in {d_a} and {d_b}. Harvest both SAEs on one "
-                "text, and compare the stores."
-            )
-        first, second = (x.detach().float().cpu().numpy() for x in rows)
-        live = [(np.linalg.norm(x, axis=1) > 0).astype(np.int64) for x in (first, second)]
-        fires, weights = (live[0], live[1]), (np.ones(len(first)), np.ones(len(second)))
-        signed = any(sae.cfg.activation.signed for sae in (a, b))
-        facts = {"sources": (shareable(a.name_or_path) or str(a), shareable(b.name_or_path) or str(b)), "sides": False}
-        return cls(signed=signed, progress=progress, fires=fires, weights=weights, facts=facts, a=first, b=second)
-
-    @property
-    def rates(self) -> tuple[Int[np.ndarray, "d_a"], Int[np.ndarray, "d_b"]]:
-        """Zeros: the null does not depend on the feature."""
-        return np.zeros(len(self.a), np.int64), np.zeros(len(self.b), np.int64)
-
-    def blocks(self) -> Iterator[SimilarityBlock]:
-        """Cosines, block by block of a's features."""
-        return cosine_blocks(self.a, self.b)
-
-    def chance(self, null: NullConfig, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
-        """The null distribution: best partners of `n_null` random directions on each side, `n_shifts` times."""
-        n = null.n_null
-        for _ in range(null.n_shifts):
-            for side, other in enumerate((self.b, self.a)):
-                random = rng.standard_normal((n, other.shape[1]), np.float32)
-                found, _ = find_nearest(cosine_blocks(random, other), n, len(other), 1, self.signed)
-                yield side, np.zeros(n, np.int64), found
 
 
 def compare(
@@ -294,6 +43,7 @@ def compare(
     seed: int = 0,
     progress: bool = True,
     baselines: Mapping[str, FeatureStore | SAE] | None = None,
+    mesh: Any = None,
 ) -> Comparison:
     """The best partner of every feature of one dictionary in another, with p values and false discovery rates.
 
@@ -329,39 +79,69 @@ def compare(
         progress: whether to show progress bars.
         baselines: other dictionaries by name that a's features are matched with in place of b, such as those of
             `fit_baselines`; stores where stores are compared.
+        mesh: `DeviceMesh` of processes that compare together, each of which calls this with the same arguments; None is
+            this process alone. Each compares a share of a's features with all of b and searches some of the
+            permutations, and all return what one process would.
 
     Raises:
         ValueError: for a store and an SAE, an option out of range, and texts or spaces with nothing in common.
+        RuntimeError: where another process failed.
 
     >>> sae = sl.SAE(sl.SAEConfig(d_in=8, d_sae=40))
     >>> found = compare(sae, sae, progress=False)
     >>> len(found.mutual), found.a.partners[:3].tolist()
     (40, [0, 1, 2])
     """
-    stores = isinstance(a, FeatureStore)
-    if stores != isinstance(b, FeatureStore):
-        raise ValueError("`compare` takes two feature stores or two SAEs, got one of each. Harvest the SAE first.")
-    similarity = choose_similarity(similarity, stores)
-    if min(m, min_count) < 1:
-        raise ValueError(f"`m` and `min_count` must be at least 1, got {m} and {min_count}.")
+    ranks, stores = RankGrid.of(mesh), isinstance(a, FeatureStore)
     of_a, of_b = untrained if isinstance(untrained, tuple) else (None, untrained)
-    others = (of_a, of_b, *(baselines or {}).values())
-    if any(isinstance(one, FeatureStore) != stores for one in others if one is not None):
-        raise ValueError(
-            "`untrained` and `baselines` must be stores where stores are compared and SAEs where SAEs are, got others."
-        )
+    others = {"untrained a": of_a, "untrained b": of_b, **(baselines or {})}
+    with ranks.together():
+        similarity = _check(a, b, list(others.values()), similarity, m, min_count)
+    facts = {"compared": [_identify(one) for one in (a, b)], "baselines": {n: _identify(x) for n, x in others.items()}}
+    options = {"similarity": similarity, "sides": sides, "m": m, "min_count": min_count, "null": null, "seed": seed}
+    ranks.require_equal(facts | options)
 
     def judge(one: Any, other: Any) -> Comparison:
         work: ComparisonSource
-        if stores:
-            work = StoreSource.make(one, other, similarity, sides, min_count, progress)
-        else:
-            work = DirectionSource.make(one, other, similarity, progress)
+        with ranks.together():
+            if stores:
+                work = StoreSource.make(one, other, similarity, sides, min_count, progress and ranks.is_first, ranks)
+            else:
+                work = DirectionSource.make(one, other, similarity, progress and ranks.is_first, ranks)
         return conclude(work, similarity, m, min_count, null, seed)
 
     floors = [judge(one, other) for one, other in ((of_a, b), (a, of_b)) if one is not None and other is not None]
     found = raise_floor(judge(a, b), floors)
     return replace(found, baselines={name: judge(a, one).a for name, one in (baselines or {}).items()})
+
+
+def _check(
+    a: FeatureStore | SAE,
+    b: FeatureStore | SAE,
+    others: "list[FeatureStore | SAE | None]",
+    similarity: str | None,
+    m: int,
+    min_count: int,
+) -> Similarity:
+    """The similarity by which two dictionaries are compared; ValueError where they cannot be."""
+    stores = isinstance(a, FeatureStore)
+    if stores != isinstance(b, FeatureStore):
+        raise ValueError("`compare` takes two feature stores or two SAEs, got one of each. Harvest the SAE first.")
+    chosen = choose_similarity(similarity, stores)
+    if min(m, min_count) < 1:
+        raise ValueError(f"`m` and `min_count` must be at least 1, got {m} and {min_count}.")
+    if any(isinstance(one, FeatureStore) != stores for one in others if one is not None):
+        raise ValueError(
+            "`untrained` and `baselines` must be stores where stores are compared and SAEs where SAEs are, got others."
+        )
+    return chosen
+
+
+def _identify(one: FeatureStore | SAE | None) -> str | None:
+    """Hash by which processes compare what they have."""
+    if one is None:
+        return None
+    return one.fingerprint if isinstance(one, FeatureStore) else sae_fingerprint(one)
 
 
 def conclude(
@@ -380,14 +160,14 @@ def conclude(
     d_a, d_b = (len(fires) for fires in work.fires)
     exact = d_a * d_b <= EXACT
     wide = max(d_a, d_b) if exact else m
-    nearest = work.nearest(work.blocks(), d_a, d_b, wide)
-    rng = np.random.default_rng(seed)
-    by_chance = list(work.chance(null, rng))
+    nearest = work.nearest(wide)
+    by_chance = work.search_chance(null, seed)
     sides = []
     for side, found in enumerate(nearest):
-        chance = [(features, other) for which, features, other in by_chance if which == side]
+        chance = [(features, sizes) for which, features, sizes in by_chance if which == side]
         sides.append(_judge(work, side, found, chance, m, min_count, null))
-    pairs, values = assign(*nearest)
+    with work.ranks.together():
+        pairs, values = assign(*nearest)
     both = work.count(pairs)
     kept = (both < 0) | (both >= min_count)
     return Comparison(
@@ -401,7 +181,7 @@ def _judge(
     work: ComparisonSource,
     side: int,
     found: Nearest,
-    chance: list[tuple[np.ndarray, Nearest]],
+    chance: list[tuple[np.ndarray, np.ndarray]],
     m: int,
     min_count: int,
     null: NullConfig,
@@ -409,7 +189,7 @@ def _judge(
     """The partners of one side's features, with p and q from the null distribution."""
     partners, values, both = _choose(work, side, found, m, min_count)
     fires, rates, sizes = work.fires[side], work.rates[side], np.abs(values)
-    by_chance = np.concatenate([np.nan_to_num(np.abs(other.values[:, 0])) for _, other in chance] or [np.empty(0)])
+    by_chance = np.concatenate([np.nan_to_num(np.abs(sizes)) for _, sizes in chance] or [np.empty(0)])
     often = np.concatenate([rates[features] for features, _ in chance] or [np.empty(0, np.int64)])
     known = partners >= 0
     p, q = np.ones(len(fires)), np.ones(len(fires))

@@ -18,7 +18,8 @@ from saelab.sae.sae import SAE
 from saelab.stores.packing import as_csr
 from saelab.stores.results import Result, format_table
 from saelab.synthetic.planted import PlantedWorld
-from saelab.universality.matching import assign, find_nearest
+from saelab.universality.matching import assign
+from saelab.universality.nearest import find_nearest
 from saelab.universality.similarity import cosine_blocks
 
 if TYPE_CHECKING:

@@ -22,7 +22,8 @@ from saelab.sae.sae import SAE
 from saelab.stores.activations import Activations
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result, format_table
-from saelab.universality.matching import assign, find_nearest
+from saelab.universality.matching import assign
+from saelab.universality.nearest import find_nearest
 from saelab.universality.similarity import cosine_blocks
 
 PART = 4096

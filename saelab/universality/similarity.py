@@ -244,6 +244,14 @@ def chunks(*sides: ComparedCodes) -> Iterator[tuple[int, int]]:
     return ((start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
+def rows_of_blocks(width: int, reread: bool = False) -> int:
+    """Number of features in a block, which holds their similarities with `width` others.
+
+    `reread` says that codes are read again for every block.
+    """
+    return max(1, (LARGE_BLOCK_CELLS if reread else BLOCK_CELLS) // max(1, width))
+
+
 def correlation_blocks(
     a: ComparedCodes, b: ComparedCodes, seen: tuple[Moments, Moments], min_count: int, jaccard: bool = False
 ) -> Iterator[SimilarityBlock]:
@@ -261,9 +269,8 @@ def correlation_blocks(
     """
     parts = list(chunks(a, b))
     work = _Products(a, b, parts)
-    cells = BLOCK_CELLS if len(parts) == 1 else LARGE_BLOCK_CELLS
+    step = rows_of_blocks(b.width, reread=len(parts) > 1)
     finish = _finish_jaccard(seen, min_count) if jaccard else _finish_correlation(seen, min_count)
-    step = max(1, cells // max(1, b.width))
 
     def make(start: int) -> Tensor:
         return finish(start, work.block(start, min(start + step, a.width)))
@@ -274,7 +281,7 @@ def correlation_blocks(
 def cosine_blocks(a: Float[np.ndarray, "d_a d"], b: Float[np.ndarray, "d_b d"]) -> Iterator[SimilarityBlock]:
     """Cosines between all rows of a and of b, block by block of rows of a; 0 for a row of zeros."""
     a, b = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30) for rows in (a, b))
-    step = max(1, BLOCK_CELLS // max(1, len(b)))
+    step = rows_of_blocks(len(b))
 
     def make(start: int) -> Tensor:
         return torch.from_numpy(a[start : start + step] @ b.T)

@@ -21,6 +21,7 @@ from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.jobs import hidden
 from saelab.stores.results import Result, format_table
+from saelab.training.ranks import RankGrid
 from saelab.universality.comparison import compare
 from saelab.universality.matching import Comparison, Matches, MatchingMethod
 
@@ -387,7 +388,7 @@ class Comparisons(Result):
 
 
 def compare_many(
-    sources: Sources, *, untrained: Sources | None = None, progress: bool = True, **options: Any
+    sources: Sources, *, untrained: Sources | None = None, progress: bool = True, mesh: Any = None, **options: Any
 ) -> Comparisons:
     """The comparison of every pair of several stores or SAEs.
 
@@ -398,6 +399,8 @@ def compare_many(
         untrained: an untrained dictionary for each source, by the same names or in the same order; some may be left
             out.
         progress: whether to show a progress bar over pairs.
+        mesh: `DeviceMesh` of processes that make every comparison together, as in `compare`; None is this process
+            alone.
         **options: options of `compare`.
 
     Raises:
@@ -416,9 +419,10 @@ def compare_many(
     from tqdm.auto import tqdm
 
     found = {}
-    for a, b in tqdm(list(combinations(named, 2)), unit=" pairs", disable=hidden(progress)):
+    shown = progress and RankGrid.of(mesh).is_first
+    for a, b in tqdm(list(combinations(named, 2)), unit=" pairs", disable=hidden(shown)):
         baselines = (floors.get(a), floors.get(b))
-        found[a, b] = compare(named[a], named[b], untrained=baselines, progress=False, **options)
+        found[a, b] = compare(named[a], named[b], untrained=baselines, progress=False, mesh=mesh, **options)
     return Comparisons(names=tuple(named), found=found)
 
 

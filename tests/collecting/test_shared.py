@@ -1,7 +1,10 @@
 """Folders that several processes write together: the bytes of one process, whatever happens on the way."""
 
+import atexit
 import importlib
 import os
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,10 +20,11 @@ from ranks import N_RANKS, Pool, mesh_of
 from sampled import one_in
 
 import saelab as sl
-from saelab.collecting import reader, shared, writers
+from saelab.collecting import harvesting, reader, shared, writers
 from saelab.lm.models import tiny_model
 from saelab.stores.activations import Activations
 from saelab.stores.validation import read_json
+from saelab.training.ranks import ROUND
 
 HOOK, LATER = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 SIZES = {"batch_size": 3, "shard_tokens": 50, "progress": False}
@@ -51,14 +55,33 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def do(verb: str, folder: Path, mesh: Any = None, n_rows: int | None = None, **settings: Any) -> Any:
-    """Collect, or harvest two SAEs, of a text or of activations collected before."""
+    """Collect, or harvest two SAEs, of a text or of activations collected before, or an untrained one."""
     model, tokens = made()
+    if verb == "harvest untrained":
+        store, sizes = harvested(settings.pop("mask", None)), (SIZES | settings | {"mesh": mesh})
+        sizes |= {"resume": settings.get("resume", True)}
+        with (
+            patch.object(harvesting, "SHARD_TOKENS", sizes.pop("shard_tokens")),
+            patch.object(harvesting, "FORWARD_TOKENS", 16 * sizes.pop("batch_size")),
+        ):
+            return sl.collecting.harvest_untrained(store, saes()["a"], model, folder, **sizes)
     settings = SIZES | ({"batch_size": 40} if verb == "harvest activations" else {}) | settings | {"mesh": mesh}
     if verb == "collect":
         return sl.collect(model, tokens[:n_rows], [HOOK, LATER], folder, **settings)
     if verb == "harvest":
         return sl.harvest(saes(), model, tokens[:n_rows], folder, hook_point=LATER, **settings)
     return sl.harvest(saes()["a"], model, acts(), folder, **settings)
+
+
+@cache
+def harvested(mask: sl.TokenMask | None) -> sl.FeatureStore:
+    """The store of an SAE, whose rows an untrained one encodes; each process has a folder of its own."""
+    model, tokens = made()
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    found = sl.harvest(saes()["a"], model, tokens, folder, hook_point=LATER, mask=mask, progress=False)
+    assert isinstance(found, sl.FeatureStore)
+    return found
 
 
 @cache
@@ -174,6 +197,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("harvest", {"batch_size": 100}),
     ("harvest activations", {}),
     ("harvest activations", {"shard_tokens": 300, "dtype": "float32"}),
+    ("harvest untrained", {"shard_tokens": 70, "mask": NORM_RULE}),
+    ("harvest untrained", {"batch_size": 100}),
+    ("harvest untrained", {"shard_tokens": 300, "mask": LATE, "dtype": "float32"}),
 ]
 
 
@@ -225,6 +251,8 @@ INTERRUPTIONS: list[tuple[str, str, int, int, dict[str, Any]]] = [
     ("harvest", "writers.save_tensors", 1, 1, {}),
     ("harvest", "harvesting.read_rows", 3, 2, {"mask": NORM_RULE}),
     ("harvest", "harvesting.save_statistics", 0, 1, {}),
+    ("harvest untrained", "harvesting.make_untrained", 1, 0, {}),
+    ("harvest untrained", "writers.save_tensors", 2, 1, {"mask": LATE}),
 ]
 
 
@@ -241,14 +269,15 @@ def test_an_interrupted_call_goes_on(
     assert contents(tmp_path) != whole(verb, **settings)
     again = succeed(pool, verb, tmp_path, **settings)
     assert contents(tmp_path) == whole(verb, **settings)
-    if function not in ("writers.save_tensors", "reader.capture", "shared.claim_folder"):  # all had been read
+    early = ("writers.save_tensors", "reader.capture", "shared.claim_folder", "harvesting.make_untrained")
+    if function not in early:  # all had been read
         n_calibration = 19 * (verb == "harvest" and "mask" in settings)
         assert [one["n_forwards"] for one in again] == [n_calibration, 0, 0, 0]
 
 
 def test_others_stop_soon_where_one_fails(pool: Pool, tmp_path: Path) -> None:
     answers = run(pool, "collect", tmp_path, fail=("reader.capture", 3, 0), batch_size=1)
-    assert [one["n_forwards"] for one in answers[1:3]] == [shared.ROUND] * 2 and answers[3]["error"] == "the power went"
+    assert [one["n_forwards"] for one in answers[1:3]] == [ROUND] * 2 and answers[3]["error"] == "the power went"
 
 
 def test_a_finished_folder_is_opened_at_once(pool: Pool, whole: Any, tmp_path: Path) -> None:
@@ -315,6 +344,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("collect", {"resume": False}, "the same resume"),
     ("harvest", {"dtype": "float32"}, "the same values"),
     ("harvest activations", {"batch_size": 3}, "the same batch_size"),
+    ("harvest untrained", {"seed": 1}, "the same sae"),
 ]
 
 

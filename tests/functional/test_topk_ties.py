@@ -12,7 +12,7 @@ from saelab.sae.activation_functions import AbsTopK, BatchAbsTopK, BatchTopK, Gr
 from saelab.sae.config import SAEConfig
 from saelab.sae.training_sae import TrainingSAE
 from saelab.training.config import TrainConfig
-from saelab.universality.matching import find_nearest
+from saelab.universality.nearest import find_nearest
 
 PRECISIONS = [None, "float32", "bfloat16", "int8"]
 SIGNED = pytest.mark.parametrize("signed", [False, True])

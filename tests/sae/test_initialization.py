@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import saelab as sl
-from saelab.collecting.harvesting import rebuild_tokens
+from saelab.collecting.reader import rebuild_tokens
 from saelab.sae.fitting import mean_l0
 
 POINT = "blocks.1.hook_resid_post"

@@ -10,9 +10,10 @@ from scipy.sparse import csr_matrix
 import saelab as sl
 from saelab.stores.corpus import StoredText
 from saelab.stores.feature_statistics import measure
-from saelab.universality import matching, similarity as products
-from saelab.universality.comparison import NullConfig
-from saelab.universality.matching import Nearest, assign, find_mutual, find_nearest, pooled_p
+from saelab.universality import nearest, similarity as products
+from saelab.universality.comparison_sources import NullConfig
+from saelab.universality.matching import assign, find_mutual, pooled_p
+from saelab.universality.nearest import Nearest, find_nearest
 from saelab.universality.similarity import ComparedCodes, ComparedRows, Moments, correlation_blocks, count_both
 
 DOC = 50
@@ -87,7 +88,7 @@ def test_blocks_give_what_dense_products_give(signed: bool, blocks: str, monkeyp
     if blocks != "one":
         monkeypatch.setattr(products, "BLOCK_CELLS", 70 * 7)
         monkeypatch.setattr(products, "LARGE_BLOCK_CELLS", 70 * 7)
-        monkeypatch.setattr(matching, "GROUP", 3)
+        monkeypatch.setattr(nearest, "GROUP", 3)
     if blocks == "chunks":
         monkeypatch.setattr(products, "CHUNK_ENTRIES", 500)
     found = search(x, y, 5, signed)

@@ -15,7 +15,7 @@ import torch
 
 import saelab as sl
 from saelab.cli.app import dispatch
-from saelab.universality.comparison import NullConfig
+from saelab.universality.comparison_sources import NullConfig
 from saelab.universality.matching import Matches
 from saelab.universality.universal_features import format_p
 from saelab.visualization import reports

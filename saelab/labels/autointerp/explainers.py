@@ -19,6 +19,7 @@ from saelab.labels.autointerp.scorers import SCORERS, LLMScorer, Scorer
 from saelab.labels.label import BOTH, Label, LabelKind, average_scores, format_floor, require_same_tokens
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.results import Result
+from saelab.training.ranks import ALONE, RankGrid, Steps, run_together
 
 BLOCK = 64
 """Number of features whose windows are held at a time."""
@@ -122,6 +123,7 @@ def explain_features(
     asking: RequestConfig | None = None,
     cases: ExampleConfig | None = None,
     progress: bool = True,
+    mesh: Any = None,
 ) -> LabelingResult:
     """Labels for features from a language model, one per sign, scored on other documents than they were made from.
 
@@ -142,36 +144,51 @@ def explain_features(
         asking: number of parallel requests, retries, prices and budget.
         cases: number and width of the example windows.
         progress: whether to show progress bars.
+        mesh: `DeviceMesh` of processes that label together, each of which calls this with the same arguments and a
+            client of its own; None is this process alone. Each asks for a share of the features, with an equal part of
+            the budget, and all return what one process would. Equal prompts of two shares are sent twice.
 
     Raises:
         ValueError: a feature does not exist, or `untrained` is not of the same tokens.
         KeyboardInterrupt, ConnectionError: as in `RequestQueue.ask`.
+        RuntimeError: where another process failed.
     """
-    if untrained is not None:
-        require_same_tokens(store, untrained)
-    plan = _Plan.make(store, explainer, scorers, answers, asking, cases, progress)
-    sides, floor = _sides(store, features, signs), None
+    ranks = RankGrid.of(mesh)
+    with ranks.together():
+        if untrained is not None:
+            require_same_tokens(store, untrained)
+        plan = _Plan.make(store, explainer, scorers, answers, asking, cases, progress, ranks)
+        sides, floor = _sides(store, features, signs), None
+        facts = plan.facts() | {"sides of features": sides}
+        facts |= {"untrained store": None if untrained is None else untrained.fingerprint}
+    ranks.require_equal(facts)
     found = _explain(plan, sides)
     if untrained is not None:
         wanted = _sides(untrained, sorted({feature for feature, _ in sides}), signs)
         floor = average_scores(_explain(replace(plan, store=untrained), wanted).labels, len(wanted))
-    return replace(found.result(plan.usage), n_sides=len(sides), untrained=floor)
+    return replace(found.result(plan.finish()), n_sides=len(sides), untrained=floor)
 
 
 def _explain(plan: "_Plan", sides: list[tuple[int, int]]) -> "_Found":
-    """Labels and scores of some sides, a block at a time."""
+    """Labels and scores of some sides: each process asks for every so many, a block at a time."""
     assert plan.explainer is not None
-    found = _Found()
-    for block in plan.blocks(sides, found):
-        built = plan.build(block, found)
-        replies = plan.explainer.explain(built)
-        named: list[tuple[Label, FeatureExamplesSplit]] = []
-        for case, reply in zip(built, replies, strict=True):
-            if reply.value is None:
-                found.miss(case.feature, case.sign, "explain", reply)
-            else:
-                named.append((plan.label(case, reply.value), case))
-        found.labels += plan.score(named, found)
+    explainer, found = plan.explainer, _Found()
+
+    def ask() -> Steps:
+        for block in plan.blocks(sides[plan.ranks.own(len(sides))], found):
+            built = plan.build(block, found)
+            replies = explainer.explain(built)
+            named: list[tuple[Label, FeatureExamplesSplit]] = []
+            for case, reply in zip(built, replies, strict=True):
+                if reply.value is None:
+                    found.miss(case.feature, case.sign, "explain", reply)
+                else:
+                    named.append((plan.label(case, reply.value), case))
+            found.labels += plan.score(named, found)
+            yield
+
+    run_together(ask(), plan.ranks, every=1)
+    found.join(sides, plan)
     return found
 
 
@@ -185,6 +202,7 @@ def score_labels(
     asking: RequestConfig | None = None,
     cases: ExampleConfig | None = None,
     progress: bool = True,
+    mesh: Any = None,
 ) -> LabelingResult:
     """Labels of any author, with scores on documents that `explain_features` does not show; all are returned.
 
@@ -200,20 +218,42 @@ def score_labels(
         asking: number of parallel requests, retries, prices and budget.
         cases: number and width of the example windows.
         progress: whether to show progress bars.
+        mesh: `DeviceMesh` of processes that score together, each of which calls this with the same arguments and a
+            client of its own; None is this process alone. Each asks for a share of the labels, with an equal part of
+            the budget, and all return what one process would. Equal prompts of two shares are sent twice.
+
+    Raises:
+        RuntimeError: where another process failed.
     """
-    plan = _Plan.make(store, client, scorers, answers, asking, cases, progress)
-    found = _Found()
+    ranks = RankGrid.of(mesh)
     by_side: dict[tuple[int, int], list[Label]] = {}
     for label in labels:
         by_side.setdefault((label.feature, label.sign), []).append(label)
-    for block in plan.blocks(list(by_side), found):
-        built = {(case.feature, case.sign): case for case in plan.build(block, found)}
-        pairs = [(label, built[side]) for side in block if side in built for label in by_side[side]]
-        found.labels += plan.score(pairs, found)
-        found.labels += [label for side in block if side not in built for label in by_side[side]]
-    scored = {(label.feature, label.sign) for label in found.labels}
-    found.labels += [label for side, group in by_side.items() if side not in scored for label in group]
-    return found.result(plan.usage)
+    ordered, places = list[Label](), dict[tuple[int, int], range]()
+    for side, group in by_side.items():
+        places[side] = range(len(ordered), len(ordered) + len(group))
+        ordered += group
+    with ranks.together():
+        plan = _Plan.make(store, client, scorers, answers, asking, cases, progress, ranks)
+        facts = plan.facts() | {"labels": [(label.feature, label.sign, label.text) for label in ordered]}
+    ranks.require_equal(facts)
+    sides, found = list(places), _Found()
+    scored: dict[int, dict[str, float]] = {}
+
+    def ask() -> Steps:
+        for block in plan.blocks(sides[ranks.own(len(sides))], found):
+            built = {(case.feature, case.sign): case for case in plan.build(block, found)}
+            which = [i for side in built for i in places[side]]
+            pairs = [(ordered[i], case) for side, case in built.items() for i in places[side]]
+            scored.update(zip(which, (dict(label.scores) for label in plan.score(pairs, found)), strict=True))
+            yield
+
+    run_together(ask(), ranks, every=1)
+    found.join(sides, plan)
+    found.labels = ordered
+    for i, scores in (entry for part in ranks.gather_json(list(scored.items())) for entry in part):
+        ordered[i] = replace(ordered[i], scores=scores)
+    return found.result(plan.finish())
 
 
 def estimate_labels(
@@ -268,6 +308,16 @@ class _Found:
         entry = Unlabeled(feature=feature, sign=sign, stage=stage, problem=reply.problem, is_waiting=reply.is_waiting)
         self.missing.append(entry)
 
+    def join(self, sides: Sequence[tuple[int, int]], plan: "_Plan") -> None:
+        """Add what the other processes found and miss, all in the order of the sides."""
+        place = {side: i for i, side in enumerate(sides)}
+        own = {"labels": [label.to_dict() | {"provenance": {}} for label in self.labels]}
+        told = plan.ranks.gather_json(own | {"missing": [asdict(entry) for entry in self.missing]})
+        labels = [Label.from_dict(row | {"provenance": plan.provenance}) for part in told for row in part["labels"]]
+        missing = [Unlabeled(**row) for part in told for row in part["missing"]]
+        self.labels = sorted(labels, key=lambda one: place[one.feature, one.sign])
+        self.missing = sorted(missing, key=lambda one: place[one.feature, one.sign])
+
     def result(self, usage: TokenUsage) -> LabelingResult:
         """The result of the run."""
         return LabelingResult(labels=tuple(self.labels), missing=tuple(self.missing), usage=usage)
@@ -284,6 +334,7 @@ class _Plan:
     queue: RequestQueue | None
     explainer: Explainer | None
     scorers: tuple[Scorer, ...]
+    ranks: RankGrid
 
     @classmethod
     def make(
@@ -295,14 +346,33 @@ class _Plan:
         asking: RequestConfig | None,
         cases: ExampleConfig | None,
         progress: bool,
+        ranks: RankGrid = ALONE,
     ) -> "_Plan":
         cases = cases or ExampleConfig(width=store.text.widen(ExampleConfig.width))
         queue = None
         if isinstance(who, Client):
-            queue = RequestQueue(who, answers or store.folder / ANSWERS, asking, progress=progress)
+            queue = RequestQueue(who, answers or store.folder / ANSWERS, asking, progress=progress, ranks=ranks)
         explainer = LLMExplainer(queue) if queue is not None else who if isinstance(who, Explainer) else None
         made = tuple(_make_scorer(scorer, queue, cases.seed) for scorer in scorers)
-        return cls(store, store.split_runs(cases.train_frac, cases.seed), cases, queue, explainer, made)
+        return cls(store, store.split_runs(cases.train_frac, cases.seed), cases, queue, explainer, made, ranks)
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same in all processes."""
+        client = None if self.queue is None else [self.queue.client.name, dict(self.queue.client.settings)]
+        names = [scorer.name for scorer in self.scorers]
+        return {"store": self.store.fingerprint, "client": client, "scorers": names, "windows": asdict(self.cases)}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Settings that the labels are made with."""
+        found: dict[str, Any] = {"cases": asdict(self.cases)}
+        if self.queue is not None:
+            found |= {"client": dict(self.queue.client.settings), "answers": self.queue.log.path.name}
+        return found
+
+    def finish(self) -> TokenUsage:
+        """Requests made by all processes, whose responses are put into one file."""
+        return self.queue.finish() if self.queue is not None else TokenUsage()
 
     @property
     def usage(self) -> TokenUsage:
@@ -335,13 +405,10 @@ class _Plan:
         assert self.explainer is not None
         two_sided = case.sign == BOTH and len({value > 0 for e in case.shown for value in e.values if value}) == 2
         kind: LabelKind = "none" if not text else "two-sided" if two_sided else "input"
-        provenance: dict[str, Any] = {"cases": asdict(self.cases)}
-        if self.queue is not None:
-            provenance |= {"client": dict(self.queue.client.settings), "answers": self.queue.log.path.name}
         counts = {f"n_{name}": len(getattr(case, name)) for name in ("shown", "silent", "fires", "hard", "easy")}
         return Label(
             feature=case.feature, sign=case.sign, text=text, kind=kind, author=self.explainer.name,
-            evidence=counts, provenance=provenance,
+            evidence=counts, provenance=self.provenance,
         )  # fmt: skip
 
     def score(self, pairs: Sequence[tuple[Label, FeatureExamplesSplit]], found: _Found) -> list[Label]:

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,7 @@ from saelab.labels.autointerp.clients import Answer, Client, Messages, NotAnswer
 from saelab.labels.autointerp.response_cache import AnswerLog, OfflineClient, make_key
 from saelab.stores.jobs import DeferredInterrupt, hidden
 from saelab.stores.results import Result
+from saelab.training.ranks import ALONE, RankGrid
 
 Parsed = TypeVar("Parsed")
 BYTES_PER_TOKEN = 3.5
@@ -239,19 +240,42 @@ class RequestQueue:
         path: file of cached responses, which is created when needed.
         cfg: parallelism, retries, prices and budget; None takes the defaults.
         progress: whether to show progress bars.
+        ranks: processes with a queue each: they have equal parts of the budget, and until `finish` files of their own.
     """
 
     def __init__(
-        self, client: Client, path: str | Path, cfg: RequestConfig | None = None, *, progress: bool = True
+        self,
+        client: Client,
+        path: str | Path,
+        cfg: RequestConfig | None = None,
+        *,
+        progress: bool = True,
+        ranks: RankGrid = ALONE,
     ) -> None:
-        self.client, self.cfg, self.progress = client, cfg or RequestConfig(), progress
-        self.log = AnswerLog(path)
+        self.client, self.cfg, self.progress = client, cfg or RequestConfig(), progress and ranks.is_first
+        self.ranks = ranks
+        self.log = AnswerLog(path, "" if ranks.alone else f"{ranks.index}")
         self.usage = TokenUsage(cost=self.cfg.cost(0, 0))
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._reserved = 0.0  # what the prompts under way may cost
         self._n_failed = 0
         self._open_at = 0.0  # when the server takes prompts again
+
+    def finish(self) -> TokenUsage:
+        """Put the responses of all processes into the one file; returns the usage of all, whose time is the longest."""
+        self.ranks.on_first(self.log.join)
+        if isinstance(self.client, OfflineClient):
+            self.client.join(self.ranks)
+        parts = [TokenUsage(**part) for part in self.ranks.gather_json(asdict(self.usage))]
+        names = ("n_requests", "n_kept", "n_retries", "tokens_in", "tokens_out")
+        counts = {name: sum(getattr(part, name) for part in parts) for name in names}
+        return TokenUsage(
+            **counts,
+            cost=self.cfg.cost(counts["tokens_in"], counts["tokens_out"]),
+            seconds=max(part.seconds for part in parts),
+            stopped=next((part.stopped for part in parts if part.stopped), ""),
+        )
 
     def estimate(self, questions: Sequence[Question[Any]]) -> CostEstimate:
         """Approximate number of requests, tokens, cost and time of questions, before they are sent."""
@@ -357,7 +381,8 @@ class RequestQueue:
             return 0.0
         expected = self.cfg.cost(tokens_in, tokens_out) or 0.0
         with self._lock:
-            if self.usage.stopped or (self.usage.cost or 0.0) + self._reserved + expected > self.cfg.budget:
+            spent, share = (self.usage.cost or 0.0) + self._reserved, self.cfg.budget / self.ranks.size
+            if self.usage.stopped or spent + expected > share:
                 self.usage = replace(self.usage, stopped=f"the budget of {self.cfg.budget:g} is used up")
                 raise Waiting(self.usage.stopped)
             self._reserved += expected

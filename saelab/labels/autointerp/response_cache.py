@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from saelab.labels.autointerp.clients import Answer, Messages, Waiting
 from saelab.stores.files import write_atomic
 from saelab.stores.jobs import explained
 from saelab.stores.results import Result
+from saelab.training.ranks import RankGrid
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +38,22 @@ class AnswerLog:
     """Append-only response cache: one JSON line per response, with key, settings, messages, answer, tokens and times.
 
     Each line is on the disk before the next prompt is sent. A line that a killed process left incomplete is ignored,
-    and its request is sent again.
+    and its request is sent again. Of several processes each appends to a part of its own, as a network disk lets two
+    of them write over one another's lines; what is read is the file with all parts that lie beside it.
+
+    Args:
+        path: the file.
+        part: name of this process's part; empty for a process alone, which appends to the file.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, part: str = "") -> None:
         self.path = Path(path)
+        self._own = self.path.with_name(f"{self.path.stem}.part-{part}{self.path.suffix}") if part else self.path
         self._lock = threading.Lock()
         self._known: dict[str, tuple[Answer, float]] = {}
-        self._is_cut = False
-        if self.path.is_file():
-            self._read()
+        for file in (self.path, *self._parts()):
+            if file.is_file():
+                self._read(file)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -88,23 +96,24 @@ class AnswerLog:
             self._write(json.dumps(entry))
             self._known[key] = (answer, seconds)
 
+    def join(self) -> None:
+        """Append all parts to the file and delete them; for one process, when the others write no more."""
+        for part in self._parts():
+            data = part.read_bytes()
+            if whole := data[: data.rfind(b"\n") + 1]:
+                _append(self.path, whole)
+            part.unlink()
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{escape(self.path.stem)}.part-*{escape(self.path.suffix)}"))
+
     def _write(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = ("\n" if self._is_cut else "") + line + "\n"
-        with (
-            explained(self.path.parent),
-            open(self.path, "ab") as file,
-        ):  # one write at the end: several processes may share the file
-            file.write(data.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        self._is_cut = False
+        _append(self._own, f"{line}\n".encode())
 
-    def _read(self) -> None:
-        data = self.path.read_bytes()
-        self._is_cut = bool(data) and not data.endswith(b"\n")
+    def _read(self, path: Path) -> None:
         n_bad = 0
-        for line in data.splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 entry = json.loads(line)
                 answer = Answer(text=entry["answer"], tokens_in=entry["tokens_in"], tokens_out=entry["tokens_out"])
@@ -112,7 +121,18 @@ class AnswerLog:
             except (ValueError, KeyError, TypeError):
                 n_bad += bool(line.strip())
         if n_bad:
-            logger.info("%s has %d lines that cannot be read; what they answered is asked again", self.path, n_bad)
+            logger.info("%s has %d lines that cannot be read; what they answered is asked again", path, n_bad)
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Add whole lines to a file, by one write at its end, as processes of one machine may share it."""
+    with explained(path.parent), open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            data = (b"" if file.read(1) == b"\n" else b"\n") + data  # after a line that a killed process left
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +143,7 @@ class ExchangeReport(Result):
     """prompts of the run"""
     n_answered: int
     missing: tuple[str, ...]
-    """ids of prompts without a response, which `OfflineClient.export` writes"""
+    """ids of prompts without a response, in increasing order; `OfflineClient.export` writes them"""
     unknown: tuple[str, ...]
     """ids of responses that match no prompt: of another store, other settings, or edited"""
     duplicated: tuple[str, ...]
@@ -178,8 +198,15 @@ class OfflineClient:
         write_atomic(path, "".join(line + "\n" for line in lines).encode())
         return len(waiting)
 
+    def join(self, ranks: RankGrid) -> None:
+        """Add the prompts that other processes have asked of clients of theirs."""
+        asked = {key: [dict(message) for message in messages] for key, messages in self._asked.items()}
+        for one in ranks.gather_json({"asked": asked, "known": sorted(self._known)}):
+            self._asked |= one["asked"]
+            self._known |= set(one["known"])
+
     def _missing(self) -> list[str]:
-        return [key for key in self._asked if key not in self._answers and key not in self._known]
+        return sorted(key for key in self._asked if key not in self._answers and key not in self._known)
 
     def report(self) -> ExchangeReport:
         """Missing, unknown and duplicated responses, for the prompts seen so far."""

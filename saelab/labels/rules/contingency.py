@@ -1,6 +1,7 @@
 """Contingency counts of features and predicates, and tests of chosen rules on held-out documents.
 
-Counts come from sparse products for all tokens, from packed bits for chosen ones.
+Counts come from sparse products for all tokens, from packed bits for chosen ones. Tokens that predict a single feature
+side become predicates, however rare they are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +14,11 @@ from jaxtyping import Bool, Float, Int, Int32, Integer
 
 from saelab.analysis.direct_logits import LogitLens
 from saelab.functional.statistics import adjust, dispersion, tail, window_auroc
-from saelab.labels.rules.predicates import Predicates
+from saelab.labels.rules.predicates import Predicates, one_of_each
 from saelab.labels.rules.token_view import TokenView
 from saelab.stores.feature_store import FeatureStore
 from saelab.stores.packing import as_csr
+from saelab.training.ranks import ALONE, RankGrid, Steps, run_together
 
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
@@ -29,6 +31,10 @@ N_BLOCKS = 64
 """Smallest number of blocks that are shifted independently when the null is measured."""
 PROMOTED_SHARE = 0.5
 """A token counts as promoted if its effect is at least this share of the largest."""
+LEVELS = (0.0, 0.4, 0.7)
+"""Shares of a side's largest |z| at which tokens are compared with it."""
+LEAST_F1 = 0.5
+"""Smallest F1 with which a token becomes a predicate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +67,13 @@ def feature_blocks(store: FeatureStore) -> Iterator[tuple[int, int]]:
         stop = min(stop, start + BLOCK_FEATURES, store.d_sae)
         yield start, stop
         start = stop
+
+
+def read_columns(store: FeatureStore, features: Int[np.ndarray, "m"]) -> "csc_matrix":
+    """The codes of some features in increasing order, one at least; those between them are read, too."""
+    start, stop = int(features[0]), int(features[-1]) + 1
+    columns = store.columns(start, stop)
+    return columns if len(features) == stop - start else columns[:, features - start]
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,13 +291,17 @@ class Judge:
         return Verdict(hits, len(fires), size, n, auroc, spread)
 
 
-def q_values(verdicts: list[Verdict]) -> tuple[np.ndarray, np.ndarray]:
-    """The p value of each result, and its false discovery rate among all of them (Benjamini-Hochberg)."""
-    if not verdicts:
+def q_values(counts: Float[np.ndarray, "n 4"], n_tokens: int) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """The p value of each result, and its false discovery rate among all of them (Benjamini-Hochberg).
+
+    Args:
+        counts: hits, fires, holds and spread of each `Verdict`.
+        n_tokens: number of held-out tokens.
+    """
+    if not len(counts):
         return np.empty(0), np.empty(0)
-    columns = np.array([(v.hits, v.fires, v.holds, v.spread) for v in verdicts], float)
-    hits, fires, holds, spread = columns.T
-    p = tail(hits, fires, holds, verdicts[0].n_tokens, spread)
+    hits, fires, holds, spread = counts.T
+    p = tail(hits, fires, holds, n_tokens, spread)
     return p, adjust(p)
 
 
@@ -318,3 +335,78 @@ class NextTokens:
         table = np.zeros(len(self.counts) + 1, bool)
         table[ids] = True  # the last place is for tokens with none after them
         return lambda at: table[self.next_ids[at]], int(self.counts[ids].sum())
+
+
+def add_side_tokens(
+    store: FeatureStore, predicates: Predicates, is_train: Bool[np.ndarray, "n_tokens"], ranks: RankGrid = ALONE
+) -> Predicates:
+    """The predicates, with one more for each token that predicts some feature side in training documents.
+
+    Tokens count from F1 0.5 on. Predicates without any of kind "token" are returned unchanged, as they were selected by
+    the caller.
+
+    Args:
+        store: feature store that holds codes and text.
+        predicates: conditions on its tokens.
+        is_train: which tokens are of training documents.
+        ranks: processes, each of which looks at a share of the features; all get the same predicates.
+    """
+    if not predicates.family("token"):
+        return predicates
+    from scipy.sparse import csr_matrix, hstack
+
+    wanted = find_side_tokens(store, is_train, ranks)
+    names, numbers = one_of_each(TokenView(store.text), "token", len(store.text))
+    here = numbers[store.places]
+    candidates = np.unique(here[np.isin(store.token_ids, wanted)])
+    new = np.array([j for j in candidates.tolist() if names[j] not in predicates.places], np.int64)
+    if len(new) == 0:
+        return predicates
+    columns = np.full(len(names), -1)
+    columns[new] = np.arange(len(new))
+    rows = np.flatnonzero(columns[here] >= 0)
+    added = csr_matrix((np.ones(len(rows), bool), (rows, columns[here[rows]])), shape=(len(store), len(new)))
+    return Predicates(
+        hstack([predicates.matrix, added], format="csr"),
+        predicates.names + tuple(names[j] for j in new.tolist()),
+        predicates.kinds + ("token",) * len(new),
+    )
+
+
+def find_side_tokens(
+    store: FeatureStore, is_train: Bool[np.ndarray, "n_tokens"], ranks: RankGrid = ALONE
+) -> Integer[np.ndarray, "n"]:
+    """The tokens that best predict some side of some feature in training documents, found by several processes."""
+    ids, numbers = np.unique(store.token_ids, return_inverse=True)
+    holds = np.bincount(numbers[is_train], minlength=len(ids))
+    found = np.zeros(len(ids), bool)
+
+    def search() -> Steps:
+        for start, stop in feature_blocks(store):
+            features = np.arange(start, stop)
+            features = features[features % ranks.size == ranks.index]
+            if len(features):
+                columns = read_columns(store, features)
+                kept = is_train[columns.indices]
+                feature = np.repeat(np.arange(len(features)), np.diff(columns.indptr))[kept]
+                codes, tokens = columns.data[kept], numbers[columns.indices[kept]]
+                side, sizes = 2 * feature + (codes < 0), np.abs(codes)
+                peaks = np.zeros(2 * len(features), sizes.dtype)
+                np.maximum.at(peaks, side, sizes)
+                for level in LEVELS:
+                    here = sizes >= level * peaks[side]
+                    found[_best_tokens(side[here], tokens[here], holds)] = True
+            yield
+
+    run_together(search(), ranks)
+    return np.unique(np.concatenate(ranks.gather_arrays(ids[found])))
+
+
+def _best_tokens(side: np.ndarray, tokens: np.ndarray, holds: np.ndarray) -> np.ndarray:
+    """The best token of each side, where its F1 is large enough."""
+    pairs, both = np.unique(side.astype(np.int64) * len(holds) + tokens, return_counts=True)
+    sides, which = pairs // len(holds), pairs % len(holds)
+    f1 = 2 * both / (np.bincount(side)[sides] + holds[which])
+    order = np.lexsort((-f1, sides))
+    first = order[np.append(True, np.diff(sides[order]) != 0)[: len(order)]]
+    return which[first[f1[first] >= LEAST_F1]]

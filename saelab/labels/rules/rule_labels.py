@@ -76,7 +76,7 @@ class RuleLabels(Result):
     """number of held-out tokens"""
     signed: bool
     source: str
-    untrained: dict[str, float] | None = None
+    untrained: dict[str, float | int] | None = None
     """for an untrained dictionary on the same tokens: n_sides that fire, the share with a good rule, and the median f1
     of those; None where none was labeled"""
 

@@ -1,18 +1,17 @@
 """Rule-based labeling: for each sign of each feature the best rule on tokens, tested on held-out documents.
 
-A rule is the predicate, pair or list of predicates with the highest F1. Predicates are added for tokens that predict a
-single feature side, however rare they are.
+A rule is the predicate, pair or list of predicates with the highest F1. Several processes divide the features.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Float, Int
 
 from saelab.analysis.direct_logits import LogitLens
 from saelab.functional.indices import FeatureIds, read_features
@@ -25,13 +24,15 @@ from saelab.labels.rules.contingency import (
     SideFirings,
     SplitCounts,
     Verdict,
+    add_side_tokens,
     feature_blocks,
     q_values,
+    read_columns,
 )
-from saelab.labels.rules.predicates import DISJOINT, Predicates, make_predicates, one_of_each
+from saelab.labels.rules.predicates import DISJOINT, Predicates, make_predicates
 from saelab.labels.rules.rule_labels import NO_RULE, RuleLabel, RuleLabels, name_output, name_rule, same_word
-from saelab.labels.rules.token_view import TokenView
 from saelab.stores.feature_store import FeatureStore
+from saelab.training.ranks import RankGrid, Steps, run_together
 
 Joined = Literal["", "and", "or"]
 FRACTIONS = np.array([0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9])
@@ -48,10 +49,6 @@ MIN_SHARE = 0.01
 N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 16
 PAIR_ROWS = 768
 """Firings in training documents, drawn at random, on which pairs are selected."""
-LEVELS = (0.0, 0.4, 0.7)
-"""Shares of a side's largest |z| at which tokens are compared with it."""
-LEAST_F1 = 0.5
-"""Smallest F1 with which a token becomes a predicate."""
 N_TOKENS = 400_000
 """Number of tokens that are used of a longer text."""
 T = TypeVar("T")
@@ -75,7 +72,13 @@ class Rule:
 
 
 def choose_rules(
-    counts: Counts, sides: SideFirings, split: SplitCounts, predicates: Predicates, min_count: int, seed: int
+    counts: Counts,
+    sides: SideFirings,
+    split: SplitCounts,
+    predicates: Predicates,
+    min_count: int,
+    seed: int,
+    numbers: Int[np.ndarray, "n_sides"],
 ) -> list[Rule | None]:
     """For each feature side the rule with the highest F1 after costs; None where no predicate holds on enough firings.
 
@@ -86,6 +89,7 @@ def choose_rules(
         predicates: names and kinds of the predicates.
         min_count: number of firings that a level needs.
         seed: seed of the firings that pairs are selected on.
+        numbers: number of each feature side, so that its draws are the same whatever other features are asked for.
     """
     favor = np.array([FAVOR * (kind in GIVEN) for kind in predicates.kinds])
     cost = _cost(counts.fires, min_count)
@@ -96,7 +100,6 @@ def choose_rules(
     here = np.arange(len(sides))
     f1, both, fires = counts.f1[here, levels], counts.both[here, levels], counts.fires[here, levels]
     near = _candidates(f1 + favor, both, fires, counts)
-    rng = np.random.default_rng(seed)
     found: list[Rule | None] = [None] * len(sides)
     for side in np.flatnonzero(np.isfinite((scores - cost)[here, levels])).tolist():
         level = int(levels[side])
@@ -104,7 +107,7 @@ def choose_rules(
         options = [(float(scores[side, level]), Rule((j,), "", level, float(f1[side, j])))]
         options += [_of_list(side, level, *one) for one in lists]
         if max(score for score, _ in options) < 1 - PAIR_COST - PART_COST:
-            rows = sides.of(side, level)
+            rows, rng = sides.of(side, level), np.random.default_rng((seed, int(numbers[side]), 1))  # of its own
             if len(rows) > 4 * PAIR_ROWS:
                 rows = rows[rng.integers(len(rows), size=4 * PAIR_ROWS)]
             options += _pairs(near[side], level, split.here(rows), int(fires[side]), split, favor, rng)
@@ -204,63 +207,6 @@ def _pairs(
     return found
 
 
-def add_side_tokens(store: FeatureStore, predicates: Predicates, is_train: Bool[np.ndarray, "n_tokens"]) -> Predicates:
-    """The predicates, with one more for each token that predicts some feature side in training documents.
-
-    Tokens count from F1 0.5 on. Predicates without any of kind "token" are returned unchanged, as they were selected by
-    the caller.
-    """
-    if not predicates.family("token"):
-        return predicates
-    from scipy.sparse import csr_matrix, hstack
-
-    wanted = find_side_tokens(store, is_train)
-    names, numbers = one_of_each(TokenView(store.text), "token", len(store.text))
-    here = numbers[store.places]
-    candidates = np.unique(here[np.isin(store.token_ids, wanted)])
-    new = np.array([j for j in candidates.tolist() if names[j] not in predicates.places], np.int64)
-    if len(new) == 0:
-        return predicates
-    columns = np.full(len(names), -1)
-    columns[new] = np.arange(len(new))
-    rows = np.flatnonzero(columns[here] >= 0)
-    added = csr_matrix((np.ones(len(rows), bool), (rows, columns[here[rows]])), shape=(len(store), len(new)))
-    return Predicates(
-        hstack([predicates.matrix, added], format="csr"),
-        predicates.names + tuple(names[j] for j in new.tolist()),
-        predicates.kinds + ("token",) * len(new),
-    )
-
-
-def find_side_tokens(store: FeatureStore, is_train: Bool[np.ndarray, "n_tokens"]) -> Integer[np.ndarray, "n"]:
-    """The tokens that best predict some side of some feature in training documents."""
-    ids, numbers = np.unique(store.token_ids, return_inverse=True)
-    holds = np.bincount(numbers[is_train], minlength=len(ids))
-    found = np.zeros(len(ids), bool)
-    for start, stop in feature_blocks(store):
-        columns = store.columns(start, stop)
-        kept = is_train[columns.indices]
-        feature = np.repeat(np.arange(stop - start), np.diff(columns.indptr))[kept]
-        codes, tokens = columns.data[kept], numbers[columns.indices[kept]]
-        side, sizes = 2 * feature + (codes < 0), np.abs(codes)
-        peaks = np.zeros(2 * (stop - start), sizes.dtype)
-        np.maximum.at(peaks, side, sizes)
-        for level in LEVELS:
-            here = sizes >= level * peaks[side]
-            found[_best_tokens(side[here], tokens[here], holds)] = True
-    return ids[found]
-
-
-def _best_tokens(side: np.ndarray, tokens: np.ndarray, holds: np.ndarray) -> np.ndarray:
-    """The best token of each side, where its F1 is large enough."""
-    pairs, both = np.unique(side.astype(np.int64) * len(holds) + tokens, return_counts=True)
-    sides, which = pairs // len(holds), pairs % len(holds)
-    f1 = 2 * both / (np.bincount(side)[sides] + holds[which])
-    order = np.lexsort((-f1, sides))
-    first = order[np.append(True, np.diff(sides[order]) != 0)[: len(order)]]
-    return which[first[f1[first] >= LEAST_F1]]
-
-
 def label_by_rules(
     store: FeatureStore,
     predicates: Predicates | None = None,
@@ -274,6 +220,7 @@ def label_by_rules(
     min_count: int = 10,
     n_tokens: int = N_TOKENS,
     untrained: FeatureStore | None = None,
+    mesh: Any = None,
 ) -> RuleLabels:
     """The best rule for each sign of each feature, chosen on training documents and scored on held-out ones.
 
@@ -300,10 +247,53 @@ def label_by_rules(
             only without `predicates` (else give predicates of `store.spread(n)`, and that store).
         untrained: store of the same tokens by an untrained dictionary (`sl.collecting.harvest_untrained`), which is
             labeled in the same way; its share of good rules is in the result.
+        mesh: `DeviceMesh` of processes that label together, each of which calls this with the same arguments; None is
+            this process alone. Each labels a share of the features, and all return what one process would.
 
     Raises:
         ValueError: `predicates` have another length than the store, or a setting is out of range.
+        RuntimeError: where another process failed.
     """
+    ranks = RankGrid.of(mesh)
+    with ranks.together():
+        store, untrained, predicates = _prepare(store, untrained, predicates, n_tokens)
+        wanted = np.unique(read_features(range(store.d_sae) if features is None else features, store.d_sae))
+        settings: dict[str, Any] = {"train_frac": train_frac, "seed": seed, "fdr": fdr}
+        settings |= {"min_skill": min_skill, "min_count": min_count}
+        if not 0 < fdr < 1 or min_count < 1 or not 0 <= min_skill <= 1:
+            raise ValueError(
+                f"`fdr` and `min_skill` must be in 0..1 and `min_count` at least 1, got {fdr}, {min_skill}, "
+                f"{min_count}."
+            )
+        facts = {"store": store.fingerprint, "features": wanted.tolist(), "predicates": predicates.names}
+        facts |= {"untrained store": None if untrained is None else untrained.fingerprint}
+    ranks.require_equal(facts | settings)
+    floor = None
+    if untrained is not None:
+        floor = _floor_of(label_by_rules(untrained, predicates, features=features, mesh=mesh, **settings))
+    is_train = store.split(train_frac, seed)
+    predicates = add_side_tokens(store, predicates, is_train, ranks)
+    with ranks.together():
+        work = _Work(store, predicates, is_train, lens, min_count, seed)
+    drafts: list[_Draft] = []
+
+    def search() -> Steps:
+        for counted in _one_ahead(work.count, work.blocks(wanted[ranks.own(len(wanted))])):
+            drafts.extend(work.label(*counted))
+            yield
+
+    run_together(search(), ranks)
+    rows, n_tested = _decide(work, drafts, fdr, min_skill, ranks)
+    return RuleLabels(
+        rows=rows, n_predicates=len(predicates), n_tested=n_tested, **settings, n_train=work.train.n_tokens,
+        n_tokens=work.held.n_tokens, signed=store.signed, source=str(store.folder), untrained=floor,
+    )  # fmt: skip
+
+
+def _prepare(
+    store: FeatureStore, untrained: FeatureStore | None, predicates: Predicates | None, n_tokens: int
+) -> tuple[FeatureStore, FeatureStore | None, Predicates]:
+    """The tokens that are used, and conditions on them; ValueError where they do not fit."""
     if predicates is None:
         store, untrained = store.spread(n_tokens), None if untrained is None else untrained.spread(n_tokens)
         predicates = make_predicates(store)
@@ -313,37 +303,33 @@ def label_by_rules(
         raise ValueError(
             f"`predicates` must have a row for each of the {len(store)} tokens, got {predicates.matrix.shape[0]}."
         )
-    if not 0 < fdr < 1 or min_count < 1 or not 0 <= min_skill <= 1:
-        raise ValueError(
-            f"`fdr` and `min_skill` must be in 0..1 and `min_count` at least 1, got {fdr}, {min_skill}, {min_count}."
-        )
-    floor = None
-    if untrained is not None:
-        floor = _floor_of(
-            label_by_rules(
-                untrained, predicates, features=features, train_frac=train_frac, seed=seed, fdr=fdr,
-                min_skill=min_skill, min_count=min_count,
-            )
-        )  # fmt: skip
-    is_train = store.split(train_frac, seed)
-    predicates = add_side_tokens(store, predicates, is_train)
-    work = _Work(store, predicates, is_train, lens, min_count, seed)
-    drafts = [draft for counted in _one_ahead(work.count, work.blocks(features)) for draft in work.label(*counted)]
+    return store, untrained, predicates
 
-    p, q = q_values([verdict for draft in drafts for verdict in draft.verdicts])
-    rows, at = [], 0
+
+def _decide(
+    work: "_Work", drafts: "list[_Draft]", fdr: float, min_skill: float, ranks: RankGrid
+) -> tuple[tuple[RuleLabel, ...], int]:
+    """The rows of all processes' drafts by feature, the positive sign first, and how many rules were tested.
+
+    False discoveries are controlled over all of them, so that each process has all counts.
+    """
+    own = [(draft.side, v.hits, v.fires, v.holds, v.spread) for draft in drafts for v in draft.verdicts]
+    counts = np.concatenate(ranks.gather_arrays(np.array(own, float).reshape(-1, 5)))
+    counts = counts[np.argsort(counts[:, 0], kind="stable")]
+    p, q = q_values(counts[:, 1:], work.held.n_tokens)
+    rows = []
     for draft in drafts:
-        stop = at + len(draft.verdicts)
-        rows.append(work.decide(draft, p[at:stop], q[at:stop], fdr, min_skill))
-        at = stop
-    return RuleLabels(
-        rows=tuple(rows), n_predicates=len(predicates), n_tested=len(q), fdr=fdr, min_skill=min_skill,
-        min_count=min_count, train_frac=train_frac, seed=seed, n_train=work.train.n_tokens,
-        n_tokens=work.held.n_tokens, signed=store.signed, source=str(store.folder), untrained=floor,
-    )  # fmt: skip
+        start = int(np.searchsorted(counts[:, 0], draft.side))
+        part = slice(start, start + len(draft.verdicts))
+        rows.append(work.decide(draft, p[part], q[part], fdr, min_skill))
+    if not ranks.alone:
+        told = ranks.gather_json([vars(row) for row in rows])
+        rows = [RuleLabel(**row | {"parts": tuple(row["parts"])}) for part in told for row in part]
+        rows.sort(key=lambda row: (row.feature, -row.sign))
+    return tuple(rows), len(q)
 
 
-def _floor_of(found: RuleLabels) -> dict[str, float]:
+def _floor_of(found: RuleLabels) -> dict[str, float | int]:
     """Number of sides, share of good rules and median F1 of an untrained dictionary."""
     f1 = [row.f1 for row in found.good]
     n = max(1, len(found.rows))
@@ -365,6 +351,11 @@ class _Draft:
     disjoint: bool
     """whether two parts share no token, each with its part of the firings"""
 
+    @property
+    def side(self) -> int:
+        """Number of the side, which seeds its draws."""
+        return 2 * self.feature + (self.sign < 0)
+
 
 class _Work:
     """Data shared by all features."""
@@ -384,33 +375,28 @@ class _Work:
         self.judge = Judge(self.held, store.doc_ids, seed)
         self.next = NextTokens(store, lens, self.held) if lens is not None else None
 
-    def blocks(self, features: FeatureIds | None) -> Iterator[Int[np.ndarray, "m"]]:
-        """Blocks of features: of all of them, or of those asked for."""
+    def blocks(self, features: Int[np.ndarray, "n"]) -> Iterator[Int[np.ndarray, "m"]]:
+        """Features in increasing order, cut into blocks."""
         for start, stop in feature_blocks(self.store):
-            wanted = np.arange(start, stop)
-            if features is not None:
-                wanted = np.intersect1d(wanted, read_features(features, self.store.d_sae))
-            if len(wanted):
-                yield wanted
+            first, end = np.searchsorted(features, [start, stop])
+            if first < end:
+                yield features[first:end]
 
     def count(self, wanted: Int[np.ndarray, "m"]) -> tuple[Int[np.ndarray, "m"], SideFirings, Counts]:
         """Read the codes of a block of features, and count them against the predicates in training documents."""
-        start, stop = int(wanted[0]), int(wanted[-1]) + 1
-        columns = self.store.columns(start, stop)
-        columns = columns if len(wanted) == stop - start else columns[:, wanted - start]
-        sides = SideFirings.sort(columns, self.is_train, FRACTIONS)
+        sides = SideFirings.sort(read_columns(self.store, wanted), self.is_train, FRACTIONS)
         return wanted, sides, self.train.count(sides)
 
     def label(self, wanted: Int[np.ndarray, "m"], sides: SideFirings, counts: Counts) -> Iterator[_Draft]:
         """Choose and test the rules of a block; sides that never fire are left out."""
-        rules = choose_rules(counts, sides, self.train, self.predicates, self.min_count, self.seed)
+        numbers = (2 * wanted[:, None] + np.arange(2)).ravel()
+        rules = choose_rules(counts, sides, self.train, self.predicates, self.min_count, self.seed, numbers)
         for side, rule in enumerate(rules):
             if len(sides.of(side, 0)):
                 yield self._draft(int(wanted[side // 2]), 1 - 2 * (side % 2), side, sides, rule)
 
     def _draft(self, feature: int, sign: int, side: int, sides: SideFirings, rule: Rule | None) -> _Draft:
-        number = 2 * feature + (sign < 0)
-        fires = self.held.here(sides.of(side, rule.level if rule else 0))
+        fires, number = self.held.here(sides.of(side, rule.level if rule else 0)), 2 * feature + (sign < 0)
         verdicts: list[Verdict] = []
         disjoint, words = False, list[str]()
         if rule is not None:
