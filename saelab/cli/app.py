@@ -27,6 +27,8 @@ SPELLINGS = {"resume=False": "--overwrite", "resume=True": "--resume", "allow_mi
 """how the library's advice reads in the shell"""
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error", "another process")
 """what the communication of a process says whose partner has ended"""
+NO_MEMORY = ("can't allocate memory", "out of memory")
+"""what PyTorch's allocators say"""
 
 app = typer.Typer(
     name="saelab",
@@ -106,7 +108,9 @@ def _report(error: Exception) -> int:
         said = _spell(error) if "another process" in str(error) else "Stopped, as another process ended."
         return _complain(f"{said} The same command goes on (train: with --resume).", FAILED)
     text = f"failed: {type(error).__name__}: {_spell(error)} (saelab --debug shows where)"
-    return _complain(f"{process}: {text}" if process else text, FAILED)
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+        text += "; saelab plan says how much memory a run needs"
+    return _complain(f"{name_process(first=True)}: {text}" if is_launched() else text, FAILED)
 
 
 def _spell(error: BaseException) -> str:

@@ -18,10 +18,10 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def name_process() -> str:
-    """This process as messages name it; "" where it is alone or the first."""
-    rank = os.environ.get("RANK", "0") if is_launched() else "0"
-    return "" if rank == "0" else f"process {rank} on {socket.gethostname()}"
+def name_process(first: bool = False) -> str:
+    """This process as messages name it; "" where it is alone, and where it is the first unless `first` is set."""
+    rank = os.environ.get("RANK", "0") if is_launched() else ""
+    return "" if rank == "" or (rank == "0" and not first) else f"process {rank} on {socket.gethostname()}"
 
 
 @contextmanager

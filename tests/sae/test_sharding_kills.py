@@ -33,11 +33,17 @@ def launch(*words: object) -> "subprocess.Popen[str]":
 
 
 @pytest.fixture(scope="module")
-def commands(tiny: Any, tiny_tokens: sl.Tokens, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Start]:
+def acts(tiny: Any, tiny_tokens: sl.Tokens, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("acts") / "acts"
+    sl.collect(tiny, tiny_tokens, HOOK, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def commands(acts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Start]:
     """What starts each verb with a folder to write to."""
     folder = tmp_path_factory.mktemp("inputs")
-    acts, text, sae = folder / "acts", folder / "text.txt", folder / "sae"
-    sl.collect(tiny, tiny_tokens, HOOK, acts, progress=False)
+    text, sae = folder / "text.txt", folder / "sae"
     rng, words = random.Random(0), ["cat", "dog", "owl", "fox", "sees", "hears", "the", "a", "red", "blue", "over"]
     text.write_text("\n<|endoftext|>\n".join(" ".join(rng.choices(words, k=40)) for _ in range(1500)))
     cfg = sl.SAEConfig(d_in=32, d_sae=256, activation=sl.AbsTopK(k=8))
@@ -117,3 +123,46 @@ def test_work_survives_the_death_of_its_processes(
     if verb == "train":
         assert sl.SAE.from_pretrained(tmp_path / "killed").W_dec.shape == (64, 32)
         assert torch.isfinite(sl.SAE.from_pretrained(tmp_path / "killed").W_enc).all()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_without_memory_is_named(acts: Path, tmp_path: Path, rank: int) -> None:
+    """One process may take 300 MiB more than it has when it begins; the dictionary takes 390."""
+    script = tmp_path / "run.py"
+    script.write_text(LIMITED.format(rank=rank))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), "train", str(acts)]
+    settings = [
+        "--d-sae",
+        "3000000",
+        "--k",
+        "4",
+        "--n-tokens",
+        "1000",
+        "--batch-size",
+        "100",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        [*launcher, *settings, "--no-progress", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode != 0
+    named = [line for line in done.stderr.splitlines() if line.startswith(f"process {rank} on ")]
+    assert len(named) == 1 and "allocate memory" in named[0] and "saelab plan" in named[0], done.stderr
+
+
+LIMITED = """
+import os, resource, runpy, sys
+import torch.distributed
+import saelab.sae.fitting
+if os.environ["RANK"] == "{rank}":
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+runpy.run_module("saelab", run_name="__main__")
+"""
