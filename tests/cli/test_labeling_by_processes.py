@@ -31,6 +31,7 @@ from saelab.labels.autointerp.explainers import explain_features, score_labels
 from saelab.labels.autointerp.requests import RequestConfig
 from saelab.labels.autointerp.response_cache import AnswerLog, OfflineClient
 from saelab.labels.rules import rule_search
+from saelab.labels.rules.predicates import make_predicates
 from saelab.labels.rules.rule_search import label_by_rules
 from saelab.lm.models import load_model
 from saelab.training.ranks import RankGrid
@@ -69,7 +70,10 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, two SAEs of 24 latents, a third of 2, and their stores; the model is built in."""
+    """A folder with two SAEs of 24 latents, a third of 2, and their stores; the model is built in.
+
+    Latents 11 and 14 of the second are equal, and of two processes, the one of which comes first the other later.
+    """
     folder = tmp_path_factory.mktemp("place")
     model = load_model("tiny")
     animals, verbs = ("cat", "dog", "owl", "fox"), ("sees", "hears", "likes")
@@ -78,6 +82,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, d_sae in enumerate((24, 24, 2)):
         cfg = sl.SAEConfig(d_in=32, d_sae=d_sae, activation=sl.AbsTopK(k=2), normalizer="none")
         sae = sl.SAE(cfg, seed=i)
+        if i == 1:
+            with torch.no_grad():
+                sae.W_enc[:, 14], sae.W_dec[14] = sae.W_enc[:, 11], sae.W_dec[11]
         sae.save_pretrained(folder / f"sae-{i}")
         sl.harvest(sae, model, tokens, folder / f"store-{i}", hook_point=HOOK, progress=False, shard_tokens=700)
     return folder
@@ -105,10 +112,12 @@ def opened(name: str) -> Any:
     return sl.SAE.from_pretrained(name) if "sae-" in name else sl.FeatureStore.load(name)
 
 
-def ruled(place: Path, mesh: Any, **settings: Any) -> Any:
+def ruled(place: Path, mesh: Any, n_tokens: int | None = 3, **settings: Any) -> Any:
     store, other = (opened(f"{place}/store-{i}") for i in (0, 1))
     lens = logit_lens(opened(f"{place}/sae-0"), load_model("tiny"), allow_mismatch=True, mesh=mesh)
-    return lens, label_by_rules(store, lens=lens, mesh=mesh, **({"untrained": other, "min_count": 5} | settings))
+    predicates = None if n_tokens is None else make_predicates(store, sizes={"token": n_tokens})  # some are left out
+    options = {"untrained": other, "min_count": 5, "lens": lens, "mesh": mesh}
+    return lens, label_by_rules(store, predicates, **(options | settings))
 
 
 def explained(place: Path, mesh: Any, answers: Path, failing: bool = False, **settings: Any) -> Any:
@@ -186,7 +195,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("explained", {"features": range(10)}),
     ("scored", {}),
     ("exported", {}),
-    ("compared", {"names": "sae-0 sae-1", "others": True, "n_shifts": 5}),
+    ("compared", {"names": "sae-1 sae-0", "others": True, "n_shifts": 5}),
     ("compared_all", {}),
     ("ruled", {"features": [20, 3, 3, 11]}),
     ("ruled", {"features": []}),
@@ -196,7 +205,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("compared", {"names": "sae-2 sae-1", "similarity": "encoder"}),
     ("compared", {"similarity": "documents"}),
     ("compared", {"similarity": "jaccard", "n_shifts": 0}),
-    ("compared", {"similarity": "phi", "m": 1}),
+    ("compared", {"names": "store-1 store-0", "similarity": "phi", "m": 1}),
+    ("ruled", {"n_tokens": None, "seed": 2}),
 ]
 ALWAYS = ("explained", "scored", "exported", "compared_all")
 
@@ -225,7 +235,7 @@ FAILURES: list[tuple[str, dict[str, Any]]] = [
     ("compared", {"fail": ("saelab.universality.comparison_sources", "count_pairs", 3)}),
     ("explained", {"fail": ("saelab.labels.autointerp.explainers", "build_case", 2)}),
     ("ruled", {"fail": ("saelab.labels.rules.contingency", "_best_tokens", 2)}),
-    ("ruled", {"fail": ("saelab.labels.rules.rule_search", "make_predicates", 0)}),
+    ("ruled", {"fail": ("saelab.labels.rules.rule_search", "make_predicates", 0), "n_tokens": None}),
     ("compared", {"fail": ("saelab.universality.similarity", "_finish_correlation", 0)}),
     ("compared", {"fail": ("saelab.universality.comparison_sources", "find_common_rows", 1)}),
     ("compared", {"fail": ("saelab.universality.comparison", "assign", 2)}),

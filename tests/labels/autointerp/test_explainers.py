@@ -657,6 +657,21 @@ def test_a_cut_last_line_is_asked_again_and_harms_no_other(tmp_path):
     assert entry["messages"][0]["content"] == "q0" == entry["answer"] and entry["settings"] == {"model": "echo"}
 
 
+def test_parts_of_several_processes_become_one_file(tmp_path):
+    path, said = tmp_path / "answers.jsonl", [{"role": "user", "content": "x"}]
+    path.write_text('{"key": "cut')
+    for i, part in enumerate(("0", "1", "10")):
+        AnswerLog(path, part).add(f"key {i}", {}, said, Answer(text=f"{i}"), 0.1)
+    with open(tmp_path / "answers.part-1.jsonl", "a") as file:
+        file.write('{"key": "cut')
+    (tmp_path / "answers-of-mine.jsonl").write_text("kept")
+    assert [AnswerLog(path).find(f"key {i}") for i in range(3)] == [Answer(text=f"{i}") for i in range(3)]
+    AnswerLog(path).join()
+    AnswerLog(path).add("key 3", {}, said, Answer(text="3"), 0.1)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["answers-of-mine.jsonl", "answers.jsonl"]
+    assert len(AnswerLog(path)) == 4 and len(path.read_text().splitlines()) == 5
+
+
 def test_other_settings_ask_anew_and_equal_prompts_once(tmp_path):
     question = Question(messages=[{"role": "user", "content": "q"}], read=str)
     echo, other = Echo(), Echo()
