@@ -2,48 +2,40 @@
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.inputs import echo, open_model, open_sae
-from saelab.collecting.harvesting import harvest_untrained
-from saelab.sae.baselines import load_baselines
-from saelab.sae.pretrained import CONFIG
-from saelab.sae.sae import SAE
-from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import write_json
-from saelab.stores.results import format_table
-from saelab.universality.comparison import NULL, NullConfig, compare
-from saelab.universality.matching import MatchingMethod
-from saelab.universality.similarity import Similarity, choose_similarity
-from saelab.visualization.reports import report
+from saelab.cli.sources import Source, read_value
+from saelab.cli.terminal import echo
 
-COUNT, M = (options.default_of(compare, name) for name in ("min_count", "m"))
-
+COMPARE = Source("saelab.universality.comparison:compare")
+NULL = Source("saelab.universality.comparison:NullConfig")
+SIMILARITIES = read_value("saelab.universality.similarity:Similarity")
+METHODS = read_value("saelab.universality.matching:MatchingMethod")
 ON_PAGE = 200
 
 
-@options.documented_by(compare, NullConfig, nearest="m", shifts="n_shifts")
+@options.documented_by(COMPARE, NULL, nearest="m", shifts="n_shifts")
 def compare_folders(
     a: Annotated[Path, Argument(metavar="A", help="Folder of a feature store, or of an SAE.")],
     b: Annotated[Path, Argument(metavar="B", help="Another one: a store of the same text, an SAE of the same space.")],
     similarity: Annotated[
         str | None,
         Option(
-            help=f"Similarity of features: {', '.join(get_args(Similarity))}.",
+            help=f"Similarity of features: {', '.join(SIMILARITIES)}.",
             metavar="NAME",
             show_default="correlation of stores, decoder of SAEs",
         ),
     ] = None,
     method: Annotated[
         str,
-        Option(help=f"Which pairs are matches: {', '.join(get_args(MatchingMethod))} (one to one).", metavar="NAME"),
+        Option(help=f"Which pairs are matches: {', '.join(METHODS)} (one to one).", metavar="NAME"),
     ] = "hungarian",
     sides: Annotated[bool, Option("--sides")] = False,
-    nearest: options.Count = M,
-    min_count: options.Count = COUNT,
+    nearest: options.Count = COMPARE.m,
+    min_count: options.Count = COMPARE.min_count,
     shifts: options.Count = NULL.n_shifts,
     min_effect: float = NULL.min_effect,
     fdr: float = NULL.fdr,
@@ -76,10 +68,19 @@ def compare_folders(
     Stores are compared on the documents that they have in common, even with different tokenizers; SAEs of one space by
     direction.
     """
-    if method not in get_args(MatchingMethod):
-        raise ValueError(f"`--method` must be one of {', '.join(get_args(MatchingMethod))}, got '{method}'.")
+    from saelab.cli.inputs import harvest_baseline, open_dictionary
+    from saelab.sae.baselines import load_baselines
+    from saelab.stores.feature_store import FeatureStore
+    from saelab.stores.files import write_json
+    from saelab.stores.results import format_table
+    from saelab.universality.comparison import NullConfig, compare
+    from saelab.universality.similarity import choose_similarity
+    from saelab.visualization.reports import report
+
+    if method not in METHODS:
+        raise ValueError(f"`--method` must be one of {', '.join(METHODS)}, got '{method}'.")
     null = NullConfig(n_shifts=shifts, min_effect=min_effect, fdr=fdr)
-    first, second = _open(a), _open(b)
+    first, second = open_dictionary(a), open_dictionary(b)
     if html is not None and not (isinstance(first, FeatureStore) and isinstance(second, FeatureStore)):
         raise ValueError("`--html` shows features in text, so A and B must be feature stores, got SAEs.")
     if html is not None and sides:
@@ -90,7 +91,7 @@ def compare_folders(
     with tempfile.TemporaryDirectory() as folder:
         floors: list[FeatureStore | None] = [None, None]
         if untrained and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
-            floors = [_untrained(one, Path(folder) / str(i), progress) for i, one in enumerate((first, second))]
+            floors = [harvest_baseline(one, Path(folder) / str(i), progress) for i, one in enumerate((first, second))]
         found = compare(
             first,
             second,
@@ -116,22 +117,3 @@ def compare_folders(
     if html is not None and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
         shown = list(dict.fromkeys(pairs[:, 0].tolist()))[:ON_PAGE]
         echo(str(report(first, html, features=shown, compare=second, comparison=found, progress=progress)))
-
-
-def _untrained(store: FeatureStore, out: Path, progress: bool) -> FeatureStore | None:
-    """The same rows from an untrained dictionary, where the store's SAE and model are at hand."""
-    sae = open_sae(store, None)
-    model = open_model(store, None, progress) if sae is not None else None
-    if sae is None or model is None:
-        return None
-    try:
-        return harvest_untrained(store, sae, model, out, progress=progress)
-    except ValueError as error:
-        echo(f"No untrained dictionary for comparison with {store.folder}: {error}", err=True)
-        return None
-
-
-def _open(folder: Path) -> FeatureStore | SAE:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"A and B must be folders of feature stores or SAEs, got '{folder}'. Check the name.")
-    return SAE.from_pretrained(folder) if (folder / CONFIG).is_file() else FeatureStore.load(folder)

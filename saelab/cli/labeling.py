@@ -4,43 +4,32 @@ Labels come from rules on tokens or from a language model, and are kept in the s
 """
 
 import getpass
-import runpy
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Argument, Option
 
-from saelab.analysis.direct_logits import LogitLens, logit_lens
 from saelab.cli import options
-from saelab.cli.inputs import echo, find_base, open_model, open_sae, read_numbers
-from saelab.collecting.harvesting import harvest_untrained, require_harvested
-from saelab.labels.autointerp.clients import Client, LocalClient, OpenAIClient
-from saelab.labels.autointerp.explainers import estimate_labels, explain_features
-from saelab.labels.autointerp.requests import RequestConfig
-from saelab.labels.autointerp.response_cache import OfflineClient
-from saelab.labels.label import BOTH, FORMATS, MARKS, Label, describe_origin, name_format
-from saelab.labels.label_store import LabelStore
-from saelab.labels.rules.predicates import N_PREDICATES, Predicate, Predicates, make_predicates
-from saelab.labels.rules.rule_search import N_TOKENS, label_by_rules
-from saelab.lm.models import load_model
-from saelab.sae.compatibility import match_weights
-from saelab.stores.feature_store import FeatureStore
+from saelab.cli.sources import Source, read_value
+from saelab.cli.terminal import Context, echo, make_printable
 from saelab.stores.jobs import hold_folder
 
 if TYPE_CHECKING:
-    from typer import Context
-else:
-    Context = find_base(typer.Context, "Context")  # what a command is given
+    from saelab.labels.label import Label
+    from saelab.labels.label_store import LabelStore
+
+SET, SAVE = Source("saelab.labels.label_store:LabelStore.set"), Source("saelab.labels.label_store:LabelStore.save")
+REQUESTS = Source("saelab.labels.autointerp.requests:RequestConfig")
+SCORERS = ",".join(Source("saelab.labels.autointerp.explainers:explain_features").scorers)
+N_PREDICATES = read_value("saelab.labels.rules.predicates:N_PREDICATES")
+N_TOKENS = read_value("saelab.labels.rules.rule_search:N_TOKENS")
+BOTH, FORMATS = read_value("saelab.labels.label:BOTH"), read_value("saelab.labels.label:Format")
 
 FeatureNumber = Annotated[int, Argument(metavar="FEATURE", help="Number of the feature.")]
 Author = Annotated[str, Argument(metavar="AUTHOR", help="Whose label; `show` lists the authors.")]
 Sign = Annotated[int, Option(metavar="SIGN")]
-BUILTIN, LOCAL, RULES = "builtin", "local", "rules"
-SCORERS = ",".join(options.default_of(explain_features, "scorers"))
 
 
 def open_book(context: Context, store: options.StoreFolder) -> None:
@@ -76,7 +65,7 @@ def show_labels(context: Context, feature: FeatureNumber) -> None:
         echo(f"Feature {feature} has no label.", err=True)
 
 
-@options.documented_by(LabelStore.set)
+@options.documented_by(SET)
 def set_label(
     context: Context,
     feature: FeatureNumber,
@@ -88,20 +77,20 @@ def set_label(
     echo(_describe(_open(context).set(feature, text, author=author or getpass.getuser(), sign=sign)))
 
 
-@options.documented_by(LabelStore.set)
+@options.documented_by(SET)
 def choose_label(context: Context, feature: FeatureNumber, author: Author, sign: Sign = BOTH) -> None:
     """Choose the newest label of an author; it stays chosen until a person chooses another."""
     echo(_describe(_open(context).choose(feature, author, sign=sign)))
 
 
-@options.documented_by(LabelStore.set)
+@options.documented_by(SET)
 def delete_labels(context: Context, feature: FeatureNumber, author: Author, sign: Sign = BOTH) -> None:
     """Delete an author's labels of a feature."""
     n = _open(context).delete(feature, author=author, sign=sign)
     echo(f"{n} label{'' if n == 1 else 's'} deleted.")
 
 
-@options.documented_by(LabelStore.save)
+@options.documented_by(SAVE)
 def export_labels(
     context: Context,
     file: Annotated[Path, Argument(metavar="FILE", help="File for the labels; an ending .gz compresses it.")],
@@ -113,10 +102,12 @@ def export_labels(
     source_id: Annotated[str, Option(metavar="NAME", show_default="the store's hook point")] = "",
 ) -> None:
     """Write all labels to a file: JSON, CSV, or Neuronpedia's explanation records, one per line."""
+    from saelab.labels.label import name_format
+
     if form is not None and form not in FORMATS:
         raise ValueError(f"`--format` must be one of {', '.join(FORMATS)}, got '{form}'.")
     labels = _open(context)
-    n = labels.save(file, form or name_format(file), model_id=model_id, source_id=source_id)
+    n = labels.save(file, form or name_format(file), model_id=model_id, source_id=source_id)  # type: ignore[arg-type]
     left_out = len(labels.labels()) - n
     more = f" Left out: {left_out:,} that say that there is no good name." if left_out else ""
     echo(f"{n:,} labels in {file}.{more}")
@@ -143,27 +134,22 @@ VERBS: dict[str, Callable[..., None]] = {
 }
 
 
-def _open(context: Context) -> LabelStore:
+def _open(context: Context) -> "LabelStore":
     """Label database of the store, closed when the command ends."""
+    from saelab.labels.label_store import LabelStore
+
     return context.with_resource(LabelStore.open(context.obj))
 
 
-def make_printable(text: str) -> str:
-    r"""Text with what would steer a terminal spelt out.
+def _describe(label: "Label") -> str:
+    from saelab.labels.label import MARKS, describe_origin
 
-    >>> make_printable("\x1b[2J")
-    '\\x1b[2J'
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _describe(label: Label) -> str:
     return make_printable(
         f"{label.feature:>6} {MARKS[label.sign]}{label.text} ({label.kind}, {describe_origin(label)})"
     )
 
 
-def _print(labels: Sequence[Label], top: int) -> None:
+def _print(labels: "Sequence[Label]", top: int) -> None:
     for label in labels[:top]:
         echo(_describe(label))
     if not labels:
@@ -172,7 +158,7 @@ def _print(labels: Sequence[Label], top: int) -> None:
         echo(f"{len(labels) - top:,} more: give --top {len(labels)}.", err=True)
 
 
-@options.documented_by(RequestConfig, parallel="n_parallel")
+@options.documented_by(REQUESTS, parallel="n_parallel")
 def label_features(
     context: Context,
     store: options.StoreFolder,
@@ -222,7 +208,7 @@ def label_features(
     budget: Annotated[float | None, Option(show_default="no limit")] = None,
     price_in: Annotated[float | None, Option(show_default="unknown")] = None,
     price_out: Annotated[float | None, Option(show_default="unknown")] = None,
-    parallel: int = RequestConfig.n_parallel,
+    parallel: int = REQUESTS.n_parallel,
     estimate: Annotated[bool, Option("--estimate", help="Estimate requests and cost, and request nothing.")] = False,
     features: options.FeatureList = None,
     resume: Annotated[
@@ -243,25 +229,36 @@ def label_features(
     used up its budget, continues when the same command is run again. With --export-prompts and --import-answers the
     language model may be anywhere: prompts of scores come once the labels are there.
     """
+    from saelab.cli import labelers
+    from saelab.cli.inputs import read_numbers
+    from saelab.labels.autointerp.explainers import estimate_labels, explain_features
+    from saelab.labels.autointerp.requests import RequestConfig
+    from saelab.labels.autointerp.response_cache import OfflineClient
+    from saelab.stores.feature_store import FeatureStore
+
     opened, numbers = FeatureStore.load(store), read_numbers(features)
     if bad := [j for j in numbers or () if not 0 <= j < opened.d_sae]:
         raise ValueError(f"`--features` must be in 0..{opened.d_sae - 1}, got {bad[:5]}.")
-    client = _choose_client(llm, model, export_prompts, import_answers, progress)
+    client = labelers.choose_client(llm, model, export_prompts, import_answers, progress)
     if estimate and client is None:
         raise ValueError("`--estimate` needs `--model`: rules cost nothing.")
     cfg = RequestConfig(n_parallel=parallel, budget=budget, price_in=price_in, price_out=price_out)
     if not estimate:
         context.with_resource(hold_folder(store))
     by_rules = rules is not None or client is None
-    wanted = _wanted(opened, RULES, numbers, resume) if by_rules else []
+    wanted = labelers.find_wanted(opened, labelers.RULES, numbers, resume) if by_rules else []
     signs, names = (1, -1) if opened.signed else (BOTH,), [name for name in scorers.split(",") if name]
-    asked_of = _wanted(opened, client.name, numbers, resume, scored=bool(names)) if client is not None else []
+    asked_of = (
+        labelers.find_wanted(opened, client.name, numbers, resume, scored=bool(names)) if client is not None else []
+    )
     floor = untrained and not estimate and (wanted != [] or asked_of != [])
-    baseline = context.with_resource(_open_floor(opened, sae, lens_model, progress) if floor else nullcontext())
+    baseline = context.with_resource(labelers.open_floor(opened, sae, lens_model, progress) if floor else nullcontext())
     if by_rules:
-        found = _read_lens(opened, wanted, sae, lens_model, progress) if lens and wanted != [] else None
+        found = labelers.read_lens(opened, wanted, sae, lens_model, progress) if lens and wanted != [] else None
         part, other = opened.spread(rule_tokens), None if baseline is None else baseline.spread(rule_tokens)
-        _by_rules(part, read_predicates(part, rules or BUILTIN, predicates), wanted, found, other)
+        labelers.keep_rules(
+            part, labelers.read_predicates(part, rules or labelers.BUILTIN, predicates), wanted, found, other
+        )
     if client is None:
         return
     asked: dict[str, Any] = {"signs": signs, "scorers": names, "asking": cfg}
@@ -273,131 +270,6 @@ def label_features(
     if estimate:
         return
     named = explain_features(opened, client, asked_of, untrained=baseline, progress=progress, **asked)
-    _keep(opened, named.labels, str(named))
+    labelers.keep(opened, named.labels, str(named))
     if isinstance(client, OfflineClient):
-        _exchange(client, export_prompts)
-
-
-def read_predicates(store: FeatureStore, names: str, size: int = N_PREDICATES) -> Predicates:
-    """The predicates of `--rules`: the built-in ones, those of files, or both."""
-    parts = [part for part in names.split(",") if part]
-    own = [predicate for part in parts if part != BUILTIN for predicate in _run_file(Path(part))]
-    if not parts:
-        raise ValueError(f"`--rules` must name {BUILTIN} or files, got '{names}'.")
-    made = make_predicates(store, size=size, own=own)
-    if BUILTIN in parts:
-        return made
-    return made.without(*set(made.kinds) - {predicate.kind for predicate in own})
-
-
-def _run_file(path: Path) -> list[Predicate]:
-    if not path.is_file():
-        raise FileNotFoundError(f"`--rules` must name {BUILTIN} or files of Python, got '{path}'. Check its name.")
-    try:
-        found = runpy.run_path(str(path)).get("PREDICATES")
-    except Exception as error:
-        raise ValueError(f"{path} must run as Python, got {type(error).__name__}: {error}.") from error
-    if not isinstance(found, list | tuple) or not all(isinstance(one, Predicate) for one in found):
-        raise ValueError(f"{path} must have a list PREDICATES of `Predicate`, got {type(found).__name__}.")
-    return list(found)
-
-
-def _choose_client(
-    llm: str | None, model: str | None, prompts: Path | None, answers: Path | None, progress: bool
-) -> Client | None:
-    """Who answers prompts; None where no language model is asked for."""
-    if prompts is not None or answers is not None:
-        if llm is not None:
-            raise ValueError("Prompts must go to a file or to `--llm`, got both. Give one of them.")
-        return OfflineClient(answers, name=model) if model is not None else OfflineClient(answers)
-    return open_client(llm, model, progress)
-
-
-def open_client(llm: str | None, model: str | None, progress: bool, option: str = "--model") -> Client | None:
-    """Client of a language model that labels features; None where none is named.
-
-    Args:
-        llm: address of an endpoint, or `local`; None is OpenAI's.
-        model: name of the model there, or a folder.
-        progress: show a progress bar while a local model loads.
-        option: the option that `model` comes from.
-    """
-    if model is None:
-        if llm is not None:
-            raise ValueError(f"`--llm` needs `{option}`, the name of a language model there, got '{llm}' alone.")
-        return None
-    return LocalClient(load_model(model, progress=progress)) if llm == LOCAL else OpenAIClient(model, llm)
-
-
-def _wanted(
-    store: FeatureStore, author: str, numbers: list[int] | None, resume: bool, scored: bool = True
-) -> list[int] | None:
-    """The features to label: with `--resume` those of which a side that fires lacks a label, or its scores."""
-    if not resume:
-        return numbers
-    with LabelStore.open(store) as book:
-        done = {
-            (one.feature, one.sign)
-            for one in book.labels()
-            if one.author == author and (one.scores or not scored or not one.text)
-        }
-    fires = store.statistics.fires
-    sides = {sign: fires[:, column] for column, sign in enumerate((1, -1))} if store.signed else {BOTH: fires.sum(1)}
-    asked = range(store.d_sae) if numbers is None else numbers
-    return [j for j in asked if any(counts[j] and (j, sign) not in done for sign, counts in sides.items())]
-
-
-@contextmanager
-def _open_floor(
-    store: FeatureStore, sae: str | None, model: str | None, progress: bool
-) -> Iterator[FeatureStore | None]:
-    """The same rows from an untrained dictionary, for a while; None where the store's SAE and model are not at hand."""
-    coder = open_sae(store, sae)
-    lm = open_model(store, model, progress, "--lens-model") if coder is not None else None
-    if coder is None or lm is None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield harvest_untrained(store, coder, lm, Path(folder) / "untrained", progress=progress)
-
-
-def _by_rules(
-    store: FeatureStore,
-    predicates: Predicates,
-    wanted: list[int] | None,
-    lens: LogitLens | None,
-    untrained: FeatureStore | None,
-) -> None:
-    if wanted == []:
-        echo(f"No feature is left to label by {RULES}.", err=True)
-        return
-    found = label_by_rules(store, predicates, features=wanted, lens=lens, untrained=untrained)
-    _keep(store, found.labels(), str(found), afresh=True)
-
-
-def _read_lens(
-    store: FeatureStore, wanted: list[int] | None, sae: str | None, model: str | None, progress: bool
-) -> LogitLens | None:
-    """What features promote, where the store's SAE and model are at hand."""
-    coder = open_sae(store, sae)
-    lm = open_model(store, model, progress, "--lens-model") if coder is not None else None
-    if coder is None or lm is None:
-        return None
-    require_harvested(store, coder)
-    match_weights(store.provenance, lm)
-    return logit_lens(coder, lm, wanted, allow_mismatch=True)
-
-
-def _keep(store: FeatureStore, labels: Sequence[Label], summary: str, afresh: bool = False) -> None:
-    """Add labels to the database and print a summary."""
-    with LabelStore.open(store) as book:
-        n = book.add(labels, afresh=afresh)
-        echo("\n".join(map(make_printable, summary.split("\n"))))
-        echo(f"{n:,} labels added to {book.path}.")
-
-
-def _exchange(client: OfflineClient, prompts: Path | None) -> None:
-    """Write the prompts without an answer, and report which answers belong to which prompts."""
-    if prompts is not None:
-        echo(f"{client.export(prompts):,} prompts in {prompts}.")
-    echo(str(client.report()))
+        labelers.exchange(client, export_prompts)

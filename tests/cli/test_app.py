@@ -20,9 +20,11 @@ from typer.models import OptionInfo
 from unchecked import unchecked
 
 from saelab.cli.app import app, dispatch, main
-from saelab.cli.inputs import count_overlap, find_base, read_head, read_tail
+from saelab.cli.inputs import count_overlap, read_head, read_tail
 from saelab.cli.options import documented_by
-from saelab.cli.training import read_activation, read_prefixes, train_sae
+from saelab.cli.settings import read_activation, read_prefixes
+from saelab.cli.terminal import find_base
+from saelab.cli.training import train_sae
 from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.results import ConceptScores
 from saelab.lm.models import tiny_model
@@ -326,7 +328,7 @@ def test_errors_become_codes(
     def fail(path: Path) -> str:
         raise error
 
-    monkeypatch.setattr("saelab.cli.info.describe_folder", fail)
+    monkeypatch.setattr("saelab.cli.descriptions.describe_folder", fail)
     run = shell("info", tmp_path)
     assert run.code == code
     assert run.err.count("\n") == 1
@@ -476,8 +478,8 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_writes_a_report(shell: Shell, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for long in (score_concepts, generate_stories):  # their annotations are checked where they are tested
-        monkeypatch.setattr(f"saelab.cli.demo.{long.__name__}", unchecked()(long))
+    for home, long in (("saelab.cli.demo_stages", score_concepts), ("saelab.synthetic.tales", generate_stories)):
+        monkeypatch.setattr(f"{home}.{long.__name__}", unchecked()(long))  # they are checked where they are tested
     small = ["--n-stories", "30", "--n-tokens", "4096", "--d-sae", "64", "--k", "4", "--hook-point", HOOK_POINT]
     run = shell("demo", "--model", untrained, "--out", tmp_path / "demo", *small, "--no-progress")
     assert run.code == 0, run.err
