@@ -1,6 +1,4 @@
-"""What labels the features of a store for `saelab label`: predicates of rules, clients of language models; and what
-keeps their labels.
-"""
+"""Parts of `saelab label`: predicates of rules, clients of language models, features to label, labels kept."""
 
 import runpy
 import tempfile
