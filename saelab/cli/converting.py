@@ -12,8 +12,9 @@ from saelab.cli.sources import Source, read_value
 from saelab.cli.terminal import echo
 from saelab.stores.jobs import LOCK, hold_folder
 
-OWN, READERS, WRITERS = (read_value(f"saelab.sae.formats.registry:{name}") for name in ("OWN", "READERS", "WRITERS"))
-FORMATS = (OWN, *READERS)
+OWN = read_value("saelab.sae.formats.registry:OWN")
+FORMATS = (OWN, *read_value("saelab.sae.formats.registry:READERS"))
+WRITERS = read_value("saelab.sae.formats.registry:WRITERS")
 
 FromFiles = Annotated[str | None, Option(show_default="as the files say")]
 

@@ -1,8 +1,8 @@
 """Options and arguments that several commands take, and `documented_by`, which takes help texts from docstrings.
 
 Defaults come from the library's signatures, help from the `Args:` sections of the functions that a command calls; both
-are read from the source files. A module with commands imports the library inside of them, so that help, completion and
-what is said of wrong options wait for nothing.
+are read from the source files. Commands import the library when they run, so that nobody waits for torch to be told of
+an option.
 """
 
 import inspect

@@ -4,24 +4,22 @@ import inspect
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import typer
 from processes import Child
-from typer import Option
-from typer.models import OptionInfo
 from unchecked import unchecked
 
 from saelab.cli.app import app, dispatch, main
 from saelab.cli.inputs import count_overlap, read_head, read_tail
-from saelab.cli.options import documented_by
 from saelab.cli.settings import read_activation, read_prefixes
 from saelab.cli.terminal import find_base
 from saelab.cli.training import train_sae
@@ -109,41 +107,20 @@ def test_help_is_complete(name: str, shell: Shell) -> None:
         assert param.required or is_flag or param.show_default, f"{name} {param.opts} must show its default"
 
 
-def test_help_comes_from_the_docstrings_of_what_a_command_calls() -> None:
-    @dataclass
-    class Config:
-        n_rows: int | None = None
-        """rows in a `Step`; None is all. More."""
-
-    def call(x: int, n_rows: int = 0, colour: str = "") -> None:
-        """Nothing.
-
-        Args:
-            x: first: of
-                two lines; None takes the last.
-            n_rows: never read, as `Config` comes first.
-            colour: True draws.
-
-        Raises:
-            ValueError: x: not this one.
-        """
-
-    @documented_by(Config, call, paint="colour")
-    def command(
-        x: int | None = None,
-        n_rows: int | None = 3,
-        paint: Annotated[str, Option(metavar="C")] = "",
-        own: Annotated[int, Option(help="Own.")] = 0,
-    ) -> None: ...
-
-    read = {name: get_args(hint)[1] for name, hint in command.__annotations__.items() if get_args(hint)[1:]}
-    assert {name: info.help for name, info in read.items() if isinstance(info, OptionInfo)} == {
-        "x": "First: of two lines.",
-        "n_rows": "Rows in a Step.",
-        "paint": "True draws.",
-        "own": "Own.",
-    }
-    assert read["x"].show_default == "the last" and read["n_rows"].show_default is True and read["paint"].metavar == "C"
+def test_help_and_wrong_use_do_not_wait_for_torch() -> None:
+    groups = [[name] for name in commands()] + [["labels", "store", name] for name in commands()["labels"].commands]
+    lines = [[*words, "--help"] for words in ([], *groups)] + [["colect"], ["train"], ["train", "x", "--d-sae", "y"]]
+    code = f"""
+import sys
+from saelab.cli.app import dispatch
+codes = [dispatch(words) for words in {lines}]
+assert codes == [0] * {len(lines) - 3} + [2] * 3, codes
+slow = {{"torch", "numpy", "jaxtyping", "transformers", "scipy"}} & set(sys.modules)
+assert not slow, (slow, [name for name in sys.modules if name.startswith("saelab.")])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stderr.splitlines()) == 3 and run.stdout.count("Usage: saelab") == len(lines) - 3
 
 
 def test_no_command_shows_help_and_an_unknown_one_is_wrong_use(shell: Shell) -> None:
