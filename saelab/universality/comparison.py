@@ -90,7 +90,7 @@ class ComparisonSource:
         """All similarities, block by block."""
         raise NotImplementedError
 
-    def chance(self, null: NullConfig, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+    def chance(self, null: NullConfig, rng: "np.random.Generator") -> Iterator[tuple[int, np.ndarray, Nearest]]:
         """The null distribution of best partners, for sides that have nothing in common.
 
         Yields:
@@ -195,7 +195,7 @@ class StoreSource(ComparisonSource):
         """Correlations or Jaccard indices, block by block of a's features."""
         return correlation_blocks(self.a, self.b, self.seen, self.min_count, self.jaccard)
 
-    def chance(self, null: NullConfig, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+    def chance(self, null: NullConfig, rng: "np.random.Generator") -> Iterator[tuple[int, np.ndarray, Nearest]]:
         """The null distribution: best partners of `n_null` features of each side after each of `n_shifts` permutations
         of rows.
 
@@ -271,7 +271,7 @@ class DirectionSource(ComparisonSource):
         """Cosines, block by block of a's features."""
         return cosine_blocks(self.a, self.b)
 
-    def chance(self, null: NullConfig, rng: np.random.Generator) -> Iterator[tuple[int, np.ndarray, Nearest]]:
+    def chance(self, null: NullConfig, rng: "np.random.Generator") -> Iterator[tuple[int, np.ndarray, Nearest]]:
         """The null distribution: best partners of `n_null` random directions on each side, `n_shifts` times."""
         n = null.n_null
         for _ in range(null.n_shifts):
