@@ -32,7 +32,7 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]],
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}", name=name, obj=module)
         home = homes[name]
-        with _uncollected():
+        with uncollected():
             value = import_module(f"{package}.{name}") if home == package else getattr(import_module(home), name)
         vars(module)[name] = value
         return value
@@ -44,7 +44,7 @@ def attach(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]],
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """Context manager without garbage collection: of modules that are being imported it finds nothing to free, and with
     torch among them it takes a tenth of their time.
     """
