@@ -1,7 +1,6 @@
 """Find, label, compare and steer the features of a language model with sparse autoencoders."""
 
-from importlib import metadata as _metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any as _Any
 
 from saelab._lazy import attach as _attach
 
@@ -67,9 +66,17 @@ if TYPE_CHECKING:
     from saelab.universality.comparison import compare as compare
     from saelab.visualization.reports import report as report
 
-try:
-    __version__ = _metadata.version("saelab")
-except _metadata.PackageNotFoundError:  # a checkout on the path that was never installed
-    __version__ = "0+unknown"
+    __version__: str
 
-__getattr__, __dir__, __all__ = _attach(__name__)
+_get, __dir__, __all__ = _attach(__name__)
+
+
+def __getattr__(name: str) -> _Any:
+    if name != "__version__":
+        return _get(name)
+    from importlib import metadata  # takes longer than all the rest of this file
+
+    try:
+        return metadata.version("saelab")
+    except metadata.PackageNotFoundError:  # a checkout on the path that was never installed
+        return "0+unknown"

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import saelab as sl
-from saelab.cli.info import describe_folder
+from saelab.cli.descriptions import describe_folder
 from saelab.labels.label import Label, read_entries
 from saelab.labels.label_store import LabelStore
 from saelab.stores.files import save_tensors

@@ -15,14 +15,19 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import COMMANDS
 
 import saelab as sl
 from saelab.cli.app import dispatch
 from saelab.labels.label_store import LabelStore
+
+for module in COMMANDS:  # once, before processes are forked
+    import_module(module)
 
 HOOK = "blocks.1.hook_resid_post"
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "sqlite3.connect"}

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
 import time
@@ -12,8 +13,12 @@ from pathlib import Path
 
 import torch
 
+import saelab.cli
+
+COMMANDS = [f"saelab.cli.{module.name}" for module in pkgutil.iter_modules(saelab.cli.__path__)]
+"""commands import the others of these when they run"""
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "saelab.cli.app", "torch._dynamo"])  # the last by any optimizer
+CONTEXT.set_forkserver_preload(["pytest", *COMMANDS, "torch._dynamo"])  # the last by any optimizer
 
 
 class Child:

@@ -213,7 +213,7 @@ class _View:
             kept &= self.rows[self.column.indices]
         return Firings(self.column.indices[kept], self.column.values[kept])
 
-    def draw(self, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
+    def draw(self, n: int, rng: "np.random.Generator") -> Integer[np.ndarray, "n"]:
         """Random rows among those that are searched, drawn with replacement."""
         if self.rows is None:
             return rng.integers(len(self.store), size=n)
@@ -268,7 +268,7 @@ class _View:
         )
 
 
-def _near_misses(view: _View, groups: list[ExampleGroup], rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
+def _near_misses(view: _View, groups: list[ExampleGroup], rng: "np.random.Generator") -> Integer[np.ndarray, "n"]:
     """Rows, in random order, whose token is at a top window's center but where the feature does not fire."""
     tops = [example.token for group in groups if group.name == "top" for example in group.examples]
     ids = np.unique([view.store.read_tokens(row, row + 1) for row in tops]).tolist()

@@ -14,13 +14,12 @@ from saelab.cli.demo import run_demo
 from saelab.cli.exploring import explore_store
 from saelab.cli.features import harvest_text, show_dead, show_features, write_report
 from saelab.cli.info import show_info
-from saelab.cli.inputs import echo, find_base
 from saelab.cli.labeling import VERBS as LABEL_VERBS, label_features, open_book
 from saelab.cli.planning import plan_run
 from saelab.cli.steering import draw_curve, steer_prompts
+from saelab.cli.terminal import echo, find_base
 from saelab.cli.training import collect_text, evaluate_sae, train_sae
-from saelab.stores.jobs import Terminable
-from saelab.training.launch import is_launched, name_process
+from saelab.stores.jobs import Terminable, is_launched, name_process
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 SPELLINGS = {"resume=False": "--overwrite", "resume=True": "--resume", "allow_mismatch=True": "--allow-mismatch"}

@@ -1,53 +1,45 @@
 """`saelab compare`: match the features of two stores, or of two SAEs."""
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-from jaxtyping import Int
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.inputs import PATIENCE, echo, open_recorded, share_temporary
-from saelab.collecting.harvesting import harvest_untrained
-from saelab.sae.baselines import load_baselines
-from saelab.sae.pretrained import CONFIG
-from saelab.sae.sae import SAE
-from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import write_json
-from saelab.stores.results import format_table
-from saelab.training.launch import launched
-from saelab.training.ranks import RankGrid
-from saelab.universality.comparison import compare
-from saelab.universality.comparison_sources import NULL, NullConfig
-from saelab.universality.matching import Comparison, MatchingMethod
-from saelab.universality.similarity import Similarity, choose_similarity
-from saelab.visualization.reports import report
+from saelab.cli.sources import Source, read_value
+from saelab.cli.terminal import echo
 
-COUNT, M = (options.default_of(compare, name) for name in ("min_count", "m"))
+if TYPE_CHECKING:
+    import numpy as np
 
+    from saelab.universality.matching import Comparison
+
+COMPARE = Source("saelab.universality.comparison:compare")
+NULL = Source("saelab.universality.comparison_sources:NullConfig")
+SIMILARITIES = read_value("saelab.universality.similarity:Similarity")
+METHODS = read_value("saelab.universality.matching:MatchingMethod")
 ON_PAGE = 200
 
 
-@options.documented_by(compare, NullConfig, nearest="m", shifts="n_shifts")
+@options.documented_by(COMPARE, NULL, nearest="m", shifts="n_shifts")
 def compare_folders(
     a: Annotated[Path, Argument(metavar="A", help="Folder of a feature store, or of an SAE.")],
     b: Annotated[Path, Argument(metavar="B", help="Another one: a store of the same text, an SAE of the same space.")],
     similarity: Annotated[
         str | None,
         Option(
-            help=f"Similarity of features: {', '.join(get_args(Similarity))}.",
+            help=f"Similarity of features: {', '.join(SIMILARITIES)}.",
             metavar="NAME",
             show_default="correlation of stores, decoder of SAEs",
         ),
     ] = None,
     method: Annotated[
         str,
-        Option(help=f"Which pairs are matches: {', '.join(get_args(MatchingMethod))} (one to one).", metavar="NAME"),
+        Option(help=f"Which pairs are matches: {', '.join(METHODS)} (one to one).", metavar="NAME"),
     ] = "hungarian",
     sides: Annotated[bool, Option("--sides")] = False,
-    nearest: options.Count = M,
-    min_count: options.Count = COUNT,
+    nearest: options.Count = COMPARE.m,
+    min_count: options.Count = COMPARE.min_count,
     shifts: options.Count = NULL.n_shifts,
     min_effect: float = NULL.min_effect,
     fdr: float = NULL.fdr,
@@ -82,18 +74,29 @@ def compare_folders(
 
     Several processes share the features: torchrun --nproc-per-node 4 -m saelab compare ...
     """
-    with launched(None, options.choose_device(None), PATIENCE) as (ranks, _), share_temporary(ranks) as folder:
+    from saelab.cli.inputs import PATIENCE, choose_device, harvest_baseline, open_dictionary, share_temporary
+    from saelab.sae.baselines import load_baselines
+    from saelab.stores.feature_store import FeatureStore
+    from saelab.training.launch import launched
+    from saelab.universality.comparison import compare
+    from saelab.universality.comparison_sources import NullConfig
+    from saelab.universality.similarity import choose_similarity
+    from saelab.visualization.reports import report
+
+    with launched(None, choose_device(None), PATIENCE) as (ranks, _), share_temporary(ranks) as folder:
         with ranks.together():
-            if method not in get_args(MatchingMethod):
-                raise ValueError(f"`--method` must be one of {', '.join(get_args(MatchingMethod))}, got '{method}'.")
+            if method not in METHODS:
+                raise ValueError(f"`--method` must be one of {', '.join(METHODS)}, got '{method}'.")
             null = NullConfig(n_shifts=shifts, min_effect=min_effect, fdr=fdr)
-            first, second = _open(a), _open(b)
-            _check_inputs(first, second, html, sides, baselines)
-            by = choose_similarity(similarity, isinstance(first, FeatureStore))
+            first, second = open_dictionary(a), open_dictionary(b)
+            stores = isinstance(first, FeatureStore), isinstance(second, FeatureStore)
+            _check_inputs(stores, html, sides, baselines)
+            by = choose_similarity(similarity, stores[0])
             others = None if baselines is None else load_baselines(baselines)
         floors: list[FeatureStore | None] = [None, None]
         if untrained and isinstance(first, FeatureStore) and isinstance(second, FeatureStore):
-            floors = [_untrained(one, folder / str(i), progress, ranks) for i, one in enumerate((first, second))]
+            pair = enumerate((first, second))
+            floors = [harvest_baseline(one, folder / str(i), progress, ranks) for i, one in pair]
         found = compare(
             first,
             second,
@@ -119,20 +122,21 @@ def compare_folders(
         ranks.on_first(show)
 
 
-def _check_inputs(
-    first: FeatureStore | SAE, second: FeatureStore | SAE, html: Path | None, sides: bool, baselines: Path | None
-) -> None:
-    """Refuse options that do not go with what is compared."""
-    if html is not None and not (isinstance(first, FeatureStore) and isinstance(second, FeatureStore)):
+def _check_inputs(stores: tuple[bool, bool], html: Path | None, sides: bool, baselines: Path | None) -> None:
+    """Refuse options that do not go with what is compared: feature stores, or SAEs."""
+    if html is not None and not all(stores):
         raise ValueError("`--html` shows features in text, so A and B must be feature stores, got SAEs.")
     if html is not None and sides:
         raise ValueError("`--html` shows whole features, got it with `--sides`. Leave one of them out.")
-    if baselines is not None and isinstance(first, FeatureStore):
+    if baselines is not None and stores[0]:
         raise ValueError("`--baselines` holds SAEs, so A and B must be SAEs, got feature stores. Leave it out.")
 
 
-def _show(found: Comparison, method: str, top: int, out: Path | None) -> Int[np.ndarray, "n 2"]:
+def _show(found: "Comparison", method: str, top: int, out: Path | None) -> "np.ndarray":
     """Print the result, and write all of it to a file; returns the matched pairs, the most similar first."""
+    from saelab.stores.files import write_json
+    from saelab.stores.results import format_table
+
     pairs, values = found.match(method)  # type: ignore[arg-type]
     echo(str(found))
     best = list(zip(pairs.tolist(), values.tolist(), strict=True))[:top]
@@ -143,24 +147,3 @@ def _show(found: Comparison, method: str, top: int, out: Path | None) -> Int[np.
         write_json(out, found.to_dict() | {"method": method, "matched": matched})
         echo(f"{len(matched):,} pairs in {out}.")
     return pairs
-
-
-def _untrained(store: FeatureStore, out: Path, progress: bool, ranks: RankGrid) -> FeatureStore | None:
-    """The same rows from an untrained dictionary, where the store's SAE and model are at hand."""
-    opened = open_recorded(store, None, None, progress, "--model", ranks)
-    if opened is None:
-        return None
-    try:
-        return harvest_untrained(store, *opened, out, progress=progress, mesh=ranks.mesh)
-    except Exception as error:  # whatever it was, all processes are here
-        told = [text for text in ranks.gather_json(str(error) if isinstance(error, ValueError) else "") if text]
-        if not told:
-            raise
-        echo(f"No untrained dictionary for comparison with {store.folder}: {told[0]}", err=True)
-        return None
-
-
-def _open(folder: Path) -> FeatureStore | SAE:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"A and B must be folders of feature stores or SAEs, got '{folder}'. Check the name.")
-    return SAE.from_pretrained(folder) if (folder / CONFIG).is_file() else FeatureStore.load(folder)

@@ -8,17 +8,18 @@ from typing import Annotated
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.inputs import echo
-from saelab.cli.training import read_activation
-from saelab.sae.formats.registry import FORMATS, OWN, WRITERS
-from saelab.sae.sae import SAE
-from saelab.stores.files import is_empty, settle
+from saelab.cli.sources import Source, read_value
+from saelab.cli.terminal import echo
 from saelab.stores.jobs import LOCK, hold_folder
+
+OWN = read_value("saelab.sae.formats.registry:OWN")
+FORMATS = (OWN, *read_value("saelab.sae.formats.registry:READERS"))
+WRITERS = read_value("saelab.sae.formats.registry:WRITERS")
 
 FromFiles = Annotated[str | None, Option(show_default="as the files say")]
 
 
-@options.documented_by(SAE.from_pretrained)
+@options.documented_by(Source("saelab.sae.sae:SAE.from_pretrained"))
 def convert_sae(
     source: Annotated[str, Argument(metavar="SRC")],
     target: Annotated[Path, Argument(metavar="DST", help="Folder to write; it must be new or empty.")],
@@ -27,7 +28,8 @@ def convert_sae(
     ] = OWN,
     name: Annotated[str | None, Option(show_default="SRC itself")] = None,
     source_format: Annotated[
-        str | None, Option(help=f"What SRC is, where it holds several: {', '.join(FORMATS)}.", show_default="found out")
+        str | None,
+        Option(help=f"What SRC is, where it holds several: {', '.join(FORMATS)}.", show_default="found out"),
     ] = None,
     revision: str | None = None,
     model: FromFiles = None,
@@ -48,6 +50,10 @@ def convert_sae(
     One that was read from a library's files is written back unchanged, bit for bit. A setting that the format cannot
     express is folded into the weights where that is exact; otherwise it is an error.
     """
+    from saelab.cli.settings import read_activation
+    from saelab.sae.sae import SAE
+    from saelab.stores.files import is_empty, settle
+
     if target.is_file():
         raise ValueError(f"DST must be new or an empty folder, got the file '{target}'; choose another.")
     if k is not None and activation is None:
@@ -74,7 +80,9 @@ def convert_sae(
                 raise _refuse(target) from None
             raise
         if occupied:
-            _require_same(target, sae, format)
+            with tempfile.TemporaryDirectory() as folder:
+                sae.save_pretrained(folder, format)
+                _require_same(target, Path(folder))
         else:
             sae.save_pretrained(target, format)
     echo(f"{sae}\n{target}: {format}")
@@ -86,14 +94,12 @@ def _refuse(target: Path) -> ValueError:
     return ValueError(f"DST must be new or an empty folder, got '{target}'; choose another.")
 
 
-def _require_same(target: Path, sae: SAE, format: str) -> None:
+def _require_same(target: Path, written: Path) -> None:
     """ValueError where a folder holds anything but what would be written there: a command that was cut off at its very
     end may be given again.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        sae.save_pretrained(folder, format)
-        names = {file.name for file in target.iterdir() if file.name != LOCK}
-        wanted = {file.name for file in Path(folder).iterdir()}
-        if names != wanted or set(filecmp.cmpfiles(folder, target, wanted, shallow=False)[0]) != wanted:
-            raise _refuse(target)
+    names = {file.name for file in target.iterdir() if file.name != LOCK}
+    wanted = {file.name for file in written.iterdir()}
+    if names != wanted or set(filecmp.cmpfiles(written, target, wanted, shallow=False)[0]) != wanted:
+        raise _refuse(target)
     echo("This SAE was converted already.")

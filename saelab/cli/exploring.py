@@ -6,27 +6,23 @@ import webbrowser
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 from typer import Option
 
 from saelab.cli import options
-from saelab.cli.inputs import echo, open_sae
-from saelab.cli.labeling import open_client
-from saelab.evaluation.results import ConceptScores
-from saelab.explorer.launch import HOST, ExplorerServer, describe_address, explore
-from saelab.explorer.session import Explorer
-from saelab.interventions.attribution import Attribution
-from saelab.lm.model_checks import Model
-from saelab.lm.models import load_model, offline
-from saelab.stores.feature_store import FeatureStore
+from saelab.cli.sources import Source, read_value
+from saelab.cli.terminal import echo
 
+if TYPE_CHECKING:
+    from saelab.explorer.launch import ExplorerServer
+
+HOST = read_value("saelab.explorer.launch:HOST")
 POLL = 0.5
 """seconds between two looks whether the model is there"""
 
 
-@options.documented_by(explore)
+@options.documented_by(Source("saelab.explorer.launch:explore"))
 def explore_store(
     store: options.StoreFolder,
     model: Annotated[
@@ -74,11 +70,19 @@ def explore_store(
     The address is printed, and holds a random token: who has it, on this machine, can use the page. The language model
     loads behind the page. Ctrl-C ends it; labels, notes and lists are kept in the store.
     """
-    opened, chosen = FeatureStore.load(store), options.choose_device(device)
+    from saelab.cli.inputs import choose_device, load_recorded, open_sae
+    from saelab.cli.labelers import open_client
+    from saelab.evaluation.results import ConceptScores
+    from saelab.explorer.launch import ExplorerServer, describe_address
+    from saelab.explorer.session import Explorer
+    from saelab.interventions.attribution import Attribution
+    from saelab.stores.feature_store import FeatureStore
+
+    opened, chosen = FeatureStore.load(store), choose_device(device)
     coder = open_sae(opened, sae)
     explorer = Explorer.open(
         opened,
-        partial(_load_model, opened, model, chosen),
+        partial(load_recorded, opened, model, chosen),
         coder.to(chosen) if coder is not None else None,
         compare=compare,
         evaluation=evaluation,
@@ -100,17 +104,7 @@ def explore_store(
     _serve(server, lambda line: echo(line, err=True))
 
 
-def _load_model(store: FeatureStore, named: str | None, device: torch.device) -> Model:
-    """The model that is named, else the one that the store has, where that is on this machine."""
-    processing = store.provenance.weight_processing
-    if named is not None:
-        return load_model(named, device=device, weight_processing=processing, progress=False)
-    with offline():
-        recorded = store.find_recorded(store.provenance.model)
-        return load_model(recorded, device=device, weight_processing=processing, progress=False)
-
-
-def _serve(server: ExplorerServer, tell: Callable[[str], None]) -> None:
+def _serve(server: "ExplorerServer", tell: Callable[[str], None]) -> None:
     """Wait until the server ends, or Ctrl-C; tell when the model is there, or why it is not."""
     watching = threading.Thread(target=_tell_of_model, args=(server, tell), name="watch model", daemon=True)
     watching.start()
@@ -120,7 +114,7 @@ def _serve(server: ExplorerServer, tell: Callable[[str], None]) -> None:
         echo("The explorer has ended.", err=True)
 
 
-def _tell_of_model(server: ExplorerServer, tell: Callable[[str], None]) -> None:
+def _tell_of_model(server: "ExplorerServer", tell: Callable[[str], None]) -> None:
     pause = threading.Event()
     while server.explorer.model_state == "loading" and server.is_running:
         pause.wait(POLL)

@@ -5,26 +5,16 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from saelab.analysis.dashboard import list_features
-from saelab.analysis.density import dead_features
 from saelab.cli import options
-from saelab.cli.info import describe_store
-from saelab.cli.inputs import echo, open_model, open_pair, open_sae, read_head, read_numbers
-from saelab.collecting.harvesting import harvest
-from saelab.lm.tokens import tokenize
-from saelab.sae.sae import SAE
-from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import to_json
-from saelab.stores.validation import read_json
-from saelab.training.launch import launched
-from saelab.visualization.reports import report
+from saelab.cli.sources import Source
+from saelab.cli.terminal import echo
 
-SORT, TOP = (options.default_of(list_features, name) for name in ("sort", "top"))
-VALUES = options.default_of(harvest, "dtype")
-NEAR_DEAD, DENSE = (options.default_of(dead_features, name) for name in ("near_dead_rate", "dense_rate"))
+HARVEST = Source("saelab.collecting.harvesting:harvest")
+LIST = Source("saelab.analysis.dashboard:list_features")
+DEAD = Source("saelab.analysis.density:dead_features")
 
 
-@options.documented_by(harvest, tokenize, values="dtype")
+@options.documented_by(HARVEST, options.TOKENIZE, values="dtype")
 def harvest_text(
     sae: options.SAEName,
     model: options.ModelName,
@@ -32,7 +22,7 @@ def harvest_text(
     out: Annotated[Path, Option(metavar="FOLDER")],
     n_tokens: int | None = None,
     ctx_len: options.SAECtxLen = None,
-    values: options.Name = VALUES,
+    values: options.Name = HARVEST.dtype,
     batch_size: int | None = None,
     allow_mismatch: options.AllowMismatch = False,
     separator: options.Separator = options.SEPARATOR,
@@ -49,9 +39,14 @@ def harvest_text(
 
     Several processes share the work, into one folder: torchrun --nproc-per-node 4 -m saelab harvest ...
     """
+    from saelab.cli.descriptions import describe_store
+    from saelab.cli.inputs import choose_device, open_pair, read_head
+    from saelab.collecting.harvesting import harvest
+    from saelab.training.launch import launched
+
     if values not in ("float16", "float32"):
         raise ValueError(f"`--values` must be float16 or float32, got '{values}'.")
-    with launched(None, options.choose_device(device)) as (ranks, place):
+    with launched(None, choose_device(device)) as (ranks, place):
         with ranks.together():
             coder, lm = open_pair(sae, model, str(place), progress and ranks.is_first)
             length = ctx_len or (coder.provenance.ctx_len if coder.provenance else None) or options.CTX_LEN
@@ -71,38 +66,47 @@ def harvest_text(
         ranks.on_first(lambda: echo(describe_store(out)))
 
 
-@options.documented_by(list_features)
+@options.documented_by(LIST)
 def show_features(
     store: options.StoreFolder,
-    sort: options.Name = SORT,
-    top: int = TOP,
+    sort: options.Name = LIST.sort,
+    top: int = LIST.top,
     ascending: Annotated[bool, Option("--ascending", help="Smallest first.")] = False,
     json: options.AsJSON = False,
 ) -> None:
     """List features by how often they fire, how strongly, or with which sign."""
+    from saelab.analysis.dashboard import list_features
+    from saelab.stores.feature_store import FeatureStore
+
     found = list_features(FeatureStore.load(store), sort=sort, top=top, descending=not ascending)
     _print(found, json)
 
 
-@options.documented_by(dead_features)
+@options.documented_by(DEAD)
 def show_dead(
     store: options.StoreFolder,
     sae: Annotated[str | None, Option(metavar="SAE", show_default="no causes")] = None,
-    near_dead_rate: float = NEAR_DEAD,
-    dense_rate: float = DENSE,
+    near_dead_rate: float = DEAD.near_dead_rate,
+    dense_rate: float = DEAD.dense_rate,
     json: options.AsJSON = False,
 ) -> None:
     """Count dead, near-dead, live and dense features; with --sae, give likely causes of the dead ones."""
+    from saelab.analysis.density import dead_features
+    from saelab.sae.sae import SAE
+    from saelab.stores.feature_store import FeatureStore
+
     coder = SAE.from_pretrained(sae) if sae is not None else None
     opened = FeatureStore.load(store)
     _print(dead_features(opened, coder, near_dead_rate=near_dead_rate, dense_rate=dense_rate), json)
 
 
 def _print(result: Any, as_json: bool) -> None:
+    from saelab.stores.files import to_json
+
     echo(to_json(result.to_dict()) if as_json else str(result))
 
 
-@options.documented_by(report)
+@options.documented_by(Source("saelab.visualization.reports:report"))
 def write_report(
     store: options.StoreFolder,
     out: Annotated[Path, Option(metavar="PATH")],
@@ -124,6 +128,11 @@ def write_report(
     SAE and model are those that the store was made with. What needs them is left out if they cannot be
     found, with a line on stderr.
     """
+    from saelab.cli.inputs import open_model, open_sae, read_numbers
+    from saelab.stores.feature_store import FeatureStore
+    from saelab.stores.validation import read_json
+    from saelab.visualization.reports import report
+
     opened = FeatureStore.load(store)
     coder = open_sae(opened, sae)
     lm = open_model(opened, model, progress) if coder is not None else None

@@ -1,4 +1,4 @@
-"""Inputs that several commands share: documents, the SAE, its language model; and printing to the terminal.
+"""Inputs that commands open: documents, the SAE, its language model, folders to compare, concepts to steer.
 
 Collecting reads documents from the start of a text, evaluating from its end.
 """
@@ -13,21 +13,40 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import typer
+import torch
 
 from saelab.cli import options
+from saelab.cli.terminal import echo
+from saelab.collecting.harvesting import harvest_untrained
 from saelab.lm.documents import Row, read_rows
-from saelab.lm.model_checks import Model
+from saelab.lm.model_checks import Model, find_context
 from saelab.lm.models import load_model, offline
 from saelab.lm.tokens import Tokens, tokenize
+from saelab.sae.compatibility import match_model
+from saelab.sae.pretrained import CONFIG
 from saelab.sae.sae import SAE
+from saelab.steering.baselines import write_own
+from saelab.steering.target_concepts import TokenConcept, concept_from_words, synthetic_concept
 from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import printable
-from saelab.training.launch import name_process
+from saelab.stores.manifest import Provenance
 from saelab.training.ranks import RankGrid
 
+TEXT_TOKENS = 50_000
 PATIENCE = timedelta(days=1)
 """How long a process waits for another, whose share of the features may take longer"""
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The named device, or the accelerator where there is one; ValueError for one that this machine does not have."""
+    if name is None:
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # unknown name; known, but not on this machine
+        raise ValueError(
+            f"`--device` must be one that this machine has, got '{name}' ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def read_numbers(given: str | None) -> list[int] | None:
@@ -57,6 +76,16 @@ def open_model(store: FeatureStore, named: str | None, progress: bool, option: s
     except (OSError, ValueError) as error:
         _leave_out(f"model '{recorded}'", error, option)
     return None
+
+
+def load_recorded(store: FeatureStore, named: str | None, device: torch.device) -> Model:
+    """The model that is named, else the one that the store has, where that is on this machine."""
+    processing = store.provenance.weight_processing
+    if named is not None:
+        return load_model(named, device=device, weight_processing=processing, progress=False)
+    with offline():
+        recorded = store.find_recorded(store.provenance.model)
+        return load_model(recorded, device=device, weight_processing=processing, progress=False)
 
 
 def open_sae(store: FeatureStore, named: str | None) -> SAE | None:
@@ -141,39 +170,70 @@ def count_overlap(evaluated: Tokens, n_before: int, trained_text: str) -> int:
     return min(_count_documents(evaluated), max(0, int(match[2]) - n_before))
 
 
+def announce(tokens: Tokens, n_before: int, origin: Provenance | None) -> None:
+    """Say on stderr what is evaluated on, and how much of it the SAE has seen."""
+    if origin and (n_both := count_overlap(tokens, n_before, origin.text)):
+        echo(f"warning: the SAE was trained on {n_both:,} of these documents ({origin.text}).", err=True)
+    echo(f"Evaluating on {tokens.n_tokens:,} tokens of {tokens.source}.", err=True)
+
+
 def _count_documents(tokens: Tokens) -> int:
     return int(tokens.doc_ids.max()) + 1
 
 
 def open_pair(sae: str, model: str, device: str | None, progress: bool) -> tuple[SAE, Model]:
     """An SAE and its model, whose weights are processed as those that the SAE was trained on were."""
-    chosen = options.choose_device(device)
+    chosen = choose_device(device)
     coder = SAE.from_pretrained(sae, device=chosen)
     processing = coder.provenance.weight_processing if coder.provenance else "none"
     return coder, load_model(model, device=chosen, weight_processing=processing, progress=progress)
 
 
-def find_base(cls: type, name: str) -> Any:
-    """The class called `name` among those that a class of typer is made from: typer keeps click's to itself.
+def harvest_baseline(store: FeatureStore, out: Path, progress: bool, ranks: RankGrid) -> FeatureStore | None:
+    """The same rows from an untrained dictionary, where the store's SAE and model are at hand."""
+    opened = open_recorded(store, None, None, progress, "--model", ranks)
+    if opened is None:
+        return None
+    try:
+        return harvest_untrained(store, *opened, out, progress=progress, mesh=ranks.mesh)
+    except Exception as error:  # whatever it was, all processes are here
+        told = [text for text in ranks.gather_json(str(error) if isinstance(error, ValueError) else "") if text]
+        if not told:
+            raise
+        echo(f"No untrained dictionary for comparison with {store.folder}: {told[0]}", err=True)
+        return None
 
-    ImportError where there is none.
-    """
-    for base in cls.__mro__[1:]:
-        if base.__name__ == name:
-            return base
-    raise ImportError(
-        f"`{cls.__name__}` of typer must be made from a class `{name}`, got version {typer.__version__}, where it is "
-        "not. Take a release that saelab was tested with (see README)."
-    )
+
+def open_dictionary(folder: Path) -> FeatureStore | SAE:
+    """The store or SAE in a folder; FileNotFoundError where there is no folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"A and B must be folders of feature stores or SAEs, got '{folder}'. Check the name.")
+    return SAE.from_pretrained(folder) if (folder / CONFIG).is_file() else FeatureStore.load(folder)
 
 
-def echo(text: str, err: bool = False, always: bool = False) -> None:
-    """Print a text, on stderr with `err`; what a terminal would obey in it, whoever wrote it, is shown as its code.
+def open_placed(
+    sae: str, model: str, hook_point: str | None, allow_mismatch: bool, device: str | None, progress: bool
+) -> tuple[SAE, Model, str]:
+    """The SAE, the model, and the place of the one in the other."""
+    coder, lm = open_pair(sae, model, device, progress)
+    return coder, lm, match_model(coder, lm, hook_point, None, allow_mismatch).hook_point
 
-    Of several processes the first prints, with `always` this one, too.
-    """
-    if always or not name_process():
-        typer.echo(printable(text), err=err)
+
+def read_concept(model: Model, words: str, first_token: bool) -> TokenConcept:
+    """A concept of tales by its name, or one made of words."""
+    if words.startswith(options.WORLD):
+        return synthetic_concept(model, words.removeprefix(options.WORLD))
+    found = concept_from_words(model, words, first_token=first_token)
+    assert isinstance(found, TokenConcept)
+    return found
+
+
+def read_or_write(model: Model, text: Path | None, openings: list[str], seed: int, progress: bool) -> Tokens:
+    """What directions are found in: texts of another seed than those that are measured, where none are given."""
+    if text is None:
+        return write_own(model, openings, seed + 1, progress=progress)
+    length = min(options.CTX_LEN, find_context(model))
+    return read_head(model, text, TEXT_TOKENS, length, True, options.SEPARATOR, options.FIELD)
 
 
 @contextmanager

@@ -1,36 +1,27 @@
 """Options and arguments that several commands take, and `documented_by`, which takes help texts from docstrings.
 
-Defaults come from the library's signatures, help from the `Args:` sections of the functions that a command calls.
+Defaults come from the library's signatures, help from the `Args:` sections of the functions that a command calls; both
+are read from the source files. Commands import the library when they run, so that nobody waits for torch to be told of
+an option.
 """
 
-import ast
 import inspect
 import re
-import textwrap
 from collections.abc import Callable
 from copy import copy
-from dataclasses import is_dataclass
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
 
-import torch
 from typer import Argument, Option
 
-from saelab.lm.tokens import tokenize
+from saelab.cli.sources import Source, read_registered
 
 Command = Callable[..., None]
 NONE_IS = re.compile(r"(?:None (?:is |takes |for )?|by default )(.*)")
 PYTHON_ONLY = re.compile(r"(?:None|True|False|empty) |by default ")
 
 
-def default_of(function: Callable[..., Any], name: str) -> Any:
-    """The default of a library function's parameter, so that the command line's is the same."""
-    return inspect.signature(function).parameters[name].default
-
-
-def documented_by(*sources: Callable[..., Any], **names: str) -> Callable[[Command], Command]:
+def documented_by(*sources: Source, **names: str) -> Callable[[Command], Command]:
     """Decorator of a command: options without a help text get that of the parameter with their name in the sources.
 
     The meaning of None in a docstring is shown as the option's default. Options that no source has are left as they
@@ -42,10 +33,12 @@ def documented_by(*sources: Callable[..., Any], **names: str) -> Callable[[Comma
         names: names of options that differ from those of the parameters, as `option="parameter"`.
     """
 
+    described = [source.describe() for source in sources]
+
     def fill(command: Command) -> Command:
         for option, default in inspect.signature(command).parameters.items():
             parameter = names.get(option, option)
-            texts = [text for source in sources if (text := read_parameters(source).get(parameter))]
+            texts = [found[parameter] for found in described if parameter in found]
             assert texts or option not in names, f"No source has a parameter {parameter}."
             if texts:
                 hint = command.__annotations__[option]
@@ -66,21 +59,6 @@ def _describe(hint: Any, optional: bool, text: str, none_is: str | None) -> Any:
     return Annotated.__class_getitem__((kind, info))  # type: ignore[attr-defined]  # mypy takes it for a special form
 
 
-@cache
-def read_parameters(source: Callable[..., Any]) -> dict[str, str]:
-    """Descriptions by parameter: of a function its `Args:` section, of a dataclass the docstrings under its fields."""
-    if is_dataclass(source):
-        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(source)))
-        return {
-            ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
-            for field, text in pairwise(tree.body[0].body)
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-        }
-    section = re.search(r"^Args:\n((?: +.*\n?)+)", inspect.getdoc(source) or "", re.MULTILINE)
-    parts = re.split(r"^ {4}(\w+): ", section[1], flags=re.MULTILINE)[1:] if section else []
-    return {name: " ".join(text.split()) for name, text in zip(parts[::2], parts[1::2], strict=True)}
-
-
 def shorten(text: str) -> tuple[str, str | None]:
     """The first sentence of a parameter's description without what concerns Python alone; and what None stands for.
 
@@ -93,10 +71,18 @@ def shorten(text: str) -> tuple[str, str | None]:
     return kept[:1].upper() + kept[1:] + ".", none_is
 
 
-CTX_LEN: int = default_of(tokenize, "ctx_len")
-SEPARATOR: str = default_of(tokenize, "separator")
-FIELD: str = default_of(tokenize, "field")
+TOKENIZE = Source("saelab.lm.tokens:tokenize")
+CTX_LEN: int = TOKENIZE.ctx_len
+SEPARATOR: str = TOKENIZE.separator
+FIELD: str = TOKENIZE.field
+SAE_CONFIG = Source("saelab.sae.config:SAEConfig")
+TRAINING = Source("saelab.training.config:TrainConfig")
+TOPK = Source("saelab.sae.activation_functions:TopK")
+ACTIVATIONS = read_registered("saelab.sae.activation_functions", "register_activation")
+"""name of each activation by its class"""
 DTYPES = ("float32", "bfloat16", "float16")
+WORLD = "tales:"
+"""what the name of a concept of tales is written after"""
 
 # shapes, whose help is the parameter's
 Name = Annotated[str, Option(metavar="NAME")]
@@ -154,16 +140,3 @@ StoreSAE = Annotated[
 FeatureList = Annotated[
     str | None, Option("--features", help="Numbers joined by commas.", metavar="1,2,3", show_default="all")
 ]
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The named device, or the accelerator where there is one; ValueError for one that this machine does not have."""
-    if name is None:
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # unknown name; known, but not on this machine
-        raise ValueError(
-            f"`--device` must be one that this machine has, got '{name}' ({str(error).splitlines()[0]})"
-        ) from error

@@ -2,28 +2,21 @@
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import torch
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.inputs import echo
-from saelab.cli.training import read_activation, read_mesh, read_prefixes
-from saelab.lm.models import BUILT_IN, WORLD_MODELS, tiny_model
-from saelab.sae.activation_functions import TopK
-from saelab.sae.config import SAEConfig
-from saelab.sae.planning import StepRates, measure_rates, plan_training, read_rates
-from saelab.stores.results import format_table
-from saelab.stores.tensors import TensorFile
-from saelab.stores.validation import naming, read_json, require_object
-from saelab.training.config import TrainConfig
+from saelab.cli.terminal import echo
+
+if TYPE_CHECKING:
+    from saelab.sae.planning import StepRates
 
 WIDTHS = ("hidden_size", "n_embd", "d_model", "dim")
 """how configurations of Hugging Face call the width of the residual stream"""
 
 
-@options.documented_by(SAEConfig, TrainConfig)
+@options.documented_by(options.SAE_CONFIG, options.TRAINING)
 def plan_run(
     model: Annotated[
         str | None,
@@ -39,13 +32,13 @@ def plan_run(
     d_in: Annotated[int | None, Option(show_default="the model's width")] = None,
     n_tokens: Annotated[
         float, Option("--n-tokens", "--tokens", help="Tokens to collect and to train on, such as 1e9.", metavar="N")
-    ] = TrainConfig.n_tokens,
+    ] = options.TRAINING.n_tokens,
     activation: Annotated[
         str, Option(help="Activation that keeps k latents: topk, abstopk, batchtopk, batchabstopk, groupmax.")
-    ] = TopK.name,
-    k: Annotated[int, Option(help="Latents kept per token.")] = TopK.k,
+    ] = options.ACTIVATIONS["TopK"],
+    k: Annotated[int, Option(help="Latents kept per token.")] = options.TOPK.k,
     prefixes: options.Prefixes = None,
-    batch_size: int = TrainConfig.batch_size,
+    batch_size: int = options.TRAINING.batch_size,
     mesh: Annotated[
         str | None,
         Option(
@@ -73,6 +66,14 @@ def plan_run(
 
     Nothing is trained but, for the time, a few steps of smaller SAEs on this machine's CPU.
     """
+    import torch
+
+    from saelab.cli.settings import read_activation, read_mesh, read_prefixes
+    from saelab.sae.config import SAEConfig
+    from saelab.sae.planning import measure_rates, plan_training
+    from saelab.stores.results import format_table
+    from saelab.training.config import TrainConfig
+
     if dtype not in options.DTYPES:
         raise ValueError(f"`--dtype` must be one of {', '.join(options.DTYPES)}, got '{dtype}'.")
     if not (math.isfinite(n_tokens) and n_tokens >= 1):
@@ -117,6 +118,10 @@ def read_model(name: str) -> ModelSize:
     >>> read_model("tales").d_model
     128
     """
+    from saelab.lm.models import BUILT_IN, WORLD_MODELS, tiny_model
+    from saelab.stores.tensors import TensorFile
+    from saelab.stores.validation import naming, read_json, require_object
+
     if name == "tiny":
         lm = tiny_model()
         return ModelSize(name, int(lm.cfg.d_model), sum(p.numel() for p in lm.original_model.parameters()))
@@ -145,6 +150,9 @@ def _model_rows(found: ModelSize) -> list[list[str]]:
     return rows
 
 
-def _load_rates(path: Path) -> StepRates:
+def _load_rates(path: Path) -> "StepRates":
+    from saelab.sae.planning import read_rates
+    from saelab.stores.validation import naming, read_json, require_object
+
     with naming(path):
         return read_rates(require_object(read_json(path), "A file of rates"))

@@ -1,40 +1,28 @@
 """`saelab steer` and `saelab steer-curve`: generate text with steered features, and measure effect and cost."""
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from saelab.cli import options
-from saelab.cli.inputs import echo, open_pair, read_head
-from saelab.interventions.interventions import Intervention, TextPart
-from saelab.interventions.steering_hooks import steer
-from saelab.lm.generation import SAMPLING, SamplingConfig
-from saelab.lm.model_checks import Model, find_context
-from saelab.lm.tokens import Tokens
-from saelab.sae.compatibility import match_model
-from saelab.sae.sae import SAE
-from saelab.steering.baselines import steering_baselines, write_own
-from saelab.steering.dose_response import SteeringSource, steering_curve
-from saelab.steering.target_concepts import TokenConcept, concept_from_words, synthetic_concept
-from saelab.steering.text_comparison import compare_generations
-from saelab.stores.feature_store import FeatureStore
-from saelab.stores.files import to_json, write_atomic
-from saelab.visualization.intervention_plots import show_curve, show_generations
+from saelab.cli.sources import Source, read_value
+from saelab.cli.terminal import echo
 
-WORLD = "tales:"
 OPENINGS = (
     "Once upon a time", "One day", "There was a", "She went to the", "He saw a", "They", "The boy", "The girl",
     "In the morning", "Then", "It was", "After a while",
 )  # fmt: skip
 """what texts of a curve begin with where nothing is given"""
-TEXT_TOKENS = 50_000
-MODE, WHERE, UNIT = (options.default_of(steer, name) for name in ("mode", "where", "unit"))
-N_TEXTS, N_TOKENS, SEED = (options.default_of(compare_generations, name) for name in ("n", "n_tokens", "seed"))
-CURVE_UNIT, CURVE_N, CURVE_TOKENS = (options.default_of(steering_curve, name) for name in ("unit", "n", "n_tokens"))
+STEER = Source("saelab.interventions.steering_hooks:steer")
+GENERATE = Source("saelab.steering.text_comparison:compare_generations")
+CURVE = Source("saelab.steering.dose_response:steering_curve")
+SAMPLING = Source("saelab.lm.generation:SamplingConfig")
+CONCEPT = Source("saelab.steering.target_concepts:concept_from_words")
+PARTS = read_value("saelab.interventions.interventions:TextPart")
 
 FeatureOption = Annotated[list[int], Option("--feature", help="Number of a feature; may be given again.", metavar="N")]
-WhereName = Annotated[str, Option(help=f"Tokens that are changed: {', '.join(get_args(TextPart))}.", metavar="NAME")]
+WhereName = Annotated[str, Option(help=f"Tokens that are changed: {', '.join(PARTS)}.", metavar="NAME")]
 Store = Annotated[Path | None, Option(metavar="FOLDER", show_default="none")]
 HookPoint = Annotated[str | None, Option(metavar="NAME")]
 NTexts = Annotated[int, Option("--n", metavar="N")]
@@ -43,7 +31,7 @@ TopKTokens = Annotated[int | None, Option(metavar="K")]
 TopP = Annotated[float | None, Option(metavar="P")]
 
 
-@options.documented_by(steer, compare_generations, SamplingConfig)
+@options.documented_by(STEER, GENERATE, SAMPLING)
 def steer_prompts(
     sae: options.SAEName,
     model: options.ModelName,
@@ -55,17 +43,17 @@ def steer_prompts(
             "--strength", help="How far it is moved, for each feature or once for all.", metavar="X", show_default="1"
         ),
     ] = [],  # noqa: B006 - typer copies it
-    mode: options.Name = MODE,
-    where: WhereName = WHERE,
-    unit: options.Name = UNIT,
+    mode: options.Name = STEER.mode,
+    where: WhereName = STEER.where,
+    unit: options.Name = STEER.unit,
     store: Store = None,
     hook_point: HookPoint = None,
-    n: NTexts = N_TEXTS,
-    n_tokens: options.Count = N_TOKENS,
+    n: NTexts = GENERATE.n,
+    n_tokens: options.Count = GENERATE.n_tokens,
     temperature: Temperature = SAMPLING.temperature,
     top_k: TopKTokens = SAMPLING.top_k,
     top_p: TopP = SAMPLING.top_p,
-    seed: options.Count = SEED,
+    seed: options.Count = GENERATE.seed,
     json: options.AsJSON = False,
     html: Annotated[
         Path | None, Option(help="Page for the texts, colored.", metavar="FILE", show_default="none")
@@ -78,10 +66,18 @@ def steer_prompts(
 
     Perplexities and KL measure the cost.
     """
+    from saelab.cli.inputs import open_placed
+    from saelab.interventions.interventions import Intervention
+    from saelab.lm.generation import SamplingConfig
+    from saelab.steering.text_comparison import compare_generations
+    from saelab.stores.feature_store import FeatureStore
+    from saelab.stores.files import to_json, write_atomic
+    from saelab.visualization.intervention_plots import show_generations
+
     strengths = strength or [1.0]
     if len(strengths) not in (1, len(feature)):
         raise ValueError(f"Give one `--strength`, or one for each feature, got {len(strengths)} for {len(feature)}.")
-    coder, lm, place = _open(sae, model, hook_point, allow_mismatch, device, progress)
+    coder, lm, place = open_placed(sae, model, hook_point, allow_mismatch, device, progress)
     moved = dict(zip(feature, strengths * (len(feature) if len(strengths) == 1 else 1), strict=True))
     peaks = FeatureStore.load(store) if store is not None else None
     how: dict[str, Any] = {"mode": mode, "where": where, "unit": unit, "store": peaks}
@@ -95,14 +91,16 @@ def steer_prompts(
         write_atomic(html, show_generations(found).encode())
 
 
-@options.documented_by(steer, steering_curve, SamplingConfig, concept_from_words)
+@options.documented_by(STEER, CURVE, SAMPLING, CONCEPT)
 def draw_curve(
     sae: options.SAEName,
     model: options.ModelName,
     feature: FeatureOption,
     concept: Annotated[
         str,
-        Option("--concept", help=f"Words joined by commas, or {WORLD}NAME for a concept of tales.", metavar="WORDS"),
+        Option(
+            "--concept", help=f"Words joined by commas, or {options.WORLD}NAME for a concept of tales.", metavar="WORDS"
+        ),
     ],
     other: Annotated[
         list[str],
@@ -128,17 +126,17 @@ def draw_curve(
     strengths: Annotated[
         str | None, Option(help="Numbers joined by commas, of both signs.", metavar="X,Y", show_default="by unit")
     ] = None,
-    mode: options.Name = MODE,
-    where: WhereName = WHERE,
-    unit: options.Name = CURVE_UNIT,
+    mode: options.Name = STEER.mode,
+    where: WhereName = STEER.where,
+    unit: options.Name = CURVE.unit,
     store: Store = None,
     hook_point: HookPoint = None,
-    n: NTexts = CURVE_N,
-    n_tokens: options.Count = CURVE_TOKENS,
+    n: NTexts = CURVE.n,
+    n_tokens: options.Count = CURVE.n_tokens,
     temperature: Temperature = SAMPLING.temperature,
     top_k: TopKTokens = SAMPLING.top_k,
     top_p: TopP = SAMPLING.top_p,
-    seed: options.Count = SEED,
+    seed: options.Count = GENERATE.seed,
     out: Annotated[
         Path | None, Option(help="Page for tables and figures.", metavar="FILE", show_default="none")
     ] = None,
@@ -152,15 +150,24 @@ def draw_curve(
     The concept is a set of words, each a token of the model. Directions are found where such words follow, in --text
     or in text that the model writes.
     """
-    coder, lm, place = _open(sae, model, hook_point, allow_mismatch, device, progress)
+    from saelab.cli.inputs import open_placed, read_concept, read_or_write
+    from saelab.interventions.interventions import Intervention
+    from saelab.lm.generation import SamplingConfig
+    from saelab.steering.baselines import steering_baselines
+    from saelab.steering.dose_response import SteeringSource, steering_curve
+    from saelab.stores.feature_store import FeatureStore
+    from saelab.stores.files import write_atomic
+    from saelab.visualization.intervention_plots import show_curve
+
+    coder, lm, place = open_placed(sae, model, hook_point, allow_mismatch, device, progress)
     opened = FeatureStore.load(store) if store is not None else None
-    concepts = [_read_concept(lm, words, first_token) for words in (concept, *other)]
+    concepts = [read_concept(lm, words, first_token) for words in (concept, *other)]
     openings = prompt or list(OPENINGS)
     how: dict[str, Any] = {"unit": unit, "mode": mode, "where": where, "store": opened}
     at: dict[str, Any] = {"hook_point": place, "allow_mismatch": allow_mismatch}
     sources: dict[str, SteeringSource] = {f"feature {i}": Intervention(coder, {i: 1.0}, **how, **at) for i in feature}
     if baselines:
-        tokens = _read_text(lm, text, openings, seed, progress)
+        tokens = read_or_write(lm, text, openings, seed, progress)
         sources |= steering_baselines(lm, coder, feature[0], concepts[0], tokens, seed=seed, **how, **at)
     curve = steering_curve(
         lm,
@@ -182,30 +189,6 @@ def draw_curve(
     if out is not None:
         write_atomic(out, show_curve(curve).encode())
         echo(f"{len(curve.points) - 1} strengths in {out}.")
-
-
-def _open(
-    sae: str, model: str, hook_point: str | None, allow_mismatch: bool, device: str | None, progress: bool
-) -> tuple[SAE, Model, str]:
-    """The SAE, the model, and the place of the one in the other."""
-    coder, lm = open_pair(sae, model, device, progress)
-    return coder, lm, match_model(coder, lm, hook_point, None, allow_mismatch).hook_point
-
-
-def _read_concept(model: Model, words: str, first_token: bool) -> TokenConcept:
-    if words.startswith(WORLD):
-        return synthetic_concept(model, words.removeprefix(WORLD))
-    found = concept_from_words(model, words, first_token=first_token)
-    assert isinstance(found, TokenConcept)
-    return found
-
-
-def _read_text(model: Model, text: Path | None, openings: list[str], seed: int, progress: bool) -> Tokens:
-    """What directions are found in: texts of another seed than those that are measured, where none are given."""
-    if text is None:
-        return write_own(model, openings, seed + 1, progress=progress)
-    length = min(options.CTX_LEN, find_context(model))
-    return read_head(model, text, TEXT_TOKENS, length, True, options.SEPARATOR, options.FIELD)
 
 
 def _read_strengths(given: str | None) -> list[float] | None:

@@ -7,23 +7,21 @@ import errno
 import socket
 import sys
 import threading
-import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saelab.evaluation.results import ConceptScores, Evaluation
-from saelab.explorer.app import make_app
 from saelab.explorer.security import LIMITS, ExplorerLimits, is_loopback, make_token
-from saelab.explorer.session import END, Explorer
-from saelab.labels.autointerp.clients import Client
 from saelab.lm.model_checks import Model
 from saelab.sae.sae import SAE
 from saelab.stores.feature_store import FeatureStore
 from saelab.visualization.html import escape
 
 if TYPE_CHECKING:
+    from saelab.explorer.session import Explorer
     from saelab.interventions.attribution import Attribution
+    from saelab.labels.autointerp.clients import Client
 
 HOST, PORT = "127.0.0.1", 8765
 EVERYWHERE = ("0.0.0.0", "::", "")
@@ -49,7 +47,7 @@ class ExplorerServer:
 
     def __init__(
         self,
-        explorer: Explorer,
+        explorer: "Explorer",
         host: str = HOST,
         port: int | None = None,
         *,
@@ -58,7 +56,10 @@ class ExplorerServer:
     ) -> None:
         import uvicorn
 
-        self.explorer, self.height = explorer, height
+        from saelab.explorer.app import make_app
+        from saelab.explorer.session import END
+
+        self.explorer, self.height, self._patience = explorer, height, END
         listening = bind(host, port)
         token = make_token()
         name = socket.gethostname() if host in EVERYWHERE else host
@@ -115,10 +116,10 @@ class ExplorerServer:
         """End the server, what it still generates, and the explorer."""
         self.explorer.closed.set()
         self._server.should_exit = True
-        if self._thread is not threading.current_thread() and self._ended.wait(END):
-            self._thread.join(END)
+        if self._thread is not threading.current_thread() and self._ended.wait(self._patience):
+            self._thread.join(self._patience)
         # The last turn of what was generated ends first: a thread at work in torch would abort the process as it exits.
-        if self.explorer.lock.acquire(timeout=END):
+        if self.explorer.lock.acquire(timeout=self._patience):
             self.explorer.lock.release()
         self.explorer.close()
 
@@ -184,7 +185,7 @@ def explore(
     evaluation: Evaluation | Mapping[str, Any] | str | Path | None = None,
     attribution: "Attribution | str | Path | None" = None,
     concepts: ConceptScores | str | Path | None = None,
-    client: Client | None = None,
+    client: "Client | None" = None,
     read_only: bool = False,
     title: str = "",
     host: str = HOST,
@@ -219,6 +220,8 @@ def explore(
         ValueError: the model, SAE, results or other store are not those of the store, or the port is in use.
         FileNotFoundError: a folder or file does not exist.
     """
+    from saelab.explorer.session import Explorer
+
     explorer = Explorer.open(
         store,
         model,
@@ -239,6 +242,8 @@ def explore(
     if not in_notebook():
         sys.stdout.write(f"{describe_address(server)}\n")
     if browser:
+        import webbrowser
+
         webbrowser.open(server.url)
     return server
 

@@ -157,7 +157,7 @@ class ChosenRuns:
         return int(np.diff(np.append(self.starts, self.n_rows))[self.chosen].sum())
 
 
-def draw_rows(marks: RowMarker, n_rows: int, n: int, rng: np.random.Generator) -> Integer[np.ndarray, "n"]:
+def draw_rows(marks: RowMarker, n_rows: int, n: int, rng: "np.random.Generator") -> Integer[np.ndarray, "n"]:
     """Random marked rows, drawn with replacement as `rng.choice` draws from the list of them; empty where none is.
 
     Args:
@@ -182,7 +182,7 @@ def draw_rows(marks: RowMarker, n_rows: int, n: int, rng: np.random.Generator) -
     return found
 
 
-def permute_within(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+def permute_within(groups: Shaped[np.ndarray, "n"], rng: "np.random.Generator") -> Int[np.ndarray, "n"]:
     """A random order that keeps every row's group: `rows[order]` are the rows permuted within groups.
 
     >>> groups = np.array([0, 0, 1, 1, 1])
@@ -196,7 +196,7 @@ def permute_within(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) ->
     return order
 
 
-def exchange_groups(groups: Shaped[np.ndarray, "n"], rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+def exchange_groups(groups: Shaped[np.ndarray, "n"], rng: "np.random.Generator") -> Int[np.ndarray, "n"]:
     """An order in which groups change places, each stretched to the length of the one that gets it, and permuted there.
 
     >>> order = exchange_groups(np.array([4, 4, 7, 7]), np.random.default_rng(1))
@@ -249,7 +249,7 @@ class MovedBlocks:
         return rows
 
 
-def move_blocks(doc_starts: Integer[np.ndarray, "n_docs"] | None, n: int, rng: np.random.Generator) -> MovedBlocks:
+def move_blocks(doc_starts: Integer[np.ndarray, "n_docs"] | None, n: int, rng: "np.random.Generator") -> MovedBlocks:
     """A random permutation of rows by blocks, each block shifted circularly by a random step of its own.
 
     A block is at most 256 rows of one document (fewer where there would be less than 64 blocks), so that runs survive

@@ -44,7 +44,7 @@ def share_inside(y: Bool[np.ndarray, "n"], groups: Shaped[np.ndarray, "n"]) -> f
 
 
 def permute_labels(
-    y: Bool[np.ndarray, "n"], doc_ids: Shaped[np.ndarray, "n"], rng: np.random.Generator
+    y: Bool[np.ndarray, "n"], doc_ids: Shaped[np.ndarray, "n"], rng: "np.random.Generator"
 ) -> tuple[Bool[np.ndarray, "n"], str]:
     """Permuted labels of a text for a null distribution, and a description of the permutation.
 
@@ -67,7 +67,7 @@ def dispersion(
     fires: Integer[np.ndarray, "n"],
     rate: float,
     n_tokens: int,
-    rng: np.random.Generator,
+    rng: "np.random.Generator",
     blocks: Int[np.ndarray, "n_tokens"] | None = None,
 ) -> float:
     """Overdispersion: variance of a rule's hits under the null, relative to independent tokens; at least 1.
@@ -144,7 +144,7 @@ def window_auroc(
     fires: Integer[np.ndarray, "n"],
     active: Bool[np.ndarray, "n_tokens"],
     doc_ids: Shaped[np.ndarray, "n_tokens"],
-    rng: np.random.Generator,
+    rng: "np.random.Generator",
     *,
     reach: int = 8,
     n_windows: int = 64,

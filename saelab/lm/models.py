@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import nn
 
+from saelab._lazy import uncollected
 from saelab.lm.model_checks import (
     Model,
     admit_config,
@@ -105,6 +106,30 @@ def text_alone() -> Iterator[None]:
 
 
 @contextmanager
+def no_copied_embeddings() -> Iterator[None]:
+    """Context manager in which a bridge has no `W_E_pos` on this thread: a new bridge reads all its attributes in
+    search of hook points, and this one copies the embeddings to answer.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    if "W_E_pos" not in vars(TransformerBridge):
+        yield
+        return
+    thread = threading.get_ident()
+
+    def hide(before: property) -> property:
+        def read(bridge: Any) -> Any:
+            if threading.get_ident() == thread:
+                raise AttributeError("W_E_pos")
+            return before.__get__(bridge)
+
+        return property(read)
+
+    with _replaced(TransformerBridge, "W_E_pos", hide):
+        yield
+
+
+@contextmanager
 def offline() -> Iterator[None]:
     """Context manager in which huggingface_hub and transformers do not use the network."""
     from huggingface_hub import constants
@@ -143,9 +168,6 @@ def _replaced(holder: Any, name: str, make: Callable[[Any], Any]) -> Iterator[No
         yield
     finally:
         setattr(holder, name, before)
-
-
-"""A language model in saelab: a TransformerBridge. A string, because importing the class takes seconds."""
 
 
 def load_model(
@@ -217,7 +239,8 @@ def _fold(model: Model) -> Model:
 
 
 def _find_model(name_or_path: Any, device: Any, dtype: torch.dtype | None, tokenizer: Any, progress: bool) -> Model:
-    from transformer_lens.model_bridge import TransformerBridge
+    with uncollected():
+        from transformer_lens.model_bridge import TransformerBridge
 
     if isinstance(name_or_path, nn.Module):
         if device is not None or dtype is not None:
@@ -266,7 +289,14 @@ def _boot(name: str, *, local: bool, **options: Any) -> Model:
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoConfig
 
-    with offline() if local else _as_is(), no_processes(), text_alone(), recorded_missing() as missing:
+    with (
+        offline() if local else _as_is(),
+        no_processes(),
+        text_alone(),
+        no_copied_embeddings(),
+        torch.random.fork_rng(devices=[]),  # layers are drawn at random before their weights are put in place
+        recorded_missing() as missing,
+    ):
         if "hf_model" not in options:
             with _named(name, local):
                 config = AutoConfig.from_pretrained(name, trust_remote_code=False)

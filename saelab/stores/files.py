@@ -1,6 +1,6 @@
 """Atomic writing of files: safetensors, JSON, and all files of a folder at once; and safe file names.
 
-Names read from files are checked, and text is freed of local paths, passwords and control codes.
+Names read from files are checked, and text is freed of local paths and passwords.
 """
 
 import errno
@@ -33,8 +33,6 @@ PATIENCE = 10.0
 """seconds that a reader waits for the files of a folder to be moved into place, which takes milliseconds"""
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
-"""Characters that move a terminal's cursor or reverse the direction of its text"""
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -468,16 +466,3 @@ def find_secrets(url: str) -> list[str]:
     """
     secret, at, _ = urlsplit(url).netloc.rpartition("@")
     return [part for part in (secret, secret.partition(":")[2]) if part] if at else []
-
-
-def printable(text: str) -> str:
-    """A text that is safe to print: control characters and marks of text direction are replaced by their escape codes.
-
-    >>> printable("a\x1b[2J" + chr(10) + "b")
-    'a\\\\x1b[2J\\nb'
-    """
-    return CONTROL.sub(lambda found: found[0] if found[0] in "\n\t" else _code(found[0]), text)
-
-
-def _code(character: str) -> str:
-    return ascii(character)[1:-1]

@@ -308,3 +308,14 @@ def hidden(progress: bool) -> bool:
     True
     """
     return not progress or os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false")
+
+
+def is_launched() -> bool:
+    """Whether this process is one of several that a launcher started: RANK and WORLD_SIZE are in its environment."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def name_process(first: bool = False) -> str:
+    """This process as messages name it; "" where it is alone, and where it is the first unless `first` is set."""
+    rank = os.environ.get("RANK", "0") if is_launched() else ""
+    return "" if rank == "" or (rank == "0" and not first) else f"process {rank} on {socket.gethostname()}"

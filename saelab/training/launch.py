@@ -1,7 +1,6 @@
 """`launched`: the processes that a launcher such as `torchrun` started, for the command line."""
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -10,18 +9,8 @@ from math import prod
 import torch
 import torch.distributed as dist
 
+from saelab.stores.jobs import is_launched
 from saelab.training.ranks import ALONE, AXES, RankGrid
-
-
-def is_launched() -> bool:
-    """Whether this process is one of several that a launcher started: RANK and WORLD_SIZE are in its environment."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def name_process(first: bool = False) -> str:
-    """This process as messages name it; "" where it is alone, and where it is the first unless `first` is set."""
-    rank = os.environ.get("RANK", "0") if is_launched() else ""
-    return "" if rank == "" or (rank == "0" and not first) else f"process {rank} on {socket.gethostname()}"
 
 
 @contextmanager

@@ -120,7 +120,7 @@ class Paired:
     order: Int[np.ndarray, "n"]
 
     @classmethod
-    def make(cls, x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> "Paired":
+    def make(cls, x: np.ndarray, y: np.ndarray, rng: "np.random.Generator") -> "Paired":
         """The pairing of row i of `x` with row i of `y`; `rng` draws the sample and the anchors."""
         if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
             raise ValueError(f"`x` and `y` must have one row a pair, as many on both sides, got {x.shape}, {y.shape}.")

@@ -4,25 +4,25 @@ import inspect
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import typer
 from processes import Child
-from typer import Option
-from typer.models import OptionInfo
 from unchecked import unchecked
 
 from saelab.cli.app import app, dispatch, main
-from saelab.cli.inputs import count_overlap, find_base, read_head, read_tail
-from saelab.cli.options import documented_by
-from saelab.cli.training import read_activation, read_prefixes, train_sae
+from saelab.cli.inputs import count_overlap, read_head, read_tail
+from saelab.cli.settings import read_activation, read_prefixes
+from saelab.cli.terminal import find_base
+from saelab.cli.training import train_sae
 from saelab.evaluation.concepts import score_concepts
 from saelab.evaluation.results import ConceptScores
 from saelab.lm.models import tiny_model
@@ -107,41 +107,20 @@ def test_help_is_complete(name: str, shell: Shell) -> None:
         assert param.required or is_flag or param.show_default, f"{name} {param.opts} must show its default"
 
 
-def test_help_comes_from_the_docstrings_of_what_a_command_calls() -> None:
-    @dataclass
-    class Config:
-        n_rows: int | None = None
-        """rows in a `Step`; None is all. More."""
-
-    def call(x: int, n_rows: int = 0, colour: str = "") -> None:
-        """Nothing.
-
-        Args:
-            x: first: of
-                two lines; None takes the last.
-            n_rows: never read, as `Config` comes first.
-            colour: True draws.
-
-        Raises:
-            ValueError: x: not this one.
-        """
-
-    @documented_by(Config, call, paint="colour")
-    def command(
-        x: int | None = None,
-        n_rows: int | None = 3,
-        paint: Annotated[str, Option(metavar="C")] = "",
-        own: Annotated[int, Option(help="Own.")] = 0,
-    ) -> None: ...
-
-    read = {name: get_args(hint)[1] for name, hint in command.__annotations__.items() if get_args(hint)[1:]}
-    assert {name: info.help for name, info in read.items() if isinstance(info, OptionInfo)} == {
-        "x": "First: of two lines.",
-        "n_rows": "Rows in a Step.",
-        "paint": "True draws.",
-        "own": "Own.",
-    }
-    assert read["x"].show_default == "the last" and read["n_rows"].show_default is True and read["paint"].metavar == "C"
+def test_help_and_wrong_use_do_not_wait_for_torch() -> None:
+    groups = [[name] for name in commands()] + [["labels", "store", name] for name in commands()["labels"].commands]
+    lines = [[*words, "--help"] for words in ([], *groups)] + [["colect"], ["train"], ["train", "x", "--d-sae", "y"]]
+    code = f"""
+import sys
+from saelab.cli.app import dispatch
+codes = [dispatch(words) for words in {lines}]
+assert codes == [0] * {len(lines) - 3} + [2] * 3, codes
+slow = {{"torch", "numpy", "jaxtyping", "transformers", "scipy"}} & set(sys.modules)
+assert not slow, (slow, [name for name in sys.modules if name.startswith("saelab.")])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stderr.splitlines()) == 3 and run.stdout.count("Usage: saelab") == len(lines) - 3
 
 
 def test_no_command_shows_help_and_an_unknown_one_is_wrong_use(shell: Shell) -> None:
@@ -326,7 +305,7 @@ def test_errors_become_codes(
     def fail(path: Path) -> str:
         raise error
 
-    monkeypatch.setattr("saelab.cli.info.describe_folder", fail)
+    monkeypatch.setattr("saelab.cli.descriptions.describe_folder", fail)
     run = shell("info", tmp_path)
     assert run.code == code
     assert run.err.count("\n") == 1
@@ -476,8 +455,8 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_writes_a_report(shell: Shell, untrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for long in (score_concepts, generate_stories):  # their annotations are checked where they are tested
-        monkeypatch.setattr(f"saelab.cli.demo.{long.__name__}", unchecked()(long))
+    for home, long in (("saelab.cli.demo_stages", score_concepts), ("saelab.synthetic.tales", generate_stories)):
+        monkeypatch.setattr(f"{home}.{long.__name__}", unchecked()(long))  # they are checked where they are tested
     small = ["--n-stories", "30", "--n-tokens", "4096", "--d-sae", "64", "--k", "4", "--hook-point", HOOK_POINT]
     run = shell("demo", "--model", untrained, "--out", tmp_path / "demo", *small, "--no-progress")
     assert run.code == 0, run.err

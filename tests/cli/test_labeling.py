@@ -9,8 +9,9 @@ import torch
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.cli import labeling
+from saelab.cli import labelers
 from saelab.cli.app import dispatch
+from saelab.labels.autointerp import explainers
 from saelab.labels.autointerp.clients import Answer, Messages
 from saelab.labels.label_store import LabelStore
 from saelab.stores.validation import read_json
@@ -61,7 +62,7 @@ def store(harvested: Path):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows are chosen without type checks: other tests have them."""
     for name in ("explain_features", "estimate_labels"):
-        monkeypatch.setattr(labeling, name, unchecked()(getattr(labeling, name)))
+        monkeypatch.setattr(explainers, name, unchecked()(getattr(explainers, name)))
 
 
 def label(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -113,7 +114,7 @@ class Fake:
 def test_a_language_model_names_features_and_is_asked_nothing_twice(
     store: Path, quick: None, capsys, monkeypatch
 ) -> None:
-    monkeypatch.setattr(labeling, "OpenAIClient", Fake)
+    monkeypatch.setattr(labelers, "OpenAIClient", Fake)
     command = (store, "--model", "fake", "--scorers", "", "--features", "0")
     code, out, _ = label(capsys, *command, "--estimate", "--price-in", 1, "--price-out", 2)
     assert code == 0 and out.startswith("about 2 prompts") and Fake.n_asked == 0

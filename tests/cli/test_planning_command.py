@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_app import Shell, shell as shell
 
-from saelab.cli import planning
 from saelab.cli.planning import read_model
 from saelab.lm.models import WORLD_MODELS
+from saelab.sae import planning
 from saelab.sae.activation_functions import TopK
 from saelab.sae.config import SAEConfig
 from saelab.sae.planning import StepRates, plan_training

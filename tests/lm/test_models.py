@@ -196,6 +196,21 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_loading_copies_no_embeddings_and_draws_no_random_numbers(gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    state, asked = torch.random.get_rng_state(), []
+    plain = TransformerBridge.boot_transformers(str(gpt2), device="cpu")
+    if (real := vars(TransformerBridge).get("W_E_pos")) is not None:
+        monkeypatch.setattr(TransformerBridge, "W_E_pos", property(lambda b: asked.append(b) or real.__get__(b)))
+    torch.random.set_rng_state(state)
+    model = load_model(gpt2, device="cpu", progress=False)
+    assert not asked and torch.equal(torch.random.get_rng_state(), state)
+    assert list(model.hook_dict) == list(plain.hook_dict)
+    if real is not None:
+        assert torch.equal(model.W_E_pos, torch.cat([model.W_E, model.W_pos])) and asked == [model]
+
+
 def test_folded_weights_are_those_of_transformer_lens_two(gpt2: Path) -> None:
     raw, folded = load_model(gpt2, progress=False), load_model(gpt2, weight_processing="folded", progress=False)
     assert (describe_model(raw).weight_processing, describe_model(folded).weight_processing) == ("none", "folded")

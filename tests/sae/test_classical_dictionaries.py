@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment, nnls
 from unchecked import unchecked
 
 import saelab as sl
-from saelab.cli.info import describe_sae
+from saelab.cli.descriptions import describe_sae
 from saelab.sae import classical_dictionaries
 from saelab.sae.classical_dictionaries import METHODS, fit_dictionary
 from saelab.sae.fitting import measure

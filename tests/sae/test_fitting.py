@@ -89,7 +89,7 @@ def test_a_missed_target_is_said(tmp_path):
         sae.fit(planted(4000), sl.TrainConfig(n_tokens=2560, batch_size=256), progress=False)
     assert sae.training_["saved"]["met"] is False
     sae.save_pretrained(tmp_path)
-    from saelab.cli.info import describe_sae
+    from saelab.cli.descriptions import describe_sae
 
     assert "MISSED by more than 5 %" in describe_sae(tmp_path)
 

@@ -343,7 +343,7 @@ def test_a_store_has_nothing_fetched(valid, tmp_path, monkeypatch, capsys) -> No
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     asked = []
     monkeypatch.setattr(socket, "getaddrinfo", lambda *names, **more: asked.append(names[0]) or [])
-    monkeypatch.setattr("saelab.cli.features.FeatureStore.provenance", fuzz.activations().provenance, raising=False)
+    monkeypatch.setattr(sl.FeatureStore, "provenance", fuzz.activations().provenance, raising=False)
     store = sl.FeatureStore.load(valid["store"])
     store.manifest.sae["name_or_path"] = "some/sae"
     from saelab.cli.inputs import open_model, open_sae

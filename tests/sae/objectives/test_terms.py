@@ -359,7 +359,7 @@ def test_activations_with_a_penalty_must_weigh_it():
 def test_the_command_line_knows_every_term_of_saelab_without_their_import():
     """In a process of its own: here other tests have imported them."""
     code = (
-        "from saelab.cli.training import read_objective; from saelab.sae.config import SAEConfig; "
+        "from saelab.cli.settings import read_objective; from saelab.sae.config import SAEConfig; "
         "print(read_objective(['orthogonal,coefficient=0.5'], None)[1].coefficient)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
