@@ -330,8 +330,7 @@ def run_verb(words: list[str], folder: Path, shape: tuple[int, int] | None) -> t
         stack.enter_context(patch("saelab.cli.inputs.load_model", lambda *_, **__: load_model("tiny")))
         if shape is not None:
             stack.enter_context(patch.dict(os.environ, {"RANK": f"{rank}", "WORLD_SIZE": f"{N_RANKS}"}))
-            for name in ("labeling", "comparing"):
-                stack.enter_context(patch.object(import_module(f"saelab.cli.{name}"), "launched", as_launched))
+            stack.enter_context(patch("saelab.training.launch.launched", as_launched))
         stack.enter_context(redirect_stdout(out))
         stack.enter_context(redirect_stderr(err))
         os.chdir(folder)
@@ -389,7 +388,7 @@ def test_what_a_verb_refuses_is_said_once(pool: Pool, place: Path, tmp_path: Pat
 def lack_the_model(folder: Path) -> tuple[int, str, str]:
     """A comparison in which process 1 cannot open the model, or cannot read what it is to encode."""
     broken = "open_model" if folder.name == "model" else "harvest_untrained"
-    real = getattr(import_module("saelab.cli.comparing"), broken, None)
+    real = getattr(import_module("saelab.cli.inputs"), broken, None)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         if broken == "open_model":
@@ -397,10 +396,9 @@ def lack_the_model(folder: Path) -> tuple[int, str, str]:
         with patch("saelab.collecting.harvesting.rebuild_tokens", side_effect=ValueError("gaps")):
             return real(*args, **kwargs) if real is not None else None
 
-    module = "saelab.cli.inputs" if broken == "open_model" else "saelab.cli.comparing"
     with ExitStack() as stack:
         if torch.distributed.get_rank() == 1:
-            stack.enter_context(patch(f"{module}.{broken}", refuse))
+            stack.enter_context(patch(f"saelab.cli.inputs.{broken}", refuse))
         return run_verb(["compare", "store-0", "store-1", "--shifts", "1"], folder.parent, (1, 4))
 
 
