@@ -210,8 +210,8 @@ class ActivationStream:
         "Tokens removed so far by each rule of the mask."
         self._plan, self._rounds = plan, rounds
         self._n_tokens = 0
+        self._epoch, self._next_seq = 0, 0
         self._ahead: deque[Rows] = deque()
-        self._start(epoch=0, next_seq=0)
 
     @property
     def is_reader(self) -> bool:
@@ -279,7 +279,8 @@ class ActivationStream:
         self._ring.load_state_dict(rings)
         self.removed = Counter(json.loads(str(state["removed"])))
         self._n_tokens = int(state["n_tokens"])
-        self._start(int(state["epoch"]), int(state["next_seq"]))
+        self._epoch, self._next_seq = int(state["epoch"]), int(state["next_seq"])
+        self._ahead.clear()
 
     @cached_property
     def _ring(self) -> RingBuffer:
@@ -287,19 +288,15 @@ class ActivationStream:
         plan, device = self._plan, self._rounds.device
         return RingBuffer(plan.buffer_tokens, sum(plan.widths), dtype=plan.dtype, seed=plan.seed, device=device)
 
-    def _start(self, epoch: int, next_seq: int) -> None:
-        self._epoch, self._next_seq = epoch, next_seq
-        self._ahead.clear()
-
     def _refill(self) -> None:
-        plan = self._plan
-        while self._ring.n_free >= plan.n_seq * plan.ctx_len:
+        plan, largest = self._plan, self._plan.n_seq * self._plan.ctx_len
+        while self._ring.n_free >= largest:
             if self._next_seq >= plan.n_sequences:
-                self._start(self._epoch + 1, next_seq=0)
+                self._epoch, self._next_seq = self._epoch + 1, 0
             if plan.epochs is not None and self._epoch >= plan.epochs:
                 return
             if not self._ahead:
-                self._ahead.extend(self._rounds.read(self._epoch, self._next_seq))
+                self._ahead.extend(self._rounds.read(self._epoch, self._next_seq, self._ring.n_free // largest))
             rows, removed = self._ahead.popleft()
             self._ring.add(rows)
             self._next_seq = min(self._next_seq + plan.n_seq, plan.n_sequences)

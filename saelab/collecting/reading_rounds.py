@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import cache, cached_property
+from functools import cache
+from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
@@ -33,6 +34,7 @@ STOP = -1
 """epoch of the command after which nothing is read"""
 PATIENCE = timedelta(days=30)
 """for the next command, which comes when the rows are used up: after steps, checkpoints, an evaluation"""
+MOST_ROUNDS = 16  # asked for at once, as their rows are held beside the buffer until all are there
 PAUSE = 0.001  # seconds between looks for a command, so that signals are heard
 Rows: TypeAlias = tuple[Tensor, dict[str, int]]
 """rows of one batch of sequences, and the number of tokens removed by each rule of the mask"""
@@ -71,12 +73,17 @@ class StreamPlan:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return torch.randperm(self.n_sequences, generator=generator)
 
-    def next_round(self, epoch: int, start: int, n_readers: int) -> tuple[int, int] | None:
-        """Epoch and first sequence of the round after one; None at the end."""
-        start += n_readers * self.n_seq
-        if start >= self.n_sequences:
-            epoch, start = epoch + 1, 0
-        return None if self.epochs is not None and epoch >= self.epochs else (epoch, start)
+    def n_batches_from(self, start: int) -> int:
+        """Number of batches of an epoch from a sequence on."""
+        return -(-(self.n_sequences - start) // self.n_seq)
+
+    def rounds(self, epoch: int, start: int, n_readers: int) -> Iterator[tuple[int, int]]:
+        """Epoch and first sequence of each round from a place on."""
+        while self.epochs is None or epoch < self.epochs:
+            yield epoch, start
+            start += n_readers * self.n_seq
+            if start >= self.n_sequences:
+                epoch, start = epoch + 1, 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -174,14 +181,14 @@ class OwnRounds:
         self.forwards, self.ranks = forwards, ranks
         self.device = forwards.no_rows.device
 
-    def read(self, epoch: int, start: int) -> list[Rows]:
-        """Rows of the batches from a place of an epoch's order on, one of each process; none behind its end."""
+    def read(self, epoch: int, start: int, n_batches: int) -> list[Rows]:
+        """Rows of the batches from a place on, one of each process."""
         ranks, plan = self.ranks, self.forwards.plan
         rows, removed = self.forwards.no_rows, dict[str, int]()
         with ranks.together():
             rows, removed = self.forwards.read(epoch, start + ranks.index * plan.n_seq)
         counts = ranks.gather_json(removed)
-        return list(zip(ranks.gather_parts(rows), counts, strict=True))
+        return list(zip(ranks.gather_parts(rows), counts, strict=True))[: plan.n_batches_from(start)]
 
     def serve(self) -> None:
         """Raise ValueError: nobody asks."""
@@ -257,16 +264,23 @@ class AskedRounds:
         self.plan, self.links, self.number = plan, links, number
         self.device, self._open = links.device, True
 
-    def read(self, epoch: int, start: int) -> list[Rows]:
-        """Rows of the batches from a place of an epoch's order on, one of each reader; none behind its end.
+    def read(self, epoch: int, start: int, n_batches: int) -> list[Rows]:
+        """Rows of so many batches from a place on, or of the first of them: of as many from each reader.
+
+        They are asked for at once, so that the readers do not begin a forward pass between two of them.
 
         Raises:
             RuntimeError: a reader failed, after which none of them reads any more.
         """
         if not self._open:
             raise ValueError("The stream must be open, got one that was closed; make another.")
-        self._command(epoch, start)
-        answers = [self._receive(i) for i in range(len(self.links.readers))]
+        n = len(self.links.readers)
+        n_rounds = min(max(1, -(-n_batches // n)), MOST_ROUNDS)
+        places = list(islice(self.plan.rounds(epoch, start, n), n_rounds))
+        self._command(epoch, start, len(places))
+        answers: list[tuple[Tensor, dict[str, Any]]] = []
+        for _, first in places:
+            answers += [self._receive(i) for i in range(n)][: self.plan.n_batches_from(first)]
         if failed := [told["error"] for _, told in answers if "error" in told]:
             self.close()
             raise RuntimeError(f"Stopped, as another process failed. {failed[0]}")
@@ -283,12 +297,12 @@ class AskedRounds:
         """Tell the readers that nothing more is read."""
         was_open, self._open = self._open, False
         if was_open:
-            self._command(STOP, 0)
+            self._command(STOP, 0, 0)
 
-    def _command(self, epoch: int, start: int) -> None:
+    def _command(self, epoch: int, start: int, n_rounds: int) -> None:
         if self.links.rank == self.links.first:
             with _explained("One of the processes that run the language model has ended"):
-                command = torch.tensor([self.number, epoch, start])
+                command = torch.tensor([self.number, epoch, start, n_rounds])
                 dist.broadcast(command, self.links.first, group=self.links.commands)
 
     def _receive(self, i: int) -> tuple[Tensor, dict[str, Any]]:
@@ -313,17 +327,11 @@ class ServedRounds:
 
     def __init__(self, forwards: Forwards, links: Links, number: int) -> None:
         self.forwards, self.links, self.number = forwards, links, number
-        self._next: tuple[int, int] | None = (0, 0)
+        self._places = self._rounds_from(0, 0)
         self._ahead: deque[tuple[tuple[int, int], Rows | Exception]] = deque()
         self._failure: Exception | None = None
 
-    @cached_property
-    def depth(self) -> int:
-        """Rounds read before they are asked for: as many as refill the buffer, of which half is used up at a time."""
-        plan = self.forwards.plan
-        return -(-plan.buffer_tokens // (2 * len(self.links.readers) * plan.n_seq * plan.ctx_len))
-
-    def read(self, epoch: int, start: int) -> list[Rows]:
+    def read(self, epoch: int, start: int, n_batches: int) -> list[Rows]:
         """Raise ValueError: the rows are for others."""
         raise ValueError(
             f"Batches must be taken in the processes of `mesh`, got a call in process {self.links.rank}, which runs "
@@ -339,13 +347,15 @@ class ServedRounds:
         """
         with DeferredInterrupt() as interrupt:  # those that train save first, and close
             while self.number not in self.links.closed:
-                number, epoch, start = self._hear()
+                number, epoch, start, n_rounds = self._hear()
                 if epoch == STOP:
                     self.links.closed.add(number)
-                elif number != self.number:
-                    self._send(ValueError(_other_stream(self.number, number)))
-                else:
-                    self._answer(epoch, start)
+                    continue
+                if number != self.number:
+                    self._failure = ValueError(_other_stream(self.number, number))
+                places = self._rounds_from(epoch, start)
+                for _ in range(n_rounds):
+                    self._send(self._failure or self._find(next(places)))
         self._ahead.clear()
         if self._failure is not None:
             raise self._failure
@@ -355,45 +365,57 @@ class ServedRounds:
     def close(self) -> None:
         """Do nothing: those that train close the stream."""
 
-    def _answer(self, epoch: int, start: int) -> None:
-        """Send a round, which was read ahead unless another was foreseen."""
-        if not self._ahead or self._ahead[0][0] != (epoch, start):
-            self._ahead.clear()
-            self._next = epoch, start
-            self._read_next()
-        self._send(self._ahead.popleft()[1])
+    def _rounds_from(self, epoch: int, start: int) -> Iterator[tuple[int, int]]:
+        return self.forwards.plan.rounds(epoch, start, len(self.links.readers))
 
     def _hear(self) -> list[int]:
-        """The next command: number of a stream, epoch and first sequence. Reads ahead meanwhile."""
-        command = torch.zeros(3, dtype=torch.int64)
+        """The next command: number of a stream, epoch and first sequence, number of rounds. Reads ahead meanwhile."""
+        command = torch.zeros(4, dtype=torch.int64)
         with _explained(
             "The processes that train ended without closing the stream; see what they say, and open it by `with`"
         ):
             heard = dist.broadcast(command, self.links.first, group=self.links.commands, async_op=True)
             while not heard.is_completed():
-                if self._next is not None and len(self._ahead) < self.depth:
-                    self._read_next()
-                else:
+                if not self._read_ahead():
                     time.sleep(PAUSE)
             heard.wait()
-        heard_numbers: list[int] = command.tolist()
-        return heard_numbers
+        numbers: list[int] = command.tolist()
+        return numbers
 
-    def _read_next(self) -> None:
-        """Read a round ahead; a failure is told to the others when they ask for it."""
-        assert self._next is not None
-        epoch, start = place = self._next
+    def _read_ahead(self) -> bool:
+        """Read a round if the rows held, and as many of the other readers, do not refill the buffer yet: half of it is
+        used up at a time. Returns whether one was read.
+        """
+        found = [rows for _, rows in self._ahead if not isinstance(rows, Exception)]
+        n_rows = sum(len(rows) for rows, _ in found) * len(self.links.readers)
+        wanted = len(found) == len(self._ahead) and 2 * n_rows < self.forwards.plan.buffer_tokens
+        return wanted and self._read_next()
+
+    def _read_next(self) -> bool:
+        place = next(self._places, None)
+        if place is None:
+            return False
+        epoch, start = place
+        found: Rows | Exception
         try:
-            found: Rows | Exception = self.forwards.read(epoch, start + self.links.index * self.forwards.plan.n_seq)
-            self._next = self.forwards.plan.next_round(epoch, start, len(self.links.readers))
-        except Exception as error:  # whatever it was, the others are told
-            found, self._next = error, None
+            found = self.forwards.read(epoch, start + self.links.index * self.forwards.plan.n_seq)
+        except Exception as error:  # whatever it was, the others are told when they ask for it
+            found = error
         self._ahead.append((place, found))
+        return True
+
+    def _find(self, place: tuple[int, int]) -> Rows | Exception:
+        """What was read ahead of a place, or else is read now."""
+        if not self._ahead or self._ahead[0][0] != place:
+            self._ahead.clear()
+            self._places = self._rounds_from(*place)
+            self._read_next()
+        return self._ahead.popleft()[1]
 
     def _send(self, found: Rows | Exception) -> None:
         links = self.links
         if isinstance(found, Exception):
-            self._failure, rows = found, self.forwards.no_rows
+            self._failure, rows = found, self.forwards.no_rows  # which is the answer to all that is asked now
             where = f"process {links.rank} on {socket.gethostname()}"
             told: dict[str, Any] = {"error": f"{where}: {type(found).__name__}: {found}"}
         else:

@@ -228,38 +228,41 @@ def test_a_reader_that_fails_is_named_and_others_do_not_wait(pool: Pool) -> None
     assert pool.run(failing, "nobody")[2:] == ["served"] * 2
 
 
-DEPTH = 5  # rounds of two batches of 48 tokens that refill half a buffer of 960
-
-
-def ahead(folder: str) -> int:
-    """Rounds that are asked for until the first batch, in a process that trains; forward passes in one that reads."""
-    calls: list[int] = []
-
-    def counted(read: Any) -> Any:
-        def call(*args: Any) -> Any:
-            calls.append(1)
-            Path(folder, f"{torch.distributed.get_rank()}-{len(calls)}").touch()
-            return read(*args)
-
-        return call
-
+def ahead(folder: str) -> tuple[str, list[int]] | None:
+    """What a process that reads did, r for a forward pass and s for an answer, and how many rows each pass gave."""
     with opened(mesh_of(1, 2), buffer_tokens=960, epochs=None) as flow:
-        if flow.is_reader:
-            flow._rounds.forwards.read = counted(flow._rounds.forwards.read)
-            flow.serve()
-        else:
-            flow._rounds.read = counted(flow._rounds.read)
-            next(flow)
-            end = time.monotonic() + 60
-            while len(list(Path(folder).glob("[23]-*"))) < 2 * (len(calls) + DEPTH) and time.monotonic() < end:
-                time.sleep(0.01)
-            time.sleep(0.1)
-    return len(calls)
+        if not flow.is_reader:
+            for _ in range(22):  # 22 batches of 24 rows, after which the buffer is refilled
+                next(flow)
+                done, before = -1, len(list(Path(folder).iterdir()))
+                while done != before:  # until the readers rest
+                    time.sleep(0.1)
+                    done, before = before, len(list(Path(folder).iterdir()))
+            return None
+        did, sizes, read, send = [], [], flow._rounds.forwards.read, flow._rounds._send
+
+        def reading(*args: Any) -> Any:
+            found = read(*args)
+            did.append("r")
+            sizes.append(len(found[0]))
+            Path(folder, f"{torch.distributed.get_rank()}-{len(sizes)}").touch()
+            return found
+
+        def sending(found: Any) -> None:
+            did.append("s")
+            send(found)
+
+        flow._rounds.forwards.read, flow._rounds._send = reading, sending
+        flow.serve()
+    return "".join(did), sizes
 
 
 def test_readers_are_ahead_by_as_much_as_refills_the_buffer(pool: Pool, tmp_path: Path) -> None:
-    n_rounds, _, *n_read = pool.run(ahead, str(tmp_path))
-    assert n_rounds > 5 and n_read == [n_rounds + DEPTH] * 2
+    for found in pool.run(ahead, str(tmp_path))[2:]:
+        did, sizes = found
+        unasked = sizes[did.count("s") :]
+        assert 2 * 2 * sum(unasked) >= 960 > 2 * 2 * sum(unasked[:-1])
+        assert "s" * 5 in did  # nothing is read between answers that are there
 
 
 def misused() -> list[str]:
