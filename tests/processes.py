@@ -16,9 +16,10 @@ import torch
 import saelab.cli
 
 COMMANDS = [f"saelab.cli.{module.name}" for module in pkgutil.iter_modules(saelab.cli.__path__)]
-"""commands import the others of these when they run"""
+COMMANDS += ["saelab.explorer.app", "torch._dynamo"]
+"""commands, and what they import when they run: the last by any optimizer"""
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", *COMMANDS, "torch._dynamo"])  # the last by any optimizer
+CONTEXT.set_forkserver_preload(["pytest", *COMMANDS])
 
 
 class Child:

@@ -1,9 +1,11 @@
 """The public names: listed, described, complete, cheap to import, and a short list at the top."""
 
+import gc
 import inspect
 import pkgutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from importlib import import_module, metadata
 from types import ModuleType
@@ -12,6 +14,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 
 import saelab
+from saelab._lazy import uncollected
 
 HEAVY = [
     "IPython", "datasets", "matplotlib", "pandas", "plotly", "pyarrow", "scipy", "sklearn", "transformer_lens",
@@ -136,3 +139,36 @@ def test_packages_help() -> None:
     code = "import saelab as sl; help(sl.interventions)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "steer(" in run.stdout and isinstance(saelab.interventions, ModuleType)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_as_before_once_names_are_imported(enabled: bool) -> None:
+    class Cycle:
+        """Refers to itself."""
+
+    gone: list[str] = []
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(ImportError), uncollected():
+            assert not gc.isenabled()
+            cycle = Cycle()
+            cycle.own = cycle  # type: ignore[attr-defined]
+            weakref.finalize(cycle, gone.append, "cycle")
+            del cycle
+            raise ImportError
+        assert gc.isenabled() is enabled and gc.get_freeze_count() == 0 and not gone
+        gc.collect()
+        assert gone == ["cycle"]
+    finally:
+        gc.enable()
+
+
+def test_what_others_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with uncollected():
+            pass
+        assert gc.get_freeze_count() == count > 0
+    finally:
+        gc.unfreeze()
