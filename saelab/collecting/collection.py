@@ -12,14 +12,14 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from saelab.collecting.reader import DEFAULT_MASK, ActivationReader
-from saelab.collecting.reading_rounds import Forwards, Rounds, Rows, StreamPlan, connect, open_rounds
+from saelab.collecting.reading_rounds import Forwards, Rows, StreamPlan, connect, open_rounds
 from saelab.collecting.shared import SharedFolder, claim_together
 from saelab.collecting.writers import FolderWriter, MemoryWriter, RowBuffer, RowWriter, load_all
 from saelab.lm.hooks import forward_size
@@ -185,6 +185,23 @@ def _read(
             writer.add_reading(reader.read(batch), len(batch))
             bar.update(batch.n_tokens)
             yield
+
+
+@runtime_checkable
+class Rounds(Protocol):
+    """Protocol of where a stream's rows come from: rounds of forward passes, of this process or of others."""
+
+    is_reader: bool
+    device: torch.device
+
+    def read(self, epoch: int, start: int, n_batches: int) -> list[Rows]:
+        """Rows of the next batches of sequences, at most `n_batches`, from a place of an epoch's order on."""
+
+    def serve(self) -> None:
+        """Read for other processes until they close the stream."""
+
+    def close(self) -> None:
+        """End the stream, for those that read for this process, too."""
 
 
 class ActivationStream:

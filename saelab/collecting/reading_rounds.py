@@ -429,12 +429,12 @@ class ServedRounds:
                 dist.broadcast(sent, links.rank, group=links.rows[links.index])
 
 
-Rounds: TypeAlias = OwnRounds | AskedRounds | ServedRounds
+AnyRounds: TypeAlias = OwnRounds | AskedRounds | ServedRounds
 
 
 def open_rounds(
     forwards: Forwards | None, tokens: Tokens | None, ranks: RankGrid, links: Links | None
-) -> tuple[StreamPlan, Rounds]:
+) -> tuple[StreamPlan, AnyRounds]:
     """The plan on which all processes agree, and this one's end of the rounds.
 
     Args:
