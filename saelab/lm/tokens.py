@@ -210,7 +210,7 @@ def _fill_id(model: Model) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class _Documents:
+class _TextShare:
     """A process's share of a text."""
 
     blocks: Iterator[tuple[list[Row], int]]
@@ -221,16 +221,16 @@ class _Documents:
     """whether each process has one part of the text, instead of every n-th block"""
 
 
-def _share(texts: Any, separator: str | None, field: str, whole: bool, ranks: RankGrid) -> _Documents:
+def _share(texts: Any, separator: str | None, field: str, whole: bool, ranks: RankGrid) -> _TextShare:
     """Every n-th block of a text, of which the beginning may be enough; or a part of one that is read to its end."""
     if not ranks.alone and whole and (part := open_part(texts, field, ranks.index, ranks.size)) is not None:
         first = [_as_bytes(row, field) for _, row in islice(find_rows(texts, separator, field), 1)]
-        return _Documents(
+        return _TextShare(
             _cut(part[0], field), part[1] | {"first row": [zlib.crc32(one) for one in first]}, is_part=True
         )
     if not ranks.alone and all(hasattr(texts, name) for name in ("select", "features", "__len__")):
-        return _Documents(_select(texts, field, ranks), _sample_rows(texts, field))
-    return _Documents(_take_turns(find_rows(texts, separator, field), field, ranks), {})
+        return _TextShare(_select(texts, field, ranks), _sample_rows(texts, field))
+    return _TextShare(_take_turns(find_rows(texts, separator, field), field, ranks), {})
 
 
 def _cut(rows: Iterator[tuple[str, Any]], field: str) -> Iterator[tuple[list[Row], int]]:
@@ -280,7 +280,7 @@ def _sketch_tokenizer(model: Model) -> list[Any]:
 
 
 def _encode_share(
-    model: Model, share: _Documents, first: list[int], longest: int | None, ranks: RankGrid
+    model: Model, share: _TextShare, first: list[int], longest: int | None, ranks: RankGrid
 ) -> Iterator[_Document]:
     """Iterator over the documents of all processes in the order of the text, tokenized on demand."""
     blocks = ((_encode(model, rows, first, longest), checksum) for rows, checksum in share.blocks)
