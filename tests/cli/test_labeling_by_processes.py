@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from ranks import N_RANKS, Pool, mesh_of
 from sampled import one_in
@@ -88,6 +89,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sae.save_pretrained(folder / f"sae-{i}")
         sl.harvest(sae, model, tokens, folder / f"store-{i}", hook_point=HOOK, progress=False, shard_tokens=700)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ready(pool: Pool) -> None:
+    """What is imported first takes long."""
+    with patch.object(ranks, "TIMEOUT", 180.0):
+        pool.run(prepare)
+
+
+def prepare() -> None:
+    load_model("tiny")
 
 
 @contextmanager
@@ -302,10 +314,10 @@ def spend(place: Path, settings: dict[str, Any]) -> tuple[float, str, int, int]:
 
 def gather() -> list[Any]:
     """Arrays and values of all processes, of dtypes that no backend knows, some of them empty."""
-    ranks = RankGrid.of(mesh_of(2, 2))
-    i = ranks.index
+    grid = RankGrid.of(mesh_of(2, 2))
+    i = grid.index
     arrays = [np.arange(i * 2, dtype=np.uint16), np.full((i, 2), i > 1), np.zeros((0, 3)), np.array([np.nan, i])[::-1]]
-    return [*(ranks.gather_arrays(array) for array in arrays), ranks.gather_json({"é": [i, None]})]
+    return [*(grid.gather_arrays(array) for array in arrays), grid.gather_json({"é": [i, None]})]
 
 
 def test_arrays_of_any_dtype_are_gathered(pool: Pool) -> None:
