@@ -211,12 +211,12 @@ class ActivationStream:
     other processes run the model for those that train, it is a context that ends with `close`.
     """
 
-    def __init__(self, plan: StreamPlan, rounds: Rounds, batch_size: int) -> None:
+    def __init__(self, plan: Any, rounds: Any, batch_size: int) -> None:
         """Set up the iterator; `stream` checks the arguments.
 
         Args:
-            plan: what is read.
-            rounds: the processes that run the model, or that ask others for it.
+            plan: what is read, a `StreamPlan`.
+            rounds: this process's end of the forward passes, from `open_rounds`.
             batch_size: rows per batch.
         """
         self.d_in = plan.widths[0]
@@ -225,7 +225,8 @@ class ActivationStream:
         self.batch_size = batch_size
         self.removed: Counter[str] = Counter()
         "Tokens removed so far by each rule of the mask."
-        self._plan, self._rounds = plan, rounds
+        self._plan: StreamPlan = plan
+        self._rounds: Rounds = rounds
         self._n_tokens = 0
         self._epoch, self._next_seq = 0, 0
         self._ahead: deque[Rows] = deque()
