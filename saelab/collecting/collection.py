@@ -215,8 +215,8 @@ class ActivationStream:
         """Set up the iterator; `stream` checks the arguments.
 
         Args:
-            plan: what is read, a `StreamPlan`.
-            rounds: this process's end of the forward passes, from `open_rounds`.
+            plan: what is read.
+            rounds: where the rows come from.
             batch_size: rows per batch.
         """
         self.d_in = plan.widths[0]
@@ -225,8 +225,7 @@ class ActivationStream:
         self.batch_size = batch_size
         self.removed: Counter[str] = Counter()
         "Tokens removed so far by each rule of the mask."
-        self._plan: StreamPlan = plan
-        self._rounds: Rounds = rounds
+        self._plan, self._rounds = plan, rounds
         self._n_tokens = 0
         self._epoch, self._next_seq = 0, 0
         self._ahead: deque[Rows] = deque()
