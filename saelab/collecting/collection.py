@@ -211,7 +211,7 @@ class ActivationStream:
     other processes run the model for those that train, it is a context that ends with `close`.
     """
 
-    def __init__(self, plan: Any, rounds: Any, batch_size: int) -> None:
+    def __init__(self, plan: StreamPlan, rounds: Rounds, batch_size: int) -> None:
         """Set up the iterator; `stream` checks the arguments.
 
         Args:
