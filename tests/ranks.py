@@ -6,13 +6,18 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 N_RANKS = 4
 TIMEOUT = 90.0  # seconds that a function may take
+IMPORTED = ["torch.distributed.device_mesh", "torch.testing", "transformer_lens", "scipy.sparse"]
+"""what most functions need"""
 
 
 class Pool:
@@ -22,7 +27,11 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":  # what the server has imported need not be imported by four processes
+            context.set_forkserver_preload(IMPORTED)
+            with one_thread():
+                importlib.import_module("multiprocessing.forkserver").ensure_running()
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(N_RANKS):
@@ -30,7 +39,8 @@ class Pool:
             process = context.Process(
                 target=_serve, args=(rank, f"{self.folder.name}/store", theirs, sys.path), daemon=True
             )
-            process.start()
+            with one_thread():
+                process.start()
             self.pipes.append(mine)
             self.processes.append(process)
 
@@ -56,9 +66,14 @@ class Pool:
         self.folder.cleanup()
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Context in which processes begin whose libraries use one thread."""
+    with patch.dict(os.environ, dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")):
+        yield
+
+
 def _serve(rank: int, store: str, pipe: Any, path: list[str]) -> None:
-    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[variable] = "1"
     sys.path[:] = path
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=N_RANKS)
