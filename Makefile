@@ -2,6 +2,7 @@
 # make test    the tests                                  make bench   the two benchmarks, beside the peers
 # make peers   SAEs read and written, beside the libraries they belong to
 # make families  every model family in every use, as a page: docs/supported_models.md
+# make kernels   the Triton kernels against PyTorch's operations, in Triton's interpreter (Linux; a gigabyte)
 # make package   the archives of a release built, checked, installed and tested as installed
 # make coverage  the tests, and which lines they run: build/coverage/, docs/coverage.md
 # make kills   every command cut off at every one of its file events
@@ -22,6 +23,9 @@ BIN := $(VENV)/bin
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/pytest -q $(SIDE_BY_SIDE)
 SOURCES := $(shell find saelab tests scripts docs conftest.py README.md -name '*.py' -o -name '*.md' 2>/dev/null)
+# Triton has wheels for Linux alone.
+TRITON := 3.9.0
+KERNELS := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),kernels)
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 
 # $(1) environment, $(2) extra, $(3) transformer-lens version, if not the one in constraints.txt
@@ -31,7 +35,7 @@ define install
 	$(1)/bin/pip install -q -c $(1)/constraints.txt -e '.[$(2)]'
 endef
 
-.PHONY: demo install test test-oldest test-newest check package coverage lint types notebooks docs docs-build format bench peers kills test-machines families fuzz
+.PHONY: demo install test test-oldest test-newest check kernels package coverage lint types notebooks docs docs-build format bench peers kills test-machines families fuzz
 
 demo: $(VENV)/.installed
 	$(BIN)/saelab demo
@@ -55,7 +59,13 @@ $(VENV)/.tested: $(VENV)/.installed $(SOURCES)
 
 # Two parts at a time, as some keep one processor busy; each shows its output when it is done, and one that fails fails all.
 check: $(VENV)/.tested
-	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint types notebooks docs-build package
+	$(MAKE) --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) lint types notebooks docs-build package $(KERNELS)
+
+# Triton lies beside the environment's packages, as nobody else needs it.
+kernels: $(VENV)/.installed
+	test -d $(VENV)/triton || $(BIN)/pip install -q --no-deps --target $(VENV)/triton triton==$(TRITON)
+	PYTHONPATH=$(VENV)/triton $(BIN)/python -c "import triton"  # without it the tests are skipped
+	PYTHONPATH=$(VENV)/triton HF_HUB_OFFLINE=1 $(BIN)/pytest -q tests/functional/test_triton_kernels.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
