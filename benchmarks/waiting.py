@@ -1,7 +1,7 @@
 """What one waits for: help of every command, the names of saelab, a language model from a folder; as ratios.
 
     python benchmarks/waiting.py
-    git worktree add /tmp/before v0.1.0
+    git worktree add /tmp/before c167cd5
     python benchmarks/waiting.py --before /tmp/before --turns 9 --json runs/waiting.json
 
 Each figure is a process of its own, from its start to its end: CPU time of all threads, time on the clock, and peak
@@ -9,6 +9,7 @@ memory, as the system counts them. Help and imports are held against `import tor
 torch takes 1.25, and 1.15), loading against what Hugging Face takes for the same folder, imports included in both
 (goal: 1.3); and, as a row without a goal, loading once more in the same process, without the imports. Processes take
 turns, as other programs slow some of them down, and medians count. Compiled files are written first, as pip does it.
+This process imports nothing large, as the system counts its memory as the least of those that it starts.
 
 `--before` is the folder of another checkout, measured in the same turns.
 """
@@ -55,6 +56,13 @@ for _ in range(5):
     load(sys.argv[1])
     seconds.append(time.process_time() - start)
 print(sorted(seconds)[2])
+"""
+RANDOM_GPT2 = """
+import sys
+from transformers import GPT2Config, GPT2LMHeadModel
+from saelab.lm.models import tiny_model
+GPT2LMHeadModel(GPT2Config(n_layer=int(sys.argv[2]))).save_pretrained(sys.argv[1])
+tiny_model(architecture="gpt2").tokenizer.save_pretrained(sys.argv[1])
 """
 COMMANDS = """
 from saelab.cli.app import app
@@ -130,17 +138,6 @@ def say(root: Path, words: list[str], compiled: Path) -> str:
     ).stdout
 
 
-def save_random(folder: Path, n_layers: int) -> Path:
-    """A random model of GPT-2 small's width and vocabulary in a folder."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from saelab.lm.models import tiny_model
-
-    GPT2LMHeadModel(GPT2Config(n_layer=n_layers)).save_pretrained(folder)
-    tiny_model(architecture="gpt2").tokenizer.save_pretrained(folder)
-    return folder
-
-
 def parse() -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,7 +168,8 @@ def measure(args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
                 turns.add(name, build, root, ["-c", code])
                 against[name], goals[name] = "torch", IMPORT_GOAL
     if "loading" in chosen:
-        folders = {"random GPT-2": save_random(scratch / "gpt2", args.n_layers)}
+        folders = {"random GPT-2": scratch / "gpt2"}
+        say(ROOT, ["-c", RANDOM_GPT2, str(folders["random GPT-2"]), str(args.n_layers)], turns.compiled)
         folders |= {"stories260k": REAL.resolve()} if REAL.is_dir() else {}
         for name, folder in folders.items():
             turns.add(f"{name}, Hugging Face", "", ROOT, ["-c", HUGGING_FACE + ONCE, str(folder)])
