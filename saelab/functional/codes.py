@@ -18,9 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from saelab.functional.compiled import has_numba, use_numba
 from saelab.functional.triton_choice import add_residuals, subtract_parts, use_triton
 
 ALIGNMENT = 64  # bytes; of a vector register, and of what PyTorch allocates
+LEAST_SORTED = 2**16  # entries from which on a compiled sort is worth loading numba for
 GATHERED = 2**15  # entries whose rows are in memory at a time, where they have to be gathered
 Spare = list[Tensor]
 """Memory for one weight gradient (d_sae, d_in), taken out when it is used: allocating costs more than the product."""
@@ -83,6 +85,11 @@ def sampled_dot(
         from saelab.functional import triton_kernels
 
         return triton_kernels.sampled_dot(rows, indices, left, table, order)
+    if use_numba(table, left):
+        from saelab.functional import numba_kernels
+
+        order = transpose_entries(indices, len(table))[0] if order is None else order
+        return numba_kernels.sampled_dot(rows, indices, left, table, order)
     if table.device.type in ("cpu", "cuda") and has_dot_kernel(table.device.type) and _is_even(table):
         order = indices.argsort() if order is None else order
         products = _dot_by_kernel(rows[order], indices[order], left.contiguous(), table)
@@ -142,6 +149,10 @@ def transpose_entries(
     >>> transpose_entries(torch.tensor([2, 0, 2]), 3)
     (tensor([1, 0, 2]), tensor([0, 1, 1, 3]))
     """
+    if len(indices) >= LEAST_SORTED and indices.device.type == "cpu" and has_numba():
+        from saelab.functional import numba_kernels
+
+        return numba_kernels.transpose_entries(indices, n_columns)
     columns, order = torch.sort(indices, stable=True)
     starts = torch.searchsorted(columns, torch.arange(n_columns + 1, device=indices.device, dtype=columns.dtype))
     return order, starts
@@ -265,10 +276,18 @@ class _NestedDecode(torch.autograd.Function):
         entries: Entries = ctx.entries.with_columns(len(W_dec))
         grad_parts = add_residuals(residuals, grad)
         flat = grad_parts.view(-1, W_dec.shape[1])
-        grad_values = None
-        if ctx.needs_input_grad[0]:
-            grad_values = sampled_dot(entries.rows, entries.indices, flat, W_dec, entries.order)
-        grad_W = weight_gradient(entries, values, flat, len(W_dec), ctx.spare) if ctx.needs_input_grad[1] else None
+        grad_values = grad_W = None
+        if ctx.needs_input_grad[0] and ctx.needs_input_grad[1] and use_numba(W_dec, flat):
+            from saelab.functional import numba_kernels
+
+            assert entries.columns is not None
+            grad_W = ctx.spare.pop() if ctx.spare else torch.empty_like(W_dec)
+            grad_values = numba_kernels.decode_gradients(entries.rows, entries.columns, values, flat, W_dec, grad_W)
+        else:
+            if ctx.needs_input_grad[0]:
+                grad_values = sampled_dot(entries.rows, entries.indices, flat, W_dec, entries.order)
+            if ctx.needs_input_grad[1]:
+                grad_W = weight_gradient(entries, values, flat, len(W_dec), ctx.spare)
         grad_x = -grad_parts[0] if ctx.needs_input_grad[2] else None
         return grad_values, grad_W, grad_x, grad_parts[0].sum(0), None, None, None, None, None
 

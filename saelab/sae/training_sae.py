@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saelab.functional.codes import Entries, SparseCodes, attach_encoder, nested_decode_error
+from saelab.functional.compiled import use_numba
 from saelab.functional.metrics import ReconstructionSums, nested_error
 from saelab.sae.activation_functions import MIN_THRESHOLD, ReLU
 from saelab.sae.activation_registry import Activation
@@ -122,6 +123,11 @@ class TrainingSAE:
     def latent_axes(self) -> Mapping[str, int]:
         """Weights and states of which each process has those of its latents, and which axis that of the latents is."""
         return LATENT_AXIS | dict.fromkeys(STATE_PER_LATENT, 0)
+
+    @property
+    def unit_rows(self) -> tuple[str, ...]:
+        """Weights whose rows the optimizer divides by their norms after each step."""
+        return ("W_dec",) if self.sae.cfg.dictionary == "unit" else ()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -435,17 +441,19 @@ class TrainingSAE:
         grad = self.sae.W_dec.grad
         if self.sae.cfg.dictionary != "unit" or grad is None:
             return
+        if use_numba(self.sae.W_dec, grad):
+            from saelab.functional import numba_kernels
+
+            numba_kernels.project_rows(grad, self.sae.W_dec)
+            return
         for g, w in zip(grad.split(256), self.sae.W_dec.split(256), strict=True):  # in chunks that fit the CPU cache
             g.addcmul_(torch.linalg.vecdot(g, w).unsqueeze(1), w, value=-1)
 
     @torch.no_grad()
     def constrain_weights(self) -> None:
-        """Project dictionary rows to unit norm, to their archetypal constraint or near their initial directions, and
-        keep learned thresholds positive.
+        """Project dictionary rows to their archetypal constraint or near their initial directions, and keep learned
+        thresholds positive.
         """
-        if self.sae.cfg.dictionary == "unit":
-            for w in self.sae.W_dec.split(256):
-                w /= torch.linalg.vector_norm(w, dim=1, keepdim=True).clamp(min=1e-12)
         if isinstance(self.sae.cfg.dictionary, SoftFrozen):
             self.sae.W_dec.copy_(project_to_cones(self.sae.W_dec, self.state["axes"], self.sae.cfg.dictionary.cosine))
         if self.sae.archetypes is not None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from saelab.functional.compiled import use_numba
 from saelab.training.ranks import ALONE, RankGrid
 
 MAX_WARMUP_STEPS = 1000
@@ -202,14 +203,57 @@ def make_adam(module: nn.Module, lr: float, cfg: TrainConfig) -> torch.optim.Ada
     return torch.optim.Adam(trained, lr=lr, betas=cfg.betas, fused=fused)
 
 
-def step_adam(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Update the module's parameters from their gradients by one step of the optimizer."""
-    for mine, parameter in zip(optimizer.param_groups[0]["params"], _trained(module), strict=True):
+@torch.no_grad()
+def step_adam(module: nn.Module, optimizer: torch.optim.Optimizer, unit_rows: Container[str] = ()) -> None:
+    """Update the module's parameters from their gradients by one step of the optimizer.
+
+    Args:
+        module: the module.
+        optimizer: the result of `make_adam` for it.
+        unit_rows: names of the parameters whose rows are divided by their norms afterwards.
+    """
+    stored = optimizer.param_groups[0]["params"]
+    compiled = []
+    for mine, parameter in zip(stored, _trained(module), strict=True):
         grad = parameter.grad
         mine.grad = grad if grad is None or parameter.is_contiguous() else grad.T
+    for mine, name in zip(stored, name_optimized(module, optimizer), strict=True):
+        if mine.grad is not None and mine.ndim == 2 and use_numba(mine, mine.grad):
+            compiled.append((mine, mine.grad, name in unit_rows))
+            mine.grad = None
     optimizer.step()
-    for mine, parameter in zip(optimizer.param_groups[0]["params"], _trained(module), strict=True):
+    for mine, grad, unit in compiled:
+        _step_compiled(mine, grad, optimizer, unit)
+        mine.grad = grad
+    done = {id(mine) for mine, _, _ in compiled}
+    for name, mine in name_optimized(module, optimizer).items():
+        if name in unit_rows and id(mine) not in done:
+            for rows in mine.split(256):  # in chunks that fit the CPU cache
+                rows /= torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)
+    for mine, parameter in zip(stored, _trained(module), strict=True):
         mine.grad = mine.grad if mine is parameter else None  # keep no gradient but the module's own
+
+
+def _step_compiled(weight: nn.Parameter, grad: Tensor, optimizer: torch.optim.Optimizer, unit: bool) -> None:
+    """One step of a compiled Adam, which keeps its state where PyTorch's does."""
+    from saelab.functional import numba_kernels
+
+    group, state = optimizer.param_groups[0], optimizer.state[weight]
+    if not state:
+        moments = {name: torch.zeros_like(weight.detach()) for name in ("exp_avg", "exp_avg_sq")}
+        state.update(step=torch.zeros(()), **moments)
+    state["step"] += 1
+    numba_kernels.step_adam(
+        weight.detach(),
+        grad,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        lr=float(group["lr"]),
+        betas=group["betas"],
+        eps=group["eps"],
+        step=int(state["step"]),
+        unit=unit,
+    )
 
 
 def name_optimized(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
