@@ -80,15 +80,19 @@ def find_leading(x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"]
 
 
 def measure_rest(
-    x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"], most: float = MOST_DIRECTIONS
+    x: Float[Tensor, "n_rows d_in"],
+    W: Float[Tensor, "d_sae d_in"],
+    largest: float = LARGEST_REST,
+    most: float = MOST_DIRECTIONS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """What each number of leading directions leaves out of `x W^T`; None with too few rows to tell.
+    """What each number of leading directions leaves out of `x W^T`; None where that is too much, or the rows too few.
 
     Directions come from one sample of the rows, what they leave out from another.
 
     Args:
         x: activations.
         W: encoder, one row per latent.
+        largest: where even `most` directions leave out more than this, the result is None.
         most: directions found, as a share of d_in.
 
     Returns:
@@ -102,18 +106,31 @@ def measure_rest(
         return None
     sample = x[:: len(x) // (2 * n)][: 2 * n].double()
     found, tried = sample[::2], sample[1::2]
-    energy, vectors = torch.linalg.eigh(found @ found.T)
-    energy, vectors = energy.flip(0)[:most_rank], vectors.flip(1)[:, :most_rank]
-    basis = found.T @ (vectors * energy.clamp(min=1e-12 * float(energy[0]) + 1e-300).rsqrt())
     weights = W[:: max(1, len(W) // (2 * SAMPLE))].double()
-    inside_x, inside_W = tried @ basis, weights @ basis
-    of_x, of_W = inside_x.square().mean(0), inside_W.square().mean(0)
+    varies = ((tried - tried.mean(0)) @ weights.T).square().mean().clamp(min=1e-300)
+    gram, n_outside = found @ found.T, max(1, d_in - n)
+    jitter = 1e-12 * float(gram.diagonal().mean()) + 1e-300
+    factor, failed = torch.linalg.cholesky_ex(gram + jitter * torch.eye(n, dtype=gram.dtype, device=x.device))
+    if bool(failed):
+        return None
+    rest_x, rest_W = (_outside(part, found, factor) for part in (tried, weights))
+    if bool((rest_x * rest_W / n_outside / varies).sqrt() > largest):  # all of the sampled rows together leave more
+        return None
+    energy, vectors = torch.linalg.eigh(gram)
+    energy, vectors = energy.flip(0)[:most_rank], vectors.flip(1)[:, :most_rank]
+    basis = found.T @ (vectors * energy.clamp(min=jitter).rsqrt())
+    of_x, of_W = (tried @ basis).square().mean(0), (weights @ basis).square().mean(0)
     rest_x = (tried.square().sum(1).mean() - of_x.cumsum(0)).clamp(min=0)
     width = torch.arange(d_in - 1, d_in - 1 - most_rank, -1, device=x.device).clamp(min=1)
     rest_W = (weights.square().sum(1).mean() - of_W.cumsum(0)).clamp(min=0) / width
-    varies = (inside_x.var(0) * of_W).sum() + rest_x[-1] * rest_W[-1]
-    rests = (rest_x * rest_W / varies.clamp(min=1e-300)).sqrt()
+    rests = (rest_x * rest_W / varies).sqrt()
     return basis.float(), rests, of_x.sqrt().float(), of_W.sqrt().float(), rest_W.sqrt()
+
+
+def _outside(rows: Tensor, found: Tensor, factor: Tensor) -> Float[Tensor, ""]:
+    """Mean square of what the rows have outside of the space of the rows `found`, from the factor of their products."""
+    inside = torch.linalg.solve_triangular(factor, found @ rows.T, upper=False)
+    return (rows.square().sum(1) - inside.square().sum(0)).mean().clamp(min=0)
 
 
 @functools.lru_cache(maxsize=8)
@@ -188,7 +205,7 @@ def _find(
     if n < d_sae:
         unseen = unseen + _bound_error((size - approximate).abs().amax(1) / noise, noise)
         worst = size.gather(1, places[:, -1:])[:, 0]
-        unsure = ((unseen >= worst) & ((unseen > 0) | signed)).nonzero()[:, 0]
+        unsure = ((unseen >= worst) & (unseen > 0)).nonzero()[:, 0]
         if leading is not None and len(unsure) > FEW:
             indices[unsure], values[unsure] = _find(x[unsure], W, bias, k, signed, None)
         elif len(unsure):
