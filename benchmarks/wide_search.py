@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from saelab.functional import partial_screen, topk
-from saelab.functional.screening import SCAN_ROWS, multiply_int8
 from saelab.functional.fused_screen import can_fuse
+from saelab.functional.screening import SCAN_ROWS, multiply_int8
 
 RANKS = (1 / 12, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
 GATHERED = 3  # how much dearer a multiply-add of one latent by itself is than one of a product

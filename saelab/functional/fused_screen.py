@@ -52,7 +52,9 @@ def _has_instruction() -> bool:
     if features is None:
         import llvmlite.binding
 
-        return all(llvmlite.binding.get_host_cpu_features().get(name) for name in ("avx512vnni", "avx512bw", "avx512vl"))
+        return all(
+            llvmlite.binding.get_host_cpu_features().get(name) for name in ("avx512vnni", "avx512bw", "avx512vl")
+        )
     return "+avx512vnni" in features.split(",")
 
 
@@ -297,9 +299,7 @@ def _run_parts(kernel: Callable[[int, int], object], n: int) -> None:
     """Call `kernel(first, last)` for parts of `range(n)` on PyTorch's number of threads, the last part on this one."""
     n_parts = max(1, min(torch.get_num_threads(), n))
     ends = [n * i // n_parts for i in range(n_parts + 1)]
-    others = [
-        _threads(n_parts - 1, os.getpid()).submit(kernel, ends[i], ends[i + 1]) for i in range(n_parts - 1)
-    ]
+    others = [_threads(n_parts - 1, os.getpid()).submit(kernel, ends[i], ends[i + 1]) for i in range(n_parts - 1)]
     try:
         kernel(ends[-2], ends[-1])
     finally:

@@ -106,7 +106,9 @@ def test_what_leading_directions_leave_out_is_found() -> None:
     leading = find_leading(x, W)
     assert leading is not None
     seen = screen_leading(x, W, bias, 32, False, leading)[1]
-    assert not (seen[rows, :, None] == torch.tensor([100, 101, 102])[:, None, None]).any()  # so the screen alone loses them
+    assert not (
+        seen[rows, :, None] == torch.tensor([100, 101, 102])[:, None, None]
+    ).any()  # so the screen alone loses them
     z = search_topk(x, W, bias, 8, False).to_dense()
     assert torch.equal(z != 0, naive(x, W, bias, 8, False) != 0)
 
