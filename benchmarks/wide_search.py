@@ -1,8 +1,11 @@
 """Seconds of the top-k search of wide dictionaries, against the encoder's full int8 product alone.
 
-    python benchmarks/wide_search.py                                        # normally distributed activations: no direction leads
-    python benchmarks/wide_search.py --rank 64                              # of 64 dimensions, in 768: as of a narrow model, widened
-    python benchmarks/wide_search.py --activations x.npy --encoder W.npy    # (n, d_in) and (d_sae, d_in), of a trained SAE
+    python benchmarks/wide_search.py
+    python benchmarks/wide_search.py --rank 64
+    python benchmarks/wide_search.py --activations x.npy --encoder W.npy --bias b.npy
+
+The first draws normally distributed activations, where no direction leads; the second such of 64 dimensions in 768, as
+a narrow model's are that was widened. The third reads activations (n, d_in) and a trained SAE's encoder (d_sae, d_in).
 
 Columns: the full int8 product; the search of `topk`; that with the fused screen; that in the leading directions alone
 where there are few enough; how many they are; the share of rows that are searched again. The columns take turns.

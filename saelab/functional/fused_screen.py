@@ -30,7 +30,7 @@ try:
     from llvmlite import ir  # type: ignore[import-not-found,import-untyped,unused-ignore]
     from numba.extending import intrinsic  # type: ignore[import-not-found,import-untyped,unused-ignore]
 except ImportError:  # the module can be imported all the same, as every module of the package
-    numba = None
+    numba = None  # type: ignore[assignment,unused-ignore]
 
 ROWS, VECTORS, LANES = 8, 3, 16  # of a tile: 24 of the 32 registers hold its sums
 PANEL = VECTORS * LANES  # latents of a tile
@@ -48,9 +48,9 @@ def can_fuse(device: torch.device) -> bool:
 @functools.cache
 def _has_instruction() -> bool:
     """Whether Numba compiles for a processor with `vpdpbusd` on 512 bits; it may be told to compile for another."""
-    features = numba.core.config.CPU_FEATURES
+    features: str | None = getattr(numba.core.config, "CPU_FEATURES", None)
     if features is None:
-        import llvmlite.binding
+        import llvmlite.binding  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
         return all(
             llvmlite.binding.get_host_cpu_features().get(name) for name in ("avx512vnni", "avx512bw", "avx512vl")

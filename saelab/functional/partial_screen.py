@@ -129,7 +129,7 @@ def measure_rest(
 
 def _outside(rows: Tensor, found: Tensor, factor: Tensor) -> Float[Tensor, ""]:
     """Mean square of what the rows have outside of the space of the rows `found`, from the factor of their products."""
-    inside = torch.linalg.solve_triangular(factor, found @ rows.T, upper=False)
+    inside: Tensor = torch.linalg.solve_triangular(factor, found @ rows.T, upper=False)
     return (rows.square().sum(1) - inside.square().sum(0)).mean().clamp(min=0)
 
 
@@ -137,7 +137,8 @@ def _outside(rows: Tensor, found: Tensor, factor: Tensor) -> Float[Tensor, ""]:
 def _mix(rank: int) -> Float[Tensor, "r r"]:
     """A fixed random rotation."""
     drawn = torch.randn(rank, rank, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return torch.linalg.qr(drawn).Q.float()
+    rotation: Tensor = torch.linalg.qr(drawn).Q
+    return rotation.float()
 
 
 def screen_leading(
