@@ -7,9 +7,9 @@ undecided are searched again.
 
 How small the rest must be follows from the gap between the k-th largest size and the largest that is not a candidate.
 Sizes of a row are close to normally distributed but for a few: with 98,304 latents and k 32, the 32nd is 3.4 standard
-deviations above the mean and the 128th 3.0. The largest of millions of errors is 5 to 6 times their standard deviation
-rho; so rho may be a twentieth of that of the sizes. `benchmarks/wide_search.py` prints rho and what it costs to allow
-for more.
+deviations above the mean and the 64th 3.1. The largest of millions of errors is 5 to 6 times their standard deviation,
+and more where the rest holds features of its own. So the rest may have a hundredth of the sizes' standard deviation;
+`benchmarks/wide_search.py` prints what it has, by the number of directions, and what it would cost to allow for more.
 """
 
 import functools
@@ -24,7 +24,7 @@ from saelab.functional.fused_screen import screen_top
 from saelab.functional.topk import _bound_error, _dense_topk, _first_of_tied, _keep_firing, score
 
 MOST_DIRECTIONS = 1 / 3  # of d_in: the weights are projected in every call, which costs more than their product saves
-LARGEST_REST = 0.05  # standard deviation of what is left out, relative to that of a row's sizes
+LARGEST_REST = 0.01  # standard deviation of what is left out, relative to that of a row's sizes
 STEP = 16  # ranks tried are multiples of this
 SAMPLE = 256  # rows of x from which directions are found, and as many on which they are tried
 FEW = 256  # rows for which a dense product costs less than another screen
@@ -48,7 +48,7 @@ class Leading:
 
 
 def find_leading(x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"]) -> Leading | None:
-    """The fewest leading directions that leave out a twentieth of the sizes' standard deviation, from a sample of rows.
+    """The fewest leading directions that leave out at most a hundredth of the sizes' standard deviation, from a sample of rows.
 
     None where there are no such directions, or too many to save anything.
 
@@ -193,7 +193,7 @@ def _find(
 ) -> tuple[Int[Tensor, "n_rows k"], Float[Tensor, "n_rows k"]]:
     """Latents and values of each row's k largest."""
     d_sae = len(W)
-    n = min(d_sae, 2 * k - k // 4 + 4 if leading is None else 4 * k)
+    n = min(d_sae, 2 * k - k // 4 + 4)
     if leading is None:
         approximate, candidates, unseen, noise = screen_top(x, W, bias, n, signed)
     else:

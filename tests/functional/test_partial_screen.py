@@ -105,7 +105,7 @@ def test_what_leading_directions_leave_out_is_found() -> None:
     bias = torch.zeros(3000)
     leading = find_leading(x, W)
     assert leading is not None
-    seen = screen_leading(x, W, bias, 32, False, leading)[1]
+    seen = screen_leading(x, W, bias, 18, False, leading)[1]
     assert not (
         seen[rows, :, None] == torch.tensor([100, 101, 102])[:, None, None]
     ).any()  # so the screen alone loses them
