@@ -48,7 +48,7 @@ class Leading:
 
 
 def find_leading(x: Float[Tensor, "n_rows d_in"], W: Float[Tensor, "d_sae d_in"]) -> Leading | None:
-    """The fewest leading directions that leave out at most a hundredth of the sizes' standard deviation, from a sample of rows.
+    """The fewest leading directions that leave out at most a hundredth of the sizes' deviation, from a sample of rows.
 
     None where there are no such directions, or too many to save anything.
 
