@@ -50,8 +50,8 @@ def test_it_screens_by_definition(n: int, d_in: int, d_sae: int, signed: bool) -
 
 @pytest.mark.parametrize("signed", [False, True])
 def test_it_keeps_the_largest_and_bounds_the_rest(signed: bool) -> None:
-    x, W, bias = draw(90, 40, 1000)
-    every, names, _, _ = screen_top(x, W, bias, 1000, signed)
+    x, W, bias = draw(300, 40, 6000)
+    every, names, _, _ = screen_top(x, W, bias, 6000, signed)
     sizes, latents, unseen, _ = screen_top(x, W, bias, 30, signed)
     assert torch.equal(sizes.sort(1).values, every.sort(1).values[:, -30:])
     by_latent = torch.empty_like(every).scatter_(1, names, every)
@@ -121,3 +121,17 @@ def test_of_equal_latents_the_lowest_is_kept() -> None:
     for row in range(50):
         names = dense[row].nonzero()[:, 0]
         assert all(int(name) - 300 in names or name < 300 for name in names)
+
+
+def test_rows_that_the_screen_cannot_decide_are_searched_again() -> None:
+    """All latents differ by a thousandth from one, which int8 does not resolve."""
+    x, W, _ = draw(60, 64, 900)
+    W = W[:1] + 1e-3 * W
+    bias = torch.zeros(900)
+    z = search_topk(x, W, bias, 8, False).to_dense()
+    expected = naive(x, W, bias, 8, False)
+    assert (expected > 0).any(1).sum() > 15  # rows on the positive side
+    torch.testing.assert_close(z.sum(1).double(), expected.sum(1), rtol=1e-6, atol=1e-4)
+    u = x.double() @ W.double().T
+    least = u.topk(8, dim=1).values[:, -1:]
+    assert (u[z != 0] >= (least - 1e-4).expand_as(u)[z != 0]).all()
