@@ -13,9 +13,6 @@ The functions need numba and such a processor; `can_fuse` says whether they can 
 
 import functools
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, no_type_check
 
 import numpy as np
@@ -23,7 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saelab.functional.screening import _balance_dimensions, scratch
+from saelab.functional.compiled import run_parts
+from saelab.functional.numba_kernels import COMPARISONS, kernel
+from saelab.functional.screening import BLOCK, balance_dimensions, scratch
 
 try:
     import numba  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -34,15 +33,18 @@ except ImportError:  # the module can be imported all the same, as every module 
 
 ROWS, VECTORS, LANES = 8, 3, 16  # of a tile: 24 of the 32 registers hold its sums
 PANEL = VECTORS * LANES  # latents of a tile
+GROUPS = 64  # maxima that a loop keeps: whole vector registers
+SIGNS = np.int32(-0x7F7F7F80)  # 0x80808080
 QUAD = 4  # products that one instruction sums in each lane
+ROOM = 256  # entries above a floor for which a row has room at first
 SCAN_ROWS = 512  # tokens for which a panel stays in the cache
 TRIES = 24  # bisections of a threshold
 ALIGNMENT = 64  # bytes of a register
 
 
-def can_fuse(device: torch.device) -> bool:
+def can_fuse() -> bool:
     """Whether the kernels can run here: numba is installed, and the processor has AVX512-VNNI."""
-    return device.type == "cpu" and numba is not None and _has_instruction()
+    return numba is not None and _has_instruction()
 
 
 @functools.cache
@@ -136,71 +138,73 @@ def _make_tile() -> Any:
 multiply_tile = None if numba is None else _make_tile()
 
 
-def _kernel(function: Callable[..., Any]) -> Any:
-    """Have Numba compile a function for arrays, without the interpreter's lock; sums keep their order."""
-    if numba is None:
-        return function
-    return numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"}, error_model="numpy")(function)
-
-
-@_kernel
+@kernel(COMPARISONS)
 @no_type_check
-def _pack_weights(columns, scale, first, last, packed, step):
-    """Panels first to last of the int8 weights `W * scale`, 128 too large, and the latents' steps."""
-    width, n_latents = columns.shape
-    block = np.empty((packed.shape[1] * QUAD, PANEL), np.float32)
-    largest, inverse = np.empty(PANEL, np.float32), np.empty(PANEL, np.float32)
+def _quantize_row(row, scale, out, groups):
+    """`row * scale` in int8 in the first bytes of `out`, and its step; `groups` holds the maxima of every 64th entry."""
+    groups[:] = np.float32(1e-30)
+    for start in range(0, len(row), len(groups)):
+        part, factor = row[start : start + len(groups)], scale[start : start + len(groups)]
+        for i in range(len(part)):
+            size = abs(part[i] * factor[i])
+            groups[i] = size if size > groups[i] else groups[i]
+    largest = groups[0]
+    for i in range(len(groups)):
+        largest = groups[i] if groups[i] > largest else largest
+    inverse = np.float32(127) / largest
+    to = out[: len(row)]
+    for i in range(len(row)):
+        to[i] = np.int8(np.int32(np.rint(row[i] * scale[i] * inverse)))
+    return largest / np.float32(127)
+
+
+@kernel(COMPARISONS)
+@no_type_check
+def _pack_weights(weights, scale, first, last, packed, step):
+    """Panels first to last of the int8 values of `weights * scale`, 128 too large, and the latents' steps."""
+    n_latents, n_quads = weights.shape[0], packed.shape[1]
+    low, groups = np.zeros(n_quads * QUAD, np.int8), np.empty(GROUPS, np.float32)
+    words = low.view(np.int32)
+    block = np.zeros((PANEL, n_quads), np.int32)
     for panel in range(first, last):
-        start = panel * PANEL
-        n = min(PANEL, n_latents - start)
-        if n < PANEL or width < len(block):
-            block[:] = np.float32(0)
-        largest[:] = np.float32(1e-30)
-        for d in range(width):
-            row, factor, to = columns[d, start : start + n], scale[d], block[d]
-            for lane in range(n):
-                value = row[lane] * factor
-                to[lane] = value
-                largest[lane] = max(largest[lane], abs(value))
         for lane in range(PANEL):
-            step[start + lane] = largest[lane] / np.float32(127)
-            inverse[lane] = np.float32(127) / largest[lane]
-        for quad in range(packed.shape[1]):
-            to, place = packed[panel, quad], quad * QUAD
-            one, two, three, four = block[place], block[place + 1], block[place + 2], block[place + 3]
+            latent = panel * PANEL + lane
+            row = block[lane]
+            if latent < n_latents:
+                step[latent] = _quantize_row(weights[latent], scale, low, groups)
+                for quad in range(n_quads):
+                    row[quad] = words[quad] ^ SIGNS  # flips the sign of every byte: 128 more, as unsigned
+            else:
+                step[latent] = np.float32(0)
+                row[:] = SIGNS
+        for quad in range(n_quads):
+            to = packed[panel, quad]
             for lane in range(PANEL):
-                by = inverse[lane]
-                word = np.int32(np.rint(one[lane] * by)) + np.int32(128)
-                word |= (np.int32(np.rint(two[lane] * by)) + np.int32(128)) << np.int32(8)
-                word |= (np.int32(np.rint(three[lane] * by)) + np.int32(128)) << np.int32(16)
-                word |= (np.int32(np.rint(four[lane] * by)) + np.int32(128)) << np.int32(24)
-                to[lane] = word
+                to[lane] = block[lane, quad]
 
 
-@_kernel
+@kernel(COMPARISONS)
 @no_type_check
 def _pack_rows(x, scale, first, last, packed, step, start):
     """Tiles first to last of the int8 values of `x * scale`, the rows' steps and what their sums start from."""
-    n_rows, width = x.shape
+    n_rows, n_quads = x.shape[0], packed.shape[1]
+    low, groups = np.zeros(n_quads * QUAD, np.int8), np.empty(GROUPS, np.float32)
+    words = low.view(np.int32)
     for tile in range(first, last):
         for r in range(ROWS):
             row = tile * ROWS + r
             if row >= n_rows:
                 continue
-            values, largest = x[row], np.float32(1e-30)
-            for d in range(width):
-                value = abs(values[d] * scale[d])
-                largest = value if value > largest else largest
-            inverse, total = np.float32(127) / largest, np.int32(0)
-            for d in range(width):
-                q = np.int32(np.rint(values[d] * scale[d] * inverse))
-                packed[tile, d // QUAD, r, d % QUAD] = q
-                total += q
-            step[row] = largest / np.float32(127)
+            step[row] = _quantize_row(x[row], scale, low, groups)
+            total = np.int32(0)
+            for i in range(len(low)):
+                total += np.int32(low[i])
             start[row] = -128 * total
+            for quad in range(n_quads):
+                packed[tile, quad, r] = words[quad]
 
 
-@_kernel
+@kernel(COMPARISONS)
 @no_type_check
 def _keep_best(sizes, names, n_found, n):
     """Move the n largest of the first n_found sizes to the front; the smallest of them."""
@@ -240,16 +244,18 @@ def _keep_best(sizes, names, n_found, n):
     return least
 
 
-@_kernel
+@kernel(COMPARISONS)
 @no_type_check
-def _scan(x, start, inverse, w, step, bias, n_latents, n, signed, first, last, sizes, names, threshold):
-    """The n largest sizes of the rows of tiles first to last, in the row's own unit, at the front of `sizes`."""
+def _scan(x, start, inverse, w, step, bias, n_latents, n, signed, first, last, sizes, names, threshold, counts):
+    """The n largest sizes of the rows of tiles first to last, in the row's own unit, at the front of `sizes`.
+
+    With n = 0: those above the rows' thresholds, as many as there is room for, and their number.
+    """
     room, n_quads = sizes.shape[1], w.shape[1]
     memory = np.empty(ROWS * PANEL + LANES, np.float32)
     shift = (-memory.ctypes.data % ALIGNMENT) // 4
     found = memory[shift : shift + ROWS * PANEL]
     masks = np.empty(ROWS * VECTORS, np.uint16)
-    counts = np.zeros(ROWS * x.shape[0], np.int32)
     for chunk in range(first, last, SCAN_ROWS // ROWS):
         for panel in range(w.shape[0]):
             for tile in range(chunk, min(last, chunk + SCAN_ROWS // ROWS)):
@@ -278,33 +284,16 @@ def _scan(x, start, inverse, w, step, bias, n_latents, n, signed, first, last, s
                     for lane in range(LANES):
                         size = found[i * LANES + lane]
                         if size > threshold[r] and latent + lane < n_latents:
-                            sizes[r, count], names[r, count] = size, latent + lane
+                            if count < room:
+                                sizes[r, count], names[r, count] = size, latent + lane
                             count += 1
-                            if count == room:
+                            if count == room and n > 0:
                                 threshold[r] = _keep_best(sizes[r], names[r], count, n)
                                 count = n
                     counts[r] = count
         for row in range(chunk * ROWS, min(last, chunk + SCAN_ROWS // ROWS) * ROWS):
-            if counts[row] > n:
+            if n > 0 and counts[row] > n:
                 threshold[row] = _keep_best(sizes[row], names[row], counts[row], n)
-
-
-@functools.lru_cache(maxsize=4)
-def _threads(n: int, process: int) -> ThreadPoolExecutor:
-    """Threads for kernels beside the calling one; those of a parent process do not run in a forked one."""
-    return ThreadPoolExecutor(n, thread_name_prefix="saelab-screen")
-
-
-def _run_parts(kernel: Callable[[int, int], object], n: int) -> None:
-    """Call `kernel(first, last)` for parts of `range(n)` on PyTorch's number of threads, the last part on this one."""
-    n_parts = max(1, min(torch.get_num_threads(), n))
-    ends = [n * i // n_parts for i in range(n_parts + 1)]
-    others = [_threads(n_parts - 1, os.getpid()).submit(kernel, ends[i], ends[i + 1]) for i in range(n_parts - 1)]
-    try:
-        kernel(ends[-2], ends[-1])
-    finally:
-        for other in others:
-            other.result()
 
 
 def _aligned(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -315,57 +304,97 @@ def _aligned(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return flat[start : start + math.prod(shape)].view(shape)
 
 
-def screen_top(
-    x: Float[Tensor, "n_rows d_in"],
-    W: Float[Tensor, "d_sae d_in"],
-    bias: Float[Tensor, "d_sae"],
-    n: int,
-    signed: bool,
-) -> tuple[Float[Tensor, "n_rows n"], Int[Tensor, "n_rows n"], Float[Tensor, "n_rows"], Float[Tensor, "n_rows"]]:
-    """Sizes and latents of each row's n largest approximate `x W^T + bias`, unsorted; a bound of the rest; the noise.
-
-    What `Screen(...).top(x, n)` returns in int8, within rounding of the same sizes.
+class FusedScreen:
+    """Approximate `u = x W^T + bias`, or |u|, as `Screen` in int8, but for the sizes that a caller asks for alone.
 
     Args:
-        x: activations.
-        W: encoder, one row per latent; read fastest where its transpose is contiguous, as the encoder of an SAE is.
+        W: encoder, one row per latent.
         bias: encoder bias, added in float32.
-        n: entries found in each row, at most d_sae.
         signed: whether the sizes are |u|.
+        like: rows similar to those to be screened, from which the scale of each dimension is taken.
 
     >>> x, W = torch.tensor([[1.0, -3.0]]), torch.eye(2)
-    >>> if can_fuse(x.device):
-    ...     assert screen_top(x, W, torch.zeros(2), 1, signed=True)[1].tolist() == [[1]]
+    >>> if can_fuse():
+    ...     assert FusedScreen(W, torch.zeros(2), True, like=x).top(x, 1)[1].tolist() == [[1]]
     """
-    (n_rows, width), d_sae = x.shape, len(W)
-    n_tiles, n_panels, n_quads = -(-n_rows // ROWS), -(-d_sae // PANEL), -(-width // QUAD)
-    balance = _balance_dimensions(x, W)
-    low_x = _aligned("x", (n_tiles, n_quads, ROWS, QUAD), torch.int8).zero_()
-    low_W = _aligned("W", (n_panels, n_quads, PANEL), torch.int32)  # four bytes each
-    step = _aligned("step", (n_panels * PANEL,), torch.float32)
-    shift = _aligned("bias", (n_panels * PANEL,), torch.float32).zero_()
-    shift[:d_sae] = bias
-    of_row = torch.ones(n_tiles * ROWS)
-    start = torch.zeros(n_tiles * ROWS, dtype=torch.int32)
-    columns, rows = W.T.contiguous().numpy(), x.contiguous().numpy()
-    by_x, by_W = balance.reciprocal().numpy(), balance.numpy()
-    _run_parts(lambda i, j: _pack_weights(columns, by_W, i, j, low_W.numpy(), step.numpy()), n_panels)
-    _run_parts(lambda i, j: _pack_rows(rows, by_x, i, j, low_x.numpy(), of_row.numpy(), start.numpy()), n_tiles)
-    room = n + max(n, 2 * PANEL)
-    sizes = torch.full((n_tiles * ROWS, room), -torch.inf)
-    latents = torch.zeros((n_tiles * ROWS, room), dtype=torch.int32)
-    unseen = torch.full((n_tiles * ROWS,), -torch.inf)
-    unseen[n_rows:] = torch.inf
-    inputs = (low_x, start, of_row.reciprocal(), low_W, step, shift)
-    outputs = (sizes, latents, unseen)
-    arrays = [part.numpy() for part in inputs + outputs]
-    _run_parts(lambda i, j: _scan(*arrays[:6], d_sae, n, signed, i, j, *arrays[6:]), n_tiles)
-    best, names, factor = sizes[:n_rows, :n], latents[:n_rows, :n].long(), of_row[:n_rows]
-    short = (best == -torch.inf).any(1).nonzero()[:, 0]  # sizes that are no numbers are never larger than a threshold
-    best[short], names[short] = 0.0, torch.arange(n)
-    unseen = (unseen[:n_rows] * factor).index_fill(0, short, torch.inf)
-    # both factors are off by up to half a step in each dimension
-    typical = torch.linalg.vector_norm(W[:: max(1, d_sae // 4096)] * balance, dim=1).square().mean().sqrt()
-    norm = torch.linalg.vector_norm(x / balance, dim=1)
-    noise = torch.hypot(factor * typical, norm * step[:d_sae].square().mean().sqrt()) / 12**0.5
-    return best * factor[:, None], names, unseen, noise
+
+    precision = "int8"
+
+    def __init__(
+        self,
+        W: Float[Tensor, "d_sae d_in"],
+        bias: Float[Tensor, "d_sae"],
+        signed: bool,
+        like: Float[Tensor, "n_rows d_in"],
+    ) -> None:
+        self.signed, (self.d_sae, self.d_in) = signed, W.shape
+        n_panels, n_quads = -(-self.d_sae // PANEL), -(-self.d_in // QUAD)
+        self.balance = balance_dimensions(like, W)
+        self.W = _aligned("W", (n_panels, n_quads, PANEL), torch.int32)  # four bytes each
+        self.step = _aligned("step", (n_panels * PANEL,), torch.float32)
+        self.bias = _aligned("bias", (n_panels * PANEL,), torch.float32).zero_()
+        self.bias[: self.d_sae] = bias
+        arrays = [_array(t) for t in (W.contiguous(), self.balance, self.W, self.step)]
+        run_parts(lambda i, j: _pack_weights(arrays[0], arrays[1], i, j, *arrays[2:]), n_panels)
+        sample = W[::BLOCK] * self.balance
+        self.typical_norm = torch.linalg.vector_norm(sample, dim=1).square().mean().sqrt()
+        self.typical_step = self.step[: self.d_sae].square().mean().sqrt()
+
+    def top(
+        self, x: Float[Tensor, "n_rows d_in"], n: int
+    ) -> tuple[Float[Tensor, "n_rows n"], Int[Tensor, "n_rows n"], Float[Tensor, "n_rows"], Float[Tensor, "n_rows"]]:
+        """Sizes and latents of each row's n largest, unsorted; an upper bound of the other sizes; and the noise."""
+        n_rows = len(x)
+        low, start, scale, noise = self._pack(x)
+        unseen = torch.full_like(scale, -torch.inf)
+        unseen[n_rows:] = torch.inf
+        sizes, latents, _ = self._search(low, start, scale, unseen, n, n + max(n, 2 * PANEL))
+        best, names, factor = sizes[:n_rows, :n], latents[:n_rows, :n].long(), scale[:n_rows]
+        unseen = unseen[:n_rows] * factor
+        short = (best == -torch.inf).any(1).nonzero()[:, 0]  # sizes that are no numbers are never above a threshold
+        if len(short):
+            best[short], names[short] = 0.0, torch.arange(n)
+            unseen[short] = torch.inf
+        return best * factor[:, None], names, unseen, noise
+
+    def above(self, x: Float[Tensor, "n_rows d_in"], floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, latents and sizes of the entries at or above `floor`, row by row; and the noise of each row."""
+        n_rows = len(x)
+        low, start, scale, noise = self._pack(x)
+        limit = (floor / scale).nextafter(scale.new_tensor(-torch.inf))
+        limit[n_rows:] = torch.inf
+        room = self.d_sae if floor == -torch.inf else min(ROOM, self.d_sae)
+        sizes, latents, counts = self._search(low, start, scale, limit, 0, room)
+        most = int(counts.max())
+        if most > room:
+            sizes, latents, counts = self._search(low, start, scale, limit, 0, most)
+        rows, places = (torch.arange(sizes.shape[1]) < counts[:, None]).nonzero(as_tuple=True)
+        return rows, latents[rows, places].long(), sizes[rows, places] * scale[rows], noise
+
+    def _pack(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows in int8 by tiles, what their sums start from, their scale, and the noise of each."""
+        n_tiles = -(-len(x) // ROWS)
+        low = _aligned("x", (n_tiles, self.W.shape[1], ROWS), torch.int32).zero_()
+        scale, start = torch.ones(n_tiles * ROWS), torch.zeros(n_tiles * ROWS, dtype=torch.int32)
+        arrays = [_array(t) for t in (x.contiguous(), self.balance.reciprocal(), low, scale, start)]
+        run_parts(lambda i, j: _pack_rows(arrays[0], arrays[1], i, j, *arrays[2:]), n_tiles)
+        # both factors are off by up to half a step in each dimension
+        norm = torch.linalg.vector_norm(x / self.balance, dim=1)
+        noise = torch.hypot(scale[: len(x)] * self.typical_norm, norm * self.typical_step) / 12**0.5
+        return low, start, scale, noise
+
+    def _search(
+        self, low: Tensor, start: Tensor, scale: Tensor, limit: Tensor, n: int, room: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sizes and latents that `_scan` keeps, and their numbers; `limit` is changed in place."""
+        shape = (len(scale), room)
+        sizes, latents = torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.int32)
+        counts = torch.zeros(len(scale), dtype=torch.int32)
+        inputs = [_array(t) for t in (low, start, scale.reciprocal(), self.W, self.step, self.bias)]
+        outputs = [_array(t) for t in (sizes, latents, limit, counts)]
+        run_parts(lambda i, j: _scan(*inputs, self.d_sae, n, self.signed, i, j, *outputs), len(low))
+        return sizes, latents, counts
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().numpy()

@@ -27,7 +27,6 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from saelab.functional.compiled import use_numba
 from saelab.functional.triton_choice import use_triton
 
 TRIED_SHAPES = ((1, 25, 560), (17, 16, 16), (70, 33, 512), (30, 129, 1024), (64, 769, 256))
@@ -36,7 +35,6 @@ Precision = Literal["float32", "bfloat16", "int8"]
 SCAN_ROWS = 512  # tokens at a time: enough for the matrix kernels, few enough for the cache and to reuse the memory
 BLOCK = 16  # latents a block
 ROUNDS = 12  # of timing the precisions
-ROOM = 128  # entries above a floor that a row has room for at first
 MOST_MERGED = 128  # candidates of a row that a kernel holds in registers
 INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8")
 
@@ -197,28 +195,25 @@ class Screen:
         like: Float[Tensor, "n_rows d_in"] | None = None,
     ) -> None:
         self.signed, self.precision = signed, precision
-        self.compiled = precision != "bfloat16" and use_numba(W)
         self.width = BLOCK if W.shape[0] % BLOCK == 0 else 1
         self.n_blocks = W.shape[0] // self.width
+        self.d_sae = W.shape[0]
         self.latents = torch.arange(W.shape[0], device=W.device)
         self.step = W.new_ones(W.shape[0])
         self.typical_norm = W.new_ones(())
         self.balance: Tensor | None = None
         if precision == "int8":
-            self.balance = None if like is None else _balance_dimensions(like, W)
+            self.balance = None if like is None else balance_dimensions(like, W)
             self._quantize(W, bias)
         else:
             dtype = torch.bfloat16 if precision == "bfloat16" else W.dtype
             self.W, self.bias = W.to(dtype), bias.to(dtype)
-        if self.compiled:
-            return
         by_block = self.step.view(self.width, self.n_blocks)
         self.largest_step, self.smallest_step = by_block.amax(0), by_block.amin(0)
         self.step_by_block = by_block.T.contiguous()
 
     def _quantize(self, W: Tensor, bias: Tensor) -> None:
-        """Quantise W to int8, latents of similar step in one block; the latent at place p is in block p % n_blocks. A
-        compiled kernel compares sizes in float32, so that latents keep their order.
+        """Quantise W to int8, latents of similar step in one block; the latent at place p is in block p % n_blocks.
 
         The bias becomes one more input dimension, scaled so that the weights' range does not change.
         """
@@ -226,17 +221,14 @@ class Screen:
         self.typical_norm = torch.linalg.vector_norm(sample, dim=1).square().mean().sqrt()
         largest = torch.maximum(sample.amax(), -sample.amin()).clamp(min=1e-30)
         self.one = float((bias.abs().amax() / largest).clamp(min=1e-6))
-        quantized, step = quantize_rows(W, bias.unsqueeze(1) / self.one, self.balance, name="weights")
-        if self.compiled:
-            self.W, self.step = quantized, step[:, 0]
-            return
+        quantized, step = quantize_rows(W, bias.unsqueeze(1) / self.one, self.balance)
         by_step = step.squeeze(1).argsort()
         self.latents = by_step.view(self.n_blocks, self.width).T.flatten()
         self.step = step[self.latents, 0]
-        self.W = scratch("sorted weights", tuple(quantized.shape), torch.int8, W.device)
+        self.W = scratch("weights", tuple(quantized.shape), torch.int8, W.device)
         torch.index_select(quantized, 0, self.latents, out=self.W)
 
-    def chunks(self, x: Float[Tensor, "n_rows d_in"]) -> Iterator["ScreenedRows | CompiledRows"]:
+    def chunks(self, x: Float[Tensor, "n_rows d_in"]) -> Iterator["ScreenedRows"]:
         """Iterator over the screened rows of x, in order; each chunk is overwritten by the next."""
         if self.precision == "int8":
             ones = x.new_full((x.shape[0], 1), self.one)
@@ -252,10 +244,7 @@ class Screen:
         for start in range(0, len(x), SCAN_ROWS):
             rows = slice(start, min(start + SCAN_ROWS, len(x)))
             sizes = self.multiply(x[rows], buffer[: rows.stop - start])
-            if self.compiled:
-                yield CompiledRows(self, rows, sizes, scale[rows], noise[rows])
-            else:
-                yield ScreenedRows(self, rows, sizes.abs_() if self.signed else sizes, scale[rows], noise[rows])
+            yield ScreenedRows(self, rows, sizes.abs_() if self.signed else sizes, scale[rows], noise[rows])
 
     def top(
         self, x: Float[Tensor, "n_rows d_in"], n: int
@@ -268,6 +257,12 @@ class Screen:
         parts = zip(*(chunk.top(n) for chunk in self.chunks(x)), strict=True)
         sizes, latents, unseen, noise = (torch.cat(part) for part in parts)
         return sizes, latents, unseen, noise
+
+    def above(self, x: Float[Tensor, "n_rows d_in"], floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, latents and sizes of the entries at or above `floor`, row by row; and the noise of each row."""
+        parts = zip(*(chunk.above(floor) for chunk in self.chunks(x)), strict=True)
+        rows, latents, sizes, noise = (torch.cat(part) for part in parts)
+        return rows, latents, sizes, noise
 
     def multiply(self, x: Tensor, out: Tensor) -> Tensor:
         """The product `x W^T + bias` in low precision, before scaling, written into `out`."""
@@ -332,38 +327,7 @@ class ScreenedRows:
         return row + self.rows.start, latents, sizes[hit, place] * self.scale[row, 0], self.noise
 
 
-class CompiledRows:
-    """One chunk of screened rows, searched by compiled kernels; see `ScreenedRows`."""
-
-    def __init__(
-        self,
-        screen: Screen,
-        rows: slice,
-        sizes: Tensor,
-        scale: Float[Tensor, "chunk 1"],
-        noise: Float[Tensor, "chunk"],
-    ) -> None:
-        self.screen, self.rows, self.sizes, self.scale, self.noise = screen, rows, sizes, scale, noise
-
-    def top(self, n: int) -> tuple[Float[Tensor, "chunk n"], Int[Tensor, "chunk n"], Float[Tensor, "chunk"], Tensor]:
-        """Sizes and latents of each row's n largest, unsorted; an upper bound of the other sizes; and the noise."""
-        from saelab.functional import numba_kernels
-
-        sizes, latents, unseen = numba_kernels.top_of_rows(self.sizes, self.screen.step, n, self.screen.signed)
-        return sizes.mul_(self.scale), latents, unseen.mul_(self.scale[:, 0]), self.noise
-
-    def above(self, floor: Float[Tensor, ""]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows of the batch, latents and sizes of the entries at or above `floor`, row by row; and the rows' noise."""
-        from saelab.functional import numba_kernels
-
-        factor, floors = self.scale[:, 0].reciprocal(), floor.expand(len(self.screen.step)).contiguous()
-        rows, latents, sizes = numba_kernels.above_floor(
-            self.sizes, self.screen.step, floors, factor, torch.zeros_like(factor), self.screen.signed, ROOM
-        )
-        return rows + self.rows.start, latents, sizes * self.scale[rows, 0], self.noise
-
-
-def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Float[Tensor, "d"]:
+def balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Float[Tensor, "d"]:
     """The factor by which dimensions of W are multiplied and those of x divided to have similar scale; from every nth
     row.
     """
@@ -374,25 +338,17 @@ def _balance_dimensions(x: Float[Tensor, "n d"], W: Float[Tensor, "m d"]) -> Flo
 
 
 def quantize_rows(
-    x: Float[Tensor, "n d"],
-    last: Float[Tensor, "n 1"],
-    scale: Float[Tensor, "d"] | None = None,
-    name: str = "quantized",
+    x: Float[Tensor, "n d"], last: Float[Tensor, "n 1"], scale: Float[Tensor, "d"] | None = None
 ) -> tuple[Int8[Tensor, "n d_1"], Float[Tensor, "n 1"]]:
     """Rows of `[x * scale, last]` quantized to int8, and each row's step: `~ q * step`, `step = max|.| / 127`.
 
-    The int8 tensor is a scratch buffer, overwritten by the next call with the same `name`.
+    The int8 tensor is a scratch buffer, overwritten by the next call.
 
     >>> quantize_rows(torch.tensor([[1.0, -2.54]]), torch.tensor([[0.5]]))
     (tensor([[  50, -127,   25]], dtype=torch.int8), tensor([[0.0200]]))
     """
-    q = scratch(name, (x.shape[0], x.shape[1] + 1), torch.int8, x.device)
+    q = scratch("quantized", (x.shape[0], x.shape[1] + 1), torch.int8, x.device)
     step = last.abs()
-    if use_numba(x):
-        from saelab.functional import numba_kernels
-
-        numba_kernels.quantize_rows(x, last, scale, q, step)
-        return q, step
     for start in range(0, x.shape[0], 256):  # by pieces that fit the cache
         rows = slice(start, start + 256)
         part = x[rows] if scale is None else x[rows] * scale

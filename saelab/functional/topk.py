@@ -13,12 +13,15 @@ columns different last bits depending on their position. So values within roundi
 one (`sampled_dot`); of equal ones the lowest latent is kept, and across a batch the first row's.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saelab.functional.activation_functions import keep_places
 from saelab.functional.codes import SparseCodes, sampled_dot
+from saelab.functional.compiled import use_numba
 from saelab.functional.screening import SCAN_ROWS, Precision, Screen, choose_precision, first_largest, largest_first
 
 ROUNDINGS = 4.0  # how many times their expected size, eps * sqrt(d) * |x| |w|, errors of a product may be
@@ -265,11 +268,17 @@ def search_group_max(
     return _keep_firing(torch.cat(latents), torch.cat(values), False, len(W))
 
 
-def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Precision | None) -> Screen | None:
-    """The screen for these rows; None where a dense product costs less."""
+def _make_screen(x: Tensor, W: Tensor, bias: Tensor, signed: bool, precision: Precision | None) -> Any:
+    """The screen for these rows, a `Screen` or `FusedScreen`; None where a dense product costs less."""
     if len(x) == 0 or (precision is None and len(W) < DENSE_WIDTH):
         return None
-    return Screen(W, bias, precision or choose_precision(x.shape[1], len(W), x.device), signed, like=x)
+    precision = precision or choose_precision(x.shape[1], len(W), x.device)
+    if precision == "int8" and use_numba(W):
+        from saelab.functional.fused_screen import FusedScreen, can_fuse
+
+        if can_fuse():
+            return FusedScreen(W, bias, signed, like=x)
+    return Screen(W, bias, precision, signed, like=x)
 
 
 def _dense_topk(x: Tensor, W: Tensor, bias: Tensor, k: int, signed: bool) -> tuple[Tensor, Tensor]:
@@ -353,14 +362,13 @@ def _first_of_tied_entries(size: Float[Tensor, "m"], entries: Int[Tensor, "m"], 
 
 
 def _screen_batch(
-    screen: Screen, x: Tensor, W: Tensor, bias: Tensor, n_kept: int
+    screen: Any, x: Tensor, W: Tensor, bias: Tensor, n_kept: int
 ) -> tuple[Int[Tensor, "nnz"], Int[Tensor, "nnz"], Float[Tensor, "nnz"]]:
     """Rows, latents and exact u of a superset of the batch's n_kept largest, row by row."""
     surplus = 1.6 if screen.precision == "int8" else 1.25
     while True:
         floor = _estimate_floor(screen, x, n_kept / len(x) * surplus)
-        parts = zip(*(c.above(floor) for c in screen.chunks(x)), strict=True)
-        rows, indices, approximate, noise = (torch.cat(part) for part in parts)
+        rows, indices, approximate, noise = screen.above(x, floor)
         exact = score(x, W, bias, rows, indices)
         size = exact.abs() if screen.signed else exact
         if len(size) >= n_kept:
@@ -397,15 +405,15 @@ def _bound_error(relative: Float[Tensor, "..."], noise: Float[Tensor, "n_rows"])
     return worst * noise * ERROR_MARGIN
 
 
-def _estimate_floor(screen: Screen, x: Tensor, k: float) -> Float[Tensor, ""]:
+def _estimate_floor(screen: Any, x: Tensor, k: float) -> Float[Tensor, ""]:
     """The size that about k entries per row exceed, from every nth row; -inf where k is at least half of the
     latents.
     """
-    n = min(int(4 * k) + 1, len(screen.latents))
-    if 2 * k >= len(screen.latents):
+    n = min(int(4 * k) + 1, screen.d_sae)
+    if 2 * k >= screen.d_sae:
         return x.new_full((), -torch.inf)
     sample = x[:: max(1, x.shape[0] // 256)]
-    sizes = torch.cat([chunk.top(n)[0] for chunk in screen.chunks(sample)]).flatten()
+    sizes = screen.top(sample, n)[0].flatten()
     return sizes.topk(int(k * len(sample)) + 1).values[-1]
 
 
