@@ -66,12 +66,12 @@ def _make_tile() -> Any:
 
     @intrinsic
     def multiply_tile(typing_context, x, w, start, step, bias, inverse, threshold, sizes, masks, n_quads, signed):
-        i64, i32 = numba.types.int64, numba.types.int32
-        signature = i32(*[i64] * 10, numba.types.boolean)
+        i64 = numba.types.int64
+        signature = numba.types.uint64(*[i64] * 10, numba.types.boolean)
 
         def codegen(context, builder, signature, args):
             x, w, start, step, bias, inverse, threshold, sizes, masks, n_quads, signed = args
-            int16, int32, int64, real = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+            int16, int32, int64, real = (*map(ir.IntType, (16, 32, 64)), ir.FloatType())
             sums, reals = ir.VectorType(int32, LANES), ir.VectorType(real, LANES)
             dot = builder.module.declare_intrinsic(
                 "llvm.x86.avx512.vpdpbusd.512", (), ir.FunctionType(sums, [sums, sums, sums])
@@ -94,7 +94,7 @@ def _make_tile() -> Any:
             step, bias = builder.inttoptr(step, reals.as_pointer()), builder.inttoptr(bias, reals.as_pointer())
             inverse = builder.inttoptr(inverse, real.as_pointer())
             threshold = builder.inttoptr(threshold, real.as_pointer())
-            sizes, masks = builder.inttoptr(sizes, reals.as_pointer()), builder.inttoptr(masks, int16.as_pointer())
+            sizes, masks = builder.inttoptr(sizes, reals.as_pointer()), builder.inttoptr(masks, int64.as_pointer())
             first = [spread(load(start, whole(r), 4), sums) for r in range(ROWS)]
             before = builder.block
             loop, after = builder.append_basic_block("quads"), builder.append_basic_block("compare")
@@ -116,26 +116,43 @@ def _make_tile() -> Any:
                 total.add_incoming(more, loop)
             builder.cbranch(builder.icmp_signed("<", following, n_quads), loop, after)
             builder.position_at_end(after)
-            any_above = ir.Constant(int16, 0)
+            any_above = whole(0)
             for r in range(ROWS):
                 by, limit = (spread(load(of, whole(r), 4), reals) for of in (inverse, threshold))
+                mask = whole(0)
                 for v in range(VECTORS):
                     size = builder.fmul(builder.sitofp(grown[r * VECTORS + v], reals), load(step, whole(v), 4))
                     size = builder.fadd(size, builder.fmul(by, load(bias, whole(v), 4)))
                     size = builder.select(signed, builder.call(fabs, [size]), size)
                     place = whole(r * VECTORS + v)
                     builder.store(size, builder.gep(sizes, [place]), align=4)
-                    mask = builder.bitcast(builder.fcmp_ordered(">", size, limit), int16)
-                    builder.store(mask, builder.gep(masks, [place]), align=2)
-                    any_above = builder.or_(any_above, mask)
-            return builder.zext(any_above, int32)
+                    above = builder.zext(builder.bitcast(builder.fcmp_ordered(">", size, limit), int16), int64)
+                    mask = builder.or_(mask, builder.shl(above, whole(LANES * v)))
+                builder.store(mask, builder.gep(masks, [whole(r)]), align=8)
+                any_above = builder.or_(any_above, mask)
+            return any_above
 
         return signature, codegen
 
     return multiply_tile
 
 
+@no_type_check
+def _make_lowest_bit() -> Any:
+    """The function that counts the zeros below a number's lowest bit."""
+
+    @intrinsic
+    def lowest_bit(typing_context, mask):
+        def codegen(context, builder, signature, args):
+            return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+        return numba.types.int64(numba.types.uint64), codegen
+
+    return lowest_bit
+
+
 multiply_tile = None if numba is None else _make_tile()
+lowest_bit = None if numba is None else _make_lowest_bit()
 
 
 @kernel(COMPARISONS)
@@ -255,7 +272,7 @@ def _scan(x, start, inverse, w, step, bias, n_latents, n, signed, first, last, s
     memory = np.empty(ROWS * PANEL + LANES, np.float32)
     shift = (-memory.ctypes.data % ALIGNMENT) // 4
     found = memory[shift : shift + ROWS * PANEL]
-    masks = np.empty(ROWS * VECTORS, np.uint16)
+    masks = np.empty(ROWS, np.uint64)
     for chunk in range(first, last, SCAN_ROWS // ROWS):
         for panel in range(w.shape[0]):
             for tile in range(chunk, min(last, chunk + SCAN_ROWS // ROWS)):
@@ -275,17 +292,18 @@ def _scan(x, start, inverse, w, step, bias, n_latents, n, signed, first, last, s
                 )
                 if hit == 0:
                     continue
-                for i in range(ROWS * VECTORS):
-                    if masks[i] == 0:
+                for i in range(ROWS):
+                    mask, r = masks[i], row + i
+                    if mask == 0:
                         continue
-                    r = row + i // VECTORS
-                    latent = panel * PANEL + (i % VECTORS) * LANES
                     count = counts[r]
-                    for lane in range(LANES):
-                        size = found[i * LANES + lane]
-                        if size > threshold[r] and latent + lane < n_latents:
+                    while mask != 0:
+                        lane = lowest_bit(mask)
+                        mask &= mask - np.uint64(1)
+                        size, latent = found[i * PANEL + lane], panel * PANEL + lane
+                        if size > threshold[r] and latent < n_latents:
                             if count < room:
-                                sizes[r, count], names[r, count] = size, latent + lane
+                                sizes[r, count], names[r, count] = size, latent
                             count += 1
                             if count == room and n > 0:
                                 threshold[r] = _keep_best(sizes[r], names[r], count, n)
