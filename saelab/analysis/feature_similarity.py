@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, SupportsIndex, get_args
 from weakref import WeakKeyDictionary
 
@@ -287,14 +288,15 @@ def _correlations(store: FeatureStore, firing: bool) -> Iterator[tuple[int, np.n
             for rows, columns in store.shard_matrices(start, part.stop):
                 if firing:
                     rows.data, columns.data = np.ones_like(rows.data), np.ones_like(columns.data)
-                pieces = [(sums[i : i + step], columns[:, i : i + step], rows) for i in range(0, len(sums), step)]
-                list(pool.map(_add_products, *zip(*pieces, strict=True)))
+                pieces = [slice(i, i + step) for i in range(0, len(sums), step)]
+                list(pool.map(partial(_add_products, sums, columns, rows), pieces))
+                del rows, columns  # before the next are read
             yield start, correlation_of_sums(n, x[part, None], x, xx[part, None], xx, sums).astype(np.float32)
 
 
-def _add_products(sums: np.ndarray, columns: "csc_matrix", rows: "csr_matrix") -> None:
-    """Add the sums over tokens of the products of two codes."""
-    sums += (columns.T.tocsr() @ rows).toarray()
+def _add_products(sums: np.ndarray, columns: "csc_matrix", rows: "csr_matrix", piece: slice) -> None:
+    """Add the sums over tokens of the products of the codes of some columns with all others."""
+    sums[piece] += (columns[:, piece].T.tocsr() @ rows).toarray()
 
 
 def _nearest(start: int, block: np.ndarray, m: int) -> tuple[np.ndarray, np.ndarray]:
