@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Integer
 
 from saelab.analysis.direct_logits import LogitLens
+from saelab.analysis.max_activating import count_ids
 from saelab.functional.statistics import adjust, dispersion, tail, window_auroc
 from saelab.labels.rules.predicates import Predicates, one_of_each
 from saelab.labels.rules.token_view import TokenView
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 BLOCK_ENTRIES = 4_000_000
 """Codes held at once, unless one feature alone has more."""
 BLOCK_FEATURES = 4096
-PACKED_ROWS = 65536
+PACKED_ROWS = 4096
 N_BLOCKS = 64
 """Smallest number of blocks that are shifted independently when the null is measured."""
 PROMOTED_SHARE = 0.5
@@ -48,7 +49,7 @@ class PackedBits:
         """The packed form of a sparse matrix, computed a block of rows at a time."""
         bits = np.empty((matrix.shape[0], -(-matrix.shape[1] // 8)), np.uint8)
         for a in range(0, len(bits), PACKED_ROWS):
-            bits[a : a + PACKED_ROWS] = np.packbits(matrix[a : a + PACKED_ROWS].toarray() != 0, axis=1)
+            bits[a : a + PACKED_ROWS] = np.packbits(matrix[a : a + PACKED_ROWS].astype(bool).toarray(), axis=1)
         return cls(bits)
 
     def at(self, rows: Integer[np.ndarray, "n"], columns: Integer[np.ndarray, "m"]) -> Bool[np.ndarray, "n m"]:
@@ -144,6 +145,24 @@ class Counts:
         return 2 * self.both / np.maximum(self.fires[:, :, None] + self.holds, 1)
 
 
+@dataclass(frozen=True, eq=False)
+class SideCounts:
+    """The counts of a block of features, which are held sparse: those of a few sides at a time are made dense."""
+
+    hits: "csr_matrix"
+    """(n_sides * n_levels, n_predicates) tokens on which both are, by the level that the code reaches, highest first"""
+    fires: Int[np.ndarray, "n_sides n_levels"]
+    holds: Int[np.ndarray, "n_predicates"]
+    n_tokens: int
+
+    def of(self, sides: Int[np.ndarray, "n"]) -> Counts:
+        """The counts of some sides."""
+        n_levels = self.fires.shape[1]
+        rows = (sides[:, None] * n_levels + np.arange(n_levels)).ravel()
+        both = _from_above(self.hits[rows].toarray().reshape(len(sides), n_levels, -1))
+        return Counts(both, self.fires[sides], self.holds, self.n_tokens)
+
+
 class SplitCounts:
     """Predicates restricted to the training documents, or to the held-out ones; tokens are numbered within these."""
 
@@ -191,8 +210,8 @@ class SplitCounts:
                 found[tokens] = True
         return found
 
-    def count(self, sides: SideFirings) -> Counts:
-        """All contingency counts of a block of features, by one sparse product that counts each code at the level it
+    def count(self, sides: SideFirings) -> "SideCounts":
+        """The contingency counts of a block of features, by one sparse product that counts each code at the level it
         reaches.
         """
         places = self.places[sides.rows]
@@ -200,9 +219,8 @@ class SplitCounts:
         ends = sides.ends[:, ::-1].ravel()
         offsets = np.concatenate([[0], np.cumsum(here)])[np.concatenate([[0], ends])].astype(np.int32)
         codes = as_csr(np.ones(offsets[-1], np.int32), places[here], offsets, (len(ends), self.n_tokens))
-        shape = sides.ends.shape
-        both = (codes @ self.matrix).toarray().reshape(*shape, -1)
-        return Counts(_from_above(both), _from_above(np.diff(offsets).reshape(shape)), self.holds, self.n_tokens)
+        fires = _from_above(np.diff(offsets).reshape(sides.ends.shape))
+        return SideCounts(codes @ self.matrix, fires, self.holds, self.n_tokens)
 
 
 def _from_above(counts: np.ndarray) -> np.ndarray:
@@ -404,7 +422,7 @@ def find_side_tokens(
 
 def _best_tokens(side: np.ndarray, tokens: np.ndarray, holds: np.ndarray) -> np.ndarray:
     """The best token of each side, where its F1 is large enough."""
-    pairs, both = np.unique(side.astype(np.int64) * len(holds) + tokens, return_counts=True)
+    pairs, both = count_ids(side.astype(np.int64) * len(holds) + tokens)
     sides, which = pairs // len(holds), pairs % len(holds)
     f1 = 2 * both / (np.bincount(side)[sides] + holds[which])
     order = np.lexsort((-f1, sides))

@@ -21,6 +21,7 @@ from saelab.labels.rules.contingency import (
     Counts,
     Judge,
     NextTokens,
+    SideCounts,
     SideFirings,
     SplitCounts,
     Verdict,
@@ -49,6 +50,8 @@ MIN_SHARE = 0.01
 N_BY_F1, N_BY_LIFT, LONGEST = 8, 6, 16
 PAIR_ROWS = 768
 """Firings in training documents, drawn at random, on which pairs are selected."""
+SIDES_AT_ONCE = 64
+"""Feature sides whose counts are dense at a time."""
 N_TOKENS = 400_000
 """Number of tokens that are used of a longer text."""
 T = TypeVar("T")
@@ -72,7 +75,7 @@ class Rule:
 
 
 def choose_rules(
-    counts: Counts,
+    counts: SideCounts,
     sides: SideFirings,
     split: SplitCounts,
     predicates: Predicates,
@@ -91,23 +94,45 @@ def choose_rules(
         seed: seed of the firings that pairs are selected on.
         numbers: number of each feature side, so that its draws are the same whatever other features are asked for.
     """
+    found: list[Rule | None] = [None] * len(sides)
+    live = np.flatnonzero(counts.fires[:, 0] >= min_count)  # no level of the others has enough firings
+    for start in range(0, len(live), SIDES_AT_ONCE):
+        chosen = live[start : start + SIDES_AT_ONCE]
+        rules = _choose(counts.of(chosen), chosen, sides, split, predicates, min_count, seed, numbers)
+        for side, rule in zip(chosen.tolist(), rules, strict=True):
+            found[side] = rule
+    return found
+
+
+def _choose(
+    counts: Counts,
+    chosen: Int[np.ndarray, "n"],
+    sides: SideFirings,
+    split: SplitCounts,
+    predicates: Predicates,
+    min_count: int,
+    seed: int,
+    numbers: Int[np.ndarray, "n_sides"],
+) -> list[Rule | None]:
+    """The rules of some of the sides, whose counts are given."""
     favor = np.array([FAVOR * (kind in GIVEN) for kind in predicates.kinds])
     cost = _cost(counts.fires, min_count)
     best, scores = _singles(counts, favor, min_count)
     families = [_lists(predicates.family(kind), counts) for kind in DISJOINT]
     lists = [family for family in families if family is not None]
     levels = (np.maximum.reduce([scores, *(score for *_, score in lists)]) - cost).argmax(1)
-    here = np.arange(len(sides))
+    here = np.arange(len(chosen))
     f1, both, fires = counts.f1[here, levels], counts.both[here, levels], counts.fires[here, levels]
     near = _candidates(f1 + favor, both, fires, counts)
-    found: list[Rule | None] = [None] * len(sides)
+    found: list[Rule | None] = [None] * len(chosen)
     for side in np.flatnonzero(np.isfinite((scores - cost)[here, levels])).tolist():
         level = int(levels[side])
         j = int(best[side, level])
         options = [(float(scores[side, level]), Rule((j,), "", level, float(f1[side, j])))]
         options += [_of_list(side, level, *one) for one in lists]
         if max(score for score, _ in options) < 1 - PAIR_COST - PART_COST:
-            rows, rng = sides.of(side, level), np.random.default_rng((seed, int(numbers[side]), 1))  # of its own
+            own = int(chosen[side])
+            rows, rng = sides.of(own, level), np.random.default_rng((seed, int(numbers[own]), 1))  # of its own
             if len(rows) > 4 * PAIR_ROWS:
                 rows = rows[rng.integers(len(rows), size=4 * PAIR_ROWS)]
             options += _pairs(near[side], level, split.here(rows), int(fires[side]), split, favor, rng)
@@ -190,7 +215,7 @@ def _pairs(
         rows = rows[rng.integers(len(rows), size=PAIR_ROWS)]
     if len(rows) == 0:  # all that were drawn are of held-out documents
         return []
-    columns = np.unique(candidates)
+    columns = candidates[np.diff(candidates, prepend=-1) > 0]
     hits = split.bits.at(rows, columns).astype(np.float32)
     both = (hits.T @ hits) * (n_fires / len(rows))
     single, holds = both.diagonal(), split.holds[columns]
@@ -382,12 +407,12 @@ class _Work:
             if first < end:
                 yield features[first:end]
 
-    def count(self, wanted: Int[np.ndarray, "m"]) -> tuple[Int[np.ndarray, "m"], SideFirings, Counts]:
+    def count(self, wanted: Int[np.ndarray, "m"]) -> tuple[Int[np.ndarray, "m"], SideFirings, SideCounts]:
         """Read the codes of a block of features, and count them against the predicates in training documents."""
         sides = SideFirings.sort(read_columns(self.store, wanted), self.is_train, FRACTIONS)
         return wanted, sides, self.train.count(sides)
 
-    def label(self, wanted: Int[np.ndarray, "m"], sides: SideFirings, counts: Counts) -> Iterator[_Draft]:
+    def label(self, wanted: Int[np.ndarray, "m"], sides: SideFirings, counts: SideCounts) -> Iterator[_Draft]:
         """Choose and test the rules of a block; sides that never fire are left out."""
         numbers = (2 * wanted[:, None] + np.arange(2)).ravel()
         rules = choose_rules(counts, sides, self.train, self.predicates, self.min_count, self.seed, numbers)
