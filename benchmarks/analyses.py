@@ -304,7 +304,9 @@ def main() -> None:
         prepare(args, folder)
         rows: dict[str, dict[str, Any]] = {}
         for name in args.work:
-            turns = [{build: take(name, root, folder, settings) for build, root in builds.items()} for _ in range(args.turns)]
+            turns = [
+                {build: take(name, root, folder, settings) for build, root in builds.items()} for _ in range(args.turns)
+            ]
             rows[name] = {build: middle([turn[build] for turn in turns]) for build in builds}
             print(f"{name}: {json.dumps(rows[name])}", file=sys.stderr, flush=True)
     print(table(rows))

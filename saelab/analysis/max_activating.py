@@ -148,9 +148,7 @@ class ExampleChoice:
     seed: int = 0
 
 
-def find_examples(
-    store: FeatureStore, features: Sequence[Feature], choice: ExampleChoice
-) -> Iterator[FeatureExamples]:
+def find_examples(store: FeatureStore, features: Sequence[Feature], choice: ExampleChoice) -> Iterator[FeatureExamples]:
     """The windows of several features, each as `max_activating_examples` chooses them; the text is read once for all.
 
     Args:

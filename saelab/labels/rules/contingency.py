@@ -4,16 +4,19 @@ Counts come from sparse products for all tokens, from packed bits for chosen one
 side become predicates, however rare they are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Int32, Integer
 
 from saelab.analysis.direct_logits import LogitLens
 from saelab.analysis.max_activating import count_ids
+from saelab.functional.indices import number_rows
 from saelab.functional.statistics import adjust, dispersion, tail, window_auroc
 from saelab.labels.rules.predicates import Predicates, one_of_each
 from saelab.labels.rules.token_view import TokenView
@@ -24,6 +27,8 @@ from saelab.training.ranks import ALONE, RankGrid, Steps, run_together
 if TYPE_CHECKING:
     from scipy.sparse import csc_matrix, csr_matrix
 
+T = TypeVar("T")
+U = TypeVar("U")
 BLOCK_ENTRIES = 4_000_000
 """Codes held at once, unless one feature alone has more."""
 BLOCK_FEATURES = 4096
@@ -172,6 +177,13 @@ class SplitCounts:
         self.matrix = predicates.matrix[self.rows].astype(np.int32)
         self.holds = np.asarray(self.matrix.sum(0)).ravel().astype(np.int64)
 
+    @classmethod
+    def prepare(cls, predicates: Predicates, chosen: Bool[np.ndarray, "n_tokens"]) -> "SplitCounts":
+        """The counts with everything that is otherwise computed on first use."""
+        found = cls(predicates, chosen)
+        found.bits, found.pairs  # noqa: B018
+        return found
+
     @property
     def n_tokens(self) -> int:
         """Number of tokens in this part of the split."""
@@ -284,7 +296,8 @@ class Judge:
         # blocks that are shifted together: documents, cut into pieces where there are few
         size = max(1, split.n_tokens // N_BLOCKS) if len(np.unique(self.doc_ids)) < N_BLOCKS else split.n_tokens
         _, documents = np.unique(self.doc_ids, return_inverse=True)
-        self._blocks = documents * N_BLOCKS + np.minimum(np.arange(split.n_tokens) // size, N_BLOCKS - 1)
+        pieces = documents * N_BLOCKS + np.minimum(np.arange(split.n_tokens) // size, N_BLOCKS - 1)
+        self._blocks = number_rows(pieces)[1]
 
     def test(
         self, holds: Callable[[np.ndarray], np.ndarray], size: int, fires: Integer[np.ndarray, "n"], side: int
@@ -398,21 +411,25 @@ def find_side_tokens(
     ids, numbers = np.unique(store.token_ids, return_inverse=True)
     holds = np.bincount(numbers[is_train], minlength=len(ids))
     found = np.zeros(len(ids), bool)
+    numbers = numbers.astype(np.int32)
+
+    def read(block: tuple[int, int]) -> "csc_matrix | None":
+        features = np.arange(*block)
+        features = features[features % ranks.size == ranks.index]
+        return read_columns(store, features) if len(features) else None
 
     def search() -> Steps:
-        for start, stop in feature_blocks(store):
-            features = np.arange(start, stop)
-            features = features[features % ranks.size == ranks.index]
-            if len(features):
-                columns = read_columns(store, features)
+        for columns in one_ahead(read, feature_blocks(store)):
+            if columns is not None:
                 kept = is_train[columns.indices]
-                feature = np.repeat(np.arange(len(features)), np.diff(columns.indptr))[kept]
+                side = np.repeat(np.arange(0, 2 * columns.shape[1], 2, dtype=np.int32), np.diff(columns.indptr))[kept]
                 codes, tokens = columns.data[kept], numbers[columns.indices[kept]]
-                side, sizes = 2 * feature + (codes < 0), np.abs(codes)
-                peaks = np.zeros(2 * len(features), sizes.dtype)
+                side += codes < 0
+                sizes = np.abs(codes)
+                peaks = np.zeros(2 * columns.shape[1], sizes.dtype)
                 np.maximum.at(peaks, side, sizes)
                 for level in LEVELS:
-                    here = sizes >= level * peaks[side]
+                    here = np.flatnonzero(sizes >= (level * peaks)[side])
                     found[_best_tokens(side[here], tokens[here], holds)] = True
             yield
 
@@ -428,3 +445,17 @@ def _best_tokens(side: np.ndarray, tokens: np.ndarray, holds: np.ndarray) -> np.
     order = np.lexsort((-f1, sides))
     first = order[np.append(True, np.diff(sides[order]) != 0)[: len(order)]]
     return which[first[f1[first] >= LEAST_F1]]
+
+
+def one_ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+    """Results of `work` for each item in order, the next one computed in the background, as it leaves the interpreter
+    free.
+    """
+    with ThreadPoolExecutor(max_workers=1) as background:
+        waiting: deque[Future[U]] = deque()
+        for item in items:
+            waiting.append(background.submit(work, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -3,15 +3,14 @@
 A rule is the predicate, pair or list of predicates with the highest F1. Several processes divide the features.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from saelab.analysis.direct_logits import LogitLens
 from saelab.functional.indices import FeatureIds, read_features
@@ -27,6 +26,7 @@ from saelab.labels.rules.contingency import (
     Verdict,
     add_side_tokens,
     feature_blocks,
+    one_ahead,
     q_values,
     read_columns,
 )
@@ -54,8 +54,6 @@ SIDES_AT_ONCE = 64
 """Feature sides whose counts are dense at a time."""
 N_TOKENS = 400_000
 """Number of tokens that are used of a longer text."""
-T = TypeVar("T")
-U = TypeVar("U")
 PART_SHARE = 0.25
 """Share of the covered firings that each part of a polysemantic feature must have."""
 OVERLAP = 0.05
@@ -118,7 +116,8 @@ def _choose(
     favor = np.array([FAVOR * (kind in GIVEN) for kind in predicates.kinds])
     cost = _cost(counts.fires, min_count)
     best, scores = _singles(counts, favor, min_count)
-    families = [_lists(predicates.family(kind), counts) for kind in DISJOINT]
+    possible = np.isfinite(cost)
+    families = [_lists(predicates.family(kind), counts, possible) for kind in DISJOINT]
     lists = [family for family in families if family is not None]
     levels = (np.maximum.reduce([scores, *(score for *_, score in lists)]) - cost).argmax(1)
     here = np.arange(len(chosen))
@@ -156,26 +155,35 @@ def _singles(
 
 
 def _lists(
-    family: list[int], counts: Counts
+    family: list[int], counts: Counts, possible: Bool[np.ndarray, "n_sides n_levels"]
 ) -> tuple[Int[np.ndarray, "n_sides n_levels m"], np.ndarray, np.ndarray, np.ndarray] | None:
     """The best list of mutually exclusive predicates of one family: those with the highest F1, the most precise first.
 
-    For each feature side and level: the members in order, how many of them to take, their joint F1 and its score.
+    For each feature side and level: the members in order, how many of them to take, their joint F1 and its score, which
+    is -inf where the level is not possible.
     """
     if len(family) < 2:
         return None
     m = min(LONGEST, len(family))
     columns = np.array(family)
-    chosen = columns[largest_first(torch.from_numpy(counts.f1[:, :, columns]), m).numpy()]
-    hits, size = np.take_along_axis(counts.both, chosen, 2), counts.holds[chosen]
-    order = np.argsort(-hits / np.maximum(size, 1), axis=2, kind="stable")
-    chosen, hits, size = (np.take_along_axis(one, order, 2) for one in (chosen, hits, size))
-    f1 = 2 * hits.cumsum(2) / np.maximum(counts.fires[:, :, None] + size.cumsum(2), 1)
+    chosen = columns[largest_first(torch.from_numpy(counts.f1[possible][:, columns]), m).numpy()]
+    hits, size = np.take_along_axis(counts.both[possible], chosen, 1), counts.holds[chosen]
+    order = np.argsort(-hits / np.maximum(size, 1), axis=1, kind="stable")
+    chosen, hits, size = (np.take_along_axis(one, order, 1) for one in (chosen, hits, size))
+    f1 = 2 * hits.cumsum(1) / np.maximum(counts.fires[possible][:, None] + size.cumsum(1), 1)
     scores = f1 - PAIR_COST - PART_COST * np.log2(np.arange(1, m + 1))
-    scores[:, :, 0] = -np.inf
-    at = scores.argmax(2)[:, :, None]
-    f1, scores = (np.take_along_axis(one, at, 2)[:, :, 0] for one in (f1, scores))
-    return chosen, at[:, :, 0] + 1, f1, scores
+    scores[:, 0] = -np.inf
+    at = scores.argmax(1)[:, None]
+    f1, scores = (np.take_along_axis(one, at, 1)[:, 0] for one in (f1, scores))
+    lengths, scores = _spread(at[:, 0] + 1, possible, 0), _spread(scores, possible, -np.inf)
+    return _spread(chosen, possible, -1), lengths, _spread(f1, possible, 0.0), scores
+
+
+def _spread(values: np.ndarray, places: np.ndarray, empty: float) -> np.ndarray:
+    """Values at their places, and `empty` elsewhere."""
+    found = np.full(places.shape + values.shape[1:], empty, values.dtype)
+    found[places] = values
+    return found
 
 
 def _of_list(
@@ -303,7 +311,7 @@ def label_by_rules(
     drafts: list[_Draft] = []
 
     def search() -> Steps:
-        for counted in _one_ahead(work.count, work.blocks(wanted[ranks.own(len(wanted))])):
+        for counted in one_ahead(work.count, work.blocks(wanted[ranks.own(len(wanted))])):
             drafts.extend(work.label(*counted))
             yield
 
@@ -396,9 +404,12 @@ class _Work:
     ) -> None:
         self.store, self.predicates, self.is_train = store, predicates, is_train
         self.min_count, self.seed = min_count, seed
-        self.train, self.held = SplitCounts(predicates, is_train), SplitCounts(predicates, ~is_train)
-        self.judge = Judge(self.held, store.doc_ids, seed)
-        self.next = NextTokens(store, lens, self.held) if lens is not None else None
+        with ThreadPoolExecutor(max_workers=1) as background:
+            train = background.submit(SplitCounts.prepare, predicates, is_train)
+            self.held = SplitCounts(predicates, ~is_train)
+            self.judge = Judge(self.held, store.doc_ids, seed)
+            self.next = NextTokens(store, lens, self.held) if lens is not None else None
+            self.train = train.result()
 
     def blocks(self, features: Int[np.ndarray, "n"]) -> Iterator[Int[np.ndarray, "m"]]:
         """Features in increasing order, cut into blocks."""
@@ -484,17 +495,3 @@ class _Work:
 
 def _describe_output(draft: _Draft) -> tuple[str, LabelKind, tuple[str, ...], str]:
     return name_output(draft.promoted), "output", draft.promoted, "next"
-
-
-def _one_ahead(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """Results of `work` for each item in order, the next one computed in the background, as it leaves the interpreter
-    free.
-    """
-    with ThreadPoolExecutor(max_workers=1) as background:
-        waiting: deque[Future[U]] = deque()
-        for item in items:
-            waiting.append(background.submit(work, item))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
