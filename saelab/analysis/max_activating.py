@@ -1,6 +1,6 @@
 """Max-activating examples: windows of text around firings of each strength, near misses and random tokens."""
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex
 
@@ -157,15 +157,17 @@ def find_examples(store: FeatureStore, features: Sequence[Feature], choice: Exam
         choice: options of the search.
     """
     searches = [_search(store, one, choice) for one in features]
-    wanted = [next(search) for search in searches]
-    for search, rows in zip(searches, _rows_of_tokens(store, wanted), strict=True):
-        yield search.send(rows)
+    found = _rows_of_tokens(store, [ranks for ranks, _ in searches])
+    for (_, finish), rows in zip(searches, found, strict=True):
+        yield finish(rows)
 
 
 def _search(
     store: FeatureStore, column: Feature, choice: ExampleChoice
-) -> "Generator[_Ranks | FeatureExamples, list[np.ndarray], None]":
-    """Search for one feature's windows: asks for occurrences of tokens, is sent their rows, and gives the windows."""
+) -> tuple[_Ranks, Callable[[list[np.ndarray]], FeatureExamples]]:
+    """Windows around one feature's firings: which occurrences of tokens are needed besides, and a function from their
+    rows to all windows.
+    """
     rng = np.random.default_rng((choice.seed, column.feature))
     widths = ((choice.before, BEFORE), (choice.after, AFTER))
     before, after = (store.text.widen(n) if own is None else own for own, n in widths)
@@ -184,16 +186,18 @@ def _search(
             chosen = rng.permutation(at.indices[part])
             name = f"quantile {i + 1} of {choice.n_quantiles}"
             groups.append(view.choose(name, side, chosen, Firings(at.indices[part], at.values[part]), choice.n_each))
-    if choice.n_near or choice.n_random:  # what is drawn second depends on what was drawn first
-        found = yield _choose_ranks(view, groups, rng)
-        near = _near_misses(view, found, rng)
-        groups.append(view.choose("near miss", 0, near, None, choice.n_near))
-        drawn = view.draw(CANDIDATES * choice.n_random, rng)
-        groups.append(view.choose("random", 0, drawn, None, choice.n_random))
-    else:
-        yield [], []
-    kept = tuple(group for group in groups if group.examples)
-    yield FeatureExamples(feature=column.feature, n_tokens=view.n_tokens, groups=kept)
+    quiet = choice.n_near or choice.n_random  # what is drawn second depends on what was drawn first
+
+    def finish(found: list[np.ndarray]) -> FeatureExamples:
+        if quiet:
+            near = _near_misses(view, found, rng)
+            groups.append(view.choose("near miss", 0, near, None, choice.n_near))
+            drawn = view.draw(CANDIDATES * choice.n_random, rng)
+            groups.append(view.choose("random", 0, drawn, None, choice.n_random))
+        kept = tuple(group for group in groups if group.examples)
+        return FeatureExamples(feature=column.feature, n_tokens=view.n_tokens, groups=kept)
+
+    return _choose_ranks(view, groups, rng) if quiet else ([], []), finish
 
 
 def draw_examples(

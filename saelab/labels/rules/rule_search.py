@@ -175,8 +175,8 @@ def _lists(
     scores[:, 0] = -np.inf
     at = scores.argmax(1)[:, None]
     f1, scores = (np.take_along_axis(one, at, 1)[:, 0] for one in (f1, scores))
-    lengths, scores = _spread(at[:, 0] + 1, possible, 0), _spread(scores, possible, -np.inf)
-    return _spread(chosen, possible, -1), lengths, _spread(f1, possible, 0.0), scores
+    lengths, scores = _spread(at[:, 0] + 1, possible, 0.0), _spread(scores, possible, -np.inf)
+    return _spread(chosen, possible, -1.0), lengths, _spread(f1, possible, 0.0), scores
 
 
 def _spread(values: np.ndarray, places: np.ndarray, empty: float) -> np.ndarray:
