@@ -17,7 +17,7 @@ from saelab.stores.feature_store import Feature, FeatureStore, Firings
 from saelab.stores.results import Result, format_table
 
 N_BINS = 40
-HELD_FEATURES, HELD_CODES = 32, 2**18
+HELD_FEATURES, HELD_CODES = 16, 2**17
 """Features that are described at a time, and codes of them that are held, unless one alone has more."""
 N_WORDS = 6
 COLUMNS = ("feature", "density", "n_positive", "n_negative", "balance", "mean", "peak")

@@ -328,12 +328,13 @@ def _choose_ranks(view: _View, groups: list[ExampleGroup], rng: "np.random.Gener
     tops = [example.token for group in groups if group.name == "top" for example in group.examples]
     ids = np.unique(view.store.text.token_ids[[view.places[row] for row in tops]]).tolist() if tops else []
     counts = view.store.count_tokens(ids)
-    return ids, [np.arange(n) if n <= MANY else rng.choice(n, MANY, replace=False) for n in counts]
+    ranks = (np.arange(n) if n <= MANY else rng.choice(n, MANY, replace=False) for n in counts)
+    return ids, [own.astype(np.int32) for own in ranks]
 
 
 def _near_misses(view: _View, found: list[np.ndarray], rng: "np.random.Generator") -> Integer[np.ndarray, "n"]:
     """Rows, in random order, whose token is at a top window's center but where the feature does not fire."""
-    rows = np.concatenate([np.empty(0, np.int64), *found])
+    rows = np.concatenate([np.empty(0, np.int32), *found])
     fires = view.column.indices
     places = np.minimum(np.searchsorted(fires, rows), max(len(fires) - 1, 0))
     silent = fires[places] != rows if len(fires) else np.ones(len(rows), bool)
@@ -344,7 +345,7 @@ def _near_misses(view: _View, found: list[np.ndarray], rng: "np.random.Generator
 
 def _rows_of_tokens(store: FeatureStore, wanted: Sequence[_Ranks]) -> list[list[np.ndarray]]:
     """Of the rows at which each token stands those at some ranks among them; all are found in one pass."""
-    found = [[np.empty(len(own), np.int64) for own in ranks] for _, ranks in wanted]
+    found = [[np.empty(len(own), np.int32) for own in ranks] for _, ranks in wanted]
     ids = sorted({token for tokens, _ in wanted for token in tokens})
     at = {token: k for k, token in enumerate(ids)}
     asked = [

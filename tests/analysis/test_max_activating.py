@@ -331,3 +331,10 @@ def test_several_features_at_a_time_are_described_as_each_alone(store, monkeypat
     monkeypatch.setattr(dashboard, "HELD_CODES", int(store.statistics.fires.sum(1)[features].max()) + 1)
     found = sl.analysis.describe_features(store, features, labels={j: str(j) for j in features})
     assert list(found) == alone
+
+
+def test_places_are_read_in_pieces_as_whole(store):
+    opened = sl.FeatureStore.load(store.folder)
+    whole = np.concatenate([arrays["places"] for _, arrays in opened.shards()])
+    for start, stop in ((0, 5), (195, 205), (200, 400), (3, 3), (len(whole) - 2, len(whole) + 5)):
+        assert np.array_equal(opened.where[start:stop], whole[start:stop])
